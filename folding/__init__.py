@@ -1,0 +1,1 @@
+"""Small transformers in JAX: folded attention, forward propagation pruning."""

@@ -1,0 +1,330 @@
+"""The typed configuration of a run: every field, default and check, once.
+
+A config file returns a `Config`; flags override single fields; `resolve` fills
+in what a preset decides and checks the whole. Nothing else in the library has
+a default for a run. No jax is imported here.
+"""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from folding import schema
+
+Task = Literal["lm", "classify"]
+Preset = Literal["none", "moderate", "paper"]
+
+
+@dataclasses.dataclass(frozen=False)
+class DataConfig:
+  """Where text comes from and how it becomes batches."""
+
+  name: str = "python_stdlib"  # "python_stdlib" or any TFDS name ("glue/sst2")
+  path: str | None = None  # a local file or folder; wins over `name`
+  dir: str | None = None  # where TFDS keeps prepared data; None: its default
+  text_field: str | None = None  # None: the first text column
+  label_field: str | None = None  # None: a column named "label"
+  valid_fraction: float = 0.1  # for sources without a validation split
+  test_fraction: float = 0.1  # for sources without a test split
+  tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json
+  vocab_size: int = 1024  # of a BPE that is trained; others bring their own
+  length: int = 128  # L, tokens of an example; longer texts are cut or packed
+  batch_size: int = 32  # B, examples over all processes
+  eval_batch_size: int = 64
+  max_bytes: int | None = None  # of training text; None: all of it
+  prefetch_batches: int = 2  # prepared ahead by a thread; 0: none
+
+
+@dataclasses.dataclass
+class ModelConfig:
+  """Shape of the transformer. Letters as in `folding.models`."""
+
+  num_layers: int = 4  # N
+  width: int = 128  # D
+  num_heads: int = 16  # H
+  num_kv_heads: int | None = None  # None: as many as heads
+  mlp_width: int | None = None  # F; None: 4 D
+  causal: bool = True
+  norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+  norm_position: Literal["pre", "post"] = "pre"
+  norm_epsilon: float = 1e-5
+  positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
+  rope_base: float = 10000.0
+  activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
+  gated: bool = False  # multiply the MLP's hidden state by a gate
+  use_bias: bool = True
+  tie_embeddings: bool = True  # the output layer is the embedding, transposed
+  pooling: Literal["mean", "first"] = "mean"  # classification only
+  dropout: float = 0.0
+  remat: bool = False  # recompute blocks in the backward pass
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of compute
+
+  @property
+  def head_dim(self) -> int:
+    """K, channels of one head."""
+    return self.width // self.num_heads
+
+
+@dataclasses.dataclass
+class FoldConfig:
+  """Folding of the attention projections. None: what the preset says."""
+
+  groups: int | None = None  # G, row groups of W_Q and W_K; 0: dense
+  axis: Literal["output", "input"] = "output"  # which axis the groups run over
+  v_block: int | None = None  # block size of W_V; 1: diagonal (DWC); 0: dense
+  first_dense: bool = False  # keep W_V of the first layer dense
+
+
+@dataclasses.dataclass
+class FPPConfig:
+  """Forward Propagation Pruning. None: what the preset says.
+
+  `overall`, where set, replaces `linear` and `embedding` by the one fraction
+  that makes the whole model (folding included) that much smaller.
+  """
+
+  linear: float | None = None  # fraction of W_O, MLP and output head to zero
+  embedding: float | None = None  # fraction of embeddings to zero
+  overall: float | None = None  # fraction of the whole model to save
+  score: Literal[
+    "activation", "magnitude", "evolution", "saliency", "movement", "random"
+  ] = "activation"
+  granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
+  embedding_granularity: Literal["weight", "row"] = "weight"
+  scope: Literal["parameter", "rule"] = "parameter"  # one threshold for each
+  begin: float = 0.1  # of the steps: first check
+  end: float = 0.7  # of the steps: target reached, masks fixed, healing begins
+  checks: int = 30  # between begin and end
+  patience: int = 1  # checks an element stays suspected before it is zeroed
+  decay: float = 0.9  # of the running averages behind the scores
+  tolerance: float | None = None  # verify: most relative loss a check may add
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """Optimizer, schedule, and what is logged and kept."""
+
+  steps: int = 1000
+  learning_rate: float = 3e-3  # peak
+  warmup: float = 0.05  # of the steps
+  final_learning_rate: float = 0.05  # of the peak, where the cosine ends
+  weight_decay: float = 0.05
+  b1: float = 0.9
+  b2: float = 0.98
+  clip_norm: float = 1.0
+  label_smoothing: float = 0.0
+  log_every: int = 20
+  eval_every: int = 200
+  eval_batches: int | None = None  # of valid, while training; None: all
+  checkpoint_every: int = 200
+  tensorboard: bool = True
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  """Devices along each mesh axis; -1 takes what is left over."""
+
+  data: int = -1
+  fsdp: int = 1
+
+
+@dataclasses.dataclass
+class Config:
+  """A run. `resolve` it before use."""
+
+  task: Task = "lm"
+  seed: int = 0
+  preset: Preset = "paper"
+  dense: bool = False  # the dense twin: nothing folded, nothing pruned
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  fold: FoldConfig = dataclasses.field(default_factory=FoldConfig)
+  fpp: FPPConfig = dataclasses.field(default_factory=FPPConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+# What a preset decides, for fields that are None.
+_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+  "none": {
+    "fold": {"groups": 0, "v_block": 0},
+    "fpp": {"linear": 0.0, "embedding": 0.0},
+  },
+  "moderate": {
+    "fold": {"groups": 1, "v_block": 1},
+    "fpp": {"linear": 0.0, "embedding": 0.0, "overall": 0.3},
+  },
+  "paper": {
+    "fold": {"groups": 1, "v_block": 1},
+    "fpp": {"linear": 0.7, "embedding": 0.7},
+  },
+}
+
+
+def gpt2(**fields: Any) -> ModelConfig:
+  """Returns a GPT-2 style decoder: pre-norm, learned positions, GELU."""
+  base: dict[str, Any] = {"positions": "learned", "activation": "gelu_tanh"}
+  return ModelConfig(**(base | fields))
+
+
+def bert(**fields: Any) -> ModelConfig:
+  """Returns a BERT style encoder: post-norm, learned positions, GELU."""
+  base: dict[str, Any] = {
+    "causal": False,
+    "norm_position": "post",
+    "norm_epsilon": 1e-12,
+    "positions": "learned",
+    "pooling": "first",
+  }
+  return ModelConfig(**(base | fields))
+
+
+def llama(**fields: Any) -> ModelConfig:
+  """Returns a Llama style decoder: RMSNorm, RoPE, gated SiLU, no biases."""
+  base: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "positions": "rope",
+    "activation": "silu",
+    "gated": True,
+    "use_bias": False,
+    "tie_embeddings": False,
+  }
+  return ModelConfig(**(base | fields))
+
+
+def resolve(config: Config) -> Config:
+  """Returns a copy with presets and shapes filled in, and checks it.
+
+  Raises:
+    schema.ConfigError: a value is of the wrong type or range, or two do not fit.
+  """
+  c = from_dict(to_dict(config))
+  if c.dense:
+    c.preset, c.fold, c.fpp = "none", FoldConfig(), FPPConfig(score=c.fpp.score)
+  for section, values in _PRESETS[c.preset].items():
+    holder = getattr(c, section)
+    for name, value in values.items():
+      if getattr(holder, name) is None:
+        setattr(holder, name, value)
+  if c.model.num_kv_heads is None:
+    c.model.num_kv_heads = c.model.num_heads
+  if c.model.mlp_width is None:
+    c.model.mlp_width = 4 * c.model.width
+  _check(c)
+  return c
+
+
+def _check(c: Config) -> None:
+  """Checks ranges and combinations of a resolved config."""
+  for name in (
+    "data.length data.batch_size data.eval_batch_size data.vocab_size "
+    "model.num_layers model.width model.num_heads model.num_kv_heads "
+    "model.mlp_width train.steps train.log_every train.eval_every "
+    "train.checkpoint_every fpp.checks"
+  ).split():
+    value = _get(c, name)
+    schema.require(value >= 1, f"{name} must be at least 1; it is {value}")
+  for name in ("fpp.linear", "fpp.embedding", "fpp.overall"):
+    value = _get(c, name)
+    schema.require(
+      value is None or 0 <= value < 1,
+      f"{name} is a fraction to remove, in [0, 1); it is {value}",
+    )
+  for name in ("data.valid_fraction", "data.test_fraction", "model.dropout"):
+    value = _get(c, name)
+    schema.require(0 <= value < 1, f"{name} must be in [0, 1); it is {value}")
+  schema.require(
+    c.data.valid_fraction + c.data.test_fraction < 1,
+    "data.valid_fraction + data.test_fraction must leave text to train on",
+  )
+  schema.require(
+    0 <= c.fpp.begin < c.fpp.end <= 1,
+    "fpp.begin and fpp.end are fractions of the steps, begin < end; they are "
+    f"{c.fpp.begin} and {c.fpp.end}",
+  )
+  schema.require(c.fpp.patience >= 0, "fpp.patience must be at least 0")
+  schema.require(0 <= c.fpp.decay < 1, "fpp.decay must be in [0, 1)")
+  _check_model(c)
+
+
+def _check_model(c: Config) -> None:
+  m, f = c.model, c.fold
+  assert m.num_kv_heads is not None
+  assert f.groups is not None and f.v_block is not None
+  schema.require(
+    m.width % m.num_heads == 0,
+    f"model.width {m.width} is not divisible by model.num_heads {m.num_heads}",
+  )
+  schema.require(
+    m.num_heads % m.num_kv_heads == 0,
+    f"model.num_heads {m.num_heads} is not divisible by model.num_kv_heads "
+    f"{m.num_kv_heads}",
+  )
+  schema.require(
+    m.positions != "rope" or m.head_dim % 2 == 0,
+    f"rotary positions need an even head size; it is {m.head_dim}",
+  )
+  schema.require(
+    c.task != "lm" or m.causal,
+    "task 'lm' predicts the next token and needs model.causal=True",
+  )
+  schema.require(
+    c.task != "lm" or c.data.length > 1, "task 'lm' needs data.length above 1"
+  )
+  schema.require(
+    f.groups >= 0, f"fold.groups must be 0 or more; it is {f.groups}"
+  )
+  schema.require(
+    f.v_block >= 0, f"fold.v_block must be 0 or more; it is {f.v_block}"
+  )
+  axis_size = m.head_dim if f.axis == "output" else m.width
+  axis_name = "head size" if f.axis == "output" else "model.width"
+  schema.require(
+    f.groups == 0 or axis_size % f.groups == 0,
+    f"fold.groups {f.groups} does not divide the {axis_name} {axis_size} "
+    f"(axis {f.axis!r})",
+  )
+  schema.require(
+    f.v_block == 0 or m.width % f.v_block == 0,
+    f"fold.v_block {f.v_block} does not divide model.width {m.width}, so W_V "
+    "cannot be block-diagonal; use a divisor, 1 (diagonal) or 0 (dense)",
+  )
+  schema.require(
+    not (f.axis == "input" and f.groups == 1 and m.norm == "layernorm"),
+    "fold.axis='input' with fold.groups=1 sums the channels of a LayerNorm, "
+    "which is 0 at the start, so attention would be uniform and never learn; "
+    "use model.norm='rmsnorm', more groups, or fold.axis='output'",
+  )
+
+
+def _get(config: Any, dotted: str) -> Any:
+  for name in dotted.split("."):
+    config = getattr(config, name)
+  return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Returns the config as nested plain dicts, ready for JSON."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+  """Builds a `Config` from nested dicts, checking names and types.
+
+  Raises:
+    schema.ConfigError: a name is unknown or a value is of the wrong type.
+  """
+  return schema.build(Config, values, "config")
+
+
+def load(path: str) -> Config:
+  """Reads a config that `save` wrote."""
+  with open(path, encoding="utf-8") as file:
+    return from_dict(json.load(file))
+
+
+def save(config: Config, path: str) -> None:
+  """Writes a config as JSON."""
+  with open(path, "w", encoding="utf-8") as file:
+    json.dump(to_dict(config), file, indent=2)
+    file.write("\n")

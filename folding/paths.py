@@ -1,0 +1,60 @@
+"""Names of parameters: "blocks_0/attn/q/kernel" <-> places in a tree.
+
+Works on any pytree of dicts, sequences or attributes, so also on trees of
+other libraries. Patterns are regular expressions that must match a whole path.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+
+def path_name(key_path: tuple[Any, ...]) -> str:
+  """Returns a key path of `jax.tree_util` as "a/b/0"."""
+  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """Returns {path: leaf} in the tree's own order.
+
+  Example:
+    >>> flatten({"mlp": {"up": 1, "down": 2}})
+    {'mlp/down': 2, 'mlp/up': 1}
+  """
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {path_name(key_path): leaf for key_path, leaf in leaves}
+
+
+def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+  """Returns the tree of function(path, leaf, *leaves of rest)."""
+  return jax.tree_util.tree_map_with_path(
+    lambda key_path, *leaves: function(path_name(key_path), *leaves),
+    tree,
+    *rest,
+  )
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+  """Returns the names that the pattern matches as a whole.
+
+  Raises:
+    ValueError: the pattern is no regular expression, or matches no name.
+
+  Example:
+    >>> matching(r"blocks_.*/up", ["blocks_0/up", "blocks_0/down", "up"])
+    ['blocks_0/up']
+  """
+  names = list(names)
+  try:
+    regex = re.compile(pattern)
+  except re.error as error:
+    raise ValueError(f"pattern {pattern!r} does not parse: {error}") from None
+  found = [name for name in names if regex.fullmatch(name)]
+  if not found:
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    raise ValueError(
+      f"pattern {pattern!r} matches no parameter; there are {shown}"
+    )
+  return found

@@ -1,0 +1,1 @@
+"""A loss becomes a trained state."""

@@ -1,0 +1,23 @@
+"""Settings for every test: strict JAX, eight simulated devices, shared data."""
+
+import os
+import pathlib
+
+# Before jax starts: eight CPU devices, so that a mesh can be tested anywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> pathlib.Path:
+  """Returns the folder of real data, or skips where it is not laid out."""
+  if not SHARED_DATA.is_dir():
+    pytest.skip("needs the shared data folder, which is not on this machine")
+  return SHARED_DATA
