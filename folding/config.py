@@ -98,6 +98,7 @@ class FPPConfig:
   patience: int = 1  # checks an element stays suspected before it is zeroed
   decay: float = 0.9  # of the running averages behind the scores
   tolerance: float | None = None  # verify: most relative loss a check may add
+  exclude: str | None = None  # pattern of parameters to leave alone
 
 
 @dataclasses.dataclass
@@ -114,9 +115,8 @@ class TrainConfig:
   clip_norm: float = 1.0
   label_smoothing: float = 0.0
   log_every: int = 20
-  eval_every: int = 200
+  eval_every: int = 200  # a checkpoint is saved each time
   eval_batches: int | None = None  # of valid, while training; None: all
-  checkpoint_every: int = 200
   tensorboard: bool = True
 
 
@@ -214,13 +214,18 @@ def resolve(config: Config) -> Config:
   return c
 
 
+def dense_twin(config: Config) -> Config:
+  """Returns the resolved config of the same run with nothing compressed."""
+  return resolve(dataclasses.replace(config, dense=True))
+
+
 def _check(c: Config) -> None:
   """Checks ranges and combinations of a resolved config."""
   for name in (
     "data.length data.batch_size data.eval_batch_size data.vocab_size "
     "model.num_layers model.width model.num_heads model.num_kv_heads "
     "model.mlp_width train.steps train.log_every train.eval_every "
-    "train.checkpoint_every fpp.checks"
+    "fpp.checks"
   ).split():
     value = _get(c, name)
     schema.require(value >= 1, f"{name} must be at least 1; it is {value}")

@@ -1,0 +1,114 @@
+"""What a model stores: parameters and bytes, by group, dense -> stored.
+
+`stored` counts what has to be kept: values that are not zero. The bytes of
+the masks that say where they belong are counted too, by themselves. All
+figures are measured on arrays, never taken from a configuration.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from folding import paths
+
+# First match wins; what matches none is "other": norms, biases, slopes.
+GROUPS: dict[str, str] = {
+  "qkv": r"(.*/)?[qkv]/(kernel|diagonal)",
+  "linear": r"(.*/)?(o|up|gate|down|head)/kernel",
+  "embedding": r"(.*/)?(embed|position_embed)/embedding",
+}
+
+
+def group_of(name: str, groups: Mapping[str, str] = GROUPS) -> str:
+  """Returns the group of a parameter path.
+
+  Example:
+    >>> group_of("blocks_0/attn/q/kernel"), group_of("blocks_0/attn/q/bias")
+    ('qkv', 'other')
+  """
+  for group, pattern in groups.items():
+    if re.fullmatch(pattern, name):
+      return group
+  return "other"
+
+
+def stored_size(w: np.ndarray) -> tuple[int, int, int]:
+  """Returns (values kept, their bytes, bytes of the mask) of one array.
+
+  The cheapest of four ways to keep it: as it is; values that are not zero and
+  a bit an element; or whole slices of the first or the last axis and a bit a
+  slice (a slice that is kept may contain zeros; they are stored, but counted
+  as zeros among the values).
+  """
+  is_kept = w != 0
+  values = int(np.count_nonzero(is_kept))
+  options = [(w.nbytes, 0), (values * w.itemsize, -(-w.size // 8))]
+  if w.ndim > 1:
+    for axis in (0, w.ndim - 1):
+      other = tuple(a for a in range(w.ndim) if a != axis)
+      slices = int(np.count_nonzero(is_kept.any(axis=other)))
+      size = slices * (w.size // w.shape[axis]) * w.itemsize
+      options.append((size, -(-w.shape[axis] // 8)))
+  value_bytes, mask_bytes = min(options, key=sum)
+  return values, value_bytes, mask_bytes
+
+
+def account(
+  params: Any, dense: Any, groups: Mapping[str, str] = GROUPS
+) -> dict[str, Any]:
+  """Measures a model against its dense twin.
+
+  Args:
+    params: The tree to measure.
+    dense: Tree of the dense twin; shapes and dtypes are enough
+      (`jax.eval_shape`).
+    groups: {group: pattern of parameter paths}; the rest is "other".
+
+  Returns:
+    {"parameters": {group: {"dense", "stored"}}, "bytes": {group: {"dense",
+    "stored", "masks"}}, "layers": [{"path", "group", "shape", "dense",
+    "stored", "zeros"}]}, with "overall" among the groups. A layer's dense is
+    the size of the array of that role in the dense twin (0 if it has none).
+
+  Example:
+    >>> w = {"up": {"kernel": np.array([[0.0, 1.0], [0.0, 2.0]])}}
+    >>> account(w, w)["parameters"]["overall"]
+    {'dense': 4, 'stored': 2}
+  """
+  dense_leaves = paths.flatten(dense)
+  names = [*groups, "other", "overall"]
+  parameters = {g: {"dense": 0, "stored": 0} for g in names}
+  sizes = {g: {"dense": 0, "stored": 0, "masks": 0} for g in names}
+  layers = []
+  roles = {_role(name): leaf for name, leaf in dense_leaves.items()}
+  for name, leaf in dense_leaves.items():
+    for group in (group_of(name, groups), "overall"):
+      parameters[group]["dense"] += int(leaf.size)
+      sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
+  for name, leaf in paths.flatten(params).items():
+    w = np.asarray(leaf)
+    values, value_bytes, mask_bytes = stored_size(w)
+    group = group_of(name, groups)
+    for g in (group, "overall"):
+      parameters[g]["stored"] += values
+      sizes[g]["stored"] += value_bytes
+      sizes[g]["masks"] += mask_bytes
+    twin = roles.get(_role(name))
+    layers.append(
+      {
+        "path": name,
+        "group": group,
+        "shape": list(w.shape),
+        "dense": 0 if twin is None else int(twin.size),
+        "stored": values,
+        "zeros": 1 - values / w.size,
+      }
+    )
+  return {"parameters": parameters, "bytes": sizes, "layers": layers}
+
+
+def _role(name: str) -> str:
+  """The path under which a folded array and its dense twin are the same."""
+  return re.sub(r"/v/diagonal$", "/v/kernel", name)

@@ -1,0 +1,172 @@
+"""Folding and unfolding attention layers of a parameter tree, exactly.
+
+An attention layer is a dict with entries q, k, v and o, where o/kernel is
+[H, K, D]; its shape tells D, H and K, so the kind of q, k and v can be read
+off their own shapes (the table is in `folding.models.projections`). Any tree
+that has such dicts will do.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Params = Mapping[str, Any]
+
+
+def unfold(params: Params) -> dict[str, Any]:
+  """Returns the dense parameters that compute the same function.
+
+  Output axis: each of the G columns of a head is repeated K/G times, biases
+  too. Input axis: each of the G rows is repeated D/G times. Block-diagonal
+  W_V: its blocks, with zeros elsewhere, split into heads; where the queries
+  have a bias, the dense twin has one for values too, and it is zero. Layers
+  that are dense already are left as they are. Repeating is exact.
+
+  Args:
+    params: A tree of dicts with attention layers anywhere in it.
+
+  Raises:
+    ValueError: a layer's shapes do not fit each other.
+
+  Example:
+    >>> layer = {"q": {"kernel": jnp.ones((4, 2, 1))},
+    ...          "k": {"kernel": jnp.ones((4, 2, 1))},
+    ...          "v": {"diagonal": jnp.ones((4, 1, 1))},
+    ...          "o": {"kernel": jnp.ones((2, 2, 4))}}
+    >>> dense = unfold({"attn": layer})["attn"]
+    >>> dense["q"]["kernel"].shape, dense["v"]["kernel"].shape
+    ((4, 2, 2), (4, 2, 2))
+  """
+  return _map_layers(_unfold_layer, params, "")
+
+
+def fold(
+  params: Params, *, groups: int = 1, axis: str = "output", v_block: int = 1
+) -> dict[str, Any]:
+  """Returns the stored form of parameters that are already folded in value.
+
+  The inverse of `unfold`, bit for bit: rows of a group must be identical and
+  W_V exactly block-diagonal. (Zero groups or a zero block leave W_Q and W_K,
+  or W_V, dense.)
+
+  Args:
+    params: A tree of dicts with dense attention layers anywhere in it.
+    groups: G, row groups of W_Q and W_K.
+    axis: "output" or "input", the axis that the groups run over.
+    v_block: Block size of W_V.
+
+  Raises:
+    ValueError: a kernel does not have the asked structure; names it.
+  """
+  if axis not in ("output", "input"):
+    raise ValueError(f"axis must be 'output' or 'input'; it is {axis!r}")
+
+  def fold_layer(layer, name):
+    folded = dict(layer)
+    for role in ("q", "k") if groups else ():
+      folded[role] = _fold_rows(layer[role], groups, axis, f"{name}/{role}")
+    if v_block:
+      folded["v"] = _fold_value(layer["v"], v_block, f"{name}/v")
+    return folded
+
+  return _map_layers(fold_layer, params, "")
+
+
+def _map_layers(
+  function: Callable[[Params, str], Params], tree: Any, name: str
+) -> Any:
+  """Applies a function to each attention layer; copies no other array."""
+  if not isinstance(tree, Mapping):
+    return tree
+  if {"q", "k", "v", "o"} <= set(tree):
+    return dict(function(tree, name))
+  return {
+    key: _map_layers(function, value, f"{name}/{key}" if name else key)
+    for key, value in tree.items()
+  }
+
+
+def _unfold_layer(layer: Params, name: str) -> dict[str, Any]:
+  H, K, D = layer["o"]["kernel"].shape
+  dense = dict(layer)
+  for role in ("q", "k"):
+    dense[role] = _unfold_rows(layer[role], D, K, f"{name}/{role}")
+  if "diagonal" in layer["v"]:
+    w = layer["v"]["diagonal"]
+    n, b, _ = w.shape
+    if n * b != D or H * K != D:
+      raise ValueError(
+        f"{name}/v/diagonal {w.shape} does not fit {name}/o/kernel {(H, K, D)}"
+      )
+    full = jnp.zeros((n, b, n, b), w.dtype)
+    full = full.at[jnp.arange(n), :, jnp.arange(n), :].set(w)
+    dense["v"] = {"kernel": full.reshape(D, H, K)}
+    if "bias" in layer["q"]:
+      dense["v"]["bias"] = jnp.zeros((H, K), layer["q"]["bias"].dtype)
+  return dense
+
+
+def _unfold_rows(projection: Params, D: int, K: int, name: str) -> Params:
+  w = projection["kernel"]
+  rows, _, columns = w.shape
+  if (rows, columns) == (D, K):
+    return projection
+  if rows == D and K % columns == 0:
+    repeated = {"kernel": jnp.repeat(w, K // columns, axis=-1)}
+    if "bias" in projection:
+      repeated["bias"] = jnp.repeat(projection["bias"], K // columns, axis=-1)
+    return {**projection, **repeated}
+  if columns == K and D % rows == 0:
+    return {**projection, "kernel": jnp.repeat(w, D // rows, axis=0)}
+  raise ValueError(
+    f"{name}/kernel {w.shape} is no folding of a projection from {D} channels "
+    f"to heads of {K}"
+  )
+
+
+def _fold_rows(projection: Params, groups: int, axis: str, name: str) -> Params:
+  w = projection["kernel"]
+  kernel_axis = 2 if axis == "output" else 0
+  folded = {**projection, "kernel": _first_of(w, groups, kernel_axis, name)}
+  if axis == "output" and "bias" in projection:
+    folded["bias"] = _first_of(projection["bias"], groups, 1, name)
+  return folded
+
+
+def _first_of(w: jax.Array, groups: int, axis: int, name: str) -> jax.Array:
+  """Returns one slice of each group of identical ones."""
+  size = w.shape[axis]
+  if size % groups:
+    raise ValueError(
+      f"{name}: {groups} groups do not divide an axis of {size} (shape "
+      f"{w.shape})"
+    )
+  copies = size // groups
+  first = jax.lax.slice_in_dim(w, 0, size, copies, axis)
+  if not bool(jnp.array_equal(jnp.repeat(first, copies, axis), w)):
+    raise ValueError(
+      f"{name}: rows of a group differ, so folding to {groups} groups would "
+      "change the function"
+    )
+  return first
+
+
+def _fold_value(projection: Params, block: int, name: str) -> Params:
+  w = projection["kernel"]
+  D, H, K = w.shape
+  if H * K != D or D % block:
+    raise ValueError(
+      f"{name}: a kernel of shape {w.shape} has no blocks of {block} on its "
+      "diagonal"
+    )
+  n = D // block
+  blocks = w.reshape(n, block, n, block)
+  diagonal = blocks[jnp.arange(n), :, jnp.arange(n), :]
+  if int(jnp.count_nonzero(w)) != int(jnp.count_nonzero(diagonal)):
+    raise ValueError(f"{name}: there are values off the blocks of {block}")
+  bias = projection.get("bias")
+  if bias is not None and bool(jnp.any(bias != 0)):
+    raise ValueError(f"{name}: a folded value projection has no bias")
+  return {"diagonal": diagonal}

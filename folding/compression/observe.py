@@ -1,0 +1,101 @@
+"""Forward statistics: what each layer saw at its input.
+
+Works on any Linen model with `Dense`, `DenseGeneral` and `Embed` layers. The
+statistics lie at the paths of the parameters that they belong to.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from folding import paths
+
+_COLLECTION = "observed"
+
+
+def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns an `apply` that also returns the mean square of layer inputs.
+
+  For a kernel with input axes I... the statistic is E[a^2], float32 of shape
+  I..., over all tokens of the call; for an embedding, whose input is one-hot,
+  it is how often each token was used, as a fraction, of shape [V]. Inside
+  `jit` it is an ordinary output; the order in which layers are called, remat
+  and sharding do not matter. A layer called twice is averaged.
+
+  Args:
+    apply: `model.apply` of a Linen module.
+
+  Returns:
+    Function of the arguments of `apply` and an optional keyword `keep`: bool
+    array, False at tokens not to count, used where its shape is how the
+    shape of a layer's input starts. It returns (output of apply,
+    {parameter path: statistic}).
+
+  Example:
+    >>> model = nn.Dense(3)
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> output, stats = observe(model.apply)(variables, x)
+    >>> stats["kernel"].tolist()
+    [5.0, 2.0]
+  """
+
+  def observed(variables, *args, keep=None, mutable=False, **kwargs):
+    def intercept(next_fun, args_in, kwargs_in, context):
+      _record(context, args_in, keep)
+      return next_fun(*args_in, **kwargs_in)
+
+    wanted = [] if mutable is False else [mutable]
+    if isinstance(mutable, (list, tuple)):
+      wanted = list(mutable)
+    with nn.intercept_methods(intercept):
+      out, mutated = apply(
+        variables, *args, mutable=[*wanted, _COLLECTION], **kwargs
+      )
+    mutated = dict(mutated)
+    stats = paths.flatten(
+      jax.tree.map(
+        lambda calls: sum(calls) / len(calls),
+        mutated.pop(_COLLECTION, {}),
+        is_leaf=lambda x: isinstance(x, tuple),
+      )
+    )
+    return (out if mutable is False else (out, mutated)), stats
+
+  return observed
+
+
+def _record(context: Any, args: tuple[Any, ...], keep: Any) -> None:
+  """Sows the mean square of a layer's input under its parameter's name."""
+  module = context.module
+  if context.method_name != "__call__" or not args:
+    return
+  if isinstance(module, nn.Embed):
+    weight = _token_weight(args[0].shape, keep)
+    count_V = jnp.zeros(module.num_embeddings, jnp.float32)
+    count_V = count_V.at[args[0].reshape(-1)].add(weight.reshape(-1))
+    name, value = "embedding", count_V / jnp.maximum(weight.sum(), 1)
+  elif isinstance(module, (nn.Dense, nn.DenseGeneral)):
+    x = args[0].astype(jnp.float32)
+    axes = getattr(module, "axis", -1)
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    tokens = x.ndim - len(axes)
+    weight = _token_weight(x.shape[:tokens], keep)
+    total = jnp.tensordot(weight, jnp.square(x), axes=tokens)
+    name, value = "kernel", total / jnp.maximum(weight.sum(), 1)
+  else:
+    return
+  module.sow(_COLLECTION, name, value)
+
+
+def _token_weight(shape: tuple[int, ...], keep: Any) -> jax.Array:
+  """Returns 1 for each token that counts, 0 for padding."""
+  weight = jnp.ones(shape, jnp.float32)
+  if keep is not None and keep.shape == shape[: keep.ndim]:
+    rest = (1,) * (len(shape) - keep.ndim)
+    weight *= keep.reshape(keep.shape + rest).astype(jnp.float32)
+  return weight

@@ -1,0 +1,83 @@
+"""Scores of parameters: the lower, the more suspect of being unused.
+
+A score may keep a running average: from the forward pass ("activation"), from
+gradients ("saliency", "movement") or over past checks ("evolution").
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Score = Literal[
+  "activation", "magnitude", "evolution", "saliency", "movement", "random"
+]
+SCORES: tuple[str, ...] = get_args(Score)
+
+
+def init_average(score: str, w: jax.Array) -> jax.Array | None:
+  """Returns the running average a score needs at the start, or None.
+
+  For "activation" it is the mean square of each input, which has the shape of
+  all axes but the last (an input axis that is not there is broadcast); it
+  starts at 1, so that before any statistics the score is the magnitude.
+  """
+  if score == "activation":
+    return jnp.ones(w.shape[:-1], jnp.float32)
+  if score in ("evolution", "saliency", "movement"):
+    return jnp.zeros(w.shape, jnp.float32)
+  return None
+
+
+def observe_stat(
+  average: jax.Array, stat: jax.Array, weight: jax.Array
+) -> jax.Array:
+  """Moves the average of "activation" towards what a forward pass saw.
+
+  Args:
+    average: float32, shape of the parameter without its last axis.
+    stat: Mean square of the parameter's input; its axes are leading axes.
+    weight: float32[], of the new value; 1 for the first.
+  """
+  stat = stat.reshape(stat.shape + (1,) * (average.ndim - stat.ndim))
+  return average + weight * (jnp.broadcast_to(stat, average.shape) - average)
+
+
+def observe_gradient(
+  score: str, average: jax.Array, w: jax.Array, g: jax.Array, decay: float
+) -> jax.Array:
+  """Moves the average of "saliency" (|w g|) or "movement" (-w g)."""
+  wg = w.astype(jnp.float32) * g.astype(jnp.float32)
+  new = jnp.abs(wg) if score == "saliency" else -wg
+  return decay * average + (1 - decay) * new
+
+
+def observe_check(
+  average: jax.Array, w: jax.Array, decay: float, is_first: jax.Array
+) -> jax.Array:
+  """Moves the average of "evolution": |w| at checks, later ones weigh more."""
+  magnitude = jnp.abs(w.astype(jnp.float32))
+  moved = decay * average + (1 - decay) * magnitude
+  return jnp.where(is_first, magnitude, moved)
+
+
+def element_scores(
+  score: str, w: jax.Array, average: jax.Array | None, key: jax.Array
+) -> jax.Array:
+  """Returns float32 scores of the shape of w.
+
+  Args:
+    score: One of `SCORES`.
+    w: A parameter.
+    average: Its running average, from the functions above.
+    key: Of this parameter; "random" draws the same numbers at every check.
+  """
+  if score == "random":
+    return jax.random.uniform(key, w.shape, jnp.float32)
+  magnitude = jnp.abs(w.astype(jnp.float32))
+  if score == "magnitude":
+    return magnitude
+  assert average is not None
+  if score == "activation":
+    return magnitude * jnp.sqrt(average)[..., None]
+  return average

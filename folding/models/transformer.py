@@ -1,0 +1,197 @@
+"""One transformer that is BERT, GPT-2 or Llama by its configuration.
+
+Parameter paths (an on-disk contract): embed/embedding [V, D],
+position_embed/embedding, norm_embed, blocks_<n>/{norm_attn, attn/{q, k, v, o},
+norm_mlp, mlp/{up, gate, down}}, norm_final, head/kernel [D, V or C].
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from folding.config import Config, FoldConfig, ModelConfig
+from folding.models.attention import Attention
+
+_ACTIVATIONS = {
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "silu": jax.nn.silu,
+  "relu": jax.nn.relu,
+}
+
+
+def _norm(config: ModelConfig, dtype: Any, name: str) -> nn.Module:
+  if config.norm == "rmsnorm":
+    return nn.RMSNorm(config.norm_epsilon, dtype=dtype, name=name)
+  return nn.LayerNorm(
+    config.norm_epsilon, dtype=dtype, use_bias=config.use_bias, name=name
+  )
+
+
+def _residual_init(config: ModelConfig) -> nn.initializers.Initializer:
+  """Smaller by the square root of the residual branches, as in GPT-2."""
+  return nn.initializers.variance_scaling(
+    1 / (2 * config.num_layers), "fan_in", "truncated_normal"
+  )
+
+
+class MLP(nn.Module):
+  """Feed-forward layer: down(activation(up(x)) [* gate(x)])."""
+
+  config: ModelConfig
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    c = self.config
+    assert c.mlp_width is not None, "the config is not resolved"
+
+    def dense(name: str, features: int, **options: Any):
+      return nn.Dense(
+        features, use_bias=c.use_bias, dtype=self.dtype, name=name, **options
+      )
+
+    activation = _ACTIVATIONS[c.activation]
+    if c.gated:
+      gate_BLF = activation(dense("gate", c.mlp_width)(x_BLD))
+      h_BLF = gate_BLF * dense("up", c.mlp_width)(x_BLD)
+    else:
+      h_BLF = activation(dense("up", c.mlp_width)(x_BLD))
+    return dense("down", c.width, kernel_init=_residual_init(c))(h_BLF)
+
+
+class Block(nn.Module):
+  """One layer, norm before each branch ("pre") or after each sum ("post")."""
+
+  config: ModelConfig
+  fold: FoldConfig
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BLD: Float[Array, "B L D"],
+    keep_BL: Bool[Array, "B L"] | None,
+    deterministic: bool,
+  ) -> Float[Array, "B L D"]:
+    c = self.config
+    attn = Attention(c, self.fold, _residual_init(c), self.dtype, name="attn")
+    mlp = MLP(c, self.dtype, name="mlp")
+    norm_attn = _norm(c, self.dtype, "norm_attn")
+    norm_mlp = _norm(c, self.dtype, "norm_mlp")
+    drop = nn.Dropout(c.dropout, deterministic=deterministic)
+    if c.norm_position == "pre":
+      x_BLD = x_BLD + drop(attn(norm_attn(x_BLD), keep_BL))
+      return x_BLD + drop(mlp(norm_mlp(x_BLD)))
+    x_BLD = norm_attn(x_BLD + drop(attn(x_BLD, keep_BL)))
+    return norm_mlp(x_BLD + drop(mlp(x_BLD)))
+
+
+class Transformer(nn.Module):
+  """Tokens to logits: a next-token model, or a classifier if C is not 0.
+
+  Example:
+    >>> from folding.config import Config, resolve
+    >>> model = make_model(resolve(Config()), vocab_size=100)
+    >>> tokens = jnp.zeros((2, 8), jnp.int32)
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> params["blocks_0"]["attn"]["q"]["kernel"].shape  # D, H, G
+    (128, 16, 1)
+    >>> model.apply({"params": params}, tokens).shape
+    (2, 8, 100)
+  """
+
+  config: ModelConfig
+  fold: FoldConfig
+  vocab_size: int  # V
+  max_length: int  # most L, for learned positions
+  num_classes: int = 0  # C; 0: next-token logits
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BL: Int[Array, "B L"],
+    keep_BL: Bool[Array, "B L"] | None = None,
+    deterministic: bool = True,
+  ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
+    c = self.config
+    dtype = jnp.dtype(c.dtype)
+    embed_init = nn.initializers.normal(0.02)
+    embed = nn.Embed(
+      self.vocab_size,
+      c.width,
+      embedding_init=embed_init,
+      dtype=dtype,
+      name="embed",
+    )
+    x_BLD = embed(tokens_BL)
+    if c.positions == "learned":
+      position_embed = nn.Embed(
+        self.max_length,
+        c.width,
+        embedding_init=embed_init,
+        dtype=dtype,
+        name="position_embed",
+      )
+      x_BLD += position_embed(jnp.arange(tokens_BL.shape[1])[None])
+    if c.norm_position == "post":
+      x_BLD = _norm(c, dtype, "norm_embed")(x_BLD)
+    x_BLD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BLD)
+
+    block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
+    for n in range(c.num_layers):
+      fold = self.fold
+      if fold.first_dense and n == 0:
+        fold = dataclasses.replace(fold, v_block=0)
+      x_BLD = block(c, fold, dtype, name=f"blocks_{n}")(
+        x_BLD, keep_BL, deterministic
+      )
+    if c.norm_position == "pre":
+      x_BLD = _norm(c, dtype, "norm_final")(x_BLD)
+
+    if self.num_classes:
+      pooled_BD = _pool(x_BLD, keep_BL, c.pooling)
+      return nn.Dense(self.num_classes, name="head")(pooled_BD)
+    if c.tie_embeddings:
+      return embed.attend(x_BLD).astype(jnp.float32)
+    head = nn.Dense(self.vocab_size, use_bias=False, dtype=dtype, name="head")
+    return head(x_BLD).astype(jnp.float32)
+
+
+def _pool(
+  x_BLD: Float[Array, "B L D"],
+  keep_BL: Bool[Array, "B L"] | None,
+  pooling: str,
+) -> Float[Array, "B D"]:
+  """Returns the first token's vector, or the mean over tokens not padding."""
+  x_BLD = x_BLD.astype(jnp.float32)
+  if pooling == "first":
+    return x_BLD[:, 0]
+  if keep_BL is None:
+    return x_BLD.mean(axis=1)
+  keep_BL1 = keep_BL[..., None].astype(jnp.float32)
+  count_B1 = jnp.maximum(keep_BL1.sum(axis=1), 1)
+  return (x_BLD * keep_BL1).sum(axis=1) / count_B1
+
+
+def make_model(
+  config: Config, vocab_size: int, num_classes: int = 0
+) -> Transformer:
+  """Returns the model of a resolved config.
+
+  Args:
+    config: Resolved by `folding.config.resolve`.
+    vocab_size: V, from the tokenizer.
+    num_classes: C, from the data; ignored for next-token models.
+  """
+  return Transformer(
+    config.model,
+    config.fold,
+    vocab_size,
+    config.data.length,
+    num_classes if config.task == "classify" else 0,
+  )

@@ -1,0 +1,140 @@
+"""Checkpoints of a run: asynchronous, the last two and the best are kept.
+
+Schema 1: one Orbax item, the training state (step, params, opt_state), under
+RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
+"""
+
+import logging
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+  """The checkpoints of one run directory; use it as a context manager.
+
+  Leaving the context waits for a save under way.
+  """
+
+  def __init__(self, workdir: str):
+    kept = preservation_policy.AnyPreservationPolicy(
+      [
+        preservation_policy.LatestN(2),
+        preservation_policy.BestN(
+          get_metric_fn=lambda metrics: -metrics["loss"],
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        ),
+      ]
+    )
+    self._folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=kept,
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+  def save(self, step: int, state: Any, loss: float | None) -> None:
+    """Starts to save a state; waits only for the save before it.
+
+    Args:
+      step: Updates applied so far.
+      state: The training state.
+      loss: On the validation split; None: no candidate for the best.
+
+    Raises:
+      OSError: the disk is full, or this save or the one before failed; earlier
+        checkpoints are intact.
+    """
+    if step in self._manager.all_steps():
+      return
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.StandardSave(state),
+        metrics=None if loss is None else {"loss": loss},
+        force=True,
+      )
+    except ValueError as error:
+      # TensorStore reports a failed write (no space left) as ValueError.
+      raise OSError(str(error)) from error
+
+  def wait(self) -> None:
+    """Waits for a save under way.
+
+    Raises:
+      OSError: it failed.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except ValueError as error:
+      raise OSError(str(error)) from error
+
+  def steps(self) -> list[int]:
+    """Returns the steps that can be restored, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def best_step(self) -> int | None:
+    """Returns the step of the lowest validation loss, None without any."""
+    losses = {}
+    for step in self._manager.all_steps():
+      metrics = self._manager.metrics(step)
+      if metrics:
+        losses[step] = metrics["loss"]
+    return min(losses, key=losses.__getitem__) if losses else None
+
+  def restore(self, step: int, like: Any) -> Any:
+    """Returns the state saved at a step.
+
+    Args:
+      step: One of `steps()`.
+      like: Tree of `jax.ShapeDtypeStruct` with shardings.
+    """
+    return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+
+  def restore_latest(self, like: Any) -> tuple[int, Any] | None:
+    """Returns the newest (step, state) that is intact, None if there is none.
+
+    A checkpoint that cannot be read is passed over with a warning and moved
+    to "damaged-<step>", so that its step can be written again.
+
+    Raises:
+      OSError: there are checkpoints, and none of them can be read.
+    """
+    damaged = []
+    for step in reversed(self.steps()):
+      try:
+        state = jax.block_until_ready(self.restore(step, like))
+      except Exception as error:  # Orbax and TensorStore raise many kinds.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        damaged.append((step, reason))
+        continue
+      for bad, reason in damaged:
+        _log.warning(
+          "checkpoint %d is damaged (%s); going back to %d", bad, reason, step
+        )
+        folder = os.path.join(self._folder, str(bad))
+        os.replace(folder, os.path.join(self._folder, f"damaged-{bad}"))
+      if damaged:
+        self._manager.reload()
+      return step, state
+    if damaged:
+      raise OSError(
+        f"none of the checkpoints in {self._folder} can be read; the newest, "
+        f"{damaged[0][0]}: {damaged[0][1]}"
+      )
+    return None

@@ -1,0 +1,324 @@
+"""Trains a run: data, model, optimizer, evaluation, checkpoints, result."""
+
+import contextlib
+import functools
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from folding import config as config_lib
+from folding.compression.accounting import account
+from folding.config import Config
+from folding.data.batches import Data, make_data
+from folding.data.tokenizers import load_tokenizer
+from folding.models.transformer import make_model
+from folding.schema import ConfigError, differences
+from folding.training import optimizer as optimizer_lib
+from folding.training import sharding
+from folding.training.checkpoint import Checkpoints
+from folding.training.evaluate import evaluate, make_eval_step
+from folding.training.metrics import MetricsWriter
+from folding.training.result import read_result, write_result
+from folding.training.step import TrainState, init_state, train_step
+
+
+class TrainingError(RuntimeError):
+  """Training cannot go on: the loss is not finite, or nothing can be saved."""
+
+
+class Run:
+  """What a run directory stands for: its config, data, model and optimizer.
+
+  Attributes:
+    config: Resolved.
+    data: Batches, tokenizer, labels.
+    mesh: Where arrays lie.
+    model: The Linen model.
+    tx: The optimizer, FPP included.
+    rules: What FPP prunes.
+    like: Shapes and shardings of the training state.
+    dense_params: Shapes of the dense twin's parameters.
+  """
+
+  def __init__(self, config: Config, data: Data):
+    self.config, self.data = config, data
+    self.mesh = sharding.make_mesh(config.mesh)
+    vocab_size = data.tokenizer.vocab_size
+    make = functools.partial(
+      make_model, vocab_size=vocab_size, num_classes=data.num_classes
+    )
+    self.model = make(config)
+    dense_config = config_lib.dense_twin(config)
+    dense_model = make(dense_config)
+    tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
+
+    def shapes(model):
+      return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+    self.dense_params = shapes(dense_model)
+    self.rules = optimizer_lib.make_rules(
+      config, shapes(self.model), self.dense_params
+    )
+    self.tx = optimizer_lib.make_optimizer(config, self.rules)
+    self._init = functools.partial(
+      init_state, self.model, self.tx, config.data.length, config.seed
+    )
+    try:
+      state = jax.eval_shape(self._init)
+    except ValueError as error:  # a rule does not fit the parameters
+      raise ConfigError(str(error)) from error
+    self.like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state,
+      sharding.tree_shardings(self.mesh, state),
+    )
+
+  @property
+  def state_shardings(self) -> TrainState:
+    """Shardings of the training state."""
+    return jax.tree.map(lambda x: x.sharding, self.like)
+
+  def init(self) -> TrainState:
+    """Returns the state before the first step, placed on the mesh."""
+    return jax.jit(self._init, out_shardings=self.state_shardings)()
+
+  def evaluate(self, params: Any, split: str, eval_step: Any) -> dict:
+    """Returns the figures of a split ("valid" or "test")."""
+    batches = self.data.eval_batches(split)
+    limit = self.config.train.eval_batches
+    if split == "valid" and limit is not None:
+      batches = (b for _, b in zip(range(limit), batches, strict=False))
+    num_bytes = None
+    if self.config.task == "lm":
+      num_bytes = self.data.num_bytes[split]
+    return evaluate(eval_step, params, batches, self.mesh, num_bytes=num_bytes)
+
+  def write_result(
+    self,
+    workdir: str,
+    state: TrainState,
+    seconds: float,
+    step: int,
+    test: dict[str, Any] | None = None,
+  ) -> None:
+    """Measures the parameters and writes `result.json`."""
+    params = jax.device_get(state.params)
+    tokens = step * self.config.data.batch_size * self.config.data.length
+    result = {
+      "finished": test is not None,
+      "steps": step,
+      "total_steps": self.config.train.steps,
+      "seconds": seconds,
+      "tokens_per_second": tokens / seconds,
+      "test": test,
+      **account(params, self.dense_params),
+    }
+    write_result(workdir, result)
+
+
+def run(config: Config, workdir: str) -> dict[str, Any]:
+  """Trains, or goes on training, in a run directory.
+
+  Args:
+    config: As a config file returns it; it is resolved here.
+    workdir: New, empty, or with a run of the same config.
+
+  Returns:
+    What `result.json` holds.
+
+  Raises:
+    ConfigError: a mistake in the config or the data; nothing was written.
+    TrainingError: the loss is not finite, or the disk is full.
+  """
+  config = config_lib.resolve(config)
+  config_path = os.path.join(workdir, "config.json")
+  tokenizer_path = os.path.join(workdir, "tokenizer.json")
+  tokenizer = None
+  if os.path.exists(config_path):
+    found = differences(config_lib.load(config_path), config)
+    if found:
+      raise ConfigError(
+        f"{workdir} holds a run of another config ({'; '.join(found)}); "
+        "choose another --workdir"
+      )
+    tokenizer = load_tokenizer(tokenizer_path)
+  data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
+  this = Run(config, data)
+  os.makedirs(workdir, exist_ok=True)
+  if tokenizer is None:
+    data.tokenizer.save(tokenizer_path)
+    config_lib.save(config, config_path)  # last: it marks the run as begun
+  with Checkpoints(workdir) as checkpoints:
+    try:
+      return _train(this, workdir, checkpoints)
+    except OSError as error:
+      kept = checkpoints.steps()
+      raise TrainingError(
+        f"cannot write to {workdir}: {str(error).splitlines()[0][:300]}; "
+        f"intact checkpoints: {', '.join(map(str, kept)) or 'none'}"
+      ) from error
+
+
+def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
+  config, t = run.config, run.config.train
+  restored = checkpoints.restore_latest(run.like)
+  first_step, state = restored if restored else (0, run.init())
+  steps = {
+    is_check: jax.jit(
+      functools.partial(
+        train_step,
+        model=run.model,
+        tx=run.tx,
+        rules=run.rules,
+        seed=config.seed,
+        label_smoothing=t.label_smoothing,
+        is_check=is_check,
+      ),
+      donate_argnums=0,
+      out_shardings=(run.state_shardings, None),
+    )
+    for is_check in (False, True)
+  }
+  eval_step = make_eval_step(run.model)
+  healed_at = optimizer_lib.check_steps(config)[1] + 1 if run.rules else 0
+
+  with (
+    MetricsWriter(workdir, config, first_step) as writer,
+    _stop_signal() as stopped,
+  ):
+    clock = _Clock(workdir, first_step)
+    log = _Log(run, writer, clock)
+    if restored:
+      writer.say(f"resumed at step {first_step} of {t.steps}")
+    batches = run.data.train_batches(first_step)
+    step = first_step
+    for step in range(first_step, t.steps + 1):
+      is_last = step == t.steps
+      due = is_last or (step % t.eval_every == 0 and step > 0)
+      if (due and step > first_step) or stopped():
+        log.flush()
+        loss = None
+        if due:
+          figures = run.evaluate(state.params, "valid", eval_step)
+          writer.write({"split": "valid", "step": step, **figures})
+          writer.say(_valid_line(step, figures))
+          if not math.isfinite(figures["loss"]):
+            raise TrainingError(f"the validation loss is not finite at {step}")
+          loss = figures["loss"] if step >= healed_at else None
+        checkpoints.save(step, state, loss)
+        run.write_result(workdir, state, clock.seconds(), step)
+        if stopped():
+          checkpoints.wait()
+          writer.say(f"stopped by a signal; saved at step {step} of {t.steps}")
+          return read_result(workdir)
+      if is_last:
+        break
+      batch = sharding.put_batch(run.mesh, next(batches))
+      is_check = bool(run.rules) and optimizer_lib.is_check(config, step)
+      state, metrics = steps[is_check](state, batch)
+      log.step(step + 1, metrics, batch)
+
+    checkpoints.wait()
+    best = checkpoints.best_step()
+    params = state.params
+    if best is not None and best != step:
+      state = checkpoints.restore(best, run.like)
+      params = state.params
+    test = run.evaluate(params, "test", eval_step) | {"checkpoint_step": best}
+    run.write_result(workdir, state, clock.seconds(), t.steps, test)
+    writer.say(_valid_line(t.steps, test, "test "))
+  return read_result(workdir)
+
+
+class _Clock:
+  """Seconds of training, over all the times a run was resumed."""
+
+  def __init__(self, workdir: str, first_step: int):
+    self._before = 0.0
+    if first_step and os.path.exists(os.path.join(workdir, "result.json")):
+      self._before = read_result(workdir)["seconds"]
+    self._start = time.monotonic()
+
+  def seconds(self) -> float:
+    return self._before + time.monotonic() - self._start
+
+
+class _Log:
+  """Fetches the metrics of a step after the next one is under way."""
+
+  def __init__(self, run: Run, writer: MetricsWriter, clock: _Clock):
+    self._run, self._writer, self._clock = run, writer, clock
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self._tokens = 0
+    self._since = time.monotonic()
+    self._counts: dict[str, float] = {}
+    self._size = sum(x.size for x in jax.tree.leaves(run.like.params))
+
+  def step(self, step: int, metrics: dict[str, jax.Array], batch: dict) -> None:
+    """Takes the metrics of a step; reports the ones taken before."""
+    self.flush()
+    self._tokens += batch["tokens"].size
+    self._pending = (step, metrics)
+
+  def flush(self) -> None:
+    """Checks what was taken last, and writes it where a record is due."""
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    if not math.isfinite(values["loss"]):
+      raise TrainingError(f"the loss is {values['loss']} at step {step}")
+    if "zero" in values:
+      self._counts = values
+    elif step % self._run.config.train.log_every and step > 1:
+      return
+    now = time.monotonic()
+    speed = self._tokens / max(now - self._since, 1e-9)
+    self._tokens, self._since = 0, now
+    record = {
+      "split": "train",
+      "step": step,
+      "loss": values["loss"],
+      "learning_rate": optimizer_lib.current_rate(self._run.config, step),
+      "tokens_per_second": speed,
+      "seconds": self._clock.seconds(),
+    }
+    if self._counts:
+      selected = self._counts["selected"]
+      idle = self._counts["frozen"] + self._counts["zero"]
+      record["sparsity"] = self._counts["zero"] / selected
+      record["frozen"] = self._counts["frozen"] / selected
+      record["trainable"] = int(self._size - idle)
+    self._writer.write(record)
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Any]:
+  """Yields a function that says whether SIGTERM has arrived."""
+  arrived = []
+  try:
+    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+  except ValueError:  # not the main thread (a notebook's worker, a test)
+    yield lambda: False
+    return
+  try:
+    yield lambda: bool(arrived)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _valid_line(step: int, figures: dict[str, Any], name: str = "valid") -> str:
+  text = f"step {step:>6,}  {name}  loss {figures['loss']:.4f}"
+  if "accuracy" in figures:
+    return text + f"  accuracy {figures['accuracy']:.2%}"
+  return text + (
+    f"  perplexity {figures['perplexity']:.2f}"
+    f"  bits per byte {figures['bits_per_byte']:.4f}"
+  )

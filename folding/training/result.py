@@ -1,0 +1,52 @@
+"""`result.json`: what came out of a run, with where and by what it was made."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+import jax
+
+_PACKAGES = ("folding", "jax", "flax", "optax")
+
+
+def write_result(workdir: str, result: dict[str, Any]) -> None:
+  """Writes figures and their provenance, whole or not at all."""
+  device = jax.devices()[0]
+  versions = {name: metadata.version(name) for name in _PACKAGES}
+  record = {
+    "schema": 1,
+    "device": f"{device.device_kind} x{len(jax.devices())} "
+    f"({platform.machine()}, {os.cpu_count()} cores)",
+    "versions": {**versions, "python": platform.python_version()},
+    "commit": _commit(),
+    **result,
+  }
+  path = os.path.join(workdir, "result.json")
+  with open(path + ".new", "w", encoding="utf-8") as file:
+    json.dump(record, file, indent=1)
+  os.replace(path + ".new", path)
+
+
+def read_result(workdir: str) -> dict[str, Any]:
+  """Returns what `write_result` wrote."""
+  with open(os.path.join(workdir, "result.json"), encoding="utf-8") as file:
+    return json.load(file)
+
+
+def _commit() -> str | None:
+  """Returns the commit of the source tree, if it is one."""
+  folder = os.path.dirname(os.path.abspath(__file__))
+  try:
+    found = subprocess.run(
+      ["git", "-C", folder, "rev-parse", "--short=12", "HEAD"],
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=True,
+    )
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return found.stdout.strip()

@@ -1,0 +1,140 @@
+import json
+import pathlib
+
+import pytest
+from scipy import stats
+
+from folding import schema
+from folding.reporting import runs
+from tests.reporting import synthetic_run
+
+
+@pytest.mark.parametrize(
+  ("right", "num"),
+  [(0, 10), (10, 10), (1, 3), (434, 500), (9999, 10000)],
+)
+def test_wilson_is_that_of_scipy(right, num):
+  expected = stats.binomtest(right, num).proportion_ci(method="wilson")
+  low, high = runs.wilson(right / num, num)
+  assert low == pytest.approx(expected.low, abs=1e-12)
+  assert high == pytest.approx(expected.high, abs=1e-12)
+
+
+def test_load_run_reads_what_was_written(tmp_path):
+  config = synthetic_run.config(seed=7)
+  run = runs.load_run(synthetic_run.write(tmp_path / "a", config))
+  assert run.name == "a"
+  assert run.config == config
+  assert [r["step"] for r in run.train] == list(range(20, 601, 20))
+  assert [r["step"] for r in run.valid] == list(range(100, 601, 100))
+  assert run.test == runs.LmTest(**synthetic_run.LM_TEST)
+  # q of the default model, 128 x 128, folded to one group in 16 heads.
+  assert run.result.layers[1].dense == 16384
+  assert run.result.layers[1].compression == 1 - 2048 / 16384
+
+
+def test_a_slash_at_the_end_is_no_part_of_the_name(tmp_path):
+  workdir = synthetic_run.write(tmp_path / "a")
+  assert runs.load_run(workdir + "/").name == "a"
+
+
+@pytest.mark.parametrize(
+  "name", ["config.json", "metrics.jsonl", "result.json"]
+)
+def test_a_missing_file_is_named(tmp_path, name):
+  workdir = synthetic_run.write(tmp_path / "a")
+  (tmp_path / "a" / name).unlink()
+  with pytest.raises(schema.ConfigError, match=f"has no {name}"):
+    runs.load_run(workdir)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+  with pytest.raises(schema.ConfigError, match="no run directory.*nowhere"):
+    runs.load_run(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_damaged_json_is_named(tmp_path, name, content):
+  workdir = synthetic_run.write(tmp_path / "a")
+  (tmp_path / "a" / name).write_text(content)
+  with pytest.raises(schema.ConfigError, match=f"{name}.* is damaged"):
+    runs.load_run(workdir)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"schema": 2}, "schema 2; this version reads schema 1"),
+    ({"total_steps": "many"}, "total_steps must be int"),
+    ({"parameters": {}}, "parameters is damaged: it has no 'qkv'"),
+    ({"layers": [{"path": "x"}]}, r"layers\[0\].*has no 'group'"),
+    ({"test": {"loss": 1.0}}, "test of result.json.*has no 'bits_per_byte'"),
+  ],
+)
+def test_a_wrong_result_says_what_is_wrong(tmp_path, change, message):
+  workdir = synthetic_run.write(tmp_path / "a", **change)
+  with pytest.raises(schema.ConfigError, match=message):
+    runs.load_run(workdir)
+
+
+def test_fields_of_a_later_writer_are_ignored(tmp_path):
+  workdir = synthetic_run.write(tmp_path / "a", later="?")
+  assert runs.load_run(workdir).result.steps == 600
+
+
+def _append(workdir: str, text: str) -> None:
+  with open(pathlib.Path(workdir) / "metrics.jsonl", "a") as file:
+    file.write(text)
+
+
+@pytest.mark.parametrize("torn", ['{"split": "tr', "{", '{"split": "train"}'])
+def test_a_torn_last_line_is_ignored(tmp_path, torn):
+  workdir = synthetic_run.write(tmp_path / "a")
+  before = runs.load_run(workdir)
+  _append(workdir, torn)
+  assert runs.load_run(workdir) == before
+
+
+def test_a_damaged_line_in_the_middle_is_not_ignored(tmp_path):
+  workdir = synthetic_run.write(tmp_path / "a", steps=40)
+  _append(workdir, '{"split": "tr\n{"split": "train", "step": 60, "loss": 1}\n')
+  with pytest.raises(schema.ConfigError, match="damaged at line 3"):
+    runs.load_run(workdir)
+
+
+def test_a_step_measured_again_after_resuming_counts_once(tmp_path):
+  workdir = synthetic_run.write(tmp_path / "a", steps=60)
+  again = {"split": "train", "step": 40, "loss": 1.5}
+  _append(workdir, json.dumps(again) + "\n")
+  run = runs.load_run(workdir)
+  assert [r["step"] for r in run.train] == [20, 40, 60]
+  assert run.train[1] == again
+
+
+def test_a_test_figure_before_the_end_is_not_believed(tmp_path):
+  workdir = synthetic_run.write(
+    tmp_path / "a", steps=300, test=synthetic_run.LM_TEST
+  )
+  assert runs.load_run(workdir).test is None
+
+
+def test_masks_count_only_where_they_are_asked_for():
+  count = runs.Count(dense=1000, stored=200, masks=50)
+  assert count.compression == pytest.approx(0.8)
+  assert count.compression_with_masks == pytest.approx(0.75)
+  assert runs.Count(dense=0, stored=0).compression is None
+
+
+def test_write_file_leaves_the_old_file_where_it_fails(tmp_path, monkeypatch):
+  path = tmp_path / "page"
+  runs.write_file(str(path), "old")
+
+  def fail(*_):
+    raise OSError("disk full")
+
+  monkeypatch.setattr("os.replace", fail)
+  with pytest.raises(OSError, match="disk full"):
+    runs.write_file(str(path), "new")
+  assert path.read_text() == "old"
+  assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,65 @@
+import pytest
+
+from folding import cli
+from tests.reporting import synthetic_run
+
+
+def _one_error_line(capsys) -> str:
+  out, err = capsys.readouterr()
+  assert out == ""
+  assert err.endswith("\n")
+  (line,) = err.splitlines()
+  assert line.startswith("folding: error: ")
+  return line
+
+
+def test_report_writes_the_page_and_prints_the_summary(tmp_path, capsys):
+  workdir = synthetic_run.write(tmp_path / "a")
+  assert cli.main(["report", workdir]) == 0
+  out = capsys.readouterr().out
+  assert "reaches 1.903 bits per byte (perplexity 18.20" in out
+  assert f"The report is in {workdir}/report.md" in out
+  assert (tmp_path / "a" / "report.md").is_file()
+
+
+def test_compare_prints_the_table(tmp_path, capsys):
+  dense = synthetic_run.config(dense=True)
+  workdirs = [
+    synthetic_run.write(tmp_path / "dense", dense),
+    synthetic_run.write(tmp_path / "paper"),
+  ]
+  output = str(tmp_path / "out")
+  assert cli.main(["compare", *workdirs, "--output", output]) == 0
+  out = capsys.readouterr().out
+  assert (tmp_path / "out" / "compare.md").read_text() in out
+  assert "920,704" in out
+
+
+@pytest.mark.parametrize("verb", ["report", "compare"])
+def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys, verb):
+  assert cli.main([verb, str(tmp_path)]) == 2
+  assert "has no config.json" in _one_error_line(capsys)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+  workdir = synthetic_run.write(tmp_path / "a")
+  (tmp_path / "file").write_text("")
+  output = str(tmp_path / "file" / "out")
+  assert cli.main(["compare", workdir, "--output", output]) == 2
+  assert "Not a directory" in _one_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    ([], "VERB"),
+    (["fold"], "invalid choice: 'fold'"),
+    (["report"], "RUN"),
+    (["report", "a", "--fast"], "unrecognized arguments: --fast"),
+  ],
+)
+def test_a_wrong_argument_is_one_line(capsys, argv, message):
+  with pytest.raises(SystemExit) as stop:
+    cli.main(argv)
+  assert stop.value.code == 2
+  assert message in _one_error_line(capsys)
