@@ -5,22 +5,35 @@ what it needs when it is called, so that `folding --help` is quick.
 """
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from folding import schema
 
 
 def report(args: argparse.Namespace) -> None:
   """Writes the report of a run, and prints its summary."""
+  show_report(args.run)
+
+
+def show_report(workdir: str) -> None:
+  """Writes the report of a run, and prints its summary."""
   from folding.reporting import pages
   from folding.reporting import report as report_lib
 
-  report_lib.write_report(args.run)
-  print(pages.summary(report_lib.load_run(args.run)).replace("**", ""))
-  print(f"The report is in {os.path.join(args.run, 'report.md')}")
+  report_lib.write_report(workdir)
+  print(pages.summary(report_lib.load_run(workdir)).replace("**", ""))
+  print(f"The report is in {os.path.join(workdir, 'report.md')}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+  """Prints the figures of a run's best checkpoint on a split, as JSON."""
+  from folding.training import loop
+
+  print(json.dumps(loop.evaluate_run(args.run, args.split)))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -44,11 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: The arguments after the program's name; None: those of the process.
   """
   args = _parser().parse_args(argv)
+  return exit_status(lambda: args.call(args))
+
+
+def exit_status(call: Callable[[], Any]) -> int:
+  """Returns 0 after a call, or what its error stands for, told in one line.
+
+  2 is a mistake of the user; 1 is training that cannot go on.
+  """
   try:
-    args.call(args)
+    call()
   except (schema.ConfigError, OSError) as error:
     _print_error(str(error))
     return 2
+  except schema.TrainingError as error:
+    _print_error(str(error))
+    return 1
   return 0
 
 
@@ -67,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
   verb = verbs.add_parser("report", help="write the report of a run")
   verb.add_argument("run", metavar="RUN", help="a run directory")
   verb.set_defaults(call=report)
+
+  verb = verbs.add_parser("evaluate", help="test a run's best checkpoint")
+  verb.add_argument("run", metavar="RUN", help="a run directory")
+  verb.add_argument(
+    "--split", choices=("valid", "test"), default="test", help="of the data"
+  )
+  verb.set_defaults(call=evaluate)
 
   verb = verbs.add_parser("compare", help="show runs side by side")
   verb.add_argument(

@@ -11,6 +11,10 @@ class ConfigError(ValueError):
   """A mistake in a configuration or its input; shown to users as one line."""
 
 
+class TrainingError(RuntimeError):
+  """Training cannot go on: the loss is not finite, or nothing can be saved."""
+
+
 def require(condition: bool, message: str) -> None:
   """Raises `ConfigError` with the message unless the condition holds."""
   if not condition:
@@ -33,15 +37,15 @@ def _differences(a: Any, b: Any, prefix: str) -> list[str]:
   ]
 
 
-def field_names(kind: type, prefix: str = "") -> list[str]:
-  """Returns every settable field as a dotted name."""
-  names = []
+def fields(kind: type, prefix: str = "") -> dict[str, Any]:
+  """Returns {dotted name: type} of every settable field."""
+  found: dict[str, Any] = {}
   for name, hint in typing.get_type_hints(kind).items():
     if dataclasses.is_dataclass(hint):
-      names += field_names(hint, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+      found |= fields(hint, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
     else:
-      names.append(prefix + name)
-  return names
+      found[prefix + name] = hint
+  return found
 
 
 def build(kind: type, values: dict[str, Any], where: str) -> Any:

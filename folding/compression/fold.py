@@ -49,7 +49,7 @@ def fold(
 
   The inverse of `unfold`, bit for bit: rows of a group must be identical and
   W_V exactly block-diagonal. (Zero groups or a zero block leave W_Q and W_K,
-  or W_V, dense.)
+  or W_V, dense.) What is folded already stays as it is.
 
   Args:
     params: A tree of dicts with dense attention layers anywhere in it.
@@ -154,6 +154,13 @@ def _first_of(w: jax.Array, groups: int, axis: int, name: str) -> jax.Array:
 
 
 def _fold_value(projection: Params, block: int, name: str) -> Params:
+  if "diagonal" in projection:
+    w = projection["diagonal"]
+    if w.shape[-1] != block:
+      raise ValueError(
+        f"{name}: it is folded already, to blocks of {w.shape[-1]}, not {block}"
+      )
+    return projection
   w = projection["kernel"]
   D, H, K = w.shape
   if H * K != D or D % block:

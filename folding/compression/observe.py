@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import scope
 
 from folding import paths
 
@@ -23,7 +24,8 @@ def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
   I..., over all tokens of the call; for an embedding, whose input is one-hot,
   it is how often each token was used, as a fraction, of shape [V]. Inside
   `jit` it is an ordinary output; the order in which layers are called, remat
-  and sharding do not matter. A layer called twice is averaged.
+  and sharding do not matter. A layer called twice is averaged. Layers inside
+  `nn.scan` or `nn.vmap`, and those with `batch_dims`, have no statistics.
 
   Args:
     apply: `model.apply` of a Linen module.
@@ -45,15 +47,17 @@ def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
 
   def observed(variables, *args, keep=None, mutable=False, **kwargs):
     def intercept(next_fun, args_in, kwargs_in, context):
-      _record(context, args_in, keep)
+      inputs = args_in[0] if args_in else kwargs_in.get("inputs")
+      if inputs is not None:
+        _record(context, inputs, keep)
       return next_fun(*args_in, **kwargs_in)
 
-    wanted = [] if mutable is False else [mutable]
-    if isinstance(mutable, (list, tuple)):
-      wanted = list(mutable)
     with nn.intercept_methods(intercept):
       out, mutated = apply(
-        variables, *args, mutable=[*wanted, _COLLECTION], **kwargs
+        variables,
+        *args,
+        mutable=scope.union_filters(mutable, _COLLECTION),
+        **kwargs,
       )
     mutated = dict(mutated)
     stats = paths.flatten(
@@ -68,18 +72,18 @@ def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
   return observed
 
 
-def _record(context: Any, args: tuple[Any, ...], keep: Any) -> None:
+def _record(context: Any, inputs: Any, keep: Any) -> None:
   """Sows the mean square of a layer's input under its parameter's name."""
   module = context.module
-  if context.method_name != "__call__" or not args:
+  if context.method_name != "__call__" or getattr(module, "batch_dims", ()):
     return
   if isinstance(module, nn.Embed):
-    weight = _token_weight(args[0].shape, keep)
+    weight = _token_weight(inputs.shape, keep)
     count_V = jnp.zeros(module.num_embeddings, jnp.float32)
-    count_V = count_V.at[args[0].reshape(-1)].add(weight.reshape(-1))
+    count_V = count_V.at[inputs.reshape(-1)].add(weight.reshape(-1))
     name, value = "embedding", count_V / jnp.maximum(weight.sum(), 1)
   elif isinstance(module, (nn.Dense, nn.DenseGeneral)):
-    x = args[0].astype(jnp.float32)
+    x = inputs.astype(jnp.float32)
     axes = getattr(module, "axis", -1)
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))

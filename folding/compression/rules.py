@@ -139,10 +139,11 @@ def _make_site(
 ) -> Site:
   shape: tuple[int, ...] = tuple(leaves[name].shape)
   ndim = len(shape)
-  if ndim < 2 and rule.granularity != "weight":
+  if ndim < (1 if rule.granularity == "weight" else 2):
     raise ValueError(
-      f"granularity {rule.granularity!r} needs a matrix; {name!r} has shape "
-      f"{shape}"
+      f"granularity {rule.granularity!r} needs "
+      f"{'a vector' if rule.granularity == 'weight' else 'a matrix'}; {name!r} "
+      f"has shape {shape}"
     )
   if rule.granularity == "row":
     return Site(name, index, shape[:1], {name: 0})
@@ -151,16 +152,23 @@ def _make_site(
     match = re.fullmatch(rule.pattern, name)
     assert match is not None
     for template, axis in rule.tied.items():
-      other = match.expand(template)
+      try:
+        other = match.expand(template)
+      except (re.error, IndexError) as error:
+        raise ValueError(
+          f"rule {rule.pattern!r} ties {template!r}, which does not expand: "
+          f"{error}"
+        ) from None
       if other not in leaves:
         raise ValueError(
           f"rule {rule.pattern!r} ties {other!r} to {name!r}, but there is no "
           "such parameter"
         )
-      if leaves[other].shape[axis] != shape[-1]:
+      sizes = tuple(leaves[other].shape)
+      if not -len(sizes) <= axis < len(sizes) or sizes[axis] != shape[-1]:
         raise ValueError(
-          f"axis {axis} of {other!r} {tuple(leaves[other].shape)} does not "
-          f"index the {shape[-1]} neurons of {name!r}"
+          f"axis {axis} of {other!r} {sizes} does not index the {shape[-1]} "
+          f"neurons of {name!r}"
         )
       members[other] = axis
     return Site(name, index, shape[-1:], members)

@@ -97,7 +97,8 @@ def verified(
   tolerance: float,
 ) -> dict[str, jax.Array]:
   """Returns as many candidates as hold the loss, lowest scores first."""
-  bound = (value_fn(params) if value is None else value) * (1 + tolerance)
+  present = value_fn(params) if value is None else value
+  bound = present + tolerance * jnp.abs(present)  # a loss may be negative
 
   def share(trial):
     # After the last trial nothing is zeroed at all.

@@ -91,7 +91,7 @@ def _heat(
         axes.text(
           x,
           y,
-          f"{math.floor(100 * value + 1e-9)}",
+          _whole_percent(value),
           ha="center",
           va="center",
           fontsize=fontsize,
@@ -126,3 +126,8 @@ def _row_names(axes: Any, rows: list[tuple[str, str]]) -> None:
   outer.tick_params(length=0)
   for ys in list(groups.values())[1:]:
     axes.axhline(ys[0] - 0.5, color="white", linewidth=8)
+
+
+def _whole_percent(value: float) -> str:
+  """Returns a rounded percentage; 100 is only what is wholly gone."""
+  return "100" if value == 1 else str(min(round(100 * value), 99))

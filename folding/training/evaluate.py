@@ -30,7 +30,7 @@ def evaluate(
   batches: Iterable[Mapping[str, np.ndarray]],
   mesh: Mesh,
   *,
-  num_bytes: int | None = None,
+  num_bytes: float | None = None,
 ) -> dict[str, float]:
   """Returns the figures of a split.
 

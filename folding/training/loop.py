@@ -1,12 +1,9 @@
 """Trains a run: data, model, optimizer, evaluation, checkpoints, result."""
 
-import contextlib
 import functools
+import itertools
 import math
 import os
-import signal
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,18 +15,15 @@ from folding.config import Config
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import load_tokenizer
 from folding.models.transformer import make_model
-from folding.schema import ConfigError, differences
+from folding.schema import ConfigError, TrainingError, differences
 from folding.training import optimizer as optimizer_lib
 from folding.training import sharding
 from folding.training.checkpoint import Checkpoints
 from folding.training.evaluate import evaluate, make_eval_step
 from folding.training.metrics import MetricsWriter
+from folding.training.progress import Clock, StepLog, stop_signal
 from folding.training.result import read_result, write_result
 from folding.training.step import TrainState, init_state, train_step
-
-
-class TrainingError(RuntimeError):
-  """Training cannot go on: the loss is not finite, or nothing can be saved."""
 
 
 class Run:
@@ -80,6 +74,11 @@ class Run:
     )
 
   @property
+  def num_parameters(self) -> int:
+    """Number of parameters, zeros included."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(self.like.params))
+
+  @property
   def state_shardings(self) -> TrainState:
     """Shardings of the training state."""
     return jax.tree.map(lambda x: x.sharding, self.like)
@@ -89,14 +88,20 @@ class Run:
     return jax.jit(self._init, out_shardings=self.state_shardings)()
 
   def evaluate(self, params: Any, split: str, eval_step: Any) -> dict:
-    """Returns the figures of a split ("valid" or "test")."""
-    batches = self.data.eval_batches(split)
-    limit = self.config.train.eval_batches
+    """Returns the figures of a split ("valid" or "test").
+
+    With `train.eval_batches`, those of the start of "valid", its bytes taken
+    as the same share of the split's.
+    """
+    data, limit = self.data, self.config.train.eval_batches
+    batches, share = data.eval_batches(split), 1.0
     if split == "valid" and limit is not None:
-      batches = (b for _, b in zip(range(limit), batches, strict=False))
+      batches = itertools.islice(batches, limit)
+      seen = limit * self.config.data.eval_batch_size
+      share = min(1.0, seen / data.num_examples[split])
     num_bytes = None
     if self.config.task == "lm":
-      num_bytes = self.data.num_bytes[split]
+      num_bytes = share * data.num_bytes[split]
     return evaluate(eval_step, params, batches, self.mesh, num_bytes=num_bytes)
 
   def write_result(
@@ -104,18 +109,18 @@ class Run:
     workdir: str,
     state: TrainState,
     seconds: float,
+    speed: float,
     step: int,
     test: dict[str, Any] | None = None,
   ) -> None:
     """Measures the parameters and writes `result.json`."""
     params = jax.device_get(state.params)
-    tokens = step * self.config.data.batch_size * self.config.data.length
     result = {
       "finished": test is not None,
       "steps": step,
       "total_steps": self.config.train.steps,
       "seconds": seconds,
-      "tokens_per_second": tokens / seconds,
+      "tokens_per_second": speed,
       "test": test,
       **account(params, self.dense_params),
     }
@@ -165,6 +170,40 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       ) from error
 
 
+def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
+  """Returns the figures of a run's best checkpoint, else of its newest.
+
+  Raises:
+    ConfigError: there is no run, or it has no checkpoint yet.
+  """
+  this, checkpoints = open_run(workdir)
+  with checkpoints:
+    step = checkpoints.best_step()
+    if step is None:
+      found = checkpoints.restore_latest(this.like)
+      if found is None:
+        raise ConfigError(f"{workdir} has no checkpoint yet")
+      step, state = found
+    else:
+      state = checkpoints.restore(step, this.like)
+  figures = this.evaluate(state.params, split, make_eval_step(this.model))
+  return {"split": split, "checkpoint_step": step, **figures}
+
+
+def open_run(workdir: str) -> tuple[Run, Checkpoints]:
+  """Returns what a run directory stands for, and its checkpoints.
+
+  Raises:
+    ConfigError: it is no run directory.
+  """
+  config_path = os.path.join(workdir, "config.json")
+  if not os.path.exists(config_path):
+    raise ConfigError(f"{workdir} is no run: it has no config.json")
+  config = config_lib.load(config_path)
+  tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
+  return Run(config, make_data(config, tokenizer)), Checkpoints(workdir)
+
+
 def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
   config, t = run.config, run.config.train
   restored = checkpoints.restore_latest(run.like)
@@ -190,10 +229,10 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
 
   with (
     MetricsWriter(workdir, config, first_step) as writer,
-    _stop_signal() as stopped,
+    stop_signal() as stopped,
   ):
-    clock = _Clock(workdir, first_step)
-    log = _Log(run, writer, clock)
+    clock = Clock(workdir, first_step)
+    log = StepLog(run.config, run.num_parameters, writer, clock)
     if restored:
       writer.say(f"resumed at step {first_step} of {t.steps}")
     batches = run.data.train_batches(first_step)
@@ -212,11 +251,12 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
             raise TrainingError(f"the validation loss is not finite at {step}")
           loss = figures["loss"] if step >= healed_at else None
         checkpoints.save(step, state, loss)
-        run.write_result(workdir, state, clock.seconds(), step)
+        run.write_result(workdir, state, clock.seconds(), log.speed(), step)
         if stopped():
           checkpoints.wait()
           writer.say(f"stopped by a signal; saved at step {step} of {t.steps}")
           return read_result(workdir)
+        log.restart()
       if is_last:
         break
       batch = sharding.put_batch(run.mesh, next(batches))
@@ -231,87 +271,11 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
       state = checkpoints.restore(best, run.like)
       params = state.params
     test = run.evaluate(params, "test", eval_step) | {"checkpoint_step": best}
-    run.write_result(workdir, state, clock.seconds(), t.steps, test)
+    run.write_result(
+      workdir, state, clock.seconds(), log.speed(), t.steps, test
+    )
     writer.say(_valid_line(t.steps, test, "test "))
   return read_result(workdir)
-
-
-class _Clock:
-  """Seconds of training, over all the times a run was resumed."""
-
-  def __init__(self, workdir: str, first_step: int):
-    self._before = 0.0
-    if first_step and os.path.exists(os.path.join(workdir, "result.json")):
-      self._before = read_result(workdir)["seconds"]
-    self._start = time.monotonic()
-
-  def seconds(self) -> float:
-    return self._before + time.monotonic() - self._start
-
-
-class _Log:
-  """Fetches the metrics of a step after the next one is under way."""
-
-  def __init__(self, run: Run, writer: MetricsWriter, clock: _Clock):
-    self._run, self._writer, self._clock = run, writer, clock
-    self._pending: tuple[int, dict[str, jax.Array]] | None = None
-    self._tokens = 0
-    self._since = time.monotonic()
-    self._counts: dict[str, float] = {}
-    self._size = sum(x.size for x in jax.tree.leaves(run.like.params))
-
-  def step(self, step: int, metrics: dict[str, jax.Array], batch: dict) -> None:
-    """Takes the metrics of a step; reports the ones taken before."""
-    self.flush()
-    self._tokens += batch["tokens"].size
-    self._pending = (step, metrics)
-
-  def flush(self) -> None:
-    """Checks what was taken last, and writes it where a record is due."""
-    if self._pending is None:
-      return
-    step, metrics = self._pending
-    self._pending = None
-    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    if not math.isfinite(values["loss"]):
-      raise TrainingError(f"the loss is {values['loss']} at step {step}")
-    if "zero" in values:
-      self._counts = values
-    elif step % self._run.config.train.log_every and step > 1:
-      return
-    now = time.monotonic()
-    speed = self._tokens / max(now - self._since, 1e-9)
-    self._tokens, self._since = 0, now
-    record = {
-      "split": "train",
-      "step": step,
-      "loss": values["loss"],
-      "learning_rate": optimizer_lib.current_rate(self._run.config, step),
-      "tokens_per_second": speed,
-      "seconds": self._clock.seconds(),
-    }
-    if self._counts:
-      selected = self._counts["selected"]
-      idle = self._counts["frozen"] + self._counts["zero"]
-      record["sparsity"] = self._counts["zero"] / selected
-      record["frozen"] = self._counts["frozen"] / selected
-      record["trainable"] = int(self._size - idle)
-    self._writer.write(record)
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Any]:
-  """Yields a function that says whether SIGTERM has arrived."""
-  arrived = []
-  try:
-    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
-  except ValueError:  # not the main thread (a notebook's worker, a test)
-    yield lambda: False
-    return
-  try:
-    yield lambda: bool(arrived)
-  finally:
-    signal.signal(signal.SIGTERM, before)
 
 
 def _valid_line(step: int, figures: dict[str, Any], name: str = "valid") -> str:

@@ -25,7 +25,7 @@ class MetricsWriter:
     with open(replacement, "w", encoding="utf-8") as file:
       file.writelines(json.dumps(record) + "\n" for record in kept)
     os.replace(replacement, self._path)
-    self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    self._file = open(self._path, "a", encoding="utf-8")
     self._board = None
     if config.train.tensorboard:
       # Imported here: it takes time and is only needed where it is used.

@@ -5,7 +5,7 @@ are. Axes: "data" splits batches; "fsdp" splits batches, and also parameters
 and all that is shaped like them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,7 @@ from folding.schema import ConfigError
 _SMALLEST = 2**12  # elements; smaller arrays are not worth splitting
 
 
-def make_mesh(
-  config: MeshConfig, devices: list[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """Returns the mesh of a config over the devices (None: all).
 
   Raises:

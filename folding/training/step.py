@@ -1,13 +1,13 @@
 """The training step: pure, jitted, with donated state."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from folding.compression.fpp import fpp_counts
+from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.rules import Rule
 from folding.training import losses
@@ -102,7 +102,7 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   metrics = {"loss": nats}
   if is_check and rules:
-    metrics |= fpp_counts(rules, opt_state, params)
+    metrics |= fpp_counts(rules, cast(FPPState, opt_state), params)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -1,0 +1,1 @@
+"""Ratios within one run; each is `python -m benchmarks.NAME [--json]`."""

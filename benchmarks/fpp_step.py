@@ -1,0 +1,115 @@
+"""What a training step costs with FPP, over the same step without.
+
+    python -m benchmarks.fpp_step [--rounds=40] [--json]
+
+The same folded model and AdamW, on the same batch; `bare` has no FPP, `held`
+is FPP between two checks, `check` is a step in which FPP gathers statistics
+and decides anew. A run takes a check every few dozen steps: `ratio` weighs the
+two by how often they come in the quickstart.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+
+import jax
+import numpy as np
+
+from benchmarks import timing
+from configs import quickstart
+from folding import config as config_lib
+from folding.models.transformer import make_model
+from folding.training import optimizer as optimizer_lib
+from folding.training.step import init_state, train_step
+
+
+def measure(rounds: int) -> dict:
+  """Returns seconds and ratios."""
+  config = config_lib.resolve(quickstart.get_config())
+  vocab_size, d = config.data.vocab_size, config.data
+  model = make_model(config, vocab_size)
+  tokens = np.random.default_rng(0).integers(
+    0, vocab_size, (d.batch_size, d.length + 1), dtype=np.int32
+  )
+  batch = {
+    "tokens": jax.numpy.asarray(tokens[:, :-1]),
+    "targets": jax.numpy.asarray(tokens[:, 1:]),
+    "weights": jax.numpy.ones((d.batch_size, d.length)),
+  }
+  abstract = jax.eval_shape(model.init, jax.random.key(0), batch["tokens"])
+  rules = optimizer_lib.make_rules(
+    config, abstract["params"], abstract["params"]
+  )
+  calls = {
+    "bare": _stepper(config, model, [], batch, is_check=False),
+    "check": _stepper(config, model, rules, batch, is_check=True),
+    "held": _stepper(config, model, rules, batch, is_check=False),
+  }
+  seconds = timing.time_in_turn(calls, rounds)
+  begin, end, every = optimizer_lib.check_steps(config)
+  share = ((end - begin) // every + 1) / config.train.steps
+  held = timing.ratio(seconds["held"], seconds["bare"])
+  check = timing.ratio(seconds["check"], seconds["bare"])
+  return {
+    "ratio": share * check["ratio"] + (1 - share) * held["ratio"],
+    "held": held,
+    "check": check,
+    "checks_per_step": share,
+    "seconds": {n: statistics.median(s) for n, s in seconds.items()},
+    "rounds": rounds,
+    "device": jax.devices()[0].device_kind,
+  }
+
+
+def _stepper(config, model, rules, batch, is_check):
+  """Returns a call that takes one step; in the middle of the ramp."""
+  tx = optimizer_lib.make_optimizer(config, rules)
+  state = init_state(model, tx, config.data.length, config.seed)
+  begin, end, every = optimizer_lib.check_steps(config)
+  middle = begin + (end - begin) // every // 2 * every
+  step = jax.jit(
+    functools.partial(
+      train_step,
+      model=model,
+      tx=tx,
+      rules=rules,
+      seed=config.seed,
+      label_smoothing=0.0,
+      is_check=is_check,
+    )
+  )
+  # Held steps start one after a check; each call repeats the same step.
+  at = middle if is_check else middle + 1
+  state = state._replace(opt_state=state.opt_state._replace(step=np.int32(at)))
+  return lambda: jax.block_until_ready(step(state, batch))
+
+
+def main() -> None:
+  """Prints a table, and with --json one object as the last line."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rounds", type=int, default=40)
+  parser.add_argument("--json", action="store_true")
+  args = parser.parse_args()
+  result = measure(args.rounds)
+  timing.show(
+    "A training step with FPP over one without",
+    ["step", "milliseconds", "ratio", "quartiles"],
+    [
+      [
+        name,
+        f"{1e3 * result['seconds'][name]:.1f}",
+        f"{result[name]['ratio']:.3f}",
+        f"{result[name]['ratio_low']:.3f} to {result[name]['ratio_high']:.3f}",
+      ]
+      for name in ("held", "check")
+    ]
+    + [["bare", f"{1e3 * result['seconds']['bare']:.1f}", "1", ""]],
+  )
+  print(f"weighed by how often checks come: {result['ratio']:.3f}")
+  if args.json:
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+  main()

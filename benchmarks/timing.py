@@ -1,0 +1,45 @@
+"""Times alternatives in turn, so that a drift of the machine hits all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import rich.console
+import rich.table
+
+
+def time_in_turn(
+  calls: Mapping[str, Callable[[], None]], rounds: int
+) -> dict[str, list[float]]:
+  """Returns seconds of each call, a round after another, after one warm-up.
+
+  The order turns round every other time, so that no call always comes first.
+  """
+  for call in calls.values():
+    call()
+  seconds: dict[str, list[float]] = {name: [] for name in calls}
+  for index in range(rounds):
+    for name in sorted(calls, reverse=bool(index % 2)):
+      start = time.perf_counter()
+      calls[name]()
+      seconds[name].append(time.perf_counter() - start)
+  return seconds
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict:
+  """Returns the median ratio of pairs of one round, and its quartiles."""
+  ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+  low, middle, high = statistics.quantiles(ratios, n=4)
+  return {"ratio": middle, "ratio_low": low, "ratio_high": high}
+
+
+def show(
+  title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+  """Prints a table."""
+  table = rich.table.Table(title=title)
+  for index, name in enumerate(header):
+    table.add_column(name, justify="left" if index == 0 else "right")
+  for row in rows:
+    table.add_row(*row)
+  rich.console.Console().print(table)

@@ -1,0 +1,33 @@
+"""Text classification: `--config=configs/classify.py:NAME`.
+
+NAME is python_stdlib, trec, ag_news_subset, imdb_reviews,
+yelp_polarity_reviews, glue/sst2, glue/cola, sentiment140, clinc_oos, any other
+TFDS name with a text and a label, or the path of a .tsv, .csv or .jsonl file or
+of a folder with {train,valid,test} of these.
+
+Run:     python train.py --config=configs/classify.py:trec --workdir=RUN
+Less:    add --config.preset=moderate (30% smaller), --config.dense=True
+"""
+
+import os
+
+from folding import config as c
+
+
+def get_config(name: str = "python_stdlib") -> c.Config:
+  """Returns the configuration for a data set."""
+  data = c.DataConfig(vocab_size=4096, length=64, batch_size=64)
+  if os.path.exists(name):
+    data.path = name
+  else:
+    data.name = name
+  return c.Config(
+    task="classify",
+    data=data,
+    model=c.ModelConfig(
+      num_layers=2, width=128, num_heads=16, causal=False, dropout=0.2
+    ),
+    train=c.TrainConfig(
+      steps=1000, learning_rate=1e-3, eval_every=50, weight_decay=0.1
+    ),
+  )

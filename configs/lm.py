@@ -1,0 +1,30 @@
+"""Language modelling: `--config=configs/lm.py:NAME`.
+
+NAME is python_stdlib, tiny_shakespeare, lm1b, wiki40b, any other TFDS name
+with a text field, or the path of a .txt file or of a folder with
+{train,valid,test}.txt.
+
+Run:     python train.py --config=configs/lm.py:tiny_shakespeare --workdir=RUN
+Less:    add --config.preset=moderate (30% smaller), --config.dense=True
+"""
+
+import os
+
+from folding import config as c
+
+_TFDS = {"wiki40b": "wiki40b/en"}
+
+
+def get_config(name: str = "python_stdlib") -> c.Config:
+  """Returns the configuration for a data set."""
+  data = c.DataConfig(vocab_size=1024, length=128, batch_size=32)
+  if os.path.exists(name):
+    data.path = name
+  else:
+    data.name = _TFDS.get(name, name)
+  return c.Config(
+    task="lm",
+    data=data,
+    model=c.ModelConfig(num_layers=4, width=128, num_heads=16),
+    train=c.TrainConfig(steps=2000, eval_every=200, eval_batches=20),
+  )

@@ -1,0 +1,18 @@
+"""Folds and prunes while training on the source of Python's own library.
+
+Run:     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+Twin:    add --config.dense=True (and another --workdir)
+"""
+
+from folding import config as c
+
+
+def get_config() -> c.Config:
+  """Returns the configuration."""
+  return c.Config(
+    task="lm",
+    preset="paper",
+    data=c.DataConfig(name="python_stdlib", vocab_size=1024, length=128),
+    model=c.ModelConfig(num_layers=3, width=128, num_heads=16),
+    train=c.TrainConfig(steps=450, eval_every=150),
+  )

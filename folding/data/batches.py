@@ -1,0 +1,312 @@
+"""Tokens in memory -> batches of a fixed shape, as a function of the step.
+
+A whole data set of ids is held in memory, two bytes a token (four where the
+vocabulary passes 65,536): good for a few hundred megabytes of text.
+
+B is the batch size over all processes, L the length of an example.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import grain
+import numpy as np
+
+from folding import config as config_lib
+from folding import schema
+from folding.data import sources, tokenizers
+
+Batch: TypeAlias = dict[str, np.ndarray]
+
+SHORTEST_BUCKET = 16
+_FOREVER = 1 << 40  # steps; Grain wants some number
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The batches of a run. Made by `make_data`.
+
+  A batch of a language model ("lm"), next-token prediction:
+    tokens: int32[B, L].
+    targets: int32[B, L], the token after each.
+    weights: float32[B, L], 1 where the target is scored, 0 at padding.
+  The documents of a split are one stream, `end_id` before, between and after
+  them, in windows that share one token; so each token but the first `end_id`
+  is a target once.
+
+  A batch of classification ("classify"), Lb one of a few bucket lengths:
+    tokens: int32[B, Lb].
+    mask: bool[B, Lb], True at tokens, False at padding.
+    labels: int32[B].
+    weights: float32[B], 1 for a row, 0 for padding.
+
+  With several processes each gets its share of the rows: B / count.
+
+  Attributes:
+    tokenizer: Text to ids; its vocabulary is the model's.
+    num_classes: Of classification; 0 for "lm".
+    label_names: Class names in id order; () for "lm".
+    num_bytes: UTF-8 bytes of text behind the targets of a split ("lm"; end
+      tokens stand for 0 bytes), so that the sum of the loss in nats over an
+      evaluation / ln 2 / num_bytes is bits per byte. {} for "classify".
+    num_examples: Windows or rows of each split.
+  """
+
+  tokenizer: tokenizers.Tokenizer
+  num_classes: int
+  label_names: tuple[str, ...]
+  num_bytes: dict[str, int]
+  num_examples: dict[str, int]
+  _train_batch: Callable[[int], Batch]
+  _eval_batch: Callable[[str, int], Batch]
+  _eval_batch_size: int
+  _prefetch_batches: int
+
+  def train_batch(self, step: int) -> Batch:
+    """Returns the batch of a step: the same whenever it is asked for."""
+    return self._train_batch(step)
+
+  def train_batches(self, first_step: int) -> Iterator[Batch]:
+    """Yields the batches from a step on, prepared ahead by a thread."""
+    ahead = self._prefetch_batches
+    options = grain.ReadOptions(
+      num_threads=min(ahead, 1), prefetch_buffer_size=ahead
+    )
+    steps = grain.MapDataset.range(first_step, _FOREVER)
+    return iter(steps.map(self._train_batch).to_iter_dataset(options))
+
+  def eval_batches(self, split: str) -> Iterator[Batch]:
+    """Yields a whole split once, in order; padding has weight 0.
+
+    Raises:
+      schema.ConfigError: the split is empty.
+    """
+    size = self.num_examples[split]
+    schema.require(
+      size > 0,
+      f"there is no {split} split; set data.{split}_fraction above 0",
+    )
+    for index in range(-(-size // self._eval_batch_size)):
+      yield self._eval_batch(split, index)
+
+
+def make_data(
+  config: config_lib.Config,
+  tokenizer: tokenizers.Tokenizer | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Data:
+  """Reads the text, trains or takes the tokenizer, and plans the batches.
+
+  Args:
+    config: A resolved config; its seed decides the order of training.
+    tokenizer: What a run was trained with; None: what the config says.
+    process_index: This process.
+    process_count: Processes that share each batch.
+
+  Raises:
+    schema.ConfigError: the source or the tokenizer is at fault, or the train
+      split does not fill one batch, or processes cannot share a batch evenly.
+  """
+  data = config.data
+  for name in ("batch_size", "eval_batch_size"):
+    size = getattr(data, name)
+    schema.require(
+      size % process_count == 0,
+      f"data.{name} {size} does not divide among {process_count} processes; "
+      "use a multiple",
+    )
+  texts = sources.load_texts(data, config.task)
+  if tokenizer is None:
+    tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
+  # One number of 32 bits, so that seeds 0 and 1 share no epoch: Grain adds the
+  # epoch to the seed.
+  seed = int(np.random.SeedSequence(abs(config.seed)).generate_state(1)[0])
+  share = slice(process_index, None, process_count)
+  plan = _plan_lm if config.task == "lm" else _plan_classify
+  train_batch, eval_batch, num_examples = plan(
+    data, texts, tokenizer, seed, share
+  )
+  num_bytes = {}
+  if config.task == "lm":
+    num_bytes = {
+      split: sum(len(text.encode("utf-8")) for text in texts.texts[split])
+      for split in sources.SPLITS
+    }
+  return Data(
+    tokenizer=tokenizer,
+    num_classes=len(texts.label_names),
+    label_names=texts.label_names,
+    num_bytes=num_bytes,
+    num_examples=num_examples,
+    _train_batch=train_batch,
+    _eval_batch=eval_batch,
+    _eval_batch_size=data.eval_batch_size,
+    _prefetch_batches=data.prefetch_batches,
+  )
+
+
+def _plan_lm(
+  data: config_lib.DataConfig,
+  texts: sources.Texts,
+  tokenizer: tokenizers.Tokenizer,
+  seed: int,
+  share: slice,
+):
+  """Returns the two batch functions and the number of windows by split."""
+  length = data.length
+  streams = {
+    split: _stream(tokenizer, texts.texts[split]) for split in sources.SPLITS
+  }
+  sizes = {
+    split: -(-(len(stream) - 1) // length) if texts.texts[split] else 0
+    for split, stream in streams.items()
+  }
+  sizes["train"] = (len(streams["train"]) - 1) // length
+  _require_a_batch(data, sizes["train"], f"windows of {length} tokens")
+  order = grain.MapDataset.range(sizes["train"]).shuffle(seed=seed).repeat()
+  rows = order[share].batch(data.batch_size // (share.step or 1))
+
+  def windows(split: str, index: np.ndarray) -> Batch:
+    stream = streams[split]
+    at = index[:, None] * length + np.arange(length + 1)
+    ids = np.where(
+      at < len(stream),
+      stream[np.minimum(at, len(stream) - 1)].astype(np.int32),
+      np.int32(tokenizer.pad_id),
+    )
+    weights = (at[:, 1:] < len(stream)).astype(np.float32)
+    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
+
+  def train_batch(step: int) -> Batch:
+    return windows("train", np.asarray(rows[step]))
+
+  def eval_batch(split: str, index: int) -> Batch:
+    start = index * data.eval_batch_size
+    return windows(split, np.arange(start, start + data.eval_batch_size)[share])
+
+  return train_batch, eval_batch, sizes
+
+
+def _stream(tokenizer: tokenizers.Tokenizer, texts) -> np.ndarray:
+  """Returns end_id, then each text and end_id, as the smallest integers."""
+  dtype = _dtype(tokenizer)
+  end = np.array([tokenizer.end_id], dtype)
+  parts = [end]
+  for ids in tokenizer.encode_batch(texts):
+    parts += [ids.astype(dtype), end]
+  return np.concatenate(parts)
+
+
+def _plan_classify(
+  data: config_lib.DataConfig,
+  texts: sources.Texts,
+  tokenizer: tokenizers.Tokenizer,
+  seed: int,
+  share: slice,
+):
+  """Returns the two batch functions and the number of rows by split."""
+  assert texts.labels is not None
+  labels = texts.labels
+  buckets = _bucket_lengths(data.length)
+  ids = {
+    split: [
+      # A foreign tokenizer may find nothing in a text; a model needs a token.
+      (row if row.size else np.array([tokenizer.end_id])).astype(
+        _dtype(tokenizer)
+      )
+      for row in tokenizer.encode_batch(texts.texts[split], data.length)
+    ]
+    for split in sources.SPLITS
+  }
+  sizes = {split: len(rows) for split, rows in ids.items()}
+  _require_a_batch(data, sizes["train"], "texts")
+  bucket_of = np.searchsorted(buckets, [row.size for row in ids["train"]])
+  num_batches = sizes["train"] // data.batch_size
+
+  def rows(split: str, index: np.ndarray, bucket: int, size: int) -> Batch:
+    tokens = np.full((size, bucket), tokenizer.pad_id, np.int32)
+    lengths = np.zeros(size, np.int64)
+    batch_labels = np.zeros(size, np.int32)
+    for place, i in enumerate(index):
+      row = ids[split][i]
+      tokens[place, : row.size] = row
+      lengths[place] = row.size
+      batch_labels[place] = labels[split][i]
+    batch = {
+      "tokens": tokens,
+      "mask": np.arange(bucket) < lengths[:, None],
+      "labels": batch_labels,
+      "weights": (np.arange(size) < len(index)).astype(np.float32),
+    }
+    return {name: array[share] for name, array in batch.items()}
+
+  # Two, for a thread that is an epoch ahead of its reader.
+  @functools.lru_cache(maxsize=2)
+  def epoch_batches(epoch: int) -> list[tuple[int, np.ndarray]]:
+    rng = np.random.default_rng([seed, epoch])
+    return _bucketed(rng, bucket_of, buckets, data.batch_size)
+
+  def train_batch(step: int) -> Batch:
+    epoch, index = divmod(step, num_batches)
+    bucket, members = epoch_batches(epoch)[index]
+    return rows("train", members, bucket, data.batch_size)
+
+  def eval_batch(split: str, index: int) -> Batch:
+    size = data.eval_batch_size
+    members = np.arange(index * size, min((index + 1) * size, sizes[split]))
+    longest = max(ids[split][i].size for i in members)
+    bucket = buckets[int(np.searchsorted(buckets, longest))]
+    return rows(split, members, bucket, size)
+
+  return train_batch, eval_batch, sizes
+
+
+def _bucketed(
+  rng: np.random.Generator,
+  bucket_of: np.ndarray,
+  buckets: list[int],
+  batch_size: int,
+) -> list[tuple[int, np.ndarray]]:
+  """Returns an epoch's batches as (bucket length, rows), in random order.
+
+  Rows that do not fill a batch of their bucket move up to the next, so that an
+  epoch leaves out fewer than B rows, those of the last bucket's remainder.
+  """
+  batches, left = [], np.array([], np.int64)
+  for bucket, length in enumerate(buckets):
+    own = rng.permutation(np.flatnonzero(bucket_of == bucket))
+    # What moved up goes first, lest it move up again or be left out.
+    members = np.concatenate([left, own])
+    num_full = len(members) // batch_size * batch_size
+    for batch in rng.permutation(members[:num_full]).reshape(-1, batch_size):
+      batches.append((length, batch))
+    left = members[num_full:]
+  return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _bucket_lengths(length: int) -> list[int]:
+  """Returns the bucket lengths: powers of two below `length`, and `length`.
+
+  >>> _bucket_lengths(100), _bucket_lengths(64)
+  ([16, 32, 64, 100], [16, 32, 64])
+  """
+  lengths, bucket = [], SHORTEST_BUCKET
+  while bucket < length:
+    lengths.append(bucket)
+    bucket *= 2
+  return [*lengths, length]
+
+
+def _dtype(tokenizer: tokenizers.Tokenizer) -> type[np.integer]:
+  return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+
+
+def _require_a_batch(data: config_lib.DataConfig, size: int, what: str) -> None:
+  schema.require(
+    size >= data.batch_size,
+    f"the train split has {size} {what}, fewer than one batch of "
+    f"{data.batch_size}; lower data.batch_size or give more text",
+  )

@@ -1,0 +1,174 @@
+import json
+
+import numpy as np
+import pytest
+import text_files
+
+from folding.config import DataConfig
+from folding.data import sources
+from folding.schema import ConfigError
+
+
+def test_tsv_folder_is_read_as_written(tmp_path):
+  quoted = "0\t\"an open quote\n1\tit 's\u2028one line\x85still\n"
+  data = text_files.write(
+    tmp_path, train__tsv=quoted, dev__tsv="1\tv\n", test__tsv="0\tt\r\n1\tu"
+  )
+  texts = sources.load_texts(data, "classify")
+  assert texts.texts == {
+    "train": ['"an open quote', "it 's\u2028one line\x85still"],
+    "valid": ["v"],
+    "test": ["t", "u"],
+  }
+  labels = {split: ids.tolist() for split, ids in texts.labels.items()}
+  assert labels == {"train": [0, 1], "valid": [1], "test": [0, 1]}
+  assert texts.labels["train"].dtype == np.int32
+  assert texts.label_names == ("0", "1")
+
+
+@pytest.mark.parametrize("rows", ["0\ta\n2\tb\n", "up\ta\nflat\tb\n"])
+def test_labels_txt_names_ids_in_its_order(tmp_path, rows):
+  names = "up\ndown\nflat\n"
+  data = text_files.write(tmp_path, train__tsv=rows, labels__txt=names)
+  data.valid_fraction = data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  assert texts.label_names == ("up", "down", "flat")
+  assert texts.labels["train"].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+  ("labels", "names"),
+  [(("b", "a", "c"), ("a", "b", "c")), (("10", "9", "2"), ("2", "9", "10"))],
+  ids=["words", "numbers"],
+)
+def test_labels_without_a_list_are_numbered_in_order(tmp_path, labels, names):
+  data = text_files.write(
+    tmp_path, train__tsv="".join(f"{x}\ttext\n" for x in labels)
+  )
+  data.valid_fraction = data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  assert texts.label_names == names
+  assert texts.labels["train"].tolist() == [names.index(x) for x in labels]
+
+
+def test_csv_reads_quoted_fields_and_guesses_columns(tmp_path):
+  content = 'label,id,sentence\nyes,1,"a, b\r\nand c"\nno,2,"say ""x"""\n'
+  data = text_files.write(tmp_path, train__csv=content)
+  data.valid_fraction = data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  assert text_files.pairs(texts, "train") == [
+    ("yes", "a, b\r\nand c"),
+    ("no", 'say "x"'),
+  ]
+
+
+def test_csv_takes_the_columns_asked_for(tmp_path):
+  data = text_files.write(
+    tmp_path, train__csv="text,body,stars\nt,b1,1\nt,b2,5\n"
+  )
+  data.valid_fraction = data.test_fraction = 0.0
+  data.text_field, data.label_field = "body", "stars"
+  texts = sources.load_texts(data, "classify")
+  assert text_files.pairs(texts, "train") == [("1", "b1"), ("5", "b2")]
+
+
+def test_jsonl_holds_to_the_column_of_its_first_row(tmp_path):
+  lines = [
+    {"label": 1, "body": "b1", "title": "t1"},
+    {"title": "t2", "label": 0, "body": "b2"},
+  ]
+  content = "\n".join(json.dumps(line) for line in lines)
+  data = text_files.write(tmp_path, train__jsonl=content)
+  data.valid_fraction = data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  assert text_files.pairs(texts, "train") == [("1", "b1"), ("0", "b2")]
+
+
+def test_lm_reads_txt_whole_and_rows_without_labels(tmp_path):
+  data = text_files.write(
+    tmp_path,
+    train__txt="one\r\n\n two\n",
+    valid__jsonl='{"text": "three"}\n{"text": "four"}\n',
+    test__tsv="0\tfive\n",
+  )
+  texts = sources.load_texts(data, "lm")
+  assert texts.texts == {
+    "train": ["one\r\n\n two\n"],
+    "valid": ["three", "four"],
+    "test": ["five"],
+  }
+  assert texts.labels is None
+  assert texts.label_names == ()
+
+
+GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
+
+
+@pytest.mark.parametrize(
+  ("files", "match"),
+  [
+    ({}, "no training text; name it train.*txt, .tsv, .csv, .jsonl"),
+    (GOOD | {"train__csv": "text\n"}, "several train files .*keep one"),
+    ({"train__txt": "text"}, "train.txt has no labels.*use .tsv"),
+    ({"train__tsv": ""}, "train.tsv is empty"),
+    ({"train__tsv": " \n\n"}, "train.tsv is empty"),
+    ({"train__tsv": b"0\tab\xff"}, r"train.tsv is not UTF-8 \(byte 4\)"),
+    ({"train__tsv": "0\ta\nb\n"}, "train.tsv:2: no tab; want label<TAB>text"),
+    ({"train__tsv": "0\ta\n\tb\n"}, "train.tsv:2: the row has no label"),
+    ({"train__tsv": "0\ta\n0\t \n"}, "train.tsv:2: the text is empty"),
+    (GOOD | {"valid__tsv": "0\ta\n7\tb\n"}, "valid.tsv:2: label '7'.*train"),
+    # Not an id either: ids count only with a labels.txt.
+    (
+      {"train__tsv": "x\ta\n", "valid__tsv": "0\tb\n"},
+      "valid.tsv:1: label '0' is not one of the 1 of train: x",
+    ),
+    (GOOD | {"labels__txt": "a\n"}, "train.tsv:2: label '1'.*labels.txt"),
+    ({"train__csv": "text,label\n"}, "train.csv has a header and no rows"),
+    ({"train__csv": "text,label\na,0\nb\n"}, "train.csv:3: .* 2 columns"),
+    ({"train__csv": "text,label\na,0,1\n"}, "train.csv:2: .* 2 columns"),
+    (
+      {"train__csv": 'text,label\n"a"b,1\n'},
+      "train.csv: not valid CSV after line 1",
+    ),
+    ({"train__csv": "text,kind\na,0\n"}, "train.csv:2: the row has no label"),
+    ({"train__jsonl": '{"text": "a"\n'}, "train.jsonl:1: not JSON"),
+    ({"train__jsonl": '["a"]\n'}, "train.jsonl:1: not a JSON object"),
+    ({"train__jsonl": '{"text": "a"}\n'}, "train.jsonl:1: .* no label"),
+    ({"train__jsonl": '{"label": 1}\n'}, "train.jsonl:1 has no text column"),
+    (
+      {"train__jsonl": '{"text": "a", "label": 1}\n{"label": 1}\n'},
+      "train.jsonl:2 has no text column 'text'",
+    ),
+  ],
+)
+def test_bad_files_are_one_line(tmp_path, files, match):
+  with pytest.raises(ConfigError, match=match) as caught:
+    sources.load_texts(text_files.write(tmp_path, **files), "classify")
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("field", "match"),
+  [
+    ("text_field", r"no text column 'x' \(data.text_field\).*: text$"),
+    ("label_field", r"no label column 'x' \(data.label_field\).*text, label"),
+  ],
+)
+def test_wrong_csv_column_lists_the_columns(tmp_path, field, match):
+  data = text_files.write(tmp_path, train__csv="text,label\na,0\n")
+  setattr(data, field, "x")
+  with pytest.raises(ConfigError, match=match):
+    sources.load_texts(data, "classify")
+
+
+def test_missing_path_is_an_error(tmp_path):
+  data = DataConfig(path=str(tmp_path / "none"))
+  with pytest.raises(ConfigError, match="none does not exist"):
+    sources.load_texts(data, "lm")
+
+
+def test_unknown_extension_lists_the_known(tmp_path):
+  (tmp_path / "a.pdf").write_text("text")
+  data = DataConfig(path=str(tmp_path / "a.pdf"))
+  with pytest.raises(ConfigError, match="use one of .txt, .tsv, .csv, .jsonl"):
+    sources.load_texts(data, "lm")

@@ -1,0 +1,275 @@
+import collections
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import text_files
+
+from folding.config import DataConfig
+from folding.data import sources
+from folding.schema import ConfigError
+
+ROWS = [(i % 3, f"text number {i} of {i % 3}") for i in range(60)]
+
+
+def _tsv(rows):
+  return "".join(f"{label}\t{text}\n" for label, text in rows)
+
+
+def test_one_text_is_cut_in_order_at_line_ends(tmp_path):
+  lines = [f"line {i} " + "x" * (i % 7) + "\n" for i in range(1000)]
+  (tmp_path / "book.txt").write_text("".join(lines))
+  data = DataConfig(path=str(tmp_path / "book.txt"), test_fraction=0.2)
+  [train], [valid], [test] = sources.load_texts(data, "lm").texts.values()
+  assert train + valid + test == "".join(lines)
+  assert train.endswith("\n") and valid.endswith("\n")
+  total = sum(map(len, lines))
+  # A line is at most 16 characters.
+  assert abs(len(train) - 0.7 * total) < 17
+  assert abs(len(valid) - 0.1 * total) < 17
+
+
+def test_a_missing_test_split_alone_is_set_aside(tmp_path):
+  data = text_files.write(tmp_path, train__txt="ab\n" * 100, valid__txt="v\n")
+  texts = sources.load_texts(data, "lm").texts
+  assert texts["valid"] == ["v\n"]
+  assert texts["train"] == ["ab\n" * 90]
+  assert texts["test"] == ["ab\n" * 10]
+
+
+def test_rows_are_dealt_out_by_class_and_alike_each_time(tmp_path):
+  rows = ROWS + [(0, f"more {i}") for i in range(40)]
+  data = text_files.write(tmp_path, train__tsv=_tsv(rows))
+  texts = sources.load_texts(data, "classify")
+  dealt = {s: text_files.pairs(texts, s) for s in sources.SPLITS}
+  counts = {
+    s: collections.Counter(label for label, _ in dealt[s]) for s in dealt
+  }
+  assert counts["valid"] == counts["test"] == {"0": 6, "1": 2, "2": 2}
+  together = dealt["train"] + dealt["valid"] + dealt["test"]
+  assert sorted(together) == sorted((str(a), b) for a, b in rows)
+  # In another order of rows each text still lands in the same split.
+  data = text_files.write(tmp_path, train__tsv=_tsv(rows[::-1]))
+  again = sources.load_texts(data, "classify")
+  for split in sources.SPLITS:
+    assert text_files.pairs(again, split) == dealt[split][::-1]
+
+
+def test_equal_texts_stay_in_one_split(tmp_path):
+  rows = [(0, f"text {i // 4}") for i in range(400)]
+  texts = sources.load_texts(
+    text_files.write(tmp_path, train__tsv=_tsv(rows)), "classify"
+  ).texts
+  parts = [set(texts[split]) for split in sources.SPLITS]
+  assert min(map(len, parts)) >= 10
+  assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_max_bytes_cuts_a_stream_at_a_line_end(tmp_path):
+  data = text_files.write(
+    tmp_path,
+    train__jsonl='{"text": "aaaa\\n"}\n{"text": "bb\\ncc\\u00e9\\nddd\\n"}',
+    valid__txt="v\nw\n" + "x" * 50,
+    test__txt="y" * 9,
+  )
+  data.max_bytes = 16
+  texts = sources.load_texts(data, "lm").texts
+  assert texts["train"] == ["aaaa\n", "bb\ncc\u00e9\n"]
+  assert texts["valid"] == ["v\n"]
+  assert texts["test"] == ["yy"]  # no line end: at the character
+
+
+def test_max_bytes_keeps_whole_labelled_texts_of_every_class(tmp_path):
+  rows = sorted((i % 3, f"{i:02} word é") for i in range(90))  # by class
+  data = text_files.write(tmp_path, train__tsv=_tsv(rows))
+  full = sources.load_texts(data, "classify")
+  data.max_bytes = 300
+  texts = sources.load_texts(data, "classify")
+  sizes = {
+    s: sum(len(t.encode()) for t in texts.texts[s]) for s in sources.SPLITS
+  }
+  assert 290 <= sizes["train"] <= 300  # a row is 10 bytes
+  assert 27 <= sizes["valid"] <= 37
+  assert set(texts.labels["train"].tolist()) == {0, 1, 2}
+  assert set(text_files.pairs(texts, "train")) <= set(
+    text_files.pairs(full, "train")
+  )
+
+
+def test_trec_has_the_documented_counts(shared_data):
+  data = DataConfig(path=str(shared_data / "trec"))
+  texts = sources.load_texts(data, "classify")
+  assert texts.label_names == ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM")
+  counts = {s: np.bincount(ids).tolist() for s, ids in texts.labels.items()}
+  assert counts == {
+    "train": [1046, 1125, 77, 1101, 751, 806],
+    "valid": [116, 125, 9, 122, 84, 90],
+    "test": [138, 94, 9, 65, 81, 113],
+  }
+
+
+def test_tiny_shakespeare_has_the_documented_sizes(shared_data):
+  data = DataConfig(path=str(shared_data / "tiny_shakespeare"))
+  texts = sources.load_texts(data, "lm").texts
+  sizes = {split: sum(map(len, texts[split])) for split in texts}
+  assert sizes == {"train": 1_003_854, "valid": 55_770, "test": 55_770}
+
+
+def test_python_stdlib_gives_source_or_topics(stdlib_dir):
+  data = DataConfig(dir=stdlib_dir)
+  lm = sources.load_texts(data, "lm")
+  assert any("def " in text for text in lm.texts["test"])
+  assert lm.labels is None
+  topics = sources.load_texts(data, "classify")
+  assert len(topics.label_names) == 8
+  assert np.ptp(np.bincount(topics.labels["valid"], minlength=8)) == 0
+  assert len(topics.texts["valid"]) == len(topics.labels["valid"]) > 0
+
+
+FEATURES = {
+  "idx": tfds.features.Scalar(np.int32),
+  "title": tfds.features.Text(),
+  "text": tfds.features.Text(),
+  "fine": tfds.features.ClassLabel(names=list("abcdef")),
+  "coarse": tfds.features.ClassLabel(names=["bad", "good"]),
+}
+
+
+class TinyReviews(tfds.core.GeneratorBasedBuilder):
+  """Two class columns, a test split without labels."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description="For a test.",
+      features=tfds.features.FeaturesDict(FEATURES),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {
+      "train": self._generate_examples(40, 2),
+      "validation_matched": self._generate_examples(6, 2),
+      "test": self._generate_examples(6, 0),
+    }
+
+  def _generate_examples(self, size, num_classes):
+    for i in range(size):
+      label = i % 2 if num_classes else -1
+      text = f"text {i} \u00e9 {label}"
+      yield (
+        i,
+        {
+          "idx": i,
+          "title": f"title {i}",
+          "text": text,
+          "fine": i % 6,
+          "coarse": label,
+        },
+      )
+
+
+class TinyTweets(tfds.core.GeneratorBasedBuilder):
+  """A plain integer as the class, and a class that train lacks."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {"text": tfds.features.Text(), "polarity": np.int32}
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description="For a test.",
+      features=tfds.features.FeaturesDict(features),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {
+      "train": self._generate_examples([0, 4] * 10),
+      "test": self._generate_examples([0, 2, 4]),
+    }
+
+  def _generate_examples(self, labels):
+    for i, label in enumerate(labels):
+      yield i, {"text": f"tweet {i} is {label}", "polarity": label}
+
+
+class BrokenReviews(TinyReviews):
+  """Cannot be prepared."""
+
+  def _split_generators(self, dl_manager):
+    raise RuntimeError("the page has moved\nand more")
+
+
+def test_tfds_takes_text_and_the_coarsest_class(tmp_path):
+  data = DataConfig(name="tiny_reviews", dir=str(tmp_path))
+  texts = sources.load_texts(data, "classify")
+  assert texts.label_names == ("bad", "good")
+  assert sorted(texts.texts["valid"]) == [
+    f"text {i} é {i % 2}" for i in range(6)
+  ]
+  # The test split has no labels: it is absent, and a tenth of train stands in.
+  assert [len(texts.texts[s]) for s in sources.SPLITS] == [36, 6, 4]
+  for split in sources.SPLITS:
+    written = [int(text[-1]) for text in texts.texts[split]]
+    assert texts.labels[split].tolist() == written
+
+
+def test_tfds_takes_the_columns_asked_for(tmp_path):
+  data = DataConfig(name="tiny_reviews", dir=str(tmp_path))
+  data.text_field, data.label_field = "title", "fine"
+  texts = sources.load_texts(data, "classify")
+  assert texts.label_names == tuple("abcdef")
+  assert {t.split()[0] for t in texts.texts["train"]} == {"title"}
+  written = [int(t.split()[1]) % 6 for t in texts.texts["test"]]
+  assert texts.labels["test"].tolist() == written
+
+
+def test_tfds_for_lm_has_the_unlabelled_test_split(tmp_path):
+  data = DataConfig(name="tiny_reviews", dir=str(tmp_path))
+  texts = sources.load_texts(data, "lm").texts
+  assert sorted(texts["test"]) == [f"text {i} é -1" for i in range(6)]
+
+
+def test_tfds_plain_integer_classes(tmp_path):
+  data = DataConfig(name="tiny_tweets", dir=str(tmp_path))
+  texts = sources.load_texts(data, "classify")
+  assert texts.label_names == ("0", "4")
+  assert sorted(text_files.pairs(texts, "test")) == [
+    ("0", "tweet 0 is 0"),
+    ("4", "tweet 2 is 4"),  # and no tweet 1 of class 2
+  ]
+
+
+@pytest.mark.parametrize("task", ["lm", "classify"])
+def test_tfds_with_max_bytes_has_that_much_to_train_on(tmp_path, task):
+  data = DataConfig(name="tiny_reviews", dir=str(tmp_path), max_bytes=200)
+  texts = sources.load_texts(data, task).texts
+  # Though the test split of "classify" is set aside from train first. A text
+  # is at most 12 bytes.
+  assert 188 < sum(len(t.encode()) for t in texts["train"]) <= 200
+
+
+@pytest.mark.parametrize(
+  ("task", "change", "match"),
+  [
+    ("lm", {"name": "no_such_set"}, "no data set 'no_such_set'.*data.path"),
+    ("lm", {"name": "broken_reviews"}, "the page has moved; check the name"),
+    ("lm", {"name": "glue/no_such"}, "cannot fetch or prepare.*'glue/no_such'"),
+    ("lm", {"text_field": "body"}, "'body'.*columns are: title, text"),
+    ("classify", {"label_field": "stars"}, "no class column stars.*coarse"),
+    ("lm", {"max_bytes": 3}, "max_bytes 3 is too small"),
+  ],
+)
+def test_tfds_mistakes_are_one_line(tmp_path, task, change, match):
+  fields = {"name": "tiny_reviews", "dir": str(tmp_path)} | change
+  with pytest.raises(ConfigError, match=match) as caught:
+    sources.load_texts(DataConfig(**fields), task)
+  assert "\n" not in str(caught.value)
+
+
+def test_setting_aside_everything_is_an_error(tmp_path):
+  data = text_files.write(tmp_path, train__tsv="0\tonly\n0\tonly\n")
+  data.valid_fraction = 0.5
+  with pytest.raises(ConfigError, match="no text is left to train on"):
+    sources.load_texts(data, "classify")

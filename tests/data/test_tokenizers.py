@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+import tokenizers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, processors
+
+from folding import schema
+from folding.config import DataConfig
+from folding.data import tokenizers
+
+CODE = (
+  "def add(a, b):\n    # sums two numbers\n    return a + b\n\n\n"
+  "class Pair:\n    def __init__(self, x, y):\n        self.x = x\n"
+) * 20
+BYTES = tokenizers.train_tokenizer(DataConfig(tokenizer="bytes"), [])
+BPE = tokenizers.train_tokenizer(DataConfig(vocab_size=300), [CODE])
+OURS = pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+
+
+@OURS
+@settings(max_examples=100, derandomize=True)
+@given(text=st.text())
+def test_any_text_comes_back_exactly(tokenizer, text):
+  [ids] = tokenizer.encode_batch([text])
+  assert tokenizer.decode(ids) == text
+
+
+@OURS
+def test_special_tokens_in_a_text_are_text(tokenizer):
+  text = "a <end> b <pad> c"
+  [ids] = tokenizer.encode_batch([text])
+  assert tokenizer.decode(ids) == text
+  assert tokenizer.end_id not in ids
+  assert tokenizer.pad_id not in ids
+
+
+@OURS
+def test_decoding_leaves_special_tokens_out(tokenizer):
+  [ids] = tokenizer.encode_batch(["text"])
+  padded = [tokenizer.end_id, *ids.tolist(), tokenizer.end_id, tokenizer.pad_id]
+  assert tokenizer.decode(padded) == "text"
+
+
+@settings(max_examples=50, derandomize=True)
+@given(text=st.text())
+def test_bytes_gives_one_token_a_byte(text):
+  raw = text.encode("utf-8")
+  [ids] = BYTES.encode_batch([text])
+  assert len(ids) == len(raw)
+  # The same byte is always the same token, and different bytes differ.
+  assert len(set(zip(raw, ids.tolist(), strict=True))) == len(set(raw))
+  assert len(set(ids.tolist())) == len(set(raw))
+
+
+def test_bytes_has_256_bytes_and_two_special_tokens():
+  assert BYTES.vocab_size == 258
+  assert sorted({BYTES.pad_id, BYTES.end_id}) == [0, 1]
+
+
+def test_bpe_has_the_size_asked_for_and_merges():
+  assert BPE.vocab_size == 300
+  [ids] = BPE.encode_batch([CODE])
+  assert ids.dtype == np.int32
+  assert ids.max() < 300
+  assert len(ids) < len(CODE) / 2
+
+
+def test_bpe_keeps_a_line_break_with_its_indent():
+  [ids] = BPE.encode_batch([":\n    "])
+  assert len(ids) == 1
+
+
+def test_bpe_training_is_deterministic(tmp_path):
+  again = tokenizers.train_tokenizer(DataConfig(vocab_size=300), [CODE])
+  BPE.save(str(tmp_path / "a.json"))
+  again.save(str(tmp_path / "b.json"))
+  first, second = (tmp_path / name for name in ("a.json", "b.json"))
+  assert first.read_bytes() == second.read_bytes()
+
+
+def test_saved_tokenizer_loads_as_it_was(tmp_path):
+  path = str(tmp_path / "tokenizer.json")
+  BPE.save(path)
+  loaded = tokenizers.train_tokenizer(DataConfig(tokenizer=path), [])
+  assert (loaded.vocab_size, loaded.pad_id, loaded.end_id) == (300, 0, 1)
+  text = CODE + "<end> é\u2028\x1c\n"
+  [ids] = loaded.encode_batch([text])
+  np.testing.assert_array_equal(ids, BPE.encode_batch([text])[0])
+  assert loaded.decode(ids) == text
+
+
+def test_a_long_text_encodes_in_pieces_as_the_whole(tmp_path):
+  path = str(tmp_path / "tokenizer.json")
+  BPE.save(path)
+  whole = hf.Tokenizer.from_file(path)
+  text = ("x = [\n\n\n  1,\n] \n\r\n" + CODE + "\x1c\n\x85\nüber\n") * 300
+  assert len(text) > 5e5
+  [ids] = BPE.encode_batch([text])
+  assert ids.tolist() == whole.encode(text).ids
+
+
+def test_a_batch_is_its_texts_one_by_one():
+  texts = ["one\n", "", CODE, "two"] * 40
+  together = BPE.encode_batch(texts)
+  for text, ids in zip(texts, together, strict=True):
+    np.testing.assert_array_equal(ids, BPE.encode_batch([text])[0])
+
+
+def _foreign(path, tokens, framed=False):
+  """Writes a word-level tokenizer as another library would."""
+  inner = hf.Tokenizer(
+    models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]")
+  )
+  inner.pre_tokenizer = pre_tokenizers.Whitespace()
+  if framed:
+    inner.post_processor = processors.TemplateProcessing(
+      single="[CLS] $A [SEP]",
+      special_tokens=[(t, tokens.index(t)) for t in ("[CLS]", "[SEP]")],
+    )
+  inner.enable_truncation(3)
+  inner.enable_padding(length=9)
+  inner.save(str(path))
+  return tokenizers.load_tokenizer(str(path))
+
+
+def test_foreign_tokenizer_keeps_its_special_ids_and_frame(tmp_path):
+  tokens = ["[UNK]", "a", "[PAD]", "[CLS]", "[SEP]"]
+  foreign = _foreign(tmp_path / "t.json", tokens, framed=True)
+  assert (foreign.pad_id, foreign.end_id) == (2, 4)
+  # A stream has no frames, and the file's cutting and padding are off.
+  assert foreign.encode_batch(["a a a a a"])[0].tolist() == [1] * 5
+  framed = foreign.encode_batch(["a a a a", "a"], max_length=4)
+  assert [ids.tolist() for ids in framed] == [[3, 1, 1, 4], [3, 1, 4]]
+  assert foreign.encode_batch(["a a a a a"])[0].tolist() == [1] * 5
+
+
+def test_foreign_tokenizer_without_special_tokens_gets_id_0(tmp_path):
+  foreign = _foreign(tmp_path / "t.json", ["[UNK]", "a"])
+  assert (foreign.pad_id, foreign.end_id) == (0, 0)
+
+
+def test_stories260k_tokenizer_loads(shared_data):
+  path = shared_data / "stories260K" / "hf" / "tokenizer.json"
+  stories = tokenizers.load_tokenizer(path)
+  assert (stories.vocab_size, stories.end_id) == (512, 2)
+  [ids] = stories.encode_batch(["Once upon a time"])
+  assert ids.min() >= 3  # no special tokens in a stream
+  assert stories.decode(ids).strip() == "Once upon a time"
+
+
+def test_vocabulary_that_cannot_hold_the_bytes_is_an_error():
+  with pytest.raises(schema.ConfigError, match="use 258 or more"):
+    tokenizers.train_tokenizer(DataConfig(vocab_size=257), [CODE])
+
+
+def test_missing_tokenizer_file_is_an_error(tmp_path):
+  path = str(tmp_path / "none.json")
+  with pytest.raises(schema.ConfigError, match="no tokenizer file.*'bpe'"):
+    tokenizers.train_tokenizer(DataConfig(tokenizer=path), [])
+
+
+def test_broken_tokenizer_file_is_an_error(tmp_path):
+  path = tmp_path / "broken.json"
+  path.write_text('{"version": "1.0"')
+  with pytest.raises(schema.ConfigError, match="is not a tokenizer.json"):
+    tokenizers.load_tokenizer(path)
