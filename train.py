@@ -1,8 +1,4 @@
-"""Trains a run: `python train.py --config=configs/quickstart.py --workdir=RUN`.
-
-Flags only: what is done is in `folding.training.loop`, and what is said about
-it in `folding.reporting`.
-"""
+"""Trains: `python train.py --config=configs/quickstart.py --workdir=RUN`."""
 
 import sys
 import typing
@@ -20,19 +16,18 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 
 
 def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
-  """Returns config and workdir; every mistake becomes a ConfigError of one line."""
+  """Returns config and workdir; a mistake becomes a ConfigError of one line."""
   fields = schema.fields(config_lib.Config)
   for hint in fields.values():
     if typing.get_origin(hint) is typing.Literal:
-      config_flags.register_flag_parser_for_type(
-        hint, flags.EnumParser(list(typing.get_args(hint)))
-      )
+      parser = flags.EnumParser(list(typing.get_args(hint)))
+      config_flags.register_flag_parser_for_type(hint, parser)
   for arg in argv:
     name = arg.removeprefix("--").removeprefix("no").split("=")[0]
-    if name.startswith("config.") and name[7:] not in fields:
-      raise schema.ConfigError(
-        f"config has no field {name[7:]!r}; its fields are {', '.join(fields)}"
-      )
+    schema.require(
+      not name.startswith("config.") or name[7:] in fields,
+      f"config has no field {name[7:]!r}; its fields are {', '.join(fields)}",
+    )
   try:
     rest = flags.FLAGS(argv)[1:]
   except (flags.Error, ValueError, TypeError) as error:
@@ -41,10 +36,8 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
     message = message.removeprefix("folding.schema.ConfigError: ")
     raise schema.ConfigError(message) from error
   if rest or not _WORKDIR.value or not flags.FLAGS["config"].present:
-    raise schema.ConfigError(
-      "give --config=FILE (see configs/) and --workdir=DIRECTORY"
-      + (f"; {rest[0]!r} is neither" if rest else "")
-    )
+    which = f"; {rest[0]!r} is neither" if rest else ""
+    raise schema.ConfigError(f"give --config=FILE and --workdir=DIR{which}")
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):  # also: no such file
     filename = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -13,6 +13,12 @@ import os
 
 from folding import config as c
 
+# Columns, where the first text and the column "label" are not what is meant.
+_FIELDS = {
+  "ag_news_subset": {"text_field": "description"},  # not the title alone
+  "clinc_oos": {"label_field": "intent"},  # 151 classes, not the 10 domains
+}
+
 
 def get_config(name: str = "python_stdlib") -> c.Config:
   """Returns the configuration for a data set."""
@@ -21,6 +27,8 @@ def get_config(name: str = "python_stdlib") -> c.Config:
     data.path = name
   else:
     data.name = name
+    for field, column in _FIELDS.get(name, {}).items():
+      setattr(data, field, column)
   return c.Config(
     task="classify",
     data=data,

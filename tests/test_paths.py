@@ -95,7 +95,9 @@ def test_matching_reads_an_iterator_once():
 
 def test_a_pattern_that_matches_nothing_lists_the_names():
   names = [f"n{i}" for i in range(9)]
-  with pytest.raises(ValueError, match=r"'up' matches no .* n0, n1.*n7, \.\.\."):
+  with pytest.raises(
+    ValueError, match=r"'up' matches no .* n0, n1.*n7, \.\.\."
+  ):
     paths.matching("up", names)
 
 

@@ -75,7 +75,9 @@ def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
 def _record(context: Any, inputs: Any, keep: Any) -> None:
   """Sows the mean square of a layer's input under its parameter's name."""
   module = context.module
-  if context.method_name != "__call__" or getattr(module, "batch_dims", ()):
+  if context.method_name != "__call__":
+    return
+  if getattr(module, "batch_dims", ()) != ():
     return
   if isinstance(module, nn.Embed):
     weight = _token_weight(inputs.shape, keep)
@@ -85,7 +87,8 @@ def _record(context: Any, inputs: Any, keep: Any) -> None:
   elif isinstance(module, (nn.Dense, nn.DenseGeneral)):
     x = inputs.astype(jnp.float32)
     axes = getattr(module, "axis", -1)
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = (axes,) if isinstance(axes, int) else axes
+    axes = sorted(a % x.ndim for a in axes)  # as the kernel has them
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     tokens = x.ndim - len(axes)
     weight = _token_weight(x.shape[:tokens], keep)

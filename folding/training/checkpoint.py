@@ -5,12 +5,17 @@ RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
 """
 
 import logging
+import math
 import os
+import shutil
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+# Left for metrics and reports when a checkpoint is written.
+_RESERVE_BYTES = 1 << 18
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +33,6 @@ class Checkpoints:
         preservation_policy.BestN(
           get_metric_fn=lambda metrics: -metrics["loss"],
           n=1,
-          keep_checkpoints_without_metrics=False,
         ),
       ]
     )
@@ -37,6 +41,9 @@ class Checkpoints:
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=kept,
+        # Without these two, Orbax does not write metrics at all.
+        best_fn=lambda metrics: metrics["loss"],
+        best_mode="min",
         cleanup_tmp_directories=True,
       ),
     )
@@ -62,11 +69,19 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
+    # Asked first: a save that fails half-way leaves threads that complain.
+    needed = _RESERVE_BYTES + sum(x.nbytes for x in jax.tree.leaves(state))
+    free = shutil.disk_usage(self._folder).free
+    if free < needed:
+      raise OSError(
+        f"a checkpoint needs {needed / 1e6:,.1f} MB and the disk has "
+        f"{free / 1e6:,.1f} MB left"
+      )
     try:
       self._manager.save(
         step,
         args=ocp.args.StandardSave(state),
-        metrics=None if loss is None else {"loss": loss},
+        metrics={"loss": math.inf if loss is None else loss},
         force=True,
       )
     except ValueError as error:
@@ -91,10 +106,10 @@ class Checkpoints:
   def best_step(self) -> int | None:
     """Returns the step of the lowest validation loss, None without any."""
     losses = {}
-    for step in self._manager.all_steps():
-      metrics = self._manager.metrics(step)
-      if metrics:
-        losses[step] = metrics["loss"]
+    for step in self.steps():
+      loss = self._manager.metrics(step)["loss"]
+      if math.isfinite(loss):
+        losses[step] = loss
     return min(losses, key=losses.__getitem__) if losses else None
 
   def restore(self, step: int, like: Any) -> Any:
@@ -128,7 +143,9 @@ class Checkpoints:
           "checkpoint %d is damaged (%s); going back to %d", bad, reason, step
         )
         folder = os.path.join(self._folder, str(bad))
-        os.replace(folder, os.path.join(self._folder, f"damaged-{bad}"))
+        aside = os.path.join(self._folder, f"damaged-{bad}")
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        os.replace(folder, aside)
       if damaged:
         self._manager.reload()
       return step, state

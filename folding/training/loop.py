@@ -162,12 +162,12 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   with Checkpoints(workdir) as checkpoints:
     try:
       return _train(this, workdir, checkpoints)
-    except OSError as error:
-      kept = checkpoints.steps()
-      raise TrainingError(
-        f"cannot write to {workdir}: {str(error).splitlines()[0][:300]}; "
-        f"intact checkpoints: {', '.join(map(str, kept)) or 'none'}"
-      ) from error
+    except (OSError, TrainingError) as error:
+      reason = str(error)
+      if isinstance(error, OSError):
+        reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
+      kept = ", ".join(map(str, checkpoints.steps())) or "none"
+      raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
 
 
 def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:

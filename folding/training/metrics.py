@@ -32,7 +32,7 @@ class MetricsWriter:
       import tensorboardX
 
       self._board = tensorboardX.SummaryWriter(
-        os.path.join(workdir, "tensorboard"), purge_step=first_step or None
+        os.path.join(workdir, "tensorboard"), purge_step=first_step + 1
       )
     self._console = rich.console.Console(highlight=False)
     self._progress = rich.progress.Progress(

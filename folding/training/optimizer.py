@@ -10,7 +10,7 @@ import optax
 from folding import paths
 from folding.compression.accounting import group_of
 from folding.compression.fpp import fpp
-from folding.compression.rules import Rule
+from folding.compression.rules import Rule, make_sites
 from folding.config import Config
 from folding.schema import ConfigError
 
@@ -41,23 +41,32 @@ def make_rules(config: Config, params: Any, dense: Any) -> list[Rule]:
 
   Raises:
     ConfigError: no fraction of the prunable parameters reaches `overall`, or
-      `exclude` matches nothing.
+      `exclude` matches nothing, or a part of a neuron and not the whole.
   """
   f = config.fpp
   linear, embedding = f.linear or 0.0, f.embedding or 0.0
   if f.overall is not None:
     linear = embedding = _fraction_for(config, params, dense)
+  return _rules(config, params, linear, embedding)
+
+
+def _rules(
+  config: Config, params: Any, linear: float, embedding: float
+) -> list[Rule]:
+  f = config.fpp
+  names = list(paths.flatten(params))
   rules = []
   pattern = _LINEAR
   if config.task == "lm" and not config.model.tie_embeddings:
     pattern = rf"(?:{_LINEAR}|head/kernel)"
-  except_ = ""
+  except_, excluded = "", []
   if f.exclude is not None:
     try:
-      paths.matching(f.exclude, paths.flatten(params))
+      excluded = paths.matching(f.exclude, names)
     except ValueError as error:
       raise ConfigError(f"fpp.exclude: {error}") from None
-    except_ = rf"(?!(?:{f.exclude})$)"
+    # By name, as groups and flags of `exclude` would not fit into a pattern.
+    except_ = rf"(?!(?:{'|'.join(map(re.escape, excluded))})$)"
   if linear and f.granularity == "weight":
     rules.append(Rule(except_ + pattern, linear))
   elif linear:
@@ -69,14 +78,22 @@ def make_rules(config: Config, params: Any, dense: Any) -> list[Rule]:
       tied[r"\1/gate/kernel"] = 1
       if config.model.use_bias:
         tied[r"\1/gate/bias"] = 0
-    rules.append(
-      Rule(except_ + r"(blocks_\d+/mlp)/up/kernel", linear, "neuron", tied)
-    )
+    up = r"(blocks_\d+/mlp)/up/kernel"
+    rules.append(Rule(except_ + up, linear, "neuron", tied))
     rest = pattern.replace("(attn/o|mlp/(up|gate|down))", "attn/o")
     rules.append(Rule(except_ + rest, linear))
   if embedding:
     kind = f.embedding_granularity
     rules.append(Rule(except_ + _EMBEDDING, embedding, kind))
+  # `exclude` may leave a rule nothing to prune.
+  rules = [r for r in rules if any(re.fullmatch(r.pattern, n) for n in names)]
+  for site in make_sites(rules, params):
+    for member in site.members:
+      if member in excluded:
+        raise ConfigError(
+          f"fpp.exclude matches {member!r}, which is pruned by neuron with "
+          f"{site.name!r}; exclude the whole MLP, or prune by weight"
+        )
   return rules
 
 
@@ -91,18 +108,19 @@ def _fraction_for(config: Config, params: Any, dense: Any) -> float:
   leaves = paths.flatten(params)
   total = sum(math.prod(x.shape) for x in paths.flatten(dense).values())
   stored = sum(math.prod(x.shape) for x in leaves.values())
+  trial = _rules(config, params, 0.5, 0.5)  # what is pruned, at any fraction
   prunable = sum(
-    math.prod(x.shape)
-    for name, x in leaves.items()
-    if re.fullmatch(f"{_LINEAR}|{_EMBEDDING}", name)
+    math.prod(leaves[name].shape)
+    for site in make_sites(trial, params)
+    for name in site.members
   )
-  fraction = (stored - (1 - overall) * total) / prunable
-  if fraction >= 1:
+  needed = stored - (1 - overall) * total
+  if needed >= prunable and needed > 0:
     raise ConfigError(
       f"fpp.overall {overall} cannot be reached: only {prunable:,} of "
       f"{stored:,} parameters can be pruned; fold more or ask for less"
     )
-  return max(0.0, fraction)
+  return max(0.0, needed / max(prunable, 1))
 
 
 def check_steps(config: Config) -> tuple[int, int, int]:
@@ -159,5 +177,5 @@ def make_optimizer(
 
 
 def current_rate(config: Config, step: int) -> float:
-  """Returns the learning rate of a step, for logs."""
+  """Returns the learning rate of a step, counted from 0, for logs."""
   return float(jax.device_get(make_schedule(config)(step)))

@@ -83,7 +83,7 @@ class StepLog:
       "split": "train",
       "step": step,
       "loss": values["loss"],
-      "learning_rate": current_rate(self._config, step),
+      "learning_rate": current_rate(self._config, step - 1),
       "tokens_per_second": speed,
       "seconds": self._clock.seconds(),
     }

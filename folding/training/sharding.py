@@ -30,12 +30,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   known = int(np.prod([size for size in shape.values() if size != -1]))
   if len(free) == 1 and known > 0 and len(devices) % known == 0:
     shape[free[0]] = len(devices) // known
-  if int(np.prod(list(shape.values()))) != len(devices) or free[1:]:
+  sizes = list(shape.values())
+  if int(np.prod(sizes)) != len(devices) or min(sizes) < 1:
     raise ConfigError(
       f"mesh data={config.data}, fsdp={config.fsdp} does not multiply to the "
       f"{len(devices)} device(s); set one axis to -1 to take what is left"
     )
-  array = np.array(devices).reshape(list(shape.values()))
+  array = np.array(devices).reshape(sizes)
   return Mesh(array, tuple(shape))
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from folding.compression import select
 
@@ -102,7 +102,7 @@ _SPECS = {
 
 @pytest.mark.parametrize("spec", _SPECS.values(), ids=_SPECS)
 def test_eight_devices_choose_what_one_chooses(spec):
-  mesh = jax.make_mesh((8,), ("x",))
+  mesh = Mesh(np.array(jax.devices()), ("x",))
   # Rounded, so that the cut falls among ties that lie on all devices.
   x = np.round(np.random.default_rng(4).normal(size=(64, 40)), 1)
   x = x.astype(np.float32)
@@ -115,7 +115,7 @@ def test_eight_devices_choose_what_one_chooses(spec):
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
 def test_sharded_scores_stay_where_they_are(axis):
-  mesh = jax.make_mesh((8,), ("x",))
+  mesh = Mesh(np.array(jax.devices()), ("x",))
   spec = PartitionSpec(*[None] * axis, "x")
   placement = NamedSharding(mesh, spec)
   shape = jax.ShapeDtypeStruct((8192, 1024), jnp.float32, sharding=placement)

@@ -1,0 +1,164 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding.compression import accounting
+
+
+def _zeroed(shape, zeros, dtype=np.float32):
+  w = np.ones(shape, dtype)
+  for index in zeros:
+    w[index] = 0
+  return w
+
+
+@pytest.mark.parametrize(
+  ("name", "group"),
+  [
+    ("blocks_0/attn/q/kernel", "qkv"),
+    ("blocks_11/attn/v/diagonal", "qkv"),
+    ("k/kernel", "qkv"),
+    ("blocks_0/attn/q/bias", "other"),
+    ("blocks_0/attn/o/kernel", "linear"),
+    ("blocks_0/mlp/gate/kernel", "linear"),
+    ("head/kernel", "linear"),
+    ("blocks_0/mlp/up/bias", "other"),
+    ("embed/embedding", "embedding"),
+    ("position_embed/embedding", "embedding"),
+    ("blocks_0/attn/log_slopes", "other"),
+    ("seq/kernel", "other"),
+  ],
+)
+def test_group_of(name, group):
+  assert accounting.group_of(name) == group
+
+
+def test_groups_can_be_replaced():
+  assert accounting.group_of("conv/w", {"conv": "conv/.*"}) == "conv"
+  assert accounting.group_of("q/kernel", {"conv": "conv/.*"}) == "other"
+
+
+@pytest.mark.parametrize(
+  ("w", "expected"),
+  [
+    # 64 floats of 4 bytes, as they are; any mask would cost more.
+    (_zeroed((8, 8), []), (64, 256, 0)),
+    # One zero saves 4 bytes and the bits would cost 8: not worth it.
+    (_zeroed((8, 8), [(0, 0)]), (63, 256, 0)),
+    # Four scattered zeros: 240 + 8 bytes against 256.
+    (_zeroed((8, 8), [(i, i) for i in range(4)]), (60, 240, 8)),
+    # Two rows: 6 * 8 * 4 bytes and one byte for 8 rows.
+    (_zeroed((8, 8), [(1,), (5,)]), (48, 192, 1)),
+    # Nine columns of which three are zero: 6 * 4 * 4, and 9 bits in 2 bytes.
+    (_zeroed((4, 9), [(slice(None), slice(0, 3))]), (24, 96, 2)),
+    # A row that is kept may hold zeros: stored, but not among the values.
+    (_zeroed((8, 8), [(1,), (5,), (0, 0)]), (47, 192, 1)),
+    # Middle axes are no slices: values and bits, 2 * 2 * 4 * 4 + 4 bytes.
+    (_zeroed((2, 4, 4), [(slice(None), slice(2, 4))]), (16, 64, 4)),
+    # Vectors: values and bits.
+    (_zeroed(16, [slice(0, 8)]), (8, 32, 2)),
+    # Two bytes a value.
+    (_zeroed((8, 8), [(1,)], jnp.bfloat16), (56, 112, 1)),
+    (np.zeros((8, 8), np.float32), (0, 0, 1)),
+    (np.float32(3), (1, 4, 0)),
+    (np.array([-0.0, 1.0] * 32, np.float32), (32, 128, 8)),
+  ],
+  ids=[
+    "full",
+    "one-zero",
+    "scattered",
+    "rows",
+    "columns",
+    "rows-with-holes",
+    "middle-axis",
+    "vector",
+    "bfloat16",
+    "all-zero",
+    "scalar",
+    "negative-zero",
+  ],
+)
+def test_stored_size_counted_by_hand(w, expected):
+  assert accounting.stored_size(np.asarray(w)) == expected
+
+
+def _dense():
+  attn = {
+    "q": {"kernel": np.ones((8, 2, 4), np.float32)},
+    "v": {"kernel": np.ones((8, 2, 4), np.float32)},
+    "o": {"kernel": np.ones((2, 4, 8), np.float32)},
+  }
+  return {
+    "attn": attn,
+    "embed": {"embedding": np.ones((16, 8), np.float32)},
+    "norm": {"scale": np.ones(8, np.float32)},
+  }
+
+
+def _small():
+  attn = {
+    "q": {"kernel": np.ones((8, 2, 1), np.float32)},
+    "v": {"diagonal": np.ones((8, 1, 1), np.float32)},
+    "o": {"kernel": _zeroed((2, 4, 8), [(0, slice(None), slice(0, 6))])},
+  }
+  return {
+    "attn": attn,
+    "embed": {"embedding": _zeroed((16, 8), [(slice(4, 16),)])},
+    "norm": {"scale": np.ones(8, np.float32)},
+  }
+
+
+def test_account_counted_by_hand():
+  found = accounting.account(_small(), _dense())
+  assert found["parameters"] == {
+    "qkv": {"dense": 128, "stored": 24},
+    "linear": {"dense": 64, "stored": 40},
+    "embedding": {"dense": 128, "stored": 32},
+    "other": {"dense": 8, "stored": 8},
+    "overall": {"dense": 328, "stored": 104},
+  }
+  assert found["bytes"] == {
+    "qkv": {"dense": 512, "stored": 96, "masks": 0},
+    "linear": {"dense": 256, "stored": 160, "masks": 8},
+    "embedding": {"dense": 512, "stored": 128, "masks": 2},
+    "other": {"dense": 32, "stored": 32, "masks": 0},
+    "overall": {"dense": 1312, "stored": 416, "masks": 10},
+  }
+
+
+def test_layers_are_measured_against_the_array_of_their_role():
+  found = accounting.account(_small(), _dense())["layers"]
+  layers = {layer["path"]: layer for layer in found}
+  assert layers["attn/v/diagonal"] == {
+    "path": "attn/v/diagonal",
+    "group": "qkv",
+    "shape": [8, 1, 1],
+    "dense": 64,
+    "stored": 8,
+    "zeros": 0.0,
+  }
+  assert layers["embed/embedding"]["zeros"] == 0.75
+  assert len(layers) == 5
+
+
+def test_an_array_that_the_dense_twin_lacks_has_no_dense_size():
+  extra = _small() | {"log_slopes": np.ones(3)}
+  found = accounting.account(extra, _dense())["layers"]
+  assert [x["dense"] for x in found if x["path"] == "log_slopes"] == [0]
+
+
+def test_overall_is_the_sum_of_the_groups():
+  rng = np.random.default_rng(0)
+  small = jax.tree.map(lambda w: w * (rng.random(w.shape) < 0.4), _small())
+  found = accounting.account(small, _dense())
+  for table in (found["parameters"], found["bytes"]):
+    overall = table.pop("overall")
+    for column, value in overall.items():
+      assert value == sum(row[column] for row in table.values())
+
+
+def test_shapes_of_the_dense_twin_are_enough():
+  shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _dense()))
+  expected = accounting.account(_small(), _dense())
+  assert accounting.account(_small(), shapes) == expected

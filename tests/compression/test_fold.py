@@ -1,0 +1,323 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from folding import paths
+from folding.compression.fold import fold, unfold
+from folding.config import Config, FoldConfig, ModelConfig, llama, resolve
+from folding.config import gpt2 as gpt2_config
+from folding.models.attention import Attention
+from folding.models.transformer import make_model
+
+_TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, size=(2, 6)))
+# D 16, H 4, K 4.
+_SHAPE = {"num_layers": 2, "width": 16, "num_heads": 4, "mlp_width": 24}
+
+
+def _random_like(shapes, seed=0):
+  """Returns random values everywhere, so that no bias or scale is trivial."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.4), s.dtype), shapes
+  )
+
+
+def _model(model_config, **fold_options):
+  options = {"groups": 0, "v_block": 0} | fold_options
+  config = resolve(Config(model=model_config, fold=FoldConfig(**options)))
+  return make_model(config, vocab_size=11)
+
+
+def _params(model, seed=0):
+  shapes = jax.eval_shape(model.init, jax.random.key(0), _TOKENS)
+  return _random_like(shapes["params"], seed)
+
+
+def _logits(model, params):
+  return np.asarray(jax.jit(model.apply)({"params": params}, _TOKENS))
+
+
+def _assert_bit_equal(tree, expected):
+  tree, expected = paths.flatten(tree), paths.flatten(expected)
+  assert list(tree) == list(expected)
+  for name, leaf in expected.items():
+    assert tree[name].dtype == leaf.dtype, name
+    np.testing.assert_array_equal(tree[name], leaf, err_msg=name)
+
+
+_CASES = {
+  "paper": (ModelConfig(**_SHAPE), {"groups": 1, "v_block": 1}),
+  "two-groups": (ModelConfig(**_SHAPE), {"groups": 2, "v_block": 4}),
+  "all-groups": (ModelConfig(**_SHAPE), {"groups": 4, "v_block": 0}),
+  "values-only": (ModelConfig(**_SHAPE), {"groups": 0, "v_block": 8}),
+  "input-axis": (
+    ModelConfig(**_SHAPE),
+    {"groups": 4, "axis": "input", "v_block": 1},
+  ),
+  "input-row": (
+    ModelConfig(**_SHAPE, norm="rmsnorm"),
+    {"groups": 1, "axis": "input", "v_block": 4},
+  ),
+  "grouped-queries": (
+    ModelConfig(**_SHAPE, num_kv_heads=2),
+    {"groups": 2, "v_block": 0},
+  ),
+  "rope": (ModelConfig(**_SHAPE, positions="rope"), {"groups": 1}),
+  "learned": (gpt2_config(**_SHAPE), {"groups": 2, "v_block": 4}),
+  "llama": (llama(**_SHAPE, num_kv_heads=1), {"groups": 2}),
+  "llama-values": (llama(**_SHAPE), {"groups": 1, "v_block": 1}),
+  "encoder": (
+    ModelConfig(**_SHAPE, norm_position="post"),
+    {"groups": 1, "v_block": 1, "first_dense": True},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_the_unfolded_model_gives_the_same_logits(name):
+  model_config, fold_options = _CASES[name]
+  folded, dense = _model(model_config, **fold_options), _model(model_config)
+  params = _params(folded)
+  twin = unfold(params)
+  shapes = jax.eval_shape(dense.init, jax.random.key(0), _TOKENS)["params"]
+  assert jax.tree.map(jnp.shape, twin) == jax.tree.map(jnp.shape, shapes)
+  found, expected = _logits(folded, params), _logits(dense, twin)
+  # Float32 sums in another order, two layers: some 1e-6 of logits of order 1.
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found, expected, atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("role", ["q", "v"])
+def test_a_small_error_in_a_twin_shows_in_the_logits(role):
+  """Negative control of the test above."""
+  model_config, fold_options = _CASES["paper"]
+  folded, dense = _model(model_config, **fold_options), _model(model_config)
+  params = _params(folded)
+  twin = unfold(params)
+  kernel = twin["blocks_0"]["attn"][role]["kernel"]
+  twin["blocks_0"]["attn"][role]["kernel"] = kernel.at[0].add(0.01)
+  found, expected = _logits(folded, params), _logits(dense, twin)
+  assert np.abs(found - expected).max() > 3e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", [name for name in _CASES if name != "encoder"])
+def test_fold_undoes_unfold_bit_for_bit(name):
+  model_config, fold_options = _CASES[name]
+  params = _params(_model(model_config, **fold_options))
+  options = {"groups": 0, "v_block": 0} | fold_options
+  _assert_bit_equal(fold(unfold(params), **options), params)
+
+
+@pytest.mark.parametrize("name", ["paper", "two-groups", "input-axis"])
+def test_fold_twice_is_fold_once(name):
+  model_config, options = _CASES[name]
+  params = _params(_model(model_config, **options))
+  _assert_bit_equal(fold(params, **options), params)
+
+
+@pytest.mark.parametrize("name", ["paper", "input-axis", "llama"])
+def test_unfold_twice_is_unfold_once(name):
+  model_config, fold_options = _CASES[name]
+  twin = unfold(_params(_model(model_config, **fold_options)))
+  _assert_bit_equal(unfold(twin), twin)
+
+
+def test_a_tree_of_fewer_groups_can_be_folded_from_more():
+  params = _params(_model(_CASES["paper"][0], groups=1))
+  twice = unfold(params)
+  two = fold(twice, groups=2, v_block=0)
+  assert two["blocks_0"]["attn"]["q"]["kernel"].shape == (16, 4, 2)
+  _assert_bit_equal(fold(two, groups=1, v_block=0), params)
+
+
+@pytest.mark.parametrize("first_dense", [False, True])
+def test_arrays_outside_attention_are_the_same_objects(first_dense):
+  model = _model(_CASES["paper"][0], v_block=1, first_dense=first_dense)
+  params = paths.flatten(_params(model))
+  tree = traverse_util.unflatten_dict(params, sep="/")
+  twin = paths.flatten(unfold(tree))
+  moved = {n for n in twin if twin[n] is not params.get(n)}
+  blocks = [1] if first_dense else [0, 1]
+  assert moved == {
+    f"blocks_{n}/attn/v/{a}" for n in blocks for a in ("kernel", "bias")
+  }
+
+
+def _float64(x):
+  return np.asarray(x, np.float64)
+
+
+def _dense_attention(layer, x, q_heads):
+  """Plain causal attention with ALiBi in NumPy float64, a head at a time.
+
+  The projections are unfolded here by loops: column c of a head is stored
+  column c G / K; channel d reads stored row d G / D.
+  """
+  D = x.shape[-1]
+  K = D // q_heads
+
+  def heads(projection):
+    w = _float64(projection["kernel"])
+    rows, num_heads, columns = w.shape
+    full = np.empty((D, num_heads, K))
+    for d, c in np.ndindex(D, K):
+      full[d, :, c] = w[d * rows // D, :, c * columns // K]
+    out = np.einsum("bld,dhk->blhk", x, full)
+    if "bias" in projection:
+      bias = _float64(projection["bias"])
+      for c in range(K):
+        out[..., c] += bias[:, c * bias.shape[1] // K]
+    return out
+
+  q, k = heads(layer["q"]), heads(layer["k"])
+  if "diagonal" in layer["v"]:
+    w = _float64(layer["v"]["diagonal"])
+    n, b, _ = w.shape
+    v = np.concatenate(
+      [x[..., i * b : (i + 1) * b] @ w[i] for i in range(n)], axis=-1
+    ).reshape(*x.shape[:2], q_heads, K)
+  else:
+    v = heads(layer["v"])
+  slopes = np.exp(_float64(layer["log_slopes"]))
+  B, L = x.shape[:2]
+  out = np.zeros((B, L, D))
+  for b, h, i in np.ndindex(B, q_heads, L):
+    key_head = h * k.shape[2] // q_heads
+    logits = np.array(
+      [
+        q[b, i, h] @ k[b, j, key_head] / K**0.5 - slopes[h] * (i - j)
+        for j in range(i + 1)
+      ]
+    )
+    weights = np.exp(logits - logits.max())
+    weights /= weights.sum()
+    value_head = h * v.shape[2] // q_heads
+    mixed = weights @ v[b, : i + 1, value_head]
+    out[b, i] += mixed @ _float64(layer["o"]["kernel"])[h]
+  return out + _float64(layer["o"]["bias"])
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"groups": 1, "v_block": 1},
+    {"groups": 2, "v_block": 4},
+    {"groups": 4, "axis": "input", "v_block": 8},
+    {"groups": 1, "v_block": 0},
+  ],
+  ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_folded_attention_equals_dense_attention_in_float64(kv_heads, options):
+  config = ModelConfig(**_SHAPE, num_kv_heads=kv_heads)
+  resolved = resolve(Config(model=config, fold=FoldConfig(**options)))
+  layer = Attention(
+    resolved.model, resolved.fold, jax.nn.initializers.lecun_normal()
+  )
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 5, 16)).astype(np.float32)
+  x = jnp.asarray(x)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+  params = _random_like(shapes)
+  expected = _dense_attention(params, _float64(x), 4)
+  for tree in (params, unfold(params)):
+    again = _dense_attention(tree, _float64(x), 4)
+    np.testing.assert_allclose(again, expected, rtol=1e-12)
+  found = jax.jit(layer.apply)({"params": params}, x)
+  # float32 over sums of 16 terms: 1e-6 of outputs of order 1.
+  np.testing.assert_allclose(found, expected, atol=5e-6, rtol=5e-6)
+
+
+def _layer(seed=0):
+  """Returns a dense layer that is folded in value: G 2, blocks of 2."""
+  rng = np.random.default_rng(seed)
+  folded = {
+    "q": {
+      "kernel": rng.normal(size=(8, 2, 2)),
+      "bias": rng.normal(size=(2, 2)),
+    },
+    "k": {
+      "kernel": rng.normal(size=(8, 2, 2)),
+      "bias": rng.normal(size=(2, 2)),
+    },
+    "v": {"diagonal": rng.normal(size=(4, 2, 2))},
+    "o": {"kernel": rng.normal(size=(2, 4, 8))},
+  }
+  return unfold({"enc": {"attn": jax.tree.map(jnp.asarray, folded)}})
+
+
+def _changed(path, index, by):
+  leaves = paths.flatten(_layer())
+  leaves[path] = leaves[path].at[index].add(by)
+  return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+@pytest.mark.parametrize(
+  ("tree", "options", "message"),
+  [
+    (
+      _changed("enc/attn/q/kernel", (3, 1, 1), 1e-4),
+      {"groups": 2, "v_block": 0},
+      "enc/attn/q: rows of a group differ, so folding to 2 groups would",
+    ),
+    (
+      _changed("enc/attn/k/bias", (0, 3), 1e-4),
+      {"groups": 2, "v_block": 0},
+      "enc/attn/k: rows of a group differ",
+    ),
+    (
+      _changed("enc/attn/v/kernel", (7, 0, 0), 1e-4),
+      {"groups": 0, "v_block": 2},
+      "enc/attn/v: there are values off the blocks of 2",
+    ),
+    (
+      _changed("enc/attn/v/bias", (0, 0), 1e-4),
+      {"groups": 0, "v_block": 2},
+      "enc/attn/v: a folded value projection has no bias",
+    ),
+    (_layer(), {"groups": 1, "v_block": 0}, "enc/attn/q: rows of a group"),
+    (_layer(), {"groups": 2, "v_block": 1}, "values off the blocks of 1"),
+    (_layer(), {"groups": 3}, r"q: 3 groups do not divide an axis of 4 .*8, 2"),
+    (_layer(), {"groups": 0, "v_block": 3}, r"v: .* \(8, 2, 4\) has no blocks"),
+    (_layer(), {"groups": 2, "axis": "input"}, "enc/attn/q: rows of a group"),
+    (_layer(), {"axis": "rows"}, "axis must be 'output' or 'input'; it is"),
+    (
+      fold(_layer(), groups=2, v_block=2),
+      {"groups": 2, "v_block": 1},
+      "enc/attn/v: it is folded already, to blocks of 2, not 1",
+    ),
+  ],
+  ids=[
+    "q-kernel",
+    "k-bias",
+    "v-kernel",
+    "v-bias",
+    "too-few-groups",
+    "too-small-block",
+    "groups-do-not-divide",
+    "block-does-not-divide",
+    "other-axis",
+    "axis-name",
+    "folded-otherwise",
+  ],
+)
+def test_fold_refuses_what_would_change_the_function(tree, options, message):
+  with pytest.raises(ValueError, match=message):
+    fold(tree, **options)
+
+
+@pytest.mark.parametrize(
+  ("role", "leaf", "shape", "message"),
+  [
+    ("q", "kernel", (8, 2, 3), r"a/q/kernel \(8, 2, 3\) is no folding"),
+    ("k", "kernel", (3, 2, 4), r"a/k/kernel \(3, 2, 4\) is no folding"),
+    ("v", "diagonal", (3, 2, 2), r"a/v/diagonal \(3, 2, 2\) does not fit"),
+  ],
+  ids=["columns", "rows", "diagonal"],
+)
+def test_unfold_refuses_shapes_that_do_not_fit(role, leaf, shape, message):
+  layer = _layer()["enc"]["attn"] | {role: {leaf: jnp.ones(shape)}}
+  with pytest.raises(ValueError, match=message):
+    unfold({"a": layer})

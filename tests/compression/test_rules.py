@@ -1,0 +1,181 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding.compression import rules
+from folding.compression.rules import Rule
+
+_TIED = {r"\1/down/kernel": 0, r"\1/up/bias": -1}
+
+
+def _layer(width=4, hidden=6):
+  return {
+    "up": {"kernel": np.ones((width, hidden)), "bias": np.ones(hidden)},
+    "down": {"kernel": np.ones((hidden, width))},
+  }
+
+
+def _params():
+  return {
+    "a": {"mlp": _layer()},
+    "b": {"mlp": _layer(hidden=8)},
+    "embed": np.ones((9, 4)),
+    "scale": np.ones(()),
+  }
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ((1.0,), r"target of rule 'w' must be in \[0, 1\); it is 1\.0"),
+    ((-0.1,), r"target of rule 'w' .* it is -0\.1"),
+    ((0.5, "column"), "granularity of rule 'w' must be .* it is 'column'"),
+    ((0.5, "4:4"), "'n:m' with 0 < n < m; it is '4:4'"),
+    ((0.5, "0:4"), "'n:m' with 0 < n < m; it is '0:4'"),
+    ((0.6, "2:4"), "removes 0.5 of the weights, .* must be 0.5"),
+    ((0.5, "row", {"x": 0}), "rule 'w' ties other arrays"),
+  ],
+  ids=["one", "negative", "unknown", "4:4", "0:4", "n:m-target", "tied"],
+)
+def test_an_impossible_rule_is_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    Rule("w", *options)
+
+
+@pytest.mark.parametrize(
+  ("granularity", "target", "expected"),
+  [("2:4", 0.5, (2, 4)), ("1:3", 2 / 3, (1, 3)), ("weight", 0.3, None)],
+  ids=["2:4", "1:3", "weight"],
+)
+def test_pattern_nm(granularity, target, expected):
+  assert Rule("w", target, granularity).pattern_nm == expected
+
+
+def test_sites_come_in_the_order_of_rules_and_parameters():
+  sites = rules.make_sites(
+    [Rule(r"(.*/mlp)/up/kernel", 0.5, "neuron", _TIED), Rule("embed", 0.1)],
+    _params(),
+  )
+  assert [(s.name, s.rule, s.shape, dict(s.members)) for s in sites] == [
+    (
+      "a/mlp/up/kernel",
+      0,
+      (6,),
+      {"a/mlp/up/kernel": 1, "a/mlp/down/kernel": 0, "a/mlp/up/bias": -1},
+    ),
+    (
+      "b/mlp/up/kernel",
+      0,
+      (8,),
+      {"b/mlp/up/kernel": 1, "b/mlp/down/kernel": 0, "b/mlp/up/bias": -1},
+    ),
+    ("embed", 1, (9, 4), {"embed": None}),
+  ]
+
+
+def test_rows_are_the_first_axis():
+  (site,) = rules.make_sites([Rule("embed", 0.5, "row")], _params())
+  assert (site.shape, dict(site.members)) == ((9,), {"embed": 0})
+
+
+def _neuron(tied):
+  return [Rule(r"(a/mlp)/up/kernel", 0.5, "neuron", tied)]
+
+
+@pytest.mark.parametrize(
+  ("rule_list", "message"),
+  [
+    ([Rule("heads", 0.5)], "'heads' matches no parameter; there are a/mlp"),
+    (
+      [Rule("a/.*", 0.5), Rule(r".*/up/kernel", 0.1)],
+      r"'a/mlp/up/kernel' is claimed by rules 'a/\.\*' and '\.\*/up/kernel'",
+    ),
+    (
+      [*_neuron(_TIED), Rule("a/mlp/down/kernel", 0.1)],
+      r"'a/mlp/down/kernel' is claimed by rules",
+    ),
+    (_neuron({r"\1/down": 0}), "ties 'a/mlp/down' .* no such parameter"),
+    (
+      _neuron({r"\1/down/kernel": 1}),
+      r"axis 1 of 'a/mlp/down/kernel' \(6, 4\) does not index the 6 neurons",
+    ),
+    (_neuron({r"\1/up/bias": 1}), r"axis 1 of 'a/mlp/up/bias' \(6,\) does not"),
+    (_neuron({r"\2/up/bias": 0}), r"ties '.*2/up/bias', which does not expand"),
+    ([Rule("a/mlp/up/bias", 0.5, "row")], r"'row' needs a matrix; .*bias"),
+    ([Rule("scale", 0.5)], r"'weight' needs a vector; 'scale' has shape \(\)"),
+    (
+      [Rule("a/mlp/down/kernel", 0.5, "2:4")],
+      r"second last axis of 'a/mlp/down/kernel' \(6, 4\) .* multiple of 4",
+    ),
+  ],
+  ids=[
+    "no-match",
+    "claimed-twice",
+    "claimed-as-tied",
+    "no-tied",
+    "tied-size",
+    "tied-axis",
+    "tied-group",
+    "row-of-vector",
+    "scalar",
+    "n:m-size",
+  ],
+)
+def test_a_rule_that_does_not_fit_is_refused(rule_list, message):
+  with pytest.raises(ValueError, match=message):
+    rules.make_sites(rule_list, _params())
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
+def test_expand_lays_units_along_their_axis(axis):
+  w = np.random.default_rng(0).normal(size=(3, 3, 3))
+  site = rules.Site("w", 0, (3,), {"w": axis})
+  units = jnp.array([True, False, True])
+  found = jnp.broadcast_to(site.expand(units, "w", 3), w.shape)
+  for index in np.ndindex(w.shape):
+    assert found[index] == units[index[axis]]
+
+
+def test_expand_of_weights_is_the_decisions_themselves():
+  site = rules.Site("w", 0, (2, 2), {"w": None})
+  units = jnp.array([[True, False], [False, True]])
+  assert site.expand(units, "w", 2) is units
+
+
+def test_reduce_equals_a_loop_over_all_arrays_of_a_neuron():
+  rng = np.random.default_rng(0)
+  arrays = {
+    "up": rng.normal(size=(4, 6)),
+    "bias": rng.normal(size=6),
+    "down": rng.normal(size=(6, 2, 3)),
+  }
+  site = rules.Site("up", 0, (6,), {"up": 1, "bias": 0, "down": -3})
+  expected = [
+    sum(arrays["up"][d, f] for d in range(4))
+    + arrays["bias"][f]
+    + sum(arrays["down"][f, i, j] for i in range(2) for j in range(3))
+    for f in range(6)
+  ]
+  found = site.reduce({n: jnp.asarray(a) for n, a in arrays.items()})
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_reduce_by_all_needs_every_element():
+  site = rules.Site("up", 0, (3,), {"up": 1, "bias": 0})
+  found = site.reduce(
+    {
+      "up": jnp.array([[True, True, False], [True, True, True]]),
+      "bias": jnp.array([True, False, True]),
+    },
+    jnp.all,
+  )
+  assert found.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 64])
+def test_pack_is_a_bit_an_element_and_comes_back(size):
+  bits = np.random.default_rng(size).random((3, 2, size)) < 0.5
+  packed = rules.pack(jnp.asarray(bits))
+  np.testing.assert_array_equal(packed, np.packbits(bits, axis=-1))
+  assert packed.nbytes == 3 * 2 * -(-size // 8)
+  np.testing.assert_array_equal(rules.unpack(packed, size), bits)

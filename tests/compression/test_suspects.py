@@ -1,0 +1,240 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding.compression import rules, scores, suspects
+from folding.compression.rules import Rule
+
+_RAMP = np.array([0.0, 0.5, 1.0])
+_NEURON = Rule("up", 0.5, "neuron", {"bias": 0, "down": 0})
+
+
+def _leaves(seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = {"up": (4, 6), "bias": (6,), "down": (6, 3), "w": (5, 7)}
+  return {
+    n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()
+  }
+
+
+def _averages(score, leaves, seed=1):
+  rng = np.random.default_rng(seed)
+  found = {}
+  for name, w in leaves.items():
+    average = scores.init_average(score, w)
+    if average is not None:
+      x = rng.normal(size=average.shape)
+      x = np.abs(x) if score != "movement" else x
+      found[name] = jnp.asarray(x, jnp.float32)
+  return found
+
+
+@pytest.mark.parametrize("score", scores.SCORES)
+def test_a_neuron_scores_the_root_of_its_sum_of_squares(score):
+  leaves = _leaves()
+  averages = _averages(score, leaves)
+  sites = rules.make_sites([Rule("w", 0.5), _NEURON], leaves)
+  found = suspects.unit_scores(sites, leaves, averages, score, seed=3)["up"]
+  key = jax.random.fold_in(jax.random.key(3), 1)
+  e = {
+    n: np.float64(scores.element_scores(score, leaves[n], averages.get(n), key))
+    for n in ("up", "bias", "down")
+  }
+  if score == "movement":
+    expected = e["up"].sum(0) + e["bias"] + e["down"].sum(1)
+  else:
+    expected = np.sqrt(
+      (e["up"] ** 2).sum(0) + e["bias"] ** 2 + (e["down"] ** 2).sum(1)
+    )
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_score_by_themselves():
+  leaves = _leaves()
+  sites = rules.make_sites([Rule("w", 0.5)], leaves)
+  found = suspects.unit_scores(sites, leaves, {}, "magnitude", seed=0)["w"]
+  np.testing.assert_array_equal(found, np.abs(leaves["w"]))
+
+
+def test_random_scores_differ_between_parameters_but_not_between_checks():
+  leaves = {"a": jnp.ones((4, 5)), "b": jnp.ones((4, 5))}
+  sites = rules.make_sites([Rule(".", 0.5)], leaves)
+  first = suspects.unit_scores(sites, leaves, {}, "random", seed=0)
+  again = suspects.unit_scores(sites, leaves, {}, "random", seed=0)
+  np.testing.assert_array_equal(first["a"], again["a"])
+  assert not np.any(np.asarray(first["a"]) == np.asarray(first["b"]))
+
+
+def _lowest(x, k):
+  chosen = np.zeros(x.size, bool)
+  chosen[np.argsort(x.ravel(), kind="stable")[:k]] = True
+  return chosen.reshape(x.shape)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_each_parameter_has_its_own_threshold(index):
+  rule = Rule("a|b", 0.5)
+  sites = rules.make_sites([rule], {"a": np.ones((3, 5)), "b": np.ones(9)})
+  rng = np.random.default_rng(0)
+  ranked = {"a": rng.normal(size=(3, 5)), "b": 10 + rng.normal(size=9)}
+  found = suspects.suspects(
+    sites,
+    [rule],
+    {n: jnp.asarray(x, jnp.float32) for n, x in ranked.items()},
+    "parameter",
+    _RAMP,
+    jnp.int32(index),
+  )
+  counts = {"a": [0, 3, 7], "b": [0, 2, 4]}  # floor of 7.5 and 4.5, and halves
+  for name, x in ranked.items():
+    np.testing.assert_array_equal(found[name], _lowest(x, counts[name][index]))
+
+
+def test_one_threshold_for_a_rule():
+  rule_list = [Rule("a|b", 0.5), Rule("c", 0.25)]
+  shapes = {"a": (3, 5), "b": (9,), "c": (8,)}
+  sites = rules.make_sites(
+    rule_list, {n: np.ones(s) for n, s in shapes.items()}
+  )
+  rng = np.random.default_rng(0)
+  ranked = {n: rng.normal(size=s) for n, s in shapes.items()}
+  ranked["c"] -= 100  # another rule: its low scores must not matter
+  found = suspects.suspects(
+    sites,
+    rule_list,
+    {n: jnp.asarray(x, jnp.float32) for n, x in ranked.items()},
+    "rule",
+    _RAMP,
+    jnp.int32(2),
+  )
+  both = _lowest(np.concatenate([ranked["a"].ravel(), ranked["b"]]), 12)
+  np.testing.assert_array_equal(found["a"], both[:15].reshape(3, 5))
+  np.testing.assert_array_equal(found["b"], both[15:])
+  np.testing.assert_array_equal(found["c"], _lowest(ranked["c"], 2))
+
+
+@pytest.mark.parametrize("granularity", ["2:4", "1:4", "3:4", "1:2"])
+def test_n_of_m_neighbours_along_the_input_axis_stay(granularity):
+  n, m = map(int, granularity.split(":"))
+  rule = Rule("w", 1 - n / m, granularity)
+  sites = rules.make_sites([rule], {"w": np.ones((3, 8, 5))})
+  # Whole numbers: ties, which go to the first of a group.
+  x = np.random.default_rng(0).integers(0, 6, size=(3, 8, 5))
+  ranked = {"w": jnp.asarray(x, jnp.float32)}
+  found = suspects.suspects(
+    sites, [rule], ranked, "parameter", _RAMP, jnp.int32(2)
+  )["w"]
+  for lead in range(3):
+    for start in range(0, 8, m):
+      for column in range(5):
+        group = x[lead, start : start + m, column]
+        np.testing.assert_array_equal(
+          found[lead, start : start + m, column], _lowest(group, m - n)
+        )
+
+
+def test_half_way_no_group_has_lost_more_than_it_may():
+  rule = Rule("w", 0.5, "2:4")
+  sites = rules.make_sites([rule], {"w": np.ones((16, 5))})
+  x = np.random.default_rng(0).normal(size=(16, 5))
+  x[:4] -= 100  # the lowest are all in the first groups
+  found = suspects.suspects(
+    sites,
+    [rule],
+    {"w": jnp.asarray(x, jnp.float32)},
+    "parameter",
+    _RAMP,
+    jnp.int32(1),
+  )["w"]
+  assert int(found.sum()) == 20
+  assert np.asarray(found).reshape(4, 4, 5).sum(1).max() == 2
+
+
+def test_member_masks_broadcast_to_every_array_of_a_neuron():
+  leaves = _leaves()
+  sites = rules.make_sites([_NEURON, Rule("w", 0.5)], leaves)
+  units = np.array([True, False, False, True, True, False])
+  weights = np.random.default_rng(0).random((5, 7)) < 0.5
+  packed = {
+    "up": rules.pack(jnp.asarray(units)),
+    "w": rules.pack(jnp.asarray(weights)),
+  }
+  found = suspects.member_masks(sites, packed, leaves)
+  full = {n: np.broadcast_to(m, leaves[n].shape) for n, m in found.items()}
+  np.testing.assert_array_equal(full["up"], np.stack([units] * 4))
+  np.testing.assert_array_equal(full["bias"], units)
+  np.testing.assert_array_equal(full["down"], np.stack([units] * 3, axis=1))
+  np.testing.assert_array_equal(full["w"], weights)
+
+
+# Elements 0..15, of which 0..3 are harmless: the loss is the sum of squares of
+# what is missing from the others, plus an offset.
+_HARM = np.array([0.0] * 4 + [1.0] * 12, np.float32)
+
+
+def _verified(tolerance, offset, value, candidates=16):
+  params = {"w": jnp.ones(16)}
+  sites = rules.make_sites([Rule("w", 0.5)], params)
+  found = suspects.verified(
+    sites,
+    {"w": jnp.arange(16) < candidates},
+    {"w": jnp.arange(16, dtype=jnp.float32)},
+    params,
+    params,
+    value,
+    lambda p: offset + jnp.sum(_HARM * (p["w"] - 1) ** 2),
+    tolerance,
+  )
+  return np.flatnonzero(found["w"]).tolist()
+
+
+@pytest.mark.parametrize(
+  ("tolerance", "kept"),
+  [(0.0, 4), (0.3, 4), (0.4, 8), (1.2, 16)],
+  ids=str,
+)
+@pytest.mark.parametrize("value", [None, 10.0], ids=["evaluated", "given"])
+def test_as_many_candidates_as_hold_the_loss(tolerance, kept, value):
+  # Of 10: zeroing 16, 8, 4 elements adds 12, 4, 0.
+  value = None if value is None else jnp.float32(value)
+  assert _verified(tolerance, 10.0, value) == list(range(kept))
+
+
+@pytest.mark.parametrize(
+  ("tolerance", "kept"), [(0.0, 4), (0.4, 8), (1.2, 16)], ids=str
+)
+def test_the_tolerance_of_a_negative_loss_allows_a_rise(tolerance, kept):
+  assert _verified(tolerance, -10.0, None) == list(range(kept))
+
+
+def test_where_every_share_hurts_nothing_is_zeroed():
+  params = {"w": jnp.ones(16)}
+  sites = rules.make_sites([Rule("w", 0.5)], params)
+  found = suspects.verified(
+    sites,
+    {"w": jnp.ones(16, bool)},
+    {"w": jnp.arange(16, dtype=jnp.float32)},
+    params,
+    params,
+    None,
+    lambda p: jnp.sum((p["w"] - 1) ** 2),
+    0.0,
+  )
+  assert not np.any(found["w"])
+
+
+def test_a_loss_that_is_not_a_number_holds_nothing():
+  params = {"w": jnp.ones(4)}
+  sites = rules.make_sites([Rule("w", 0.5)], params)
+  found = suspects.verified(
+    sites,
+    {"w": jnp.ones(4, bool)},
+    {"w": jnp.arange(4, dtype=jnp.float32)},
+    params,
+    params,
+    jnp.float32(1),
+    lambda p: 1 / jnp.min(p["w"]) * 0 + jnp.nan,
+    10.0,
+  )
+  assert not np.any(found["w"])

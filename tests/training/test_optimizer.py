@@ -1,0 +1,319 @@
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from folding import config as c
+from folding import paths, schema
+from folding.compression.rules import Rule, make_sites, unpack
+from folding.training import optimizer
+from tests.training import tiny
+
+
+@pytest.mark.parametrize(
+  ("steps", "warmup"), [(100, 0.1), (7, 0.5), (10, 0.0), (1, 0.05)]
+)
+def test_schedule_is_a_line_and_a_cosine(steps, warmup):
+  train = c.TrainConfig(
+    steps=steps, warmup=warmup, learning_rate=0.2, final_learning_rate=0.1
+  )
+  schedule = optimizer.make_schedule(c.Config(train=train))
+  top = max(1, round(warmup * steps))
+  for step in range(steps):
+    expected = 0.2 * step / top
+    if step >= top:
+      turn = math.pi * (step - top) / (steps - top)
+      expected = 0.2 * (0.1 + 0.9 * (1 + math.cos(turn)) / 2)
+    assert schedule(step) == pytest.approx(expected, rel=1e-5, abs=1e-8), step
+    assert optimizer.current_rate(c.Config(train=train), step) == schedule(step)
+
+
+def rules_of(config):
+  """Returns {matched parameter: (target, granularity, members)}."""
+  params = tiny.shapes(config)
+  dense = tiny.shapes(c.dense_twin(config))
+  rules = optimizer.make_rules(config, params, dense)
+  return {
+    site.name: (rules[site.rule].target, rules[site.rule].granularity)
+    for site in make_sites(rules, params)
+  }
+
+
+MLP = ("blocks_0/mlp/down/kernel", "blocks_0/mlp/up/kernel")
+GATED = c.llama(num_layers=1, width=32, num_heads=4)
+
+
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    ({"preset": "none"}, {}),
+    ({"dense": True}, {}),
+    (
+      {},
+      {
+        "blocks_0/attn/o/kernel": (0.7, "weight"),
+        **dict.fromkeys(MLP, (0.7, "weight")),
+        "embed/embedding": (0.7, "weight"),
+      },
+    ),
+    (
+      {
+        "fpp": c.FPPConfig(
+          linear=0.5,
+          embedding=0.2,
+          granularity="neuron",
+          embedding_granularity="row",
+        )
+      },
+      {
+        "blocks_0/attn/o/kernel": (0.5, "weight"),
+        "blocks_0/mlp/up/kernel": (0.5, "neuron"),
+        "embed/embedding": (0.2, "row"),
+      },
+    ),
+    (
+      {
+        "model": GATED,
+        "fpp": c.FPPConfig(linear=0.5, embedding=0.0, granularity="neuron"),
+      },
+      {
+        "blocks_0/attn/o/kernel": (0.5, "weight"),
+        "blocks_0/mlp/up/kernel": (0.5, "neuron"),
+        "head/kernel": (0.5, "weight"),
+      },
+    ),
+    (
+      {"task": "classify", "model": c.bert(num_layers=1, width=32)},
+      {
+        "blocks_0/attn/o/kernel": (0.7, "weight"),
+        **dict.fromkeys(MLP, (0.7, "weight")),
+        "embed/embedding": (0.7, "weight"),
+        "position_embed/embedding": (0.7, "weight"),
+      },
+    ),
+    (
+      {"fpp": c.FPPConfig(exclude=r"(.*)/(attn|mlp)/(o|up)/kernel|embed/.*")},
+      {"blocks_0/mlp/down/kernel": (0.7, "weight")},
+    ),
+    (
+      # Groups of the pattern must not be taken for those of the rule.
+      {"fpp": c.FPPConfig(exclude="(?i)(EM)bed/.*", granularity="neuron")},
+      {
+        "blocks_0/attn/o/kernel": (0.7, "weight"),
+        "blocks_0/mlp/up/kernel": (0.7, "neuron"),
+      },
+    ),
+    ({"fpp": c.FPPConfig(exclude=".*")}, {}),
+  ],
+  ids=[
+    "none",
+    "dense",
+    "paper",
+    "neuron-row",
+    "untied-gated",
+    "bert",
+    "exclude",
+    "exclude-neuron",
+    "exclude-all",
+  ],
+)
+def test_rules_of_a_config(fields, expected):
+  assert rules_of(tiny.config(**fields)) == expected
+
+
+def test_neurons_tie_all_their_arrays():
+  config = tiny.config(
+    model=c.ModelConfig(num_layers=1, width=32, num_heads=4, gated=True),
+    fpp=c.FPPConfig(linear=0.5, embedding=0.0, granularity="neuron"),
+  )
+  rules = tiny.make(config).rules
+  [site] = [s for s in make_sites(rules, tiny.shapes(config)) if s.rule == 0]
+  assert site.members == {
+    "blocks_0/mlp/up/kernel": 1,
+    "blocks_0/mlp/up/bias": 0,
+    "blocks_0/mlp/gate/kernel": 1,
+    "blocks_0/mlp/gate/bias": 0,
+    "blocks_0/mlp/down/kernel": 0,
+  }
+
+
+@pytest.mark.parametrize(
+  ("fields", "match"),
+  [
+    ({"exclude": "nothing"}, "fpp.exclude: pattern 'nothing' matches no"),
+    ({"exclude": "("}, r"fpp.exclude: pattern '\(' does not parse"),
+    ({"overall": 0.99}, r"overall 0.99 cannot be reached: only [\d,]+ of"),
+    ({"overall": 0.5, "exclude": ".*"}, "cannot be reached: only 0 of"),
+    (
+      {"exclude": ".*down/kernel", "granularity": "neuron"},
+      "'blocks_0/mlp/down/kernel', which is pruned by neuron",
+    ),
+  ],
+  ids=["no-match", "no-pattern", "overall", "overall-exclude", "neuron"],
+)
+def test_rules_that_cannot_be_are_refused(fields, match):
+  config = tiny.config(fpp=c.FPPConfig(**fields))
+  params, dense = tiny.shapes(config), tiny.shapes(c.dense_twin(config))
+  with pytest.raises(schema.ConfigError, match=match):
+    optimizer.make_rules(config, params, dense)
+
+
+@pytest.mark.parametrize(
+  ("model", "fpp"),
+  [
+    ({}, {}),
+    ({"tie_embeddings": False}, {}),
+    ({}, {"exclude": "embed/.*"}),
+    ({"gated": True}, {"granularity": "neuron"}),
+    ({}, {"embedding_granularity": "row"}),
+  ],
+  ids=["plain", "untied", "exclude", "neuron", "row"],
+)
+def test_overall_is_what_is_saved_in_the_end(model, fpp):
+  config = tiny.config(
+    model=c.ModelConfig(num_layers=1, width=32, num_heads=4, **model),
+    fpp=c.FPPConfig(overall=0.35, score="magnitude", **fpp),
+    train=c.TrainConfig(steps=1),  # so that its one check is the last
+  )
+  run = tiny.make(config)
+  params = tiny.noise(tiny.shapes(config))
+  no_grads = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = run.tx.update(no_grads, run.tx.init(params), params)
+  params = optax.apply_updates(params, updates)
+  stored = sum(np.count_nonzero(x) for x in jax.tree.leaves(params))
+  dense = tiny.shapes(c.dense_twin(config))
+  total = sum(x.size for x in jax.tree.leaves(dense))
+  # Each site falls short of its target by less than one of its units: a
+  # weight, an embedding's row of 32, or a neuron of 3 x 32 weights, 2 biases.
+  sites = make_sites(run.rules, params)
+  granularities = [run.rules[s.rule].granularity for s in sites]
+  short = sum({"weight": 1, "row": 32, "neuron": 98}[g] for g in granularities)
+  assert 0 <= stored - (1 - 0.35) * total < short
+
+
+def test_folding_alone_may_save_enough():
+  assert rules_of(tiny.config(fpp=c.FPPConfig(overall=0.01))) == {}
+
+
+def test_weight_decay_acts_on_matrices_alone():
+  config = tiny.config(
+    preset="none",
+    model=c.bert(num_layers=1, width=32, num_heads=4),
+    train=c.TrainConfig(
+      steps=8, learning_rate=0.1, warmup=0.0, weight_decay=0.5
+    ),
+  )
+  run = tiny.make(config)
+  params = tiny.noise(tiny.shapes(config))
+  no_grads = jax.tree.map(jnp.zeros_like, params)
+  state, moved = run.tx.init(params), params
+  for _ in range(2):  # the learning rate of the first step is 0
+    updates, state = run.tx.update(no_grads, state, moved)
+    moved = optax.apply_updates(moved, updates)
+  decayed = {
+    name
+    for name, (before, after) in paths.flatten(
+      jax.tree.map(lambda *pair: pair, params, moved)
+    ).items()
+    if name and False
+  }
+  del decayed
+  before, after = paths.flatten(params), paths.flatten(moved)
+  for name, w in before.items():
+    is_matrix = name.endswith(("/kernel", "/embedding"))
+    expected = w * (1 - 0.1 * 0.5) if is_matrix else w
+    np.testing.assert_allclose(after[name], expected, 1e-6, err_msg=name)
+
+
+def test_without_rules_it_is_adamw_after_a_clip():
+  config = tiny.config(preset="none")
+  run, t = tiny.make(config), config.train
+  by_hand = optax.chain(
+    optax.clip_by_global_norm(t.clip_norm),
+    optax.scale_by_adam(t.b1, t.b2),
+    optax.add_decayed_weights(
+      t.weight_decay,
+      lambda p: paths.map_named(
+        lambda n, _: n.endswith(("/kernel", "/embedding", "/diagonal")), p
+      ),
+    ),
+    optax.scale_by_learning_rate(optimizer.make_schedule(config)),
+  )
+  params = expected = tiny.noise(tiny.shapes(config))
+  state, hand_state = run.tx.init(params), by_hand.init(params)
+  for seed in range(3):
+    grads = tiny.noise(params, seed)
+    updates, state = run.tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    updates, hand_state = by_hand.update(grads, hand_state, expected)
+    expected = optax.apply_updates(expected, updates)
+  chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+
+def test_frozen_gradients_do_not_count_in_the_clip():
+  config = tiny.config(
+    fpp=c.FPPConfig(
+      begin=0.0, end=0.75, checks=3, score="magnitude", patience=3
+    )
+  )
+  run = tiny.make(config)
+  params = tiny.noise(tiny.shapes(config))
+  update = jax.jit(run.tx.update)
+  state = run.tx.init(params)
+  for seed in range(3):  # checks at steps 0 and 2
+    updates, state = update(tiny.noise(params, seed), state, params)
+    params = optax.apply_updates(params, updates)
+  name = "blocks_0/mlp/up/kernel"
+  is_frozen = unpack(state.suspected[name][0], 128)
+  assert 0 < is_frozen.sum() < is_frozen.size
+
+  def with_huge(where):
+    grads = tiny.noise(params, 3)
+    w = grads["blocks_0"]["mlp"]["up"]["kernel"]
+    grads["blocks_0"]["mlp"]["up"]["kernel"] = jnp.where(where, 1e6, w)
+    return update(grads, state, params)
+
+  plain = with_huge(False)
+  chex.assert_trees_all_equal(with_huge(is_frozen), plain)
+  # Had they counted, the norm would be dominated by them, as it is here:
+  first = jnp.argmax(~is_frozen.reshape(-1))
+  is_one = jnp.arange(is_frozen.size).reshape(is_frozen.shape) == first
+  counted, _ = with_huge(is_one & ~is_frozen)
+  shrunk = np.abs(counted["norm_final"]["scale"])
+  assert (shrunk < np.abs(plain[0]["norm_final"]["scale"])).all()
+
+
+@pytest.mark.parametrize(
+  ("steps", "begin", "end", "checks"),
+  [
+    (23, 0.1, 0.7, 5),
+    (10, 0.0, 1.0, 30),
+    (40, 0.5, 0.9, 7),
+    (1, 0.1, 0.7, 30),
+    (30, 0.29, 0.58, 1),
+  ],
+)
+def test_checks_are_those_that_fpp_makes(steps, begin, end, checks):
+  config = c.Config(
+    fpp=c.FPPConfig(begin=begin, end=end, checks=checks, score="evolution"),
+    train=c.TrainConfig(steps=steps, learning_rate=1e-2),
+  )
+  tx = optimizer.make_optimizer(config, [Rule("w", 0.5)])
+  update = jax.jit(tx.update)
+  params = tiny.noise({"w": jnp.zeros((8, 8))})
+  state = tx.init(params)
+  for step in range(steps):
+    updates, new = update(tiny.noise(params, step), state, params)
+    # "evolution" looks at the parameters, and so moves, at checks alone.
+    moved = not np.array_equal(new.averages["w"], state.averages["w"])
+    assert optimizer.is_check(config, step) == moved, step
+    if not moved:
+      chex.assert_trees_all_equal(new.suspected, state.suspected)
+    params, state = optax.apply_updates(params, updates), new
+  assert np.count_nonzero(params["w"] == 0) == 32
+  _, last, _ = optimizer.check_steps(config)
+  assert last < steps

@@ -1,0 +1,83 @@
+"""A model without data: its optimizer, its state, and batches of noise."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from folding import config as c
+from folding.models.transformer import make_model
+from folding.training import optimizer
+from folding.training.step import TrainState, init_state, train_step
+
+VOCAB = 128
+LENGTH = 8
+
+
+def config(**fields: Any) -> c.Config:
+  """Returns a resolved config: one layer, checks at steps 0, 2, 4 and 6."""
+  values = {
+    "data": c.DataConfig(length=LENGTH),
+    "model": c.ModelConfig(num_layers=1, width=32, num_heads=4),
+    "fpp": c.FPPConfig(begin=0.0, end=0.75, checks=3),
+    "train": c.TrainConfig(steps=8, learning_rate=1e-2, warmup=0.0),
+  }
+  return c.resolve(c.Config(**(values | fields)))
+
+
+class Tiny(NamedTuple):
+  """What a run is made of, without its data."""
+
+  config: c.Config
+  model: Any
+  rules: list
+  tx: Any
+
+  def init(self, seed: int = 0) -> TrainState:
+    return init_state(self.model, self.tx, LENGTH, seed)
+
+  def step(self, is_check: bool, **options: Any):
+    """Returns the jitted training step."""
+    values = {"seed": 0, "label_smoothing": 0.0, "tx": self.tx}
+    values |= {"rules": self.rules, **options}
+    return jax.jit(
+      functools.partial(
+        train_step, model=self.model, is_check=is_check, **values
+      )
+    )
+
+
+def make(values: c.Config) -> Tiny:
+  """Builds the model, the rules and the optimizer of a config."""
+  model = make_model(values, VOCAB, num_classes=3)
+  params, dense = shapes(values), shapes(c.dense_twin(values))
+  rules = optimizer.make_rules(values, params, dense)
+  return Tiny(values, model, rules, optimizer.make_optimizer(values, rules))
+
+
+def shapes(values: c.Config) -> Any:
+  """Returns the shapes of a model's parameters."""
+  model = make_model(values, VOCAB, num_classes=3)
+  tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def noise(tree: Any, seed: int = 0) -> Any:
+  """Returns an array of numbers, none of them 0, for each shape of a tree."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.uniform(0.1, 1, x.shape), jnp.float32), tree
+  )
+
+
+def batch(seed: int, size: int = 16) -> dict[str, np.ndarray]:
+  """Returns a batch of next-token prediction, a third of it padding."""
+  rng = np.random.default_rng(seed)
+  ids = rng.integers(0, VOCAB, (size, LENGTH + 1)).astype(np.int32)
+  return {
+    "tokens": ids[:, :-1],
+    "targets": ids[:, 1:],
+    "weights": (rng.uniform(size=(size, LENGTH)) < 2 / 3).astype(np.float32),
+  }
