@@ -9,8 +9,6 @@ Run:     python train.py --config=configs/classify.py:trec --workdir=RUN
 Less:    add --config.preset=moderate (30% smaller), --config.dense=True
 """
 
-import os
-
 from folding import config as c
 
 # Columns, where the first text and the column "label" are not what is meant.
@@ -22,13 +20,8 @@ _FIELDS = {
 
 def get_config(name: str = "python_stdlib") -> c.Config:
   """Returns the configuration for a data set."""
-  data = c.DataConfig(vocab_size=4096, length=64, batch_size=64)
-  if os.path.exists(name):
-    data.path = name
-  else:
-    data.name = name
-    for field, column in _FIELDS.get(name, {}).items():
-      setattr(data, field, column)
+  fields = _FIELDS.get(name, {})
+  data = c.data_at(name, vocab_size=4096, length=64, batch_size=64, **fields)
   return c.Config(
     task="classify",
     data=data,

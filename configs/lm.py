@@ -8,8 +8,6 @@ Run:     python train.py --config=configs/lm.py:tiny_shakespeare --workdir=RUN
 Less:    add --config.preset=moderate (30% smaller), --config.dense=True
 """
 
-import os
-
 from folding import config as c
 
 _TFDS = {"wiki40b": "wiki40b/en"}
@@ -17,11 +15,8 @@ _TFDS = {"wiki40b": "wiki40b/en"}
 
 def get_config(name: str = "python_stdlib") -> c.Config:
   """Returns the configuration for a data set."""
-  data = c.DataConfig(vocab_size=1024, length=128, batch_size=32)
-  if os.path.exists(name):
-    data.path = name
-  else:
-    data.name = _TFDS.get(name, name)
+  name = _TFDS.get(name, name)
+  data = c.data_at(name, vocab_size=1024, length=128, batch_size=32)
   return c.Config(
     task="lm",
     data=data,

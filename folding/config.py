@@ -7,15 +7,16 @@ a default for a run. No jax is imported here.
 
 import dataclasses
 import json
+import os
 from typing import Any, Literal
 
-from folding import schema
+from folding import checks, schema
 
 Task = Literal["lm", "classify"]
 Preset = Literal["none", "moderate", "paper"]
 
 
-@dataclasses.dataclass(frozen=False)
+@dataclasses.dataclass
 class DataConfig:
   """Where text comes from and how it becomes batches."""
 
@@ -33,6 +34,22 @@ class DataConfig:
   eval_batch_size: int = 64
   max_bytes: int | None = None  # of training text; None: all of it
   prefetch_batches: int = 2  # prepared ahead by a thread; 0: none
+
+
+def data_at(name: str, **fields: Any) -> DataConfig:
+  """Returns the configuration of a local path, or else of a data set's name.
+
+  A name is a path if something is there, or if it can be nothing else: it
+  starts with "." or "/", or ends like a file of text.
+  """
+  endings = (".txt", ".tsv", ".csv", ".jsonl")
+  if (
+    os.path.exists(name)
+    or name.startswith((".", "/"))
+    or name.endswith(endings)
+  ):
+    return DataConfig(path=name, **fields)
+  return DataConfig(name=name, **fields)
 
 
 @dataclasses.dataclass
@@ -87,8 +104,14 @@ class FPPConfig:
   embedding: float | None = None  # fraction of embeddings to zero
   overall: float | None = None  # fraction of the whole model to save
   score: Literal[
-    "activation", "magnitude", "evolution", "saliency", "movement", "random"
-  ] = "activation"
+    "relative",
+    "activation",
+    "magnitude",
+    "evolution",
+    "saliency",
+    "movement",
+    "random",
+  ] = "relative"
   granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
   embedding_granularity: Literal["weight", "row"] = "weight"
   scope: Literal["parameter", "rule"] = "parameter"  # one threshold for each
@@ -201,111 +224,25 @@ def resolve(config: Config) -> Config:
   c = from_dict(to_dict(config))
   if c.dense:
     c.preset, c.fold, c.fpp = "none", FoldConfig(), FPPConfig(score=c.fpp.score)
+  by_part = (c.fpp.linear, c.fpp.embedding) != (None, None)
   for section, values in _PRESETS[c.preset].items():
     holder = getattr(c, section)
     for name, value in values.items():
+      if name == "overall" and by_part:
+        continue  # it would replace what was asked for
       if getattr(holder, name) is None:
         setattr(holder, name, value)
   if c.model.num_kv_heads is None:
     c.model.num_kv_heads = c.model.num_heads
   if c.model.mlp_width is None:
     c.model.mlp_width = 4 * c.model.width
-  _check(c)
+  checks.check(c)
   return c
 
 
 def dense_twin(config: Config) -> Config:
   """Returns the resolved config of the same run with nothing compressed."""
   return resolve(dataclasses.replace(config, dense=True))
-
-
-def _check(c: Config) -> None:
-  """Checks ranges and combinations of a resolved config."""
-  for name in (
-    "data.length data.batch_size data.eval_batch_size data.vocab_size "
-    "model.num_layers model.width model.num_heads model.num_kv_heads "
-    "model.mlp_width train.steps train.log_every train.eval_every "
-    "fpp.checks"
-  ).split():
-    value = _get(c, name)
-    schema.require(value >= 1, f"{name} must be at least 1; it is {value}")
-  for name in ("fpp.linear", "fpp.embedding", "fpp.overall"):
-    value = _get(c, name)
-    schema.require(
-      value is None or 0 <= value < 1,
-      f"{name} is a fraction to remove, in [0, 1); it is {value}",
-    )
-  for name in ("data.valid_fraction", "data.test_fraction", "model.dropout"):
-    value = _get(c, name)
-    schema.require(0 <= value < 1, f"{name} must be in [0, 1); it is {value}")
-  schema.require(
-    c.data.valid_fraction + c.data.test_fraction < 1,
-    "data.valid_fraction + data.test_fraction must leave text to train on",
-  )
-  schema.require(
-    0 <= c.fpp.begin < c.fpp.end <= 1,
-    "fpp.begin and fpp.end are fractions of the steps, begin < end; they are "
-    f"{c.fpp.begin} and {c.fpp.end}",
-  )
-  schema.require(c.fpp.patience >= 0, "fpp.patience must be at least 0")
-  schema.require(0 <= c.fpp.decay < 1, "fpp.decay must be in [0, 1)")
-  _check_model(c)
-
-
-def _check_model(c: Config) -> None:
-  m, f = c.model, c.fold
-  assert m.num_kv_heads is not None
-  assert f.groups is not None and f.v_block is not None
-  schema.require(
-    m.width % m.num_heads == 0,
-    f"model.width {m.width} is not divisible by model.num_heads {m.num_heads}",
-  )
-  schema.require(
-    m.num_heads % m.num_kv_heads == 0,
-    f"model.num_heads {m.num_heads} is not divisible by model.num_kv_heads "
-    f"{m.num_kv_heads}",
-  )
-  schema.require(
-    m.positions != "rope" or m.head_dim % 2 == 0,
-    f"rotary positions need an even head size; it is {m.head_dim}",
-  )
-  schema.require(
-    c.task != "lm" or m.causal,
-    "task 'lm' predicts the next token and needs model.causal=True",
-  )
-  schema.require(
-    c.task != "lm" or c.data.length > 1, "task 'lm' needs data.length above 1"
-  )
-  schema.require(
-    f.groups >= 0, f"fold.groups must be 0 or more; it is {f.groups}"
-  )
-  schema.require(
-    f.v_block >= 0, f"fold.v_block must be 0 or more; it is {f.v_block}"
-  )
-  axis_size = m.head_dim if f.axis == "output" else m.width
-  axis_name = "head size" if f.axis == "output" else "model.width"
-  schema.require(
-    f.groups == 0 or axis_size % f.groups == 0,
-    f"fold.groups {f.groups} does not divide the {axis_name} {axis_size} "
-    f"(axis {f.axis!r})",
-  )
-  schema.require(
-    f.v_block == 0 or m.width % f.v_block == 0,
-    f"fold.v_block {f.v_block} does not divide model.width {m.width}, so W_V "
-    "cannot be block-diagonal; use a divisor, 1 (diagonal) or 0 (dense)",
-  )
-  schema.require(
-    not (f.axis == "input" and f.groups == 1 and m.norm == "layernorm"),
-    "fold.axis='input' with fold.groups=1 sums the channels of a LayerNorm, "
-    "which is 0 at the start, so attention would be uniform and never learn; "
-    "use model.norm='rmsnorm', more groups, or fold.axis='output'",
-  )
-
-
-def _get(config: Any, dotted: str) -> Any:
-  for name in dotted.split("."):
-    config = getattr(config, name)
-  return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:

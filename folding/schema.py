@@ -48,7 +48,7 @@ def fields(kind: type, prefix: str = "") -> dict[str, Any]:
   return found
 
 
-def build(kind: type, values: dict[str, Any], where: str) -> Any:
+def build(kind: type, values: Any, where: str) -> Any:
   """Builds a dataclass, and those inside it, from nested dicts.
 
   Args:
@@ -59,6 +59,9 @@ def build(kind: type, values: dict[str, Any], where: str) -> Any:
   Raises:
     ConfigError: a name is unknown or a value is of the wrong type.
   """
+  require(
+    isinstance(values, dict), f"{where} must have fields; it is {values!r}"
+  )
   hints = typing.get_type_hints(kind)
   unknown = sorted(set(values) - set(hints))
   require(

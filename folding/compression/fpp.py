@@ -42,7 +42,7 @@ def fpp(
   end: int,
   every: int,
   patience: int = 1,
-  score: str = "activation",
+  score: str = "relative",
   scope: str = "parameter",
   decay: float = 0.9,
   tolerance: float | None = None,
@@ -63,7 +63,8 @@ def fpp(
 
   `update` takes, besides params, which it needs:
     stats: {parameter path: mean square of its input}, from
-      `folding.observe`; for score "activation", at least at every check.
+      `folding.observe`; for the scores "relative" and "activation", at
+      least at every check.
     value, value_fn: loss and function from params to loss, as optax's line
       searches take them; `value_fn` is needed when `tolerance` is set.
 
@@ -76,8 +77,8 @@ def fpp(
     every: Steps between checks.
     patience: Further checks a unit stays suspected before it is zeroed; 0
       zeroes at once, which is gradual pruning without the freezing stage.
-    score: "activation", "magnitude", "evolution", "saliency", "movement" or
-      "random"; see `folding.compression.scores`.
+    score: "relative", "activation", "magnitude", "evolution", "saliency",
+      "movement" or "random"; see `folding.compression.scores`.
     scope: "parameter" gives each parameter its own threshold, "rule" one to
       all parameters of a rule.
     decay: Of the running averages, per observation.
@@ -297,7 +298,7 @@ def _observe(
   """Returns the running averages after this step, and how many were seen."""
   averages = dict(state.averages)
   observed = state.observed
-  if score == "activation" and stats:
+  if score in scores_lib.FORWARD_SCORES and stats:
     observed = observed + 1
     # The plain mean first, then a decayed one, so that the start is unbiased.
     weight = jnp.maximum(1 - decay, 1 / observed.astype(jnp.float32))

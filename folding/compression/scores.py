@@ -10,19 +10,28 @@ import jax
 import jax.numpy as jnp
 
 Score = Literal[
-  "activation", "magnitude", "evolution", "saliency", "movement", "random"
+  "relative",
+  "activation",
+  "magnitude",
+  "evolution",
+  "saliency",
+  "movement",
+  "random",
 ]
 SCORES: tuple[str, ...] = get_args(Score)
+FORWARD_SCORES = ("relative", "activation")  # these need forward statistics
+
+_TINY = 1e-12  # for means of rows and columns that are all zero
 
 
 def init_average(score: str, w: jax.Array) -> jax.Array | None:
   """Returns the running average a score needs at the start, or None.
 
-  For "activation" it is the mean square of each input, which has the shape of
+  For "activation" and "relative" it is the mean square of each input, which has the shape of
   all axes but the last (an input axis that is not there is broadcast); it
   starts at 1, so that before any statistics the score is the magnitude.
   """
-  if score == "activation":
+  if score in FORWARD_SCORES:
     return jnp.ones(w.shape[:-1], jnp.float32)
   if score in ("evolution", "saliency", "movement"):
     return jnp.zeros(w.shape, jnp.float32)
@@ -66,6 +75,16 @@ def element_scores(
 ) -> jax.Array:
   """Returns float32 scores of the shape of w.
 
+  With rms the root mean square of a weight's input:
+    relative: (|w| / mean of its row + |w| / mean of its column) rms^(1/2),
+      as Zhang et al. 2024 ("Plug-and-Play", RIA) for trained models.
+    activation: |w| rms, as Sun et al. 2024 (Wanda).
+    magnitude: |w|.
+    evolution: decayed average of |w| over checks.
+    saliency: decayed average of |w g|, g the gradient.
+    movement: decayed average of -w g (Sanh et al. 2020).
+    random: uniform, the same at every check.
+
   Args:
     score: One of `SCORES`.
     w: A parameter.
@@ -80,4 +99,18 @@ def element_scores(
   assert average is not None
   if score == "activation":
     return magnitude * jnp.sqrt(average)[..., None]
+  if score == "relative":
+    return _relative(magnitude) * average[..., None] ** 0.25
   return average
+
+
+def _relative(magnitude: jax.Array) -> jax.Array:
+  """Returns |w| over the mean of its inputs' row plus over its column's.
+
+  A row or column that is small as a whole, or has lost much already, is not
+  emptied first. A vector is its own row.
+  """
+  row = jnp.mean(magnitude, axis=-1, keepdims=True)
+  axes = tuple(range(magnitude.ndim - 1))
+  column = jnp.mean(magnitude, axis=axes, keepdims=True)
+  return magnitude / (row + _TINY) + magnitude / (column + _TINY)

@@ -39,10 +39,13 @@ def attend(
   """
   B, L, H, G = q_BLHG.shape
   M, J = k_BMJG.shape[1:3]
+  q_BLJRG = q_BLHG.reshape(B, L, J, H // J, G)
+  # Summed and scaled in float32: bfloat16 logits would lose what is small.
+  logits = jnp.einsum(
+    "BLJRG,BMJG->BJRLM", q_BLJRG, k_BMJG, preferred_element_type=jnp.float32
+  )
   scale = head_dim**0.5 / G  # = (K / G) / sqrt(K)
-  q_BLJRG = (q_BLHG * scale).reshape(B, L, J, H // J, G)
-  logits = jnp.einsum("BLJRG,BMJG->BJRLM", q_BLJRG, k_BMJG)
-  logits_BHLM = logits.reshape(B, H, L, M).astype(jnp.float32) + bias_HLM[None]
+  logits_BHLM = scale * logits.reshape(B, H, L, M) + bias_HLM[None]
   if keep_BM is not None:
     logits_BHLM = jnp.where(keep_BM[:, None, None], logits_BHLM, _MASKED)
   att_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMIK.dtype)
@@ -128,7 +131,8 @@ class Attention(nn.Module):
     bias_HLM = jnp.zeros((1, length, length), jnp.float32)
     if c.positions == "alibi":
       log_slopes_H = self.param(
-        "log_slopes", lambda _: jnp.log(jnp.array(alibi_slopes(c.num_heads)))
+        "log_slopes",
+        lambda _: jnp.log(jnp.array(alibi_slopes(c.num_heads), jnp.float32)),
       )
       slope = jnp.exp(log_slopes_H.astype(jnp.float32))
       bias_HLM = -slope[:, None, None] * jnp.abs(distance_LM)[None]

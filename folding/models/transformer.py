@@ -130,6 +130,11 @@ class Transformer(nn.Module):
     )
     x_BLD = embed(tokens_BL)
     if c.positions == "learned":
+      if tokens_BL.shape[1] > self.max_length:  # else the logits are NaN
+        raise ValueError(
+          f"a text of {tokens_BL.shape[1]} tokens does not fit into "
+          f"{self.max_length} learned positions"
+        )
       position_embed = nn.Embed(
         self.max_length,
         c.width,

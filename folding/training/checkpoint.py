@@ -4,6 +4,8 @@ Schema 1: one Orbax item, the training state (step, params, opt_state), under
 RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
 """
 
+import glob
+import json
 import logging
 import math
 import os
@@ -37,6 +39,7 @@ class Checkpoints:
       ]
     )
     self._folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
+    _mend_metrics(self._folder)
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -107,9 +110,9 @@ class Checkpoints:
     """Returns the step of the lowest validation loss, None without any."""
     losses = {}
     for step in self.steps():
-      loss = self._manager.metrics(step)["loss"]
-      if math.isfinite(loss):
-        losses[step] = loss
+      metrics = self._manager.metrics(step)
+      if metrics and math.isfinite(metrics["loss"]):
+        losses[step] = metrics["loss"]
     return min(losses, key=losses.__getitem__) if losses else None
 
   def restore(self, step: int, like: Any) -> Any:
@@ -155,3 +158,20 @@ class Checkpoints:
         f"{damaged[0][0]}: {damaged[0][1]}"
       )
     return None
+
+
+def _mend_metrics(folder: str) -> None:
+  """Takes checkpoints with unreadable metrics out of the choice of the best.
+
+  Orbax reads all metrics at the start and gives up at the first such file,
+  though the states may be intact.
+  """
+  pattern = os.path.join(glob.escape(folder), "*", "metrics", "metrics")
+  for path in glob.glob(pattern):
+    try:
+      with open(path, encoding="utf-8") as file:
+        float(json.load(file)["loss"])
+    except (ValueError, TypeError, KeyError) as error:
+      _log.warning("%s is damaged (%s)", path, error)
+      with open(path, "w", encoding="utf-8") as file:
+        json.dump({"loss": math.inf}, file)

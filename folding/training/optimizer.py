@@ -128,7 +128,7 @@ def check_steps(config: Config) -> tuple[int, int, int]:
   f, steps = config.fpp, config.train.steps
   begin = int(f.begin * steps)
   end = max(begin, min(int(f.end * steps), steps - 1))
-  return begin, end, max(1, (end - begin) // f.checks)
+  return begin, end, max(1, math.ceil((end - begin) / f.checks))
 
 
 def is_check(config: Config, step: int) -> bool:

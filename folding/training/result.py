@@ -15,7 +15,7 @@ _PACKAGES = ("folding", "jax", "flax", "optax")
 def write_result(workdir: str, result: dict[str, Any]) -> None:
   """Writes figures and their provenance, whole or not at all."""
   device = jax.devices()[0]
-  versions = {name: metadata.version(name) for name in _PACKAGES}
+  versions = {name: _version(name) for name in _PACKAGES}
   record = {
     "schema": 1,
     "device": f"{device.device_kind} x{len(jax.devices())} "
@@ -28,6 +28,13 @@ def write_result(workdir: str, result: dict[str, Any]) -> None:
   with open(path + ".new", "w", encoding="utf-8") as file:
     json.dump(record, file, indent=1)
   os.replace(path + ".new", path)
+
+
+def _version(package: str) -> str:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:  # run from a source tree
+    return "not installed"
 
 
 def read_result(workdir: str) -> dict[str, Any]:

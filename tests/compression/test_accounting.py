@@ -60,6 +60,10 @@ def test_groups_can_be_replaced():
     (_zeroed(16, [slice(0, 8)]), (8, 32, 2)),
     # Two bytes a value.
     (_zeroed((8, 8), [(1,)], jnp.bfloat16), (56, 112, 1)),
+    (
+      _zeroed((8, 8), [(i, i) for i in range(8)], jnp.bfloat16),
+      (56, 112, 8),
+    ),
     (np.zeros((8, 8), np.float32), (0, 0, 1)),
     (np.float32(3), (1, 4, 0)),
     (np.array([-0.0, 1.0] * 32, np.float32), (32, 128, 8)),
@@ -74,6 +78,7 @@ def test_groups_can_be_replaced():
     "middle-axis",
     "vector",
     "bfloat16",
+    "bfloat16-scattered",
     "all-zero",
     "scalar",
     "negative-zero",

@@ -10,10 +10,11 @@ from folding.config import Config, FoldConfig, ModelConfig, llama, resolve
 from folding.config import gpt2 as gpt2_config
 from folding.models.attention import Attention
 from folding.models.transformer import make_model
+from tests import transforms_battery as battery
 
 _TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, size=(2, 6)))
-# D 16, H 4, K 4.
-_SHAPE = {"num_layers": 2, "width": 16, "num_heads": 4, "mlp_width": 24}
+# N 1, D 16, H 4, K 4.
+_SHAPE = {"num_layers": 1, "width": 16, "num_heads": 4, "mlp_width": 24}
 
 
 def _random_like(shapes, seed=0):
@@ -35,8 +36,12 @@ def _params(model, seed=0):
   return _random_like(shapes["params"], seed)
 
 
+_JITTED = {}  # the dense twin of many cases is the same model
+
+
 def _logits(model, params):
-  return np.asarray(jax.jit(model.apply)({"params": params}, _TOKENS))
+  apply = _JITTED.setdefault(repr(model), battery.jit(model.apply))
+  return np.asarray(apply({"params": params}, _TOKENS))
 
 
 def _assert_bit_equal(tree, expected):
@@ -69,7 +74,7 @@ _CASES = {
   "llama": (llama(**_SHAPE, num_kv_heads=1), {"groups": 2}),
   "llama-values": (llama(**_SHAPE), {"groups": 1, "v_block": 1}),
   "encoder": (
-    ModelConfig(**_SHAPE, norm_position="post"),
+    ModelConfig(**(_SHAPE | {"num_layers": 2}), norm_position="post"),
     {"groups": 1, "v_block": 1, "first_dense": True},
   ),
 }
@@ -84,7 +89,7 @@ def test_the_unfolded_model_gives_the_same_logits(name):
   shapes = jax.eval_shape(dense.init, jax.random.key(0), _TOKENS)["params"]
   assert jax.tree.map(jnp.shape, twin) == jax.tree.map(jnp.shape, shapes)
   found, expected = _logits(folded, params), _logits(dense, twin)
-  # Float32 sums in another order, two layers: some 1e-6 of logits of order 1.
+  # Float32 sums in another order: some 1e-6 of the largest logit.
   scale = np.abs(expected).max()
   np.testing.assert_allclose(found, expected, atol=1e-5 * scale, rtol=0)
 
@@ -134,7 +139,8 @@ def test_a_tree_of_fewer_groups_can_be_folded_from_more():
 
 @pytest.mark.parametrize("first_dense", [False, True])
 def test_arrays_outside_attention_are_the_same_objects(first_dense):
-  model = _model(_CASES["paper"][0], v_block=1, first_dense=first_dense)
+  config = ModelConfig(**(_SHAPE | {"num_layers": 2}))
+  model = _model(config, v_block=1, first_dense=first_dense)
   params = paths.flatten(_params(model))
   tree = traverse_util.unflatten_dict(params, sep="/")
   twin = paths.flatten(unfold(tree))
@@ -199,7 +205,7 @@ def _dense_attention(layer, x, q_heads):
   return out + _float64(layer["o"]["bias"])
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(
   "options",
   [
@@ -225,7 +231,7 @@ def test_folded_attention_equals_dense_attention_in_float64(kv_heads, options):
   for tree in (params, unfold(params)):
     again = _dense_attention(tree, _float64(x), 4)
     np.testing.assert_allclose(again, expected, rtol=1e-12)
-  found = jax.jit(layer.apply)({"params": params}, x)
+  found = battery.jit(layer.apply)({"params": params}, x)
   # float32 over sums of 16 terms: 1e-6 of outputs of order 1.
   np.testing.assert_allclose(found, expected, atol=5e-6, rtol=5e-6)
 

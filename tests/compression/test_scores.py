@@ -27,6 +27,26 @@ def test_activation_weighs_magnitude_by_the_rms_of_the_input():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_relative_weighs_magnitude_against_its_row_and_column():
+  w, square = _normal((3, 4, 5)), _normal((3, 4), 1) ** 2
+  a, expected = np.abs(w), np.empty_like(w)
+  for i, j, k in np.ndindex(w.shape):
+    row = sum(a[i, j, m] for m in range(5)) / 5
+    column = sum(a[m, n, k] for m in range(3) for n in range(4)) / 12
+    term = a[i, j, k] / row + a[i, j, k] / column
+    expected[i, j, k] = term * square[i, j] ** 0.25
+  found = _score("relative", w.astype(np.float32), square)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_relative_of_rows_and_columns_that_are_zero_is_zero():
+  w = np.ones((3, 4), np.float32)
+  w[1], w[:, 2] = 0, 0
+  found = np.asarray(_score("relative", w, np.ones(3)))
+  np.testing.assert_array_equal(found == 0, w == 0)
+  assert np.isfinite(found).all()
+
+
 def test_activation_of_a_vector_is_its_magnitude():
   w = _normal(5).astype(np.float32)
   average = scores.init_average("activation", jnp.asarray(w))

@@ -43,7 +43,7 @@ def test_mesh_that_does_not_fit_is_refused(data, fsdp):
     ((64, 128), P(None, "fsdp")),  # the longest
     ((128, 64), P("fsdp", None)),
     ((64, 4, 33), P("fsdp", None, None)),
-    ((4, 2047), P(None, None)),  # the longest of the divisible, too short
+    ((4, 1023), P(None, None)),  # fewer than 4096
     ((4, 2049), P("fsdp", None)),
     ((6, 5, 999), P(None, None, None)),  # no axis divides
     ((4095,), P(None)),

@@ -36,7 +36,8 @@ class Tiny(NamedTuple):
   tx: Any
 
   def init(self, seed: int = 0) -> TrainState:
-    return init_state(self.model, self.tx, LENGTH, seed)
+    init = functools.partial(init_state, self.model, self.tx, LENGTH, seed)
+    return jax.jit(init)()
 
   def step(self, is_check: bool, **options: Any):
     """Returns the jitted training step."""
@@ -72,7 +73,7 @@ def noise(tree: Any, seed: int = 0) -> Any:
   )
 
 
-def batch(seed: int, size: int = 16) -> dict[str, np.ndarray]:
+def batch(seed: int, size: int = 16) -> dict[str, Any]:
   """Returns a batch of next-token prediction, a third of it padding."""
   rng = np.random.default_rng(seed)
   ids = rng.integers(0, VOCAB, (size, LENGTH + 1)).astype(np.int32)

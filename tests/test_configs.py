@@ -1,0 +1,156 @@
+"""Every file of configs/: it resolves, reads the right columns, and trains."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+# Registers the text builders.
+import tensorflow_datasets.text
+
+from configs import classify, lm, quickstart
+from folding import config as config_lib
+from folding.data import python_stdlib, sources
+from folding.training import loop
+
+LM_NAMES = ("python_stdlib", "tiny_shakespeare", "lm1b", "wiki40b")
+COLUMNS = {  # by the description of each data set in the catalog of TFDS
+  "trec": ("text", "label-coarse"),
+  "ag_news_subset": ("description", "label"),
+  "imdb_reviews": ("text", "label"),
+  "yelp_polarity_reviews": ("text", "label"),
+  "glue/sst2": ("sentence", "label"),
+  "glue/cola": ("sentence", "label"),
+  "sentiment140": ("text", "polarity"),
+  "clinc_oos": ("text", "intent"),
+}
+CASES = {
+  "quickstart": quickstart.get_config(),
+  **{f"lm:{name}": lm.get_config(name) for name in LM_NAMES},
+  **{
+    f"classify:{name}": classify.get_config(name)
+    for name in ("python_stdlib", *COLUMNS)
+  },
+}
+
+
+@pytest.fixture(scope="module")
+def stdlib_dir(tmp_path_factory) -> str:
+  """Returns a TFDS folder that holds both configs of `python_stdlib`."""
+  folder = str(tmp_path_factory.mktemp("tfds"))
+  python_stdlib.prepare("source", folder)
+  python_stdlib.prepare("topic", folder)
+  return folder
+
+
+def test_no_config_file_is_left_out():
+  folder = pathlib.Path(lm.__file__).parent
+  files = {p.stem for p in folder.glob("[!_]*.py")}
+  assert files == {name.split(":")[0] for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_resolves_to_a_folded_and_pruned_model(name):
+  config = config_lib.resolve(CASES[name])
+  assert config.task == ("classify" if name.startswith("classify") else "lm")
+  assert (config.fold.groups, config.fold.v_block) == (1, 1)
+  assert (config.fpp.linear, config.fpp.embedding) == (0.7, 0.7)
+  again = config_lib.from_dict(config_lib.to_dict(config))
+  assert config_lib.resolve(again) == config
+
+
+@pytest.mark.parametrize("module", [lm, classify], ids=["lm", "classify"])
+def test_names_of_the_docstring_are_those_tested(module):
+  kind = module.__name__.split(".")[-1]
+  listed = module.__doc__.split("NAME is ")[1].split(", any other")[0]
+  names = {n.strip() for n in listed.replace("\n", " ").split(",")}
+  assert names == {c.split(":")[1] for c in CASES if c.startswith(f"{kind}:")}
+
+
+@pytest.mark.parametrize("get_config", [lm.get_config, classify.get_config])
+def test_a_path_wins_over_a_name(get_config, tmp_path):
+  file = tmp_path / "text.tsv"
+  file.write_text("0\ttext\n")
+  assert get_config(str(file)).data.path == str(file)
+  assert get_config("trec").data.path is None
+
+
+def twin(name: str, text: str, label: str | None) -> type:
+  """Registers a data set with the columns of another.
+
+  Every text says its column's name; labels differ in the label column alone.
+  """
+  real = tfds.builder(name).info.features
+  assert text in real
+  assert label is None or label in real
+
+  def info(self):
+    features = tfds.features.FeaturesDict(dict(real.items()))
+    return tfds.core.DatasetInfo(
+      builder=self, description="For a test.", features=features
+    )
+
+  def value(column, feature, i):
+    if isinstance(feature, tfds.features.Text):
+      return f"{column} {i}"
+    return i % 2 if column == label else 0
+
+  def examples():
+    for i in range(40):
+      yield i, {column: value(column, f, i) for column, f in real.items()}
+
+  methods = {
+    "VERSION": tfds.core.Version("1.0.0"),
+    "_info": info,
+    "_split_generators": lambda self, _: {"train": examples()},
+    "_generate_examples": lambda self: examples(),
+  }
+  # Each of its own name, under which TFDS finds it.
+  unique = "Twin" + "".join(c for c in name.title() if c.isalnum())
+  return type(unique, (tfds.core.GeneratorBasedBuilder,), methods)
+
+
+@pytest.mark.parametrize(
+  "name", [n for n in CASES if ":" in n and "stdlib" not in n]
+)
+def test_columns_are_the_text_and_its_class(name, tmp_path):
+  kind, source = name.split(":")
+  data = config_lib.resolve(CASES[name]).data
+  text, label = COLUMNS.get(source, ("text", None))
+  builder = twin(data.name, text, label)(
+    data_dir=str(tmp_path), file_format="array_record"
+  )
+  builder.download_and_prepare()
+  data.name, data.dir = builder.name, str(tmp_path)
+  texts = sources.load_texts(data, kind)
+  rows = texts.texts["train"]
+  assert {row.split()[0] for row in rows} == {text}
+  if label:
+    written = [int(row.split()[1]) % 2 for row in rows]
+    np.testing.assert_array_equal(texts.labels["train"], written)
+
+
+@pytest.mark.parametrize(
+  "name", ["quickstart", "lm:python_stdlib", "classify:python_stdlib"]
+)
+def test_config_takes_two_steps(name, stdlib_dir, tmp_path):
+  config = config_lib.from_dict(config_lib.to_dict(CASES[name]))
+  config.data.dir = stdlib_dir
+  config.data.max_bytes = 60_000
+  config.data.vocab_size = 300
+  config.data.length = 16
+  config.data.batch_size = 8
+  config.data.eval_batch_size = 64
+  config.model.num_layers, config.model.width = 1, 32
+  config.model.num_heads = 4
+  config.train.steps, config.train.eval_every = 2, 2
+  config.train.eval_batches = 1
+  result = loop.run(config, str(tmp_path))
+  assert result["steps"] == 2
+  assert result["finished"]
+  # An untrained model guesses: log of 300 tokens or 8 classes.
+  guess = np.log(8 if config.task == "classify" else 300)
+  assert result["test"]["loss"] == pytest.approx(guess, abs=0.5)
+  zeros = {x["path"]: x["zeros"] for x in result["layers"]}
+  assert zeros["embed/embedding"] == pytest.approx(0.7, abs=1e-3)

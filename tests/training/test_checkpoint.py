@@ -1,0 +1,206 @@
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding.config import MeshConfig
+from folding.training import sharding
+from folding.training.checkpoint import Checkpoints
+from tests.training import tiny
+
+
+def like(state, mesh=None):
+  """Returns shapes and places of a state, on one device unless on a mesh."""
+  mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    sharding.tree_shardings(mesh, state),
+  )
+
+
+def small(value):
+  return {"w": jnp.full((3,), value, jnp.float32)}
+
+
+LIKE = like(small(0.0))
+
+
+def damage(folder, step):
+  """Cuts the files of a checkpoint in half."""
+  for file in (pathlib.Path(folder) / "checkpoints" / str(step)).rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def state():
+  """Returns a training state with noise for its masks."""
+  state = tiny.make(tiny.config()).init()
+  rng = np.random.default_rng(0)
+  suspected = {
+    name: jnp.asarray(rng.integers(0, 256, bits.shape), jnp.uint8)
+    for name, bits in state.opt_state.suspected.items()
+  }
+  assert "embed/embedding" in suspected
+  return state._replace(opt_state=state.opt_state._replace(suspected=suspected))
+
+
+def test_state_comes_back_bit_for_bit(state, tmp_path):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(3, state, None)
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    step, found = checkpoints.restore_latest(like(state))
+  assert step == 3
+  chex.assert_trees_all_equal(found, state, strict=True)
+
+
+@pytest.mark.parametrize(
+  "mesh_config",
+  [MeshConfig(8, 1), MeshConfig(2, 4)],
+  ids=["data=8", "data=2,fsdp=4"],
+)
+def test_one_device_to_eight_and_back(state, tmp_path, mesh_config):
+  eight = like(state, sharding.make_mesh(mesh_config))
+  with Checkpoints(str(tmp_path / "one")) as checkpoints:
+    checkpoints.save(3, state, None)
+    checkpoints.wait()
+    spread = checkpoints.restore(3, eight)
+  chex.assert_trees_all_equal(spread, state)
+  for x, place in zip(
+    jax.tree.leaves(spread), jax.tree.leaves(eight), strict=True
+  ):
+    assert x.sharding == place.sharding
+  with Checkpoints(str(tmp_path / "eight")) as checkpoints:
+    checkpoints.save(3, spread, None)
+    checkpoints.wait()
+    back = checkpoints.restore(3, like(state))
+  chex.assert_trees_all_equal(back, state)
+
+
+def test_a_save_is_of_the_moment_though_training_goes_on(tmp_path):
+  # The loop donates the state to the next step while the save is under way.
+  add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+  x = jnp.zeros(1 << 20)
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(0, {"x": x}, None)
+    for _ in range(20):
+      x = add_one(x)
+    checkpoints.wait()
+    found = checkpoints.restore(0, like({"x": x}))["x"]
+  assert x[0] == 20
+  np.testing.assert_array_equal(found, 0)
+
+
+def test_empty_parts_of_a_state_come_back(tmp_path):
+  run = tiny.make(tiny.config(preset="none"))
+  state = run.init()
+  assert state.opt_state.suspected == {}
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(0, state, None)
+    checkpoints.wait()
+    found = checkpoints.restore(0, like(state))
+  chex.assert_trees_all_equal(found, state, strict=True)
+
+
+@pytest.mark.parametrize(
+  ("losses", "kept", "best"),
+  [
+    ([3.0, 1.0, 2.0, 4.0, 5.0], [2, 4, 5], 2),
+    ([5.0, 4.0, 3.0, 2.0, 1.0], [4, 5], 5),
+    ([None, None, 2.0, 3.0, 3.0], [3, 4, 5], 3),
+    ([0.0, -1.0, 2.0, 3.0, 4.0], [2, 4, 5], 2),
+  ],
+  ids=["best-between", "best-last", "none-at-first", "negative"],
+)
+def test_the_last_two_and_the_best_are_kept(tmp_path, losses, kept, best):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    for step, loss in enumerate(losses, 1):
+      checkpoints.save(step, small(step), loss)
+    checkpoints.wait()
+    assert checkpoints.steps() == kept
+    assert checkpoints.best_step() == best
+    assert checkpoints.restore(best, LIKE)["w"][0] == best
+  with Checkpoints(str(tmp_path)) as checkpoints:  # what the disk says
+    assert checkpoints.steps() == kept
+    assert checkpoints.best_step() == best
+
+
+def test_without_losses_there_is_no_best(tmp_path):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    assert checkpoints.best_step() is None
+    assert checkpoints.restore_latest(LIKE) is None
+    for step in range(1, 4):
+      checkpoints.save(step, small(step), None)
+    checkpoints.wait()
+    assert checkpoints.best_step() is None
+    assert checkpoints.steps()[-2:] == [2, 3]
+    assert checkpoints.restore_latest(LIKE)[0] == 3
+
+
+def test_a_step_is_saved_once(tmp_path):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(1, small(1.0), None)
+    checkpoints.save(1, small(2.0), None)
+    checkpoints.wait()
+    assert checkpoints.restore(1, LIKE)["w"][0] == 1
+
+
+def test_damaged_newest_falls_back_and_can_be_written_again(tmp_path, caplog):
+  for _ in range(2):  # and a second time, over what was set aside before
+    with Checkpoints(str(tmp_path)) as checkpoints:
+      checkpoints.save(1, small(1.0), None)
+      checkpoints.save(2, small(2.0), None)
+    damage(tmp_path, 2)
+    caplog.clear()
+    with Checkpoints(str(tmp_path)) as checkpoints:
+      step, found = checkpoints.restore_latest(LIKE)
+      assert (step, found["w"][0]) == (1, 1.0)
+      assert "checkpoint 2 is damaged" in caplog.text
+      assert "going back to 1" in caplog.text
+      assert checkpoints.steps() == [1]
+      assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
+      checkpoints.save(2, small(2.5), None)
+      checkpoints.wait()
+      assert checkpoints.restore(2, LIKE)["w"][0] == 2.5
+
+
+def test_nothing_readable_is_an_error_that_moves_nothing(tmp_path):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(1, small(1.0), None)
+    checkpoints.save(2, small(2.0), None)
+  damage(tmp_path, 1)
+  damage(tmp_path, 2)
+  with (
+    Checkpoints(str(tmp_path)) as checkpoints,
+    pytest.raises(OSError, match=r"none .* can be read; the newest, 2: "),
+  ):
+    checkpoints.restore_latest(LIKE)
+  names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+  assert names == {"1", "2"}
+
+
+def test_damaged_metrics_alone_cost_the_best_alone(tmp_path):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    for step, loss in enumerate([3.0, 1.0, 2.0], 1):
+      checkpoints.save(step, small(step), loss)
+  (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_text('{"lo')
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    assert checkpoints.steps() == [2, 3]
+    assert checkpoints.best_step() == 3
+    assert checkpoints.restore(2, LIKE)["w"][0] == 2
+
+
+def test_a_save_cut_off_is_no_checkpoint(tmp_path):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(1, small(1.0), None)
+  folder = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+  folder.mkdir()
+  (folder / "half").write_text("half")
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    assert checkpoints.steps() == [1]
+    assert checkpoints.restore_latest(LIKE)[0] == 1
+  assert not folder.exists()
