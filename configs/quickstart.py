@@ -2,6 +2,8 @@
 
 Run:     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 Twin:    add --config.dense=True (and another --workdir)
+Small:   add --config.dense=True --config.model.width=64 --config.model.mlp_width=272
+         for a dense model of about the size that the quickstart stores
 """
 
 from folding import config as c
@@ -14,5 +16,8 @@ def get_config() -> c.Config:
     preset="paper",
     data=c.DataConfig(name="python_stdlib", vocab_size=1024, length=128),
     model=c.ModelConfig(num_layers=3, width=128, num_heads=16),
-    train=c.TrainConfig(steps=450, eval_every=150),
+    fpp=c.FPPConfig(linear=0.66, embedding=0.66),
+    train=c.TrainConfig(
+      steps=550, learning_rate=6e-3, eval_every=110, eval_batches=10
+    ),
   )

@@ -115,9 +115,9 @@ class FPPConfig:
   granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
   embedding_granularity: Literal["weight", "row"] = "weight"
   scope: Literal["parameter", "rule"] = "parameter"  # one threshold for each
-  begin: float = 0.1  # of the steps: first check
-  end: float = 0.7  # of the steps: target reached, masks fixed, healing begins
-  checks: int = 30  # between begin and end
+  begin: float = 0.4  # of the steps: first check
+  end: float = 0.85  # of the steps: target reached, masks fixed, healing begins
+  checks: int = 30  # at most, from begin to end
   patience: int = 1  # checks an element stays suspected before it is zeroed
   decay: float = 0.9  # of the running averages behind the scores
   tolerance: float | None = None  # verify: most relative loss a check may add
