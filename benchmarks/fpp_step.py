@@ -87,7 +87,7 @@ def _stepper(config, model, rules, batch, is_check):
 
 def main() -> None:
   """Prints a table, and with --json one object as the last line."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--rounds", type=int, default=40)
   parser.add_argument("--json", action="store_true")
   args = parser.parse_args()

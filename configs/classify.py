@@ -29,6 +29,6 @@ def get_config(name: str = "python_stdlib") -> c.Config:
       num_layers=2, width=128, num_heads=16, causal=False, dropout=0.2
     ),
     train=c.TrainConfig(
-      steps=1000, learning_rate=1e-3, eval_every=50, weight_decay=0.1
+      steps=600, learning_rate=1e-3, eval_every=60, weight_decay=0.1
     ),
   )

@@ -84,7 +84,7 @@ def fpp(
     decay: Of the running averages, per observation.
     tolerance: If set, candidates for zero are verified by forward propagation:
       only as many are zeroed (all, a half, a quarter, ...) as keep the loss
-      below (1 + tolerance) times the present one; the rest become trainable.
+      from rising by more than this share of it; the rest become trainable.
     seed: For score "random".
 
   Returns:
@@ -299,6 +299,12 @@ def _observe(
   averages = dict(state.averages)
   observed = state.observed
   if score in scores_lib.FORWARD_SCORES and stats:
+    if averages and not averages.keys() & stats.keys():
+      raise ValueError(
+        f"none of the statistics ({', '.join(list(stats)[:4])}, ...) belongs to "
+        f"a parameter that is pruned ({', '.join(list(averages)[:4])}, ...); "
+        "the paths must be the same"
+      )
     observed = observed + 1
     # The plain mean first, then a decayed one, so that the start is unbiased.
     weight = jnp.maximum(1 - decay, 1 / observed.astype(jnp.float32))

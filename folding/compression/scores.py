@@ -27,9 +27,9 @@ _TINY = 1e-12  # for means of rows and columns that are all zero
 def init_average(score: str, w: jax.Array) -> jax.Array | None:
   """Returns the running average a score needs at the start, or None.
 
-  For "activation" and "relative" it is the mean square of each input, which has the shape of
-  all axes but the last (an input axis that is not there is broadcast); it
-  starts at 1, so that before any statistics the score is the magnitude.
+  For "activation" and "relative" it is the mean square of each input, of the
+  shape of all axes but the last (an input axis that is not there is
+  broadcast); it starts at 1, so that before any statistics inputs count alike.
   """
   if score in FORWARD_SCORES:
     return jnp.ones(w.shape[:-1], jnp.float32)

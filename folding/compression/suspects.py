@@ -39,18 +39,22 @@ def unit_scores(
   """Returns {site: float32 score a unit}.
 
   A unit of many elements scores the root of the sum of their squared scores
-  (with sign, for "movement", which may be negative, their sum).
+  (with sign, for "movement", which may be negative, their sum). "relative"
+  ranks weights within their row and column, which says nothing of a whole row
+  or neuron, so these take "activation".
   """
   ranked = {}
   for index, site in enumerate(sites):
     key = jax.random.fold_in(jax.random.key(seed), index)
+    is_weights = None in site.members.values()
+    kind = score if is_weights or score != "relative" else "activation"
     elements = {
       name: scores_lib.element_scores(
-        score, leaves[name], averages.get(name), key
+        kind, leaves[name], averages.get(name), key
       )
       for name in site.members
     }
-    if None in site.members.values():
+    if is_weights:
       ranked[site.name] = elements[site.name]
     elif score == "movement":
       ranked[site.name] = site.reduce(elements)

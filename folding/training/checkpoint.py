@@ -16,6 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from folding.schema import TrainingError
+
 # Left for metrics and reports when a checkpoint is written.
 _RESERVE_BYTES = 1 << 18
 
@@ -131,7 +133,7 @@ class Checkpoints:
     to "damaged-<step>", so that its step can be written again.
 
     Raises:
-      OSError: there are checkpoints, and none of them can be read.
+      TrainingError: there are checkpoints, and none of them can be read.
     """
     damaged = []
     for step in reversed(self.steps()):
@@ -153,7 +155,7 @@ class Checkpoints:
         self._manager.reload()
       return step, state
     if damaged:
-      raise OSError(
+      raise TrainingError(
         f"none of the checkpoints in {self._folder} can be read; the newest, "
         f"{damaged[0][0]}: {damaged[0][1]}"
       )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from folding.config import MeshConfig
+from folding.schema import TrainingError
 from folding.training import sharding
 from folding.training.checkpoint import Checkpoints
 from tests.training import tiny
@@ -176,7 +177,7 @@ def test_nothing_readable_is_an_error_that_moves_nothing(tmp_path):
   damage(tmp_path, 2)
   with (
     Checkpoints(str(tmp_path)) as checkpoints,
-    pytest.raises(OSError, match=r"none .* can be read; the newest, 2: "),
+    pytest.raises(TrainingError, match=r"none .* can be read; the newest, 2: "),
   ):
     checkpoints.restore_latest(LIKE)
   names = {p.name for p in (tmp_path / "checkpoints").iterdir()}

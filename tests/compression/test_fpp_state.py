@@ -1,0 +1,255 @@
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from folding import paths
+from folding.compression.fpp import fpp
+from folding.compression.observe import observe
+from folding.compression.rules import Rule
+from folding.config import MeshConfig
+from folding.training.sharding import make_mesh, tree_shardings
+from tests import transforms_battery as battery
+from tests.compression.fpp_cases import separable
+
+# ---------------------------------------------------------------------------
+# State: size, devices, the battery.
+
+
+@pytest.mark.parametrize(
+  ("rule", "patience", "units"),
+  [
+    (Rule("w", 0.5), 1, [16, 100]),
+    (Rule("w", 0.5), 0, [16, 100]),
+    (Rule("w", 0.5, "2:4"), 3, [16, 100]),
+    (Rule("w", 0.5, "row"), 2, [16]),
+    (Rule("w", 0.5, "neuron"), 1, [100]),
+  ],
+  ids=["weight", "no-patience", "2:4", "row", "neuron"],
+)
+def test_a_decision_is_one_bit(rule, patience, units):
+  params = {"w": jnp.ones((16, 100))}
+  tx = fpp(
+    optax.sgd(0.1),
+    [rule],
+    begin=0,
+    end=1,
+    every=1,
+    patience=patience,
+    score="magnitude",
+  )
+  state = tx.init(params)
+  *lead, last = units
+  bytes_of_a_plane = math.prod(lead) * math.ceil(last / 8)
+  found = sum(x.nbytes for x in state.suspected.values())
+  assert found == max(patience, 1) * bytes_of_a_plane
+  assert state.averages == {}
+
+
+_SHARDED_RULES = {
+  "weight": [Rule("mlp/.*|embed", 0.6)],
+  "neuron": [Rule("mlp/up", 0.5, "neuron", {"mlp/down": 0})],
+  "2:4": [Rule("mlp/up", 0.5, "2:4")],
+}
+
+
+@pytest.mark.parametrize("granularity", _SHARDED_RULES)
+def test_eight_devices_give_the_masks_of_one(granularity):
+  rng = np.random.default_rng(0)
+  shapes = {"mlp/up": (64, 128), "mlp/down": (128, 64), "embed": (72, 64)}
+  params = {
+    # Rounded: ties that lie on all devices.
+    n: jnp.asarray(np.round(rng.normal(size=s), 2), jnp.float32)
+    for n, s in shapes.items()
+  }
+  tx = fpp(
+    optax.adamw(0.05, weight_decay=0.1),
+    _SHARDED_RULES[granularity],
+    begin=0,
+    end=4,
+    every=1,
+    patience=2,
+    score="magnitude",
+  )
+
+  def step_fn(params, state, step):
+    grads = separable(params, step)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  def run(devices):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
+    p, state = params, tx.init(params)
+    placed = tree_shardings(mesh, (p, state))
+    p, state = jax.device_put((p, state), placed)
+    jitted = battery.jit(step_fn, out_shardings=placed)
+    for step in range(5):
+      p, state = jitted(p, state, jnp.float32(step))
+    return p, state
+
+  found, state = run(jax.devices())
+  expected, one_state = run(jax.devices()[:1])
+  assert len(found["mlp/up"].sharding.device_set) == 8
+  assert not found["mlp/up"].sharding.is_fully_replicated
+  for n, packed in one_state.suspected.items():
+    assert np.any(packed)
+    np.testing.assert_array_equal(state.suspected[n], packed)
+  for n, w in expected.items():
+    np.testing.assert_array_equal(found[n], w)
+
+
+def _battery_case(inner, rule, **options):
+  def make():
+    return fpp(inner, [rule], begin=0, end=2, every=1, **options)
+
+  return make
+
+
+def _stats_and_value(step):
+  return {
+    "stats": {"mlp/up/kernel": 1.5 + jnp.sin(step + jnp.arange(8.0))},
+    "value_fn": lambda params: battery.loss(params, step),
+  }
+
+
+_BATTERY = {
+  "verified-weights": (
+    _battery_case(
+      optax.adamw(0.1, weight_decay=0.01),
+      Rule("mlp/up/kernel", 0.6),
+      patience=0,
+      tolerance=0.5,
+    ),
+    _stats_and_value,
+  ),
+  "neurons": (
+    _battery_case(
+      optax.sgd(0.1),  # its updates are as narrow as gradients
+      Rule("(mlp)/up/kernel", 0.5, "neuron", {r"\1/down/kernel": 0}),
+      score="movement",
+      patience=2,
+    ),
+    lambda step: {},
+  ),
+}
+
+
+@pytest.mark.parametrize("check", battery.CHECKS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", _BATTERY)
+def test_battery(case, check, tmp_path):
+  make, extra = _BATTERY[case]
+  check(make, extra, tmp_path / "checkpoint")
+
+
+# ---------------------------------------------------------------------------
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"begin": -1}, "fpp: begin -1 to end 4 is no range of steps"),
+    ({"begin": 5}, "fpp: begin 5 to end 4 is no range of steps"),
+    ({"every": 0}, "fpp: every must be at least 1; it is 0"),
+    ({"patience": -1}, "fpp: patience must be at least 0; it is -1"),
+    ({"score": "size"}, "fpp: score must be one of .*; it is 'size'"),
+    ({"scope": "model"}, "fpp: scope must be 'parameter' or 'rule'"),
+    ({"decay": 1.0}, r"fpp: decay must be in \[0, 1\); it is 1\.0"),
+    ({"tolerance": -0.1}, "fpp: tolerance must be at least 0; it is -0.1"),
+  ],
+  ids=lambda x: None if isinstance(x, str) else next(iter(x)),
+)
+def test_options_out_of_range_are_refused_at_once(options, message):
+  options = {"begin": 0, "end": 4, "every": 1} | options
+  with pytest.raises(ValueError, match=message):
+    fpp(optax.sgd(0.1), [Rule("w", 0.5)], **options)
+
+
+def test_a_rule_that_fits_nothing_is_refused_by_init():
+  tx = fpp(optax.sgd(0.1), [Rule("v", 0.5)], begin=0, end=4, every=1)
+  with pytest.raises(ValueError, match="'v' matches no parameter; there are w"):
+    tx.init({"w": jnp.ones(4)})
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ("no-params", r"fpp needs `params`; pass them to update\(\)"),
+    ("no-value-fn", "fpp with a tolerance needs `value_fn`"),
+  ],
+)
+def test_update_says_what_it_lacks(given, message):
+  tx = fpp(
+    optax.sgd(0.1), [Rule("w", 0.5)], begin=0, end=4, every=1, tolerance=0.1
+  )
+  params = {"w": jnp.ones(4)}
+  state = tx.init(params)
+  with pytest.raises(ValueError, match=message):
+    tx.update(params, state, None if given == "no-params" else params)
+
+
+# ---------------------------------------------------------------------------
+# On a model that is not ours.
+
+
+class Regressor(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(1, name="out")(nn.tanh(nn.Dense(16, name="hidden")(x)))
+
+
+def _train_regressor(score):
+  """Returns hidden/kernel; inputs 4..7 are always zero and of no use."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(64, 8)).astype(np.float32)
+  x[:, 4:] = 0
+  y = jnp.asarray(np.sin(x[:, 0]) + x[:, 1] * 0.5)[:, None]
+  x = jnp.asarray(x)
+  model = Regressor()
+  params = model.init(jax.random.key(0), x)["params"]
+  # Unused inputs start with the larger weights: magnitude is misled.
+  kernel = params["hidden"]["kernel"]
+  params["hidden"]["kernel"] = kernel.at[4:].multiply(3.0)
+  tx = fpp(
+    optax.adam(0.01),
+    [Rule("hidden/kernel", 0.5)],
+    begin=2,
+    end=20,
+    every=3,
+    score=score,
+  )
+
+  def loss_fn(params):
+    out, stats = observe(model.apply)({"params": params}, x)
+    return jnp.mean((out - y) ** 2), stats
+
+  @battery.jit
+  def step_fn(params, state):
+    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state, loss
+
+  state, first = tx.init(params), None
+  for _ in range(60):
+    params, state, loss = step_fn(params, state)
+    first = loss if first is None else first
+  assert loss < 0.5 * first
+  assert set(paths.flatten(params)) >= set(state.averages)
+  return np.asarray(params["hidden"]["kernel"])
+
+
+@pytest.mark.parametrize("score", ["activation", "relative"])
+def test_forward_scores_find_inputs_that_are_never_used(score):
+  kernel = _train_regressor(score)
+  np.testing.assert_array_equal(kernel[4:], 0.0)
+  assert np.all(kernel[:4] != 0)
+
+
+def test_magnitude_does_not_find_them():
+  """Negative control of the test above."""
+  kernel = _train_regressor("magnitude")
+  assert np.mean(kernel[4:] == 0) < 0.5
