@@ -2,8 +2,8 @@
 
 Run:     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 Twin:    add --config.dense=True (and another --workdir)
-Small:   add --config.dense=True --config.model.width=64 --config.model.mlp_width=272
-         for a dense model of about the size that the quickstart stores
+Small:   add --config.dense=True --config.model.width=64, a dense model of the
+         size that the quickstart stores
 """
 
 from folding import config as c

@@ -232,7 +232,9 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     stop_signal() as stopped,
   ):
     clock = Clock(workdir, first_step)
-    log = StepLog(run.config, run.num_parameters, writer, clock)
+    log = StepLog(
+      config, run.num_parameters, writer, clock, prunes=bool(run.rules)
+    )
     if restored:
       writer.say(f"resumed at step {first_step} of {t.steps}")
     batches = run.data.train_batches(first_step)

@@ -40,13 +40,16 @@ class StepLog:
     num_parameters: int,
     writer: MetricsWriter,
     clock: Clock,
+    prunes: bool = False,
   ):
     self._config, self._writer, self._clock = config, writer, clock
     self._size = num_parameters
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._tokens = 0
     self._since = time.monotonic()
-    self._counts: dict[str, float] = {}
+    # Before the first check all is trainable; without rules nothing is told.
+    untouched = {"selected": 1.0, "frozen": 0.0, "zero": 0.0}
+    self._counts: dict[str, float] = untouched if prunes else {}
     self._speeds: list[float] = []
 
   def restart(self) -> None:
