@@ -16,7 +16,7 @@ def get_config() -> c.Config:
     preset="paper",
     data=c.DataConfig(name="python_stdlib", vocab_size=1024, length=128),
     model=c.ModelConfig(num_layers=3, width=128, num_heads=16),
-    fpp=c.FPPConfig(linear=0.66, embedding=0.66),
+    fpp=c.FPPConfig(linear=0.655, embedding=0.655),
     train=c.TrainConfig(
       steps=550, learning_rate=6e-3, eval_every=110, eval_batches=10
     ),

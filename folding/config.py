@@ -14,6 +14,15 @@ from folding import checks, schema
 
 Task = Literal["lm", "classify"]
 Preset = Literal["none", "moderate", "paper"]
+Score = Literal[
+  "relative",
+  "activation",
+  "magnitude",
+  "evolution",
+  "saliency",
+  "movement",
+  "random",
+]
 
 
 @dataclasses.dataclass
@@ -103,20 +112,12 @@ class FPPConfig:
   linear: float | None = None  # fraction of W_O, MLP and output head to zero
   embedding: float | None = None  # fraction of embeddings to zero
   overall: float | None = None  # fraction of the whole model to save
-  score: Literal[
-    "relative",
-    "activation",
-    "magnitude",
-    "evolution",
-    "saliency",
-    "movement",
-    "random",
-  ] = "relative"
+  score: Score = "relative"
   granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
   embedding_granularity: Literal["weight", "row"] = "weight"
   scope: Literal["parameter", "rule"] = "parameter"  # one threshold for each
-  begin: float = 0.4  # of the steps: first check
-  end: float = 0.85  # of the steps: target reached, masks fixed, healing begins
+  begin: float = 0.45  # of the steps: first check
+  end: float = 0.9  # of the steps: target reached, masks fixed, healing begins
   checks: int = 30  # at most, from begin to end
   patience: int = 1  # checks an element stays suspected before it is zeroed
   decay: float = 0.9  # of the running averages behind the scores

@@ -127,7 +127,7 @@ def test_the_configuration_needs_no_library(module):
 )
 def test_compression_serves_models_of_others(module):
   rooms = {name.split(".")[1] for name in _ours(module)}
-  assert rooms <= {"paths", "schema", "compression"}
+  assert rooms <= {"paths", "schema", "config", "compression"}
   # Statistics come from Linen calls; all else works on any tree.
   assert ("flax" in _third_party(module)) == module.endswith(".observe")
 

@@ -4,20 +4,13 @@ A score may keep a running average: from the forward pass ("activation"), from
 gradients ("saliency", "movement") or over past checks ("evolution").
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
-Score = Literal[
-  "relative",
-  "activation",
-  "magnitude",
-  "evolution",
-  "saliency",
-  "movement",
-  "random",
-]
+from folding.config import Score
+
 SCORES: tuple[str, ...] = get_args(Score)
 FORWARD_SCORES = ("relative", "activation")  # these need forward statistics
 
