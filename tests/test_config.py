@@ -158,7 +158,7 @@ REMOVED = ("fpp.linear", "fpp.embedding", "fpp.overall")
     *((name, -0.1, r"must be in \[0, 1\); it is -0") for name in FRACTIONS),
     *((name, 1.0, r"a fraction to remove, .* it is 1\.0") for name in REMOVED),
     *((name, -0.1, r"a fraction to remove, .* it is -0") for name in REMOVED),
-    ("fpp.patience", -1, "must be at least 0"),
+    ("fpp.patience", -1, "must be 0 or more"),
     ("fpp.decay", 1.0, r"must be in \[0, 1\)"),
     ("fpp.decay", -0.1, r"must be in \[0, 1\)"),
     ("fold.groups", -1, "must be 0 or more; it is -1"),
@@ -180,9 +180,18 @@ COMBINATIONS = {
     {"fpp__begin": 0.7, "fpp__end": 0.2},
     r"begin < end; they are 0\.7 and 0\.2",
   ),
-  "fpp_empty": ({"fpp__begin": 0.7}, r"they are 0\.7 and 0\.7"),
-  "fpp_before_start": ({"fpp__begin": -0.1}, r"they are -0\.1 and 0\.7"),
-  "fpp_past_the_end": ({"fpp__end": 1.1}, r"they are 0\.1 and 1\.1"),
+  "fpp_empty": (
+    {"fpp__begin": 0.7, "fpp__end": 0.7},
+    r"they are 0\.7 and 0\.7",
+  ),
+  "fpp_before_start": (
+    {"fpp__begin": -0.1, "fpp__end": 0.7},
+    r"they are -0\.1 and 0\.7",
+  ),
+  "fpp_past_the_end": (
+    {"fpp__begin": 0.1, "fpp__end": 1.1},
+    r"they are 0\.1 and 1\.1",
+  ),
   "heads": (
     {"model__width": 100},
     r"model\.width 100 is not divisible by model\.num_heads 16",

@@ -71,7 +71,7 @@ class Loop:
         new = np.abs(wg) if score == "saliency" else -wg
         self.gradients[n] = decay * self.gradients[n] + (1 - decay) * new
 
-  def _element_score(self, name, index, random):
+  def _element_score(self, name, index, random, is_alone):
     score, w = self.o["score"], abs(self.p[name][index])
     if score == "magnitude":
       return w
@@ -80,7 +80,7 @@ class Loop:
     if score in ("activation", "relative"):
       square = self.average[name]
       square = 1 if square is None else square[index[0]]
-      if score == "activation":
+      if score == "activation" or not is_alone:  # rows and neurons
         return w * square**0.5
       row, column = np.abs(self.p[name][index[0]]), w
       if self.p[name].ndim == 1:
@@ -101,7 +101,10 @@ class Loop:
       random = np.asarray(jax.random.uniform(key, self.p[name].shape))
     scores = []
     for unit in units:
-      elements = [self._element_score(n, index, random) for n, index in unit]
+      elements = [
+        self._element_score(n, index, random, len(unit) == 1)
+        for n, index in unit
+      ]
       if len(unit) == 1 or self.o["score"] == "movement":
         scores.append(sum(elements))
       else:

@@ -38,8 +38,10 @@ def test_a_neuron_scores_the_root_of_its_sum_of_squares(score):
   sites = rules.make_sites([Rule("w", 0.5), _NEURON], leaves)
   found = suspects.unit_scores(sites, leaves, averages, score, seed=3)["up"]
   key = jax.random.fold_in(jax.random.key(3), 1)
+  # "relative" is for single weights: neurons take "activation" instead.
+  kind = "activation" if score == "relative" else score
   e = {
-    n: np.float64(scores.element_scores(score, leaves[n], averages.get(n), key))
+    n: np.float64(scores.element_scores(kind, leaves[n], averages.get(n), key))
     for n in ("up", "bias", "down")
   }
   if score == "movement":

@@ -33,7 +33,10 @@ CLASSIFY_TEST = {
 
 def config(**fields: Any) -> config_lib.Config:
   """Returns a resolved config of 600 steps; fields of `Config` override."""
-  base: dict[str, Any] = {"train": config_lib.TrainConfig(steps=600)}
+  base: dict[str, Any] = {
+    "train": config_lib.TrainConfig(steps=600),
+    "fpp": config_lib.FPPConfig(begin=0.1, end=0.7),
+  }
   return config_lib.resolve(config_lib.Config(**(base | fields)))
 
 
