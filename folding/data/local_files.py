@@ -130,7 +130,11 @@ def _read_file(
     rows.texts.append(row_text)
     rows.lines.append(line)
     if rows.labels is not None:
-      schema.require(label is not None, f"{place}: the row has no label")
+      schema.require(
+        label is not None,
+        f"{place}: the row has no label (in .tsv it stands before a tab; else "
+        "in a column 'label', or the one that data.label_field names)",
+      )
       rows.labels.append(str(label))
   schema.require(bool(rows.texts), f"{file} has a header and no rows")
   return rows

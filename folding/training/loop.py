@@ -87,15 +87,17 @@ class Run:
     """Returns the state before the first step, placed on the mesh."""
     return jax.jit(self._init, out_shardings=self.state_shardings)()
 
-  def evaluate(self, params: Any, split: str, eval_step: Any) -> dict:
+  def evaluate(
+    self, params: Any, split: str, eval_step: Any, limit: int | None = None
+  ) -> dict:
     """Returns the figures of a split ("valid" or "test").
 
-    With `train.eval_batches`, those of the start of "valid", its bytes taken
-    as the same share of the split's.
+    With a limit, those of its first batches, whose bytes are taken to be the
+    same share of the split's.
     """
-    data, limit = self.data, self.config.train.eval_batches
+    data = self.data
     batches, share = data.eval_batches(split), 1.0
-    if split == "valid" and limit is not None:
+    if limit is not None:
       batches = itertools.islice(batches, limit)
       seen = limit * self.config.data.eval_batch_size
       share = min(1.0, seen / data.num_examples[split])
@@ -246,7 +248,9 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
         log.flush()
         loss = None
         if due:
-          figures = run.evaluate(state.params, "valid", eval_step)
+          figures = run.evaluate(
+            state.params, "valid", eval_step, t.eval_batches
+          )
           writer.write({"split": "valid", "step": step, **figures})
           writer.say(_valid_line(step, figures))
           if not math.isfinite(figures["loss"]):

@@ -17,7 +17,7 @@ import pytest
 
 from folding import config as config_lib
 from folding import paths, schema
-from folding.training import loop
+from folding.training import evaluate, loop
 from folding.training.checkpoint import Checkpoints
 from tests.training.conftest import tiny_config, write_text
 
@@ -110,6 +110,22 @@ def test_test_figure_is_that_of_evaluate(finished):
   bits = figures["loss"] * figures["num_tokens"] / np.log(2)
   size = loop.open_run(str(workdir))[0].data.num_bytes["test"]
   assert figures["bits_per_byte"] == pytest.approx(bits / size, rel=1e-6)
+
+
+def test_a_limit_evaluates_the_start_and_its_share_of_bytes(finished):
+  config, workdir, _ = finished
+  this, checkpoints = loop.open_run(str(workdir))
+  with checkpoints:
+    _, state = checkpoints.restore_latest(this.like)
+  eval_step = evaluate.make_eval_step(this.model)
+  part = this.evaluate(state.params, "valid", eval_step, 1)
+  assert part["num_tokens"] == 8 * 16  # of one batch
+  batch = next(this.data.eval_batches("valid"))
+  nats = float(eval_step(state.params, batch)["nats"])
+  assert part["loss"] == pytest.approx(nats / 128, rel=1e-6)
+  size = this.data.num_bytes["valid"] * 8 / this.data.num_examples["valid"]
+  bits = nats / np.log(2) / size
+  assert part["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
 def test_tests_a_checkpoint_after_pruning(finished):
