@@ -175,7 +175,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fpp": {"linear": 0.0, "embedding": 0.0},
   },
   "moderate": {
-    "fold": {"groups": 1, "v_block": 1},
+    "fold": {"groups": 0, "v_block": 1},
     "fpp": {"linear": 0.0, "embedding": 0.0, "overall": 0.3},
   },
   "paper": {

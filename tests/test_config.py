@@ -23,7 +23,7 @@ def _config(**fields):
 # (groups, v_block, linear, embedding, overall) that each preset decides.
 PRESETS = {
   "none": (0, 0, 0.0, 0.0, None),
-  "moderate": (1, 1, 0.0, 0.0, 0.3),
+  "moderate": (0, 1, 0.0, 0.0, 0.3),
   "paper": (1, 1, 0.7, 0.7, None),
 }
 
