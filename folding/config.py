@@ -13,6 +13,7 @@ from typing import Any, Literal
 from folding import checks, schema
 
 Task = Literal["lm", "classify"]
+TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")  # of local files
 Preset = Literal["none", "moderate", "paper"]
 Score = Literal[
   "relative",
@@ -51,11 +52,10 @@ def data_at(name: str, **fields: Any) -> DataConfig:
   A name is a path if something is there, or if it can be nothing else: it
   starts with "." or "/", or ends like a file of text.
   """
-  endings = (".txt", ".tsv", ".csv", ".jsonl")
   if (
     os.path.exists(name)
     or name.startswith((".", "/"))
-    or name.endswith(endings)
+    or name.endswith(TEXT_ENDINGS)
   ):
     return DataConfig(path=name, **fields)
   return DataConfig(name=name, **fields)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from folding import config, schema
 
-EXTENSIONS = (".txt", ".tsv", ".csv", ".jsonl")
+EXTENSIONS = config.TEXT_ENDINGS
 _STEMS = {
   "train": ("train",),
   "valid": ("valid", "validation", "dev"),

@@ -22,7 +22,7 @@ from folding.training.checkpoint import Checkpoints
 from folding.training.evaluate import evaluate, make_eval_step
 from folding.training.metrics import MetricsWriter
 from folding.training.progress import Clock, StepLog, stop_signal
-from folding.training.result import read_result, write_result
+from folding.training.result import is_finished, read_result, write_result
 from folding.training.step import TrainState, init_state, train_step
 
 
@@ -210,6 +210,8 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
   config, t = run.config, run.config.train
   restored = checkpoints.restore_latest(run.like)
   first_step, state = restored if restored else (0, run.init())
+  if first_step == t.steps and is_finished(workdir):
+    return read_result(workdir)  # nothing to train, and it has been tested
   steps = {
     is_check: jax.jit(
       functools.partial(
@@ -272,11 +274,10 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
 
     checkpoints.wait()
     best = checkpoints.best_step()
-    params = state.params
     if best is not None and best != step:
       state = checkpoints.restore(best, run.like)
-      params = state.params
-    test = run.evaluate(params, "test", eval_step) | {"checkpoint_step": best}
+    test = run.evaluate(state.params, "test", eval_step)
+    test["checkpoint_step"] = best
     run.write_result(
       workdir, state, clock.seconds(), log.speed(), t.steps, test
     )

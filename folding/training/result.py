@@ -30,6 +30,12 @@ def write_result(workdir: str, result: dict[str, Any]) -> None:
   os.replace(path + ".new", path)
 
 
+def is_finished(workdir: str) -> bool:
+  """Returns whether a run was trained to its end and tested."""
+  path = os.path.join(workdir, "result.json")
+  return os.path.exists(path) and read_result(workdir)["finished"]
+
+
 def _version(package: str) -> str:
   try:
     return metadata.version(package)
