@@ -15,13 +15,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 
 
+class _Numbers(flags.ArgumentParser):
+  def parse(self, argument):
+    return schema.per_layer(argument)
+
+
 def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
   """Returns config and workdir; a mistake becomes a ConfigError of one line."""
   fields = schema.fields(config_lib.Config)
+  register = config_flags.register_flag_parser_for_type
+  register(schema.PerLayer, _Numbers())
   for hint in fields.values():
     if typing.get_origin(hint) is typing.Literal:
-      parser = flags.EnumParser(list(typing.get_args(hint)))
-      config_flags.register_flag_parser_for_type(hint, parser)
+      register(hint, flags.EnumParser(list(typing.get_args(hint))))
   for arg in argv:
     name = arg.removeprefix("--").removeprefix("no").split("=")[0]
     schema.require(
@@ -40,8 +46,8 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
     raise schema.ConfigError(f"give --config=FILE and --workdir=DIR{which}")
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):  # also: no such file
-    filename = config_flags.get_config_filename(flags.FLAGS["config"])
-    raise schema.ConfigError(f"{filename} is not a file that gives a Config")
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    raise schema.ConfigError(f"{name} is not a file that gives a Config")
   return config, _WORKDIR.value
 
 

@@ -14,11 +14,15 @@ def check(c: Any) -> None:
   for name in (
     "data.length data.batch_size data.eval_batch_size data.vocab_size "
     "model.num_layers model.width model.num_heads model.num_kv_heads "
-    "model.mlp_width train.steps train.log_every train.eval_every "
+    "model.head_dim train.steps train.log_every train.eval_every "
     "fpp.checks"
   ).split():
     value = _get(c, name)
     require(value >= 1, f"{name} must be at least 1; it is {value}")
+  require(
+    c.model.window is None or c.model.window >= 1,
+    f"model.window must be at least 1; it is {c.model.window}",
+  )
   for name in ("fpp.linear", "fpp.embedding", "fpp.overall"):
     value = _get(c, name)
     require(
@@ -58,10 +62,8 @@ def check(c: Any) -> None:
 
 def _check_model(c: Any) -> None:
   m, f = c.model, c.fold
-  assert m.num_kv_heads is not None
-  assert f.groups is not None and f.v_block is not None
   require(
-    m.width % m.num_heads == 0,
+    m.width % m.num_heads == 0 or m.head_dim != m.width // m.num_heads,
     f"model.width {m.width} is not divisible by model.num_heads {m.num_heads}",
   )
   require(
@@ -78,29 +80,78 @@ def _check_model(c: Any) -> None:
     "task 'lm' predicts the next token and needs model.causal=True",
   )
   require(
-    c.task == "lm" or not m.causal or m.pooling == "mean",
+    c.task == "lm" or not m.causal or m.pooling != "first",
     "model.pooling='first' with model.causal=True would see the first token "
-    "alone; use model.causal=False or model.pooling='mean'",
+    "alone; use model.causal=False, or model.pooling='mean' or 'last'",
   )
   require(
     c.task != "lm" or c.data.length > 1, "task 'lm' needs data.length above 1"
   )
-  require(f.groups >= 0, f"fold.groups must be 0 or more; it is {f.groups}")
-  require(f.v_block >= 0, f"fold.v_block must be 0 or more; it is {f.v_block}")
+  if m.heads is not None:
+    _check_heads(m)
+  for width in _layers(m, m.mlp_width, "model.mlp_width"):
+    require(width >= 1, f"model.mlp_width must be at least 1; it is {width}")
+  for groups in _layers(m, f.groups, "fold.groups"):
+    _check_groups(m, f, groups)
+  for block in _layers(m, f.v_block, "fold.v_block"):
+    require(block >= 0, f"fold.v_block must be 0 or more; it is {block}")
+    require(
+      block == 0 or m.width % block == 0,
+      f"fold.v_block {block} does not divide model.width {m.width}, so W_V "
+      "cannot be block-diagonal; use a divisor, 1 (diagonal) or 0 (dense)",
+    )
+    require(
+      block == 0 or m.num_heads * m.head_dim == m.width,
+      f"fold.v_block {block} needs heads that share out model.width {m.width}; "
+      f"there are {m.num_heads} of {m.head_dim}; use fold.v_block=0",
+    )
+
+
+def _layers(m: Any, value: Any, name: str) -> tuple[Any, ...]:
+  """Returns the value of each layer."""
+  values = value if isinstance(value, tuple) else (value,) * m.num_layers
+  require(
+    len(values) == m.num_layers,
+    f"{name} has {len(values)} values for {m.num_layers} layers; give one, or "
+    "one a layer",
+  )
+  return values
+
+
+def _check_heads(m: Any) -> None:
+  shared = m.num_heads // m.num_kv_heads
+  for heads in _layers(m, m.heads, "model.heads"):
+    require(
+      heads == tuple(sorted(set(heads)))
+      and all(0 <= h < m.num_heads for h in heads)
+      and all(
+        h in heads
+        for one in heads
+        for h in range(one // shared * shared, (one // shared + 1) * shared)
+      ),
+      f"model.heads lists the heads of a layer in order, out of {m.num_heads} "
+      f"and by whole groups of {shared} that share a key; it is {heads}",
+    )
+
+
+def _check_groups(m: Any, f: Any, groups: int) -> None:
+  require(groups >= 0, f"fold.groups must be 0 or more; it is {groups}")
+  if m.positions == "rope" and f.rope == "pairs" and groups:
+    require(
+      f.axis == "output" and groups % 2 == 0 and groups <= m.head_dim,
+      f"fold.rope='pairs' keeps an even number of channels a head, at most "
+      f"{m.head_dim}, on the output axis; fold.groups is {groups}",
+    )
+    return
   axis_size = m.head_dim if f.axis == "output" else m.width
   axis_name = "head size" if f.axis == "output" else "model.width"
   require(
-    f.groups == 0 or axis_size % f.groups == 0,
-    f"fold.groups {f.groups} does not divide the {axis_name} {axis_size} "
+    groups == 0 or axis_size % groups == 0,
+    f"fold.groups {groups} does not divide the {axis_name} {axis_size} "
     f"(axis {f.axis!r})",
   )
   require(
-    f.v_block == 0 or m.width % f.v_block == 0,
-    f"fold.v_block {f.v_block} does not divide model.width {m.width}, so W_V "
-    "cannot be block-diagonal; use a divisor, 1 (diagonal) or 0 (dense)",
-  )
-  require(
-    not (f.axis == "input" and f.groups == 1 and m.norm == "layernorm"),
+    not (f.axis == "input" and groups == 1 and m.norm == "layernorm"),
     "fold.axis='input' with fold.groups=1 sums the channels of a LayerNorm, "
     "which is 0 at the start, so attention would be uniform and never learn; "
     "use model.norm='rmsnorm', more groups, or fold.axis='output'",

@@ -11,6 +11,7 @@ import os
 from typing import Any, Literal
 
 from folding import checks, schema
+from folding.schema import PerLayer
 
 Task = Literal["lm", "classify"]
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")  # of local files
@@ -69,35 +70,37 @@ class ModelConfig:
   width: int = 128  # D
   num_heads: int = 16  # H
   num_kv_heads: int | None = None  # None: as many as heads
-  mlp_width: int | None = None  # F; None: 4 D
+  head_dim: int | None = None  # K; None: width / num_heads
+  mlp_width: PerLayer | None = None  # F; None: 4 D
+  heads: tuple[tuple[int, ...], ...] | None = None  # kept by layer; None: all
   causal: bool = True
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
   norm_position: Literal["pre", "post"] = "pre"
   norm_epsilon: float = 1e-5
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
   rope_base: float = 10000.0
+  window: int | None = None  # attend to the last so many tokens; None: to all
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
   gated: bool = False  # multiply the MLP's hidden state by a gate
   use_bias: bool = True
+  qkv_bias: bool | None = None  # of W_Q, W_K, W_V; None: as use_bias
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
-  pooling: Literal["mean", "first"] = "mean"  # classification only
+  pooling: Literal["mean", "first", "last"] = "mean"  # classification only
+  pooler: bool = False  # a dense layer and tanh between pooling and head
   dropout: float = 0.0
   remat: bool = False  # recompute blocks in the backward pass
   dtype: Literal["float32", "bfloat16"] = "float32"  # of compute
-
-  @property
-  def head_dim(self) -> int:
-    """K, channels of one head."""
-    return self.width // self.num_heads
 
 
 @dataclasses.dataclass
 class FoldConfig:
   """Folding of the attention projections. None: what the preset says."""
 
-  groups: int | None = None  # G, row groups of W_Q and W_K; 0: dense
+  groups: PerLayer | None = None  # G, row groups of W_Q and W_K; 0: dense
   axis: Literal["output", "input"] = "output"  # which axis the groups run over
-  v_block: int | None = None  # block size of W_V; 1: diagonal (DWC); 0: dense
+  rope: Literal["copy", "pairs"] = "copy"  # G channels turn as K, or as G
+  v_block: PerLayer | None = None  # block size of W_V; 1: DWC; 0: dense
+  v_identity: bool = False  # blocks of size 1 are 1: W_O has absorbed them
   first_dense: bool = False  # keep W_V of the first layer dense
 
 
@@ -235,10 +238,33 @@ def resolve(config: Config) -> Config:
         setattr(holder, name, value)
   if c.model.num_kv_heads is None:
     c.model.num_kv_heads = c.model.num_heads
+  if c.model.head_dim is None:
+    c.model.head_dim = c.model.width // max(1, c.model.num_heads)
   if c.model.mlp_width is None:
     c.model.mlp_width = 4 * c.model.width
+  if c.model.qkv_bias is None:
+    c.model.qkv_bias = c.model.use_bias
   checks.check(c)
   return c
+
+
+def at_layer(
+  model: ModelConfig, fold: FoldConfig, layer: int
+) -> tuple[ModelConfig, FoldConfig]:
+  """Returns the configs of one layer of a resolved config, numbers only."""
+
+  def pick(value: Any) -> Any:
+    return value[layer] if isinstance(value, tuple) else value
+
+  v_block = 0 if fold.first_dense and layer == 0 else pick(fold.v_block)
+  return (
+    dataclasses.replace(
+      model,
+      mlp_width=pick(model.mlp_width),
+      heads=None if model.heads is None else (model.heads[layer],),
+    ),
+    dataclasses.replace(fold, groups=pick(fold.groups), v_block=v_block),
+  )
 
 
 def dense_twin(config: Config) -> Config:

@@ -4,7 +4,22 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+  PerLayer = int | tuple[int, ...]
+else:
+
+  class _IsPerLayer(type):
+    def __instancecheck__(cls, value):
+      numbers = value if isinstance(value, tuple) else (value,)
+      return all(type(n) is int for n in numbers)
+
+  class PerLayer(metaclass=_IsPerLayer):
+    """One number for all layers, or a tuple of one for each.
+
+    A class and no union, since flags find their parser by the class.
+    """
 
 
 class ConfigError(ValueError):
@@ -80,26 +95,61 @@ def build(kind: type, values: Any, where: str) -> Any:
 
 
 def _typed(hint: Any, value: Any, place: str) -> Any:
-  """Returns the value if it fits the annotation (an int fits a float)."""
-  origin = typing.get_origin(hint)
-  if origin is Literal:
-    options = typing.get_args(hint)
-    require(
-      value in options,
-      f"{place} must be one of {', '.join(map(repr, options))}; it is "
-      f"{value!r}",
-    )
-    return value
-  options = typing.get_args(hint) if origin is types.UnionType else (hint,)
+  """Returns the value if it fits the annotation.
+
+  An int fits a float, a list a tuple, as JSON has neither.
+  """
+  options = typing.get_args(hint) if is_union(hint) else (hint,)
   if value is None and type(None) in options:
     return None
+  if PerLayer in options and isinstance(value, list):
+    value = tuple(value)
+  for option in options:
+    if option is PerLayer and isinstance(value, PerLayer):  # pyright: ignore
+      return value
+    if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+      item = typing.get_args(option)[0]
+      return tuple(
+        _typed(item, one, f"{place}[{i}]") for i, one in enumerate(value)
+      )
+  literal = [o for o in options if typing.get_origin(o) is Literal]
+  if literal:
+    names = typing.get_args(literal[0])
+    require(
+      value in names,
+      f"{place} must be one of {', '.join(map(repr, names))}; it is {value!r}",
+    )
+    return value
   if float in options and type(value) is int:
     value = float(value)
-  names = " or ".join(
-    "None" if o is type(None) else o.__name__ for o in options
-  )
+  names = " or ".join(map(_name, options))
   require(
     type(value) in options and not (type(value) is float and math.isnan(value)),
     f"{place} must be {names}; it is {value!r}",
   )
   return value
+
+
+def is_union(hint: Any) -> bool:
+  """Returns whether an annotation is `a | b`."""
+  return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _name(hint: Any) -> str:
+  if hint is type(None):
+    return "None"
+  if hint is PerLayer:
+    return "int or one int a layer"
+  return "a tuple" if typing.get_origin(hint) is tuple else hint.__name__
+
+
+def per_layer(argument: Any) -> Any:
+  """Reads "4" or "4,2,1", as flags give it; what is no text stays as it is.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  if not isinstance(argument, str):
+    return argument
+  numbers = [int(part) for part in argument.strip("()[] ,").split(",")]
+  return numbers[0] if len(numbers) == 1 else tuple(numbers)

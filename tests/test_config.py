@@ -44,7 +44,7 @@ def test_a_preset_changes_nothing_else(preset):
   changed = schema.differences(config, c.resolve(config))
   names = {line.split(":")[0] for line in changed}
   assert names <= {
-    *("fold.groups", "fold.v_block"),
+    *("fold.groups", "fold.v_block", "model.head_dim", "model.qkv_bias"),
     *("fpp.linear", "fpp.embedding", "fpp.overall"),
   }
 
@@ -265,7 +265,10 @@ def test_what_the_messages_advise_is_accepted(fields):
     ({"fold": {"axis": "row"}}, "one of 'output', 'input'; it is 'row'"),
     ({"fpp": {"score": "l2"}}, "one of .*'magnitude', .* it is 'l2'"),
     ({"model": {"width": 1.5}}, r"config\.model\.width must be int"),
-    ({"fold": {"groups": "1"}}, r"fold\.groups must be int or None; it is '1'"),
+    (
+      {"fold": {"groups": "1"}},
+      r"fold\.groups must be int or one int a layer or None; it is '1'",
+    ),
   ],
   ids=lambda x: None if isinstance(x, str) else str(x),
 )

@@ -8,7 +8,8 @@ output projection of the same attention layer is [H, K, D]:
                   [D, H, G]      output axis: K rows of a head in G groups
                   [G, H, K]      input axis: D input rows in G groups
   v      kernel   [D, H, K]      dense
-         diagonal [D/b, b, b]    blocks of size b; b = 1 is DWC
+         diagonal [HK/b, b, b]   blocks of size b; b = 1 is DWC
+         (none)                  the identity: W_O has absorbed a diagonal
 """
 
 from typing import Any
@@ -81,22 +82,33 @@ class BlockDiagonal(nn.Module):
   output projection already expresses, so there is none.
   """
 
-  num_heads: int  # H
+  heads: tuple[int, ...]  # which of the D / K heads there are
+  head_dim: int  # K
   block: int = 1  # b; 1 is DWC
+  is_identity: bool = False  # blocks of 1 are 1, and no parameters
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L H K"]:
-    *lead, width = x_BLD.shape
-    shape = (width // self.block, self.block, self.block)
-    w = self.param("diagonal", _identity_init, shape).astype(self.dtype)
+    B, L, D = x_BLD.shape
+    K, H = self.head_dim, len(self.heads)
     x_BLD = x_BLD.astype(self.dtype)
+    x_BLHK = x_BLD.reshape(B, L, D // K, K)
+    if H < D // K:
+      x_BLHK = x_BLHK[:, :, jnp.array(self.heads)]
+    if self.is_identity and self.block == 1:
+      return x_BLHK
+    if self.block > K and H < D // K:
+      raise ValueError(
+        f"blocks of {self.block} join heads of {K}, so none can be left out"
+      )
+    shape = (H * K // self.block, self.block, self.block)
+    w = self.param("diagonal", _identity_init, shape).astype(self.dtype)
     if self.block == 1:
-      v_BLD = x_BLD * w.reshape((1,) * len(lead) + (width,))
-    else:
-      blocks = x_BLD.reshape(*lead, *shape[:2])
-      v_BLD = jnp.einsum("BLnb,nbc->BLnc", blocks, w)
-    return v_BLD.reshape(*lead, self.num_heads, width // self.num_heads)
+      return x_BLHK * w.reshape(H, K)[None, None]
+    blocks = x_BLHK.reshape(B, L, *shape[:2])
+    v = jnp.einsum("BLnb,nbc->BLnc", blocks, w)
+    return v.reshape(B, L, H, K)
 
 
 def _identity_init(key, shape, dtype=jnp.float32):

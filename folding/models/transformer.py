@@ -2,10 +2,9 @@
 
 Parameter paths (an on-disk contract): embed/embedding [V, D],
 position_embed/embedding, norm_embed, blocks_<n>/{norm_attn, attn/{q, k, v, o},
-norm_mlp, mlp/{up, gate, down}}, norm_final, head/kernel [D, V or C].
+norm_mlp, mlp/{up, gate, down}}, norm_final, pooler, head/kernel [D, V or C].
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.config import Config, FoldConfig, ModelConfig
+from folding.config import Config, FoldConfig, ModelConfig, at_layer
 from folding.models.attention import Attention
 
 _ACTIVATIONS = {
@@ -24,7 +23,7 @@ _ACTIVATIONS = {
 }
 
 
-def _norm(config: ModelConfig, dtype: Any, name: str) -> nn.Module:
+def _norm(config: ModelConfig, dtype: Any, name: str | None) -> nn.Module:
   if config.norm == "rmsnorm":
     return nn.RMSNorm(config.norm_epsilon, dtype=dtype, name=name)
   return nn.LayerNorm(
@@ -48,7 +47,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     c = self.config
-    assert c.mlp_width is not None, "the config is not resolved"
+    assert isinstance(c.mlp_width, int), "the config is not of one layer"
 
     def dense(name: str, features: int, **options: Any):
       return nn.Dense(
@@ -111,60 +110,78 @@ class Transformer(nn.Module):
   max_length: int  # most L, for learned positions
   num_classes: int = 0  # C; 0: next-token logits
 
-  @nn.compact
+  def setup(self):
+    c = self.config
+    dtype = jnp.dtype(c.dtype)
+
+    def embed(size):
+      init = nn.initializers.normal(0.02)
+      return nn.Embed(size, c.width, embedding_init=init, dtype=dtype)
+
+    self.embed = embed(self.vocab_size)
+    if c.positions == "learned":
+      self.position_embed = embed(self.max_length)
+    if c.norm_position == "post":
+      self.norm_embed = _norm(c, dtype, None)
+    self.dropout = nn.Dropout(c.dropout)
+    block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
+    self.blocks = [
+      block(*at_layer(c, self.fold, n), dtype) for n in range(c.num_layers)
+    ]
+    if c.norm_position == "pre":
+      self.norm_final = _norm(c, dtype, None)
+    if self.num_classes:
+      if c.pooler:
+        self.pooler = nn.Dense(c.width)
+      self.head = nn.Dense(self.num_classes)
+    elif not c.tie_embeddings:
+      self.head = nn.Dense(self.vocab_size, use_bias=False, dtype=dtype)
+
   def __call__(
     self,
     tokens_BL: Int[Array, "B L"],
     keep_BL: Bool[Array, "B L"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
+    x_BLD = self.embed_tokens(tokens_BL, deterministic)
+    for block in self.blocks:
+      x_BLD = block(x_BLD, keep_BL, deterministic)
+    return self.read_out(x_BLD, keep_BL)
+
+  def embed_tokens(
+    self, tokens_BL: Int[Array, "B L"], deterministic: bool = True
+  ) -> Float[Array, "B L D"]:
+    """Returns what the first block reads."""
     c = self.config
-    dtype = jnp.dtype(c.dtype)
-    embed_init = nn.initializers.normal(0.02)
-    embed = nn.Embed(
-      self.vocab_size,
-      c.width,
-      embedding_init=embed_init,
-      dtype=dtype,
-      name="embed",
-    )
-    x_BLD = embed(tokens_BL)
+    x_BLD = self.embed(tokens_BL)
     if c.positions == "learned":
       if tokens_BL.shape[1] > self.max_length:  # else the logits are NaN
         raise ValueError(
           f"a text of {tokens_BL.shape[1]} tokens does not fit into "
           f"{self.max_length} learned positions"
         )
-      position_embed = nn.Embed(
-        self.max_length,
-        c.width,
-        embedding_init=embed_init,
-        dtype=dtype,
-        name="position_embed",
-      )
-      x_BLD += position_embed(jnp.arange(tokens_BL.shape[1])[None])
+      x_BLD += self.position_embed(jnp.arange(tokens_BL.shape[1])[None])
     if c.norm_position == "post":
-      x_BLD = _norm(c, dtype, "norm_embed")(x_BLD)
-    x_BLD = nn.Dropout(c.dropout, deterministic=deterministic)(x_BLD)
+      x_BLD = self.norm_embed(x_BLD)
+    return self.dropout(x_BLD, deterministic=deterministic)
 
-    block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
-    for n in range(c.num_layers):
-      fold = self.fold
-      if fold.first_dense and n == 0:
-        fold = dataclasses.replace(fold, v_block=0)
-      x_BLD = block(c, fold, dtype, name=f"blocks_{n}")(
-        x_BLD, keep_BL, deterministic
-      )
+  def read_out(
+    self,
+    x_BLD: Float[Array, "B L D"],
+    keep_BL: Bool[Array, "B L"] | None = None,
+  ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
+    """Returns the logits of what the last block wrote."""
+    c = self.config
     if c.norm_position == "pre":
-      x_BLD = _norm(c, dtype, "norm_final")(x_BLD)
-
+      x_BLD = self.norm_final(x_BLD)
     if self.num_classes:
       pooled_BD = _pool(x_BLD, keep_BL, c.pooling)
-      return nn.Dense(self.num_classes, name="head")(pooled_BD)
+      if c.pooler:
+        pooled_BD = jnp.tanh(self.pooler(pooled_BD))
+      return self.head(pooled_BD)
     if c.tie_embeddings:
-      return embed.attend(x_BLD).astype(jnp.float32)
-    head = nn.Dense(self.vocab_size, use_bias=False, dtype=dtype, name="head")
-    return head(x_BLD).astype(jnp.float32)
+      return self.embed.attend(x_BLD).astype(jnp.float32)
+    return self.head(x_BLD).astype(jnp.float32)
 
 
 def _pool(
@@ -172,10 +189,21 @@ def _pool(
   keep_BL: Bool[Array, "B L"] | None,
   pooling: str,
 ) -> Float[Array, "B D"]:
-  """Returns the first token's vector, or the mean over tokens not padding."""
+  """Returns the vector of the first or last token, or the mean.
+
+  Padding is not counted, and is taken to stand at the end.
+  """
   x_BLD = x_BLD.astype(jnp.float32)
   if pooling == "first":
     return x_BLD[:, 0]
+  if pooling == "last":
+    length_B = (
+      jnp.full(x_BLD.shape[:1], x_BLD.shape[1])
+      if keep_BL is None
+      else keep_BL.sum(axis=1)
+    )
+    last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
+    return jnp.take_along_axis(x_BLD, last_B11, axis=1)[:, 0]
   if keep_BL is None:
     return x_BLD.mean(axis=1)
   keep_BL1 = keep_BL[..., None].astype(jnp.float32)

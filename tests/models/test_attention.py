@@ -192,10 +192,15 @@ def test_alibi_slopes_are_a_geometric_series(num_heads):
   np.testing.assert_allclose(slopes[1:] / slopes[:-1], slopes[0], rtol=1e-12)
 
 
+def _rotate(x, base):
+  frequency = attention.rope_frequencies(x.shape[-1], base)
+  return attention.rotate(x, frequency[None])
+
+
 @pytest.mark.parametrize("base", [10000.0, 3.0])
 def test_rotate_multiplies_complex_numbers(base):
   x = _normal(0, B, L, H, 8)
-  out = attention.rotate(x, base)
+  out = _rotate(x, base)
   np.testing.assert_allclose(
     out, oracle.turned(x, base), rtol=0, atol=TOLERANCE
   )
@@ -203,7 +208,7 @@ def test_rotate_multiplies_complex_numbers(base):
 
 def test_rotate_keeps_norms_and_the_first_position():
   x = _normal(0, B, L, H, 8)
-  out = attention.rotate(x, 10000.0)
+  out = _rotate(x, 10000.0)
   np.testing.assert_array_equal(out[:, 0], x[:, 0])
   np.testing.assert_allclose(
     np.linalg.norm(out, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6
@@ -212,7 +217,7 @@ def test_rotate_keeps_norms_and_the_first_position():
 
 def test_rotated_logits_depend_on_the_distance_alone():
   q, k = (jnp.tile(_normal(n, 1, 1, H, 8), (1, L, 1, 1)) for n in (0, 1))
-  q, k = attention.rotate(q, 100.0), attention.rotate(k, 100.0)
+  q, k = _rotate(q, 100.0), _rotate(k, 100.0)
   logits = np.einsum("blhk,bmhk->hlm", q, k)
   np.testing.assert_allclose(
     logits[:, 1:, 1:], logits[:, :-1, :-1], rtol=0, atol=TOLERANCE
@@ -224,7 +229,7 @@ def test_rotated_logits_depend_on_the_distance_alone():
 
 def test_rotate_turns_bfloat16_by_float32_angles():
   x = jnp.bfloat16(_normal(0, 1, 600, 1, 8))
-  out = attention.rotate(x, 10000.0)
+  out = _rotate(x, 10000.0)
   assert out.dtype == jnp.bfloat16
   expected = oracle.turned(x, 10000.0)
   # Only the result is rounded; a bfloat16 position would be off by 2 radians.

@@ -8,6 +8,7 @@ from folding.models import projections
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than threefry
 B, L, D, H, K = 2, 3, 24, 3, 8
+HEADS = tuple(range(H))
 
 # float32 sums of at most 24 products of unit numbers: about 1e-6.
 TOLERANCE = 5e-6
@@ -86,7 +87,7 @@ def test_input_axis_is_a_dense_kernel_with_identical_rows(groups):
 
 @pytest.mark.parametrize("block", [1, 2, 4, 12, D])
 def test_block_diagonal_equals_a_full_matrix(block):
-  module = projections.BlockDiagonal(H, block)
+  module = projections.BlockDiagonal(HEADS, K, block)
   x = _normal(9, B, L, D)
   params = _randomized(module, x)
   w = np.asarray(params["diagonal"])
@@ -101,15 +102,38 @@ def test_block_diagonal_equals_a_full_matrix(block):
   np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_heads_left_read_their_own_channels(block):
+  x = _normal(9, B, L, D)
+  module = projections.BlockDiagonal(HEADS, K, block)
+  w = _randomized(module, x)["diagonal"]
+  heads = (0, H - 1)
+  blocks_of = w.reshape(H, K // block, block, block)[jnp.array(heads)]
+  few = projections.BlockDiagonal(heads, K, block)
+  out = few.apply(
+    {"params": {"diagonal": blocks_of.reshape(-1, block, block)}}, x
+  )
+  whole = module.apply({"params": {"diagonal": w}}, x)
+  np.testing.assert_array_equal(out, whole[:, :, heads])
+
+
+def test_an_absorbed_diagonal_has_no_parameters():
+  x = _normal(9, B, L, D)
+  module = projections.BlockDiagonal((1, 2), K, is_identity=True)
+  out, variables = module.init_with_output(KEY, x)
+  np.testing.assert_array_equal(out, x.reshape(B, L, H, K)[:, :, 1:3])
+  assert variables == {}
+
+
 def test_a_diagonal_starts_as_the_identity():
   x = _normal(9, B, L, D)
-  out, _ = projections.BlockDiagonal(H).init_with_output(KEY, x)
+  out, _ = projections.BlockDiagonal(HEADS, K).init_with_output(KEY, x)
   np.testing.assert_array_equal(out, x.reshape(B, L, H, K))
 
 
 def test_blocks_start_at_unit_variance():
   x = _normal(9, 4, 64, 512)
-  module = projections.BlockDiagonal(8, 64)
+  module = projections.BlockDiagonal(tuple(range(8)), 64, 64)
   out, _ = module.init_with_output(KEY, x)
   # 8 blocks of 64 x 64 weights of variance 1/64: 1 +- 0.01.
   assert np.var(out) == pytest.approx(1, abs=0.05)
@@ -142,8 +166,8 @@ def test_logits_of_a_folded_pair_start_at_unit_variance(groups, axis):
   [
     projections.HeadProjection(H, K, 2, dtype=jnp.bfloat16),
     projections.HeadProjection(H, K, 2, "input", dtype=jnp.bfloat16),
-    projections.BlockDiagonal(H, 1, jnp.bfloat16),
-    projections.BlockDiagonal(H, 4, jnp.bfloat16),
+    projections.BlockDiagonal(HEADS, K, 1, dtype=jnp.bfloat16),
+    projections.BlockDiagonal(HEADS, K, 4, dtype=jnp.bfloat16),
   ],
   ids=["output", "input", "diagonal", "blocks"],
 )
