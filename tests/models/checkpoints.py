@@ -1,0 +1,178 @@
+"""Tiny checkpoints of every family, as values of config.json and folders."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+from folding import paths
+from folding.config import FoldConfig
+from folding.models import hf_config, pretrained
+from folding.models.transformer import Transformer
+
+N, D, H, F, V, P, C = 2, 16, 4, 24, 30, 12, 3
+WORDS = "<pad> <s> </s> <unk> a b c d e f".split()
+
+_BERT = {
+  "vocab_size": V,
+  "hidden_size": D,
+  "num_hidden_layers": N,
+  "num_attention_heads": H,
+  "intermediate_size": F,
+  "max_position_embeddings": P,
+  "hidden_dropout_prob": 0.0,
+}
+_LLAMA = {
+  "vocab_size": V,
+  "hidden_size": D,
+  "num_hidden_layers": N,
+  "num_attention_heads": H,
+  "num_key_value_heads": 2,
+  "intermediate_size": F,
+  "max_position_embeddings": P,
+  "rms_norm_eps": 1e-5,
+}
+_ROBERTA = {"max_position_embeddings": P + 2, "pad_token_id": 1}
+_ROBERTA |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_SCALING = {
+  "rope_type": "llama3",
+  **{"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0},
+  "original_max_position_embeddings": 8,
+}
+# Each is a config.json, without its architecture.
+FAMILIES = {
+  "bert": {"model_type": "bert"} | _BERT | {"hidden_act": "relu"},
+  "roberta": {"model_type": "roberta"} | _BERT | _ROBERTA,
+  "xlm-roberta": {"model_type": "xlm-roberta"} | _BERT | _ROBERTA,
+  "distilbert": {
+    "model_type": "distilbert",
+    "vocab_size": V,
+    **{"dim": D, "n_layers": N, "n_heads": H, "hidden_dim": F},
+    **{"max_position_embeddings": P, "dropout": 0.0},
+  },
+  "gpt2": {
+    "model_type": "gpt2",
+    "vocab_size": V,
+    **{"n_embd": D, "n_layer": N, "n_head": H, "n_positions": P},
+    **{"resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
+    "n_inner": F,
+  },
+  "llama": {"model_type": "llama"} | _LLAMA | {"rope_theta": 100.0},
+  "llama_biases_scaled": {
+    "model_type": "llama",
+    **_LLAMA,
+    **{"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "rope_scaling": _SCALING,
+  },
+  "llama_linear": {
+    "model_type": "llama",
+    **_LLAMA,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+  },
+  "mistral": {
+    "model_type": "mistral",
+    **_LLAMA,
+    **{"head_dim": 6, "sliding_window": 3},
+  },
+  "qwen2": {"model_type": "qwen2"} | _LLAMA,
+  "qwen2_windows": {
+    "model_type": "qwen2",
+    **_LLAMA,
+    **{"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 0},
+  },
+}
+
+
+def architecture(values, head):
+  """Returns the class of transformers that has this head."""
+  name = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+  name |= {"distilbert": "DistilBert", "gpt2": "GPT2", "llama": "Llama"}
+  name |= {"mistral": "Mistral", "qwen2": "Qwen2"}
+  kind = "ForSequenceClassification" if head == "classify" else "Model"
+  if head == "lm":
+    gpt2 = values["model_type"] == "gpt2"
+    kind = "LMHeadModel" if gpt2 else "ForCausalLM"
+  return name[values["model_type"]] + kind
+
+
+def own_head(values):
+  """Returns the head that a family has without classes."""
+  decoders = ("gpt2", "llama", "mistral", "qwen2")
+  return "lm" if values["model_type"] in decoders else "none"
+
+
+def description(name, head):
+  """Returns the description of a tiny checkpoint with this head."""
+  values = FAMILIES[name] | {
+    "architectures": [architecture(FAMILIES[name], head)]
+  }
+  if head == "classify":
+    values["id2label"] = {str(i): f"class {i}" for i in range(C)}
+  return hf_config.describe(values)
+
+
+def model_of(described):
+  """Returns our model of a description, unfolded."""
+  return Transformer(
+    described.config,
+    FoldConfig(groups=0, v_block=0),
+    described.vocab_size,
+    described.max_length,
+    described.num_classes,
+  )
+
+
+def shapes_of(described):
+  """Returns {path: shape} of our model's parameters."""
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  tree = jax.eval_shape(model_of(described).init, key, tokens)["params"]
+  return {path: x.shape for path, x in paths.flatten(tree).items()}
+
+
+def random_params(described, seed=0):
+  """Returns parameters none of which has a value that hides it.
+
+  But the head of GPT-2 and Llama has no bias in `transformers`.
+  """
+  rng, params = np.random.default_rng(seed), {}
+  for path, shape in shapes_of(described).items():
+    *parents, name = path.split("/")
+    place = functools.reduce(lambda x, y: x.setdefault(y, {}), parents, params)
+    place[name] = (0.4 * rng.normal(size=shape)).astype(np.float32)
+  if described.layout in ("gpt2", "llama") and "bias" in params.get("head", {}):
+    params["head"]["bias"][:] = 0
+  return params
+
+
+def write(folder, name, head="none", params=None, words=WORDS):
+  """Writes a checkpoint by our own export, and returns its parameters."""
+  described = description(name, head)
+  params = random_params(described) if params is None else params
+  pretrained.save_pretrained(
+    params,
+    described.config,
+    described.family,
+    folder,
+    tokenizer_path=write_tokenizer(folder.with_suffix(".json"), words),
+    max_length=described.max_length,
+    num_classes=described.num_classes,
+    label_names=described.label_names,
+  )
+  return params
+
+
+def write_tokenizer(path, words=WORDS):
+  """Writes a tokenizer.json of words, which frames a text by <s> and </s>."""
+  ids = {word: i for i, word in enumerate(words)}
+  inner = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+  inner.pre_tokenizer = pre_tokenizers.Whitespace()
+  inner.post_processor = processors.TemplateProcessing(
+    "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+  )
+  inner.add_special_tokens(words[:4])
+  inner.save(str(path))
+  return path
