@@ -1,0 +1,203 @@
+"""Shrinking a run: its training goes on, with smaller arrays."""
+
+import os
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from folding import config as config_lib
+from folding import paths
+from folding.compression import suspects
+from folding.compression.rules import Rule, make_sites
+from folding.compression.shrink import Cut, shrink
+from folding.config import Config
+from folding.data.tokenizers import MappedTokenizer
+from folding.schema import ConfigError, require
+from folding.training import optimizer as optimizer_lib
+from folding.training import restore
+from folding.training.evaluate import make_eval_step
+from folding.training.loop import open_run
+from folding.training.result import read_result
+from folding.training.run import Run
+from folding.training.step import TrainState
+
+
+def held_zero(config: Config, rules: list[Rule], state: TrainState) -> Any:
+  """Returns which parameters FPP holds at 0, as bools shaped like params.
+
+  While there are checks to come, a weight that is pruned by itself is left
+  out, as the next check ranks it among all weights of its array; neurons and
+  rows are ranked by themselves.
+  """
+  leaves = paths.flatten(state.params)
+  is_over = int(state.step) > optimizer_lib.check_steps(config)[1]
+  sites = [
+    site
+    for site in make_sites(rules, state.params)
+    if is_over or None not in site.members.values()
+  ]
+  packed = {
+    site.name: state.opt_state.suspected[site.name][0] for site in sites
+  }
+  is_held = suspects.member_masks(sites, packed, leaves)
+  return paths.map_named(
+    lambda name, w: np.asarray(is_held.get(name, False)) & (np.asarray(w) == 0),
+    state.params,
+  )
+
+
+def shrink_state(
+  config: Config,
+  rules: list[Rule],
+  state: TrainState,
+  *,
+  multiple: int = 1,
+  absorb: bool = False,
+  is_zero: Any = None,
+) -> tuple[Config, TrainState, Cut]:
+  """Returns config and state of a smaller model that trains on as this one.
+
+  Losses, and updates of what stays, are the same to rounding: only what FPP
+  holds at 0 is removed, and moments, averages and bits are cut the same way.
+  (Score "random" draws anew at checks to come.)
+
+  Args:
+    config: Resolved.
+    rules: From `make_rules`.
+    state: Before; its arrays are not changed.
+    multiple: See `folding.shrink`.
+    absorb: See `folding.shrink`; only where training is over.
+    is_zero: What may be removed; None: `held_zero`.
+
+  Raises:
+    ValueError: see `folding.shrink`.
+  """
+  small = shrink(
+    config,
+    state.params,
+    multiple=multiple,
+    absorb=absorb,
+    is_zero=held_zero(config, rules, state) if is_zero is None else is_zero,
+  )
+  sites = make_sites(rules, state.params)
+  opt_state = small.cut.fpp_state(state.opt_state, sites)
+  new = TrainState(state.step, small.params, opt_state)
+  return small.config, new, small.cut
+
+
+def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
+  """Writes a run directory with the newest and best checkpoints, shrunk.
+
+  Before the last step, training can go on there. A run at its end also loses
+  what is 0 without being held, and the diagonals of W_V, and is tested anew.
+
+  Args:
+    workdir: A run with a checkpoint.
+    output: A new or empty folder.
+    multiple: See `folding.shrink`.
+
+  Returns:
+    {"step", "steps": of the newest checkpoint and of the whole run, "before",
+    "after": numbers in the arrays of the parameters}.
+
+  Raises:
+    ConfigError: there is no checkpoint, nothing to remove, or the output is
+      not empty.
+  """
+  require(multiple >= 1, f"--multiple must be at least 1; it is {multiple}")
+  require(
+    not os.path.exists(output)
+    or (os.path.isdir(output) and not os.listdir(output)),
+    f"{output} exists and is not an empty folder; choose another --output",
+  )
+  this, states, losses = _read(workdir)
+  step = max(states)
+  is_over = step == this.config.train.steps
+  shrunk = _shrink_alike(this, states, multiple, is_over)
+  config, _, cut = shrunk[step]
+  require(
+    not cut.is_empty,
+    f"{workdir} has nothing to remove at step {step}: neither a neuron nor a "
+    "head nor a token of a classifier is zero as a whole; "
+    "fpp.granularity='neuron' and fpp.embedding_granularity='row' prune so",
+  )
+  part = f"{os.path.normpath(output)}.part"  # becomes the output when complete
+  shutil.rmtree(part, ignore_errors=True)
+  os.makedirs(part)
+  tokenizer = this.data.tokenizer
+  if "embed/embedding" in cut.kept:
+    tokenizer = MappedTokenizer(tokenizer, cut.token_map)
+  tokenizer.save(os.path.join(part, "tokenizer.json"))
+  restore.save_labels(this.data.label_names, part)
+  config_lib.save(config, os.path.join(part, "config.json"))
+  for name in ("metrics.jsonl", "fold.json"):
+    if os.path.exists(os.path.join(workdir, name)):
+      shutil.copy(os.path.join(workdir, name), part)
+  that, checkpoints = open_run(part)
+  with checkpoints:
+    for at in sorted(states):
+      states[at] = jax.device_put(shrunk[at][1], that.state_shardings)
+      checkpoints.save(at, states[at], losses[at])
+    checkpoints.wait()
+    best = checkpoints.best_step()
+  state, test = states[step], None
+  if is_over:
+    state = states[step if best is None else best]
+    eval_step = make_eval_step(that.model)
+    test = that.evaluate(state.params, "test", eval_step)
+    test["checkpoint_step"] = best
+  before = read_result(workdir)
+  seconds, speed = before["seconds"], before["tokens_per_second"]
+  that.write_result(part, state, seconds, speed, step, test)
+  os.replace(part, output)
+  return {
+    "step": step,
+    "steps": config.train.steps,
+    "before": this.num_parameters,
+    "after": that.num_parameters,
+  }
+
+
+def _shrink_alike(
+  run: Run, states: dict[int, TrainState], multiple: int, is_over: bool
+) -> dict[int, tuple[Config, TrainState, Cut]]:
+  """Returns the states without what is zero in all of them."""
+  zeros = [
+    jax.tree.map(lambda w: np.asarray(w) == 0, state.params)
+    if is_over
+    else held_zero(run.config, run.rules, state)
+    for state in states.values()
+  ]
+  is_zero = jax.tree.map(lambda *z: np.logical_and.reduce(z), *zeros)
+  distill = run.config.distill
+  if not is_over and (distill.logits or distill.hidden):
+    is_zero["embed"]["embedding"][:] = False  # the teacher reads all tokens
+  return {
+    step: shrink_state(
+      run.config,
+      run.rules,
+      state,
+      multiple=multiple,
+      absorb=is_over,
+      is_zero=is_zero,
+    )
+    for step, state in states.items()
+  }
+
+
+def _read(
+  workdir: str,
+) -> tuple[Run, dict[int, TrainState], dict[int, float | None]]:
+  """Returns a run, its newest and best states by step, and their losses."""
+  run, checkpoints = open_run(workdir)
+  with checkpoints:
+    found = checkpoints.restore_latest(run.like)
+    if found is None:
+      raise ConfigError(f"{workdir} has no checkpoint yet")
+    states = dict([found])
+    best = checkpoints.best_step()
+    if best is not None and best not in states:
+      states[best] = checkpoints.restore(best, run.like)
+    return run, states, {step: checkpoints.loss(step) for step in states}

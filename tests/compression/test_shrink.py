@@ -1,0 +1,255 @@
+"""Shrunk models against the float64 oracle of the model before."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from folding import config as c
+from folding import paths
+from folding.compression.shrink import shrink
+from folding.models.transformer import make_model
+from tests.compression.shrink_cases import (
+  IRC1,
+  MODELS,
+  TOKENS,
+  C,
+  D,
+  F,
+  H,
+  K,
+  L,
+  N,
+  V,
+  logits,
+  make_config,
+  oracle_logits,
+  random_params,
+)
+
+ABSENT = [2, 5, 6]  # tokens with a row of zeros
+# Neurons that do nothing, by layer and by what of them is zero.
+SILENT = [{"down": [0, 1, 20], "up": [5], "gate": [7]}, {"down": [3, 9]}]
+
+
+def _silence(params, config):
+  """Zeroes what SILENT and ABSENT say, and in each layer one group of heads."""
+  params = jax.tree.map(np.copy, params)
+  shared = config.model.num_heads // config.model.num_kv_heads
+  for n, neurons in enumerate(SILENT):
+    mlp, attn = params[f"blocks_{n}"]["mlp"], params[f"blocks_{n}"]["attn"]
+    for role, indices in neurons.items():
+      if role == "down":
+        mlp["down"]["kernel"][indices] = 0
+      elif role in mlp:
+        mlp[role]["kernel"][:, indices] = 0
+        if "bias" in mlp[role]:
+          mlp[role]["bias"][indices] = 0
+    if n == 0:
+      attn["o"]["kernel"][shared : 2 * shared] = 0
+    elif "diagonal" in attn["v"]:
+      attn["v"]["diagonal"].reshape(H, -1)[:shared] = 0
+    else:
+      for name, w in attn["v"].items():
+        w[(slice(None), 0) if name == "kernel" else 0] = 0
+  params["embed"]["embedding"][ABSENT] = 0
+  return params
+
+
+@functools.cache
+def _case(name):
+  """Returns config, silenced parameters, and what they shrink to."""
+  config = make_config(*MODELS[name])
+  params = _silence(random_params(config), config)
+  return config, params, shrink(config, params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_function_is_that_of_the_oracle_before(name):
+  config, params, small = _case(name)
+  is_new = small.config.fold.rope == "pairs"  # which the oracle does not know
+  expected = (logits if is_new else oracle_logits)(config, params, TOKENS)
+  found = logits(small.config, small.params, small.cut.token_map[TOKENS])
+  # float32 through two layers of weights near 0.5: rounding of about 1e-6.
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_silent_is_gone_and_nothing_else(name):
+  config, params, small = _case(name)
+  before = [c.at_layer(config.model, config.fold, n)[0] for n in range(N)]
+  is_gated = config.model.gated
+  assert small.config.model.mlp_width == tuple(
+    layer.mlp_width - sum(len(SILENT[n].get(r, ())) for r in roles)
+    for n, layer in enumerate(before)
+    for roles in [("down", "up", "gate") if is_gated else ("down", "up")]
+  )
+  assert small.config.model.dense_mlp_width == config.model.mlp_width
+  heads = ((0, 2, 3), (1, 2, 3))
+  if config.model.num_kv_heads == 2:
+    heads = ((0, 1), (2, 3))
+  assert small.config.model.heads == heads
+  rows = V - 2 if config.task == "classify" else V
+  assert small.params["embed"]["embedding"].shape == (rows, D)
+  assert not any(
+    "v/diagonal" in n and w.shape[-1] == 1
+    for n, w in paths.flatten(small.params).items()
+  )
+  # The model takes these parameters and no others.
+  model = make_model(small.config, rows, C)
+  tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  chex.assert_trees_all_equal_shapes_and_dtypes(small.params, shapes)
+  assert c.resolve(small.config) == small.config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_twin_is_that_of_the_model_before(name):
+  config, _, small = _case(name)
+  assert c.dense_twin(small.config) == c.dense_twin(config)
+  again = shrink(small.config, _quieter(small.params)).config
+  assert again.model.dense_mlp_width == config.model.mlp_width
+  assert c.dense_twin(again) == c.dense_twin(config)
+
+
+def _quieter(params):
+  """Zeroes one neuron more."""
+  params = jax.tree.map(np.copy, params)
+  params["blocks_1"]["mlp"]["down"]["kernel"][4] = 0
+  return params
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_to_shrink_again_changes_nothing(name):
+  _, _, small = _case(name)
+  again = shrink(small.config, small.params)
+  assert again.config == small.config
+  assert again.cut.is_empty
+  chex.assert_trees_all_equal(again.params, small.params)
+  rows = len(small.params["embed"]["embedding"])
+  np.testing.assert_array_equal(again.cut.token_map, np.arange(rows))
+
+
+def test_before_a_shrink_all_neurons_and_heads_are_there():
+  config = make_config(*MODELS["gpt2_folded"])
+  model = dataclasses.replace(
+    config.model,
+    mlp_width=(5, 7),
+    dense_mlp_width=F,
+    heads=((0, 1), (3,)),
+  )
+  fold = dataclasses.replace(config.fold, v_identity=True)
+  small = c.resolve(dataclasses.replace(config, model=model, fold=fold))
+  assert c.unshrunk(small) == config
+  assert c.unshrunk(config) == config
+
+
+def test_what_stays_is_bit_equal_and_in_order():
+  _, params, small = _case("gpt2")
+  before, after = paths.flatten(params), paths.flatten(small.params)
+  mlp = "blocks_1/mlp"
+  stays = np.delete(np.arange(F), SILENT[1]["down"])
+  for role, axis in (("up/kernel", 1), ("up/bias", 0), ("down/kernel", 0)):
+    np.testing.assert_array_equal(
+      after[f"{mlp}/{role}"], before[f"{mlp}/{role}"].take(stays, axis)
+    )
+  for role, axis in (("q/kernel", 1), ("v/bias", 0), ("o/kernel", 0)):
+    np.testing.assert_array_equal(
+      after[f"blocks_0/attn/{role}"],
+      before[f"blocks_0/attn/{role}"].take([0, 2, 3], axis),
+    )
+
+
+def test_removed_tokens_share_a_row_and_the_logits_are_bit_equal():
+  config = make_config(*MODELS["bert_folded"])
+  params = random_params(config)
+  params["embed"]["embedding"][ABSENT] = 0
+  small = shrink(config, params, absorb=False)
+  assert small.config == config  # the vocabulary is not in it
+  np.testing.assert_array_equal(
+    small.cut.token_map, [0, 1, 2, 3, 4, 2, 2, 5, 6, 7, 8]
+  )
+  assert not small.params["embed"]["embedding"][2].any()
+  np.testing.assert_array_equal(
+    logits(config, params, TOKENS),
+    logits(config, small.params, small.cut.token_map[TOKENS]),
+  )
+
+
+def test_without_absorbing_the_diagonals_stay():
+  config, params, _ = _case("gpt2_folded")
+  small = shrink(config, params, absorb=False)
+  assert not small.config.fold.v_identity
+  np.testing.assert_array_equal(
+    small.params["blocks_0"]["attn"]["v"]["diagonal"].reshape(3, K),
+    params["blocks_0"]["attn"]["v"]["diagonal"].reshape(H, K)[[0, 2, 3]],
+  )
+
+
+def test_every_copy_in_an_optimizer_state_is_cut_alike():
+  config, params, _ = _case("llama_shared_keys")
+  small = shrink(config, params)
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  state = tx.init(params)
+  _, state = tx.update(jax.tree.map(jnp.asarray, params), state, params)
+  cut = small.cut(state)
+  chex.assert_trees_all_equal_shapes(cut, tx.init(small.params))
+  adam, before = cut[1][0], state[1][0]
+  chex.assert_trees_all_equal(adam.mu, small.cut(before.mu))
+  np.testing.assert_allclose(
+    adam.nu["embed"]["embedding"], before.nu["embed"]["embedding"]
+  )
+  np.testing.assert_allclose(  # the gradient was the parameters
+    adam.mu["blocks_1"]["mlp"]["up"]["kernel"],
+    0.1
+    * before.count
+    * _clipped(params)["blocks_1"]["mlp"]["up"]["kernel"][
+      :, small.cut.kept["blocks_1/mlp/up/kernel"][1]
+    ],
+    rtol=1e-5,
+  )
+  assert adam.count == 1
+
+
+def _clipped(params):
+  norm = np.sqrt(
+    sum((w.astype(float) ** 2).sum() for w in jax.tree.leaves(params))
+  )
+  return jax.tree.map(lambda w: w / max(norm, 1.0), params)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"multiple": 0}, "multiple must be at least 1; it is 0"),
+    ({"config": c.Config()}, "the config is not resolved"),
+    (
+      {"config": make_config(c.gpt2, "lm", {}, {"mlp_width": 8})},
+      r"blocks_0/mlp/up/kernel is \(16, 24\), not \(16, 8\)",
+    ),
+    (
+      {"config": make_config(c.gpt2, "lm", {}, {"num_layers": 3})},
+      "blocks_2/mlp/up/kernel is None",
+    ),
+    (
+      {"config": make_config(c.gpt2, "lm", {}, {"num_layers": 1})},
+      "blocks_1/attn/o/kernel is .* not None",
+    ),
+    (
+      {"config": make_config(c.gpt2, "lm", IRC1, {})},
+      r"blocks_0/attn/v/diagonal is None, not \(16, 1, 1\)",
+    ),
+    ({"is_zero": {"embed": np.zeros(3, bool)}}, "different structure"),
+  ],
+  ids=["multiple", "unresolved", "width", "more", "fewer", "fold", "is_zero"],
+)
+def test_what_does_not_fit_is_refused(change, message):
+  config = make_config(*MODELS["gpt2"])
+  values = {"config": config, "params": random_params(config)} | change
+  with pytest.raises(ValueError, match=message):
+    shrink(**values)

@@ -1,0 +1,308 @@
+"""Training goes on after a shrink as it would have without."""
+
+import dataclasses
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding import cli, paths, schema
+from folding import config as c
+from folding.compression.rules import make_sites
+from folding.data.tokenizers import load_tokenizer
+from folding.models.transformer import make_model
+from folding.training import loop, optimizer, shrinking
+from tests.training import tiny
+from tests.training.conftest import tiny_config
+
+STEPS = 12  # checks at 0, 3, 6, 9; the first zeros at 6, the last at 9
+
+
+@pytest.fixture(scope="module")
+def run():
+  # A bias of keys adds the same to all logits, so what moves it is rounding.
+  model = c.ModelConfig(num_layers=1, width=32, num_heads=4, qkv_bias=False)
+  fpp = c.FPPConfig(begin=0.0, end=0.75, checks=3, granularity="neuron")
+  train = c.TrainConfig(steps=STEPS, learning_rate=1e-2, warmup=0.0)
+  return tiny.make(tiny.config(model=model, fpp=fpp, train=train))
+
+
+@pytest.fixture(scope="module")
+def train(run):
+  """Returns a function from a state and its step to states and losses."""
+  return _trainer(run)
+
+
+@pytest.fixture(scope="module")
+def trained(run, train):
+  """Returns the states before each step, and the losses of the steps."""
+  return train(run.init(), 0)
+
+
+def _trainer(run):
+  steps = {check: run.step(check) for check in (False, True)}
+
+  def train(state, first):
+    states, losses = {first: state}, []
+    for step in range(first, STEPS):
+      is_check = optimizer.is_check(run.config, step)
+      state, metrics = steps[is_check](state, tiny.batch(step))
+      states[step + 1] = state
+      losses.append(float(metrics["loss"]))
+    return states, losses
+
+  return train
+
+
+def _smaller(run, config, params):
+  """Returns the run of what a shrink left."""
+  removed = optimizer.removed_units(run.rules, tiny.shapes(run.config), params)
+  tx = optimizer.make_optimizer(config, run.rules, removed)
+  model = make_model(config, tiny.VOCAB)
+  return tiny.Tiny(config, model, run.rules, tx)
+
+
+def _assert_same(run, cut, before, after):
+  """Asserts that a state is what a shrink leaves of another, to rounding."""
+  for name, w in paths.flatten(cut(before.params)).items():
+    found = paths.flatten(after.params)[name]
+    np.testing.assert_array_equal(found == 0, w == 0, err_msg=name)
+    np.testing.assert_allclose(found, w, rtol=1e-3, atol=1e-5, err_msg=name)
+  sites = make_sites(run.rules, before.params)
+  chex.assert_trees_all_equal(
+    after.opt_state.suspected,
+    cut.fpp_state(before.opt_state, sites).suspected,
+  )
+
+
+@pytest.mark.parametrize(
+  ("at", "multiple"), [(7, 1), (10, 16)], ids=["between_checks", "healing"]
+)
+def test_training_goes_on_as_without(run, trained, at, multiple):
+  states, losses = trained
+  config, state, cut = shrinking.shrink_state(
+    run.config, run.rules, states[at], multiple=multiple
+  )
+  dead = (states[at].params["blocks_0"]["mlp"]["down"]["kernel"] == 0).all(1)
+  width = 128 - int(dead.sum())
+  assert 10 < width < 128 - 10
+  assert config.model.mlp_width == -(-width // multiple) * multiple
+  small = _smaller(run, config, state.params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(
+    state, jax.eval_shape(lambda: small.init())
+  )
+  after, found = _trainer(small)(state, at)
+  # Sums of other lengths differ by rounding, which Adam carries on.
+  np.testing.assert_allclose(found, losses[at:], rtol=1e-4)
+  _assert_same(run, cut, states[STEPS], after[STEPS])
+
+
+def test_only_what_is_held_goes(run, trained):
+  state = trained[0][10]
+  params = jax.tree.map(lambda x: x, state.params)  # a tree of its own
+  mlp = params["blocks_0"]["mlp"]
+  alive = int(jnp.argmax((mlp["down"]["kernel"] != 0).any(1)))
+  down = mlp["down"]["kernel"].at[alive].set(0.0)
+  mlp["down"] = {**mlp["down"], "kernel": down}
+  config, _, _ = shrinking.shrink_state(run.config, run.rules, state)
+  zeroed = state._replace(params=params)
+  again, _, _ = shrinking.shrink_state(run.config, run.rules, zeroed)
+  assert again.model == config.model
+
+
+@pytest.mark.parametrize(("at", "heads"), [(7, None), (10, ((0, 2, 3),))])
+def test_a_head_goes_when_no_check_ranks_its_weights(
+  run, train, trained, at, heads
+):
+  state = trained[0][at]
+  name = "blocks_0/attn/o/kernel"
+  kernel = state.params["blocks_0"]["attn"]["o"]["kernel"].at[1].set(0.0)
+  params = paths.map_named(
+    lambda n, w: kernel if n == name else w, state.params
+  )
+  bits = state.opt_state.suspected[name].at[:, 1].set(255)
+  suspected = {**state.opt_state.suspected, name: bits}
+  held = state._replace(
+    params=params, opt_state=state.opt_state._replace(suspected=suspected)
+  )
+  config, small, cut = shrinking.shrink_state(run.config, run.rules, held)
+  assert config.model.heads == heads
+  if heads is None:
+    return
+  states, losses = train(held, at)
+  after, found = _trainer(_smaller(run, config, small.params))(small, at)
+  np.testing.assert_allclose(found, losses, rtol=1e-4)
+  _assert_same(run, cut, states[STEPS], after[STEPS])
+
+
+# ---------------------------------------------------------------------------
+# Run directories.
+
+
+@pytest.fixture(scope="module")
+def whole(text_file, tmp_path_factory):
+  """Returns a finished run, with checks at 2, 4 and 6 that zero at once."""
+  folder = tmp_path_factory.mktemp("shrinking")
+  path = folder / "labelled.tsv"
+  lines = text_file.read_text().splitlines()
+  rows = [f"{'odd' if i % 2 else 'even'}\t{x}\n" for i, x in enumerate(lines)]
+  path.write_text("".join(rows))
+  config = tiny_config(path)
+  config.task, config.model.causal = "classify", False
+  config.model.qkv_bias = False  # see above
+  config.fpp = dataclasses.replace(
+    config.fpp,
+    granularity="neuron",
+    embedding_granularity="row",
+    patience=0,
+  )
+  workdir = str(folder / "whole")
+  loop.run(config, workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def shrunk(whole, tmp_path_factory):
+  """Returns what shrinking it says, and the smaller run."""
+  output = str(tmp_path_factory.mktemp("shrunk") / "small")
+  return shrinking.shrink_run(whole, output, multiple=4), output
+
+
+def _read(workdir, name):
+  with open(f"{workdir}/{name}", encoding="utf-8") as file:
+    return (
+      [json.loads(line) for line in file]
+      if name[-1] == "l"
+      else json.load(file)
+    )
+
+
+def _losses(workdir):
+  return {
+    (r["split"], r["step"]): r["loss"] for r in _read(workdir, "metrics.jsonl")
+  }
+
+
+def test_a_finished_run_is_smaller_and_tests_alike(whole, shrunk, tmp_path):
+  done, output = shrunk
+  before, after = _read(whole, "result.json"), _read(output, "result.json")
+  assert done["step"] == done["steps"] == 10
+  this, _ = loop.open_run(whole)
+  that, _ = loop.open_run(output)
+  assert (done["before"], done["after"]) == (
+    this.num_parameters,
+    that.num_parameters,
+  )
+  # Of 32 neurons 22 are zero, of 258 tokens 180.
+  assert that.config.model.mlp_width == 12
+  embedding = that.like.params["embed"]["embedding"]
+  assert embedding.shape == (258 - 180 + 1, 16)
+  assert that.config.fold.v_identity
+  # Both are measured against the same twin, and hold the same numbers but for
+  # the diagonals of W_V, 16 in each of the two layers.
+  for group, counts in before["parameters"].items():
+    gone = 32 if group in ("qkv", "overall") else 0
+    found = after["parameters"][group]
+    assert found["dense"] == counts["dense"], group
+    assert found["stored"] == counts["stored"] - gone, group
+  assert after["test"]["loss"] == pytest.approx(
+    before["test"]["loss"], rel=1e-5
+  )
+  assert loop.evaluate_run(output)["loss"] == after["test"]["loss"]
+  assert loop.resume_run(output) == after  # nothing is left to train
+  with pytest.raises(schema.ConfigError, match="nothing to remove at step 10"):
+    shrinking.shrink_run(output, str(tmp_path / "smaller"), multiple=4)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_loses_only_what_is_zero_in_it(whole, tmp_path):
+  other, output = str(tmp_path / "other"), str(tmp_path / "small")
+  shutil.copytree(whole, other)
+  # As if the one at step 5, with a part of the zeros of the last, were best.
+  path = tmp_path / "other" / "checkpoints" / "5" / "metrics" / "metrics"
+  path.write_text('{"loss": 0.01}')
+  shrinking.shrink_run(other, output)
+  assert loop.evaluate_run(output)["checkpoint_step"] == 5
+  before, after = loop.evaluate_run(other), loop.evaluate_run(output)
+  assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+  widths = [loop.open_run(w)[0].config.model.mlp_width for w in (other, output)]
+  assert 12 < widths[1] < widths[0] == 32
+
+
+def test_an_unfinished_run_trains_on_as_without(whole, tmp_path, capsys):
+  stopped, output = str(tmp_path / "stopped"), str(tmp_path / "small")
+  shutil.copytree(whole, stopped)
+  shutil.rmtree(f"{stopped}/checkpoints/10")
+  assert cli.main(["shrink", stopped, f"--output={output}"]) == 0
+  last_line = capsys.readouterr().out.splitlines()[-1]
+  assert last_line == f"Its training goes on with: folding resume {output}"
+  this, that = loop.open_run(stopped)[0], loop.open_run(output)[0]
+  assert that.num_parameters < 0.8 * this.num_parameters
+  assert not that.config.fold.v_identity
+  assert cli.main(["resume", output]) == 0
+  assert (tmp_path / "small" / "report.md").is_file()
+  losses, found = _losses(whole), _losses(output)
+  assert found.keys() == losses.keys()
+  np.testing.assert_allclose(
+    list(found.values()), list(losses.values()), rtol=1e-4
+  )
+  # The check at step 6 has zeroed the same number, those removed included.
+  result, expected = _read(output, "result.json"), _read(whole, "result.json")
+  assert result["parameters"] == expected["parameters"]
+  assert result["test"]["loss"] == pytest.approx(
+    expected["test"]["loss"], rel=1e-4
+  )
+
+
+def test_texts_read_the_row_that_removed_tokens_share(whole, shrunk):
+  _, output = shrunk
+  plain = load_tokenizer(f"{whole}/tokenizer.json")
+  mapped = load_tokenizer(f"{output}/tokenizer.json")
+  assert (mapped.plain_size, mapped.vocab_size) == (258, 79)
+  text = "the cat Zq%"
+  [old], [new] = plain.encode_batch([text]), mapped.encode_batch([text])
+  this, checkpoints = loop.open_run(whole)
+  with checkpoints:
+    before = checkpoints.restore_latest(this.like)[1].params["embed"]
+  that, checkpoints = loop.open_run(output)
+  with checkpoints:
+    after = checkpoints.restore_latest(that.like)[1].params["embed"]
+  np.testing.assert_array_equal(
+    np.asarray(after["embedding"])[new], np.asarray(before["embedding"])[old]
+  )
+  assert mapped.decode(new) in text
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("taken", "exists and is not an empty folder; choose another --output"),
+    ("file", "exists and is not an empty folder"),
+    ("bare", "has no checkpoint yet"),
+    ("empty", "is no run: it has no config.json"),
+    ("multiple", "--multiple must be at least 1; it is 0"),
+  ],
+)
+def test_a_mistake_is_told_and_nothing_is_written(
+  whole, tmp_path, change, message
+):
+  workdir, output = whole, tmp_path / "out"
+  if change == "taken":
+    output = tmp_path
+  if change == "file":
+    output.write_text("")
+  if change in ("bare", "empty"):
+    workdir = str(tmp_path / "run")
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(f"{workdir}/checkpoints")
+  if change == "empty":
+    (tmp_path / "run" / "config.json").unlink()
+  (tmp_path / "there").write_text("")
+  before = sorted(tmp_path.iterdir())
+  with pytest.raises(schema.ConfigError, match=message):
+    shrinking.shrink_run(workdir, str(output), 0 if change == "multiple" else 1)
+  assert sorted(tmp_path.iterdir()) == before
