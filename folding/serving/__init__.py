@@ -1,0 +1,1 @@
+"""A trained state becomes answers, and files that others can serve."""

@@ -1,0 +1,77 @@
+"""A model in the standard layout, that `transformers` loads as it is."""
+
+import os
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+
+from folding.compression.fold import unfold
+from folding.config import dense_twin
+from folding.data.tokenizers import MappedTokenizer
+from folding.models.attention import rope_frequencies
+from folding.models.hf_config import family_of
+from folding.models.pretrained import save_pretrained
+from folding.schema import ConfigError, require
+from folding.serving.export import TOKENIZER, Loaded, require_empty
+
+
+def export_hf(
+  path: str | os.PathLike, loaded: Loaded, family: str | None = None
+) -> dict[str, int]:
+  """Writes a model as a Hugging Face checkpoint to a new folder.
+
+  Folded projections are written dense, so the files are as large as those of
+  the dense twin.
+
+  Args:
+    path: Made if need be; it must be empty.
+    loaded: From `folding.load`; not shrunk.
+    family: See `folding.models.hf_config`; None: the first that fits.
+
+  Returns:
+    {"files": bytes of the folder}.
+
+  Raises:
+    ConfigError: the folder is not empty, no architecture of theirs computes
+      this model, or heads or neurons were removed from it.
+    OSError: it cannot be written.
+  """
+  path = os.fspath(path)
+  require_empty(path)
+  config, m = loaded.config, loaded.config.model
+  require(
+    m.heads is None and m.dense_mlp_width is None,
+    "this model was shrunk, and the standard layout has one shape for all "
+    "layers; export the run itself",
+  )
+  family = family or family_of(m, len(loaded.labels))
+  frequencies = None
+  if m.positions == "rope":
+    assert m.head_dim is not None
+    frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
+  try:
+    params = unfold(loaded.params, frequencies)
+  except ValueError as error:
+    raise ConfigError(f"it has no dense form: {error}") from None
+  params = jax.tree.map(np.asarray, params)
+  if isinstance(loaded.tokenizer, MappedTokenizer):
+    rows = params["embed"]["embedding"][loaded.tokenizer.token_map]
+    params["embed"] = {"embedding": rows}
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer_path = pathlib.Path(folder, TOKENIZER)
+    tokenizer_path.write_text(loaded.tokenizer.to_json(), "utf-8")
+    save_pretrained(
+      params,
+      dense_twin(config).model,
+      family,
+      path,
+      tokenizer_path=tokenizer_path,
+      max_length=config.data.length,
+      num_classes=len(loaded.labels),
+      label_names=loaded.labels,
+    )
+  return {
+    "files": sum(e.stat().st_size for e in os.scandir(path) if e.is_file())
+  }

@@ -1,0 +1,118 @@
+"""A run read for use: its config, parameters, tokenizer and labels.
+
+Neither the training data nor the optimizer state is loaded, nothing in the
+run directory is changed, and any number of devices will do.
+"""
+
+import json
+import logging
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from folding import config as config_lib
+from folding.data.tokenizers import Tokenizer, load_tokenizer
+from folding.schema import ConfigError, require
+
+LABELS = "labels.json"  # class names in id order, beside the tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+def load_run(workdir: str) -> tuple[config_lib.Config, Any, Tokenizer]:
+  """Returns the config, parameters and tokenizer of a run directory.
+
+  The checkpoint is that of the lowest validation loss, else the newest; one
+  that cannot be read is passed over with a warning.
+
+  Returns:
+    (config, tree of NumPy arrays, tokenizer).
+
+  Raises:
+    ConfigError: it is no run, or no checkpoint of it can be read.
+  """
+  config_path = os.path.join(workdir, "config.json")
+  require(
+    os.path.exists(config_path), f"{workdir} is no run: it has no config.json"
+  )
+  config = config_lib.load(config_path)
+  tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
+  folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+  steps = _best_first(folder)
+  require(bool(steps), f"{workdir} has no checkpoint yet")
+  for step in steps:
+    try:
+      return config, _read_params(os.path.join(folder, step)), tokenizer
+    except Exception as error:  # Orbax and TensorStore raise many kinds.
+      reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+      _log.warning("checkpoint %s of %s is damaged (%s)", step, workdir, reason)
+  raise ConfigError(f"none of the checkpoints in {folder} can be read")
+
+
+def load_labels(workdir: str) -> tuple[str, ...]:
+  """Returns the class names of a run in id order; () where none are kept."""
+  path = os.path.join(workdir, LABELS)
+  if not os.path.exists(path):
+    return ()
+  with open(path, encoding="utf-8") as file:
+    return tuple(json.load(file))
+
+
+def save_labels(labels: tuple[str, ...], workdir: str) -> None:
+  """Writes class names beside the tokenizer; nothing where there are none."""
+  if labels:
+    with open(os.path.join(workdir, LABELS), "w", encoding="utf-8") as file:
+      json.dump(labels, file, ensure_ascii=False)
+
+
+def _best_first(folder: str) -> list[str]:
+  """Returns the steps that were saved: the best, then from the newest on."""
+  steps = [s for s in _listed(folder) if s.isdecimal()]
+  steps.sort(key=int, reverse=True)
+  losses = {step: _loss(os.path.join(folder, step)) for step in steps}
+  # Stable: without any loss the newest stays first.
+  best = sorted(steps, key=losses.__getitem__)[:1]
+  return best + [step for step in steps if step not in best]
+
+
+def _listed(folder: str) -> list[str]:
+  return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _loss(checkpoint: str) -> float:
+  """Returns the validation loss beside a checkpoint; infinity without one."""
+  try:
+    path = os.path.join(checkpoint, "metrics", "metrics")
+    with open(path, encoding="utf-8") as file:
+      loss = float(json.load(file)["loss"])
+  except (OSError, ValueError, TypeError, KeyError):
+    return math.inf
+  return loss if math.isfinite(loss) else math.inf
+
+
+def _read_params(checkpoint: str) -> Any:
+  """Returns the parameters of a checkpoint, and reads nothing else of it."""
+  path: Any = pathlib.Path(checkpoint, "default")
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
+    saved: Any = handler.metadata(path)
+    like = {
+      "params": jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved["params"]
+      )
+    }
+    # To host memory: the devices that wrote it may not be here.
+    host = ocp.RestoreArgs(restore_type=np.ndarray)
+    args = ocp.args.PyTreeRestore(
+      item=like,
+      restore_args=jax.tree.map(lambda _: host, like),
+      partial_restore=True,
+    )
+    return handler.restore(path, args=args)["params"]
+  finally:
+    handler.close()

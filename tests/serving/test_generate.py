@@ -1,0 +1,262 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding import config as c
+from folding.models.transformer import Transformer
+from folding.schema import ConfigError
+from folding.serving import generate as generate_lib
+from folding.serving import sampling as sampling_lib
+from folding.serving.generate import Generator
+from folding.serving.sampling import Sampling
+from tests.serving import models
+from tests.serving.test_sampling import kept_by_oracle
+
+NEW = 11
+SHAPE = models.SHAPE | {"num_layers": 1}
+MODELS = {
+  "alibi_1": (c.ModelConfig(**SHAPE), {"groups": 1, "v_block": 1}),
+  "learned": (c.gpt2(**SHAPE), {}),
+  "rope_window": (
+    c.llama(**SHAPE, num_kv_heads=2, window=5),
+    {"groups": 2, "rope": "pairs"},
+  ),
+}
+# One is as long as what they are filled up to.
+PROMPTS = [
+  np.random.default_rng(n).integers(1, 19, length).astype(np.int32)
+  for n, length in enumerate([3, 32, 1])
+]
+
+
+def _make(name):
+  shape, fold = MODELS[name]
+  fold = c.FoldConfig(**({"groups": 0, "v_block": 0} | fold))
+  return models.make("lm", shape, fold, length=48)
+
+
+@pytest.fixture(scope="module")
+def one():
+  return _make("alibi_1")
+
+
+@pytest.fixture(scope="module")
+def generator(one):
+  return Generator(one.model)
+
+
+@pytest.fixture(scope="module")
+def uncached(one):
+  return Uncached(one)
+
+
+class Uncached:
+  """Generates by a pass over all tokens for each new one."""
+
+  def __init__(self, loaded):
+    self._params = {"params": loaded.params}
+    self._apply = jax.jit(loaded.model.apply)
+
+  def logits(self, ids):
+    # In one shape; later tokens are not seen.
+    tokens = np.zeros((1, 48), np.int32)
+    tokens[0, : len(ids)] = ids
+    return np.asarray(self._apply(self._params, jnp.asarray(tokens)))[
+      0, len(ids) - 1
+    ]
+
+  def __call__(self, prompt, choose, end_id=None, count=NEW):
+    ids = list(prompt)
+    for step in range(count):
+      ids.append(choose(self.logits(ids), step))
+      if ids[-1] == end_id:
+        break
+    return ids[len(prompt) :]
+
+
+def _greedy(logits, step):
+  del step
+  best, second = np.sort(logits)[[-1, -2]]
+  assert best - second > 1e-4, "a tie: choose another seed"
+  return int(logits.argmax())
+
+
+def _lists(rows):
+  return [row.tolist() for row in rows]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_whole_passes(name):
+  loaded = _make(name)
+  uncached = Uncached(loaded)
+  free = [uncached(prompt, _greedy) for prompt in PROMPTS]
+  generator = Generator(loaded.model)
+  found = generator(loaded.params, PROMPTS, max_new_tokens=NEW)
+  assert {row.dtype for row in found} == {np.dtype("int32")}
+  assert _lists(found) == free
+  # A token that ends one row somewhere inside, and not all at once.
+  end_id = free[0][4]
+  expected = [uncached(prompt, _greedy, end_id) for prompt in PROMPTS]
+  assert len({len(row) for row in expected}) > 1
+  found = generator(loaded.params, PROMPTS, max_new_tokens=NEW, end_id=end_id)
+  assert _lists(found) == expected
+
+
+@pytest.mark.parametrize(
+  ("temperature", "top_k", "top_p"),
+  [(1.5, None, None), (0.7, 4, None), (2.0, 6, 0.8)],
+  ids=str,
+)
+def test_sampled_tokens_are_those_of_an_oracle(
+  one, generator, uncached, temperature, top_k, top_p
+):
+  sampling, V = Sampling(temperature, top_k, top_p, 7), one.model.vocab_size
+  key = jax.random.key(7)
+  noise = [
+    np.asarray(sampling_lib.noise(key, jnp.int32(step), len(PROMPTS), V))
+    for step in range(NEW)
+  ]
+
+  def draw(row):
+    def choose(logits, step):
+      scaled = np.float64(logits) / temperature
+      kept = sorted(kept_by_oracle(scaled, top_k, top_p))
+      return max(kept, key=lambda v: scaled[v] + noise[step][row, v])
+
+    return choose
+
+  expected = [uncached(p, draw(row)) for row, p in enumerate(PROMPTS)]
+  found = generator(one.params, PROMPTS, max_new_tokens=NEW, sampling=sampling)
+  assert _lists(found) == expected
+  assert expected != [uncached(p, _greedy) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_a_stream_gives_out_the_same_tokens(one, generator, chunk):
+  options = {"max_new_tokens": NEW, "sampling": Sampling(1.0, seed=1)}
+  whole = generator(one.params, PROMPTS, **options)
+  options["end_id"] = int(whole[1][2])
+  whole = generator(one.params, PROMPTS, **options)
+  streaming = generator if chunk == 8 else Generator(one.model, chunk=chunk)
+  stream = streaming.stream(one.params, PROMPTS, **options)
+  parts = list(stream)
+  for row, expected in enumerate(whole):
+    ids = [i for part in parts for i in part[row].tolist()]
+    assert ids == expected.tolist()
+  assert {len(part) for part in parts} == {len(PROMPTS)}
+  rest = max(row.size for row in whole) - 1
+  sizes = [max(ids.size for ids in part) for part in parts]
+  assert sizes == [1, *[chunk] * (rest // chunk), *filter(None, [rest % chunk])]
+
+
+def test_a_row_does_not_depend_on_its_batch(one, generator):
+  options = {"max_new_tokens": 5, "sampling": Sampling(1.0)}
+  (alone,) = generator(one.params, PROMPTS[:1], **options)
+  together = generator(one.params, PROMPTS, **options)
+  np.testing.assert_array_equal(together[0], alone)
+
+
+@pytest.mark.parametrize(
+  ("margin", "sampling"),
+  [(1.6, Sampling(1.0, seed=2)), (0.4, Sampling())],
+  ids=["wide", "made_anew"],
+)
+def test_a_constant_state_gives_the_same_tokens(
+  one, generator, margin, sampling
+):
+  options = {"max_new_tokens": 20, "sampling": sampling}
+  linear = Generator(one.model, "linear", margin=margin)
+  found = linear(one.params, PROMPTS, **options)
+  assert _lists(found) == _lists(generator(one.params, PROMPTS, **options))
+
+
+def test_a_model_without_a_constant_state_is_refused():
+  with pytest.raises(ConfigError, match="no layer has a constant state"):
+    Generator(_make("learned").model, "linear")
+
+
+class Counted(Transformer):
+  """Counts how often it is traced."""
+
+  def prefill(self, *args):
+    TRACES.append("prefill")
+    return super().prefill(*args)
+
+  def decode(self, *args):
+    TRACES.append("decode")
+    return super().decode(*args)
+
+
+TRACES: list[str] = []
+
+
+def test_other_numbers_need_no_other_program(one):
+  m = one.model
+  model = Counted(m.config, m.fold, m.vocab_size, m.max_length)
+  generator = Generator(model)
+
+  def run(prompts, count, sampling):
+    generator(one.params, prompts, max_new_tokens=count, sampling=sampling)
+    return len(TRACES)
+
+  first = run(PROMPTS, 12, Sampling(1.0, 3, 0.9))
+  assert set(TRACES) == {"prefill", "decode"}
+  shorter = [prompt[:2] for prompt in PROMPTS]
+  assert run(shorter, 20, Sampling(0.3, 7, None, seed=5)) == first
+  assert run(PROMPTS, 12, Sampling(1.0)) > first
+
+
+def test_relative_positions_go_on_past_the_length_of_training(one):
+  prompt = np.ones(46, np.int32)
+  (found,) = generate_lib.generate(
+    one.model, one.params, [prompt], max_new_tokens=NEW
+  )
+  assert found.size == NEW
+
+
+def test_learned_positions_are_used_to_the_last():
+  loaded = _make("learned")
+  generator = Generator(loaded.model)
+  prompt = PROMPTS[1][:30]
+  (found,) = generator(loaded.params, [prompt], max_new_tokens=18)
+  assert found.tolist() == Uncached(loaded)(prompt, _greedy, count=18)
+  with pytest.raises(
+    ConfigError,
+    match="prompt 2 has 30 tokens, which with 19 new ones pass the 48 "
+    "positions of the model; ask for 18 or fewer",
+  ):
+    generator(loaded.params, [prompt[:1], prompt], max_new_tokens=19)
+  with pytest.raises(ConfigError, match="48 positions .*; shorten it"):
+    generator(loaded.params, [np.ones(48, int)], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+  ("prompts", "count", "message"),
+  [
+    ([], 1, "there is no prompt"),
+    ([[1], []], 1, "prompt 2 is empty; begin with the token that ends a text"),
+    ([[1, 21]], 1, "prompt 1 has the token id 21; the model knows 0 to 20"),
+    ([[-1]], 1, "prompt 1 has the token id -1; the model knows 0 to 20"),
+    ([[1]], 0, "the number of new tokens must be at least 1; it is 0"),
+  ],
+)
+def test_a_prompt_that_cannot_be_continued_is_told(
+  one, generator, prompts, count, message
+):
+  assert one.model.vocab_size == 21
+  prompts = [np.array(ids, int) for ids in prompts]
+  with pytest.raises(ConfigError, match=message):
+    generator.stream(one.params, prompts, max_new_tokens=count)
+
+
+@pytest.mark.parametrize(
+  ("task", "causal", "message"),
+  [("classify", True, "is a classifier"), ("lm", False, "sees later tokens")],
+)
+def test_a_model_that_predicts_no_next_token_is_refused(task, causal, message):
+  model = models.make(task, c.ModelConfig(**SHAPE, causal=True)).model
+  if not causal:
+    model = model.clone(config=c.ModelConfig(**SHAPE, causal=False))
+  with pytest.raises(ConfigError, match=message):
+    Generator(model)

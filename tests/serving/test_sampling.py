@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding.schema import ConfigError
+from folding.serving import sampling as sampling_lib
+from folding.serving.sampling import Sampling
+
+V = 12
+
+
+def _logits(batch, seed=0):
+  rng = np.random.default_rng(seed)
+  return (2 * rng.normal(size=(batch, V))).astype(np.float32)
+
+
+def kept_by_oracle(logits, top_k, top_p):
+  """Returns the token ids that remain, from their definition, in float64."""
+  order = sorted(range(len(logits)), key=lambda v: -logits[v])
+  order = order[: top_k or len(logits)]
+  weights = np.exp([np.float64(logits[v]) for v in order])
+  sums = np.cumsum(weights / weights.sum())
+  count = len(order) if top_p is None else 1 + int((sums < top_p).sum())
+  return set(order[:count])
+
+
+@pytest.mark.parametrize(
+  ("top_k", "top_p"),
+  [(1, None), (3, None), (99, None), (None, 0.01), (None, 0.5), (None, 0.9)]
+  + [(None, 1.0), (4, 0.7), (V, 0.95)],
+  ids=str,
+)
+def test_top_k_and_top_p_keep_the_likeliest(top_k, top_p):
+  logits_BV = _logits(20)
+  draw = sampling_lib.make_draw(Sampling(1.0, top_k, top_p), V)
+  found = sampling_lib.kept(jnp.asarray(logits_BV), draw.top_k, draw.top_p)
+  assert [set(np.flatnonzero(row)) for row in np.asarray(found)] == [
+    kept_by_oracle(row, top_k, top_p) for row in logits_BV
+  ]
+
+
+def test_ties_with_the_last_one_stay_and_none_is_lost_to_rounding():
+  tied = jnp.asarray([[1.0, 3.0, 1.0, 0.0]])
+  found = sampling_lib.kept(tied, jnp.int32(2), jnp.float32(1))
+  np.testing.assert_array_equal(found, [[True, True, True, False]])
+  # In float32 the first one's probability is 1 already.
+  steep = jnp.asarray([[30.0, 0.0, 0.0]])
+  assert sampling_lib.kept(steep, jnp.int32(3), jnp.float32(1)).all()
+
+
+@pytest.mark.parametrize(
+  ("temperature", "top_k", "top_p"),
+  [(1.0, None, None), (0.5, None, None), (2.0, 5, None), (1.0, None, 0.8)],
+  ids=str,
+)
+def test_draws_follow_the_softmax(temperature, top_k, top_p):
+  logits, count = _logits(1)[0], 20_000
+  sampling = Sampling(temperature, top_k, top_p, seed=3)
+  draw = sampling_lib.make_draw(sampling, V)
+  rows_BV = jnp.tile(jnp.asarray(logits), (count, 1))
+  drawn = sampling_lib.choose(sampling.kind, draw, rows_BV, jnp.int32(0))
+  scaled = logits / np.float64(temperature)
+  weights = np.exp(scaled)
+  kept = kept_by_oracle(scaled, top_k, top_p)
+  weights[[v for v in range(V) if v not in kept]] = 0
+  expected = count * weights / weights.sum()
+  found = np.bincount(drawn, minlength=V)
+  # Five standard deviations of a binomial count; exactly 0 where 0 is due.
+  assert (np.abs(found - expected) <= 5 * np.sqrt(expected)).all()
+
+
+def test_noise_is_of_seed_row_and_step_alone():
+  key = jax.random.key(0)
+  noise = np.asarray(sampling_lib.noise(key, jnp.int32(4), 3, V))
+  more = np.asarray(sampling_lib.noise(key, jnp.int32(4), 5, V))
+  np.testing.assert_array_equal(more[:3], noise)
+  later = np.asarray(sampling_lib.noise(key, jnp.int32(5), 3, V))
+  other = np.asarray(sampling_lib.noise(jax.random.key(1), jnp.int32(4), 3, V))
+  values = [*noise.ravel(), *later.ravel(), *other.ravel()]
+  assert len(set(values)) == len(values)
+
+
+def test_no_temperature_is_the_likeliest_token():
+  logits_BV = _logits(9)
+  draw = sampling_lib.make_draw(Sampling(), V)
+  found = sampling_lib.choose(
+    "greedy", draw, jnp.asarray(logits_BV), jnp.int32(0)
+  )
+  np.testing.assert_array_equal(found, logits_BV.argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"temperature": -0.1}, "temperature must be 0 or more; it is -0.1"),
+    ({"temperature": float("nan")}, "temperature must be .* it is nan"),
+    ({"top_k": 0}, "top-k must be at least 1; it is 0"),
+    ({"top_p": 0.0}, r"top-p must be in \(0, 1\]; it is 0.0"),
+    ({"top_p": 1.5}, r"top-p must be in \(0, 1\]; it is 1.5"),
+  ],
+)
+def test_a_number_out_of_range_is_told(fields, message):
+  with pytest.raises(ConfigError, match=message):
+    Sampling(**fields)

@@ -1,0 +1,126 @@
+"""`folding export` and `folding predict`, on a run that was trained."""
+
+import io
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+
+import folding
+from folding import cli
+from folding.training import loop
+
+
+def _call(capsys, *argv):
+  """Returns (exit status, output, errors) of a verb."""
+  status = cli.main([str(a) for a in argv])
+  out, err = capsys.readouterr()
+  return status, out, err
+
+
+def _error(capsys, *argv):
+  status, out, err = _call(capsys, *argv)
+  assert (status, out) == (2, "")
+  (line,) = err.splitlines()
+  return line
+
+
+def test_an_export_has_the_accuracy_of_the_run(run, tmp_path, capsys):
+  status, out, _ = _call(capsys, "export", run, "--output", tmp_path / "out")
+  assert status == 0
+  numbers = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", out)][:5]
+  stored, values, masks, dense, files = numbers
+  assert stored == values + masks < 0.5 * dense
+  assert files == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+
+  small, whole = folding.load(tmp_path / "out"), folding.load(run)
+  assert small.labels == whole.labels == ("animal", "tool, sharp")
+  shape = whole.params["embed"]["embedding"].shape
+  assert small.params["embed"]["embedding"].shape[0] < 0.4 * shape[0]
+  rows = (run.parent / "data" / "test.tsv").read_text("utf-8").splitlines()
+  labels, texts = zip(*(row.split("\t") for row in rows), strict=True)
+  (tmp_path / "in.txt").write_text("\n".join(texts), encoding="utf-8")
+  expected = loop.evaluate_run(str(run), "test")["accuracy"]
+  answers = []
+  for path in (run, tmp_path / "out"):
+    arguments = (path, tmp_path / "in.txt", "--format=jsonl", "--batch-size=3")
+    status, out, _ = _call(capsys, "predict", *arguments)
+    assert status == 0
+    found = [json.loads(line) for line in out.splitlines()]
+    assert tuple(one["text"] for one in found) == texts
+    right = [
+      one["label"] == label for one, label in zip(found, labels, strict=True)
+    ]
+    assert np.mean(right) == pytest.approx(expected)
+    answers.append([list(one["probabilities"].values()) for one in found])
+  np.testing.assert_allclose(answers[0], answers[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (["--format=stablehlo"], "bytes of program; "),
+    (["--dtype=bfloat16", "--keep-shapes"], "bytes of files"),
+    (["--removed-tokens=trim"], "bytes of files"),
+  ],
+)
+def test_options_of_export(run, tmp_path, capsys, options, message):
+  output = tmp_path / "out"
+  status, out, _ = _call(capsys, "export", run, "--output", output, *options)
+  assert status == 0
+  assert message in out
+  assert out.endswith(f"The exported model is in {output}\n")
+  if "stablehlo" not in options[0]:
+    found = folding.load(output)
+    is_whole = "--keep-shapes" in options
+    rows = folding.load(run).params["embed"]["embedding"].shape[0]
+    assert (found.params["embed"]["embedding"].shape[0] == rows) == is_whole
+    status, out, _ = _call(capsys, "predict", output, run / "labels.json")
+    assert status == 0
+    assert out.splitlines()[0] == "label\tanimal\ttool, sharp"
+    assert len(out.splitlines()) == 2
+
+
+def test_standard_input_is_answered_line_by_line(run, capsys, monkeypatch):
+  stdin = types.SimpleNamespace(buffer=io.BytesIO(b"cat\n\ndog axe\n"))
+  monkeypatch.setattr("sys.stdin", stdin)
+  status, out, _ = _call(capsys, "predict", run, "-", "--batch-size=1")
+  assert status == 0
+  header, *lines = (line.split("\t") for line in out.splitlines())
+  assert header == ["label", "animal", "tool, sharp"]
+  assert len(lines) == 3
+  for label, *numbers in lines:
+    assert sum(map(float, numbers)) == pytest.approx(1, abs=2e-6)
+    assert label == header[1 + int(np.argmax([float(n) for n in numbers]))]
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    (["export", "RUN", "--output", "RUN"], "is there already and not an empty"),
+    (["export", "TMP", "--output", "TMP/out"], "is no run and no exported"),
+    (
+      ["export", "RUN", "--output", "TMP/out", "--format=hf"],
+      "no model of transformers computes this one",
+    ),
+    (
+      ["export", "RUN", "--output", "TMP/out", "--removed-tokens=unknown"],
+      "has no unknown token",
+    ),
+    (
+      ["export", "RUN", "--output", "O", "--format=hf", "--dtype=bfloat16"],
+      "leave out --dtype",
+    ),
+    (["predict", "RUN", "TMP/none.txt"], "No such file"),
+    (["predict", "RUN", "TMP/a.txt", "--batch-size=0"], "must be 1 or more"),
+    (["predict", "TMP", "TMP/a.txt"], "is no run and no exported model"),
+  ],
+)
+def test_mistakes_are_one_line(run, tmp_path, capsys, argv, message):
+  (tmp_path / "a.txt").write_text("a\n")
+  argv = [
+    a.replace("RUN", str(run)).replace("TMP", str(tmp_path)) for a in argv
+  ]
+  assert message in _error(capsys, *argv)

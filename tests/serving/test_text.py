@@ -1,0 +1,170 @@
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding import cli
+from folding import config as c
+from folding.data.tokenizers import train_tokenizer
+from folding.models.transformer import make_model
+from folding.schema import ConfigError
+from folding.serving import export as export_lib
+from folding.serving import text as text_lib
+from folding.serving.generate import Generator
+from folding.serving.sampling import Sampling
+from tests.serving import models
+
+NEW = 12
+TEXTS = ["def café", "", "x = "]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+  """Returns a model of bytes, as wild as random parameters are."""
+  config = c.resolve(
+    c.Config(
+      data=c.DataConfig(tokenizer="bytes", length=32),
+      model=c.gpt2(num_layers=1, width=16, num_heads=2),
+      fold=c.FoldConfig(groups=2),
+    )
+  )
+  tokenizer = train_tokenizer(config.data, [])
+  model = make_model(config, tokenizer.vocab_size)
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes
+  )
+  return export_lib.Loaded(config, params, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def expected(loaded):
+  """Returns what follows each text, by itself as the first of a batch."""
+  tokenizer = loaded.tokenizer
+  prompts = [ids for ids in tokenizer.encode_batch(TEXTS)]
+  prompts[1] = np.array([tokenizer.end_id])
+  generator = Generator(loaded.model)
+  found = [
+    generator(
+      loaded.params, [ids], max_new_tokens=NEW, end_id=tokenizer.end_id
+    )[0]
+    for ids in prompts
+  ]
+  return [tokenizer.decode(ids) for ids in found]
+
+
+@pytest.fixture(scope="module")
+def folder(loaded, tmp_path_factory):
+  path = tmp_path_factory.mktemp("export") / "out"
+  export_lib.export(path, loaded.config, loaded.params, loaded.tokenizer)
+  return str(path)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_parts_are_decoded_to_the_whole_text(size):
+  tokenizer = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
+  prompt, new = tokenizer.encode_batch(["naï", "veté: 日本 🎈!"])
+  parts = [new[i : i + size] for i in range(0, len(new), size)]
+  pieces = list(text_lib.decode_parts(tokenizer, prompt, parts))
+  assert "".join(pieces) == "veté: 日本 🎈!"
+  assert not any("\ufffd" in piece for piece in pieces)
+  assert len(pieces) > 1
+  cut = list(text_lib.decode_parts(tokenizer, prompt, [new[:-3]]))
+  assert cut[-1].endswith("\ufffd")  # half a balloon: the end has come
+
+
+def test_spaces_between_words_are_those_of_the_whole_text():
+  tokenizer = models.make("lm").tokenizer
+  prompt, new = tokenizer.encode_batch(["the cat", "sat on cat"])
+  parts = np.split(new, len(new))
+  pieces = list(text_lib.decode_parts(tokenizer, prompt, parts))
+  assert pieces == [" sat", " on", " cat"]
+
+
+def test_one_text_goes_on_as_it_comes(loaded, expected):
+  pieces = list(
+    text_lib.continue_texts(
+      loaded, TEXTS[:1], max_new_tokens=NEW, sampling=Sampling()
+    )
+  )
+  assert pieces[0] == TEXTS[0]
+  assert len(pieces) > 2
+  assert "".join(pieces) == TEXTS[0] + expected[0] + "\n"
+
+
+def _page(expected):
+  return "".join(
+    f"== {n + 1} of 3 ==\n{TEXTS[n]}{expected[n]}\n" for n in range(3)
+  )
+
+
+def test_generate_prints_prompts_and_lines_of_a_file_in_order(
+  folder, expected, tmp_path, capsys
+):
+  file = tmp_path / "prompts.txt"
+  file.write_text("\n".join(TEXTS[1:]) + "\n")
+  argv = ["generate", folder, "--temperature=0", f"--max-new-tokens={NEW}"]
+  assert cli.main([*argv, f"--prompt={TEXTS[0]}", f"--file={file}"]) == 0
+  assert capsys.readouterr() == (_page(expected), "")
+
+
+def test_generate_begins_a_document_where_there_is_no_prompt(
+  folder, expected, capsys
+):
+  argv = ["generate", folder, "--temperature=0", f"--max-new-tokens={NEW}"]
+  assert cli.main(argv) == 0
+  assert capsys.readouterr().out == expected[1] + "\n"
+
+
+def test_generate_draws_anew_for_another_seed(folder, capsys):
+  texts = set()
+  for seed in (0, 0, 1):
+    argv = ["generate", folder, "--prompt=a", "--max-new-tokens=9"]
+    assert cli.main([*argv, "--top-k=50", "--top-p=0.9", f"--seed={seed}"]) == 0
+    texts.add(capsys.readouterr().out)
+  assert len(texts) == 2
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    (["--prompt=" + 33 * "x"], "prompt 1 has 33 tokens"),
+    (["--max-new-tokens=0"], "new tokens must be at least 1"),
+    (["--temperature=-1"], "temperature must be 0 or more"),
+    (["--top-p=0"], "top-p must be in (0, 1]"),
+    (["--top-k=0"], "top-k must be at least 1"),
+    (["--file=nowhere"], "No such file"),
+    (["--file=-"], "there is no prompt"),
+    (["--cache=linear"], "no layer has a constant state"),
+  ],
+)
+def test_generate_tells_a_mistake_in_one_line(
+  folder, capsys, monkeypatch, argv, message
+):
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+  assert cli.main(["generate", folder, *argv]) == 2
+  out, err = capsys.readouterr()
+  assert out == ""
+  (line,) = err.splitlines()
+  assert line.startswith("folding: error: ")
+  assert message in line
+
+
+def test_generate_refuses_a_classifier(tmp_path, capsys):
+  model = models.make("classify")
+  export_lib.export(
+    tmp_path / "out", model.config, model.params, model.tokenizer, model.labels
+  )
+  assert cli.main(["generate", str(tmp_path / "out")]) == 2
+  assert "is a classifier and predicts no next token" in capsys.readouterr().err
+
+
+def test_a_classifier_is_refused_in_text(loaded):
+  with pytest.raises(ConfigError, match="is a classifier"):
+    text_lib.continue_texts(
+      models.make("classify"), ["a"], max_new_tokens=1, sampling=Sampling()
+    )
