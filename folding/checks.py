@@ -1,8 +1,11 @@
 """What a configuration must hold: ranges, and what fits what."""
 
+import re
 from typing import Any
 
 from folding.schema import require
+
+_BY_WEIGHT = (("weight", "output"), ("weight", "all"))
 
 
 def check(c: Any) -> None:
@@ -15,7 +18,8 @@ def check(c: Any) -> None:
     "data.length data.batch_size data.eval_batch_size data.vocab_size "
     "model.num_layers model.width model.num_heads model.num_kv_heads "
     "model.head_dim train.steps train.log_every train.eval_every "
-    "fpp.checks"
+    "train.accumulate "
+    "fpp.checks compress.calibration"
   ).split():
     value = _get(c, name)
     require(value >= 1, f"{name} must be at least 1; it is {value}")
@@ -23,11 +27,21 @@ def check(c: Any) -> None:
     c.model.window is None or c.model.window >= 1,
     f"model.window must be at least 1; it is {c.model.window}",
   )
-  for name in ("fpp.linear", "fpp.embedding", "fpp.overall"):
+  for name in ("fpp.linear fpp.embedding fpp.overall compress.qkv").split():
     value = _get(c, name)
     require(
       value is None or 0 <= value < 1,
       f"{name} is a fraction to remove, in [0, 1); it is {value}",
+    )
+  if c.fpp.linear_layers is not None:
+    parts = _layers(c.model, c.fpp.linear_layers, "fpp.linear_layers")
+    require(
+      all(0 <= part < 1 for part in parts),
+      f"fpp.linear_layers are fractions to remove, in [0, 1); they are {parts}",
+    )
+    require(
+      c.fpp.overall is None,
+      "fpp.overall and fpp.linear_layers both say how much to prune; drop one",
     )
   for name in (
     "data.valid_fraction data.test_fraction model.dropout train.warmup "
@@ -57,7 +71,71 @@ def check(c: Any) -> None:
     "fpp.begin and fpp.end are fractions of the steps, begin < end; they are "
     f"{c.fpp.begin} and {c.fpp.end}",
   )
+  d = c.distill
+  require(
+    0 <= d.logits <= 1 and d.hidden >= 0 and d.temperature > 0,
+    "distill.logits is a share, 0 to 1, distill.hidden 0 or more, "
+    f"distill.temperature above 0; they are {d.logits}, {d.hidden} and "
+    f"{d.temperature}",
+  )
+  require(
+    not (d.logits or d.hidden) or bool(d.teacher or c.pretrained),
+    "distill needs distill.teacher (a run) or pretrained",
+  )
+  require(
+    c.compress.prune == "none" or c.pretrained is not None,
+    f"compress.prune={c.compress.prune!r} prunes a trained model; give "
+    "pretrained=PATH",
+  )
+  require(
+    c.compress.prune == "none"
+    or (c.fpp.granularity, c.fpp.attention) in _BY_WEIGHT
+    and c.fpp.embedding_granularity == "weight",
+    "compress.prune goes by weight; use fpp.granularity='weight', "
+    "fpp.embedding_granularity='weight' and fpp.attention='output' or 'all'",
+  )
+  require(
+    c.fpp.granularity != "2:4"
+    or (c.fpp.linear, c.fpp.overall, c.fpp.linear_layers) == (0.5, None, None)
+    and c.fpp.attention == "output",
+    "fpp.granularity='2:4' removes half of W_O and of the MLP; use "
+    "fpp.linear=0.5, no fpp.overall and fpp.attention='output'",
+  )
+  require(
+    c.fpp.attention != "heads"
+    or not any(_layers(c.model, c.fold.v_block, "fold.v_block"))
+    and c.model.num_kv_heads == c.model.num_heads,
+    "fpp.attention='heads' needs heads with keys and values of their own; use "
+    "fold.v_block=0 and model.num_kv_heads=None",
+  )
+  require(
+    c.compress.plan == "same" or c.pretrained is not None,
+    "compress.plan='auto' measures a trained model; give pretrained=PATH",
+  )
+  _check_parts(c)
   _check_model(c)
+
+
+def _check_parts(c: Any) -> None:
+  """Checks what shares out the work: processes, and parts of a batch."""
+  count = c.train.accumulate
+  require(
+    c.data.batch_size % count == 0,
+    f"data.batch_size {c.data.batch_size} does not divide into "
+    f"train.accumulate={count} parts",
+  )
+  require(
+    count == 1 or not c.distill.hidden,
+    "distill.hidden compares whole batches; use train.accumulate=1",
+  )
+  found = re.fullmatch(r"[^,\s]+:\d+,(\d+),(\d+)", c.distributed)
+  require(
+    c.distributed in ("none", "auto")
+    or found is not None
+    and int(found[1]) < int(found[2]),
+    "distributed is 'none', 'auto' or 'HOST:PORT,PROCESS,COUNT', such as "
+    f"'10.0.0.1:1234,0,2', PROCESS below COUNT; it is {c.distributed!r}",
+  )
 
 
 def _check_model(c: Any) -> None:
@@ -70,6 +148,14 @@ def _check_model(c: Any) -> None:
     m.num_heads % m.num_kv_heads == 0,
     f"model.num_heads {m.num_heads} is not divisible by model.num_kv_heads "
     f"{m.num_kv_heads}",
+  )
+  scaling = m.rope_scaling
+  require(
+    scaling is None
+    or (len(scaling) in (1, 4) and min(scaling) > 0)
+    and (len(scaling) == 1 or scaling[1] < scaling[2]),
+    "model.rope_scaling is (factor,) or (factor, low, high, length), all above "
+    f"0 and low < high; it is {scaling}",
   )
   require(
     m.positions != "rope" or m.head_dim % 2 == 0,
@@ -89,10 +175,27 @@ def _check_model(c: Any) -> None:
   )
   if m.heads is not None:
     _check_heads(m)
-  for width in _layers(m, m.mlp_width, "model.mlp_width"):
+  widths = _layers(m, m.mlp_width, "model.mlp_width")
+  for width in widths:
     require(width >= 1, f"model.mlp_width must be at least 1; it is {width}")
-  for groups in _layers(m, f.groups, "fold.groups"):
+  if m.dense_mlp_width is not None:
+    before = _layers(m, m.dense_mlp_width, "model.dense_mlp_width")
+    require(
+      all(now <= then for now, then in zip(widths, before, strict=True)),
+      f"model.dense_mlp_width {m.dense_mlp_width} is the width before neurons "
+      f"were removed; model.mlp_width {m.mlp_width} is above it",
+    )
+  all_groups = _layers(m, f.groups, "fold.groups")
+  for groups in all_groups:
     _check_groups(m, f, groups)
+  is_rank_1 = 1 in all_groups and f.axis == "output"
+  require(
+    m.attention != "linear"
+    or c.dense
+    or (is_rank_1 and m.positions != "rope" and m.window is None),
+    "model.attention='linear' needs a layer with fold.groups=1 on the output "
+    "axis, and neither rotary positions nor model.window; use 'auto'",
+  )
   for block in _layers(m, f.v_block, "fold.v_block"):
     require(block >= 0, f"fold.v_block must be 0 or more; it is {block}")
     require(

@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any, Literal
 
-from folding import checks, schema
+from folding import checks, presets, schema
 from folding.schema import PerLayer
 
 Task = Literal["lm", "classify"]
@@ -62,7 +62,7 @@ def data_at(name: str, **fields: Any) -> DataConfig:
   return DataConfig(name=name, **fields)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)  # modules are static arguments of jit
 class ModelConfig:
   """Shape of the transformer. Letters as in `folding.models`."""
 
@@ -72,6 +72,7 @@ class ModelConfig:
   num_kv_heads: int | None = None  # None: as many as heads
   head_dim: int | None = None  # K; None: width / num_heads
   mlp_width: PerLayer | None = None  # F; None: 4 D
+  dense_mlp_width: PerLayer | None = None  # before a shrink; None: mlp_width
   heads: tuple[tuple[int, ...], ...] | None = None  # kept by layer; None: all
   causal: bool = True
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -79,20 +80,26 @@ class ModelConfig:
   norm_epsilon: float = 1e-5
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
   rope_base: float = 10000.0
+  # Slows rotations down by a factor: (factor,) all of them; Llama 3's (factor,
+  # low, high, length) those of fewer than low turns in length tokens, those of
+  # more than high not, and those between by a share. None: none.
+  rope_scaling: tuple[float, ...] | None = None
   window: int | None = None  # attend to the last so many tokens; None: to all
+  attention: Literal["auto", "dense", "linear"] = "auto"  # auto: by the length
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
   gated: bool = False  # multiply the MLP's hidden state by a gate
   use_bias: bool = True
   qkv_bias: bool | None = None  # of W_Q, W_K, W_V; None: as use_bias
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
   pooling: Literal["mean", "first", "last"] = "mean"  # classification only
-  pooler: bool = False  # a dense layer and tanh between pooling and head
+  pooler: bool = False  # a dense layer between pooling and head, and then
+  pooler_activation: Literal["tanh", "relu"] = "tanh"
   dropout: float = 0.0
   remat: bool = False  # recompute blocks in the backward pass
   dtype: Literal["float32", "bfloat16"] = "float32"  # of compute
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)
 class FoldConfig:
   """Folding of the attention projections. None: what the preset says."""
 
@@ -113,10 +120,13 @@ class FPPConfig:
   """
 
   linear: float | None = None  # fraction of W_O, MLP and output head to zero
+  linear_layers: tuple[float, ...] | None = None  # of W_O and MLP, by layer
   embedding: float | None = None  # fraction of embeddings to zero
   overall: float | None = None  # fraction of the whole model to save
   score: Score = "relative"
-  granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
+  granularity: Literal["weight", "neuron", "2:4"] = "weight"  # of the MLP
+  # Of attention: W_O, all four matrices (by weight), or whole heads.
+  attention: Literal["output", "all", "heads"] = "output"
   embedding_granularity: Literal["weight", "row"] = "weight"
   scope: Literal["parameter", "rule"] = "parameter"  # one threshold for each
   begin: float = 0.45  # of the steps: first check
@@ -129,10 +139,33 @@ class FPPConfig:
 
 
 @dataclasses.dataclass
+class CompressConfig:
+  """How trained weights are folded; only of a run with `pretrained`."""
+
+  plan: Literal["same", "auto"] = "same"  # auto: each layer by what it loses
+  qkv: float | None = None  # of a plan: least fraction of W_Q, W_K, W_V saved
+  # Prune to what fpp says before the first step, and then train what is left;
+  # "ticket": by magnitude, and what is left begins where the seed begins.
+  prune: Literal["none", "magnitude", "wanda", "sparsegpt", "ticket"] = "none"
+  calibration: int = 512  # texts (or windows) that moments are measured on
+
+
+@dataclasses.dataclass
+class DistillConfig:
+  """Learning from a dense teacher; a weight of 0 leaves that part out."""
+
+  teacher: str | None = None  # a run or a checkpoint; None: as `pretrained`
+  logits: float = 0.0  # share of the loss that is the teacher's, 0 to 1
+  temperature: float = 2.0  # that both are softened by
+  hidden: float = 0.0  # weight of the distance of what the layers write
+
+
+@dataclasses.dataclass
 class TrainConfig:
   """Optimizer, schedule, and what is logged and kept."""
 
   steps: int = 1000
+  accumulate: int = 1  # parts of a batch that are computed one after another
   learning_rate: float = 3e-3  # peak
   warmup: float = 0.05  # of the steps
   final_learning_rate: float = 0.05  # of the peak, where the cosine ends
@@ -151,8 +184,12 @@ class TrainConfig:
 class MeshConfig:
   """Devices along each mesh axis; -1 takes what is left over."""
 
-  data: int = -1
-  fsdp: int = 1
+  data: int = -1  # splits batches
+  fsdp: int = 1  # splits batches, parameters and all that is shaped like them
+  tensor: int = 1  # splits heads, neurons and the vocabulary
+  # "PATTERN=AXES ...", for parameters that are not to lie as they do by default:
+  # a pattern of paths and the axis that splits each axis of the array, or "-".
+  rules: str = ""
 
 
 @dataclasses.dataclass
@@ -161,31 +198,22 @@ class Config:
 
   task: Task = "lm"
   seed: int = 0
+  # Processes that train together: "auto" (a TPU pod, SLURM, Open MPI), or
+  # "HOST:PORT,PROCESS,COUNT" with the address of process 0.
+  distributed: str = "none"
   preset: Preset = "paper"
   dense: bool = False  # the dense twin: nothing folded, nothing pruned
+  pretrained: str | None = (
+    None  # checkpoint folder, hub id or run to start from
+  )
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   fold: FoldConfig = dataclasses.field(default_factory=FoldConfig)
   fpp: FPPConfig = dataclasses.field(default_factory=FPPConfig)
+  compress: CompressConfig = dataclasses.field(default_factory=CompressConfig)
+  distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-
-
-# What a preset decides, for fields that are None.
-_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-  "none": {
-    "fold": {"groups": 0, "v_block": 0},
-    "fpp": {"linear": 0.0, "embedding": 0.0},
-  },
-  "moderate": {
-    "fold": {"groups": 0, "v_block": 1},
-    "fpp": {"linear": 0.0, "embedding": 0.0, "overall": 0.3},
-  },
-  "paper": {
-    "fold": {"groups": 1, "v_block": 1},
-    "fpp": {"linear": 0.7, "embedding": 0.7},
-  },
-}
 
 
 def gpt2(**fields: Any) -> ModelConfig:
@@ -229,7 +257,7 @@ def resolve(config: Config) -> Config:
   if c.dense:
     c.preset, c.fold, c.fpp = "none", FoldConfig(), FPPConfig(score=c.fpp.score)
   by_part = (c.fpp.linear, c.fpp.embedding) != (None, None)
-  for section, values in _PRESETS[c.preset].items():
+  for section, values in presets.PRESETS[c.preset].items():
     holder = getattr(c, section)
     for name, value in values.items():
       if name == "overall" and by_part:
@@ -267,9 +295,22 @@ def at_layer(
   )
 
 
+def unshrunk(config: Config) -> Config:
+  """Returns the config with all heads and neurons, as before any shrink."""
+  m = config.model
+  width = m.mlp_width if m.dense_mlp_width is None else m.dense_mlp_width
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      m, mlp_width=width, dense_mlp_width=None, heads=None
+    ),
+    fold=dataclasses.replace(config.fold, v_identity=False),
+  )
+
+
 def dense_twin(config: Config) -> Config:
   """Returns the resolved config of the same run with nothing compressed."""
-  return resolve(dataclasses.replace(config, dense=True))
+  return resolve(dataclasses.replace(unshrunk(config), dense=True))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

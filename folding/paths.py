@@ -12,7 +12,13 @@ import jax
 
 
 def path_name(key_path: tuple[Any, ...]) -> str:
-  """Returns a key path of `jax.tree_util` as "a/b/0"."""
+  """Returns a key path of `jax.tree_util` as "a/b/0".
+
+  The attribute `value` of a Flax NNX variable is no part of its name: it comes
+  and goes as a state is taken to be of variables or of arrays.
+  """
+  if key_path[-1:] == (jax.tree_util.GetAttrKey("value"),):
+    key_path = key_path[:-1]
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 

@@ -200,6 +200,18 @@ COMBINATIONS = {
     {"model__num_kv_heads": 3},
     r"num_heads 16 is not divisible by model\.num_kv_heads 3",
   ),
+  "rope_scaling": (
+    {"model__rope_scaling": (8.0, 4.0, 1.0, 8192.0)},
+    r"model\.rope_scaling is \(factor,\) or .* low < high; it is \(8\.0, 4",
+  ),
+  "rope_scaling_of_two": (
+    {"model__rope_scaling": (8.0, 4.0)},
+    r"model\.rope_scaling is \(factor,\) or \(factor, low, high, length\)",
+  ),
+  "narrower_twin": (
+    {"model__mlp_width": (9, 9, 9, 9), "model__dense_mlp_width": 8},
+    r"dense_mlp_width 8 is the width before .*\.mlp_width \(9, 9, 9, 9\) is",
+  ),
   "odd_rope": (
     {"model__width": 48, "model__positions": "rope"},
     "rotary positions need an even head size; it is 3",

@@ -8,7 +8,7 @@ B is the batch size over all processes, L the length of an example.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import grain
@@ -210,14 +210,11 @@ def _plan_classify(
   """Returns the two batch functions and the number of rows by split."""
   assert texts.labels is not None
   labels = texts.labels
-  buckets = _bucket_lengths(data.length)
+  buckets = bucket_lengths(data.length)
   ids = {
     split: [
-      # A foreign tokenizer may find nothing in a text; a model needs a token.
-      (row if row.size else np.array([tokenizer.end_id])).astype(
-        _dtype(tokenizer)
-      )
-      for row in tokenizer.encode_batch(texts.texts[split], data.length)
+      row.astype(_dtype(tokenizer))
+      for row in encode_rows(tokenizer, texts.texts[split], data.length)
     ]
     for split in sources.SPLITS
   }
@@ -264,6 +261,17 @@ def _plan_classify(
   return train_batch, eval_batch, sizes
 
 
+def encode_rows(
+  tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int
+) -> list[np.ndarray]:
+  """Returns int32 ids of each text, at least one and at most `length`."""
+  end = np.array([tokenizer.end_id], np.int32)
+  # A foreign tokenizer may find nothing in a text; a model needs a token.
+  return [
+    row if row.size else end for row in tokenizer.encode_batch(texts, length)
+  ]
+
+
 def _bucketed(
   rng: np.random.Generator,
   bucket_of: np.ndarray,
@@ -287,11 +295,12 @@ def _bucketed(
   return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _bucket_lengths(length: int) -> list[int]:
+def bucket_lengths(length: int) -> list[int]:
   """Returns the bucket lengths: powers of two below `length`, and `length`.
 
-  >>> _bucket_lengths(100), _bucket_lengths(64)
-  ([16, 32, 64, 100], [16, 32, 64])
+  Example:
+    >>> bucket_lengths(100), bucket_lengths(64)
+    ([16, 32, 64, 100], [16, 32, 64])
   """
   lengths, bucket = [], SHORTEST_BUCKET
   while bucket < length:

@@ -4,6 +4,7 @@ Our own tokenizers work on UTF-8 bytes, so they take any text and give it back
 exactly; each document of a stream ends with `end_id`, and `pad_id` fills up.
 """
 
+import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from folding import config, schema
 
 PAD, END = "<pad>", "<end>"
 NUM_BYTES = 256
+TOKEN_MAP = "token_map.json"  # beside tokenizer.json, if ids are mapped
 # Names that other people's tokenizers have for the two, best first.
 _PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
 _END_NAMES = (
@@ -49,6 +51,7 @@ class Tokenizer:
 
   Attributes:
     vocab_size: V, number of ids, special tokens included.
+    plain_size: V before ids were mapped to fewer.
     pad_id: Id that fills up a batch; 0 where the tokenizer names none.
     end_id: Id that ends a document; `pad_id` where the tokenizer names none.
 
@@ -71,6 +74,7 @@ class Tokenizer:
     vocabulary = inner.get_vocab(with_added_tokens=True)
     self._inner = inner
     self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+    self.plain_size = self.vocab_size
     self.pad_id = _first_id(vocabulary, _PAD_NAMES, 0)
     self.end_id = _first_id(vocabulary, _END_NAMES, self.pad_id)
 
@@ -115,9 +119,67 @@ class Tokenizer:
     """Returns the text of ids, special tokens left out."""
     return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
+  def to_json(self) -> str:
+    """Returns what `save` writes."""
+    return self._inner.to_str()
+
   def save(self, path: str) -> None:
     """Writes a tokenizer.json that `load_tokenizer` and others read."""
     self._inner.save(path)
+
+
+class MappedTokenizer(Tokenizer):
+  """A tokenizer whose ids are replaced by those of a smaller embedding.
+
+  Attributes:
+    token_map: int[V], the new id of each id of the tokenizer it was made from.
+  """
+
+  def __init__(self, plain: Tokenizer, token_map: np.ndarray):
+    """Makes one; a map of a map is one map.
+
+    Raises:
+      schema.ConfigError: there are tokens that the map leaves out.
+    """
+    schema.require(
+      len(token_map) >= plain.vocab_size,
+      f"a map of {len(token_map)} tokens does not fit a tokenizer of "
+      f"{plain.vocab_size}",
+    )
+    super().__init__(tokenizers.Tokenizer.from_str(plain.to_json()))
+    self.plain_size = len(token_map)
+    if isinstance(plain, MappedTokenizer):
+      self.plain_size = plain.plain_size
+      token_map = token_map[plain.token_map]
+    self.token_map = token_map
+    self.vocab_size = int(token_map.max()) + 1
+    self.pad_id = int(token_map[self.pad_id])
+    self.end_id = int(token_map[self.end_id])
+    # Of the tokens that share an id, none is the one to decode to.
+    new, old, count = np.unique(
+      token_map, return_index=True, return_counts=True
+    )
+    single = count == 1
+    self._old_ids = dict(
+      zip(new[single].tolist(), old[single].tolist(), strict=True)
+    )
+
+  def encode_batch(
+    self, texts: Sequence[str], max_length: int | None = None
+  ) -> list[np.ndarray]:
+    rows = super().encode_batch(texts, max_length)
+    return [self.token_map[ids].astype(np.int32) for ids in rows]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of ids; tokens that share an id are left out."""
+    old_ids = self._old_ids
+    return super().decode([old_ids[int(i)] for i in ids if int(i) in old_ids])
+
+  def save(self, path: str) -> None:
+    """Writes the tokenizer.json as it was, and the map beside it."""
+    super().save(path)
+    with open(pathlib.Path(path).with_name(TOKEN_MAP), "w") as file:
+      json.dump(self.token_map.tolist(), file)
 
 
 def train_tokenizer(data: config.DataConfig, texts: Sequence[str]) -> Tokenizer:
@@ -166,13 +228,14 @@ def train_tokenizer(data: config.DataConfig, texts: Sequence[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-  """Reads a tokenizer.json, ours or another's.
+  """Reads a tokenizer.json, ours or another's, and a map of its ids, if any.
 
   The special ids are those of the first usual name that the file has, such as
   "[PAD]" and "</s>"; see `Tokenizer` for what holds without one.
 
   Raises:
-    schema.ConfigError: the file is missing or is not a tokenizer.
+    schema.ConfigError: the file is missing or is not a tokenizer, or the map
+      does not fit it.
   """
   path = pathlib.Path(path)
   schema.require(
@@ -187,7 +250,18 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     raise schema.ConfigError(
       f"{path} is not a tokenizer.json of the `tokenizers` library ({error})"
     ) from error
-  return Tokenizer(inner)
+  plain, map_path = Tokenizer(inner), path.with_name(TOKEN_MAP)
+  if not map_path.exists():
+    return plain
+  try:
+    token_map = np.array(json.loads(map_path.read_text("utf-8")), np.int32)
+  except (ValueError, TypeError, OverflowError):
+    token_map = np.array([], np.int32)
+  schema.require(
+    token_map.ndim == 1 and token_map.size > 0 and int(token_map.min()) >= 0,
+    f"{map_path} is no list of token ids",
+  )
+  return MappedTokenizer(plain, token_map)
 
 
 def _first_id(

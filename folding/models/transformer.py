@@ -14,12 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folding.config import Config, FoldConfig, ModelConfig, at_layer
 from folding.models.attention import Attention
+from folding.models.cache import Step
 
 _ACTIVATIONS = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
   "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
   "silu": jax.nn.silu,
   "relu": jax.nn.relu,
+  "tanh": jnp.tanh,  # of a pooler
 }
 
 
@@ -69,6 +71,7 @@ class Block(nn.Module):
   config: ModelConfig
   fold: FoldConfig
   dtype: Any = jnp.float32
+  num_nodes: int = 0  # see `Attention`
 
   @nn.compact
   def __call__(
@@ -76,17 +79,20 @@ class Block(nn.Module):
     x_BLD: Float[Array, "B L D"],
     keep_BL: Bool[Array, "B L"] | None,
     deterministic: bool,
+    step: Step | None = None,
   ) -> Float[Array, "B L D"]:
     c = self.config
-    attn = Attention(c, self.fold, _residual_init(c), self.dtype, name="attn")
+    attn = Attention(
+      c, self.fold, _residual_init(c), self.dtype, self.num_nodes, name="attn"
+    )
     mlp = MLP(c, self.dtype, name="mlp")
     norm_attn = _norm(c, self.dtype, "norm_attn")
     norm_mlp = _norm(c, self.dtype, "norm_mlp")
     drop = nn.Dropout(c.dropout, deterministic=deterministic)
     if c.norm_position == "pre":
-      x_BLD = x_BLD + drop(attn(norm_attn(x_BLD), keep_BL))
+      x_BLD = x_BLD + drop(attn(norm_attn(x_BLD), keep_BL, step))
       return x_BLD + drop(mlp(norm_mlp(x_BLD)))
-    x_BLD = norm_attn(x_BLD + drop(attn(x_BLD, keep_BL)))
+    x_BLD = norm_attn(x_BLD + drop(attn(x_BLD, keep_BL, step)))
     return norm_mlp(x_BLD + drop(mlp(x_BLD)))
 
 
@@ -109,6 +115,7 @@ class Transformer(nn.Module):
   vocab_size: int  # V
   max_length: int  # most L, for learned positions
   num_classes: int = 0  # C; 0: next-token logits
+  num_nodes: int = 0  # N, to decode in constant memory; see `past`
 
   def setup(self):
     c = self.config
@@ -126,14 +133,15 @@ class Transformer(nn.Module):
     self.dropout = nn.Dropout(c.dropout)
     block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
     self.blocks = [
-      block(*at_layer(c, self.fold, n), dtype) for n in range(c.num_layers)
+      block(*at_layer(c, self.fold, n), dtype, self.num_nodes)
+      for n in range(c.num_layers)
     ]
     if c.norm_position == "pre":
       self.norm_final = _norm(c, dtype, None)
     if self.num_classes:
       if c.pooler:
         self.pooler = nn.Dense(c.width)
-      self.head = nn.Dense(self.num_classes)
+      self.head = nn.Dense(self.num_classes, use_bias=c.use_bias)
     elif not c.tie_embeddings:
       self.head = nn.Dense(self.vocab_size, use_bias=False, dtype=dtype)
 
@@ -148,13 +156,51 @@ class Transformer(nn.Module):
       x_BLD = block(x_BLD, keep_BL, deterministic)
     return self.read_out(x_BLD, keep_BL)
 
+  def prefill(
+    self, tokens_BL: Int[Array, "B L"], start_B: Int[Array, " B"]
+  ) -> Float[Array, "B V"]:
+    """Returns the logits after the last token; fills the collection "cache".
+
+    Args:
+      tokens_BL: Rows filled up at their beginning, unlike those of training.
+      start_B: Places at the beginning that hold no token.
+    """
+    place_L = jnp.arange(tokens_BL.shape[1])
+    position_BL = place_L[None] - start_B[:, None]
+    x_BLD = self.embed_tokens(tokens_BL, True, jnp.maximum(position_BL, 0))
+    for block in self.blocks:
+      x_BLD = block(x_BLD, position_BL >= 0, True)
+    return self.read_out(x_BLD[:, -1:])[:, 0]
+
+  def decode(
+    self, tokens_B: Int[Array, " B"], step: Step
+  ) -> Float[Array, "B V"]:
+    """Returns the logits after one more token; extends the collection "cache".
+
+    Args:
+      tokens_B: The new tokens.
+      step: Where they stand.
+    """
+    position_B1 = (step.place - step.start_B)[:, None]
+    # What is computed past the last position is thrown away: see `generate`.
+    position_B1 = jnp.minimum(position_B1, self.max_length - 1)
+    x_B1D = self.embed_tokens(tokens_B[:, None], True, position_B1)
+    for block in self.blocks:
+      x_B1D = block(x_B1D, None, True, step)
+    return self.read_out(x_B1D)[:, 0]
+
   def embed_tokens(
-    self, tokens_BL: Int[Array, "B L"], deterministic: bool = True
+    self,
+    tokens_BL: Int[Array, "B L"],
+    deterministic: bool = True,
+    position_BL: Int[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    """Returns what the first block reads."""
+    """Returns what the first block reads; None: positions are 0, 1, ..."""
     c = self.config
     x_BLD = self.embed(tokens_BL)
-    if c.positions == "learned":
+    if c.positions == "learned" and position_BL is not None:
+      x_BLD += self.position_embed(position_BL)
+    elif c.positions == "learned":
       if tokens_BL.shape[1] > self.max_length:  # else the logits are NaN
         raise ValueError(
           f"a text of {tokens_BL.shape[1]} tokens does not fit into "
@@ -177,7 +223,8 @@ class Transformer(nn.Module):
     if self.num_classes:
       pooled_BD = _pool(x_BLD, keep_BL, c.pooling)
       if c.pooler:
-        pooled_BD = jnp.tanh(self.pooler(pooled_BD))
+        activation = _ACTIVATIONS[c.pooler_activation]
+        pooled_BD = activation(self.pooler(pooled_BD))
       return self.head(pooled_BD)
     if c.tie_embeddings:
       return self.embed.attend(x_BLD).astype(jnp.float32)

@@ -165,3 +165,55 @@ def test_broken_tokenizer_file_is_an_error(tmp_path):
   path.write_text('{"version": "1.0"')
   with pytest.raises(schema.ConfigError, match="is not a tokenizer.json"):
     tokenizers.load_tokenizer(path)
+
+
+TOKENS = ["[PAD]", "a", "b", "c", "[UNK]", "[SEP]"]
+
+
+def test_a_mapped_tokenizer_gives_and_reads_new_ids(tmp_path):
+  plain = _foreign(tmp_path / "tokenizer.json", TOKENS)
+  token_map = np.array([0, 1, 0, 2, 3, 4], np.int32)  # "b" is read as padding
+  mapped = tokenizers.MappedTokenizer(plain, token_map)
+  assert (mapped.vocab_size, mapped.plain_size) == (5, 6)
+  assert (mapped.pad_id, mapped.end_id) == (0, 4)
+  for length in (None, 3):
+    [ids] = mapped.encode_batch(["a b c"], length)
+    assert (ids.tolist(), ids.dtype) == ([1, 0, 2], np.int32)
+  assert mapped.decode(ids).split() == ["a", "c"]
+  twice = tokenizers.MappedTokenizer(mapped, np.array([0, 1, 0, 2, 3]))
+  assert twice.token_map.tolist() == [0, 1, 0, 0, 2, 3]
+  assert (twice.vocab_size, twice.plain_size, twice.end_id) == (4, 6, 3)
+  with pytest.raises(schema.ConfigError, match="of 4 tokens does not fit"):
+    tokenizers.MappedTokenizer(mapped, np.arange(4))
+
+
+def test_a_mapped_tokenizer_is_read_back_with_its_map(tmp_path):
+  plain = _foreign(tmp_path / "plain.json", TOKENS)
+  token_map = np.array([0, 1, 0, 2, 3, 4])
+  folder = tmp_path / "run"
+  folder.mkdir()
+  path = str(folder / "tokenizer.json")
+  tokenizers.MappedTokenizer(plain, token_map).save(path)
+  loaded = tokenizers.load_tokenizer(path)
+  assert isinstance(loaded, tokenizers.MappedTokenizer)
+  np.testing.assert_array_equal(loaded.token_map, token_map)
+  assert loaded.encode_batch(["c b"])[0].tolist() == [2, 0]
+  assert loaded.plain_size == 6
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("[0, 1", "is no list of token ids"),
+    ("[[0], [1]]", "is no list of token ids"),
+    ("[]", "is no list of token ids"),
+    ('["a"]', "is no list of token ids"),
+    ("[0, -1, 0, 2, 3, 4]", "is no list of token ids"),
+    ("[0, 1]", "a map of 2 tokens does not fit a tokenizer of 6"),
+  ],
+)
+def test_a_map_that_does_not_fit_is_an_error(tmp_path, text, message):
+  _foreign(tmp_path / "tokenizer.json", TOKENS)
+  (tmp_path / "token_map.json").write_text(text)
+  with pytest.raises(schema.ConfigError, match=message):
+    tokenizers.load_tokenizer(tmp_path / "tokenizer.json")

@@ -1,3 +1,5 @@
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -195,6 +197,29 @@ def test_alibi_slopes_are_a_geometric_series(num_heads):
 def _rotate(x, base):
   frequency = attention.rope_frequencies(x.shape[-1], base)
   return attention.rotate(x, frequency[None])
+
+
+def test_slow_rotations_are_scaled_and_fast_ones_are_not():
+  plain = attention.rope_frequencies(16, 100.0)
+  linear = attention.rope_frequencies(16, 100.0, (4.0,))
+  np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
+  low, high, length = 1.0, 3.0, 60.0
+  scaled = attention.rope_frequencies(16, 100.0, (4.0, low, high, length))
+  kinds = set()
+  for before, after in zip(plain, scaled, strict=True):
+    turns = length * before / (2 * math.pi)
+    if turns < low:
+      kinds.add("slow")
+      expected = before / 4
+    elif turns > high:
+      kinds.add("fast")
+      expected = before
+    else:
+      kinds.add("between")
+      share = (turns - low) / (high - low)
+      expected = share * before + (1 - share) * before / 4
+    assert after == pytest.approx(expected, rel=1e-6)
+  assert kinds == {"slow", "fast", "between"}
 
 
 @pytest.mark.parametrize("base", [10000.0, 3.0])

@@ -1,0 +1,132 @@
+"""Decoding: tokens a second and bytes of the cache, folded over dense.
+
+    python -m benchmarks.decode [--rounds=20] [--batch-size=8] [--json]
+
+Models of one shape, side by side in one run: `dense`, `folded 4` (four numbers
+a key, a diagonal W_V), `folded 1` (one number a key), and `linear`, which is
+`folded 1` with a state of constant size in place of keys. Each call decodes 8
+tokens a row, the last that a cache of the given length has room for.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+
+import jax
+import numpy as np
+
+from benchmarks import timing
+from folding import config as config_lib
+from folding.models import past
+from folding.models.transformer import make_model
+from folding.serving import steps
+from folding.serving.sampling import Sampling, make_draw
+
+LENGTHS = (256, 1024, 4096)
+VOCAB_SIZE, CHUNK, PROMPT = 1024, 8, 64
+MODEL = config_lib.ModelConfig(num_layers=4, width=256, num_heads=8)
+GROUPS = {"dense": 0, "folded 4": 4, "folded 1": 1, "linear": 1}
+
+
+def measure(rounds: int, batch_size: int) -> dict:
+  """Returns tokens a second, bytes and ratios, by length and kind."""
+  return {
+    "lengths": {n: _measure_at(n, rounds, batch_size) for n in LENGTHS},
+    "batch_size": batch_size,
+    "rounds": rounds,
+    "device": jax.devices()[0].device_kind,
+  }
+
+
+def _measure_at(length: int, rounds: int, batch_size: int) -> dict:
+  decoders = {name: _Decoder(name, length, batch_size) for name in GROUPS}
+  seconds = timing.time_in_turn(decoders, rounds)
+  dense_bytes = decoders["dense"].cache_bytes
+  return {
+    name: {
+      "tokens_per_second": batch_size * CHUNK / statistics.median(times),
+      "speed": timing.ratio(seconds["dense"], times),
+      "cache_bytes": decoders[name].cache_bytes,
+      "cache_ratio": decoders[name].cache_bytes / dense_bytes,
+    }
+    for name, times in seconds.items()
+  }
+
+
+class _Decoder:
+  """Decodes the last tokens of a text of a length."""
+
+  def __init__(self, name: str, length: int, batch_size: int):
+    groups = GROUPS[name]
+    config = config_lib.resolve(
+      config_lib.Config(
+        preset="none",
+        model=dataclasses.replace(MODEL),
+        fold=config_lib.FoldConfig(groups=groups, v_block=int(groups > 0)),
+      )
+    )
+    model = make_model(config, VOCAB_SIZE)
+    tokens = np.random.default_rng(0).integers(
+      0, VOCAB_SIZE, (batch_size, PROMPT), dtype=np.int32
+    )
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    if name == "linear":
+      spans = model.apply(variables, tokens, mutable=["spans"])[1]
+      variables |= past.widen(spans, 1.6)
+      num_nodes = past.nodes_for(variables["spans"], 1e-4)
+      model = model.clone(num_nodes=num_nodes)
+    start = np.zeros(batch_size, np.int32)
+    draw = make_draw(Sampling(), VOCAB_SIZE)
+    prefill = jax.jit(
+      functools.partial(steps.prefill, model, kind="greedy", num_slots=length)
+    )
+    # What the slots between hold takes no other time than keys would.
+    self._state = prefill(variables, tokens, start, draw)
+    self._step = np.int32(length - PROMPT - CHUNK + 1)
+    self.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state.cache))
+    decode = jax.jit(
+      functools.partial(steps.decode, model, CHUNK, kind="greedy"),
+      donate_argnames="state",
+    )
+    self._decode = lambda state: decode(
+      variables, state, start, np.int32(PROMPT), draw
+    )
+
+  def __call__(self) -> None:
+    self._state, tokens = self._decode(self._state._replace(step=self._step))
+    jax.block_until_ready(tokens)
+
+
+def main() -> None:
+  """Prints a table, and with --json one object as the last line."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--rounds", type=int, default=20)
+  parser.add_argument("--batch-size", type=int, default=8)
+  parser.add_argument("--json", action="store_true")
+  args = parser.parse_args()
+  result = measure(args.rounds, args.batch_size)
+  timing.show(
+    f"Decoding {args.batch_size} rows",
+    ["length", "kind", "tokens/s", "speed", "quartiles", "cache", "ratio"],
+    [
+      [
+        f"{length:,}",
+        name,
+        f"{one['tokens_per_second']:,.0f}",
+        f"{one['speed']['ratio']:.2f}",
+        f"{one['speed']['ratio_low']:.2f} to {one['speed']['ratio_high']:.2f}",
+        f"{one['cache_bytes'] / 1e6:.2f} MB",
+        f"{one['cache_ratio']:.3f}",
+      ]
+      for length, kinds in result["lengths"].items()
+      for name, one in kinds.items()
+    ],
+  )
+  if args.json:
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+  main()

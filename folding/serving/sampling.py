@@ -1,0 +1,130 @@
+"""Logits -> the next token."""
+
+import dataclasses
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from folding.schema import require
+
+Kind: TypeAlias = Literal["greedy", "free", "restricted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is chosen.
+
+  Attributes:
+    temperature: Logits are divided by it; 0: the likeliest token, always.
+    top_k: Draw among so many of the likeliest tokens; None: among all.
+    top_p: Then draw among the fewest of the likeliest whose probabilities sum
+      to at least this much, in (0, 1]; None: among all.
+    seed: Of the draws. Those of a row depend on the seed, the number of the
+      row and the number of the new token alone.
+  """
+
+  temperature: float = 0.0
+  top_k: int | None = None
+  top_p: float | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    require(
+      0 <= self.temperature < float("inf"),
+      f"the temperature must be 0 or more; it is {self.temperature}",
+    )
+    require(
+      self.top_k is None or self.top_k >= 1,
+      f"top-k must be at least 1; it is {self.top_k}",
+    )
+    require(
+      self.top_p is None or 0 < self.top_p <= 1,
+      f"top-p must be in (0, 1]; it is {self.top_p}",
+    )
+
+  @property
+  def kind(self) -> Kind:
+    """What has to be computed; the numbers may vary."""
+    if self.temperature == 0:
+      return "greedy"
+    is_free = self.top_k is None and self.top_p in (None, 1)
+    return "free" if is_free else "restricted"
+
+
+class Draw(NamedTuple):
+  """A `Sampling` as arrays, so that other numbers need no new program."""
+
+  key: PRNGKeyArray
+  temperature: Float[Array, ""]
+  top_k: Int[Array, ""]
+  top_p: Float[Array, ""]
+
+
+def make_draw(sampling: Sampling, vocab_size: int) -> Draw:
+  """Returns the arrays of a `Sampling` over V tokens."""
+  top_k = vocab_size if sampling.top_k is None else sampling.top_k
+  return Draw(
+    jax.random.key(sampling.seed),
+    jnp.float32(sampling.temperature),
+    jnp.int32(min(top_k, vocab_size)),
+    jnp.float32(1 if sampling.top_p is None else sampling.top_p),
+  )
+
+
+def noise(
+  key: PRNGKeyArray, step: Int[Array, ""], batch_size: int, vocab_size: int
+) -> Float[Array, "B V"]:
+  """Returns Gumbel noise for new token `step` of each row."""
+
+  def of_row(row):
+    row_key = jax.random.fold_in(jax.random.fold_in(key, row), step)
+    return jax.random.gumbel(row_key, (vocab_size,), jnp.float32)
+
+  return jax.vmap(of_row)(jnp.arange(batch_size))
+
+
+def kept(
+  logits_BV: Float[Array, "B V"],
+  top_k: Int[Array, ""],
+  top_p: Float[Array, ""],
+) -> Bool[Array, "B V"]:
+  """Returns which tokens top-k and top-p leave; ties with the last one stay."""
+  sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
+  is_kept_BV = (jnp.arange(logits_BV.shape[-1]) < top_k)[None]
+  p_BV = jax.nn.softmax(jnp.where(is_kept_BV, sorted_BV, -jnp.inf), axis=-1)
+  # What likelier tokens sum to; 1 keeps all, however the sum is rounded.
+  before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+  is_kept_BV &= (before_BV < top_p) | (top_p >= 1)
+  least_B1 = jnp.min(
+    jnp.where(is_kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True
+  )
+  return logits_BV >= least_B1
+
+
+def choose(
+  kind: Kind,
+  draw: Draw,
+  logits_BV: Float[Array, "B V"],
+  step: Int[Array, ""],
+) -> Int[Array, " B"]:
+  """Returns the next token of each row.
+
+  argmax(logits / temperature + Gumbel noise) is a draw from the softmax
+  (Gumbel 1954).
+
+  Args:
+    kind: Of the `Sampling`.
+    draw: Its numbers.
+    logits_BV: Of the next token.
+    step: How many new tokens there are before.
+  """
+  if kind == "greedy":
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV /= draw.temperature
+  noise_BV = noise(draw.key, step, *logits_BV.shape)
+  if kind == "restricted":
+    is_kept_BV = kept(logits_BV, draw.top_k, draw.top_p)
+    logits_BV = jnp.where(is_kept_BV, logits_BV, -jnp.inf)
+  return jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)
