@@ -47,7 +47,8 @@ def stdlib_dir(tmp_path_factory) -> str:
 def test_no_config_file_is_left_out():
   folder = pathlib.Path(lm.__file__).parent
   files = {p.stem for p in folder.glob("[!_]*.py")}
-  assert files == {name.split(":")[0] for name in CASES}
+  # It needs a checkpoint: tests/training/test_start.py has some.
+  assert files - {"pretrained"} == {name.split(":")[0] for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)

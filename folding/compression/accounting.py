@@ -37,22 +37,37 @@ def group_of(name: str, groups: Mapping[str, str] = GROUPS) -> str:
 def stored_size(w: np.ndarray) -> tuple[int, int, int]:
   """Returns (values kept, their bytes, bytes of the mask) of one array.
 
-  The cheapest of four ways to keep it: as it is; values that are not zero and
-  a bit an element; or whole slices of the first or the last axis and a bit a
-  slice (a slice that is kept may contain zeros; they are stored, but counted
-  as zeros among the values).
+  A slice that is kept may contain zeros; they are stored, but counted as
+  zeros among the values.
+  """
+  _, value_bytes, mask_bytes = storage(w)
+  return int(np.count_nonzero(w)), value_bytes, mask_bytes
+
+
+def storage(w: np.ndarray) -> tuple[str, int, int]:
+  """Returns (way, bytes of values, bytes of the mask) of one array.
+
+  The cheapest of four ways to keep it: "whole", as it is; "values", those that
+  are not zero and a bit an element; or "first" or "last", whole slices of that
+  axis and a bit a slice. Exports store arrays so.
   """
   is_kept = w != 0
   values = int(np.count_nonzero(is_kept))
-  options = [(w.nbytes, 0), (values * w.itemsize, -(-w.size // 8))]
+  options = [
+    ("whole", w.nbytes, 0),
+    ("values", values * w.itemsize, -(-w.size // 8)),
+  ]
   if w.ndim > 1:
-    for axis in (0, w.ndim - 1):
-      other = tuple(a for a in range(w.ndim) if a != axis)
-      slices = int(np.count_nonzero(is_kept.any(axis=other)))
+    for way, axis in (("first", 0), ("last", w.ndim - 1)):
+      slices = int(np.count_nonzero(slices_of(is_kept, axis)))
       size = slices * (w.size // w.shape[axis]) * w.itemsize
-      options.append((size, -(-w.shape[axis] // 8)))
-  value_bytes, mask_bytes = min(options, key=sum)
-  return values, value_bytes, mask_bytes
+      options.append((way, size, -(-w.shape[axis] // 8)))
+  return min(options, key=lambda option: option[1] + option[2])
+
+
+def slices_of(is_kept: Any, axis: int) -> np.ndarray:
+  """Returns which slices of an axis have anything that is kept."""
+  return is_kept.any(axis=tuple(a for a in range(is_kept.ndim) if a != axis))
 
 
 def account(

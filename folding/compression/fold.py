@@ -11,24 +11,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = Mapping[str, Any]
 
 
-def unfold(params: Params) -> dict[str, Any]:
+def unfold(
+  params: Params,
+  frequencies: np.ndarray | None = None,
+) -> dict[str, Any]:
   """Returns the dense parameters that compute the same function.
 
   Output axis: each of the G columns of a head is repeated K/G times, biases
   too. Input axis: each of the G rows is repeated D/G times. Block-diagonal
   W_V: its blocks, with zeros elsewhere, split into heads; where the queries
-  have a bias, the dense twin has one for values too, and it is zero. Layers
-  that are dense already are left as they are. Repeating is exact.
+  have a bias, the dense twin has one for values too, and it is zero. A layer
+  without v has the identity for it. Layers that are dense already are left as
+  they are. Repeating is exact.
+
+  Rotary positions by pairs: the channels of a pair go where the dense model
+  turns by the same angle, times (K/G)^(1/2), and all others are zero.
 
   Args:
     params: A tree of dicts with attention layers anywhere in it.
+    frequencies: Radians a token of the K/2 pairs of the dense model; needed
+      where a layer has a `frequency` of its own.
 
   Raises:
-    ValueError: a layer's shapes do not fit each other.
+    ValueError: a layer's shapes do not fit each other, or it turns by angles
+      that the dense model does not have.
 
   Example:
     >>> layer = {"q": {"kernel": jnp.ones((4, 2, 1))},
@@ -39,7 +50,11 @@ def unfold(params: Params) -> dict[str, Any]:
     >>> dense["q"]["kernel"].shape, dense["v"]["kernel"].shape
     ((4, 2, 2), (4, 2, 2))
   """
-  return _map_layers(_unfold_layer, params, "")
+  return _map_layers(
+    lambda layer, name: _unfold_layer(layer, name, frequencies),
+    params,
+    "",
+  )
 
 
 def fold(
@@ -67,7 +82,7 @@ def fold(
     folded = dict(layer)
     for role in ("q", "k") if groups else ():
       folded[role] = _fold_rows(layer[role], groups, axis, f"{name}/{role}")
-    if v_block:
+    if v_block and "v" in layer:
       folded["v"] = _fold_value(layer["v"], v_block, f"{name}/v")
     return folded
 
@@ -80,7 +95,7 @@ def _map_layers(
   """Applies a function to each attention layer; copies no other array."""
   if not isinstance(tree, Mapping):
     return tree
-  if {"q", "k", "v", "o"} <= set(tree):
+  if {"q", "k", "o"} <= set(tree):
     return dict(function(tree, name))
   return {
     key: _map_layers(function, value, f"{name}/{key}" if name else key)
@@ -88,13 +103,24 @@ def _map_layers(
   }
 
 
-def _unfold_layer(layer: Params, name: str) -> dict[str, Any]:
+def _unfold_layer(
+  layer: Params,
+  name: str,
+  frequencies: np.ndarray | None,
+) -> dict[str, Any]:
   H, K, D = layer["o"]["kernel"].shape
   dense = dict(layer)
+  own = dense.pop("frequency", None)
   for role in ("q", "k"):
-    dense[role] = _unfold_rows(layer[role], D, K, f"{name}/{role}")
-  if "diagonal" in layer["v"]:
-    w = layer["v"]["diagonal"]
+    if own is None:
+      dense[role] = _unfold_rows(layer[role], D, K, f"{name}/{role}")
+    else:
+      places = _places(np.asarray(own), frequencies, f"{name}/frequency")
+      dense[role] = _unfold_pairs(layer[role], places, K)
+  w = layer.get("v", {}).get("diagonal")
+  if "v" not in layer:
+    w = jnp.ones((D, 1, 1), layer["o"]["kernel"].dtype)
+  if w is not None:
     n, b, _ = w.shape
     if n * b != D or H * K != D:
       raise ValueError(
@@ -106,6 +132,34 @@ def _unfold_layer(layer: Params, name: str) -> dict[str, Any]:
     if "bias" in layer["q"]:
       dense["v"]["bias"] = jnp.zeros((H, K), layer["q"]["bias"].dtype)
   return dense
+
+
+def _places(
+  own_Jp: np.ndarray, frequencies: np.ndarray | None, name: str
+) -> np.ndarray:
+  """Returns [J, G], the dense channels of each head's G channels."""
+  if frequencies is None:
+    raise ValueError(f"{name}: give the frequencies of the dense model")
+  error = np.abs(own_Jp[:, :, None] - np.asarray(frequencies))
+  pair_Jp = error.argmin(-1)
+  if (error.min(-1) > 1e-5 * own_Jp).any() or any(
+    len(set(pairs)) < len(pairs) for pairs in pair_Jp.tolist()
+  ):
+    raise ValueError(f"{name}: the dense model has no such frequencies")
+  return np.concatenate([pair_Jp, pair_Jp + len(frequencies)], axis=1)
+
+
+def _unfold_pairs(projection: Params, places_JG: np.ndarray, K: int) -> Params:
+  """Spreads G channels a head over K; query heads share a key head's places."""
+
+  def spread(w):
+    heads, G = w.shape[-2:]
+    places = np.repeat(places_JG, heads // len(places_JG), axis=0)
+    full = jnp.zeros((*w.shape[:-1], K), w.dtype)
+    scaled = w * jnp.asarray((K / G) ** 0.5, w.dtype)
+    return full.at[..., np.arange(heads)[:, None], places].set(scaled)
+
+  return {name: spread(w) for name, w in projection.items()}
 
 
 def _unfold_rows(projection: Params, D: int, K: int, name: str) -> Params:

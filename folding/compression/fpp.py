@@ -1,5 +1,6 @@
 """Forward Propagation Pruning as an optax transform: freeze, then zero."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ def fpp(
   decay: float = 0.9,
   tolerance: float | None = None,
   seed: int = 0,
+  removed: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer so that suspected parameters freeze, then become zero.
 
@@ -86,6 +88,8 @@ def fpp(
       only as many are zeroed (all, a half, a quarter, ...) as keep the loss
       from rising by more than this share of it; the rest become trainable.
     seed: For score "random".
+    removed: {parameter that a rule matches: zeroed units that were taken out
+      of it, as by `folding.shrink`}; they count towards the target.
 
   Returns:
     A transform with state `FPPState`.
@@ -200,35 +204,45 @@ def fpp(
         )
         for name, average in averages.items()
       }
-    old = {
-      s.name: unpack(suspected[s.name], s.shape[-1]) for s in sites
-    }  # [planes, units]
-    ranked = suspects_lib.unit_scores(sites, leaves, averages, score, seed)
-    was_zero = {}
-    for s in sites:
-      value_is_zero = s.reduce({n: leaves[n] == 0 for n in s.members}, jnp.all)
-      was_zero[s.name] = old[s.name][0] & value_is_zero
-      # What is zero stays suspected, whatever its score.
-      ranked[s.name] = jnp.where(was_zero[s.name], -jnp.inf, ranked[s.name])
-    suspects = suspects_lib.suspects(sites, rules, ranked, scope, ramp, index)
-    is_last = index == num_checks - 1
-    candidates = {
-      n: suspects[n]
-      & ~was_zero[n]
-      & (is_last | (old[n][patience - 1] if patience else True))
-      for n in suspects
-    }
+    planes, candidates = {}, {}
+    for batch in suspects_lib.batches(sites, scope):
+      bits = {s.name: suspected[s.name] for s in batch}
+      choose = functools.partial(
+        suspects_lib.choose,
+        *(batch, rules, bits, averages, leaves, index),
+        first=sites.index(batch[0]),
+        score=score,
+        seed=seed,
+        scope=scope,
+        ramp=ramp,
+        patience=patience,
+        removed=removed,
+      )
+      # Always true; but what is stored for one choice is freed after it.
+      found = jax.lax.cond(
+        index >= 0,
+        choose,
+        lambda bits=bits: (bits, {n: b[0] for n, b in bits.items()}),
+      )
+      planes |= found[0]
+      candidates |= found[1]
     zero = candidates
     if tolerance is not None:
       zero = suspects_lib.verified(
-        sites, candidates, ranked, leaves, params, value, value_fn, tolerance
+        sites,
+        {s.name: unpack(candidates[s.name], s.shape[-1]) for s in sites},
+        suspects_lib.unit_scores(sites, leaves, averages, score, seed),
+        leaves,
+        params,
+        value,
+        value_fn,
+        tolerance,
       )
-      suspects = {n: suspects[n] & (zero[n] | ~candidates[n]) for n in suspects}
-    planes = {}
-    for n, now in suspects.items():
-      before = old[n][:-1] & now[None]
-      planes[n] = pack(jnp.concatenate([now[None], before]))
-    return planes, averages, {n: pack(z) for n, z in zero.items()}
+      zero = {n: pack(z) for n, z in zero.items()}
+      planes = {
+        n: p & (zero[n] | ~candidates[n])[None] for n, p in planes.items()
+      }
+    return planes, averages, zero
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

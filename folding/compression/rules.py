@@ -23,11 +23,13 @@ class Rule:
     pattern: Regular expression that matches whole parameter paths.
     target: Fraction of units to zero in the end, in [0, 1).
     granularity: "weight"; "row" (index of the first axis: a token of an
-      embedding [V, D]); "neuron" (index of the last axis of a kernel [D, F],
-      together with `tied`); or "n:m", which keeps n of each m neighbours along
-      the second last axis, so its target is 1 - n/m.
-    tied: For "neuron", what else belongs to neuron i: {path of an array: axis
-      that i indexes}. Paths may use groups of the pattern, as "\1/down/kernel".
+      embedding [V, D], a head of W_O [H, K, D]); "neuron" (index of the last
+      axis of a kernel [D, F]), both together with `tied`; or "n:m", which keeps
+      n of each m neighbours along the second last axis, so its target is
+      1 - n/m.
+    tied: For "row" and "neuron", what else belongs to unit i: {path of an array:
+      axis that i indexes}. Paths may use groups of the pattern, as
+      "\1/down/kernel".
 
   Example:
     >>> Rule(r"(.*mlp)/up/kernel", 0.5, "neuron",
@@ -59,10 +61,10 @@ class Rule:
           f"granularity {self.granularity!r} removes {share:g} of the weights, "
           f"so the target of rule {self.pattern!r} must be {share:g}"
         )
-    if self.tied and self.granularity != "neuron":
+    if self.tied and self.granularity not in ("row", "neuron"):
       raise ValueError(
-        f"rule {self.pattern!r} ties other arrays, which only granularity "
-        "'neuron' does"
+        f"rule {self.pattern!r} ties other arrays, which only the "
+        "granularities 'row' and 'neuron' do"
       )
 
   @property
@@ -145,10 +147,9 @@ def _make_site(
       f"{'a vector' if rule.granularity == 'weight' else 'a matrix'}; {name!r} "
       f"has shape {shape}"
     )
-  if rule.granularity == "row":
-    return Site(name, index, shape[:1], {name: 0})
-  if rule.granularity == "neuron":
-    members: dict[str, int | None] = {name: ndim - 1}
+  if rule.granularity in ("row", "neuron"):
+    own = 0 if rule.granularity == "row" else ndim - 1
+    members: dict[str, int | None] = {name: own}
     match = re.fullmatch(rule.pattern, name)
     assert match is not None
     for template, axis in rule.tied.items():
@@ -165,13 +166,13 @@ def _make_site(
           "such parameter"
         )
       sizes = tuple(leaves[other].shape)
-      if not -len(sizes) <= axis < len(sizes) or sizes[axis] != shape[-1]:
+      if not -len(sizes) <= axis < len(sizes) or sizes[axis] != shape[own]:
         raise ValueError(
-          f"axis {axis} of {other!r} {sizes} does not index the {shape[-1]} "
-          f"neurons of {name!r}"
+          f"axis {axis} of {other!r} {sizes} does not index the {shape[own]} "
+          f"{rule.granularity}s of {name!r}"
         )
       members[other] = axis
-    return Site(name, index, shape[-1:], members)
+    return Site(name, index, (shape[own],), members)
   if rule.pattern_nm and shape[-2] % rule.pattern_nm[1]:
     raise ValueError(
       f"granularity {rule.granularity!r} needs the second last axis of "

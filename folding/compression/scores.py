@@ -8,7 +8,9 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
+from folding.compression import select
 from folding.config import Score
 
 SCORES: tuple[str, ...] = get_args(Score)
@@ -66,7 +68,14 @@ def observe_check(
 def element_scores(
   score: str, w: jax.Array, average: jax.Array | None, key: jax.Array
 ) -> jax.Array:
-  """Returns float32 scores of the shape of w.
+  """Returns float32 scores of the shape of w; see `lazy_scores`."""
+  return select.value(lazy_scores(score, w, average, key))
+
+
+def lazy_scores(
+  score: str, w: jax.Array, average: jax.Array | None, key: jax.Array
+) -> select.Scores:
+  """Returns float32 scores of the shape of w, where they are cheap unstored.
 
   With rms the root mean square of a weight's input:
     relative: (|w| / mean of its row + |w| / mean of its column) rms^(1/2),
@@ -86,24 +95,37 @@ def element_scores(
   """
   if score == "random":
     return jax.random.uniform(key, w.shape, jnp.float32)
-  magnitude = jnp.abs(w.astype(jnp.float32))
   if score == "magnitude":
-    return magnitude
+    return Partial(_magnitude, w)
   assert average is not None
   if score == "activation":
-    return magnitude * jnp.sqrt(average)[..., None]
+    return Partial(_weighed, w, jnp.sqrt(average)[..., None])
   if score == "relative":
-    return _relative(magnitude) * average[..., None] ** 0.25
+    # Each behind a barrier of its own, or XLA for CPUs stores an |w| for both.
+    held = jax.lax.optimization_barrier(w)
+    row = jnp.mean(_magnitude(held), axis=-1, keepdims=True)
+    held, row = jax.lax.optimization_barrier((held, row))
+    axes = tuple(range(w.ndim - 1))  # none: a vector is its own row
+    column = jnp.mean(_magnitude(held), axis=axes, keepdims=True)
+    return Partial(_relative, w, row, column, average[..., None] ** 0.25)
   return average
 
 
-def _relative(magnitude: jax.Array) -> jax.Array:
-  """Returns |w| over the mean of its inputs' row plus over its column's.
+def _magnitude(w: jax.Array) -> jax.Array:
+  return jnp.abs(w.astype(jnp.float32))
+
+
+def _weighed(w: jax.Array, rms: jax.Array) -> jax.Array:
+  return _magnitude(w) * rms
+
+
+def _relative(
+  w: jax.Array, row: jax.Array, column: jax.Array, weight: jax.Array
+) -> jax.Array:
+  """Returns weighed |w| over the mean of its row plus over its column's.
 
   A row or column that is small as a whole, or has lost much already, is not
-  emptied first. A vector is its own row.
+  emptied first.
   """
-  row = jnp.mean(magnitude, axis=-1, keepdims=True)
-  axes = tuple(range(magnitude.ndim - 1))
-  column = jnp.mean(magnitude, axis=axes, keepdims=True)
-  return magnitude / (row + _TINY) + magnitude / (column + _TINY)
+  magnitude = _magnitude(w)
+  return (magnitude / (row + _TINY) + magnitude / (column + _TINY)) * weight

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from folding import paths
 from folding.compression import scores as scores_lib
 from folding.compression import select
-from folding.compression.rules import Rule, Site, unpack
+from folding.compression.rules import Rule, Site, pack, unpack
 
 _TRIALS = 5  # of verification: all candidates, a half, ... a sixteenth
 
@@ -35,8 +36,11 @@ def unit_scores(
   averages: Mapping[str, jax.Array],
   score: str,
   seed: int,
-) -> dict[str, jax.Array]:
-  """Returns {site: float32 score a unit}.
+  first: int = 0,
+) -> dict[str, select.Scores]:
+  """Returns {site: float32 score a unit}, of weights possibly unstored.
+
+  Of a part of all sites `first` is the place of its first one.
 
   A unit of many elements scores the root of the sum of their squared scores
   (with sign, for "movement", which may be negative, their sum). "relative"
@@ -44,19 +48,19 @@ def unit_scores(
   or neuron, so these take "activation".
   """
   ranked = {}
-  for index, site in enumerate(sites):
+  for index, site in enumerate(sites, first):
     key = jax.random.fold_in(jax.random.key(seed), index)
     is_weights = None in site.members.values()
     kind = score if is_weights or score != "relative" else "activation"
-    elements = {
-      name: scores_lib.element_scores(
-        kind, leaves[name], averages.get(name), key
-      )
+    lazy = {
+      name: scores_lib.lazy_scores(kind, leaves[name], averages.get(name), key)
       for name in site.members
     }
     if is_weights:
-      ranked[site.name] = elements[site.name]
-    elif score == "movement":
+      ranked[site.name] = lazy[site.name]
+      continue
+    elements = {name: select.value(s) for name, s in lazy.items()}
+    if score == "movement":
       ranked[site.name] = site.reduce(elements)
     else:
       squares = {name: jnp.square(e) for name, e in elements.items()}
@@ -64,36 +68,106 @@ def unit_scores(
   return ranked
 
 
+def batches(sites: Sequence[Site], scope: str) -> list[list[Site]]:
+  """Returns the sites that share a threshold, in the order of the sites."""
+  if scope == "parameter":
+    return [[site] for site in sites]
+  numbers = sorted({site.rule for site in sites})
+  return [[s for s in sites if s.rule == number] for number in numbers]
+
+
 def suspects(
   sites: Sequence[Site],
   rules: Sequence[Rule],
-  ranked: Mapping[str, jax.Array],
+  ranked: Mapping[str, select.Scores],
   scope: str,
   ramp: np.ndarray,
   index: jax.Array,
+  removed: Mapping[str, int] | None = None,
 ) -> dict[str, jax.Array]:
-  """Returns {site: True at the lowest q of its units}, q from the ramp."""
-  batches = [[s] for s in sites]
-  if scope == "rule":
-    batches = [
-      [s for s in sites if s.rule == r] for r in sorted({s.rule for s in sites})
-    ]
+  """Returns {site: True at the lowest q of its units}, q from the ramp.
+
+  Units that were removed are of the lowest, and not there to be chosen.
+  """
   chosen_units = {}
-  for batch in batches:
+  for batch in batches(sites, scope):
     rule = rules[batch[0].rule]
-    size = sum(int(np.prod(s.shape)) for s in batch)
+    gone = sum((removed or {}).get(s.name, 0) for s in batch)
+    size = gone + sum(int(np.prod(s.shape)) for s in batch)
+    if size >= 2**31:
+      raise ValueError(
+        f"rule {rule.pattern!r} ranks {size:,} units together, which must be "
+        "fewer than 2^31; use scope='parameter' or more rules"
+      )
     # In float64 on the host: exact for any size, and never above the target.
     table = np.floor(ramp * rule.target * size + 1e-6).astype(np.int32)
+    table = np.maximum(table - gone, 0)
     eligible = [_within_pattern(ranked[s.name], rule) for s in batch]
     chosen = select.lowest(eligible, jnp.asarray(table)[index])
     chosen_units.update({s.name: c for s, c in zip(batch, chosen, strict=True)})
   return chosen_units
 
 
+def choose(
+  sites: Sequence[Site],
+  rules: Sequence[Rule],
+  suspected: Mapping[str, jax.Array],
+  averages: Mapping[str, jax.Array],
+  leaves: Mapping[str, jax.Array],
+  index: jax.Array,
+  *,
+  first: int,
+  score: str,
+  seed: int,
+  scope: str,
+  ramp: np.ndarray,
+  patience: int,
+  removed: Mapping[str, int] | None,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Returns ({site: new planes}, {site: units that may be zeroed}), packed.
+
+  Args:
+    sites: Some or all of them, as `batches` groups them.
+    rules: Of all sites.
+    suspected: As in `FPPState`; also `averages`.
+    averages: Of scores.
+    leaves: The parameters.
+    index: int32[], of this check.
+    first: Place of the first site among all.
+    score: As in `fpp`, like what follows.
+    seed: Of random scores.
+    scope: Of thresholds.
+    ramp: Share of the target at each check.
+    patience: In checks.
+    removed: Units that are gone.
+  """
+  ranked = unit_scores(sites, leaves, averages, score, seed, first)
+  old, was_zero = {}, {}
+  for s in sites:
+    old[s.name] = unpack(suspected[s.name], s.shape[-1])  # [planes, units]
+    is_zero = s.reduce({n: leaves[n] == 0 for n in s.members}, jnp.all)
+    was_zero[s.name] = old[s.name][0] & is_zero
+    # What is zero stays suspected, whatever its score.
+    ranked[s.name] = Partial(_lowered, was_zero[s.name], ranked[s.name])
+  planes, candidates = {}, {}
+  found = suspects(sites, rules, ranked, scope, ramp, index, removed)
+  for n, now in found.items():
+    is_last = index == len(ramp) - 1
+    is_ripe = is_last | (old[n][patience - 1] if patience else True)
+    candidates[n] = pack(now & ~was_zero[n] & is_ripe)
+    before = old[n][:-1] & now[None]
+    planes[n] = pack(jnp.concatenate([now[None], before]))
+  return planes, candidates
+
+
+def _lowered(is_lowest: jax.Array, scores: select.Scores) -> jax.Array:
+  return jnp.where(is_lowest, -jnp.inf, select.value(scores))
+
+
 def verified(
   sites: Sequence[Site],
   candidates: Mapping[str, jax.Array],
-  ranked: Mapping[str, jax.Array],
+  ranked: Mapping[str, select.Scores],
   leaves: Mapping[str, jax.Array],
   params: Any,
   value: jax.Array | None,
@@ -111,7 +185,7 @@ def verified(
     for n, is_candidate in candidates.items():
       count = jnp.sum(is_candidate, dtype=jnp.int32)
       k = jnp.floor(fraction * count).astype(jnp.int32)
-      score = jnp.where(is_candidate, ranked[n], jnp.inf)
+      score = jnp.where(is_candidate, select.value(ranked[n]), jnp.inf)
       chosen[n] = select.lowest([score], k)[0] & is_candidate
     return chosen
 
@@ -134,10 +208,11 @@ def verified(
   return share(trial)
 
 
-def _within_pattern(score: jax.Array, rule: Rule) -> jax.Array:
+def _within_pattern(scores: select.Scores, rule: Rule) -> select.Scores:
   """Moves to infinity the n highest of each m neighbours, for rule "n:m"."""
   if rule.pattern_nm is None:
-    return score
+    return scores
+  score = select.value(scores)
   n, m = rule.pattern_nm
   *lead, rows, columns = score.shape
   groups = score.reshape(*lead, rows // m, m, columns)

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from folding.schema import TrainingError
+from folding.training import distributed
 
 # Left for metrics and reports when a checkpoint is written.
 _RESERVE_BYTES = 1 << 18
@@ -41,7 +42,9 @@ class Checkpoints:
       ]
     )
     self._folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
-    _mend_metrics(self._folder)
+    if distributed.is_main():
+      _mend_metrics(self._folder)
+    distributed.barrier("mended")
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -77,7 +80,7 @@ class Checkpoints:
     # Asked first: a save that fails half-way leaves threads that complain.
     needed = _RESERVE_BYTES + sum(x.nbytes for x in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
-    if free < needed:
+    if distributed.any_process(free < needed):
       raise OSError(
         f"a checkpoint needs {needed / 1e6:,.1f} MB and the disk has "
         f"{free / 1e6:,.1f} MB left"
@@ -110,12 +113,16 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """Returns the step of the lowest validation loss, None without any."""
-    losses = {}
-    for step in self.steps():
-      metrics = self._manager.metrics(step)
-      if metrics and math.isfinite(metrics["loss"]):
-        losses[step] = metrics["loss"]
-    return min(losses, key=losses.__getitem__) if losses else None
+    losses = {step: self.loss(step) for step in self.steps()}
+    found = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(found, key=found.__getitem__) if found else None
+
+  def loss(self, step: int) -> float | None:
+    """Returns the validation loss that a step was saved with, None without."""
+    metrics = self._manager.metrics(step)
+    if metrics and math.isfinite(metrics["loss"]):
+      return metrics["loss"]
+    return None
 
   def restore(self, step: int, like: Any) -> Any:
     """Returns the state saved at a step.
@@ -137,10 +144,12 @@ class Checkpoints:
     """
     damaged = []
     for step in reversed(self.steps()):
+      state, reason = None, "another process cannot read it"
       try:
         state = jax.block_until_ready(self.restore(step, like))
       except Exception as error:  # Orbax and TensorStore raise many kinds.
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+      if distributed.any_process(state is None):
         damaged.append((step, reason))
         continue
       for bad, reason in damaged:
@@ -149,9 +158,11 @@ class Checkpoints:
         )
         folder = os.path.join(self._folder, str(bad))
         aside = os.path.join(self._folder, f"damaged-{bad}")
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-        os.replace(folder, aside)
+        if distributed.is_main():
+          shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+          os.replace(folder, aside)
       if damaged:
+        distributed.barrier("moved aside")
         self._manager.reload()
       return step, state
     if damaged:
@@ -160,6 +171,13 @@ class Checkpoints:
         f"{damaged[0][0]}: {damaged[0][1]}"
       )
     return None
+
+
+def has_checkpoint(workdir: str) -> bool:
+  """Returns whether a run directory has a checkpoint, intact or not."""
+  folder = os.path.join(workdir, "checkpoints")
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  return any(name.isdecimal() for name in names)
 
 
 def _mend_metrics(folder: str) -> None:

@@ -1,132 +1,29 @@
 """Trains a run: data, model, optimizer, evaluation, checkpoints, result."""
 
+import dataclasses
 import functools
-import itertools
 import math
 import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from folding import config as config_lib
-from folding.compression.accounting import account
 from folding.config import Config
-from folding.data.batches import Data, make_data
+from folding.data.batches import make_data
 from folding.data.tokenizers import load_tokenizer
-from folding.models.transformer import make_model
 from folding.schema import ConfigError, TrainingError, differences
+from folding.training import distributed, sharding
 from folding.training import optimizer as optimizer_lib
-from folding.training import sharding
-from folding.training.checkpoint import Checkpoints
-from folding.training.evaluate import evaluate, make_eval_step
+from folding.training.checkpoint import Checkpoints, has_checkpoint
+from folding.training.evaluate import make_eval_step
 from folding.training.metrics import MetricsWriter
 from folding.training.progress import Clock, StepLog, stop_signal
-from folding.training.result import is_finished, read_result, write_result
-from folding.training.step import TrainState, init_state, train_step
-
-
-class Run:
-  """What a run directory stands for: its config, data, model and optimizer.
-
-  Attributes:
-    config: Resolved.
-    data: Batches, tokenizer, labels.
-    mesh: Where arrays lie.
-    model: The Linen model.
-    tx: The optimizer, FPP included.
-    rules: What FPP prunes.
-    like: Shapes and shardings of the training state.
-    dense_params: Shapes of the dense twin's parameters.
-  """
-
-  def __init__(self, config: Config, data: Data):
-    self.config, self.data = config, data
-    self.mesh = sharding.make_mesh(config.mesh)
-    vocab_size = data.tokenizer.vocab_size
-    make = functools.partial(
-      make_model, vocab_size=vocab_size, num_classes=data.num_classes
-    )
-    self.model = make(config)
-    dense_config = config_lib.dense_twin(config)
-    dense_model = make(dense_config)
-    tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
-
-    def shapes(model):
-      return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-
-    self.dense_params = shapes(dense_model)
-    self.rules = optimizer_lib.make_rules(
-      config, shapes(self.model), self.dense_params
-    )
-    self.tx = optimizer_lib.make_optimizer(config, self.rules)
-    self._init = functools.partial(
-      init_state, self.model, self.tx, config.data.length, config.seed
-    )
-    try:
-      state = jax.eval_shape(self._init)
-    except ValueError as error:  # a rule does not fit the parameters
-      raise ConfigError(str(error)) from error
-    self.like = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state,
-      sharding.tree_shardings(self.mesh, state),
-    )
-
-  @property
-  def num_parameters(self) -> int:
-    """Number of parameters, zeros included."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(self.like.params))
-
-  @property
-  def state_shardings(self) -> TrainState:
-    """Shardings of the training state."""
-    return jax.tree.map(lambda x: x.sharding, self.like)
-
-  def init(self) -> TrainState:
-    """Returns the state before the first step, placed on the mesh."""
-    return jax.jit(self._init, out_shardings=self.state_shardings)()
-
-  def evaluate(
-    self, params: Any, split: str, eval_step: Any, limit: int | None = None
-  ) -> dict:
-    """Returns the figures of a split ("valid" or "test").
-
-    With a limit, those of its first batches, whose bytes are taken to be the
-    same share of the split's.
-    """
-    data = self.data
-    batches, share = data.eval_batches(split), 1.0
-    if limit is not None:
-      batches = itertools.islice(batches, limit)
-      seen = limit * self.config.data.eval_batch_size
-      share = min(1.0, seen / data.num_examples[split])
-    num_bytes = None
-    if self.config.task == "lm":
-      num_bytes = share * data.num_bytes[split]
-    return evaluate(eval_step, params, batches, self.mesh, num_bytes=num_bytes)
-
-  def write_result(
-    self,
-    workdir: str,
-    state: TrainState,
-    seconds: float,
-    speed: float,
-    step: int,
-    test: dict[str, Any] | None = None,
-  ) -> None:
-    """Measures the parameters and writes `result.json`."""
-    params = jax.device_get(state.params)
-    result = {
-      "finished": test is not None,
-      "steps": step,
-      "total_steps": self.config.train.steps,
-      "seconds": seconds,
-      "tokens_per_second": speed,
-      "test": test,
-      **account(params, self.dense_params),
-    }
-    write_result(workdir, result)
+from folding.training.restore import save_labels
+from folding.training.result import is_finished, read_result
+from folding.training.run import Run
+from folding.training.start import folded_start, teacher_of, write_fold
+from folding.training.step import train_step
 
 
 def run(config: Config, workdir: str) -> dict[str, Any]:
@@ -144,11 +41,17 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     TrainingError: the loss is not finite, or the disk is full.
   """
   config = config_lib.resolve(config)
+  distributed.join(config.distributed)
+  config = dataclasses.replace(config, distributed="none")  # of this time only
   config_path = os.path.join(workdir, "config.json")
   tokenizer_path = os.path.join(workdir, "tokenizer.json")
-  tokenizer = None
+  asked_path = os.path.join(workdir, "asked.json")
+  tokenizer = planned = None
   if os.path.exists(config_path):
-    found = differences(config_lib.load(config_path), config)
+    planned = _on(config_lib.load(config_path), config)
+    found = differences(planned, config)
+    if found and os.path.exists(asked_path):  # what was planned, or that it be
+      found = differences(_on(config_lib.load(asked_path), config), config)
     if found:
       raise ConfigError(
         f"{workdir} holds a run of another config ({'; '.join(found)}); "
@@ -156,11 +59,25 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       )
     tokenizer = load_tokenizer(tokenizer_path)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
-  this = Run(config, data)
-  os.makedirs(workdir, exist_ok=True)
-  if tokenizer is None:
-    data.tokenizer.save(tokenizer_path)
-    config_lib.save(config, config_path)  # last: it marks the run as begun
+  asked, start, report = config, None, []
+  if planned is not None and has_checkpoint(workdir):
+    config = planned
+  elif config.pretrained is not None:
+    config, start, report = folded_start(planned or config, data)
+  this = Run(config, data, start)
+  this.teacher = teacher_of(config, data)
+  distributed.barrier("checked")  # before anything is written
+  if distributed.is_main():
+    os.makedirs(workdir, exist_ok=True)
+    if report:
+      write_fold(workdir, report, config)
+    if tokenizer is None:
+      data.tokenizer.save(tokenizer_path)
+      save_labels(data.label_names, workdir)
+      if config != asked:
+        config_lib.save(asked, asked_path)
+      config_lib.save(config, config_path)  # last: it marks the run as begun
+  distributed.barrier("begun")
   with Checkpoints(workdir) as checkpoints:
     try:
       return _train(this, workdir, checkpoints)
@@ -170,6 +87,18 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
       kept = ", ".join(map(str, checkpoints.steps())) or "none"
       raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
+
+
+def resume_run(workdir: str) -> dict[str, Any]:
+  """Goes on training a run directory, as its own config says.
+
+  Raises:
+    ConfigError: there is no run.
+    TrainingError: see `run`.
+  """
+  config = _load_config(workdir)
+  config.mesh = sharding.fitting(config.mesh, jax.device_count())
+  return run(config, workdir)
 
 
 def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
@@ -198,12 +127,23 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   Raises:
     ConfigError: it is no run directory.
   """
+  config = _load_config(workdir)
+  config.mesh = sharding.fitting(config.mesh, jax.device_count())
+  tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
+  return Run(config, make_data(config, tokenizer)), Checkpoints(workdir)
+
+
+def _load_config(workdir: str) -> Config:
   config_path = os.path.join(workdir, "config.json")
   if not os.path.exists(config_path):
     raise ConfigError(f"{workdir} is no run: it has no config.json")
-  config = config_lib.load(config_path)
-  tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
-  return Run(config, make_data(config, tokenizer)), Checkpoints(workdir)
+  return config_lib.load(config_path)
+
+
+def _on(config: Config, other: Config) -> Config:
+  """Returns a config to be computed as another is, with the same outcome."""
+  train = dataclasses.replace(config.train, accumulate=other.train.accumulate)
+  return dataclasses.replace(config, mesh=other.mesh, train=train)
 
 
 def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -222,23 +162,29 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
         seed=config.seed,
         label_smoothing=t.label_smoothing,
         is_check=is_check,
+        accumulate=t.accumulate,
+        teacher=run.teacher and run.teacher[0],
+        distill=config.distill if run.teacher else None,
       ),
       donate_argnums=0,
-      out_shardings=(run.state_shardings, None),
+      out_shardings=(run.state_shardings, sharding.whole(run.mesh)),
     )
     for is_check in (False, True)
   }
+  constants = run.constants()
   eval_step = make_eval_step(run.model)
   healed_at = optimizer_lib.check_steps(config)[1] + 1 if run.rules else 0
 
   with (
-    MetricsWriter(workdir, config, first_step) as writer,
+    MetricsWriter(workdir, config, first_step, distributed.is_main()) as writer,
     stop_signal() as stopped,
   ):
     clock = Clock(workdir, first_step)
     log = StepLog(
       config, run.num_parameters, writer, clock, prunes=bool(run.rules)
     )
+    for line in run.unsplit:
+      writer.say(f"mesh: {line}")
     if restored:
       writer.say(f"resumed at step {first_step} of {t.steps}")
     batches = run.data.train_batches(first_step)
@@ -246,7 +192,8 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     for step in range(first_step, t.steps + 1):
       is_last = step == t.steps
       due = is_last or (step % t.eval_every == 0 and step > 0)
-      if (due and step > first_step) or stopped():
+      is_stopped = stopped(step)
+      if (due and step > first_step) or is_stopped:
         log.flush()
         loss = None
         if due:
@@ -257,10 +204,10 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
           writer.say(_valid_line(step, figures))
           if not math.isfinite(figures["loss"]):
             raise TrainingError(f"the validation loss is not finite at {step}")
-          loss = figures["loss"] if step >= healed_at else None
+          loss = _to_beat(figures) if step >= healed_at else None
         checkpoints.save(step, state, loss)
         run.write_result(workdir, state, clock.seconds(), log.speed(), step)
-        if stopped():
+        if is_stopped:
           checkpoints.wait()
           writer.say(f"stopped by a signal; saved at step {step} of {t.steps}")
           return read_result(workdir)
@@ -269,7 +216,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
         break
       batch = sharding.put_batch(run.mesh, next(batches))
       is_check = bool(run.rules) and optimizer_lib.is_check(config, step)
-      state, metrics = steps[is_check](state, batch)
+      state, metrics = steps[is_check](state, {**batch, **constants})
       log.step(step + 1, metrics, batch)
 
     checkpoints.wait()
@@ -283,6 +230,13 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     )
     writer.say(_valid_line(t.steps, test, "test "))
   return read_result(workdir)
+
+
+def _to_beat(figures: dict[str, Any]) -> float:
+  """Returns what the best checkpoint has least of: errors, or else loss."""
+  if "accuracy" not in figures:
+    return figures["loss"]
+  return 1 - figures["accuracy"] + 1e-6 * figures["loss"]  # for equal ones
 
 
 def _valid_line(step: int, figures: dict[str, Any], name: str = "valid") -> str:

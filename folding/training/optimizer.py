@@ -1,5 +1,6 @@
 """The optimizer chain and the pruning rules of a configuration."""
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -14,7 +15,6 @@ from folding.compression.rules import Rule, make_sites
 from folding.config import Config
 from folding.schema import ConfigError
 
-_LINEAR = r"blocks_\d+/(attn/o|mlp/(up|gate|down))/kernel"
 _EMBEDDING = r"(embed|position_embed)/embedding"
 
 
@@ -36,7 +36,7 @@ def make_rules(config: Config, params: Any, dense: Any) -> list[Rule]:
 
   Args:
     config: The resolved configuration.
-    params: Tree of parameters, or of their shapes.
+    params: Tree of parameters, or of their shapes, before any shrink.
     dense: The same for the dense twin, which `overall` refers to.
 
   Raises:
@@ -56,9 +56,6 @@ def _rules(
   f = config.fpp
   names = list(paths.flatten(params))
   rules = []
-  pattern = _LINEAR
-  if config.task == "lm" and not config.model.tie_embeddings:
-    pattern = rf"(?:{_LINEAR}|head/kernel)"
   except_, excluded = "", []
   if f.exclude is not None:
     try:
@@ -67,24 +64,43 @@ def _rules(
       raise ConfigError(f"fpp.exclude: {error}") from None
     # By name, as groups and flags of `exclude` would not fit into a pattern.
     except_ = rf"(?!(?:{'|'.join(map(re.escape, excluded))})$)"
-  if linear and f.granularity == "weight":
-    rules.append(Rule(except_ + pattern, linear))
-  elif linear:
-    # Neurons carry the MLP; what is left of the group goes by weight.
-    tied = {r"\1/down/kernel": 0}
+  by_layer = {r"\d+": linear}
+  if f.linear_layers is not None:
+    by_layer = {str(n): part for n, part in enumerate(f.linear_layers)}
+  # Units tie arrays together; what is left of the group goes by weight.
+  kind = "weight" if f.granularity == "neuron" else f.granularity
+  roles = "[qkvo]" if f.attention == "all" else "o"
+  mlp, attn = "mlp/(up|gate|down)", f"attn/{roles}"
+  of_head = {rf"\1/{role}/kernel": 1 for role in "qkv"}
+  if config.model.qkv_bias:
+    of_head |= {rf"\1/{role}/bias": 0 for role in "qkv"}
+  tied = {r"\1/down/kernel": 0}
+  if config.model.use_bias:
+    tied[r"\1/up/bias"] = 0
+  if config.model.gated:
+    tied[r"\1/gate/kernel"] = 1
     if config.model.use_bias:
-      tied[r"\1/up/bias"] = 0
-    if config.model.gated:
-      tied[r"\1/gate/kernel"] = 1
-      if config.model.use_bias:
-        tied[r"\1/gate/bias"] = 0
-    up = r"(blocks_\d+/mlp)/up/kernel"
-    rules.append(Rule(except_ + up, linear, "neuron", tied))
-    rest = pattern.replace("(attn/o|mlp/(up|gate|down))", "attn/o")
-    rules.append(Rule(except_ + rest, linear))
+      tied[r"\1/gate/bias"] = 0
+  for layer, part in by_layer.items():
+    block = f"blocks_{layer}"
+    by_weight = [attn, mlp]
+    if f.granularity == "neuron":
+      up = f"({block}/mlp)/up/kernel"
+      rules.append(Rule(except_ + up, part, "neuron", tied))
+      by_weight.remove(mlp)
+    if f.attention == "heads":
+      o = f"({block}/attn)/o/kernel"
+      rules.append(Rule(except_ + o, part, "row", of_head))
+      by_weight.remove(attn)
+    if by_weight:
+      pattern = f"{block}/({'|'.join(by_weight)})/kernel"
+      rules.append(Rule(except_ + pattern, part, kind))
+  if config.task == "lm" and not config.model.tie_embeddings:
+    rules.append(Rule(except_ + "head/kernel", linear))
+  rules = [rule for rule in rules if rule.target]
   if embedding:
-    kind = f.embedding_granularity
-    rules.append(Rule(except_ + _EMBEDDING, embedding, kind))
+    unit = f.embedding_granularity
+    rules.append(Rule(except_ + _EMBEDDING, embedding, unit))
   # `exclude` may leave a rule nothing to prune.
   rules = [r for r in rules if any(re.fullmatch(r.pattern, n) for n in names)]
   for site in make_sites(rules, params):
@@ -125,10 +141,21 @@ def _fraction_for(config: Config, params: Any, dense: Any) -> float:
 
 def check_steps(config: Config) -> tuple[int, int, int]:
   """Returns (begin, end, every) in steps."""
+  if is_pruned_before(config):
+    return 0, 0, 1
   f, steps = config.fpp, config.train.steps
   begin = int(f.begin * steps)
   end = max(begin, min(int(f.end * steps), steps - 1))
   return begin, end, max(1, math.ceil((end - begin) / f.checks))
+
+
+def is_pruned_before(config: Config) -> bool:
+  """Returns whether training starts from pruned weights.
+
+  Then FPP has one check, at the first step, and finds what is to stay zero: as
+  many as its target are zero already, and they are the lowest by magnitude.
+  """
+  return config.compress.prune != "none"
 
 
 def is_check(config: Config, step: int) -> bool:
@@ -137,14 +164,34 @@ def is_check(config: Config, step: int) -> bool:
   return begin <= step <= end and (step - begin) % every == 0
 
 
+def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:
+  """Returns {parameter that a rule matches: units that a shrink removed}.
+
+  Args:
+    rules: For the parameters before.
+    before: Tree of parameters, or of their shapes.
+    after: The same after the shrink.
+  """
+  sizes = {s.name: math.prod(s.shape) for s in make_sites(rules, after)}
+  return {
+    s.name: math.prod(s.shape) - sizes[s.name]
+    for s in make_sites(rules, before)
+  }
+
+
 def make_optimizer(
-  config: Config, rules: list[Rule]
+  config: Config, rules: list[Rule], removed: dict[str, int] | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the chain: FPP around (clip by norm, AdamW, schedule).
 
   The clip is inside, so that frozen parameters do not count in the norm; FPP
   is outside, so that weight decay and momentum do not move them. Weight decay
   acts on matrices, not on norms, biases and slopes.
+
+  Args:
+    config: The resolved configuration.
+    rules: What to prune.
+    removed: From `removed_units`; None: nothing was.
   """
   t = config.train
   inner = optax.chain(
@@ -161,6 +208,8 @@ def make_optimizer(
   )
   begin, end, every = check_steps(config)
   f = config.fpp
+  if is_pruned_before(config):
+    f = dataclasses.replace(f, score="magnitude", patience=0, tolerance=None)
   return fpp(
     inner,
     rules,
@@ -173,6 +222,7 @@ def make_optimizer(
     decay=f.decay,
     tolerance=f.tolerance if rules else None,
     seed=config.seed,
+    removed=removed,
   )
 
 

@@ -1,5 +1,6 @@
 """The training step: pure, jitted, with donated state."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -10,6 +11,8 @@ import optax
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.rules import Rule
+from folding.config import DistillConfig
+from folding.models.transformer import Block
 from folding.training import losses
 
 
@@ -49,12 +52,17 @@ def train_step(
   seed: int,
   label_smoothing: float,
   is_check: bool,
+  accumulate: int = 1,
+  teacher: Any = None,
+  distill: DistillConfig | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and metrics.
 
   Args:
     state: Before the update.
-    batch: Global arrays.
+    batch: Global arrays; with rows of the embedding to prune also "usage",
+      float32[V], how often training uses each token, in place of how often
+      this batch does.
     model: The Linen model.
     tx: From `make_optimizer`.
     rules: What FPP prunes.
@@ -62,41 +70,73 @@ def train_step(
     label_smoothing: See `losses.summed_loss`.
     is_check: Whether FPP looks at the parameters in this step; only then are
       forward statistics gathered.
+    accumulate: Parts of the batch that are computed one after another, for
+      memory; the update is that of the whole to rounding, dropout apart.
+    teacher: Of distillation: a model whose parameters are batch["teacher"].
+    distill: How much the teacher counts; None: there is none.
 
   Returns:
     (state, {"loss", and after a check "selected", "frozen", "zero"}).
   """
-  dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
-  apply = observe(model.apply) if is_check else _plain(model.apply)
+  batch = dict(batch)
+  teacher_params, usage = batch.pop("teacher", None), batch.pop("usage", None)
+  total = jnp.maximum(jnp.sum(batch["weights"]), 1)
+  keep = batch.get("mask")
+  num_tokens = batch["tokens"].size if keep is None else jnp.sum(keep)
+  watch: dict[str, Any] = {}
+  if distill is not None and distill.hidden:
+    watch = {"mutable": ["intermediates"], "capture_intermediates": _is_block}
 
-  def loss_fn(params, run):
-    logits, stats = run(
-      {"params": params},
-      batch["tokens"],
-      batch.get("mask"),
-      False,
-      rngs={"dropout": dropout_key},
-    )
+  def loss_fn(params, batch, key, is_check, distill):
+    """Returns a part's share of the loss of the whole batch, and of the rest."""
+    inputs = {"params": params}, batch["tokens"], batch.get("mask"), False
+    options = {"rngs": {"dropout": key}, **(watch if distill else {})}
+    stats = {}
+    if is_check:
+      apply = observe(model.apply)
+      out, stats = apply(*inputs, keep=batch.get("mask"), **options)
+    else:
+      out = model.apply(*inputs, **options)
+    logits, hidden = out if distill and watch else (out, {})
     sums = losses.summed_loss(logits, batch, label_smoothing)
-    weight = jnp.maximum(sums["weight"], 1)
-    return sums["loss"] / weight, (sums["nats"] / weight, stats)
+    loss = untaught = sums["loss"] / jnp.maximum(sums["weight"], 1)
+    if distill is not None:
+      taught = teacher.apply(
+        {"params": teacher_params}, batch["tokens"], batch.get("mask"), **watch
+      )
+      taught, aims = jax.lax.stop_gradient(taught if watch else (taught, {}))
+      loss = (1 - distill.logits) * loss + distill.logits * losses.soft_loss(
+        logits, taught, batch["weights"], distill.temperature
+      )
+      if distill.hidden:
+        loss += distill.hidden * losses.hidden_loss(hidden, aims, batch)
+    share = sums["weight"] / total
+    seen = batch["tokens"].size if keep is None else jnp.sum(batch["mask"])
+    seen = seen / jnp.maximum(num_tokens, 1)
+    stats = {name: seen * stat for name, stat in stats.items()}
+    return share * loss, (sums["nats"] / total, share * untaught, stats)
+
+  dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
+  over_parts = functools.partial(_sum_parts, batch, dropout_key, accumulate)
 
   def value_fn(params):
-    return loss_fn(params, _plain(model.apply))[0]
+    return over_parts(
+      lambda part, key: loss_fn(params, part, key, False, None)
+    )[0]
 
-  def run(*args, **kwargs):
-    keep = {"keep": batch.get("mask")} if is_check else {}
-    return apply(*args, **kwargs, **keep)
-
-  (loss, (nats, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-    state.params, run
+  grads, (nats, untaught, stats) = over_parts(
+    lambda part, key: jax.grad(loss_fn, has_aux=True)(
+      state.params, part, key, is_check, distill
+    )
   )
+  if is_check and usage is not None:
+    stats = stats | {"embed/embedding": usage}
   updates, opt_state = tx.update(
     grads,
     state.opt_state,
     state.params,
     stats=stats,
-    value=loss,
+    value=untaught,
     value_fn=value_fn,
   )
   params = optax.apply_updates(state.params, updates)
@@ -106,6 +146,31 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _plain(apply: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns apply with no statistics, in the form of `observe`."""
-  return lambda *args, **kwargs: (apply(*args, **kwargs), {})
+def _is_block(module: Any, method: str) -> bool:
+  return isinstance(module, Block) and method == "__call__"
+
+
+def _sum_parts(
+  batch: Mapping[str, jax.Array],
+  key: jax.Array,
+  count: int,
+  function: Callable[[Mapping[str, jax.Array], jax.Array], Any],
+) -> Any:
+  """Returns the sum of function(part, key) over parts of a batch, in turn."""
+  if count == 1:
+    return function(batch, key)
+  # Part i has every count-th row, so that each device has rows of each part.
+  parts = {
+    name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+    for name, x in batch.items()
+  }
+  keys = jax.random.split(key, count)
+  first = jax.tree.map(lambda x: x[0], (parts, keys))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first)
+  )
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, function(*part)), None
+
+  return jax.lax.scan(add, zeros, (parts, keys))[0]

@@ -8,7 +8,7 @@ from folding import paths
 from folding.compression.fold import fold, unfold
 from folding.config import Config, FoldConfig, ModelConfig, llama, resolve
 from folding.config import gpt2 as gpt2_config
-from folding.models.attention import Attention
+from folding.models.attention import Attention, rope_frequencies
 from folding.models.transformer import make_model
 from tests import transforms_battery as battery
 
@@ -149,6 +149,60 @@ def test_arrays_outside_attention_are_the_same_objects(first_dense):
   assert moved == {
     f"blocks_{n}/attn/v/{a}" for n in blocks for a in ("kernel", "bias")
   }
+
+
+def _assert_same_logits(model_config, params, twin, **fold_options):
+  folded, dense = _model(model_config, **fold_options), _model(model_config)
+  shapes = jax.eval_shape(dense.init, jax.random.key(0), _TOKENS)["params"]
+  assert jax.tree.map(jnp.shape, twin) == jax.tree.map(jnp.shape, shapes)
+  found, expected = _logits(folded, params), _logits(dense, twin)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found, expected, atol=1e-5 * scale, rtol=0)
+
+
+def test_values_that_are_left_out_are_the_identity():
+  model_config, options = ModelConfig(**_SHAPE), {"v_block": 1}
+  options |= {"v_identity": True, "groups": 2}
+  params = _params(_model(model_config, **options))
+  twin = unfold(params)
+  value = twin["blocks_0"]["attn"]["v"]["kernel"]
+  np.testing.assert_array_equal(value.reshape(16, 16), np.eye(16))
+  _assert_same_logits(model_config, params, twin, **options)
+  _assert_bit_equal(fold(params, groups=2, v_block=1), params)
+
+
+def _pairs(**fields):
+  """Returns a model of 2 of 4 rotary pairs, others in each of 2 key heads."""
+  shape = _SHAPE | {"width": 32, "num_kv_heads": 2}
+  model_config = llama(**(shape | fields))
+  options = {"groups": 4, "rope": "pairs"}
+  params = _params(_model(model_config, **options))
+  frequencies = rope_frequencies(8, 10000.0)
+  own = jnp.asarray(frequencies[np.array([[2, 0], [1, 3]])])
+  params["blocks_0"]["attn"]["frequency"] = own
+  return model_config, params, frequencies, options
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_pairs_go_to_the_channels_that_turn_as_they_do(qkv_bias):
+  model_config, params, frequencies, options = _pairs(qkv_bias=qkv_bias)
+  twin = unfold(params, frequencies)
+  _assert_same_logits(model_config, params, twin, **options)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda f: None, "attn/frequency: give the frequencies"),
+    (lambda f: f * 1.01, "attn/frequency: the dense model has no such"),
+    (lambda f: f[np.array([0, 0, 1, 3])], "the dense model has no such"),
+  ],
+  ids=["none", "others", "missing"],
+)
+def test_unfold_refuses_angles_that_the_dense_model_lacks(change, message):
+  _, params, frequencies, _ = _pairs()
+  with pytest.raises(ValueError, match=message):
+    unfold(params, change(frequencies))
 
 
 def _float64(x):

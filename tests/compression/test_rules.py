@@ -33,7 +33,7 @@ def _params():
     ((0.5, "4:4"), "'n:m' with 0 < n < m; it is '4:4'"),
     ((0.5, "0:4"), "'n:m' with 0 < n < m; it is '0:4'"),
     ((0.6, "2:4"), "removes 0.5 of the weights, .* must be 0.5"),
-    ((0.5, "row", {"x": 0}), "rule 'w' ties other arrays"),
+    ((0.5, "weight", {"x": 0}), "rule 'w' ties other arrays"),
   ],
   ids=["one", "negative", "unknown", "4:4", "0:4", "n:m-target", "tied"],
 )

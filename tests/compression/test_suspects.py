@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding.compression import rules, scores, suspects
+from folding.compression import rules, scores, select, suspects
 from folding.compression.rules import Rule
 from tests import transforms_battery as battery
 
@@ -57,7 +57,7 @@ def test_weights_score_by_themselves():
   leaves = _leaves()
   sites = rules.make_sites([Rule("w", 0.5)], leaves)
   found = suspects.unit_scores(sites, leaves, {}, "magnitude", seed=0)["w"]
-  np.testing.assert_array_equal(found, np.abs(leaves["w"]))
+  np.testing.assert_array_equal(select.value(found), np.abs(leaves["w"]))
 
 
 def test_random_scores_differ_between_parameters_but_not_between_checks():
@@ -115,6 +115,28 @@ def test_one_threshold_for_a_rule():
   np.testing.assert_array_equal(found["a"], both[:15].reshape(3, 5))
   np.testing.assert_array_equal(found["b"], both[15:])
   np.testing.assert_array_equal(found["c"], _lowest(ranked["c"], 2))
+
+
+@pytest.mark.parametrize("scope", ["parameter", "rule"])
+def test_units_that_were_removed_count_as_the_lowest(scope):
+  rule = Rule("a|b", 0.6)
+  rng = np.random.default_rng(0)
+  whole = {"a": rng.normal(size=20), "b": rng.normal(size=9)}
+  gone = {"a": whole["a"] < -0.8, "b": np.zeros(9, bool)}
+  assert gone["a"].sum() == 3
+
+  def chosen(ranked, removed):
+    sites = rules.make_sites([rule], ranked)
+    ranked = {n: jnp.asarray(x, jnp.float32) for n, x in ranked.items()}
+    return suspects.suspects(
+      sites, [rule], ranked, scope, _RAMP, jnp.int32(2), removed
+    )
+
+  before = chosen(whole, {})
+  after = chosen({n: x[~gone[n]] for n, x in whole.items()}, {"a": 3})
+  for name, is_gone in gone.items():
+    assert before[name][is_gone].all()
+    np.testing.assert_array_equal(after[name], before[name][~is_gone])
 
 
 @pytest.mark.parametrize("granularity", ["2:4", "3:4"])

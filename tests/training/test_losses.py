@@ -60,3 +60,42 @@ def test_large_logits_do_not_overflow():
   logits = jnp.array([[1e4, 0.0], [0.0, -3e4]])
   found = losses.token_losses(logits, jnp.array([1, 0]))
   np.testing.assert_array_equal(found, [1e4, 0.0])
+
+
+def test_soft_loss_is_the_divergence_of_float64():
+  logits, _, weights = example((3, 5), 7)
+  taught = example((3, 5), 7)[0][::-1] * 0.5
+  T = 2.0
+
+  def softmax(z):
+    e = np.exp(np.asarray(z, np.float64) / T)
+    return e / e.sum(-1, keepdims=True)
+
+  p, q = softmax(taught), softmax(logits)
+  nats = (p * np.log(p / q)).sum(-1)
+  expected = T**2 * (nats * weights).sum() / weights.sum()
+  found = losses.soft_loss(
+    jnp.asarray(logits), jnp.asarray(taught), jnp.asarray(weights), T
+  )
+  np.testing.assert_allclose(found, expected, rtol=2e-6)
+  same = losses.soft_loss(
+    jnp.asarray(logits), jnp.asarray(logits), jnp.asarray(weights), T
+  )
+  np.testing.assert_allclose(same, 0, atol=1e-6)
+
+
+def test_hidden_loss_is_a_share_of_what_counts():
+  rng = np.random.default_rng(0)
+  theirs = rng.normal(size=(2, 4, 3)).astype(np.float32)
+  ours = theirs + rng.normal(size=theirs.shape).astype(np.float32)
+  mask = np.array([[1, 1, 0, 0], [1, 1, 1, 0]], bool)
+  wrong = np.square(ours - theirs)[mask].sum() / np.square(theirs)[mask].sum()
+  batch = {"mask": jnp.asarray(mask)}
+  hidden = {"a": jnp.asarray(ours), "b": jnp.asarray(theirs)}
+  taught = {"a": jnp.asarray(theirs), "b": jnp.asarray(theirs)}
+  found = losses.hidden_loss(hidden, taught, batch)
+  np.testing.assert_allclose(found, wrong / 2, rtol=1e-6)  # b is right
+  everything = losses.hidden_loss({"a": hidden["a"]}, {"a": taught["a"]}, {})
+  np.testing.assert_allclose(
+    everything, np.square(ours - theirs).sum() / np.square(theirs).sum(), 1e-6
+  )

@@ -170,8 +170,8 @@ def one_device(run, start):
 
 @pytest.mark.parametrize(
   "mesh_config",
-  [MeshConfig(8, 1), MeshConfig(2, 4)],
-  ids=["data=8", "data=2,fsdp=4"],
+  [MeshConfig(8, 1), MeshConfig(2, 4), MeshConfig(2, 2, 2)],
+  ids=["data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"],
 )
 def test_eight_devices_prune_as_one(run, start, one_device, mesh_config):
   eight = train(run, start, jax.devices(), mesh_config, range(8))
@@ -232,3 +232,52 @@ def test_mesh_splits_parameters_and_their_moments(start):
   for part in ("params", "opt_state/inner/1/0/mu", "opt_state/inner/1/0/nu"):
     assert is_split[f"{part}/blocks_0/mlp/up/kernel"], part
     assert not is_split[f"{part}/norm_final/scale"], part
+
+
+@pytest.mark.parametrize("task", ["lm", "classify"])
+def test_parts_of_a_batch_add_up_to_the_whole(task):
+  # A classifier's texts are of different lengths, so that parts weigh unequal.
+  model = c.ModelConfig(
+    num_layers=1, width=32, num_heads=4, causal=task == "lm"
+  )
+  run = tiny.make(tiny.config(task=task, model=model))
+  state, batch = run.init(), tiny.batch(0)
+  if task == "classify":
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, tiny.LENGTH + 1, 16)
+    batch = {
+      "tokens": batch["tokens"],
+      "mask": np.arange(tiny.LENGTH) < lengths[:, None],
+      "labels": rng.integers(0, 3, 16).astype(np.int32),
+      "weights": (np.arange(16) < 13).astype(np.float32),
+    }
+  # Plain descent, so that an update is a gradient; FPP sees what it would.
+  tx = told_statistics()
+  state = state._replace(opt_state=tx.init(state.params))
+  whole, parts = (
+    run.step(True, tx=tx, rules=[], accumulate=n)(state, batch) for n in (1, 4)
+  )
+  chex.assert_trees_all_close(parts, whole, rtol=2e-5, atol=1e-7)
+  assert "blocks_0/mlp/up/kernel" in whole[0].opt_state["stats"]
+
+
+def told_statistics():
+  """Returns gradient descent that keeps the statistics and value it is told."""
+
+  def init(params):
+    del params
+    return {}
+
+  def update(updates, state, params=None, *, stats, value, value_fn):
+    del state
+    told = {"stats": stats, "value": value, "again": value_fn(params)}
+    return jax.tree.map(jnp.negative, updates), told
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def test_one_check_a_step_though_it_has_parts(run, start):
+  batch = tiny.batch(0)
+  new, metrics = run.step(True, accumulate=2)(start, batch)
+  assert int(new.opt_state.observed) == 1
+  assert metrics["selected"] > 0

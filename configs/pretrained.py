@@ -1,0 +1,79 @@
+r"""Folds a trained model and recovers it: `--config=configs/pretrained.py:PATH`.
+
+PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, GPT-2,
+Llama, Mistral, Qwen2), or a run that was trained dense.
+
+Tune:    python train.py --config=configs/pretrained.py:PATH --workdir=DENSE \
+           --config.data.path=FOLDER --config.dense=True
+Fold:    python train.py --config=configs/pretrained.py:DENSE --workdir=RUN
+         folds the dense run, which is its own teacher (README has figures)
+At once: the first without --config.dense=True: no teacher, and less accurate
+Plan:    add --config.compress.plan=auto: each layer by what it loses
+"""
+
+import os
+
+from folding import config as c
+from folding.models import pretrained
+from folding.schema import require
+
+
+def get_config(path: str = "") -> c.Config:
+  """Returns the configuration for a checkpoint or a run.
+
+  Raises:
+    ConfigError: no path is given, or nothing of this kind is there.
+  """
+  require(
+    bool(path),
+    "give configs/pretrained.py:PATH, a checkpoint folder, hub id or dense run",
+  )
+  is_run = os.path.isdir(os.path.join(path, "checkpoints"))
+  if is_run:
+    found = c.load(os.path.join(path, "config.json"))
+    task, model, data = found.task, found.model, found.data
+    data.tokenizer = os.path.join(path, "tokenizer.json")
+  else:
+    folder = pretrained.find_pretrained(path)
+    described = pretrained.describe_pretrained(folder)
+    model = described.config
+    task = "lm" if model.causal else "classify"
+    data = c.DataConfig(
+      tokenizer=str(folder / "tokenizer.json"),
+      length=min(described.max_length, 128 if model.causal else 64),
+      batch_size=16,
+    )
+  # A checkpoint that is no classifier yet learns the task; a model that has
+  # learnt it is its own teacher, which needs no dropout.
+  knows_task = is_run or task == "lm"
+  model.dropout = 0.0 if knows_task else 0.1
+  assert model.head_dim is not None
+  shares_width = model.num_heads * model.head_dim == model.width
+  return c.Config(
+    task=task,
+    preset="paper",
+    pretrained=path,
+    data=data,
+    model=model,
+    fold=c.FoldConfig(
+      groups=2,
+      rope="pairs" if model.positions == "rope" else "copy",
+      v_block=None if shares_width else 0,
+    ),
+    fpp=c.FPPConfig(
+      linear=0.62,
+      embedding=0.71,
+      embedding_granularity="row" if task == "classify" else "weight",
+      begin=0.05,
+      end=0.5,
+    ),
+    distill=c.DistillConfig(logits=0.7, hidden=2.0)
+    if knows_task
+    else c.DistillConfig(),
+    train=c.TrainConfig(
+      steps=500,
+      learning_rate=5e-4 if knows_task else 1e-4,
+      weight_decay=0.01,
+      eval_every=250,
+    ),
+  )

@@ -1,0 +1,324 @@
+"""Folding of trained heads: the nearest folded layer, from second moments.
+
+Nothing here runs a model: a caller measures moments of what a layer reads and
+writes on calibration text, and gets the folded arrays. Moments are float64.
+
+Axes: D width, H heads, J key heads, R = H / J, K head size, G row groups, E is
+D, and one more where the projections have a bias (a constant input of 1).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Projection = Mapping[str, Any]  # "kernel" [D, H, K], and perhaps "bias" [H, K]
+
+_RIDGE = 1e-6  # of the mean variance, added where moments are inverted
+_RIDGES = tuple(10.0**n for n in range(-6, 3))  # tried in a regression
+
+
+class FoldedHeads(NamedTuple):
+  """Folded query and key projections.
+
+  Attributes:
+    q: "kernel" [D, H, G] and perhaps "bias" [H, G]; [G, H, K] on the input
+      axis.
+    k: The same with J heads.
+    kept: Fraction of the variance of the logits that is kept, of all heads;
+      None where it was not measured.
+    frequency: [J, G/2] radians a token, with rotary positions.
+  """
+
+  q: dict[str, np.ndarray]
+  k: dict[str, np.ndarray]
+  kept: float | None
+  frequency: np.ndarray | None = None
+
+
+def fold_heads(
+  q: Projection,
+  k: Projection,
+  query_moment: np.ndarray,
+  key_moment: np.ndarray,
+  groups: int,
+) -> FoldedHeads:
+  """Returns the projections of rank G whose logits are nearest (output axis).
+
+  The logits of a head are x_i' M x_j with M = W_Q W_K' (biases included). With
+  C = E[x x'] = L L' of queries and C~ = L~ L~' of keys,
+  E (x_i' (M - M^) x_j)^2 = |L' (M - M^) L~|^2 for i and j drawn apart, least
+  at the G leading terms of the singular value decomposition of L' M L~. Query
+  heads that share a key head are stacked and decomposed together. As softmax
+  does not see what is added to a whole row of logits, keys are best measured
+  from the mean of their own text: their moment is a covariance then.
+
+  Args:
+    q: Dense, H heads.
+    k: Dense, J heads; J divides H.
+    query_moment: [E, E], E[x x'] over query tokens.
+    key_moment: [E, E], of key tokens; E's last row and column are 0 where keys
+      are measured from a mean.
+    groups: G, at most K.
+
+  Raises:
+    ValueError: there are more groups than channels of a head.
+  """
+  a_EHK, b_EJK = _augmented(q), _augmented(k)
+  E, H, K = a_EHK.shape
+  J = b_EJK.shape[1]
+  _require_groups(groups, K)
+  (root_q, unroot_q), (root_k, unroot_k) = map(
+    _root, (query_moment, key_moment)
+  )
+  new_q, new_k = np.zeros((E, H, groups)), np.zeros((E, J, groups))
+  kept = total = 0.0
+  for j in range(J):
+    of_j = slice(j * H // J, (j + 1) * H // J)
+    a_ERK = a_EHK[:, of_j]
+    left = np.concatenate([root_q.T @ a_ERK[:, r] for r in range(H // J)])
+    u, s, v = _svd_of_product(left, root_k.T @ b_EJK[:, j])
+    kept, total = kept + np.sum(s[:groups] ** 2), total + np.sum(s**2)
+    # Half of each singular value goes to either side.
+    scale = (groups / K) ** 0.5 * np.sqrt(s[:groups])
+    u_REG = (u[:, :groups] * scale).reshape(H // J, E, groups)
+    new_q[:, of_j] = (unroot_q @ u_REG).transpose(1, 0, 2)
+    new_k[:, j] = unroot_k @ (v[:, :groups] * scale)
+  return FoldedHeads(_split(new_q, q), _split(new_k, k), _share(kept, total))
+
+
+def fold_rotary_heads(
+  q: Projection,
+  k: Projection,
+  query_moment: np.ndarray,
+  key_moment: np.ndarray,
+  groups: int,
+  frequencies: np.ndarray,
+  slow: float = 0.0,
+) -> FoldedHeads:
+  """Returns the G channels a head that carry the logits under RoPE best.
+
+  With complex q_f and k_f, one a pair of channels that turns by theta_f, the
+  logits are sum_f Re(q_f conj(k_f) e^(i theta_f (i - j))): functions of the
+  distance that are as good as orthogonal for different theta_f. So the rank
+  of W_Q W_K' does not matter and the number of pairs does: G/2 pairs are kept
+  as they are, and the error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2
+  of those left out. Pairs below `slow` radians a token hardly turn over a
+  whole text; they carry plain content, may be replaced by the leading terms
+  of their product as in `fold_heads`, and those do not turn at all.
+
+  Args:
+    q: Dense, H heads.
+    k: Dense, J heads; J divides H.
+    query_moment: [E, E], E[x x'] over query tokens.
+    key_moment: [E, E], of key tokens.
+    groups: G, an even number up to K.
+    frequencies: [K/2], radians a token; channel i is paired with i + K/2.
+    slow: Radians a token up to which a rotation is neglected.
+
+  Raises:
+    ValueError: G is odd or more than the channels of a head.
+  """
+  a_EHK, b_EJK = _augmented(q), _augmented(k)
+  E, H, K = a_EHK.shape
+  J, R = b_EJK.shape[1], H // b_EJK.shape[1]
+  _require_groups(groups, K)
+  if groups % 2:
+    raise ValueError(
+      f"rotary channels come in pairs; G is {groups}, make it even"
+    )
+  half, pairs = K // 2, groups // 2
+  (root_q, unroot_q), (root_k, unroot_k) = map(
+    _root, (query_moment, key_moment)
+  )
+  new_q, new_k = np.zeros((E, H, groups)), np.zeros((E, J, groups))
+  new_frequency = np.zeros((J, pairs))
+  slow_f = np.flatnonzero(frequencies <= slow)
+  slow_channels = np.concatenate([slow_f, slow_f + half])
+  kept = total = 0.0
+  for j in range(J):
+    of_j = slice(j * R, (j + 1) * R)
+    left_rEK = [root_q.T @ a_EHK[:, j * R + r] for r in range(R)]
+    right_EK = root_k.T @ b_EJK[:, j]
+    energy_q = np.square(left_rEK).sum((0, 1))
+    energy_k = np.square(right_EK).sum(0)
+    by_pair = (energy_q[:half] + energy_q[half:]) / 2
+    by_pair = by_pair * (energy_k[:half] + energy_k[half:])
+    fast_f = np.setdiff1d(np.arange(half), slow_f)
+    fast_f = fast_f[np.argsort(-by_pair[fast_f])]
+    left = np.concatenate([w_EK[:, slow_channels] for w_EK in left_rEK])
+    u, s, v = _svd_of_product(left, right_EK[:, slow_channels])
+    total += by_pair[fast_f].sum() + np.sum(s**2)
+    # Every split of the pairs into turning ones and terms that do not turn.
+    best = max(
+      range(min(pairs, len(fast_f)) + 1),
+      key=lambda n: (
+        by_pair[fast_f[:n]].sum() + np.sum(s[: 2 * (pairs - n)] ** 2)
+      ),
+    )
+    # In the order of the dense head: with all pairs it is that head again.
+    chosen, rank = np.sort(fast_f[:best]), 2 * (pairs - best)
+    kept += by_pair[chosen].sum() + np.sum(s[:rank] ** 2)
+    new_frequency[j, :best] = frequencies[chosen]
+    turning = np.concatenate([chosen, chosen + half])
+    at = np.concatenate([np.arange(best), pairs + np.arange(best)])
+    new_q[:, of_j, at] = a_EHK[:, of_j][:, :, turning]
+    new_k[:, j, at] = b_EJK[:, j][:, turning]
+    rest = np.setdiff1d(np.arange(groups), at)[: len(s)]
+    terms = np.sqrt(s[: len(rest)])
+    u_REG = (u[:, : len(rest)] * terms).reshape(R, E, len(rest))
+    new_q[:, of_j, rest] = (unroot_q @ u_REG).transpose(1, 0, 2)
+    new_k[:, j, rest] = unroot_k @ (v[:, : len(rest)] * terms)
+  scale = (groups / K) ** 0.5
+  new_q, new_k = new_q * scale, new_k * scale
+  return FoldedHeads(
+    _split(new_q, q),
+    _split(new_k, k),
+    _share(kept, total),
+    new_frequency.astype(np.float32),
+  )
+
+
+def fold_input_rows(
+  projection: Projection, moment: np.ndarray, groups: int
+) -> dict[str, np.ndarray]:
+  """Returns the projection with G identical rows a group (input axis).
+
+  The D/G channels of a group are summed: z = S x. The rows are the regression
+  of x' W on z, which is (S C S')^-1 S C W; the bias, if any, takes its part.
+
+  Args:
+    projection: Dense, [D, H, K].
+    moment: [E, E], E[x x'].
+    groups: G, a divisor of D.
+
+  Raises:
+    ValueError: G does not divide D.
+  """
+  w_EHK = _augmented(projection)
+  D = projection["kernel"].shape[0]
+  E, H, K = w_EHK.shape
+  if not groups or D % groups:
+    raise ValueError(f"{groups} groups do not divide {D} input channels")
+  sums = np.zeros((groups + E - D, E))
+  sums[np.arange(D) // (D // groups), np.arange(D)] = 1
+  sums[groups:, D:] = np.eye(E - D)
+  rows = solve_ridge(
+    sums @ moment @ sums.T, sums @ moment @ w_EHK.reshape(E, -1)
+  )
+  rows = rows.reshape(-1, H, K)
+  folded = {"kernel": rows[:groups].astype(np.float32)}
+  if E > D:
+    folded["bias"] = rows[groups].astype(np.float32)
+  return folded
+
+
+class Regression(NamedTuple):
+  """Least squares with a ridge that unseen halves of the data have chosen.
+
+  Attributes:
+    weights: [n, m].
+    r2: Of the half that was left out, mean of both: 1 - error / variance.
+  """
+
+  weights: np.ndarray
+  r2: float
+
+
+def regress(
+  gram_2nn: np.ndarray,
+  cross_2nm: np.ndarray,
+  square_2: np.ndarray,
+  variance: float,
+  prior_nm: np.ndarray | None = None,
+) -> Regression:
+  """Returns the coefficients that turn features into targets.
+
+  Sums come in two halves: each ridge is fitted on one and judged on the other,
+  the best is fitted on both. The ridge pulls towards the prior, so where data
+  is short the weights stay what they are.
+
+  Args:
+    gram_2nn: Sums of products of the n features, by half.
+    cross_2nm: Sums of features times what the prior leaves of the m targets,
+      by half. (Taken off token by token, as sums would cancel.)
+    square_2: Sums of squares of what the prior leaves, by half.
+    variance: Sum of squares of the targets from their mean: what r2 refers to.
+    prior_nm: What the weights are without data; None: zero.
+  """
+  error = np.zeros(len(_RIDGES))
+  for half in range(2):
+    other, (size, basis) = 1 - half, _spectrum(gram_2nn[half])
+    projected = basis.T @ cross_2nm[half]
+    for i, ridge in enumerate(_RIDGES):
+      delta = basis @ (projected / _added(size, ridge)[:, None])
+      error[i] += square_2[other] - 2 * np.sum(delta * cross_2nm[other])
+      error[i] += np.sum(delta * (gram_2nn[other] @ delta))
+  best = int(np.argmin(error))
+  weights = solve_ridge(gram_2nn.sum(0), cross_2nm.sum(0), _RIDGES[best])
+  if prior_nm is not None:
+    weights = weights + prior_nm
+  return Regression(weights, float(1 - error[best] / max(variance, 1e-300)))
+
+
+def solve_ridge(
+  gram: np.ndarray, cross: np.ndarray, ridge: float = _RIDGE
+) -> np.ndarray:
+  """Returns (gram + ridge mean(diag) I)^-1 cross."""
+  size, basis = _spectrum(gram)
+  return basis @ ((basis.T @ cross) / _added(size, ridge)[:, None])
+
+
+def _spectrum(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns eigenvalues and vectors of a matrix of sums of products.
+
+  Sums made in float32 may have eigenvalues below 0, larger than a ridge: a
+  Cholesky factor does not exist then. They are 0 here.
+  """
+  size, basis = np.linalg.eigh(np.asarray(gram, np.float64))
+  return size.clip(0), basis
+
+
+def _added(size: np.ndarray, ridge: float) -> np.ndarray:
+  return size + ridge * size.mean() + 1e-300
+
+
+def _augmented(projection: Projection) -> np.ndarray:
+  """Returns the kernel [E, H, K] with the bias, if any, as its last row."""
+  rows = [np.asarray(projection["kernel"], np.float64)]
+  if "bias" in projection:
+    rows.append(np.asarray(projection["bias"], np.float64)[None])
+  return np.concatenate(rows)
+
+
+def _split(w_EHG: np.ndarray, like: Projection) -> dict[str, np.ndarray]:
+  D = like["kernel"].shape[0]
+  parts = {"kernel": w_EHG[:D].astype(np.float32)}
+  if "bias" in like:
+    parts["bias"] = w_EHG[D].astype(np.float32)
+  return parts
+
+
+def _root(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (L, inverse of L') with moment = L L', a small ridge added."""
+  size, basis = _spectrum(moment)
+  root = np.sqrt(_added(size, _RIDGE))
+  return basis * root, basis / root
+
+
+def _svd_of_product(a: np.ndarray, b: np.ndarray):
+  """Returns (u, s, v) with a b' = u diag(s) v', by way of K by K."""
+  left, r_left = np.linalg.qr(a)
+  right, r_right = np.linalg.qr(b)
+  u, s, vt = np.linalg.svd(r_left @ r_right.T)
+  return left @ u, s, right @ vt.T
+
+
+def _share(kept: float, total: float) -> float:
+  """Returns kept / total; of nothing, all is kept."""
+  return float(kept / total) if total else 1.0
+
+
+def _require_groups(groups: int, K: int) -> None:
+  if not 0 < groups <= K:
+    raise ValueError(f"G is {groups}; it must be 1 to {K}, the size of a head")

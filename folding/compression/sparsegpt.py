@@ -1,0 +1,116 @@
+"""Pruning of trained weights in one pass: SparseGPT, Wanda, magnitude.
+
+A layer y = x W is given by W [I, O] and the second moment of its input,
+C = E[x x'] [I, I]. All in float64 on the host.
+
+Axes: I inputs, O outputs.
+"""
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float
+
+Matrix = Float[np.ndarray, "I O"]
+Moment = Float[np.ndarray, "E E"]  # of I inputs, which is checked
+
+
+def sparsegpt(
+  w_IO: Matrix,
+  moment_II: Moment,
+  fraction: float,
+  *,
+  block: int = 128,
+  damping: float = 0.01,
+) -> Matrix:
+  """Returns the weights with a fraction at zero and the others adjusted.
+
+  Inputs are taken in order. Where a weight of input i is removed, those of the
+  inputs after it move so that E |x W - x W^|^2 is least, given the weights up
+  to i: by w_i / U_ii times row i of U, the upper Cholesky factor of the inverse
+  of C. Which weights go is decided a block of inputs at a time, once the blocks
+  before are done: those of least w_i^2 / U_ii^2, what removing them alone adds
+  to the error.
+
+  Args:
+    w_IO: Weights.
+    moment_II: E[x x'], over at least some thousand tokens.
+    fraction: Of each block, to remove, in [0, 1); rounded so that the matrix
+      loses floor(fraction I O).
+    block: Inputs that are decided together.
+    damping: Share of the mean of the diagonal of C that is added to it.
+
+  Raises:
+    ValueError: C is not of W's inputs, or not positive definite.
+
+  References: Frantar and Alistarh, "SparseGPT", 2023, algorithm 1.
+  """
+  inputs = len(w_IO)
+  moment_II = _damped(w_IO, moment_II, damping)
+  try:
+    u_II = scipy.linalg.cholesky(np.linalg.inv(moment_II))
+  except np.linalg.LinAlgError as error:
+    raise ValueError(
+      "the moment of a layer's input cannot be inverted; use more calibration "
+      "text or damping"
+    ) from error
+  w_IO, gone = np.array(w_IO, np.float64), 0
+  for begin in range(0, inputs, block):
+    end = min(begin + block, inputs)
+    scale_B1 = np.diag(u_II)[begin:end, None]
+    wanted = _count(fraction, end * w_IO.shape[1])
+    drop_BO = _lowest(np.square(w_IO[begin:end] / scale_B1), wanted - gone)
+    gone = wanted
+    for i in range(begin, end):
+      error_O = np.where(drop_BO[i - begin], w_IO[i] / u_II[i, i], 0)
+      w_IO[i:] -= np.outer(u_II[i, i:], error_O)
+      w_IO[i][drop_BO[i - begin]] = 0.0  # exactly
+  return w_IO
+
+
+def wanda(w_IO: Matrix, moment_II: Moment, fraction: float) -> Matrix:
+  """Returns the weights with the lowest |w| rms(x) of each output at zero.
+
+  References: Sun et al., "A simple and effective pruning approach for large
+    language models", 2024.
+  """
+  score_IO = (
+    np.abs(w_IO) * np.sqrt(np.diag(_damped(w_IO, moment_II, 0.0)))[:, None]
+  )
+  count = _count(fraction, len(w_IO))
+  order_IO = np.argsort(score_IO, axis=0, kind="stable")
+  w_IO = np.array(w_IO, np.float64)
+  np.put_along_axis(w_IO, order_IO[:count], 0.0, axis=0)
+  return w_IO
+
+
+def magnitude(w: np.ndarray, fraction: float) -> np.ndarray:
+  """Returns an array of any shape with its lowest |w| at zero.
+
+  Example:
+    >>> magnitude(np.array([[3.0, -1.0], [0.5, 2.0]]), 0.5).tolist()
+    [[3.0, 0.0], [0.0, 2.0]]
+  """
+  drop = _lowest(np.abs(w), _count(fraction, w.size))
+  return np.where(drop, 0.0, np.asarray(w, np.float64))
+
+
+def _damped(w_IO: Matrix, moment_II: Moment, damping: float) -> Moment:
+  if moment_II.shape != (len(w_IO),) * 2:
+    raise ValueError(
+      f"the moment {moment_II.shape} is not of the {len(w_IO)} inputs"
+    )
+  moment_II = np.array(moment_II, np.float64)
+  ridge = damping * np.diag(moment_II).mean()
+  moment_II[np.diag_indices(len(w_IO))] += ridge
+  return moment_II
+
+
+def _count(fraction: float, size: int) -> int:
+  return int(fraction * size + 1e-6)  # as FPP counts
+
+
+def _lowest(score: np.ndarray, count: int) -> np.ndarray:
+  """Returns where the `count` lowest scores are; the first of equal ones."""
+  drop = np.zeros(score.size, bool)
+  drop[np.argsort(score, axis=None, kind="stable")[:count]] = True
+  return drop.reshape(score.shape)

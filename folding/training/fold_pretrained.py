@@ -1,0 +1,323 @@
+"""Folds a trained model, layer by layer, on calibration text.
+
+Each layer is folded as the layers below it are folded already, and what it
+writes is refitted so that the residual stream is that of the dense model
+again: errors of lower layers are corrected, not handed on.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from folding import config as config_lib
+from folding.compression import refold
+from folding.config import Config
+from folding.models.attention import rope_frequencies
+from folding.models.transformer import Block, Transformer
+from folding.schema import require
+
+Batch = Mapping[str, Any]
+
+# Modules of a block that read the residual stream: what a layer has to match.
+STREAMS = ("norm_attn", "norm_mlp")
+
+
+def fold_pretrained(
+  config: Config,
+  params: Mapping[str, Any],
+  batches: Iterable[Batch],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """Returns the folded parameters of a trained dense model, and a report.
+
+  From the first layer to the last: W_Q and W_K are replaced by the projections
+  of G channels whose logits are nearest (`refold.fold_heads`, or
+  `fold_rotary_heads` and `fold_input_rows`), W_V by a diagonal of ones; then
+  W_O with its bias and the second feed-forward matrix with its bias are fitted
+  by least squares so that the residual stream after each equals that of the
+  dense model, given the folded layers below.
+
+  Args:
+    config: Resolved; its `fold` says how to fold, layer by layer.
+    params: Of `config_lib.dense_twin(config)`; NumPy or JAX arrays. Entries
+      that are no blocks are handed through.
+    batches: {"tokens": int[B, L], and perhaps "mask": bool[B, L], True at
+      tokens}. Some thousands of tokens, and more than a layer has channels.
+
+  Returns:
+    (params of `config`, [{"layer", "groups", "v_block", "logits_kept": share of
+    the variance of the logits (None on the input axis), "attention_r2",
+    "mlp_r2": share of what the stream needed that the fit gives on text it was
+    not made on}]).
+
+  Raises:
+    ConfigError: there is too little text, or the fold is not one of trained
+      weights.
+  """
+  require_pairs(config)
+  x, kept = embed_batches(config, params, list(batches))
+  dense_x = x  # the very same, until something is folded
+  folded, report = dict(params), []
+  dense = config_lib.dense_twin(config)
+  for n in range(config.model.num_layers):
+    name, block = f"blocks_{n}", make_block(dense, n)
+    target = [
+      look(block, params[name], *at, names=STREAMS)
+      for at in zip(dense_x, kept, strict=True)
+    ]
+    out = [seen["out"] for seen in target]
+    _, f = config_lib.at_layer(config.model, config.fold, n)
+    if x is dense_x and not (f.groups or f.v_block):
+      x = dense_x = out
+      report.append({"layer": n, **_figures(0, 0)})
+      continue
+    folded[name], figures = fold_layer(config, n, params[name], x, target, kept)
+    report.append({"layer": n, **figures})
+    dense_x = out
+    x = [
+      look(make_block(config, n), folded[name], *at)["out"]
+      for at in zip(x, kept, strict=True)
+    ]
+  return folded, report
+
+
+def require_pairs(config: Config, groups: Any = None) -> None:
+  """Refuses rotary heads whose channels would be folded without their pairs.
+
+  Args:
+    config: Resolved.
+    groups: That will be folded to; None: as the config says.
+
+  Raises:
+    ConfigError: says so.
+  """
+  f = config.fold
+  groups = f.groups if groups is None else groups
+  has_groups = any(groups) if isinstance(groups, tuple) else bool(groups)
+  is_turning = config.model.positions == "rope" and f.axis == "output"
+  require(
+    not (has_groups and is_turning) or f.rope == "pairs",
+    "trained rotary heads are folded by pairs; use fold.rope='pairs' (and "
+    "fold.groups even), or fold.groups=0",
+  )
+
+
+def embed_batches(
+  config: Config, params: Mapping[str, Any], batches: list[Batch]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Returns what the first layer reads, and which of it are tokens.
+
+  Raises:
+    ConfigError: there is too little text.
+  """
+  D = config.model.width
+  kept = [jnp.asarray(b.get("mask", b["tokens"] >= 0)) for b in batches]
+  num_tokens = sum(int(keep.sum()) for keep in kept)
+  require(
+    num_tokens > 2 * D and sum(map(len, kept)) > 1,
+    f"calibration has {num_tokens:,} tokens in {sum(map(len, kept)):,} texts; "
+    f"the moments of {D} channels need more than {2 * D:,} tokens, and two "
+    "texts; give more",
+  )
+  stem = {name: w for name, w in params.items() if "embed" in name}
+  vocabulary, positions = (
+    len(stem[name]["embedding"]) if name in stem else 0
+    for name in ("embed", "position_embed")
+  )
+  model = Transformer(config.model, config.fold, vocabulary, positions)
+  embed = jax.jit(functools.partial(model.apply, method="embed_tokens"))
+  return [embed({"params": stem}, b["tokens"]) for b in batches], kept
+
+
+def fold_layer(config: Config, n: int, old, x, target, kept):
+  """Returns the parameters of a folded layer, and its figures."""
+  m, f = config_lib.at_layer(config.model, config.fold, n)
+  assert isinstance(f.v_block, int)
+  block = make_block(config, n)
+  attn = dict(old["attn"])
+  figures = _figures(f.groups, f.v_block)
+  if f.groups:
+    dense = make_block(config_lib.dense_twin(config), n)
+    heads = _heads(m, f, attn, *_moments(dense, old, x, kept))
+    attn |= {"q": heads.q, "k": heads.k}
+    figures["logits_kept"] = heads.kept
+    if heads.frequency is not None and f.groups != m.head_dim:
+      attn["frequency"] = heads.frequency
+  if f.v_block:
+    del attn["v"]
+    if not (f.v_identity and f.v_block == 1):
+      kernel = np.asarray(old["attn"]["v"]["kernel"])
+      shared = m.num_heads // kernel.shape[1]
+      kernel = np.repeat(kernel, shared, axis=1)
+      attn["v"] = {"diagonal": _diagonal(kernel, f.v_block)}
+  new = {**old, "attn": attn}
+  is_post = m.norm_position == "post"
+
+  def refit(role, projection, bases, streams, trusted):
+    return _refit(
+      block, new, (x, kept, bases, streams), role, projection, trusted
+    )
+
+  middle = "norm_attn" if is_post else "norm_mlp"
+  # Without the old W_V, the old W_O says nothing of what the new one is, and
+  # what heads of other values can express is better used for the layer's own
+  # output than for the errors of those below.
+  trusted, streams = not f.v_block, target
+  if not trusted:
+    dense = make_block(config_lib.dense_twin(config), n)
+    streams = [
+      look(dense, old, *at, names=STREAMS) for at in zip(x, kept, strict=True)
+    ]
+  attn["o"], figures["attention_r2"] = refit(
+    "o", attn["o"], x, [seen[middle] for seen in streams], trusted
+  )
+  seen = [
+    look(block, new, *at, names=("up", "norm_mlp"))
+    for at in zip(x, kept, strict=True)
+  ]
+  down, figures["mlp_r2"] = refit(
+    "down",
+    old["mlp"]["down"],
+    [s["up" if is_post else "norm_mlp"] for s in seen],
+    [s["norm_mlp" if is_post else "out"] for s in target],
+    True,
+  )
+  return {**new, "mlp": {**old["mlp"], "down": down}}, figures
+
+
+def _figures(groups: Any, v_block: Any) -> dict[str, Any]:
+  """Returns the report of a layer that is as good as the dense one."""
+  figures = {"groups": groups, "v_block": v_block, "logits_kept": 1.0}
+  return figures | {"attention_r2": 1.0, "mlp_r2": 1.0}
+
+
+def _heads(m, f, attn, second, centred) -> refold.FoldedHeads:
+  q, k = attn["q"], attn["k"]
+  if f.axis == "input":
+    rows = [refold.fold_input_rows(w, second, f.groups) for w in (q, k)]
+    return refold.FoldedHeads(*rows, kept=None)
+  if m.positions == "rope":
+    frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
+    return refold.fold_rotary_heads(q, k, second, second, f.groups, frequencies)
+  return refold.fold_heads(q, k, second, centred, f.groups)
+
+
+def make_block(config: Config, n: int) -> Block:
+  """Returns the module of layer n."""
+  return Block(*config_lib.at_layer(config.model, config.fold, n))
+
+
+@functools.partial(jax.jit, static_argnames=("block", "names"))
+def look(block: Block, params, x, keep, names=()) -> dict[str, Any]:
+  """Returns the inputs of modules of a block by name, and its output, "out"."""
+  seen = {}
+
+  def watch(next_fun, args, kwargs, context):
+    if context.method_name == "__call__" and context.module.name in names:
+      seen[context.module.name] = args[0]
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    out = block.apply({"params": params}, x, keep, True)
+  return {**seen, "out": out}
+
+
+def _moments(block, params, x, kept):
+  """Returns E[a a'] of what attention reads, and around each text's mean."""
+  totals: list[Any] = [0.0, 0.0]
+  for at in zip(x, kept, strict=True):
+    sums = _moment_sums(block, params, *at)
+    totals = [
+      t + np.asarray(s, np.float64) for t, s in zip(totals, sums, strict=True)
+    ]
+  count = sum(int(keep.sum()) for keep in kept)
+  return [total / count for total in totals]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moment_sums(block, params, x, keep):
+  a = look(block, params, x, keep, ("q",))["q"].astype(jnp.float32)
+  weight = keep.astype(jnp.float32)[..., None]
+  if "bias" in params["attn"]["q"]:
+    a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
+  mean = (a * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+  parts = (a * weight, (a - mean[:, None]) * weight)
+  return [_sum_of_products(part, part) for part in parts]
+
+
+def _sum_of_products(a_BLF, b_BLE):
+  # By default an accelerator rounds the factors to half of their digits.
+  return jnp.einsum("BLF,BLE->FE", a_BLF, b_BLE, precision="highest")
+
+
+def _refit(block, params, data, role, old, trusted):
+  """Returns a last projection refitted so that base + output = stream."""
+  kernel = np.asarray(old["kernel"], np.float64)
+  width = kernel.shape[-1]
+  size = kernel.size // width
+  prior = np.zeros((size + ("bias" in old), width))
+  if trusted:
+    prior[:size] = kernel.reshape(-1, width)
+    if "bias" in old:
+      prior[size] = old["bias"]
+  sums: list[Any] = [0.0, 0.0]
+  for number, batch in enumerate(zip(*data, strict=True)):
+    # Every other row, as texts of one length come in one batch.
+    for half in range(2):
+      rows = tuple(a[(half + number) % 2 :: 2] for a in batch)
+      if len(rows[0]):
+        more = _fit_sums(block, params, role, prior, *rows)
+        more = np.array([np.asarray(s, np.float64) for s in more], object)
+        sums[half] = sums[half] + more
+  gram, cross, left, square, total, count = (
+    np.stack(pair) for pair in zip(*sums, strict=True)
+  )
+  square = square.sum()
+  variance = square - np.square(total.sum(0)).sum() / count.sum()
+  # What is constant has a variance of rounding alone.
+  variance = max(variance, 1e-6 * square)
+  fit = refold.regress(gram, cross, left, variance, prior)
+  weights = fit.weights.astype(np.float32)
+  new = {"kernel": weights[:size].reshape(kernel.shape)}
+  if "bias" in old:
+    new["bias"] = weights[size]
+  return new, fit.r2
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _fit_sums(block, params, role, prior, x, keep, base, stream):
+  """Returns sums over tokens: see `refold.regress`."""
+  features = look(block, params, x, keep, (role,))[role].astype(jnp.float32)
+  features = features.reshape(*x.shape[:2], -1)
+  if len(prior) > features.shape[-1]:  # there is a bias
+    one = jnp.ones((*x.shape[:2], 1), features.dtype)
+    features = jnp.concatenate([features, one], axis=-1)
+  weight = keep.astype(jnp.float32)[..., None]
+  features, target = features * weight, (stream - base) * weight
+  left = target - jnp.einsum(
+    "BLF,FD->BLD", features, prior.astype(jnp.float32), precision="highest"
+  )
+  return (
+    _sum_of_products(features, features),
+    _sum_of_products(features, left),
+    jnp.sum(jnp.square(left)),
+    jnp.sum(jnp.square(target)),
+    target.sum((0, 1)),
+    weight.sum(),
+  )
+
+
+def _diagonal(kernel, block: int) -> np.ndarray:
+  """Returns ones, or where blocks reach past a head the blocks of W_V."""
+  D, _, K = kernel.shape
+  if block <= K:  # W_O has any matrix of a head in it
+    return np.broadcast_to(
+      np.eye(block, dtype=np.float32), (D // block, block, block)
+    )
+  blocks = np.asarray(kernel).reshape(D // block, block, D // block, block)
+  at = np.arange(D // block)
+  return blocks[at, :, at, :].astype(np.float32)

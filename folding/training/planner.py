@@ -1,0 +1,310 @@
+"""Chooses groups, diagonal W_V and pruning layer by layer.
+
+Every choice is tried by itself on a dense trained model: how far does what the
+layer writes move, relative to the residual stream there? Then the cheapest
+moves, in error a parameter saved, are taken until the model is small enough.
+Errors are taken to add up, and recovery by training is not foreseen.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from folding import config as config_lib
+from folding import paths
+from folding.compression.accounting import group_of
+from folding.config import Config
+from folding.schema import require
+from folding.training.fold_pretrained import (
+  STREAMS,
+  embed_batches,
+  fold_layer,
+  look,
+  make_block,
+  require_pairs,
+)
+
+_FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
+_LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+  """One setting of one decision of a layer.
+
+  Attributes:
+    value: Groups, block of W_V, or fraction pruned.
+    stored: Parameters that the decision's arrays then store.
+    error: Of the residual stream after the layer, relative to its variance.
+  """
+
+  value: Any
+  stored: float
+  error: float
+
+
+def plan(
+  config: Config,
+  params: Mapping[str, Any],
+  batches: Sequence[Mapping[str, Any]],
+) -> Config:
+  """Returns the config with `fold` and `fpp.linear_layers` set by layer.
+
+  The model is to be as small as the config asks: `fpp.overall`, or else what
+  its folding and pruning alike in all layers would give. `compress.qkv`, where
+  set, is reached by folding alone, before anything is pruned. The embedding
+  and the output layer keep their targets, which are `fpp.overall` where set.
+  What is returned says all of this itself: its `compress.plan` is "same".
+
+  Args:
+    config: Resolved.
+    params: Of its dense twin.
+    batches: Calibration text, as for `fold_pretrained`.
+
+  Raises:
+    ConfigError: the target is out of reach, or there is too little text.
+  """
+  require_pairs(config, groups=1)
+  options = measure(config, params, batches)
+  sizes = _sizes(params)
+  linear, embedding = _outer_fractions(config)
+  budget = _budget(config, sizes, linear, embedding)
+  chosen = {key: 0 for key in options}
+
+  def stored(*kinds):
+    return sum(
+      options[key][i].stored for key, i in chosen.items() if key[1] in kinds
+    )
+
+  def reduce(kinds, limit):
+    while stored(*kinds) > limit:
+      moves = [
+        (gain, key, j)
+        for key, i in chosen.items()
+        if key[1] in kinds
+        for j in range(i + 1, len(options[key]))
+        if (gain := _price(options[key][i], options[key][j])) is not None
+      ]
+      require(bool(moves), "no plan reaches the target; ask for less")
+      _, key, j = min(moves)
+      chosen[key] = j
+
+  if config.compress.qkv is not None:
+    reduce(("qk", "v"), (1 - config.compress.qkv) * sizes["qkv"])
+  reduce(("qk", "v", "linear"), budget)
+
+  def values(kind):
+    return tuple(
+      options[n, kind][chosen[n, kind]].value
+      for n in range(config.model.num_layers)
+    )
+
+  return config_lib.resolve(
+    dataclasses.replace(
+      config,
+      compress=dataclasses.replace(config.compress, plan="same"),
+      fold=dataclasses.replace(
+        config.fold, groups=values("qk"), v_block=values("v")
+      ),
+      fpp=dataclasses.replace(
+        config.fpp,
+        overall=None,
+        linear=linear,
+        embedding=embedding,
+        linear_layers=values("linear"),
+      ),
+    )
+  )
+
+
+def _price(now: Option, then: Option) -> float | None:
+  """Returns error a parameter saved; None if nothing is saved."""
+  saved = now.stored - then.stored
+  return (then.error - now.error) / saved if saved > 0 else None
+
+
+def _sizes(params) -> dict[str, int]:
+  """Returns parameters by group, with those of the head by themselves."""
+  sizes = {"qkv": 0, "linear": 0, "embedding": 0, "other": 0, "head": 0}
+  for name, leaf in paths.flatten(params).items():
+    group = "head" if name == "head/kernel" else group_of(name)
+    sizes[group] += int(np.prod(leaf.shape))
+  return sizes | {"all": sum(sizes.values())}
+
+
+def _outer_fractions(config: Config) -> tuple[float, float]:
+  """Returns what is pruned of the output layer and of the embedding."""
+  f = config.fpp
+  if f.overall is not None:
+    return f.overall, f.overall
+  return f.linear or 0.0, f.embedding or 0.0
+
+
+def _budget(config: Config, sizes, linear: float, embedding: float) -> float:
+  """Returns the parameters of W_Q, W_K, W_V and linear layers to store."""
+  if config.fpp.overall is not None:
+    # The head of a classifier is never pruned.
+    head = (1 - linear if config.task == "lm" else 1) * sizes["head"]
+    outside = (1 - embedding) * sizes["embedding"] + sizes["other"] + head
+    return (1 - config.fpp.overall) * sizes["all"] - outside
+  m, f = config.model, config.fold
+  qkv = 0.0
+  for n in range(m.num_layers):
+    _, layer = config_lib.at_layer(m, f, n)
+    assert isinstance(layer.groups, int) and isinstance(layer.v_block, int)
+    qkv += sum(_stored_qkv(config, layer.groups, layer.v_block))
+  return qkv + (1 - linear) * sizes["linear"]
+
+
+def _stored_qkv(config: Config, groups: int, v_block: int) -> tuple[int, int]:
+  """Returns the sizes of W_Q and W_K, and of W_V, of one layer."""
+  m, f = config.model, config.fold
+  assert m.num_kv_heads is not None and m.head_dim is not None
+  heads = m.num_heads + m.num_kv_heads
+  qk = m.width * heads * (groups or m.head_dim)
+  if groups and f.axis == "input":
+    qk = groups * heads * m.head_dim
+  elif groups and m.positions == "rope":
+    qk += m.num_kv_heads * groups // 2  # the frequencies
+  v = m.width * (v_block or m.num_kv_heads * m.head_dim)
+  return qk, 0 if f.v_identity and v_block == 1 else v
+
+
+def measure(
+  config: Config,
+  params: Mapping[str, Any],
+  batches: Sequence[Mapping[str, Any]],
+) -> dict[tuple[int, str], list[Option]]:
+  """Returns the options of each layer and decision: "qk", "v", "linear"."""
+  dense = config_lib.dense_twin(config)
+  x, kept = embed_batches(config, params, list(batches))
+  options: dict[tuple[int, str], list[Option]] = {}
+  for n in range(config.model.num_layers):
+    old = params[f"blocks_{n}"]
+    block = make_block(dense, n)
+    target = [
+      look(block, old, *at, names=STREAMS) for at in zip(x, kept, strict=True)
+    ]
+    out = [seen["out"] for seen in target]
+
+    def error(config, new, n=n, x=x, out=out):
+      sums = [
+        _error_sums(make_block(config, n), new, *at)
+        for at in zip(x, kept, out, strict=True)
+      ]
+      wrong, variance = np.sum(np.asarray(sums, np.float64), axis=0)
+      return float(wrong / variance)
+
+    for kind, settings in (
+      ("qk", _groups(config)),
+      ("v", _blocks(config, n)),
+    ):
+      found = []
+      for value in settings:
+        groups, v_block = (value, 0) if kind == "qk" else (0, value)
+        fold = dataclasses.replace(
+          config.fold, groups=groups, v_block=v_block, first_dense=False
+        )
+        trial = dataclasses.replace(config, fold=fold)
+        wrong = 0.0
+        if value:
+          new, _ = fold_layer(trial, n, old, x, target, kept)
+          wrong = error(trial, new)
+        size = _stored_qkv(config, groups, v_block)[kind == "v"]
+        found.append(Option(value, float(size), wrong))
+      options[n, kind] = found
+    size = sum(
+      int(np.prod(w.shape))
+      for name, w in paths.flatten(old).items()
+      if group_of(name) == "linear"
+    )
+    means = _input_means(block, old, x, kept)
+    options[n, "linear"] = [
+      Option(
+        fraction,
+        (1 - fraction) * size,
+        error(dense, _pruned(old, means, fraction)) if fraction else 0.0,
+      )
+      for fraction in _FRACTIONS
+    ]
+    x = out
+  return options
+
+
+def _groups(config: Config) -> list[int]:
+  """Returns the groups to try: dense (0), then from many to few."""
+  m, f = config.model, config.fold
+  assert m.head_dim is not None
+  if f.axis == "output" and m.positions == "rope":
+    # In eighths of a head, by whole pairs, and a single pair.
+    step = max(2, m.head_dim // 16 * 2)
+    return [0, *range(m.head_dim - step, 2, -step), 2]
+  size = m.head_dim if f.axis == "output" else m.width
+  # The sum of all channels of a LayerNorm says nothing.
+  least = 1 + (f.axis == "input" and m.norm == "layernorm")
+  return [0, *(g for g in range(size - 1, least - 1, -1) if size % g == 0)]
+
+
+def _blocks(config: Config, n: int) -> tuple[int, ...]:
+  """Returns the blocks of W_V to try: dense (0), and a diagonal if it may be."""
+  m = config.model
+  assert m.head_dim is not None
+  is_free = m.num_heads * m.head_dim == m.width
+  return (0, 1) if is_free and (n or not config.fold.first_dense) else (0,)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _error_sums(block, params, x, keep, out):
+  weight = keep.astype(jnp.float32)[..., None]
+  wrong = (look(block, params, x, keep)["out"] - out) * weight
+  mean = (out * weight).sum((0, 1)) / jnp.maximum(weight.sum(), 1)
+  around = (out - mean[None, None]) * weight
+  return jnp.sum(jnp.square(wrong)), jnp.sum(jnp.square(around))
+
+
+def _input_means(block, params, x, kept) -> dict[str, np.ndarray]:
+  """Returns the mean squares of what the linear layers read."""
+  totals: dict[str, Any] = {}
+  for at in zip(x, kept, strict=True):
+    for name, total in _square_sums(block, params, *at).items():
+      totals[name] = totals.get(name, 0.0) + np.asarray(total, np.float64)
+  return totals
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _square_sums(block, params, x, keep):
+  seen = look(block, params, x, keep, ("o", "up", "down"))
+  weight = keep.astype(jnp.float32)
+  return {
+    f"{part}/{name}": jnp.einsum(
+      "BL...,BL->...",
+      jnp.square(seen["up" if name == "gate" else name]),
+      weight,
+    )
+    for part, name in (name.split("/") for name in _LINEAR)
+    if name in params[part]
+  }
+
+
+def _pruned(params, means, fraction: float):
+  """Returns the layer without its least |w| rms(a), in each linear layer."""
+
+  def prune(name, w):
+    role = name.rpartition("/")[0]
+    if role not in means or not name.endswith("kernel"):
+      return w
+    w = np.asarray(w)
+    rms = np.sqrt(means[role]).reshape(
+      *means[role].shape, *(1,) * (w.ndim - means[role].ndim)
+    )
+    score = np.abs(w) * rms
+    count = int(fraction * w.size)
+    limit = np.partition(score.reshape(-1), count)[count]
+    return np.where(score < limit, 0, w)
+
+  return paths.map_named(prune, params)

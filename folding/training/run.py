@@ -1,0 +1,164 @@
+"""What a run directory stands for: config, data, model, optimizer, shapes."""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from folding import config as config_lib
+from folding.compression.accounting import account
+from folding.config import Config
+from folding.data.batches import Data
+from folding.models.transformer import make_model
+from folding.schema import ConfigError
+from folding.training import distributed, sharding
+from folding.training import optimizer as optimizer_lib
+from folding.training.evaluate import evaluate
+from folding.training.result import write_result
+from folding.training.step import TrainState, init_state
+
+
+class Run:
+  """What a run directory stands for: its config, data, model and optimizer.
+
+  Attributes:
+    config: Resolved.
+    data: Batches, tokenizer, labels.
+    mesh: Where arrays lie.
+    model: The Linen model.
+    tx: The optimizer, FPP included.
+    rules: What FPP prunes.
+    like: Shapes and shardings of the training state.
+    unsplit: A line for each parameter that the mesh does not divide.
+    dense_params: Shapes of the dense twin's parameters.
+    teacher: The dense model to learn from and its parameters, None without.
+  """
+
+  def __init__(self, config: Config, data: Data, start: Any = None):
+    self.config, self.data = config, data
+    self.mesh = sharding.make_mesh(config.mesh)
+    make = functools.partial(make_model, num_classes=data.num_classes)
+    self.model = make(config, data.tokenizer.vocab_size)
+    tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
+
+    def shapes(model):
+      return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+    before = data.tokenizer.plain_size  # a shrink may have removed tokens
+    self.dense_params = shapes(make(config_lib.dense_twin(config), before))
+    unshrunk = shapes(make(config_lib.unshrunk(config), before))
+    self.rules = optimizer_lib.make_rules(config, unshrunk, self.dense_params)
+    removed = optimizer_lib.removed_units(
+      self.rules, unshrunk, shapes(self.model)
+    )
+    self.tx = optimizer_lib.make_optimizer(config, self.rules, removed)
+    self._init = functools.partial(
+      init_state, self.model, self.tx, config.data.length, config.seed
+    )
+    self._start = start  # parameters; None: drawn by the seed
+    self.teacher: tuple[Any, Any] | None = None
+    try:
+      state = jax.eval_shape(self._init)
+    except ValueError as error:  # a rule does not fit the parameters
+      raise ConfigError(str(error)) from error
+    rules = config.mesh.rules
+    self.unsplit = sharding.unsplit(self.mesh, state.params, rules)
+    self.like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state,
+      sharding.tree_shardings(self.mesh, state, rules=rules),
+    )
+
+  @property
+  def num_parameters(self) -> int:
+    """Number of parameters, zeros included."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(self.like.params))
+
+  @property
+  def state_shardings(self) -> TrainState:
+    """Shardings of the training state."""
+    return jax.tree.map(lambda x: x.sharding, self.like)
+
+  def init(self) -> TrainState:
+    """Returns the state before the first step, placed on the mesh."""
+    if self._start is None:
+      return jax.jit(self._init, out_shardings=self.state_shardings)()
+    where = self.state_shardings
+    return jax.jit(
+      lambda params: TrainState(
+        jnp.zeros([], jnp.int32), params, self.tx.init(params)
+      ),
+      out_shardings=where,
+    )(jax.device_put(self._start, where.params))
+
+  def constants(self) -> dict[str, Any]:
+    """Returns what each step needs beside its batch, placed on the mesh."""
+    found = {}
+    if self.teacher is not None:
+      found["teacher"] = self.teacher[1]
+    f = self.config.fpp
+    if f.embedding_granularity == "row" and self.rules:
+      found["usage"] = self._usage()
+    params = self.like.params
+    return jax.device_put(
+      found, sharding.tree_shardings(self.mesh, found, params)
+    )
+
+  def _usage(self) -> np.ndarray:
+    """Returns the share of each token in an epoch of training."""
+    size = self.like.params["embed"]["embedding"].shape[0]
+    num_batches = self.data.num_examples["train"] // self.config.data.batch_size
+    count_V = np.zeros(size)
+    for step in range(num_batches):
+      batch = self.data.train_batch(step)
+      tokens = batch["tokens"][batch.get("mask", batch["tokens"] >= 0)]
+      count_V += np.bincount(tokens, minlength=size)
+    count_V = distributed.sum_processes(count_V)
+    return (count_V / count_V.sum()).astype(np.float32)
+
+  def evaluate(
+    self, params: Any, split: str, eval_step: Any, limit: int | None = None
+  ) -> dict:
+    """Returns the figures of a split ("valid" or "test").
+
+    With a limit, those of its first batches, whose bytes are taken to be the
+    same share of the split's.
+    """
+    data = self.data
+    batches, share = data.eval_batches(split), 1.0
+    if limit is not None:
+      batches = itertools.islice(batches, limit)
+      seen = limit * self.config.data.eval_batch_size
+      share = min(1.0, seen / data.num_examples[split])
+    num_bytes = None
+    if self.config.task == "lm":
+      num_bytes = share * data.num_bytes[split]
+    return evaluate(eval_step, params, batches, self.mesh, num_bytes=num_bytes)
+
+  def write_result(
+    self,
+    workdir: str,
+    state: TrainState,
+    seconds: float,
+    speed: float,
+    step: int,
+    test: dict[str, Any] | None = None,
+  ) -> None:
+    """Measures the parameters and writes `result.json`."""
+    params = distributed.to_host(state.params)
+    result = {
+      "finished": test is not None,
+      "steps": step,
+      "total_steps": self.config.train.steps,
+      "seconds": seconds,
+      "tokens_per_second": speed,
+      "test": test,
+      **account(params, self.dense_params),
+    }
+    if distributed.is_main():
+      write_result(workdir, result)
+    distributed.barrier("result")

@@ -1,0 +1,244 @@
+"""Where training starts from: a checkpoint or a run instead of random numbers.
+
+What is read is laid over freshly drawn parameters of the dense twin, folded as
+the config asks, and drawn anew where the source has nothing (a head for other
+classes).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from folding import config as config_lib
+from folding import paths
+from folding.config import Config
+from folding.data.batches import Data
+from folding.data.tokenizers import load_tokenizer
+from folding.models.pretrained import load_pretrained
+from folding.models.transformer import Transformer, make_model
+from folding.schema import ConfigError, require
+from folding.training.fold_pretrained import fold_pretrained
+from folding.training.planner import plan
+from folding.training.prune_trained import prune_trained
+from folding.training.restore import load_run
+
+# Of the model: a source must have the same, or its arrays mean something else.
+_SHAPE = (
+  *("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "norm"),
+  *("norm_position", "positions", "rope_base", "rope_scaling", "window"),
+  *("activation", "gated", "causal"),
+)
+
+
+def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
+  """Returns the parameters of a checkpoint folder, hub id or run.
+
+  Raises:
+    ConfigError: it cannot be read, is a model of another shape, or of another
+      tokenizer.
+  """
+  if os.path.isdir(os.path.join(path, "checkpoints")):
+    found, params, tokenizer = load_run(path)
+    model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
+    layers = (
+      config_lib.at_layer(model, found.fold, n)[1]
+      for n in range(model.num_layers)
+    )
+    require(
+      not any(layer.groups or layer.v_block for layer in layers),
+      f"{path} is a folded run; start from a dense one",
+    )
+  else:
+    source = load_pretrained(path, task=config.task)
+    model, params = source.config, source.params
+    tokenizer_path = str(source.tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
+  for name in _SHAPE:
+    theirs, ours = getattr(model, name), getattr(config.model, name)
+    require(
+      theirs == ours,
+      f"{path} has {name} {theirs!r}, and model.{name} is {ours!r}; "
+      "configs/pretrained.py takes the shape from the checkpoint",
+    )
+  require(
+    tokenizer.to_json() == data.tokenizer.to_json(),
+    f"{path} reads the ids of another tokenizer than data.tokenizer "
+    f"{config.data.tokenizer!r}; use data.tokenizer={tokenizer_path!r}",
+  )
+  return params
+
+
+def dense_start(
+  path: str, config: Config, data: Data, needs_head: bool = False
+) -> tuple[Transformer, dict[str, Any]]:
+  """Returns the dense twin with the parameters of a source.
+
+  Rows of the embedding and of the output layer past the tokenizer's ids, and
+  positions past `data.length`, are left out. Where a source has no classifier
+  for as many classes, that is drawn anew.
+
+  Args:
+    path: Checkpoint folder, hub id or run.
+    config: Resolved.
+    data: Its tokenizer and classes are the model's.
+    needs_head: Whether a classifier that would be drawn is a mistake.
+
+  Raises:
+    ConfigError: see `read_start`; or an array does not fit.
+  """
+  model = make_model(
+    config_lib.dense_twin(config),
+    data.tokenizer.plain_size,
+    data.num_classes,
+  )
+  drawn = _draw(model, config)
+  found = paths.flatten(read_start(path, config, data))
+  is_classifier = config.task == "classify"
+
+  def lay(name, fresh):
+    w = found.pop(name, None)
+    if is_classifier and name.startswith(("head/", "pooler/")):
+      if w is None or w.shape != fresh.shape:
+        require(
+          not needs_head,
+          f"{path} has no {name} of {fresh.shape}, so it cannot teach these "
+          "classes; train it with dense=True, and give distill.teacher that run",
+        )
+        return np.asarray(fresh)
+    require(w is not None, f"{path} has no {name}, which this model needs")
+    if name.endswith("embed/embedding"):
+      w = w[: fresh.shape[0]]
+    elif name == "head/kernel":
+      w = w[:, : fresh.shape[1]]
+    if w.shape != fresh.shape:
+      raise ConfigError(
+        f"{path}: {name} is {w.shape}, and this model's is {fresh.shape}"
+      )
+    return np.asarray(w, np.float32)
+
+  params = paths.map_named(lay, drawn)
+  left = [
+    name
+    for name in found
+    if not (is_classifier and name.startswith(("head/", "pooler/")))
+  ]
+  require(
+    not left,
+    f"{path} has {left[0] if left else ''}, which this model has no place for",
+  )
+  return model, params
+
+
+def folded_start(
+  config: Config, data: Data
+) -> tuple[Config, dict[str, Any], list[dict[str, Any]]]:
+  """Returns (config, parameters, report by layer) of a run with `pretrained`.
+
+  The config is another than that given where `compress.plan` is "auto": then
+  it holds what was decided for each layer.
+
+  Raises:
+    ConfigError: see `dense_start`, `plan` and `fold_pretrained`.
+  """
+  assert config.pretrained is not None
+  _, params = dense_start(config.pretrained, config, data)
+  if config.dense:
+    return config, params, []
+  require(
+    jax.process_count() == 1,
+    "each process would fold by texts of its own; fold in one process, and "
+    "resume that run in several",
+  )
+  batches = calibration(config, data)
+  if config.compress.plan == "auto":
+    config = plan(config, params, batches)
+  dense, report = params, []
+  if config.fold != config_lib.dense_twin(config).fold:
+    params, report = fold_pretrained(config, params, batches)
+  if config.compress.prune != "none":
+    model = make_model(config, data.tokenizer.plain_size, data.num_classes)
+    drawn = _draw(model, config)
+    params = prune_trained(config, params, dense, batches, drawn)
+  return config, params, report
+
+
+def _draw(model: Transformer, config: Config) -> dict[str, Any]:
+  """Returns the parameters that a run of this seed begins with."""
+  tokens = np.zeros((1, config.data.length), np.int32)
+  return jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
+
+
+def write_fold(
+  workdir: str, report: list[dict[str, Any]], config: Config
+) -> None:
+  """Writes `fold.json`, what folding kept of each layer, and prints it.
+
+  Args:
+    workdir: The run directory.
+    report: From `fold_pretrained`.
+    config: Resolved; says what will be pruned of each layer.
+  """
+  with open(os.path.join(workdir, "fold.json"), "w", encoding="utf-8") as file:
+    json.dump(report, file, indent=1)
+  print(fold_table(report, config.fpp.linear_layers), flush=True)
+
+
+def fold_table(
+  report: list[dict[str, Any]], prune: tuple[float, ...] | None = None
+) -> str:
+  """Returns the report by layer as a table of aligned columns.
+
+  Example:
+    >>> row = {"layer": 0, "groups": 2, "v_block": 0, "logits_kept": 0.98}
+    >>> print(fold_table([row | {"attention_r2": 1.0, "mlp_r2": 0.5}], (0.4,)))
+    layer  groups    W_V  logits kept  attention R2  MLP R2  to prune
+        0       2  dense        98.0%         1.000   0.500       40%
+  """
+  rows = [
+    ["layer", "groups", "W_V", "logits kept", "attention R2", "MLP R2"],
+    *(
+      [
+        str(row["layer"]),
+        str(row["groups"] or "dense"),
+        str(row["v_block"] or "dense"),
+        "-" if row["logits_kept"] is None else f"{row['logits_kept']:.1%}",
+        f"{row['attention_r2']:.3f}",
+        f"{row['mlp_r2']:.3f}",
+      ]
+      for row in report
+    ),
+  ]
+  if prune is not None:
+    last = ["to prune", *(f"{part:.0%}" for part in prune)]
+    rows = [[*row, cell] for row, cell in zip(rows, last, strict=True)]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = (map(str.rjust, row, widths) for row in rows)
+  return "\n".join("  ".join(line) for line in lines)
+
+
+def calibration(config: Config, data: Data) -> list[Mapping[str, Any]]:
+  """Returns the first training batches, as many texts as the config says."""
+  count = -(-config.compress.calibration // config.data.batch_size)
+  return [data.train_batch(step) for step in range(count)]
+
+
+def teacher_of(
+  config: Config, data: Data
+) -> tuple[Transformer, dict[str, Any]] | None:
+  """Returns the dense teacher of a run, None without distillation.
+
+  Its parameters are kept in bfloat16, and computed with in the teacher's own
+  dtype, layer by layer.
+  """
+  d = config.distill
+  if not (d.logits or d.hidden):
+    return None
+  path = d.teacher or config.pretrained
+  assert path is not None
+  model, params = dense_start(path, config, data, needs_head=d.logits > 0)
+  half = jax.tree.map(lambda w: w.astype(jax.numpy.bfloat16), params)
+  return model, half

@@ -1,0 +1,194 @@
+"""FPP and the removal of neurons on models that `folding` did not define.
+
+One is written like the MNIST model of Flax's Linen examples, one in Flax NNX.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import folding
+from folding import paths
+from folding.compression.neurons import remove_neurons
+
+STEPS = {"begin": 4, "end": 16, "every": 4}
+UP = r"(up)/kernel"  # of the NNX model, of which half is to go
+
+
+class CNN(nn.Module):
+  """As in `examples/mnist/train.py`, smaller; `hidden` is what shrinks."""
+
+  hidden: int = 32
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(features=4, kernel_size=(3, 3))(x))
+    x = nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
+    x = x.reshape((x.shape[0], -1))
+    x = nn.relu(nn.Dense(features=self.hidden)(x))
+    return nn.Dense(features=10)(x)
+
+
+class MLP(nnx.Module):
+  """Two layers of Flax NNX."""
+
+  def __init__(self, hidden: int, rngs: nnx.Rngs):
+    self.up = nnx.Linear(8, hidden, rngs=rngs)
+    self.down = nnx.Linear(hidden, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.down(jax.nn.gelu(self.up(x)))
+
+
+def _images():
+  x = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
+  return x, (x.sum((1, 2, 3)) > 0).astype(jnp.int32)
+
+
+def _train_cnn(rules):
+  model = CNN()
+  x, labels = _images()
+  params = model.init(jax.random.key(1), x)["params"]
+  tx = folding.fpp(optax.adamw(1e-2, weight_decay=0.1), rules, **STEPS)
+
+  def loss_fn(params):
+    logits, stats = folding.observe(model.apply)({"params": params}, x)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return loss.mean(), stats
+
+  @jax.jit
+  def step(params, state):
+    grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(20):
+    params, state = step(params, state)
+  return params
+
+
+def _zeros(w):
+  return np.count_nonzero(np.asarray(w) == 0)
+
+
+def test_a_linen_model_is_pruned_by_weight():
+  params = _train_cnn(
+    [folding.Rule(r"Dense_\d/kernel", 0.7), folding.Rule("Conv_0/kernel", 0.25)]
+  )
+  counts = {n: (_zeros(w), w.size) for n, w in paths.flatten(params).items()}
+  for name, target in (("Dense_0", 0.7), ("Dense_1", 0.7), ("Conv_0", 0.25)):
+    zeros, size = counts[f"{name}/kernel"]
+    assert zeros == int(target * size)
+
+
+def test_a_linen_model_shrinks_and_computes_the_same():
+  tied = {"Dense_0/bias": 0, "Dense_1/kernel": 0}
+  rules = [folding.Rule("Dense_0/kernel", 0.75, "neuron", tied)]
+  params = _train_cnn(rules)
+  small, kept = remove_neurons(rules, params)
+  assert len(kept["Dense_0/kernel"]) == 8
+  assert small["Dense_0"]["kernel"].shape == (64, 8)
+  assert small["Dense_0"]["bias"].shape == (8,)
+  assert small["Dense_1"]["kernel"].shape == (8, 10)
+  x, _ = _images()
+  # Sums of 8 terms instead of 32, of which 24 are zero.
+  np.testing.assert_allclose(
+    CNN(hidden=8).apply({"params": small}, x),
+    CNN().apply({"params": params}, x),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+  # Control: without one more neuron it is another function.
+  less = jax.tree.map(lambda w: w, small)
+  less["Dense_1"]["kernel"] = less["Dense_1"]["kernel"].at[0].set(0)
+  before = CNN(hidden=8).apply({"params": small}, x)
+  after = CNN(hidden=8).apply({"params": less}, x)
+  assert np.abs(np.asarray(after - before)).max() > 1e-3
+
+
+def _nnx_rules(granularity):
+  tied = {r"\1/bias": 0, "down/kernel": 0}
+  return [
+    folding.Rule(UP, 0.5, granularity, tied if granularity == "neuron" else {})
+  ]
+
+
+def _nnx_data():
+  x = jax.random.normal(jax.random.key(0), (32, 8))
+  return x, jnp.sin(x[:, :3])
+
+
+def _train_nnx(rules):
+  """With `nnx.Optimizer`, as the guides of NNX do."""
+  model = MLP(16, nnx.Rngs(0))
+  x, y = _nnx_data()
+  tx = folding.fpp(optax.adamw(1e-2), rules, score="magnitude", **STEPS)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer):
+    grads = nnx.grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
+    optimizer.update(model, grads)
+
+  for _ in range(20):
+    step(model, optimizer)
+  return model
+
+
+def test_an_nnx_optimizer_trains_as_a_loop_over_its_state_does():
+  rules = _nnx_rules("weight")
+  found = nnx.state(_train_nnx(rules), nnx.Param)
+  x, y = _nnx_data()
+  graphdef, params = nnx.split(MLP(16, nnx.Rngs(0)), nnx.Param)
+  tx = folding.fpp(optax.adamw(1e-2), rules, score="magnitude", **STEPS)
+  state = tx.init(params)
+
+  def loss_fn(params):
+    return jnp.mean((nnx.merge(graphdef, params)(x) - y) ** 2)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  for _ in range(20):
+    params, state = step(params, state)
+  by_hand = paths.flatten(params)
+  assert _zeros(by_hand["up/kernel"]) == 64  # half of 8 * 16
+  for name, w in paths.flatten(found).items():
+    np.testing.assert_allclose(w, by_hand[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(w) == 0, by_hand[name] == 0)
+
+
+def test_an_nnx_model_shrinks_and_computes_the_same():
+  rules = _nnx_rules("neuron")
+  model = _train_nnx(rules)
+  small, kept = remove_neurons(rules, nnx.state(model, nnx.Param))
+  assert len(kept["up/kernel"]) == 8
+  smaller = MLP(8, nnx.Rngs(1))
+  nnx.update(smaller, small)
+  x, _ = _nnx_data()
+  np.testing.assert_allclose(smaller(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_neuron_does_not_leave_without_the_rows_that_read_it():
+  params = {"up": np.zeros((2, 3)), "down": np.zeros((3, 2))}
+  with pytest.raises(ValueError, match="ties no other array"):
+    remove_neurons([folding.Rule("up", 0.5, "neuron")], params)
+
+
+def test_one_neuron_stays_and_other_rules_are_passed_over():
+  params = {"up": np.zeros((2, 3)), "down": np.zeros((3, 2)), "w": np.zeros(4)}
+  rules = [
+    folding.Rule("up", 0.5, "neuron", {"down": 0}),
+    folding.Rule("w", 0.5),
+  ]
+  small, kept = remove_neurons(rules, params)
+  shapes = {name: w.shape for name, w in small.items()}
+  assert shapes == {"up": (2, 1), "down": (1, 2), "w": (4,)}
+  assert kept["up"].tolist() == [0]

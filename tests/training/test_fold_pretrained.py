@@ -1,0 +1,315 @@
+"""Folding of trained models, small and random ones of every kind."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding import config as c
+from folding import paths, schema
+from folding.models.transformer import make_model
+from folding.training import fold_pretrained as lib
+
+N, D, K, V, L = 2, 16, 4, 30, 12
+_SIZES = {"num_layers": N, "width": D, "num_heads": D // K, "mlp_width": 24}
+MODELS = {
+  "bert": c.bert(**_SIZES),
+  "gpt2": c.gpt2(**_SIZES),
+  "llama": c.llama(**_SIZES, num_kv_heads=2, rope_base=100.0),
+  "qwen2": c.llama(**_SIZES, num_kv_heads=2, qkv_bias=True, rope_base=100.0),
+  "alibi": c.ModelConfig(**_SIZES),
+}
+each_kind = pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "alibi"])
+
+
+def _config(kind, **fold):
+  """Returns a resolved config; nothing is folded but what is said."""
+  model = MODELS[kind]
+  rope = "pairs" if model.positions == "rope" else "copy"
+  values = {"groups": 0, "v_block": 0, "rope": rope} | fold
+  return c.resolve(
+    c.Config(
+      task="lm" if model.causal else "classify",
+      preset="none",
+      data=c.DataConfig(length=L),
+      model=model,
+      fold=c.FoldConfig(**values),
+    )
+  )
+
+
+def _batches(count, seed=0, rows=16):
+  """Returns texts of several lengths, as classification has them."""
+  rng = np.random.default_rng(seed)
+  return [
+    {
+      "tokens": rng.integers(0, V, (rows, L)).astype(np.int32),
+      "mask": np.arange(L) < rng.integers(4, L + 1, rows)[:, None],
+    }
+    for _ in range(count)
+  ]
+
+
+@functools.cache
+def _dense(kind):
+  """Returns parameters none of which has a value that hides it."""
+  model = make_model(c.dense_twin(_config(kind)), V, num_classes=3)
+  tokens = jnp.zeros((1, L), jnp.int32)
+  params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+  rng = np.random.default_rng(0)
+
+  def value(name, w):
+    if name.endswith("scale"):
+      return rng.uniform(0.5, 1.5, w.shape).astype(np.float32)
+    if name.endswith("log_slopes"):
+      return np.asarray(w)
+    size = 1.5 if "/attn/" in name else 1.0
+    fan = w.shape[0] if w.ndim > 1 else 4
+    scale = size * fan**-0.5 * (4 if "embedding" in name else 1)
+    return (scale * rng.normal(size=w.shape)).astype(np.float32)
+
+  return paths.map_named(value, params)
+
+
+def _logits(config, params, seed=9):
+  """Returns logits of other text than that of calibration."""
+  [batch] = _batches(1, seed, rows=48)
+  model = make_model(config, V, num_classes=3)
+  logits = jax.jit(model.apply)(
+    {"params": params}, batch["tokens"], batch["mask"]
+  )
+  return np.asarray(logits[batch["mask"]] if logits.ndim == 3 else logits)
+
+
+def _error(config, params, kind):
+  dense = _logits(c.dense_twin(config), _dense(kind))
+  return np.square(_logits(config, params) - dense).mean() / dense.var()
+
+
+def _fold(config, kind, batches=4, **options):
+  return lib.fold_pretrained(config, _dense(kind), _batches(batches, **options))
+
+
+def _shapes(config):
+  """Returns {path: shape} of the model of a config."""
+  model = make_model(config, V, num_classes=3)
+  tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
+  tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  return {name: w.shape for name, w in paths.flatten(tree).items()}
+
+
+def _assert_fits(config, params):
+  shapes = {name: w.shape for name, w in paths.flatten(params).items()}
+  assert shapes == _shapes(config)
+  assert {np.asarray(w).dtype for w in jax.tree.leaves(params)} == {
+    np.dtype(np.float32)
+  }
+
+
+@each_kind
+def test_with_all_channels_of_a_head_nothing_is_lost(kind):
+  config = _config(kind, groups=K)
+  params, report = _fold(config, kind)
+  _assert_fits(config, params)
+  dense = _logits(c.dense_twin(config), _dense(kind))
+  # Folding rounds kernels once more, and each layer some sums.
+  np.testing.assert_allclose(
+    _logits(config, params), dense, atol=2e-4 * np.abs(dense).max()
+  )
+  for layer, row in enumerate(report):
+    assert row["layer"] == layer
+    assert (row["groups"], row["v_block"]) == (K, 0)
+    for name in ("logits_kept", "attention_r2", "mlp_r2"):
+      assert row[name] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "qwen2"])
+def test_a_block_of_the_whole_width_is_the_dense_w_v(kind):
+  config = _config(kind, v_block=D)
+  params, _ = _fold(config, kind, batches=16)
+  _assert_fits(config, params)
+  if kind == "qwen2":  # a bias of values, and none of W_O to take it over
+    assert _error(config, params, kind) < 0.3
+  else:
+    assert _error(config, params, kind) < 1e-5
+
+
+@each_kind
+def test_fewer_channels_are_fitted(kind):
+  config = _config(kind, groups=2, v_block=1)
+  params, report = _fold(config, kind)
+  _assert_fits(config, params)
+  unfitted = dict(params)
+  for n in range(N):
+    name = f"blocks_{n}"
+    block = {**params[name], "mlp": _dense(kind)[name]["mlp"]}
+    block["attn"] = {**block["attn"], "o": _dense(kind)[name]["attn"]["o"]}
+    unfitted[name] = block
+  assert _error(config, params, kind) < 0.7 * _error(config, unfitted, kind)
+  for row in report:
+    assert list(row) == [
+      *("layer", "groups", "v_block", "logits_kept", "attention_r2", "mlp_r2")
+    ]
+    assert 0 < row["logits_kept"] < 1
+    assert row["attention_r2"] < 1
+    assert row["mlp_r2"] < 1
+
+
+def test_every_layer_as_it_is_told():
+  config = _config("gpt2", groups=(0, 2), v_block=(0, D))
+  params, report = _fold(config, "gpt2")
+  _assert_fits(config, params)
+  old = paths.flatten(_dense("gpt2"))
+  for name, w in paths.flatten(params).items():
+    if not name.startswith("blocks_1/"):
+      assert w is old[name], name  # below what is folded nothing changes
+  whole = {"logits_kept": 1.0, "attention_r2": 1.0, "mlp_r2": 1.0}
+  assert report[0] == {"layer": 0, "groups": 0, "v_block": 0} | whole
+  assert (report[1]["groups"], report[1]["v_block"]) == (2, D)
+
+
+def test_the_layer_above_makes_up_for_the_one_below():
+  config = _config("gpt2", groups=(1, 0))
+  params, report = _fold(config, "gpt2")
+  left = {**params, "blocks_1": _dense("gpt2")["blocks_1"]}
+  for role in ("q", "k", "v"):
+    for name, w in left["blocks_1"]["attn"][role].items():
+      np.testing.assert_array_equal(params["blocks_1"]["attn"][role][name], w)
+  assert _error(config, params, "gpt2") < 0.98 * _error(config, left, "gpt2")
+  assert report[1]["logits_kept"] == 1
+  assert report[1]["mlp_r2"] < 1
+
+
+def test_the_first_w_v_may_stay_dense():
+  config = _config("alibi", groups=2, v_block=1, first_dense=True)
+  params, report = _fold(config, "alibi")
+  _assert_fits(config, params)
+  v = params["blocks_0"]["attn"]["v"]
+  assert v is _dense("alibi")["blocks_0"]["attn"]["v"]
+  assert [row["v_block"] for row in report] == [0, 1]
+
+
+def test_a_diagonal_of_ones_may_be_left_out():
+  options = {"groups": 2, "v_block": (1, 2)}
+  config = _config("gpt2", **options, v_identity=True)
+  params, _ = _fold(config, "gpt2")
+  _assert_fits(config, params)
+  assert "v" not in params["blocks_0"]["attn"]
+  with_ones = _config("gpt2", **options)
+  others, _ = _fold(with_ones, "gpt2")
+  _assert_fits(with_ones, others)
+  np.testing.assert_array_equal(
+    _logits(config, params), _logits(with_ones, others)
+  )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_on_the_input_axis_rows_are_folded(kind):
+  config = _config(kind, groups=D, axis="input", rope="copy")
+  params, report = _fold(config, kind)
+  _assert_fits(config, params)
+  # Rows by themselves lose nothing but a ridge of 1e-6 of the variance.
+  assert _error(config, params, kind) < 1e-6
+  assert [row["logits_kept"] for row in report] == [None, None]
+  config = _config(kind, groups=D // 2, axis="input", rope="copy")
+  params, _ = _fold(config, kind)
+  _assert_fits(config, params)
+  assert 1e-3 < _error(config, params, kind) < 0.5
+
+
+def _streams(config, params, batches):
+  """Returns tokens of the stream before, after attention, and at the end."""
+  x, kept = lib.embed_batches(config, params, batches)
+  parts = []
+  for at in zip(x, kept, strict=True):
+    seen = lib.look(
+      lib.make_block(config, 0), params["blocks_0"], *at, names=("norm_mlp",)
+    )
+    keep = np.asarray(at[1])
+    rows = (at[0], seen["norm_mlp"], seen["out"])
+    parts.append([np.asarray(w, np.float64)[keep] for w in rows])
+  return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def test_the_fit_is_the_least_and_holds_on_other_text():
+  config = _config("gpt2", groups=1, v_block=1)
+  params, [report, _] = _fold(config, "gpt2", batches=16)
+  dense = c.dense_twin(config)
+
+  def errors(params, batches):
+    """Returns the shares that are wrong after attention and at the end."""
+    x, middle, out = _streams(config, params, batches)
+    _, dense_middle, dense_out = _streams(dense, _dense("gpt2"), batches)
+    return [
+      np.square(ours - theirs).sum() / np.square(needed - needed.mean(0)).sum()
+      for ours, theirs, needed in (
+        (middle, dense_middle, dense_middle - x),
+        (out, dense_out, dense_out - middle),
+      )
+    ]
+
+  seen, other = _batches(16), _batches(16, seed=5)
+  least = errors(params, seen)
+  told = [1 - report["attention_r2"], 1 - report["mlp_r2"]]
+  np.testing.assert_allclose(errors(params, other), told, atol=0.05)
+  rng = np.random.default_rng(0)
+  for at, path in enumerate(["attn/o", "mlp/down"]):
+    for _ in range(3):
+
+      def moved(name, w, path=path):
+        if not re.fullmatch(f"blocks_0/{path}/(kernel|bias)", name):
+          return w
+        return w + 0.05 * rng.normal(size=w.shape).astype(np.float32) * w.std()
+
+      assert errors(paths.map_named(moved, params), seen)[at] > least[at]
+
+
+def test_padding_has_no_say():
+  config = _config("bert", groups=2, v_block=1)
+  params, report = _fold(config, "bert")
+  batches = _batches(4)
+  for batch in batches:
+    batch["tokens"] = np.where(batch["mask"], batch["tokens"], 7)
+  again, told = lib.fold_pretrained(config, _dense("bert"), batches)
+  assert told == report
+  for name, w in paths.flatten(params).items():
+    np.testing.assert_array_equal(paths.flatten(again)[name], w, name)
+
+
+def test_texts_may_come_one_by_one():
+  config = _config("gpt2", groups=2)
+  texts = [
+    {name: w[i : i + 1] for name, w in batch.items()}
+    for batch in _batches(4)
+    for i in range(16)
+  ]
+  params, report = lib.fold_pretrained(config, _dense("gpt2"), texts)
+  together, told = _fold(config, "gpt2")
+  for name in ("logits_kept", "attention_r2", "mlp_r2"):
+    found, expected = ([row[name] for row in r] for r in (report, told))
+    np.testing.assert_allclose(found, expected, atol=0.05)
+  errors = [_error(config, p, "gpt2") for p in (params, together)]
+  assert errors[0] == pytest.approx(errors[1], rel=0.2)
+
+
+@pytest.mark.parametrize(
+  ("rows", "tokens", "message"),
+  [
+    (2, 5, "has 10 tokens in 2 texts; the moments of 16 channels need more "),
+    (1, 40, "has 40 tokens in 1 texts; .* and two texts; give more"),
+  ],
+)
+def test_too_little_text_is_refused(rows, tokens, message):
+  batch = {"tokens": np.zeros((rows, tokens), np.int32)}
+  with pytest.raises(schema.ConfigError, match=message) as caught:
+    lib.fold_pretrained(_config("alibi", groups=1), _dense("alibi"), [batch])
+  assert "\n" not in str(caught.value)
+
+
+def test_rotary_heads_are_folded_by_pairs():
+  config = _config("llama", groups=2, rope="copy")
+  with pytest.raises(schema.ConfigError, match="use fold.rope='pairs'"):
+    _fold(config, "llama")

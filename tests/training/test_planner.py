@@ -1,0 +1,164 @@
+"""Plans by layer: what they save, and what they lose against the same fold."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding import config as c
+from folding import paths, schema
+from folding.models.transformer import make_model
+from folding.training import fold_pretrained, planner
+
+V, L, D, H, N = 40, 16, 32, 4, 3
+
+
+def _config(kind="bert", **fpp):
+  shape = {"num_layers": N, "width": D, "num_heads": H, "mlp_width": 48}
+  model = {"bert": c.bert, "llama": c.llama, "gpt2": c.gpt2}[kind](**shape)
+  rope = "pairs" if kind == "llama" else "copy"
+  return c.resolve(
+    c.Config(
+      task="classify" if kind == "bert" else "lm",
+      pretrained="RUN",
+      data=c.DataConfig(length=L),
+      model=model,
+      fold=c.FoldConfig(groups=2, v_block=1, rope=rope),
+      fpp=c.FPPConfig(**({"linear": 0.5, "embedding": 0.5} | fpp)),
+      compress=c.CompressConfig(plan="auto"),
+    )
+  )
+
+
+def _trained(config, flat_layers=()):
+  """Returns parameters; layers in `flat_layers` hardly write anything."""
+  model = make_model(c.dense_twin(config), V, num_classes=3)
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, L), int))
+  rng = np.random.default_rng(0)
+
+  def value(name, w):
+    size = 1.0
+    if any(name.startswith(f"blocks_{n}/") for n in flat_layers):
+      is_last = name.endswith(("o/kernel", "down/kernel"))
+      size = 1e-3 if is_last else 1.0
+    if w.ndim < 2:
+      return np.asarray(w)
+    scale = 2.0 * size * w.shape[0] ** -0.5
+    return (scale * rng.normal(size=w.shape)).astype(np.float32)
+
+  return paths.map_named(value, params["params"])
+
+
+def _batches():
+  rng = np.random.default_rng(1)
+  return [
+    {"tokens": rng.integers(0, V, (16, L)).astype(np.int32)} for _ in range(6)
+  ]
+
+
+def _stored(config, params):
+  """Returns parameters that a planned config leaves, by shapes and targets."""
+  model = make_model(config, V, num_classes=3)
+  tree = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, L), jnp.int32)
+  )["params"]
+  total = qkv = 0.0
+  for name, w in paths.flatten(tree).items():
+    left = 0.0
+    if name.endswith("embedding"):
+      left = config.fpp.embedding
+    elif "/mlp/" in name and name.endswith("kernel") or "/o/kernel" in name:
+      layer = int(name.split("/")[0].removeprefix("blocks_"))
+      left = config.fpp.linear_layers[layer]
+    elif name == "head/kernel" and config.task == "lm":
+      left = config.fpp.linear
+    total += (1 - left) * w.size
+    if any(f"/attn/{role}/" in name for role in "qkv"):
+      qkv += w.size
+  dense = sum(w.size for w in jax.tree.leaves(params))
+  return total / dense, qkv / (3 * N * D * (D + 1))
+
+
+@pytest.mark.parametrize(
+  ("kind", "fpp"),
+  [
+    ("bert", {"overall": 0.6, "linear": None, "embedding": None}),
+    ("llama", {"overall": 0.4, "linear": None, "embedding": None}),
+  ],
+)
+def test_the_whole_is_as_small_as_asked(kind, fpp):
+  config = _config(kind, **fpp)
+  params = _trained(config)
+  planned = planner.plan(config, params, _batches())
+  stored, _ = _stored(planned, params)
+  assert stored <= 1 - fpp["overall"] + 1e-6
+  assert stored > 1 - fpp["overall"] - 0.06  # a step of the last move
+  assert planned.compress.plan == "same"
+
+
+def test_qkv_is_reached_by_folding():
+  config = _config(overall=0.3, linear=None, embedding=None)
+  config.compress.qkv = 0.9
+  params = _trained(config)
+  planned = planner.plan(config, params, _batches())
+  assert _stored(planned, params)[1] <= 0.1 + 1e-6
+
+
+def test_layers_that_matter_least_give_most():
+  config = _config(overall=0.45, linear=None, embedding=None)
+  params = _trained(config, flat_layers=[1])
+  planned = planner.plan(config, params, _batches())
+  pruned = planned.fpp.linear_layers
+  assert pruned[1] == max(pruned)
+  assert min(pruned[0], pruned[2]) < pruned[1]
+  assert planned.fold.groups[1] == 1
+  assert planned.fold.v_block[1] == 1
+
+
+def test_options_only_lose_more_as_they_store_less():
+  config = _config()
+  options = planner.measure(config, _trained(config), _batches())
+  assert options.keys() == {
+    (n, kind) for n in range(N) for kind in ("qk", "v", "linear")
+  }
+  for found in options.values():
+    stored = [option.stored for option in found]
+    assert stored == sorted(stored, reverse=True)
+    assert found[0].error == 0
+    assert all(option.error > 0 for option in found[1:])
+  for n in range(N):
+    # Up to half; what is worse than nothing need not be in order.
+    errors = [option.error for option in options[n, "linear"][:4]]
+    assert errors == sorted(errors)
+
+
+def test_a_plan_loses_less_than_the_same_everywhere():
+  config = _config()
+  params, batches = _trained(config, flat_layers=[0]), _batches()
+
+  def error(folded_config):
+    """Returns the error of what is folded, on other text; nothing pruned."""
+    folded, _ = fold_pretrained.fold_pretrained(folded_config, params, batches)
+    tokens = jnp.asarray(np.random.default_rng(5).integers(0, V, (32, L)))
+    ours, dense = (
+      np.asarray(make_model(cfg, V, 3).apply({"params": p}, tokens))
+      for cfg, p in (
+        (folded_config, folded),
+        (c.dense_twin(config), params),
+      )
+    )
+    return np.square(ours - dense).mean() / dense.var()
+
+  same = dataclasses.replace(
+    config, compress=c.CompressConfig(), fold=c.FoldConfig(groups=2, v_block=1)
+  )
+  planned = planner.plan(config, params, batches)
+  assert error(c.resolve(planned)) < error(c.resolve(same))
+
+
+def test_what_cannot_be_reached_is_refused():
+  config = _config(overall=0.97, linear=None, embedding=None)
+  with pytest.raises(schema.ConfigError, match="no plan reaches"):
+    planner.plan(config, _trained(config), _batches())

@@ -1,0 +1,157 @@
+"""Pruning of trained weights: counts, moments by hand, and a run that holds."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from folding import config as c
+from folding import paths
+from folding.compression import sparsegpt
+from folding.training import loop, prune_trained
+from folding.training.restore import load_run
+from tests.training import tiny
+from tests.training.conftest import tiny_config
+
+
+def _config(method, **fields):
+  return tiny.config(
+    preset="none",
+    pretrained="RUN",
+    model=c.ModelConfig(num_layers=2, width=32, num_heads=4, gated=True),
+    fpp=c.FPPConfig(linear=0.5, embedding=0.25, attention="all"),
+    compress=c.CompressConfig(prune=method),
+    **fields,
+  )
+
+
+@pytest.fixture(scope="module")
+def trained():
+  """Returns (parameters of two layers, another draw, batches)."""
+  made = tiny.make(_config("magnitude"))
+  params = jax.device_get(made.init(1).params)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda w: w + 0.02 * rng.normal(size=w.shape).astype(np.float32), params
+  )
+  batches = [
+    {"tokens": tiny.batch(s)["tokens"], "mask": tiny.batch(s)["weights"] > 0}
+    for s in range(3)
+  ]
+  return params, jax.device_get(made.init(2).params), batches
+
+
+def _prune(method, trained):
+  params, drawn, batches = trained
+  return prune_trained.prune_trained(
+    _config(method), params, params, batches, drawn
+  )
+
+
+def _reads(params, batches):
+  """Returns what the Q of the first layer reads, in float64: [tokens, D]."""
+  rows = []
+  for batch in batches:
+    x = params["embed"]["embedding"].astype(np.float64)[batch["tokens"]]
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5)
+    norm = params["blocks_0"]["norm_attn"]
+    rows.append((x * norm["scale"] + norm["bias"])[batch["mask"]])
+  return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_each_array_loses_what_fpp_says(trained, method):
+  pruned = paths.flatten(_prune(method, trained))
+  for name, w in paths.flatten(trained[0]).items():
+    share = 0.0
+    if name.endswith("kernel"):
+      share = 0.5 if name.startswith("blocks") else 0.0
+    elif name.endswith("embedding"):
+      share = 0.25
+    zeros = np.count_nonzero(pruned[name] == 0)
+    assert zeros == int(share * w.size), name
+    if not share:
+      np.testing.assert_array_equal(pruned[name], w)
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_kernel_is_pruned_by_the_moment_of_what_it_reads(
+  trained, method, role
+):
+  pruned = _prune(method, trained)
+  x = _reads(pruned, trained[2])
+  w = trained[0]["blocks_0"]["attn"][role]["kernel"].astype(np.float64)
+  oracle = getattr(sparsegpt, method)(w.reshape(32, -1), x.T @ x / len(x), 0.5)
+  found = pruned["blocks_0"]["attn"][role]["kernel"]
+  np.testing.assert_array_equal(found.reshape(32, -1) == 0, oracle == 0)
+  np.testing.assert_allclose(
+    found.reshape(32, -1), oracle, rtol=1e-3, atol=1e-5
+  )
+
+
+def test_a_layer_is_pruned_for_what_the_pruned_layers_below_write(trained):
+  params, drawn, batches = trained
+  pruned = _prune("sparsegpt", trained)
+  # The first layer as it came out, pruned again by nothing: the second must
+  # come out the same.
+  mixed = {**params, "blocks_0": pruned["blocks_0"]}
+  mixed["embed"] = pruned["embed"]
+  config = _config("sparsegpt")
+  config.fpp.embedding = 0.0
+  config.fpp.exclude = "blocks_0/.*"
+  again = prune_trained.prune_trained(config, mixed, mixed, batches, drawn)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    again["blocks_1"],
+    pruned["blocks_1"],
+  )
+  alone = {**mixed, "blocks_0": params["blocks_0"]}
+  other = prune_trained.prune_trained(config, alone, alone, batches, drawn)
+  gap = np.abs(
+    other["blocks_1"]["mlp"]["up"]["kernel"]
+    - pruned["blocks_1"]["mlp"]["up"]["kernel"]
+  )
+  assert gap.max() > 0.01  # dense layers below would give another
+
+
+def test_a_ticket_is_the_first_draw_where_the_trained_weights_are_largest(
+  trained,
+):
+  params, drawn, _ = trained
+  ticket = _prune("ticket", trained)
+  kept = _prune("magnitude", trained)
+  for name, w in paths.flatten(ticket).items():
+    is_kept = paths.flatten(kept)[name] != 0
+    if name.endswith(("kernel", "embedding")):
+      np.testing.assert_array_equal(
+        w, np.where(is_kept, paths.flatten(drawn)[name], 0)
+      )
+    else:
+      np.testing.assert_array_equal(w, paths.flatten(drawn)[name])
+
+
+def test_a_run_keeps_the_zeros_that_it_started_with(text_file, tmp_path):
+  dense = tiny_config(text_file, steps=4, eval_every=4)
+  dense.dense = True
+  loop.run(dense, str(tmp_path / "dense"))
+  config = tiny_config(text_file, steps=6, eval_every=6)
+  config.preset, config.pretrained = "none", str(tmp_path / "dense")
+  config.fpp = c.FPPConfig(overall=0.6, attention="all")
+  config.compress = c.CompressConfig(prune="sparsegpt", calibration=64)
+  result = loop.run(config, str(tmp_path / "pruned"))
+  found = result["parameters"]["overall"]
+  assert found["stored"] / found["dense"] == pytest.approx(0.4, abs=2e-3)
+
+  _, start, _ = load_run(str(tmp_path / "dense"))
+  _, end, _ = load_run(str(tmp_path / "pruned"))
+  moved = paths.flatten(end)
+  for name, w in paths.flatten(start).items():
+    assert (moved[name] != w).any(), name  # what is left trains
+  lines = (tmp_path / "pruned" / "metrics.jsonl").read_text().splitlines()
+  records = [r for r in map(json.loads, lines) if r["split"] == "train"]
+  # From the first step on, and no more later.
+  assert len({r["sparsity"] for r in records}) == 1
+  assert {r["frozen"] for r in records} == {0.0}

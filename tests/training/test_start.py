@@ -1,0 +1,233 @@
+"""Runs that start from a checkpoint or a run, and learn from a teacher."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pretrained as pretrained_config
+from folding import config as c
+from folding import paths, schema
+from folding.data.batches import make_data
+from folding.models.transformer import make_model
+from folding.training import loop, start
+from folding.training.restore import load_run
+from tests.models import checkpoints
+from tests.training.conftest import tiny_config
+
+_WORDS = "a b c d e f".split()
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory) -> pathlib.Path:
+  """Returns a folder of texts whose class is their most frequent word."""
+  folder = tmp_path_factory.mktemp("topics")
+  rng = np.random.default_rng(0)
+  for split, rows in (("train", 96), ("valid", 32), ("test", 32)):
+    lines = []
+    for _ in range(rows):
+      label = int(rng.integers(3))
+      words = [_WORDS[label]] * 4 + list(rng.choice(_WORDS[3:], 3))
+      lines.append(f"topic {label}\t{' '.join(rng.permutation(words))}")
+    text = "\n".join(["label\ttext", *lines]) + "\n"
+    (folder / f"{split}.tsv").write_text(text, encoding="utf-8")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+  """Returns the folder of a tiny BERT without a head, and its parameters."""
+  folder = tmp_path_factory.mktemp("hf") / "bert"
+  return folder, checkpoints.write(folder, "bert")
+
+
+def _config(source, topics, **fields):
+  config = pretrained_config.get_config(str(source))
+  config.data.path, config.data.batch_size = str(topics), 8
+  config.compress.calibration = 96
+  config.train.steps, config.train.eval_every = 6, 3
+  config.train.tensorboard = False
+  config.fpp.checks = 2
+  for name, value in fields.items():
+    section, _, field = name.rpartition("__")
+    setattr(getattr(config, section) if section else config, field, value)
+  return config
+
+
+@pytest.fixture(scope="module")
+def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
+  """Returns a run that tuned the checkpoint on the topics."""
+  workdir = tmp_path_factory.mktemp("runs") / "dense"
+  config = _config(
+    checkpoint[0], topics, dense=True, train__steps=60, train__eval_every=20
+  )
+  config.train.learning_rate = 1e-2
+  result = loop.run(config, str(workdir))
+  assert result["test"]["accuracy"] > 0.6  # it has something to teach
+  return workdir
+
+
+def config_shapes(config):
+  """Returns {path: shape} of the parameters of a run."""
+  data = make_data(config)
+  model = make_model(config, data.tokenizer.vocab_size, data.num_classes)
+  tokens = jax.ShapeDtypeStruct((1, config.data.length), np.int32)
+  tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  return {name: w.shape for name, w in paths.flatten(tree).items()}
+
+
+def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
+  folder, written = checkpoint
+  config = c.resolve(_config(folder, topics, dense=True))
+  _, params, report = start.folded_start(config, make_data(config))
+  found, expected = paths.flatten(params), paths.flatten(written)
+  assert report == []
+  assert {name: w.shape for name, w in found.items()} == config_shapes(config)
+  # Rows past the tokenizer's ids are no token's.
+  known = make_data(config).tokenizer.plain_size
+  for name, w in found.items():
+    if name.startswith(("head/", "pooler/")):
+      assert name not in expected  # drawn by the seed
+      continue
+    theirs = expected[name]
+    if name == "embed/embedding":
+      theirs = theirs[:known]
+    if name == "position_embed/embedding":
+      theirs = theirs[: config.data.length]
+    np.testing.assert_array_equal(w, theirs, err_msg=name)
+  drawn = c.resolve(_config(folder, topics, dense=True, seed=1))
+  _, other, _ = start.folded_start(drawn, make_data(drawn))
+  assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
+
+
+@pytest.fixture(scope="module")
+def folded_run(dense_run, topics, tmp_path_factory):
+  """Returns (run directory, result) of the dense run, folded and recovered."""
+  workdir = tmp_path_factory.mktemp("runs") / "folded"
+  return workdir, loop.run(_config(dense_run, topics), str(workdir))
+
+
+def _saved(result, group):
+  counts = result["parameters"][group]
+  return 1 - counts["stored"] / counts["dense"]
+
+
+def test_a_run_folds_recovers_and_can_be_read(folded_run):
+  workdir, result = folded_run
+  assert result["finished"]
+  assert _saved(result, "qkv") > 0.3
+  for group, target in (("linear", 0.62), ("embedding", 0.71)):
+    # Whole rows, and whole elements: a few of this few are a share.
+    assert _saved(result, group) == pytest.approx(target, abs=0.1)
+  layers = json.loads((workdir / "fold.json").read_text())
+  assert [row["layer"] for row in layers] == [0, 1]
+  assert all(0 < row["logits_kept"] <= 1 for row in layers)
+  found, params, _ = load_run(str(workdir))
+  assert {n: w.shape for n, w in paths.flatten(params).items()} == (
+    config_shapes(found)
+  )
+
+
+@pytest.mark.slow
+def test_it_goes_on_as_if_never_stopped(
+  folded_run, dense_run, topics, tmp_path, monkeypatch
+):
+  config = _config(dense_run, topics)
+  with monkeypatch.context() as patch:
+    step = loop.StepLog.step
+
+    def cut(self, number, *args):
+      if number == 5:
+        raise KeyboardInterrupt
+      step(self, number, *args)
+
+    patch.setattr(loop.StepLog, "step", cut)
+    with pytest.raises(KeyboardInterrupt):
+      loop.run(config, str(tmp_path))
+  loop.run(config, str(tmp_path))
+  for a, b in zip(
+    jax.tree.leaves(load_run(str(folded_run[0]))[1]),
+    jax.tree.leaves(load_run(str(tmp_path))[1]),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_plan_is_kept_and_asked_for_again(dense_run, topics, tmp_path):
+  workdir = tmp_path / "run"
+  config = _config(dense_run, topics, compress__plan="auto")
+  config.fold.groups = 1
+  loop.run(config, str(workdir))
+  planned = c.load(str(workdir / "config.json"))
+  assert c.load(str(workdir / "asked.json")).compress.plan == "auto"
+  assert planned.compress.plan == "same"
+  assert isinstance(planned.fold.groups, tuple)
+  before = (workdir / "metrics.jsonl").stat().st_mtime_ns
+  loop.run(config, str(workdir))  # the same question has its answer
+  assert c.load(str(workdir / "config.json")) == planned
+  assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
+  config.compress.plan = "same"
+  with pytest.raises(schema.ConfigError, match="another config"):
+    loop.run(config, str(workdir))
+
+
+def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
+  config = c.resolve(_config(dense_run, topics))
+  found = start.teacher_of(config, make_data(config))
+  assert found is not None
+  model, params = found
+  assert model.fold.groups == 0
+  assert model.fold.v_block == 0
+  theirs = paths.flatten(load_run(str(dense_run))[1])
+  for name, w in paths.flatten(params).items():
+    assert w.dtype == jax.numpy.bfloat16
+    np.testing.assert_allclose(
+      np.asarray(w, np.float32), theirs[name], rtol=2**-8
+    )
+  config.distill = c.DistillConfig()
+  assert start.teacher_of(config, make_data(config)) is None
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"model__num_layers": 3}, "has num_layers 2, and model.num_layers is 3"),
+    ({"data__tokenizer": "bytes"}, "ids of another tokenizer"),
+    ({"distill__logits": 0.5}, "cannot teach these classes"),
+    (
+      {"compress__calibration": 1, "data__batch_size": 2},
+      "the moments of 16 channels",
+    ),
+    ({"pretrained": "nowhere/to/be/found"}, "nowhere"),
+  ],
+)
+def test_what_does_not_fit_is_one_clear_line(
+  checkpoint, topics, tmp_path, fields, message
+):
+  config = _config(checkpoint[0], topics, **fields)
+  with pytest.raises(schema.ConfigError, match=message) as error:
+    loop.run(config, str(tmp_path / "run"))
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_folded_run_is_no_start(folded_run, dense_run, topics, tmp_path):
+  config = _config(dense_run, topics, pretrained=str(folded_run[0]))
+  with pytest.raises(schema.ConfigError, match="start from a dense one"):
+    loop.run(config, str(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_language_model_is_folded_and_taught(text_file, tmp_path):
+  dense = tiny_config(text_file, steps=30)
+  dense.dense = True
+  loop.run(dense, str(tmp_path / "dense"))
+  config = pretrained_config.get_config(str(tmp_path / "dense"))
+  assert config.distill.logits > 0  # it has learnt its task
+  config.train.steps, config.train.eval_every = 6, 3
+  config.train.tensorboard = False
+  result = loop.run(config, str(tmp_path / "run"))
+  assert _saved(result, "qkv") > 0.5
