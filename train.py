@@ -53,10 +53,12 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
 
 def _train(argv: list[str]) -> None:
   config, workdir = _parse(argv)
-  from folding.training import loop  # after the flags, as it imports much
+  # After the flags, as these import much.
+  from folding.training import distributed, loop
 
   loop.run(config, workdir)
-  cli.show_report(workdir)
+  if distributed.is_main():
+    cli.show_report(workdir)
 
 
 if __name__ == "__main__":

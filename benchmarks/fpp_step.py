@@ -1,11 +1,12 @@
 """What a training step costs with FPP, over the same step without.
 
-    python -m benchmarks.fpp_step [--rounds=40] [--json]
+    python -m benchmarks.fpp_step [--rounds=40] [--devices=8] [--json]
 
 The same folded model and AdamW, on the same batch; `bare` has no FPP, `held`
 is FPP between two checks, `check` is a step in which FPP gathers statistics
 and decides anew. A run takes a check every few dozen steps: `ratio` weighs the
-two by how often they come in the quickstart.
+two by how often they come in the quickstart. With --devices, CPU devices are
+simulated and parameters, optimizer state and masks are split over all of them.
 """
 
 import argparse
@@ -21,30 +22,36 @@ from configs import quickstart
 from folding import config as config_lib
 from folding.models.transformer import make_model
 from folding.training import optimizer as optimizer_lib
+from folding.training import sharding
 from folding.training.step import init_state, train_step
 
 
-def measure(rounds: int) -> dict:
+def measure(rounds: int, devices: int = 1) -> dict:
   """Returns seconds and ratios."""
   config = config_lib.resolve(quickstart.get_config())
+  config.mesh = config_lib.MeshConfig(data=1, fsdp=devices)
   vocab_size, d = config.data.vocab_size, config.data
   model = make_model(config, vocab_size)
   tokens = np.random.default_rng(0).integers(
     0, vocab_size, (d.batch_size, d.length + 1), dtype=np.int32
   )
-  batch = {
-    "tokens": jax.numpy.asarray(tokens[:, :-1]),
-    "targets": jax.numpy.asarray(tokens[:, 1:]),
-    "weights": jax.numpy.ones((d.batch_size, d.length)),
-  }
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+  batch = sharding.put_batch(
+    mesh,
+    {
+      "tokens": tokens[:, :-1],
+      "targets": tokens[:, 1:],
+      "weights": np.ones((d.batch_size, d.length), np.float32),
+    },
+  )
   abstract = jax.eval_shape(model.init, jax.random.key(0), batch["tokens"])
   rules = optimizer_lib.make_rules(
     config, abstract["params"], abstract["params"]
   )
   calls = {
-    "bare": _stepper(config, model, [], batch, is_check=False),
-    "check": _stepper(config, model, rules, batch, is_check=True),
-    "held": _stepper(config, model, rules, batch, is_check=False),
+    "bare": _stepper(config, model, [], batch, mesh, is_check=False),
+    "check": _stepper(config, model, rules, batch, mesh, is_check=True),
+    "held": _stepper(config, model, rules, batch, mesh, is_check=False),
   }
   seconds = timing.time_in_turn(calls, rounds)
   begin, end, every = optimizer_lib.check_steps(config)
@@ -59,13 +66,15 @@ def measure(rounds: int) -> dict:
     "seconds": {n: statistics.median(s) for n, s in seconds.items()},
     "rounds": rounds,
     "device": jax.devices()[0].device_kind,
+    "devices": devices,
   }
 
 
-def _stepper(config, model, rules, batch, is_check):
+def _stepper(config, model, rules, batch, mesh, is_check):
   """Returns a call that takes one step; in the middle of the ramp."""
   tx = optimizer_lib.make_optimizer(config, rules)
   state = init_state(model, tx, config.data.length, config.seed)
+  places = sharding.tree_shardings(mesh, state)
   begin, end, every = optimizer_lib.check_steps(config)
   middle = begin + (end - begin) // every // 2 * every
   step = jax.jit(
@@ -77,11 +86,14 @@ def _stepper(config, model, rules, batch, is_check):
       seed=config.seed,
       label_smoothing=0.0,
       is_check=is_check,
-    )
+      mesh=mesh,
+    ),
+    out_shardings=(places, sharding.whole(mesh)),
   )
   # Held steps start one after a check; each call repeats the same step.
   at = middle if is_check else middle + 1
   state = state._replace(opt_state=state.opt_state._replace(step=np.int32(at)))
+  state = jax.device_put(state, places)
   return lambda: jax.block_until_ready(step(state, batch))
 
 
@@ -89,9 +101,13 @@ def main() -> None:
   """Prints a table, and with --json one object as the last line."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--rounds", type=int, default=40)
+  parser.add_argument("--devices", type=int, default=1)
   parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
-  result = measure(args.rounds)
+  if args.devices > 1:  # before jax starts
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+  result = measure(args.rounds, args.devices)
   timing.show(
     "A training step with FPP over one without",
     ["step", "milliseconds", "ratio", "quartiles"],

@@ -144,7 +144,8 @@ def test_the_dense_twin_of_the_dense_twin_and_of_the_resolved_config():
 AT_LEAST_1 = (
   "data.length data.batch_size data.eval_batch_size data.vocab_size "
   "model.num_layers model.width model.num_heads model.num_kv_heads "
-  "model.mlp_width train.steps train.log_every train.eval_every fpp.checks"
+  "model.mlp_width train.steps train.log_every train.eval_every fpp.checks "
+  "train.accumulate"
 ).split()
 FRACTIONS = ("data.valid_fraction", "data.test_fraction", "model.dropout")
 REMOVED = ("fpp.linear", "fpp.embedding", "fpp.overall")
@@ -232,6 +233,14 @@ COMBINATIONS = {
   "v_block": (
     {"fold__v_block": 3},
     r"v_block 3 does not divide model\.width 128.* 1 \(diagonal\) or 0",
+  ),
+  "parts": (
+    {"data__batch_size": 30, "train__accumulate": 4},
+    r"batch_size 30 does not divide into train\.accumulate=4 parts",
+  ),
+  "parts_and_whole_batches": (
+    {"train__accumulate": 2, "distill__hidden": 1.0, "distill__teacher": "x"},
+    r"distill\.hidden compares whole batches; use train\.accumulate=1",
   ),
   "sum_of_a_layernorm": (
     {"fold__axis": "input", "fold__groups": 1},

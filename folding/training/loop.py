@@ -163,6 +163,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
         label_smoothing=t.label_smoothing,
         is_check=is_check,
         accumulate=t.accumulate,
+        mesh=run.mesh,
         teacher=run.teacher and run.teacher[0],
         distill=config.distill if run.teacher else None,
       ),

@@ -15,26 +15,29 @@ class MetricsWriter:
   """Writes metrics of a run; use it as a context manager.
 
   `metrics.jsonl` has a line per record. On resume, records after the step that
-  was restored are dropped, so that the file reads like one run.
+  was restored are dropped, so that the file reads like one run. Of several
+  processes only the main one writes and prints.
   """
 
-  def __init__(self, workdir: str, config: Config, first_step: int):
-    self._path = os.path.join(workdir, "metrics.jsonl")
-    kept = [r for r in read_metrics(self._path) if r["step"] <= first_step]
-    replacement = self._path + ".new"
-    with open(replacement, "w", encoding="utf-8") as file:
-      file.writelines(json.dumps(record) + "\n" for record in kept)
-    os.replace(replacement, self._path)
-    self._file = open(self._path, "a", encoding="utf-8")
-    self._board = None
-    if config.train.tensorboard:
+  def __init__(
+    self, workdir: str, config: Config, first_step: int, is_main: bool = True
+  ):
+    self._file = self._board = None
+    if is_main:
+      path = os.path.join(workdir, "metrics.jsonl")
+      kept = [r for r in read_metrics(path) if r["step"] <= first_step]
+      with open(path + ".new", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+      os.replace(path + ".new", path)
+      self._file = open(path, "a", encoding="utf-8")
+    if is_main and config.train.tensorboard:
       # Imported here: it takes time and is only needed where it is used.
       import tensorboardX
 
       self._board = tensorboardX.SummaryWriter(
         os.path.join(workdir, "tensorboard"), purge_step=first_step + 1
       )
-    self._console = rich.console.Console(highlight=False)
+    self._console = rich.console.Console(highlight=False, quiet=not is_main)
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
       rich.progress.BarColumn(bar_width=24),
@@ -60,12 +63,15 @@ class MetricsWriter:
     trace: TracebackType | None,
   ) -> None:
     self._progress.stop()
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     if self._board is not None:
       self._board.close()
 
   def write(self, record: dict[str, Any]) -> None:
     """Writes a record with "split", "step" and numbers."""
+    if self._file is None:
+      return
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
     split, step = record["split"], record["step"]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 from folding.config import Config
 from folding.schema import TrainingError
@@ -100,15 +101,22 @@ class StepLog:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-  """Yields a function that says whether SIGTERM has arrived."""
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+  """Yields a function of the step that says whether SIGTERM has arrived.
+
+  With several processes, a signal to one is told to all, and all of them are
+  told to stop at the same step; each must ask at each step.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
   arrived = []
   try:
     before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
   except ValueError:  # not the main thread (a notebook's worker, a test)
-    yield lambda: False
+    yield lambda step: False
     return
   try:
-    yield lambda: bool(arrived)
+    yield lambda step: bool(arrived)
   finally:
     signal.signal(signal.SIGTERM, before)

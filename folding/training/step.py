@@ -4,16 +4,18 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.rules import Rule
 from folding.config import DistillConfig
 from folding.models.transformer import Block
-from folding.training import losses
+from folding.training import losses, sharding
 
 
 class TrainState(NamedTuple):
@@ -53,6 +55,7 @@ def train_step(
   label_smoothing: float,
   is_check: bool,
   accumulate: int = 1,
+  mesh: Mesh | None = None,
   teacher: Any = None,
   distill: DistillConfig | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -72,6 +75,7 @@ def train_step(
       forward statistics gathered.
     accumulate: Parts of the batch that are computed one after another, for
       memory; the update is that of the whole to rounding, dropout apart.
+    mesh: Where arrays lie; what layers write stays with the rows of the batch.
     teacher: Of distillation: a model whose parameters are batch["teacher"].
     distill: How much the teacher counts; None: there is none.
 
@@ -87,17 +91,27 @@ def train_step(
   if distill is not None and distill.hidden:
     watch = {"mutable": ["intermediates"], "capture_intermediates": _is_block}
 
+  def pinned(call, args, kwargs, context):
+    if not _is_block(context.module, context.method_name):
+      return call(*args, **kwargs)
+    x, *rest = args
+    return sharding.pin_rows(
+      mesh, call(sharding.pin_rows(mesh, x), *rest, **kwargs)
+    )
+
   def loss_fn(params, batch, key, is_check, distill):
     """Returns a part's share of the loss of the whole batch, and of the rest."""
     inputs = {"params": params}, batch["tokens"], batch.get("mask"), False
     options = {"rngs": {"dropout": key}, **(watch if distill else {})}
     stats = {}
-    if is_check:
-      apply = observe(model.apply)
-      out, stats = apply(*inputs, keep=batch.get("mask"), **options)
-    else:
-      out = model.apply(*inputs, **options)
+    with nn.intercept_methods(pinned):
+      if is_check:
+        apply = observe(model.apply)
+        out, stats = apply(*inputs, keep=batch.get("mask"), **options)
+      else:
+        out = model.apply(*inputs, **options)
     logits, hidden = out if distill and watch else (out, {})
+    logits = sharding.pin_rows(mesh, logits)
     sums = losses.summed_loss(logits, batch, label_smoothing)
     loss = untaught = sums["loss"] / jnp.maximum(sums["weight"], 1)
     if distill is not None:

@@ -1,4 +1,8 @@
+import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import chex
 import jax
@@ -11,6 +15,8 @@ from folding.schema import TrainingError
 from folding.training import sharding
 from folding.training.checkpoint import Checkpoints
 from tests.training import tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def like(state, mesh=None):
@@ -59,27 +65,29 @@ def test_state_comes_back_bit_for_bit(state, tmp_path):
   chex.assert_trees_all_equal(found, state, strict=True)
 
 
-@pytest.mark.parametrize(
-  "mesh_config",
-  [MeshConfig(8, 1), MeshConfig(2, 4)],
-  ids=["data=8", "data=2,fsdp=4"],
-)
-def test_one_device_to_eight_and_back(state, tmp_path, mesh_config):
-  eight = like(state, sharding.make_mesh(mesh_config))
-  with Checkpoints(str(tmp_path / "one")) as checkpoints:
-    checkpoints.save(3, state, None)
-    checkpoints.wait()
-    spread = checkpoints.restore(3, eight)
-  chex.assert_trees_all_equal(spread, state)
-  for x, place in zip(
-    jax.tree.leaves(spread), jax.tree.leaves(eight), strict=True
-  ):
-    assert x.sharding == place.sharding
-  with Checkpoints(str(tmp_path / "eight")) as checkpoints:
-    checkpoints.save(3, spread, None)
-    checkpoints.wait()
-    back = checkpoints.restore(3, like(state))
-  chex.assert_trees_all_equal(back, state)
+def test_from_mesh_to_mesh_and_back(state, tmp_path):
+  meshes = [
+    sharding.make_mesh(config, jax.devices()[:count])
+    for count, config in (
+      (2, MeshConfig(1, 2)),
+      (4, MeshConfig(2, 1, 2)),
+      (8, MeshConfig(2, 4)),
+      (8, MeshConfig(2, 2, 2)),
+      (1, MeshConfig()),
+    )
+  ]
+  now = state
+  for index, mesh in enumerate(meshes):
+    there = like(state, mesh)
+    with Checkpoints(str(tmp_path / str(index))) as checkpoints:
+      checkpoints.save(3, now, None)
+      checkpoints.wait()
+      now = checkpoints.restore(3, there)
+    chex.assert_trees_all_equal(now, state)
+    for x, place in zip(
+      jax.tree.leaves(now), jax.tree.leaves(there), strict=True
+    ):
+      assert x.sharding == place.sharding
 
 
 def test_a_save_is_of_the_moment_though_training_goes_on(tmp_path):
@@ -205,3 +213,38 @@ def test_a_save_cut_off_is_no_checkpoint(tmp_path):
     assert checkpoints.steps() == [1]
     assert checkpoints.restore_latest(LIKE)[0] == 1
   assert not folder.exists()
+
+
+_SAVES = """
+import sys
+import jax.numpy as jnp
+from folding.training.checkpoint import Checkpoints
+
+with Checkpoints(sys.argv[1]) as checkpoints:
+  for step in range(1, 100):
+    state = {str(i): jnp.full(1 << 16, step, jnp.float32) for i in range(16)}
+    checkpoints.save(step, state, None)
+"""
+
+
+def test_killed_in_the_middle_of_a_save_the_one_before_is_there(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, "-c", _SAVES, str(tmp_path)],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  folder = tmp_path / "checkpoints"
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline:  # until one is whole, and one is not
+    names = os.listdir(folder) if folder.is_dir() else []
+    if any(n.isdecimal() for n in names) and any("tmp" in n for n in names):
+      break
+    assert process.poll() is None
+  process.kill()
+  process.wait()
+  shapes = {
+    str(i): jax.ShapeDtypeStruct((1 << 16,), jnp.float32) for i in range(16)
+  }
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    step, found = checkpoints.restore_latest(like(shapes))
+  for name, x in found.items():
+    np.testing.assert_array_equal(x, step, name)

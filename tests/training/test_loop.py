@@ -234,6 +234,14 @@ def test_other_config_is_refused_by_field(finished):
     loop.run(other, str(workdir))
 
 
+def test_other_devices_are_no_other_config(finished):
+  config, workdir, result = finished
+  other = config_lib.from_dict(config_lib.to_dict(config))
+  other.mesh = config_lib.MeshConfig(data=2, fsdp=2, tensor=2)
+  other.train.accumulate = 2
+  assert loop.run(other, str(workdir)) == result
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -241,6 +249,7 @@ def test_other_config_is_refused_by_field(finished):
     ({"data": {"path": "nowhere.txt"}}, "nowhere.txt"),
     ({"data": {"batch_size": 100_000}}, "fewer than one batch"),
     ({"mesh": {"data": 3}}, "does not multiply"),
+    ({"mesh": {"rules": "nope=fsdp"}}, "'nope' matches no parameter"),
     ({"fpp": {"overall": 0.99}}, "cannot be reached"),
   ],
   ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

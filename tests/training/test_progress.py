@@ -118,10 +118,10 @@ def test_tokens_per_second_count_all_steps_since_the_last_record(tmp_path):
 def test_sigterm_is_noticed_and_its_handler_put_back():
   before = signal.getsignal(signal.SIGTERM)
   with stop_signal() as stopped:
-    assert not stopped()
+    assert not stopped(0)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stopped()
-    assert stopped()
+    assert stopped(0)
+    assert stopped(0)
   assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -137,7 +137,7 @@ def test_outside_the_main_thread_there_is_no_signal():
 
   def work():
     with stop_signal() as stopped:
-      found.append(stopped())
+      found.append(stopped(0))
 
   thread = threading.Thread(target=work)
   thread.start()

@@ -4,41 +4,60 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from folding import schema
+from folding import paths, schema
 from folding.config import MeshConfig
 from folding.training import sharding
+from tests.training import tiny
+
+
+def shape(*sizes):
+  return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
 @pytest.mark.parametrize(
-  ("data", "fsdp", "expected"),
-  [(-1, 1, (8, 1)), (1, -1, (1, 8)), (-1, 4, (2, 4)), (4, 2, (4, 2))],
+  ("config", "expected"),
+  [
+    (MeshConfig(), (8, 1, 1)),
+    (MeshConfig(1, -1), (1, 8, 1)),
+    (MeshConfig(-1, 4), (2, 4, 1)),
+    (MeshConfig(4, 2), (4, 2, 1)),
+    (MeshConfig(-1, 2, 2), (2, 2, 2)),
+    (MeshConfig(1, 1, -1), (1, 1, 8)),
+  ],
+  ids=str,
 )
-def test_mesh_shape(data, fsdp, expected):
-  mesh = sharding.make_mesh(MeshConfig(data, fsdp))
-  assert mesh.axis_names == ("data", "fsdp")
+def test_mesh_shape(config, expected):
+  mesh = sharding.make_mesh(config)
+  assert mesh.axis_names == ("data", "fsdp", "tensor")
   assert mesh.devices.shape == expected
   assert mesh.devices.ravel().tolist() == jax.devices()
+  assert sharding.fitting(config, 8) == config
 
 
 def test_mesh_of_one_device():
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
-  ("data", "fsdp"),
-  [(3, 1), (-1, 3), (-1, -1), (0, 8), (-1, 0), (-2, -4), (16, 1)],
+  ("data", "fsdp", "tensor"),
+  [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (-1, 0, 1), (-2, -4, 1)]
+  + [(16, 1, 1), (4, 2, 2), (-1, 1, 3)],
 )
-def test_mesh_that_does_not_fit_is_refused(data, fsdp):
+def test_mesh_that_does_not_fit_is_refused(data, fsdp, tensor):
+  config = MeshConfig(data, fsdp, tensor)
   with pytest.raises(
     schema.ConfigError,
-    match=rf"data={data}, fsdp={fsdp} does not multiply to the 8 device",
+    match=rf"data={data}, fsdp={fsdp}, tensor={tensor} does not multiply to "
+    "the 8 device",
   ):
-    sharding.make_mesh(MeshConfig(data, fsdp))
+    sharding.make_mesh(config)
+  fitted = sharding.fitting(config, 8)
+  assert dict(sharding.make_mesh(fitted).shape)["fsdp"] == 8
 
 
 @pytest.mark.parametrize(
-  ("shape", "spec"),
+  ("sizes", "spec"),
   [
     ((64, 128), P(None, "fsdp")),  # the longest
     ((128, 64), P("fsdp", None)),
@@ -53,22 +72,136 @@ def test_mesh_that_does_not_fit_is_refused(data, fsdp):
   ],
   ids=str,
 )
-def test_longest_divisible_axis_is_split(shape, spec):
+def test_longest_divisible_axis_is_split(sizes, spec):
   mesh = sharding.make_mesh(MeshConfig(2, 4))
-  tree = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
-  placed = sharding.tree_shardings(mesh, tree)["w"]
+  placed = sharding.tree_shardings(mesh, {"w": shape(*sizes)})["w"]
   assert placed == jax.sharding.NamedSharding(mesh, spec)
+
+
+@pytest.mark.parametrize(
+  ("name", "sizes", "spec"),
+  [
+    ("embed/embedding", (512, 64), P("tensor", "fsdp")),
+    ("head/kernel", (64, 512), P("fsdp", "tensor")),
+    ("blocks_0/attn/q/kernel", (64, 4, 16), P("fsdp", "tensor", None)),
+    ("blocks_0/attn/o/kernel", (4, 16, 64), P("tensor", None, "fsdp")),
+    ("blocks_9/mlp/up/kernel", (64, 256), P("fsdp", "tensor")),
+    ("model/mlp/gate/kernel", (64, 256), P("fsdp", "tensor")),
+    ("blocks_0/mlp/down/kernel", (256, 64), P("tensor", "fsdp")),
+    ("blocks_0/mlp/down/kernel", (256, 63), P("tensor", None)),
+    ("mine/w", (256, 64), P("fsdp", None)),
+    ("blocks_0/mlp/up/bias", (256,), P(None)),  # small
+    ("blocks_0/attn/q/kernel", (64, 3, 32), P("fsdp", None, None)),
+  ],
+)
+def test_heads_neurons_and_tokens_are_split_over_tensor(name, sizes, spec):
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  placed = sharding.tree_shardings(mesh, {name: shape(*sizes)})[name]
+  assert placed.spec == spec
 
 
 def test_without_fsdp_nothing_is_split():
   mesh = sharding.make_mesh(MeshConfig())
-  tree = [jax.ShapeDtypeStruct((512, 512), jnp.float32)]
-  assert sharding.tree_shardings(mesh, tree)[0].is_fully_replicated
+  tree = {"w": shape(512, 512)}
+  assert sharding.tree_shardings(mesh, tree)["w"].is_fully_replicated
+  assert sharding.unsplit(mesh, tree) == []
 
 
-@pytest.mark.parametrize(("rows", "rows_a_device"), [(16, 2), (8, 1), (12, 12)])
-def test_batch_is_split_over_all_devices(rows, rows_a_device):
-  mesh = sharding.make_mesh(MeshConfig(2, 4))
+def test_rules_come_before_the_default_and_the_first_wins():
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  tree = {n: shape(64, 128) for n in ("a/w", "b/w", "c/w", "d")}
+  rules = r"a/w=tensor,fsdp b/w=- .*/w=data+" + " d=data"
+  with pytest.raises(schema.ConfigError, match=r"'\.\*/w=data\+' is not PAT"):
+    sharding.tree_shardings(mesh, tree, rules=rules)
+  rules = rules.replace("data+", "-,tensor")
+  placed = sharding.tree_shardings(mesh, tree, rules=rules)
+  assert {n: s.spec for n, s in placed.items()} == {
+    "a/w": P("tensor", "fsdp"),
+    "b/w": P(None, None),
+    "c/w": P(None, "tensor"),
+    "d": P("data", None),
+  }
+
+
+@pytest.mark.parametrize(
+  ("rules", "message"),
+  [
+    ("w=", r"'w=' is not PATTERN=AXES"),
+    ("w", r"'w' is not PATTERN=AXES"),
+    ("w=fsdp,fsdp", r"once each"),
+    ("w=model", r"with axes data, fsdp, tensor"),
+    ("v=fsdp", r"mesh.rules: pattern 'v' matches no parameter; there are w"),
+    ("(=fsdp", r"mesh.rules: pattern '\(' does not parse"),
+    ("w=-,-,fsdp", r"places 3 axes, and 'w' has shape \(64, 128\)"),
+  ],
+)
+def test_a_rule_that_places_nothing_is_refused(rules, message):
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  with pytest.raises(schema.ConfigError, match=message):
+    sharding.tree_shardings(mesh, {"w": shape(64, 128)}, rules=rules)
+
+
+def test_what_does_not_divide_is_whole_and_is_told():
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  tree = {
+    "head/kernel": shape(64, 333),
+    "odd": shape(63, 99),
+    "small": shape(3, 5),
+    "ruled": shape(99, 64),
+    "fine": shape(64, 64),
+  }
+  rules = "ruled=fsdp,tensor"
+  placed = sharding.tree_shardings(mesh, tree, rules=rules)
+  assert placed["head/kernel"].spec == P("fsdp", None)
+  assert placed["odd"].spec == P(None, None)
+  assert placed["ruled"].spec == P(None, "tensor")
+  told = sharding.unsplit(mesh, tree, rules)
+  assert [line.split(", which")[0] for line in told] == [
+    "head/kernel (64, 333) is not split over tensor",
+    "odd (63, 99) is not split over fsdp",
+    "ruled (99, 64) is not split over fsdp",
+  ]
+
+
+@pytest.mark.parametrize("score", ["relative", "saliency"])
+def test_state_lies_as_its_parameters_do(score):
+  fpp = {"score": score, "begin": 0.0, "end": 0.75, "checks": 3}
+  run = tiny.make(tiny.config(fpp=tiny.c.FPPConfig(**fpp)))
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  state = jax.eval_shape(run.init)
+  placed = paths.flatten(sharding.tree_shardings(mesh, state))
+  name = "blocks_0/mlp/up/kernel"  # [32, 128]
+  spec = P("fsdp", "tensor")
+  assert placed[f"params/{name}"].spec == spec
+  for moment in ("mu", "nu"):
+    assert placed[f"opt_state/inner/1/0/{moment}/{name}"].spec == spec
+  assert placed[f"opt_state/suspected/{name}"].spec == P(None, *spec)
+  averages = placed[f"opt_state/averages/{name}"].spec
+  assert averages == (P("fsdp") if score == "relative" else spec)
+  assert placed["step"].spec == P()
+
+
+def test_bits_that_would_share_a_byte_with_another_device_are_whole():
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  params = {"up/kernel": shape(16, 264)}  # 132 a device, or 16.5 bytes
+  bits = {"suspected": {"up/kernel": shape(1, 16, 33)}}
+  rules = "up/kernel=fsdp,tensor"
+  placed = sharding.tree_shardings(mesh, bits, params, rules)
+  assert placed["suspected"]["up/kernel"].spec == P(None, "fsdp", None)
+
+
+@pytest.mark.parametrize(
+  ("config", "rows", "rows_a_device"),
+  [
+    (MeshConfig(2, 4), 16, 2),
+    (MeshConfig(2, 4), 8, 1),
+    (MeshConfig(2, 4), 12, 12),
+    (MeshConfig(2, 2, 2), 12, 3),
+  ],
+  ids=str,
+)
+def test_batch_is_split_over_data_and_fsdp(config, rows, rows_a_device):
+  mesh = sharding.make_mesh(config)
   batch = {
     "tokens": np.arange(rows * 3, dtype=np.int32).reshape(rows, 3),
     "labels": np.arange(rows, dtype=np.int32),

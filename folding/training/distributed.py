@@ -1,0 +1,141 @@
+"""Several processes that train one model: how they meet, and who writes.
+
+Each process computes the same program on its own devices and rows; process 0
+alone writes metrics, results and reports. They share one run directory.
+"""
+
+import contextlib
+import socket
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from folding.schema import ConfigError
+
+TIMEOUT_SECS = 300  # to wait for the others at the start
+
+
+def join(where: str, timeout_secs: int = TIMEOUT_SECS) -> None:
+  """Meets the other processes; before the first use of a device.
+
+  Args:
+    where: "none", "auto" or "HOST:PORT,PROCESS,COUNT", as `Config` has it.
+    timeout_secs: How long to wait for the others.
+
+  Raises:
+    ConfigError: a process does not come, or "auto" finds no cluster.
+  """
+  if where == "none" or jax.distributed.is_initialized():
+    return
+  address, process, count = None, None, None
+  if where != "auto":
+    address, *numbers = where.split(",")
+    process, count = map(int, numbers)
+    # JAX would end the process with a dump of its stack if one did not come.
+    _meet(address, process, count, timeout_secs)
+  try:
+    jax.distributed.initialize(
+      address, count, process, initialization_timeout=timeout_secs
+    )
+  except (ValueError, RuntimeError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise ConfigError(
+      f"distributed={where!r} does not start: {reason}"
+    ) from error
+
+
+def _meet(address: str, process: int, count: int, timeout_secs: float) -> None:
+  """Waits until all processes have been at the address of process 0.
+
+  Raises:
+    ConfigError: one has not, or there is no such address.
+  """
+  host, _, port = address.rpartition(":")
+  deadline = time.monotonic() + timeout_secs
+  try:
+    if process == 0:
+      missing = _host((host, int(port)), count, deadline)
+    else:
+      missing = _visit((host, int(port)), process, deadline)
+  except (OSError, OverflowError) as error:
+    raise ConfigError(
+      f"distributed: process {process} cannot use {address}: {error}"
+    ) from error
+  if missing:
+    raise ConfigError(
+      f"distributed: process {', '.join(map(str, sorted(missing)))} of {count} "
+      f"did not come to {address} within {timeout_secs:g} s"
+    )
+
+
+def _host(place: tuple[str, int], count: int, deadline: float) -> set[int]:
+  """Lets the others go on when all have come; returns those that have not."""
+  missing = set(range(1, count))
+  visitors = []
+  with socket.create_server(place) as server:
+    while missing and (left := deadline - time.monotonic()) > 0:
+      server.settimeout(left)
+      try:
+        visitor, _ = server.accept()
+        visitor.settimeout(max(0.1, deadline - time.monotonic()))
+        word = visitor.recv(16)
+      except OSError:  # nobody came, or somebody left
+        continue
+      visitors.append(visitor)
+      missing -= {int(word)} if word.isdigit() else set()
+  for visitor in visitors:
+    with visitor, contextlib.suppress(OSError):
+      visitor.sendall(b"go" if not missing else b"no")
+  return missing
+
+
+def _visit(place: tuple[str, int], process: int, deadline: float) -> set[int]:
+  """Waits to be let go on; returns {0} if process 0 has not come."""
+  while (left := deadline - time.monotonic()) > 0:
+    try:
+      with socket.create_connection(place, timeout=left) as visit:
+        visit.sendall(str(process).encode())
+        visit.settimeout(max(0.1, deadline - time.monotonic()))
+        if visit.recv(16) == b"go":
+          return set()
+    except ConnectionError:  # it is not there yet
+      pass
+    except TimeoutError:
+      break
+    time.sleep(0.1)
+  return {0}
+
+
+def is_main() -> bool:
+  """Returns whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag: bool) -> bool:
+  """Returns whether the flag is True in any process; all of them must ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def sum_processes(array: np.ndarray) -> np.ndarray:
+  """Returns the sum of the arrays of all processes; all of them must ask."""
+  if jax.process_count() == 1:
+    return array
+  return multihost_utils.process_allgather(array).sum(axis=0)
+
+
+def to_host(tree: Any) -> Any:
+  """Returns whole NumPy arrays in each process; all of them must ask."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,132 @@
+"""The verb `folding plan`."""
+
+import argparse
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from folding import config as config_lib
+from folding.config import Config
+from folding.schema import require
+
+
+def add_to(verbs: Any) -> None:
+  """Adds the verb to the subparsers of the command line."""
+  verb = verbs.add_parser("plan", help="say what a config takes on devices")
+  verb.add_argument(
+    "--config",
+    metavar="FILE[:ARGUMENT]",
+    required=True,
+    help="as train.py takes it; nothing is read but the file",
+  )
+  verb.add_argument(
+    "--devices",
+    metavar="DEVICES",
+    required=True,
+    help="v4-N, v5e-N, v5p-N, v6e-N, a100-N, h100-N, h200-N, cpu-N, or "
+    "NAME:COUNTxGIB",
+  )
+  verb.add_argument(
+    "--set",
+    metavar="FIELD=VALUE",
+    action="append",
+    default=[],
+    help="another value of the config, such as mesh.tensor=4",
+  )
+  verb.add_argument(
+    "--compile",
+    action="store_true",
+    help="compile the step for so many simulated devices and ask XLA as well",
+  )
+  verb.add_argument("--json", action="store_true", help="print JSON")
+  verb.set_defaults(call=plan)
+
+
+def plan(args: argparse.Namespace) -> None:
+  """Prints what training takes on each device, and whether it fits."""
+  import jax
+
+  from folding.training import capacity
+
+  devices = capacity.parse_devices(args.devices)
+  config = edited(load_config(args.config), args.set)
+  if args.compile:  # before jax starts
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices.count)
+  found = capacity.plan(config, devices, compiles=args.compile)
+  print(json.dumps(found) if args.json else table(found))
+
+
+def load_config(where: str) -> Config:
+  """Returns the config of "FILE.py" or "FILE.py:ARGUMENT".
+
+  Raises:
+    ConfigError: it gives none.
+  """
+  path, _, argument = where.partition(":")
+  require(os.path.isfile(path), f"there is no file {path}")
+  spec = importlib.util.spec_from_file_location("config_file", path)
+  require(spec is not None, f"{path} is no Python file")
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  get_config = getattr(module, "get_config", None)
+  require(get_config is not None, f"{path} has no get_config()")
+  assert get_config is not None
+  return get_config(*[argument] if argument else [])
+
+
+def edited(config: Config, edits: Sequence[str]) -> Config:
+  """Returns a resolved config with other values, given as "FIELD=VALUE".
+
+  Raises:
+    ConfigError: there is no such field, or the value does not fit it.
+  """
+  values = config_lib.to_dict(config)
+  for edit in edits:
+    name, _, text = edit.partition("=")
+    *parents, last = name.split(".")
+    section = values
+    for parent in parents:
+      section = section.get(parent, {}) if isinstance(section, dict) else {}
+    require(last in section, f"--set: config has no field {name!r}")
+    try:
+      section[last] = json.loads(text)
+    except ValueError:
+      section[last] = text
+  return config_lib.resolve(config_lib.from_dict(values))
+
+
+def table(found: dict[str, Any]) -> str:
+  """Returns a plan as text."""
+  devices, columns = found["devices"], ("dense", "compressed")
+  rows = [["GiB a device", *columns]]
+
+  def add(name, *values):
+    rows.append([name, *(f"{value / 2**30:,.2f}" for value in values)])
+
+  for part in found["dense"]["bytes"]:
+    add(part, *(found[column]["bytes"][part] for column in columns))
+  add("total", *(found[column]["total"] for column in columns))
+  for what in found["dense"].get("xla", ()):
+    add(f"XLA: {what}", *(found[column]["xla"][what] for column in columns))
+  verdicts = ["fits" if found[c]["fits"] else "does not fit" for c in columns]
+  rows.append([f"in {devices['gib']:,.1f}", *verdicts])
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+    for row in rows
+  ]
+  dense, kept = found["dense"]["parameters"], found["compressed"]["stored"]
+  mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
+  return "\n".join(
+    [
+      f"{devices['count']} x {devices['name']}, mesh {mesh}",
+      *lines,
+      f"{dense:,} parameters dense, {kept:,} stored in the end "
+      f"({kept / dense:.1%})",
+      *(f"mesh: {line}" for line in found["unsplit"]),
+    ]
+  )

@@ -1,0 +1,92 @@
+"""What moves between devices, read off the compiled programs."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding import config as c
+from folding import paths
+from folding.training import sharding
+from tests.training import tiny
+
+_MOVES = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
+MESHES = {
+  "fsdp=8": c.MeshConfig(1, 8),
+  "data=2,fsdp=2,tensor=2": c.MeshConfig(2, 2, 2),
+}
+
+
+def moved(text):
+  """Returns [(collective, elements of its largest result)] of a program."""
+  found = []
+  for line in text.splitlines():
+    match = re.search(rf"= (.*?) ({_MOVES})(-start)?\(", line)
+    if match:
+      sizes = [
+        int(np.prod([int(n) for n in dims.split(",") if n]))
+        for dims in re.findall(r"\[([\d,]*)\]", match[1])
+      ]
+      found.append((match[2], max(sizes)))
+  return found
+
+
+def placed(mesh, tree, params):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    sharding.tree_shardings(mesh, tree, params),
+  )
+
+
+def compiled_update(mesh, score, granularity="weight"):
+  """Returns the program of FPP and AdamW without the model around it."""
+  fpp = c.FPPConfig(
+    score=score, granularity=granularity, begin=0.0, end=0.75, checks=3
+  )
+  run = tiny.make(tiny.config(fpp=fpp))
+  state = jax.eval_shape(run.init)
+  params = placed(mesh, state.params, state.params)
+  opt_state = placed(mesh, state.opt_state, state.params)
+  stats = {
+    name: jax.ShapeDtypeStruct(w.shape[:-1], jnp.float32)
+    for name, w in paths.flatten(state.params).items()
+  }
+  out = jax.tree.map(lambda x: x.sharding, (params, opt_state))
+  update = jax.jit(
+    lambda grads, opt_state, params, stats: run.tx.update(
+      grads, opt_state, params, stats=stats, value=jnp.float32(0)
+    ),
+    out_shardings=out,
+  )
+  return update.lower(params, opt_state, params, stats).compile()
+
+
+@pytest.mark.parametrize(
+  ("mesh", "score", "granularity"),
+  [
+    ("fsdp=8", "relative", "weight"),
+    ("data=2,fsdp=2,tensor=2", "relative", "weight"),
+    ("fsdp=8", "activation", "neuron"),
+  ],
+)
+def test_a_mask_update_gathers_no_parameter(mesh, score, granularity):
+  mesh = sharding.make_mesh(MESHES[mesh])
+  moves = moved(compiled_update(mesh, score, granularity).as_text())
+  # Counts, norms, means of rows and columns; the smallest matrix that is split
+  # has 4,096 elements.
+  assert max(size for _, size in moves) <= 128, moves
+  kinds = {kind for kind, _ in moves}
+  gathered = {"all-gather"} if granularity == "neuron" else set()  # decisions
+  assert kinds <= {"all-reduce"} | gathered, moves
+
+
+def test_the_count_sees_a_gather():
+  mesh = sharding.make_mesh(MESHES["fsdp=8"])
+  w = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
+  x = placed(mesh, w, w)["w"]
+  sort = jax.jit(lambda x: x < jnp.sort(x.ravel())[4000])
+  moves = moved(sort.lower(x).compile().as_text())
+  assert ("all-gather", 64 * 128) in moves

@@ -1,0 +1,175 @@
+"""Real processes on loopback, four simulated CPU devices each."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from folding import config as config_lib
+from folding import paths
+from folding.training import loop
+from tests.training.conftest import tiny_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+MESH = config_lib.MeshConfig(data=2, fsdp=4)
+_CONFIG_FILE = """
+from folding import config as c
+from tests.training.conftest import tiny_config
+
+def get_config(path):
+  config = tiny_config(path)
+  config.mesh = c.MeshConfig(data=2, fsdp=4)
+  return config
+"""
+
+
+def free_address():
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def start(command, devices=4):
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=os.environ
+    | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def train_in_two(workdir, text_file, *flags):
+  """Starts train.py in two processes."""
+  config_file = workdir.parent / "mesh.py"
+  config_file.write_text(_CONFIG_FILE, encoding="utf-8")
+  address = free_address()
+  return [
+    start(
+      [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={config_file}:{text_file}",
+        f"--workdir={workdir}",
+        f"--config.distributed={address},{process},2",
+        *flags,
+      ]
+    )
+    for process in range(2)
+  ]
+
+
+def records(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def last_state(workdir):
+  this, checkpoints = loop.open_run(str(workdir))
+  with checkpoints:
+    step, state = checkpoints.restore_latest(this.like)
+  return step, jax.device_get(state)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(text_file, tmp_path):
+  two = tmp_path / "two"
+  processes = train_in_two(two, text_file)
+  outputs = [process.communicate(timeout=500) for process in processes]
+  for process, (_, err) in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, err
+  assert "test" in outputs[0][0]
+  assert "step" not in outputs[1][0]  # one of them tells
+  config = tiny_config(text_file)
+  config.mesh = MESH
+  one = tmp_path / "one"
+  loop.run(config, str(one))
+  assert len(records(two)) == len(records(one))
+  for ours, theirs in zip(records(two), records(one), strict=True):
+    assert (ours["split"], ours["step"]) == (theirs["split"], theirs["step"])
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert ours.get("trainable") == theirs.get("trainable")
+  # Saved by two processes, read here by one on a mesh of eight devices.
+  (step, ours), (_, theirs) = last_state(two), last_state(one)
+  assert step == 10
+  chex.assert_trees_all_equal(
+    ours.opt_state.suspected, theirs.opt_state.suspected
+  )
+  zeros = 0
+  for name, w in paths.flatten(theirs.params).items():
+    np.testing.assert_array_equal(paths.flatten(ours.params)[name] == 0, w == 0)
+    zeros += np.count_nonzero(w == 0)
+  assert zeros > 1000
+  report = json.loads((two / "result.json").read_text())
+  assert report["finished"]
+  assert config_lib.load(str(two / "config.json")).distributed == "none"
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_at_the_same_step(text_file, tmp_path):
+  workdir = tmp_path / "run"
+  processes = train_in_two(workdir, text_file, "--config.train.steps=1000000")
+  metrics = workdir / "metrics.jsonl"
+  deadline = time.monotonic() + 400
+  while time.monotonic() < deadline and not (
+    metrics.exists() and metrics.stat().st_size > 0
+  ):
+    time.sleep(0.1)  # no event tells of another process's file
+    assert [process.poll() for process in processes] == [None, None]
+  processes[1].send_signal(signal.SIGTERM)
+  outputs = [process.communicate(timeout=400) for process in processes]
+  for process, (_, err) in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, err
+  saved = re.search(r"saved at step (\d+) of 1000000", outputs[0][0])
+  assert saved, outputs[0][0]
+  assert last_state(workdir)[0] == int(saved[1])
+
+
+_JOIN = """
+import sys
+from folding import cli
+from folding.training import distributed
+
+sys.exit(cli.exit_status(lambda: distributed.join(sys.argv[1], 1)))
+"""
+
+
+@pytest.mark.parametrize(
+  ("process", "missing"), [(0, "1, 2"), (1, "0")], ids=["main", "other"]
+)
+def test_who_does_not_come_is_told_with_the_address(process, missing):
+  address = free_address()
+  alone = start([sys.executable, "-c", _JOIN, f"{address},{process},3"])
+  _, err = alone.communicate(timeout=200)
+  assert alone.returncode == 2
+  assert err == (
+    f"folding: error: distributed: process {missing} of 3 did not come to "
+    f"{address} within 1 s\n"
+  )
+
+
+def test_a_host_without_a_name_is_one_line():
+  alone = start([sys.executable, "-c", _JOIN, "no.such.host.invalid:1,1,2"])
+  _, err = alone.communicate(timeout=200)
+  assert alone.returncode == 2
+  assert err.count("\n") == 1
+  assert "process 1 cannot use no.such.host.invalid:1" in err
+
+
+@pytest.mark.parametrize(
+  "text", ["always", "host,0,2", "host:1,2,2", "host:1,0", "host:x,0,2"]
+)
+def test_an_address_that_is_none_is_refused(text):
+  with pytest.raises(ValueError, match="distributed is 'none', 'auto' or 'HO"):
+    config_lib.resolve(config_lib.Config(distributed=text))
