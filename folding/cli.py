@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from folding import schema
+from folding.studies import verb as study_verb
+from folding.training import plan_verb
 
 
 def report(args: argparse.Namespace) -> None:
@@ -36,6 +38,28 @@ def evaluate(args: argparse.Namespace) -> None:
   print(json.dumps(loop.evaluate_run(args.run, args.split)))
 
 
+def resume(args: argparse.Namespace) -> None:
+  """Goes on training a run, as its own config says."""
+  from folding.training import loop
+
+  loop.resume_run(args.run)
+  show_report(args.run)
+
+
+def shrink(args: argparse.Namespace) -> None:
+  """Writes a run with smaller arrays, and prints how much smaller."""
+  from folding.training import shrinking
+
+  done = shrinking.shrink_run(args.run, args.output, args.multiple)
+  print(
+    f"{done['before']:,} parameters, zeros included, are now "
+    f"{done['after']:,} ({done['after'] / done['before']:.1%})"
+  )
+  print(f"The smaller run is in {args.output}, at step {done['step']}")
+  if done["step"] < done["steps"]:
+    print(f"Its training goes on with: folding resume {args.output}")
+
+
 def compare(args: argparse.Namespace) -> None:
   """Writes a comparison of runs, and prints its table."""
   from folding.reporting import compare as compare_lib
@@ -48,6 +72,90 @@ def compare(args: argparse.Namespace) -> None:
   else:
     print(text)
   print(f"The comparison is in {os.path.join(args.output, 'compare.md')}")
+
+
+def export(args: argparse.Namespace) -> None:
+  """Writes a model in a form that others load, and prints its size."""
+  from folding.serving import export as export_lib
+  from folding.serving import huggingface, program
+
+  schema.require(
+    args.dtype is None or args.format != "hf",
+    "--format=hf writes float32; leave out --dtype",
+  )
+  export_lib.require_empty(args.output)
+  whole = export_lib.load(args.path)
+  model = export_lib.without_tokens(whole, args.removed_tokens)
+  if args.format != "hf" and not args.keep_shapes:
+    model = export_lib.shrunk(model)
+  if args.dtype:
+    model = export_lib.cast(model, args.dtype)
+  if args.format == "hf":
+    size = huggingface.export_hf(args.output, model)
+    print(f"{size['files']:,} bytes of files, for transformers, all dense")
+  elif args.format in ("stablehlo", "onnx"):
+    write = {"stablehlo": program.export_stablehlo, "onnx": program.export_onnx}
+    size = write[args.format](args.output, model)
+    print(
+      f"{size['program']:,} bytes of program; {size['parameters']:,} of them "
+      "are parameters, stored dense"
+    )
+  else:
+    size = export_lib.export(
+      args.output, model.config, model.params, model.tokenizer, model.labels
+    )
+    print(
+      f"{size['values'] + size['masks']:,} bytes stored ({size['values']:,} of "
+      f"values, {size['masks']:,} of masks), "
+      f"{export_lib.sizes(whole)['dense']:,} in the dense twin; "
+      f"{size['files']:,} bytes of files"
+    )
+  print(f"The exported model is in {args.output}")
+
+
+def predict(args: argparse.Namespace) -> None:
+  """Prints the class of each line of a text file or of standard input."""
+  from folding.serving import export as export_lib
+  from folding.serving import predict as predict_lib
+
+  model = export_lib.load(args.path)
+  write = predict_lib.LINES[args.format]
+  options = {"batch_size": args.batch_size, "at_once": args.file == "-"}
+  try:
+    with predict_lib.open_lines(args.file, sys.stdin.buffer) as lines:
+      found = predict_lib.predict(model, lines, **options)
+      for line in write(found, model.labels):
+        print(line, flush=True)
+  except BrokenPipeError:  # as by `| head`; nobody is left to tell
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def generate(args: argparse.Namespace) -> None:
+  """Prints prompts and what follows them: one as it comes, several in order."""
+  from folding.serving import export as export_lib
+  from folding.serving import predict as predict_lib
+  from folding.serving import text
+  from folding.serving.sampling import Sampling
+
+  prompts = args.prompt or []
+  if args.file is not None:
+    with predict_lib.open_lines(args.file, sys.stdin.buffer) as lines:
+      prompts += lines
+  elif not prompts:
+    prompts = [""]
+  sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+  pieces = text.continue_texts(
+    export_lib.load(args.path),
+    prompts,
+    max_new_tokens=args.max_new_tokens,
+    sampling=sampling,
+    cache=args.cache,
+  )
+  try:
+    for piece in pieces:
+      print(piece, end="", flush=True)
+  except BrokenPipeError:  # as by `| head`; nobody is left to tell
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +207,113 @@ def _parser() -> argparse.ArgumentParser:
   )
   verb.set_defaults(call=evaluate)
 
+  verb = verbs.add_parser("resume", help="go on training a run")
+  verb.add_argument("run", metavar="RUN", help="a run directory")
+  verb.set_defaults(call=resume)
+
+  verb = verbs.add_parser(
+    "shrink", help="write a run without the neurons, heads, tokens that are 0"
+  )
+  verb.add_argument("run", metavar="RUN", help="a run directory")
+  verb.add_argument(
+    "--output", metavar="DIR", required=True, help="a new run directory"
+  )
+  verb.add_argument(
+    "--multiple",
+    metavar="N",
+    type=int,
+    default=1,
+    help="round widths up to a multiple of N (default: %(default)s)",
+  )
+  verb.set_defaults(call=shrink)
+
+  verb = verbs.add_parser("export", help="write a model for use elsewhere")
+  verb.add_argument(
+    "path", metavar="PATH", help="a run, an export or a Hugging Face checkpoint"
+  )
+  verb.add_argument(
+    "--output", metavar="DIR", required=True, help="a new folder"
+  )
+  verb.add_argument(
+    "--format",
+    choices=("safetensors", "hf", "stablehlo", "onnx"),
+    default="safetensors",
+    help="compact for folding.load, dense for transformers, or a program that "
+    "needs jax or an ONNX runtime alone (default: %(default)s)",
+  )
+  verb.add_argument(
+    "--removed-tokens",
+    choices=("zero", "unknown", "trim"),
+    default="zero",
+    help="tokens of a classifier that are embedded as zero stay so, are read "
+    "as the unknown token, or leave the tokenizer (default: %(default)s)",
+  )
+  verb.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    help="of the stored arrays (default: as they are)",
+  )
+  verb.add_argument(
+    "--keep-shapes",
+    action="store_true",
+    help="do not remove neurons, heads and tokens that are zero",
+  )
+  verb.set_defaults(call=export)
+
+  verb = verbs.add_parser("predict", help="classify the lines of a text")
+  verb.add_argument(
+    "path", metavar="PATH", help="a run, an export or a Hugging Face checkpoint"
+  )
+  verb.add_argument(
+    "file", metavar="FILE", help="one text a line; -: standard input"
+  )
+  verb.add_argument(
+    "--format",
+    choices=("tsv", "jsonl"),
+    default="tsv",
+    help="of what is printed (default: %(default)s)",
+  )
+  verb.add_argument(
+    "--batch-size",
+    metavar="N",
+    type=int,
+    default=64,
+    help="texts at a time; standard input is answered after so many lines "
+    "(default: %(default)s)",
+  )
+  verb.set_defaults(call=predict)
+
+  verb = verbs.add_parser("generate", help="continue texts by a language model")
+  verb.add_argument(
+    "path", metavar="PATH", help="a run, an export or a Hugging Face checkpoint"
+  )
+  verb.add_argument(
+    "--prompt",
+    metavar="TEXT",
+    action="append",
+    help="may be given several times (default: begin a new document)",
+  )
+  verb.add_argument("--file", help="one prompt a line; -: standard input")
+  for name, kind, default, what in (
+    ("max-new-tokens", int, 100, "tokens of each prompt, at most"),
+    ("temperature", float, 0.8, "0: always the likeliest token"),
+    ("top-k", int, None, "draw among the N likeliest tokens"),
+    ("top-p", float, None, "draw among the likeliest that sum to N"),
+    ("seed", int, 0, "of the draws"),
+  ):
+    if default is not None:
+      what += " (default: %(default)s)"
+    verb.add_argument(
+      f"--{name}", metavar="N", type=kind, default=default, help=what
+    )
+  verb.add_argument(
+    "--cache",
+    choices=("keys", "linear"),
+    default="keys",
+    help="keep all keys, or, with fold.groups=1, a state that does not grow",
+  )
+  verb.set_defaults(call=generate)
+
   verb = verbs.add_parser("compare", help="show runs side by side")
   verb.add_argument(
     "runs", metavar="RUN", nargs="+", help="run directories, reference first"
@@ -110,6 +325,9 @@ def _parser() -> argparse.ArgumentParser:
     help="where compare.md, .json and .png go (default: %(default)s)",
   )
   verb.set_defaults(call=compare)
+
+  plan_verb.add_to(verbs)
+  study_verb.add_to(verbs)
   return parser
 
 

@@ -13,23 +13,37 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each file imports only files that stand before it: a new file is added here,
 # where its imports allow it to stand.
 ORDER = {
-  "": ["schema", "checks", "config", "paths"],
+  "": ["schema", "checks", "presets", "config", "paths"],
   "data": [
     *("local_files", "python_stdlib", "sources", "tokenizers", "batches"),
   ],
-  "models": ["projections", "attention", "transformer"],
+  "models": [
+    *("projections", "cache", "chebyshev", "nodal", "chunked"),
+    *("linear_attention", "past", "attention", "transformer"),
+    *("hf_families", "hf_config", "hf_names", "hf_weights", "pretrained"),
+  ],
   "compression": [
-    *("scores", "select", "rules", "suspects", "observe", "fpp", "fold"),
-    "accounting",
+    *("select", "scores", "rules", "suspects", "observe", "fpp", "hooks"),
+    *("neurons", "fold"),
+    *("sparsegpt", "refold", "accounting", "removable", "shrink"),
   ],
   "training": [
-    *("losses", "result", "metrics", "sharding", "checkpoint", "optimizer"),
-    *("progress", "evaluate", "step", "loop"),
+    *("losses", "distributed", "result", "metrics", "sharding", "checkpoint"),
+    *("optimizer", "restore", "fold_pretrained", "planner", "prune_trained"),
+    *("start", "progress", "evaluate", "step", "capacity", "plan_verb", "run"),
+    *("loop", "shrinking"),
   ],
-  "serving": [],
+  "serving": [
+    *("vocabulary", "packed", "export", "program", "huggingface", "predict"),
+    *("sampling", "steps", "generate", "text"),
+  ],
   "reporting": [
     *("runs", "words", "grouping", "plots", "heatmap", "overlay", "pages"),
     *("report", "compare"),
+  ],
+  "studies": [
+    *("methods", "study", "claims", "energy", "worker", "board", "runner"),
+    *("inference", "gather", "tables", "drawings", "page", "verb"),
   ],
 }
 FILES = [
@@ -39,7 +53,9 @@ FILES = [
 ] + ["folding.cli", "train"]
 
 # Seen by everything below it, and importing nothing of the library or jax.
-PLAIN = ("folding.schema", "folding.checks", "folding.config")
+PLAIN = (
+  *("folding.schema", "folding.checks", "folding.presets", "folding.config"),
+)
 # Not importable by name from inside: the public names come last.
 PACKAGES = ["folding", *(f"folding.{room}" for room in ORDER if room)]
 

@@ -35,9 +35,13 @@ def test_compare_prints_the_table(tmp_path, capsys):
   assert "920,704" in out
 
 
-@pytest.mark.parametrize("verb", ["report", "compare"])
+@pytest.mark.parametrize(
+  "verb",
+  [["report"], ["compare"], ["resume"], ["shrink", "--output=none"]],
+  ids=lambda verb: verb[0],
+)
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys, verb):
-  assert cli.main([verb, str(tmp_path)]) == 2
+  assert cli.main([*verb, str(tmp_path)]) == 2
   assert "has no config.json" in _one_error_line(capsys)
 
 

@@ -1,0 +1,84 @@
+r"""Methods that start from a trained checkpoint.
+
+A dense model is tuned for 60% of the steps; each method starts from it and
+recovers with it as teacher for the rest. The dense reference is tuned for all
+of them. CHECKPOINT is as in configs/pretrained.py; data sets are the folders in
+FOLDER of the checkpoint's task, or those named.
+
+Run:     folding study \
+           configs/studies/pretrained.py:CHECKPOINT,FOLDER,trec,subj,mr,sst2 \
+           --workdir=DIR
+"""
+
+import dataclasses
+
+from configs import pretrained
+from configs.studies import from_scratch
+from folding import config as c
+from folding.config import Config
+from folding.schema import require
+from folding.studies import methods
+from folding.studies.methods import Edits, Method
+from folding.studies.study import DENSE, OURS, Study
+
+_METHODS = (
+  *("dense", "ours", "fpp", "fpp-all", "random", "magnitude"),
+  *("magnitude-global", "movement", "saliency", "evolution", "activation"),
+  *("relative", "neuron", "heads", "magnitude-after", "wanda", "sparsegpt"),
+)
+# As configs/pretrained.py recovers a model that knows its task.
+_RECOVERY: Edits = {
+  "model.dropout": 0.0,
+  "distill.logits": 0.7,
+  "distill.hidden": 2.0,
+  "train.learning_rate": 5e-4,
+}
+
+
+def get_study(where: str = "") -> Study:
+  """Returns the study of a checkpoint and folders of data.
+
+  Raises:
+    ConfigError: there is no checkpoint, or no folder of its task.
+  """
+  checkpoint, comma, folders = where.partition(",")
+  require(bool(comma), "give configs/studies/pretrained.py:CHECKPOINT,FOLDER")
+  found = {}
+  for name, scratch in from_scratch.datasets(folders).items():
+    base = pretrained.get_config(checkpoint)
+    if base.task == scratch.task:
+      found[name] = _base(base, scratch)
+  require(bool(found), f"{folders!r} has no data of {checkpoint!r}'s task")
+  return Study(
+    datasets=found,
+    methods={
+      name: method if name == DENSE else _recovered(name, method)
+      for name, method in methods.pick(*_METHODS).items()
+    },
+  )
+
+
+def _base(base: Config, scratch: Config) -> Config:
+  base.data.path = scratch.data.path
+  base.distill = c.DistillConfig()  # only what recovers has a teacher
+  base.train.learning_rate = 1e-4
+  base.train.steps, base.train.eval_every = 800, 80
+  base.train.tensorboard = False
+  return base
+
+
+def _recovered(name: str, method: Method) -> Method:
+  """Returns a method that starts from the tuned dense model."""
+  about = method.about
+  if name == OURS:
+    about = (
+      "folding and FPP: W_V diagonal, above 40% W_Q and W_K at the G of "
+      "configs/pretrained.py, the rest by FPP"
+    )
+
+  def edits(base: Config, level: float | None) -> Edits:
+    own = method.edits
+    own = own(base, level) if callable(own) else own
+    return {**_RECOVERY, **own}
+
+  return dataclasses.replace(method, about=about, edits=edits, kind="after")

@@ -1,0 +1,34 @@
+"""Four tiny runs on a file of text, to see that a study works.
+
+Run:     folding study configs/studies/smoke.py:FILE.txt --workdir=DIR
+Expect:  less than a minute; figures that mean nothing
+"""
+
+from folding import config as c
+from folding.studies import methods
+from folding.studies.study import Study
+
+
+def get_study(path: str) -> Study:
+  """Returns the study of a text file."""
+  base = c.Config(
+    data=c.DataConfig(
+      path=path,
+      tokenizer="bytes",
+      length=16,
+      batch_size=8,
+      eval_batch_size=8,
+      max_bytes=20_000,
+    ),
+    model=c.ModelConfig(num_layers=1, width=16, num_heads=4, mlp_width=32),
+    fpp=c.FPPConfig(checks=3),
+    train=c.TrainConfig(
+      steps=10, eval_every=5, log_every=1, tensorboard=False, learning_rate=1e-2
+    ),
+  )
+  return Study(
+    datasets={"text": base},
+    methods=methods.pick("dense", "ours"),
+    levels=(0.5,),
+    seeds=(0, 1),
+  )

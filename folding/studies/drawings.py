@@ -1,0 +1,170 @@
+"""The figures of a study; each has a panel for each data set."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.lines
+from matplotlib import ticker
+
+from folding.reporting import plots, words
+from folding.studies import inference
+from folding.studies.study import DENSE, OURS
+from folding.studies.tables import Group, Results
+
+_MARKERS = "osDv^P"
+_LINES = ("-", "--", ":")
+
+
+def quality(results: Results) -> matplotlib.figure.Figure:
+  """Draws the test figure against compression, and dense as a band.
+
+  The band is dense's 95% interval; where that is wider than what is drawn, as
+  of two seeds, it is cut off.
+  """
+
+  def draw(axes, dataset, styles):
+    scale, seen = _scale(results, dataset), []
+    dense = results.group(dataset, DENSE)
+    if dense:
+      mean, half = inference.interval(dense.values("quality"))
+      mean, half = scale * mean, scale * (half or 0.0)
+      axes.axhspan(mean - half, mean + half, color=plots.LIGHT, zorder=0)
+      axes.axhline(mean, color=plots.GREY, linewidth=1, zorder=1)
+      seen.append(mean)
+    for method in results.methods:
+      if method == DENSE:
+        continue
+      groups = [
+        results.group(dataset, method, level)
+        for level in (*results.levels, None)
+      ]
+      points = [
+        _point(g, "compression", scale)
+        for g in groups
+        if g and g.mean("compression") is not None
+      ]
+      if points:
+        x, y = zip(*points, strict=True)
+        axes.plot([100 * v for v in x], y, **styles[method])
+        seen += y
+    _limit(axes, seen)
+    if results.levels:
+      axes.set_xticks([100 * level for level in results.levels])
+    axes.set_xlabel("smaller than dense")
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}%")
+
+  return _panels(results, draw, [m for m in results.methods if m != DENSE])
+
+
+def front(results: Results, cost: str) -> matplotlib.figure.Figure:
+  """Draws the test figure against "bytes" or "seconds", and the Pareto front.
+
+  The points are means over seeds; the front is that of the points drawn.
+  """
+
+  def draw(axes, dataset, styles):
+    scale, higher = _scale(results, dataset), results.is_higher_better(dataset)
+    points = {
+      key: _point(group, cost, scale)
+      for key, group in results.all_of(dataset).items()
+    }
+    named = {f"{m} {level}": p for (m, level), p in points.items()}
+    on_front = inference.front(named, higher)
+    best = sorted(named[name] for name in on_front)
+    axes.step(
+      [p[0] for p in best],
+      [p[1] for p in best],
+      where="post",
+      color=plots.GREY,
+      linewidth=1,
+      zorder=0,
+    )
+    for (method, level), point in points.items():
+      style = dict(styles[method])
+      if f"{method} {level}" not in on_front:
+        style["markerfacecolor"] = "none"
+      axes.plot(*point, **style)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("stored bytes" if cost == "bytes" else "training, seconds")
+    axes.xaxis.set_major_formatter(lambda v, _: words.short_count(v))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+
+  return _panels(results, draw, list(results.methods), linestyle="none")
+
+
+def _panels(
+  results: Results,
+  draw: Callable[..., None],
+  methods: list[str],
+  **common: Any,
+) -> matplotlib.figure.Figure:
+  styles = {m: style | common for m, style in _styles(results.methods).items()}
+  columns = min(3, len(results.datasets))
+  rows = math.ceil(len(results.datasets) / columns)
+  with plots.figure() as drawing:
+    drawing.set_size_inches(4.2 * columns + 1.0, 3.3 * rows + 1.4)
+    grid = drawing.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(results.datasets) :]:
+      axes.set_axis_off()
+    for axes, dataset in zip(grid.flat, results.datasets, strict=False):
+      axes.grid(True)
+      axes.set_title(dataset)
+      if results.all_of(dataset):
+        draw(axes, dataset, styles)
+      else:
+        plots.nothing(axes, "no run is finished yet")
+      if results.is_higher_better(dataset):
+        axes.set_ylabel("test accuracy")
+        axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}%")
+      else:
+        axes.set_ylabel("test, bits per byte")
+        axes.invert_yaxis()  # so that up is better everywhere
+    drawing.legend(
+      handles=[
+        matplotlib.lines.Line2D([], [], label=method, **styles[method])
+        for method in methods
+      ],
+      loc="outside lower center",
+      ncols=min(3 * columns - 1, len(methods)),
+    )
+  return drawing
+
+
+def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+  """Returns how each method looks, in all figures of a study.
+
+  Ours stands out; past the last colour, dashes and markers tell others apart.
+  """
+  special = {DENSE: plots.GREY, OURS: plots.BLUE}
+  colours = [c for c in plots.CYCLE if c not in special.values()]
+  found, index, n = {}, 0, len(colours)
+  for method in methods:
+    style = {"linewidth": 1.3, "markersize": 5, "zorder": 2}
+    if method in special:
+      style |= {"color": special[method], "marker": "*", "linestyle": "-"}
+      style |= {"linewidth": 2.4, "markersize": 10, "zorder": 3}
+    else:
+      style["color"] = colours[index % n]
+      style["linestyle"] = _LINES[index // n % len(_LINES)]
+      style["marker"] = _MARKERS[index // n % len(_MARKERS)]
+      index += 1
+    found[method] = style
+  return found
+
+
+def _limit(axes: Any, seen: list[float]) -> None:
+  """Lets what was measured fill the axis."""
+  margin = 0.08 * (max(seen) - min(seen)) or 1.0
+  axes.set_ylim(min(seen) - margin, max(seen) + margin)
+
+
+def _scale(results: Results, dataset: str) -> float:
+  return 100.0 if results.is_higher_better(dataset) else 1.0
+
+
+def _point(group: Group, cost: str, scale: float) -> tuple[float, float]:
+  x, y = group.mean(cost), group.mean("quality")
+  assert x is not None and y is not None
+  return x, scale * y

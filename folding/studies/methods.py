@@ -1,0 +1,321 @@
+"""Ways to make a model smaller, as edits of a run's configuration.
+
+All have the same steps, data, optimizer and accounting. A level is the fraction
+of the dense twin's parameters that is to be saved, of the whole model.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from folding import config as config_lib
+from folding.config import Config, ModelConfig
+from folding.data import tokenizers
+from folding.models.transformer import make_model
+from folding.schema import ConfigError, require
+
+Edits = Mapping[str, Any]  # {dotted field of `Config`: value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to make a model smaller.
+
+  Attributes:
+    about: What it is, for tables; with its source.
+    edits: Of the base config; or a function of that and the level.
+    kind: What a level does. "level": it becomes `fpp.overall`. "fixed":
+      nothing, there is one size. "small": it says how wide a dense model is.
+      "after": a dense model is trained for a part of the steps, and the method
+      starts from it, with `fpp.overall`, for the rest.
+  """
+
+  about: str
+  edits: Edits | Callable[[Config, float | None], Edits] = dataclasses.field(
+    default_factory=dict
+  )
+  kind: Literal["level", "fixed", "small", "after"] = "level"
+
+  def config(
+    self, base: Config, level: float | None, seed: int, start: str = ""
+  ) -> Config:
+    """Returns the config of a run.
+
+    Args:
+      base: What all methods share.
+      level: Fraction to save; None for kind "fixed".
+      seed: Of the run.
+      start: For kind "after": the run to start from.
+
+    Raises:
+      ConfigError: an edit is of no field, or of the wrong type.
+    """
+    edits = self.edits
+    edits = dict(edits(base, level) if callable(edits) else edits)
+    edits["seed"] = seed
+    if self.kind in ("level", "after"):
+      edits |= {"fpp.overall": level, "fpp.linear": None}
+      edits |= {"fpp.embedding": None, "fpp.linear_layers": None}
+    if self.kind == "after":
+      edits |= {"pretrained": start}
+      edits |= {"data.tokenizer": f"{start}/tokenizer.json"}
+    found = edited(base, edits)
+    if self.kind == "small":
+      assert level is not None
+      found.model = small(found, level)
+      found.pretrained = None
+    return found
+
+
+def edited(base: Config, edits: Edits) -> Config:
+  """Returns a copy with some fields replaced.
+
+  Raises:
+    ConfigError: there is no such field, or the value is of the wrong type.
+  """
+  values = config_lib.to_dict(base)
+  for name, value in edits.items():
+    *sections, last = name.split(".")
+    holder: Any = values
+    for section in sections:
+      holder = holder.get(section)
+      require(
+        isinstance(holder, dict), f"a study edits {name!r}; there is no such"
+      )
+    holder[last] = value
+  return config_lib.from_dict(values)
+
+
+def small(base: Config, level: float) -> ModelConfig:
+  """Returns the shape of a dense model that stores as much as a level leaves.
+
+  Heads keep their size, so that a narrower model has fewer of them. The width
+  is the largest that fits with the feed-forward part in proportion; what is
+  left over goes to the feed-forward part.
+
+  Raises:
+    ConfigError: there is no such model.
+  """
+  dense = config_lib.dense_twin(config_lib.resolve(base))
+  vocabulary, length = _vocabulary(dense.data), dense.data.length
+  count = functools.partial(_count, dense, vocabulary, length)
+  target = (1 - level) * count(dense.model)
+  head_dim, full = dense.model.head_dim, dense.model
+  assert head_dim is not None
+  mlp = full.mlp_width
+  require(
+    isinstance(mlp, int) and full.num_heads == full.num_kv_heads,
+    "a small dense model is found for layers of one width, and heads with keys "
+    "of their own",
+  )
+
+  def shape(width: int, mlp_width: int) -> ModelConfig:
+    heads = math.ceil(width / head_dim)
+    return dataclasses.replace(
+      full,
+      width=width,
+      num_heads=heads,
+      num_kv_heads=heads,
+      mlp_width=max(1, mlp_width),
+    )
+
+  def in_proportion(width: int) -> int:
+    return round(mlp * width / full.width)  # pyright: ignore
+
+  low, high = 0, full.width
+  while high - low > 1:
+    middle = (low + high) // 2
+    fits = count(shape(middle, in_proportion(middle))) <= target
+    low, high = (middle, high) if fits else (low, middle)
+  if low == 0:
+    raise ConfigError(
+      f"no dense model is {level:.0%} smaller than the dense twin"
+    )
+  first = shape(low, in_proportion(low))
+  less = count(first)
+  more = dataclasses.replace(first, mlp_width=first.mlp_width + 1)  # pyright: ignore
+  extra = round((target - less) / (count(more) - less))
+  return shape(low, in_proportion(low) + extra)
+
+
+@functools.cache
+def _count_of(
+  model: ModelConfig, task: str, vocabulary: int, length: int
+) -> int:
+  config = Config(task=task, dense=True, model=model)  # pyright: ignore
+  config.data.length = length
+  made = make_model(config_lib.resolve(config), vocabulary, num_classes=2)
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  shapes = jax.eval_shape(made.init, jax.random.key(0), tokens)["params"]
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
+def _count(config: Config, vocabulary: int, length: int, model: ModelConfig):
+  return _count_of(model, config.task, vocabulary, length)
+
+
+def _vocabulary(data: config_lib.DataConfig) -> int:
+  if data.tokenizer == "bytes":
+    return tokenizers.NUM_BYTES + 2
+  if data.tokenizer == "bpe":
+    return data.vocab_size
+  return tokenizers.load_tokenizer(data.tokenizer).vocab_size
+
+
+_UNFOLDED: Edits = {
+  "preset": "none",
+  "fold.groups": 0,
+  "fold.v_block": 0,
+  "fpp.embedding_granularity": "weight",
+}
+_FOLDED: Edits = {"preset": "paper"}
+
+
+def _gradual(about: str, score: str, **more: Any) -> Method:
+  """Returns gradual pruning of all matrices, without the freezing stage."""
+  edits = {**_UNFOLDED, "fpp.score": score, "fpp.attention": "all"}
+  more = {f"fpp.{name}": value for name, value in more.items()}
+  return Method(about, {**edits, "fpp.patience": 0, **more})
+
+
+def _after(about: str, prune: str) -> Method:
+  edits = {**_UNFOLDED, "compress.prune": prune, "fpp.attention": "all"}
+  return Method(about, edits, "after")
+
+
+def _ours(base: Config, level: float | None) -> Edits:
+  # As the presets: where little is to be saved, W_Q and W_K stay dense.
+  assert level is not None
+  return {**_FOLDED, "fold.groups": 0} if level <= 0.4 else _FOLDED
+
+
+def _rows(base: Config, level: float | None) -> Edits:
+  # As many numbers as one output channel a head: G K = D.
+  config = config_lib.resolve(base)
+  groups = config.model.width // config.model.head_dim  # pyright: ignore
+  return {"preset": "paper", "fold.axis": "input", "fold.groups": groups}
+
+
+METHODS: dict[str, Method] = {
+  "dense": Method("the dense twin", {"dense": True}, "fixed"),
+  "dense-small": Method(
+    "a dense model, narrower: as many parameters as are stored",
+    {"dense": True},
+    "small",
+  ),
+  "ours": Method(
+    "folding and FPP: W_V diagonal, above 40% W_Q and W_K at G = 1, the rest by "
+    "FPP",
+    _ours,
+  ),
+  "fold": Method(
+    "folding alone: G = 1, W_V diagonal",
+    {**_FOLDED, "fpp.linear": 0.0, "fpp.embedding": 0.0},
+    "fixed",
+  ),
+  "fpp": Method(
+    "FPP alone: freeze, then zero, in embeddings, W_O and feed-forward layers",
+    _UNFOLDED,
+  ),
+  "fpp-all": Method(
+    "FPP alone, W_Q, W_K and W_V as well", {**_UNFOLDED, "fpp.attention": "all"}
+  ),
+  "low-rank-qk": Method(
+    "W_Q and W_K folded to G = 1, which is rank 1 a head, W_V dense, the rest "
+    "by FPP",
+    {**_FOLDED, "fold.v_block": 0},
+  ),
+  "diagonal-v": Method(
+    "W_V diagonal, W_Q and W_K dense, the rest by FPP",
+    {**_FOLDED, "fold.groups": 0},
+  ),
+  "fold-rows": Method(
+    "as ours, but rows of inputs are identical, G = D / K of them", _rows
+  ),
+  "random": _gradual("gradual, weights drawn at random", "random"),
+  "magnitude": _gradual(
+    "gradual magnitude pruning, each array by itself (Zhu and Gupta 2017)",
+    "magnitude",
+  ),
+  "magnitude-global": _gradual(
+    "the same with one threshold for all layers, and one for embeddings",
+    "magnitude",
+    scope="rule",
+  ),
+  "movement": _gradual(
+    "gradual, by the averaged -w g (Sanh et al. 2020)", "movement"
+  ),
+  "saliency": _gradual(
+    "gradual, by the averaged |w g| (Lee et al. 2019, Molchanov et al. 2019)",
+    "saliency",
+  ),
+  "evolution": _gradual(
+    "gradual, by how |w| was at the checks so far", "evolution"
+  ),
+  "activation": _gradual(
+    "gradual, by |w| rms(input), the score of Wanda", "activation"
+  ),
+  "relative": _gradual(
+    "gradual, by the score of RIA (Zhang et al. 2024), which FPP has as default",
+    "relative",
+  ),
+  "neuron": _gradual(
+    "gradual, whole neurons of feed-forward layers, the rest by weight",
+    "activation",
+    granularity="neuron",
+  ),
+  "heads": _gradual(
+    "gradual, whole heads and neurons, embeddings by weight (after Michel et al. "
+    "2019)",
+    "activation",
+    granularity="neuron",
+    attention="heads",
+  ),
+  "2-of-4": Method(
+    "2 of 4 neighbours in W_O and feed-forward layers, half of the embeddings, "
+    "gradual by magnitude",
+    {
+      **_UNFOLDED,
+      **{"fpp.linear": 0.5, "fpp.embedding": 0.5, "fpp.overall": None},
+      **{"fpp.granularity": "2:4", "fpp.score": "magnitude"},
+      "fpp.patience": 0,
+    },
+    "fixed",
+  ),
+  "magnitude-after": _after(
+    "a trained model, pruned by magnitude at once, then recovered", "magnitude"
+  ),
+  "wanda": _after(
+    "a trained model, pruned by Wanda (Sun et al. 2024), then recovered",
+    "wanda",
+  ),
+  "sparsegpt": _after(
+    "a trained model, pruned by SparseGPT (Frantar and Alistarh 2023), then "
+    "recovered",
+    "sparsegpt",
+  ),
+  "ticket": _after(
+    "what magnitude leaves of a trained model, trained from its first values "
+    "(Frankle and Carbin 2019; one round)",
+    "ticket",
+  ),
+}
+
+
+def pick(*names: str) -> dict[str, Method]:
+  """Returns methods by name.
+
+  Raises:
+    ConfigError: there is no such method.
+  """
+  for name in names:
+    require(
+      name in METHODS,
+      f"there is no method {name!r}; there are {', '.join(METHODS)}",
+    )
+  return {name: METHODS[name] for name in names}

@@ -1,0 +1,163 @@
+"""What a study is: data sets, methods, levels and seeds, and so its runs."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping
+
+from folding.config import Config
+from folding.schema import ConfigError, require
+from folding.studies.methods import Method, edited
+
+DENSE = "dense"  # the method that all others are compared with
+OURS = "ours"  # the method that the paper's claims are held against
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """A grid of runs. A study file has `get_study()`, which returns one.
+
+  Attributes:
+    datasets: {name: base config}; task, data, model, steps and all that the
+      methods leave alone.
+    methods: {name: method}, one of them "dense"; see `methods.pick`.
+    levels: Fractions of the dense twin's parameters to save.
+    seeds: Each is a run.
+    pretrain: Share of the steps that methods of kind "after" train densely.
+
+  Example:
+    >>> from folding.studies.methods import pick
+    >>> study = Study({"text": Config()}, pick("dense", "ours"), (0.7,), (0, 1))
+    >>> [trial.name for trial in study.trials("DIR")]
+    ['text--dense--s0', 'text--ours--70--s0', 'text--dense--s1', \
+'text--ours--70--s1']
+  """
+
+  datasets: Mapping[str, Config]
+  methods: Mapping[str, Method]
+  levels: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8)
+  seeds: tuple[int, ...] = (0, 1, 2)
+  pretrain: float = 0.6
+
+  def __post_init__(self):
+    require(DENSE in self.methods, f"a study needs the method {DENSE!r}")
+    for name in (*self.datasets, *self.methods):
+      require(
+        bool(re.fullmatch(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*", name)),
+        f"the name {name!r} is no part of a file name; use letters, digits and "
+        "single -, _ or .",
+      )
+    for level in self.levels:
+      require(0 < level < 1, f"a level is a fraction to save; it is {level}")
+    require(
+      0 < self.pretrain < 1, f"pretrain is a fraction; it is {self.pretrain}"
+    )
+    require(
+      bool(self.datasets) and bool(self.seeds),
+      "a study needs a data set and a seed",
+    )
+
+  def trials(self, workdir: str) -> list["Trial"]:
+    """Returns the runs, all of one seed before those of the next.
+
+    Args:
+      workdir: Of the study.
+    """
+    found: dict[str, Trial] = {}
+    for seed in self.seeds:
+      for dataset in self.datasets:
+        for name, method in self.methods.items():
+          leveled = method.kind != "fixed"
+          for level in self.levels if leveled else (None,):
+            if method.kind == "small" and self.datasets[dataset].pretrained:
+              continue  # no checkpoint has that shape
+            needs = None
+            if method.kind == "after":
+              needs = Trial(self, workdir, dataset, None, None, seed, None)
+              found.setdefault(needs.name, needs)
+            trial = Trial(self, workdir, dataset, name, level, seed, needs)
+            found[trial.name] = trial
+    return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One run of a study.
+
+  Attributes:
+    study: It belongs to.
+    workdir: Of the study.
+    dataset: Name.
+    method: Name; None: the dense part that methods of kind "after" start from.
+    level: Fraction to save; None where a method has one size.
+    seed: Of the run.
+    needs: What must be finished before.
+  """
+
+  study: Study
+  workdir: str
+  dataset: str
+  method: str | None
+  level: float | None
+  seed: int
+  needs: "Trial | None" = None
+
+  @property
+  def name(self) -> str:
+    """Names the run and its folder."""
+    parts = [self.dataset, self.method or "dense-part", f"s{self.seed}"]
+    if self.level is not None:
+      parts.insert(2, f"{100 * self.level:g}")
+    return "--".join(parts)
+
+  @property
+  def run(self) -> str:
+    """The run directory, absolute, as it is part of other runs' configs."""
+    return os.path.join(os.path.abspath(self.workdir), "runs", self.name)
+
+  def config(self) -> Config:
+    """Returns the config of the run.
+
+    Raises:
+      ConfigError: see `Method.config`.
+    """
+    base = self.study.datasets[self.dataset]
+    steps = base.train.steps
+    part = max(1, round(self.study.pretrain * steps))
+    if self.method is None:
+      edits = {"dense": True, "seed": self.seed, "train.steps": part}
+      return edited(base, edits)
+    method = self.study.methods[self.method]
+    if self.needs is not None:
+      base = edited(base, {"train.steps": max(1, steps - part)})
+    start = self.needs.run if self.needs else ""
+    return method.config(base, self.level, self.seed, start)
+
+
+def load_study(where: str) -> Study:
+  """Returns what a study file gives.
+
+  Args:
+    where: "FILE.py", or "FILE.py:ARGUMENT" to call get_study(ARGUMENT).
+
+  Raises:
+    ConfigError: there is no such file, or it gives no `Study`.
+  """
+  path, colon, argument = where.partition(":")
+  require(os.path.isfile(path), f"there is no study file {path!r}")
+  spec = importlib.util.spec_from_file_location("study_file", path)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"{path!r} is no Python file")
+  module = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, os.getcwd())  # as of a script, for `from configs import`
+  try:
+    spec.loader.exec_module(module)
+    study = module.get_study(*([argument] if colon else []))
+  except (AttributeError, ImportError, SyntaxError, TypeError) as error:
+    raise ConfigError(f"{path!r} gives no study: {error}") from error
+  finally:
+    sys.path.remove(os.getcwd())
+  require(isinstance(study, Study), f"get_study() of {path!r} gives no Study")
+  return study

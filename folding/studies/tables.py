@@ -1,0 +1,187 @@
+"""Groups of seeds, and the tables of a study."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+from folding.reporting import words
+from folding.studies import inference
+from folding.studies.gather import Row
+from folding.studies.study import DENSE
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """The finished runs of one method at one level: one a seed."""
+
+  rows: tuple[Row, ...]
+
+  @property
+  def first(self) -> Row:
+    """The row that stands for what all share."""
+    return self.rows[0]
+
+  def values(self, name: str) -> list[float]:
+    """Returns a figure of those that have it."""
+    found = [getattr(row, name) for row in self.rows]
+    return [float(value) for value in found if value is not None]
+
+  def mean(self, name: str) -> float | None:
+    """Returns the mean of a figure, None where no row has it."""
+    values = self.values(name)
+    return statistics.fmean(values) if values else None
+
+
+class Results:
+  """The rows of a study by data set, method and level.
+
+  Attributes:
+    rows: All of them.
+    datasets: Names, in order.
+    methods: {name: what it is}, in order.
+    levels: Fractions to save, rising.
+  """
+
+  def __init__(self, rows: Sequence[Row]):
+    self.rows = list(rows)
+    self.datasets = list(dict.fromkeys(row.dataset for row in rows))
+    self.methods = {row.method: row.about for row in rows}
+    self.levels = sorted({r.level for r in rows if r.level is not None})
+    grouped: dict[tuple[str, str, float | None], list[Row]] = {}
+    for row in rows:
+      if row.status == "finished" and row.quality is not None:
+        key = (row.dataset, row.method, row.level)
+        grouped.setdefault(key, []).append(row)
+    self._groups = {key: Group(tuple(g)) for key, g in grouped.items()}
+
+  def group(
+    self, dataset: str, method: str, level: float | None = None
+  ) -> Group | None:
+    """Returns the runs of a method, None where none is finished."""
+    return self._groups.get((dataset, method, level))
+
+  def at(self, dataset: str, level: float | None) -> dict[str, Group]:
+    """Returns {method: group} of a data set at a level; None: of fixed size."""
+    found = {m: self.group(dataset, m, level) for m in self.methods}
+    return {method: group for method, group in found.items() if group}
+
+  def all_of(self, dataset: str) -> dict[tuple[str, float | None], Group]:
+    """Returns {(method, level): group} of a data set."""
+    return {
+      (method, level): group
+      for (name, method, level), group in self._groups.items()
+      if name == dataset
+    }
+
+  def is_higher_better(self, dataset: str) -> bool:
+    """Returns whether the data set's figure is an accuracy."""
+    return any(
+      row.metric == "accuracy" for row in self.rows if row.dataset == dataset
+    )
+
+  def change(self, group: Group) -> float | None:
+    """Returns the change from dense: in points, or of perplexity as a fraction.
+
+    Negative is always worse. None without the dense model.
+    """
+    dense = self.group(group.first.dataset, DENSE)
+    if dense is None:
+      return None
+    if group.first.metric == "accuracy":
+      here, there = group.mean("quality"), dense.mean("quality")
+      assert here is not None and there is not None
+      return 100 * (here - there)
+    here, there = group.mean("perplexity"), dense.mean("perplexity")
+    assert here is not None and there is not None
+    return 1 - here / there
+
+
+def quality_table(results: Results, dataset: str) -> str:
+  """Returns test figures of a data set: a method a row, a level a column."""
+  higher = results.is_higher_better(dataset)
+  levels: list[float | None] = [*results.levels, None]
+  winners = {}
+  for level in results.levels:
+    groups = results.at(dataset, level)
+    samples = {m: g.values("quality") for m, g in groups.items()}
+    winners[level] = inference.best(samples, higher)
+  rows = []
+  for method in results.methods:
+    cells = []
+    for level in levels:
+      group = results.group(dataset, method, level)
+      text = _figure(group, higher) if group else ""
+      if group and level is None and method != DENSE:
+        text += f" ({words.percent(group.mean('compression'))})"
+      is_best = level is not None and winners[level] == method
+      cells.append(f"**{text}**" if is_best else text)
+    if any(cells):
+      rows.append([method, *cells])
+  names = [words.percent(level, 0) for level in results.levels]
+  return words.table(["", *names, "one size"], rows)
+
+
+def cost_table(results: Results, dataset: str, level: float) -> str:
+  """Returns what each method stores and needs, at one level or its own size."""
+  dense = results.group(dataset, DENSE)
+  rows = []
+  for method in results.methods:
+    group = results.group(dataset, method, level)
+    group = group or results.group(dataset, method)
+    if group is None:
+      continue
+    rows.append(
+      [
+        method,
+        words.percent(group.mean("compression")),
+        words.percent(group.mean("qkv")),
+        words.count(group.mean("bytes") or 0),
+        words.duration(group.mean("seconds") or 0),
+        _ratio(group, dense, "halfway"),
+        words.percent(group.mean("trainable"), 0),
+        _change(results, group),
+      ]
+    )
+  header = ["", "smaller", "W_Q, W_K, W_V", "bytes", "time"]
+  header += ["steps to halfway", "trainable", "to dense"]
+  return words.table(header, rows)
+
+
+def change_text(change: float | None, metric: str | None) -> str:
+  """Returns "-1.2 points" of accuracy, or "+3.1%" of perplexity."""
+  signed = signed_change(change, metric)
+  if signed is None:
+    return words.NOTHING
+  return f"{signed:+.1f}{' points' if metric == 'accuracy' else '%'}"
+
+
+def signed_change(change: float | None, metric: str | None) -> float | None:
+  """Returns a change as it is written: in points, or of perplexity in %.
+
+  So more perplexity is above 0.
+  """
+  if change is None or metric == "accuracy":
+    return change
+  return -100 * change
+
+
+def _change(results: Results, group: Group) -> str:
+  if group.first.method == DENSE:
+    return words.NOTHING
+  return change_text(results.change(group), group.first.metric)
+
+
+def _figure(group: Group, is_accuracy: bool) -> str:
+  mean, half = inference.interval(group.values("quality"))
+  if is_accuracy:
+    text = f"{100 * mean:.1f}"
+    return text if half is None else f"{text} ± {100 * half:.1f}"
+  return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+
+
+def _ratio(group: Group, dense: Group | None, name: str) -> str:
+  here, there = group.mean(name), dense.mean(name) if dense else None
+  if here is None:
+    return words.NOTHING
+  text = words.count(here)
+  return f"{text} ({here / there:.2f}x)" if there else text

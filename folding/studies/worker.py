@@ -1,0 +1,66 @@
+"""One run in a process of its own: `python -m folding.studies.worker`.
+
+So its memory is given back. Its standard input is a pipe from the process that
+started it; when that ends, however it ends, so does this one, and what it was
+doing can be taken over at once.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+from folding import config as config_lib
+from folding import schema
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Trains a run, or goes on, and returns the exit status, as `folding` does.
+
+  Args:
+    argv: CONFIG.json RUN [--cores=0,1] [--energy=COUNTRY].
+  """
+  parser = argparse.ArgumentParser()
+  parser.add_argument("config")
+  parser.add_argument("run")
+  parser.add_argument("--cores")
+  parser.add_argument("--energy")
+  args = parser.parse_args(argv)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  if args.cores:  # before JAX counts them
+    os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])
+  from folding.training import loop
+
+  try:
+    with _measured(args.run, args.energy):
+      loop.run(config_lib.load(args.config), args.run)
+  except (schema.ConfigError, schema.TrainingError, OSError) as error:
+    print(f"{' '.join(str(error).split())}", file=sys.stderr)
+    return 1 if isinstance(error, schema.TrainingError) else 2
+  return 0
+
+
+def _end_with_parent() -> None:
+  while os.read(0, 1024):  # not sys.stdin, whose lock would hang the exit
+    pass
+  # At once: a run is safe against that, and another may take it over.
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _measured(workdir: str, country: str | None) -> Iterator[None]:
+  """Adds what the run used to its `result.json`, if a country is given."""
+  if country is None:
+    yield
+    return
+  from folding.studies import energy
+
+  with energy.tracked(workdir, country):
+    yield
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,258 @@
+"""Tables, page and figures, from a CSV that was written by hand."""
+
+import json
+import pathlib
+import re
+import statistics
+
+import numpy as np
+import pytest
+import scipy.stats
+from matplotlib import colors
+
+from folding.reporting import plots
+from folding.studies import drawings, gather, page, tables
+
+CSV = pathlib.Path(__file__).with_name("pages.csv")
+
+
+@pytest.fixture(scope="module")
+def rows():
+  """Returns the rows of two data sets, one with two seeds."""
+  return gather.read_csv(str(CSV))
+
+
+@pytest.fixture(scope="module")
+def results(rows):
+  """Returns them grouped."""
+  return tables.Results(rows)
+
+
+@pytest.fixture(scope="module")
+def text(results):
+  """Returns the page."""
+  return page.page(results, "results", "folding study given.py")
+
+
+def _cells(table):
+  """Returns {first cell: the others} of a Markdown table."""
+  lines = [line.strip("|").split("|") for line in table.splitlines() if line]
+  return {line[0].strip(): [x.strip() for x in line[1:]] for line in lines}
+
+
+def _section(text, title):
+  return text.split(f"## {title}\n\n")[1].split("\n\n## ")[0]
+
+
+def test_a_figure_is_the_mean_with_its_interval(results):
+  cells = _cells(tables.quality_table(results, "trec"))
+  assert cells[""] == ["30%", "70%", "one size"]
+  half = scipy.stats.t.ppf(0.975, 1) * scipy.stats.sem([90.0, 90.2])
+  assert cells["dense"] == ["", "", f"90.1 ± {half:.1f}"]
+  assert cells["2-of-4"] == ["", "", "87.0 (45.0%)"]
+
+
+def test_only_what_is_significant_is_bold(results):
+  cells = _cells(tables.quality_table(results, "trec"))
+  # Welch: at 30% p is near 1; at 70% it is below 0.05 with two of two seeds.
+  values = ([0.904, 0.906], [0.88, 0.93])
+  assert scipy.stats.ttest_ind(*values, equal_var=False).pvalue > 0.05
+  values = ([0.896, 0.898], [0.85, 0.851])
+  assert scipy.stats.ttest_ind(*values, equal_var=False).pvalue < 0.05
+  assert "**" not in cells["ours"][0] + cells["magnitude"][0]
+  assert cells["ours"][1].startswith("**89.7 ±")
+  assert "**" not in cells["magnitude"][1]
+
+
+def test_one_seed_makes_nothing_bold(results):
+  table = tables.quality_table(results, "text")
+  assert "**" not in table
+  assert "±" not in table
+  assert _cells(table)["ours"] == ["2.010", "2.100", ""]
+  assert _cells(table)["magnitude"] == ["", "2.080", ""]  # one failed
+
+
+def test_costs_are_beside_dense(results):
+  cells = _cells(tables.cost_table(results, "trec", 0.7))
+  assert cells["ours"] == [
+    *("70.0%", "99.0%", "300", "1 min 24 s", "20 (0.50x)", "60%"),
+    "-0.4 points",
+  ]
+  assert cells["dense"][-1] == "–"
+  assert _cells(tables.cost_table(results, "text", 0.7))["ours"][-1] == "+8.0%"
+
+
+def test_each_claim_has_what_was_measured(text):
+  section = _section(text, "What the paper claims, and what was measured")
+  cells = _cells(section.split("\n\n", 1)[1])
+  found = [cells[claim][0] for claim in list(cells)[2:]]
+  assert found == [
+    # Points: of means; perplexity: 10.8 / 10.
+    "70.0% [70.0% to 70.0%]; accuracy -0.4 points; perplexity +8.0%",
+    "30.2% [30.1% to 30.3%]; accuracy +0.4 points; perplexity +1.0%",
+    "98.5% [98.0% to 99.0%]",
+    "70.0% [70.0% to 70.0%]",
+    "on the Pareto front of quality against bytes on 1 of 2 data sets; "
+    "significantly best of its level on 1",
+    "55.0% [50.0% to 60.0%] of dense's parameters train, on average; "
+    "0.93 [0.80 to 1.05] times the time; "
+    "0.80 [0.50 to 1.10] times the steps to half the loss; "
+    "1.07 [0.95 to 1.20] times the tokens a second",
+  ]
+
+
+def test_what_did_not_hold_is_told(text):
+  # TREC holds: within a point, on the front, faster, and better at 30%.
+  assert _section(text, "What did not hold").splitlines() == [
+    "- text, 70%: +8.0% to dense (one seed, so no test); not on the Pareto "
+    "front of quality against bytes, behind magnitude at 70%; 1.05 times "
+    "dense's time; 1.10 times dense's steps to half the loss",
+    "- text, 30%: +1.0% to dense (one seed, so no test)",
+  ]
+
+
+def _without(rows, **fields):
+  """Returns the rows that do not have these values."""
+  return [
+    row
+    for row in rows
+    if any(getattr(row, name) != value for name, value in fields.items())
+  ]
+
+
+def test_nothing_failed_is_not_nothing_measured(rows):
+  trec = tables.Results([row for row in rows if row.dataset == "trec"])
+  assert "Nothing, on these data sets." in page.page(trec, "f", "c")
+  rest = tables.Results(_without(rows, method="ours"))
+  text = page.page(rest, "f", "c")
+  assert "Nothing was measured at 20 to 40% or at about 70%." in text
+  assert text.count("not measured") == 6
+
+
+def test_a_worse_mean_has_its_p(rows):
+  worse = [
+    row
+    if (row.method, row.level) != ("ours", 0.7) or row.quality is None
+    else gather.Row(**{**vars(row), "quality": row.quality - 0.1})
+    for row in rows
+  ]
+  found = page.did_not_hold(tables.Results(worse))
+  p = scipy.stats.ttest_ind([0.796, 0.798], [0.9, 0.902], equal_var=False)
+  expected = f"-10.4 points to dense (p = {p.pvalue:.2g} by Welch's t-test)"
+  assert found[0].startswith(f"trec, 70%: {expected}")
+
+
+def test_the_page_tells_where_its_figures_come_from(text):
+  assert "Written by `folding study given.py` from [study.csv]" in text
+  assert "15 of 17 runs are finished" in text
+  assert "Version 0.1.0, commit abc, on cpu; seeds 0, 1" in text
+  # The sum of the column.
+  assert "32 min 58 s of training in all" in text
+  failed = _section(text, "Runs that failed")
+  assert failed.strip() == "- `text--magnitude--30--s0`: the disk is full"
+  assert "`2-of-4`: half" in _section(text, "Methods")
+
+
+def test_the_page_tells_how_much_the_choice_of_examples_makes(rows):
+  few = [gather.Row(**{**vars(row), "examples": 1000}) for row in rows]
+  text = page.page(tables.Results(few), "f", "c")
+  # Wilson, of 901 right ones.
+  low, high = scipy.stats.binomtest(901, 1000).proportion_ci(method="wilson")
+  half = 100 * (high - low) / 2
+  assert f"1,000 examples, whose choice alone makes ± {half:.1f} points" in text
+
+
+def test_a_study_without_a_finished_run_has_a_page(rows, tmp_path):
+  waiting = [
+    gather.Row(r.dataset, r.method, r.about, r.level, r.seed, "open")
+    for r in rows
+  ]
+  page.publish(waiting, str(tmp_path / "page.md"), "c")
+  assert "0 of 17 runs are finished" in (tmp_path / "page.md").read_text()
+
+
+def test_everything_is_published_side_by_side(rows, tmp_path):
+  page.publish(rows, str(tmp_path / "page.md"), "folding study given.py")
+  text = (tmp_path / "page.md").read_text()
+  links = re.findall(r"\]\((\S+)\)", text)
+  assert len(links) == 4
+  for link in links:
+    assert (tmp_path / link).stat().st_size > 0
+  for figure in (tmp_path / "page").glob("*.png"):
+    assert figure.read_bytes().startswith(b"\x89PNG")
+  assert gather.read_csv(str(tmp_path / "page" / "study.csv")) == rows
+  values = json.loads((tmp_path / "page" / "study.json").read_text())
+  assert [gather.Row(**value) for value in values] == rows
+  again = tmp_path / "again"
+  again.mkdir()
+  page.publish(rows, str(again / "page.md"), "folding study given.py")
+  for file in (tmp_path / "page").iterdir():
+    assert (again / "page" / file.name).read_bytes() == file.read_bytes()
+
+
+def _lines(axes, colour):
+  """Returns the points of each line of a colour, rising."""
+  return sorted(
+    list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    for line in axes.get_lines()
+    if colors.to_hex(line.get_color()).upper() == colour
+  )
+
+
+def test_quality_is_drawn_over_compression(results):
+  figure = drawings.quality(results)
+  trec, text = figure.axes
+  (ours,) = _lines(trec, plots.BLUE)
+  expected = [(30.1, 90.5), (70.0, statistics.fmean([89.6, 89.8]))]
+  np.testing.assert_allclose(ours, expected)
+  assert not trec.yaxis_inverted()
+  assert text.yaxis_inverted()  # so that up is better
+  labels = [t.get_text() for t in figure.legends[0].get_texts()]
+  assert labels == ["ours", "magnitude", "2-of-4"]
+
+
+def test_what_was_measured_is_in_sight(results):
+  for figure in (drawings.quality(results), drawings.front(results, "bytes")):
+    for axes in figure.axes:
+      low, high = sorted(axes.get_ylim())
+      for line in axes.get_lines():
+        y = np.asarray(line.get_ydata(), float)
+        assert ((low <= y) & (y <= high)).all()
+
+
+@pytest.mark.parametrize(
+  ("cost", "on_front"),
+  [
+    # (cost, quality): ours at 70% is the smallest, and at 30% the best.
+    ("bytes", {(300, 89.7), (701, 90.5)}),
+    ("seconds", {(84, 89.7), (90, 90.5)}),
+  ],
+)
+def test_points_of_the_front_are_filled(results, cost, on_front):
+  trec = drawings.front(results, cost).axes[0]
+  filled, total = set(), 0
+  for line in trec.get_lines():
+    if line.get_marker() in (None, "None", "none", ""):
+      continue  # the steps
+    total += 1
+    if line.get_markerfacecolor() != "none":
+      x, y = line.get_xdata()[0], line.get_ydata()[0]
+      filled.add((round(float(x), 6), round(float(y), 6)))
+  assert total == 6
+  assert filled == on_front
+
+
+def test_a_method_looks_the_same_in_all_figures(results):
+  looks = []
+  for figure in (drawings.quality(results), drawings.front(results, "bytes")):
+    legend = figure.legends[0]
+    names = [t.get_text() for t in legend.get_texts()]
+    looks.append(
+      {
+        name: (line.get_color(), line.get_marker())
+        for name, line in zip(names, legend.get_lines(), strict=True)
+        if name != "dense"
+      }
+    )
+  assert looks[0] == looks[1]
+  assert len(set(looks[0].values())) == len(looks[0])
