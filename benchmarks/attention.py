@@ -15,9 +15,7 @@ same size whatever the length, instead of a cache of keys and values that grows:
 in bytes, of one layer.
 """
 
-import argparse
 import functools
-import json
 import statistics
 from typing import Any
 
@@ -25,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import output, timing
 from folding.models import linear_attention
 
 HEADS, SIZE = 8, 32
@@ -40,7 +38,6 @@ def measure(rounds: int, longest: int, num_nodes: int) -> dict:
     "lengths": [_measure_length(n, rounds, num_nodes) for n in lengths],
     "nodes": num_nodes,
     "rounds": rounds,
-    "device": jax.devices()[0].device_kind,
   }
 
 
@@ -130,15 +127,13 @@ def _cost(function, inputs, times: float = 1) -> dict:
 
 
 def main() -> None:
-  """Prints tables, and with --json one object as the last line."""
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--rounds", type=int, default=5)
+  """Measures, and shows what came out."""
+  parser = output.make_parser(__doc__, rounds=5)
   parser.add_argument("--longest", type=int, default=8192)
   parser.add_argument("--nodes", type=int, default=32)
-  parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   result = measure(args.rounds, args.longest, args.nodes)
-  timing.show(
+  timed = output.Table(
     "Dense / linear causal attention in ms, and times as fast (quartiles)",
     ["tokens", "forward", "times", "train", "times"],
     [
@@ -146,7 +141,7 @@ def main() -> None:
       for r in result["lengths"]
     ],
   )
-  timing.show(
+  counted = output.Table(
     "Their difference; XLA's count, dense / linear; bytes to decode with",
     ["tokens", "error", "bound", "GFLOP", "GB moved", "cache", "state"],
     [
@@ -164,8 +159,16 @@ def main() -> None:
       for r in result["lengths"]
     ],
   )
-  if args.json:
-    print(json.dumps(result))
+  speed = {
+    name: {
+      f"{r['length']:,} tokens": r[what]
+      for r in result["lengths"]
+      if r.get(what)
+    }
+    for name, what in (("forward", "forward"), ("training step", "train"))
+  }
+  plot = output.Plot("Linear-time attention: times as fast as dense", speed)
+  output.show("attention", args, result, [timed, counted], plot)
 
 
 def _cells(compared: dict | None) -> list[str]:

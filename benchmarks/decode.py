@@ -8,16 +8,14 @@ a key, a diagonal W_V), `folded 1` (one number a key), and `linear`, which is
 tokens a row, the last that a cache of the given length has room for.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import statistics
 
 import jax
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import output, timing
 from folding import config as config_lib
 from folding.models import past
 from folding.models.transformer import make_model
@@ -36,7 +34,6 @@ def measure(rounds: int, batch_size: int) -> dict:
     "lengths": {n: _measure_at(n, rounds, batch_size) for n in LENGTHS},
     "batch_size": batch_size,
     "rounds": rounds,
-    "device": jax.devices()[0].device_kind,
   }
 
 
@@ -100,14 +97,12 @@ class _Decoder:
 
 
 def main() -> None:
-  """Prints a table, and with --json one object as the last line."""
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--rounds", type=int, default=20)
+  """Measures, and shows what came out."""
+  parser = output.make_parser(__doc__, rounds=20)
   parser.add_argument("--batch-size", type=int, default=8)
-  parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   result = measure(args.rounds, args.batch_size)
-  timing.show(
+  table = output.Table(
     f"Decoding {args.batch_size} rows",
     ["length", "kind", "tokens/s", "speed", "quartiles", "cache", "ratio"],
     [
@@ -124,8 +119,16 @@ def main() -> None:
       for name, one in kinds.items()
     ],
   )
-  if args.json:
-    print(json.dumps(result))
+  speed = {
+    name: {
+      f"{length:,} tokens": kinds[name]["speed"]
+      for length, kinds in result["lengths"].items()
+    }
+    for name in GROUPS
+    if name != "dense"
+  }
+  plot = output.Plot("Decoding: times as fast as with a dense cache", speed)
+  output.show("decode", args, result, [table], plot)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ as many of each folder, are the calibration; the cosine is between the vectors
 and W_K are folded to G rows a head; W_V too where it says so.
 """
 
-import argparse
-import json
 import pathlib
 import time
 from typing import Any
 
 import numpy as np
 
+from benchmarks import output
 from folding import config as config_lib
 from folding.data.batches import bucket_lengths
 from folding.data.tokenizers import Tokenizer, load_tokenizer
@@ -27,11 +26,10 @@ CASES = ((1, 0), (4, 0), (8, 0), (16, 0), (1, 1), (2, 1), (4, 1))
 
 
 def main() -> None:
-  """Prints a table, or with --json its rows."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  """Measures, and shows what came out."""
+  parser = output.make_parser(__doc__)
   parser.add_argument("folders", nargs="+", type=pathlib.Path)
   parser.add_argument("--model", default=None, help="default: MiniLM's package")
-  parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   source = load_pretrained(args.model or minilm_folder())
   tokenizer = load_tokenizer(source.tokenizer_path)
@@ -58,16 +56,31 @@ def main() -> None:
         "attention_r2": [layer["attention_r2"] for layer in report],
       }
     )
-    if not args.json:
-      kept = " ".join(f"{x:.2f}" for x in rows[-1]["logits_kept"])
-      r2 = " ".join(f"{x:.2f}" for x in rows[-1]["attention_r2"])
-      print(
-        f"G {groups:2}  W_V {'DWC' if v_block else 'dense'}  cosine "
-        f"{cosine:.4f}  {seconds:3.0f} s  logits kept {kept}  R^2 {r2}",
-        flush=True,
-      )
-  if args.json:
-    print(json.dumps(rows))
+    print(f"{_name(rows[-1])}: {cosine:.4f}, {seconds:.0f} s", flush=True)
+  table = output.Table(
+    "Cosine to the dense sentence vectors; by layer, what is kept",
+    ["folded to", "cosine", "seconds", "of the logits", "R^2 of attention"],
+    [
+      [
+        _name(row),
+        f"{row['cosine']:.4f}",
+        f"{row['seconds']:.0f}",
+        " ".join(f"{x:.2f}" for x in row["logits_kept"]),
+        " ".join(f"{x:.2f}" for x in row["attention_r2"]),
+      ]
+      for row in rows
+    ],
+  )
+  plot = output.Plot(
+    "MiniLM folded, not trained: cosine to the dense sentence vectors",
+    {"cosine": {_name(row): {"ratio": row["cosine"]} for row in rows}},
+  )
+  output.show("fold_minilm", args, {"cases": rows}, [table], plot)
+
+
+def _name(row: dict[str, Any]) -> str:
+  kind = "diagonal" if row["v_block"] else "dense"
+  return f"G = {row['groups']}, W_V {kind}"
 
 
 def minilm_folder() -> pathlib.Path:

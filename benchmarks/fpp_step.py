@@ -9,15 +9,13 @@ two by how often they come in the quickstart. With --devices, CPU devices are
 simulated and parameters, optimizer state and masks are split over all of them.
 """
 
-import argparse
 import functools
-import json
 import statistics
 
 import jax
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import output, timing
 from configs import quickstart
 from folding import config as config_lib
 from folding.models.transformer import make_model
@@ -65,7 +63,6 @@ def measure(rounds: int, devices: int = 1) -> dict:
     "checks_per_step": share,
     "seconds": {n: statistics.median(s) for n, s in seconds.items()},
     "rounds": rounds,
-    "device": jax.devices()[0].device_kind,
     "devices": devices,
   }
 
@@ -98,18 +95,17 @@ def _stepper(config, model, rules, batch, mesh, is_check):
 
 
 def main() -> None:
-  """Prints a table, and with --json one object as the last line."""
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--rounds", type=int, default=40)
+  """Measures, and shows what came out."""
+  parser = output.make_parser(__doc__, rounds=40)
   parser.add_argument("--devices", type=int, default=1)
-  parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   if args.devices > 1:  # before jax starts
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
   result = measure(args.rounds, args.devices)
-  timing.show(
-    "A training step with FPP over one without",
+  table = output.Table(
+    "A training step with FPP over one without; weighed by how often checks "
+    f"come: {result['ratio']:.3f}",
     ["step", "milliseconds", "ratio", "quartiles"],
     [
       [
@@ -122,9 +118,12 @@ def main() -> None:
     ]
     + [["bare", f"{1e3 * result['seconds']['bare']:.1f}", "1", ""]],
   )
-  print(f"weighed by how often checks come: {result['ratio']:.3f}")
-  if args.json:
-    print(json.dumps(result))
+  plot = output.Plot(
+    "A training step with FPP: times as long as without",
+    {"FPP": {name: result[name] for name in ("held", "check")}},
+  )
+  name = "fpp_step" if args.devices == 1 else f"fpp_step_{args.devices}"
+  output.show(name, args, result, [table], plot)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ compiled program, with parameters, moments and FPP's state lying there, over
 those alone. A size that the free memory does not hold is left out.
 """
 
-import argparse
 import functools
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -28,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import timing
+from benchmarks import output, timing
 from folding.compression import scores as scores_lib
 from folding.compression.fpp import fpp
 from folding.compression.rules import Rule, pack
@@ -154,22 +152,29 @@ def _row(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-  """Prints a table, and with --json one object as the last line."""
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  """Measures, and shows what came out."""
+  parser = output.make_parser(__doc__, rounds=5)
   parser.add_argument("--sizes", default="1,4,16,64", help="millions")
-  parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   found = [measure(float(m), args.rounds) for m in args.sizes.split(",")]
-  timing.show(
+  table = output.Table(
     "A mask update",
     ["parameters", *(f"{n}, ms" for n in ("mask", "sort", "step"))]
     + ["mask / sort", "mask / step", "memory"],
     [_row(each) for each in found],
   )
-  if args.json:
-    device = jax.devices()[0].device_kind
-    print(json.dumps({"sizes": found, "rounds": args.rounds, "device": device}))
+  ratios = {
+    name: {
+      _row(each)[0]: each[what] for each in found if "left_out" not in each
+    }
+    for name, what in (
+      ("over a sort", "mask_over_sort"),
+      ("over an optimizer step", "mask_over_step"),
+    )
+  }
+  plot = output.Plot("A mask update: times as long as ...", ratios)
+  result = {"sizes": found, "rounds": args.rounds}
+  output.show("mask_update", args, result, [table], plot)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ are drawn at random, and nothing is trained. PyTorch attends by its fused
 kernel; times are of the three in turn.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 from typing import Any
 
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
+from benchmarks import output, timing
 from benchmarks.fold_minilm import minilm_folder
 from folding import config as config_lib
 from folding import paths
@@ -94,7 +92,6 @@ def measure(rounds: int, threads: int | None) -> dict:
     "by_shape": by_shape,
     "rounds": rounds,
     "threads": torch.get_num_threads(),
-    "device": jax.devices()[0].device_kind,
   }
 
 
@@ -138,17 +135,15 @@ def _compressed(source: Pretrained) -> tuple[Transformer, Any, np.ndarray]:
 
 
 def main() -> None:
-  """Prints a table, and with --json one object as the last line."""
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--rounds", type=int, default=20)
+  """Measures, and shows what came out."""
+  parser = output.make_parser(__doc__, rounds=20)
   parser.add_argument(
     "--threads", type=int, help="of PyTorch; default: its own"
   )
-  parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   result = measure(args.rounds, args.threads)
   size = result["parameters"]
-  timing.show(
+  table = output.Table(
     f"MiniLM in ms, and times as fast as transformers (quartiles); compressed "
     f"has {size['compressed'] / size['dense']:.1%} of the parameters",
     ["batch", "transformers", "dense", "times", "compressed", "times"],
@@ -162,8 +157,12 @@ def main() -> None:
       for r in result["by_shape"]
     ],
   )
-  if args.json:
-    print(json.dumps(result))
+  speed = {
+    name: {"{} x {}".format(*r["shape"]): r[name] for r in result["by_shape"]}
+    for name in ("dense", "compressed")
+  }
+  plot = output.Plot("MiniLM: times as fast as transformers on PyTorch", speed)
+  output.show("minilm", args, result, [table], plot)
 
 
 def _cells(row: dict, name: str) -> list[str]:

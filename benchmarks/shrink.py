@@ -11,9 +11,7 @@ two in turn, on the same batch. What attention keeps for each pair of tokens doe
 not shrink, so the peak of a training step does less on large batches.
 """
 
-import argparse
 import functools
-import json
 import statistics
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from benchmarks import timing
+from benchmarks import output, timing
 from folding import config as config_lib
 from folding import paths
 from folding.compression.shrink import shrink
@@ -81,7 +79,6 @@ def measure(rounds: int, multiple: int) -> dict:
     "by_shape": by_shape,
     "mlp_width": small.config.model.mlp_width,
     "rounds": rounds,
-    "device": jax.devices()[0].device_kind,
   }
 
 
@@ -191,11 +188,9 @@ def _cost(compiled: Any, name: str) -> float:
 
 
 def main() -> None:
-  """Prints tables, and with --json one object as the last line."""
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--rounds", type=int, default=20)
+  """Measures, and shows what came out."""
+  parser = output.make_parser(__doc__, rounds=20)
   parser.add_argument("--multiple", type=int, default=64)
-  parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   result = measure(args.rounds, args.multiple)
 
@@ -207,7 +202,7 @@ def main() -> None:
     row("parameters (millions)", result["parameters"]),
     row("safetensors file (MB)", result["file_bytes"]),
   ]
-  times = []
+  times, speed, memory = [], {}, {}
   for at in result["by_shape"]:
     for name in ("forward", "step"):
       r, title = at[name], f"{name}, {at['shape'][0]} x {at['shape'][1]}"
@@ -216,7 +211,8 @@ def main() -> None:
         row(f"{title}: MFLOPs", r["flops"]),
         row(f"{title}: MB moved", r["bytes_accessed"]),
       ]
-      speedup = r["speedup"]
+      speedup = speed[title] = r["speedup"]
+      memory[title] = r["peak_bytes"]
       times.append(
         [
           title,
@@ -225,18 +221,28 @@ def main() -> None:
           f"{speedup['ratio_low']:.2f} to {speedup['ratio_high']:.2f}",
         ]
       )
-  timing.show(
+  sizes = output.Table(
     "A shrunk model over its dense twin",
     ["", "dense", "shrunk", "ratio"],
     rows,
   )
-  timing.show(
+  timed = output.Table(
     f"Dense over shrunk, {args.rounds} rounds in turn",
-    ["", "dense, ms", "shrunk, ms", "times faster", "quartiles"],
+    ["", "dense, ms", "shrunk, ms", "times as fast", "quartiles"],
     times,
   )
-  if args.json:
-    print(json.dumps(result))
+  plot = output.Plot(
+    "A shrunk model over its dense twin",
+    {
+      "times as fast": speed,
+      "peak memory": memory,
+      "size": {
+        "parameters": result["parameters"],
+        "file": result["file_bytes"],
+      },
+    },
+  )
+  output.show("shrink", args, result, [sizes, timed], plot)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import rich.console
-import rich.table
-
 
 def time_in_turn(
   calls: Mapping[str, Callable[[], None]], rounds: int
@@ -31,15 +28,3 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict:
   ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
   low, middle, high = statistics.quantiles(ratios, n=4)
   return {"ratio": middle, "ratio_low": low, "ratio_high": high}
-
-
-def show(
-  title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-  """Prints a table."""
-  table = rich.table.Table(title=title)
-  for index, name in enumerate(header):
-    table.add_column(name, justify="left" if index == 0 else "right")
-  for row in rows:
-    table.add_row(*row)
-  rich.console.Console().print(table)

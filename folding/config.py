@@ -178,6 +178,7 @@ class TrainConfig:
   eval_every: int = 200  # a checkpoint is saved each time
   eval_batches: int | None = None  # of valid, while training; None: all
   tensorboard: bool = True
+  energy: str = ""  # country (ISO 3166, three letters) for an estimate
 
 
 @dataclasses.dataclass

@@ -29,7 +29,14 @@ ORDER = {
   ],
   "training": [
     *("losses", "distributed", "result", "metrics", "sharding", "checkpoint"),
-    *("optimizer", "restore", "fold_pretrained", "planner", "prune_trained"),
+    *(
+      "energy",
+      "optimizer",
+      "restore",
+      "fold_pretrained",
+      "planner",
+      "prune_trained",
+    ),
     *("start", "progress", "evaluate", "step", "capacity", "plan_verb", "run"),
     *("loop", "shrinking"),
   ],
@@ -42,7 +49,7 @@ ORDER = {
     *("report", "compare"),
   ],
   "studies": [
-    *("methods", "study", "claims", "energy", "worker", "board", "runner"),
+    *("methods", "study", "claims", "worker", "board", "runner"),
     *("inference", "gather", "tables", "drawings", "page", "verb"),
   ],
 }

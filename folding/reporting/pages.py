@@ -247,6 +247,14 @@ def _layers(run: runs.Run) -> str:
   )
 
 
+def _energy(used: dict) -> list[tuple[str, str]]:
+  by = f"estimated by {used['by']}; {used['country']}"
+  return [
+    ("electricity", f"{used['kwh']:.3g} kWh ({by})"),
+    ("emissions", f"{used['kg_co2e']:.3g} kg CO2e ({by})"),
+  ]
+
+
 def _reproduce(run: runs.Run, settings: list[str]) -> str:
   r = run.result
   lines = ["`config.json` beside this page is the whole configuration."]
@@ -268,6 +276,7 @@ def _reproduce(run: runs.Run, settings: list[str]) -> str:
     ("seed", str(run.config.seed)),
     ("device", r.device),
     ("commit", f"`{r.commit}`" if r.commit else "not known"),
+    *(_energy(run.energy) if run.energy else ()),
     *((name, str(version)) for name, version in r.versions.items()),
   ]
   lines.append(words.table(("", "This run"), rows, num_text=2))

@@ -80,6 +80,7 @@ def summarize(run: runs.Run) -> dict[str, Any]:
     "bytes": {g: _bytes(run, g) for g in runs.GROUPS},
     "sparsity": measured[-1]["sparsity"] if measured else None,
     "test": _test(run.test),
+    "energy": run.energy,
     "settings": settings(config),
   }
 

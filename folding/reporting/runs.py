@@ -118,6 +118,7 @@ class Run:
   train: list[dict[str, Any]]
   valid: list[dict[str, Any]]
   test: LmTest | ClassifyTest | None  # None before the end
+  energy: dict[str, Any] | None = None  # estimates, where they were asked for
 
   @property
   def prunes(self) -> bool:
@@ -153,6 +154,7 @@ def load_run(workdir: str) -> Run:
   config = config_lib.from_dict(values)
   result = _read_result(os.path.join(workdir, "result.json"))
   records = _read_metrics(os.path.join(workdir, "metrics.jsonl"))
+  used = os.path.join(workdir, "energy.json")
   test = None
   # A figure measured before the end is not the figure of this run.
   if result.finished and result.test is not None:
@@ -166,6 +168,7 @@ def load_run(workdir: str) -> Run:
     train=[r for r in records if r["split"] == "train"],
     valid=[r for r in records if r["split"] == "valid"],
     test=test,
+    energy=_read_json(used) if os.path.exists(used) else None,
   )
 
 

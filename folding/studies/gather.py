@@ -3,9 +3,7 @@
 import csv
 import dataclasses
 import io
-import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -187,13 +185,10 @@ def _shape(run: runs.Run) -> str:
 def _energy(parts: Sequence[runs.Run]) -> dict[str, float]:
   totals: dict[str, float] = {}
   for part in parts:
-    path = os.path.join(part.workdir, "energy.json")
-    if not os.path.exists(path):
+    if part.energy is None:
       return {}
-    with open(path, encoding="utf-8") as file:
-      used = json.load(file)
     for name in ("kwh", "kg_co2e"):
-      totals[name] = totals.get(name, 0.0) + used[name]
+      totals[name] = totals.get(name, 0.0) + part.energy[name]
   return totals
 
 

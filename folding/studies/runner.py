@@ -200,6 +200,7 @@ class _Group:
     plan = os.path.join(self._workdir, "plans", f"{trial.name}.json")
     try:
       config = trial.config()
+      config.train.energy = self._options.energy or ""
       config_lib.resolve(config)
     except ConfigError as error:
       self._fail(trial, str(error))
@@ -208,8 +209,6 @@ class _Group:
     config_lib.save(config, plan)
     slot = min(set(range(self._options.jobs)) - {j.slot for j in self._jobs})
     command = [sys.executable, "-m", "folding.studies.worker", plan, trial.run]
-    if self._options.energy:
-      command.append(f"--energy={self._options.energy}")
     if cores := _cores(slot, self._options.jobs):
       command.append(f"--cores={cores}")
     log = open(os.path.join(self._workdir, "logs", f"{trial.name}.log"), "ab")

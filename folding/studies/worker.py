@@ -6,12 +6,11 @@ doing can be taken over at once.
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from folding import config as config_lib
 from folding import schema
@@ -21,13 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Trains a run, or goes on, and returns the exit status, as `folding` does.
 
   Args:
-    argv: CONFIG.json RUN [--cores=0,1] [--energy=COUNTRY].
+    argv: CONFIG.json RUN [--cores=0,1].
   """
   parser = argparse.ArgumentParser()
   parser.add_argument("config")
   parser.add_argument("run")
   parser.add_argument("--cores")
-  parser.add_argument("--energy")
   args = parser.parse_args(argv)
   threading.Thread(target=_end_with_parent, daemon=True).start()
   if args.cores:  # before JAX counts them
@@ -35,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   from folding.training import loop
 
   try:
-    with _measured(args.run, args.energy):
-      loop.run(config_lib.load(args.config), args.run)
+    loop.run(config_lib.load(args.config), args.run)
   except (schema.ConfigError, schema.TrainingError, OSError) as error:
     print(f"{' '.join(str(error).split())}", file=sys.stderr)
     return 1 if isinstance(error, schema.TrainingError) else 2
@@ -48,18 +45,6 @@ def _end_with_parent() -> None:
     pass
   # At once: a run is safe against that, and another may take it over.
   os.kill(os.getpid(), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _measured(workdir: str, country: str | None) -> Iterator[None]:
-  """Adds what the run used to its `result.json`, if a country is given."""
-  if country is None:
-    yield
-    return
-  from folding.studies import energy
-
-  with energy.tracked(workdir, country):
-    yield
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from folding.config import Config
 from folding.data.batches import make_data
 from folding.data.tokenizers import load_tokenizer
 from folding.schema import ConfigError, TrainingError, differences
-from folding.training import distributed, sharding
+from folding.training import distributed, energy, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
 from folding.training.evaluate import make_eval_step
@@ -41,6 +41,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     TrainingError: the loss is not finite, or the disk is full.
   """
   config = config_lib.resolve(config)
+  energy.require_tracker(config.train.energy)
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # of this time only
   config_path = os.path.join(workdir, "config.json")
@@ -80,7 +81,9 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   distributed.barrier("begun")
   with Checkpoints(workdir) as checkpoints:
     try:
-      return _train(this, workdir, checkpoints)
+      country = config.train.energy if distributed.is_main() else ""
+      with energy.tracked(workdir, country):
+        return _train(this, workdir, checkpoints)
     except (OSError, TrainingError) as error:
       reason = str(error)
       if isinstance(error, OSError):
@@ -142,7 +145,11 @@ def _load_config(workdir: str) -> Config:
 
 def _on(config: Config, other: Config) -> Config:
   """Returns a config to be computed as another is, with the same outcome."""
-  train = dataclasses.replace(config.train, accumulate=other.train.accumulate)
+  train = dataclasses.replace(
+    config.train,
+    accumulate=other.train.accumulate,
+    energy=other.train.energy,
+  )
   return dataclasses.replace(config, mesh=other.mesh, train=train)
 
 

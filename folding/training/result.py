@@ -21,7 +21,7 @@ def write_result(workdir: str, result: dict[str, Any]) -> None:
     "device": f"{device.device_kind} x{len(jax.devices())} "
     f"({platform.machine()}, {os.cpu_count()} cores)",
     "versions": {**versions, "python": platform.python_version()},
-    "commit": _commit(),
+    "commit": source_commit(),
     **result,
   }
   path = os.path.join(workdir, "result.json")
@@ -49,7 +49,7 @@ def read_result(workdir: str) -> dict[str, Any]:
     return json.load(file)
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
   """Returns the commit of the source tree, if it is one."""
   folder = os.path.dirname(os.path.abspath(__file__))
   try:

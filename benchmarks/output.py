@@ -1,0 +1,150 @@
+"""What a benchmark leaves: tables, one JSON object, files in `results/`."""
+
+import argparse
+import io
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import rich.console
+import rich.table
+
+from folding.reporting import plots
+from folding.training.result import source_commit
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+class Table(NamedTuple):
+  """A table; the first column is of words, the others of figures."""
+
+  title: str
+  header: Sequence[str]
+  rows: Sequence[Sequence[str]]
+
+
+class Plot(NamedTuple):
+  """Ratios beside 1, on a logarithmic axis.
+
+  Attributes:
+    title: What the ratios are, and which side of 1 is the good one.
+    series: {name: {label: {"ratio"} or {"ratio", "ratio_low", "ratio_high"}}}.
+  """
+
+  title: str
+  series: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def make_parser(description: str | None, rounds: int | None = None):
+  """Returns a parser with the flags that all benchmarks have.
+
+  Args:
+    description: The docstring of a benchmark; its first line is shown.
+    rounds: Default of --rounds; None: it has no rounds.
+  """
+  first = (description or "").split("\n")[0]
+  parser = argparse.ArgumentParser(description=first)
+  if rounds is not None:
+    parser.add_argument("--rounds", type=int, default=rounds)
+  parser.add_argument(
+    "--json", action="store_true", help="print one object as the last line"
+  )
+  parser.add_argument(
+    "--save",
+    action="store_true",
+    help="write tables, figures and a plot into benchmarks/results/",
+  )
+  return parser
+
+
+def show(
+  name: str,
+  args: argparse.Namespace,
+  result: dict[str, Any],
+  tables: Sequence[Table],
+  plot: Plot,
+) -> None:
+  """Prints the tables and does what --json and --save ask for."""
+  for each in tables:
+    table = rich.table.Table(title=each.title)
+    for index, head in enumerate(each.header):
+      table.add_column(head, justify="left" if index == 0 else "right")
+    for row in each.rows:
+      table.add_row(*row)
+    rich.console.Console().print(table)
+  result = {
+    "device": jax.devices()[0].device_kind,
+    "commit": source_commit(),
+    **result,
+  }
+  if args.save:
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=1) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    page = _page(name, result, tables)
+    (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
+    plots.save(_draw(plot), str(RESULTS / f"{name}.png"))
+  if args.json:
+    print(json.dumps(result))
+
+
+def _page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) -> str:
+  text = io.StringIO()
+  text.write(
+    f"# benchmarks.{name}\n\nDevice: {result['device']}; commit: "
+    f"{result['commit']}. All figures: [{name}.json]({name}.json).\n"
+  )
+  for each in tables:
+    text.write(f"\n{each.title}\n\n")
+    marks = ["---", *["---:"] * (len(each.header) - 1)]
+    for row in (each.header, marks, *each.rows):
+      text.write(f"| {' | '.join(row)} |\n")
+  text.write(f"\n![{name}]({name}.png)\n")
+  return text.getvalue()
+
+
+def _draw(plot: Plot) -> Any:
+  """Returns a figure: a line a label, a mark a series, whiskers of quartiles."""
+  labels = list(dict.fromkeys(x for s in plot.series.values() for x in s))
+  with plots.figure() as drawing:
+    drawing.set_size_inches(8, 1.4 + 0.32 * len(labels) * len(plot.series))
+    axes = drawing.subplots()
+    axes.set_xscale("log")
+    axes.axvline(1, color=plots.GREY, linewidth=1)
+    axes.grid(axis="x")
+    ends = []
+    for index, (name, points) in enumerate(plot.series.items()):
+      shift = (index - (len(plot.series) - 1) / 2) * 0.8 / len(plot.series)
+      for label, point in points.items():
+        y, x = labels.index(label) + shift, point["ratio"]
+        low, high = point.get("ratio_low", x), point.get("ratio_high", x)
+        color = plots.CYCLE[index]
+        axes.plot([low, high], [y, y], color=color, linewidth=3, alpha=0.4)
+        axes.plot(x, y, "o", color=color, markersize=7)
+        axes.annotate(
+          f"{x:.3g}",
+          (high, y),
+          (7, 0),
+          textcoords="offset points",
+          va="center",
+          fontsize=9,
+        )
+        ends += [low, high]
+      axes.plot([], [], "o", color=plots.CYCLE[index], label=name)
+    lowest, highest = min(*ends, 1), max(*ends, 1)
+    room = 10 ** (0.12 * max(0.3, math.log10(highest / lowest)))
+    axes.set_xlim(lowest / room, highest * room**1.6)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(
+      lambda x, _: f"{x:g}" if highest / lowest < 9 else ""
+    )
+    axes.set_title(plot.title)
+    if len(plot.series) > 1:
+      drawing.legend(loc="outside lower center", ncols=4)
+  return drawing
