@@ -1,7 +1,10 @@
 """Dataclasses <-> plain dicts, with names and types checked on the way in."""
 
 import dataclasses
+import importlib.util
 import math
+import os
+import sys
 import types
 import typing
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +37,32 @@ def require(condition: bool, message: str) -> None:
   """Raises `ConfigError` with the message unless the condition holds."""
   if not condition:
     raise ConfigError(message)
+
+
+def call_in_file(where: str, function: str) -> Any:
+  """Returns what a function of a Python file returns.
+
+  Args:
+    where: "FILE.py", or "FILE.py:ARGUMENT" to call it with that text.
+    function: Its name.
+
+  Raises:
+    ConfigError: there is no such file, or it gives nothing.
+  """
+  path, colon, argument = where.partition(":")
+  require(os.path.isfile(path), f"there is no file {path!r}")
+  spec = importlib.util.spec_from_file_location("given_file", path)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"{path!r} is no Python file")
+  module = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, os.getcwd())  # as of a script, for `from configs import`
+  try:
+    spec.loader.exec_module(module)
+    return getattr(module, function)(*([argument] if colon else []))
+  except (AttributeError, ImportError, SyntaxError, TypeError) as error:
+    raise ConfigError(f"{function}() of {path!r} fails: {error}") from error
+  finally:
+    sys.path.remove(os.getcwd())
 
 
 def differences(a: Any, b: Any) -> list[str]:

@@ -1,14 +1,13 @@
 """What a study is: data sets, methods, levels and seeds, and so its runs."""
 
 import dataclasses
-import importlib.util
 import os
 import re
-import sys
 from collections.abc import Mapping
 
+from folding import schema
 from folding.config import Config
-from folding.schema import ConfigError, require
+from folding.schema import require
 from folding.studies.methods import Method, edited
 
 DENSE = "dense"  # the method that all others are compared with
@@ -145,19 +144,6 @@ def load_study(where: str) -> Study:
   Raises:
     ConfigError: there is no such file, or it gives no `Study`.
   """
-  path, colon, argument = where.partition(":")
-  require(os.path.isfile(path), f"there is no study file {path!r}")
-  spec = importlib.util.spec_from_file_location("study_file", path)
-  if spec is None or spec.loader is None:
-    raise ConfigError(f"{path!r} is no Python file")
-  module = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, os.getcwd())  # as of a script, for `from configs import`
-  try:
-    spec.loader.exec_module(module)
-    study = module.get_study(*([argument] if colon else []))
-  except (AttributeError, ImportError, SyntaxError, TypeError) as error:
-    raise ConfigError(f"{path!r} gives no study: {error}") from error
-  finally:
-    sys.path.remove(os.getcwd())
-  require(isinstance(study, Study), f"get_study() of {path!r} gives no Study")
+  study = schema.call_in_file(where, "get_study")
+  require(isinstance(study, Study), f"get_study() of {where!r} gives no Study")
   return study

@@ -1,15 +1,13 @@
 """The verb `folding plan`."""
 
 import argparse
-import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from folding import config as config_lib
+from folding import schema
 from folding.config import Config
-from folding.schema import require
 
 
 def add_to(verbs: Any) -> None:
@@ -51,31 +49,16 @@ def plan(args: argparse.Namespace) -> None:
   from folding.training import capacity
 
   devices = capacity.parse_devices(args.devices)
-  config = edited(load_config(args.config), args.set)
+  config = schema.call_in_file(args.config, "get_config")
+  schema.require(
+    isinstance(config, Config), f"get_config() of {args.config} gives no Config"
+  )
+  config = edited(config, args.set)
   if args.compile:  # before jax starts
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices.count)
   found = capacity.plan(config, devices, compiles=args.compile)
   print(json.dumps(found) if args.json else table(found))
-
-
-def load_config(where: str) -> Config:
-  """Returns the config of "FILE.py" or "FILE.py:ARGUMENT".
-
-  Raises:
-    ConfigError: it gives none.
-  """
-  path, _, argument = where.partition(":")
-  require(os.path.isfile(path), f"there is no file {path}")
-  spec = importlib.util.spec_from_file_location("config_file", path)
-  require(spec is not None, f"{path} is no Python file")
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  get_config = getattr(module, "get_config", None)
-  require(get_config is not None, f"{path} has no get_config()")
-  assert get_config is not None
-  return get_config(*[argument] if argument else [])
 
 
 def edited(config: Config, edits: Sequence[str]) -> Config:
@@ -91,7 +74,7 @@ def edited(config: Config, edits: Sequence[str]) -> Config:
     section = values
     for parent in parents:
       section = section.get(parent, {}) if isinstance(section, dict) else {}
-    require(last in section, f"--set: config has no field {name!r}")
+    schema.require(last in section, f"--set: config has no field {name!r}")
     try:
       section[last] = json.loads(text)
     except ValueError:

@@ -114,12 +114,15 @@ def test_a_file_gives_a_study_by_its_argument(tmp_path):
 @pytest.mark.parametrize(
   ("source", "message"),
   [
-    (None, "there is no study file"),
-    ("x = 1", "gives no study"),
-    ("def get_study(: pass", "gives no study"),
-    ("import no_such_module", "gives no study"),
+    (None, "there is no file"),
+    ("x = 1", "no attribute .get_study"),
+    ("def get_study(: pass", "fails: invalid syntax"),
+    ("import no_such_module", "fails: No module named"),
     ("def get_study(): return 3", "gives no Study"),
-    (_FILE.format(argument="name"), "gives no study"),  # one is needed
+    (
+      _FILE.format(argument="name"),
+      "fails: .*missing 1 required",
+    ),  # one is needed
   ],
 )
 def test_a_file_that_gives_none_is_told(source, message, tmp_path):

@@ -41,7 +41,7 @@ def on_device(tree):
   "mesh", [c.MeshConfig(1, 8), c.MeshConfig(2, 2, 2)], ids=str
 )
 def test_bytes_are_those_that_are_allocated(mesh, config_file):
-  config = c.resolve(plan_verb.load_config(config_file))
+  config = c.resolve(schema.call_in_file(config_file, "get_config"))
   config.mesh = mesh
   devices = capacity.Devices("cpu", 8, 1.0)
   found = capacity.plan(config, devices)["compressed"]["bytes"]
@@ -59,7 +59,7 @@ def test_bytes_are_those_that_are_allocated(mesh, config_file):
 
 
 def test_what_is_stored_in_the_end_is_counted(config_file):
-  config = c.resolve(plan_verb.load_config(config_file))
+  config = c.resolve(schema.call_in_file(config_file, "get_config"))
   total, kept = capacity.stored(config)
   shapes = jax.tree.leaves(tiny.shapes(config))
   assert total == sum(math.prod(x.shape) for x in shapes)
@@ -131,7 +131,7 @@ def test_the_verb_prints_a_table_and_a_verdict(config_file, capsys):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--config=nowhere.py", "--devices=cpu-1"], "there is no file nowhere.py"),
+    (["--config=nowhere.py", "--devices=cpu-1"], "there is no file 'nowhere.py'"),
     (["--config={file}", "--devices=one"], "--devices is one of"),
     (["--config={file}", "--devices=cpu-1", "--set=a.b=1"], "no field 'a.b'"),
     (["--config={file}", "--devices=cpu-1", "--set=seed=x"], "must be int"),
@@ -147,7 +147,7 @@ def test_mistakes_are_one_line(flags, message, config_file, capsys):
 
 @pytest.mark.slow
 def test_xla_holds_the_state_and_grows_by_layers(config_file):
-  config = c.resolve(plan_verb.load_config(config_file))
+  config = c.resolve(schema.call_in_file(config_file, "get_config"))
   config.mesh = c.MeshConfig(1, 8)
   devices = capacity.Devices("cpu", 8, 1.0)
   found = capacity.plan(config, devices, compiles=True)["compressed"]
