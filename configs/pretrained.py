@@ -1,13 +1,14 @@
 r"""Folds a trained model and recovers it: `--config=configs/pretrained.py:PATH`.
 
-PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, GPT-2,
-Llama, Mistral, Qwen2), or a run that was trained dense.
+PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, XLM-RoBERTa,
+GPT-2, Llama, Mistral, Qwen2), or a run that was trained dense.
 
 Tune:    python train.py --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True
 Fold:    python train.py --config=configs/pretrained.py:DENSE --workdir=RUN
          folds the dense run, which is its own teacher (README has figures)
-At once: the first without --config.dense=True: no teacher, and less accurate
+At once: the first without --config.dense=True: for a language model, whose
+         teacher is the checkpoint; a classifier has none, and is less accurate
 Plan:    add --config.compress.plan=auto: each layer by what it loses
 """
 
@@ -64,8 +65,9 @@ def get_config(path: str = "") -> c.Config:
       linear=0.62,
       embedding=0.71,
       embedding_granularity="row" if task == "classify" else "weight",
-      begin=0.05,
-      end=0.5,
+      # Early, so that most of a short recovery heals what was pruned.
+      begin=0.02,
+      end=0.3,
     ),
     distill=c.DistillConfig(logits=0.7, hidden=2.0)
     if knows_task

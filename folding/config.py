@@ -105,7 +105,7 @@ class FoldConfig:
 
   groups: PerLayer | None = None  # G, row groups of W_Q and W_K; 0: dense
   axis: Literal["output", "input"] = "output"  # which axis the groups run over
-  rope: Literal["copy", "pairs"] = "copy"  # G channels turn as K, or as G
+  rope: Literal["copy", "pairs"] = "copy"  # G copied to K, or G/2 pairs
   v_block: PerLayer | None = None  # block size of W_V; 1: DWC; 0: dense
   v_identity: bool = False  # blocks of size 1 are 1: W_O has absorbed them
   first_dense: bool = False  # keep W_V of the first layer dense

@@ -1,9 +1,9 @@
-"""Every method from scratch: `folding study configs/studies/from_scratch.py`.
+"""22 methods from scratch: `folding study configs/studies/from_scratch.py`.
 
 With `:FOLDER`, the data sets are the folders in it that have train.tsv
 (classification) or train.txt (language modelling), or those named:
 `from_scratch.py:FOLDER,trec,subj`. Without, they are the three and eight TFDS
-names of lm.py and classify.py, which are downloaded.
+names of lm.py and classify.py, which are downloaded (trec needs TensorFlow).
 
 Run:     folding study configs/studies/from_scratch.py:FOLDER --workdir=DIR
 Part:    add --shard=1/2 here and --shard=2/2 on another machine with the same

@@ -131,7 +131,10 @@ def test_the_verb_prints_a_table_and_a_verdict(config_file, capsys):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--config=nowhere.py", "--devices=cpu-1"], "there is no file 'nowhere.py'"),
+    (
+      ["--config=nowhere.py", "--devices=cpu-1"],
+      "there is no file 'nowhere.py'",
+    ),
     (["--config={file}", "--devices=one"], "--devices is one of"),
     (["--config={file}", "--devices=cpu-1", "--set=a.b=1"], "no field 'a.b'"),
     (["--config={file}", "--devices=cpu-1", "--set=seed=x"], "must be int"),
