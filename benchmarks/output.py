@@ -134,7 +134,7 @@ def _draw(plot: Plot) -> Any:
         )
         ends += [low, high]
       axes.plot([], [], "o", color=plots.CYCLE[index], label=name)
-    lowest, highest = min(*ends, 1), max(*ends, 1)
+    lowest, highest = min([*ends, 1]), max([*ends, 1])
     room = 10 ** (0.12 * max(0.3, math.log10(highest / lowest)))
     axes.set_xlim(lowest / room, highest * room**1.6)
     axes.set_yticks(range(len(labels)), labels)

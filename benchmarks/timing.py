@@ -26,5 +26,7 @@ def time_in_turn(
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict:
   """Returns the median ratio of pairs of one round, and its quartiles."""
   ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+  if len(ratios) == 1:
+    ratios *= 2
   low, middle, high = statistics.quantiles(ratios, n=4)
   return {"ratio": middle, "ratio_low": low, "ratio_high": high}

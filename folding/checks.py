@@ -55,13 +55,17 @@ def check(c: Any) -> None:
     value = _get(c, name)
     require(value > 0, f"{name} must be above 0; it is {value}")
   for name in (
-    "data.max_bytes data.prefetch_batches train.eval_batches "
-    "train.weight_decay train.final_learning_rate fpp.patience fpp.tolerance"
+    "data.max_bytes data.prefetch_batches train.weight_decay "
+    " train.final_learning_rate fpp.patience fpp.tolerance"
   ).split():
     value = _get(c, name)
     require(
       value is None or value >= 0, f"{name} must be 0 or more; it is {value}"
     )
+  require(
+    c.train.eval_batches is None or c.train.eval_batches >= 1,
+    f"train.eval_batches must be at least 1; it is {c.train.eval_batches}",
+  )
   require(
     c.data.valid_fraction + c.data.test_fraction < 1,
     "data.valid_fraction + data.test_fraction must leave text to train on",
@@ -93,6 +97,13 @@ def check(c: Any) -> None:
     and c.fpp.embedding_granularity == "weight",
     "compress.prune goes by weight; use fpp.granularity='weight', "
     "fpp.embedding_granularity='weight' and fpp.attention='output' or 'all'",
+  )
+  require(
+    c.compress.prune not in ("wanda", "sparsegpt")
+    or c.fpp.attention == "output"
+    or c.fold.axis == "output",
+    f"compress.prune={c.compress.prune!r} knows no moments of the sums that "
+    "fold.axis='input' makes; use fpp.attention='output'",
   )
   require(
     c.fpp.granularity != "2:4"

@@ -331,11 +331,16 @@ def from_dict(values: dict[str, Any]) -> Config:
 def load(path: str) -> Config:
   """Reads a config that `save` wrote."""
   with open(path, encoding="utf-8") as file:
-    return from_dict(json.load(file))
+    try:
+      values = json.load(file)
+    except ValueError as error:
+      raise schema.ConfigError(f"{path} is damaged: {error}") from error
+  return from_dict(values)
 
 
 def save(config: Config, path: str) -> None:
-  """Writes a config as JSON."""
-  with open(path, "w", encoding="utf-8") as file:
+  """Writes a config as JSON, whole or not at all."""
+  with open(path + ".new", "w", encoding="utf-8") as file:
     json.dump(to_dict(config), file, indent=2)
     file.write("\n")
+  os.replace(path + ".new", path)

@@ -180,6 +180,14 @@ def _label_names(values: dict[str, Any]) -> tuple[str, ...]:
   if not str(architectures[0]).endswith("ForSequenceClassification"):
     return ()
   labels = values.get("id2label")
+  kind = values.get("problem_type")
+  schema.require(
+    kind in (None, "single_label_classification")
+    and values.get("num_labels", 2) != 1
+    and (not labels or len(labels) > 1),
+    f"config.json: a classifier of problem_type={kind!r} or of one label is not "
+    "supported; only single_label_classification of two or more is",
+  )
   if not labels:
     num_labels = _count({"num_labels": 2} | values, "num_labels")
     return tuple(f"LABEL_{i}" for i in range(num_labels))

@@ -124,6 +124,10 @@ def _prepare(
 ) -> tuple[Callable[..., Any], int]:
   """Returns the function of a program, and the bytes of its parameters."""
   require_empty(os.fspath(path))
+  require(
+    loaded.config.task == "lm" or bool(loaded.labels),
+    "this encoder has no head, and a program gives logits; use --format=hf",
+  )
   size = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
   require(
     size < 1 << 31,  # a limit of flatbuffers and of protobuf

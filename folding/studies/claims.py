@@ -6,6 +6,7 @@ number: `NAME.0`, `NAME.1`, ...; the highest one counts. So nobody deletes or
 replaces what another may just have made.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -72,7 +73,7 @@ class Claims:
     except FileExistsError:  # another process was quicker
       return None
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-      json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+      json.dump({"host": _machine(), "pid": os.getpid()}, file)
     return Claim(self._folder, name, number)
 
   def held(self) -> set[str]:
@@ -89,7 +90,7 @@ class Claims:
     if os.path.exists(path + _RELEASED):
       return True
     host, pid = _read(path)
-    if host == socket.gethostname() and not _is_alive(pid):
+    if host == _machine() and not _is_alive(pid):
       return True
     # Clocks of machines differ, so a change is waited for and no age computed.
     touched, now = os.stat(path).st_mtime, time.monotonic()
@@ -98,6 +99,16 @@ class Claims:
       self._seen[claim] = (touched, now)
       return False
     return now - seen > self._stale
+
+
+def _machine() -> str:
+  """Returns what tells machines, and containers on one, apart."""
+  parts = [socket.gethostname()]
+  with contextlib.suppress(OSError):  # of Linux
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+      parts.append(file.read().strip())
+    parts.append(os.readlink("/proc/self/ns/pid"))
+  return " ".join(parts)
 
 
 def _highest(folder: str, name: str) -> int | None:

@@ -156,6 +156,8 @@ def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def _limit(axes: Any, seen: list[float]) -> None:
   """Lets what was measured fill the axis."""
+  if not seen:  # no size is known before the dense run is finished
+    return
   margin = 0.08 * (max(seen) - min(seen)) or 1.0
   axes.set_ylim(min(seen) - margin, max(seen) + margin)
 

@@ -20,7 +20,7 @@ import rich.console
 
 from folding import config as config_lib
 from folding.reporting import runs
-from folding.schema import ConfigError, require
+from folding.schema import ConfigError, differences, require
 from folding.studies.board import Board, Show, failure_path
 from folding.studies.claims import Claim, Claims
 from folding.studies.study import Study, Trial
@@ -112,6 +112,25 @@ def run_study(
   return not board.open_trials()
 
 
+def require_same(study: Study, workdir: str) -> None:
+  """Does nothing if what is finished in a directory belongs to the study.
+
+  Raises:
+    ConfigError: a run of that name had another config.
+  """
+  places = ("train.energy:", "pretrained:", "data.tokenizer:")
+  for trial in study.trials(workdir):
+    plan = os.path.join(workdir, "plans", f"{trial.name}.json")
+    if os.path.exists(plan) and is_finished(trial.run):
+      found = differences(config_lib.load(plan), trial.config())
+      found = [line for line in found if not line.startswith(places)]
+      require(
+        not found,
+        f"{workdir} holds {trial.name} of another study ({'; '.join(found)}); "
+        "choose another --workdir",
+      )
+
+
 class _Group:
   """The runs of this process: started, watched, and collected."""
 
@@ -185,12 +204,16 @@ class _Group:
     """Ends all runs of this process; each saves where it is."""
     for job in self._jobs:
       job.process.terminate()
+    end = time.monotonic() + _END_SECONDS
+    while time.monotonic() < end and any(
+      job.process.poll() is None for job in self._jobs
+    ):
+      for job in self._jobs:
+        job.claim.beat()  # or another machine would take it over meanwhile
+      time.sleep(_POLL_SECONDS)
     for job in self._jobs:
-      try:
-        job.process.wait(_END_SECONDS)
-      except subprocess.TimeoutExpired:
-        job.process.kill()
-        job.process.wait()
+      job.process.kill()  # does nothing to what has ended
+      job.process.wait()
       job.close()
       job.claim.release()
     self._jobs = []

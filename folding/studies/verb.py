@@ -66,7 +66,10 @@ def study(args: argparse.Namespace) -> None:
   i, _, n = args.shard.partition("/")
   if not (i.isdecimal() and n.isdecimal()):
     raise ConfigError(f"--shard is I/N, such as 1/2; it is {args.shard!r}")
+  if args.results and not args.results.endswith(".md"):
+    raise ConfigError(f"--results is a PAGE.md; it is {args.results!r}")
   found = load_study(args.study)
+  runner.require_same(found, args.workdir)
   console = rich.console.Console()
   if args.list:
     for row in gather.gather(found, args.workdir):

@@ -90,9 +90,12 @@ def plan(
   Raises:
     ConfigError: the mesh cannot place the parameters.
   """
-  fitted = sharding.fitting(config.mesh, devices.count)
-  sizes = sharding.sizes(fitted, devices.count)
-  assert sizes is not None
+  sizes = sharding.sizes(config.mesh, devices.count)
+  if sizes is None:
+    raise ConfigError(
+      f"{config.mesh} does not multiply to the {devices.count} device(s); set "
+      "one axis to -1 to take what is left over"
+    )
   mesh = AbstractMesh(tuple(sizes), sharding.AXES)
   found: dict[str, Any] = {
     "devices": dataclasses.asdict(devices),
@@ -176,8 +179,7 @@ def compiled_bytes(config: Config, count: int) -> dict[str, int]:
     len(jax.devices()) >= count,
     f"{count} devices cannot be simulated here: there are {len(jax.devices())}",
   )
-  fitted = sharding.fitting(config.mesh, count)
-  mesh = sharding.make_mesh(fitted, jax.devices()[:count])
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:count])
   one, two = (_compiled(_with_layers(config, n), mesh) for n in (1, 2))
   more = config.model.num_layers - 1
   return {name: one[name] + more * (two[name] - one[name]) for name in one}
@@ -269,6 +271,8 @@ def _activations(config: Config, model: Any, params: Any, mesh: Any) -> int:
   the full length. What the axis "tensor" splits is counted whole.
   """
   groups = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.data.batch_size % groups:
+    groups = 1  # each device then has all rows, see `put_batch`
   rows = -(-config.data.batch_size // (groups * config.train.accumulate))
 
   def kept(params, batch):

@@ -31,7 +31,7 @@ class Checkpoints:
   Leaving the context waits for a save under way.
   """
 
-  def __init__(self, workdir: str):
+  def __init__(self, workdir: str, cleans: bool = True):
     kept = preservation_policy.AnyPreservationPolicy(
       [
         preservation_policy.LatestN(2),
@@ -52,7 +52,7 @@ class Checkpoints:
         # Without these two, Orbax does not write metrics at all.
         best_fn=lambda metrics: metrics["loss"],
         best_mode="min",
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=cleans,
       ),
     )
 

@@ -12,7 +12,7 @@ from folding import config as config_lib
 from folding.config import Config
 from folding.data.batches import make_data
 from folding.data.tokenizers import load_tokenizer
-from folding.schema import ConfigError, TrainingError, differences
+from folding.schema import ConfigError, TrainingError, differences, require
 from folding.training import distributed, energy, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
@@ -60,6 +60,12 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       )
     tokenizer = load_tokenizer(tokenizer_path)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
+  for split in ("valid", "test"):
+    require(
+      data.num_examples[split] > 0,
+      f"there is no text for the {split} split; raise data.{split}_fraction, or "
+      "give more text (each class gives up its own share, rounded)",
+    )
   asked, start, report = config, None, []
   if planned is not None and has_checkpoint(workdir):
     config = planned
@@ -133,7 +139,9 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   config = _load_config(workdir)
   config.mesh = sharding.fitting(config.mesh, jax.device_count())
   tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
-  return Run(config, make_data(config, tokenizer)), Checkpoints(workdir)
+  # Another process may be at work there, with a save under way.
+  checkpoints = Checkpoints(workdir, cleans=False)
+  return Run(config, make_data(config, tokenizer)), checkpoints
 
 
 def _load_config(workdir: str) -> Config:

@@ -103,7 +103,11 @@ def _rules(
     rules.append(Rule(except_ + _EMBEDDING, embedding, unit))
   # `exclude` may leave a rule nothing to prune.
   rules = [r for r in rules if any(re.fullmatch(r.pattern, n) for n in names)]
-  for site in make_sites(rules, params):
+  try:
+    sites = make_sites(rules, params)
+  except ValueError as error:  # a rule does not fit the parameters
+    raise ConfigError(str(error)) from error
+  for site in sites:
     for member in site.members:
       if member in excluded:
         raise ConfigError(

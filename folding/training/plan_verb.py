@@ -74,7 +74,10 @@ def edited(config: Config, edits: Sequence[str]) -> Config:
     section = values
     for parent in parents:
       section = section.get(parent, {}) if isinstance(section, dict) else {}
-    schema.require(last in section, f"--set: config has no field {name!r}")
+    schema.require(
+      isinstance(section, dict) and last in section,
+      f"--set: config has no field {name!r}",
+    )
     try:
       section[last] = json.loads(text)
     except ValueError:

@@ -70,6 +70,15 @@ def plan(
     ConfigError: the target is out of reach, or there is too little text.
   """
   require_pairs(config, groups=1)
+  f = config.fpp
+  require(
+    f.attention == "output"
+    and f.granularity != "2:4"
+    and f.exclude is None
+    and f.linear_layers is None,
+    "compress.plan='auto' decides what is pruned of W_O and the MLP; leave out "
+    "fpp.attention, fpp.exclude, fpp.linear_layers and granularity '2:4'",
+  )
   options = measure(config, params, batches)
   sizes = _sizes(params)
   linear, embedding = _outer_fractions(config)

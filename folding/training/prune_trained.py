@@ -128,6 +128,6 @@ def _sums(block, params, x, keep, names) -> dict[str, jax.Array]:
 
   def total(a):
     a = a.astype(jnp.float32).reshape(*keep.shape, -1) * keep[..., None]
-    return jnp.einsum("BLD,BLE->DE", a, a)
+    return jnp.einsum("BLD,BLE->DE", a, a, precision="highest")
 
   return {name: total(seen[name]) for name in names}

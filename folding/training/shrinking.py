@@ -15,8 +15,8 @@ from folding.compression.shrink import Cut, shrink
 from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer
 from folding.schema import ConfigError, require
+from folding.training import energy, restore
 from folding.training import optimizer as optimizer_lib
-from folding.training import restore
 from folding.training.evaluate import make_eval_step
 from folding.training.loop import open_run
 from folding.training.result import read_result
@@ -132,7 +132,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   tokenizer.save(os.path.join(part, "tokenizer.json"))
   restore.save_labels(this.data.label_names, part)
   config_lib.save(config, os.path.join(part, "config.json"))
-  for name in ("metrics.jsonl", "fold.json"):
+  for name in ("metrics.jsonl", "fold.json", energy.FILE):
     if os.path.exists(os.path.join(workdir, name)):
       shutil.copy(os.path.join(workdir, name), part)
   that, checkpoints = open_run(part)
