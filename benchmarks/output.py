@@ -117,8 +117,9 @@ def _draw(plot: Plot) -> Any:
     axes.grid(axis="x")
     ends = []
     for index, (name, points) in enumerate(plot.series.items()):
-      shift = (index - (len(plot.series) - 1) / 2) * 0.8 / len(plot.series)
       for label, point in points.items():
+        there = [n for n, s in plot.series.items() if label in s]
+        shift = 0.6 * ((there.index(name) + 0.5) / len(there) - 0.5)
         y, x = labels.index(label) + shift, point["ratio"]
         low, high = point.get("ratio_low", x), point.get("ratio_high", x)
         color = plots.CYCLE[index]
@@ -131,6 +132,7 @@ def _draw(plot: Plot) -> Any:
           textcoords="offset points",
           va="center",
           fontsize=9,
+          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
         ends += [low, high]
       axes.plot([], [], "o", color=plots.CYCLE[index], label=name)
@@ -142,7 +144,9 @@ def _draw(plot: Plot) -> Any:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.xaxis.set_minor_formatter(
-      lambda x, _: f"{x:g}" if highest / lowest < 9 else ""
+      lambda x, _: (
+        f"{x:g}" if highest / lowest < 4 or f"{x:e}"[0] in "25" else ""
+      )
     )
     axes.set_title(plot.title)
     if len(plot.series) > 1:
