@@ -4,6 +4,12 @@ from folding import cli
 from tests.reporting import synthetic_run
 
 
+def test_an_export_is_no_run(tmp_path, capsys):
+  (tmp_path / "config.json").write_text('{"schema": 1, "config": {}}')
+  assert cli.main(["evaluate", str(tmp_path)]) == 2
+  assert f"{tmp_path} is no run: config has no field" in _one_error_line(capsys)
+
+
 def _one_error_line(capsys) -> str:
   out, err = capsys.readouterr()
   assert out == ""

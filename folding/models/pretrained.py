@@ -7,6 +7,7 @@ with an index. Pickles are never opened.
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -277,7 +278,7 @@ def save_pretrained(
   )
   folder = pathlib.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+  save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
   _write_json(folder / "config.json", values)
   text = pathlib.Path(tokenizer_path).read_bytes()  # may be the very file
   (folder / "tokenizer.json").write_bytes(text)
@@ -298,3 +299,20 @@ def save_pretrained(
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
   path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(
+  path: str | os.PathLike, tensors: dict[str, Any], metadata: dict[str, str]
+) -> None:
+  """Writes a safetensors file that others may read, as other files are.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  with open(path, "wb") as file:
+    mode = os.fstat(file.fileno()).st_mode
+  try:
+    safetensors.numpy.save_file(tensors, path, metadata)
+  except safetensors.SafetensorError as error:  # such as a full disk
+    raise OSError(f"cannot write {path} ({error})") from error
+  os.chmod(path, mode)  # it makes one for its owner alone

@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from folding import paths
 from folding.compression.accounting import slices_of, storage
+from folding.models.pretrained import save_tensors
 from folding.schema import ConfigError
 
 _BITS = ":bits"
@@ -54,10 +55,7 @@ def save_packed(tree: Mapping[str, Any], path: str) -> None:
     tensors[name + _BITS] = np.packbits(is_kept)
     packed[name] = {"way": way, "shape": w.shape}
   metadata = {"folding": json.dumps({"packed": packed})}
-  try:
-    safetensors.numpy.save_file(tensors, path, metadata)
-  except safetensors.SafetensorError as error:  # such as a full disk
-    raise OSError(f"cannot write {path} ({error})") from error
+  save_tensors(path, tensors, metadata)
 
 
 def load_packed(path: str) -> dict[str, Any]:

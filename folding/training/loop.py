@@ -148,7 +148,10 @@ def _load_config(workdir: str) -> Config:
   config_path = os.path.join(workdir, "config.json")
   if not os.path.exists(config_path):
     raise ConfigError(f"{workdir} is no run: it has no config.json")
-  return config_lib.load(config_path)
+  try:
+    return config_lib.load(config_path)
+  except ConfigError as error:
+    raise ConfigError(f"{workdir} is no run: {error}") from error
 
 
 def _on(config: Config, other: Config) -> Config:

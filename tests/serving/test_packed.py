@@ -110,6 +110,13 @@ def test_a_file_of_others_is_refused(tmp_path):
     packed.load_packed(path)
 
 
+def test_a_file_may_be_read_by_whom_others_may(tmp_path):
+  plain, path = tmp_path / "plain", tmp_path / "model.safetensors"
+  plain.touch()
+  packed.save_packed({"w": np.ones((2, 3), np.float32)}, str(path))
+  assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_a_missing_file_is_one_line(tmp_path):
   with pytest.raises(ConfigError, match="there is no .*gone"):
     packed.load_packed(str(tmp_path / "gone"))
