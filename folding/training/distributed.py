@@ -54,10 +54,11 @@ def _meet(address: str, process: int, count: int, timeout_secs: float) -> None:
     ConfigError: one has not, or there is no such address.
   """
   host, _, port = address.rpartition(":")
+  host = host.strip("[]")  # of IPv6
   deadline = time.monotonic() + timeout_secs
   try:
     if process == 0:
-      missing = _host((host, int(port)), count, deadline)
+      missing = _host(int(port), count, deadline)
     else:
       missing = _visit((host, int(port)), process, deadline)
   except (OSError, OverflowError) as error:
@@ -71,11 +72,17 @@ def _meet(address: str, process: int, count: int, timeout_secs: float) -> None:
     )
 
 
-def _host(place: tuple[str, int], count: int, deadline: float) -> set[int]:
+def _host(port: int, count: int, deadline: float) -> set[int]:
   """Lets the others go on when all have come; returns those that have not."""
   missing = set(range(1, count))
   visitors = []
-  with socket.create_server(place) as server:
+  # On all interfaces, as JAX does later: by its own name a machine may be found
+  # at its loopback, and from outside at an address that it does not have.
+  dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dual else socket.AF_INET
+  with socket.create_server(
+    ("", port), family=family, dualstack_ipv6=dual
+  ) as server:
     while missing and (left := deadline - time.monotonic()) > 0:
       server.settimeout(left)
       try:
