@@ -89,7 +89,8 @@ def front(points: Mapping[str, tuple[float, float]], higher: bool) -> set[str]:
     higher: Whether more quality is better.
 
   Example:
-    >>> sorted(front({"a": (1, 5), "b": (2, 6), "c": (3, 5.5)}, higher=True))
+    >>> points = {"a": (1.0, 5.0), "b": (2.0, 6.0), "c": (3.0, 5.5)}
+    >>> sorted(front(points, higher=True))
     ['a', 'b']
   """
   return {n for n in points if not dominators(points, n, higher)}
