@@ -59,8 +59,13 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self._manager.wait_until_finished()
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    try:
+      self.wait()
+    except OSError:
+      if kind is None:
+        raise
+      return  # what ends the run already says that it cannot be written
     self._manager.close()
 
   def save(self, step: int, state: Any, loss: float | None) -> None:
