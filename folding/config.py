@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any, Literal
 
-from folding import checks, presets, schema
+from folding import checks, files, presets, schema
 from folding.schema import PerLayer
 
 Task = Literal["lm", "classify"]
@@ -340,7 +340,4 @@ def load(path: str) -> Config:
 
 def save(config: Config, path: str) -> None:
   """Writes a config as JSON, whole or not at all."""
-  with open(path + ".new", "w", encoding="utf-8") as file:
-    json.dump(to_dict(config), file, indent=2)
-    file.write("\n")
-  os.replace(path + ".new", path)
+  files.write_file(path, json.dumps(to_dict(config), indent=2) + "\n")

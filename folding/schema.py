@@ -1,12 +1,10 @@
 """Dataclasses <-> plain dicts, with names and types checked on the way in."""
 
 import dataclasses
-import importlib.util
 import math
-import os
-import sys
 import types
 import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -39,30 +37,22 @@ def require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
-def call_in_file(where: str, function: str) -> Any:
-  """Returns what a function of a Python file returns.
-
-  Args:
-    where: "FILE.py", or "FILE.py:ARGUMENT" to call it with that text.
-    function: Its name.
+def set_values(values: dict[str, Any], edits: Mapping[str, Any]) -> None:
+  """Puts {"section.field": value} into the nested dict of a dataclass.
 
   Raises:
-    ConfigError: there is no such file, or it gives nothing.
+    ConfigError: there is no such section. What is in it, `build` checks.
   """
-  path, colon, argument = where.partition(":")
-  require(os.path.isfile(path), f"there is no file {path!r}")
-  spec = importlib.util.spec_from_file_location("given_file", path)
-  if spec is None or spec.loader is None:
-    raise ConfigError(f"{path!r} is no Python file")
-  module = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, os.getcwd())  # as of a script, for `from configs import`
-  try:
-    spec.loader.exec_module(module)
-    return getattr(module, function)(*([argument] if colon else []))
-  except (AttributeError, ImportError, SyntaxError, TypeError) as error:
-    raise ConfigError(f"{function}() of {path!r} fails: {error}") from error
-  finally:
-    sys.path.remove(os.getcwd())
+  for name, value in edits.items():
+    *sections, last = name.split(".")
+    holder: Any = values
+    for section in sections:
+      holder = holder.get(section)
+      require(
+        isinstance(holder, dict),
+        f"config has no field {name!r}: there is no such section",
+      )
+    holder[last] = value
 
 
 def differences(a: Any, b: Any) -> list[str]:

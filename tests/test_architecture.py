@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each file imports only files that stand before it: a new file is added here,
 # where its imports allow it to stand.
 ORDER = {
-  "": ["schema", "checks", "presets", "config", "paths"],
+  "": ["schema", "files", "checks", "presets", "config", "paths"],
   "data": [
     *("local_files", "python_stdlib", "sources", "tokenizers", "batches"),
   ],
@@ -61,7 +61,8 @@ FILES = [
 
 # Seen by everything below it, and importing nothing of the library or jax.
 PLAIN = (
-  *("folding.schema", "folding.checks", "folding.presets", "folding.config"),
+  *("folding.schema", "folding.files", "folding.checks", "folding.presets"),
+  "folding.config",
 )
 # Not importable by name from inside: the public names come last.
 PACKAGES = ["folding", *(f"folding.{room}" for room in ORDER if room)]

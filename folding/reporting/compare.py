@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from folding import files
 from folding.reporting import grouping, runs, words
 
 _GROUPS = ("overall", "qkv", "linear", "embedding")
@@ -38,8 +39,8 @@ def compare(workdirs: Sequence[str], output: str | None = None) -> str:
   os.makedirs(output, exist_ok=True)
   plots.save(overlay.overlay(found), os.path.join(output, "compare.png"))
   values = json.dumps(summarize(found), indent=2) + "\n"
-  runs.write_file(os.path.join(output, "compare.json"), values)
-  runs.write_file(os.path.join(output, "compare.md"), text)
+  files.write_file(os.path.join(output, "compare.json"), values)
+  files.write_file(os.path.join(output, "compare.md"), text)
   return text
 
 

@@ -14,6 +14,7 @@ import matplotlib.figure
 import matplotlib.patches
 from matplotlib import ticker
 
+from folding import files
 from folding.reporting import runs, words
 
 # Okabe and Ito, "Color universal design", 2008: told apart by nearly all eyes.
@@ -54,7 +55,7 @@ def save(drawing: matplotlib.figure.Figure, path: str) -> None:
   buffer = io.BytesIO()
   # No version in the file: the same figures give the same bytes.
   drawing.savefig(buffer, format="png", metadata={"Software": None})
-  runs.write_file(path, buffer.getvalue())
+  files.write_file(path, buffer.getvalue())
 
 
 def curves(run: runs.Run) -> matplotlib.figure.Figure:

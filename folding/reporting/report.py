@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from folding import config as config_lib
-from folding import schema
+from folding import files, schema
 from folding.reporting import pages, runs
 
 load_run = runs.load_run
@@ -49,10 +49,10 @@ def write_report(workdir: str) -> dict[str, Any]:
   for name, draw in drawings.items():
     plots.save(draw(run), os.path.join(workdir, name))
   text = json.dumps(summary, indent=2) + "\n"
-  runs.write_file(os.path.join(workdir, "report.json"), text)
+  files.write_file(os.path.join(workdir, "report.json"), text)
   page = pages.markdown(run, settings(run.config))
   # Last, so that a page never embeds a plot that is not there.
-  runs.write_file(os.path.join(workdir, "report.md"), page)
+  files.write_file(os.path.join(workdir, "report.md"), page)
   return summary
 
 

@@ -193,21 +193,6 @@ def wilson(accuracy: float, num_examples: int) -> tuple[float, float]:
   return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def write_file(path: str, content: str | bytes) -> None:
-  """Writes a file whole or not at all."""
-  if isinstance(content, str):
-    content = content.encode("utf-8")
-  temporary = f"{path}.{os.getpid()}.tmp"
-  try:
-    with open(temporary, "wb") as file:
-      file.write(content)
-    os.replace(temporary, path)
-  except BaseException:
-    if os.path.exists(temporary):
-      os.remove(temporary)
-    raise
-
-
 def _read_json(path: str) -> Any:
   try:
     with open(path, encoding="utf-8") as file:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from folding import config as config_lib
+from folding import schema
 from folding.config import Config, ModelConfig
 from folding.data import tokenizers
 from folding.models.transformer import make_model
@@ -79,15 +80,7 @@ def edited(base: Config, edits: Edits) -> Config:
     ConfigError: there is no such field, or the value is of the wrong type.
   """
   values = config_lib.to_dict(base)
-  for name, value in edits.items():
-    *sections, last = name.split(".")
-    holder: Any = values
-    for section in sections:
-      holder = holder.get(section)
-      require(
-        isinstance(holder, dict), f"a study edits {name!r}; there is no such"
-      )
-    holder[last] = value
+  schema.set_values(values, edits)
   return config_lib.from_dict(values)
 
 

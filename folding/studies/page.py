@@ -9,6 +9,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from folding import files
 from folding.reporting import plots, runs, words
 from folding.studies import drawings, inference, tables
 from folding.studies.gather import Row, read_csv, to_csv
@@ -41,10 +42,10 @@ def publish(rows: Sequence[Row], path: str, command: str) -> None:
   folder = os.path.splitext(path)[0]
   os.makedirs(folder, exist_ok=True)
   table = os.path.join(folder, "study.csv")
-  runs.write_file(table, to_csv(rows))
+  files.write_file(table, to_csv(rows))
   values = [dataclasses.asdict(row) for row in rows]
   target = os.path.join(folder, "study.json")
-  runs.write_file(target, json.dumps(values, indent=1) + "\n")
+  files.write_file(target, json.dumps(values, indent=1) + "\n")
   results = Results(read_csv(table))
   figures = {
     "quality": drawings.quality(results),
@@ -53,7 +54,7 @@ def publish(rows: Sequence[Row], path: str, command: str) -> None:
   }
   for name, figure in figures.items():
     plots.save(figure, os.path.join(folder, f"{name}.png"))
-  runs.write_file(path, page(results, os.path.basename(folder), command))
+  files.write_file(path, page(results, os.path.basename(folder), command))
 
 
 def page(results: Results, folder: str, command: str) -> str:

@@ -19,6 +19,7 @@ from typing import IO
 import rich.console
 
 from folding import config as config_lib
+from folding import files
 from folding.reporting import runs
 from folding.schema import ConfigError, differences, require
 from folding.studies.board import Board, Show, failure_path
@@ -246,7 +247,7 @@ class _Group:
 
   def _fail(self, trial: Trial, error: str) -> None:
     record = {"error": error, "host": socket.gethostname()}
-    runs.write_file(failure_path(trial), json.dumps(record) + "\n")
+    files.write_file(failure_path(trial), json.dumps(record) + "\n")
     self._board.refresh()
     self._show.say(f"{trial.name}  failed: {error}")
 

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from folding import schema
+from folding import files
 from folding.config import Config
 from folding.schema import require
 from folding.studies.methods import Method, edited
@@ -144,6 +144,6 @@ def load_study(where: str) -> Study:
   Raises:
     ConfigError: there is no such file, or it gives no `Study`.
   """
-  study = schema.call_in_file(where, "get_study")
+  study = files.call_in_file(where, "get_study")
   require(isinstance(study, Study), f"get_study() of {where!r} gives no Study")
   return study

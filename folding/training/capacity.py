@@ -90,12 +90,7 @@ def plan(
   Raises:
     ConfigError: the mesh cannot place the parameters.
   """
-  sizes = sharding.sizes(config.mesh, devices.count)
-  if sizes is None:
-    raise ConfigError(
-      f"{config.mesh} does not multiply to the {devices.count} device(s); set "
-      "one axis to -1 to take what is left over"
-    )
+  sizes = sharding.require_sizes(config.mesh, devices.count)
   mesh = AbstractMesh(tuple(sizes), sharding.AXES)
   found: dict[str, Any] = {
     "devices": dataclasses.asdict(devices),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from folding import files
 from folding.schema import ConfigError
 
 FILE = "energy.json"
@@ -62,9 +63,7 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
       "country": data.country_name or "unknown, so the mean of the world",
       "by": f"codecarbon {codecarbon.__version__}",
     }
-    with open(path + ".new", "w", encoding="utf-8") as file:
-      json.dump(used, file)
-    os.replace(path + ".new", path)
+    files.write_file(path, json.dumps(used))
 
 
 def _tracker() -> Any:

@@ -19,7 +19,7 @@ from folding.training.checkpoint import Checkpoints, has_checkpoint
 from folding.training.evaluate import make_eval_step
 from folding.training.metrics import MetricsWriter
 from folding.training.progress import Clock, StepLog, stop_signal
-from folding.training.restore import save_labels
+from folding.training.restore import load_config, save_labels
 from folding.training.result import is_finished, read_result
 from folding.training.run import Run
 from folding.training.start import folded_start, teacher_of, write_fold
@@ -105,7 +105,7 @@ def resume_run(workdir: str) -> dict[str, Any]:
     ConfigError: there is no run.
     TrainingError: see `run`.
   """
-  config = _load_config(workdir)
+  config = load_config(workdir)
   config.mesh = sharding.fitting(config.mesh, jax.device_count())
   return run(config, workdir)
 
@@ -136,22 +136,12 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   Raises:
     ConfigError: it is no run directory.
   """
-  config = _load_config(workdir)
+  config = load_config(workdir)
   config.mesh = sharding.fitting(config.mesh, jax.device_count())
   tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
   # Another process may be at work there, with a save under way.
   checkpoints = Checkpoints(workdir, cleans=False)
   return Run(config, make_data(config, tokenizer)), checkpoints
-
-
-def _load_config(workdir: str) -> Config:
-  config_path = os.path.join(workdir, "config.json")
-  if not os.path.exists(config_path):
-    raise ConfigError(f"{workdir} is no run: it has no config.json")
-  try:
-    return config_lib.load(config_path)
-  except ConfigError as error:
-    raise ConfigError(f"{workdir} is no run: {error}") from error
 
 
 def _on(config: Config, other: Config) -> Config:

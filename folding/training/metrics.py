@@ -8,6 +8,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from folding import files
 from folding.config import Config
 
 
@@ -26,9 +27,7 @@ class MetricsWriter:
     if is_main:
       path = os.path.join(workdir, "metrics.jsonl")
       kept = [r for r in read_metrics(path) if r["step"] <= first_step]
-      with open(path + ".new", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-      os.replace(path + ".new", path)
+      files.write_file(path, "".join(json.dumps(r) + "\n" for r in kept))
       self._file = open(path, "a", encoding="utf-8")
     if is_main and config.train.tensorboard:
       # Imported here: it takes time and is only needed where it is used.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from folding import config as config_lib
-from folding import schema
+from folding import files, schema
 from folding.config import Config
 
 
@@ -49,7 +49,7 @@ def plan(args: argparse.Namespace) -> None:
   from folding.training import capacity
 
   devices = capacity.parse_devices(args.devices)
-  config = schema.call_in_file(args.config, "get_config")
+  config = files.call_in_file(args.config, "get_config")
   schema.require(
     isinstance(config, Config), f"get_config() of {args.config} gives no Config"
   )
@@ -67,21 +67,15 @@ def edited(config: Config, edits: Sequence[str]) -> Config:
   Raises:
     ConfigError: there is no such field, or the value does not fit it.
   """
-  values = config_lib.to_dict(config)
+  given: dict[str, Any] = {}
   for edit in edits:
     name, _, text = edit.partition("=")
-    *parents, last = name.split(".")
-    section = values
-    for parent in parents:
-      section = section.get(parent, {}) if isinstance(section, dict) else {}
-    schema.require(
-      isinstance(section, dict) and last in section,
-      f"--set: config has no field {name!r}",
-    )
     try:
-      section[last] = json.loads(text)
+      given[name] = json.loads(text)
     except ValueError:
-      section[last] = text
+      given[name] = text
+  values = config_lib.to_dict(config)
+  schema.set_values(values, given)
   return config_lib.resolve(config_lib.from_dict(values))
 
 

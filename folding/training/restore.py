@@ -36,11 +36,7 @@ def load_run(workdir: str) -> tuple[config_lib.Config, Any, Tokenizer]:
   Raises:
     ConfigError: it is no run, or no checkpoint of it can be read.
   """
-  config_path = os.path.join(workdir, "config.json")
-  require(
-    os.path.exists(config_path), f"{workdir} is no run: it has no config.json"
-  )
-  config = config_lib.load(config_path)
+  config = load_config(workdir)
   tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
   folder = os.path.join(os.path.abspath(workdir), "checkpoints")
   steps = _best_first(folder)
@@ -52,6 +48,20 @@ def load_run(workdir: str) -> tuple[config_lib.Config, Any, Tokenizer]:
       reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
       _log.warning("checkpoint %s of %s is damaged (%s)", step, workdir, reason)
   raise ConfigError(f"none of the checkpoints in {folder} can be read")
+
+
+def load_config(workdir: str) -> config_lib.Config:
+  """Returns the config of a run directory.
+
+  Raises:
+    ConfigError: it is no run.
+  """
+  path = os.path.join(workdir, "config.json")
+  require(os.path.exists(path), f"{workdir} is no run: it has no config.json")
+  try:
+    return config_lib.load(path)
+  except ConfigError as error:
+    raise ConfigError(f"{workdir} is no run: {error}") from error
 
 
 def load_labels(workdir: str) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from folding import files
+
 _PACKAGES = ("folding", "jax", "flax", "optax")
 
 
@@ -25,9 +27,7 @@ def write_result(workdir: str, result: dict[str, Any]) -> None:
     **result,
   }
   path = os.path.join(workdir, "result.json")
-  with open(path + ".new", "w", encoding="utf-8") as file:
-    json.dump(record, file, indent=1)
-  os.replace(path + ".new", path)
+  files.write_file(path, json.dumps(record, indent=1))
 
 
 def is_finished(workdir: str) -> bool:

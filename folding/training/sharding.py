@@ -40,18 +40,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       processes would need the same rows of a batch.
   """
   devices = jax.devices() if devices is None else devices
-  found = sizes(config, len(devices))
-  shown = ", ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
-  if found is None:
-    raise ConfigError(
-      f"mesh {shown} does not multiply to the {len(devices)} device(s); set "
-      "one axis to -1 to take what is left over"
-    )
+  found = require_sizes(config, len(devices))
   groups = found[0] * found[1]  # of devices, each of other rows of a batch
   count = len({getattr(d, "process_index", 0) for d in devices})
   require(
     groups % count == 0,
-    f"mesh {shown} shares out rows of a batch among {groups} groups of "
+    f"mesh {_shown(config)} shares out rows of a batch among {groups} groups of "
     f"devices, and there are {count} processes; use fewer for mesh.tensor",
   )
   return Mesh(np.array(devices).reshape(found), AXES)
@@ -74,6 +68,25 @@ def sizes(config: MeshConfig, count: int) -> list[int] | None:
   if found.count(-1) == 1 and known > 0 and count % known == 0:
     found[found.index(-1)] = count // known
   return found if math.prod(found) == count and min(found) >= 1 else None
+
+
+def require_sizes(config: MeshConfig, count: int) -> list[int]:
+  """Returns `sizes`.
+
+  Raises:
+    ConfigError: the axes do not multiply to so many devices.
+  """
+  found = sizes(config, count)
+  if found is None:
+    raise ConfigError(
+      f"mesh {_shown(config)} does not multiply to the {count} device(s); set "
+      "one axis to -1 to take what is left over"
+    )
+  return found
+
+
+def _shown(config: MeshConfig) -> str:
+  return ", ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
 
 
 def tree_shardings(

@@ -4,7 +4,7 @@ import pathlib
 import pytest
 from scipy import stats
 
-from folding import schema
+from folding import files, schema
 from folding.reporting import runs
 from tests.reporting import synthetic_run
 
@@ -128,13 +128,13 @@ def test_masks_count_only_where_they_are_asked_for():
 
 def test_write_file_leaves_the_old_file_where_it_fails(tmp_path, monkeypatch):
   path = tmp_path / "page"
-  runs.write_file(str(path), "old")
+  files.write_file(str(path), "old")
 
   def fail(*_):
     raise OSError("disk full")
 
   monkeypatch.setattr("os.replace", fail)
   with pytest.raises(OSError, match="disk full"):
-    runs.write_file(str(path), "new")
+    files.write_file(str(path), "new")
   assert path.read_text() == "old"
   assert list(tmp_path.iterdir()) == [path]

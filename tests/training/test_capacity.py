@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from folding import cli, schema
+from folding import cli, files, schema
 from folding import config as c
 from folding.training import capacity, plan_verb, sharding
 from tests.training import tiny
@@ -41,7 +41,7 @@ def on_device(tree):
   "mesh", [c.MeshConfig(1, 8), c.MeshConfig(2, 2, 2)], ids=str
 )
 def test_bytes_are_those_that_are_allocated(mesh, config_file):
-  config = c.resolve(schema.call_in_file(config_file, "get_config"))
+  config = c.resolve(files.call_in_file(config_file, "get_config"))
   config.mesh = mesh
   devices = capacity.Devices("cpu", 8, 1.0)
   found = capacity.plan(config, devices)["compressed"]["bytes"]
@@ -59,7 +59,7 @@ def test_bytes_are_those_that_are_allocated(mesh, config_file):
 
 
 def test_what_is_stored_in_the_end_is_counted(config_file):
-  config = c.resolve(schema.call_in_file(config_file, "get_config"))
+  config = c.resolve(files.call_in_file(config_file, "get_config"))
   total, kept = capacity.stored(config)
   shapes = jax.tree.leaves(tiny.shapes(config))
   assert total == sum(math.prod(x.shape) for x in shapes)
@@ -150,7 +150,7 @@ def test_mistakes_are_one_line(flags, message, config_file, capsys):
 
 @pytest.mark.slow
 def test_xla_holds_the_state_and_grows_by_layers(config_file):
-  config = c.resolve(schema.call_in_file(config_file, "get_config"))
+  config = c.resolve(files.call_in_file(config_file, "get_config"))
   config.mesh = c.MeshConfig(1, 8)
   devices = capacity.Devices("cpu", 8, 1.0)
   found = capacity.plan(config, devices, compiles=True)["compressed"]

@@ -1,0 +1,49 @@
+"""Files: written whole or not at all; Python ones, of which a function counts."""
+
+import importlib.util
+import os
+import sys
+from typing import Any
+
+from folding.schema import ConfigError, require
+
+
+def write_file(path: str, content: str | bytes) -> None:
+  """Writes a file whole or not at all."""
+  if isinstance(content, str):
+    content = content.encode("utf-8")
+  temporary = f"{path}.{os.getpid()}.tmp"
+  try:
+    with open(temporary, "wb") as file:
+      file.write(content)
+    os.replace(temporary, path)
+  except BaseException:
+    if os.path.exists(temporary):
+      os.remove(temporary)
+    raise
+
+
+def call_in_file(where: str, function: str) -> Any:
+  """Returns what a function of a Python file returns.
+
+  Args:
+    where: "FILE.py", or "FILE.py:ARGUMENT" to call it with that text.
+    function: Its name.
+
+  Raises:
+    ConfigError: there is no such file, or it gives nothing.
+  """
+  path, colon, argument = where.partition(":")
+  require(os.path.isfile(path), f"there is no file {path!r}")
+  spec = importlib.util.spec_from_file_location("given_file", path)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"{path!r} is no Python file")
+  module = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, os.getcwd())  # as of a script, for `from configs import`
+  try:
+    spec.loader.exec_module(module)
+    return getattr(module, function)(*([argument] if colon else []))
+  except (AttributeError, ImportError, SyntaxError, TypeError) as error:
+    raise ConfigError(f"{function}() of {path!r} fails: {error}") from error
+  finally:
+    sys.path.remove(os.getcwd())
