@@ -80,7 +80,6 @@ def _stepper(config, model, rules, batch, mesh, is_check):
       model=model,
       tx=tx,
       rules=rules,
-      seed=config.seed,
       label_smoothing=0.0,
       is_check=is_check,
       mesh=mesh,

@@ -135,7 +135,6 @@ def _programs(
     model=model,
     tx=tx,
     rules=[],
-    seed=config.seed,
     label_smoothing=0.0,
     is_check=False,
   )

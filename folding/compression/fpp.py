@@ -69,6 +69,9 @@ def fpp(
       least at every check.
     value, value_fn: loss and function from params to loss, as optax's line
       searches take them; `value_fn` is needed when `tolerance` is set.
+    is_due: Whether this is a step with a check, where the caller knows that
+      when the program is made, which makes it smaller; None: as `begin`, `end`
+      and `every` say.
 
   Args:
     inner: The optimizer to wrap.
@@ -139,7 +142,15 @@ def fpp(
     )
 
   def update_fn(
-    updates, state, params=None, *, stats=None, value=None, value_fn=None, **kw
+    updates,
+    state,
+    params=None,
+    *,
+    stats=None,
+    value=None,
+    value_fn=None,
+    is_due=None,
+    **kw,
   ):
     if params is None:
       raise ValueError("fpp needs `params`; pass them to update()")
@@ -164,12 +175,15 @@ def fpp(
       zero = {name: jnp.zeros_like(b[0]) for name, b in state.suspected.items()}
       return state.suspected, averages, zero
 
-    is_due = (
-      (state.step >= begin)
-      & (state.step <= last_check)
-      & ((state.step - begin) % every == 0)
-    )
-    suspected, averages, zero = jax.lax.cond(is_due, check, no_check)
+    if is_due is None:
+      is_due = (
+        (state.step >= begin)
+        & (state.step <= last_check)
+        & ((state.step - begin) % every == 0)
+      )
+      suspected, averages, zero = jax.lax.cond(is_due, check, no_check)
+    else:
+      suspected, averages, zero = check() if is_due else no_check()
 
     stop = suspects_lib.member_masks(
       sites, {n: b[0] for n, b in suspected.items()}, leaves

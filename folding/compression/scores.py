@@ -73,7 +73,7 @@ def element_scores(
 
 
 def lazy_scores(
-  score: str, w: jax.Array, average: jax.Array | None, key: jax.Array
+  score: str, w: jax.Array, average: jax.Array | None, key: jax.Array | None
 ) -> select.Scores:
   """Returns float32 scores of the shape of w, where they are cheap unstored.
 
@@ -91,9 +91,11 @@ def lazy_scores(
     score: One of `SCORES`.
     w: A parameter.
     average: Its running average, from the functions above.
-    key: Of this parameter; "random" draws the same numbers at every check.
+    key: Of this parameter, for "random", which draws the same numbers at every
+      check.
   """
   if score == "random":
+    assert key is not None
     return jax.random.uniform(key, w.shape, jnp.float32)
   if score == "magnitude":
     return Partial(_magnitude, w)

@@ -49,9 +49,11 @@ def unit_scores(
   """
   ranked = {}
   for index, site in enumerate(sites, first):
-    key = jax.random.fold_in(jax.random.key(seed), index)
     is_weights = None in site.members.values()
     kind = score if is_weights or score != "relative" else "activation"
+    key = None
+    if kind == "random":  # else no program depends on the seed
+      key = jax.random.fold_in(jax.random.key(seed), index)
     lazy = {
       name: scores_lib.lazy_scores(kind, leaves[name], averages.get(name), key)
       for name in site.members

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import IO
@@ -98,8 +99,13 @@ def run_study(
         os.remove(failure_path(trial))
   board = Board(trials)
   claims = Claims(os.path.join(workdir, "claims"))
-  with Show(board, console) as show, _terminated() as stopped:
-    group = _Group(workdir, options, board, claims, show)
+  with (
+    Show(board, console) as show,
+    _terminated() as stopped,
+    # Of this machine: programs are of its kind of processor.
+    tempfile.TemporaryDirectory() as compiled,
+  ):
+    group = _Group(workdir, options, board, claims, show, compiled)
     try:
       while (board.open_trials() or group.is_busy) and not stopped():
         group.collect()
@@ -135,8 +141,10 @@ def require_same(study: Study, workdir: str) -> None:
 class _Group:
   """The runs of this process: started, watched, and collected."""
 
-  def __init__(self, workdir, options, board, claims, show):
+  def __init__(self, workdir, options, board, claims, show, compiled):
     self._workdir, self._options = workdir, options
+    # Runs that differ by their seed share what is compiled.
+    self._environ = {"JAX_COMPILATION_CACHE_DIR": compiled, **os.environ}
     self._board: Board = board
     self._claims: Claims = claims
     self._show: Show = show
@@ -238,6 +246,7 @@ class _Group:
     log = open(os.path.join(self._workdir, "logs", f"{trial.name}.log"), "ab")
     process = subprocess.Popen(
       command,
+      env=self._environ,
       stdin=subprocess.PIPE,  # closes when this process ends
       stdout=log,
       stderr=log,

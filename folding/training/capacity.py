@@ -204,7 +204,6 @@ def _compiled(config: Config, mesh: Mesh) -> dict[str, int]:
       model=model,
       tx=tx,
       rules=rules,
-      seed=config.seed,
       label_smoothing=config.train.label_smoothing,
       is_check=bool(rules),
       accumulate=config.train.accumulate,

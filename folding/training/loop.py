@@ -167,7 +167,6 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
         model=run.model,
         tx=run.tx,
         rules=run.rules,
-        seed=config.seed,
         label_smoothing=t.label_smoothing,
         is_check=is_check,
         accumulate=t.accumulate,

@@ -57,12 +57,13 @@ class Run:
     )
     self.tx = optimizer_lib.make_optimizer(config, self.rules, removed)
     self._init = functools.partial(
-      init_state, self.model, self.tx, config.data.length, config.seed
+      init_state, self.model, self.tx, config.data.length
     )
+    self._seed = np.uint32(config.seed % 2**32)
     self._start = start  # parameters; None: drawn by the seed
     self.teacher: tuple[Any, Any] | None = None
     try:
-      state = jax.eval_shape(self._init)
+      state = jax.eval_shape(self._init, self._seed)
     except ValueError as error:  # a rule does not fit the parameters
       raise ConfigError(str(error)) from error
     rules = config.mesh.rules
@@ -86,7 +87,7 @@ class Run:
   def init(self) -> TrainState:
     """Returns the state before the first step, placed on the mesh."""
     if self._start is None:
-      return jax.jit(self._init, out_shardings=self.state_shardings)()
+      return jax.jit(self._init, out_shardings=self.state_shardings)(self._seed)
     where = self.state_shardings
     return jax.jit(
       lambda params: TrainState(
@@ -97,7 +98,7 @@ class Run:
 
   def constants(self) -> dict[str, Any]:
     """Returns what each step needs beside its batch, placed on the mesh."""
-    found = {}
+    found: dict[str, Any] = {"seed": self._seed}
     if self.teacher is not None:
       found["teacher"] = self.teacher[1]
     f = self.config.fpp

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
@@ -36,7 +37,7 @@ def init_state(
   model: Any,
   tx: optax.GradientTransformation,
   length: int,
-  seed: int,
+  seed: ArrayLike,
 ) -> TrainState:
   """Returns the state before the first step; a function of the seed alone."""
   tokens = jnp.zeros((1, length), jnp.int32)
@@ -51,7 +52,6 @@ def train_step(
   model: Any,
   tx: optax.GradientTransformationExtraArgs,
   rules: list[Rule],
-  seed: int,
   label_smoothing: float,
   is_check: bool,
   accumulate: int = 1,
@@ -63,16 +63,15 @@ def train_step(
 
   Args:
     state: Before the update.
-    batch: Global arrays; with rows of the embedding to prune also "usage",
-      float32[V], how often training uses each token, in place of how often
-      this batch does.
+    batch: Global arrays; also "seed", uint32[], of dropout (0 without), and
+      with rows of the embedding to prune "usage", float32[V], how often
+      training uses each token, in place of how often this batch does.
     model: The Linen model.
     tx: From `make_optimizer`.
     rules: What FPP prunes.
-    seed: Of dropout.
     label_smoothing: See `losses.summed_loss`.
     is_check: Whether FPP looks at the parameters in this step; only then are
-      forward statistics gathered.
+      forward statistics gathered, and is the check a part of the program.
     accumulate: Parts of the batch that are computed one after another, for
       memory; the update is that of the whole to rounding, dropout apart.
     mesh: Where arrays lie; what layers write stays with the rows of the batch.
@@ -84,6 +83,8 @@ def train_step(
   """
   batch = dict(batch)
   teacher_params, usage = batch.pop("teacher", None), batch.pop("usage", None)
+  # An array, so that one program serves runs that differ by their seed.
+  seed = batch.pop("seed", 0)
   total = jnp.maximum(jnp.sum(batch["weights"]), 1)
   keep = batch.get("mask")
   num_tokens = batch["tokens"].size if keep is None else jnp.sum(keep)
@@ -152,6 +153,7 @@ def train_step(
     stats=stats,
     value=untaught,
     value_fn=value_fn,
+    is_due=is_check,
   )
   params = optax.apply_updates(state.params, updates)
   metrics = {"loss": nats}

@@ -1,6 +1,7 @@
 import fractions
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,6 +267,29 @@ def test_equals_a_loop_over_units(name):
   # checks do not zero at once).
   fixed = {"random-2", "one-check", "magnitude-0"}
   assert num_thawed > 0 or name in fixed or "neuron" in name or name == "row"
+
+
+def test_a_check_that_is_told_is_one_that_is_due():
+  rules, options = _MACHINES["relative-1"]
+  options = _DEFAULTS | options
+  tx = fpp(_sgd(), rules, **options)
+  params = random_params()
+  update = jax.jit(tx.update, static_argnames="is_due")
+  (found, state), (told, told_state) = [(params, tx.init(params))] * 2
+  for step in range(15):
+    grads = {
+      n: jnp.asarray(gradient(step, n, w.shape)) for n, w in params.items()
+    }
+    stats = {n: jnp.asarray(s) for n, s in statistics(step).items()}
+    updates, state = update(grads, state, found, stats=stats)
+    found = optax.apply_updates(found, updates)
+    since = step - options["begin"]
+    is_due = since % options["every"] == 0 and 0 <= since <= 11
+    updates, told_state = update(
+      grads, told_state, told, stats=stats, is_due=is_due
+    )
+    told = optax.apply_updates(told, updates)
+    chex.assert_trees_all_equal((found, state), (told, told_state))
 
 
 @pytest.mark.parametrize("target", [0.0, 0.29, 0.995])

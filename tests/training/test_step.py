@@ -135,20 +135,29 @@ def test_dropout_is_a_function_of_seed_and_step(start):
   run = tiny.make(tiny.config(model=model))
   state = start._replace(opt_state=jnp.zeros([]))
   batch = tiny.batch(0)
-  losses = [
-    jax.jit(
-      lambda *args, seed=seed: run.step(
-        False, tx=told_value(), rules=[], seed=seed
-      )(*args)[1]["loss"]  # and nothing else, which saves the backward pass
-    )
-    for seed in (0, 1)
-  ]
+  step = run.step(False, tx=told_value(), rules=[])
+  # Nothing but the loss, which saves the backward pass.
+  losses = jax.jit(lambda *args: step(*args)[1]["loss"])
 
   def loss(seed, step):
-    return float(losses[seed](state._replace(step=jnp.int32(step)), batch))
+    now = state._replace(step=jnp.int32(step))
+    return float(losses(now, {**batch, "seed": np.uint32(seed)}))
 
   assert loss(0, 3) == loss(0, 3)
   assert len({loss(seed, step) for seed in (0, 1) for step in range(4)}) == 8
+
+
+@pytest.mark.parametrize("score", ["magnitude", "relative", "random"])
+def test_runs_that_differ_by_their_seed_share_a_program(score):
+  fpp = c.FPPConfig(begin=0.0, end=0.75, checks=3, score=score)
+  programs = set()
+  for seed in (0, 1):
+    run = tiny.make(tiny.config(fpp=fpp, seed=seed))
+    state = jax.eval_shape(run.init)
+    batch = {**tiny.batch(0), "seed": np.uint32(seed)}
+    programs.add(run.step(True).lower(state, batch).as_text())
+  # Scores that are drawn are constants of the program.
+  assert len(programs) == (2 if score == "random" else 1)
 
 
 def train(run, state, devices, mesh_config, seeds):
@@ -270,7 +279,9 @@ def told_statistics():
     del params
     return {}
 
-  def update(updates, state, params=None, *, stats, value, value_fn):
+  def update(
+    updates, state, params=None, *, stats, value, value_fn, **extra_args
+  ):
     del state
     told = {"stats": stats, "value": value, "again": value_fn(params)}
     return jax.tree.map(jnp.negative, updates), told

@@ -41,7 +41,7 @@ class Tiny(NamedTuple):
 
   def step(self, is_check: bool, **options: Any):
     """Returns the jitted training step."""
-    values = {"seed": 0, "label_smoothing": 0.0, "tx": self.tx}
+    values = {"label_smoothing": 0.0, "tx": self.tx}
     values |= {"rules": self.rules, **options}
     return jax.jit(
       functools.partial(
