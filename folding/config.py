@@ -124,6 +124,9 @@ class FPPConfig:
   embedding: float | None = None  # fraction of embeddings to zero
   overall: float | None = None  # fraction of the whole model to save
   score: Score = "relative"
+  # Of embeddings. None: as `score`, but single weights by "magnitude" where that
+  # is of a forward pass, which favours common tokens and empties rare ones.
+  embedding_score: Score | None = None
   granularity: Literal["weight", "neuron", "2:4"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), or whole heads.
   attention: Literal["output", "all", "heads"] = "output"

@@ -1,5 +1,6 @@
 """Forward Propagation Pruning as an optax transform: freeze, then zero."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ def fpp(
     patience: Further checks a unit stays suspected before it is zeroed; 0
       zeroes at once, which is gradual pruning without the freezing stage.
     score: "relative", "activation", "magnitude", "evolution", "saliency",
-      "movement" or "random"; see `folding.compression.scores`.
+      "movement" or "random", for rules without one of their own; see
+      `folding.compression.scores`.
     scope: "parameter" gives each parameter its own threshold, "rule" one to
       all parameters of a rule.
     decay: Of the running averages, per observation.
@@ -115,7 +117,11 @@ def fpp(
   References: Belhaouari and Kraidia 2025, doi 10.1038/s41598-025-92586-5, of
     whose method this is our reading; the cubic ramp is of Zhu and Gupta 2017.
   """
-  _check_options(begin, end, every, patience, score, scope, decay, tolerance)
+  _check_options(
+    *(begin, end, every, patience, scope, decay, tolerance),
+    [score, *(rule.score for rule in rules if rule.score is not None)],
+  )
+  rules = [dataclasses.replace(r, score=r.score or score) for r in rules]
   extra_inner = optax.with_extra_args_support(inner)
   num_checks = (end - begin) // every + 1
   last_check = begin + (num_checks - 1) * every
@@ -125,12 +131,14 @@ def fpp(
   def init_fn(params):
     leaves = paths.flatten(params)
     suspected, averages = {}, {}
-    for site in make_sites(rules, params):
+    sites = make_sites(rules, params)
+    kinds = suspects_lib.kinds(sites, rules)
+    for site in sites:
       *lead, units = site.shape
       planes = (max(patience, 1), *lead, -(-units // 8))
       suspected[site.name] = jnp.zeros(planes, jnp.uint8)
       for name in site.members:
-        average = scores_lib.init_average(score, leaves[name])
+        average = scores_lib.init_average(kinds[name], leaves[name])
         if average is not None:
           averages[name] = average
     return FPPState(
@@ -161,8 +169,10 @@ def fpp(
     grads = paths.flatten(updates)
     if set(grads) != set(leaves):
       raise ValueError("updates and params are trees of different structure")
-    averages, observed = _observe(
-      state, score, decay, leaves, grads, stats or {}
+    kinds = suspects_lib.kinds(sites, rules)
+    averages, observed = scores_lib.observe(
+      *(state.averages, state.observed, kinds, decay),
+      *(leaves, grads, stats or {}),
     )
 
     def check():
@@ -211,13 +221,14 @@ def fpp(
     suspected, averages, index, leaves, params, value, value_fn, sites
   ):
     """Returns the new suspected planes, averages, and packed units to zero."""
-    if score == "evolution":
-      averages = {
-        name: scores_lib.observe_check(
-          average, leaves[name], decay, is_first=index == 0
-        )
-        for name, average in averages.items()
-      }
+    kinds = suspects_lib.kinds(sites, rules)
+    averages = averages | {
+      name: scores_lib.observe_check(
+        average, leaves[name], decay, is_first=index == 0
+      )
+      for name, average in averages.items()
+      if kinds[name] == "evolution"
+    }
     planes, candidates = {}, {}
     for batch in suspects_lib.batches(sites, scope):
       bits = {s.name: suspected[s.name] for s in batch}
@@ -225,7 +236,6 @@ def fpp(
         suspects_lib.choose,
         *(batch, rules, bits, averages, leaves, index),
         first=sites.index(batch[0]),
-        score=score,
         seed=seed,
         scope=scope,
         ramp=ramp,
@@ -245,7 +255,7 @@ def fpp(
       zero = suspects_lib.verified(
         sites,
         {s.name: unpack(candidates[s.name], s.shape[-1]) for s in sites},
-        suspects_lib.unit_scores(sites, leaves, averages, score, seed),
+        suspects_lib.unit_scores(sites, rules, leaves, averages, seed),
         leaves,
         params,
         value,
@@ -291,7 +301,7 @@ def fpp_counts(
 
 
 def _check_options(
-  begin, end, every, patience, score, scope, decay, tolerance
+  begin, end, every, patience, scope, decay, tolerance, scores
 ) -> None:
   def require(condition: bool, message: str) -> None:
     if not condition:
@@ -300,10 +310,11 @@ def _check_options(
   require(0 <= begin <= end, f"begin {begin} to end {end} is no range of steps")
   require(every >= 1, f"every must be at least 1; it is {every}")
   require(patience >= 0, f"patience must be at least 0; it is {patience}")
-  require(
-    score in scores_lib.SCORES,
-    f"score must be one of {', '.join(scores_lib.SCORES)}; it is {score!r}",
-  )
+  for score in scores:
+    require(
+      score in scores_lib.SCORES,
+      f"score must be one of {', '.join(scores_lib.SCORES)}; it is {score!r}",
+    )
   require(
     scope in ("parameter", "rule"),
     f"scope must be 'parameter' or 'rule'; it is {scope!r}",
@@ -313,37 +324,3 @@ def _check_options(
     tolerance is None or tolerance >= 0,
     f"tolerance must be at least 0; it is {tolerance}",
   )
-
-
-def _observe(
-  state: FPPState,
-  score: str,
-  decay: float,
-  leaves: Mapping[str, jax.Array],
-  grads: Mapping[str, jax.Array],
-  stats: Mapping[str, jax.Array],
-) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Returns the running averages after this step, and how many were seen."""
-  averages = dict(state.averages)
-  observed = state.observed
-  if score in scores_lib.FORWARD_SCORES and stats:
-    if averages and not averages.keys() & stats.keys():
-      raise ValueError(
-        f"none of the statistics ({', '.join(list(stats)[:4])}, ...) belongs to "
-        f"a parameter that is pruned ({', '.join(list(averages)[:4])}, ...); "
-        "the paths must be the same"
-      )
-    observed = observed + 1
-    # The plain mean first, then a decayed one, so that the start is unbiased.
-    weight = jnp.maximum(1 - decay, 1 / observed.astype(jnp.float32))
-    for name in averages:
-      if name in stats:
-        averages[name] = scores_lib.observe_stat(
-          averages[name], stats[name], weight
-        )
-  elif score in ("saliency", "movement"):
-    for name in averages:
-      averages[name] = scores_lib.observe_gradient(
-        score, averages[name], leaves[name], grads[name], decay
-      )
-  return averages, observed

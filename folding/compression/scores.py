@@ -4,6 +4,7 @@ A score may keep a running average: from the forward pass ("activation"), from
 gradients ("saliency", "movement") or over past checks ("evolution").
 """
 
+from collections.abc import Mapping
 from typing import get_args
 
 import jax
@@ -63,6 +64,54 @@ def observe_check(
   magnitude = jnp.abs(w.astype(jnp.float32))
   moved = decay * average + (1 - decay) * magnitude
   return jnp.where(is_first, magnitude, moved)
+
+
+def observe(
+  averages: Mapping[str, jax.Array],
+  observed: jax.Array,
+  kinds: Mapping[str, str],
+  decay: float,
+  leaves: Mapping[str, jax.Array],
+  grads: Mapping[str, jax.Array],
+  stats: Mapping[str, jax.Array],
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """Returns the running averages after a step, and how many were seen.
+
+  Args:
+    averages: {parameter: average}, of those whose score has one.
+    observed: int32[], steps that came with statistics so far.
+    kinds: {parameter: score}.
+    decay: Of the averages.
+    leaves: {path: parameter}.
+    grads: {path: gradient}.
+    stats: {path: mean square of the input}, or empty.
+
+  Raises:
+    ValueError: statistics came, and all of them are of other parameters.
+  """
+  averages = dict(averages)
+  forward = [n for n in averages if kinds[n] in FORWARD_SCORES]
+  if forward and stats:
+    if not stats.keys() & set(forward):
+      raise ValueError(
+        f"none of the statistics ({', '.join(list(stats)[:4])}, ...) belongs to "
+        f"a parameter that is pruned ({', '.join(forward[:4])}, ...); the paths "
+        "must be the same"
+      )
+    observed = observed + 1
+    # The plain mean first, then a decayed one, so that the start is unbiased.
+    weight = jnp.maximum(1 - decay, 1 / observed.astype(jnp.float32))
+    for name in forward:
+      if name in stats:
+        averages[name] = observe_stat(
+          averages[name], stats[name], weight
+        )
+  for name in averages:
+    if kinds[name] in ("saliency", "movement"):
+      averages[name] = observe_gradient(
+        kinds[name], averages[name], leaves[name], grads[name], decay
+      )
+  return averages, observed
 
 
 def element_scores(

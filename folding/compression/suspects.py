@@ -30,17 +30,26 @@ def member_masks(
   }
 
 
+def kinds(sites: Sequence[Site], rules: Sequence[Rule]) -> dict[str, str]:
+  """Returns {parameter: its score}, of rules that name one."""
+  found = {}
+  for site in sites:
+    found |= dict.fromkeys(site.members, rules[site.rule].score)
+  return found
+
+
 def unit_scores(
   sites: Sequence[Site],
+  rules: Sequence[Rule],
   leaves: Mapping[str, jax.Array],
   averages: Mapping[str, jax.Array],
-  score: str,
   seed: int,
   first: int = 0,
 ) -> dict[str, select.Scores]:
   """Returns {site: float32 score a unit}, of weights possibly unstored.
 
-  Of a part of all sites `first` is the place of its first one.
+  Of a part of all sites `first` is the place of its first one. The rules, of
+  all sites, name their scores.
 
   A unit of many elements scores the root of the sum of their squared scores
   (with sign, for "movement", which may be negative, their sum). "relative"
@@ -50,7 +59,10 @@ def unit_scores(
   ranked = {}
   for index, site in enumerate(sites, first):
     is_weights = None in site.members.values()
-    kind = score if is_weights or score != "relative" else "activation"
+    kind = rules[site.rule].score
+    assert kind is not None
+    if kind == "relative" and not is_weights:
+      kind = "activation"
     key = None
     if kind == "random":  # else no program depends on the seed
       key = jax.random.fold_in(jax.random.key(seed), index)
@@ -62,7 +74,7 @@ def unit_scores(
       ranked[site.name] = lazy[site.name]
       continue
     elements = {name: select.value(s) for name, s in lazy.items()}
-    if score == "movement":
+    if kind == "movement":
       ranked[site.name] = site.reduce(elements)
     else:
       squares = {name: jnp.square(e) for name, e in elements.items()}
@@ -119,7 +131,6 @@ def choose(
   index: jax.Array,
   *,
   first: int,
-  score: str,
   seed: int,
   scope: str,
   ramp: np.ndarray,
@@ -130,20 +141,19 @@ def choose(
 
   Args:
     sites: Some or all of them, as `batches` groups them.
-    rules: Of all sites.
+    rules: Of all sites, with their scores.
     suspected: As in `FPPState`; also `averages`.
     averages: Of scores.
     leaves: The parameters.
     index: int32[], of this check.
     first: Place of the first site among all.
-    score: As in `fpp`, like what follows.
-    seed: Of random scores.
+    seed: Of random scores; as in `fpp`, like what follows.
     scope: Of thresholds.
     ramp: Share of the target at each check.
     patience: In checks.
     removed: Units that are gone.
   """
-  ranked = unit_scores(sites, leaves, averages, score, seed, first)
+  ranked = unit_scores(sites, rules, leaves, averages, seed, first)
   old, was_zero = {}, {}
   for s in sites:
     old[s.name] = unpack(suspected[s.name], s.shape[-1])  # [planes, units]

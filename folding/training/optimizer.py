@@ -12,6 +12,7 @@ from folding import paths
 from folding.compression.accounting import group_of
 from folding.compression.fpp import fpp
 from folding.compression.rules import Rule, make_sites
+from folding.compression.scores import FORWARD_SCORES
 from folding.config import Config
 from folding.schema import ConfigError
 
@@ -99,8 +100,10 @@ def _rules(
     rules.append(Rule(except_ + "head/kernel", linear))
   rules = [rule for rule in rules if rule.target]
   if embedding:
-    unit = f.embedding_granularity
-    rules.append(Rule(except_ + _EMBEDDING, embedding, unit))
+    unit, score = f.embedding_granularity, f.embedding_score
+    if score is None and unit == "weight" and f.score in FORWARD_SCORES:
+      score = "magnitude"
+    rules.append(Rule(except_ + _EMBEDDING, embedding, unit, score=score))
   # `exclude` may leave a rule nothing to prune.
   rules = [r for r in rules if any(re.fullmatch(r.pattern, n) for n in names)]
   try:
@@ -214,6 +217,7 @@ def make_optimizer(
   f = config.fpp
   if is_pruned_before(config):
     f = dataclasses.replace(f, score="magnitude", patience=0, tolerance=None)
+    rules = [dataclasses.replace(rule, score=None) for rule in rules]
   return fpp(
     inner,
     rules,

@@ -35,6 +35,10 @@ class Loop:
     self.average = {n: None for n in self.p}
     self.gradients = {n: np.zeros(w.shape) for n, w in self.p.items()}
     self.seen = 0
+    self.kind = dict.fromkeys(params, options["score"])
+    for rule in rules:
+      for name in (*rule.pattern.split("|"), *rule.tied):
+        self.kind[name] = rule.score or self.kind[name]
     self.sites = []  # (rule, name, units), a unit: elements (name, index)
     for rule in rules:
       for name in sorted(rule.pattern.split("|")):  # the tree's order
@@ -59,21 +63,22 @@ class Loop:
         yield ((name, index),)
 
   def _observe(self, stats, grads):
-    score, decay = self.o["score"], self.o["decay"]
-    if score in ("activation", "relative") and stats:
+    decay = self.o["decay"]
+    forward = [n for n in stats if self.kind[n] in ("activation", "relative")]
+    if forward:
       self.seen += 1
       weight = max(1 - decay, 1 / self.seen)
-      for n, new in stats.items():
+      for n in forward:
         old = 1 if self.average[n] is None else self.average[n]
-        self.average[n] = old + weight * (np.float64(new) - old)
-    if score in ("saliency", "movement"):
-      for n, g in grads.items():
+        self.average[n] = old + weight * (np.float64(stats[n]) - old)
+    for n, g in grads.items():
+      if self.kind[n] in ("saliency", "movement"):
         wg = self.p[n] * g
-        new = np.abs(wg) if score == "saliency" else -wg
+        new = np.abs(wg) if self.kind[n] == "saliency" else -wg
         self.gradients[n] = decay * self.gradients[n] + (1 - decay) * new
 
   def _element_score(self, name, index, random, is_alone):
-    score, w = self.o["score"], abs(self.p[name][index])
+    score, w = self.kind[name], abs(self.p[name][index])
     if score == "magnitude":
       return w
     if score == "random":
@@ -97,7 +102,7 @@ class Loop:
 
   def _unit_scores(self, position, name, units):
     random = None
-    if self.o["score"] == "random":
+    if self.kind[name] == "random":
       key = jax.random.fold_in(jax.random.key(self.o["seed"]), position)
       random = np.asarray(jax.random.uniform(key, self.p[name].shape))
     scores = []
@@ -106,7 +111,7 @@ class Loop:
         self._element_score(n, index, random, len(unit) == 1)
         for n, index in unit
       ]
-      if len(unit) == 1 or self.o["score"] == "movement":
+      if len(unit) == 1 or self.kind[name] == "movement":
         scores.append(sum(elements))
       else:
         scores.append(math.sqrt(sum(e * e for e in elements)))
@@ -126,9 +131,9 @@ class Loop:
     return table.ravel().tolist()
 
   def _check(self, number, last):
-    if self.o["score"] == "evolution":
-      d = self.o["decay"]
-      for n, w in self.p.items():
+    d = self.o["decay"]
+    for n, w in self.p.items():
+      if self.kind[n] == "evolution":
         old = np.abs(w) if number == 0 else self.average[n]
         self.average[n] = d * old + (1 - d) * np.abs(w)
     ranking = []
@@ -223,6 +228,10 @@ _MACHINES = {
   "two-rules": (
     [Rule("up", 0.5, "2:4"), Rule("embed", 0.3)],
     {"score": "evolution", "scope": "rule"},
+  ),
+  "scores-of-their-own": (
+    [Rule("up", 0.5, score="relative"), Rule("embed", 0.3, score="evolution")],
+    {"score": "saliency"},
   ),
 }
 

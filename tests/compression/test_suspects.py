@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +37,9 @@ def _averages(score, leaves, seed=1):
 def test_a_neuron_scores_the_root_of_its_sum_of_squares(score):
   leaves = _leaves()
   averages = _averages(score, leaves)
-  sites = rules.make_sites([Rule("w", 0.5), _NEURON], leaves)
-  found = suspects.unit_scores(sites, leaves, averages, score, seed=3)["up"]
+  named = [dataclasses.replace(r, score=score) for r in (Rule("w", 0.5), _NEURON)]
+  sites = rules.make_sites(named, leaves)
+  found = suspects.unit_scores(sites, named, leaves, averages, seed=3)["up"]
   key = jax.random.fold_in(jax.random.key(3), 1)
   # "relative" is for single weights: neurons take "activation" instead.
   kind = "activation" if score == "relative" else score
@@ -55,16 +58,18 @@ def test_a_neuron_scores_the_root_of_its_sum_of_squares(score):
 
 def test_weights_score_by_themselves():
   leaves = _leaves()
-  sites = rules.make_sites([Rule("w", 0.5)], leaves)
-  found = suspects.unit_scores(sites, leaves, {}, "magnitude", seed=0)["w"]
+  named = [Rule("w", 0.5, score="magnitude")]
+  sites = rules.make_sites(named, leaves)
+  found = suspects.unit_scores(sites, named, leaves, {}, seed=0)["w"]
   np.testing.assert_array_equal(select.value(found), np.abs(leaves["w"]))
 
 
 def test_random_scores_differ_between_parameters_but_not_between_checks():
   leaves = {"a": jnp.ones((4, 5)), "b": jnp.ones((4, 5))}
-  sites = rules.make_sites([Rule(".", 0.5)], leaves)
-  first = suspects.unit_scores(sites, leaves, {}, "random", seed=0)
-  again = suspects.unit_scores(sites, leaves, {}, "random", seed=0)
+  named = [Rule(".", 0.5, score="random")]
+  sites = rules.make_sites(named, leaves)
+  first = suspects.unit_scores(sites, named, leaves, {}, seed=0)
+  again = suspects.unit_scores(sites, named, leaves, {}, seed=0)
   np.testing.assert_array_equal(first["a"], again["a"])
   assert not np.any(np.asarray(first["a"]) == np.asarray(first["b"]))
 

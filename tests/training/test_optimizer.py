@@ -125,6 +125,24 @@ def test_rules_of_a_config(fields, expected):
   assert rules_of(tiny.config(**fields)) == expected
 
 
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    ({}, "magnitude"),
+    ({"score": "activation"}, "magnitude"),
+    ({"embedding_granularity": "row"}, None),
+    ({"score": "movement"}, None),
+    ({"embedding_score": "relative"}, "relative"),
+    ({"embedding_granularity": "row", "embedding_score": "random"}, "random"),
+  ],
+)
+def test_score_of_the_embedding(fields, expected):
+  config = tiny.config(fpp=c.FPPConfig(**fields))
+  scores = {rule.pattern: rule.score for rule in tiny.make(config).rules}
+  assert scores.pop("(embed|position_embed)/embedding") == expected
+  assert set(scores.values()) == {None}
+
+
 def test_neurons_tie_all_their_arrays():
   config = tiny.config(
     model=c.ModelConfig(num_layers=1, width=32, num_heads=4, gated=True),
