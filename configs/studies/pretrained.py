@@ -30,7 +30,7 @@ _METHODS = (
 _RECOVERY: Edits = {
   "model.dropout": 0.0,
   "distill.logits": 0.7,
-  "distill.hidden": 2.0,
+  "distill.hidden": 10.0,
   "train.learning_rate": 5e-4,
 }
 
