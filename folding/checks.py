@@ -83,6 +83,10 @@ def check(c: Any) -> None:
     f"{d.temperature}",
   )
   require(
+    0 <= d.noise < 1,
+    f"distill.noise is a share of the tokens, 0 to below 1; it is {d.noise}",
+  )
+  require(
     not (d.logits or d.hidden) or bool(d.teacher or c.pretrained),
     "distill needs distill.teacher (a run) or pretrained",
   )

@@ -242,6 +242,10 @@ COMBINATIONS = {
     {"train__accumulate": 2, "distill__hidden": 1.0, "distill__teacher": "x"},
     r"distill\.hidden compares whole batches; use train\.accumulate=1",
   ),
+  "noise": (
+    {"distill__noise": 1.0},
+    r"distill\.noise is a share of the tokens, 0 to below 1; it is 1\.0",
+  ),
   "sum_of_a_layernorm": (
     {"fold__axis": "input", "fold__groups": 1},
     r"sums the channels of a LayerNorm.*use model\.norm='rmsnorm', more gr",

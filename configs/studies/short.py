@@ -10,9 +10,7 @@ from configs.studies import from_scratch
 from folding.studies import methods
 from folding.studies.study import Study
 
-_METHODS = (
-  *("dense", "dense-small", "ours", "fpp", "magnitude", "sparsegpt"),
-)
+_METHODS = (*("dense", "dense-small", "ours", "fpp", "magnitude", "sparsegpt"),)
 
 
 def get_study(where: str = "") -> Study:

@@ -103,9 +103,7 @@ def observe(
     weight = jnp.maximum(1 - decay, 1 / observed.astype(jnp.float32))
     for name in forward:
       if name in stats:
-        averages[name] = observe_stat(
-          averages[name], stats[name], weight
-        )
+        averages[name] = observe_stat(averages[name], stats[name], weight)
   for name in averages:
     if kinds[name] in ("saliency", "movement"):
       averages[name] = observe_gradient(

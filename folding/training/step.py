@@ -79,7 +79,8 @@ def train_step(
     distill: How much the teacher counts; None: there is none.
 
   Returns:
-    (state, {"loss", and after a check "selected", "frozen", "zero"}).
+    (state, {"loss" without the teacher's part, of what was read, and after a
+    check "selected", "frozen", "zero"}).
   """
   batch = dict(batch)
   teacher_params, usage = batch.pop("teacher", None), batch.pop("usage", None)
@@ -102,6 +103,9 @@ def train_step(
 
   def loss_fn(params, batch, key, is_check, distill):
     """Returns a part's share of the loss of the whole batch, and of the rest."""
+    if distill is not None and distill.noise:
+      key, noise_key = jax.random.split(key)
+      batch = {**batch, "tokens": mix_texts(noise_key, batch, distill.noise)}
     inputs = {"params": params}, batch["tokens"], batch.get("mask"), False
     options = {"rngs": {"dropout": key}, **(watch if distill else {})}
     stats = {}
@@ -151,7 +155,8 @@ def train_step(
     state.opt_state,
     state.params,
     stats=stats,
-    value=untaught,
+    # Not of mixed texts, as `value_fn` is not.
+    value=None if distill is not None and distill.noise else untaught,
     value_fn=value_fn,
     is_due=is_check,
   )
@@ -160,6 +165,26 @@ def train_step(
   if is_check and rules:
     metrics |= fpp_counts(rules, cast(FPPState, opt_state), params)
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def mix_texts(
+  key: jax.Array, batch: Mapping[str, jax.Array], share: float
+) -> jax.Array:
+  """Returns int32[B, L] tokens, a share of them those of the text before.
+
+  Of the texts that it was tuned on a teacher is sure, which teaches little; of
+  mixed ones it is not. Padding stays where it is.
+
+  Args:
+    key: Of the draw, by token.
+    batch: "tokens" int32[B, L]; "mask" bool[B, L], if any, True at tokens.
+    share: Of the tokens, in [0, 1).
+  """
+  tokens, mask = batch["tokens"], batch.get("mask")
+  is_other = jax.random.bernoulli(key, share, tokens.shape)
+  if mask is not None:
+    is_other &= mask & jnp.roll(mask, 1, axis=0)
+  return jnp.where(is_other, jnp.roll(tokens, 1, axis=0), tokens)
 
 
 def _is_block(module: Any, method: str) -> bool:

@@ -37,7 +37,9 @@ def _averages(score, leaves, seed=1):
 def test_a_neuron_scores_the_root_of_its_sum_of_squares(score):
   leaves = _leaves()
   averages = _averages(score, leaves)
-  named = [dataclasses.replace(r, score=score) for r in (Rule("w", 0.5), _NEURON)]
+  named = [
+    dataclasses.replace(r, score=score) for r in (Rule("w", 0.5), _NEURON)
+  ]
   sites = rules.make_sites(named, leaves)
   found = suspects.unit_scores(sites, named, leaves, averages, seed=3)["up"]
   key = jax.random.fold_in(jax.random.key(3), 1)

@@ -9,6 +9,7 @@ from folding import config as c
 from folding import paths
 from folding.config import MeshConfig
 from folding.training import sharding
+from folding.training import step as step_lib
 from tests.training import tiny
 
 # One step of it takes the gradient off the parameters.
@@ -158,6 +159,42 @@ def test_runs_that_differ_by_their_seed_share_a_program(score):
     programs.add(run.step(True).lower(state, batch).as_text())
   # Scores that are drawn are constants of the program.
   assert len(programs) == (2 if score == "random" else 1)
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_mixed_texts_are_of_tokens_of_the_text_before(is_masked):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, 9999, (64, 40)).astype(np.int32)
+  length = rng.integers(1, 41, 64) if is_masked else np.full(64, 40)
+  mask = np.arange(40) < length[:, None]
+  tokens *= mask
+  batch = {"tokens": jnp.asarray(tokens)}
+  batch |= {"mask": jnp.asarray(mask)} if is_masked else {}
+  mixed = np.asarray(step_lib.mix_texts(jax.random.key(0), batch, 0.3))
+  before = np.roll(tokens, 1, axis=0)
+  changed = mixed != tokens
+  assert (mixed[changed] == before[changed]).all()
+  could = mask & np.roll(mask, 1, axis=0)
+  assert not changed[~could].any()
+  assert abs(changed[could].mean() - 0.3) < 0.05
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_model_that_is_its_teacher_has_nothing_to_learn(run, start, noise):
+  options = {
+    "teacher": run.model,
+    "distill": c.DistillConfig(logits=1.0, hidden=1.0, noise=noise),
+  }
+  step = run.step(False, tx=SGD, rules=[], **options)
+  state = start._replace(opt_state=SGD.init(start.params))
+  batch = {**tiny.batch(0), "teacher": start.params, "seed": np.uint32(0)}
+  new, _ = step(state, batch)
+  chex.assert_trees_all_close(new.params, start.params, atol=1e-6)
+  # It has, where the teacher is another.
+  other = run.init(1).params
+  new, _ = step(state, {**batch, "teacher": other})
+  moved = jax.tree.map(lambda a, b: abs(a - b).max(), new.params, start.params)
+  assert max(jax.tree.leaves(moved)) > 1e-3
 
 
 def train(run, state, devices, mesh_config, seeds):
