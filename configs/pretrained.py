@@ -69,9 +69,7 @@ def get_config(path: str = "") -> c.Config:
       begin=0.02,
       end=0.3,
     ),
-    distill=c.DistillConfig(
-      logits=0.7, hidden=10.0, noise=0.3 if task == "classify" else 0.0
-    )
+    distill=c.DistillConfig(logits=0.7, hidden=10.0)
     if knows_task
     else c.DistillConfig(),
     train=c.TrainConfig(

@@ -31,7 +31,6 @@ _RECOVERY: Edits = {
   "model.dropout": 0.0,
   "distill.logits": 0.7,
   "distill.hidden": 10.0,
-  "distill.noise": 0.3,
   "train.learning_rate": 5e-4,
 }
 
