@@ -109,7 +109,7 @@ def test_a_command_has_no_stale_flag(words, tmp_path, monkeypatch):
   elif words[:2] == ["python", "-m"]:
     assert (ROOT / f"{words[2].replace('.', os.sep)}.py").is_file()
   else:
-    assert words == ["pytest"]
+    assert words == ["pytest", "-n", "2", "--dist=loadfile"]
 
 
 @pytest.mark.parametrize(
