@@ -44,6 +44,7 @@ SHELL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(  # by qwix 0.1.8
   "ignore:.VariableState. was removed:DeprecationWarning"
 )

@@ -23,6 +23,7 @@ def _used(folder):
   return json.loads((folder / energy.FILE).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # by CodeCarbon, of the machine
 def test_a_run_says_what_it_used(codecarbon, text_file, tmp_path):
   config = tiny_config(text_file, energy="SWE")

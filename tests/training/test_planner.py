@@ -134,6 +134,7 @@ def test_options_only_lose_more_as_they_store_less():
     assert errors == sorted(errors)
 
 
+@pytest.mark.slow
 def test_a_plan_loses_less_than_the_same_everywhere():
   config = _config()
   params, batches = _trained(config, flat_layers=[0]), _batches()

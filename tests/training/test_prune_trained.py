@@ -133,6 +133,7 @@ def test_a_ticket_is_the_first_draw_where_the_trained_weights_are_largest(
       np.testing.assert_array_equal(w, paths.flatten(drawn)[name])
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_zeros_that_it_started_with(text_file, tmp_path):
   dense = tiny_config(text_file, steps=4, eval_every=4)
   dense.dense = True

@@ -233,6 +233,7 @@ def test_the_best_checkpoint_loses_only_what_is_zero_in_it(whole, tmp_path):
   assert 12 < widths[1] < widths[0] == 32
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_trains_on_as_without(whole, tmp_path, capsys):
   stopped, output = str(tmp_path / "stopped"), str(tmp_path / "small")
   shutil.copytree(whole, stopped)
