@@ -121,13 +121,10 @@ def predict(args: argparse.Namespace) -> None:
   model = export_lib.load(args.path)
   write = predict_lib.LINES[args.format]
   options = {"batch_size": args.batch_size, "at_once": args.file == "-"}
-  try:
-    with predict_lib.open_lines(args.file, sys.stdin.buffer) as lines:
-      found = predict_lib.predict(model, lines, **options)
-      for line in write(found, model.labels):
-        print(line, flush=True)
-  except BrokenPipeError:  # as by `| head`; nobody is left to tell
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  with predict_lib.open_lines(args.file, sys.stdin.buffer) as lines:
+    found = predict_lib.predict(model, lines, **options)
+    for line in write(found, model.labels):
+      print(line, flush=True)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -151,11 +148,8 @@ def generate(args: argparse.Namespace) -> None:
     sampling=sampling,
     cache=args.cache,
   )
-  try:
-    for piece in pieces:
-      print(piece, end="", flush=True)
-  except BrokenPipeError:  # as by `| head`; nobody is left to tell
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  for piece in pieces:
+    print(piece, end="", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,6 +169,9 @@ def exit_status(call: Callable[[], Any]) -> int:
   """
   try:
     call()
+    sys.stdout.flush()
+  except BrokenPipeError:  # as by `| head`; nobody is left to tell
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (schema.ConfigError, OSError) as error:
     _print_error(str(error))
     return 2

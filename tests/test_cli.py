@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from folding import cli
@@ -73,3 +77,18 @@ def test_a_wrong_argument_is_one_line(capsys, argv, message):
     cli.main(argv)
   assert stop.value.code == 2
   assert message in _one_error_line(capsys)
+
+
+def test_a_reader_that_leaves_is_no_mistake():
+  program = """
+import sys
+from folding import cli
+sys.exit(cli.exit_status(lambda: print("a line")))
+"""
+  reader, writer = os.pipe()
+  os.close(reader)
+  found = subprocess.run(
+    [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE
+  )
+  os.close(writer)
+  assert (found.returncode, found.stderr) == (0, b"")
