@@ -178,7 +178,8 @@ def fpp(
     def check():
       index = (state.step - begin) // every
       return _check(
-        state.suspected, averages, index, leaves, params, value, value_fn, sites
+        *(state.suspected, averages, kinds, index),
+        *(leaves, params, value, value_fn, sites),
       )
 
     def no_check():
@@ -218,10 +219,9 @@ def fpp(
     return updates, FPPState(step, observed, suspected, averages, inner_state)
 
   def _check(
-    suspected, averages, index, leaves, params, value, value_fn, sites
+    suspected, averages, kinds, index, leaves, params, value, value_fn, sites
   ):
     """Returns the new suspected planes, averages, and packed units to zero."""
-    kinds = suspects_lib.kinds(sites, rules)
     averages = averages | {
       name: scores_lib.observe_check(
         average, leaves[name], decay, is_first=index == 0
