@@ -47,8 +47,10 @@ def get_study(path):
     "text": pick("dense") | broken | pick("ours"),
     "alone": pick("dense"),
     "shared": pick("dense", "wanda"),
-  }[pathlib.Path(path).stem]
-  return Study({"text": base}, methods, levels=(0.5,), seeds=(0,))
+    "seeds": pick("dense"),
+  }[name := pathlib.Path(path).stem]
+  seeds = (0, 1) if name == "seeds" else (0,)
+  return Study({"text": base}, methods, levels=(0.5,), seeds=seeds)
 """
 
 
@@ -208,6 +210,20 @@ def test_a_signal_saves_what_runs(killed, tmp_path):
   here, there = place.rows()["dense"], killed[0].rows()["dense"]
   assert here.status == there.status == "finished"
   assert (here.quality, here.halfway) == (there.quality, there.halfway)
+
+
+def test_seeds_share_what_is_compiled(tmp_path, monkeypatch):
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
+  place = Place(tmp_path, "seeds.txt")
+  place.run()
+  hit = "compilation cache hit for 'jit_train_step'"
+  logs = [
+    (place.workdir / "logs" / f"text--dense--s{seed}.log").read_text()
+    for seed in (0, 1)
+  ]
+  assert [hit in log for log in logs] == [False, True]
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2)])
