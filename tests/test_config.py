@@ -1,3 +1,5 @@
+"""Resolved configs, their dense twins and files, and the families of models."""
+
 import dataclasses
 import json
 
@@ -5,20 +7,7 @@ import pytest
 
 from folding import config as c
 from folding import schema
-
-
-def _config(**fields):
-  """Returns a config from dotted names: `_config(model__width=32)`."""
-  config = c.Config()
-  for dotted, value in fields.items():
-    *sections, name = dotted.split("__")
-    holder = config
-    for section in sections:
-      holder = getattr(holder, section)
-    assert hasattr(holder, name), dotted
-    setattr(holder, name, value)
-  return config
-
+from tests.config_cases import make_config
 
 # (groups, v_block, linear, embedding, overall) that each preset decides.
 PRESETS = {
@@ -40,7 +29,9 @@ def test_presets_decide_what_is_left_open(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_changes_nothing_else(preset):
-  config = _config(preset=preset, model__num_kv_heads=4, model__mlp_width=99)
+  config = make_config(
+    preset=preset, model__num_kv_heads=4, model__mlp_width=99
+  )
   changed = schema.differences(config, c.resolve(config))
   names = {line.split(":")[0] for line in changed}
   assert names <= {
@@ -64,19 +55,19 @@ def test_a_preset_changes_nothing_else(preset):
   ids=["groups", "no_groups", "v_block", "overall", "linear", "embedding"],
 )
 def test_what_is_set_wins_over_the_preset(preset, fields, expected):
-  resolved = c.to_dict(c.resolve(_config(preset=preset, **fields)))
+  resolved = c.to_dict(c.resolve(make_config(preset=preset, **fields)))
   for dotted, value in expected.items():
     section, name = dotted.split(".")
     assert resolved[section][name] == value
 
 
 def test_shapes_left_open_follow_the_others():
-  model = c.resolve(_config(model__width=48, model__num_heads=6)).model
+  model = c.resolve(make_config(model__width=48, model__num_heads=6)).model
   assert (model.num_kv_heads, model.mlp_width, model.head_dim) == (6, 192, 8)
 
 
 def test_shapes_that_are_set_stay():
-  config = _config(model__num_kv_heads=4, model__mlp_width=72)
+  config = make_config(model__num_kv_heads=4, model__mlp_width=72)
   model = c.resolve(config).model
   assert (model.num_kv_heads, model.mlp_width) == (4, 72)
 
@@ -99,13 +90,13 @@ each_variant = pytest.mark.parametrize(
 
 @each_variant
 def test_resolve_twice_is_resolve_once(fields):
-  once = c.resolve(_config(**fields))
+  once = c.resolve(make_config(**fields))
   assert c.resolve(once) == once
 
 
 @each_variant
 def test_resolve_leaves_its_argument_alone(fields):
-  config, untouched = _config(**fields), _config(**fields)
+  config, untouched = make_config(**fields), make_config(**fields)
   resolved = c.resolve(config)
   assert config == untouched
   assert resolved.model is not config.model
@@ -113,7 +104,7 @@ def test_resolve_leaves_its_argument_alone(fields):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_dense_twin_folds_and_prunes_nothing(preset):
-  config = _config(
+  config = make_config(
     preset=preset,
     seed=5,
     fold__groups=2,
@@ -135,182 +126,15 @@ def test_the_dense_twin_folds_and_prunes_nothing(preset):
 
 
 def test_the_dense_twin_of_the_dense_twin_and_of_the_resolved_config():
-  config = _config(fold__groups=2)
+  config = make_config(fold__groups=2)
   twin = c.dense_twin(config)
   assert c.dense_twin(twin) == twin
   assert c.dense_twin(c.resolve(config)) == twin
 
 
-AT_LEAST_1 = (
-  "data.length data.batch_size data.eval_batch_size data.vocab_size "
-  "model.num_layers model.width model.num_heads model.num_kv_heads "
-  "model.mlp_width train.steps train.log_every train.eval_every fpp.checks "
-  "train.accumulate"
-).split()
-FRACTIONS = ("data.valid_fraction", "data.test_fraction", "model.dropout")
-REMOVED = ("fpp.linear", "fpp.embedding", "fpp.overall")
-
-
-@pytest.mark.parametrize(
-  ("name", "value", "message"),
-  [
-    *((name, 0, "must be at least 1; it is 0") for name in AT_LEAST_1),
-    *((name, 1.0, r"must be in \[0, 1\); it is 1\.0") for name in FRACTIONS),
-    *((name, -0.1, r"must be in \[0, 1\); it is -0") for name in FRACTIONS),
-    *((name, 1.0, r"a fraction to remove, .* it is 1\.0") for name in REMOVED),
-    *((name, -0.1, r"a fraction to remove, .* it is -0") for name in REMOVED),
-    ("fpp.patience", -1, "must be 0 or more"),
-    ("fpp.decay", 1.0, r"must be in \[0, 1\)"),
-    ("fpp.decay", -0.1, r"must be in \[0, 1\)"),
-    ("fold.groups", -1, "must be 0 or more; it is -1"),
-    ("fold.v_block", -1, "must be 0 or more; it is -1"),
-  ],
-)
-def test_a_value_out_of_range_is_named(name, value, message):
-  config = _config(**{name.replace(".", "__"): value})
-  with pytest.raises(schema.ConfigError, match=f"^{name} .*{message}"):
-    c.resolve(config)
-
-
-COMBINATIONS = {
-  "no_text_left": (
-    {"data__valid_fraction": 0.5, "data__test_fraction": 0.5},
-    r"valid_fraction \+ data\.test_fraction must leave text to train on",
-  ),
-  "fpp_backwards": (
-    {"fpp__begin": 0.7, "fpp__end": 0.2},
-    r"begin < end; they are 0\.7 and 0\.2",
-  ),
-  "fpp_empty": (
-    {"fpp__begin": 0.7, "fpp__end": 0.7},
-    r"they are 0\.7 and 0\.7",
-  ),
-  "fpp_before_start": (
-    {"fpp__begin": -0.1, "fpp__end": 0.7},
-    r"they are -0\.1 and 0\.7",
-  ),
-  "fpp_past_the_end": (
-    {"fpp__begin": 0.1, "fpp__end": 1.1},
-    r"they are 0\.1 and 1\.1",
-  ),
-  "heads": (
-    {"model__width": 100},
-    r"model\.width 100 is not divisible by model\.num_heads 16",
-  ),
-  "kv_heads": (
-    {"model__num_kv_heads": 3},
-    r"num_heads 16 is not divisible by model\.num_kv_heads 3",
-  ),
-  "rope_scaling": (
-    {"model__rope_scaling": (8.0, 4.0, 1.0, 8192.0)},
-    r"model\.rope_scaling is \(factor,\) or .* low < high; it is \(8\.0, 4",
-  ),
-  "rope_scaling_of_two": (
-    {"model__rope_scaling": (8.0, 4.0)},
-    r"model\.rope_scaling is \(factor,\) or \(factor, low, high, length\)",
-  ),
-  "narrower_twin": (
-    {"model__mlp_width": (9, 9, 9, 9), "model__dense_mlp_width": 8},
-    r"dense_mlp_width 8 is the width before .*\.mlp_width \(9, 9, 9, 9\) is",
-  ),
-  "odd_rope": (
-    {"model__width": 48, "model__positions": "rope"},
-    "rotary positions need an even head size; it is 3",
-  ),
-  "lm_both_ways": (
-    {"model__causal": False},
-    r"task 'lm' predicts the next token and needs model\.causal=True",
-  ),
-  "lm_of_one_token": ({"data__length": 1}, r"'lm' needs data\.length above 1"),
-  "groups_output": (
-    {"fold__groups": 3},
-    r"fold\.groups 3 does not divide the head size 8 \(axis 'output'\)",
-  ),
-  "groups_input": (
-    {"fold__groups": 3, "fold__axis": "input"},
-    r"groups 3 does not divide the model\.width 128 \(axis 'input'\)",
-  ),
-  "v_block": (
-    {"fold__v_block": 3},
-    r"v_block 3 does not divide model\.width 128.* 1 \(diagonal\) or 0",
-  ),
-  "parts": (
-    {"data__batch_size": 30, "train__accumulate": 4},
-    r"batch_size 30 does not divide into train\.accumulate=4 parts",
-  ),
-  "parts_and_whole_batches": (
-    {"train__accumulate": 2, "distill__hidden": 1.0, "distill__teacher": "x"},
-    r"distill\.hidden compares whole batches; use train\.accumulate=1",
-  ),
-  "noise": (
-    {"distill__noise": 1.0},
-    r"distill\.noise is a share of the tokens, 0 to below 1; it is 1\.0",
-  ),
-  "sum_of_a_layernorm": (
-    {"fold__axis": "input", "fold__groups": 1},
-    r"sums the channels of a LayerNorm.*use model\.norm='rmsnorm', more gr",
-  ),
-}
-
-
-@pytest.mark.parametrize(
-  ("fields", "message"), COMBINATIONS.values(), ids=COMBINATIONS
-)
-def test_values_that_do_not_fit_each_other_are_explained(fields, message):
-  with pytest.raises(schema.ConfigError, match=message) as caught:
-    c.resolve(_config(**fields))
-  assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-  "fields",
-  [
-    {"task": "classify", "model__causal": False, "data__length": 1},
-    {"fold__axis": "input", "fold__groups": 1, "model__norm": "rmsnorm"},
-    {"fold__axis": "input", "fold__groups": 2},
-    {"fold__groups": 0, "fold__v_block": 128},
-    {"fold__groups": 8, "model__num_kv_heads": 1},
-    {"fpp__begin": 0.0, "fpp__end": 1.0, "fpp__patience": 0},
-    {"model__width": 48, "model__num_heads": 16},
-  ],
-  ids=lambda fields: ",".join(fields),
-)
-def test_what_the_messages_advise_is_accepted(fields):
-  config = _config(**fields)
-  assert c.resolve(config).fold.groups is not None
-
-
-@pytest.mark.parametrize(
-  ("values", "message"),
-  [
-    ({"modle": {}}, "config has no field 'modle'; its fields are task, seed, "),
-    ({"model": {"widht": 1}}, r"config\.model has no field 'widht'.* width, "),
-    ({"preset": "big"}, "one of 'none', 'moderate', 'paper'; it is 'big'"),
-    ({"task": "translate"}, "one of 'lm', 'classify'; it is 'translate'"),
-    ({"fold": {"axis": "row"}}, "one of 'output', 'input'; it is 'row'"),
-    ({"fpp": {"score": "l2"}}, "one of .*'magnitude', .* it is 'l2'"),
-    ({"model": {"width": 1.5}}, r"config\.model\.width must be int"),
-    (
-      {"fold": {"groups": "1"}},
-      r"fold\.groups must be int or one int a layer or None; it is '1'",
-    ),
-  ],
-  ids=lambda x: None if isinstance(x, str) else str(x),
-)
-def test_an_unknown_name_or_value_lists_those_there_are(values, message):
-  with pytest.raises(schema.ConfigError, match=message):
-    c.from_dict(values)
-
-
-def test_resolve_also_checks_what_was_set_on_the_object():
-  config = _config(model__norm="batchnorm")
-  with pytest.raises(schema.ConfigError, match="'layernorm', 'rmsnorm'; it is"):
-    c.resolve(config)
-
-
 @each_variant
 def test_dicts_and_files_give_the_config_back(fields, tmp_path):
-  for config in (_config(**fields), c.resolve(_config(**fields))):
+  for config in (make_config(**fields), c.resolve(make_config(**fields))):
     assert c.from_dict(c.to_dict(config)) == config
     path = str(tmp_path / "config.json")
     c.save(config, path)
@@ -320,7 +144,7 @@ def test_dicts_and_files_give_the_config_back(fields, tmp_path):
 
 
 def test_differences_of_two_runs():
-  a = _config(seed=1, model__width=256)
+  a = make_config(seed=1, model__width=256)
   b = dataclasses.replace(a, dense=True)
   b.train = dataclasses.replace(a.train, steps=5)
   assert schema.differences(a, b) == [

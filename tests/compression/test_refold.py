@@ -1,13 +1,18 @@
 """Folding from moments, against optima found in other ways in float64."""
 
-import itertools
-
 import numpy as np
 import pytest
 
 from folding.compression import refold
+from tests.compression.refold_cases import (
+  D,
+  K,
+  make_case,
+  make_inputs,
+  moment_of,
+  project_heads,
+)
 
-D, K = 10, 4
 shapes = pytest.mark.parametrize(
   ("H", "J", "bias"),
   [(3, 3, True), (4, 2, True), (4, 1, False)],
@@ -15,44 +20,10 @@ shapes = pytest.mark.parametrize(
 )
 
 
-def _projection(rng, heads, bias, K=K):
-  parts = {"kernel": rng.normal(size=(D, heads, K)).astype(np.float32)}
-  if bias:
-    parts["bias"] = rng.normal(size=(heads, K)).astype(np.float32)
-  return parts
-
-
-def _inputs(rng, bias, count=200):
-  """Returns correlated inputs of unequal scale and mean, 1 behind them."""
-  x = rng.normal(size=(count, D)) @ rng.normal(size=(D, D))
-  x = x * np.geomspace(1, 0.1, D) + rng.normal(size=D)
-  return np.concatenate([x, np.ones((count, 1))], 1) if bias else x
-
-
-def _case(seed, H, J, bias, K=K):
-  """Returns q, k, inputs of queries and of keys."""
-  rng = np.random.default_rng(seed)
-  q, k = _projection(rng, H, bias, K), _projection(rng, J, bias, K)
-  return q, k, _inputs(rng, bias), _inputs(rng, bias)
-
-
-def _moment(x):
-  return x.T @ x / len(x)
-
-
-def _heads(x, projection, H):
-  """Returns [H, n, K] of inputs; heads that are shared are repeated."""
-  w = np.asarray(projection["kernel"], np.float64)
-  out = np.einsum("nd,dhk->hnk", x[:, :D], w)
-  if "bias" in projection:
-    out = out + np.float64(projection["bias"])[:, None]
-  return np.repeat(out, H // len(out), axis=0)
-
-
 def _logits(q, k, x, y):
   """Returns [H, n, m], scaled as attention does, by (K / G) / sqrt(K)."""
   H, G = q["kernel"].shape[1:]
-  products = _heads(x, q, H) @ _heads(y, k, H).transpose(0, 2, 1)
+  products = project_heads(x, q, H) @ project_heads(y, k, H).transpose(0, 2, 1)
   return K**0.5 / G * products
 
 
@@ -88,9 +59,9 @@ def _optimum(q, k, query_moment, key_moment, G):
 @shapes
 @pytest.mark.parametrize("G", [1, 2, 3])
 def test_folded_logits_are_the_nearest_of_their_rank(G, H, J, bias):
-  q, k, x, y = _case(0, H, J, bias)
-  folded = refold.fold_heads(q, k, _moment(x), _moment(y), G)
-  best, values = _optimum(q, k, _moment(x), _moment(y), G)
+  q, k, x, y = make_case(0, H, J, bias)
+  folded = refold.fold_heads(q, k, moment_of(x), moment_of(y), G)
+  best, values = _optimum(q, k, moment_of(x), moment_of(y), G)
   assert folded.q["kernel"].shape == (D, H, G)
   assert folded.k["kernel"].shape == (D, J, G)
   assert ("bias" in folded.q, "bias" in folded.k) == (bias, bias)
@@ -108,9 +79,9 @@ def test_folded_logits_are_the_nearest_of_their_rank(G, H, J, bias):
 
 @shapes
 def test_nothing_is_lost_with_as_many_groups_as_channels(H, J, bias):
-  q, k, x, y = _case(1, H, J, bias)
-  folded = refold.fold_heads(q, k, _moment(x), _moment(y), K)
-  x, y = (_inputs(np.random.default_rng(seed), bias) for seed in (7, 8))
+  q, k, x, y = make_case(1, H, J, bias)
+  folded = refold.fold_heads(q, k, moment_of(x), moment_of(y), K)
+  x, y = (make_inputs(np.random.default_rng(seed), bias) for seed in (7, 8))
   expected = _logits(q, k, x, y)
   logits = _logits(folded.q, folded.k, x, y)
   # Of any other text too; float32 rounds sums of K products.
@@ -119,13 +90,13 @@ def test_nothing_is_lost_with_as_many_groups_as_channels(H, J, bias):
 
 
 def test_other_foldings_are_worse():
-  q, k, x, y = _case(2, 3, 3, True)
+  q, k, x, y = make_case(2, 3, 3, True)
   G, dense = 2, _logits(q, k, x, y)
 
   def error(q, k):
     return np.square(_logits(q, k, x, y) - dense).mean()
 
-  folded = refold.fold_heads(q, k, _moment(x), _moment(y), G)
+  folded = refold.fold_heads(q, k, moment_of(x), moment_of(y), G)
   own = error(folded.q, folded.k)
   eye = np.eye(D + 1)
   plain = refold.fold_heads(q, k, eye, eye, G)
@@ -142,10 +113,10 @@ def test_other_foldings_are_worse():
 
 
 def test_keys_from_their_mean_serve_the_softmax():
-  q, k, x, y = _case(4, 4, 2, True)
+  q, k, x, y = make_case(4, 4, 2, True)
   y[:, :D] += 3  # which moves all logits of a query alike
   centred = y - y.mean(0)
-  covariance = _moment(centred)
+  covariance = moment_of(centred)
   assert not covariance[-1].any()
   dense = _logits(q, k, x, y)
 
@@ -153,32 +124,32 @@ def test_keys_from_their_mean_serve_the_softmax():
     wrong = _logits(folded.q, folded.k, x, y) - dense
     return np.square(wrong - wrong.mean(-1, keepdims=True)).mean()
 
-  folded = refold.fold_heads(q, k, _moment(x), covariance, 2)
+  folded = refold.fold_heads(q, k, moment_of(x), covariance, 2)
   size = np.square(dense - dense.mean(-1, keepdims=True)).mean()
   assert error(folded) / size == pytest.approx(1 - folded.kept, rel=1e-3)
-  second = refold.fold_heads(q, k, _moment(x), _moment(y), 2)
+  second = refold.fold_heads(q, k, moment_of(x), moment_of(y), 2)
   assert error(folded) < 0.9 * error(second)
 
 
 def test_a_head_of_zeros_loses_nothing():
-  q, k, x, y = _case(5, 2, 2, False)
+  q, k, x, y = make_case(5, 2, 2, False)
   q = {"kernel": np.zeros_like(q["kernel"])}
-  folded = refold.fold_heads(q, k, _moment(x), _moment(y), 1)
+  folded = refold.fold_heads(q, k, moment_of(x), moment_of(y), 1)
   assert folded.kept == 1
   assert not folded.q["kernel"].any()
   assert not folded.k["kernel"].any()
 
 
 def test_moments_may_be_rounded():
-  q, k, x, y = _case(6, 2, 2, False)
+  q, k, x, y = make_case(6, 2, 2, False)
   x[:] = x[:, :1] + 1e-5 * x  # as where one direction is all there is
   moment = np.zeros((D, D), np.float32)
   for row in np.tile(x, (20, 1)).astype(np.float32):
     moment += np.outer(row, row)
   least = np.linalg.eigvalsh(moment.astype(np.float64)).min()
   assert least < -2e-6 * np.trace(moment) / D  # no ridge of 1e-6 mends it
-  folded = refold.fold_heads(q, k, moment, _moment(y), K)
-  x, y = _inputs(np.random.default_rng(7), False), y
+  folded = refold.fold_heads(q, k, moment, moment_of(y), K)
+  x, y = make_inputs(np.random.default_rng(7), False), y
   dense = _logits(q, k, x, y)
   np.testing.assert_allclose(
     _logits(folded.q, folded.k, x, y), dense, atol=1e-3 * dense.std()
@@ -187,143 +158,24 @@ def test_moments_may_be_rounded():
 
 @pytest.mark.parametrize("G", [0, K + 1])
 def test_more_groups_than_channels_are_refused(G):
-  q, k, x, y = _case(0, 2, 2, False)
+  q, k, x, y = make_case(0, 2, 2, False)
   message = f"G is {G}; it must be 1 to {K}, the size of a head"
   with pytest.raises(ValueError, match=message):
-    refold.fold_heads(q, k, _moment(x), _moment(y), G)
+    refold.fold_heads(q, k, moment_of(x), moment_of(y), G)
   frequencies = np.ones(K // 2)
   with pytest.raises(ValueError, match=message):
-    refold.fold_rotary_heads(q, k, _moment(x), _moment(y), G, frequencies)
-
-
-FREQUENCIES = np.array([135, 83, 45, 24]) / 64  # float32 holds them exactly
-DISTANCES = np.arange(400)
-
-
-def _by_pair(q, k, x, y, frequencies):
-  """Returns [H, n, m, distances, pairs]: what each pair adds to the logits.
-
-  Args:
-    q: Queries of H heads.
-    k: Keys of J heads.
-    x: What queries are made of.
-    y: What keys are made of.
-    frequencies: [pairs], or [J, pairs].
-  """
-  H, width = q["kernel"].shape[1:]
-  a, b = (
-    w[..., : width // 2] + 1j * w[..., width // 2 :]
-    for w in (_heads(x, q, H), _heads(y, k, H))
-  )
-  angle = np.einsum("l,jf->jlf", DISTANCES, np.atleast_2d(frequencies))
-  turn = np.exp(1j * np.repeat(angle, H // len(angle), axis=0))
-  return np.einsum("hnf,hmf,hlf->hnmlf", a, b.conj(), turn).real
-
-
-def _square(logits):
-  """Returns the mean square of each head's logits, summed over heads."""
-  return np.square(logits).mean((1, 2, 3)).sum()
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("H", "J"), [(3, 3), (4, 2)], ids=["own", "shared"])
-def test_pairs_that_are_kept_are_the_best_subset(H, J, seed):
-  q, k, x, y = _case(seed, H, J, True, K=8)
-  x, y = x[:30], y[:30]
-  folded = refold.fold_rotary_heads(
-    q, k, _moment(x), _moment(y), 4, FREQUENCIES
-  )
-  dense = _by_pair(q, k, x, y, FREQUENCIES)
-  error = 0.0
-  for j in range(J):
-    of_j = slice(j * H // J, (j + 1) * H // J)
-    errors = {
-      subset: _square(np.delete(dense[of_j], subset, -1).sum(-1))
-      for subset in itertools.combinations(range(4), 2)
-    }
-    best = min(errors, key=errors.__getitem__)
-    error += errors[best]
-    np.testing.assert_allclose(
-      folded.frequency[j], FREQUENCIES[list(best)], rtol=1e-6
-    )
-  total = _square(dense.sum(-1))
-  # Products of two pairs do not quite vanish over so many distances.
-  assert folded.kept == pytest.approx(1 - error / total, abs=0.03)
-  # What is kept is kept as it was.
-  logits = _by_pair(folded.q, folded.k, x, y, folded.frequency) * 8 / 4
-  for h in range(H):
-    own = folded.frequency[h * J // H]
-    at = [int(np.abs(FREQUENCIES - w).argmin()) for w in own]
-    np.testing.assert_allclose(
-      logits[h], dense[h][..., at], atol=1e-5 * dense.std()
-    )
-
-
-@pytest.mark.parametrize(("H", "J"), [(3, 3), (4, 2)], ids=["own", "shared"])
-def test_with_all_pairs_a_rotary_head_is_itself(H, J):
-  q, k, x, y = _case(0, H, J, True, K=8)
-  folded = refold.fold_rotary_heads(
-    q, k, _moment(x), _moment(y), 8, FREQUENCIES
-  )
-  for new, old in ((folded.q, q), (folded.k, k)):
-    np.testing.assert_array_equal(new["kernel"], old["kernel"])
-    np.testing.assert_array_equal(new["bias"], old["bias"])
-  expected = np.tile(np.float32(FREQUENCIES), (J, 1))
-  np.testing.assert_array_equal(folded.frequency, expected)
-  assert folded.kept == pytest.approx(1)
-
-
-@pytest.mark.parametrize("G", [2, 4, 6])
-def test_slow_pairs_are_merged_where_that_keeps_more(G):
-  q, k, x, y = _case(1, 4, 2, True, K=8)
-  x, y = x[:30], y[:30]
-  # Channels 2, 3 and their partners hardly turn.
-  frequencies = np.array([2.1, 0.71, 1e-6, 1e-7])
-  folded = refold.fold_rotary_heads(
-    q, k, _moment(x), _moment(y), G, frequencies, slow=1e-5
-  )
-  dense = _by_pair(q, k, x, y, frequencies)
-  error = 0.0
-  for j in range(2):
-    of_j = slice(2 * j, 2 * j + 2)
-    # Content: the singular values of the logits of slow pairs themselves.
-    content = dense[of_j, :, :, 0, 2:].sum(-1).reshape(2 * 30, 30)
-    s = np.linalg.svd(content, compute_uv=False)
-    tails = [np.square(s[r:]).sum() / 900 for r in range(G + 1)]
-    errors = {}
-    for n in range(3):
-      for subset in itertools.combinations(range(2), n):
-        if n <= G // 2:
-          fast = _square(np.delete(dense[of_j][..., :2], subset, -1).sum(-1))
-          errors[subset] = fast + tails[G - 2 * n]
-    best = min(errors, key=errors.__getitem__)
-    error += errors[best]
-    expected = np.zeros(G // 2)
-    expected[: len(best)] = frequencies[list(best)]
-    np.testing.assert_allclose(folded.frequency[j], expected, rtol=1e-6)
-  logits = _by_pair(folded.q, folded.k, x, y, folded.frequency).sum(-1) * 8 / G
-  measured = _square(logits - dense.sum(-1))
-  total = _square(dense.sum(-1))
-  # The parts that are left out are taken to be orthogonal.
-  assert measured == pytest.approx(error, abs=0.03 * total)
-  assert folded.kept == pytest.approx(1 - error / total, abs=0.03)
-
-
-def test_half_a_pair_is_refused():
-  q, k, x, y = _case(0, 2, 2, False)
-  with pytest.raises(ValueError, match="come in pairs; G is 3, make it even"):
-    refold.fold_rotary_heads(q, k, _moment(x), _moment(y), 3, np.ones(2))
+    refold.fold_rotary_heads(q, k, moment_of(x), moment_of(y), G, frequencies)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("G", [1, 5])
 def test_rows_of_a_group_are_those_of_least_squares(G, bias):
-  q, _, x, _ = _case(3, 3, 3, bias)
-  folded = refold.fold_input_rows(q, _moment(x), G)
+  q, _, x, _ = make_case(3, 3, 3, bias)
+  folded = refold.fold_input_rows(q, moment_of(x), G)
   sums = x[:, :D].reshape(len(x), G, D // G).sum(-1)
   if bias:
     sums = np.concatenate([sums, np.ones((len(x), 1))], 1)
-  target = _heads(x, q, 3).transpose(1, 0, 2).reshape(len(x), -1)
+  target = project_heads(x, q, 3).transpose(1, 0, 2).reshape(len(x), -1)
   best = np.linalg.lstsq(sums, target)[0].reshape(-1, 3, K)
   np.testing.assert_allclose(folded["kernel"], best[:G], rtol=1e-3, atol=1e-3)
   assert ("bias" in folded) == bias
@@ -335,7 +187,7 @@ def test_rows_that_are_identical_are_found_again():
   rng = np.random.default_rng(0)
   rows = rng.normal(size=(5, 3, K)).astype(np.float32)
   old = {"kernel": np.repeat(rows, 2, axis=0), "bias": rows[0] + 1}
-  folded = refold.fold_input_rows(old, _moment(_inputs(rng, True)), 5)
+  folded = refold.fold_input_rows(old, moment_of(make_inputs(rng, True)), 5)
   # A ridge of 1e-6 of the variance.
   np.testing.assert_allclose(folded["kernel"], rows, atol=1e-3)
   np.testing.assert_allclose(folded["bias"], old["bias"], atol=1e-3)
@@ -343,9 +195,9 @@ def test_rows_that_are_identical_are_found_again():
 
 @pytest.mark.parametrize("G", [0, 3])
 def test_groups_that_do_not_divide_the_rows_are_refused(G):
-  q, _, x, _ = _case(0, 2, 2, False)
+  q, _, x, _ = make_case(0, 2, 2, False)
   with pytest.raises(ValueError, match=f"{G} groups do not divide {D} input"):
-    refold.fold_input_rows(q, _moment(x), G)
+    refold.fold_input_rows(q, moment_of(x), G)
 
 
 def _regress(features, targets, prior=None):

@@ -1,141 +1,33 @@
 """Linear attention against float64 softmax attention and its derivatives."""
 
 import functools
-from typing import Any, NamedTuple
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
-from folding.models import attention, chebyshev
+from folding.models import attention
 from folding.models import linear_attention as la
-
-B, L, H, K = 2, 75, 4, 8
-SLOPES = jnp.array([1.5, 0.3, 0.05, 0.004])
-ULP = 2.0**-23
-
-
-class Case(NamedTuple):
-  """Arguments of `attend_linear` by position, and what it is told by name."""
-
-  q: Any
-  k: Any
-  v: Any
-  slopes: Any = None
-  keep: Any = None
-  segments: Any = None
-
-
-def make_case(
-  seed=0, s=2.0, t=1.0, shape=(B, L, H, K), heads=None, **given
-) -> Case:
-  """Returns s uniform in [-s, s], t normal of deviation t."""
-  rng = np.random.default_rng(seed)
-  b, length, h, size = shape
-  num_keys, num_values = heads or (h, h)
-  q = rng.uniform(-s, s, (b, length, h)) / size**0.5
-  k = t * rng.standard_normal((b, length, num_keys))
-  v = rng.standard_normal((b, length, num_values, size))
-  arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-  return Case(*arrays, *(given.get(n) for n in Case._fields[3:]))
-
-
-def make_keep(seed=1, shape=(B, L)):
-  keep = np.random.default_rng(seed).random(shape) > 0.3
-  keep[:, 0] = True  # so that every causal row sees a key
-  return keep
+from tests.models.linear_attention_cases import (
+  SLOPES,
+  B,
+  Dense,
+  H,
+  K,
+  L,
+  bound_of,
+  make_case,
+  make_keep,
+  make_segments,
+  rounding,
+  run,
+  spread,
+)
 
 
 def make_span(*ends):
   return la.Span(*(jnp.full((1, 1), x) for x in ends))
-
-
-def make_segments(lengths=(3, 17, 1, 1, 30, 23)):
-  # Numbers that repeat and fall: a text is a run, not a number.
-  numbers = np.repeat([5, 2, 5, 7, 7, 1], lengths)
-  numbers[20] = 9
-  return np.stack([numbers, numbers[::-1]]).astype(np.int32)
-
-
-def runs_of(segments):
-  return np.cumsum(np.diff(segments, axis=1, prepend=segments[:, :1]) != 0, 1)
-
-
-class Dense:
-  """Softmax attention and its derivatives, all pairs, in float64."""
-
-  def __init__(self, case: Case, causal: bool):
-    wide = [np.asarray(x, np.float64) for x in case[:3]]
-    self.heads = [x.shape[2] for x in wide]
-    h, self.size = self.heads[0], wide[2].shape[3]
-    self.q, self.k, self.v = (np.repeat(x, h // x.shape[2], 2) for x in wide)
-    length = self.q.shape[1]
-    distance = np.arange(length)[:, None] - np.arange(length)
-    self.distance = np.abs(distance)
-    self.logits = self.size**0.5 * np.einsum("blh,bmh->bhlm", self.q, self.k)
-    if case.slopes is not None:
-      slopes = np.float64(case.slopes)
-      self.logits -= slopes[:, None, None] * self.distance
-    seen = np.full((len(self.q), 1, length, length), True)
-    if causal:
-      seen &= distance >= 0
-    if case.keep is not None:
-      seen &= case.keep[:, None, None]
-    if case.segments is not None:
-      runs = runs_of(case.segments)
-      seen &= (runs[:, :, None] == runs[:, None])[:, None]
-    weight = np.where(seen, self.logits, -np.inf)
-    top = weight.max(-1, keepdims=True)
-    weight = np.exp(weight - np.where(np.isfinite(top), top, 0))
-    total = weight.sum(-1, keepdims=True)
-    self.weight = weight / np.where(total > 0, total, 1)
-    self.out = np.einsum("bhlm,bmhk->blhk", self.weight, self.v)
-
-  def gradients(self, d_out):
-    """Returns those of sum(d_out * out) wrt q, k, v and the slopes."""
-    d_weight = np.einsum("blhk,bmhk->bhlm", d_out, self.v)
-    mean = (self.weight * d_weight).sum(-1, keepdims=True)
-    d_logits = self.weight * (d_weight - mean)
-    d_q = self.size**0.5 * np.einsum("bhlm,bmh->blh", d_logits, self.k)
-    d_k = self.size**0.5 * np.einsum("bhlm,blh->bmh", d_logits, self.q)
-    d_v = np.einsum("bhlm,blhk->bmhk", self.weight, d_out)
-    d_slopes = -(d_logits * self.distance).sum((0, 2, 3))
-    return d_q, *map(self._shared, (d_k, d_v), self.heads[1:]), d_slopes
-
-  def _shared(self, d, heads):
-    shape = d.shape
-    return d.reshape(*shape[:2], heads, -1, *shape[3:]).sum(3)
-
-
-def rounding(case, oracle):
-  """Returns what rounding of logits and sums may do, over the range of v."""
-  seen = oracle.logits[np.isfinite(oracle.logits)]
-  return 8 * ULP * (4 + np.abs(seen).max())
-
-
-def spread(case):
-  return float(np.ptp(case.v, axis=(0, 1)).max())
-
-
-def bound_of(case, num_nodes):
-  case = jax.tree.map(jnp.asarray, case)
-  span = la.measure_span(*case[:2], case.keep, head_dim=case.v.shape[-1])
-  return float(la.span_bound(span, num_nodes).max())
-
-
-def run(case, causal=True, num_nodes=32, **options):
-  size = case.v.shape[-1]
-  attend = functools.partial(
-    la.attend_linear,
-    head_dim=size,
-    causal=causal,
-    num_nodes=num_nodes,
-    **options,
-  )
-  return np.asarray(jax.jit(attend)(*case))
 
 
 @pytest.mark.parametrize(
@@ -203,90 +95,6 @@ def test_many_blocks_of_chunks():
   case = make_case(shape=(2, 700, 8, 2), slopes=np.repeat(SLOPES, 2))
   out = run(case, chunk=32)
   np.testing.assert_allclose(out, Dense(case, True).out, rtol=0, atol=5e-6)
-
-
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-@hypothesis.given(
-  s=st.floats(0.01, 12),
-  t=st.floats(0.01, 6),
-  places=st.integers(1, 3),
-  offset=st.floats(-3, 3),
-  seed=st.integers(0, 99),
-)
-def test_the_bound_bounds(s, t, places, offset, seed):
-  # Keys at few places with a far-off majority: the hardest to interpolate.
-  case = make_case(seed, s, shape=(1, 96, 2, 4), slopes=SLOPES[2:])
-  rng = np.random.default_rng(seed)
-  k = rng.choice(np.linspace(-t, t, places), case.k.shape) + offset
-  k[:, 0], k[:, 1] = offset - t, offset + t
-  case = case._replace(
-    q=case.q + np.float32(offset / 2),
-    k=np.float32(k),
-    v=np.sign(case.v),
-  )
-  num_nodes = 64
-  bound = bound_of(case, num_nodes)
-  hypothesis.assume(bound < 0.1)
-  oracle = Dense(case, True)
-  error = np.abs(_compiled(num_nodes)(*case) - oracle.out).max()
-  assert error <= (bound + rounding(case, oracle)) * spread(case)
-
-
-@functools.cache
-def _compiled(num_nodes):
-  return jax.jit(
-    functools.partial(
-      la.attend_linear, head_dim=4, causal=True, num_nodes=num_nodes, chunk=16
-    )
-  )
-
-
-def test_where_the_bound_does_not_hold_the_error_is_large():
-  case = make_case(s=16.0, t=1.5)
-  assert bound_of(case, 32) == np.inf
-  assert np.abs(run(case) - Dense(case, True).out).max() > 0.1
-
-
-@pytest.mark.parametrize("a", [0.1, 1.0, 2.5, 4.0, 5.0, 7.0])
-def test_the_bound_holds_for_one_exponential(a):
-  x = np.linspace(-1, 1, 2001)
-  nodes = chebyshev.nodes().astype(np.float64)
-  weights = np.linalg.inv(np.polynomial.chebyshev.chebvander(nodes, 15))
-  basis = np.polynomial.chebyshev.chebvander(x, 15) @ weights  # l_n(x)
-  error = np.abs(basis @ np.exp(a * nodes) * np.exp(-a * x) - 1).max()
-  bound = float(chebyshev.error_bound(a, 1.0, 16))
-  share = error / (1 - error) if error < 1 else np.inf
-  rounding_only = 8 * 2.0**-24 * (np.abs(basis) @ np.exp(a * nodes)).max()
-  assert share <= bound <= 10 * share + 10 * np.exp(a) * rounding_only
-  got = chebyshev.lagrange(jnp.asarray(x, jnp.float32))
-  np.testing.assert_allclose(got, basis, rtol=0, atol=3e-6)
-
-
-def test_derivatives_are_those_of_the_polynomials():
-  nodes = chebyshev.nodes().astype(np.float64)
-  for degree in range(16):
-    want = degree * nodes ** max(degree - 1, 0)
-    got = chebyshev.derivatives().astype(np.float64) @ nodes**degree
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-4)
-
-
-@pytest.mark.parametrize(
-  ("s", "t", "tolerance"),
-  [(2.0, 4.0, 1e-4), (12.0, 4.0, 1e-4), (0.0, 0.0, 1e-5)],
-)
-def test_nodes_for_takes_no_more_than_it_needs(s, t, tolerance):
-  num_nodes = chebyshev.nodes_for(s, t, tolerance)
-  assert chebyshev.error_bound(s, t, num_nodes) <= tolerance
-  assert (
-    num_nodes == 16 or chebyshev.error_bound(s, t, num_nodes - 16) > tolerance
-  )
-
-
-def test_impossible_requests_are_refused():
-  with pytest.raises(ValueError, match="below the rounding of float32"):
-    chebyshev.nodes_for(1.0, 1.0, 1e-8)
-  with pytest.raises(ValueError, match="multiple of 16; it is 40"):
-    chebyshev.error_bound(1.0, 1.0, 40)
 
 
 def test_logits_far_apart_neither_overflow_nor_vanish():
@@ -362,51 +170,6 @@ def test_decoding_continues_a_prompt():
   np.testing.assert_allclose(out, Dense(case, True).out, rtol=0, atol=1e-5)
   whole = run(case, span=span, num_nodes=48)
   np.testing.assert_allclose(out, whole, rtol=0, atol=1e-5)
-
-
-def _checked(case, causal, tolerance=1e-4, **options):
-  attend = functools.partial(
-    la.attend_checked, head_dim=K, causal=causal, tolerance=tolerance, **options
-  )
-  return jax.jit(attend)(*case)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_checked_falls_back_to_dense_attention(causal):
-  case = make_case(
-    s=60.0, t=1.5, slopes=SLOPES, keep=make_keep(), segments=make_segments()
-  )
-  assert bound_of(case, 256) > 1e-4
-  oracle = Dense(case, causal)
-  limit = rounding(case, oracle) * spread(case)
-  out = _checked(case, causal, num_nodes=(32,))
-  np.testing.assert_allclose(out, oracle.out, rtol=0, atol=limit)
-  d_out = np.random.default_rng(2).standard_normal(oracle.out.shape)
-
-  def loss(*arrays):
-    out = la.attend_checked(
-      *arrays, head_dim=K, causal=causal, tolerance=1e-4, num_nodes=(32,)
-    )
-    return (out * np.float32(d_out)).sum()
-
-  grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*case)
-  for got, want in zip(grads, oracle.gradients(d_out), strict=True):
-    np.testing.assert_allclose(
-      got, want, rtol=0, atol=3e-5 * np.abs(want).max()
-    )
-
-
-def test_checked_takes_the_first_number_of_nodes_that_is_enough():
-  small, large = make_case(s=2.0), make_case(s=8.0)
-  for case, num_nodes in ((small, 64), (large, 256)):
-    assert bound_of(case, num_nodes) < 1e-4
-    np.testing.assert_array_equal(
-      _checked(case, True), run(case, num_nodes=num_nodes)
-    )
-  assert bound_of(large, 64) > 1e-4
-  exact = Dense(small, True).out
-  out = _checked(small, True, tolerance=1e-9)  # never enough
-  np.testing.assert_allclose(out, exact, rtol=0, atol=2e-6)
 
 
 def test_results_have_the_dtype_of_the_values():
