@@ -30,10 +30,8 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
       register(hint, flags.EnumParser(list(typing.get_args(hint))))
   for arg in argv:
     name = arg.removeprefix("--").removeprefix("no").split("=")[0]
-    schema.require(
-      not name.startswith("config.") or name[7:] in fields,
-      f"config has no field {name[7:]!r}; its fields are {', '.join(fields)}",
-    )
+    if name.startswith("config.") and name[7:] not in fields:
+      raise schema.ConfigError(schema.no_field("config", name[7:], fields))
   try:
     rest = flags.FLAGS(argv)[1:]
   except (flags.Error, ValueError, TypeError) as error:

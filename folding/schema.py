@@ -1,10 +1,11 @@
 """Dataclasses <-> plain dicts, with names and types checked on the way in."""
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -82,6 +83,24 @@ def fields(kind: type, prefix: str = "") -> dict[str, Any]:
   return found
 
 
+def no_field(where: str, name: str, names: Iterable[str]) -> str:
+  """Returns what is said of a field that there is not, with the likely ones.
+
+  Example:
+    >>> no_field("config", "steps", ["model.width", "train.steps"])
+    "config has no field 'steps'; did you mean train.steps?"
+    >>> no_field("config", "colour", ["model.width", "train.steps"])
+    "config has no field 'colour'; its fields are model.width, train.steps"
+  """
+  names = list(names)
+  last = name.split(".")[-1]
+  near = [n for n in names if n.split(".")[-1] == last]
+  near = near or difflib.get_close_matches(name, names)
+  rest = f"did you mean {' or '.join(near)}?" if near else ""
+  rest = rest or f"its fields are {', '.join(names)}"
+  return f"{where} has no field {name!r}; {rest}"
+
+
 def build(kind: type, values: Any, where: str) -> Any:
   """Builds a dataclass, and those inside it, from nested dicts.
 
@@ -98,11 +117,8 @@ def build(kind: type, values: Any, where: str) -> Any:
   )
   hints = typing.get_type_hints(kind)
   unknown = sorted(set(values) - set(hints))
-  require(
-    not unknown,
-    f"{where} has no field {unknown[0] if unknown else ''!r}; its fields are "
-    f"{', '.join(hints)}",
-  )
+  if unknown:
+    raise ConfigError(no_field(where, unknown[0], hints))
   built = {}
   for name, value in values.items():
     place = f"{where}.{name}"

@@ -148,8 +148,8 @@ def test_what_the_messages_advise_is_accepted(fields):
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    ({"modle": {}}, "config has no field 'modle'; its fields are task, seed, "),
-    ({"model": {"widht": 1}}, r"config\.model has no field 'widht'.* width, "),
+    ({"modle": {}}, "config has no field 'modle'; did you mean model"),
+    ({"model": {"widht": 1}}, r"config\.model has no field 'widht'.* width"),
     ({"preset": "big"}, "one of 'none', 'moderate', 'paper'; it is 'big'"),
     ({"task": "translate"}, "one of 'lm', 'classify'; it is 'translate'"),
     ({"fold": {"axis": "row"}}, "one of 'output', 'input'; it is 'row'"),

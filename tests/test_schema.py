@@ -41,7 +41,8 @@ def test_an_int_becomes_the_float_that_a_field_wants():
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    ({"nam": "x"}, r"config has no field 'nam'; its fields are name, limit"),
+    ({"nam": "x"}, r"config has no field 'nam'; did you mean name\?"),
+    ({"zzz": 1}, r"config has no field 'zzz'; its fields are name, limit"),
     ({"inner": {"sise": 1}}, r"config\.inner has no field 'sise'"),
     ({"name": 3}, r"config\.name must be str; it is 3"),
     ({"name": None}, r"config\.name must be str; it is None"),

@@ -267,7 +267,7 @@ def test_mistakes_leave_nothing_behind(text_file, tmp_path, change, message):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--config.model.widht=3"], "no field 'model.widht'; its fields are"),
+    (["--config.model.widht=3"], "'model.widht'; did you mean model.width"),
     (["--config.model.norm=batch"], "layernorm|rmsnorm"),
     (["--config.model.width=18"], "18 is not divisible by model.num_heads 4"),
     (["--config.fpp.linear=1.2"], "fpp.linear is a fraction to remove"),
