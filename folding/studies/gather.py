@@ -272,7 +272,7 @@ def read_csv(path: str) -> list[Row]:
 
   def read(name: str, text: str) -> Any:
     if text == "":
-      return None
+      return "" if name == "about" else None
     if name in texts:
       return text
     return int(text) if name in whole else float(text)
