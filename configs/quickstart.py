@@ -16,8 +16,6 @@ def get_config() -> c.Config:
     preset="paper",
     data=c.DataConfig(name="python_stdlib", vocab_size=1024, length=128),
     model=c.ModelConfig(num_layers=3, width=128, num_heads=16),
-    # "relative" here: 1.946 bits per byte, with "magnitude" 1.987 (one seed).
-    fpp=c.FPPConfig(linear=0.655, embedding=0.655, embedding_score="relative"),
     train=c.TrainConfig(
       steps=550, learning_rate=6e-3, eval_every=110, eval_batches=10
     ),

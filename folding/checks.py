@@ -56,7 +56,8 @@ def check(c: Any) -> None:
     require(value > 0, f"{name} must be above 0; it is {value}")
   for name in (
     "data.max_bytes data.prefetch_batches train.weight_decay "
-    " train.final_learning_rate fpp.patience fpp.tolerance"
+    " train.final_learning_rate fpp.patience fpp.tolerance "
+    "fpp.embedding_share"
   ).split():
     value = _get(c, name)
     require(

@@ -115,17 +115,18 @@ class FoldConfig:
 class FPPConfig:
   """Forward Propagation Pruning. None: what the preset says.
 
-  `overall`, where set, replaces `linear` and `embedding` by the one fraction
-  that makes the whole model (folding included) that much smaller.
+  `overall`, where set, replaces `linear` and `embedding`: linear layers keep the
+  k, and embeddings the k**embedding_share, that make the whole that much smaller.
   """
 
   linear: float | None = None  # fraction of W_O, MLP and output head to zero
   linear_layers: tuple[float, ...] | None = None  # of W_O and MLP, by layer
   embedding: float | None = None  # fraction of embeddings to zero
   overall: float | None = None  # fraction of the whole model to save
+  embedding_share: float | None = None  # None: 0.2 for "lm", 1 for "classify"
   score: Score = "relative"
-  # Of embeddings. None: as `score`, but single weights by "magnitude" where that
-  # is of a forward pass, which favours common tokens and empties rare ones.
+  # Of embeddings. None: as `score`, but "magnitude" for single weights where that
+  # is of a forward pass, which would empty rare tokens.
   embedding_score: Score | None = None
   granularity: Literal["weight", "neuron", "2:4"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), or whole heads.
@@ -244,12 +245,8 @@ def bert(**fields: Any) -> ModelConfig:
 def llama(**fields: Any) -> ModelConfig:
   """Returns a Llama style decoder: RMSNorm, RoPE, gated SiLU, no biases."""
   base: dict[str, Any] = {
-    "norm": "rmsnorm",
-    "positions": "rope",
-    "activation": "silu",
-    "gated": True,
-    "use_bias": False,
-    "tie_embeddings": False,
+    **{"norm": "rmsnorm", "positions": "rope", "activation": "silu"},
+    **{"gated": True, "use_bias": False, "tie_embeddings": False},
   }
   return ModelConfig(**(base | fields))
 
@@ -279,6 +276,8 @@ def resolve(config: Config) -> Config:
     c.model.mlp_width = 4 * c.model.width
   if c.model.qkv_bias is None:
     c.model.qkv_bias = c.model.use_bias
+  if c.fpp.embedding_share is None:
+    c.fpp.embedding_share = 0.2 if c.task == "lm" else 1.0
   checks.check(c)
   return c
 

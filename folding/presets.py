@@ -13,6 +13,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
   },
   "paper": {
     "fold": {"groups": 1, "v_block": 1},
-    "fpp": {"linear": 0.7, "embedding": 0.7},
+    "fpp": {"linear": 0.7, "embedding": 0.7, "overall": 0.7},
   },
 }

@@ -13,7 +13,7 @@ from tests.config_cases import make_config
 PRESETS = {
   "none": (0, 0, 0.0, 0.0, None),
   "moderate": (0, 1, 0.0, 0.0, 0.3),
-  "paper": (1, 1, 0.7, 0.7, None),
+  "paper": (1, 1, 0.7, 0.7, 0.7),
 }
 
 
@@ -36,7 +36,7 @@ def test_a_preset_changes_nothing_else(preset):
   names = {line.split(":")[0] for line in changed}
   assert names <= {
     *("fold.groups", "fold.v_block", "model.head_dim", "model.qkv_bias"),
-    *("fpp.linear", "fpp.embedding", "fpp.overall"),
+    *("fpp.linear", "fpp.embedding", "fpp.overall", "fpp.embedding_share"),
   }
 
 

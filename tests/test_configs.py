@@ -56,8 +56,7 @@ def test_config_resolves_to_a_folded_and_pruned_model(name):
   config = config_lib.resolve(CASES[name])
   assert config.task == ("classify" if name.startswith("classify") else "lm")
   assert (config.fold.groups, config.fold.v_block) == (1, 1)
-  target = 0.655 if name == "quickstart" else 0.7
-  assert (config.fpp.linear, config.fpp.embedding) == (target, target)
+  assert config.fpp.overall == 0.7
   again = config_lib.from_dict(config_lib.to_dict(config))
   assert config_lib.resolve(again) == config
 
@@ -154,6 +153,5 @@ def test_config_takes_two_steps(name, stdlib_dir, tmp_path):
   # An untrained model guesses: log of 300 tokens or 8 classes.
   guess = np.log(8 if config.task == "classify" else 300)
   assert result["test"]["loss"] == pytest.approx(guess, abs=0.5)
-  zeros = {x["path"]: x["zeros"] for x in result["layers"]}
-  target = config_lib.resolve(config).fpp.embedding
-  assert zeros["embed/embedding"] == pytest.approx(target, abs=1e-3)
+  overall = result["parameters"]["overall"]
+  assert overall["compression"] == pytest.approx(0.7, abs=1e-3)

@@ -47,7 +47,7 @@ def make_rules(config: Config, params: Any, dense: Any) -> list[Rule]:
   f = config.fpp
   linear, embedding = f.linear or 0.0, f.embedding or 0.0
   if f.overall is not None:
-    linear = embedding = _fraction_for(config, params, dense)
+    linear, embedding = _fractions_for(config, params, dense)
   return _rules(config, params, linear, embedding)
 
 
@@ -120,30 +120,42 @@ def _rules(
   return rules
 
 
-def _fraction_for(config: Config, params: Any, dense: Any) -> float:
-  """Returns the fraction to prune so that the whole is `overall` smaller.
+def _fractions_for(
+  config: Config, params: Any, dense: Any
+) -> tuple[float, float]:
+  """Returns what to prune so that the whole is `overall` smaller.
 
-  With P parameters of which S can be pruned, and T in the dense twin:
-  P - fraction S = (1 - overall) T.
+  With P parameters, of which L in linear layers and E in embeddings can be
+  pruned, and T in the dense twin, linear layers keep k and embeddings k**s, s
+  their share: P - (1 - k) L - (1 - k**s) E = (1 - overall) T.
   """
-  overall = config.fpp.overall
-  assert overall is not None
+  f = config.fpp
+  overall, share = f.overall, f.embedding_share
+  assert overall is not None and share is not None
   leaves = paths.flatten(params)
   total = sum(math.prod(x.shape) for x in paths.flatten(dense).values())
   stored = sum(math.prod(x.shape) for x in leaves.values())
-  trial = _rules(config, params, 0.5, 0.5)  # what is pruned, at any fraction
-  prunable = sum(
-    math.prod(leaves[name].shape)
-    for site in make_sites(trial, params)
-    for name in site.members
-  )
-  needed = stored - (1 - overall) * total
-  if needed >= prunable and needed > 0:
-    raise ConfigError(
-      f"fpp.overall {overall} cannot be reached: only {prunable:,} of "
-      f"{stored:,} parameters can be pruned; fold more or ask for less"
+
+  def prunable(*fractions: float) -> int:
+    return sum(
+      math.prod(leaves[name].shape)
+      for site in make_sites(_rules(config, params, *fractions), params)
+      for name in site.members
     )
-  return max(0.0, needed / max(prunable, 1))
+
+  # Any fraction names the same parameters.
+  linear, embedding = prunable(0.5, 0.0), prunable(0.0, 0.5 * (share > 0))
+  needed = stored - (1 - overall) * total
+  if needed >= linear + embedding and needed > 0:
+    raise ConfigError(
+      f"fpp.overall {overall} cannot be reached: only {linear + embedding:,} "
+      f"of {stored:,} parameters can be pruned; fold more or ask for less"
+    )
+  low, high = 0.0, 1.0
+  while low < (kept := (low + high) / 2) < high:
+    pruned = (1 - kept) * linear + (1 - kept**share) * embedding
+    low, high = (kept, high) if pruned > needed else (low, kept)
+  return 1 - high, 1 - high**share
 
 
 def check_steps(config: Config) -> tuple[int, int, int]:

@@ -57,8 +57,9 @@ def plan(
 
   The model is to be as small as the config asks: `fpp.overall`, or else what
   its folding and pruning alike in all layers would give. `compress.qkv`, where
-  set, is reached by folding alone, before anything is pruned. The embedding
-  and the output layer keep their targets, which are `fpp.overall` where set.
+  set, is reached by folding alone, before anything is pruned. The output
+  layer and the embedding keep their targets, or where `fpp.overall` is set lose
+  that, and 1 - (1 - overall)**embedding_share.
   What is returned says all of this itself: its `compress.plan` is "same".
 
   Args:
@@ -150,7 +151,8 @@ def _outer_fractions(config: Config) -> tuple[float, float]:
   """Returns what is pruned of the output layer and of the embedding."""
   f = config.fpp
   if f.overall is not None:
-    return f.overall, f.overall
+    assert f.embedding_share is not None
+    return f.overall, 1 - (1 - f.overall) ** f.embedding_share
   return f.linear or 0.0, f.embedding or 0.0
 
 

@@ -37,7 +37,7 @@ def tiny_config(path: pathlib.Path, **train) -> c.Config:
       eval_batch_size=8,
     ),
     model=c.ModelConfig(num_layers=2, width=16, num_heads=4, mlp_width=32),
-    fpp=c.FPPConfig(begin=0.2, end=0.7, checks=3),
+    fpp=c.FPPConfig(linear=0.7, embedding=0.7, begin=0.2, end=0.7, checks=3),
     train=c.TrainConfig(**(options | train)),
   )
 

@@ -19,7 +19,7 @@ def get_config(width="32"):
   return c.Config(
     data=c.DataConfig(vocab_size=128, length=8, batch_size=16),
     model=c.ModelConfig(num_layers=3, width=int(width), num_heads=4),
-    fpp=c.FPPConfig(begin=0.0, end=0.75, checks=3),
+    fpp=c.FPPConfig(linear=0.7, embedding=0.7, begin=0.0, end=0.75, checks=3),
     train=c.TrainConfig(steps=8),
   )
 """

@@ -43,6 +43,7 @@ def rules_of(config):
   }
 
 
+PARTS = {"linear": 0.7, "embedding": 0.7}
 MLP = ("blocks_0/mlp/down/kernel", "blocks_0/mlp/up/kernel")
 GATED = c.llama(num_layers=1, width=32, num_heads=4)
 
@@ -50,7 +51,7 @@ GATED = c.llama(num_layers=1, width=32, num_heads=4)
 @pytest.mark.parametrize(
   ("fields", "expected"),
   [
-    ({"preset": "none"}, {}),
+    ({"preset": "none", "fpp": c.FPPConfig()}, {}),
     ({"dense": True}, {}),
     (
       {},
@@ -87,7 +88,11 @@ GATED = c.llama(num_layers=1, width=32, num_heads=4)
       },
     ),
     (
-      {"task": "classify", "model": c.bert(num_layers=1, width=32)},
+      {
+        "task": "classify",
+        "model": c.bert(num_layers=1, width=32),
+        "fpp": c.FPPConfig(**PARTS),
+      },
       {
         "blocks_0/attn/o/kernel": (0.7, "weight"),
         **dict.fromkeys(MLP, (0.7, "weight")),
@@ -96,18 +101,26 @@ GATED = c.llama(num_layers=1, width=32, num_heads=4)
       },
     ),
     (
-      {"fpp": c.FPPConfig(exclude=r"(.*)/(attn|mlp)/(o|up)/kernel|embed/.*")},
+      {
+        "fpp": c.FPPConfig(
+          **PARTS, exclude=r"(.*)/(attn|mlp)/(o|up)/kernel|embed/.*"
+        )
+      },
       {"blocks_0/mlp/down/kernel": (0.7, "weight")},
     ),
     (
       # Groups of the pattern must not be taken for those of the rule.
-      {"fpp": c.FPPConfig(exclude="(?i)(EM)bed/.*", granularity="neuron")},
+      {
+        "fpp": c.FPPConfig(
+          **PARTS, exclude="(?i)(EM)bed/.*", granularity="neuron"
+        )
+      },
       {
         "blocks_0/attn/o/kernel": (0.7, "weight"),
         "blocks_0/mlp/up/kernel": (0.7, "neuron"),
       },
     ),
-    ({"fpp": c.FPPConfig(exclude=".*")}, {}),
+    ({"fpp": c.FPPConfig(**PARTS, exclude=".*")}, {}),
   ],
   ids=[
     "none",
@@ -188,8 +201,10 @@ def test_rules_that_cannot_be_are_refused(fields, match):
     ({}, {"exclude": "embed/.*"}),
     ({"gated": True}, {"granularity": "neuron"}),
     ({}, {"embedding_granularity": "row"}),
+    ({}, {"embedding_share": 1.0}),
+    ({}, {"embedding_share": 0.0}),
   ],
-  ids=["plain", "untied", "exclude", "neuron", "row"],
+  ids=["plain", "untied", "exclude", "neuron", "row", "alike", "linear-alone"],
 )
 def test_overall_is_what_is_saved_in_the_end(model, fpp):
   config = tiny.config(
@@ -211,6 +226,20 @@ def test_overall_is_what_is_saved_in_the_end(model, fpp):
   granularities = [run.rules[s.rule].granularity for s in sites]
   short = sum({"weight": 1, "row": 32, "neuron": 98}[g] for g in granularities)
   assert 0 <= stored - (1 - 0.35) * total < short
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0, 2.0])
+def test_embeddings_keep_a_power_of_what_linear_layers_keep(share):
+  fpp = c.FPPConfig(overall=0.6, embedding_share=share)
+  targets = {n: found[0] for n, found in rules_of(tiny.config(fpp=fpp)).items()}
+  embedding = targets.pop("embed/embedding", 0.0)
+  (linear,) = set(targets.values())
+  assert 1 - embedding == pytest.approx((1 - linear) ** share, abs=1e-12)
+
+
+@pytest.mark.parametrize(("task", "share"), [("lm", 0.2), ("classify", 1.0)])
+def test_the_share_of_embeddings_depends_on_the_task(task, share):
+  assert c.resolve(c.Config(task=task)).fpp.embedding_share == share
 
 
 def test_folding_alone_may_save_enough():
@@ -242,7 +271,7 @@ def test_weight_decay_acts_on_matrices_alone():
 
 
 def test_without_rules_it_is_adamw_after_a_clip():
-  config = tiny.config(preset="none")
+  config = tiny.config(preset="none", fpp=c.FPPConfig())
   run, t = tiny.make(config), config.train
   by_hand = optax.chain(
     optax.clip_by_global_norm(t.clip_norm),

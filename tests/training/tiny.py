@@ -21,7 +21,9 @@ def config(**fields: Any) -> c.Config:
   values = {
     "data": c.DataConfig(length=LENGTH),
     "model": c.ModelConfig(num_layers=1, width=32, num_heads=4),
-    "fpp": c.FPPConfig(begin=0.0, end=0.75, checks=3),
+    "fpp": c.FPPConfig(
+      linear=0.7, embedding=0.7, begin=0.0, end=0.75, checks=3
+    ),
     "train": c.TrainConfig(steps=8, learning_rate=1e-2, warmup=0.0),
   }
   return c.resolve(c.Config(**(values | fields)))
