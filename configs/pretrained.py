@@ -62,8 +62,6 @@ def get_config(path: str = "") -> c.Config:
       v_block=None if shares_width else 0,
     ),
     fpp=c.FPPConfig(
-      linear=0.62,
-      embedding=0.71,
       embedding_granularity="row" if task == "classify" else "weight",
       # Early, so that most of a short recovery heals what was pruned.
       begin=0.02,

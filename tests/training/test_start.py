@@ -118,9 +118,8 @@ def test_a_run_folds_recovers_and_can_be_read(folded_run):
   workdir, result = folded_run
   assert result["finished"]
   assert _saved(result, "qkv") > 0.3
-  for group, target in (("linear", 0.62), ("embedding", 0.71)):
-    # Whole rows, and whole elements: a few of this few are a share.
-    assert _saved(result, group) == pytest.approx(target, abs=0.1)
+  # Whole rows, and whole elements: a few of this few are a share.
+  assert _saved(result, "overall") == pytest.approx(0.7, abs=0.05)
   layers = json.loads((workdir / "fold.json").read_text())
   assert [row["layer"] for row in layers] == [0, 1]
   assert all(0 < row["logits_kept"] <= 1 for row in layers)
