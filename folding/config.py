@@ -260,7 +260,8 @@ def resolve(config: Config) -> Config:
   c = from_dict(to_dict(config))
   if c.dense:
     c.preset, c.fold, c.fpp = "none", FoldConfig(), FPPConfig(score=c.fpp.score)
-  by_part = (c.fpp.linear, c.fpp.embedding) != (None, None)
+  parts = (c.fpp.linear, c.fpp.embedding, c.fpp.linear_layers)
+  by_part = any(part is not None for part in parts)
   for section, values in presets.PRESETS[c.preset].items():
     holder = getattr(c, section)
     for name, value in values.items():

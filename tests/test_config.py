@@ -48,11 +48,15 @@ def test_a_preset_changes_nothing_else(preset):
     ({"fold__groups": 0}, {"fold.groups": 0}),
     ({"fold__v_block": 8}, {"fold.v_block": 8}),
     ({"fpp__overall": 0.5}, {"fpp.overall": 0.5}),
-    # `overall` would replace the two fractions, so it is not filled in.
+    # `overall` would replace the fractions, so it is not filled in.
     ({"fpp__linear": 0.5}, {"fpp.linear": 0.5, "fpp.overall": None}),
     ({"fpp__embedding": 0.4}, {"fpp.embedding": 0.4, "fpp.overall": None}),
+    ({"fpp__linear_layers": (0.5,) * 4}, {"fpp.overall": None}),
   ],
-  ids=["groups", "no_groups", "v_block", "overall", "linear", "embedding"],
+  ids=[
+    *("groups", "no_groups", "v_block", "overall", "linear", "embedding"),
+    "linear_layers",
+  ],
 )
 def test_what_is_set_wins_over_the_preset(preset, fields, expected):
   resolved = c.to_dict(c.resolve(make_config(preset=preset, **fields)))
