@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as c
+from folding.compression.rules import make_sites
 from folding.models.transformer import make_model
 from folding.training import optimizer
 from folding.training.step import TrainState, init_state, train_step
@@ -65,6 +66,17 @@ def shapes(values: c.Config) -> Any:
   model = make_model(values, VOCAB, num_classes=3)
   tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def rules_of(values: c.Config) -> dict[str, tuple[float, str]]:
+  """Returns {matched parameter: (target, granularity)}."""
+  params = shapes(values)
+  dense = shapes(c.dense_twin(values))
+  rules = optimizer.make_rules(values, params, dense)
+  return {
+    site.name: (rules[site.rule].target, rules[site.rule].granularity)
+    for site in make_sites(rules, params)
+  }
 
 
 def noise(tree: Any, seed: int = 0) -> Any:
