@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding.config import MeshConfig
+from folding.config import FPPConfig, MeshConfig
 from folding.schema import TrainingError
 from folding.training import sharding
 from folding.training.checkpoint import Checkpoints
@@ -105,7 +105,7 @@ def test_a_save_is_of_the_moment_though_training_goes_on(tmp_path):
 
 
 def test_empty_parts_of_a_state_come_back(tmp_path):
-  run = tiny.make(tiny.config(preset="none"))
+  run = tiny.make(tiny.config(preset="none", fpp=FPPConfig()))
   state = run.init()
   assert state.opt_state.suspected == {}
   with Checkpoints(str(tmp_path)) as checkpoints:
