@@ -96,9 +96,10 @@ def no_field(where: str, name: str, names: Iterable[str]) -> str:
   last = name.split(".")[-1]
   near = [n for n in names if n.split(".")[-1] == last]
   near = near or difflib.get_close_matches(name, names)
-  rest = f"did you mean {' or '.join(near)}?" if near else ""
-  rest = rest or f"its fields are {', '.join(names)}"
-  return f"{where} has no field {name!r}; {rest}"
+  found = f"{where} has no field {name!r}; "
+  if near:
+    return found + f"did you mean {' or '.join(near)}?"
+  return found + f"its fields are {', '.join(names)}"
 
 
 def build(kind: type, values: Any, where: str) -> Any:

@@ -153,6 +153,10 @@ def test_config_takes_two_steps(name, stdlib_dir, tmp_path):
   # An untrained model guesses: log of 300 tokens or 8 classes.
   guess = np.log(8 if config.task == "classify" else 300)
   assert result["test"]["loss"] == pytest.approx(guess, abs=0.5)
+  zeros = {x["path"]: x["zeros"] for x in result["layers"]}
+  share = config_lib.resolve(config).fpp.embedding_share
+  kept = 1 - zeros["blocks_0/mlp/up/kernel"]
+  assert zeros["embed/embedding"] == pytest.approx(1 - kept**share, abs=1e-3)
   overall = result["parameters"]["overall"]
   stored = overall["stored"] / overall["dense"]
   assert stored == pytest.approx(0.3, abs=1e-3)

@@ -30,9 +30,9 @@ class Rule:
     tied: For "row" and "neuron", what else belongs to unit i: {path of an array:
       axis that i indexes}. Paths may use groups of the pattern, as
       "\1/down/kernel".
-    score: Of these parameters; None: that of `fpp`. A forward pass
-      says of an embedding how common its tokens are; by "magnitude" rare ones
-      do not lose all they have.
+    score: Of these parameters; None: that of `fpp`. A forward pass says of an
+      embedding how common its tokens are; by "magnitude" rare ones do not lose
+      all they have.
 
   Example:
     >>> Rule(r"(.*mlp)/up/kernel", 0.5, "neuron",

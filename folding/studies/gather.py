@@ -272,7 +272,7 @@ def read_csv(path: str) -> list[Row]:
 
   def read(name: str, text: str) -> Any:
     if text == "":
-      return "" if name == "about" else None
+      return "" if name == "about" else None  # a method may say nothing
     if name in texts:
       return text
     return int(text) if name in whole else float(text)

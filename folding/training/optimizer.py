@@ -135,16 +135,14 @@ def _fractions_for(
   leaves = paths.flatten(params)
   total = sum(math.prod(x.shape) for x in paths.flatten(dense).values())
   stored = sum(math.prod(x.shape) for x in leaves.values())
-
-  def prunable(*fractions: float) -> int:
-    return sum(
-      math.prod(leaves[name].shape)
-      for site in make_sites(_rules(config, params, *fractions), params)
-      for name in site.members
-    )
-
-  # Any fraction names the same parameters.
-  linear, embedding = prunable(0.5, 0.0), prunable(0.0, 0.5 * (share > 0))
+  # What is pruned, at any fraction.
+  sites = make_sites(_rules(config, params, 0.5, 0.5 * (share > 0)), params)
+  linear = embedding = 0
+  for name in (name for site in sites for name in site.members):
+    if group_of(name) == "embedding":
+      embedding += math.prod(leaves[name].shape)
+    else:
+      linear += math.prod(leaves[name].shape)
   needed = stored - (1 - overall) * total
   if needed >= linear + embedding and needed > 0:
     raise ConfigError(

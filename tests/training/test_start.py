@@ -120,6 +120,9 @@ def test_a_run_folds_recovers_and_can_be_read(folded_run):
   assert _saved(result, "qkv") > 0.3
   # Whole rows, and whole elements: a few of this few are a share.
   assert _saved(result, "overall") == pytest.approx(0.7, abs=0.05)
+  linear, embedding = (_saved(result, g) for g in ("linear", "embedding"))
+  assert 0.5 < linear < 0.9
+  assert embedding == pytest.approx(linear, abs=0.1)
   layers = json.loads((workdir / "fold.json").read_text())
   assert [row["layer"] for row in layers] == [0, 1]
   assert all(0 < row["logits_kept"] <= 1 for row in layers)
