@@ -1,8 +1,8 @@
-"""The core of from_scratch.py: six methods, two levels, shorter runs.
+"""The core of from_scratch.py: six methods, four levels, shorter runs.
 
 Run:     folding study configs/studies/short.py:FOLDER,trec,tiny_shakespeare \
            --workdir=DIR
-Expect:  72 runs for two data sets, half a minute each on two cores, and half
+Expect:  126 runs for two data sets, half a minute each on two cores, and half
          of that for seeds after the first, whose programs are compiled already
 """
 
@@ -23,6 +23,6 @@ def get_study(where: str = "") -> Study:
   return Study(
     datasets=found,
     methods=methods.pick(*_METHODS),
-    levels=(0.3, 0.7),
+    levels=(0.3, 0.5, 0.7, 0.8),
     seeds=(0, 1, 2),
   )

@@ -82,6 +82,7 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
+    self.wait()  # or what is still being written would count as free
     # Asked first: a save that fails half-way leaves threads that complain.
     needed = _RESERVE_BYTES + sum(x.nbytes for x in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
