@@ -34,6 +34,7 @@ def get_config(path: str = "") -> c.Config:
     found = c.load(os.path.join(path, "config.json"))
     task, model, data = found.task, found.model, found.data
     data.tokenizer = os.path.join(path, "tokenizer.json")
+    data.first_batch += found.train.steps  # reads on where the run stopped
   else:
     folder = pretrained.find_pretrained(path)
     described = pretrained.describe_pretrained(folder)

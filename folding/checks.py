@@ -55,8 +55,8 @@ def check(c: Any) -> None:
     value = _get(c, name)
     require(value > 0, f"{name} must be above 0; it is {value}")
   for name in (
-    "data.max_bytes data.prefetch_batches train.weight_decay "
-    " train.final_learning_rate fpp.patience fpp.tolerance "
+    "data.max_bytes data.first_batch data.prefetch_batches train.weight_decay "
+    "train.final_learning_rate fpp.patience fpp.tolerance "
     "fpp.embedding_share"
   ).split():
     value = _get(c, name)

@@ -44,6 +44,7 @@ class DataConfig:
   batch_size: int = 32  # B, examples over all processes
   eval_batch_size: int = 64
   max_bytes: int | None = None  # of training text; None: all of it
+  first_batch: int = 0  # where a run begins that goes on from another's end
   prefetch_batches: int = 2  # prepared ahead by a thread; 0: none
 
 

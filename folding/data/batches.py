@@ -141,7 +141,7 @@ def make_data(
     label_names=texts.label_names,
     num_bytes=num_bytes,
     num_examples=num_examples,
-    _train_batch=train_batch,
+    _train_batch=lambda step: train_batch(data.first_batch + step),
     _eval_batch=eval_batch,
     _eval_batch_size=data.eval_batch_size,
     _prefetch_batches=data.prefetch_batches,

@@ -130,7 +130,10 @@ class Trial:
       return edited(base, edits)
     method = self.study.methods[self.method]
     if self.needs is not None:
-      base = edited(base, {"train.steps": max(1, steps - part)})
+      edits = {"train.steps": max(1, steps - part)}
+      # Reads on: what was read before is learned by heart if it comes again.
+      edits |= {"data.first_batch": base.data.first_batch + part}
+      base = edited(base, edits)
     start = self.needs.run if self.needs else ""
     return method.config(base, self.level, self.seed, start)
 

@@ -279,6 +279,15 @@ def test_prefetching_starts_anywhere_and_changes_nothing(config, ahead):
     _equal(next(stream), fresh.train_batch(step))
 
 
+def test_a_run_may_read_on_where_another_stopped(config):
+  whole = batches.make_data(config)
+  config.data.first_batch = 33
+  rest = batches.make_data(config)
+  stream = rest.train_batches(first_step=4)
+  for step in range(4, 20):
+    _equal(next(stream), whole.train_batch(33 + step))
+
+
 def test_processes_share_each_batch_by_rows(config):
   config.data.eval_batch_size = 12
   whole = batches.make_data(config)

@@ -60,6 +60,8 @@ def test_both_parts_together_have_the_steps_of_the_others(tmp_path):
   rest = trials["a--wanda--30--s7"].config()
   assert first.train.steps == round(0.6 * whole.train.steps)
   assert first.train.steps + rest.train.steps == whole.train.steps
+  assert first.data.first_batch == whole.data.first_batch == 0
+  assert rest.data.first_batch == first.train.steps  # no text comes again
   assert first.dense
   assert not rest.dense
   assert {x.seed for x in (whole, first, rest)} == {7}
