@@ -129,6 +129,7 @@ def make_data(
   train_batch, eval_batch, num_examples = plan(
     data, texts, tokenizer, seed, share
   )
+  first = data.first_batch
   num_bytes = {}
   if config.task == "lm":
     num_bytes = {
@@ -141,7 +142,7 @@ def make_data(
     label_names=texts.label_names,
     num_bytes=num_bytes,
     num_examples=num_examples,
-    _train_batch=lambda step: train_batch(data.first_batch + step),
+    _train_batch=lambda step: train_batch(first + step),
     _eval_batch=eval_batch,
     _eval_batch_size=data.eval_batch_size,
     _prefetch_batches=data.prefetch_batches,

@@ -121,6 +121,7 @@ def test_a_checkpoint_is_tuned_and_then_every_method_recovers_from_it(
     assert config.data.tokenizer == f"{trials[1].run}/tokenizer.json"
     assert config.distill.logits > 0
     assert config.train.steps + part.train.steps == dense.train.steps
+    assert config.data.first_batch == 1000 + part.train.steps  # reads on
     assert config.data.path == f"{data}/topics"
   for trial in trials:
     c.resolve(trial.config())
