@@ -215,6 +215,11 @@ def _check_model(c: Any) -> None:
   for block in _layers(m, f.v_block, "fold.v_block"):
     require(block >= 0, f"fold.v_block must be 0 or more; it is {block}")
     require(
+      m.heads is None or block == 0 or m.head_dim % block == 0,
+      f"fold.v_block {block} joins heads of {m.head_dim}, so none can be left "
+      "out by model.heads; use a divisor, or 0 (dense)",
+    )
+    require(
       block == 0 or m.width % block == 0,
       f"fold.v_block {block} does not divide model.width {m.width}, so W_V "
       "cannot be block-diagonal; use a divisor, 1 (diagonal) or 0 (dense)",
@@ -241,7 +246,8 @@ def _check_heads(m: Any) -> None:
   shared = m.num_heads // m.num_kv_heads
   for heads in _layers(m, m.heads, "model.heads"):
     require(
-      heads == tuple(sorted(set(heads)))
+      len(heads) > 0
+      and heads == tuple(sorted(set(heads)))
       and all(0 <= h < m.num_heads for h in heads)
       and all(
         h in heads

@@ -66,6 +66,14 @@ COMBINATIONS = {
     {"model__num_kv_heads": 3},
     r"num_heads 16 is not divisible by model\.num_kv_heads 3",
   ),
+  "no_head_left": (
+    {"model__heads": ((),) * 4},
+    r"model\.heads lists the heads of a layer in order.*; it is \(\)",
+  ),
+  "blocks_join_heads": (
+    {"model__heads": ((0, 1),) * 4, "fold__v_block": 16},
+    r"fold\.v_block 16 joins heads of 8, so none can be left out",
+  ),
   "rope_scaling": (
     {"model__rope_scaling": (8.0, 4.0, 1.0, 8192.0)},
     r"model\.rope_scaling is \(factor,\) or .* low < high; it is \(8\.0, 4",

@@ -29,17 +29,21 @@ def unfold(
   without v has the identity for it. Layers that are dense already are left as
   they are. Repeating is exact.
 
+  Heads that share keys have values of their own in block-diagonal W_V. A dense
+  model with as many keys as values is meant then: keys, and in other layers
+  values, are repeated for each head, in all layers.
+
   Rotary positions by pairs: the channels of a pair go where the dense model
   turns by the same angle, times (K/G)^(1/2), and all others are zero.
 
   Args:
-    params: A tree of dicts with attention layers anywhere in it.
+    params: A tree of dicts and lists with attention layers anywhere in it.
     frequencies: Radians a token of the K/2 pairs of the dense model; needed
       where a layer has a `frequency` of its own.
 
   Raises:
-    ValueError: a layer's shapes do not fit each other, or it turns by angles
-      that the dense model does not have.
+    ValueError: there is no attention layer, a layer's shapes do not fit each
+      other, or it turns by angles that the dense model does not have.
 
   Example:
     >>> layer = {"q": {"kernel": jnp.ones((4, 2, 1))},
@@ -50,11 +54,19 @@ def unfold(
     >>> dense["q"]["kernel"].shape, dense["v"]["kernel"].shape
     ((4, 2, 2), (4, 2, 2))
   """
-  return _map_layers(
-    lambda layer, name: _unfold_layer(layer, name, frequencies),
-    params,
-    "",
-  )
+  is_shared = False
+
+  def unfold_layer(layer, name):
+    nonlocal is_shared
+    dense = _unfold_layer(layer, name, frequencies)
+    heads_k, heads_v = (dense[role]["kernel"].shape[1] for role in ("k", "v"))
+    is_shared |= heads_k != heads_v
+    return dense
+
+  dense = _map_layers(unfold_layer, params)
+  if not is_shared:
+    return dense
+  return _map_layers(lambda layer, _: _with_own_keys(layer), dense)
 
 
 def fold(
@@ -62,19 +74,26 @@ def fold(
 ) -> dict[str, Any]:
   """Returns the stored form of parameters that are already folded in value.
 
-  The inverse of `unfold`, bit for bit: rows of a group must be identical and
-  W_V exactly block-diagonal. (Zero groups or a zero block leave W_Q and W_K,
-  or W_V, dense.) What is folded already stays as it is.
+  The inverse of `unfold`, bit for bit, but for pairs of rotary positions and
+  keys that it had to repeat: rows of a group must be identical and W_V exactly
+  block-diagonal. (Zero groups or a zero block leave W_Q and W_K, or W_V, dense.)
+  What is folded already stays as it is.
 
   Args:
-    params: A tree of dicts with dense attention layers anywhere in it.
-    groups: G, row groups of W_Q and W_K.
+    params: A tree of dicts and lists with dense attention layers anywhere in it.
+    groups: G, row groups of W_Q and W_K, of all layers.
     axis: "output" or "input", the axis that the groups run over.
-    v_block: Block size of W_V.
+    v_block: Block size of W_V, of all layers.
 
   Raises:
-    ValueError: a kernel does not have the asked structure; names it.
+    ValueError: an argument is out of range, there is no attention layer, or a
+      kernel does not have the asked structure; names it.
   """
+  for name, size in (("groups", groups), ("v_block", v_block)):
+    if not isinstance(size, int | np.integer) or size < 0:
+      raise ValueError(
+        f"{name} is one number for all layers, 0 or more; it is {size!r}"
+      )
   if axis not in ("output", "input"):
     raise ValueError(f"axis must be 'output' or 'input'; it is {axis!r}")
 
@@ -86,21 +105,44 @@ def fold(
       folded["v"] = _fold_value(layer["v"], v_block, f"{name}/v")
     return folded
 
-  return _map_layers(fold_layer, params, "")
+  return _map_layers(fold_layer, params)
 
 
 def _map_layers(
-  function: Callable[[Params, str], Params], tree: Any, name: str
-) -> Any:
+  function: Callable[[Params, str], Params], params: Params
+) -> dict[str, Any]:
   """Applies a function to each attention layer; copies no other array."""
-  if not isinstance(tree, Mapping):
+  count = 0
+
+  def walk(tree, name):
+    nonlocal count
+    if isinstance(tree, Mapping):
+      if {"q", "k", "o"} <= set(tree):
+        count += 1
+        return dict(function(tree, name))
+      return {k: walk(v, f"{name}/{k}" if name else k) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+      return [walk(value, f"{name}/{n}") for n, value in enumerate(tree)]
     return tree
-  if {"q", "k", "o"} <= set(tree):
-    return dict(function(tree, name))
-  return {
-    key: _map_layers(function, value, f"{name}/{key}" if name else key)
-    for key, value in tree.items()
-  }
+
+  found = walk(params, "")
+  if not count:
+    raise ValueError(
+      "there is no attention layer, which is a dict with q, k and o, among "
+      f"{', '.join(map(str, params)) or 'no parameters'}"
+    )
+  return found
+
+
+def _with_own_keys(layer: Params) -> dict[str, Any]:
+  """Returns a layer where each head has keys and values of its own."""
+  H = layer["o"]["kernel"].shape[0]
+
+  def repeated(projection):
+    copies = H // projection["kernel"].shape[1]
+    return {n: jnp.repeat(w, copies, axis=-2) for n, w in projection.items()}
+
+  return {**layer, "k": repeated(layer["k"]), "v": repeated(layer["v"])}
 
 
 def _unfold_layer(

@@ -307,6 +307,11 @@ def _check_options(
     if not condition:
       raise ValueError(f"fpp: {message}")
 
+  for name, steps in (("begin", begin), ("end", end), ("every", every)):
+    require(
+      isinstance(steps, int | np.integer),
+      f"{name} is a whole number of steps; it is {steps!r}",
+    )
   require(0 <= begin <= end, f"begin {begin} to end {end} is no range of steps")
   require(every >= 1, f"every must be at least 1; it is {every}")
   require(patience >= 0, f"patience must be at least 0; it is {patience}")

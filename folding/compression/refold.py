@@ -78,6 +78,10 @@ def fold_heads(
     a_ERK = a_EHK[:, of_j]
     left = np.concatenate([root_q.T @ a_ERK[:, r] for r in range(H // J)])
     u, s, v = _svd_of_product(left, root_k.T @ b_EJK[:, j])
+    u, s, v = (  # of fewer input channels than groups
+      np.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, max(0, groups - len(s)))])
+      for x in (u, s, v)
+    )
     kept, total = kept + np.sum(s[:groups] ** 2), total + np.sum(s**2)
     # Half of each singular value goes to either side.
     scale = (groups / K) ** 0.5 * np.sqrt(s[:groups])

@@ -126,7 +126,9 @@ def lazy_scores(
 
   With rms the root mean square of a weight's input:
     relative: (|w| / mean of its row + |w| / mean of its column) rms^(1/2),
-      as Zhang et al. 2024 ("Plug-and-Play", RIA) for trained models.
+      as Zhang et al. 2024 ("Plug-and-Play", RIA) for trained models. A row is
+      the last axis, a column all the others; so in a kernel into heads,
+      [D, H, K], each input has a row a head.
     activation: |w| rms, as Sun et al. 2024 (Wanda).
     magnitude: |w|.
     evolution: decayed average of |w| over checks.

@@ -202,10 +202,10 @@ def verified(
     return chosen
 
   def fails(trial):
+    chosen = share(trial)
     clear = {
-      name: site.expand(units, name, leaves[name].ndim)
+      name: site.expand(chosen[site.name], name, leaves[name].ndim)
       for site in sites
-      for units in [share(trial)[site.name]]
       for name in site.members
     }
     trial_params = paths.map_named(

@@ -169,6 +169,8 @@ class Attention(nn.Module):
     step: Step | None = None,
   ) -> Float[Array, "B L D"]:
     c, f = self.config, self.fold
+    if keep_BL is not None:
+      keep_BL = keep_BL.astype(bool)  # tokenizers write 0 and 1
     assert c.num_kv_heads is not None and c.head_dim is not None
     assert c.qkv_bias is not None, "the config is not resolved"
     assert isinstance(f.groups, int) and isinstance(f.v_block, int)
@@ -192,7 +194,7 @@ class Attention(nn.Module):
     place_L = jnp.arange(x_BLD.shape[1]) if step is None else step.place[None]
     if c.positions == "rope":
       q, k = self._rotate(q, k, K, place_L)
-    slopes_H = self._slopes(len(heads))
+    slopes_H = self._slopes(heads)
     is_rank_1 = c.causal and has_rank_1(c, f)
     if is_rank_1 and self._writes("spans"):
       span = past_lib.span_of_all(q[..., 0], k[..., 0], K)
@@ -265,14 +267,14 @@ class Attention(nn.Module):
     k = jnp.repeat(k, head_dim // size, axis=-1)
     return rotate(q, frequency, place_L), rotate(k, frequency, place_L)
 
-  def _slopes(self, num_heads: int) -> Float[Array, " H"] | None:
+  def _slopes(self, heads: tuple[int, ...]) -> Float[Array, " H"] | None:
     """Returns the slope of each head; None without ALiBi."""
     c = self.config
     if c.positions != "alibi":
       return None
     slopes_H = jnp.array(alibi_slopes(c.num_heads), jnp.float32)
     log_slopes_H = self.param(
-      "log_slopes", lambda _: jnp.log(slopes_H)[:num_heads]
+      "log_slopes", lambda _: jnp.log(slopes_H)[jnp.array(heads)]
     )
     return jnp.exp(log_slopes_H.astype(jnp.float32))
 

@@ -5,6 +5,7 @@ inside a panel, with x in [-1, 1] and a = (half width of the panel) * max |t|,
 what is interpolated is e^(a x).
 """
 
+import bisect
 import functools
 import math
 
@@ -134,7 +135,7 @@ def nodes_for(s_half: float, t_half: float, tolerance: float) -> int:
   """Returns the fewest nodes whose `error_bound` is within the tolerance.
 
   Raises:
-    ValueError: no number is enough, because of rounding.
+    ValueError: no number is enough, because of rounding or infinite ranges.
 
   Example:
     >>> nodes_for(2.0, 4.0, 1e-4), nodes_for(12.0, 4.0, 1e-4)
@@ -145,7 +146,14 @@ def nodes_for(s_half: float, t_half: float, tolerance: float) -> int:
       f"the tolerance {tolerance:g} is below the rounding of float32; "
       f"{float(error_bound(0.0, 0.0, NODES)):.1g} is within reach"
     )
-  num_nodes = NODES
-  while not error_bound(s_half, t_half, num_nodes) <= tolerance:
-    num_nodes += NODES
-  return num_nodes
+  if not math.isfinite(s_half * t_half):
+    raise ValueError("the range of the queries and keys is not finite")
+
+  def is_enough(P: int) -> bool:
+    return bool(error_bound(s_half, t_half, P * NODES) <= tolerance)
+
+  most = 1
+  while not is_enough(most):
+    most *= 2
+  counts = range(1, most + 1)
+  return NODES * counts[bisect.bisect_left(counts, True, key=is_enough)]

@@ -99,10 +99,9 @@ def describe(values: dict[str, Any]) -> Description:
     num_classes=len(labels),
     label_names=labels,
   )
-  offset = described.position_offset
-  return dataclasses.replace(
-    described, max_length=described.max_length - offset
-  )
+  left = described.max_length - described.position_offset
+  schema.require(left > 0, "config.json: there are no positions left")
+  return dataclasses.replace(described, max_length=left)
 
 
 def _require_only(name: str, value: Any, only: Any) -> None:

@@ -145,6 +145,11 @@ def describe_pretrained(folder: pathlib.Path) -> hf_config.Description:
     return hf_config.describe(values)
   except schema.ConfigError as error:
     raise schema.ConfigError(f"{folder}: {error}") from None
+  except (AttributeError, KeyError, TypeError) as error:
+    # A value of another type than theirs, somewhere.
+    raise schema.ConfigError(
+      f"{folder}: config.json is broken: {type(error).__name__}: {error}"
+    ) from error
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

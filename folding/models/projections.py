@@ -98,7 +98,7 @@ class BlockDiagonal(nn.Module):
       x_BLHK = x_BLHK[:, :, jnp.array(self.heads)]
     if self.is_identity and self.block == 1:
       return x_BLHK
-    if self.block > K and H < D // K:
+    if K % self.block and H < D // K:
       raise ValueError(
         f"blocks of {self.block} join heads of {K}, so none can be left out"
       )

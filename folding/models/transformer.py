@@ -267,7 +267,14 @@ def make_model(
     config: Resolved by `folding.config.resolve`.
     vocab_size: V, from the tokenizer.
     num_classes: C, from the data; ignored for next-token models.
+
+  Raises:
+    ValueError: the config is not resolved.
   """
+  if config.model.head_dim is None or config.fold.groups is None:
+    raise ValueError(
+      "the config is not resolved; make the model of folding.config.resolve(config)"
+    )
   return Transformer(
     config.model,
     config.fold,

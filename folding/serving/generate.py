@@ -12,7 +12,7 @@ from folding.config import at_layer
 from folding.models import past
 from folding.models.attention import has_rank_1
 from folding.models.transformer import Transformer
-from folding.schema import require
+from folding.schema import ConfigError, require
 from folding.serving import sampling as sampling_lib
 from folding.serving import steps
 from folding.serving.sampling import Sampling
@@ -264,7 +264,10 @@ class Generator:
     return self._calibrate(params, jnp.asarray(tokens_BL, jnp.int32))
 
   def _num_nodes(self, spans: Any) -> int:
-    num_nodes = past.nodes_for(spans, _TOLERANCE)
+    try:
+      num_nodes = past.nodes_for(spans, _TOLERANCE)
+    except ValueError as error:
+      raise ConfigError(f"no constant state: {error}") from None
     require(
       num_nodes <= _MOST_NODES,
       "the queries and keys of this model range too far for a constant state",

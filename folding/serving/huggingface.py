@@ -1,5 +1,6 @@
 """A model in the standard layout, that `transformers` loads as it is."""
 
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -56,6 +57,10 @@ def export_hf(
   except ValueError as error:
     raise ConfigError(f"it has no dense form: {error}") from None
   params = jax.tree.map(np.asarray, params)
+  model = dense_twin(config).model
+  # Where W_V is diagonal no two heads share keys any more.
+  num_kv_heads = params["blocks_0"]["attn"]["k"]["kernel"].shape[1]
+  model = dataclasses.replace(model, num_kv_heads=num_kv_heads)
   if isinstance(loaded.tokenizer, MappedTokenizer):
     rows = params["embed"]["embedding"][loaded.tokenizer.token_map]
     params["embed"] = {"embedding": rows}
@@ -64,7 +69,7 @@ def export_hf(
     tokenizer_path.write_text(loaded.tokenizer.to_json(), "utf-8")
     save_pretrained(
       params,
-      dense_twin(config).model,
+      model,
       family,
       path,
       tokenizer_path=tokenizer_path,

@@ -1,5 +1,7 @@
 """Folded models against their unfolded twins, and `fold` against `unfold`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,26 @@ def test_the_unfolded_model_gives_the_same_logits(name):
   # Float32 sums in another order: some 1e-6 of the largest logit.
   scale = np.abs(expected).max()
   np.testing.assert_allclose(found, expected, atol=1e-5 * scale, rtol=0)
+
+
+def test_shared_keys_are_repeated_where_values_are_not_shared():
+  shape = llama(**_SHAPE | {"num_layers": 2}, num_kv_heads=2)
+  folded = _model(shape, groups=2, v_block=1, first_dense=True)
+  dense = _model(dataclasses.replace(shape, num_kv_heads=4))
+  params = _params(folded)
+  twin = unfold(params)
+  shapes = jax.eval_shape(dense.init, jax.random.key(0), _TOKENS)["params"]
+  assert jax.tree.map(jnp.shape, twin) == jax.tree.map(jnp.shape, shapes)
+  found, expected = _logits(folded, params), _logits(dense, twin)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found, expected, atol=1e-5 * scale, rtol=0)
+
+
+def test_layers_in_lists_are_found():
+  params = _params(_model(*_CASES["paper"][:1], groups=1, v_block=1))
+  layer = params["blocks_0"]["attn"]
+  (found,) = unfold({"layers": [layer]})["layers"]
+  _assert_bit_equal(found, unfold(layer))
 
 
 @pytest.mark.parametrize("role", ["q", "v"])

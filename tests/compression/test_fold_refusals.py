@@ -64,6 +64,12 @@ def _changed(path, index, by):
     (_layer(), {"groups": 2, "axis": "input"}, "enc/attn/q: rows of a group"),
     (_layer(), {"axis": "rows"}, "axis must be 'output' or 'input'; it is"),
     (
+      _layer(),
+      {"groups": -1},
+      "groups is one number for all layers, .*; it is",
+    ),
+    ({"a": {"kernel": 0}}, {}, "there is no attention layer, .* among a$"),
+    (
       fold(_layer(), groups=2, v_block=2),
       {"groups": 2, "v_block": 1},
       "enc/attn/v: it is folded already, to blocks of 2, not 1",
@@ -80,6 +86,8 @@ def _changed(path, index, by):
     "block-does-not-divide",
     "other-axis",
     "axis-name",
+    "negative",
+    "no-attention",
     "folded-otherwise",
   ],
 )

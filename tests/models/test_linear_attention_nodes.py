@@ -92,7 +92,7 @@ def test_derivatives_are_those_of_the_polynomials():
 
 @pytest.mark.parametrize(
   ("s", "t", "tolerance"),
-  [(2.0, 4.0, 1e-4), (12.0, 4.0, 1e-4), (0.0, 0.0, 1e-5)],
+  [(2.0, 4.0, 1e-4), (12.0, 4.0, 1e-4), (0.0, 0.0, 1e-5), (1e6, 9.0, 1e-4)],
 )
 def test_nodes_for_takes_no_more_than_it_needs(s, t, tolerance):
   num_nodes = chebyshev.nodes_for(s, t, tolerance)
@@ -105,6 +105,9 @@ def test_nodes_for_takes_no_more_than_it_needs(s, t, tolerance):
 def test_impossible_requests_are_refused():
   with pytest.raises(ValueError, match="below the rounding of float32"):
     chebyshev.nodes_for(1.0, 1.0, 1e-8)
+  for size in (np.inf, np.nan):
+    with pytest.raises(ValueError, match="is not finite"):
+      chebyshev.nodes_for(size, 1.0, 1e-4)
   with pytest.raises(ValueError, match="multiple of 16; it is 40"):
     chebyshev.error_bound(1.0, 1.0, 40)
 

@@ -154,6 +154,14 @@ def _written(name, text):
   return lambda folder: (folder / name).write_text(text)
 
 
+def _configured(**fields):
+  def write(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+  return write
+
+
 def _unlinked(name):
   return lambda folder: (folder / name).unlink()
 
@@ -223,6 +231,10 @@ BROKEN = {
   "no_tokenizer": (
     _unlinked("tokenizer.json"),
     "has no tokenizer.json; transformers.AutoTokenizer.*writes one",
+  ),
+  "other_type": (
+    _configured(rope_scaling="linear"),
+    "config.json is broken: TypeError",
   ),
   "not_a_tokenizer": (
     _written("tokenizer.json", "{}"),

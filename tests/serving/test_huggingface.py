@@ -22,6 +22,10 @@ _CASES = {
     c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2),
     {"groups": 4, "rope": "pairs", "v_block": 0},
   ),
+  "llama-own-keys": (
+    c.llama(**models.SHAPE, num_kv_heads=2),
+    {"groups": 0, "v_block": 1, "first_dense": True},
+  ),
 }
 
 
