@@ -29,15 +29,17 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
     if typing.get_origin(hint) is typing.Literal:
       register(hint, flags.EnumParser(list(typing.get_args(hint))))
   for arg in argv:
-    name = arg.removeprefix("--").removeprefix("no").split("=")[0]
+    name = arg.lstrip("-").removeprefix("no").split("=")[0]
     if name.startswith("config.") and name[7:] not in fields:
       raise schema.ConfigError(schema.no_field("config", name[7:], fields))
   try:
     rest = flags.FLAGS(argv)[1:]
-  except (flags.Error, ValueError, TypeError) as error:
-    # ml_collections wraps what get_config raised, with its traceback.
-    message = (str(error).strip().splitlines() or [repr(error)])[-1]
-    message = message.removeprefix("folding.schema.ConfigError: ")
+  except Exception as error:  # a config file is a program
+    message = f"--config fails: {type(error).__name__}: {error}"
+    if isinstance(error, flags.Error | ValueError | TypeError):
+      # ml_collections wraps what get_config raised, with its traceback.
+      message = (str(error).strip().splitlines() or [repr(error)])[-1]
+      message = message.removeprefix("folding.schema.ConfigError: ")
     raise schema.ConfigError(message) from error
   if rest or not _WORKDIR.value or not flags.FLAGS["config"].present:
     which = f"; {rest[0]!r} is neither" if rest else ""

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from folding.schema import require
+from folding.schema import require, require_seed
 
 _BY_WEIGHT = (("weight", "output"), ("weight", "all"))
 
@@ -14,6 +14,7 @@ def check(c: Any) -> None:
   Raises:
     ConfigError: a value is out of range, or two do not fit.
   """
+  require_seed(c.seed)
   for name in (
     "data.length data.batch_size data.eval_batch_size data.vocab_size "
     "model.num_layers model.width model.num_heads model.num_kv_heads "

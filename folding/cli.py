@@ -140,6 +140,10 @@ def generate(args: argparse.Namespace) -> None:
       prompts += lines
   elif not prompts:
     prompts = [""]
+  try:
+    "".join(prompts).encode()
+  except UnicodeEncodeError as error:
+    raise schema.ConfigError(f"a prompt is not UTF-8: {error.reason}") from None
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
   pieces = text.continue_texts(
     export_lib.load(args.path),

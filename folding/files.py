@@ -1,7 +1,9 @@
 """Files: written whole or not at all; Python ones, of which a function counts."""
 
 import importlib.util
+import json
 import os
+import secrets
 import sys
 from typing import Any
 
@@ -12,7 +14,8 @@ def write_file(path: str, content: str | bytes) -> None:
   """Writes a file whole or not at all."""
   if isinstance(content, str):
     content = content.encode("utf-8")
-  temporary = f"{path}.{os.getpid()}.tmp"
+  # Of containers that share a disk, several have a process 1.
+  temporary = f"{path}.{secrets.token_hex(4)}.tmp"
   try:
     with open(temporary, "wb") as file:
       file.write(content)
@@ -21,6 +24,24 @@ def write_file(path: str, content: str | bytes) -> None:
     if os.path.exists(temporary):
       os.remove(temporary)
     raise
+
+
+def read_json(path: str, kind: type[Any]) -> Any:
+  """Returns what a JSON file says, of a kind: dict or list.
+
+  Raises:
+    ConfigError: it is damaged.
+    OSError: it cannot be read.
+  """
+  with open(path, encoding="utf-8") as file:
+    try:
+      found = json.load(file)
+    except ValueError as error:
+      raise ConfigError(f"{path} is damaged: {error}") from error
+  require(
+    isinstance(found, kind), f"{path} is damaged: it is no {kind.__name__}"
+  )
+  return found
 
 
 def call_in_file(where: str, function: str) -> Any:
@@ -43,7 +64,11 @@ def call_in_file(where: str, function: str) -> Any:
   try:
     spec.loader.exec_module(module)
     return getattr(module, function)(*([argument] if colon else []))
-  except (AttributeError, ImportError, SyntaxError, TypeError) as error:
-    raise ConfigError(f"{function}() of {path!r} fails: {error}") from error
+  except ConfigError:
+    raise
+  except Exception as error:  # it is the user's program
+    raise ConfigError(
+      f"{function}() of {path!r} fails: {type(error).__name__}: {error}"
+    ) from error
   finally:
     sys.path.remove(os.getcwd())

@@ -38,6 +38,11 @@ def require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
+def require_seed(seed: int) -> None:
+  """Raises `ConfigError` unless a number is one that JAX takes for a seed."""
+  require(abs(seed) < 2**63, f"a seed has 64 bits; it is {seed}")
+
+
 def set_values(values: dict[str, Any], edits: Mapping[str, Any]) -> None:
   """Puts {"section.field": value} into the nested dict of a dataclass.
 

@@ -114,7 +114,7 @@ def _map_layers(
   """Applies a function to each attention layer; copies no other array."""
   count = 0
 
-  def walk(tree, name):
+  def walk(tree: Any, name: str) -> Any:
     nonlocal count
     if isinstance(tree, Mapping):
       if {"q", "k", "o"} <= set(tree):

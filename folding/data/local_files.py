@@ -127,6 +127,12 @@ def _read_file(
   for line, row_text, label in readers[file.suffix](file, text, data):
     place = f"{file}:{line}"
     schema.require(bool(row_text.strip()), f"{place}: the text is empty")
+    try:
+      f"{row_text}{label}".encode()
+    except UnicodeEncodeError as error:  # what JSON may say with \\ud83d
+      raise schema.ConfigError(
+        f"{place}: half a character, which UTF-8 cannot say ({error.reason})"
+      ) from error
     rows.texts.append(row_text)
     rows.lines.append(line)
     if rows.labels is not None:
@@ -194,7 +200,7 @@ def _read_jsonl(
     place = f"{file}:{number}"
     try:
       row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
       raise schema.ConfigError(f"{place}: not JSON ({error})") from error
     schema.require(isinstance(row, dict), f"{place}: not a JSON object")
     # A guess made from the first row holds for all of them.

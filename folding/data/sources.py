@@ -175,11 +175,20 @@ def _prepared(
     kind = "source" if task == "lm" else "topic"
     return python_stdlib.prepare(kind, data.dir)
   instead = "put text in a local file and set data.path"
-  try:
-    builder = tfds.builder(
+
+  def builder_of() -> tfds.core.DatasetBuilder:
+    return tfds.builder(
       data.name, data_dir=data.dir, file_format="array_record"
     )
-    builder.download_and_prepare()
+
+  try:
+    builder = builder_of()
+    try:
+      builder.download_and_prepare()
+    except Exception:
+      builder = builder_of()
+      if not builder.is_prepared():  # by another process meanwhile
+        raise
   except tfds.core.DatasetNotFoundError as error:
     raise schema.ConfigError(
       f"TFDS has no data set {data.name!r} (data.name); see the names in its "

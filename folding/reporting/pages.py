@@ -198,6 +198,9 @@ def _pruning(run: runs.Run) -> str:
   if f.overall is not None:
     targets = [("target of the whole model", f.overall)]
   rows = [(name, words.percent(value)) for name, value in targets]
+  if f.linear_layers is not None:
+    by_layer = ", ".join(map(words.percent, f.linear_layers))
+    rows[0] = ("target of linear, by layer", by_layer)
   rows += [
     ("score", f.score),
     (

@@ -124,12 +124,15 @@ class Run:
   def prunes(self) -> bool:
     """Whether FPP was asked to zero anything."""
     fpp = self.config.fpp
-    return any((fpp.linear, fpp.embedding, fpp.overall))
+    parts = (fpp.linear, fpp.embedding, fpp.overall)
+    return any((*parts, *(fpp.linear_layers or ())))
 
   @property
   def folds(self) -> bool:
     """Whether any attention weight is folded."""
-    return bool(self.config.fold.groups or self.config.fold.v_block)
+    m, f = self.config.model, self.config.fold
+    layers = [config_lib.at_layer(m, f, n)[1] for n in range(m.num_layers)]
+    return any(layer.groups or layer.v_block for layer in layers)
 
 
 def load_run(workdir: str) -> Run:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from folding.schema import require
+from folding.schema import require, require_seed
 
 Kind: TypeAlias = Literal["greedy", "free", "restricted"]
 
@@ -43,6 +43,7 @@ class Sampling:
       self.top_p is None or 0 < self.top_p <= 1,
       f"top-p must be in (0, 1]; it is {self.top_p}",
     )
+    require_seed(self.seed)
 
   @property
   def kind(self) -> Kind:

@@ -12,6 +12,7 @@ import rich.live
 import rich.table
 import rich.text
 
+from folding import files
 from folding.reporting import words
 from folding.studies.study import Trial
 from folding.training import metrics
@@ -43,8 +44,8 @@ class Board:
       if is_finished(trial.run):
         self.seconds[trial.name] = read_result(trial.run)["seconds"]
       elif os.path.exists(path := failure_path(trial)):
-        with open(path, encoding="utf-8") as file:
-          self.errors[trial.name] = json.load(file)["error"]
+        record = files.read_json(path, dict)
+        self.errors[trial.name] = str(record.get("error"))
 
   def is_over(self, trial: Trial) -> bool:
     """Returns whether a run is finished or has failed."""

@@ -23,6 +23,7 @@ from folding import config as config_lib
 from folding import files
 from folding.reporting import runs
 from folding.schema import ConfigError, differences, require
+from folding.studies import worker
 from folding.studies.board import Board, Show, failure_path
 from folding.studies.claims import Claim, Claims
 from folding.studies.study import Study, Trial
@@ -64,6 +65,15 @@ class _Job:
   process: subprocess.Popen
   log: IO[bytes]
   slot: int
+
+  def beat(self) -> bool:
+    """Beats the claim, and while it is held the process; see `worker`."""
+    is_held = self.claim.beat()
+    if is_held:
+      assert self.process.stdin is not None
+      with contextlib.suppress(BrokenPipeError):  # it has just ended
+        self.process.stdin.write(b".")
+    return is_held
 
   def close(self) -> None:
     """Closes the files of a process that has ended."""
@@ -189,7 +199,7 @@ class _Group:
     for job in list(self._jobs):
       status = job.process.poll()
       if status is None:
-        if not job.claim.beat():  # another has it: this machine was away
+        if not job.beat():  # another has it: this machine was away
           job.process.kill()
         continue
       self._jobs.remove(job)
@@ -198,7 +208,7 @@ class _Group:
         self._board.refresh()
         line = self._board.line(len(self._claims.held()))
         self._show.say(f"{job.trial.name}  {_outcome(job.trial)}  ({line})")
-      elif status and job.claim.beat():
+      elif status not in (0, worker.ABANDONED) and job.claim.beat():
         self._fail(job.trial, _error(job.log.name, status))
       job.claim.release()
 
@@ -218,7 +228,7 @@ class _Group:
       job.process.poll() is None for job in self._jobs
     ):
       for job in self._jobs:
-        job.claim.beat()  # or another machine would take it over meanwhile
+        job.beat()  # or another machine would take it over meanwhile
       time.sleep(_POLL_SECONDS)
     for job in self._jobs:
       job.process.kill()  # does nothing to what has ended
@@ -247,11 +257,14 @@ class _Group:
     process = subprocess.Popen(
       command,
       env=self._environ,
+      bufsize=0,
       stdin=subprocess.PIPE,  # closes when this process ends
       stdout=log,
       stderr=log,
       start_new_session=True,  # a Ctrl-C is for this process alone
     )
+    assert process.stdin is not None
+    os.set_blocking(process.stdin.fileno(), False)  # where it is suspended
     self._jobs.append(_Job(trial, claim, process, log, slot))
 
   def _fail(self, trial: Trial, error: str) -> None:

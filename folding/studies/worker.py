@@ -1,19 +1,23 @@
 """One run in a process of its own: `python -m folding.studies.worker`.
 
 So its memory is given back. Its standard input is a pipe from the process that
-started it; when that ends, however it ends, so does this one, and what it was
-doing can be taken over at once.
+started it, which writes to it as it beats the claim of the run. When that ends,
+however it ends, or is suspended, so does this one, and what it was doing can be
+taken over.
 """
 
 import argparse
 import os
-import signal
+import select
 import sys
 import threading
 from collections.abc import Sequence
 
 from folding import config as config_lib
 from folding import schema
+from folding.studies.claims import STALE_SECONDS
+
+ABANDONED = 75  # exit status of one whose parent is gone; "try again later"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,10 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_with_parent() -> None:
-  while os.read(0, 1024):  # not sys.stdin, whose lock would hang the exit
-    pass
+  # Well before others take the claim for abandoned.
+  while select.select([0], [], [], STALE_SECONDS / 2)[0]:
+    if not os.read(0, 1024):  # not sys.stdin, whose lock would hang the exit
+      break
   # At once: a run is safe against that, and another may take it over.
-  os.kill(os.getpid(), signal.SIGKILL)
+  os._exit(ABANDONED)
 
 
 if __name__ == "__main__":

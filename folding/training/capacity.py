@@ -142,6 +142,22 @@ def needs(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     "fpp bits": size(now.suspected, where.suspected),
     "fpp averages": size(now.averages, where.averages),
     "activations": _activations(config, model, state.params, mesh),
+    **_teacher(config, mesh),
+  }
+
+
+def _teacher(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+  """Returns {"teacher": bytes on each device} of its parameters, if there is.
+
+  They are kept in bfloat16; what it computes is not counted.
+  """
+  if not (config.distill.logits or config.distill.hidden):
+    return {}
+  params = _build(config_lib.dense_twin(config))[-1].params
+  places = sharding.tree_shardings(mesh, params, rules=config.mesh.rules)
+  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
+  return {
+    "teacher": sum(2 * math.prod(s.shard_shape(x.shape)) for x, s in pairs)
   }
 
 
@@ -181,8 +197,29 @@ def compiled_bytes(config: Config, count: int) -> dict[str, int]:
 
 
 def _with_layers(config: Config, count: int) -> Config:
-  model = dataclasses.replace(config.model, num_layers=count)
-  return dataclasses.replace(config, model=model)
+  """Returns the config with the first layers alone."""
+
+  def cut(holder, *names):
+    of_layers = {name: getattr(holder, name) for name in names}
+    return {
+      name: value[:count]
+      for name, value in of_layers.items()
+      if isinstance(value, tuple)
+    }
+
+  m, f = config.model, config.fold
+  fpp = dataclasses.replace(config.fpp, **cut(config.fpp, "linear_layers"))
+  if fpp.overall is not None:
+    # Fewer layers may not reach it. How much is pruned takes no memory.
+    part = fpp.overall if fpp.embedding_share else 0.0
+    fpp.linear, fpp.embedding, fpp.overall = fpp.overall, part, None
+  names = ("mlp_width", "dense_mlp_width", "heads")
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(m, num_layers=count, **cut(m, *names)),
+    fold=dataclasses.replace(f, **cut(f, "groups", "v_block")),
+    fpp=fpp,
+  )
 
 
 def _compiled(config: Config, mesh: Mesh) -> dict[str, int]:

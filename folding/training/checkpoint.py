@@ -32,6 +32,15 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, cleans: bool = True):
+    self._folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
+    self._cleans = cleans
+    self._damaged: set[int] = set()
+    if distributed.is_main():
+      _mend_metrics(self._folder)
+    distributed.barrier("mended")
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
     kept = preservation_policy.AnyPreservationPolicy(
       [
         preservation_policy.LatestN(2),
@@ -41,18 +50,14 @@ class Checkpoints:
         ),
       ]
     )
-    self._folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
-    if distributed.is_main():
-      _mend_metrics(self._folder)
-    distributed.barrier("mended")
-    self._manager = ocp.CheckpointManager(
+    return ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=kept,
         # Without these two, Orbax does not write metrics at all.
         best_fn=lambda metrics: metrics["loss"],
         best_mode="min",
-        cleanup_tmp_directories=cleans,
+        cleanup_tmp_directories=self._cleans,
       ),
     )
 
@@ -114,8 +119,8 @@ class Checkpoints:
       raise OSError(str(error)) from error
 
   def steps(self) -> list[int]:
-    """Returns the steps that can be restored, oldest first."""
-    return sorted(self._manager.all_steps())
+    """Returns the steps not known to be damaged, oldest first."""
+    return sorted(set(self._manager.all_steps()) - self._damaged)
 
   def best_step(self) -> int | None:
     """Returns the step of the lowest validation loss, None without any."""
@@ -142,38 +147,62 @@ class Checkpoints:
   def restore_latest(self, like: Any) -> tuple[int, Any] | None:
     """Returns the newest (step, state) that is intact, None if there is none.
 
-    A checkpoint that cannot be read is passed over with a warning and moved
-    to "damaged-<step>", so that its step can be written again.
+    A checkpoint that cannot be read is passed over with a warning and, if this
+    is the process that trains, moved to "damaged-<step>", so that its step can
+    be written again.
 
     Raises:
       TrainingError: there are checkpoints, and none of them can be read.
     """
+    damaged = set(self._damaged)
+    found = self._restore_first(self.steps()[::-1], like)
+    damaged = self._damaged - damaged
+    if found and damaged and self._cleans:
+      for step in damaged if distributed.is_main() else ():
+        folder = os.path.join(self._folder, str(step))
+        aside = os.path.join(self._folder, f"damaged-{step}")
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        os.replace(folder, aside)
+      distributed.barrier("moved aside")
+      self._damaged -= damaged
+      self._manager.reload()
+    return found
+
+  def restore_best(self, like: Any) -> tuple[int, Any] | None:
+    """Returns the (step, state) of the lowest loss, else the newest.
+
+    What cannot be read is passed over with a warning, and stays where it is.
+
+    Raises:
+      TrainingError: there are checkpoints, and none of them can be read.
+    """
+    steps, best = self.steps()[::-1], self.best_step()
+    return self._restore_first(sorted(steps, key=lambda s: s != best), like)
+
+  def _restore_first(
+    self, steps: list[int], like: Any
+  ) -> tuple[int, Any] | None:
     damaged = []
-    for step in reversed(self.steps()):
+    for step in steps:
       state, reason = None, "another process cannot read it"
       try:
         state = jax.block_until_ready(self.restore(step, like))
       except Exception as error:  # Orbax and TensorStore raise many kinds.
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-      if distributed.any_process(state is None):
-        damaged.append((step, reason))
-        continue
-      for bad, reason in damaged:
-        _log.warning(
-          "checkpoint %d is damaged (%s); going back to %d", bad, reason, step
-        )
-        folder = os.path.join(self._folder, str(bad))
-        aside = os.path.join(self._folder, f"damaged-{bad}")
-        if distributed.is_main():
-          shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-          os.replace(folder, aside)
-      if damaged:
-        distributed.barrier("moved aside")
-        self._manager.reload()
-      return step, state
+      if not distributed.any_process(state is None):
+        for bad, why in damaged:
+          _log.warning(
+            "checkpoint %d is damaged (%s); going back to %d", bad, why, step
+          )
+        return step, state
+      damaged.append((step, reason))
+      self._damaged.add(step)
+      # What there is in a step Orbax concludes from the first that it reads.
+      self._manager.close()
+      self._manager = self._open()
     if damaged:
       raise TrainingError(
-        f"none of the checkpoints in {self._folder} can be read; the newest, "
+        f"none of the checkpoints in {self._folder} can be read; "
         f"{damaged[0][0]}: {damaged[0][1]}"
       )
     return None

@@ -19,7 +19,7 @@ from folding.training.checkpoint import Checkpoints, has_checkpoint
 from folding.training.evaluate import make_eval_step
 from folding.training.metrics import MetricsWriter
 from folding.training.progress import Clock, StepLog, stop_signal
-from folding.training.restore import load_config, save_labels
+from folding.training.restore import load_config, require_labels, save_labels
 from folding.training.result import is_finished, read_result
 from folding.training.run import Run
 from folding.training.start import folded_start, teacher_of, write_fold
@@ -60,6 +60,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       )
     tokenizer = load_tokenizer(tokenizer_path)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
+  require_labels(workdir, data.label_names)
   for split in ("valid", "test"):
     require(
       data.num_examples[split] > 0,
@@ -118,14 +119,10 @@ def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
   """
   this, checkpoints = open_run(workdir)
   with checkpoints:
-    step = checkpoints.best_step()
-    if step is None:
-      found = checkpoints.restore_latest(this.like)
-      if found is None:
-        raise ConfigError(f"{workdir} has no checkpoint yet")
-      step, state = found
-    else:
-      state = checkpoints.restore(step, this.like)
+    found = checkpoints.restore_best(this.like)
+    if found is None:
+      raise ConfigError(f"{workdir} has no checkpoint yet")
+    step, state = found
   figures = this.evaluate(state.params, split, make_eval_step(this.model))
   return {"split": split, "checkpoint_step": step, **figures}
 
@@ -141,7 +138,9 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
   # Another process may be at work there, with a save under way.
   checkpoints = Checkpoints(workdir, cleans=False)
-  return Run(config, make_data(config, tokenizer)), checkpoints
+  data = make_data(config, tokenizer)
+  require_labels(workdir, data.label_names)
+  return Run(config, data), checkpoints
 
 
 def _on(config: Config, other: Config) -> Config:
@@ -230,7 +229,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     checkpoints.wait()
     best = checkpoints.best_step()
     if best is not None and best != step:
-      state = checkpoints.restore(best, run.like)
+      best, state = checkpoints.restore_best(run.like) or (step, state)
     test = run.evaluate(state.params, "test", eval_step)
     test["checkpoint_step"] = best
     run.write_result(

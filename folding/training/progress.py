@@ -57,9 +57,9 @@ class StepLog:
     """Leaves the time since the last record out of the tokens per second."""
     self._tokens, self._since = 0, time.monotonic()
 
-  def speed(self) -> float:
-    """Returns the median of tokens per second over the records so far."""
-    return statistics.median(self._speeds) if self._speeds else 0.0
+  def speed(self) -> float | None:
+    """Returns the median of tokens per second; None before any record."""
+    return statistics.median(self._speeds) if self._speeds else None
 
   def step(self, step: int, metrics: dict[str, jax.Array], batch: dict) -> None:
     """Takes the metrics of a step; reports the ones taken before."""

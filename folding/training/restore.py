@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from folding import config as config_lib
+from folding import files
 from folding.data.tokenizers import Tokenizer, load_tokenizer
 from folding.schema import ConfigError, require
 
@@ -69,8 +70,21 @@ def load_labels(workdir: str) -> tuple[str, ...]:
   path = os.path.join(workdir, LABELS)
   if not os.path.exists(path):
     return ()
-  with open(path, encoding="utf-8") as file:
-    return tuple(json.load(file))
+  return tuple(files.read_json(path, list))
+
+
+def require_labels(workdir: str, names: tuple[str, ...]) -> None:
+  """Refuses data whose classes are not those of a run, in the same order.
+
+  Raises:
+    ConfigError: says which they are.
+  """
+  labels = load_labels(workdir)
+  require(
+    labels in ((), names),
+    f"the classes of the data are {', '.join(names)}, and those of {workdir} are "
+    f"{', '.join(labels)}; they must be the same, in the same order",
+  )
 
 
 def save_labels(labels: tuple[str, ...], workdir: str) -> None:

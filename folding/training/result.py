@@ -33,7 +33,7 @@ def write_result(workdir: str, result: dict[str, Any]) -> None:
 def is_finished(workdir: str) -> bool:
   """Returns whether a run was trained to its end and tested."""
   path = os.path.join(workdir, "result.json")
-  return os.path.exists(path) and read_result(workdir)["finished"]
+  return os.path.exists(path) and bool(read_result(workdir).get("finished"))
 
 
 def _version(package: str) -> str:
@@ -45,8 +45,7 @@ def _version(package: str) -> str:
 
 def read_result(workdir: str) -> dict[str, Any]:
   """Returns what `write_result` wrote."""
-  with open(os.path.join(workdir, "result.json"), encoding="utf-8") as file:
-    return json.load(file)
+  return files.read_json(os.path.join(workdir, "result.json"), dict)
 
 
 def source_commit() -> str | None:

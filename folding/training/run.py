@@ -145,7 +145,7 @@ class Run:
     workdir: str,
     state: TrainState,
     seconds: float,
-    speed: float,
+    speed: float | None,
     step: int,
     test: dict[str, Any] | None = None,
   ) -> None:

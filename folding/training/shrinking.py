@@ -199,5 +199,5 @@ def _read(
     states = dict([found])
     best = checkpoints.best_step()
     if best is not None and best not in states:
-      states[best] = checkpoints.restore(best, run.like)
+      states |= dict([checkpoints.restore_best(run.like) or found])
     return run, states, {step: checkpoints.loss(step) for step in states}

@@ -24,7 +24,7 @@ from folding.schema import ConfigError, require
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.planner import plan
 from folding.training.prune_trained import prune_trained
-from folding.training.restore import load_run
+from folding.training.restore import load_labels, load_run
 
 # Of the model: a source must have the same, or its arrays mean something else.
 _SHAPE = (
@@ -44,6 +44,8 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
   if os.path.isdir(os.path.join(path, "checkpoints")):
     found, params, tokenizer = load_run(path)
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
+    if load_labels(path) not in ((), data.label_names):  # of other classes
+      params = {name: w for name, w in params.items() if name != "head"}
     layers = (
       config_lib.at_layer(model, found.fold, n)[1]
       for n in range(model.num_layers)

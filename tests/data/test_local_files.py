@@ -132,6 +132,10 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     ),
     ({"train__csv": "text,kind\na,0\n"}, "train.csv:2: the row has no label"),
     ({"train__jsonl": '{"text": "a"\n'}, "train.jsonl:1: not JSON"),
+    (
+      {"train__jsonl": '{"text": "a \\ud83d b", "label": 1}\n'},
+      "train.jsonl:1: half a character, which UTF-8 cannot say",
+    ),
     ({"train__jsonl": '["a"]\n'}, "train.jsonl:1: not a JSON object"),
     ({"train__jsonl": '{"text": "a"}\n'}, "train.jsonl:1: .* no label"),
     ({"train__jsonl": '{"label": 1}\n'}, "train.jsonl:1 has no text column"),

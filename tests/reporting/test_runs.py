@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import pathlib
 
 import pytest
 from scipy import stats
 
+from folding import config as c
 from folding import files, schema
 from folding.reporting import runs
 from tests.reporting import synthetic_run
@@ -124,6 +126,28 @@ def test_masks_count_only_where_they_are_asked_for():
   assert count.compression == pytest.approx(0.8)
   assert count.compression_with_masks == pytest.approx(0.75)
   assert runs.Count(dense=0, stored=0).compression is None
+
+
+@pytest.mark.parametrize(
+  ("section", "fields", "prunes", "folds"),
+  [
+    ("fpp", {"linear_layers": (0.5, 0.0)}, True, False),
+    ("fpp", {"linear_layers": (0.0, 0.0)}, False, False),
+    ("fold", {"groups": (0, 0), "v_block": (0, 0)}, False, False),
+    ("fold", {"groups": (0, 2)}, False, True),
+    ("fold", {"v_block": 1, "first_dense": True}, False, True),
+  ],
+)
+def test_what_was_asked_of_layers_is_seen(
+  section, fields, prunes, folds, tmp_path
+):
+  workdir = synthetic_run.write(tmp_path / "a")
+  run = runs.load_run(workdir)
+  config = c.Config(preset="none", model=c.ModelConfig(num_layers=2))
+  for name, value in fields.items():
+    setattr(getattr(config, section), name, value)
+  run = dataclasses.replace(run, config=c.resolve(config))
+  assert (run.prunes, run.folds) == (prunes, folds)
 
 
 def test_write_file_leaves_the_old_file_where_it_fails(tmp_path, monkeypatch):

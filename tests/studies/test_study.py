@@ -118,8 +118,9 @@ def test_a_file_gives_a_study_by_its_argument(tmp_path):
   [
     (None, "there is no file"),
     ("x = 1", "no attribute .get_study"),
-    ("def get_study(: pass", "fails: invalid syntax"),
-    ("import no_such_module", "fails: No module named"),
+    ("def get_study(: pass", "fails: SyntaxError: invalid syntax"),
+    ("import no_such_module", "fails: ModuleNotFoundError: No module"),
+    ("def get_study(): return 1 / 0", "fails: ZeroDivisionError: division"),
     ("def get_study(): return 3", "gives no Study"),
     (
       _FILE.format(argument="name"),

@@ -58,6 +58,29 @@ def test_bytes_are_those_that_are_allocated(mesh, config_file):
   assert found["parameters"] < sum(x.nbytes for x in jax.tree.leaves(state))
 
 
+def test_a_teacher_takes_two_bytes_a_dense_parameter(config_file):
+  config = c.resolve(files.call_in_file(config_file, "get_config"))
+  alone = capacity.plan(config, capacity.Devices("cpu", 1, 1.0))
+  config.pretrained, config.distill.logits = "DENSE", 0.5
+  taught = capacity.plan(config, capacity.Devices("cpu", 1, 1.0))
+  for kind in ("dense", "compressed"):
+    teacher = taught[kind]["bytes"].pop("teacher")
+    assert teacher == 2 * alone["dense"]["parameters"]
+    assert taught[kind]["bytes"] == alone[kind]["bytes"]
+    assert taught[kind]["total"] == alone[kind]["total"] + teacher
+
+
+def test_the_first_layers_stand_for_a_model_that_differs_by_layer(config_file):
+  config = files.call_in_file(config_file, "get_config")
+  config.model.mlp_width = (128, 128, 64)
+  config.fold.groups = (4, 2, 1)
+  config.fpp = c.FPPConfig(overall=0.5, embedding_share=0.0)
+  config = c.resolve(config)
+  for count in (1, 2):
+    rules = capacity._build(capacity._with_layers(config, count))[2]
+    assert len(rules) == len(capacity._build(config)[2])
+
+
 def test_what_is_stored_in_the_end_is_counted(config_file):
   config = c.resolve(files.call_in_file(config_file, "get_config"))
   total, kept = capacity.stored(config)

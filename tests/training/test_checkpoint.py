@@ -1,5 +1,6 @@
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -36,11 +37,17 @@ def small(value):
 LIKE = like(small(0.0))
 
 
-def damage(folder, step):
+def damage(folder, step, item=""):
   """Cuts the files of a checkpoint in half."""
-  for file in (pathlib.Path(folder) / "checkpoints" / str(step)).rglob("*"):
+  path = pathlib.Path(folder) / "checkpoints" / str(step) / item
+  for file in path.rglob("*"):
     if file.is_file():
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def lose(folder, step, item="default"):
+  """Leaves of a checkpoint what a copy that was cut off may leave."""
+  shutil.rmtree(pathlib.Path(folder) / "checkpoints" / str(step) / item)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +165,10 @@ def test_a_step_is_saved_once(tmp_path):
     assert checkpoints.restore(1, LIKE)["w"][0] == 1
 
 
-def test_damaged_newest_falls_back_and_can_be_written_again(tmp_path, caplog):
+@pytest.mark.parametrize("damage", [damage, lose])
+def test_damaged_newest_falls_back_and_can_be_written_again(
+  damage, tmp_path, caplog
+):
   for _ in range(2):  # and a second time, over what was set aside before
     with Checkpoints(str(tmp_path)) as checkpoints:
       checkpoints.save(1, small(1.0), None)
@@ -177,6 +187,21 @@ def test_damaged_newest_falls_back_and_can_be_written_again(tmp_path, caplog):
       assert checkpoints.restore(2, LIKE)["w"][0] == 2.5
 
 
+@pytest.mark.parametrize("damage", [damage, lose])
+def test_damaged_best_falls_back_to_the_newest(damage, tmp_path, caplog):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    for step, loss in enumerate([2.0, 1.0, 3.0, 4.0], 1):
+      checkpoints.save(step, small(step), loss)
+    assert checkpoints.restore_best(LIKE)[0] == 2
+  damage(tmp_path, 2, "default")
+  with Checkpoints(str(tmp_path), cleans=False) as checkpoints:
+    step, found = checkpoints.restore_best(LIKE)
+    assert (step, found["w"][0]) == (4, 4.0)
+    assert "checkpoint 2 is damaged" in caplog.text
+    assert checkpoints.steps() == [3, 4]
+  assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
 def test_nothing_readable_is_an_error_that_moves_nothing(tmp_path):
   with Checkpoints(str(tmp_path)) as checkpoints:
     checkpoints.save(1, small(1.0), None)
@@ -185,7 +210,7 @@ def test_nothing_readable_is_an_error_that_moves_nothing(tmp_path):
   damage(tmp_path, 2)
   with (
     Checkpoints(str(tmp_path)) as checkpoints,
-    pytest.raises(TrainingError, match=r"none .* can be read; the newest, 2: "),
+    pytest.raises(TrainingError, match=r"none .* can be read; 2: "),
   ):
     checkpoints.restore_latest(LIKE)
   names = {p.name for p in (tmp_path / "checkpoints").iterdir()}

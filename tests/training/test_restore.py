@@ -109,6 +109,18 @@ def test_a_run_without_a_readable_checkpoint_is_one_line(copy):
     restore.load_run(str(copy))
 
 
+def test_data_of_other_classes_are_refused(tmp_path):
+  restore.save_labels(("neg", "pos"), str(tmp_path))
+  restore.require_labels(str(tmp_path), ("neg", "pos"))
+  with pytest.raises(ConfigError, match="data are pos, neg, and .* neg, pos;"):
+    restore.require_labels(str(tmp_path), ("pos", "neg"))
+  (tmp_path / restore.LABELS).write_text("{}")
+  with pytest.raises(
+    ConfigError, match="labels.json is damaged: it is no list"
+  ):
+    restore.load_labels(str(tmp_path))
+
+
 def test_labels_come_back(tmp_path):
   assert restore.load_labels(str(tmp_path)) == ()
   restore.save_labels((), str(tmp_path))

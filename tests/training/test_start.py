@@ -102,6 +102,18 @@ def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
 
+def test_a_head_of_other_classes_is_left_out(dense_run, topics, tmp_path):
+  for split in ("train", "valid", "test"):
+    text = (topics / f"{split}.tsv").read_text().replace("topic", "theme")
+    (tmp_path / f"{split}.tsv").write_text(text)
+  for folder, has_head in ((topics, True), (tmp_path, False)):
+    config = c.resolve(_config(dense_run, folder))
+    found = start.read_start(str(dense_run), config, make_data(config))
+    assert ("head" in found) == has_head
+  with pytest.raises(schema.ConfigError, match="so it cannot teach these"):
+    start.teacher_of(config, make_data(config))
+
+
 @pytest.fixture(scope="module")
 def folded_run(dense_run, topics, tmp_path_factory):
   """Returns (run directory, result) of the dense run, folded and recovered."""

@@ -1,0 +1,39 @@
+"""A worker ends with what started it, and while that is suspended."""
+
+import contextlib
+import subprocess
+import sys
+import time
+
+from folding.studies import worker
+
+_WATCH = """
+from folding.studies import worker
+worker.STALE_SECONDS = 2.0
+print("ready", flush=True)
+worker._end_with_parent()
+"""
+
+
+@contextlib.contextmanager
+def watching():
+  pipe = subprocess.PIPE
+  command = [sys.executable, "-c", _WATCH]
+  with subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0) as process:
+    assert process.stdout.readline() == b"ready\n"
+    yield process
+
+
+def test_it_ends_when_its_parent_closes_the_pipe():
+  with watching() as process:
+    process.stdin.close()
+    assert process.wait(timeout=60) == worker.ABANDONED
+
+
+def test_it_goes_on_while_it_is_beaten_and_ends_when_it_is_not():
+  with watching() as process:
+    for _ in range(20):  # twice as long as it would wait
+      process.stdin.write(b".")
+      time.sleep(0.1)
+    assert process.poll() is None
+    assert process.wait(timeout=60) == worker.ABANDONED  # the pipe is open
