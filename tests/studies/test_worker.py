@@ -9,7 +9,7 @@ from folding.studies import worker
 
 _WATCH = """
 from folding.studies import worker
-worker.STALE_SECONDS = 2.0
+worker.STALE_SECONDS = 8.0
 print("ready", flush=True)
 worker._end_with_parent()
 """
@@ -32,8 +32,8 @@ def test_it_ends_when_its_parent_closes_the_pipe():
 
 def test_it_goes_on_while_it_is_beaten_and_ends_when_it_is_not():
   with watching() as process:
-    for _ in range(20):  # twice as long as it would wait
+    for _ in range(25):  # longer than it would wait
       process.stdin.write(b".")
-      time.sleep(0.1)
+      time.sleep(0.2)
     assert process.poll() is None
     assert process.wait(timeout=60) == worker.ABANDONED  # the pipe is open

@@ -14,6 +14,7 @@ from folding.data.batches import make_data
 from folding.models.transformer import make_model
 from folding.training import loop, start
 from folding.training.restore import load_run
+from folding.training.run import Run
 from tests.models import checkpoints
 from tests.training.conftest import tiny_config
 
@@ -112,6 +113,28 @@ def test_a_head_of_other_classes_is_left_out(dense_run, topics, tmp_path):
     assert ("head" in found) == has_head
   with pytest.raises(schema.ConfigError, match="so it cannot teach these"):
     start.teacher_of(config, make_data(config))
+
+
+def test_of_tokens_without_use_the_last_are_the_first_to_go(
+  checkpoint, tmp_path
+):
+  # Texts that differ, all of the words a, b and c.
+  words = [
+    ["abc"[i % 3], *("ab"[int(bit)] for bit in f"{i:08b}")] for i in range(160)
+  ]
+  rows = [f"topic {text[0]}\t{' '.join(text)}" for text in words]
+  (tmp_path / "rows.tsv").write_text("\n".join(rows) + "\n")
+  config = c.resolve(_config(checkpoint[0], tmp_path / "rows.tsv"))
+  data = make_data(config)
+  usage = np.asarray(Run(config, data).constants()["usage"])
+  size = data.num_examples["train"] // 8
+  epoch = [data.train_batch(i) for i in range(size)]
+  used = np.unique(np.concatenate([b["tokens"][b["mask"]] for b in epoch]))
+  unused = np.setdiff1d(np.arange(len(usage)), used)
+  assert len(unused) > 3
+  assert (np.diff(usage[unused]) < 0).all()
+  assert usage[unused].max() < usage[used].min()
+  assert usage.sum() == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
