@@ -9,6 +9,7 @@ taken over.
 import argparse
 import os
 import select
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from folding import config as config_lib
 from folding import schema
 from folding.studies.claims import STALE_SECONDS
 
-ABANDONED = 75  # exit status of one whose parent is gone; "try again later"
+# Exit status of one whose parent is gone. Nothing here handles that signal.
+ABANDONED = -signal.SIGUSR1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def _end_with_parent() -> None:
     if not os.read(0, 1024):  # not sys.stdin, whose lock would hang the exit
       break
   # At once: a run is safe against that, and another may take it over.
-  os._exit(ABANDONED)
+  os.kill(os.getpid(), signal.SIGUSR1)
 
 
 if __name__ == "__main__":
