@@ -337,12 +337,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def load(path: str) -> Config:
   """Reads a config that `save` wrote."""
-  with open(path, encoding="utf-8") as file:
-    try:
-      values = json.load(file)
-    except ValueError as error:
-      raise schema.ConfigError(f"{path} is damaged: {error}") from error
-  return from_dict(values)
+  return from_dict(files.read_json(path, dict))
 
 
 def save(config: Config, path: str) -> None:

@@ -129,7 +129,7 @@ def _read_file(
     schema.require(bool(row_text.strip()), f"{place}: the text is empty")
     try:
       f"{row_text}{label}".encode()
-    except UnicodeEncodeError as error:  # what JSON may say with \\ud83d
+    except UnicodeEncodeError as error:  # what JSON may say with \ud83d
       raise schema.ConfigError(
         f"{place}: half a character, which UTF-8 cannot say ({error.reason})"
       ) from error

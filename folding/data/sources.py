@@ -186,8 +186,10 @@ def _prepared(
     try:
       builder.download_and_prepare()
     except Exception:
+      # Another process may have prepared it meanwhile. If not, what was raised
+      # is told below.
       builder = builder_of()
-      if not builder.is_prepared():  # by another process meanwhile
+      if not builder.is_prepared():
         raise
   except tfds.core.DatasetNotFoundError as error:
     raise schema.ConfigError(

@@ -12,7 +12,7 @@ import typing
 from typing import Any
 
 from folding import config as config_lib
-from folding import schema
+from folding import files, schema
 
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
@@ -153,7 +153,7 @@ def load_run(workdir: str) -> Run:
       os.path.isfile(os.path.join(workdir, name)),
       f"{workdir!r} is not a run directory: it has no {name}",
     )
-  values = _read_json(os.path.join(workdir, "config.json"))
+  values = files.read_json(os.path.join(workdir, "config.json"), dict)
   config = config_lib.from_dict(values)
   result = _read_result(os.path.join(workdir, "result.json"))
   records = _read_metrics(os.path.join(workdir, "metrics.jsonl"))
@@ -171,7 +171,7 @@ def load_run(workdir: str) -> Run:
     train=[r for r in records if r["split"] == "train"],
     valid=[r for r in records if r["split"] == "valid"],
     test=test,
-    energy=_read_json(used) if os.path.exists(used) else None,
+    energy=files.read_json(used, dict) if os.path.exists(used) else None,
   )
 
 
@@ -196,20 +196,8 @@ def wilson(accuracy: float, num_examples: int) -> tuple[float, float]:
   return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _read_json(path: str) -> Any:
-  try:
-    with open(path, encoding="utf-8") as file:
-      value = json.load(file)
-  except ValueError as error:
-    raise schema.ConfigError(f"{path!r} is damaged: {error}") from error
-  schema.require(
-    isinstance(value, dict), f"{path!r} is damaged: it holds no JSON object"
-  )
-  return value
-
-
 def _read_result(path: str) -> Result:
-  values = _read_json(path)
+  values = files.read_json(path, dict)
   found = values.get("schema")
   schema.require(
     found == SCHEMA,

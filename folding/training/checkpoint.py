@@ -154,17 +154,15 @@ class Checkpoints:
     Raises:
       TrainingError: there are checkpoints, and none of them can be read.
     """
-    damaged = set(self._damaged)
     found = self._restore_first(self.steps()[::-1], like)
-    damaged = self._damaged - damaged
-    if found and damaged and self._cleans:
-      for step in damaged if distributed.is_main() else ():
+    if found and self._damaged and self._cleans:
+      for step in self._damaged if distributed.is_main() else ():
         folder = os.path.join(self._folder, str(step))
         aside = os.path.join(self._folder, f"damaged-{step}")
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
         os.replace(folder, aside)
       distributed.barrier("moved aside")
-      self._damaged -= damaged
+      self._damaged.clear()
       self._manager.reload()
     return found
 
