@@ -63,7 +63,7 @@ def get_config(path: str = "") -> c.Config:
       v_block=None if shares_width else 0,
     ),
     fpp=c.FPPConfig(
-      embedding_granularity="row" if task == "classify" else "weight",
+      embedding_granularity="trim" if task == "classify" else "weight",
       # Of a trained language model too: stories260K, 50% smaller and recovered,
       # has perplexity 8.4 with 1 and 9.8 with 0.2 (one seed).
       embedding_share=1.0,

@@ -93,6 +93,12 @@ def check(c: Any) -> None:
     "distill needs distill.teacher (a run) or pretrained",
   )
   require(
+    c.fpp.embedding_granularity != "trim"
+    or (c.task == "classify" and c.pretrained is not None),
+    "fpp.embedding_granularity='trim' takes tokens out of the tokenizer of a "
+    "trained classifier; give pretrained=PATH, or use 'row' or 'weight'",
+  )
+  require(
     c.compress.prune == "none" or c.pretrained is not None,
     f"compress.prune={c.compress.prune!r} prunes a trained model; give "
     "pretrained=PATH",

@@ -132,7 +132,9 @@ class FPPConfig:
   granularity: Literal["weight", "neuron", "2:4"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), or whole heads.
   attention: Literal["output", "all", "heads"] = "output"
-  embedding_granularity: Literal["weight", "row"] = "weight"
+  # Of a classifier's tokens, rows of the embedding: "row", zero them; "trim", of a
+  # trained one: take them out of the tokenizer, which cuts words into others.
+  embedding_granularity: Literal["weight", "row", "trim"] = "weight"
   scope: Literal["parameter", "rule"] = "parameter"  # one threshold for each
   begin: float = 0.45  # of the steps: first check
   end: float = 0.9  # of the steps: target reached, masks fixed, healing begins

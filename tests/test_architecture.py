@@ -15,7 +15,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = {
   "": ["schema", "files", "checks", "presets", "config", "paths"],
   "data": [
-    *("local_files", "python_stdlib", "sources", "tokenizers", "batches"),
+    *(
+      "local_files",
+      "python_stdlib",
+      "sources",
+      "tokenizers",
+      "trimming",
+      "batches",
+    ),
   ],
   "models": [
     *("projections", "cache", "chebyshev", "nodal", "chunked"),
@@ -37,8 +44,8 @@ ORDER = {
       "planner",
       "prune_trained",
     ),
-    *("start", "progress", "evaluate", "step", "capacity", "plan_verb", "run"),
-    *("loop", "shrinking"),
+    *("trim", "start", "progress", "evaluate", "step", "capacity", "plan_verb"),
+    *("run", "loop", "shrinking"),
   ],
   "serving": [
     *("vocabulary", "packed", "export", "program", "huggingface", "predict"),

@@ -132,7 +132,9 @@ class MappedTokenizer(Tokenizer):
   """A tokenizer whose ids are replaced by those of a smaller embedding.
 
   Attributes:
-    token_map: int[V], the new id of each id of the tokenizer it was made from.
+    token_map: int[V], the new id of each id of the tokenizer it was made from;
+      -1: that one does not make it any more.
+    plain_ids: int[vocab_size], an old id of each new one.
   """
 
   def __init__(self, plain: Tokenizer, token_map: np.ndarray):
@@ -150,7 +152,13 @@ class MappedTokenizer(Tokenizer):
     self.plain_size = len(token_map)
     if isinstance(plain, MappedTokenizer):
       self.plain_size = plain.plain_size
-      token_map = token_map[plain.token_map]
+      before = plain.token_map
+      token_map = np.where(before < 0, -1, token_map[before])
+    made = np.fromiter(self._inner.get_vocab().values(), np.int64)
+    schema.require(
+      bool((token_map[made] >= 0).all()),
+      "the map of tokens has no id for one that the tokenizer makes",
+    )
     self.token_map = token_map
     self.vocab_size = int(token_map.max()) + 1
     self.pad_id = int(token_map[self.pad_id])
@@ -159,7 +167,8 @@ class MappedTokenizer(Tokenizer):
     new, old, count = np.unique(
       token_map, return_index=True, return_counts=True
     )
-    single = count == 1
+    self.plain_ids = old[new >= 0]
+    single = (count == 1) & (new >= 0)
     self._old_ids = dict(
       zip(new[single].tolist(), old[single].tolist(), strict=True)
     )
@@ -258,7 +267,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
   except (ValueError, TypeError, OverflowError):
     token_map = np.array([], np.int32)
   schema.require(
-    token_map.ndim == 1 and token_map.size > 0 and int(token_map.min()) >= 0,
+    token_map.ndim == 1 and token_map.size > 0 and int(token_map.min()) >= -1,
     f"{map_path} is no list of token ids",
   )
   return MappedTokenizer(plain, token_map)

@@ -282,3 +282,9 @@ def make_model(
     config.data.length,
     num_classes if config.task == "classify" else 0,
   )
+
+
+def param_shapes(model: Transformer) -> Any:
+  """Returns the tree of the parameters' shapes; nothing is computed."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

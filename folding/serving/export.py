@@ -29,7 +29,7 @@ from folding.data.tokenizers import (
   load_tokenizer,
 )
 from folding.models.pretrained import load_pretrained
-from folding.models.transformer import Transformer, make_model
+from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.schema import ConfigError, require
 from folding.serving.packed import load_packed, save_packed
 from folding.serving.vocabulary import read_as_unknown, trim
@@ -153,7 +153,7 @@ def sizes(loaded: Loaded) -> dict[str, int]:
   twin = make_model(
     config_lib.dense_twin(loaded.config), rows, len(loaded.labels)
   )
-  found = account(loaded.params, _shapes(twin))["bytes"]["overall"]
+  found = account(loaded.params, param_shapes(twin))["bytes"]["overall"]
   return {
     "dense": found["dense"],
     "values": found["stored"],
@@ -267,7 +267,7 @@ def _load_pretrained(path: str) -> Loaded:
 def _check_fit(loaded: Loaded, path: str) -> None:
   """Refuses parameters that are not those of the config."""
   expected = {
-    n: x.shape for n, x in paths.flatten(_shapes(loaded.model)).items()
+    n: x.shape for n, x in paths.flatten(param_shapes(loaded.model)).items()
   }
   found = {n: np.shape(x) for n, x in paths.flatten(loaded.params).items()}
   for name in sorted(expected.keys() | found.keys()):
@@ -276,11 +276,6 @@ def _check_fit(loaded: Loaded, path: str) -> None:
       f"the parameters in {path} are not of its config: {name} is "
       f"{found.get(name)}, not {expected.get(name)}",
     )
-
-
-def _shapes(model: Transformer) -> Any:
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def _labels_of(

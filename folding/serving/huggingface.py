@@ -11,6 +11,7 @@ import numpy as np
 from folding.compression.fold import unfold
 from folding.config import dense_twin
 from folding.data.tokenizers import MappedTokenizer
+from folding.data.trimming import trim_tokenizer
 from folding.models.attention import rope_frequencies
 from folding.models.hf_config import family_of
 from folding.models.pretrained import save_pretrained
@@ -61,12 +62,17 @@ def export_hf(
   # Where W_V is diagonal no two heads share keys any more.
   num_kv_heads = params["blocks_0"]["attn"]["k"]["kernel"].shape[1]
   model = dataclasses.replace(model, num_kv_heads=num_kv_heads)
+  tokenizer_json = loaded.tokenizer.to_json()
   if isinstance(loaded.tokenizer, MappedTokenizer):
-    rows = params["embed"]["embedding"][loaded.tokenizer.token_map]
+    token_map = loaded.tokenizer.token_map
+    if (token_map < 0).any():  # they would be rows that no text has
+      tokenizer_json, ids = trim_tokenizer(tokenizer_json, token_map >= 0)
+      token_map = token_map[ids]
+    rows = params["embed"]["embedding"][token_map]
     params["embed"] = {"embedding": rows}
   with tempfile.TemporaryDirectory() as folder:
     tokenizer_path = pathlib.Path(folder, TOKENIZER)
-    tokenizer_path.write_text(loaded.tokenizer.to_json(), "utf-8")
+    tokenizer_path.write_text(tokenizer_json, "utf-8")
     save_pretrained(
       params,
       model,

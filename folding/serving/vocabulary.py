@@ -7,17 +7,18 @@ choice, for classification (what a language model cannot read, it can predict):
   lets the removed tokens share one row of zeros: the same function, bit for
   bit. `read_as_unknown` lets them share the row of the unknown token.
 - `trim` gives a tokenizer that knows the other tokens only: it cuts words with
-  removed tokens into others, or reads them as unknown.
+  removed tokens into others, or reads them as unknown. Better do so before
+  training: `folding.training.trim`.
 """
 
 import json
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
 from folding.data.tokenizers import MappedTokenizer, Tokenizer
+from folding.data.trimming import trim_tokenizer
 from folding.schema import ConfigError, require
 
 
@@ -51,56 +52,20 @@ def trim(
   Raises:
     ConfigError: tokens of this kind of tokenizer cannot be removed.
   """
+  is_used = _is_used(params)
+  row_V = np.arange(len(is_used))
+  if isinstance(tokenizer, MappedTokenizer):
+    row_V = tokenizer.token_map
+  rows = row_V[row_V >= 0]
   require(
-    not isinstance(tokenizer, MappedTokenizer),
-    "a tokenizer with mapped ids cannot be trimmed; export the run itself",
+    len(rows) == len(np.unique(rows)),
+    "a tokenizer whose tokens share rows cannot be trimmed; export the run itself",
   )
-  keep_V = _is_used(params)
+  keep_V = (row_V >= 0) & is_used[row_V]
   text, kept = trim_tokenizer(tokenizer.to_json(), keep_V)
-  trimmed = Tokenizer(tokenizers.Tokenizer.from_str(text))
-  return _cut(params, np.array(kept)), trimmed
-
-
-def trim_tokenizer(
-  tokenizer_json: str, keep_V: Sequence[bool] | np.ndarray
-) -> tuple[str, list[int]]:
-  """Returns a tokenizer.json without some tokens, and the ids that are left.
-
-  The new id of a token is its place among the ids that are left. Special
-  tokens stay in any case, and in a BPE the bytes or characters that all else
-  is merged from, and the parts of every token that stays.
-
-  Args:
-    tokenizer_json: Its text.
-    keep_V: Whether each id is to stay; ids beyond its end are not.
-
-  Raises:
-    ConfigError: the model is none of WordPiece, WordLevel and BPE.
-  """
-  values = json.loads(tokenizer_json)
-  model = values["model"]
-  kind = model.get("type")
-  require(
-    kind in ("WordPiece", "WordLevel", "BPE"),
-    f"tokens of a {kind} tokenizer cannot be removed from it",
+  return _cut(params, row_V[kept]), Tokenizer(
+    tokenizers.Tokenizer.from_str(text)
   )
-  vocab: dict[str, int] = model["vocab"]
-  keep = {token for token, i in vocab.items() if i < len(keep_V) and keep_V[i]}
-  keep |= {model.get("unk_token")} & set(vocab)
-  if kind == "BPE":
-    model["merges"] = _close_merges(model, keep)
-  ids = {vocab[token] for token in keep}
-  ids |= {added["id"] for added in values["added_tokens"]}
-  processor = values.get("post_processor")
-  _map_ids(processor, lambda i: ids.add(i) or i)
-  old_ids = sorted(ids)
-  new_id = {old: new for new, old in enumerate(old_ids)}
-  model["vocab"] = {t: new_id[i] for t, i in vocab.items() if i in new_id}
-  for added in values["added_tokens"]:
-    added["id"] = new_id[added["id"]]
-  _map_ids(processor, new_id.__getitem__)
-  values["padding"] = None  # its pad_id is of the old ids, and unused here
-  return json.dumps(values, ensure_ascii=False), old_ids
 
 
 def _is_used(params: dict[str, Any]) -> np.ndarray:
@@ -123,35 +88,3 @@ def _unknown_id(values: dict[str, Any]) -> int:
       "this tokenizer has no unknown token that removed tokens could be read as"
     )
   return found
-
-
-def _close_merges(model: dict[str, Any], keep: set[str]) -> list[Any]:
-  """Adds to `keep` what its tokens are merged from; returns merges of those."""
-  prefix = model.get("continuing_subword_prefix") or ""
-  made = {}  # by the place of the merge
-  for place, merge in enumerate(model["merges"]):
-    a, b = merge.split(" ", 1) if isinstance(merge, str) else merge
-    made[place] = (a, b, a + b.removeprefix(prefix))
-  keep |= set(model["vocab"]) - {whole for _, _, whole in made.values()}
-  size = 0
-  while size < len(keep):  # a second pass is rare: parts are merged first
-    size = len(keep)
-    for a, b, whole in reversed(made.values()):
-      if whole in keep:
-        keep |= {a, b}
-  return [model["merges"][i] for i, merge in made.items() if merge[2] in keep]
-
-
-def _map_ids(processor: Any, function: Callable[[int], int]) -> None:
-  """Applies a function to the ids that a post-processor adds, in place."""
-  if not processor:
-    return
-  for inner in processor.get("processors", ()):  # of a Sequence
-    _map_ids(inner, function)
-  for name in ("sep", "cls"):  # of BertProcessing and RobertaProcessing
-    if name in processor:
-      token, old = processor[name]
-      processor[name] = [token, function(old)]
-  if processor.get("type") == "TemplateProcessing":
-    for special in processor["special_tokens"].values():
-      special["ids"] = [function(old) for old in special["ids"]]

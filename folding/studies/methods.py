@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from folding import config as config_lib
 from folding import schema
 from folding.config import Config, ModelConfig
 from folding.data import tokenizers
-from folding.models.transformer import make_model
+from folding.models.transformer import make_model, param_shapes
 from folding.schema import ConfigError, require
 
 Edits = Mapping[str, Any]  # {dotted field of `Config`: value}
@@ -143,9 +142,7 @@ def _count_of(
   config = Config(task=task, dense=True, model=model)  # pyright: ignore
   config.data.length = length
   made = make_model(config_lib.resolve(config), vocabulary, num_classes=2)
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  shapes = jax.eval_shape(made.init, jax.random.key(0), tokens)["params"]
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(made)))
 
 
 def _count(config: Config, vocabulary: int, length: int, model: ModelConfig):

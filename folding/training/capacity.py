@@ -19,7 +19,7 @@ from folding import config as config_lib
 from folding import paths
 from folding.compression.rules import make_sites
 from folding.config import Config
-from folding.models.transformer import make_model
+from folding.models.transformer import make_model, param_shapes
 from folding.schema import ConfigError, require
 from folding.training import losses, sharding
 from folding.training import optimizer as optimizer_lib
@@ -266,9 +266,7 @@ def _build(config: Config) -> tuple[Any, Any, list[Any], Any]:
     return make_model(config, config.data.vocab_size, num_classes=2)
 
   def shapes(config):
-    tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
-    make = model_of(config).init
-    return jax.eval_shape(make, jax.random.key(0), tokens)["params"]
+    return param_shapes(model_of(config))
 
   dense = shapes(config_lib.dense_twin(config))
   rules = optimizer_lib.make_rules(config, shapes(config), dense)

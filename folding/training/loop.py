@@ -24,6 +24,7 @@ from folding.training.result import is_finished, read_result
 from folding.training.run import Run
 from folding.training.start import folded_start, teacher_of, write_fold
 from folding.training.step import train_step
+from folding.training.trim import trim_vocabulary
 
 
 def run(config: Config, workdir: str) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       f"there is no text for the {split} split; raise data.{split}_fraction, or "
       "give more text (each class gives up its own share, rounded)",
     )
+  if tokenizer is None and config.fpp.embedding_granularity == "trim":
+    data = trim_vocabulary(config, data)
   asked, start, report = config, None, []
   if planned is not None and has_checkpoint(workdir):
     config = planned

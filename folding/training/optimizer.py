@@ -16,7 +16,7 @@ from folding.compression.scores import FORWARD_SCORES
 from folding.config import Config
 from folding.schema import ConfigError
 
-_EMBEDDING = r"(embed|position_embed)/embedding"
+_TOKENS = "embed/embedding"
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -100,10 +100,13 @@ def _rules(
     rules.append(Rule(except_ + "head/kernel", linear))
   rules = [rule for rule in rules if rule.target]
   if embedding:
-    unit, score = f.embedding_granularity, f.embedding_score
-    if score is None and unit == "weight" and f.score in FORWARD_SCORES:
-      score = "magnitude"
-    rules.append(Rule(except_ + _EMBEDDING, embedding, unit, score=score))
+    unit, score = "row", f.embedding_score
+    pattern = _TOKENS  # a row of the positions is no token
+    if f.embedding_granularity == "weight":
+      unit, pattern = "weight", f"({_TOKENS}|position_embed/embedding)"
+      if score is None and f.score in FORWARD_SCORES:
+        score = "magnitude"
+    rules.append(Rule(except_ + pattern, embedding, unit, score=score))
   # `exclude` may leave a rule nothing to prune.
   rules = [r for r in rules if any(re.fullmatch(r.pattern, n) for n in names)]
   try:
@@ -118,6 +121,12 @@ def _rules(
           f"{site.name!r}; exclude the whole MLP, or prune by weight"
         )
   return rules
+
+
+def embedding_fraction(rules: list[Rule]) -> float:
+  """Returns what the rules prune of the tokens' embedding."""
+  found = (r.target for r in rules if re.fullmatch(r.pattern, _TOKENS))
+  return next(found, 0.0)
 
 
 def _fractions_for(

@@ -82,7 +82,7 @@ def plan(
   )
   options = measure(config, params, batches)
   sizes = _sizes(params)
-  linear, embedding = _outer_fractions(config)
+  linear, embedding = outer_fractions(config)
   budget = _budget(config, sizes, linear, embedding)
   chosen = {key: 0 for key in options}
 
@@ -147,7 +147,7 @@ def _sizes(params) -> dict[str, int]:
   return sizes | {"all": sum(sizes.values())}
 
 
-def _outer_fractions(config: Config) -> tuple[float, float]:
+def outer_fractions(config: Config) -> tuple[float, float]:
   """Returns what is pruned of the output layer and of the embedding."""
   f = config.fpp
   if f.overall is not None:

@@ -13,13 +13,14 @@ from folding import config as config_lib
 from folding.compression.accounting import account
 from folding.config import Config
 from folding.data.batches import Data
-from folding.models.transformer import make_model
+from folding.models.transformer import make_model, param_shapes
 from folding.schema import ConfigError
 from folding.training import distributed, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.evaluate import evaluate
 from folding.training.result import write_result
 from folding.training.step import TrainState, init_state
+from folding.training.trim import token_usage
 
 
 class Run:
@@ -43,17 +44,14 @@ class Run:
     self.mesh = sharding.make_mesh(config.mesh)
     make = functools.partial(make_model, num_classes=data.num_classes)
     self.model = make(config, data.tokenizer.vocab_size)
-    tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
-
-    def shapes(model):
-      return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-
     before = data.tokenizer.plain_size  # a shrink may have removed tokens
-    self.dense_params = shapes(make(config_lib.dense_twin(config), before))
-    unshrunk = shapes(make(config_lib.unshrunk(config), before))
+    self.dense_params = param_shapes(
+      make(config_lib.dense_twin(config), before)
+    )
+    unshrunk = param_shapes(make(config_lib.unshrunk(config), before))
     self.rules = optimizer_lib.make_rules(config, unshrunk, self.dense_params)
     removed = optimizer_lib.removed_units(
-      self.rules, unshrunk, shapes(self.model)
+      self.rules, unshrunk, param_shapes(self.model)
     )
     self.tx = optimizer_lib.make_optimizer(config, self.rules, removed)
     self._init = functools.partial(
@@ -102,29 +100,13 @@ class Run:
     if self.teacher is not None:
       found["teacher"] = self.teacher[1]
     f = self.config.fpp
-    if f.embedding_granularity == "row" and self.rules:
-      found["usage"] = self._usage()
+    if f.embedding_granularity != "weight" and self.rules:
+      size = self.like.params["embed"]["embedding"].shape[0]
+      found["usage"] = token_usage(self.data, self.config.data.batch_size, size)
     params = self.like.params
     return jax.device_put(
       found, sharding.tree_shardings(self.mesh, found, params)
     )
-
-  def _usage(self) -> np.ndarray:
-    """Returns the share of each token in an epoch of training, positive.
-
-    Tokens that it does not have are told apart by their ids, as vocabularies
-    run from frequent to rare ones: the last are the least likely to be met.
-    """
-    size = self.like.params["embed"]["embedding"].shape[0]
-    num_batches = self.data.num_examples["train"] // self.config.data.batch_size
-    count_V = np.zeros(size)
-    for step in range(num_batches):
-      batch = self.data.train_batch(step)
-      tokens = batch["tokens"][batch.get("mask", batch["tokens"] >= 0)]
-      count_V += np.bincount(tokens, minlength=size)
-    count_V = distributed.sum_processes(count_V)
-    count_V += 0.5 * (1 - np.arange(size) / size)  # all of it less than a use
-    return (count_V / count_V.sum()).astype(np.float32)
 
   def evaluate(
     self, params: Any, split: str, eval_step: Any, limit: int | None = None

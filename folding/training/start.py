@@ -7,7 +7,7 @@ classes).
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from folding import config as config_lib
 from folding import paths
 from folding.config import Config
 from folding.data.batches import Data
-from folding.data.tokenizers import load_tokenizer
+from folding.data.tokenizers import MappedTokenizer, load_tokenizer
+from folding.data.trimming import trimmed
 from folding.models.pretrained import load_pretrained
 from folding.models.transformer import Transformer, make_model
 from folding.schema import ConfigError, require
@@ -66,8 +67,11 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
       f"{path} has {name} {theirs!r}, and model.{name} is {ours!r}; "
       "configs/pretrained.py takes the shape from the checkpoint",
     )
+  ours = data.tokenizer
+  if isinstance(ours, MappedTokenizer) and (ours.token_map < 0).any():
+    tokenizer = trimmed(tokenizer, ours.token_map >= 0)
   require(
-    tokenizer.to_json() == data.tokenizer.to_json(),
+    tokenizer.to_json() == ours.to_json(),
     f"{path} reads the ids of another tokenizer than data.tokenizer "
     f"{config.data.tokenizer!r}; use data.tokenizer={tokenizer_path!r}",
   )
@@ -165,7 +169,15 @@ def folded_start(
     model = make_model(config, data.tokenizer.plain_size, data.num_classes)
     drawn = _draw(model, config)
     params = prune_trained(config, params, dense, batches, drawn)
-  return config, params, report
+  return config, _with_rows_of(data, params), report
+
+
+def _with_rows_of(data: Data, params: dict[str, Any]) -> dict[str, Any]:
+  """Returns the parameters without tokens that the tokenizer has no more."""
+  if not isinstance(data.tokenizer, MappedTokenizer):
+    return params
+  embedding_VD = params["embed"]["embedding"][data.tokenizer.plain_ids]
+  return {**params, "embed": {"embedding": embedding_VD}}
 
 
 def _draw(model: Transformer, config: Config) -> dict[str, Any]:
@@ -222,10 +234,17 @@ def fold_table(
   return "\n".join("  ".join(line) for line in lines)
 
 
-def calibration(config: Config, data: Data) -> list[Mapping[str, Any]]:
-  """Returns the first training batches, as many texts as the config says."""
+def calibration(config: Config, data: Data) -> Sequence[Mapping[str, Any]]:
+  """Returns the first training batches, as many texts as the config says.
+
+  Where the tokenizer was trimmed, the ids are those before.
+  """
   count = -(-config.compress.calibration // config.data.batch_size)
-  return [data.train_batch(step) for step in range(count)]
+  batches = [data.train_batch(step) for step in range(count)]
+  if isinstance(data.tokenizer, MappedTokenizer):
+    for batch in batches:
+      batch["tokens"] = data.tokenizer.plain_ids[batch["tokens"]]
+  return batches
 
 
 def teacher_of(
@@ -242,5 +261,6 @@ def teacher_of(
   path = d.teacher or config.pretrained
   assert path is not None
   model, params = dense_start(path, config, data, needs_head=d.logits > 0)
+  params = _with_rows_of(data, params)
   half = jax.tree.map(lambda w: w.astype(jax.numpy.bfloat16), params)
-  return model, half
+  return model.clone(vocab_size=data.tokenizer.vocab_size), half

@@ -208,7 +208,8 @@ def test_a_mapped_tokenizer_is_read_back_with_its_map(tmp_path):
     ("[[0], [1]]", "is no list of token ids"),
     ("[]", "is no list of token ids"),
     ('["a"]', "is no list of token ids"),
-    ("[0, -1, 0, 2, 3, 4]", "is no list of token ids"),
+    ("[0, -2, 0, 2, 3, 4]", "is no list of token ids"),
+    ("[0, -1, 0, 2, 3, 4]", "has no id for one that the tokenizer makes"),
     ("[0, 1]", "a map of 2 tokens does not fit a tokenizer of 6"),
   ],
 )

@@ -1,5 +1,6 @@
 """Exports for transformers: the same predictions there as here."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import folding
 from folding import config as c
+from folding.data import trimming
 from folding.models.attention import rope_frequencies
 from folding.schema import ConfigError
 from folding.serving import export as export_lib
@@ -106,6 +108,28 @@ def test_mapped_tokens_get_their_rows_back(tmp_path):
   np.testing.assert_array_equal(rows[[5, 9]], old[[1, 1]])
   [ours], [theirs] = (
     predict.predict(m, ["the cat sat"], batch_size=1) for m in (unknown, found)
+  )
+  np.testing.assert_allclose(
+    theirs.probabilities, ours.probabilities, atol=1e-6
+  )
+
+
+def test_tokens_that_left_the_tokenizer_get_no_rows(tmp_path):
+  model = models.make(model=_ENCODER)
+  keep = ~np.isin(np.arange(21), [5, 9])  # without "cat", "mat"
+  params = dict(model.params)
+  rows = params["embed"]["embedding"][keep]
+  params["embed"] = {"embedding": rows}
+  trimmed = dataclasses.replace(
+    model, params=params, tokenizer=trimming.trimmed(model.tokenizer, keep)
+  )
+  huggingface.export_hf(tmp_path / "out", trimmed)
+  found = folding.load(tmp_path / "out")
+  np.testing.assert_array_equal(found.params["embed"]["embedding"], rows)
+  assert found.tokenizer.vocab_size == 19
+  [ours], [theirs] = (
+    predict.predict(m, ["the cat sat on a mat"], batch_size=1)
+    for m in (trimmed, found)
   )
   np.testing.assert_allclose(
     theirs.probabilities, ours.probabilities, atol=1e-6

