@@ -76,10 +76,16 @@ def read_path(
   splits = {
     split: _read_file(file, data, task) for split, file in files.items()
   }
-  names = folder / "labels.txt"
-  if not names.is_file():
+  path = folder / "labels.txt"
+  if not path.is_file():
     return splits, None
-  return splits, [line.strip() for line in _decode(names).split("\n") if line]
+  names = [line.strip() for line in _decode(path).split("\n") if line]
+  twice = [name for i, name in enumerate(names) if name in names[:i]]
+  schema.require(
+    not twice,
+    f"{path} names {twice[0] if twice else ''!r} twice; name each class once",
+  )
+  return splits, names
 
 
 def _split_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
