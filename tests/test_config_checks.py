@@ -119,6 +119,14 @@ COMBINATIONS = {
     {"distill__noise": 1.0},
     r"distill\.noise is a share of the tokens, 0 to below 1; it is 1\.0",
   ),
+  "tokens_of_no_trained_model": (
+    {"task": "classify", "fpp__embedding_granularity": "trim"},
+    r"tokenizer of a trained classifier; give pretrained=PATH, or use 'row'",
+  ),
+  "tokens_that_are_predicted": (
+    {"fpp__embedding_granularity": "trim", "pretrained": "x"},
+    r"'trim' takes tokens out of the tokenizer of a trained classifier",
+  ),
   "sum_of_a_layernorm": (
     {"fold__axis": "input", "fold__groups": 1},
     r"sums the channels of a LayerNorm.*use model\.norm='rmsnorm', more gr",

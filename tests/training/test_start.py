@@ -197,6 +197,9 @@ def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
   before = _logits(dense, expected, plain, text)
   after = _logits(model, params, data, text)
   np.testing.assert_array_equal(after, before)
+  batch, ours = start.calibration(config, data)[0], data.train_batch(0)
+  for old, new in zip(batch["tokens"], ours["tokens"], strict=True):
+    assert plain.tokenizer.decode(old) == data.tokenizer.decode(new)
   half = jax.tree.map(lambda w: w.astype(np.float32), taught[1])
   of_teacher = _logits(taught[0], half, data, text)
   np.testing.assert_allclose(of_teacher, before, rtol=0.02, atol=0.02)
