@@ -1,6 +1,6 @@
 """What a classifier loses with the tokens that training uses least, untrained.
 
-    python -m benchmarks.tokens RUN... [--fractions=0.67,0.8] [--json]
+    python -m benchmarks.tokens RUN... [--fractions=0.67] [--json]
 
 A RUN is a dense classifier, as configs/pretrained.py tunes one. That fraction of
 its tokens is embedded as zero, or read as the unknown token, or leaves the
@@ -28,7 +28,7 @@ def main() -> None:
   """Measures, and shows what came out."""
   parser = output.make_parser(__doc__)
   parser.add_argument("runs", nargs="+", type=pathlib.Path)
-  parser.add_argument("--fractions", default="0.67,0.8")
+  parser.add_argument("--fractions", default="0.67")
   args = parser.parse_args()
   fractions = [float(text) for text in args.fractions.split(",")]
   rows = [row for run in args.runs for row in measure(str(run), fractions)]
@@ -82,11 +82,12 @@ def measure(workdir: str, fractions: list[float]) -> list[dict[str, Any]]:
 
   whole, rows = accuracy(plain, params), []
   for fraction in fractions:
-    keep_V = np.zeros(len(order), bool)
-    keep_V[order[: round((1 - fraction) * len(order))]] = True
+    used_V = np.zeros(len(order), bool)
+    used_V[order[: round((1 - fraction) * len(order))]] = True
+    trim = trimmed(plain, used_V)
+    keep_V = trim.token_map >= 0  # the special tokens as well
     zeroed = with_rows(np.where(keep_V[:, None], embedding_VD, 0))
     unknown, mapped = read_as_unknown(zeroed, plain)
-    trim = trimmed(plain, keep_V)
     test = [b["tokens"][b["mask"]] for b in run.data.eval_batches("test")]
     rows.append(
       {
