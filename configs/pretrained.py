@@ -15,6 +15,7 @@ Plan:    add --config.compress.plan=auto: each layer by what it loses
 import os
 
 from folding import config as c
+from folding.data import tokenizers, trimming
 from folding.models import pretrained
 from folding.schema import require
 
@@ -50,6 +51,10 @@ def get_config(path: str = "") -> c.Config:
   knows_task = is_run or task == "lm"
   model.dropout = 0.0 if knows_task else 0.1
   assert model.head_dim is not None
+  granularity = "weight"  # of the embedding
+  if task == "classify":
+    is_trimmable = trimming.can_trim(tokenizers.load_tokenizer(data.tokenizer))
+    granularity = "trim" if is_trimmable else "row"
   shares_width = model.num_heads * model.head_dim == model.width
   return c.Config(
     task=task,
@@ -63,7 +68,7 @@ def get_config(path: str = "") -> c.Config:
       v_block=None if shares_width else 0,
     ),
     fpp=c.FPPConfig(
-      embedding_granularity="trim" if task == "classify" else "weight",
+      embedding_granularity=granularity,
       # Of a trained language model too: stories260K, 50% smaller and recovered,
       # has perplexity 8.4 with 1 and 9.8 with 0.2 (one seed).
       embedding_share=1.0,

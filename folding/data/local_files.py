@@ -79,7 +79,7 @@ def read_path(
   path = folder / "labels.txt"
   if not path.is_file():
     return splits, None
-  names = [line.strip() for line in _decode(path).split("\n") if line]
+  names = [line.strip() for line in _decode(path).split("\n") if line.strip()]
   twice = [name for i, name in enumerate(names) if name in names[:i]]
   schema.require(
     not twice,

@@ -126,6 +126,7 @@ class Tokenizer:
   def save(self, path: str) -> None:
     """Writes a tokenizer.json that `load_tokenizer` and others read."""
     self._inner.save(path)
+    pathlib.Path(path).with_name(TOKEN_MAP).unlink(missing_ok=True)
 
 
 class MappedTokenizer(Tokenizer):

@@ -10,6 +10,14 @@ import tokenizers
 from folding.data.tokenizers import MappedTokenizer, Tokenizer
 from folding.schema import require
 
+_KINDS = ("WordPiece", "WordLevel", "BPE")
+
+
+def can_trim(tokenizer: Tokenizer) -> bool:
+  """Returns whether tokens can be removed from a tokenizer."""
+  kind = json.loads(tokenizer.to_json())["model"].get("type")
+  return kind in _KINDS and not isinstance(tokenizer, MappedTokenizer)
+
 
 def trim_tokenizer(
   tokenizer_json: str, keep_V: Sequence[bool] | np.ndarray
@@ -55,7 +63,8 @@ def trimmed(
   """
   require(
     not isinstance(tokenizer, MappedTokenizer),
-    "a tokenizer with mapped ids cannot be trimmed",
+    "tokens have left this tokenizer already, so it cannot be trimmed; start from "
+    "the dense run before that",
   )
   stays_V = np.zeros(tokenizer.vocab_size, bool)
   stays_V[: len(keep_V)] = keep_V[: len(stays_V)]
@@ -74,10 +83,17 @@ def _remove(values: dict[str, Any], keep_V) -> list[int]:
   model = values["model"]
   kind = model.get("type")
   require(
-    kind in ("WordPiece", "WordLevel", "BPE"),
-    f"tokens of a {kind} tokenizer cannot be removed from it",
+    kind in _KINDS,
+    f"tokens of a {kind} tokenizer cannot be removed from it; use "
+    "fpp.embedding_granularity='row' or 'weight'",
   )
   vocab: dict[str, int] = model["vocab"]
+  for added in values["added_tokens"]:  # elsewhere they would lose their ids
+    vocab.setdefault(added["content"], added["id"])
+  require(
+    kind == "BPE" or model.get("unk_token") in vocab,
+    "tokens cannot be removed from a tokenizer that has none for unknown words",
+  )
   keep = {token for token, i in vocab.items() if i < len(keep_V) and keep_V[i]}
   keep |= {model.get("unk_token")} & set(vocab)
   if kind == "BPE":

@@ -25,7 +25,7 @@ def export_hf(
   """Writes a model as a Hugging Face checkpoint to a new folder.
 
   Folded projections are written dense, so the files are as large as those of
-  the dense twin.
+  the dense twin; tokens that left the tokenizer stay away.
 
   Args:
     path: Made if need be; it must be empty.

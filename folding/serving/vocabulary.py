@@ -3,7 +3,7 @@
 `row` FPP zeroes the embeddings of tokens that it suspects. Then there is a
 choice, for classification (what a language model cannot read, it can predict):
 
-- A `MappedTokenizer` cuts a text as before and maps the ids. `folding.shrink`
+- A `MappedTokenizer` cuts a text as its tokenizer does and maps the ids. `folding.shrink`
   lets the removed tokens share one row of zeros: the same function, bit for
   bit. `read_as_unknown` lets them share the row of the unknown token.
 - `trim` gives a tokenizer that knows the other tokens only: it cuts words with

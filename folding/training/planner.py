@@ -81,7 +81,7 @@ def plan(
     "fpp.attention, fpp.exclude, fpp.linear_layers and granularity '2:4'",
   )
   options = measure(config, params, batches)
-  sizes = _sizes(params)
+  sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   budget = _budget(config, sizes, linear, embedding)
   chosen = {key: 0 for key in options}
@@ -138,11 +138,17 @@ def _price(now: Option, then: Option) -> float | None:
   return (then.error - now.error) / saved if saved > 0 else None
 
 
-def _sizes(params) -> dict[str, int]:
-  """Returns parameters by group, with those of the head by themselves."""
+def _sizes(config: Config, params) -> dict[str, int]:
+  """Returns parameters by group, with those of the head by themselves.
+
+  Where an embedding is pruned by rows, positions are not of that group.
+  """
+  by_rows = config.fpp.embedding_granularity != "weight"
   sizes = {"qkv": 0, "linear": 0, "embedding": 0, "other": 0, "head": 0}
   for name, leaf in paths.flatten(params).items():
     group = "head" if name == "head/kernel" else group_of(name)
+    if by_rows and name == "position_embed/embedding":
+      group = "other"
     sizes[group] += int(np.prod(leaf.shape))
   return sizes | {"all": sum(sizes.values())}
 

@@ -55,6 +55,11 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
       not any(layer.groups or layer.v_block for layer in layers),
       f"{path} is a folded run; start from a dense one",
     )
+    require(
+      not isinstance(tokenizer, MappedTokenizer),
+      f"tokens have left the tokenizer of {path}; start from the dense run before "
+      "that",
+    )
   else:
     source = load_pretrained(path, task=config.task)
     model, params = source.config, source.params

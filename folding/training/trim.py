@@ -41,10 +41,9 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   """Returns the same data, cut into the tokens that training uses most.
 
   As many tokens leave the tokenizer as the config says rows of the embedding
-  are to go, and words that had them are cut into other tokens. Without training,
-  MiniLM with a third of its tokens has 88.1% on SST-2 (88.0% with all of them;
-  86.4% where those that went are embedded as zero), and 84.6% on MR (84.4%,
-  83.8%).
+  are to go, and words that had them are cut into other tokens. Special tokens
+  stay, and in a BPE what others are made of, so fewer may go; FPP then zeroes
+  rows for the rest. What it costs and saves: benchmarks/results/tokens.md.
 
   Args:
     config: Resolved; `fpp.embedding_granularity` is "trim".
@@ -54,10 +53,15 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
     ConfigError: tokens of this kind of tokenizer cannot be removed.
   """
   size = data.tokenizer.vocab_size
+  fraction = _fraction(config, data)
+  if not fraction:
+    return data
   usage_V = token_usage(data, config.data.batch_size, size)
-  kept = round((1 - _fraction(config, data)) * size)
+  # What stays in any case comes first, so that as many go as are to go.
+  usage_V += trimmed(data.tokenizer, np.zeros(size, bool)).token_map >= 0
   keep_V = np.zeros(size, bool)
-  keep_V[np.argsort(-usage_V, kind="stable")[:kept]] = True
+  kept = np.argsort(-usage_V, kind="stable")[: round((1 - fraction) * size)]
+  keep_V[kept] = True
   tokenizer = trimmed(data.tokenizer, keep_V)
   return make_data(config, tokenizer, jax.process_index(), jax.process_count())
 

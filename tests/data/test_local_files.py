@@ -123,7 +123,7 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
       "valid.tsv:1: label '0' is not one of the 1 of train: x",
     ),
     (GOOD | {"labels__txt": "a\n"}, "train.tsv:2: label '1'.*labels.txt"),
-    (GOOD | {"labels__txt": "a\nb\na\n"}, "labels.txt names 'a' twice"),
+    (GOOD | {"labels__txt": "a\n\n \nb\na\n"}, "labels.txt names 'a' twice"),
     ({"train__csv": "text,label\n"}, "train.csv has a header and no rows"),
     ({"train__csv": "text,label\na,0\nb\n"}, "train.csv:3: .* 2 columns"),
     ({"train__csv": "text,label\na,0,1\n"}, "train.csv:2: .* 2 columns"),

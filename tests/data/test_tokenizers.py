@@ -199,6 +199,8 @@ def test_a_mapped_tokenizer_is_read_back_with_its_map(tmp_path):
   np.testing.assert_array_equal(loaded.token_map, token_map)
   assert loaded.encode_batch(["c b"])[0].tolist() == [2, 0]
   assert loaded.plain_size == 6
+  plain.save(path)  # what was left there is no map of this one
+  assert type(tokenizers.load_tokenizer(path)) is tokenizers.Tokenizer
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,9 @@ def test_what_is_left_of_a_unigram_is_not_guessed():
   inner = tokenizers.Tokenizer(
     tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)
   )
-  with pytest.raises(ConfigError, match="tokens of a Unigram tokenizer cannot"):
+  with pytest.raises(
+    ConfigError, match="a Unigram tokenizer cannot .* use fpp.emb"
+  ):
     trimming.trim_tokenizer(inner.to_str(), np.ones(2, bool))
 
 
@@ -190,7 +192,7 @@ def test_a_map_of_a_trimmed_tokenizer_leaves_out_what_went():
   assert (twice.vocab_size, twice.plain_size) == (19, 21)
   [before], [after] = (t.encode_batch(["the dog zzz"]) for t in (found, twice))
   np.testing.assert_array_equal(after, rows[before])
-  with pytest.raises(ConfigError, match="with mapped ids cannot be trimmed"):
+  with pytest.raises(ConfigError, match="have left this tokenizer already"):
     trimming.trimmed(twice, np.ones(19, bool))
 
 
@@ -201,3 +203,31 @@ def test_what_pads_and_ends_stays_without_being_special():
   found = trimming.trimmed(plain, [False, False, True])
   assert found.vocab_size == 4
   assert (found.pad_id, found.end_id) == (plain.pad_id, plain.end_id) == (1, 0)
+
+
+def test_added_tokens_keep_their_rows():
+  inner = _inner(models.word_pieces())
+  inner.add_special_tokens(["[ENT]"])
+  inner.add_tokens(["foo"])  # neither is in the model's own vocabulary
+  plain = Tokenizer(inner)
+  assert plain.encode_batch(["foo [ENT]"], 9)[0].tolist()[1] == 22
+  keep = np.isin(np.arange(23), [5, 9, 17], invert=True)
+  found = trimming.trimmed(plain, keep)
+  for sentence in ("the dog foo", "foo foo c"):
+    [before], [after] = (t.encode_batch([sentence], 9) for t in (plain, found))
+    np.testing.assert_array_equal(found.plain_ids[after], before)
+
+
+def test_a_tokenizer_with_nothing_for_unknown_words_stays_whole():
+  model = tokenizers.models.WordLevel({"a": 0, "b": 1}, "<unk>")
+  plain = Tokenizer(tokenizers.Tokenizer(model))
+  with pytest.raises(ConfigError, match="has none for unknown words"):
+    trimming.trimmed(plain, [True, False])
+
+
+def test_which_tokenizers_can_be_trimmed():
+  unigram = tokenizers.models.Unigram([("<unk>", 0.0)], unk_id=0)
+  plain = _word_pieces()
+  assert trimming.can_trim(plain)
+  assert not trimming.can_trim(Tokenizer(tokenizers.Tokenizer(unigram)))
+  assert not trimming.can_trim(trimming.trimmed(plain, np.ones(21, bool)))

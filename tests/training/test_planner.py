@@ -67,7 +67,9 @@ def _stored(config, params):
   total = qkv = 0.0
   for name, w in paths.flatten(tree).items():
     left = 0.0
-    if name.endswith("embedding"):
+    of_tokens = name == "embed/embedding"
+    by_weight = config.fpp.embedding_granularity == "weight"
+    if name.endswith("embedding") and (of_tokens or by_weight):
       left = config.fpp.embedding
     elif "/mlp/" in name and name.endswith("kernel") or "/o/kernel" in name:
       layer = int(name.split("/")[0].removeprefix("blocks_"))
@@ -86,6 +88,11 @@ def _stored(config, params):
   [
     ("bert", {"overall": 0.6, "linear": None, "embedding": None}),
     ("llama", {"overall": 0.4, "linear": None, "embedding": None}),
+    (
+      "bert",
+      {"overall": 0.6, "linear": None, "embedding": None}
+      | {"embedding_granularity": "row"},
+    ),
   ],
 )
 def test_the_whole_is_as_small_as_asked(kind, fpp):

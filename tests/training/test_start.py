@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from configs import pretrained as pretrained_config
 from folding import config as c
@@ -137,6 +139,30 @@ def test_of_tokens_without_use_the_last_are_the_first_to_go(
   assert usage.sum() == pytest.approx(1)
 
 
+def test_what_cannot_be_trimmed_or_need_not_be_stays_whole(
+  checkpoint, topics, tmp_path
+):
+  shutil.copytree(checkpoint[0], tmp_path / "hf")
+  words = [(word, -1.0) for word in checkpoints.WORDS]
+  inner = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=3))
+  inner.save(str(tmp_path / "hf" / "tokenizer.json"))
+  for source, expected in ((checkpoint[0], "trim"), (tmp_path / "hf", "row")):
+    found = _config(source, topics)
+    assert found.fpp.embedding_granularity == expected
+  config = _config(checkpoint[0], topics, fpp__overall=None)
+  config.fpp.linear, config.fpp.embedding = 0.5, 0.0
+  data = make_data(config := c.resolve(config))
+  assert trim.trim_vocabulary(config, data) is data
+
+
+def test_as_many_tokens_go_as_are_to_go(dense_run, topics):
+  config = _config(dense_run, topics, fpp__overall=None)
+  config.fpp.linear, config.fpp.embedding = 0.5, 0.4
+  data = make_data(config := c.resolve(config))
+  found = trim.trim_vocabulary(config, data).tokenizer
+  assert (data.tokenizer.vocab_size, found.vocab_size) == (10, 6)
+
+
 @pytest.fixture(scope="module")
 def folded_run(dense_run, topics, tmp_path_factory):
   """Returns (run directory, result) of the dense run, folded and recovered."""
@@ -182,7 +208,8 @@ def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
   dense_run, topics
 ):
   unfolded = {"fold__groups": 0, "fold__v_block": 0}
-  config = _config(dense_run, topics, fpp__overall=0.3, **unfolded)
+  config = _config(dense_run, topics, fpp__overall=None, **unfolded)
+  config.fpp.linear, config.fpp.embedding = 0.5, 0.4
   config = c.resolve(config)
   plain = make_data(config)
   data = trim.trim_vocabulary(config, plain)
