@@ -1,9 +1,10 @@
-"""All benchmarks, one after the other, into `benchmarks/results/`.
+"""The benchmarks, one after the other, into `benchmarks/results/`.
 
     python -m benchmarks [NAME...] [--folders FOLDER...]
 
 Each in a process of its own, as it starts JAX in its own way. FOLDERs are for
-fold_minilm, which is left out without them.
+fold_minilm, which is left out without them. `python -m benchmarks.tokens RUN...`
+needs runs, and is called by itself.
 """
 
 import argparse
