@@ -6,6 +6,7 @@ import pytest
 
 from configs.studies import ablations, from_scratch, pretrained, short
 from folding import config as c
+from folding.data.tokenizers import train_tokenizer
 from folding.schema import ConfigError
 from tests.studies.shapes import smaller
 
@@ -32,6 +33,8 @@ def run(tmp_path_factory):
     task="classify", model=c.ModelConfig(num_layers=2, causal=False)
   )
   c.save(c.resolve(base), str(folder / "config.json"))
+  tokenizer = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
+  tokenizer.save(str(folder / "tokenizer.json"))
   return str(folder)
 
 
