@@ -16,12 +16,11 @@ import numpy as np
 from benchmarks import output
 from folding.data.batches import make_data
 from folding.data.tokenizers import Tokenizer
-from folding.data.trimming import trimmed
 from folding.serving.vocabulary import read_as_unknown
 from folding.training.evaluate import make_eval_step
 from folding.training.loop import open_run
 from folding.training.run import Run
-from folding.training.trim import token_usage
+from folding.training.trim import token_usage, without_least_used
 
 
 def main() -> None:
@@ -71,7 +70,6 @@ def measure(workdir: str, fractions: list[float]) -> list[dict[str, Any]]:
   plain, batch_size = run.data.tokenizer, run.config.data.batch_size
   embedding_VD = params["embed"]["embedding"]
   usage_V = token_usage(run.data, batch_size, len(embedding_VD))
-  order = np.argsort(-usage_V, kind="stable")
 
   def with_rows(rows):
     return {**params, "embed": {"embedding": rows}}
@@ -82,10 +80,8 @@ def measure(workdir: str, fractions: list[float]) -> list[dict[str, Any]]:
 
   whole, rows = accuracy(plain, params), []
   for fraction in fractions:
-    used_V = np.zeros(len(order), bool)
-    used_V[order[: round((1 - fraction) * len(order))]] = True
-    trim = trimmed(plain, used_V)
-    keep_V = trim.token_map >= 0  # the special tokens as well
+    trim = without_least_used(plain, usage_V, fraction)
+    keep_V = trim.token_map >= 0
     zeroed = with_rows(np.where(keep_V[:, None], embedding_VD, 0))
     unknown, mapped = read_as_unknown(zeroed, plain)
     test = [b["tokens"][b["mask"]] for b in run.data.eval_batches("test")]

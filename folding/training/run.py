@@ -44,7 +44,7 @@ class Run:
     self.mesh = sharding.make_mesh(config.mesh)
     make = functools.partial(make_model, num_classes=data.num_classes)
     self.model = make(config, data.tokenizer.vocab_size)
-    before = data.tokenizer.plain_size  # a shrink may have removed tokens
+    before = data.tokenizer.plain_size  # tokens may have been removed
     self.dense_params = param_shapes(
       make(config_lib.dense_twin(config), before)
     )

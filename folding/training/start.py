@@ -72,11 +72,11 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
       f"{path} has {name} {theirs!r}, and model.{name} is {ours!r}; "
       "configs/pretrained.py takes the shape from the checkpoint",
     )
-  ours = data.tokenizer
-  if isinstance(ours, MappedTokenizer) and (ours.token_map < 0).any():
-    tokenizer = trimmed(tokenizer, ours.token_map >= 0)
+  wanted = data.tokenizer
+  if isinstance(wanted, MappedTokenizer) and (wanted.token_map < 0).any():
+    tokenizer = trimmed(tokenizer, wanted.token_map >= 0)
   require(
-    tokenizer.to_json() == ours.to_json(),
+    tokenizer.to_json() == wanted.to_json(),
     f"{path} reads the ids of another tokenizer than data.tokenizer "
     f"{config.data.tokenizer!r}; use data.tokenizer={tokenizer_path!r}",
   )

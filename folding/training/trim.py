@@ -8,6 +8,7 @@ import numpy as np
 from folding import config as config_lib
 from folding.config import Config
 from folding.data.batches import Data, make_data
+from folding.data.tokenizers import MappedTokenizer, Tokenizer
 from folding.data.trimming import trimmed
 from folding.models.transformer import make_model, param_shapes
 from folding.training import distributed
@@ -57,13 +58,30 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   if not fraction:
     return data
   usage_V = token_usage(data, config.data.batch_size, size)
-  # What stays in any case comes first, so that as many go as are to go.
-  usage_V += trimmed(data.tokenizer, np.zeros(size, bool)).token_map >= 0
-  keep_V = np.zeros(size, bool)
-  kept = np.argsort(-usage_V, kind="stable")[: round((1 - fraction) * size)]
-  keep_V[kept] = True
-  tokenizer = trimmed(data.tokenizer, keep_V)
+  tokenizer = without_least_used(data.tokenizer, usage_V, fraction)
   return make_data(config, tokenizer, jax.process_index(), jax.process_count())
+
+
+def without_least_used(
+  tokenizer: Tokenizer, usage_V: np.ndarray, fraction: float
+) -> MappedTokenizer:
+  """Returns a tokenizer without that fraction of its tokens.
+
+  Args:
+    tokenizer: Its ids are not mapped.
+    usage_V: From `token_usage`.
+    fraction: Of the V tokens; fewer go where too many have to stay.
+
+  Raises:
+    ConfigError: tokens of this kind of tokenizer cannot be removed.
+  """
+  size = len(usage_V)
+  # What stays in any case comes first, so that as many go as are to go.
+  stays_V = trimmed(tokenizer, np.zeros(size, bool)).token_map >= 0
+  order = np.argsort(-(usage_V + stays_V), kind="stable")
+  keep_V = np.zeros(size, bool)
+  keep_V[order[: round((1 - fraction) * size)]] = True
+  return trimmed(tokenizer, keep_V)
 
 
 def _fraction(config: Config, data: Data) -> float:
