@@ -22,7 +22,7 @@ _CLASSIFY = (
   *("trec", "ag_news_subset", "imdb_reviews", "yelp_polarity_reviews"),
   *("glue/sst2", "glue/cola", "sentiment140", "clinc_oos"),
 )
-_METHODS = (
+METHODS = (
   *("dense", "dense-small", "ours", "fold", "fpp", "fpp-all", "low-rank-qk"),
   *("random", "magnitude", "magnitude-global", "movement", "saliency"),
   *("evolution", "activation", "relative", "neuron", "heads", "2-of-4"),
@@ -32,7 +32,7 @@ _METHODS = (
 
 def get_study(where: str = "") -> Study:
   """Returns the study of folders of data, or of data sets of TFDS."""
-  return Study(datasets=datasets(where), methods=methods.pick(*_METHODS))
+  return Study(datasets=datasets(where), methods=methods.pick(*METHODS))
 
 
 def datasets(where: str) -> dict[str, c.Config]:

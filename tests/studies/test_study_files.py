@@ -4,7 +4,13 @@ import pathlib
 
 import pytest
 
-from configs.studies import ablations, from_scratch, pretrained, short
+from configs.studies import (
+  ablations,
+  from_scratch,
+  pretrained,
+  seventy,
+  short,
+)
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.schema import ConfigError
@@ -40,7 +46,9 @@ def run(tmp_path_factory):
 
 def test_no_study_file_is_left_out():
   files = {path.stem for path in FOLDER.glob("[!_]*.py")}
-  assert files == {"ablations", "from_scratch", "pretrained", "short", "smoke"}
+  assert files == {
+    *("ablations", "from_scratch", "pretrained", "seventy", "short", "smoke")
+  }
 
 
 def test_folders_are_data_sets_by_what_is_in_them(data):
@@ -76,7 +84,7 @@ def test_data_that_there_is_not_is_told(where, message, data):
     from_scratch.get_study(where.format(data=data))
 
 
-@pytest.mark.parametrize("study_file", [from_scratch, short])
+@pytest.mark.parametrize("study_file", [from_scratch, seventy, short])
 def test_every_run_of_a_study_resolves(study_file, data):
   for trial in study_file.get_study(data).trials("DIR"):
     c.resolve(trial.config())
