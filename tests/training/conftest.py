@@ -1,11 +1,16 @@
-"""A run small enough to train in seconds, on text that the test writes."""
+"""Runs small enough to train in seconds, on text that the test writes."""
 
 import pathlib
 
+import numpy as np
 import pytest
 
+from configs import pretrained as pretrained_config
 from folding import config as c
+from folding.training import loop
+from tests.models import checkpoints
 
+CLASS_WORDS = "a b c d e f".split()
 WORDS = "the cat sat on a mat and a dog ran to the old red barn".split()
 
 
@@ -46,3 +51,53 @@ def tiny_config(path: pathlib.Path, **train) -> c.Config:
 def text_file(tmp_path_factory) -> pathlib.Path:
   """Returns a file of text."""
   return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory) -> pathlib.Path:
+  """Returns a folder of texts whose class is their most frequent word."""
+  folder = tmp_path_factory.mktemp("topics")
+  rng = np.random.default_rng(0)
+  for split, rows in (("train", 96), ("valid", 32), ("test", 32)):
+    lines = []
+    for _ in range(rows):
+      label = int(rng.integers(3))
+      words = [CLASS_WORDS[label]] * 4 + list(rng.choice(CLASS_WORDS[3:], 3))
+      lines.append(f"topic {label}\t{' '.join(rng.permutation(words))}")
+    text = "\n".join(["label\ttext", *lines]) + "\n"
+    (folder / f"{split}.tsv").write_text(text, encoding="utf-8")
+  return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+  """Returns the folder of a tiny BERT without a head, and its parameters."""
+  folder = tmp_path_factory.mktemp("hf") / "bert"
+  return folder, checkpoints.write(folder, "bert")
+
+
+def recovery_config(source, topics, **fields) -> c.Config:
+  """Returns the config of a few steps from a checkpoint or a run."""
+  config = pretrained_config.get_config(str(source))
+  config.data.path, config.data.batch_size = str(topics), 8
+  config.compress.calibration = 96
+  config.train.steps, config.train.eval_every = 6, 3
+  config.train.tensorboard = False
+  config.fpp.checks, config.fpp.overall = 2, 0.5
+  for name, value in fields.items():
+    section, _, field = name.rpartition("__")
+    setattr(getattr(config, section) if section else config, field, value)
+  return config
+
+
+@pytest.fixture(scope="session")
+def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
+  """Returns a run that tuned the checkpoint on the topics."""
+  workdir = tmp_path_factory.mktemp("runs") / "dense"
+  config = recovery_config(
+    checkpoint[0], topics, dense=True, train__steps=60, train__eval_every=20
+  )
+  config.train.learning_rate = 1e-2
+  result = loop.run(config, str(workdir))
+  assert result["test"]["accuracy"] > 0.6  # it has something to teach
+  return workdir

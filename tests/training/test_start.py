@@ -1,7 +1,6 @@
 """Runs that start from a checkpoint or a run, and learn from a teacher."""
 
 import json
-import pathlib
 import shutil
 
 import jax
@@ -18,58 +17,7 @@ from folding.training import loop, start, trim
 from folding.training.restore import load_run
 from folding.training.run import Run
 from tests.models import checkpoints
-from tests.training.conftest import tiny_config
-
-_WORDS = "a b c d e f".split()
-
-
-@pytest.fixture(scope="module")
-def topics(tmp_path_factory) -> pathlib.Path:
-  """Returns a folder of texts whose class is their most frequent word."""
-  folder = tmp_path_factory.mktemp("topics")
-  rng = np.random.default_rng(0)
-  for split, rows in (("train", 96), ("valid", 32), ("test", 32)):
-    lines = []
-    for _ in range(rows):
-      label = int(rng.integers(3))
-      words = [_WORDS[label]] * 4 + list(rng.choice(_WORDS[3:], 3))
-      lines.append(f"topic {label}\t{' '.join(rng.permutation(words))}")
-    text = "\n".join(["label\ttext", *lines]) + "\n"
-    (folder / f"{split}.tsv").write_text(text, encoding="utf-8")
-  return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, dict]:
-  """Returns the folder of a tiny BERT without a head, and its parameters."""
-  folder = tmp_path_factory.mktemp("hf") / "bert"
-  return folder, checkpoints.write(folder, "bert")
-
-
-def _config(source, topics, **fields):
-  config = pretrained_config.get_config(str(source))
-  config.data.path, config.data.batch_size = str(topics), 8
-  config.compress.calibration = 96
-  config.train.steps, config.train.eval_every = 6, 3
-  config.train.tensorboard = False
-  config.fpp.checks, config.fpp.overall = 2, 0.5
-  for name, value in fields.items():
-    section, _, field = name.rpartition("__")
-    setattr(getattr(config, section) if section else config, field, value)
-  return config
-
-
-@pytest.fixture(scope="module")
-def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
-  """Returns a run that tuned the checkpoint on the topics."""
-  workdir = tmp_path_factory.mktemp("runs") / "dense"
-  config = _config(
-    checkpoint[0], topics, dense=True, train__steps=60, train__eval_every=20
-  )
-  config.train.learning_rate = 1e-2
-  result = loop.run(config, str(workdir))
-  assert result["test"]["accuracy"] > 0.6  # it has something to teach
-  return workdir
+from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
 
 
 def config_shapes(config):
@@ -83,7 +31,7 @@ def config_shapes(config):
 
 def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
   folder, written = checkpoint
-  config = c.resolve(_config(folder, topics, dense=True))
+  config = c.resolve(recovery_config(folder, topics, dense=True))
   _, params, report = start.folded_start(config, make_data(config))
   found, expected = paths.flatten(params), paths.flatten(written)
   assert report == []
@@ -100,7 +48,7 @@ def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
     if name == "position_embed/embedding":
       theirs = theirs[: config.data.length]
     np.testing.assert_array_equal(w, theirs, err_msg=name)
-  drawn = c.resolve(_config(folder, topics, dense=True, seed=1))
+  drawn = c.resolve(recovery_config(folder, topics, dense=True, seed=1))
   _, other, _ = start.folded_start(drawn, make_data(drawn))
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
@@ -110,7 +58,7 @@ def test_a_head_of_other_classes_is_left_out(dense_run, topics, tmp_path):
     text = (topics / f"{split}.tsv").read_text().replace("topic", "theme")
     (tmp_path / f"{split}.tsv").write_text(text)
   for folder, has_head in ((topics, True), (tmp_path, False)):
-    config = c.resolve(_config(dense_run, folder))
+    config = c.resolve(recovery_config(dense_run, folder))
     found = start.read_start(str(dense_run), config, make_data(config))
     assert ("head" in found) == has_head
   with pytest.raises(schema.ConfigError, match="so it cannot teach these"):
@@ -126,7 +74,7 @@ def test_of_tokens_without_use_the_last_are_the_first_to_go(
   ]
   rows = [f"topic {text[0]}\t{' '.join(text)}" for text in words]
   (tmp_path / "rows.tsv").write_text("\n".join(rows) + "\n")
-  config = c.resolve(_config(checkpoint[0], tmp_path / "rows.tsv"))
+  config = c.resolve(recovery_config(checkpoint[0], tmp_path / "rows.tsv"))
   data = make_data(config)
   usage = np.asarray(Run(config, data).constants()["usage"])
   size = data.num_examples["train"] // 8
@@ -147,16 +95,16 @@ def test_what_cannot_be_trimmed_or_need_not_be_stays_whole(
   inner = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=3))
   inner.save(str(tmp_path / "hf" / "tokenizer.json"))
   for source, expected in ((checkpoint[0], "trim"), (tmp_path / "hf", "row")):
-    found = _config(source, topics)
+    found = recovery_config(source, topics)
     assert found.fpp.embedding_granularity == expected
-  config = _config(checkpoint[0], topics, fpp__overall=None)
+  config = recovery_config(checkpoint[0], topics, fpp__overall=None)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.0
   data = make_data(config := c.resolve(config))
   assert trim.trim_vocabulary(config, data) is data
 
 
 def test_as_many_tokens_go_as_are_to_go(dense_run, topics):
-  config = _config(dense_run, topics, fpp__overall=None)
+  config = recovery_config(dense_run, topics, fpp__overall=None)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.4
   data = make_data(config := c.resolve(config))
   found = trim.trim_vocabulary(config, data).tokenizer
@@ -167,7 +115,7 @@ def test_as_many_tokens_go_as_are_to_go(dense_run, topics):
 def folded_run(dense_run, topics, tmp_path_factory):
   """Returns (run directory, result) of the dense run, folded and recovered."""
   workdir = tmp_path_factory.mktemp("runs") / "folded"
-  return workdir, loop.run(_config(dense_run, topics), str(workdir))
+  return workdir, loop.run(recovery_config(dense_run, topics), str(workdir))
 
 
 def _saved(result, group):
@@ -208,19 +156,19 @@ def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
   dense_run, topics
 ):
   unfolded = {"fold__groups": 0, "fold__v_block": 0}
-  config = _config(dense_run, topics, fpp__overall=None, **unfolded)
+  config = recovery_config(dense_run, topics, fpp__overall=None, **unfolded)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.4
   config = c.resolve(config)
   plain = make_data(config)
   data = trim.trim_vocabulary(config, plain)
   known = json.loads(data.tokenizer.to_json())["model"]["vocab"]
-  assert 0 < len(set(_WORDS) & set(known)) < len(_WORDS)
+  assert 0 < len(set(CLASS_WORDS) & set(known)) < len(CLASS_WORDS)
   _, params, _ = start.folded_start(config, data)
   dense, expected = start.dense_start(str(dense_run), config, plain)
   model = make_model(config, data.tokenizer.vocab_size, data.num_classes)
   taught = start.teacher_of(config, data)
   assert taught is not None
-  text = " ".join(word for word in _WORDS if word in known)
+  text = " ".join(word for word in CLASS_WORDS if word in known)
   before = _logits(dense, expected, plain, text)
   after = _logits(model, params, data, text)
   np.testing.assert_array_equal(after, before)
@@ -236,7 +184,7 @@ def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
 def test_it_goes_on_as_if_never_stopped(
   folded_run, dense_run, topics, tmp_path, monkeypatch
 ):
-  config = _config(dense_run, topics)
+  config = recovery_config(dense_run, topics)
   with monkeypatch.context() as patch:
     step = loop.StepLog.step
 
@@ -260,7 +208,7 @@ def test_it_goes_on_as_if_never_stopped(
 @pytest.mark.slow
 def test_a_plan_is_kept_and_asked_for_again(dense_run, topics, tmp_path):
   workdir = tmp_path / "run"
-  config = _config(dense_run, topics, compress__plan="auto")
+  config = recovery_config(dense_run, topics, compress__plan="auto")
   config.fold.groups = 1
   loop.run(config, str(workdir))
   planned = c.load(str(workdir / "config.json"))
@@ -277,7 +225,7 @@ def test_a_plan_is_kept_and_asked_for_again(dense_run, topics, tmp_path):
 
 
 def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
-  config = c.resolve(_config(dense_run, topics))
+  config = c.resolve(recovery_config(dense_run, topics))
   found = start.teacher_of(config, make_data(config))
   assert found is not None
   model, params = found
@@ -309,7 +257,7 @@ def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
 def test_what_does_not_fit_is_one_clear_line(
   checkpoint, topics, tmp_path, fields, message
 ):
-  config = _config(checkpoint[0], topics, **fields)
+  config = recovery_config(checkpoint[0], topics, **fields)
   with pytest.raises(schema.ConfigError, match=message) as error:
     loop.run(config, str(tmp_path / "run"))
   assert "\n" not in str(error.value)
@@ -317,7 +265,7 @@ def test_what_does_not_fit_is_one_clear_line(
 
 
 def test_a_folded_run_is_no_start(folded_run, dense_run, topics, tmp_path):
-  config = _config(dense_run, topics, pretrained=str(folded_run[0]))
+  config = recovery_config(dense_run, topics, pretrained=str(folded_run[0]))
   with pytest.raises(schema.ConfigError, match="start from a dense one"):
     loop.run(config, str(tmp_path / "run"))
 
