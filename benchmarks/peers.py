@@ -1,12 +1,13 @@
 """A trained classifier made smaller by pruning libraries of PyTorch, and by ours.
 
-    python -m benchmarks.peers RUN... [--save] [--json]
+    python -m benchmarks.peers RUN... [--learning-rates=2e-4,5e-4] [--json]
 
 Needs the extra `parity`. A RUN is a folded run of configs/pretrained.py that
 started from a dense run of a BERT. That dense run is exported for
 `transformers`, pruned there to at most as many parameters as RUN stores, and
 trained on the same batches for as many steps, with the same schedule and with
-itself, dense, as teacher. By
+itself, dense, as teacher; of the peak learning rates what is best in validation counts.
+By
 
 - `torch.nn.utils.prune`: single weights of linear layers and of the embedding by
   magnitude, the same share of each, in stages while RUN pruned;
@@ -15,12 +16,15 @@ itself, dense, as teacher. By
   from the teacher's logits alone.
 """
 
+import argparse
 import copy
+import dataclasses
+import functools
 import os
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,23 +57,20 @@ class Pruned(NamedTuple):
   is_same_shape: bool
 
 
-def measure(workdir: str, learning_rate: float | None) -> dict[str, Any]:
+def measure(workdir: str, rates: Sequence[float]) -> dict[str, Any]:
   """Returns test accuracies and stored parameters of a run and its peers.
 
   Args:
     workdir: Of a folded run.
-    learning_rate: Peak, of the peers; None: as the run's.
+    rates: Peak learning rates of the peers; what is best in validation counts.
   """
   import transformers
 
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
   config = config_lib.load(os.path.join(workdir, "config.json"))
-  ours = read_result(workdir)
-  assert config.pretrained is not None
-  source = config.pretrained
-  if learning_rate is not None:
-    config.train.learning_rate = learning_rate
+  ours, source = read_result(workdir), config.pretrained
+  assert source is not None, "the run did not start from a dense one"
   tokenizer = load_tokenizer(os.path.join(source, "tokenizer.json"))
   data = make_data(config, tokenizer)
   with tempfile.TemporaryDirectory() as folder:
@@ -79,44 +80,44 @@ def measure(workdir: str, learning_rate: float | None) -> dict[str, Any]:
       folder, attn_implementation="eager"
     ).eval()
   target = ours["parameters"]["overall"]["stored"]
-  row: dict[str, Any] = {
-    "run": pathlib.Path(workdir).name,
-    "accuracy": {
-      "dense": accuracy(dense, data),
-      "folding": ours["test"]["accuracy"],
+  found = {
+    "dense": {
+      "test": accuracy(dense, data),
+      "stored": sum(p.numel() for p in dense.parameters()),
     },
-    "stored": {
-      "dense": sum(p.numel() for p in dense.parameters()),
-      "folding": target,
-    },
+    "folding": {"test": ours["test"]["accuracy"], "stored": target},
   }
-  print(row, flush=True)
   peers = {
     "torch.nn.utils.prune": by_magnitude,
-    "Torch-Pruning": by_channel,
+    "Torch-Pruning": functools.partial(by_channel, length=config.data.length),
   }
+  tried = []
   for name, make in peers.items():
-    pruned = make(copy.deepcopy(dense), target, config.data.length)
-    recover(pruned, dense, config, data)
-    print(name, f"{accuracy(pruned.model, data, 'valid'):.2%} valid")
-    row["accuracy"][name] = accuracy(pruned.model, data)
-    row["stored"][name] = pruned.stored()
-    print(row, flush=True)
-  return row
+    for rate in rates:
+      pruned = make(copy.deepcopy(dense), target)
+      recover(pruned, dense, config, data, rate)
+      figures = {
+        "valid": accuracy(pruned.model, data, "valid"),
+        "test": accuracy(pruned.model, data),
+        "stored": pruned.stored(),
+      }
+      tried.append({"peer": name, "learning_rate": rate, **figures})
+      print(pathlib.Path(workdir).name, tried[-1], flush=True)
+    own = [each for each in tried if each["peer"] == name]
+    found[name] = max(own, key=lambda each: each["valid"])
+  return {"run": pathlib.Path(workdir).name, "found": found, "tried": tried}
 
 
-def by_magnitude(model: Any, target: int, length: int) -> Pruned:
+def by_magnitude(model: Any, target: int) -> Pruned:
   """Prunes the same share of each matrix by magnitude.
 
   Args:
     model: Of `transformers`; it is changed.
     target: Parameters to keep, at most.
-    length: Of texts; unused.
   """
   from torch import nn
   from torch.nn.utils import prune
 
-  del length
   bert = model.base_model
   parts = [bert.embeddings.word_embeddings]
   parts += [m for m in bert.encoder.modules() if isinstance(m, nn.Linear)]
@@ -206,15 +207,20 @@ def _channel_pruner(
 
 
 def recover(
-  pruned: Pruned, teacher: Any, config: config_lib.Config, data: Data
+  pruned: Pruned,
+  teacher: Any,
+  config: config_lib.Config,
+  data: Data,
+  learning_rate: float,
 ) -> None:
   """Trains a model while it is pruned, as the run of a config was."""
   import torch
 
-  t, d = config.train, config.distill
+  t = dataclasses.replace(config.train, learning_rate=learning_rate)
+  d = config.distill
   begin, end, _ = check_steps(config)
   stages = np.linspace(begin, end, STAGES).round().astype(int).tolist()
-  schedule = make_schedule(config)
+  schedule = make_schedule(dataclasses.replace(config, train=t))
 
   def make_optimizer():
     return torch.optim.AdamW(
@@ -287,31 +293,41 @@ def main() -> None:
   """Measures, and shows what came out."""
   parser = output.make_parser(__doc__)
   parser.add_argument("runs", nargs="+")
-  parser.add_argument("--learning-rate", type=float, help="default: the run's")
+  parser.add_argument("--learning-rates", default="2e-4,5e-4")
   args = parser.parse_args()
-  rows = [measure(run, args.learning_rate) for run in args.runs]
-  names = list(rows[0]["accuracy"])
+  rates = [float(text) for text in args.learning_rates.split(",")]
+  show([measure(run, rates) for run in args.runs], args)
+
+
+def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+  """Shows what `measure` returned of each run."""
+  names = list(rows[0]["found"])
   mean = {
-    name: statistics.fmean(row["accuracy"][name] for row in rows)
+    name: statistics.fmean(row["found"][name]["test"] for row in rows)
     for name in names
   }
-  cells = [
-    [
-      row["run"],
-      *(f"{row['accuracy'][n]:.1%} ({row['stored'][n]:,})" for n in names),
-    ]
-    for row in rows
-  ]
   table = output.Table(
-    "Test accuracy (stored parameters)",
+    "Test accuracy",
     ["run", *names],
-    [*cells, ["mean", *(f"{mean[name]:.1%}" for name in names)]],
+    [
+      *(
+        [row["run"], *(f"{row['found'][name]['test']:.1%}" for name in names)]
+        for row in rows
+      ),
+      ["mean", *(f"{mean[name]:.1%}" for name in names)],
+      [
+        "parameters, first run",
+        *(f"{rows[0]['found'][name]['stored']:,}" for name in names),
+      ],
+    ],
   )
   plot = output.Plot(
     "Accuracy over that of the dense model",
     {
       name: {
-        row["run"]: {"ratio": row["accuracy"][name] / row["accuracy"]["dense"]}
+        row["run"]: {
+          "ratio": row["found"][name]["test"] / row["found"]["dense"]["test"]
+        }
         for row in rows
       }
       for name in names[1:]
