@@ -46,7 +46,7 @@ class Pruned(NamedTuple):
 
   Attributes:
     model: Of `transformers`.
-    advance: Prunes it as far as the next stage, after a backward pass.
+    advance: Prunes it as far as the next stage; there are `STAGES`.
     stored: Returns how many parameters it has that are not zero.
     is_same_shape: Whether its layers write what the teacher's write.
   """
@@ -93,6 +93,7 @@ def measure(workdir: str, rates: Sequence[float]) -> dict[str, Any]:
   }
   tried = []
   for name, make in peers.items():
+    own = []
     for rate in rates:
       pruned = make(copy.deepcopy(dense), target)
       recover(pruned, dense, config, data, rate)
@@ -101,9 +102,9 @@ def measure(workdir: str, rates: Sequence[float]) -> dict[str, Any]:
         "test": accuracy(pruned.model, data),
         "stored": pruned.stored(),
       }
-      tried.append({"peer": name, "learning_rate": rate, **figures})
-      print(pathlib.Path(workdir).name, tried[-1], flush=True)
-    own = [each for each in tried if each["peer"] == name]
+      own.append({"peer": name, "learning_rate": rate, **figures})
+      print(pathlib.Path(workdir).name, own[-1], flush=True)
+    tried += own
     found[name] = max(own, key=lambda each: each["valid"])
   return {"run": pathlib.Path(workdir).name, "found": found, "tried": tried}
 
@@ -232,7 +233,7 @@ def recover(
   optimizer = make_optimizer()
   for step in range(t.steps):
     inputs, labels, _ = _tensors(data.train_batch(step))
-    if step in stages:
+    for _ in range(stages.count(step)):  # several, in a short run
       pruned.advance()
       if not pruned.is_same_shape:
         optimizer = make_optimizer()  # the arrays are others
