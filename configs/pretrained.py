@@ -42,6 +42,7 @@ def get_config(path: str = "") -> c.Config:
     model = described.config
     task = "lm" if model.causal else "classify"
     data = c.DataConfig(
+      name="",  # what to train on has to be said
       tokenizer=str(folder / "tokenizer.json"),
       length=min(described.max_length, 128 if model.causal else 64),
       batch_size=16,

@@ -93,6 +93,11 @@ def check(c: Any) -> None:
     "distill needs distill.teacher (a run) or pretrained",
   )
   require(
+    bool(d.logits or d.hidden) or not (d.teacher or d.noise),
+    "distill.teacher and distill.noise do nothing where distill.logits and "
+    "distill.hidden are 0; set one of these, or drop those",
+  )
+  require(
     c.fpp.embedding_granularity != "trim"
     or (c.task == "classify" and c.pretrained is not None),
     "fpp.embedding_granularity='trim' takes tokens out of the tokenizer of a "
@@ -134,6 +139,11 @@ def check(c: Any) -> None:
   require(
     c.compress.plan == "same" or c.pretrained is not None,
     "compress.plan='auto' measures a trained model; give pretrained=PATH",
+  )
+  require(
+    c.compress.plan == "auto" or c.compress.qkv is None,
+    "compress.qkv is for compress.plan='auto'; without it use fold.groups and "
+    "fold.v_block",
   )
   _check_parts(c)
   _check_model(c)

@@ -26,6 +26,15 @@ def write_file(path: str, content: str | bytes) -> None:
     raise
 
 
+def require_local(path: str) -> None:
+  """Raises `ConfigError` for an address such as gs://bucket/folder."""
+  require(
+    "://" not in path,
+    f"{path} is an address, and files are written to folders; mount what is there, "
+    "or copy it afterwards",
+  )
+
+
 def read_json(path: str, kind: type[Any]) -> Any:
   """Returns what a JSON file says, of a kind: dict or list.
 

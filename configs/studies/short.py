@@ -2,8 +2,9 @@
 
 Run:     folding study configs/studies/short.py:FOLDER,trec,tiny_shakespeare \
            --workdir=DIR
-Expect:  126 runs for two data sets, half a minute each on two cores, and half
-         of that for seeds after the first, whose programs are compiled already
+Expect:  132 runs for two data sets, 6 of them the dense part that sparsegpt
+         starts from; half a minute each on two cores, and half of that for seeds
+         after the first, whose programs are compiled already
 """
 
 from configs.studies import from_scratch

@@ -13,7 +13,8 @@ import numpy as np
 
 from folding import paths
 
-# First match wins; what matches none is "other": norms, biases, slopes.
+# First match wins; what matches none is "other": norms, biases, slopes,
+# and the pooler of a BERT, which is neither folded nor pruned.
 GROUPS: dict[str, str] = {
   "qkv": r"(.*/)?[qkv]/(kernel|diagonal)",
   "linear": r"(.*/)?(o|up|gate|down|head)/kernel",

@@ -77,7 +77,7 @@ def fold(
   The inverse of `unfold`, bit for bit, but for pairs of rotary positions and
   keys that it had to repeat: rows of a group must be identical and W_V exactly
   block-diagonal. (Zero groups or a zero block leave W_Q and W_K, or W_V, dense.)
-  What is folded already stays as it is.
+  What is folded already stays so, or is folded further on the same axis.
 
   Args:
     params: A tree of dicts and lists with dense attention layers anywhere in it.
@@ -99,7 +99,14 @@ def fold(
 
   def fold_layer(layer, name):
     folded = dict(layer)
+    _, K, D = layer["o"]["kernel"].shape
     for role in ("q", "k") if groups else ():
+      rows, _, columns = layer[role]["kernel"].shape
+      if (rows if axis == "output" else columns) < (D, K)[axis != "output"]:
+        raise ValueError(
+          f"{name}/{role}: it is folded already, and not on the {axis} axis: "
+          f"{rows} by {columns} numbers a head"
+        )
       folded[role] = _fold_rows(layer[role], groups, axis, f"{name}/{role}")
     if v_block and "v" in layer:
       folded["v"] = _fold_value(layer["v"], v_block, f"{name}/v")

@@ -77,8 +77,8 @@ def fpp(
   Args:
     inner: The optimizer to wrap.
     rules: What to prune; parameters without a rule just train.
-    begin: First step with a check; there q is 0 and a full batch of
-      statistics is seen.
+    begin: First step with a check; there q is 0 (unless it is the only check)
+      and a full batch of statistics is seen.
     end: Last step at which a check may fall.
     every: Steps between checks.
     patience: Further checks a unit stays suspected before it is zeroed; 0

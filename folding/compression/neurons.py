@@ -35,10 +35,10 @@ def remove_neurons(
 
   Example:
     >>> rule = Rule("up", 0.5, "neuron", {"down": 0})
-    >>> params = {"up": np.array([[1.0, 0.0, 2.0]]), "down": np.array([5.0, 0, 6])}
+    >>> params = {"up": np.array([[1.0, 0.0, 2.0]]), "down": np.array([[5.0], [0], [6]])}
     >>> small, kept = remove_neurons([rule], params)
     >>> small["up"].tolist(), small["down"].tolist(), kept["up"].tolist()
-    ([[1.0, 2.0]], [5.0, 6.0], [0, 2])
+    ([[1.0, 2.0]], [[5.0], [6.0]], [0, 2])
   """
   leaves = paths.flatten(params)
   cuts, kept = {}, {}
@@ -46,10 +46,15 @@ def remove_neurons(
     rule = rules[site.rule]
     if rule.granularity != "neuron":
       continue
-    if not rule.tied:
+    # A bias goes along its last axis, as columns do: it reads nothing.
+    if not any(
+      axis % leaves[name].ndim < leaves[name].ndim - 1
+      for name, axis in site.members.items()
+      if name != site.name
+    ):
       raise ValueError(
-        f"the rule for {site.name!r} ties no other array; a neuron cannot leave "
-        "without the rows that read it: name them in `tied`"
+        f"the rule for {site.name!r} ties no array that reads its neurons; one "
+        "cannot leave without those rows: name them in `tied`"
       )
     zeros = {name: jnp.asarray(leaves[name]) == 0 for name in site.members}
     stays = np.flatnonzero(~np.asarray(site.reduce(zeros, jnp.all)))

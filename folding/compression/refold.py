@@ -98,7 +98,6 @@ def fold_rotary_heads(
   key_moment: np.ndarray,
   groups: int,
   frequencies: np.ndarray,
-  slow: float = 0.0,
 ) -> FoldedHeads:
   """Returns the G channels a head that carry the logits under RoPE best.
 
@@ -107,9 +106,7 @@ def fold_rotary_heads(
   distance that are as good as orthogonal for different theta_f. So the rank
   of W_Q W_K' does not matter and the number of pairs does: G/2 pairs are kept
   as they are, and the error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2
-  of those left out. Pairs below `slow` radians a token hardly turn over a
-  whole text; they carry plain content, may be replaced by the leading terms
-  of their product as in `fold_heads`, and those do not turn at all.
+  of those left out.
 
   Args:
     q: Dense, H heads.
@@ -118,7 +115,6 @@ def fold_rotary_heads(
     key_moment: [E, E], of key tokens.
     groups: G, an even number up to K.
     frequencies: [K/2], radians a token; channel i is paired with i + K/2.
-    slow: Radians a token up to which a rotation is neglected.
 
   Raises:
     ValueError: G is odd or more than the channels of a head.
@@ -132,47 +128,24 @@ def fold_rotary_heads(
       f"rotary channels come in pairs; G is {groups}, make it even"
     )
   half, pairs = K // 2, groups // 2
-  (root_q, unroot_q), (root_k, unroot_k) = map(
-    _root, (query_moment, key_moment)
-  )
+  root_q, root_k = _root(query_moment)[0], _root(key_moment)[0]
   new_q, new_k = np.zeros((E, H, groups)), np.zeros((E, J, groups))
   new_frequency = np.zeros((J, pairs))
-  slow_f = np.flatnonzero(frequencies <= slow)
-  slow_channels = np.concatenate([slow_f, slow_f + half])
   kept = total = 0.0
   for j in range(J):
     of_j = slice(j * R, (j + 1) * R)
     left_rEK = [root_q.T @ a_EHK[:, j * R + r] for r in range(R)]
-    right_EK = root_k.T @ b_EJK[:, j]
     energy_q = np.square(left_rEK).sum((0, 1))
-    energy_k = np.square(right_EK).sum(0)
+    energy_k = np.square(root_k.T @ b_EJK[:, j]).sum(0)
     by_pair = (energy_q[:half] + energy_q[half:]) / 2
     by_pair = by_pair * (energy_k[:half] + energy_k[half:])
-    fast_f = np.setdiff1d(np.arange(half), slow_f)
-    fast_f = fast_f[np.argsort(-by_pair[fast_f])]
-    left = np.concatenate([w_EK[:, slow_channels] for w_EK in left_rEK])
-    u, s, v = _svd_of_product(left, right_EK[:, slow_channels])
-    total += by_pair[fast_f].sum() + np.sum(s**2)
-    # Every split of the pairs into turning ones and terms that do not turn.
-    best = max(
-      range(min(pairs, len(fast_f)) + 1),
-      key=lambda n: (
-        by_pair[fast_f[:n]].sum() + np.sum(s[: 2 * (pairs - n)] ** 2)
-      ),
-    )
     # In the order of the dense head: with all pairs it is that head again.
-    chosen, rank = np.sort(fast_f[:best]), 2 * (pairs - best)
-    kept += by_pair[chosen].sum() + np.sum(s[:rank] ** 2)
-    new_frequency[j, :best] = frequencies[chosen]
-    turning = np.concatenate([chosen, chosen + half])
-    at = np.concatenate([np.arange(best), pairs + np.arange(best)])
-    new_q[:, of_j, at] = a_EHK[:, of_j][:, :, turning]
-    new_k[:, j, at] = b_EJK[:, j][:, turning]
-    rest = np.setdiff1d(np.arange(groups), at)[: len(s)]
-    terms = np.sqrt(s[: len(rest)])
-    u_REG = (u[:, : len(rest)] * terms).reshape(R, E, len(rest))
-    new_q[:, of_j, rest] = (unroot_q @ u_REG).transpose(1, 0, 2)
-    new_k[:, j, rest] = unroot_k @ (v[:, : len(rest)] * terms)
+    chosen = np.sort(np.argsort(-by_pair, kind="stable")[:pairs])
+    kept, total = kept + by_pair[chosen].sum(), total + by_pair.sum()
+    new_frequency[j] = frequencies[chosen]
+    both = np.concatenate([chosen, chosen + half])
+    new_q[:, of_j] = a_EHK[:, of_j][:, :, both]
+    new_k[:, j] = b_EJK[:, j][:, both]
   scale = (groups / K) ** 0.5
   new_q, new_k = new_q * scale, new_k * scale
   return FoldedHeads(

@@ -44,6 +44,11 @@ def observe_stat(
     stat: Mean square of the parameter's input; its axes are leading axes.
     weight: float32[], of the new value; 1 for the first.
   """
+  if stat.shape != average.shape[: stat.ndim]:
+    raise ValueError(
+      f"a statistic of shape {stat.shape} does not fit the inputs of a parameter, "
+      f"{average.shape}: it is the mean square of each"
+    )
   stat = stat.reshape(stat.shape + (1,) * (average.ndim - stat.ndim))
   return average + weight * (jnp.broadcast_to(stat, average.shape) - average)
 

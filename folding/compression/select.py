@@ -120,7 +120,8 @@ def sum_eights(x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
 def _count(chosen: Sequence[jax.Array]) -> jax.Array:
   total = jnp.int32(0)
   for c in chosen:
-    if c.ndim > 1:
+    # Eight neighbours may lie on two devices, and would have to be moved.
+    if c.ndim > 1 and jax.device_count() == 1:
       c = sum_eights(c, -2, jnp.int8)
     total += jnp.sum(c, dtype=jnp.int32)
   return total

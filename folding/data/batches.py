@@ -123,7 +123,7 @@ def make_data(
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
   # One number of 32 bits, so that seeds 0 and 1 share no epoch: Grain adds the
   # epoch to the seed.
-  seed = int(np.random.SeedSequence(abs(config.seed)).generate_state(1)[0])
+  seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
   plan = _plan_lm if config.task == "lm" else _plan_classify
   train_batch, eval_batch, num_examples = plan(

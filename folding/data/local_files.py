@@ -77,7 +77,7 @@ def read_path(
     split: _read_file(file, data, task) for split, file in files.items()
   }
   path = folder / "labels.txt"
-  if not path.is_file():
+  if task == "lm" or not path.is_file():
     return splits, None
   names = [line.strip() for line in _decode(path).split("\n") if line.strip()]
   twice = [name for i, name in enumerate(names) if name in names[:i]]
@@ -178,6 +178,7 @@ def _read_tsv(
 def _read_csv(
   file: pathlib.Path, text: str, data: config.DataConfig
 ) -> Iterator[tuple[int, str, str | None]]:
+  csv.field_size_limit(len(text) + 1)  # else a text of 128 KiB is an error
   reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
   try:
     columns = list(reader.fieldnames or ())
@@ -218,7 +219,8 @@ def _read_jsonl(
     ]
     text_field = choose_field(place, texts, "text", text_field)
     label = row[label_field] if label_field else None
-    yield number, row[text_field or ""], None if label is None else str(label)
+    label = None if label is None else str(label).strip() or None
+    yield number, row[text_field or ""], label
 
 
 def choose_field(

@@ -71,6 +71,15 @@ def load_texts(data: config.DataConfig, task: config.Task) -> Texts:
     splits, names = local_files.read_path(data, task)
   else:
     splits, names = _read_tfds(data, task)
+  known = ()
+  if task == "classify":
+    # Before rows are taken away, which may be all of a class.
+    known = tuple(names or _label_names(splits["train"]))
+    schema.require(
+      len(known) > 1,
+      f"{splits['train'].source} has one class, {', '.join(known)}; a classifier "
+      "needs two",
+    )
   fractions = {
     name: fraction
     for name, fraction in (
@@ -93,12 +102,11 @@ def load_texts(data: config.DataConfig, task: config.Task) -> Texts:
   texts: dict[str, Sequence[str]] = {s: splits[s].texts for s in SPLITS}
   if task == "lm":
     return Texts(texts, None, ())
-  known = names or _label_names(splits["train"])
   labels = {
     split: _label_ids(splits[split], known, allow_ids=names is not None)
     for split in SPLITS
   }
-  return Texts(texts, labels, tuple(known))
+  return Texts(texts, labels, known)
 
 
 def _read_tfds(
@@ -171,6 +179,10 @@ def _prepared(
   data: config.DataConfig, task: config.Task
 ) -> tfds.core.DatasetBuilder:
   """Returns a builder whose data is on this machine."""
+  schema.require(
+    bool(data.name),
+    "say what to train on: data.path, a file or folder, or data.name, of TFDS",
+  )
   if data.name == "python_stdlib":
     kind = "source" if task == "lm" else "topic"
     return python_stdlib.prepare(kind, data.dir)
@@ -310,18 +322,20 @@ def _cap(rows: local_files.Rows, limit: int) -> local_files.Rows:
 
 def _label_names(train: local_files.Rows) -> list[str]:
   """Returns the labels of train in order: numbers by value, words by letter."""
-  names = set(train.labels or ())
-  if all(name.isdecimal() for name in names):
-    return sorted(names, key=int)
-  return sorted(names)
+  names = sorted(set(train.labels or ()))
+  if all(name.isdecimal() and len(name) < 20 for name in names):
+    return sorted(names, key=int)  # stable: "01" before "1"
+  return names
 
 
 def _label_ids(
   rows: local_files.Rows, names: Sequence[str], allow_ids: bool
 ) -> np.ndarray:
   """Returns class ids of labels, which are names or, if allowed, ids."""
-  ids = {str(i): i for i in range(len(names))} if allow_ids else {}
-  ids |= {name: i for i, name in enumerate(names)}
+  ids = {name: i for i, name in enumerate(names)}
+  numbers = {str(i): i for i in range(len(names))}
+  if allow_ids and not numbers.keys() & ids.keys():  # or "1" would be two
+    ids |= numbers
   for index, label in enumerate(rows.labels or ()):
     schema.require(
       label in ids,

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from folding import config, schema
+from folding import config, files, schema
 
 PAD, END = "<pad>", "<end>"
 NUM_BYTES = 256
@@ -72,6 +72,7 @@ class Tokenizer:
     # "<end>" that occurs in a text is text, not the end of a document.
     inner.encode_special_tokens = True
     vocabulary = inner.get_vocab(with_added_tokens=True)
+    schema.require(bool(vocabulary), "the tokenizer has no tokens")
     self._inner = inner
     self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
     self.plain_size = self.vocab_size
@@ -105,6 +106,12 @@ class Tokenizer:
   def _encode_framed(
     self, texts: Sequence[str], max_length: int
   ) -> list[np.ndarray]:
+    frame = self._inner.num_special_tokens_to_add(is_pair=False)
+    schema.require(
+      max_length > frame,
+      f"data.length {max_length} has no room for a text beside the {frame} special "
+      "tokens that the tokenizer puts around it",
+    )
     ids = []
     self._inner.enable_truncation(max_length)
     # In groups: the library also keeps what it cuts off.
@@ -125,7 +132,7 @@ class Tokenizer:
 
   def save(self, path: str) -> None:
     """Writes a tokenizer.json that `load_tokenizer` and others read."""
-    self._inner.save(path)
+    files.write_file(path, self._inner.to_str(pretty=True))
     pathlib.Path(path).with_name(TOKEN_MAP).unlink(missing_ok=True)
 
 
@@ -188,8 +195,8 @@ class MappedTokenizer(Tokenizer):
   def save(self, path: str) -> None:
     """Writes the tokenizer.json as it was, and the map beside it."""
     super().save(path)
-    with open(pathlib.Path(path).with_name(TOKEN_MAP), "w") as file:
-      json.dump(self.token_map.tolist(), file)
+    map_path = pathlib.Path(path).with_name(TOKEN_MAP)
+    files.write_file(str(map_path), json.dumps(self.token_map.tolist()))
 
 
 def train_tokenizer(data: config.DataConfig, texts: Sequence[str]) -> Tokenizer:

@@ -67,8 +67,10 @@ def measure_span(
 
 def span_bound(span: Span, num_nodes: int) -> Float[Array, "#B #H"]:
   """Returns the `chebyshev.error_bound` of each text and head."""
+  P = chebyshev.panels(num_nodes)
+  s_half_BH = P * nodal.panel_half(span.s_low, span.s_high, P)
   return chebyshev.error_bound(
-    (span.s_high - span.s_low) / 2, (span.t_high - span.t_low) / 2, num_nodes
+    s_half_BH, (span.t_high - span.t_low) / 2, num_nodes
   )
 
 

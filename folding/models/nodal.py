@@ -38,14 +38,21 @@ class Part(NamedTuple):
   top: Array  # a running maximum of logits, no function of the inputs
 
 
+def panel_half(
+  low_BH: Float[Array, "#B #H"], high_BH: Float[Array, "#B #H"], P: int
+) -> Float[Array, "#B #H"]:
+  """Returns half the width of P panels that share out the ranges of s."""
+  # Never so narrow that rounding would take an s out of its panel.
+  least_BH = 1e-3 * jnp.maximum(jnp.abs(low_BH), jnp.abs(high_BH)) + 1e-6
+  return jnp.maximum((high_BH - low_BH) / (2 * P), least_BH)
+
+
 def make_grid(
   low_BH: Float[Array, "#B #H"], high_BH: Float[Array, "#B #H"], num_nodes: int
 ) -> Grid:
   """Returns panels that share out the ranges of s."""
   P = chebyshev.panels(num_nodes)
-  # Never so narrow that rounding would take an s out of its panel.
-  least_BH = 1e-3 * jnp.maximum(jnp.abs(low_BH), jnp.abs(high_BH)) + 1e-6
-  half_BH = jnp.maximum((high_BH - low_BH) / (2 * P), least_BH)
+  half_BH = panel_half(low_BH, high_BH, P)
   odd_P = jnp.asarray(2 * np.arange(P) + 1, jnp.float32)[None, None]
   center_BHP = low_BH[..., None] + half_BH[..., None] * odd_P
   step_BHX = half_BH[..., None] * chebyshev.nodes()[None, None]

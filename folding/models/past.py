@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from folding.models import chebyshev, linear_attention
-from folding.models.linear_attention import PastState, Span
+from folding.models.linear_attention import PastState, Span, span_bound
 
 
 class Past(NamedTuple):
@@ -118,12 +118,20 @@ def nodes_for(spans: Any, tolerance: float) -> int:
     spans: The collection.
     tolerance: Largest error of a layer's attention, over the range of its
       values.
+
+  Raises:
+    ValueError: no number is enough.
   """
+  leaves = jax.tree.leaves(spans, is_leaf=_is_span)
   largest = max(
     float(((x.s_high - x.s_low) * (x.t_high - x.t_low)).max()) / 4
-    for x in jax.tree.leaves(spans, is_leaf=_is_span)
+    for x in leaves
   )
-  return chebyshev.nodes_for(largest, 1.0, tolerance)
+  num_nodes = chebyshev.nodes_for(largest, 1.0, tolerance)
+  # Panels have a least width, which more of them do not change.
+  if any(float(span_bound(x, num_nodes).max()) > tolerance for x in leaves):
+    raise ValueError("the queries are too far from 0 for how little they vary")
+  return num_nodes
 
 
 def is_outside(cache: Any) -> bool:

@@ -266,12 +266,16 @@ def make_model(
   Args:
     config: Resolved by `folding.config.resolve`.
     vocab_size: V, from the tokenizer.
-    num_classes: C, from the data; ignored for next-token models.
+    num_classes: C, from the data; ignored for next-token models. 0 for an
+      encoder without a head, whose output is [B, L, V].
 
   Raises:
     ValueError: the config is not resolved.
   """
-  if config.model.head_dim is None or config.fold.groups is None:
+  c = config.model
+  if None in (c.head_dim, c.num_kv_heads, c.mlp_width, config.fold.v_block) or (
+    config.fold.groups is None
+  ):
     raise ValueError(
       "the config is not resolved; make the model of folding.config.resolve(config)"
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,9 +139,7 @@ def notes(found: list[grouping.Column]) -> list[str]:
       "these runs were tested on different data; their test figures do not "
       "tell which is better."
     )
-  elif any(
-    line.startswith(("data.tokenizer:", "data.vocab_size:")) for line in changed
-  ):
+  elif len({_tokenizer(c.first) for c in found}) > 1:
     texts.append(
       "these runs have different tokenizers: compare bits per byte, not "
       "perplexity or loss."
@@ -151,6 +150,14 @@ def notes(found: list[grouping.Column]) -> list[str]:
   if not all(run.result.finished for run in members):
     texts.append("unfinished runs have no test figure.")
   return texts
+
+
+def _tokenizer(run: runs.Run) -> str | None:
+  """Returns what cuts a language model's text; None of a classifier."""
+  path = pathlib.Path(run.workdir, "tokenizer.json")
+  if run.config.task != "lm" or not path.is_file():
+    return None
+  return path.read_text(encoding="utf-8")
 
 
 def summarize(found: list[grouping.Column]) -> dict[str, Any]:

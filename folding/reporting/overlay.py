@@ -18,7 +18,7 @@ def overlay(found: list[grouping.Column]) -> matplotlib.figure.Figure:
   """
   with plots.figure() as drawing:
     curves, sizes = drawing.subplots(1, 2)
-    key, label = _curve(found)
+    split, key, label = _curve(found)
     handles = []
     for i, column in enumerate(found):
       style: dict[str, Any] = {
@@ -27,7 +27,7 @@ def overlay(found: list[grouping.Column]) -> matplotlib.figure.Figure:
         "linestyle": ("-", "--", ":")[i // len(plots.CYCLE) % 3],
       }
       for run in column.members:
-        records = _records(run, key)
+        records = [r for r in getattr(run, split) if key in r]
         curves.plot(
           [r["step"] for r in records],
           [r[key] for r in records],
@@ -55,8 +55,8 @@ def overlay(found: list[grouping.Column]) -> matplotlib.figure.Figure:
   return drawing
 
 
-def _curve(found: list[grouping.Column]) -> tuple[str, str]:
-  """Returns the field to draw and its label.
+def _curve(found: list[grouping.Column]) -> tuple[str, str, str]:
+  """Returns the split and the field to draw, and their label.
 
   Bits per byte where every run has it: the loss of a token says little where
   tokenizers differ.
@@ -65,15 +65,11 @@ def _curve(found: list[grouping.Column]) -> tuple[str, str]:
   if found[0].first.config.task == "lm" and all(
     run.valid and "bits_per_byte" in run.valid[-1] for run in everyone
   ):
-    return "bits_per_byte", "validation, bits per byte"
-  split = "validation" if all(run.valid for run in everyone) else "training"
-  return "loss", f"{split} loss ({plots.loss_unit(found[0].first)})"
-
-
-def _records(run: runs.Run, key: str) -> list[dict[str, Any]]:
-  return [r for r in run.valid if key in r] or [
-    r for r in run.train if key in r
-  ]
+    return "valid", "bits_per_byte", "validation, bits per byte"
+  unit = plots.loss_unit(found[0].first)
+  if all(run.valid for run in everyone):
+    return "valid", "loss", f"validation loss ({unit})"
+  return "train", "loss", f"training loss ({unit})"
 
 
 def _label(column: grouping.Column) -> str:

@@ -101,7 +101,10 @@ def _method(run: runs.Run) -> str:
   if run.folds:
     ways.append("attention weights are folded")
   if run.prunes:
-    ways.append("other weights are pruned by FPP while training")
+    how = "by FPP while training"
+    if run.prunes_at_once:
+      how = f"by {run.config.compress.prune} before the first step"
+    ways.append(f"{'other ' if run.folds else ''}weights are pruned {how}")
   if not ways:
     return "Nothing is folded and nothing pruned."
   text = words.listing(ways)
@@ -201,20 +204,23 @@ def _pruning(run: runs.Run) -> str:
   if f.linear_layers is not None:
     by_layer = ", ".join(map(words.percent, f.linear_layers))
     rows[0] = ("target of linear, by layer", by_layer)
-  rows += [
-    ("score", f.score),
-    (
-      "granularity",
-      f"{f.granularity}, of embeddings {f.embedding_granularity}",
-    ),
-    ("threshold for each", f.scope),
-    ("begins at step", words.count(f.begin * total)),
-    ("ends at step", words.count(f.end * total)),
-    ("checks", f"{f.checks}, patience {f.patience}"),
-    ("decay of averages", f"{f.decay:g}"),
-  ]
-  if f.tolerance is not None:
-    rows.append(("tolerance", words.percent(f.tolerance)))
+  if run.prunes_at_once:
+    rows.append(("pruned before the first step by", run.config.compress.prune))
+  else:
+    rows += [
+      ("score", f.score),
+      (
+        "granularity",
+        f"{f.granularity}, of embeddings {f.embedding_granularity}",
+      ),
+      ("threshold for each", f.scope),
+      ("begins at step", words.count(f.begin * total)),
+      ("ends at step", words.count(f.end * total)),
+      ("checks", f"{f.checks}, patience {f.patience}"),
+      ("decay of averages", f"{f.decay:g}"),
+    ]
+    if f.tolerance is not None:
+      rows.append(("tolerance", words.percent(f.tolerance)))
   lines.append(words.table(("Setting", "Asked for"), rows, num_text=2))
   lines.append("![Zero, frozen and trainable parameters](sparsity.png)")
   return "\n".join(lines)

@@ -201,7 +201,7 @@ def _steps_axis(axes: Any, run: runs.Run) -> None:
 
 def _mark_fpp(axes: Any, run: runs.Run, label: bool) -> None:
   """Marks where FPP begins and ends, with names above the axes."""
-  if not run.prunes:
+  if not run.prunes or run.prunes_at_once:
     return
   fpp, total = run.config.fpp, run.result.total_steps
   for share, name in (

@@ -128,6 +128,11 @@ class Run:
     return any((*parts, *(fpp.linear_layers or ())))
 
   @property
+  def prunes_at_once(self) -> bool:
+    """Whether what is zeroed was decided before the first step."""
+    return self.prunes and self.config.compress.prune != "none"
+
+  @property
   def folds(self) -> bool:
     """Whether any attention weight is folded."""
     m, f = self.config.model, self.config.fold
@@ -193,7 +198,9 @@ def wilson(accuracy: float, num_examples: int) -> tuple[float, float]:
   middle = (accuracy + z2_n / 2) / (1 + z2_n)
   spread = accuracy * (1 - accuracy) / num_examples
   half = _Z95 * math.sqrt(spread + z2_n / (4 * num_examples)) / (1 + z2_n)
-  return max(0.0, middle - half), min(1.0, middle + half)
+  # Rounding must not leave what was measured outside.
+  low, high = max(0.0, middle - half), min(1.0, middle + half)
+  return min(low, accuracy), max(high, accuracy)
 
 
 def _read_result(path: str) -> Result:

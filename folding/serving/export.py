@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
-from folding import paths
+from folding import files, paths
 from folding.compression.accounting import account
 from folding.compression.shrink import shrink
 from folding.config import Config
@@ -207,6 +207,7 @@ def cast(loaded: Loaded, dtype: str) -> Loaded:
 
 def require_empty(path: str) -> None:
   """Raises `ConfigError` where a folder has something in it already."""
+  files.require_local(path)
   require(
     not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)),
     f"{path} is there already and not an empty folder; choose another",

@@ -52,10 +52,11 @@ def predict(
       less similar length.
 
   Raises:
-    ConfigError: the model is no classifier, or the batch is empty.
+    ConfigError: the model is no classifier, or the batch size is out of range.
   """
   require(
-    batch_size >= 1, f"the batch size must be 1 or more; it is {batch_size}"
+    1 <= batch_size <= 65_536,
+    f"the batch size must be 1 to 65,536; it is {batch_size}",
   )
   require(
     loaded.config.task == "classify" and bool(loaded.labels),

@@ -32,8 +32,10 @@ class Sampling:
 
   def __post_init__(self):
     require(
-      0 <= self.temperature < float("inf"),
-      f"the temperature must be 0 or more; it is {self.temperature}",
+      self.temperature == 0 or 1e-6 <= self.temperature < float("inf"),
+      # Logits divided by less would be beyond float32.
+      "the temperature must be 0 (the likeliest token, always), or 1e-6 or more; "
+      f"it is {self.temperature}",
     )
     require(
       self.top_k is None or self.top_k >= 1,

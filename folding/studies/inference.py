@@ -35,15 +35,15 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 def welch(a: Sequence[float], b: Sequence[float]) -> float:
   """Returns the two-sided p of equal means; variances may differ.
 
-  1 where a sample has fewer than two values: nothing can be told. Two samples
-  without any spread differ for certain, or not at all.
+  1 where a sample has fewer than two values, or neither has any spread (of a
+  few seeds, whose accuracies are whole examples): nothing can be told.
   """
   if min(len(a), len(b)) < 2:
     return 1.0
   spread = statistics.variance(a) + statistics.variance(b)
   # Rounding gives equal values a spread of about 1e-32 of their square.
   if spread <= 1e-24 * (statistics.fmean(a) ** 2 + statistics.fmean(b) ** 2):
-    return float(math.isclose(statistics.fmean(a), statistics.fmean(b)))
+    return 1.0
   # From means and deviations, as scipy warns of a sample of equal values.
   samples = [(statistics.fmean(s), statistics.stdev(s), len(s)) for s in (a, b)]
   result: Any = scipy.stats.ttest_ind_from_stats(

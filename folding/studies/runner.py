@@ -135,12 +135,14 @@ def require_same(study: Study, workdir: str) -> None:
   Raises:
     ConfigError: a run of that name had another config.
   """
-  places = ("train.energy:", "pretrained:", "data.tokenizer:")
   for trial in study.trials(workdir):
     plan = os.path.join(workdir, "plans", f"{trial.name}.json")
     if os.path.exists(plan) and is_finished(trial.run):
       found = differences(config_lib.load(plan), trial.config())
-      found = [line for line in found if not line.startswith(places)]
+      # What starts from a run of the study names its place, which may change.
+      places = ("pretrained:", "data.tokenizer:") if trial.needs else ()
+      ignored = ("train.energy:", *places)
+      found = [line for line in found if not line.startswith(ignored)]
       require(
         not found,
         f"{workdir} holds {trial.name} of another study ({'; '.join(found)}); "
@@ -181,8 +183,9 @@ class _Group:
       ):
         continue
       if trial.needs is not None:
-        if trial.needs.name in self._board.errors:
-          self._fail(trial, f"it starts from {trial.needs.name}, which failed")
+        if error := self._board.errors.get(trial.needs.name):
+          reason = f"it starts from {trial.needs.name}, which failed: {error}"
+          self._fail(trial, reason)
         if trial.needs.name not in self._board.seconds:
           continue
       claim = self._claims.take(trial.name)

@@ -57,9 +57,11 @@ def study(args: argparse.Namespace) -> None:
   import jax
   import rich.console
 
+  from folding import files
   from folding.schema import ConfigError, TrainingError
   from folding.studies import gather, page, runner
   from folding.studies.study import load_study
+  from folding.training import energy
 
   # This process plans; the accelerators, and their memory, are for the runs.
   jax.config.update("jax_platforms", "cpu")
@@ -68,6 +70,8 @@ def study(args: argparse.Namespace) -> None:
     raise ConfigError(f"--shard is I/N, such as 1/2; it is {args.shard!r}")
   if args.results and not args.results.endswith(".md"):
     raise ConfigError(f"--results is a PAGE.md; it is {args.results!r}")
+  files.require_local(args.workdir)
+  energy.require_tracker(args.energy or "")
   found = load_study(args.study)
   runner.require_same(found, args.workdir)
   console = rich.console.Console()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from folding import config as config_lib
+from folding import files
 from folding.config import Config
 from folding.data.batches import make_data
 from folding.data.tokenizers import load_tokenizer
@@ -42,6 +43,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     TrainingError: the loss is not finite, or the disk is full.
   """
   config = config_lib.resolve(config)
+  files.require_local(workdir)
   energy.require_tracker(config.train.energy)
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # of this time only
@@ -61,7 +63,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       )
     tokenizer = load_tokenizer(tokenizer_path)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
-  require_labels(workdir, data.label_names)
+  if tokenizer is not None:  # the run has begun
+    require_labels(workdir, data.label_names)
   for split in ("valid", "test"):
     require(
       data.num_examples[split] > 0,
@@ -87,6 +90,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       save_labels(data.label_names, workdir)
       if config != asked:
         config_lib.save(asked, asked_path)
+      elif os.path.exists(asked_path):  # of a run that never began
+        os.remove(asked_path)
       config_lib.save(config, config_path)  # last: it marks the run as begun
   distributed.barrier("begun")
   with Checkpoints(workdir) as checkpoints:
@@ -190,9 +195,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     stop_signal() as stopped,
   ):
     clock = Clock(workdir, first_step)
-    log = StepLog(
-      config, run.num_parameters, writer, clock, prunes=bool(run.rules)
-    )
+    log = StepLog(config, run.num_parameters, writer, clock, run.counts(state))
     for line in run.unsplit:
       writer.say(f"mesh: {line}")
     if restored:
@@ -201,9 +204,9 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     step = first_step
     for step in range(first_step, t.steps + 1):
       is_last = step == t.steps
-      due = is_last or (step % t.eval_every == 0 and step > 0)
+      due = step > first_step and (is_last or step % t.eval_every == 0)
       is_stopped = stopped(step)
-      if (due and step > first_step) or is_stopped:
+      if due or is_stopped:
         log.flush()
         loss = None
         if due:

@@ -178,8 +178,9 @@ def check_steps(config: Config) -> tuple[int, int, int]:
 def is_pruned_before(config: Config) -> bool:
   """Returns whether training starts from pruned weights.
 
-  Then FPP has one check, at the first step, and finds what is to stay zero: as
-  many as its target are zero already, and they are the lowest by magnitude.
+  Then FPP has one check, at the first step, and finds what is to stay zero: what
+  is zero already, the lowest by magnitude, and where that is a few less than its
+  target (Wanda rounds down in each row) the next.
   """
   return config.compress.prune != "none"
 
@@ -212,7 +213,7 @@ def make_optimizer(
 
   The clip is inside, so that frozen parameters do not count in the norm; FPP
   is outside, so that weight decay and momentum do not move them. Weight decay
-  acts on matrices, not on norms, biases and slopes.
+  acts on matrices, not on norms, biases, slopes and a BERT's pooler.
 
   Args:
     config: The resolved configuration.

@@ -117,7 +117,7 @@ def plan(
   return config_lib.resolve(
     dataclasses.replace(
       config,
-      compress=dataclasses.replace(config.compress, plan="same"),
+      compress=dataclasses.replace(config.compress, plan="same", qkv=None),
       fold=dataclasses.replace(
         config.fold, groups=values("qk"), v_block=values("v")
       ),

@@ -6,7 +6,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jax.experimental import multihost_utils
@@ -41,16 +41,15 @@ class StepLog:
     num_parameters: int,
     writer: MetricsWriter,
     clock: Clock,
-    prunes: bool = False,
+    counts: Mapping[str, float] | None = None,
   ):
     self._config, self._writer, self._clock = config, writer, clock
     self._size = num_parameters
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._tokens = 0
     self._since = time.monotonic()
-    # Before the first check all is trainable; without rules nothing is told.
-    untouched = {"selected": 1.0, "frozen": 0.0, "zero": 0.0}
-    self._counts: dict[str, float] = untouched if prunes else {}
+    # They change at checks alone; without rules nothing is told.
+    self._counts = dict(counts or {})
     self._speeds: list[float] = []
 
   def restart(self) -> None:

@@ -90,8 +90,8 @@ def require_labels(workdir: str, names: tuple[str, ...]) -> None:
 def save_labels(labels: tuple[str, ...], workdir: str) -> None:
   """Writes class names beside the tokenizer; nothing where there are none."""
   if labels:
-    with open(os.path.join(workdir, LABELS), "w", encoding="utf-8") as file:
-      json.dump(labels, file, ensure_ascii=False)
+    text = json.dumps(labels, ensure_ascii=False)
+    files.write_file(os.path.join(workdir, LABELS), text)
 
 
 def _best_first(folder: str) -> list[str]:
@@ -99,9 +99,11 @@ def _best_first(folder: str) -> list[str]:
   steps = [s for s in _listed(folder) if s.isdecimal()]
   steps.sort(key=int, reverse=True)
   losses = {step: _loss(os.path.join(folder, step)) for step in steps}
-  # Stable: without any loss the newest stays first.
-  best = sorted(steps, key=losses.__getitem__)[:1]
-  return best + [step for step in steps if step not in best]
+  # Of equal ones the oldest, as a run tests; without any loss the newest.
+  best = min(reversed(steps), key=losses.__getitem__, default=None)
+  if best is None or losses[best] == math.inf:
+    return steps
+  return [best, *(step for step in steps if step != best)]
 
 
 def _listed(folder: str) -> list[str]:

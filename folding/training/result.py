@@ -50,10 +50,18 @@ def read_result(workdir: str) -> dict[str, Any]:
 
 def source_commit() -> str | None:
   """Returns the commit of the source tree, if it is one."""
-  folder = os.path.dirname(os.path.abspath(__file__))
+  here = os.path.abspath(__file__)
+  # Installed in a project that has a repository, this file is not in it.
+  if _git(here, "ls-files", "--error-unmatch", here) is None:
+    return None
+  return _git(here, "rev-parse", "--short=12", "HEAD")
+
+
+def _git(file: str, *words: str) -> str | None:
+  """Returns what git says in the folder of a file; None if it fails."""
   try:
     found = subprocess.run(
-      ["git", "-C", folder, "rev-parse", "--short=12", "HEAD"],
+      ["git", "-C", os.path.dirname(file), *words],
       capture_output=True,
       text=True,
       timeout=10,

@@ -11,6 +11,7 @@ import numpy as np
 
 from folding import config as config_lib
 from folding.compression.accounting import account
+from folding.compression.fpp import fpp_counts
 from folding.config import Config
 from folding.data.batches import Data
 from folding.models.transformer import make_model, param_shapes
@@ -42,6 +43,8 @@ class Run:
   def __init__(self, config: Config, data: Data, start: Any = None):
     self.config, self.data = config, data
     self.mesh = sharding.make_mesh(config.mesh)
+    for rows in (config.data.batch_size, config.data.eval_batch_size):
+      sharding.require_divides(self.mesh, rows)
     make = functools.partial(make_model, num_classes=data.num_classes)
     self.model = make(config, data.tokenizer.vocab_size)
     before = data.tokenizer.plain_size  # tokens may have been removed
@@ -93,6 +96,17 @@ class Run:
       ),
       out_shardings=where,
     )(jax.device_put(self._start, where.params))
+
+  def counts(self, state: TrainState) -> dict[str, float]:
+    """Returns `fpp_counts` as numbers, {} where nothing is pruned."""
+    if not self.rules:
+      return {}
+    count = jax.jit(
+      functools.partial(fpp_counts, self.rules),
+      out_shardings=sharding.whole(self.mesh),
+    )
+    found = jax.device_get(count(state.opt_state, state.params))
+    return {name: float(x) for name, x in found.items()}
 
   def constants(self) -> dict[str, Any]:
     """Returns what each step needs beside its batch, placed on the mesh."""

@@ -293,6 +293,16 @@ def pin_rows(mesh: Mesh | None, x: Any) -> Any:
   return jax.tree.map(pin, x)
 
 
+def require_divides(mesh: Mesh, rows: int) -> None:
+  """Raises `ConfigError` where several processes cannot split a batch."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  require(
+    rows % parts == 0 or jax.process_count() == 1,
+    f"a batch of {rows} rows does not divide among mesh data x fsdp = {parts}; "
+    "use a multiple for data.batch_size and data.eval_batch_size",
+  )
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """Places this process's rows of a batch, split over "data" and "fsdp".
 
@@ -302,13 +312,8 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
   Raises:
     ConfigError: there are several, and they cannot split it.
   """
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
   rows = len(next(iter(batch.values()))) * jax.process_count()
-  require(
-    rows % parts == 0 or jax.process_count() == 1,
-    f"a batch of {rows} rows does not divide among mesh data x fsdp = {parts}; "
-    "use a multiple for data.batch_size and data.eval_batch_size",
-  )
+  require_divides(mesh, rows)
   sharding = batch_sharding(mesh, rows)
   return {
     name: jax.make_array_from_process_local_data(sharding, np.asarray(array))

@@ -31,8 +31,10 @@ from folding.training.restore import load_labels, load_run
 _SHAPE = (
   *("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "norm"),
   *("norm_position", "positions", "rope_base", "rope_scaling", "window"),
-  *("activation", "gated", "causal"),
+  *("activation", "gated", "causal", "norm_epsilon"),
 )
+# Of a classifier as well, where its head is kept.
+_HEAD = ("pooling", "pooler", "pooler_activation")
 
 
 def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
@@ -65,7 +67,8 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
     model, params = source.config, source.params
     tokenizer_path = str(source.tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
-  for name in _SHAPE:
+  keeps_head = config.task == "classify" and "head" in params
+  for name in (*_SHAPE, *(_HEAD if keeps_head else ())):
     theirs, ours = getattr(model, name), getattr(config.model, name)
     require(
       theirs == ours,
@@ -257,8 +260,8 @@ def teacher_of(
 ) -> tuple[Transformer, dict[str, Any]] | None:
   """Returns the dense teacher of a run, None without distillation.
 
-  Its parameters are kept in bfloat16, and computed with in the teacher's own
-  dtype, layer by layer.
+  Its parameters are kept in bfloat16, and computed with in `model.dtype`, layer
+  by layer.
   """
   d = config.distill
   if not (d.logits or d.hidden):

@@ -23,6 +23,7 @@ def _zeroed(shape, zeros, dtype=np.float32):
     ("blocks_0/attn/o/kernel", "linear"),
     ("blocks_0/mlp/gate/kernel", "linear"),
     ("head/kernel", "linear"),
+    ("pooler/kernel", "other"),
     ("blocks_0/mlp/up/bias", "other"),
     ("embed/embedding", "embedding"),
     ("position_embed/embedding", "embedding"),

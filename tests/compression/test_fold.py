@@ -157,6 +157,11 @@ def test_a_tree_of_fewer_groups_can_be_folded_from_more():
   two = fold(twice, groups=2, v_block=0)
   assert two["blocks_0"]["attn"]["q"]["kernel"].shape == (16, 4, 2)
   _assert_bit_equal(fold(two, groups=1, v_block=0), params)
+  _assert_bit_equal(fold(two, groups=2, v_block=0), two)
+  with pytest.raises(
+    ValueError, match="q: it is folded already, .* input axis"
+  ):
+    fold(two, groups=2, axis="input", v_block=0)
 
 
 @pytest.mark.parametrize("first_dense", [False, True])

@@ -177,9 +177,17 @@ def test_an_nnx_model_shrinks_and_computes_the_same():
 
 
 def test_a_neuron_does_not_leave_without_the_rows_that_read_it():
-  params = {"up": np.zeros((2, 3)), "down": np.zeros((3, 2))}
-  with pytest.raises(ValueError, match="ties no other array"):
-    remove_neurons([folding.Rule("up", 0.5, "neuron")], params)
+  params = {
+    "up": np.zeros((2, 3)),
+    "bias": np.zeros(3),
+    "down": np.zeros((3, 2)),
+  }
+  for tied in ({}, {"bias": 0}):
+    rule = folding.Rule("up", 0.5, "neuron", tied)
+    with pytest.raises(
+      ValueError, match="ties no array that reads its neurons"
+    ):
+      remove_neurons([rule], params)
 
 
 def test_one_neuron_stays_and_other_rules_are_passed_over():

@@ -71,9 +71,12 @@ def test_pairs_that_are_kept_are_the_best_subset(H, J, seed):
     )
 
 
+@pytest.mark.parametrize("unused", [[], [1, 5], list(range(8))])
 @pytest.mark.parametrize(("H", "J"), [(3, 3), (4, 2)], ids=["own", "shared"])
-def test_with_all_pairs_a_rotary_head_is_itself(H, J):
+def test_with_all_pairs_a_rotary_head_is_itself(H, J, unused):
   q, k, x, y = make_case(0, H, J, True, K=8)
+  for array in q.values():
+    array[..., 0, unused] = 0  # channels of the first head
   folded = refold.fold_rotary_heads(
     q, k, moment_of(x), moment_of(y), 8, FREQUENCIES
   )
@@ -83,42 +86,6 @@ def test_with_all_pairs_a_rotary_head_is_itself(H, J):
   expected = np.tile(np.float32(FREQUENCIES), (J, 1))
   np.testing.assert_array_equal(folded.frequency, expected)
   assert folded.kept == pytest.approx(1)
-
-
-@pytest.mark.parametrize("G", [2, 4, 6])
-def test_slow_pairs_are_merged_where_that_keeps_more(G):
-  q, k, x, y = make_case(1, 4, 2, True, K=8)
-  x, y = x[:30], y[:30]
-  # Channels 2, 3 and their partners hardly turn.
-  frequencies = np.array([2.1, 0.71, 1e-6, 1e-7])
-  folded = refold.fold_rotary_heads(
-    q, k, moment_of(x), moment_of(y), G, frequencies, slow=1e-5
-  )
-  dense = _by_pair(q, k, x, y, frequencies)
-  error = 0.0
-  for j in range(2):
-    of_j = slice(2 * j, 2 * j + 2)
-    # Content: the singular values of the logits of slow pairs themselves.
-    content = dense[of_j, :, :, 0, 2:].sum(-1).reshape(2 * 30, 30)
-    s = np.linalg.svd(content, compute_uv=False)
-    tails = [np.square(s[r:]).sum() / 900 for r in range(G + 1)]
-    errors = {}
-    for n in range(3):
-      for subset in itertools.combinations(range(2), n):
-        if n <= G // 2:
-          fast = _square(np.delete(dense[of_j][..., :2], subset, -1).sum(-1))
-          errors[subset] = fast + tails[G - 2 * n]
-    best = min(errors, key=errors.__getitem__)
-    error += errors[best]
-    expected = np.zeros(G // 2)
-    expected[: len(best)] = frequencies[list(best)]
-    np.testing.assert_allclose(folded.frequency[j], expected, rtol=1e-6)
-  logits = _by_pair(folded.q, folded.k, x, y, folded.frequency).sum(-1) * 8 / G
-  measured = _square(logits - dense.sum(-1))
-  total = _square(dense.sum(-1))
-  # The parts that are left out are taken to be orthogonal.
-  assert measured == pytest.approx(error, abs=0.03 * total)
-  assert folded.kept == pytest.approx(1 - error / total, abs=0.03)
 
 
 def test_half_a_pair_is_refused():

@@ -99,6 +99,13 @@ def test_a_statistic_of_leading_axes_is_spread_over_the_others():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3,), (4, 4), (4, 3, 1)])
+def test_a_statistic_of_another_shape_is_told(shape):
+  average, stat = jnp.zeros((4, 3)), jnp.zeros(shape)
+  with pytest.raises(ValueError, match=r"does not fit the inputs .*\(4, 3\)"):
+    scores.observe_stat(average, stat, jnp.float32(1))
+
+
 @pytest.mark.parametrize("name", ["saliency", "movement"])
 def test_gradient_averages_equal_their_sum_over_the_past(name):
   w, g = _normal((5, 4, 3)), _normal((5, 4, 3), 1)

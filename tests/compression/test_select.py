@@ -114,11 +114,13 @@ def test_eight_devices_choose_what_one_chooses(spec):
 
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
-def test_sharded_scores_stay_where_they_are(axis):
+# The second has no whole number of eights on a device.
+@pytest.mark.parametrize("size", [(8192, 1024), (8200, 1000)])
+def test_sharded_scores_stay_where_they_are(axis, size):
   mesh = Mesh(np.array(jax.devices()), ("x",))
   spec = PartitionSpec(*[None] * axis, "x")
   placement = NamedSharding(mesh, spec)
-  shape = jax.ShapeDtypeStruct((8192, 1024), jnp.float32, sharding=placement)
+  shape = jax.ShapeDtypeStruct(size, jnp.float32, sharding=placement)
   lowest = jax.jit(lambda x: select.lowest([x], x.size // 3)[0])
   compiled = lowest.lower(shape).compile()
   assert compiled.output_shardings.is_equivalent_to(placement, 2)
@@ -126,3 +128,13 @@ def test_sharded_scores_stay_where_they_are(axis):
   assert "all-reduce" in text  # the counts
   for moving in ("all-gather", "all-to-all", "collective-permute"):
     assert moving not in text
+
+
+@pytest.mark.parametrize("axis", [0, -2, 2])
+def test_sums_of_eight_neighbours_add_up_to_the_sum(axis):
+  x = np.random.default_rng(5).integers(0, 2, (9, 17, 8)).astype(np.int8)
+  parts = np.asarray(select.sum_eights(jnp.asarray(x), axis, jnp.int8))
+  assert parts.shape[axis] == -(-x.shape[axis] // 8)
+  first = np.take(parts, 0, axis)
+  np.testing.assert_array_equal(first, np.take(x, range(8), axis).sum(axis))
+  np.testing.assert_array_equal(parts.sum(axis), x.sum(axis))

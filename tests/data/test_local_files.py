@@ -101,6 +101,44 @@ def test_lm_reads_txt_whole_and_rows_without_labels(tmp_path):
   assert texts.label_names == ()
 
 
+def test_lm_does_not_read_labels(tmp_path):
+  data = text_files.write(tmp_path, train__txt="one", labels__txt="a\na\n")
+  assert sources.load_texts(data, "lm").labels is None
+
+
+def test_csv_and_jsonl_take_long_texts_and_spaced_labels(tmp_path):
+  long = "x" * 200_000  # the csv module stops at 131,072 unless told otherwise
+  data = text_files.write(
+    tmp_path,
+    train__csv=f"text,label\n{long},1\nb, 0\n",
+    valid__jsonl='{"text": "c", "label": " 1"}\n',
+  )
+  data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  assert text_files.pairs(texts, "train") == [("1", long), ("0", "b")]
+  assert text_files.pairs(texts, "valid") == [("1", "c")]
+
+
+def test_numbers_that_are_equal_have_one_order(tmp_path):
+  labels = ["1", "001", "2", "01", "0"]
+  rows = "".join(f"{label}\ttext {label}\n" for label in labels)
+  data = text_files.write(tmp_path, train__tsv=rows)
+  names = sources.load_texts(data, "classify").label_names
+  assert names == ("0", "001", "01", "1", "2")
+  many = "1" * 5000  # more digits than Python turns into a number
+  data = text_files.write(tmp_path, train__tsv=rows + f"{many}\tlong\n")
+  assert many in sources.load_texts(data, "classify").label_names
+
+
+def test_a_class_that_max_bytes_takes_away_is_a_class(tmp_path):
+  rows = [f"c{i % 21}\ttext number {i}" for i in range(3000)]
+  data = text_files.write(tmp_path, train__tsv="\n".join(rows))
+  data.max_bytes = 300
+  texts = sources.load_texts(data, "classify")
+  assert len({label for label, _ in text_files.pairs(texts, "train")}) < 21
+  assert len(texts.label_names) == 21
+
+
 GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
 
 
@@ -119,10 +157,23 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     (GOOD | {"valid__tsv": "0\ta\n7\tb\n"}, "valid.tsv:2: label '7'.*train"),
     # Not an id either: ids count only with a labels.txt.
     (
-      {"train__tsv": "x\ta\n", "valid__tsv": "0\tb\n"},
-      "valid.tsv:1: label '0' is not one of the 1 of train: x",
+      {"train__tsv": "x\ta\ny\tb\n", "valid__tsv": "0\tb\n"},
+      "valid.tsv:1: label '0' is not one of the 2 of train: x, y",
     ),
-    (GOOD | {"labels__txt": "a\n"}, "train.tsv:2: label '1'.*labels.txt"),
+    (
+      GOOD | {"train__tsv": "0\ta\n2\tb\n", "labels__txt": "a\nb\n"},
+      "train.tsv:2: label '2'.*labels.txt",
+    ),
+    # Names that are numbers: ids would be a second name of another class.
+    (
+      {"train__tsv": "0\ta\n1\tb\n", "labels__txt": "1\n2\n"},
+      "train.tsv:1: label '0'.*labels.txt",
+    ),
+    ({"train__tsv": "x\ta\nx\tb\n"}, "one class, x; a classifier needs two"),
+    (
+      {"train__jsonl": '{"text": "a", "label": " "}\n'},
+      "train.jsonl:1: the row has no label",
+    ),
     (GOOD | {"labels__txt": "a\n\n \nb\na\n"}, "labels.txt names 'a' twice"),
     ({"train__csv": "text,label\n"}, "train.csv has a header and no rows"),
     ({"train__csv": "text,label\na,0\nb\n"}, "train.csv:3: .* 2 columns"),

@@ -56,7 +56,7 @@ def test_rows_are_dealt_out_by_class_and_alike_each_time(tmp_path):
 
 
 def test_equal_texts_stay_in_one_split(tmp_path):
-  rows = [(0, f"text {i // 4}") for i in range(400)]
+  rows = [(i // 4 % 2, f"text {i // 4}") for i in range(400)]
   texts = sources.load_texts(
     text_files.write(tmp_path, train__tsv=_tsv(rows)), "classify"
   ).texts
@@ -269,7 +269,7 @@ def test_tfds_mistakes_are_one_line(tmp_path, task, change, match):
 
 
 def test_setting_aside_everything_is_an_error(tmp_path):
-  data = text_files.write(tmp_path, train__tsv="0\tonly\n0\tonly\n")
-  data.valid_fraction = 0.5
+  data = text_files.write(tmp_path, train__tsv="0\tonly\n1\tonly\n")
+  data.valid_fraction = 0.9
   with pytest.raises(ConfigError, match="no text is left to train on"):
     sources.load_texts(data, "classify")

@@ -135,6 +135,29 @@ def test_foreign_tokenizer_keeps_its_special_ids_and_frame(tmp_path):
   assert foreign.encode_batch(["a a a a a"])[0].tolist() == [1] * 5
 
 
+def test_a_length_without_room_for_text_is_an_error(tmp_path):
+  tokens = ["[UNK]", "a", "[CLS]", "[SEP]"]
+  foreign = _foreign(tmp_path / "t.json", tokens, framed=True)
+  assert len(foreign.encode_batch(["a a"], max_length=3)[0]) == 3
+  for length in (1, 2):
+    with pytest.raises(
+      schema.ConfigError, match=f"length {length} has no room"
+    ):
+      foreign.encode_batch(["a"], max_length=length)
+
+
+def test_a_tokenizer_without_tokens_is_an_error(tmp_path):
+  path = tmp_path / "t.json"
+  hf.Tokenizer(models.BPE()).save(str(path))
+  with pytest.raises(schema.ConfigError, match="has no tokens"):
+    tokenizers.load_tokenizer(str(path))
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_os_error(tmp_path):
+  with pytest.raises(OSError, match="No such file"):
+    BPE.save(str(tmp_path / "none" / "t.json"))
+
+
 def test_foreign_tokenizer_without_special_tokens_gets_id_0(tmp_path):
   foreign = _foreign(tmp_path / "t.json", ["[UNK]", "a"])
   assert (foreign.pad_id, foreign.end_id) == (0, 0)

@@ -61,6 +61,23 @@ def _compiled(num_nodes):
   )
 
 
+def test_queries_that_hardly_vary_far_from_0_are_no_narrow_range():
+  # Panels have a least width, in which e^(s t) changes by more than its range
+  # in these queries tells.
+  case = make_case(s=0.01, t=100.0)
+  case = case._replace(q=case.q + np.float32(50), v=np.sign(case.v))
+  oracle = Dense(case, True)
+  off = np.abs(run(case, num_nodes=64) - oracle.out).max() / spread(case)
+  assert off > 0.1
+  assert bound_of(case, 64) > off
+  np.testing.assert_allclose(
+    _checked(case, True),
+    oracle.out,
+    rtol=0,
+    atol=rounding(case, oracle) * spread(case),
+  )
+
+
 def test_where_the_bound_does_not_hold_the_error_is_large():
   case = make_case(s=16.0, t=1.5)
   assert bound_of(case, 32) == np.inf

@@ -34,6 +34,13 @@ def _spans(model, params, margin):
   return past_lib.widen(written["spans"], margin)
 
 
+def test_queries_that_hardly_vary_far_from_0_have_no_constant_state():
+  one = jnp.ones((1, 1))
+  spans = {"spans": Span(100 * one, 100.01 * one, -100 * one, 100 * one)}
+  with pytest.raises(ValueError, match="too far from 0 for how little"):
+    past_lib.nodes_for(spans, 1e-4)
+
+
 @pytest.mark.parametrize(("build", "fold", "fields"), KINDS.values(), ids=KINDS)
 def test_logits_are_those_of_the_whole_text(build, fold, fields):
   model, params = decoding.make(build, fold, fields)

@@ -193,9 +193,41 @@ def test_notes_say_what_may_not_be_compared(tmp_path, data, note):
       synthetic_run.write(tmp_path / "b", other),
     ]
   )
+  for name, run in zip("ab", ("1", data.get("vocab_size", "1")), strict=True):
+    (tmp_path / name / "tokenizer.json").write_text(f"{run}")
   notes = compare.notes(found)
   assert len(notes) == (note is not None)
   assert note is None or note in notes[0]
+
+
+def test_classifiers_that_read_copies_of_a_tokenizer_may_be_compared(tmp_path):
+  folders = []
+  for name in ("a", "b"):
+    data = config_lib.DataConfig(tokenizer=f"{name}/tokenizer.json")
+    config = synthetic_run.config(task="classify", data=data)
+    folders.append(synthetic_run.write(tmp_path / name, config))
+  assert compare.notes(grouping.columns(folders)) == []
+
+
+def test_where_one_run_was_not_evaluated_all_curves_are_of_training(tmp_path):
+  found = grouping.columns(
+    [
+      synthetic_run.write(tmp_path / "whole"),
+      synthetic_run.write(tmp_path / "cut", steps=60),
+    ]
+  )
+  curves, _ = overlay.overlay(found).axes
+  assert curves.get_ylabel() == "training loss (nats per token)"
+  for column, line in zip(found, curves.lines, strict=True):
+    (run,) = column.members
+    assert line.get_ydata().tolist() == [r["loss"] for r in run.train]
+
+
+def test_a_classifier_that_gets_everything_right_is_drawn(tmp_path):
+  test = synthetic_run.CLASSIFY_TEST | {"accuracy": 1.0, "num_examples": 60}
+  config = synthetic_run.config(task="classify")
+  workdir = synthetic_run.write(tmp_path / "a", config, test=test)
+  overlay.overlay(grouping.columns([workdir]))
 
 
 def test_the_figure_has_a_curve_a_run_and_a_point_a_finished_column(

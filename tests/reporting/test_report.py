@@ -9,7 +9,7 @@ from scipy import stats
 
 from folding import config as config_lib
 from folding import schema
-from folding.reporting import report
+from folding.reporting import plots, report
 from tests.reporting import synthetic_run
 
 
@@ -109,6 +109,21 @@ def test_a_measured_sparsity_is_not_the_one_asked_for(tmp_path):
     "| target of linear    | 45.0%                        |",
     "| target of embedding | 45.0%                        |",
   ]
+
+
+def test_what_was_pruned_at_once_was_not_pruned_while_training(tmp_path):
+  config = synthetic_run.config(
+    preset="none",
+    pretrained="x",
+    fpp=config_lib.FPPConfig(overall=0.7, embedding_granularity="weight"),
+    compress=config_lib.CompressConfig(prune="sparsegpt"),
+  )
+  page = _page_after_report(synthetic_run.write(tmp_path / "a", config))
+  assert "Weights are pruned by sparsegpt before the first step." in page
+  assert "| pruned before the first step by | sparsegpt |" in page
+  assert "begins at step" not in page
+  run = report.load_run(str(tmp_path / "a"))
+  assert not plots.curves(run).axes[0].texts
 
 
 def _page_after_report(workdir: str) -> str:

@@ -22,6 +22,13 @@ def test_wilson_is_that_of_scipy(right, num):
   assert high == pytest.approx(expected.high, abs=1e-12)
 
 
+def test_what_was_measured_is_in_its_interval():
+  for num in range(1, 3000):
+    for right in (0, num // 3, num):
+      low, high = runs.wilson(right / num, num)
+      assert low <= right / num <= high
+
+
 def test_load_run_reads_what_was_written(tmp_path):
   config = synthetic_run.config(seed=7)
   run = runs.load_run(synthetic_run.write(tmp_path / "a", config))

@@ -87,9 +87,9 @@ def test_no_text_is_no_answer(model):
   assert list(predict_lib.predict(model, [])) == []
 
 
-@pytest.mark.parametrize("size", [0, -1])
-def test_an_empty_batch_is_refused(model, size):
-  with pytest.raises(ConfigError, match=f"must be 1 or more; it is {size}"):
+@pytest.mark.parametrize("size", [0, -1, 10**12])
+def test_a_batch_of_no_or_of_all_too_many_texts_is_refused(model, size):
+  with pytest.raises(ConfigError, match=f"must be 1 to 65,536; it is {size}"):
     predict_lib.predict(model, ["a"], batch_size=size)
 
 

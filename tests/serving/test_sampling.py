@@ -93,7 +93,9 @@ def test_no_temperature_is_the_likeliest_token():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"temperature": -0.1}, "temperature must be 0 or more; it is -0.1"),
+    ({"temperature": -0.1}, "temperature must be 0 .* more; it is -0.1"),
+    # Logits divided by it are beyond float32, whose likeliest is any.
+    ({"temperature": 1e-39}, "temperature must be 0 .* more; it is 1e-39"),
     ({"temperature": float("nan")}, "temperature must be .* it is nan"),
     ({"top_k": 0}, "top-k must be at least 1; it is 0"),
     ({"top_p": 0.0}, r"top-p must be in \(0, 1\]; it is 0.0"),

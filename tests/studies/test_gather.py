@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 
 import pytest
 
 from folding import config as c
 from folding.reporting import runs
 from folding.schema import ConfigError
-from folding.studies import gather
+from folding.studies import gather, runner
 from folding.studies.methods import pick
 from folding.studies.study import Study
 from tests.reporting import synthetic_run
@@ -67,6 +69,32 @@ def test_a_row_is_finished_failed_or_open(rows):
     "text--random--70--s1": "finished",
   }
   assert rows["text--random--70--s0"].error == "the disk is full"
+
+
+def test_a_dense_part_that_was_deleted_is_told(place, tmp_path):
+  study, folder = place
+  copy = shutil.copytree(folder, tmp_path / "study")
+  shutil.rmtree(copy / "runs" / "text--dense-part--s0")
+  with pytest.raises(
+    ConfigError, match="wanda.* started from text--dense-part"
+  ):
+    gather.gather(study, str(copy))
+
+
+def test_what_is_finished_of_another_tokenizer_is_refused(place):
+  study, folder = place
+  for trial in study.trials(folder):
+    if os.path.isdir(trial.run):
+      plan = os.path.join(folder, "plans", f"{trial.name}.json")
+      os.makedirs(os.path.dirname(plan), exist_ok=True)
+      c.save(trial.config(), plan)
+  runner.require_same(study, folder)
+  other = dataclasses.replace(study, datasets=dict(study.datasets))
+  other.datasets["text"] = synthetic_run.config(
+    data=c.DataConfig(tokenizer="bytes")
+  )
+  with pytest.raises(ConfigError, match=r"of another study \(data.tokenizer:"):
+    runner.require_same(other, folder)
 
 
 def test_figures_are_those_of_the_run(place, rows):

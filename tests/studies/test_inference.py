@@ -55,7 +55,7 @@ def test_welch_is_the_formula(a, b):
   [
     ([0.5], [0.1, 0.2, 0.3], 1.0),
     ([0.1 + 0.2] * 3, [0.3] * 3, 1.0),  # equal but for rounding
-    ([0.3] * 3, [0.4] * 3, 0.0),
+    ([0.3] * 3, [0.4] * 3, 1.0),  # three seeds, of whole examples
   ],
   ids=["one-value", "equal", "no-spread"],
 )

@@ -57,8 +57,9 @@ def set_loss(workdir, step, text):
     ({5: '{"loss": Infinity}', 10: '{"loss": Infinity}'}, 10),
     ({5: "{", 10: '{"loss": NaN}'}, 10),
     ({5: '{"loss": 1.0}', 10: '{"loss": NaN}'}, 5),
+    ({5: '{"loss": 1.0}', 10: '{"loss": 1.0}'}, 5),  # as a run tests
   ],
-  ids=["first", "last", "none", "damaged", "nan"],
+  ids=["first", "last", "none", "damaged", "nan", "equal"],
 )
 def test_the_best_checkpoint_is_read_else_the_newest(
   finished, copy, losses, step

@@ -2,7 +2,9 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
+import sys
 from importlib import metadata
 
 import jax
@@ -34,6 +36,23 @@ def test_commit_is_that_of_the_source(tmp_path):
   else:
     assert len(commit) == 12
     assert found.stdout.startswith(commit)
+
+
+def test_installed_in_a_project_its_commit_is_not_that_of_the_project(tmp_path):
+  git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+  for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+    subprocess.run([*git, *words], check=True, capture_output=True)
+  package = pathlib.Path(__file__).parents[2] / "folding"
+  shutil.copytree(package, tmp_path / "site" / "folding")
+  code = "from folding.training import result; print(result.source_commit())"
+  found = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=tmp_path / "site",
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert found.stdout.strip() == "None"
 
 
 def test_result_is_written_whole_or_not_at_all(tmp_path):

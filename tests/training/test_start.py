@@ -247,11 +247,13 @@ def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
     ({"model__num_layers": 3}, "has num_layers 2, and model.num_layers is 3"),
     ({"data__tokenizer": "bytes"}, "ids of another tokenizer"),
     ({"distill__logits": 0.5}, "cannot teach these classes"),
+    ({"model__norm_epsilon": 0.5}, "has norm_epsilon 1e-12, and model"),
     (
       {"compress__calibration": 1, "data__batch_size": 2},
       "the moments of 16 channels",
     ),
     ({"pretrained": "nowhere/to/be/found"}, "nowhere"),
+    ({"data__path": None}, "say what to train on: data.path, a file or folder"),
   ],
 )
 def test_what_does_not_fit_is_one_clear_line(
@@ -262,6 +264,15 @@ def test_what_does_not_fit_is_one_clear_line(
     loop.run(config, str(tmp_path / "run"))
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_pools_otherwise_is_refused(dense_run, topics):
+  config = c.resolve(recovery_config(dense_run, topics))
+  config.model.pooling = "mean"
+  with pytest.raises(
+    schema.ConfigError, match="has pooling 'first', and model"
+  ):
+    start.teacher_of(config, make_data(config))
 
 
 def test_a_folded_run_is_no_start(folded_run, dense_run, topics, tmp_path):

@@ -1,0 +1,45 @@
+"""What is in a run directory when a run begins, or goes on."""
+
+import shutil
+
+import pytest
+
+from folding import schema
+from folding.training import loop
+from folding.training.metrics import read_metrics
+from tests.training.conftest import tiny_config
+
+
+def test_a_resumed_run_knows_what_is_zero_already(text_file, tmp_path):
+  config = tiny_config(text_file, eval_every=8)  # after the last check
+  whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+  loop.run(config, str(whole))
+  shutil.copytree(whole, resumed)
+  shutil.rmtree(resumed / "checkpoints" / "10")
+  loop.run(config, str(resumed))
+
+  def told(workdir):
+    return {
+      r["step"]: (r["sparsity"], r["frozen"], r["trainable"])
+      for r in read_metrics(str(workdir / "metrics.jsonl"))
+      if r["split"] == "train"
+    }
+
+  assert told(resumed) == told(whole)
+  assert told(resumed)[10][0] > 0.6
+
+
+def test_what_a_run_left_that_never_began_is_no_obstacle(text_file, tmp_path):
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  (workdir / "labels.json").write_text("")  # killed while it was written
+  (workdir / "asked.json").write_text("{}")
+  assert loop.run(tiny_config(text_file, steps=2), str(workdir))["finished"]
+  assert not (workdir / "asked.json").exists()
+
+
+def test_an_address_is_no_folder(text_file, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(schema.ConfigError, match="gs://b/run is an address"):
+    loop.run(tiny_config(text_file), "gs://b/run")
+  assert not list(tmp_path.iterdir())
