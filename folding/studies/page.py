@@ -78,6 +78,15 @@ def page(results: Results, folder: str, command: str) -> str:
   if all(results.change(group) is None for group in measured_ours):
     nothing = "Nothing was compared with dense at 20 to 40% or at about 70%."
   lines += [f"- {line}" for line in failed] or [nothing]
+  level = _nearest(results.levels, 0.7)
+  if level is not None:
+    lines += ["", "## All data sets together", ""]
+    lines.append(
+      f"At {level:.0%}, or at its one size: means over data sets of the change to "
+      "dense (accuracy in points, less perplexity is better), and of bytes and "
+      "time as multiples of dense's; by accuracy.\n"
+    )
+    lines.append(tables.summary_table(results, level))
   lines += [
     "",
     "## Quality against size",
@@ -96,7 +105,6 @@ def page(results: Results, folder: str, command: str) -> str:
     "on the wall, compilation and whatever else ran on the machine included; "
     "tokens a second are the median of the run.\n"
   )
-  level = _nearest(results.levels, 0.7)
   for dataset in results.datasets:
     if not results.all_of(dataset):
       continue

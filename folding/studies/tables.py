@@ -1,6 +1,7 @@
 """Groups of seeds, and the tables of a study."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -121,6 +122,46 @@ def quality_table(results: Results, dataset: str) -> str:
   return words.table(["", *names, "one size"], rows)
 
 
+def summary_table(results: Results, level: float) -> str:
+  """Returns means over data sets at one level or size; the best comes first."""
+  found = []
+  for method in results.methods:
+    groups = [
+      group
+      for d in results.datasets
+      if results.group(d, DENSE)
+      and (group := results.group(d, method, level) or results.group(d, method))
+    ]
+    if method == DENSE or not groups:
+      continue
+    changes = {}
+    for metric in ("accuracy", "bits_per_byte"):
+      of = [
+        change
+        for g in groups
+        if g.first.metric == metric
+        and (change := results.change(g)) is not None
+      ]
+      changes[metric] = statistics.fmean(of) if of else None
+    cells = [method, _mean(groups, "compression"), _mean(groups, "qkv")]
+    cells += [change_text(c, metric) for metric, c in changes.items()]
+    dense = [results.group(g.first.dataset, DENSE) for g in groups]
+    for name in ("bytes", "seconds"):
+      ratios = [
+        here / there
+        for g, d in zip(groups, dense, strict=True)
+        if (here := g.mean(name)) and d and (there := d.mean(name))
+      ]
+      cells.append(f"{statistics.fmean(ratios):.2f}" if ratios else "")
+    cells.append(str(len(groups)))
+    order = [-math.inf if c is None else c for c in changes.values()]
+    found.append((order, cells))
+  found.sort(key=lambda pair: pair[0], reverse=True)
+  header = ["", "smaller", "W_Q, W_K, W_V", "accuracy", "perplexity", "bytes"]
+  header += ["time", "data sets"]
+  return words.table(header, [cells for _, cells in found])
+
+
 def cost_table(results: Results, dataset: str, level: float) -> str:
   """Returns what each method stores and needs, at one level or its own size."""
   dense = results.group(dataset, DENSE)
@@ -163,6 +204,11 @@ def signed_change(change: float | None, metric: str | None) -> float | None:
   if change is None or metric == "accuracy":
     return change
   return -100 * change
+
+
+def _mean(groups: Sequence[Group], name: str) -> str:
+  found = [value for g in groups if (value := g.mean(name)) is not None]
+  return words.percent(statistics.fmean(found)) if found else words.NOTHING
 
 
 def _change(results: Results, group: Group) -> str:

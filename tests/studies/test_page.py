@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from matplotlib import colors
 
-from folding.reporting import plots
+from folding.reporting import plots, words
 from folding.studies import drawings, gather, page, tables
 
 CSV = pathlib.Path(__file__).with_name("pages.csv")
@@ -80,6 +80,41 @@ def test_costs_are_beside_dense(results):
   ]
   assert cells["dense"][-1] == "–"
   assert _cells(tables.cost_table(results, "text", 0.7))["ours"][-1] == "+8.0%"
+
+
+def test_all_data_sets_together_are_means_of_changes(results):
+  cells = _cells(tables.summary_table(results, 0.7))
+
+  def mean(dataset, method, name, level):
+    values = [
+      getattr(row, name)
+      for row in results.rows
+      if (row.dataset, row.method, row.level) == (dataset, method, level)
+      and row.status == "finished"
+    ]
+    return statistics.fmean(values) if values else None
+
+  assert "dense" not in cells
+  for method, found in list(cells.items())[2:]:
+    level = None if method == "2-of-4" else 0.7
+    points = 100 * (
+      mean("trec", method, "quality", level)
+      - mean("trec", "dense", "quality", None)
+    )
+    assert found[2] == f"{points:+.1f} points"
+    here = mean("text", method, "perplexity", level)
+    there = mean("text", "dense", "perplexity", None)
+    more = f"{100 * (here / there - 1):+.1f}%" if here else words.NOTHING
+    assert found[3] == more
+    sizes = [
+      mean(d, method, "bytes", level) / mean(d, "dense", "bytes", None)
+      for d in ("trec", "text")
+      if mean(d, method, "bytes", level)
+    ]
+    assert found[4] == f"{statistics.fmean(sizes):.2f}"
+    assert found[6] == str(len(sizes))
+  best = [float(found[2].split()[0]) for found in list(cells.values())[2:]]
+  assert best == sorted(best, reverse=True)
 
 
 def test_each_claim_has_what_was_measured(text):
