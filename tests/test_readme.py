@@ -35,7 +35,7 @@ def test_an_export_is_called_in_code_of_ones_own(tmp_path, monkeypatch):
   params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 2))
   monkeypatch.chdir(tmp_path)
   export("small", config, params, tokenizer, labels=["bad", "good"])
-  code, _ = _blocks()
+  _, code = _blocks()
   names = {}
   exec(compile(code, str(README), "exec"), names)
   (found,) = predict(folding.load("small"), ["a text"])
@@ -45,7 +45,7 @@ def test_an_export_is_called_in_code_of_ones_own(tmp_path, monkeypatch):
 
 
 def test_the_loop_prunes_what_is_unused():
-  _, code = _blocks()
+  code, _ = _blocks()
   names = {}
   exec(compile(code, str(README), "exec"), names)
   kernels = [
