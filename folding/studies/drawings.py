@@ -15,6 +15,8 @@ from folding.studies.tables import Group, Results
 
 _MARKERS = "osDv^P"
 _LINES = ("-", "--", ":")
+# Of this many points, what is so many times as far from the best as most are.
+_MANY, _FAR, _MOST = 12, 2.5, 0.8
 
 
 def quality(results: Results) -> matplotlib.figure.Figure:
@@ -25,14 +27,14 @@ def quality(results: Results) -> matplotlib.figure.Figure:
   """
 
   def draw(axes, dataset, styles):
-    scale, seen = _scale(results, dataset), []
+    scale, seen = _scale(results, dataset), {}
     dense = results.group(dataset, DENSE)
     if dense:
       mean, half = inference.interval(dense.values("quality"))
       mean, half = scale * mean, scale * (half or 0.0)
       axes.axhspan(mean - half, mean + half, color=plots.LIGHT, zorder=0)
       axes.axhline(mean, color=plots.GREY, linewidth=1, zorder=1)
-      seen.append(mean)
+      seen[DENSE] = [(0.0, mean)]
     for method in results.methods:
       if method == DENSE:
         continue
@@ -46,10 +48,9 @@ def quality(results: Results) -> matplotlib.figure.Figure:
         if g and g.mean("compression") is not None
       ]
       if points:
-        x, y = zip(*points, strict=True)
-        axes.plot([100 * v for v in x], y, **styles[method])
-        seen += y
-    _limit(axes, seen)
+        seen[method] = [(100 * x, y) for x, y in points]
+        axes.plot(*zip(*seen[method], strict=True), **styles[method])
+    _limit(axes, seen, results.is_higher_better(dataset))
     if results.levels:
       axes.set_xticks([100 * level for level in results.levels])
     axes.set_xlabel("smaller than dense")
@@ -86,7 +87,11 @@ def front(results: Results, cost: str) -> matplotlib.figure.Figure:
       if f"{method} {level}" not in on_front:
         style["markerfacecolor"] = "none"
       axes.plot(*point, **style)
+    seen: dict[str, list[tuple[float, float]]] = {}
+    for (method, _), point in points.items():
+      seen.setdefault(method, []).append(point)
     axes.set_xlim(left=0)
+    _limit(axes, seen, higher)
     axes.set_xlabel("stored bytes" if cost == "bytes" else "training, seconds")
     axes.xaxis.set_major_formatter(lambda v, _: words.short_count(v))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
@@ -154,12 +159,33 @@ def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
   return found
 
 
-def _limit(axes: Any, seen: list[float]) -> None:
-  """Lets what was measured fill the axis."""
-  if not seen:  # no size is known before the dense run is finished
+def _limit(
+  axes: Any, seen: dict[str, list[tuple[float, float]]], higher: bool
+) -> None:
+  """Lets what was measured fill the axis.
+
+  Of many points those that are far worse than most are not drawn, as they would
+  press the others together: their names and figures stand at the lower edge.
+  """
+  points = [(name, x, y) for name, found in seen.items() for x, y in found]
+  if not points:  # no size is known before the dense run is finished
     return
-  margin = 0.08 * (max(seen) - min(seen)) or 1.0
-  axes.set_ylim(min(seen) - margin, max(seen) + margin)
+  points.sort(key=lambda point: point[2], reverse=higher)  # the best first
+  best, usual = points[0][2], points[int(_MOST * (len(points) - 1))][2]
+  far = _FAR * abs(usual - best) if len(points) >= _MANY else math.inf
+  inside = [y for _, _, y in points if abs(y - best) <= (far or math.inf)]
+  margin = 0.08 * (max(inside) - min(inside)) or 1.0
+  axes.set_ylim(min(inside) - margin, max(inside) + margin)
+  left, right = axes.get_xlim()
+  for n, (name, x, y) in enumerate(points[len(inside) :]):
+    axes.annotate(
+      f"{name} {y:.1f}%" if higher else f"{name} {y:.2f}",
+      (x, 0.02 + 0.06 * n),
+      xycoords=("data", "axes fraction"),
+      ha="right" if x > (left + right) / 2 else "left",
+      fontsize=8,
+      color=plots.GREY,
+    )
 
 
 def _scale(results: Results, dataset: str) -> float:

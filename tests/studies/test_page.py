@@ -257,6 +257,25 @@ def test_what_was_measured_is_in_sight(results):
         assert ((low <= y) & (y <= high)).all()
 
 
+def test_what_is_far_worse_is_named_and_presses_nothing_together(rows):
+  (given,) = [
+    row
+    for row in rows
+    if (row.dataset, row.method, row.level, row.seed)
+    == ("trec", "ours", 0.7, 0)
+  ]
+  others = [
+    gather.Row(**{**vars(given), "method": f"m{n}", "quality": 0.8 + n / 1000})
+    for n in range(20)
+  ]
+  far = gather.Row(**{**vars(given), "method": "lost", "quality": 0.45})
+  results = tables.Results([*others, far])
+  for figure in (drawings.quality(results), drawings.front(results, "bytes")):
+    (axes,) = figure.axes
+    assert axes.get_ylim() == pytest.approx((79.848, 82.052))
+    assert [t.get_text() for t in axes.texts] == ["lost 45.0%"]
+
+
 @pytest.mark.parametrize(
   ("cost", "on_front"),
   [
