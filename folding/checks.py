@@ -93,11 +93,6 @@ def check(c: Any) -> None:
     "distill needs distill.teacher (a run) or pretrained",
   )
   require(
-    bool(d.logits or d.hidden) or not (d.teacher or d.noise),
-    "distill.teacher and distill.noise do nothing where distill.logits and "
-    "distill.hidden are 0; set one of these, or drop those",
-  )
-  require(
     c.fpp.embedding_granularity != "trim"
     or (c.task == "classify" and c.pretrained is not None),
     "fpp.embedding_granularity='trim' takes tokens out of the tokenizer of a "
@@ -140,13 +135,27 @@ def check(c: Any) -> None:
     c.compress.plan == "same" or c.pretrained is not None,
     "compress.plan='auto' measures a trained model; give pretrained=PATH",
   )
+  _check_parts(c)
+  _check_model(c)
+
+
+def check_used(c: Any) -> None:
+  """Checks that what is asked of a new run is of use to it.
+
+  Raises:
+    ConfigError: a value would be passed over.
+  """
+  d = c.distill
+  require(
+    bool(d.logits or d.hidden) or not (d.teacher or d.noise),
+    "distill.teacher and distill.noise do nothing where distill.logits and "
+    "distill.hidden are 0; set one of these, or drop those",
+  )
   require(
     c.compress.plan == "auto" or c.compress.qkv is None,
     "compress.qkv is for compress.plan='auto'; without it use fold.groups and "
     "fold.v_block",
   )
-  _check_parts(c)
-  _check_model(c)
 
 
 def _check_parts(c: Any) -> None:

@@ -282,6 +282,8 @@ def resolve(config: Config) -> Config:
     c.model.qkv_bias = c.model.use_bias
   if c.fpp.embedding_share is None:
     c.fpp.embedding_share = 0.2 if c.task == "lm" else 1.0
+  if c.data.path is not None and not c.data.name:
+    c.data.name = DataConfig.name  # which does not count then, so no difference
   checks.check(c)
   return c
 

@@ -190,3 +190,11 @@ def test_model_families(build, expected):
 def test_model_families_take_every_field(build):
   model = build(width=64, positions="none", norm="rmsnorm")
   assert (model.width, model.positions, model.norm) == (64, "none", "rmsnorm")
+
+
+def test_no_name_beside_a_path_is_no_other_config():
+  config = c.Config(data=c.DataConfig(name="", path="x.txt"))
+  assert c.resolve(config) == c.resolve(
+    c.Config(data=c.DataConfig(path="x.txt"))
+  )
+  assert c.resolve(c.Config(data=c.DataConfig(name=""))).data.name == ""

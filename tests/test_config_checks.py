@@ -119,14 +119,6 @@ COMBINATIONS = {
     {"distill__noise": 1.0},
     r"distill\.noise is a share of the tokens, 0 to below 1; it is 1\.0",
   ),
-  "qkv_without_a_plan": (
-    {"compress__qkv": 0.9},
-    r"compress\.qkv is for compress\.plan='auto'",
-  ),
-  "teacher_of_nothing": (
-    {"distill__teacher": "x"},
-    r"distill\.teacher and distill\.noise do nothing where distill\.logits",
-  ),
   "tokens_of_no_trained_model": (
     {"task": "classify", "fpp__embedding_granularity": "trim"},
     r"tokenizer of a trained classifier; give pretrained=PATH, or use 'row'",

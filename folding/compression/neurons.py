@@ -35,10 +35,10 @@ def remove_neurons(
 
   Example:
     >>> rule = Rule("up", 0.5, "neuron", {"down": 0})
-    >>> params = {"up": np.array([[1.0, 0.0, 2.0]]), "down": np.array([[5.0], [0], [6]])}
+    >>> params = {"up": np.array([[1.0, 0.0, 2.0]]), "down": np.array([5.0, 0, 6])}
     >>> small, kept = remove_neurons([rule], params)
     >>> small["up"].tolist(), small["down"].tolist(), kept["up"].tolist()
-    ([[1.0, 2.0]], [[5.0], [6.0]], [0, 2])
+    ([[1.0, 2.0]], [5.0, 6.0], [0, 2])
   """
   leaves = paths.flatten(params)
   cuts, kept = {}, {}
@@ -46,12 +46,7 @@ def remove_neurons(
     rule = rules[site.rule]
     if rule.granularity != "neuron":
       continue
-    # A bias goes along its last axis, as columns do: it reads nothing.
-    if not any(
-      axis % leaves[name].ndim < leaves[name].ndim - 1
-      for name, axis in site.members.items()
-      if name != site.name
-    ):
+    if all(n == site.name or n.endswith("bias") for n in site.members):
       raise ValueError(
         f"the rule for {site.name!r} ties no array that reads its neurons; one "
         "cannot leave without those rows: name them in `tied`"

@@ -178,7 +178,8 @@ def _read_tsv(
 def _read_csv(
   file: pathlib.Path, text: str, data: config.DataConfig
 ) -> Iterator[tuple[int, str, str | None]]:
-  csv.field_size_limit(len(text) + 1)  # else a text of 128 KiB is an error
+  # Or a text of 128 KiB is an error; of the process, so never less than before.
+  csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
   reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
   try:
     columns = list(reader.fieldnames or ())

@@ -16,7 +16,7 @@ from folding.studies.tables import Group, Results
 _MARKERS = "osDv^P"
 _LINES = ("-", "--", ":")
 # Of this many points, what is so many times as far from the best as most are.
-_MANY, _FAR, _MOST = 12, 2.5, 0.8
+_MANY, _FAR, _MOST, _NAMED = 12, 2.5, 0.8, 4
 
 
 def quality(results: Results) -> matplotlib.figure.Figure:
@@ -167,7 +167,7 @@ def _limit(
   Of many points those that are far worse than most are not drawn, as they would
   press the others together: their names and figures stand at the lower edge.
   """
-  points = [(name, x, y) for name, found in seen.items() for x, y in found]
+  points = [(name, *p) for name, found in seen.items() for p in found]
   if not points:  # no size is known before the dense run is finished
     return
   points.sort(key=lambda point: point[2], reverse=higher)  # the best first
@@ -177,9 +177,12 @@ def _limit(
   margin = 0.08 * (max(inside) - min(inside)) or 1.0
   axes.set_ylim(min(inside) - margin, max(inside) + margin)
   left, right = axes.get_xlim()
-  for n, (name, x, y) in enumerate(points[len(inside) :]):
+  outside = points[len(inside) :][::-1]  # the worst is the lowest
+  for n, (name, x, y) in enumerate(outside[:_NAMED]):
+    text = f"{name} {y:.1f}%" if higher else f"{name} {y:.2f}"
+    more = len(outside) - _NAMED
     axes.annotate(
-      f"{name} {y:.1f}%" if higher else f"{name} {y:.2f}",
+      f"{text}, {more} more" if n == _NAMED - 1 and more > 0 else text,
       (x, 0.02 + 0.06 * n),
       xycoords=("data", "axes fraction"),
       ha="right" if x > (left + right) / 2 else "left",

@@ -138,11 +138,14 @@ def require_same(study: Study, workdir: str) -> None:
   for trial in study.trials(workdir):
     plan = os.path.join(workdir, "plans", f"{trial.name}.json")
     if os.path.exists(plan) and is_finished(trial.run):
-      found = differences(config_lib.load(plan), trial.config())
-      # What starts from a run of the study names its place, which may change.
-      places = ("pretrained:", "data.tokenizer:") if trial.needs else ()
-      ignored = ("train.energy:", *places)
-      found = [line for line in found if not line.startswith(ignored)]
+      before, now = config_lib.load(plan), trial.config()
+      found = differences(before, now)
+      # What starts from a run of the study names its place, which may change,
+      # as may that of a tokenizer which came with a checkpoint.
+      ignored = ["train.energy:", *(["pretrained:"] if trial.needs else [])]
+      if not {before.data.tokenizer, now.data.tokenizer} & {"bytes", "bpe"}:
+        ignored.append("data.tokenizer:")
+      found = [line for line in found if not line.startswith(tuple(ignored))]
       require(
         not found,
         f"{workdir} holds {trial.name} of another study ({'; '.join(found)}); "

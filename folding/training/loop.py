@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
+from folding import checks, files
 from folding import config as config_lib
-from folding import files
 from folding.config import Config
 from folding.data.batches import make_data
 from folding.data.tokenizers import load_tokenizer
@@ -62,6 +62,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         "choose another --workdir"
       )
     tokenizer = load_tokenizer(tokenizer_path)
+  else:
+    checks.check_used(config)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
   if tokenizer is not None:  # the run has begun
     require_labels(workdir, data.label_names)

@@ -67,7 +67,8 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
     model, params = source.config, source.params
     tokenizer_path = str(source.tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
-  keeps_head = config.task == "classify" and "head" in params
+  shape = np.shape(params.get("head", {}).get("kernel"))
+  keeps_head = config.task == "classify" and shape[-1:] == (data.num_classes,)
   for name in (*_SHAPE, *(_HEAD if keeps_head else ())):
     theirs, ours = getattr(model, name), getattr(config.model, name)
     require(

@@ -74,6 +74,19 @@ def test_bfloat16_scores_with_their_many_ties():
   _assert_equals_oracle(scores, 1234)
 
 
+def test_one_device_counts_by_eights_and_chooses_the_same(monkeypatch):
+  x = np.round(np.random.default_rng(6).normal(size=(13, 20)), 1)
+  scores = [x.astype(np.float32), x[:, 0].astype(np.float32)]
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  calls, sum_eights = [], select.sum_eights
+  monkeypatch.setattr(
+    select, "sum_eights", lambda *a: calls.append(1) or sum_eights(*a)
+  )
+  for k in (0, 77, 273):
+    _assert_equals_oracle(scores, k, select.lowest)
+  assert calls
+
+
 @pytest.mark.parametrize("k", [0, 5, 24])
 def test_eager_equals_jit_and_the_oracle(k):
   x = np.round(np.random.default_rng(2).normal(size=(4, 6)), 1)
