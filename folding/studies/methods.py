@@ -184,6 +184,10 @@ def _ours(base: Config, level: float | None) -> Edits:
   return {**_FOLDED, "fold.groups": 0} if level <= 0.4 else _FOLDED
 
 
+def _ours_neuron(base: Config, level: float | None) -> Edits:
+  return {**_ours(base, level), "fpp.granularity": "neuron"}
+
+
 def _rows(base: Config, level: float | None) -> Edits:
   # As many numbers as one output channel a head: G K = D.
   config = config_lib.resolve(base)
@@ -202,6 +206,11 @@ METHODS: dict[str, Method] = {
     "folding and FPP: W_V diagonal, above 40% W_Q and W_K at G = 1, the rest by "
     "FPP",
     _ours,
+  ),
+  "ours-neuron": Method(
+    "as ours, but whole neurons of feed-forward layers, so that arrays can be "
+    "smaller",
+    _ours_neuron,
   ),
   "fold": Method(
     "folding alone: G = 1, W_V diagonal",
