@@ -114,7 +114,7 @@ def test_standard_input_is_answered_line_by_line(run, capsys, monkeypatch):
       "leave out --dtype",
     ),
     (["predict", "RUN", "TMP/none.txt"], "No such file"),
-    (["predict", "RUN", "TMP/a.txt", "--batch-size=0"], "must be 1 or more"),
+    (["predict", "RUN", "TMP/a.txt", "--batch-size=0"], "must be 1 to 65,536"),
     (["predict", "TMP", "TMP/a.txt"], "is no run and no exported model"),
   ],
 )
