@@ -134,7 +134,10 @@ def test_generate_draws_anew_for_another_seed(folder, capsys):
   [
     (["--prompt=" + 33 * "x"], "prompt 1 has 33 tokens"),
     (["--max-new-tokens=0"], "new tokens must be at least 1"),
-    (["--temperature=-1"], "temperature must be 0 or more"),
+    (
+      ["--temperature=-1"],
+      "temperature must be 0 (the likeliest token, always), or 1e-6",
+    ),
     (["--top-p=0"], "top-p must be in (0, 1]"),
     (["--top-k=0"], "top-k must be at least 1"),
     (["--file=nowhere"], "No such file"),
