@@ -4,8 +4,8 @@
 
 The same folded model and AdamW, on the same batch; `bare` has no FPP, `held`
 is FPP between two checks, `check` is a step in which FPP gathers statistics
-and decides anew. `ratio` weighs the two by how often they
-come in the quickstart, which has a check every nine steps. With --devices, CPU devices are
+and decides anew. `ratio` weighs the two by how often they come in the
+quickstart, which has a check every nine steps. With --devices, CPU devices are
 simulated and parameters, optimizer state and masks are split over all of them.
 """
 

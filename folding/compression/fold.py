@@ -102,7 +102,8 @@ def fold(
     _, K, D = layer["o"]["kernel"].shape
     for role in ("q", "k") if groups else ():
       rows, _, columns = layer[role]["kernel"].shape
-      if (rows if axis == "output" else columns) < (D, K)[axis != "output"]:
+      other, whole = (rows, D) if axis == "output" else (columns, K)
+      if other < whole:
         raise ValueError(
           f"{name}/{role}: it is folded already, and not on the {axis} axis: "
           f"{rows} by {columns} numbers a head"

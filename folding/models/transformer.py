@@ -272,10 +272,8 @@ def make_model(
   Raises:
     ValueError: the config is not resolved.
   """
-  c = config.model
-  if None in (c.head_dim, c.num_kv_heads, c.mlp_width, config.fold.v_block) or (
-    config.fold.groups is None
-  ):
+  c, f = config.model, config.fold
+  if None in (c.head_dim, c.num_kv_heads, c.mlp_width, f.groups, f.v_block):
     raise ValueError(
       "the config is not resolved; make the model of folding.config.resolve(config)"
     )

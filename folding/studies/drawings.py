@@ -27,14 +27,14 @@ def quality(results: Results) -> matplotlib.figure.Figure:
   """
 
   def draw(axes, dataset, styles):
-    scale, seen = _scale(results, dataset), {}
+    scale, seen = _scale(results, dataset), []
     dense = results.group(dataset, DENSE)
     if dense:
       mean, half = inference.interval(dense.values("quality"))
       mean, half = scale * mean, scale * (half or 0.0)
       axes.axhspan(mean - half, mean + half, color=plots.LIGHT, zorder=0)
       axes.axhline(mean, color=plots.GREY, linewidth=1, zorder=1)
-      seen[DENSE] = [(0.0, mean)]
+      seen.append((DENSE, 0.0, mean))
     for method in results.methods:
       if method == DENSE:
         continue
@@ -48,8 +48,9 @@ def quality(results: Results) -> matplotlib.figure.Figure:
         if g and g.mean("compression") is not None
       ]
       if points:
-        seen[method] = [(100 * x, y) for x, y in points]
-        axes.plot(*zip(*seen[method], strict=True), **styles[method])
+        x, y = zip(*points, strict=True)
+        axes.plot([100 * v for v in x], y, **styles[method])
+        seen += [(method, 100 * x, y) for x, y in points]
     _limit(axes, seen, results.is_higher_better(dataset))
     if results.levels:
       axes.set_xticks([100 * level for level in results.levels])
@@ -87,11 +88,8 @@ def front(results: Results, cost: str) -> matplotlib.figure.Figure:
       if f"{method} {level}" not in on_front:
         style["markerfacecolor"] = "none"
       axes.plot(*point, **style)
-    seen: dict[str, list[tuple[float, float]]] = {}
-    for (method, _), point in points.items():
-      seen.setdefault(method, []).append(point)
     axes.set_xlim(left=0)
-    _limit(axes, seen, higher)
+    _limit(axes, [(m, *point) for (m, _), point in points.items()], higher)
     axes.set_xlabel("stored bytes" if cost == "bytes" else "training, seconds")
     axes.xaxis.set_major_formatter(lambda v, _: words.short_count(v))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
@@ -160,17 +158,18 @@ def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _limit(
-  axes: Any, seen: dict[str, list[tuple[float, float]]], higher: bool
+  axes: Any, seen: list[tuple[str, float, float]], higher: bool
 ) -> None:
   """Lets what was measured fill the axis.
 
   Of many points those that are far worse than most are not drawn, as they would
   press the others together: their names and figures stand at the lower edge.
   """
-  points = [(name, *p) for name, found in seen.items() for p in found]
-  if not points:  # no size is known before the dense run is finished
+  if not seen:  # no size is known before the dense run is finished
     return
-  points.sort(key=lambda point: point[2], reverse=higher)  # the best first
+  points = sorted(
+    seen, key=lambda point: point[2], reverse=higher
+  )  # best first
   best, usual = points[0][2], points[int(_MOST * (len(points) - 1))][2]
   far = _FAR * abs(usual - best) if len(points) >= _MANY else math.inf
   inside = [y for _, _, y in points if abs(y - best) <= (far or math.inf)]

@@ -107,12 +107,14 @@ def gather(study: Study, workdir: str) -> list[Row]:
       error = board.errors[trial.name]
       values = {"status": "failed", "error": error}
     elif trial.name in loaded:
-      before = loaded.get(trial.needs.name) if trial.needs else None
-      schema.require(
-        before is not None or trial.needs is None,
-        f"{trial.run} started from {trial.needs and trial.needs.name}, which is "
-        "not there any more; put it back, or delete both",
-      )
+      before = None
+      if trial.needs is not None:
+        before = loaded.get(trial.needs.name)
+        schema.require(
+          before is not None,
+          f"{trial.run} started from {trial.needs.name}, which is not there any "
+          "more; put it back, or delete both",
+        )
       twin = dense.get((trial.dataset, trial.seed))
       values = _figures(trial, loaded[trial.name], before, twin)
     rows.append(

@@ -65,8 +65,8 @@ def page(results: Results, folder: str, command: str) -> str:
     "The claims are those of the abstract of Belhaouari and Kraidia, Scientific "
     "Reports 15, 10171 (2025), which names neither its data sets nor its models. "
     f"Measured is `{OURS}` at 65 to 75% and at 20 to 40%; a range in brackets is "
-    "over data sets (and levels, where there are several). More than 1 point of accuracy or 3% of perplexity is not "
-    "nearly the same here.\n"
+    "over data sets (and levels, where there are several). More than 1 point of "
+    "accuracy or 3% of perplexity is not nearly the same here.\n"
   )
   measured = zip(_CLAIMS, _measured(results), strict=True)
   header = ["claim", "measured, dense twin = reference"]
@@ -140,7 +140,7 @@ def did_not_hold(results: Results) -> list[str]:
           f"{_some(better)}"
         )
       for name, what in _SPEEDS:
-        ratio = _ratio(results, group, name)
+        ratio = results.ratio(group, name)
         if ratio is not None and ratio >= 1.005:  # as it is printed
           reasons.append(f"{ratio:.2f} times dense's {what}")
       if reasons:
@@ -220,7 +220,7 @@ def _speed(results: Results, groups: list[Group]) -> str:
   text = _range([g.mean("trainable") for g in groups], words.percent)
   parts = [f"{text} of dense's parameters train, on average" if text else ""]
   for name, what in (*_SPEEDS, ("tokens_per_second", "tokens a second")):
-    ratios = [_ratio(results, group, name) for group in groups]
+    ratios = [results.ratio(group, name) for group in groups]
     text = _range(ratios, "{:.2f}".format)
     parts.append(f"{text} times the {what}" if text else "")
   return "; ".join(filter(None, parts))
@@ -256,12 +256,6 @@ def _dominators(results: Results, dataset: str, level: float) -> list[str]:
   higher = results.is_higher_better(dataset)
   found = inference.dominators(points, names[OURS], higher)
   return sorted(found, key=lambda name: points[name][1], reverse=higher)
-
-
-def _ratio(results: Results, group: Group, name: str) -> float | None:
-  dense = results.group(group.first.dataset, DENSE)
-  here, there = group.mean(name), dense.mean(name) if dense else None
-  return here / there if here is not None and there else None
 
 
 def _p(results: Results, group: Group) -> str:

@@ -96,6 +96,12 @@ class Results:
     assert here is not None and there is not None
     return 1 - here / there
 
+  def ratio(self, group: Group, name: str) -> float | None:
+    """Returns a figure as a multiple of dense's, None where one is missing."""
+    dense = self.group(group.first.dataset, DENSE)
+    here, there = group.mean(name), dense.mean(name) if dense else None
+    return here / there if here is not None and there else None
+
 
 def quality_table(results: Results, dataset: str) -> str:
   """Returns test figures of a data set: a method a row, a level a column."""
@@ -145,13 +151,8 @@ def summary_table(results: Results, level: float) -> str:
       changes[metric] = statistics.fmean(of) if of else None
     cells = [method, _mean(groups, "compression"), _mean(groups, "qkv")]
     cells += [change_text(c, metric) for metric, c in changes.items()]
-    dense = [results.group(g.first.dataset, DENSE) for g in groups]
     for name in ("bytes", "seconds"):
-      ratios = [
-        here / there
-        for g, d in zip(groups, dense, strict=True)
-        if (here := g.mean(name)) and d and (there := d.mean(name))
-      ]
+      ratios = [r for g in groups if (r := results.ratio(g, name)) is not None]
       cells.append(f"{statistics.fmean(ratios):.2f}" if ratios else "")
     cells.append(str(len(groups)))
     order = [-math.inf if c is None else c for c in changes.values()]
@@ -164,7 +165,6 @@ def summary_table(results: Results, level: float) -> str:
 
 def cost_table(results: Results, dataset: str, level: float) -> str:
   """Returns what each method stores and needs, at one level or its own size."""
-  dense = results.group(dataset, DENSE)
   rows = []
   for method in results.methods:
     group = results.group(dataset, method, level)
@@ -178,7 +178,7 @@ def cost_table(results: Results, dataset: str, level: float) -> str:
         words.percent(group.mean("qkv")),
         words.count(group.mean("bytes") or 0),
         words.duration(group.mean("seconds") or 0),
-        _ratio(group, dense, "halfway"),
+        _multiple(results, group, "halfway"),
         words.percent(group.mean("trainable"), 0),
         _change(results, group),
       ]
@@ -225,9 +225,9 @@ def _figure(group: Group, is_accuracy: bool) -> str:
   return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
 
 
-def _ratio(group: Group, dense: Group | None, name: str) -> str:
-  here, there = group.mean(name), dense.mean(name) if dense else None
+def _multiple(results: Results, group: Group, name: str) -> str:
+  here, ratio = group.mean(name), results.ratio(group, name)
   if here is None:
     return words.NOTHING
   text = words.count(here)
-  return f"{text} ({here / there:.2f}x)" if there else text
+  return text if ratio is None else f"{text} ({ratio:.2f}x)"

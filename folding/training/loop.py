@@ -197,7 +197,8 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     stop_signal() as stopped,
   ):
     clock = Clock(workdir, first_step)
-    log = StepLog(config, run.num_parameters, writer, clock, run.counts(state))
+    counts = run.counts(state if restored else None)
+    log = StepLog(config, run.num_parameters, writer, clock, counts)
     for line in run.unsplit:
       writer.say(f"mesh: {line}")
     if restored:

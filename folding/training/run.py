@@ -97,10 +97,15 @@ class Run:
       out_shardings=where,
     )(jax.device_put(self._start, where.params))
 
-  def counts(self, state: TrainState) -> dict[str, float]:
-    """Returns `fpp_counts` as numbers, {} where nothing is pruned."""
+  def counts(self, state: TrainState | None) -> dict[str, float]:
+    """Returns `fpp_counts` as numbers, {} where nothing is pruned.
+
+    None stands for a state before the first check, of which all is trainable.
+    """
     if not self.rules:
       return {}
+    if state is None:
+      return {"selected": 1.0, "frozen": 0.0, "zero": 0.0}
     count = jax.jit(
       functools.partial(fpp_counts, self.rules),
       out_shardings=sharding.whole(self.mesh),
