@@ -72,19 +72,20 @@ def _methods() -> dict[str, Method]:
   }
   recovery = {"fpp__begin": 0.05, "fpp__end": 0.5}
   found["from-dense"] = _ours(
-    "a trained dense model, folded, then recovered", "after", **recovery
+    "a trained dense model, folded, then recovered", after=True, **recovery
   )
   found["from-dense-distilled"] = _ours(
     "the same, which learns from the dense model's logits",
-    "after",
+    after=True,
     distill__logits=0.7,
     **recovery,
   )
   return found
 
 
-def _ours(about: str, kind: Any = "level", **edits: Any) -> Method:
-  return Method(f"ours; {about}", {"preset": "paper", **_dotted(edits)}, kind)
+def _ours(about: str, after: bool = False, **edits: Any) -> Method:
+  edits = {"preset": "paper", **_dotted(edits)}
+  return Method(f"ours; {about}", edits, after=after)
 
 
 def _dense(about: str, **edits: Any) -> Method:

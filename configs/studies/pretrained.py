@@ -81,4 +81,4 @@ def _recovered(name: str, method: Method) -> Method:
     own = own(base, level) if callable(own) else own
     return {**_RECOVERY, **own}
 
-  return dataclasses.replace(method, about=about, edits=edits, kind="after")
+  return dataclasses.replace(method, about=about, edits=edits, after=True)

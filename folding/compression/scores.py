@@ -16,6 +16,9 @@ from folding.config import Score
 
 SCORES: tuple[str, ...] = get_args(Score)
 FORWARD_SCORES = ("relative", "activation")  # these need forward statistics
+GRADIENT_SCORES = ("saliency", "movement")
+# Of an embedding, these tell how often a token occurs.
+USAGE_SCORES = FORWARD_SCORES + GRADIENT_SCORES
 
 _TINY = 1e-12  # for means of rows and columns that are all zero
 
@@ -29,7 +32,7 @@ def init_average(score: str, w: jax.Array) -> jax.Array | None:
   """
   if score in FORWARD_SCORES:
     return jnp.ones(w.shape[:-1], jnp.float32)
-  if score in ("evolution", "saliency", "movement"):
+  if score == "evolution" or score in GRADIENT_SCORES:
     return jnp.zeros(w.shape, jnp.float32)
   return None
 
@@ -110,7 +113,7 @@ def observe(
       if name in stats:
         averages[name] = observe_stat(averages[name], stats[name], weight)
   for name in averages:
-    if kinds[name] in ("saliency", "movement"):
+    if kinds[name] in GRADIENT_SCORES:
       averages[name] = observe_gradient(
         kinds[name], averages[name], leaves[name], grads[name], decay
       )
@@ -131,9 +134,10 @@ def lazy_scores(
 
   With rms the root mean square of a weight's input:
     relative: (|w| / mean of its row + |w| / mean of its column) rms^(1/2),
-      as Zhang et al. 2024 ("Plug-and-Play", RIA) for trained models. A row is
-      the last axis, a column all the others; so in a kernel into heads,
-      [D, H, K], each input has a row a head.
+      as Zhang et al. 2024 ("Plug-and-Play", RIA) for trained models, who divide
+      by sums, so that the longer of both counts less. A row is the last axis, a
+      column all the others; so in a kernel into heads, [D, H, K], each input has
+      a row a head, and a column is a place in all heads.
     activation: |w| rms, as Sun et al. 2024 (Wanda).
     magnitude: |w|.
     evolution: decayed average of |w| over checks.

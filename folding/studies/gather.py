@@ -222,7 +222,9 @@ def halfway(parts: Sequence[runs.Run], twin: runs.Run) -> float | None:
 
   Losses are those of training, the mean of up to three records; halfway lies
   between the dense run's first and its lowest. Between two records the step is
-  interpolated. None where it is not reached.
+  interpolated. A run that begins below, by the luck of how it begins, has not
+  come down yet; only one that never is above counts from its first record. None
+  where it is not reached.
 
   Args:
     parts: The run, after its dense part if it has one.
@@ -232,18 +234,19 @@ def halfway(parts: Sequence[runs.Run], twin: runs.Run) -> float | None:
   if not losses:
     return None
   aim = (losses[0][1] + min(loss for _, loss in losses)) / 2
-  start = 0
+  start, first = 0, None
   for part in parts:
-    before = None
+    above = None
     for step, loss in _smooth(part.train):
-      if loss <= aim:
-        if before is None:
-          return float(start + step)
-        share = (before[1] - aim) / (before[1] - loss)
-        return start + before[0] + share * (step - before[0])
-      before = step, loss
+      if loss > aim:
+        above = step, loss
+      elif above is not None:
+        share = (above[1] - aim) / (above[1] - loss)
+        return start + above[0] + share * (step - above[0])
+      elif first is None:
+        first = float(start + step)
     start += part.result.steps
-  return None
+  return first
 
 
 def _smooth(records: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:

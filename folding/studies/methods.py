@@ -31,15 +31,16 @@ class Method:
     edits: Of the base config; or a function of that and the level.
     kind: What a level does. "level": it becomes `fpp.overall`. "fixed":
       nothing, there is one size. "small": it says how wide a dense model is.
-      "after": a dense model is trained for a part of the steps, and the method
-      starts from it, with `fpp.overall`, for the rest.
+    after: A dense model is trained for a part of the steps, and the method
+      starts from it for the rest.
   """
 
   about: str
   edits: Edits | Callable[[Config, float | None], Edits] = dataclasses.field(
     default_factory=dict
   )
-  kind: Literal["level", "fixed", "small", "after"] = "level"
+  kind: Literal["level", "fixed", "small"] = "level"
+  after: bool = False
 
   def config(
     self, base: Config, level: float | None, seed: int, start: str = ""
@@ -50,7 +51,7 @@ class Method:
       base: What all methods share.
       level: Fraction to save; None for kind "fixed".
       seed: Of the run.
-      start: For kind "after": the run to start from.
+      start: Of a method that is `after`: the run to start from.
 
     Raises:
       ConfigError: an edit is of no field, or of the wrong type.
@@ -58,10 +59,10 @@ class Method:
     edits = self.edits
     edits = dict(edits(base, level) if callable(edits) else edits)
     edits["seed"] = seed
-    if self.kind in ("level", "after"):
+    if self.kind == "level":
       edits |= {"fpp.overall": level, "fpp.linear": None}
       edits |= {"fpp.embedding": None, "fpp.linear_layers": None}
-    if self.kind == "after":
+    if self.after:
       edits |= {"pretrained": start}
       edits |= {"data.tokenizer": f"{start}/tokenizer.json"}
     found = edited(base, edits)
@@ -175,7 +176,7 @@ def _gradual(about: str, score: str, **more: Any) -> Method:
 
 def _after(about: str, prune: str) -> Method:
   edits = {**_UNFOLDED, "compress.prune": prune, "fpp.attention": "all"}
-  return Method(about, edits, "after")
+  return Method(about, edits, after=True)
 
 
 def _ours(base: Config, level: float | None) -> Edits:
@@ -197,6 +198,13 @@ def _rows(base: Config, level: float | None) -> Edits:
 
 METHODS: dict[str, Method] = {
   "dense": Method("the dense twin", {"dense": True}, "fixed"),
+  "dense-again": Method(
+    "the dense twin in two parts, each with a warm-up and a schedule of its own: "
+    "what methods after training would be if they pruned nothing",
+    {"dense": True},
+    "fixed",
+    after=True,
+  ),
   "dense-small": Method(
     "a dense model, narrower: as many parameters as are stored",
     {"dense": True},
@@ -247,7 +255,9 @@ METHODS: dict[str, Method] = {
     scope="rule",
   ),
   "movement": _gradual(
-    "gradual, by the averaged -w g (Sanh et al. 2020)", "movement"
+    "gradual, by -w g summed with a decay of 0.99 (after Sanh et al. 2020)",
+    "movement",
+    decay=0.99,
   ),
   "saliency": _gradual(
     "gradual, by the averaged |w g| (Lee et al. 2019, Molchanov et al. 2019)",
@@ -260,7 +270,7 @@ METHODS: dict[str, Method] = {
     "gradual, by |w| rms(input), the score of Wanda", "activation"
   ),
   "relative": _gradual(
-    "gradual, by the score of RIA (Zhang et al. 2024), which FPP has as default",
+    "gradual, by FPP's default score, after RIA (Zhang et al. 2024)",
     "relative",
   ),
   "neuron": _gradual(
@@ -299,8 +309,9 @@ METHODS: dict[str, Method] = {
     "sparsegpt",
   ),
   "ticket": _after(
-    "what magnitude leaves of a trained model, trained from its first values "
-    "(Frankle and Carbin 2019; one round)",
+    "what magnitude leaves of a trained model, trained from its first values for "
+    "the rest of the steps (after Frankle and Carbin 2019, who train it for all; "
+    "one round)",
     "ticket",
   ),
 }

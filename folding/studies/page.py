@@ -102,8 +102,13 @@ def page(results: Results, folder: str, command: str) -> str:
     f"by {inference.TEST}. The loss is halfway when it is in the middle between "
     "the dense run's first and its lowest. Trainable is the mean over all "
     "steps, as a share of the dense twin's parameters. Time is that of the clock "
-    "on the wall, compilation and whatever else ran on the machine included; "
-    "tokens a second are the median of the run.\n"
+    "on the wall, whatever else ran on the machine included, and compilation "
+    "too, which runs share: the first of a program's seeds pays for it. Tokens a "
+    "second are the median of the run. What is tested is the checkpoint with the "
+    "least validation loss of those that are as small as the run is to be: of a "
+    "run that prunes while it trains only the last ones, of others any. Methods "
+    "after training have the same steps in all: first a dense part, then the "
+    "rest, each with a warm-up and a schedule of its own.\n"
   )
   for dataset in results.datasets:
     if not results.all_of(dataset):

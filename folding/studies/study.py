@@ -24,7 +24,7 @@ class Study:
     methods: {name: method}, one of them "dense"; see `methods.pick`.
     levels: Fractions of the dense twin's parameters to save.
     seeds: Each is a run.
-    pretrain: Share of the steps that methods of kind "after" train densely.
+    pretrain: Share of the steps that a method after training trains densely.
 
   Example:
     >>> from folding.studies.methods import pick
@@ -73,7 +73,7 @@ class Study:
             if method.kind == "small" and self.datasets[dataset].pretrained:
               continue  # no checkpoint has that shape
             needs = None
-            if method.kind == "after":
+            if method.after:
               needs = Trial(self, workdir, dataset, None, None, seed, None)
               found.setdefault(needs.name, needs)
             trial = Trial(self, workdir, dataset, name, level, seed, needs)
@@ -89,7 +89,7 @@ class Trial:
     study: It belongs to.
     workdir: Of the study.
     dataset: Name.
-    method: Name; None: the dense part that methods of kind "after" start from.
+    method: Name; None: the dense part that methods after training start from.
     level: Fraction to save; None where a method has one size.
     seed: Of the run.
     needs: What must be finished before.

@@ -12,7 +12,7 @@ from folding import paths
 from folding.compression.accounting import group_of
 from folding.compression.fpp import fpp
 from folding.compression.rules import Rule, make_sites
-from folding.compression.scores import FORWARD_SCORES
+from folding.compression.scores import USAGE_SCORES
 from folding.config import Config
 from folding.schema import ConfigError
 
@@ -104,7 +104,7 @@ def _rules(
     pattern = _TOKENS  # a row of the positions is no token
     if f.embedding_granularity == "weight":
       unit, pattern = "weight", f"({_TOKENS}|position_embed/embedding)"
-      if score is None and f.score in FORWARD_SCORES:
+      if score is None and f.score in USAGE_SCORES:
         score = "magnitude"
     rules.append(Rule(except_ + pattern, embedding, unit, score=score))
   # `exclude` may leave a rule nothing to prune.

@@ -167,6 +167,13 @@ def test_halfway_is_between_the_first_and_the_lowest_loss(place):
   assert gather.halfway([at_once], twin) == 10
 
 
+def test_a_run_that_begins_below_half_the_loss_has_not_come_down(place):
+  twin = _with(place, [(10, 8.0), (20, 6.0), (30, 4.0), (40, 2.0), (50, 0.0)])
+  # Means: 4, 7, 8, 6, 4.
+  lucky = [(10, 4.0), (20, 10.0), (30, 10.0), (40, -2.0), (50, 4.0)]
+  assert gather.halfway([_with(place, lucky)], twin) == pytest.approx(45)
+
+
 def test_halfway_counts_the_steps_of_the_dense_part(place):
   twin = _with(place, [(10, 8.0), (20, 6.0), (30, 4.0), (40, 2.0), (50, 0.0)])
   before = _with(place, [(10, 9.0), (20, 8.0)], steps=25)

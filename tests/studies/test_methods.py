@@ -23,7 +23,7 @@ BASES = {
     model=c.ModelConfig(num_layers=2, width=64, num_heads=8, causal=False),
   ),
 }
-AT_LEVEL = [n for n, m in METHODS.items() if m.kind in ("level", "after")]
+AT_LEVEL = [n for n, m in METHODS.items() if m.kind == "level"]
 
 
 @pytest.mark.parametrize(("base", "level"), [("lm", 0.3), ("classify", 0.75)])
