@@ -32,8 +32,10 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
     name = arg.lstrip("-").removeprefix("no").split("=")[0]
     if name.startswith("config.") and name[7:] not in fields:
       raise schema.ConfigError(schema.no_field("config", name[7:], fields))
+  nones = [f"--config.{name}=None" for name in fields]  # which no parser reads
+  unset = {arg[9:-5]: None for arg in argv if arg in nones}
   try:
-    rest = flags.FLAGS(argv)[1:]
+    rest = flags.FLAGS([arg for arg in argv if arg not in nones])[1:]
   except Exception as error:  # a config file is a program
     message = f"--config fails: {type(error).__name__}: {error}"
     if isinstance(error, flags.Error | ValueError | TypeError):
@@ -48,7 +50,9 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
   if not isinstance(config, config_lib.Config):  # also: no such file
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     raise schema.ConfigError(f"{name} is not a file that gives a Config")
-  return config, _WORKDIR.value
+  values = config_lib.to_dict(config)
+  schema.set_values(values, unset)
+  return config_lib.from_dict(values), _WORKDIR.value
 
 
 def _train(argv: list[str]) -> None:

@@ -80,8 +80,8 @@ def export(args: argparse.Namespace) -> None:
   from folding.serving import huggingface, program
 
   schema.require(
-    args.dtype is None or args.format != "hf",
-    "--format=hf writes float32; leave out --dtype",
+    args.dtype in (None, "float32") or args.format != "hf",
+    "--format=hf writes float32 alone",
   )
   export_lib.require_empty(args.output)
   whole = export_lib.load(args.path)
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_status(call: Callable[[], Any]) -> int:
   """Returns 0 after a call, or what its error stands for, told in one line.
 
-  2 is a mistake of the user; 1 is training that cannot go on.
+  2 is a mistake of the user, 1 training that cannot go on, 130 Ctrl-C.
   """
   try:
     call()
@@ -182,6 +182,8 @@ def exit_status(call: Callable[[], Any]) -> int:
   except schema.TrainingError as error:
     _print_error(str(error))
     return 1
+  except KeyboardInterrupt:
+    return 130  # as a shell says it
   return 0
 
 

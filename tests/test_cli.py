@@ -79,6 +79,13 @@ def test_a_wrong_argument_is_one_line(capsys, argv, message):
   assert message in _one_error_line(capsys)
 
 
+def test_ctrl_c_has_no_traceback():
+  def call():
+    raise KeyboardInterrupt
+
+  assert cli.exit_status(call) == 130
+
+
 def test_a_reader_that_leaves_is_no_mistake():
   program = """
 import sys

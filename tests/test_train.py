@@ -33,8 +33,15 @@ def train(*flags):
       ["--config=configs/lm.py", "--workdir={workdir}", "--confg.seed=1"],
       "confg.seed",
     ),
+    (
+      [
+        *("--config=configs/quickstart.py", "--workdir={workdir}"),
+        *("--config.train.eval_batches=None", "--config.seed=None"),
+      ],
+      "config.seed must be int; it is None",
+    ),
   ],
-  ids=["no-config", "no-workdir", "no-file", "other-file", "flag"],
+  ids=["no-config", "no-workdir", "no-file", "other-file", "flag", "none"],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, flags, message):
   other = tmp_path / "other.py"

@@ -8,6 +8,7 @@ Run:     folding study \
            configs/studies/ablations.py:FOLDER,trec,tiny_shakespeare --workdir=DIR
 """
 
+import dataclasses
 from typing import Any
 
 from configs.studies import from_scratch
@@ -72,20 +73,20 @@ def _methods() -> dict[str, Method]:
   }
   recovery = {"fpp__begin": 0.05, "fpp__end": 0.5}
   found["from-dense"] = _ours(
-    "a trained dense model, folded, then recovered", after=True, **recovery
+    "a trained dense model, folded, then recovered", **recovery
   )
   found["from-dense-distilled"] = _ours(
     "the same, which learns from the dense model's logits",
-    after=True,
     distill__logits=0.7,
     **recovery,
   )
+  for name in ("from-dense", "from-dense-distilled"):
+    found[name] = dataclasses.replace(found[name], after=True)
   return found
 
 
-def _ours(about: str, after: bool = False, **edits: Any) -> Method:
-  edits = {"preset": "paper", **_dotted(edits)}
-  return Method(f"ours; {about}", edits, after=after)
+def _ours(about: str, **edits: Any) -> Method:
+  return Method(f"ours; {about}", {"preset": "paper", **_dotted(edits)})
 
 
 def _dense(about: str, **edits: Any) -> Method:

@@ -99,7 +99,7 @@ def fold(
 
   def fold_layer(layer, name):
     folded = dict(layer)
-    _, K, D = layer["o"]["kernel"].shape
+    _, K, D = _sizes(layer, name)
     for role in ("q", "k") if groups else ():
       rows, _, columns = layer[role]["kernel"].shape
       other, whole = (rows, D) if axis == "output" else (columns, K)
@@ -153,12 +153,22 @@ def _with_own_keys(layer: Params) -> dict[str, Any]:
   return {**layer, "k": repeated(layer["k"]), "v": repeated(layer["v"])}
 
 
+def _sizes(layer: Params, name: str) -> tuple[int, int, int]:
+  shape = layer["o"]["kernel"].shape
+  if len(shape) != 3:
+    raise ValueError(
+      f"{name}/o/kernel has the shape {shape} and not [H, K, D]; layers that "
+      "are stacked, as nn.scan does, have to be parted first"
+    )
+  return shape
+
+
 def _unfold_layer(
   layer: Params,
   name: str,
   frequencies: np.ndarray | None,
 ) -> dict[str, Any]:
-  H, K, D = layer["o"]["kernel"].shape
+  H, K, D = _sizes(layer, name)
   dense = dict(layer)
   own = dense.pop("frequency", None)
   for role in ("q", "k"):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 from folding import paths
 from folding.compression import scores as scores_lib
@@ -69,7 +70,9 @@ def fpp(
       `folding.observe`; for the scores "relative" and "activation", at
       least at every check.
     value, value_fn: loss and function from params to loss, as optax's line
-      searches take them; `value_fn` is needed when `tolerance` is set.
+      searches take them; `value_fn` is needed when `tolerance` is set, and then
+      gets the params that this transform sees, so all unless it is in another
+      that passes on a part.
     is_due: Whether this is a step with a check, where the caller knows that
       when the program is made, which makes it smaller; None: as `begin`, `end`
       and `every` say.
@@ -169,6 +172,13 @@ def fpp(
     grads = paths.flatten(updates)
     if set(grads) != set(leaves):
       raise ValueError("updates and params are trees of different structure")
+    for name, leaf in leaves.items():
+      sharding = jax.typeof(leaf).sharding
+      if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+        raise ValueError(
+          f"{name!r} is split over an explicit axis of a mesh; fpp leaves sharding "
+          "to the compiler: make the mesh with axis_types=(AxisType.Auto, ...)"
+        )
     kinds = suspects_lib.kinds(sites, rules)
     averages, observed = scores_lib.observe(
       *(state.averages, state.observed, kinds, decay),

@@ -25,7 +25,8 @@ def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
   it is how often each token was used, as a fraction, of shape [V]. Inside
   `jit` it is an ordinary output; the order in which layers are called, remat
   and sharding do not matter. A layer called twice is averaged. Layers inside
-  `nn.scan` or `nn.vmap`, and those with `batch_dims`, have no statistics.
+  `nn.scan` or `nn.vmap`, and those with `batch_dims`, have no statistics; a
+  model with layers inside `nn.cond` or `nn.switch` cannot be observed.
 
   Args:
     apply: `model.apply` of a Linen module.

@@ -149,6 +149,13 @@ def _read_file(
       )
       rows.labels.append(str(label))
   schema.require(bool(rows.texts), f"{file} has a header and no rows")
+  if file.suffix == ".tsv" and rows.labels:
+    first = rows.labels[0]
+    schema.require(
+      first.lower() != "label" or first in rows.labels[1:],
+      f"{file}:{rows.lines[0]}: this looks like a header, which a .tsv does not "
+      "have; take it out",
+    )
   return rows
 
 
@@ -170,7 +177,10 @@ def _read_tsv(
   del data
   # Not splitlines: a text may hold other characters that it would split at.
   for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-    label, tab, rest = line.removesuffix("\r").partition("\t")
+    line = line.removesuffix("\r")
+    if not line:
+      continue
+    label, tab, rest = line.partition("\t")
     schema.require(bool(tab), f"{file}:{number}: no tab; want label<TAB>text")
     yield number, rest, label.strip() or None
 
@@ -184,20 +194,27 @@ def _read_csv(
   try:
     columns = list(reader.fieldnames or ())
     label_field = choose_field(str(file), columns, "label", data.label_field)
-    others = [c for c in columns if c != label_field]
-    text_field = choose_field(str(file), others, "text", data.text_field)
+    rows = []
     for row in reader:
       schema.require(
         None not in row and None not in row.values(),
         f"{file}:{reader.line_num}: the row does not have {len(columns)} "
         "columns, as the header has",
       )
-      label = row[label_field].strip() if label_field else ""
-      yield reader.line_num, row[text_field or ""], label or None
+      rows.append((reader.line_num, row))
   except csv.Error as error:
     raise schema.ConfigError(
       f"{file}: not valid CSV after line {reader.line_num} ({error})"
     ) from error
+  others = [name for name in columns if name != label_field]
+  words = [n for n in others if not all(_is_number(row[n]) for _, row in rows)]
+  text_field = data.text_field
+  if text_field is None:
+    text_field = _only_text(str(file), words or others)
+  choose_field(str(file), others, "text", text_field)
+  for number, row in rows:
+    label = row[label_field].strip() if label_field else ""
+    yield number, row[text_field], label or None
 
 
 def _read_jsonl(
@@ -205,6 +222,8 @@ def _read_jsonl(
 ) -> Iterator[tuple[int, str, str | None]]:
   text_field, label_field = data.text_field, data.label_field
   for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+    if not line.strip():
+      continue
     place = f"{file}:{number}"
     try:
       row = json.loads(line)
@@ -218,10 +237,32 @@ def _read_jsonl(
       for name, value in row.items()
       if isinstance(value, str) and name != label_field
     ]
-    text_field = choose_field(place, texts, "text", text_field)
+    if text_field is None:
+      text_field = _only_text(place, texts)
+    choose_field(place, texts, "text", text_field)
     label = row[label_field] if label_field else None
     label = None if label is None else str(label).strip() or None
-    yield number, row[text_field or ""], label
+    yield number, row[text_field], label
+
+
+def _only_text(place: str, columns: list[str]) -> str:
+  """Returns the column of text, which a file must not leave in doubt."""
+  chosen = choose_field(place, columns, "text", None)
+  assert chosen is not None
+  schema.require(
+    chosen in TEXT_NAMES or len(columns) == 1,
+    f"{place} has several columns of text ({', '.join(columns)}); say which in "
+    "data.text_field",
+  )
+  return chosen
+
+
+def _is_number(text: str) -> bool:
+  try:
+    float(text)
+  except ValueError:
+    return not text.strip()
+  return True
 
 
 def choose_field(

@@ -282,14 +282,16 @@ def _cut(
   """Cuts the one text into train and the fractions, in order, at line ends."""
   [text] = rows.texts
   shares = {"train": 1 - sum(fractions.values()), **fractions}
+  # A line end further on than this would take too much of the next part.
+  reach = round(min(s for s in shares.values() if s > 0) * len(text)) // 2
   bounds = np.cumsum(list(shares.values()))
   parts, start = {}, 0
   for (name, share), bound in zip(shares.items(), bounds, strict=True):
     stop = start
     if share > 0:
       stop = round(bound * len(text))
-      # 0 where no line ends further on: then at the character.
-      stop = text.find("\n", max(stop - 1, 0)) + 1 or stop
+      # 0 where no line ends within reach: then at the character.
+      stop = text.find("\n", max(stop - 1, 0), stop + reach) + 1 or stop
     texts = [text[start:stop]] if stop > start else []
     parts[name] = local_files.Rows(rows.source, texts, None, [0] * len(texts))
     start = stop

@@ -1,6 +1,7 @@
 """The verb `folding plan`."""
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -70,13 +71,21 @@ def edited(config: Config, edits: Sequence[str]) -> Config:
   given: dict[str, Any] = {}
   for edit in edits:
     name, _, text = edit.partition("=")
-    try:
-      given[name] = json.loads(text)
-    except ValueError:
-      given[name] = text
+    given[name] = _value(text)
   values = config_lib.to_dict(config)
   schema.set_values(values, given)
   return config_lib.resolve(config_lib.from_dict(values))
+
+
+def _value(text: str) -> Any:
+  """Returns a value as a flag of train.py or JSON would have it."""
+  words = {"True": True, "False": False, "None": None}
+  if text in words:
+    return words[text]
+  for form in (text, f"[{text}]"):  # the second: 4,2,1
+    with contextlib.suppress(ValueError):
+      return json.loads(form)
+  return text
 
 
 def table(found: dict[str, Any]) -> str:

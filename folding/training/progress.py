@@ -101,21 +101,31 @@ class StepLog:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-  """Yields a function of the step that says whether SIGTERM has arrived.
+  """Yields a function of the step that says whether a run is to stop.
 
-  With several processes, a signal to one is told to all, and all of them are
-  told to stop at the same step; each must ask at each step.
+  SIGTERM and SIGINT (Ctrl-C, of which a second one ends the run at once) ask
+  for it. With several processes, SIGTERM to one is told to all, and all of them
+  are told to stop at the same step; each must ask at each step.
   """
   if jax.process_count() > 1:
     yield multihost_utils.reached_preemption_sync_point
     return
   arrived = []
+
+  def stop(number, _):
+    arrived.append(number)
+    signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+  signals = signal.SIGTERM, signal.SIGINT
+  before = {number: signal.getsignal(number) for number in signals}
   try:
-    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+    for number in signals:
+      signal.signal(number, stop)
   except ValueError:  # not the main thread (a notebook's worker, a test)
     yield lambda step: False
     return
   try:
     yield lambda step: bool(arrived)
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)

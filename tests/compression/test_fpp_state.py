@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from folding import paths
 from folding.compression.fpp import fpp
@@ -190,6 +192,23 @@ def test_update_says_what_it_lacks(given, message):
   state = tx.init(params)
   with pytest.raises(ValueError, match=message):
     tx.update(params, state, None if given == "no-params" else params)
+
+
+def test_explicit_axes_of_a_mesh_are_refused():
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+  tx = fpp(
+    optax.sgd(0.1), [Rule("w", 0.5)], begin=0, end=4, every=1, score="magnitude"
+  )
+
+  def step(params):
+    return tx.update(params, tx.init(params), params)
+
+  with jax.set_mesh(mesh):
+    split = jax.device_put(jnp.ones((4, 16)), NamedSharding(mesh, P(None, "d")))
+    with pytest.raises(ValueError, match="'w' is split over an explicit axis"):
+      jax.jit(step)({"w": split})
+    whole = jax.device_put(jnp.ones((4, 16)), NamedSharding(mesh, P()))
+    jax.jit(step)({"w": whole})
 
 
 # ---------------------------------------------------------------------------

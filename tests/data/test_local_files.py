@@ -75,7 +75,7 @@ def test_csv_takes_the_columns_asked_for(tmp_path):
 
 def test_jsonl_holds_to_the_column_of_its_first_row(tmp_path):
   lines = [
-    {"label": 1, "body": "b1", "title": "t1"},
+    {"label": 1, "body": "b1"},
     {"title": "t2", "label": 0, "body": "b2"},
   ]
   content = "\n".join(json.dumps(line) for line in lines)
@@ -83,6 +83,33 @@ def test_jsonl_holds_to_the_column_of_its_first_row(tmp_path):
   data.valid_fraction = data.test_fraction = 0.0
   texts = sources.load_texts(data, "classify")
   assert text_files.pairs(texts, "train") == [("1", "b1"), ("0", "b2")]
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path):
+  rows = "id,review,label,stars\n1,bad,0,4.5\n2,7,1,\n3,good,1,-1e3\n"
+  data = text_files.write(tmp_path, train__csv=rows)
+  data.valid_fraction = data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  expected = [("0", "bad"), ("1", "7"), ("1", "good")]
+  assert text_files.pairs(texts, "train") == expected
+
+
+def test_empty_lines_are_no_rows(tmp_path):
+  data = text_files.write(
+    tmp_path,
+    train__jsonl='\n{"text": "a", "label": 0}\n\n{"text": "b", "label": 1}\n\n',
+    valid__tsv="0\tc\r\n\r\n1\td\n\n",
+  )
+  data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  assert text_files.pairs(texts, "train") == [("0", "a"), ("1", "b")]
+  assert text_files.pairs(texts, "valid") == [("0", "c"), ("1", "d")]
+
+
+def test_a_class_may_be_called_label(tmp_path):
+  rows = "label\ta\nother\tb\nlabel\tc\n"
+  data = text_files.write(tmp_path, train__tsv=rows)
+  assert sources.load_texts(data, "classify").label_names == ("label", "other")
 
 
 def test_lm_reads_txt_whole_and_rows_without_labels(tmp_path):
@@ -155,6 +182,15 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     ({"train__tsv": b"0\tab\xff"}, r"train.tsv is not UTF-8 \(byte 4\)"),
     ({"train__tsv": "0\ta\nb\n"}, "train.tsv:2: no tab; want label<TAB>text"),
     ({"train__tsv": "0\ta\n\tb\n"}, "train.tsv:2: the row has no label"),
+    ({"train__tsv": "Label\ttext\n0\ta\n"}, "train.tsv:1: .* like a header"),
+    (
+      {"train__csv": "id,body,label\na1,a,0\n"},
+      r"several columns of text \(id, body\); say which in data.text_field",
+    ),
+    (
+      {"train__jsonl": '{"id": "a1", "label": 0, "body": "a"}\n'},
+      r"train.jsonl:1 has several columns of text \(id, body\)",
+    ),
     ({"train__tsv": "0\ta\n0\t \n"}, "train.tsv:2: the text is empty"),
     (GOOD | {"valid__tsv": "0\ta\n7\tb\n"}, "valid.tsv:2: label '7'.*train"),
     # Not an id either: ids count only with a labels.txt.

@@ -29,6 +29,16 @@ def test_one_text_is_cut_in_order_at_line_ends(tmp_path):
   assert abs(len(valid) - 0.1 * total) < 17
 
 
+@pytest.mark.parametrize("lines", [1, 5])
+def test_long_lines_are_cut_where_a_split_would_be_empty(tmp_path, lines):
+  text = ("x" * (60_000 // lines - 1) + "\n") * lines
+  (tmp_path / "long.txt").write_text(text)
+  data = DataConfig(path=str(tmp_path / "long.txt"))
+  parts = [p for [p] in sources.load_texts(data, "lm").texts.values()]
+  assert "".join(parts) == text
+  assert [round(len(p) / 60_000, 2) for p in parts] == [0.8, 0.1, 0.1]
+
+
 def test_a_missing_test_split_alone_is_set_aside(tmp_path):
   data = text_files.write(tmp_path, train__txt="ab\n" * 100, valid__txt="v\n")
   texts = sources.load_texts(data, "lm").texts

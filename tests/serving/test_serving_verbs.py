@@ -111,7 +111,7 @@ def test_standard_input_is_answered_line_by_line(run, capsys, monkeypatch):
     ),
     (
       ["export", "RUN", "--output", "O", "--format=hf", "--dtype=bfloat16"],
-      "leave out --dtype",
+      "--format=hf writes float32 alone",
     ),
     (["predict", "RUN", "TMP/none.txt"], "No such file"),
     (["predict", "RUN", "TMP/a.txt", "--batch-size=0"], "must be 1 to 65,536"),

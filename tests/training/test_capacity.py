@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 
 import jax
 import numpy as np
@@ -154,6 +155,26 @@ def test_the_verb_prints_a_table_and_a_verdict(config_file, capsys):
   assert "4 x tiny, mesh data=2, fsdp=1, tensor=2" in text
   assert "does not fit" in text
   assert f"{found['dense']['parameters']:,} parameters dense" in text
+
+
+@pytest.mark.parametrize(
+  ("edit", "expected"),
+  [
+    ("fold.groups=4,2", (4, 2)),
+    ("fold.groups=[4, 2]", (4, 2)),
+    ("fold.groups=2", 2),
+    ("dense=True", True),
+    ("dense=true", True),
+    ("train.eval_batches=None", None),
+    ("data.name=a,b", "a,b"),
+    ("train.learning_rate=1e-3", 1e-3),
+  ],
+)
+def test_values_are_written_as_for_train_or_in_json(edit, expected):
+  config = c.Config(model=c.ModelConfig(num_layers=2))
+  name = edit.partition("=")[0]
+  found = operator.attrgetter(name)(plan_verb.edited(config, [edit]))
+  assert found == expected
 
 
 @pytest.mark.parametrize(

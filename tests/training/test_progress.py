@@ -125,6 +125,16 @@ def test_sigterm_is_noticed_and_its_handler_put_back():
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_the_first_ctrl_c_asks_and_the_second_ends():
+  before = signal.getsignal(signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt), stop_signal() as stopped:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stopped(0)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+  assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_handler_is_put_back_after_an_error():
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(RuntimeError, match="in between"), stop_signal():
