@@ -127,7 +127,8 @@ class FPPConfig:
   embedding_share: float | None = None  # None: 0.2 for "lm", 1 for "classify"
   score: Score = "relative"
   # Of embeddings. None: as `score`, but "magnitude" for single weights where that
-  # tells how often a token occurs, which would empty rare ones, or common ones.
+  # tells how often a token occurs, which would empty rare ones, or common ones
+  # ("saliency" does not where the embedding is the output layer too).
   embedding_score: Score | None = None
   granularity: Literal["weight", "neuron", "2:4"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), or whole heads.

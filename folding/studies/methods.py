@@ -220,6 +220,14 @@ METHODS: dict[str, Method] = {
     "smaller",
     _ours_neuron,
   ),
+  "ours-v": Method(
+    "W_V alone folded, diagonal; all else by FPP, by saliency, whole neurons of "
+    "feed-forward layers",
+    {
+      **{**_FOLDED, "fold.groups": 0, "fpp.attention": "all"},
+      **{"fpp.score": "saliency", "fpp.granularity": "neuron"},
+    },
+  ),
   "fold": Method(
     "folding alone: G = 1, W_V diagonal",
     {**_FOLDED, "fpp.linear": 0.0, "fpp.embedding": 0.0},

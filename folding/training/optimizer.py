@@ -104,7 +104,10 @@ def _rules(
     pattern = _TOKENS  # a row of the positions is no token
     if f.embedding_granularity == "weight":
       unit, pattern = "weight", f"({_TOKENS}|position_embed/embedding)"
-      if score is None and f.score in USAGE_SCORES:
+      # Where it is the output layer too, each token has a gradient at each step.
+      tied = config.task == "lm" and config.model.tie_embeddings
+      tells = f.score == "saliency" and tied
+      if score is None and f.score in USAGE_SCORES and not tells:
         score = "magnitude"
     rules.append(Rule(except_ + pattern, embedding, unit, score=score))
   # `exclude` may leave a rule nothing to prune.

@@ -148,6 +148,7 @@ def test_rules_of_a_config(fields, expected):
     ({"score": "activation"}, "magnitude"),
     ({"embedding_granularity": "row"}, None),
     ({"score": "movement"}, "magnitude"),
+    ({"score": "saliency"}, None),
     ({"score": "evolution"}, None),
     ({"embedding_score": "relative"}, "relative"),
     ({"embedding_granularity": "row", "embedding_score": "random"}, "random"),
@@ -163,6 +164,15 @@ def test_score_of_the_embedding(fields, expected):
       others.add(rule.score)
   assert of_tokens == [expected]
   assert others == {None}
+
+
+def test_gradients_of_an_embedding_that_is_no_output_tell_usage():
+  model = c.ModelConfig(
+    num_layers=1, width=32, num_heads=4, tie_embeddings=False
+  )
+  config = tiny.config(fpp=c.FPPConfig(score="saliency"), model=model)
+  [rule] = [r for r in tiny.make(config).rules if "embed" in r.pattern]
+  assert rule.score == "magnitude"
 
 
 def test_neurons_tie_all_their_arrays():
