@@ -50,9 +50,7 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
   if not isinstance(config, config_lib.Config):  # also: no such file
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     raise schema.ConfigError(f"{name} is not a file that gives a Config")
-  values = config_lib.to_dict(config)
-  schema.set_values(values, unset)
-  return config_lib.from_dict(values), _WORKDIR.value
+  return schema.edited(config, unset), _WORKDIR.value
 
 
 def _train(argv: list[str]) -> None:

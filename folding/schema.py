@@ -43,12 +43,13 @@ def require_seed(seed: int) -> None:
   require(abs(seed) < 2**63, f"a seed has 64 bits; it is {seed}")
 
 
-def set_values(values: dict[str, Any], edits: Mapping[str, Any]) -> None:
-  """Puts {"section.field": value} into the nested dict of a dataclass.
+def edited(config: Any, edits: Mapping[str, Any]) -> Any:
+  """Returns a copy of a dataclass with {"section.field": value} put in.
 
   Raises:
-    ConfigError: there is no such section. What is in it, `build` checks.
+    ConfigError: there is no such field, or the value is of the wrong type.
   """
+  values = dataclasses.asdict(config)
   for name, value in edits.items():
     *sections, last = name.split(".")
     holder: Any = values
@@ -59,6 +60,7 @@ def set_values(values: dict[str, Any], edits: Mapping[str, Any]) -> None:
         f"config has no field {name!r}: there is no such section",
       )
     holder[last] = value
+  return build(type(config), values, "config")
 
 
 def differences(a: Any, b: Any) -> list[str]:

@@ -13,8 +13,8 @@ from folding.studies import methods
 from folding.studies.study import Study
 
 _METHODS = (
-  *("dense", "dense-small", "ours", "ours-v", "fpp", "magnitude"),
-  "sparsegpt",
+  *("dense", "dense-small", "ours", "ours-v"),
+  *("fpp", "magnitude", "sparsegpt"),
 )
 
 

@@ -206,12 +206,11 @@ def _read_csv(
     raise schema.ConfigError(
       f"{file}: not valid CSV after line {reader.line_num} ({error})"
     ) from error
-  others = [name for name in columns if name != label_field]
-  words = [n for n in others if not all(_is_number(row[n]) for _, row in rows)]
-  text_field = data.text_field
-  if text_field is None:
-    text_field = _only_text(str(file), words or others)
-  choose_field(str(file), others, "text", text_field)
+  texts = [name for name in columns if name != label_field]
+  if data.text_field is None:  # a guess is not of numbers
+    words = [n for n in texts if not all(_is_number(row[n]) for _, row in rows)]
+    texts = words or texts
+  text_field = _text_field(str(file), texts, data.text_field)
   for number, row in rows:
     label = row[label_field].strip() if label_field else ""
     yield number, row[text_field], label or None
@@ -237,31 +236,30 @@ def _read_jsonl(
       for name, value in row.items()
       if isinstance(value, str) and name != label_field
     ]
-    if text_field is None:
-      text_field = _only_text(place, texts)
-    choose_field(place, texts, "text", text_field)
+    text_field = _text_field(place, texts, text_field)
     label = row[label_field] if label_field else None
     label = None if label is None else str(label).strip() or None
     yield number, row[text_field], label
 
 
-def _only_text(place: str, columns: list[str]) -> str:
+def _text_field(place: str, columns: list[str], wanted: str | None) -> str:
   """Returns the column of text, which a file must not leave in doubt."""
-  chosen = choose_field(place, columns, "text", None)
+  chosen = choose_field(place, columns, "text", wanted)
   assert chosen is not None
   schema.require(
-    chosen in TEXT_NAMES or len(columns) == 1,
+    wanted is not None or chosen in TEXT_NAMES or len(columns) == 1,
     f"{place} has several columns of text ({', '.join(columns)}); say which in "
     "data.text_field",
   )
   return chosen
 
 
-def _is_number(text: str) -> bool:
+def _is_number(cell: str) -> bool:
+  """Returns whether a cell is a number, or empty, as one that is missing is."""
   try:
-    float(text)
+    float(cell.strip() or "nan")
   except ValueError:
-    return not text.strip()
+    return False
   return True
 
 

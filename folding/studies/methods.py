@@ -13,11 +13,10 @@ from typing import Any, Literal
 import jax
 
 from folding import config as config_lib
-from folding import schema
 from folding.config import Config, ModelConfig
 from folding.data import tokenizers
 from folding.models.transformer import make_model, param_shapes
-from folding.schema import ConfigError, require
+from folding.schema import ConfigError, edited, require
 
 Edits = Mapping[str, Any]  # {dotted field of `Config`: value}
 
@@ -71,17 +70,6 @@ class Method:
       found.model = small(found, level)
       found.pretrained = None
     return found
-
-
-def edited(base: Config, edits: Edits) -> Config:
-  """Returns a copy with some fields replaced.
-
-  Raises:
-    ConfigError: there is no such field, or the value is of the wrong type.
-  """
-  values = config_lib.to_dict(base)
-  schema.set_values(values, edits)
-  return config_lib.from_dict(values)
 
 
 def small(base: Config, level: float) -> ModelConfig:

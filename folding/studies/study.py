@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from folding import files
 from folding.config import Config
-from folding.schema import require
-from folding.studies.methods import Method, edited
+from folding.schema import edited, require
+from folding.studies.methods import Method
 
 DENSE = "dense"  # the method that all others are compared with
 OURS = "ours"  # the method that the paper's claims are held against

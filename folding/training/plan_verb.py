@@ -72,9 +72,7 @@ def edited(config: Config, edits: Sequence[str]) -> Config:
   for edit in edits:
     name, _, text = edit.partition("=")
     given[name] = _value(text)
-  values = config_lib.to_dict(config)
-  schema.set_values(values, given)
-  return config_lib.resolve(config_lib.from_dict(values))
+  return config_lib.resolve(schema.edited(config, given))
 
 
 def _value(text: str) -> Any:
