@@ -21,5 +21,13 @@ def get_config(name: str = "python_stdlib") -> c.Config:
     task="lm",
     data=data,
     model=c.ModelConfig(num_layers=4, width=128, num_heads=16),
-    train=c.TrainConfig(steps=2000, eval_every=200, eval_batches=20),
+    train=c.TrainConfig(
+      steps=2000,
+      eval_every=200,
+      eval_batches=20,
+      # docs/experiments.md has what they are worth.
+      qk_rate=0.3,
+      v_rate=5.0,
+      slope_rate=30.0,
+    ),
   )

@@ -17,6 +17,12 @@ def get_config() -> c.Config:
     data=c.DataConfig(name="python_stdlib", vocab_size=1024, length=128),
     model=c.ModelConfig(num_layers=3, width=128, num_heads=16),
     train=c.TrainConfig(
-      steps=550, learning_rate=6e-3, eval_every=110, eval_batches=10
+      steps=550,
+      learning_rate=6e-3,
+      qk_rate=0.3,
+      v_rate=5.0,
+      slope_rate=30.0,
+      eval_every=110,
+      eval_batches=10,
     ),
   )

@@ -51,7 +51,8 @@ def check(c: Any) -> None:
     value = _get(c, name)
     require(0 <= value < 1, f"{name} must be in [0, 1); it is {value}")
   for name in (
-    "train.learning_rate train.clip_norm model.norm_epsilon model.rope_base"
+    "train.learning_rate train.clip_norm train.qk_rate train.v_rate "
+    "train.slope_rate model.norm_epsilon model.rope_base"
   ).split():
     value = _get(c, name)
     require(value > 0, f"{name} must be above 0; it is {value}")

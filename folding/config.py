@@ -54,11 +54,8 @@ def data_at(name: str, **fields: Any) -> DataConfig:
   A name is a path if something is there, or if it can be nothing else: it
   starts with "." or "/", or ends like a file of text.
   """
-  if (
-    os.path.exists(name)
-    or name.startswith((".", "/"))
-    or name.endswith(TEXT_ENDINGS)
-  ):
+  is_path = name.startswith((".", "/")) or name.endswith(TEXT_ENDINGS)
+  if is_path or os.path.exists(name):
     return DataConfig(path=name, **fields)
   return DataConfig(name=name, **fields)
 
@@ -180,6 +177,10 @@ class TrainConfig:
   learning_rate: float = 3e-3  # peak
   warmup: float = 0.05  # of the steps
   final_learning_rate: float = 0.05  # of the peak, where the cosine ends
+  # The learning rate is multiplied by these; see docs/method.md.
+  qk_rate: float = 1.0  # of W_Q and W_K where they are folded
+  v_rate: float = 1.0  # of W_V where it is diagonal
+  slope_rate: float = 1.0  # of ALiBi's slopes, dense or folded
   weight_decay: float = 0.05
   b1: float = 0.9
   b2: float = 0.98
@@ -215,9 +216,8 @@ class Config:
   distributed: str = "none"
   preset: Preset = "paper"
   dense: bool = False  # the dense twin: nothing folded, nothing pruned
-  pretrained: str | None = (
-    None  # checkpoint folder, hub id or run to start from
-  )
+  # Checkpoint folder, hub id or run to start from.
+  pretrained: str | None = None
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   fold: FoldConfig = dataclasses.field(default_factory=FoldConfig)

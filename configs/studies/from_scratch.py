@@ -77,11 +77,8 @@ def language_model(name: str) -> c.Config:
   base = lm.get_config(name)
   base.data.batch_size, base.model.num_layers = 16, 3
   base.data.max_bytes = 2_000_000
-  base.train = c.TrainConfig(
-    steps=400,
-    learning_rate=6e-3,
-    eval_every=100,
-    eval_batches=10,
-    tensorboard=False,
-  )
+  base.train.steps, base.train.eval_every = 400, 100
+  base.train.learning_rate = 6e-3
+  base.train.eval_batches = 10
+  base.train.tensorboard = False
   return base

@@ -13,7 +13,7 @@ from folding.compression.accounting import group_of
 from folding.compression.fpp import fpp
 from folding.compression.rules import Rule, make_sites
 from folding.compression.scores import USAGE_SCORES
-from folding.config import Config
+from folding.config import Config, at_layer
 from folding.schema import ConfigError
 
 _TOKENS = "embed/embedding"
@@ -212,7 +212,7 @@ def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:
 def make_optimizer(
   config: Config, rules: list[Rule], removed: dict[str, int] | None = None
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns the chain: FPP around (clip by norm, AdamW, schedule).
+  """Returns the chain: FPP around (clip by norm, AdamW, schedule, rates).
 
   The clip is inside, so that frozen parameters do not count in the norm; FPP
   is outside, so that weight decay and momentum do not move them. Weight decay
@@ -235,6 +235,11 @@ def make_optimizer(
         lambda name, _: group_of(name) != "other", params
       ),
     ),
+    optax.stateless(
+      lambda updates, _: paths.map_named(
+        lambda name, update: rate(config, name) * update, updates
+      )
+    ),
   )
   begin, end, every = check_steps(config)
   f = config.fpp
@@ -255,6 +260,24 @@ def make_optimizer(
     seed=config.seed,
     removed=removed,
   )
+
+
+def rate(config: Config, name: str) -> float:
+  """Returns what the learning rate of a parameter is multiplied by.
+
+  Args:
+    config: The resolved configuration.
+    name: Path of the parameter.
+  """
+  t = config.train
+  if found := re.match(r"blocks_(\d+)/attn/(q|k|v|log_slopes)\b", name):
+    _, fold = at_layer(config.model, config.fold, int(found[1]))
+    if found[2] == "log_slopes":
+      return t.slope_rate
+    if found[2] == "v":
+      return t.v_rate if fold.v_block == 1 else 1.0
+    return t.qk_rate if fold.groups else 1.0
+  return 1.0
 
 
 def current_rate(config: Config, step: int) -> float:
