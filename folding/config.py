@@ -35,7 +35,7 @@ class DataConfig:
   path: str | None = None  # a local file or folder; wins over `name`
   dir: str | None = None  # where TFDS keeps prepared data; None: its default
   text_field: str | None = None  # None: the first text column
-  label_field: str | None = None  # None: a column named "label"
+  label_field: str | None = None  # None: a column "label", in any case
   valid_fraction: float = 0.1  # for sources without a validation split
   test_fraction: float = 0.1  # for sources without a test split
   tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json

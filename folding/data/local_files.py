@@ -247,7 +247,7 @@ def _text_field(place: str, columns: list[str], wanted: str | None) -> str:
   chosen = choose_field(place, columns, "text", wanted)
   assert chosen is not None
   schema.require(
-    wanted is not None or chosen in TEXT_NAMES or len(columns) == 1,
+    wanted is not None or chosen.lower() in TEXT_NAMES or len(columns) == 1,
     f"{place} has several columns of text ({', '.join(columns)}); say which in "
     "data.text_field",
   )
@@ -266,7 +266,7 @@ def _is_number(cell: str) -> bool:
 def choose_field(
   place: str, columns: list[str], role: str, wanted: str | None
 ) -> str | None:
-  """Returns the column of a role: as configured, or guessed.
+  """Returns the column of a role: as configured, or guessed in any case.
 
   Args:
     place: What messages call the table.
@@ -286,9 +286,12 @@ def choose_field(
       f"columns are: {listing}",
     )
     return wanted
+  names = ("label",) if role == "label" else TEXT_NAMES
+  # In lower case, as they are written, before any other.
+  lowered = sorted(columns, key=lambda column: column.lower() != column)
+  usual = [c for name in names for c in lowered if c.lower() == name]
   if role == "label":
-    return "label" if "label" in columns else None
-  usual = [name for name in TEXT_NAMES if name in columns]
+    return next(iter(usual), None)
   schema.require(
     bool(columns), f"{place} has no text column; set data.text_field"
   )

@@ -73,6 +73,21 @@ def test_csv_takes_the_columns_asked_for(tmp_path):
   assert text_files.pairs(texts, "train") == [("1", "b1"), ("5", "b2")]
 
 
+@pytest.mark.parametrize(
+  ("header", "text"),
+  [("Text,LABEL,Title", "t"), ("TEXT,label,text", "u"), ("Text,Label", "t")],
+)
+def test_a_header_may_be_in_capitals(header, text, tmp_path):
+  rows = [header, *("t,yes,u", "t,no,u")]
+  content = "\n".join(
+    ",".join(r.split(",")[: header.count(",") + 1]) for r in rows
+  )
+  data = text_files.write(tmp_path, train__csv=content)
+  data.valid_fraction = data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  assert text_files.pairs(texts, "train") == [("yes", text), ("no", text)]
+
+
 def test_jsonl_holds_to_the_column_of_its_first_row(tmp_path):
   lines = [
     {"label": 1, "body": "b1"},
