@@ -1,10 +1,12 @@
-"""Files: written whole or not at all; Python ones, of which a function counts."""
+"""Files and folders: written whole, held alone, of a kind, or called."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from folding.schema import ConfigError, require
@@ -24,6 +26,41 @@ def write_file(path: str, content: str | bytes) -> None:
     if os.path.exists(temporary):
       os.remove(temporary)
     raise
+
+
+@contextlib.contextmanager
+def held(folder: str) -> Iterator[None]:
+  """Holds a folder, new or not, for one process that writes into it.
+
+  The operating system lets it go when the process ends, however it ends. Disks
+  and systems that know no locks are not held.
+
+  Raises:
+    ConfigError: another process holds it.
+  """
+  try:
+    import fcntl
+  except ImportError:  # Windows
+    fcntl = None
+  os.makedirs(folder, exist_ok=True)
+  if fcntl is None:
+    yield
+    return
+  handle = os.open(folder, os.O_RDONLY)  # itself, so that no file is left
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    os.close(handle)
+    raise ConfigError(
+      f"another process trains in {folder}; let it end, or choose another "
+      "--workdir"
+    ) from error
+  except OSError:
+    pass
+  try:
+    yield
+  finally:
+    os.close(handle)
 
 
 def require_local(path: str) -> None:

@@ -1,5 +1,6 @@
 """Trains a run: data, model, optimizer, evaluation, checkpoints, result."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -39,7 +40,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     What `result.json` holds.
 
   Raises:
-    ConfigError: a mistake in the config or the data; nothing was written.
+    ConfigError: a mistake in the config or the data, or another process trains
+      there; nothing was written.
     TrainingError: the loss is not finite, or the disk is full.
   """
   config = config_lib.resolve(config)
@@ -83,30 +85,31 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   this = Run(config, data, start)
   this.teacher = teacher_of(config, data)
   distributed.barrier("checked")  # before anything is written
-  if distributed.is_main():
-    os.makedirs(workdir, exist_ok=True)
-    if report:
-      write_fold(workdir, report, config)
-    if tokenizer is None:
-      data.tokenizer.save(tokenizer_path)
-      save_labels(data.label_names, workdir)
-      if config != asked:
-        config_lib.save(asked, asked_path)
-      elif os.path.exists(asked_path):  # of a run that never began
-        os.remove(asked_path)
-      config_lib.save(config, config_path)  # last: it marks the run as begun
-  distributed.barrier("begun")
-  with Checkpoints(workdir) as checkpoints:
-    try:
-      country = config.train.energy if distributed.is_main() else ""
-      with energy.tracked(workdir, country):
-        return _train(this, workdir, checkpoints)
-    except (OSError, TrainingError) as error:
-      reason = str(error)
-      if isinstance(error, OSError):
-        reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
-      kept = ", ".join(map(str, checkpoints.steps())) or "none"
-      raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
+  main = distributed.is_main()
+  with files.held(workdir) if main else contextlib.nullcontext():
+    if main:
+      if report:
+        write_fold(workdir, report, config)
+      if tokenizer is None:
+        data.tokenizer.save(tokenizer_path)
+        save_labels(data.label_names, workdir)
+        if config != asked:
+          config_lib.save(asked, asked_path)
+        elif os.path.exists(asked_path):  # of a run that never began
+          os.remove(asked_path)
+        config_lib.save(config, config_path)  # last: it marks the run as begun
+    distributed.barrier("begun")
+    with Checkpoints(workdir) as checkpoints:
+      try:
+        country = config.train.energy if main else ""
+        with energy.tracked(workdir, country):
+          return _train(this, workdir, checkpoints)
+      except (OSError, TrainingError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+          reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
+        kept = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
 
 
 def resume_run(workdir: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What is in a run directory when a run begins, or goes on."""
 
+import fcntl
+import os
 import shutil
 
 import pytest
@@ -36,6 +38,19 @@ def test_what_a_run_left_that_never_began_is_no_obstacle(text_file, tmp_path):
   (workdir / "asked.json").write_text("{}")
   assert loop.run(tiny_config(text_file, steps=2), str(workdir))["finished"]
   assert not (workdir / "asked.json").exists()
+
+
+def test_a_folder_is_one_process_s_at_a_time(text_file, tmp_path):
+  config = tiny_config(text_file, steps=2)
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  handle = os.open(workdir, os.O_RDONLY)
+  fcntl.flock(handle, fcntl.LOCK_EX)  # of this handle alone, as another's
+  with pytest.raises(schema.ConfigError, match="another process trains in"):
+    loop.run(config, str(workdir))
+  assert not list(workdir.iterdir())
+  os.close(handle)
+  assert loop.run(config, str(workdir))["finished"]
 
 
 def test_an_address_is_no_folder(text_file, monkeypatch, tmp_path):
