@@ -8,6 +8,7 @@ B is the batch size over all processes, L the length of an example.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
@@ -52,6 +53,7 @@ class Data:
       tokens stand for 0 bytes), so that the sum of the loss in nats over an
       evaluation / ln 2 / num_bytes is bits per byte. {} for "classify".
     num_examples: Windows or rows of each split.
+    digest: SHA-256 of all text and labels, in hexadecimal.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -59,6 +61,7 @@ class Data:
   label_names: tuple[str, ...]
   num_bytes: dict[str, int]
   num_examples: dict[str, int]
+  digest: str
   _train_batch: Callable[[int], Batch]
   _eval_batch: Callable[[str, int], Batch]
   _eval_batch_size: int
@@ -142,11 +145,24 @@ def make_data(
     label_names=texts.label_names,
     num_bytes=num_bytes,
     num_examples=num_examples,
+    digest=_digest(texts),
     _train_batch=lambda step: train_batch(first + step),
     _eval_batch=eval_batch,
     _eval_batch_size=data.eval_batch_size,
     _prefetch_batches=data.prefetch_batches,
   )
+
+
+def _digest(texts: sources.Texts) -> str:
+  sha = hashlib.sha256()
+  for split in sources.SPLITS:
+    for text in texts.texts[split]:
+      encoded = text.encode("utf-8")
+      sha.update(len(encoded).to_bytes(8, "little") + encoded)
+    sha.update(b"end")
+    if texts.labels is not None:
+      sha.update(texts.labels[split].tobytes())
+  return sha.hexdigest()
 
 
 def _plan_lm(

@@ -15,13 +15,12 @@ from folding.config import Config
 from folding.data.batches import make_data
 from folding.data.tokenizers import load_tokenizer
 from folding.schema import ConfigError, TrainingError, differences, require
-from folding.training import distributed, energy, sharding
+from folding.training import distributed, energy, restore, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
 from folding.training.evaluate import make_eval_step
 from folding.training.metrics import MetricsWriter
 from folding.training.progress import Clock, StepLog, stop_signal
-from folding.training.restore import load_config, require_labels, save_labels
 from folding.training.result import is_finished, read_result
 from folding.training.run import Run
 from folding.training.start import folded_start, teacher_of, write_fold
@@ -68,7 +67,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     checks.check_used(config)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
   if tokenizer is not None:  # the run has begun
-    require_labels(workdir, data.label_names)
+    restore.require_labels(workdir, data.label_names)
+    restore.require_text(workdir, data.digest)
   for split in ("valid", "test"):
     require(
       data.num_examples[split] > 0,
@@ -92,7 +92,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         write_fold(workdir, report, config)
       if tokenizer is None:
         data.tokenizer.save(tokenizer_path)
-        save_labels(data.label_names, workdir)
+        restore.save_labels(data.label_names, workdir)
+        restore.save_text(data.digest, workdir)
         if config != asked:
           config_lib.save(asked, asked_path)
         elif os.path.exists(asked_path):  # of a run that never began
@@ -119,7 +120,7 @@ def resume_run(workdir: str) -> dict[str, Any]:
     ConfigError: there is no run.
     TrainingError: see `run`.
   """
-  config = load_config(workdir)
+  config = restore.load_config(workdir)
   config.mesh = sharding.fitting(config.mesh, jax.device_count())
   return run(config, workdir)
 
@@ -146,13 +147,13 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   Raises:
     ConfigError: it is no run directory.
   """
-  config = load_config(workdir)
+  config = restore.load_config(workdir)
   config.mesh = sharding.fitting(config.mesh, jax.device_count())
   tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
   # Another process may be at work there, with a save under way.
   checkpoints = Checkpoints(workdir, cleans=False)
   data = make_data(config, tokenizer)
-  require_labels(workdir, data.label_names)
+  restore.require_labels(workdir, data.label_names)
   return Run(config, data), checkpoints
 
 

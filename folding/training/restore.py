@@ -21,6 +21,7 @@ from folding.data.tokenizers import Tokenizer, load_tokenizer
 from folding.schema import ConfigError, require
 
 LABELS = "labels.json"  # class names in id order, beside the tokenizer
+_TEXT = "text.sha256"  # of what a run began with
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +93,26 @@ def save_labels(labels: tuple[str, ...], workdir: str) -> None:
   if labels:
     text = json.dumps(labels, ensure_ascii=False)
     files.write_file(os.path.join(workdir, LABELS), text)
+
+
+def require_text(workdir: str, digest: str) -> None:
+  """Refuses text that is not what a run began with.
+
+  Raises:
+    ConfigError: says what would do.
+  """
+  path = os.path.join(workdir, _TEXT)
+  if os.path.exists(path):
+    require(
+      pathlib.Path(path).read_text("utf-8") == digest,
+      f"the text is not that which the run in {workdir} began with; give that "
+      "again, or choose another --workdir",
+    )
+
+
+def save_text(digest: str, workdir: str) -> None:
+  """Writes `Data.digest`, for `require_text`."""
+  files.write_file(os.path.join(workdir, _TEXT), digest)
 
 
 def _best_first(folder: str) -> list[str]:

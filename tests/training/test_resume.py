@@ -53,6 +53,21 @@ def test_a_folder_is_one_process_s_at_a_time(text_file, tmp_path):
   assert loop.run(config, str(workdir))["finished"]
 
 
+def test_a_run_goes_on_with_the_text_that_it_began_with(text_file, tmp_path):
+  text = tmp_path / "mine.txt"
+  shutil.copy(text_file, text)
+  config = tiny_config(str(text), steps=2)
+  workdir = str(tmp_path / "run")
+  found = loop.run(config, workdir)
+  whole = text.read_text("utf-8")
+  assert whole.isascii()
+  text.write_text(whole[:-2] + chr(ord(whole[-2]) ^ 1) + whole[-1], "utf-8")
+  with pytest.raises(schema.ConfigError, match="not that which the run in"):
+    loop.run(config, workdir)
+  text.write_text(whole, "utf-8")
+  assert loop.run(config, workdir) == found
+
+
 def test_an_address_is_no_folder(text_file, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(schema.ConfigError, match="gs://b/run is an address"):
