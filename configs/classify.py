@@ -30,6 +30,7 @@ def get_config(name: str = "python_stdlib") -> c.Config:
     model=c.ModelConfig(
       num_layers=2, width=128, num_heads=16, causal=False, dropout=0.2
     ),
+    fpp=c.FPPConfig(granularity="neuron", score="saliency"),
     train=c.TrainConfig(
       steps=600, learning_rate=1e-3, eval_every=60, weight_decay=0.1
     ),

@@ -21,6 +21,7 @@ def get_config(name: str = "python_stdlib") -> c.Config:
     task="lm",
     data=data,
     model=c.ModelConfig(num_layers=4, width=128, num_heads=16),
+    fpp=c.FPPConfig(granularity="neuron", score="saliency"),
     train=c.TrainConfig(
       steps=2000,
       eval_every=200,

@@ -16,6 +16,7 @@ def get_config() -> c.Config:
     preset="paper",
     data=c.DataConfig(name="python_stdlib", vocab_size=1024, length=128),
     model=c.ModelConfig(num_layers=3, width=128, num_heads=16),
+    fpp=c.FPPConfig(granularity="neuron", score="saliency"),
     train=c.TrainConfig(
       steps=550,
       learning_rate=6e-3,

@@ -155,8 +155,8 @@ def test_config_takes_two_steps(name, stdlib_dir, tmp_path):
   assert result["test"]["loss"] == pytest.approx(guess, abs=0.5)
   zeros = {x["path"]: x["zeros"] for x in result["layers"]}
   share = config_lib.resolve(config).fpp.embedding_share
-  kept = 1 - zeros["blocks_0/mlp/up/kernel"]
-  assert zeros["embed/embedding"] == pytest.approx(1 - kept**share, abs=1e-3)
+  kept = 1 - zeros["blocks_0/attn/o/kernel"]
+  assert zeros["embed/embedding"] == pytest.approx(1 - kept**share, abs=2e-3)
   overall = result["parameters"]["overall"]
-  stored = overall["stored"] / overall["dense"]
-  assert stored == pytest.approx(0.3, abs=1e-3)
+  neuron = 2 * 32 + 1  # of which the last may be too many
+  assert -1 <= overall["stored"] - 0.3 * overall["dense"] <= neuron

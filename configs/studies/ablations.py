@@ -51,11 +51,11 @@ def _methods() -> dict[str, Method]:
     "qk-dense": _ours("W_Q and W_K dense", fold__groups=0),
   }
   for score in (
-    *("activation", "magnitude", "evolution", "saliency", "movement", "random"),
+    *("activation", "magnitude", "evolution", "relative", "movement", "random"),
   ):
     found[f"score-{score}"] = _ours(f"score: {score}", fpp__score=score)
   found |= {
-    "neurons": _ours("whole neurons", fpp__granularity="neuron"),
+    "weights": _ours("single weights", fpp__granularity="weight"),
     "token-rows": _ours(
       "whole rows of embeddings", fpp__embedding_granularity="row"
     ),
@@ -86,7 +86,7 @@ def _methods() -> dict[str, Method]:
 
 
 def _ours(about: str, **edits: Any) -> Method:
-  return Method(f"ours; {about}", {"preset": "paper", **_dotted(edits)})
+  return Method(f"ours; {about}", {**methods.FOLDED, **_dotted(edits)})
 
 
 def _dense(about: str, **edits: Any) -> Method:

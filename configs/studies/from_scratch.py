@@ -1,4 +1,4 @@
-"""25 methods from scratch: `folding study configs/studies/from_scratch.py`.
+"""26 methods from scratch: `folding study configs/studies/from_scratch.py`.
 
 With `:FOLDER`, the data sets are the folders in it that have train.tsv
 (classification) or train.txt (language modelling), or those named:
@@ -24,7 +24,8 @@ _CLASSIFY = (
 )
 METHODS = (
   *("dense", "dense-again", "dense-small"),
-  *("ours", "ours-neuron", "ours-v", "fold", "fpp", "fpp-all", "low-rank-qk"),
+  *("ours", "ours-forward", "ours-weight", "ours-v", "fold"),
+  *("fpp", "fpp-all", "low-rank-qk"),
   *("random", "magnitude", "magnitude-global", "movement", "saliency"),
   *("evolution", "activation", "relative", "neuron", "heads", "2-of-4"),
   *("magnitude-after", "wanda", "sparsegpt", "ticket"),

@@ -22,9 +22,8 @@ from folding.studies.methods import Edits, Method
 from folding.studies.study import DENSE, OURS, Study
 
 _METHODS = (
-  *("dense", "ours", "fpp", "fpp-all", "random", "magnitude"),
-  *("magnitude-global", "movement", "saliency", "evolution", "activation"),
-  *("relative", "neuron", "heads", "magnitude-after", "wanda", "sparsegpt"),
+  *("dense", "ours", "ours-weight", "ours-v"),
+  *("fpp-all", "magnitude", "neuron", "sparsegpt"),
 )
 # As configs/pretrained.py recovers a model that knows its task.
 _RECOVERY: Edits = {
@@ -55,6 +54,7 @@ def get_study(where: str = "") -> Study:
       name: method if name == DENSE else _recovered(name, method)
       for name, method in methods.pick(*_METHODS).items()
     },
+    levels=(0.3, 0.7),
   )
 
 
@@ -62,7 +62,8 @@ def _base(base: Config, scratch: Config) -> Config:
   base.data.path = scratch.data.path
   base.distill = c.DistillConfig()  # only what recovers has a teacher
   base.train.learning_rate = 1e-4
-  base.train.steps, base.train.eval_every = 800, 80
+  base.data.length = min(base.data.length, 48)
+  base.train.steps, base.train.eval_every = 400, 80
   base.train.tensorboard = False
   return base
 
@@ -73,7 +74,8 @@ def _recovered(name: str, method: Method) -> Method:
   if name == OURS:
     about = (
       "folding and FPP: W_V diagonal, above 40% W_Q and W_K at the G of "
-      "configs/pretrained.py, the rest by FPP"
+      "configs/pretrained.py, the rest by FPP, of feed-forward layers whole "
+      "neurons"
     )
 
   def edits(base: Config, level: float | None) -> Edits:

@@ -1,8 +1,8 @@
-r"""All 25 methods of from_scratch.py at 70%, in the runs of short.py.
+r"""All 26 methods of from_scratch.py at 70%, in the runs of short.py.
 
 Run:     folding study \
            configs/studies/seventy.py:FOLDER,trec,tiny_shakespeare --workdir=DIR
-Expect:  78 runs a data set, 3 of them the dense part that others start from;
+Expect:  81 runs a data set, 3 of them the dense part that others start from;
          a quarter of a minute each of a classifier on two cores, and half a
          minute of a language model
 """

@@ -1,8 +1,8 @@
-"""The core of from_scratch.py: seven methods, four levels, shorter runs.
+"""The core of from_scratch.py: eight methods, four levels, shorter runs.
 
 Run:     folding study configs/studies/short.py:FOLDER,trec,tiny_shakespeare \
            --workdir=DIR
-Expect:  156 runs for two data sets, 6 of them the dense part that sparsegpt
+Expect:  180 runs for two data sets, 6 of them the dense part that sparsegpt
          starts from; half a minute each on two cores, and half of that for seeds
          after the first, whose programs are compiled already
 """
@@ -13,7 +13,7 @@ from folding.studies import methods
 from folding.studies.study import Study
 
 _METHODS = (
-  *("dense", "dense-small", "ours", "ours-v"),
+  *("dense", "dense-small", "ours", "ours-weight", "ours-v"),
   *("fpp", "magnitude", "sparsegpt"),
 )
 

@@ -150,9 +150,17 @@ _UNFOLDED: Edits = {
   "preset": "none",
   "fold.groups": 0,
   "fold.v_block": 0,
+  "fpp.granularity": "weight",
+  "fpp.score": "relative",
   "fpp.embedding_granularity": "weight",
 }
-_FOLDED: Edits = {"preset": "paper"}
+# As configs/lm.py and classify.py have them, whatever the base says.
+FOLDED: Edits = {
+  "preset": "paper",
+  "fpp.granularity": "neuron",
+  "fpp.score": "saliency",
+}
+_WEIGHTS: Edits = {"fpp.granularity": "weight", "fpp.score": "relative"}
 
 
 def _gradual(about: str, score: str, **more: Any) -> Method:
@@ -170,18 +178,22 @@ def _after(about: str, prune: str) -> Method:
 def _ours(base: Config, level: float | None) -> Edits:
   # As the presets: where little is to be saved, W_Q and W_K stay dense.
   assert level is not None
-  return {**_FOLDED, "fold.groups": 0} if level <= 0.4 else _FOLDED
+  return {**FOLDED, "fold.groups": 0} if level <= 0.4 else FOLDED
 
 
-def _ours_neuron(base: Config, level: float | None) -> Edits:
-  return {**_ours(base, level), "fpp.granularity": "neuron"}
+def _ours_forward(base: Config, level: float | None) -> Edits:
+  return {**_ours(base, level), "fpp.score": "relative"}
+
+
+def _ours_weight(base: Config, level: float | None) -> Edits:
+  return {**_ours(base, level), **_WEIGHTS}
 
 
 def _rows(base: Config, level: float | None) -> Edits:
   # As many numbers as one output channel a head: G K = D.
   config = config_lib.resolve(base)
   groups = config.model.width // config.model.head_dim  # pyright: ignore
-  return {"preset": "paper", "fold.axis": "input", "fold.groups": groups}
+  return {**FOLDED, "fold.axis": "input", "fold.groups": groups}
 
 
 METHODS: dict[str, Method] = {
@@ -200,25 +212,25 @@ METHODS: dict[str, Method] = {
   ),
   "ours": Method(
     "folding and FPP: W_V diagonal, above 40% W_Q and W_K at G = 1, the rest by "
-    "FPP",
+    "FPP by saliency, whole neurons of feed-forward layers",
     _ours,
   ),
-  "ours-neuron": Method(
-    "as ours, but whole neurons of feed-forward layers, so that arrays can be "
-    "smaller",
-    _ours_neuron,
+  "ours-forward": Method(
+    "as ours, by what the forward pass says alone: the RMS of inputs, and weights",
+    _ours_forward,
+  ),
+  "ours-weight": Method(
+    "as ours-forward, but single weights of feed-forward layers, whose arrays "
+    "stay as large",
+    _ours_weight,
   ),
   "ours-v": Method(
-    "W_V alone folded, diagonal; all else by FPP, by saliency, whole neurons of "
-    "feed-forward layers",
-    {
-      **{**_FOLDED, "fold.groups": 0, "fpp.attention": "all"},
-      **{"fpp.score": "saliency", "fpp.granularity": "neuron"},
-    },
+    "as ours, but W_Q and W_K are pruned and not folded",
+    {**FOLDED, "fold.groups": 0, "fpp.attention": "all"},
   ),
   "fold": Method(
     "folding alone: G = 1, W_V diagonal",
-    {**_FOLDED, "fpp.linear": 0.0, "fpp.embedding": 0.0},
+    {**FOLDED, "fpp.linear": 0.0, "fpp.embedding": 0.0},
     "fixed",
   ),
   "fpp": Method(
@@ -230,12 +242,12 @@ METHODS: dict[str, Method] = {
   ),
   "low-rank-qk": Method(
     "W_Q and W_K folded to G = 1, which is rank 1 a head, W_V dense, the rest "
-    "by FPP",
-    {**_FOLDED, "fold.v_block": 0},
+    "by FPP, single weights",
+    {**FOLDED, **_WEIGHTS, "fold.v_block": 0},
   ),
   "diagonal-v": Method(
     "W_V diagonal, W_Q and W_K dense, the rest by FPP",
-    {**_FOLDED, "fold.groups": 0},
+    {**FOLDED, "fold.groups": 0},
   ),
   "fold-rows": Method(
     "as ours, but rows of inputs are identical, G = D / K of them", _rows

@@ -98,7 +98,8 @@ def test_an_ablation_is_as_small_as_ours_whatever_it_changes(data):
     if method.kind == "fixed":
       continue
     config = c.resolve(method.config(base, 0.7, 0, "RUN"))
-    slack = 0.01 if name in ("neurons", "token-rows") else 0.002
+    # Whole neurons are rounded down.
+    slack = 0.002 if name == "weights" else 0.01
     assert smaller(config) == pytest.approx(0.7, abs=slack), name
     ours = config if name == "ours" else ours
     assert name == "ours" or config != ours, name
