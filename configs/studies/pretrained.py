@@ -8,6 +8,8 @@ FOLDER of the checkpoint's task, or those named.
 Run:     folding study \
            configs/studies/pretrained.py:CHECKPOINT,FOLDER,trec,subj,mr,sst2 \
            --workdir=DIR
+Expect:  48 runs a data set, 3 of them the dense part; of MiniLM (22.7 million
+         parameters) on TREC two to five minutes each on one core
 """
 
 import dataclasses
