@@ -55,7 +55,7 @@ def held(folder: str) -> Iterator[None]:
       f"another process trains in {folder}; let it end, or choose another "
       "--workdir"
     ) from error
-  except OSError:
+  except OSError:  # of a disk without locks
     pass
   try:
     yield
