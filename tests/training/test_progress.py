@@ -125,8 +125,11 @@ def test_sigterm_is_noticed_and_its_handler_put_back():
   assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_first_ctrl_c_asks_and_the_second_ends():
-  before = signal.getsignal(signal.SIGINT)
+def test_the_first_ctrl_c_asks_and_the_second_ends(request):
+  # A shell that starts tests in the background has them ignore Ctrl-C.
+  before = signal.default_int_handler
+  found = signal.signal(signal.SIGINT, before)
+  request.addfinalizer(lambda: signal.signal(signal.SIGINT, found))
   with pytest.raises(KeyboardInterrupt), stop_signal() as stopped:
     os.kill(os.getpid(), signal.SIGINT)
     assert stopped(0)
