@@ -138,7 +138,8 @@ def test_a_failing_run_is_reported_and_stops_no_other(killed):
 def test_a_finished_method_reached_its_level(killed):
   rows = killed[0].rows()
   assert rows["dense"].compression == 0
-  assert rows["ours"].compression == pytest.approx(0.5, abs=2e-3)
+  # Whole neurons are rounded down.
+  assert rows["ours"].compression == pytest.approx(0.5, abs=0.01)
   assert rows["ours"].steps == rows["dense"].steps == 100
 
 
