@@ -38,26 +38,23 @@ def held(folder: str) -> Iterator[None]:
   Raises:
     ConfigError: another process holds it.
   """
+  os.makedirs(folder, exist_ok=True)
   try:
     import fcntl
   except ImportError:  # Windows
-    fcntl = None
-  os.makedirs(folder, exist_ok=True)
-  if fcntl is None:
     yield
     return
   handle = os.open(folder, os.O_RDONLY)  # itself, so that no file is left
   try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    os.close(handle)
-    raise ConfigError(
-      f"another process trains in {folder}; let it end, or choose another "
-      "--workdir"
-    ) from error
-  except OSError:  # of a disk without locks
-    pass
-  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ConfigError(
+        f"another process trains in {folder}; let it end, or choose another "
+        "--workdir"
+      ) from error
+    except OSError:  # of a disk without locks
+      pass
     yield
   finally:
     os.close(handle)

@@ -146,12 +146,12 @@ def _vocabulary(data: config_lib.DataConfig) -> int:
   return tokenizers.load_tokenizer(data.tokenizer).vocab_size
 
 
+_WEIGHTS: Edits = {"fpp.granularity": "weight", "fpp.score": "relative"}
 _UNFOLDED: Edits = {
+  **_WEIGHTS,
   "preset": "none",
   "fold.groups": 0,
   "fold.v_block": 0,
-  "fpp.granularity": "weight",
-  "fpp.score": "relative",
   "fpp.embedding_granularity": "weight",
 }
 # As configs/lm.py and classify.py have them, whatever the base says.
@@ -160,7 +160,6 @@ FOLDED: Edits = {
   "fpp.granularity": "neuron",
   "fpp.score": "saliency",
 }
-_WEIGHTS: Edits = {"fpp.granularity": "weight", "fpp.score": "relative"}
 
 
 def _gradual(about: str, score: str, **more: Any) -> Method:
@@ -175,18 +174,16 @@ def _after(about: str, prune: str) -> Method:
   return Method(about, edits, after=True)
 
 
-def _ours(base: Config, level: float | None) -> Edits:
-  # As the presets: where little is to be saved, W_Q and W_K stay dense.
-  assert level is not None
-  return {**FOLDED, "fold.groups": 0} if level <= 0.4 else FOLDED
+def _ours(about: str, **more: Any) -> Method:
+  """Returns folding and FPP, with other fields of `fpp`."""
+  changed = {f"fpp.{name}": value for name, value in more.items()}
 
+  def edits(base: Config, level: float | None) -> Edits:
+    # As the presets: where little is to be saved, W_Q and W_K stay dense.
+    assert level is not None
+    return {**FOLDED, **({"fold.groups": 0} if level <= 0.4 else {}), **changed}
 
-def _ours_forward(base: Config, level: float | None) -> Edits:
-  return {**_ours(base, level), "fpp.score": "relative"}
-
-
-def _ours_weight(base: Config, level: float | None) -> Edits:
-  return {**_ours(base, level), **_WEIGHTS}
+  return Method(about, edits)
 
 
 def _rows(base: Config, level: float | None) -> Edits:
@@ -210,19 +207,19 @@ METHODS: dict[str, Method] = {
     {"dense": True},
     "small",
   ),
-  "ours": Method(
+  "ours": _ours(
     "folding and FPP: W_V diagonal, above 40% W_Q and W_K at G = 1, the rest by "
     "FPP by saliency, whole neurons of feed-forward layers",
-    _ours,
   ),
-  "ours-forward": Method(
+  "ours-forward": _ours(
     "as ours, by what the forward pass says alone: the RMS of inputs, and weights",
-    _ours_forward,
+    score="relative",
   ),
-  "ours-weight": Method(
+  "ours-weight": _ours(
     "as ours-forward, but single weights of feed-forward layers, whose arrays "
     "stay as large",
-    _ours_weight,
+    score="relative",
+    granularity="weight",
   ),
   "ours-v": Method(
     "as ours, but W_Q and W_K are pruned and not folded",

@@ -100,17 +100,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
           os.remove(asked_path)
         config_lib.save(config, config_path)  # last: it marks the run as begun
     distributed.barrier("begun")
-    with Checkpoints(workdir) as checkpoints:
-      try:
-        country = config.train.energy if main else ""
-        with energy.tracked(workdir, country):
-          return _train(this, workdir, checkpoints)
-      except (OSError, TrainingError) as error:
-        reason = str(error)
-        if isinstance(error, OSError):
-          reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
-        kept = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
+    return _train_in(workdir, this)
 
 
 def resume_run(workdir: str) -> dict[str, Any]:
@@ -165,6 +155,21 @@ def _on(config: Config, other: Config) -> Config:
     energy=other.train.energy,
   )
   return dataclasses.replace(config, mesh=other.mesh, train=train)
+
+
+def _train_in(workdir: str, run: Run) -> dict[str, Any]:
+  """Trains; where that fails, the error says what is left."""
+  with Checkpoints(workdir) as checkpoints:
+    try:
+      country = run.config.train.energy if distributed.is_main() else ""
+      with energy.tracked(workdir, country):
+        return _train(run, workdir, checkpoints)
+    except (OSError, TrainingError) as error:
+      reason = str(error)
+      if isinstance(error, OSError):
+        reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
+      kept = ", ".join(map(str, checkpoints.steps())) or "none"
+      raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
 
 
 def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
