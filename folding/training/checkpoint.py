@@ -4,6 +4,7 @@ Schema 1: one Orbax item, the training state (step, params, opt_state), under
 RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
 """
 
+import contextlib
 import glob
 import json
 import logging
@@ -19,8 +20,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from folding.schema import TrainingError
 from folding.training import distributed
 
-# Left for metrics and reports when a checkpoint is written.
-_RESERVE_BYTES = 1 << 18
+# What is to be free beside the state itself when a checkpoint is written: for
+# metrics and reports, and for each array, whose place in the file takes a few kB
+# more or less, as the threads that write happen to run.
+_RESERVE_BYTES = 1 << 20
+_ARRAY_BYTES = 1 << 13
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +93,8 @@ class Checkpoints:
       return
     self.wait()  # or what is still being written would count as free
     # Asked first: a save that fails half-way leaves threads that complain.
-    needed = _RESERVE_BYTES + sum(x.nbytes for x in jax.tree.leaves(state))
+    arrays = jax.tree.leaves(state)
+    needed = _RESERVE_BYTES + sum(x.nbytes + _ARRAY_BYTES for x in arrays)
     free = shutil.disk_usage(self._folder).free
     if distributed.any_process(free < needed):
       raise OSError(
@@ -121,6 +126,15 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Returns the steps not known to be damaged, oldest first."""
     return sorted(set(self._manager.all_steps()) - self._damaged)
+
+  def intact(self) -> list[int]:
+    """Returns the steps that are on disk and not known to be damaged.
+
+    It waits for a save under way, which does not count where it fails.
+    """
+    with contextlib.suppress(OSError):
+      self.wait()
+    return sorted(set(_saved_in(self._folder)) - self._damaged)
 
   def best_step(self) -> int | None:
     """Returns the step of the lowest validation loss, None without any."""
@@ -208,9 +222,12 @@ class Checkpoints:
 
 def has_checkpoint(workdir: str) -> bool:
   """Returns whether a run directory has a checkpoint, intact or not."""
-  folder = os.path.join(workdir, "checkpoints")
+  return bool(_saved_in(os.path.join(workdir, "checkpoints")))
+
+
+def _saved_in(folder: str) -> list[int]:
   names = os.listdir(folder) if os.path.isdir(folder) else []
-  return any(name.isdecimal() for name in names)
+  return [int(name) for name in names if name.isdecimal()]
 
 
 def _mend_metrics(folder: str) -> None:

@@ -67,8 +67,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     checks.check_used(config)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
   if tokenizer is not None:  # the run has begun
-    restore.require_labels(workdir, data.label_names)
-    restore.require_text(workdir, data.digest)
+    restore.require_data(workdir, data.label_names, data.digest)
   for split in ("valid", "test"):
     require(
       data.num_examples[split] > 0,
@@ -92,8 +91,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         write_fold(workdir, report, config)
       if tokenizer is None:
         data.tokenizer.save(tokenizer_path)
-        restore.save_labels(data.label_names, workdir)
-        restore.save_text(data.digest, workdir)
+        restore.save_data(data.label_names, data.digest, workdir)
         if config != asked:
           config_lib.save(asked, asked_path)
         elif os.path.exists(asked_path):  # of a run that never began
@@ -143,7 +141,7 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   # Another process may be at work there, with a save under way.
   checkpoints = Checkpoints(workdir, cleans=False)
   data = make_data(config, tokenizer)
-  restore.require_labels(workdir, data.label_names)
+  restore.require_data(workdir, data.label_names, data.digest)
   return Run(config, data), checkpoints
 
 
@@ -168,7 +166,7 @@ def _train_in(workdir: str, run: Run) -> dict[str, Any]:
       reason = str(error)
       if isinstance(error, OSError):
         reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
-      kept = ", ".join(map(str, checkpoints.steps())) or "none"
+      kept = ", ".join(map(str, checkpoints.intact())) or "none"
       raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
 
 

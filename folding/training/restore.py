@@ -74,11 +74,16 @@ def load_labels(workdir: str) -> tuple[str, ...]:
   return tuple(files.read_json(path, list))
 
 
-def require_labels(workdir: str, names: tuple[str, ...]) -> None:
-  """Refuses data whose classes are not those of a run, in the same order.
+def require_data(workdir: str, names: tuple[str, ...], digest: str) -> None:
+  """Refuses data that is not what a run began with.
+
+  Args:
+    workdir: Of the run.
+    names: Class names of the data; () where it has none.
+    digest: `Data.digest`.
 
   Raises:
-    ConfigError: says which they are.
+    ConfigError: its classes are others or in another order, or its text is.
   """
   labels = load_labels(workdir)
   require(
@@ -86,21 +91,6 @@ def require_labels(workdir: str, names: tuple[str, ...]) -> None:
     f"the classes of the data are {', '.join(names)}, and those of {workdir} are "
     f"{', '.join(labels)}; they must be the same, in the same order",
   )
-
-
-def save_labels(labels: tuple[str, ...], workdir: str) -> None:
-  """Writes class names beside the tokenizer; nothing where there are none."""
-  if labels:
-    text = json.dumps(labels, ensure_ascii=False)
-    files.write_file(os.path.join(workdir, LABELS), text)
-
-
-def require_text(workdir: str, digest: str) -> None:
-  """Refuses text that is not what a run began with.
-
-  Raises:
-    ConfigError: says what would do.
-  """
   path = os.path.join(workdir, _TEXT)
   if os.path.exists(path):
     require(
@@ -110,8 +100,11 @@ def require_text(workdir: str, digest: str) -> None:
     )
 
 
-def save_text(digest: str, workdir: str) -> None:
-  """Writes `Data.digest`, for `require_text`."""
+def save_data(labels: tuple[str, ...], digest: str, workdir: str) -> None:
+  """Writes what `require_data` needs."""
+  if labels:
+    text = json.dumps(labels, ensure_ascii=False)
+    files.write_file(os.path.join(workdir, LABELS), text)
   files.write_file(os.path.join(workdir, _TEXT), digest)
 
 

@@ -130,7 +130,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   if "embed/embedding" in cut.kept:
     tokenizer = MappedTokenizer(tokenizer, cut.token_map)
   tokenizer.save(os.path.join(part, "tokenizer.json"))
-  restore.save_labels(this.data.label_names, part)
+  restore.save_data(this.data.label_names, this.data.digest, part)
   config_lib.save(config, os.path.join(part, "config.json"))
   for name in ("metrics.jsonl", "fold.json", energy.FILE):
     if os.path.exists(os.path.join(workdir, name)):

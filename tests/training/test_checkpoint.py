@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pathlib
 import shutil
@@ -238,6 +239,25 @@ def test_a_save_cut_off_is_no_checkpoint(tmp_path):
     assert checkpoints.steps() == [1]
     assert checkpoints.restore_latest(LIKE)[0] == 1
   assert not folder.exists()
+
+
+def test_a_save_that_fails_half_way_leaves_those_before(tmp_path):
+  resource = pytest.importorskip("resource")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  checkpoints = Checkpoints(str(tmp_path))
+  for step in (1, 2):
+    checkpoints.save(step, {"w": jnp.full(1 << 18, step, jnp.float32)}, None)
+  checkpoints.wait()
+  random = np.random.default_rng(0).random(1 << 18, np.float32)
+  try:  # a file of this size stands for a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
+    with contextlib.suppress(OSError):  # now, or when it is waited for
+      checkpoints.save(3, {"w": jnp.asarray(random)}, None)
+    assert checkpoints.intact() == [1, 2]
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  with Checkpoints(str(tmp_path)) as again:
+    assert again.intact() == [1, 2]
 
 
 _SAVES = """

@@ -294,7 +294,7 @@ def test_command_line_mistakes_are_one_line(
 def test_full_disk_stops_and_keeps_checkpoints(text_file, tmp_path):
   disk = tmp_path / "disk"
   disk.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=1700k", "tmpfs", str(disk)]
+  mount = ["mount", "-t", "tmpfs", "-o", "size=3200k", "tmpfs", str(disk)]
   if subprocess.run(mount, capture_output=True, check=False).returncode:
     pytest.skip("needs the right to mount a small file system")
   try:

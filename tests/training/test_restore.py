@@ -110,11 +110,13 @@ def test_a_run_without_a_readable_checkpoint_is_one_line(copy):
     restore.load_run(str(copy))
 
 
-def test_data_of_other_classes_are_refused(tmp_path):
-  restore.save_labels(("neg", "pos"), str(tmp_path))
-  restore.require_labels(str(tmp_path), ("neg", "pos"))
+def test_data_of_other_classes_or_text_are_refused(tmp_path):
+  restore.save_data(("neg", "pos"), "a1", str(tmp_path))
+  restore.require_data(str(tmp_path), ("neg", "pos"), "a1")
   with pytest.raises(ConfigError, match="data are pos, neg, and .* neg, pos;"):
-    restore.require_labels(str(tmp_path), ("pos", "neg"))
+    restore.require_data(str(tmp_path), ("pos", "neg"), "a1")
+  with pytest.raises(ConfigError, match="the text is not that which the run"):
+    restore.require_data(str(tmp_path), ("neg", "pos"), "a2")
   (tmp_path / restore.LABELS).write_text("{}")
   with pytest.raises(
     ConfigError, match="labels.json is damaged: it is no list"
@@ -124,8 +126,8 @@ def test_data_of_other_classes_are_refused(tmp_path):
 
 def test_labels_come_back(tmp_path):
   assert restore.load_labels(str(tmp_path)) == ()
-  restore.save_labels((), str(tmp_path))
-  assert not list(tmp_path.iterdir())
+  restore.save_data((), "a1", str(tmp_path))
+  assert restore.load_labels(str(tmp_path)) == ()
   labels = ("a\nb", "é", "")
-  restore.save_labels(labels, str(tmp_path))
+  restore.save_data(labels, "a1", str(tmp_path))
   assert restore.load_labels(str(tmp_path)) == labels

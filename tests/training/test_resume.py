@@ -64,6 +64,8 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(text_file, tmp_path):
   text.write_text(whole[:-2] + chr(ord(whole[-2]) ^ 1) + whole[-1], "utf-8")
   with pytest.raises(schema.ConfigError, match="not that which the run in"):
     loop.run(config, workdir)
+  with pytest.raises(schema.ConfigError, match="not that which the run in"):
+    loop.evaluate_run(workdir)
   text.write_text(whole, "utf-8")
   assert loop.run(config, workdir) == found
 

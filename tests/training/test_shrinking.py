@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import chex
@@ -241,6 +242,10 @@ def test_an_unfinished_run_trains_on_as_without(whole, tmp_path, capsys):
   assert cli.main(["shrink", stopped, f"--output={output}"]) == 0
   last_line = capsys.readouterr().out.splitlines()[-1]
   assert last_line == f"Its training goes on with: folding resume {output}"
+  text = [
+    (pathlib.Path(w) / "text.sha256").read_text() for w in (whole, output)
+  ]
+  assert text[0] == text[1]
   this, that = loop.open_run(stopped)[0], loop.open_run(output)[0]
   assert that.num_parameters < 0.8 * this.num_parameters
   assert not that.config.fold.v_identity
