@@ -2,11 +2,14 @@
 
     python -m benchmarks.attention [--rounds=5] [--longest=8192] [--json]
 
-Causal attention of 8 heads of 32 channels, folded to one number a query and
-key, on one text: s = sqrt(K) q uniform in [-2, 2], t = k of deviation 1. Dense
-is `jax.nn.dot_product_attention` on the unfolded queries and keys, linear is
-`attend_linear`: the same function, so `error` is their largest difference (the
-rounding of dense is about 1e-6 of it) and `bound` what is proved. Times are of
+Causal attention of 8 heads of 32 channels without positions, folded to one
+number a query and key, on one text: s = sqrt(K) q uniform in [-2, 2], t = k of
+deviation 1. Dense is `jax.nn.dot_product_attention` on the unfolded queries and
+keys. Linear is `attend_checked` as models call it: it finds while it runs how
+many nodes make the error at most 1e-4 of the range of the values (here they
+suffice; else it would compute all logits). So both are the same function:
+`error` is their largest difference (the rounding of dense is about 1e-6 of it)
+and `bound` what is proved. Times are of
 the two in turn; `train` is a forward and backward pass, of dense attention up
 to 4,096 tokens only. FLOPs and bytes moved are XLA's analysis of the compiled
 forward pass; as it counts the body of a loop once, those of linear are its 512
@@ -28,31 +31,34 @@ from folding.models import linear_attention
 
 HEADS, SIZE = 8, 32
 SHORTEST, LONGEST_TRAINED = 512, 4096
+TOLERANCE = 1e-4  # as in `folding.models.attention`
+NODES = (64, 256)  # that `attend_checked` tries
 
 
-def measure(rounds: int, longest: int, num_nodes: int) -> dict:
+def measure(rounds: int, longest: int) -> dict:
   """Returns figures of each length, from 512 in powers of 2."""
   num_lengths = max(longest // SHORTEST, 1).bit_length()
   lengths = [SHORTEST * 2**n for n in range(num_lengths)]
   return {
-    "lengths": [_measure_length(n, rounds, num_nodes) for n in lengths],
-    "nodes": num_nodes,
+    "lengths": [_measure_length(n, rounds) for n in lengths],
     "rounds": rounds,
   }
 
 
-def _measure_length(length: int, rounds: int, num_nodes: int) -> dict:
+def _measure_length(length: int, rounds: int) -> dict:
   q, k, v = inputs = _inputs(length)
+  shape = {"head_dim": SIZE, "causal": True}
   linear = functools.partial(
-    linear_attention.attend_linear,
-    head_dim=SIZE,
-    causal=True,
-    num_nodes=num_nodes,
+    linear_attention.attend_checked, **shape, tolerance=TOLERANCE
   )
   forward = {"dense": jax.jit(_dense), "linear": jax.jit(linear)}
   out = {name: f(*inputs) for name, f in forward.items()}
   span = linear_attention.measure_span(q, k, head_dim=SIZE)
-  bound = linear_attention.span_bound(span, num_nodes).max()
+  bounds = {n: linear_attention.span_bound(span, n).max() for n in NODES}
+  num_nodes = next(n for n in NODES if bounds[n] <= TOLERANCE)
+  counted = functools.partial(  # the branch that is taken
+    linear_attention.attend_linear, **shape, num_nodes=num_nodes
+  )
   state = jax.eval_shape(
     functools.partial(
       linear_attention.init_state, span, 1, HEADS, SIZE, num_nodes
@@ -61,13 +67,14 @@ def _measure_length(length: int, rounds: int, num_nodes: int) -> dict:
   result: dict[str, Any] = {
     "length": length,
     "error": float(jnp.abs(out["dense"] - out["linear"]).max()),
-    "bound": float(bound * jnp.ptp(v)),
+    "bound": float(bounds[num_nodes] * jnp.ptp(v)),
+    "nodes": num_nodes,
     "forward": _compare(forward, inputs, rounds),
     "state_bytes": sum(4 * x.size for x in jax.tree.leaves(state)),
     "cache_bytes": 2 * 4 * length * HEADS * SIZE,
     "cost": {
       "dense": _cost(_dense, inputs),
-      "linear": _cost(linear, _inputs(SHORTEST), length / SHORTEST),
+      "linear": _cost(counted, _inputs(SHORTEST), length / SHORTEST),
     },
   }
   if length <= LONGEST_TRAINED:
@@ -130,9 +137,8 @@ def main() -> None:
   """Measures, and shows what came out."""
   parser = output.make_parser(__doc__, rounds=5)
   parser.add_argument("--longest", type=int, default=8192)
-  parser.add_argument("--nodes", type=int, default=32)
   args = parser.parse_args()
-  result = measure(args.rounds, args.longest, args.nodes)
+  result = measure(args.rounds, args.longest)
   timed = output.Table(
     "Dense / linear causal attention in ms, and times as fast (quartiles)",
     ["tokens", "forward", "times", "train", "times"],
@@ -143,10 +149,14 @@ def main() -> None:
   )
   counted = output.Table(
     "Their difference; XLA's count, dense / linear; bytes to decode with",
-    ["tokens", "error", "bound", "GFLOP", "GB moved", "cache", "state"],
+    [
+      *("tokens", "nodes", "error", "bound", "GFLOP", "GB moved"),
+      *("cache", "state"),
+    ],
     [
       [
         f"{r['length']:,}",
+        str(r["nodes"]),
         f"{r['error']:.0e}",
         f"{r['bound']:.0e}",
         *(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from folding import schema
+from folding import files, schema
 from folding.studies import verb as study_verb
 from folding.training import plan_verb
 
@@ -83,7 +83,7 @@ def export(args: argparse.Namespace) -> None:
     args.dtype in (None, "float32") or args.format != "hf",
     "--format=hf writes float32 alone",
   )
-  export_lib.require_empty(args.output)
+  files.require_empty(args.output)
   whole = export_lib.load(args.path)
   model = export_lib.without_tokens(whole, args.removed_tokens)
   if args.format != "hf" and not args.keep_shapes:

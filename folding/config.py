@@ -34,8 +34,8 @@ class DataConfig:
   name: str = "python_stdlib"  # "python_stdlib" or any TFDS name ("glue/sst2")
   path: str | None = None  # a local file or folder; wins over `name`
   dir: str | None = None  # where TFDS keeps prepared data; None: its default
-  text_field: str | None = None  # None: the first text column
-  label_field: str | None = None  # None: a column "label", in any case
+  text_field: str | None = None  # None: "text", "sentence" or the only one
+  label_field: str | None = None  # None: "label"; of TFDS else a class label
   valid_fraction: float = 0.1  # for sources without a validation split
   test_fraction: float = 0.1  # for sources without a test split
   tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json
@@ -136,7 +136,7 @@ class FPPConfig:
   scope: Literal["parameter", "rule"] = "parameter"  # one threshold for each
   begin: float = 0.45  # of the steps: first check
   end: float = 0.9  # of the steps: target reached, masks fixed, healing begins
-  checks: int = 30  # at most, from begin to end
+  checks: int = 30  # at most, after a first one at begin
   patience: int = 1  # checks an element stays suspected before it is zeroed
   decay: float = 0.9  # of the running averages behind the scores
   tolerance: float | None = None  # verify: most relative loss a check may add

@@ -1,10 +1,11 @@
-"""Files and folders: written whole, held alone, of a kind, or called."""
+"""Files and folders: written whole, held alone, empty, of a kind, or called."""
 
 import contextlib
 import importlib.util
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,19 @@ def write_file(path: str, content: str | bytes) -> None:
   except BaseException:
     if os.path.exists(temporary):
       os.remove(temporary)
+    raise
+
+
+@contextlib.contextmanager
+def becoming(folder: str) -> Iterator[str]:
+  """Yields a new folder beside one, which it becomes when all has gone well."""
+  part = f"{os.path.normpath(folder)}.{secrets.token_hex(4)}.part"
+  os.makedirs(part)
+  try:
+    yield part
+    os.replace(part, folder)
+  except BaseException:
+    shutil.rmtree(part, ignore_errors=True)
     raise
 
 
@@ -66,6 +80,15 @@ def require_local(path: str) -> None:
     "://" not in path,
     f"{path} is an address, and files are written to folders; mount what is there, "
     "or copy it afterwards",
+  )
+
+
+def require_empty(path: str) -> None:
+  """Raises `ConfigError` where a folder has something in it already."""
+  require_local(path)
+  require(
+    not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)),
+    f"{path} is there already and not an empty folder; choose another",
   )
 
 

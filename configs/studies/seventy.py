@@ -3,8 +3,8 @@ r"""All 26 methods of from_scratch.py at 70%, in the runs of short.py.
 Run:     folding study \
            configs/studies/seventy.py:FOLDER,trec,tiny_shakespeare --workdir=DIR
 Expect:  81 runs a data set, 3 of them the dense part that others start from;
-         a quarter of a minute each of a classifier on two cores, and half a
-         minute of a language model
+         about half a minute each of a classifier on two cores, with --jobs=2,
+         and a minute of a language model
 """
 
 from configs.studies import from_scratch, short

@@ -122,7 +122,7 @@ def export(
     OSError: it cannot be written.
   """
   path = os.fspath(path)
-  require_empty(path)
+  files.require_empty(path)
   os.makedirs(path, exist_ok=True)
   save_packed(params, os.path.join(path, WEIGHTS))
   tokenizer.save(os.path.join(path, TOKENIZER))
@@ -195,23 +195,19 @@ def without_tokens(loaded: Loaded, removed: str) -> Loaded:
 
 
 def cast(loaded: Loaded, dtype: str) -> Loaded:
-  """Returns the model with its floating-point arrays in another dtype."""
+  """Returns the model with its floating-point arrays in another dtype.
 
-  def cast_one(x):
+  Rotary frequencies stay what they are: their rounding grows with the position.
+  """
+
+  def cast_one(name, x):
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return np.asarray(x).astype(jnp.dtype(dtype)) if is_float else x
+    if not is_float or name.endswith("/frequency"):
+      return x
+    return np.asarray(x).astype(jnp.dtype(dtype))
 
-  params = jax.tree.map(cast_one, loaded.params)
+  params = paths.map_named(cast_one, loaded.params)
   return dataclasses.replace(loaded, params=params)
-
-
-def require_empty(path: str) -> None:
-  """Raises `ConfigError` where a folder has something in it already."""
-  files.require_local(path)
-  require(
-    not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)),
-    f"{path} is there already and not an empty folder; choose another",
-  )
 
 
 def _load_export(path: str, values: dict[str, Any]) -> Loaded:

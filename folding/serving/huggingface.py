@@ -8,6 +8,7 @@ import tempfile
 import jax
 import numpy as np
 
+from folding import files
 from folding.compression.fold import unfold
 from folding.config import dense_twin
 from folding.data.tokenizers import MappedTokenizer
@@ -16,7 +17,7 @@ from folding.models.attention import rope_frequencies
 from folding.models.hf_config import family_of
 from folding.models.pretrained import save_pretrained
 from folding.schema import ConfigError, require
-from folding.serving.export import TOKENIZER, Loaded, require_empty
+from folding.serving.export import TOKENIZER, Loaded
 
 
 def export_hf(
@@ -41,7 +42,7 @@ def export_hf(
     OSError: it cannot be written.
   """
   path = os.fspath(path)
-  require_empty(path)
+  files.require_empty(path)
   config, m = loaded.config, loaded.config.model
   require(
     m.heads is None and m.dense_mlp_width is None,

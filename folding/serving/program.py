@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
+from folding import files
 from folding.data.tokenizers import MappedTokenizer
 from folding.schema import ConfigError, require
-from folding.serving.export import TOKENIZER, Loaded, require_empty
+from folding.serving.export import TOKENIZER, Loaded
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO, ONNX, META = "model.stablehlo", "model.onnx", "meta.json"
@@ -123,7 +124,7 @@ def _prepare(
   path: str | os.PathLike, loaded: Loaded
 ) -> tuple[Callable[..., Any], int]:
   """Returns the function of a program, and the bytes of its parameters."""
-  require_empty(os.fspath(path))
+  files.require_empty(os.fspath(path))
   require(
     loaded.config.task == "lm" or bool(loaded.labels),
     "this encoder has no head, and a program gives logits; use --format=hf",

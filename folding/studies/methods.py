@@ -227,7 +227,11 @@ METHODS: dict[str, Method] = {
   ),
   "fold": Method(
     "folding alone: G = 1, W_V diagonal",
-    {**FOLDED, "fpp.linear": 0.0, "fpp.embedding": 0.0},
+    {
+      **FOLDED,
+      **{"fpp.linear": 0.0, "fpp.embedding": 0.0},
+      **{"fpp.overall": None, "fpp.linear_layers": None},
+    },
     "fixed",
   ),
   "fpp": Method(
@@ -295,7 +299,8 @@ METHODS: dict[str, Method] = {
     "gradual by magnitude",
     {
       **_UNFOLDED,
-      **{"fpp.linear": 0.5, "fpp.embedding": 0.5, "fpp.overall": None},
+      **{"fpp.linear": 0.5, "fpp.embedding": 0.5},
+      **{"fpp.overall": None, "fpp.linear_layers": None},
       **{"fpp.granularity": "2:4", "fpp.score": "magnitude"},
       "fpp.patience": 0,
     },

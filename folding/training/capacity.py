@@ -154,7 +154,7 @@ def _teacher(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
   if not (config.distill.logits or config.distill.hidden):
     return {}
   params = _build(config_lib.dense_twin(config))[-1].params
-  places = sharding.tree_shardings(mesh, params, rules=config.mesh.rules)
+  places = sharding.tree_shardings(mesh, params)  # as `Run.constants`
   pairs = zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
   return {
     "teacher": sum(2 * math.prod(s.shard_shape(x.shape)) for x, s in pairs)

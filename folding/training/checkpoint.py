@@ -83,7 +83,7 @@ class Checkpoints:
     Args:
       step: Updates applied so far.
       state: The training state.
-      loss: On the validation split; None: no candidate for the best.
+      loss: What the best has least of; None: no candidate for the best.
 
     Raises:
       OSError: the disk is full, or this save or the one before failed; earlier
@@ -137,7 +137,7 @@ class Checkpoints:
     return sorted(set(_saved_in(self._folder)) - self._damaged)
 
   def best_step(self) -> int | None:
-    """Returns the step of the lowest validation loss, None without any."""
+    """Returns the step of the lowest `loss` given to `save`, None without any."""
     losses = {step: self.loss(step) for step in self.steps()}
     found = {step: loss for step, loss in losses.items() if loss is not None}
     return min(found, key=found.__getitem__) if found else None

@@ -5,15 +5,17 @@ alone writes metrics, results and reports. They share one run directory.
 """
 
 import contextlib
+import hashlib
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from folding.schema import ConfigError
+from folding.schema import ConfigError, require
 
 TIMEOUT_SECS = 300  # to wait for the others at the start
 
@@ -125,6 +127,47 @@ def barrier(name: str) -> None:
   """Waits until all processes are here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Makes a mistake that one process finds in a block one of all of them.
+
+  All must come to the end of the block, so nothing in it may wait for others.
+
+  Raises:
+    ConfigError: another process has found one, and says which.
+  """
+  error = None
+  try:
+    yield
+  except (ConfigError, OSError) as found:
+    error = found
+  if any_process(error is not None):
+    raise error or ConfigError(
+      "another process cannot begin, and says why; nothing was trained"
+    )
+
+
+def require_same(text: str, what: str) -> None:
+  """Refuses what is not the same in all processes; all of them must ask.
+
+  Args:
+    text: Of this process.
+    what: What the message calls it.
+
+  Raises:
+    ConfigError: in all processes, where one has another text.
+  """
+  if jax.process_count() == 1:
+    return
+  digest = hashlib.sha256(text.encode()).digest()
+  found = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+  others = np.flatnonzero((found != found[0]).any(axis=1))
+  require(
+    not len(others),
+    f"process {', '.join(map(str, others))} has {what} than process 0",
+  )
 
 
 def any_process(flag: bool) -> bool:

@@ -12,7 +12,7 @@ import jax
 from folding import checks, files
 from folding import config as config_lib
 from folding.config import Config
-from folding.data.batches import make_data
+from folding.data.batches import Data, make_data
 from folding.data.tokenizers import load_tokenizer
 from folding.schema import ConfigError, TrainingError, differences, require
 from folding.training import distributed, energy, restore, sharding
@@ -26,6 +26,8 @@ from folding.training.run import Run
 from folding.training.start import folded_start, teacher_of, write_fold
 from folding.training.step import train_step
 from folding.training.trim import trim_vocabulary
+
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 
 
 def run(config: Config, workdir: str) -> dict[str, Any]:
@@ -48,9 +50,45 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   energy.require_tracker(config.train.energy)
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # of this time only
-  config_path = os.path.join(workdir, "config.json")
-  tokenizer_path = os.path.join(workdir, "tokenizer.json")
   asked_path = os.path.join(workdir, "asked.json")
+  with distributed.together():
+    planned, data = _read(config, workdir, asked_path)
+  distributed.require_same(
+    data.digest + data.tokenizer.to_json(), "another text or tokenizer"
+  )
+  if planned is None and config.fpp.embedding_granularity == "trim":
+    data = trim_vocabulary(config, data)
+  asked, start, report = config, None, []
+  with distributed.together():  # before anything is written
+    if planned is not None and has_checkpoint(workdir):
+      config = planned
+    elif config.pretrained is not None:
+      config, start, report = folded_start(planned or config, data)
+    this = Run(config, data, start)
+    this.teacher = teacher_of(config, data)
+  with contextlib.ExitStack() as stack:
+    with distributed.together():
+      if distributed.is_main():
+        stack.enter_context(files.held(workdir))
+        if report:
+          write_fold(workdir, report, config)
+        if planned is None:
+          data.tokenizer.save(os.path.join(workdir, _TOKENIZER))
+          restore.save_data(data.label_names, data.digest, workdir)
+          if config != asked:
+            config_lib.save(asked, asked_path)
+          elif os.path.exists(asked_path):  # of a run that never began
+            os.remove(asked_path)
+          # Last: it marks the run as begun.
+          config_lib.save(config, os.path.join(workdir, _CONFIG))
+    return _train_in(workdir, this)
+
+
+def _read(
+  config: Config, workdir: str, asked_path: str
+) -> tuple[Config | None, Data]:
+  """Returns the config of a run that has begun, else None, and the data."""
+  config_path = os.path.join(workdir, _CONFIG)
   tokenizer = planned = None
   if os.path.exists(config_path):
     planned = _on(config_lib.load(config_path), config)
@@ -62,11 +100,11 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         f"{workdir} holds a run of another config ({'; '.join(found)}); "
         "choose another --workdir"
       )
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(os.path.join(workdir, _TOKENIZER))
   else:
     checks.check_used(config)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
-  if tokenizer is not None:  # the run has begun
+  if planned is not None:
     restore.require_data(workdir, data.label_names, data.digest)
   for split in ("valid", "test"):
     require(
@@ -74,31 +112,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       f"there is no text for the {split} split; raise data.{split}_fraction, or "
       "give more text (each class gives up its own share, rounded)",
     )
-  if tokenizer is None and config.fpp.embedding_granularity == "trim":
-    data = trim_vocabulary(config, data)
-  asked, start, report = config, None, []
-  if planned is not None and has_checkpoint(workdir):
-    config = planned
-  elif config.pretrained is not None:
-    config, start, report = folded_start(planned or config, data)
-  this = Run(config, data, start)
-  this.teacher = teacher_of(config, data)
-  distributed.barrier("checked")  # before anything is written
-  main = distributed.is_main()
-  with files.held(workdir) if main else contextlib.nullcontext():
-    if main:
-      if report:
-        write_fold(workdir, report, config)
-      if tokenizer is None:
-        data.tokenizer.save(tokenizer_path)
-        restore.save_data(data.label_names, data.digest, workdir)
-        if config != asked:
-          config_lib.save(asked, asked_path)
-        elif os.path.exists(asked_path):  # of a run that never began
-          os.remove(asked_path)
-        config_lib.save(config, config_path)  # last: it marks the run as begun
-    distributed.barrier("begun")
-    return _train_in(workdir, this)
+  return planned, data
 
 
 def resume_run(workdir: str) -> dict[str, Any]:
@@ -137,7 +151,7 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   """
   config = restore.load_config(workdir)
   config.mesh = sharding.fitting(config.mesh, jax.device_count())
-  tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer.json"))
+  tokenizer = load_tokenizer(os.path.join(workdir, _TOKENIZER))
   # Another process may be at work there, with a save under way.
   checkpoints = Checkpoints(workdir, cleans=False)
   data = make_data(config, tokenizer)

@@ -24,10 +24,13 @@ class MetricsWriter:
     self, workdir: str, config: Config, first_step: int, is_main: bool = True
   ):
     self._file = self._board = None
+    self.speeds: list[float] = []  # tokens per second, of the records kept
     if is_main:
       path = os.path.join(workdir, "metrics.jsonl")
       kept = [r for r in read_metrics(path) if r["step"] <= first_step]
       files.write_file(path, "".join(json.dumps(r) + "\n" for r in kept))
+      trained = [r for r in kept if r["split"] == "train"]
+      self.speeds = [r["tokens_per_second"] for r in trained]
       self._file = open(path, "a", encoding="utf-8")
     if is_main and config.train.tensorboard:
       # Imported here: it takes time and is only needed where it is used.

@@ -50,14 +50,14 @@ class StepLog:
     self._since = time.monotonic()
     # They change at checks alone; without rules nothing is told.
     self._counts = dict(counts or {})
-    self._speeds: list[float] = []
+    self._speeds = list(writer.speeds)
 
   def restart(self) -> None:
     """Leaves the time since the last record out of the tokens per second."""
     self._tokens, self._since = 0, time.monotonic()
 
   def speed(self) -> float | None:
-    """Returns the median of tokens per second; None before any record."""
+    """Returns the median of tokens per second of all records, None without."""
     return statistics.median(self._speeds) if self._speeds else None
 
   def step(self, step: int, metrics: dict[str, jax.Array], batch: dict) -> None:

@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 def load_run(workdir: str) -> tuple[config_lib.Config, Any, Tokenizer]:
   """Returns the config, parameters and tokenizer of a run directory.
 
-  The checkpoint is that of the lowest validation loss, else the newest; one
-  that cannot be read is passed over with a warning.
+  The checkpoint is the best in validation (fewest errors of a classifier, else
+  lowest loss), or else the newest; one that cannot be read is passed over with a warning.
 
   Returns:
     (config, tree of NumPy arrays, tokenizer).
@@ -102,9 +102,11 @@ def require_data(workdir: str, names: tuple[str, ...], digest: str) -> None:
 
 def save_data(labels: tuple[str, ...], digest: str, workdir: str) -> None:
   """Writes what `require_data` needs."""
+  path = os.path.join(workdir, LABELS)
   if labels:
-    text = json.dumps(labels, ensure_ascii=False)
-    files.write_file(os.path.join(workdir, LABELS), text)
+    files.write_file(path, json.dumps(labels, ensure_ascii=False))
+  elif os.path.exists(path):  # of a run that never began
+    os.remove(path)
   files.write_file(os.path.join(workdir, _TEXT), digest)
 
 

@@ -116,16 +116,16 @@ class Run:
   def constants(self) -> dict[str, Any]:
     """Returns what each step needs beside its batch, placed on the mesh."""
     found: dict[str, Any] = {"seed": self._seed}
-    if self.teacher is not None:
-      found["teacher"] = self.teacher[1]
     f = self.config.fpp
     if f.embedding_granularity != "weight" and self.rules:
       size = self.like.params["embed"]["embedding"].shape[0]
       found["usage"] = token_usage(self.data, self.config.data.batch_size, size)
-    params = self.like.params
-    return jax.device_put(
-      found, sharding.tree_shardings(self.mesh, found, params)
-    )
+    found = jax.device_put(found, sharding.whole(self.mesh))
+    if self.teacher is not None:
+      params = self.teacher[1]
+      places = sharding.tree_shardings(self.mesh, params)
+      found["teacher"] = jax.device_put(params, places)
+    return found
 
   def evaluate(
     self, params: Any, split: str, eval_step: Any, limit: int | None = None

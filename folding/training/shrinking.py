@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from folding import config as config_lib
-from folding import paths
+from folding import files, paths
 from folding.compression import suspects
 from folding.compression.rules import Rule, make_sites
 from folding.compression.shrink import Cut, shrink
@@ -107,12 +107,9 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
       not empty.
   """
   require(multiple >= 1, f"--multiple must be at least 1; it is {multiple}")
-  require(
-    not os.path.exists(output)
-    or (os.path.isdir(output) and not os.listdir(output)),
-    f"{output} exists and is not an empty folder; choose another --output",
-  )
+  files.require_empty(output)
   this, states, losses = _read(workdir)
+  before = read_result(workdir)
   step = max(states)
   is_over = step == this.config.train.steps
   shrunk = _shrink_alike(this, states, multiple, is_over)
@@ -123,35 +120,31 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
     "head nor a token of a classifier is zero as a whole; "
     "fpp.granularity='neuron' and fpp.embedding_granularity='row' prune so",
   )
-  part = f"{os.path.normpath(output)}.part"  # becomes the output when complete
-  shutil.rmtree(part, ignore_errors=True)
-  os.makedirs(part)
-  tokenizer = this.data.tokenizer
-  if "embed/embedding" in cut.kept:
-    tokenizer = MappedTokenizer(tokenizer, cut.token_map)
-  tokenizer.save(os.path.join(part, "tokenizer.json"))
-  restore.save_data(this.data.label_names, this.data.digest, part)
-  config_lib.save(config, os.path.join(part, "config.json"))
-  for name in ("metrics.jsonl", "fold.json", energy.FILE):
-    if os.path.exists(os.path.join(workdir, name)):
-      shutil.copy(os.path.join(workdir, name), part)
-  that, checkpoints = open_run(part)
-  with checkpoints:
-    for at in sorted(states):
-      states[at] = jax.device_put(shrunk[at][1], that.state_shardings)
-      checkpoints.save(at, states[at], losses[at])
-    checkpoints.wait()
-    best = checkpoints.best_step()
-  state, test = states[step], None
-  if is_over:
-    state = states[step if best is None else best]
-    eval_step = make_eval_step(that.model)
-    test = that.evaluate(state.params, "test", eval_step)
-    test["checkpoint_step"] = best
-  before = read_result(workdir)
-  seconds, speed = before["seconds"], before["tokens_per_second"]
-  that.write_result(part, state, seconds, speed, step, test)
-  os.replace(part, output)
+  with files.becoming(output) as part:
+    tokenizer = this.data.tokenizer
+    if "embed/embedding" in cut.kept:
+      tokenizer = MappedTokenizer(tokenizer, cut.token_map)
+    tokenizer.save(os.path.join(part, "tokenizer.json"))
+    restore.save_data(this.data.label_names, this.data.digest, part)
+    config_lib.save(config, os.path.join(part, "config.json"))
+    for name in ("metrics.jsonl", "fold.json", energy.FILE):
+      if os.path.exists(os.path.join(workdir, name)):
+        shutil.copy(os.path.join(workdir, name), part)
+    that, checkpoints = open_run(part)
+    with checkpoints:
+      for at in sorted(states):
+        states[at] = jax.device_put(shrunk[at][1], that.state_shardings)
+        checkpoints.save(at, states[at], losses[at])
+      checkpoints.wait()
+      best = checkpoints.best_step()
+    state, test = states[step], None
+    if is_over:
+      state = states[step if best is None else best]
+      eval_step = make_eval_step(that.model)
+      test = that.evaluate(state.params, "test", eval_step)
+      test["checkpoint_step"] = best
+    seconds, speed = before["seconds"], before["tokens_per_second"]
+    that.write_result(part, state, seconds, speed, step, test)
   return {
     "step": step,
     "steps": config.train.steps,

@@ -47,8 +47,7 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
   if os.path.isdir(os.path.join(path, "checkpoints")):
     found, params, tokenizer = load_run(path)
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
-    if load_labels(path) not in ((), data.label_names):  # of other classes
-      params = {name: w for name, w in params.items() if name != "head"}
+    classes = load_labels(path)
     layers = (
       config_lib.at_layer(model, found.fold, n)[1]
       for n in range(model.num_layers)
@@ -65,8 +64,10 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
   else:
     source = load_pretrained(path, task=config.task)
     model, params = source.config, source.params
+    classes = _named(source.label_names, data.label_names)
     tokenizer_path = str(source.tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
+  params = _for_classes(params, classes, data.label_names)
   shape = np.shape(params.get("head", {}).get("kernel"))
   keeps_head = config.task == "classify" and shape[-1:] == (data.num_classes,)
   for name in (*_SHAPE, *(_HEAD if keeps_head else ())):
@@ -84,6 +85,33 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
     f"{path} reads the ids of another tokenizer than data.tokenizer "
     f"{config.data.tokenizer!r}; use data.tokenizer={tokenizer_path!r}",
   )
+  return params
+
+
+def _named(theirs: tuple[str, ...], ours: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns the class names of a checkpoint, () where they are no names."""
+  numbers = tuple(map(str, range(len(theirs))))
+  if sorted(ours) == sorted(numbers):  # what the data have are their ids
+    return numbers
+  is_named = theirs != tuple(f"LABEL_{i}" for i in numbers)
+  return theirs if is_named else ()
+
+
+def _for_classes(
+  params: dict[str, Any], theirs: tuple[str, ...], ours: tuple[str, ...]
+) -> dict[str, Any]:
+  """Returns the parameters, their head in the order of our classes.
+
+  Names are the same in any case. A head of other classes is left out.
+  """
+  place = {name.casefold(): i for i, name in enumerate(theirs)}
+  order = [place.get(name.casefold()) for name in ours]
+  if not theirs or "head" not in params or order == list(range(len(theirs))):
+    return params
+  params = dict(params)
+  head = params.pop("head")
+  if len(order) == len(place) and None not in order:
+    params["head"] = {name: w[..., order] for name, w in head.items()}
   return params
 
 
@@ -169,15 +197,20 @@ def folded_start(
     "resume that run in several",
   )
   batches = calibration(config, data)
-  if config.compress.plan == "auto":
-    config = plan(config, params, batches)
   dense, report = params, []
-  if config.fold != config_lib.dense_twin(config).fold:
-    params, report = fold_pretrained(config, params, batches)
-  if config.compress.prune != "none":
-    model = make_model(config, data.tokenizer.plain_size, data.num_classes)
-    drawn = _draw(model, config)
-    params = prune_trained(config, params, dense, batches, drawn)
+  try:
+    if config.compress.plan == "auto":
+      config = plan(config, params, batches)
+    if config.fold != config_lib.dense_twin(config).fold:
+      params, report = fold_pretrained(config, params, batches)
+    if config.compress.prune != "none":
+      model = make_model(config, data.tokenizer.plain_size, data.num_classes)
+      drawn = _draw(model, config)
+      params = prune_trained(config, params, dense, batches, drawn)
+  except ConfigError:
+    raise
+  except ValueError as error:  # weights that are not finite, or say nothing
+    raise ConfigError(f"{config.pretrained}: {error}") from error
   return config, _with_rows_of(data, params), report
 
 

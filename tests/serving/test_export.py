@@ -152,6 +152,18 @@ def test_cast_halves_the_values_and_loads_again(tmp_path):
   )
 
 
+def test_cast_leaves_rotary_frequencies_as_they_are():
+  shape = models.SHAPE | {"positions": "rope", "causal": True}
+  fold = c.FoldConfig(groups=2, rope="pairs")
+  model = models.make("lm", c.ModelConfig(**shape), fold)
+  name = "blocks_0/attn/frequency"
+  before = paths.flatten(model.params)[name]
+  after = paths.flatten(export_lib.cast(model, "bfloat16").params)
+  assert (before.astype(ml_dtypes.bfloat16) != before).any()
+  np.testing.assert_array_equal(after[name], before)
+  assert {x.dtype.name for n, x in after.items() if n != name} >= {"bfloat16"}
+
+
 def edit_config(folder: pathlib.Path, change) -> None:
   path = folder / "config.json"
   values = json.loads(path.read_text("utf-8"))

@@ -72,6 +72,15 @@ def test_a_method_of_one_size(name, saved, base):
   assert found == pytest.approx(saved, abs=0.002)
 
 
+@pytest.mark.parametrize("name", ["fold", "2-of-4"])
+def test_a_method_of_one_size_does_not_prune_as_the_base_does(name):
+  base = BASES["lm"]
+  fields = {"overall": 0.5, "linear_layers": (0.5, 0.5)}
+  changed = dataclasses.replace(base, fpp=c.FPPConfig(**fields))
+  found = METHODS[name].config(changed, None, 0).fpp
+  assert found == METHODS[name].config(base, None, 0).fpp
+
+
 @pytest.mark.parametrize(("base", "level"), [("lm", 0.3), ("classify", 0.75)])
 def test_the_small_dense_model_stores_what_a_level_leaves(level, base):
   base = BASES[base]

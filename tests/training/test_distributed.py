@@ -1,5 +1,6 @@
 """Real processes on loopback, four simulated CPU devices each."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,9 +17,9 @@ import numpy as np
 import pytest
 
 from folding import config as config_lib
-from folding import paths
+from folding import files, paths
 from folding.training import loop
-from tests.training.conftest import tiny_config
+from tests.training.conftest import tiny_config, write_text
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESH = config_lib.MeshConfig(data=2, fsdp=4)
@@ -50,8 +51,8 @@ def start(command, devices=4):
   )
 
 
-def train_in_two(workdir, text_file, *flags):
-  """Starts train.py in two processes."""
+def train_in_two(workdir, text_file, *flags, other=None):
+  """Starts train.py in two processes, the second of another text if it has."""
   config_file = workdir.parent / "mesh.py"
   config_file.write_text(_CONFIG_FILE, encoding="utf-8")
   address = free_address()
@@ -60,7 +61,7 @@ def train_in_two(workdir, text_file, *flags):
       [
         sys.executable,
         str(ROOT / "train.py"),
-        f"--config={config_file}:{text_file}",
+        f"--config={config_file}:{other if process and other else text_file}",
         f"--workdir={workdir}",
         f"--config.distributed={address},{process},2",
         *flags,
@@ -134,6 +135,30 @@ def test_a_signal_to_one_stops_both_at_the_same_step(text_file, tmp_path):
   saved = re.search(r"saved at step (\d+) of 1000000", outputs[0][0])
   assert saved, outputs[0][0]
   assert last_state(workdir)[0] == int(saved[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["another", "none", "held"])
+def test_a_mistake_of_one_ends_both(text_file, tmp_path, kind):
+  workdir, other = tmp_path / "run", None
+  told = ["another process cannot begin"] * 2
+  if kind == "another":
+    other = write_text(tmp_path / "other.txt", 399)
+    told = ["process 1 has another text or tokenizer than process 0"] * 2
+  if kind == "none":
+    other = tmp_path / "missing.txt"
+    told[1] = "missing.txt"
+  with contextlib.ExitStack() as stack:
+    if kind == "held":
+      stack.enter_context(files.held(str(workdir)))
+      told[0] = "another process trains in"
+    processes = train_in_two(workdir, text_file, other=other)
+    outputs = [process.communicate(timeout=200) for process in processes]
+  for process, (_, err), message in zip(processes, outputs, told, strict=True):
+    assert process.returncode == 2, err
+    assert message in err
+    assert err.count("folding: error:") == err.count("\n") == 1
+  assert not (workdir / "config.json").exists()
 
 
 _JOIN = """

@@ -95,6 +95,17 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, value):
     run(tmp_path, losses(1, 2, value, 4))
 
 
+def test_the_speed_is_that_of_the_records_before_a_resume_too(tmp_path):
+  log, records = run(tmp_path, losses(*range(10)))
+  with MetricsWriter(str(tmp_path), CONFIG, 10) as writer:
+    again = StepLog(CONFIG, 1, writer, Clock(str(tmp_path), 10))
+  assert again.speed() == log.speed()
+  first = records[0]["step"]
+  with MetricsWriter(str(tmp_path), CONFIG, first) as writer:
+    again = StepLog(CONFIG, 1, writer, Clock(str(tmp_path), first))
+  assert again.speed() == records[0]["tokens_per_second"]
+
+
 def test_tokens_per_second_count_all_steps_since_the_last_record(tmp_path):
   clock = Clock(str(tmp_path), 0)
   with MetricsWriter(str(tmp_path), CONFIG, 0) as writer:

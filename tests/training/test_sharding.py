@@ -5,9 +5,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from folding import paths, schema
-from folding.config import MeshConfig
+from folding.config import MeshConfig, resolve
+from folding.data.batches import make_data
 from folding.training import sharding
+from folding.training.run import Run
 from tests.training import tiny
+from tests.training.conftest import tiny_config
 
 
 def shape(*sizes):
@@ -214,3 +217,16 @@ def test_batch_is_split_over_data_and_fsdp(config, rows, rows_a_device):
     assert [s.data.shape[0] for s in shards] == [rows_a_device] * 8
     for shard in shards:
       np.testing.assert_array_equal(shard.data, array[shard.index])
+
+
+def test_a_teacher_lies_as_its_own_shapes_say(text_file):
+  config = tiny_config(text_file)
+  config.mesh = MeshConfig(data=2, fsdp=4)
+  config = resolve(config)
+  this = Run(config, make_data(config))
+  kernel = np.ones((64, 8, 16), np.float32)  # of W_Q; the student's is folded
+  attn = {"q": {"kernel": kernel}}
+  this.teacher = (None, {"blocks_0": {"attn": attn}})
+  found = this.constants()["teacher"]["blocks_0"]["attn"]["q"]["kernel"]
+  assert this.like.params["blocks_0"]["attn"]["q"]["kernel"].shape[-1] == 1
+  assert {s.data.size for s in found.addressable_shards} == {kernel.size // 4}

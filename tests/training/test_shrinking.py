@@ -289,11 +289,12 @@ def test_texts_read_the_row_that_removed_tokens_share(whole, shrunk):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ("taken", "exists and is not an empty folder; choose another --output"),
-    ("file", "exists and is not an empty folder"),
+    ("taken", "is there already and not an empty folder"),
+    ("file", "is there already and not an empty"),
     ("bare", "has no checkpoint yet"),
     ("empty", "is no run: it has no config.json"),
     ("multiple", "--multiple must be at least 1; it is 0"),
+    ("address", "gs://b/small is an address"),
   ],
 )
 def test_a_mistake_is_told_and_nothing_is_written(
@@ -304,6 +305,8 @@ def test_a_mistake_is_told_and_nothing_is_written(
     output = tmp_path
   if change == "file":
     output.write_text("")
+  if change == "address":
+    output = "gs://b/small"
   if change in ("bare", "empty"):
     workdir = str(tmp_path / "run")
     shutil.copytree(whole, workdir)

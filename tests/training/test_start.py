@@ -6,13 +6,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 
+import folding
 from configs import pretrained as pretrained_config
 from folding import config as c
 from folding import paths, schema
 from folding.data.batches import make_data
 from folding.models.transformer import make_model
+from folding.serving.huggingface import export_hf
 from folding.training import loop, start, trim
 from folding.training.restore import load_run
 from folding.training.run import Run
@@ -51,6 +54,44 @@ def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
   drawn = c.resolve(recovery_config(folder, topics, dense=True, seed=1))
   _, other, _ = start.folded_start(drawn, make_data(drawn))
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
+
+
+def test_classes_of_a_checkpoint_are_known_by_name(dense_run, topics, tmp_path):
+  config = c.resolve(recovery_config(dense_run, topics))
+  data = make_data(config)
+  names = data.label_names
+  head = load_run(str(dense_run))[1]["head"]["kernel"]
+  export_hf(tmp_path / "hf", folding.load(dense_run))
+  path = tmp_path / "hf" / "config.json"
+  values = json.loads(path.read_text())
+  turned = [*names[1:], names[0]]
+  for labels, expected in (
+    (names, head),
+    ([name.upper() for name in turned], np.roll(head, 1, axis=1)),
+    ([f"LABEL_{i}" for i in range(len(names))], head),
+    ([f"theme {i}" for i in range(len(names))], None),
+  ):
+    values["id2label"] = {str(i): name for i, name in enumerate(labels)}
+    values["label2id"] = {name: i for i, name in enumerate(labels)}
+    path.write_text(json.dumps(values))
+    read = start.read_start(str(tmp_path / "hf"), config, data)
+    if expected is None:
+      assert "head" not in read
+    else:
+      np.testing.assert_array_equal(read["head"]["kernel"], expected)
+
+
+def test_weights_that_are_no_numbers_are_one_line(checkpoint, topics, tmp_path):
+  shutil.copytree(checkpoint[0], tmp_path / "nan")
+  path = tmp_path / "nan" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  for name, w in tensors.items():
+    if "query.weight" in name:
+      w[:] = np.nan
+  safetensors.numpy.save_file(tensors, path)
+  config = c.resolve(recovery_config(tmp_path / "nan", topics))
+  with pytest.raises(schema.ConfigError, match="nan: "):
+    start.folded_start(config, make_data(config))
 
 
 def test_a_head_of_other_classes_is_left_out(dense_run, topics, tmp_path):
