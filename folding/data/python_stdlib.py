@@ -211,16 +211,17 @@ def choose_topics(
     "classification task; set data.path or another data.name",
   )
   return {
-    name: sorted(docstrings[name], key=lambda pair: _digest(pair[0]))[:size]
+    name: sorted(docstrings[name], key=lambda pair: digest(pair[0]))[:size]
     for _, name in sorted(chosen, key=lambda pair: pair[1])
   }
 
 
 def _split_of(path: str) -> str:
   """Returns the split of a file: the same on every machine."""
-  tenth = int.from_bytes(_digest(path)[:4], "big") % 10
+  tenth = int.from_bytes(digest(path)[:4], "big") % 10
   return {0: "validation", 1: "test"}.get(tenth, "train")
 
 
-def _digest(text: str) -> bytes:
+def digest(text: str) -> bytes:
+  """Returns 8 bytes that order and split texts the same on every machine."""
   return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()

@@ -4,7 +4,6 @@ Every source ends as `Texts`: plain strings in memory, by split.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -245,10 +244,6 @@ def _label_feature(data: config.DataConfig, features: dict) -> str:
   return wanted
 
 
-def _digest(text: str) -> bytes:
-  return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-
-
 def _set_aside(
   rows: local_files.Rows, fractions: dict[str, float]
 ) -> dict[str, local_files.Rows]:
@@ -260,7 +255,9 @@ def _set_aside(
     classes.setdefault(label, []).append(index)
   parts: dict[str, list[int]] = {name: [] for name in (*fractions, "train")}
   for members in classes.values():
-    order = sorted(members, key=lambda i: (_digest(rows.texts[i]), i))
+    order = sorted(
+      members, key=lambda i: (python_stdlib.digest(rows.texts[i]), i)
+    )
     start = 0
     for name, fraction in fractions.items():
       stop = start + round(fraction * len(members))
@@ -315,7 +312,9 @@ def _cap(rows: local_files.Rows, limit: int) -> local_files.Rows:
     texts = [text for text in texts if text]
     return local_files.Rows(rows.source, texts, None, [0] * len(texts))
   sizes = [len(text.encode("utf-8")) for text in rows.texts]
-  order = sorted(range(len(sizes)), key=lambda i: (_digest(rows.texts[i]), i))
+  order = sorted(
+    range(len(sizes)), key=lambda i: (python_stdlib.digest(rows.texts[i]), i)
+  )
   totals = np.cumsum([sizes[i] for i in order])
   return rows.take(
     sorted(i for i, t in zip(order, totals, strict=True) if t <= limit)

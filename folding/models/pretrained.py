@@ -119,7 +119,7 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
   except ImportError:
     raise schema.ConfigError(
       f"there is no folder {name}; to look for it on the Hugging Face hub, "
-      "install the extra: pip install 'folding[hub]'"
+      "install the extra: pip install -e '.[hub]'"
     ) from None
   try:
     return pathlib.Path(

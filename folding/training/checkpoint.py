@@ -134,7 +134,7 @@ class Checkpoints:
     """
     with contextlib.suppress(OSError):
       self.wait()
-    return sorted(set(_saved_in(self._folder)) - self._damaged)
+    return sorted(set(saved_steps(self._folder)) - self._damaged)
 
   def best_step(self) -> int | None:
     """Returns the step of the lowest `loss` given to `save`, None without any."""
@@ -222,12 +222,24 @@ class Checkpoints:
 
 def has_checkpoint(workdir: str) -> bool:
   """Returns whether a run directory has a checkpoint, intact or not."""
-  return bool(_saved_in(os.path.join(workdir, "checkpoints")))
+  return bool(saved_steps(os.path.join(workdir, "checkpoints")))
 
 
-def _saved_in(folder: str) -> list[int]:
+def saved_steps(folder: str) -> list[int]:
+  """Returns the steps whose save is complete, in any order."""
   names = os.listdir(folder) if os.path.isdir(folder) else []
   return [int(name) for name in names if name.isdecimal()]
+
+
+def saved_loss(folder: str, step: int) -> float:
+  """Returns the loss that a step was saved with; infinity without one."""
+  try:
+    path = os.path.join(folder, str(step), "metrics", "metrics")
+    with open(path, encoding="utf-8") as file:
+      loss = float(json.load(file)["loss"])
+  except (OSError, ValueError, TypeError, KeyError):
+    return math.inf
+  return loss if math.isfinite(loss) else math.inf
 
 
 def _mend_metrics(folder: str) -> None:

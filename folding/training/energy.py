@@ -72,6 +72,6 @@ def _tracker() -> Any:
   except ImportError as error:
     raise ConfigError(
       "train.energy is estimated by CodeCarbon; install it with "
-      "pip install 'folding[energy]', or leave it empty"
+      "pip install -e '.[energy]', or leave it empty"
     ) from error
   return codecarbon

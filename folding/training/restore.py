@@ -19,6 +19,7 @@ from folding import config as config_lib
 from folding import files
 from folding.data.tokenizers import Tokenizer, load_tokenizer
 from folding.schema import ConfigError, require
+from folding.training.checkpoint import saved_loss, saved_steps
 
 LABELS = "labels.json"  # class names in id order, beside the tokenizer
 _TEXT = "text.sha256"  # of what a run began with
@@ -45,10 +46,10 @@ def load_run(workdir: str) -> tuple[config_lib.Config, Any, Tokenizer]:
   require(bool(steps), f"{workdir} has no checkpoint yet")
   for step in steps:
     try:
-      return config, _read_params(os.path.join(folder, step)), tokenizer
+      return config, _read_params(os.path.join(folder, str(step))), tokenizer
     except Exception as error:  # Orbax and TensorStore raise many kinds.
       reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-      _log.warning("checkpoint %s of %s is damaged (%s)", step, workdir, reason)
+      _log.warning("checkpoint %d of %s is damaged (%s)", step, workdir, reason)
   raise ConfigError(f"none of the checkpoints in {folder} can be read")
 
 
@@ -110,31 +111,15 @@ def save_data(labels: tuple[str, ...], digest: str, workdir: str) -> None:
   files.write_file(os.path.join(workdir, _TEXT), digest)
 
 
-def _best_first(folder: str) -> list[str]:
+def _best_first(folder: str) -> list[int]:
   """Returns the steps that were saved: the best, then from the newest on."""
-  steps = [s for s in _listed(folder) if s.isdecimal()]
-  steps.sort(key=int, reverse=True)
-  losses = {step: _loss(os.path.join(folder, step)) for step in steps}
+  steps = sorted(saved_steps(folder), reverse=True)
+  losses = {step: saved_loss(folder, step) for step in steps}
   # Of equal ones the oldest, as a run tests; without any loss the newest.
   best = min(reversed(steps), key=losses.__getitem__, default=None)
   if best is None or losses[best] == math.inf:
     return steps
   return [best, *(step for step in steps if step != best)]
-
-
-def _listed(folder: str) -> list[str]:
-  return os.listdir(folder) if os.path.isdir(folder) else []
-
-
-def _loss(checkpoint: str) -> float:
-  """Returns the validation loss beside a checkpoint; infinity without one."""
-  try:
-    path = os.path.join(checkpoint, "metrics", "metrics")
-    with open(path, encoding="utf-8") as file:
-      loss = float(json.load(file)["loss"])
-  except (OSError, ValueError, TypeError, KeyError):
-    return math.inf
-  return loss if math.isfinite(loss) else math.inf
 
 
 def _read_params(checkpoint: str) -> Any:
