@@ -12,14 +12,14 @@ import subprocess
 import sys
 
 CALLS = {
-  "attention": [],
+  "attention": ["--rounds=10"],
   "decode": [],
   "fold_minilm": [],
-  "fpp_step": [],
-  "fpp_step_8": ["--devices=8"],
-  "mask_update": ["--sizes=1,4,16,64,1000"],
-  "minilm": [],
-  "shrink": [],
+  "fpp_step": ["--rounds=30"],
+  "fpp_step_8": ["--rounds=30", "--devices=8"],
+  "mask_update": ["--sizes=1,4,16,64"],
+  "minilm": ["--rounds=10"],
+  "shrink": ["--rounds=10"],
 }
 
 

@@ -51,8 +51,7 @@ class DataConfig:
 def data_at(name: str, **fields: Any) -> DataConfig:
   """Returns the configuration of a local path, or else of a data set's name.
 
-  A name is a path if something is there, or if it can be nothing else: it
-  starts with "." or "/", or ends like a file of text.
+  A path is where something is, or what starts with "." or "/" or ends as texts do.
   """
   is_path = name.startswith((".", "/")) or name.endswith(TEXT_ENDINGS)
   if is_path or os.path.exists(name):
@@ -159,7 +158,8 @@ class CompressConfig:
 class DistillConfig:
   """Learning from a dense teacher; a weight of 0 leaves that part out."""
 
-  teacher: str | None = None  # a run or a checkpoint; None: as `pretrained`
+  # A run or a checkpoint. None: as `pretrained`, or, of a dense run, none.
+  teacher: str | None = None
   logits: float = 0.0  # share of the loss that is the teacher's, 0 to 1
   temperature: float = 2.0  # that both are softened by
   hidden: float = 0.0  # weight of the distance of what the layers write
@@ -264,6 +264,8 @@ def resolve(config: Config) -> Config:
   c = from_dict(to_dict(config))
   if c.dense:
     c.preset, c.fold, c.fpp = "none", FoldConfig(), FPPConfig(score=c.fpp.score)
+    if c.distill.teacher is None:  # it would be what is not trained yet
+      c.distill = DistillConfig()
   parts = (c.fpp.linear, c.fpp.embedding, c.fpp.linear_layers)
   by_part = any(part is not None for part in parts)
   for section, values in presets.PRESETS[c.preset].items():
@@ -312,13 +314,11 @@ def unshrunk(config: Config) -> Config:
   """Returns the config with all heads and neurons, as before any shrink."""
   m = config.model
   width = m.mlp_width if m.dense_mlp_width is None else m.dense_mlp_width
-  return dataclasses.replace(
-    config,
-    model=dataclasses.replace(
-      m, mlp_width=width, dense_mlp_width=None, heads=None
-    ),
-    fold=dataclasses.replace(config.fold, v_identity=False),
+  model = dataclasses.replace(
+    m, mlp_width=width, dense_mlp_width=None, heads=None
   )
+  fold = dataclasses.replace(config.fold, v_identity=False)
+  return dataclasses.replace(config, model=model, fold=fold)
 
 
 def dense_twin(config: Config) -> Config:

@@ -129,6 +129,17 @@ def test_the_dense_twin_folds_and_prunes_nothing(preset):
     assert getattr(twin, section) == getattr(resolved, section)
 
 
+def test_a_dense_run_learns_from_no_model_that_is_not_named():
+  distill = c.DistillConfig(logits=0.7, hidden=10.0)
+  config = c.Config(dense=True, pretrained="CHECKPOINT", distill=distill)
+  assert c.resolve(config).distill == c.DistillConfig()
+  named = dataclasses.replace(distill, teacher="RUN")
+  found = c.resolve(dataclasses.replace(config, distill=named)).distill
+  assert found == named
+  folded = c.resolve(dataclasses.replace(config, dense=False))
+  assert folded.distill == distill
+
+
 def test_the_dense_twin_of_the_dense_twin_and_of_the_resolved_config():
   config = make_config(fold__groups=2)
   twin = c.dense_twin(config)

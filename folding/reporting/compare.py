@@ -10,6 +10,14 @@ from typing import Any
 from folding import files
 from folding.reporting import grouping, runs, words
 
+# What is tested follows from these, and from the text itself.
+_DATA = tuple(
+  f"data.{name}:"
+  for name in (
+    *("name", "path", "text_field", "label_field", "max_bytes"),
+    *("valid_fraction", "test_fraction"),
+  )
+)
 _GROUPS = ("overall", "qkv", "linear", "embedding")
 
 
@@ -133,8 +141,7 @@ def notes(found: list[grouping.Column]) -> list[str]:
   changed = [
     line for c in found[1:] for line in grouping.differences(found[0], c)
   ]
-  data = ("data.name:", "data.path:", "data.test_fraction:")
-  if any(line.startswith(data) for line in changed):
+  if any(line.startswith(_DATA) for line in changed):
     texts.append(
       "these runs were tested on different data; their test figures do not "
       "tell which is better."

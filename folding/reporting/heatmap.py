@@ -87,7 +87,7 @@ def _heat(
   for y, row in enumerate(values):
     for x, value in enumerate(row):
       if value is not None:
-        # Whole percents, cut and not rounded: 99.6% is not "100".
+        # Whole percents, at most 99 of what is not all: 99.6% is not "100".
         axes.text(
           x,
           y,

@@ -207,6 +207,7 @@ def _pruning(run: runs.Run) -> str:
   if run.prunes_at_once:
     rows.append(("pruned before the first step by", run.config.compress.prune))
   else:
+    begin = int(f.begin * total)  # as training has it
     rows += [
       ("score", f.score),
       (
@@ -214,8 +215,11 @@ def _pruning(run: runs.Run) -> str:
         f"{f.granularity}, of embeddings {f.embedding_granularity}",
       ),
       ("threshold for each", f.scope),
-      ("begins at step", words.count(f.begin * total)),
-      ("ends at step", words.count(f.end * total)),
+      ("begins at step", words.count(begin)),
+      (
+        "ends at step",
+        words.count(max(begin, min(int(f.end * total), total - 1))),
+      ),
       ("checks", f"{f.checks}, patience {f.patience}"),
       ("decay of averages", f"{f.decay:g}"),
     ]

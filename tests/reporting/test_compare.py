@@ -181,6 +181,8 @@ def test_accuracy_has_an_interval_for_one_run_and_a_spread_for_two(tmp_path):
   ("data", "note"),
   [
     ({"name": "glue/sst2"}, "tested on different data"),
+    ({"valid_fraction": 0.2}, "tested on different data"),
+    ({"max_bytes": 2000}, "tested on different data"),
     ({"vocab_size": 512}, "compare bits per byte"),
     ({"batch_size": 8}, None),
   ],
