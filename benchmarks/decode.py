@@ -4,8 +4,10 @@
 
 Models of one shape, side by side in one run: `dense`, `folded 4` (four numbers
 a key, a diagonal W_V), `folded 1` (one number a key), and `linear`, which is
-`folded 1` with a state of constant size in place of keys. Each call decodes 8
-tokens a row, the last that a cache of the given length has room for.
+`folded 1` with a state of constant size in place of keys, of as many nodes as
+`folding generate --cache=linear` takes for this model. It is drawn and not trained;
+the ranges of a model's queries and keys decide how many nodes that is. Each call
+decodes 8 tokens a row, the last that a cache of the given length has room for.
 """
 
 import dataclasses

@@ -11,9 +11,10 @@ Sizes are in millions of parameters, in bfloat16 matrices of up to 2,048 x
     sort   the same scores, thresholds by sorting, bits packed; nothing else
     step   AdamW, clipped by norm, and the sum of its updates and parameters
 
-`memory` is what a mask update takes at most, by XLA's own analysis of the
-compiled program, with parameters, moments and FPP's state lying there, over
-those alone. A size that the free memory does not hold is left out.
+`memory` is parameters, moments, FPP's state and the scratch memory of a mask
+update, by XLA's own analysis of the compiled program, over the first three. What
+it writes is not counted: in a training step that takes the place of what was
+there. A size that the free memory does not hold is left out.
 """
 
 import functools

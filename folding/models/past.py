@@ -114,6 +114,8 @@ def widen(spans: Any, margin: float) -> Any:
 def nodes_for(spans: Any, tolerance: float) -> int:
   """Returns the nodes with which all layers are within a tolerance.
 
+  They are a multiple of 64, so that models of like ranges share a program.
+
   Args:
     spans: The collection.
     tolerance: Largest error of a layer's attention, over the range of its
@@ -128,6 +130,7 @@ def nodes_for(spans: Any, tolerance: float) -> int:
     for x in leaves
   )
   num_nodes = chebyshev.nodes_for(largest, 1.0, tolerance)
+  num_nodes = -(-num_nodes // 64) * 64
   # Panels have a least width, which more of them do not change.
   if any(float(span_bound(x, num_nodes).max()) > tolerance for x in leaves):
     raise ValueError("the queries are too far from 0 for how little they vary")

@@ -272,7 +272,7 @@ class Generator:
       num_nodes <= _MOST_NODES,
       "the queries and keys of this model range too far for a constant state",
     )
-    return -(-num_nodes // 64) * 64
+    return num_nodes
 
 
 def generate(
