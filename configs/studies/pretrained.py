@@ -9,7 +9,7 @@ Run:     folding study \
            configs/studies/pretrained.py:CHECKPOINT,FOLDER,trec,subj,mr,sst2 \
            --workdir=DIR
 Expect:  48 runs a data set, 3 of them the dense part; of MiniLM (22.7 million
-         parameters) on TREC two to five minutes each on one core
+         parameters) two to four minutes each on two cores, with --jobs=1
 """
 
 import dataclasses

@@ -106,7 +106,8 @@ def page(results: Results, folder: str, command: str) -> str:
     "too, which runs share: the first of a program's seeds pays for it. Tokens a "
     "second are the median of the run. What is tested is the checkpoint with the "
     "fewest errors in validation (of language models the least loss) of those "
-    "that are as small as the run is to be: of a run that prunes while it trains only the last ones, of others any. Methods "
+    "that are as small as the run is to be: of a run that prunes while it "
+    "trains only the last ones, of others any. Methods "
     "after training have the same steps in all: first a dense part, then the "
     "rest, each with a warm-up and a schedule of its own.\n"
   )

@@ -31,7 +31,8 @@ def load_run(workdir: str) -> tuple[config_lib.Config, Any, Tokenizer]:
   """Returns the config, parameters and tokenizer of a run directory.
 
   The checkpoint is the best in validation (fewest errors of a classifier, else
-  lowest loss), or else the newest; one that cannot be read is passed over with a warning.
+  lowest loss), or else the newest; one that cannot be read is passed over with
+  a warning.
 
   Returns:
     (config, tree of NumPy arrays, tokenizer).
