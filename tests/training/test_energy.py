@@ -51,7 +51,9 @@ def test_without_the_package_nothing_is_written(
   text_file, tmp_path, monkeypatch
 ):
   monkeypatch.setitem(sys.modules, "codecarbon", None)
-  with pytest.raises(ConfigError, match=r"install it with pip install -e .*energy"):
+  with pytest.raises(
+    ConfigError, match=r"install it with pip install -e .*energy"
+  ):
     loop.run(tiny_config(text_file, energy="SWE"), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 
