@@ -207,7 +207,8 @@ def _pruning(run: runs.Run) -> str:
   if run.prunes_at_once:
     rows.append(("pruned before the first step by", run.config.compress.prune))
   else:
-    begin = int(f.begin * total)  # as training has it
+    # As `optimizer.check_steps`, which would import jax.
+    begin = int(f.begin * total)
     rows += [
       ("score", f.score),
       (

@@ -28,6 +28,7 @@ from folding.training.step import train_step
 from folding.training.trim import trim_vocabulary
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
+_ASKED = "asked.json"  # the config before a plan
 
 
 def run(config: Config, workdir: str) -> dict[str, Any]:
@@ -50,9 +51,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   energy.require_tracker(config.train.energy)
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # of this time only
-  asked_path = os.path.join(workdir, "asked.json")
   with distributed.together():
-    planned, data = _read(config, workdir, asked_path)
+    planned, data = _read(config, workdir)
   distributed.require_same(
     data.digest + data.tokenizer.to_json(), "another text or tokenizer"
   )
@@ -73,6 +73,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         if report:
           write_fold(workdir, report, config)
         if planned is None:
+          asked_path = os.path.join(workdir, _ASKED)
           data.tokenizer.save(os.path.join(workdir, _TOKENIZER))
           restore.save_data(data.label_names, data.digest, workdir)
           if config != asked:
@@ -84,11 +85,10 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     return _train_in(workdir, this)
 
 
-def _read(
-  config: Config, workdir: str, asked_path: str
-) -> tuple[Config | None, Data]:
+def _read(config: Config, workdir: str) -> tuple[Config | None, Data]:
   """Returns the config of a run that has begun, else None, and the data."""
   config_path = os.path.join(workdir, _CONFIG)
+  asked_path = os.path.join(workdir, _ASKED)
   tokenizer = planned = None
   if os.path.exists(config_path):
     planned = _on(config_lib.load(config_path), config)

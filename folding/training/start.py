@@ -104,13 +104,14 @@ def _for_classes(
 
   Names are the same in any case. A head of other classes is left out.
   """
-  place = {name.casefold(): i for i, name in enumerate(theirs)}
-  order = [place.get(name.casefold()) for name in ours]
-  if not theirs or "head" not in params or order == list(range(len(theirs))):
+  if theirs in ((), ours) or "head" not in params:
     return params
   params = dict(params)
   head = params.pop("head")
-  if len(order) == len(place) and None not in order:
+  place = {name.casefold(): i for i, name in enumerate(theirs)}
+  order = [place.get(name.casefold()) for name in ours]
+  # Each of theirs once: names that differ in case alone are no two of ours.
+  if len(order) == len(theirs) and set(order) == set(range(len(theirs))):
     params["head"] = {name: w[..., order] for name, w in head.items()}
   return params
 

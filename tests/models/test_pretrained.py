@@ -287,7 +287,7 @@ def test_a_file_is_no_folder(folder):
 
 def test_the_hub_needs_its_library(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  with pytest.raises(schema.ConfigError, match=r"pip install -e '.\[hub\]'"):
+  with pytest.raises(schema.ConfigError, match=r"pip install -e '\.\[hub\]'"):
     load("some/model")
 
 

@@ -139,7 +139,7 @@ def test_a_finished_method_reached_its_level(killed):
   rows = killed[0].rows()
   assert rows["dense"].compression == 0
   # Whole neurons are rounded down.
-  assert rows["ours"].compression == pytest.approx(0.5, abs=0.01)
+  assert 0.5 - 0.01 <= rows["ours"].compression <= 0.5 + 2e-3
   assert rows["ours"].steps == rows["dense"].steps == 100
 
 

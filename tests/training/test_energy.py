@@ -52,7 +52,7 @@ def test_without_the_package_nothing_is_written(
 ):
   monkeypatch.setitem(sys.modules, "codecarbon", None)
   with pytest.raises(
-    ConfigError, match=r"install it with pip install -e .*energy"
+    ConfigError, match=r"install it with pip install -e '\.\[energy\]'"
   ):
     loop.run(tiny_config(text_file, energy="SWE"), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()

@@ -130,4 +130,5 @@ def test_labels_come_back(tmp_path):
   restore.save_data(labels, "a1", str(tmp_path))
   assert restore.load_labels(str(tmp_path)) == labels
   restore.save_data((), "a1", str(tmp_path))  # as of a run that never began
+  assert not (tmp_path / restore.LABELS).exists()
   assert restore.load_labels(str(tmp_path)) == ()

@@ -289,8 +289,8 @@ def test_texts_read_the_row_that_removed_tokens_share(whole, shrunk):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ("taken", "is there already and not an empty folder"),
-    ("file", "is there already and not an empty"),
+    ("taken", "already and not an empty folder; choose another"),
+    ("file", "is there already and not an empty folder"),
     ("bare", "has no checkpoint yet"),
     ("empty", "is no run: it has no config.json"),
     ("multiple", "--multiple must be at least 1; it is 0"),

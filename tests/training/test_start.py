@@ -1,5 +1,6 @@
 """Runs that start from a checkpoint or a run, and learn from a teacher."""
 
+import dataclasses
 import json
 import shutil
 
@@ -79,6 +80,19 @@ def test_classes_of_a_checkpoint_are_known_by_name(dense_run, topics, tmp_path):
       assert "head" not in read
     else:
       np.testing.assert_array_equal(read["head"]["kernel"], expected)
+
+
+@pytest.mark.parametrize(("second", "kept"), [("A", True), ("d", False)])
+def test_names_may_differ_in_case_alone(
+  dense_run, topics, tmp_path, second, kept
+):
+  config = c.resolve(recovery_config(dense_run, topics))
+  names = ("a", "A", "b", "c")
+  data = dataclasses.replace(make_data(config), label_names=names)
+  workdir = shutil.copytree(dense_run, tmp_path / "run")
+  (workdir / "labels.json").write_text(json.dumps(["a", second, "b", "c"]))
+  found = start.read_start(str(workdir), config, data)
+  assert ("head" in found) == kept
 
 
 def test_weights_that_are_no_numbers_are_one_line(checkpoint, topics, tmp_path):
