@@ -58,6 +58,7 @@ def check(c: Any) -> None:
     require(value > 0, f"{name} must be above 0; it is {value}")
   for name in (
     "data.max_bytes data.first_batch data.prefetch_batches train.weight_decay "
+    "compress.fit_steps "
     "train.final_learning_rate fpp.patience fpp.tolerance "
     "fpp.embedding_share"
   ).split():

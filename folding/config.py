@@ -1,8 +1,7 @@
 """The typed configuration of a run: every field, default and check, once.
 
 A config file returns a `Config`; flags override single fields; `resolve` fills
-in what a preset decides and checks the whole. Nothing else in the library has
-a default for a run. No jax is imported here.
+in what a preset decides, and checks. All defaults are here. It imports no jax.
 """
 
 import dataclasses
@@ -151,7 +150,8 @@ class CompressConfig:
   # Prune to what fpp says before the first step, and then train what is left;
   # "ticket": by magnitude, and what is left begins where the seed begins.
   prune: Literal["none", "magnitude", "wanda", "sparsegpt", "ticket"] = "none"
-  calibration: int = 512  # texts (or windows) that moments are measured on
+  calibration: int = 512  # texts (or windows) that it is done on
+  fit_steps: int = 300  # that fit folded attention to the dense one, a layer
 
 
 @dataclasses.dataclass

@@ -72,19 +72,34 @@ def attend_by_head(
     keep_BM: As in `attend`.
     head_dim: As in `attend`.
   """
+  B, L, H, _ = q_BLHG.shape
+  logits_BHLM = attention_logits(
+    q_BLHG, k_JGM, bias_HLM, keep_BM, head_dim=head_dim
+  )
+  att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMK.dtype)
+  out = att.reshape(*v_IMK.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMK
+  return out.reshape(B, H, L, -1).transpose(0, 2, 1, 3)
+
+
+def attention_logits(
+  q_BLHG: Float[Array, "B L H G"],
+  k_JGM: Float[Array, "*J G M"],
+  bias_HLM: Float[Array, "#H L M"],
+  keep_BM: Bool[Array, "B M"] | None,
+  *,
+  head_dim: int,
+) -> Float[Array, "B H L M"]:
+  """Returns what `attend_by_head`, with the same arguments, has a softmax of."""
   B, L, H, G = q_BLHG.shape
-  M = k_JGM.shape[-1]
   # The R queries of a key head and the L of a head are rows of one matrix.
   q_JNG = q_BLHG.transpose(0, 2, 1, 3).reshape(*k_JGM.shape[:-2], -1, G)
   # Summed and scaled in float32: bfloat16 logits would lose what is small.
   logits = jnp.matmul(q_JNG, k_JGM, preferred_element_type=jnp.float32)
   scale = head_dim**0.5 / G  # = (K / G) / sqrt(K)
-  logits_BHLM = scale * logits.reshape(B, H, L, M) + bias_HLM[None]
+  logits_BHLM = scale * logits.reshape(B, H, L, -1) + bias_HLM[None]
   if keep_BM is not None:
     logits_BHLM = jnp.where(keep_BM[:, None, None], logits_BHLM, _MASKED)
-  att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMK.dtype)
-  out = att.reshape(*v_IMK.shape[:-2], -1, M) @ v_IMK
-  return out.reshape(B, H, L, -1).transpose(0, 2, 1, 3)
+  return logits_BHLM
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
@@ -145,6 +160,8 @@ class Attention(nn.Module):
   Where the collection "cache" is mutable, keys and values are written to its
   "slots" (see `cache`), or go into its "past" (see `past`) where there are
   nodes and logits have rank 1. With a step, attention is to what is there.
+  Where the collection "logits" is mutable, those of whole texts are written to
+  its "attention", [B, H, L, L].
   """
 
   config: ModelConfig  # of this layer: numbers, not one for each layer
@@ -187,6 +204,11 @@ class Attention(nn.Module):
     if c.positions == "rope":
       q, k = self._rotate(q, k, K, place_L)
     slopes_H = self._slopes(heads)
+    if self._writes("logits"):
+      bias_HLM = self._bias(place_L, place_L, slopes_H)
+      k_BJGM = k.transpose(0, 2, 3, 1)
+      logits = attention_logits(q, k_BJGM, bias_HLM, keep_BL, head_dim=K)
+      self.put_variable("logits", "attention", logits)
     is_rank_1 = c.causal and has_rank_1(c, f)
     if is_rank_1 and self._writes("spans"):
       span = past_lib.span_of_all(q[..., 0], k[..., 0], K)

@@ -20,6 +20,7 @@ from folding.config import Config
 from folding.models.attention import rope_frequencies
 from folding.models.transformer import Block, Transformer
 from folding.schema import require
+from folding.training.fit_attention import fit_attention
 
 Batch = Mapping[str, Any]
 
@@ -36,7 +37,8 @@ def fold_pretrained(
 
   From the first layer to the last: W_Q and W_K are replaced by the projections
   of G channels whose logits are nearest (`refold.fold_heads`, or
-  `fold_rotary_heads` and `fold_input_rows`), W_V by a diagonal of ones; then
+  `fold_rotary_heads` and `fold_input_rows`), which are fitted to the attention
+  weights (`fit_attention`), W_V by a diagonal of ones; then
   W_O with its bias and the second feed-forward matrix with its bias are fitted
   by least squares so that the residual stream after each equals that of the
   dense model, given the folded layers below.
@@ -50,8 +52,8 @@ def fold_pretrained(
 
   Returns:
     (params of `config`, [{"layer", "groups", "v_block", "logits_kept": share of
-    the variance of the logits (None on the input axis), "attention_r2",
-    "mlp_r2": share of what the stream needed that the fit gives on text it was
+    the variance of the logits before they are fitted (None on the input axis),
+    "divergence": of the attention weights, nats, "attention_r2", "mlp_r2": share of what the stream needed that the fit gives on text it was
     not made on}]).
 
   Raises:
@@ -140,8 +142,8 @@ def fold_layer(config: Config, n: int, old, x, target, kept):
   block = make_block(config, n)
   attn = dict(old["attn"])
   figures = _figures(f.groups, f.v_block)
+  dense = make_block(config_lib.dense_twin(config), n)
   if f.groups:
-    dense = make_block(config_lib.dense_twin(config), n)
     heads = _heads(m, f, attn, *_moments(dense, old, x, kept))
     attn |= {"q": heads.q, "k": heads.k}
     figures["logits_kept"] = heads.kept
@@ -154,6 +156,11 @@ def fold_layer(config: Config, n: int, old, x, target, kept):
       shared = m.num_heads // kernel.shape[1]
       kernel = np.repeat(kernel, shared, axis=1)
       attn["v"] = {"diagonal": _diagonal(kernel, f.v_block)}
+  if f.groups:  # values do not matter, but what is missing would
+    attn, figures["divergence"] = fit_attention(
+      *(block, {**old, "attn": attn}, dense, old, x, kept),
+      steps=config.compress.fit_steps,
+    )
   new = {**old, "attn": attn}
   is_post = m.norm_position == "post"
 
@@ -168,7 +175,6 @@ def fold_layer(config: Config, n: int, old, x, target, kept):
   # output than for the errors of those below.
   trusted, streams = not f.v_block, target
   if not trusted:
-    dense = make_block(config_lib.dense_twin(config), n)
     streams = [
       look(dense, old, *at, names=STREAMS) for at in zip(x, kept, strict=True)
     ]
@@ -192,7 +198,7 @@ def fold_layer(config: Config, n: int, old, x, target, kept):
 def _figures(groups: Any, v_block: Any) -> dict[str, Any]:
   """Returns the report of a layer that is as good as the dense one."""
   figures = {"groups": groups, "v_block": v_block, "logits_kept": 1.0}
-  return figures | {"attention_r2": 1.0, "mlp_r2": 1.0}
+  return figures | {"divergence": 0.0, "attention_r2": 1.0, "mlp_r2": 1.0}
 
 
 def _heads(m, f, attn, second, centred) -> refold.FoldedHeads:
