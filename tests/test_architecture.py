@@ -40,6 +40,7 @@ ORDER = {
       "energy",
       "optimizer",
       "restore",
+      "fit_attention",
       "fold_pretrained",
       "planner",
       "prune_trained",

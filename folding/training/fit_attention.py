@@ -57,8 +57,9 @@ def fit_attention(
     steps: Of the descent, a batch each; 0: the layer is only measured.
   """
   attn = dict(params["attn"])
+  params, dense = jax.device_put((params, dense))  # once, and not at each step
   names = [name for name in ("q", "k", "log_slopes") if name in attn]
-  fitted = jax.tree.map(jnp.asarray, {name: attn[name] for name in names})
+  fitted = {name: params["attn"][name] for name in names}
   # Every other text, as texts of one length come in one batch.
   halves = [
     [

@@ -251,18 +251,23 @@ def fold_table(
 
   Example:
     >>> row = {"layer": 0, "groups": 2, "v_block": 0, "logits_kept": 0.98}
-    >>> print(fold_table([row | {"attention_r2": 1.0, "mlp_r2": 0.5}], (0.4,)))
-    layer  groups    W_V  logits kept  attention R2  MLP R2  to prune
-        0       2  dense        98.0%         1.000   0.500       40%
+    >>> row |= {"divergence": 0.1, "attention_r2": 1.0, "mlp_r2": 0.5}
+    >>> print(fold_table([row], (0.4,)))
+    layer  groups    W_V  logits kept  KL, nats  attention R2  MLP R2  to prune
+        0       2  dense        98.0%     0.100         1.000   0.500       40%
   """
   rows = [
-    ["layer", "groups", "W_V", "logits kept", "attention R2", "MLP R2"],
+    [
+      *("layer", "groups", "W_V", "logits kept", "KL, nats"),
+      *("attention R2", "MLP R2"),
+    ],
     *(
       [
         str(row["layer"]),
         str(row["groups"] or "dense"),
         str(row["v_block"] or "dense"),
         "-" if row["logits_kept"] is None else f"{row['logits_kept']:.1%}",
+        f"{row['divergence']:.3f}",
         f"{row['attention_r2']:.3f}",
         f"{row['mlp_r2']:.3f}",
       ]

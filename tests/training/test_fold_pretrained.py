@@ -151,8 +151,10 @@ def test_fewer_channels_are_fitted(kind):
   assert _error(config, params, kind) < 0.7 * _error(config, unfitted, kind)
   for row in report:
     assert list(row) == [
-      *("layer", "groups", "v_block", "logits_kept", "attention_r2", "mlp_r2")
+      *("layer", "groups", "v_block", "logits_kept", "divergence"),
+      *("attention_r2", "mlp_r2"),
     ]
+    assert row["divergence"] > 0
     assert 0 < row["logits_kept"] < 1
     assert row["attention_r2"] < 1
     assert row["mlp_r2"] < 1
@@ -166,7 +168,8 @@ def test_every_layer_as_it_is_told():
   for name, w in paths.flatten(params).items():
     if not name.startswith("blocks_1/"):
       assert w is old[name], name  # below what is folded nothing changes
-  whole = {"logits_kept": 1.0, "attention_r2": 1.0, "mlp_r2": 1.0}
+  whole = {"logits_kept": 1.0, "divergence": 0.0}
+  whole |= {"attention_r2": 1.0, "mlp_r2": 1.0}
   assert report[0] == {"layer": 0, "groups": 0, "v_block": 0} | whole
   assert (report[1]["groups"], report[1]["v_block"]) == (2, D)
 
