@@ -199,6 +199,8 @@ def measure(
 ) -> dict[tuple[int, str], list[Option]]:
   """Returns the options of each layer and decision: "qk", "v", "linear"."""
   dense = config_lib.dense_twin(config)
+  # A fit makes few groups look as good as many, but training does not make them.
+  unfitted = dataclasses.replace(config.compress, fit_steps=0)
   x, kept = embed_batches(config, params, list(batches))
   options: dict[tuple[int, str], list[Option]] = {}
   for n in range(config.model.num_layers):
@@ -227,7 +229,7 @@ def measure(
         fold = dataclasses.replace(
           config.fold, groups=groups, v_block=v_block, first_dense=False
         )
-        trial = dataclasses.replace(config, fold=fold)
+        trial = dataclasses.replace(config, fold=fold, compress=unfitted)
         wrong = 0.0
         if value:
           new, _ = fold_layer(trial, n, old, x, target, kept)
