@@ -25,6 +25,7 @@ REMOVED = ("fpp.linear", "fpp.embedding", "fpp.overall")
     *((name, 1.0, r"a fraction to remove, .* it is 1\.0") for name in REMOVED),
     *((name, -0.1, r"a fraction to remove, .* it is -0") for name in REMOVED),
     ("fpp.patience", -1, "must be 0 or more"),
+    ("compress.fit_steps", -1, "must be 0 or more"),
     ("fpp.decay", 1.0, r"must be in \[0, 1\)"),
     ("fpp.decay", -0.1, r"must be in \[0, 1\)"),
     ("fold.groups", -1, "must be 0 or more; it is -1"),

@@ -96,7 +96,9 @@ def attention_logits(
   # Summed and scaled in float32: bfloat16 logits would lose what is small.
   logits = jnp.matmul(q_JNG, k_JGM, preferred_element_type=jnp.float32)
   scale = head_dim**0.5 / G  # = (K / G) / sqrt(K)
-  logits_BHLM = scale * logits.reshape(B, H, L, -1) + bias_HLM[None]
+  logits_BHLM = (
+    scale * logits.reshape(B, H, L, k_JGM.shape[-1]) + bias_HLM[None]
+  )
   if keep_BM is not None:
     logits_BHLM = jnp.where(keep_BM[:, None, None], logits_BHLM, _MASKED)
   return logits_BHLM

@@ -105,6 +105,16 @@ def test_the_whole_is_as_small_as_asked(kind, fpp):
   assert planned.compress.plan == "same"
 
 
+def test_a_fit_of_attention_has_no_say():
+  config = _config()
+  params = _trained(config)
+  found = []
+  for steps in (0, 20):
+    config.compress.fit_steps = steps
+    found.append(planner.measure(config, params, _batches()[:2]))
+  assert found[0] == found[1]
+
+
 def test_qkv_is_reached_by_folding():
   config = _config(overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.9
