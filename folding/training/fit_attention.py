@@ -44,8 +44,8 @@ def fit_attention(
   """Returns a layer whose attention weights are near those of a dense one.
 
   Adam on the mean of KL(dense weights || folded weights) over half of the
-  texts, of W_Q, W_K, their biases and ALiBi's slopes; of all that it comes by, what
-  does best on the other half. So it is never worse there than what was given.
+  texts, of W_Q, W_K, their biases and ALiBi's slopes; of all that it comes by,
+  what does best on the other half. So it is never worse there than what was given.
 
   Args:
     block: Folded.
@@ -60,15 +60,7 @@ def fit_attention(
   params, dense = jax.device_put((params, dense))  # once, and not at each step
   names = [name for name in ("q", "k", "log_slopes") if name in attn]
   fitted = {name: params["attn"][name] for name in names}
-  # Every other text, as texts of one length come in one batch.
-  halves = [
-    [
-      (a[(half + n) % 2 :: 2], keep[(half + n) % 2 :: 2])
-      for n, (a, keep) in enumerate(zip(x, kept, strict=True))
-    ]
-    for half in range(2)
-  ]
-  seen, unseen = ([at for at in half if len(at[0])] for half in halves)
+  seen, unseen = halves(x, kept)
 
   def measured(fitted):
     sums = [
@@ -89,6 +81,24 @@ def fit_attention(
       if now < best.divergence:
         best = Fit(fitted, now)
   return Fit(attn | jax.tree.map(np.asarray, best.params), best.divergence)
+
+
+def halves(*data: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
+  """Returns every other text of batches, and the rest, as lists of batches.
+
+  Texts of one length come in one batch, so that each half has all lengths; a
+  batch with no text of a half is left out of it.
+
+  Args:
+    data: Lists of arrays, one of each a batch, with texts as rows.
+  """
+  found: list[list[tuple[Any, ...]]] = [[], []]
+  for number, batch in enumerate(zip(*data, strict=True)):
+    for half in range(2):
+      rows = tuple(a[(half + number) % 2 :: 2] for a in batch)
+      if len(rows[0]):
+        found[half].append(rows)
+  return found
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
@@ -112,6 +122,7 @@ def _descend(block, dense_block, steps, fitted, state, params, dense, x, keep):
 
 def _sums(block, dense_block, fitted, params, dense, x, keep):
   """Returns the divergence of the weights, summed, and how many there are."""
+  # Computed anew each time, as those of all texts would take much memory.
   aim = jax.lax.stop_gradient(_logits(dense_block, dense, x, keep))
   attn = {**params["attn"], **fitted}
   ours = _logits(block, {**params, "attn": attn}, x, keep)

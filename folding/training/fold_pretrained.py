@@ -20,7 +20,7 @@ from folding.config import Config
 from folding.models.attention import rope_frequencies
 from folding.models.transformer import Block, Transformer
 from folding.schema import require
-from folding.training.fit_attention import fit_attention
+from folding.training.fit_attention import fit_attention, halves
 
 Batch = Mapping[str, Any]
 
@@ -38,10 +38,10 @@ def fold_pretrained(
   From the first layer to the last: W_Q and W_K are replaced by the projections
   of G channels whose logits are nearest (`refold.fold_heads`, or
   `fold_rotary_heads` and `fold_input_rows`), which are fitted to the attention
-  weights (`fit_attention`), W_V by a diagonal of ones; then
-  W_O with its bias and the second feed-forward matrix with its bias are fitted
-  by least squares so that the residual stream after each equals that of the
-  dense model, given the folded layers below.
+  weights (`fit_attention`), W_V by a diagonal of ones; then W_O with its bias
+  and the second feed-forward matrix with its bias are fitted by least squares
+  so that the residual stream after each equals that of the dense model, given
+  the folded layers below.
 
   Args:
     config: Resolved; its `fold` says how to fold, layer by layer.
@@ -53,8 +53,9 @@ def fold_pretrained(
   Returns:
     (params of `config`, [{"layer", "groups", "v_block", "logits_kept": share of
     the variance of the logits before they are fitted (None on the input axis),
-    "divergence": of the attention weights, nats, "attention_r2", "mlp_r2": share of what the stream needed that the fit gives on text it was
-    not made on}]).
+    "divergence": of the attention weights, nats, "attention_r2", "mlp_r2":
+    share of what the stream needed that the fit gives on text it was not made
+    on}]).
 
   Raises:
     ConfigError: there is too little text, or the fold is not one of trained
@@ -271,14 +272,11 @@ def _refit(block, params, data, role, old, trusted):
     if "bias" in old:
       prior[size] = old["bias"]
   sums: list[Any] = [0.0, 0.0]
-  for number, batch in enumerate(zip(*data, strict=True)):
-    # Every other row, as texts of one length come in one batch.
-    for half in range(2):
-      rows = tuple(a[(half + number) % 2 :: 2] for a in batch)
-      if len(rows[0]):
-        more = _fit_sums(block, params, role, prior, *rows)
-        more = np.array([np.asarray(s, np.float64) for s in more], object)
-        sums[half] = sums[half] + more
+  for half, batches in enumerate(halves(*data)):
+    for rows in batches:
+      more = _fit_sums(block, params, role, prior, *rows)
+      more = np.array([np.asarray(s, np.float64) for s in more], object)
+      sums[half] = sums[half] + more
   gram, cross, left, square, total, count = (
     np.stack(pair) for pair in zip(*sums, strict=True)
   )
