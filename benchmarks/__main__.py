@@ -3,8 +3,9 @@
     python -m benchmarks [NAME...] [--folders FOLDER...]
 
 Each in a process of its own, as it starts JAX in its own way. FOLDERs are for
-fold_minilm, which is left out without them. `peers` and `tokens` need runs, as in
-`python -m benchmarks.tokens RUN...`, and are called by themselves.
+fold_minilm, which is left out without them. `fold_lm`, `peers` and `tokens` need a
+model or runs, as in `python -m benchmarks.tokens RUN...`, and are called by
+themselves.
 """
 
 import argparse
