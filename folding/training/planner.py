@@ -8,6 +8,7 @@ Errors are taken to add up, and recovery by training is not foreseen.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,6 +115,13 @@ def plan(
       for n in range(config.model.num_layers)
     )
 
+  # The last move may save too much; linear layers, which are pruned by any
+  # fraction, get that back.
+  spare = budget - stored("qk", "v", "linear")
+  whole = sum(o[0].stored for key, o in options.items() if key[1] == "linear")
+  pruned = whole - stored("linear")
+  part = max(0.0, 1 - spare / pruned) if pruned else 0.0
+
   return config_lib.resolve(
     dataclasses.replace(
       config,
@@ -126,7 +134,10 @@ def plan(
         overall=None,
         linear=linear,
         embedding=embedding,
-        linear_layers=values("linear"),
+        linear_layers=tuple(
+          math.ceil(part * fraction * 1e4) / 1e4
+          for fraction in values("linear")
+        ),
       ),
     )
   )

@@ -101,7 +101,8 @@ def test_the_whole_is_as_small_as_asked(kind, fpp):
   planned = planner.plan(config, params, _batches())
   stored, _ = _stored(planned, params)
   assert stored <= 1 - fpp["overall"] + 1e-6
-  assert stored > 1 - fpp["overall"] - 0.06  # a step of the last move
+  # Biases of folded heads are smaller too, which no plan counts.
+  assert stored > 1 - fpp["overall"] - 0.012
   assert planned.compress.plan == "same"
 
 
