@@ -2,10 +2,11 @@
 
     python -m benchmarks.fold_lm MODEL TEXT [--json]
 
-MODEL is a Hugging Face folder or hub id of a language model, TEXT a file or a
-folder of text. W_Q and W_K are folded to G rows a head, by pairs where positions
-are rotary, once with and once without the fit of attention weights; W_V too
-where it says so. Calibration is that of `configs/pretrained.py`.
+MODEL is a Hugging Face folder or hub id of a language model with rotary
+positions (Llama, Mistral, Qwen2), TEXT a file or a folder of text. W_Q and W_K
+are folded to 3/4, a half and a quarter of the channels of a head, once with and
+once without the fit of attention weights; W_V too where it says so.
+Calibration is that of `configs/pretrained.py`.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ from folding.training.evaluate import make_eval_step
 from folding.training.run import Run
 from folding.training.start import folded_start
 
-CASES = ((6, 0), (4, 0), (2, 0), (4, 1), (2, 1))
+CASES = ((0.75, 0), (0.5, 0), (0.25, 0), (0.5, 1), (0.25, 1))
 
 
 def main() -> None:
@@ -33,9 +34,9 @@ def main() -> None:
   dense = measure(args.model, args.text, 0, 0, 0)
   print(f"dense: {dense['perplexity']:.3f}", flush=True)
   rows = []
-  for groups, v_block in CASES:
+  for share, v_block in CASES:
     for steps in (0, fit_steps):
-      rows.append(measure(args.model, args.text, groups, v_block, steps))
+      rows.append(measure(args.model, args.text, share, v_block, steps))
       print(f"{_name(rows[-1])}: {rows[-1]['perplexity']:.3f}", flush=True)
   table = output.Table(
     f"Perplexity in test; dense {dense['perplexity']:.2f}",
@@ -64,11 +65,13 @@ def main() -> None:
 
 
 def measure(
-  model: str, text: str, groups: int, v_block: int, fit_steps: int
+  model: str, text: str, share: float, v_block: int, fit_steps: int
 ) -> dict[str, Any]:
-  """Returns what a fold has in the test split, 0 groups: the dense model."""
+  """Returns what a fold has in the test split, a share of 0: the dense model."""
   config = pretrained.get_config(model)
   config.data.path = text
+  assert config.model.head_dim is not None
+  groups = int(share * config.model.head_dim) // 2 * 2
   config.dense = not groups
   config.fold.groups, config.fold.v_block = groups, v_block
   config.compress.fit_steps = fit_steps

@@ -57,7 +57,10 @@ def get_config(path: str = "") -> c.Config:
     is_trimmable = trimming.can_trim(tokenizers.load_tokenizer(data.tokenizer))
     granularity = "trim" if is_trimmable else "row"
   # A quarter of a head: fewer cost more than pruning what they would save.
-  groups = model.head_dim // 4 if model.head_dim % 8 == 0 else 2
+  K, is_rotary = model.head_dim, model.positions == "rope"
+  groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
+  if is_rotary:  # by whole pairs, which need not divide it
+    groups = max(2, K // 8 * 2)
   shares_width = model.num_heads * model.head_dim == model.width
   return c.Config(
     task=task,
@@ -67,7 +70,7 @@ def get_config(path: str = "") -> c.Config:
     model=model,
     fold=c.FoldConfig(
       groups=groups,
-      rope="pairs" if model.positions == "rope" else "copy",
+      rope="pairs" if is_rotary else "copy",
       v_block=None if shares_width else 0,
     ),
     fpp=c.FPPConfig(

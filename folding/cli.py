@@ -1,4 +1,4 @@
-"""The command line `folding <verb>`; each verb takes a run directory.
+"""The command line `folding <verb>`; most verbs take a run directory.
 
 A mistake of the user is one line on stderr and exit status 2. A verb imports
 what it needs when it is called, so that `folding --help` is quick.

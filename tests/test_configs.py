@@ -1,5 +1,6 @@
 """Every file of configs/: it resolves, reads the right columns, and trains."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -9,10 +10,11 @@ import tensorflow_datasets as tfds
 # Registers the text builders.
 import tensorflow_datasets.text
 
-from configs import classify, lm, quickstart
+from configs import classify, lm, pretrained, quickstart
 from folding import config as config_lib
 from folding.data import python_stdlib, sources
 from folding.training import loop
+from tests.models import checkpoints
 
 LM_NAMES = ("python_stdlib", "tiny_shakespeare", "lm1b", "wiki40b")
 COLUMNS = {  # by the description of each data set in the catalog of TFDS
@@ -49,6 +51,26 @@ def test_no_config_file_is_left_out():
   files = {p.stem for p in folder.glob("[!_]*.py")}
   # It needs a checkpoint: tests/training/test_start.py has some.
   assert files - {"pretrained"} == {name.split(":")[0] for name in CASES}
+
+
+@pytest.mark.parametrize(
+  ("family", "K", "groups"),
+  [
+    *(("bert", 32, 8), ("bert", 26, 2), ("bert", 25, 5), ("bert", 3, 1)),
+    *(("llama", 64, 16), ("llama", 20, 4), ("llama", 6, 2)),  # whole pairs
+  ],
+)
+def test_a_trained_head_is_folded_to_about_a_quarter(
+  tmp_path, family, K, groups
+):
+  spec = checkpoints.FAMILIES[family] | {"hidden_size": K * checkpoints.H}
+  (tmp_path / "config.json").write_text(json.dumps(spec))
+  checkpoints.write_tokenizer(tmp_path / "tokenizer.json")
+  config = pretrained.get_config(str(tmp_path))
+  config.data.path = "a.txt"
+  config = config_lib.resolve(config)
+  assert config.fold.groups == groups
+  assert config.model.head_dim == K
 
 
 @pytest.mark.parametrize("name", CASES)

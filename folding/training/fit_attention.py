@@ -44,8 +44,8 @@ def fit_attention(
   """Returns a layer whose attention weights are near those of a dense one.
 
   Adam on the mean of KL(dense weights || folded weights) over half of the
-  texts, of W_Q, W_K, their biases and ALiBi's slopes; of all that it comes by,
-  what does best on the other half. So it is never worse there than what was given.
+  texts, of W_Q, W_K, their biases and ALiBi's slopes; of the start and ten
+  places on its way, what does best on the other half. So it is never worse there than what was given.
 
   Args:
     block: Folded.

@@ -38,17 +38,18 @@ def fold_pretrained(
   From the first layer to the last: W_Q and W_K are replaced by the projections
   of G channels whose logits are nearest (`refold.fold_heads`, or
   `fold_rotary_heads` and `fold_input_rows`), which are fitted to the attention
-  weights (`fit_attention`), W_V by a diagonal of ones; then W_O with its bias
-  and the second feed-forward matrix with its bias are fitted by least squares
-  so that the residual stream after each equals that of the dense model, given
-  the folded layers below.
+  weights (`fit_attention`), W_V by a diagonal of ones; then W_O and the second
+  feed-forward matrix, with their biases, are fitted by least squares, given
+  the folded layers below, so that the residual stream after each equals that
+  of the dense model; W_O beside a folded W_V so that attention writes what
+  the dense layer would write on that stream.
 
   Args:
     config: Resolved; its `fold` says how to fold, layer by layer.
     params: Of `config_lib.dense_twin(config)`; NumPy or JAX arrays. Entries
       that are no blocks are handed through.
     batches: {"tokens": int[B, L], and perhaps "mask": bool[B, L], True at
-      tokens}. Some thousands of tokens, and more than a layer has channels.
+      tokens}. Some thousands of tokens, more than twice the width.
 
   Returns:
     (params of `config`, [{"layer", "groups", "v_block", "logits_kept": share of

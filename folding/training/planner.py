@@ -2,7 +2,8 @@
 
 Every choice is tried by itself on a dense trained model: how far does what the
 layer writes move, relative to the residual stream there? Then the cheapest
-moves, in error a parameter saved, are taken until the model is small enough.
+moves, in error a parameter saved, are taken until the model is small enough, and
+linear layers get back what the last of them saves too much.
 Errors are taken to add up, and recovery by training is not foreseen.
 """
 
