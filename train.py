@@ -10,7 +10,9 @@ from folding import cli, schema
 from folding import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="File with get_config(); override with --config.a.b=v."
+  "config",
+  help_string="File with get_config(); --config.a.b=v sets a field, all of "
+  "which folding/config.py has.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 

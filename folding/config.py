@@ -42,7 +42,7 @@ class DataConfig:
   length: int = 128  # L, tokens of an example; longer texts are cut or packed
   batch_size: int = 32  # B, examples over all processes
   eval_batch_size: int = 64
-  max_bytes: int | None = None  # of training text; None: all of it
+  max_bytes: int | None = None  # of train; valid, test: an eighth; None: all
   first_batch: int = 0  # where a run begins that goes on from another's end
   prefetch_batches: int = 2  # prepared ahead by a thread; 0: none
 
