@@ -208,13 +208,9 @@ def _plan_lm(
 
 
 def _stream(tokenizer: tokenizers.Tokenizer, texts) -> np.ndarray:
-  """Returns end_id, then each text and end_id, as the smallest integers."""
+  """Returns the documents in a row, as the smallest integers."""
   dtype = _dtype(tokenizer)
-  end = np.array([tokenizer.end_id], dtype)
-  parts = [end]
-  for ids in tokenizer.encode_batch(texts):
-    parts += [ids.astype(dtype), end]
-  return np.concatenate(parts)
+  return np.concatenate([ids.astype(dtype) for ids in tokenizer.stream(texts)])
 
 
 def _plan_classify(

@@ -193,6 +193,10 @@ def _read_csv(
   reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
   try:
     columns = list(reader.fieldnames or ())
+    twice = next((n for n in columns if columns.count(n) > 1), None)
+    schema.require(
+      twice is None, f"{file}: two columns are called {twice!r}; rename one"
+    )
     label_field = choose_field(str(file), columns, "label", data.label_field)
     rows = []
     for row in reader:
@@ -210,7 +214,7 @@ def _read_csv(
   if data.text_field is None:  # a guess is not of numbers
     words = [n for n in texts if not all(_is_number(row[n]) for _, row in rows)]
     texts = words or texts
-  text_field = _text_field(str(file), texts, data.text_field)
+  text_field = choose_text(str(file), texts, data.text_field)
   for number, row in rows:
     label = row[label_field].strip() if label_field else ""
     yield number, row[text_field], label or None
@@ -236,14 +240,23 @@ def _read_jsonl(
       for name, value in row.items()
       if isinstance(value, str) and name != label_field
     ]
-    text_field = _text_field(place, texts, text_field)
+    text_field = choose_text(place, texts, text_field)
     label = row[label_field] if label_field else None
     label = None if label is None else str(label).strip() or None
     yield number, row[text_field], label
 
 
-def _text_field(place: str, columns: list[str], wanted: str | None) -> str:
-  """Returns the column of text, which a file must not leave in doubt."""
+def choose_text(place: str, columns: list[str], wanted: str | None) -> str:
+  """Returns the column of text, which a source must not leave in doubt.
+
+  Args:
+    place: What messages call the table.
+    columns: Candidates, in order.
+    wanted: The configured name; None: guess.
+
+  Raises:
+    schema.ConfigError: no such column, or several that may be meant.
+  """
   chosen = choose_field(place, columns, "text", wanted)
   assert chosen is not None
   schema.require(

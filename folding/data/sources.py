@@ -4,6 +4,7 @@ Every source ends as `Texts`: plain strings in memory, by split.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,14 +116,16 @@ def _read_tfds(
   builder = _prepared(data, task)
   table: Any = builder.info.features
   features: dict[str, Any] = dict(table.items())
-  text_field = local_files.choose_field(
+  label_field = None if task == "lm" else _label_feature(data, features)
+  text_field = local_files.choose_text(
     f"the TFDS data set {data.name}",
-    [n for n, f in features.items() if isinstance(f, tfds.features.Text)],
-    "text",
+    [
+      name
+      for name, kind in features.items()
+      if isinstance(kind, tfds.features.Text) and name != label_field
+    ],
     data.text_field,
   )
-  assert text_field is not None
-  label_field = None if task == "lm" else _label_feature(data, features)
   names = getattr(features.get(label_field or ""), "names", None)
   splits = {}
   for split, prefixes in _TFDS_SPLITS.items():
@@ -255,20 +258,20 @@ def _set_aside(
     classes.setdefault(label, []).append(index)
   parts: dict[str, list[int]] = {name: [] for name in (*fractions, "train")}
   for members in classes.values():
-    order = sorted(
-      members, key=lambda i: (python_stdlib.digest(rows.texts[i]), i)
-    )
-    start = 0
+    same: dict[str, list[int]] = {}  # equal texts are never parted
+    for index in members:
+      same.setdefault(rows.texts[index], []).append(index)
+    runs = [same[text] for text in sorted(same, key=python_stdlib.digest)]
     for name, fraction in fractions.items():
-      stop = start + round(fraction * len(members))
-      # Equal texts are neighbours: never part them.
-      while start < stop < len(order) and (
-        rows.texts[order[stop]] == rows.texts[order[stop - 1]]
-      ):
-        stop += 1
-      parts[name] += order[start:stop]
-      start = stop
-    parts["train"] += order[start:]
+      left, rest = round(fraction * len(members)), []
+      for run in runs:
+        if len(run) <= 2 * left:  # it ends nearer to the share than without
+          parts[name] += run
+          left -= len(run)
+        else:
+          rest.append(run)
+      runs = rest
+    parts["train"] += itertools.chain(*runs)
   # In the order of the source, so that no split is sorted by class or hash.
   return {name: rows.take(sorted(part)) for name, part in parts.items()}
 

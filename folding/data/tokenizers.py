@@ -1,7 +1,8 @@
 """Text <-> token ids, always by a Hugging Face `tokenizers.Tokenizer`.
 
 Our own tokenizers work on UTF-8 bytes, so they take any text and give it back
-exactly; each document of a stream ends with `end_id`, and `pad_id` fills up.
+exactly; each document of a stream begins with `begin_ids`, which ours lack, and
+ends with `end_id`, and `pad_id` fills up.
 """
 
 import json
@@ -47,13 +48,15 @@ _PIECE_END = re.compile(r"\S\n(?=\S)")
 
 
 class Tokenizer:
-  """A tokenizer with the two special ids that batches need.
+  """A tokenizer with the special ids that batches need.
 
   Attributes:
     vocab_size: V, number of ids, special tokens included.
     plain_size: V before ids were mapped to fewer.
     pad_id: Id that fills up a batch; 0 where the tokenizer names none.
     end_id: Id that ends a document; `pad_id` where the tokenizer names none.
+    begin_ids: int32, what the tokenizer puts before a text by itself, such as a
+      Llama's "<s>"; often nothing.
 
   Example:
     >>> from folding.config import DataConfig
@@ -78,6 +81,28 @@ class Tokenizer:
     self.plain_size = self.vocab_size
     self.pad_id = _first_id(vocabulary, _PAD_NAMES, 0)
     self.end_id = _first_id(vocabulary, _END_NAMES, self.pad_id)
+    framed = inner.encode("a")
+    is_text = np.array(framed.special_tokens_mask, np.int32) == 0
+    begin = framed.ids[: int(is_text.argmax())] if is_text.any() else []
+    self.begin_ids = np.array(begin, np.int32)
+
+  def stream(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+    """Yields ids of documents in a row, each with its begin and its end.
+
+    Where nothing begins one, the first is after an end, as the others are.
+    """
+    end = np.array([self.end_id], np.int32)
+    yield self.begin_ids if self.begin_ids.size else end
+    for number, ids in enumerate(self.encode_batch(texts)):
+      if number:
+        yield self.begin_ids
+      yield ids
+      yield end
+
+  def prompt(self, ids: np.ndarray) -> np.ndarray:
+    """Returns the ids of a text's start with what comes before them."""
+    found = np.concatenate([self.begin_ids, ids])
+    return found if found.size else np.array([self.end_id], np.int32)
 
   def encode_batch(
     self, texts: Sequence[str], max_length: int | None = None
@@ -171,6 +196,7 @@ class MappedTokenizer(Tokenizer):
     self.vocab_size = int(token_map.max()) + 1
     self.pad_id = int(token_map[self.pad_id])
     self.end_id = int(token_map[self.end_id])
+    self.begin_ids = token_map[self.begin_ids].astype(np.int32)
     # Of the tokens that share an id, none is the one to decode to.
     new, old, count = np.unique(
       token_map, return_index=True, return_counts=True

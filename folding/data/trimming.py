@@ -68,7 +68,7 @@ def trimmed(
   )
   stays_V = np.zeros(tokenizer.vocab_size, bool)
   stays_V[: len(keep_V)] = keep_V[: len(stays_V)]
-  stays_V[[tokenizer.pad_id, tokenizer.end_id]] = True
+  stays_V[[tokenizer.pad_id, tokenizer.end_id, *tokenizer.begin_ids]] = True
   values = json.loads(tokenizer.to_json())
   ids = _remove(values, stays_V)
   token_map = np.full(tokenizer.vocab_size, -1, np.int32)

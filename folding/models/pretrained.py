@@ -273,9 +273,10 @@ def save_pretrained(
     num_classes=num_classes,
     label_names=tuple(label_names),
   )
+  begin = tokenizer.begin_ids[0].item() if tokenizer.begin_ids.size else None
   values = hf_config.to_hf(described) | {
     "eos_token_id": tokenizer.end_id,
-    "bos_token_id": None,
+    "bos_token_id": begin,
     "torch_dtype": "float32",
   }
   tensors = hf_weights.export_tensors(
@@ -293,6 +294,7 @@ def save_pretrained(
     "model_max_length": max_length,
     "pad_token": names.id_to_token(tokenizer.pad_id),
     "eos_token": names.id_to_token(tokenizer.end_id),
+    "bos_token": None if begin is None else names.id_to_token(begin),
     "clean_up_tokenization_spaces": False,
     # As in `folding.data.tokenizers`: "<end>" in a text is text.
     "split_special_tokens": True,

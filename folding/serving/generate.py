@@ -122,7 +122,7 @@ class Generator:
     *,
     max_new_tokens: int,
     sampling: Sampling = _SAMPLING,
-    end_id: int | None = None,
+    end_id: int | Sequence[int] | None = None,
   ) -> list[np.ndarray]:
     """Returns int32 ids of the new tokens of each prompt, as `stream` does."""
     parts = self.stream(
@@ -141,7 +141,7 @@ class Generator:
     *,
     max_new_tokens: int,
     sampling: Sampling = _SAMPLING,
-    end_id: int | None = None,
+    end_id: int | Sequence[int] | None = None,
   ) -> Iterator[list[np.ndarray]]:
     """Yields int32 ids of some more new tokens of each prompt.
 
@@ -153,7 +153,7 @@ class Generator:
       prompts: Token ids, at least one each.
       max_new_tokens: Of each prompt, at most.
       sampling: How they are chosen.
-      end_id: The token that ends a text; None: none does.
+      end_id: The token that ends a text, or several; None: none does.
 
     Raises:
       ConfigError: there is no prompt, one is empty or has an id that the model
@@ -282,7 +282,7 @@ def generate(
   *,
   max_new_tokens: int,
   sampling: Sampling = _SAMPLING,
-  end_id: int | None = None,
+  end_id: int | Sequence[int] | None = None,
   cache: Cache = "keys",
 ) -> list[np.ndarray]:
   """Returns the new tokens of each prompt; see `Generator`, which is compiled.
@@ -293,7 +293,7 @@ def generate(
     prompts: Token ids, at least one each.
     max_new_tokens: Of each prompt, at most.
     sampling: How they are chosen.
-    end_id: The token that ends a text; None: none does.
+    end_id: The token that ends a text, or several; None: none does.
     cache: What is kept of the tokens so far.
 
   Returns:
@@ -316,7 +316,10 @@ def _rounded(length: int) -> int:
 
 
 def _until_end(
-  blocks: Iterator[np.ndarray], end_id: int, batch_size: int, left: int
+  blocks: Iterator[np.ndarray],
+  end_id: int | Sequence[int],
+  batch_size: int,
+  left: int,
 ) -> Iterator[list[np.ndarray]]:
   """Yields the rows of blocks up to their end, `left` tokens at most."""
   is_done_B = np.zeros(batch_size, bool)
@@ -324,7 +327,7 @@ def _until_end(
     block_BT = block_BT[:, :left]
     rows = []
     for row, ids in enumerate(block_BT):
-      ends = np.flatnonzero(ids == end_id)
+      ends = np.flatnonzero(np.isin(ids, end_id))
       stop = ends[0] + 1 if ends.size else ids.size
       rows.append(ids[: 0 if is_done_B[row] else stop])
       is_done_B[row] |= ends.size > 0

@@ -37,16 +37,14 @@ def continue_texts(
     ConfigError: the model predicts no next token, or see `Generator.stream`.
   """
   tokenizer = loaded.tokenizer
-  begin = np.array([tokenizer.end_id], np.int32)
-  prompts = [
-    ids if ids.size else begin for ids in tokenizer.encode_batch(list(texts))
-  ]
+  prompts = [tokenizer.prompt(x) for x in tokenizer.encode_batch(list(texts))]
   parts = Generator(loaded.model, cache).stream(
     jax.device_put(loaded.params),
     prompts,
     max_new_tokens=max_new_tokens,
     sampling=sampling,
-    end_id=tokenizer.end_id,
+    # A new document begins where one has ended.
+    end_id=[tokenizer.end_id, *tokenizer.begin_ids.tolist()],
   )
   return _printed(tokenizer, texts, prompts, parts)
 

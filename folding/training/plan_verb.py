@@ -94,8 +94,9 @@ def table(found: dict[str, Any]) -> str:
   def add(name, *values):
     rows.append([name, *(f"{value / 2**30:,.2f}" for value in values)])
 
-  for part in found["dense"]["bytes"]:
-    add(part, *(found[column]["bytes"][part] for column in columns))
+  sizes = [found[column]["bytes"] for column in columns]
+  for part in dict.fromkeys([*sizes[0], *sizes[1]]):
+    add(part, *(size.get(part, 0) for size in sizes))
   add("total", *(found[column]["total"] for column in columns))
   for what in found["dense"].get("xla", ()):
     add(f"XLA: {what}", *(found[column]["xla"][what] for column in columns))

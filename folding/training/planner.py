@@ -232,7 +232,7 @@ def measure(
       return float(wrong / variance)
 
     for kind, settings in (
-      ("qk", _groups(config)),
+      ("qk", _groups(config, n)),
       ("v", _blocks(config, n)),
     ):
       found = []
@@ -267,10 +267,12 @@ def measure(
   return options
 
 
-def _groups(config: Config) -> list[int]:
+def _groups(config: Config, n: int) -> list[int]:
   """Returns the groups to try: dense (0), then from many to few."""
   m, f = config.model, config.fold
   assert m.head_dim is not None
+  if config_lib.at_layer(m, f, n)[1].groups == 0:
+    return [0]  # as asked
   if f.axis == "output" and m.positions == "rope":
     # In eighths of a head, by whole pairs, and a single pair.
     step = max(2, m.head_dim // 16 * 2)
@@ -286,7 +288,8 @@ def _blocks(config: Config, n: int) -> tuple[int, ...]:
   m = config.model
   assert m.head_dim is not None
   is_free = m.num_heads * m.head_dim == m.width
-  return (0, 1) if is_free and (n or not config.fold.first_dense) else (0,)
+  is_asked = config_lib.at_layer(m, config.fold, n)[1].v_block == 0
+  return (0, 1) if is_free and not is_asked else (0,)
 
 
 @functools.partial(jax.jit, static_argnums=0)

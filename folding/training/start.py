@@ -285,9 +285,11 @@ def fold_table(
 def calibration(config: Config, data: Data) -> Sequence[Mapping[str, Any]]:
   """Returns the first training batches, as many texts as the config says.
 
-  Where the tokenizer was trimmed, the ids are those before.
+  At most an epoch: a text that comes twice is no new one. Where the tokenizer was trimmed, the ids are those before.
   """
-  count = -(-config.compress.calibration // config.data.batch_size)
+  size = config.data.batch_size
+  epoch = data.num_examples["train"] // size
+  count = min(-(-config.compress.calibration // size), epoch)
   batches = [data.train_batch(step) for step in range(count)]
   if isinstance(data.tokenizer, MappedTokenizer):
     for batch in batches:

@@ -206,6 +206,10 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
       {"train__jsonl": '{"id": "a1", "label": 0, "body": "a"}\n'},
       r"train.jsonl:1 has several columns of text \(id, body\)",
     ),
+    (
+      {"train__csv": "text,label,text\na,0,b\n"},
+      "train.csv: two columns are called 'text'; rename one",
+    ),
     ({"train__tsv": "0\ta\n0\t \n"}, "train.tsv:2: the text is empty"),
     (GOOD | {"valid__tsv": "0\ta\n7\tb\n"}, "valid.tsv:2: label '7'.*train"),
     # Not an id either: ids count only with a labels.txt.

@@ -75,6 +75,17 @@ def test_equal_texts_stay_in_one_split(tmp_path):
   assert sum(map(len, parts)) == len(set.union(*parts))
 
 
+@pytest.mark.parametrize("often", ["ok", "n/a", "thanks", "good"])
+def test_a_text_that_is_most_of_a_class_stays_in_train(tmp_path, often):
+  rows = [(0, often)] * 60 + [(0, f"text {i}") for i in range(40)]
+  rows += [(1, f"other {i}") for i in range(100)]
+  data = text_files.write(tmp_path, train__tsv=_tsv(rows))
+  texts = sources.load_texts(data, "classify")
+  for split, count in zip(sources.SPLITS, (80, 10, 10), strict=True):
+    assert np.bincount(texts.labels[split]).tolist() == [count, count]
+  assert texts.texts["train"].count(often) == 60
+
+
 def test_max_bytes_cuts_a_stream_at_a_line_end(tmp_path):
   data = text_files.write(
     tmp_path,
@@ -233,6 +244,35 @@ def test_tfds_takes_the_columns_asked_for(tmp_path):
   assert {t.split()[0] for t in texts.texts["train"]} == {"title"}
   written = [int(t.split()[1]) % 6 for t in texts.texts["test"]]
   assert texts.labels["test"].tolist() == written
+
+
+class TinyPairs(TinyReviews):
+  """Two texts a row, and none is called text."""
+
+  def _info(self):
+    features = {n: tfds.features.Text() for n in ("question", "answer")}
+    features["label"] = FEATURES["coarse"]
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._rows(dl_manager)}
+
+  def _rows(self, _):
+    for i in range(20):
+      yield i, {"question": f"q {i}", "answer": f"a {i}", "label": i % 2}
+
+
+def test_tfds_with_two_texts_has_to_be_told_which(tmp_path):
+  data = DataConfig(name="tiny_pairs", dir=str(tmp_path))
+  with pytest.raises(
+    ConfigError, match=r"several columns of text \(question, answer\)"
+  ):
+    sources.load_texts(data, "classify")
+  data.text_field = "answer"
+  texts = sources.load_texts(data, "classify").texts
+  assert {t[0] for t in texts["train"]} == {"a"}
 
 
 def test_tfds_for_lm_has_the_unlabelled_test_split(tmp_path):

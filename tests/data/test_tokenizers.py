@@ -167,9 +167,37 @@ def test_stories260k_tokenizer_loads(shared_data):
   path = shared_data / "stories260K" / "hf" / "tokenizer.json"
   stories = tokenizers.load_tokenizer(path)
   assert (stories.vocab_size, stories.end_id) == (512, 2)
+  assert stories.begin_ids.tolist() == [1]
   [ids] = stories.encode_batch(["Once upon a time"])
   assert ids.min() >= 3  # no special tokens in a stream
   assert stories.decode(ids).strip() == "Once upon a time"
+
+
+def _ids(parts):
+  return np.concatenate(list(parts)).tolist()
+
+
+def test_documents_begin_as_the_tokenizer_begins_one(tmp_path):
+  tokens = ["[UNK]", "a", "[PAD]", "[CLS]", "[SEP]"]
+  foreign = _foreign(tmp_path / "t.json", tokens, framed=True)
+  theirs = hf.Tokenizer.from_file(str(tmp_path / "t.json"))
+  theirs.no_padding()
+  alone = [theirs.encode(text).ids for text in ("a", "", "a")]
+  assert _ids(foreign.stream(["a", "", "a"])) == sum(alone, [])
+  empty = foreign.prompt(np.zeros(0, np.int32)).tolist()
+  assert _ids(foreign.stream([])) == empty == [3]
+  assert foreign.prompt(np.array([1])).tolist() == alone[0][:2]
+  mapped = tokenizers.MappedTokenizer(foreign, np.array([4, 3, 2, 1, 0]))
+  assert _ids(mapped.stream(["a"])) == [1, 3, 0]
+
+
+@OURS
+def test_where_nothing_begins_a_document_an_end_comes_before(tokenizer):
+  [ids] = tokenizer.encode_batch(["a"])
+  end = [tokenizer.end_id]
+  assert _ids(tokenizer.stream(["a", "a"])) == [*end, *ids, *end, *ids, *end]
+  assert tokenizer.prompt(ids).tolist() == ids.tolist()
+  assert tokenizer.prompt(ids[:0]).tolist() == end
 
 
 def test_vocabulary_that_cannot_hold_the_bytes_is_an_error():

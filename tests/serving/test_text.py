@@ -171,3 +171,15 @@ def test_a_classifier_is_refused_in_text(loaded):
     text_lib.continue_texts(
       models.make("classify"), ["a"], max_new_tokens=1, sampling=Sampling()
     )
+
+
+def test_a_story_begins_as_its_model_was_taught(shared_data, capsys):
+  folder = shared_data / "stories260K" / "hf"
+  argv = ["generate", str(folder), "--temperature=0", "--max-new-tokens=60"]
+  assert cli.main(argv) == 0
+  # As doc/stories260K.md of llama2.c prints it for these weights.
+  assert capsys.readouterr().out.startswith(
+    "Once upon a time, there was a little girl named Lily. She loved to play "
+    "outside in the park. One day, she saw a big, red ball. She wanted to play "
+    "with it, but it was too high"
+  )

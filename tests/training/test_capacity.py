@@ -65,6 +65,7 @@ def test_a_teacher_takes_two_bytes_a_dense_parameter(config_file):
   config.pretrained, config.distill.logits = "DENSE", 0.5
   taught = capacity.plan(config, capacity.Devices("cpu", 1, 1.0))
   assert taught["dense"] == alone["dense"]  # which learns from no other
+  assert "\nteacher" in plan_verb.table(taught)
   teacher = taught["compressed"]["bytes"].pop("teacher")
   assert teacher == 2 * alone["dense"]["parameters"]
   assert taught["compressed"]["bytes"] == alone["compressed"]["bytes"]

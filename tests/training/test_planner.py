@@ -116,6 +116,18 @@ def test_a_fit_of_attention_has_no_say():
   assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+  ("asked", "other"), [("groups", "v_block"), ("v_block", "groups")]
+)
+def test_what_is_asked_to_be_dense_stays_so(asked, other):
+  config = _config(overall=0.3, linear=None, embedding=None)
+  config.compress.qkv = 0.3
+  setattr(config.fold, asked, 0)
+  found = planner.plan(config, _trained(config), _batches()).fold
+  assert getattr(found, asked) == (0,) * N
+  assert any(getattr(found, other))
+
+
 def test_qkv_is_reached_by_folding():
   config = _config(overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.9

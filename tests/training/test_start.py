@@ -235,6 +235,16 @@ def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
   np.testing.assert_allclose(of_teacher, before, rtol=0.02, atol=0.02)
 
 
+def test_no_text_is_twice_in_calibration(dense_run, topics):
+  config = recovery_config(dense_run, topics)
+  data = make_data(config)
+  size = config.data.batch_size
+  epoch = data.num_examples["train"] // size
+  for count, batches in ((10_000, epoch), (size * 2, 2), (size + 1, 2)):
+    config.compress.calibration = count
+    assert len(start.calibration(config, data)) == batches
+
+
 @pytest.mark.slow
 def test_it_goes_on_as_if_never_stopped(
   folded_run, dense_run, topics, tmp_path, monkeypatch
