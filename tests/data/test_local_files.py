@@ -3,11 +3,11 @@ import json
 
 import numpy as np
 import pytest
-import text_files
 
 from folding.config import DataConfig
 from folding.data import sources
 from folding.schema import ConfigError
+from tests.data import text_files
 
 
 def test_tsv_folder_is_read_as_written(tmp_path):

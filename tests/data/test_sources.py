@@ -3,11 +3,11 @@ import collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import text_files
 
 from folding.config import DataConfig
 from folding.data import sources
 from folding.schema import ConfigError
+from tests.data import text_files
 
 ROWS = [(i % 3, f"text number {i} of {i % 3}") for i in range(60)]
 
