@@ -285,7 +285,8 @@ def fold_table(
 def calibration(config: Config, data: Data) -> Sequence[Mapping[str, Any]]:
   """Returns the first training batches, as many texts as the config says.
 
-  At most an epoch: a text that comes twice is no new one. Where the tokenizer was trimmed, the ids are those before.
+  At most an epoch: a text that comes twice is no new one. Where the tokenizer
+  was trimmed, the ids are those before.
   """
   size = config.data.batch_size
   epoch = data.num_examples["train"] // size
