@@ -33,9 +33,8 @@ class Data:
     tokens: int32[B, L].
     targets: int32[B, L], the token after each.
     weights: float32[B, L], 1 where the target is scored, 0 at padding.
-  The documents of a split are one stream, `end_id` before, between and after
-  them, in windows that share one token; so each token but the first `end_id`
-  is a target once.
+  The documents of a split are one stream (see `Tokenizer.stream`), in windows
+  that share one token; so each token but the first of all is a target once.
 
   A batch of classification ("classify"), Lb one of a few bucket lengths:
     tokens: int32[B, Lb].

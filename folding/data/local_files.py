@@ -258,13 +258,17 @@ def choose_text(place: str, columns: list[str], wanted: str | None) -> str:
     schema.ConfigError: no such column, or several that may be meant.
   """
   chosen = choose_field(place, columns, "text", wanted)
-  assert chosen is not None
+  if chosen is not None:
+    return chosen
   schema.require(
-    wanted is not None or chosen.lower() in TEXT_NAMES or len(columns) == 1,
+    bool(columns), f"{place} has no text column; set data.text_field"
+  )
+  schema.require(
+    len(columns) == 1,
     f"{place} has several columns of text ({', '.join(columns)}); say which in "
     "data.text_field",
   )
-  return chosen
+  return columns[0]
 
 
 def _is_number(cell: str) -> bool:
@@ -284,12 +288,14 @@ def choose_field(
   Args:
     place: What messages call the table.
     columns: Candidates, in order.
-    role: "text" or "label". A missing label column is None, as a language
-      model needs none; a missing text column is an error.
+    role: "text" or "label".
     wanted: The configured name; None: guess.
 
+  Returns:
+    The column; None: none is called as one of this role usually is.
+
   Raises:
-    schema.ConfigError: no such column.
+    schema.ConfigError: there is no column of the configured name.
   """
   listing = ", ".join(columns) or "none"
   if wanted is not None:
@@ -302,10 +308,5 @@ def choose_field(
   names = ("label",) if role == "label" else TEXT_NAMES
   # In lower case, as they are written, before any other.
   lowered = sorted(columns, key=lambda column: column.lower() != column)
-  usual = [c for name in names for c in lowered if c.lower() == name]
-  if role == "label":
-    return next(iter(usual), None)
-  schema.require(
-    bool(columns), f"{place} has no text column; set data.text_field"
-  )
-  return (usual or columns)[0]
+  usual = (c for name in names for c in lowered if c.lower() == name)
+  return next(usual, None)

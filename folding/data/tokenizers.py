@@ -92,7 +92,7 @@ class Tokenizer:
     Where nothing begins one, the first is after an end, as the others are.
     """
     end = np.array([self.end_id], np.int32)
-    yield self.begin_ids if self.begin_ids.size else end
+    yield self.prompt(end[:0])
     for number, ids in enumerate(self.encode_batch(texts)):
       if number:
         yield self.begin_ids
@@ -100,7 +100,11 @@ class Tokenizer:
       yield end
 
   def prompt(self, ids: np.ndarray) -> np.ndarray:
-    """Returns the ids of a text's start with what comes before them."""
+    """Returns the ids of a text's start, none as well, as a model reads them.
+
+    What begins a document comes before them; at least one id is given, so that
+    there is something to predict from.
+    """
     found = np.concatenate([self.begin_ids, ids])
     return found if found.size else np.array([self.end_id], np.int32)
 

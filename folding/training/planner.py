@@ -288,8 +288,8 @@ def _blocks(config: Config, n: int) -> tuple[int, ...]:
   m = config.model
   assert m.head_dim is not None
   is_free = m.num_heads * m.head_dim == m.width
-  is_asked = config_lib.at_layer(m, config.fold, n)[1].v_block == 0
-  return (0, 1) if is_free and not is_asked else (0,)
+  is_dense = config_lib.at_layer(m, config.fold, n)[1].v_block == 0  # as asked
+  return (0, 1) if is_free and not is_dense else (0,)
 
 
 @functools.partial(jax.jit, static_argnums=0)
