@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from folding import presets
 from folding.schema import require, require_seed
 
 _BY_WEIGHT = (("weight", "output"), ("weight", "all"))
@@ -147,7 +148,13 @@ def check_used(c: Any) -> None:
   Raises:
     ConfigError: a value would be passed over.
   """
-  d = c.distill
+  d, given = c.distill, presets.PRESETS[c.preset]["fpp"]
+  for name in ("linear", "embedding"):
+    require(
+      c.fpp.overall is None or getattr(c.fpp, name) in (None, given[name]),
+      f"fpp.overall decides how much goes of what; set that or fpp.{name}, not "
+      "both",
+    )
   require(
     bool(d.logits or d.hidden) or not (d.teacher or d.noise),
     "distill.teacher and distill.noise do nothing where distill.logits and "

@@ -15,21 +15,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from folding import config, files, schema
+from folding.data import special_tokens
+from folding.data.special_tokens import END, PAD, UNKNOWN, SpecialTokens
 
-PAD, END = "<pad>", "<end>"
 NUM_BYTES = 256
 TOKEN_MAP = "token_map.json"  # beside tokenizer.json, if ids are mapped
-# Names that other people's tokenizers have for the two, best first.
-_PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
-_END_NAMES = (
-  END,
-  "<|endoftext|>",
-  "</s>",
-  "<eos>",
-  "<|end_of_text|>",
-  "<|im_end|>",
-  "[SEP]",
-)
 
 # What may become one token: a word with the character before it, up to three
 # digits, punctuation with the line break and indent after it, or white space.
@@ -53,8 +43,10 @@ class Tokenizer:
   Attributes:
     vocab_size: V, number of ids, special tokens included.
     plain_size: V before ids were mapped to fewer.
-    pad_id: Id that fills up a batch; 0 where the tokenizer names none.
-    end_id: Id that ends a document; `pad_id` where the tokenizer names none.
+    special: Names of those that pad and end, as far as a file gives them; see
+      `folding.data.special_tokens` for what holds otherwise.
+    pad_id: Id that fills up a batch.
+    end_ids: int32, each ends a text.
     begin_ids: int32, what the tokenizer puts before a text by itself, such as a
       Llama's "<s>"; often nothing.
 
@@ -68,7 +60,11 @@ class Tokenizer:
     (3, 'é!')
   """
 
-  def __init__(self, inner: tokenizers.Tokenizer):
+  def __init__(
+    self,
+    inner: tokenizers.Tokenizer,
+    special: SpecialTokens = UNKNOWN,
+  ):
     # A file may ask to cut or pad; both are decided by batches.
     inner.no_truncation()
     inner.no_padding()
@@ -79,12 +75,18 @@ class Tokenizer:
     self._inner = inner
     self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
     self.plain_size = self.vocab_size
-    self.pad_id = _first_id(vocabulary, _PAD_NAMES, 0)
-    self.end_id = _first_id(vocabulary, _END_NAMES, self.pad_id)
     framed = inner.encode("a")
     is_text = np.array(framed.special_tokens_mask, np.int32) == 0
     begin = framed.ids[: int(is_text.argmax())] if is_text.any() else []
     self.begin_ids = np.array(begin, np.int32)
+    self.special = special
+    ends, self.pad_id = special.ids(vocabulary, begin)
+    self.end_ids = np.array(ends, np.int32)
+
+  @property
+  def end_id(self) -> int:
+    """What ends a document of a stream."""
+    return int(self.end_ids[0])
 
   def stream(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
     """Yields ids of documents in a row, each with its begin and its end.
@@ -162,6 +164,7 @@ class Tokenizer:
   def save(self, path: str) -> None:
     """Writes a tokenizer.json that `load_tokenizer` and others read."""
     files.write_file(path, self._inner.to_str(pretty=True))
+    self.special.save(pathlib.Path(path))
     pathlib.Path(path).with_name(TOKEN_MAP).unlink(missing_ok=True)
 
 
@@ -185,7 +188,8 @@ class MappedTokenizer(Tokenizer):
       f"a map of {len(token_map)} tokens does not fit a tokenizer of "
       f"{plain.vocab_size}",
     )
-    super().__init__(tokenizers.Tokenizer.from_str(plain.to_json()))
+    inner = tokenizers.Tokenizer.from_str(plain.to_json())
+    super().__init__(inner, plain.special)
     self.plain_size = len(token_map)
     if isinstance(plain, MappedTokenizer):
       self.plain_size = plain.plain_size
@@ -199,7 +203,7 @@ class MappedTokenizer(Tokenizer):
     self.token_map = token_map
     self.vocab_size = int(token_map.max()) + 1
     self.pad_id = int(token_map[self.pad_id])
-    self.end_id = int(token_map[self.end_id])
+    self.end_ids = token_map[self.end_ids].astype(np.int32)
     self.begin_ids = token_map[self.begin_ids].astype(np.int32)
     # Of the tokens that share an id, none is the one to decode to.
     new, old, count = np.unique(
@@ -275,14 +279,14 @@ def train_tokenizer(data: config.DataConfig, texts: Sequence[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-  """Reads a tokenizer.json, ours or another's, and a map of its ids, if any.
+  """Reads a tokenizer.json, ours or another's, and what is told beside it.
 
-  The special ids are those of the first usual name that the file has, such as
-  "[PAD]" and "</s>"; see `Tokenizer` for what holds without one.
+  That is which tokens pad and end, see `folding.data.special_tokens`, and a map
+  of its ids.
 
   Raises:
-    schema.ConfigError: the file is missing or is not a tokenizer, or the map
-      does not fit it.
+    schema.ConfigError: the file is missing or is not a tokenizer, or a file
+      beside it is damaged or does not fit it.
   """
   path = pathlib.Path(path)
   schema.require(
@@ -297,7 +301,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     raise schema.ConfigError(
       f"{path} is not a tokenizer.json of the `tokenizers` library ({error})"
     ) from error
-  plain, map_path = Tokenizer(inner), path.with_name(TOKEN_MAP)
+  plain = Tokenizer(inner, special_tokens.find(path, inner))
+  map_path = path.with_name(TOKEN_MAP)
   if not map_path.exists():
     return plain
   try:
@@ -309,12 +314,6 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     f"{map_path} is no list of token ids",
   )
   return MappedTokenizer(plain, token_map)
-
-
-def _first_id(
-  vocabulary: dict[str, int], names: Sequence[str], default: int
-) -> int:
-  return next((vocabulary[n] for n in names if n in vocabulary), default)
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:

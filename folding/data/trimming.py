@@ -68,14 +68,15 @@ def trimmed(
   )
   stays_V = np.zeros(tokenizer.vocab_size, bool)
   stays_V[: len(keep_V)] = keep_V[: len(stays_V)]
-  stays_V[[tokenizer.pad_id, tokenizer.end_id, *tokenizer.begin_ids]] = True
+  special = [tokenizer.pad_id, *tokenizer.end_ids, *tokenizer.begin_ids]
+  stays_V[special] = True
   values = json.loads(tokenizer.to_json())
   ids = _remove(values, stays_V)
   token_map = np.full(tokenizer.vocab_size, -1, np.int32)
   token_map[ids] = np.arange(len(ids))
   text = json.dumps(values, ensure_ascii=False)
-  plain = Tokenizer(tokenizers.Tokenizer.from_str(text))
-  return MappedTokenizer(plain, token_map)
+  inner = tokenizers.Tokenizer.from_str(text)
+  return MappedTokenizer(Tokenizer(inner, tokenizer.special), token_map)
 
 
 def _remove(values: dict[str, Any], keep_V) -> list[int]:

@@ -20,13 +20,24 @@ import tokenizers
 
 from folding import schema
 from folding.config import ModelConfig, Task
+from folding.data import special_tokens
 from folding.data import tokenizers as tokenizers_lib
 from folding.models import hf_config, hf_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PATTERNS = ("config.json", "tokenizer.json", "model*.safetensors", INDEX)
+_PATTERNS = (
+  *("config.json", "tokenizer.json", "model*.safetensors", INDEX),
+  special_tokens.GENERATION,
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Of BERT and of RoBERTa, by what transformers calls them.
+_ENCODER_TOKENS = {
+  "cls": ("[CLS]", "<s>"),
+  "sep": ("[SEP]", "</s>"),
+  "mask": ("[MASK]", "<mask>"),
+  "unk": ("[UNK]", "<unk>"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,8 +285,9 @@ def save_pretrained(
     label_names=tuple(label_names),
   )
   begin = tokenizer.begin_ids[0].item() if tokenizer.begin_ids.size else None
+  ends = tokenizer.end_ids.tolist()
   values = hf_config.to_hf(described) | {
-    "eos_token_id": tokenizer.end_id,
+    "eos_token_id": ends[0] if len(ends) == 1 else ends,
     "bos_token_id": begin,
     "torch_dtype": "float32",
   }
@@ -301,6 +313,11 @@ def save_pretrained(
     # GPT-2 would add token_type_ids to the embedding.
     "model_input_names": ["input_ids", "attention_mask"],
   }
+  if not config.causal:
+    options |= {
+      f"{kind}_token": next((x for x in found if x in names.get_vocab()), None)
+      for kind, found in _ENCODER_TOKENS.items()
+    }
   _write_json(folder / "tokenizer_config.json", options)
 
 

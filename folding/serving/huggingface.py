@@ -74,6 +74,7 @@ def export_hf(
   with tempfile.TemporaryDirectory() as folder:
     tokenizer_path = pathlib.Path(folder, TOKENIZER)
     tokenizer_path.write_text(tokenizer_json, "utf-8")
+    loaded.tokenizer.special.save(tokenizer_path)
     save_pretrained(
       params,
       model,

@@ -137,6 +137,9 @@ def _prepare(
   model, tokenizer = loaded.model, loaded.tokenizer
 
   def forward(tokens_BL, keep_BL):
+    # Any number may stand for padding, and one beyond the last embeds as NaN.
+    fill_BL = jnp.clip(tokens_BL, 0, tokenizer.plain_size - 1)
+    tokens_BL = jnp.where(keep_BL, tokens_BL, fill_BL)
     if isinstance(tokenizer, MappedTokenizer):
       tokens_BL = jnp.asarray(tokenizer.token_map, jnp.int32)[tokens_BL]
     return model.apply({"params": loaded.params}, tokens_BL, keep_BL)

@@ -44,7 +44,7 @@ def continue_texts(
     max_new_tokens=max_new_tokens,
     sampling=sampling,
     # A new document begins where one has ended.
-    end_id=[tokenizer.end_id, *tokenizer.begin_ids.tolist()],
+    end_id=[*tokenizer.end_ids.tolist(), *tokenizer.begin_ids.tolist()],
   )
   return _printed(tokenizer, texts, prompts, parts)
 

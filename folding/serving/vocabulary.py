@@ -63,9 +63,8 @@ def trim(
   )
   keep_V = (row_V >= 0) & is_used[row_V]
   text, kept = trim_tokenizer(tokenizer.to_json(), keep_V)
-  return _cut(params, row_V[kept]), Tokenizer(
-    tokenizers.Tokenizer.from_str(text)
-  )
+  inner = tokenizers.Tokenizer.from_str(text)
+  return _cut(params, row_V[kept]), Tokenizer(inner, tokenizer.special)
 
 
 def _is_used(params: dict[str, Any]) -> np.ndarray:

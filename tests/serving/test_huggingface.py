@@ -67,6 +67,12 @@ def test_transformers_predicts_the_same(transformers, name, tmp_path):
   }
   theirs = of_task[model.config.task].from_pretrained(tmp_path / "out").eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  named = {"[PAD]", "[CLS]", "[SEP]"}
+  if not model.config.model.causal:
+    named |= {"[UNK]"}
+    assert (tokenizer.cls_token, tokenizer.sep_token) == ("[CLS]", "[SEP]")
+    assert (tokenizer.unk_token, tokenizer.mask_token) == ("[UNK]", None)
+  assert set(tokenizer.all_special_tokens) == named
   texts = ["the cats sat on a mat", "a dog"]
   batch = tokenizer(texts, return_tensors="pt", padding=True)
   with torch.no_grad():

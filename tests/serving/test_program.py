@@ -125,6 +125,19 @@ def test_a_program_reads_the_ids_of_its_tokenizer(tmp_path):
   np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_padding_may_be_any_number(tmp_path):
+  model = models.make()
+  for name, one in (("plain", model), ("mapped", shrunk(model))):
+    program.export_stablehlo(tmp_path / name, one)
+    tokens, keep = _batch(model, 8)
+    assert not keep.all()
+    call = _load(tmp_path / name).call
+    expected = np.asarray(call(tokens, keep))
+    for value in (-1, -300, 10**6):
+      found = call(np.where(keep, tokens, value).astype(np.int32), keep)
+      np.testing.assert_array_equal(found, expected)
+
+
 def test_learned_positions_end(tmp_path):
   model = models.make(model=c.bert(**models.SHAPE), length=8)
   program.export_stablehlo(tmp_path / "out", model)

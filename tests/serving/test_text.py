@@ -1,9 +1,11 @@
 import io
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from folding import cli
 from folding import config as c
@@ -11,9 +13,11 @@ from folding.data.tokenizers import train_tokenizer
 from folding.models.transformer import make_model
 from folding.schema import ConfigError
 from folding.serving import export as export_lib
+from folding.serving import huggingface
 from folding.serving import text as text_lib
 from folding.serving.generate import Generator
 from folding.serving.sampling import Sampling
+from tests.models import checkpoints
 from tests.serving import models
 
 NEW = 12
@@ -183,3 +187,50 @@ def test_a_story_begins_as_its_model_was_taught(shared_data, capsys):
     "outside in the park. One day, she saw a big, red ball. She wanted to play "
     "with it, but it was too high"
   )
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torch
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
+def test_a_text_ends_where_transformers_ends_it(tmp_path, place):
+  reason = "needs the extra `parity` (PyTorch and transformers)"
+  torch = pytest.importorskip("torch", reason=reason)
+  transformers = pytest.importorskip("transformers", reason=reason)
+  transformers.logging.set_verbosity_error()
+  words = [*checkpoints.WORDS, *(f"w{i}" for i in range(10, checkpoints.V))]
+  folder, out = tmp_path / "llama", tmp_path / "out"
+  params = checkpoints.random_params(checkpoints.description("llama", "lm"))
+  params["head"]["kernel"][:, :4] = 0  # says no token that is not printed
+  checkpoints.write(folder, "llama", "lm", params, words)
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  tokenizer.add_tokens(words)  # so that each may be what ends
+  tokenizer.save(str(folder / "tokenizer.json"))
+  sampling = Sampling()
+
+  def ours(path):
+    loaded = export_lib.load(path)
+    parts = text_lib.continue_texts(
+      loaded, ["a b"], max_new_tokens=8, sampling=sampling
+    )
+    return "".join(parts).split()
+
+  def theirs(path):
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, ids = load(path).eval(), torch.tensor([[1, 4, 5]])
+    ids = model.generate(ids, max_new_tokens=8, do_sample=False)
+    return tokenizer.decode(ids[0].tolist()).split()
+
+  free = theirs(folder)
+  assert ours(folder) == free
+  assert len(free) == 10  # nothing has ended it
+  ends = [tokenizer.token_to_id(free[6]), tokenizer.token_to_id(free[5])]
+  values = json.loads((folder / "config.json").read_text("utf-8"))
+  values |= {"eos_token_id": ends[0]}
+  (folder / "config.json").write_text(json.dumps(values))
+  if place == "generation_config.json":
+    values = {"eos_token_id": ends, "do_sample": False}
+    (folder / place).write_text(json.dumps(values))
+  expected = theirs(folder)
+  assert 4 <= len(expected) < 10
+  assert ours(folder) == expected
+  huggingface.export_hf(out, export_lib.load(folder))
+  assert ours(out) == theirs(out) == expected

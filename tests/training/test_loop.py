@@ -251,6 +251,8 @@ def test_other_devices_are_no_other_config(finished):
     ({"mesh": {"data": 3}}, "does not multiply"),
     ({"mesh": {"rules": "nope=fsdp"}}, "'nope' matches no parameter"),
     ({"fpp": {"overall": 0.99}}, "cannot be reached"),
+    ({"fpp": {"overall": 0.3, "linear": 0.9}}, "or fpp.linear, not both"),
+    ({"fpp": {"overall": 0.3, "embedding": 0.9}}, "or fpp.embedding, not"),
     ({"compress": {"qkv": 0.9}}, "compress.qkv is for compress.plan='auto'"),
     ({"distill": {"noise": 0.3}}, "do nothing where distill.logits and"),
   ],

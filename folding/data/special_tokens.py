@@ -1,0 +1,121 @@
+"""Which tokens end a text, and which fills up a batch.
+
+A tokenizer.json does not say. The config of a checkpoint beside it may, by
+their ids; what a run or an export holds has a file of its own, by their names,
+as ids change where tokens are removed.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from folding import files, schema
+
+FILE = "special_tokens.json"  # beside tokenizer.json
+GENERATION = "generation_config.json"  # of a checkpoint; goes before its config
+PAD, END = "<pad>", "<end>"  # of our own tokenizers
+# Names of other people's, best first, where no file says which.
+_PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
+_END_NAMES = (
+  END,
+  "<|endoftext|>",
+  "</s>",
+  "<eos>",
+  "<|end_of_text|>",
+  "<｜end▁of▁sentence｜>",
+  "<|im_end|>",
+  "[SEP]",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+  """What a file says of a tokenizer, by name.
+
+  Attributes:
+    ends: Each ends a text, and the first a document of a stream; (): unknown.
+    pad: Fills up; None: unknown.
+  """
+
+  ends: tuple[str, ...] = ()
+  pad: str | None = None
+
+  def ids(
+    self, vocabulary: Mapping[str, int], begin: Sequence[int]
+  ) -> tuple[list[int], int]:
+    """Returns ids of what ends a text, at least one, and of what fills up.
+
+    What is unknown is the first usual name that the vocabulary has. Without one
+    a text ends where another begins (with id 0 where nothing does that), and is
+    filled up with what ends it.
+
+    Args:
+      vocabulary: {token: id}, special tokens included.
+      begin: Ids that the tokenizer puts before a text.
+    """
+    ends = [vocabulary[token] for token in self.ends if token in vocabulary]
+    if not ends:
+      named = [
+        vocabulary[n] for n in _END_NAMES + _PAD_NAMES if n in vocabulary
+      ]
+      ends = [*named, *begin, 0][:1]
+    names = [] if self.pad is None else [self.pad]
+    pads = [vocabulary[n] for n in (*names, *_PAD_NAMES) if n in vocabulary]
+    return ends, [*pads, ends[0]][0]
+
+  def save(self, tokenizer_path: pathlib.Path) -> None:
+    """Writes the file beside a tokenizer.json, none where nothing is known."""
+    path = tokenizer_path.with_name(FILE)
+    if self == UNKNOWN:
+      path.unlink(missing_ok=True)
+    else:
+      text = json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+      files.write_file(str(path), text + "\n")
+
+
+UNKNOWN = SpecialTokens()
+
+
+def find(
+  tokenizer_path: pathlib.Path, inner: tokenizers.Tokenizer
+) -> SpecialTokens:
+  """Returns what the files beside a tokenizer.json say of it.
+
+  Of a checkpoint only ids are believed that are added tokens of the tokenizer:
+  a config may hold the defaults of its class, of whatever tokenizer.
+
+  Args:
+    tokenizer_path: Of the tokenizer.json.
+    inner: What it holds.
+
+  Raises:
+    schema.ConfigError: one of the files is damaged.
+  """
+  path = tokenizer_path.with_name(FILE)
+  if path.is_file():
+    return schema.build(SpecialTokens, _read(path), str(path))
+  added = {i: t.content for i, t in inner.get_added_tokens_decoder().items()}
+  given: dict[str, Any] = {}
+  for name in ("config.json", GENERATION):
+    path = tokenizer_path.with_name(name)
+    if path.is_file():
+      given |= {k: v for k, v in _read(path).items() if v is not None}
+  ends, pad = given.get("eos_token_id", ()), given.get("pad_token_id")
+  ends = ends if isinstance(ends, list | tuple) else [ends]
+  return SpecialTokens(
+    ends=tuple(added[i] for i in ends if type(i) is int and i in added),
+    pad=added.get(pad) if type(pad) is int else None,
+  )
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    values = json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise schema.ConfigError(f"{path} is no JSON ({error})") from None
+  schema.require(isinstance(values, dict), f"{path} is no JSON object")
+  return values
