@@ -67,9 +67,9 @@ def measure(workdir: str, fractions: list[float]) -> list[dict[str, Any]]:
     found = checkpoints.restore_best(run.like)
   assert found is not None
   params = jax.tree.map(np.asarray, found[1].params)
-  plain, batch_size = run.data.tokenizer, run.config.data.batch_size
+  plain = run.data.tokenizer
   embedding_VD = params["embed"]["embedding"]
-  usage_V = token_usage(run.data, batch_size, len(embedding_VD))
+  usage_V = token_usage(run.data, len(embedding_VD))
 
   def with_rows(rows):
     return {**params, "embed": {"embedding": rows}}

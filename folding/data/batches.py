@@ -53,6 +53,8 @@ class Data:
       evaluation / ln 2 / num_bytes is bits per byte. {} for "classify".
     num_examples: Windows or rows of each split.
     digest: SHA-256 of all text and labels, in hexadecimal.
+    token_counts: int64[V], how often training has each token, all rows or
+      windows of it once.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -61,6 +63,8 @@ class Data:
   num_bytes: dict[str, int]
   num_examples: dict[str, int]
   digest: str
+  token_counts: np.ndarray
+  _first_batch: int
   _train_batch: Callable[[int], Batch]
   _eval_batch: Callable[[str, int], Batch]
   _eval_batch_size: int
@@ -68,7 +72,16 @@ class Data:
 
   def train_batch(self, step: int) -> Batch:
     """Returns the batch of a step: the same whenever it is asked for."""
-    return self._train_batch(step)
+    return self._train_batch(self._first_batch + step)
+
+  def first_epoch(self, batch_size: int) -> Iterator[Batch]:
+    """Yields batches of training that share no row, whatever the first step is.
+
+    Args:
+      batch_size: Over all processes.
+    """
+    for index in range(self.num_examples["train"] // batch_size):
+      yield self._train_batch(index)
 
   def train_batches(self, first_step: int) -> Iterator[Batch]:
     """Yields the batches from a step on, prepared ahead by a thread."""
@@ -77,7 +90,7 @@ class Data:
       num_threads=min(ahead, 1), prefetch_buffer_size=ahead
     )
     steps = grain.MapDataset.range(first_step, _FOREVER)
-    return iter(steps.map(self._train_batch).to_iter_dataset(options))
+    return iter(steps.map(self.train_batch).to_iter_dataset(options))
 
   def eval_batches(self, split: str) -> Iterator[Batch]:
     """Yields a whole split once, in order; padding has weight 0.
@@ -128,10 +141,9 @@ def make_data(
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
   plan = _plan_lm if config.task == "lm" else _plan_classify
-  train_batch, eval_batch, num_examples = plan(
+  train_batch, eval_batch, num_examples, train_ids = plan(
     data, texts, tokenizer, seed, share
   )
-  first = data.first_batch
   num_bytes = {}
   if config.task == "lm":
     num_bytes = {
@@ -145,7 +157,9 @@ def make_data(
     num_bytes=num_bytes,
     num_examples=num_examples,
     digest=_digest(texts),
-    _train_batch=lambda step: train_batch(first + step),
+    token_counts=np.bincount(train_ids, minlength=tokenizer.vocab_size),
+    _first_batch=data.first_batch,
+    _train_batch=train_batch,
     _eval_batch=eval_batch,
     _eval_batch_size=data.eval_batch_size,
     _prefetch_batches=data.prefetch_batches,
@@ -171,7 +185,7 @@ def _plan_lm(
   seed: int,
   share: slice,
 ):
-  """Returns the two batch functions and the number of windows by split."""
+  """Returns the two batch functions, windows by split, ids of training."""
   length = data.length
   streams = {
     split: _stream(tokenizer, texts.texts[split]) for split in sources.SPLITS
@@ -203,7 +217,7 @@ def _plan_lm(
     start = index * data.eval_batch_size
     return windows(split, np.arange(start, start + data.eval_batch_size)[share])
 
-  return train_batch, eval_batch, sizes
+  return train_batch, eval_batch, sizes, streams["train"]
 
 
 def _stream(tokenizer: tokenizers.Tokenizer, texts) -> np.ndarray:
@@ -219,7 +233,7 @@ def _plan_classify(
   seed: int,
   share: slice,
 ):
-  """Returns the two batch functions and the number of rows by split."""
+  """Returns the two batch functions, rows by split, and ids of training."""
   assert texts.labels is not None
   labels = texts.labels
   buckets = bucket_lengths(data.length)
@@ -270,7 +284,7 @@ def _plan_classify(
     bucket = buckets[int(np.searchsorted(buckets, longest))]
     return rows(split, members, bucket, size)
 
-  return train_batch, eval_batch, sizes
+  return train_batch, eval_batch, sizes, np.concatenate(ids["train"])
 
 
 def encode_rows(
@@ -292,13 +306,15 @@ def _bucketed(
 ) -> list[tuple[int, np.ndarray]]:
   """Returns an epoch's batches as (bucket length, rows), in random order.
 
-  Rows that do not fill a batch of their bucket move up to the next, so that an
-  epoch leaves out fewer than B rows, those of the last bucket's remainder.
+  Fewer than B rows are left out, of any length. Others that do not fill a batch
+  of their bucket move up to the next.
   """
   batches, left = [], np.array([], np.int64)
+  num_rows = len(bucket_of) // batch_size * batch_size
+  stays = rng.permutation(len(bucket_of))[:num_rows]
   for bucket, length in enumerate(buckets):
-    own = rng.permutation(np.flatnonzero(bucket_of == bucket))
-    # What moved up goes first, lest it move up again or be left out.
+    own = stays[bucket_of[stays] == bucket]
+    # What moved up goes first, lest it move up again.
     members = np.concatenate([left, own])
     num_full = len(members) // batch_size * batch_size
     for batch in rng.permutation(members[:num_full]).reshape(-1, batch_size):

@@ -177,13 +177,6 @@ def any_process(flag: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def sum_processes(array: np.ndarray) -> np.ndarray:
-  """Returns the sum of the arrays of all processes; all of them must ask."""
-  if jax.process_count() == 1:
-    return array
-  return multihost_utils.process_allgather(array).sum(axis=0)
-
-
 def to_host(tree: Any) -> Any:
   """Returns whole NumPy arrays in each process; all of them must ask."""
   if jax.process_count() == 1:

@@ -102,7 +102,9 @@ def _rules(
   if embedding:
     unit, score = "row", f.embedding_score
     pattern = _TOKENS  # a row of the positions is no token
-    if f.embedding_granularity == "weight":
+    if f.embedding_granularity != "weight":
+      score = score or "activation"  # how common each token is
+    else:
       unit, pattern = "weight", f"({_TOKENS}|position_embed/embedding)"
       # Where it is the output layer too, each token has a gradient at each step.
       tied = config.task == "lm" and config.model.tie_embeddings

@@ -119,7 +119,7 @@ class Run:
     f = self.config.fpp
     if f.embedding_granularity != "weight" and self.rules:
       size = self.like.params["embed"]["embedding"].shape[0]
-      found["usage"] = token_usage(self.data, self.config.data.batch_size, size)
+      found["usage"] = token_usage(self.data, size)
     found = jax.device_put(found, sharding.whole(self.mesh))
     if self.teacher is not None:
       params = self.teacher[1]

@@ -5,6 +5,7 @@ the config asks, and drawn anew where the source has nothing (a head for other
 classes).
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -283,15 +284,14 @@ def fold_table(
 
 
 def calibration(config: Config, data: Data) -> Sequence[Mapping[str, Any]]:
-  """Returns the first training batches, as many texts as the config says.
+  """Returns batches of training, as many texts as the config says.
 
-  At most an epoch: a text that comes twice is no new one. Where the tokenizer
-  was trimmed, the ids are those before.
+  They are those of the first epoch, at most all of it: a text that comes twice
+  is no new one. Where the tokenizer was trimmed, the ids are those before.
   """
   size = config.data.batch_size
-  epoch = data.num_examples["train"] // size
-  count = min(-(-config.compress.calibration // size), epoch)
-  batches = [data.train_batch(step) for step in range(count)]
+  count = -(-config.compress.calibration // size)
+  batches = list(itertools.islice(data.first_epoch(size), count))
   if isinstance(data.tokenizer, MappedTokenizer):
     for batch in batches:
       batch["tokens"] = data.tokenizer.plain_ids[batch["tokens"]]

@@ -11,13 +11,12 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer, Tokenizer
 from folding.data.trimming import trimmed
 from folding.models.transformer import make_model, param_shapes
-from folding.training import distributed
 from folding.training.optimizer import embedding_fraction, make_rules
 from folding.training.planner import outer_fractions
 
 
-def token_usage(data: Data, batch_size: int, size: int) -> np.ndarray:
-  """Returns float32[size], the share of each token in an epoch of training.
+def token_usage(data: Data, size: int) -> np.ndarray:
+  """Returns float32[size], the share of each token in the text of training.
 
   All are positive. Tokens that it does not have are told apart by their ids, as
   vocabularies run from frequent to rare ones: the last are the least likely to
@@ -25,16 +24,10 @@ def token_usage(data: Data, batch_size: int, size: int) -> np.ndarray:
 
   Args:
     data: Of a run.
-    batch_size: Over all processes.
     size: V, rows of the embedding.
   """
-  count_V = np.zeros(size)
-  for step in range(data.num_examples["train"] // batch_size):
-    batch = data.train_batch(step)
-    tokens = batch["tokens"][batch.get("mask", batch["tokens"] >= 0)]
-    count_V += np.bincount(tokens, minlength=size)
-  count_V = distributed.sum_processes(count_V)
-  count_V += 0.5 * (1 - np.arange(size) / size)  # all of it less than a use
+  count_V = 0.5 * (1 - np.arange(size) / size)  # all of it less than a use
+  count_V[: len(data.token_counts)] += data.token_counts
   return (count_V / count_V.sum()).astype(np.float32)
 
 
@@ -57,7 +50,7 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   fraction = _fraction(config, data)
   if not fraction:
     return data
-  usage_V = token_usage(data, config.data.batch_size, size)
+  usage_V = token_usage(data, size)
   tokenizer = without_least_used(data.tokenizer, usage_V, fraction)
   return make_data(config, tokenizer, jax.process_index(), jax.process_count())
 

@@ -210,6 +210,39 @@ def test_classify_epochs_have_each_row_at_most_once(tmp_path):
   assert len(dropped) > 3  # not the same rows each epoch
 
 
+def test_rare_long_rows_are_trained_on_as_others(tmp_path):
+  lengths = [90 if i % 20 == 7 else 9 for i in range(79)]  # 4 long, B of 8
+  rows, config = _classify(tmp_path, lengths)
+  data = batches.make_data(config)
+  seen = collections.Counter()
+  for step in range(40 * 9):
+    seen.update(_check_rows(data, data.train_batch(step), rows))
+  # 72 of 79 an epoch: 36.5 of 40 each, with a standard deviation of 1.8.
+  assert min(seen[i] for i in range(79)) >= 29
+
+
+def test_the_first_epoch_is_whole_wherever_a_run_begins(tmp_path):
+  lengths = [5 + i for i in range(43)]
+  rows, config = _classify(tmp_path, lengths, first_batch=3)
+  data = batches.make_data(config)
+  numbers = []
+  for batch in data.first_epoch(8):
+    numbers += _check_rows(data, batch, rows)
+  assert len(numbers) == len(set(numbers)) == 40
+
+
+def test_tokens_are_counted_in_all_the_text_of_training(tmp_path):
+  rows, config = _classify(tmp_path)
+  data = batches.make_data(config)
+  cut = [ids for _, text in rows for ids in data.tokenizer.encode_batch([text])]
+  expected = collections.Counter(i for ids in cut for i in ids[:100].tolist())
+  found = {i: n for i, n in enumerate(data.token_counts.tolist()) if n}
+  assert (found, len(data.token_counts)) == (expected, 258)
+  lm = batches.make_data(_lm(tmp_path))
+  stream = collections.Counter(_stream(lm.tokenizer, DOCS))
+  assert {i: n for i, n in enumerate(lm.token_counts.tolist()) if n} == stream
+
+
 def test_a_row_is_in_its_bucket_or_moved_up_a_remainder(tmp_path):
   rows, config = _classify(tmp_path)
   data = batches.make_data(config)

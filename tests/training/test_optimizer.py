@@ -146,7 +146,9 @@ def test_rules_of_a_config(fields, expected):
   [
     ({}, "magnitude"),
     ({"score": "activation"}, "magnitude"),
-    ({"embedding_granularity": "row"}, None),
+    ({"embedding_granularity": "row"}, "activation"),
+    ({"embedding_granularity": "row", "score": "saliency"}, "activation"),
+    ({"embedding_granularity": "row", "score": "movement"}, "activation"),
     ({"score": "movement"}, "magnitude"),
     ({"score": "saliency"}, None),
     ({"score": "evolution"}, None),

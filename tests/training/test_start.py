@@ -151,14 +151,20 @@ def test_a_run_folds_recovers_and_can_be_read(folded_run):
   assert 1 - alive / rows == pytest.approx(linear, abs=0.1)
 
 
-def test_no_text_is_twice_in_calibration(dense_run, topics):
+@pytest.mark.parametrize("first_batch", [0, 5])
+def test_no_text_is_twice_in_calibration(dense_run, topics, first_batch):
   config = recovery_config(dense_run, topics)
+  config.data.first_batch = first_batch
   data = make_data(config)
   size = config.data.batch_size
   epoch = data.num_examples["train"] // size
   for count, batches in ((10_000, epoch), (size * 2, 2), (size + 1, 2)):
     config.compress.calibration = count
-    assert len(start.calibration(config, data)) == batches
+    found = start.calibration(config, data)
+    assert len(found) == batches
+    # Of one epoch, and not what is left of one and some of the next.
+    for batch, first in zip(found, data.first_epoch(size), strict=False):
+      np.testing.assert_array_equal(batch["tokens"], first["tokens"])
 
 
 @pytest.mark.slow

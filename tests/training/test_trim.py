@@ -90,7 +90,8 @@ def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
   before = _logits(dense, expected, plain, text)
   after = _logits(model, params, data, text)
   np.testing.assert_array_equal(after, before)
-  batch, ours = start.calibration(config, data)[0], data.train_batch(0)
+  batch = start.calibration(config, data)[0]
+  ours = next(data.first_epoch(config.data.batch_size))
   for old, new in zip(batch["tokens"], ours["tokens"], strict=True):
     assert plain.tokenizer.decode(old) == data.tokenizer.decode(new)
   half = jax.tree.map(lambda w: w.astype(np.float32), taught[1])
