@@ -121,9 +121,9 @@ class FPPConfig:
   overall: float | None = None  # fraction of the whole model to save
   embedding_share: float | None = None  # None: 0.2 for "lm", 1 for "classify"
   score: Score = "relative"
-  # Of embeddings. None: as `score`, but "magnitude" for single weights where that
-  # tells how often a token occurs, which would empty rare ones, or common ones
-  # ("saliency" does not where the embedding is the output layer too).
+  # Of embeddings. None: of rows "activation", how common a token is; of weights as
+  # `score`, but "magnitude" where that tells how common it is, and so would empty
+  # rare ones ("saliency" does not where the embedding is the output layer too).
   embedding_score: Score | None = None
   granularity: Literal["weight", "neuron", "2:4"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), or whole heads.

@@ -38,6 +38,9 @@ def _methods() -> dict[str, Method]:
     changed = {"model__positions": positions}
     found[f"dense-{positions}"] = _dense(f"positions: {positions}", **changed)
     found[positions] = _ours(f"positions: {positions}", **changed)
+    found[f"{positions}-groups-4"] = _ours(
+      f"positions: {positions}, G = 4", fold__groups=4, **changed
+    )
   for heads in (4, 8, 32):
     changed = {"model__num_heads": heads}
     found[f"dense-heads-{heads}"] = _dense(f"{heads} heads", **changed)

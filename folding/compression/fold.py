@@ -74,8 +74,8 @@ def fold(
 ) -> dict[str, Any]:
   """Returns the stored form of parameters that are already folded in value.
 
-  The inverse of `unfold`, bit for bit, but for pairs of rotary positions and
-  keys that it had to repeat: rows of a group must be identical and W_V exactly
+  The inverse of `unfold`, bit for bit, but for pairs of rotary positions, keys
+  that it had to repeat, and a W_V that was left out as it is the identity: rows of a group must be identical and W_V exactly
   block-diagonal. (Zero groups or a zero block leave W_Q and W_K, or W_V, dense.)
   What is folded already stays so, or is folded further on the same axis.
 

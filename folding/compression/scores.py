@@ -53,7 +53,8 @@ def observe_stat(
       f"{average.shape}: it is the mean square of each"
     )
   stat = stat.reshape(stat.shape + (1,) * (average.ndim - stat.ndim))
-  return average + weight * (jnp.broadcast_to(stat, average.shape) - average)
+  stat = jnp.broadcast_to(stat, average.shape)
+  return _finite(average + weight * (stat - average), average)
 
 
 def observe_gradient(
@@ -62,7 +63,12 @@ def observe_gradient(
   """Moves the average of "saliency" (|w g|) or "movement" (-w g)."""
   wg = w.astype(jnp.float32) * g.astype(jnp.float32)
   new = jnp.abs(wg) if score == "saliency" else -wg
-  return decay * average + (1 - decay) * new
+  return _finite(decay * average + (1 - decay) * new, average)
+
+
+def _finite(new: jax.Array, average: jax.Array) -> jax.Array:
+  """Leaves out what is not finite: an optimizer may skip such a step."""
+  return jnp.where(jnp.isfinite(new), new, average)
 
 
 def observe_check(

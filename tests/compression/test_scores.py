@@ -136,3 +136,21 @@ def test_evolution_starts_at_the_first_magnitude_then_decays():
   a = np.abs(w)
   expected = 0.9 * (0.9 * a[0] + 0.1 * a[1]) + 0.1 * a[2]
   np.testing.assert_allclose(average, expected, rtol=1e-6)
+
+
+def test_a_step_that_is_not_finite_leaves_averages_as_they_were():
+  average, w = _normal((3, 4)).astype(np.float32), jnp.asarray(_normal((3, 4)))
+  bad = np.zeros((3, 4), bool)
+  bad[0, 1], bad[2] = True, True
+  for value in (np.nan, np.inf):
+    g = jnp.where(bad, value, 1.5)
+    for name in ("saliency", "movement"):
+      found = scores.observe_gradient(name, jnp.asarray(average), w, g, 0.9)
+      sign = np.abs(w) if name == "saliency" else -w
+      expected = np.where(bad, average, 0.9 * average + 0.1 * 1.5 * sign)
+      np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    stat = jnp.where(bad[:, 0], value, jnp.arange(1.0, 4.0))
+    found = scores.observe_stat(
+      jnp.ones(3), stat.at[0].set(value), jnp.array(0.25)
+    )
+    np.testing.assert_allclose(found, [1, 1.25, 1], rtol=1e-6)
