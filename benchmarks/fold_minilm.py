@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import output
 from folding import config as config_lib
-from folding.data.batches import bucket_lengths
+from folding.data.buckets import bucket_lengths
 from folding.data.tokenizers import Tokenizer, load_tokenizer
 from folding.models.pretrained import Pretrained, load_pretrained
 from folding.training import fold_pretrained as fold_lib

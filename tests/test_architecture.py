@@ -22,6 +22,7 @@ ORDER = {
       "special_tokens",
       "tokenizers",
       "trimming",
+      "buckets",
       "batches",
     ),
   ],

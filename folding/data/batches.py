@@ -18,10 +18,10 @@ import numpy as np
 from folding import config as config_lib
 from folding import schema
 from folding.data import sources, tokenizers
+from folding.data.buckets import bucket_lengths, bucketed
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
-SHORTEST_BUCKET = 16
 _FOREVER = 1 << 40  # steps; Grain wants some number
 
 
@@ -53,8 +53,6 @@ class Data:
       evaluation / ln 2 / num_bytes is bits per byte. {} for "classify".
     num_examples: Windows or rows of each split.
     digest: SHA-256 of all text and labels, in hexadecimal.
-    token_counts: int64[V], how often training has each token, all rows or
-      windows of it once.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -63,8 +61,8 @@ class Data:
   num_bytes: dict[str, int]
   num_examples: dict[str, int]
   digest: str
-  token_counts: np.ndarray
   _first_batch: int
+  _train_ids: Sequence[np.ndarray]
   _train_batch: Callable[[int], Batch]
   _eval_batch: Callable[[str, int], Batch]
   _eval_batch_size: int
@@ -82,6 +80,16 @@ class Data:
     """
     for index in range(self.num_examples["train"] // batch_size):
       yield self._train_batch(index)
+
+  def token_counts(self) -> np.ndarray:
+    """Returns int64[V], how often the text of training has each token."""
+    size, group = self.tokenizer.vocab_size, 256
+    count_V = np.zeros(size, np.int64)
+    # Not all at once: NumPy counts in eight bytes a token.
+    for start in range(0, len(self._train_ids), group):
+      ids = np.concatenate(self._train_ids[start : start + group])
+      count_V += np.bincount(ids, minlength=size)
+    return count_V
 
   def train_batches(self, first_step: int) -> Iterator[Batch]:
     """Yields the batches from a step on, prepared ahead by a thread."""
@@ -157,8 +165,8 @@ def make_data(
     num_bytes=num_bytes,
     num_examples=num_examples,
     digest=_digest(texts),
-    token_counts=np.bincount(train_ids, minlength=tokenizer.vocab_size),
     _first_batch=data.first_batch,
+    _train_ids=train_ids,
     _train_batch=train_batch,
     _eval_batch=eval_batch,
     _eval_batch_size=data.eval_batch_size,
@@ -217,7 +225,9 @@ def _plan_lm(
     start = index * data.eval_batch_size
     return windows(split, np.arange(start, start + data.eval_batch_size)[share])
 
-  return train_batch, eval_batch, sizes, streams["train"]
+  stream = streams["train"]
+  pieces = [stream[i : i + 4096] for i in range(0, len(stream), 4096)]
+  return train_batch, eval_batch, sizes, pieces
 
 
 def _stream(tokenizer: tokenizers.Tokenizer, texts) -> np.ndarray:
@@ -270,7 +280,7 @@ def _plan_classify(
   @functools.lru_cache(maxsize=2)
   def epoch_batches(epoch: int) -> list[tuple[int, np.ndarray]]:
     rng = np.random.default_rng([seed, epoch])
-    return _bucketed(rng, bucket_of, buckets, data.batch_size)
+    return bucketed(rng, bucket_of, buckets, data.batch_size)
 
   def train_batch(step: int) -> Batch:
     epoch, index = divmod(step, num_batches)
@@ -284,7 +294,7 @@ def _plan_classify(
     bucket = buckets[int(np.searchsorted(buckets, longest))]
     return rows(split, members, bucket, size)
 
-  return train_batch, eval_batch, sizes, np.concatenate(ids["train"])
+  return train_batch, eval_batch, sizes, ids["train"]
 
 
 def encode_rows(
@@ -296,45 +306,6 @@ def encode_rows(
   return [
     row if row.size else end for row in tokenizer.encode_batch(texts, length)
   ]
-
-
-def _bucketed(
-  rng: np.random.Generator,
-  bucket_of: np.ndarray,
-  buckets: list[int],
-  batch_size: int,
-) -> list[tuple[int, np.ndarray]]:
-  """Returns an epoch's batches as (bucket length, rows), in random order.
-
-  Fewer than B rows are left out, of any length. Others that do not fill a batch
-  of their bucket move up to the next.
-  """
-  batches, left = [], np.array([], np.int64)
-  num_rows = len(bucket_of) // batch_size * batch_size
-  stays = rng.permutation(len(bucket_of))[:num_rows]
-  for bucket, length in enumerate(buckets):
-    own = stays[bucket_of[stays] == bucket]
-    # What moved up goes first, lest it move up again.
-    members = np.concatenate([left, own])
-    num_full = len(members) // batch_size * batch_size
-    for batch in rng.permutation(members[:num_full]).reshape(-1, batch_size):
-      batches.append((length, batch))
-    left = members[num_full:]
-  return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def bucket_lengths(length: int) -> list[int]:
-  """Returns the bucket lengths: powers of two below `length`, and `length`.
-
-  Example:
-    >>> bucket_lengths(100), bucket_lengths(64)
-    ([16, 32, 64, 100], [16, 32, 64])
-  """
-  lengths, bucket = [], SHORTEST_BUCKET
-  while bucket < length:
-    lengths.append(bucket)
-    bucket *= 2
-  return [*lengths, length]
 
 
 def _dtype(tokenizer: tokenizers.Tokenizer) -> type[np.integer]:

@@ -5,6 +5,7 @@ config.json       {"format", "schema", "config": ours, resolved, "labels",
 model.safetensors parameters, see `folding.serving.packed`
 tokenizer.json    of the `tokenizers` library
 token_map.json    where its ids are mapped to fewer rows
+special_tokens.json  where more is known of what pads and ends than names tell
 """
 
 import dataclasses

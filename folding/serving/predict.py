@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from folding.data.batches import bucket_lengths, encode_rows
+from folding.data.batches import encode_rows
+from folding.data.buckets import bucket_lengths
 from folding.schema import ConfigError, require
 from folding.serving.export import Loaded
 

@@ -27,7 +27,8 @@ def token_usage(data: Data, size: int) -> np.ndarray:
     size: V, rows of the embedding.
   """
   count_V = 0.5 * (1 - np.arange(size) / size)  # all of it less than a use
-  count_V[: len(data.token_counts)] += data.token_counts
+  found_V = data.token_counts()
+  count_V[: len(found_V)] += found_V
   return (count_V / count_V.sum()).astype(np.float32)
 
 

@@ -236,11 +236,11 @@ def test_tokens_are_counted_in_all_the_text_of_training(tmp_path):
   data = batches.make_data(config)
   cut = [ids for _, text in rows for ids in data.tokenizer.encode_batch([text])]
   expected = collections.Counter(i for ids in cut for i in ids[:100].tolist())
-  found = {i: n for i, n in enumerate(data.token_counts.tolist()) if n}
-  assert (found, len(data.token_counts)) == (expected, 258)
+  found = {i: n for i, n in enumerate(data.token_counts().tolist()) if n}
+  assert (found, len(data.token_counts())) == (expected, 258)
   lm = batches.make_data(_lm(tmp_path))
   stream = collections.Counter(_stream(lm.tokenizer, DOCS))
-  assert {i: n for i, n in enumerate(lm.token_counts.tolist()) if n} == stream
+  assert {i: n for i, n in enumerate(lm.token_counts().tolist()) if n} == stream
 
 
 def test_a_row_is_in_its_bucket_or_moved_up_a_remainder(tmp_path):
