@@ -142,19 +142,26 @@ def check(c: Any) -> None:
   _check_model(c)
 
 
-def check_used(c: Any) -> None:
+def check_used(c: Any, asked: Any) -> None:
   """Checks that what is asked of a new run is of use to it.
+
+  Args:
+    c: The resolved config.
+    asked: The same as it was given, resolved or not.
 
   Raises:
     ConfigError: a value would be passed over.
   """
-  d, given = c.distill, presets.PRESETS[c.preset]["fpp"]
-  for name in ("linear", "embedding"):
-    require(
-      c.fpp.overall is None or getattr(c.fpp, name) in (None, given[name]),
-      f"fpp.overall decides how much goes of what; set that or fpp.{name}, not "
-      "both",
-    )
+  d, f = c.distill, asked.fpp
+  filled = presets.PRESETS[c.preset]["fpp"]  # all of it, or nothing
+  if c.fpp.overall is not None and f.overall is not None:
+    for name in ("linear", "embedding"):
+      value, is_resolved = getattr(f, name), None not in (f.linear, f.embedding)
+      require(
+        value is None or is_resolved and value == filled[name],
+        f"fpp.overall decides how much goes of what; set that or fpp.{name}, not "
+        "both",
+      )
   require(
     bool(d.logits or d.hidden) or not (d.teacher or d.noise),
     "distill.teacher and distill.noise do nothing where distill.logits and "

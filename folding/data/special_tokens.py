@@ -5,6 +5,7 @@ their ids; what a run or an export holds has a file of its own, by their names,
 as ids change where tokens are removed.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -93,29 +94,24 @@ def find(
     inner: What it holds.
 
   Raises:
-    schema.ConfigError: one of the files is damaged.
+    schema.ConfigError: our own file is damaged.
   """
   path = tokenizer_path.with_name(FILE)
   if path.is_file():
-    return schema.build(SpecialTokens, _read(path), str(path))
+    values = files.read_json(str(path), dict)
+    return schema.build(SpecialTokens, values, str(path))
   added = {i: t.content for i, t in inner.get_added_tokens_decoder().items()}
   given: dict[str, Any] = {}
   for name in ("config.json", GENERATION):
     path = tokenizer_path.with_name(name)
-    if path.is_file():
-      given |= {k: v for k, v in _read(path).items() if v is not None}
+    with contextlib.suppress(
+      OSError, ValueError, AttributeError
+    ):  # no such file
+      values = json.loads(path.read_text("utf-8"))
+      given |= {k: v for k, v in values.items() if v is not None}
   ends, pad = given.get("eos_token_id", ()), given.get("pad_token_id")
   ends = ends if isinstance(ends, list | tuple) else [ends]
   return SpecialTokens(
     ends=tuple(added[i] for i in ends if type(i) is int and i in added),
     pad=added.get(pad) if type(pad) is int else None,
   )
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    values = json.loads(path.read_text("utf-8"))
-  except ValueError as error:
-    raise schema.ConfigError(f"{path} is no JSON ({error})") from None
-  schema.require(isinstance(values, dict), f"{path} is no JSON object")
-  return values

@@ -10,7 +10,7 @@ from typing import Any
 from folding import files
 from folding.reporting import grouping, runs, words
 
-# What is tested follows from these, and from the text itself.
+# What is tested follows from these, where the text itself is not known.
 _DATA = tuple(
   f"data.{name}:"
   for name in (
@@ -141,17 +141,21 @@ def notes(found: list[grouping.Column]) -> list[str]:
   changed = [
     line for c in found[1:] for line in grouping.differences(found[0], c)
   ]
-  if any(line.startswith(_DATA) for line in changed):
+  members = [run for c in found for run in c.members]
+  digests = {run.digest for run in members}
+  is_other_text = len(digests) > 1
+  if None in digests:
+    is_other_text = any(line.startswith(_DATA) for line in changed)
+  if is_other_text:
     texts.append(
-      "these runs were tested on different data; their test figures do not "
-      "tell which is better."
+      "these runs had different data; their test figures do not tell which is "
+      "better."
     )
   elif len({_tokenizer(c.first) for c in found}) > 1:
     texts.append(
       "these runs have different tokenizers: compare bits per byte, not "
       "perplexity or loss."
     )
-  members = [run for c in found for run in c.members]
   if len({run.result.device for run in members}) > 1:
     texts.append("these runs were not timed on the same device.")
   if not all(run.result.finished for run in members):

@@ -6,6 +6,7 @@ column is the reference of the others.
 
 import dataclasses
 import os
+import pathlib
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -78,8 +79,10 @@ def columns(workdirs: Sequence[str]) -> list[Column]:
     else:
       grouped.append([run])
   names = [_name(members) for members in grouped]
-  if len(set(names)) < len(names):
-    names = [_longer_name(members) for members in grouped]
+  depth = 1
+  while len(set(names)) < len(names):  # paths differ, so this ends
+    depth += 1
+    names = [_longer_name(members, depth) for members in grouped]
   return [Column(n, m) for n, m in zip(names, grouped, strict=True)]
 
 
@@ -135,6 +138,7 @@ def _only_seed_differs(a: runs.Run, b: runs.Run) -> bool:
     len(found) == 1
     and found[0].startswith("seed: ")
     and a.result.finished == b.result.finished
+    and (a.digest == b.digest or None in (a.digest, b.digest))
   )
 
 
@@ -148,8 +152,5 @@ def _name(members: list[runs.Run]) -> str:
   return common or members[0].name
 
 
-def _longer_name(members: list[runs.Run]) -> str:
-  folder = os.path.basename(
-    os.path.dirname(os.path.abspath(members[0].workdir))
-  )
-  return f"{folder}/{members[0].name}"
+def _longer_name(members: list[runs.Run], depth: int) -> str:
+  return "/".join(pathlib.Path(members[0].workdir).absolute().parts[-depth:])

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import typing
 from typing import Any
 
@@ -119,13 +120,17 @@ class Run:
   valid: list[dict[str, Any]]
   test: LmTest | ClassifyTest | None  # None before the end
   energy: dict[str, Any] | None = None  # estimates, where they were asked for
+  digest: str | None = None  # SHA-256 of all its text and labels
 
   @property
   def prunes(self) -> bool:
-    """Whether FPP was asked to zero anything."""
+    """Whether FPP zeroes anything: folding alone may save what was asked."""
     fpp = self.config.fpp
     parts = (fpp.linear, fpp.embedding, fpp.overall)
-    return any((*parts, *(fpp.linear_layers or ())))
+    was_asked = any((*parts, *(fpp.linear_layers or ())))
+    return was_asked and (
+      not self.train or any("sparsity" in record for record in self.train)
+    )
 
   @property
   def prunes_at_once(self) -> bool:
@@ -163,6 +168,7 @@ def load_run(workdir: str) -> Run:
   result = _read_result(os.path.join(workdir, "result.json"))
   records = _read_metrics(os.path.join(workdir, "metrics.jsonl"))
   used = os.path.join(workdir, "energy.json")
+  text = pathlib.Path(workdir, "text.sha256")
   test = None
   # A figure measured before the end is not the figure of this run.
   if result.finished and result.test is not None:
@@ -177,6 +183,7 @@ def load_run(workdir: str) -> Run:
     valid=[r for r in records if r["split"] == "valid"],
     test=test,
     energy=files.read_json(used, dict) if os.path.exists(used) else None,
+    digest=text.read_text("utf-8").strip() if text.is_file() else None,
   )
 
 

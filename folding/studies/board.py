@@ -101,6 +101,19 @@ class Board:
     table.caption = rich.text.Text("\n".join(lines), justify="left")
     return table
 
+  def lines(self) -> list[str]:
+    """Returns a line a run, with how far it is, and one of all."""
+    found = []
+    for trial in self.trials:
+      state = self._state(trial, set())
+      if state == "waiting" and os.path.exists(_metrics(trial)):
+        state = "begun"
+      text = f"{state:8}  {trial.name}"
+      text += f"  {_progress(trial)}" if state == "begun" else ""
+      text += f"  {self.errors[trial.name]}" if state == "failed" else ""
+      found.append(text)
+    return [*found, self.line(1)]
+
   def line(self, workers: int) -> str:
     """Returns one line: how many are over, and when all will be."""
     over = len(self.seconds) + len(self.errors)
@@ -147,8 +160,12 @@ def failure_path(trial: Trial) -> str:
   return os.path.join(folder, "failed", f"{trial.name}.json")
 
 
+def _metrics(trial: Trial) -> str:
+  return os.path.join(trial.run, "metrics.jsonl")
+
+
 def _progress(trial: Trial) -> str:
-  records = metrics.read_metrics(os.path.join(trial.run, "metrics.jsonl"))
+  records = metrics.read_metrics(_metrics(trial))
   if not records:
     return "starting"
   path = os.path.join(trial.run, "config.json")

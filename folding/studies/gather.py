@@ -87,12 +87,18 @@ class Row:
 
 
 def gather(study: Study, workdir: str) -> list[Row]:
-  """Returns a row for each run of a study, finished or not."""
+  """Returns a row for each run of a study, finished or not.
+
+  Raises:
+    ConfigError: runs of one data set had different text, or the dense part of
+      one is gone.
+  """
   trials = study.trials(workdir)
   board = Board(trials)
   loaded = {
     t.name: runs.load_run(t.run) for t in trials if t.name in board.seconds
   }
+  _require_one_text([(t, loaded[t.name]) for t in trials if t.name in loaded])
   dense = {
     (t.dataset, t.seed): loaded[t.name]
     for t in trials
@@ -129,6 +135,19 @@ def gather(study: Study, workdir: str) -> list[Row]:
       )
     )
   return rows
+
+
+def _require_one_text(finished: Sequence[tuple[Trial, runs.Run]]) -> None:
+  first: dict[str, runs.Run] = {}
+  for trial, run in finished:
+    if run.digest is None:
+      continue
+    other = first.setdefault(trial.dataset, run)
+    schema.require(
+      run.digest == other.digest,
+      f"{other.workdir} and {run.name} were trained on different text of "
+      f"{trial.dataset!r}; choose another --workdir for the new text",
+    )
 
 
 def _figures(

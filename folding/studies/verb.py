@@ -59,7 +59,7 @@ def study(args: argparse.Namespace) -> None:
 
   from folding import files
   from folding.schema import ConfigError, TrainingError
-  from folding.studies import gather, page, runner
+  from folding.studies import board, gather, page, runner
   from folding.studies.study import load_study
   from folding.training import energy
 
@@ -74,14 +74,19 @@ def study(args: argparse.Namespace) -> None:
   energy.require_tracker(args.energy or "")
   found = load_study(args.study)
   runner.require_same(found, args.workdir)
-  console = rich.console.Console()
+  shard = (int(i), int(n))
+  is_idle = args.list or not args.jobs
+  if is_idle and (args.retry or args.energy or args.shard != "1/1"):
+    raise ConfigError(
+      "--list and --jobs=0 run nothing; leave out --retry, --energy and --shard"
+    )
+  options = runner.Options(shard, args.jobs or 1, args.energy, args.retry)
   if args.list:
-    for row in gather.gather(found, args.workdir):
-      print(f"{row.status:8}  {row.run}")
+    for line in board.Board(found.trials(args.workdir)).lines():
+      print(line)
     return
   if args.jobs:
-    shard = (int(i), int(n))
-    options = runner.Options(shard, args.jobs, args.energy, args.retry)
+    console = rich.console.Console()
     runner.run_study(found, args.workdir, options, console)
   rows = gather.gather(found, args.workdir)
   command = f"folding study {_portable(args.study)}"

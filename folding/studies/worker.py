@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 
 from folding import config as config_lib
@@ -43,7 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (schema.ConfigError, schema.TrainingError, OSError) as error:
     print(f"{' '.join(str(error).split())}", file=sys.stderr)
     return 1 if isinstance(error, schema.TrainingError) else 2
+  except Exception as error:
+    traceback.print_exc()
+    print(reason(error), file=sys.stderr)  # the last line of the log
+    return 1
   return 0
+
+
+def reason(error: Exception) -> str:
+  """Returns an error in one line, without the note that JAX appends."""
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _end_with_parent() -> None:

@@ -46,13 +46,13 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       there; nothing was written.
     TrainingError: the loss is not finite, or the disk is full.
   """
-  config = config_lib.resolve(config)
+  given, config = config, config_lib.resolve(config)
   files.require_local(workdir)
   energy.require_tracker(config.train.energy)
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # of this time only
   with distributed.together():
-    planned, data = _read(config, workdir)
+    planned, data = _read(config, workdir, given)
   distributed.require_same(
     data.digest + data.tokenizer.to_json(), "another text or tokenizer"
   )
@@ -85,7 +85,9 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     return _train_in(workdir, this)
 
 
-def _read(config: Config, workdir: str) -> tuple[Config | None, Data]:
+def _read(
+  config: Config, workdir: str, given: Config
+) -> tuple[Config | None, Data]:
   """Returns the config of a run that has begun, else None, and the data."""
   config_path = os.path.join(workdir, _CONFIG)
   asked_path = os.path.join(workdir, _ASKED)
@@ -102,7 +104,7 @@ def _read(config: Config, workdir: str) -> tuple[Config | None, Data]:
       )
     tokenizer = load_tokenizer(os.path.join(workdir, _TOKENIZER))
   else:
-    checks.check_used(config)
+    checks.check_used(config, given)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
   if planned is not None:
     restore.require_data(workdir, data.label_names, data.digest)

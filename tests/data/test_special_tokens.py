@@ -101,15 +101,22 @@ def test_a_tokenizer_of_which_nothing_is_known_leaves_no_file(tmp_path):
 @pytest.mark.parametrize(
   ("name", "text", "message"),
   [
-    ("config.json", "{", "config.json is no JSON"),
-    ("generation_config.json", "[]", "no JSON object"),
+    ("special_tokens.json", "[]", "special_tokens.json is damaged"),
     ("special_tokens.json", '{"ends": 3}', "special_tokens.json.ends"),
     ("special_tokens.json", '{"end": []}', "special_tokens.json has no.*'end'"),
     ("special_tokens.json", '{"ends": [3]}', "special_tokens.json.ends"),
   ],
 )
-def test_a_damaged_file_is_named(tmp_path, name, text, message):
+def test_our_own_damaged_file_is_named(tmp_path, name, text, message):
   _load(tmp_path)
   (tmp_path / name).write_text(text)
   with pytest.raises(ConfigError, match=message):
     load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "3"])
+def test_files_of_others_that_say_nothing_are_passed_over(tmp_path, text):
+  _load(tmp_path, generation={"eos_token_id": 4})
+  (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+  found = load_tokenizer(tmp_path / "tokenizer.json")
+  assert found.end_ids.tolist() == [4]

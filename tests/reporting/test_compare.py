@@ -87,6 +87,49 @@ def test_runs_of_one_name_are_told_apart_by_their_folder(tmp_path):
   assert names == ["x/run", "y/run"]
 
 
+def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(tmp_path):
+  configs = [synthetic_run.config(dense=dense) for dense in (True, False)]
+  workdirs = [
+    synthetic_run.write(tmp_path / place / "runs" / "run", config)
+    for place, config in zip("12", configs, strict=True)
+  ]
+  names = [c.name for c in grouping.columns(workdirs)]
+  assert names == ["1/runs/run", "2/runs/run"]
+
+
+def _with_texts(folder, digests, **data):
+  """Returns columns of runs, one a seed, that read these texts."""
+  workdirs = []
+  for seed, digest in enumerate(digests):
+    path = {"path": data["path"][seed]} if data else {}
+    config = synthetic_run.config(seed=seed, data=config_lib.DataConfig(**path))
+    workdirs.append(synthetic_run.write(folder / f"run{seed}", config))
+    if digest:
+      (folder / f"run{seed}" / "text.sha256").write_text(digest)
+  return grouping.columns(workdirs)
+
+
+@pytest.mark.parametrize(
+  ("digests", "sizes"),
+  [("aaa", [3]), ("aba", [2, 1]), (("a", "", "a"), [3])],
+)
+def test_seeds_that_read_other_text_are_no_sample(tmp_path, digests, sizes):
+  found = _with_texts(tmp_path, digests)
+  assert [len(c.members) for c in found] == sizes
+  assert len(compare.notes(found)) == len(sizes) - 1
+
+
+@pytest.mark.parametrize(("digests", "count"), [("aa", 0), ("ab", 1)])
+def test_the_text_and_not_its_place_tells_what_was_tested(
+  tmp_path, digests, count
+):
+  found = _with_texts(tmp_path, digests, path=["x.txt", "y.txt"])
+  assert len(found) == 2
+  notes = compare.notes(found)
+  assert len(notes) == count
+  assert all("had different data" in note for note in notes)
+
+
 def test_mixed_tasks_are_refused(tmp_path):
   workdirs = [
     synthetic_run.write(tmp_path / "a"),
@@ -180,9 +223,9 @@ def test_accuracy_has_an_interval_for_one_run_and_a_spread_for_two(tmp_path):
 @pytest.mark.parametrize(
   ("data", "note"),
   [
-    ({"name": "glue/sst2"}, "tested on different data"),
-    ({"valid_fraction": 0.2}, "tested on different data"),
-    ({"max_bytes": 2000}, "tested on different data"),
+    ({"name": "glue/sst2"}, "had different data"),
+    ({"valid_fraction": 0.2}, "had different data"),
+    ({"max_bytes": 2000}, "had different data"),
     ({"vocab_size": 512}, "compare bits per byte"),
     ({"batch_size": 8}, None),
   ],

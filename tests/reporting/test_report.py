@@ -126,6 +126,23 @@ def test_what_was_pruned_at_once_was_not_pruned_while_training(tmp_path):
   assert not plots.curves(run).axes[0].texts
 
 
+def test_nothing_was_pruned_where_folding_alone_saves_enough(tmp_path):
+  config = synthetic_run.config(fpp=config_lib.FPPConfig(overall=0.05))
+  workdir = pathlib.Path(synthetic_run.write(tmp_path / "a", config))
+  path = workdir / "metrics.jsonl"
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  for record in records:
+    for name in ("sparsity", "frozen", "trainable"):
+      record.pop(name, None)
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  page = _page_after_report(str(workdir))
+  assert "pruned by FPP" not in page
+  assert "## Pruning" not in page
+  assert "sparsity.png" not in page
+  run = report.load_run(str(workdir))
+  assert not plots.curves(run).axes[0].texts
+
+
 def _page_after_report(workdir: str) -> str:
   report.write_report(workdir)
   return _page(workdir)

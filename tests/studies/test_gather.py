@@ -11,7 +11,7 @@ import pytest
 from folding import config as c
 from folding.reporting import runs
 from folding.schema import ConfigError
-from folding.studies import gather, runner
+from folding.studies import board, gather, runner
 from folding.studies.methods import pick
 from folding.studies.study import Study
 from tests.reporting import synthetic_run
@@ -79,6 +79,34 @@ def test_a_dense_part_that_was_deleted_is_told(place, tmp_path):
     ConfigError, match="wanda.* started from text--dense-part"
   ):
     gather.gather(study, str(copy))
+
+
+def test_runs_of_other_text_are_refused(place, tmp_path):
+  study, folder = place
+  copy = shutil.copytree(folder, tmp_path / "study")
+  names = ("dense--s0", "wanda--70--s0", "dense-part--s0")
+  for name in names:
+    (copy / "runs" / f"text--{name}" / "text.sha256").write_text("a")
+  assert len(gather.gather(study, str(copy))) == 10  # some say nothing
+  (copy / "runs" / "text--dense-part--s0" / "text.sha256").write_text("b")
+  message = "text--dense--s0 and .*dense-part.* different text of 'text'"
+  with pytest.raises(ConfigError, match=message):
+    gather.gather(study, str(copy))
+
+
+def test_how_far_runs_are_is_a_line_each(place, tmp_path):
+  study, folder = place
+  copy = shutil.copytree(folder, tmp_path / "study")
+  begun = copy / "runs" / "text--ours--70--s1"
+  synthetic_run.write(begun, synthetic_run.config(seed=1), steps=300)
+  (begun / "result.json").unlink()
+  lines = board.Board(study.trials(str(copy))).lines()
+  assert lines.count("finished  text--dense-part--s0") == 1
+  assert lines.count("begun     text--ours--70--s1  step 300 of 600") == 1
+  assert lines.count("waiting   text--dense--s1") == 1
+  assert lines.count("failed    text--random--70--s0  the disk is full") == 1
+  assert lines[-1].startswith("8 of 12 runs are over, 1 failed; about ")
+  assert len(lines) == 13
 
 
 def test_what_is_finished_of_another_tokenizer_is_refused(place):

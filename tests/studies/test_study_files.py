@@ -11,6 +11,7 @@ from configs.studies import (
   seventy,
   short,
 )
+from folding import cli
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.schema import ConfigError
@@ -144,3 +145,28 @@ def test_a_checkpoint_without_data_of_its_task_is_told(data, run):
     pretrained.get_study(f"{run},{data},words")
   with pytest.raises(ConfigError, match="give configs/studies/pretrained.py"):
     pretrained.get_study(run)
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--list", "--retry"], "run nothing; leave out --retry"),
+    (["--jobs=0", "--shard=2/2"], "run nothing"),
+    (["--shard=3/2"], "a shard is 1/n to n/n; it is 3/2"),
+  ],
+)
+def test_flags_that_would_do_nothing_are_refused(
+  data, tmp_path, capsys, flags, message
+):
+  argv = [
+    "study",
+    f"{FOLDER / 'smoke.py'}:{data}",
+    f"--workdir={tmp_path / 'w'}",
+  ]
+  assert cli.main([*argv, *flags]) == 2
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / "w").exists()
+  assert cli.main([*argv, "--list"]) == 0
+  out = capsys.readouterr().out.splitlines()
+  assert out[-1] == f"0 of {len(out) - 1} runs are over"
+  assert all(line.startswith("waiting   ") for line in out[:-1])

@@ -4,6 +4,11 @@ import contextlib
 import subprocess
 import sys
 import time
+import traceback
+
+import jax
+import jax.numpy as jnp
+import pytest
 
 from folding.studies import worker
 
@@ -22,6 +27,17 @@ def watching():
   with subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0) as process:
     assert process.stdout.readline() == b"ready\n"
     yield process
+
+
+def test_a_reason_is_one_line_of_what_happened():
+  with pytest.raises(TypeError) as caught:
+    jax.jit(lambda x: jnp.reshape(x, (2, 2)))(jnp.zeros(3))
+  printed = "".join(traceback.format_exception(caught.value))
+  assert "JAX" in printed.splitlines()[-1]  # a note, and not what happened
+  line = worker.reason(caught.value)
+  assert line.startswith("TypeError: cannot reshape array of shape (3,)")
+  assert "\n" not in line and "JAX has removed" not in line
+  assert worker.reason(AssertionError()) == "AssertionError"
 
 
 def test_it_ends_when_its_parent_closes_the_pipe():
