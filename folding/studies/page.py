@@ -82,11 +82,13 @@ def page(results: Results, folder: str, command: str) -> str:
   if level is not None:
     lines += ["", "## All data sets together", ""]
     lines.append(
-      f"At {level:.0%}, or at its one size: means over data sets of the change to "
-      "dense (accuracy in points, less perplexity is better), and of bytes and "
-      "time as multiples of dense's; by accuracy.\n"
+      "Means over data sets of the change to dense (accuracy in points, less "
+      "perplexity is better), and of bytes and time as multiples of dense's; by "
+      "accuracy.\n"
     )
-    lines.append(tables.summary_table(results, level))
+    for at in dict.fromkeys((level, _nearest(results.levels, 0.3) or level)):
+      lines += [f"At {at:.0%}, or at its one size:", ""]
+      lines.append(tables.summary_table(results, at))
   lines += [
     "",
     "## Quality against size",

@@ -6,9 +6,9 @@ import pytest
 
 from configs.studies import (
   ablations,
+  all_methods,
   from_scratch,
   pretrained,
-  seventy,
   short,
 )
 from folding import cli
@@ -48,7 +48,14 @@ def run(tmp_path_factory):
 def test_no_study_file_is_left_out():
   files = {path.stem for path in FOLDER.glob("[!_]*.py")}
   assert files == {
-    *("ablations", "from_scratch", "pretrained", "seventy", "short", "smoke")
+    *(
+      "ablations",
+      "all_methods",
+      "from_scratch",
+      "pretrained",
+      "short",
+      "smoke",
+    )
   }
 
 
@@ -85,7 +92,7 @@ def test_data_that_there_is_not_is_told(where, message, data):
     from_scratch.get_study(where.format(data=data))
 
 
-@pytest.mark.parametrize("study_file", [from_scratch, seventy, short])
+@pytest.mark.parametrize("study_file", [all_methods, from_scratch, short])
 def test_every_run_of_a_study_resolves(study_file, data):
   for trial in study_file.get_study(data).trials("DIR"):
     c.resolve(trial.config())

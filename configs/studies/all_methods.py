@@ -1,8 +1,8 @@
-r"""All 26 methods of from_scratch.py at 70%, in the runs of short.py.
+r"""All 26 methods of from_scratch.py, at four levels, in the runs of short.py.
 
 Run:     folding study \
-           configs/studies/seventy.py:FOLDER,trec,tiny_shakespeare --workdir=DIR
-Expect:  81 runs a data set, 3 of them the dense part that others start from;
+           configs/studies/all_methods.py:FOLDER,trec,tiny_shakespeare --workdir=DIR
+Expect:  279 runs a data set, 3 of them the dense part that others start from;
          about half a minute each of a classifier on two cores, with --jobs=2,
          and a minute of a language model
 """
@@ -15,7 +15,5 @@ from folding.studies.study import Study
 def get_study(where: str = "") -> Study:
   """Returns the study; see `from_scratch.datasets` for `where`."""
   return Study(
-    datasets=short.datasets(where),
-    methods=methods.pick(*from_scratch.METHODS),
-    levels=(0.7,),
+    datasets=short.datasets(where), methods=methods.pick(*from_scratch.METHODS)
   )
