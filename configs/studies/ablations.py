@@ -41,6 +41,9 @@ def _methods() -> dict[str, Method]:
     found[f"{positions}-groups-4"] = _ours(
       f"positions: {positions}, G = 4", fold__groups=4, **changed
     )
+    found[f"{positions}-v-dense"] = _ours(
+      f"positions: {positions}, W_V dense", fold__v_block=0, **changed
+    )
   for heads in (4, 8, 32):
     changed = {"model__num_heads": heads}
     found[f"dense-heads-{heads}"] = _dense(f"{heads} heads", **changed)
