@@ -153,7 +153,7 @@ def check_used(c: Any, asked: Any) -> None:
     ConfigError: a value would be passed over.
   """
   d, f = c.distill, asked.fpp
-  filled = presets.PRESETS[c.preset]["fpp"]  # all of it, or nothing
+  filled = presets.PRESETS[c.preset]["fpp"]  # a resolved config has all of it
   if c.fpp.overall is not None and f.overall is not None:
     for name in ("linear", "embedding"):
       value, is_resolved = getattr(f, name), None not in (f.linear, f.embedding)

@@ -75,9 +75,10 @@ def fold(
   """Returns the stored form of parameters that are already folded in value.
 
   The inverse of `unfold`, bit for bit, but for pairs of rotary positions, keys
-  that it had to repeat, and a W_V that was left out as it is the identity: rows of a group must be identical and W_V exactly
-  block-diagonal. (Zero groups or a zero block leave W_Q and W_K, or W_V, dense.)
-  What is folded already stays so, or is folded further on the same axis.
+  that it had to repeat, and a W_V that was left out as it is the identity. Rows
+  of a group must be identical and W_V exactly block-diagonal. (Zero groups or a
+  zero block leave W_Q and W_K, or W_V, dense.) What is folded already stays so,
+  or is folded further on the same axis.
 
   Args:
     params: A tree of dicts and lists with dense attention layers anywhere in it.

@@ -104,9 +104,8 @@ def find(
   given: dict[str, Any] = {}
   for name in ("config.json", GENERATION):
     path = tokenizer_path.with_name(name)
-    with contextlib.suppress(
-      OSError, ValueError, AttributeError
-    ):  # no such file
+    # There may be none, or one of another program.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
       values = json.loads(path.read_text("utf-8"))
       given |= {k: v for k, v in values.items() if v is not None}
   ends, pad = given.get("eos_token_id", ()), given.get("pad_token_id")
