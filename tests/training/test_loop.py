@@ -253,7 +253,10 @@ def test_other_devices_are_no_other_config(finished):
     ({"fpp": {"overall": 0.99}}, "cannot be reached"),
     ({"fpp": {"overall": 0.3, "linear": 0.9}}, "or fpp.linear, not both"),
     ({"fpp": {"overall": 0.3, "embedding": 0.9}}, "or fpp.embedding, not"),
-    ({"fpp": {"overall": 0.3, "linear": 0.7}}, "or fpp.linear, not both"),
+    (  # a number of the preset's own
+      {"fpp": {"overall": 0.3, "linear": 0.7, "embedding": None}},
+      "or fpp.linear, not both",
+    ),
     ({"compress": {"qkv": 0.9}}, "compress.qkv is for compress.plan='auto'"),
     ({"distill": {"noise": 0.3}}, "do nothing where distill.logits and"),
   ],
