@@ -38,6 +38,11 @@ def require(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
+def one_line(error: Exception) -> str:
+  """Returns what an error says, without line breaks."""
+  return " ".join(str(error).split())
+
+
 def require_seed(seed: int) -> None:
   """Raises `ConfigError` unless a number is one that JAX takes for a seed."""
   require(abs(seed) < 2**63, f"a seed has 64 bits; it is {seed}")

@@ -61,6 +61,7 @@ class Data:
   num_bytes: dict[str, int]
   num_examples: dict[str, int]
   digest: str
+  _batch_size: int
   _first_batch: int
   _train_ids: Sequence[np.ndarray]
   _train_batch: Callable[[int], Batch]
@@ -72,13 +73,9 @@ class Data:
     """Returns the batch of a step: the same whenever it is asked for."""
     return self._train_batch(self._first_batch + step)
 
-  def first_epoch(self, batch_size: int) -> Iterator[Batch]:
-    """Yields batches of training that share no row, whatever the first step is.
-
-    Args:
-      batch_size: Over all processes.
-    """
-    for index in range(self.num_examples["train"] // batch_size):
+  def first_epoch(self) -> Iterator[Batch]:
+    """Yields batches of training that share no row, whatever the first step is."""
+    for index in range(self.num_examples["train"] // self._batch_size):
       yield self._train_batch(index)
 
   def token_counts(self) -> np.ndarray:
@@ -165,6 +162,7 @@ def make_data(
     num_bytes=num_bytes,
     num_examples=num_examples,
     digest=_digest(texts),
+    _batch_size=data.batch_size,
     _first_batch=data.first_batch,
     _train_ids=train_ids,
     _train_batch=train_batch,

@@ -314,8 +314,9 @@ def save_pretrained(
     "model_input_names": ["input_ids", "attention_mask"],
   }
   if not config.causal:
+    known = names.get_vocab()
     options |= {
-      f"{kind}_token": next((x for x in found if x in names.get_vocab()), None)
+      f"{kind}_token": next((x for x in found if x in known), None)
       for kind, found in _ENCODER_TOKENS.items()
     }
   _write_json(folder / "tokenizer_config.json", options)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     loop.run(config_lib.load(args.config), args.run)
   except (schema.ConfigError, schema.TrainingError, OSError) as error:
-    print(f"{' '.join(str(error).split())}", file=sys.stderr)
+    print(schema.one_line(error), file=sys.stderr)
     return 1 if isinstance(error, schema.TrainingError) else 2
   except Exception as error:
     traceback.print_exc()
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reason(error: Exception) -> str:
   """Returns an error in one line, without the note that JAX appends."""
-  text = " ".join(str(error).split())
-  return f"{type(error).__name__}: {text}".rstrip(": ")
+  return f"{type(error).__name__}: {schema.one_line(error)}".rstrip(": ")
 
 
 def _end_with_parent() -> None:

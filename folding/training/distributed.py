@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from folding.schema import ConfigError, require
+from folding.schema import ConfigError, one_line, require
 
 TIMEOUT_SECS = 300  # to wait for the others at the start
 
@@ -43,9 +43,8 @@ def join(where: str, timeout_secs: int = TIMEOUT_SECS) -> None:
       address, count, process, initialization_timeout=timeout_secs
     )
   except (ValueError, RuntimeError) as error:
-    reason = " ".join(str(error).split())[:200]
     raise ConfigError(
-      f"distributed={where!r} does not start: {reason}"
+      f"distributed={where!r} does not start: {one_line(error)[:200]}"
     ) from error
 
 

@@ -291,7 +291,7 @@ def calibration(config: Config, data: Data) -> Sequence[Mapping[str, Any]]:
   """
   size = config.data.batch_size
   count = -(-config.compress.calibration // size)
-  batches = list(itertools.islice(data.first_epoch(size), count))
+  batches = list(itertools.islice(data.first_epoch(), count))
   if isinstance(data.tokenizer, MappedTokenizer):
     for batch in batches:
       batch["tokens"] = data.tokenizer.plain_ids[batch["tokens"]]

@@ -10,6 +10,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from folding import config as c
 from folding.data import batches, tokenizers
 from folding.schema import ConfigError
+from tests.data import labelled_rows
 
 DOCS = [f"document {i} " + "ab é " * (i * 7 % 23) for i in range(50)]
 B, L = 4, 20
@@ -127,7 +128,7 @@ def test_the_largest_id_of_a_vocabulary_survives(tmp_path, size):
 
 
 def test_a_text_without_tokens_still_gives_the_model_one(tmp_path):
-  _, config = _classify(tmp_path)
+  _, config = labelled_rows.write(tmp_path)
   (tmp_path / "valid.tsv").write_text("0\tqq\n1\tw5\n")
   foreign = _word_tokenizer(9, normalizers.Replace("q", ""))
   data = batches.make_data(config, foreign)
@@ -136,103 +137,18 @@ def test_a_text_without_tokens_still_gives_the_model_one(tmp_path):
   assert batch["tokens"][:2, 0].tolist() == [foreign.end_id, 5]
 
 
-def _classify(tmp_path, lengths=None, **fields):
-  """Returns a config of one-byte-a-token texts of the given lengths.
-
-  A text starts with its number, so that a row can be told from another.
-  """
-  if lengths is None:
-    lengths = [5 + (i * i * 31) % 120 for i in range(203)]
-  rows = [
-    (f"{i % 3}", f"{i:04}".ljust(length, "x"))
-    for i, length in enumerate(lengths)
-  ]
-  text = "".join(f"{label}\t{row}\n" for label, row in rows)
-  (tmp_path / "train.tsv").write_text(text)
-  (tmp_path / "valid.tsv").write_text("".join(text.splitlines(True)[:23]))
-  (tmp_path / "test.tsv").write_text("0\tx\n")
-  data = {
-    "path": str(tmp_path),
-    "tokenizer": "bytes",
-    "length": 100,
-    "batch_size": 8,
-    "eval_batch_size": 6,
-  }
-  return rows, c.resolve(
-    c.Config(task="classify", data=c.DataConfig(**(data | fields)))
-  )
-
-
-def _check_rows(data, batch, rows):
-  """Checks each row of a batch against its text; returns their numbers."""
-  numbers = []
-  for tokens, mask, label, weight in zip(
-    *(batch[k] for k in ("tokens", "mask", "labels", "weights")), strict=True
-  ):
-    if weight == 0:
-      assert not mask.any()
-      assert np.all(tokens == data.tokenizer.pad_id)
-      continue
-    assert weight == 1
-    number = int(data.tokenizer.decode(tokens[:4]))
-    [ids] = data.tokenizer.encode_batch([rows[number][1][:100]])
-    size = len(ids)
-    assert mask.tolist() == [True] * size + [False] * (len(mask) - size)
-    assert tokens[:size].tolist() == ids.tolist()
-    assert np.all(tokens[size:] == data.tokenizer.pad_id)
-    assert str(label) == rows[number][0]
-    numbers.append(number)
-  return numbers
-
-
-def test_classify_epochs_have_each_row_at_most_once(tmp_path):
-  rows, config = _classify(tmp_path)
-  data = batches.make_data(config)
-  assert (data.num_classes, data.label_names) == (3, ("0", "1", "2"))
-  num_batches = len(rows) // 8
-  orders, dropped = [], set()
-  for epoch in range(3):
-    numbers, shapes = [], []
-    for step in range(epoch * num_batches, (epoch + 1) * num_batches):
-      batch = data.train_batch(step)
-      shapes.append(batch["tokens"].shape)
-      numbers += _check_rows(data, batch, rows)
-    assert {b for b, _ in shapes} == {8}
-    assert {bucket for _, bucket in shapes} == {16, 32, 64, 100}
-    # In random order, not one bucket after another.
-    assert [s[1] for s in shapes] != sorted(s[1] for s in shapes)
-    assert len(numbers) == len(set(numbers)) == num_batches * 8
-    missing = set(range(len(rows))) - set(numbers)
-    assert len(missing) == 3
-    dropped |= missing
-    orders.append(numbers)
-  assert orders[0] != orders[1] != orders[2] != orders[0]
-  assert len(dropped) > 3  # not the same rows each epoch
-
-
-def test_rare_long_rows_are_trained_on_as_others(tmp_path):
-  lengths = [90 if i % 20 == 7 else 9 for i in range(79)]  # 4 long, B of 8
-  rows, config = _classify(tmp_path, lengths)
-  data = batches.make_data(config)
-  seen = collections.Counter()
-  for step in range(40 * 9):
-    seen.update(_check_rows(data, data.train_batch(step), rows))
-  # 72 of 79 an epoch: 36.5 of 40 each, with a standard deviation of 1.8.
-  assert min(seen[i] for i in range(79)) >= 29
-
-
 def test_the_first_epoch_is_whole_wherever_a_run_begins(tmp_path):
   lengths = [5 + i for i in range(43)]
-  rows, config = _classify(tmp_path, lengths, first_batch=3)
+  rows, config = labelled_rows.write(tmp_path, lengths, first_batch=3)
   data = batches.make_data(config)
   numbers = []
-  for batch in data.first_epoch(8):
-    numbers += _check_rows(data, batch, rows)
+  for batch in data.first_epoch():
+    numbers += labelled_rows.check(data, batch, rows)
   assert len(numbers) == len(set(numbers)) == 40
 
 
 def test_tokens_are_counted_in_all_the_text_of_training(tmp_path):
-  rows, config = _classify(tmp_path)
+  rows, config = labelled_rows.write(tmp_path)
   data = batches.make_data(config)
   cut = [ids for _, text in rows for ids in data.tokenizer.encode_batch([text])]
   expected = collections.Counter(i for ids in cut for i in ids[:100].tolist())
@@ -243,50 +159,11 @@ def test_tokens_are_counted_in_all_the_text_of_training(tmp_path):
   assert {i: n for i, n in enumerate(lm.token_counts().tolist()) if n} == stream
 
 
-def test_a_row_is_in_its_bucket_or_moved_up_a_remainder(tmp_path):
-  rows, config = _classify(tmp_path)
-  data = batches.make_data(config)
-  moved = collections.Counter()
-  for step in range(len(rows) // 8):
-    batch = data.train_batch(step)
-    lengths = batch["mask"].sum(axis=1)
-    width = batch["tokens"].shape[1]
-    below = {16: 0, 32: 16, 64: 32, 100: 64}[width]
-    moved[width] += int((lengths <= below).sum())
-  assert moved[16] == 0
-  assert all(moved[width] < 8 for width in (32, 64, 100))
-  sizes = np.minimum([len(text) for _, text in rows], 100)
-  assert moved[32] == (sizes <= 16).sum() % 8
-
-
-def test_classify_evaluation_has_all_rows_in_order(tmp_path):
-  rows, config = _classify(tmp_path)
-  data = batches.make_data(config)
-  numbers, weights = [], []
-  for batch in data.eval_batches("valid"):
-    longest = batch["mask"].sum(axis=1).max()
-    width = min(w for w in (16, 32, 64, 100) if w >= longest)
-    assert batch["tokens"].shape == batch["mask"].shape == (6, width)
-    assert batch["tokens"].dtype == batch["labels"].dtype == np.int32
-    assert batch["mask"].dtype == bool
-    numbers += _check_rows(data, batch, rows)
-    weights += batch["weights"].tolist()
-  assert numbers == list(range(23))
-  assert weights == [1.0] * 23 + [0.0]  # 4 batches of 6
-  assert data.num_examples["valid"] == 23
-
-
-def test_short_length_is_the_only_bucket(tmp_path):
-  _, config = _classify(tmp_path, length=9)
-  data = batches.make_data(config)
-  assert {data.train_batch(i)["tokens"].shape for i in range(9)} == {(8, 9)}
-
-
 @pytest.fixture(params=["lm", "classify"])
 def config(request, tmp_path):
   if request.param == "lm":
     return _lm(tmp_path, batch_size=8)
-  return _classify(tmp_path)[1]
+  return labelled_rows.write(tmp_path)[1]
 
 
 def test_a_batch_is_a_function_of_config_seed_and_step(config):

@@ -163,7 +163,7 @@ def test_no_text_is_twice_in_calibration(dense_run, topics, first_batch):
     found = start.calibration(config, data)
     assert len(found) == batches
     # Of one epoch, and not what is left of one and some of the next.
-    for batch, first in zip(found, data.first_epoch(size), strict=False):
+    for batch, first in zip(found, data.first_epoch(), strict=False):
       np.testing.assert_array_equal(batch["tokens"], first["tokens"])
 
 
