@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from folding import config as config_lib
-from folding import files, schema
+from folding import checks, files, schema
 from folding.config import Config
 
 
@@ -66,13 +66,17 @@ def edited(config: Config, edits: Sequence[str]) -> Config:
   """Returns a resolved config with other values, given as "FIELD=VALUE".
 
   Raises:
-    ConfigError: there is no such field, or the value does not fit it.
+    ConfigError: there is no such field, the value does not fit it, or a run
+      would pass it over.
   """
   given: dict[str, Any] = {}
   for edit in edits:
     name, _, text = edit.partition("=")
     given[name] = _value(text)
-  return config_lib.resolve(schema.edited(config, given))
+  asked = schema.edited(config, given)
+  config = config_lib.resolve(asked)
+  checks.check_used(config, asked)  # as a run would
+  return config
 
 
 def _value(text: str) -> Any:

@@ -189,6 +189,13 @@ def test_values_are_written_as_for_train_or_in_json(edit, expected):
     (["--config={file}", "--devices=one"], "--devices is one of"),
     (["--config={file}", "--devices=cpu-1", "--set=a.b=1"], "no field 'a.b'"),
     (["--config={file}", "--devices=cpu-1", "--set=seed=x"], "must be int"),
+    (
+      [
+        *("--config={file}", "--devices=cpu-1"),
+        *("--set=fpp.overall=0.5", "--set=fpp.linear=0.5"),
+      ],
+      "set that or fpp.linear, not both",
+    ),
   ],
 )
 def test_mistakes_are_one_line(flags, message, config_file, capsys):
