@@ -40,11 +40,12 @@ def get_config(path: str = "") -> c.Config:
     folder = pretrained.find_pretrained(path)
     described = pretrained.describe_pretrained(folder)
     model = described.config
-    task = "lm" if model.causal else "classify"
+    is_lm = model.causal and not described.num_classes
+    task = "lm" if is_lm else "classify"
     data = c.DataConfig(
       name="",  # what to train on has to be said
       tokenizer=str(folder / "tokenizer.json"),
-      length=min(described.max_length, 128 if model.causal else 64),
+      length=min(described.max_length, 128 if is_lm else 64),
       batch_size=16,
     )
   # A checkpoint that is no classifier yet learns the task; a model that has

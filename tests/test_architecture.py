@@ -30,6 +30,7 @@ ORDER = {
     *("projections", "cache", "chebyshev", "nodal", "chunked"),
     *("linear_attention", "past", "attention", "transformer"),
     *("hf_families", "hf_config", "hf_names", "hf_weights", "pretrained"),
+    "hf_save",
   ],
   "compression": [
     *("select", "scores", "rules", "suspects", "observe", "fpp", "hooks"),

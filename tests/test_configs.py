@@ -73,6 +73,14 @@ def test_a_trained_head_is_folded_to_about_a_quarter(
   assert config.model.head_dim == K
 
 
+@pytest.mark.parametrize("task", ["lm", "classify"])
+def test_a_decoder_is_trained_for_what_it_is(tmp_path, task):
+  checkpoints.write(tmp_path / "gpt2", "gpt2", task)
+  config = pretrained.get_config(str(tmp_path / "gpt2"))
+  assert config.task == task
+  assert (config.distill.logits > 0) == (task == "lm")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_config_resolves_to_a_folded_and_pruned_model(name):
   config = config_lib.resolve(CASES[name])

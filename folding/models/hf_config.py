@@ -56,8 +56,10 @@ def describe(values: dict[str, Any]) -> Description:
   assert isinstance(family, str)
   layout = families.LAYOUTS[family]
   given = {k: v for k, v in values.items() if v is not None}
-  if "sliding_window" in values:  # the one field that null turns off
-    given["sliding_window"] = values["sliding_window"]
+  heads = values.get("num_attention_heads")
+  nulls = {"sliding_window": None, "num_key_value_heads": heads}
+  # Null is the default elsewhere, and where these are not named at all.
+  given |= {k: v for k, v in nulls.items() if k in values and k not in given}
   values = families.DEFAULTS[family] | given
   for name, only in families.ONLY.items():
     _require_only(name, values.get(name), only)
@@ -185,7 +187,8 @@ def _label_names(values: dict[str, Any]) -> tuple[str, ...]:
     and values.get("num_labels", 2) != 1
     and (not labels or len(labels) > 1),
     f"config.json: a classifier of problem_type={kind!r} or of one label is not "
-    "supported; only single_label_classification of two or more is",
+    "supported; only single_label_classification of two or more is (to train "
+    "another head on an encoder, take the old one's name out of architectures)",
   )
   if not labels:
     num_labels = _count({"num_labels": 2} | values, "num_labels")
@@ -196,7 +199,12 @@ def _label_names(values: dict[str, Any]) -> tuple[str, ...]:
     "config.json: id2label must name the classes 0, 1, 2, ...; it is "
     f"{labels!r}",
   )
-  return tuple(str(labels[i]) for i in sorted(labels, key=int))
+  names = tuple(str(labels[i]) for i in sorted(labels, key=int))
+  schema.require(
+    len({*names}) == len(names),
+    f"config.json: id2label has one name for two classes; it is {labels!r}",
+  )
+  return names
 
 
 def head_of(described: Description) -> str:
@@ -268,80 +276,3 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     + "; ".join(str(reasons[f]) for f in ("gpt2", "llama", "bert")),
   )
   return fitting[0]
-
-
-def to_hf(described: Description) -> dict[str, Any]:
-  """Returns the config.json of a description, the inverse of `describe`.
-
-  Raises:
-    schema.ConfigError: the family does not compute this model, or its
-      sequence classifier has another head; says what would do.
-  """
-  family, config = described.family, described.config
-  reason = misfit(config, family, described.num_classes)
-  schema.require(reason is None, f"no export as {family}: {reason}")
-  layout = described.layout
-  values: dict[str, Any] = {"model_type": family}
-  # The first of several names for one function is the usual one.
-  activations = {v: k for k, v in reversed(families.ACTIVATIONS.items())}
-  for ours, name in families.FIELD_NAMES[layout].items():
-    values[name] = getattr(config, ours)
-  values[families.FIELD_NAMES[layout]["activation"]] = activations[
-    config.activation
-  ]
-  widths = config.mlp_width
-  values[families.FIELD_NAMES[layout]["mlp_width"]] = (
-    widths[0] if isinstance(widths, tuple) else widths
-  )
-  values["vocab_size"] = described.vocab_size
-  values[families.POSITION_NAMES[layout]] = (
-    described.max_length + described.position_offset
-  )
-  values["pad_token_id"] = described.pad_id
-  if layout in ("bert", "roberta"):
-    values["type_vocab_size"] = described.token_types
-    values["attention_probs_dropout_prob"] = 0.0
-  elif layout == "distilbert":
-    values["attention_dropout"] = 0.0
-  elif layout == "gpt2":
-    values["embd_pdrop"] = config.dropout
-    values["attn_pdrop"] = 0.0
-  else:
-    values |= _llama_options(config, family)
-  return values | _architecture(described)
-
-
-def _llama_options(config: ModelConfig, family: str) -> dict[str, Any]:
-  options: dict[str, Any] = {"rope_theta": config.rope_base}
-  if config.rope_scaling:
-    kinds = {len(names): kind for kind, names in families.ROPE_SCALINGS.items()}
-    kind = kinds[len(config.rope_scaling)]
-    names = families.ROPE_SCALINGS[kind]
-    scaling = dict(zip(names, config.rope_scaling, strict=True))
-    length = {n: int(x) for n, x in scaling.items() if n.startswith("orig")}
-    options["rope_scaling"] = {"rope_type": kind, **scaling, **length}
-  if family == "llama":
-    biases = ("attention_bias", "mlp_bias")
-    return options | dict.fromkeys(biases, config.use_bias)
-  options["sliding_window"] = config.window
-  if family == "qwen2":
-    options["use_sliding_window"] = config.window is not None
-    options["max_window_layers"] = 0
-  return options
-
-
-def _architecture(described: Description) -> dict[str, Any]:
-  family, name = described.family, families.FAMILIES[described.family]
-  if not described.num_classes:
-    kind = "Model"
-    if described.config.causal:
-      kind = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
-    return {"architectures": [name + kind]}
-  labels = described.label_names or tuple(
-    f"LABEL_{i}" for i in range(described.num_classes)
-  )
-  return {
-    "architectures": [f"{name}ForSequenceClassification"],
-    "id2label": {str(i): label for i, label in enumerate(labels)},
-    "label2id": {label: i for i, label in enumerate(labels)},
-  }

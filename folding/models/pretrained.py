@@ -7,19 +7,16 @@ with an index. Pickles are never opened.
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (tells NumPy of bfloat16)
 import numpy as np
 import safetensors
 import safetensors.numpy
-import tokenizers
 
 from folding import schema
-from folding.config import ModelConfig, Task
+from folding.config import Task
 from folding.data import special_tokens
 from folding.data import tokenizers as tokenizers_lib
 from folding.models import hf_config, hf_weights
@@ -31,13 +28,6 @@ _PATTERNS = (
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Of BERT and of RoBERTa, by what transformers calls them.
-_ENCODER_TOKENS = {
-  "cls": ("[CLS]", "<s>"),
-  "sep": ("[SEP]", "</s>"),
-  "mask": ("[MASK]", "<mask>"),
-  "unk": ("[UNK]", "<unk>"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +74,7 @@ def load_pretrained(
   head = hf_config.head_of(described)
   if task == "classify" and head == "lm":
     head = "none"
-  tokenizer_path = _check_tokenizer(folder, described.vocab_size)
+  tokenizer_path = _check_tokenizer(folder, described)
   with contextlib.ExitStack() as stack:
     where = _open(folder, stack)
     shapes = {
@@ -133,7 +123,7 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
       "install the extra: pip install -e '.[hub]'"
     ) from None
   try:
-    return pathlib.Path(
+    folder = pathlib.Path(
       huggingface_hub.snapshot_download(name, allow_patterns=list(_PATTERNS))
     )
   # Offline, no such name, no permission: each is an exception of its own.
@@ -143,6 +133,13 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
       f"there is no folder {name}, and the Hugging Face hub did not send it "
       f"({reason[0]})"
     ) from error
+  for files in (("tokenizer.json",), (WEIGHTS, INDEX)):
+    schema.require(
+      any((folder / file).is_file() for file in files),
+      f"{name} has no {' and no '.join(files)} on the hub; "
+      f"{_conversion(folder, name)}",
+    )
+  return folder
 
 
 def describe_pretrained(folder: pathlib.Path) -> hf_config.Description:
@@ -176,24 +173,50 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _refuse_pickle(path: pathlib.Path) -> None:
   schema.require(
     path.suffix not in _PICKLES,
-    f"{path} is a pickle, which can run code and is not read; convert it once, "
-    "where you trust it: transformers.AutoModel.from_pretrained(FOLDER)"
-    ".save_pretrained(OUT) writes model.safetensors",
+    f"{path} is a pickle, which can run code and is not read; where you trust "
+    f"it, {_conversion(path.parent, str(path.parent))}",
   )
 
 
-def _check_tokenizer(folder: pathlib.Path, vocab_size: int) -> pathlib.Path:
+def _conversion(folder: pathlib.Path, source: str) -> str:
+  """Returns what makes a folder of the files that are read.
+
+  Args:
+    folder: With a config.json, perhaps, that names the class: others lose
+      the head.
+    source: Of what is there; folder or hub id.
+  """
+  names = None
+  with contextlib.suppress(schema.ConfigError):
+    names = _read_json(folder / "config.json").get("architectures")
+  name = names[0] if isinstance(names, list) and names else "AutoModel"
+  return (
+    f"convert it once: transformers.{name} and transformers.AutoTokenizer, each "
+    f".from_pretrained({source!r}).save_pretrained(OUT)"
+  )
+
+
+def _check_tokenizer(
+  folder: pathlib.Path, described: hf_config.Description
+) -> pathlib.Path:
   path = folder / "tokenizer.json"
   schema.require(
     path.is_file(),
-    f"{folder} has no tokenizer.json; transformers.AutoTokenizer"
-    ".from_pretrained(FOLDER).save_pretrained(FOLDER) writes one",
+    f"{folder} has no tokenizer.json; {_conversion(folder, str(folder))}",
   )
-  ids = tokenizers_lib.load_tokenizer(path).vocab_size
+  tokenizer = tokenizers_lib.load_tokenizer(path)
+  ids, rows = tokenizer.vocab_size, described.vocab_size
   schema.require(
-    ids <= vocab_size,
+    ids <= rows,
     f"{path} does not fit the model: its ids go up to {ids - 1}, and there are "
-    f"{vocab_size} embeddings",
+    f"{rows} embeddings",
+  )
+  schema.require(
+    not (described.config.causal and described.num_classes)
+    or tokenizer.pad_id not in tokenizer.closing_ids,
+    f"{path} ends each text with what fills up ({tokenizer.pad_id}), which a "
+    "classifier of this kind passes over; save the tokenizer without it "
+    "(add_eos_token=False), which computes the same",
   )
   return path
 
@@ -207,7 +230,10 @@ def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
   if not index.is_file():
     for path in sorted(folder.iterdir()):
       _refuse_pickle(path)
-    raise schema.ConfigError(f"{folder} has no {WEIGHTS} and no {INDEX}")
+    raise schema.ConfigError(
+      f"{folder} has no {WEIGHTS} and no {INDEX}; "
+      f"{_conversion(folder, str(folder))}"
+    )
   where = _read_json(index).get("weight_map")
   is_map = isinstance(where, dict) and all(
     isinstance(file, str) and "/" not in file for file in where.values()
@@ -241,103 +267,3 @@ def _read(file: Any, name: str) -> np.ndarray:
     f"tensor {name} is stored as {kind}; only {', '.join(_FLOATS)} are read",
   )
   return file.get_tensor(name).astype(np.float32, copy=False)
-
-
-def save_pretrained(
-  params: Mapping[str, Any],
-  config: ModelConfig,
-  family: str,
-  path: str | pathlib.Path,
-  *,
-  tokenizer_path: str | pathlib.Path,
-  max_length: int,
-  num_classes: int = 0,
-  label_names: tuple[str, ...] = (),
-) -> None:
-  """Writes a folder that the Auto classes of `transformers` load as it is.
-
-  A sequence classifier where there are classes, else a next-token model where
-  it is causal, else the encoder alone (without a pooler if it has none).
-
-  Args:
-    params: Dense parameters (see `folding.unfold`), with a "head" for classes.
-    config: Resolved; of the dense model.
-    family: See `hf_config.family_of`.
-    path: The folder; made if need be.
-    tokenizer_path: The tokenizer.json that goes with it.
-    max_length: Positions.
-    num_classes: C.
-    label_names: One a class; (): "LABEL_0" and so on.
-
-  Raises:
-    schema.ConfigError: the family does not compute this model, its standard
-      classifier has another head, or the parameters do not fit; says why.
-  """
-  tokenizer = tokenizers_lib.load_tokenizer(tokenizer_path)
-  described = hf_config.Description(
-    family=family,
-    config=config,
-    vocab_size=params["embed"]["embedding"].shape[0],
-    max_length=max_length,
-    pad_id=tokenizer.pad_id,
-    token_types=2 if family in ("bert", "roberta", "xlm-roberta") else 0,
-    num_classes=num_classes,
-    label_names=tuple(label_names),
-  )
-  begin = tokenizer.begin_ids[0].item() if tokenizer.begin_ids.size else None
-  ends = tokenizer.end_ids.tolist()
-  values = hf_config.to_hf(described) | {
-    "eos_token_id": ends[0] if len(ends) == 1 else ends,
-    "bos_token_id": begin,
-    "torch_dtype": "float32",
-  }
-  tensors = hf_weights.export_tensors(
-    described, hf_config.head_of(described), params
-  )
-  folder = pathlib.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-  _write_json(folder / "config.json", values)
-  text = pathlib.Path(tokenizer_path).read_bytes()  # may be the very file
-  (folder / "tokenizer.json").write_bytes(text)
-  names = tokenizers.Tokenizer.from_file(str(tokenizer_path))
-  options = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "model_max_length": max_length,
-    "pad_token": names.id_to_token(tokenizer.pad_id),
-    "eos_token": names.id_to_token(tokenizer.end_id),
-    "bos_token": None if begin is None else names.id_to_token(begin),
-    "clean_up_tokenization_spaces": False,
-    # As in `folding.data.tokenizers`: "<end>" in a text is text.
-    "split_special_tokens": True,
-    # GPT-2 would add token_type_ids to the embedding.
-    "model_input_names": ["input_ids", "attention_mask"],
-  }
-  if not config.causal:
-    known = names.get_vocab()
-    options |= {
-      f"{kind}_token": next((x for x in found if x in known), None)
-      for kind, found in _ENCODER_TOKENS.items()
-    }
-  _write_json(folder / "tokenizer_config.json", options)
-
-
-def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def save_tensors(
-  path: str | os.PathLike, tensors: dict[str, Any], metadata: dict[str, str]
-) -> None:
-  """Writes a safetensors file that others may read, as other files are.
-
-  Raises:
-    OSError: it cannot be written.
-  """
-  with open(path, "wb") as file:
-    mode = os.fstat(file.fileno()).st_mode
-  try:
-    safetensors.numpy.save_file(tensors, path, metadata)
-  except safetensors.SafetensorError as error:  # such as a full disk
-    raise OSError(f"cannot write {path} ({error})") from error
-  os.chmod(path, mode)  # it makes one for its owner alone

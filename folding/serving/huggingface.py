@@ -15,7 +15,7 @@ from folding.data.tokenizers import MappedTokenizer
 from folding.data.trimming import trim_tokenizer
 from folding.models.attention import rope_frequencies
 from folding.models.hf_config import family_of
-from folding.models.pretrained import save_pretrained
+from folding.models.hf_save import save_pretrained
 from folding.schema import ConfigError, require
 from folding.serving.export import TOKENIZER, Loaded
 

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from folding import paths
 from folding.compression.accounting import slices_of, storage
-from folding.models.pretrained import save_tensors
+from folding.models.hf_save import save_tensors
 from folding.schema import ConfigError
 
 _BITS = ":bits"

@@ -82,6 +82,11 @@ def _predict(
     found = _probabilities(
       loaded, functools.partial(forward, params), group, batch_size
     )
+    require(
+      bool(np.isfinite(found).all()),
+      "the model gives no numbers (NaN); its weights are damaged, or too large "
+      f"for model.dtype {loaded.config.model.dtype}",
+    )
     for text, row in zip(group, found, strict=True):
       yield Prediction(text, loaded.labels[int(row.argmax())], row)
 

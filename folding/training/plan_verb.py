@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from folding import config as config_lib
 from folding import checks, files, schema
+from folding import config as config_lib
 from folding.config import Config
 
 

@@ -148,11 +148,15 @@ def dense_start(
     w = found.pop(name, None)
     if is_classifier and name.startswith(("head/", "pooler/")):
       if w is None or w.shape != fresh.shape:
+        names = ", ".join(data.label_names[:8])
+        missing = f"{path} has no {name} of {fresh.shape} for {names}"
         require(
           not needs_head,
-          f"{path} has no {name} of {fresh.shape}, so it cannot teach these "
-          "classes; train it with dense=True, and give distill.teacher that run",
+          f"{missing}, so it cannot teach these classes; train it with dense=True, and "
+          "give distill.teacher that run",
         )
+        if name == "head/kernel" and jax.process_index() == 0:
+          print(f"{missing}: these classes are learned anew", flush=True)
         return np.asarray(fresh)
     require(w is not None, f"{path} has no {name}, which this model needs")
     if name.endswith("embed/embedding"):

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from folding import paths
 from folding.config import FoldConfig
-from folding.models import hf_config, pretrained
+from folding.models import hf_config, hf_save
 from folding.models.transformer import Transformer
 
 N, D, H, F, V, P, C = 2, 16, 4, 24, 30, 12, 3
@@ -152,7 +152,7 @@ def write(folder, name, head="none", params=None, words=WORDS):
   """Writes a checkpoint by our own export, and returns its parameters."""
   described = description(name, head)
   params = random_params(described) if params is None else params
-  pretrained.save_pretrained(
+  hf_save.save_pretrained(
     params,
     described.config,
     described.family,

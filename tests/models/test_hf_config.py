@@ -4,7 +4,7 @@ import pytest
 
 from folding import config as config_lib
 from folding import schema
-from folding.models import hf_config
+from folding.models import hf_config, hf_save
 from tests.models import checkpoints
 from tests.models.checkpoints import FAMILIES, C, D, F, H, N, P, V
 
@@ -126,7 +126,7 @@ def test_what_a_file_leaves_out_is_what_transformers_assumes(name):
 def test_written_and_read_again_it_is_the_same(name, head):
   head = checkpoints.own_head(FAMILIES[name]) if head == "own" else head
   described = checkpoints.description(name, head)
-  assert hf_config.describe(hf_config.to_hf(described)) == described
+  assert hf_config.describe(hf_save.to_hf(described)) == described
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,13 @@ def test_windows_of_mistral(window):
   if window == 4096:
     del values["sliding_window"]
   assert hf_config.describe(values).config.window == window
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_no_number_of_keys_is_as_many_as_heads(family):
+  values = FAMILIES[family] | {"num_key_value_heads": None}
+  described = hf_config.describe(values)
+  assert described.config.num_kv_heads == values["num_attention_heads"]
 
 
 REFUSED = {
@@ -225,6 +232,22 @@ REFUSED = {
     },
     "id2label must name the classes 0, 1, 2",
   ),
+  "same_labels": (
+    "bert",
+    {
+      "architectures": ["BertForSequenceClassification"],
+      "id2label": {"0": "a", "1": "a"},
+    },
+    "id2label has one name for two classes",
+  ),
+  "regression": (
+    "bert",
+    {
+      "architectures": ["BertForSequenceClassification"],
+      "id2label": {"0": "score"},
+    },
+    "of one label is not supported; .*take the old one's name out of archi",
+  ),
 }
 
 
@@ -261,7 +284,7 @@ def test_a_model_from_scratch_belongs_to_a_family(config, family):
   described = hf_config.Description(
     family=family, config=config, vocab_size=V, max_length=P, token_types=2
   )
-  again = hf_config.describe(hf_config.to_hf(described)).config
+  again = hf_config.describe(hf_save.to_hf(described)).config
   again = dataclasses.replace(again, pooling=config.pooling)
   # Biases that a family always has are zeros in the export.
   assert dataclasses.replace(
@@ -347,4 +370,4 @@ def test_an_export_of_another_head_is_refused(name, fields, message):
   config = dataclasses.replace(described.config, **fields)
   other = dataclasses.replace(described, config=config)
   with pytest.raises(schema.ConfigError, match=f"no export as .*{message}"):
-    hf_config.to_hf(other)
+    hf_save.to_hf(other)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from folding.data import tokenizers as tokenizers_lib
-from folding.models import hf_config, hf_families, pretrained
+from folding.models import hf_config, hf_families, hf_save, pretrained
 from tests.models import checkpoints
 from tests.models.checkpoints import FAMILIES
 
@@ -162,7 +162,7 @@ def test_an_export_loads_and_computes_the_same(name, head, tmp_path):
 
 
 def _save(loaded, folder):
-  pretrained.save_pretrained(
+  hf_save.save_pretrained(
     loaded.params,
     loaded.config,
     loaded.family,

@@ -83,6 +83,15 @@ def test_answers_come_before_the_input_ends(model):
   assert len(taken) == 3
 
 
+def test_numbers_that_are_none_are_no_answer():
+  damaged = models.make()
+  damaged.params["head"]["bias"] += np.nan
+  with pytest.raises(
+    ConfigError, match=r"gives no numbers \(NaN\); its weights"
+  ):
+    list(predict_lib.predict(damaged, ["the cat"]))
+
+
 def test_no_text_is_no_answer(model):
   assert list(predict_lib.predict(model, [])) == []
 

@@ -105,7 +105,9 @@ def test_weights_that_are_no_numbers_are_one_line(checkpoint, topics, tmp_path):
     start.folded_start(config, make_data(config))
 
 
-def test_a_head_of_other_classes_is_left_out(dense_run, topics, tmp_path):
+def test_a_head_of_other_classes_is_left_out(
+  dense_run, topics, tmp_path, capsys
+):
   for split in ("train", "valid", "test"):
     text = (topics / f"{split}.tsv").read_text().replace("topic", "theme")
     (tmp_path / f"{split}.tsv").write_text(text)
@@ -115,6 +117,11 @@ def test_a_head_of_other_classes_is_left_out(dense_run, topics, tmp_path):
     assert ("head" in found) == has_head
   with pytest.raises(schema.ConfigError, match="so it cannot teach these"):
     start.teacher_of(config, make_data(config))
+  for folder, has_head in ((topics, True), (tmp_path, False)):
+    config = c.resolve(recovery_config(dense_run, folder))
+    start.dense_start(str(dense_run), config, make_data(config))
+    told = capsys.readouterr().out
+    assert ("theme 0" in told and "learned anew" in told) != has_head
 
 
 @pytest.fixture(scope="module")
