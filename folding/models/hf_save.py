@@ -72,6 +72,7 @@ def save_pretrained(
       f"{tokenizer_path} ends each text with what fills up ({pad}), which a "
       "classifier of this kind passes over; no standard folder does as it should",
     )
+    assert begin is not None
     pad = begin
   described = Description(
     family=family,
