@@ -193,7 +193,9 @@ def scan(
   num_blocks = -(-num_chunks // max(1, _BLOCK // (B * H * chunk)))
   C = -(-num_chunks // num_blocks)
   blocks = (
-    *(_cut(x, 2, num_blocks, C, chunk) for x in arrays),
+    # Queries added are inside the nodes' range, as gradients are computed there.
+    _cut(arrays[0], 2, num_blocks, C, chunk, mode="edge"),
+    *(_cut(x, 2, num_blocks, C, chunk) for x in arrays[1:]),
     None if keep_BL is None else _cut(keep_BL, 1, num_blocks, C, chunk),
     None if segments_BL is None else _cut(segments_BL, 1, num_blocks, C, chunk),
   )
@@ -209,12 +211,22 @@ def scan(
   return past, Part(*(_whole(x, length) for x in parts))
 
 
-def _cut(x: Array, axis: int, num_blocks: int, num_chunks: int, chunk: int):
-  """Returns [blocks, ..., C, L, ...] of [..., length, ...], filled with 0."""
+def _cut(
+  x: Array,
+  axis: int,
+  num_blocks: int,
+  num_chunks: int,
+  chunk: int,
+  mode: str = "constant",
+) -> Array:
+  """Returns [blocks, ..., C, L, ...] of [..., length, ...], filled up at its end.
+
+  By `mode` of `jnp.pad`: with 0, or "edge".
+  """
   width = [(0, 0)] * x.ndim
   width[axis] = (0, num_blocks * num_chunks * chunk - x.shape[axis])
   shape = (*x.shape[:axis], num_blocks, num_chunks, chunk, *x.shape[axis + 1 :])
-  return jnp.moveaxis(jnp.pad(x, width).reshape(shape), axis, 0)
+  return jnp.moveaxis(jnp.pad(x, width, mode=mode).reshape(shape), axis, 0)
 
 
 def _whole(x: Array, length: int) -> Array:

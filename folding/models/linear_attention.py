@@ -26,6 +26,15 @@ class Span(NamedTuple):
   t_low: Float[Array, "#B #H"]
   t_high: Float[Array, "#B #H"]
 
+  @property
+  def t_half(self) -> Float[Array, "#B #H"]:
+    """Half the range of t."""
+    return (self.t_high - self.t_low) / 2
+
+  def grid(self, num_nodes: int) -> nodal.Grid:
+    """Returns so many nodes for these ranges."""
+    return nodal.make_grid(self.s_low, self.s_high, self.t_half, num_nodes)
+
 
 class PastState(NamedTuple):
   """All that later positions need to know of a text; P + N (K + 1) numbers.
@@ -68,10 +77,8 @@ def measure_span(
 def span_bound(span: Span, num_nodes: int) -> Float[Array, "#B #H"]:
   """Returns the `chebyshev.error_bound` of each text and head."""
   P = chebyshev.panels(num_nodes)
-  s_half_BH = P * nodal.panel_half(span.s_low, span.s_high, P)
-  return chebyshev.error_bound(
-    s_half_BH, (span.t_high - span.t_low) / 2, num_nodes
-  )
+  half_BH = nodal.panel_half(span.s_low, span.s_high, span.t_half, P)
+  return chebyshev.error_bound(P * half_BH, span.t_half, num_nodes)
 
 
 def attend_linear(
@@ -115,7 +122,7 @@ def attend_linear(
   if span is None:
     span = measure_span(q_BLH, k_BLJ, keep_BL, head_dim=head_dim)
   arrays = _prepare(q_BLH, k_BLJ, v_BLIK, span, head_dim)
-  grid = nodal.make_grid(span.s_low, span.s_high, num_nodes)
+  grid = span.grid(num_nodes)
   if not causal and slopes_H is None and segments_BL is None:
     out_BHLK = chunked.attend_all(*arrays, keep_BL, grid)
     return out_BHLK.swapaxes(1, 2).astype(v_BLIK.dtype)
@@ -226,10 +233,12 @@ def init_state(
     num_nodes: N, as from `chebyshev.nodes_for`.
   """
   BH = batch_size, num_heads
-  top_BHP = jnp.full((*BH, chebyshev.panels(num_nodes)), nodal.FLOOR)
-  norm_BHN = jnp.zeros((*BH, num_nodes))
+  P, kind = chebyshev.panels(num_nodes), jnp.float32
   return PastState(
-    span, top_BHP, norm_BHN, jnp.zeros((*norm_BHN.shape, head_dim))
+    span,
+    jnp.full((*BH, P), nodal.FLOOR, kind),
+    jnp.zeros((*BH, num_nodes), kind),
+    jnp.zeros((*BH, num_nodes, head_dim), kind),
   )
 
 
@@ -257,9 +266,7 @@ def extend(
     _slopes(slopes_H, q_BLH),
     keep_BL,
     None,
-    nodal.make_grid(
-      state.span.s_low, state.span.s_high, state.norm_BHN.shape[2]
-    ),
+    state.span.grid(state.norm_BHN.shape[2]),
     chunk,
   )
   out_BLHK = nodal.divide(part).swapaxes(1, 2).astype(v_BLIK.dtype)

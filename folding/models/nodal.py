@@ -39,20 +39,28 @@ class Part(NamedTuple):
 
 
 def panel_half(
-  low_BH: Float[Array, "#B #H"], high_BH: Float[Array, "#B #H"], P: int
+  low_BH: Float[Array, "#B #H"],
+  high_BH: Float[Array, "#B #H"],
+  t_half_BH: Float[Array, "#B #H"],
+  P: int,
 ) -> Float[Array, "#B #H"]:
   """Returns half the width of P panels that share out the ranges of s."""
-  # Never so narrow that rounding would take an s out of its panel.
-  least_BH = 1e-3 * jnp.maximum(jnp.abs(low_BH), jnp.abs(high_BH)) + 1e-6
+  # Never so narrow that rounding would take an s out of its panel, or be seen
+  # in the slope of e^(s t): it is enlarged by X^2 over the half width.
+  least_BH = 1e-3 * jnp.maximum(jnp.abs(low_BH), jnp.abs(high_BH))
+  least_BH = jnp.maximum(least_BH, 0.5 / jnp.maximum(t_half_BH, 0.5))
   return jnp.maximum((high_BH - low_BH) / (2 * P), least_BH)
 
 
 def make_grid(
-  low_BH: Float[Array, "#B #H"], high_BH: Float[Array, "#B #H"], num_nodes: int
+  low_BH: Float[Array, "#B #H"],
+  high_BH: Float[Array, "#B #H"],
+  t_half_BH: Float[Array, "#B #H"],
+  num_nodes: int,
 ) -> Grid:
-  """Returns panels that share out the ranges of s."""
+  """Returns panels that share out the ranges of s, for keys of this range."""
   P = chebyshev.panels(num_nodes)
-  half_BH = panel_half(low_BH, high_BH, P)
+  half_BH = panel_half(low_BH, high_BH, t_half_BH, P)
   odd_P = jnp.asarray(2 * np.arange(P) + 1, jnp.float32)[None, None]
   center_BHP = low_BH[..., None] + half_BH[..., None] * odd_P
   step_BHX = half_BH[..., None] * chebyshev.nodes()[None, None]
@@ -99,7 +107,7 @@ def read_weights(s_BHCL, grid) -> tuple[Array, Array]:
   P = grid.center_BHP.shape[-1]
   low, half = grid.low_BH[..., None, None], grid.half_BH[..., None, None]
   panel = jnp.clip(jnp.floor(_stop(s_BHCL - low) / (2 * half)), 0, P - 1)
-  hot_BHCLP = jax.nn.one_hot(panel.astype(int), P)
+  hot_BHCLP = jax.nn.one_hot(panel.astype(int), P, dtype=jnp.float32)
   return hot_BHCLP, _weights((s_BHCL - low) / half - (2 * panel + 1), hot_BHCLP)
 
 
@@ -127,7 +135,7 @@ def _powers_jvp(primals, tangents):
   node_BHN = jnp.broadcast_to(
     node_BHN, (*power_BHCNM.shape[:2], node_BHN.shape[-1])
   )
-  one_N = jnp.ones(node_BHN.shape[-1:])
+  one_N = jnp.ones(node_BHN.shape[-1:], jnp.float32)
   d_BHCNM = jnp.einsum("BHN,BHCM->BHCNM", node_BHN, tangents[0])
   d_BHCNM += jnp.einsum("N,BHCM->BHCNM", one_N, tangents[1])
   return power_BHCNM, power_BHCNM * d_BHCNM

@@ -72,6 +72,56 @@ def test_equals_dense_attention_and_its_gradients(kind):
     )
 
 
+def _gradients(case, causal=True, num_nodes=32):
+  """Returns gradients of attention in linear time, and those in float64."""
+  oracle = Dense(case, causal)
+  d_out = np.random.default_rng(2).standard_normal(oracle.out.shape)
+
+  def loss(q, k, v):
+    out = la.attend_linear(
+      *(q, k, v, *case[3:]),
+      head_dim=K,
+      causal=causal,
+      num_nodes=num_nodes,
+      chunk=16,
+    )
+    return (out * d_out.astype(np.float32)).sum()
+
+  grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*case[:3])
+  return grads, oracle.gradients(d_out)[:3]
+
+
+def test_gradients_where_no_query_is_near_0():
+  # 75 positions are not of whole chunks of 16: some are added at the end.
+  case = make_case()
+  case = case._replace(q=case.q + 3 / K**0.5)
+  for got, want in zip(*_gradients(case), strict=True):
+    np.testing.assert_allclose(
+      got, want, rtol=0, atol=1e-4 * np.abs(want).max()
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [1e-3, 1e-5, 0.0])
+def test_gradients_where_queries_are_the_same(scale, causal):
+  case = make_case()
+  case = case._replace(q=scale * case.q)
+  grads, expected = _gradients(case, causal)
+  for got, want in zip(grads, expected, strict=True):
+    # That of keys is as small as the queries; no more than rounding is off.
+    np.testing.assert_allclose(
+      got, want, rtol=0, atol=2e-4 * max(np.abs(want).max(), 0.05)
+    )
+
+
+def test_gradients_beside_float64():
+  case = make_case(slopes=SLOPES)
+  expected, _ = _gradients(case)
+  with jax.enable_x64(True):
+    for got, want in zip(_gradients(case)[0], expected, strict=True):
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_at_moderate_ranges_is_within_5e_6_of_the_dense_path():
   shape = (1, 1024, 2, 32)
   case = make_case(shape=shape)
