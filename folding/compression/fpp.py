@@ -63,7 +63,8 @@ def fpp(
   A frozen element keeps its value bit for bit whatever the inner optimizer
   does (momentum and weight decay included), and its gradient is 0 to the inner
   optimizer, so a clip by norm in there counts trainable elements alone.
-  Nothing may follow this transform in a chain.
+  Nothing may follow this transform in a chain. Averages of the parameters that
+  an optimizer keeps (schedule-free ones, say) are not zeroed.
 
   `update` takes, besides params, which it needs:
     stats: {parameter path: mean square of its input}, from
@@ -222,7 +223,8 @@ def fpp(
 
     updates = paths.map_named(stopped, updates)
     updates, inner_state = extra_inner.update(
-      updates, state.inner, params, value=value, value_fn=value_fn, **kw
+      *(updates, state.inner, params),
+      **{"value": value, "value_fn": value_fn, "stats": stats, **kw},
     )
     updates = paths.map_named(held, updates, params)
     step = jnp.asarray(optax.safe_increment(state.step))

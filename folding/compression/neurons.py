@@ -18,8 +18,9 @@ def remove_neurons(
   A neuron is all that a rule of granularity "neuron" ties together: its columns
   and biases, and the rows that read it. If all of it is 0 the rest of the model
   never sees it, so the function stays the same to float rounding (sums have
-  fewer terms). The caller builds the smaller model, whose widths are those of
-  the arrays. For a `folding.Transformer`, `folding.shrink` does more.
+  fewer terms), unless it norms the neurons. The caller builds the smaller model,
+  whose widths are those of the arrays. For a `folding.Transformer`,
+  `folding.shrink` does more.
 
   Args:
     rules: As given to `folding.fpp`; other granularities are passed over.

@@ -28,10 +28,10 @@ def init_average(score: str, w: jax.Array) -> jax.Array | None:
 
   For "activation" and "relative" it is the mean square of each input, of the
   shape of all axes but the last (an input axis that is not there is
-  broadcast); it starts at 1, so that before any statistics inputs count alike.
+  broadcast); it starts at -1: before any statistics, and inputs count alike.
   """
   if score in FORWARD_SCORES:
-    return jnp.ones(w.shape[:-1], jnp.float32)
+    return jnp.full(w.shape[:-1], -1, jnp.float32)
   if score == "evolution" or score in GRADIENT_SCORES:
     return jnp.zeros(w.shape, jnp.float32)
   return None
@@ -45,7 +45,7 @@ def observe_stat(
   Args:
     average: float32, shape of the parameter without its last axis.
     stat: Mean square of the parameter's input; its axes are leading axes.
-    weight: float32[], of the new value; 1 for the first.
+    weight: float32[], of the new value; the first has all of it.
   """
   if stat.shape != average.shape[: stat.ndim]:
     raise ValueError(
@@ -53,8 +53,9 @@ def observe_stat(
       f"{average.shape}: it is the mean square of each"
     )
   stat = stat.reshape(stat.shape + (1,) * (average.ndim - stat.ndim))
-  stat = jnp.broadcast_to(stat, average.shape)
-  return _finite(average + weight * (stat - average), average)
+  stat = jnp.broadcast_to(stat, average.shape).astype(jnp.float32)
+  moved = average + weight * (stat - average)
+  return _finite(jnp.where(average < 0, stat, moved), average)
 
 
 def observe_gradient(
@@ -164,6 +165,8 @@ def lazy_scores(
   if score == "magnitude":
     return Partial(_magnitude, w)
   assert average is not None
+  if score in FORWARD_SCORES:
+    average = jnp.where(average < 0, 1.0, average)
   if score == "activation":
     return Partial(_weighed, w, jnp.sqrt(average)[..., None])
   if score == "relative":

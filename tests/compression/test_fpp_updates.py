@@ -211,3 +211,26 @@ def test_verified_pruning_keeps_the_loss_and_unverified_does_not():
     losses[tolerance] = float(value_fn(p))
   assert losses[0.05] <= 1.05**4
   assert losses[None] > 5
+
+
+def test_one_inside_another_gets_the_statistics():
+  params = {name: random_params()[name] for name in ("up", "embed")}
+  inner = fpp(
+    *(optax.sgd(0.0), [Rule("up", 0.5)]),
+    **{"begin": 0, "end": 0, "every": 1, "score": "activation"},
+  )
+  outer = fpp(
+    *(inner, [Rule("embed", 0.5)]),
+    **{"begin": 1, "end": 1, "every": 1, "score": "magnitude"},
+  )
+  state = outer.init(params)
+  size = jnp.array([9.0, 9, 9, 9, 1e-4, 1e-4, 1e-4, 1e-4])
+  for step in range(2):
+    updates, state = outer.update(
+      separable(params, step), state, params, stats={"up": size}
+    )
+    params = optax.apply_updates(params, updates)
+  # By their inputs: |w| alone would not take just the last four rows.
+  np.testing.assert_array_equal(params["up"][4:], 0)
+  assert (params["up"][:4] != 0).all()
+  assert (params["embed"] == 0).sum() == 30

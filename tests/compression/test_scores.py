@@ -138,6 +138,19 @@ def test_evolution_starts_at_the_first_magnitude_then_decays():
   np.testing.assert_allclose(average, expected, rtol=1e-6)
 
 
+def test_the_first_statistic_that_is_a_number_has_all_of_the_weight():
+  average = scores.init_average("activation", jnp.zeros((3, 2)))
+  assert average is not None
+  w = jnp.asarray(_normal((3, 2)))
+  for unknown in (average, jnp.ones(3)):  # they count alike
+    found = scores.element_scores("activation", w, unknown, jax.random.key(0))
+    np.testing.assert_allclose(found, np.abs(w), rtol=1e-6)
+  stats = [jnp.array([np.nan, 4.0, np.inf]), jnp.array([1e-4, 8.0, 2e-4])]
+  for stat, weight in zip(stats, (0.5, 0.25), strict=True):  # late
+    average = scores.observe_stat(average, stat, jnp.float32(weight))
+  np.testing.assert_allclose(average, [1e-4, 5.0, 2e-4], rtol=1e-6)
+
+
 def test_a_step_that_is_not_finite_leaves_averages_as_they_were():
   average, w = _normal((3, 4)).astype(np.float32), jnp.asarray(_normal((3, 4)))
   bad = np.zeros((3, 4), bool)
