@@ -1,5 +1,6 @@
 """Trains: `python train.py --config=configs/quickstart.py --workdir=RUN`."""
 
+import os
 import sys
 import typing
 
@@ -31,6 +32,8 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
     if typing.get_origin(hint) is typing.Literal:
       register(hint, flags.EnumParser(list(typing.get_args(hint))))
   for arg in argv:
+    if not arg.startswith("-"):
+      continue  # the value of the flag before
     name = arg.lstrip("-").removeprefix("no").split("=")[0]
     if name.startswith("config.") and name[7:] not in fields:
       raise schema.ConfigError(schema.no_field("config", name[7:], fields))
@@ -51,7 +54,10 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
   config = _CONFIG.value
   if not isinstance(config, config_lib.Config):  # also: no such file
     name = config_flags.get_config_filename(flags.FLAGS["config"])
-    raise schema.ConfigError(f"{name} is not a file that gives a Config")
+    there = "is not a file that gives a Config"
+    if not os.path.isfile(name):
+      there = f"is not there (from {os.getcwd()})"
+    raise schema.ConfigError(f"{name} {there}")
   return schema.edited(config, unset), _WORKDIR.value
 
 

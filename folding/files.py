@@ -75,11 +75,27 @@ def held(folder: str) -> Iterator[None]:
 
 
 def require_local(path: str) -> None:
-  """Raises `ConfigError` for an address such as gs://bucket/folder."""
+  """Raises `ConfigError` for what is no place to write a run to.
+
+  That is an address such as gs://bucket/folder, a ~ that no shell has replaced
+  (none does after "="), and, anywhere in the absolute path, a character of
+  patterns: Orbax looks for its files by one, and would not find them again.
+  """
   require(
     "://" not in path,
     f"{path} is an address, and files are written to folders; mount what is there, "
     "or copy it afterwards",
+  )
+  require(
+    not path.startswith("~"),
+    f"{path} would be a folder called ~; write $HOME in its place",
+  )
+  whole = os.path.abspath(path)
+  found = next((character for character in "[*?" if character in whole), None)
+  require(
+    found is None,
+    f"checkpoints cannot be read from {whole}, because of the {found}; choose "
+    "another folder",
   )
 
 
@@ -126,6 +142,7 @@ def call_in_file(where: str, function: str) -> Any:
   if spec is None or spec.loader is None:
     raise ConfigError(f"{path!r} is no Python file")
   module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # where dataclasses look for their types
   sys.path.insert(0, os.getcwd())  # as of a script, for `from configs import`
   try:
     spec.loader.exec_module(module)

@@ -27,7 +27,8 @@ def train(*flags):
   [
     (["--workdir={workdir}"], "give --config=FILE and --workdir=DIR"),
     (["--config=configs/lm.py"], "give --config=FILE and --workdir=DIR"),
-    (["--config=nowhere.py", "--workdir={workdir}"], "nowhere.py"),
+    (["--config=nowhere.py", "--workdir={workdir}"], "nowhere.py is not there"),
+    (["--config=nowhere.py", "--workdir", "config.run"], "nowhere.py is not"),
     (["--config={other}", "--workdir={workdir}"], "gives a Config"),
     (
       ["--config=configs/lm.py", "--workdir={workdir}", "--confg.seed=1"],
@@ -41,7 +42,15 @@ def train(*flags):
       "config.seed must be int; it is None",
     ),
   ],
-  ids=["no-config", "no-workdir", "no-file", "other-file", "flag", "none"],
+  ids=[
+    "no-config",
+    "no-workdir",
+    "no-file",
+    "spaced",
+    "other-file",
+    "flag",
+    "none",
+  ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, flags, message):
   other = tmp_path / "other.py"

@@ -172,6 +172,19 @@ def make_data(
   )
 
 
+def vocab_size(data: config_lib.DataConfig) -> int:
+  """Returns the number of ids that a tokenizer has, or is to have.
+
+  Raises:
+    schema.ConfigError: see `tokenizers.load_tokenizer`.
+  """
+  if data.tokenizer == "bytes":
+    return tokenizers.NUM_BYTES + 2
+  if data.tokenizer == "bpe":
+    return data.vocab_size
+  return tokenizers.load_tokenizer(data.tokenizer).vocab_size
+
+
 def _digest(texts: sources.Texts) -> str:
   sha = hashlib.sha256()
   for split in sources.SPLITS:

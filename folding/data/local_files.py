@@ -150,11 +150,16 @@ def _read_file(
       rows.labels.append(str(label))
   schema.require(bool(rows.texts), f"{file} has a header and no rows")
   if file.suffix == ".tsv" and rows.labels:
-    first = rows.labels[0]
+    first, second = rows.labels[0], rows.texts[0].strip()
+    place = f"{file}:{rows.lines[0]}: this looks like a header, which a .tsv"
     schema.require(
       first.lower() != "label" or first in rows.labels[1:],
-      f"{file}:{rows.lines[0]}: this looks like a header, which a .tsv does not "
-      "have; take it out",
+      f"{place} does not have; take it out",
+    )
+    schema.require(
+      second.lower() != "label",
+      f"{place} does not have, and labels come after texts; put them before, or "
+      "save it as .csv",
     )
   return rows
 
@@ -240,6 +245,8 @@ def _read_jsonl(
       for name, value in row.items()
       if isinstance(value, str) and name != label_field
     ]
+    # One that is called so is meant, also where this row has none.
+    text_field = choose_field(place, list(row), "text", text_field)
     text_field = choose_text(place, texts, text_field)
     label = row[label_field] if label_field else None
     label = None if label is None else str(label).strip() or None

@@ -73,8 +73,8 @@ def _curve(found: list[grouping.Column]) -> tuple[str, str, str]:
 
 
 def _label(column: grouping.Column) -> str:
-  n = len(column.members)
-  return column.name if n == 1 else f"{column.name} ({n} seeds)"
+  n, name = len(column.members), column.name.replace("$", r"\$")  # no formula
+  return name if n == 1 else f"{name} ({n} seeds)"
 
 
 def _point(axes: Any, column: grouping.Column, color: str) -> None:

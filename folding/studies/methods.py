@@ -14,7 +14,7 @@ import jax
 
 from folding import config as config_lib
 from folding.config import Config, ModelConfig
-from folding.data import tokenizers
+from folding.data.batches import vocab_size
 from folding.models.transformer import make_model, param_shapes
 from folding.schema import ConfigError, edited, require
 
@@ -83,7 +83,7 @@ def small(base: Config, level: float) -> ModelConfig:
     ConfigError: there is no such model.
   """
   dense = config_lib.dense_twin(config_lib.resolve(base))
-  vocabulary, length = _vocabulary(dense.data), dense.data.length
+  vocabulary, length = vocab_size(dense.data), dense.data.length
   count = functools.partial(_count, dense, vocabulary, length)
   target = (1 - level) * count(dense.model)
   head_dim, full = dense.model.head_dim, dense.model
@@ -136,14 +136,6 @@ def _count_of(
 
 def _count(config: Config, vocabulary: int, length: int, model: ModelConfig):
   return _count_of(model, config.task, vocabulary, length)
-
-
-def _vocabulary(data: config_lib.DataConfig) -> int:
-  if data.tokenizer == "bytes":
-    return tokenizers.NUM_BYTES + 2
-  if data.tokenizer == "bpe":
-    return data.vocab_size
-  return tokenizers.load_tokenizer(data.tokenizer).vocab_size
 
 
 _WEIGHTS: Edits = {"fpp.granularity": "weight", "fpp.score": "relative"}

@@ -137,7 +137,12 @@ def require_same(study: Study, workdir: str) -> None:
   """
   for trial in study.trials(workdir):
     plan = os.path.join(workdir, "plans", f"{trial.name}.json")
-    if os.path.exists(plan) and is_finished(trial.run):
+    if is_finished(trial.run):
+      require(
+        os.path.exists(plan),
+        f"{workdir} has no {plan}, which says what {trial.name} was; put it back, "
+        "or choose another --workdir",
+      )
       before, now = config_lib.load(plan), trial.config()
       found = differences(before, now)
       # What starts from a run of the study names its place, which may change,
@@ -259,6 +264,8 @@ class _Group:
     command = [sys.executable, "-m", "folding.studies.worker", plan, trial.run]
     if cores := _cores(slot, self._options.jobs):
       command.append(f"--cores={cores}")
+    if digest := self._digest_of(trial.dataset):
+      command.append(f"--text={digest}")
     log = open(os.path.join(self._workdir, "logs", f"{trial.name}.log"), "ab")
     process = subprocess.Popen(
       command,
@@ -272,6 +279,13 @@ class _Group:
     assert process.stdin is not None
     os.set_blocking(process.stdin.fileno(), False)  # where it is suspended
     self._jobs.append(_Job(trial, claim, process, log, slot))
+
+  def _digest_of(self, dataset: str) -> str | None:
+    """Returns the SHA-256 of the text of what is finished, None without."""
+    for trial in self._board.trials:
+      if trial.dataset == dataset and trial.name in self._board.seconds:
+        return runs.load_run(trial.run).digest
+    return None
 
   def _fail(self, trial: Trial, error: str) -> None:
     record = {"error": error, "host": socket.gethostname()}

@@ -27,12 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Trains a run, or goes on, and returns the exit status, as `folding` does.
 
   Args:
-    argv: CONFIG.json RUN [--cores=0,1].
+    argv: CONFIG.json RUN [--cores=0,1] [--text=SHA256].
   """
   parser = argparse.ArgumentParser()
   parser.add_argument("config")
   parser.add_argument("run")
   parser.add_argument("--cores")
+  parser.add_argument("--text", default="")
   args = parser.parse_args(argv)
   threading.Thread(target=_end_with_parent, daemon=True).start()
   if args.cores:  # before JAX counts them
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   from folding.training import loop
 
   try:
-    loop.run(config_lib.load(args.config), args.run)
+    loop.run(config_lib.load(args.config), args.run, args.text)
   except (schema.ConfigError, schema.TrainingError, OSError) as error:
     print(schema.one_line(error), file=sys.stderr)
     return 1 if isinstance(error, schema.TrainingError) else 2

@@ -19,6 +19,7 @@ from folding import config as config_lib
 from folding import paths
 from folding.compression.rules import make_sites
 from folding.config import Config
+from folding.data.batches import vocab_size
 from folding.models.transformer import make_model, param_shapes
 from folding.schema import ConfigError, require
 from folding.training import losses, sharding
@@ -119,7 +120,7 @@ def needs(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
   """Returns {part: bytes on each device} of training.
 
   Args:
-    config: Resolved. The vocabulary is `data.vocab_size`.
+    config: Resolved.
     mesh: Where arrays lie.
   """
   model, _, _, state = _build(config)
@@ -263,7 +264,7 @@ def _build(config: Config) -> tuple[Any, Any, list[Any], Any]:
   """Returns (model, optimizer, rules, shapes of the training state)."""
 
   def model_of(config):
-    return make_model(config, config.data.vocab_size, num_classes=2)
+    return make_model(config, vocab_size(config.data), num_classes=2)
 
   def shapes(config):
     return param_shapes(model_of(config))

@@ -31,12 +31,13 @@ _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 _ASKED = "asked.json"  # the config before a plan
 
 
-def run(config: Config, workdir: str) -> dict[str, Any]:
+def run(config: Config, workdir: str, text: str = "") -> dict[str, Any]:
   """Trains, or goes on training, in a run directory.
 
   Args:
     config: As a config file returns it; it is resolved here.
     workdir: New, empty, or with a run of the same config.
+    text: SHA-256 that text and labels are to have (`Data.digest`); "": any.
 
   Returns:
     What `result.json` holds.
@@ -53,6 +54,11 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   config = dataclasses.replace(config, distributed="none")  # of this time only
   with distributed.together():
     planned, data = _read(config, workdir, given)
+  require(
+    text in ("", data.digest),
+    "the text is not that of the other runs; give that again, or begin anew in "
+    "another --workdir",
+  )
   distributed.require_same(
     data.digest + data.tokenizer.to_json(), "another text or tokenizer"
   )
@@ -73,6 +79,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         if report:
           write_fold(workdir, report, config)
         if planned is None:
+          _require_new(workdir)  # another process may have been faster
           asked_path = os.path.join(workdir, _ASKED)
           data.tokenizer.save(os.path.join(workdir, _TOKENIZER))
           restore.save_data(data.label_names, data.digest, workdir)
@@ -105,6 +112,7 @@ def _read(
     tokenizer = load_tokenizer(os.path.join(workdir, _TOKENIZER))
   else:
     checks.check_used(config, given)
+    _require_new(workdir)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
   if planned is not None:
     restore.require_data(workdir, data.label_names, data.digest)
@@ -115,6 +123,14 @@ def _read(
       "give more text (each class gives up its own share, rounded)",
     )
   return planned, data
+
+
+def _require_new(workdir: str) -> None:
+  """Refuses a directory that has something of a run, but no config of it."""
+  require(
+    not has_checkpoint(workdir) and not is_finished(workdir),
+    f"{workdir} has what a run of another config left; choose another --workdir",
+  )
 
 
 def resume_run(workdir: str) -> dict[str, Any]:
@@ -190,8 +206,8 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
   config, t = run.config, run.config.train
   restored = checkpoints.restore_latest(run.like)
   first_step, state = restored if restored else (0, run.init())
-  if first_step == t.steps and is_finished(workdir):
-    return read_result(workdir)  # nothing to train, and it has been tested
+  if is_finished(workdir) and (not restored or first_step == t.steps):
+    return read_result(workdir)  # it has been tested; checkpoints may be gone
   steps = {
     is_check: jax.jit(
       functools.partial(

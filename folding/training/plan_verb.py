@@ -18,7 +18,7 @@ def add_to(verbs: Any) -> None:
     "--config",
     metavar="FILE[:ARGUMENT]",
     required=True,
-    help="as train.py takes it; nothing is read but the file",
+    help="as train.py takes it; nothing is read but the file and a tokenizer",
   )
   verb.add_argument(
     "--devices",

@@ -199,6 +199,14 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     ({"train__tsv": "0\ta\n\tb\n"}, "train.tsv:2: the row has no label"),
     ({"train__tsv": "Label\ttext\n0\ta\n"}, "train.tsv:1: .* like a header"),
     (
+      {"train__tsv": "sentence\tlabel\nso good\t1\nso bad\t0\n"},
+      "train.tsv:1: .* a header.*labels come after texts; put them before",
+    ),
+    (
+      {"train__jsonl": '{"label": 1, "id": "x", "text": null}\n'},
+      "train.jsonl:1 has no text column 'text'",
+    ),
+    (
       {"train__csv": "id,body,label\na1,a,0\n"},
       r"several columns of text \(id, body\); say which in data.text_field",
     ),

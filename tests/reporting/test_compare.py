@@ -295,6 +295,12 @@ def test_the_figure_has_a_curve_a_run_and_a_point_a_finished_column(
   np.testing.assert_allclose(points, expected)
 
 
+def test_a_name_is_drawn_and_no_formula(tmp_path):
+  workdir = synthetic_run.write(tmp_path / "cost $x_{$")
+  drawing = overlay.overlay(grouping.columns([workdir]))
+  drawing.savefig(io.BytesIO())
+
+
 def test_show_draws_names_as_they_are(tmp_path):
   found = grouping.columns([synthetic_run.write(tmp_path / "[red]a")])
   file = io.StringIO()

@@ -125,6 +125,14 @@ def test_what_is_finished_of_another_tokenizer_is_refused(place):
     runner.require_same(other, folder)
 
 
+def test_what_is_finished_without_a_plan_is_refused(place, tmp_path):
+  study, folder = place
+  shutil.copytree(folder, tmp_path / "copy")
+  shutil.rmtree(tmp_path / "copy" / "plans", ignore_errors=True)
+  with pytest.raises(ConfigError, match="which says what .* was; put it"):
+    runner.require_same(study, str(tmp_path / "copy"))
+
+
 def test_figures_are_those_of_the_run(place, rows):
   row, run = rows["text--ours--70--s0"], _load(place, "text--ours--70--s0")
   whole = run.result.parameters.overall

@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +226,20 @@ def test_seeds_share_what_is_compiled(tmp_path, monkeypatch):
     for seed in (0, 1)
   ]
   assert [hit in log for log in logs] == [False, True]
+
+
+def test_a_run_of_another_text_fails_at_once(tmp_path):
+  place = Place(tmp_path, "seeds.txt")
+  place.run()
+  second = place.workdir / "runs" / "text--dense--s1"
+  shutil.rmtree(second)
+  whole = place.text.read_text()
+  place.text.write_text(whole + "and more")
+  assert "failed: the text is not that of the other runs" in place.run()
+  assert not second.exists()
+  gather.gather(place.study, str(place.workdir))  # what there is is shown
+  place.text.write_text(whole)
+  assert "text--dense--s1  bits per byte" in place.run(retry=True)
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2)])

@@ -11,6 +11,7 @@ import pytest
 from folding import cli, files, schema
 from folding import config as c
 from folding.training import capacity, plan_verb, sharding
+from tests.models import checkpoints
 from tests.training import tiny
 
 CONFIG_FILE = """
@@ -177,6 +178,32 @@ def test_values_are_written_as_for_train_or_in_json(edit, expected):
   name = edit.partition("=")[0]
   found = operator.attrgetter(name)(plan_verb.edited(config, [edit]))
   assert found == expected
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer(config_file, tmp_path):
+  path = tmp_path / "t" / "tokenizer.json"
+  path.parent.mkdir()
+  words = [f"w{i}" for i in range(300)]
+  checkpoints.write_tokenizer(path, [*checkpoints.WORDS, *words])
+  config = files.call_in_file(config_file, "get_config")
+  of = {"bytes": 258, "bpe": 128, str(path): 310}
+  for name, rows in of.items():
+    given = plan_verb.edited(config, [f"data.tokenizer={name}"])
+    found = capacity.plan(given, capacity.Devices("cpu", 1, 1.0))["dense"]
+    width = given.model.width
+    of[name] = found["parameters"] - rows * width
+  assert len(set(of.values())) == 1
+
+
+def test_a_config_file_may_have_dataclasses_of_its_own(tmp_path):
+  file = tmp_path / "own.py"
+  file.write_text(
+    "from __future__ import annotations\n"
+    "import dataclasses\n\n"
+    "@dataclasses.dataclass\nclass Own:\n  size: int = 3\n\n"
+    "def get_config():\n  return Own()\n"
+  )
+  assert files.call_in_file(str(file), "get_config").size == 3
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,57 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(text_file, tmp_path):
   assert loop.run(config, workdir) == found
 
 
-def test_an_address_is_no_folder(text_file, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+  ("path", "message"),
+  [
+    ("gs://b/run", "gs://b/run is an address"),
+    ("~/run", r"would be a folder called ~; write \$HOME"),
+    ("a[1]/run", r"cannot be read from /.*/a\[1\]/run, because of the \["),
+  ],
+)
+def test_what_is_no_place_for_a_run_is_refused(
+  text_file, monkeypatch, tmp_path, path, message
+):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(schema.ConfigError, match="gs://b/run is an address"):
-    loop.run(tiny_config(text_file), "gs://b/run")
+  with pytest.raises(schema.ConfigError, match=message):
+    loop.run(tiny_config(text_file), path)
   assert not list(tmp_path.iterdir())
+
+
+def _files(workdir):
+  return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_what_a_run_of_a_lost_config_left_is_not_taken(text_file, tmp_path):
+  workdir = tmp_path / "run"
+  loop.run(tiny_config(text_file, steps=2), str(workdir))
+  (workdir / "config.json").unlink()
+  before = _files(workdir)
+  for lost in ("", "checkpoints"):  # then its result is left
+    if lost:
+      shutil.rmtree(workdir / lost)
+      before = _files(workdir)
+    with pytest.raises(schema.ConfigError, match="of another config left"):
+      loop.run(tiny_config(text_file, steps=3), str(workdir))
+    assert _files(workdir) == before
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(
+  text_file, tmp_path
+):
+  config, workdir = tiny_config(text_file, steps=2), tmp_path / "run"
+  found = loop.run(config, str(workdir))
+  shutil.rmtree(workdir / "checkpoints")
+  before = _files(workdir)
+  assert loop.run(config, str(workdir)) == found
+  assert _files(workdir) == before
+
+
+def test_a_run_that_is_to_have_a_text_refuses_another(text_file, tmp_path):
+  config, workdir = tiny_config(text_file, steps=2), tmp_path / "run"
+  with pytest.raises(schema.ConfigError, match="not that of the other runs"):
+    loop.run(config, str(workdir), "0" * 64)
+  assert not workdir.exists()
+  loop.run(config, str(workdir))
+  digest = (workdir / "text.sha256").read_text()
+  assert loop.run(config, str(tmp_path / "same"), digest)["finished"]
