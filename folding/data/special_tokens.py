@@ -1,4 +1,4 @@
-"""Which tokens end a text, and which fills up a batch.
+"""Which tokens end a text, which fills up a batch, and how a chat is written.
 
 A tokenizer.json does not say. The config of a checkpoint beside it may, by
 their ids; what a run or an export holds has a file of its own, by their names,
@@ -18,6 +18,10 @@ from folding import files, schema
 
 FILE = "special_tokens.json"  # beside tokenizer.json
 GENERATION = "generation_config.json"  # of a checkpoint; goes before its config
+CHAT, OPTIONS = (
+  "chat_template.jinja",
+  "tokenizer_config.json",
+)  # of a checkpoint
 PAD, END = "<pad>", "<end>"  # of our own tokenizers
 # Names of other people's, best first, where no file says which.
 _PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
@@ -40,10 +44,12 @@ class SpecialTokens:
   Attributes:
     ends: Each ends a text, and the first a document of a stream; (): unknown.
     pad: Fills up; None: unknown.
+    chat_template: Jinja, kept for `transformers`; None: there is none.
   """
 
   ends: tuple[str, ...] = ()
   pad: str | None = None
+  chat_template: str | None = None
 
   def ids(
     self, vocabulary: Mapping[str, int], begin: Sequence[int]
@@ -113,4 +119,15 @@ def find(
   return SpecialTokens(
     ends=tuple(added[i] for i in ends if type(i) is int and i in added),
     pad=added.get(pad) if type(pad) is int else None,
+    chat_template=_chat_template(tokenizer_path),
   )
+
+
+def _chat_template(tokenizer_path: pathlib.Path) -> str | None:
+  with contextlib.suppress(OSError, ValueError):
+    return tokenizer_path.with_name(CHAT).read_text("utf-8")
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    values = json.loads(tokenizer_path.with_name(OPTIONS).read_text("utf-8"))
+    found = values.get("chat_template")  # or a list of several
+    return found if isinstance(found, str) else None
+  return None

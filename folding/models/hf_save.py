@@ -16,6 +16,7 @@ import tokenizers
 
 from folding import schema
 from folding.config import ModelConfig
+from folding.data import special_tokens
 from folding.data import tokenizers as tokenizers_lib
 from folding.models import hf_config, hf_weights
 from folding.models import hf_families as families
@@ -120,7 +121,11 @@ def save_pretrained(
       f"{kind}_token": next((x for x in found if x in known), None)
       for kind, found in _ENCODER_TOKENS.items()
     }
-  _write_json(folder / "tokenizer_config.json", options)
+  elif not num_classes and tokenizer.special.chat_template is not None:
+    # It is written with special tokens, which then have to be read as such.
+    options["split_special_tokens"] = False
+    options["chat_template"] = tokenizer.special.chat_template
+  _write_json(folder / special_tokens.OPTIONS, options)
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

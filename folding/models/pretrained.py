@@ -24,7 +24,7 @@ from folding.models import hf_config, hf_weights
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PATTERNS = (
   *("config.json", "tokenizer.json", "model*.safetensors", INDEX),
-  special_tokens.GENERATION,
+  *(special_tokens.GENERATION, special_tokens.CHAT, special_tokens.OPTIONS),
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "F16", "BF16")

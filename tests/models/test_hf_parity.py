@@ -1,5 +1,6 @@
 """Hidden states, logits and tokens beside `transformers` on PyTorch CPU."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -8,11 +9,12 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from folding.data import tokenizers as tokenizers_lib
 from folding.models import hf_config, hf_families, hf_save, pretrained
 from tests.models import checkpoints
-from tests.models.checkpoints import FAMILIES
+from tests.models.checkpoints import FAMILIES, WORDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch
 
@@ -187,6 +189,40 @@ def test_the_exported_tokenizer_gives_the_ids_of_ours(name, tmp_path):
   for ids, (row, keep) in zip(ours.encode_batch(texts, 99), rows, strict=True):
     np.testing.assert_array_equal(row[keep == 1], ids)
     assert set(row[keep == 0]) <= {ours.pad_id}
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config"])
+def test_a_chat_is_written_as_before_the_export(file, tmp_path):
+  words = [*WORDS, "<|im_start|>"]
+  checkpoints.write(tmp_path / "source", "llama", "lm", words=words)
+  path = tmp_path / "source" / "tokenizer.json"
+  inner = tokenizers.Tokenizer.from_file(str(path))
+  inner.add_special_tokens(["<|im_start|>"])
+  inner.save(str(path))
+  template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+  options = {"tokenizer_class": "PreTrainedTokenizerFast"}
+  if file.endswith("jinja"):
+    (tmp_path / "source" / file).write_text(template)
+  else:
+    options["chat_template"] = template
+  options_path = tmp_path / "source" / "tokenizer_config.json"
+  options_path.write_text(json.dumps(options))
+  # Through a run directory or an export, which keep the tokenizer alone.
+  loaded = pretrained.load_pretrained(tmp_path / "source")
+  kept = tmp_path / "run" / "tokenizer.json"
+  kept.parent.mkdir()
+  tokenizers_lib.load_tokenizer(loaded.tokenizer_path).save(str(kept))
+  loaded = dataclasses.replace(loaded, tokenizer_path=kept)
+  _save(loaded, tmp_path / "out")
+  chat = [{"role": "user", "content": "a b"}, {"role": "user", "content": "c"}]
+  before, after = (
+    transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+      chat, return_dict=False
+    )
+    for folder in (tmp_path / "source", tmp_path / "out")
+  )
+  assert before.count(words.index("<|im_start|>")) == 2
+  assert after == before
 
 
 def _minilm():
