@@ -86,7 +86,7 @@ def page(results: Results, folder: str, command: str) -> str:
       "perplexity is better), and of bytes and time as multiples of dense's; by "
       "accuracy.\n"
     )
-    for at in dict.fromkeys((level, _nearest(results.levels, 0.3) or level)):
+    for at in results.levels:
       lines += [f"At {at:.0%}, or at its one size:", ""]
       lines.append(tables.summary_table(results, at))
   lines += [

@@ -117,16 +117,16 @@ def test_all_data_sets_together_are_means_of_changes(results):
   assert best == sorted(best, reverse=True)
 
 
-def test_both_claims_have_a_table_of_all_data_sets(results, text):
+def test_each_level_has_a_table_of_all_data_sets(results, text):
   section = _section(text, "All data sets together")
   parts = section.split("\n\n")
   assert [part for part in parts if part.startswith("At ")] == [
-    "At 70%, or at its one size:",
     "At 30%, or at its one size:",
+    "At 70%, or at its one size:",
   ]
-  at_30 = section.split("At 30%, or at its one size:")[1]
-  assert at_30.strip() == tables.summary_table(results, 0.3).strip()
-  assert at_30.strip() != tables.summary_table(results, 0.7).strip()
+  at_70 = section.split("At 70%, or at its one size:")[1]
+  assert at_70.strip() == tables.summary_table(results, 0.7).strip()
+  assert at_70.strip() != tables.summary_table(results, 0.3).strip()
 
 
 def test_each_claim_has_what_was_measured(text):
