@@ -18,10 +18,8 @@ from folding import files, schema
 
 FILE = "special_tokens.json"  # beside tokenizer.json
 GENERATION = "generation_config.json"  # of a checkpoint; goes before its config
-CHAT, OPTIONS = (
-  "chat_template.jinja",
-  "tokenizer_config.json",
-)  # of a checkpoint
+CHAT = "chat_template.jinja"  # of a checkpoint, or a field of
+OPTIONS = "tokenizer_config.json"
 PAD, END = "<pad>", "<end>"  # of our own tokenizers
 # Names of other people's, best first, where no file says which.
 _PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
