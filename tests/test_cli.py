@@ -8,10 +8,22 @@ from folding import cli
 from tests.reporting import synthetic_run
 
 
-def test_an_export_is_no_run(tmp_path, capsys):
-  (tmp_path / "config.json").write_text('{"schema": 1, "config": {}}')
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    (
+      '{"format": "folding", "config": {}}',
+      "is an export or another library's",
+    ),
+    ('{"model_type": "bert"}', "is an export or another library's checkpoint"),
+    ('{"schema": 1}', "is no run: config has no field"),
+    ("{", "config.json is damaged"),
+  ],
+)
+def test_what_is_no_run_is_told(text, message, tmp_path, capsys):
+  (tmp_path / "config.json").write_text(text)
   assert cli.main(["evaluate", str(tmp_path)]) == 2
-  assert f"{tmp_path} is no run: config has no field" in _one_error_line(capsys)
+  assert message in _one_error_line(capsys)
 
 
 def _one_error_line(capsys) -> str:

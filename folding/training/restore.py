@@ -62,6 +62,10 @@ def load_config(workdir: str) -> config_lib.Config:
   """
   path = os.path.join(workdir, "config.json")
   require(os.path.exists(path), f"{workdir} is no run: it has no config.json")
+  require(
+    not {"model_type", "format"} & files.read_json(path, dict).keys(),
+    f"{workdir} is an export or another library's checkpoint, and no run",
+  )
   try:
     return config_lib.load(path)
   except ConfigError as error:
