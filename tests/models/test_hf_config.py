@@ -121,14 +121,6 @@ def test_what_a_file_leaves_out_is_what_transformers_assumes(name):
   )
 
 
-@pytest.mark.parametrize("head", ["classify", "own"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_written_and_read_again_it_is_the_same(name, head):
-  head = checkpoints.own_head(FAMILIES[name]) if head == "own" else head
-  described = checkpoints.description(name, head)
-  assert hf_config.describe(hf_save.to_hf(described)) == described
-
-
 @pytest.mark.parametrize(
   ("options", "window"),
   [
@@ -343,31 +335,3 @@ def test_what_no_family_computes_is_told(config, message):
     schema.ConfigError, match=f"no model of transformers .*{message}"
   ):
     hf_config.family_of(_resolved(config))
-
-
-@pytest.mark.parametrize(
-  ("name", "fields", "message"),
-  [
-    (
-      "bert",
-      {"pooling": "mean"},
-      "bert's sequence classifier needs model.pooling='first'; it is 'mean'",
-    ),
-    ("bert", {"pooler": False}, "needs model.pooler=True; it is False"),
-    (
-      "distilbert",
-      {"pooler_activation": "tanh"},
-      "needs model.pooler_activation='relu'; it is 'tanh'",
-    ),
-    ("distilbert", {"norm_epsilon": 1e-5}, "needs model.norm_epsilon=1e-12"),
-    ("llama", {"pooling": "mean"}, "needs model.pooling='last'"),
-    ("llama", {"qkv_bias": True}, "llama needs model.qkv_bias=False"),
-    ("mistral", {"use_bias": True}, "mistral needs model.use_bias=False"),
-  ],
-)
-def test_an_export_of_another_head_is_refused(name, fields, message):
-  described = checkpoints.description(name, "classify")
-  config = dataclasses.replace(described.config, **fields)
-  other = dataclasses.replace(described, config=config)
-  with pytest.raises(schema.ConfigError, match=f"no export as .*{message}"):
-    hf_save.to_hf(other)

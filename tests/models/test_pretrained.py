@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from folding import paths, schema
-from folding.models import hf_save, pretrained
+from folding.models import pretrained
 from tests.models import checkpoints
 from tests.models.checkpoints import FAMILIES, WORDS
 
@@ -303,24 +303,6 @@ def test_what_the_hub_does_not_have_is_told_in_one_line():
   assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_another_head_is_refused_before_anything_is_written(
-  tmp_path,
-):
-  described = checkpoints.description("bert", "classify")
-  described.config.pooling = "mean"
-  with pytest.raises(schema.ConfigError, match="needs model.pooling='first'"):
-    hf_save.save_pretrained(
-      checkpoints.random_params(described),
-      described.config,
-      "bert",
-      tmp_path / "out",
-      tokenizer_path=checkpoints.write_tokenizer(tmp_path / "tokenizer.json"),
-      max_length=described.max_length,
-      num_classes=described.num_classes,
-    )
-  assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("lost", ["tokenizer.json", pretrained.WEIGHTS])
 def test_what_the_hub_has_in_other_files_is_converted_by_its_name(
   lost, folder, monkeypatch
@@ -334,44 +316,6 @@ def test_what_the_hub_has_in_other_files_is_converted_by_its_name(
     r"LM and .*AutoTokenizer, each .from_pretrained\('some/model'\)",
   ):
     load("some/model")
-
-
-def _endless(words):
-  """Returns the words without one to fill up with: the end has to do that."""
-  return ["<none>", *words[1:]]
-
-
-def test_a_classifier_sees_the_end_of_its_texts_after_an_export(tmp_path):
-  checkpoints.write(tmp_path / "a", "llama", "classify", words=_endless(WORDS))
-  values = json.loads((tmp_path / "a" / "config.json").read_text())
-  names = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
-  # Not 2, "</s>", which transformers would pass over as padding.
-  assert (values["pad_token_id"], values["eos_token_id"]) == (1, 2)
-  assert names["pad_token"] == "<s>"
-  assert load(tmp_path / "a").pad_id == 1
-  _configured(pad_token_id=2)(tmp_path / "a")
-  with pytest.raises(
-    schema.ConfigError, match=r"ends each text .*add_eos_token"
-  ):
-    load(tmp_path / "a")
-
-
-def test_a_decoder_without_begin_generates_from_an_end(tmp_path):
-  described = checkpoints.description("gpt2", "lm")
-  path = checkpoints.write_tokenizer(tmp_path / "tokenizer.json")
-  path.write_text(
-    json.dumps(json.loads(path.read_text()) | {"post_processor": None})
-  )
-  hf_save.save_pretrained(
-    checkpoints.random_params(described),
-    described.config,
-    "gpt2",
-    tmp_path / "out",
-    tokenizer_path=path,
-    max_length=described.max_length,
-  )
-  values = json.loads((tmp_path / "out" / "config.json").read_text())
-  assert (values["bos_token_id"], values["eos_token_id"]) == (2, 2)
 
 
 def test_a_hub_id_is_a_folder_of_the_cache(tmp_path, monkeypatch):
