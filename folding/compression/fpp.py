@@ -223,8 +223,13 @@ def fpp(
 
     updates = paths.map_named(stopped, updates)
     updates, inner_state = extra_inner.update(
-      *(updates, state.inner, params),
-      **{"value": value, "value_fn": value_fn, "stats": stats, **kw},
+      updates,
+      state.inner,
+      params,
+      value=value,
+      value_fn=value_fn,
+      stats=stats,
+      **kw,
     )
     updates = paths.map_named(held, updates, params)
     step = jnp.asarray(optax.safe_increment(state.step))

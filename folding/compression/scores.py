@@ -28,7 +28,7 @@ def init_average(score: str, w: jax.Array) -> jax.Array | None:
 
   For "activation" and "relative" it is the mean square of each input, of the
   shape of all axes but the last (an input axis that is not there is
-  broadcast); it starts at -1: before any statistics, and inputs count alike.
+  broadcast); it starts at -1, which stands for none: inputs count alike.
   """
   if score in FORWARD_SCORES:
     return jnp.full(w.shape[:-1], -1, jnp.float32)

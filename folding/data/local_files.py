@@ -246,7 +246,7 @@ def _read_jsonl(
       if isinstance(value, str) and name != label_field
     ]
     # One that is called so is meant, also where this row has none.
-    text_field = choose_field(place, list(row), "text", text_field)
+    text_field = text_field or choose_field(place, list(row), "text", None)
     text_field = choose_text(place, texts, text_field)
     label = row[label_field] if label_field else None
     label = None if label is None else str(label).strip() or None

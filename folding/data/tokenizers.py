@@ -89,9 +89,10 @@ class Tokenizer:
     return int(self.end_ids[0])
 
   @property
-  def closing_ids(self) -> np.ndarray:
-    """What the tokenizer puts after a text by itself, such as BERT's "[SEP]"."""
-    return self.encode_batch([""], _PIECE_CHARS)[0][self.begin_ids.size :]
+  def ends_with_pad(self) -> bool:
+    """Whether it puts what fills up a batch after a text by itself."""
+    framed = self.encode_batch([""], _PIECE_CHARS)[0]
+    return self.pad_id in framed[self.begin_ids.size :]
 
   def stream(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
     """Yields ids of documents in a row, each with its begin and its end.

@@ -9,7 +9,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.numpy
 import tokenizers
@@ -66,7 +65,7 @@ def save_pretrained(
   tokenizer = tokenizers_lib.load_tokenizer(tokenizer_path)
   begin = tokenizer.begin_ids[0].item() if tokenizer.begin_ids.size else None
   pad = tokenizer.pad_id
-  if config.causal and num_classes and pad in tokenizer.closing_ids:
+  if config.causal and num_classes and tokenizer.ends_with_pad:
     # transformers reads the logits at the last token that is not this one.
     schema.require(
       begin is not None,
@@ -86,11 +85,10 @@ def save_pretrained(
     label_names=tuple(label_names),
   )
   ends = tokenizer.end_ids.tolist()
-  first = tokenizer.prompt(np.zeros(0, np.int32))[0].item()
   values = to_hf(described) | {
     "eos_token_id": ends[0] if len(ends) == 1 else ends,
-    # What to generate from where there is no prompt.
-    "bos_token_id": first if config.causal else begin,
+    # A decoder without one generates from the end of a text before.
+    "bos_token_id": ends[0] if config.causal and begin is None else begin,
     "torch_dtype": "float32",
   }
   tensors = hf_weights.export_tensors(

@@ -213,7 +213,7 @@ def _check_tokenizer(
   )
   schema.require(
     not (described.config.causal and described.num_classes)
-    or tokenizer.pad_id not in tokenizer.closing_ids,
+    or not tokenizer.ends_with_pad,
     f"{path} ends each text with what fills up ({tokenizer.pad_id}), which a "
     "classifier of this kind passes over; save the tokenizer without it "
     "(add_eos_token=False), which computes the same",

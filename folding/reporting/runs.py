@@ -168,7 +168,6 @@ def load_run(workdir: str) -> Run:
   result = _read_result(os.path.join(workdir, "result.json"))
   records = _read_metrics(os.path.join(workdir, "metrics.jsonl"))
   used = os.path.join(workdir, "energy.json")
-  text = pathlib.Path(workdir, "text.sha256")
   test = None
   # A figure measured before the end is not the figure of this run.
   if result.finished and result.test is not None:
@@ -183,8 +182,14 @@ def load_run(workdir: str) -> Run:
     valid=[r for r in records if r["split"] == "valid"],
     test=test,
     energy=files.read_json(used, dict) if os.path.exists(used) else None,
-    digest=text.read_text("utf-8").strip() if text.is_file() else None,
+    digest=text_digest(workdir),
   )
+
+
+def text_digest(workdir: str) -> str | None:
+  """Returns the SHA-256 of a run's text and labels, None where none is kept."""
+  path = pathlib.Path(workdir, "text.sha256")
+  return path.read_text("utf-8").strip() if path.is_file() else None
 
 
 def wilson(accuracy: float, num_examples: int) -> tuple[float, float]:

@@ -284,7 +284,7 @@ class _Group:
     """Returns the SHA-256 of the text of what is finished, None without."""
     for trial in self._board.trials:
       if trial.dataset == dataset and trial.name in self._board.seconds:
-        return runs.load_run(trial.run).digest
+        return runs.text_digest(trial.run)
     return None
 
   def _fail(self, trial: Trial, error: str) -> None:

@@ -91,6 +91,9 @@ def plan(
   Raises:
     ConfigError: the mesh cannot place the parameters.
   """
+  rows = vocab_size(config.data)  # read once, whatever the tokenizer
+  data = dataclasses.replace(config.data, vocab_size=rows)
+  config = dataclasses.replace(config, data=data)
   sizes = sharding.require_sizes(config.mesh, devices.count)
   mesh = AbstractMesh(tuple(sizes), sharding.AXES)
   found: dict[str, Any] = {
@@ -120,7 +123,7 @@ def needs(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
   """Returns {part: bytes on each device} of training.
 
   Args:
-    config: Resolved.
+    config: Resolved. The vocabulary is `data.vocab_size`.
     mesh: Where arrays lie.
   """
   model, _, _, state = _build(config)
@@ -264,7 +267,7 @@ def _build(config: Config) -> tuple[Any, Any, list[Any], Any]:
   """Returns (model, optimizer, rules, shapes of the training state)."""
 
   def model_of(config):
-    return make_model(config, vocab_size(config.data), num_classes=2)
+    return make_model(config, config.data.vocab_size, num_classes=2)
 
   def shapes(config):
     return param_shapes(model_of(config))

@@ -62,12 +62,13 @@ def load_config(workdir: str) -> config_lib.Config:
   """
   path = os.path.join(workdir, "config.json")
   require(os.path.exists(path), f"{workdir} is no run: it has no config.json")
+  values = files.read_json(path, dict)
   require(
-    not {"model_type", "format"} & files.read_json(path, dict).keys(),
+    not {"model_type", "format"} & values.keys(),
     f"{workdir} is an export or another library's checkpoint, and no run",
   )
   try:
-    return config_lib.load(path)
+    return config_lib.from_dict(values)
   except ConfigError as error:
     raise ConfigError(f"{workdir} is no run: {error}") from error
 

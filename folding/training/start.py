@@ -152,8 +152,8 @@ def dense_start(
         missing = f"{path} has no {name} of {fresh.shape} for {names}"
         require(
           not needs_head,
-          f"{missing}, so it cannot teach these classes; train it with dense=True, and "
-          "give distill.teacher that run",
+          f"{missing}, so it cannot teach these classes; train it with "
+          "dense=True, and give distill.teacher that run",
         )
         if name == "head/kernel" and jax.process_index() == 0:
           print(f"{missing}: these classes are learned anew", flush=True)

@@ -29,13 +29,9 @@ def test_a_model_of_another_head_is_refused_before_anything_is_written(
   assert not (tmp_path / "out").exists()
 
 
-def _endless(words):
-  """Returns the words without one to fill up with: the end has to do that."""
-  return ["<none>", *words[1:]]
-
-
 def test_a_classifier_sees_the_end_of_its_texts_after_an_export(tmp_path):
-  checkpoints.write(tmp_path / "a", "llama", "classify", words=_endless(WORDS))
+  words = ["<none>", *WORDS[1:]]  # no "<pad>": the end has to do that
+  checkpoints.write(tmp_path / "a", "llama", "classify", words=words)
   values = json.loads((tmp_path / "a" / "config.json").read_text())
   names = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
   # Not 2, "</s>", which transformers would pass over as padding.
