@@ -18,3 +18,4 @@ from folding.models.transformer import Transformer as Transformer
 from folding.models.transformer import make_model as make_model
 from folding.serving.export import load as load
 from folding.training.fold_pretrained import fold_pretrained as fold_pretrained
+from folding.version import __version__ as __version__

@@ -25,9 +25,10 @@ def check(c: Any) -> None:
   ).split():
     value = _get(c, name)
     require(value >= 1, f"{name} must be at least 1; it is {value}")
+    require(value < 2**31, f"{name} must be below 2^31; it is {value}")
   require(
-    c.model.window is None or c.model.window >= 1,
-    f"model.window must be at least 1; it is {c.model.window}",
+    c.model.window is None or 1 <= c.model.window < 2**31,
+    f"model.window must be at least 1, and below 2^31; it is {c.model.window}",
   )
   for name in ("fpp.linear fpp.embedding fpp.overall compress.qkv").split():
     value = _get(c, name)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from folding import files, schema
 from folding.studies import verb as study_verb
 from folding.training import plan_verb
+from folding.version import __version__
 
 
 def report(args: argparse.Namespace) -> None:
@@ -197,6 +198,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser(prog="folding", description="Works on a trained run.")
+  parser.add_argument(
+    "--version", action="version", version=f"folding {__version__}"
+  )
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
   verb = verbs.add_parser("report", help="write the report of a run")

@@ -25,12 +25,18 @@ def path_name(key_path: tuple[Any, ...]) -> str:
 def flatten(tree: Any) -> dict[str, Any]:
   """Returns {path: leaf} in the tree's own order.
 
+  Raises:
+    ValueError: two leaves have the same path, as where a name has a "/".
+
   Example:
     >>> flatten({"mlp": {"up": 1, "down": 2}})
     {'mlp/down': 2, 'mlp/up': 1}
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {path_name(key_path): leaf for key_path, leaf in leaves}
+  found = {path_name(key_path): leaf for key_path, leaf in leaves}
+  if len(found) < len(leaves):
+    raise ValueError(f"two leaves of a tree have one path: {', '.join(found)}")
+  return found
 
 
 def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

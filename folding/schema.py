@@ -172,7 +172,8 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     value = float(value)
   names = " or ".join(map(_name, options))
   require(
-    type(value) in options and not (type(value) is float and math.isnan(value)),
+    type(value) in options
+    and not (type(value) is float and not math.isfinite(value)),
     f"{place} must be {names}; it is {value!r}",
   )
   return value

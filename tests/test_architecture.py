@@ -13,12 +13,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each file imports only files that stand before it: a new file is added here,
 # where its imports allow it to stand.
 ORDER = {
-  "": ["schema", "files", "presets", "checks", "config", "paths"],
+  "": ["version", "schema", "files", "presets", "checks", "config", "paths"],
   "data": [
     *(
       "local_files",
       "python_stdlib",
       "sources",
+      "pieces",
       "special_tokens",
       "tokenizers",
       "trimming",

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -89,6 +90,13 @@ def test_a_wrong_argument_is_one_line(capsys, argv, message):
     cli.main(argv)
   assert stop.value.code == 2
   assert message in _one_error_line(capsys)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+  with pytest.raises(SystemExit, match="0"):
+    cli.main(["--version"])
+  expected = f"folding {metadata.version('folding')}\n"
+  assert capsys.readouterr().out == expected
 
 
 def test_ctrl_c_has_no_traceback():

@@ -24,6 +24,8 @@ REMOVED = ("fpp.linear", "fpp.embedding", "fpp.overall")
     *((name, -0.1, r"must be in \[0, 1\); it is -0") for name in FRACTIONS),
     *((name, 1.0, r"a fraction to remove, .* it is 1\.0") for name in REMOVED),
     *((name, -0.1, r"a fraction to remove, .* it is -0") for name in REMOVED),
+    ("model.window", 2**31, "below 2\\^31; it is 2147483648"),
+    ("train.steps", 10**10, "must be below 2\\^31; it is 10000000000"),
     ("fpp.patience", -1, "must be 0 or more"),
     ("compress.fit_steps", -1, "must be 0 or more"),
     ("fpp.decay", 1.0, r"must be in \[0, 1\)"),

@@ -48,6 +48,11 @@ def test_flatten_equals_a_recursive_walk(tree):
   assert list(paths.flatten(tree).items()) == list(_walk(tree).items())
 
 
+def test_two_leaves_of_one_path_are_told():
+  with pytest.raises(ValueError, match="two leaves .* have one path: a/b"):
+    paths.flatten({"a/b": 1, "a": {"b": 2}})
+
+
 def test_flatten_names_attributes_and_indices():
   tree = {"a": Pair(1, [2, {"b": 3}]), "none": None}
   assert paths.flatten(tree) == {"a/left": 1, "a/right/0": 2, "a/right/1/b": 3}

@@ -228,7 +228,7 @@ def fpp(
       params,
       value=value,
       value_fn=value_fn,
-      stats=stats,
+      **({} if stats is None else {"stats": stats}),  # line searches refuse it
       **kw,
     )
     updates = paths.map_named(held, updates, params)

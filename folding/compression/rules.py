@@ -145,6 +145,11 @@ def _make_site(
 ) -> Site:
   shape: tuple[int, ...] = tuple(leaves[name].shape)
   ndim = len(shape)
+  if 0 in shape or jnp.issubdtype(leaves[name].dtype, jnp.complexfloating):
+    raise ValueError(
+      f"{name!r} is {leaves[name].dtype}{list(shape)}; what is pruned are arrays "
+      "of real numbers that are not empty"
+    )
   if ndim < (1 if rule.granularity == "weight" else 2):
     raise ValueError(
       f"granularity {rule.granularity!r} needs "

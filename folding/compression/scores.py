@@ -4,6 +4,7 @@ A score may keep a running average: from the forward pass ("activation"), from
 gradients ("saliency", "movement") or over past checks ("evolution").
 """
 
+import functools
 from collections.abc import Mapping
 from typing import get_args
 
@@ -119,25 +120,22 @@ def observe(
     for name in forward:
       if name in stats:
         averages[name] = observe_stat(averages[name], stats[name], weight)
-  for name in averages:
-    if kinds[name] in GRADIENT_SCORES:
-      averages[name] = observe_gradient(
-        kinds[name], averages[name], leaves[name], grads[name], decay
-      )
+  by_gradient = [n for n in averages if kinds[n] in GRADIENT_SCORES]
+  # What else a step has that an optimizer skips may be finite, and huge.
+  are_finite = [jnp.isfinite(g).all() for g in grads.values() if by_gradient]
+  is_finite = functools.reduce(jnp.logical_and, are_finite, jnp.array(True))
+  for name in by_gradient:
+    new = observe_gradient(
+      kinds[name], averages[name], leaves[name], grads[name], decay
+    )
+    averages[name] = jnp.where(is_finite, new, averages[name])
   return averages, observed
 
 
 def element_scores(
   score: str, w: jax.Array, average: jax.Array | None, key: jax.Array
 ) -> jax.Array:
-  """Returns float32 scores of the shape of w; see `lazy_scores`."""
-  return select.value(lazy_scores(score, w, average, key))
-
-
-def lazy_scores(
-  score: str, w: jax.Array, average: jax.Array | None, key: jax.Array | None
-) -> select.Scores:
-  """Returns float32 scores of the shape of w, where they are cheap unstored.
+  """Returns float32 scores of the shape of w.
 
   With rms the root mean square of a weight's input:
     relative: (|w| / mean of its row + |w| / mean of its column) rms^(1/2),
@@ -159,6 +157,13 @@ def lazy_scores(
     key: Of this parameter, for "random", which draws the same numbers at every
       check.
   """
+  return select.value(lazy_scores(score, w, average, key))
+
+
+def lazy_scores(
+  score: str, w: jax.Array, average: jax.Array | None, key: jax.Array | None
+) -> select.Scores:
+  """Returns what `element_scores` does, unstored where it is cheap."""
   if score == "random":
     assert key is not None
     return jax.random.uniform(key, w.shape, jnp.float32)

@@ -90,8 +90,9 @@ def find(
 ) -> SpecialTokens:
   """Returns what the files beside a tokenizer.json say of it.
 
-  Of a checkpoint only ids are believed that are added tokens of the tokenizer:
-  a config may hold the defaults of its class, of whatever tokenizer.
+  Of a checkpoint's config only ids are believed that are added tokens of the
+  tokenizer: it may hold the defaults of its class, of whatever tokenizer. What
+  it leaves open the tokenizer's own options may name.
 
   Args:
     tokenizer_path: Of the tokenizer.json.
@@ -107,25 +108,45 @@ def find(
   added = {i: t.content for i, t in inner.get_added_tokens_decoder().items()}
   given: dict[str, Any] = {}
   for name in ("config.json", GENERATION):
-    path = tokenizer_path.with_name(name)
-    # There may be none, or one of another program.
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-      values = json.loads(path.read_text("utf-8"))
-      given |= {k: v for k, v in values.items() if v is not None}
+    given |= _read(tokenizer_path.with_name(name))
   ends, pad = given.get("eos_token_id", ()), given.get("pad_token_id")
   ends = ends if isinstance(ends, list | tuple) else [ends]
+  ends = [added[i] for i in ends if type(i) is int and i in added]
+  options = _read(tokenizer_path.with_name(OPTIONS))
+  named = {
+    name: _name(options.get(f"{name}_token"), inner) for name in ("eos", "pad")
+  }
+  if not ends and named["eos"] is not None:
+    ends = [named["eos"]]
   return SpecialTokens(
-    ends=tuple(added[i] for i in ends if type(i) is int and i in added),
-    pad=added.get(pad) if type(pad) is int else None,
-    chat_template=_chat_template(tokenizer_path),
+    ends=tuple(ends),
+    pad=added.get(pad) if type(pad) is int and pad in added else named["pad"],
+    chat_template=_chat_template(tokenizer_path, options),
   )
 
 
-def _chat_template(tokenizer_path: pathlib.Path) -> str | None:
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the fields of a file that say something.
+
+  There may be none, or one of another program.
+  """
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    values = json.loads(path.read_text("utf-8"))
+    return {k: v for k, v in values.items() if v is not None}
+  return {}
+
+
+def _name(token: Any, inner: tokenizers.Tokenizer) -> str | None:
+  """Returns a token as its options name it, if the tokenizer has it."""
+  name = token.get("content") if isinstance(token, dict) else token
+  is_there = isinstance(name, str) and inner.token_to_id(name) is not None
+  return name if is_there else None
+
+
+def _chat_template(
+  tokenizer_path: pathlib.Path, options: dict[str, Any]
+) -> str | None:
   with contextlib.suppress(OSError, ValueError):
     return tokenizer_path.with_name(CHAT).read_text("utf-8")
-  with contextlib.suppress(OSError, ValueError, AttributeError):
-    values = json.loads(tokenizer_path.with_name(OPTIONS).read_text("utf-8"))
-    found = values.get("chat_template")  # or a list of several
-    return found if isinstance(found, str) else None
-  return None
+  found = options.get("chat_template")  # or a list of several
+  return found if isinstance(found, str) else None

@@ -5,9 +5,9 @@ exactly; each document of a stream begins with `begin_ids`, which ours lack, and
 ends with `end_id`, and `pad_id` fills up.
 """
 
+import itertools
 import json
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from folding import config, files, schema
-from folding.data import special_tokens
+from folding.data import pieces, special_tokens
 from folding.data.special_tokens import END, PAD, UNKNOWN, SpecialTokens
 
 NUM_BYTES = 256
@@ -29,12 +29,7 @@ _PATTERN = (
   r"| ?[^\s\p{L}\p{N}]+(?:\s*\n\s*)?|\s+(?!\S)|\s+"
 )
 
-# A long text is encoded in pieces: the library keeps about 100 bytes a token
-# while it works. No match of the pattern crosses a line break with text on
-# both sides, so pieces cut there encode as the whole would.
-_PIECE_CHARS = 1 << 16
 _GROUP_TEXTS = 4096
-_PIECE_END = re.compile(r"\S\n(?=\S)")
 
 
 class Tokenizer:
@@ -75,10 +70,9 @@ class Tokenizer:
     self._inner = inner
     self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
     self.plain_size = self.vocab_size
-    framed = inner.encode("a")
-    is_text = np.array(framed.special_tokens_mask, np.int32) == 0
-    begin = framed.ids[: int(is_text.argmax())] if is_text.any() else []
+    begin = _begin(inner, ["a", *itertools.islice(vocabulary, 1000)])
     self.begin_ids = np.array(begin, np.int32)
+    self._max_piece = pieces.max_piece(inner)
     self.special = special
     ends, self.pad_id = special.ids(vocabulary, begin)
     self.end_ids = np.array(ends, np.int32)
@@ -91,7 +85,9 @@ class Tokenizer:
   @property
   def ends_with_pad(self) -> bool:
     """Whether it puts what fills up a batch after a text by itself."""
-    framed = self.encode_batch([""], _PIECE_CHARS)[0]
+    framed = self.encode_batch(
+      [""], self._inner.num_special_tokens_to_add(False) + 1
+    )[0]
     return self.pad_id in framed[self.begin_ids.size :]
 
   def stream(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
@@ -131,10 +127,9 @@ class Tokenizer:
     if max_length is not None:
       return self._encode_framed(texts, max_length)
     ids: list[list[np.ndarray]] = [[] for _ in texts]
-    for group in _groups(texts):
-      pieces = [piece for _, piece in group]
+    for group in pieces.groups(texts, self._max_piece):
       encodings = self._inner.encode_batch_fast(
-        pieces, add_special_tokens=False
+        [piece for _, piece in group], add_special_tokens=False
       )
       for (index, _), encoding in zip(group, encodings, strict=True):
         ids[index].append(np.array(encoding.ids, np.int32))
@@ -322,26 +317,10 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
   return MappedTokenizer(plain, token_map)
 
 
-def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-  """Yields (index of text, piece) in groups of a few million characters."""
-  group, size = [], 0
-  for index, text in enumerate(texts):
-    for piece in _pieces(text):
-      group.append((index, piece))
-      size += len(piece)
-      if size > 64 * _PIECE_CHARS:
-        yield group
-        group, size = [], 0
-  yield group
-
-
-def _pieces(text: str) -> Iterator[str]:
-  """Yields the text in pieces of about 64 thousand characters."""
-  start = 0
-  while len(text) - start > _PIECE_CHARS:
-    match = _PIECE_END.search(text, start + _PIECE_CHARS)
-    if match is None:
-      break
-    yield text[start : match.end()]
-    start = match.end()
-  yield text[start:]
+def _begin(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:
+  """Returns what is put before the first of some words that it has ids for."""
+  for word in words:
+    framed = inner.encode(word)
+    if 0 in framed.special_tokens_mask:
+      return framed.ids[: framed.special_tokens_mask.index(0)]
+  return []

@@ -137,9 +137,12 @@ def _llama_fields(values: dict[str, Any], family: str) -> dict[str, Any]:
     fields["use_bias"] = bias
   if family == "mistral" or values.get("use_sliding_window"):
     fields["window"] = _window(values, family)
-  # transformers 5 writes one dict, earlier ones rope_theta and a dict or null.
-  rope = {"rope_theta": values.get("rope_theta", 10000.0)}
-  rope |= values.get("rope_scaling", {}) | values.get("rope_parameters", {})
+  # transformers 5 writes one dict, earlier ones rope_theta and a dict or null;
+  # what it takes where there are both.
+  kind = values.get("rope_scaling") or values.get("rope_parameters") or {}
+  rope = {"rope_theta": values.get("rope_theta", 10000.0)} | kind
+  name = "original_max_position_embeddings"
+  rope |= {name: values[name]} if name in values else {}
   name = "partial_rotary_factor"
   _require_only(name, rope.get(name), families.ONLY[name])
   fields["rope_base"] = rope["rope_theta"]
@@ -158,19 +161,18 @@ def _llama_fields(values: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def _window(values: dict[str, Any], family: str) -> int | None:
-  if family == "mistral":
-    return values["sliding_window"]
-  num_layers, first = values["num_hidden_layers"], values["max_window_layers"]
+  # All layers of a Mistral where it does not say.
+  first = 0 if family == "mistral" else values["max_window_layers"]
   kinds = values.get("layer_types") or [
     "full_attention" if n < first else "sliding_attention"
-    for n in range(num_layers)
+    for n in range(values["num_hidden_layers"])
   ]
   if set(kinds) == {"full_attention"}:
     return None
   schema.require(
     set(kinds) == {"sliding_attention"},
-    "config.json: use_sliding_window=True for some layers only is not "
-    "supported (see max_window_layers or layer_types)",
+    "config.json: a sliding window for some layers only is not supported (see "
+    "max_window_layers or layer_types)",
   )
   return values["sliding_window"]
 

@@ -129,10 +129,15 @@ def barrier(name: str) -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(
+  told: str = "another process cannot begin, and says why; nothing was trained",
+) -> Iterator[None]:
   """Makes a mistake that one process finds in a block one of all of them.
 
   All must come to the end of the block, so nothing in it may wait for others.
+
+  Args:
+    told: What the others say.
 
   Raises:
     ConfigError: another process has found one, and says which.
@@ -143,9 +148,7 @@ def together() -> Iterator[None]:
   except (ConfigError, OSError) as found:
     error = found
   if any_process(error is not None):
-    raise error or ConfigError(
-      "another process cannot begin, and says why; nothing was trained"
-    )
+    raise error or ConfigError(told)
 
 
 def require_same(text: str, what: str) -> None:

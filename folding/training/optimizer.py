@@ -22,6 +22,10 @@ _TOKENS = "embed/embedding"
 def make_schedule(config: Config) -> optax.Schedule:
   """Returns linear warm-up, then a cosine to a fraction of the peak."""
   t = config.train
+  if not t.warmup:
+    return optax.cosine_decay_schedule(
+      t.learning_rate, t.steps, t.final_learning_rate
+    )
   warmup = max(1, round(t.warmup * t.steps))
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
@@ -167,7 +171,8 @@ def _fractions_for(
   while low < (kept := (low + high) / 2) < high:
     pruned = (1 - kept) * linear + (1 - kept**share) * embedding
     low, high = (kept, high) if pruned > needed else (low, kept)
-  return 1 - high, 1 - high**share
+  # Rounding may make it all of them.
+  return 1 - high, min(1 - high**share, math.nextafter(1, 0))
 
 
 def check_steps(config: Config) -> tuple[int, int, int]:

@@ -166,6 +166,6 @@ class Run:
       "test": test,
       **account(params, self.dense_params),
     }
-    if distributed.is_main():
-      write_result(workdir, result)
-    distributed.barrier("result")
+    with distributed.together("another process cannot write, and says why"):
+      if distributed.is_main():
+        write_result(workdir, result)

@@ -234,3 +234,43 @@ def test_one_inside_another_gets_the_statistics():
   np.testing.assert_array_equal(params["up"][4:], 0)
   assert (params["up"][:4] != 0).all()
   assert (params["embed"] == 0).sum() == 30
+
+
+def test_a_step_that_overflows_and_is_skipped_says_nothing():
+  w = {"w": jnp.ones(4), "b": jnp.zeros(1)}
+  rule = Rule("w", 0.5)
+  tx = fpp(
+    optax.apply_if_finite(optax.sgd(0.0), 9),
+    [rule],
+    **{"begin": 10, "end": 10, "every": 1, "score": "saliency"},
+  )
+  grads = {"w": jnp.array([1.0, 2.0, 3.0, 4.0]), "b": jnp.ones(1)}
+  huge = jnp.array([1e30, 1e30, 1.0, 1.0])
+  for bad in (
+    {"w": huge.at[3].set(jnp.inf), "b": jnp.ones(1)},
+    {"w": huge, "b": jnp.full(1, jnp.nan)},
+  ):
+    params, state = w, tx.init(w)
+    for step in range(14):
+      g = bad if step == 3 else grads
+      updates, state = tx.update(g, state, params)
+      params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params["w"], [0, 0, 1, 1])
+
+
+def test_a_line_search_inside_takes_its_own_arguments():
+  def f(p):
+    return jnp.sum((p["w"] - jnp.arange(1.0, 5.0)) ** 2)
+
+  tx = fpp(
+    optax.lbfgs(), [Rule("w", 0.5)], begin=4, end=4, every=1, score="magnitude"
+  )
+  params = {"w": jnp.array([0.1, 0.2, 0.3, 0.4])}
+  state = tx.init(params)
+  for _ in range(8):
+    value, grad = jax.value_and_grad(f)(params)
+    updates, state = tx.update(
+      grad, state, params, value=value, grad=grad, value_fn=lambda p: f(p)
+    )
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(params["w"], [0, 0, 3, 4], atol=1e-5)

@@ -126,6 +126,12 @@ def test_a_rule_that_does_not_fit_is_refused(rule_list, message):
     rules.make_sites(rule_list, _params())
 
 
+@pytest.mark.parametrize("w", [jnp.zeros((0, 4)), jnp.ones((2, 4), complex)])
+def test_what_has_no_order_or_nothing_in_it_is_refused(w):
+  with pytest.raises(ValueError, match=r"'w' is .*\[., 4\]; .* real numbers"):
+    rules.make_sites([Rule("w", 0.5)], {"w": w})
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
 def test_expand_lays_units_along_their_axis(axis):
   w = np.random.default_rng(0).normal(size=(3, 3, 3))

@@ -56,6 +56,23 @@ def test_a_checkpoint_says_what_ends_and_fills(
   assert found.end_id == ends[0]
 
 
+@pytest.mark.parametrize(
+  ("options", "config", "ends", "pad"),
+  [
+    ({"eos_token": "<|eot|>", "pad_token": "<|fill|>"}, None, [4], 6),
+    ({"eos_token": {"content": "<|eot|>"}}, {"eos_token_id": 1}, [4], 7),
+    ({"eos_token": "<|eot|>", "pad_token": "!"}, {"eos_token_id": 5}, [5], 0),
+    ({"eos_token": "<|none|>", "pad_token": 3}, None, [3], 7),
+  ],
+)
+def test_options_say_what_the_config_does_not(
+  tmp_path, options, config, ends, pad
+):
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+  found = _load(tmp_path, config)
+  assert (found.end_ids.tolist(), found.pad_id) == (ends, pad)
+
+
 def test_what_nobody_names_ends_where_another_begins(tmp_path):
   words = {"!": 0, "a": 1, "<|begin|>": 2}
   inner = hf.Tokenizer(models.WordLevel(words, unk_token="!"))

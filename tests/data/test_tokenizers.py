@@ -100,6 +100,20 @@ def test_a_long_text_encodes_in_pieces_as_the_whole(tmp_path):
   assert ids.tolist() == whole.encode(text).ids
 
 
+def test_a_tokenizer_that_puts_a_space_first_does_so_once(tmp_path):
+  inner = hf.Tokenizer(models.WordLevel({"a": 0, "\u2581a": 1, "\n": 2}, "a"))
+  space = pre_tokenizers.Metaspace(prepend_scheme="first")
+  inner.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.Split("\n", "isolated"), space]
+  )
+  inner.save(str(tmp_path / "t.json"))
+  [ids] = tokenizers.load_tokenizer(str(tmp_path / "t.json")).encode_batch(
+    ["a\n" * 100_000]
+  )
+  assert ids.tolist() == inner.encode("a\n" * 100_000).ids
+  assert ids.tolist().count(1) == 1
+
+
 def test_a_batch_is_its_texts_one_by_one():
   texts = ["one\n", "", CODE, "two"] * 40
   together = BPE.encode_batch(texts)
@@ -133,6 +147,18 @@ def test_foreign_tokenizer_keeps_its_special_ids_and_frame(tmp_path):
   framed = foreign.encode_batch(["a a a a", "a"], max_length=4)
   assert [ids.tolist() for ids in framed] == [[3, 1, 1, 4], [3, 1, 4]]
   assert foreign.encode_batch(["a a a a a"])[0].tolist() == [1] * 5
+
+
+def test_what_begins_a_text_is_found_without_the_letter_a(tmp_path):
+  inner = hf.Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "C": 2, "G": 3}, []))
+  inner.add_special_tokens(["<s>", "</s>"])
+  inner.post_processor = processors.TemplateProcessing(
+    single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+  )
+  inner.save(str(tmp_path / "t.json"))
+  genes = tokenizers.load_tokenizer(str(tmp_path / "t.json"))
+  assert genes.encode_batch(["CG"], max_length=9)[0].tolist() == [0, 2, 3, 1]
+  assert genes.prompt(genes.encode_batch(["CG"])[0]).tolist() == [0, 2, 3]
 
 
 def test_a_length_without_room_for_text_is_an_error(tmp_path):

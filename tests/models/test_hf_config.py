@@ -151,6 +151,28 @@ def test_windows_of_mistral(window):
   assert hf_config.describe(values).config.window == window
 
 
+@pytest.mark.parametrize(
+  ("kind", "window"), [("full_attention", None), ("sliding_attention", 7)]
+)
+def test_kinds_of_a_mistrals_layers(kind, window):
+  values = FAMILIES["mistral"] | {"sliding_window": 7}
+  described = hf_config.describe(values | {"layer_types": [kind] * N})
+  assert described.config.window == window
+
+
+def test_of_two_dicts_of_rotation_the_older_counts():
+  linear = {"rope_type": "linear", "factor": 3.0}
+  both = {"rope_scaling": linear, "rope_parameters": {"rope_type": "default"}}
+  described = hf_config.describe(FAMILIES["llama"] | both)
+  assert described.config.rope_scaling == (3.0,)
+
+
+def test_a_length_beside_the_rotation_goes_before_that_in_it():
+  values = LLAMA3 | {"original_max_position_embeddings": 32}
+  described = hf_config.describe(values)
+  assert described.config.rope_scaling == (32.0, 1.0, 4.0, 32.0)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_no_number_of_keys_is_as_many_as_heads(family):
   values = FAMILIES[family] | {"num_key_value_heads": None}
@@ -205,7 +227,7 @@ REFUSED = {
   "some_windows": (
     "qwen2",
     {"use_sliding_window": True, "max_window_layers": 1},
-    "use_sliding_window=True for some layers only is not supported",
+    "a sliding window for some layers only is not supported",
   ),
   "quantized": (
     "llama",

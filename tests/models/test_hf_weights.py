@@ -136,7 +136,7 @@ UNUSED = {
   "bert": "embeddings.position_ids cls.predictions.bias cls.seq_relationship.x",
   "roberta": "embeddings.position_ids lm_head.dense.weight pooler.dense.bias",
   "distilbert": "vocab_projector.bias vocab_layer_norm.weight vocab_transform.x",
-  "gpt2": "h.0.attn.bias h.1.attn.masked_bias lm_head.weight",
+  "gpt2": "h.0.attn.bias h.1.attn.masked_bias score.weight",
   "llama": "layers.0.self_attn.rotary_emb.inv_freq rotary_emb.inv_freq score.x",
 }
 
@@ -191,6 +191,21 @@ def test_a_tensor_left_over_is_named(name):
     schema.ConfigError, match=f"tensor {name} has no place in a llama model"
   ):
     _import(described, head, tensors | {name: np.zeros(3)})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama_biases_scaled"])
+def test_an_output_layer_that_is_not_the_embedding_is_told(family):
+  described, head, params, tensors = _case(family)
+  [name] = [x for x in tensors if x.endswith(("wte.weight", "tokens.weight"))]
+  same = tensors | {"lm_head.weight": tensors[name]}
+  again, _ = _import(described, head, same)
+  np.testing.assert_array_equal(
+    again["embed"]["embedding"], params["embed"]["embedding"]
+  )
+  with pytest.raises(
+    schema.ConfigError, match="lm_head.weight is not .*tie_word_embeddings to"
+  ):
+    _import(described, head, same | {"lm_head.weight": tensors[name] + 1})
 
 
 def test_a_tensor_of_another_shape_is_named():

@@ -57,6 +57,12 @@ def test_embeddings_keep_a_power_of_what_linear_layers_keep(share):
   assert 1 - embedding == pytest.approx((1 - linear) ** share, abs=1e-12)
 
 
+def test_a_share_may_be_so_large_that_no_embedding_is_kept():
+  fpp = c.FPPConfig(overall=0.6, embedding_share=1e9)
+  found = tiny.rules_of(tiny.config(fpp=fpp))
+  assert 0.999999 < found["embed/embedding"][0] < 1
+
+
 @pytest.mark.parametrize(("task", "share"), [("lm", 0.2), ("classify", 1.0)])
 def test_the_share_of_embeddings_depends_on_the_task(task, share):
   assert c.resolve(c.Config(task=task)).fpp.embedding_share == share
