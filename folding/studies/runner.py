@@ -262,14 +262,18 @@ class _Group:
     config_lib.save(config, plan)
     slot = min(set(range(self._options.jobs)) - {j.slot for j in self._jobs})
     command = [sys.executable, "-m", "folding.studies.worker", plan, trial.run]
+    environ = self._environ
     if cores := _cores(slot, self._options.jobs):
-      command.append(f"--cores={cores}")
+      command.append(f"--cores={','.join(cores)}")
+      # NumPy has its threads before the run has its cores, and threads without a
+      # core of their own wait for each other, ten times as long.
+      environ = {"OMP_NUM_THREADS": str(len(cores)), **environ}
     if digest := self._digest_of(trial.dataset):
       command.append(f"--text={digest}")
     log = open(os.path.join(self._workdir, "logs", f"{trial.name}.log"), "ab")
     process = subprocess.Popen(
       command,
-      env=self._environ,
+      env=environ,
       bufsize=0,
       stdin=subprocess.PIPE,  # closes when this process ends
       stdout=log,
@@ -305,11 +309,11 @@ def _terminated() -> Iterator[Callable[[], bool]]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _cores(slot: int, jobs: int) -> str:
-  """Returns a job's share of the cores, "" for all of them."""
+def _cores(slot: int, jobs: int) -> list[str]:
+  """Returns a job's share of the cores, [] for all of them."""
   if jobs == 1 or not hasattr(os, "sched_getaffinity"):
-    return ""
-  return ",".join(map(str, sorted(os.sched_getaffinity(0))[slot::jobs]))
+    return []
+  return list(map(str, sorted(os.sched_getaffinity(0))[slot::jobs]))
 
 
 def _outcome(trial: Trial) -> str:

@@ -40,7 +40,8 @@ def run(config: Config, workdir: str, text: str = "") -> dict[str, Any]:
     text: SHA-256 that text and labels are to have (`Data.digest`); "": any.
 
   Returns:
-    What `result.json` holds.
+    What `result.json` holds. Where SIGTERM or Ctrl-C has stopped it, which saves,
+    "finished" is False and "test" None.
 
   Raises:
     ConfigError: a mistake in the config or the data, or another process trains

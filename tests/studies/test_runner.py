@@ -1,7 +1,9 @@
 """Real studies, in processes of their own: killed, resumed, and shared."""
 
+import contextlib
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -192,6 +194,33 @@ def test_two_shards_share_out_the_runs(tmp_path):
   )
   assert "2 of 2 runs are finished" in text
   assert f"`folding study {place.file.name}:shared.txt`" in text
+
+
+@pytest.mark.skipif(
+  not pathlib.Path("/proc/self/task").exists() or (os.cpu_count() or 1) < 2,
+  reason="needs two cores, and Linux, which shares them out",
+)
+def test_a_run_has_as_many_threads_as_it_has_cores(tmp_path, monkeypatch):
+  monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+  process = Place(tmp_path, "seeds.txt").start("--jobs=2")
+  children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+  found: dict[str, int] = {}
+  while len(found) < 2:
+    assert process.poll() is None
+    time.sleep(0.01)
+    for pid in children.read_text().split():
+      folder = pathlib.Path("/proc") / pid
+      with contextlib.suppress(OSError):  # it may have ended
+        argv = (folder / "cmdline").read_text().split("\0")
+        environ = (folder / "environ").read_text().split("\0")
+        for arg in argv:
+          if arg.startswith("--cores="):
+            own = arg.removeprefix("--cores=").split(",")
+            found[arg] = len(own)
+            assert f"OMP_NUM_THREADS={len(own)}" in environ
+  assert sum(found.values()) == len(os.sched_getaffinity(0))
+  process.terminate()
+  assert process.wait() == 0
 
 
 def test_a_signal_saves_what_runs(killed, tmp_path):
