@@ -1,7 +1,8 @@
 r"""Folds a trained model and recovers it: `--config=configs/pretrained.py:PATH`.
 
 PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, XLM-RoBERTa,
-GPT-2, Llama, Mistral, Qwen2), or a run that was trained dense.
+GPT-2, Llama, Mistral, Qwen2), or a run that was trained dense. PATH,0.3 makes it
+30% smaller and not 70%, by the recipe for that.
 
 Tune:    python train.py --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True
@@ -13,19 +14,38 @@ Plan:    add --config.compress.plan=auto: each layer by what it loses
 """
 
 import os
+import re
+from typing import Any
 
 from folding import config as c
 from folding.data import tokenizers, trimming
 from folding.models import pretrained
-from folding.schema import require
+from folding.schema import edited, require
 
 
-def get_config(path: str = "") -> c.Config:
-  """Returns the configuration for a checkpoint or a run.
+def recovery(level: float) -> dict[str, Any]:
+  """Returns edits of a `Config` that save a fraction of a trained model.
+
+  Where little is to be saved, pruning loses less than folding would, and less is
+  left to learn (docs/experiments.md has figures).
+  """
+  return {
+    "fpp.overall": level,
+    **({"fold.groups": 0} if level <= 0.4 else {}),
+    **(
+      {"fold.v_block": 0, "train.learning_rate": 1e-4} if level <= 0.5 else {}
+    ),
+  }
+
+
+def get_config(where: str = "") -> c.Config:
+  """Returns the configuration for "PATH", or "PATH,LEVEL" with a fraction.
 
   Raises:
     ConfigError: no path is given, or nothing of this kind is there.
   """
+  found = re.fullmatch(r"(.*),(0?\.\d+)", where)
+  path, level = found.groups() if found else (where, None)
   require(
     bool(path),
     "give configs/pretrained.py:PATH, a checkpoint folder, hub id or dense run",
@@ -63,7 +83,7 @@ def get_config(path: str = "") -> c.Config:
   if is_rotary:  # by whole pairs, which need not divide it
     groups = max(2, K // 8 * 2)
   shares_width = model.num_heads * model.head_dim == model.width
-  return c.Config(
+  config = c.Config(
     task=task,
     preset="paper",
     pretrained=path,
@@ -93,3 +113,4 @@ def get_config(path: str = "") -> c.Config:
       eval_every=250,
     ),
   )
+  return edited(config, recovery(float(level)) if level else {})
