@@ -23,19 +23,20 @@ from folding.models import pretrained
 from folding.schema import edited, require
 
 
-def recovery(level: float) -> dict[str, Any]:
+def recovery(level: float, task: str) -> dict[str, Any]:
   """Returns edits of a `Config` that save a fraction of a trained model.
 
   Where little is to be saved, pruning loses less than folding would, and less is
-  left to learn (docs/experiments.md has figures).
+  left to learn (docs/experiments.md has figures; of rates, of classifiers alone).
   """
-  return {
-    "fpp.overall": level,
-    **({"fold.groups": 0} if level <= 0.4 else {}),
-    **(
-      {"fold.v_block": 0, "train.learning_rate": 1e-4} if level <= 0.5 else {}
-    ),
-  }
+  edits: dict[str, Any] = {"fpp.overall": level}
+  if level <= 0.4:
+    edits["fold.groups"] = 0
+  if level <= 0.5:
+    edits["fold.v_block"] = 0
+    if task == "classify":
+      edits["train.learning_rate"] = 1e-4
+  return edits
 
 
 def get_config(where: str = "") -> c.Config:
@@ -113,4 +114,4 @@ def get_config(where: str = "") -> c.Config:
       eval_every=250,
     ),
   )
-  return edited(config, recovery(float(level)) if level else {})
+  return edited(config, recovery(float(level), task) if level else {})

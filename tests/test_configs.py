@@ -73,6 +73,20 @@ def test_a_trained_head_is_folded_to_about_a_quarter(
   assert config.model.head_dim == K
 
 
+@pytest.mark.parametrize(
+  ("level", "groups", "v_block"), [("0.3", 0, 0), (".5", 2, 0), ("0.80", 2, 1)]
+)
+def test_less_is_saved_by_another_recipe(tmp_path, level, groups, v_block):
+  checkpoints.write(tmp_path / "a,b", "llama", "lm")
+  config = pretrained.get_config(f"{tmp_path}/a,b,{level}")
+  assert config.pretrained == f"{tmp_path}/a,b"
+  config.data.path = "a.txt"
+  config = config_lib.resolve(config)
+  assert config.fpp.overall == float(level)
+  assert (config.fold.groups, config.fold.v_block) == (groups, v_block)
+  assert config.train.learning_rate == 5e-4  # of a language model
+
+
 @pytest.mark.parametrize("task", ["lm", "classify"])
 def test_a_decoder_is_trained_for_what_it_is(tmp_path, task):
   checkpoints.write(tmp_path / "gpt2", "gpt2", task)

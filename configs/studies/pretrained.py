@@ -86,7 +86,7 @@ def _recovered(name: str, method: Method) -> Method:
     assert level is not None
     own = method.edits
     own = own(base, level) if callable(own) else own
-    recovery = pretrained.recovery(level)
+    recovery = pretrained.recovery(level, base.task)
     if name not in _FOLDED:
       recovery = {k: v for k, v in recovery.items() if k.startswith("train.")}
     return {"train.learning_rate": peak, **_RECOVERY, **own, **recovery}

@@ -147,6 +147,23 @@ def test_a_checkpoint_is_tuned_and_then_every_method_recovers_from_it(
     c.resolve(trial.config())
 
 
+def test_what_is_folded_of_a_checkpoint_depends_on_how_much_is_saved(data, run):
+  study = pretrained.get_study(f"{run},{data}")
+  found = {}
+  for trial in study.trials("DIR"):
+    config = c.resolve(trial.config())
+    rate = round(config.train.learning_rate, 5)
+    folded = (bool(config.fold.groups), bool(config.fold.v_block))
+    found[trial.method, trial.level] = (*folded, rate)
+  for method in ("ours", "ours-weight"):
+    assert found[method, 0.3] == (False, False, 1e-4)
+    assert found[method, 0.5] == (True, False, 1e-4)
+    assert found[method, 0.8] == (True, True, 2e-4)
+  assert found["ours-v", 0.3] == (False, True, 1e-4)
+  assert found["magnitude", 0.7] == (False, False, 2e-4)
+  assert found["sparsegpt", 0.7] == (False, False, 5e-4)
+
+
 def test_a_checkpoint_without_data_of_its_task_is_told(data, run):
   with pytest.raises(ConfigError, match="no data of"):
     pretrained.get_study(f"{run},{data},words")
