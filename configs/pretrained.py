@@ -45,8 +45,13 @@ def get_config(where: str = "") -> c.Config:
   Raises:
     ConfigError: no path is given, or nothing of this kind is there.
   """
-  found = re.fullmatch(r"(.*),(0?\.\d+)", where)
-  path, level = found.groups() if found else (where, None)
+  found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
+  path, level = (found[1], float(found[2])) if found else (where, None)
+  require(
+    level is None or 0 < level < 1,
+    f"{where!r}: what is to be saved is a fraction between 0 and 1, as in "
+    "PATH,0.3",
+  )
   require(
     bool(path),
     "give configs/pretrained.py:PATH, a checkpoint folder, hub id or dense run",
@@ -114,4 +119,4 @@ def get_config(where: str = "") -> c.Config:
       eval_every=250,
     ),
   )
-  return edited(config, recovery(float(level), task) if level else {})
+  return edited(config, recovery(level, task) if level else {})

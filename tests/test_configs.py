@@ -13,6 +13,7 @@ import tensorflow_datasets.text
 from configs import classify, lm, pretrained, quickstart
 from folding import config as config_lib
 from folding.data import python_stdlib, sources
+from folding.schema import ConfigError
 from folding.training import loop
 from tests.models import checkpoints
 
@@ -85,6 +86,12 @@ def test_less_is_saved_by_another_recipe(tmp_path, level, groups, v_block):
   assert config.fpp.overall == float(level)
   assert (config.fold.groups, config.fold.v_block) == (groups, v_block)
   assert config.train.learning_rate == 5e-4  # of a language model
+
+
+@pytest.mark.parametrize("level", ["0", "1", "1.5", "30"])
+def test_what_is_to_be_saved_is_a_fraction(tmp_path, level):
+  with pytest.raises(ConfigError, match=f",{level}': .* between 0 and 1"):
+    pretrained.get_config(f"{tmp_path},{level}")
 
 
 @pytest.mark.parametrize("task", ["lm", "classify"])
