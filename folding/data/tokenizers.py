@@ -5,6 +5,7 @@ exactly; each document of a stream begins with `begin_ids`, which ours lack, and
 ends with `end_id`, and `pad_id` fills up.
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -320,7 +321,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 def _begin(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:
   """Returns what is put before the first of some words that it has ids for."""
   for word in words:
-    framed = inner.encode(word)
-    if 0 in framed.special_tokens_mask:
-      return framed.ids[: framed.special_tokens_mask.index(0)]
+    with contextlib.suppress(Exception):  # a word that it has nothing for
+      framed = inner.encode(word)
+      if 0 in framed.special_tokens_mask:
+        return framed.ids[: framed.special_tokens_mask.index(0)]
   return []

@@ -149,8 +149,14 @@ def test_foreign_tokenizer_keeps_its_special_ids_and_frame(tmp_path):
   assert foreign.encode_batch(["a a a a a"])[0].tolist() == [1] * 5
 
 
-def test_what_begins_a_text_is_found_without_the_letter_a(tmp_path):
-  inner = hf.Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "C": 2, "G": 3}, []))
+@pytest.mark.parametrize("kind", ["BPE", "WordLevel"])
+def test_what_begins_a_text_is_found_without_the_letter_a(tmp_path, kind):
+  words = {"<s>": 0, "</s>": 1, "C": 2, "G": 3}
+  model = models.BPE(words, [])
+  if kind == "WordLevel":  # which raises where it has nothing for a word
+    model = models.WordLevel(words, "<unk>")
+  inner = hf.Tokenizer(model)
+  inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
   inner.add_special_tokens(["<s>", "</s>"])
   inner.post_processor = processors.TemplateProcessing(
     single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
