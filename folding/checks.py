@@ -20,16 +20,13 @@ def check(c: Any) -> None:
     "data.length data.batch_size data.eval_batch_size data.vocab_size "
     "model.num_layers model.width model.num_heads model.num_kv_heads "
     "model.head_dim train.steps train.log_every train.eval_every "
-    "train.accumulate "
+    "train.accumulate train.eval_batches model.window "
     "fpp.checks compress.calibration"
   ).split():
     value = _get(c, name)
-    require(value >= 1, f"{name} must be at least 1; it is {value}")
-    require(value < 2**31, f"{name} must be below 2^31; it is {value}")
-  require(
-    c.model.window is None or 1 <= c.model.window < 2**31,
-    f"model.window must be at least 1, and below 2^31; it is {c.model.window}",
-  )
+    if value is not None:
+      require(value >= 1, f"{name} must be at least 1; it is {value}")
+      require(value < 2**31, f"{name} must be below 2^31; it is {value}")
   for name in ("fpp.linear fpp.embedding fpp.overall compress.qkv").split():
     value = _get(c, name)
     require(
@@ -68,10 +65,6 @@ def check(c: Any) -> None:
     require(
       value is None or value >= 0, f"{name} must be 0 or more; it is {value}"
     )
-  require(
-    c.train.eval_batches is None or c.train.eval_batches >= 1,
-    f"train.eval_batches must be at least 1; it is {c.train.eval_batches}",
-  )
   require(
     c.data.valid_fraction + c.data.test_fraction < 1,
     "data.valid_fraction + data.test_fraction must leave text to train on",

@@ -173,7 +173,7 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
   names = " or ".join(map(_name, options))
   require(
     type(value) in options
-    and not (type(value) is float and not math.isfinite(value)),
+    and (type(value) is not float or math.isfinite(value)),
     f"{place} must be {names}; it is {value!r}",
   )
   return value

@@ -4,7 +4,6 @@ A score may keep a running average: from the forward pass ("activation"), from
 gradients ("saliency", "movement") or over past checks ("evolution").
 """
 
-import functools
 from collections.abc import Mapping
 from typing import get_args
 
@@ -121,14 +120,15 @@ def observe(
       if name in stats:
         averages[name] = observe_stat(averages[name], stats[name], weight)
   by_gradient = [n for n in averages if kinds[n] in GRADIENT_SCORES]
-  # What else a step has that an optimizer skips may be finite, and huge.
-  are_finite = [jnp.isfinite(g).all() for g in grads.values() if by_gradient]
-  is_finite = functools.reduce(jnp.logical_and, are_finite, jnp.array(True))
-  for name in by_gradient:
-    new = observe_gradient(
-      kinds[name], averages[name], leaves[name], grads[name], decay
-    )
-    averages[name] = jnp.where(is_finite, new, averages[name])
+  if by_gradient:
+    # What else a step has that an optimizer skips may be finite, and huge.
+    are_finite = [jnp.isfinite(g).all() for g in grads.values()]
+    is_finite = jnp.stack(are_finite).all()
+    for name in by_gradient:
+      new = observe_gradient(
+        kinds[name], averages[name], leaves[name], grads[name], decay
+      )
+      averages[name] = jnp.where(is_finite, new, averages[name])
   return averages, observed
 
 

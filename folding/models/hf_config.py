@@ -139,10 +139,11 @@ def _llama_fields(values: dict[str, Any], family: str) -> dict[str, Any]:
     fields["window"] = _window(values, family)
   # transformers 5 writes one dict, earlier ones rope_theta and a dict or null;
   # what it takes where there are both.
-  kind = values.get("rope_scaling") or values.get("rope_parameters") or {}
-  rope = {"rope_theta": values.get("rope_theta", 10000.0)} | kind
-  name = "original_max_position_embeddings"
-  rope |= {name: values[name]} if name in values else {}
+  given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+  rope = {"rope_theta": values.get("rope_theta", 10000.0)} | given
+  length = "original_max_position_embeddings"
+  if length in values:
+    rope[length] = values[length]
   name = "partial_rotary_factor"
   _require_only(name, rope.get(name), families.ONLY[name])
   fields["rope_base"] = rope["rope_theta"]

@@ -85,7 +85,14 @@ def import_params(
     f"tensor {_first(left)} has no place in a {described.family} model with "
     "this config.json",
   )
-  _require_tied(described, head, find, shapes, read)
+  untied, is_tied = "lm_head.weight", described.config.tie_embeddings
+  if head == "lm" and is_tied and untied in shapes:
+    [tied] = [find(t.name) for t in table if t.paths == ("embed/embedding",)]
+    schema.require(
+      np.array_equal(read(untied), read(tied)),
+      f"tensor {untied} is not {tied}, which config.json says it is; set "
+      "tie_word_embeddings to false there",
+    )
   params: dict[str, Any] = {}
   for tensor in table:
     theirs = read(find(tensor.name))[tensor.skip :]
@@ -99,22 +106,6 @@ def import_params(
   if is_bare and described.config.use_bias:
     _put(params, "head/bias", np.zeros(sizes["C"], np.float32))
   return params, others
-
-
-def _require_tied(described, head, find, shapes, read) -> None:
-  """Refuses another output layer than the embedding that is said to be it."""
-  is_tied = head == "lm" and described.config.tie_embeddings
-  if is_tied and "lm_head.weight" in shapes:
-    [embedding] = [
-      find(t.name)
-      for t in tensors(described, head)
-      if t.paths == ("embed/embedding",)
-    ]
-    schema.require(
-      np.array_equal(read("lm_head.weight"), read(embedding)),
-      f"tensor lm_head.weight is not {embedding}, which config.json says it is; "
-      "set tie_word_embeddings to false there",
-    )
 
 
 def _split(

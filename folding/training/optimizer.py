@@ -22,11 +22,7 @@ _TOKENS = "embed/embedding"
 def make_schedule(config: Config) -> optax.Schedule:
   """Returns linear warm-up, then a cosine to a fraction of the peak."""
   t = config.train
-  if not t.warmup:
-    return optax.cosine_decay_schedule(
-      t.learning_rate, t.steps, t.final_learning_rate
-    )
-  warmup = max(1, round(t.warmup * t.steps))
+  warmup = max(1, round(t.warmup * t.steps)) if t.warmup else 0
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=t.learning_rate,

@@ -121,45 +121,6 @@ def test_what_a_file_leaves_out_is_what_transformers_assumes(name):
   )
 
 
-@pytest.mark.parametrize(
-  ("options", "window"),
-  [
-    ({}, None),
-    ({"sliding_window": 5}, None),
-    ({"use_sliding_window": True}, None),  # 28 layers before the first window
-    ({"use_sliding_window": True, "max_window_layers": N}, None),
-    ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
-    (
-      {
-        **{"use_sliding_window": True, "sliding_window": 5},
-        "layer_types": ["sliding_attention"] * N,
-      },
-      5,
-    ),
-  ],
-)
-def test_windows_of_qwen2(options, window):
-  described = hf_config.describe(FAMILIES["qwen2"] | options)
-  assert described.config.window == window
-
-
-@pytest.mark.parametrize("window", [None, 7, 4096])
-def test_windows_of_mistral(window):
-  values = FAMILIES["mistral"] | {"sliding_window": window}
-  if window == 4096:
-    del values["sliding_window"]
-  assert hf_config.describe(values).config.window == window
-
-
-@pytest.mark.parametrize(
-  ("kind", "window"), [("full_attention", None), ("sliding_attention", 7)]
-)
-def test_kinds_of_a_mistrals_layers(kind, window):
-  values = FAMILIES["mistral"] | {"sliding_window": 7}
-  described = hf_config.describe(values | {"layer_types": [kind] * N})
-  assert described.config.window == window
-
-
 def test_of_two_dicts_of_rotation_the_older_counts():
   linear = {"rope_type": "linear", "factor": 3.0}
   both = {"rope_scaling": linear, "rope_parameters": {"rope_type": "default"}}
