@@ -88,7 +88,7 @@ def front(results: Results, cost: str) -> matplotlib.figure.Figure:
       if f"{method} {level}" not in on_front:
         style["markerfacecolor"] = "none"
       axes.plot(*point, **style)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * max(x for x, _ in points.values()) or 1.0)
     _limit(axes, [(m, *point) for (m, _), point in points.items()], higher)
     axes.set_xlabel("stored bytes" if cost == "bytes" else "training, seconds")
     axes.xaxis.set_major_formatter(lambda v, _: words.short_count(v))
@@ -104,7 +104,7 @@ def _panels(
   **common: Any,
 ) -> matplotlib.figure.Figure:
   styles = {m: style | common for m, style in _styles(results.methods).items()}
-  columns = min(3, len(results.datasets))
+  columns = 2 if len(results.datasets) == 4 else min(3, len(results.datasets))
   rows = math.ceil(len(results.datasets) / columns)
   with plots.figure() as drawing:
     drawing.set_size_inches(4.2 * columns + 1.0, 3.3 * rows + 1.4)

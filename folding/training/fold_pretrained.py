@@ -6,7 +6,7 @@ again: errors of lower layers are corrected, not handed on.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ from folding.schema import require
 from folding.training.fit_attention import fit_attention, halves
 
 Batch = Mapping[str, Any]
+Watch = Callable[[range], Iterable[int]]
 
 # Modules of a block that read the residual stream: what a layer has to match.
 STREAMS = ("norm_attn", "norm_mlp")
@@ -32,6 +33,7 @@ def fold_pretrained(
   config: Config,
   params: Mapping[str, Any],
   batches: Iterable[Batch],
+  watch: Watch = iter,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Returns the folded parameters of a trained dense model, and a report.
 
@@ -50,6 +52,7 @@ def fold_pretrained(
       that are no blocks are handed through.
     batches: {"tokens": int[B, L], and perhaps "mask": bool[B, L], True at
       tokens}. Some thousands of tokens, more than twice the width.
+    watch: Given the layers, hands them out one by one, as a progress bar does.
 
   Returns:
     (params of `config`, [{"layer", "groups", "v_block", "logits_kept": share of
@@ -67,7 +70,7 @@ def fold_pretrained(
   dense_x = x  # the very same, until something is folded
   folded, report = dict(params), []
   dense = config_lib.dense_twin(config)
-  for n in range(config.model.num_layers):
+  for n in watch(range(config.model.num_layers)):
     name, block = f"blocks_{n}", make_block(dense, n)
     target = [
       look(block, params[name], *at, names=STREAMS)

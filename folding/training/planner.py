@@ -24,6 +24,7 @@ from folding.config import Config
 from folding.schema import require
 from folding.training.fold_pretrained import (
   STREAMS,
+  Watch,
   embed_batches,
   fold_layer,
   look,
@@ -54,6 +55,7 @@ def plan(
   config: Config,
   params: Mapping[str, Any],
   batches: Sequence[Mapping[str, Any]],
+  watch: Watch = iter,
 ) -> Config:
   """Returns the config with `fold` and `fpp.linear_layers` set by layer.
 
@@ -68,6 +70,7 @@ def plan(
     config: Resolved.
     params: Of its dense twin.
     batches: Calibration text, as for `fold_pretrained`.
+    watch: As there.
 
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
@@ -82,7 +85,7 @@ def plan(
     "compress.plan='auto' decides what is pruned of W_O and the MLP; leave out "
     "fpp.attention, fpp.exclude, fpp.linear_layers and granularity '2:4'",
   )
-  options = measure(config, params, batches)
+  options = measure(config, params, batches, watch)
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   budget = _budget(config, sizes, linear, embedding)
@@ -208,6 +211,7 @@ def measure(
   config: Config,
   params: Mapping[str, Any],
   batches: Sequence[Mapping[str, Any]],
+  watch: Watch = iter,
 ) -> dict[tuple[int, str], list[Option]]:
   """Returns the options of each layer and decision: "qk", "v", "linear"."""
   dense = config_lib.dense_twin(config)
@@ -215,7 +219,7 @@ def measure(
   unfitted = dataclasses.replace(config.compress, fit_steps=0)
   x, kept = embed_batches(config, params, list(batches))
   options: dict[tuple[int, str], list[Option]] = {}
-  for n in range(config.model.num_layers):
+  for n in watch(range(config.model.num_layers)):
     old = params[f"blocks_{n}"]
     block = make_block(dense, n)
     target = [

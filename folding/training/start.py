@@ -5,6 +5,7 @@ the config asks, and drawn anew where the source has nothing (a head for other
 classes).
 """
 
+import functools
 import itertools
 import json
 import os
@@ -13,6 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import rich.console
+import rich.progress
 
 from folding import config as config_lib
 from folding import paths
@@ -23,7 +26,7 @@ from folding.data.trimming import trimmed
 from folding.models.pretrained import load_pretrained
 from folding.models.transformer import Transformer, make_model
 from folding.schema import ConfigError, require
-from folding.training.fold_pretrained import fold_pretrained
+from folding.training.fold_pretrained import Watch, fold_pretrained
 from folding.training.planner import plan
 from folding.training.prune_trained import prune_trained
 from folding.training.restore import load_labels, load_run
@@ -206,9 +209,10 @@ def folded_start(
   dense, report = params, []
   try:
     if config.compress.plan == "auto":
-      config = plan(config, params, batches)
+      config = plan(config, params, batches, _bar("measuring"))
     if config.fold != config_lib.dense_twin(config).fold:
-      params, report = fold_pretrained(config, params, batches)
+      watch = _bar("folding")
+      params, report = fold_pretrained(config, params, batches, watch)
     if config.compress.prune != "none":
       model = make_model(config, data.tokenizer.plain_size, data.num_classes)
       drawn = _draw(model, config)
@@ -218,6 +222,18 @@ def folded_start(
   except ValueError as error:  # weights that are not finite, or say nothing
     raise ConfigError(f"{config.pretrained}: {error}") from error
   return config, _with_rows_of(data, params), report
+
+
+def _bar(doing: str) -> Watch:
+  """Returns what shows, on a terminal, how many layers are done."""
+  console = rich.console.Console()
+  return functools.partial(
+    rich.progress.track,
+    description=f"{doing} layers",
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  )
 
 
 def _with_rows_of(data: Data, params: dict[str, Any]) -> dict[str, Any]:

@@ -267,6 +267,9 @@ def test_what_was_measured_is_in_sight(results):
       for line in axes.get_lines():
         y = np.asarray(line.get_ydata(), float)
         assert ((low <= y) & (y <= high)).all()
+  for axes in drawings.front(results, "seconds").axes:  # whole markers
+    slowest = max(max(line.get_xdata()) for line in axes.get_lines())
+    assert axes.get_xlim() == pytest.approx((0, 1.05 * slowest))
 
 
 def test_what_is_far_worse_is_named_and_presses_nothing_together(rows):

@@ -90,7 +90,9 @@ def _error(config, params, kind):
 
 
 def _fold(config, kind, batches=4, **options):
-  return lib.fold_pretrained(config, _dense(kind), _batches(batches, **options))
+  watch = options.pop("watch", iter)
+  batches = _batches(batches, **options)
+  return lib.fold_pretrained(config, _dense(kind), batches, watch)
 
 
 def _shapes(config):
@@ -161,8 +163,15 @@ def test_fewer_channels_are_fitted(kind):
 
 
 def test_every_layer_as_it_is_told():
-  config = _config("gpt2", groups=(0, 2), v_block=(0, D))
-  params, report = _fold(config, "gpt2")
+  config, begun = _config("gpt2", groups=(0, 2), v_block=(0, D)), []
+
+  def watch(layers):
+    for n in layers:
+      begun.append(n)
+      yield n
+
+  params, report = _fold(config, "gpt2", watch=watch)
+  assert begun == [0, 1]
   _assert_fits(config, params)
   old = paths.flatten(_dense("gpt2"))
   for name, w in paths.flatten(params).items():

@@ -149,7 +149,15 @@ def test_layers_that_matter_least_give_most():
 
 def test_options_only_lose_more_as_they_store_less():
   config = _config()
-  options = planner.measure(config, _trained(config), _batches())
+  begun = []
+
+  def watch(layers):
+    for n in layers:
+      begun.append(n)
+      yield n
+
+  options = planner.measure(config, _trained(config), _batches(), watch)
+  assert begun == list(range(N))
   assert options.keys() == {
     (n, kind) for n in range(N) for kind in ("qk", "v", "linear")
   }
