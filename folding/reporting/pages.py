@@ -45,10 +45,10 @@ def summary(run: runs.Run) -> str:
   if r.tokens_per_second:
     speed = f" at {words.count(r.tokens_per_second)} tokens per second"
   sentences = [
-    f"A {kind} of {m.num_layers} layers (width {m.width}, {m.num_heads} heads, "
-    f"{_POSITIONS[m.positions]}) {done} on {data_name(c)} for "
-    f"{words.count(r.steps)} steps, in {words.duration(r.seconds)}{speed}, on "
-    f"{r.device}."
+    f"A {kind} of {words.counted(m.num_layers, 'layer')} (width {m.width}, "
+    f"{words.counted(m.num_heads, 'head')}, {_POSITIONS[m.positions]}) {done} "
+    f"on {data_name(c)} for {words.counted(r.steps, 'step')}, in "
+    f"{words.duration(r.seconds)}{speed}, on {r.device}."
   ]
   if overall.stored < overall.dense:
     sentences.append(

@@ -15,6 +15,16 @@ def count(value: int | float) -> str:
   return f"{round(value):,}"
 
 
+def counted(value: int, noun: str) -> str:
+  """Returns a whole number of things.
+
+  Example:
+    >>> counted(1, "layer"), counted(1200, "step")
+    ('1 layer', '1,200 steps')
+  """
+  return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def short_count(value: int | float) -> str:
   """Returns a number of three digits or so, for the axis of a plot.
 

@@ -305,7 +305,7 @@ def _caption(results: Results, dataset: str) -> str:
         f"; {row.examples:,} examples, whose choice alone makes ± "
         f"{50 * (high - low):.1f} points"
       )
-  return f"Test, {text}; {row.model}, {row.steps:,} steps."
+  return f"Test, {text}; {row.model}, {words.counted(row.steps, 'step')}."
 
 
 def _provenance(results: Results, folder: str, command: str) -> list[str]:
