@@ -17,11 +17,6 @@ from folding.training import plan_verb
 from folding.version import __version__
 
 
-def report(args: argparse.Namespace) -> None:
-  """Writes the report of a run, and prints its summary."""
-  show_report(args.run)
-
-
 def show_report(workdir: str) -> None:
   """Writes the report of a run, and prints its summary."""
   from folding.reporting import pages
@@ -175,6 +170,9 @@ def exit_status(call: Callable[[], Any]) -> int:
   try:
     call()
     sys.stdout.flush()
+  except UnicodeEncodeError as error:
+    _print_error(f"cannot print: {error} (PYTHONIOENCODING=utf-8 may help)")
+    return 2
   except BrokenPipeError:  # as by `| head`; nobody is left to tell
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (schema.ConfigError, OSError) as error:
@@ -197,7 +195,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(prog="folding", description="Works on a trained run.")
+  parser = _Parser(
+    prog="folding", description="Works on runs, models and studies."
+  )
   parser.add_argument(
     "--version", action="version", version=f"folding {__version__}"
   )
@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 
   verb = verbs.add_parser("report", help="write the report of a run")
   verb.add_argument("run", metavar="RUN", help="a run directory")
-  verb.set_defaults(call=report)
+  verb.set_defaults(call=lambda args: show_report(args.run))
 
   verb = verbs.add_parser("evaluate", help="test a run's best checkpoint")
   verb.add_argument("run", metavar="RUN", help="a run directory")

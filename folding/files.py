@@ -75,11 +75,10 @@ def held(folder: str) -> Iterator[None]:
 
 
 def require_local(path: str) -> None:
-  """Raises `ConfigError` for what is no place to write a run to.
+  """Raises `ConfigError` for what is no place to write to.
 
-  That is an address such as gs://bucket/folder, a ~ that no shell has replaced
-  (none does after "="), and, anywhere in the absolute path, a character of
-  patterns: Orbax looks for its files by one, and would not find them again.
+  That is an address such as gs://bucket/folder, and a ~ that no shell has
+  replaced (none does after "=").
   """
   require(
     "://" not in path,
@@ -90,6 +89,16 @@ def require_local(path: str) -> None:
     not path.startswith("~"),
     f"{path} would be a folder called ~; write $HOME in its place",
   )
+
+
+def require_workdir(path: str) -> None:
+  """Raises `ConfigError` for what is no place to write a run to.
+
+  Beside what `require_local` refuses that is, anywhere in the absolute path, a
+  character of patterns: Orbax looks for its files by one, and would not find
+  them again.
+  """
+  require_local(path)
   whole = os.path.abspath(path)
   found = next((character for character in "[*?" if character in whole), None)
   require(
@@ -101,7 +110,7 @@ def require_local(path: str) -> None:
 
 def require_empty(path: str) -> None:
   """Raises `ConfigError` where a folder has something in it already."""
-  require_local(path)
+  require_workdir(path)
   require(
     not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)),
     f"{path} is there already and not an empty folder; choose another",

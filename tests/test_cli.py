@@ -106,6 +106,24 @@ def test_ctrl_c_has_no_traceback():
   assert cli.exit_status(call) == 130
 
 
+def test_a_letter_that_cannot_be_printed_is_told():
+  program = """
+import sys
+from folding import cli
+sys.exit(cli.exit_status(lambda: print("na\\xefve")))
+"""
+  found = subprocess.run(
+    [sys.executable, "-c", program],
+    env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    capture_output=True,
+    text=True,
+  )
+  assert (found.returncode, found.stdout) == (2, "")
+  [line] = found.stderr.splitlines()
+  assert "cannot print: 'ascii' codec" in line
+  assert "PYTHONIOENCODING=utf-8" in line
+
+
 def test_a_reader_that_leaves_is_no_mistake():
   program = """
 import sys

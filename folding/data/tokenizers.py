@@ -129,7 +129,7 @@ class Tokenizer:
       return self._encode_framed(texts, max_length)
     ids: list[list[np.ndarray]] = [[] for _ in texts]
     for group in pieces.groups(texts, self._max_piece):
-      encodings = self._inner.encode_batch_fast(
+      encodings = self._encode(
         [piece for _, piece in group], add_special_tokens=False
       )
       for (index, _), encoding in zip(group, encodings, strict=True):
@@ -147,13 +147,25 @@ class Tokenizer:
     )
     ids = []
     self._inner.enable_truncation(max_length)
-    # In groups: the library also keeps what it cuts off.
-    for start in range(0, len(texts), _GROUP_TEXTS):
-      group = list(texts[start : start + _GROUP_TEXTS])
-      encodings = self._inner.encode_batch_fast(group)
-      ids += [np.array(e.ids, np.int32) for e in encodings]
-    self._inner.no_truncation()
+    try:
+      # In groups: the library also keeps what it cuts off.
+      for start in range(0, len(texts), _GROUP_TEXTS):
+        group = list(texts[start : start + _GROUP_TEXTS])
+        encodings = self._encode(group)
+        ids += [np.array(e.ids, np.int32) for e in encodings]
+    finally:
+      self._inner.no_truncation()
     return ids
+
+  def _encode(
+    self, texts: list[str], **options: bool
+  ) -> list[tokenizers.Encoding]:
+    try:
+      return self._inner.encode_batch_fast(texts, **options)
+    except Exception as error:  # the library has no class of its own
+      raise schema.ConfigError(
+        f"the tokenizer cannot read a text: {error}"
+      ) from error
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids, special tokens left out."""

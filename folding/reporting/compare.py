@@ -36,13 +36,14 @@ def compare(workdirs: Sequence[str], output: str | None = None) -> str:
     The text of `compare.md`.
 
   Raises:
-    schema.ConfigError: a folder is not a run or is given twice, or the tasks
-      are not the same.
+    schema.ConfigError: a folder is not a run or is given twice, the tasks are
+      not the same, or the output is no folder of this machine.
   """
   # Drawing is slow to import, and the tables alone do not need it.
   from folding.reporting import overlay, plots
 
   output = "comparison" if output is None else output
+  files.require_local(output)
   found = grouping.columns(workdirs)
   text = markdown(found)
   os.makedirs(output, exist_ok=True)

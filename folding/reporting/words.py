@@ -53,6 +53,26 @@ def percent(fraction: int | float | None, digits: int = 1) -> str:
   return text.replace(f"-{0:.{digits}f}%", f"{0:.{digits}f}%")
 
 
+def level(fraction: float) -> str:
+  """Returns a fraction that was asked for, with all its digits.
+
+  Example:
+    >>> level(0.7), level(0.695)
+    ('70%', '69.5%')
+  """
+  return f"{100 * fraction:.12g}%"
+
+
+def code(text: str) -> str:
+  """Returns a text in which Markdown reads no markup.
+
+  Example:
+    >>> code("<class 'int'> *is* `bad`")
+    "`<class 'int'> *is* 'bad'`"
+  """
+  return f"`{text.replace('`', chr(39))}`" if text else ""
+
+
 def signed_percent(fraction: int | float | None, digits: int = 1) -> str:
   """Returns a relative difference with its sign.
 

@@ -157,7 +157,8 @@ class Generator:
 
     Raises:
       ConfigError: there is no prompt, one is empty or has an id that the model
-        does not know, or the positions of the model do not suffice.
+        does not know, the positions of the model or the memory do not suffice,
+        or the logits are not numbers.
     """
     self._check(prompts, max_new_tokens)
     end_id = _NO_ID if end_id is None else end_id
@@ -219,14 +220,15 @@ class Generator:
       ]
       length = _rounded(max(len(ids) for ids in read))
       tokens_BL, start_B = steps.fill_up(read, length)
-      state = programs.prefill(
-        variables,
-        tokens_BL,
-        start_B,
-        draw,
+      num_new = max_new_tokens - max(count - 1, 0)
+      prefill = functools.partial(
+        programs.prefill,
         kind=sampling.kind,
-        num_slots=self._num_slots(length, max_new_tokens - max(count - 1, 0)),
+        num_slots=self._num_slots(length, num_new),
       )
+      given = (variables, tokens_BL, start_B, draw)
+      steps.require_room(jax.eval_shape(prefill, *given), num_new)
+      state = prefill(*given)
       is_good = not past.is_outside(state.cache)
       if is_good and count:
         newest_B = jnp.asarray(new_BT[:, -1])
@@ -234,7 +236,7 @@ class Generator:
         length -= count - 1  # as if they had come one by one
       elif is_good:
         # A copy: the next call takes the state's memory.
-        new_BT = np.array(state.token_B)[:, None]
+        new_BT = _numbers(np.array(state.token_B)[:, None])
         yield new_BT
       while is_good:
         state, tokens_BT = programs.decode(
@@ -242,8 +244,9 @@ class Generator:
         )
         is_good = not past.is_outside(state.cache)
         if is_good:
+          tokens_BT = _numbers(np.asarray(tokens_BT))
           new_BT = np.concatenate([new_BT, tokens_BT], axis=1)
-          yield np.asarray(tokens_BT)
+          yield tokens_BT
       margin *= _GROWTH
 
   def _num_slots(self, length: int, num_new: int) -> int:
@@ -309,6 +312,14 @@ def generate(
     sampling=sampling,
     end_id=end_id,
   )
+
+
+def _numbers(tokens_BT: np.ndarray) -> np.ndarray:
+  require(
+    bool((tokens_BT >= 0).all()),
+    "the model gives no numbers (NaN); its weights are damaged",
+  )
+  return tokens_BT
 
 
 def _rounded(length: int) -> int:

@@ -112,7 +112,7 @@ def choose(
   logits_BV: Float[Array, "B V"],
   step: Int[Array, ""],
 ) -> Int[Array, " B"]:
-  """Returns the next token of each row.
+  """Returns the next token of each row, -1 where a logit is not a number.
 
   argmax(logits / temperature + Gumbel noise) is a draw from the softmax
   (Gumbel 1954).
@@ -123,11 +123,13 @@ def choose(
     logits_BV: Of the next token.
     step: How many new tokens there are before.
   """
-  if kind == "greedy":
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV /= draw.temperature
-  noise_BV = noise(draw.key, step, *logits_BV.shape)
-  if kind == "restricted":
-    is_kept_BV = kept(logits_BV, draw.top_k, draw.top_p)
-    logits_BV = jnp.where(is_kept_BV, logits_BV, -jnp.inf)
-  return jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)
+  is_nan_B = jnp.isnan(logits_BV).any(axis=-1)
+  if kind != "greedy":
+    logits_BV /= draw.temperature
+    noise_BV = noise(draw.key, step, *logits_BV.shape)
+    if kind == "restricted":
+      is_kept_BV = kept(logits_BV, draw.top_k, draw.top_p)
+      logits_BV = jnp.where(is_kept_BV, logits_BV, -jnp.inf)
+    logits_BV += noise_BV
+  token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  return jnp.where(is_nan_B, -1, token_B)

@@ -3,6 +3,7 @@
 Rows are filled up at their beginning, so that all end at the same place.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Int
 
 from folding.models import cache as cache_lib
 from folding.models.transformer import Transformer
+from folding.schema import require
 from folding.serving import sampling
 from folding.serving.sampling import Draw, Kind
 
@@ -45,6 +47,26 @@ def fill_up(
   for row, ids in enumerate(prompts):
     tokens_BL[row, start_B[row] :] = ids
   return tokens_BL, start_B
+
+
+def require_room(state: State, num_new: int) -> None:
+  """Raises `ConfigError` for a cache that this machine cannot hold.
+
+  XLA does not say so on a CPU, but waits for ever.
+
+  Args:
+    state: Shapes of what `prefill` returns.
+    num_new: New tokens that are asked for.
+  """
+  sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache)]
+  room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+  if room is None and hasattr(os, "sysconf"):
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  require(
+    room is None or sum(sizes) < room,
+    f"{num_new:,} new tokens would need {sum(sizes) / 2**30:,.1f} GiB of keys and "
+    "values; ask for fewer",
+  )
 
 
 def prefill(

@@ -72,9 +72,8 @@ def front(results: Results, cost: str) -> matplotlib.figure.Figure:
       key: _point(group, cost, scale)
       for key, group in results.all_of(dataset).items()
     }
-    named = {f"{m} {level}": p for (m, level), p in points.items()}
-    on_front = inference.front(named, higher)
-    best = sorted(named[name] for name in on_front)
+    on_front = inference.front(points, higher)
+    best = sorted(points[key] for key in on_front)
     axes.step(
       [p[0] for p in best],
       [p[1] for p in best],
@@ -83,9 +82,9 @@ def front(results: Results, cost: str) -> matplotlib.figure.Figure:
       linewidth=1,
       zorder=0,
     )
-    for (method, level), point in points.items():
-      style = dict(styles[method])
-      if f"{method} {level}" not in on_front:
+    for key, point in points.items():
+      style = dict(styles[key[0]])
+      if key not in on_front:
         style["markerfacecolor"] = "none"
       axes.plot(*point, **style)
     axes.set_xlim(0, 1.05 * max(x for x, _ in points.values()) or 1.0)

@@ -3,10 +3,11 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import scipy.stats
 
+K = TypeVar("K")
 ALPHA = 0.05
 TEST = (
   "Welch's t-test against every other one, two-sided, p below "
@@ -32,18 +33,18 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
   return mean, t * statistics.stdev(values) / math.sqrt(n)
 
 
-def welch(a: Sequence[float], b: Sequence[float]) -> float:
+def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
   """Returns the two-sided p of equal means; variances may differ.
 
-  1 where a sample has fewer than two values, or neither has any spread (of a
+  None where a sample has fewer than two values, or neither has any spread (of a
   few seeds, whose accuracies are whole examples): nothing can be told.
   """
   if min(len(a), len(b)) < 2:
-    return 1.0
+    return None
   spread = statistics.variance(a) + statistics.variance(b)
   # Rounding gives equal values a spread of about 1e-32 of their square.
   if spread <= 1e-24 * (statistics.fmean(a) ** 2 + statistics.fmean(b) ** 2):
-    return 1.0
+    return None
   # From means and deviations, as scipy warns of a sample of equal values.
   samples = [(statistics.fmean(s), statistics.stdev(s), len(s)) for s in (a, b)]
   result: Any = scipy.stats.ttest_ind_from_stats(
@@ -79,11 +80,12 @@ def best(samples: Mapping[str, Sequence[float]], higher: bool) -> str | None:
   sign = 1 if higher else -1
   first = max(samples, key=lambda name: sign * statistics.fmean(samples[name]))
   rest = [samples[name] for name in samples if name != first]
-  adjusted = holm([welch(samples[first], other) for other in rest])
+  found = [welch(samples[first], other) for other in rest]
+  adjusted = holm([1.0 if p is None else p for p in found])
   return first if max(adjusted) < ALPHA else None
 
 
-def front(points: Mapping[str, tuple[float, float]], higher: bool) -> set[str]:
+def front(points: Mapping[K, tuple[float, float]], higher: bool) -> set[K]:
   """Returns the names that no other dominates.
 
   One dominates another if it costs no more and is no worse, and differs.
@@ -101,8 +103,8 @@ def front(points: Mapping[str, tuple[float, float]], higher: bool) -> set[str]:
 
 
 def dominators(
-  points: Mapping[str, tuple[float, float]], name: str, higher: bool
-) -> list[str]:
+  points: Mapping[K, tuple[float, float]], name: K, higher: bool
+) -> list[K]:
   """Returns the names that dominate one, as in `front`."""
   sign = 1 if higher else -1
   cost, quality = points[name]

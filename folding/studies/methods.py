@@ -53,10 +53,18 @@ class Method:
       start: Of a method that is `after`: the run to start from.
 
     Raises:
-      ConfigError: an edit is of no field, or of the wrong type.
+      ConfigError: an edit is of no field, or of the wrong type, or the function
+        of edits raised.
     """
     edits = self.edits
-    edits = dict(edits(base, level) if callable(edits) else edits)
+    try:
+      edits = dict(edits(base, level) if callable(edits) else edits)
+    except ConfigError:
+      raise
+    except Exception as error:  # of somebody's program
+      raise ConfigError(
+        f"the edits of the method fail: {type(error).__name__}: {error}"
+      ) from error
     edits["seed"] = seed
     if self.kind == "level":
       edits |= {"fpp.overall": level, "fpp.linear": None}
@@ -115,7 +123,7 @@ def small(base: Config, level: float) -> ModelConfig:
     low, high = (middle, high) if fits else (low, middle)
   if low == 0:
     raise ConfigError(
-      f"no dense model is {level:.0%} smaller than the dense twin"
+      f"no dense model is {100 * level:g}% smaller than the dense twin"
     )
   first = shape(low, in_proportion(low))
   less = count(first)

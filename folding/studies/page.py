@@ -87,7 +87,7 @@ def page(results: Results, folder: str, command: str) -> str:
       "accuracy.\n"
     )
     for at in results.levels:
-      lines += [f"At {at:.0%}, or at its one size:", ""]
+      lines += [f"At {words.level(at)}, or at its one size:", ""]
       lines.append(tables.summary_table(results, at))
   lines += [
     "",
@@ -119,14 +119,14 @@ def page(results: Results, folder: str, command: str) -> str:
     lines += [f"### {dataset}", "", _caption(results, dataset), ""]
     lines.append(tables.quality_table(results, dataset))
     if level is not None:
-      lines += [f"At {level:.0%}, or at its one size:", ""]
+      lines += [f"At {words.level(level)}, or at its one size:", ""]
       lines.append(tables.cost_table(results, dataset, level))
   lines += ["## Methods", ""]
   lines += [f"- `{name}`: {about}" for name, about in results.methods.items()]
   errors = [row for row in results.rows if row.status == "failed"]
   if errors:
     lines += ["", "## Runs that failed", ""]
-    lines += [f"- `{row.run}`: {row.error}" for row in errors]
+    lines += [f"- `{row.run}`: {words.code(row.error or '')}" for row in errors]
   return "\n".join(lines) + "\n"
 
 
@@ -152,10 +152,10 @@ def did_not_hold(results: Results) -> list[str]:
         if ratio is not None and ratio >= 1.005:  # as it is printed
           reasons.append(f"{ratio:.2f} times dense's {what}")
       if reasons:
-        found.append(f"{dataset}, {level:.0%}: {'; '.join(reasons)}")
+        found.append(f"{dataset}, {words.level(level)}: {'; '.join(reasons)}")
     for level, group in _ours(results, dataset, _AT_30):
       if reasons := _worse(results, group, 0.0):
-        found.append(f"{dataset}, {level:.0%}: {reasons[0]}")
+        found.append(f"{dataset}, {words.level(level)}: {reasons[0]}")
   return found
 
 
@@ -253,17 +253,20 @@ def _dominators(results: Results, dataset: str, level: float) -> list[str]:
 
   The best comes first. Other levels of ours are no other method.
   """
-  points, names = {}, {}
+  points = {}
   for (method, at), group in results.all_of(dataset).items():
     if method == OURS and at != level:
       continue
-    name = method if at is None else f"{method} at {at:.0%}"
     cost, figure = group.mean("bytes"), group.mean("quality")
     assert cost is not None and figure is not None
-    points[name], names[method] = (cost, figure), name
+    points[method, at] = (cost, figure)
   higher = results.is_higher_better(dataset)
-  found = inference.dominators(points, names[OURS], higher)
-  return sorted(found, key=lambda name: points[name][1], reverse=higher)
+  found = inference.dominators(points, (OURS, level), higher)
+  found.sort(key=lambda key: points[key][1], reverse=higher)
+  return [
+    method if at is None else f"{method} at {words.level(at)}"
+    for method, at in found
+  ]
 
 
 def _p(results: Results, group: Group) -> str:
@@ -272,7 +275,10 @@ def _p(results: Results, group: Group) -> str:
   here, there = group.values("quality"), dense.values("quality")
   if min(len(here), len(there)) < 2:
     return "one seed, so no test"
-  return f"p = {inference.welch(here, there):.2g} by Welch's t-test"
+  p = inference.welch(here, there)
+  if p is None:
+    return "no spread over seeds, so no test"
+  return f"p = {p:.2g} by Welch's t-test"
 
 
 def _range(
@@ -296,6 +302,7 @@ def _caption(results: Results, dataset: str) -> str:
   dense = results.group(dataset, DENSE)
   group = dense or next(iter(results.all_of(dataset).values()))
   row, mean = group.first, group.mean("quality")
+  assert row.steps is not None
   text = "bits per byte, less is better"
   if results.is_higher_better(dataset):
     text = "accuracy in %, more is better"

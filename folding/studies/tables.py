@@ -124,7 +124,7 @@ def quality_table(results: Results, dataset: str) -> str:
       cells.append(f"**{text}**" if is_best else text)
     if any(cells):
       rows.append([method, *cells])
-  names = [words.percent(level, 0) for level in results.levels]
+  names = [words.level(level) for level in results.levels]
   return words.table(["", *names, "one size"], rows)
 
 

@@ -70,7 +70,8 @@ def study(args: argparse.Namespace) -> None:
     raise ConfigError(f"--shard is I/N, such as 1/2; it is {args.shard!r}")
   if args.results and not args.results.endswith(".md"):
     raise ConfigError(f"--results is a PAGE.md; it is {args.results!r}")
-  files.require_local(args.workdir)
+  files.require_workdir(args.workdir)
+  files.require_local(args.results or "")
   energy.require_tracker(args.energy or "")
   found = load_study(args.study)
   runner.require_same(found, args.workdir)

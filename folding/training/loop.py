@@ -49,7 +49,7 @@ def run(config: Config, workdir: str, text: str = "") -> dict[str, Any]:
     TrainingError: the loss is not finite, or the disk is full.
   """
   given, config = config, config_lib.resolve(config)
-  files.require_local(workdir)
+  files.require_workdir(workdir)
   energy.require_tracker(config.train.energy)
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # of this time only
@@ -258,8 +258,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
           )
           writer.write({"split": "valid", "step": step, **figures})
           writer.say(_valid_line(step, figures))
-          if not math.isfinite(figures["loss"]):
-            raise TrainingError(f"the validation loss is not finite at {step}")
+          _require_finite(figures, f"validation at step {step}")
           loss = _to_beat(figures) if step >= healed_at else None
         checkpoints.save(step, state, loss)
         run.write_result(workdir, state, clock.seconds(), log.speed(), step)
@@ -280,6 +279,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     if best is not None and best != step:
       best, state = checkpoints.restore_best(run.like) or (step, state)
     test = run.evaluate(state.params, "test", eval_step)
+    _require_finite(test, "the test")
     test["checkpoint_step"] = best
     run.write_result(
       workdir, state, clock.seconds(), log.speed(), t.steps, test
@@ -293,6 +293,12 @@ def _to_beat(figures: dict[str, Any]) -> float:
   if "accuracy" not in figures:
     return figures["loss"]
   return 1 - figures["accuracy"] + 1e-6 * figures["loss"]  # for equal ones
+
+
+def _require_finite(figures: dict[str, Any], what: str) -> None:
+  for name, value in figures.items():
+    if not math.isfinite(value):
+      raise TrainingError(f"the {name} of {what} is not finite: {value}")
 
 
 def _valid_line(step: int, figures: dict[str, Any], name: str = "valid") -> str:

@@ -178,6 +178,17 @@ def test_a_length_without_room_for_text_is_an_error(tmp_path):
       foreign.encode_batch(["a"], max_length=length)
 
 
+def test_a_word_that_a_tokenizer_cannot_read_is_an_error(tmp_path):
+  inner = hf.Tokenizer(models.WordLevel({"a": 0, "b": 1}))  # none is unknown
+  inner.pre_tokenizer = pre_tokenizers.Whitespace()
+  inner.save(str(tmp_path / "t.json"))
+  foreign = tokenizers.load_tokenizer(str(tmp_path / "t.json"))
+  for max_length in (None, 1):
+    with pytest.raises(schema.ConfigError, match="cannot read a text: Word"):
+      foreign.encode_batch(["a c"], max_length)
+  assert foreign.encode_batch(["a b"])[0].tolist() == [0, 1]  # and cuts none
+
+
 def test_a_tokenizer_without_tokens_is_an_error(tmp_path):
   path = tmp_path / "t.json"
   hf.Tokenizer(models.BPE()).save(str(path))

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -138,6 +139,15 @@ def test_mixed_tasks_are_refused(tmp_path):
   with pytest.raises(schema.ConfigError, match="'lm' and .*'classify'"):
     compare.compare(workdirs, str(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["~/out", "gs://bucket/out"])
+def test_a_folder_of_no_machine_is_refused(tmp_path, monkeypatch, output):
+  monkeypatch.chdir(tmp_path)
+  workdirs = [synthetic_run.write(tmp_path / name) for name in "ab"]
+  with pytest.raises(schema.ConfigError, match=f"^{output} "):
+    compare.compare(workdirs, output)
+  assert sorted(os.listdir()) == ["a", "b"]
 
 
 def test_a_run_given_twice_is_refused(tmp_path):

@@ -250,6 +250,20 @@ def test_a_prompt_that_cannot_be_continued_is_told(
     generator.stream(one.params, prompts, max_new_tokens=count)
 
 
+def test_what_no_memory_holds_is_refused(one, generator):
+  with pytest.raises(ConfigError, match=r"tokens would need .* GiB of keys"):
+    generator(one.params, PROMPTS, max_new_tokens=10**12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_without_numbers_is_told(one, generator, temperature):
+  params = jax.tree.map(jnp.asarray, one.params)
+  params["embed"]["embedding"] = params["embed"]["embedding"].at[5].set(np.nan)
+  sampling = Sampling(temperature, seed=1)
+  with pytest.raises(ConfigError, match="gives no numbers"):
+    generator(params, PROMPTS, max_new_tokens=NEW, sampling=sampling)
+
+
 @pytest.mark.parametrize(
   ("task", "causal", "message"),
   [("classify", True, "is a classifier"), ("lm", False, "sees later tokens")],

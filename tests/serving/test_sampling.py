@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,19 @@ def test_ties_with_the_last_one_stay_and_none_is_lost_to_rounding():
   # In float32 the first one's probability is 1 already.
   steep = jnp.asarray([[30.0, 0.0, 0.0]])
   assert sampling_lib.kept(steep, jnp.int32(3), jnp.float32(1)).all()
+
+
+@pytest.mark.parametrize(
+  "sampling", [Sampling(), Sampling(1.0), Sampling(1.0, 3)], ids=str
+)
+def test_a_row_that_is_not_a_number_has_no_token(sampling):
+  logits_BV = _logits(3)
+  draw = sampling_lib.make_draw(sampling, V)
+  choose = functools.partial(sampling_lib.choose, sampling.kind, draw)
+  expected = np.array(choose(jnp.asarray(logits_BV), jnp.int32(0)))
+  logits_BV[1, 4], expected[1] = np.nan, -1
+  found = choose(jnp.asarray(logits_BV), jnp.int32(0))
+  np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -51,16 +51,17 @@ def test_welch_is_the_formula(a, b):
 
 
 @pytest.mark.parametrize(
-  ("a", "b", "p"),
+  ("a", "b"),
   [
-    ([0.5], [0.1, 0.2, 0.3], 1.0),
-    ([0.1 + 0.2] * 3, [0.3] * 3, 1.0),  # equal but for rounding
-    ([0.3] * 3, [0.4] * 3, 1.0),  # three seeds, of whole examples
+    ([0.5], [0.1, 0.2, 0.3]),
+    ([0.1 + 0.2] * 3, [0.3] * 3),  # equal but for rounding
+    ([0.3] * 3, [0.4] * 3),  # three seeds, of whole examples
   ],
   ids=["one-value", "equal", "no-spread"],
 )
-def test_welch_without_spread(a, b, p):
-  assert inference.welch(a, b) == p
+def test_welch_without_spread(a, b):
+  assert inference.welch(a, b) is None
+  assert inference.best({"a": a, "b": b}, higher=True) is None
 
 
 def test_holm_is_the_closure_of_bonferroni():
@@ -94,6 +95,7 @@ def test_best_is_named_only_where_it_beats_every_other():
 def test_many_others_ask_for_more_evidence():
   a, b = [0.0, 0.1, 0.2], [0.3, 0.42, 0.5]
   p = inference.welch(a, b)
+  assert p is not None
   assert inference.ALPHA / 20 < p < inference.ALPHA
   assert inference.best({"a": a, "b": b}, higher=True) == "b"
   others = {str(i): a for i in range(20)}

@@ -137,6 +137,17 @@ def test_an_edit_of_nothing_is_told(edits, message):
     edited(c.Config(), edits)
 
 
+def test_edits_that_fail_are_told():
+  base = BASES["lm"]
+
+  def edits(base, level):
+    return {"fold.groups": base.model.head_dim // 2}  # None // 2
+
+  method = Method("whatever", edits)
+  with pytest.raises(ConfigError, match="edits of the method fail: TypeError"):
+    method.config(base, 0.5, seed=0)
+
+
 def test_edits_leave_the_base_alone():
   base = c.Config()
   found = edited(base, {"fpp.score": "random", "seed": 5})

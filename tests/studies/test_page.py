@@ -198,7 +198,7 @@ def test_the_page_tells_where_its_figures_come_from(text):
   # The sum of the column.
   assert "32 min 58 s of training, in which what several runs start" in text
   failed = _section(text, "Runs that failed")
-  assert failed.strip() == "- `text--magnitude--30--s0`: the disk is full"
+  assert failed.strip() == "- `text--magnitude--30--s0`: `the disk is full`"
   assert "`2-of-4`: half" in _section(text, "Methods")
 
 
@@ -289,6 +289,26 @@ def test_what_is_far_worse_is_named_and_presses_nothing_together(rows):
     (axes,) = figure.axes
     assert axes.get_ylim() == pytest.approx((79.848, 82.052))
     assert [t.get_text() for t in axes.texts] == ["lost 45.0%"]
+
+
+def test_levels_of_one_percent_are_told_apart(rows):
+  def row(method, level, seed, quality, size):
+    given = next(r for r in rows if r.dataset == "trec" and r.level == 0.7)
+    changed = {"method": method, "level": level, "seed": seed}
+    changed |= {"quality": quality, "bytes": size}
+    return gather.Row(**{**vars(given), **changed})
+
+  given = [row("dense", None, seed, 0.91, 1000) for seed in range(3)]
+  given += [row("ours", 0.7, seed, 0.885, 300) for seed in range(3)]
+  given += [row("magnitude", 0.7, 0, 0.903, 290)]
+  given += [row("magnitude", 0.695, 0, 0.805, 305)]  # dominates nothing
+  results = tables.Results(given)
+  assert page.did_not_hold(results) == [
+    "trec, 70%: -2.5 points to dense (no spread over seeds, so no test); not on "
+    "the Pareto front of quality against bytes, behind magnitude at 70%"
+  ]
+  cells = _cells(tables.quality_table(results, "trec"))
+  assert cells[""] == ["69.5%", "70%", "one size"]
 
 
 @pytest.mark.parametrize(

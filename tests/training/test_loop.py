@@ -226,6 +226,15 @@ def test_non_finite_loss_stops_with_the_step(text_file, tmp_path):
     loop.run(config, str(tmp_path / "run"))
 
 
+def test_what_cannot_be_reported_is_no_result(text_file, tmp_path):
+  options = {"learning_rate": 1e38, "clip_norm": 1e38, "warmup": 0.0}
+  config = tiny_config(text_file, steps=1, **options)
+  message = "the loss of validation at step 1 is not finite: nan"
+  with pytest.raises(schema.TrainingError, match=message):
+    loop.run(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run" / "result.json").exists()
+
+
 def test_other_config_is_refused_by_field(finished):
   config, workdir, _ = finished
   other = config_lib.from_dict(config_lib.to_dict(config))
