@@ -1,6 +1,7 @@
 """How the site reads docstrings, where they are not quite what it expects."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import griffe
@@ -16,4 +17,22 @@ class Docstrings(griffe.Extension):
       text = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
       # Markdown wants an empty line before the first item of a list.
       text = re.sub(r"(?m)^((?!\s*- ).*\S.*)\n(?=- )", r"\1\n\n", text)
+      if obj.path.startswith("folding.config.") and obj.is_class:
+        text += "\n\nAttributes:\n" + "\n".join(_fields(obj))
       obj.docstring.value = text
+
+
+def _fields(config: griffe.Object) -> Iterator[str]:
+  """Yields the fields of a dataclass, told by the comments beside them."""
+  above: list[str] = []
+  for line in map(str.strip, config.lines):
+    name = line.partition(":")[0]
+    if line.startswith("#"):
+      above.append(line[2:])
+    elif name in config.attributes:
+      about = " ".join([*above, line.partition("  # ")[2]]).strip()
+      value = str(config.attributes[name].value)
+      default = "" if "default_factory" in value else f"Default: `{value}`."
+      about = f"{about.rstrip('.')}. " if about else ""
+      yield f"  {name}: {about}{default}" if about + default else f"  {name}: ."
+      above = []
