@@ -37,6 +37,14 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
     name = arg.lstrip("-").removeprefix("no").split("=")[0]
     if name.startswith("config.") and name[7:] not in fields:
       raise schema.ConfigError(schema.no_field("config", name[7:], fields))
+  joined: list[str] = []
+  for arg in argv:  # "--config.a.b None" as "--config.a.b=None"
+    is_name = joined and joined[-1].removeprefix("--config.") in fields
+    if arg == "None" and is_name:
+      joined[-1] += "=None"
+    else:
+      joined.append(arg)
+  argv = joined
   nones = [f"--config.{name}=None" for name in fields]  # which no parser reads
   unset = {arg[9:-5]: None for arg in argv if arg in nones}
   try:

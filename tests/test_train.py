@@ -41,6 +41,13 @@ def train(*flags):
       ],
       "config.seed must be int; it is None",
     ),
+    (
+      [
+        *("--config=configs/quickstart.py", "--workdir={workdir}"),
+        *("--config.data.path", "None", "--config.seed", "None"),
+      ],
+      "config.seed must be int; it is None",
+    ),
   ],
   ids=[
     "no-config",
@@ -50,6 +57,7 @@ def train(*flags):
     "other-file",
     "flag",
     "none",
+    "spaced-none",
   ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, flags, message):

@@ -238,8 +238,9 @@ def _read_jsonl(
     except (ValueError, RecursionError) as error:
       raise schema.ConfigError(f"{place}: not JSON ({error})") from error
     schema.require(isinstance(row, dict), f"{place}: not a JSON object")
-    # A guess made from the first row holds for all of them.
-    label_field = choose_field(place, list(row), "label", label_field)
+    # A guess made from a row holds for all after it, which may have no label.
+    found = choose_field(place, list(row), "label", data.label_field)
+    label_field = label_field or found
     texts = [
       name
       for name, value in row.items()
@@ -248,7 +249,7 @@ def _read_jsonl(
     # One that is called so is meant, also where this row has none.
     text_field = text_field or choose_field(place, list(row), "text", None)
     text_field = choose_text(place, texts, text_field)
-    label = row[label_field] if label_field else None
+    label = row.get(label_field) if label_field else None
     label = None if label is None else str(label).strip() or None
     yield number, row[text_field], label
 

@@ -80,20 +80,14 @@ def load_texts(data: config.DataConfig, task: config.Task) -> Texts:
       f"{splits['train'].source} has one class, {', '.join(known)}; a classifier "
       "needs two",
     )
-  fractions = {
-    name: fraction
-    for name, fraction in (
-      ("valid", data.valid_fraction),
-      ("test", data.test_fraction),
-    )
-    if name not in splits
-  }
+  fractions = {"valid": data.valid_fraction, "test": data.test_fraction}
+  fractions = {n: part for n, part in fractions.items() if n not in splits}
   if fractions:
     splits = splits | _set_aside(splits["train"], fractions)
   if data.max_bytes is not None:
     for name in SPLITS:
       limit = data.max_bytes if name == "train" else data.max_bytes // 8
-      splits[name] = _cap(splits[name], limit)
+      splits[name] = _cap(splits[name], name, limit)
   schema.require(
     bool(splits["train"].texts),
     f"no text is left to train on in {splits['train'].source}; give more text "
@@ -298,7 +292,7 @@ def _cut(
   return parts
 
 
-def _cap(rows: local_files.Rows, limit: int) -> local_files.Rows:
+def _cap(rows: local_files.Rows, split: str, limit: int) -> local_files.Rows:
   """Returns at most `limit` bytes of the rows."""
   if rows.labels is None:
     texts, left = [], limit
@@ -318,10 +312,17 @@ def _cap(rows: local_files.Rows, limit: int) -> local_files.Rows:
   order = sorted(
     range(len(sizes)), key=lambda i: (python_stdlib.digest(rows.texts[i]), i)
   )
-  totals = np.cumsum([sizes[i] for i in order])
-  return rows.take(
-    sorted(i for i, t in zip(order, totals, strict=True) if t <= limit)
+  kept, left = [], limit
+  for i in order:
+    if sizes[i] <= left:
+      kept.append(i)
+      left -= sizes[i]
+  schema.require(
+    bool(kept) or not order,
+    f"data.max_bytes leaves no text of {split}, which gets {limit:,} bytes of it; "
+    "raise it",
   )
+  return rows.take(sorted(kept))
 
 
 def _label_names(train: local_files.Rows) -> list[str]:

@@ -195,6 +195,8 @@ def compiled_bytes(config: Config, count: int) -> dict[str, int]:
     f"{count} devices cannot be simulated here: there are {len(jax.devices())}",
   )
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:count])
+  if config.model.num_layers == 1:
+    return _compiled(config, mesh)
   one, two = (_compiled(_with_layers(config, n), mesh) for n in (1, 2))
   more = config.model.num_layers - 1
   return {name: one[name] + more * (two[name] - one[name]) for name in one}

@@ -149,6 +149,16 @@ def test_lm_does_not_read_labels(tmp_path):
   assert sources.load_texts(data, "lm").labels is None
 
 
+def test_lm_takes_rows_without_the_label_that_others_have(tmp_path):
+  lines = [{"text": "one", "label": 1}, {"text": "two"}]
+  content = "\n".join(json.dumps(line) for line in lines)
+  data = text_files.write(tmp_path, train__jsonl=content)
+  data.valid_fraction = data.test_fraction = 0.0
+  assert sources.load_texts(data, "lm").texts["train"] == ["one", "two"]
+  with pytest.raises(ConfigError, match="jsonl:2.* no label"):
+    sources.load_texts(data, "classify")
+
+
 def test_csv_and_jsonl_take_long_texts_and_spaced_labels(tmp_path):
   long = "x" * 200_000  # the csv module stops at 131,072 unless told otherwise
   data = text_files.write(

@@ -117,6 +117,27 @@ def test_max_bytes_keeps_whole_labelled_texts_of_every_class(tmp_path):
   )
 
 
+def test_a_text_beyond_max_bytes_takes_no_other_with_it(tmp_path):
+  rows = [(i % 2, f"word {i:02}") for i in range(40)]  # 7 bytes each
+  [*parts] = [[(0, "long " * n), *rows] for n in range(100, 120)]
+  for number, part in enumerate(parts):  # whatever its hash is
+    folder = tmp_path / str(number)
+    folder.mkdir()
+    data = text_files.write(folder, train__tsv=_tsv(part))
+    data.max_bytes, data.valid_fraction, data.test_fraction = 400, 0.0, 0.0
+    texts = sources.load_texts(data, "classify").texts["train"]
+    assert sorted(texts) == sorted(text for _, text in rows)
+
+
+def test_max_bytes_without_room_for_a_text_is_told(tmp_path):
+  tsv = _tsv([(i % 2, f"{i:02}" + "x" * 40) for i in range(40)])
+  data = text_files.write(tmp_path, train__tsv=tsv, valid__tsv=tsv)
+  data.max_bytes = 300
+  message = "max_bytes leaves no text of valid, which gets 37 bytes"
+  with pytest.raises(ConfigError, match=message):
+    sources.load_texts(data, "classify")
+
+
 def test_trec_has_the_documented_counts(shared_data):
   data = DataConfig(path=str(shared_data / "trec"))
   texts = sources.load_texts(data, "classify")

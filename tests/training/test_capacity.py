@@ -247,3 +247,14 @@ def test_xla_holds_the_state_and_grows_by_layers(config_file):
   assert held + batch <= found["xla"]["state"] <= 1.1 * (held + batch)
   assert found["xla"]["scratch"] > 0
   assert np.isfinite(found["xla"]["scratch"])
+
+
+@pytest.mark.slow
+def test_xla_compiles_one_layer_with_values_by_layer(config_file):
+  config = c.resolve(files.call_in_file(config_file, "get_config"))
+  config.model.num_layers, config.model.mlp_width = 1, (64,)
+  config.fold.groups, config.fold.v_block = (1,), (1,)
+  found = capacity.plan(config, capacity.Devices("cpu", 1, 1.0), compiles=True)
+  parts = found["compressed"]["bytes"]
+  held = parts["optimizer"] + parts["fpp bits"] + parts["fpp averages"]
+  assert found["compressed"]["xla"]["state"] > held + parts["parameters"]
