@@ -32,7 +32,8 @@ def _fields(config: griffe.Object) -> Iterator[str]:
     elif name in config.attributes:
       about = " ".join([*above, line.partition("  # ")[2]]).strip()
       value = str(config.attributes[name].value)
-      default = "" if "default_factory" in value else f"Default: `{value}`."
+      is_section = "default_factory" in value
+      default = "A section." if is_section else f"Default: `{value}`."
       about = f"{about.rstrip('.')}. " if about else ""
-      yield f"  {name}: {about}{default}" if about + default else f"  {name}: ."
+      yield f"  {name}: {about}{default}"
       above = []
