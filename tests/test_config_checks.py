@@ -2,8 +2,8 @@
 
 import pytest
 
+from folding import checks, schema
 from folding import config as c
-from folding import schema
 from tests.config_cases import make_config
 
 AT_LEAST_1 = (
@@ -190,3 +190,20 @@ def test_resolve_also_checks_what_was_set_on_the_object():
   config = make_config(model__norm="batchnorm")
   with pytest.raises(schema.ConfigError, match="'layernorm', 'rmsnorm'; it is"):
     c.resolve(config)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"preset": "none"}, "prunes what fpp says, which is nothing"),
+    ({"fpp__tolerance": 0.1}, "fpp.tolerance is for what is pruned while"),
+  ],
+  ids=["nothing", "tolerance"],
+)
+def test_pruning_at_once_passes_nothing_over(fields, message):
+  common = {"pretrained": "x", "compress__prune": "magnitude"}
+  fine = make_config(**common)
+  checks.check_used(c.resolve(fine), fine)
+  config = make_config(**common, **fields)
+  with pytest.raises(schema.ConfigError, match=message):
+    checks.check_used(c.resolve(config), config)
