@@ -37,20 +37,20 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
     name = arg.lstrip("-").removeprefix("no").split("=")[0]
     if name.startswith("config.") and name[7:] not in fields:
       raise schema.ConfigError(schema.no_field("config", name[7:], fields))
+  names = [f"--config.{name}" for name in fields]
   joined: list[str] = []
   for arg in argv:  # "--config.a.b None" as "--config.a.b=None"
-    is_name = joined and joined[-1].removeprefix("--config.") in fields
-    if arg == "None" and is_name:
+    if arg == "None" and joined and joined[-1] in names:
       joined[-1] += "=None"
     else:
       joined.append(arg)
   argv = joined
-  nones = [f"--config.{name}=None" for name in fields]  # which no parser reads
+  nones = [f"{name}=None" for name in names]  # which no parser reads
   unset = {arg[9:-5]: None for arg in argv if arg in nones}
   try:
     rest = flags.FLAGS([arg for arg in argv if arg not in nones])[1:]
   except Exception as error:  # a config file is a program
-    message = f"--config fails: {type(error).__name__}: {error}"
+    message = f"--config fails: {schema.reason(error)}"
     if isinstance(error, flags.Error | ValueError | TypeError):
       # ml_collections wraps what get_config raised, with its traceback.
       message = (str(error).strip().splitlines() or [repr(error)])[-1]

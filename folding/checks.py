@@ -167,15 +167,16 @@ def check_used(c: Any, asked: Any) -> None:
     "fold.v_block",
   )
   parts = (c.fpp.overall, c.fpp.linear, c.fpp.embedding)
-  require(
-    c.compress.prune == "none" or any((*parts, *(c.fpp.linear_layers or ()))),
-    "compress.prune prunes what fpp says, which is nothing; set fpp.overall",
-  )
-  require(
-    c.compress.prune == "none" or c.fpp.tolerance is None,
-    "fpp.tolerance is for what is pruned while training; leave it out with "
-    "compress.prune",
-  )
+  if c.compress.prune != "none":
+    require(
+      any((*parts, *(c.fpp.linear_layers or ()))),
+      "compress.prune prunes what fpp says, which is nothing; set fpp.overall",
+    )
+    require(
+      c.fpp.tolerance is None,
+      "fpp.tolerance is for what is pruned while training; leave it out with "
+      "compress.prune",
+    )
 
 
 def _check_parts(c: Any) -> None:

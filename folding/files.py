@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from folding.schema import ConfigError, require
+from folding.schema import ConfigError, reason, require
 
 
 def write_file(path: str, content: str | bytes) -> None:
@@ -160,7 +160,7 @@ def call_in_file(where: str, function: str) -> Any:
     raise
   except Exception as error:  # it is the user's program
     raise ConfigError(
-      f"{function}() of {path!r} fails: {type(error).__name__}: {error}"
+      f"{function}() of {path!r} fails: {reason(error)}"
     ) from error
   finally:
     sys.path.remove(os.getcwd())

@@ -43,6 +43,11 @@ def one_line(error: Exception) -> str:
   return " ".join(str(error).split())
 
 
+def reason(error: Exception) -> str:
+  """Returns an error in one line, without the note that JAX appends."""
+  return f"{type(error).__name__}: {one_line(error)}".rstrip(": ")
+
+
 def require_seed(seed: int) -> None:
   """Raises `ConfigError` unless a number is one that JAX takes for a seed."""
   require(abs(seed) < 2**63, f"a seed has 64 bits; it is {seed}")

@@ -239,8 +239,8 @@ def _read_jsonl(
       raise schema.ConfigError(f"{place}: not JSON ({error})") from error
     schema.require(isinstance(row, dict), f"{place}: not a JSON object")
     # A guess made from a row holds for all after it, which may have no label.
-    found = choose_field(place, list(row), "label", data.label_field)
-    label_field = label_field or found
+    if label_field is None or data.label_field is not None:
+      label_field = choose_field(place, list(row), "label", data.label_field)
     texts = [
       name
       for name, value in row.items()

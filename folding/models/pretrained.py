@@ -156,7 +156,7 @@ def describe_pretrained(folder: pathlib.Path) -> hf_config.Description:
   except (AttributeError, KeyError, TypeError) as error:
     # A value of another type than theirs, somewhere.
     raise schema.ConfigError(
-      f"{folder}: config.json is broken: {type(error).__name__}: {error}"
+      f"{folder}: config.json is broken: {schema.reason(error)}"
     ) from error
 
 

@@ -15,6 +15,7 @@ from folding.models.transformer import Transformer
 from folding.schema import ConfigError, require
 from folding.serving import sampling as sampling_lib
 from folding.serving import steps
+from folding.serving.predict import require_numbers
 from folding.serving.sampling import Sampling
 
 # "keys": keys and values of all tokens. "linear": where logits have rank 1, a
@@ -236,7 +237,8 @@ class Generator:
         length -= count - 1  # as if they had come one by one
       elif is_good:
         # A copy: the next call takes the state's memory.
-        new_BT = _numbers(np.array(state.token_B)[:, None])
+        new_BT = np.array(state.token_B)[:, None]
+        require_numbers(new_BT >= 0, self.model.config.dtype)
         yield new_BT
       while is_good:
         state, tokens_BT = programs.decode(
@@ -244,7 +246,8 @@ class Generator:
         )
         is_good = not past.is_outside(state.cache)
         if is_good:
-          tokens_BT = _numbers(np.asarray(tokens_BT))
+          tokens_BT = np.asarray(tokens_BT)
+          require_numbers(tokens_BT >= 0, self.model.config.dtype)
           new_BT = np.concatenate([new_BT, tokens_BT], axis=1)
           yield tokens_BT
       margin *= _GROWTH
@@ -312,14 +315,6 @@ def generate(
     sampling=sampling,
     end_id=end_id,
   )
-
-
-def _numbers(tokens_BT: np.ndarray) -> np.ndarray:
-  require(
-    bool((tokens_BT >= 0).all()),
-    "the model gives no numbers (NaN); its weights are damaged",
-  )
-  return tokens_BT
 
 
 def _rounded(length: int) -> int:

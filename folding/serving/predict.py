@@ -82,13 +82,18 @@ def _predict(
     found = _probabilities(
       loaded, functools.partial(forward, params), group, batch_size
     )
-    require(
-      bool(np.isfinite(found).all()),
-      "the model gives no numbers (NaN); its weights are damaged, or too large "
-      f"for model.dtype {loaded.config.model.dtype}",
-    )
+    require_numbers(np.isfinite(found), loaded.config.model.dtype)
     for text, row in zip(group, found, strict=True):
       yield Prediction(text, loaded.labels[int(row.argmax())], row)
+
+
+def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
+  """Raises `ConfigError` unless all that a model of a dtype gives are numbers."""
+  require(
+    bool(are_numbers.all()),
+    "the model gives no numbers (NaN); its weights are damaged, or too large "
+    f"for model.dtype {dtype}",
+  )
 
 
 def _probabilities(

@@ -16,7 +16,8 @@ from folding import config as config_lib
 from folding.config import Config, ModelConfig
 from folding.data.batches import vocab_size
 from folding.models.transformer import make_model, param_shapes
-from folding.schema import ConfigError, edited, require
+from folding.reporting import words
+from folding.schema import ConfigError, edited, reason, require
 
 Edits = Mapping[str, Any]  # {dotted field of `Config`: value}
 
@@ -63,7 +64,7 @@ class Method:
       raise
     except Exception as error:  # of somebody's program
       raise ConfigError(
-        f"the edits of the method fail: {type(error).__name__}: {error}"
+        f"the edits of the method fail: {reason(error)}"
       ) from error
     edits["seed"] = seed
     if self.kind == "level":
@@ -123,7 +124,7 @@ def small(base: Config, level: float) -> ModelConfig:
     low, high = (middle, high) if fits else (low, middle)
   if low == 0:
     raise ConfigError(
-      f"no dense model is {100 * level:g}% smaller than the dense twin"
+      f"no dense model is {words.level(level)} smaller than the dense twin"
     )
   first = shape(low, in_proportion(low))
   less = count(first)

@@ -47,14 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if isinstance(error, schema.TrainingError) else 2
   except Exception as error:
     traceback.print_exc()
-    print(reason(error), file=sys.stderr)  # the last line of the log
+    print(schema.reason(error), file=sys.stderr)  # the last line of the log
     return 1
   return 0
-
-
-def reason(error: Exception) -> str:
-  """Returns an error in one line, without the note that JAX appends."""
-  return f"{type(error).__name__}: {schema.one_line(error)}".rstrip(": ")
 
 
 def _end_with_parent() -> None:

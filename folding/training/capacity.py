@@ -195,7 +195,7 @@ def compiled_bytes(config: Config, count: int) -> dict[str, int]:
     f"{count} devices cannot be simulated here: there are {len(jax.devices())}",
   )
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:count])
-  if config.model.num_layers == 1:
+  if config.model.num_layers == 1:  # what is by layer has no second value
     return _compiled(config, mesh)
   one, two = (_compiled(_with_layers(config, n), mesh) for n in (1, 2))
   more = config.model.num_layers - 1

@@ -119,11 +119,11 @@ def test_max_bytes_keeps_whole_labelled_texts_of_every_class(tmp_path):
 
 def test_a_text_beyond_max_bytes_takes_no_other_with_it(tmp_path):
   rows = [(i % 2, f"word {i:02}") for i in range(40)]  # 7 bytes each
-  [*parts] = [[(0, "long " * n), *rows] for n in range(100, 120)]
-  for number, part in enumerate(parts):  # whatever its hash is
-    folder = tmp_path / str(number)
+  for n in range(100, 120):  # whatever its hash is
+    folder = tmp_path / str(n)
     folder.mkdir()
-    data = text_files.write(folder, train__tsv=_tsv(part))
+    tsv = _tsv([(0, "long " * n), *rows])
+    data = text_files.write(folder, train__tsv=tsv)
     data.max_bytes, data.valid_fraction, data.test_fraction = 400, 0.0, 0.0
     texts = sources.load_texts(data, "classify").texts["train"]
     assert sorted(texts) == sorted(text for _, text in rows)

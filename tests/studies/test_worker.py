@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from folding import schema
 from folding.studies import worker
 
 _WATCH = """
@@ -34,10 +35,10 @@ def test_a_reason_is_one_line_of_what_happened():
     jax.jit(lambda x: jnp.reshape(x, (2, 2)))(jnp.zeros(3))
   printed = "".join(traceback.format_exception(caught.value))
   assert "JAX" in printed.splitlines()[-1]  # a note, and not what happened
-  line = worker.reason(caught.value)
+  line = schema.reason(caught.value)
   assert line.startswith("TypeError: cannot reshape array of shape (3,)")
   assert "\n" not in line and "JAX has removed" not in line
-  assert worker.reason(AssertionError()) == "AssertionError"
+  assert schema.reason(AssertionError()) == "AssertionError"
 
 
 def test_it_ends_when_its_parent_closes_the_pipe():

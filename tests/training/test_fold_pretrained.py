@@ -12,6 +12,7 @@ from folding import config as c
 from folding import paths, schema
 from folding.models.transformer import make_model
 from folding.training import fold_pretrained as lib
+from tests.training.tiny import recorded
 
 N, D, K, V, L = 2, 16, 4, 30, 12
 _SIZES = {"num_layers": N, "width": D, "num_heads": D // K, "mlp_width": 24}
@@ -164,13 +165,7 @@ def test_fewer_channels_are_fitted(kind):
 
 def test_every_layer_as_it_is_told():
   config, begun = _config("gpt2", groups=(0, 2), v_block=(0, D)), []
-
-  def watch(layers):
-    for n in layers:
-      begun.append(n)
-      yield n
-
-  params, report = _fold(config, "gpt2", watch=watch)
+  params, report = _fold(config, "gpt2", watch=recorded(begun))
   assert begun == [0, 1]
   _assert_fits(config, params)
   old = paths.flatten(_dense("gpt2"))

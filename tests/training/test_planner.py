@@ -11,6 +11,7 @@ from folding import config as c
 from folding import paths, schema
 from folding.models.transformer import make_model
 from folding.training import fold_pretrained, planner
+from tests.training.tiny import recorded
 
 V, L, D, H, N = 40, 16, 32, 4, 3
 
@@ -150,13 +151,9 @@ def test_layers_that_matter_least_give_most():
 def test_options_only_lose_more_as_they_store_less():
   config = _config()
   begun = []
-
-  def watch(layers):
-    for n in layers:
-      begun.append(n)
-      yield n
-
-  options = planner.measure(config, _trained(config), _batches(), watch)
+  options = planner.measure(
+    config, _trained(config), _batches(), recorded(begun)
+  )
   assert begun == list(range(N))
   assert options.keys() == {
     (n, kind) for n in range(N) for kind in ("qk", "v", "linear")
