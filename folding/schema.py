@@ -174,7 +174,7 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     )
     return value
   if float in options and type(value) is int:
-    value = float(value)
+    value = float(value) if abs(value) < 2**1023 else math.inf
   names = " or ".join(map(_name, options))
   require(
     type(value) in options

@@ -51,6 +51,7 @@ def test_an_int_becomes_the_float_that_a_field_wants():
     ({"on": 1}, r"config\.on must be bool; it is 1"),
     ({"share": "1"}, r"config\.share must be float or None; it is '1'"),
     ({"share": float("nan")}, r"config\.share must be .*; it is nan"),
+    pytest.param({"share": 10**400}, "share must be .*; it is inf", id="huge"),
     ({"share": float("inf")}, r"config\.share must be .*; it is inf"),
     ({"inner": {"rate": True}}, r"config\.inner\.rate must be float"),
     ({"inner": {"kind": "c"}}, r"kind must be one of 'a', 'b'; it is 'c'"),

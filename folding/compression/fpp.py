@@ -54,7 +54,7 @@ def fpp(
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer so that suspected parameters freeze, then become zero.
 
-  At the steps begin, begin + every, ..., end (counted from 0) the lowest
+  At the steps begin, begin + every, ... up to end (counted from 0) the lowest
   q = target (1 - (1 - t)^3) of the units of each rule are suspected, t growing
   from 0 to 1. Suspects freeze, others thaw; what has stayed suspected for
   `patience` further checks becomes exactly 0.0 for good, and so do all

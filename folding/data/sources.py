@@ -252,7 +252,7 @@ def _set_aside(
     classes.setdefault(label, []).append(index)
   parts: dict[str, list[int]] = {name: [] for name in (*fractions, "train")}
   for members in classes.values():
-    same: dict[str, list[int]] = {}  # equal texts are never parted
+    same: dict[str, list[int]] = {}  # equal texts of a class stay together
     for index in members:
       same.setdefault(rows.texts[index], []).append(index)
     runs = [same[text] for text in sorted(same, key=python_stdlib.digest)]

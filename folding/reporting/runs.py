@@ -173,6 +173,12 @@ def load_run(workdir: str) -> Run:
   if result.finished and result.test is not None:
     kind = LmTest if config.task == "lm" else ClassifyTest
     test = _build(kind, result.test, "test of result.json")
+    if isinstance(test, ClassifyTest):
+      schema.require(
+        0 <= test.accuracy <= 1 and test.num_examples > 0,
+        f"result.json is damaged: an accuracy of {test.accuracy} on "
+        f"{test.num_examples} examples",
+      )
   return Run(
     name=os.path.basename(os.path.abspath(workdir)),
     workdir=workdir,
@@ -189,7 +195,7 @@ def load_run(workdir: str) -> Run:
 def text_digest(workdir: str) -> str | None:
   """Returns the SHA-256 of a run's text and labels, None where none is kept."""
   path = pathlib.Path(workdir, "text.sha256")
-  return path.read_text("utf-8").strip() if path.is_file() else None
+  return path.read_text("utf-8", "replace").strip() if path.is_file() else None
 
 
 def wilson(accuracy: float, num_examples: int) -> tuple[float, float]:
@@ -227,6 +233,11 @@ def _read_result(path: str) -> Result:
     _build(Layer, layer, f"layers[{i}] of result.json")
     for i, layer in enumerate(result.layers)
   ]
+  for layer in layers:
+    schema.require(
+      layer.group in GROUPS,
+      f"result.json is damaged: {layer.path} is of the group {layer.group!r}",
+    )
   return dataclasses.replace(result, layers=layers)
 
 

@@ -219,11 +219,17 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
     f"reads schema {SCHEMA}",
   )
   try:
-    config = config_lib.from_dict(values["config"])
-    labels = tuple(values["labels"])
+    config = config_lib.resolve(config_lib.from_dict(values["config"]))
+    labels = values["labels"]
     checksums = dict(values["sha256"])
   except (KeyError, TypeError) as error:
     raise ConfigError(f"{path}/{CONFIG} lacks {error}") from None
+  require(
+    isinstance(labels, list)
+    and all(isinstance(label, str) for label in labels)
+    and len(set(labels)) == len(labels),
+    f"{path}/{CONFIG}: labels are a list of different names; they are {labels!r}",
+  )
   for name, expected in ({WEIGHTS: "", TOKENIZER: ""} | checksums).items():
     file = os.path.join(path, name)
     require(os.path.isfile(file), f"{path} has no {name}")
@@ -234,7 +240,7 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
     )
   params = load_packed(os.path.join(path, WEIGHTS))
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  loaded = Loaded(config, params, tokenizer, labels)
+  loaded = Loaded(config, params, tokenizer, tuple(labels))
   _check_fit(loaded, path)
   return loaded
 

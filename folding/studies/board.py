@@ -37,10 +37,11 @@ class Board:
     self.refresh()
 
   def refresh(self) -> None:
-    """Looks at the files of what is not known to be over."""
+    """Looks at the files of what is not finished; a failure may be no more."""
     for trial in self.trials:
-      if self.is_over(trial):
+      if trial.name in self.seconds:
         continue
+      self.errors.pop(trial.name, None)
       if is_finished(trial.run):
         self.seconds[trial.name] = read_result(trial.run)["seconds"]
       elif os.path.exists(path := failure_path(trial)):

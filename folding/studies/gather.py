@@ -44,7 +44,8 @@ class Row:
     trainable: Mean over the steps of the parameters that still train, as a
       share of the dense twin's.
     halfway: Step at which the training loss comes half the way down that the
-      dense run of this data set and seed comes.
+      dense run of this data set and seed comes. None where the dense part of a
+      method after training does: that says nothing of the method.
     kwh: Electricity, an estimate.
     kg_co2e: Emissions, an estimate.
     steps: Of training.
@@ -156,6 +157,9 @@ def _figures(
   result, parts = run.result, [*([before] if before else []), run]
   is_small = trial.study.methods[trial.method or DENSE].kind == "small"
   reference = twin if is_small else run
+  half = halfway(parts, twin) if twin else None
+  if before and half is not None and half <= before.result.steps:
+    half = None
   figures = {
     "status": "finished",
     "metric": "bits_per_byte" if run.config.task == "lm" else "accuracy",
@@ -164,7 +168,7 @@ def _figures(
     "bytes": result.bytes.overall.stored + result.bytes.overall.masks,
     "seconds": sum(p.result.seconds for p in parts),
     "tokens_per_second": result.tokens_per_second,
-    "halfway": halfway(parts, twin) if twin else None,
+    "halfway": half,
     "steps": sum(p.result.steps for p in parts),
     "model": _shape(run),
     "device": result.device,

@@ -191,6 +191,8 @@ class _Group:
       ):
         continue
       if trial.needs is not None:
+        if trial.needs.name in self._board.errors:
+          self._board.refresh()  # it may have been tried again elsewhere
         if error := self._board.errors.get(trial.needs.name):
           reason = f"it starts from {trial.needs.name}, which failed: {error}"
           self._fail(trial, reason)

@@ -11,6 +11,7 @@ from folding.schema import edited, require
 from folding.studies.methods import Method
 
 DENSE = "dense"  # the method that all others are compared with
+DENSE_PART = "dense-part"  # what methods after training start from
 OURS = "ours"  # the method that the paper's claims are held against
 
 
@@ -48,10 +49,20 @@ class Study:
         f"the name {name!r} is no part of a file name; use letters, digits and "
         "single -, _ or .",
       )
+    require(
+      DENSE_PART not in self.methods,
+      f"{DENSE_PART!r} is what methods after training start from; name the "
+      "method otherwise",
+    )
     for level in self.levels:
       require(0 < level < 1, f"a level is a fraction to save; it is {level}")
     require(
       0 < self.pretrain < 1, f"pretrain is a fraction; it is {self.pretrain}"
+    )
+    shown = [f"{100 * level:g}" for level in self.levels]
+    require(
+      len(set(shown)) == len(shown),
+      f"two levels are called alike: {', '.join(shown)}%",
     )
     require(
       bool(self.datasets) and bool(self.seeds),
@@ -106,7 +117,7 @@ class Trial:
   @property
   def name(self) -> str:
     """Names the run and its folder."""
-    parts = [self.dataset, self.method or "dense-part", f"s{self.seed}"]
+    parts = [self.dataset, self.method or DENSE_PART, f"s{self.seed}"]
     if self.level is not None:
       parts.insert(2, f"{100 * self.level:g}")
     return "--".join(parts)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from folding.reporting import words
 from folding.studies import inference
 from folding.studies.gather import Row
-from folding.studies.study import DENSE
+from folding.studies.study import DENSE, OURS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,26 +80,40 @@ class Results:
       row.metric == "accuracy" for row in self.rows if row.dataset == dataset
     )
 
+  def beside_dense(self, group: Group) -> tuple[Group, Group] | None:
+    """Returns the runs of a group and of dense that have the same seeds.
+
+    All of both where they have no seed in common, None without the dense model.
+    """
+    dense = self.group(group.first.dataset, DENSE)
+    if dense is None:
+      return None
+    seeds = {r.seed for r in group.rows} & {r.seed for r in dense.rows}
+    if not seeds:
+      return group, dense
+    here, there = (
+      Group(tuple(r for r in g.rows if r.seed in seeds)) for g in (group, dense)
+    )
+    return here, there
+
   def change(self, group: Group) -> float | None:
     """Returns the change from dense: in points, or of perplexity as a fraction.
 
     Negative is always worse. None without the dense model.
     """
-    dense = self.group(group.first.dataset, DENSE)
-    if dense is None:
+    pair = self.beside_dense(group)
+    if pair is None:
       return None
-    if group.first.metric == "accuracy":
-      here, there = group.mean("quality"), dense.mean("quality")
-      assert here is not None and there is not None
-      return 100 * (here - there)
-    here, there = group.mean("perplexity"), dense.mean("perplexity")
+    is_accuracy = group.first.metric == "accuracy"
+    name = "quality" if is_accuracy else "perplexity"
+    here, there = (g.mean(name) for g in pair)
     assert here is not None and there is not None
-    return 1 - here / there
+    return 100 * (here - there) if is_accuracy else 1 - here / there
 
   def ratio(self, group: Group, name: str) -> float | None:
     """Returns a figure as a multiple of dense's, None where one is missing."""
-    dense = self.group(group.first.dataset, DENSE)
-    here, there = group.mean(name), dense.mean(name) if dense else None
+    pair = self.beside_dense(group)
+    here, there = (g.mean(name) for g in pair) if pair else (None, None)
     return here / there if here is not None and there else None
 
 
@@ -186,6 +200,27 @@ def cost_table(results: Results, dataset: str, level: float) -> str:
   header = ["", "smaller", "W_Q, W_K, W_V", "bytes", "time"]
   header += ["steps to halfway", "trainable", "to dense"]
   return words.table(header, rows)
+
+
+def dominators(results: Results, dataset: str, level: float) -> list[str]:
+  """Returns what stores no more than ours at a level and is no worse.
+
+  The best comes first. Other levels of ours are no other method.
+  """
+  points = {}
+  for (method, at), group in results.all_of(dataset).items():
+    if method == OURS and at != level:
+      continue
+    cost, figure = group.mean("bytes"), group.mean("quality")
+    assert cost is not None and figure is not None
+    points[method, at] = (cost, figure)
+  higher = results.is_higher_better(dataset)
+  found = inference.dominators(points, (OURS, level), higher)
+  found.sort(key=lambda key: points[key][1], reverse=higher)
+  return [
+    method if at is None else f"{method} at {words.level(at)}"
+    for method, at in found
+  ]
 
 
 def change_text(change: float | None, metric: str | None) -> str:

@@ -100,14 +100,19 @@ def tree_shardings(
   that it divides; small arrays are kept whole, like all that belongs to none.
 
   Args:
-    mesh: The mesh.
+    mesh: The mesh, of the axes "data", "fsdp" and "tensor"; others are left be.
     tree: Arrays, or their shapes.
     params: The parameters; None: `tree.params`, or else the tree itself.
     rules: As in `MeshConfig`.
 
   Raises:
-    ConfigError: a rule is malformed, or places nothing.
+    ConfigError: a rule is malformed, or places nothing; an axis is missing.
   """
+  require(
+    set(AXES) <= set(mesh.axis_names),
+    f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; name its "
+    f"axes {', '.join(AXES)} (those that nothing is split over of size 1)",
+  )
   params = getattr(tree, "params", tree) if params is None else params
   placed = _placements(mesh, params, rules)
 

@@ -109,6 +109,14 @@ def test_a_column_of_numbers_is_no_text(tmp_path):
   assert text_files.pairs(texts, "train") == expected
 
 
+def test_a_column_called_text_is_text_whatever_it_holds(tmp_path):
+  rows = "text,label,note\n123,a,x\n456,b,y\n"
+  data = text_files.write(tmp_path, train__csv=rows)
+  data.valid_fraction = data.test_fraction = 0.0
+  texts = sources.load_texts(data, "classify")
+  assert text_files.pairs(texts, "train") == [("a", "123"), ("b", "456")]
+
+
 def test_empty_lines_are_no_rows(tmp_path):
   data = text_files.write(
     tmp_path,

@@ -87,6 +87,27 @@ def test_a_wrong_result_says_what_is_wrong(tmp_path, change, message):
     runs.load_run(workdir)
 
 
+@pytest.mark.parametrize(("accuracy", "examples"), [(2.0, 9), (0.5, 0)])
+def test_an_accuracy_of_no_examples_is_damage(tmp_path, accuracy, examples):
+  test = {"loss": 1.0, "accuracy": accuracy, "num_examples": examples}
+  config = synthetic_run.config(task="classify")
+  workdir = synthetic_run.write(tmp_path / "a", config, test=test)
+  with pytest.raises(
+    schema.ConfigError, match="result.json is damaged: an acc"
+  ):
+    runs.load_run(workdir)
+
+
+def test_layers_and_digests_that_are_damaged_say_so(tmp_path):
+  workdir = synthetic_run.write(tmp_path / "a")
+  (tmp_path / "a" / "text.sha256").write_bytes(b"\xff\xfe")
+  assert runs.load_run(workdir).digest  # only compared with that of others
+  layer = {"path": "x", "group": "y", "shape": [], "dense": 1, "stored": 1}
+  synthetic_run.write(tmp_path / "b", layers=[{**layer, "zeros": 0.0}])
+  with pytest.raises(schema.ConfigError, match="x is of the group 'y'"):
+    runs.load_run(str(tmp_path / "b"))
+
+
 def test_fields_of_a_later_writer_are_ignored(tmp_path):
   workdir = synthetic_run.write(tmp_path / "a", later="?")
   assert runs.load_run(workdir).result.steps == 600

@@ -177,10 +177,20 @@ def edit_config(folder: pathlib.Path, change) -> None:
     (lambda v: v.update(schema=2), "is an export of schema 2, and this"),
     (lambda v: v.pop("schema"), "is an export of schema None"),
     (lambda v: v.pop("labels"), "lacks 'labels'"),
+    (
+      lambda v: v.update(labels="abc"),
+      "a list of different names; they are 'abc",
+    ),
+    (lambda v: v.update(labels=[1, 2, 3]), "a list of different names"),
+    (lambda v: v.update(labels=["a", "a", "b"]), "a list of different names"),
+    (
+      lambda v: v["config"]["model"].update(num_heads=0),
+      "num_heads must be at",
+    ),
     (lambda v: v["config"].update(colour=1), "has no field 'colour'"),
     (lambda v: v["sha256"].pop("tokenizer.json"), "its checksum differs"),
     (
-      lambda v: v["config"]["model"].update(width=32),
+      lambda v: v["config"]["model"].update(mlp_width=7),
       r"are not of its config: .* is \(.*\), not \(",
     ),
     (lambda v: v["labels"].pop(), r"head/bias is \(3,\), not \(2,\)"),

@@ -109,6 +109,16 @@ def test_how_far_runs_are_is_a_line_each(place, tmp_path):
   assert len(lines) == 13
 
 
+def test_a_failure_that_was_tried_again_elsewhere_is_none(place, tmp_path):
+  study, folder = place
+  copy = shutil.copytree(folder, tmp_path / "study")
+  found = board.Board(study.trials(str(copy)))
+  assert found.errors == {"text--random--70--s0": "the disk is full"}
+  (copy / "failed" / "text--random--70--s0.json").unlink()
+  found.refresh()
+  assert found.errors == {}
+
+
 def test_what_is_finished_of_another_tokenizer_is_refused(place):
   study, folder = place
   for trial in study.trials(folder):
@@ -215,6 +225,14 @@ def test_halfway_counts_the_steps_of_the_dense_part(place):
   before = _with(place, [(10, 9.0), (20, 8.0)], steps=25)
   after = _with(place, [(10, 8.0), (20, 4.0), (30, 0.0)])  # 8, 6, 4
   assert gather.halfway([before, after], twin) == pytest.approx(25 + 25)
+
+
+def test_halfway_in_a_dense_part_says_nothing_of_a_method(place, rows):
+  parts = [_load(place, f"text--{n}--s0") for n in ("dense-part", "wanda--70")]
+  reached = gather.halfway(parts, _load(place, "text--dense--s0"))
+  assert 0 < reached < parts[0].result.steps
+  assert rows["text--wanda--70--s0"].halfway is None
+  assert rows["text--ours--70--s0"].halfway is not None
 
 
 def test_rows_come_back_from_csv(place, tmp_path):

@@ -80,6 +80,11 @@ def test_a_checkpoint_has_no_small_twin():
     ({"methods": pick("ours")}, "needs the method 'dense'"),
     ({"levels": (0.0,)}, "a level is a fraction"),
     ({"levels": (70.0,)}, "a level is a fraction"),
+    ({"levels": (0.7, 0.7000001)}, "two levels are called alike: 70, 70%"),
+    (
+      {"methods": pick("dense") | {"dense-part": Method("none")}},
+      "'dense-part' is what methods after training start from",
+    ),
     ({"pretrain": 1.0}, "pretrain is a fraction"),
     ({"seeds": ()}, "a data set and a seed"),
     ({"datasets": {}}, "a data set and a seed"),

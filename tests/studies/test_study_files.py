@@ -155,11 +155,10 @@ def test_what_is_folded_of_a_checkpoint_depends_on_how_much_is_saved(data, run):
     rate = round(config.train.learning_rate, 5)
     folded = (bool(config.fold.groups), bool(config.fold.v_block))
     found[trial.method, trial.level] = (*folded, rate)
-  for method in ("ours", "ours-weight"):
-    assert found[method, 0.3] == (False, False, 1e-4)
-    assert found[method, 0.5] == (True, False, 1e-4)
-    assert found[method, 0.8] == (True, True, 2e-4)
-  assert found["ours-v", 0.3] == (False, True, 1e-4)
+  assert found["ours", 0.3] == (False, False, 1e-4)
+  assert found["ours", 0.5] == (True, False, 1e-4)
+  assert found["ours", 0.8] == (True, True, 2e-4)
+  assert found["neuron", 0.3] == (False, False, 1e-4)
   assert found["magnitude", 0.7] == (False, False, 2e-4)
   assert found["sparsegpt", 0.7] == (False, False, 5e-4)
 
@@ -177,9 +176,11 @@ def test_a_checkpoint_without_data_of_its_task_is_told(data, run):
     (["--list", "--retry"], "run nothing; leave out --retry"),
     (["--jobs=0", "--shard=2/2"], "run nothing"),
     (["--shard=3/2"], "a shard is 1/n to n/n; it is 3/2"),
+    (["--results=page.txt"], "--results is a PAGE.md; it is 'page.txt'"),
+    (["--results=~/page.md"], "would be a folder called ~"),
   ],
 )
-def test_flags_that_would_do_nothing_are_refused(
+def test_flags_that_would_do_nothing_or_harm_are_refused(
   data, tmp_path, capsys, flags, message
 ):
   argv = [

@@ -59,6 +59,13 @@ def test_mesh_that_does_not_fit_is_refused(data, fsdp, tensor):
   assert dict(sharding.make_mesh(fitted).shape)["fsdp"] == 8
 
 
+def test_a_mesh_of_other_axes_is_told_which_it_needs():
+  mesh = jax.sharding.AbstractMesh((4,), ("data",))
+  message = "has the axes data; name its axes data, fsdp, tensor"
+  with pytest.raises(schema.ConfigError, match=message):
+    sharding.tree_shardings(mesh, {"w": shape(64, 128)})
+
+
 @pytest.mark.parametrize(
   ("sizes", "spec"),
   [
