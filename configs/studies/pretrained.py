@@ -8,7 +8,7 @@ FOLDER of the checkpoint's task, or those named.
 Run:     folding study \
            configs/studies/pretrained.py:CHECKPOINT,FOLDER,trec,subj,mr,sst2 \
            --workdir=DIR
-Expect:  90 runs a data set, 3 of them the dense part; of MiniLM (22.7 million
+Expect:  66 runs a data set, 3 of them the dense part; of MiniLM (22.7 million
          parameters) one to two minutes each on two cores
 """
 
@@ -23,11 +23,7 @@ from folding.studies import methods
 from folding.studies.methods import Edits, Method
 from folding.studies.study import DENSE, OURS, Study
 
-_METHODS = (
-  *("dense", "ours", "ours-weight", "ours-v"),
-  *("fpp-all", "magnitude", "neuron", "sparsegpt"),
-)
-_FOLDED = ("ours", "ours-weight")
+_METHODS = ("dense", "ours", "fpp-all", "magnitude", "neuron", "sparsegpt")
 # As configs/pretrained.py recovers a model that knows its task.
 _RECOVERY: Edits = {
   "model.dropout": 0.0,
@@ -87,7 +83,7 @@ def _recovered(name: str, method: Method) -> Method:
     own = method.edits
     own = own(base, level) if callable(own) else own
     recovery = pretrained.recovery(level, base.task)
-    if name not in _FOLDED:
+    if name != OURS:
       recovery = {k: v for k, v in recovery.items() if k.startswith("train.")}
     return {"train.learning_rate": peak, **_RECOVERY, **own, **recovery}
 
