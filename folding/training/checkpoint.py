@@ -5,7 +5,6 @@ RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
 """
 
 import contextlib
-import glob
 import json
 import logging
 import math
@@ -248,8 +247,10 @@ def _mend_metrics(folder: str) -> None:
   Orbax reads all metrics at the start and gives up at the first such file,
   though the states may be intact.
   """
-  pattern = os.path.join(glob.escape(folder), "*", "metrics", "metrics")
-  for path in glob.glob(pattern):
+  for step in saved_steps(folder):  # and not one that is being saved
+    path = os.path.join(folder, str(step), "metrics", "metrics")
+    if not os.path.exists(path):
+      continue
     try:
       with open(path, encoding="utf-8") as file:
         float(json.load(file)["loss"])

@@ -1,6 +1,5 @@
 """The training step: pure, jitted, with donated state."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -103,9 +102,6 @@ def train_step(
 
   def loss_fn(params, batch, key, is_check, distill):
     """Returns a part's share of the loss of the whole batch, and of the rest."""
-    if distill is not None and distill.noise:
-      key, noise_key = jax.random.split(key)
-      batch = {**batch, "tokens": mix_texts(noise_key, batch, distill.noise)}
     inputs = {"params": params}, batch["tokens"], batch.get("mask"), False
     options = {"rngs": {"dropout": key}, **(watch if distill else {})}
     stats = {}
@@ -136,17 +132,27 @@ def train_step(
     return share * loss, (sums["nats"] / total, share * untaught, stats)
 
   dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
-  over_parts = functools.partial(_sum_parts, batch, dropout_key, accumulate)
+  read, read_key = batch, dropout_key
+  if distill is not None and distill.noise:
+    # Of the whole batch: a part of one row has no text before it.
+    read_key, noise_key = jax.random.split(dropout_key)
+    read = {**batch, "tokens": mix_texts(noise_key, batch, distill.noise)}
 
   def value_fn(params):
-    return over_parts(
-      lambda part, key: loss_fn(params, part, key, False, None)
+    return _sum_parts(
+      batch,
+      dropout_key,
+      accumulate,
+      lambda part, key: loss_fn(params, part, key, False, None),
     )[0]
 
-  grads, (nats, untaught, stats) = over_parts(
+  grads, (nats, untaught, stats) = _sum_parts(
+    read,
+    read_key,
+    accumulate,
     lambda part, key: jax.grad(loss_fn, has_aux=True)(
       state.params, part, key, is_check, distill
-    )
+    ),
   )
   if is_check and usage is not None:
     stats = stats | {"embed/embedding": usage}

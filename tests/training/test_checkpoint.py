@@ -235,6 +235,13 @@ def test_a_save_cut_off_is_no_checkpoint(tmp_path):
   folder = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
   folder.mkdir()
   (folder / "half").write_text("half")
+  # Another process may be writing it at this moment.
+  metrics = folder / "metrics" / "metrics"
+  metrics.parent.mkdir()
+  metrics.touch()
+  with Checkpoints(str(tmp_path), cleans=False) as checkpoints:
+    assert checkpoints.steps() == [1]
+  assert metrics.read_text() == ""
   with Checkpoints(str(tmp_path)) as checkpoints:
     assert checkpoints.steps() == [1]
     assert checkpoints.restore_latest(LIKE)[0] == 1

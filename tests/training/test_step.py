@@ -197,6 +197,25 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn(run, start, noise):
   assert max(jax.tree.leaves(moved)) > 1e-3
 
 
+def test_texts_are_mixed_before_the_batch_is_parted(run, start):
+  state = start._replace(opt_state=SGD.init(start.params))
+  seeded = {"teacher": run.init(1).params, "seed": np.uint32(0)}
+  found = []
+  for noise, parts in ((0.5, 1), (0.5, 16), (0.0, 1)):  # of one row each
+    step = run.step(
+      False,
+      tx=SGD,
+      rules=[],
+      accumulate=parts,
+      teacher=run.model,
+      distill=c.DistillConfig(logits=0.5, noise=noise),
+    )
+    found.append(step(state, {**tiny.batch(0), **seeded})[0].params)
+  chex.assert_trees_all_close(found[0], found[1], atol=1e-5)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(found[0], found[2], atol=1e-4)
+
+
 def train(run, state, devices, mesh_config, seeds):
   """Yields the state after each step, trained on a mesh of the devices."""
   mesh = sharding.make_mesh(mesh_config, devices)
