@@ -137,3 +137,15 @@ def test_equal_means_differ_by_rounding_alone(results):
   rows = [of_quality(dense, q, i) for i, q in enumerate(there)]
   rows += [of_quality(ours, q, i) for i, q in enumerate(here)]
   assert page.did_not_hold(tables.Results(rows)) == []
+
+
+def test_what_trains_and_is_stored_can_fail_to_hold_too(results):
+  dense = results.group("trec", "dense").first
+  ours = of_quality(results.group("trec", "ours", 0.7).first, 0.95, linear=0.6)
+  every = [dense, dataclasses.replace(ours, qkv=0.99, trainable=1.0)]
+  assert page.did_not_hold(tables.Results(every)) == [
+    "trec, 70%: no fewer parameters train",
+    "linear layers are 60.0% smaller, not 70%",
+  ]
+  fewer = dataclasses.replace(ours, qkv=0.99, trainable=0.9, linear=0.7)
+  assert page.did_not_hold(tables.Results([dense, fewer])) == []
