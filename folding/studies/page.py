@@ -234,8 +234,13 @@ def _standing(results: Results) -> str:
     return ""
   return (
     f"on the Pareto front of quality against bytes in {on_front} of {total} "
-    f"cases (data set and level); significantly best of its level in {best} of "
-    f"the {tested} where all methods have several seeds"
+    "cases (data set and level); "
+    + (
+      f"significantly best of its level in {best} of the {tested} where all "
+      "methods have several seeds"
+      if tested
+      else "whether it is best is not tested where a method has one seed"
+    )
   )
 
 
