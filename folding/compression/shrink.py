@@ -17,6 +17,7 @@ from folding.compression import removable
 from folding.compression.fpp import FPPState
 from folding.compression.rules import Site, pack, unpack
 from folding.config import Config, at_layer, unshrunk
+from folding.schema import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +46,39 @@ class Cut:
 
     Parameters, gradients, or the state of an optimizer with moments in it;
     what is not shaped like the parameters (counts) stays.
+
+    Raises:
+      ConfigError: a state has another shape than its parameter, as that of
+        Adafactor, or is of some parameters alone, as in `optax.partition`.
     """
 
     def is_copy(x):
       return jax.tree.structure(x) == self.structure
 
-    def cut(x):
-      if not is_copy(x):
-        return x
-      x = paths.map_named(lambda name, w: _take(w, self.kept.get(name)), x)
-      return _without(x, self.dropped)
+    def take(name, w):
+      kept = self.kept.get(name, {}) if np.ndim(w) else {}
+      require(
+        all(
+          axis < w.ndim and indices.max(initial=-1) < w.shape[axis]
+          for axis, indices in kept.items()
+        ),
+        f"a state of {name} has the shape {np.shape(w)}, not that of the "
+        "parameter, and cannot be cut; begin the optimizer's state anew",
+      )
+      return _take(w, kept)
 
-    return jax.tree.map(cut, tree, is_leaf=is_copy)
+    def cut(key_path, x):
+      if is_copy(x):
+        return _without(paths.map_named(take, x), self.dropped)
+      name = f"/{paths.path_name(key_path)}"
+      require(
+        not np.ndim(x) or not any(name.endswith(f"/{n}") for n in self.kept),
+        f"{name[1:]} is of some of the parameters, as in optax.partition, and "
+        "cannot be cut; begin the optimizer's state anew",
+      )
+      return x
+
+    return jax.tree_util.tree_map_with_path(cut, tree, is_leaf=is_copy)
 
   def fpp_state(self, state: FPPState, sites: Sequence[Site]) -> FPPState:
     """Returns the state of `folding.fpp`, cut the same way.

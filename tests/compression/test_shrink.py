@@ -14,6 +14,7 @@ from folding import config as c
 from folding import paths
 from folding.compression.shrink import shrink
 from folding.models.transformer import make_model
+from folding.schema import ConfigError
 from tests.compression.shrink_cases import (
   IRC1,
   MODELS,
@@ -189,6 +190,28 @@ def test_without_absorbing_the_diagonals_stay():
     small.params["blocks_0"]["attn"]["v"]["diagonal"].reshape(3, K),
     params["blocks_0"]["attn"]["v"]["diagonal"].reshape(H, K)[[0, 2, 3]],
   )
+
+
+@pytest.mark.parametrize(
+  ("tx", "message"),
+  [
+    (optax.adafactor(1e-3, min_dim_size_to_factor=4), "has the shape .* begin"),
+    (
+      optax.partition(
+        {"a": optax.adam(1e-3), "b": optax.sgd(0.1)},
+        functools.partial(
+          paths.map_named, lambda name, _: "a" if "mlp" in name else "b"
+        ),
+      ),
+      "is of some of the parameters, .* begin",
+    ),
+  ],
+)
+def test_a_state_that_has_no_number_an_element_is_refused(tx, message):
+  config, params, _ = _case("gpt2_folded")
+  small = shrink(config, params)
+  with pytest.raises(ConfigError, match=message):
+    small.cut(tx.init(params))
 
 
 def test_every_copy_in_an_optimizer_state_is_cut_alike():
