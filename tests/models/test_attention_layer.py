@@ -133,7 +133,8 @@ def test_padding_changes_nothing(fold, kind):
   apply = jax.jit(module.apply)
   padded = np.asarray(apply({"params": params}, x, keep))[:, :4]
   alone = apply({"params": params}, jnp.asarray(np.asarray(x)[:, :4]))
-  np.testing.assert_allclose(padded, alone, rtol=0, atol=TOLERANCE)
+  # Of sums up to 40, in an order that depends on the machine.
+  np.testing.assert_allclose(padded, alone, rtol=0, atol=10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("causal", [True, False])
