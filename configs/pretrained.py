@@ -89,6 +89,8 @@ def get_config(where: str = "") -> c.Config:
   if is_rotary:  # by whole pairs, which need not divide it
     groups = max(2, K // 8 * 2)
   shares_width = model.num_heads * model.head_dim == model.width
+  # A diagonal W_V has no bias, and without one of W_O nothing has its part.
+  has_place = bool(model.use_bias) or not model.qkv_bias
   config = c.Config(
     task=task,
     preset="paper",
@@ -98,7 +100,7 @@ def get_config(where: str = "") -> c.Config:
     fold=c.FoldConfig(
       groups=groups,
       rope="pairs" if is_rotary else "copy",
-      v_block=None if shares_width else 0,
+      v_block=None if shares_width and has_place else 0,
     ),
     fpp=c.FPPConfig(
       embedding_granularity=granularity,

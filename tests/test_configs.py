@@ -88,6 +88,18 @@ def test_less_is_saved_by_another_recipe(tmp_path, level, groups, v_block):
   assert config.train.learning_rate == 5e-4  # of a language model
 
 
+@pytest.mark.parametrize(
+  ("family", "v_block"), [("qwen2", 0), ("llama", 1), ("gpt2", 1)]
+)
+def test_a_value_bias_without_one_of_the_output_stays(
+  tmp_path, family, v_block
+):
+  checkpoints.write(tmp_path / "model", family, "lm")
+  config = pretrained.get_config(str(tmp_path / "model"))
+  config.data.path = "a.txt"
+  assert config_lib.resolve(config).fold.v_block == v_block
+
+
 @pytest.mark.parametrize("level", ["0", "1", "1.5", "30"])
 def test_what_is_to_be_saved_is_a_fraction(tmp_path, level):
   with pytest.raises(ConfigError, match=f",{level}': .* between 0 and 1"):
