@@ -166,10 +166,9 @@ def check_used(c: Any, asked: Any) -> None:
     "compress.qkv is for compress.plan='auto'; without it use fold.groups and "
     "fold.v_block",
   )
-  parts = (c.fpp.overall, c.fpp.linear, c.fpp.embedding)
   if c.compress.prune != "none":
     require(
-      any((*parts, *(c.fpp.linear_layers or ()))),
+      asks_to_prune(c.fpp),
       "compress.prune prunes what fpp says, which is nothing; set fpp.overall",
     )
     require(
@@ -177,6 +176,12 @@ def check_used(c: Any, asked: Any) -> None:
       "fpp.tolerance is for what is pruned while training; leave it out with "
       "compress.prune",
     )
+
+
+def asks_to_prune(fpp: Any) -> bool:
+  """Returns whether a section `fpp` of a config would have anything zeroed."""
+  parts = (fpp.overall, fpp.linear, fpp.embedding, *(fpp.linear_layers or ()))
+  return any(parts)
 
 
 def _check_parts(c: Any) -> None:

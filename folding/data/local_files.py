@@ -216,11 +216,11 @@ def _read_csv(
       f"{file}: not valid CSV after line {reader.line_num} ({error})"
     ) from error
   texts = [name for name in columns if name != label_field]
-  is_named = data.text_field or choose_field(str(file), texts, "text", None)
-  if not is_named:  # a guess is not of numbers
+  text_field = data.text_field or choose_field(str(file), texts, "text", None)
+  if text_field is None:  # a guess is not of numbers
     words = [n for n in texts if not all(_is_number(row[n]) for _, row in rows)]
     texts = words or texts
-  text_field = choose_text(str(file), texts, data.text_field)
+  text_field = choose_text(str(file), texts, text_field)
   for number, row in rows:
     label = row[label_field].strip() if label_field else ""
     yield number, row[text_field], label or None

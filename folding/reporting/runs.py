@@ -12,8 +12,8 @@ import pathlib
 import typing
 from typing import Any
 
+from folding import checks, files, schema
 from folding import config as config_lib
-from folding import files, schema
 
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
@@ -125,10 +125,7 @@ class Run:
   @property
   def prunes(self) -> bool:
     """Whether FPP zeroes anything: folding alone may save what was asked."""
-    fpp = self.config.fpp
-    parts = (fpp.linear, fpp.embedding, fpp.overall)
-    was_asked = any((*parts, *(fpp.linear_layers or ())))
-    return was_asked and (
+    return checks.asks_to_prune(self.config.fpp) and (
       not self.train or any("sparsity" in record for record in self.train)
     )
 

@@ -233,12 +233,15 @@ def saved_steps(folder: str) -> list[int]:
 def saved_loss(folder: str, step: int) -> float:
   """Returns the loss that a step was saved with; infinity without one."""
   try:
-    path = os.path.join(folder, str(step), "metrics", "metrics")
-    with open(path, encoding="utf-8") as file:
+    with open(_metrics_path(folder, step), encoding="utf-8") as file:
       loss = float(json.load(file)["loss"])
   except (OSError, ValueError, TypeError, KeyError):
     return math.inf
   return loss if math.isfinite(loss) else math.inf
+
+
+def _metrics_path(folder: str, step: int) -> str:
+  return os.path.join(folder, str(step), "metrics", "metrics")
 
 
 def _mend_metrics(folder: str) -> None:
@@ -248,7 +251,7 @@ def _mend_metrics(folder: str) -> None:
   though the states may be intact.
   """
   for step in saved_steps(folder):  # and not one that is being saved
-    path = os.path.join(folder, str(step), "metrics", "metrics")
+    path = _metrics_path(folder, step)
     if not os.path.exists(path):
       continue
     try:

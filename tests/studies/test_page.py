@@ -1,7 +1,6 @@
 """Page and figures, from a CSV that was written by hand."""
 
 import json
-import pathlib
 import re
 import statistics
 
@@ -12,32 +11,13 @@ from matplotlib import colors
 
 from folding.reporting import plots
 from folding.studies import drawings, gather, page, tables
-
-CSV = pathlib.Path(__file__).with_name("pages.csv")
-
-
-@pytest.fixture(scope="module")
-def rows():
-  """Returns the rows of two data sets, one with two seeds."""
-  return gather.read_csv(str(CSV))
-
-
-@pytest.fixture(scope="module")
-def results(rows):
-  """Returns them grouped."""
-  return tables.Results(rows)
+from tests.studies.pages import cells_of
 
 
 @pytest.fixture(scope="module")
 def text(results):
   """Returns the page."""
   return page.page(results, "results", "folding study given.py")
-
-
-def _cells(table):
-  """Returns {first cell: the others} of a Markdown table."""
-  lines = [line.strip("|").split("|") for line in table.splitlines() if line]
-  return {line[0].strip(): [x.strip() for x in line[1:]] for line in lines}
 
 
 def _section(text, title):
@@ -58,7 +38,7 @@ def test_each_level_has_a_table_of_all_data_sets(results, text):
 
 def test_each_claim_has_what_was_measured(text):
   section = _section(text, "What the paper claims, and what was measured")
-  cells = _cells(section.split("\n\n", 1)[1])
+  cells = cells_of(section.split("\n\n", 1)[1])
   found = [cells[claim][0] for claim in list(cells)[2:]]
   assert found == [
     # Points: of means; perplexity: 10.8 / 10.
@@ -236,7 +216,7 @@ def test_levels_of_one_percent_are_told_apart(rows):
     "trec, 70%: -2.5 points to dense (no spread over seeds, so no test); not on "
     "the Pareto front of quality against bytes, behind magnitude at 70%"
   ]
-  cells = _cells(tables.quality_table(results, "trec"))
+  cells = cells_of(tables.quality_table(results, "trec"))
   assert cells[""] == ["69.5%", "70%", "one size"]
 
 

@@ -1,28 +1,14 @@
 """Tables of a study, from a CSV that was written by hand."""
 
 import dataclasses
-import pathlib
 import statistics
 
 import pytest
 import scipy.stats
 
 from folding.reporting import words
-from folding.studies import gather, page, tables
-
-CSV = pathlib.Path(__file__).with_name("pages.csv")
-
-
-@pytest.fixture(scope="module")
-def results():
-  """Returns the rows of two data sets, one with two seeds."""
-  return tables.Results(gather.read_csv(str(CSV)))
-
-
-def cells_of(table):
-  """Returns {first cell: the others} of a Markdown table."""
-  lines = [line.strip("|").split("|") for line in table.splitlines() if line]
-  return {line[0].strip(): [x.strip() for x in line[1:]] for line in lines}
+from folding.studies import page, tables
+from tests.studies.pages import cells_of
 
 
 def test_a_figure_is_the_mean_with_its_interval(results):

@@ -202,14 +202,9 @@ def test_texts_are_mixed_before_the_batch_is_parted(run, start):
   seeded = {"teacher": run.init(1).params, "seed": np.uint32(0)}
   found = []
   for noise, parts in ((0.5, 1), (0.5, 16), (0.0, 1)):  # of one row each
-    step = run.step(
-      False,
-      tx=SGD,
-      rules=[],
-      accumulate=parts,
-      teacher=run.model,
-      distill=c.DistillConfig(logits=0.5, noise=noise),
-    )
+    distill = c.DistillConfig(logits=0.5, noise=noise)
+    options = {"teacher": run.model, "distill": distill, "accumulate": parts}
+    step = run.step(False, tx=SGD, rules=[], **options)
     found.append(step(state, {**tiny.batch(0), **seeded})[0].params)
   chex.assert_trees_all_close(found[0], found[1], atol=1e-5)
   with pytest.raises(AssertionError):
