@@ -162,6 +162,14 @@ def check_used(c: Any, asked: Any) -> None:
     "distill.hidden are 0; set one of these, or drop those",
   )
   require(
+    not d.noise or c.data.batch_size > 1,
+    "distill.noise mixes the texts of a batch; use data.batch_size 2 or more",
+  )
+  require(
+    not c.fold.v_identity,
+    "fold.v_identity is what removing a diagonal W_V leaves; use fold.v_block=1",
+  )
+  require(
     c.compress.plan == "auto" or c.compress.qkv is None,
     "compress.qkv is for compress.plan='auto'; without it use fold.groups and "
     "fold.v_block",

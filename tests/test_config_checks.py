@@ -207,3 +207,30 @@ def test_pruning_at_once_passes_nothing_over(fields, message):
   config = make_config(**common, **fields)
   with pytest.raises(schema.ConfigError, match=message):
     checks.check_used(c.resolve(config), config)
+
+
+@pytest.mark.parametrize(
+  ("fields", "use", "message"),
+  [
+    (
+      {"distill__logits": 0.5, "distill__noise": 0.3, "data__batch_size": 1},
+      {"data__batch_size": 2},
+      "noise mixes the texts of a batch; use data.batch_size 2",
+    ),
+    (
+      {"fold__v_identity": True},
+      {"fold__v_identity": False, "fold__v_block": 1},
+      "fold.v_identity is what removing .* use fold.v_block=1",
+    ),
+  ],
+  ids=["noise", "identity"],
+)
+def test_what_a_run_would_pass_over_is_refused(fields, use, message):
+  common = {"pretrained": "x"}
+  config, fine = (
+    make_config(**common, **fields),
+    make_config(**(common | fields | use)),
+  )
+  with pytest.raises(schema.ConfigError, match=message):
+    checks.check_used(c.resolve(config), config)
+  checks.check_used(c.resolve(fine), fine)

@@ -47,7 +47,11 @@ def remove_neurons(
     rule = rules[site.rule]
     if rule.granularity != "neuron":
       continue
-    if all(n == site.name or n.endswith("bias") for n in site.members):
+    if not any(
+      _reads(n, axis, leaves[n].ndim)
+      for n, axis in site.members.items()
+      if n != site.name
+    ):
       raise ValueError(
         f"the rule for {site.name!r} ties no array that reads its neurons; one "
         "cannot leave without those rows: name them in `tied`"
@@ -64,3 +68,13 @@ def remove_neurons(
     return w.take(indices, axis=axis)
 
   return paths.map_named(cut, params), kept
+
+
+def _reads(name: str, axis: int | None, ndim: int) -> bool:
+  """Returns whether a tied array reads neurons, which it then has as rows.
+
+  A gate writes them, as its last axis; a vector that is no bias is all rows.
+  """
+  if ndim == 1:
+    return not name.endswith("bias")
+  return axis not in (ndim - 1, -1)

@@ -257,7 +257,8 @@ def _spectrum(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _added(size: np.ndarray, ridge: float) -> np.ndarray:
-  return size + ridge * size.mean() + 1e-300
+  # Of channels that never vary any will do.
+  return size + ridge * (size.mean() or 1.0)
 
 
 def _augmented(projection: Projection) -> np.ndarray:

@@ -100,7 +100,8 @@ def _damped(w_IO: Matrix, moment_II: Moment, damping: float) -> Moment:
       f"the moment {moment_II.shape} is not of the {len(w_IO)} inputs"
     )
   moment_II = np.array(moment_II, np.float64)
-  ridge = damping * np.diag(moment_II).mean()
+  # Of an input that is always 0 any will do.
+  ridge = damping * (np.diag(moment_II).mean() or 1.0)
   moment_II[np.diag_indices(len(w_IO))] += ridge
   return moment_II
 

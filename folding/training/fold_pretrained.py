@@ -92,19 +92,17 @@ def fold_pretrained(
   return folded, report
 
 
-def require_pairs(config: Config, groups: Any = None) -> None:
+def require_pairs(config: Config) -> None:
   """Refuses rotary heads whose channels would be folded without their pairs.
 
   Args:
     config: Resolved.
-    groups: That will be folded to; None: as the config says.
 
   Raises:
     ConfigError: says so.
   """
   f = config.fold
-  groups = f.groups if groups is None else groups
-  has_groups = any(groups) if isinstance(groups, tuple) else bool(groups)
+  has_groups = any(f.groups) if isinstance(f.groups, tuple) else bool(f.groups)
   is_turning = config.model.positions == "rope" and f.axis == "output"
   require(
     not (has_groups and is_turning) or f.rope == "pairs",

@@ -65,6 +65,9 @@ def run(config: Config, workdir: str, text: str = "") -> dict[str, Any]:
   )
   if planned is None and config.fpp.embedding_granularity == "trim":
     data = trim_vocabulary(config, data)
+  is_over = planned is not None and is_finished(workdir)
+  if is_over and not has_checkpoint(workdir):  # they may be gone
+    return read_result(workdir)
   asked, start, report = config, None, []
   with distributed.together():  # before anything is written
     if planned is not None and has_checkpoint(workdir):
@@ -72,7 +75,8 @@ def run(config: Config, workdir: str, text: str = "") -> dict[str, Any]:
     elif config.pretrained is not None:
       config, start, report = folded_start(planned or config, data)
     this = Run(config, data, start)
-    this.teacher = teacher_of(config, data)
+    if not is_over:
+      this.teacher = teacher_of(config, data)
   with contextlib.ExitStack() as stack:
     with distributed.together():
       if distributed.is_main():
@@ -209,6 +213,8 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
   first_step, state = restored if restored else (0, run.init())
   if is_finished(workdir) and (not restored or first_step == t.steps):
     return read_result(workdir)  # it has been tested; checkpoints may be gone
+  if run.teacher is None:  # of a finished run whose last checkpoint is damaged
+    run.teacher = teacher_of(config, run.data)
   steps = {
     is_check: jax.jit(
       functools.partial(

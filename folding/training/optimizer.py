@@ -121,9 +121,12 @@ def _rules(
   for site in sites:
     for member in site.members:
       if member in excluded:
+        unit, whole, less = "neuron", "MLP", "prune by weight"
+        if rules[site.rule].granularity == "row":
+          unit, whole, less = "head", "attention", "use fpp.attention='output'"
         raise ConfigError(
-          f"fpp.exclude matches {member!r}, which is pruned by neuron with "
-          f"{site.name!r}; exclude the whole MLP, or prune by weight"
+          f"fpp.exclude matches {member!r}, which is pruned by {unit} with "
+          f"{site.name!r}; exclude the whole {whole}, or {less}"
         )
   return rules
 

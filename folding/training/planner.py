@@ -75,7 +75,7 @@ def plan(
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
   """
-  require_pairs(config, groups=1)
+  require_pairs(config)
   f = config.fpp
   require(
     f.attention == "output"

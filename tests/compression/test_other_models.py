@@ -180,9 +180,10 @@ def test_a_neuron_does_not_leave_without_the_rows_that_read_it():
   params = {
     "up": np.zeros((2, 3)),
     "bias": np.zeros(3),
+    "gate": np.zeros((2, 3)),
     "down": np.zeros((3, 2)),
   }
-  for tied in ({}, {"bias": 0}):
+  for tied in ({}, {"bias": 0}, {"bias": 0, "gate": 1}, {"gate": -1}):
     rule = folding.Rule("up", 0.5, "neuron", tied)
     with pytest.raises(
       ValueError, match="ties no array that reads its neurons"

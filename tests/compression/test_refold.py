@@ -140,6 +140,20 @@ def test_a_head_of_zeros_loses_nothing():
   assert not folded.k["kernel"].any()
 
 
+def test_keys_that_do_not_vary_are_folded_as_if_alike():
+  q, k, x, _ = make_case(5, 2, 2, False)
+  still, alike = np.zeros((D, D)), np.eye(D)
+  folded = refold.fold_heads(q, k, moment_of(x), still, 2)
+  expected = refold.fold_heads(q, k, moment_of(x), alike, 2)
+  y = make_inputs(np.random.default_rng(7), False)
+  np.testing.assert_allclose(
+    _logits(folded.q, folded.k, x, y),
+    _logits(expected.q, expected.k, x, y),
+    rtol=1e-4,
+    atol=1e-4,
+  )
+
+
 def test_moments_may_be_rounded():
   q, k, x, y = make_case(6, 2, 2, False)
   x[:] = x[:, :1] + 1e-5 * x  # as where one direction is all there is

@@ -98,6 +98,12 @@ def test_damping_makes_dead_inputs_harmless():
   assert np.isfinite(pruned).all()
 
 
+def test_of_an_input_that_is_always_0_the_least_weights_go():
+  w = np.random.default_rng(2).normal(size=(8, 4))
+  pruned = sparsegpt.sparsegpt(w, np.zeros((8, 8)), 0.5)
+  np.testing.assert_array_equal(pruned, sparsegpt.magnitude(w, 0.5))
+
+
 def test_wanda_ranks_within_each_output(layer):
   x, w = layer
   pruned = sparsegpt.wanda(w, _moment(x), 0.5)

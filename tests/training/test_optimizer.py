@@ -203,13 +203,18 @@ def test_neurons_tie_all_their_arrays():
     ({"overall": 0.5, "exclude": ".*"}, "cannot be reached: only 0 of"),
     (
       {"exclude": ".*down/kernel", "granularity": "neuron"},
-      "'blocks_0/mlp/down/kernel', which is pruned by neuron",
+      "'blocks_0/mlp/down/kernel', which is pruned by neuron with .*whole MLP",
+    ),
+    (
+      {"exclude": ".*q/kernel", "attention": "heads"},
+      "'blocks_0/attn/q/kernel', which is pruned by head .*whole attention",
     ),
   ],
-  ids=["no-match", "no-pattern", "overall", "overall-exclude", "neuron"],
+  ids=["no-match", "no-pattern", "overall", "all", "neuron", "head"],
 )
 def test_rules_that_cannot_be_are_refused(fields, match):
-  config = tiny.config(fpp=c.FPPConfig(**fields))
+  fold = c.FoldConfig(v_block=0)  # or it would have no heads to prune
+  config = tiny.config(fpp=c.FPPConfig(**fields), fold=fold)
   params, dense = tiny.shapes(config), tiny.shapes(c.dense_twin(config))
   with pytest.raises(schema.ConfigError, match=match):
     optimizer.make_rules(config, params, dense)

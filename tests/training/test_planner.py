@@ -118,11 +118,17 @@ def test_a_fit_of_attention_has_no_say():
 
 
 @pytest.mark.parametrize(
-  ("asked", "other"), [("groups", "v_block"), ("v_block", "groups")]
+  ("kind", "asked", "other"),
+  [
+    ("bert", "groups", "v_block"),
+    ("bert", "v_block", "groups"),
+    ("llama", "groups", "v_block"),
+  ],
 )
-def test_what_is_asked_to_be_dense_stays_so(asked, other):
-  config = _config(overall=0.3, linear=None, embedding=None)
+def test_what_is_asked_to_be_dense_stays_so(kind, asked, other):
+  config = _config(kind, overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.3
+  config.fold.rope = "copy"  # of dense heads it is of no matter
   setattr(config.fold, asked, 0)
   found = planner.plan(config, _trained(config), _batches()).fold
   assert getattr(found, asked) == (0,) * N

@@ -275,6 +275,18 @@ def test_a_folded_run_is_no_start(folded_run, dense_run, topics, tmp_path):
     loop.run(config, str(tmp_path / "run"))
 
 
+def test_a_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
+  workdir, result = folded_run
+  copy = shutil.copytree(workdir, tmp_path / "copy")
+  config = c.load(str(copy / "config.json"))
+  config.pretrained = str(tmp_path / "gone")
+  c.save(config, str(copy / "config.json"))
+  (copy / "asked.json").unlink(missing_ok=True)
+  assert loop.resume_run(str(copy)) == result
+  shutil.rmtree(copy / "checkpoints")
+  assert loop.resume_run(str(copy)) == result
+
+
 @pytest.mark.slow
 def test_a_language_model_is_folded_and_taught(text_file, tmp_path):
   dense = tiny_config(text_file, steps=30)
