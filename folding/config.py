@@ -119,8 +119,7 @@ class FPPConfig:
   linear_layers: tuple[float, ...] | None = None  # of W_O and MLP, by layer
   embedding: float | None = None  # fraction of embeddings to zero
   overall: float | None = None  # fraction of the whole model to save
-  # With overall alone. None: 0.2 for "lm", 1 for "classify"
-  embedding_share: float | None = None
+  embedding_share: float | None = None  # of overall; None: 0.2 lm, 1 classify
   score: Score = "relative"
   # Of embeddings. None: of rows "activation", how common a token is; of weights as
   # `score`, but "magnitude" where that tells how common it is, and so would empty
