@@ -35,7 +35,8 @@ class Run:
     tx: The optimizer, FPP included.
     rules: What FPP prunes.
     like: Shapes and shardings of the training state.
-    unsplit: A line for each parameter that the mesh does not divide.
+    unsplit: A line for each parameter, and for a batch, that the mesh does not
+      divide.
     dense_params: Shapes of the dense twin's parameters.
     teacher: The dense model to learn from and its parameters, None without.
   """
@@ -68,7 +69,11 @@ class Run:
     except ValueError as error:  # a rule does not fit the parameters
       raise ConfigError(str(error)) from error
     rules = config.mesh.rules
-    self.unsplit = sharding.unsplit(self.mesh, state.params, rules)
+    rows = config.data.batch_size // config.train.accumulate
+    self.unsplit = [
+      *sharding.unsplit(self.mesh, state.params, rules),
+      *sharding.undivided(self.mesh, rows),
+    ]
     self.like = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state,

@@ -268,12 +268,19 @@ def whole(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
   """Returns the placement of a batch; whole, where it does not divide."""
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  return (
-    NamedSharding(mesh, PartitionSpec(_BATCH))
-    if rows % parts == 0
-    else whole(mesh)
-  )
+  is_split = rows % _row_parts(mesh) == 0
+  return NamedSharding(mesh, PartitionSpec(_BATCH)) if is_split else whole(mesh)
+
+
+def undivided(mesh: Mesh, rows: int) -> list[str]:
+  """Returns a line where a batch is too odd to be split, else nothing."""
+  parts = _row_parts(mesh)
+  if rows % parts == 0:
+    return []
+  return [
+    f"{rows} rows of a batch do not divide among data x fsdp = {parts}, so each "
+    "device computes all of them"
+  ]
 
 
 def pin_rows(mesh: Mesh | None, x: Any) -> Any:
@@ -300,7 +307,7 @@ def pin_rows(mesh: Mesh | None, x: Any) -> Any:
 
 def require_divides(mesh: Mesh, rows: int) -> None:
   """Raises `ConfigError` where several processes cannot split a batch."""
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = _row_parts(mesh)
   require(
     rows % parts == 0 or jax.process_count() == 1,
     f"a batch of {rows} rows does not divide among mesh data x fsdp = {parts}; "
@@ -324,3 +331,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
     name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
     for name, array in batch.items()
   }
+
+
+def _row_parts(mesh: Mesh) -> int:
+  return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -117,6 +117,14 @@ def test_without_fsdp_nothing_is_split():
   assert sharding.unsplit(mesh, tree) == []
 
 
+@pytest.mark.parametrize(("rows", "is_told"), [(16, False), (12, True)])
+def test_a_batch_that_each_device_has_whole_is_told_of(rows, is_told):
+  mesh = sharding.make_mesh(MeshConfig(2, 4))
+  placed = sharding.put_batch(mesh, {"tokens": np.zeros((rows, 4), int)})
+  assert placed["tokens"].is_fully_replicated == is_told
+  assert bool(sharding.undivided(mesh, rows)) == is_told
+
+
 def test_rules_come_before_the_default_and_the_first_wins():
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   tree = {n: shape(64, 128) for n in ("a/w", "b/w", "c/w", "d")}
