@@ -6,8 +6,6 @@ from typing import Any
 from folding import presets
 from folding.schema import require, require_seed
 
-_BY_WEIGHT = (("weight", "output"), ("weight", "all"))
-
 
 def check(c: Any) -> None:
   """Checks ranges and combinations of a resolved `folding.config.Config`.
@@ -100,12 +98,14 @@ def check(c: Any) -> None:
     f"compress.prune={c.compress.prune!r} prunes a trained model; give "
     "pretrained=PATH",
   )
+  by_neuron = (c.compress.prune, c.fpp.granularity) == ("sparsegpt", "neuron")
   require(
     c.compress.prune == "none"
-    or (c.fpp.granularity, c.fpp.attention) in _BY_WEIGHT
-    and c.fpp.embedding_granularity == "weight",
-    "compress.prune goes by weight; use fpp.granularity='weight', "
-    "fpp.embedding_granularity='weight' and fpp.attention='output' or 'all'",
+    or (c.fpp.granularity == "weight" or by_neuron)
+    and c.fpp.attention != "heads"
+    and c.fpp.embedding_granularity != "row",
+    "compress.prune goes by weight, 'sparsegpt' by neuron too; use that, "
+    "fpp.embedding_granularity='weight' or 'trim', and not fpp.attention='heads'",
   )
   require(
     c.compress.prune not in ("wanda", "sparsegpt")
@@ -177,12 +177,13 @@ def check_used(c: Any, asked: Any) -> None:
   if c.compress.prune != "none":
     require(
       asks_to_prune(c.fpp),
-      "compress.prune prunes what fpp says, which is nothing; set fpp.overall",
+      "compress.prune prunes what fpp says, which is nothing; set fpp.overall, or "
+      "leave compress.prune out of a dense run",
     )
     require(
-      c.fpp.tolerance is None,
-      "fpp.tolerance is for what is pruned while training; leave it out with "
-      "compress.prune",
+      c.fpp.tolerance is None and c.fpp.scope == "parameter",
+      "fpp.tolerance and fpp.scope='rule' are for what is pruned while training; "
+      "leave them out with compress.prune",
     )
 
 

@@ -196,9 +196,11 @@ def test_resolve_also_checks_what_was_set_on_the_object():
   ("fields", "message"),
   [
     ({"preset": "none"}, "prunes what fpp says, which is nothing"),
-    ({"fpp__tolerance": 0.1}, "fpp.tolerance is for what is pruned while"),
+    ({"dense": True}, "leave compress.prune out of a dense run"),
+    ({"fpp__tolerance": 0.1}, "fpp.tolerance and .* pruned while training"),
+    ({"fpp__scope": "rule"}, "fpp.tolerance and .* pruned while training"),
   ],
-  ids=["nothing", "tolerance"],
+  ids=["nothing", "dense", "tolerance", "scope"],
 )
 def test_pruning_at_once_passes_nothing_over(fields, message):
   common = {"pretrained": "x", "compress__prune": "magnitude"}

@@ -94,7 +94,7 @@ class Site:
   shape: tuple[int, ...]
   members: Mapping[str, int | None]
 
-  def expand(self, units: jax.Array, name: str, ndim: int) -> jax.Array:
+  def expand(self, units: Any, name: str, ndim: int) -> Any:
     """Returns decisions in a shape that broadcasts against a member."""
     axis = self.members[name]
     if axis is None:

@@ -115,7 +115,12 @@ def plan(
     if compiles:
       found[name]["xla"] = compiled_bytes(each, devices.count)
   shapes = _build(config)[-1].params
-  found["unsplit"] = sharding.unsplit(mesh, shapes, config.mesh.rules)
+  found["unsplit"] = [
+    *sharding.unsplit(mesh, shapes, config.mesh.rules),
+    *sharding.undivided(
+      mesh, config.data.batch_size // config.train.accumulate
+    ),
+  ]
   return found
 
 
@@ -220,12 +225,25 @@ def _with_layers(config: Config, count: int) -> Config:
     part = fpp.overall if fpp.embedding_share else 0.0
     fpp.linear, fpp.embedding, fpp.overall = fpp.overall, part, None
   names = ("mlp_width", "dense_mlp_width", "heads")
-  return dataclasses.replace(
+  found = dataclasses.replace(
     config,
     model=dataclasses.replace(m, num_layers=count, **cut(m, *names)),
     fold=dataclasses.replace(f, **cut(f, "groups", "v_block")),
     fpp=fpp,
   )
+  # Patterns may be of other layers alone.
+  model = make_model(found, config.data.vocab_size, num_classes=2)
+  there = paths.flatten(param_shapes(model))
+
+  def matches(pattern):
+    return any(re.fullmatch(pattern, name) for name in there)
+
+  if fpp.exclude is not None and not matches(fpp.exclude):
+    fpp.exclude = None
+  rules = config.mesh.rules.split()
+  kept = [rule for rule in rules if matches(rule.rpartition("=")[0])]
+  found.mesh = dataclasses.replace(config.mesh, rules=" ".join(kept))
+  return found
 
 
 def _compiled(config: Config, mesh: Mesh) -> dict[str, int]:
@@ -306,9 +324,9 @@ def _activations(config: Config, model: Any, params: Any, mesh: Any) -> int:
   the full length. What the axis "tensor" splits is counted whole.
   """
   groups = mesh.shape["data"] * mesh.shape["fsdp"]
-  if config.data.batch_size % groups:
-    groups = 1  # each device then has all rows, see `put_batch`
-  rows = -(-config.data.batch_size // (groups * config.train.accumulate))
+  rows = config.data.batch_size // config.train.accumulate
+  if rows % groups == 0:  # else each device has all rows, see `put_batch`
+    rows //= groups
 
   def kept(params, batch):
     def loss(params):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 from typing import Any
@@ -62,6 +63,9 @@ def run(config: Config, workdir: str, text: str = "") -> dict[str, Any]:
   )
   distributed.require_same(
     data.digest + data.tokenizer.to_json(), "another text or tokenizer"
+  )
+  distributed.require_same(
+    json.dumps(config_lib.to_dict(config)), "another config"
   )
   if planned is None and config.fpp.embedding_granularity == "trim":
     data = trim_vocabulary(config, data)

@@ -6,7 +6,7 @@ the zeros.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import numpy as np
 
 from folding import paths
 from folding.compression import sparsegpt
-from folding.compression.rules import make_sites
+from folding.compression.rules import Site, make_sites
+from folding.compression.shrink import shrink
 from folding.config import Config
 from folding.training.fold_pretrained import (
   Batch,
@@ -42,6 +43,9 @@ def prune_trained(
 
   Kernels of blocks go by `compress.prune`; embeddings and the output layer,
   whose inputs are single tokens or whose outputs are many, always by magnitude.
+  Of neurons those go whose rows of W_down the others best make up for
+  (`sparsegpt.remove_inputs`), and its bias takes up what they wrote on average.
+  Tokens that are to leave the tokenizer stay as they are.
 
   Args:
     config: Resolved; `compress.prune` is not "none".
@@ -57,17 +61,18 @@ def prune_trained(
   """
   method = config.compress.prune
   rules = make_rules(config, params, dense)
-  fractions = {
-    site.name: rules[site.rule].target for site in make_sites(rules, params)
-  }
+  sites = make_sites(rules, params)
+  targets = {site.name: rules[site.rule].target for site in sites}
+  units = {s.name: s for s in sites if s.members[s.name] is not None}
+  weights = {n: part for n, part in targets.items() if n not in units}
   by_moments = method in ("wanda", "sparsegpt")
 
   def prune(name, w):
     w = np.asarray(w, np.float32)
     in_block = name.startswith("blocks_")
-    if name not in fractions or (in_block and by_moments):
+    if name not in weights or (in_block and by_moments):
       return w
-    return sparsegpt.magnitude(w, fractions[name]).astype(np.float32)
+    return sparsegpt.magnitude(w, weights[name]).astype(np.float32)
 
   pruned = paths.map_named(prune, dict(params))
   if by_moments:
@@ -75,59 +80,106 @@ def prune_trained(
     x, kept = embed_batches(config, pruned, list(batches))
     for n in range(config.model.num_layers):
       name, block = f"blocks_{n}", make_block(config, n)
-      pruned[name] = _layer(
-        block, pruned[name], x, kept, solve, _within(fractions, name)
-      )
+      moments = _moments(block, pruned[name], x, kept)
+      pruned |= _layer(name, pruned[name], moments, solve, weights)
+      up = f"{name}/mlp/up/kernel"
+      if up in units:
+        w, moment = pruned[name], moments["down"]
+        pruned |= _neurons(units[up], name, w, moment, targets[up])
       x = [
         look(block, pruned[name], *at)["out"]
         for at in zip(x, kept, strict=True)
       ]
   if method == "ticket":
     return paths.map_named(
-      lambda name, w, first: first * (w != 0) if name in fractions else first,
+      lambda name, w, first: first * (w != 0) if name in weights else first,
       pruned,
       drawn,
     )
   return pruned
 
 
-def _within(fractions: Mapping[str, float], block: str) -> dict[str, float]:
-  start = f"{block}/"
-  return {
-    name.removeprefix(start): fraction
-    for name, fraction in fractions.items()
-    if name.startswith(start)
-  }
+def without_neurons(
+  config: Config, params: dict[str, Any]
+) -> tuple[Config, dict[str, Any]]:
+  """Returns both without the neurons that are zero, in multiples of 8.
+
+  What else is zero stays, held by FPP.
+  """
+  is_zero = paths.map_named(
+    lambda name, w: ("/mlp/" in name) & (np.asarray(w) == 0), params
+  )
+  small = shrink(config, params, multiple=8, absorb=False, is_zero=is_zero)
+  return small.config, small.params
 
 
-def _layer(block, params, x, kept, solve, fractions) -> dict[str, Any]:
-  """Returns the parameters of a block, pruned given what it reads."""
+class _Moment(NamedTuple):
+  """E[a a'] and E[a] of what a module reads."""
+
+  second_II: np.ndarray
+  mean_I: np.ndarray
+
+
+def _moments(block, params, x, kept) -> dict[str, _Moment]:
+  """Returns those of each module of a block, by its name."""
   names = tuple(sorted(set(_READS.values())))
-  sums: dict[str, Any] = dict.fromkeys(names, 0.0)
+  sums: Any = {name: (0.0, 0.0) for name in names}
   for at in zip(x, kept, strict=True):
     new = _sums(block, params, *at, names)
-    sums = {n: sums[n] + np.asarray(new[n], np.float64) for n in names}
+    for name, parts in new.items():
+      sums[name] = tuple(
+        total + np.asarray(part, np.float64)
+        for total, part in zip(sums[name], parts, strict=True)
+      )
   count = sum(int(keep.sum()) for keep in kept)
+  return {n: _Moment(*(part / count for part in sums[n])) for n in names}
+
+
+def _layer(block, params, moments, solve, fractions) -> dict[str, Any]:
+  """Returns {block: its parameters}, single weights pruned for what they read."""
 
   def prune(name, w):
-    kernel = name.removesuffix("/kernel")
+    kernel = name.removeprefix(f"{block}/").removesuffix("/kernel")
     if name not in fractions:
       return w
-    moment = sums[_READS[kernel]] / count
+    moment = moments[_READS[kernel]].second_II
     w_IO = np.asarray(w, np.float64).reshape(len(moment), -1)
     new = solve(w_IO, moment, fractions[name])
     return new.reshape(w.shape).astype(np.float32)
 
-  return paths.map_named(prune, params)
+  return paths.map_named(prune, {block: params})
+
+
+def _neurons(site: Site, block: str, params, moment, fraction):
+  """Returns {block: its parameters}, without a fraction of the neurons."""
+  down, bias = (f"{block}/mlp/down/{part}" for part in ("kernel", "bias"))
+  leaves = paths.flatten({block: params})
+  w_FD = np.asarray(leaves[down], np.float64)
+  c_FF, mean_F = moment
+  if bias in leaves:  # it takes up the means
+    c_FF = c_FF - np.outer(mean_F, mean_F)
+  new_FD = sparsegpt.remove_inputs(w_FD, c_FF, fraction)
+  gone_F = ~new_FD.any(axis=1)
+
+  def remove(name, w):
+    if name == down:
+      w = new_FD
+    elif name == bias:
+      w = w + mean_F @ (w_FD - new_FD)
+    elif name in site.members:
+      w = np.where(site.expand(gone_F, name, w.ndim), 0.0, w)
+    return np.asarray(w, np.float32)
+
+  return paths.map_named(remove, {block: params})
 
 
 @jax.jit(static_argnames=("block", "names"))
-def _sums(block, params, x, keep, names) -> dict[str, jax.Array]:
-  """Returns the sum of a a' over tokens, for the input a of each module."""
+def _sums(block, params, x, keep, names) -> dict[str, tuple]:
+  """Returns the sums of a a' and of a over tokens, of what each module reads."""
   seen = look(block, params, x, keep, names)
 
   def total(a):
     a = a.astype(jnp.float32).reshape(*keep.shape, -1) * keep[..., None]
-    return jnp.einsum("BLD,BLE->DE", a, a, precision="highest")
+    return jnp.einsum("BLD,BLE->DE", a, a, precision="highest"), a.sum((0, 1))
 
   return {name: total(seen[name]) for name in names}

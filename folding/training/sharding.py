@@ -272,7 +272,7 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(_BATCH)) if is_split else whole(mesh)
 
 
-def undivided(mesh: Mesh, rows: int) -> list[str]:
+def undivided(mesh: Mesh | AbstractMesh, rows: int) -> list[str]:
   """Returns a line where a batch is too odd to be split, else nothing."""
   parts = _row_parts(mesh)
   if rows % parts == 0:
@@ -333,5 +333,5 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
   }
 
 
-def _row_parts(mesh: Mesh) -> int:
+def _row_parts(mesh: Mesh | AbstractMesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -28,7 +28,7 @@ from folding.models.transformer import Transformer, make_model
 from folding.schema import ConfigError, require
 from folding.training.fold_pretrained import Watch, fold_pretrained
 from folding.training.planner import plan
-from folding.training.prune_trained import prune_trained
+from folding.training.prune_trained import prune_trained, without_neurons
 from folding.training.restore import load_labels, load_run
 
 # Of the model: a source must have the same, or its arrays mean something else.
@@ -191,7 +191,8 @@ def folded_start(
   """Returns (config, parameters, report by layer) of a run with `pretrained`.
 
   The config is another than that given where `compress.plan` is "auto": then
-  it holds what was decided for each layer.
+  it holds what was decided for each layer; and where neurons were removed at
+  once: then it has the widths that are left, in multiples of 8.
 
   Raises:
     ConfigError: see `dense_start`, `plan` and `fold_pretrained`.
@@ -205,6 +206,7 @@ def folded_start(
     "each process would fold by texts of its own; fold in one process, and "
     "resume that run in several",
   )
+  config = config_lib.unshrunk(config)  # of a run that was stopped at once
   batches = calibration(config, data)
   dense, report = params, []
   try:
@@ -217,6 +219,8 @@ def folded_start(
       model = make_model(config, data.tokenizer.plain_size, data.num_classes)
       drawn = _draw(model, config)
       params = prune_trained(config, params, dense, batches, drawn)
+      if config.fpp.granularity == "neuron":
+        config, params = without_neurons(config, params)
   except ConfigError:
     raise
   except ValueError as error:  # weights that are not finite, or say nothing

@@ -104,6 +104,41 @@ def test_of_an_input_that_is_always_0_the_least_weights_go():
   np.testing.assert_array_equal(pruned, sparsegpt.magnitude(w, 0.5))
 
 
+@pytest.mark.parametrize("rounds", [1, 4, 32])
+def test_inputs_that_stay_are_the_least_squares_fit(layer, rounds):
+  x, w = layer
+  pruned = sparsegpt.remove_inputs(
+    w, _moment(x), 0.6, rounds=rounds, damping=0.0
+  )
+  stays = pruned.any(axis=1)
+  assert (~stays).sum() == int(0.6 * len(w))
+  oracle = np.linalg.lstsq(x[:, stays], x @ w, rcond=None)[0]
+  np.testing.assert_allclose(pruned[stays], oracle, rtol=1e-6, atol=1e-8)
+
+
+def test_inputs_go_that_the_others_best_make_up_for(layer):
+  x, w = layer
+  w[0] = 100 * w[0]  # large, and of an input that the others tell
+  x[:, 0] = x[:, 1] - x[:, 2] + 1e-3 * x[:, 0]
+
+  def loss(stays):
+    fit = np.linalg.lstsq(x[:, stays], x @ w, rcond=None)[0]
+    return np.square(x[:, stays] @ fit - x @ w).sum()
+
+  left, oracle = set(range(len(w))), []
+  for _ in range(len(w) // 2):
+    without = {i: loss(sorted(left - {i})) for i in left}
+    oracle.append(min(without, key=without.get))
+    left.remove(oracle[-1])
+  for count in (1, 2, len(w) // 2):
+    fraction = count / len(w)
+    pruned = sparsegpt.remove_inputs(
+      w, _moment(x), fraction, rounds=1000, damping=0.0
+    )
+    gone = np.flatnonzero(~pruned.any(axis=1))
+    np.testing.assert_array_equal(gone, sorted(oracle[:count]))
+
+
 def test_wanda_ranks_within_each_output(layer):
   x, w = layer
   pruned = sparsegpt.wanda(w, _moment(x), 0.5)

@@ -80,6 +80,9 @@ def test_the_first_layers_stand_for_a_model_that_differs_by_layer(config_file):
   config.model.mlp_width = (128, 128, 64)
   config.fold.groups = (4, 2, 1)
   config.fpp = c.FPPConfig(overall=0.5, embedding_share=0.0)
+  # Which the first layers do not have.
+  config.fpp.exclude = "blocks_2/mlp/.*"
+  config.mesh.rules = "blocks_2/mlp/up/kernel=-,-"
   config = c.resolve(config)
   found = capacity.plan(config, capacity.Devices("cpu", 1, 1.0), compiles=True)
   for kind in ("dense", "compressed"):
@@ -112,7 +115,13 @@ def test_activations_of_a_model_in_closed_form():
   assert kept[1] == pytest.approx(8 * kept[8], rel=0.01)
   hidden = 4 * 64 * 4 * 4096  # bytes of one array of the MLP's width
   assert hidden <= kept[1] <= 8 * hidden
-  config.model.remat = True
+  # Parts of 4 rows, which 8 devices do not divide: each has all of a part.
+  config.train.accumulate = 16
+  parts = capacity.plan(config, capacity.Devices("x", 8, 1.0))
+  assert "4 rows of a batch do not divide" in parts["unsplit"][-1]
+  part = parts["dense"]["bytes"]["activations"]
+  assert part == pytest.approx(kept[1] / 16, rel=0.01)
+  config.train.accumulate, config.model.remat = 1, True
   remat = capacity.plan(config, capacity.Devices("x", 1, 1.0))["dense"]
   assert remat["bytes"]["activations"] < 0.2 * hidden
 

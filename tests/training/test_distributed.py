@@ -51,8 +51,11 @@ def start(command, devices=4):
   )
 
 
-def train_in_two(workdir, text_file, *flags, other=None):
-  """Starts train.py in two processes, the second of another text if it has."""
+def train_in_two(workdir, text_file, *flags, other=None, second=()):
+  """Starts train.py in two processes, the second of another text if it has.
+
+  `second` are flags that only that one has.
+  """
   config_file = workdir.parent / "mesh.py"
   config_file.write_text(_CONFIG_FILE, encoding="utf-8")
   address = free_address()
@@ -65,6 +68,7 @@ def train_in_two(workdir, text_file, *flags, other=None):
         f"--workdir={workdir}",
         f"--config.distributed={address},{process},2",
         *flags,
+        *(second if process else ()),
       ]
     )
     for process in range(2)
@@ -138,13 +142,16 @@ def test_a_signal_to_one_stops_both_at_the_same_step(text_file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["another", "none", "held"])
+@pytest.mark.parametrize("kind", ["another", "none", "held", "config"])
 def test_a_mistake_of_one_ends_both(text_file, tmp_path, kind):
-  workdir, other = tmp_path / "run", None
+  workdir, other, second = tmp_path / "run", None, ()
   told = ["another process cannot begin"] * 2
   if kind == "another":
     other = write_text(tmp_path / "other.txt", 399)
     told = ["process 1 has another text or tokenizer than process 0"] * 2
+  if kind == "config":
+    second = ("--config.train.learning_rate=0.5",)
+    told = ["process 1 has another config than process 0"] * 2
   if kind == "none":
     other = tmp_path / "missing.txt"
     told[1] = "missing.txt"
@@ -152,7 +159,7 @@ def test_a_mistake_of_one_ends_both(text_file, tmp_path, kind):
     if kind == "held":
       stack.enter_context(files.held(str(workdir)))
       told[0] = "another process trains in"
-    processes = train_in_two(workdir, text_file, other=other)
+    processes = train_in_two(workdir, text_file, other=other, second=second)
     outputs = [process.communicate(timeout=200) for process in processes]
   for process, (_, err), message in zip(processes, outputs, told, strict=True):
     assert process.returncode == 2, err

@@ -1,18 +1,21 @@
 """Pruning of trained weights: counts, moments by hand, and a run that holds."""
 
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from folding import config as c
 from folding import paths
 from folding.compression import sparsegpt
-from folding.training import loop, prune_trained
+from folding.models.transformer import make_model
+from folding.training import fold_pretrained, loop, prune_trained
 from folding.training.restore import load_run
 from tests.training import tiny
-from tests.training.conftest import tiny_config
+from tests.training.conftest import recovery_config, tiny_config
 
 
 def _config(method, **fields):
@@ -92,6 +95,54 @@ def test_a_kernel_is_pruned_by_the_moment_of_what_it_reads(
   )
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
+  params, drawn, batches = trained
+  config = _config("sparsegpt")
+  config.fpp.granularity, config.model.use_bias = "neuron", use_bias
+  if not use_bias:
+    leaves = {n: w for n, w in paths.flatten(params).items()}
+    params = {n: dict(tree) for n, tree in params.items()}
+    for name in leaves:
+      block, _, rest = name.partition("/")
+      if rest.startswith(("attn", "mlp")) and rest.endswith("bias"):
+        module, role, _ = rest.split("/")
+        inner = dict(params[block][module])
+        inner[role] = {"kernel": inner[role]["kernel"]}
+        params[block] = {**params[block], module: inner}
+    config.model.qkv_bias = False
+  pruned = prune_trained.prune_trained(config, params, params, batches, drawn)
+  x, keeps = fold_pretrained.embed_batches(config, pruned, batches)
+  block = fold_pretrained.make_block(config, 0)
+  seen = [
+    np.asarray(
+      fold_pretrained.look(block, params["blocks_0"], *at, ("down",))["down"]
+    )[at[1]]
+    for at in zip(x, keeps, strict=True)
+  ]
+  a = np.concatenate(seen).astype(np.float64)
+  old, new = params["blocks_0"]["mlp"], pruned["blocks_0"]["mlp"]
+  w, found = old["down"]["kernel"].astype(np.float64), new["down"]["kernel"]
+  stays = found.any(axis=1)
+  assert (~stays).sum() == len(w) // 2
+  for role in ("up", "gate"):
+    for part, value in new[role].items():
+      assert not value[..., ~stays].any()
+      np.testing.assert_array_equal(
+        value[..., stays], old[role][part][..., stays]
+      )
+  # A ridge of 1% of the mean variance, as rows of their own.
+  mean = a.mean(0) if use_bias else 0.0
+  centred = a - mean
+  ridge = 0.01 * np.square(centred).mean() * len(a)
+  rows = np.vstack([centred, ridge**0.5 * np.eye(len(w))])
+  oracle = np.linalg.lstsq(rows[:, stays], rows @ w, rcond=None)[0]
+  np.testing.assert_allclose(found[stays], oracle, rtol=1e-3, atol=1e-4)
+  if use_bias:
+    bias = old["down"]["bias"] + mean @ (w - found)
+    np.testing.assert_allclose(new["down"]["bias"], bias, rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_is_pruned_for_what_the_pruned_layers_below_write(trained):
   params, drawn, batches = trained
   pruned = _prune("sparsegpt", trained)
@@ -156,3 +207,41 @@ def test_a_run_keeps_the_zeros_that_it_started_with(text_file, tmp_path):
   # From the first step on, and no more later.
   assert len({r["sparsity"] for r in records}) == 1
   assert {r["frozen"] for r in records} == {0.0}
+
+
+@pytest.mark.slow
+def test_neurons_have_left_before_the_first_step(dense_run, topics, tmp_path):
+  config = recovery_config(dense_run, topics)
+  config.compress.prune, config.fpp.granularity = "sparsegpt", "neuron"
+  config.fpp.overall, workdir = 0.7, tmp_path / "run"
+  result = loop.run(config, str(workdir))
+  found = result["parameters"]["overall"]
+  assert 1 - found["stored"] / found["dense"] == pytest.approx(0.7, abs=0.02)
+  model = c.load(str(workdir / "config.json")).model
+  assert (model.mlp_width, model.dense_mlp_width) == (8, 24)
+  _, params, _ = load_run(str(workdir))
+  assert params["blocks_0"]["mlp"]["up"]["kernel"].shape == (16, 8)
+  # Stopped before its first checkpoint it begins again, by the same command.
+  shutil.rmtree(workdir / "checkpoints")
+  (workdir / "result.json").unlink()
+  loop.run(config, str(workdir))
+  jax.tree.map(np.testing.assert_array_equal, load_run(str(workdir))[1], params)
+
+
+def test_without_neurons_it_is_the_same_function(trained):
+  config, (params, drawn, batches) = _config("sparsegpt"), trained
+  config.fpp.granularity = "neuron"
+  whole = prune_trained.prune_trained(config, params, params, batches, drawn)
+  small, less = prune_trained.without_neurons(config, whole)
+  width = config.model.mlp_width
+  assert small.model.mlp_width == width // 2
+  size = less["blocks_1"]["mlp"]["gate"]["kernel"].shape
+  assert size == (32, width // 2)
+  tokens = jnp.asarray(batches[0]["tokens"])
+  outputs = [
+    make_model(each, params["embed"]["embedding"].shape[0]).apply(
+      {"params": tree}, tokens
+    )
+    for each, tree in ((config, whole), (small, less))
+  ]
+  np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
