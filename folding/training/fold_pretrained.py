@@ -24,6 +24,8 @@ from folding.training.fit_attention import fit_attention, halves
 
 Batch = Mapping[str, Any]
 Watch = Callable[[range], Iterable[int]]
+Streams = list[jax.Array]
+Prune = Callable[[int, dict[str, Any], Streams, Streams], dict[str, Any]]
 
 # Modules of a block that read the residual stream: what a layer has to match.
 STREAMS = ("norm_attn", "norm_mlp")
@@ -34,6 +36,7 @@ def fold_pretrained(
   params: Mapping[str, Any],
   batches: Iterable[Batch],
   watch: Watch = iter,
+  prune: Prune | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Returns the folded parameters of a trained dense model, and a report.
 
@@ -53,6 +56,9 @@ def fold_pretrained(
     batches: {"tokens": int[B, L], and perhaps "mask": bool[B, L], True at
       tokens}. Some thousands of tokens, more than twice the width.
     watch: Given the layers, hands them out one by one, as a progress bar does.
+    prune: Given the number of a layer, its folded parameters, and the stream
+      and tokens that it reads, returns pruned ones; what is left of the second
+      feed-forward matrix is fitted after that, and so makes up for it.
 
   Returns:
     (params of `config`, [{"layer", "groups", "v_block", "logits_kept": share of
@@ -78,11 +84,13 @@ def fold_pretrained(
     ]
     out = [seen["out"] for seen in target]
     _, f = config_lib.at_layer(config.model, config.fold, n)
-    if x is dense_x and not (f.groups or f.v_block):
+    if x is dense_x and not (f.groups or f.v_block or prune):
       x = dense_x = out
       report.append({"layer": n, **_figures(0, 0)})
       continue
-    folded[name], figures = fold_layer(config, n, params[name], x, target, kept)
+    folded[name], figures = fold_layer(
+      config, n, params[name], x, target, kept, prune
+    )
     report.append({"layer": n, **figures})
     dense_x = out
     x = [
@@ -138,7 +146,7 @@ def embed_batches(
   return [embed({"params": stem}, b["tokens"]) for b in batches], kept
 
 
-def fold_layer(config: Config, n: int, old, x, target, kept):
+def fold_layer(config: Config, n: int, old, x, target, kept, prune=None):
   """Returns the parameters of a folded layer, and its figures."""
   m, f = config_lib.at_layer(config.model, config.fold, n)
   assert isinstance(f.v_block, int)
@@ -184,18 +192,23 @@ def fold_layer(config: Config, n: int, old, x, target, kept):
   attn["o"], figures["attention_r2"] = refit(
     "o", attn["o"], x, [seen[middle] for seen in streams], trusted
   )
+  if prune is not None:
+    new = prune(n, new, x, kept)
   seen = [
     look(block, new, *at, names=("up", "norm_mlp"))
     for at in zip(x, kept, strict=True)
   ]
   down, figures["mlp_r2"] = refit(
     "down",
-    old["mlp"]["down"],
+    new["mlp"]["down"],
     [s["up" if is_post else "norm_mlp"] for s in seen],
     [s["norm_mlp" if is_post else "out"] for s in target],
     True,
   )
-  return {**new, "mlp": {**old["mlp"], "down": down}}, figures
+  if prune is not None:  # exactly: the fit is rounded
+    stays = np.any(new["mlp"]["down"]["kernel"], axis=1, keepdims=True)
+    down["kernel"] = np.where(stays, down["kernel"], 0)
+  return {**new, "mlp": {**new["mlp"], "down": down}}, figures
 
 
 def _figures(groups: Any, v_block: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from folding.compression.shrink import shrink
 from folding.config import Config
 from folding.training.fold_pretrained import (
   Batch,
+  Prune,
   embed_batches,
   look,
   make_block,
@@ -43,9 +44,8 @@ def prune_trained(
 
   Kernels of blocks go by `compress.prune`; embeddings and the output layer,
   whose inputs are single tokens or whose outputs are many, always by magnitude.
-  Of neurons those go whose rows of W_down the others best make up for
-  (`sparsegpt.remove_inputs`), and its bias takes up what they wrote on average.
-  Tokens that are to leave the tokenizer stay as they are.
+  Neurons have been removed by then (`neuron_pruner`), and the blocks are left as
+  they are; so are tokens that are to leave the tokenizer.
 
   Args:
     config: Resolved; `compress.prune` is not "none".
@@ -60,12 +60,9 @@ def prune_trained(
     ValueError: the moments of a layer's input cannot be inverted.
   """
   method = config.compress.prune
-  rules = make_rules(config, params, dense)
-  sites = make_sites(rules, params)
-  targets = {site.name: rules[site.rule].target for site in sites}
-  units = {s.name: s for s in sites if s.members[s.name] is not None}
-  weights = {n: part for n, part in targets.items() if n not in units}
+  weights, _ = _targets(config, params, dense)
   by_moments = method in ("wanda", "sparsegpt")
+  is_done = config.fpp.granularity == "neuron"  # by `neuron_pruner`
 
   def prune(name, w):
     w = np.asarray(w, np.float32)
@@ -75,17 +72,13 @@ def prune_trained(
     return sparsegpt.magnitude(w, weights[name]).astype(np.float32)
 
   pruned = paths.map_named(prune, dict(params))
-  if by_moments:
+  if by_moments and not is_done:
     solve = getattr(sparsegpt, method)
     x, kept = embed_batches(config, pruned, list(batches))
     for n in range(config.model.num_layers):
       name, block = f"blocks_{n}", make_block(config, n)
       moments = _moments(block, pruned[name], x, kept)
-      pruned |= _layer(name, pruned[name], moments, solve, weights)
-      up = f"{name}/mlp/up/kernel"
-      if up in units:
-        w, moment = pruned[name], moments["down"]
-        pruned |= _neurons(units[up], name, w, moment, targets[up])
+      pruned |= _weights(name, pruned[name], moments, solve, weights)
       x = [
         look(block, pruned[name], *at)["out"]
         for at in zip(x, kept, strict=True)
@@ -97,6 +90,48 @@ def prune_trained(
       drawn,
     )
   return pruned
+
+
+def neuron_pruner(
+  config: Config, params: Mapping[str, Any], dense: Mapping[str, Any]
+) -> Prune:
+  """Returns what removes neurons, layer by layer, while a model is folded.
+
+  Those go whose rows of W_down the others best make up for
+  (`sparsegpt.remove_inputs`); its bias takes up what they wrote on average. What
+  is pruned by weight beside them goes by SparseGPT.
+
+  Args:
+    config: Resolved; its `fpp.granularity` is "neuron".
+    params: Shapes of the folded parameters.
+    dense: As in `prune_trained`.
+  """
+  weights, units = _targets(config, params, dense)
+
+  def prune(n, layer, x, kept):
+    name, block = f"blocks_{n}", make_block(config, n)
+    moments = _moments(block, layer, x, kept)
+    solve = sparsegpt.sparsegpt
+    layer = _weights(name, layer, moments, solve, weights)[name]
+    moment = _moments(block, layer, x, kept)["down"]
+    return _neurons(*units[f"{name}/mlp/up/kernel"], layer, moment)
+
+  return prune
+
+
+def _targets(
+  config: Config, params: Mapping[str, Any], dense: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, tuple[Site, float]]]:
+  """Returns {name: fraction} of what goes by weight, and the same of units."""
+  rules = make_rules(config, params, dense)
+  weights, units = {}, {}
+  for site in make_sites(rules, params):
+    fraction = rules[site.rule].target
+    if site.members[site.name] is None:
+      weights[site.name] = fraction
+    else:
+      units[site.name] = (site, fraction)
+  return weights, units
 
 
 def without_neurons(
@@ -135,7 +170,7 @@ def _moments(block, params, x, kept) -> dict[str, _Moment]:
   return {n: _Moment(*(part / count for part in sums[n])) for n in names}
 
 
-def _layer(block, params, moments, solve, fractions) -> dict[str, Any]:
+def _weights(block, params, moments, solve, fractions) -> dict[str, Any]:
   """Returns {block: its parameters}, single weights pruned for what they read."""
 
   def prune(name, w):
@@ -150,27 +185,29 @@ def _layer(block, params, moments, solve, fractions) -> dict[str, Any]:
   return paths.map_named(prune, {block: params})
 
 
-def _neurons(site: Site, block: str, params, moment, fraction):
-  """Returns {block: its parameters}, without a fraction of the neurons."""
-  down, bias = (f"{block}/mlp/down/{part}" for part in ("kernel", "bias"))
-  leaves = paths.flatten({block: params})
-  w_FD = np.asarray(leaves[down], np.float64)
+def _neurons(site: Site, fraction, params, moment) -> dict[str, Any]:
+  """Returns the parameters of a block without a fraction of its neurons."""
+  w_FD = np.asarray(params["mlp"]["down"]["kernel"], np.float64)
   c_FF, mean_F = moment
-  if bias in leaves:  # it takes up the means
+  has_bias = "bias" in params["mlp"]["down"]
+  if has_bias:  # it takes up the means
     c_FF = c_FF - np.outer(mean_F, mean_F)
   new_FD = sparsegpt.remove_inputs(w_FD, c_FF, fraction)
   gone_F = ~new_FD.any(axis=1)
+  block = site.name.partition("/")[0]
 
   def remove(name, w):
-    if name == down:
-      w = new_FD
-    elif name == bias:
-      w = w + mean_F @ (w_FD - new_FD)
-    elif name in site.members:
-      w = np.where(site.expand(gone_F, name, w.ndim), 0.0, w)
-    return np.asarray(w, np.float32)
+    if f"{block}/{name}" in site.members:
+      w = np.asarray(w)
+      w = np.where(site.expand(gone_F, f"{block}/{name}", w.ndim), 0, w)
+    return w
 
-  return paths.map_named(remove, {block: params})
+  new = paths.map_named(remove, dict(params))
+  down = {"kernel": new_FD.astype(np.float32)}
+  if has_bias:
+    bias_D = new["mlp"]["down"]["bias"] + mean_F @ (w_FD - new_FD)
+    down["bias"] = bias_D.astype(np.float32)
+  return {**new, "mlp": {**new["mlp"], "down": down}}
 
 
 @jax.jit(static_argnames=("block", "names"))

@@ -24,11 +24,15 @@ from folding.data.batches import Data
 from folding.data.tokenizers import MappedTokenizer, load_tokenizer
 from folding.data.trimming import trimmed
 from folding.models.pretrained import load_pretrained
-from folding.models.transformer import Transformer, make_model
+from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.schema import ConfigError, require
 from folding.training.fold_pretrained import Watch, fold_pretrained
 from folding.training.planner import plan
-from folding.training.prune_trained import prune_trained, without_neurons
+from folding.training.prune_trained import (
+  neuron_pruner,
+  prune_trained,
+  without_neurons,
+)
 from folding.training.restore import load_labels, load_run
 
 # Of the model: a source must have the same, or its arrays mean something else.
@@ -212,14 +216,18 @@ def folded_start(
   try:
     if config.compress.plan == "auto":
       config = plan(config, params, batches, _bar("measuring"))
-    if config.fold != config_lib.dense_twin(config).fold:
+    model = make_model(config, data.tokenizer.plain_size, data.num_classes)
+    is_pruned = config.compress.prune != "none"
+    prune = None
+    if is_pruned and config.fpp.granularity == "neuron":
+      prune = neuron_pruner(config, param_shapes(model), dense)
+    if prune or config.fold != config_lib.dense_twin(config).fold:
       watch = _bar("folding")
-      params, report = fold_pretrained(config, params, batches, watch)
-    if config.compress.prune != "none":
-      model = make_model(config, data.tokenizer.plain_size, data.num_classes)
+      params, report = fold_pretrained(config, params, batches, watch, prune)
+    if is_pruned:
       drawn = _draw(model, config)
       params = prune_trained(config, params, dense, batches, drawn)
-      if config.fpp.granularity == "neuron":
+      if prune:
         config, params = without_neurons(config, params)
   except ConfigError:
     raise

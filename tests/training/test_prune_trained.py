@@ -95,42 +95,55 @@ def test_a_kernel_is_pruned_by_the_moment_of_what_it_reads(
   )
 
 
+def _by_neuron(**model):
+  config = _config("sparsegpt")
+  config.fpp.granularity, config.fpp.exclude = "neuron", ".*attn.*"
+  for name, value in model.items():
+    setattr(config.model, name, value)
+  return config
+
+
+def _without_biases(params):
+  def keep(tree):
+    return {
+      name: keep(x) if isinstance(x, dict) else x
+      for name, x in tree.items()
+      if name != "bias"
+    }
+
+  blocks = {
+    name: {**tree, **{part: keep(tree[part]) for part in ("attn", "mlp")}}
+    for name, tree in params.items()
+    if name.startswith("blocks_")
+  }
+  return {**params, **blocks}
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
-  params, drawn, batches = trained
-  config = _config("sparsegpt")
-  config.fpp.granularity, config.model.use_bias = "neuron", use_bias
+  params, _, batches = trained
+  config = _by_neuron(use_bias=use_bias, qkv_bias=use_bias)
   if not use_bias:
-    leaves = {n: w for n, w in paths.flatten(params).items()}
-    params = {n: dict(tree) for n, tree in params.items()}
-    for name in leaves:
-      block, _, rest = name.partition("/")
-      if rest.startswith(("attn", "mlp")) and rest.endswith("bias"):
-        module, role, _ = rest.split("/")
-        inner = dict(params[block][module])
-        inner[role] = {"kernel": inner[role]["kernel"]}
-        params[block] = {**params[block], module: inner}
-    config.model.qkv_bias = False
-  pruned = prune_trained.prune_trained(config, params, params, batches, drawn)
-  x, keeps = fold_pretrained.embed_batches(config, pruned, batches)
+    params = _without_biases(params)
+  layer = params["blocks_0"]
+  x, keeps = fold_pretrained.embed_batches(config, params, batches)
+  prune = prune_trained.neuron_pruner(config, params, params)
+  old, new = layer["mlp"], prune(0, layer, x, keeps)["mlp"]
+
   block = fold_pretrained.make_block(config, 0)
   seen = [
-    np.asarray(
-      fold_pretrained.look(block, params["blocks_0"], *at, ("down",))["down"]
-    )[at[1]]
+    fold_pretrained.look(block, layer, *at, ("down",))["down"][at[1]]
     for at in zip(x, keeps, strict=True)
   ]
   a = np.concatenate(seen).astype(np.float64)
-  old, new = params["blocks_0"]["mlp"], pruned["blocks_0"]["mlp"]
   w, found = old["down"]["kernel"].astype(np.float64), new["down"]["kernel"]
   stays = found.any(axis=1)
   assert (~stays).sum() == len(w) // 2
   for role in ("up", "gate"):
     for part, value in new[role].items():
       assert not value[..., ~stays].any()
-      np.testing.assert_array_equal(
-        value[..., stays], old[role][part][..., stays]
-      )
+      expected = old[role][part][..., stays]
+      np.testing.assert_array_equal(value[..., stays], expected)
   # A ridge of 1% of the mean variance, as rows of their own.
   mean = a.mean(0) if use_bias else 0.0
   centred = a - mean
@@ -141,6 +154,41 @@ def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
   if use_bias:
     bias = old["down"]["bias"] + mean @ (w - found)
     np.testing.assert_allclose(new["down"]["bias"], bias, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_left_is_fitted_to_the_dense_stream(trained):
+  params, _, _ = trained
+  batches = [{"tokens": tiny.batch(seed)["tokens"]} for seed in range(30)]
+  config = _by_neuron()
+  prune = prune_trained.neuron_pruner(config, params, params)
+  fitted, _ = fold_pretrained.fold_pretrained(
+    config, params, batches, prune=prune
+  )
+  found = paths.flatten(fitted)
+  for n in range(2):
+    down = found[f"blocks_{n}/mlp/down/kernel"]
+    gone = ~down.any(axis=1)
+    assert gone.sum() == len(down) // 2
+    assert not found[f"blocks_{n}/mlp/up/kernel"][:, gone].any()
+
+  def stream(prunes, weights):
+    """Returns what the last layer writes, of layers pruned as they come."""
+    x, keeps = fold_pretrained.embed_batches(config, params, batches)
+    for n in range(2):
+      layer = weights[f"blocks_{n}"]
+      if prunes:
+        layer = prune(n, layer, x, keeps)
+      block = fold_pretrained.make_block(config, n)
+      x = [
+        fold_pretrained.look(block, layer, *at)["out"]
+        for at in zip(x, keeps, strict=True)
+      ]
+    pairs = zip(x, keeps, strict=True)
+    return np.concatenate([np.asarray(w)[keep] for w, keep in pairs])
+
+  dense = stream(False, params)
+  wrong = np.square(stream(False, fitted) - dense).sum()
+  assert wrong < 0.95 * np.square(stream(True, params) - dense).sum()
 
 
 def test_a_layer_is_pruned_for_what_the_pruned_layers_below_write(trained):
@@ -229,9 +277,11 @@ def test_neurons_have_left_before_the_first_step(dense_run, topics, tmp_path):
 
 
 def test_without_neurons_it_is_the_same_function(trained):
-  config, (params, drawn, batches) = _config("sparsegpt"), trained
-  config.fpp.granularity = "neuron"
-  whole = prune_trained.prune_trained(config, params, params, batches, drawn)
+  config, (params, _, batches) = _by_neuron(), trained
+  prune = prune_trained.neuron_pruner(config, params, params)
+  whole, _ = fold_pretrained.fold_pretrained(
+    config, params, batches, prune=prune
+  )
   small, less = prune_trained.without_neurons(config, whole)
   width = config.model.mlp_width
   assert small.model.mlp_width == width // 2
