@@ -258,17 +258,31 @@ def test_a_run_keeps_the_zeros_that_it_started_with(text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_neurons_have_left_before_the_first_step(dense_run, topics, tmp_path):
-  config = recovery_config(dense_run, topics)
+@pytest.mark.parametrize(("plan", "overall"), [("same", 0.7), ("auto", 0.5)])
+def test_neurons_have_left_before_the_first_step(
+  dense_run, topics, tmp_path, plan, overall
+):
+  config = recovery_config(dense_run, topics, compress__plan=plan)
   config.compress.prune, config.fpp.granularity = "sparsegpt", "neuron"
-  config.fpp.overall, workdir = 0.7, tmp_path / "run"
+  config.fpp.overall, workdir = overall, tmp_path / "run"
+  config.compress.fit_steps = 0
   result = loop.run(config, str(workdir))
   found = result["parameters"]["overall"]
-  assert 1 - found["stored"] / found["dense"] == pytest.approx(0.7, abs=0.02)
+  saved = 1 - found["stored"] / found["dense"]
+  assert saved == pytest.approx(overall, abs=0.02)
   model = c.load(str(workdir / "config.json")).model
-  assert (model.mlp_width, model.dense_mlp_width) == (8, 24)
+  assert model.dense_mlp_width == 24
+  widths = (model.mlp_width,) * 2
+  if plan == "auto":
+    widths = model.mlp_width
+  assert sum(widths) < 2 * 24
   _, params, _ = load_run(str(workdir))
-  assert params["blocks_0"]["mlp"]["up"]["kernel"].shape == (16, 8)
+  for n, width in enumerate(widths):
+    kernel = params[f"blocks_{n}"]["mlp"]["up"]["kernel"]
+    assert kernel.shape == (16, width)
+    # In multiples of 8: what does not divide is held at zero.
+    zero = ~kernel.any(axis=0)
+    assert zero.sum() < 8
   # Stopped before its first checkpoint it begins again, by the same command.
   shutil.rmtree(workdir / "checkpoints")
   (workdir / "result.json").unlink()
