@@ -113,8 +113,10 @@ def neuron_pruner(
     moments = _moments(block, layer, x, kept)
     solve = sparsegpt.sparsegpt
     layer = _weights(name, layer, moments, solve, weights)[name]
+    if (up := f"{name}/mlp/up/kernel") not in units:  # they all stay
+      return layer
     moment = _moments(block, layer, x, kept)["down"]
-    return _neurons(*units[f"{name}/mlp/up/kernel"], layer, moment)
+    return _neurons(*units[up], layer, moment)
 
   return prune
 
