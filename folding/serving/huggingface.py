@@ -1,14 +1,15 @@
 """A model in the standard layout, that `transformers` loads as it is."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import tempfile
+from typing import Any
 
-import jax
 import numpy as np
 
-from folding import files
+from folding import files, paths
 from folding.compression.fold import unfold
 from folding.config import dense_twin
 from folding.data.tokenizers import MappedTokenizer
@@ -25,12 +26,12 @@ def export_hf(
 ) -> dict[str, int]:
   """Writes a model as a Hugging Face checkpoint to a new folder.
 
-  Folded projections are written dense, so the files are as large as those of
-  the dense twin; tokens that left the tokenizer stay away.
+  Folded projections are written dense. Neurons and tokens that have left stay
+  away, but each layer is as wide as the widest, as theirs have one width.
 
   Args:
     path: Made if need be; it must be empty.
-    loaded: From `folding.load`; not shrunk.
+    loaded: From `folding.load`; no heads were removed from it.
     family: See `folding.models.hf_config`; None: the first that fits.
 
   Returns:
@@ -38,17 +39,20 @@ def export_hf(
 
   Raises:
     ConfigError: the folder is not empty, no architecture of theirs computes
-      this model, or heads or neurons were removed from it.
+      this model, or heads were removed from it.
     OSError: it cannot be written.
   """
   path = os.fspath(path)
   files.require_empty(path)
   config, m = loaded.config, loaded.config.model
   require(
-    m.heads is None and m.dense_mlp_width is None,
-    "this model was shrunk, and the standard layout has one shape for all "
-    "layers; export the run itself",
+    m.heads is None,
+    "heads of this model were removed, and the standard layout has as many in "
+    "all layers; export what it was shrunk from",
   )
+  assert m.mlp_width is not None  # it is resolved
+  width = int(np.max(m.mlp_width))
+  m = dataclasses.replace(m, mlp_width=width)
   family = family or family_of(m, len(loaded.labels))
   frequencies = None
   if m.positions == "rope":
@@ -58,8 +62,8 @@ def export_hf(
     params = unfold(loaded.params, frequencies)
   except ValueError as error:
     raise ConfigError(f"it has no dense form: {error}") from None
-  params = jax.tree.map(np.asarray, params)
-  model = dense_twin(config).model
+  params = paths.map_named(functools.partial(_widened, width), params)
+  model = dataclasses.replace(dense_twin(config).model, mlp_width=width)
   # Where W_V is diagonal no two heads share keys any more.
   num_kv_heads = params["blocks_0"]["attn"]["k"]["kernel"].shape[1]
   model = dataclasses.replace(model, num_kv_heads=num_kv_heads)
@@ -88,3 +92,14 @@ def export_hf(
   return {
     "files": sum(e.stat().st_size for e in os.scandir(path) if e.is_file())
   }
+
+
+def _widened(width: int, name: str, w: Any) -> np.ndarray:
+  """Returns an array of so many neurons; those that it lacks do nothing."""
+  w = np.asarray(w)
+  if "/mlp/" not in name or name.endswith("down/bias"):
+    return w
+  axis = 0 if name.endswith("down/kernel") else -1
+  missing = np.zeros((w.ndim, 2), int)
+  missing[axis, 1] = width - w.shape[axis]
+  return np.pad(w, missing)

@@ -19,6 +19,7 @@ _ENCODER = c.bert(**models.SHAPE, pooler=True)
 _CASES = {
   "bert": (_ENCODER, {"groups": 2, "v_block": 4}),
   "bert-identity": (_ENCODER, {"v_identity": True}),
+  "bert-shrunk": (_ENCODER, {"groups": 2, "v_block": 1}),
   "gpt2": (c.gpt2(**models.SHAPE), {}),
   "llama-pairs": (
     c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2),
@@ -39,6 +40,10 @@ def _model(name):
     # 2 of the 4 pairs of K = 8 channels, others in each key head.
     own = rope_frequencies(8, 10000.0)[np.array([[0, 2], [3, 1]])]
     model.params[f"blocks_{n}"]["attn"]["frequency"] = own
+  if "shrunk" in name:  # one layer to fewer neurons than the other
+    model = export_lib.shrunk(models.with_zeros(model, []))
+    first, second = model.config.model.mlp_width
+    assert first == second + 1
   return model
 
 
@@ -96,6 +101,8 @@ def test_folding_reads_it_back_and_predicts_the_same(name, tmp_path):
   found = folding.load(tmp_path / "out")
   assert found.labels == model.labels
   assert found.config.task == model.config.task
+  width = np.max(model.config.model.mlp_width)
+  assert found.config.model.mlp_width == width
   np.testing.assert_allclose(
     models.logits(found, "the cats sat"),
     models.logits(model, "the cats sat"),
@@ -142,16 +149,22 @@ def test_tokens_that_left_the_tokenizer_get_no_rows(tmp_path):
   )
 
 
+def _without_heads():
+  model = models.with_zeros(models.make(model=_ENCODER), [])
+  for n in range(2):
+    model.params[f"blocks_{n}"]["attn"]["o"]["kernel"][1] = 0
+  found = export_lib.shrunk(model)
+  assert found.config.model.heads is not None
+  return found
+
+
 @pytest.mark.parametrize(
   ("model", "message"),
   [
-    (
-      export_lib.shrunk(models.with_zeros(models.make(model=_ENCODER), [])),
-      "was shrunk, .* export the run itself",
-    ),
+    (_without_heads(), "heads of this model were removed, .* shrunk from"),
     (models.make(), "no model of transformers computes this one: gpt2 needs"),
   ],
-  ids=["shrunk", "alibi"],
+  ids=["heads", "alibi"],
 )
 def test_what_they_do_not_have_is_refused(model, message, tmp_path):
   with pytest.raises(ConfigError, match=message) as error:
