@@ -46,7 +46,7 @@ def sparsegpt(
   """
   inputs = len(w_IO)
   moment_II = _damped(w_IO, moment_II, damping)
-  u_II = scipy.linalg.cholesky(_inverse(moment_II))
+  u_II = _root_of_inverse(moment_II)
   w_IO, gone = np.array(w_IO, np.float64), 0
   for begin in range(0, inputs, block):
     end = min(begin + block, inputs)
@@ -91,7 +91,8 @@ def remove_inputs(
     "ZipLM", 2023.
   """
   inputs = len(w_IO)
-  inverse_II = _inverse(_damped(w_IO, moment_II, damping))
+  u_II = _root_of_inverse(_damped(w_IO, moment_II, damping))
+  inverse_II = u_II.T @ u_II
   w_IO = np.array(w_IO, np.float64)
   left, wanted = np.arange(inputs), inputs - _count(fraction, inputs)
   for n in range(1, rounds + 1):
@@ -151,11 +152,10 @@ def _damped(w_IO: Matrix, moment_II: Moment, damping: float) -> Moment:
   return moment_II
 
 
-def _inverse(moment_II: Moment) -> Moment:
+def _root_of_inverse(moment_II: Moment) -> Moment:
+  """Returns the upper U with U' U = C^-1."""
   try:
-    inverse_II = np.linalg.inv(moment_II)
-    scipy.linalg.cholesky(inverse_II)  # of what is not positive definite fails
-    return inverse_II
+    return scipy.linalg.cholesky(np.linalg.inv(moment_II))
   except np.linalg.LinAlgError as error:
     raise ValueError(
       "the moment of a layer's input cannot be inverted; use more calibration "

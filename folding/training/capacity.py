@@ -323,7 +323,7 @@ def _activations(config: Config, model: Any, params: Any, mesh: Any) -> int:
   Those of the rows that it has of a batch (or of a part of it), each text of
   the full length. What the axis "tensor" splits is counted whole.
   """
-  groups = mesh.shape["data"] * mesh.shape["fsdp"]
+  groups = sharding.row_parts(mesh)
   rows = config.data.batch_size // config.train.accumulate
   if rows % groups == 0:  # else each device has all rows, see `put_batch`
     rows //= groups

@@ -31,6 +31,7 @@ _READS = {
   **{"attn/q": "q", "attn/k": "q", "attn/v": "q", "attn/o": "o"},
   **{"mlp/up": "up", "mlp/gate": "up", "mlp/down": "down"},
 }
+_MODULES = tuple(sorted(set(_READS.values())))
 
 
 def prune_trained(
@@ -78,7 +79,7 @@ def prune_trained(
     for n in range(config.model.num_layers):
       name, block = f"blocks_{n}", make_block(config, n)
       moments = _moments(block, pruned[name], x, kept)
-      pruned |= _weights(name, pruned[name], moments, solve, weights)
+      pruned[name] = _weights(name, pruned[name], moments, solve, weights)
       x = [
         look(block, pruned[name], *at)["out"]
         for at in zip(x, kept, strict=True)
@@ -110,12 +111,12 @@ def neuron_pruner(
 
   def prune(n, layer, x, kept):
     name, block = f"blocks_{n}", make_block(config, n)
-    moments = _moments(block, layer, x, kept)
-    solve = sparsegpt.sparsegpt
-    layer = _weights(name, layer, moments, solve, weights)[name]
+    # By weight goes no more than attention.
+    moments = _moments(block, layer, x, kept, ("q", "o"))
+    layer = _weights(name, layer, moments, sparsegpt.sparsegpt, weights)
     if (up := f"{name}/mlp/up/kernel") not in units:  # they all stay
       return layer
-    moment = _moments(block, layer, x, kept)["down"]
+    moment = _moments(block, layer, x, kept, ("down",))["down"]
     return _neurons(*units[up], layer, moment)
 
   return prune
@@ -153,27 +154,22 @@ def without_neurons(
 class _Moment(NamedTuple):
   """E[a a'] and E[a] of what a module reads."""
 
-  second_II: np.ndarray
-  mean_I: np.ndarray
+  second_II: Any
+  mean_I: Any
 
 
-def _moments(block, params, x, kept) -> dict[str, _Moment]:
-  """Returns those of each module of a block, by its name."""
-  names = tuple(sorted(set(_READS.values())))
-  sums: Any = {name: (0.0, 0.0) for name in names}
+def _moments(block, params, x, kept, names=_MODULES) -> dict[str, _Moment]:
+  """Returns those of modules of a block, by name."""
+  sums = None
   for at in zip(x, kept, strict=True):
-    new = _sums(block, params, *at, names)
-    for name, parts in new.items():
-      sums[name] = tuple(
-        total + np.asarray(part, np.float64)
-        for total, part in zip(sums[name], parts, strict=True)
-      )
+    more = jax.tree.map(np.float64, _sums(block, params, *at, names))
+    sums = more if sums is None else jax.tree.map(np.add, sums, more)
   count = sum(int(keep.sum()) for keep in kept)
-  return {n: _Moment(*(part / count for part in sums[n])) for n in names}
+  return jax.tree.map(lambda total: total / count, sums)
 
 
 def _weights(block, params, moments, solve, fractions) -> dict[str, Any]:
-  """Returns {block: its parameters}, single weights pruned for what they read."""
+  """Returns the parameters of a block, weights pruned for what they read."""
 
   def prune(name, w):
     kernel = name.removeprefix(f"{block}/").removesuffix("/kernel")
@@ -184,7 +180,7 @@ def _weights(block, params, moments, solve, fractions) -> dict[str, Any]:
     new = solve(w_IO, moment, fractions[name])
     return new.reshape(w.shape).astype(np.float32)
 
-  return paths.map_named(prune, {block: params})
+  return paths.map_named(prune, {block: params})[block]
 
 
 def _neurons(site: Site, fraction, params, moment) -> dict[str, Any]:
@@ -199,12 +195,11 @@ def _neurons(site: Site, fraction, params, moment) -> dict[str, Any]:
   block = site.name.partition("/")[0]
 
   def remove(name, w):
-    if f"{block}/{name}" in site.members:
-      w = np.asarray(w)
-      w = np.where(site.expand(gone_F, f"{block}/{name}", w.ndim), 0, w)
-    return w
+    if name not in site.members:
+      return w
+    return np.where(site.expand(gone_F, name, np.ndim(w)), 0, w)
 
-  new = paths.map_named(remove, dict(params))
+  new = paths.map_named(remove, {block: params})[block]
   down = {"kernel": new_FD.astype(np.float32)}
   if has_bias:
     bias_D = new["mlp"]["down"]["bias"] + mean_F @ (w_FD - new_FD)
@@ -213,12 +208,13 @@ def _neurons(site: Site, fraction, params, moment) -> dict[str, Any]:
 
 
 @jax.jit(static_argnames=("block", "names"))
-def _sums(block, params, x, keep, names) -> dict[str, tuple]:
+def _sums(block, params, x, keep, names) -> dict[str, _Moment]:
   """Returns the sums of a a' and of a over tokens, of what each module reads."""
   seen = look(block, params, x, keep, names)
 
   def total(a):
     a = a.astype(jnp.float32).reshape(*keep.shape, -1) * keep[..., None]
-    return jnp.einsum("BLD,BLE->DE", a, a, precision="highest"), a.sum((0, 1))
+    second = jnp.einsum("BLD,BLE->DE", a, a, precision="highest")
+    return _Moment(second, a.sum((0, 1)))
 
   return {name: total(seen[name]) for name in names}

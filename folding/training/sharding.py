@@ -266,15 +266,20 @@ def whole(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+  """Returns how many parts the rows of a batch are split into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
   """Returns the placement of a batch; whole, where it does not divide."""
-  is_split = rows % _row_parts(mesh) == 0
+  is_split = rows % row_parts(mesh) == 0
   return NamedSharding(mesh, PartitionSpec(_BATCH)) if is_split else whole(mesh)
 
 
 def undivided(mesh: Mesh | AbstractMesh, rows: int) -> list[str]:
   """Returns a line where a batch is too odd to be split, else nothing."""
-  parts = _row_parts(mesh)
+  parts = row_parts(mesh)
   if rows % parts == 0:
     return []
   return [
@@ -307,7 +312,7 @@ def pin_rows(mesh: Mesh | None, x: Any) -> Any:
 
 def require_divides(mesh: Mesh, rows: int) -> None:
   """Raises `ConfigError` where several processes cannot split a batch."""
-  parts = _row_parts(mesh)
+  parts = row_parts(mesh)
   require(
     rows % parts == 0 or jax.process_count() == 1,
     f"a batch of {rows} rows does not divide among mesh data x fsdp = {parts}; "
@@ -331,7 +336,3 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
     name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
     for name, array in batch.items()
   }
-
-
-def _row_parts(mesh: Mesh | AbstractMesh) -> int:
-  return mesh.shape["data"] * mesh.shape["fsdp"]
