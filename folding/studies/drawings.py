@@ -11,12 +11,21 @@ from matplotlib import ticker
 from folding.reporting import plots, words
 from folding.studies import inference
 from folding.studies.study import DENSE, OURS
-from folding.studies.tables import Group, Results
+from folding.studies.tables import METRICS, Group, Results, signed_change
 
 _MARKERS = "osDv^P"
 _LINES = ("-", "--", ":")
 # Of this many points, what is so many times as far from the best as most are.
 _MANY, _FAR, _MOST, _NAMED = 12, 2.5, 0.8, 4
+_APART = 0.043  # of the height of an axis, between names
+_SAME = 1.5  # percent; lines that end as far apart end at the same size
+_OTHER = {
+  "color": "#B0B0B0",
+  "linewidth": 1,
+  "marker": "o",
+  "markersize": 3,
+  "zorder": 2,
+}
 
 
 def quality(results: Results) -> matplotlib.figure.Figure:
@@ -58,6 +67,122 @@ def quality(results: Results) -> matplotlib.figure.Figure:
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}%")
 
   return _panels(results, draw, [m for m in results.methods if m != DENSE])
+
+
+def means(results: Results) -> matplotlib.figure.Figure:
+  """Draws the change to dense against compression, mean over all data sets.
+
+  A panel for classifiers and one for language models. A point is drawn where
+  all data sets of its panel have the method at that level, or at its one size.
+  """
+  count = {
+    metric: sum(
+      bool(dense) and dense.first.metric == metric
+      for dense in (results.group(d, DENSE) for d in results.datasets)
+    )
+    for metric in METRICS
+  }
+  metrics = [metric for metric in METRICS if count[metric]] or [METRICS[0]]
+  with plots.figure() as drawing:
+    drawing.set_size_inches(5.4 * len(metrics), 4.3)
+    for axes, metric in zip(
+      drawing.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
+    ):
+      lines = {}
+      for method in results.methods:
+        points = []
+        for level in (*results.levels, None):
+          groups = [
+            group
+            for d in results.datasets
+            if (group := results.group(d, method, level))
+            and group.first.metric == metric
+          ]
+          change = signed_change(results.mean_change(groups, metric), metric)
+          sizes = [
+            v for g in groups if (v := g.mean("compression")) is not None
+          ]
+          if change is not None and len(sizes) == count[metric]:
+            points.append((100 * sum(sizes) / len(sizes), change))
+        if method != DENSE and points:
+          lines[method] = points
+      _draw_means(axes, lines, metric == "accuracy", results.levels)
+  return drawing
+
+
+def _draw_means(
+  axes: Any,
+  lines: dict[str, list[tuple[float, float]]],
+  higher: bool,
+  levels: list[float],
+) -> None:
+  """Draws ours over all others in grey, with their names where they end."""
+  if not lines:
+    plots.nothing(axes, "nothing to compare with dense is finished yet")
+    return
+  axes.grid(True)
+  axes.axhline(0, color="black", linewidth=1, zorder=1)
+  for method, points in lines.items():
+    style = _styles([OURS])[OURS] if method == OURS else _OTHER
+    axes.plot(*zip(*points, strict=True), **style)
+  seen = [(m, *point) for m, points in lines.items() for point in points]
+  _limit(axes, [(DENSE, 0.0, 0.0), *seen], higher, "{:+.1f}")
+  if not higher:
+    axes.invert_yaxis()  # so that up is better in both
+  if levels:
+    axes.set_xticks([100 * level for level in levels])
+  axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}%")
+  axes.set_xlabel("smaller than dense")
+  what = "accuracy, points" if higher else "perplexity, %"
+  axes.set_title(f"change of {what}")
+  axes.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "dense")
+  _name_ends(axes, {method: max(points) for method, points in lines.items()})
+
+
+def _name_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
+  """Writes names beside the axes, apart from each other, and lines to them.
+
+  Names of what ends before the others stand at the points themselves.
+  """
+  low, high = axes.get_ylim()
+  last = max(x for x, _ in ends.values())
+  places = {m: (y - low) / (high - low) for m, (_, y) in ends.items()}
+  shown = sorted(
+    (m for m, place in places.items() if 0 <= place <= 1),
+    key=places.__getitem__,
+  )
+  beside = [m for m in shown if last - ends[m][0] < _SAME]
+  rows: list[float] = []
+  for method in beside:
+    rows.append(max(places[method], rows[-1] + _APART if rows else 0.0))
+  for n in reversed(range(len(rows))):
+    rows[n] = min(rows[n], rows[n + 1] - _APART if n + 1 < len(rows) else 1.0)
+  for method in shown:
+    style = {
+      "color": plots.BLUE if method == OURS else plots.GREY,
+      "fontsize": 8,
+      "va": "center",
+      "annotation_clip": False,
+    }
+    if method in beside:
+      axes.annotate(
+        method,
+        ends[method],
+        xytext=(1.07, rows[beside.index(method)]),
+        textcoords="axes fraction",
+        arrowprops={
+          "arrowstyle": "-",
+          "color": plots.LIGHT,
+          "linewidth": 0.8,
+          "relpos": (0, 0.5),
+          "shrinkA": 1,
+          "shrinkB": 4,
+        },
+        **style,
+      )
+    else:
+      offset = {"xytext": (4, 5), "textcoords": "offset points"}
+      axes.annotate(method, ends[method], **offset, **style)
 
 
 def front(results: Results, cost: str) -> matplotlib.figure.Figure:
@@ -157,13 +282,17 @@ def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _limit(
-  axes: Any, seen: list[tuple[str, float, float]], higher: bool
+  axes: Any,
+  seen: list[tuple[str, float, float]],
+  higher: bool,
+  figure: str | None = None,
 ) -> None:
   """Lets what was measured fill the axis.
 
   Of many points those that are far worse than most are not drawn, as they would
   press the others together: their names and figures stand at the lower edge.
   """
+  figure = figure or ("{:.1f}%" if higher else "{:.2f}")
   if not seen:  # no size is known before the dense run is finished
     return
   points = sorted(
@@ -177,7 +306,7 @@ def _limit(
   left, right = axes.get_xlim()
   outside = points[len(inside) :][::-1]  # the worst is the lowest
   for n, (name, x, y) in enumerate(outside[:_NAMED]):
-    text = f"{name} {y:.1f}%" if higher else f"{name} {y:.2f}"
+    text = f"{name} {figure.format(y)}"
     more = len(outside) - _NAMED
     axes.annotate(
       f"{text}, {more} more" if n == _NAMED - 1 and more > 0 else text,

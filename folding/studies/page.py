@@ -49,6 +49,7 @@ def publish(rows: Sequence[Row], path: str, command: str) -> None:
   files.write_file(target, json.dumps(values, indent=1) + "\n")
   results = Results(read_csv(table))
   figures = {
+    "means": drawings.means(results),
     "quality": drawings.quality(results),
     "bytes": drawings.front(results, "bytes"),
     "time": drawings.front(results, "seconds"),
@@ -87,6 +88,7 @@ def page(results: Results, folder: str, command: str) -> str:
       "perplexity is better), and of bytes and time as multiples of dense's, each "
       "with the dense runs of the same seeds; by accuracy.\n"
     )
+    lines += [f"![Means over data sets]({folder}/means.png)", ""]
     for at in results.levels:
       lines += [f"At {words.level(at)}, or at its one size:", ""]
       lines.append(tables.summary_table(results, at))

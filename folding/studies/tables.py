@@ -10,6 +10,8 @@ from folding.studies import inference
 from folding.studies.gather import Row
 from folding.studies.study import DENSE, OURS
 
+METRICS = ("accuracy", "bits_per_byte")
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -96,6 +98,24 @@ class Results:
     )
     return here, there
 
+  def everywhere(self, method: str, level: float | None) -> list[Group]:
+    """Returns a method's runs at a level, else of its one size.
+
+    A group a data set, of those that have dense runs too.
+    """
+    found = [
+      self.group(d, method, level) or self.group(d, method)
+      for d in self.datasets
+      if self.group(d, DENSE)
+    ]
+    return [group for group in found if group]
+
+  def mean_change(self, groups: Sequence[Group], metric: str) -> float | None:
+    """Returns the mean `change` of the groups that have a metric, if any."""
+    found = [self.change(g) for g in groups if g.first.metric == metric]
+    known = [change for change in found if change is not None]
+    return statistics.fmean(known) if known else None
+
   def change(self, group: Group) -> float | None:
     """Returns the change from dense: in points, or of perplexity as a fraction.
 
@@ -146,23 +166,10 @@ def summary_table(results: Results, level: float) -> str:
   """Returns means over data sets at one level or size; the best comes first."""
   found = []
   for method in results.methods:
-    groups = [
-      group
-      for d in results.datasets
-      if results.group(d, DENSE)
-      and (group := results.group(d, method, level) or results.group(d, method))
-    ]
+    groups = results.everywhere(method, level)
     if method == DENSE or not groups:
       continue
-    changes = {}
-    for metric in ("accuracy", "bits_per_byte"):
-      of = [
-        change
-        for g in groups
-        if g.first.metric == metric
-        and (change := results.change(g)) is not None
-      ]
-      changes[metric] = statistics.fmean(of) if of else None
+    changes = {m: results.mean_change(groups, m) for m in METRICS}
     cells = [method, _mean(groups, "compression"), _mean(groups, "qkv")]
     cells += [change_text(c, metric) for metric, c in changes.items()]
     for name in ("bytes", "seconds"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from matplotlib import colors
+from matplotlib.text import Text
 
 from folding.reporting import plots
 from folding.studies import drawings, gather, page, tables
@@ -133,7 +134,7 @@ def test_everything_is_published_side_by_side(rows, tmp_path):
   page.publish(rows, str(tmp_path / "page.md"), "folding study given.py")
   text = (tmp_path / "page.md").read_text()
   links = re.findall(r"\]\((\S+)\)", text)
-  assert len(links) == 4
+  assert len(links) == 5
   for link in links:
     assert (tmp_path / link).stat().st_size > 0
   for figure in (tmp_path / "page").glob("*.png"):
@@ -169,8 +170,67 @@ def test_quality_is_drawn_over_compression(results):
   assert labels == ["ours", "magnitude", "2-of-4"]
 
 
+def test_means_are_of_all_data_sets_that_have_a_figure_of_a_kind(rows):
+  def row(dataset, method, level, seed, value, compression=None):
+    metric = "accuracy" if dataset in ("trec", "mr") else "bits_per_byte"
+    given = next(r for r in rows if r.metric == metric)
+    changed = {"dataset": dataset, "method": method, "level": level}
+    changed |= {"seed": seed, "quality": value, "compression": compression}
+    if metric == "bits_per_byte":
+      changed |= {"perplexity": 10 * value}
+    return gather.Row(**{**vars(given), **changed})
+
+  given = [row("trec", "dense", None, seed, 0.9) for seed in (0, 1)]
+  given += [row("mr", "dense", None, 0, 0.8), row("mr", "dense", None, 1, 0.7)]
+  given += [row("text", "dense", None, 0, 2.0)]
+  for name, loss in (("ours", 0.01), ("other", 0.03)):
+    given += [row("trec", name, 0.3, 0, 0.9 - loss, 0.3)]
+    given += [row("mr", name, 0.3, 1, 0.7 - 3 * loss, 0.32)]  # its seed's 0.7
+    given += [row("text", name, 0.3, 0, 2.0 + loss, 0.31)]
+  given += [row("trec", "ours", 0.7, 0, 0.5, 0.7)]  # MR is not finished
+  figure = drawings.means(tables.Results(given))
+  classifiers, text = figure.axes
+  for axes, y in ((classifiers, (-2.0, -6.0)), (text, (0.5, 1.5))):
+    assert axes.yaxis_inverted() == (axes is text)
+    found = [
+      (float(line.get_xdata()[0]), float(line.get_ydata()[0]))
+      for line in axes.get_lines()
+      if line.get_marker() in ("*", "o")
+    ]
+    np.testing.assert_allclose(found, [(31, y[0]), (31, y[1])], atol=1e-9)
+    assert [t.get_text() for t in axes.texts] == ["other", "ours"]  # rising
+
+
+def test_names_of_means_are_written_apart(rows):
+  given = next(r for r in rows if r.metric == "accuracy" and r.level == 0.7)
+  pairs = [("dense", None, 0.9)]
+  pairs += [(f"m{n}", 0.7, 0.8 + n * 1e-4) for n in range(20)]
+  pairs += [("ours", 0.7, 0.8005)]
+  found = tables.Results(
+    [
+      gather.Row(
+        **{**vars(given), "method": m, "level": at, "quality": q, "seed": 0}
+      )
+      for m, at, q in pairs
+    ]
+  )
+  figure = drawings.means(found)
+  figure.draw_without_rendering()
+  (axes,) = figure.axes
+  assert len(axes.texts) == 21
+  boxes = [Text.get_window_extent(text) for text in axes.texts]  # no arrows
+  inside = axes.get_window_extent()
+  for n, box in enumerate(boxes):
+    assert inside.y0 - 10 < box.y0 and box.y1 < inside.y1 + 10
+    assert not any(box.overlaps(other) for other in boxes[:n])
+
+
 def test_what_was_measured_is_in_sight(results):
-  for figure in (drawings.quality(results), drawings.front(results, "bytes")):
+  for figure in (
+    drawings.means(results),
+    drawings.quality(results),
+    drawings.front(results, "bytes"),
+  ):
     for axes in figure.axes:
       low, high = sorted(axes.get_ylim())
       for line in axes.get_lines():
