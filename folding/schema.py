@@ -49,8 +49,13 @@ def reason(error: Exception) -> str:
 
 
 def require_seed(seed: int) -> None:
-  """Raises `ConfigError` unless a number is one that JAX takes for a seed."""
-  require(abs(seed) < 2**63, f"a seed has 64 bits; it is {seed}")
+  """Raises `ConfigError` unless a number is a seed that no other is equal to.
+
+  Of more bits JAX takes the last 32.
+  """
+  require(
+    0 <= seed < 2**32, f"a seed is a number of 0 to 2^32 - 1; it is {seed}"
+  )
 
 
 def edited(config: Any, edits: Mapping[str, Any]) -> Any:

@@ -58,7 +58,7 @@ def storage(w: np.ndarray) -> tuple[str, int, int]:
     ("whole", w.nbytes, 0),
     ("values", values * w.itemsize, -(-w.size // 8)),
   ]
-  if w.ndim > 1:
+  if w.ndim > 1 and w.size:
     for way, axis in (("first", 0), ("last", w.ndim - 1)):
       slices = int(np.count_nonzero(slices_of(is_kept, axis)))
       size = slices * (w.size // w.shape[axis]) * w.itemsize
@@ -119,7 +119,7 @@ def account(
         "shape": list(w.shape),
         "dense": 0 if twin is None else int(twin.size),
         "stored": values,
-        "zeros": 1 - values / w.size,
+        "zeros": 1 - values / w.size if w.size else 0.0,
       }
     )
   return {"parameters": parameters, "bytes": sizes, "layers": layers}

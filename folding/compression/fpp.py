@@ -324,10 +324,11 @@ def _check_options(
     if not condition:
       raise ValueError(f"fpp: {message}")
 
-  for name, steps in (("begin", begin), ("end", end), ("every", every)):
+  whole = {"begin": begin, "end": end, "every": every, "patience": patience}
+  for name, number in whole.items():
     require(
-      isinstance(steps, int | np.integer),
-      f"{name} is a whole number of steps; it is {steps!r}",
+      isinstance(number, int | np.integer),
+      f"{name} is a whole number; it is {number!r}",
     )
   require(0 <= begin <= end, f"begin {begin} to end {end} is no range of steps")
   require(every >= 1, f"every must be at least 1; it is {every}")

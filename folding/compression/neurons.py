@@ -73,8 +73,9 @@ def remove_neurons(
 def _reads(name: str, axis: int | None, ndim: int) -> bool:
   """Returns whether a tied array reads neurons, which it then has as rows.
 
-  A gate writes them, as its last axis; a vector that is no bias is all rows.
+  A gate writes them, as its last axis; a vector is all rows, but for a bias and
+  a scale.
   """
   if ndim == 1:
-    return not name.endswith("bias")
+    return not name.endswith(("bias", "scale"))
   return axis not in (ndim - 1, -1)

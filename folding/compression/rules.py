@@ -60,11 +60,12 @@ class Rule:
           f"'neuron' or 'n:m' with 0 < n < m; it is {self.granularity!r}"
         )
       share = 1 - int(found[1]) / int(found[2])
-      if abs(share - self.target) > 1e-9:
+      if abs(share - self.target) > 1e-6:  # as it is written here
         raise ValueError(
           f"granularity {self.granularity!r} removes {share:g} of the weights, "
           f"so the target of rule {self.pattern!r} must be {share:g}"
         )
+      object.__setattr__(self, "target", share)
     if self.tied and self.granularity not in ("row", "neuron"):
       raise ValueError(
         f"rule {self.pattern!r} ties other arrays, which only the "

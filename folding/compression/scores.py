@@ -106,24 +106,27 @@ def observe(
   """
   averages = dict(averages)
   forward = [n for n in averages if kinds[n] in FORWARD_SCORES]
+  # What else a step has that an optimizer skips may be finite, and huge.
+  seen = [*grads.values(), *stats.values()]
+  is_finite = jnp.stack([jnp.isfinite(x).all() for x in seen]).all()
   if forward and stats:
     if not stats.keys() & set(forward):
       raise ValueError(
         f"none of the statistics ({', '.join(list(stats)[:4])}, ...) belongs to "
-        f"a parameter that is pruned ({', '.join(forward[:4])}, ...); the paths "
-        "must be the same"
+        f"a parameter that is pruned ({', '.join(forward[:4])}, ...): the paths "
+        "must be the same, and layers inside nn.scan, nn.vmap and nn.WeightNorm "
+        "have none; for those take score='magnitude' or 'saliency'"
       )
-    observed = observed + 1
+    observed = observed + is_finite.astype(observed.dtype)
     # The plain mean first, then a decayed one, so that the start is unbiased.
-    weight = jnp.maximum(1 - decay, 1 / observed.astype(jnp.float32))
+    count = jnp.maximum(observed, 1).astype(jnp.float32)
+    weight = jnp.maximum(1 - decay, 1 / count)
     for name in forward:
       if name in stats:
-        averages[name] = observe_stat(averages[name], stats[name], weight)
+        new = observe_stat(averages[name], stats[name], weight)
+        averages[name] = jnp.where(is_finite, new, averages[name])
   by_gradient = [n for n in averages if kinds[n] in GRADIENT_SCORES]
   if by_gradient:
-    # What else a step has that an optimizer skips may be finite, and huge.
-    are_finite = [jnp.isfinite(g).all() for g in grads.values()]
-    is_finite = jnp.stack(are_finite).all()
     for name in by_gradient:
       new = observe_gradient(
         kinds[name], averages[name], leaves[name], grads[name], decay

@@ -194,8 +194,7 @@ def _prepared(
     try:
       builder.download_and_prepare()
     except Exception:
-      # Another process may have prepared it meanwhile. If not, what was raised
-      # is told below.
+      # Another process may have; if not, what was raised is told below.
       builder = builder_of()
       if not builder.is_prepared():
         raise
@@ -247,17 +246,18 @@ def _set_aside(
   """Returns train, less the fractions set aside, and those splits."""
   if rows.labels is None and len(rows.texts) == 1:
     return _cut(rows, fractions)
-  classes: dict[str, list[int]] = {}
-  for index, label in enumerate(rows.labels or [""] * len(rows.texts)):
-    classes.setdefault(label, []).append(index)
+  same: dict[str, list[int]] = {}  # stay together, of two classes too
+  for index, text in enumerate(rows.texts):
+    same.setdefault(text, []).append(index)
+  classes: dict[str, list[list[int]]] = {}
+  for text in sorted(same, key=python_stdlib.digest):
+    label = min(rows.labels[i] for i in same[text]) if rows.labels else ""
+    classes.setdefault(label, []).append(same[text])
   parts: dict[str, list[int]] = {name: [] for name in (*fractions, "train")}
-  for members in classes.values():
-    same: dict[str, list[int]] = {}  # equal texts of a class stay together
-    for index in members:
-      same.setdefault(rows.texts[index], []).append(index)
-    runs = [same[text] for text in sorted(same, key=python_stdlib.digest)]
+  for runs in classes.values():
+    size = sum(map(len, runs))
     for name, fraction in fractions.items():
-      left, rest = round(fraction * len(members)), []
+      left, rest = round(fraction * size), []
       for run in runs:
         if len(run) <= 2 * left:  # it ends nearer to the share than without
           parts[name] += run

@@ -135,7 +135,8 @@ def _llama_fields(values: dict[str, Any], family: str) -> dict[str, Any]:
       "supported; both or neither are",
     )
     fields["use_bias"] = bias
-  if family == "mistral" or values.get("use_sliding_window"):
+  has_switch = family == "qwen2"  # others pass over it
+  if family == "mistral" or has_switch and values.get("use_sliding_window"):
     fields["window"] = _window(values, family)
   # transformers 5 writes one dict, earlier ones rope_theta and a dict or null;
   # what it takes where there are both.
@@ -168,10 +169,10 @@ def _window(values: dict[str, Any], family: str) -> int | None:
     "full_attention" if n < first else "sliding_attention"
     for n in range(values["num_hidden_layers"])
   ]
-  if set(kinds) == {"full_attention"}:
+  if set(kinds) == {"full_attention"} and family != "mistral":
     return None
   schema.require(
-    set(kinds) == {"sliding_attention"},
+    len(set(kinds)) == 1,
     "config.json: a sliding window for some layers only is not supported (see "
     "max_window_layers or layer_types)",
   )

@@ -32,10 +32,10 @@ class Sampling:
 
   def __post_init__(self):
     require(
-      self.temperature == 0 or 1e-6 <= self.temperature < float("inf"),
-      # Logits divided by less would be beyond float32.
-      "the temperature must be 0 (the likeliest token, always), or 1e-6 or more; "
-      f"it is {self.temperature}",
+      self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
+      # Logits divided by less would be beyond float32, by more all alike.
+      "the temperature must be 0 (the likeliest token, always), or from 1e-6 to "
+      f"1e6; it is {self.temperature}",
     )
     require(
       self.top_k is None or self.top_k >= 1,
@@ -68,11 +68,13 @@ class Draw(NamedTuple):
 def make_draw(sampling: Sampling, vocab_size: int) -> Draw:
   """Returns the arrays of a `Sampling` over V tokens."""
   top_k = vocab_size if sampling.top_k is None else sampling.top_k
+  # Not less than float32 has, or even the likeliest token would go.
+  top_p = 1.0 if sampling.top_p is None else max(sampling.top_p, 1e-30)
   return Draw(
     jax.random.key(sampling.seed),
     jnp.float32(sampling.temperature),
     jnp.int32(min(top_k, vocab_size)),
-    jnp.float32(1 if sampling.top_p is None else sampling.top_p),
+    jnp.float32(top_p),
   )
 
 

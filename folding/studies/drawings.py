@@ -95,7 +95,8 @@ def means(results: Results) -> matplotlib.figure.Figure:
           groups = [
             group
             for d in results.datasets
-            if (group := results.group(d, method, level))
+            if results.group(d, DENSE)
+            and (group := results.group(d, method, level))
             and group.first.metric == metric
           ]
           change = signed_change(results.mean_change(groups, metric), metric)

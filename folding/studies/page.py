@@ -105,10 +105,11 @@ def page(results: Results, folder: str, command: str) -> str:
     "twin's parameters that are saved, of the whole model. In the tables ± is "
     "the half width of the 95% t-interval over seeds, of which there is one where "
     "no ± is; bold is best at that level "
-    f"by {inference.TEST}. In the first figure the line is dense and grey its "
+    f"by {inference.TEST}; what missed its level has its size in brackets, and is "
+    "not tested. In the figure of each data set the line is dense and grey its "
     "95% interval. The loss is halfway when it is in the middle between "
-    "the dense run's first and its lowest; a method after training has no such "
-    "step where its dense part came so far. Trainable is the mean over all "
+    "the dense run's first and its lowest; a dash is where a seed's never came "
+    "so far, or in the dense part of a method after training. Trainable is the mean over all "
     "steps, as a share of the dense twin's parameters. Time is that of the clock "
     "on the wall, whatever else ran on the machine included, and compilation "
     "too, which runs share: the first of a program's seeds pays for it. Tokens a "
@@ -226,11 +227,9 @@ def _standing(results: Results) -> str:
     for level, _ in _ours(results, dataset, _AT_70):
       total += 1
       on_front += not tables.dominators(results, dataset, level)
-      samples = {
-        m: g.values("quality") for m, g in results.at(dataset, level).items()
-      }
+      samples = results.samples(dataset, level)
       higher = results.is_higher_better(dataset)
-      tested += min(map(len, samples.values())) > 1
+      tested += min(map(len, samples.values()), default=0) > 1
       best += inference.best(samples, higher) == OURS
   if not total:
     return ""

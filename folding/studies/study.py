@@ -55,7 +55,15 @@ class Study:
       "method otherwise",
     )
     for level in self.levels:
-      require(0 < level < 1, f"a level is a fraction to save; it is {level}")
+      require(
+        isinstance(level, float) and 0 < float(level) < 1,
+        f"a level is a fraction to save; it is {level!r}",
+      )
+    for seed in self.seeds:
+      require(type(seed) is int, f"a seed is a whole number; it is {seed!r}")
+    # NumPy's are floats too, but not as a configuration has them.
+    levels = tuple(float(level) for level in self.levels)
+    object.__setattr__(self, "levels", levels)
     require(
       0 < self.pretrain < 1, f"pretrain is a fraction; it is {self.pretrain}"
     )

@@ -11,6 +11,7 @@ from folding.studies.gather import Row
 from folding.studies.study import DENSE, OURS
 
 METRICS = ("accuracy", "bits_per_byte")
+_NEAR = 0.02  # of dense's parameters, that a size may be off its level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,12 @@ class Group:
     return [float(value) for value in found if value is not None]
 
   def mean(self, name: str) -> float | None:
-    """Returns the mean of a figure, None where no row has it."""
+    """Returns the mean of a figure, None where a row lacks it.
+
+    What some seeds did not reach has no mean: that of the others is better.
+    """
     values = self.values(name)
-    return statistics.fmean(values) if values else None
+    return statistics.fmean(values) if len(values) == len(self.rows) else None
 
 
 class Results:
@@ -67,6 +71,14 @@ class Results:
     """Returns {method: group} of a data set at a level; None: of fixed size."""
     found = {m: self.group(dataset, m, level) for m in self.methods}
     return {method: group for method, group in found.items() if group}
+
+  def samples(self, dataset: str, level: float) -> dict[str, list[float]]:
+    """Returns {method: figures} of those that are as small as a level says."""
+    return {
+      method: group.values("quality")
+      for method, group in self.at(dataset, level).items()
+      if not is_off(group, level)
+    }
 
   def all_of(self, dataset: str) -> dict[tuple[str, float | None], Group]:
     """Returns {(method, level): group} of a data set."""
@@ -137,22 +149,29 @@ class Results:
     return here / there if here is not None and there else None
 
 
+def is_off(group: Group, level: float | None) -> bool:
+  """Returns whether runs have another size than a level says, or a fixed one.
+
+  As of a narrow dense model, whose width is found before the vocabulary is.
+  """
+  size = group.mean("compression")
+  return level is None or size is not None and abs(size - level) > _NEAR
+
+
 def quality_table(results: Results, dataset: str) -> str:
   """Returns test figures of a data set: a method a row, a level a column."""
   higher = results.is_higher_better(dataset)
   levels: list[float | None] = [*results.levels, None]
   winners = {}
   for level in results.levels:
-    groups = results.at(dataset, level)
-    samples = {m: g.values("quality") for m, g in groups.items()}
-    winners[level] = inference.best(samples, higher)
+    winners[level] = inference.best(results.samples(dataset, level), higher)
   rows = []
   for method in results.methods:
     cells = []
     for level in levels:
       group = results.group(dataset, method, level)
       text = _figure(group, higher) if group else ""
-      if group and level is None and method != DENSE:
+      if group and method != DENSE and is_off(group, level):
         text += f" ({words.percent(group.mean('compression'))})"
       is_best = level is not None and winners[level] == method
       cells.append(f"**{text}**" if is_best else text)

@@ -67,6 +67,7 @@ def test_groups_can_be_replaced():
     ),
     (np.zeros((8, 8), np.float32), (0, 0, 1)),
     (np.float32(3), (1, 4, 0)),
+    (np.zeros((0, 3), np.float32), (0, 0, 0)),
     (np.array([-0.0, 1.0] * 32, np.float32), (32, 128, 8)),
   ],
   ids=[
@@ -82,6 +83,7 @@ def test_groups_can_be_replaced():
     "bfloat16-scattered",
     "all-zero",
     "scalar",
+    "empty",
     "negative-zero",
   ],
 )
@@ -168,3 +170,9 @@ def test_shapes_of_the_dense_twin_are_enough():
   shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _dense()))
   expected = accounting.account(_small(), _dense())
   assert accounting.account(_small(), shapes) == expected
+
+
+def test_an_empty_array_has_no_zeros():
+  tree = {"w": np.zeros((0, 3), np.float32)}
+  (layer,) = accounting.account(tree, tree)["layers"]
+  assert (layer["stored"], layer["zeros"]) == (0, 0.0)

@@ -258,6 +258,32 @@ def test_a_step_that_overflows_and_is_skipped_says_nothing():
     np.testing.assert_array_equal(params["w"], [0, 0, 1, 1])
 
 
+@pytest.mark.parametrize("score", ["activation", "relative"])
+def test_statistics_of_a_step_that_overflows_and_is_skipped_say_nothing(score):
+  w = {"w": jnp.ones((4, 2)), "b": jnp.zeros(1)}
+  tx = fpp(
+    optax.apply_if_finite(optax.sgd(0.0), 9),
+    [Rule("w", 0.5)],
+    **{"begin": 10, "end": 10, "every": 1, "score": score},
+  )
+  ones = jax.tree.map(jnp.ones_like, w)
+  stats = {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}
+  huge = jnp.array([1e30, 1e30, 1.0, 1.0])
+  nan = {**ones, "b": jnp.full(1, jnp.nan)}
+  for bad, of_it in (
+    (nan, huge),
+    (ones, huge.at[3].set(jnp.inf)),
+  ):
+    params, state = w, tx.init(w)
+    for step in range(14):
+      g, s = (bad, {"w": of_it}) if step in (0, 3) else (ones, stats)
+      updates, state = tx.update(g, state, params, stats=s)
+      params = optax.apply_updates(params, updates)
+    assert state.observed == 12
+    np.testing.assert_allclose(state.averages["w"], stats["w"], rtol=1e-6)
+    np.testing.assert_array_equal(params["w"][:, 0] == 0, [1, 1, 0, 0])
+
+
 def test_a_line_search_inside_takes_its_own_arguments():
   def f(p):
     return jnp.sum((p["w"] - jnp.arange(1.0, 5.0)) ** 2)

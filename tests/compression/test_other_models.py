@@ -182,8 +182,10 @@ def test_a_neuron_does_not_leave_without_the_rows_that_read_it():
     "bias": np.zeros(3),
     "gate": np.zeros((2, 3)),
     "down": np.zeros((3, 2)),
+    "norm/scale": np.zeros(3),
   }
-  for tied in ({}, {"bias": 0}, {"bias": 0, "gate": 1}, {"gate": -1}):
+  tied_to = ({}, {"bias": 0}, {"bias": 0, "gate": 1}, {"gate": -1})
+  for tied in (*tied_to, {"norm/scale": 0}):
     rule = folding.Rule("up", 0.5, "neuron", tied)
     with pytest.raises(
       ValueError, match="ties no array that reads its neurons"

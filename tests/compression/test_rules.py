@@ -44,11 +44,20 @@ def test_an_impossible_rule_is_refused(options, message):
 
 @pytest.mark.parametrize(
   ("granularity", "target", "expected"),
-  [("2:4", 0.5, (2, 4)), ("1:3", 2 / 3, (1, 3)), ("weight", 0.3, None)],
-  ids=["2:4", "1:3", "weight"],
+  [
+    ("2:4", 0.5, (2, 4)),
+    ("1:3", 2 / 3, (1, 3)),
+    ("1:3", 0.666667, (1, 3)),  # as the message of a wrong one has it
+    ("weight", 0.3, None),
+  ],
+  ids=["2:4", "1:3", "rounded", "weight"],
 )
 def test_pattern_nm(granularity, target, expected):
-  assert Rule("w", target, granularity).pattern_nm == expected
+  rule = Rule("w", target, granularity)
+  assert rule.pattern_nm == expected
+  assert rule.target == pytest.approx(
+    2 / 3 if granularity == "1:3" else target, rel=1e-12
+  )
 
 
 def test_sites_come_in_the_order_of_rules_and_parameters():

@@ -65,8 +65,10 @@ def test_rows_are_dealt_out_by_class_and_alike_each_time(tmp_path):
     assert text_files.pairs(again, split) == dealt[split][::-1]
 
 
-def test_equal_texts_stay_in_one_split(tmp_path):
+@pytest.mark.parametrize("of_both", [0, 50])
+def test_equal_texts_stay_in_one_split(tmp_path, of_both):
   rows = [(i // 4 % 2, f"text {i // 4}") for i in range(400)]
+  rows += [(1 - i % 2, f"text {i}") for i in range(of_both)]  # and so twice
   texts = sources.load_texts(
     text_files.write(tmp_path, train__tsv=_tsv(rows)), "classify"
   ).texts

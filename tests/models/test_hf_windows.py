@@ -36,10 +36,16 @@ def test_windows_of_mistral(window):
   assert hf_config.describe(values).config.window == window
 
 
-@pytest.mark.parametrize(
-  ("kind", "window"), [("full_attention", None), ("sliding_attention", 7)]
-)
-def test_kinds_of_a_mistrals_layers(kind, window):
-  values = FAMILIES["mistral"] | {"sliding_window": 7}
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_mistral_has_its_window_whatever_its_layers_are_called(kind, window):
+  # transformers does not look at the kinds there.
+  values = FAMILIES["mistral"] | {"sliding_window": window}
   described = hf_config.describe(values | {"layer_types": [kind] * N})
   assert described.config.window == window
+
+
+def test_a_llama_has_no_window_whatever_it_says():
+  values = FAMILIES["llama"] | {"sliding_window": 4}
+  described = hf_config.describe(values | {"use_sliding_window": True})
+  assert described.config.window is None

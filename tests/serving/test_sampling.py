@@ -42,6 +42,14 @@ def test_top_k_and_top_p_keep_the_likeliest(top_k, top_p):
   ]
 
 
+def test_the_likeliest_stays_where_top_p_rounds_to_zero():
+  draw = sampling_lib.make_draw(Sampling(1.0, top_p=1e-50), V)
+  logits_BV = _logits(20)
+  found = sampling_lib.kept(jnp.asarray(logits_BV), draw.top_k, draw.top_p)
+  best_BV = np.arange(V) == logits_BV.argmax(axis=-1)[:, None]
+  np.testing.assert_array_equal(found, best_BV)
+
+
 def test_ties_with_the_last_one_stay_and_none_is_lost_to_rounding():
   tied = jnp.asarray([[1.0, 3.0, 1.0, 0.0]])
   found = sampling_lib.kept(tied, jnp.int32(2), jnp.float32(1))
@@ -108,10 +116,13 @@ def test_no_temperature_is_the_likeliest_token():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"temperature": -0.1}, "temperature must be 0 .* more; it is -0.1"),
+    ({"temperature": -0.1}, "temperature must be 0 .* 1e6; it is -0.1"),
     # Logits divided by it are beyond float32, whose likeliest is any.
-    ({"temperature": 1e-39}, "temperature must be 0 .* more; it is 1e-39"),
+    ({"temperature": 1e-39}, "temperature must be 0 .* 1e6; it is 1e-39"),
+    ({"temperature": 1e39}, "temperature must be 0 .* 1e6; it is 1e"),
     ({"temperature": float("nan")}, "temperature must be .* it is nan"),
+    ({"seed": 2**32}, "a seed is a number of 0 to .* it is 4294967296"),
+    ({"seed": -1}, "a seed is a number of 0 to .* it is -1"),
     ({"top_k": 0}, "top-k must be at least 1; it is 0"),
     ({"top_p": 0.0}, r"top-p must be in \(0, 1\]; it is 0.0"),
     ({"top_p": 1.5}, r"top-p must be in \(0, 1\]; it is 1.5"),

@@ -1,5 +1,9 @@
 """The grid of a study: which runs, by what names, and from which file."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
 from folding import config as c
@@ -101,6 +105,13 @@ def test_a_mistake_is_told(fields, message):
     _study(**fields)
 
 
+def test_levels_of_numpy_are_levels():
+  study = _study(levels=tuple(np.linspace(0.3, 0.7, 3)))
+  assert [type(level) for level in study.levels] == [float] * 3
+  trial = next(t for t in study.trials("DIR") if t.level == 0.5)
+  assert trial.config().fpp.overall == 0.5
+
+
 _FILE = """
 from folding import config as c
 from folding.studies.methods import pick
@@ -139,3 +150,28 @@ def test_a_file_that_gives_none_is_told(source, message, tmp_path):
     path.write_text(source)
   with pytest.raises(ConfigError, match=message):
     load_study(str(path))
+
+
+@pytest.mark.parametrize(
+  ("field", "message"),
+  [
+    ("levels=('0.7',)", "a level is a fraction to save; it is '0.7'"),
+    ("seeds=(0.5,)", "a seed is a whole number; it is 0.5"),
+  ],
+)
+def test_fields_of_the_wrong_kind_are_told(field, message, tmp_path):
+  path = tmp_path / "given.py"
+  text = _FILE.format(argument="name='plain'")
+  path.write_text(text.replace('pick("dense")', f'pick("dense"), {field}'))
+  command = ["folding.cli", "study", str(path), "--workdir=DIR", "--list"]
+  # Types are not checked there, as they are in tests.
+  found = subprocess.run(
+    [sys.executable, "-m", *command],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    check=False,
+  )
+  assert found.returncode == 2
+  (line,) = found.stderr.splitlines()
+  assert line.endswith(message)

@@ -115,6 +115,45 @@ def test_what_is_compared_with_dense_has_its_seeds(results):
   assert found.change(group) == pytest.approx(100 * (0.80 - 0.99))
 
 
+def test_what_one_seed_never_reached_has_no_mean(results):
+  dense = results.group("trec", "dense").first
+  ours = results.group("trec", "ours", 0.7).first
+  rows = [dataclasses.replace(dense, seed=s, halfway=100.0) for s in (0, 1)]
+  rows += [dataclasses.replace(ours, seed=0, halfway=50.0)]
+  found = tables.Results(
+    [*rows, dataclasses.replace(ours, seed=1, halfway=40.0)]
+  )
+  group = found.group("trec", "ours", 0.7)
+  assert found.ratio(group, "halfway") == pytest.approx(0.45)
+  rows.append(dataclasses.replace(ours, seed=1, halfway=None))
+  found = tables.Results(rows)
+  group = found.group("trec", "ours", 0.7)
+  assert found.ratio(group, "halfway") is None
+  cells = cells_of(tables.cost_table(found, "trec", 0.7))
+  column = cells[""].index("steps to halfway")
+  assert cells["ours"][column] == "–"
+  assert cells["dense"][column] == "100 (1.00x)"
+
+
+def test_what_missed_its_level_says_so_and_is_not_tested(results):
+  dense = results.group("trec", "dense").first
+  ours = results.group("trec", "ours", 0.7).first
+  rows = [of_quality(dense, 0.9 + s / 1000, s) for s in range(3)]
+  for method, quality, size in (
+    ("ours", 0.8, 0.7),
+    ("small", 0.85, 0.68),
+    ("large", 0.9, 0.6),
+  ):
+    rows += [
+      of_quality(ours, quality + s / 1000, s, method=method, compression=size)
+      for s in range(3)
+    ]
+  cells = cells_of(tables.quality_table(tables.Results(rows), "trec"))
+  assert cells["ours"][0] == "80.1 ± 0.2"
+  assert cells["small"][0] == "**85.1 ± 0.2**"
+  assert cells["large"][0] == "90.1 ± 0.2 (60.0%)"
+
+
 def test_equal_means_differ_by_rounding_alone(results):
   dense = results.group("trec", "dense").first
   ours = results.group("trec", "ours", 0.3).first
