@@ -104,6 +104,8 @@ def observe(
   Raises:
     ValueError: statistics came, and all of them are of other parameters.
   """
+  if not averages:
+    return {}, observed
   averages = dict(averages)
   forward = [n for n in averages if kinds[n] in FORWARD_SCORES]
   # What else a step has that an optimizer skips may be finite, and huge.
