@@ -172,7 +172,7 @@ def _window(values: dict[str, Any], family: str) -> int | None:
   if set(kinds) == {"full_attention"} and family != "mistral":
     return None
   schema.require(
-    len(set(kinds)) == 1,
+    set(kinds) in ({"sliding_attention"}, {"full_attention"}),
     "config.json: a sliding window for some layers only is not supported (see "
     "max_window_layers or layer_types)",
   )
