@@ -140,7 +140,7 @@ def test_generate_draws_anew_for_another_seed(folder, capsys):
     (["--max-new-tokens=0"], "new tokens must be at least 1"),
     (
       ["--temperature=-1"],
-      "temperature must be 0 (the likeliest token, always), or 1e-6",
+      "temperature must be 0 (the likeliest token, always), or from 1e-6",
     ),
     (["--top-p=0"], "top-p must be in (0, 1]"),
     (["--top-k=0"], "top-k must be at least 1"),
