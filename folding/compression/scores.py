@@ -127,9 +127,8 @@ def observe(
       if name in stats:
         new = observe_stat(averages[name], stats[name], weight)
         averages[name] = jnp.where(is_finite, new, averages[name])
-  by_gradient = [n for n in averages if kinds[n] in GRADIENT_SCORES]
-  if by_gradient:
-    for name in by_gradient:
+  for name in averages:
+    if kinds[name] in GRADIENT_SCORES:
       new = observe_gradient(
         kinds[name], averages[name], leaves[name], grads[name], decay
       )

@@ -135,8 +135,9 @@ def _llama_fields(values: dict[str, Any], family: str) -> dict[str, Any]:
       "supported; both or neither are",
     )
     fields["use_bias"] = bias
-  has_switch = family == "qwen2"  # others pass over it
-  if family == "mistral" or has_switch and values.get("use_sliding_window"):
+  if family == "mistral" or (
+    family == "qwen2" and values.get("use_sliding_window")
+  ):
     fields["window"] = _window(values, family)
   # transformers 5 writes one dict, earlier ones rope_theta and a dict or null;
   # what it takes where there are both.

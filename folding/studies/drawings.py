@@ -61,10 +61,7 @@ def quality(results: Results) -> matplotlib.figure.Figure:
         axes.plot([100 * v for v in x], y, **styles[method])
         seen += [(method, 100 * x, y) for x, y in points]
     _limit(axes, seen, results.is_higher_better(dataset))
-    if results.levels:
-      axes.set_xticks([100 * level for level in results.levels])
-    axes.set_xlabel("smaller than dense")
-    axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}%")
+    _size_axis(axes, results.levels)
 
   return _panels(results, draw, [m for m in results.methods if m != DENSE])
 
@@ -94,10 +91,8 @@ def means(results: Results) -> matplotlib.figure.Figure:
         for level in (*results.levels, None):
           groups = [
             group
-            for d in results.datasets
-            if results.group(d, DENSE)
-            and (group := results.group(d, method, level))
-            and group.first.metric == metric
+            for group in results.everywhere(method, level)
+            if group.first.metric == metric and group.first.level == level
           ]
           change = signed_change(results.mean_change(groups, metric), metric)
           sizes = [
@@ -130,14 +125,18 @@ def _draw_means(
   _limit(axes, [(DENSE, 0.0, 0.0), *seen], higher, "{:+.1f}")
   if not higher:
     axes.invert_yaxis()  # so that up is better in both
-  if levels:
-    axes.set_xticks([100 * level for level in levels])
-  axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}%")
-  axes.set_xlabel("smaller than dense")
+  _size_axis(axes, levels)
   what = "accuracy, points" if higher else "perplexity, %"
   axes.set_title(f"change of {what}")
   axes.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "dense")
   _name_ends(axes, {method: max(points) for method, points in lines.items()})
+
+
+def _size_axis(axes: Any, levels: list[float]) -> None:
+  if levels:
+    axes.set_xticks([100 * level for level in levels])
+  axes.set_xlabel("smaller than dense")
+  axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}%")
 
 
 def _name_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
