@@ -2,13 +2,14 @@ r"""Methods that start from a trained checkpoint.
 
 A dense model is tuned for 60% of the steps; each method starts from it and
 recovers with it as teacher for the rest. The dense reference is tuned for all
-of them. CHECKPOINT is as in configs/pretrained.py; data sets are the folders in
-FOLDER of the checkpoint's task, or those named.
+of them; dense-again goes on like the methods, and nothing is removed.
+CHECKPOINT is as in configs/pretrained.py; data sets are the folders in FOLDER of
+the checkpoint's task, or those named.
 
 Run:     folding study \
            configs/studies/pretrained.py:CHECKPOINT,FOLDER,trec,subj,mr,sst2 \
            --workdir=DIR
-Expect:  66 runs a data set, 3 of them the dense part; of MiniLM (22.7 million
+Expect:  69 runs a data set, 3 of them the dense part; of MiniLM (22.7 million
          parameters) one to two minutes each on two cores
 """
 
@@ -23,7 +24,10 @@ from folding.studies import methods
 from folding.studies.methods import Edits, Method
 from folding.studies.study import DENSE, OURS, Study
 
-_METHODS = ("dense", "ours", "fpp-all", "magnitude", "neuron", "sparsegpt")
+_METHODS = (
+  *("dense", "dense-again"),
+  *("ours", "fpp-all", "magnitude", "neuron", "sparsegpt"),
+)
 # As configs/pretrained.py recovers a model that knows its task.
 _RECOVERY: Edits = {
   "model.dropout": 0.0,
@@ -69,8 +73,9 @@ def _recovered(name: str, method: Method) -> Method:
   """Returns a method that starts from the tuned dense model."""
   about = method.about
   # The better of the two for ours and for SparseGPT, in validation on TREC at 70%:
-  # what is pruned at once has more to mend. The others are gradual, as ours is.
-  peak = 5e-4 if name == "sparsegpt" else 2e-4
+  # what is pruned at once has more to mend. The others are gradual, as ours is;
+  # what is not pruned goes on as `recovery` has it where little is.
+  peak = {"sparsegpt": 5e-4, "dense-again": 1e-4}.get(name, 2e-4)
   if name == OURS:
     about = (
       "folding and FPP: above 50% W_V diagonal, above 40% W_Q and W_K at the G of "
@@ -79,10 +84,9 @@ def _recovered(name: str, method: Method) -> Method:
     )
 
   def edits(base: Config, level: float | None) -> Edits:
-    assert level is not None
     own = method.edits
     own = own(base, level) if callable(own) else own
-    recovery = pretrained.recovery(level, base.task)
+    recovery = pretrained.recovery(level, base.task) if level else {}
     if name != OURS:
       recovery = {k: v for k, v in recovery.items() if k.startswith("train.")}
     return {"train.learning_rate": peak, **_RECOVERY, **own, **recovery}

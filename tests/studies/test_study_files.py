@@ -136,6 +136,7 @@ def test_a_checkpoint_is_tuned_and_then_every_method_recovers_from_it(
   assert dense.dense and part.dense
   assert dense.pretrained == part.pretrained == run
   assert (dense.distill.logits, dense.distill.hidden) == (0, 0)
+  assert [config.dense for config in rest] == [True, *5 * [False]]
   for config in rest:
     assert config.pretrained == trials[1].run
     assert config.data.tokenizer == f"{trials[1].run}/tokenizer.json"
@@ -155,6 +156,7 @@ def test_what_is_folded_of_a_checkpoint_depends_on_how_much_is_saved(data, run):
     rate = round(config.train.learning_rate, 5)
     folded = (bool(config.fold.groups), bool(config.fold.v_block))
     found[trial.method, trial.level] = (*folded, rate)
+  assert found["dense-again", None] == (False, False, 1e-4)
   assert found["ours", 0.3] == (False, False, 1e-4)
   assert found["ours", 0.5] == (True, False, 1e-4)
   assert found["ours", 0.8] == (True, True, 2e-4)
