@@ -3,11 +3,10 @@
 NAME is python_stdlib, trec, ag_news_subset, imdb_reviews,
 yelp_polarity_reviews, glue/sst2, glue/cola, sentiment140, clinc_oos, any other
 TFDS name with a text and a label, or the path of a .tsv, .csv or .jsonl file or
-of a folder with {train,valid,test} of these. TFDS prepares trec by TensorFlow;
-without it, give a folder.
+of a folder with {train,valid,test} of these. But for python_stdlib TFDS needs
+`pip install tensorflow` to prepare them.
 
-Run:     python train.py --config=configs/classify.py:ag_news_subset \
-           --workdir=RUN
+Run:     python train.py --config=configs/classify.py:FOLDER --workdir=RUN
 Less:    add --config.preset=moderate (30% smaller), --config.dense=True
 """
 

@@ -2,9 +2,10 @@
 
 NAME is python_stdlib, tiny_shakespeare, lm1b, wiki40b, any other TFDS name
 with a text field, or the path of a .txt file or of a folder with
-{train,valid,test}.txt.
+{train,valid,test}.txt. But for python_stdlib TFDS needs `pip install tensorflow`
+to prepare them (wiki40b apache-beam too).
 
-Run:     python train.py --config=configs/lm.py:tiny_shakespeare --workdir=RUN
+Run:     python train.py --config=configs/lm.py:my.txt --workdir=RUN
 Less:    add --config.preset=moderate (30% smaller), --config.dense=True
 """
 

@@ -74,8 +74,9 @@ def get_config(where: str = "") -> c.Config:
       length=min(described.max_length, 128 if is_lm else 64),
       batch_size=16,
     )
-  # A checkpoint that is no classifier yet learns the task; a model that has
-  # learnt it is its own teacher, which needs no dropout.
+  # An encoder learns the task, as nothing says that its head, if it has one, is
+  # of these classes; a run, which has learnt it, is its own teacher, without
+  # dropout.
   knows_task = is_run or task == "lm"
   model.dropout = 0.0 if knows_task else 0.1
   assert model.head_dim is not None

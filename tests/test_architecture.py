@@ -13,11 +13,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each file imports only files that stand before it: a new file is added here,
 # where its imports allow it to stand.
 ORDER = {
-  "": ["version", "schema", "files", "presets", "checks", "config", "paths"],
+  "": [
+    *("version", "schema", "files", "presets", "model_checks", "checks"),
+    *("config", "paths"),
+  ],
   "data": [
     *(
       "local_files",
       "python_stdlib",
+      "tfds_rows",
       "sources",
       "pieces",
       "special_tokens",
@@ -163,7 +167,7 @@ def test_the_configuration_needs_no_library(module):
 )
 def test_compression_serves_models_of_others(module):
   rooms = {name.split(".")[1] for name in _ours(module)}
-  assert rooms <= {"paths", "schema", "config", "compression"}
+  assert rooms <= {"paths", "schema", "checks", "config", "compression"}
   # Statistics come from Linen calls; all else works on any tree.
   assert ("flax" in _third_party(module)) == module.endswith(".observe")
 

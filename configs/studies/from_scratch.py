@@ -3,7 +3,7 @@
 With `:FOLDER`, the data sets are the folders in it that have train.tsv
 (classification) or train.txt (language modelling), or those named:
 `from_scratch.py:FOLDER,trec,subj`. Without, they are the three and eight TFDS
-names of lm.py and classify.py, which are downloaded (trec needs TensorFlow).
+names of lm.py and classify.py, which are downloaded and prepared by TensorFlow.
 
 Run:     folding study configs/studies/from_scratch.py:FOLDER --workdir=DIR
 Part:    add --shard=1/2 here and --shard=2/2 on another machine with the same

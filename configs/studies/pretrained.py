@@ -10,7 +10,7 @@ Run:     folding study \
            configs/studies/pretrained.py:CHECKPOINT,FOLDER,trec,subj,mr,sst2 \
            --workdir=DIR
 Expect:  69 runs a data set, 3 of them the dense part; of MiniLM (22.7 million
-         parameters) one to two minutes each on two cores
+         parameters) two to six minutes each on two cores
 """
 
 import dataclasses

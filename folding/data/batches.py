@@ -88,6 +88,10 @@ class Data:
       count_V += np.bincount(ids, minlength=size)
     return count_V
 
+  def full_share(self, length: int) -> float:
+    """Returns which share of the training texts has so many tokens, or more."""
+    return float(np.mean([ids.size >= length for ids in self._train_ids]))
+
   def train_batches(self, first_step: int) -> Iterator[Batch]:
     """Yields the batches from a step on, prepared ahead by a thread."""
     ahead = self._prefetch_batches

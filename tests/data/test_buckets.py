@@ -33,6 +33,12 @@ def test_classify_epochs_have_each_row_at_most_once(tmp_path):
   assert len(dropped) > 3  # not the same rows each epoch
 
 
+def test_how_many_rows_are_as_long_as_may_be_is_told(tmp_path):
+  rows, config = labelled_rows.write(tmp_path)
+  share = np.mean([len(text) >= 100 for _, text in rows])
+  assert batches.make_data(config).full_share(100) == share > 0.1
+
+
 def test_rare_long_rows_are_trained_on_as_others(tmp_path):
   lengths = [90 if i % 20 == 7 else 9 for i in range(79)]  # 4 long, B of 8
   rows, config = labelled_rows.write(tmp_path, lengths)
