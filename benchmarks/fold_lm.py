@@ -17,7 +17,6 @@ from benchmarks import output
 from configs import pretrained
 from folding import config as config_lib
 from folding.data.batches import make_data
-from folding.training.evaluate import make_eval_step
 from folding.training.run import Run
 from folding.training.start import folded_start
 
@@ -80,9 +79,7 @@ def measure(
   data = make_data(config)
   config, params, report = folded_start(config, data)
   run = Run(config, data)
-  figures = run.evaluate(
-    jax.device_put(params), "test", make_eval_step(run.model)
-  )
+  figures = run.evaluate(jax.device_put(params), "test")
   return {
     "groups": groups,
     "v_block": v_block,

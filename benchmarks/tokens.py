@@ -17,7 +17,6 @@ from benchmarks import output
 from folding.data.batches import make_data
 from folding.data.tokenizers import Tokenizer
 from folding.serving.vocabulary import read_as_unknown
-from folding.training.evaluate import make_eval_step
 from folding.training.loop import open_run
 from folding.training.run import Run
 from folding.training.trim import token_usage, without_least_used
@@ -76,7 +75,7 @@ def measure(workdir: str, fractions: list[float]) -> list[dict[str, Any]]:
 
   def accuracy(tokenizer: Tokenizer, params: Any) -> float:
     that = Run(run.config, make_data(run.config, tokenizer))
-    return that.evaluate(params, "test", make_eval_step(that.model))["accuracy"]
+    return that.evaluate(params, "test")["accuracy"]
 
   whole, rows = accuracy(plain, params), []
   for fraction in fractions:

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from folding import presets
+from folding.model_checks import by_layer, check_model
 from folding.schema import require, require_seed
 
 
@@ -32,7 +33,7 @@ def check(c: Any) -> None:
       f"{name} is a fraction to remove, in [0, 1); it is {value}",
     )
   if c.fpp.linear_layers is not None:
-    parts = _layers(c.model, c.fpp.linear_layers, "fpp.linear_layers")
+    parts = by_layer(c.model, c.fpp.linear_layers, "fpp.linear_layers")
     require(
       all(0 <= part < 1 for part in parts),
       f"fpp.linear_layers are fractions to remove, in [0, 1); they are {parts}",
@@ -123,7 +124,7 @@ def check(c: Any) -> None:
   )
   require(
     c.fpp.attention != "heads"
-    or not any(_layers(c.model, c.fold.v_block, "fold.v_block"))
+    or not any(by_layer(c.model, c.fold.v_block, "fold.v_block"))
     and c.model.num_kv_heads == c.model.num_heads,
     "fpp.attention='heads' needs heads with keys and values of their own; use "
     "fold.v_block=0 and model.num_kv_heads=None",
@@ -133,7 +134,7 @@ def check(c: Any) -> None:
     "compress.plan='auto' measures a trained model; give pretrained=PATH",
   )
   _check_parts(c)
-  _check_model(c)
+  check_model(c)
 
 
 def check_used(c: Any, asked: Any) -> None:
@@ -169,6 +170,12 @@ def check_used(c: Any, asked: Any) -> None:
     not c.fold.v_identity,
     "fold.v_identity is what removing a diagonal W_V leaves; use fold.v_block=1",
   )
+  m = c.model
+  require(
+    c.pretrained is None or m.heads is None and m.dense_mlp_width is None,
+    "model.heads and model.dense_mlp_width are what a shrink leaves, and no "
+    "checkpoint has that shape; leave them out with pretrained",
+  )
   require(
     c.compress.plan == "auto" or c.compress.qkv is None,
     "compress.qkv is for compress.plan='auto'; without it use fold.groups and "
@@ -184,6 +191,15 @@ def check_used(c: Any, asked: Any) -> None:
       c.fpp.tolerance is None and c.fpp.scope == "parameter",
       "fpp.tolerance and fpp.scope='rule' are for what is pruned while training; "
       "leave them out with compress.prune",
+    )
+
+
+def require_resolved(c: Any) -> None:
+  """Raises `ValueError` where `folding.config.resolve` has not filled in all."""
+  m, f = c.model, c.fold
+  if None in (m.head_dim, m.num_kv_heads, m.mlp_width, f.groups, f.v_block):
+    raise ValueError(
+      "the config is not resolved; use folding.config.resolve(config)"
     )
 
 
@@ -212,135 +228,6 @@ def _check_parts(c: Any) -> None:
     and int(found[1]) < int(found[2]),
     "distributed is 'none', 'auto' or 'HOST:PORT,PROCESS,COUNT', such as "
     f"'10.0.0.1:1234,0,2', PROCESS below COUNT; it is {c.distributed!r}",
-  )
-
-
-def _check_model(c: Any) -> None:
-  m, f = c.model, c.fold
-  require(
-    m.width % m.num_heads == 0 or m.head_dim != m.width // m.num_heads,
-    f"model.width {m.width} is not divisible by model.num_heads {m.num_heads}",
-  )
-  require(
-    m.num_heads % m.num_kv_heads == 0,
-    f"model.num_heads {m.num_heads} is not divisible by model.num_kv_heads "
-    f"{m.num_kv_heads}",
-  )
-  scaling = m.rope_scaling
-  require(
-    scaling is None
-    or (len(scaling) in (1, 4) and min(scaling) > 0)
-    and (len(scaling) == 1 or scaling[1] < scaling[2]),
-    "model.rope_scaling is (factor,) or (factor, low, high, length), all above "
-    f"0 and low < high; it is {scaling}",
-  )
-  require(
-    m.positions != "rope" or m.head_dim % 2 == 0,
-    f"rotary positions need an even head size; it is {m.head_dim}",
-  )
-  require(
-    c.task != "lm" or m.causal,
-    "task 'lm' predicts the next token and needs model.causal=True",
-  )
-  require(
-    c.task == "lm" or not m.causal or m.pooling != "first",
-    "model.pooling='first' with model.causal=True would see the first token "
-    "alone; use model.causal=False, or model.pooling='mean' or 'last'",
-  )
-  require(
-    c.task != "lm" or c.data.length > 1, "task 'lm' needs data.length above 1"
-  )
-  if m.heads is not None:
-    _check_heads(m)
-  widths = _layers(m, m.mlp_width, "model.mlp_width")
-  for width in widths:
-    require(width >= 1, f"model.mlp_width must be at least 1; it is {width}")
-  if m.dense_mlp_width is not None:
-    before = _layers(m, m.dense_mlp_width, "model.dense_mlp_width")
-    require(
-      all(now <= then for now, then in zip(widths, before, strict=True)),
-      f"model.dense_mlp_width {m.dense_mlp_width} is the width before neurons "
-      f"were removed; model.mlp_width {m.mlp_width} is above it",
-    )
-  all_groups = _layers(m, f.groups, "fold.groups")
-  for groups in all_groups:
-    _check_groups(m, f, groups)
-  is_rank_1 = 1 in all_groups and f.axis == "output"
-  require(
-    m.attention != "linear"
-    or c.dense
-    or (is_rank_1 and m.positions != "rope" and m.window is None),
-    "model.attention='linear' needs a layer with fold.groups=1 on the output "
-    "axis, and neither rotary positions nor model.window; use 'auto'",
-  )
-  for block in _layers(m, f.v_block, "fold.v_block"):
-    require(block >= 0, f"fold.v_block must be 0 or more; it is {block}")
-    require(
-      m.heads is None or block == 0 or m.head_dim % block == 0,
-      f"fold.v_block {block} joins heads of {m.head_dim}, so none can be left "
-      "out by model.heads; use a divisor, or 0 (dense)",
-    )
-    require(
-      block == 0 or m.width % block == 0,
-      f"fold.v_block {block} does not divide model.width {m.width}, so W_V "
-      "cannot be block-diagonal; use a divisor, 1 (diagonal) or 0 (dense)",
-    )
-    require(
-      block == 0 or m.num_heads * m.head_dim == m.width,
-      f"fold.v_block {block} needs heads that share out model.width {m.width}; "
-      f"there are {m.num_heads} of {m.head_dim}; use fold.v_block=0",
-    )
-
-
-def _layers(m: Any, value: Any, name: str) -> tuple[Any, ...]:
-  """Returns the value of each layer."""
-  values = value if isinstance(value, tuple) else (value,) * m.num_layers
-  require(
-    len(values) == m.num_layers,
-    f"{name} has {len(values)} values for {m.num_layers} layers; give one, or "
-    "one a layer",
-  )
-  return values
-
-
-def _check_heads(m: Any) -> None:
-  shared = m.num_heads // m.num_kv_heads
-  for heads in _layers(m, m.heads, "model.heads"):
-    require(
-      len(heads) > 0
-      and heads == tuple(sorted(set(heads)))
-      and all(0 <= h < m.num_heads for h in heads)
-      and all(
-        h in heads
-        for one in heads
-        for h in range(one // shared * shared, (one // shared + 1) * shared)
-      ),
-      f"model.heads lists the heads of a layer in order, out of {m.num_heads} "
-      f"and by whole groups of {shared} that share a key; it is {heads}",
-    )
-
-
-def _check_groups(m: Any, f: Any, groups: int) -> None:
-  require(groups >= 0, f"fold.groups must be 0 or more; it is {groups}")
-  if m.positions == "rope" and f.rope == "pairs" and groups:
-    require(
-      f.axis == "output" and groups % 2 == 0 and groups <= m.head_dim,
-      f"fold.rope='pairs' keeps an even number of channels a head, at most "
-      f"{m.head_dim}, on the output axis; fold.groups is {groups}",
-    )
-    return
-  axis_size = m.head_dim if f.axis == "output" else m.width
-  axis_name = "head size" if f.axis == "output" else "model.width"
-  require(
-    groups == 0 or axis_size % groups == 0,
-    f"fold.groups {groups} does not divide the {axis_name} {axis_size} "
-    f"(axis {f.axis!r})",
-  )
-  require(
-    not (f.axis == "input" and groups == 1 and m.norm == "layernorm"),
-    "fold.axis='input' with fold.groups=1 sums the channels of a LayerNorm, "
-    "which is 0 at the start, so attention would be uniform and never learn; "
-    "use model.norm='rmsnorm', more groups, or fold.axis='output'",
   )
 
 

@@ -43,6 +43,11 @@ def one_line(error: Exception) -> str:
   return " ".join(str(error).split())
 
 
+def first_line(error: Exception) -> str:
+  """Returns the first line of what an error says, or its kind."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def reason(error: Exception) -> str:
   """Returns an error in one line, without the note that JAX appends."""
   return f"{type(error).__name__}: {one_line(error)}".rstrip(": ")

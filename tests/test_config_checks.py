@@ -1,5 +1,7 @@
 """Configs that are refused, with messages whose advice is accepted."""
 
+import functools
+
 import pytest
 
 from folding import checks, schema
@@ -146,6 +148,13 @@ def test_values_that_do_not_fit_each_other_are_explained(fields, message):
   assert "\n" not in str(caught.value)
 
 
+# As `folding shrink` leaves a head less in the first of two layers.
+_SHRUNK = {
+  **{"model__num_layers": 2, "model__width": 64, "model__num_heads": 8},
+  "model__heads": (tuple(range(1, 8)), tuple(range(8))),
+}
+
+
 @pytest.mark.parametrize(
   "fields",
   [
@@ -156,12 +165,16 @@ def test_values_that_do_not_fit_each_other_are_explained(fields, message):
     {"fold__groups": 8, "model__num_kv_heads": 1},
     {"fpp__begin": 0.0, "fpp__end": 1.0, "fpp__patience": 0},
     {"model__width": 48, "model__num_heads": 16},
+    _SHRUNK | {"fold__v_block": (1, 16)},
+    _SHRUNK | {"fold__v_block": 16, "fold__first_dense": True},
   ],
   ids=lambda fields: ",".join(fields),
 )
 def test_what_the_messages_advise_is_accepted(fields):
-  config = make_config(**fields)
-  assert c.resolve(config).fold.groups is not None
+  config = c.resolve(make_config(**fields))
+  for name, value in fields.items():
+    found = functools.reduce(getattr, name.split("__"), config)
+    assert found == value
 
 
 @pytest.mark.parametrize(
@@ -224,8 +237,18 @@ def test_pruning_at_once_passes_nothing_over(fields, message):
       {"fold__v_identity": False, "fold__v_block": 1},
       "fold.v_identity is what removing .* use fold.v_block=1",
     ),
+    (
+      {"model__dense_mlp_width": 4096, "model__mlp_width": 8},
+      {"pretrained": None},
+      "are what a shrink leaves, .* leave them out with pretrained",
+    ),
+    (
+      {"model__heads": ((0, 2),) * 4, "fold__v_block": 0},
+      {"model__heads": None},
+      "are what a shrink leaves, .* leave them out with pretrained",
+    ),
   ],
-  ids=["noise", "identity"],
+  ids=["noise", "identity", "neurons", "heads"],
 )
 def test_what_a_run_would_pass_over_is_refused(fields, use, message):
   common = {"pretrained": "x"}

@@ -35,22 +35,12 @@ def group_of(name: str, groups: Mapping[str, str] = GROUPS) -> str:
   return "other"
 
 
-def stored_size(w: np.ndarray) -> tuple[int, int, int]:
-  """Returns (values kept, their bytes, bytes of the mask) of one array.
-
-  A slice that is kept may contain zeros; they are stored, but counted as
-  zeros among the values.
-  """
-  _, value_bytes, mask_bytes = storage(w)
-  return int(np.count_nonzero(w)), value_bytes, mask_bytes
-
-
 def storage(w: np.ndarray) -> tuple[str, int, int]:
   """Returns (way, bytes of values, bytes of the mask) of one array.
 
   The cheapest of four ways to keep it: "whole", as it is; "values", those that
   are not zero and a bit an element; or "first" or "last", whole slices of that
-  axis and a bit a slice. Exports store arrays so.
+  axis, with the zeros in them, and a bit a slice. Exports store arrays so.
   """
   is_kept = w != 0
   values = int(np.count_nonzero(is_kept))
@@ -105,7 +95,8 @@ def account(
       sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
   for name, leaf in paths.flatten(params).items():
     w = np.asarray(leaf)
-    values, value_bytes, mask_bytes = stored_size(w)
+    values = int(np.count_nonzero(w))
+    _, value_bytes, mask_bytes = storage(w)
     group = group_of(name, groups)
     for g in (group, "overall"):
       parameters[g]["stored"] += values

@@ -136,6 +136,7 @@ def fpp(
     leaves = paths.flatten(params)
     suspected, averages = {}, {}
     sites = make_sites(rules, params)
+    suspects_lib.check_sites(sites, rules, scope, removed or {})
     kinds = suspects_lib.kinds(sites, rules)
     for site in sites:
       *lead, units = site.shape

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from folding import paths
+from folding.checks import require_resolved
 from folding.compression import removable
 from folding.compression.fpp import FPPState
 from folding.compression.rules import Site, pack, unpack
@@ -243,8 +244,7 @@ def _config(
 
 def _check_fit(config: Config, leaves: Mapping[str, Any]) -> None:
   m = config.model
-  if None in (m.mlp_width, m.head_dim, m.num_kv_heads, config.fold.v_block):
-    raise ValueError("the config is not resolved; folding.config.resolve it")
+  require_resolved(config)
   expected: dict[str, Any] = {}
   for n in range(m.num_layers):
     layer, fold = at_layer(m, config.fold, n)

@@ -90,6 +90,38 @@ def batches(sites: Sequence[Site], scope: str) -> list[list[Site]]:
   return [[s for s in sites if s.rule == number] for number in numbers]
 
 
+def check_sites(
+  sites: Sequence[Site],
+  rules: Sequence[Rule],
+  scope: str,
+  removed: Mapping[str, int],
+) -> None:
+  """Checks what `suspects` will be asked for.
+
+  Raises:
+    ValueError: too many units share a threshold, or what is said to be removed
+      is no site.
+  """
+  for batch in batches(sites, scope):
+    size = sum(removed.get(s.name, 0) for s in batch) + _num_units(batch)
+    if size >= 2**31:
+      advice = "more rules" if len(batch) > 1 else "rows or neurons"
+      raise ValueError(
+        f"rule {rules[batch[0].rule].pattern!r} ranks {size:,} units together, "
+        f"which must be fewer than 2^31; use scope='parameter' or {advice}"
+      )
+  unknown = sorted(set(removed) - {site.name for site in sites})
+  if unknown:
+    raise ValueError(
+      f"removed has {unknown[0]!r}, which is no site of the rules; there are "
+      f"{', '.join(site.name for site in sites)}"
+    )
+
+
+def _num_units(batch: Sequence[Site]) -> int:
+  return sum(int(np.prod(s.shape)) for s in batch)
+
+
 def suspects(
   sites: Sequence[Site],
   rules: Sequence[Rule],
@@ -107,12 +139,7 @@ def suspects(
   for batch in batches(sites, scope):
     rule = rules[batch[0].rule]
     gone = sum((removed or {}).get(s.name, 0) for s in batch)
-    size = gone + sum(int(np.prod(s.shape)) for s in batch)
-    if size >= 2**31:
-      raise ValueError(
-        f"rule {rule.pattern!r} ranks {size:,} units together, which must be "
-        "fewer than 2^31; use scope='parameter' or more rules"
-      )
+    size = gone + _num_units(batch)
     # In float64 on the host: exact for any size, and never above the target.
     table = np.floor(ramp * rule.target * size + 1e-6).astype(np.int32)
     table = np.maximum(table - gone, 0)

@@ -174,18 +174,8 @@ def attend_checked(
   used, and if there is none all logits are computed, in O(L^2) time but O(L)
   memory. Under `jax.vmap` all alternatives are computed.
 
-  Args:
-    q_BLH: As in `attend_linear`, like the arguments not named here.
-    k_BLJ: As in `attend_linear`.
-    v_BLIK: As in `attend_linear`.
-    slopes_H: As in `attend_linear`.
-    keep_BL: As in `attend_linear`.
-    segments_BL: As in `attend_linear`.
-    head_dim: As in `attend_linear`.
-    causal: As in `attend_linear`.
-    tolerance: Largest error, over the range of the values.
-    num_nodes: What to try, in this order.
-    chunk: As in `attend_linear`.
+  Arguments are those of `attend_linear`; `tolerance` is the largest error, over
+  the range of the values, and `num_nodes` are tried in this order.
   """
   span = measure_span(q_BLH, k_BLJ, keep_BL, head_dim=head_dim)
   is_enough = jnp.stack(

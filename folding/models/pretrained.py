@@ -6,7 +6,6 @@ with an index. Pickles are never opened.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from folding import schema
+from folding import files, schema
 from folding.config import Task
 from folding.data import special_tokens
 from folding.data import tokenizers as tokenizers_lib
@@ -128,15 +127,14 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
     )
   # Offline, no such name, no permission: each is an exception of its own.
   except Exception as error:
-    reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
     raise schema.ConfigError(
       f"there is no folder {name}, and the Hugging Face hub did not send it "
-      f"({reason[0]})"
+      f"({schema.first_line(error)})"
     ) from error
-  for files in (("tokenizer.json",), (WEIGHTS, INDEX)):
+  for names in (("tokenizer.json",), (WEIGHTS, INDEX)):
     schema.require(
-      any((folder / file).is_file() for file in files),
-      f"{name} has no {' and no '.join(files)} on the hub; "
+      any((folder / each).is_file() for each in names),
+      f"{name} has no {' and no '.join(names)} on the hub; "
       f"{_conversion(folder, name)}",
     )
   return folder
@@ -162,12 +160,7 @@ def describe_pretrained(folder: pathlib.Path) -> hf_config.Description:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   schema.require(path.is_file(), f"there is no {path}")
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise schema.ConfigError(f"{path} is no JSON ({error})") from None
-  schema.require(isinstance(values, dict), f"{path} is no JSON object")
-  return values
+  return files.read_json(str(path), dict)
 
 
 def _refuse_pickle(path: pathlib.Path) -> None:

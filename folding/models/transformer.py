@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from folding.checks import require_resolved
 from folding.config import Config, FoldConfig, ModelConfig, at_layer
 from folding.models.attention import Attention
 from folding.models.cache import Step
@@ -272,11 +273,7 @@ def make_model(
   Raises:
     ValueError: the config is not resolved.
   """
-  c, f = config.model, config.fold
-  if None in (c.head_dim, c.num_kv_heads, c.mlp_width, f.groups, f.v_block):
-    raise ValueError(
-      "the config is not resolved; make the model of folding.config.resolve(config)"
-    )
+  require_resolved(config)
   return Transformer(
     config.model,
     config.fold,

@@ -84,12 +84,7 @@ def load(path: str | os.PathLike) -> Loaded:
     os.path.isfile(config_path),
     f"{path} is no run and no exported model: it has no {CONFIG}",
   )
-  try:
-    with open(config_path, encoding="utf-8") as file:
-      values = json.load(file)
-    require(isinstance(values, dict), "it is no object")
-  except ValueError as error:
-    raise ConfigError(f"{config_path} is no JSON ({error})") from None
+  values = files.read_json(config_path, dict)
   if values.get("format") == FORMAT:
     return _load_export(path, values)
   if "model_type" in values:
@@ -138,9 +133,8 @@ def export(
     "config": config_lib.to_dict(config),
   }
   # Last: it marks the folder as whole.
-  with open(os.path.join(path, CONFIG), "w", encoding="utf-8") as file:
-    json.dump(values, file, indent=2, ensure_ascii=False)
-    file.write("\n")
+  text = json.dumps(values, indent=2, ensure_ascii=False)
+  files.write_file(os.path.join(path, CONFIG), text + "\n")
   return sizes(Loaded(config, params, tokenizer, tuple(labels))) | {
     "files": sum(e.stat().st_size for e in os.scandir(path) if e.is_file())
   }

@@ -281,42 +281,6 @@ class Generator:
     return num_nodes
 
 
-def generate(
-  model: Transformer,
-  params: Any,
-  prompts: Sequence[np.ndarray],
-  *,
-  max_new_tokens: int,
-  sampling: Sampling = _SAMPLING,
-  end_id: int | Sequence[int] | None = None,
-  cache: Cache = "keys",
-) -> list[np.ndarray]:
-  """Returns the new tokens of each prompt; see `Generator`, which is compiled.
-
-  Args:
-    model: A next-token model.
-    params: Its parameters.
-    prompts: Token ids, at least one each.
-    max_new_tokens: Of each prompt, at most.
-    sampling: How they are chosen.
-    end_id: The token that ends a text, or several; None: none does.
-    cache: What is kept of the tokens so far.
-
-  Returns:
-    int32 ids of each prompt, `end_id` included.
-
-  Raises:
-    ConfigError: see `Generator`.
-  """
-  return Generator(model, cache)(
-    params,
-    prompts,
-    max_new_tokens=max_new_tokens,
-    sampling=sampling,
-    end_id=end_id,
-  )
-
-
 def _rounded(length: int) -> int:
   return -(-length // _ROUND) * _ROUND
 

@@ -20,7 +20,7 @@ from jax import export as jax_export
 
 from folding import files
 from folding.data.tokenizers import MappedTokenizer
-from folding.schema import ConfigError, require
+from folding.schema import ConfigError, first_line, require
 from folding.serving.export import TOKENIZER, Loaded
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -103,8 +103,9 @@ def export_onnx(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
     ) from None
   # The converter raises many kinds for what it does not know.
   except Exception as error:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise ConfigError(f"jax2onnx does not convert it ({reason})") from error
+    raise ConfigError(
+      f"jax2onnx does not convert it ({first_line(error)})"
+    ) from error
   finally:
     logging.disable(disabled)
   program = model.SerializeToString()
@@ -167,10 +168,7 @@ def _write(
     **about,
   }
   os.makedirs(path, exist_ok=True)
-  with open(os.path.join(path, name), "wb") as file:
-    file.write(program)
-  with open(os.path.join(path, TOKENIZER), "w", encoding="utf-8") as file:
-    file.write(loaded.tokenizer.to_json())
-  with open(os.path.join(path, META), "w", encoding="utf-8") as file:
-    json.dump(meta, file, indent=2, ensure_ascii=False)
-    file.write("\n")
+  written = {name: program, TOKENIZER: loaded.tokenizer.to_json()}
+  written[META] = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+  for file, content in written.items():
+    files.write_file(os.path.join(path, file), content)

@@ -1,7 +1,6 @@
 """How far a study is: what each run's files say, a table of it, and an ETA."""
 
 import collections
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -170,6 +169,5 @@ def _progress(trial: Trial) -> str:
   if not records:
     return "starting"
   path = os.path.join(trial.run, "config.json")
-  with open(path, encoding="utf-8") as file:
-    steps = json.load(file)["train"]["steps"]
+  steps = files.read_json(path, dict)["train"]["steps"]
   return f"step {records[-1]['step']:,} of {steps:,}"

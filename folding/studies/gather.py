@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from folding import schema
-from folding.reporting import runs
+from folding.reporting import grouping, runs
 from folding.studies.board import Board
 from folding.studies.study import DENSE, Study, Trial
 
@@ -160,12 +160,15 @@ def _figures(
   half = halfway(parts, twin) if twin else None
   if before and half is not None and half <= before.result.steps:
     half = None
-  figures = {
+  return {
     "status": "finished",
     "metric": "bits_per_byte" if run.config.task == "lm" else "accuracy",
+    "quality": grouping.quality(run),
+    "perplexity": grouping.perplexity(run),
+    "examples": getattr(run.test, "num_examples", None),
     **(_compression(run, reference, parts) if reference else {}),
-    "parameters": result.parameters.overall.stored,
-    "bytes": result.bytes.overall.stored + result.bytes.overall.masks,
+    "parameters": grouping.stored_parameters(run),
+    "bytes": grouping.stored_bytes(run),
     "seconds": sum(p.result.seconds for p in parts),
     "tokens_per_second": result.tokens_per_second,
     "halfway": half,
@@ -176,13 +179,6 @@ def _figures(
     "version": result.versions.get("folding"),
     **_energy(parts),
   }
-  if isinstance(run.test, runs.ClassifyTest):
-    figures["quality"] = run.test.accuracy
-    figures["examples"] = run.test.num_examples
-  elif run.test is not None:
-    figures["quality"] = run.test.bits_per_byte
-    figures["perplexity"] = run.test.perplexity
-  return figures
 
 
 def _compression(
@@ -193,7 +189,7 @@ def _compression(
   def saved(group: str) -> float | None:
     stored = getattr(run.result.parameters, group).stored
     dense = getattr(reference.result.parameters, group).dense
-    return 1 - stored / dense if dense else None
+    return runs.Count(dense, stored).compression
 
   dense = reference.result.parameters.overall.dense
   names = ("qkv", "linear", "embedding")

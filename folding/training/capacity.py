@@ -24,7 +24,7 @@ from folding.models.transformer import make_model, param_shapes
 from folding.schema import ConfigError, require
 from folding.training import losses, sharding
 from folding.training import optimizer as optimizer_lib
-from folding.training.step import init_state, train_step
+from folding.training.step import init_state, state_shapes, train_step
 
 GIB = 2**30
 # {name: (GiB a device, of how many in the name one device is made)}: the TPUs
@@ -91,9 +91,13 @@ def plan(
   Raises:
     ConfigError: the mesh cannot place the parameters.
   """
-  rows = vocab_size(config.data)  # read once, whatever the tokenizer
-  data = dataclasses.replace(config.data, vocab_size=rows)
-  config = dataclasses.replace(config, data=data)
+  # Read once, whatever the tokenizer.
+  data = dataclasses.replace(config.data, vocab_size=vocab_size(config.data))
+  model = config.model
+  # There "auto" is dense, whatever it is on this machine.
+  if devices.name != "cpu" and model.attention == "auto":
+    model = dataclasses.replace(model, attention="dense")
+  config = dataclasses.replace(config, data=data, model=model)
   sizes = sharding.require_sizes(config.mesh, devices.count)
   mesh = AbstractMesh(tuple(sizes), sharding.AXES)
   found: dict[str, Any] = {
@@ -115,11 +119,10 @@ def plan(
     if compiles:
       found[name]["xla"] = compiled_bytes(each, devices.count)
   shapes = _build(config)[-1].params
+  rows = config.data.batch_size // config.train.accumulate
   found["unsplit"] = [
     *sharding.unsplit(mesh, shapes, config.mesh.rules),
-    *sharding.undivided(
-      mesh, config.data.batch_size // config.train.accumulate
-    ),
+    *sharding.undivided(mesh, rows),
   ]
   return found
 
@@ -296,10 +299,8 @@ def _build(config: Config) -> tuple[Any, Any, list[Any], Any]:
   rules = optimizer_lib.make_rules(config, shapes(config), dense)
   tx = optimizer_lib.make_optimizer(config, rules)
   model = model_of(config)
-  state = jax.eval_shape(
-    functools.partial(init_state, model, tx, config.data.length, config.seed)
-  )
-  return model, tx, rules, state
+  init = functools.partial(init_state, model, tx, config.data.length)
+  return model, tx, rules, state_shapes(init)
 
 
 def _batch(config: Config, rows: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from folding.schema import TrainingError
+from folding.schema import TrainingError, first_line
 from folding.training import distributed
 
 # What is to be free beside the state itself when a checkpoint is written: for
@@ -199,7 +199,7 @@ class Checkpoints:
       try:
         state = jax.block_until_ready(self.restore(step, like))
       except Exception as error:  # Orbax and TensorStore raise many kinds.
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)[:200]
       if not distributed.any_process(state is None):
         for bad, why in damaged:
           _log.warning(

@@ -55,8 +55,7 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
     path = os.path.join(workdir, FILE)
     before = {"kwh": 0.0, "kg_co2e": 0.0}
     if os.path.exists(path):
-      with open(path, encoding="utf-8") as file:
-        before = json.load(file)
+      before = files.read_json(path, dict)
     used = {
       "kwh": before["kwh"] + data.energy_consumed,
       "kg_co2e": before["kg_co2e"] + kg,

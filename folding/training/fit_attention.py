@@ -6,7 +6,7 @@ the divergence of the weights begins.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,11 +63,10 @@ def fit_attention(
   seen, unseen = halves(x, kept)
 
   def measured(fitted):
-    sums = [
-      _divergence(block, dense_block, fitted, params, dense, *at)
-      for at in unseen
-    ]
-    return float(np.divide(*np.sum(np.asarray(sums, np.float64), axis=0)))
+    part = functools.partial(
+      _divergence, block, dense_block, fitted, params, dense
+    )
+    return float(np.divide(*total(part, *zip(*unseen, strict=True))))
 
   best = Fit(fitted, measured(fitted))
   state = _optimizer(max(steps, 1)).init(fitted)
@@ -99,6 +98,20 @@ def halves(*data: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
       if len(rows[0]):
         found[half].append(rows)
   return found
+
+
+def total(function: Callable[..., Any], *data: Sequence[Any]) -> Any:
+  """Returns the sum of what a function gives of each batch, in float64.
+
+  Args:
+    function: Of a batch; returns a tree of arrays.
+    data: As of `halves`.
+  """
+  sums = None
+  for batch in zip(*data, strict=True):
+    more = jax.tree.map(np.float64, function(*batch))
+    sums = more if sums is None else jax.tree.map(np.add, sums, more)
+  return sums
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:

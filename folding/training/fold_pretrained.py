@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
+from folding.checks import require_resolved
 from folding.compression import refold
 from folding.config import Config
 from folding.models.attention import rope_frequencies
 from folding.models.transformer import Block, Transformer
 from folding.schema import require
-from folding.training.fit_attention import fit_attention, halves
+from folding.training.fit_attention import fit_attention, halves, total
 
 Batch = Mapping[str, Any]
 Watch = Callable[[range], Iterable[int]]
@@ -78,10 +79,7 @@ def fold_pretrained(
   dense = config_lib.dense_twin(config)
   for n in watch(range(config.model.num_layers)):
     name, block = f"blocks_{n}", make_block(dense, n)
-    target = [
-      look(block, params[name], *at, names=STREAMS)
-      for at in zip(dense_x, kept, strict=True)
-    ]
+    target = look_all(block, params[name], dense_x, kept, STREAMS)
     out = [seen["out"] for seen in target]
     _, f = config_lib.at_layer(config.model, config.fold, n)
     if x is dense_x and not (f.groups or f.v_block or prune):
@@ -93,10 +91,8 @@ def fold_pretrained(
     )
     report.append({"layer": n, **figures})
     dense_x = out
-    x = [
-      look(make_block(config, n), folded[name], *at)["out"]
-      for at in zip(x, kept, strict=True)
-    ]
+    seen = look_all(make_block(config, n), folded[name], x, kept)
+    x = [one["out"] for one in seen]
   return folded, report
 
 
@@ -108,8 +104,10 @@ def require_pairs(config: Config) -> None:
 
   Raises:
     ConfigError: says so.
+    ValueError: the config is not resolved.
   """
   f = config.fold
+  require_resolved(config)
   has_groups = any(f.groups) if isinstance(f.groups, tuple) else bool(f.groups)
   is_turning = config.model.positions == "rope" and f.axis == "output"
   require(
@@ -186,18 +184,13 @@ def fold_layer(config: Config, n: int, old, x, target, kept, prune=None):
   # output than for the errors of those below.
   trusted, streams = not f.v_block, target
   if not trusted:
-    streams = [
-      look(dense, old, *at, names=STREAMS) for at in zip(x, kept, strict=True)
-    ]
+    streams = look_all(dense, old, x, kept, STREAMS)
   attn["o"], figures["attention_r2"] = refit(
     "o", attn["o"], x, [seen[middle] for seen in streams], trusted
   )
   if prune is not None:
     new = prune(n, new, x, kept)
-  seen = [
-    look(block, new, *at, names=("up", "norm_mlp"))
-    for at in zip(x, kept, strict=True)
-  ]
+  seen = look_all(block, new, x, kept, ("up", "norm_mlp"))
   down, figures["mlp_r2"] = refit(
     "down",
     new["mlp"]["down"],
@@ -248,16 +241,18 @@ def look(block: Block, params, x, keep, names=()) -> dict[str, Any]:
   return {**seen, "out": out}
 
 
+def look_all(block: Block, params, x, kept, names=()) -> list[dict[str, Any]]:
+  """Returns what `look` does, of each batch."""
+  return [
+    look(block, params, *at, names=names) for at in zip(x, kept, strict=True)
+  ]
+
+
 def _moments(block, params, x, kept):
   """Returns E[a a'] of what attention reads, and around each text's mean."""
-  totals: list[Any] = [0.0, 0.0]
-  for at in zip(x, kept, strict=True):
-    sums = _moment_sums(block, params, *at)
-    totals = [
-      t + np.asarray(s, np.float64) for t, s in zip(totals, sums, strict=True)
-    ]
+  sums = total(functools.partial(_moment_sums, block, params), x, kept)
   count = sum(int(keep.sum()) for keep in kept)
-  return [total / count for total in totals]
+  return [a / count for a in sums]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -286,17 +281,13 @@ def _refit(block, params, data, role, old, trusted):
     prior[:size] = kernel.reshape(-1, width)
     if "bias" in old:
       prior[size] = old["bias"]
-  sums: list[Any] = [0.0, 0.0]
-  for half, batches in enumerate(halves(*data)):
-    for rows in batches:
-      more = _fit_sums(block, params, role, prior, *rows)
-      more = np.array([np.asarray(s, np.float64) for s in more], object)
-      sums[half] = sums[half] + more
-  gram, cross, left, square, total, count = (
+  part = functools.partial(_fit_sums, block, params, role, prior)
+  sums = [total(part, *zip(*half, strict=True)) for half in halves(*data)]
+  gram, cross, left, square, target, count = (
     np.stack(pair) for pair in zip(*sums, strict=True)
   )
   square = square.sum()
-  variance = square - np.square(total.sum(0)).sum() / count.sum()
+  variance = square - np.square(target.sum(0)).sum() / count.sum()
   # What is constant has a variance of rounding alone.
   variance = max(variance, 1e-6 * square)
   fit = refold.regress(gram, cross, left, variance, prior)

@@ -19,7 +19,6 @@ from folding.schema import ConfigError, TrainingError, differences, require
 from folding.training import distributed, energy, restore, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
-from folding.training.evaluate import make_eval_step
 from folding.training.metrics import MetricsWriter
 from folding.training.progress import Clock, StepLog, stop_signal
 from folding.training.result import is_finished, read_result
@@ -166,7 +165,7 @@ def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
     if found is None:
       raise ConfigError(f"{workdir} has no checkpoint yet")
     step, state = found
-  figures = this.evaluate(state.params, split, make_eval_step(this.model))
+  figures = this.evaluate(state.params, split)
   return {"split": split, "checkpoint_step": step, **figures}
 
 
@@ -239,7 +238,6 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     for is_check in (False, True)
   }
   constants = run.constants()
-  eval_step = make_eval_step(run.model)
   healed_at = optimizer_lib.check_steps(config)[1] + 1 if run.rules else 0
 
   with (
@@ -251,6 +249,12 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     log = StepLog(config, run.num_parameters, writer, clock, counts)
     for line in run.unsplit:
       writer.say(f"mesh: {line}")
+    length = config.data.length
+    if config.task == "classify" and run.data.full_share(length) >= 0.01:
+      writer.say(
+        f"text: {run.data.full_share(length):.0%} of the training texts fill "
+        f"data.length={length} tokens, where longer ones are cut"
+      )
     if restored:
       writer.say(f"resumed at step {first_step} of {t.steps}")
     batches = run.data.train_batches(first_step)
@@ -263,9 +267,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
         log.flush()
         loss = None
         if due:
-          figures = run.evaluate(
-            state.params, "valid", eval_step, t.eval_batches
-          )
+          figures = run.evaluate(state.params, "valid", t.eval_batches)
           writer.write({"split": "valid", "step": step, **figures})
           writer.say(_valid_line(step, figures))
           _require_finite(figures, f"validation at step {step}")
@@ -288,7 +290,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     best = checkpoints.best_step()
     if best is not None and best != step:
       best, state = checkpoints.restore_best(run.like) or (step, state)
-    test = run.evaluate(state.params, "test", eval_step)
+    test = run.evaluate(state.params, "test")
     _require_finite(test, "the test")
     test["checkpoint_step"] = best
     run.write_result(

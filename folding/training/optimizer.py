@@ -170,8 +170,8 @@ def _fractions_for(
   while low < (kept := (low + high) / 2) < high:
     pruned = (1 - kept) * linear + (1 - kept**share) * embedding
     low, high = (kept, high) if pruned > needed else (low, kept)
-  # Rounding may make it all of them.
-  return 1 - high, min(1 - high**share, math.nextafter(1, 0))
+  most = math.nextafter(1, 0)  # rounding may make it all of them
+  return min(1 - high, most), min(1 - high**share, most)
 
 
 def check_steps(config: Config) -> tuple[int, int, int]:

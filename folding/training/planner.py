@@ -22,12 +22,14 @@ from folding import paths
 from folding.compression.accounting import group_of
 from folding.config import Config
 from folding.schema import require
+from folding.training.fit_attention import total
 from folding.training.fold_pretrained import (
   STREAMS,
   Watch,
   embed_batches,
   fold_layer,
   look,
+  look_all,
   make_block,
   require_pairs,
 )
@@ -173,7 +175,8 @@ def outer_fractions(config: Config) -> tuple[float, float]:
   f = config.fpp
   if f.overall is not None:
     assert f.embedding_share is not None
-    return f.overall, 1 - (1 - f.overall) ** f.embedding_share
+    embedding = 1 - (1 - f.overall) ** f.embedding_share
+    return f.overall, min(embedding, math.nextafter(1, 0))  # as is rounded
   return f.linear or 0.0, f.embedding or 0.0
 
 
@@ -222,18 +225,12 @@ def measure(
   for n in watch(range(config.model.num_layers)):
     old = params[f"blocks_{n}"]
     block = make_block(dense, n)
-    target = [
-      look(block, old, *at, names=STREAMS) for at in zip(x, kept, strict=True)
-    ]
+    target = look_all(block, old, x, kept, STREAMS)
     out = [seen["out"] for seen in target]
 
     def error(config, new, n=n, x=x, out=out):
-      sums = [
-        _error_sums(make_block(config, n), new, *at)
-        for at in zip(x, kept, out, strict=True)
-      ]
-      wrong, variance = np.sum(np.asarray(sums, np.float64), axis=0)
-      return float(wrong / variance)
+      part = functools.partial(_error_sums, make_block(config, n), new)
+      return float(np.divide(*total(part, x, kept, out)))
 
     for kind, settings in (
       ("qk", _groups(config, n)),
@@ -258,12 +255,12 @@ def measure(
       for name, w in paths.flatten(old).items()
       if group_of(name) == "linear"
     )
-    means = _input_means(block, old, x, kept)
+    squares = total(functools.partial(_square_sums, block, old), x, kept)
     options[n, "linear"] = [
       Option(
         fraction,
         (1 - fraction) * size,
-        error(dense, _pruned(old, means, fraction)) if fraction else 0.0,
+        error(dense, _pruned(old, squares, fraction)) if fraction else 0.0,
       )
       for fraction in _FRACTIONS
     ]
@@ -305,17 +302,9 @@ def _error_sums(block, params, x, keep, out):
   return jnp.sum(jnp.square(wrong)), jnp.sum(jnp.square(around))
 
 
-def _input_means(block, params, x, kept) -> dict[str, np.ndarray]:
-  """Returns the mean squares of what the linear layers read."""
-  totals: dict[str, Any] = {}
-  for at in zip(x, kept, strict=True):
-    for name, total in _square_sums(block, params, *at).items():
-      totals[name] = totals.get(name, 0.0) + np.asarray(total, np.float64)
-  return totals
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _square_sums(block, params, x, keep):
+  """Returns sums of squares of what the linear layers read, by their names."""
   seen = look(block, params, x, keep, ("o", "up", "down"))
   weight = keep.astype(jnp.float32)
   return {
@@ -329,17 +318,16 @@ def _square_sums(block, params, x, keep):
   }
 
 
-def _pruned(params, means, fraction: float):
+def _pruned(params, squares, fraction: float):
   """Returns the layer without its least |w| rms(a), in each linear layer."""
 
   def prune(name, w):
     role = name.rpartition("/")[0]
-    if role not in means or not name.endswith("kernel"):
+    if role not in squares or not name.endswith("kernel"):
       return w
     w = np.asarray(w)
-    rms = np.sqrt(means[role]).reshape(
-      *means[role].shape, *(1,) * (w.ndim - means[role].ndim)
-    )
+    rms = np.sqrt(squares[role])  # times a constant
+    rms = rms.reshape(*rms.shape, *(1,) * (w.ndim - rms.ndim))
     score = np.abs(w) * rms
     count = int(fraction * w.size)
     limit = np.partition(score.reshape(-1), count)[count]

@@ -17,11 +17,13 @@ from folding.compression import sparsegpt
 from folding.compression.rules import Site, make_sites
 from folding.compression.shrink import shrink
 from folding.config import Config
+from folding.training.fit_attention import total
 from folding.training.fold_pretrained import (
   Batch,
   Prune,
   embed_batches,
   look,
+  look_all,
   make_block,
 )
 from folding.training.optimizer import make_rules
@@ -80,10 +82,7 @@ def prune_trained(
       name, block = f"blocks_{n}", make_block(config, n)
       moments = _moments(block, pruned[name], x, kept)
       pruned[name] = _weights(name, pruned[name], moments, solve, weights)
-      x = [
-        look(block, pruned[name], *at)["out"]
-        for at in zip(x, kept, strict=True)
-      ]
+      x = [seen["out"] for seen in look_all(block, pruned[name], x, kept)]
   if method == "ticket":
     return paths.map_named(
       lambda name, w, first: first * (w != 0) if name in weights else first,
@@ -160,12 +159,9 @@ class _Moment(NamedTuple):
 
 def _moments(block, params, x, kept, names=_MODULES) -> dict[str, _Moment]:
   """Returns those of modules of a block, by name."""
-  sums = None
-  for at in zip(x, kept, strict=True):
-    more = jax.tree.map(np.float64, _sums(block, params, *at, names))
-    sums = more if sums is None else jax.tree.map(np.add, sums, more)
+  sums = total(lambda *at: _sums(block, params, *at, names), x, kept)
   count = sum(int(keep.sum()) for keep in kept)
-  return jax.tree.map(lambda total: total / count, sums)
+  return jax.tree.map(lambda a: a / count, sums)
 
 
 def _weights(block, params, moments, solve, fractions) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from folding import config as config_lib
 from folding import files
 from folding.data.tokenizers import Tokenizer, load_tokenizer
-from folding.schema import ConfigError, require
+from folding.schema import ConfigError, first_line, require
 from folding.training.checkpoint import saved_loss, saved_steps
 
 LABELS = "labels.json"  # class names in id order, beside the tokenizer
@@ -49,7 +49,7 @@ def load_run(workdir: str) -> tuple[config_lib.Config, Any, Tokenizer]:
     try:
       return config, _read_params(os.path.join(folder, str(step))), tokenizer
     except Exception as error:  # Orbax and TensorStore raise many kinds.
-      reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+      reason = first_line(error)[:200]
       _log.warning("checkpoint %d of %s is damaged (%s)", step, workdir, reason)
   raise ConfigError(f"none of the checkpoints in {folder} can be read")
 

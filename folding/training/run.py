@@ -15,12 +15,11 @@ from folding.compression.fpp import fpp_counts
 from folding.config import Config
 from folding.data.batches import Data
 from folding.models.transformer import make_model, param_shapes
-from folding.schema import ConfigError
 from folding.training import distributed, sharding
 from folding.training import optimizer as optimizer_lib
-from folding.training.evaluate import evaluate
+from folding.training.evaluate import evaluate, make_eval_step
 from folding.training.result import write_result
-from folding.training.step import TrainState, init_state
+from folding.training.step import TrainState, init_state, state_shapes
 from folding.training.trim import token_usage
 
 
@@ -58,16 +57,14 @@ class Run:
       self.rules, unshrunk, param_shapes(self.model)
     )
     self.tx = optimizer_lib.make_optimizer(config, self.rules, removed)
+    self._eval_step = make_eval_step(self.model)
     self._init = functools.partial(
       init_state, self.model, self.tx, config.data.length
     )
     self._seed = np.uint32(config.seed % 2**32)
     self._start = start  # parameters; None: drawn by the seed
     self.teacher: tuple[Any, Any] | None = None
-    try:
-      state = jax.eval_shape(self._init, self._seed)
-    except ValueError as error:  # a rule does not fit the parameters
-      raise ConfigError(str(error)) from error
+    state = state_shapes(self._init)
     rules = config.mesh.rules
     rows = config.data.batch_size // config.train.accumulate
     self.unsplit = [
@@ -132,9 +129,7 @@ class Run:
       found["teacher"] = jax.device_put(params, places)
     return found
 
-  def evaluate(
-    self, params: Any, split: str, eval_step: Any, limit: int | None = None
-  ) -> dict:
+  def evaluate(self, params: Any, split: str, limit: int | None = None) -> dict:
     """Returns the figures of a split ("valid" or "test").
 
     With a limit, those of its first batches, whose bytes are taken to be the
@@ -149,7 +144,9 @@ class Run:
     num_bytes = None
     if self.config.task == "lm":
       num_bytes = share * data.num_bytes[split]
-    return evaluate(eval_step, params, batches, self.mesh, num_bytes=num_bytes)
+    return evaluate(
+      self._eval_step, params, batches, self.mesh, num_bytes=num_bytes
+    )
 
   def write_result(
     self,

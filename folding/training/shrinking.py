@@ -17,7 +17,6 @@ from folding.data.tokenizers import MappedTokenizer
 from folding.schema import ConfigError, require
 from folding.training import energy, restore
 from folding.training import optimizer as optimizer_lib
-from folding.training.evaluate import make_eval_step
 from folding.training.loop import open_run
 from folding.training.result import read_result
 from folding.training.run import Run
@@ -140,8 +139,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
     state, test = states[step], None
     if is_over:
       state = states[step if best is None else best]
-      eval_step = make_eval_step(that.model)
-      test = that.evaluate(state.params, "test", eval_step)
+      test = that.evaluate(state.params, "test")
       test["checkpoint_step"] = best
     seconds, speed = before["seconds"], before["tokens_per_second"]
     that.write_result(part, state, seconds, speed, step, test)

@@ -18,7 +18,7 @@ import rich.console
 import rich.progress
 
 from folding import config as config_lib
-from folding import paths
+from folding import files, paths
 from folding.config import Config
 from folding.data.batches import Data
 from folding.data.tokenizers import MappedTokenizer, load_tokenizer
@@ -272,8 +272,8 @@ def write_fold(
     report: From `fold_pretrained`.
     config: Resolved; says what will be pruned of each layer.
   """
-  with open(os.path.join(workdir, "fold.json"), "w", encoding="utf-8") as file:
-    json.dump(report, file, indent=1)
+  path = os.path.join(workdir, "fold.json")
+  files.write_file(path, json.dumps(report, indent=1))
   print(fold_table(report, config.fpp.linear_layers), flush=True)
 
 

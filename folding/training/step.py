@@ -15,6 +15,7 @@ from folding.compression.observe import observe
 from folding.compression.rules import Rule
 from folding.config import DistillConfig
 from folding.models.transformer import Block
+from folding.schema import ConfigError
 from folding.training import losses, sharding
 
 
@@ -42,6 +43,18 @@ def init_state(
   tokens = jnp.zeros((1, length), jnp.int32)
   params = model.init(jax.random.key(seed), tokens)["params"]
   return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+
+
+def state_shapes(init: Callable[..., TrainState]) -> TrainState:
+  """Returns the shapes of what `init_state` gives of a seed.
+
+  Raises:
+    ConfigError: a rule does not fit the parameters.
+  """
+  try:
+    return jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
 
 
 def train_step(

@@ -3,9 +3,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from folding.compression import rules, scores, select, suspects
+from folding.compression.fpp import fpp
 from folding.compression.rules import Rule
 from tests import transforms_battery as battery
 
@@ -31,6 +33,32 @@ def _averages(score, leaves, seed=1):
       x = np.abs(x) if score != "movement" else x
       found[name] = jnp.asarray(x, jnp.float32)
   return found
+
+
+def _init(scope="parameter", removed=None, pattern="[uw].*"):
+  tx = fpp(
+    optax.sgd(0.1),
+    [Rule(pattern, 0.5)],
+    begin=0,
+    end=4,
+    every=2,
+    scope=scope,
+    removed=removed,
+  )
+  size = jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32)
+  return jax.eval_shape(tx.init, {"up": size, "w": size})
+
+
+def test_more_units_than_can_be_ranked_are_told_of_before_training():
+  _init()
+  with pytest.raises(ValueError, match="2,147,483,648 units .*; use scope='pa"):
+    _init(scope="rule")
+
+
+def test_what_was_removed_of_no_site_is_told_of():
+  _init(removed={"up": 8}, pattern="up")
+  with pytest.raises(ValueError, match="'w', which is no site .* there are up"):
+    _init(removed={"w": 8}, pattern="up")
 
 
 @pytest.mark.parametrize("score", scores.SCORES)

@@ -205,8 +205,11 @@ def _index(weight_map):
 
 BROKEN = {
   "no_config": (_unlinked("config.json"), "there is no .*config.json"),
-  "no_json": (_written("config.json", "{"), "config.json is no JSON"),
-  "list": (_written("config.json", "[]"), "config.json is no JSON object"),
+  "no_json": (_written("config.json", "{"), "config.json is damaged"),
+  "list": (
+    _written("config.json", "[]"),
+    "config.json is damaged: it is no dict",
+  ),
   "model": (
     _written("config.json", '{"model_type": "t5"}'),
     "llama: config.json: model_type 't5' is not supported; supported are bert",

@@ -6,7 +6,6 @@ import pytest
 from folding import config as c
 from folding.models.transformer import Transformer
 from folding.schema import ConfigError
-from folding.serving import generate as generate_lib
 from folding.serving import sampling as sampling_lib
 from folding.serving.generate import Generator
 from folding.serving.sampling import Sampling
@@ -207,11 +206,9 @@ def test_other_numbers_need_no_other_program(one):
   assert run(PROMPTS, 12, Sampling(1.0)) > first
 
 
-def test_relative_positions_go_on_past_the_length_of_training(one):
+def test_relative_positions_go_on_past_the_length_of_training(one, generator):
   prompt = np.ones(46, np.int32)
-  (found,) = generate_lib.generate(
-    one.model, one.params, [prompt], max_new_tokens=NEW
-  )
+  (found,) = generator(one.params, [prompt], max_new_tokens=NEW)
   assert found.size == NEW
 
 

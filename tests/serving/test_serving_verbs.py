@@ -5,6 +5,7 @@ import json
 import re
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -74,6 +75,9 @@ def test_options_of_export(run, tmp_path, capsys, options, message):
   assert out.endswith(f"The exported model is in {output}\n")
   if "stablehlo" not in options[0]:
     found = folding.load(output)
+    is_half = "--dtype=bfloat16" in options
+    dtypes = {x.dtype.name for x in jax.tree.leaves(found.params)}
+    assert dtypes == {"bfloat16" if is_half else "float32"}
     is_whole = "--keep-shapes" in options
     rows = folding.load(run).params["embed"]["embedding"].shape[0]
     assert (found.params["embed"]["embedding"].shape[0] == rows) == is_whole

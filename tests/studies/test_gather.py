@@ -255,5 +255,5 @@ def test_rows_come_back_from_csv(place, tmp_path):
 def test_a_damaged_csv_is_told(text, tmp_path):
   path = tmp_path / "study.csv"
   path.write_text(text)
-  with pytest.raises(ConfigError):
+  with pytest.raises(ConfigError, match="is damaged"):
     gather.read_csv(str(path))

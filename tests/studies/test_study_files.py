@@ -10,6 +10,7 @@ from configs.studies import (
   from_scratch,
   pretrained,
   short,
+  smoke,
 )
 from folding import cli
 from folding import config as c
@@ -92,7 +93,9 @@ def test_data_that_there_is_not_is_told(where, message, data):
     from_scratch.get_study(where.format(data=data))
 
 
-@pytest.mark.parametrize("study_file", [all_methods, from_scratch, short])
+@pytest.mark.parametrize(
+  "study_file", [all_methods, from_scratch, short, smoke]
+)
 def test_every_run_of_a_study_resolves(study_file, data):
   for trial in study_file.get_study(data).trials("DIR"):
     c.resolve(trial.config())

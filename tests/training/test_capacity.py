@@ -1,11 +1,11 @@
 """What `folding plan` says, against what is really allocated."""
 
+import dataclasses
 import json
 import math
 import operator
 
 import jax
-import numpy as np
 import pytest
 
 from folding import cli, files, schema
@@ -124,6 +124,32 @@ def test_activations_of_a_model_in_closed_form():
   config.train.accumulate, config.model.remat = 1, True
   remat = capacity.plan(config, capacity.Devices("x", 1, 1.0))["dense"]
   assert remat["bytes"]["activations"] < 0.2 * hidden
+
+
+def test_a_rule_that_cannot_be_ranked_is_told(capsys):
+  words = ["--config=configs/shapes/llama3.py:8b", "--devices=v5p-64"]
+  status = cli.main(["plan", *words, "--set=fpp.scope=rule"])
+  out, err = capsys.readouterr()
+  assert (status, out) == (2, "")
+  assert "units together, which must be fewer than 2^31; use scope=" in err
+
+
+def test_attention_is_counted_as_the_device_computes_it():
+  # On CPUs alone "auto" is linear, whatever this machine is.
+  model = c.ModelConfig(num_layers=1, width=16, num_heads=2)
+  data = c.DataConfig(length=1024, batch_size=2)
+  fold = c.FoldConfig(groups=1)
+
+  def activations(name, attention):
+    shape = dataclasses.replace(model, attention=attention)
+    config = c.resolve(c.Config(data=data, model=shape, fold=fold))
+    found = capacity.plan(config, capacity.Devices(name, 1, 1.0))
+    return found["compressed"]["bytes"]["activations"]
+
+  linear, dense = activations("x", "linear"), activations("x", "dense")
+  assert dense > 2 * linear
+  assert activations("x", "auto") == dense
+  assert activations("cpu", "auto") == linear
 
 
 @pytest.mark.parametrize(
@@ -255,7 +281,6 @@ def test_xla_holds_the_state_and_grows_by_layers(config_file):
   # The counters of steps, and room to align arrays.
   assert held + batch <= found["xla"]["state"] <= 1.1 * (held + batch)
   assert found["xla"]["scratch"] > 0
-  assert np.isfinite(found["xla"]["scratch"])
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ def test_a_save_cut_off_is_no_checkpoint(tmp_path):
 
 
 def test_a_save_that_fails_half_way_leaves_those_before(tmp_path):
-  resource = pytest.importorskip("resource")
+  resource = pytest.importorskip("resource", reason="POSIX alone")
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   checkpoints = Checkpoints(str(tmp_path))
   for step in (1, 2):

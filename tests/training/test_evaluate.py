@@ -1,3 +1,4 @@
+import json
 import math
 
 import jax
@@ -5,11 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from folding import cli
 from folding import config as c
 from folding.config import MeshConfig
-from folding.training import sharding
+from folding.training import loop, sharding
 from folding.training.evaluate import evaluate, make_eval_step
+from folding.training.metrics import read_metrics
 from tests.training import tiny
+from tests.training.conftest import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +123,22 @@ def test_a_hopeless_loss_has_a_finite_perplexity(mesh):
   figures = evaluate(eval_step, 1e4, [tiny.batch(0)], mesh, num_bytes=1.0)
   assert figures["loss"] == 1e4
   assert math.isfinite(figures["perplexity"])
+
+
+def test_evaluate_prints_what_training_wrote_of_a_split(
+  text_file, tmp_path, capsys
+):
+  workdir = tmp_path / "run"
+  result = loop.run(tiny_config(text_file), str(workdir))
+  capsys.readouterr()
+  assert cli.main(["evaluate", str(workdir), "--split=valid"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  best = result["test"]["checkpoint_step"]
+  assert (found["split"], found["checkpoint_step"]) == ("valid", best)
+  (written,) = (
+    r
+    for r in read_metrics(str(workdir / "metrics.jsonl"))
+    if (r["split"], r["step"]) == ("valid", best)
+  )
+  for name in ("loss", "bits_per_byte", "num_tokens"):
+    assert found[name] == written[name], name

@@ -316,6 +316,12 @@ def test_too_little_text_is_refused(rows, tokens, message):
   assert "\n" not in str(caught.value)
 
 
+def test_a_config_that_is_not_resolved_is_refused():
+  config = c.Config(data=c.DataConfig(length=L), model=MODELS["alibi"])
+  with pytest.raises(ValueError, match=r"use folding\.config\.resolve"):
+    lib.fold_pretrained(config, _dense("alibi"), _batches(2))
+
+
 def test_rotary_heads_are_folded_by_pairs():
   config = _config("llama", groups=2, rope="copy")
   with pytest.raises(schema.ConfigError, match="use fold.rope='pairs'"):

@@ -118,7 +118,7 @@ def test_a_limit_evaluates_the_start_and_its_share_of_bytes(finished):
   with checkpoints:
     _, state = checkpoints.restore_latest(this.like)
   eval_step = evaluate.make_eval_step(this.model)
-  part = this.evaluate(state.params, "valid", eval_step, 1)
+  part = this.evaluate(state.params, "valid", 1)
   assert part["num_tokens"] == 8 * 16  # of one batch
   batch = next(this.data.eval_batches("valid"))
   nats = float(eval_step(state.params, batch)["nats"])
@@ -329,7 +329,7 @@ def test_full_disk_stops_and_keeps_checkpoints(text_file, tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_classification_learns_and_reports_accuracy(tmp_path):
+def test_classification_learns_and_reports_accuracy(tmp_path, capsys):
   rows = [
     f"{i % 2}\t{'good fine nice' if i % 2 else 'bad poor sad'} film {i}"
     for i in range(400)
@@ -341,5 +341,9 @@ def test_classification_learns_and_reports_accuracy(tmp_path):
   config.data.path = str(file)
   config.model.causal = False
   result = loop.run(config, str(tmp_path / "run"))
+  assert "100% of the training texts fill data" in capsys.readouterr().out
   assert result["test"]["num_examples"] == 40
   assert result["test"]["accuracy"] > 0.9
+  config.data.length, config.train.steps = 64, 1  # which is more than any has
+  loop.run(config, str(tmp_path / "long"))
+  assert "training texts" not in capsys.readouterr().out

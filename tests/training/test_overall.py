@@ -8,6 +8,7 @@ import pytest
 
 from folding import config as c
 from folding.compression.rules import make_sites
+from folding.training.planner import outer_fractions
 from tests.training import tiny
 
 
@@ -61,6 +62,20 @@ def test_a_share_may_be_so_large_that_no_embedding_is_kept():
   fpp = c.FPPConfig(overall=0.6, embedding_share=1e9)
   found = tiny.rules_of(tiny.config(fpp=fpp))
   assert 0.999999 < found["embed/embedding"][0] < 1
+
+
+def test_a_share_may_be_so_small_that_no_linear_layer_is_kept():
+  fpp = c.FPPConfig(overall=0.95, embedding_share=0.01)
+  found = tiny.rules_of(tiny.config(fpp=fpp))
+  assert 0.999999 < found["blocks_0/mlp/up/kernel"][0] < 1
+  assert found["embed/embedding"][0] < 0.99
+
+
+def test_a_plan_leaves_some_of_the_embedding():
+  config = c.Config(fpp=c.FPPConfig(overall=0.6, embedding_share=50.0))
+  linear, embedding = outer_fractions(c.resolve(config))
+  assert linear == 0.6
+  assert 0.999999 < embedding < 1
 
 
 @pytest.mark.parametrize(("task", "share"), [("lm", 0.2), ("classify", 1.0)])
