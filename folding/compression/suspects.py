@@ -105,10 +105,11 @@ def check_sites(
   for batch in batches(sites, scope):
     size = sum(removed.get(s.name, 0) for s in batch) + _num_units(batch)
     if size >= 2**31:
-      advice = "more rules" if len(batch) > 1 else "rows or neurons"
+      by_rule = "scope='parameter' or more rules"
       raise ValueError(
         f"rule {rules[batch[0].rule].pattern!r} ranks {size:,} units together, "
-        f"which must be fewer than 2^31; use scope='parameter' or {advice}"
+        "which must be fewer than 2^31; use "
+        f"{by_rule if scope == 'rule' else 'rows or neurons'}"
       )
   unknown = sorted(set(removed) - {site.name for site in sites})
   if unknown:

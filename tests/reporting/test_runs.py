@@ -190,3 +190,16 @@ def test_write_file_leaves_the_old_file_where_it_fails(tmp_path, monkeypatch):
     files.write_file(str(path), "new")
   assert path.read_text() == "old"
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_becomes_what_it_is_to_be_or_nothing(tmp_path):
+  with pytest.raises(OSError, match="full"):
+    with files.becoming(str(tmp_path / "new")) as part:
+      pathlib.Path(part, "a").write_text("a")
+      raise OSError("the disk is full")
+  assert list(tmp_path.iterdir()) == []
+  with files.becoming(str(tmp_path / "new")) as part:
+    pathlib.Path(part, "a").write_text("a")
+  assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("a")] == [
+    "new/a"
+  ]

@@ -1,15 +1,18 @@
 """Rows of a study, from run directories that were written by hand."""
 
 import dataclasses
+import io
 import json
 import math
 import os
 import shutil
+import statistics
 
 import pytest
+import rich.console
 
 from folding import config as c
-from folding.reporting import runs
+from folding.reporting import runs, words
 from folding.schema import ConfigError
 from folding.studies import board, gather, runner
 from folding.studies.methods import pick
@@ -107,6 +110,28 @@ def test_how_far_runs_are_is_a_line_each(place, tmp_path):
   assert lines.count("failed    text--random--70--s0  the disk is full") == 1
   assert lines[-1].startswith("8 of 12 runs are over, 1 failed; about ")
   assert len(lines) == 13
+
+
+def test_a_terminal_shows_counts_what_runs_and_when_it_will_be_over(place):
+  study, folder = place
+  found = board.Board(study.trials(folder))
+  running = {"text--dense--s1", "text--ours--70--s1"}
+  assert found.counts(running) == {
+    "text": {"finished": 7, "running": 2, "failed": 1, "waiting": 2}
+  }
+  terminal = rich.console.Console(
+    file=io.StringIO(), force_terminal=True, width=100
+  )
+  with board.Show(found, terminal) as show:
+    show.update(running)
+    show.say("a line above")
+  shown = terminal.file.getvalue()
+  for name in running:
+    assert f"{name}  starting" in shown
+  assert "a line above" in shown
+  # Four runs are left, two at a time; seconds are 10 a letter of the name.
+  mean = statistics.fmean(10 * len(name) for name in found.seconds)
+  assert f"about {words.duration(2 * mean)} to go" in shown
 
 
 def test_a_failure_that_was_tried_again_elsewhere_is_none(place, tmp_path):

@@ -125,6 +125,16 @@ def test_a_batch_that_each_device_has_whole_is_told_of(rows, is_told):
   assert bool(sharding.undivided(mesh, rows)) == is_told
 
 
+@pytest.mark.parametrize(("rows", "rows_here"), [(16, 2), (12, 12)])
+def test_rows_that_are_pinned_lie_as_a_batch_does(rows, rows_here):
+  mesh = sharding.make_mesh(MeshConfig(2, 4))
+  by_channel = jax.NamedSharding(mesh, P(None, None, "fsdp"))
+  x = jax.device_put(jnp.ones((rows, 3, 8)), by_channel)
+  pinned = jax.jit(lambda x: sharding.pin_rows(mesh, x))(x)
+  assert {s.data.shape[0] for s in pinned.addressable_shards} == {rows_here}
+  assert sharding.pin_rows(None, x) is x
+
+
 def test_rules_come_before_the_default_and_the_first_wins():
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   tree = {n: shape(64, 128) for n in ("a/w", "b/w", "c/w", "d")}
