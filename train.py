@@ -46,7 +46,8 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, str]:
       joined.append(arg)
   argv = joined
   nones = [f"{name}=None" for name in names]  # which no parser reads
-  unset = {arg[9:-5]: None for arg in argv if arg in nones}
+  last = {arg.split("=")[0]: arg for arg in argv}  # the last one counts
+  unset = {arg[9:-5]: None for arg in last.values() if arg in nones}
   try:
     rest = flags.FLAGS([arg for arg in argv if arg not in nones])[1:]
   except Exception as error:  # a config file is a program

@@ -177,6 +177,11 @@ def check_used(c: Any, asked: Any) -> None:
     "checkpoint has that shape; leave them out with pretrained",
   )
   require(
+    m.positions == "rope" or (m.rope_scaling, c.fold.rope) == (None, "copy"),
+    "model.rope_scaling and fold.rope='pairs' are of rotary positions; leave them "
+    "out, or use model.positions='rope'",
+  )
+  require(
     c.compress.plan == "auto" or c.compress.qkv is None,
     "compress.qkv is for compress.plan='auto'; without it use fold.groups and "
     "fold.v_block",

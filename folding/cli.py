@@ -86,26 +86,30 @@ def export(args: argparse.Namespace) -> None:
     model = export_lib.shrunk(model)
   if args.dtype:
     model = export_lib.cast(model, args.dtype)
-  if args.format == "hf":
-    size = huggingface.export_hf(args.output, model)
-    print(f"{size['files']:,} bytes of files, for transformers, all dense")
-  elif args.format in ("stablehlo", "onnx"):
-    write = {"stablehlo": program.export_stablehlo, "onnx": program.export_onnx}
-    size = write[args.format](args.output, model)
-    print(
-      f"{size['program']:,} bytes of program; {size['parameters']:,} of them "
-      "are parameters, stored dense"
-    )
-  else:
-    size = export_lib.export(
-      args.output, model.config, model.params, model.tokenizer, model.labels
-    )
-    print(
-      f"{size['values'] + size['masks']:,} bytes stored ({size['values']:,} of "
-      f"values, {size['masks']:,} of masks), "
-      f"{export_lib.sizes(whole)['dense']:,} in the dense twin; "
-      f"{size['files']:,} bytes of files"
-    )
+  with files.becoming(args.output) as part:
+    if args.format == "hf":
+      size = huggingface.export_hf(part, model)
+      print(f"{size['files']:,} bytes of files, for transformers, all dense")
+    elif args.format in ("stablehlo", "onnx"):
+      write = {
+        "stablehlo": program.export_stablehlo,
+        "onnx": program.export_onnx,
+      }
+      size = write[args.format](part, model)
+      print(
+        f"{size['program']:,} bytes of program; {size['parameters']:,} of them "
+        "are parameters, stored dense"
+      )
+    else:
+      size = export_lib.export(
+        part, model.config, model.params, model.tokenizer, model.labels
+      )
+      print(
+        f"{size['values'] + size['masks']:,} bytes stored ({size['values']:,} of "
+        f"values, {size['masks']:,} of masks), "
+        f"{export_lib.sizes(whole)['dense']:,} in the dense twin; "
+        f"{size['files']:,} bytes of files"
+      )
   print(f"The exported model is in {args.output}")
 
 

@@ -26,7 +26,7 @@ Score = Literal[
 ]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)  # so that a misspelt field is told of
 class DataConfig:
   """Where text comes from and how it becomes batches."""
 
@@ -58,7 +58,7 @@ def data_at(name: str, **fields: Any) -> DataConfig:
   return DataConfig(name=name, **fields)
 
 
-@dataclasses.dataclass(unsafe_hash=True)  # modules are static arguments of jit
+@dataclasses.dataclass(slots=True, unsafe_hash=True)  # static in jit
 class ModelConfig:
   """Shape of the transformer. Letters as in `folding.models`."""
 
@@ -95,7 +95,7 @@ class ModelConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"  # of compute
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(slots=True, unsafe_hash=True)
 class FoldConfig:
   """Folding of the attention projections. None: what the preset says."""
 
@@ -107,7 +107,7 @@ class FoldConfig:
   first_dense: bool = False  # keep W_V of the first layer dense
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class FPPConfig:
   """Forward Propagation Pruning. None: what the preset says.
 
@@ -141,7 +141,7 @@ class FPPConfig:
   exclude: str | None = None  # pattern of parameters to leave alone
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class CompressConfig:
   """How trained weights are folded; only of a run with `pretrained`."""
 
@@ -154,7 +154,7 @@ class CompressConfig:
   fit_steps: int = 300  # that fit folded attention to the dense one, a layer
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DistillConfig:
   """Learning from a dense teacher; a weight of 0 leaves that part out."""
 
@@ -168,7 +168,7 @@ class DistillConfig:
   noise: float = 0.0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TrainConfig:
   """Optimizer, schedule, and what is logged and kept."""
 
@@ -193,7 +193,7 @@ class TrainConfig:
   energy: str = ""  # country (ISO 3166, three letters) for an estimate
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class MeshConfig:
   """Devices along each mesh axis; -1 takes what is left over."""
 
@@ -205,7 +205,7 @@ class MeshConfig:
   rules: str = ""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Config:
   """A run. `resolve` it before use."""
 
@@ -286,7 +286,7 @@ def resolve(config: Config) -> Config:
   if c.fpp.embedding_share is None:
     c.fpp.embedding_share = 0.2 if c.task == "lm" else 1.0
   if c.data.path is not None and not c.data.name:
-    c.data.name = DataConfig.name  # which does not count then, so no difference
+    c.data.name = DataConfig().name  # does not count then: no difference
   checks.check(c)
   return c
 

@@ -209,3 +209,9 @@ def test_no_name_beside_a_path_is_no_other_config():
     c.Config(data=c.DataConfig(path="x.txt"))
   )
   assert c.resolve(c.Config(data=c.DataConfig(name=""))).data.name == ""
+
+
+@pytest.mark.parametrize("section", ["train", "model", "fold"])
+def test_a_field_that_a_config_file_misspells_is_told_of(section):
+  with pytest.raises(AttributeError, match="no attribute 'widht'"):
+    getattr(c.Config(), section).widht = 64

@@ -247,8 +247,18 @@ def test_pruning_at_once_passes_nothing_over(fields, message):
       {"model__heads": None},
       "are what a shrink leaves, .* leave them out with pretrained",
     ),
+    (
+      {"model__rope_scaling": (2.0,)},
+      {"model__rope_scaling": None},
+      "are of rotary positions; leave them out",
+    ),
+    (
+      {"fold__rope": "pairs"},
+      {"fold__rope": "copy"},
+      "are of rotary positions; leave them out",
+    ),
   ],
-  ids=["noise", "identity", "neurons", "heads"],
+  ids=["noise", "identity", "neurons", "heads", "scaling", "pairs"],
 )
 def test_what_a_run_would_pass_over_is_refused(fields, use, message):
   common = {"pretrained": "x"}

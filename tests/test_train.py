@@ -48,6 +48,13 @@ def train(*flags):
       ],
       "config.seed must be int; it is None",
     ),
+    (
+      [
+        *("--config=configs/quickstart.py", "--workdir={workdir}"),
+        *("--config.seed=None", "--config.seed=-1"),  # the last one counts
+      ],
+      "a seed is a number of 0 to 2^32 - 1; it is -1",
+    ),
   ],
   ids=[
     "no-config",
@@ -58,6 +65,7 @@ def train(*flags):
     "flag",
     "none",
     "spaced-none",
+    "none-first",
   ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, flags, message):

@@ -202,6 +202,11 @@ def _read_csv(
     schema.require(
       twice is None, f"{file}: two columns are called {twice!r}; rename one"
     )
+    other = next((s for s in (";", "\t") if s in "".join(columns[:1])), None)
+    schema.require(
+      len(columns) > 1 or other is None,
+      f"{file}: columns are separated by {other!r}; save it with commas",
+    )
     label_field = choose_field(str(file), columns, "label", data.label_field)
     rows = []
     for row in reader:

@@ -8,14 +8,17 @@ from collections.abc import Iterator, Sequence
 
 import tokenizers
 
-_CHARS = 1 << 16
+_CHARS = 1 << 16  # of a piece, about
 # No match of our pattern, or of GPT-2's and those after it, crosses a line break
 # with text on both sides.
 _END = re.compile(r"\S\n(?=\S)")
+# Nor does one of ours or of GPT-2's reach the last of several line breaks after a
+# word, as of blank lines or of Windows. Llama 3's does.
+_ENDS = re.compile(r"\S\n(?=\S)|[^\W_][\r\n]+(?=\n\S)")
 
 
-def max_piece(inner: tokenizers.Tokenizer) -> int | None:
-  """Returns how many characters a piece has, about; None: all, as it may not cut.
+def piece_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
+  """Returns where a tokenizer may cut a text; None: nowhere.
 
   A tokenizer that puts a space before a text would put one before each piece.
   """
@@ -24,23 +27,27 @@ def max_piece(inner: tokenizers.Tokenizer) -> int | None:
     return inner.encode(text, add_special_tokens=False).ids
 
   try:
-    return _CHARS if ids("a\na") == ids("a\n") + ids("a") else None
+    if ids("a\na") != ids("a\n") + ids("a"):
+      return None
+    several = (("a\n", "\na"), ("a\r\n\r", "\na"))
+    splits = all(ids(a + b) == ids(a) + ids(b) for a, b in several)
+    return _ENDS if splits else _END
   except Exception:  # it has nothing for one of these; no class of its own
     return None
 
 
 def groups(
-  texts: Sequence[str], max_chars: int | None
+  texts: Sequence[str], end: re.Pattern[str] | None
 ) -> Iterator[list[tuple[int, str]]]:
   """Yields (index of text, piece) in groups of a few million characters.
 
   Args:
     texts: Any strings.
-    max_chars: See `max_piece`.
+    end: See `piece_end`.
   """
   group, size = [], 0
   for index, text in enumerate(texts):
-    for piece in _pieces(text, len(text) if max_chars is None else max_chars):
+    for piece in _pieces(text, end) if end else (text,):
       group.append((index, piece))
       size += len(piece)
       if size > 64 * _CHARS:
@@ -49,10 +56,10 @@ def groups(
   yield group
 
 
-def _pieces(text: str, max_chars: int) -> Iterator[str]:
+def _pieces(text: str, end: re.Pattern[str]) -> Iterator[str]:
   start = 0
-  while len(text) - start > max_chars:
-    match = _END.search(text, start + max_chars)
+  while len(text) - start > _CHARS:
+    match = end.search(text, start + _CHARS)
     if match is None:
       break
     yield text[start : match.end()]

@@ -73,7 +73,7 @@ class Tokenizer:
     self.plain_size = self.vocab_size
     begin = _begin(inner, ["a", *itertools.islice(vocabulary, 1000)])
     self.begin_ids = np.array(begin, np.int32)
-    self._max_piece = pieces.max_piece(inner)
+    self._piece_end = pieces.piece_end(inner)
     self.special = special
     ends, self.pad_id = special.ids(vocabulary, begin)
     self.end_ids = np.array(ends, np.int32)
@@ -128,7 +128,7 @@ class Tokenizer:
     if max_length is not None:
       return self._encode_framed(texts, max_length)
     ids: list[list[np.ndarray]] = [[] for _ in texts]
-    for group in pieces.groups(texts, self._max_piece):
+    for group in pieces.groups(texts, self._piece_end):
       encodings = self._encode(
         [piece for _, piece in group], add_special_tokens=False
       )

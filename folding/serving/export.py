@@ -215,7 +215,7 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
   try:
     config = config_lib.resolve(config_lib.from_dict(values["config"]))
     labels = values["labels"]
-    checksums = dict(values["sha256"])
+    checksums = values["sha256"]
   except (KeyError, TypeError) as error:
     raise ConfigError(f"{path}/{CONFIG} lacks {error}") from None
   require(
@@ -223,6 +223,10 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
     and all(isinstance(label, str) for label in labels)
     and len(set(labels)) == len(labels),
     f"{path}/{CONFIG}: labels are a list of different names; they are {labels!r}",
+  )
+  require(
+    isinstance(checksums, dict),
+    f"{path}/{CONFIG}: sha256 is a checksum by file; it is {checksums!r}",
   )
   for name, expected in ({WEIGHTS: "", TOKENIZER: ""} | checksums).items():
     file = os.path.join(path, name)

@@ -236,6 +236,10 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
       {"train__csv": "text,label,text\na,0,b\n"},
       "train.csv: two columns are called 'text'; rename one",
     ),
+    (
+      {"train__csv": "text;label\na;0\n"},
+      "train.csv: columns are separated by ';'; save it with commas",
+    ),
     ({"train__tsv": "0\ta\n0\t \n"}, "train.tsv:2: the text is empty"),
     (GOOD | {"valid__tsv": "0\ta\n7\tb\n"}, "valid.tsv:2: label '7'.*train"),
     # Not an id either: ids count only with a labels.txt.

@@ -193,6 +193,7 @@ def edit_config(folder: pathlib.Path, change) -> None:
     ),
     (lambda v: v["config"].update(colour=1), "has no field 'colour'"),
     (lambda v: v["sha256"].pop("tokenizer.json"), "its checksum differs"),
+    (lambda v: v.update(sha256="abc"), "checksum by file; it is 'abc'"),
     (
       lambda v: v["config"]["model"].update(mlp_width=7),
       r"are not of its config: .* is \(.*\), not \(",

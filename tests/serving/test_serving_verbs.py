@@ -87,6 +87,20 @@ def test_options_of_export(run, tmp_path, capsys, options, message):
     assert len(out.splitlines()) == 2
 
 
+def test_an_export_that_fails_leaves_nothing_in_its_way(
+  run, tmp_path, capsys, monkeypatch
+):
+  def fail(*_):
+    raise OSError("the disk is full")
+
+  argv = ("export", run, "--output", tmp_path / "out")
+  with monkeypatch.context() as patch:
+    patch.setattr("os.replace", fail)
+    assert "the disk is full" in _error(capsys, *argv)
+  assert list(tmp_path.iterdir()) == []
+  assert _call(capsys, *argv)[0] == 0
+
+
 def test_standard_input_is_answered_line_by_line(run, capsys, monkeypatch):
   stdin = types.SimpleNamespace(buffer=io.BytesIO(b"cat\n\ndog axe\n"))
   monkeypatch.setattr("sys.stdin", stdin)
