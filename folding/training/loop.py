@@ -249,12 +249,13 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     log = StepLog(config, run.num_parameters, writer, clock, counts)
     for line in run.unsplit:
       writer.say(f"mesh: {line}")
-    length = config.data.length
-    if config.task == "classify" and run.data.full_share(length) >= 0.01:
-      writer.say(
-        f"text: {run.data.full_share(length):.0%} of the training texts fill "
-        f"data.length={length} tokens, where longer ones are cut"
-      )
+    if config.task == "classify":
+      share = run.data.full_share(config.data.length)
+      if share >= 0.01:
+        writer.say(
+          f"text: {share:.0%} of the training texts fill data.length="
+          f"{config.data.length} tokens, where longer ones are cut"
+        )
     if restored:
       writer.say(f"resumed at step {first_step} of {t.steps}")
     batches = run.data.train_batches(first_step)
