@@ -11,6 +11,13 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # seen in the quickstart that .ci/run trains.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# Compiled programs are kept between runs, and shared by the workers and by the
+# processes that tests start.
+_CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax
 import pytest
 
