@@ -147,9 +147,8 @@ class CompressConfig:
 
   plan: Literal["same", "auto"] = "same"  # auto: each layer by what it loses
   qkv: float | None = None  # of a plan: least fraction of W_Q, W_K, W_V saved
-  # Prune to what fpp says before the first step, and then train what is left;
-  # "ticket": by magnitude, and what is left begins where the seed begins.
-  prune: Literal["none", "magnitude", "wanda", "sparsegpt", "ticket"] = "none"
+  # Prune to what fpp says before the first step, and then train what is left.
+  prune: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
   calibration: int = 512  # texts (or windows) that it is done on
   fit_steps: int = 300  # that fit folded attention to the dense one, a layer
 

@@ -28,7 +28,7 @@ METHODS = (
   *("fpp", "fpp-all", "low-rank-qk"),
   *("random", "magnitude", "magnitude-global", "movement", "saliency"),
   *("evolution", "activation", "relative", "neuron", "heads", "2-of-4"),
-  *("magnitude-after", "wanda", "sparsegpt", "ticket"),
+  *("magnitude-after", "wanda", "sparsegpt"),
 )
 
 

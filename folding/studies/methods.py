@@ -319,12 +319,6 @@ METHODS: dict[str, Method] = {
     "recovered",
     "sparsegpt",
   ),
-  "ticket": _after(
-    "what magnitude leaves of a trained model, trained from its first values for "
-    "the rest of the steps (after Frankle and Carbin 2019, who train it for all; "
-    "one round)",
-    "ticket",
-  ),
 }
 
 

@@ -41,7 +41,6 @@ def prune_trained(
   params: Mapping[str, Any],
   dense: Mapping[str, Any],
   batches: Sequence[Batch],
-  drawn: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Returns trained parameters with as many zeros as `fpp` asks for.
 
@@ -55,8 +54,6 @@ def prune_trained(
     params: What is pruned, of the config's own shapes.
     dense: The dense twin's, or shapes; `fpp.overall` refers to them.
     batches: Calibration text, as for `fold_pretrained`.
-    drawn: Parameters before any training, of the shapes of `params`; what is
-      left of a "ticket" begins as they are.
 
   Raises:
     ConfigError: there is too little text.
@@ -83,12 +80,6 @@ def prune_trained(
       moments = _moments(block, pruned[name], x, kept)
       pruned[name] = _weights(name, pruned[name], moments, solve, weights)
       x = [seen["out"] for seen in look_all(block, pruned[name], x, kept)]
-  if method == "ticket":
-    return paths.map_named(
-      lambda name, w, first: first * (w != 0) if name in weights else first,
-      pruned,
-      drawn,
-    )
   return pruned
 
 

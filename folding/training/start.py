@@ -225,8 +225,7 @@ def folded_start(
       watch = _bar("folding")
       params, report = fold_pretrained(config, params, batches, watch, prune)
     if is_pruned:
-      drawn = _draw(model, config)
-      params = prune_trained(config, params, dense, batches, drawn)
+      params = prune_trained(config, params, dense, batches)
       if prune:
         config, params = without_neurons(config, params)
   except ConfigError:

@@ -15,7 +15,7 @@ from folding.studies.study import Study, load_study
 def _study(**fields):
   values = {
     "datasets": {"a": c.Config(), "b": c.Config(task="classify")},
-    "methods": pick("dense", "ours", "fold", "wanda", "ticket"),
+    "methods": pick("dense", "ours", "fold", "wanda", "sparsegpt"),
     "levels": (0.3, 0.375),
     "seeds": (0, 7),
   }
@@ -29,7 +29,7 @@ def test_every_combination_is_one_run():
     for data in ("a", "b"):
       for method in ("dense", "fold", "dense-part"):
         expected.add(f"{data}--{method}--{seed}")
-      for method in ("ours", "wanda", "ticket"):
+      for method in ("ours", "wanda", "sparsegpt"):
         for level in ("30", "37.5"):
           expected.add(f"{data}--{method}--{level}--{seed}")
   assert len(names) == len(set(names))
@@ -45,7 +45,7 @@ def test_what_a_run_starts_from_comes_before_it_and_has_its_seed():
   trials = _study().trials("DIR")
   names = [t.name for t in trials]
   for i, trial in enumerate(trials):
-    if trial.method not in ("wanda", "ticket"):
+    if trial.method not in ("wanda", "sparsegpt"):
       assert trial.needs is None
       continue
     assert names.index(trial.needs.name) < i

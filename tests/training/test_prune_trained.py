@@ -31,7 +31,7 @@ def _config(method, **fields):
 
 @pytest.fixture(scope="module")
 def trained():
-  """Returns (parameters of two layers, another draw, batches)."""
+  """Returns (parameters of two layers, batches)."""
   made = tiny.make(_config("magnitude"))
   params = jax.device_get(made.init(1).params)
   rng = np.random.default_rng(0)
@@ -42,14 +42,12 @@ def trained():
     {"tokens": tiny.batch(s)["tokens"], "mask": tiny.batch(s)["weights"] > 0}
     for s in range(3)
   ]
-  return params, jax.device_get(made.init(2).params), batches
+  return params, batches
 
 
 def _prune(method, trained):
-  params, drawn, batches = trained
-  return prune_trained.prune_trained(
-    _config(method), params, params, batches, drawn
-  )
+  params, batches = trained
+  return prune_trained.prune_trained(_config(method), params, params, batches)
 
 
 def _reads(params, batches):
@@ -85,7 +83,7 @@ def test_a_kernel_is_pruned_by_the_moment_of_what_it_reads(
   trained, method, role
 ):
   pruned = _prune(method, trained)
-  x = _reads(pruned, trained[2])
+  x = _reads(pruned, trained[1])
   w = trained[0]["blocks_0"]["attn"][role]["kernel"].astype(np.float64)
   oracle = getattr(sparsegpt, method)(w.reshape(32, -1), x.T @ x / len(x), 0.5)
   found = pruned["blocks_0"]["attn"][role]["kernel"]
@@ -121,7 +119,7 @@ def _without_biases(params):
 
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
-  params, _, batches = trained
+  params, batches = trained
   config = _by_neuron(use_bias=use_bias, qkv_bias=use_bias)
   if not use_bias:
     params = _without_biases(params)
@@ -157,7 +155,7 @@ def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
 
 
 def test_what_is_left_is_fitted_to_the_dense_stream(trained):
-  params, _, _ = trained
+  params, _ = trained
   batches = [{"tokens": tiny.batch(seed)["tokens"]} for seed in range(30)]
   config = _by_neuron()
   prune = prune_trained.neuron_pruner(config, params, params)
@@ -192,7 +190,7 @@ def test_what_is_left_is_fitted_to_the_dense_stream(trained):
 
 
 def test_a_layer_is_pruned_for_what_the_pruned_layers_below_write(trained):
-  params, drawn, batches = trained
+  params, batches = trained
   pruned = _prune("sparsegpt", trained)
   # The first layer as it came out, pruned again by nothing: the second must
   # come out the same.
@@ -201,35 +199,19 @@ def test_a_layer_is_pruned_for_what_the_pruned_layers_below_write(trained):
   config = _config("sparsegpt")
   config.fpp.embedding = 0.0
   config.fpp.exclude = "blocks_0/.*"
-  again = prune_trained.prune_trained(config, mixed, mixed, batches, drawn)
+  again = prune_trained.prune_trained(config, mixed, mixed, batches)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
     again["blocks_1"],
     pruned["blocks_1"],
   )
   alone = {**mixed, "blocks_0": params["blocks_0"]}
-  other = prune_trained.prune_trained(config, alone, alone, batches, drawn)
+  other = prune_trained.prune_trained(config, alone, alone, batches)
   gap = np.abs(
     other["blocks_1"]["mlp"]["up"]["kernel"]
     - pruned["blocks_1"]["mlp"]["up"]["kernel"]
   )
   assert gap.max() > 0.01  # dense layers below would give another
-
-
-def test_a_ticket_is_the_first_draw_where_the_trained_weights_are_largest(
-  trained,
-):
-  params, drawn, _ = trained
-  ticket = _prune("ticket", trained)
-  kept = _prune("magnitude", trained)
-  for name, w in paths.flatten(ticket).items():
-    is_kept = paths.flatten(kept)[name] != 0
-    if name.endswith(("kernel", "embedding")):
-      np.testing.assert_array_equal(
-        w, np.where(is_kept, paths.flatten(drawn)[name], 0)
-      )
-    else:
-      np.testing.assert_array_equal(w, paths.flatten(drawn)[name])
 
 
 @pytest.mark.slow
@@ -291,7 +273,7 @@ def test_neurons_have_left_before_the_first_step(
 
 
 def test_without_neurons_it_is_the_same_function(trained):
-  config, (params, _, batches) = _by_neuron(), trained
+  config, (params, batches) = _by_neuron(), trained
   config.fpp.exclude += "|blocks_0/mlp/.*"
   prune = prune_trained.neuron_pruner(config, params, params)
   whole, _ = fold_pretrained.fold_pretrained(
