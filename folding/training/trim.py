@@ -38,7 +38,7 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   As many tokens leave the tokenizer as the config says rows of the embedding
   are to go, and words that had them are cut into other tokens. Special tokens
   stay, and in a BPE what others are made of, so fewer may go; FPP then zeroes
-  rows for the rest. What it costs and saves: benchmarks/results/tokens.md.
+  rows for the rest.
 
   Args:
     config: Resolved; `fpp.embedding_granularity` is "trim".
