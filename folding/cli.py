@@ -80,8 +80,7 @@ def export(args: argparse.Namespace) -> None:
     "--format=hf writes float32 alone",
   )
   files.require_empty(args.output)
-  whole = export_lib.load(args.path)
-  model = export_lib.without_tokens(whole, args.removed_tokens)
+  model = whole = export_lib.load(args.path)
   if args.format != "hf" and not args.keep_shapes:
     model = export_lib.shrunk(model)
   if args.dtype:
@@ -251,13 +250,6 @@ def _parser() -> argparse.ArgumentParser:
     default="safetensors",
     help="compact for folding.load, dense for transformers, or a program that "
     "needs jax or an ONNX runtime alone (default: %(default)s)",
-  )
-  verb.add_argument(
-    "--removed-tokens",
-    choices=("zero", "unknown", "trim"),
-    default="zero",
-    help="tokens of a classifier that are embedded as zero stay so, are read "
-    "as the unknown token, or leave the tokenizer (default: %(default)s)",
   )
   verb.add_argument(
     "--dtype",

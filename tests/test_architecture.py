@@ -57,7 +57,7 @@ ORDER = {
     *("run", "loop", "shrinking"),
   ],
   "serving": [
-    *("vocabulary", "packed", "export", "program", "huggingface", "predict"),
+    *("packed", "export", "program", "huggingface", "predict"),
     *("sampling", "steps", "generate", "text"),
   ],
   "reporting": [

@@ -33,7 +33,6 @@ from folding.models.pretrained import load_pretrained
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.schema import ConfigError, require
 from folding.serving.packed import load_packed, save_packed
-from folding.serving.vocabulary import read_as_unknown, trim
 from folding.training.restore import load_labels, load_run
 
 FORMAT, SCHEMA = "folding", 1
@@ -165,28 +164,6 @@ def shrunk(loaded: Loaded) -> Loaded:
     tokenizer = MappedTokenizer(tokenizer, cut.token_map)
   params = jax.tree.map(np.asarray, params)
   return Loaded(config, params, tokenizer, loaded.labels)
-
-
-def without_tokens(loaded: Loaded, removed: str) -> Loaded:
-  """Returns a classifier in which tokens that are embedded as zero are others.
-
-  Args:
-    loaded: A classifier.
-    removed: "zero" (leaves all as it is), "unknown" or "trim"; what they mean
-      is told in `folding.serving.vocabulary`.
-
-  Raises:
-    ConfigError: it is no classifier, or its tokenizer does not allow it.
-  """
-  if removed == "zero":
-    return loaded
-  require(
-    loaded.config.task == "classify",
-    "only a classifier can do without tokens: a language model predicts them",
-  )
-  change = {"unknown": read_as_unknown, "trim": trim}[removed]
-  params, tokenizer = change(loaded.params, loaded.tokenizer)
-  return dataclasses.replace(loaded, params=params, tokenizer=tokenizer)
 
 
 def cast(loaded: Loaded, dtype: str) -> Loaded:

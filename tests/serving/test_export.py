@@ -110,33 +110,6 @@ def test_removed_tokens_alone_change_no_bit(model):
   assert (rows[plain] == 0).all(axis=1).sum() == 4  # there are some
 
 
-@pytest.mark.parametrize(
-  ("removed", "expected"),
-  [
-    # the cat ##s sat on: by rows of the embedding before.
-    ("unknown", [4, 5, 1, 6, 1]),
-    # Without ##s, "cats" is no word at all.
-    ("trim", [4, 1, 6, 1]),
-  ],
-)
-def test_removed_tokens_are_read_otherwise(model, removed, expected):
-  small = export_lib.without_tokens(model, removed)
-  found = small.params["embed"]["embedding"]
-  assert found.shape == (17, 16)
-  [ids] = small.tokenizer.encode_batch(["the cats sat on"])
-  rows = model.params["embed"]["embedding"]
-  np.testing.assert_array_equal(found[ids], rows[expected])
-
-
-def test_tokens_that_are_zero_stay_where_nothing_is_asked(model):
-  assert export_lib.without_tokens(model, "zero") is model
-
-
-def test_a_language_model_keeps_its_tokens():
-  with pytest.raises(ConfigError, match="only a classifier"):
-    export_lib.without_tokens(models.make("lm"), "trim")
-
-
 def test_cast_halves_the_values_and_loads_again(tmp_path):
   model = models.make()
   half = export_lib.cast(model, "bfloat16")

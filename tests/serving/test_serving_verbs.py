@@ -64,7 +64,6 @@ def test_an_export_has_the_accuracy_of_the_run(run, tmp_path, capsys):
   [
     (["--format=stablehlo"], "bytes of program; "),
     (["--dtype=bfloat16", "--keep-shapes"], "bytes of files"),
-    (["--removed-tokens=trim"], "bytes of files"),
   ],
 )
 def test_options_of_export(run, tmp_path, capsys, options, message):
@@ -122,10 +121,6 @@ def test_standard_input_is_answered_line_by_line(run, capsys, monkeypatch):
     (
       ["export", "RUN", "--output", "TMP/out", "--format=hf"],
       "no model of transformers computes this one",
-    ),
-    (
-      ["export", "RUN", "--output", "TMP/out", "--removed-tokens=unknown"],
-      "has no unknown token",
     ),
     (
       ["export", "RUN", "--output", "O", "--format=hf", "--dtype=bfloat16"],
