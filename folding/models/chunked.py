@@ -33,7 +33,7 @@ def attend_all(s_BHL, t_BHL, v_BHLK, keep_BL, grid: Grid) -> Array:
 
 
 def attend_exact(
-  s_BHL, t_BHL, v_BHLK, slopes_H, keep_BL, segments_BL, *, causal: bool
+  s_BHL, t_BHL, v_BHLK, slopes_H, keep_BL, *, causal: bool
 ) -> Array:
   """Returns dense attention, a chunk of queries at a time: O(L) memory."""
   B, H, M = t_BHL.shape
@@ -44,16 +44,13 @@ def attend_exact(
 
   @jax.checkpoint
   def attend(queries):
-    s_BHL, at_L, segments_BL_ = queries
+    s_BHL, at_L = queries
     distance_LM = at_L[:, None] - jnp.arange(M, dtype=jnp.float32)[None]
     is_seen = (distance_LM >= 0 if causal else distance_LM < M)[
       None, None, None
     ]
     if keep_BL is not None:
       is_seen = is_seen & keep_BL[:, None, None, None]
-    if segments_BL is not None:
-      is_same_BLM = segments_BL_[:, :, None] == segments_BL[:, None]
-      is_seen = is_seen & is_same_BLM[:, None, None]
     near = _attend_near(
       s_BHL[:, :, None], t_BHCM, v_BHCMK, slopes_BHC, distance_LM, is_seen
     )
@@ -62,31 +59,24 @@ def attend_exact(
   queries = (
     _cut(s_BHL, 2, num_chunks, 1, chunk)[:, :, :, 0],
     jnp.arange(num_chunks * chunk, dtype=jnp.float32).reshape(-1, chunk),
-    None
-    if segments_BL is None
-    else _cut(segments_BL, 1, num_chunks, 1, chunk)[:, :, 0],
   )
   out_NBHLK = jax.lax.map(attend, queries)
   return _whole(out_NBHLK[:, :, :, None], M)
 
 
-def _accumulate(parts: Part, slopes_H, step, segment_BC) -> Part:
+def _accumulate(parts: Part, slopes_H, step) -> Part:
   """Returns the sum of what came before each chunk, and at last of it all.
 
   Args:
     parts: What comes in with the first chunk, and what each chunk adds.
     slopes_H: A position.
     step: Positions of a chunk.
-    segment_BC: The text that each of the parts belongs to, or None.
   """
   B, H, C, P = parts.top.shape
   lag_IJ = np.arange(C)[:, None] - np.arange(C)
   ages_IJ = jnp.asarray(step * np.maximum(lag_IJ, 0), jnp.float32)
   decay_HIJ = jnp.einsum("H,IJ->HIJ", slopes_H, ages_IJ)
   is_seen = jnp.asarray(lag_IJ >= 0)[None, None, None]
-  if segment_BC is not None:
-    is_same_BIJ = segment_BC[:, :, None] == segment_BC[:, None]
-    is_seen = is_seen & is_same_BIJ[:, None, None]
   top_BHPJ = parts.top.swapaxes(2, 3)
   log_BHPIJ = top_BHPJ[..., None, :] - decay_HIJ[None, :, None]
   log_BHPIJ = jnp.where(is_seen, log_BHPIJ, nodal.MASKED)
@@ -119,10 +109,9 @@ def _attend_near(
 
 
 @functools.partial(jax.checkpoint, static_argnums=(4,))
-def _block(carry, block, slopes_H, grid, is_strict):
+def _block(past, block, slopes_H, grid, is_strict):
   """Returns the state after some chunks, and attention of their queries."""
-  past, segment_B = carry
-  s_BHCL, t_BHCM, v_BHCMK, keep_BCM, segment_BCM = block
+  s_BHCL, t_BHCM, v_BHCMK, keep_BCM = block
   L = s_BHCL.shape[3]
   slopes_BHC = jnp.broadcast_to(slopes_H[None, :, None], s_BHCL.shape[:3])
 
@@ -130,17 +119,10 @@ def _block(carry, block, slopes_H, grid, is_strict):
   distance_LM = at_L[:, None] - at_L[None]
   is_seen = distance_LM > 0 if is_strict else distance_LM >= 0
   is_seen = is_seen[None, None, None]
-  added, segment_BC = None, None
+  added = None
   if keep_BCM is not None:
     is_seen = is_seen & keep_BCM[:, None, :, None]
     added = keep_BCM[:, None]
-  if segment_BCM is not None:
-    is_same = segment_BCM[..., None] == segment_BCM[..., None, :]
-    is_seen = is_seen & is_same[:, None]
-    is_last = (segment_BCM == segment_BCM[..., -1:])[:, None]
-    added = is_last if added is None else added & is_last
-    segment_BC = jnp.concatenate([segment_B[:, None], segment_BCM[..., -1]], 1)
-    segment_B = segment_BC[:, -1]
   near = _attend_near(s_BHCL, t_BHCM, v_BHCMK, slopes_BHC, distance_LM, is_seen)
 
   bias_BHCM = jnp.einsum("BHC,M->BHCM", slopes_BHC, at_L - L)  # to the end
@@ -148,18 +130,15 @@ def _block(carry, block, slopes_H, grid, is_strict):
   parts = jax.tree.map(
     lambda x, y: jnp.concatenate([x[:, :, None], y], 2), past, parts
   )
-  pasts = _accumulate(parts, slopes_H, L, segment_BC)
+  pasts = _accumulate(parts, slopes_H, L)
   past = jax.tree.map(lambda x: x[:, :, -1], pasts)
   pasts = jax.tree.map(lambda x: x[:, :, :-1], pasts)
 
   hot_BHCLP, weight_BHCLN = nodal.read_weights(s_BHCL, grid)
   top_BHCL = jnp.einsum("BHCLP,BHCP->BHCL", hot_BHCLP, pasts.top)
   top_BHCL -= jnp.einsum("BHC,L->BHCL", slopes_BHC, at_L)  # from the start
-  if segment_BC is not None:
-    is_same = segment_BCM == segment_BC[:, :-1, None]
-    top_BHCL = jnp.where(is_same[:, None], top_BHCL, nodal.MASKED)
   far = nodal.weigh(weight_BHCLN, pasts)._replace(top=top_BHCL)
-  return (past, segment_B), nodal.join(near, far)
+  return past, nodal.join(near, far)
 
 
 def scan(
@@ -167,7 +146,6 @@ def scan(
   arrays: tuple[Array, Array, Array],
   slopes_H: Array,
   keep_BL: Array | None,
-  segments_BL: Array | None,
   grid: Grid,
   chunk: int,
   is_strict: bool = False,
@@ -182,7 +160,6 @@ def scan(
     arrays: s_BHL, t_BHL and v_BHLK.
     slopes_H: Of ALiBi.
     keep_BL: As in `attend_linear`.
-    segments_BL: As in `attend_linear`; no number comes back after another.
     grid: The nodes.
     chunk: Positions between which attention is exact.
     is_strict: Whether a position does not see itself.
@@ -197,12 +174,10 @@ def scan(
     _cut(arrays[0], 2, num_blocks, C, chunk, mode="edge"),
     *(_cut(x, 2, num_blocks, C, chunk) for x in arrays[1:]),
     None if keep_BL is None else _cut(keep_BL, 1, num_blocks, C, chunk),
-    None if segments_BL is None else _cut(segments_BL, 1, num_blocks, C, chunk),
   )
-  first_B = None if segments_BL is None else segments_BL[:, 0]
-  (past, _), parts = jax.lax.scan(
-    lambda carry, block: _block(carry, block, slopes_H, grid, is_strict),
-    (past, first_B),
+  past, parts = jax.lax.scan(
+    lambda past, block: _block(past, block, slopes_H, grid, is_strict),
+    past,
     blocks,
   )
   # Positions added have moved the past away from the end of the text.

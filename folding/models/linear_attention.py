@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from folding.models import chebyshev, chunked, nodal
 
@@ -87,7 +87,6 @@ def attend_linear(
   v_BLIK: Float[Array, "B L I K"],
   slopes_H: Float[Array, " H"] | None = None,
   keep_BL: Bool[Array, "B L"] | None = None,
-  segments_BL: Int[Array, "B L"] | None = None,
   *,
   head_dim: int,
   causal: bool,
@@ -111,8 +110,6 @@ def attend_linear(
     slopes_H: ALiBi slopes, differentiable; None: no positions.
     keep_BL: False at padding; None: no padding. A position that sees no key
       gives 0.
-    segments_BL: Numbers of packed texts: a position sees the run of equal
-      numbers that it is in. None: one text.
     head_dim: K, of the unfolded queries.
     causal: Whether later keys are hidden.
     num_nodes: N, as from `chebyshev.nodes_for`.
@@ -123,27 +120,23 @@ def attend_linear(
     span = measure_span(q_BLH, k_BLJ, keep_BL, head_dim=head_dim)
   arrays = _prepare(q_BLH, k_BLJ, v_BLIK, span, head_dim)
   grid = span.grid(num_nodes)
-  if not causal and slopes_H is None and segments_BL is None:
+  if not causal and slopes_H is None:
     out_BHLK = chunked.attend_all(*arrays, keep_BL, grid)
     return out_BHLK.swapaxes(1, 2).astype(v_BLIK.dtype)
   B, _, H = q_BLH.shape
   slopes_H = _slopes(slopes_H, q_BLH)
-  runs_BL = _number_runs(segments_BL)
   state = init_state(span, B, H, v_BLIK.shape[3], num_nodes)
   past = nodal.Part(state.sum_BHNK, state.norm_BHN, state.top_BHP)
-  _, part = chunked.scan(past, arrays, slopes_H, keep_BL, runs_BL, grid, chunk)
+  _, part = chunked.scan(past, arrays, slopes_H, keep_BL, grid, chunk)
   if not causal:
     # What comes later is what came before in the text read backwards.
     s_BHL, t_BHL, v_BHLK = (jnp.flip(x, 2) for x in arrays)
-    keep_BL, runs_BL = (
-      None if x is None else jnp.flip(x, 1) for x in (keep_BL, runs_BL)
-    )
+    keep_BL = None if keep_BL is None else jnp.flip(keep_BL, 1)
     _, later = chunked.scan(
       past,
       (s_BHL, t_BHL, v_BHLK),
       slopes_H,
       keep_BL,
-      runs_BL,
       grid,
       chunk,
       is_strict=True,
@@ -159,7 +152,6 @@ def attend_checked(
   v_BLIK: Float[Array, "B L I K"],
   slopes_H: Float[Array, " H"] | None = None,
   keep_BL: Bool[Array, "B L"] | None = None,
-  segments_BL: Int[Array, "B L"] | None = None,
   *,
   head_dim: int,
   causal: bool,
@@ -181,7 +173,7 @@ def attend_checked(
   is_enough = jnp.stack(
     [(span_bound(span, n) <= tolerance).all() for n in num_nodes]
   )
-  inputs = (q_BLH, k_BLJ, v_BLIK, slopes_H, keep_BL, segments_BL)
+  inputs = (q_BLH, k_BLJ, v_BLIK, slopes_H, keep_BL)
 
   def linear(inputs, num_nodes):
     return attend_linear(
@@ -194,12 +186,11 @@ def attend_checked(
     )
 
   def dense(inputs):
-    q_BLH, k_BLJ, v_BLIK, slopes_H, keep_BL, segments_BL = inputs
+    q_BLH, k_BLJ, v_BLIK, slopes_H, keep_BL = inputs
     out_BHLK = chunked.attend_exact(
       *_prepare(q_BLH, k_BLJ, v_BLIK, span, head_dim),
       _slopes(slopes_H, q_BLH),
       keep_BL,
-      _number_runs(segments_BL),
       causal=causal,
     )
     return out_BHLK.swapaxes(1, 2).astype(v_BLIK.dtype)
@@ -255,7 +246,6 @@ def extend(
     _prepare(q_BLH, k_BLJ, v_BLIK, state.span, head_dim),
     _slopes(slopes_H, q_BLH),
     keep_BL,
-    None,
     state.span.grid(state.norm_BHN.shape[2]),
     chunk,
   )
@@ -272,14 +262,6 @@ def _slopes(slopes_H: Array | None, q_BLH: Array) -> Array:
   if slopes_H is None:
     return jnp.zeros(q_BLH.shape[2:], jnp.float32)
   return slopes_H.astype(jnp.float32)
-
-
-def _number_runs(segments_BL: Array | None) -> Array | None:
-  """Returns 0, 1, ... for each run of equal numbers."""
-  if segments_BL is None:
-    return None
-  begins = segments_BL[:, 1:] != segments_BL[:, :-1]
-  return jnp.pad(begins.cumsum(1), ((0, 0), (1, 0)))
 
 
 def _prepare(

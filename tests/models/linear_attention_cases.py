@@ -22,7 +22,6 @@ class Case(NamedTuple):
   v: Any
   slopes: Any = None
   keep: Any = None
-  segments: Any = None
 
 
 def make_case(
@@ -45,17 +44,6 @@ def make_keep(seed=1, shape=(B, L)):
   return keep
 
 
-def make_segments(lengths=(3, 17, 1, 1, 30, 23)):
-  # Numbers that repeat and fall: a text is a run, not a number.
-  numbers = np.repeat([5, 2, 5, 7, 7, 1], lengths)
-  numbers[20] = 9
-  return np.stack([numbers, numbers[::-1]]).astype(np.int32)
-
-
-def runs_of(segments):
-  return np.cumsum(np.diff(segments, axis=1, prepend=segments[:, :1]) != 0, 1)
-
-
 class Dense:
   """Softmax attention and its derivatives, all pairs, in float64."""
 
@@ -76,9 +64,6 @@ class Dense:
       seen &= distance >= 0
     if case.keep is not None:
       seen &= case.keep[:, None, None]
-    if case.segments is not None:
-      runs = runs_of(case.segments)
-      seen &= (runs[:, :, None] == runs[:, None])[:, None]
     weight = np.where(seen, self.logits, -np.inf)
     top = weight.max(-1, keepdims=True)
     weight = np.exp(weight - np.where(np.isfinite(top), top, 0))

@@ -19,7 +19,6 @@ from tests.models.linear_attention_cases import (
   bound_of,
   make_case,
   make_keep,
-  make_segments,
   rounding,
   run,
   spread,
@@ -35,13 +34,10 @@ def make_span(*ends):
   [
     "causal",
     "causal alibi",
-    "causal packed",
-    "causal alibi padded packed",
+    "causal alibi padded",
     "both",
     "both padded",
-    "both packed",
     "both alibi padded",
-    "both alibi padded packed",
   ],
 )
 def test_equals_dense_attention_and_its_gradients(kind):
@@ -50,7 +46,6 @@ def test_equals_dense_attention_and_its_gradients(kind):
     heads=(2, 1) if is_padded else (4, 4),
     slopes=SLOPES if "alibi" in kind else None,
     keep=make_keep() if is_padded else None,
-    segments=make_segments() if "packed" in kind else None,
   )
   oracle = Dense(case, causal)
   d_out = np.random.default_rng(2).standard_normal(oracle.out.shape)

@@ -18,7 +18,6 @@ from tests.models.linear_attention_cases import (
   bound_of,
   make_case,
   make_keep,
-  make_segments,
   rounding,
   run,
   spread,
@@ -138,9 +137,7 @@ def _checked(case, causal, tolerance=1e-4, **options):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_checked_falls_back_to_dense_attention(causal):
-  case = make_case(
-    s=60.0, t=1.5, slopes=SLOPES, keep=make_keep(), segments=make_segments()
-  )
+  case = make_case(s=60.0, t=1.5, slopes=SLOPES, keep=make_keep())
   assert bound_of(case, 256) > 1e-4
   oracle = Dense(case, causal)
   limit = rounding(case, oracle) * spread(case)
