@@ -81,7 +81,9 @@ class ModelConfig:
   # more than high not, and those between by a share. None: none.
   rope_scaling: tuple[float, ...] | None = None
   window: int | None = None  # attend to the last so many tokens; None: to all
-  attention: Literal["auto", "dense", "linear"] = "auto"  # auto: by the length
+  # Linear in the length, in layers of fold.groups=1 (see `linear_attention`);
+  # then an output depends on later tokens by up to 1e-4.
+  attention: Literal["dense", "linear"] = "dense"
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
   gated: bool = False  # multiply the MLP's hidden state by a gate
   use_bias: bool = True

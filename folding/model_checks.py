@@ -66,7 +66,7 @@ def check_model(c: Any) -> None:
     or c.dense
     or (is_rank_1 and m.positions != "rope" and m.window is None),
     "model.attention='linear' needs a layer with fold.groups=1 on the output "
-    "axis, and neither rotary positions nor model.window; use 'auto'",
+    "axis, and neither rotary positions nor model.window",
   )
   for n, block in enumerate(by_layer(m, f.v_block, "fold.v_block")):
     require(block >= 0, f"fold.v_block must be 0 or more; it is {block}")

@@ -16,7 +16,6 @@ from folding.models.cache import Step
 from folding.models.projections import BlockDiagonal, HeadProjection
 
 _MASKED = -1e30  # finite, so that a row with no key at all stays finite
-_LINEAR_LENGTH = 512  # from which attention in linear time pays, on a CPU
 _TOLERANCE = 1e-4  # of attention in linear time, over the range of the values
 
 
@@ -332,10 +331,5 @@ def takes_linear(c: ModelConfig, f: FoldConfig, shape: tuple[Any, ...]) -> bool:
     f: Of one layer.
     shape: B, L and D; a program of any B or L has to be dense.
   """
-  if c.attention == "dense" or not has_rank_1(c, f):
-    return False
-  if not all(isinstance(size, int) for size in shape):
-    return False
-  # Where it pays has been measured on CPUs alone.
-  pays = shape[1] >= _LINEAR_LENGTH and jax.default_backend() == "cpu"
-  return pays or c.attention == "linear"
+  is_static = all(isinstance(size, int) for size in shape)
+  return c.attention == "linear" and has_rank_1(c, f) and is_static

@@ -93,11 +93,7 @@ def plan(
   """
   # Read once, whatever the tokenizer.
   data = dataclasses.replace(config.data, vocab_size=vocab_size(config.data))
-  model = config.model
-  # There "auto" is dense, whatever it is on this machine.
-  if devices.name != "cpu" and model.attention == "auto":
-    model = dataclasses.replace(model, attention="dense")
-  config = dataclasses.replace(config, data=data, model=model)
+  config = dataclasses.replace(config, data=data)
   sizes = sharding.require_sizes(config.mesh, devices.count)
   mesh = AbstractMesh(tuple(sizes), sharding.AXES)
   found: dict[str, Any] = {

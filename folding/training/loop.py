@@ -249,6 +249,11 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     log = StepLog(config, run.num_parameters, writer, clock, counts)
     for line in run.unsplit:
       writer.say(f"mesh: {line}")
+    if config.model.attention == "linear":
+      writer.say(
+        "attention: linear; an output depends on later tokens by up to 1e-4 "
+        "of the range of the values"
+      )
     if config.task == "classify":
       share = run.data.full_share(config.data.length)
       if share >= 0.01:
