@@ -116,13 +116,6 @@ def check(c: Any) -> None:
     "fold.axis='input' makes; use fpp.attention='output'",
   )
   require(
-    c.fpp.granularity != "2:4"
-    or (c.fpp.linear, c.fpp.overall, c.fpp.linear_layers) == (0.5, None, None)
-    and c.fpp.attention == "output",
-    "fpp.granularity='2:4' removes half of W_O and of the MLP; use "
-    "fpp.linear=0.5, no fpp.overall and fpp.attention='output'",
-  )
-  require(
     c.fpp.attention != "heads"
     or not any(by_layer(c.model, c.fold.v_block, "fold.v_block"))
     and c.model.num_kv_heads == c.model.num_heads,
@@ -193,9 +186,9 @@ def check_used(c: Any, asked: Any) -> None:
       "leave compress.prune out of a dense run",
     )
     require(
-      c.fpp.tolerance is None and c.fpp.scope == "parameter",
-      "fpp.tolerance and fpp.scope='rule' are for what is pruned while training; "
-      "leave them out with compress.prune",
+      c.fpp.tolerance is None,
+      "fpp.tolerance is for pruning while training; leave it out with "
+      "compress.prune",
     )
 
 

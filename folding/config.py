@@ -19,7 +19,6 @@ Score = Literal[
   "relative",
   "activation",
   "magnitude",
-  "evolution",
   "saliency",
   "movement",
   "random",
@@ -127,13 +126,12 @@ class FPPConfig:
   # `score`, but "magnitude" where that tells how common it is, and so would empty
   # rare ones ("saliency" does not where the embedding is the output layer too).
   embedding_score: Score | None = None
-  granularity: Literal["weight", "neuron", "2:4"] = "weight"  # of the MLP
+  granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), or whole heads.
   attention: Literal["output", "all", "heads"] = "output"
   # Of a classifier's tokens, rows of the embedding: "row", zero them; "trim", of a
   # trained one: take them out of the tokenizer, which cuts words into others.
   embedding_granularity: Literal["weight", "row", "trim"] = "weight"
-  scope: Literal["parameter", "rule"] = "parameter"  # one threshold for each
   begin: float = 0.45  # of the steps: first check
   end: float = 0.9  # of the steps: target reached, masks fixed, healing begins
   checks: int = 30  # at most, after a first one at begin

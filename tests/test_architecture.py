@@ -38,7 +38,7 @@ ORDER = {
     "hf_save",
   ],
   "compression": [
-    *("select", "scores", "rules", "suspects", "observe", "fpp", "hooks"),
+    *("select", "scores", "rules", "suspects", "observe", "fpp"),
     *("neurons", "fold"),
     *("sparsegpt", "refold", "accounting", "removable", "shrink"),
   ],

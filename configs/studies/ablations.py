@@ -57,7 +57,7 @@ def _methods() -> dict[str, Method]:
     "qk-dense": _ours("W_Q and W_K dense", fold__groups=0),
   }
   for score in (
-    *("activation", "magnitude", "evolution", "relative", "movement", "random"),
+    *("activation", "magnitude", "relative", "movement", "random"),
   ):
     found[f"score-{score}"] = _ours(f"score: {score}", fpp__score=score)
   found |= {
@@ -65,7 +65,6 @@ def _methods() -> dict[str, Method]:
     "token-rows": _ours(
       "whole rows of embeddings", fpp__embedding_granularity="row"
     ),
-    "one-threshold": _ours("one threshold a rule", fpp__scope="rule"),
     "patience-0": _ours("zeroed without freezing first", fpp__patience=0),
     "patience-3": _ours("frozen for three checks", fpp__patience=3),
     "verified": _ours(

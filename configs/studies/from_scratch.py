@@ -26,8 +26,8 @@ METHODS = (
   *("dense", "dense-again", "dense-small"),
   *("ours", "ours-forward", "ours-weight", "ours-v", "fold"),
   *("fpp", "fpp-all", "low-rank-qk"),
-  *("random", "magnitude", "magnitude-global", "movement", "saliency"),
-  *("evolution", "activation", "relative", "neuron", "heads", "2-of-4"),
+  *("random", "magnitude", "movement", "saliency"),
+  *("activation", "relative", "neuron", "heads"),
   *("magnitude-after", "wanda", "sparsegpt"),
 )
 

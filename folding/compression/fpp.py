@@ -46,7 +46,6 @@ def fpp(
   every: int,
   patience: int = 1,
   score: str = "relative",
-  scope: str = "parameter",
   decay: float = 0.9,
   tolerance: float | None = None,
   seed: int = 0,
@@ -87,11 +86,8 @@ def fpp(
     every: Steps between checks.
     patience: Further checks a unit stays suspected before it is zeroed; 0
       zeroes at once, which is gradual pruning without the freezing stage.
-    score: "relative", "activation", "magnitude", "evolution", "saliency",
-      "movement" or "random", for rules without one of their own; see
+    score: "relative", "activation", "magnitude", "saliency", "movement" or "random", for rules without one of their own; see
       `folding.compression.scores`.
-    scope: "parameter" gives each parameter its own threshold, "rule" one to
-      all parameters of a rule.
     decay: Of the running averages, per observation.
     tolerance: If set, candidates for zero are verified by forward propagation:
       only as many are zeroed (all, a half, a quarter, ...) as keep the loss
@@ -122,7 +118,7 @@ def fpp(
     whose method this is our reading; the cubic ramp is of Zhu and Gupta 2017.
   """
   _check_options(
-    *(begin, end, every, patience, scope, decay, tolerance),
+    *(begin, end, every, patience, decay, tolerance),
     [score, *(rule.score for rule in rules if rule.score is not None)],
   )
   rules = [dataclasses.replace(r, score=r.score or score) for r in rules]
@@ -136,7 +132,7 @@ def fpp(
     leaves = paths.flatten(params)
     suspected, averages = {}, {}
     sites = make_sites(rules, params)
-    suspects_lib.check_sites(sites, rules, scope, removed or {})
+    suspects_lib.check_sites(sites, removed or {})
     kinds = suspects_lib.kinds(sites, rules)
     for site in sites:
       *lead, units = site.shape
@@ -240,22 +236,14 @@ def fpp(
     suspected, averages, kinds, index, leaves, params, value, value_fn, sites
   ):
     """Returns the new suspected planes, averages, and packed units to zero."""
-    averages = averages | {
-      name: scores_lib.observe_check(
-        average, leaves[name], decay, is_first=index == 0
-      )
-      for name, average in averages.items()
-      if kinds[name] == "evolution"
-    }
     planes, candidates = {}, {}
-    for batch in suspects_lib.batches(sites, scope):
-      bits = {s.name: suspected[s.name] for s in batch}
+    for first, site in enumerate(sites):
+      bits = {site.name: suspected[site.name]}
       choose = functools.partial(
         suspects_lib.choose,
-        *(batch, rules, bits, averages, leaves, index),
-        first=sites.index(batch[0]),
+        *([site], rules, bits, averages, leaves, index),
+        first=first,
         seed=seed,
-        scope=scope,
         ramp=ramp,
         patience=patience,
         removed=removed,
@@ -319,7 +307,7 @@ def fpp_counts(
 
 
 def _check_options(
-  begin, end, every, patience, scope, decay, tolerance, scores
+  begin, end, every, patience, decay, tolerance, scores
 ) -> None:
   def require(condition: bool, message: str) -> None:
     if not condition:
@@ -339,10 +327,6 @@ def _check_options(
       score in scores_lib.SCORES,
       f"score must be one of {', '.join(scores_lib.SCORES)}; it is {score!r}",
     )
-  require(
-    scope in ("parameter", "rule"),
-    f"scope must be 'parameter' or 'rule'; it is {scope!r}",
-  )
   require(0 <= decay < 1, f"decay must be in [0, 1); it is {decay}")
   require(
     tolerance is None or tolerance >= 0,

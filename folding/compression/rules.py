@@ -23,10 +23,8 @@ class Rule:
     pattern: Regular expression that matches whole parameter paths.
     target: Fraction of units to zero in the end, in [0, 1).
     granularity: "weight"; "row" (index of the first axis: a token of an
-      embedding [V, D], a head of W_O [H, K, D]); "neuron" (index of the last
-      axis of a kernel [D, F]), both together with `tied`; or "n:m", which keeps
-      n of each m neighbours along the second last axis, so its target is
-      1 - n/m.
+      embedding [V, D], a head of W_O [H, K, D]); or "neuron" (index of the last
+      axis of a kernel [D, F]), both together with `tied`.
     tied: For "row" and "neuron", what else belongs to unit i: {path of an array:
       axis that i indexes}. Paths may use groups of the pattern, as
       "\1/down/kernel".
@@ -53,30 +51,15 @@ class Rule:
         f"{self.target}"
       )
     if self.granularity not in ("weight", "row", "neuron"):
-      found = re.fullmatch(r"(\d+):(\d+)", self.granularity)
-      if not found or not 0 < int(found[1]) < int(found[2]):
-        raise ValueError(
-          f"granularity of rule {self.pattern!r} must be 'weight', 'row', "
-          f"'neuron' or 'n:m' with 0 < n < m; it is {self.granularity!r}"
-        )
-      share = 1 - int(found[1]) / int(found[2])
-      if abs(share - self.target) > 1e-6:  # as it is written here
-        raise ValueError(
-          f"granularity {self.granularity!r} removes {share:g} of the weights, "
-          f"so the target of rule {self.pattern!r} must be {share:g}"
-        )
-      object.__setattr__(self, "target", share)
+      raise ValueError(
+        f"granularity of rule {self.pattern!r} must be 'weight', 'row' or "
+        f"'neuron'; it is {self.granularity!r}"
+      )
     if self.tied and self.granularity not in ("row", "neuron"):
       raise ValueError(
         f"rule {self.pattern!r} ties other arrays, which only the "
         "granularities 'row' and 'neuron' do"
       )
-
-  @property
-  def pattern_nm(self) -> tuple[int, int] | None:
-    """(n, m), or None for other granularities."""
-    n, colon, m = self.granularity.partition(":")
-    return (int(n), int(m)) if colon else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +166,6 @@ def _make_site(
         )
       members[other] = axis
     return Site(name, index, (shape[own],), members)
-  if rule.pattern_nm and shape[-2] % rule.pattern_nm[1]:
-    raise ValueError(
-      f"granularity {rule.granularity!r} needs the second last axis of "
-      f"{name!r} {shape} to be a multiple of {rule.pattern_nm[1]}"
-    )
   return Site(name, index, shape, {name: None})
 
 

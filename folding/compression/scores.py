@@ -1,7 +1,7 @@
 """Scores of parameters: the lower, the more suspect of being unused.
 
-A score may keep a running average: from the forward pass ("activation"), from
-gradients ("saliency", "movement") or over past checks ("evolution").
+A score may keep a running average: from the forward pass ("activation") or from
+gradients ("saliency", "movement").
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def init_average(score: str, w: jax.Array) -> jax.Array | None:
   """
   if score in FORWARD_SCORES:
     return jnp.full(w.shape[:-1], -1, jnp.float32)
-  if score == "evolution" or score in GRADIENT_SCORES:
+  if score in GRADIENT_SCORES:
     return jnp.zeros(w.shape, jnp.float32)
   return None
 
@@ -70,15 +70,6 @@ def observe_gradient(
 def _finite(new: jax.Array, average: jax.Array) -> jax.Array:
   """Leaves out what is not finite: an optimizer may skip such a step."""
   return jnp.where(jnp.isfinite(new), new, average)
-
-
-def observe_check(
-  average: jax.Array, w: jax.Array, decay: float, is_first: jax.Array
-) -> jax.Array:
-  """Moves the average of "evolution": |w| at checks, later ones weigh more."""
-  magnitude = jnp.abs(w.astype(jnp.float32))
-  moved = decay * average + (1 - decay) * magnitude
-  return jnp.where(is_first, magnitude, moved)
 
 
 def observe(
@@ -149,7 +140,6 @@ def element_scores(
       a row a head, and a column is a place in all heads.
     activation: |w| rms, as Sun et al. 2024 (Wanda).
     magnitude: |w|.
-    evolution: decayed average of |w| over checks.
     saliency: decayed average of |w g|, g the gradient.
     movement: decayed average of -w g (Sanh et al. 2020).
     random: uniform, the same at every check.

@@ -194,10 +194,7 @@ def shrink(
   for n in range(config.model.num_layers):
     layer, _ = at_layer(config.model, config.fold, n)
     attn, mlp = f"blocks_{n}/attn", f"blocks_{n}/mlp"
-    least = multiple
-    if config.fpp.granularity == "2:4":  # or rows move into other fours
-      least = len(zeros[f"{mlp}/down/kernel"])
-    widths.append(removable.keep_neurons(mlp, zeros, least, kept))
+    widths.append(removable.keep_neurons(mlp, zeros, multiple, kept))
     heads.append(removable.keep_heads(attn, zeros, layer, kept))
   token_map = removable.keep_tokens(config, zeros, kept)
   absorbed = [

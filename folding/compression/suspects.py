@@ -1,5 +1,6 @@
 """One check of FPP: which units are suspected, and which of them hold up."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,34 +83,19 @@ def unit_scores(
   return ranked
 
 
-def batches(sites: Sequence[Site], scope: str) -> list[list[Site]]:
-  """Returns the sites that share a threshold, in the order of the sites."""
-  if scope == "parameter":
-    return [[site] for site in sites]
-  numbers = sorted({site.rule for site in sites})
-  return [[s for s in sites if s.rule == number] for number in numbers]
-
-
-def check_sites(
-  sites: Sequence[Site],
-  rules: Sequence[Rule],
-  scope: str,
-  removed: Mapping[str, int],
-) -> None:
+def check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:
   """Checks what `suspects` will be asked for.
 
   Raises:
-    ValueError: too many units share a threshold, or what is said to be removed
+    ValueError: a site has too many units to rank, or what is said to be removed
       is no site.
   """
-  for batch in batches(sites, scope):
-    size = sum(removed.get(s.name, 0) for s in batch) + _num_units(batch)
+  for site in sites:
+    size = removed.get(site.name, 0) + math.prod(site.shape)
     if size >= 2**31:
-      by_rule = "scope='parameter' or more rules"
       raise ValueError(
-        f"rule {rules[batch[0].rule].pattern!r} ranks {size:,} units together, "
-        "which must be fewer than 2^31; use "
-        f"{by_rule if scope == 'rule' else 'rows or neurons'}"
+        f"{site.name!r} has {size:,} units to rank, which must be fewer than "
+        "2^31; use rows or neurons"
       )
   unknown = sorted(set(removed) - {site.name for site in sites})
   if unknown:
@@ -119,15 +105,10 @@ def check_sites(
     )
 
 
-def _num_units(batch: Sequence[Site]) -> int:
-  return sum(int(np.prod(s.shape)) for s in batch)
-
-
 def suspects(
   sites: Sequence[Site],
   rules: Sequence[Rule],
   ranked: Mapping[str, select.Scores],
-  scope: str,
   ramp: np.ndarray,
   index: jax.Array,
   removed: Mapping[str, int] | None = None,
@@ -136,18 +117,16 @@ def suspects(
 
   Units that were removed are of the lowest, and not there to be chosen.
   """
-  chosen_units = {}
-  for batch in batches(sites, scope):
-    rule = rules[batch[0].rule]
-    gone = sum((removed or {}).get(s.name, 0) for s in batch)
-    size = gone + _num_units(batch)
+  chosen = {}
+  for site in sites:
+    gone = (removed or {}).get(site.name, 0)
+    size = gone + math.prod(site.shape)
     # In float64 on the host: exact for any size, and never above the target.
-    table = np.floor(ramp * rule.target * size + 1e-6).astype(np.int32)
-    table = np.maximum(table - gone, 0)
-    eligible = [_within_pattern(ranked[s.name], rule) for s in batch]
-    chosen = select.lowest(eligible, jnp.asarray(table)[index])
-    chosen_units.update({s.name: c for s, c in zip(batch, chosen, strict=True)})
-  return chosen_units
+    target = rules[site.rule].target
+    table = np.floor(ramp * target * size + 1e-6).astype(np.int32)
+    k = jnp.asarray(np.maximum(table - gone, 0))[index]
+    chosen[site.name] = select.lowest([ranked[site.name]], k)[0]
+  return chosen
 
 
 def choose(
@@ -160,7 +139,6 @@ def choose(
   *,
   first: int,
   seed: int,
-  scope: str,
   ramp: np.ndarray,
   patience: int,
   removed: Mapping[str, int] | None,
@@ -168,7 +146,7 @@ def choose(
   """Returns ({site: new planes}, {site: units that may be zeroed}), packed.
 
   Args:
-    sites: Some or all of them, as `batches` groups them.
+    sites: Some or all of them, as `fpp` asks for them.
     rules: Of all sites, with their scores.
     suspected: As in `FPPState`; also `averages`.
     averages: Of scores.
@@ -176,7 +154,6 @@ def choose(
     index: int32[], of this check.
     first: Place of the first site among all.
     seed: Of random scores; as in `fpp`, like what follows.
-    scope: Of thresholds.
     ramp: Share of the target at each check.
     patience: In checks.
     removed: Units that are gone.
@@ -190,7 +167,7 @@ def choose(
     # What is zero stays suspected, whatever its score.
     ranked[s.name] = Partial(_lowered, was_zero[s.name], ranked[s.name])
   planes, candidates = {}, {}
-  found = suspects(sites, rules, ranked, scope, ramp, index, removed)
+  found = suspects(sites, rules, ranked, ramp, index, removed)
   for n, now in found.items():
     is_last = index == len(ramp) - 1
     is_ripe = is_last | (old[n][patience - 1] if patience else True)
@@ -246,15 +223,3 @@ def verified(
     lambda t: (t < _TRIALS) & fails(t), lambda t: t + 1, jnp.int32(0)
   )
   return share(trial)
-
-
-def _within_pattern(scores: select.Scores, rule: Rule) -> select.Scores:
-  """Moves to infinity the n highest of each m neighbours, for rule "n:m"."""
-  if rule.pattern_nm is None:
-    return scores
-  score = select.value(scores)
-  n, m = rule.pattern_nm
-  *lead, rows, columns = score.shape
-  groups = score.reshape(*lead, rows // m, m, columns)
-  order = jnp.argsort(jnp.argsort(groups, axis=-2), axis=-2)
-  return jnp.where(order < m - n, groups, jnp.inf).reshape(score.shape)

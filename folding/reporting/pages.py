@@ -215,7 +215,6 @@ def _pruning(run: runs.Run) -> str:
         "granularity",
         f"{f.granularity}, of embeddings {f.embedding_granularity}",
       ),
-      ("threshold for each", f.scope),
       ("begins at step", words.count(begin)),
       (
         "ends at step",

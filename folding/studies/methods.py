@@ -259,11 +259,6 @@ METHODS: dict[str, Method] = {
     "gradual magnitude pruning, each array by itself (Zhu and Gupta 2017)",
     "magnitude",
   ),
-  "magnitude-global": _gradual(
-    "the same with one threshold for all layers, and one for embeddings",
-    "magnitude",
-    scope="rule",
-  ),
   "movement": _gradual(
     "gradual, by -w g summed with a decay of 0.99 (after Sanh et al. 2020)",
     "movement",
@@ -272,9 +267,6 @@ METHODS: dict[str, Method] = {
   "saliency": _gradual(
     "gradual, by the averaged |w g| (Lee et al. 2019, Molchanov et al. 2019)",
     "saliency",
-  ),
-  "evolution": _gradual(
-    "gradual, by how |w| was at the checks so far", "evolution"
   ),
   "activation": _gradual(
     "gradual, by |w| rms(input), the score of Wanda", "activation"
@@ -294,18 +286,6 @@ METHODS: dict[str, Method] = {
     "activation",
     granularity="neuron",
     attention="heads",
-  ),
-  "2-of-4": Method(
-    "2 of 4 neighbours in W_O and feed-forward layers, half of the embeddings, "
-    "gradual by magnitude",
-    {
-      **_UNFOLDED,
-      **{"fpp.linear": 0.5, "fpp.embedding": 0.5},
-      **{"fpp.overall": None, "fpp.linear_layers": None},
-      **{"fpp.granularity": "2:4", "fpp.score": "magnitude"},
-      "fpp.patience": 0,
-    },
-    "fixed",
   ),
   "magnitude-after": _after(
     "a trained model, pruned by magnitude at once, then recovered", "magnitude"

@@ -260,7 +260,6 @@ def make_optimizer(
     every=every,
     patience=f.patience,
     score=f.score,
-    scope=f.scope,
     decay=f.decay,
     tolerance=f.tolerance if rules else None,
     seed=config.seed,

@@ -80,12 +80,9 @@ def plan(
   require_pairs(config)
   f = config.fpp
   require(
-    f.attention == "output"
-    and f.granularity != "2:4"
-    and f.exclude is None
-    and f.linear_layers is None,
+    f.attention == "output" and f.exclude is None and f.linear_layers is None,
     "compress.plan='auto' decides what is pruned of W_O and the MLP; leave out "
-    "fpp.attention, fpp.exclude, fpp.linear_layers and granularity '2:4'",
+    "fpp.attention, fpp.exclude and fpp.linear_layers",
   )
   options = measure(config, params, batches, watch)
   sizes = _sizes(config, params)

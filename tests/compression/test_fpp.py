@@ -96,8 +96,6 @@ class Loop:
       # The means as they are in the library: all-zero lines score 0.
       terms = [np.mean(line) + 1e-12 for line in (row, column)]
       return sum(w / mean for mean in terms) * square**0.25
-    if score == "evolution":
-      return self.average[name][index]
     return self.gradients[name][index]
 
   def _unit_scores(self, position, name, units):
@@ -119,41 +117,15 @@ class Loop:
         scores[-1] = -math.inf
     return scores
 
-  def _protect(self, rule, name, scores):
-    """Takes the n highest of m neighbours out of the ranking."""
-    n, m = rule.pattern_nm
-    table = np.array(scores).reshape(self.p[name].shape)
-    for start in range(0, table.shape[0], m):
-      for column in range(table.shape[1]):
-        group = table[start : start + m, column]
-        for i in sorted(range(m), key=lambda i: (group[i], i))[m - n :]:
-          group[i] = math.inf
-    return table.ravel().tolist()
-
   def _check(self, number, last):
-    d = self.o["decay"]
-    for n, w in self.p.items():
-      if self.kind[n] == "evolution":
-        old = np.abs(w) if number == 0 else self.average[n]
-        self.average[n] = d * old + (1 - d) * np.abs(w)
-    ranking = []
-    for position, (rule, name, units) in enumerate(self.sites):
-      scores = self._unit_scores(position, name, units)
-      if rule.pattern_nm:
-        scores = self._protect(rule, name, scores)
-      ranking.append(list(zip(scores, units, strict=True)))
     # Exact arithmetic: the cubic ramp as a fraction.
     q = 1 - (1 - fractions.Fraction(number, max(last, 1))) ** 3
     q = fractions.Fraction(1) if number == last else q
-    pools = [[i] for i in range(len(self.sites))]
-    if self.o["scope"] == "rule":
-      pools = [
-        [i for i, s in enumerate(self.sites) if s[0] is r] for r in self.rules
-      ]
     suspects = set()
-    for pool in pools:
-      entries = [entry for i in pool for entry in ranking[i]]
-      target = fractions.Fraction(str(self.sites[pool[0]][0].target))
+    for position, (rule, name, units) in enumerate(self.sites):
+      scores = self._unit_scores(position, name, units)
+      entries = list(zip(scores, units, strict=True))
+      target = fractions.Fraction(str(rule.target))
       k = math.floor(q * target * len(entries))
       entries.sort(key=lambda entry: entry[0])  # stable: ties by position
       suspects |= {unit for _, unit in entries[:k]}
@@ -204,7 +176,6 @@ _DEFAULTS = {
   "every": 2,
   "patience": 1,
   "score": "magnitude",
-  "scope": "parameter",
   "decay": 0.7,
   "seed": 5,
 }
@@ -212,11 +183,9 @@ _MACHINES = {
   "magnitude-0": (WEIGHTS, {"patience": 0}),
   "activation-1": (WEIGHTS, {"score": "activation"}),
   "relative-1": (WEIGHTS, {"score": "relative"}),
-  "evolution-1": (WEIGHTS, {"score": "evolution"}),
   "saliency-2": (WEIGHTS, {"score": "saliency", "patience": 2}),
   "movement-1": (WEIGHTS, {"score": "movement"}),
   "random-2": (WEIGHTS, {"score": "random", "patience": 2}),
-  "rule-scope": (WEIGHTS, {"score": "activation", "scope": "rule"}),
   "one-check": (WEIGHTS, {"begin": 3, "end": 3}),
   "longest-patience": (WEIGHTS, {"patience": 9}),
   "row": ([Rule("embed", 0.4, "row")], {"score": "activation"}),
@@ -224,13 +193,8 @@ _MACHINES = {
   "neuron": (NEURONS, {"score": "activation", "patience": 2}),
   "neuron-relative": (NEURONS, {"score": "relative"}),
   "neuron-saliency": (NEURONS, {"score": "saliency"}),
-  "2:4": ([Rule("up", 0.5, "2:4")], {"score": "activation", "patience": 2}),
-  "two-rules": (
-    [Rule("up", 0.5, "2:4"), Rule("embed", 0.3)],
-    {"score": "evolution", "scope": "rule"},
-  ),
   "scores-of-their-own": (
-    [Rule("up", 0.5, score="relative"), Rule("embed", 0.3, score="evolution")],
+    [Rule("up", 0.5, score="relative"), Rule("embed", 0.3, score="magnitude")],
     {"score": "saliency"},
   ),
 }

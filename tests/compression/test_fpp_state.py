@@ -27,11 +27,11 @@ from tests.compression.fpp_cases import separable
   [
     (Rule("w", 0.5), 1, [16, 100]),
     (Rule("w", 0.5), 0, [16, 100]),
-    (Rule("w", 0.5, "2:4"), 3, [16, 100]),
+    (Rule("w", 0.5), 3, [16, 100]),
     (Rule("w", 0.5, "row"), 2, [16]),
     (Rule("w", 0.5, "neuron"), 1, [100]),
   ],
-  ids=["weight", "no-patience", "2:4", "row", "neuron"],
+  ids=["weight", "no-patience", "patience", "row", "neuron"],
 )
 def test_a_decision_is_one_bit(rule, patience, units):
   params = {"w": jnp.ones((16, 100))}
@@ -55,7 +55,6 @@ def test_a_decision_is_one_bit(rule, patience, units):
 _SHARDED_RULES = {
   "weight": [Rule("mlp/.*|embed", 0.6)],
   "neuron": [Rule("mlp/up", 0.5, "neuron", {"mlp/down": 0})],
-  "2:4": [Rule("mlp/up", 0.5, "2:4")],
 }
 
 
@@ -159,7 +158,6 @@ def test_battery(case, check, tmp_path):
     ({"every": 0}, "fpp: every must be at least 1; it is 0"),
     ({"patience": -1}, "fpp: patience must be at least 0; it is -1"),
     ({"score": "size"}, "fpp: score must be one of .*; it is 'size'"),
-    ({"scope": "model"}, "fpp: scope must be 'parameter' or 'rule'"),
     ({"decay": 1.0}, r"fpp: decay must be in \[0, 1\); it is 1\.0"),
     ({"tolerance": -0.1}, "fpp: tolerance must be at least 0; it is -0.1"),
   ],

@@ -79,14 +79,6 @@ def test_a_neuron_with_a_bias_is_a_constant_and_stays(zero):
   assert small.config.model.mlp_width == (F - 1, F)
 
 
-def test_neurons_stay_where_rows_are_removed_by_fours():
-  config = make_config(*MODELS["gpt2"])
-  config.fpp.granularity = "2:4"
-  params = random_params(config)
-  params["blocks_0"]["mlp"]["down"]["kernel"][[0, 5]] = 0
-  assert shrink(config, params).config == config
-
-
 def test_a_layer_without_a_living_neuron_keeps_one():
   config = make_config(*MODELS["gpt2"])
   params = random_params(config)

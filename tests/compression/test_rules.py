@@ -30,34 +30,13 @@ def _params():
     ((1.0,), r"target of rule 'w' must be in \[0, 1\); it is 1\.0"),
     ((-0.1,), r"target of rule 'w' .* it is -0\.1"),
     ((0.5, "column"), "granularity of rule 'w' must be .* it is 'column'"),
-    ((0.5, "4:4"), "'n:m' with 0 < n < m; it is '4:4'"),
-    ((0.5, "0:4"), "'n:m' with 0 < n < m; it is '0:4'"),
-    ((0.6, "2:4"), "removes 0.5 of the weights, .* must be 0.5"),
     ((0.5, "weight", {"x": 0}), "rule 'w' ties other arrays"),
   ],
-  ids=["one", "negative", "unknown", "4:4", "0:4", "n:m-target", "tied"],
+  ids=["one", "negative", "unknown", "tied"],
 )
 def test_an_impossible_rule_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
     Rule("w", *options)
-
-
-@pytest.mark.parametrize(
-  ("granularity", "target", "expected"),
-  [
-    ("2:4", 0.5, (2, 4)),
-    ("1:3", 2 / 3, (1, 3)),
-    ("1:3", 0.666667, (1, 3)),  # as the message of a wrong one has it
-    ("weight", 0.3, None),
-  ],
-  ids=["2:4", "1:3", "rounded", "weight"],
-)
-def test_pattern_nm(granularity, target, expected):
-  rule = Rule("w", target, granularity)
-  assert rule.pattern_nm == expected
-  assert rule.target == pytest.approx(
-    2 / 3 if granularity == "1:3" else target, rel=1e-12
-  )
 
 
 def test_sites_come_in_the_order_of_rules_and_parameters():
@@ -112,10 +91,6 @@ def _neuron(tied):
     (_neuron({r"\2/up/bias": 0}), r"ties '.*2/up/bias', which does not expand"),
     ([Rule("a/mlp/up/bias", 0.5, "row")], r"'row' needs a matrix; .*bias"),
     ([Rule("scale", 0.5)], r"'weight' needs a vector; 'scale' has shape \(\)"),
-    (
-      [Rule("a/mlp/down/kernel", 0.5, "2:4")],
-      r"second last axis of 'a/mlp/down/kernel' \(6, 4\) .* multiple of 4",
-    ),
   ],
   ids=[
     "no-match",
@@ -127,7 +102,6 @@ def _neuron(tied):
     "tied-group",
     "row-of-vector",
     "scalar",
-    "n:m-size",
   ],
 )
 def test_a_rule_that_does_not_fit_is_refused(rule_list, message):

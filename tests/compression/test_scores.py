@@ -61,7 +61,7 @@ def test_magnitude_is_exact_and_float32():
   np.testing.assert_array_equal(found, np.abs(np.asarray(w, np.float32)))
 
 
-@pytest.mark.parametrize("name", ["saliency", "movement", "evolution"])
+@pytest.mark.parametrize("name", ["saliency", "movement"])
 def test_averaged_scores_are_their_average(name):
   average = _normal((4, 3)).astype(np.float32)
   found = _score(name, _normal((4, 3), 1), average)
@@ -124,18 +124,6 @@ def test_movement_is_negative_where_a_step_of_descent_shrinks_the_weight():
   moved = scores.observe_gradient("movement", jnp.zeros(3), w, g, 0.0)
   grows = np.abs(w - 0.1 * g) > np.abs(w)
   np.testing.assert_array_equal(np.asarray(moved) > 0, grows)
-
-
-def test_evolution_starts_at_the_first_magnitude_then_decays():
-  w = _normal((3, 6))
-  average = jnp.full(6, 100.0)  # whatever was there before the first check
-  for check in range(3):
-    average = scores.observe_check(
-      average, jnp.asarray(w[check]), 0.9, jnp.bool_(check == 0)
-    )
-  a = np.abs(w)
-  expected = 0.9 * (0.9 * a[0] + 0.1 * a[1]) + 0.1 * a[2]
-  np.testing.assert_allclose(average, expected, rtol=1e-6)
 
 
 def test_the_first_statistic_that_is_a_number_has_all_of_the_weight():

@@ -35,14 +35,13 @@ def _averages(score, leaves, seed=1):
   return found
 
 
-def _init(scope="parameter", removed=None, pattern="[uw].*"):
+def _init(removed=None, pattern="[uw].*"):
   tx = fpp(
     optax.sgd(0.1),
     [Rule(pattern, 0.5)],
     begin=0,
     end=4,
     every=2,
-    scope=scope,
     removed=removed,
   )
   size = jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32)
@@ -51,8 +50,8 @@ def _init(scope="parameter", removed=None, pattern="[uw].*"):
 
 def test_more_units_than_can_be_ranked_are_told_of_before_training():
   _init()
-  with pytest.raises(ValueError, match="2,147,483,648 units .*; use scope='pa"):
-    _init(scope="rule")
+  with pytest.raises(ValueError, match="2,147,483,648 units"):
+    _init(removed={"up": 2**30})
 
 
 def test_what_was_removed_of_no_site_is_told_of():
@@ -120,7 +119,6 @@ def test_each_parameter_has_its_own_threshold(index):
     sites,
     [rule],
     {n: jnp.asarray(x, jnp.float32) for n, x in ranked.items()},
-    "parameter",
     _RAMP,
     jnp.int32(index),
   )
@@ -129,31 +127,7 @@ def test_each_parameter_has_its_own_threshold(index):
     np.testing.assert_array_equal(found[name], _lowest(x, counts[name][index]))
 
 
-def test_one_threshold_for_a_rule():
-  rule_list = [Rule("a|b", 0.5), Rule("c", 0.25)]
-  shapes = {"a": (3, 5), "b": (9,), "c": (8,)}
-  sites = rules.make_sites(
-    rule_list, {n: np.ones(s) for n, s in shapes.items()}
-  )
-  rng = np.random.default_rng(0)
-  ranked = {n: rng.normal(size=s) for n, s in shapes.items()}
-  ranked["c"] -= 100  # another rule: its low scores must not matter
-  found = suspects.suspects(
-    sites,
-    rule_list,
-    {n: jnp.asarray(x, jnp.float32) for n, x in ranked.items()},
-    "rule",
-    _RAMP,
-    jnp.int32(2),
-  )
-  both = _lowest(np.concatenate([ranked["a"].ravel(), ranked["b"]]), 12)
-  np.testing.assert_array_equal(found["a"], both[:15].reshape(3, 5))
-  np.testing.assert_array_equal(found["b"], both[15:])
-  np.testing.assert_array_equal(found["c"], _lowest(ranked["c"], 2))
-
-
-@pytest.mark.parametrize("scope", ["parameter", "rule"])
-def test_units_that_were_removed_count_as_the_lowest(scope):
+def test_units_that_were_removed_count_as_the_lowest():
   rule = Rule("a|b", 0.6)
   rng = np.random.default_rng(0)
   whole = {"a": rng.normal(size=20), "b": rng.normal(size=9)}
@@ -164,7 +138,7 @@ def test_units_that_were_removed_count_as_the_lowest(scope):
     sites = rules.make_sites([rule], ranked)
     ranked = {n: jnp.asarray(x, jnp.float32) for n, x in ranked.items()}
     return suspects.suspects(
-      sites, [rule], ranked, scope, _RAMP, jnp.int32(2), removed
+      sites, [rule], ranked, _RAMP, jnp.int32(2), removed
     )
 
   before = chosen(whole, {})
@@ -172,43 +146,6 @@ def test_units_that_were_removed_count_as_the_lowest(scope):
   for name, is_gone in gone.items():
     assert before[name][is_gone].all()
     np.testing.assert_array_equal(after[name], before[name][~is_gone])
-
-
-@pytest.mark.parametrize("granularity", ["2:4", "3:4"])
-def test_n_of_m_neighbours_along_the_input_axis_stay(granularity):
-  n, m = map(int, granularity.split(":"))
-  rule = Rule("w", 1 - n / m, granularity)
-  sites = rules.make_sites([rule], {"w": np.ones((3, 8, 5))})
-  # Whole numbers: ties, which go to the first of a group.
-  x = np.random.default_rng(0).integers(0, 6, size=(3, 8, 5))
-  ranked = {"w": jnp.asarray(x, jnp.float32)}
-  found = suspects.suspects(
-    sites, [rule], ranked, "parameter", _RAMP, jnp.int32(2)
-  )["w"]
-  for lead in range(3):
-    for start in range(0, 8, m):
-      for column in range(5):
-        group = x[lead, start : start + m, column]
-        np.testing.assert_array_equal(
-          found[lead, start : start + m, column], _lowest(group, m - n)
-        )
-
-
-def test_half_way_no_group_has_lost_more_than_it_may():
-  rule = Rule("w", 0.5, "2:4")
-  sites = rules.make_sites([rule], {"w": np.ones((16, 5))})
-  x = np.random.default_rng(0).normal(size=(16, 5))
-  x[:4] -= 100  # the lowest are all in the first groups
-  found = suspects.suspects(
-    sites,
-    [rule],
-    {"w": jnp.asarray(x, jnp.float32)},
-    "parameter",
-    _RAMP,
-    jnp.int32(1),
-  )["w"]
-  assert int(found.sum()) == 20
-  assert np.asarray(found).reshape(4, 4, 5).sum(1).max() == 2
 
 
 def test_member_masks_broadcast_to_every_array_of_a_neuron():

@@ -125,14 +125,6 @@ def test_activations_of_a_model_in_closed_form():
   assert remat["bytes"]["activations"] < 0.2 * hidden
 
 
-def test_a_rule_that_cannot_be_ranked_is_told(capsys):
-  words = ["--config=configs/shapes/llama3.py:8b", "--devices=v5p-64"]
-  status = cli.main(["plan", *words, "--set=fpp.scope=rule"])
-  out, err = capsys.readouterr()
-  assert (status, out) == (2, "")
-  assert "units together, which must be fewer than 2^31; use scope=" in err
-
-
 @pytest.mark.parametrize(
   ("text", "count", "gib"),
   [
