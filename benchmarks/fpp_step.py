@@ -21,7 +21,7 @@ from folding import config as config_lib
 from folding.models.transformer import make_model
 from folding.training import optimizer as optimizer_lib
 from folding.training import sharding
-from folding.training.step import init_state, train_step
+from folding.training.step import StepOptions, init_state, train_step
 
 
 def measure(rounds: int, devices: int = 1) -> dict:
@@ -77,12 +77,8 @@ def _stepper(config, model, rules, batch, mesh, is_check):
   step = jax.jit(
     functools.partial(
       train_step,
-      model=model,
-      tx=tx,
-      rules=rules,
-      label_smoothing=0.0,
+      options=StepOptions(model=model, tx=tx, rules=rules, mesh=mesh),
       is_check=is_check,
-      mesh=mesh,
     ),
     out_shardings=(places, sharding.whole(mesh)),
   )

@@ -25,7 +25,7 @@ from folding import paths
 from folding.compression.shrink import shrink
 from folding.models.transformer import make_model
 from folding.training import optimizer as optimizer_lib
-from folding.training.step import init_state, train_step
+from folding.training.step import StepOptions, init_state, train_step
 
 PRUNED = 0.7
 VOCAB, CLASSES = 8192, 8
@@ -131,12 +131,7 @@ def _programs(
   tx = optimizer_lib.make_optimizer(config, [])
   state = init_state(model, tx, config.data.length, config.seed)
   step = functools.partial(
-    train_step,
-    model=model,
-    tx=tx,
-    rules=[],
-    label_smoothing=0.0,
-    is_check=False,
+    train_step, options=StepOptions(model=model, tx=tx), is_check=False
   )
   compiled = {
     "forward": jax.jit(lambda p, t: model.apply({"params": p}, t))

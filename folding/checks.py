@@ -81,10 +81,6 @@ def check(c: Any) -> None:
     f"{d.temperature}",
   )
   require(
-    0 <= d.noise < 1,
-    f"distill.noise is a share of the tokens, 0 to below 1; it is {d.noise}",
-  )
-  require(
     not (d.logits or d.hidden) or bool(d.teacher or c.pretrained),
     "distill needs distill.teacher (a run) or pretrained",
   )
@@ -151,13 +147,8 @@ def check_used(c: Any, asked: Any) -> None:
         "both",
       )
   require(
-    bool(d.logits or d.hidden) or not (d.teacher or d.noise),
-    "distill.teacher and distill.noise do nothing where distill.logits and "
-    "distill.hidden are 0; set one of these, or drop those",
-  )
-  require(
-    not d.noise or c.data.batch_size > 1,
-    "distill.noise mixes the texts of a batch; use data.batch_size 2 or more",
+    bool(d.logits or d.hidden or not d.teacher),
+    "distill.teacher does nothing while distill.logits and distill.hidden are 0",
   )
   require(
     not c.fold.v_identity,

@@ -162,9 +162,6 @@ class DistillConfig:
   logits: float = 0.0  # share of the loss that is the teacher's, 0 to 1
   temperature: float = 2.0  # that both are softened by
   hidden: float = 0.0  # weight of the distance of what the layers write
-  # Share of tokens that are those of another text of the batch, in what model
-  # and teacher read: a teacher has something to say of any text.
-  noise: float = 0.0
 
 
 @dataclasses.dataclass(slots=True)

@@ -120,10 +120,6 @@ COMBINATIONS = {
     {"train__accumulate": 2, "distill__hidden": 1.0, "distill__teacher": "x"},
     r"distill\.hidden compares whole batches; use train\.accumulate=1",
   ),
-  "noise": (
-    {"distill__noise": 1.0},
-    r"distill\.noise is a share of the tokens, 0 to below 1; it is 1\.0",
-  ),
   "tokens_of_no_trained_model": (
     {"task": "classify", "fpp__embedding_granularity": "trim"},
     r"tokenizer of a trained classifier; give pretrained=PATH, or use 'row'",
@@ -227,11 +223,6 @@ def test_pruning_at_once_passes_nothing_over(fields, message):
   ("fields", "use", "message"),
   [
     (
-      {"distill__logits": 0.5, "distill__noise": 0.3, "data__batch_size": 1},
-      {"data__batch_size": 2},
-      "noise mixes the texts of a batch; use data.batch_size 2",
-    ),
-    (
       {"fold__v_identity": True},
       {"fold__v_identity": False, "fold__v_block": 1},
       "fold.v_identity is what removing .* use fold.v_block=1",
@@ -257,7 +248,7 @@ def test_pruning_at_once_passes_nothing_over(fields, message):
       "are of rotary positions; leave them out",
     ),
   ],
-  ids=["noise", "identity", "neurons", "heads", "scaling", "pairs"],
+  ids=["identity", "neurons", "heads", "scaling", "pairs"],
 )
 def test_what_a_run_would_pass_over_is_refused(fields, use, message):
   common = {"pretrained": "x"}

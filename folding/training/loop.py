@@ -24,7 +24,7 @@ from folding.training.progress import Clock, StepLog, stop_signal
 from folding.training.result import is_finished, read_result
 from folding.training.run import Run
 from folding.training.start import folded_start, teacher_of, write_fold
-from folding.training.step import train_step
+from folding.training.step import Distillation, StepOptions, train_step
 from folding.training.trim import trim_vocabulary
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
@@ -218,20 +218,24 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     return read_result(workdir)  # it has been tested; checkpoints may be gone
   if run.teacher is None:  # of a finished run whose last checkpoint is damaged
     run.teacher = teacher_of(config, run.data)
+  distillation = None
+  if run.teacher is not None:
+    d = config.distill
+    distillation = Distillation(
+      run.teacher[0], d.logits, d.hidden, d.temperature
+    )
+  options = StepOptions(
+    model=run.model,
+    tx=run.tx,
+    rules=run.rules,
+    label_smoothing=t.label_smoothing,
+    accumulate=t.accumulate,
+    mesh=run.mesh,
+    distillation=distillation,
+  )
   steps = {
     is_check: jax.jit(
-      functools.partial(
-        train_step,
-        model=run.model,
-        tx=run.tx,
-        rules=run.rules,
-        label_smoothing=t.label_smoothing,
-        is_check=is_check,
-        accumulate=t.accumulate,
-        mesh=run.mesh,
-        teacher=run.teacher and run.teacher[0],
-        distill=config.distill if run.teacher else None,
-      ),
+      functools.partial(train_step, options=options, is_check=is_check),
       donate_argnums=0,
       out_shardings=(run.state_shardings, sharding.whole(run.mesh)),
     )
@@ -289,7 +293,7 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
         break
       batch = sharding.put_batch(run.mesh, next(batches))
       is_check = bool(run.rules) and optimizer_lib.is_check(config, step)
-      state, metrics = steps[is_check](state, {**batch, **constants})
+      state, metrics = steps[is_check](state, batch, **constants)
       log.step(step + 1, metrics, batch)
 
     checkpoints.wait()

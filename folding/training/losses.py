@@ -1,12 +1,13 @@
-"""Losses: nats a token (next token) or an example (classification)."""
+"""Losses in nats per token (next token) or per example (classification)."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Batch = Mapping[str, jax.Array]
 
@@ -23,20 +24,25 @@ def token_losses(
 def summed_loss(
   logits: jax.Array, batch: Batch, label_smoothing: float = 0.0
 ) -> dict[str, jax.Array]:
-  """Returns the sums that metrics are made of.
+  """Returns the weighted sums of loss and metrics over a batch.
 
   Args:
     logits: [B, L, V] with batch["targets"] [B, L], or [B, C] with
       batch["labels"] [B].
-    batch: Also "weights", of the shape of the targets; 0 does not count.
-    label_smoothing: Mass moved from the target to all classes alike; it is in
-      "loss", not in "nats".
+    batch: Also "weights", of the shape of the targets; 0 leaves a target out.
+    label_smoothing: Probability mass spread evenly over all classes. It counts
+      in "loss", not in "nats".
 
   Returns:
     {"loss", "nats", "weight", "correct"}: float32[] sums over the batch.
+
+  Raises:
+    AssertionError: logits, targets and weights differ in their leading shape.
   """
   labels = batch["targets"] if "targets" in batch else batch["labels"]
   weights = batch["weights"]
+  chex.assert_equal_shape([labels, weights])
+  chex.assert_shape(logits, (*labels.shape, None))
   nats = token_losses(logits, labels)
   loss = nats
   if label_smoothing:
@@ -59,7 +65,16 @@ def soft_loss(
 ) -> Float[Array, ""]:
   """Returns T^2 KL(teacher || student) of both softened by T, nats.
 
-  T^2 keeps the gradient of the size that it has at T = 1 (Hinton et al. 2015).
+  T^2 keeps the gradient as large as it is at T = 1.
+
+  Args:
+    logits: The student's.
+    taught: The teacher's.
+    weights: 0 leaves a target out.
+    temperature: T.
+
+  References: Hinton et al., "Distilling the Knowledge in a Neural Network",
+    2015.
   """
   student = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
   teacher = jax.nn.log_softmax(taught.astype(jnp.float32) / temperature)
@@ -68,25 +83,30 @@ def soft_loss(
   return temperature**2 * total
 
 
-def hidden_loss(hidden: Any, taught: Any, batch: Batch) -> Float[Array, ""]:
-  """Returns how far what the layers write is from what the teacher's do.
+def hidden_loss(
+  hidden: Any, taught: Any, mask: Bool[Array, "B L"] | None
+) -> Float[Array, ""]:
+  """Returns the distance between the hidden states of student and teacher.
 
-  The mean over layers of the squared distance, as a share of the mean square
-  of the teacher's.
+  Per layer it is sum((student - teacher)^2) / sum(teacher^2); the result is the
+  mean over layers.
 
   Args:
-    hidden: Tree of float[B, L, D], one a layer.
+    hidden: Tree of float[B, L, D], one leaf per layer.
     taught: The same of the teacher.
-    batch: Its "mask" bool[B, L], if any, is True at tokens that count.
+    mask: True at tokens that count; None: all do.
+
+  Raises:
+    AssertionError: the two trees differ in structure or shapes.
   """
-  keep = batch.get("mask")
+  chex.assert_trees_all_equal_shapes(hidden, taught)
 
-  def share(ours, theirs):
-    weight = 1.0 if keep is None else keep[..., None].astype(jnp.float32)
+  def distance(ours, theirs):
+    weight = 1.0 if mask is None else mask[..., None].astype(jnp.float32)
     theirs = theirs.astype(jnp.float32)
-    wrong = jnp.square(ours.astype(jnp.float32) - theirs)
+    squares = jnp.square(ours.astype(jnp.float32) - theirs)
     size = jnp.sum(jnp.square(theirs) * weight)
-    return jnp.sum(wrong * weight) / jnp.maximum(size, 1e-6)
+    return jnp.sum(squares * weight) / jnp.maximum(size, 1e-6)
 
-  shares = jax.tree.leaves(jax.tree.map(share, hidden, taught))
-  return jnp.mean(jnp.stack(shares))
+  distances = jax.tree.leaves(jax.tree.map(distance, hidden, taught))
+  return jnp.mean(jnp.stack(distances))

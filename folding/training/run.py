@@ -116,7 +116,7 @@ class Run:
     return {name: float(x) for name, x in found.items()}
 
   def constants(self) -> dict[str, Any]:
-    """Returns what each step needs beside its batch, placed on the mesh."""
+    """Returns the arrays that each step needs beside its batch, on the mesh."""
     found: dict[str, Any] = {"seed": self._seed}
     f = self.config.fpp
     if f.embedding_granularity != "weight" and self.rules:
@@ -126,7 +126,7 @@ class Run:
     if self.teacher is not None:
       params = self.teacher[1]
       places = sharding.tree_shardings(self.mesh, params)
-      found["teacher"] = jax.device_put(params, places)
+      found["teacher_params"] = jax.device_put(params, places)
     return found
 
   def evaluate(self, params: Any, split: str, limit: int | None = None) -> dict:

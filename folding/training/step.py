@@ -1,6 +1,7 @@
 """The training step: pure, jitted, with donated state."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -13,7 +14,6 @@ from jax.typing import ArrayLike
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.rules import Rule
-from folding.config import DistillConfig
 from folding.models.transformer import Block
 from folding.schema import ConfigError
 from folding.training import losses, sharding
@@ -25,12 +25,68 @@ class TrainState(NamedTuple):
   Attributes:
     step: int32[], updates applied.
     params: Parameters.
-    opt_state: State of the optimizer; FPP's masks are in it.
+    opt_state: State of the optimizer, FPP's masks included.
   """
 
   step: jax.Array
   params: Any
   opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  """A teacher model and the weights of its two losses.
+
+  Attributes:
+    teacher: The teacher's Linen model.
+    logits: Share of `losses.soft_loss` in the loss, in [0, 1].
+    hidden: Weight of `losses.hidden_loss`; 0 leaves it out.
+    temperature: Softens the logits of both models.
+  """
+
+  teacher: Any
+  logits: float
+  hidden: float
+  temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+  """The static part of a training step.
+
+  Attributes:
+    model: The Linen model.
+    tx: From `make_optimizer`.
+    rules: The rules of FPP.
+    label_smoothing: See `losses.summed_loss`.
+    accumulate: Number of micro-batches, computed one after another to save
+      memory. Apart from dropout, the update equals that of the whole batch up
+      to rounding.
+    mesh: Pins activations to the sharding of the batch rows; None: no mesh.
+    distillation: None: train on the labels only.
+  """
+
+  model: Any
+  tx: optax.GradientTransformationExtraArgs
+  rules: Sequence[Rule] = ()
+  label_smoothing: float = 0.0
+  accumulate: int = 1
+  mesh: Mesh | None = None
+  distillation: Distillation | None = None
+
+
+class _Aux(NamedTuple):
+  """One micro-batch's share of the metrics of the whole batch.
+
+  Attributes:
+    nats: float32[], the unsmoothed loss on the labels.
+    label_loss: float32[], the loss on the labels, without the teacher's part.
+    stats: {parameter path: forward statistics}; {} if there is no mask update.
+  """
+
+  nats: jax.Array
+  label_loss: jax.Array
+  stats: dict[str, jax.Array]
 
 
 def init_state(
@@ -46,7 +102,7 @@ def init_state(
 
 
 def state_shapes(init: Callable[..., TrainState]) -> TrainState:
-  """Returns the shapes of what `init_state` gives of a seed.
+  """Returns the shapes of the state that `init(seed)` makes.
 
   Raises:
     ConfigError: a rule does not fit the parameters.
@@ -59,178 +115,185 @@ def state_shapes(init: Callable[..., TrainState]) -> TrainState:
 
 def train_step(
   state: TrainState,
-  batch: Mapping[str, jax.Array],
+  batch: losses.Batch,
   *,
-  model: Any,
-  tx: optax.GradientTransformationExtraArgs,
-  rules: list[Rule],
-  label_smoothing: float,
+  options: StepOptions,
   is_check: bool,
-  accumulate: int = 1,
-  mesh: Mesh | None = None,
-  teacher: Any = None,
-  distill: DistillConfig | None = None,
+  seed: ArrayLike = 0,
+  usage: jax.Array | None = None,
+  teacher_params: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Returns the state after one update, and metrics.
 
   Args:
-    state: Before the update.
-    batch: Global arrays; also "seed", uint32[], of dropout (0 without), and
-      with rows of the embedding to prune "usage", float32[V], how often
-      training uses each token, in place of how often this batch does.
-    model: The Linen model.
-    tx: From `make_optimizer`.
-    rules: What FPP prunes.
-    label_smoothing: See `losses.summed_loss`.
-    is_check: Whether FPP looks at the parameters in this step; only then are
-      forward statistics gathered, and is the check a part of the program.
-    accumulate: Parts of the batch that are computed one after another, for
-      memory; the update is that of the whole to rounding, dropout apart.
-    mesh: Where arrays lie; what layers write stays with the rows of the batch.
-    teacher: Of distillation: a model whose parameters are batch["teacher"].
-    distill: How much the teacher counts; None: there is none.
+    state: The state before the update.
+    batch: Global arrays, see `folding.data.batches.Data`.
+    options: Model, optimizer and losses.
+    is_check: Static flag: does this step update the masks of FPP? Only then
+      does the compiled step gather forward statistics.
+    seed: uint32[], seed of dropout. An array, so that runs that differ by their
+      seed share one compiled program.
+    usage: float32[V], how often the training set has each token. It replaces
+      the batch's own statistics of the embedding.
+    teacher_params: Parameters of `options.distillation.teacher`.
 
   Returns:
-    (state, {"loss" without the teacher's part, of what was read, and after a
-    check "selected", "frozen", "zero"}).
+    (state, metrics). Metrics: "loss" on the labels, unsmoothed, in nats; after a
+    mask update also "selected", "frozen" and "zero" of `fpp_counts`.
   """
-  batch = dict(batch)
-  teacher_params, usage = batch.pop("teacher", None), batch.pop("usage", None)
-  # An array, so that one program serves runs that differ by their seed.
-  seed = batch.pop("seed", 0)
-  total = jnp.maximum(jnp.sum(batch["weights"]), 1)
-  keep = batch.get("mask")
-  num_tokens = batch["tokens"].size if keep is None else jnp.sum(keep)
-  watch: dict[str, Any] = {}
-  if distill is not None and distill.hidden:
-    watch = {"mutable": ["intermediates"], "capture_intermediates": _is_block}
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  totals = _Totals(
+    weight=jnp.maximum(jnp.sum(batch["weights"]), 1),
+    tokens=jnp.maximum(_num_tokens(batch), 1),
+  )
+  labels_only = dataclasses.replace(options, distillation=None)
 
-  def pinned(call, args, kwargs, context):
-    if not _is_block(context.module, context.method_name):
-      return call(*args, **kwargs)
-    x, *rest = args
-    return sharding.pin_rows(
-      mesh, call(sharding.pin_rows(mesh, x), *rest, **kwargs)
-    )
-
-  def loss_fn(params, batch, key, is_check, distill):
-    """Returns a part's share of the loss of the whole batch, and of the rest."""
-    inputs = {"params": params}, batch["tokens"], batch.get("mask"), False
-    options = {"rngs": {"dropout": key}, **(watch if distill else {})}
-    stats = {}
-    with nn.intercept_methods(pinned):
-      if is_check:
-        apply = observe(model.apply)
-        out, stats = apply(*inputs, keep=batch.get("mask"), **options)
-      else:
-        out = model.apply(*inputs, **options)
-    logits, hidden = out if distill and watch else (out, {})
-    logits = sharding.pin_rows(mesh, logits)
-    sums = losses.summed_loss(logits, batch, label_smoothing)
-    loss = untaught = sums["loss"] / jnp.maximum(sums["weight"], 1)
-    if distill is not None:
-      taught = teacher.apply(
-        {"params": teacher_params}, batch["tokens"], batch.get("mask"), **watch
+  def gradient(micro_batch, key):
+    def loss_fn(params):
+      return _loss(
+        params,
+        micro_batch,
+        key,
+        totals=totals,
+        options=options,
+        teacher_params=teacher_params,
+        has_stats=is_check,
       )
-      taught, aims = jax.lax.stop_gradient(taught if watch else (taught, {}))
-      loss = (1 - distill.logits) * loss + distill.logits * losses.soft_loss(
-        logits, taught, batch["weights"], distill.temperature
-      )
-      if distill.hidden:
-        loss += distill.hidden * losses.hidden_loss(hidden, aims, batch)
-    share = sums["weight"] / total
-    seen = batch["tokens"].size if keep is None else jnp.sum(batch["mask"])
-    seen = seen / jnp.maximum(num_tokens, 1)
-    stats = {name: seen * stat for name, stat in stats.items()}
-    return share * loss, (sums["nats"] / total, share * untaught, stats)
 
-  dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
-  read, read_key = batch, dropout_key
-  if distill is not None and distill.noise:
-    # Of the whole batch: a part of one row has no text before it.
-    read_key, noise_key = jax.random.split(dropout_key)
-    read = {**batch, "tokens": mix_texts(noise_key, batch, distill.noise)}
+    return jax.grad(loss_fn, has_aux=True)(state.params)
 
   def value_fn(params):
-    return _sum_parts(
-      batch,
-      dropout_key,
-      accumulate,
-      lambda part, key: loss_fn(params, part, key, False, None),
-    )[0]
+    """Returns the loss on the labels at other parameters."""
 
-  grads, (nats, untaught, stats) = _sum_parts(
-    read,
-    read_key,
-    accumulate,
-    lambda part, key: jax.grad(loss_fn, has_aux=True)(
-      state.params, part, key, is_check, distill
-    ),
-  )
+    def value(micro_batch, key):
+      loss, _ = _loss(
+        params, micro_batch, key, totals=totals, options=labels_only
+      )
+      return loss
+
+    return _sum_micro_batches(value, batch, key, options.accumulate)
+
+  grads, aux = _sum_micro_batches(gradient, batch, key, options.accumulate)
+  stats = aux.stats
   if is_check and usage is not None:
     stats = stats | {"embed/embedding": usage}
-  updates, opt_state = tx.update(
+  updates, opt_state = options.tx.update(
     grads,
     state.opt_state,
     state.params,
     stats=stats,
-    # Not of mixed texts, as `value_fn` is not.
-    value=None if distill is not None and distill.noise else untaught,
+    value=aux.label_loss,
     value_fn=value_fn,
     is_due=is_check,
   )
   params = optax.apply_updates(state.params, updates)
-  metrics = {"loss": nats}
-  if is_check and rules:
-    metrics |= fpp_counts(rules, cast(FPPState, opt_state), params)
+  metrics = {"loss": aux.nats}
+  if is_check and options.rules:
+    metrics |= fpp_counts(options.rules, cast(FPPState, opt_state), params)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def mix_texts(
-  key: jax.Array, batch: Mapping[str, jax.Array], share: float
-) -> jax.Array:
-  """Returns int32[B, L] tokens, a share of them those of the text before.
+class _Totals(NamedTuple):
+  """Sums over the whole batch that a micro-batch is a share of."""
 
-  Of the texts that it was tuned on a teacher is sure, which teaches little; of
-  mixed ones it is not. Padding stays where it is.
+  weight: jax.Array
+  tokens: jax.Array
 
-  Args:
-    key: Of the draw, by token.
-    batch: "tokens" int32[B, L]; "mask" bool[B, L], if any, True at tokens.
-    share: Of the tokens, in [0, 1).
-  """
+
+def _num_tokens(batch: losses.Batch) -> ArrayLike:
+  return jnp.sum(batch["mask"]) if "mask" in batch else batch["tokens"].size
+
+
+def _loss(
+  params: Any,
+  batch: losses.Batch,
+  key: jax.Array,
+  *,
+  totals: _Totals,
+  options: StepOptions,
+  teacher_params: Any = None,
+  has_stats: bool = False,
+) -> tuple[jax.Array, _Aux]:
+  """Returns a micro-batch's share of the loss of the whole batch."""
+  distillation = options.distillation
+  capture: dict[str, Any] = {}
+  if distillation is not None and distillation.hidden:
+    capture = {"mutable": ["intermediates"], "capture_intermediates": _is_block}
   tokens, mask = batch["tokens"], batch.get("mask")
-  is_other = jax.random.bernoulli(key, share, tokens.shape)
-  if mask is not None:
-    is_other &= mask & jnp.roll(mask, 1, axis=0)
-  return jnp.where(is_other, jnp.roll(tokens, 1, axis=0), tokens)
+  model_args = {"params": params}, tokens, mask, False
+  rngs = {"dropout": key}
+  stats = {}
+  with nn.intercept_methods(_pin_blocks(options.mesh)):
+    if has_stats:
+      apply = observe(options.model.apply)
+      out, stats = apply(*model_args, keep=mask, rngs=rngs, **capture)
+    else:
+      out = options.model.apply(*model_args, rngs=rngs, **capture)
+  logits, hidden = out if capture else (out, {})
+  logits = sharding.pin_rows(options.mesh, logits)
+  sums = losses.summed_loss(logits, batch, options.label_smoothing)
+  loss = label_loss = sums["loss"] / jnp.maximum(sums["weight"], 1)
+  if distillation is not None:
+    taught = distillation.teacher.apply(
+      {"params": teacher_params}, tokens, mask, **capture
+    )
+    taught, aims = jax.lax.stop_gradient(taught if capture else (taught, {}))
+    soft = losses.soft_loss(
+      logits, taught, batch["weights"], distillation.temperature
+    )
+    loss = (1 - distillation.logits) * loss + distillation.logits * soft
+    if distillation.hidden:
+      loss += distillation.hidden * losses.hidden_loss(hidden, aims, mask)
+  share = sums["weight"] / totals.weight
+  seen = _num_tokens(batch) / totals.tokens
+  return share * loss, _Aux(
+    nats=sums["nats"] / totals.weight,
+    label_loss=share * label_loss,
+    stats={name: seen * stat for name, stat in stats.items()},
+  )
+
+
+def _pin_blocks(mesh: Mesh | None) -> Callable[..., Any]:
+  """Returns an interceptor that shards the activations of blocks by rows."""
+
+  def pin(call, args, kwargs, context):
+    if not _is_block(context.module, context.method_name):
+      return call(*args, **kwargs)
+    x, *rest = args
+    out = call(sharding.pin_rows(mesh, x), *rest, **kwargs)
+    return sharding.pin_rows(mesh, out)
+
+  return pin
 
 
 def _is_block(module: Any, method: str) -> bool:
   return isinstance(module, Block) and method == "__call__"
 
 
-def _sum_parts(
-  batch: Mapping[str, jax.Array],
+def _sum_micro_batches(
+  function: Callable[[losses.Batch, jax.Array], Any],
+  batch: losses.Batch,
   key: jax.Array,
   count: int,
-  function: Callable[[Mapping[str, jax.Array], jax.Array], Any],
 ) -> Any:
-  """Returns the sum of function(part, key) over parts of a batch, in turn."""
+  """Returns the sum of function(micro-batch, key) over `count` micro-batches.
+
+  Each has a key of its own, except that a single one has `key` itself.
+  """
   if count == 1:
     return function(batch, key)
-  # Part i has every count-th row, so that each device has rows of each part.
-  parts = {
+  # Micro-batch i has every count-th row, so that each device has rows of each.
+  micro_batches = {
     name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
     for name, x in batch.items()
   }
   keys = jax.random.split(key, count)
-  first = jax.tree.map(lambda x: x[0], (parts, keys))
+  first = jax.tree.map(lambda x: x[0], (micro_batches, keys))
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first)
   )
 
-  def add(total, part):
-    return jax.tree.map(jnp.add, total, function(*part)), None
+  def add(total, inputs):
+    return jax.tree.map(jnp.add, total, function(*inputs)), None
 
-  return jax.lax.scan(add, zeros, (parts, keys))[0]
+  return jax.lax.scan(add, zeros, (micro_batches, keys))[0]

@@ -90,12 +90,11 @@ def test_hidden_loss_is_a_share_of_what_counts():
   ours = theirs + rng.normal(size=theirs.shape).astype(np.float32)
   mask = np.array([[1, 1, 0, 0], [1, 1, 1, 0]], bool)
   wrong = np.square(ours - theirs)[mask].sum() / np.square(theirs)[mask].sum()
-  batch = {"mask": jnp.asarray(mask)}
   hidden = {"a": jnp.asarray(ours), "b": jnp.asarray(theirs)}
   taught = {"a": jnp.asarray(theirs), "b": jnp.asarray(theirs)}
-  found = losses.hidden_loss(hidden, taught, batch)
+  found = losses.hidden_loss(hidden, taught, jnp.asarray(mask))
   np.testing.assert_allclose(found, wrong / 2, rtol=1e-6)  # b is right
-  everything = losses.hidden_loss({"a": hidden["a"]}, {"a": taught["a"]}, {})
+  everything = losses.hidden_loss({"a": hidden["a"]}, {"a": taught["a"]}, None)
   np.testing.assert_allclose(
     everything, np.square(ours - theirs).sum() / np.square(theirs).sum(), 1e-6
   )

@@ -252,6 +252,6 @@ def test_a_teacher_lies_as_its_own_shapes_say(text_file):
   kernel = np.ones((64, 8, 16), np.float32)  # of W_Q; the student's is folded
   attn = {"q": {"kernel": kernel}}
   this.teacher = (None, {"blocks_0": {"attn": attn}})
-  found = this.constants()["teacher"]["blocks_0"]["attn"]["q"]["kernel"]
+  found = this.constants()["teacher_params"]["blocks_0"]["attn"]["q"]["kernel"]
   assert this.like.params["blocks_0"]["attn"]["q"]["kernel"].shape[-1] == 1
   assert {s.data.size for s in found.addressable_shards} == {kernel.size // 4}

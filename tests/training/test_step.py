@@ -8,7 +8,7 @@ import pytest
 from folding import config as c
 from folding import paths
 from folding.config import MeshConfig
-from folding.training import sharding
+from folding.training import losses, sharding
 from folding.training import step as step_lib
 from tests.training import tiny
 
@@ -137,12 +137,12 @@ def test_dropout_is_a_function_of_seed_and_step(start):
   state = start._replace(opt_state=jnp.zeros([]))
   batch = tiny.batch(0)
   step = run.step(False, tx=told_value(), rules=[])
-  # Nothing but the loss, which saves the backward pass.
-  losses = jax.jit(lambda *args: step(*args)[1]["loss"])
+  # Returning the loss alone lets XLA drop the backward pass.
+  only_loss = jax.jit(lambda *args, **seed: step(*args, **seed)[1]["loss"])
 
   def loss(seed, step):
     now = state._replace(step=jnp.int32(step))
-    return float(losses(now, {**batch, "seed": np.uint32(seed)}))
+    return float(only_loss(now, batch, seed=np.uint32(seed)))
 
   assert len({loss(seed, step) for seed in (0, 1) for step in range(4)}) == 8
 
@@ -154,60 +154,74 @@ def test_runs_that_differ_by_their_seed_share_a_program(score):
   for seed in (0, 1):
     run = tiny.make(tiny.config(fpp=fpp, seed=seed))
     state = jax.eval_shape(run.init)
-    batch = {**tiny.batch(0), "seed": np.uint32(seed)}
-    programs.add(run.step(True).lower(state, batch).as_text())
+    lowered = run.step(True).lower(state, tiny.batch(0), seed=np.uint32(seed))
+    programs.add(lowered.as_text())
   # Scores that are drawn are constants of the program.
   assert len(programs) == (2 if score == "random" else 1)
 
 
-@pytest.mark.parametrize("is_masked", [True, False])
-def test_mixed_texts_are_of_tokens_of_the_text_before(is_masked):
-  rng = np.random.default_rng(0)
-  tokens = rng.integers(1, 9999, (64, 40)).astype(np.int32)
-  length = rng.integers(1, 41, 64) if is_masked else np.full(64, 40)
-  mask = np.arange(40) < length[:, None]
-  tokens *= mask
-  batch = {"tokens": jnp.asarray(tokens)}
-  batch |= {"mask": jnp.asarray(mask)} if is_masked else {}
-  mixed = np.asarray(step_lib.mix_texts(jax.random.key(0), batch, 0.3))
-  before = np.roll(tokens, 1, axis=0)
-  changed = mixed != tokens
-  assert (mixed[changed] == before[changed]).all()
-  could = mask & np.roll(mask, 1, axis=0)
-  assert not changed[~could].any()
-  assert abs(changed[could].mean() - 0.3) < 0.05
+def distilled(run, logits, hidden=0.0):
+  """Returns the options of learning from a teacher of the same shape."""
+  return {"distillation": step_lib.Distillation(run.model, logits, hidden, 2.0)}
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_a_model_that_is_its_teacher_has_nothing_to_learn(run, start, noise):
-  options = {
-    "teacher": run.model,
-    "distill": c.DistillConfig(logits=1.0, hidden=1.0, noise=noise),
-  }
-  step = run.step(False, tx=SGD, rules=[], **options)
+def test_step_with_itself_as_teacher_does_not_move(run, start):
+  step = run.step(False, tx=SGD, rules=[], **distilled(run, 1.0, hidden=1.0))
   state = start._replace(opt_state=SGD.init(start.params))
-  batch = {**tiny.batch(0), "teacher": start.params, "seed": np.uint32(0)}
-  new, _ = step(state, batch)
+  new, _ = step(state, tiny.batch(0), teacher_params=start.params)
   chex.assert_trees_all_close(new.params, start.params, atol=1e-6)
-  # It has, where the teacher is another.
-  other = run.init(1).params
-  new, _ = step(state, {**batch, "teacher": other})
+  new, _ = step(state, tiny.batch(0), teacher_params=run.init(1).params)
   moved = jax.tree.map(lambda a, b: abs(a - b).max(), new.params, start.params)
   assert max(jax.tree.leaves(moved)) > 1e-3
 
 
-def test_texts_are_mixed_before_the_batch_is_parted(run, start):
-  state = start._replace(opt_state=SGD.init(start.params))
-  seeded = {"teacher": run.init(1).params, "seed": np.uint32(0)}
-  found = []
-  for noise, parts in ((0.5, 1), (0.5, 16), (0.0, 1)):  # of one row each
-    distill = c.DistillConfig(logits=0.5, noise=noise)
-    options = {"teacher": run.model, "distill": distill, "accumulate": parts}
-    step = run.step(False, tx=SGD, rules=[], **options)
-    found.append(step(state, {**tiny.batch(0), **seeded})[0].params)
-  chex.assert_trees_all_close(found[0], found[1], atol=1e-5)
-  with pytest.raises(AssertionError):
-    chex.assert_trees_all_close(found[0], found[2], atol=1e-4)
+def test_step_with_teacher_tells_optimizer_the_loss_on_labels(run, start):
+  tx = told_statistics()
+  state = start._replace(opt_state={})
+  plain, _ = run.step(False, tx=tx, rules=[])(state, tiny.batch(0))
+  taught, metrics = run.step(False, tx=tx, rules=[], **distilled(run, 0.9))(
+    state, tiny.batch(0), teacher_params=run.init(1).params
+  )
+  loss = plain.opt_state["value"]
+  np.testing.assert_allclose(taught.opt_state["value"], loss, rtol=1e-6)
+  np.testing.assert_allclose(taught.opt_state["again"], loss, rtol=1e-6)
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+  with pytest.raises(AssertionError):  # the teacher did change the gradient
+    chex.assert_trees_all_close(taught.params, plain.params, atol=1e-3)
+
+
+def test_step_prefers_usage_of_the_training_set(run, start):
+  tx = told_statistics()
+  usage = np.linspace(0, 1, tiny.VOCAB, dtype=np.float32)
+  state = start._replace(opt_state={})
+  new, _ = run.step(True, tx=tx, rules=[])(state, tiny.batch(0), usage=usage)
+  stats = new.opt_state["stats"]
+  np.testing.assert_array_equal(stats["embed/embedding"], usage)
+
+
+def test_micro_batches_draw_dropout_of_their_own():
+  model = c.ModelConfig(num_layers=1, width=32, num_heads=4, dropout=0.5)
+  run = tiny.make(tiny.config(model=model))
+  # Micro-batch i has rows i, i + 2, ...: both have the same texts here.
+  batch = {name: np.repeat(x, 2, 0) for name, x in tiny.batch(0, 4).items()}
+  state = run.init()._replace(opt_state=jnp.zeros([]))
+  options = {"tx": told_value(), "rules": [], "accumulate": 2}
+  found = run.step(False, **options)(state, batch)[1]["loss"]
+  half = jax.tree.map(jnp.asarray, tiny.batch(0, 4))
+
+  @jax.jit
+  def loss(key):
+    rngs = {"dropout": key}
+    logits = run.model.apply(
+      {"params": state.params}, half["tokens"], None, False, rngs=rngs
+    )
+    sums = losses.summed_loss(logits, half)
+    return sums["nats"] / sums["weight"]
+
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
+  expected = [float(loss(key)) for key in keys]
+  assert abs(expected[0] - expected[1]) > 1e-3
+  assert found == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def train(run, state, devices, mesh_config, seeds):

@@ -11,7 +11,12 @@ from folding import config as c
 from folding.compression.rules import make_sites
 from folding.models.transformer import make_model
 from folding.training import optimizer
-from folding.training.step import TrainState, init_state, train_step
+from folding.training.step import (
+  StepOptions,
+  TrainState,
+  init_state,
+  train_step,
+)
 
 VOCAB = 128
 LENGTH = 8
@@ -44,12 +49,10 @@ class Tiny(NamedTuple):
 
   def step(self, is_check: bool, **options: Any):
     """Returns the jitted training step."""
-    values = {"label_smoothing": 0.0, "tx": self.tx}
-    values |= {"rules": self.rules, **options}
+    values = {"model": self.model, "tx": self.tx, "rules": self.rules}
+    static = StepOptions(**(values | options))
     return jax.jit(
-      functools.partial(
-        train_step, model=self.model, is_check=is_check, **values
-      )
+      functools.partial(train_step, options=static, is_check=is_check)
     )
 
 
