@@ -79,7 +79,6 @@ def get_config(where: str = "") -> c.Config:
   # dropout.
   knows_task = is_run or task == "lm"
   model.dropout = 0.0 if knows_task else 0.1
-  assert model.head_dim is not None
   granularity = "weight"  # of the embedding
   if task == "classify":
     is_trimmable = trimming.can_trim(tokenizers.load_tokenizer(data.tokenizer))

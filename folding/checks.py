@@ -116,7 +116,7 @@ def check(c: Any) -> None:
     or not any(by_layer(c.model, c.fold.v_block, "fold.v_block"))
     and c.model.num_kv_heads == c.model.num_heads,
     "fpp.attention='heads' needs heads with keys and values of their own; use "
-    "fold.v_block=0 and model.num_kv_heads=None",
+    "fold.v_block=0 and model.num_kv_heads=0",
   )
   require(
     c.compress.plan == "same" or c.pretrained is not None,
@@ -180,15 +180,6 @@ def check_used(c: Any, asked: Any) -> None:
       c.fpp.tolerance is None,
       "fpp.tolerance is for pruning while training; leave it out with "
       "compress.prune",
-    )
-
-
-def require_resolved(c: Any) -> None:
-  """Raises `ValueError` where `folding.config.resolve` has not filled in all."""
-  m, f = c.model, c.fold
-  if None in (m.head_dim, m.num_kv_heads, m.mlp_width, f.groups, f.v_block):
-    raise ValueError(
-      "the config is not resolved; use folding.config.resolve(config)"
     )
 
 

@@ -64,9 +64,9 @@ class ModelConfig:
   num_layers: int = 4  # N
   width: int = 128  # D
   num_heads: int = 16  # H
-  num_kv_heads: int | None = None  # None: as many as heads
-  head_dim: int | None = None  # K; None: width / num_heads
-  mlp_width: PerLayer | None = None  # F; None: 4 D
+  num_kv_heads: int = 0  # J; 0: as many as heads
+  head_dim: int = 0  # K; 0: width / num_heads
+  mlp_width: PerLayer = 0  # F; 0: 4 D
   dense_mlp_width: PerLayer | None = None  # before a shrink; None: mlp_width
   heads: tuple[tuple[int, ...], ...] | None = None  # kept by layer; None: all
   causal: bool = True
@@ -224,6 +224,35 @@ class Config:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+  """The shape of one layer of a resolved config; `layers_of` returns these.
+
+  Attributes:
+    heads: Indices of the heads that a shrink has kept, in increasing order.
+    num_kv_heads: J, of those that are kept.
+    head_dim: K.
+    mlp_width: F.
+    qkv_bias: Whether W_Q, W_K and W_V have a bias.
+    groups: G, row groups of W_Q and W_K; 0: dense.
+    axis: As `FoldConfig.axis`.
+    rope: As `FoldConfig.rope`.
+    v_block: Block size of W_V; 1: diagonal; 0: dense.
+    v_identity: Whether blocks of size 1 are 1 and have no parameters.
+  """
+
+  heads: tuple[int, ...]
+  num_kv_heads: int
+  head_dim: int
+  mlp_width: int
+  qkv_bias: bool
+  groups: int
+  axis: Literal["output", "input"]
+  rope: Literal["copy", "pairs"]
+  v_block: int
+  v_identity: bool
+
+
 def gpt2(**fields: Any) -> ModelConfig:
   """Returns a GPT-2 style decoder: pre-norm, learned positions, GELU."""
   base: dict[str, Any] = {"positions": "learned", "activation": "gelu_tanh"}
@@ -271,11 +300,11 @@ def resolve(config: Config) -> Config:
         continue  # it would replace what was asked for
       if getattr(holder, name) is None:
         setattr(holder, name, value)
-  if c.model.num_kv_heads is None:
+  if c.model.num_kv_heads == 0:
     c.model.num_kv_heads = c.model.num_heads
-  if c.model.head_dim is None:
+  if c.model.head_dim == 0:
     c.model.head_dim = c.model.width // max(1, c.model.num_heads)
-  if c.model.mlp_width is None:
+  if c.model.mlp_width == 0:
     c.model.mlp_width = 4 * c.model.width
   if c.model.qkv_bias is None:
     c.model.qkv_bias = c.model.use_bias
@@ -287,23 +316,43 @@ def resolve(config: Config) -> Config:
   return c
 
 
-def at_layer(
-  model: ModelConfig, fold: FoldConfig, layer: int
-) -> tuple[ModelConfig, FoldConfig]:
-  """Returns the configs of one layer of a resolved config, numbers only."""
+def layers_of(model: ModelConfig, fold: FoldConfig) -> tuple[Layer, ...]:
+  """Returns the shape of each layer.
 
-  def pick(value: Any) -> Any:
-    return value[layer] if isinstance(value, tuple) else value
+  Args:
+    model: Resolved.
+    fold: Resolved.
 
-  v_block = 0 if fold.first_dense and layer == 0 else pick(fold.v_block)
-  return (
-    dataclasses.replace(
-      model,
-      mlp_width=pick(model.mlp_width),
-      heads=None if model.heads is None else (model.heads[layer],),
-    ),
-    dataclasses.replace(fold, groups=pick(fold.groups), v_block=v_block),
-  )
+  Raises:
+    ValueError: the config is not resolved.
+  """
+  m, f = model, fold
+  if m.qkv_bias is None or f.groups is None or f.v_block is None:
+    raise ValueError(
+      "the config is not resolved; use folding.config.resolve(config)"
+    )
+
+  def at(value: Any, n: int) -> Any:
+    return value[n] if isinstance(value, tuple) else value
+
+  layers = []
+  for n in range(m.num_layers):
+    heads = m.heads[n] if m.heads else tuple(range(m.num_heads))
+    layers.append(
+      Layer(
+        heads=heads,
+        num_kv_heads=len(heads) * m.num_kv_heads // m.num_heads,
+        head_dim=m.head_dim,
+        mlp_width=at(m.mlp_width, n),
+        qkv_bias=m.qkv_bias,
+        groups=at(f.groups, n),
+        axis=f.axis,
+        rope=f.rope,
+        v_block=0 if f.first_dense and n == 0 else at(f.v_block, n),
+        v_identity=f.v_identity,
+      )
+    )
+  return tuple(layers)
 
 
 def unshrunk(config: Config) -> Config:

@@ -8,6 +8,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from folding.errors import ConfigError as ConfigError
+from folding.errors import TrainingError as TrainingError
+
 if TYPE_CHECKING:
   PerLayer = int | tuple[int, ...]
 else:
@@ -22,14 +25,6 @@ else:
 
     A class and no union, since flags find their parser by the class.
     """
-
-
-class ConfigError(ValueError):
-  """A mistake in a configuration or its input; shown to users as one line."""
-
-
-class TrainingError(RuntimeError):
-  """Training cannot go on: the loss is not finite, or nothing can be saved."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -10,8 +10,8 @@ from tests.config_cases import make_config
 
 AT_LEAST_1 = (
   "data.length data.batch_size data.eval_batch_size data.vocab_size "
-  "model.num_layers model.width model.num_heads model.num_kv_heads "
-  "model.mlp_width train.steps train.log_every train.eval_every fpp.checks "
+  "model.num_layers model.width model.num_heads "
+  "train.steps train.log_every train.eval_every fpp.checks "
   "train.accumulate"
 ).split()
 FRACTIONS = ("data.valid_fraction", "data.test_fraction", "model.dropout")

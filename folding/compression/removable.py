@@ -9,15 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from folding.config import Config, ModelConfig
+from folding.config import Config, Layer
 
 Kept = dict[str, dict[int, np.ndarray]]  # {path: {axis: indices that stay}}
 Zeros = Mapping[str, Any]  # {path: bool array, True at zero}
-
-
-def heads_of(layer: ModelConfig) -> tuple[int, ...]:
-  """Returns the heads that a layer has, numbered as if none were gone."""
-  return layer.heads[0] if layer.heads else tuple(range(layer.num_heads))
 
 
 def keep_neurons(mlp: str, zeros: Zeros, multiple: int, kept: Kept) -> int:
@@ -49,21 +44,20 @@ def keep_neurons(mlp: str, zeros: Zeros, multiple: int, kept: Kept) -> int:
 
 
 def keep_heads(
-  attn: str, zeros: Zeros, layer: ModelConfig, kept: Kept
+  attn: str, zeros: Zeros, layer: Layer, kept: Kept
 ) -> tuple[int, ...]:
   """Plans an attention layer and returns its heads, as in `model.heads`.
 
   Args:
     attn: Path of the layer.
     zeros: Of all parameters.
-    layer: Config of this layer.
+    layer: Its shape.
     kept: Is added to.
   """
-  heads = heads_of(layer)
+  heads = layer.heads
   is_dead_H = zeros[f"{attn}/o/kernel"].all((1, 2))
   H, K, _ = zeros[f"{attn}/o/kernel"].shape
-  assert layer.num_kv_heads is not None
-  shared = layer.num_heads // layer.num_kv_heads
+  shared = len(heads) // layer.num_kv_heads
   blocks = K  # of a head, on the diagonal of W_V
   if f"{attn}/v/diagonal" in zeros:
     blocks, rest = divmod(K, zeros[f"{attn}/v/diagonal"].shape[-1])

@@ -13,11 +13,10 @@ import jax
 import numpy as np
 
 from folding import paths
-from folding.checks import require_resolved
 from folding.compression import removable
 from folding.compression.fpp import FPPState
 from folding.compression.rules import Site, pack, unpack
-from folding.config import Config, at_layer, unshrunk
+from folding.config import Config, layers_of, unshrunk
 from folding.schema import require
 
 
@@ -191,8 +190,7 @@ def shrink(
     raise ValueError("is_zero and params are trees of different structure")
   widths, heads = [], []
   kept: removable.Kept = {}
-  for n in range(config.model.num_layers):
-    layer, _ = at_layer(config.model, config.fold, n)
+  for n, layer in enumerate(layers_of(config.model, config.fold)):
     attn, mlp = f"blocks_{n}/attn", f"blocks_{n}/mlp"
     widths.append(removable.keep_neurons(mlp, zeros, multiple, kept))
     heads.append(removable.keep_heads(attn, zeros, layer, kept))
@@ -227,12 +225,12 @@ def _config(
 ) -> Config:
   """Returns the config of what stays; what did not change stays as it is."""
   m, fold = config.model, config.fold
-  layers = [at_layer(m, fold, n)[0] for n in range(m.num_layers)]
+  layers = layers_of(m, fold)
   if widths != [layer.mlp_width for layer in layers]:
     width = widths[0] if len(set(widths)) == 1 else tuple(widths)
     before = unshrunk(config).model.mlp_width
     m = dataclasses.replace(m, mlp_width=width, dense_mlp_width=before)
-  if heads != [removable.heads_of(layer) for layer in layers]:
+  if heads != [layer.heads for layer in layers]:
     m = dataclasses.replace(m, heads=tuple(heads))
   if absorbed:
     fold = dataclasses.replace(fold, v_identity=True)
@@ -241,11 +239,9 @@ def _config(
 
 def _check_fit(config: Config, leaves: Mapping[str, Any]) -> None:
   m = config.model
-  require_resolved(config)
   expected: dict[str, Any] = {}
-  for n in range(m.num_layers):
-    layer, fold = at_layer(m, config.fold, n)
-    heads = len(removable.heads_of(layer))
+  for n, layer in enumerate(layers_of(m, config.fold)):
+    heads = len(layer.heads)
     name, diagonal = f"blocks_{n}", f"blocks_{n}/attn/v/diagonal"
     expected |= {
       f"{name}/mlp/up/kernel": (m.width, layer.mlp_width),
@@ -253,9 +249,8 @@ def _check_fit(config: Config, leaves: Mapping[str, Any]) -> None:
       f"{name}/attn/o/kernel": (heads, m.head_dim, m.width),
       diagonal: None,
     }
-    b = fold.v_block
-    assert isinstance(b, int) and m.head_dim is not None
-    if b and not (b == 1 and fold.v_identity):
+    b = layer.v_block
+    if b and not (b == 1 and layer.v_identity):
       expected[diagonal] = (heads * m.head_dim // b, b, b)
   expected[f"blocks_{m.num_layers}/attn/o/kernel"] = None
   for name, shape in expected.items():

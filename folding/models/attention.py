@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.config import FoldConfig, ModelConfig
+from folding.config import Layer, ModelConfig
 from folding.models import cache as cache_lib
 from folding.models import linear_attention
 from folding.models import past as past_lib
@@ -165,8 +165,8 @@ class Attention(nn.Module):
   its "attention", [B, H, L, L].
   """
 
-  config: ModelConfig  # of this layer: numbers, not one for each layer
-  fold: FoldConfig  # v_block 0 keeps W_V dense, groups 0 keeps W_Q and W_K
+  config: ModelConfig
+  layer: Layer
   out_init: nn.initializers.Initializer
   dtype: Any = jnp.float32
   num_nodes: int = 0  # of a past in place of slots; 0: none
@@ -178,29 +178,24 @@ class Attention(nn.Module):
     keep_BL: Bool[Array, "B L"] | None = None,
     step: Step | None = None,
   ) -> Float[Array, "B L D"]:
-    c, f = self.config, self.fold
+    c, f = self.config, self.layer
+    K, heads = f.head_dim, f.heads
     if keep_BL is not None:
       keep_BL = keep_BL.astype(bool)  # tokenizers write 0 and 1
-    assert c.num_kv_heads is not None and c.head_dim is not None
-    assert c.qkv_bias is not None, "the config is not resolved"
-    assert isinstance(f.groups, int) and isinstance(f.v_block, int)
-    K, use_bias = c.head_dim, c.qkv_bias
-    heads = c.heads[0] if c.heads else tuple(range(c.num_heads))
-    num_kv_heads = len(heads) * c.num_kv_heads // c.num_heads
 
     def head_projection(name: str, num_heads: int, groups: int):
       return HeadProjection(
-        num_heads, K, groups, f.axis, use_bias, self.dtype, name=name
+        num_heads, K, groups, f.axis, f.qkv_bias, self.dtype, name=name
       )
 
     q = head_projection("q", len(heads), f.groups)(x_BLD)
-    k = head_projection("k", num_kv_heads, f.groups)(x_BLD)
+    k = head_projection("k", f.num_kv_heads, f.groups)(x_BLD)
     if f.v_block:
       v = BlockDiagonal(
         heads, K, f.v_block, f.v_identity, self.dtype, name="v"
       )(x_BLD)
     else:
-      v = head_projection("v", num_kv_heads, 0)(x_BLD)
+      v = head_projection("v", f.num_kv_heads, 0)(x_BLD)
     place_L = jnp.arange(x_BLD.shape[1]) if step is None else step.place[None]
     if c.positions == "rope":
       q, k = self._rotate(q, k, K, place_L)
@@ -263,7 +258,7 @@ class Attention(nn.Module):
 
   def _rotate(self, q, k, head_dim: int, place_L):
     """Turns queries and keys by their places."""
-    c, f = self.config, self.fold
+    c, f = self.config, self.layer
     size = q.shape[-1]
     if size < head_dim and f.rope == "pairs":
       frequency = self.param(
@@ -308,13 +303,8 @@ class Attention(nn.Module):
     return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
 
 
-def has_rank_1(c: ModelConfig, f: FoldConfig) -> bool:
-  """Returns whether logits are products of two numbers, but for ALiBi.
-
-  Args:
-    c: Of one layer.
-    f: Of one layer.
-  """
+def has_rank_1(c: ModelConfig, f: Layer) -> bool:
+  """Returns whether logits are products of two numbers, but for ALiBi."""
   return (
     f.groups == 1
     and f.axis == "output"
@@ -323,12 +313,12 @@ def has_rank_1(c: ModelConfig, f: FoldConfig) -> bool:
   )
 
 
-def takes_linear(c: ModelConfig, f: FoldConfig, shape: tuple[Any, ...]) -> bool:
+def takes_linear(c: ModelConfig, f: Layer, shape: tuple[Any, ...]) -> bool:
   """Returns whether a layer attends to whole texts in linear time.
 
   Args:
-    c: Of one layer.
-    f: Of one layer.
+    c: The model.
+    f: The layer.
     shape: B, L and D; a program of any B or L has to be dense.
   """
   is_static = all(isinstance(size, int) for size in shape)

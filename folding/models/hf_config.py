@@ -250,7 +250,7 @@ def misfit(
     if family == "llama" and config.qkv_bias != config.use_bias:
       return f"llama needs model.qkv_bias={config.use_bias}"
     return None
-  if config.num_kv_heads not in (None, config.num_heads):
+  if config.num_kv_heads not in (0, config.num_heads):
     return f"{family} needs as many model.num_kv_heads as model.num_heads"
   if config.head_dim not in (None, config.width // config.num_heads):
     return f"{family} needs heads that share out model.width"

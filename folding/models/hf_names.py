@@ -211,7 +211,6 @@ def _has_bias(described: Description, ours: str) -> bool:
 def sizes(described: Description) -> dict[str, int]:
   """Returns {letter of a layout: size of the axis}."""
   c = described.config
-  assert c.num_kv_heads and c.head_dim and c.mlp_width, "it is not resolved"
   width = c.mlp_width[0] if isinstance(c.mlp_width, tuple) else c.mlp_width
   return {
     **{"D": c.width, "E": c.width, "F": width, "V": described.vocab_size},

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.checks import require_resolved
-from folding.config import Config, FoldConfig, ModelConfig, at_layer
+from folding.config import Config, FoldConfig, Layer, ModelConfig, layers_of
 from folding.models.attention import Attention
 from folding.models.cache import Step
 
@@ -45,12 +44,12 @@ class MLP(nn.Module):
   """Feed-forward layer: down(activation(up(x)) [* gate(x)])."""
 
   config: ModelConfig
+  features: int  # F
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    c = self.config
-    assert isinstance(c.mlp_width, int), "the config is not of one layer"
+    c, F = self.config, self.features
 
     def dense(name: str, features: int, **options: Any):
       return nn.Dense(
@@ -59,10 +58,10 @@ class MLP(nn.Module):
 
     activation = _ACTIVATIONS[c.activation]
     if c.gated:
-      gate_BLF = activation(dense("gate", c.mlp_width)(x_BLD))
-      h_BLF = gate_BLF * dense("up", c.mlp_width)(x_BLD)
+      gate_BLF = activation(dense("gate", F)(x_BLD))
+      h_BLF = gate_BLF * dense("up", F)(x_BLD)
     else:
-      h_BLF = activation(dense("up", c.mlp_width)(x_BLD))
+      h_BLF = activation(dense("up", F)(x_BLD))
     return dense("down", c.width, kernel_init=_residual_init(c))(h_BLF)
 
 
@@ -70,7 +69,7 @@ class Block(nn.Module):
   """One layer, norm before each branch ("pre") or after each sum ("post")."""
 
   config: ModelConfig
-  fold: FoldConfig
+  layer: Layer
   dtype: Any = jnp.float32
   num_nodes: int = 0  # see `Attention`
 
@@ -84,9 +83,9 @@ class Block(nn.Module):
   ) -> Float[Array, "B L D"]:
     c = self.config
     attn = Attention(
-      c, self.fold, _residual_init(c), self.dtype, self.num_nodes, name="attn"
+      c, self.layer, _residual_init(c), self.dtype, self.num_nodes, name="attn"
     )
-    mlp = MLP(c, self.dtype, name="mlp")
+    mlp = MLP(c, self.layer.mlp_width, self.dtype, name="mlp")
     norm_attn = _norm(c, self.dtype, "norm_attn")
     norm_mlp = _norm(c, self.dtype, "norm_mlp")
     drop = nn.Dropout(c.dropout, deterministic=deterministic)
@@ -134,8 +133,8 @@ class Transformer(nn.Module):
     self.dropout = nn.Dropout(c.dropout)
     block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
     self.blocks = [
-      block(*at_layer(c, self.fold, n), dtype, self.num_nodes)
-      for n in range(c.num_layers)
+      block(c, layer, dtype, self.num_nodes)
+      for layer in layers_of(c, self.fold)
     ]
     if c.norm_position == "pre":
       self.norm_final = _norm(c, dtype, None)
@@ -273,7 +272,7 @@ def make_model(
   Raises:
     ValueError: the config is not resolved.
   """
-  require_resolved(config)
+  layers_of(config.model, config.fold)  # raises
   return Transformer(
     config.model,
     config.fold,

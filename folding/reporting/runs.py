@@ -138,7 +138,7 @@ class Run:
   def folds(self) -> bool:
     """Whether any attention weight is folded."""
     m, f = self.config.model, self.config.fold
-    layers = [config_lib.at_layer(m, f, n)[1] for n in range(m.num_layers)]
+    layers = config_lib.layers_of(m, f)
     return any(layer.groups or layer.v_block for layer in layers)
 
 

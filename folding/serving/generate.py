@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folding.config import at_layer
+from folding.config import layers_of
 from folding.models import past
 from folding.models.attention import has_rank_1
 from folding.models.transformer import Transformer
@@ -84,11 +84,11 @@ class Generator:
     require(
       model.config.causal, "a model that sees later tokens cannot predict them"
     )
-    layers = range(model.config.num_layers)
     require(
       cache == "keys"
       or any(
-        has_rank_1(*at_layer(model.config, model.fold, n)) for n in layers
+        has_rank_1(model.config, layer)
+        for layer in layers_of(model.config, model.fold)
       ),
       "no layer has a constant state: that takes one number a key "
       "(fold.groups=1) and neither rotary positions nor a window",

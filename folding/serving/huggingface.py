@@ -50,13 +50,11 @@ def export_hf(
     "heads of this model were removed, and the standard layout has as many in "
     "all layers; export what it was shrunk from",
   )
-  assert m.mlp_width is not None  # it is resolved
   width = int(np.max(m.mlp_width))
   m = dataclasses.replace(m, mlp_width=width)
   family = family or family_of(m, len(loaded.labels))
   frequencies = None
   if m.positions == "rope":
-    assert m.head_dim is not None
     frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
   try:
     params = unfold(loaded.params, frequencies)

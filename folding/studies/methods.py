@@ -96,7 +96,6 @@ def small(base: Config, level: float) -> ModelConfig:
   count = functools.partial(_count, dense, vocabulary, length)
   target = (1 - level) * count(dense.model)
   head_dim, full = dense.model.head_dim, dense.model
-  assert head_dim is not None
   mlp = full.mlp_width
   require(
     isinstance(mlp, int) and full.num_heads == full.num_kv_heads,

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
-from folding.checks import require_resolved
 from folding.compression import refold
 from folding.config import Config
 from folding.models.attention import rope_frequencies
@@ -81,7 +80,7 @@ def fold_pretrained(
     name, block = f"blocks_{n}", make_block(dense, n)
     target = look_all(block, params[name], dense_x, kept, STREAMS)
     out = [seen["out"] for seen in target]
-    _, f = config_lib.at_layer(config.model, config.fold, n)
+    f = config_lib.layers_of(config.model, config.fold)[n]
     if x is dense_x and not (f.groups or f.v_block or prune):
       x = dense_x = out
       report.append({"layer": n, **_figures(0, 0)})
@@ -107,8 +106,8 @@ def require_pairs(config: Config) -> None:
     ValueError: the config is not resolved.
   """
   f = config.fold
-  require_resolved(config)
-  has_groups = any(f.groups) if isinstance(f.groups, tuple) else bool(f.groups)
+  layers = config_lib.layers_of(config.model, f)
+  has_groups = any(layer.groups for layer in layers)
   is_turning = config.model.positions == "rope" and f.axis == "output"
   require(
     not (has_groups and is_turning) or f.rope == "pairs",
@@ -146,8 +145,7 @@ def embed_batches(
 
 def fold_layer(config: Config, n: int, old, x, target, kept, prune=None):
   """Returns the parameters of a folded layer, and its figures."""
-  m, f = config_lib.at_layer(config.model, config.fold, n)
-  assert isinstance(f.v_block, int)
+  m, f = config.model, config_lib.layers_of(config.model, config.fold)[n]
   block = make_block(config, n)
   attn = dict(old["attn"])
   figures = _figures(f.groups, f.v_block)
@@ -223,7 +221,8 @@ def _heads(m, f, attn, second, centred) -> refold.FoldedHeads:
 
 def make_block(config: Config, n: int) -> Block:
   """Returns the module of layer n."""
-  return Block(*config_lib.at_layer(config.model, config.fold, n))
+  m = config.model
+  return Block(m, config_lib.layers_of(m, config.fold)[n])
 
 
 @functools.partial(jax.jit, static_argnames=("block", "names"))

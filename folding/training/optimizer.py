@@ -13,7 +13,7 @@ from folding.compression.accounting import group_of
 from folding.compression.fpp import fpp
 from folding.compression.rules import Rule, make_sites
 from folding.compression.scores import USAGE_SCORES
-from folding.config import Config, at_layer
+from folding.config import Config, layers_of
 from folding.schema import ConfigError
 
 _TOKENS = "embed/embedding"
@@ -276,12 +276,12 @@ def rate(config: Config, name: str) -> float:
   """
   t = config.train
   if found := re.match(r"blocks_(\d+)/attn/(q|k|v|log_slopes)\b", name):
-    _, fold = at_layer(config.model, config.fold, int(found[1]))
+    layer = layers_of(config.model, config.fold)[int(found[1])]
     if found[2] == "log_slopes":
       return t.slope_rate
     if found[2] == "v":
-      return t.v_rate if fold.v_block == 1 else 1.0
-    return t.qk_rate if fold.groups else 1.0
+      return t.v_rate if layer.v_block == 1 else 1.0
+    return t.qk_rate if layer.groups else 1.0
   return 1.0
 
 

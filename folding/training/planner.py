@@ -186,9 +186,7 @@ def _budget(config: Config, sizes, linear: float, embedding: float) -> float:
     return (1 - config.fpp.overall) * sizes["all"] - outside
   m, f = config.model, config.fold
   qkv = 0.0
-  for n in range(m.num_layers):
-    _, layer = config_lib.at_layer(m, f, n)
-    assert isinstance(layer.groups, int) and isinstance(layer.v_block, int)
+  for layer in config_lib.layers_of(m, f):
     qkv += sum(_stored_qkv(config, layer.groups, layer.v_block))
   return qkv + (1 - linear) * sizes["linear"]
 
@@ -196,7 +194,6 @@ def _budget(config: Config, sizes, linear: float, embedding: float) -> float:
 def _stored_qkv(config: Config, groups: int, v_block: int) -> tuple[int, int]:
   """Returns the sizes of W_Q and W_K, and of W_V, of one layer."""
   m, f = config.model, config.fold
-  assert m.num_kv_heads is not None and m.head_dim is not None
   heads = m.num_heads + m.num_kv_heads
   qk = m.width * heads * (groups or m.head_dim)
   if groups and f.axis == "input":
@@ -268,8 +265,7 @@ def measure(
 def _groups(config: Config, n: int) -> list[int]:
   """Returns the groups to try: dense (0), then from many to few."""
   m, f = config.model, config.fold
-  assert m.head_dim is not None
-  if config_lib.at_layer(m, f, n)[1].groups == 0:
+  if config_lib.layers_of(m, f)[n].groups == 0:
     return [0]  # as asked
   if f.axis == "output" and m.positions == "rope":
     # In eighths of a head, by whole pairs, and a single pair.
@@ -284,9 +280,8 @@ def _groups(config: Config, n: int) -> list[int]:
 def _blocks(config: Config, n: int) -> tuple[int, ...]:
   """Returns the blocks of W_V to try: dense (0), and a diagonal if it may be."""
   m = config.model
-  assert m.head_dim is not None
   is_free = m.num_heads * m.head_dim == m.width
-  is_dense = config_lib.at_layer(m, config.fold, n)[1].v_block == 0  # as asked
+  is_dense = config_lib.layers_of(m, config.fold)[n].v_block == 0  # as asked
   return (0, 1) if is_free and not is_dense else (0,)
 
 

@@ -56,10 +56,7 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
     found, params, tokenizer = load_run(path)
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
     classes = load_labels(path)
-    layers = (
-      config_lib.at_layer(model, found.fold, n)[1]
-      for n in range(model.num_layers)
-    )
+    layers = config_lib.layers_of(model, found.fold)
     require(
       not any(layer.groups or layer.v_block for layer in layers),
       f"{path} is a folded run; start from a dense one",

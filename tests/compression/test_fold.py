@@ -10,7 +10,14 @@ from flax import traverse_util
 
 from folding import paths
 from folding.compression.fold import fold, unfold
-from folding.config import Config, FoldConfig, ModelConfig, llama, resolve
+from folding.config import (
+  Config,
+  FoldConfig,
+  ModelConfig,
+  layers_of,
+  llama,
+  resolve,
+)
 from folding.config import gpt2 as gpt2_config
 from folding.models.attention import Attention, rope_frequencies
 from folding.models.transformer import make_model
@@ -300,9 +307,8 @@ def _dense_attention(layer, x, q_heads):
 def test_folded_attention_equals_dense_attention_in_float64(kv_heads, options):
   config = ModelConfig(**_SHAPE, num_kv_heads=kv_heads)
   resolved = resolve(Config(model=config, fold=FoldConfig(**options)))
-  layer = Attention(
-    resolved.model, resolved.fold, jax.nn.initializers.lecun_normal()
-  )
+  shape = layers_of(resolved.model, resolved.fold)[0]
+  layer = Attention(resolved.model, shape, jax.nn.initializers.lecun_normal())
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 5, 16)).astype(np.float32)
   x = jnp.asarray(x)

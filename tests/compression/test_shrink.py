@@ -25,7 +25,6 @@ from tests.compression.shrink_cases import (
   H,
   K,
   L,
-  N,
   V,
   logits,
   make_config,
@@ -83,7 +82,7 @@ def test_the_function_is_that_of_the_oracle_before(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_silent_is_gone_and_nothing_else(name):
   config, params, small = _case(name)
-  before = [c.at_layer(config.model, config.fold, n)[0] for n in range(N)]
+  before = c.layers_of(config.model, config.fold)
   is_gated = config.model.gated
   assert small.config.model.mlp_width == tuple(
     layer.mlp_width - sum(len(SILENT[n].get(r, ())) for r in roles)

@@ -1,5 +1,7 @@
 """The attention layer, folded and dense, by its parameters."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,7 +61,8 @@ def _model(fold=None, **fields):
     )
   )
   init = nn.initializers.lecun_normal()
-  return attention.Attention(config.model, config.fold, init), config.model
+  [layer] = config_lib.layers_of(config.model, config.fold)
+  return attention.Attention(config.model, layer, init), config.model
 
 
 def _randomized(module):
@@ -197,7 +200,9 @@ def test_dense_layer_equals_flax_multi_head_attention():
 
 def test_queries_and_values_fold_each_by_itself():
   module, _ = _model({"groups": 0, "v_block": 1})
-  folded = module.clone(fold=config_lib.FoldConfig(2, v_block=0))
+  folded = module.clone(
+    layer=dataclasses.replace(module.layer, groups=2, v_block=0)
+  )
   shapes = [jax.tree.map(np.shape, _randomized(m)) for m in (module, folded)]
   assert [s["q"]["kernel"] for s in shapes] == [(D, H, K), (D, H, 2)]
   assert [s["v"] for s in shapes] == [

@@ -20,7 +20,8 @@ def _block(model, groups):
   fold = c.FoldConfig(groups=groups, v_block=0, rope=rope)
   config = c.Config(preset="none", model=model, fold=fold)
   config = c.resolve(dataclasses.replace(config, task="classify"))
-  return Block(*c.at_layer(config.model, config.fold, 0))
+  m = config.model
+  return Block(m, c.layers_of(m, config.fold)[0])
 
 
 def _params(block, seed, scale=2.0):
