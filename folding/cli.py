@@ -19,11 +19,10 @@ from folding.version import __version__
 
 def show_report(workdir: str) -> None:
   """Writes the report of a run, and prints its summary."""
-  from folding.reporting import pages
   from folding.reporting import report as report_lib
 
   report_lib.write_report(workdir)
-  print(pages.summary(report_lib.load_run(workdir)).replace("**", ""))
+  print(report_lib.describe(report_lib.load_run(workdir)))
   print(f"The report is in {os.path.join(workdir, 'report.md')}")
 
 
@@ -59,14 +58,8 @@ def shrink(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace) -> None:
   """Writes a comparison of runs, and prints its table."""
   from folding.reporting import compare as compare_lib
-  from folding.reporting import grouping
 
-  text = compare_lib.compare(args.runs, args.output)
-  # rich draws for a terminal; a pipe or a notebook gets the Markdown.
-  if sys.stdout.isatty():
-    compare_lib.show(grouping.columns(args.runs))
-  else:
-    print(text)
+  print(compare_lib.compare(args.runs, args.output))
   print(f"The comparison is in {os.path.join(args.output, 'compare.md')}")
 
 

@@ -69,8 +69,7 @@ ORDER = {
     *("sampling", "steps", "generate", "text"),
   ],
   "reporting": [
-    *("runs", "words", "grouping", "plots", "heatmap", "overlay", "pages"),
-    *("report", "compare"),
+    *("runs", "words", "grouping", "plots", "report", "compare"),
   ],
   "studies": [
     *("methods", "study", "claims", "worker", "board", "runner"),

@@ -1,273 +1,297 @@
-"""Runs side by side: what each stores, and what it costs in quality."""
+"""Runs side by side: quality, size and time, in a table and a figure.
 
-import dataclasses
+Runs that differ only in their seed are one variant. The first variant is the
+reference of the others.
+"""
+
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from folding import files
-from folding.reporting import grouping, runs, words
-
-# What is tested follows from these, where the text itself is not known.
-_DATA = tuple(
-  f"data.{name}:"
-  for name in (
-    *("name", "path", "text_field", "label_field", "max_bytes"),
-    *("valid_fraction", "test_fraction"),
-  )
-)
-_GROUPS = ("overall", "qkv", "linear", "embedding")
+from folding import files, schema
+from folding.errors import ConfigError
+from folding.reporting import report
+from folding.reporting.report import Run
 
 
-def compare(workdirs: Sequence[str], output: str | None = None) -> str:
+class Variant(NamedTuple):
+  """One configuration: a run, or several that differ only in the seed."""
+
+  name: str
+  runs: list[Run]
+
+
+def compare(workdirs: Sequence[str], output: str = "comparison") -> str:
   """Writes `compare.md`, `compare.json` and `compare.png`.
-
-  Runs that differ only in their seed become one column: mean ± sample
-  standard deviation. The first column is the reference of the others.
 
   Args:
     workdirs: Run directories, the reference first.
-    output: The folder to write into, made if need be; None: `comparison` in
-      the current one.
+    output: The folder to write into; it is made if needed.
 
   Returns:
     The text of `compare.md`.
 
   Raises:
-    schema.ConfigError: a folder is not a run or is given twice, the tasks are
-      not the same, or the output is no folder of this machine.
+    ConfigError: a folder is not a run or is given twice, the tasks differ, or
+      the output is not a local folder.
   """
-  # Drawing is slow to import, and the tables alone do not need it.
-  from folding.reporting import overlay, plots
-
-  output = "comparison" if output is None else output
   files.require_local(output)
-  found = grouping.columns(workdirs)
-  text = markdown(found)
+  variants = group(workdirs)
+  metrics = summarize(variants)
+  text = _page(metrics)
   os.makedirs(output, exist_ok=True)
-  plots.save(overlay.overlay(found), os.path.join(output, "compare.png"))
-  values = json.dumps(summarize(found), indent=2) + "\n"
+  _draw(variants, metrics, os.path.join(output, "compare.png"))
+  values = json.dumps(metrics, indent=2) + "\n"
   files.write_file(os.path.join(output, "compare.json"), values)
   files.write_file(os.path.join(output, "compare.md"), text)
   return text
 
 
-def rows(found: list[grouping.Column]) -> list[list[str]]:
-  """Returns the table, a figure a row: its name, then a cell a column."""
+def group(workdirs: Sequence[str]) -> list[Variant]:
+  """Returns the runs grouped by their configuration, in the order given.
 
-  def row(name: str, figure: grouping.Figure, form: Callable) -> list[str]:
-    return [name, *(_cell(c.spread(figure), form) for c in found)]
+  A seed that occurs twice begins a new variant: equal runs are not independent
+  samples.
 
-  table = [
-    ["seeds", *(_seeds(c) for c in found)],
-    ["preset", *(_preset(c) for c in found)],
-    *(
-      row(f"compression, {g}", grouping.compression(g), words.percent)
-      for g in _GROUPS
-    ),
-    row("stored parameters", grouping.stored_parameters, words.count),
-    row("stored bytes, with masks", grouping.stored_bytes, words.count),
-  ]
-  if found[0].first.config.task == "lm":
-    table.append(row("test bits per byte", grouping.quality, "{:.3f}".format))
-    table.append(row("test perplexity", grouping.perplexity, "{:,.2f}".format))
-  else:
-    table.append(["test accuracy", *(_accuracy(c) for c in found)])
-  changes = grouping.relative(found)[1:]
-  return [
-    *table,
-    [
-      "difference to the first",
-      "reference",
-      *(words.signed_percent(change) for change in changes),
-    ],
-    ["steps", *(_steps(c) for c in found)],
-    row("time", _seconds, words.duration),
-    row("tokens per second", _speed, words.count),
-    ["device", *(_devices(c) for c in found)],
-  ]
+  Raises:
+    ConfigError: there is no run, a folder is not a run or is given twice, or
+      the tasks differ.
+  """
+  if not workdirs:
+    raise ConfigError("there is no run to compare")
+  paths = [os.path.realpath(workdir) for workdir in workdirs]
+  for i, path in enumerate(paths):
+    if path in paths[:i]:
+      raise ConfigError(f"the run {workdirs[i]!r} is given twice")
+  grouped: list[list[Run]] = []
+  for run in map(report.load_run, workdirs):
+    first = grouped[0][0] if grouped else run
+    if run.config.task != first.config.task:
+      raise ConfigError(
+        f"{first.workdir!r} has task {first.config.task!r} and {run.workdir!r} "
+        f"has task {run.config.task!r}; their metrics cannot be compared"
+      )
+    for members in grouped:
+      if all(_only_seed_differs(run, member) for member in members):
+        members.append(run)
+        break
+    else:
+      grouped.append([run])
+  names = [_name(members) for members in grouped]
+  if len(set(names)) < len(names):
+    names = [os.path.normpath(members[0].workdir) for members in grouped]
+  return [Variant(n, m) for n, m in zip(names, grouped, strict=True)]
 
 
-def markdown(found: list[grouping.Column]) -> str:
-  """Returns the text of `compare.md`."""
-  header = ["", *(c.name for c in found)]
-  reference = found[0]
-  lines = ["# Comparison of runs", "", words.table(header, rows(found))]
-  lines.append(
-    f"Compression is 1 - stored / dense, measured. The difference is that of "
-    f"the test figure, relative to {reference.name}; "
-    + (
-      "for bits per byte, less is better."
-      if reference.first.config.task == "lm"
-      else "for accuracy, more is better."
+def summarize(variants: Sequence[Variant]) -> dict[str, Any]:
+  """Returns the comparison, the content of `compare.json`.
+
+  A metric is `{"mean", "sd", "n"}` over the runs that have it. The standard
+  deviation is that of a sample; it is None for fewer than two runs.
+  """
+  reference = variants[0]
+  task = reference.runs[0].config.task
+  base = _spread(run.quality for run in reference.runs)["mean"]
+  entries = []
+  for variant in variants:
+    runs = variant.runs
+    config = runs[0].config
+    test = _spread(run.quality for run in runs)
+    is_relative = base and test["mean"] is not None
+    whole = [run.bytes["overall"] for run in runs]
+    entries.append(
+      {
+        "name": variant.name,
+        "runs": [run.name for run in runs],
+        "seeds": [run.config.seed for run in runs],
+        "preset": config.preset,
+        "dense": config.dense,
+        "finished": runs[0].result["finished"],
+        "steps": [run.result["steps"] for run in runs],
+        "bits_per_byte" if task == "lm" else "accuracy": test,
+        "relative_difference": test["mean"] / base - 1 if is_relative else None,
+        "compression": {
+          name: _spread(run.parameters[name]["compression"] for run in runs)
+          for name in report.GROUPS
+        },
+        "stored_parameters": _spread(
+          run.parameters["overall"]["stored"] for run in runs
+        ),
+        "allocated_parameters": _spread(run.allocated for run in runs),
+        "stored_bytes_with_masks": _spread(
+          size["stored"] + size["masks"] for size in whole
+        ),
+        "seconds": _spread(run.result["seconds"] for run in runs),
+        "tokens_per_second": _spread(
+          run.result["tokens_per_second"] for run in runs
+        ),
+        "differences": _differences(reference.runs[0], runs[0]),
+      }
     )
+  return {
+    "schema": report.SCHEMA,
+    "task": task,
+    "variants": entries,
+    "notes": _notes(variants),
+  }
+
+
+def _spread(metric: Iterable[int | float | None]) -> dict[str, Any]:
+  """Returns the mean and the standard deviation of a metric over seeds."""
+  values = [value for value in metric if value is not None]
+  return {
+    "mean": statistics.fmean(values) if values else None,
+    "sd": statistics.stdev(values) if len(values) > 1 else None,
+    "n": len(values),
+  }
+
+
+def _differences(a: Run, b: Run) -> list[str]:
+  """Returns "field: value in a -> value in b", without the seed."""
+  found = schema.differences(a.config, b.config)
+  return [line for line in found if not line.startswith("seed: ")]
+
+
+def _only_seed_differs(a: Run, b: Run) -> bool:
+  return (
+    a.config.seed != b.config.seed
+    and not _differences(a, b)
+    and a.result["finished"] == b.result["finished"]
+    and a.digest == b.digest
   )
-  if any(len(c.members) > 1 for c in found):
-    lines.append("± is the sample standard deviation over seeds.")
-  lines += [f"\n**Note:** {note}" for note in notes(found)]
-  lines.append("\n![Validation over steps; test against size](compare.png)\n")
-  lines.append(f"## What differs from {reference.name}\n")
-  for column in found[1:]:
-    changes = grouping.differences(reference, column)
-    lines.append(f"- **{column.name}**")
-    lines += [f"  - `{change}`" for change in changes]
-    if not changes:
-      lines.append("  - nothing but the seed or how far the run went")
-  if len(found) == 1:
-    lines.append("All runs have one configuration.")
-  return "\n".join(lines) + "\n"
 
 
-def show(found: list[grouping.Column], file: Any = None) -> None:
-  """Prints the table, drawn for a terminal, on a stream (None: stdout)."""
-  import rich.console
-  import rich.markup
-  import rich.table
-
-  table = rich.table.Table("", *(rich.markup.escape(c.name) for c in found))
-  for column in table.columns[1:]:
-    column.justify = "right"
-    column.overflow = "fold"
-  for row in rows(found):
-    # Escaped: a name like "run[1]" is no markup.
-    table.add_row(*map(rich.markup.escape, row))
-  rich.console.Console(file=file).print(table)
+def _name(members: Sequence[Run]) -> str:
+  """Returns the name of a run, or the common start of several names."""
+  if len(members) == 1:
+    return members[0].name
+  common = os.path.commonprefix([run.name for run in members])
+  # "lm-seed1" and "lm-seed2" are "lm".
+  return re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", common) or members[0].name
 
 
-def notes(found: list[grouping.Column]) -> list[str]:
-  """Returns why some of the figures may not be compared, if so."""
-  texts = []
-  changed = [
-    line for c in found[1:] for line in grouping.differences(found[0], c)
-  ]
-  members = [run for c in found for run in c.members]
-  digests = {run.digest for run in members}
-  is_other_text = len(digests) > 1
-  if None in digests:
-    is_other_text = any(line.startswith(_DATA) for line in changed)
-  if is_other_text:
-    texts.append(
-      "these runs had different data; their test figures do not tell which is "
-      "better."
+def _notes(variants: Sequence[Variant]) -> list[str]:
+  """Returns the reasons why some of the metrics cannot be compared."""
+  notes = []
+  runs = [run for variant in variants for run in variant.runs]
+  if len({run.digest for run in runs}) > 1:
+    notes.append(
+      "these runs had different data, so their test metrics do not tell which "
+      "is better."
     )
-  elif len({_tokenizer(c.first) for c in found}) > 1:
-    texts.append(
-      "these runs have different tokenizers: compare bits per byte, not "
-      "perplexity or loss."
-    )
-  if len({run.result.device for run in members}) > 1:
-    texts.append("these runs were not timed on the same device.")
-  if not all(run.result.finished for run in members):
-    texts.append("unfinished runs have no test figure.")
-  return texts
+  elif len({_tokenizer(run) for run in runs}) > 1:
+    notes.append("these runs have different tokenizers, so the loss differs.")
+  if len({run.result["device"] for run in runs}) > 1:
+    notes.append("these runs were not timed on the same device.")
+  if not all(run.result["finished"] for run in runs):
+    notes.append("unfinished runs have no test metric.")
+  return notes
 
 
-def _tokenizer(run: runs.Run) -> str | None:
-  """Returns what cuts a language model's text; None of a classifier."""
+def _tokenizer(run: Run) -> str | None:
+  """Returns the tokenizer of a language model; None for a classifier."""
   path = pathlib.Path(run.workdir, "tokenizer.json")
   if run.config.task != "lm" or not path.is_file():
     return None
   return path.read_text(encoding="utf-8")
 
 
-def summarize(found: list[grouping.Column]) -> dict[str, Any]:
-  """Returns the comparison as `compare.json` holds it."""
-  task = found[0].first.config.task
-  figures = {
-    "stored_parameters": grouping.stored_parameters,
-    "stored_bytes_with_masks": grouping.stored_bytes,
-    "accuracy" if task == "classify" else "bits_per_byte": grouping.quality,
-    "perplexity": grouping.perplexity,
-    "seconds": _seconds,
-    "tokens_per_second": _speed,
-  }
-  if task == "classify":
-    del figures["perplexity"]
-  entries = []
-  for column, change in zip(found, grouping.relative(found), strict=True):
-    config = column.first.config
-    entry = {
-      "name": column.name,
-      "runs": [run.name for run in column.members],
-      "seeds": [run.config.seed for run in column.members],
-      "preset": config.preset,
-      "dense": config.dense,
-      "finished": column.first.result.finished,
-      "steps": [run.result.steps for run in column.members],
-      "compression": {
-        g: dataclasses.asdict(column.spread(grouping.compression(g)))
-        for g in runs.GROUPS
-      },
-      **{
-        name: dataclasses.asdict(column.spread(figure))
-        for name, figure in figures.items()
-      },
-      "relative_difference": change,
-    }
-    test = column.first.test
-    if isinstance(test, runs.ClassifyTest) and len(column.members) == 1:
-      low, high = runs.wilson(test.accuracy, test.num_examples)
-      entry |= {"accuracy_low": low, "accuracy_high": high}
-    entries.append(entry)
-  return {
-    "schema": runs.SCHEMA,
-    "task": task,
-    "columns": entries,
-    "notes": notes(found),
-  }
-
-
-def _seconds(run: runs.Run) -> float | None:
-  return run.result.seconds
-
-
-def _speed(run: runs.Run) -> float | None:
-  return run.result.tokens_per_second
-
-
-def _cell(spread: grouping.Spread, form: Callable) -> str:
-  if spread.mean is None:
-    return words.NOTHING
-  text = form(spread.mean)
-  # A figure that every seed shares needs no "± 0".
-  return f"{text} ± {form(spread.sd)}" if spread.sd else text
-
-
-def _accuracy(column: grouping.Column) -> str:
-  text = _cell(column.spread(grouping.quality), words.percent)
-  test = column.first.test
-  if isinstance(test, runs.ClassifyTest) and len(column.members) == 1:
-    low, high = runs.wilson(test.accuracy, test.num_examples)
-    text += f" ({words.percent(low)} to {words.percent(high)})"
-  return text
-
-
-def _seeds(column: grouping.Column) -> str:
-  seeds = ", ".join(str(run.config.seed) for run in column.members)
-  n = len(column.members)
-  return seeds if n == 1 else f"{seeds} (n = {n})"
-
-
-def _preset(column: grouping.Column) -> str:
-  config = column.first.config
-  return "dense twin" if config.dense else config.preset
-
-
-def _steps(column: grouping.Column) -> str:
-  if column.first.result.finished:
-    return words.count(column.first.result.steps)
-  return words.listing(
-    [
-      f"{words.count(run.result.steps)} of "
-      f"{words.count(run.result.total_steps)}"
-      for run in column.members
-    ]
+def _page(metrics: Mapping[str, Any]) -> str:
+  """Returns the text of `compare.md`."""
+  is_lm = metrics["task"] == "lm"
+  header = (
+    *("Run", "Seeds", "Test bits per byte" if is_lm else "Test accuracy"),
+    *("Difference", "Compression", "Parameters, stored", "allocated"),
+    *("Bytes, with masks", "Steps", "Time", "Tokens per second"),
   )
+  reference = metrics["variants"][0]["name"]
+  lines = [
+    "# Comparison of runs\n",
+    report.table(header, [_row(v, is_lm) for v in metrics["variants"]], 2),
+    f"Difference: of the test metric, relative to {reference} "
+    f"({'less' if is_lm else 'more'} is better). Compression: 1 - stored / "
+    "dense of all parameters. Allocated: parameters in arrays, zeros included. "
+    "±: sample standard deviation over seeds.",
+    *(f"\n**Note:** {note}" for note in metrics["notes"]),
+    "\n![Validation over steps; test metric against size](compare.png)",
+  ]
+  for variant in metrics["variants"][1:]:
+    lines.append(f"\nFields of {variant['name']} that differ:\n")
+    lines += [f"- `{change}`" for change in variant["differences"] or ["none"]]
+  return "\n".join(lines) + "\n"
 
 
-def _devices(column: grouping.Column) -> str:
-  return words.listing(
-    list(dict.fromkeys(run.result.device for run in column.members))
-  )
+def _row(variant: Mapping[str, Any], is_lm: bool) -> list[str]:
+  """Returns the cells of a variant in the table of `compare.md`."""
+
+  def cell(spread: Mapping[str, Any], form: Callable[..., str]) -> str:
+    if spread["mean"] is None:
+      return "–"
+    text = form(spread["mean"])
+    # A size that all seeds share needs no "± 0".
+    return f"{text} ± {form(spread['sd'])}" if spread["sd"] else text
+
+  change, whole = variant["relative_difference"], "{:,.0f}".format
+  return [
+    variant["name"],
+    ", ".join(map(str, variant["seeds"])),
+    cell(variant["bits_per_byte"], "{:.3f}".format)
+    if is_lm
+    else cell(variant["accuracy"], report.percent),
+    "–" if change is None else f"{change:+.1%}",
+    cell(variant["compression"]["overall"], report.percent),
+    cell(variant["stored_parameters"], whole),
+    cell(variant["allocated_parameters"], whole),
+    cell(variant["stored_bytes_with_masks"], whole),
+    ", ".join(f"{steps:,}" for steps in sorted(set(variant["steps"]))),
+    cell(variant["seconds"], report.duration),
+    cell(variant["tokens_per_second"], whole),
+  ]
+
+
+def _draw(
+  variants: Sequence[Variant], metrics: Mapping[str, Any], path: str
+) -> None:
+  # Importing matplotlib is slow, and the table does not need it.
+  from folding.reporting import plots
+
+  is_lm = metrics["task"] == "lm"
+  # Tokenizers may differ, and with them the loss of a token.
+  key = "bits_per_byte" if is_lm else "loss"
+  label = "bits per byte" if is_lm else f"loss, {variants[0].runs[0].loss_unit}"
+  points = {}
+  for entry in metrics["variants"]:
+    test = entry["bits_per_byte" if is_lm else "accuracy"]
+    size, error = entry["stored_parameters"], test["sd"] or 0
+    points[entry["name"]] = None
+    if test["mean"] is not None:
+      points[entry["name"]] = plots.Point(
+        size["mean"], test["mean"], size["sd"] or 0, error
+      )
+  with plots.saved(path, num_axes=2) as (left, right):
+    plots.draw_lines(
+      left,
+      {variant.name: _curve(variant, key) for variant in variants},
+      x_label="step",
+      y_label=f"validation ({label})",
+    )
+    plots.draw_points(
+      right,
+      points,
+      x_label="stored parameters",
+      y_label="test (bits per byte)" if is_lm else "test accuracy",
+    )
+
+
+def _curve(variant: Variant, key: str) -> list[tuple[int, int | float]]:
+  """Returns (step, mean over seeds) of a validation metric."""
+  found: dict[int, list[float]] = {}
+  for run in variant.runs:
+    for record in run.valid:
+      if key in record:
+        found.setdefault(record["step"], []).append(record[key])
+  return [(step, statistics.fmean(ys)) for step, ys in sorted(found.items())]

@@ -1,144 +1,402 @@
-"""The page about one run: `report.json`, `report.md` and its plots.
+"""The report of one run: `report.json`, `report.md` and its plots.
 
-Every figure on the page was measured; what was only asked for stands under
-"Settings" and is called a target.
+Nothing here imports jax: a run of a cluster can be read on a laptop.
 """
 
 import dataclasses
+import datetime
 import json
+import math
 import os
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from folding import config as config_lib
 from folding import files, schema
-from folding.reporting import pages, runs
+from folding.errors import ConfigError
 
-load_run = runs.load_run
+GROUPS = ("qkv", "linear", "embedding", "other", "overall")
+SCHEMA = 1
+
+_RESULT = {
+  "finished": bool,
+  "steps": int,
+  "total_steps": int,
+  "seconds": float,
+  "tokens_per_second": float,
+  "device": str,
+  "versions": dict,
+  "commit": str,
+}
+_TEST = {
+  "lm": ("loss", "bits_per_byte", "perplexity", "num_tokens"),
+  "classify": ("loss", "accuracy", "num_examples"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run directory as it was read.
+
+  Sizes are `{group: {"dense", "stored", "compression"}}`: of the dense
+  baseline, of the stored (nonzero) values, and 1 - stored / dense, None for an
+  empty group. Sizes in bytes also have "masks", which locate the stored values,
+  and "compression_with_masks".
+
+  Attributes:
+    name: Name of the directory.
+    workdir: Path of the directory.
+    config: The resolved config.
+    result: Steps, seconds and provenance of `result.json`.
+    parameters: Number of parameters by group of `GROUPS`.
+    bytes: Number of bytes by group of `GROUPS`.
+    allocated: Number of parameters in arrays, zeros included.
+    train: Training records of `metrics.jsonl` by rising step.
+    valid: Validation records by rising step.
+    test: Test metrics; None before the end. An accuracy has a 95% interval,
+      "accuracy_low" and "accuracy_high".
+    energy: `energy.json`, an estimate; None without it.
+    digest: SHA-256 of all text and labels; None if unknown.
+  """
+
+  name: str
+  workdir: str
+  config: config_lib.Config
+  result: dict[str, Any]
+  parameters: dict[str, dict[str, Any]]
+  bytes: dict[str, dict[str, Any]]
+  allocated: int
+  train: list[dict[str, Any]]
+  valid: list[dict[str, Any]]
+  test: dict[str, Any] | None
+  energy: dict[str, Any] | None
+  digest: str | None
+
+  @property
+  def quality(self) -> int | float | None:
+    """Test bits per byte or accuracy; None before the end."""
+    name = "bits_per_byte" if self.config.task == "lm" else "accuracy"
+    return None if self.test is None else self.test[name]
+
+  @property
+  def loss_unit(self) -> str:
+    """Unit of the loss."""
+    return f"nats per {'token' if self.config.task == 'lm' else 'example'}"
+
+
+def load_run(workdir: str) -> Run:
+  """Reads a run directory.
+
+  The incomplete last line that a killed process leaves in `metrics.jsonl` is
+  ignored. If a resumed run logged a step again, the later record counts.
+
+  Raises:
+    ConfigError: the folder is not a run, or one of its files is damaged.
+  """
+  folder = pathlib.Path(workdir)
+  if not folder.is_dir():
+    raise ConfigError(f"there is no run directory {workdir!r}")
+  for name in ("config.json", "metrics.jsonl", "result.json"):
+    if not (folder / name).is_file():
+      raise ConfigError(f"{workdir!r} is not a run directory: it has no {name}")
+  config = config_lib.load(str(folder / "config.json"))
+  records = _read_metrics(str(folder / "metrics.jsonl"))
+  path = str(folder / "result.json")
+  values = files.read_json(path, dict)
+  if values.get("schema") != SCHEMA:
+    raise ConfigError(
+      f"{path!r} has schema {values.get('schema')!r}; this version reads "
+      f"schema {SCHEMA}"
+    )
+  energy, digest = folder / "energy.json", folder / "text.sha256"
+  try:
+    return Run(
+      name=os.path.basename(os.path.abspath(workdir)),
+      workdir=workdir,
+      config=config,
+      result={
+        name: None if values[name] is None else kind(values[name])
+        for name, kind in _RESULT.items()
+      },
+      parameters={g: _size(values["parameters"][g]) for g in GROUPS},
+      bytes={g: _size(values["bytes"][g]) for g in GROUPS},
+      allocated=sum(math.prod(layer["shape"]) for layer in values["layers"]),
+      train=[r for r in records if r["split"] == "train"],
+      valid=[r for r in records if r["split"] == "valid"],
+      test=_test(values, config.task),
+      energy=files.read_json(str(energy), dict) if energy.is_file() else None,
+      digest=digest.read_text("utf-8", "replace").strip()
+      if digest.is_file()
+      else None,
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(f"{path!r} is damaged: {schema.reason(error)}") from error
 
 
 def write_report(workdir: str) -> dict[str, Any]:
-  """Writes the report of a run into its directory, and returns it.
-
-  `report.json` is what is returned; `report.md` is the same for a reader,
-  with `curves.png`, `layers.png`, `parameters.png` and, where FPP ran,
-  `sparsity.png`.
+  """Writes `report.json`, `report.md` and its plots into a run directory.
 
   Args:
-    workdir: The directory of a run, finished or not.
+    workdir: The run directory; the run may be unfinished.
 
   Returns:
-    The figures: `parameters` and `bytes` by group, each with `dense`,
-    `stored` and `compression`; `test`, None before the end; and how the run
-    was made.
+    The content of `report.json`.
 
   Raises:
-    schema.ConfigError: the folder is not a run, or a file of it is damaged.
+    ConfigError: the folder is not a run, or one of its files is damaged.
   """
-  # Drawing is slow to import, and `load_run` and `summarize` do not need it.
-  from folding.reporting import heatmap, plots
-
   run = load_run(workdir)
-  summary = summarize(run)
-  drawings = {
-    "curves.png": plots.curves,
-    "layers.png": heatmap.layers,
-    "parameters.png": plots.parameters,
-  }
-  if run.prunes:
-    drawings["sparsity.png"] = plots.sparsity
-  for name, draw in drawings.items():
-    plots.save(draw(run), os.path.join(workdir, name))
-  text = json.dumps(summary, indent=2) + "\n"
+  metrics = summarize(run)
+  plots = _draw(run)
+  text = json.dumps(metrics, indent=2) + "\n"
   files.write_file(os.path.join(workdir, "report.json"), text)
-  page = pages.markdown(run, settings(run.config))
-  # Last, so that a page never embeds a plot that is not there.
+  # The page comes last: all plots that it embeds exist.
+  page = _page(run, metrics, plots)
   files.write_file(os.path.join(workdir, "report.md"), page)
-  return summary
+  return metrics
 
 
-def summarize(run: runs.Run) -> dict[str, Any]:
-  """Returns the figures of a run, as `report.json` holds them."""
-  result, config = run.result, run.config
-  measured = [r for r in run.train if "sparsity" in r]
+def summarize(run: Run) -> dict[str, Any]:
+  """Returns the metrics of a run, the content of `report.json`."""
+  config, path = run.config, run.config.data.path
+  default = config_lib.resolve(config_lib.Config())
   return {
-    "schema": runs.SCHEMA,
+    "schema": SCHEMA,
     "run": run.name,
     "task": config.task,
-    "data": pages.data_name(config),
+    "data": pathlib.Path(path).name if path else config.data.name,
     "preset": config.preset,
     "dense": config.dense,
     "seed": config.seed,
-    "finished": result.finished,
-    "steps": result.steps,
-    "total_steps": result.total_steps,
-    "seconds": result.seconds,
-    "tokens_per_second": result.tokens_per_second,
-    "device": result.device,
-    "versions": result.versions,
-    "commit": result.commit,
-    "parameters": {g: _parameters(run, g) for g in runs.GROUPS},
-    "bytes": {g: _bytes(run, g) for g in runs.GROUPS},
-    "sparsity": measured[-1]["sparsity"] if measured else None,
-    "test": _test(run.test),
+    **run.result,
+    "parameters": run.parameters,
+    "allocated_parameters": run.allocated,
+    "bytes": run.bytes,
+    "sparsity": next(
+      (r["sparsity"] for r in run.train[::-1] if "sparsity" in r), None
+    ),
+    "test": run.test,
     "energy": run.energy,
-    "settings": settings(config),
+    "settings": schema.differences(default, config),
   }
 
 
-def settings(config: config_lib.Config) -> list[str]:
-  """Returns "name: default -> value" for each setting the run chose.
+def describe(run: Run) -> str:
+  """Returns a run and its metrics as one paragraph."""
+  model, result = run.config.model, run.result
+  kind = "language model" if run.config.task == "lm" else "classifier"
+  steps, overall = f"{result['steps']:,}", run.parameters["overall"]
+  if not result["finished"]:
+    steps += f" of {result['total_steps']:,}"
+  return (
+    f"A {kind} with {model.num_layers} layers, width {model.width} and "
+    f"{model.num_heads} heads, trained for {steps} steps in "
+    f"{duration(result['seconds'])} on {result['device']}. It stores "
+    f"{overall['stored']:,} parameters; its dense baseline has "
+    f"{overall['dense']:,} (compression {percent(overall['compression'])}). "
+    f"Test: {_test_metric(run.test)}."
+  )
 
-  What the preset or the other settings imply is left out, so that these
-  settings alone give the same run again.
+
+def percent(fraction: int | float | None) -> str:
+  """Returns a fraction in percent, with one digit; "–" for None."""
+  return "–" if fraction is None else f"{fraction:.1%}"
+
+
+def duration(seconds: int | float) -> str:
+  """Returns a time as hours, minutes and seconds, such as "0:03:51"."""
+  return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def table(
+  header: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1
+) -> str:
+  """Returns a Markdown table.
+
+  Args:
+    header: Names of the columns.
+    rows: Cells, one for each name of the header.
+    num_text: Number of first columns that are aligned left, as text.
   """
-  chosen = _without_implied(config, config_lib.Config())
-  try:
-    implied = config_lib.resolve(chosen)
-  except schema.ConfigError:
-    # The implied values would not fit; then every value was chosen.
-    return schema.differences(config_lib.Config(), config)
-  return [
-    *schema.differences(config_lib.Config(), chosen),
-    *schema.differences(implied, config),
+  cells = [[c.replace("|", "\\|") for c in row] for row in (header, *rows)]
+  widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+  rule = [
+    "-" * width if i < num_text else "-" * (width - 1) + ":"
+    for i, width in enumerate(widths)
   ]
+  lines = []
+  for row in (cells[0], rule, *cells[1:]):
+    padded = [
+      cell.ljust(width) if i < num_text else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    lines.append(f"| {' | '.join(padded)} |")
+  return "\n".join(lines) + "\n"
 
 
-def _without_implied(config: Any, default: Any) -> Any:
-  """Returns a copy in which every field that may be implied is None."""
-  values = {}
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    standard = getattr(default, field.name)
-    if dataclasses.is_dataclass(value):
-      values[field.name] = _without_implied(value, standard)
-    else:
-      values[field.name] = None if standard is None else value
-  return dataclasses.replace(config, **values)
+def _size(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a size of `result.json` with its compression; see `Run`."""
+  dense, stored = int(values["dense"]), int(values["stored"])
+  size: dict[str, Any] = {"dense": dense, "stored": stored}
+  size["compression"] = 1 - stored / dense if dense else None
+  if "masks" in values:
+    masks = size["masks"] = int(values["masks"])
+    with_masks = 1 - (stored + masks) / dense if dense else None
+    size["compression_with_masks"] = with_masks
+  return size
 
 
-def _parameters(run: runs.Run, group: str) -> dict[str, Any]:
-  c = getattr(run.result.parameters, group)
-  return {"dense": c.dense, "stored": c.stored, "compression": c.compression}
-
-
-def _bytes(run: runs.Run, group: str) -> dict[str, Any]:
-  c = getattr(run.result.bytes, group)
-  return {
-    "dense": c.dense,
-    "stored": c.stored,
-    "masks": c.masks,
-    "compression": c.compression,
-    "compression_with_masks": c.compression_with_masks,
-  }
-
-
-def _test(
-  test: runs.LmTest | runs.ClassifyTest | None,
-) -> dict[str, Any] | None:
-  if test is None:
+def _test(result: Mapping[str, Any], task: str) -> dict[str, Any] | None:
+  """Returns the test metrics of `result.json`; see `Run`."""
+  # A value from before the end is not the metric of this run.
+  if not result["finished"] or result["test"] is None:
     return None
-  figures = dataclasses.asdict(test)
-  if isinstance(test, runs.ClassifyTest):
-    low, high = runs.wilson(test.accuracy, test.num_examples)
-    figures |= {"accuracy_low": low, "accuracy_high": high}
-  return figures
+  test = {name: result["test"][name] for name in _TEST[task]}
+  test["checkpoint_step"] = result["test"].get("checkpoint_step")
+  if task == "classify":
+    # Importing scipy.stats is slow.
+    from scipy import stats
+
+    num = test["num_examples"]
+    correct = stats.binomtest(round(test["accuracy"] * num), num)
+    interval = correct.proportion_ci(method="wilson")
+    test |= {"accuracy_low": interval.low, "accuracy_high": interval.high}
+  return test
+
+
+def _read_metrics(path: str) -> list[dict[str, Any]]:
+  """Returns the last record of each split and step, by rising step."""
+  with open(path, encoding="utf-8", errors="replace") as file:
+    lines = file.readlines()
+  records = {}
+  for number, line in enumerate(lines, start=1):
+    try:
+      record = json.loads(line)
+      key = (record["split"], int(record["step"]))
+      float(record["loss"])
+    except (ValueError, KeyError, TypeError) as error:
+      if not line.endswith("\n"):
+        break  # only the last line can be incomplete
+      raise ConfigError(
+        f"{path!r} is damaged at line {number}: {schema.reason(error)}"
+      ) from error
+    records[key] = record
+  return [records[key] for key in sorted(records, key=lambda key: key[1])]
+
+
+def _draw(run: Run) -> dict[str, str]:
+  """Writes the plots and returns their captions by file name."""
+  # Importing matplotlib is slow, and reading a run does not need it.
+  from folding.reporting import plots
+
+  fpp, total = run.config.fpp, run.result["total_steps"]
+  pruning = [record for record in run.train if "sparsity" in record]
+  marks = {}
+  if pruning and run.config.compress.prune == "none":
+    marks = {"FPP begins": fpp.begin * total, "FPP ends": fpp.end * total}
+  with plots.saved(os.path.join(run.workdir, "curves.png")) as axes:
+    plots.draw_lines(
+      axes,
+      {
+        "training": [(r["step"], r["loss"]) for r in run.train],
+        "validation": [(r["step"], r["loss"]) for r in run.valid],
+      },
+      x_label="step",
+      y_label=f"loss ({run.loss_unit})",
+      marks=marks,
+    )
+  with plots.saved(os.path.join(run.workdir, "parameters.png")) as axes:
+    plots.draw_bars(
+      axes,
+      {
+        group: {"dense baseline": size["dense"], "stored": size["stored"]}
+        for group, size in run.parameters.items()
+      },
+      x_label="number of parameters",
+    )
+  captions = {"curves.png": "Loss", "parameters.png": "Size by group"}
+  if pruning:
+    captions["sparsity.png"] = "Sparsity"
+    with plots.saved(os.path.join(run.workdir, "sparsity.png")) as axes:
+      plots.draw_lines(
+        axes,
+        {
+          "zero": [(r["step"], 100 * r["sparsity"]) for r in pruning],
+          "frozen": [(r["step"], 100 * r.get("frozen", 0)) for r in pruning],
+        },
+        x_label="step",
+        y_label="share of the prunable parameters (%)",
+        marks=marks,
+      )
+  return captions
+
+
+def _page(
+  run: Run, metrics: Mapping[str, Any], captions: Mapping[str, str]
+) -> str:
+  """Returns the text of `report.md`."""
+  sizes = []
+  for group in GROUPS:
+    number, size = run.parameters[group], run.bytes[group]
+    sizes.append(
+      [group, f"{number['dense']:,}", f"{number['stored']:,}"]
+      + [percent(number["compression"])]
+      + [f"{size[name]:,}" for name in ("dense", "stored", "masks")]
+      + [percent(size["compression_with_masks"])]
+    )
+  header = (
+    *("Group", "Parameters, dense", "stored", "compression"),
+    *("Bytes, dense", "stored", "masks", "compression with masks"),
+  )
+  settings = []
+  for line in metrics["settings"]:
+    field, _, change = line.partition(": ")
+    settings.append([f"`{field}`", *change.split(" -> ", 1)])
+  origin = {"device": run.result["device"], "commit": run.result["commit"]}
+  origin |= {"seed": run.config.seed, **run.result["versions"]}
+  if run.energy is not None:
+    by = f"estimated by {run.energy['by']}; {run.energy['country']}"
+    origin["electricity"] = f"{run.energy['kwh']:.3g} kWh ({by})"
+    origin["emissions"] = f"{run.energy['kg_co2e']:.3g} kg CO2e ({by})"
+  parts = [
+    f"# {run.name}",
+    describe(run),
+    "## Size",
+    table(header, sizes),
+    "Dense: the same model, neither folded nor pruned. Stored: nonzero values. "
+    "Masks: bytes that locate the stored values. Compression: 1 - stored / "
+    f"dense. The arrays hold {run.allocated:,} parameters, zeros included.",
+    "## Plots",
+    *(f"![{caption}]({name})" for name, caption in captions.items()),
+    "## How to reproduce",
+    "`config.json` is the whole configuration. These fields differ from the "
+    "default run:",
+    table(("Field", "Default", "This run"), settings, 3),
+    table(("", "This run"), [[k, str(v)] for k, v in origin.items()], 2),
+  ]
+  if not run.result["finished"]:
+    parts.insert(
+      2,
+      "> **Unfinished:** the sizes are those of the last checkpoint, and there "
+      "are no test metrics yet.",
+    )
+  return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _test_metric(test: Mapping[str, Any] | None) -> str:
+  """Returns the test metric in words."""
+  if test is None:
+    return "not measured"
+  step = test["checkpoint_step"]
+  at = "" if step is None else f", at the checkpoint of step {step:,}"
+  if "accuracy" not in test:
+    return (
+      f"{test['bits_per_byte']:.3f} bits per byte (perplexity "
+      f"{test['perplexity']:,.2f} over {test['num_tokens']:,} tokens){at}"
+    )
+  return (
+    f"{percent(test['accuracy'])} accuracy (95% interval "
+    f"{percent(test['accuracy_low'])} to {percent(test['accuracy_high'])}, "
+    f"{test['num_examples']:,} examples){at}"
+  )

@@ -1,21 +1,13 @@
-"""A made-up run directory with figures like those of a real run."""
+"""A made-up run directory."""
 
 import json
 import math
 import pathlib
-import random
 from typing import Any
 
 from folding import config as config_lib
 
 GROUPS = ("qkv", "linear", "embedding", "other")
-VERSIONS = {
-  "folding": "0.1.0",
-  "python": "3.12.3",
-  "jax": "0.10.2",
-  "flax": "0.12.1",
-  "optax": "0.2.6",
-}
 LM_TEST = {
   "loss": 2.9012,
   "bits_per_byte": 1.9034,
@@ -49,9 +41,9 @@ def write(
   """Writes a run and returns its directory.
 
   Args:
-    workdir: Made here.
-    run_config: Resolved; None: the paper preset on the standard library.
-    steps: How far it came; None: to the end.
+    workdir: The directory; it is made.
+    run_config: The resolved config; None: `config()`.
+    steps: Number of steps of an unfinished run; None: a finished run.
     **changes: Fields of `result.json` to replace.
   """
   c = config() if run_config is None else run_config
@@ -67,31 +59,24 @@ def write(
 
 
 def result(c: config_lib.Config, steps: int | None = None) -> dict[str, Any]:
-  """Returns what `result.json` holds."""
+  """Returns the content of `result.json`."""
   arrays = layers(c)
   counts = {
     group: {
-      "dense": sum(a["dense"] for a in arrays if a["group"] == group),
-      "stored": sum(a["stored"] for a in arrays if a["group"] == group),
+      name: sum(a[name] for a in arrays if a["group"] == group)
+      for name in ("dense", "stored")
     }
     for group in GROUPS
   }
   counts["overall"] = {
-    name: sum(counts[group][name] for group in GROUPS)
+    name: sum(count[name] for count in counts.values())
     for name in ("dense", "stored")
   }
   sizes = {
-    group: {
-      "dense": 4 * count["dense"],
-      "stored": 4 * count["stored"],
-      # One bit an element, where anything was pruned.
-      "masks": count["dense"] // 8
-      if group in ("linear", "embedding") and _pruned(c)
-      else 0,
-    }
+    group: {name: 4 * n for name, n in count.items()}
+    | {"masks": 0 if c.dense else count["dense"] // 8}
     for group, count in counts.items()
   }
-  sizes["overall"]["masks"] = sum(sizes[group]["masks"] for group in GROUPS)
   total = c.train.steps
   done = total if steps is None else steps
   test = LM_TEST if c.task == "lm" else CLASSIFY_TEST
@@ -103,7 +88,7 @@ def result(c: config_lib.Config, steps: int | None = None) -> dict[str, Any]:
     "seconds": 231.2 * done / total,
     "tokens_per_second": 10234.4,
     "device": "cpu x1 (AMD EPYC)",
-    "versions": VERSIONS,
+    "versions": {"folding": "0.1.0", "jax": "0.10.2"},
     "commit": "3f2a9c1",
     "test": dict(test) if done == total else None,
     "parameters": counts,
@@ -113,91 +98,50 @@ def result(c: config_lib.Config, steps: int | None = None) -> dict[str, Any]:
 
 
 def layers(c: config_lib.Config) -> list[dict[str, Any]]:
-  """Returns the arrays of the model, pruned and folded as asked for."""
-  rng = random.Random(c.seed)
-  d, f, h = c.model.width, c.model.mlp_width, c.model.num_heads
-  prune = 0.7 if _pruned(c) else 0.0
-  arrays: list[dict[str, Any]] = []
+  """Returns arrays of a model; without `dense`, 70% of two are zero."""
+  d, f, zeros = c.model.width, 4 * c.model.width, 0.0 if c.dense else 0.7
 
-  def add(path, group, shape, dense, zeros=0.0):
+  def array(path, group, shape, dense=None, zeros=0.0):
     size = math.prod(shape)
-    stored = size - round(size * zeros)
-    arrays.append(
-      {
-        "path": path,
-        "group": group,
-        "shape": shape,
-        "dense": dense,
-        "stored": stored,
-        "zeros": 1 - stored / size,
-      }
-    )
+    return {
+      "path": path,
+      "group": group,
+      "shape": shape,
+      "dense": size if dense is None else dense,
+      "stored": size - round(size * zeros),
+      "zeros": zeros,
+    }
 
-  def spread():
-    return min(0.98, max(0.0, prune + rng.uniform(-0.12, 0.12))) * (prune > 0)
-
-  add("embedding/embedding", "embedding", [1024, d], 1024 * d, spread())
-  folded = bool(c.fold.groups)
+  arrays = [array("embedding/embedding", "embedding", [64, d], zeros=zeros)]
   for n in range(c.model.num_layers):
-    block = f"blocks_{n}"
-    for name in "qk":
-      shape = [d, h, c.fold.groups] if folded else [d, h, d // h]
-      add(f"{block}/attn/{name}/kernel", "qkv", shape, d * d)
-    add(f"{block}/attn/v/kernel", "qkv", [d] if folded else [d, d], d * d)
-    add(f"{block}/attn/o/kernel", "linear", [h, d // h, d], d * d, spread())
-    add(f"{block}/mlp/up/kernel", "linear", [d, f], d * f, spread())
-    add(f"{block}/mlp/down/kernel", "linear", [f, d], d * f, spread())
-    add(f"{block}/mlp/up/bias", "other", [f], f)
-    add(f"{block}/norm_attn/scale", "other", [d], d)
-    add(f"{block}/norm_mlp/scale", "other", [d], d)
-  add("norm_out/scale", "other", [d], d)
+    path = f"blocks_{n}"
+    v = [d, d] if c.dense else [d]
+    arrays += [
+      array(f"{path}/attn/v/kernel", "qkv", v, dense=d * d),
+      array(f"{path}/mlp/up/kernel", "linear", [d, f], zeros=zeros),
+      array(f"{path}/mlp/up/bias", "other", [f]),
+    ]
   return arrays
 
 
 def metrics(c: config_lib.Config, steps: int) -> list[dict[str, Any]]:
   """Returns the records up to a step."""
-  rng = random.Random(f"{c.seed} {c.fpp.score} {c.model.num_layers}")
-  floor = 2.75 + rng.uniform(-0.08, 0.08)
-  total = c.train.steps
-  begin, end = c.fpp.begin * total, c.fpp.end * total
   records = []
   for step in range(20, steps + 1, 20):
-    loss = floor + 4.1 * math.exp(-step / (0.17 * total))
-    ramp = min(1.0, max(0.0, (step - begin) / (end - begin)))
-    if _pruned(c):
-      loss += 0.25 * ramp * math.exp(-max(0.0, step - end) / (0.15 * total))
-    if c.task == "classify":
-      loss /= 6.5
-    record = {
-      "split": "train",
-      "step": step,
-      "loss": loss * (1 + rng.gauss(0, 0.012)),
-      "learning_rate": 0.003,
-      "tokens_per_second": 10234.4,
-      "seconds": 0.385 * step,
-    }
-    if _pruned(c):
-      # Cubic schedule, as in Zhu and Gupta, 2017.
-      zero = 0.7 * (1 - (1 - ramp) ** 3)
-      frozen = 0.06 * (1 - ramp) * (ramp > 0)
+    share = step / c.train.steps
+    record = {"split": "train", "step": step, "loss": 5 - share + c.seed}
+    if not c.dense:
       record |= {
-        "sparsity": zero,
-        "frozen": frozen,
-        "trainable": round(120000 + 720000 * (1 - zero - frozen)),
+        "sparsity": 0.7 * share,
+        "frozen": 0.1 * (1 - share),
+        "trainable": round(9000 * (1 - share)),
       }
     records.append(record)
     if step % 100 == 0:
-      valid = {"split": "valid", "step": step, "loss": loss * 1.03}
+      valid = {"split": "valid", "step": step, "loss": 5.1 - share + c.seed}
       if c.task == "lm":
-        valid |= {
-          "bits_per_byte": loss * 1.03 * 0.656,
-          "perplexity": math.exp(loss * 1.03),
-        }
+        valid["bits_per_byte"] = 0.6 * valid["loss"]
       else:
-        valid["accuracy"] = 0.9 - 0.5 * math.exp(-step / (0.2 * total))
+        valid["accuracy"] = share
       records.append(valid)
   return records
-
-
-def _pruned(c: config_lib.Config) -> bool:
-  return any((c.fpp.linear, c.fpp.embedding, c.fpp.overall))

@@ -191,7 +191,7 @@ def test_sigterm_saves_and_exits_0(text_file, tmp_path):
   step = int(re.search(r"saved at step (\d+) of 1000000", out)[1])
   with Checkpoints(str(workdir)) as checkpoints:
     assert checkpoints.steps()[-1] == step
-  assert "trained so far" in (workdir / "report.md").read_text()
+  assert "Unfinished" in (workdir / "report.md").read_text()
 
 
 def test_damaged_checkpoint_falls_back(finished, tmp_path, caplog):
