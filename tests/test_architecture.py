@@ -61,7 +61,7 @@ ORDER = {
       "planner",
       "prune_trained",
     ),
-    *("trim", "start", "progress", "evaluate", "step", "capacity", "plan_verb"),
+    *("trim", "start", "progress", "evaluate", "step", "plan", "plan_verb"),
     *("run", "loop", "shrinking"),
   ],
   "serving": [

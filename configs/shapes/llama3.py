@@ -1,8 +1,8 @@
 """Shapes of Llama 3: `--config=configs/shapes/llama3.py:SIZE`, 8b or 70b.
 
-To plan with; to train one, say `--config.data.path` and a tokenizer as well.
+To plan with. To train one, give `--config.data.path` and a tokenizer as well.
 
-Plan:    folding plan --config=configs/shapes/llama3.py:8b --devices=v5p-64
+Plan:    folding plan --config=configs/shapes/llama3.py:8b --devices=v5p:4x4x2
 """
 
 from folding import config as c

@@ -13,19 +13,18 @@ from folding.config import Config
 
 def add_to(verbs: Any) -> None:
   """Adds the verb to the subparsers of the command line."""
-  verb = verbs.add_parser("plan", help="say what a config takes on devices")
+  verb = verbs.add_parser("plan", help="say what a step takes on devices")
   verb.add_argument(
     "--config",
     metavar="FILE[:ARGUMENT]",
     required=True,
-    help="as train.py takes it; nothing is read but the file and a tokenizer",
+    help="a config file; of the data only a tokenizer is read",
   )
   verb.add_argument(
     "--devices",
     metavar="DEVICES",
     required=True,
-    help="v4-N, v5e-N, v5p-N, v6e-N, a100-N, h100-N, h200-N, cpu-N, or "
-    "NAME:COUNTxGIB",
+    help="cpu-8 (simulated, an estimate), or TPUs: v5p:4x4x2, v5e:2x2, v5p-64",
   )
   verb.add_argument(
     "--set",
@@ -34,32 +33,21 @@ def add_to(verbs: Any) -> None:
     default=[],
     help="another value of the config, such as mesh.tensor=4",
   )
-  verb.add_argument(
-    "--compile",
-    action="store_true",
-    help="compile the step for so many simulated devices and ask XLA as well",
-  )
   verb.add_argument("--json", action="store_true", help="print JSON")
   verb.set_defaults(call=plan)
 
 
 def plan(args: argparse.Namespace) -> None:
-  """Prints what training takes on each device, and whether it fits."""
-  import jax
+  """Prints what a training step takes on each device, and whether it fits."""
+  from folding.training import plan as plan_lib
 
-  from folding.training import capacity
-
-  devices = capacity.parse_devices(args.devices)
   config = files.call_in_file(args.config, "get_config")
   schema.require(
     isinstance(config, Config), f"get_config() of {args.config} gives no Config"
   )
   config = edited(config, args.set)
-  if args.compile:  # before jax starts
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices.count)
-  found = capacity.plan(config, devices, compiles=args.compile)
-  print(json.dumps(found) if args.json else table(found))
+  found = plan_lib.plan(config, plan_lib.find_devices(args.devices))
+  print(json.dumps(found) if args.json else plan_lib.table(found))
 
 
 def edited(config: Config, edits: Sequence[str]) -> Config:
@@ -88,37 +76,3 @@ def _value(text: str) -> Any:
     with contextlib.suppress(ValueError):
       return json.loads(form)
   return text
-
-
-def table(found: dict[str, Any]) -> str:
-  """Returns a plan as text."""
-  devices, columns = found["devices"], ("dense", "compressed")
-  rows = [["GiB a device", *columns]]
-
-  def add(name, *values):
-    rows.append([name, *(f"{value / 2**30:,.2f}" for value in values)])
-
-  sizes = [found[column]["bytes"] for column in columns]
-  for part in dict.fromkeys([*sizes[0], *sizes[1]]):
-    add(part, *(size.get(part, 0) for size in sizes))
-  add("total", *(found[column]["total"] for column in columns))
-  for what in found["dense"].get("xla", ()):
-    add(f"XLA: {what}", *(found[column]["xla"][what] for column in columns))
-  verdicts = ["fits" if found[c]["fits"] else "does not fit" for c in columns]
-  rows.append([f"in {devices['gib']:,.1f}", *verdicts])
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-    for row in rows
-  ]
-  dense, kept = found["dense"]["parameters"], found["compressed"]["stored"]
-  mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
-  return "\n".join(
-    [
-      f"{devices['count']} x {devices['name']}, mesh {mesh}",
-      *lines,
-      f"{dense:,} parameters dense, {kept:,} stored in the end "
-      f"({kept / dense:.1%})",
-      *(f"mesh: {line}" for line in found["unsplit"]),
-    ]
-  )

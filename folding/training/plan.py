@@ -1,0 +1,352 @@
+"""What a training step takes on each device, by the compiler's own account.
+
+The step of a run, plain and with a mask update, is compiled for devices that
+need not exist: CPU devices that XLA simulates, or a TPU slice that the compiler
+in libtpu knows. No data is read and no array is allocated.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from folding import config as config_lib
+from folding import paths
+from folding.compression.rules import Rule, make_sites
+from folding.config import Config
+from folding.data.batches import vocab_size
+from folding.errors import ConfigError
+from folding.models.transformer import make_model, param_shapes
+from folding.training import optimizer as optimizer_lib
+from folding.training import sharding
+from folding.training.step import (
+  Distillation,
+  StepOptions,
+  TrainState,
+  init_state,
+  state_shapes,
+  train_step,
+)
+
+GIB = 2**30
+# {generation: (GiB of memory per chip, axes of a topology, cores per chip that
+# its name counts)}. Google names a v5p slice of 32 chips v5p-64.
+_TPUS = {"v5e": (16, 2, 1), "v5p": (95, 3, 2), "v6e": (32, 2, 1)}
+
+
+class Devices(NamedTuple):
+  """Devices to compile for.
+
+  Attributes:
+    name: As the user gave it, such as "cpu-8" or "v5p:4x4x2".
+    devices: JAX devices; those of a TPU topology cannot run anything.
+    gib: Memory of each device in GiB.
+  """
+
+  name: str
+  devices: Sequence[Any]
+  gib: float
+
+  @property
+  def is_estimate(self) -> bool:
+    """Whether the compiler is that of CPUs."""
+    return self.name.startswith("cpu")
+
+
+def find_devices(text: str) -> Devices:
+  """Returns the devices of a name: "cpu-8", "v5e:2x2" or "v5p-64".
+
+  Raises:
+    ConfigError: the name is not valid, libtpu is not installed, or JAX has
+      started with fewer CPU devices.
+  """
+  if found := re.fullmatch(r"cpu-([1-9]\d*)", text):
+    return _cpus(text, int(found[1]))
+  if found := re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text):
+    generation, shape = found[1], [int(size) for size in found[2].split("x")]
+  elif found := re.fullmatch(r"(\w+)-([1-9]\d*)", text):
+    generation, shape = found[1], topology_of(found[1], int(found[2]))
+  else:
+    generation, shape = "", None
+  if generation not in _TPUS or shape is None:
+    raise ConfigError(
+      f"--devices={text} is not valid; use cpu-N, a TPU topology such as "
+      f"v5p:4x4x2 or v5e:2x2, or a slice such as v5p-64 ({', '.join(_TPUS)})"
+    )
+  return _tpus(text, generation, shape)
+
+
+def _cpus(name: str, count: int) -> Devices:
+  try:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+  except RuntimeError:
+    pass  # JAX has started
+  devices = jax.devices("cpu")
+  if len(devices) < count:
+    raise ConfigError(
+      f"--devices={name}: JAX has started with {len(devices)} CPU devices"
+    )
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return Devices(name, devices[:count], memory / GIB / count)
+
+
+def topology_of(generation: str, number: int) -> list[int] | None:
+  """Returns the topology of a slice such as v5p-64; None: there is none."""
+  _, axes, cores = _TPUS.get(generation, (0, 1, 1))
+  power = (number // cores).bit_length() - 1
+  if number != 2**power * cores:
+    return None
+  return [2 ** ((power + axis) // axes) for axis in range(axes)][::-1]
+
+
+def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
+  # Without these libtpu asks a metadata server, and JAX starts real devices.
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  jax.config.update("jax_platforms", "cpu")
+  topology = f"{generation}:{'x'.join(map(str, shape))}"
+  options = {}
+  if math.prod(shape) < 4:  # by default a host has 2 x 2 chips
+    options["chips_per_host_bounds"] = [*shape, *(1,) * (3 - len(shape))]
+  try:
+    found = topologies.get_topology_desc(topology, "tpu", **options)
+  except RuntimeError as error:
+    if "not installed" in str(error):
+      raise ConfigError(
+        "the compiler for TPUs is not installed; pip install "
+        "'folding-jax[tpu]', or use --devices=cpu-N for an estimate"
+      ) from error
+    raise ConfigError(f"--devices={name} is not valid: {error}") from error
+  chips = _TPUS[generation][0] * math.prod(shape)
+  return Devices(name, found.devices, chips / len(found.devices))
+
+
+def plan(config: Config, devices: Devices) -> dict[str, Any]:
+  """Returns what a training step takes on each device.
+
+  Args:
+    config: Resolved.
+    devices: What to compile for.
+
+  Returns:
+    {"devices": {"name", "count", "gib", "is_estimate"}, "mesh": {axis: size},
+    "dense" and "compressed": {"parameters": number, "stored": number that is
+    nonzero at the end, "step" and, if anything is pruned, "mask update":
+    `compiled_step`}, "unsplit": lines about arrays that the mesh cannot
+    split}.
+
+  Raises:
+    ConfigError: the mesh does not fit the devices or the parameters.
+  """
+  data = dataclasses.replace(config.data, vocab_size=vocab_size(config.data))
+  config = dataclasses.replace(config, data=data)
+  mesh = sharding.make_mesh(config.mesh, devices.devices)
+  found: dict[str, Any] = {
+    "devices": {
+      "name": devices.name,
+      "count": len(devices.devices),
+      "gib": devices.gib,
+      "is_estimate": devices.is_estimate,
+    },
+    "mesh": dict(mesh.shape),
+  }
+  runs = {
+    "dense": _build(config_lib.dense_twin(config), mesh),
+    "compressed": _build(config, mesh),
+  }
+  for name, run in runs.items():
+    parameters, kept = _stored(run.options.rules, run.state.params)
+    found[name] = {"parameters": parameters, "stored": kept}
+    found[name]["step"] = _compiled(run, devices.gib)
+    if run.options.rules:
+      found[name]["mask update"] = _compiled(run, devices.gib, is_check=True)
+  rows = config.data.batch_size // config.train.accumulate
+  found["unsplit"] = [
+    *sharding.unsplit(mesh, runs["compressed"].state.params, config.mesh.rules),
+    *sharding.undivided(mesh, rows),
+  ]
+  return found
+
+
+class _Run(NamedTuple):
+  """A run without its data: the shapes of its state, and where arrays lie."""
+
+  config: Config
+  mesh: Mesh
+  options: StepOptions
+  state: TrainState
+
+
+def _build(config: Config, mesh: Mesh) -> _Run:
+  make = functools.partial(
+    make_model, vocab_size=config.data.vocab_size, num_classes=2
+  )
+  model, dense = make(config), make(config_lib.dense_twin(config))
+  rules = optimizer_lib.make_rules(
+    config, param_shapes(model), param_shapes(dense)
+  )
+  tx = optimizer_lib.make_optimizer(config, rules)
+  d = config.distill
+  distillation = None
+  if d.logits or d.hidden:
+    distillation = Distillation(dense, d.logits, d.hidden, d.temperature)
+  options = StepOptions(
+    model=model,
+    tx=tx,
+    rules=rules,
+    label_smoothing=config.train.label_smoothing,
+    accumulate=config.train.accumulate,
+    mesh=mesh,
+    distillation=distillation,
+  )
+  init = functools.partial(init_state, model, tx, config.data.length)
+  return _Run(config, mesh, options, state_shapes(init))
+
+
+def _stored(rules: Sequence[Rule], params: Any) -> tuple[int, int]:
+  """Returns the numbers of parameters, and of those nonzero at the end."""
+  leaves = paths.flatten(params)
+  total = sum(math.prod(x.shape) for x in leaves.values())
+  zero = 0
+  for site in make_sites(rules, params):
+    share = rules[site.rule].target
+    for name, axis in site.members.items():
+      shape = leaves[name].shape
+      units = math.prod(shape) if axis is None else shape[axis]
+      zero += int(share * units) * (math.prod(shape) // units)
+  return total, total - zero
+
+
+def _inputs(run: _Run) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns the shapes of a batch and of the keyword arguments of a step."""
+  config, mesh = run.config, run.mesh
+  B, L = config.data.batch_size, config.data.length
+  rows, whole = sharding.batch_sharding(mesh, B), sharding.whole(mesh)
+
+  def array(shape, dtype, where):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+  batch = {"tokens": array((B, L), jnp.int32, rows)}
+  if config.task == "lm":
+    batch["targets"] = array((B, L), jnp.int32, rows)
+    batch["weights"] = array((B, L), jnp.float32, rows)
+  else:
+    batch["mask"] = array((B, L), jnp.bool_, rows)
+    batch["labels"] = array((B,), jnp.int32, rows)
+    batch["weights"] = array((B,), jnp.float32, rows)
+  constants = {"seed": array((), jnp.uint32, whole)}
+  if config.fpp.embedding_granularity != "weight" and run.options.rules:
+    size = run.state.params["embed"]["embedding"].shape[0]
+    constants["usage"] = array((size,), jnp.float32, whole)
+  if run.options.distillation is not None:
+    params = param_shapes(run.options.distillation.teacher)
+    constants["teacher_params"] = jax.tree.map(
+      lambda x, where: array(x.shape, jnp.bfloat16, where),
+      params,
+      sharding.tree_shardings(mesh, params),
+    )
+  return batch, constants
+
+
+def _compiled(
+  run: _Run, gib: float, *, is_check: bool = False
+) -> dict[str, Any]:
+  """Returns what the compiler reports about a training step, per device.
+
+  Returns:
+    {"fits", "arguments" and "scratch": bytes, "flops", "bytes": accessed}. If
+    the step runs out of memory: {"fits": False, "error": the reason}.
+  """
+  rules = run.config.mesh.rules
+  where = sharding.tree_shardings(run.mesh, run.state, rules=rules)
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    run.state,
+    where,
+  )
+  step = jax.jit(
+    functools.partial(train_step, options=run.options, is_check=is_check),
+    donate_argnums=0,
+    out_shardings=(where, sharding.whole(run.mesh)),
+  )
+  batch, constants = _inputs(run)
+  lowered = step.lower(state, batch, **constants)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    kind, _, reason = str(error).partition(": ")
+    if kind != "RESOURCE_EXHAUSTED":
+      raise
+    return {"fits": False, "error": reason.splitlines()[0]}
+  memory: Any = compiled.memory_analysis()
+  cost: Any = compiled.cost_analysis()
+  scratch = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  scratch -= memory.alias_size_in_bytes
+  return {
+    "fits": memory.argument_size_in_bytes + scratch <= gib * GIB,
+    "arguments": memory.argument_size_in_bytes,
+    "scratch": scratch,
+    "flops": cost["flops"],
+    "bytes": cost["bytes accessed"],
+  }
+
+
+def table(found: dict[str, Any]) -> str:
+  """Returns a plan as text.
+
+  Args:
+    found: From `plan`.
+  """
+  programs = {
+    f"{name} {program}": found[name][program]
+    for name in ("dense", "compressed")
+    for program in ("step", "mask update")
+    if program in found[name]
+  }
+  rows = [["per device", *programs]]
+  for label, key, unit in (
+    ("arguments, GiB", "arguments", GIB),
+    ("scratch memory, GiB", "scratch", GIB),
+    ("computed, GFLOP", "flops", 1e9),
+    ("moved, GiB", "bytes", GIB),
+  ):
+    values = [
+      f"{one[key] / unit:,.3f}" if key in one else "-"
+      for one in programs.values()
+    ]
+    rows.append([label, *values])
+  devices = found["devices"]
+  verdicts = ["yes" if one["fits"] else "no" for one in programs.values()]
+  rows.append([f"fits in {devices['gib']:.1f} GiB", *verdicts])
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+    for row in rows
+  ]
+  mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
+  total, kept = found["dense"]["parameters"], found["compressed"]["stored"]
+  errors = [
+    f"{name}: {one['error']}"
+    for name, one in programs.items()
+    if "error" in one
+  ]
+  if devices["is_estimate"]:
+    errors.append("compiled for CPU; an estimate for other devices")
+  return "\n".join(
+    [
+      f"{devices['count']} devices ({devices['name']}), mesh {mesh}",
+      *lines,
+      f"{total:,} parameters in the dense baseline, {kept:,} stored after "
+      f"compression ({kept / total:.1%})",
+      *errors,
+      *(f"mesh: {line}" for line in found["unsplit"]),
+    ]
+  )

@@ -1,0 +1,232 @@
+"""`folding plan`: what the compiler reports, beside what is really allocated."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+
+from folding import cli, errors, files, paths
+from folding import config as c
+from folding.training import plan as plan_lib
+from folding.training import sharding
+from tests.models import checkpoints
+from tests.training import tiny
+
+CONFIG_FILE = """
+from folding import config as c
+
+def get_config(width="32"):
+  return c.Config(
+    data=c.DataConfig(vocab_size=128, length=8, batch_size=16),
+    model=c.ModelConfig(num_layers=1, width=int(width), num_heads=4),
+    fpp=c.FPPConfig(linear=0.7, embedding=0.7, begin=0.0, end=0.75, checks=3),
+    mesh=c.MeshConfig(data=2, fsdp=4),
+    train=c.TrainConfig(steps=8),
+  )
+"""
+HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+  file = tmp_path_factory.mktemp("plan") / "small.py"
+  file.write_text(CONFIG_FILE, encoding="utf-8")
+  return str(file)
+
+
+@pytest.fixture(scope="module")
+def config(config_file):
+  return c.resolve(files.call_in_file(config_file, "get_config"))
+
+
+@pytest.fixture(scope="module")
+def found(config):
+  """Returns the plan of eight simulated devices."""
+  return plan_lib.plan(config, plan_lib.find_devices("cpu-8"))
+
+
+def _on_device(tree):
+  """Returns the bytes of a tree on the first device."""
+  return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+def test_arguments_are_state_and_batch_of_one_device(config, found):
+  run = tiny.make(config)
+  state = run.init()
+  mesh = sharding.make_mesh(config.mesh)
+  held = _on_device(jax.device_put(state, sharding.tree_shardings(mesh, state)))
+  batch = 3 * 4 * 16 * 8 // 8  # three arrays of 16 texts of 8 tokens
+  for program in ("step", "mask update"):
+    arguments = found["compressed"][program]["arguments"]
+    # XLA pads arrays to whole cache lines.
+    assert held + batch <= arguments <= 1.1 * (held + batch)
+  whole = sum(x.nbytes for x in jax.tree.leaves(state))
+  assert arguments < 0.6 * whole
+  assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_flops_of_a_step_are_those_of_its_products(config, found):
+  dense = tiny.shapes(c.dense_twin(config))
+  tokens = 16 * 8 / 8  # per device
+  products = sum(w.size for n, w in paths.flatten(dense).items() if w.ndim > 1)
+  # Forward, and backward to inputs and weights: 6 per weight and token.
+  assert 6 * tokens * products <= found["dense"]["step"]["flops"]
+  assert found["dense"]["step"]["flops"] <= 2 * 6 * tokens * products
+  step, update = (found["compressed"][p] for p in ("step", "mask update"))
+  assert step["flops"] < update["flops"]
+  assert step["scratch"] > 0
+  assert "mask update" not in found["dense"]
+
+
+def test_stored_parameters_are_those_left_by_the_targets(config, found):
+  total = sum(x.size for x in jax.tree.leaves(tiny.shapes(config)))
+  pruned = [128 * 32, 32 * 32, 32 * 128, 128 * 32]
+  kept = total - sum(int(0.7 * size) for size in pruned)
+  assert found["compressed"]["parameters"] == total
+  assert found["compressed"]["stored"] == kept
+  dense = found["dense"]
+  assert dense["stored"] == dense["parameters"]
+
+
+def test_teacher_adds_two_bytes_per_dense_parameter(config, found):
+  taught = dataclasses.replace(
+    config, pretrained="DENSE", distill=c.DistillConfig(logits=0.5)
+  )
+  taught = plan_lib.plan(taught, plan_lib.find_devices("cpu-8"))
+  params = tiny.shapes(c.dense_twin(config))
+  places = sharding.tree_shardings(sharding.make_mesh(config.mesh), params)
+  shapes = [
+    where.shard_shape(w.shape)
+    for w, where in zip(
+      jax.tree.leaves(params), jax.tree.leaves(places), strict=True
+    )
+  ]
+  expected = sum(2 * math.prod(shape) for shape in shapes)
+  arguments, without = (
+    one["compressed"]["step"]["arguments"] for one in (taught, found)
+  )
+  assert expected <= arguments - without <= 1.5 * expected
+  assert taught["dense"] == found["dense"]  # it learns from no teacher
+
+
+def test_classifier_with_rows_to_prune_has_a_plan(config):
+  classifier = dataclasses.replace(
+    config, task="classify", model=c.bert(num_layers=1, width=32, num_heads=4)
+  )
+  classifier.fpp = dataclasses.replace(
+    config.fpp, embedding_granularity="row", score="magnitude"
+  )
+  classifier.train = dataclasses.replace(config.train, accumulate=4)
+  found = plan_lib.plan(c.resolve(classifier), plan_lib.find_devices("cpu-8"))
+  assert found["compressed"]["mask update"]["fits"]
+  assert "4 rows" in found["unsplit"][-1]  # of a micro-batch, over 8 devices
+
+
+def test_step_that_exceeds_the_memory_does_not_fit(config):
+  devices = plan_lib.find_devices("cpu-8")
+  small = devices._replace(gib=1e-6)
+  found = plan_lib.plan(c.dense_twin(config), small)
+  assert not found["dense"]["step"]["fits"]
+
+
+def test_compiler_out_of_memory_is_an_answer(config, monkeypatch):
+  def compile(self):
+    raise jax.errors.JaxRuntimeError(
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM (83.03G).\nA long trace"
+    )
+
+  monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+  found = plan_lib.plan(c.dense_twin(config), plan_lib.find_devices("cpu-8"))
+  assert found["dense"]["step"] == {
+    "fits": False,
+    "error": "Ran out of memory on HBM (83.03G).",
+  }
+  assert "dense step: Ran out of memory" in plan_lib.table(found)
+
+
+def test_cpus_share_the_memory_of_the_machine():
+  one, eight = (plan_lib.find_devices(f"cpu-{n}").gib for n in (1, 8))
+  assert one == pytest.approx(8 * eight)
+
+
+@pytest.mark.parametrize(
+  ("slice_name", "topology"),
+  [
+    ("v5p-8", [2, 2, 1]),
+    ("v5p-64", [4, 4, 2]),
+    ("v5e-1", [1, 1]),
+    ("v5e-8", [4, 2]),
+    ("v6e-256", [16, 16]),
+    ("v5p-3", None),
+    ("v5e-12", None),
+  ],
+)
+def test_slice_has_the_most_eventopology_of(slice_name, topology):
+  generation, number = slice_name.split("-")
+  assert plan_lib.topology_of(generation, int(number)) == topology
+
+
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="libtpu is not installed")
+def test_tpu_compiler_plans_a_slice(config):
+  devices = plan_lib.find_devices("v5e:4x2")
+  assert (len(devices.devices), devices.gib) == (8, 16)
+  found = plan_lib.plan(config, devices)
+  assert found["compressed"]["mask update"]["fits"]
+  assert not found["devices"]["is_estimate"]
+
+
+@pytest.mark.skipif(HAS_TPU_COMPILER, reason="libtpu is installed")
+def test_missing_tpu_compiler_is_one_line():
+  with pytest.raises(errors.ConfigError, match=r"pip install .*\[tpu\]"):
+    plan_lib.find_devices("v5p-64")
+
+
+def test_verb_prints_a_table_or_json(config_file, capsys):
+  words = ["plan", f"--config={config_file}:64", "--devices=cpu-8"]
+  words += ["--set=dense=True", "--set=mesh.data=8", "--set=mesh.fsdp=1"]
+  assert cli.main([*words, "--json"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+  assert cli.main(words) == 0
+  text = capsys.readouterr().out
+  assert f"{found['dense']['parameters']:,} parameters" in text
+  assert "estimate" in text
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--config=nowhere.py", "--devices=cpu-1"], "nowhere.py"),
+    (["--config={file}", "--devices=h100-8"], "h100-8 is not valid"),
+    (["--config={file}", "--devices=v9:2x2"], "v9:2x2 is not valid"),
+    (["--config={file}", "--devices=cpu-9999"], "started with 8"),
+    (["--config={file}", "--devices=cpu-1"], "does not multiply"),
+    (["--config={file}", "--devices=cpu-8", "--set=a.b=1"], "a.b"),
+  ],
+)
+def test_verb_reports_mistakes_in_one_line(flags, message, config_file, capsys):
+  flags = [flag.format(file=config_file) for flag in flags]
+  assert cli.main(["plan", *flags]) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1
+  assert message in error
+
+
+def test_vocabulary_is_that_of_the_tokenizer(config, tmp_path):
+  path = tmp_path / "tokenizer.json"
+  words = [f"w{i}" for i in range(300)]
+  checkpoints.write_tokenizer(path, [*checkpoints.WORDS, *words])
+  named = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, tokenizer=str(path))
+  )
+  named = c.dense_twin(named)
+  found = plan_lib.plan(named, plan_lib.find_devices("cpu-8"))
+  without = sum(
+    w.size
+    for name, w in paths.flatten(tiny.shapes(c.dense_twin(config))).items()
+    if name != "embed/embedding"
+  )
+  assert found["dense"]["parameters"] == without + 310 * 32
