@@ -196,9 +196,9 @@ class MeshConfig:
   data: int = -1  # splits batches
   fsdp: int = 1  # splits batches, parameters and all that is shaped like them
   tensor: int = 1  # splits heads, neurons and the vocabulary
-  # "PATTERN=AXES ...", for parameters that are not to lie as they do by default:
-  # a pattern of paths and the axis that splits each axis of the array, or "-".
-  rules: str = ""
+  # (pattern of parameter paths, mesh axis or None for each array axis): where
+  # these parameters lie. The first match counts; others lie as by default.
+  rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
 
 @dataclasses.dataclass(slots=True)

@@ -166,9 +166,16 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     if option is PerLayer and isinstance(value, PerLayer):  # pyright: ignore
       return value
     if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-      item = typing.get_args(option)[0]
+      items = typing.get_args(option)
+      if items[-1] is Ellipsis:
+        items = items[:1] * len(value)
+      require(
+        len(items) == len(value),
+        f"{place} must have {len(items)} items; it is {value!r}",
+      )
       return tuple(
-        _typed(item, one, f"{place}[{i}]") for i, one in enumerate(value)
+        _typed(item, one, f"{place}[{i}]")
+        for i, (item, one) in enumerate(zip(items, value, strict=True))
       )
   literal = [o for o in options if typing.get_origin(o) is Literal]
   if literal:
