@@ -12,8 +12,8 @@ from folding.compression.fpp import FPPState as FPPState
 from folding.compression.fpp import fpp as fpp
 from folding.compression.fpp import fpp_counts as fpp_counts
 from folding.compression.observe import observe as observe
-from folding.compression.rules import Rule as Rule
 from folding.compression.shrink import shrink as shrink
+from folding.compression.sites import Rule as Rule
 from folding.models.transformer import Transformer as Transformer
 from folding.models.transformer import make_model as make_model
 from folding.serving.export import load as load

@@ -46,7 +46,7 @@ ORDER = {
     "hf_save",
   ],
   "compression": [
-    *("select", "scores", "rules", "suspects", "observe", "fpp"),
+    *("threshold", "scores", "sites", "observe", "fpp"),
     *("neurons", "fold"),
     *("sparsegpt", "refold", "accounting", "removable", "shrink"),
   ],

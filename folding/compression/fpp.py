@@ -1,8 +1,18 @@
-"""Forward Propagation Pruning as an optax transform: freeze, then zero."""
+"""Forward Propagation Pruning as an optax transform: freeze, then zero.
+
+One mask update does this for every site:
+
+  1. Score the units; `threshold.lowest` chooses the lowest share of them.
+  2. Freeze the chosen units and release all others.
+  3. Zero the units that have stayed frozen for `patience` further updates,
+     at the last update all of them.
+  4. With a tolerance, try the zeros in a forward pass first, and zero only as
+     many as keep the loss.
+"""
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,21 +22,24 @@ import optax
 from jax.sharding import AxisType
 
 from folding import paths
-from folding.compression import scores as scores_lib
-from folding.compression import suspects as suspects_lib
-from folding.compression.rules import Rule, make_sites, pack, unpack
+from folding.compression import threshold
+from folding.compression.scores import Score, get_score
+from folding.compression.sites import Rule, Site, make_sites, pack, unpack
+
+_TRIALS = 5  # of verification: all candidates, a half, ... a sixteenth
 
 
 class FPPState(NamedTuple):
   """State of `fpp`.
 
   Attributes:
-    step: int32[], updates applied.
-    observed: int32[], updates that came with statistics.
-    suspected: {site: uint8[max(patience, 1), ..., units / 8]}, packed bits.
-      Plane a says which units were suspected at each of the last a + 1 checks;
-      those of plane 0 are not trainable: zero if their value is, else frozen.
-    averages: {parameter: float32}, running averages behind the score.
+    step: int32[], updates so far.
+    observed: int32[], updates so far that came with statistics.
+    suspected: {site: uint8[max(patience, 1), ..., units / 8]}, packed mask bits.
+      Plane a has the units that each of the last a + 1 mask updates has chosen.
+      The units of plane 0 are not trainable: pruned if their value is zero,
+      otherwise frozen.
+    averages: {parameter: float32}, moving averages of the scores.
     inner: State of the wrapped optimizer.
   """
 
@@ -37,6 +50,56 @@ class FPPState(NamedTuple):
   inner: optax.OptState
 
 
+@dataclasses.dataclass(frozen=True)
+class _Options:
+  """The arguments of `fpp`, checked; see there."""
+
+  begin: int
+  end: int
+  every: int
+  patience: int
+  decay: float
+  tolerance: float | None
+  seed: int
+  removed: Mapping[str, int]
+
+  def __post_init__(self):
+    if not 0 <= self.begin <= self.end:
+      raise ValueError(
+        f"fpp: begin {self.begin} to end {self.end} is not a range of steps"
+      )
+    for name, least in (("every", 1), ("patience", 0), ("tolerance", 0)):
+      value = getattr(self, name)
+      if value is not None and value < least:
+        raise ValueError(f"fpp: {name} must be at least {least}; it is {value}")
+    if not 0 <= self.decay < 1:
+      raise ValueError(f"fpp: decay must be in [0, 1); it is {self.decay}")
+
+  @property
+  def last(self) -> int:
+    """Index of the last mask update."""
+    return (self.end - self.begin) // self.every
+
+  def is_due(self, step: jax.Array) -> jax.Array:
+    """Returns whether a step updates the masks."""
+    since = step - self.begin
+    return (since >= 0) & (since % self.every == 0) & (step <= self.end)
+
+  def count(self, site: Site, target: float, index: jax.Array) -> jax.Array:
+    """Returns int32[], how many units of a site the mask update chooses.
+
+    Removed units count as chosen. The cubic ramp ends at the target. It is
+    computed in float64 on the host, so the count is exact and never above the
+    target; the 1e-6 is for products such as 0.29 * 100 = 28.999999999999996.
+    """
+    removed = self.removed.get(site.name, 0)
+    ramp = 1 - (1 - np.arange(self.last + 1) / max(self.last, 1)) ** 3
+    ramp[-1] = 1.0
+    size = removed + math.prod(site.shape)
+    table = np.floor(ramp * target * size + 1e-6).astype(np.int32)
+    return jnp.asarray(np.maximum(table - removed, 0))[index]
+
+
 def fpp(
   inner: optax.GradientTransformation,
   rules: Sequence[Rule],
@@ -45,63 +108,62 @@ def fpp(
   end: int,
   every: int,
   patience: int = 1,
-  score: str = "relative",
+  score: str | Score = "relative",
   decay: float = 0.9,
   tolerance: float | None = None,
   seed: int = 0,
   removed: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Wraps an optimizer so that suspected parameters freeze, then become zero.
+  """Wraps an optimizer so that it freezes, then zeroes parameters.
 
-  At the steps begin, begin + every, ... up to end (counted from 0) the lowest
-  q = target (1 - (1 - t)^3) of the units of each rule are suspected, t growing
-  from 0 to 1. Suspects freeze, others thaw; what has stayed suspected for
-  `patience` further checks becomes exactly 0.0 for good, and so do all
-  suspects of the last check, after which nothing changes any more (healing).
+  The masks are updated at the steps begin, begin + every, ... up to end, counted
+  from 0. Update t of T chooses the lowest share target (1 - (1 - t/T)^3) of the
+  units of each parameter. Chosen units freeze; all others train. A unit that has
+  stayed frozen for `patience` further updates becomes exactly 0.0 for good, and
+  so do all chosen units of the last update. After that the masks are fixed.
 
-  A frozen element keeps its value bit for bit whatever the inner optimizer
-  does (momentum and weight decay included), and its gradient is 0 to the inner
-  optimizer, so a clip by norm in there counts trainable elements alone.
-  Nothing may follow this transform in a chain. Averages of the parameters that
-  an optimizer keeps (schedule-free ones, say) are not zeroed.
+  A frozen element keeps its value bit for bit, whatever the inner optimizer does
+  (momentum, weight decay). Its gradient is 0 to the inner optimizer, so clipping
+  by the global norm counts trainable elements only. Nothing may follow this
+  transform in a chain. Averages of the parameters that an optimizer keeps, such
+  as schedule-free ones, are not zeroed.
 
-  `update` takes, besides params, which it needs:
-    stats: {parameter path: mean square of its input}, from
-      `folding.observe`; for the scores "relative" and "activation", at
-      least at every check.
-    value, value_fn: loss and function from params to loss, as optax's line
-      searches take them; `value_fn` is needed when `tolerance` is set, and then
-      gets the params that this transform sees, so all unless it is in another
-      that passes on a part.
-    is_due: Whether this is a step with a check, where the caller knows that
-      when the program is made, which makes it smaller; None: as `begin`, `end`
-      and `every` say.
+  `update` needs `params`. It also takes:
+    stats: {parameter path: mean square of its input}, from `folding.observe`.
+      The scores "relative" and "activation" use it; give it at least at every
+      mask update.
+    value, value_fn: The loss, and a function from params to the loss, as for
+      the line searches of optax. A `tolerance` needs `value_fn`. It gets the
+      params that this transform sees.
+    is_due: Static bool: does this step update the masks? It removes a
+      `lax.cond` from the compiled step. None: derived from the step counter.
 
   Args:
     inner: The optimizer to wrap.
-    rules: What to prune; parameters without a rule just train.
-    begin: First step with a check; there q is 0 (unless it is the only check)
-      and a full batch of statistics is seen.
-    end: Last step at which a check may fall.
-    every: Steps between checks.
-    patience: Further checks a unit stays suspected before it is zeroed; 0
-      zeroes at once, which is gradual pruning without the freezing stage.
-    score: "relative", "activation", "magnitude", "saliency", "movement" or "random", for rules without one of their own; see
-      `folding.compression.scores`.
-    decay: Of the running averages, per observation.
-    tolerance: If set, candidates for zero are verified by forward propagation:
-      only as many are zeroed (all, a half, a quarter, ...) as keep the loss
-      from rising by more than this share of it; the rest become trainable.
-    seed: For score "random".
-    removed: {parameter that a rule matches: zeroed units that were taken out
-      of it, as by `folding.shrink`}; they count towards the target.
+    rules: What to prune. Parameters without a rule train as usual.
+    begin: First step with a mask update. Its share is 0, unless it is the only
+      one.
+    end: Last step that may update the masks.
+    every: Steps between mask updates.
+    patience: Further mask updates that a unit stays frozen before it is zeroed.
+      0 zeroes immediately: gradual pruning without freezing.
+    score: Score of rules without one of their own: "relative", "activation",
+      "magnitude", "saliency", "movement", "random", or a
+      `folding.compression.scores.Score`.
+    decay: Decay of the moving averages per update, in [0, 1).
+    tolerance: If set, zeros are verified by forward propagation: of the
+      candidates, only as many are zeroed (all, a half, a quarter, ...) as raise
+      the loss by at most this fraction. The others train again.
+    seed: Seed of the score "random".
+    removed: {parameter that a rule matches: pruned units that are no longer in
+      it, as after `folding.shrink`}. They count towards the target.
 
   Returns:
-    A transform with state `FPPState`.
+    A transform with the state `FPPState`.
 
   Raises:
-    ValueError: at once, for options out of range; from init, where a rule does
-      not fit the parameters.
+    ValueError: an option is out of range; from `init`: a rule does not fit the
+      parameters; from `update`: an argument is missing or does not fit.
 
   Example:
     >>> params = {"w": jnp.array([[0.1, -2.0], [3.0, 0.2]])}
@@ -114,34 +176,38 @@ def fpp(
     >>> [[round(x, 1) for x in row] for row in params["w"].tolist()]
     [[0.0, -2.3], [2.7, 0.0]]
 
-  References: Belhaouari and Kraidia 2025, doi 10.1038/s41598-025-92586-5, of
-    whose method this is our reading; the cubic ramp is of Zhu and Gupta 2017.
+  References: Belhaouari and Kraidia 2025, doi 10.1038/s41598-025-92586-5; this
+    is our reading of their method. The ramp is that of Zhu and Gupta 2017.
   """
-  _check_options(
-    *(begin, end, every, patience, decay, tolerance),
-    [score, *(rule.score for rule in rules if rule.score is not None)],
+  o = _Options(
+    begin=begin,
+    end=end,
+    every=every,
+    patience=patience,
+    decay=decay,
+    tolerance=tolerance,
+    seed=seed,
+    removed=removed or {},
   )
-  rules = [dataclasses.replace(r, score=r.score or score) for r in rules]
+  try:
+    score = get_score(score)
+    rule_scores = [get_score(rule.score or score) for rule in rules]
+  except ValueError as error:
+    raise ValueError(f"fpp: {error}") from None
   extra_inner = optax.with_extra_args_support(inner)
-  num_checks = (end - begin) // every + 1
-  last_check = begin + (num_checks - 1) * every
-  ramp = 1 - (1 - np.arange(num_checks) / max(num_checks - 1, 1)) ** 3
-  ramp[-1] = 1.0
 
   def init_fn(params):
     leaves = paths.flatten(params)
-    suspected, averages = {}, {}
     sites = make_sites(rules, params)
-    suspects_lib.check_sites(sites, removed or {})
-    kinds = suspects_lib.kinds(sites, rules)
+    _check_sites(sites, o.removed)
+    suspected, averages = {}, {}
     for site in sites:
       *lead, units = site.shape
-      planes = (max(patience, 1), *lead, -(-units // 8))
+      planes = (max(o.patience, 1), *lead, -(-units // 8))
       suspected[site.name] = jnp.zeros(planes, jnp.uint8)
-      for name in site.members:
-        average = scores_lib.init_average(kinds[name], leaves[name])
-        if average is not None:
-          averages[name] = average
+      init = rule_scores[site.rule].init
+      if init is not None:
+        averages |= {name: init(leaves[name]) for name in site.members}
     return FPPState(
       step=jnp.zeros([], jnp.int32),
       observed=jnp.zeros([], jnp.int32),
@@ -163,116 +229,89 @@ def fpp(
   ):
     if params is None:
       raise ValueError("fpp needs `params`; pass them to update()")
-    if tolerance is not None and value_fn is None:
+    if o.tolerance is not None and value_fn is None:
       raise ValueError("fpp with a tolerance needs `value_fn` in update()")
     sites = make_sites(rules, params)
-    leaves = paths.flatten(params)
-    grads = paths.flatten(updates)
+    leaves, grads = paths.flatten(params), paths.flatten(updates)
     if set(grads) != set(leaves):
       raise ValueError("updates and params are trees of different structure")
-    for name, leaf in leaves.items():
-      sharding = jax.typeof(leaf).sharding
-      if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
-        raise ValueError(
-          f"{name!r} is split over an explicit axis of a mesh; fpp leaves sharding "
-          "to the compiler: make the mesh with axis_types=(AxisType.Auto, ...)"
-        )
-    kinds = suspects_lib.kinds(sites, rules)
-    averages, observed = scores_lib.observe(
-      *(state.averages, state.observed, kinds, decay),
-      *(leaves, grads, stats or {}),
+    _check_sharding(leaves)
+    averages, observed = _observe(
+      {
+        name: rule_scores[site.rule]
+        for site in sites
+        for name in site.members
+        if name in state.averages
+      },
+      state,
+      leaves,
+      {"gradients": grads, "statistics": stats or {}},
+      decay=o.decay,
     )
 
-    def check():
-      index = (state.step - begin) // every
-      return _check(
-        *(state.suspected, averages, kinds, index),
-        *(leaves, params, value, value_fn, sites),
-      )
+    def update_masks():
+      index = (state.step - o.begin) // o.every
+      scores, planes, zero = {}, {}, {}
+      for n, site in enumerate(sites):
+        scores[site.name] = rule_scores[site.rule].score_site(
+          site, leaves, averages, jax.random.fold_in(jax.random.key(o.seed), n)
+        )
+        planes[site.name], zero[site.name] = _choose(
+          scores[site.name],
+          unpack(state.suspected[site.name], site.shape[-1]),
+          site.reduce({m: leaves[m] == 0 for m in site.members}, jnp.all),
+          o.count(site, rules[site.rule].target, index),
+          is_last=index == o.last,
+          patience=o.patience,
+        )
+      if o.tolerance is not None:
+        loss = value_fn(params) if value is None else value
+        trial = _Trial(sites, zero, scores, params, value_fn)
+        kept = trial.most_within(loss + o.tolerance * jnp.abs(loss))
+        for name in planes:  # what is not zeroed trains again
+          planes[name] &= (kept[name] | ~zero[name])[None]
+        zero = kept
+      return _pack_all(planes), _pack_all(zero)
 
-    def no_check():
-      zero = {name: jnp.zeros_like(b[0]) for name, b in state.suspected.items()}
-      return state.suspected, averages, zero
+    def keep_masks():
+      zero = {n: jnp.zeros_like(b[0]) for n, b in state.suspected.items()}
+      return state.suspected, zero
 
     if is_due is None:
-      is_due = (
-        (state.step >= begin)
-        & (state.step <= last_check)
-        & ((state.step - begin) % every == 0)
+      suspected, zero = jax.lax.cond(
+        o.is_due(state.step), update_masks, keep_masks
       )
-      suspected, averages, zero = jax.lax.cond(is_due, check, no_check)
     else:
-      suspected, averages, zero = check() if is_due else no_check()
-
-    stop = suspects_lib.member_masks(
+      suspected, zero = update_masks() if is_due else keep_masks()
+    is_held = member_masks(
       sites, {n: b[0] for n, b in suspected.items()}, leaves
     )
-    clear = suspects_lib.member_masks(sites, zero, leaves)
+    is_cleared = member_masks(sites, zero, leaves)
 
-    def stopped(name, g):
-      return jnp.where(stop[name], jnp.zeros_like(g), g) if name in stop else g
+    def stop(name, g):
+      if name not in is_held:
+        return g
+      return jnp.where(is_held[name], jnp.zeros_like(g), g)
 
-    def held(name, u, p):
-      if name not in stop:
+    def hold(name, u, p):
+      if name not in is_held:
         return u
-      pinned = jnp.where(clear[name], -p, jnp.zeros_like(p))
-      return jnp.where(stop[name], pinned, u)
+      pinned = jnp.where(is_cleared[name], -p, jnp.zeros_like(p))
+      return jnp.where(is_held[name], pinned, u)
 
-    updates = paths.map_named(stopped, updates)
+    if stats is not None:  # line searches refuse unknown arguments
+      kw["stats"] = stats
     updates, inner_state = extra_inner.update(
-      updates,
+      paths.map_named(stop, updates),
       state.inner,
       params,
       value=value,
       value_fn=value_fn,
-      **({} if stats is None else {"stats": stats}),  # line searches refuse it
       **kw,
     )
-    updates = paths.map_named(held, updates, params)
+    updates = paths.map_named(hold, updates, params)
     step = jnp.asarray(optax.safe_increment(state.step))
     return updates, FPPState(step, observed, suspected, averages, inner_state)
-
-  def _check(
-    suspected, averages, kinds, index, leaves, params, value, value_fn, sites
-  ):
-    """Returns the new suspected planes, averages, and packed units to zero."""
-    planes, candidates = {}, {}
-    for first, site in enumerate(sites):
-      bits = {site.name: suspected[site.name]}
-      choose = functools.partial(
-        suspects_lib.choose,
-        *([site], rules, bits, averages, leaves, index),
-        first=first,
-        seed=seed,
-        ramp=ramp,
-        patience=patience,
-        removed=removed,
-      )
-      # Always true; but what is stored for one choice is freed after it.
-      found = jax.lax.cond(
-        index >= 0,
-        choose,
-        lambda bits=bits: (bits, {n: b[0] for n, b in bits.items()}),
-      )
-      planes |= found[0]
-      candidates |= found[1]
-    zero = candidates
-    if tolerance is not None:
-      zero = suspects_lib.verified(
-        sites,
-        {s.name: unpack(candidates[s.name], s.shape[-1]) for s in sites},
-        suspects_lib.unit_scores(sites, rules, leaves, averages, seed),
-        leaves,
-        params,
-        value,
-        value_fn,
-        tolerance,
-      )
-      zero = {n: pack(z) for n, z in zero.items()}
-      planes = {
-        n: p & (zero[n] | ~candidates[n])[None] for n, p in planes.items()
-      }
-    return planes, averages, zero
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -282,53 +321,221 @@ def fpp_counts(
 ) -> dict[str, jax.Array]:
   """Counts elements of the parameters that the rules select.
 
+  Args:
+    rules: The rules that `fpp` was given.
+    state: Its state.
+    params: The parameters.
+
   Returns:
-    {"selected", "frozen", "zero"}: float32[] each (a count above 2^24 is
-    rounded); the rest of the selected are trainable.
+    {"selected", "frozen", "zero"}, float32[] each; counts above 2^24 are
+    rounded. "zero" counts pruned elements only, "frozen" those that are held at
+    another value. The rest of the selected elements are trainable.
   """
   leaves = paths.flatten(params)
   sites = make_sites(rules, params)
-  stop = suspects_lib.member_masks(
+  is_held = member_masks(
     sites, {n: b[0] for n, b in state.suspected.items()}, leaves
   )
-  selected = sum(leaves[n].size for n in stop)
-  zero = jnp.float32(0)
-  stopped = jnp.float32(0)
-  for name, is_stopped in stop.items():
-    w = leaves[name]
-    is_stopped = jnp.broadcast_to(is_stopped, w.shape)
-    stopped += jnp.sum(is_stopped, dtype=jnp.float32)
-    zero += jnp.sum(is_stopped & (w == 0), dtype=jnp.float32)
+  zero = held = jnp.float32(0)
+  for name, bits in is_held.items():
+    bits = jnp.broadcast_to(bits, leaves[name].shape)
+    held += jnp.sum(bits, dtype=jnp.float32)
+    zero += jnp.sum(bits & (leaves[name] == 0), dtype=jnp.float32)
+  selected = sum(leaves[name].size for name in is_held)
   return {
     "selected": jnp.float32(selected),
-    "frozen": stopped - zero,
+    "frozen": held - zero,
     "zero": zero,
   }
 
 
-def _check_options(
-  begin, end, every, patience, decay, tolerance, scores
-) -> None:
-  def require(condition: bool, message: str) -> None:
-    if not condition:
-      raise ValueError(f"fpp: {message}")
+def member_masks(
+  sites: Sequence[Site],
+  packed: Mapping[str, jax.Array],
+  leaves: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+  """Returns {parameter: bools that broadcast against it}.
 
-  whole = {"begin": begin, "end": end, "every": every, "patience": patience}
-  for name, number in whole.items():
-    require(
-      isinstance(number, int | np.integer),
-      f"{name} is a whole number; it is {number!r}",
+  Args:
+    sites: From `make_sites`.
+    packed: {site: packed bits, one per unit}.
+    leaves: {path: parameter}.
+  """
+  masks = {}
+  for site in sites:
+    units = unpack(packed[site.name], site.shape[-1])
+    for name in site.members:
+      masks[name] = site.expand(units, name, leaves[name].ndim)
+  return masks
+
+
+def _pack_all(bits: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: pack(b) for name, b in bits.items()}
+
+
+def _check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:
+  """Raises ValueError for too many units, or `removed` of unknown sites."""
+  names = [site.name for site in sites]
+  for name in sorted(set(removed) - set(names)):
+    raise ValueError(
+      f"removed has {name!r}, which is not a site of the rules; there are "
+      f"{', '.join(names)}"
     )
-  require(0 <= begin <= end, f"begin {begin} to end {end} is no range of steps")
-  require(every >= 1, f"every must be at least 1; it is {every}")
-  require(patience >= 0, f"patience must be at least 0; it is {patience}")
-  for score in scores:
-    require(
-      score in scores_lib.SCORES,
-      f"score must be one of {', '.join(scores_lib.SCORES)}; it is {score!r}",
+  for site in sites:
+    size = removed.get(site.name, 0) + math.prod(site.shape)
+    if size >= 2**31:
+      raise ValueError(
+        f"{site.name!r} has {size:,} units; fewer than 2^31 can be ranked: use "
+        "rows or neurons"
+      )
+
+
+def _check_sharding(leaves: Mapping[str, jax.Array]) -> None:
+  """Raises ValueError for parameters that an explicit mesh axis splits."""
+  for name, leaf in leaves.items():
+    sharding = jax.typeof(leaf).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+      raise ValueError(
+        f"{name!r} is split over an explicit axis of a mesh; fpp leaves sharding "
+        "to the compiler: make the mesh with axis_types=(AxisType.Auto, ...)"
+      )
+
+
+def _observe(
+  scores: Mapping[str, Score],
+  state: FPPState,
+  leaves: Mapping[str, jax.Array],
+  evidence: Mapping[str, Mapping[str, jax.Array]],
+  *,
+  decay: float,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """Returns the moving averages after a step, and the new `observed`.
+
+  A step with a gradient or statistic that is not finite changes nothing: the
+  optimizer may skip such a step. Neither does an element that overflows.
+
+  Args:
+    scores: {parameter: score}, of those with a moving average.
+    state: The state before.
+    leaves: {path: parameter}.
+    evidence: {kind: {path: array}}, see `Score.evidence`.
+    decay: See `fpp`.
+
+  Raises:
+    ValueError: there are statistics, but none of a parameter in `scores`.
+  """
+  averages, observed = dict(state.averages), state.observed
+  if not averages:
+    return averages, observed
+  stats = evidence["statistics"]
+  seen = [x for arrays in evidence.values() for x in arrays.values()]
+  is_finite = jnp.stack([jnp.isfinite(x).all() for x in seen]).all()
+  wanted = [n for n, s in scores.items() if s.evidence == "statistics"]
+  if wanted and stats:
+    if not stats.keys() & set(wanted):
+      raise ValueError(
+        f"none of the statistics ({', '.join(list(stats)[:4])}, ...) belongs to "
+        f"a parameter that is pruned ({', '.join(wanted[:4])}, ...): the paths "
+        "must be the same, and layers inside nn.scan, nn.vmap and nn.WeightNorm "
+        "have none; for those take score='magnitude' or 'saliency'"
+      )
+    observed = observed + is_finite.astype(observed.dtype)
+  # Statistics: the plain mean first, then a decayed one, so it is unbiased.
+  mean = 1 / jnp.maximum(observed, 1).astype(jnp.float32)
+  weights = {
+    "statistics": jnp.maximum(1 - decay, mean),
+    "gradients": 1 - decay,
+  }
+  for name, score in scores.items():
+    if score.update is None or score.evidence is None:
+      continue
+    x = evidence[score.evidence].get(name)
+    if x is None:
+      continue
+    weight = weights[score.evidence]
+    new = score.update(averages[name], leaves[name], x, weight)
+    is_kept = is_finite & jnp.isfinite(new)
+    averages[name] = jnp.where(is_kept, new, averages[name])
+  return averages, observed
+
+
+def _choose(
+  scores: jax.Array,
+  old: jax.Array,
+  is_zero: jax.Array,
+  count: jax.Array,
+  *,
+  is_last: jax.Array,
+  patience: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (new planes, units that may be zeroed) of a site.
+
+  Args:
+    scores: float[*units].
+    old: bool[planes, *units], see `FPPState.suspected`.
+    is_zero: bool[*units], whether all elements of a unit are zero.
+    count: int32[], units to choose.
+    is_last: bool[], whether this is the last mask update.
+    patience: See `fpp`.
+  """
+  was_pruned = old[0] & is_zero
+  # Pruned units stay chosen, whatever their score.
+  chosen = threshold.lowest(jnp.where(was_pruned, -jnp.inf, scores), count)
+  has_waited = old[patience - 1] if patience else True
+  candidates = chosen & ~was_pruned & (is_last | has_waited)
+  planes = jnp.concatenate([chosen[None], old[:-1] & chosen[None]])
+  return planes, candidates
+
+
+class _Trial(NamedTuple):
+  """A search for how many candidates can be zeroed.
+
+  Attributes:
+    sites: All sites.
+    candidates: {site: bools, units that may be zeroed}.
+    scores: {site: float scores of the units}.
+    params: The parameters.
+    value_fn: Function from params to the loss.
+  """
+
+  sites: Sequence[Site]
+  candidates: Mapping[str, jax.Array]
+  scores: Mapping[str, jax.Array]
+  params: Any
+  value_fn: Callable[[Any], jax.Array]
+
+  def most_within(self, bound: jax.Array) -> dict[str, jax.Array]:
+    """Returns the most candidates whose zeros keep the loss within a bound.
+
+    It tries all of them, then a half, a quarter, ... of each site, lowest
+    scores first, and in the end none. A loss that is NaN is above any bound.
+    """
+    trial = jax.lax.while_loop(
+      lambda n: (n < _TRIALS) & ~(self._loss(n) <= bound),
+      lambda n: n + 1,
+      jnp.int32(0),
     )
-  require(0 <= decay < 1, f"decay must be in [0, 1); it is {decay}")
-  require(
-    tolerance is None or tolerance >= 0,
-    f"tolerance must be at least 0; it is {tolerance}",
-  )
+    return self._share(trial)
+
+  def _share(self, trial: jax.Array) -> dict[str, jax.Array]:
+    fraction = jnp.where(trial < _TRIALS, 0.5**trial, 0.0)
+    chosen = {}
+    for name, bits in self.candidates.items():
+      count = jnp.sum(bits, dtype=jnp.int32)
+      k = jnp.floor(fraction * count).astype(jnp.int32)
+      scores = jnp.where(bits, self.scores[name], jnp.inf)
+      chosen[name] = threshold.lowest(scores, k) & bits
+    return chosen
+
+  def _loss(self, trial: jax.Array) -> jax.Array:
+    chosen, member_of = self._share(trial), {}
+    for site in self.sites:
+      member_of |= dict.fromkeys(site.members, site)
+
+    def clear(name, w):
+      if name not in member_of:
+        return w
+      site = member_of[name]
+      return jnp.where(site.expand(chosen[site.name], name, w.ndim), 0, w)
+
+    return self.value_fn(paths.map_named(clear, self.params))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import paths
-from folding.compression.rules import Rule, make_sites
+from folding.compression.sites import Rule, make_sites
 
 
 def remove_neurons(

@@ -1,199 +1,204 @@
-"""Scores of parameters: the lower, the more suspect of being unused.
+"""Scores: the elements with the lowest are frozen first, then pruned.
 
-A score may keep a running average: from the forward pass ("activation") or from
-gradients ("saliency", "movement").
+A score is one object. To add one, make a `Score` and pass it to `folding.fpp` or
+`folding.Rule`, or give it a name in `SCORES`.
+
+With rms the root mean square of the input that a weight is multiplied by, and g
+the gradient:
+
+  magnitude   |w|
+  activation  |w| rms (Sun et al. 2024, "Wanda")
+  relative    (|w| / mean of its row + |w| / mean of its column) rms^(1/2)
+  saliency    moving average of |w g|
+  movement    moving average of -w g (Sanh et al. 2020)
+  random      uniform, the same numbers at every mask update
+
+`relative` is after RIA (Zhang et al. 2024, "Plug-and-Play"), which is for
+trained models. RIA divides by sums, so that the longer axis counts less. A row
+is the last axis, a column all other axes: in a kernel [D, H, K] each input has
+one row per head, and a column is one channel over all heads and inputs.
 """
 
-from collections.abc import Mapping
-from typing import get_args
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 
-from folding.compression import select
-from folding.config import Score
-
-SCORES: tuple[str, ...] = get_args(Score)
-FORWARD_SCORES = ("relative", "activation")  # these need forward statistics
-GRADIENT_SCORES = ("saliency", "movement")
-# Of an embedding, these tell how often a token occurs.
-USAGE_SCORES = FORWARD_SCORES + GRADIENT_SCORES
-
-_TINY = 1e-12  # for means of rows and columns that are all zero
+_TINY = 1e-12  # keeps the means of rows and columns of zeros above 0
 
 
-def init_average(score: str, w: jax.Array) -> jax.Array | None:
-  """Returns the running average a score needs at the start, or None.
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """How elements are ranked, as pure functions.
 
-  For "activation" and "relative" it is the mean square of each input, of the
-  shape of all axes but the last (an input axis that is not there is
-  broadcast); it starts at -1, which stands for none: inputs count alike.
+  Attributes:
+    score: (w, average, key) -> float32 scores of the shape of w. `average` is
+      the parameter's moving average, None if there is none; `key` is a PRNG key
+      that is the same at every mask update.
+    evidence: What `update` gets at each step: "statistics", the mean square of
+      each input of the layer; "gradients"; or None, without a moving average.
+    init: (w) -> moving average at the start; w may be a shape and dtype.
+    update: (average, w, evidence, weight) -> moving average after a step, where
+      the new value has this weight, a float32[] in (0, 1].
+    is_signed: Whether the score of a row or neuron is the sum over its
+      elements. Otherwise it is the root of the sum of squares.
+    for_units: Score that ranks rows and neurons; None: this score. Its moving
+      average must be the same.
   """
-  if score in FORWARD_SCORES:
-    return jnp.full(w.shape[:-1], -1, jnp.float32)
-  if score in GRADIENT_SCORES:
-    return jnp.zeros(w.shape, jnp.float32)
-  return None
+
+  score: Callable[[jax.Array, Any, jax.Array], jax.Array]
+  evidence: Literal["statistics", "gradients"] | None = None
+  init: Callable[[Any], jax.Array] | None = None
+  update: Callable[..., jax.Array] | None = None
+  is_signed: bool = False
+  for_units: "Score | None" = None
+
+  def score_site(
+    self,
+    site: Any,
+    leaves: Mapping[str, jax.Array],
+    averages: Mapping[str, jax.Array],
+    key: jax.Array,
+  ) -> jax.Array:
+    """Returns float32 scores of the units of a site.
+
+    Args:
+      site: `folding.compression.sites.Site`.
+      leaves: {path: parameter}.
+      averages: {path: moving average}.
+      key: PRNG key of this site.
+    """
+    by = self if site.is_by_weight else self.for_units or self
+    elements = {
+      name: by.score(leaves[name], averages.get(name), key)
+      for name in site.members
+    }
+    if site.is_by_weight or by.is_signed:
+      return site.reduce(elements)
+    squares = {name: jnp.square(x) for name, x in elements.items()}
+    return jnp.sqrt(site.reduce(squares))
 
 
-def observe_stat(
-  average: jax.Array, stat: jax.Array, weight: jax.Array
-) -> jax.Array:
-  """Moves the average of "activation" towards what a forward pass saw.
-
-  Args:
-    average: float32, shape of the parameter without its last axis.
-    stat: Mean square of the parameter's input; its axes are leading axes.
-    weight: float32[], of the new value; the first has all of it.
-  """
-  if stat.shape != average.shape[: stat.ndim]:
-    raise ValueError(
-      f"a statistic of shape {stat.shape} does not fit the inputs of a parameter, "
-      f"{average.shape}: it is the mean square of each"
-    )
-  stat = stat.reshape(stat.shape + (1,) * (average.ndim - stat.ndim))
-  stat = jnp.broadcast_to(stat, average.shape).astype(jnp.float32)
-  moved = average + weight * (stat - average)
-  return _finite(jnp.where(average < 0, stat, moved), average)
-
-
-def observe_gradient(
-  score: str, average: jax.Array, w: jax.Array, g: jax.Array, decay: float
-) -> jax.Array:
-  """Moves the average of "saliency" (|w g|) or "movement" (-w g)."""
-  wg = w.astype(jnp.float32) * g.astype(jnp.float32)
-  new = jnp.abs(wg) if score == "saliency" else -wg
-  return _finite(decay * average + (1 - decay) * new, average)
-
-
-def _finite(new: jax.Array, average: jax.Array) -> jax.Array:
-  """Leaves out what is not finite: an optimizer may skip such a step."""
-  return jnp.where(jnp.isfinite(new), new, average)
-
-
-def observe(
-  averages: Mapping[str, jax.Array],
-  observed: jax.Array,
-  kinds: Mapping[str, str],
-  decay: float,
-  leaves: Mapping[str, jax.Array],
-  grads: Mapping[str, jax.Array],
-  stats: Mapping[str, jax.Array],
-) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Returns the running averages after a step, and how many were seen.
-
-  Args:
-    averages: {parameter: average}, of those whose score has one.
-    observed: int32[], steps that came with statistics so far.
-    kinds: {parameter: score}.
-    decay: Of the averages.
-    leaves: {path: parameter}.
-    grads: {path: gradient}.
-    stats: {path: mean square of the input}, or empty.
+def get_score(score: str | Score) -> Score:
+  """Returns the score of a name; a `Score` is returned as it is.
 
   Raises:
-    ValueError: statistics came, and all of them are of other parameters.
+    ValueError: there is no score of that name.
   """
-  if not averages:
-    return {}, observed
-  averages = dict(averages)
-  forward = [n for n in averages if kinds[n] in FORWARD_SCORES]
-  # What else a step has that an optimizer skips may be finite, and huge.
-  seen = [*grads.values(), *stats.values()]
-  is_finite = jnp.stack([jnp.isfinite(x).all() for x in seen]).all()
-  if forward and stats:
-    if not stats.keys() & set(forward):
-      raise ValueError(
-        f"none of the statistics ({', '.join(list(stats)[:4])}, ...) belongs to "
-        f"a parameter that is pruned ({', '.join(forward[:4])}, ...): the paths "
-        "must be the same, and layers inside nn.scan, nn.vmap and nn.WeightNorm "
-        "have none; for those take score='magnitude' or 'saliency'"
-      )
-    observed = observed + is_finite.astype(observed.dtype)
-    # The plain mean first, then a decayed one, so that the start is unbiased.
-    count = jnp.maximum(observed, 1).astype(jnp.float32)
-    weight = jnp.maximum(1 - decay, 1 / count)
-    for name in forward:
-      if name in stats:
-        new = observe_stat(averages[name], stats[name], weight)
-        averages[name] = jnp.where(is_finite, new, averages[name])
-  for name in averages:
-    if kinds[name] in GRADIENT_SCORES:
-      new = observe_gradient(
-        kinds[name], averages[name], leaves[name], grads[name], decay
-      )
-      averages[name] = jnp.where(is_finite, new, averages[name])
-  return averages, observed
-
-
-def element_scores(
-  score: str, w: jax.Array, average: jax.Array | None, key: jax.Array
-) -> jax.Array:
-  """Returns float32 scores of the shape of w.
-
-  With rms the root mean square of a weight's input:
-    relative: (|w| / mean of its row + |w| / mean of its column) rms^(1/2),
-      as Zhang et al. 2024 ("Plug-and-Play", RIA) for trained models, who divide
-      by sums, so that the longer of both counts less. A row is the last axis, a
-      column all the others; so in a kernel into heads, [D, H, K], each input has
-      a row a head, and a column is a place in all heads.
-    activation: |w| rms, as Sun et al. 2024 (Wanda).
-    magnitude: |w|.
-    saliency: decayed average of |w g|, g the gradient.
-    movement: decayed average of -w g (Sanh et al. 2020).
-    random: uniform, the same at every check.
-
-  Args:
-    score: One of `SCORES`.
-    w: A parameter.
-    average: Its running average, from the functions above.
-    key: Of this parameter, for "random", which draws the same numbers at every
-      check.
-  """
-  return select.value(lazy_scores(score, w, average, key))
-
-
-def lazy_scores(
-  score: str, w: jax.Array, average: jax.Array | None, key: jax.Array | None
-) -> select.Scores:
-  """Returns what `element_scores` does, unstored where it is cheap."""
-  if score == "random":
-    assert key is not None
-    return jax.random.uniform(key, w.shape, jnp.float32)
-  if score == "magnitude":
-    return Partial(_magnitude, w)
-  assert average is not None
-  if score in FORWARD_SCORES:
-    average = jnp.where(average < 0, 1.0, average)
-  if score == "activation":
-    return Partial(_weighed, w, jnp.sqrt(average)[..., None])
-  if score == "relative":
-    # Each behind a barrier of its own, or XLA for CPUs stores an |w| for both.
-    held = jax.lax.optimization_barrier(w)
-    row = jnp.mean(_magnitude(held), axis=-1, keepdims=True)
-    held, row = jax.lax.optimization_barrier((held, row))
-    axes = tuple(range(w.ndim - 1))  # none: a vector is its own row
-    column = jnp.mean(_magnitude(held), axis=axes, keepdims=True)
-    return Partial(_relative, w, row, column, average[..., None] ** 0.25)
-  return average
+  if isinstance(score, Score):
+    return score
+  if score not in SCORES:
+    raise ValueError(
+      f"score must be one of {', '.join(SCORES)}; it is {score!r}"
+    )
+  return SCORES[score]
 
 
 def _magnitude(w: jax.Array) -> jax.Array:
   return jnp.abs(w.astype(jnp.float32))
 
 
-def _weighed(w: jax.Array, rms: jax.Array) -> jax.Array:
-  return _magnitude(w) * rms
+def _init_statistics(w: Any) -> jax.Array:
+  """Returns -1 for each input: without statistics all inputs count alike."""
+  return jnp.full(w.shape[:-1], -1, jnp.float32)
 
 
-def _relative(
-  w: jax.Array, row: jax.Array, column: jax.Array, weight: jax.Array
-) -> jax.Array:
-  """Returns weighed |w| over the mean of its row plus over its column's.
+def _update_statistics(average, w, statistic, weight):
+  """Moves the mean square of each input; the first statistic replaces the -1.
 
-  A row or column that is small as a whole, or has lost much already, is not
-  emptied first.
+  Args:
+    average: [*inputs], the shape of the parameter without its last axis.
+    w: Unused.
+    statistic: Mean squares. Their axes are the leading axes of `average`.
+    weight: float32[].
+
+  Raises:
+    ValueError: the statistic has another shape than the inputs.
   """
-  magnitude = _magnitude(w)
-  return (magnitude / (row + _TINY) + magnitude / (column + _TINY)) * weight
+  del w
+  shape = statistic.shape
+  if shape != average.shape[: len(shape)]:
+    raise ValueError(
+      f"a statistic of shape {shape} does not fit the inputs of a parameter, "
+      f"{average.shape}: it is the mean square of each input"
+    )
+  statistic = statistic.reshape(shape + (1,) * (average.ndim - len(shape)))
+  statistic = jnp.broadcast_to(statistic, average.shape).astype(jnp.float32)
+  moved = average + weight * (statistic - average)
+  return jnp.where(average < 0, statistic, moved)
+
+
+def _mean_square(average: jax.Array) -> jax.Array:
+  """Returns [*inputs, 1]; 1 without statistics."""
+  return jnp.where(average < 0, 1.0, average)[..., None]
+
+
+def _activation(w, average, key):
+  del key
+  return _magnitude(w) * jnp.sqrt(_mean_square(average))
+
+
+def _relative(w, average, key):
+  del key
+  size = _magnitude(w)
+  row = jnp.mean(size, axis=-1, keepdims=True)
+  axes = tuple(range(w.ndim - 1))  # a vector is its own row
+  column = jnp.mean(size, axis=axes, keepdims=True)
+  share = size / (row + _TINY) + size / (column + _TINY)
+  return share * _mean_square(average) ** 0.25
+
+
+def _init_product(w: Any) -> jax.Array:
+  return jnp.zeros(w.shape, jnp.float32)
+
+
+def _product(w: jax.Array, g: jax.Array) -> jax.Array:
+  return w.astype(jnp.float32) * g.astype(jnp.float32)
+
+
+def _update_saliency(average, w, g, weight):
+  return (1 - weight) * average + weight * jnp.abs(_product(w, g))
+
+
+def _update_movement(average, w, g, weight):
+  return (1 - weight) * average - weight * _product(w, g)
+
+
+def _average(w, average, key):
+  del w, key
+  return average
+
+
+_ACTIVATION = Score(
+  score=_activation,
+  evidence="statistics",
+  init=_init_statistics,
+  update=_update_statistics,
+)
+
+SCORES: dict[str, Score] = {
+  # It compares weights of one row and column, so it cannot rank whole rows.
+  "relative": dataclasses.replace(
+    _ACTIVATION, score=_relative, for_units=_ACTIVATION
+  ),
+  "activation": _ACTIVATION,
+  "magnitude": Score(score=lambda w, average, key: _magnitude(w)),
+  "saliency": Score(
+    score=_average,
+    evidence="gradients",
+    init=_init_product,
+    update=_update_saliency,
+  ),
+  "movement": Score(
+    score=_average,
+    evidence="gradients",
+    init=_init_product,
+    update=_update_movement,
+    is_signed=True,
+  ),
+  "random": Score(
+    score=lambda w, average, key: jax.random.uniform(key, w.shape, jnp.float32)
+  ),
+}

@@ -15,7 +15,7 @@ import numpy as np
 from folding import paths
 from folding.compression import removable
 from folding.compression.fpp import FPPState
-from folding.compression.rules import Site, pack, unpack
+from folding.compression.sites import Site, pack, unpack
 from folding.config import Config, layers_of, unshrunk
 from folding.schema import require
 

@@ -11,8 +11,8 @@ import optax
 from folding import paths
 from folding.compression.accounting import group_of
 from folding.compression.fpp import fpp
-from folding.compression.rules import Rule, make_sites
-from folding.compression.scores import USAGE_SCORES
+from folding.compression.scores import SCORES
+from folding.compression.sites import Rule, make_sites
 from folding.config import Config, layers_of
 from folding.schema import ConfigError
 
@@ -109,7 +109,7 @@ def _rules(
       # Where it is the output layer too, each token has a gradient at each step.
       tied = config.task == "lm" and config.model.tie_embeddings
       tells = f.score == "saliency" and tied
-      if score is None and f.score in USAGE_SCORES and not tells:
+      if score is None and SCORES[f.score].evidence and not tells:
         score = "magnitude"
     rules.append(Rule(except_ + pattern, embedding, unit, score=score))
   # `exclude` may leave a rule nothing to prune.

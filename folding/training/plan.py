@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from folding import config as config_lib
 from folding import paths
-from folding.compression.rules import Rule, make_sites
+from folding.compression.sites import Rule, make_sites
 from folding.config import Config
 from folding.data.batches import vocab_size
 from folding.errors import ConfigError

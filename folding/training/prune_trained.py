@@ -14,8 +14,8 @@ import numpy as np
 
 from folding import paths
 from folding.compression import sparsegpt
-from folding.compression.rules import Site, make_sites
 from folding.compression.shrink import shrink
+from folding.compression.sites import Site, make_sites
 from folding.config import Config
 from folding.training.fit_attention import total
 from folding.training.fold_pretrained import (

@@ -9,9 +9,9 @@ import numpy as np
 
 from folding import config as config_lib
 from folding import files, paths
-from folding.compression import suspects
-from folding.compression.rules import Rule, make_sites
+from folding.compression.fpp import member_masks
 from folding.compression.shrink import Cut, shrink
+from folding.compression.sites import Rule, make_sites
 from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer
 from folding.schema import ConfigError, require
@@ -40,7 +40,7 @@ def held_zero(config: Config, rules: list[Rule], state: TrainState) -> Any:
   packed = {
     site.name: state.opt_state.suspected[site.name][0] for site in sites
   }
-  is_held = suspects.member_masks(sites, packed, leaves)
+  is_held = member_masks(sites, packed, leaves)
   return paths.map_named(
     lambda name, w: np.asarray(is_held.get(name, False)) & (np.asarray(w) == 0),
     state.params,

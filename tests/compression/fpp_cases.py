@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folding.compression.rules import Rule
+from folding.compression.sites import Rule
 
 WEIGHTS = [Rule("up|embed", 0.7)]
 NEURONS = [Rule("up", 0.5, "neuron", {"bias": 0, "gate": 1, "down": 0})]

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from folding.compression.fpp import fpp, fpp_counts
-from folding.compression.rules import Rule
+from folding.compression.sites import Rule
 from tests import transforms_battery as battery
 from tests.compression.fpp_cases import (
   NEURONS,
@@ -186,7 +186,7 @@ _MACHINES = {
   "saliency-2": (WEIGHTS, {"score": "saliency", "patience": 2}),
   "movement-1": (WEIGHTS, {"score": "movement"}),
   "random-2": (WEIGHTS, {"score": "random", "patience": 2}),
-  "one-check": (WEIGHTS, {"begin": 3, "end": 3}),
+  "one-update": (WEIGHTS, {"begin": 3, "end": 3}),
   "longest-patience": (WEIGHTS, {"patience": 9}),
   "row": ([Rule("embed", 0.4, "row")], {"score": "activation"}),
   "row-movement": ([Rule("embed", 0.4, "row")], {"score": "movement"}),
@@ -201,7 +201,7 @@ _MACHINES = {
 
 
 @pytest.mark.parametrize("name", _MACHINES)
-def test_equals_a_loop_over_units(name):
+def test_fpp_equals_a_loop_over_units(name):
   rules, options = _MACHINES[name]
   options = _DEFAULTS | options
   params = random_params()
@@ -238,11 +238,11 @@ def test_equals_a_loop_over_units(name):
     }
   # The case means something: units came back to life (where scores move, and
   # checks do not zero at once).
-  fixed = {"random-2", "one-check", "magnitude-0"}
+  fixed = {"random-2", "one-update", "magnitude-0"}
   assert num_thawed > 0 or name in fixed or "neuron" in name or name == "row"
 
 
-def test_a_check_that_is_told_is_one_that_is_due():
+def test_fpp_with_static_is_due_equals_the_step_counter():
   rules, options = _MACHINES["relative-1"]
   options = _DEFAULTS | options
   tx = fpp(_sgd(), rules, **options)
@@ -265,10 +265,10 @@ def test_a_check_that_is_told_is_one_that_is_due():
     chex.assert_trees_all_equal((found, state), (told, told_state))
 
 
-@pytest.mark.parametrize("target", [0.0, 0.29, 0.995])
-@pytest.mark.parametrize("patience", [0, 2])
-def test_sparsity_follows_the_ramp_and_never_exceeds_it(target, patience):
-  sizes = {"a": 1000, "b": 37, "c": 1}
+# 0.29 * 100 is 28.999999999999996 in float64.
+@pytest.mark.parametrize(("target", "patience"), [(0.29, 0), (0.995, 2)])
+def test_fpp_sparsity_follows_the_ramp_and_never_exceeds_it(target, patience):
+  sizes = {"a": 1000, "b": 37, "c": 1, "d": 100}
   rng = np.random.default_rng(0)
   params = {
     n: jnp.asarray(rng.normal(size=k), jnp.float32) for n, k in sizes.items()
@@ -276,7 +276,7 @@ def test_sparsity_follows_the_ramp_and_never_exceeds_it(target, patience):
   begin, end, every = 2, 22, 4
   tx = fpp(
     optax.sgd(0.3),
-    [Rule("[abc]", target)],
+    [Rule("[abcd]", target)],
     begin=begin,
     end=end,
     every=every,
@@ -298,3 +298,55 @@ def test_sparsity_follows_the_ramp_and_never_exceeds_it(target, patience):
       assert num_zero <= math.floor(q * size)
       if patience == 0 or step >= end:
         assert num_zero == math.floor(q * size)
+
+
+def test_fpp_counts_a_trainable_zero_as_trainable():
+  params = {"w": jnp.array([0.0, 0.0, 1.0, 2.0]), "b": jnp.zeros(3)}
+  rules = [Rule("w", 0.5)]
+  tx = fpp(optax.sgd(0.1), rules, begin=5, end=9, every=1)
+  counts = fpp_counts(rules, tx.init(params), params)
+  assert counts == {"selected": 4, "frozen": 0, "zero": 0}
+
+
+@pytest.mark.parametrize("score", ["movement", "random"])
+def test_fpp_does_not_prefer_trainable_zeros(score):
+  """A layer that starts at zero is not pruned yet, so it is ranked as any."""
+  params = {"w": jnp.concatenate([jnp.zeros(50), jnp.ones(50)])}
+  tx = fpp(
+    optax.sgd(0.0), [Rule("w", 0.5)], begin=1, end=1, every=1, score=score
+  )
+  state, update = tx.init(params), battery.jit(tx.update)
+  # With these gradients, movement prefers the second half.
+  grads = {"w": jnp.ones(100)}
+  for _ in range(2):
+    updates, state = update(grads, state, params)
+  chosen = np.unpackbits(np.asarray(state.suspected["w"][0]))[:100]
+  assert chosen.sum() == 50
+  assert chosen[50:].sum() > (49 if score == "movement" else 10)
+
+
+def test_fpp_counts_removed_units_towards_the_target():
+  rng = np.random.default_rng(0)
+  whole = {"a": rng.normal(size=20), "b": rng.normal(size=9)}
+  whole = {n: x.astype(np.float32) for n, x in whole.items()}
+  is_removed = np.zeros(20, bool)
+  is_removed[np.argsort(np.abs(whole["a"]))[:3]] = True
+
+  def kept(params, removed):
+    tx = fpp(
+      optax.sgd(0.0),
+      [Rule("a|b", 0.6)],
+      begin=0,
+      end=0,
+      every=1,
+      score="magnitude",
+      removed=removed,
+    )
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    return optax.apply_updates(params, updates)
+
+  before = kept(whole, {})
+  after = kept({"a": whole["a"][~is_removed], "b": whole["b"]}, {"a": 3})
+  assert not before["a"][is_removed].any()
+  np.testing.assert_array_equal(after["a"], before["a"][~is_removed])
+  np.testing.assert_array_equal(after["b"], before["b"])

@@ -1,9 +1,14 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from folding.compression import scores
+from folding.compression.fpp import fpp
+from folding.compression.scores import SCORES, Score, get_score
+from folding.compression.sites import Rule, make_sites
 
 _KEY = jax.random.key(0)
 
@@ -12,13 +17,20 @@ def _normal(shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape)
 
 
-def _score(name, w, average=None):
+def _score(name, w, average=None, key=_KEY):
   if average is not None:
     average = jnp.asarray(average, jnp.float32)
-  return scores.element_scores(name, jnp.asarray(w), average, _KEY)
+  return np.asarray(SCORES[name].score(jnp.asarray(w), average, key))
 
 
-def test_activation_weighs_magnitude_by_the_rms_of_the_input():
+def _update(name, average, w, evidence, weight):
+  update = SCORES[name].update
+  assert update is not None
+  arrays = (jnp.asarray(x, jnp.float32) for x in (average, w, evidence))
+  return update(*arrays, jnp.float32(weight))
+
+
+def test_activation_is_the_magnitude_times_the_rms_of_the_input():
   w, square = _normal((3, 4, 5)), _normal((3, 4), 1) ** 2
   expected = np.empty_like(w)
   for i, j, k in np.ndindex(w.shape):
@@ -27,7 +39,7 @@ def test_activation_weighs_magnitude_by_the_rms_of_the_input():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_relative_weighs_magnitude_against_its_row_and_column():
+def test_relative_divides_the_magnitude_by_the_means_of_row_and_column():
   w, square = _normal((3, 4, 5)), _normal((3, 4), 1) ** 2
   a, expected = np.abs(w), np.empty_like(w)
   for i, j, k in np.ndindex(w.shape):
@@ -39,119 +51,124 @@ def test_relative_weighs_magnitude_against_its_row_and_column():
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_relative_of_rows_and_columns_that_are_zero_is_zero():
+def test_relative_of_zero_rows_and_columns_is_zero():
   w = np.ones((3, 4), np.float32)
   w[1], w[:, 2] = 0, 0
-  found = np.asarray(_score("relative", w, np.ones(3)))
+  found = _score("relative", w, np.ones(3))
   np.testing.assert_array_equal(found == 0, w == 0)
   assert np.isfinite(found).all()
 
 
-def test_activation_of_a_vector_is_its_magnitude():
-  w = _normal(5).astype(np.float32)
-  average = scores.init_average("activation", jnp.asarray(w))
-  found = _score("activation", w, average)
-  np.testing.assert_array_equal(found, np.abs(w))
-
-
-def test_magnitude_is_exact_and_float32():
+def test_magnitude_of_bfloat16_is_float32():
   w = jnp.asarray(_normal((4, 3)), jnp.bfloat16)
   found = _score("magnitude", w)
   assert found.dtype == jnp.float32
   np.testing.assert_array_equal(found, np.abs(np.asarray(w, np.float32)))
 
 
-@pytest.mark.parametrize("name", ["saliency", "movement"])
-def test_averaged_scores_are_their_average(name):
-  average = _normal((4, 3)).astype(np.float32)
-  found = _score(name, _normal((4, 3), 1), average)
-  np.testing.assert_array_equal(found, average)
-
-
 def test_random_is_uniform_and_fixed_by_its_key():
   w = jnp.zeros((100, 200))
-  first = scores.element_scores("random", w, None, jax.random.key(1))
-  again = scores.element_scores("random", w, None, jax.random.key(1))
-  other = scores.element_scores("random", w, None, jax.random.key(2))
+  first, again, other = (
+    _score("random", w, key=jax.random.key(seed)) for seed in (1, 1, 2)
+  )
   np.testing.assert_array_equal(first, again)
-  assert np.mean(np.asarray(first) == np.asarray(other)) < 0.01
+  assert np.mean(first == other) < 0.01
   # Of 20,000 uniform numbers the deciles hold 2,000 +- 42 each.
   counts, _ = np.histogram(first, bins=10, range=(0, 1))
   assert counts.sum() == w.size
   assert np.abs(counts - 2000).max() < 250
 
 
-@pytest.mark.parametrize("name", scores.SCORES)
-def test_before_any_statistics_no_element_is_special(name):
-  w = jnp.ones((4, 3, 2))
-  average = scores.init_average(name, w)
-  found = np.asarray(scores.element_scores(name, w, average, _KEY))
+@pytest.mark.parametrize("name", SCORES)
+def test_score_without_evidence_ranks_equal_weights_alike(name):
+  w, score = jnp.ones((4, 3, 2)), SCORES[name]
+  average = None if score.init is None else score.init(w)
+  found = np.asarray(score.score(w, average, _KEY))
   assert found.shape == w.shape
   assert name == "random" or len(np.unique(found)) == 1
 
 
-def test_a_statistic_of_leading_axes_is_spread_over_the_others():
+def test_activation_without_statistics_is_the_magnitude():
+  w = jnp.asarray(_normal((3, 2)), jnp.float32)
+  found = _score("activation", w, SCORES["activation"].init(w))
+  np.testing.assert_allclose(found, np.abs(w), rtol=1e-6)
+
+
+def test_activation_broadcasts_statistics_over_missing_axes():
   average, stat = _normal((4, 3)) ** 2, _normal(4, 1) ** 2
-  found = scores.observe_stat(
-    jnp.asarray(average), jnp.asarray(stat), jnp.float32(0.25)
-  )
+  found = _update("activation", average, np.ones((4, 3, 2)), stat, 0.25)
   expected = 0.75 * average + 0.25 * np.stack([stat] * 3, axis=1)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_activation_starts_with_the_first_statistic():
+  average = SCORES["activation"].init(jnp.zeros((2, 3)))
+  average = _update("activation", average, np.ones((2, 3)), [4.0, 2.0], 0.1)
+  np.testing.assert_array_equal(average, [4.0, 2.0])
+
+
 @pytest.mark.parametrize("shape", [(3,), (4, 4), (4, 3, 1)])
-def test_a_statistic_of_another_shape_is_told(shape):
-  average, stat = jnp.zeros((4, 3)), jnp.zeros(shape)
+def test_activation_refuses_a_statistic_of_another_shape(shape):
   with pytest.raises(ValueError, match=r"does not fit the inputs .*\(4, 3\)"):
-    scores.observe_stat(average, stat, jnp.float32(1))
+    _update("activation", np.zeros((4, 3)), np.ones(1), np.zeros(shape), 1)
 
 
 @pytest.mark.parametrize("name", ["saliency", "movement"])
 def test_gradient_averages_equal_their_sum_over_the_past(name):
   w, g = _normal((5, 4, 3)), _normal((5, 4, 3), 1)
-  average = jnp.zeros((4, 3))
+  average = np.zeros((4, 3))
   for step in range(5):
-    average = scores.observe_gradient(
-      name, average, jnp.asarray(w[step]), jnp.asarray(g[step]), 0.8
-    )
+    average = _update(name, average, w[step], g[step], 0.2)
   terms = np.abs(w * g) if name == "saliency" else -w * g
   expected = sum(0.2 * 0.8 ** (4 - s) * terms[s] for s in range(5))
   np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_movement_is_negative_where_a_step_of_descent_shrinks_the_weight():
-  w, g = jnp.array([2.0, 2.0, -2.0]), jnp.array([1.0, -1.0, 1.0])
-  moved = scores.observe_gradient("movement", jnp.zeros(3), w, g, 0.0)
-  grows = np.abs(w - 0.1 * g) > np.abs(w)
-  np.testing.assert_array_equal(np.asarray(moved) > 0, grows)
+@pytest.mark.parametrize("name", SCORES)
+def test_score_of_a_neuron_is_the_root_of_the_sum_of_squares(name):
+  shapes = {"up": (4, 6), "bias": (6,), "down": (6, 3)}
+  leaves = {
+    n: jnp.asarray(_normal(s, i), jnp.float32)
+    for i, (n, s) in enumerate(shapes.items())
+  }
+  (site,) = make_sites(
+    [Rule("up", 0.5, "neuron", {"bias": 0, "down": 0})], leaves
+  )
+  averages = {}
+  for n, w in leaves.items():
+    if SCORES[name].init is not None:
+      x = _normal(SCORES[name].init(w).shape, 9)
+      averages[n] = jnp.asarray(x if name == "movement" else abs(x))
+  found = SCORES[name].score_site(site, leaves, averages, _KEY)
+  # "relative" compares single weights: neurons take "activation".
+  kind = "activation" if name == "relative" else name
+  e = {n: _score(kind, w, averages.get(n)) for n, w in leaves.items()}
+  if name == "movement":
+    expected = e["up"].sum(0) + e["bias"] + e["down"].sum(1)
+  else:
+    e = {n: np.float64(x) ** 2 for n, x in e.items()}
+    expected = np.sqrt(e["up"].sum(0) + e["bias"] + e["down"].sum(1))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_first_statistic_that_is_a_number_has_all_of_the_weight():
-  average = scores.init_average("activation", jnp.zeros((3, 2)))
-  assert average is not None
-  w = jnp.asarray(_normal((3, 2)))
-  for unknown in (average, jnp.ones(3)):  # they count alike
-    found = scores.element_scores("activation", w, unknown, jax.random.key(0))
-    np.testing.assert_allclose(found, np.abs(w), rtol=1e-6)
-  stats = [jnp.array([np.nan, 4.0, np.inf]), jnp.array([1e-4, 8.0, 2e-4])]
-  for stat, weight in zip(stats, (0.5, 0.25), strict=True):  # late
-    average = scores.observe_stat(average, stat, jnp.float32(weight))
-  np.testing.assert_allclose(average, [1e-4, 5.0, 2e-4], rtol=1e-6)
+def test_get_score_refuses_an_unknown_name():
+  with pytest.raises(ValueError, match="'size'"):
+    get_score("size")
 
 
-def test_a_step_that_is_not_finite_leaves_averages_as_they_were():
-  average, w = _normal((3, 4)).astype(np.float32), jnp.asarray(_normal((3, 4)))
-  bad = np.zeros((3, 4), bool)
-  bad[0, 1], bad[2] = True, True
-  for value in (np.nan, np.inf):
-    g = jnp.where(bad, value, 1.5)
-    for name in ("saliency", "movement"):
-      found = scores.observe_gradient(name, jnp.asarray(average), w, g, 0.9)
-      sign = np.abs(w) if name == "saliency" else -w
-      expected = np.where(bad, average, 0.9 * average + 0.1 * 1.5 * sign)
-      np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    stat = jnp.where(bad[:, 0], value, jnp.arange(1.0, 4.0))
-    found = scores.observe_stat(
-      jnp.ones(3), stat.at[0].set(value), jnp.array(0.25)
-    )
-    np.testing.assert_allclose(found, [1, 1.25, 1], rtol=1e-6)
+def test_fpp_takes_a_score_of_its_own():
+  """Here the largest weights are pruned, in one rule by its own score."""
+  largest = Score(score=lambda w, average, key: -jnp.abs(w))
+  tx = fpp(
+    optax.sgd(0.0),
+    [Rule("a", 0.5), Rule("b", 0.5, score=SCORES["magnitude"])],
+    begin=0,
+    end=0,
+    every=1,
+    score=dataclasses.replace(largest, is_signed=True),
+  )
+  params = {n: jnp.array([1.0, -4.0, 2.0, -3.0]) for n in "ab"}
+  updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+  pruned = optax.apply_updates(params, updates)
+  assert pruned["a"].tolist() == [1.0, 0.0, 2.0, 0.0]
+  assert pruned["b"].tolist() == [0.0, -4.0, 0.0, -3.0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from folding import config as c
 from folding import paths
-from folding.compression.rules import make_sites
+from folding.compression.sites import make_sites
 from folding.models.transformer import make_model
 from folding.training.optimizer import make_rules
 

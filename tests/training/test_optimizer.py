@@ -10,7 +10,7 @@ import pytest
 
 from folding import config as c
 from folding import paths, schema
-from folding.compression.rules import Rule, make_sites, unpack
+from folding.compression.sites import Rule, make_sites, unpack
 from folding.training import optimizer
 from tests.training import tiny
 

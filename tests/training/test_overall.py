@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from folding import config as c
-from folding.compression.rules import make_sites
+from folding.compression.sites import make_sites
 from folding.training.planner import outer_fractions
 from tests.training import tiny
 

@@ -13,7 +13,7 @@ import pytest
 
 from folding import cli, paths, schema
 from folding import config as c
-from folding.compression.rules import make_sites
+from folding.compression.sites import make_sites
 from folding.data.tokenizers import load_tokenizer
 from folding.models.transformer import make_model
 from folding.training import loop, optimizer, shrinking

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as c
-from folding.compression.rules import make_sites
+from folding.compression.sites import make_sites
 from folding.models.transformer import make_model
 from folding.training import optimizer
 from folding.training.step import (

@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding.compression import rules
-from folding.compression.rules import Rule
+from folding.compression import sites as sites_lib
+from folding.compression.sites import Rule
 
 _TIED = {r"\1/down/kernel": 0, r"\1/up/bias": -1}
 
@@ -34,13 +34,13 @@ def _params():
   ],
   ids=["one", "negative", "unknown", "tied"],
 )
-def test_an_impossible_rule_is_refused(options, message):
+def test_rule_refuses_impossible_values(options, message):
   with pytest.raises(ValueError, match=message):
     Rule("w", *options)
 
 
-def test_sites_come_in_the_order_of_rules_and_parameters():
-  sites = rules.make_sites(
+def test_make_sites_keeps_the_order_of_rules_and_parameters():
+  sites = sites_lib.make_sites(
     [Rule(r"(.*/mlp)/up/kernel", 0.5, "neuron", _TIED), Rule("embed", 0.1)],
     _params(),
   )
@@ -61,9 +61,12 @@ def test_sites_come_in_the_order_of_rules_and_parameters():
   ]
 
 
-def test_rows_are_the_first_axis():
-  (site,) = rules.make_sites([Rule("embed", 0.5, "row")], _params())
-  assert (site.shape, dict(site.members)) == ((9,), {"embed": 0})
+def test_make_sites_takes_rows_from_the_first_axis_and_neurons_from_the_last():
+  params = {"w": np.ones((5, 2, 3))}
+  (row,) = sites_lib.make_sites([Rule("w", 0.5, "row")], params)
+  (neuron,) = sites_lib.make_sites([Rule("w", 0.5, "neuron")], params)
+  assert (row.shape, dict(row.members)) == ((5,), {"w": 0})
+  assert (neuron.shape, dict(neuron.members)) == ((3,), {"w": 2})
 
 
 def _neuron(tied):
@@ -104,41 +107,41 @@ def _neuron(tied):
     "scalar",
   ],
 )
-def test_a_rule_that_does_not_fit_is_refused(rule_list, message):
+def test_make_sites_refuses_a_rule_that_does_not_fit(rule_list, message):
   with pytest.raises(ValueError, match=message):
-    rules.make_sites(rule_list, _params())
+    sites_lib.make_sites(rule_list, _params())
 
 
 @pytest.mark.parametrize("w", [jnp.zeros((0, 4)), jnp.ones((2, 4), complex)])
-def test_what_has_no_order_or_nothing_in_it_is_refused(w):
+def test_make_sites_refuses_empty_and_complex_arrays(w):
   with pytest.raises(ValueError, match=r"'w' is .*\[., 4\]; .* real numbers"):
-    rules.make_sites([Rule("w", 0.5)], {"w": w})
+    sites_lib.make_sites([Rule("w", 0.5)], {"w": w})
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
-def test_expand_lays_units_along_their_axis(axis):
+def test_expand_puts_units_along_their_axis(axis):
   w = np.random.default_rng(0).normal(size=(3, 3, 3))
-  site = rules.Site("w", 0, (3,), {"w": axis})
+  site = sites_lib.Site("w", 0, (3,), {"w": axis})
   units = jnp.array([True, False, True])
   found = jnp.broadcast_to(site.expand(units, "w", 3), w.shape)
   for index in np.ndindex(w.shape):
     assert found[index] == units[index[axis]]
 
 
-def test_expand_of_weights_is_the_decisions_themselves():
-  site = rules.Site("w", 0, (2, 2), {"w": None})
+def test_expand_of_weights_returns_the_bits():
+  site = sites_lib.Site("w", 0, (2, 2), {"w": None})
   units = jnp.array([[True, False], [False, True]])
   assert site.expand(units, "w", 2) is units
 
 
-def test_reduce_equals_a_loop_over_all_arrays_of_a_neuron():
+def test_reduce_equals_a_loop_over_the_arrays_of_a_neuron():
   rng = np.random.default_rng(0)
   arrays = {
     "up": rng.normal(size=(4, 6)),
     "bias": rng.normal(size=6),
     "down": rng.normal(size=(6, 2, 3)),
   }
-  site = rules.Site("up", 0, (6,), {"up": 1, "bias": 0, "down": -3})
+  site = sites_lib.Site("up", 0, (6,), {"up": 1, "bias": 0, "down": -3})
   expected = [
     sum(arrays["up"][d, f] for d in range(4))
     + arrays["bias"][f]
@@ -150,7 +153,7 @@ def test_reduce_equals_a_loop_over_all_arrays_of_a_neuron():
 
 
 def test_reduce_by_all_needs_every_element():
-  site = rules.Site("up", 0, (3,), {"up": 1, "bias": 0})
+  site = sites_lib.Site("up", 0, (3,), {"up": 1, "bias": 0})
   found = site.reduce(
     {
       "up": jnp.array([[True, True, False], [True, True, True]]),
@@ -161,10 +164,10 @@ def test_reduce_by_all_needs_every_element():
   assert found.tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 64])
-def test_pack_is_a_bit_an_element_and_comes_back(size):
+@pytest.mark.parametrize("size", [1, 8, 9])
+def test_pack_stores_a_bit_per_element(size):
   bits = np.random.default_rng(size).random((3, 2, size)) < 0.5
-  packed = rules.pack(jnp.asarray(bits))
+  packed = sites_lib.pack(jnp.asarray(bits))
   np.testing.assert_array_equal(packed, np.packbits(bits, axis=-1))
   assert packed.nbytes == 3 * 2 * -(-size // 8)
-  np.testing.assert_array_equal(rules.unpack(packed, size), bits)
+  np.testing.assert_array_equal(sites_lib.unpack(packed, size), bits)

@@ -1,0 +1,100 @@
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from folding.compression import threshold
+
+_jit_lowest = jax.jit(threshold.lowest)
+
+
+def _oracle(scores, k):
+  """Stable sort by value, then -0.0 before 0.0, then position."""
+  flat = np.asarray(scores, np.float64).ravel()
+  order = np.lexsort((np.arange(flat.size), ~np.signbit(flat), flat))
+  chosen = np.zeros(flat.size, bool)
+  chosen[order[:k]] = True
+  return chosen.reshape(scores.shape)
+
+
+# Few values, so that most examples have ties.
+_VALUES = st.sampled_from(
+  [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 3.4e38, -3.4e38, np.inf, -np.inf, 0.5]
+)
+_FLOATS = _VALUES | st.floats(
+  width=32, allow_nan=False, allow_infinity=True, allow_subnormal=True
+)
+
+
+@hypothesis.given(
+  st.lists(_FLOATS, min_size=18, max_size=18), st.integers(0, 18)
+)
+@hypothesis.settings(max_examples=200, derandomize=True, deadline=None)
+def test_lowest_equals_a_stable_sort(values, k):
+  scores = np.array(values, np.float32).reshape(3, 6)
+  np.testing.assert_array_equal(_jit_lowest(scores, k), _oracle(scores, k))
+
+
+@pytest.mark.parametrize("value", [0.0, -np.inf, np.inf])
+def test_lowest_of_equal_scores_takes_the_first(value):
+  scores = np.full((2, 4, 5), value, np.float32)
+  for k in (0, 1, 13, 39, 40):
+    np.testing.assert_array_equal(_jit_lowest(scores, k), _oracle(scores, k))
+
+
+def test_lowest_of_bfloat16_equals_a_stable_sort():
+  scores = jnp.asarray(
+    np.random.default_rng(1).normal(size=(32, 65)), jnp.bfloat16
+  )
+  assert len(np.unique(np.float32(scores))) < 0.7 * scores.size
+  found = _jit_lowest(scores, 1234)
+  np.testing.assert_array_equal(found, _oracle(scores, 1234))
+
+
+def test_lowest_on_one_device_equals_a_stable_sort(monkeypatch):
+  """One device counts by eights; the simulated eight of the tests do not."""
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  scores = np.round(np.random.default_rng(6).normal(size=(2, 13, 20)), 1)
+  lowest = jax.jit(lambda x, k: threshold.lowest(x, k))  # traced here
+  for k in (0, 77, 520):
+    np.testing.assert_array_equal(lowest(scores, k), _oracle(scores, k))
+
+
+def test_lowest_with_a_traced_count_compiles_once():
+  scores = np.random.default_rng(3).normal(size=30).astype(np.float32)
+  lowest = jax.jit(lambda x, k: threshold.lowest(x, k))
+  counts = [int(lowest(scores, jnp.int32(k)).sum()) for k in (0, 7, 30)]
+  assert counts == [0, 7, 30]
+  assert lowest._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+  "spec", [PartitionSpec("x"), PartitionSpec(None, "x")], ids=str
+)
+def test_lowest_on_eight_devices_equals_one(spec):
+  mesh = Mesh(np.array(jax.devices()), ("x",))
+  # Rounded, so that the threshold falls among ties on all devices.
+  x = np.round(np.random.default_rng(4).normal(size=(64, 40)), 1)
+  x, k = x.astype(np.float32), 1111
+  assert np.sum(x == np.sort(x.ravel())[k]) > 20
+  placed = jax.device_put(x, NamedSharding(mesh, spec))
+  np.testing.assert_array_equal(_jit_lowest(placed, k), _oracle(x, k))
+
+
+# The second size has no whole number of eights on a device.
+@pytest.mark.parametrize("size", [(8192, 1024), (8200, 1000)], ids=str)
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_lowest_of_sharded_scores_moves_only_counts(axis, size):
+  mesh = Mesh(np.array(jax.devices()), ("x",))
+  placement = NamedSharding(mesh, PartitionSpec(*[None] * axis, "x"))
+  shape = jax.ShapeDtypeStruct(size, jnp.float32, sharding=placement)
+  lowest = jax.jit(lambda x: threshold.lowest(x, x.size // 3))
+  compiled = lowest.lower(shape).compile()
+  assert compiled.output_shardings.is_equivalent_to(placement, 2)
+  text = compiled.as_text()
+  assert "all-reduce" in text  # the counts
+  for moving in ("all-gather", "all-to-all", "collective-permute"):
+    assert moving not in text
