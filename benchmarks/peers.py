@@ -33,8 +33,7 @@ from benchmarks import output
 from folding import config as config_lib
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import load_tokenizer
-from folding.serving.export import load
-from folding.serving.huggingface import export_hf
+from folding.serving.export import export_hf, load
 from folding.training.optimizer import check_steps, make_schedule
 from folding.training.result import read_result
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from folding import config as c
 from folding.data import tokenizers, trimming
-from folding.models import pretrained
+from folding.models import hf_weights
 from folding.schema import edited, require
 
 
@@ -63,8 +63,8 @@ def get_config(where: str = "") -> c.Config:
     data.tokenizer = os.path.join(path, "tokenizer.json")
     data.first_batch += found.train.steps  # reads on where the run stopped
   else:
-    folder = pretrained.find_pretrained(path)
-    described = pretrained.describe_pretrained(folder)
+    folder = hf_weights.find_pretrained(path)
+    described = hf_weights.describe_pretrained(folder)
     model = described.config
     is_lm = model.causal and not described.num_classes
     task = "lm" if is_lm else "classify"

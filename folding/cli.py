@@ -66,7 +66,6 @@ def compare(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
   """Writes a model in a form that others load, and prints its size."""
   from folding.serving import export as export_lib
-  from folding.serving import huggingface, program
 
   schema.require(
     args.dtype in (None, "float32") or args.format != "hf",
@@ -74,20 +73,16 @@ def export(args: argparse.Namespace) -> None:
   )
   files.require_empty(args.output)
   model = whole = export_lib.load(args.path)
-  if args.format != "hf" and not args.keep_shapes:
+  if args.format != "hf":
     model = export_lib.shrunk(model)
   if args.dtype:
     model = export_lib.cast(model, args.dtype)
   with files.becoming(args.output) as part:
     if args.format == "hf":
-      size = huggingface.export_hf(part, model)
+      size = export_lib.export_hf(part, model)
       print(f"{size['files']:,} bytes of files, for transformers, all dense")
-    elif args.format in ("stablehlo", "onnx"):
-      write = {
-        "stablehlo": program.export_stablehlo,
-        "onnx": program.export_onnx,
-      }
-      size = write[args.format](part, model)
+    elif args.format == "stablehlo":
+      size = export_lib.export_stablehlo(part, model)
       print(
         f"{size['program']:,} bytes of program; {size['parameters']:,} of them "
         "are parameters, stored dense"
@@ -113,7 +108,7 @@ def predict(args: argparse.Namespace) -> None:
   model = export_lib.load(args.path)
   write = predict_lib.LINES[args.format]
   options = {"batch_size": args.batch_size, "at_once": args.file == "-"}
-  with predict_lib.open_lines(args.file, sys.stdin.buffer) as lines:
+  with predict_lib.open_lines(args.file) as lines:
     found = predict_lib.predict(model, lines, **options)
     for line in write(found, model.labels):
       print(line, flush=True)
@@ -128,7 +123,7 @@ def generate(args: argparse.Namespace) -> None:
 
   prompts = args.prompt or []
   if args.file is not None:
-    with predict_lib.open_lines(args.file, sys.stdin.buffer) as lines:
+    with predict_lib.open_lines(args.file) as lines:
       prompts += lines
   elif not prompts:
     prompts = [""]
@@ -239,20 +234,15 @@ def _parser() -> argparse.ArgumentParser:
   )
   verb.add_argument(
     "--format",
-    choices=("safetensors", "hf", "stablehlo", "onnx"),
+    choices=("safetensors", "hf", "stablehlo"),
     default="safetensors",
     help="compact for folding.load, dense for transformers, or a program that "
-    "needs jax or an ONNX runtime alone (default: %(default)s)",
+    "needs only jax (default: %(default)s)",
   )
   verb.add_argument(
     "--dtype",
     choices=("float32", "bfloat16"),
     help="of the stored arrays (default: as they are)",
-  )
-  verb.add_argument(
-    "--keep-shapes",
-    action="store_true",
-    help="do not remove neurons, heads and tokens that are zero",
   )
   verb.set_defaults(call=export)
 

@@ -42,8 +42,7 @@ ORDER = {
   "models": [
     *("projections", "cache", "chebyshev", "nodal", "chunked"),
     *("linear_attention", "past", "attention", "transformer"),
-    *("hf_families", "hf_config", "hf_names", "hf_weights", "pretrained"),
-    "hf_save",
+    *("hf_config", "hf_weights"),
   ],
   "compression": [
     *("threshold", "scores", "sites", "observe", "fpp"),
@@ -65,7 +64,7 @@ ORDER = {
     *("run", "loop", "shrinking"),
   ],
   "serving": [
-    *("packed", "export", "program", "huggingface", "predict"),
+    *("export", "predict"),
     *("sampling", "steps", "generate", "text"),
   ],
   "reporting": [

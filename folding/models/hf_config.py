@@ -1,15 +1,340 @@
-"""What a Hugging Face config.json says <-> our model configuration.
+"""config.json of Hugging Face models <-> `ModelConfig`, by one table.
 
-What is known of a family of models, but its arrays: those are in `hf_weights`.
+`FAMILIES` has one entry per supported `model_type`; `describe` and `to_hf` read
+it in both directions. To add a family, add an entry. If its tensors have names
+of their own, add these to `folding.models.hf_weights`.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from folding import config as config_lib
 from folding import schema
 from folding.config import ModelConfig
-from folding.models import hf_families as families
+from folding.errors import ConfigError
+
+
+class Rule(NamedTuple):
+  """Fields that correspond by more than their names, in both directions."""
+
+  read: Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> ours
+  write: Callable[[ModelConfig], dict[str, Any]]  # ours -> config.json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """What is known of one `model_type`.
+
+  Attributes:
+    prefix: Start of its class names in transformers.
+    layout: Entry of `hf_weights.LAYOUTS` that has its tensors.
+    fields: {field of ModelConfig: field of config.json}, same value.
+    positions: Field of config.json with the number of positions.
+    defaults: What transformers assumes for fields missing in config.json.
+    computes: Fields of ModelConfig that the architecture fixes.
+    classifier: Fields of ModelConfig that its sequence classifier fixes.
+    rules: Fields that correspond by more than their names.
+    writes: Constant fields of config.json for the export.
+  """
+
+  prefix: str
+  layout: str
+  fields: dict[str, str]
+  positions: str = "max_position_embeddings"
+  defaults: dict[str, Any]
+  computes: dict[str, Any]
+  classifier: dict[str, Any]
+  rules: tuple[Rule, ...] = ()
+  writes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# Name in config.json: ours. Of several names for one, the first is written.
+ACTIVATIONS = {
+  "gelu": "gelu",
+  "gelu_new": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
+  "silu": "silu",
+  "swish": "silu",
+  "relu": "relu",
+}
+
+# Kind of rotary scaling: the fields that `ModelConfig.rope_scaling` lists.
+ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
+  "default": (),
+  "linear": ("factor",),
+  "llama3": (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+  ),
+}
+
+# Options that change the computation: the one value that is supported.
+SUPPORTED: dict[str, Any] = {
+  "position_embedding_type": "absolute",
+  "is_decoder": False,
+  "is_encoder_decoder": False,
+  "add_cross_attention": False,
+  "scale_attn_weights": True,
+  "scale_attn_by_inverse_layer_idx": False,
+  "partial_rotary_factor": 1.0,
+  "quantization_config": None,
+}
+
+
+def _read_biases(values: dict[str, Any]) -> dict[str, Any]:
+  bias = values["attention_bias"]
+  if values["mlp_bias"] != bias:
+    raise ConfigError(
+      f"config.json: attention_bias={bias} with mlp_bias={not bias} is not "
+      "supported; both or neither are"
+    )
+  return {"use_bias": bias}
+
+
+def _write_biases(config: ModelConfig) -> dict[str, Any]:
+  return {"attention_bias": config.use_bias, "mlp_bias": config.use_bias}
+
+
+def _read_window(values: dict[str, Any]) -> dict[str, Any]:
+  return {"window": values["sliding_window"]}
+
+
+def _write_window(config: ModelConfig) -> dict[str, Any]:
+  return {"sliding_window": config.window}
+
+
+def _read_optional_window(values: dict[str, Any]) -> dict[str, Any]:
+  if not values["use_sliding_window"]:
+    return {}
+  num_full = values["max_window_layers"]
+  kinds = values.get("layer_types") or [
+    "full_attention" if n < num_full else "sliding_attention"
+    for n in range(values["num_hidden_layers"])
+  ]
+  if set(kinds) == {"full_attention"}:
+    return {}
+  if set(kinds) != {"sliding_attention"}:
+    raise ConfigError(
+      "config.json: a sliding window in some layers only is not supported (see "
+      "max_window_layers or layer_types)"
+    )
+  return {"window": values["sliding_window"]}
+
+
+def _write_optional_window(config: ModelConfig) -> dict[str, Any]:
+  return {
+    "sliding_window": config.window,
+    "use_sliding_window": config.window is not None,
+    "max_window_layers": 0,
+  }
+
+
+def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
+  # transformers 5 writes one dict, earlier versions rope_theta and a dict or
+  # null. It reads the older one if there are both.
+  given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+  rope = {"rope_theta": values.get("rope_theta", 10000.0)} | given
+  length = "original_max_position_embeddings"
+  if length in values:
+    rope[length] = values[length]
+  name = "partial_rotary_factor"
+  _check_supported(name, rope.get(name), SUPPORTED[name])
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind not in ROPE_SCALINGS:
+    raise ConfigError(
+      f"config.json: rope_type {kind!r} is not supported; supported are "
+      f"{', '.join(ROPE_SCALINGS)}"
+    )
+  names = ROPE_SCALINGS[kind]
+  missing = [name for name in names if name not in rope]
+  if missing:
+    raise ConfigError(f"config.json: rope_type {kind} needs {missing}")
+  scaling = [rope[name] for name in names] or None
+  return {"rope_base": rope["rope_theta"], "rope_scaling": scaling}
+
+
+def _write_rope(config: ModelConfig) -> dict[str, Any]:
+  values: dict[str, Any] = {"rope_theta": config.rope_base}
+  if config.rope_scaling:
+    kinds = {len(names): kind for kind, names in ROPE_SCALINGS.items()}
+    kind = kinds[len(config.rope_scaling)]
+    scaling: dict[str, Any] = {"rope_type": kind}
+    for name, value in zip(
+      ROPE_SCALINGS[kind], config.rope_scaling, strict=True
+    ):
+      is_length = name == "original_max_position_embeddings"
+      scaling[name] = int(value) if is_length else value
+    values["rope_scaling"] = scaling
+  return values
+
+
+def _write_embedding_dropout(config: ModelConfig) -> dict[str, Any]:
+  return {"embd_pdrop": config.dropout}
+
+
+_BIASES = Rule(_read_biases, _write_biases)
+_WINDOW = Rule(_read_window, _write_window)
+_OPTIONAL_WINDOW = Rule(_read_optional_window, _write_optional_window)
+_ROPE = Rule(_read_rope, _write_rope)
+
+_FIELDS = {
+  "num_layers": "num_hidden_layers",
+  "width": "hidden_size",
+  "num_heads": "num_attention_heads",
+  "mlp_width": "intermediate_size",
+  "activation": "hidden_act",
+}
+_ENCODER: dict[str, Any] = {
+  "causal": False,
+  "norm": "layernorm",
+  "norm_position": "post",
+  "positions": "learned",
+  "window": None,
+  "gated": False,
+}
+_FIRST = {"pooling": "first", "pooler": True, "pooler_activation": "tanh"}
+_LAST = {"pooling": "last", "pooler": False}
+
+_BERT = Family(
+  prefix="Bert",
+  layout="bert",
+  fields=_FIELDS
+  | {"norm_epsilon": "layer_norm_eps", "dropout": "hidden_dropout_prob"},
+  defaults={
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+  },
+  computes=_ENCODER,
+  classifier=_FIRST,
+  writes={"attention_probs_dropout_prob": 0.0},
+)
+_ROBERTA = dataclasses.replace(
+  _BERT,
+  prefix="Roberta",
+  layout="roberta",
+  defaults=_BERT.defaults | {"pad_token_id": 1},
+)
+_DISTILBERT = Family(
+  prefix="DistilBert",
+  layout="distilbert",
+  fields={
+    "num_layers": "n_layers",
+    "width": "dim",
+    "num_heads": "n_heads",
+    "mlp_width": "hidden_dim",
+    "activation": "activation",
+    "dropout": "dropout",
+  },
+  defaults={
+    "activation": "gelu",
+    "dropout": 0.1,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+  },
+  computes=_ENCODER | {"norm_epsilon": 1e-12},
+  classifier=_FIRST | {"pooler_activation": "relu"},
+  writes={"attention_dropout": 0.0},
+)
+_GPT2 = Family(
+  prefix="GPT2",
+  layout="gpt2",
+  fields={
+    "num_layers": "n_layer",
+    "width": "n_embd",
+    "num_heads": "n_head",
+    "mlp_width": "n_inner",
+    "activation": "activation_function",
+    "norm_epsilon": "layer_norm_epsilon",
+    "dropout": "resid_pdrop",
+    "tie_embeddings": "tie_word_embeddings",
+  },
+  positions="n_positions",
+  defaults={
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "resid_pdrop": 0.1,
+    "tie_word_embeddings": True,
+    "n_positions": 1024,
+  },
+  computes=_ENCODER | {"causal": True, "norm_position": "pre"},
+  classifier=_LAST,
+  rules=(Rule(lambda _: {}, _write_embedding_dropout),),
+  writes={"attn_pdrop": 0.0},
+)
+_LLAMA_COMPUTES: dict[str, Any] = {
+  "causal": True,
+  "norm": "rmsnorm",
+  "norm_position": "pre",
+  "positions": "rope",
+  "gated": True,
+}
+_LLAMA = Family(
+  prefix="Llama",
+  layout="llama",
+  fields=_FIELDS
+  | {
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_epsilon": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+  },
+  defaults={
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "max_position_embeddings": 2048,
+  },
+  computes=_LLAMA_COMPUTES | {"window": None},
+  classifier=_LAST,
+  rules=(_BIASES, _ROPE),
+)
+_MISTRAL = dataclasses.replace(
+  _LLAMA,
+  prefix="Mistral",
+  defaults=_LLAMA.defaults
+  | {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+  },
+  computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": False},
+  rules=(_WINDOW, _ROPE),
+)
+_QWEN2 = dataclasses.replace(
+  _LLAMA,
+  prefix="Qwen2",
+  defaults=_LLAMA.defaults
+  | {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+  },
+  computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": True},
+  rules=(_OPTIONAL_WINDOW, _ROPE),
+)
+
+FAMILIES: dict[str, Family] = {
+  "bert": _BERT,
+  "roberta": _ROBERTA,
+  "xlm-roberta": dataclasses.replace(_ROBERTA, prefix="XLMRoberta"),
+  "distilbert": _DISTILBERT,
+  "gpt2": _GPT2,
+  "llama": _LLAMA,
+  "mistral": _MISTRAL,
+  "qwen2": _QWEN2,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,243 +342,246 @@ class Description:
   """A checkpoint without its arrays.
 
   `config.pooling` and `config.pooler` are those of the family's classifier,
-  also where the checkpoint is none.
+  even if the checkpoint has none.
   """
 
-  family: str
+  family: str  # key of FAMILIES
   config: ModelConfig  # resolved
   vocab_size: int  # V, rows of the embedding; may exceed the tokenizer's
   max_length: int  # P, positions
   pad_id: int = 0
-  token_types: int = 0  # rows of BERT's segment embedding; ours are segment 0
-  num_classes: int = 0  # C, of a sequence classifier; 0: it is none
+  token_types: int = 0  # rows of BERT's segment embedding; we use segment 0
+  num_classes: int = 0  # C of a sequence classifier; 0: no classifier
   label_names: tuple[str, ...] = ()
 
   @property
   def layout(self) -> str:
-    """The family whose names of tensors this one shares."""
-    return families.LAYOUTS[self.family]
+    """Entry of `hf_weights.LAYOUTS`."""
+    return FAMILIES[self.family].layout
+
+  @property
+  def head(self) -> str:
+    """Output layer of the checkpoint: "classify", "lm" or "none"."""
+    if self.num_classes:
+      return "classify"
+    return "lm" if self.config.causal else "none"
 
   @property
   def position_offset(self) -> int:
-    """RoBERTa counts positions from here; the rows before are for padding."""
+    """First position of RoBERTa; the rows before are for padding."""
     return self.pad_id + 1 if self.layout == "roberta" else 0
 
 
 def describe(values: dict[str, Any]) -> Description:
-  """Returns what a config.json, read as a dict, describes.
+  """Returns the description of a config.json.
+
+  Args:
+    values: Its fields.
 
   Raises:
-    schema.ConfigError: an architecture or option that this library does not
-      have, named; or a size that is missing or makes no sense.
+    ConfigError: an architecture or option that is not supported, or a size
+      that is missing or out of range; names it.
   """
-  family = values.get("model_type")
-  schema.require(
-    isinstance(family, str) and family in families.FAMILIES,
-    f"config.json: model_type {family!r} is not supported; supported are "
-    f"{', '.join(families.FAMILIES)}",
-  )
-  assert isinstance(family, str)
-  layout = families.LAYOUTS[family]
-  given = {k: v for k, v in values.items() if v is not None}
-  heads = values.get("num_attention_heads")
-  nulls = {"sliding_window": None, "num_key_value_heads": heads}
-  # Null is the default elsewhere, and where these are not named at all.
-  given |= {k: v for k, v in nulls.items() if k in values and k not in given}
-  values = families.DEFAULTS[family] | given
-  for name, only in families.ONLY.items():
-    _require_only(name, values.get(name), only)
-  fields: dict[str, Any] = {
-    "norm_epsilon": 1e-12,  # of DistilBERT, which does not say
-    **families.COMPUTES[family],
-    **families.CLASSIFIER_FIELDS[family],
+  name = values.get("model_type")
+  if not isinstance(name, str) or name not in FAMILIES:
+    raise ConfigError(
+      f"config.json: model_type {name!r} is not supported; supported are "
+      f"{', '.join(FAMILIES)}"
+    )
+  family = FAMILIES[name]
+  # Null stands for the default, except in a window (none) and in the number of
+  # key heads (as many as heads).
+  given = {
+    field: value
+    for field, value in values.items()
+    if value is not None or field == "sliding_window"
   }
-  for ours, theirs in families.FIELD_NAMES[layout].items():
+  if "num_key_value_heads" in values:
+    given.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+  values = family.defaults | given
+  for field, only in SUPPORTED.items():
+    _check_supported(field, values.get(field), only)
+  for field in ("num_layers", "width", "num_heads"):
+    if family.fields[field] not in values:
+      raise ConfigError(f"config.json: {family.fields[field]} is missing")
+  fields: dict[str, Any] = {**family.computes, **family.classifier}
+  for ours, theirs in family.fields.items():
     if theirs in values:
       fields[ours] = values[theirs]
-  for theirs in ("num_layers", "width", "num_heads"):
-    theirs = families.FIELD_NAMES[layout][theirs]
-    schema.require(theirs in values, f"config.json: {theirs} is missing")
-  activation = fields["activation"]
-  schema.require(
-    activation in families.ACTIVATIONS,
-    f"config.json: activation {activation!r} is not supported; supported are "
-    f"{', '.join(families.ACTIVATIONS)}",
-  )
-  fields["activation"] = families.ACTIVATIONS[activation]
-  if layout == "llama":
-    fields |= _llama_fields(values, family)
-  model = schema.build(ModelConfig, fields, "config.json")
-  resolved = config_lib.resolve(
-    config_lib.Config(
-      task="lm" if model.causal else "classify", preset="none", model=model
+  if fields["activation"] not in ACTIVATIONS:
+    raise ConfigError(
+      f"config.json: activation {fields['activation']!r} is not supported; "
+      f"supported are {', '.join(ACTIVATIONS)}"
     )
-  )
-  labels = _label_names(values)
+  fields["activation"] = ACTIVATIONS[fields["activation"]]
+  for rule in family.rules:
+    fields |= rule.read(values)
+  model = schema.build(ModelConfig, fields, "config.json")
+  task = "lm" if model.causal else "classify"
+  run = config_lib.Config(task=task, preset="none", model=model)
+  labels = _read_labels(values)
   pad_id = values.get("pad_token_id", 0)
+  if type(pad_id) is not int:
+    raise ConfigError(
+      f"config.json: pad_token_id must be an integer; it is {pad_id!r}"
+    )
   described = Description(
-    family=family,
-    config=resolved.model,
+    family=name,
+    config=config_lib.resolve(run).model,
     vocab_size=_count(values, "vocab_size"),
-    max_length=_count(values, families.POSITION_NAMES[layout]),
-    pad_id=pad_id if type(pad_id) is int else 0,
-    token_types=values.get("type_vocab_size", 0),
+    max_length=_count(values, family.positions),
+    pad_id=pad_id,
+    token_types=(
+      _count(values, "type_vocab_size")
+      if "type_vocab_size" in family.defaults
+      else 0
+    ),
     num_classes=len(labels),
     label_names=labels,
   )
-  left = described.max_length - described.position_offset
-  schema.require(left > 0, "config.json: there are no positions left")
-  return dataclasses.replace(described, max_length=left)
+  length = described.max_length - described.position_offset
+  if length < 1:
+    raise ConfigError("config.json: there are no positions left")
+  return dataclasses.replace(described, max_length=length)
 
 
-def _require_only(name: str, value: Any, only: Any) -> None:
-  schema.require(
-    value in (None, only),
-    f"config.json: {name}={value!r} is not supported"
-    + ("" if only is None else f"; only {only!r} is"),
-  )
+def _check_supported(name: str, value: Any, only: Any) -> None:
+  if value not in (None, only):
+    hint = "" if only is None else f"; only {only!r} is"
+    raise ConfigError(f"config.json: {name}={value!r} is not supported{hint}")
 
 
 def _count(values: dict[str, Any], name: str) -> int:
   value = values.get(name)
-  schema.require(
-    type(value) is int and value > 0,
-    f"config.json: {name} must be a number above 0; it is {value!r}",
-  )
-  assert isinstance(value, int)
+  if type(value) is not int or value < 1:
+    raise ConfigError(
+      f"config.json: {name} must be a number above 0; it is {value!r}"
+    )
   return value
 
 
-def _llama_fields(values: dict[str, Any], family: str) -> dict[str, Any]:
-  """Returns biases, window and rotation."""
-  fields: dict[str, Any] = {}
-  if family == "llama":
-    bias = values["attention_bias"]
-    schema.require(
-      values["mlp_bias"] == bias,
-      f"config.json: attention_bias={bias} with mlp_bias={not bias} is not "
-      "supported; both or neither are",
-    )
-    fields["use_bias"] = bias
-  if family == "mistral" or (
-    family == "qwen2" and values.get("use_sliding_window")
-  ):
-    fields["window"] = _window(values, family)
-  # transformers 5 writes one dict, earlier ones rope_theta and a dict or null;
-  # what it takes where there are both.
-  given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-  rope = {"rope_theta": values.get("rope_theta", 10000.0)} | given
-  length = "original_max_position_embeddings"
-  if length in values:
-    rope[length] = values[length]
-  name = "partial_rotary_factor"
-  _require_only(name, rope.get(name), families.ONLY[name])
-  fields["rope_base"] = rope["rope_theta"]
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  schema.require(
-    kind in families.ROPE_SCALINGS,
-    f"config.json: rope_type {kind!r} is not supported; supported are "
-    f"{', '.join(families.ROPE_SCALINGS)}",
-  )
-  names = families.ROPE_SCALINGS[kind]
-  missing = [name for name in names if name not in rope]
-  schema.require(not missing, f"config.json: rope_type {kind} needs {missing}")
-  if names:
-    fields["rope_scaling"] = [rope[name] for name in names]
-  return fields
-
-
-def _window(values: dict[str, Any], family: str) -> int | None:
-  # All layers of a Mistral where it does not say.
-  first = 0 if family == "mistral" else values["max_window_layers"]
-  kinds = values.get("layer_types") or [
-    "full_attention" if n < first else "sliding_attention"
-    for n in range(values["num_hidden_layers"])
-  ]
-  if set(kinds) == {"full_attention"} and family != "mistral":
-    return None
-  schema.require(
-    set(kinds) in ({"sliding_attention"}, {"full_attention"}),
-    "config.json: a sliding window for some layers only is not supported (see "
-    "max_window_layers or layer_types)",
-  )
-  return values["sliding_window"]
-
-
-def _label_names(values: dict[str, Any]) -> tuple[str, ...]:
-  """Returns one name a class of a sequence classifier, none for others."""
+def _read_labels(values: dict[str, Any]) -> tuple[str, ...]:
+  """Returns the class names of a sequence classifier, () for other models."""
   architectures = values.get("architectures") or [""]
   if not str(architectures[0]).endswith("ForSequenceClassification"):
     return ()
   labels = values.get("id2label")
   kind = values.get("problem_type")
-  schema.require(
-    kind in (None, "single_label_classification")
-    and values.get("num_labels", 2) != 1
-    and (not labels or len(labels) > 1),
-    f"config.json: a classifier of problem_type={kind!r} or of one label is not "
-    "supported; only single_label_classification of two or more is (to train "
-    "another head on an encoder, take the old one's name out of architectures)",
-  )
+  if (
+    kind not in (None, "single_label_classification")
+    or values.get("num_labels", 2) == 1
+    or (labels and len(labels) == 1)
+  ):
+    raise ConfigError(
+      f"config.json: a classifier of problem_type={kind!r} or of one label is "
+      "not supported; only single_label_classification of two or more is (to "
+      "train another head, take the old one's name out of architectures)"
+    )
   if not labels:
     num_labels = _count({"num_labels": 2} | values, "num_labels")
     return tuple(f"LABEL_{i}" for i in range(num_labels))
-  schema.require(
-    isinstance(labels, dict)
-    and sorted(map(str, labels)) == sorted(map(str, range(len(labels)))),
-    "config.json: id2label must name the classes 0, 1, 2, ...; it is "
-    f"{labels!r}",
-  )
-  names = tuple(str(labels[i]) for i in sorted(labels, key=int))
-  schema.require(
-    len({*names}) == len(names),
-    f"config.json: id2label has one name for two classes; it is {labels!r}",
-  )
+  if (
+    not isinstance(labels, dict)
+    or sorted(map(str, labels)) != sorted(map(str, range(len(labels))))
+    or not all(isinstance(label, str) for label in labels.values())
+  ):
+    raise ConfigError(
+      "config.json: id2label must name the classes 0, 1, 2, ...; it is "
+      f"{labels!r}"
+    )
+  names = tuple(labels[i] for i in sorted(labels, key=int))
+  if len({*names}) < len(names):
+    raise ConfigError(
+      f"config.json: id2label has one name for two classes; it is {labels!r}"
+    )
   return names
 
 
-def head_of(described: Description) -> str:
-  """Returns "classify", "lm", or "none": what a checkpoint has as its head."""
-  if described.num_classes:
-    return "classify"
-  return "lm" if described.config.causal else "none"
+def to_hf(described: Description) -> dict[str, Any]:
+  """Returns the config.json of a description, the inverse of `describe`.
+
+  Raises:
+    ConfigError: the family does not compute this model, or its sequence
+      classifier has another head; says what would fit.
+  """
+  config, name = described.config, described.family
+  reason = misfit(config, name, described.num_classes)
+  if reason is not None:
+    raise ConfigError(f"no export as {name}: {reason}")
+  family = FAMILIES[name]
+  values: dict[str, Any] = {"model_type": name}
+  for ours, theirs in family.fields.items():
+    values[theirs] = getattr(config, ours)
+  names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+  values[family.fields["activation"]] = names[config.activation]
+  if isinstance(config.mlp_width, tuple):  # all equal; see `misfit`
+    values[family.fields["mlp_width"]] = config.mlp_width[0]
+  values["vocab_size"] = described.vocab_size
+  values[family.positions] = described.max_length + described.position_offset
+  values["pad_token_id"] = described.pad_id
+  if "type_vocab_size" in family.defaults:
+    values["type_vocab_size"] = described.token_types
+  for rule in family.rules:
+    values |= rule.write(config)
+  return values | family.writes | _write_head(described)
+
+
+def _write_head(described: Description) -> dict[str, Any]:
+  """Returns the class of the model, and the names of its classes."""
+  prefix = FAMILIES[described.family].prefix
+  kind = {
+    "classify": "ForSequenceClassification",
+    "lm": "LMHeadModel" if described.family == "gpt2" else "ForCausalLM",
+    "none": "Model",
+  }[described.head]
+  values: dict[str, Any] = {"architectures": [prefix + kind]}
+  if described.head != "classify":
+    return values
+  labels = described.label_names or tuple(
+    f"LABEL_{i}" for i in range(described.num_classes)
+  )
+  values["id2label"] = {str(i): label for i, label in enumerate(labels)}
+  values["label2id"] = {label: i for i, label in enumerate(labels)}
+  return values
 
 
 def misfit(
   config: ModelConfig, family: str, num_classes: int = 0
 ) -> str | None:
-  """Returns why the family does not compute this model; None: it does.
+  """Returns why a family does not compute this model; None: it does.
 
   Args:
     config: Resolved.
-    family: One of `hf_families.FAMILIES`.
+    family: Key of `FAMILIES`.
     num_classes: C; above 0, its sequence classifier must fit too.
 
   Example:
     >>> misfit(config_lib.ModelConfig(), "gpt2")
     "gpt2 needs model.positions='learned'; it is 'alibi'"
   """
-  classifier = families.CLASSIFIER_FIELDS[family] if num_classes else {}
-  for name, needed in (families.COMPUTES[family] | classifier).items():
+  entry = FAMILIES[family]
+  classifier = entry.classifier if num_classes else {}
+  for name, needed in (entry.computes | classifier).items():
     value = getattr(config, name)
     if value != needed:
       part = "'s sequence classifier" if name in classifier else ""
       return f"{family}{part} needs model.{name}={needed!r}; it is {value!r}"
   if config.heads is not None:
-    return f"{family} has all heads in every layer; set those gone to zero"
+    return f"{family} has all heads in every layer; set removed ones to zero"
   if isinstance(config.mlp_width, tuple) and len(set(config.mlp_width)) > 1:
     return (
       f"{family} has one model.mlp_width for all layers; it is "
       f"{config.mlp_width}; fill up with zeros"
     )
-  if families.LAYOUTS[family] == "llama":
-    if family == "llama" and config.qkv_bias != config.use_bias:
-      return f"llama needs model.qkv_bias={config.use_bias}"
-    return None
-  if config.num_kv_heads not in (0, config.num_heads):
+  if _BIASES in entry.rules and config.qkv_bias != config.use_bias:
+    return f"{family} needs model.qkv_bias={config.use_bias}"
+  has_kv_heads, has_head_dim = (
+    name in entry.fields for name in ("num_kv_heads", "head_dim")
+  )
+  if not has_kv_heads and config.num_kv_heads != config.num_heads:
     return f"{family} needs as many model.num_kv_heads as model.num_heads"
-  if config.head_dim not in (None, config.width // config.num_heads):
-    return f"{family} needs heads that share out model.width"
+  if not has_head_dim and config.head_dim != config.width // config.num_heads:
+    return f"{family} needs model.head_dim = model.width / model.num_heads"
   return None
 
 
@@ -265,7 +593,7 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     num_classes: C, as for `misfit`.
 
   Raises:
-    schema.ConfigError: none does; says why of the best known ones.
+    ConfigError: none does; gives the reasons of the best known ones.
 
   Example:
     >>> run = config_lib.Config(model=config_lib.llama(window=8))
@@ -274,10 +602,8 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
   """
   order = ("gpt2", "llama", "mistral", "qwen2", "bert", "distilbert")
   reasons = {family: misfit(config, family, num_classes) for family in order}
-  fitting = [family for family, reason in reasons.items() if reason is None]
-  schema.require(
-    bool(fitting),
-    "no model of transformers computes this one: "
-    + "; ".join(str(reasons[f]) for f in ("gpt2", "llama", "bert")),
-  )
-  return fitting[0]
+  for family, reason in reasons.items():
+    if reason is None:
+      return family
+  shown = "; ".join(str(reasons[name]) for name in ("gpt2", "llama", "bert"))
+  raise ConfigError(f"no model of transformers computes this one: {shown}")

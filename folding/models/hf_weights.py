@@ -1,19 +1,296 @@
-"""Tensors of Hugging Face checkpoints <-> our parameters, both ways.
+"""Hugging Face checkpoints <-> our parameters, by one table of tensors.
 
-The names and layouts are the table in `hf_names`; files are in `pretrained`.
+`LAYOUTS` names the tensors of each family and their axes. A layout such as
+"HK D -> D H K" says that their axes are (H times K) and D, ours D, H and K:
+read from left to right it is the import, from right to left the export, and the
+sizes of the letters give both shapes. Letters as in `folding.models`, and: P
+positions, E width again, t the number of our arrays in one of their tensors.
+
+Rotary positions pair channel i of a head with i + K/2 on both sides, so queries
+and keys need no reordering.
+
+A folder holds config.json, tokenizer.json, and model.safetensors or its shards
+with an index. Pickles are never opened.
 """
 
+import contextlib
+import dataclasses
+import json
 import math
+import os
+import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
 
-from folding import paths, schema
+from folding import files, paths, schema
+from folding.config import Task
+from folding.errors import ConfigError
+from folding.models import hf_config
 from folding.models.hf_config import Description
-from folding.models.hf_names import PREFIXES, UNUSED, Tensor, tensors
-from folding.models.hf_names import sizes as letter_sizes
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HINT = (
+  "load it with transformers and write it again by save_pretrained(), model and "
+  "tokenizer"
+)
+
+
+class Kind(NamedTuple):
+  """Layouts of a module's weight and bias; "": it has none."""
+
+  weight: str
+  bias: str = ""
+
+
+_HEADS = Kind("HK D -> D H K", "HK -> H K")
+_KEY_HEADS = Kind("JK D -> D J K", "JK -> J K")
+_FROM_HEADS = Kind("D HK -> H K D", "D -> D")
+_UP = Kind("F D -> D F", "F -> F")
+_DOWN = Kind("D F -> F D", "D -> D")
+_NORM = Kind("D -> D", "D -> D")
+_RMS_NORM = Kind("D -> D")
+_EMBED = Kind("V D -> V D")
+_POSITIONS = Kind("P D -> P D")
+_POOLER = Kind("E D -> D E", "E -> E")
+_CLASSES = Kind("C D -> D C", "C -> C")
+_BARE_CLASSES = Kind("C D -> D C")
+_LM_HEAD = Kind("V D -> D V")
+# GPT-2's Conv1D kernels are [in, out], as ours.
+_HEADS_IN_ONE = Kind("D tHK -> t D H K", "tHK -> t H K")
+_CONV_FROM_HEADS = Kind("HK D -> H K D", "D -> D")
+_CONV_UP = Kind("D F -> D F", "F -> F")
+_CONV_DOWN = Kind("F D -> F D", "D -> D")
+
+Row = tuple[str, str, Kind]  # module of ours (or several), of theirs, its kind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """Names of the tensors of one or more families.
+
+  Attributes:
+    prefix: Of the model without its head; a checkpoint may lack it.
+    outer: Rows around the blocks.
+    blocks: Where the blocks are.
+    block: Rows of a block.
+    classifier: Rows of the sequence classifier, with whole names.
+    segments: BERT's segment embedding, of which ours is the first row.
+    may_have_pooler: Without a head it may still have the classifier's pooler.
+    unused: Pattern of tensors that ours does not need: buffers, and heads for
+      other tasks. Names without the prefix.
+  """
+
+  prefix: str
+  outer: tuple[Row, ...]
+  blocks: str
+  block: tuple[Row, ...]
+  classifier: tuple[Row, ...]
+  segments: str = ""
+  may_have_pooler: bool = False
+  unused: str
+
+
+_BERT = Layout(
+  prefix="bert.",
+  outer=(
+    ("embed", "embeddings.word_embeddings", _EMBED),
+    ("position_embed", "embeddings.position_embeddings", _POSITIONS),
+    ("norm_embed", "embeddings.LayerNorm", _NORM),
+  ),
+  blocks="encoder.layer",
+  block=(
+    ("attn/q", "attention.self.query", _HEADS),
+    ("attn/k", "attention.self.key", _HEADS),
+    ("attn/v", "attention.self.value", _HEADS),
+    ("attn/o", "attention.output.dense", _FROM_HEADS),
+    ("norm_attn", "attention.output.LayerNorm", _NORM),
+    ("mlp/up", "intermediate.dense", _UP),
+    ("mlp/down", "output.dense", _DOWN),
+    ("norm_mlp", "output.LayerNorm", _NORM),
+  ),
+  classifier=(
+    ("pooler", "bert.pooler.dense", _POOLER),
+    ("head", "classifier", _CLASSES),
+  ),
+  segments="embeddings.token_type_embeddings",
+  may_have_pooler=True,
+  unused=r"embeddings\.position_ids|(pooler|cls|classifier|qa_outputs)\..*",
+)
+LAYOUTS: dict[str, Layout] = {
+  "bert": _BERT,
+  "roberta": dataclasses.replace(
+    _BERT,
+    prefix="roberta.",
+    classifier=(
+      ("pooler", "classifier.dense", _POOLER),
+      ("head", "classifier.out_proj", _CLASSES),
+    ),
+    may_have_pooler=False,  # its classifier does not read that one
+    unused=(
+      r"embeddings\.position_ids|(pooler|lm_head|classifier|qa_outputs)\..*"
+    ),
+  ),
+  "distilbert": Layout(
+    prefix="distilbert.",
+    outer=_BERT.outer,
+    blocks="transformer.layer",
+    block=(
+      ("attn/q", "attention.q_lin", _HEADS),
+      ("attn/k", "attention.k_lin", _HEADS),
+      ("attn/v", "attention.v_lin", _HEADS),
+      ("attn/o", "attention.out_lin", _FROM_HEADS),
+      ("norm_attn", "sa_layer_norm", _NORM),
+      ("mlp/up", "ffn.lin1", _UP),
+      ("mlp/down", "ffn.lin2", _DOWN),
+      ("norm_mlp", "output_layer_norm", _NORM),
+    ),
+    classifier=(
+      ("pooler", "pre_classifier", _POOLER),
+      ("head", "classifier", _CLASSES),
+    ),
+    unused=(
+      r"embeddings\.position_ids"
+      r"|(vocab_\w+|pre_classifier|classifier|qa_outputs)\..*"
+    ),
+  ),
+  "gpt2": Layout(
+    prefix="transformer.",
+    outer=(
+      ("embed", "wte", _EMBED),
+      ("position_embed", "wpe", _POSITIONS),
+      ("norm_final", "ln_f", _NORM),
+    ),
+    blocks="h",
+    block=(
+      ("norm_attn", "ln_1", _NORM),
+      ("attn/q attn/k attn/v", "attn.c_attn", _HEADS_IN_ONE),
+      ("attn/o", "attn.c_proj", _CONV_FROM_HEADS),
+      ("norm_mlp", "ln_2", _NORM),
+      ("mlp/up", "mlp.c_fc", _CONV_UP),
+      ("mlp/down", "mlp.c_proj", _CONV_DOWN),
+    ),
+    classifier=(("head", "score", _BARE_CLASSES),),
+    unused=(
+      r"h\.\d+\.attn\.(masked_)?bias"
+      r"|(lm_head|score|classifier|qa_outputs|multiple_choice_head)\..*"
+    ),
+  ),
+  "llama": Layout(
+    prefix="model.",
+    outer=(
+      ("embed", "embed_tokens", _EMBED),
+      ("norm_final", "norm", _RMS_NORM),
+    ),
+    blocks="layers",
+    block=(
+      ("norm_attn", "input_layernorm", _RMS_NORM),
+      ("attn/q", "self_attn.q_proj", _HEADS),
+      ("attn/k", "self_attn.k_proj", _KEY_HEADS),
+      ("attn/v", "self_attn.v_proj", _KEY_HEADS),
+      ("attn/o", "self_attn.o_proj", _FROM_HEADS),
+      ("norm_mlp", "post_attention_layernorm", _RMS_NORM),
+      ("mlp/gate", "mlp.gate_proj", _UP),
+      ("mlp/up", "mlp.up_proj", _UP),
+      ("mlp/down", "mlp.down_proj", _DOWN),
+    ),
+    classifier=(("head", "score", _BARE_CLASSES),),
+    unused=(
+      r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+      r"|(lm_head|score|qa_outputs)\..*"
+    ),
+  ),
+}
+
+
+class Tensor(NamedTuple):
+  """One tensor of theirs and the arrays of ours that it holds."""
+
+  name: str
+  layout: str
+  paths: tuple[str, ...]  # several: their leading axis in ours is t
+  skip: int = 0  # rows that theirs has before ours
+  plus: str = ""  # another tensor of theirs, whose first row ours includes
+  optional: bool = False  # a checkpoint may lack it
+
+
+def tensors(described: Description, head: str) -> list[Tensor]:
+  """Returns the tensors of a checkpoint; each path of ours occurs once.
+
+  Args:
+    described: Its family and sizes.
+    head: "lm", "classify", or "none" for hidden states alone.
+  """
+  layout, config = LAYOUTS[described.layout], described.config
+  rows = [(ours, layout.prefix + x, kind) for ours, x, kind in layout.outer]
+  for n in range(config.num_layers):
+    for modules, theirs, kind in layout.block:
+      ours = " ".join(f"blocks_{n}/{module}" for module in modules.split())
+      rows.append((ours, f"{layout.prefix}{layout.blocks}.{n}.{theirs}", kind))
+  if head == "classify":
+    rows += layout.classifier
+  elif head == "lm" and not config.tie_embeddings:
+    rows.append(("head", "lm_head", _LM_HEAD))
+  elif layout.may_have_pooler:
+    rows += [row for row in layout.classifier if row[0] == "pooler"]
+  table = []
+  for ours, theirs, kind in rows:
+    modules = ours.split()
+    skip, plus, leaf = 0, "", "kernel"
+    if "norm_" in ours:
+      leaf = "scale"
+    elif "embed" in ours:
+      leaf = "embedding"
+    if ours == "position_embed":
+      skip = described.position_offset
+      if layout.segments:
+        plus = f"{layout.prefix}{layout.segments}.weight"
+    optional = ours == "pooler" and head == "none"
+    names = tuple(f"{module}/{leaf}" for module in modules)
+    table.append(
+      Tensor(f"{theirs}.weight", kind.weight, names, skip, plus, optional)
+    )
+    if kind.bias and _has_bias(described, ours):
+      names = tuple(f"{module}/bias" for module in modules)
+      table.append(
+        Tensor(f"{theirs}.bias", kind.bias, names, optional=optional)
+      )
+  return table
+
+
+def _has_bias(described: Description, ours: str) -> bool:
+  """Biases are optional in Llama; the older families have all of them."""
+  config = described.config
+  if described.layout != "llama":
+    return True
+  is_qkv = ours.endswith(("attn/q", "attn/k", "attn/v"))
+  return bool(config.qkv_bias if is_qkv else config.use_bias)
+
+
+def _sizes(described: Description) -> dict[str, int]:
+  """Returns {letter of a layout: size of the axis}."""
+  c = described.config
+  width = c.mlp_width[0] if isinstance(c.mlp_width, tuple) else c.mlp_width
+  return {
+    "C": described.num_classes,
+    "D": c.width,
+    "E": c.width,
+    "F": width,
+    "H": c.num_heads,
+    "J": c.num_kv_heads,
+    "K": c.head_dim,
+    "P": described.max_length,
+    "V": described.vocab_size,
+    "t": 3,
+  }
 
 
 def _their_shape(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -25,87 +302,6 @@ def _their_shape(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def _our_shape(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
   letters = tensor.layout.split(" -> ")[1].split()
   return tuple(sizes[x] for x in letters if x != "t")
-
-
-def import_params(
-  described: Description,
-  head: str,
-  shapes: Mapping[str, tuple[int, ...]],
-  read: Callable[[str], np.ndarray],
-) -> tuple[dict[str, Any], list[str]]:
-  """Returns our parameters, and the names of the tensors left out.
-
-  Names and shapes are checked before the first tensor is read; then each is
-  read once and becomes float32. BERT's segment 0 is added to every position.
-  A score layer without a bias gets one of zeros where the model has biases.
-
-  Args:
-    described: What config.json says.
-    head: As for `tensors`.
-    shapes: Name and shape of each tensor of the checkpoint, which may be
-      named with or without the prefix of the model inside ("bert.").
-    read: Returns a tensor by its name, in float32.
-
-  Raises:
-    schema.ConfigError: a tensor is missing, left over, or of another shape;
-      names it.
-  """
-  sizes, prefix = letter_sizes(described), PREFIXES[described.layout]
-  has_prefix = any(name.startswith(prefix) for name in shapes)
-
-  def find(name: str) -> str:
-    name = name if has_prefix else name.removeprefix(prefix)
-    older = re.sub(r"(?<=LayerNorm\.)weight$", "gamma", name)
-    older = re.sub(r"(?<=LayerNorm\.)bias$", "beta", older)
-    return older if older in shapes else name
-
-  table = tensors(described, head)
-  if not any(find(t.name) in shapes for t in table if t.optional):
-    table = [tensor for tensor in table if not tensor.optional]
-  needed = {find(t.name): _their_shape(t, sizes) for t in table}
-  for tensor in table:
-    if tensor.plus:
-      needed[find(tensor.plus)] = (
-        described.token_types,
-        described.config.width,
-      )
-  missing = [name for name in needed if name not in shapes]
-  schema.require(not missing, f"tensor {_first(missing)} is missing")
-  for name, shape in needed.items():
-    schema.require(
-      tuple(shapes[name]) == shape,
-      f"tensor {name} is of shape {list(shapes[name])}; config.json asks for "
-      f"{list(shape)}",
-    )
-  others = [name for name in shapes if name not in needed]
-  unused = re.compile(UNUSED[described.layout])
-  left = [x for x in others if not unused.fullmatch(x.removeprefix(prefix))]
-  schema.require(
-    not left,
-    f"tensor {_first(left)} has no place in a {described.family} model with "
-    "this config.json",
-  )
-  untied, is_tied = "lm_head.weight", described.config.tie_embeddings
-  if head == "lm" and is_tied and untied in shapes:
-    [tied] = [find(t.name) for t in table if t.paths == ("embed/embedding",)]
-    schema.require(
-      np.array_equal(read(untied), read(tied)),
-      f"tensor {untied} is not {tied}, which config.json says it is; set "
-      "tie_word_embeddings to false there",
-    )
-  params: dict[str, Any] = {}
-  for tensor in table:
-    theirs = read(find(tensor.name))[tensor.skip :]
-    if tensor.plus:
-      theirs = theirs + read(find(tensor.plus))[:1]
-    for path, ours in zip(
-      tensor.paths, _split(theirs, tensor, sizes), strict=True
-    ):
-      _put(params, path, np.ascontiguousarray(ours))
-  is_bare = head == "classify" and "bias" not in params["head"]
-  if is_bare and described.config.use_bias:
-    _put(params, "head/bias", np.zeros(sizes["C"], np.float32))
-  return params, others
 
 
 def _split(
@@ -122,7 +318,7 @@ def _split(
 def _join(
   ours: list[np.ndarray], tensor: Tensor, sizes: Mapping[str, int]
 ) -> np.ndarray:
-  """The inverse of `_split`, with rows of zeros where ours has none."""
+  """The inverse of `_split`; rows that ours lacks are zero."""
   left, right = tensor.layout.split(" -> ")
   letters = right.split()
   whole = np.stack(ours) if len(ours) > 1 else ours[0]
@@ -133,16 +329,94 @@ def _join(
   return theirs
 
 
-def _put(tree: dict[str, Any], path: str, leaf: np.ndarray) -> None:
-  *parents, name = path.split("/")
-  for parent in parents:
-    tree = tree.setdefault(parent, {})
-  tree[name] = leaf
+def import_params(
+  described: Description,
+  head: str,
+  shapes: Mapping[str, tuple[int, ...]],
+  read: Callable[[str], np.ndarray],
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns our parameters, and the names of the tensors left out.
+
+  Names and shapes are checked before the first tensor is read. Each tensor is
+  read once. BERT's segment 0 is added to every position. A score layer without
+  a bias gets one of zeros if the model has biases.
+
+  Args:
+    described: From config.json.
+    head: As for `tensors`.
+    shapes: Name and shape of each tensor of the checkpoint, named with or
+      without the layout's prefix.
+    read: Returns a tensor by its name, in float32.
+
+  Raises:
+    ConfigError: a tensor is missing, left over, or of another shape; names it.
+  """
+  sizes, prefix = _sizes(described), LAYOUTS[described.layout].prefix
+  has_prefix = any(name.startswith(prefix) for name in shapes)
+
+  def find(name: str) -> str:
+    name = name if has_prefix else name.removeprefix(prefix)
+    older = re.sub(r"(?<=LayerNorm\.)weight$", "gamma", name)
+    older = re.sub(r"(?<=LayerNorm\.)bias$", "beta", older)
+    return older if older in shapes else name
+
+  table = tensors(described, head)
+  if not any(find(t.name) in shapes for t in table if t.optional):
+    table = [tensor for tensor in table if not tensor.optional]
+  needed = {find(t.name): _their_shape(t, sizes) for t in table}
+  segments = (described.token_types, described.config.width)
+  needed |= {find(t.plus): segments for t in table if t.plus}
+  unused = re.compile(LAYOUTS[described.layout].unused)
+  others = [name for name in shapes if name not in needed]
+  missing = [name for name in needed if name not in shapes]
+  if missing:
+    raise ConfigError(f"tensor {_first(missing)} is missing")
+  for name, shape in needed.items():
+    if tuple(shapes[name]) != shape:
+      raise ConfigError(
+        f"tensor {name} is of shape {list(shapes[name])}; config.json asks for "
+        f"{list(shape)}"
+      )
+  left = [x for x in others if not unused.fullmatch(x.removeprefix(prefix))]
+  if left:
+    raise ConfigError(
+      f"tensor {_first(left)} has no place in a {described.family} model with "
+      "this config.json"
+    )
+  if head == "lm" and described.config.tie_embeddings:
+    _check_tied(find(table[0].name), shapes, read)
+  flat = {}
+  for tensor in table:
+    theirs = read(find(tensor.name))[tensor.skip :]
+    if tensor.plus:
+      theirs = theirs + read(find(tensor.plus))[:1]
+    for path, ours in zip(
+      tensor.paths, _split(theirs, tensor, sizes), strict=True
+    ):
+      flat[path] = np.ascontiguousarray(ours)
+  is_bare = head == "classify" and "head/bias" not in flat
+  if is_bare and described.config.use_bias:
+    flat["head/bias"] = np.zeros(sizes["C"], np.float32)
+  return traverse_util.unflatten_dict(flat, sep="/"), others
+
+
+def _check_tied(
+  embedding: str,
+  shapes: Mapping[str, tuple[int, ...]],
+  read: Callable[[str], np.ndarray],
+) -> None:
+  """Refuses an output layer that differs from the embedding that it shares."""
+  name = "lm_head.weight"
+  if name in shapes and not np.array_equal(read(name), read(embedding)):
+    raise ConfigError(
+      f"tensor {name} is not {embedding}, which config.json says it is; set "
+      "tie_word_embeddings to false there"
+    )
 
 
 def _first(names: list[str]) -> str:
   more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-  return f"{names[0] if names else ''}{more}"
+  return f"{names[0]}{more}"
 
 
 def export_tensors(
@@ -150,62 +424,60 @@ def export_tensors(
 ) -> dict[str, np.ndarray]:
   """Returns the tensors of a checkpoint, the inverse of `import_params`.
 
-  Biases that the family has and the model has not are zeros, and so is
-  BERT's segment embedding. GPT-2's score layer has no bias: ours moves into
-  that of the last norm, which nothing else reads.
+  Biases that the family has and the model lacks are zero, and so is BERT's
+  segment embedding. GPT-2's score layer has no bias: ours moves into that of
+  the last norm, which nothing else reads.
 
   Args:
-    described: Of which family and size.
+    described: Family and sizes.
     head: As for `tensors`.
     params: Dense parameters (see `folding.unfold`).
 
   Raises:
-    schema.ConfigError: a parameter is missing, left over, or of another
-      shape; names it. Or the head has a bias that the family cannot express.
+    ConfigError: a parameter is missing, left over, or of another shape; names
+      it. Or the head has a bias that the family cannot express.
   """
-  sizes, prefix = letter_sizes(described), PREFIXES[described.layout]
+  sizes, layout = _sizes(described), LAYOUTS[described.layout]
+  # The model without a head is saved without the prefix.
+  prefix = layout.prefix if head == "none" else ""
   arrays = {
     path: np.asarray(leaf, np.float32)
     for path, leaf in paths.flatten(params).items()
   }
-  if head == "classify" and described.layout in ("gpt2", "llama"):
-    _drop_head_bias(arrays, described)
+  if head == "classify" and layout.classifier[-1][-1] == _BARE_CLASSES:
+    _move_head_bias(arrays, described)
   theirs: dict[str, np.ndarray] = {}
   for tensor in tensors(described, head):
-    shape, ours = _our_shape(tensor, sizes), []
     if tensor.optional and tensor.paths[0] not in arrays:
       continue
+    shape, ours = _our_shape(tensor, sizes), []
     for path in tensor.paths:
       array = arrays.pop(path, None)
       if array is None and path.endswith("/bias"):
         array = np.zeros(shape, np.float32)
-      schema.require(
-        array is not None,
-        f"parameter {path} is missing; a dense {described.family} has it",
-      )
-      assert array is not None
-      schema.require(
-        array.shape == shape,
-        f"parameter {path} is of shape {list(array.shape)}; a dense "
-        f"{described.family} has {list(shape)}",
-      )
+      if array is None:
+        raise ConfigError(
+          f"parameter {path} is missing; a dense {described.family} has it"
+        )
+      if array.shape != shape:
+        raise ConfigError(
+          f"parameter {path} is of shape {list(array.shape)}; a dense "
+          f"{described.family} has {list(shape)}"
+        )
       ours.append(array)
-    # The model without a head is saved under the names that it knows itself.
-    name = tensor.name.removeprefix(prefix if head == "none" else "")
-    theirs[name] = _join(ours, tensor, sizes)
+    theirs[tensor.name.removeprefix(prefix)] = _join(ours, tensor, sizes)
     if tensor.plus:
       segments = np.zeros((described.token_types, sizes["D"]), np.float32)
-      name = tensor.plus.removeprefix(prefix if head == "none" else "")
-      theirs[name] = segments
-  schema.require(
-    not arrays,
-    f"parameter {_first(list(arrays))} has no place in a dense "
-    f"{described.family}",
-  )
+      theirs[tensor.plus.removeprefix(prefix)] = segments
+  if arrays:
+    raise ConfigError(
+      f"parameter {_first(list(arrays))} has no place in a dense "
+      f"{described.family}"
+    )
   return theirs
 
 
-def _drop_head_bias(
+def _move_head_bias(
   arrays: dict[str, np.ndarray], described: Description
 ) -> None:
   """Moves the head's bias c into that of the norm before: W^T delta = c."""
@@ -214,11 +486,225 @@ def _drop_head_bias(
     return
   kernel_DC = arrays["head/kernel"].astype(np.float64)
   delta_D = np.linalg.lstsq(kernel_DC.T, bias_C.astype(np.float64))[0]
-  solved = np.allclose(kernel_DC.T @ delta_D, bias_C, rtol=1e-6, atol=1e-9)
-  schema.require(
-    described.layout == "gpt2" and solved,
-    f"no export as {described.family}: its sequence classifier has no bias, "
-    "and head/bias is not zero",
-  )
+  is_solved = np.allclose(kernel_DC.T @ delta_D, bias_C, rtol=1e-6, atol=1e-9)
+  if described.config.norm != "layernorm" or not is_solved:
+    raise ConfigError(
+      f"no export as {described.family}: its sequence classifier has no bias, "
+      "and head/bias is not zero"
+    )
   norm_D = arrays.get("norm_final/bias", np.zeros_like(delta_D))
   arrays["norm_final/bias"] = (norm_D + delta_D).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(Description):
+  """A checkpoint with its arrays.
+
+  Attributes:
+    params: Our parameters, NumPy float32. A checkpoint without a classifier
+      has no "head" and may have no "pooler".
+    tokenizer_path: Its tokenizer.json.
+    left_out: Names of tensors that our model does not need.
+  """
+
+  params: dict[str, Any]
+  tokenizer_path: pathlib.Path
+  left_out: tuple[str, ...] = ()
+
+
+def load_pretrained(
+  path_or_hub_id: str | pathlib.Path, *, task: Task | None = None
+) -> Pretrained:
+  """Returns a checkpoint as our configuration and parameters.
+
+  Tensors are read one at a time, so there is one copy of the weights.
+
+  Args:
+    path_or_hub_id: A folder, or a name on the Hugging Face hub.
+    task: "lm" reads the output layer, "classify" the head of a sequence
+      classifier if there is one. None: the head that the checkpoint has.
+
+  Raises:
+    ConfigError: the folder or a file in it is missing, damaged, a pickle, or
+      of an unsupported kind; names it.
+  """
+  folder = find_pretrained(path_or_hub_id)
+  described = describe_pretrained(folder)
+  if task == "lm":
+    if not described.config.causal:
+      raise ConfigError(
+        f"{folder}: a {described.family} model does not predict the next token; "
+        "use task 'classify'"
+      )
+    described = dataclasses.replace(described, num_classes=0, label_names=())
+  head = described.head
+  if task == "classify" and head == "lm":
+    head = "none"
+  tokenizer_path = folder / TOKENIZER
+  if not tokenizer_path.is_file():
+    raise ConfigError(f"{folder} has no {TOKENIZER}; {_HINT}")
+  with contextlib.ExitStack() as stack:
+    where = _open_weights(folder, stack)
+    shapes = {
+      name: tuple(file.get_slice(name).get_shape())
+      for name, file in where.items()
+    }
+    try:
+      params, left_out = import_params(
+        described, head, shapes, lambda name: _read(where[name], name)
+      )
+    except ConfigError as error:
+      raise ConfigError(f"{folder}: {error}") from None
+  return Pretrained(
+    **vars(described),
+    params=params,
+    tokenizer_path=tokenizer_path,
+    left_out=tuple(left_out),
+  )
+
+
+def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
+  """Returns the folder of a checkpoint, downloaded if it is a hub id.
+
+  Raises:
+    ConfigError: there is no such folder, or it cannot be downloaded.
+  """
+  name, folder = str(path_or_hub_id), pathlib.Path(path_or_hub_id).expanduser()
+  if folder.is_dir():
+    return folder
+  if folder.exists():
+    raise ConfigError(f"{folder} is a file; name the folder that holds it")
+  if name.startswith((".", "/", "~")):
+    raise ConfigError(f"there is no folder {name}")
+  import huggingface_hub  # a dependency of tokenizers
+
+  patterns = ["*.json", "*.jinja", "model*.safetensors"]
+  try:
+    found = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+  # Offline, no such name, no permission: each raises another exception.
+  except Exception as error:
+    raise ConfigError(
+      f"there is no folder {name}, and the Hugging Face hub did not send it "
+      f"({schema.first_line(error)})"
+    ) from error
+  return pathlib.Path(found)
+
+
+def describe_pretrained(folder: pathlib.Path) -> Description:
+  """Returns the description of the config.json in a folder.
+
+  Raises:
+    ConfigError: it is missing, damaged, or of an unsupported model.
+  """
+  values = _read_json(folder / CONFIG)
+  try:
+    return hf_config.describe(values)
+  except ConfigError as error:
+    raise ConfigError(f"{folder}: {error}") from None
+  except (AttributeError, KeyError, TypeError) as error:
+    # Some value is of another type than in transformers.
+    raise ConfigError(
+      f"{folder}: {CONFIG} is broken: {schema.reason(error)}"
+    ) from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise ConfigError(f"there is no {path}")
+  return files.read_json(str(path), dict)
+
+
+def _open_weights(
+  folder: pathlib.Path, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+  """Returns {name of a tensor: open file that holds it}."""
+  if (folder / WEIGHTS).is_file():
+    file = _open_file(folder / WEIGHTS, stack)
+    return dict.fromkeys(file.keys(), file)
+  index = folder / INDEX
+  if not index.is_file():
+    raise ConfigError(
+      f"{folder} has no {WEIGHTS} and no {INDEX}, and pickles are not read; "
+      f"{_HINT}"
+    )
+  where = _read_json(index).get("weight_map")
+  if not isinstance(where, dict) or not all(
+    isinstance(file, str)
+    and file.endswith(".safetensors")
+    and os.path.basename(file) == file
+    for file in where.values()
+  ):
+    raise ConfigError(
+      f"{index} must have a weight_map of names and .safetensors files of its "
+      "folder"
+    )
+  opened = {x: _open_file(folder / x, stack) for x in sorted({*where.values()})}
+  for name, file in where.items():
+    if name not in opened[file].keys():
+      raise ConfigError(f"{folder / file} has no tensor {name}; {INDEX} has it")
+  return {name: opened[file] for name, file in where.items()}
+
+
+def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
+  if not path.is_file():
+    raise ConfigError(f"there is no {path}, which {INDEX} names")
+  try:
+    return stack.enter_context(safetensors.safe_open(path, "numpy"))
+  except safetensors.SafetensorError as error:
+    raise ConfigError(
+      f"{path} is truncated or no safetensors file ({error})"
+    ) from None
+
+
+def _read(file: Any, name: str) -> np.ndarray:
+  kind = file.get_slice(name).get_dtype()
+  if kind not in _FLOATS:
+    raise ConfigError(
+      f"tensor {name} is stored as {kind}; only {', '.join(_FLOATS)} are read"
+    )
+  return file.get_tensor(name).astype(np.float32, copy=False)
+
+
+def save_pretrained(
+  path: str | os.PathLike,
+  params: Mapping[str, Any],
+  described: Description,
+  **fields: Any,
+) -> None:
+  """Writes config.json and model.safetensors of a checkpoint.
+
+  Args:
+    path: The folder; created if it does not exist.
+    params: Dense parameters (see `folding.unfold`).
+    described: Its family and sizes. The head is a sequence classifier if it
+      has classes, else the output layer of a causal model.
+    **fields: More fields of config.json.
+
+  Raises:
+    ConfigError: the family does not compute this model, or the parameters do
+      not fit; nothing is written.
+    OSError: a file cannot be written.
+  """
+  values = hf_config.to_hf(described) | fields | {"torch_dtype": "float32"}
+  arrays = export_tensors(described, described.head, params)
+  folder = pathlib.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  save_tensors(folder / WEIGHTS, arrays, {"format": "pt"})
+  files.write_file(str(folder / CONFIG), json.dumps(values, indent=2) + "\n")
+
+
+def save_tensors(
+  path: str | os.PathLike, arrays: dict[str, Any], metadata: dict[str, str]
+) -> None:
+  """Writes a safetensors file with the permissions of an ordinary new file.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  with open(path, "wb") as file:
+    mode = os.fstat(file.fileno()).st_mode
+  try:
+    safetensors.numpy.save_file(arrays, path, metadata)
+  except safetensors.SafetensorError as error:  # such as a full disk
+    raise OSError(f"cannot write {path} ({error})") from error
+  os.chmod(path, mode)  # the library makes it readable by its owner alone

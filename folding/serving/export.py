@@ -1,46 +1,71 @@
-"""A model as a folder of a few files, that `load` reads back.
+"""Models as folders: what `load` reads, and the forms that others read.
 
-config.json       {"format", "schema", "config": ours, resolved, "labels",
-                  "sha256": {file: checksum} of the others}
-model.safetensors parameters, see `folding.serving.packed`
-tokenizer.json    of the `tokenizers` library
-token_map.json    where its ids are mapped to fewer rows
-special_tokens.json  where more is known of what pads and ends than names tell
+A compact export, from `export`, holds
+
+config.json          {"format", "schema", "config": ours, resolved, "labels",
+                     "sha256": {file: checksum} of the other files}
+model.safetensors    parameters, zeros packed (see `save_packed`)
+tokenizer.json       of the `tokenizers` library
+token_map.json       if the tokenizer's ids are mapped to fewer rows
+special_tokens.json  if pad and end tokens are known by more than their names
+
+`export_hf` writes a dense folder for `transformers`, and `export_stablehlo` a
+program for `jax.export`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
+import safetensors
+import safetensors.numpy
+import tokenizers
+from flax import traverse_util
+from jax import export as jax_export
 
 from folding import config as config_lib
 from folding import files, paths
-from folding.compression.accounting import account
+from folding.compression.accounting import account, slices_of, storage
+from folding.compression.fold import unfold
 from folding.compression.shrink import shrink
 from folding.config import Config
+from folding.data import special_tokens
 from folding.data.tokenizers import (
   MappedTokenizer,
   Tokenizer,
   load_tokenizer,
 )
-from folding.models.pretrained import load_pretrained
+from folding.data.trimming import trim_tokenizer
+from folding.errors import ConfigError
+from folding.models import hf_config, hf_weights
+from folding.models.attention import rope_frequencies
 from folding.models.transformer import Transformer, make_model, param_shapes
-from folding.schema import ConfigError, require
-from folding.serving.packed import load_packed, save_packed
 from folding.training.restore import load_labels, load_run
 
 FORMAT, SCHEMA = "folding", 1
-CONFIG, WEIGHTS, TOKENIZER = (
-  "config.json",
-  "model.safetensors",
-  "tokenizer.json",
-)
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER = "tokenizer.json"
+STABLEHLO, META = "model.stablehlo", "meta.json"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+_BITS = ":bits"
+_AXES = {"first": 0, "last": -1}
+# Special tokens of BERT and of RoBERTa, by their names in transformers.
+_ENCODER_TOKENS = {
+  "cls": ("[CLS]", "<s>"),
+  "sep": ("[SEP]", "</s>"),
+  "mask": ("[MASK]", "<mask>"),
+  "unk": ("[UNK]", "<unk>"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +87,12 @@ class Loaded:
   @property
   def model(self) -> Transformer:
     """The Linen module: `model.apply({"params": params}, tokens, mask)`."""
-    rows = self.params["embed"]["embedding"].shape[0]
-    return make_model(self.config, rows, len(self.labels))
+    return make_model(self.config, self.num_rows, len(self.labels))
+
+  @property
+  def num_rows(self) -> int:
+    """V, the rows of the embedding."""
+    return self.params["embed"]["embedding"].shape[0]
 
 
 def load(path: str | os.PathLike) -> Loaded:
@@ -74,22 +103,125 @@ def load(path: str | os.PathLike) -> Loaded:
       checkpoint, else the newest), or a Hugging Face checkpoint.
 
   Raises:
-    ConfigError: it is none of them, of another schema, truncated, or not what
-      its checksum says.
+    ConfigError: it is none of them, has another schema, is truncated, or
+      differs from its checksums.
   """
   path = os.fspath(path)
   config_path = os.path.join(path, CONFIG)
-  require(
-    os.path.isfile(config_path),
-    f"{path} is no run and no exported model: it has no {CONFIG}",
-  )
+  if not os.path.isfile(config_path):
+    raise ConfigError(
+      f"{path} is no run and no exported model: it has no {CONFIG}"
+    )
   values = files.read_json(config_path, dict)
   if values.get("format") == FORMAT:
     return _load_export(path, values)
   if "model_type" in values:
-    return _load_pretrained(path)
+    return _load_hf(path)
   config, params, tokenizer = load_run(path)
-  return Loaded(config, params, tokenizer, _labels_of(path, config, params))
+  labels: tuple[str, ...] = ()
+  if config.task != "lm":
+    labels = load_labels(path) or _numbers(params["head"]["kernel"].shape[1])
+  return Loaded(config, params, tokenizer, labels)
+
+
+def _load_export(path: str, values: dict[str, Any]) -> Loaded:
+  schema = values.get("schema")
+  if type(schema) is not int or schema != SCHEMA:
+    raise ConfigError(
+      f"{path} is an export of schema {schema!r}, and this version of folding "
+      f"reads schema {SCHEMA}"
+    )
+  try:
+    config = config_lib.resolve(config_lib.from_dict(values["config"]))
+    labels, checksums = values["labels"], values["sha256"]
+  except (KeyError, TypeError) as error:
+    raise ConfigError(f"{path}/{CONFIG} lacks {error}") from None
+  if (
+    not isinstance(labels, list)
+    or not all(isinstance(label, str) for label in labels)
+    or len(set(labels)) < len(labels)
+  ):
+    raise ConfigError(
+      f"{path}/{CONFIG}: labels must be different names; they are {labels!r}"
+    )
+  if not isinstance(checksums, dict) or any(
+    os.path.basename(name) != name for name in checksums
+  ):
+    raise ConfigError(
+      f"{path}/{CONFIG}: sha256 must have a checksum for each file of the "
+      f"folder; it is {checksums!r}"
+    )
+  for name, expected in ({WEIGHTS: "", TOKENIZER: ""} | checksums).items():
+    file = os.path.join(path, name)
+    if not os.path.isfile(file):
+      raise ConfigError(f"{path} has no {name}")
+    if _checksum(file) != expected:
+      raise ConfigError(
+        f"{file} is not the file that was exported: its checksum differs from "
+        f"that in {CONFIG}; copy it again"
+      )
+  check = functools.partial(_check_shapes, path, config, len(labels))
+  params = load_packed(os.path.join(path, WEIGHTS), check)
+  tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
+  return Loaded(config, params, tokenizer, tuple(labels))
+
+
+def _load_hf(path: str) -> Loaded:
+  found = hf_weights.load_pretrained(path)
+  tokenizer = load_tokenizer(found.tokenizer_path)
+  if tokenizer.vocab_size > found.vocab_size:
+    raise ConfigError(
+      f"{found.tokenizer_path} does not fit the model: its ids go up to "
+      f"{tokenizer.vocab_size - 1}, and there are {found.vocab_size} embeddings"
+    )
+  is_lm = found.head == "lm"
+  # transformers pools at the last token that is not the pad token.
+  if found.config.causal and not is_lm and tokenizer.ends_with_pad:
+    raise ConfigError(
+      f"{found.tokenizer_path} ends each text with the pad token "
+      f"({tokenizer.pad_id}), which this kind of classifier ignores; save the "
+      "tokenizer with add_eos_token=False, which computes the same"
+    )
+  config = Config(
+    task="lm" if is_lm else "classify",
+    preset="none",
+    data=config_lib.DataConfig(path=path, length=found.max_length),
+    model=found.config,
+  )
+  labels, params = found.label_names, dict(found.params)
+  if not labels:
+    params.pop("pooler", None)  # an encoder without a head does not use it
+  shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
+  config = config_lib.resolve(config)
+  _check_shapes(path, config, len(labels), shapes)
+  return Loaded(config, params, tokenizer, labels)
+
+
+def _check_shapes(
+  path: str,
+  config: Config,
+  num_classes: int,
+  shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Raises `ConfigError` unless these are the shapes of the config's model."""
+  rows = shapes.get("embed/embedding", (0,))[0]
+  made = param_shapes(make_model(config, rows, num_classes))
+  expected = {name: x.shape for name, x in paths.flatten(made).items()}
+  for name in sorted(expected.keys() | shapes.keys()):
+    if expected.get(name) != shapes.get(name):
+      raise ConfigError(
+        f"the parameters in {path} are not of its config: {name} is "
+        f"{shapes.get(name)}, not {expected.get(name)}"
+      )
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+  return tuple(map(str, range(count)))
+
+
+def _checksum(path: str) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def export(
@@ -99,18 +231,18 @@ def export(
   tokenizer: Tokenizer,
   labels: Sequence[str] = (),
 ) -> dict[str, int]:
-  """Writes a model to a new folder.
+  """Writes a compact model to a new folder.
 
   Args:
-    path: Made if need be; it must be empty.
+    path: Created if it does not exist; must be empty.
     config: Resolved.
     params: Its parameters; zeros take no room, and the dtype is kept.
     tokenizer: Of the parameters.
-    labels: One name a class; () for a next-token model.
+    labels: One name per class; () for a next-token model.
 
   Returns:
-    {"dense": bytes of the dense twin, "values" and "masks": bytes of what is
-    stored, as `folding.account` counts them, "files": bytes of the folder}.
+    {"dense": bytes of the dense baseline, "values" and "masks": bytes stored,
+    as `folding.account` counts them, "files": bytes of the folder}.
 
   Raises:
     ConfigError: the folder is not empty.
@@ -131,23 +263,22 @@ def export(
     },
     "config": config_lib.to_dict(config),
   }
-  # Last: it marks the folder as whole.
+  # Written last: it marks the folder as complete.
   text = json.dumps(values, indent=2, ensure_ascii=False)
   files.write_file(os.path.join(path, CONFIG), text + "\n")
-  return sizes(Loaded(config, params, tokenizer, tuple(labels))) | {
-    "files": sum(e.stat().st_size for e in os.scandir(path) if e.is_file())
-  }
+  size = sizes(Loaded(config, params, tokenizer, tuple(labels)))
+  return size | {"files": _folder_bytes(path)}
 
 
 def sizes(loaded: Loaded) -> dict[str, int]:
-  """Returns bytes: "dense", of the dense twin; "values" and "masks", stored."""
-  rows = loaded.params["embed"]["embedding"].shape[0]
+  """Returns bytes: "dense" of the dense baseline, "values" and "masks" stored."""
+  rows = loaded.num_rows
   if isinstance(loaded.tokenizer, MappedTokenizer):
     rows = loaded.tokenizer.plain_size
-  twin = make_model(
+  dense = make_model(
     config_lib.dense_twin(loaded.config), rows, len(loaded.labels)
   )
-  found = account(loaded.params, param_shapes(twin))["bytes"]["overall"]
+  found = account(loaded.params, param_shapes(dense))["bytes"]["overall"]
   return {
     "dense": found["dense"],
     "values": found["stored"],
@@ -155,12 +286,19 @@ def sizes(loaded: Loaded) -> dict[str, int]:
   }
 
 
+def _folder_bytes(path: str) -> int:
+  return sum(e.stat().st_size for e in os.scandir(path) if e.is_file())
+
+
 def shrunk(loaded: Loaded) -> Loaded:
-  """Returns the model of `folding.shrink`, its tokenizer mapped where rows go."""
+  """Returns the model after `folding.shrink`, with its tokenizer mapped.
+
+  The function stays the same, to float rounding: tokens of a classifier with a
+  zero embedding share one row of zeros.
+  """
   config, params, cut = shrink(loaded.config, loaded.params)
   tokenizer = loaded.tokenizer
-  rows = loaded.params["embed"]["embedding"].shape[0]
-  if params["embed"]["embedding"].shape[0] < rows:
+  if params["embed"]["embedding"].shape[0] < loaded.num_rows:
     tokenizer = MappedTokenizer(tokenizer, cut.token_map)
   params = jax.tree.map(np.asarray, params)
   return Loaded(config, params, tokenizer, loaded.labels)
@@ -169,7 +307,7 @@ def shrunk(loaded: Loaded) -> Loaded:
 def cast(loaded: Loaded, dtype: str) -> Loaded:
   """Returns the model with its floating-point arrays in another dtype.
 
-  Rotary frequencies stay what they are: their rounding grows with the position.
+  Rotary frequencies keep theirs: their rounding error grows with the position.
   """
 
   def cast_one(name, x):
@@ -182,93 +320,329 @@ def cast(loaded: Loaded, dtype: str) -> Loaded:
   return dataclasses.replace(loaded, params=params)
 
 
-def _load_export(path: str, values: dict[str, Any]) -> Loaded:
-  found = values.get("schema")
-  require(
-    found == SCHEMA,
-    f"{path} is an export of schema {found!r}, and this version of folding "
-    f"reads schema {SCHEMA}",
-  )
+def save_packed(tree: Mapping[str, Any], path: str | os.PathLike) -> None:
+  """Writes the arrays of nested dicts so that zeros take no room.
+
+  Each array is stored in the way that `folding.account` counts as cheapest. One
+  that is stored whole is a tensor under its path. Otherwise the tensor under
+  that path holds the nonzero values, in C order, or the slices that have any; a
+  second tensor, "<path>:bits", has a bit per element or slice, packed as
+  `numpy.packbits` does. The file's metadata has one entry, "folding": JSON
+  {"packed": {path: {"way", "shape"}}}.
+
+  `load_packed` returns the same bits, except that -0.0 may become 0.0.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
+  tensors: dict[str, np.ndarray] = {}
+  packed = {}
+  for name, leaf in paths.flatten(tree).items():
+    w = np.asarray(leaf)
+    way, _, _ = storage(w)
+    if way == "whole":
+      tensors[name] = np.asarray(w, order="C")
+      continue
+    is_kept = w != 0
+    if way in _AXES:
+      axis = _AXES[way] % w.ndim
+      is_kept = slices_of(is_kept, axis)
+      values = np.compress(is_kept, w, axis)
+    else:
+      values = w[is_kept]
+    tensors[name] = np.asarray(values, order="C")
+    tensors[name + _BITS] = np.packbits(is_kept)
+    packed[name] = {"way": way, "shape": w.shape}
+  metadata = {"folding": json.dumps({"packed": packed})}
+  hf_weights.save_tensors(path, tensors, metadata)
+
+
+def load_packed(
+  path: str | os.PathLike,
+  check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
+) -> dict[str, Any]:
+  """Returns the nested dicts of NumPy arrays that `save_packed` wrote.
+
+  Args:
+    path: The file.
+    check: Called with {path: shape} before any array is allocated.
+
+  Raises:
+    ConfigError: the file is missing, truncated, or has another format.
+  """
   try:
-    config = config_lib.resolve(config_lib.from_dict(values["config"]))
-    labels = values["labels"]
-    checksums = values["sha256"]
-  except (KeyError, TypeError) as error:
-    raise ConfigError(f"{path}/{CONFIG} lacks {error}") from None
-  require(
-    isinstance(labels, list)
-    and all(isinstance(label, str) for label in labels)
-    and len(set(labels)) == len(labels),
-    f"{path}/{CONFIG}: labels are a list of different names; they are {labels!r}",
-  )
-  require(
-    isinstance(checksums, dict),
-    f"{path}/{CONFIG}: sha256 is a checksum by file; it is {checksums!r}",
-  )
-  for name, expected in ({WEIGHTS: "", TOKENIZER: ""} | checksums).items():
-    file = os.path.join(path, name)
-    require(os.path.isfile(file), f"{path} has no {name}")
-    require(
-      _checksum(file) == expected,
-      f"{file} is not the file that was exported: its checksum differs from "
-      f"that in {CONFIG}; copy it again",
+    with safetensors.safe_open(path, "numpy") as file:
+      packed = json.loads((file.metadata() or {})["folding"])["packed"]
+      names = [name for name in file.keys() if not name.endswith(_BITS)]
+      shapes = {
+        name: tuple(
+          packed[name]["shape"]
+          if name in packed
+          else file.get_slice(name).get_shape()
+        )
+        for name in names
+      }
+      if check is not None:
+        check(shapes)
+      flat = {}
+      for name in names:
+        w = file.get_tensor(name)
+        if name in packed:
+          bits = file.get_tensor(name + _BITS)
+          w = _unpack(w, bits, packed[name]["way"], shapes[name])
+        flat[name] = w
+      return traverse_util.unflatten_dict(flat, sep="/")
+  except FileNotFoundError:
+    raise ConfigError(f"there is no {path}") from None
+  except safetensors.SafetensorError as error:
+    raise ConfigError(
+      f"{path} is truncated or no safetensors file ({error})"
+    ) from None
+  except ConfigError:
+    raise
+  except (KeyError, TypeError, ValueError, MemoryError) as error:
+    raise ConfigError(f"{path} is not packed as `folding` does") from error
+
+
+def _unpack(
+  values: np.ndarray, bits: np.ndarray, way: str, shape: tuple[int, ...]
+) -> np.ndarray:
+  axis = _AXES.get(way)
+  count = math.prod(shape) if axis is None else shape[axis]
+  if bits.size != -(-count // 8):
+    raise ValueError("there is not one bit per element or slice")
+  is_kept = np.unpackbits(bits, count=count).astype(bool)
+  w = np.zeros(shape, values.dtype)
+  if axis is None:
+    w[is_kept.reshape(shape)] = values
+  else:
+    np.moveaxis(w, axis, 0)[is_kept] = np.moveaxis(values, axis, 0)
+  return w
+
+
+def export_hf(
+  path: str | os.PathLike, loaded: Loaded, family: str | None = None
+) -> dict[str, int]:
+  """Writes a Hugging Face checkpoint to a new folder.
+
+  The Auto classes of `transformers` load it. Folded projections are written
+  dense. Removed neurons and tokens stay away, but all layers get the width of
+  the widest one.
+
+  Args:
+    path: Created if it does not exist; must be empty.
+    loaded: From `folding.load`; no heads were removed from it.
+    family: A `model_type` of `folding.models.hf_config`; None: the first that
+      computes this model.
+
+  Returns:
+    {"files": bytes of the folder}.
+
+  Raises:
+    ConfigError: the folder is not empty, no family computes this model, heads
+      were removed from it, or its classifier would ignore the end of a text.
+    OSError: it cannot be written.
+  """
+  path = os.fspath(path)
+  files.require_empty(path)
+  m = loaded.config.model
+  if m.heads is not None:
+    raise ConfigError(
+      "heads of this model were removed, and the standard layout has the same "
+      "number in all layers; export the run from before the shrink"
     )
-  params = load_packed(os.path.join(path, WEIGHTS))
-  tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  loaded = Loaded(config, params, tokenizer, tuple(labels))
-  _check_fit(loaded, path)
-  return loaded
-
-
-def _load_pretrained(path: str) -> Loaded:
-  found = load_pretrained(path)
-  is_lm = found.config.causal and not found.num_classes
-  config = Config(
-    task="lm" if is_lm else "classify",
-    preset="none",
-    data=config_lib.DataConfig(path=path, length=found.max_length),
-    model=found.config,
+  width = int(np.max(m.mlp_width))
+  m = dataclasses.replace(m, mlp_width=width)
+  family = family or hf_config.family_of(m, len(loaded.labels))
+  frequencies = None
+  if m.positions == "rope":
+    frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
+  try:
+    params = unfold(loaded.params, frequencies)
+  except ValueError as error:
+    raise ConfigError(f"it has no dense form: {error}") from None
+  params = paths.map_named(functools.partial(_widened, width), params)
+  # Heads that share keys have values of their own beside a diagonal W_V; the
+  # dense form then repeats the keys.
+  m = dataclasses.replace(
+    config_lib.dense_twin(loaded.config).model,
+    mlp_width=width,
+    num_kv_heads=params["blocks_0"]["attn"]["k"]["kernel"].shape[1],
   )
-  labels = found.label_names or _numbers(found.num_classes)
-  params = dict(found.params)
-  if not labels:
-    params.pop("pooler", None)  # an encoder alone: nothing reads it
-  loaded = Loaded(
-    config_lib.resolve(config),
+  tokenizer, token_map = _plain_tokenizer(loaded.tokenizer)
+  if token_map is not None:
+    params["embed"] = {"embedding": params["embed"]["embedding"][token_map]}
+  described = hf_config.Description(
+    family=family,
+    config=m,
+    vocab_size=params["embed"]["embedding"].shape[0],
+    max_length=loaded.config.data.length,
+    pad_id=_hf_pad_id(tokenizer, m.causal and bool(loaded.labels)),
+    token_types=hf_config.FAMILIES[family].defaults.get("type_vocab_size", 0),
+    num_classes=len(loaded.labels),
+    label_names=loaded.labels,
+  )
+  ends = tokenizer.end_ids.tolist()
+  begin = [*tokenizer.begin_ids.tolist(), None][0]
+  hf_weights.save_pretrained(
+    path,
     params,
-    load_tokenizer(found.tokenizer_path),
-    labels,
+    described,
+    eos_token_id=ends[0] if len(ends) == 1 else ends,
+    # Without a first token, a decoder generates from the end of a text.
+    bos_token_id=ends[0] if m.causal and begin is None else begin,
   )
-  _check_fit(loaded, path)
-  return loaded
+  options = _hf_tokenizer_options(tokenizer, described)
+  for name, text in (
+    (TOKENIZER, tokenizer.to_json()),
+    (special_tokens.OPTIONS, json.dumps(options, indent=2) + "\n"),
+  ):
+    files.write_file(os.path.join(path, name), text)
+  return {"files": _folder_bytes(path)}
 
 
-def _check_fit(loaded: Loaded, path: str) -> None:
-  """Refuses parameters that are not those of the config."""
-  expected = {
-    n: x.shape for n, x in paths.flatten(param_shapes(loaded.model)).items()
-  }
-  found = {n: np.shape(x) for n, x in paths.flatten(loaded.params).items()}
-  for name in sorted(expected.keys() | found.keys()):
-    require(
-      expected.get(name) == found.get(name),
-      f"the parameters in {path} are not of its config: {name} is "
-      f"{found.get(name)}, not {expected.get(name)}",
+def _widened(width: int, name: str, w: Any) -> np.ndarray:
+  """Returns an array of an MLP with this many neurons, filled with zeros."""
+  w = np.asarray(w)
+  if "/mlp/" not in name or name.endswith("down/bias"):
+    return w
+  axis = 0 if name.endswith("down/kernel") else -1
+  missing = np.zeros((w.ndim, 2), int)
+  missing[axis, 1] = width - w.shape[axis]
+  return np.pad(w, missing)
+
+
+def _plain_tokenizer(
+  tokenizer: Tokenizer,
+) -> tuple[Tokenizer, np.ndarray | None]:
+  """Returns a tokenizer without a map, and the row of each of its ids."""
+  if not isinstance(tokenizer, MappedTokenizer):
+    return tokenizer, None
+  text, token_map = tokenizer.to_json(), tokenizer.token_map
+  if (token_map < 0).any():  # tokens that were trimmed need no row
+    text, ids = trim_tokenizer(text, token_map >= 0)
+    token_map = token_map[ids]
+  inner = tokenizers.Tokenizer.from_str(text)
+  return Tokenizer(inner, tokenizer.special), token_map
+
+
+def _hf_pad_id(tokenizer: Tokenizer, is_causal_classifier: bool) -> int:
+  """Returns a pad id that ends no text.
+
+  A causal classifier of transformers pools at the last token that is not the
+  pad token.
+  """
+  if not is_causal_classifier or not tokenizer.ends_with_pad:
+    return tokenizer.pad_id
+  if not tokenizer.begin_ids.size:
+    raise ConfigError(
+      f"the tokenizer ends each text with the pad token ({tokenizer.pad_id}), "
+      "which this kind of classifier ignores in transformers"
     )
+  return int(tokenizer.begin_ids[0])
 
 
-def _labels_of(
-  path: str, config: Config, params: dict[str, Any]
-) -> tuple[str, ...]:
-  if config.task == "lm":
-    return ()
-  return load_labels(path) or _numbers(params["head"]["kernel"].shape[1])
+def _hf_tokenizer_options(
+  tokenizer: Tokenizer, described: hf_config.Description
+) -> dict[str, Any]:
+  """Returns the tokenizer_config.json under which transformers reads as we do."""
+  inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+  begin = tokenizer.begin_ids
+  options = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": described.max_length,
+    "pad_token": inner.id_to_token(described.pad_id),
+    "eos_token": inner.id_to_token(tokenizer.end_id),
+    "bos_token": inner.id_to_token(int(begin[0])) if begin.size else None,
+    "clean_up_tokenization_spaces": False,
+    # As in `folding.data.tokenizers`: "<end>" in a text is text.
+    "split_special_tokens": True,
+    # GPT-2 would add token_type_ids to the embedding.
+    "model_input_names": ["input_ids", "attention_mask"],
+  }
+  if not described.config.causal:
+    known = inner.get_vocab()
+    for kind, names in _ENCODER_TOKENS.items():
+      found = [name for name in names if name in known]
+      options[f"{kind}_token"] = found[0] if found else None
+  elif described.head == "lm" and tokenizer.special.chat_template is not None:
+    # It contains special tokens, which then have to be read as such.
+    options["split_special_tokens"] = False
+    options["chat_template"] = tokenizer.special.chat_template
+  return options
 
 
-def _numbers(count: int) -> tuple[str, ...]:
-  return tuple(map(str, range(count)))
+def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
+  """Writes a program of `jax.export` to a new folder.
 
+  It maps (tokens int32[b, l], mask bool[b, l]), of any batch and length, to
+  float32 logits: [b, C] of a classifier, [b, l, V] of a next-token model. The
+  parameters are inside, as dense arrays. With jax and flatbuffers installed,
+  `jax.export.deserialize(data)` reads model.stablehlo, and `.call(tokens, mask)`
+  runs it. The folder also has tokenizer.json, which gives the ids that the
+  program reads, and meta.json, which describes inputs, output and class names.
 
-def _checksum(path: str) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  Args:
+    path: Created if it does not exist; must be empty.
+    loaded: From `folding.load`.
+
+  Returns:
+    {"parameters": bytes of the arrays, "program": bytes of the file}.
+
+  Raises:
+    ConfigError: the folder is not empty, the model has no head, or the program
+      is too large.
+    OSError: it cannot be written.
+  """
+  path = os.fspath(path)
+  files.require_empty(path)
+  if loaded.config.task != "lm" and not loaded.labels:
+    raise ConfigError(
+      "this encoder has no head, and a program returns logits; use --format=hf"
+    )
+  size = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
+  if size >= 1 << 31:  # a limit of flatbuffers
+    raise ConfigError(
+      f"a program holds less than 2 GiB of parameters; these are {size:,} bytes"
+    )
+  model, tokenizer = loaded.model, loaded.tokenizer
+
+  @jax.jit
+  def forward(tokens_BL, keep_BL):
+    # Padding may be any number, but ids beyond the last row embed as NaN.
+    fill_BL = jnp.clip(tokens_BL, 0, tokenizer.plain_size - 1)
+    tokens_BL = jnp.where(keep_BL, tokens_BL, fill_BL)
+    if isinstance(tokenizer, MappedTokenizer):
+      tokens_BL = jnp.asarray(tokenizer.token_map, jnp.int32)[tokens_BL]
+    return model.apply({"params": loaded.params}, tokens_BL, keep_BL)
+
+  # Learned positions are limited; the others continue beyond data.length.
+  length = loaded.config.data.length
+  is_limited = loaded.config.model.positions == "learned"
+  bounds = ["b >= 1", "l >= 1", *([f"l <= {length}"] if is_limited else [])]
+  shape: Any = jax_export.symbolic_shape("b, l", constraints=bounds)
+  exported = jax_export.export(forward, platforms=PLATFORMS)(
+    jax.ShapeDtypeStruct(shape, jnp.int32),
+    jax.ShapeDtypeStruct(shape, jnp.bool_),
+  )
+  program = bytes(exported.serialize())
+  meta = {
+    "program": STABLEHLO,
+    "inputs": {
+      "tokens": "int32[b, l]: ids of tokenizer.json; any where mask is false",
+      "mask": "bool[b, l]: true at tokens, false at padding, which comes last",
+    },
+    "output": f"float32[b, {'C' if loaded.labels else 'l, V'}]: logits",
+    "labels": list(loaded.labels),
+    "trained_length": length,
+    "longest": length if is_limited else None,
+    "platforms": list(PLATFORMS),
+    "jax": jax.__version__,
+    "calling_convention": exported.calling_convention_version,
+  }
+  os.makedirs(path, exist_ok=True)
+  files.write_file(os.path.join(path, STABLEHLO), program)
+  files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
+  text = json.dumps(meta, indent=2, ensure_ascii=False)
+  files.write_file(os.path.join(path, META), text + "\n")
+  return {"parameters": size, "program": len(program)}

@@ -1,10 +1,11 @@
-"""Classification in use: texts -> class names and probabilities."""
+"""Classification: texts -> class names and probabilities."""
 
 import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +13,17 @@ import numpy as np
 
 from folding.data.batches import encode_rows
 from folding.data.buckets import bucket_lengths
-from folding.schema import ConfigError, require
+from folding.errors import ConfigError
 from folding.serving.export import Loaded
 
 _BATCHES_SORTED = 32  # texts are sorted by length among so many batches
 
 
 class Prediction(NamedTuple):
-  """What a classifier says about a text.
+  """The class of a text.
 
   Attributes:
-    text: As it was given; what does not fit into the model is not read.
+    text: As given; the model reads at most `data.length` tokens of it.
     label: Name of the most probable class.
     probabilities: float32[C], in the order of `Loaded.labels`.
   """
@@ -39,44 +40,42 @@ def predict(
   batch_size: int = 64,
   at_once: bool = False,
 ) -> Iterator[Prediction]:
-  """Yields a prediction for each text, in their order.
+  """Yields a prediction per text, in their order.
 
-  Texts of similar length share a batch, in one of a few shapes, so that the
-  model is compiled once for each. A text is predicted as it would be alone,
-  to float rounding.
+  Texts of similar length share a batch, in one of a few shapes, so the model is
+  compiled once per shape. A prediction does not depend on the other texts of
+  its batch, to float rounding.
 
   Args:
     loaded: A classifier, from `folding.load`.
     texts: Any number; about 32 batches of them are held at a time.
-    batch_size: Texts that are predicted together.
+    batch_size: Texts per batch.
     at_once: Whether to answer after each `batch_size` texts, in batches of
       less similar length.
 
   Raises:
-    ConfigError: the model is no classifier, or the batch size is out of range.
+    ConfigError: the model is no classifier, the batch size is out of range, or
+      the model returns NaN.
   """
-  require(
-    1 <= batch_size <= 65_536,
-    f"the batch size must be 1 to 65,536; it is {batch_size}",
-  )
-  require(
-    loaded.config.task == "classify" and bool(loaded.labels),
-    "this model has no classes to predict; give one of task 'classify'",
-  )
+  if not 1 <= batch_size <= 65_536:
+    raise ConfigError(f"the batch size must be 1 to 65,536; it is {batch_size}")
+  if loaded.config.task != "classify" or not loaded.labels:
+    raise ConfigError(
+      "this model has no classes to predict; give one of task 'classify'"
+    )
   return _predict(loaded, iter(texts), batch_size, at_once)
 
 
 def _predict(
   loaded: Loaded, texts: Iterator[str], batch_size: int, at_once: bool
 ) -> Iterator[Prediction]:
-  model = loaded.model
+  model, params = loaded.model, jax.device_put(loaded.params)
 
   @jax.jit
   def forward(params, tokens_BL, keep_BL):
     logits_BC: Any = model.apply({"params": params}, tokens_BL, keep_BL)
     return jax.nn.softmax(logits_BC, axis=-1)
 
-  params = jax.device_put(loaded.params)
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
   while group := list(itertools.islice(texts, size)):
     found = _probabilities(
@@ -88,17 +87,21 @@ def _predict(
 
 
 def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
-  """Raises `ConfigError` unless all that a model of a dtype gives are numbers."""
-  require(
-    bool(are_numbers.all()),
-    "the model gives no numbers (NaN); its weights are damaged, or too large "
-    f"for model.dtype {dtype}",
-  )
+  """Raises `ConfigError` unless all outputs of a model are numbers."""
+  if not are_numbers.all():
+    raise ConfigError(
+      "the model returns no numbers (NaN); its weights are damaged, or too "
+      f"large for model.dtype {dtype}"
+    )
 
 
 def _probabilities(
-  loaded: Loaded, forward, texts: list[str], batch_size: int
+  loaded: Loaded,
+  forward: Callable[[np.ndarray, np.ndarray], jax.Array],
+  texts: list[str],
+  batch_size: int,
 ) -> np.ndarray:
+  """Returns float32[texts, C]."""
   length = loaded.config.data.length
   rows = encode_rows(loaded.tokenizer, texts, length)
   buckets = bucket_lengths(length)
@@ -107,34 +110,37 @@ def _probabilities(
   for start in range(0, len(rows), batch_size):
     members = order[start : start + batch_size]
     bucket = buckets[int(np.searchsorted(buckets, rows[members[-1]].size))]
-    # Always of the full size, so that a last, small batch compiles nothing.
+    # The full batch size, so that a smaller last batch compiles nothing.
     tokens = np.full((batch_size, bucket), loaded.tokenizer.pad_id, np.int32)
     keep = np.zeros((batch_size, bucket), bool)
-    for place, i in enumerate(members):
-      tokens[place, : rows[i].size] = rows[i]
-      keep[place, : rows[i].size] = True
+    for position, i in enumerate(members):
+      tokens[position, : rows[i].size] = rows[i]
+      keep[position, : rows[i].size] = True
     found[members] = np.asarray(forward(tokens, keep))[: len(members)]
   return found
 
 
 @contextlib.contextmanager
-def open_lines(path: str, stdin: Iterable[bytes]) -> Iterator[Iterator[str]]:
-  """Gives the lines of a file, or of standard input for "-", as they come.
+def open_lines(path: str) -> Iterator[Iterator[str]]:
+  """Yields an iterator of the lines of a file, or of standard input for "-".
 
   Raises:
     OSError: the file cannot be read.
-    ConfigError: a line is not UTF-8; raised when the line is reached.
+    ConfigError: standard input is closed; or, when that line is reached, a line
+      is not UTF-8.
   """
-  if path == "-":
-    yield _lines(stdin, "standard input")
-  else:
+  if path != "-":
     with open(path, "rb") as file:
-      yield _lines(file, path)
+      yield _decoded(file, path)
+  elif sys.stdin is None:  # as in a daemon
+    raise ConfigError("there is no standard input to read")
+  else:
+    yield _decoded(sys.stdin.buffer, "standard input")
 
 
-def _lines(file: Iterable[bytes], name: str) -> Iterator[str]:
+def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
   for number, line in enumerate(file, 1):
-    # A byte order mark is no text, and neither is the end of a line.
+    # A byte order mark is no text, but only at the start of the file.
     encoding = "utf-8-sig" if number == 1 else "utf-8"
     try:
       yield line.decode(encoding).removesuffix("\n").removesuffix("\r")
@@ -158,7 +164,7 @@ def tsv_lines(
 def jsonl_lines(
   predictions: Iterable[Prediction], labels: Sequence[str]
 ) -> Iterator[str]:
-  """Yields an object with text, label and {label: probability} of each text."""
+  """Yields an object with text, label and {label: probability} per text."""
   for one in predictions:
     numbers = [round(float(p), 6) for p in one.probabilities]
     record = {

@@ -1,17 +1,14 @@
 """Tiny checkpoints of every family, as values of config.json and folders."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from flax import traverse_util
 from tokenizers import models, pre_tokenizers, processors
 
 from folding import paths
 from folding.config import FoldConfig
-from folding.models import hf_config, hf_save
-from folding.models.transformer import Transformer
+from folding.models import hf_config, hf_weights
+from folding.models.transformer import Transformer, param_shapes
 
 N, D, H, F, V, P, C = 2, 16, 4, 24, 30, 12, 3
 WORDS = "<pad> <s> </s> <unk> a b c d e f".split()
@@ -46,7 +43,6 @@ _SCALING = {
 FAMILIES = {
   "bert": {"model_type": "bert"} | _BERT | {"hidden_act": "relu"},
   "roberta": {"model_type": "roberta"} | _BERT | _ROBERTA,
-  "xlm-roberta": {"model_type": "xlm-roberta"} | _BERT | _ROBERTA,
   "distilbert": {
     "model_type": "distilbert",
     "vocab_size": V,
@@ -86,30 +82,23 @@ FAMILIES = {
 }
 
 
-def architecture(values, head):
-  """Returns the class of transformers that has this head."""
-  name = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
-  name |= {"distilbert": "DistilBert", "gpt2": "GPT2", "llama": "Llama"}
-  name |= {"mistral": "Mistral", "qwen2": "Qwen2"}
-  kind = "ForSequenceClassification" if head == "classify" else "Model"
-  if head == "lm":
-    gpt2 = values["model_type"] == "gpt2"
-    kind = "LMHeadModel" if gpt2 else "ForCausalLM"
-  return name[values["model_type"]] + kind
-
-
-def own_head(values):
-  """Returns the head that a family has without classes."""
-  decoders = ("gpt2", "llama", "mistral", "qwen2")
-  return "lm" if values["model_type"] in decoders else "none"
+DECODERS = ("gpt2", "llama", "mistral", "qwen2")
+# One case per risk: each entry with the head that it has without classes, and
+# one classifier per layout of tensors.
+CASES = [
+  (name, "lm" if values["model_type"] in DECODERS else "none")
+  for name, values in FAMILIES.items()
+] + [
+  (name, "classify")
+  for name in ("bert", "roberta", "distilbert", "gpt2", "llama")
+]
 
 
 def description(name, head):
   """Returns the description of a tiny checkpoint with this head."""
-  values = FAMILIES[name] | {
-    "architectures": [architecture(FAMILIES[name], head)]
-  }
+  values = dict(FAMILIES[name])
   if head == "classify":
+    values["architectures"] = ["AnyForSequenceClassification"]
     values["id2label"] = {str(i): f"class {i}" for i in range(C)}
   return hf_config.describe(values)
 
@@ -127,46 +116,38 @@ def model_of(described):
 
 def shapes_of(described):
   """Returns {path: shape} of our model's parameters."""
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-  tree = jax.eval_shape(model_of(described).init, key, tokens)["params"]
+  tree = param_shapes(model_of(described))
   return {path: x.shape for path, x in paths.flatten(tree).items()}
 
 
 def random_params(described, seed=0):
-  """Returns parameters none of which has a value that hides it.
+  """Returns parameters without zeros.
 
-  But the head of GPT-2 and Llama has no bias in `transformers`.
+  The exception is the head's bias in GPT-2 and Llama, which transformers lacks.
   """
-  rng, params = np.random.default_rng(seed), {}
-  for path, shape in shapes_of(described).items():
-    *parents, name = path.split("/")
-    place = functools.reduce(lambda x, y: x.setdefault(y, {}), parents, params)
-    place[name] = (0.4 * rng.normal(size=shape)).astype(np.float32)
-  if described.layout in ("gpt2", "llama") and "bias" in params.get("head", {}):
-    params["head"]["bias"][:] = 0
-  return params
+  rng = np.random.default_rng(seed)
+  flat = {
+    path: (0.4 * rng.normal(size=shape)).astype(np.float32)
+    for path, shape in shapes_of(described).items()
+  }
+  if described.config.causal and "head/bias" in flat:
+    flat["head/bias"][:] = 0
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def write(folder, name, head="none", params=None, words=WORDS):
+def write(folder, name, head="none"):
   """Writes a checkpoint by our own export, and returns its parameters."""
   described = description(name, head)
-  params = random_params(described) if params is None else params
-  hf_save.save_pretrained(
-    params,
-    described.config,
-    described.family,
-    folder,
-    tokenizer_path=write_tokenizer(folder.with_suffix(".json"), words),
-    max_length=described.max_length,
-    num_classes=described.num_classes,
-    label_names=described.label_names,
+  params = random_params(described)
+  hf_weights.save_pretrained(
+    folder, params, described, bos_token_id=1, eos_token_id=2
   )
+  write_tokenizer(folder / "tokenizer.json")
   return params
 
 
 def write_tokenizer(path, words=WORDS):
-  """Writes a tokenizer.json of words, which frames a text by <s> and </s>."""
+  """Writes a tokenizer.json of words that frames a text by <s> and </s>."""
   ids = {word: i for i, word in enumerate(words)}
   inner = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
   inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -176,3 +157,12 @@ def write_tokenizer(path, words=WORDS):
   inner.add_special_tokens(words[:4])
   inner.save(str(path))
   return path
+
+
+def assert_same(a, b):
+  """Asserts that two trees have the same float32 arrays, bit for bit."""
+  a, b = paths.flatten(a), paths.flatten(b)
+  assert a.keys() == b.keys()
+  for path in a:
+    np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+    assert a[path].dtype == b[path].dtype == np.float32

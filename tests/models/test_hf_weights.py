@@ -1,36 +1,43 @@
+"""Tensors and folders of checkpoints, in both directions."""
+
 import dataclasses
+import json
+import pathlib
+import sys
+import tracemalloc
+import types
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
+from huggingface_hub import constants
 
-from folding import paths, schema
-from folding.models import hf_names, hf_weights
+from folding import paths
+from folding.errors import ConfigError
+from folding.models import hf_weights
 from tests.models import checkpoints
-from tests.models.checkpoints import FAMILIES, V
+from tests.models.checkpoints import FAMILIES, V, assert_same
 
-each_case = pytest.mark.parametrize(
-  ("name", "head"),
-  [
-    (name, head)
-    for name, values in FAMILIES.items()
-    for head in (checkpoints.own_head(values), "classify")
-  ],
-)
+load = hf_weights.load_pretrained
 
 
 def _case(name, head=None):
   """Returns description, head, our parameters and their tensors."""
-  head = head or checkpoints.own_head(FAMILIES[name])
+  head = head or dict(checkpoints.CASES[: len(FAMILIES)])[name]
   described = checkpoints.description(name, head)
   params = checkpoints.random_params(described)
   if head == "none" and described.layout == "bert":  # BertModel has a pooler
     rng, width = np.random.default_rng(1), described.config.width
     pooler = {"kernel": rng.normal(size=(width, width)), "bias": np.ones(width)}
     params["pooler"] = {k: x.astype(np.float32) for k, x in pooler.items()}
-  tensors = hf_weights.export_tensors(described, head, params)
-  return described, head, params, tensors
+  return described, head, params, _export(described, head, params)
+
+
+def _export(described, head, params):
+  return hf_weights.export_tensors(described, head, params)
 
 
 def _import(described, head, tensors):
@@ -38,38 +45,16 @@ def _import(described, head, tensors):
   return hf_weights.import_params(described, head, shapes, tensors.__getitem__)
 
 
-def _assert_equal(a, b):
-  a, b = paths.flatten(a), paths.flatten(b)
-  assert a.keys() == b.keys()
-  for path in a:
-    np.testing.assert_array_equal(a[path], b[path], err_msg=path)
-    assert a[path].dtype == b[path].dtype == np.float32
-
-
-@each_case
-def test_the_table_names_the_parameters_of_our_model(name, head):
-  described = checkpoints.description(name, head)
-  table = hf_names.tensors(described, head)
-  named = [path for tensor in table for path in tensor.paths]
-  assert len(named) == len(set(named))
-  expected = set(checkpoints.shapes_of(described))
-  if head == "none":  # the encoder alone: its pooler, if it has one
-    expected |= {x for x in named if x.startswith("pooler")}
-  elif described.layout in ("gpt2", "llama"):
-    expected -= {"head/bias"}
-  assert set(named) == expected
-
-
-@each_case
-def test_what_is_exported_comes_back_bit_for_bit(name, head):
+@pytest.mark.parametrize(("name", "head"), checkpoints.CASES)
+def test_import_inverts_export_bit_for_bit(name, head):
   described, head, params, tensors = _case(name, head)
   again, left_out = _import(described, head, tensors)
-  _assert_equal(again, params)
+  assert_same(again, params)
   assert left_out == []
 
 
-def test_a_transposed_layout_is_what_it_says():
-  described, head, params, tensors = _case("llama")
+def test_layout_transposes_axes_as_written():
+  _, _, params, tensors = _case("llama")
   kernel = params["blocks_1"]["attn"]["k"]["kernel"]
   weight = tensors["model.layers.1.self_attn.k_proj.weight"]
   D, J, K = kernel.shape
@@ -88,11 +73,11 @@ def test_gpt2_has_queries_keys_and_values_in_one_tensor():
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_segment_0_is_in_every_position(name):
+def test_segment_0_is_added_to_every_position(name):
   described, head, params, tensors = _case(name, "classify")
   segments = f"{name}.embeddings.token_type_embeddings.weight"
-  tensors[segments] = np.arange(tensors[segments].size, dtype=np.float32)
-  tensors[segments] = tensors[segments].reshape(-1, described.config.width)
+  rng = np.random.default_rng(1)
+  tensors[segments] = rng.normal(size=tensors[segments].shape)
   loaded, _ = _import(described, head, tensors)
   expected = params["position_embed"]["embedding"] + tensors[segments][:1]
   np.testing.assert_array_equal(loaded["position_embed"]["embedding"], expected)
@@ -105,30 +90,26 @@ def test_positions_of_roberta_begin_after_those_of_padding():
   assert not rows[:2].any()
 
 
-OLDER = {"weight": "gamma", "bias": "beta"}
-
-
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_the_prefix_may_be_absent(name):
+def test_import_accepts_names_with_and_without_the_prefix(name):
   described, head, params, tensors = _case(name)
-  prefix = hf_names.PREFIXES[described.layout]
+  prefix = hf_weights.LAYOUTS[described.layout].prefix
   other = {
     prefix + key if head == "none" else key.removeprefix(prefix): tensor
     for key, tensor in tensors.items()
   }
   assert other.keys() != tensors.keys()
-  again, _ = _import(described, head, other)
-  _assert_equal(again, params)
+  assert_same(_import(described, head, other)[0], params)
 
 
-def test_older_names_of_norms_are_known():
+def test_import_accepts_older_names_of_norms():
   described, head, params, tensors = _case("bert")
-  other = {}
+  older, other = {"weight": "gamma", "bias": "beta"}, {}
   for key, tensor in tensors.items():
     stem, _, end = key.rpartition(".")
-    other[f"{stem}.{OLDER[end]}" if "LayerNorm" in key else key] = tensor
-  again, _ = _import(described, head, other)
-  _assert_equal(again, params)
+    other[f"{stem}.{older[end]}" if "LayerNorm" in key else key] = tensor
+  assert other.keys() != tensors.keys()
+  assert_same(_import(described, head, other)[0], params)
 
 
 # Buffers and heads for other tasks.
@@ -142,84 +123,56 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("name", UNUSED)
-def test_what_we_have_no_use_for_is_left_out_and_told(name):
+def test_import_leaves_out_unused_tensors_and_names_them(name):
   described, head, params, tensors = _case(name)
   more = UNUSED[name].split()
   again, left_out = _import(
     described, head, tensors | dict.fromkeys(more, np.zeros(1))
   )
-  _assert_equal(again, params)
+  assert_same(again, params)
   assert left_out == more
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert"])
-def test_an_encoder_may_come_without_a_head(name):
-  described, _, params, tensors = _case(name, "classify")
-  tensors = {k: v for k, v in tensors.items() if "classifier" not in k}
-  tensors = {k: v for k, v in tensors.items() if "pooler" not in k}
+def test_import_of_an_encoder_without_pooler():
+  described, _, params, tensors = _case("bert", "classify")
+  tensors = {
+    k: v
+    for k, v in tensors.items()
+    if "classifier" not in k and "pooler" not in k
+  }
   again, _ = _import(described, "none", tensors)
   del params["head"], params["pooler"]
-  _assert_equal(again, params)
+  assert_same(again, params)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_a_missing_tensor_is_named(name):
-  described, head, _, tensors = _case(name)
-  missing = list(tensors)[3]
-  del tensors[missing]
-  with pytest.raises(
-    schema.ConfigError, match=f"^tensor {missing} is missing$"
-  ):
-    _import(described, head, tensors)
-
-
-def test_several_missing_tensors_are_counted():
+def test_import_names_tensors_that_do_not_fit():
   described, head, _, tensors = _case("llama")
-  tensors = {k: v for k, v in tensors.items() if ".layers.1." not in k}
-  with pytest.raises(
-    schema.ConfigError, match=r"layers\.1\..* \(and 8 more\) is missing"
-  ):
-    _import(described, head, tensors)
+  lost = "model.norm.weight"
+  cases = [
+    ({k: v for k, v in tensors.items() if k != lost}, f"{lost} is missing"),
+    (
+      {k: v for k, v in tensors.items() if ".layers.1." not in k},
+      r"layers\.1\..* \(and 8 more\) is missing",
+    ),
+    (
+      tensors | {"model.layers.2.mlp.up_proj.weight": np.zeros(3)},
+      "layers.2.mlp.up_proj.weight has no place",
+    ),
+    (
+      tensors | {"model.layers.0.mlp.up.bias": np.zeros(3)},
+      "layers.0.mlp.up.bias has no place",
+    ),
+    (
+      tensors | {"model.embed_tokens.weight": np.zeros((V - 1, 16))},
+      r"embed_tokens.weight is of shape \[29, 16\]; .* \[30, 16\]",
+    ),
+  ]
+  for wrong, message in cases:
+    with pytest.raises(ConfigError, match=message):
+      _import(described, head, wrong)
 
 
-@pytest.mark.parametrize(
-  "name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.mlp.up.bias"]
-)
-def test_a_tensor_left_over_is_named(name):
-  described, head, _, tensors = _case("llama")
-  with pytest.raises(
-    schema.ConfigError, match=f"tensor {name} has no place in a llama model"
-  ):
-    _import(described, head, tensors | {name: np.zeros(3)})
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama_biases_scaled"])
-def test_an_output_layer_that_is_not_the_embedding_is_told(family):
-  described, head, params, tensors = _case(family)
-  [name] = [x for x in tensors if x.endswith(("wte.weight", "tokens.weight"))]
-  same = tensors | {"lm_head.weight": tensors[name]}
-  again, _ = _import(described, head, same)
-  np.testing.assert_array_equal(
-    again["embed"]["embedding"], params["embed"]["embedding"]
-  )
-  with pytest.raises(
-    schema.ConfigError, match="lm_head.weight is not .*tie_word_embeddings to"
-  ):
-    _import(described, head, same | {"lm_head.weight": tensors[name] + 1})
-
-
-def test_a_tensor_of_another_shape_is_named():
-  described, head, _, tensors = _case("roberta")
-  tensors["embeddings.word_embeddings.weight"] = np.zeros((V - 1, 16))
-  with pytest.raises(
-    schema.ConfigError,
-    match=r"embeddings.word_embeddings.weight is of shape \[29, 16\]; "
-    r"config.json asks for \[30, 16\]",
-  ):
-    _import(described, head, tensors)
-
-
-def test_nothing_is_read_before_all_is_checked():
+def test_import_checks_all_shapes_before_it_reads():
   described, head, _, tensors = _case("gpt2")
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   shapes["transformer.ln_f.bias"] = (1,)
@@ -227,34 +180,40 @@ def test_nothing_is_read_before_all_is_checked():
   def read(name):
     raise AssertionError(f"read {name}")
 
-  with pytest.raises(schema.ConfigError, match="ln_f.bias is of shape"):
+  with pytest.raises(ConfigError, match="ln_f.bias is of shape"):
     hf_weights.import_params(described, head, shapes, read)
 
 
-def test_the_bias_of_gpt2s_head_moves_into_the_last_norm():
+@pytest.mark.parametrize("family", ["gpt2", "llama_biases_scaled"])
+def test_import_refuses_an_output_layer_unlike_the_tied_embedding(family):
+  described, head, params, tensors = _case(family)
+  [name] = [x for x in tensors if x.endswith(("wte.weight", "tokens.weight"))]
+  same = tensors | {"lm_head.weight": tensors[name]}
+  assert_same(_import(described, head, same)[0], params)
+  with pytest.raises(ConfigError, match="lm_head.weight is not"):
+    _import(described, head, same | {"lm_head.weight": tensors[name] + 1})
+
+
+def test_export_moves_the_bias_of_gpt2s_head_into_the_last_norm():
   described, head, params, _ = _case("gpt2", "classify")
   params["head"]["bias"] = np.float32([1, -2, 0.5])
-  tensors = hf_weights.export_tensors(described, head, params)
-  again, _ = _import(described, head, tensors)
+  again, _ = _import(described, head, _export(described, head, params))
   assert not again["head"]["bias"].any()
   tokens = jnp.asarray([[1, 2, 3, 4], [4, 3, 2, 9]])
-  model = checkpoints.model_of(described)
-  logits = [model.apply({"params": p}, tokens) for p in (params, again)]
-  # Two roundings of a bias of size 1 more.
+  apply = jax.jit(checkpoints.model_of(described).apply)
+  logits = [apply({"params": p}, tokens) for p in (params, again)]
+  # Two more roundings of a bias of size 1.
   np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_bias_that_llamas_head_lacks_is_refused():
+def test_export_refuses_a_bias_that_llamas_head_lacks():
   described, head, params, _ = _case("llama", "classify")
   params["head"]["bias"] = np.float32([1, -2, 0.5])
-  with pytest.raises(
-    schema.ConfigError,
-    match="classifier has no bias, and head/bias is not zero",
-  ):
-    hf_weights.export_tensors(described, head, params)
+  with pytest.raises(ConfigError, match="head/bias is not zero"):
+    _export(described, head, params)
 
 
-def test_biases_that_a_model_has_not_are_zeros():
+def test_export_writes_zeros_for_biases_that_the_model_lacks():
   described, head, params, whole = _case("gpt2")
   bare = jax.tree_util.tree_map_with_path(
     lambda path, x: None if path[-1].key == "bias" else x, params
@@ -262,7 +221,7 @@ def test_biases_that_a_model_has_not_are_zeros():
   config = dataclasses.replace(described.config, use_bias=False, qkv_bias=False)
   described = dataclasses.replace(described, config=config)
   assert set(paths.flatten(bare)) == set(checkpoints.shapes_of(described))
-  tensors = hf_weights.export_tensors(described, head, bare)
+  tensors = _export(described, head, bare)
   assert tensors.keys() == whole.keys()
   for name, tensor in tensors.items():
     expected = 0 if name.endswith("bias") else whole[name]
@@ -285,17 +244,248 @@ def _more(params):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (
-      _folded,
-      r"blocks_1/attn/q/kernel is of shape \[16, 4, 1\]; a dense bert has "
-      r"\[16, 4, 4\]",
-    ),
-    (_without, "parameter blocks_0/mlp/up/kernel is missing; a dense bert"),
-    (_more, "blocks_0/attn/log_slopes has no place in a dense bert"),
+    (_folded, r"q/kernel is of shape \[16, 4, 1\]; .* \[16, 4, 4\]"),
+    (_without, "blocks_0/mlp/up/kernel is missing"),
+    (_more, "blocks_0/attn/log_slopes has no place"),
   ],
 )
-def test_parameters_that_do_not_fit_are_named(change, message):
+def test_export_names_parameters_that_do_not_fit(change, message):
   described, head, params, _ = _case("bert")
   change(params)
-  with pytest.raises(schema.ConfigError, match=message):
-    hf_weights.export_tensors(described, head, params)
+  with pytest.raises(ConfigError, match=message):
+    _export(described, head, params)
+
+
+@pytest.mark.parametrize(
+  ("name", "head"), [("bert", "classify"), ("roberta", "none")]
+)
+def test_load_returns_what_was_saved(name, head, tmp_path):
+  described = checkpoints.description(name, head)
+  params = checkpoints.write(tmp_path / "model", name, head)
+  loaded = load(tmp_path / "model")
+  assert_same(loaded.params, params)
+  assert loaded == hf_weights.Pretrained(
+    **vars(described),
+    params=loaded.params,
+    tokenizer_path=tmp_path / "model" / "tokenizer.json",
+  )
+
+
+def test_save_of_a_misfit_writes_nothing(tmp_path):
+  described = checkpoints.description("bert", "classify")
+  params = checkpoints.random_params(described)
+  _more(params)
+  with pytest.raises(ConfigError, match="log_slopes"):
+    hf_weights.save_pretrained(tmp_path / "out", params, described)
+  assert not (tmp_path / "out").exists()
+
+
+def _tensors(folder):
+  return safetensors.numpy.load_file(folder / hf_weights.WEIGHTS)
+
+
+def _shard(folder, where=None):
+  """Splits the weights into three files with an index."""
+  tensors = _tensors(folder)
+  shards = [f"model-{i}-of-3.safetensors" for i in range(3)]
+  for i, shard in enumerate(shards):
+    part = {n: tensors[n] for n in list(tensors)[i::3]}
+    safetensors.numpy.save_file(part, folder / shard)
+  (folder / hf_weights.WEIGHTS).unlink()
+  where = where or {n: shards[i % 3] for i, n in enumerate(tensors)}
+  (folder / hf_weights.INDEX).write_text(json.dumps({"weight_map": where}))
+  return where
+
+
+def test_load_reads_symlinked_shards(folder, tmp_path):
+  whole = load(folder)
+  _shard(folder)
+  # As the cache of the hub lays them out.
+  for shard in folder.glob("model-*"):
+    blob = shard.rename(tmp_path / shard.name)
+    shard.symlink_to(pathlib.Path("..") / blob.name)
+  assert_same(load(folder).params, whole.params)
+
+
+@pytest.mark.parametrize(
+  "kind", [ml_dtypes.bfloat16, np.float16, np.float64], ids=str
+)
+def test_load_converts_other_floats(kind, folder):
+  tensors = {k: x.astype(kind) for k, x in _tensors(folder).items()}
+  safetensors.numpy.save_file(tensors, folder / hf_weights.WEIGHTS)
+  kernel = load(folder).params["blocks_1"]["mlp"]["up"]["kernel"]
+  expected = tensors["model.layers.1.mlp.up_proj.weight"].astype(np.float32)
+  np.testing.assert_array_equal(kernel, expected.T)
+  assert kernel.dtype == np.float32
+
+
+def _configured(**fields):
+  def write(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+  return write
+
+
+def test_load_holds_one_copy_of_the_weights(folder):
+  width = 1 << 14
+  _configured(intermediate_size=width)(folder)
+  tensors = _tensors(folder)
+  large = [name for name in tensors if ".mlp." in name]
+  for name in large:
+    shape = (16, width) if "down" in name else (width, 16)
+    tensors[name] = np.ones(shape, np.float32)
+  one = tensors[large[0]].nbytes
+  safetensors.numpy.save_file(tensors, folder / hf_weights.WEIGHTS)
+  del tensors
+  load(folder)  # what is imported on the way is not counted
+  tracemalloc.start()
+  loaded = load(folder)
+  held, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert loaded.params["blocks_1"]["mlp"]["up"]["kernel"].nbytes == one
+  assert len(large) == 6
+  assert 6 <= held / one < 6.3
+  assert peak / one < 7.3  # and the one that is being transposed
+
+
+def test_load_for_classification_leaves_the_output_layer_out(llama_folder):
+  loaded = load(llama_folder, task="classify")
+  assert "head" not in loaded.params
+  assert loaded.left_out == ("lm_head.weight",)
+  assert (loaded.num_classes, loaded.config.pooling) == (0, "last")
+
+
+def test_load_for_the_next_token_needs_a_decoder_with_its_layer(tmp_path):
+  checkpoints.write(tmp_path / "bert", "bert")
+  with pytest.raises(ConfigError, match="does not predict the next token"):
+    load(tmp_path / "bert", task="lm")
+  checkpoints.write(tmp_path / "llama", "llama", "classify")
+  with pytest.raises(ConfigError, match="llama: .*lm_head.weight is missing"):
+    load(tmp_path / "llama", task="lm")
+
+
+def _keep(n):
+  """Cuts the weights to n bytes, or by -n."""
+
+  def cut(folder):
+    path = folder / hf_weights.WEIGHTS
+    path.write_bytes(path.read_bytes()[:n])
+
+  return cut
+
+
+def _written(name, text):
+  return lambda folder: (folder / name).write_text(text)
+
+
+def _unlinked(name):
+  return lambda folder: (folder / name).unlink()
+
+
+def _pickled(folder):
+  (folder / hf_weights.WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def _quantized(folder):
+  tensors = _tensors(folder)
+  tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+  safetensors.numpy.save_file(tensors, folder / hf_weights.WEIGHTS)
+
+
+def _shard_lost(folder):
+  _shard(folder)
+  (folder / "model-1-of-3.safetensors").unlink()
+
+
+def _shard_cut(folder):
+  _shard(folder)
+  path = folder / "model-2-of-3.safetensors"
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def _shards_mixed_up(folder):
+  where = _shard(folder)
+  where = dict(zip(where, [*where.values()][::-1], strict=True))
+  (folder / hf_weights.INDEX).write_text(json.dumps({"weight_map": where}))
+
+
+def _index(file):
+  def write(folder):
+    outside = folder.parent / "outside.safetensors"
+    outside.write_bytes((folder / hf_weights.WEIGHTS).read_bytes())
+    _pickled(folder)
+    where = file and {"model.norm.weight": file.format(folder.parent)}
+    text = json.dumps({"weight_map": where})
+    (folder / hf_weights.INDEX).write_text(text)
+
+  return write
+
+
+BROKEN = {
+  "no_config": (_unlinked("config.json"), "there is no .*config.json"),
+  "no_json": (_written("config.json", "{"), "config.json is damaged"),
+  "list": (_written("config.json", "[]"), "config.json is damaged"),
+  "model": (
+    _written("config.json", '{"model_type": "t5"}'),
+    "llama: config.json: model_type 't5'",
+  ),
+  "other_type": (_configured(rope_scaling="linear"), "config.json is broken"),
+  "pickle": (_pickled, r"pickles are not read; .*save_pretrained\(\)"),
+  "truncated": (_keep(-5), "model.safetensors is truncated"),
+  "header": (_keep(20), "model.safetensors is truncated"),
+  "empty": (_keep(0), "model.safetensors is truncated"),
+  "quantized": (_quantized, "model.norm.weight is stored as I8"),
+  "no_tokenizer": (_unlinked("tokenizer.json"), "has no tokenizer.json"),
+  "shard_lost": (_shard_lost, "there is no .*model-1-of-3.safetensors"),
+  "shard_cut": (_shard_cut, "model-2-of-3.safetensors is truncated"),
+  "shards_mixed_up": (_shards_mixed_up, "has no tensor"),
+  "index_of_pickles": (_index("pytorch_model.bin"), "must have a weight_map"),
+  "index_elsewhere": (
+    _index("../outside.safetensors"),
+    "must have a weight_map",
+  ),
+  "index_absolute": (
+    _index("{}/outside.safetensors"),
+    "must have a weight_map",
+  ),
+  "index_without_map": (_index(None), "must have a weight_map"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
+def test_load_of_a_broken_folder_is_refused_in_one_line(
+  change, message, folder
+):
+  change(folder)
+  with pytest.raises(ConfigError, match=message) as caught:
+    load(folder)
+  assert "\n" not in str(caught.value)
+
+
+def test_load_of_no_folder_is_refused(llama_folder, monkeypatch):
+  def refuse(*_, **__):
+    raise OSError("offline\nagain")
+
+  hub = types.SimpleNamespace(snapshot_download=refuse)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  for name, message in (
+    ("./no/such", "there is no folder ./no/such"),
+    ("/no/such", "there is no folder /no/such"),
+    (llama_folder / hf_weights.WEIGHTS, "is a file"),
+    ("a/b", r"there is no folder a/b, .* \(offline\)"),
+  ):
+    with pytest.raises(ConfigError, match=message) as caught:
+      load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_of_a_hub_id_reads_the_cache(tmp_path, monkeypatch):
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  # As the library lays out what it has downloaded.
+  model = tmp_path / "models--somebody--llama"
+  (model / "refs").mkdir(parents=True)
+  (model / "refs" / "main").write_text("0" * 40)
+  params = checkpoints.write(model / "snapshots" / ("0" * 40), "llama", "lm")
+  assert_same(load("somebody/llama").params, params)

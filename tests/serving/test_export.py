@@ -1,18 +1,22 @@
+"""Compact exports: arrays, folders, and what `load` refuses."""
+
 import dataclasses
+import hashlib
 import json
-import pathlib
 import shutil
+import struct
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import folding
 from folding import config as c
 from folding import paths
-from folding.compression.accounting import account
-from folding.schema import ConfigError
+from folding.compression import accounting
+from folding.errors import ConfigError
 from folding.serving import export as export_lib
 from tests.serving import models
 
@@ -20,18 +24,127 @@ DEAD = [7, 9, 10, 17]  # on, mat, and, ##s
 TEXT = "The cats sat on a mat and the dog ran to the old barn zzz"
 
 
-def write(folder, model) -> dict[str, int]:
-  return export_lib.export(
-    folder, model.config, model.params, model.tokenizer, model.labels
-  )
+def _random(shape, zeros=(), dtype=np.float32):
+  w = np.random.default_rng(0).normal(size=shape).astype(dtype)
+  for index in zeros:
+    w[index] = 0
+  return w
 
 
-def assert_same_params(found, expected):
+def _tree():
+  """Returns arrays for which each way of storage is the cheapest once."""
+  odd = np.random.default_rng(1).uniform(size=(7, 5, 3)) < 0.8
+  return {
+    "embed": {"embedding": _random((11, 8), [0, 3, 4, 10, (1, 2)])},
+    "blocks_0": {
+      "up": {"kernel": _random((6, 9), [(slice(None), slice(2, 7))])},
+      "o": {"kernel": _random((7, 5, 3), [odd]), "bias": np.zeros(9)},
+      "q": {"kernel": _random((8, 2, 1))},
+      "half": _random((5, 6), [1, 2], ml_dtypes.bfloat16),
+    },
+    "nan": np.array([0, np.nan, 0, np.inf] * 8, np.float32),
+    "scale": np.float32(3),
+    "map": np.arange(300, dtype=np.uint16),
+  }
+
+
+def _header(path):
+  raw = path.read_bytes()
+  (size,) = struct.unpack("<Q", raw[:8])
+  return json.loads(raw[8 : 8 + size])
+
+
+def _assert_same(found, expected):
   found, expected = paths.flatten(found), paths.flatten(expected)
   assert found.keys() == expected.keys()
   for name, w in expected.items():
-    assert found[name].dtype == w.dtype, name
+    assert (found[name].dtype, found[name].shape) == (w.dtype, w.shape), name
     assert np.asarray(found[name]).tobytes() == np.asarray(w).tobytes(), name
+
+
+@pytest.fixture
+def packed(tmp_path):
+  path = tmp_path / "w.safetensors"
+  export_lib.save_packed(_tree(), path)
+  return path
+
+
+def test_packed_arrays_come_back_bit_for_bit(packed):
+  _assert_same(export_lib.load_packed(packed), _tree())
+  ways = json.loads(_header(packed)["__metadata__"]["folding"])["packed"]
+  assert {name: entry["way"] for name, entry in ways.items()} == {
+    "embed/embedding": "first",
+    "blocks_0/half": "first",
+    "blocks_0/up/kernel": "last",
+    "blocks_0/o/kernel": "values",
+    "blocks_0/o/bias": "values",
+    "nan": "values",
+  }
+
+
+def test_packed_file_has_the_bytes_that_account_counts(packed):
+  size = {"values": 0, "masks": 0}
+  for name, entry in _header(packed).items():
+    if name != "__metadata__":
+      begin, end = entry["data_offsets"]
+      size["masks" if name.endswith(":bits") else "values"] += end - begin
+  tree = _tree()
+  overall = accounting.account(tree, tree)["bytes"]["overall"]
+  assert size == {"values": overall["stored"], "masks": overall["masks"]}
+
+
+def test_packed_file_has_the_permissions_of_a_new_file(packed):
+  plain = packed.with_name("plain")
+  plain.touch()
+  assert packed.stat().st_mode == plain.stat().st_mode
+
+
+def _flip_last(path):
+  raw = bytearray(path.read_bytes())
+  raw[-1] ^= 1
+  path.write_bytes(raw)
+
+
+def _repack(path, shape, bits):
+  """Writes a file that claims an array of this shape."""
+  tensors = {"w": np.zeros((0, 3), np.float32), "w:bits": np.zeros(bits, "B")}
+  entry = {"packed": {"w": {"way": "first", "shape": shape}}}
+  metadata = {"folding": json.dumps(entry)}
+  safetensors.numpy.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (lambda path: path.write_bytes(path.read_bytes()[:100]), "truncated"),
+    (lambda path: path.write_bytes(b""), "truncated"),
+    (lambda path: path.unlink(), "there is no"),
+    (
+      lambda path: safetensors.numpy.save_file({"w": np.ones(3)}, path),
+      "not packed",
+    ),
+    # Bits that do not fit values or shape, and 400 TB.
+    (
+      lambda path: (
+        export_lib.save_packed({"w": _random(64, [slice(0, 40)])}, path)
+        or _flip_last(path)
+      ),
+      "not packed",
+    ),
+    (lambda path: _repack(path, [10**7, 10**7], 1), "not packed"),
+    (lambda path: _repack(path, [10**7, 10**7], 1_250_000), "not packed"),
+  ],
+)
+def test_load_packed_refuses_damaged_files(packed, damage, message):
+  damage(packed)
+  with pytest.raises(ConfigError, match=message):
+    export_lib.load_packed(packed)
+
+
+def write(folder, model):
+  return export_lib.export(
+    folder, model.config, model.params, model.tokenizer, model.labels
+  )
 
 
 @pytest.fixture(scope="module")
@@ -39,75 +152,76 @@ def model():
   return models.with_zeros(models.make(), DEAD)
 
 
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+  """Returns an export; not to be changed."""
+  folder = tmp_path_factory.mktemp("export") / "out"
+  return folder, write(folder, model)
+
+
 @pytest.fixture
-def folder(model, tmp_path):
-  write(tmp_path / "out", model)
-  return tmp_path / "out"
+def folder(exported, tmp_path):
+  return shutil.copytree(exported[0], tmp_path / "out")
 
 
-@pytest.mark.parametrize("task", ["classify", "lm"])
-def test_an_export_comes_back_bit_for_bit(tmp_path, task):
-  model = models.with_zeros(models.make(task), DEAD)
-  write(tmp_path / "out", model)
-  found = folding.load(tmp_path / "out")
-  assert found.config == model.config
-  assert found.labels == model.labels
-  assert_same_params(found.params, model.params)
-  assert found.tokenizer.to_json() == model.tokenizer.to_json()
+def test_load_returns_what_was_exported(model, exported, tmp_path):
+  found = folding.load(exported[0])
+  assert (found.config, found.labels) == (model.config, model.labels)
   assert found.model == model.model
-  np.testing.assert_array_equal(
-    models.logits(found, TEXT), models.logits(model, TEXT)
-  )
-
-
-def test_an_exported_export_is_the_same_but_for_nothing(folder, tmp_path):
-  write(tmp_path / "again", folding.load(folder))
-  for file in folder.iterdir():
+  _assert_same(found.params, model.params)
+  assert found.tokenizer.to_json() == model.tokenizer.to_json()
+  write(tmp_path / "again", found)
+  for file in exported[0].iterdir():
     assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_sizes_are_those_of_account_and_of_the_disk(model, tmp_path):
-  size = write(tmp_path / "out", model)
-  twin = models.make(
+def test_export_returns_bytes_of_account_and_disk(model, exported):
+  folder, size = exported
+  dense = models.make(
     model=model.config.model, fold=c.FoldConfig(groups=0, v_block=0)
   )
-  expected = account(model.params, twin.params)["bytes"]["overall"]
+  expected = accounting.account(model.params, dense.params)["bytes"]["overall"]
   assert size == {
     "dense": expected["dense"],
     "values": expected["stored"],
     "masks": expected["masks"],
-    "files": sum(f.stat().st_size for f in (tmp_path / "out").iterdir()),
+    "files": sum(f.stat().st_size for f in folder.iterdir()),
   }
   assert size["values"] + size["masks"] < 0.8 * size["dense"]
 
 
-def test_a_shrunk_model_computes_the_same(model, tmp_path):
+def test_export_needs_an_empty_folder(folder, model):
+  with pytest.raises(ConfigError, match="not an empty folder"):
+    write(folder, model)
+  with pytest.raises(ConfigError, match="not an empty folder"):
+    write(folder / "config.json", model)
+
+
+def test_shrunk_model_computes_the_same(model, tmp_path):
   small = export_lib.shrunk(model)
   write(tmp_path / "out", small)
   found = folding.load(tmp_path / "out")
   assert found.params["embed"]["embedding"].shape == (21 - 3, 16)
   assert found.config.model.mlp_width == (14, 13)
-  assert "v" not in found.params["blocks_0"]["attn"]
   for text in [TEXT, "a"]:
-    expected = models.logits(model, text)
+    # Sums of other order and one product less: float32 rounding.
     np.testing.assert_allclose(
-      # Sums of other order and one product less: float32 rounding.
       models.logits(found, text),
-      expected,
+      models.logits(model, text),
       rtol=2e-5,
       atol=2e-5,
     )
-
-
-def test_removed_tokens_alone_change_no_bit(model):
+  # The tokens alone change no bit.
   rows = model.params["embed"]["embedding"]
-  small = export_lib.shrunk(model)
-  plain = model.tokenizer.encode_batch([TEXT], 40)[0]
-  mapped = small.tokenizer.encode_batch([TEXT], 40)[0]
-  np.testing.assert_array_equal(
-    small.params["embed"]["embedding"][mapped], rows[plain]
-  )
-  assert (rows[plain] == 0).all(axis=1).sum() == 4  # there are some
+  [plain] = model.tokenizer.encode_batch([TEXT], 40)
+  [mapped] = found.tokenizer.encode_batch([TEXT], 40)
+  assert (rows[plain] == 0).all(axis=1).sum() == 4
+  new_rows = found.params["embed"]["embedding"]
+  np.testing.assert_array_equal(new_rows[mapped], rows[plain])
+  path = tmp_path / "out" / "token_map.json"
+  path.write_bytes(path.read_bytes()[:-5])
+  with pytest.raises(ConfigError, match="token_map.json is not the file"):
+    folding.load(tmp_path / "out")
 
 
 def test_cast_halves_the_values_and_loads_again(tmp_path):
@@ -117,10 +231,9 @@ def test_cast_halves_the_values_and_loads_again(tmp_path):
   size = write(tmp_path / "half", half)
   assert size["values"] * 2 == whole["values"]
   found = folding.load(tmp_path / "half")
-  assert {x.dtype for x in jax.tree.leaves(found.params)} == {
-    np.dtype(ml_dtypes.bfloat16)
-  }
-  assert_same_params(found.params, half.params)
+  dtypes = {x.dtype for x in jax.tree.leaves(found.params)}
+  assert dtypes == {np.dtype(ml_dtypes.bfloat16)}
+  _assert_same(found.params, half.params)
   rounded = jax.tree.map(
     lambda w: w.astype(ml_dtypes.bfloat16).astype(np.float32), model.params
   )
@@ -141,97 +254,78 @@ def test_cast_leaves_rotary_frequencies_as_they_are():
   assert {x.dtype.name for n, x in after.items() if n != name} >= {"bfloat16"}
 
 
-def edit_config(folder: pathlib.Path, change) -> None:
+CHANGED = {
+  "schema": (lambda v: v.update(schema=2), "schema 2"),
+  "no_schema": (lambda v: v.pop("schema"), "schema None"),
+  "true_schema": (lambda v: v.update(schema=True), "schema True"),
+  "no_labels": (lambda v: v.pop("labels"), "lacks 'labels'"),
+  "label": (lambda v: v.update(labels="abc"), "labels must be"),
+  "numbers": (lambda v: v.update(labels=[1, 2, 3]), "labels must be"),
+  "twice": (lambda v: v.update(labels=["a", "a", "b"]), "labels must be"),
+  "fewer_labels": (lambda v: v["labels"].pop(), r"head/bias is \(3,\), not"),
+  "heads": (lambda v: v["config"]["model"].update(num_heads=0), "num_heads"),
+  "field": (lambda v: v["config"].update(colour=1), "no field 'colour'"),
+  "width": (lambda v: v["config"]["model"].update(mlp_width=7), "not of its"),
+  "layers": (lambda v: v["config"]["model"].update(num_layers=1), "not None"),
+  "no_sum": (lambda v: v["sha256"].pop("tokenizer.json"), "checksum differs"),
+  "sums": (lambda v: v.update(sha256="abc"), "sha256 must have"),
+  "outside": (
+    lambda v: v["sha256"].update({"../secret": "0"}),
+    "sha256 must have",
+  ),
+  "absolute": (
+    lambda v: v["sha256"].update({"/etc/hostname": "0"}),
+    "sha256 must have",
+  ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGED.values(), ids=CHANGED)
+def test_load_refuses_a_changed_config(folder, change, message):
   path = folder / "config.json"
   values = json.loads(path.read_text("utf-8"))
   change(values)
   path.write_text(json.dumps(values))
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (lambda v: v.update(schema=2), "is an export of schema 2, and this"),
-    (lambda v: v.pop("schema"), "is an export of schema None"),
-    (lambda v: v.pop("labels"), "lacks 'labels'"),
-    (
-      lambda v: v.update(labels="abc"),
-      "a list of different names; they are 'abc",
-    ),
-    (lambda v: v.update(labels=[1, 2, 3]), "a list of different names"),
-    (lambda v: v.update(labels=["a", "a", "b"]), "a list of different names"),
-    (
-      lambda v: v["config"]["model"].update(num_heads=0),
-      "num_heads must be at",
-    ),
-    (lambda v: v["config"].update(colour=1), "has no field 'colour'"),
-    (lambda v: v["sha256"].pop("tokenizer.json"), "its checksum differs"),
-    (lambda v: v.update(sha256="abc"), "checksum by file; it is 'abc'"),
-    (
-      lambda v: v["config"]["model"].update(mlp_width=7),
-      r"are not of its config: .* is \(.*\), not \(",
-    ),
-    (lambda v: v["labels"].pop(), r"head/bias is \(3,\), not \(2,\)"),
-    (lambda v: v["config"]["model"].update(num_layers=1), "is .*, not None"),
-  ],
-)
-def test_a_changed_config_is_refused(folder, change, message):
-  edit_config(folder, change)
   with pytest.raises(ConfigError, match=message) as error:
     folding.load(folder)
   assert "\n" not in str(error.value)
 
 
-def cut(path):
-  path.write_bytes(path.read_bytes()[:-5])
+def test_load_compares_shapes_before_it_allocates(folder):
+  path = folder / "model.safetensors"
+  tensors = {"embed/embedding": np.zeros((0, 10**7), np.float32)}
+  tensors["embed/embedding:bits"] = np.zeros(1_250_000, np.uint8)
+  entry = {"embed/embedding": {"way": "first", "shape": [10**7, 10**7]}}
+  metadata = {"folding": json.dumps({"packed": entry})}
+  safetensors.numpy.save_file(tensors, path, metadata)
+  values = json.loads((folder / "config.json").read_text("utf-8"))
+  sum256 = hashlib.sha256(path.read_bytes()).hexdigest()
+  values["sha256"]["model.safetensors"] = sum256
+  (folder / "config.json").write_text(json.dumps(values))
+  with pytest.raises(ConfigError, match="not of its config"):
+    folding.load(folder)
 
 
-def flip(path):
-  raw = bytearray(path.read_bytes())
-  raw[len(raw) // 2] ^= 1
-  path.write_bytes(raw)
-
-
-@pytest.mark.parametrize("damage", [cut, flip])
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_damaged_file_is_refused(folder, damage, name):
-  damage(folder / name)
+def test_load_refuses_a_damaged_or_missing_file(folder, name):
+  _flip_last(folder / name)
   with pytest.raises(ConfigError, match=f"{name} is not the file that was"):
     folding.load(folder)
-
-
-def test_a_file_that_is_gone_is_named(folder):
-  (folder / "model.safetensors").unlink()
-  with pytest.raises(ConfigError, match="has no model.safetensors"):
+  (folder / name).unlink()
+  with pytest.raises(ConfigError, match=f"has no {name}"):
     folding.load(folder)
-
-
-def test_a_damaged_map_of_tokens_is_refused(model, tmp_path):
-  write(tmp_path / "out", export_lib.shrunk(model))
-  cut(tmp_path / "out" / "token_map.json")
-  with pytest.raises(ConfigError, match="token_map.json is not the file"):
-    folding.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
   ("text", "message"),
-  [("{", "config.json is damaged"), ("[]", "config.json is damaged")],
+  [
+    ("{", "config.json is damaged"),
+    ("[]", "config.json is damaged"),
+    (None, "is no run and no exported model"),
+  ],
 )
-def test_a_config_that_is_none_is_refused(tmp_path, text, message):
-  (tmp_path / "config.json").write_text(text)
+def test_load_refuses_a_folder_of_another_kind(tmp_path, text, message):
+  if text is not None:
+    (tmp_path / "config.json").write_text(text)
   with pytest.raises(ConfigError, match=message):
     folding.load(tmp_path)
-
-
-def test_a_folder_without_a_config_is_refused(tmp_path):
-  with pytest.raises(ConfigError, match="is no run and no exported model"):
-    folding.load(tmp_path)
-
-
-def test_nothing_is_written_over(folder, model):
-  with pytest.raises(ConfigError, match="not an empty folder"):
-    write(folder, model)
-  shutil.rmtree(folder)
-  folder.write_text("")
-  with pytest.raises(ConfigError, match="not an empty folder"):
-    write(folder, model)

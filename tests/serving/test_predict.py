@@ -1,11 +1,12 @@
 import io
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from folding.schema import ConfigError
+from folding.errors import ConfigError
 from folding.serving import predict as predict_lib
 from tests.serving import models
 
@@ -26,10 +27,8 @@ def _alone(model, text):
   return p / p.sum()
 
 
-@pytest.mark.parametrize(
-  ("batch_size", "at_once"), [(1, True), (4, True), (5, False), (64, False)]
-)
-def test_predictions_are_those_of_each_text_alone(model, batch_size, at_once):
+@pytest.mark.parametrize(("batch_size", "at_once"), [(4, True), (5, False)])
+def test_prediction_is_that_of_the_text_alone(model, batch_size, at_once):
   texts = models.random_texts(23)
   texts[3] = texts[11] = ""
   found = list(
@@ -44,7 +43,7 @@ def test_predictions_are_those_of_each_text_alone(model, batch_size, at_once):
   assert {one.label for one in found} == set(model.labels)
 
 
-def test_a_text_that_gives_no_token_is_read_as_an_end():
+def test_text_without_tokens_is_read_as_an_end():
   model = models.make()
   plain = models.word_pieces()
   values = json.loads(plain) | {"post_processor": None}
@@ -54,13 +53,13 @@ def test_a_text_that_gives_no_token_is_read_as_an_end():
   assert np.abs(empty.probabilities - other.probabilities).max() > 1e-3
 
 
-def test_a_long_text_is_cut_inside_its_frame(model):
+def test_long_text_is_cut_inside_its_frame(model):
   cut = "the cat " * 19  # 38 words, [CLS] and [SEP]
   [long, short] = predict_lib.predict(model, [cut + "dog ran", cut])
   np.testing.assert_array_equal(long.probabilities, short.probabilities)
 
 
-def test_few_shapes_are_compiled(model, caplog):
+def test_predict_compiles_few_shapes(model, caplog):
   texts = models.random_texts(200)
   with jax.log_compiles(), caplog.at_level("WARNING"):
     list(predict_lib.predict(model, texts, batch_size=8))
@@ -70,7 +69,7 @@ def test_few_shapes_are_compiled(model, caplog):
   assert 1 <= len(compiled) <= 3  # buckets of 16, 32 and 40 tokens
 
 
-def test_answers_come_before_the_input_ends(model):
+def test_at_once_answers_before_the_input_ends(model):
   taken = []
 
   def texts():
@@ -83,45 +82,52 @@ def test_answers_come_before_the_input_ends(model):
   assert len(taken) == 3
 
 
-def test_numbers_that_are_none_are_no_answer():
+def test_damaged_weights_are_refused():
   damaged = models.make()
   damaged.params["head"]["bias"] += np.nan
-  with pytest.raises(
-    ConfigError, match=r"gives no numbers \(NaN\); its weights"
-  ):
+  with pytest.raises(ConfigError, match="NaN"):
     list(predict_lib.predict(damaged, ["the cat"]))
 
 
-def test_no_text_is_no_answer(model):
+def test_no_text_gives_no_prediction(model):
   assert list(predict_lib.predict(model, [])) == []
 
 
-@pytest.mark.parametrize("size", [0, -1, 10**12])
-def test_a_batch_of_no_or_of_all_too_many_texts_is_refused(model, size):
-  with pytest.raises(ConfigError, match=f"must be 1 to 65,536; it is {size}"):
-    predict_lib.predict(model, ["a"], batch_size=size)
-
-
-def test_a_language_model_is_refused():
-  with pytest.raises(ConfigError, match="has no classes to predict"):
+def test_predict_refuses_what_it_cannot_do(model):
+  for size in (0, 10**12):
+    with pytest.raises(ConfigError, match=f"1 to 65,536; it is {size}"):
+      predict_lib.predict(model, ["a"], batch_size=size)
+  with pytest.raises(ConfigError, match="no classes to predict"):
     predict_lib.predict(models.make("lm"), ["a"])
 
 
-def test_lines_are_read_as_they_are(tmp_path):
-  raw = "\ufeffone\r\n\ntwo\u2028\x0btwo\n  three\t".encode()
+@pytest.mark.parametrize("where", ["file", "stdin"])
+def test_open_lines_keeps_all_but_line_ends_and_the_first_mark(
+  tmp_path, monkeypatch, where
+):
+  # A byte order mark in a later line is text.
+  raw = "\ufeffone\r\n\n\ufefftwo\u2028\x0btwo\n  three\t".encode()
+  path = "-" if where == "stdin" else str(tmp_path / "t.txt")
   (tmp_path / "t.txt").write_bytes(raw)
-  expected = ["one", "", "two\u2028\x0btwo", "  three\t"]
-  for path in (str(tmp_path / "t.txt"), "-"):
-    with predict_lib.open_lines(path, io.BytesIO(raw)) as lines:
-      assert list(lines) == expected
+  stdin = types.SimpleNamespace(buffer=io.BytesIO(raw))
+  monkeypatch.setattr("sys.stdin", stdin if where == "stdin" else None)
+  expected = ["one", "", "\ufefftwo\u2028\x0btwo", "  three\t"]
+  with predict_lib.open_lines(path) as lines:
+    assert list(lines) == expected
 
 
-def test_a_line_that_is_no_text_is_named(tmp_path):
+def test_open_lines_names_what_it_cannot_read(tmp_path, monkeypatch):
   (tmp_path / "t.txt").write_bytes(b"one\n\xff\n")
-  with predict_lib.open_lines(str(tmp_path / "t.txt"), []) as lines:
+  with predict_lib.open_lines(str(tmp_path / "t.txt")) as lines:
     assert next(lines) == "one"
     with pytest.raises(ConfigError, match="t.txt, line 2, is not UTF-8"):
       next(lines)
+  monkeypatch.setattr("sys.stdin", None)  # as in a daemon
+  with (
+    pytest.raises(ConfigError, match="no standard input"),
+    predict_lib.open_lines("-"),
+  ):
+    pass
 
 
 _ANSWERS = [
@@ -130,7 +136,7 @@ _ANSWERS = [
 ]
 
 
-def test_tsv_has_a_header_and_one_line_a_text():
+def test_tsv_has_a_header_and_a_line_per_text():
   assert list(predict_lib.tsv_lines(_ANSWERS, ("bad", "so\tso"))) == [
     "label\tbad\tso so",
     "bad\t0.750000\t0.250000",

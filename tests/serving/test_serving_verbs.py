@@ -28,7 +28,7 @@ def _error(capsys, *argv):
   return line
 
 
-def test_an_export_has_the_accuracy_of_the_run(run, tmp_path, capsys):
+def test_export_has_the_accuracy_of_the_run(run, tmp_path, capsys):
   status, out, _ = _call(capsys, "export", run, "--output", tmp_path / "out")
   assert status == 0
   numbers = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", out)][:5]
@@ -59,36 +59,26 @@ def test_an_export_has_the_accuracy_of_the_run(run, tmp_path, capsys):
   np.testing.assert_allclose(answers[0], answers[1], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    (["--format=stablehlo"], "bytes of program; "),
-    (["--dtype=bfloat16", "--keep-shapes"], "bytes of files"),
-  ],
-)
-def test_options_of_export(run, tmp_path, capsys, options, message):
-  output = tmp_path / "out"
-  status, out, _ = _call(capsys, "export", run, "--output", output, *options)
-  assert status == 0
-  assert message in out
-  assert out.endswith(f"The exported model is in {output}\n")
-  if "stablehlo" not in options[0]:
-    found = folding.load(output)
-    is_half = "--dtype=bfloat16" in options
-    dtypes = {x.dtype.name for x in jax.tree.leaves(found.params)}
-    assert dtypes == {"bfloat16" if is_half else "float32"}
-    is_whole = "--keep-shapes" in options
-    rows = folding.load(run).params["embed"]["embedding"].shape[0]
-    assert (found.params["embed"]["embedding"].shape[0] == rows) == is_whole
-    status, out, _ = _call(capsys, "predict", output, run / "labels.json")
+def test_export_of_stablehlo_and_bfloat16(run, tmp_path, capsys):
+  for option, message in (
+    ("--format=stablehlo", "bytes of program; "),
+    ("--dtype=bfloat16", "bytes of files"),
+  ):
+    output = tmp_path / option
+    status, out, _ = _call(capsys, "export", run, "--output", output, option)
     assert status == 0
-    assert out.splitlines()[0] == "label\tanimal\ttool, sharp"
-    assert len(out.splitlines()) == 2
+    assert message in out
+    assert out.endswith(f"The exported model is in {output}\n")
+  assert (tmp_path / "--format=stablehlo" / "model.stablehlo").is_file()
+  found = folding.load(output)
+  dtypes = {x.dtype.name for x in jax.tree.leaves(found.params)}
+  assert dtypes == {"bfloat16"}
+  status, out, _ = _call(capsys, "predict", output, run / "labels.json")
+  assert (status, len(out.splitlines())) == (0, 2)
+  assert out.splitlines()[0] == "label\tanimal\ttool, sharp"
 
 
-def test_an_export_that_fails_leaves_nothing_in_its_way(
-  run, tmp_path, capsys, monkeypatch
-):
+def test_export_that_fails_leaves_nothing(run, tmp_path, capsys, monkeypatch):
   def fail(*_):
     raise OSError("the disk is full")
 
@@ -100,7 +90,7 @@ def test_an_export_that_fails_leaves_nothing_in_its_way(
   assert _call(capsys, *argv)[0] == 0
 
 
-def test_standard_input_is_answered_line_by_line(run, capsys, monkeypatch):
+def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   stdin = types.SimpleNamespace(buffer=io.BytesIO(b"cat\n\ndog axe\n"))
   monkeypatch.setattr("sys.stdin", stdin)
   status, out, _ = _call(capsys, "predict", run, "-", "--batch-size=1")
@@ -131,7 +121,7 @@ def test_standard_input_is_answered_line_by_line(run, capsys, monkeypatch):
     (["predict", "TMP", "TMP/a.txt"], "is no run and no exported model"),
   ],
 )
-def test_mistakes_are_one_line(run, tmp_path, capsys, argv, message):
+def test_mistake_is_one_line(run, tmp_path, capsys, argv, message):
   (tmp_path / "a.txt").write_text("a\n")
   argv = [
     a.replace("RUN", str(run)).replace("TMP", str(tmp_path)) for a in argv

@@ -15,7 +15,7 @@ from folding import config as c
 from folding import paths, schema
 from folding.data.batches import make_data
 from folding.models.transformer import make_model
-from folding.serving.huggingface import export_hf
+from folding.serving.export import export_hf
 from folding.training import loop, start
 from folding.training.restore import load_run
 from tests.training.conftest import recovery_config, tiny_config

@@ -1,0 +1,271 @@
+"""Hugging Face folders: the same predictions in transformers as here."""
+
+import dataclasses
+import json
+import warnings
+
+import numpy as np
+import pytest
+import tokenizers
+
+import folding
+from folding import config as c
+from folding.data import trimming
+from folding.data.tokenizers import load_tokenizer
+from folding.errors import ConfigError
+from folding.models.attention import rope_frequencies
+from folding.serving import export as export_lib
+from folding.serving import predict
+from tests.models import checkpoints
+from tests.serving import models
+
+_ENCODER = c.bert(**models.SHAPE, pooler=True)
+_CASES = {
+  # One layer has fewer neurons than the other.
+  "bert-shrunk": (_ENCODER, {"groups": 2, "v_block": 1}),
+  "gpt2": (c.gpt2(**models.SHAPE), {}),
+  "llama-pairs": (
+    c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2),
+    {"groups": 4, "rope": "pairs", "v_block": 0},
+  ),
+  # A diagonal W_V beside shared keys: the dense form repeats the keys.
+  "llama-own-keys": (
+    c.llama(**models.SHAPE, num_kv_heads=2),
+    {"groups": 0, "v_block": (0, 1)},
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def make():
+  """Returns a function that makes a case, once."""
+  made = {}
+
+  def get(name):
+    if name not in made:
+      made[name] = _model(name)
+    return made[name]
+
+  return get
+
+
+def _model(name):
+  shape, options = _CASES[name]
+  task = "lm" if shape.causal else "classify"
+  model = models.make(task, shape, c.FoldConfig(**options))
+  for n in range(2) if "pairs" in name else ():
+    # 2 of the 4 pairs of K = 8 channels, others in each key head.
+    own = rope_frequencies(8, 10000.0)[np.array([[0, 2], [3, 1]])]
+    model.params[f"blocks_{n}"]["attn"]["frequency"] = own
+  if "shrunk" in name:
+    model = export_lib.shrunk(models.with_zeros(model, []))
+    first, second = model.config.model.mlp_width
+    assert first == second + 1
+  return model
+
+
+@pytest.fixture(scope="module")
+def transformers():
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    reason = "needs the extra `parity` (PyTorch and transformers)"
+    pytest.importorskip("torch", reason=reason)
+    found = pytest.importorskip("transformers", reason=reason)
+  found.logging.set_verbosity_error()
+  found.logging.disable_progress_bar()
+  return found
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torch
+@pytest.mark.parametrize("name", ["bert-shrunk", "gpt2", "llama-pairs"])
+def test_transformers_predicts_the_same_from_text(
+  transformers, make, name, tmp_path
+):
+  import torch
+
+  model = make(name)
+  export_lib.export_hf(tmp_path / "out", model)
+  of_task = {
+    "lm": transformers.AutoModelForCausalLM,
+    "classify": transformers.AutoModelForSequenceClassification,
+  }
+  theirs = of_task[model.config.task].from_pretrained(tmp_path / "out").eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  named = {"[PAD]", "[CLS]", "[SEP]"}
+  if not model.config.model.causal:
+    named |= {"[UNK]"}
+    assert (tokenizer.cls_token, tokenizer.sep_token) == ("[CLS]", "[SEP]")
+    assert (tokenizer.unk_token, tokenizer.mask_token) == ("[UNK]", None)
+  assert set(tokenizer.all_special_tokens) == named
+  texts = ["the cats sat on a mat", "a dog [SEP] ran"]  # [SEP] is text here
+  batch = tokenizer(texts, return_tensors="pt", padding=True)
+  assert set(batch) == {"input_ids", "attention_mask"}
+  with torch.no_grad():
+    logits = theirs(**batch).logits.numpy()
+  for i, text in enumerate(texts):
+    expected = models.logits(model, text)
+    found = logits[i] if model.labels else logits[i, : len(expected)]
+    # float32 on both sides, in another order of operations.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  if model.labels:
+    assert list(theirs.config.id2label.values()) == list(model.labels)
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_load_reads_it_back_and_predicts_the_same(make, name, tmp_path):
+  model = make(name)
+  size = export_lib.export_hf(tmp_path / "out", model)
+  files = [f.stat().st_size for f in (tmp_path / "out").iterdir()]
+  assert size["files"] == sum(files)
+  found = folding.load(tmp_path / "out")
+  assert found.labels == model.labels
+  assert found.config.task == model.config.task
+  assert found.config.model.mlp_width == np.max(model.config.model.mlp_width)
+  np.testing.assert_allclose(
+    models.logits(found, "the cats sat"),
+    models.logits(model, "the cats sat"),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+def _same_predictions(*two):
+  [ours], [theirs] = (
+    predict.predict(m, ["the cat sat on a mat"], batch_size=1) for m in two
+  )
+  np.testing.assert_allclose(
+    theirs.probabilities, ours.probabilities, atol=1e-6
+  )
+
+
+def test_mapped_tokens_get_their_rows_back(tmp_path):
+  model = models.make(model=_ENCODER)
+  model.params["embed"]["embedding"][[5, 9]] = 0  # cat, mat
+  mapped = export_lib.shrunk(model)
+  assert mapped.num_rows == 20
+  export_lib.export_hf(tmp_path / "out", mapped)
+  found = folding.load(tmp_path / "out")
+  rows = found.params["embed"]["embedding"]
+  np.testing.assert_array_equal(rows, model.params["embed"]["embedding"])
+  _same_predictions(mapped, found)
+
+
+def test_trimmed_tokens_get_no_rows(tmp_path):
+  model = models.make(model=_ENCODER)
+  keep = ~np.isin(np.arange(21), [5, 9])  # without "cat", "mat"
+  params = dict(model.params)
+  rows = params["embed"]["embedding"][keep]
+  params["embed"] = {"embedding": rows}
+  trimmed = dataclasses.replace(
+    model, params=params, tokenizer=trimming.trimmed(model.tokenizer, keep)
+  )
+  export_lib.export_hf(tmp_path / "out", trimmed)
+  found = folding.load(tmp_path / "out")
+  np.testing.assert_array_equal(found.params["embed"]["embedding"], rows)
+  assert found.tokenizer.vocab_size == 19
+  _same_predictions(trimmed, found)
+
+
+def _without_heads():
+  model = models.with_zeros(models.make(model=_ENCODER), [])
+  for n in range(2):
+    model.params[f"blocks_{n}"]["attn"]["o"]["kernel"][1] = 0
+  return export_lib.shrunk(model)
+
+
+def _other_angles():
+  model = _model("llama-pairs")
+  model.params["blocks_1"]["attn"]["frequency"] *= np.float32(1.1)
+  return model
+
+
+@pytest.mark.parametrize(
+  ("make_model", "message"),
+  [
+    (_without_heads, "heads of this model were removed"),
+    (models.make, "no model of transformers computes this one"),
+    (_other_angles, "no dense form: blocks_1/attn/frequency"),
+  ],
+)
+def test_export_hf_refuses_a_model_without_a_standard_form(
+  make_model, message, tmp_path
+):
+  with pytest.raises(ConfigError, match=message) as error:
+    export_lib.export_hf(tmp_path / "out", make_model())
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "out").exists()
+
+
+def _fields(folder, name="config.json"):
+  return json.loads((folder / name).read_text("utf-8"))
+
+
+def _edit(path, **fields):
+  path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | fields))
+
+
+def test_causal_classifier_sees_the_end_of_its_texts(tmp_path):
+  source, out = tmp_path / "source", tmp_path / "out"
+  checkpoints.write(source, "llama", "classify")
+  loaded = folding.load(source)
+  # transformers would ignore the end of a text if it were the pad token.
+  _edit(source / "config.json", pad_token_id=2)
+  with pytest.raises(ConfigError, match="ends each text .*add_eos_token"):
+    folding.load(source)
+  # Without "<pad>", "</s>" pads.
+  words = ["<none>", *checkpoints.WORDS[1:]]
+  path = checkpoints.write_tokenizer(tmp_path / "tokenizer.json", words)
+  tokenizer = load_tokenizer(path)
+  assert tokenizer.pad_id == tokenizer.end_id == 2
+  export_lib.export_hf(out, dataclasses.replace(loaded, tokenizer=tokenizer))
+  values = _fields(out)
+  assert (values["pad_token_id"], values["eos_token_id"]) == (1, 2)
+  assert _fields(out, "tokenizer_config.json")["pad_token"] == "<s>"
+  folding.load(out)
+
+
+def test_decoder_without_begin_generates_from_an_end(tmp_path):
+  source, out = tmp_path / "source", tmp_path / "out"
+  checkpoints.write(source, "gpt2", "lm")
+  _edit(source / "tokenizer.json", post_processor=None)
+  export_lib.export_hf(out, folding.load(source))
+  values = _fields(out)
+  assert (values["bos_token_id"], values["eos_token_id"]) == (2, 2)
+
+
+def test_load_refuses_more_tokens_than_embeddings(tmp_path):
+  checkpoints.write(tmp_path / "out", "llama", "lm")
+  words = [*checkpoints.WORDS, *(f"w{i}" for i in range(30))]
+  checkpoints.write_tokenizer(tmp_path / "out" / "tokenizer.json", words)
+  with pytest.raises(ConfigError, match="ids go up to 39, .* 30 embeddings"):
+    folding.load(tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_chat_is_written_as_before_the_export(transformers, tmp_path):
+  source, kept, out = (tmp_path / name for name in ("source", "kept", "out"))
+  checkpoints.write(source, "llama", "lm")
+  words = [*checkpoints.WORDS, "<|im_start|>"]
+  path = checkpoints.write_tokenizer(source / "tokenizer.json", words)
+  inner = tokenizers.Tokenizer.from_file(str(path))
+  inner.add_special_tokens(["<|im_start|>"])
+  inner.save(str(path))
+  options = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}"
+    "{% endfor %}",
+  }
+  (source / "tokenizer_config.json").write_text(json.dumps(options))
+  # Through an export, which has no tokenizer_config.json.
+  loaded = folding.load(source)
+  export_lib.export(kept, loaded.config, loaded.params, loaded.tokenizer)
+  export_lib.export_hf(out, folding.load(kept))
+  chat = [{"role": "user", "content": "a b"}, {"role": "user", "content": "c"}]
+  before, after = (
+    transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+      chat, return_dict=False
+    )
+    for folder in (source, out)
+  )
+  assert before.count(words.index("<|im_start|>")) == 2
+  assert after == before

@@ -1,0 +1,129 @@
+"""Programs of `jax.export`: the same logits without this library."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax.export
+import numpy as np
+import pytest
+
+from folding import config as c
+from folding.errors import ConfigError
+from folding.serving import export as export_lib
+from tests.serving import models
+
+# Runs a program where neither folding nor flax can be imported.
+_ALONE = """
+import sys
+sys.modules |= dict.fromkeys(("folding", "flax", "tokenizers", "optax"))
+import jax.export
+import numpy as np
+
+with open("out/model.stablehlo", "rb") as file:
+  exported = jax.export.deserialize(bytearray(file.read()))
+inputs = np.load("in.npz")
+tokens, mask = inputs["tokens"], inputs["mask"]
+wide = exported.call(tokens, mask)
+one = exported.call(tokens[:1, :3], mask[:1, :3])
+np.savez("found.npz", wide=wide, one=one)
+"""
+
+_CASES = {
+  "mapped": lambda: export_lib.shrunk(
+    models.with_zeros(models.make(), [7, 9, 10])
+  ),
+  "last-by-input-axis": lambda: models.make(
+    model=c.gpt2(**models.SHAPE, pooling="last"),
+    fold=c.FoldConfig(groups=4, axis="input"),
+  ),
+  "llama": lambda: models.make(
+    "lm",
+    c.llama(**models.SHAPE, num_kv_heads=2, window=5),
+    c.FoldConfig(groups=2, v_block=0),
+  ),
+}
+
+
+def _batch(model, length):
+  """Returns ids of the tokenizer, and a mask with padding at the end."""
+  rng = np.random.default_rng(0)
+  shape = (3, length)
+  tokens = rng.integers(0, model.tokenizer.plain_size, shape).astype(np.int32)
+  return tokens, np.arange(length) < np.array([[length], [2], [length - 1]])
+
+
+def _apply(model, tokens, keep):
+  tokens = getattr(model.tokenizer, "token_map", np.arange(21))[tokens]
+  apply = jax.jit(model.model.apply)
+  return np.asarray(apply({"params": model.params}, tokens, keep))
+
+
+def _load(folder):
+  data = (folder / "model.stablehlo").read_bytes()
+  return jax.export.deserialize(bytearray(data))
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_program_computes_the_model_whatever_pads(tmp_path, name):
+  model, out = _CASES[name](), tmp_path / "out"
+  size = export_lib.export_stablehlo(out, model)
+  program = (out / "model.stablehlo").stat().st_size
+  assert program == size["program"] > size["parameters"] > 0
+  saved = (out / "tokenizer.json").read_text("utf-8")
+  assert saved == model.tokenizer.to_json()
+  exported = _load(out)
+  assert exported.platforms == ("cpu", "cuda", "tpu")
+  tokens, keep = _batch(model, 17)
+  expected, found = _apply(model, tokens, keep), exported.call(tokens, keep)
+  # The same sums, fused otherwise.
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+  other = exported.call((tokens + 1) % 20, keep)
+  assert np.abs(found - other).max() > 1e-2
+  if model.labels:
+    for value in (-300, 10**6):
+      padded = np.where(keep, tokens, value).astype(np.int32)
+      np.testing.assert_array_equal(exported.call(padded, keep), found)
+
+
+def test_program_runs_where_folding_is_not_installed(tmp_path):
+  model = _CASES["mapped"]()
+  export_lib.export_stablehlo(tmp_path / "out", model)
+  tokens, keep = _batch(model, 9)
+  np.savez(tmp_path / "in.npz", tokens=tokens, mask=keep)
+  done = subprocess.run(
+    [sys.executable, "-c", _ALONE],
+    cwd=tmp_path,
+    env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  found = np.load(tmp_path / "found.npz")
+  for name, rows, length in (("wide", 3, 9), ("one", 1, 3)):
+    expected = _apply(model, tokens[:rows, :length], keep[:rows, :length])
+    np.testing.assert_allclose(found[name], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_program_with_learned_positions_refuses_longer_texts(tmp_path):
+  model = models.make(model=c.bert(**models.SHAPE), length=8)
+  export_lib.export_stablehlo(tmp_path / "out", model)
+  exported = _load(tmp_path / "out")
+  meta = json.loads((tmp_path / "out" / "meta.json").read_text("utf-8"))
+  assert (meta["longest"], meta["labels"]) == (8, list(models.LABELS))
+  assert meta["calling_convention"] == exported.calling_convention_version
+  exported.call(*_batch(model, 8))
+  with pytest.raises(ValueError, match="shapes"):
+    exported.call(*_batch(model, 9))
+
+
+def test_export_stablehlo_needs_a_head_and_an_empty_folder(tmp_path):
+  model = models.make()
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ConfigError, match="not an empty folder"):
+    export_lib.export_stablehlo(tmp_path, model)
+  bare = export_lib.Loaded(model.config, model.params, model.tokenizer)
+  with pytest.raises(ConfigError, match="has no head"):
+    export_lib.export_stablehlo(tmp_path / "out", bare)
