@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -14,22 +15,40 @@ from folding.compression.fpp import fpp
 from folding.compression.scores import SCORES
 from folding.compression.sites import Rule, make_sites
 from folding.config import Config, layers_of
-from folding.schema import ConfigError
+from folding.errors import ConfigError
 
-_TOKENS = "embed/embedding"
+_TOKENS, _POSITIONS = "embed/embedding", "position_embed/embedding"
+
+# {array of a layer that belongs to a unit: axis that the unit indexes}.
+_NEURON = {
+  "mlp/down/kernel": 0,
+  "mlp/up/bias": 0,
+  "mlp/gate/kernel": 1,
+  "mlp/gate/bias": 0,
+}
+_HEAD = {
+  "attn/q/kernel": 1,
+  "attn/k/kernel": 1,
+  "attn/v/kernel": 1,
+  "attn/q/bias": 0,
+  "attn/k/bias": 0,
+  "attn/v/bias": 0,
+}
 
 
-def make_schedule(config: Config) -> optax.Schedule:
-  """Returns linear warm-up, then a cosine to a fraction of the peak."""
-  t = config.train
-  warmup = max(1, round(t.warmup * t.steps)) if t.warmup else 0
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=t.learning_rate,
-    warmup_steps=warmup,
-    decay_steps=max(t.steps, warmup + 1),
-    end_value=t.final_learning_rate * t.learning_rate,
-  )
+class _Targets(NamedTuple):
+  """Fractions to zero.
+
+  Attributes:
+    layers: Per layer, of W_O and the MLP, and of W_Q, W_K and W_V if
+      `fpp.attention` includes them.
+    head: Of the output layer.
+    embedding: Of the embeddings.
+  """
+
+  layers: tuple[float, ...]
+  head: float
+  embedding: float
 
 
 def make_rules(config: Config, params: Any, dense: Any) -> list[Rule]:
@@ -38,128 +57,118 @@ def make_rules(config: Config, params: Any, dense: Any) -> list[Rule]:
   Args:
     config: The resolved configuration.
     params: Tree of parameters, or of their shapes, before any shrink.
-    dense: The same for the dense twin, which `overall` refers to.
+    dense: The same for the dense baseline, which `overall` refers to.
 
   Raises:
     ConfigError: no fraction of the prunable parameters reaches `overall`, or
-      `exclude` matches nothing, or a part of a neuron and not the whole.
+      `exclude` matches nothing, or a part of a unit and not the whole.
   """
-  f = config.fpp
+  f, count = config.fpp, config.model.num_layers
   linear, embedding = f.linear or 0.0, f.embedding or 0.0
   if f.overall is not None:
-    linear, embedding = _fractions_for(config, params, dense)
-  return _rules(config, params, linear, embedding)
+    linear, embedding = _fractions_for(f.overall, config, params, dense)
+  layers = f.linear_layers or (linear,) * count
+  return _rules(config, params, _Targets(layers, linear, embedding))
 
 
-def _rules(
-  config: Config, params: Any, linear: float, embedding: float
-) -> list[Rule]:
+def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
+  """Returns a rule per array (or array of units) with a target above 0."""
   f = config.fpp
   names = list(paths.flatten(params))
-  rules = []
-  except_, excluded = "", []
+  excluded: list[str] = []
   if f.exclude is not None:
     try:
       excluded = paths.matching(f.exclude, names)
     except ValueError as error:
       raise ConfigError(f"fpp.exclude: {error}") from None
-    # By name, as groups and flags of `exclude` would not fit into a pattern.
-    except_ = rf"(?!(?:{'|'.join(map(re.escape, excluded))})$)"
-  by_layer = {r"\d+": linear}
-  if f.linear_layers is not None:
-    by_layer = {str(n): part for n, part in enumerate(f.linear_layers)}
-  # Units tie arrays together; what is left of the group goes by weight.
-  kind = "weight" if f.granularity == "neuron" else f.granularity
-  roles = "[qkvo]" if f.attention == "all" else "o"
-  mlp, attn = "mlp/(up|gate|down)", f"attn/{roles}"
-  of_head = {rf"\1/{role}/kernel": 1 for role in "qkv"}
-  if config.model.qkv_bias:
-    of_head |= {rf"\1/{role}/bias": 0 for role in "qkv"}
-  tied = {r"\1/down/kernel": 0}
-  if config.model.use_bias:
-    tied[r"\1/up/bias"] = 0
-  if config.model.gated:
-    tied[r"\1/gate/kernel"] = 1
-    if config.model.use_bias:
-      tied[r"\1/gate/bias"] = 0
-  for layer, part in by_layer.items():
-    block = f"blocks_{layer}"
-    by_weight = [attn, mlp]
-    if f.granularity == "neuron":
-      up = f"({block}/mlp)/up/kernel"
-      rules.append(Rule(except_ + up, part, "neuron", tied))
-      by_weight.remove(mlp)
-    if f.attention == "heads":
-      o = f"({block}/attn)/o/kernel"
-      rules.append(Rule(except_ + o, part, "row", of_head))
-      by_weight.remove(attn)
-    if by_weight:
-      pattern = f"{block}/({'|'.join(by_weight)})/kernel"
-      rules.append(Rule(except_ + pattern, part, kind))
-  if config.task == "lm" and not config.model.tie_embeddings:
-    rules.append(Rule(except_ + "head/kernel", linear))
-  rules = [rule for rule in rules if rule.target]
-  if embedding:
-    unit, score = "row", f.embedding_score
-    pattern = _TOKENS  # a row of the positions is no token
-    if f.embedding_granularity != "weight":
-      score = score or "activation"  # how common each token is
-    else:
-      unit, pattern = "weight", f"({_TOKENS}|position_embed/embedding)"
-      # Where it is the output layer too, each token has a gradient at each step.
-      tied = config.task == "lm" and config.model.tie_embeddings
-      tells = f.score == "saliency" and tied
-      if score is None and SCORES[f.score].evidence and not tells:
-        score = "magnitude"
-    rules.append(Rule(except_ + pattern, embedding, unit, score=score))
-  # `exclude` may leave a rule nothing to prune.
-  rules = [r for r in rules if any(re.fullmatch(r.pattern, n) for n in names)]
-  try:
-    sites = make_sites(rules, params)
-  except ValueError as error:  # a rule does not fit the parameters
-    raise ConfigError(str(error)) from error
-  for site in sites:
-    for member in site.members:
-      if member in excluded:
-        unit, whole, less = "neuron", "MLP", "prune by weight"
-        if rules[site.rule].granularity == "row":
-          unit, whole, less = "head", "attention", "use fpp.attention='output'"
-        raise ConfigError(
-          f"fpp.exclude matches {member!r}, which is pruned by {unit} with "
-          f"{site.name!r}; exclude the whole {whole}, or {less}"
-        )
-  return rules
+  # (pattern of a layer's arrays, unit, arrays that a unit has beside these)
+  mlp = ("mlp/(up|gate|down)/kernel", "weight", {})
+  if f.granularity == "neuron":
+    mlp = ("mlp/up/kernel", "neuron", _NEURON)
+  attention = {
+    "output": ("attn/o/kernel", "weight", {}),
+    "all": ("attn/[qkvo]/kernel", "weight", {}),
+    "heads": ("attn/o/kernel", "row", _HEAD),
+  }[f.attention]
+  unit, score = _embedding_rule(config)
+  rules = []
+  for name in names:
+    if name in excluded:
+      continue
+    if in_layer := re.fullmatch(r"(blocks_(\d+)/)(.*)", name):
+      block, layer, role = in_layer.groups()
+      for pattern, granularity, members in (mlp, attention):
+        if re.fullmatch(pattern, role):
+          tied = {
+            block + other: axis
+            for other, axis in members.items()
+            if block + other in names
+          }
+          _require_whole(name, granularity, set(tied).intersection(excluded))
+          target = targets.layers[int(layer)]
+          rules.append(Rule(re.escape(name), target, granularity, tied))
+    elif name == "head/kernel" and config.task == "lm":
+      rules.append(Rule(re.escape(name), targets.head))
+    elif name == _TOKENS or (name == _POSITIONS and unit == "weight"):
+      target = targets.embedding
+      rules.append(Rule(re.escape(name), target, unit, score=score))
+  return [rule for rule in rules if rule.target]
+
+
+def _embedding_rule(config: Config) -> tuple[str, str | None]:
+  """Returns (granularity, score) of the rules of embeddings."""
+  f = config.fpp
+  if f.embedding_granularity != "weight":
+    return "row", f.embedding_score or "activation"  # how common a token is
+  # A score that depends on how common a token is would empty rare ones. The
+  # gradient of an embedding that is the output layer too does not.
+  is_output = config.task == "lm" and config.model.tie_embeddings
+  is_usage = bool(SCORES[f.score].evidence) and not (
+    f.score == "saliency" and is_output
+  )
+  return "weight", f.embedding_score or ("magnitude" if is_usage else None)
+
+
+def _require_whole(name: str, granularity: str, excluded: set[str]) -> None:
+  if not excluded:
+    return
+  unit, whole, other = "neuron", "MLP", "prune by weight"
+  if granularity == "row":
+    unit, whole, other = "head", "attention", "use fpp.attention='output'"
+  raise ConfigError(
+    f"fpp.exclude matches {min(excluded)!r}, which is pruned by {unit} with "
+    f"{name!r}; exclude the whole {whole}, or {other}"
+  )
 
 
 def embedding_fraction(rules: list[Rule]) -> float:
-  """Returns what the rules prune of the tokens' embedding."""
+  """Returns the fraction of the token embedding that the rules prune."""
   found = (r.target for r in rules if re.fullmatch(r.pattern, _TOKENS))
   return next(found, 0.0)
 
 
 def _fractions_for(
-  config: Config, params: Any, dense: Any
+  overall: float, config: Config, params: Any, dense: Any
 ) -> tuple[float, float]:
-  """Returns what to prune so that the whole is `overall` smaller.
+  """Returns the fractions that make the whole model `overall` smaller.
 
   With P parameters, of which L in linear layers and E in embeddings can be
-  pruned, and T in the dense twin, linear layers keep k and embeddings k**s, s
-  their share: P - (1 - k) L - (1 - k**s) E = (1 - overall) T.
+  pruned, and T in the dense baseline, linear layers keep k and embeddings
+  k**s, s their share: P - (1 - k) L - (1 - k**s) E = (1 - overall) T.
   """
-  f = config.fpp
-  overall, share = f.overall, f.embedding_share
-  assert overall is not None and share is not None
-  leaves = paths.flatten(params)
-  total = sum(math.prod(x.shape) for x in paths.flatten(dense).values())
-  stored = sum(math.prod(x.shape) for x in leaves.values())
-  # What is pruned, at any fraction.
-  sites = make_sites(_rules(config, params, 0.5, 0.5 * (share > 0)), params)
-  linear = embedding = 0
-  for name in (name for site in sites for name in site.members):
-    if group_of(name) == "embedding":
-      embedding += math.prod(leaves[name].shape)
-    else:
-      linear += math.prod(leaves[name].shape)
+  share = config.fpp.embedding_share or 0.0
+  sizes = {n: math.prod(x.shape) for n, x in paths.flatten(params).items()}
+  total = sum(math.prod(x.shape) for x in jax.tree.leaves(dense))
+  layers = (0.5,) * config.model.num_layers
+  # Which arrays are pruned does not depend on the fractions.
+  rules = _rules(config, params, _Targets(layers, 0.5, 0.5 * (share > 0)))
+  prunable = {"linear": 0, "embedding": 0}
+  for site in make_sites(rules, params):
+    for name in site.members:
+      is_embedding = group_of(name) == "embedding"
+      prunable["embedding" if is_embedding else "linear"] += sizes[name]
+  linear, embedding = prunable.values()
+  stored = sum(sizes.values())
   needed = stored - (1 - overall) * total
   if needed >= linear + embedding and needed > 0:
     raise ConfigError(
@@ -170,41 +179,15 @@ def _fractions_for(
   while low < (kept := (low + high) / 2) < high:
     pruned = (1 - kept) * linear + (1 - kept**share) * embedding
     low, high = (kept, high) if pruned > needed else (low, kept)
-  most = math.nextafter(1, 0)  # rounding may make it all of them
+  most = math.nextafter(1, 0)  # rounding may give 1, which prunes everything
   return min(1 - high, most), min(1 - high**share, most)
-
-
-def check_steps(config: Config) -> tuple[int, int, int]:
-  """Returns (begin, end, every) in steps."""
-  if is_pruned_before(config):
-    return 0, 0, 1
-  f, steps = config.fpp, config.train.steps
-  begin = int(f.begin * steps)
-  end = max(begin, min(int(f.end * steps), steps - 1))
-  return begin, end, max(1, math.ceil((end - begin) / f.checks))
-
-
-def is_pruned_before(config: Config) -> bool:
-  """Returns whether training starts from pruned weights.
-
-  Then FPP has one check, at the first step, and finds what is to stay zero: what
-  is zero already, the lowest by magnitude, and where that is a few less than its
-  target (Wanda rounds down in each row) the next.
-  """
-  return config.compress.prune != "none"
-
-
-def is_check(config: Config, step: int) -> bool:
-  """Returns whether FPP looks at the parameters in this step."""
-  begin, end, every = check_steps(config)
-  return begin <= step <= end and (step - begin) % every == 0
 
 
 def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:
   """Returns {parameter that a rule matches: units that a shrink removed}.
 
   Args:
-    rules: For the parameters before.
+    rules: The rules of the parameters before the shrink.
     before: Tree of parameters, or of their shapes.
     after: The same after the shrink.
   """
@@ -215,21 +198,49 @@ def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:
   }
 
 
-def make_optimizer(
-  config: Config, rules: list[Rule], removed: dict[str, int] | None = None
-) -> optax.GradientTransformationExtraArgs:
-  """Returns the chain: FPP around (clip by norm, AdamW, schedule, rates).
+def check_steps(config: Config) -> tuple[int, int, int]:
+  """Returns the mask updates as (first step, last step, steps between)."""
+  if is_pruned_before(config):
+    return 0, 0, 1
+  f, steps = config.fpp, config.train.steps
+  begin = int(f.begin * steps)
+  end = max(begin, min(int(f.end * steps), steps - 1))
+  return begin, end, max(1, math.ceil((end - begin) / f.checks))
 
-  The clip is inside, so that frozen parameters do not count in the norm; FPP
-  is outside, so that weight decay and momentum do not move them. Weight decay
-  acts on matrices, not on norms, biases, slopes and a BERT's pooler.
+
+def is_check(config: Config, step: int) -> bool:
+  """Returns whether FPP updates its masks in this step."""
+  begin, end, every = check_steps(config)
+  return begin <= step <= end and (step - begin) % every == 0
+
+
+def is_pruned_before(config: Config) -> bool:
+  """Returns whether training starts from pruned weights.
+
+  Then FPP has one mask update, in the first step. It holds the zeros that it
+  finds, and if these are fewer than its target (Wanda rounds down per output)
+  the next weights by magnitude.
+  """
+  return config.compress.prune != "none"
+
+
+def make_optimizer(
+  config: Config,
+  rules: list[Rule],
+  removed: Mapping[str, int] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns FPP around a chain: clip by norm, AdamW, learning rates.
+
+  The clip is inside FPP, so that frozen parameters do not count in the norm.
+  FPP is outside, so that weight decay and momentum do not move them. Weight
+  decay acts on matrices, not on norms, biases, slopes and a BERT's pooler.
 
   Args:
     config: The resolved configuration.
-    rules: What to prune.
-    removed: From `removed_units`; None: nothing was.
+    rules: From `make_rules`.
+    removed: From `removed_units`; None: nothing was removed.
   """
-  t = config.train
+  t, f = config.train, config.fpp
   inner = optax.chain(
     optax.clip_by_global_norm(t.clip_norm),
     optax.adamw(
@@ -237,9 +248,7 @@ def make_optimizer(
       b1=t.b1,
       b2=t.b2,
       weight_decay=t.weight_decay,
-      mask=lambda params: paths.map_named(
-        lambda name, _: group_of(name) != "other", params
-      ),
+      mask=_is_matrix,
     ),
     optax.stateless(
       lambda updates, _: paths.map_named(
@@ -248,7 +257,6 @@ def make_optimizer(
     ),
   )
   begin, end, every = check_steps(config)
-  f = config.fpp
   if is_pruned_before(config):
     f = dataclasses.replace(f, score="magnitude", patience=0, tolerance=None)
     rules = [dataclasses.replace(rule, score=None) for rule in rules]
@@ -267,22 +275,38 @@ def make_optimizer(
   )
 
 
+def _is_matrix(params: Any) -> Any:
+  return paths.map_named(lambda name, _: group_of(name) != "other", params)
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+  """Returns a linear warm-up, then a cosine to a fraction of the peak."""
+  t = config.train
+  warmup = max(1, round(t.warmup * t.steps)) if t.warmup else 0
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=t.learning_rate,
+    warmup_steps=warmup,
+    decay_steps=max(t.steps, warmup + 1),
+    end_value=t.final_learning_rate * t.learning_rate,
+  )
+
+
 def rate(config: Config, name: str) -> float:
-  """Returns what the learning rate of a parameter is multiplied by.
+  """Returns the factor of a parameter's learning rate.
 
   Args:
     config: The resolved configuration.
     name: Path of the parameter.
   """
+  found = re.match(r"blocks_(\d+)/attn/(q|k|v|log_slopes)\b", name)
+  if not found:
+    return 1.0
   t = config.train
-  if found := re.match(r"blocks_(\d+)/attn/(q|k|v|log_slopes)\b", name):
-    layer = layers_of(config.model, config.fold)[int(found[1])]
-    if found[2] == "log_slopes":
-      return t.slope_rate
-    if found[2] == "v":
-      return t.v_rate if layer.v_block == 1 else 1.0
-    return t.qk_rate if layer.groups else 1.0
-  return 1.0
+  layer = layers_of(config.model, config.fold)[int(found[1])]
+  qk = t.qk_rate if layer.groups else 1.0
+  v = t.v_rate if layer.v_block == 1 else 1.0
+  return {"q": qk, "k": qk, "v": v, "log_slopes": t.slope_rate}[found[2]]
 
 
 def current_rate(config: Config, step: int) -> float:
