@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 
 from folding.reporting import plots
-from folding.training.result import source_commit
+from folding.training.run_dir import source_commit
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 

@@ -35,7 +35,7 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import load_tokenizer
 from folding.serving.export import export_hf, load
 from folding.training.optimizer import check_steps, make_schedule
-from folding.training.result import read_result
+from folding.training.run_dir import read_result
 
 STAGES = 10
 

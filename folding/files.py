@@ -1,4 +1,4 @@
-"""Files and folders: written whole, held alone, empty, of a kind, or called."""
+"""Files and folders: written whole, empty, of a kind, or called."""
 
 import contextlib
 import importlib.util
@@ -40,38 +40,6 @@ def becoming(folder: str) -> Iterator[str]:
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
     raise
-
-
-@contextlib.contextmanager
-def held(folder: str) -> Iterator[None]:
-  """Holds a folder, new or not, for one process that writes into it.
-
-  The operating system lets it go when the process ends, however it ends. Disks
-  and systems that know no locks are not held.
-
-  Raises:
-    ConfigError: another process holds it.
-  """
-  os.makedirs(folder, exist_ok=True)
-  try:
-    import fcntl
-  except ImportError:  # Windows
-    yield
-    return
-  handle = os.open(folder, os.O_RDONLY)  # itself, so that no file is left
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise ConfigError(
-        f"another process trains in {folder}; let it end, or choose another "
-        "--workdir"
-      ) from error
-    except OSError:  # of a disk without locks
-      pass
-    yield
-  finally:
-    os.close(handle)
 
 
 def require_local(path: str) -> None:

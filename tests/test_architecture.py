@@ -50,18 +50,17 @@ ORDER = {
     *("sparsegpt", "refold", "accounting", "removable", "shrink"),
   ],
   "training": [
-    *("losses", "distributed", "result", "metrics", "sharding", "checkpoint"),
+    *("losses", "distributed", "run_dir", "sharding", "checkpoint"),
     *(
       "energy",
       "optimizer",
-      "restore",
       "fit_attention",
       "fold_pretrained",
       "planner",
       "prune_trained",
     ),
     *("trim", "start", "progress", "evaluate", "step", "plan", "plan_verb"),
-    *("run", "loop", "shrinking"),
+    *("loop", "shrinking"),
   ],
   "serving": [
     *("export", "predict"),

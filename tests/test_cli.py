@@ -17,7 +17,7 @@ from tests.reporting import synthetic_run
       "is an export or another library's",
     ),
     ('{"model_type": "bert"}', "is an export or another library's checkpoint"),
-    ('{"schema": 1}', "is no run: config has no field"),
+    ('{"schema": 1}', "config has no field"),
     ("{", "config.json is damaged"),
   ],
 )

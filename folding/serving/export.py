@@ -49,7 +49,8 @@ from folding.errors import ConfigError
 from folding.models import hf_config, hf_weights
 from folding.models.attention import rope_frequencies
 from folding.models.transformer import Transformer, make_model, param_shapes
-from folding.training.restore import load_labels, load_run
+from folding.training.checkpoint import load_run
+from folding.training.run_dir import load_labels
 
 FORMAT, SCHEMA = "folding", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -14,8 +14,7 @@ import rich.text
 from folding import files
 from folding.reporting import words
 from folding.studies.study import Trial
-from folding.training import metrics
-from folding.training.result import is_finished, read_result
+from folding.training.run_dir import is_finished, read_metrics, read_result
 
 STATES = ("finished", "running", "failed", "waiting")
 
@@ -165,7 +164,7 @@ def _metrics(trial: Trial) -> str:
 
 
 def _progress(trial: Trial) -> str:
-  records = metrics.read_metrics(_metrics(trial))
+  records = read_metrics(_metrics(trial))
   if not records:
     return "starting"
   path = os.path.join(trial.run, "config.json")

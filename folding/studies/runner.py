@@ -27,7 +27,7 @@ from folding.studies import worker
 from folding.studies.board import Board, Show, failure_path
 from folding.studies.claims import Claim, Claims
 from folding.studies.study import Study, Trial
-from folding.training.result import is_finished
+from folding.training.run_dir import is_finished
 
 _POLL_SECONDS = 0.5
 _SHOW_SECONDS = 2.0  # between looks at what others do

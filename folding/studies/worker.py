@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   from folding.training import loop
 
   try:
-    loop.run(config_lib.load(args.config), args.run, args.text)
+    loop.run(config_lib.load(args.config), args.run)
   except (schema.ConfigError, schema.TrainingError, OSError) as error:
     print(schema.one_line(error), file=sys.stderr)
     return 1 if isinstance(error, schema.TrainingError) else 2

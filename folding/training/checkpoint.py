@@ -1,6 +1,6 @@
-"""Checkpoints of a run: asynchronous, the last two and the best are kept.
+"""Checkpoints of a run: saved asynchronously; the last two and the best stay.
 
-Schema 1: one Orbax item, the training state (step, params, opt_state), under
+Schema 1: one Orbax item, the training state (step, params, opt_state), in
 RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
 """
 
@@ -9,19 +9,25 @@ import json
 import logging
 import math
 import os
+import pathlib
 import shutil
+import sys
+from collections.abc import Iterator
 from typing import Any
 
+import chex
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from folding.schema import TrainingError, first_line
-from folding.training import distributed
+from folding.config import Config
+from folding.data.tokenizers import Tokenizer
+from folding.errors import ConfigError, TrainingError
+from folding.training import distributed, run_dir
 
-# What is to be free beside the state itself when a checkpoint is written: for
-# metrics and reports, and for each array, whose place in the file takes a few kB
-# more or less, as the threads that write happen to run.
+# Disk space that a save needs beside the arrays: for metrics and reports, and
+# for the index entries of each array.
 _RESERVE_BYTES = 1 << 20
 _ARRAY_BYTES = 1 << 13
 
@@ -32,11 +38,15 @@ class Checkpoints:
   """The checkpoints of one run directory; use it as a context manager.
 
   Leaving the context waits for a save under way.
+
+  Attributes:
+    cleans: Whether it may remove unfinished saves and move damaged checkpoints
+      aside. False for readers: another process may be training there.
   """
 
   def __init__(self, workdir: str, cleans: bool = True):
-    self._folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
-    self._cleans = cleans
+    self._folder = _folder(workdir)
+    self.cleans = cleans
     self._damaged: set[int] = set()
     if distributed.is_main():
       _mend_metrics(self._folder)
@@ -53,16 +63,15 @@ class Checkpoints:
         ),
       ]
     )
-    return ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=kept,
-        # Without these two, Orbax does not write metrics at all.
-        best_fn=lambda metrics: metrics["loss"],
-        best_mode="min",
-        cleanup_tmp_directories=self._cleans,
-      ),
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=kept,
+      # Without these two, Orbax does not write metrics at all.
+      best_fn=lambda metrics: metrics["loss"],
+      best_mode="min",
+      cleanup_tmp_directories=self.cleans,
     )
+    with _quiet():
+      return ocp.CheckpointManager(self._folder, options=options)
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -73,7 +82,7 @@ class Checkpoints:
     except OSError:
       if kind is None:
         raise
-      return  # what ends the run already says that it cannot be written
+      return  # the error that ends the run already reports it
     self._manager.close()
 
   def save(self, step: int, state: Any, loss: float | None) -> None:
@@ -82,16 +91,16 @@ class Checkpoints:
     Args:
       step: Updates applied so far.
       state: The training state.
-      loss: What the best has least of; None: no candidate for the best.
+      loss: Ranks checkpoints, lower is better; None: no candidate for the best.
 
     Raises:
-      OSError: the disk is full, or this save or the one before failed; earlier
+      OSError: the disk is full, or this save or the one before failed. Earlier
         checkpoints are intact.
     """
     if step in self._manager.all_steps():
       return
-    self.wait()  # or what is still being written would count as free
-    # Asked first: a save that fails half-way leaves threads that complain.
+    self.wait()  # a save under way has not taken its disk space yet
+    # Checked first: a save that fails half-way leaves threads that log errors.
     arrays = jax.tree.leaves(state)
     needed = _RESERVE_BYTES + sum(x.nbytes + _ARRAY_BYTES for x in arrays)
     free = shutil.disk_usage(self._folder).free
@@ -123,30 +132,17 @@ class Checkpoints:
       raise OSError(str(error)) from error
 
   def steps(self) -> list[int]:
-    """Returns the steps not known to be damaged, oldest first."""
-    return sorted(set(self._manager.all_steps()) - self._damaged)
-
-  def intact(self) -> list[int]:
-    """Returns the steps that are on disk and not known to be damaged.
-
-    It waits for a save under way, which does not count where it fails.
-    """
-    with contextlib.suppress(OSError):
-      self.wait()
+    """Returns the steps of finished saves not known to be damaged, ascending."""
     return sorted(set(saved_steps(self._folder)) - self._damaged)
 
   def best_step(self) -> int | None:
-    """Returns the step of the lowest `loss` given to `save`, None without any."""
-    losses = {step: self.loss(step) for step in self.steps()}
-    found = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(found, key=found.__getitem__) if found else None
+    """Returns the step of the lowest loss; None if no save had a loss."""
+    steps = _best_first(self._folder, self.steps())
+    return steps[0] if steps and self.loss(steps[0]) is not None else None
 
   def loss(self, step: int) -> float | None:
-    """Returns the validation loss that a step was saved with, None without."""
-    metrics = self._manager.metrics(step)
-    if metrics and math.isfinite(metrics["loss"]):
-      return metrics["loss"]
-    return None
+    """Returns the loss given to `save`."""
+    return _saved_loss(self._folder, step)
 
   def restore(self, step: int, like: Any) -> Any:
     """Returns the state saved at a step.
@@ -155,89 +151,144 @@ class Checkpoints:
       step: One of `steps()`.
       like: Tree of `jax.ShapeDtypeStruct` with shardings.
     """
-    return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
+    return jax.block_until_ready(state)
 
-  def restore_latest(self, like: Any) -> tuple[int, Any] | None:
-    """Returns the newest (step, state) that is intact, None if there is none.
+  def restore_latest(self, like: Any) -> tuple[int, Any]:
+    """Returns the newest (step, state) that can be read.
 
-    A checkpoint that cannot be read is passed over with a warning and, if this
-    is the process that trains, moved to "damaged-<step>", so that its step can
-    be written again.
+    Skips a damaged checkpoint with a warning. If `cleans`, moves it to
+    "damaged-<step>", so that its step can be saved again.
 
     Raises:
-      TrainingError: there are checkpoints, and none of them can be read.
+      ConfigError: there is no checkpoint yet.
+      TrainingError: there are checkpoints, but none can be read.
     """
     found = self._restore_first(self.steps()[::-1], like)
-    if found and self._damaged and self._cleans:
+    if self._damaged and self.cleans:
       for step in self._damaged if distributed.is_main() else ():
         folder = os.path.join(self._folder, str(step))
         aside = os.path.join(self._folder, f"damaged-{step}")
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
       distributed.barrier("moved aside")
       self._damaged.clear()
       self._manager.reload()
     return found
 
-  def restore_best(self, like: Any) -> tuple[int, Any] | None:
-    """Returns the (step, state) of the lowest loss, else the newest.
+  def restore_best(self, like: Any) -> tuple[int, Any]:
+    """Returns the (step, state) of the lowest loss.
 
-    What cannot be read is passed over with a warning, and stays where it is.
+    If no save had a loss, or the best is damaged, it takes the newest that can
+    be read. Damaged checkpoints stay where they are.
 
     Raises:
-      TrainingError: there are checkpoints, and none of them can be read.
+      ConfigError: there is no checkpoint yet.
+      TrainingError: there are checkpoints, but none can be read.
     """
-    steps, best = self.steps()[::-1], self.best_step()
-    return self._restore_first(sorted(steps, key=lambda s: s != best), like)
+    return self._restore_first(_best_first(self._folder, self.steps()), like)
 
-  def _restore_first(
-    self, steps: list[int], like: Any
-  ) -> tuple[int, Any] | None:
-    damaged = []
+  def _restore_first(self, steps: list[int], like: Any) -> tuple[int, Any]:
+    """Returns the first of the steps that can be read, and its state."""
+    if not steps:
+      raise ConfigError(f"{self._folder} has no checkpoint yet")
+    reasons = {}
     for step in steps:
       state, reason = None, "another process cannot read it"
       try:
-        state = jax.block_until_ready(self.restore(step, like))
-      except Exception as error:  # Orbax and TensorStore raise many kinds.
-        reason = first_line(error)[:200]
+        with _quiet():
+          state = self.restore(step, like)
+      except Exception as error:  # Orbax and TensorStore raise many types
+        reason = _reason(error)
       if not distributed.any_process(state is None):
-        for bad, why in damaged:
+        for damaged, why in reasons.items():
           _log.warning(
-            "checkpoint %d is damaged (%s); going back to %d", bad, why, step
+            "checkpoint %d is damaged (%s); going back to %d",
+            *(damaged, why, step),
           )
         return step, state
-      damaged.append((step, reason))
+      reasons[step] = reason
       self._damaged.add(step)
-      # What there is in a step Orbax concludes from the first that it reads.
+      # Orbax infers the items of all steps from the first that it reads.
       self._manager.close()
       self._manager = self._open()
-    if damaged:
-      raise TrainingError(
-        f"none of the checkpoints in {self._folder} can be read; "
-        f"{damaged[0][0]}: {damaged[0][1]}"
-      )
-    return None
+    raise TrainingError(
+      f"none of the checkpoints in {self._folder} can be read; "
+      f"{steps[0]}: {reasons[steps[0]]}"
+    )
+
+
+def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
+  """Returns the config, best parameters and tokenizer of a run directory.
+
+  The best checkpoint has the lowest validation loss (of a classifier: the
+  fewest errors). If none has a loss, or the best is damaged, it takes the newest
+  that can be read. Neither data nor optimizer state is read, and any number of
+  devices will do.
+
+  Returns:
+    (config, tree of NumPy arrays, tokenizer).
+
+  Raises:
+    ConfigError: it is not a run, or no checkpoint can be read.
+  """
+  config = run_dir.load_config(workdir)
+  tokenizer = run_dir.load_tokenizer(workdir)
+  folder = _folder(workdir)
+  steps = _best_first(folder, saved_steps(folder))
+  if not steps:
+    raise ConfigError(f"{workdir} has no checkpoint yet")
+  for step in steps:
+    try:
+      with _quiet():
+        params = _read_params(os.path.join(folder, str(step)))
+    except Exception as error:  # Orbax and TensorStore raise many types
+      reason = _reason(error)
+      _log.warning("checkpoint %d of %s is damaged (%s)", step, workdir, reason)
+    else:
+      return config, params, tokenizer
+  raise ConfigError(f"none of the checkpoints in {folder} can be read")
 
 
 def has_checkpoint(workdir: str) -> bool:
-  """Returns whether a run directory has a checkpoint, intact or not."""
-  return bool(saved_steps(os.path.join(workdir, "checkpoints")))
+  """Returns whether a run directory has a checkpoint, damaged or not."""
+  return bool(saved_steps(_folder(workdir)))
 
 
 def saved_steps(folder: str) -> list[int]:
-  """Returns the steps whose save is complete, in any order."""
+  """Returns the steps of finished saves in a folder, in any order."""
   names = os.listdir(folder) if os.path.isdir(folder) else []
   return [int(name) for name in names if name.isdecimal()]
 
 
-def saved_loss(folder: str, step: int) -> float:
-  """Returns the loss that a step was saved with; infinity without one."""
+def _folder(workdir: str) -> str:
+  return os.path.abspath(os.path.join(workdir, "checkpoints"))
+
+
+def _best_first(folder: str, steps: list[int]) -> list[int]:
+  """Returns the step of the lowest loss, then the others, newest first.
+
+  Of equal losses the oldest step is the best; without losses the newest is.
+  """
+  losses = {step: _saved_loss(folder, step) for step in sorted(steps)}
+  known = {step: loss for step, loss in losses.items() if loss is not None}
+  best = min(known, key=known.__getitem__, default=None)
+  return sorted(steps, key=lambda step: (step != best, -step))
+
+
+def _saved_loss(folder: str, step: int) -> float | None:
+  """Returns the loss of a saved step; None if it has none."""
   try:
-    with open(_metrics_path(folder, step), encoding="utf-8") as file:
-      loss = float(json.load(file)["loss"])
+    loss = _read_loss(_metrics_path(folder, step))
   except (OSError, ValueError, TypeError, KeyError):
-    return math.inf
-  return loss if math.isfinite(loss) else math.inf
+    return None
+  return loss if math.isfinite(loss) else None
+
+
+def _read_loss(path: str) -> float:
+  with open(path, encoding="utf-8") as file:
+    return float(json.load(file)["loss"])
 
 
 def _metrics_path(folder: str, step: int) -> str:
@@ -245,19 +296,67 @@ def _metrics_path(folder: str, step: int) -> str:
 
 
 def _mend_metrics(folder: str) -> None:
-  """Takes checkpoints with unreadable metrics out of the choice of the best.
+  """Replaces unreadable metrics, so that their step is never the best.
 
-  Orbax reads all metrics at the start and gives up at the first such file,
-  though the states may be intact.
+  Orbax reads all metrics when it opens a folder, and fails at an unreadable
+  file even though the states may be intact.
   """
-  for step in saved_steps(folder):  # and not one that is being saved
+  for step in saved_steps(folder):
     path = _metrics_path(folder, step)
     if not os.path.exists(path):
       continue
     try:
-      with open(path, encoding="utf-8") as file:
-        float(json.load(file)["loss"])
+      _read_loss(path)
     except (ValueError, TypeError, KeyError) as error:
       _log.warning("%s is damaged (%s)", path, error)
       with open(path, "w", encoding="utf-8") as file:
         json.dump({"loss": math.inf}, file)
+
+
+def _reason(error: Exception) -> str:
+  """Returns the first line of an error, or its type."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Hides what Orbax prints of a damaged checkpoint beside its exception.
+
+  It logs an error per file. The reads that are still pending when the first one
+  fails print a traceback each, through `sys.excepthook`, from their threads.
+  """
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  levels = [logger.level for logger in loggers]
+  hook = sys.excepthook
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL + 1)
+  sys.excepthook = lambda *_: None
+  try:
+    yield
+  finally:
+    sys.excepthook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
+
+
+def _read_params(checkpoint: str) -> Any:
+  """Returns the parameters of a checkpoint without reading the rest of it."""
+  path: Any = pathlib.Path(checkpoint, "default")
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
+    saved: Any = handler.metadata(path)
+    like = {
+      "params": jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved["params"]
+      )
+    }
+    # To host memory: the devices that wrote it may not be here.
+    host = ocp.RestoreArgs(restore_type=np.ndarray)
+    args = ocp.args.PyTreeRestore(
+      item=like,
+      restore_args=jax.tree.map(lambda _: host, like),
+      partial_restore=True,
+    )
+    return handler.restore(path, args=args)["params"]
+  finally:
+    handler.close()

@@ -1,13 +1,12 @@
-"""Several processes that train one model: how they meet, and who writes.
+"""Several processes that train one model.
 
-Each process computes the same program on its own devices and rows; process 0
-alone writes metrics, results and reports. They share one run directory.
+Each process computes the same program on its own devices and rows of a batch.
+They share one run directory, into which only process 0 writes metrics, results
+and reports.
 """
 
 import contextlib
 import hashlib
-import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,20 +14,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from folding.schema import ConfigError, one_line, require
-
-TIMEOUT_SECS = 300  # to wait for the others at the start
+from folding.errors import ConfigError
 
 
-def join(where: str, timeout_secs: int = TIMEOUT_SECS) -> None:
-  """Meets the other processes; before the first use of a device.
+def join(where: str) -> None:
+  """Connects this process to the others, before the first use of a device.
+
+  JAX waits five minutes for all processes.
 
   Args:
-    where: "none", "auto" or "HOST:PORT,PROCESS,COUNT", as `Config` has it.
-    timeout_secs: How long to wait for the others.
+    where: `Config.distributed`: "none", "auto" or "HOST:PORT,PROCESS,COUNT".
 
   Raises:
-    ConfigError: a process does not come, or "auto" finds no cluster.
+    ConfigError: "auto" finds no cluster, or the address cannot be used.
   """
   if where == "none" or jax.distributed.is_initialized():
     return
@@ -36,85 +34,13 @@ def join(where: str, timeout_secs: int = TIMEOUT_SECS) -> None:
   if where != "auto":
     address, *numbers = where.split(",")
     process, count = map(int, numbers)
-    # JAX would end the process with a dump of its stack if one did not come.
-    _meet(address, process, count, timeout_secs)
   try:
-    jax.distributed.initialize(
-      address, count, process, initialization_timeout=timeout_secs
-    )
+    jax.distributed.initialize(address, count, process)
   except (ValueError, RuntimeError) as error:
+    reason = " ".join(str(error).split())[:200]
     raise ConfigError(
-      f"distributed={where!r} does not start: {one_line(error)[:200]}"
+      f"distributed={where!r} does not start: {reason}"
     ) from error
-
-
-def _meet(address: str, process: int, count: int, timeout_secs: float) -> None:
-  """Waits until all processes have been at the address of process 0.
-
-  Raises:
-    ConfigError: one has not, or there is no such address.
-  """
-  host, _, port = address.rpartition(":")
-  host = host.strip("[]")  # of IPv6
-  deadline = time.monotonic() + timeout_secs
-  try:
-    if process == 0:
-      missing = _host(int(port), count, deadline)
-    else:
-      missing = _visit((host, int(port)), process, deadline)
-  except (OSError, OverflowError) as error:
-    raise ConfigError(
-      f"distributed: process {process} cannot use {address}: {error}"
-    ) from error
-  if missing:
-    raise ConfigError(
-      f"distributed: process {', '.join(map(str, sorted(missing)))} of {count} "
-      f"did not come to {address} within {timeout_secs:g} s"
-    )
-
-
-def _host(port: int, count: int, deadline: float) -> set[int]:
-  """Lets the others go on when all have come; returns those that have not."""
-  missing = set(range(1, count))
-  visitors = []
-  # On all interfaces, as JAX does later: by its own name a machine may be found
-  # at its loopback, and from outside at an address that it does not have.
-  dual = socket.has_dualstack_ipv6()
-  family = socket.AF_INET6 if dual else socket.AF_INET
-  with socket.create_server(
-    ("", port), family=family, dualstack_ipv6=dual
-  ) as server:
-    while missing and (left := deadline - time.monotonic()) > 0:
-      server.settimeout(left)
-      try:
-        visitor, _ = server.accept()
-        visitor.settimeout(2.0)  # ours speak at once
-        word = visitor.recv(16)
-      except OSError:  # nobody came, or somebody left
-        continue
-      visitors.append(visitor)
-      missing -= {int(word)} if word.isdigit() else set()
-  for visitor in visitors:
-    with visitor, contextlib.suppress(OSError):
-      visitor.sendall(b"go" if not missing else b"no")
-  return missing
-
-
-def _visit(place: tuple[str, int], process: int, deadline: float) -> set[int]:
-  """Waits to be let go on; returns {0} if process 0 has not come."""
-  while (left := deadline - time.monotonic()) > 0:
-    try:
-      with socket.create_connection(place, timeout=left) as visit:
-        visit.sendall(str(process).encode())
-        visit.settimeout(max(0.1, deadline - time.monotonic()))
-        if visit.recv(16) == b"go":
-          return set()
-    except ConnectionError:  # it is not there yet
-      pass
-    except TimeoutError:
-      break
-    time.sleep(0.1)
-  return {0}
 
 
 def is_main() -> bool:
@@ -123,7 +49,7 @@ def is_main() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes have reached the barrier of this name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
@@ -132,15 +58,16 @@ def barrier(name: str) -> None:
 def together(
   told: str = "another process cannot begin, and says why; nothing was trained",
 ) -> Iterator[None]:
-  """Makes a mistake that one process finds in a block one of all of them.
+  """Raises an error of one process in all of them, at the end of a block.
 
-  All must come to the end of the block, so nothing in it may wait for others.
+  All processes must reach the end, so nothing in the block may wait for another
+  process.
 
   Args:
-    told: What the others say.
+    told: The message of the processes without an error of their own.
 
   Raises:
-    ConfigError: another process has found one, and says which.
+    ConfigError: another process failed.
   """
   error = None
   try:
@@ -152,35 +79,35 @@ def together(
 
 
 def require_same(text: str, what: str) -> None:
-  """Refuses what is not the same in all processes; all of them must ask.
+  """Checks that a text is the same in all processes; all must call it.
 
   Args:
     text: Of this process.
-    what: What the message calls it.
+    what: Its name in the message.
 
   Raises:
-    ConfigError: in all processes, where one has another text.
+    ConfigError: in all processes, if any has another text than process 0.
   """
   if jax.process_count() == 1:
     return
   digest = hashlib.sha256(text.encode()).digest()
   found = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
   others = np.flatnonzero((found != found[0]).any(axis=1))
-  require(
-    not len(others),
-    f"process {', '.join(map(str, others))} has {what} than process 0",
-  )
+  if len(others):
+    raise ConfigError(
+      f"process {', '.join(map(str, others))} has {what} than process 0"
+    )
 
 
 def any_process(flag: bool) -> bool:
-  """Returns whether the flag is True in any process; all of them must ask."""
+  """Returns whether the flag is True in any process; all must call it."""
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def to_host(tree: Any) -> Any:
-  """Returns whole NumPy arrays in each process; all of them must ask."""
+  """Returns whole NumPy arrays in each process; all must call it."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)

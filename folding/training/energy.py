@@ -1,4 +1,4 @@
-"""What a run used, as CodeCarbon estimates it (extra `energy`), offline."""
+"""Energy and emissions of a run, estimated by CodeCarbon (extra `energy`)."""
 
 import contextlib
 import json
@@ -7,31 +7,35 @@ from collections.abc import Iterator
 from typing import Any
 
 from folding import files
-from folding.schema import ConfigError
+from folding.errors import ConfigError
 
 FILE = "energy.json"
 
 
 def require_tracker(country: str) -> None:
-  """Does nothing where no estimate is asked for, or it can be made.
+  """Checks that an estimate can be made, if one is asked for.
+
+  Args:
+    country: As in `tracked`.
 
   Raises:
     ConfigError: CodeCarbon is not installed.
   """
   if country:
-    _tracker()
+    _codecarbon()
 
 
 @contextlib.contextmanager
 def tracked(workdir: str, country: str) -> Iterator[None]:
-  """Adds what is used meanwhile to a run's `energy.json`.
+  """Adds the consumption during a block to the `energy.json` of a run.
 
-  It is an estimate: of the power of the whole machine, on many machines from
-  tables and not from a meter, times the mean carbon intensity of a country.
+  The estimate needs no network. It is the power of the whole machine (on many
+  machines from tables, not from a meter), times the mean carbon intensity of the
+  country.
 
   Args:
-    workdir: The run directory; a run that was resumed adds to what is there.
-    country: ISO 3166 code of three letters; "": nothing is estimated.
+    workdir: The run directory.
+    country: ISO 3166 code of three letters; "": no estimate.
 
   Raises:
     ConfigError: CodeCarbon is not installed.
@@ -39,7 +43,7 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
   if not country:
     yield
     return
-  codecarbon = _tracker()
+  codecarbon = _codecarbon()
   tracker = codecarbon.OfflineEmissionsTracker(
     country_iso_code=country,
     save_to_file=False,
@@ -56,21 +60,21 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
     before = {"kwh": 0.0, "kg_co2e": 0.0}
     if os.path.exists(path):
       before = files.read_json(path, dict)
-    used = {
+    total = {
       "kwh": before["kwh"] + data.energy_consumed,
       "kg_co2e": before["kg_co2e"] + kg,
-      "country": data.country_name or "unknown, so the mean of the world",
+      "country": data.country_name or "unknown: world average",
       "by": f"codecarbon {codecarbon.__version__}",
     }
-    files.write_file(path, json.dumps(used))
+    files.write_file(path, json.dumps(total))
 
 
-def _tracker() -> Any:
+def _codecarbon() -> Any:
   try:
     import codecarbon  # pyright: ignore[reportMissingImports]
   except ImportError as error:
     raise ConfigError(
-      "train.energy is estimated by CodeCarbon; install it with "
-      "pip install -e '.[energy]', or leave it empty"
+      "train.energy needs CodeCarbon: pip install -e '.[energy]', or leave it "
+      "empty"
     ) from error
   return codecarbon

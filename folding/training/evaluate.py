@@ -1,4 +1,4 @@
-"""Figures of a model over a whole split."""
+"""Loss and metrics of a model over a whole split."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from folding.errors import TrainingError
 from folding.training import losses
 from folding.training.sharding import put_batch
 
 
 def make_eval_step(model: Any) -> Callable[..., dict[str, jax.Array]]:
-  """Returns the jitted function (params, batch) -> sums of a batch."""
+  """Returns the jitted function (params, batch) -> `losses.summed_loss`."""
 
   def eval_step(params, batch):
     logits = model.apply(
@@ -31,20 +32,23 @@ def evaluate(
   mesh: Mesh,
   *,
   num_bytes: float | None = None,
-) -> dict[str, float]:
-  """Returns the figures of a split.
+) -> dict[str, Any]:
+  """Returns the metrics of a split.
 
   Args:
     eval_step: From `make_eval_step`.
     params: Parameters of the model.
     batches: The split, once.
     mesh: Where batches are placed.
-    num_bytes: UTF-8 bytes of the text that was predicted, for next-token
-      models; None: classification.
+    num_bytes: UTF-8 bytes of the predicted text, for next-token models; None:
+      classification.
 
   Returns:
-    {"loss": nats a token or example, "num_tokens" or "num_examples", and
-    "perplexity" and "bits_per_byte", or "accuracy"}.
+    {"loss": nats per token or example, "num_tokens", "perplexity" and
+    "bits_per_byte", or "num_examples" and "accuracy"}.
+
+  Raises:
+    TrainingError: the loss is not finite.
   """
   totals: dict[str, float] = {"nats": 0.0, "weight": 0.0, "correct": 0.0}
   for batch in batches:
@@ -53,6 +57,8 @@ def evaluate(
       totals[name] += float(sums[name])
   count = totals["weight"]
   loss = totals["nats"] / count
+  if not math.isfinite(loss):
+    raise TrainingError(f"the loss of the evaluation is {loss}")
   if num_bytes is None:
     return {
       "loss": loss,

@@ -1,229 +1,363 @@
-"""Trains a run: data, model, optimizer, evaluation, checkpoints, result."""
+"""Trains a run: start, steps, evaluation, checkpoints and result.
+
+`run` is the entry point, and this file reads from top to bottom: what a run is
+made of (`Run`), where it starts (`_start`), how it trains (`_train`), and what
+is read back from a run directory (`evaluate_run`, `open_run`).
+"""
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
-import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from folding import checks, files
 from folding import config as config_lib
+from folding.compression.accounting import account
+from folding.compression.fpp import fpp_counts
 from folding.config import Config
 from folding.data.batches import Data, make_data
-from folding.data.tokenizers import load_tokenizer
-from folding.schema import ConfigError, TrainingError, differences, require
-from folding.training import distributed, energy, restore, sharding
+from folding.errors import ConfigError, TrainingError
+from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.training import distributed, energy, run_dir, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
-from folding.training.metrics import MetricsWriter
-from folding.training.progress import Clock, StepLog, stop_signal
-from folding.training.result import is_finished, read_result
-from folding.training.run import Run
+from folding.training.evaluate import evaluate, make_eval_step
+from folding.training.progress import (
+  Clock,
+  MetricsWriter,
+  StepLog,
+  stop_signal,
+)
 from folding.training.start import folded_start, teacher_of, write_fold
-from folding.training.step import Distillation, StepOptions, train_step
-from folding.training.trim import trim_vocabulary
+from folding.training.step import (
+  Distillation,
+  StepOptions,
+  TrainState,
+  init_state,
+  state_shapes,
+  train_step,
+)
+from folding.training.trim import token_usage, trim_vocabulary
 
-_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
-_ASKED = "asked.json"  # the config before a plan
+
+class Run:
+  """Model, optimizer and shapes of a run, all functions of config and data.
+
+  Attributes:
+    config: Resolved.
+    data: Batches, tokenizer, labels.
+    mesh: The devices.
+    model: The Linen model.
+    tx: The optimizer, FPP included.
+    rules: The rules of FPP.
+    like: Shapes and shardings of the training state.
+    unsplit: One line per parameter (and one for the batch) that the mesh does
+      not divide.
+    dense_params: Shapes of the parameters of the dense baseline.
+  """
+
+  def __init__(self, config: Config, data: Data):
+    self.config, self.data = config, data
+    self.mesh = sharding.make_mesh(config.mesh)
+    for rows in (config.data.batch_size, config.data.eval_batch_size):
+      sharding.require_divides(self.mesh, rows)
+    make = functools.partial(make_model, num_classes=data.num_classes)
+    self.model = make(config, data.tokenizer.vocab_size)
+    full_size = data.tokenizer.plain_size  # before tokens were removed
+    self.dense_params = param_shapes(
+      make(config_lib.dense_twin(config), full_size)
+    )
+    unshrunk = param_shapes(make(config_lib.unshrunk(config), full_size))
+    self.rules = optimizer_lib.make_rules(config, unshrunk, self.dense_params)
+    removed = optimizer_lib.removed_units(
+      self.rules, unshrunk, param_shapes(self.model)
+    )
+    self.tx = optimizer_lib.make_optimizer(config, self.rules, removed)
+    self._eval_step = make_eval_step(self.model)
+    self._draw = functools.partial(
+      init_state, self.model, self.tx, config.data.length
+    )
+    state = state_shapes(self._draw)
+    rows = config.data.batch_size // config.train.accumulate
+    self.unsplit = [
+      *sharding.unsplit(self.mesh, state.params, config.mesh.rules),
+      *sharding.undivided(self.mesh, rows),
+    ]
+    self.like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state,
+      sharding.tree_shardings(self.mesh, state, rules=config.mesh.rules),
+    )
+
+  @property
+  def num_parameters(self) -> int:
+    """Number of parameters, zeros included."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(self.like.params))
+
+  @property
+  def state_shardings(self) -> TrainState:
+    """Shardings of the training state."""
+    return jax.tree.map(lambda x: x.sharding, self.like)
+
+  @property
+  def seed(self) -> np.uint32:
+    """The seed as the compiled programs take it."""
+    return np.uint32(self.config.seed % 2**32)
+
+  def init(self) -> TrainState:
+    """Returns the first state, with parameters drawn by the seed."""
+    return jax.jit(self._draw, out_shardings=self.state_shardings)(self.seed)
+
+  def init_from(self, params: Any) -> TrainState:
+    """Returns the first state with the given parameters."""
+
+    def init(params):
+      return TrainState(jnp.zeros([], jnp.int32), params, self.tx.init(params))
+
+    placed = jax.device_put(params, self.state_shardings.params)
+    return jax.jit(init, out_shardings=self.state_shardings)(placed)
+
+  def place_teacher(self, params: Any) -> Any:
+    """Returns a teacher's parameters on the mesh, split by their own shapes."""
+    return jax.device_put(params, sharding.tree_shardings(self.mesh, params))
+
+  def usage(self) -> jax.Array | None:
+    """Returns float32[V] of `token_usage`; None if no rule prunes by it."""
+    if not self.rules or self.config.fpp.embedding_granularity == "weight":
+      return None
+    size = self.like.params["embed"]["embedding"].shape[0]
+    return jax.device_put(
+      token_usage(self.data, size), sharding.whole(self.mesh)
+    )
+
+  def counts(self, state: TrainState) -> dict[str, float]:
+    """Returns `fpp_counts` of a state as numbers; {} if nothing is pruned."""
+    if not self.rules:
+      return {}
+    if not int(state.step):  # no mask update yet
+      return {"selected": 1.0, "frozen": 0.0, "zero": 0.0}
+    count = jax.jit(
+      functools.partial(fpp_counts, self.rules),
+      out_shardings=sharding.whole(self.mesh),
+    )
+    found = jax.device_get(count(state.opt_state, state.params))
+    return {name: float(x) for name, x in found.items()}
+
+  def evaluate(
+    self, params: Any, split: str, limit: int | None = None
+  ) -> dict[str, Any]:
+    """Returns the metrics of a split.
+
+    Args:
+      params: Parameters of the model.
+      split: "valid" or "test".
+      limit: Number of batches, from the first. Their share of the bytes of the
+        split is taken to be their share of its examples. None: all batches.
+
+    Raises:
+      TrainingError: the loss is not finite.
+    """
+    data = self.data
+    batches, share = data.eval_batches(split), 1.0
+    if limit is not None:
+      batches = itertools.islice(batches, limit)
+      seen = limit * self.config.data.eval_batch_size
+      share = min(1.0, seen / data.num_examples[split])
+    num_bytes = None
+    if self.config.task == "lm":
+      num_bytes = share * data.num_bytes[split]
+    return evaluate(
+      self._eval_step, params, batches, self.mesh, num_bytes=num_bytes
+    )
+
+  def write_result(
+    self,
+    workdir: str,
+    state: TrainState,
+    *,
+    step: int,
+    seconds: float,
+    speed: float | None,
+    test: dict[str, Any] | None = None,
+  ) -> None:
+    """Counts the parameters and writes `result.json`.
+
+    Args:
+      workdir: The run directory.
+      state: Of the parameters to count.
+      step: Updates applied so far.
+      seconds: Training time so far.
+      speed: Tokens per second.
+      test: Metrics of the test split; None: the run is not finished.
+    """
+    params = distributed.to_host(state.params)
+    result = {
+      "finished": test is not None,
+      "steps": step,
+      "total_steps": self.config.train.steps,
+      "seconds": seconds,
+      "tokens_per_second": speed,
+      "test": test,
+      **account(params, self.dense_params),
+    }
+    with distributed.together("another process cannot write, and says why"):
+      if distributed.is_main():
+        run_dir.write_result(workdir, result)
 
 
-def run(config: Config, workdir: str, text: str = "") -> dict[str, Any]:
-  """Trains, or goes on training, in a run directory.
+def run(config: Config, workdir: str) -> dict[str, Any]:
+  """Trains a run, or continues it, in a run directory.
 
   Args:
     config: As a config file returns it; it is resolved here.
     workdir: New, empty, or with a run of the same config.
-    text: SHA-256 that text and labels are to have (`Data.digest`); "": any.
 
   Returns:
-    What `result.json` holds. Where SIGTERM or Ctrl-C has stopped it, which saves,
-    "finished" is False and "test" None.
+    The content of `result.json`. If SIGTERM or Ctrl-C stopped the run, it was
+    saved, "finished" is False and "test" None.
 
   Raises:
     ConfigError: a mistake in the config or the data, or another process trains
-      there; nothing was written.
-    TrainingError: the loss is not finite, or the disk is full.
+      in the directory; nothing was written.
+    TrainingError: the loss is not finite, or a save failed.
   """
   given, config = config, config_lib.resolve(config)
   files.require_workdir(workdir)
   energy.require_tracker(config.train.energy)
   distributed.join(config.distributed)
-  config = dataclasses.replace(config, distributed="none")  # of this time only
-  with distributed.together():
-    planned, data = _read(config, workdir, given)
-  require(
-    text in ("", data.digest),
-    "the text is not that of the other runs; give that again, or begin anew in "
-    "another --workdir",
-  )
-  distributed.require_same(
-    data.digest + data.tokenizer.to_json(), "another text or tokenizer"
-  )
-  distributed.require_same(
-    json.dumps(config_lib.to_dict(config)), "another config"
-  )
-  if planned is None and config.fpp.embedding_granularity == "trim":
-    data = trim_vocabulary(config, data)
-  is_over = planned is not None and is_finished(workdir)
-  if is_over and not has_checkpoint(workdir):  # they may be gone
-    return read_result(workdir)
-  asked, start, report = config, None, []
-  with distributed.together():  # before anything is written
-    if planned is not None and has_checkpoint(workdir):
-      config = planned
-    elif config.pretrained is not None:
-      config, start, report = folded_start(planned or config, data)
-    this = Run(config, data, start)
-    if not is_over:
-      this.teacher = teacher_of(config, data)
+  config = dataclasses.replace(config, distributed="none")  # not part of a run
   with contextlib.ExitStack() as stack:
     with distributed.together():
       if distributed.is_main():
-        stack.enter_context(files.held(workdir))
-        if report:
-          write_fold(workdir, report, config)
-        if planned is None:
-          _require_new(workdir)  # another process may have been faster
-          asked_path = os.path.join(workdir, _ASKED)
-          data.tokenizer.save(os.path.join(workdir, _TOKENIZER))
-          restore.save_data(data.label_names, data.digest, workdir)
-          if config != asked:
-            config_lib.save(asked, asked_path)
-          elif os.path.exists(asked_path):  # of a run that never began
-            os.remove(asked_path)
-          # Last: it marks the run as begun.
-          config_lib.save(config, os.path.join(workdir, _CONFIG))
-    return _train_in(workdir, this)
+        stack.enter_context(run_dir.held(workdir))
+      saved = run_dir.config_to_continue(workdir, config)
+      if saved is None:
+        checks.check_used(config, given)
+        if has_checkpoint(workdir):
+          raise ConfigError(
+            f"{workdir} has checkpoints of another config; choose another "
+            "--workdir"
+          )
+      elif run_dir.is_finished(workdir):
+        return run_dir.read_result(workdir)
+      data = _read_data(config, workdir, is_new=saved is None)
+    distributed.require_same(
+      data.digest + data.tokenizer.to_json(), "another text or tokenizer"
+    )
+    distributed.require_same(
+      json.dumps(config_lib.to_dict(config)), "another config"
+    )
+    with distributed.together():
+      teacher = teacher_of(saved or config, data)
+    start = _start(saved or config, data, workdir)
+    with distributed.together():
+      if saved is None and distributed.is_main():
+        run_dir.save(
+          workdir,
+          start.run.config,
+          data.tokenizer,
+          labels=data.label_names,
+          digest=data.digest,
+          asked=None if start.run.config == config else config,
+        )
+    with Checkpoints(workdir) as checkpoints:
+      try:
+        country = config.train.energy if distributed.is_main() else ""
+        with energy.tracked(workdir, country):
+          return _train(start, teacher, workdir, checkpoints)
+      except (OSError, TrainingError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+          reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
+        with contextlib.suppress(OSError):
+          checkpoints.wait()
+        kept = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
 
 
-def _read(
-  config: Config, workdir: str, given: Config
-) -> tuple[Config | None, Data]:
-  """Returns the config of a run that has begun, else None, and the data."""
-  config_path = os.path.join(workdir, _CONFIG)
-  asked_path = os.path.join(workdir, _ASKED)
-  tokenizer = planned = None
-  if os.path.exists(config_path):
-    planned = _on(config_lib.load(config_path), config)
-    found = differences(planned, config)
-    if found and os.path.exists(asked_path):  # what was planned, or that it be
-      found = differences(_on(config_lib.load(asked_path), config), config)
-    if found:
-      raise ConfigError(
-        f"{workdir} holds a run of another config ({'; '.join(found)}); "
-        "choose another --workdir"
-      )
-    tokenizer = load_tokenizer(os.path.join(workdir, _TOKENIZER))
-  else:
-    checks.check_used(config, given)
-    _require_new(workdir)
+def _read_data(config: Config, workdir: str, is_new: bool) -> Data:
+  """Returns the data of a run, with the tokenizer that it began with."""
+  tokenizer = None if is_new else run_dir.load_tokenizer(workdir)
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
-  if planned is not None:
-    restore.require_data(workdir, data.label_names, data.digest)
   for split in ("valid", "test"):
-    require(
-      data.num_examples[split] > 0,
-      f"there is no text for the {split} split; raise data.{split}_fraction, or "
-      "give more text (each class gives up its own share, rounded)",
-    )
-  return planned, data
+    if not data.num_examples[split]:
+      raise ConfigError(
+        f"there is no text for the {split} split; raise data.{split}_fraction, "
+        "or give more text (each class gives up its own share, rounded)"
+      )
+  if is_new and config.fpp.embedding_granularity == "trim":
+    return trim_vocabulary(config, data)
+  return data
 
 
-def _require_new(workdir: str) -> None:
-  """Refuses a directory that has something of a run, but no config of it."""
-  require(
-    not has_checkpoint(workdir) and not is_finished(workdir),
-    f"{workdir} has what a run of another config left; choose another --workdir",
-  )
+class Start(NamedTuple):
+  """Where training starts.
+
+  Attributes:
+    run: Its config is that of the run, as a plan or a removal of neurons left
+      it.
+    step: Updates applied so far.
+    state: The training state, on the mesh.
+  """
+
+  run: Run
+  step: int
+  state: TrainState
 
 
-def resume_run(workdir: str) -> dict[str, Any]:
-  """Goes on training a run directory, as its own config says.
+def _start(config: Config, data: Data, workdir: str) -> Start:
+  """Returns where training starts.
+
+  1. At the newest checkpoint of this run that can be read.
+  2. Otherwise, if `pretrained` is set: at that model, folded.
+  3. Otherwise: at parameters drawn by the seed.
+
+  Args:
+    config: Resolved; of a run that has begun, the saved one.
+    data: Of the run.
+    workdir: The run directory. `fold.json` is written here by 2.
 
   Raises:
-    ConfigError: there is no run.
-    TrainingError: see `run`.
+    ConfigError: config, data and model to start from do not fit.
+    TrainingError: there are checkpoints, but none can be read.
   """
-  config = restore.load_config(workdir)
-  config.mesh = sharding.fitting(config.mesh, jax.device_count())
-  return run(config, workdir)
+  if has_checkpoint(workdir):
+    run = Run(config, data)
+    with Checkpoints(workdir) as checkpoints:
+      step, state = checkpoints.restore_latest(run.like)
+    return Start(run, step, state)
+  if config.pretrained is not None:
+    with distributed.together():
+      config, params, report = folded_start(config, data)
+      run = Run(config, data)
+      if report and distributed.is_main():
+        write_fold(workdir, report, config)
+    return Start(run, 0, run.init_from(params))
+  run = Run(config, data)
+  return Start(run, 0, run.init())
 
 
-def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
-  """Returns the figures of a run's best checkpoint, else of its newest.
-
-  Raises:
-    ConfigError: there is no run, or it has no checkpoint yet.
-  """
-  this, checkpoints = open_run(workdir)
-  with checkpoints:
-    found = checkpoints.restore_best(this.like)
-    if found is None:
-      raise ConfigError(f"{workdir} has no checkpoint yet")
-    step, state = found
-  figures = this.evaluate(state.params, split)
-  return {"split": split, "checkpoint_step": step, **figures}
-
-
-def open_run(workdir: str) -> tuple[Run, Checkpoints]:
-  """Returns what a run directory stands for, and its checkpoints.
-
-  Raises:
-    ConfigError: it is no run directory.
-  """
-  config = restore.load_config(workdir)
-  config.mesh = sharding.fitting(config.mesh, jax.device_count())
-  tokenizer = load_tokenizer(os.path.join(workdir, _TOKENIZER))
-  # Another process may be at work there, with a save under way.
-  checkpoints = Checkpoints(workdir, cleans=False)
-  data = make_data(config, tokenizer)
-  restore.require_data(workdir, data.label_names, data.digest)
-  return Run(config, data), checkpoints
-
-
-def _on(config: Config, other: Config) -> Config:
-  """Returns a config to be computed as another is, with the same outcome."""
-  train = dataclasses.replace(
-    config.train,
-    accumulate=other.train.accumulate,
-    energy=other.train.energy,
-  )
-  return dataclasses.replace(config, mesh=other.mesh, train=train)
-
-
-def _train_in(workdir: str, run: Run) -> dict[str, Any]:
-  """Trains; where that fails, the error says what is left."""
-  with Checkpoints(workdir) as checkpoints:
-    try:
-      country = run.config.train.energy if distributed.is_main() else ""
-      with energy.tracked(workdir, country):
-        return _train(run, workdir, checkpoints)
-    except (OSError, TrainingError) as error:
-      reason = str(error)
-      if isinstance(error, OSError):
-        reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
-      kept = ", ".join(map(str, checkpoints.intact())) or "none"
-      raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
-
-
-def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
+def _train(
+  start: Start,
+  teacher: tuple[Transformer, Any] | None,
+  workdir: str,
+  checkpoints: Checkpoints,
+) -> dict[str, Any]:
+  """Trains to the last step, tests the best checkpoint, returns the result."""
+  run, first_step, state = start
   config, t = run.config, run.config.train
-  restored = checkpoints.restore_latest(run.like)
-  first_step, state = restored if restored else (0, run.init())
-  if is_finished(workdir) and (not restored or first_step == t.steps):
-    return read_result(workdir)  # it has been tested; checkpoints may be gone
-  if run.teacher is None:  # of a finished run whose last checkpoint is damaged
-    run.teacher = teacher_of(config, run.data)
-  distillation = None
-  if run.teacher is not None:
+  distillation = teacher_params = None
+  if teacher is not None:
     d = config.distill
-    distillation = Distillation(
-      run.teacher[0], d.logits, d.hidden, d.temperature
-    )
+    distillation = Distillation(teacher[0], d.logits, d.hidden, d.temperature)
+    teacher_params = run.place_teacher(teacher[1])
   options = StepOptions(
     model=run.model,
     tx=run.tx,
@@ -241,93 +375,144 @@ def _train(run: Run, workdir: str, checkpoints: Checkpoints) -> dict[str, Any]:
     )
     for is_check in (False, True)
   }
-  constants = run.constants()
-  healed_at = optimizer_lib.check_steps(config)[1] + 1 if run.rules else 0
+  seed = jax.device_put(run.seed, sharding.whole(run.mesh))
+  usage = run.usage()
+  # Only a model that is pruned to its end can be the best.
+  pruned_at = optimizer_lib.check_steps(config)[1] + 1 if run.rules else 0
 
   with (
     MetricsWriter(workdir, config, first_step, distributed.is_main()) as writer,
     stop_signal() as stopped,
   ):
     clock = Clock(workdir, first_step)
-    counts = run.counts(state if restored else None)
+    counts = run.counts(state)
     log = StepLog(config, run.num_parameters, writer, clock, counts)
-    for line in run.unsplit:
-      writer.say(f"mesh: {line}")
-    if config.model.attention == "linear":
-      writer.say(
-        "attention: linear; an output depends on later tokens by up to 1e-4 "
-        "of the range of the values"
-      )
-    if config.task == "classify":
-      share = run.data.full_share(config.data.length)
-      if share >= 0.01:
-        writer.say(
-          f"text: {share:.0%} of the training texts fill data.length="
-          f"{config.data.length} tokens, where longer ones are cut"
-        )
-    if restored:
-      writer.say(f"resumed at step {first_step} of {t.steps}")
+    for line in _notes(start):
+      writer.say(line)
     batches = run.data.train_batches(first_step)
-    step = first_step
     for step in range(first_step, t.steps + 1):
       is_last = step == t.steps
-      due = step > first_step and (is_last or step % t.eval_every == 0)
+      is_due = step > first_step and (is_last or step % t.eval_every == 0)
       is_stopped = stopped(step)
-      if due or is_stopped:
+      if is_due or is_stopped:
         log.flush()
         loss = None
-        if due:
-          figures = run.evaluate(state.params, "valid", t.eval_batches)
-          writer.write({"split": "valid", "step": step, **figures})
-          writer.say(_valid_line(step, figures))
-          _require_finite(figures, f"validation at step {step}")
-          loss = _to_beat(figures) if step >= healed_at else None
+        if is_due:
+          metrics = run.evaluate(state.params, "valid", t.eval_batches)
+          writer.write({"split": "valid", "step": step, **metrics})
+          writer.say(_line(step, "valid", metrics))
+          loss = _rank(metrics) if step >= pruned_at else None
         checkpoints.save(step, state, loss)
-        run.write_result(workdir, state, clock.seconds(), log.speed(), step)
+        run.write_result(
+          workdir,
+          state,
+          step=step,
+          seconds=clock.seconds(),
+          speed=log.speed(),
+        )
         if is_stopped:
           checkpoints.wait()
           writer.say(f"stopped by a signal; saved at step {step} of {t.steps}")
-          return read_result(workdir)
+          return run_dir.read_result(workdir)
         log.restart()
       if is_last:
         break
       batch = sharding.put_batch(run.mesh, next(batches))
       is_check = bool(run.rules) and optimizer_lib.is_check(config, step)
-      state, metrics = steps[is_check](state, batch, **constants)
-      log.step(step + 1, metrics, batch)
+      state, step_metrics = steps[is_check](
+        state, batch, seed=seed, usage=usage, teacher_params=teacher_params
+      )
+      log.step(step + 1, step_metrics, batch)
 
     checkpoints.wait()
     best = checkpoints.best_step()
-    if best is not None and best != step:
-      best, state = checkpoints.restore_best(run.like) or (step, state)
+    if best is not None and best != t.steps:
+      best, state = checkpoints.restore_best(run.like)
     test = run.evaluate(state.params, "test")
-    _require_finite(test, "the test")
     test["checkpoint_step"] = best
     run.write_result(
-      workdir, state, clock.seconds(), log.speed(), t.steps, test
+      workdir,
+      state,
+      step=t.steps,
+      seconds=clock.seconds(),
+      speed=log.speed(),
+      test=test,
     )
-    writer.say(_valid_line(t.steps, test, "test "))
-  return read_result(workdir)
+    writer.say(_line(t.steps, "test ", test))
+  return run_dir.read_result(workdir)
 
 
-def _to_beat(figures: dict[str, Any]) -> float:
-  """Returns what the best checkpoint has least of: errors, or else loss."""
-  if "accuracy" not in figures:
-    return figures["loss"]
-  return 1 - figures["accuracy"] + 1e-6 * figures["loss"]  # for equal ones
+def _notes(start: Start) -> list[str]:
+  """Returns the lines that a run prints before its first step."""
+  run, config = start.run, start.run.config
+  notes = [f"mesh: {line}" for line in run.unsplit]
+  if config.task == "classify":
+    share = run.data.full_share(config.data.length)
+    if share >= 0.01:
+      notes.append(
+        f"text: {share:.0%} of the training texts fill data.length="
+        f"{config.data.length} tokens; longer ones are cut"
+      )
+  if start.step:
+    notes.append(f"resumed at step {start.step} of {config.train.steps}")
+  return notes
 
 
-def _require_finite(figures: dict[str, Any], what: str) -> None:
-  for name, value in figures.items():
-    if not math.isfinite(value):
-      raise TrainingError(f"the {name} of {what} is not finite: {value}")
+def _rank(metrics: dict[str, Any]) -> float:
+  """Returns the loss that ranks checkpoints: the error rate, or the loss."""
+  if "accuracy" not in metrics:
+    return metrics["loss"]
+  return 1 - metrics["accuracy"] + 1e-6 * metrics["loss"]  # breaks ties
 
 
-def _valid_line(step: int, figures: dict[str, Any], name: str = "valid") -> str:
-  text = f"step {step:>6,}  {name}  loss {figures['loss']:.4f}"
-  if "accuracy" in figures:
-    return text + f"  accuracy {figures['accuracy']:.2%}"
+def _line(step: int, name: str, metrics: dict[str, Any]) -> str:
+  text = f"step {step:>6,}  {name}  loss {metrics['loss']:.4f}"
+  if "accuracy" in metrics:
+    return text + f"  accuracy {metrics['accuracy']:.2%}"
   return text + (
-    f"  perplexity {figures['perplexity']:.2f}"
-    f"  bits per byte {figures['bits_per_byte']:.4f}"
+    f"  perplexity {metrics['perplexity']:.2f}"
+    f"  bits per byte {metrics['bits_per_byte']:.4f}"
   )
+
+
+def resume_run(workdir: str) -> dict[str, Any]:
+  """Continues a run with its own config, on the devices that are there.
+
+  Raises:
+    ConfigError: it is not a run.
+    TrainingError: see `run`.
+  """
+  return run(_config_here(workdir), workdir)
+
+
+def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
+  """Returns the metrics of the best checkpoint, else of the newest.
+
+  Raises:
+    ConfigError: it is not a run, or has no checkpoint yet.
+    TrainingError: the loss is not finite, or no checkpoint can be read.
+  """
+  this, checkpoints = open_run(workdir)
+  with checkpoints:
+    step, state = checkpoints.restore_best(this.like)
+  metrics = this.evaluate(state.params, split)
+  return {"split": split, "checkpoint_step": step, **metrics}
+
+
+def open_run(workdir: str) -> tuple[Run, Checkpoints]:
+  """Returns the run in a directory and its checkpoints, to be read.
+
+  Raises:
+    ConfigError: it is not a run.
+  """
+  config = _config_here(workdir)
+  data = make_data(config, run_dir.load_tokenizer(workdir))
+  # Another process may be training there, with a save under way.
+  return Run(config, data), Checkpoints(workdir, cleans=False)
+
+
+def _config_here(workdir: str) -> Config:
+  """Returns the config of a run, with a mesh that fits the devices."""
+  config = run_dir.load_config(workdir)
+  mesh = sharding.fitting(config.mesh, jax.device_count())
+  return dataclasses.replace(config, mesh=mesh)

@@ -1,30 +1,119 @@
-"""Around the loop: its clock, its log of steps, and the signal to stop."""
+"""What a run reports while it trains, and the signal that stops it."""
 
 import contextlib
+import json
 import math
 import os
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
 
 import jax
+import rich.console
+import rich.progress
 from jax.experimental import multihost_utils
 
+from folding import files
 from folding.config import Config
-from folding.schema import TrainingError
-from folding.training.metrics import MetricsWriter
+from folding.errors import TrainingError
+from folding.training import run_dir
 from folding.training.optimizer import current_rate
-from folding.training.result import read_result
+
+
+class MetricsWriter:
+  """Writes `metrics.jsonl`, TensorBoard events and a progress bar.
+
+  Use it as a context manager. On resume, it drops the records after the restored
+  step, so that the file reads like one run. Of several processes only the main
+  one writes and prints.
+  """
+
+  def __init__(
+    self, workdir: str, config: Config, first_step: int, is_main: bool = True
+  ):
+    self._file = self._board = None
+    self.speeds: list[float] = []  # tokens per second, of the records kept
+    if is_main:
+      path = os.path.join(workdir, "metrics.jsonl")
+      records = run_dir.read_metrics(path)
+      kept = [r for r in records if r["step"] <= first_step]
+      files.write_file(path, "".join(json.dumps(r) + "\n" for r in kept))
+      trained = [r for r in kept if r["split"] == "train"]
+      self.speeds = [r["tokens_per_second"] for r in trained]
+      self._file = open(path, "a", encoding="utf-8")
+    if is_main and config.train.tensorboard:
+      import tensorboardX  # here, because it is slow to import
+
+      self._board = tensorboardX.SummaryWriter(
+        os.path.join(workdir, "tensorboard"), purge_step=first_step + 1
+      )
+    self._console = rich.console.Console(highlight=False, quiet=not is_main)
+    self._progress = rich.progress.Progress(
+      rich.progress.TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+      rich.progress.BarColumn(bar_width=24),
+      rich.progress.TextColumn("{task.fields[text]}"),
+      rich.progress.TextColumn("ETA"),
+      rich.progress.TimeRemainingColumn(),
+      console=self._console,
+      transient=True,
+      disable=not self._console.is_terminal,
+    )
+    self._task = self._progress.add_task(
+      "train", total=config.train.steps, completed=first_step, text=""
+    )
+
+  def __enter__(self) -> "MetricsWriter":
+    self._progress.start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self._progress.stop()
+    if self._file is not None:
+      self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+  def write(self, record: dict[str, Any]) -> None:
+    """Writes a record with "split", "step" and numbers."""
+    if self._file is None:
+      return
+    self._file.write(json.dumps(record) + "\n")
+    self._file.flush()
+    split, step = record["split"], record["step"]
+    if self._board is not None:
+      for name, value in record.items():
+        if name not in ("split", "step"):
+          self._board.add_scalar(f"{split}/{name}", value, step)
+    if split == "train":
+      self._progress.update(self._task, completed=step, text=_brief(record))
+
+  def say(self, message: str) -> None:
+    """Prints a line above the progress bar."""
+    self._console.print(message, markup=False, soft_wrap=True)
+
+
+def _brief(record: dict[str, Any]) -> str:
+  text = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
+  if "sparsity" in record:
+    text += f"  sparsity {record['sparsity']:.0%}"
+  return text
 
 
 class Clock:
-  """Seconds of training, over all the times a run was resumed."""
+  """Training time in seconds, summed over all resumptions of a run."""
 
   def __init__(self, workdir: str, first_step: int):
     self._before = 0.0
     if first_step and os.path.exists(os.path.join(workdir, "result.json")):
-      self._before = read_result(workdir)["seconds"]
+      self._before = run_dir.read_result(workdir)["seconds"]
     self._start = time.monotonic()
 
   def seconds(self) -> float:
@@ -33,7 +122,11 @@ class Clock:
 
 
 class StepLog:
-  """Fetches the metrics of a step after the next one is under way."""
+  """Records the metrics of training steps, one step late.
+
+  The metrics of a step are fetched from the device after the next step has been
+  dispatched, so that the device never waits for the log.
+  """
 
   def __init__(
     self,
@@ -41,33 +134,45 @@ class StepLog:
     num_parameters: int,
     writer: MetricsWriter,
     clock: Clock,
-    counts: Mapping[str, float] | None = None,
+    counts: Mapping[str, float],
   ):
+    """Initializes the log.
+
+    Args:
+      config: Resolved.
+      num_parameters: Size of the model, zeros included.
+      writer: Takes the records.
+      clock: Of the run.
+      counts: `fpp_counts` of the first state; {} if nothing is pruned.
+    """
     self._config, self._writer, self._clock = config, writer, clock
     self._size = num_parameters
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._tokens = 0
     self._since = time.monotonic()
-    # They change at checks alone; without rules nothing is told.
-    self._counts = dict(counts or {})
+    self._counts = dict(counts)  # of the last mask update
     self._speeds = list(writer.speeds)
 
   def restart(self) -> None:
-    """Leaves the time since the last record out of the tokens per second."""
+    """Excludes the time since the last record from the tokens per second."""
     self._tokens, self._since = 0, time.monotonic()
 
   def speed(self) -> float | None:
-    """Returns the median of tokens per second of all records, None without."""
+    """Returns the median of tokens per second over all records."""
     return statistics.median(self._speeds) if self._speeds else None
 
   def step(self, step: int, metrics: dict[str, jax.Array], batch: dict) -> None:
-    """Takes the metrics of a step; reports the ones taken before."""
+    """Takes the metrics of a step, and records those of the step before."""
     self.flush()
     self._tokens += batch["tokens"].size
     self._pending = (step, metrics)
 
   def flush(self) -> None:
-    """Checks what was taken last, and writes it where a record is due."""
+    """Checks the pending metrics, and writes a record if one is due.
+
+    Raises:
+      TrainingError: the loss is not finite.
+    """
     if self._pending is None:
       return
     step, metrics = self._pending
@@ -101,11 +206,11 @@ class StepLog:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-  """Yields a function of the step that says whether a run is to stop.
+  """Yields a function of the step: has the run been asked to stop?
 
-  SIGTERM and SIGINT (Ctrl-C, of which a second one ends the run at once) ask
-  for it. With several processes, SIGTERM to one is told to all, and all of them
-  are told to stop at the same step; each must ask at each step.
+  SIGTERM and Ctrl-C ask; a second Ctrl-C interrupts. With several processes,
+  SIGTERM to one of them stops all at the same step. Each process must call the
+  function at each step.
   """
   if jax.process_count() > 1:
     yield multihost_utils.reached_preemption_sync_point
@@ -121,7 +226,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
   try:
     for number in signals:
       signal.signal(number, stop)
-  except ValueError:  # not the main thread (a notebook's worker, a test)
+  except ValueError:  # not the main thread, such as in a test or a notebook
     yield lambda step: False
     return
   try:

@@ -7,19 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from folding import config as config_lib
 from folding import files, paths
 from folding.compression.fpp import member_masks
 from folding.compression.shrink import Cut, shrink
 from folding.compression.sites import Rule, make_sites
 from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer
-from folding.schema import ConfigError, require
-from folding.training import energy, restore
+from folding.schema import require
+from folding.training import energy, run_dir
 from folding.training import optimizer as optimizer_lib
-from folding.training.loop import open_run
-from folding.training.result import read_result
-from folding.training.run import Run
+from folding.training.loop import Run, open_run
 from folding.training.step import TrainState
 
 
@@ -108,7 +105,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   require(multiple >= 1, f"--multiple must be at least 1; it is {multiple}")
   files.require_empty(output)
   this, states, losses = _read(workdir)
-  before = read_result(workdir)
+  before = run_dir.read_result(workdir)
   step = max(states)
   is_over = step == this.config.train.steps
   shrunk = _shrink_alike(this, states, multiple, is_over)
@@ -123,9 +120,13 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
     tokenizer = this.data.tokenizer
     if "embed/embedding" in cut.kept:
       tokenizer = MappedTokenizer(tokenizer, cut.token_map)
-    tokenizer.save(os.path.join(part, "tokenizer.json"))
-    restore.save_data(this.data.label_names, this.data.digest, part)
-    config_lib.save(config, os.path.join(part, "config.json"))
+    run_dir.save(
+      part,
+      config,
+      tokenizer,
+      labels=this.data.label_names,
+      digest=this.data.digest,
+    )
     for name in ("metrics.jsonl", "fold.json", energy.FILE):
       if os.path.exists(os.path.join(workdir, name)):
         shutil.copy(os.path.join(workdir, name), part)
@@ -141,8 +142,14 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
       state = states[step if best is None else best]
       test = that.evaluate(state.params, "test")
       test["checkpoint_step"] = best
-    seconds, speed = before["seconds"], before["tokens_per_second"]
-    that.write_result(part, state, seconds, speed, step, test)
+    that.write_result(
+      part,
+      state,
+      step=step,
+      seconds=before["seconds"],
+      speed=before["tokens_per_second"],
+      test=test,
+    )
   return {
     "step": step,
     "steps": config.train.steps,
@@ -184,11 +191,10 @@ def _read(
   """Returns a run, its newest and best states by step, and their losses."""
   run, checkpoints = open_run(workdir)
   with checkpoints:
-    found = checkpoints.restore_latest(run.like)
-    if found is None:
-      raise ConfigError(f"{workdir} has no checkpoint yet")
-    states = dict([found])
+    step, state = checkpoints.restore_latest(run.like)
+    states = {step: state}
     best = checkpoints.best_step()
     if best is not None and best not in states:
-      states |= dict([checkpoints.restore_best(run.like) or found])
+      best, state = checkpoints.restore_best(run.like)
+      states[best] = state
     return run, states, {step: checkpoints.loss(step) for step in states}

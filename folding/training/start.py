@@ -26,6 +26,7 @@ from folding.data.trimming import trimmed
 from folding.models.hf_weights import load_pretrained
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.schema import ConfigError, require
+from folding.training.checkpoint import load_run
 from folding.training.fold_pretrained import Watch, fold_pretrained
 from folding.training.planner import plan
 from folding.training.prune_trained import (
@@ -33,7 +34,7 @@ from folding.training.prune_trained import (
   prune_trained,
   without_neurons,
 )
-from folding.training.restore import load_labels, load_run
+from folding.training.run_dir import load_labels
 
 # Of the model: a source must have the same, or its arrays mean something else.
 _SHAPE = (

@@ -54,6 +54,18 @@ def text_file(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(text_file, tmp_path_factory):
+  """Returns (config, run directory, result) of an uninterrupted run.
+
+  Ten steps; mask updates at steps 2, 4 and 7, checkpoints at steps 5 and 10.
+  Tests that change it take a copy.
+  """
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  config = tiny_config(text_file)
+  return config, workdir, loop.run(config, str(workdir))
+
+
+@pytest.fixture(scope="session")
 def topics(tmp_path_factory) -> pathlib.Path:
   """Returns a folder of texts whose class is their most frequent word."""
   folder = tmp_path_factory.mktemp("topics")
@@ -77,7 +89,7 @@ def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, dict]:
 
 
 def recovery_config(source, topics, **fields) -> c.Config:
-  """Returns the config of a few steps from a checkpoint or a run."""
+  """Returns the config of a short training from a checkpoint or a run."""
   config = pretrained_config.get_config(str(source))
   config.data.path, config.data.batch_size = str(topics), 8
   config.compress.calibration = 96
@@ -92,7 +104,7 @@ def recovery_config(source, topics, **fields) -> c.Config:
 
 @pytest.fixture(scope="session")
 def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
-  """Returns a run that tuned the checkpoint on the topics."""
+  """Returns the directory of a dense run that fine-tuned the checkpoint."""
   workdir = tmp_path_factory.mktemp("runs") / "dense"
   config = recovery_config(
     checkpoint[0], topics, dense=True, train__steps=60, train__eval_every=20

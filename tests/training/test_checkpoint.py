@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding.config import FPPConfig, MeshConfig
-from folding.schema import TrainingError
-from folding.training import sharding
-from folding.training.checkpoint import Checkpoints
+from folding.config import DataConfig, FPPConfig, MeshConfig
+from folding.data.tokenizers import train_tokenizer
+from folding.errors import ConfigError, TrainingError
+from folding.training import run_dir, sharding
+from folding.training.checkpoint import Checkpoints, load_run
 from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def damage(folder, step, item=""):
 
 
 def lose(folder, step, item="default"):
-  """Leaves of a checkpoint what a copy that was cut off may leave."""
+  """Removes an item of a checkpoint, as an interrupted copy may."""
   shutil.rmtree(pathlib.Path(folder) / "checkpoints" / str(step) / item)
 
 
@@ -64,7 +65,7 @@ def state():
   return state._replace(opt_state=state.opt_state._replace(suspected=suspected))
 
 
-def test_state_comes_back_bit_for_bit(state, tmp_path):
+def test_restore_returns_the_saved_state_bit_for_bit(state, tmp_path):
   with Checkpoints(str(tmp_path)) as checkpoints:
     checkpoints.save(3, state, None)
   with Checkpoints(str(tmp_path)) as checkpoints:
@@ -73,14 +74,12 @@ def test_state_comes_back_bit_for_bit(state, tmp_path):
   chex.assert_trees_all_equal(found, state, strict=True)
 
 
-def test_from_mesh_to_mesh_and_back(state, tmp_path):
+def test_restore_places_the_state_on_another_mesh(state, tmp_path):
   meshes = [
     sharding.make_mesh(config, jax.devices()[:count])
     for count, config in (
-      (2, MeshConfig(1, 2)),
       (4, MeshConfig(2, 1, 2)),
       (8, MeshConfig(2, 4)),
-      (8, MeshConfig(2, 2, 2)),
       (1, MeshConfig()),
     )
   ]
@@ -98,7 +97,7 @@ def test_from_mesh_to_mesh_and_back(state, tmp_path):
       assert x.sharding == place.sharding
 
 
-def test_a_save_is_of_the_moment_though_training_goes_on(tmp_path):
+def test_save_keeps_the_state_of_its_call_while_training_continues(tmp_path):
   # The loop donates the state to the next step while the save is under way.
   add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
   x = jnp.zeros(1 << 20)
@@ -112,7 +111,7 @@ def test_a_save_is_of_the_moment_though_training_goes_on(tmp_path):
   np.testing.assert_array_equal(found, 0)
 
 
-def test_empty_parts_of_a_state_come_back(tmp_path):
+def test_restore_returns_empty_parts_of_a_state(tmp_path):
   run = tiny.make(tiny.config(preset="none", fpp=FPPConfig()))
   state = run.init()
   assert state.opt_state.suspected == {}
@@ -133,7 +132,7 @@ def test_empty_parts_of_a_state_come_back(tmp_path):
   ],
   ids=["best-between", "best-last", "none-at-first", "negative"],
 )
-def test_the_last_two_and_the_best_are_kept(tmp_path, losses, kept, best):
+def test_save_keeps_the_last_two_and_the_best(tmp_path, losses, kept, best):
   with Checkpoints(str(tmp_path)) as checkpoints:
     for step, loss in enumerate(losses, 1):
       checkpoints.save(step, small(step), loss)
@@ -146,19 +145,20 @@ def test_the_last_two_and_the_best_are_kept(tmp_path, losses, kept, best):
     assert checkpoints.best_step() == best
 
 
-def test_without_losses_there_is_no_best(tmp_path):
+def test_best_step_is_none_without_losses(tmp_path):
   with Checkpoints(str(tmp_path)) as checkpoints:
     assert checkpoints.best_step() is None
-    assert checkpoints.restore_latest(LIKE) is None
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+      checkpoints.restore_latest(LIKE)
     for step in range(1, 4):
       checkpoints.save(step, small(step), None)
     checkpoints.wait()
     assert checkpoints.best_step() is None
     assert checkpoints.steps()[-2:] == [2, 3]
-    assert checkpoints.restore_latest(LIKE)[0] == 3
+    assert checkpoints.restore_best(LIKE)[0] == 3
 
 
-def test_a_step_is_saved_once(tmp_path):
+def test_save_ignores_a_step_that_is_saved(tmp_path):
   with Checkpoints(str(tmp_path)) as checkpoints:
     checkpoints.save(1, small(1.0), None)
     checkpoints.save(1, small(2.0), None)
@@ -167,29 +167,33 @@ def test_a_step_is_saved_once(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [damage, lose])
-def test_damaged_newest_falls_back_and_can_be_written_again(
-  damage, tmp_path, caplog
+def test_restore_latest_moves_a_damaged_checkpoint_aside(
+  damage, tmp_path, caplog, capfd
 ):
-  for _ in range(2):  # and a second time, over what was set aside before
+  for _ in range(2):  # the second time over what was moved aside before
     with Checkpoints(str(tmp_path)) as checkpoints:
       checkpoints.save(1, small(1.0), None)
       checkpoints.save(2, small(2.0), None)
-    damage(tmp_path, 2)
+    damage(tmp_path, 2, "default")
     caplog.clear()
     with Checkpoints(str(tmp_path)) as checkpoints:
       step, found = checkpoints.restore_latest(LIKE)
       assert (step, found["w"][0]) == (1, 1.0)
-      assert "checkpoint 2 is damaged" in caplog.text
-      assert "going back to 1" in caplog.text
+      (line,) = caplog.messages
+      assert "checkpoint 2 is damaged" in line
+      assert "going back to 1" in line
       assert checkpoints.steps() == [1]
       assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
       checkpoints.save(2, small(2.5), None)
       checkpoints.wait()
       assert checkpoints.restore(2, LIKE)["w"][0] == 2.5
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [damage, lose])
-def test_damaged_best_falls_back_to_the_newest(damage, tmp_path, caplog):
+def test_restore_best_takes_the_newest_if_the_best_is_damaged(
+  damage, tmp_path, caplog
+):
   with Checkpoints(str(tmp_path)) as checkpoints:
     for step, loss in enumerate([2.0, 1.0, 3.0, 4.0], 1):
       checkpoints.save(step, small(step), loss)
@@ -203,7 +207,7 @@ def test_damaged_best_falls_back_to_the_newest(damage, tmp_path, caplog):
   assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
-def test_nothing_readable_is_an_error_that_moves_nothing(tmp_path):
+def test_restore_without_a_readable_checkpoint_is_an_error(tmp_path):
   with Checkpoints(str(tmp_path)) as checkpoints:
     checkpoints.save(1, small(1.0), None)
     checkpoints.save(2, small(2.0), None)
@@ -218,7 +222,7 @@ def test_nothing_readable_is_an_error_that_moves_nothing(tmp_path):
   assert names == {"1", "2"}
 
 
-def test_damaged_metrics_alone_cost_the_best_alone(tmp_path):
+def test_step_with_damaged_metrics_is_not_the_best(tmp_path):
   with Checkpoints(str(tmp_path)) as checkpoints:
     for step, loss in enumerate([3.0, 1.0, 2.0], 1):
       checkpoints.save(step, small(step), loss)
@@ -229,7 +233,7 @@ def test_damaged_metrics_alone_cost_the_best_alone(tmp_path):
     assert checkpoints.restore(2, LIKE)["w"][0] == 2
 
 
-def test_a_save_cut_off_is_no_checkpoint(tmp_path):
+def test_unfinished_save_is_not_a_checkpoint(tmp_path):
   with Checkpoints(str(tmp_path)) as checkpoints:
     checkpoints.save(1, small(1.0), None)
   folder = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
@@ -248,7 +252,8 @@ def test_a_save_cut_off_is_no_checkpoint(tmp_path):
   assert not folder.exists()
 
 
-def test_a_save_that_fails_half_way_leaves_those_before(tmp_path):
+@pytest.mark.slow
+def test_failed_save_leaves_the_checkpoints_before(tmp_path):
   resource = pytest.importorskip("resource", reason="POSIX alone")
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   checkpoints = Checkpoints(str(tmp_path))
@@ -260,11 +265,12 @@ def test_a_save_that_fails_half_way_leaves_those_before(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
     with contextlib.suppress(OSError):  # now, or when it is waited for
       checkpoints.save(3, {"w": jnp.asarray(random)}, None)
-    assert checkpoints.intact() == [1, 2]
+      checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   with Checkpoints(str(tmp_path)) as again:
-    assert again.intact() == [1, 2]
+    assert again.steps() == [1, 2]
 
 
 _SAVES = """
@@ -279,7 +285,8 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 """
 
 
-def test_killed_in_the_middle_of_a_save_the_one_before_is_there(tmp_path):
+@pytest.mark.slow
+def test_process_killed_in_a_save_leaves_the_checkpoint_before(tmp_path):
   process = subprocess.Popen(
     [sys.executable, "-c", _SAVES, str(tmp_path)],
     env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -300,3 +307,72 @@ def test_killed_in_the_middle_of_a_save_the_one_before_is_there(tmp_path):
     step, found = checkpoints.restore_latest(like(shapes))
   for name, x in found.items():
     np.testing.assert_array_equal(x, step, name)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Returns a run directory, its config, and its states at steps 5 and 10."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = tiny.config(data=DataConfig(tokenizer="bytes", length=8))
+  made = tiny.make(config)
+  states = {step: made.init(seed=step) for step in (5, 10)}
+  with Checkpoints(str(workdir)) as checkpoints:
+    for step, loss in ((5, 1.0), (10, 2.0)):
+      checkpoints.save(step, states[step], loss)
+  tokenizer = train_tokenizer(config.data, [])
+  run_dir.save(str(workdir), config, tokenizer, labels=(), digest="a1")
+  return workdir, config, jax.device_get(states)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+  """Returns a copy of the run that a test may damage."""
+  return shutil.copytree(run[0], tmp_path / "copy")
+
+
+def assert_is_step(found, run, step):
+  """Checks parameters, on the host, against those of a saved step."""
+  chex.assert_trees_all_equal(found, run[2][step].params)
+  assert all(isinstance(w, np.ndarray) for w in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize(
+  ("losses", "step"),
+  [
+    (('{"loss": 1.0}', '{"loss": 2.0}'), 5),
+    (('{"loss": 2.0}', '{"loss": 1.0}'), 10),
+    (('{"loss": Infinity}', '{"loss": Infinity}'), 10),
+    (("{", '{"loss": NaN}'), 10),
+    (('{"loss": 1.0}', '{"loss": NaN}'), 5),
+    (('{"loss": 1.0}', '{"loss": 1.0}'), 5),
+  ],
+  ids=["first", "last", "none", "damaged", "nan", "equal"],
+)
+def test_load_run_reads_the_best_parameters(run, copy, losses, step):
+  for at, text in zip((5, 10), losses, strict=True):
+    (copy / "checkpoints" / str(at) / "metrics" / "metrics").write_text(text)
+  before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+  config, params, tokenizer = load_run(str(copy))
+  assert config == run[1]
+  assert tokenizer.vocab_size == 258
+  assert_is_step(params, run, step)
+  assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
+
+
+def test_load_run_skips_a_damaged_checkpoint(run, copy, caplog, capfd):
+  damage(copy, 5, "default")
+  _, params, _ = load_run(str(copy))
+  assert_is_step(params, run, 10)
+  (line,) = caplog.messages
+  assert "checkpoint 5 of" in line
+  assert "Traceback" not in capfd.readouterr().err
+
+
+def test_load_run_without_a_readable_checkpoint_is_one_line(copy):
+  for step in (5, 10):
+    lose(copy, step)
+  with pytest.raises(ConfigError, match="none of the checkpoints"):
+    load_run(str(copy))
+  shutil.rmtree(copy / "checkpoints")
+  with pytest.raises(ConfigError, match="no checkpoint yet"):
+    load_run(str(copy))

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from folding import config as config_lib
-from folding import files, paths
-from folding.training import loop
+from folding import paths
+from folding.training import loop, run_dir
 from tests.training.conftest import tiny_config, write_text
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,9 +52,14 @@ def start(command, devices=4):
 
 
 def train_in_two(workdir, text_file, *flags, other=None, second=()):
-  """Starts train.py in two processes, the second of another text if it has.
+  """Starts train.py in two processes.
 
-  `second` are flags that only that one has.
+  Args:
+    workdir: The run directory.
+    text_file: The data.
+    *flags: Of both processes.
+    other: Data of the second process; None: the same.
+    second: More flags of the second process.
   """
   config_file = workdir.parent / "mesh.py"
   config_file.write_text(_CONFIG_FILE, encoding="utf-8")
@@ -95,7 +100,7 @@ def test_two_processes_train_as_one(text_file, tmp_path):
   for process, (_, err) in zip(processes, outputs, strict=True):
     assert process.returncode == 0, err
   assert "test" in outputs[0][0]
-  assert "step" not in outputs[1][0]  # one of them tells
+  assert "step" not in outputs[1][0]  # only process 0 prints
   config = tiny_config(text_file)
   config.mesh = MESH
   one = tmp_path / "one"
@@ -105,7 +110,7 @@ def test_two_processes_train_as_one(text_file, tmp_path):
     assert (ours["split"], ours["step"]) == (theirs["split"], theirs["step"])
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert ours.get("trainable") == theirs.get("trainable")
-  # Saved by two processes, read here by one on a mesh of eight devices.
+  # Saved by two processes, read by one on a mesh of eight devices.
   (step, ours), (_, theirs) = last_state(two), last_state(one)
   assert step == 10
   chex.assert_trees_all_equal(
@@ -122,7 +127,7 @@ def test_two_processes_train_as_one(text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_both_at_the_same_step(text_file, tmp_path):
+def test_signal_to_one_process_stops_both_at_the_same_step(text_file, tmp_path):
   workdir = tmp_path / "run"
   processes = train_in_two(workdir, text_file, "--config.train.steps=1000000")
   metrics = workdir / "metrics.jsonl"
@@ -143,7 +148,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(text_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["another", "none", "held", "config"])
-def test_a_mistake_of_one_ends_both(text_file, tmp_path, kind):
+def test_mistake_of_one_process_ends_both(text_file, tmp_path, kind):
   workdir, other, second = tmp_path / "run", None, ()
   told = ["another process cannot begin"] * 2
   if kind == "another":
@@ -157,7 +162,7 @@ def test_a_mistake_of_one_ends_both(text_file, tmp_path, kind):
     told[1] = "missing.txt"
   with contextlib.ExitStack() as stack:
     if kind == "held":
-      stack.enter_context(files.held(str(workdir)))
+      stack.enter_context(run_dir.held(str(workdir)))
       told[0] = "another process trains in"
     processes = train_in_two(workdir, text_file, other=other, second=second)
     outputs = [process.communicate(timeout=200) for process in processes]
@@ -168,40 +173,9 @@ def test_a_mistake_of_one_ends_both(text_file, tmp_path, kind):
   assert not (workdir / "config.json").exists()
 
 
-_JOIN = """
-import sys
-from folding import cli
-from folding.training import distributed
-
-sys.exit(cli.exit_status(lambda: distributed.join(sys.argv[1], 1)))
-"""
-
-
-@pytest.mark.parametrize(
-  ("process", "missing"), [(0, "1, 2"), (1, "0")], ids=["main", "other"]
-)
-def test_who_does_not_come_is_told_with_the_address(process, missing):
-  address = free_address()
-  alone = start([sys.executable, "-c", _JOIN, f"{address},{process},3"])
-  _, err = alone.communicate(timeout=200)
-  assert alone.returncode == 2
-  assert err == (
-    f"folding: error: distributed: process {missing} of 3 did not come to "
-    f"{address} within 1 s\n"
-  )
-
-
-def test_a_host_without_a_name_is_one_line():
-  alone = start([sys.executable, "-c", _JOIN, "no.such.host.invalid:1,1,2"])
-  _, err = alone.communicate(timeout=200)
-  assert alone.returncode == 2
-  assert err.count("\n") == 1
-  assert "process 1 cannot use no.such.host.invalid:1" in err
-
-
 @pytest.mark.parametrize(
   "text", ["always", "host,0,2", "host:1,2,2", "host:1,0", "host:x,0,2"]
 )
-def test_an_address_that_is_none_is_refused(text):
+def test_address_that_is_not_valid_is_refused(text):
   with pytest.raises(ValueError, match="distributed is 'none', 'auto' or 'HO"):
     config_lib.resolve(config_lib.Config(distributed=text))

@@ -1,4 +1,3 @@
-import json
 import math
 
 import jax
@@ -6,14 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding import cli
 from folding import config as c
 from folding.config import MeshConfig
-from folding.training import loop, sharding
+from folding.errors import TrainingError
+from folding.training import sharding
 from folding.training.evaluate import evaluate, make_eval_step
-from folding.training.metrics import read_metrics
 from tests.training import tiny
-from tests.training.conftest import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,9 @@ def rows(num, length, pad_id=0):
   }
 
 
-def test_classification_is_that_of_one_batch_in_float64(mesh, classifier):
+def test_evaluate_of_padded_batches_equals_one_batch_in_float64(
+  mesh, classifier
+):
   model, params = classifier
   whole = jax.tree.map(jnp.asarray, rows(10, 5))
   logits = model.apply({"params": params}, whole["tokens"], whole["mask"])
@@ -53,8 +52,8 @@ def test_classification_is_that_of_one_batch_in_float64(mesh, classifier):
   nats = np.log(np.exp(z).sum(-1)) - z[np.arange(10), whole["labels"]]
   accuracy = float((z.argmax(-1) == whole["labels"]).mean())
 
-  # The same ten in batches of four, wider, with other padding, and rows that
-  # do not count.
+  # The same ten rows in batches of four: wider, with another pad token, the last
+  # batch filled up with rows of weight 0.
   wide = rows(10, 8, pad_id=7)
   parts = []
   for start in (0, 4, 8):
@@ -73,7 +72,7 @@ def test_classification_is_that_of_one_batch_in_float64(mesh, classifier):
   assert figures["num_examples"] == 10
 
 
-def test_what_does_not_count_has_no_influence(mesh):
+def test_evaluate_ignores_targets_of_weight_0(mesh):
   run = tiny.make(tiny.config())
   params = tiny.noise(tiny.shapes(run.config))
   batch = tiny.batch(0)
@@ -87,7 +86,7 @@ def test_what_does_not_count_has_no_influence(mesh):
   assert figures[0] == figures[1]
 
 
-def test_uniform_guess_in_closed_form(mesh):
+def test_evaluate_of_a_uniform_model_has_its_closed_form(mesh):
   run = tiny.make(tiny.config())
   params = jax.tree.map(jnp.zeros_like, tiny.noise(tiny.shapes(run.config)))
   batches = [tiny.batch(seed) for seed in range(2)]
@@ -98,13 +97,13 @@ def test_uniform_guess_in_closed_form(mesh):
   assert figures == {
     "loss": pytest.approx(math.log(tiny.VOCAB), rel=1e-6),
     "perplexity": pytest.approx(tiny.VOCAB, rel=1e-5),
-    # 128 = 2^7: seven bits a token.
+    # 128 = 2^7: seven bits per token.
     "bits_per_byte": pytest.approx(7 * count / 300, rel=1e-6),
     "num_tokens": count,
   }
 
 
-def test_the_same_on_eight_devices(mesh, classifier):
+def test_evaluate_on_eight_devices_equals_one(mesh, classifier):
   model, params = classifier
   step, batch = make_eval_step(model), rows(16, 5)
   eight = sharding.make_mesh(MeshConfig(2, 4))
@@ -116,29 +115,22 @@ def test_the_same_on_eight_devices(mesh, classifier):
   }
 
 
-def test_a_hopeless_loss_has_a_finite_perplexity(mesh):
+def evaluate_nats(mesh, nats):
+  """Returns the metrics of one batch with a given loss."""
+
   def eval_step(params, batch):
     return {"nats": params, "weight": 1.0, "correct": 0.0}
 
-  figures = evaluate(eval_step, 1e4, [tiny.batch(0)], mesh, num_bytes=1.0)
-  assert figures["loss"] == 1e4
-  assert math.isfinite(figures["perplexity"])
+  return evaluate(eval_step, nats, [tiny.batch(0)], mesh, num_bytes=1.0)
 
 
-def test_evaluate_prints_what_training_wrote_of_a_split(
-  text_file, tmp_path, capsys
-):
-  workdir = tmp_path / "run"
-  result = loop.run(tiny_config(text_file), str(workdir))
-  capsys.readouterr()
-  assert cli.main(["evaluate", str(workdir), "--split=valid"]) == 0
-  found = json.loads(capsys.readouterr().out)
-  best = result["test"]["checkpoint_step"]
-  assert (found["split"], found["checkpoint_step"]) == ("valid", best)
-  (written,) = (
-    r
-    for r in read_metrics(str(workdir / "metrics.jsonl"))
-    if (r["split"], r["step"]) == ("valid", best)
-  )
-  for name in ("loss", "bits_per_byte", "num_tokens"):
-    assert found[name] == written[name], name
+def test_evaluate_of_a_huge_loss_has_a_finite_perplexity(mesh):
+  metrics = evaluate_nats(mesh, 1e4)
+  assert metrics["loss"] == 1e4
+  assert math.isfinite(metrics["perplexity"])
+
+
+@pytest.mark.parametrize("nats", [math.nan, math.inf])
+def test_evaluate_raises_if_the_loss_is_not_finite(mesh, nats):
+  with pytest.raises(TrainingError, match=str(nats)):
+    evaluate_nats(mesh, nats)

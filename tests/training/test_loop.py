@@ -1,4 +1,4 @@
-"""Runs from the outside: train, stop, kill, damage, resume."""
+"""Whole runs: train, stop, kill, damage, resume."""
 
 import json
 import os
@@ -15,71 +15,51 @@ import jax
 import numpy as np
 import pytest
 
+from folding import cli, paths
 from folding import config as config_lib
-from folding import paths, schema
-from folding.training import evaluate, loop
+from folding.errors import ConfigError, TrainingError
+from folding.training import evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
-from tests.training.conftest import tiny_config, write_text
+from tests.training.conftest import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-_CONFIG_FILE = """
-from tests.training.conftest import tiny_config
 
-def get_config(path):
-  return tiny_config(path)
-"""
-
-
-def last_state(config, workdir):
-  """Returns the newest checkpoint's state, on the host."""
+def last_state(workdir):
+  """Returns (step, state on the host) of the newest checkpoint."""
   this, checkpoints = loop.open_run(str(workdir))
   with checkpoints:
     step, state = checkpoints.restore_latest(this.like)
   return step, jax.device_get(state)
 
 
-@pytest.fixture(scope="module")
-def finished(text_file, tmp_path_factory):
-  """Returns (config, run directory, result) of an uninterrupted run."""
-  workdir = tmp_path_factory.mktemp("runs") / "whole"
-  config = tiny_config(text_file)
-  return config, workdir, loop.run(config, str(workdir))
+def records(workdir):
+  """Returns the records of a run without its speeds and times."""
+  found = run_dir.read_metrics(str(workdir / "metrics.jsonl"))
+  timed = ("tokens_per_second", "seconds")
+  return [{k: v for k, v in r.items() if k not in timed} for r in found]
 
 
-def command(workdir, text_file, *flags):
-  """Returns the command line that trains the tiny config."""
-  config_file = workdir.parent / "tiny.py"
-  config_file.write_text(_CONFIG_FILE, encoding="utf-8")
-  return [
-    sys.executable,
-    str(ROOT / "train.py"),
-    f"--config={config_file}:{text_file}",
-    f"--workdir={workdir}",
-    *flags,
-  ]
+def unfinished(workdir, copy):
+  """Returns a copy of a finished run that has not been tested yet."""
+  shutil.copytree(workdir, copy)
+  result = json.loads((copy / "result.json").read_text())
+  result |= {"finished": False, "test": None}
+  (copy / "result.json").write_text(json.dumps(result))
+  return copy
 
 
-def start(workdir, text_file, *flags, **popen):
-  """Starts train.py in a process of its own, with this test's devices."""
-  return subprocess.Popen(
-    command(workdir, text_file, *flags),
-    cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    **popen,
-  )
+def modified(workdir):
+  """Returns {file: time of its last change}."""
+  return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
 
 
-def test_loss_falls_and_zeros_are_exact(finished):
-  config, workdir, result = finished
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  losses = [r["loss"] for r in map(json.loads, lines) if r["split"] == "train"]
+def test_run_lowers_the_loss_and_prunes_to_the_target(tiny_run):
+  _, workdir, _ = tiny_run
+  losses = [r["loss"] for r in records(workdir) if r["split"] == "train"]
   assert len(losses) == 10
   assert losses[-1] < losses[0] - 0.3
-  _, state = last_state(config, workdir)
+  _, state = last_state(workdir)
   pruned = {
     name: w
     for name, w in paths.flatten(state.params).items()
@@ -90,37 +70,49 @@ def test_loss_falls_and_zeros_are_exact(finished):
     assert np.count_nonzero(w == 0) == int(0.7 * w.size), name
 
 
-def test_result_counts_what_is_stored(finished):
-  config, workdir, result = finished
-  _, state = last_state(config, workdir)
+def test_result_counts_stored_parameters(tiny_run):
+  _, workdir, result = tiny_run
+  _, state = last_state(workdir)
   leaves = paths.flatten(state.params)
   nonzero = sum(np.count_nonzero(w) for w in leaves.values())
   assert result["parameters"]["overall"]["stored"] == nonzero
-  qkv = [w for name, w in leaves.items() if re.search("/[qkv]/[kd]", name)]
-  # D=16, H=4: two kernels [16, 4, 1] and a diagonal [16] for each of 2 layers.
-  assert sum(w.size for w in qkv) == 2 * (64 + 64 + 16)
+  # D=16, H=4: two kernels [16, 4, 1] and a diagonal [16] per layer.
   assert result["parameters"]["qkv"] == {"dense": 2 * 3 * 256, "stored": 288}
 
 
-def test_test_figure_is_that_of_evaluate(finished):
-  _, workdir, result = finished
-  figures = loop.evaluate_run(str(workdir), "test")
-  for name in ("loss", "bits_per_byte", "num_tokens", "checkpoint_step"):
-    assert figures[name] == result["test"][name], name
-  bits = figures["loss"] * figures["num_tokens"] / np.log(2)
+def test_result_is_the_test_of_the_best_pruned_checkpoint(tiny_run):
+  config, workdir, result = tiny_run
+  assert result["test"]["checkpoint_step"] > 0.7 * config.train.steps
+  metrics = loop.evaluate_run(str(workdir), "test")
+  assert metrics.pop("split") == "test"
+  assert metrics == result["test"]
   size = loop.open_run(str(workdir))[0].data.num_bytes["test"]
-  assert figures["bits_per_byte"] == pytest.approx(bits / size, rel=1e-6)
+  bits = metrics["loss"] * metrics["num_tokens"] / np.log(2) / size
+  assert metrics["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
-def test_a_limit_evaluates_the_start_and_its_share_of_bytes(finished):
-  config, workdir, _ = finished
+def test_evaluate_verb_prints_what_training_wrote(tiny_run, capsys):
+  _, workdir, result = tiny_run
+  assert cli.main(["evaluate", str(workdir), "--split=valid"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  best = result["test"]["checkpoint_step"]
+  assert (found["split"], found["checkpoint_step"]) == ("valid", best)
+  (written,) = (
+    r for r in records(workdir) if (r["split"], r["step"]) == ("valid", best)
+  )
+  for name in ("loss", "bits_per_byte", "num_tokens"):
+    assert found[name] == written[name], name
+
+
+def test_evaluate_with_limit_takes_its_share_of_bytes(tiny_run):
+  _, workdir, _ = tiny_run
   this, checkpoints = loop.open_run(str(workdir))
   with checkpoints:
     _, state = checkpoints.restore_latest(this.like)
-  eval_step = evaluate.make_eval_step(this.model)
-  part = this.evaluate(state.params, "valid", 1)
-  assert part["num_tokens"] == 8 * 16  # of one batch
+  part = this.evaluate(state.params, "valid", limit=1)
+  assert part["num_tokens"] == 8 * 16  # one batch
   batch = next(this.data.eval_batches("valid"))
+  eval_step = evaluate.make_eval_step(this.model)
   nats = float(eval_step(state.params, batch)["nats"])
   assert part["loss"] == pytest.approx(nats / 128, rel=1e-6)
   size = this.data.num_bytes["valid"] * 8 / this.data.num_examples["valid"]
@@ -128,12 +120,7 @@ def test_a_limit_evaluates_the_start_and_its_share_of_bytes(finished):
   assert part["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
-def test_tests_a_checkpoint_after_pruning(finished):
-  config, _, result = finished
-  assert result["test"]["checkpoint_step"] > 0.7 * config.train.steps
-
-
-def test_dense_twin_has_no_zeros_and_counts_as_dense(text_file, tmp_path):
+def test_dense_baseline_has_no_zeros(text_file, tmp_path):
   config = tiny_config(text_file, steps=2)
   config.dense = True
   result = loop.run(config, str(tmp_path))
@@ -142,113 +129,82 @@ def test_dense_twin_has_no_zeros_and_counts_as_dense(text_file, tmp_path):
   assert all(x["stored"] == x["dense"] for x in matrices)
 
 
-def test_finished_run_trains_no_further(finished, tmp_path):
-  config, workdir, result = finished
+def test_finished_run_is_not_trained_again(tiny_run, tmp_path):
+  config, workdir, result = tiny_run
   copy = shutil.copytree(workdir, tmp_path / "copy")
-  before = last_state(config, copy)
-  again = loop.run(config, str(copy))
-  assert again == result  # its seconds and tokens per second too
-  chex.assert_trees_all_equal(last_state(config, copy), before)
+  shutil.rmtree(copy / "checkpoints")
+  before = modified(copy)
+  # How a run is computed is no difference.
+  other = config_lib.from_dict(config_lib.to_dict(config))
+  other.mesh = config_lib.MeshConfig(data=2, fsdp=2, tensor=2)
+  other.train.accumulate = 2
+  assert loop.run(other, str(copy)) == result
+  assert modified(copy) == before
 
 
-def test_killed_run_resumes_bit_for_bit(finished, text_file, tmp_path):
-  config, whole, _ = finished
-  workdir = tmp_path / "killed"
-  process = start(workdir, text_file)
-  checkpoint = workdir / "checkpoints" / "5" / "_CHECKPOINT_METADATA"
-  deadline = time.monotonic() + 240
-  while not checkpoint.exists() and time.monotonic() < deadline:
-    time.sleep(0.01)  # no event tells of another process's file
-    assert process.poll() is None, process.stderr.read()
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
-  loop.run(config, str(workdir))
-  chex.assert_trees_all_equal(
-    last_state(config, workdir), last_state(config, whole)
-  )
-  assert _steps(workdir) == _steps(whole)
-
-
-def _steps(workdir):
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [(r["split"], r["step"], r["loss"]) for r in map(json.loads, lines)]
-
-
-def test_sigterm_saves_and_exits_0(text_file, tmp_path):
-  workdir = tmp_path / "stopped"
-  process = start(workdir, text_file, "--config.train.steps=1000000")
-  metrics = workdir / "metrics.jsonl"
-  deadline = time.monotonic() + 240
-  while time.monotonic() < deadline and not (
-    metrics.exists() and metrics.stat().st_size > 0
-  ):
-    time.sleep(0.05)
-    assert process.poll() is None, process.stderr.read()
-  process.send_signal(signal.SIGTERM)
-  out, err = process.communicate(timeout=240)
-  assert process.returncode == 0, err
-  step = int(re.search(r"saved at step (\d+) of 1000000", out)[1])
-  with Checkpoints(str(workdir)) as checkpoints:
-    assert checkpoints.steps()[-1] == step
-  assert "Unfinished" in (workdir / "report.md").read_text()
-
-
-def test_damaged_checkpoint_falls_back(finished, tmp_path, caplog):
-  config, workdir, _ = finished
-  copy = shutil.copytree(workdir, tmp_path / "copy")
-  whole = last_state(config, workdir)
+def test_run_resumes_before_a_damaged_checkpoint_bit_for_bit(
+  tiny_run, tmp_path, caplog, capfd
+):
+  config, workdir, result = tiny_run
+  copy = unfinished(workdir, tmp_path / "copy")
   for file in (copy / "checkpoints" / "10").rglob("*"):
     if file.is_file() and file.stat().st_size > 100:
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-  loop.run(config, str(copy))
-  assert "checkpoint 10 is damaged" in caplog.text
-  assert "going back to 5" in caplog.text
-  chex.assert_trees_all_equal(last_state(config, copy), whole)
+  found = loop.run(config, str(copy))
+  assert found["test"] == result["test"]
+  chex.assert_trees_all_equal(last_state(copy), last_state(workdir))
+  assert records(copy) == records(workdir)  # also what was pruned at step 6
+  (line,) = caplog.messages
+  assert "checkpoint 10 is damaged" in line
+  out, err = capfd.readouterr()
+  assert "resumed at step 5 of 10" in out
+  assert "Traceback" not in err
 
 
-def test_no_readable_checkpoint_is_an_error(finished, tmp_path):
-  config, workdir, _ = finished
-  copy = shutil.copytree(workdir, tmp_path / "copy")
-  for file in (copy / "checkpoints").rglob("*"):
-    if file.is_file() and file.stat().st_size > 100:
-      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-  with pytest.raises(schema.TrainingError, match="can be read"):
-    loop.run(config, str(copy))
+def test_stopped_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch):
+  config, workdir, _ = tiny_run
+  take = loop.StepLog.step
+
+  def stop_at_3(self, step, metrics, batch):
+    take(self, step, metrics, batch)
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.StepLog, "step", stop_at_3)
+    stopped = loop.run(config, str(tmp_path / "run"))
+  assert (stopped["finished"], stopped["test"]) == (False, None)
+  assert stopped["steps"] == 3
+  assert loop.resume_run(str(tmp_path / "run"))["finished"]
+  chex.assert_trees_all_equal(last_state(tmp_path / "run"), last_state(workdir))
+  assert records(tmp_path / "run") == records(workdir)
 
 
-def test_non_finite_loss_stops_with_the_step(text_file, tmp_path):
+def test_non_finite_loss_stops_with_its_step(text_file, tmp_path):
   config = tiny_config(text_file, learning_rate=1e38, clip_norm=1e38)
   with pytest.raises(
-    schema.TrainingError,
-    match=r"loss is \w+ at step \d+; intact checkpoints: none",
+    TrainingError, match=r"loss is \w+ at step \d+; intact checkpoints: none"
   ):
-    loop.run(config, str(tmp_path / "run"))
-
-
-def test_what_cannot_be_reported_is_no_result(text_file, tmp_path):
-  options = {"learning_rate": 1e38, "clip_norm": 1e38, "warmup": 0.0}
-  config = tiny_config(text_file, steps=1, **options)
-  message = "the loss of validation at step 1 is not finite: nan"
-  with pytest.raises(schema.TrainingError, match=message):
     loop.run(config, str(tmp_path / "run"))
   assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_other_config_is_refused_by_field(finished):
-  config, workdir, _ = finished
+def test_other_config_is_refused_with_its_field(tiny_run):
+  config, workdir, _ = tiny_run
   other = config_lib.from_dict(config_lib.to_dict(config))
   other.train.learning_rate = 0.5
-  with pytest.raises(schema.ConfigError, match=r"train.learning_rate: 0.01"):
+  with pytest.raises(ConfigError, match=r"train.learning_rate: 0.01"):
     loop.run(other, str(workdir))
 
 
-def test_other_devices_are_no_other_config(finished):
-  config, workdir, result = finished
-  other = config_lib.from_dict(config_lib.to_dict(config))
-  other.mesh = config_lib.MeshConfig(data=2, fsdp=2, tensor=2)
-  other.train.accumulate = 2
-  assert loop.run(other, str(workdir)) == result
+def test_checkpoints_without_a_config_are_refused(tiny_run, tmp_path):
+  config, workdir, _ = tiny_run
+  copy = shutil.copytree(workdir, tmp_path / "copy")
+  (copy / "config.json").unlink()
+  before = modified(copy)
+  with pytest.raises(ConfigError, match="checkpoints of another config"):
+    loop.run(config, str(copy))
+  assert modified(copy) == before
 
 
 @pytest.mark.parametrize(
@@ -257,55 +213,107 @@ def test_other_devices_are_no_other_config(finished):
     ({"fpp": {"exclude": "nope"}}, "matches no parameter"),
     ({"data": {"path": "nowhere.txt"}}, "nowhere.txt"),
     ({"data": {"batch_size": 100_000}}, "fewer than one batch"),
+    ({"data": {"valid_fraction": 1e-9}}, "no text for the valid split"),
     ({"mesh": {"data": 3}}, "does not multiply"),
-    ({"mesh": {"rules": "nope=fsdp"}}, "'nope' matches no parameter"),
     ({"fpp": {"overall": 0.99}}, "cannot be reached"),
-    ({"fpp": {"overall": 0.3, "linear": 0.9}}, "or fpp.linear, not both"),
-    ({"fpp": {"overall": 0.3, "embedding": 0.9}}, "or fpp.embedding, not"),
-    (  # a number of the preset's own
-      {"fpp": {"overall": 0.3, "linear": 0.7, "embedding": None}},
-      "or fpp.linear, not both",
-    ),
-    ({"compress": {"qkv": 0.9}}, "compress.qkv is for compress.plan='auto'"),
-    ({"distill": {"noise": 0.3}}, "do nothing where distill.logits and"),
+    ({"pretrained": "nowhere/to/be/found"}, "nowhere/to/be/found"),
   ],
-  ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+  ids=["exclude", "path", "batch", "valid", "mesh", "overall", "pretrained"],
 )
 def test_mistakes_leave_nothing_behind(text_file, tmp_path, change, message):
   values = config_lib.to_dict(tiny_config(text_file))
-  for section, fields in change.items():
-    values[section] |= fields
+  for name, value in change.items():
+    values[name] = values[name] | value if isinstance(value, dict) else value
   workdir = tmp_path / "run"
-  with pytest.raises(schema.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     loop.run(config_lib.from_dict(values), str(workdir))
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize(
-  ("flags", "message"),
-  [
-    (["--config.model.widht=3"], "'model.widht'; did you mean model.width"),
-    (["--config.model.norm=batch"], "layernorm|rmsnorm"),
-    (["--config.model.width=18"], "18 is not divisible by model.num_heads 4"),
-    (["--config.fpp.linear=1.2"], "fpp.linear is a fraction to remove"),
-    (["stray"], "'stray' is neither"),
-  ],
-  ids=["field", "choice", "divisor", "range", "argument"],
-)
-def test_command_line_mistakes_are_one_line(
-  text_file, tmp_path, flags, message
-):
-  workdir = tmp_path / "run"
-  process = start(workdir, text_file, *flags)
+def test_classifier_learns_and_reports_accuracy(text_file, tmp_path, capsys):
+  rows = [
+    f"{i % 2}\t{'good fine nice' if i % 2 else 'bad poor sad'} film {i}"
+    for i in range(400)
+  ]
+  file = tmp_path / "reviews.tsv"
+  file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+  config = tiny_config(text_file, steps=20)
+  config.task, config.data.path = "classify", str(file)
+  config.model.causal = False
+  result = loop.run(config, str(tmp_path / "run"))
+  assert "100% of the training texts fill data" in capsys.readouterr().out
+  assert result["test"]["num_examples"] == 40
+  assert result["test"]["accuracy"] > 0.9
+  assert run_dir.load_labels(str(tmp_path / "run")) == ("0", "1")
+
+
+_CONFIG_FILE = """
+from tests.training.conftest import tiny_config
+
+def get_config(path):
+  return tiny_config(path)
+"""
+
+
+def start(workdir, text_file, *flags):
+  """Starts train.py in a process of its own, with this test's devices."""
+  config_file = workdir.parent / "tiny.py"
+  config_file.write_text(_CONFIG_FILE, encoding="utf-8")
+  return subprocess.Popen(
+    [
+      sys.executable,
+      str(ROOT / "train.py"),
+      f"--config={config_file}:{text_file}",
+      f"--workdir={workdir}",
+      *flags,
+    ],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def wait_for(is_there, process):
+  """Waits for another process, which must not end before."""
+  deadline = time.monotonic() + 240
+  while not is_there() and time.monotonic() < deadline:
+    time.sleep(0.01)
+    assert process.poll() is None, process.stderr.read()
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_bit_for_bit(tiny_run, text_file, tmp_path):
+  config, whole, _ = tiny_run
+  workdir = tmp_path / "killed"
+  process = start(workdir, text_file)
+  checkpoint = workdir / "checkpoints" / "5" / "_CHECKPOINT_METADATA"
+  wait_for(checkpoint.exists, process)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  loop.run(config, str(workdir))
+  chex.assert_trees_all_equal(last_state(workdir), last_state(whole))
+  assert records(workdir) == records(whole)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_reports_and_exits_0(text_file, tmp_path):
+  workdir = tmp_path / "stopped"
+  process = start(workdir, text_file, "--config.train.steps=1000000")
+  metrics = workdir / "metrics.jsonl"
+  wait_for(lambda: metrics.exists() and metrics.stat().st_size, process)
+  process.send_signal(signal.SIGTERM)
   out, err = process.communicate(timeout=240)
-  assert process.returncode == 2
-  assert out == ""
-  assert err.startswith("folding: error: ")
-  assert err.count("\n") == 1
-  assert message in err
-  assert not workdir.exists()
+  assert process.returncode == 0, err
+  step = int(re.search(r"saved at step (\d+) of 1000000", out)[1])
+  with Checkpoints(str(workdir)) as checkpoints:
+    assert checkpoints.steps()[-1] == step
+  assert (workdir / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_full_disk_stops_and_keeps_checkpoints(text_file, tmp_path):
   disk = tmp_path / "disk"
   disk.mkdir()
@@ -321,29 +329,7 @@ def test_full_disk_stops_and_keeps_checkpoints(text_file, tmp_path):
     assert process.returncode == 1, err
     found = re.search(r"cannot write to .*; intact checkpoints: ([\d, ]+)", err)
     assert found, err
-    this, checkpoints = loop.open_run(str(workdir))
-    with checkpoints:
-      step, _ = checkpoints.restore_latest(this.like)
+    step, _ = last_state(workdir)
     assert str(step) == found[1].split(", ")[-1]
   finally:
     subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_classification_learns_and_reports_accuracy(tmp_path, capsys):
-  rows = [
-    f"{i % 2}\t{'good fine nice' if i % 2 else 'bad poor sad'} film {i}"
-    for i in range(400)
-  ]
-  file = tmp_path / "reviews.tsv"
-  file.write_text("\n".join(rows) + "\n", encoding="utf-8")
-  config = tiny_config(write_text(tmp_path / "unused.txt"), steps=40)
-  config.task = "classify"
-  config.data.path = str(file)
-  config.model.causal = False
-  result = loop.run(config, str(tmp_path / "run"))
-  assert "100% of the training texts fill data" in capsys.readouterr().out
-  assert result["test"]["num_examples"] == 40
-  assert result["test"]["accuracy"] > 0.9
-  config.data.length, config.train.steps = 64, 1  # which is more than any has
-  loop.run(config, str(tmp_path / "long"))
-  assert "training texts" not in capsys.readouterr().out

@@ -13,7 +13,7 @@ from folding import paths
 from folding.compression import sparsegpt
 from folding.models.transformer import make_model
 from folding.training import fold_pretrained, loop, prune_trained
-from folding.training.restore import load_run
+from folding.training.checkpoint import load_run
 from tests.training import tiny
 from tests.training.conftest import recovery_config, tiny_config
 

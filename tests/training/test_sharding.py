@@ -10,7 +10,7 @@ from folding import errors, paths
 from folding.config import Config, MeshConfig, from_dict, resolve, to_dict
 from folding.data.batches import make_data
 from folding.training import sharding
-from folding.training.run import Run
+from folding.training.loop import Run
 from tests.training import tiny
 from tests.training.conftest import tiny_config
 
@@ -260,7 +260,7 @@ def test_a_teacher_lies_as_its_own_shapes_say(text_file):
   this = Run(config, make_data(config))
   kernel = np.ones((64, 8, 16), np.float32)  # of W_Q; the student's is folded
   attn = {"q": {"kernel": kernel}}
-  this.teacher = (None, {"blocks_0": {"attn": attn}})
-  found = this.constants()["teacher_params"]["blocks_0"]["attn"]["q"]["kernel"]
+  placed = this.place_teacher({"blocks_0": {"attn": attn}})
+  found = placed["blocks_0"]["attn"]["q"]["kernel"]
   assert this.like.params["blocks_0"]["attn"]["q"]["kernel"].shape[-1] == 1
   assert {s.data.size for s in found.addressable_shards} == {kernel.size // 4}

@@ -292,7 +292,7 @@ def test_texts_read_the_row_that_removed_tokens_share(whole, shrunk):
     ("taken", "already and not an empty folder; choose another"),
     ("file", "is there already and not an empty folder"),
     ("bare", "has no checkpoint yet"),
-    ("empty", "is no run: it has no config.json"),
+    ("empty", "it has no config.json"),
     ("multiple", "--multiple must be at least 1; it is 0"),
     ("address", "gs://b/small is an address"),
   ],

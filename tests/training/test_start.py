@@ -17,7 +17,7 @@ from folding.data.batches import make_data
 from folding.models.transformer import make_model
 from folding.serving.export import export_hf
 from folding.training import loop, start
-from folding.training.restore import load_run
+from folding.training.checkpoint import load_run
 from tests.training.conftest import recovery_config, tiny_config
 
 

@@ -12,7 +12,7 @@ from folding import config as c
 from folding.data.batches import make_data
 from folding.models.transformer import make_model
 from folding.training import start, trim
-from folding.training.run import Run
+from folding.training.loop import Run
 from tests.models import checkpoints
 from tests.training.conftest import CLASS_WORDS, recovery_config
 
@@ -28,7 +28,7 @@ def test_of_tokens_without_use_the_last_are_the_first_to_go(
   (tmp_path / "rows.tsv").write_text("\n".join(rows) + "\n")
   config = c.resolve(recovery_config(checkpoint[0], tmp_path / "rows.tsv"))
   data = make_data(config)
-  usage = np.asarray(Run(config, data).constants()["usage"])
+  usage = np.asarray(Run(config, data).usage())
   size = data.num_examples["train"] // 8
   epoch = [data.train_batch(i) for i in range(size)]
   used = np.unique(np.concatenate([b["tokens"][b["mask"]] for b in epoch]))

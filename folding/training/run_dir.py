@@ -1,0 +1,248 @@
+"""The files of a run directory, except its checkpoints.
+
+config.json     the resolved config of the training
+asked.json      the config as asked for; only if the start of the run changed it
+tokenizer.json  the tokenizer, see `folding.data.tokenizers`
+labels.json     class names in id order; only of a classifier
+text.sha256     digest of all text and labels, by which runs are compared
+metrics.jsonl   one record per line
+result.json     outcome and provenance
+
+Every file is written whole or not at all, except that a killed process may
+leave the last line of `metrics.jsonl` half-written.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from folding import config as config_lib
+from folding import files
+from folding.config import Config
+from folding.data import tokenizers
+from folding.errors import ConfigError
+from folding.schema import differences
+from folding.version import __version__
+
+
+@contextlib.contextmanager
+def held(workdir: str) -> Iterator[None]:
+  """Locks a run directory, new or not, for one process that writes into it.
+
+  The operating system releases the lock when the process ends. File systems
+  without locks are not locked. A directory that is still empty at the end is
+  removed.
+
+  Raises:
+    ConfigError: another process holds the lock.
+  """
+  os.makedirs(workdir, exist_ok=True)
+  try:
+    import fcntl
+  except ImportError:  # Windows
+    yield
+    return
+  handle = os.open(workdir, os.O_RDONLY)  # the directory, so no lock file stays
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    os.close(handle)
+    raise ConfigError(
+      f"another process trains in {workdir}; wait for it, or choose another "
+      "--workdir"
+    ) from error
+  except OSError:  # a file system without locks
+    pass
+  try:
+    yield
+  finally:
+    with contextlib.suppress(OSError):
+      os.rmdir(workdir)
+    os.close(handle)
+
+
+def save(
+  workdir: str,
+  config: Config,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  labels: tuple[str, ...],
+  digest: str,
+  asked: Config | None = None,
+) -> None:
+  """Writes the files that a run begins with.
+
+  Args:
+    workdir: The run directory.
+    config: Resolved.
+    tokenizer: Of the model.
+    labels: Class names in id order; () for a language model.
+    digest: `Data.digest`.
+    asked: The config as asked for, if the start of the run changed it.
+  """
+  tokenizer.save(_path(workdir, "tokenizer.json"))
+  if labels:
+    text = json.dumps(labels, ensure_ascii=False)
+    files.write_file(_path(workdir, "labels.json"), text)
+  files.write_file(_path(workdir, "text.sha256"), digest)
+  if asked is not None:
+    config_lib.save(asked, _path(workdir, "asked.json"))
+  # Last: with it the run has begun.
+  config_lib.save(config, _path(workdir, "config.json"))
+
+
+def config_to_continue(workdir: str, config: Config) -> Config | None:
+  """Returns the config of the run that a directory holds; None: no run.
+
+  The mesh, `train.accumulate` and `train.energy` do not change the outcome, and
+  may differ; the given values are returned.
+
+  Args:
+    workdir: The run directory, which may not exist.
+    config: Resolved; the config asked for now.
+
+  Raises:
+    ConfigError: the run is of another config; the message names the fields.
+  """
+  if not os.path.exists(_path(workdir, "config.json")):
+    return None
+  saved = _computed_as(load_config(workdir), config)
+  changed = differences(saved, config)
+  asked_path = _path(workdir, "asked.json")
+  if changed and os.path.exists(asked_path):
+    asked = _computed_as(config_lib.load(asked_path), config)
+    changed = differences(asked, config)
+  if changed:
+    raise ConfigError(
+      f"{workdir} holds a run of another config ({'; '.join(changed)}); "
+      "choose another --workdir"
+    )
+  return saved
+
+
+def _computed_as(config: Config, other: Config) -> Config:
+  """Returns a config with the fields of another that leave the outcome alone."""
+  train = dataclasses.replace(
+    config.train,
+    accumulate=other.train.accumulate,
+    energy=other.train.energy,
+  )
+  return dataclasses.replace(config, mesh=other.mesh, train=train)
+
+
+def load_config(workdir: str) -> Config:
+  """Returns the config of a run directory.
+
+  Raises:
+    ConfigError: it is not a run, or one of an earlier version.
+  """
+  path = _path(workdir, "config.json")
+  if not os.path.exists(path):
+    raise ConfigError(f"{workdir} is not a run: it has no config.json")
+  values = files.read_json(path, dict)
+  if {"model_type", "format"} & values.keys():
+    raise ConfigError(
+      f"{workdir} is an export or another library's checkpoint, not a run"
+    )
+  try:
+    return config_lib.from_dict(values)
+  except ConfigError as error:
+    raise ConfigError(
+      f"{path} is not a config of this version: {error}; commit c6086e3 reads "
+      "older runs"
+    ) from error
+
+
+def load_tokenizer(workdir: str) -> tokenizers.Tokenizer:
+  """Returns the tokenizer of a run directory."""
+  return tokenizers.load_tokenizer(_path(workdir, "tokenizer.json"))
+
+
+def load_labels(workdir: str) -> tuple[str, ...]:
+  """Returns the class names of a run in id order; () for a language model."""
+  path = _path(workdir, "labels.json")
+  return tuple(files.read_json(path, list)) if os.path.exists(path) else ()
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+  """Returns the records of `metrics.jsonl`, up to a half-written line.
+
+  Args:
+    path: The file; it may not exist.
+  """
+  records = []
+  if os.path.exists(path):
+    with open(path, encoding="utf-8") as file:
+      for line in file:
+        try:
+          records.append(json.loads(line))
+        except ValueError:
+          break
+  return records
+
+
+def write_result(workdir: str, result: dict[str, Any]) -> None:
+  """Writes `result.json`: the result with its device, versions and commit."""
+  device = jax.devices()[0]
+  versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
+  record = {
+    "schema": 1,
+    "device": f"{device.device_kind} x{len(jax.devices())} "
+    f"({platform.machine()}, {os.cpu_count()} cores)",
+    "versions": {
+      "folding": __version__,
+      **versions,
+      "python": platform.python_version(),
+    },
+    "commit": source_commit(),
+    **result,
+  }
+  files.write_file(_path(workdir, "result.json"), json.dumps(record, indent=1))
+
+
+def read_result(workdir: str) -> dict[str, Any]:
+  """Returns what `write_result` wrote."""
+  return files.read_json(_path(workdir, "result.json"), dict)
+
+
+def is_finished(workdir: str) -> bool:
+  """Returns whether a run was trained to its end and tested."""
+  has_result = os.path.exists(_path(workdir, "result.json"))
+  return has_result and bool(read_result(workdir).get("finished"))
+
+
+def source_commit() -> str | None:
+  """Returns the commit of the source tree; None if installed elsewhere."""
+  here = pathlib.Path(__file__).resolve()
+  # An installed copy may lie in the repository of another project.
+  if _git("ls-files", "--error-unmatch", str(here), at=here.parent) is None:
+    return None
+  return _git("rev-parse", "--short=12", "HEAD", at=here.parent)
+
+
+def _git(*words: str, at: pathlib.Path) -> str | None:
+  """Returns the output of git in a folder; None if it fails."""
+  try:
+    found = subprocess.run(
+      ["git", "-C", str(at), *words],
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=True,
+    )
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return found.stdout.strip()
+
+
+def _path(workdir: str, name: str) -> str:
+  return os.path.join(workdir, name)

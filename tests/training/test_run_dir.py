@@ -1,0 +1,172 @@
+import fcntl
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from folding import config as c
+from folding.data.tokenizers import train_tokenizer
+from folding.errors import ConfigError
+from folding.training import run_dir
+from folding.version import __version__
+from tests.training import tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOKENIZER = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
+
+
+def save(workdir, config, labels=(), asked=None):
+  run_dir.save(
+    str(workdir), config, TOKENIZER, labels=labels, digest="a1", asked=asked
+  )
+
+
+def test_saved_files_are_read_back(tmp_path):
+  config, labels = tiny.config(), ("a\nb", "é", "")
+  save(tmp_path, config, labels)
+  assert run_dir.load_config(str(tmp_path)) == config
+  tokenizer = run_dir.load_tokenizer(str(tmp_path))
+  assert tokenizer.to_json() == TOKENIZER.to_json()
+  assert run_dir.load_labels(str(tmp_path)) == labels
+
+
+def test_language_model_has_no_labels(tmp_path):
+  save(tmp_path, tiny.config())
+  assert run_dir.load_labels(str(tmp_path)) == ()
+
+
+def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
+  saved = tiny.config()
+  assert run_dir.config_to_continue(str(tmp_path / "new"), saved) is None
+  save(tmp_path, saved)
+  now = tiny.config(mesh=c.MeshConfig(data=2, fsdp=4))
+  now.train.accumulate, now.train.energy = 2, "SWE"
+  assert run_dir.config_to_continue(str(tmp_path), now) == now
+  now.train.steps += 1
+  with pytest.raises(ConfigError, match=r"train\.steps: 8 -> 9"):
+    run_dir.config_to_continue(str(tmp_path), now)
+
+
+def test_config_to_continue_accepts_the_config_that_was_asked_for(tmp_path):
+  asked, planned, other = (tiny.config(seed=seed) for seed in range(3))
+  save(tmp_path, planned, asked=asked)
+  for config in (asked, planned):
+    assert run_dir.config_to_continue(str(tmp_path), config) == planned
+  with pytest.raises(ConfigError, match="another config"):
+    run_dir.config_to_continue(str(tmp_path), other)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    (None, "not a run"),
+    ({"model_type": "bert"}, "another library"),
+    ({"format": "folding"}, "export"),
+    ({"trian": {}}, "c6086e3"),
+  ],
+  ids=["nothing", "hugging-face", "export", "old"],
+)
+def test_load_config_refuses_other_folders(tmp_path, values, message):
+  if values is not None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+  with pytest.raises(ConfigError, match=message):
+    run_dir.load_config(str(tmp_path))
+
+
+def test_held_refuses_a_second_process(tmp_path):
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  handle = os.open(workdir, os.O_RDONLY)
+  fcntl.flock(handle, fcntl.LOCK_EX)  # per handle, as of another process
+  with (
+    pytest.raises(ConfigError, match="another process"),
+    run_dir.held(str(workdir)),
+  ):
+    pass
+  assert workdir.is_dir()  # the directory of the other process
+  os.close(handle)
+  with run_dir.held(str(workdir)):
+    (workdir / "file").touch()
+    with (
+      pytest.raises(ConfigError, match="another process"),
+      run_dir.held(str(workdir)),
+    ):
+      pass
+  with run_dir.held(str(workdir)):  # released
+    (workdir / "file").unlink()
+  assert not workdir.exists()  # nothing was written
+
+
+def test_result_is_read_back_with_its_provenance(tmp_path):
+  assert not run_dir.is_finished(str(tmp_path))
+  result = {"finished": False, "test": {"loss": 1.5}, "layers": [{"path": "a"}]}
+  run_dir.write_result(str(tmp_path), result)
+  assert not run_dir.is_finished(str(tmp_path))
+  run_dir.write_result(str(tmp_path), result | {"finished": True})
+  assert run_dir.is_finished(str(tmp_path))
+  found = run_dir.read_result(str(tmp_path))
+  assert {name: found[name] for name in ("test", "layers")} == {
+    name: result[name] for name in ("test", "layers")
+  }
+  assert found["schema"] == 1
+  assert found["versions"]["jax"] == jax.__version__
+  assert found["versions"]["folding"] == __version__
+  assert re.fullmatch(r"cpu x8 \(.+, \d+ cores\)", found["device"])
+  assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_result_is_written_whole_or_not_at_all(tmp_path):
+  run_dir.write_result(str(tmp_path), {"steps": 1})
+  before = (tmp_path / "result.json").read_bytes()
+  with pytest.raises(TypeError, match="not JSON serializable"):
+    run_dir.write_result(str(tmp_path), {"steps": 2, "bad": object()})
+  assert (tmp_path / "result.json").read_bytes() == before
+
+
+def test_commit_is_that_of_the_source():
+  head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+  found = subprocess.run(head, capture_output=True, text=True, check=False)
+  commit = run_dir.source_commit()
+  if found.returncode:
+    assert commit is None
+  else:
+    assert len(commit) == 12
+    assert found.stdout.startswith(commit)
+
+
+@pytest.mark.slow
+def test_commit_of_an_installed_copy_is_not_that_around_it(tmp_path):
+  git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+  for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+    subprocess.run([*git, *words], check=True, capture_output=True)
+  shutil.copytree(ROOT / "folding", tmp_path / "site" / "folding")
+  code = "from folding.training import run_dir; print(run_dir.source_commit())"
+  found = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=tmp_path / "site",
+    env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert found.stdout.strip() == "None"
+
+
+RECORDS = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": math.inf}]
+
+
+@pytest.mark.parametrize(
+  ("torn", "kept"), [("", 2), ("{", 2), ('{"step": 3', 2)]
+)
+def test_read_metrics_ends_at_a_half_written_line(tmp_path, torn, kept):
+  path = tmp_path / "metrics.jsonl"
+  assert run_dir.read_metrics(str(path)) == []
+  path.write_text("".join(json.dumps(r) + "\n" for r in RECORDS) + torn)
+  assert run_dir.read_metrics(str(path)) == RECORDS[:kept]
