@@ -45,10 +45,11 @@ _HINT = (
 
 
 class Kind(NamedTuple):
-  """Layouts of a module's weight and bias; "": it has none."""
+  """Layouts of a module's weight and bias; bias "": it has none."""
 
   weight: str
   bias: str = ""
+  leaf: str = "kernel"  # our name of the weight
 
 
 _HEADS = Kind("HK D -> D H K", "HK -> H K")
@@ -56,10 +57,10 @@ _KEY_HEADS = Kind("JK D -> D J K", "JK -> J K")
 _FROM_HEADS = Kind("D HK -> H K D", "D -> D")
 _UP = Kind("F D -> D F", "F -> F")
 _DOWN = Kind("D F -> F D", "D -> D")
-_NORM = Kind("D -> D", "D -> D")
-_RMS_NORM = Kind("D -> D")
-_EMBED = Kind("V D -> V D")
-_POSITIONS = Kind("P D -> P D")
+_NORM = Kind("D -> D", "D -> D", leaf="scale")
+_RMS_NORM = Kind("D -> D", leaf="scale")
+_EMBED = Kind("V D -> V D", leaf="embedding")
+_POSITIONS = Kind("P D -> P D", leaf="embedding")
 _POOLER = Kind("E D -> D E", "E -> E")
 _CLASSES = Kind("C D -> D C", "C -> C")
 _BARE_CLASSES = Kind("C D -> D C")
@@ -84,7 +85,7 @@ class Layout:
     block: Rows of a block.
     classifier: Rows of the sequence classifier, with whole names.
     segments: BERT's segment embedding, of which ours is the first row.
-    may_have_pooler: Without a head it may still have the classifier's pooler.
+    may_have_pooler: A checkpoint without head may have the classifier's pooler.
     unused: Pattern of tensors that ours does not need: buffers, and heads for
       other tasks. Names without the prefix.
   """
@@ -219,15 +220,17 @@ class Tensor(NamedTuple):
   paths: tuple[str, ...]  # several: their leading axis in ours is t
   skip: int = 0  # rows that theirs has before ours
   plus: str = ""  # another tensor of theirs, whose first row ours includes
-  optional: bool = False  # a checkpoint may lack it
 
 
-def tensors(described: Description, head: str) -> list[Tensor]:
+def tensors(
+  described: Description, head: str, has_pooler: bool = False
+) -> list[Tensor]:
   """Returns the tensors of a checkpoint; each path of ours occurs once.
 
   Args:
     described: Its family and sizes.
     head: "lm", "classify", or "none" for hidden states alone.
+    has_pooler: Whether a checkpoint without head has the classifier's pooler.
   """
   layout, config = LAYOUTS[described.layout], described.config
   rows = [(ours, layout.prefix + x, kind) for ours, x, kind in layout.outer]
@@ -239,30 +242,20 @@ def tensors(described: Description, head: str) -> list[Tensor]:
     rows += layout.classifier
   elif head == "lm" and not config.tie_embeddings:
     rows.append(("head", "lm_head", _LM_HEAD))
-  elif layout.may_have_pooler:
+  elif layout.may_have_pooler and has_pooler:
     rows += [row for row in layout.classifier if row[0] == "pooler"]
   table = []
   for ours, theirs, kind in rows:
-    modules = ours.split()
-    skip, plus, leaf = 0, "", "kernel"
-    if "norm_" in ours:
-      leaf = "scale"
-    elif "embed" in ours:
-      leaf = "embedding"
-    if ours == "position_embed":
+    skip, plus = 0, ""
+    if kind == _POSITIONS:
       skip = described.position_offset
       if layout.segments:
         plus = f"{layout.prefix}{layout.segments}.weight"
-    optional = ours == "pooler" and head == "none"
-    names = tuple(f"{module}/{leaf}" for module in modules)
-    table.append(
-      Tensor(f"{theirs}.weight", kind.weight, names, skip, plus, optional)
-    )
+    names = tuple(f"{module}/{kind.leaf}" for module in ours.split())
+    table.append(Tensor(f"{theirs}.weight", kind.weight, names, skip, plus))
     if kind.bias and _has_bias(described, ours):
-      names = tuple(f"{module}/bias" for module in modules)
-      table.append(
-        Tensor(f"{theirs}.bias", kind.bias, names, optional=optional)
-      )
+      names = tuple(f"{module}/bias" for module in ours.split())
+      table.append(Tensor(f"{theirs}.bias", kind.bias, names))
   return table
 
 
@@ -360,9 +353,8 @@ def import_params(
     older = re.sub(r"(?<=LayerNorm\.)bias$", "beta", older)
     return older if older in shapes else name
 
-  table = tensors(described, head)
-  if not any(find(t.name) in shapes for t in table if t.optional):
-    table = [tensor for tensor in table if not tensor.optional]
+  has_pooler = find(f"{prefix}pooler.dense.weight") in shapes
+  table = tensors(described, head, has_pooler)
   needed = {find(t.name): _their_shape(t, sizes) for t in table}
   segments = (described.token_types, described.config.width)
   needed |= {find(t.plus): segments for t in table if t.plus}
@@ -447,9 +439,7 @@ def export_tensors(
   if head == "classify" and layout.classifier[-1][-1] == _BARE_CLASSES:
     _move_head_bias(arrays, described)
   theirs: dict[str, np.ndarray] = {}
-  for tensor in tensors(described, head):
-    if tensor.optional and tensor.paths[0] not in arrays:
-      continue
+  for tensor in tensors(described, head, "pooler/kernel" in arrays):
     shape, ours = _our_shape(tensor, sizes), []
     for path in tensor.paths:
       array = arrays.pop(path, None)

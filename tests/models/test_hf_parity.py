@@ -1,7 +1,6 @@
 """Hidden states and logits beside `transformers` on PyTorch CPU."""
 
 import importlib.util
-import json
 import pathlib
 import warnings
 
@@ -151,18 +150,6 @@ def test_model_equals_transformers_in_both_directions(name, head, tmp_path):
     np.testing.assert_allclose(
       got[1][mask], expected[1][mask], rtol=1e-5, atol=1e-5
     )
-
-
-def test_bfloat16_shards_are_read_as_transformers_reads_them(tmp_path):
-  model = _random_model("llama", "lm").to(torch.bfloat16)
-  model.save_pretrained(tmp_path, max_shard_size="4KB")
-  checkpoints.write_tokenizer(tmp_path / "tokenizer.json")
-  index = json.loads((tmp_path / hf_weights.INDEX).read_text())
-  assert len(set(index["weight_map"].values())) == 3
-  loaded = hf_weights.load_pretrained(tmp_path)
-  tokens, keep = _batch(loaded.pad_id)
-  model = HEADS["lm"].from_pretrained(tmp_path, dtype=torch.float32)
-  _compare(loaded, model, tokens, keep)
 
 
 def _minilm():
