@@ -18,7 +18,7 @@ import re
 from typing import Any
 
 from folding import config as c
-from folding.data import tokenizers, trimming
+from folding.data import tokenizers, trim
 from folding.models import hf_weights
 from folding.schema import edited, require
 
@@ -81,7 +81,7 @@ def get_config(where: str = "") -> c.Config:
   model.dropout = 0.0 if knows_task else 0.1
   granularity = "weight"  # of the embedding
   if task == "classify":
-    is_trimmable = trimming.can_trim(tokenizers.load_tokenizer(data.tokenizer))
+    is_trimmable = trim.can_trim(tokenizers.load_tokenizer(data.tokenizer))
     granularity = "trim" if is_trimmable else "row"
   # A quarter of a head: fewer cost more than pruning what they would save.
   K, is_rotary = model.head_dim, model.positions == "rope"

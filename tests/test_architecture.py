@@ -25,20 +25,7 @@ ORDER = {
     ),
     *("config", "paths"),
   ],
-  "data": [
-    *(
-      "local_files",
-      "python_stdlib",
-      "tfds_rows",
-      "sources",
-      "pieces",
-      "special_tokens",
-      "tokenizers",
-      "trimming",
-      "buckets",
-      "batches",
-    ),
-  ],
+  "data": ["python_stdlib", "sources", "tokenizers", "trim", "batches"],
   "models": [
     *("projections", "cache", "chebyshev", "nodal", "chunked"),
     *("linear_attention", "past", "attention", "transformer"),

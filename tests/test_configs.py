@@ -12,9 +12,10 @@ import tensorflow_datasets.text
 
 from configs import classify, lm, pretrained, quickstart
 from folding import config as config_lib
-from folding.data import python_stdlib, sources
+from folding.data import sources
 from folding.schema import ConfigError
 from folding.training import loop
+from tests.data.conftest import prepare_stdlib
 from tests.models import checkpoints
 
 LM_NAMES = ("python_stdlib", "tiny_shakespeare", "lm1b", "wiki40b")
@@ -40,11 +41,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def stdlib_dir(tmp_path_factory) -> str:
-  """Returns a TFDS folder that holds both configs of `python_stdlib`."""
-  folder = str(tmp_path_factory.mktemp("tfds"))
-  python_stdlib.prepare("source", folder)
-  python_stdlib.prepare("topic", folder)
-  return folder
+  return prepare_stdlib(tmp_path_factory)
 
 
 def test_no_config_file_is_left_out():

@@ -1,28 +1,30 @@
-"""Tokens in memory -> batches of a fixed shape, as a function of the step.
+"""Token ids in memory -> batches of fixed shapes, as a function of the step.
 
-A whole data set of ids is held in memory, two bytes a token (four where the
-vocabulary passes 65,536): good for a few hundred megabytes of text.
+All ids of a data set are in memory: two bytes per token, four if the vocabulary
+passes 65,536. This suits a few hundred megabytes of text.
 
-B is the batch size over all processes, L the length of an example.
+B is the batch size over all processes, L the sequence length.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import grain
 import numpy as np
 
-from folding import config as config_lib
-from folding import schema
+from folding.config import Config, DataConfig
 from folding.data import sources, tokenizers
-from folding.data.buckets import bucket_lengths, bucketed
+from folding.data.tokenizers import Tokenizer
+from folding.errors import ConfigError
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
-_FOREVER = 1 << 40  # steps; Grain wants some number
+SHORTEST_BUCKET = 16
+_NUM_STEPS = 1 << 40  # without end, but Grain needs a number
+_COUNTED = 1 << 20  # tokens that are counted together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,127 +34,128 @@ class Data:
   A batch of a language model ("lm"), next-token prediction:
     tokens: int32[B, L].
     targets: int32[B, L], the token after each.
-    weights: float32[B, L], 1 where the target is scored, 0 at padding.
-  The documents of a split are one stream (see `Tokenizer.stream`), in windows
-  that share one token; so each token but the first of all is a target once.
+    weights: float32[B, L], 1 if the target is scored, 0 at padding.
+  The documents of a split are one stream (see `Tokenizer.stream`). Windows of
+  it share one token, so each token but the first of all is a target once.
 
   A batch of classification ("classify"), Lb one of a few bucket lengths:
     tokens: int32[B, Lb].
-    mask: bool[B, Lb], True at tokens, False at padding.
+    mask: bool[B, Lb], False at padding.
     labels: int32[B].
     weights: float32[B], 1 for a row, 0 for padding.
 
-  With several processes each gets its share of the rows: B / count.
+  With several processes, each gets its share of the rows: B / count.
 
   Attributes:
-    tokenizer: Text to ids; its vocabulary is the model's.
-    num_classes: Of classification; 0 for "lm".
+    tokenizer: Text to ids; its vocabulary is that of the model.
+    num_classes: Number of classes; 0 for "lm".
     label_names: Class names in id order; () for "lm".
-    num_bytes: UTF-8 bytes of text behind the targets of a split ("lm"; end
-      tokens stand for 0 bytes), so that the sum of the loss in nats over an
-      evaluation / ln 2 / num_bytes is bits per byte. {} for "classify".
-    num_examples: Windows or rows of each split.
+    num_bytes: UTF-8 bytes of text behind the targets of each split ("lm"). An
+      end token stands for 0 bytes. The summed loss in nats of an evaluation /
+      ln 2 / num_bytes is bits per byte. {} for "classify".
+    num_examples: Number of windows or rows of each split.
     digest: SHA-256 of all text and labels, in hexadecimal.
+    config: Batch sizes and the like.
+    examples: Ids of all splits, cut into batches.
   """
 
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: Tokenizer
   num_classes: int
   label_names: tuple[str, ...]
   num_bytes: dict[str, int]
   num_examples: dict[str, int]
   digest: str
-  _batch_size: int
-  _first_batch: int
-  _train_ids: Sequence[np.ndarray]
-  _train_batch: Callable[[int], Batch]
-  _eval_batch: Callable[[str, int], Batch]
-  _eval_batch_size: int
-  _prefetch_batches: int
+  config: DataConfig
+  examples: "_Windows | _Rows"
 
   def train_batch(self, step: int) -> Batch:
-    """Returns the batch of a step: the same whenever it is asked for."""
-    return self._train_batch(self._first_batch + step)
+    """Returns the batch of a step, a function of (config, seed, step)."""
+    return self.examples.train_batch(self.config.first_batch + step)
 
   def first_epoch(self) -> Iterator[Batch]:
-    """Yields batches of training that share no row, whatever the first step is."""
-    for index in range(self.num_examples["train"] // self._batch_size):
-      yield self._train_batch(index)
+    """Yields the batches of the first epoch, whatever `first_batch` is."""
+    for step in range(self.num_examples["train"] // self.config.batch_size):
+      yield self.examples.train_batch(step)
 
   def token_counts(self) -> np.ndarray:
-    """Returns int64[V], how often the text of training has each token."""
-    size, group = self.tokenizer.vocab_size, 256
+    """Returns int64[V], the number of each token in the training split."""
+    size = self.tokenizer.vocab_size
     count_V = np.zeros(size, np.int64)
-    # Not all at once: NumPy counts in eight bytes a token.
-    for start in range(0, len(self._train_ids), group):
-      ids = np.concatenate(self._train_ids[start : start + group])
-      count_V += np.bincount(ids, minlength=size)
+    ids = np.concatenate(self.examples.train_ids)
+    # In pieces: NumPy counts in eight bytes per token.
+    for start in range(0, ids.size, _COUNTED):
+      count_V += np.bincount(ids[start : start + _COUNTED], minlength=size)
     return count_V
 
   def full_share(self, length: int) -> float:
-    """Returns which share of the training texts has so many tokens, or more."""
-    return float(np.mean([ids.size >= length for ids in self._train_ids]))
+    """Returns the share of training texts with at least `length` tokens."""
+    sizes = [ids.size for ids in self.examples.train_ids]
+    return float(np.mean(np.array(sizes) >= length))
 
   def train_batches(self, first_step: int) -> Iterator[Batch]:
     """Yields the batches from a step on, prepared ahead by a thread."""
-    ahead = self._prefetch_batches
+    ahead = self.config.prefetch_batches
     options = grain.ReadOptions(
       num_threads=min(ahead, 1), prefetch_buffer_size=ahead
     )
-    steps = grain.MapDataset.range(first_step, _FOREVER)
+    steps = grain.MapDataset.range(first_step, _NUM_STEPS)
     return iter(steps.map(self.train_batch).to_iter_dataset(options))
 
   def eval_batches(self, split: str) -> Iterator[Batch]:
     """Yields a whole split once, in order; padding has weight 0.
 
     Raises:
-      schema.ConfigError: the split is empty.
+      ConfigError: the split is empty.
     """
     size = self.num_examples[split]
-    schema.require(
-      size > 0,
-      f"there is no {split} split; set data.{split}_fraction above 0",
-    )
-    for index in range(-(-size // self._eval_batch_size)):
-      yield self._eval_batch(split, index)
+    if size == 0:
+      raise ConfigError(
+        f"there is no {split} split; set data.{split}_fraction above 0"
+      )
+    for index in range(-(-size // self.config.eval_batch_size)):
+      yield self.examples.eval_batch(split, index)
 
 
 def make_data(
-  config: config_lib.Config,
-  tokenizer: tokenizers.Tokenizer | None = None,
+  config: Config,
+  tokenizer: Tokenizer | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Data:
-  """Reads the text, trains or takes the tokenizer, and plans the batches.
+  """Reads the text, trains or loads the tokenizer, and plans the batches.
 
   Args:
     config: A resolved config; its seed decides the order of training.
-    tokenizer: What a run was trained with; None: what the config says.
-    process_index: This process.
-    process_count: Processes that share each batch.
+    tokenizer: The tokenizer of a trained model; None: that of the config.
+    process_index: Index of this process.
+    process_count: Number of processes that share each batch.
 
   Raises:
-    schema.ConfigError: the source or the tokenizer is at fault, or the train
-      split does not fill one batch, or processes cannot share a batch evenly.
+    ConfigError: the source or the tokenizer is at fault, the train split does
+      not fill one batch, or processes cannot share a batch evenly.
   """
-  data = config.data
+  data = dataclasses.replace(config.data)  # the caller's may change
   for name in ("batch_size", "eval_batch_size"):
     size = getattr(data, name)
-    schema.require(
-      size % process_count == 0,
-      f"data.{name} {size} does not divide among {process_count} processes; "
-      "use a multiple",
-    )
+    if size % process_count:
+      raise ConfigError(
+        f"data.{name} {size} does not divide among {process_count} processes; "
+        "use a multiple"
+      )
   texts = sources.load_texts(data, config.task)
   if tokenizer is None:
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
-  # One number of 32 bits, so that seeds 0 and 1 share no epoch: Grain adds the
-  # epoch to the seed.
+  # Hashed, so seeds 0 and 1 share no epoch: Grain adds the epoch to the seed.
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
-  plan = _plan_lm if config.task == "lm" else _plan_classify
-  train_batch, eval_batch, num_examples, train_ids = plan(
-    data, texts, tokenizer, seed, share
-  )
+  kind = _Windows if config.task == "lm" else _Rows
+  examples = kind(texts, tokenizer, data, seed=seed, share=share)
+  if examples.sizes["train"] < data.batch_size:
+    raise ConfigError(
+      f"the train split has {examples.sizes['train']} {kind.unit} of "
+      f"{data.length} tokens, fewer than one batch of {data.batch_size}; lower "
+      "data.batch_size or give more text"
+    )
   num_bytes = {}
   if config.task == "lm":
     num_bytes = {
@@ -164,23 +167,18 @@ def make_data(
     num_classes=len(texts.label_names),
     label_names=texts.label_names,
     num_bytes=num_bytes,
-    num_examples=num_examples,
+    num_examples=examples.sizes,
     digest=_digest(texts),
-    _batch_size=data.batch_size,
-    _first_batch=data.first_batch,
-    _train_ids=train_ids,
-    _train_batch=train_batch,
-    _eval_batch=eval_batch,
-    _eval_batch_size=data.eval_batch_size,
-    _prefetch_batches=data.prefetch_batches,
+    config=data,
+    examples=examples,
   )
 
 
-def vocab_size(data: config_lib.DataConfig) -> int:
-  """Returns the number of ids that a tokenizer has, or is to have.
+def vocab_size(data: DataConfig) -> int:
+  """Returns the number of ids of a tokenizer, before it is trained.
 
   Raises:
-    schema.ConfigError: see `tokenizers.load_tokenizer`.
+    ConfigError: see `tokenizers.load_tokenizer`.
   """
   if data.tokenizer == "bytes":
     return tokenizers.NUM_BYTES + 2
@@ -201,135 +199,182 @@ def _digest(texts: sources.Texts) -> str:
   return sha.hexdigest()
 
 
-def _plan_lm(
-  data: config_lib.DataConfig,
-  texts: sources.Texts,
-  tokenizer: tokenizers.Tokenizer,
-  seed: int,
-  share: slice,
-):
-  """Returns the two batch functions, windows by split, ids of training."""
-  length = data.length
-  streams = {
-    split: _stream(tokenizer, texts.texts[split]) for split in sources.SPLITS
-  }
-  sizes = {
-    split: -(-(len(stream) - 1) // length) if texts.texts[split] else 0
-    for split, stream in streams.items()
-  }
-  sizes["train"] = (len(streams["train"]) - 1) // length
-  _require_a_batch(data, sizes["train"], f"windows of {length} tokens")
-  order = grain.MapDataset.range(sizes["train"]).shuffle(seed=seed).repeat()
-  rows = order[share].batch(data.batch_size // (share.step or 1))
+class _Windows:
+  """Windows of a stream of documents, for a language model.
 
-  def windows(split: str, index: np.ndarray) -> Batch:
-    stream = streams[split]
+  Attributes:
+    sizes: Number of windows of each split.
+    train_ids: The training stream, as a list of one.
+  """
+
+  unit = "windows"
+
+  def __init__(
+    self,
+    texts: sources.Texts,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    seed: int,
+    share: slice,
+  ):
+    self._data, self._share, self._pad_id = data, share, tokenizer.pad_id
+    dtype = _dtype(tokenizer)
+    self._streams = {
+      split: np.concatenate(
+        [ids.astype(dtype) for ids in tokenizer.stream(texts.texts[split])]
+      )
+      for split in sources.SPLITS
+    }
+    self.train_ids = [self._streams["train"]]
+    self.sizes = {
+      split: -(-(len(stream) - 1) // data.length) if texts.texts[split] else 0
+      for split, stream in self._streams.items()
+    }
+    # Training has whole windows only.
+    self.sizes["train"] = (len(self._streams["train"]) - 1) // data.length
+    order = grain.MapDataset.range(self.sizes["train"])
+    order = order.shuffle(seed=seed).repeat()[share]
+    self._order = order.batch(data.batch_size // (share.step or 1))
+
+  def train_batch(self, step: int) -> Batch:
+    """Returns this process's share of the batch of a step."""
+    return self._windows("train", np.asarray(self._order[step]))
+
+  def eval_batch(self, split: str, index: int) -> Batch:
+    """Returns this process's share of a batch of an evaluation."""
+    size = self._data.eval_batch_size
+    windows = np.arange(index * size, (index + 1) * size)
+    return self._windows(split, windows[self._share])
+
+  def _windows(self, split: str, index: np.ndarray) -> Batch:
+    stream, length = self._streams[split], self._data.length
     at = index[:, None] * length + np.arange(length + 1)
     ids = np.where(
       at < len(stream),
       stream[np.minimum(at, len(stream) - 1)].astype(np.int32),
-      np.int32(tokenizer.pad_id),
+      np.int32(self._pad_id),
     )
     weights = (at[:, 1:] < len(stream)).astype(np.float32)
     return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
 
-  def train_batch(step: int) -> Batch:
-    return windows("train", np.asarray(rows[step]))
 
-  def eval_batch(split: str, index: int) -> Batch:
-    start = index * data.eval_batch_size
-    return windows(split, np.arange(start, start + data.eval_batch_size)[share])
+class _Rows:
+  """Rows of text and label, in batches of similar length.
 
-  stream = streams["train"]
-  pieces = [stream[i : i + 4096] for i in range(0, len(stream), 4096)]
-  return train_batch, eval_batch, sizes, pieces
+  Attributes:
+    sizes: Number of rows of each split.
+    train_ids: Ids of each training row.
+  """
 
+  unit = "texts"
 
-def _stream(tokenizer: tokenizers.Tokenizer, texts) -> np.ndarray:
-  """Returns the documents in a row, as the smallest integers."""
-  dtype = _dtype(tokenizer)
-  return np.concatenate([ids.astype(dtype) for ids in tokenizer.stream(texts)])
+  def __init__(
+    self,
+    texts: sources.Texts,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    seed: int,
+    share: slice,
+  ):
+    assert texts.labels is not None
+    self._data, self._seed, self._share = data, seed, share
+    self._pad_id, self._labels = tokenizer.pad_id, texts.labels
+    self._ids = {
+      split: [
+        row.astype(_dtype(tokenizer))
+        for row in encode_rows(tokenizer, texts.texts[split], data.length)
+      ]
+      for split in sources.SPLITS
+    }
+    self.train_ids = self._ids["train"]
+    self.sizes = {split: len(rows) for split, rows in self._ids.items()}
+    self._buckets = bucket_lengths(data.length)
+    sizes = [row.size for row in self.train_ids]
+    self._bucket_of = np.searchsorted(self._buckets, sizes)
+    # Two epochs, since a thread may be one ahead of its reader.
+    self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
+  def train_batch(self, step: int) -> Batch:
+    """Returns this process's share of the batch of a step."""
+    size = self._data.batch_size
+    epoch, index = divmod(step, self.sizes["train"] // size)
+    bucket, members = self._epoch(epoch)[index]
+    return self._rows("train", members, bucket=bucket, size=size)
 
-def _plan_classify(
-  data: config_lib.DataConfig,
-  texts: sources.Texts,
-  tokenizer: tokenizers.Tokenizer,
-  seed: int,
-  share: slice,
-):
-  """Returns the two batch functions, rows by split, and ids of training."""
-  assert texts.labels is not None
-  labels = texts.labels
-  buckets = bucket_lengths(data.length)
-  ids = {
-    split: [
-      row.astype(_dtype(tokenizer))
-      for row in encode_rows(tokenizer, texts.texts[split], data.length)
-    ]
-    for split in sources.SPLITS
-  }
-  sizes = {split: len(rows) for split, rows in ids.items()}
-  _require_a_batch(data, sizes["train"], "texts")
-  bucket_of = np.searchsorted(buckets, [row.size for row in ids["train"]])
-  num_batches = sizes["train"] // data.batch_size
+  def eval_batch(self, split: str, index: int) -> Batch:
+    """Returns this process's share of a batch of an evaluation."""
+    size = self._data.eval_batch_size
+    stop = min((index + 1) * size, self.sizes[split])
+    members = np.arange(index * size, stop)
+    longest = max(self._ids[split][i].size for i in members)
+    bucket = self._buckets[int(np.searchsorted(self._buckets, longest))]
+    return self._rows(split, members, bucket=bucket, size=size)
 
-  def rows(split: str, index: np.ndarray, bucket: int, size: int) -> Batch:
-    tokens = np.full((size, bucket), tokenizer.pad_id, np.int32)
-    lengths = np.zeros(size, np.int64)
-    batch_labels = np.zeros(size, np.int32)
-    for place, i in enumerate(index):
-      row = ids[split][i]
-      tokens[place, : row.size] = row
-      lengths[place] = row.size
-      batch_labels[place] = labels[split][i]
+  def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+    """Returns an epoch's batches as (bucket length, rows), in random order.
+
+    Fewer than B random rows are left out. Rows that do not fill a batch of their
+    bucket move up to the next.
+    """
+    size, num_rows = self._data.batch_size, len(self._bucket_of)
+    rng = np.random.default_rng([self._seed, epoch])
+    batches, left = [], np.array([], np.int64)
+    chosen = rng.permutation(num_rows)[: num_rows // size * size]
+    for bucket, length in enumerate(self._buckets):
+      own = chosen[self._bucket_of[chosen] == bucket]
+      # Rows that moved up come first, so they do not move up again.
+      members = np.concatenate([left, own])
+      num_full = len(members) // size * size
+      for batch in rng.permutation(members[:num_full]).reshape(-1, size):
+        batches.append((length, batch))
+      left = members[num_full:]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+  def _rows(
+    self, split: str, index: np.ndarray, *, bucket: int, size: int
+  ) -> Batch:
+    """Returns the share of a batch of these rows, padded to the bucket."""
+    tokens = np.full((size, bucket), self._pad_id, np.int32)
+    lengths, labels = np.zeros(size, np.int64), np.zeros(size, np.int32)
+    for row, i in enumerate(index):
+      ids = self._ids[split][i]
+      tokens[row, : ids.size] = ids
+      lengths[row], labels[row] = ids.size, self._labels[split][i]
     batch = {
       "tokens": tokens,
       "mask": np.arange(bucket) < lengths[:, None],
-      "labels": batch_labels,
+      "labels": labels,
       "weights": (np.arange(size) < len(index)).astype(np.float32),
     }
-    return {name: array[share] for name, array in batch.items()}
+    return {name: array[self._share] for name, array in batch.items()}
 
-  # Two, for a thread that is an epoch ahead of its reader.
-  @functools.lru_cache(maxsize=2)
-  def epoch_batches(epoch: int) -> list[tuple[int, np.ndarray]]:
-    rng = np.random.default_rng([seed, epoch])
-    return bucketed(rng, bucket_of, buckets, data.batch_size)
 
-  def train_batch(step: int) -> Batch:
-    epoch, index = divmod(step, num_batches)
-    bucket, members = epoch_batches(epoch)[index]
-    return rows("train", members, bucket, data.batch_size)
+def bucket_lengths(length: int) -> list[int]:
+  """Returns the bucket lengths: powers of two below `length`, and `length`.
 
-  def eval_batch(split: str, index: int) -> Batch:
-    size = data.eval_batch_size
-    members = np.arange(index * size, min((index + 1) * size, sizes[split]))
-    longest = max(ids[split][i].size for i in members)
-    bucket = buckets[int(np.searchsorted(buckets, longest))]
-    return rows(split, members, bucket, size)
-
-  return train_batch, eval_batch, sizes, ids["train"]
+  Example:
+    >>> bucket_lengths(100), bucket_lengths(64)
+    ([16, 32, 64, 100], [16, 32, 64])
+  """
+  lengths, bucket = [], SHORTEST_BUCKET
+  while bucket < length:
+    lengths.append(bucket)
+    bucket *= 2
+  return [*lengths, length]
 
 
 def encode_rows(
-  tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int
+  tokenizer: Tokenizer, texts: Sequence[str], length: int
 ) -> list[np.ndarray]:
   """Returns int32 ids of each text, at least one and at most `length`."""
   end = np.array([tokenizer.end_id], np.int32)
-  # A foreign tokenizer may find nothing in a text; a model needs a token.
+  # A tokenizer may find no token in a text; a model needs one.
   return [
     row if row.size else end for row in tokenizer.encode_batch(texts, length)
   ]
 
 
-def _dtype(tokenizer: tokenizers.Tokenizer) -> type[np.integer]:
+def _dtype(tokenizer: Tokenizer) -> type[np.integer]:
   return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-
-
-def _require_a_batch(data: config_lib.DataConfig, size: int, what: str) -> None:
-  schema.require(
-    size >= data.batch_size,
-    f"the train split has {size} {what}, fewer than one batch of "
-    f"{data.batch_size}; lower data.batch_size or give more text",
-  )

@@ -1,7 +1,6 @@
-"""A TFDS data set that needs no download: the interpreter's own library.
+"""A TFDS data set without a download: the source of Python's library.
 
-The source of the Python standard library is a few megabytes of code and prose
-that every machine with Python has. Its version is the interpreter's, so that
+It is a few megabytes of code and prose. Its version is the interpreter's, so
 two interpreters never share prepared data. No TensorFlow is imported.
 """
 
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 import tensorflow_datasets as tfds
 
-from folding import schema
+from folding.errors import ConfigError
 
 NUM_TOPICS = 8
 MIN_WORDS = 6  # a shorter docstring says too little about its package
@@ -41,10 +40,10 @@ _DOCUMENTED = (
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
   """The standard library as text (`source`) and as a topic task (`topic`).
 
-  `source`: one example a file, split 80/10/10 by a hash of the file's path.
-  `topic`: one example a docstring, labelled with the package that it comes
-  from; the 8 packages with the most docstrings, equally many of each; a text
-  occurs once, so no split shares a text with another.
+  `source`: one example per file, split 80/10/10 by a hash of the file's path.
+  `topic`: one example per docstring, labelled with its package. It has the 8
+  packages with the most docstrings, equally many of each. Texts are distinct,
+  so no two splits share one.
   """
 
   VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
@@ -59,8 +58,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
       "path": tfds.features.Text(),
     }
     if self._config_name == "topic":
-      # The names are known only after the library is read; TFDS keeps them
-      # with the prepared data, so that opening it again reads no library.
+      # The names are set in `_split_generators`, and stored with the data.
       features["label"] = tfds.features.ClassLabel(num_classes=NUM_TOPICS)
     return tfds.core.DatasetInfo(
       builder=self,
@@ -85,7 +83,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
       features: Any = self.info.features
       features["label"].names = list(topics)
       for topic, docstrings in topics.items():
-        # A tenth of each class, so that every split has the same balance.
+        # A tenth of each class: every split has the same balance.
         tenth = round(len(docstrings) / 10)
         for index, (text, path) in enumerate(docstrings):
           split = {0: "validation", 1: "test"}.get(index // tenth, "train")
@@ -102,16 +100,16 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 def prepare(
   config: Literal["source", "topic"], data_dir: str | None = None
 ) -> PythonStdlib:
-  """Returns the builder with its data on disk, written there if need be.
+  """Returns the builder with its data on disk; prepares it if needed.
 
   Args:
     config: Name of the builder config.
     data_dir: Where TFDS keeps prepared data; None: its default.
 
   Raises:
-    schema.ConfigError: the folder cannot be written.
+    ConfigError: the folder cannot be written.
   """
-  tfds.disable_progress_bar()  # a second's work, on local files
+  tfds.disable_progress_bar()  # it takes a second
   try:
     try:
       return _prepared(config, data_dir)
@@ -119,7 +117,7 @@ def prepare(
       # Another process may have finished first; then its data is there now.
       return _prepared(config, data_dir)
   except OSError as error:
-    raise schema.ConfigError(
+    raise ConfigError(
       f"cannot write prepared data under {data_dir or 'the TFDS folder'} "
       f"({error}); set data.dir to a folder that can be written"
     ) from error
@@ -140,7 +138,7 @@ def library_files() -> dict[str, str]:
   """Returns the text of the library's files by path.
 
   Raises:
-    schema.ConfigError: the interpreter has no library of files to read.
+    ConfigError: the interpreter has no source files to read.
   """
   root = pathlib.Path(sysconfig.get_paths()["stdlib"])
   files = {}
@@ -153,14 +151,14 @@ def library_files() -> dict[str, str]:
     try:
       text = file.read_bytes().decode("utf-8")
     except (UnicodeDecodeError, OSError):
-      continue  # a file in another encoding, or not ours to read
+      continue  # another encoding, or not readable
     if text:
       files[path.as_posix()] = text
-  schema.require(
-    len(files) >= 20,
-    f"this Python keeps no source files in {root}, so 'python_stdlib' is "
-    "empty; set data.path or another data.name",
-  )
+  if len(files) < 20:
+    raise ConfigError(
+      f"this Python keeps no source files in {root}, so 'python_stdlib' is "
+      "empty; set data.path or another data.name"
+    )
   return files
 
 
@@ -169,18 +167,17 @@ def library_docstrings(
 ) -> dict[str, list[tuple[str, str]]]:
   """Returns distinct (docstring, path) pairs by top-level package or module.
 
-  A docstring that occurs in two packages is left out of both: its label would
-  be a coin toss.
+  A docstring of two packages is dropped: its label would be ambiguous.
   """
   found = collections.defaultdict(dict)
   for path, source in files.items():
     package = path.partition("/")[0].removesuffix(".py")
     with warnings.catch_warnings():
-      # Old modules hold escapes that newer compilers warn about.
+      # Old modules have escapes that newer compilers warn about.
       warnings.simplefilter("ignore")
       try:
         tree = ast.parse(source)
-      except SyntaxError:  # templates, kept beside code
+      except SyntaxError:  # a template
         continue
     for node in ast.walk(tree):
       if isinstance(node, _DOCUMENTED):
@@ -200,16 +197,16 @@ def choose_topics(
 ) -> dict[str, list[tuple[str, str]]]:
   """Returns the largest packages, by name, cut to the size of the smallest.
 
-  Which docstrings stay, and their order, follows from a hash of the text.
+  A hash of the text decides which docstrings stay, and in which order.
   """
   sizes = sorted((-len(texts), name) for name, texts in docstrings.items())
   chosen = sizes[:NUM_TOPICS]
   size = -chosen[-1][0] if len(chosen) == NUM_TOPICS else 0
-  schema.require(
-    size >= 10,
-    "this Python's library has too few docstrings for 'python_stdlib' as a "
-    "classification task; set data.path or another data.name",
-  )
+  if size < 10:
+    raise ConfigError(
+      "this Python's library has too few docstrings for 'python_stdlib' as a "
+      "classification task; set data.path or another data.name"
+    )
   return {
     name: sorted(docstrings[name], key=lambda pair: digest(pair[0]))[:size]
     for _, name in sorted(chosen, key=lambda pair: pair[1])
@@ -223,5 +220,5 @@ def _split_of(path: str) -> str:
 
 
 def digest(text: str) -> bytes:
-  """Returns 8 bytes that order and split texts the same on every machine."""
+  """Returns an 8-byte hash of a text, the same on every machine."""
   return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()

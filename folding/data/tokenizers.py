@@ -1,36 +1,105 @@
-"""Text <-> token ids, always by a Hugging Face `tokenizers.Tokenizer`.
+"""Text <-> token ids, by a `tokenizers.Tokenizer` of Hugging Face.
 
-Our own tokenizers work on UTF-8 bytes, so they take any text and give it back
-exactly; each document of a stream begins with `begin_ids`, which ours lack, and
-ends with `end_id`, and `pad_id` fills up.
+Our own tokenizers work on UTF-8 bytes, so they encode any text and decode it
+exactly. Files beside a tokenizer.json say which tokens end a text and pad a
+batch: our own `special_tokens.json`, by name, or the configs of a checkpoint.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from folding import config, files, schema
-from folding.data import pieces, special_tokens
-from folding.data.special_tokens import END, PAD, UNKNOWN, SpecialTokens
+from folding import files, schema
+from folding.config import DataConfig
+from folding.errors import ConfigError
 
 NUM_BYTES = 256
+PAD, END = "<pad>", "<end>"  # of our own tokenizers
 TOKEN_MAP = "token_map.json"  # beside tokenizer.json, if ids are mapped
+SPECIAL_TOKENS = "special_tokens.json"  # beside tokenizer.json
+GENERATION = "generation_config.json"  # of a checkpoint, before its config
+CHAT = "chat_template.jinja"  # of a checkpoint, or a field of OPTIONS
+OPTIONS = "tokenizer_config.json"  # of a checkpoint
+
+# Usual names, best first, if no file names the token.
+_PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
+_END_NAMES = (
+  *(END, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"),
+  *("<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]"),
+)
 
 # What may become one token: a word with the character before it, up to three
 # digits, punctuation with the line break and indent after it, or white space.
-# On Python source it gives 4% more bytes a token than GPT-2's pattern.
+# On Python source it gives 4% more bytes per token than GPT-2's pattern.
 _PATTERN = (
   r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+(?:\s*\n\s*)?|\s+(?!\S)|\s+"
 )
 
+# Long texts are encoded in pieces: the library keeps about 100 bytes per token.
+_PIECE = 1 << 16  # characters, about
+_GROUP = 1 << 22  # characters that are encoded together, about
 _GROUP_TEXTS = 4096
+# No match of our pattern, of GPT-2's or of a later one crosses a line break
+# between two texts.
+_END_OF_LINE = re.compile(r"\S\n(?=\S)")
+# After a word, no match of ours or of GPT-2's has the last of several line
+# breaks, as of blank lines or of Windows. A match of Llama 3's has.
+_END_OF_LINES = re.compile(r"\S\n(?=\S)|[^\W_][\r\n]+(?=\n\S)")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+  """Special tokens by name, as far as files name them.
+
+  Attributes:
+    ends: Each ends a text; the first also a document of a stream.
+    pad: The pad token; None: unknown.
+    chat_template: Jinja, kept for `transformers`; None: there is none.
+  """
+
+  ends: tuple[str, ...] = ()
+  pad: str | None = None
+  chat_template: str | None = None
+
+  def ids(
+    self, vocabulary: Mapping[str, int], begin: Sequence[int]
+  ) -> tuple[list[int], int]:
+    """Returns the ids of the end tokens, at least one, and of the pad token.
+
+    An unknown token is the first usual name in the vocabulary. Without one, a
+    text ends with the token that begins a text (or id 0), and the end token is
+    the pad token.
+
+    Args:
+      vocabulary: Ids by token, special tokens included.
+      begin: Ids that the tokenizer puts before a text.
+    """
+    ends = [vocabulary[token] for token in self.ends if token in vocabulary]
+    if not ends:
+      names = [n for n in _END_NAMES + _PAD_NAMES if n in vocabulary]
+      ends = [*(vocabulary[n] for n in names), *begin, 0][:1]
+    names = [] if self.pad is None else [self.pad]
+    pads = [vocabulary[n] for n in (*names, *_PAD_NAMES) if n in vocabulary]
+    return ends, [*pads, ends[0]][0]
+
+  def save(self, tokenizer_path: pathlib.Path) -> None:
+    """Writes the file beside a tokenizer.json; none if nothing is known."""
+    path = tokenizer_path.with_name(SPECIAL_TOKENS)
+    if self == SpecialTokens():
+      path.unlink(missing_ok=True)
+    else:
+      text = json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+      files.write_file(str(path), text + "\n")
 
 
 class Tokenizer:
@@ -39,12 +108,11 @@ class Tokenizer:
   Attributes:
     vocab_size: V, number of ids, special tokens included.
     plain_size: V before ids were mapped to fewer.
-    special: Names of those that pad and end, as far as a file gives them; see
-      `folding.data.special_tokens` for what holds otherwise.
-    pad_id: Id that fills up a batch.
+    special: Special tokens by name, as far as files name them.
+    pad_id: Id of padding.
     end_ids: int32, each ends a text.
-    begin_ids: int32, what the tokenizer puts before a text by itself, such as a
-      Llama's "<s>"; often nothing.
+    begin_ids: int32, ids that the tokenizer puts before a text, such as Llama's
+      "<s>"; often none.
 
   Example:
     >>> from folding.config import DataConfig
@@ -59,42 +127,44 @@ class Tokenizer:
   def __init__(
     self,
     inner: tokenizers.Tokenizer,
-    special: SpecialTokens = UNKNOWN,
+    special: SpecialTokens | None = None,
   ):
-    # A file may ask to cut or pad; both are decided by batches.
+    # Batches truncate and pad, whatever the file says.
     inner.no_truncation()
     inner.no_padding()
     # "<end>" that occurs in a text is text, not the end of a document.
     inner.encode_special_tokens = True
     vocabulary = inner.get_vocab(with_added_tokens=True)
-    schema.require(bool(vocabulary), "the tokenizer has no tokens")
+    if not vocabulary:
+      raise ConfigError("the tokenizer has no tokens")
     self._inner = inner
     self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
     self.plain_size = self.vocab_size
-    begin = _begin(inner, ["a", *itertools.islice(vocabulary, 1000)])
+    begin = _begin_ids(inner, ["a", *itertools.islice(vocabulary, 1000)])
     self.begin_ids = np.array(begin, np.int32)
-    self._piece_end = pieces.piece_end(inner)
-    self.special = special
-    ends, self.pad_id = special.ids(vocabulary, begin)
+    self._piece_end = piece_end(inner)
+    self.special = special or SpecialTokens()
+    ends, self.pad_id = self.special.ids(vocabulary, begin)
     self.end_ids = np.array(ends, np.int32)
 
   @property
   def end_id(self) -> int:
-    """What ends a document of a stream."""
+    """Id that ends a document of a stream."""
     return int(self.end_ids[0])
 
   @property
   def ends_with_pad(self) -> bool:
-    """Whether it puts what fills up a batch after a text by itself."""
+    """Whether the tokenizer ends a text with its pad token."""
     framed = self.encode_batch(
       [""], self._inner.num_special_tokens_to_add(False) + 1
     )[0]
     return self.pad_id in framed[self.begin_ids.size :]
 
   def stream(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """Yields ids of documents in a row, each with its begin and its end.
+    """Yields the ids of documents in a row, each with its begin and its end.
 
-    Where nothing begins one, the first is after an end, as the others are.
+    Without `begin_ids`, the first document follows an end token, as the others
+    do.
     """
     end = np.array([self.end_id], np.int32)
     yield self.prompt(end[:0])
@@ -105,10 +175,10 @@ class Tokenizer:
       yield end
 
   def prompt(self, ids: np.ndarray) -> np.ndarray:
-    """Returns the ids of a text's start, none as well, as a model reads them.
+    """Returns the ids of a prompt with `begin_ids`, at least one id.
 
-    What begins a document comes before them; at least one id is given, so that
-    there is something to predict from.
+    Args:
+      ids: int32 ids of the text; may be empty.
     """
     found = np.concatenate([self.begin_ids, ids])
     return found if found.size else np.array([self.end_id], np.int32)
@@ -120,15 +190,18 @@ class Tokenizer:
 
     Args:
       texts: Any strings.
-      max_length: None: the ids of the text alone, as a stream needs them. A
-        number: ids of a text by itself, with the special tokens that the
-        tokenizer frames one with ("[CLS]", "[SEP]"; ours adds none), cut to
-        this length inside the frame.
+      max_length: None: the ids of the text, as a stream needs them. A number:
+        ids with the special tokens that the tokenizer adds ("[CLS]", "[SEP]";
+        ours adds none); the text between them is truncated to this length.
+
+    Raises:
+      ConfigError: the tokenizer cannot encode a text, or `max_length` has no
+        room for one.
     """
     if max_length is not None:
       return self._encode_framed(texts, max_length)
     ids: list[list[np.ndarray]] = [[] for _ in texts]
-    for group in pieces.groups(texts, self._piece_end):
+    for group in piece_groups(texts, self._piece_end):
       encodings = self._encode(
         [piece for _, piece in group], add_special_tokens=False
       )
@@ -140,15 +213,15 @@ class Tokenizer:
     self, texts: Sequence[str], max_length: int
   ) -> list[np.ndarray]:
     frame = self._inner.num_special_tokens_to_add(is_pair=False)
-    schema.require(
-      max_length > frame,
-      f"data.length {max_length} has no room for a text beside the {frame} special "
-      "tokens that the tokenizer puts around it",
-    )
+    if max_length <= frame:
+      raise ConfigError(
+        f"data.length {max_length} has no room for a text beside the {frame} "
+        "special tokens that the tokenizer puts around it"
+      )
     ids = []
     self._inner.enable_truncation(max_length)
     try:
-      # In groups: the library also keeps what it cuts off.
+      # In groups: the library keeps the truncated ids too.
       for start in range(0, len(texts), _GROUP_TEXTS):
         group = list(texts[start : start + _GROUP_TEXTS])
         encodings = self._encode(group)
@@ -162,46 +235,47 @@ class Tokenizer:
   ) -> list[tokenizers.Encoding]:
     try:
       return self._inner.encode_batch_fast(texts, **options)
-    except Exception as error:  # the library has no class of its own
-      raise schema.ConfigError(
-        f"the tokenizer cannot read a text: {error}"
-      ) from error
+    except Exception as error:  # the library raises plain Exception
+      raise ConfigError(f"the tokenizer cannot read a text: {error}") from error
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Returns the text of ids, special tokens left out."""
+    """Returns the text of ids, without special tokens."""
     return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
   def to_json(self) -> str:
-    """Returns what `save` writes."""
+    """Returns the tokenizer.json."""
     return self._inner.to_str()
 
   def save(self, path: str) -> None:
-    """Writes a tokenizer.json that `load_tokenizer` and others read."""
+    """Writes a tokenizer.json and the names of its special tokens."""
     files.write_file(path, self._inner.to_str(pretty=True))
     self.special.save(pathlib.Path(path))
     pathlib.Path(path).with_name(TOKEN_MAP).unlink(missing_ok=True)
 
 
 class MappedTokenizer(Tokenizer):
-  """A tokenizer whose ids are replaced by those of a smaller embedding.
+  """A tokenizer whose ids are mapped to the rows of a smaller embedding.
 
   Attributes:
-    token_map: int[V], the new id of each id of the tokenizer it was made from;
-      -1: that one does not make it any more.
-    plain_ids: int[vocab_size], an old id of each new one.
+    token_map: int[plain_size], the new id of each old id; -1: removed.
+    plain_ids: int[vocab_size], an old id of each new id.
   """
 
   def __init__(self, plain: Tokenizer, token_map: np.ndarray):
-    """Makes one; a map of a map is one map.
+    """Maps the ids of a tokenizer; two maps are composed into one.
+
+    Args:
+      plain: The tokenizer; its ids may be mapped already.
+      token_map: int[V], the new id of each of its ids.
 
     Raises:
-      schema.ConfigError: there are tokens that the map leaves out.
+      ConfigError: the map does not cover all tokens.
     """
-    schema.require(
-      len(token_map) >= plain.vocab_size,
-      f"a map of {len(token_map)} tokens does not fit a tokenizer of "
-      f"{plain.vocab_size}",
-    )
+    if len(token_map) < plain.vocab_size:
+      raise ConfigError(
+        f"a map of {len(token_map)} tokens does not fit a tokenizer of "
+        f"{plain.vocab_size}"
+      )
     inner = tokenizers.Tokenizer.from_str(plain.to_json())
     super().__init__(inner, plain.special)
     self.plain_size = len(token_map)
@@ -210,16 +284,14 @@ class MappedTokenizer(Tokenizer):
       before = plain.token_map
       token_map = np.where(before < 0, -1, token_map[before])
     made = np.fromiter(self._inner.get_vocab().values(), np.int64)
-    schema.require(
-      bool((token_map[made] >= 0).all()),
-      "the map of tokens has no id for one that the tokenizer makes",
-    )
+    if (token_map[made] < 0).any():
+      raise ConfigError("the map of tokens has no id for one of the tokenizer")
     self.token_map = token_map
     self.vocab_size = int(token_map.max()) + 1
     self.pad_id = int(token_map[self.pad_id])
     self.end_ids = token_map[self.end_ids].astype(np.int32)
     self.begin_ids = token_map[self.begin_ids].astype(np.int32)
-    # Of the tokens that share an id, none is the one to decode to.
+    # An id that several tokens share is not decoded.
     new, old, count = np.unique(
       token_map, return_index=True, return_counts=True
     )
@@ -236,35 +308,35 @@ class MappedTokenizer(Tokenizer):
     return [self.token_map[ids].astype(np.int32) for ids in rows]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Returns the text of ids; tokens that share an id are left out."""
+    """Returns the text of ids, without those that several tokens share."""
     old_ids = self._old_ids
     return super().decode([old_ids[int(i)] for i in ids if int(i) in old_ids])
 
   def save(self, path: str) -> None:
-    """Writes the tokenizer.json as it was, and the map beside it."""
+    """Writes the unmapped tokenizer.json and the map beside it."""
     super().save(path)
     map_path = pathlib.Path(path).with_name(TOKEN_MAP)
     files.write_file(str(map_path), json.dumps(self.token_map.tolist()))
 
 
-def train_tokenizer(data: config.DataConfig, texts: Sequence[str]) -> Tokenizer:
-  """Returns the tokenizer that `data.tokenizer` asks for.
+def train_tokenizer(data: DataConfig, texts: Sequence[str]) -> Tokenizer:
+  """Trains or loads a tokenizer.
 
-  "bytes" has the 256 bytes and two special tokens; "bpe" merges frequent pairs
-  of the texts until there are `data.vocab_size` tokens (or no pair occurs
-  twice); anything else is the path of a tokenizer.json, and texts are unused.
+  "bytes" has the 256 bytes and two special tokens. "bpe" merges frequent pairs
+  until there are `data.vocab_size` tokens or no pair occurs twice. Any other
+  value is the path of a tokenizer.json, and the texts are unused.
 
   Args:
-    data: Which tokenizer.
-    texts: The training split, and only that.
+    data: `tokenizer` and `vocab_size` count.
+    texts: The training split.
 
   Raises:
-    schema.ConfigError: the vocabulary cannot hold the bytes, or the file of an
-      existing tokenizer is missing or broken.
+    ConfigError: the vocabulary cannot hold the bytes, or the file is missing or
+      damaged.
   """
   if data.tokenizer not in ("bytes", "bpe"):
     return load_tokenizer(data.tokenizer)
-  # Ids by code point, the special ones first: the same on every machine.
+  # Special tokens, then bytes by code point: the same on every machine.
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {token: i for i, token in enumerate([PAD, END, *alphabet])}
   inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -273,12 +345,12 @@ def train_tokenizer(data: config.DataConfig, texts: Sequence[str]) -> Tokenizer:
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   inner.pre_tokenizer = to_bytes
   if data.tokenizer == "bpe":
-    schema.require(
-      data.vocab_size >= len(vocabulary),
-      f"data.vocab_size {data.vocab_size} cannot hold the {NUM_BYTES} bytes "
-      f"and 2 special tokens; use {len(vocabulary)} or more, or "
-      "data.tokenizer='bytes'",
-    )
+    if data.vocab_size < len(vocabulary):
+      raise ConfigError(
+        f"data.vocab_size {data.vocab_size} cannot hold the {NUM_BYTES} bytes "
+        f"and 2 special tokens; use {len(vocabulary)} or more, or "
+        "data.tokenizer='bytes'"
+      )
     split = pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     trainer = trainers.BpeTrainer(
@@ -293,29 +365,26 @@ def train_tokenizer(data: config.DataConfig, texts: Sequence[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-  """Reads a tokenizer.json, ours or another's, and what is told beside it.
-
-  That is which tokens pad and end, see `folding.data.special_tokens`, and a map
-  of its ids.
+  """Reads a tokenizer.json, the names of its special tokens and its map.
 
   Raises:
-    schema.ConfigError: the file is missing or is not a tokenizer, or a file
-      beside it is damaged or does not fit it.
+    ConfigError: the file is missing or is not a tokenizer, or a file beside it
+      is damaged or does not fit it.
   """
   path = pathlib.Path(path)
-  schema.require(
-    path.is_file(),
-    f"there is no tokenizer file {path}; data.tokenizer is 'bytes', 'bpe' or "
-    "the path of a tokenizer.json",
-  )
+  if not path.is_file():
+    raise ConfigError(
+      f"there is no tokenizer file {path}; data.tokenizer is 'bytes', 'bpe' or "
+      "the path of a tokenizer.json"
+    )
   try:
     inner = tokenizers.Tokenizer.from_file(str(path))
   # The library raises plain Exception for every kind of broken file.
   except Exception as error:
-    raise schema.ConfigError(
+    raise ConfigError(
       f"{path} is not a tokenizer.json of the `tokenizers` library ({error})"
     ) from error
-  plain = Tokenizer(inner, special_tokens.find(path, inner))
+  plain = Tokenizer(inner, _find_special(path, inner))
   map_path = path.with_name(TOKEN_MAP)
   if not map_path.exists():
     return plain
@@ -323,18 +392,107 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     token_map = np.array(json.loads(map_path.read_text("utf-8")), np.int32)
   except (ValueError, TypeError, OverflowError):
     token_map = np.array([], np.int32)
-  schema.require(
-    token_map.ndim == 1 and token_map.size > 0 and int(token_map.min()) >= -1,
-    f"{map_path} is no list of token ids",
-  )
+  if token_map.ndim != 1 or not token_map.size or token_map.min() < -1:
+    raise ConfigError(f"{map_path} is not a list of token ids")
   return MappedTokenizer(plain, token_map)
 
 
-def _begin(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:
-  """Returns what is put before the first of some words that it has ids for."""
+def _find_special(
+  tokenizer_path: pathlib.Path, inner: tokenizers.Tokenizer
+) -> SpecialTokens:
+  """Returns the special tokens that files beside a tokenizer.json name.
+
+  An id in a checkpoint's config counts only if it is an added token of the
+  tokenizer: the config may have the defaults of its class. The tokenizer's own
+  options name what the config does not.
+
+  Raises:
+    ConfigError: our own file is damaged.
+  """
+  path = tokenizer_path.with_name(SPECIAL_TOKENS)
+  if path.is_file():
+    values = files.read_json(str(path), dict)
+    return schema.build(SpecialTokens, values, str(path))
+  added = {i: t.content for i, t in inner.get_added_tokens_decoder().items()}
+  given: dict[str, Any] = {}
+  for name in ("config.json", GENERATION):
+    given |= _read_options(tokenizer_path.with_name(name))
+  ends, pad = given.get("eos_token_id", ()), given.get("pad_token_id")
+  ends = ends if isinstance(ends, list | tuple) else [ends]
+  ends = [added[i] for i in ends if type(i) is int and i in added]
+  options = _read_options(tokenizer_path.with_name(OPTIONS))
+  named = {}
+  for role in ("eos", "pad"):
+    token = options.get(f"{role}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str) and inner.token_to_id(token) is not None:
+      named[role] = token
+  if not ends and "eos" in named:
+    ends = [named["eos"]]
+  template = options.get("chat_template")  # or a list of several
+  with contextlib.suppress(OSError, ValueError):
+    template = tokenizer_path.with_name(CHAT).read_text("utf-8")
+  return SpecialTokens(
+    ends=tuple(ends),
+    pad=added[pad] if type(pad) is int and pad in added else named.get("pad"),
+    chat_template=template if isinstance(template, str) else None,
+  )
+
+
+def _read_options(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the fields of a JSON file; {} if there is none or it is damaged."""
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    values = json.loads(path.read_text("utf-8"))
+    return {k: v for k, v in values.items() if v is not None}
+  return {}
+
+
+def _begin_ids(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:
+  """Returns the ids before a text, by the first word that has an id."""
   for word in words:
-    with contextlib.suppress(Exception):  # a word that it has nothing for
+    with contextlib.suppress(Exception):  # the tokenizer cannot encode it
       framed = inner.encode(word)
       if 0 in framed.special_tokens_mask:
         return framed.ids[: framed.special_tokens_mask.index(0)]
   return []
+
+
+def piece_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
+  """Returns the pattern of ends of pieces; None: texts cannot be cut.
+
+  A tokenizer that puts a space before a text would put one before each piece.
+  """
+
+  def ids(text: str) -> list[int]:
+    return inner.encode(text, add_special_tokens=False).ids
+
+  try:
+    if ids("a\na") != ids("a\n") + ids("a"):
+      return None
+    several = (("a\n", "\na"), ("a\r\n\r", "\na"))
+    if all(ids(a + b) == ids(a) + ids(b) for a, b in several):
+      return _END_OF_LINES
+    return _END_OF_LINE
+  except Exception:  # it cannot encode one of these; no class of its own
+    return None
+
+
+def piece_groups(
+  texts: Sequence[str], end: re.Pattern[str] | None
+) -> Iterator[list[tuple[int, str]]]:
+  """Yields groups of (index of text, piece)."""
+  group, size = [], 0
+  for index, text in enumerate(texts):
+    start = 0
+    while start is not None:
+      match = None
+      if end is not None and len(text) - start > _PIECE:
+        match = end.search(text, start + _PIECE)
+      stop = len(text) if match is None else match.end()
+      group.append((index, text[start:stop]))
+      size += stop - start
+      start = None if match is None else stop
+      if size > _GROUP:
+        yield group
+        group, size = [], 0
+  yield group

@@ -38,13 +38,13 @@ from folding.compression.accounting import account, slices_of, storage
 from folding.compression.fold import unfold
 from folding.compression.shrink import shrink
 from folding.config import Config
-from folding.data import special_tokens
 from folding.data.tokenizers import (
+  OPTIONS,
   MappedTokenizer,
   Tokenizer,
   load_tokenizer,
 )
-from folding.data.trimming import trim_tokenizer
+from folding.data.trim import trim_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, hf_weights
 from folding.models.attention import rope_frequencies
@@ -496,7 +496,7 @@ def export_hf(
   options = _hf_tokenizer_options(tokenizer, described)
   for name, text in (
     (TOKENIZER, tokenizer.to_json()),
-    (special_tokens.OPTIONS, json.dumps(options, indent=2) + "\n"),
+    (OPTIONS, json.dumps(options, indent=2) + "\n"),
   ):
     files.write_file(os.path.join(path, name), text)
   return {"files": _folder_bytes(path)}

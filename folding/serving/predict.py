@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from folding.data.batches import encode_rows
-from folding.data.buckets import bucket_lengths
+from folding.data.batches import bucket_lengths, encode_rows
 from folding.errors import ConfigError
 from folding.serving.export import Loaded
 

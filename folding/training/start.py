@@ -22,7 +22,7 @@ from folding import files, paths
 from folding.config import Config
 from folding.data.batches import Data
 from folding.data.tokenizers import MappedTokenizer, load_tokenizer
-from folding.data.trimming import trimmed
+from folding.data.trim import trimmed
 from folding.models.hf_weights import load_pretrained
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.schema import ConfigError, require

@@ -9,7 +9,7 @@ from folding import config as config_lib
 from folding.config import Config
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer, Tokenizer
-from folding.data.trimming import trimmed
+from folding.data.trim import trimmed
 from folding.models.transformer import make_model, param_shapes
 from folding.training.optimizer import embedding_fraction, make_rules
 from folding.training.planner import outer_fractions

@@ -6,9 +6,9 @@ from folding import config as c
 
 
 def write(tmp_path, lengths=None, **fields):
-  """Returns a config of one-byte-a-token texts of the given lengths.
+  """Writes texts of the given lengths in bytes; returns rows and a config.
 
-  A text starts with its number, so that a row can be told from another.
+  A text starts with its number, so a row can be told from another.
   """
   if lengths is None:
     lengths = [5 + (i * i * 31) % 120 for i in range(203)]

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import tokenizers as hf
@@ -5,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
-from folding import schema
 from folding.config import DataConfig
-from folding.data import tokenizers
+from folding.data import tokenizers, trim
+from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
+from folding.errors import ConfigError
 
 CODE = (
   "def add(a, b):\n    # sums two numbers\n    return a + b\n\n\n"
@@ -21,7 +24,7 @@ OURS = pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 @OURS
 @settings(max_examples=100, derandomize=True)
 @given(text=st.text())
-def test_any_text_comes_back_exactly(tokenizer, text):
+def test_decode_of_encode_is_the_text(tokenizer, text):
   [ids] = tokenizer.encode_batch([text])
   assert tokenizer.decode(ids) == text
 
@@ -36,7 +39,7 @@ def test_special_tokens_in_a_text_are_text(tokenizer):
 
 
 @OURS
-def test_decoding_leaves_special_tokens_out(tokenizer):
+def test_decode_skips_special_tokens(tokenizer):
   [ids] = tokenizer.encode_batch(["text"])
   padded = [tokenizer.end_id, *ids.tolist(), tokenizer.end_id, tokenizer.pad_id]
   assert tokenizer.decode(padded) == "text"
@@ -44,7 +47,7 @@ def test_decoding_leaves_special_tokens_out(tokenizer):
 
 @settings(max_examples=50, derandomize=True)
 @given(text=st.text())
-def test_bytes_gives_one_token_a_byte(text):
+def test_bytes_has_one_token_per_byte(text):
   raw = text.encode("utf-8")
   [ids] = BYTES.encode_batch([text])
   assert len(ids) == len(raw)
@@ -79,7 +82,7 @@ def test_bpe_training_is_deterministic(tmp_path):
   assert first.read_bytes() == second.read_bytes()
 
 
-def test_saved_tokenizer_loads_as_it_was(tmp_path):
+def test_a_saved_tokenizer_encodes_the_same(tmp_path):
   path = str(tmp_path / "tokenizer.json")
   BPE.save(path)
   loaded = tokenizers.train_tokenizer(DataConfig(tokenizer=path), [])
@@ -90,7 +93,7 @@ def test_saved_tokenizer_loads_as_it_was(tmp_path):
   assert loaded.decode(ids) == text
 
 
-def test_a_batch_is_its_texts_one_by_one():
+def test_encode_batch_is_each_text_by_itself():
   texts = ["one\n", "", CODE, "two"] * 40
   together = BPE.encode_batch(texts)
   for text, ids in zip(texts, together, strict=True):
@@ -114,7 +117,7 @@ def _foreign(path, tokens, framed=False):
   return tokenizers.load_tokenizer(str(path))
 
 
-def test_foreign_tokenizer_keeps_its_special_ids_and_frame(tmp_path):
+def test_a_foreign_tokenizer_keeps_its_special_ids_and_frame(tmp_path):
   tokens = ["[UNK]", "a", "[PAD]", "[CLS]", "[SEP]"]
   foreign = _foreign(tmp_path / "t.json", tokens, framed=True)
   assert (foreign.pad_id, foreign.end_id) == (2, 4)
@@ -126,7 +129,7 @@ def test_foreign_tokenizer_keeps_its_special_ids_and_frame(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["BPE", "WordLevel"])
-def test_what_begins_a_text_is_found_without_the_letter_a(tmp_path, kind):
+def test_begin_ids_are_found_without_the_letter_a(tmp_path, kind):
   words = {"<s>": 0, "</s>": 1, "C": 2, "G": 3}
   model = models.BPE(words, [])
   if kind == "WordLevel":  # which raises where it has nothing for a word
@@ -143,43 +146,19 @@ def test_what_begins_a_text_is_found_without_the_letter_a(tmp_path, kind):
   assert genes.prompt(genes.encode_batch(["CG"])[0]).tolist() == [0, 2, 3]
 
 
-def test_a_length_without_room_for_text_is_an_error(tmp_path):
+def test_encode_refuses_what_it_cannot_encode(tmp_path):
   tokens = ["[UNK]", "a", "[CLS]", "[SEP]"]
   foreign = _foreign(tmp_path / "t.json", tokens, framed=True)
   assert len(foreign.encode_batch(["a a"], max_length=3)[0]) == 3
-  for length in (1, 2):
-    with pytest.raises(
-      schema.ConfigError, match=f"length {length} has no room"
-    ):
-      foreign.encode_batch(["a"], max_length=length)
-
-
-def test_a_word_that_a_tokenizer_cannot_read_is_an_error(tmp_path):
+  with pytest.raises(ConfigError, match="length 2 has no room"):
+    foreign.encode_batch(["a"], max_length=2)
   inner = hf.Tokenizer(models.WordLevel({"a": 0, "b": 1}))  # none is unknown
   inner.pre_tokenizer = pre_tokenizers.Whitespace()
-  inner.save(str(tmp_path / "t.json"))
-  foreign = tokenizers.load_tokenizer(str(tmp_path / "t.json"))
+  foreign = Tokenizer(inner)
   for max_length in (None, 1):
-    with pytest.raises(schema.ConfigError, match="cannot read a text: Word"):
+    with pytest.raises(ConfigError, match="cannot read a text"):
       foreign.encode_batch(["a c"], max_length)
-  assert foreign.encode_batch(["a b"])[0].tolist() == [0, 1]  # and cuts none
-
-
-def test_a_tokenizer_without_tokens_is_an_error(tmp_path):
-  path = tmp_path / "t.json"
-  hf.Tokenizer(models.BPE()).save(str(path))
-  with pytest.raises(schema.ConfigError, match="has no tokens"):
-    tokenizers.load_tokenizer(str(path))
-
-
-def test_a_tokenizer_that_cannot_be_written_is_an_os_error(tmp_path):
-  with pytest.raises(OSError, match="No such file"):
-    BPE.save(str(tmp_path / "none" / "t.json"))
-
-
-def test_foreign_tokenizer_without_special_tokens_gets_id_0(tmp_path):
-  foreign = _foreign(tmp_path / "t.json", ["[UNK]", "a"])
-  assert (foreign.pad_id, foreign.end_id) == (0, 0)
+  assert foreign.encode_batch(["a b"])[0].tolist() == [0, 1]  # not truncated
 
 
 def test_stories260k_tokenizer_loads(shared_data):
@@ -196,7 +175,7 @@ def _ids(parts):
   return np.concatenate(list(parts)).tolist()
 
 
-def test_documents_begin_as_the_tokenizer_begins_one(tmp_path):
+def test_stream_begins_documents_as_the_tokenizer_does(tmp_path):
   tokens = ["[UNK]", "a", "[PAD]", "[CLS]", "[SEP]"]
   foreign = _foreign(tmp_path / "t.json", tokens, framed=True)
   theirs = hf.Tokenizer.from_file(str(tmp_path / "t.json"))
@@ -211,7 +190,7 @@ def test_documents_begin_as_the_tokenizer_begins_one(tmp_path):
 
 
 @OURS
-def test_where_nothing_begins_a_document_an_end_comes_before(tokenizer):
+def test_stream_without_begin_ids_starts_after_an_end(tokenizer):
   [ids] = tokenizer.encode_batch(["a"])
   end = [tokenizer.end_id]
   assert _ids(tokenizer.stream(["a", "a"])) == [*end, *ids, *end, *ids, *end]
@@ -219,28 +198,29 @@ def test_where_nothing_begins_a_document_an_end_comes_before(tokenizer):
   assert tokenizer.prompt(ids[:0]).tolist() == end
 
 
-def test_vocabulary_that_cannot_hold_the_bytes_is_an_error():
-  with pytest.raises(schema.ConfigError, match="use 258 or more"):
-    tokenizers.train_tokenizer(DataConfig(vocab_size=257), [CODE])
-
-
-def test_missing_tokenizer_file_is_an_error(tmp_path):
-  path = str(tmp_path / "none.json")
-  with pytest.raises(schema.ConfigError, match="no tokenizer file.*'bpe'"):
-    tokenizers.train_tokenizer(DataConfig(tokenizer=path), [])
-
-
-def test_broken_tokenizer_file_is_an_error(tmp_path):
-  path = tmp_path / "broken.json"
-  path.write_text('{"version": "1.0"')
-  with pytest.raises(schema.ConfigError, match="is not a tokenizer.json"):
-    tokenizers.load_tokenizer(path)
+@pytest.mark.parametrize(
+  ("data", "match"),
+  [
+    (DataConfig(vocab_size=257), "258 or more"),
+    (DataConfig(tokenizer="none.json"), "no tokenizer file"),
+    (DataConfig(tokenizer="broken.json"), "is not a tokenizer.json"),
+    (DataConfig(tokenizer="empty.json"), "has no tokens"),
+  ],
+)
+def test_train_tokenizer_refuses_bad_options(
+  tmp_path, monkeypatch, data, match
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "broken.json").write_text('{"version": "1.0"')
+  hf.Tokenizer(models.BPE()).save("empty.json")
+  with pytest.raises(ConfigError, match=match):
+    tokenizers.train_tokenizer(data, [CODE])
 
 
 TOKENS = ["[PAD]", "a", "b", "c", "[UNK]", "[SEP]"]
 
 
-def test_a_mapped_tokenizer_gives_and_reads_new_ids(tmp_path):
+def test_a_mapped_tokenizer_encodes_and_decodes_new_ids(tmp_path):
   plain = _foreign(tmp_path / "tokenizer.json", TOKENS)
   token_map = np.array([0, 1, 0, 2, 3, 4], np.int32)  # "b" is read as padding
   mapped = tokenizers.MappedTokenizer(plain, token_map)
@@ -253,11 +233,11 @@ def test_a_mapped_tokenizer_gives_and_reads_new_ids(tmp_path):
   twice = tokenizers.MappedTokenizer(mapped, np.array([0, 1, 0, 2, 3]))
   assert twice.token_map.tolist() == [0, 1, 0, 0, 2, 3]
   assert (twice.vocab_size, twice.plain_size, twice.end_id) == (4, 6, 3)
-  with pytest.raises(schema.ConfigError, match="of 4 tokens does not fit"):
+  with pytest.raises(ConfigError, match="of 4 tokens does not fit"):
     tokenizers.MappedTokenizer(mapped, np.arange(4))
 
 
-def test_a_mapped_tokenizer_is_read_back_with_its_map(tmp_path):
+def test_a_mapped_tokenizer_is_loaded_with_its_map(tmp_path):
   plain = _foreign(tmp_path / "plain.json", TOKENS)
   token_map = np.array([0, 1, 0, 2, 3, 4])
   folder = tmp_path / "run"
@@ -276,17 +256,201 @@ def test_a_mapped_tokenizer_is_read_back_with_its_map(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("[0, 1", "is no list of token ids"),
-    ("[[0], [1]]", "is no list of token ids"),
-    ("[]", "is no list of token ids"),
-    ('["a"]', "is no list of token ids"),
-    ("[0, -2, 0, 2, 3, 4]", "is no list of token ids"),
-    ("[0, -1, 0, 2, 3, 4]", "has no id for one that the tokenizer makes"),
-    ("[0, 1]", "a map of 2 tokens does not fit a tokenizer of 6"),
+    ("[0, 1", "not a list"),
+    ("[[0], [1]]", "not a list"),
+    ("[]", "not a list"),
+    ('["a"]', "not a list"),
+    ("[0, -2, 0, 2, 3, 4]", "not a list"),
+    ("[0, -1, 0, 2, 3, 4]", "no id for one"),
+    ("[0, 1]", "2 tokens does not fit"),
   ],
 )
-def test_a_map_that_does_not_fit_is_an_error(tmp_path, text, message):
+def test_a_map_that_does_not_fit_is_refused(tmp_path, text, message):
   _foreign(tmp_path / "tokenizer.json", TOKENS)
   (tmp_path / "token_map.json").write_text(text)
-  with pytest.raises(schema.ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message):
     tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
+
+
+# Special tokens by name.
+
+WORDS = ["!", "a", "<unk>", "</s>", "<|eot|>", "<|eom|>", "<|fill|>", "<pad>"]
+
+
+def _words(added=(2, 3, 4, 5, 6)):
+  ids = {word: i for i, word in enumerate(WORDS)}
+  inner = hf.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+  inner.add_special_tokens([WORDS[i] for i in added])
+  return inner
+
+
+def _load(folder, config=None, generation=None, inner=None):
+  """Returns the tokenizer of a folder with these configs."""
+  (inner or _words()).save(str(folder / "tokenizer.json"))
+  for name, values in (
+    ("config.json", config),
+    ("generation_config.json", generation),
+  ):
+    if values is not None:
+      (folder / name).write_text(json.dumps(values))
+  return load_tokenizer(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+  ("config", "generation", "ends", "pad"),
+  [
+    (None, None, [3], 7),  # the usual names
+    ({"eos_token_id": 4, "pad_token_id": 6}, None, [4], 6),
+    ({"eos_token_id": [5, 4]}, None, [5, 4], 7),
+    ({"eos_token_id": 3}, {"eos_token_id": [4, 5]}, [4, 5], 7),
+    ({"eos_token_id": 4}, {"eos_token_id": None, "pad_token_id": 6}, [4], 6),
+    # Ordinary words, ids beyond the vocabulary, and values of no sense.
+    ({"eos_token_id": 0, "pad_token_id": 1}, None, [3], 7),
+    ({"eos_token_id": [1, 5, 99], "pad_token_id": -1}, None, [5], 7),
+    ({"eos_token_id": "</s>", "pad_token_id": True}, None, [3], 7),
+    ({"task": "lm"}, None, [3], 7),  # a config of ours
+  ],
+)
+def test_special_ids_are_those_of_a_checkpoints_config(
+  tmp_path, config, generation, ends, pad
+):
+  found = _load(tmp_path, config, generation)
+  assert (found.end_ids.tolist(), found.pad_id) == (ends, pad)
+  assert found.end_id == ends[0]
+
+
+@pytest.mark.parametrize(
+  ("options", "config", "ends", "pad"),
+  [
+    ({"eos_token": "<|eot|>", "pad_token": "<|fill|>"}, None, [4], 6),
+    ({"eos_token": {"content": "<|eot|>"}}, {"eos_token_id": 1}, [4], 7),
+    ({"eos_token": "<|eot|>", "pad_token": "!"}, {"eos_token_id": 5}, [5], 0),
+    ({"eos_token": "<|none|>", "pad_token": 3}, None, [3], 7),
+  ],
+)
+def test_special_ids_of_options_complete_the_config(
+  tmp_path, options, config, ends, pad
+):
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+  found = _load(tmp_path, config)
+  assert (found.end_ids.tolist(), found.pad_id) == (ends, pad)
+
+
+def test_special_ids_without_names_are_the_begin_id(tmp_path):
+  words = {"!": 0, "a": 1, "<|begin|>": 2}
+  inner = hf.Tokenizer(models.WordLevel(words, unk_token="!"))
+  assert (Tokenizer(inner).end_id, Tokenizer(inner).pad_id) == (0, 0)
+  inner.add_special_tokens(["<|begin|>"])
+  inner.post_processor = hf.processors.TemplateProcessing(
+    "<|begin|> $A", special_tokens=[("<|begin|>", 2)]
+  )
+  assert (Tokenizer(inner).end_id, Tokenizer(inner).pad_id) == (2, 2)
+  inner.add_special_tokens(["</s>"])  # fills up as well: no word does
+  assert (Tokenizer(inner).end_id, Tokenizer(inner).pad_id) == (3, 3)
+
+
+def test_special_tokens_are_saved_with_the_tokenizer(tmp_path):
+  plain = _load(tmp_path, {"eos_token_id": [5, 4], "pad_token_id": 6})
+  (tmp_path / "run").mkdir()
+  plain.save(str(tmp_path / "run" / "tokenizer.json"))
+  again = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+  assert (again.end_ids.tolist(), again.pad_id) == ([5, 4], 6)
+  # Ids change with those that go, and are mapped; names stay.
+  for one in (plain, again):
+    keep = np.isin(np.arange(8), [1, 3, 7], invert=True)
+    found = trim.trimmed(one, keep)  # "</s>" was added, and so stays
+    assert found.vocab_size == 6
+    for tokenizer in (found, MappedTokenizer(found, np.arange(6)[::-1])):
+      ids = [*tokenizer.end_ids.tolist(), tokenizer.pad_id]
+      names = [found.token_map.tolist().index(i) for i in (3, 4, 5)]
+      assert names == [4, 5, 6]
+      expected = [4, 3, 5] if tokenizer is found else [1, 2, 0]
+      assert ids == expected
+      tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))
+      loaded = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+      assert [*loaded.end_ids.tolist(), loaded.pad_id] == ids
+
+
+def test_unknown_special_tokens_leave_no_file(tmp_path):
+  _load(tmp_path, {"eos_token_id": 4}).save(str(tmp_path / "tokenizer.json"))
+  assert (tmp_path / tokenizers.SPECIAL_TOKENS).exists()
+  Tokenizer(_words()).save(str(tmp_path / "tokenizer.json"))
+  assert not (tmp_path / tokenizers.SPECIAL_TOKENS).exists()
+
+
+@pytest.mark.parametrize(
+  "text", ["[]", '{"ends": 3}', '{"end": []}', '{"ends": [3]}']
+)
+def test_a_damaged_special_tokens_file_is_refused(tmp_path, text):
+  _load(tmp_path)
+  (tmp_path / "special_tokens.json").write_text(text)
+  with pytest.raises(ConfigError, match="special_tokens.json"):
+    load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "3"])
+def test_damaged_configs_of_checkpoints_are_ignored(tmp_path, text):
+  _load(tmp_path, generation={"eos_token_id": 4})
+  (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+  found = load_tokenizer(tmp_path / "tokenizer.json")
+  assert found.end_ids.tolist() == [4]
+
+
+# Long texts.
+
+
+def test_a_long_text_encodes_in_pieces_as_the_whole(tmp_path):
+  path = str(tmp_path / "tokenizer.json")
+  BPE.save(path)
+  whole = hf.Tokenizer.from_file(path)
+  text = ("x = [\n\n\n  1,\n] \n\r\n" + CODE + "\x1c\n\x85\nüber\n") * 60
+  assert len(text) > 1e5
+  [ids] = BPE.encode_batch([text])
+  assert ids.tolist() == whole.encode(text).ids
+
+
+_LLAMA_3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("kind", ["ours", "gpt2", "llama3"])
+@pytest.mark.parametrize("text", ["one line\r\n", "a paragraph\n\n", "a.\n"])
+def test_pieces_of_lines_encode_as_the_whole(tmp_path, kind, text):
+  values = json.loads(BPE.to_json())
+  values["model"]["vocab"]["ĊĊ"] = BPE.vocab_size
+  values["model"]["merges"].append(["Ċ", "Ċ"])
+  inner = hf.Tokenizer.from_str(json.dumps(values))
+  to_bytes = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=kind == "gpt2"
+  )
+  if kind == "gpt2":
+    inner.pre_tokenizer = to_bytes
+  elif kind == "llama3":
+    split = pre_tokenizers.Split(hf.Regex(_LLAMA_3), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+  end = tokenizers.piece_end(inner)
+  groups = list(
+    tokenizers.piece_groups([text * (100_000 // len(text)) + "end"], end)
+  )
+  cut = [piece for group in groups for _, piece in group]
+  is_cut = kind != "llama3" or text == "a.\n"
+  assert (len(cut) > 1) == is_cut
+  found = inner.encode_batch(cut, add_special_tokens=False)
+  whole = inner.encode("".join(cut), add_special_tokens=False)
+  assert [i for part in found for i in part.ids] == whole.ids
+
+
+def test_a_space_before_a_text_is_not_put_before_pieces(tmp_path):
+  inner = hf.Tokenizer(models.WordLevel({"a": 0, "\u2581a": 1, "\n": 2}, "a"))
+  space = pre_tokenizers.Metaspace(prepend_scheme="first")
+  inner.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.Split("\n", "isolated"), space]
+  )
+  inner.save(str(tmp_path / "t.json"))
+  [ids] = tokenizers.load_tokenizer(str(tmp_path / "t.json")).encode_batch(
+    ["a\n" * 50_000]
+  )
+  assert ids.tolist() == inner.encode("a\n" * 50_000).ids
+  assert ids.tolist().count(1) == 1

@@ -1,19 +1,29 @@
-"""Small files of text, and what was read from them, for tests of the room."""
+"""Small files of text, and the rows that were read from them."""
 
-from folding import config
+from folding.config import DataConfig
+from folding.data import sources
 
 
-def write(folder, **files):
+def write(folder, **files) -> DataConfig:
   """Writes files given as name__extension=content; returns their config."""
   for name, content in files.items():
     path = folder / name.replace("__", ".")
     path.write_bytes(
       content if isinstance(content, bytes) else content.encode("utf-8")
     )
-  return config.DataConfig(path=str(folder))
+  return DataConfig(path=str(folder))
 
 
-def pairs(texts, split):
+def load(folder, task="classify", fields=None, **files) -> sources.Texts:
+  """Returns the texts of files, with no split set aside."""
+  data = write(folder, **files)
+  data.valid_fraction = data.test_fraction = 0.0
+  for name, value in (fields or {}).items():
+    setattr(data, name, value)
+  return sources.load_texts(data, task)
+
+
+def pairs(texts, split="train"):
   """Returns (label name, text) of each row of a split."""
   labels = [texts.label_names[i] for i in texts.labels[split]]
   return list(zip(labels, texts.texts[split], strict=True))

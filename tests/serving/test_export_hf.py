@@ -10,7 +10,7 @@ import tokenizers
 
 import folding
 from folding import config as c
-from folding.data import trimming
+from folding.data import trim
 from folding.data.tokenizers import load_tokenizer
 from folding.errors import ConfigError
 from folding.models.attention import rope_frequencies
@@ -157,7 +157,7 @@ def test_trimmed_tokens_get_no_rows(tmp_path):
   rows = params["embed"]["embedding"][keep]
   params["embed"] = {"embedding": rows}
   trimmed = dataclasses.replace(
-    model, params=params, tokenizer=trimming.trimmed(model.tokenizer, keep)
+    model, params=params, tokenizer=trim.trimmed(model.tokenizer, keep)
   )
   export_lib.export_hf(tmp_path / "out", trimmed)
   found = folding.load(tmp_path / "out")

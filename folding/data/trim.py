@@ -1,4 +1,4 @@
-"""Tokenizers without some of their tokens: words that had them are cut anew."""
+"""Tokens removed from a tokenizer, which splits their words into others."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 
 from folding.data.tokenizers import MappedTokenizer, Tokenizer
-from folding.schema import require
+from folding.errors import ConfigError
 
 _KINDS = ("WordPiece", "WordLevel", "BPE")
 
@@ -22,18 +22,18 @@ def can_trim(tokenizer: Tokenizer) -> bool:
 def trim_tokenizer(
   tokenizer_json: str, keep_V: Sequence[bool] | np.ndarray
 ) -> tuple[str, list[int]]:
-  """Returns a tokenizer.json without some tokens, and the ids that are left.
+  """Returns a tokenizer.json without some tokens, and the old ids that remain.
 
-  The new id of a token is its place among the ids that are left. Special
-  tokens stay in any case, and in a BPE the bytes or characters that all else
-  is merged from, and the parts of every token that stays.
+  The new id of a token is its index among the remaining old ids. Special tokens
+  always remain. So do, in a BPE, its bytes or characters, and the parts that a
+  remaining token is merged from.
 
   Args:
-    tokenizer_json: Its text.
-    keep_V: Whether each id is to stay; ids beyond its end are not.
+    tokenizer_json: The text of a tokenizer.json.
+    keep_V: bool[V], whether to keep each id; False beyond its end.
 
   Raises:
-    ConfigError: the model is none of WordPiece, WordLevel and BPE.
+    ConfigError: the model is not a WordPiece, WordLevel or BPE.
   """
   values = json.loads(tokenizer_json)
   old_ids = _remove(values, keep_V)
@@ -49,23 +49,22 @@ def trim_tokenizer(
 def trimmed(
   tokenizer: Tokenizer, keep_V: Sequence[bool] | np.ndarray
 ) -> MappedTokenizer:
-  """Returns a tokenizer without some tokens, that knows which ids those had.
+  """Returns a tokenizer without some tokens, with a map from the old ids.
 
-  What stays is as in `trim_tokenizer`, and the tokens that pad and end. In its
-  `token_map` those that went are -1, and `plain_size` is that of all.
+  The tokens of `trim_tokenizer` remain, and those that pad and end. Removed
+  tokens are -1 in its `token_map`.
 
   Args:
-    tokenizer: Its ids are not mapped.
-    keep_V: Whether each id is to stay; ids beyond its end are not.
+    tokenizer: A tokenizer whose ids are not mapped.
+    keep_V: bool[V], whether to keep each id; False beyond its end.
 
   Raises:
-    ConfigError: see `trim_tokenizer`; or its ids are mapped already.
+    ConfigError: see `trim_tokenizer`; or the ids are mapped already.
   """
-  require(
-    not isinstance(tokenizer, MappedTokenizer),
-    "tokens have left this tokenizer already, so it cannot be trimmed; start from "
-    "the dense run before that",
-  )
+  if isinstance(tokenizer, MappedTokenizer):
+    raise ConfigError(
+      "this tokenizer is trimmed already; start from the dense run before that"
+    )
   stays_V = np.zeros(tokenizer.vocab_size, bool)
   stays_V[: len(keep_V)] = keep_V[: len(stays_V)]
   special = [tokenizer.pad_id, *tokenizer.end_ids, *tokenizer.begin_ids]
@@ -80,21 +79,21 @@ def trimmed(
 
 
 def _remove(values: dict[str, Any], keep_V) -> list[int]:
-  """Removes tokens from a tokenizer.json, and returns the ids left, sorted."""
+  """Removes tokens from a tokenizer.json; returns the remaining ids, sorted."""
   model = values["model"]
   kind = model.get("type")
-  require(
-    kind in _KINDS,
-    f"tokens of a {kind} tokenizer cannot be removed from it; use "
-    "fpp.embedding_granularity='row' or 'weight'",
-  )
+  if kind not in _KINDS:
+    raise ConfigError(
+      f"tokens of a {kind} tokenizer cannot be removed; use "
+      "fpp.embedding_granularity='row' or 'weight'"
+    )
   vocab: dict[str, int] = model["vocab"]
-  for added in values["added_tokens"]:  # elsewhere they would lose their ids
+  for added in values["added_tokens"]:  # to keep their ids
     vocab.setdefault(added["content"], added["id"])
-  require(
-    kind == "BPE" or model.get("unk_token") in vocab,
-    "tokens cannot be removed from a tokenizer that has none for unknown words",
-  )
+  if kind != "BPE" and model.get("unk_token") not in vocab:
+    raise ConfigError(
+      "tokens cannot be removed from a tokenizer without an unknown token"
+    )
   keep = {token for token, i in vocab.items() if i < len(keep_V) and keep_V[i]}
   keep |= {model.get("unk_token")} & set(vocab)
   if kind == "BPE":
@@ -103,20 +102,20 @@ def _remove(values: dict[str, Any], keep_V) -> list[int]:
   ids |= {added["id"] for added in values["added_tokens"]}
   _map_ids(values.get("post_processor"), lambda i: ids.add(i) or i)
   model["vocab"] = {token: i for token, i in vocab.items() if i in ids}
-  values["padding"] = None  # its pad_id is of the old ids, and unused here
+  values["padding"] = None  # unused, and its pad_id is an old one
   return sorted(ids)
 
 
 def _close_merges(model: dict[str, Any], keep: set[str]) -> list[Any]:
-  """Adds to `keep` what its tokens are merged from; returns merges of those."""
+  """Adds to `keep` the parts of its tokens; returns the merges of `keep`."""
   prefix = model.get("continuing_subword_prefix") or ""
-  made = {}  # by the place of the merge
-  for place, merge in enumerate(model["merges"]):
+  made = {}  # by index of the merge
+  for index, merge in enumerate(model["merges"]):
     a, b = merge.split(" ", 1) if isinstance(merge, str) else merge
-    made[place] = (a, b, a + b.removeprefix(prefix))
+    made[index] = (a, b, a + b.removeprefix(prefix))
   keep |= set(model["vocab"]) - {whole for _, _, whole in made.values()}
   size = 0
-  while size < len(keep):  # a second pass is rare: parts are merged first
+  while size < len(keep):  # again if a part is merged after its whole
     size = len(keep)
     for a, b, whole in reversed(made.values()):
       if whole in keep:
