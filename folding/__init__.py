@@ -1,21 +1,54 @@
 """Small transformers in JAX: folded attention, forward propagation pruning.
 
-The names here are the library for other people's training loops. A whole run
-is `folding.training.loop.run(config, workdir)`, its configuration
-`folding.config.Config`.
+The names here are for other people's training loops, and are imported when
+they are first used. A whole run is `folding.training.loop.run(config, workdir)`;
+its configuration is `folding.config.Config`.
 """
 
-from folding.compression.accounting import account as account
-from folding.compression.fold import fold as fold
-from folding.compression.fold import unfold as unfold
-from folding.compression.fpp import FPPState as FPPState
-from folding.compression.fpp import fpp as fpp
-from folding.compression.fpp import fpp_counts as fpp_counts
-from folding.compression.observe import observe as observe
-from folding.compression.shrink import shrink as shrink
-from folding.compression.sites import Rule as Rule
-from folding.models.transformer import Transformer as Transformer
-from folding.models.transformer import make_model as make_model
-from folding.serving.export import load as load
-from folding.training.fold_pretrained import fold_pretrained as fold_pretrained
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from folding.version import __version__ as __version__
+
+if TYPE_CHECKING:
+  from folding.compression.accounting import account as account
+  from folding.compression.fold import fold as fold
+  from folding.compression.fold import unfold as unfold
+  from folding.compression.fpp import FPPState as FPPState
+  from folding.compression.fpp import fpp as fpp
+  from folding.compression.fpp import fpp_counts as fpp_counts
+  from folding.compression.observe import observe as observe
+  from folding.compression.shrink import shrink as shrink
+  from folding.compression.sites import Rule as Rule
+  from folding.models.transformer import Transformer as Transformer
+  from folding.models.transformer import make_model as make_model
+  from folding.serving.export import load as load
+  from folding.training.fold_pretrained import (
+    fold_pretrained as fold_pretrained,
+  )
+
+_MODULES = {
+  "FPPState": "folding.compression.fpp",
+  "Rule": "folding.compression.sites",
+  "Transformer": "folding.models.transformer",
+  "account": "folding.compression.accounting",
+  "fold": "folding.compression.fold",
+  "fold_pretrained": "folding.training.fold_pretrained",
+  "fpp": "folding.compression.fpp",
+  "fpp_counts": "folding.compression.fpp",
+  "load": "folding.serving.export",
+  "make_model": "folding.models.transformer",
+  "observe": "folding.compression.observe",
+  "shrink": "folding.compression.shrink",
+  "unfold": "folding.compression.fold",
+}
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _MODULES:
+    raise AttributeError(f"module 'folding' has no attribute {name!r}")
+  return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_MODULES])

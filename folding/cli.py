@@ -1,20 +1,102 @@
-"""The command line `folding <verb>`; most verbs take a run directory.
+"""The command line: `folding VERB`; most verbs take a run directory.
 
 A mistake of the user is one line on stderr and exit status 2. A verb imports
 what it needs when it is called, so that `folding --help` is quick.
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from folding import files, schema
+from folding import config as config_lib
+from folding import files, typed
+from folding.errors import ConfigError, TrainingError
 from folding.studies import verb as study_verb
-from folding.training import plan_verb
 from folding.version import __version__
+
+_Argument = tuple[str, dict[str, Any]]
+
+
+class _Verb(NamedTuple):
+  call: Callable[[argparse.Namespace], None]
+  help: str
+  arguments: Sequence[_Argument]
+
+
+_VERBS: dict[str, _Verb] = {}
+
+
+def _verb(help: str, *arguments: _Argument) -> Callable[..., Any]:
+  """Makes a verb of a function, which is called with the parsed arguments."""
+
+  def add(function):
+    _VERBS[function.__name__] = _Verb(function, help, arguments)
+    return function
+
+  return add
+
+
+def _argument(name: str, help: str, **options: Any) -> _Argument:
+  """Returns an argument, whose help ends with its default if it has one."""
+  if options.get("default") is not None:
+    help += " (default: %(default)s)"
+  return name, {"help": help, **options}
+
+
+_RUN = _argument("run", "a run directory", metavar="RUN")
+_MODEL = _argument(
+  "path", "a run, an export or a Hugging Face checkpoint", metavar="PATH"
+)
+_CONFIG = _argument(
+  "--config",
+  "a file with get_config(), or the config.json of a run; "
+  "--config.FIELD=VALUE sets a field",
+  metavar="FILE[:ARGUMENT]",
+  required=True,
+)
+_NEW_FOLDER = _argument(
+  "--output", "a new folder", metavar="DIR", required=True
+)
+
+
+@_verb(
+  "train a run, or resume it",
+  _CONFIG,
+  _argument("--workdir", "of the run", metavar="DIR", required=True),
+)
+def train(args: argparse.Namespace) -> None:
+  """Trains a run, or resumes it, and writes its report."""
+  config = config_lib.read(args.config, args.edits)
+  from folding.training import distributed, loop
+
+  loop.run(config, args.workdir)
+  if distributed.is_main():
+    show_report(args.workdir)
+
+
+@_verb(
+  "show what a training step takes on devices",
+  _CONFIG,
+  _argument(
+    "--devices",
+    "cpu-8 (simulated, an estimate), or TPUs: v5p:4x4x2, v5e:2x2, v5p-64",
+    metavar="DEVICES",
+    required=True,
+  ),
+  _argument("--json", "print JSON", action="store_true"),
+)
+def plan(args: argparse.Namespace) -> None:
+  """Prints what a training step takes on each device, and whether it fits."""
+  config = config_lib.resolve(config_lib.read(args.config, args.edits))
+  from folding.training import plan as plan_lib
+
+  found = plan_lib.plan(config, plan_lib.find_devices(args.devices))
+  print(json.dumps(found) if args.json else plan_lib.table(found))
 
 
 def show_report(workdir: str) -> None:
@@ -26,6 +108,19 @@ def show_report(workdir: str) -> None:
   print(f"The report is in {os.path.join(workdir, 'report.md')}")
 
 
+@_verb("write the report of a run", _RUN)
+def report(args: argparse.Namespace) -> None:
+  """Writes the report of a run, and prints its summary."""
+  show_report(args.run)
+
+
+@_verb(
+  "evaluate the best checkpoint of a run",
+  _RUN,
+  _argument(
+    "--split", "of the data", choices=("valid", "test"), default="test"
+  ),
+)
 def evaluate(args: argparse.Namespace) -> None:
   """Prints the figures of a run's best checkpoint on a split, as JSON."""
   from folding.training import loop
@@ -33,6 +128,7 @@ def evaluate(args: argparse.Namespace) -> None:
   print(json.dumps(loop.evaluate_run(args.run, args.split)))
 
 
+@_verb("resume the training of a run", _RUN)
 def resume(args: argparse.Namespace) -> None:
   """Goes on training a run, as its own config says."""
   from folding.training import loop
@@ -41,6 +137,18 @@ def resume(args: argparse.Namespace) -> None:
   show_report(args.run)
 
 
+@_verb(
+  "write a run without its neurons, heads and tokens that are zero",
+  _RUN,
+  _NEW_FOLDER,
+  _argument(
+    "--multiple",
+    "round widths up to a multiple of N",
+    metavar="N",
+    type=int,
+    default=1,
+  ),
+)
 def shrink(args: argparse.Namespace) -> None:
   """Writes a run with smaller arrays, and prints how much smaller."""
   from folding.training import shrinking
@@ -55,6 +163,18 @@ def shrink(args: argparse.Namespace) -> None:
     print(f"Its training goes on with: folding resume {args.output}")
 
 
+@_verb(
+  "show runs side by side",
+  _argument(
+    "runs", "run directories, reference first", metavar="RUN", nargs="+"
+  ),
+  _argument(
+    "--output",
+    "where compare.md, .json and .png go",
+    metavar="DIR",
+    default="comparison",
+  ),
+)
 def compare(args: argparse.Namespace) -> None:
   """Writes a comparison of runs, and prints its table."""
   from folding.reporting import compare as compare_lib
@@ -63,14 +183,29 @@ def compare(args: argparse.Namespace) -> None:
   print(f"The comparison is in {os.path.join(args.output, 'compare.md')}")
 
 
+@_verb(
+  "write a model for use elsewhere",
+  _MODEL,
+  _NEW_FOLDER,
+  _argument(
+    "--format",
+    "compact for folding.load, dense for transformers, or a program that needs "
+    "only jax",
+    choices=("safetensors", "hf", "stablehlo"),
+    default="safetensors",
+  ),
+  _argument(
+    "--dtype",
+    "of the stored arrays (default: as they are)",
+    choices=("float32", "bfloat16"),
+  ),
+)
 def export(args: argparse.Namespace) -> None:
   """Writes a model in a form that others load, and prints its size."""
   from folding.serving import export as export_lib
 
-  schema.require(
-    args.dtype in (None, "float32") or args.format != "hf",
-    "--format=hf writes float32 alone",
-  )
+  if args.format == "hf" and args.dtype not in (None, "float32"):
+    raise ConfigError("--format=hf writes only float32")
   files.require_empty(args.output)
   model = whole = export_lib.load(args.path)
   if args.format != "hf":
@@ -100,6 +235,21 @@ def export(args: argparse.Namespace) -> None:
   print(f"The exported model is in {args.output}")
 
 
+@_verb(
+  "classify the lines of a text",
+  _MODEL,
+  _argument("file", "one text per line; -: standard input", metavar="FILE"),
+  _argument(
+    "--format", "of the output", choices=("tsv", "jsonl"), default="tsv"
+  ),
+  _argument(
+    "--batch-size",
+    "texts per batch; standard input is answered after so many lines",
+    metavar="N",
+    type=int,
+    default=64,
+  ),
+)
 def predict(args: argparse.Namespace) -> None:
   """Prints the class of each line of a text file or of standard input."""
   from folding.serving import export as export_lib
@@ -114,6 +264,47 @@ def predict(args: argparse.Namespace) -> None:
       print(line, flush=True)
 
 
+@_verb(
+  "continue texts with a language model",
+  _MODEL,
+  _argument(
+    "--prompt",
+    "may be repeated (default: begin a new document)",
+    metavar="TEXT",
+    action="append",
+  ),
+  _argument("--file", "one prompt per line; -: standard input"),
+  _argument(
+    "--max-new-tokens",
+    "tokens per prompt, at most",
+    metavar="N",
+    type=int,
+    default=100,
+  ),
+  _argument(
+    "--temperature",
+    "0: always the likeliest token",
+    metavar="X",
+    type=float,
+    default=0.8,
+  ),
+  _argument(
+    "--top-k", "draw from the N likeliest tokens", metavar="N", type=int
+  ),
+  _argument(
+    "--top-p",
+    "draw from the likeliest tokens that sum to X",
+    metavar="X",
+    type=float,
+  ),
+  _argument("--seed", "of sampling", metavar="N", type=int, default=0),
+  _argument(
+    "--cache",
+    "keep all keys, or, with fold.groups=1, a state that does not grow",
+    choices=("keys", "linear"),
+    default="keys",
+  ),
+)
 def generate(args: argparse.Namespace) -> None:
   """Prints prompts and what follows them: one as it comes, several in order."""
   from folding.serving import export as export_lib
@@ -130,7 +321,7 @@ def generate(args: argparse.Namespace) -> None:
   try:
     "".join(prompts).encode()
   except UnicodeEncodeError as error:
-    raise schema.ConfigError(f"a prompt is not UTF-8: {error.reason}") from None
+    raise ConfigError(f"a prompt is not UTF-8: {error.reason}") from None
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
   pieces = text.continue_texts(
     export_lib.load(args.path),
@@ -149,8 +340,41 @@ def main(argv: Sequence[str] | None = None) -> int:
   Args:
     argv: The arguments after the program's name; None: those of the process.
   """
-  args = _parser().parse_args(argv)
-  return exit_status(lambda: args.call(args))
+  return exit_status(lambda: _call(sys.argv[1:] if argv is None else argv))
+
+
+def _call(argv: Sequence[str]) -> None:
+  rest, edits = split_edits(argv)
+  args = _parser().parse_args(rest)
+  if edits and not hasattr(args, "config"):
+    raise ConfigError(f"{args.verb} takes no --config.{next(iter(edits))}")
+  args.edits = edits
+  args.call(args)
+
+
+def split_edits(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+  """Takes `--config.FIELD=VALUE` and `--config.FIELD VALUE` out of arguments.
+
+  Returns:
+    The other arguments, and {field: text}; the last of a repeated field counts.
+
+  Raises:
+    ConfigError: a field has no value.
+  """
+  rest: list[str] = []
+  edits: dict[str, str] = {}
+  arguments = iter(argv)
+  for argument in arguments:
+    if not argument.startswith("--config."):
+      rest.append(argument)
+      continue
+    name, equals, text = argument.removeprefix("--config.").partition("=")
+    if not equals:
+      text = next(arguments, "--")
+      if text.startswith("--"):
+        raise ConfigError(f"--config.{name} needs a value")
+    edits[name] = text
+  return rest, edits
 
 
 def exit_status(call: Callable[[], Any]) -> int:
@@ -166,10 +390,10 @@ def exit_status(call: Callable[[], Any]) -> int:
     return 2
   except BrokenPipeError:  # as by `| head`; nobody is left to tell
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except (schema.ConfigError, OSError) as error:
+  except (ConfigError, OSError) as error:
     _print_error(str(error))
     return 2
-  except schema.TrainingError as error:
+  except TrainingError as error:
     _print_error(str(error))
     return 1
   except KeyboardInterrupt:
@@ -177,144 +401,49 @@ def exit_status(call: Callable[[], Any]) -> int:
   return 0
 
 
-class _Parser(argparse.ArgumentParser):
-  """Tells a wrong argument in one line, as every other mistake."""
-
-  def error(self, message: str) -> NoReturn:
-    _print_error(f"{message} (see {self.prog} --help)")
-    self.exit(2)
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser(
-    prog="folding", description="Works on runs, models and studies."
+    prog="folding", description="Trains, compresses and serves transformers."
   )
   parser.add_argument(
     "--version", action="version", version=f"folding {__version__}"
   )
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-  verb = verbs.add_parser("report", help="write the report of a run")
-  verb.add_argument("run", metavar="RUN", help="a run directory")
-  verb.set_defaults(call=lambda args: show_report(args.run))
-
-  verb = verbs.add_parser("evaluate", help="test a run's best checkpoint")
-  verb.add_argument("run", metavar="RUN", help="a run directory")
-  verb.add_argument(
-    "--split", choices=("valid", "test"), default="test", help="of the data"
-  )
-  verb.set_defaults(call=evaluate)
-
-  verb = verbs.add_parser("resume", help="go on training a run")
-  verb.add_argument("run", metavar="RUN", help="a run directory")
-  verb.set_defaults(call=resume)
-
-  verb = verbs.add_parser(
-    "shrink", help="write a run without the neurons, heads, tokens that are 0"
-  )
-  verb.add_argument("run", metavar="RUN", help="a run directory")
-  verb.add_argument(
-    "--output", metavar="DIR", required=True, help="a new run directory"
-  )
-  verb.add_argument(
-    "--multiple",
-    metavar="N",
-    type=int,
-    default=1,
-    help="round widths up to a multiple of N (default: %(default)s)",
-  )
-  verb.set_defaults(call=shrink)
-
-  verb = verbs.add_parser("export", help="write a model for use elsewhere")
-  verb.add_argument(
-    "path", metavar="PATH", help="a run, an export or a Hugging Face checkpoint"
-  )
-  verb.add_argument(
-    "--output", metavar="DIR", required=True, help="a new folder"
-  )
-  verb.add_argument(
-    "--format",
-    choices=("safetensors", "hf", "stablehlo"),
-    default="safetensors",
-    help="compact for folding.load, dense for transformers, or a program that "
-    "needs only jax (default: %(default)s)",
-  )
-  verb.add_argument(
-    "--dtype",
-    choices=("float32", "bfloat16"),
-    help="of the stored arrays (default: as they are)",
-  )
-  verb.set_defaults(call=export)
-
-  verb = verbs.add_parser("predict", help="classify the lines of a text")
-  verb.add_argument(
-    "path", metavar="PATH", help="a run, an export or a Hugging Face checkpoint"
-  )
-  verb.add_argument(
-    "file", metavar="FILE", help="one text a line; -: standard input"
-  )
-  verb.add_argument(
-    "--format",
-    choices=("tsv", "jsonl"),
-    default="tsv",
-    help="of what is printed (default: %(default)s)",
-  )
-  verb.add_argument(
-    "--batch-size",
-    metavar="N",
-    type=int,
-    default=64,
-    help="texts at a time; standard input is answered after so many lines "
-    "(default: %(default)s)",
-  )
-  verb.set_defaults(call=predict)
-
-  verb = verbs.add_parser("generate", help="continue texts by a language model")
-  verb.add_argument(
-    "path", metavar="PATH", help="a run, an export or a Hugging Face checkpoint"
-  )
-  verb.add_argument(
-    "--prompt",
-    metavar="TEXT",
-    action="append",
-    help="may be given several times (default: begin a new document)",
-  )
-  verb.add_argument("--file", help="one prompt a line; -: standard input")
-  for name, kind, default, what in (
-    ("max-new-tokens", int, 100, "tokens of each prompt, at most"),
-    ("temperature", float, 0.8, "0: always the likeliest token"),
-    ("top-k", int, None, "draw among the N likeliest tokens"),
-    ("top-p", float, None, "draw among the likeliest that sum to N"),
-    ("seed", int, 0, "of the draws"),
-  ):
-    if default is not None:
-      what += " (default: %(default)s)"
-    verb.add_argument(
-      f"--{name}", metavar="N", type=kind, default=default, help=what
-    )
-  verb.add_argument(
-    "--cache",
-    choices=("keys", "linear"),
-    default="keys",
-    help="keep all keys, or, with fold.groups=1, a state that does not grow",
-  )
-  verb.set_defaults(call=generate)
-
-  verb = verbs.add_parser("compare", help="show runs side by side")
-  verb.add_argument(
-    "runs", metavar="RUN", nargs="+", help="run directories, reference first"
-  )
-  verb.add_argument(
-    "--output",
-    metavar="DIR",
-    default="comparison",
-    help="where compare.md, .json and .png go (default: %(default)s)",
-  )
-  verb.set_defaults(call=compare)
-
-  plan_verb.add_to(verbs)
+  for name, verb in _VERBS.items():
+    parser_of_verb = verbs.add_parser(name, help=verb.help, allow_abbrev=False)
+    for flag, options in verb.arguments:
+      parser_of_verb.add_argument(flag, **options)
+    parser_of_verb.set_defaults(call=verb.call)
   study_verb.add_to(verbs)
   return parser
+
+
+class _Parser(argparse.ArgumentParser):
+  """Reports a wrong argument in one line, and lists fields in the help."""
+
+  def error(self, message: str) -> NoReturn:
+    _print_error(f"{message} (see {self.prog} --help)")
+    self.exit(2)
+
+  def format_help(self) -> str:
+    found = super().format_help()
+    if "--config" in self._option_string_actions:
+      found += "\nfields, set by --config.FIELD=VALUE:\n" + describe_fields()
+    return found
+
+
+def describe_fields() -> str:
+  """Returns each field of `Config` with its default, values and comment."""
+  lines = []
+  config = config_lib.Config()
+  for name, hint in typed.fields(config_lib.Config).items():
+    section, _, last = name.rpartition(".")
+    holder = getattr(config, section) if section else config
+    comments = typed.comments(inspect.getsource(type(holder)).splitlines())
+    lines.append(f"  {name}={getattr(holder, last)}  ({typed.describe(hint)})")
+    about = textwrap.wrap(comments.get(last, ""), 74)
+    lines += [f"      {line}" for line in about]
+  return "\n".join(lines) + "\n"
 
 
 def _print_error(message: str) -> None:

@@ -1,19 +1,23 @@
-"""The typed configuration of a run: every field, default and check, once.
+"""The configuration of a run: every field, default, preset and check.
 
-A config file returns a `Config`; flags override single fields; `resolve` fills
-in what a preset decides, and checks. All defaults are here. It imports no jax.
+A config file returns a `Config`, flags override single fields, and `resolve`
+fills in what a preset or another field decides. This module imports no JAX.
 """
 
 import dataclasses
 import json
 import os
-from typing import Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from folding import checks, files, presets, schema
-from folding.schema import PerLayer
+from folding import files, typed
+from folding.errors import ConfigError
+from folding.typed import Range
+
+TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")  # of local files
 
 Task = Literal["lm", "classify"]
-TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")  # of local files
 Preset = Literal["none", "moderate", "paper"]
 Score = Literal[
   "relative",
@@ -24,32 +28,48 @@ Score = Literal[
   "random",
 ]
 
+# Numbers and their ranges, which every config is checked for.
+Count = Annotated[int, Range(1, 2**31)]
+Natural = Annotated[int, Range(0, 2**31)]
+Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(0, 1, "[]")]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, ends="()")]
+PerLayer = Natural | tuple[Natural, ...]  # for all layers, or one per layer
 
-@dataclasses.dataclass(slots=True)  # so that a misspelt field is told of
+
+@dataclasses.dataclass(slots=True)  # slots: a misspelt field is an error
 class DataConfig:
   """Where text comes from and how it becomes batches."""
 
-  name: str = "python_stdlib"  # "python_stdlib" or any TFDS name ("glue/sst2")
-  path: str | None = None  # a local file or folder; wins over `name`
+  name: str = "python_stdlib"  # "python_stdlib" or a TFDS name ("glue/sst2")
+  path: str | None = None  # a local file or folder; overrides `name`
   dir: str | None = None  # where TFDS keeps prepared data; None: its default
   text_field: str | None = None  # None: "text", "sentence" or the only one
-  label_field: str | None = None  # None: "label"; of TFDS else a class label
-  valid_fraction: float = 0.1  # for sources without a validation split
-  test_fraction: float = 0.1  # for sources without a test split
+  label_field: str | None = None  # None: "label", or the only TFDS class label
+  valid_fraction: Fraction = 0.1  # for sources without a validation split
+  test_fraction: Fraction = 0.1  # for sources without a test split
   tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json
-  vocab_size: int = 1024  # of a BPE that is trained; others bring their own
-  length: int = 128  # L, tokens of an example; longer texts are cut or packed
-  batch_size: int = 32  # B, examples over all processes
-  eval_batch_size: int = 64
-  max_bytes: int | None = None  # of train; valid, test: an eighth; None: all
-  first_batch: int = 0  # where a run begins that goes on from another's end
-  prefetch_batches: int = 2  # prepared ahead by a thread; 0: none
+  vocab_size: Count = 1024  # of a newly trained BPE tokenizer
+  length: Count = 128  # L, tokens per example; longer texts are cut or packed
+  batch_size: Count = 32  # B, examples over all processes
+  eval_batch_size: Count = 64
+  max_bytes: Natural | None = None  # of train; valid, test: 1/8; None: all
+  first_batch: Natural = 0  # batches to skip, e.g. those of an earlier run
+  prefetch_batches: Natural = 2  # prepared ahead by a thread; 0: none
+
+  def check(self) -> None:
+    """Raises `ConfigError` if two fields do not fit each other."""
+    if self.valid_fraction + self.test_fraction >= 1:
+      raise ConfigError(
+        "data.valid_fraction + data.test_fraction must leave text to train on"
+      )
 
 
 def data_at(name: str, **fields: Any) -> DataConfig:
-  """Returns the configuration of a local path, or else of a data set's name.
+  """Returns the configuration of a local path or of a data set's name.
 
-  A path is where something is, or what starts with "." or "/" or ends as texts do.
+  A path exists, or starts with "." or "/", or has the ending of a text file.
   """
   is_path = name.startswith((".", "/")) or name.endswith(TEXT_ENDINGS)
   if is_path or os.path.exists(name):
@@ -61,27 +81,26 @@ def data_at(name: str, **fields: Any) -> DataConfig:
 class ModelConfig:
   """Shape of the transformer. Letters as in `folding.models`."""
 
-  num_layers: int = 4  # N
-  width: int = 128  # D
-  num_heads: int = 16  # H
-  num_kv_heads: int = 0  # J; 0: as many as heads
-  head_dim: int = 0  # K; 0: width / num_heads
+  num_layers: Count = 4  # N
+  width: Count = 128  # D
+  num_heads: Count = 16  # H
+  num_kv_heads: Natural = 0  # J; 0: as many as heads
+  head_dim: Natural = 0  # K; 0: width / num_heads
   mlp_width: PerLayer = 0  # F; 0: 4 D
   dense_mlp_width: PerLayer | None = None  # before a shrink; None: mlp_width
-  heads: tuple[tuple[int, ...], ...] | None = None  # kept by layer; None: all
+  # Heads that a shrink has kept, per layer; None: all.
+  heads: tuple[tuple[Natural, ...], ...] | None = None
   causal: bool = True
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
   norm_position: Literal["pre", "post"] = "pre"
-  norm_epsilon: float = 1e-5
+  norm_epsilon: Positive = 1e-5
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
-  rope_base: float = 10000.0
-  # Slows rotations down by a factor: (factor,) all of them; Llama 3's (factor,
-  # low, high, length) those of fewer than low turns in length tokens, those of
-  # more than high not, and those between by a share. None: none.
-  rope_scaling: tuple[float, ...] | None = None
-  window: int | None = None  # attend to the last so many tokens; None: to all
-  # Linear in the length, in layers of fold.groups=1 (see `linear_attention`);
-  # then an output depends on later tokens by up to 1e-4.
+  rope_base: Positive = 10000.0
+  # Slows rotations by a factor. (factor,): all of them. (factor, low, high,
+  # length), as in Llama 3: those with fewer than `low` turns in `length` tokens;
+  # those between `low` and `high` in proportion. None: none.
+  rope_scaling: tuple[Positive, ...] | None = None
+  window: Count | None = None  # attend to so many last tokens; None: to all
   attention: Literal["dense", "linear"] = "dense"
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
   gated: bool = False  # multiply the MLP's hidden state by a gate
@@ -89,11 +108,77 @@ class ModelConfig:
   qkv_bias: bool | None = None  # of W_Q, W_K, W_V; None: as use_bias
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
   pooling: Literal["mean", "first", "last"] = "mean"  # classification only
-  pooler: bool = False  # a dense layer between pooling and head, and then
+  pooler: bool = False  # a dense layer and activation between pooling and head
   pooler_activation: Literal["tanh", "relu"] = "tanh"
-  dropout: float = 0.0
+  dropout: Fraction = 0.0
   remat: bool = False  # recompute blocks in the backward pass
-  dtype: Literal["float32", "bfloat16"] = "float32"  # of compute
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of computation
+
+  def check(self) -> None:
+    """Raises `ConfigError` if two fields of a resolved config do not fit."""
+    H, J = self.num_heads, self.num_kv_heads
+    if self.width % H and self.head_dim == self.width // H:
+      raise ConfigError(
+        f"model.width {self.width} is not divisible by model.num_heads {H}"
+      )
+    if H % J:
+      raise ConfigError(
+        f"model.num_heads {H} is not divisible by model.num_kv_heads {J}"
+      )
+    if self.rope_scaling is not None:
+      _, *limits = self.rope_scaling or (0, 0)
+      if limits and not (len(limits) == 3 and limits[0] < limits[1]):
+        raise ConfigError(
+          "model.rope_scaling is (factor,) or (factor, low, high, length) with "
+          f"low < high; it is {self.rope_scaling}"
+        )
+    if self.positions == "rope" and self.head_dim % 2:
+      raise ConfigError(
+        f"rotary positions need an even head size; it is {self.head_dim}"
+      )
+    if self.positions != "rope" and self.rope_scaling is not None:
+      raise ConfigError("model.rope_scaling needs model.positions='rope'")
+    self._check_heads()
+    widths = self.by_layer(self.mlp_width, "model.mlp_width")
+    if min(widths) < 1:
+      raise ConfigError(f"model.mlp_width must be 1 or more; it is {widths}")
+    before = self.mlp_width
+    if self.dense_mlp_width is not None:
+      before = self.dense_mlp_width
+    before = self.by_layer(before, "model.dense_mlp_width")
+    if any(now > then for now, then in zip(widths, before, strict=True)):
+      raise ConfigError(
+        f"model.dense_mlp_width {before} is the width before a shrink; "
+        f"model.mlp_width {widths} exceeds it"
+      )
+
+  def by_layer(self, value: Any, name: str) -> tuple[Any, ...]:
+    """Returns the value of each layer.
+
+    Raises:
+      ConfigError: there are too many or too few.
+    """
+    values = value if isinstance(value, tuple) else (value,) * self.num_layers
+    if len(values) != self.num_layers:
+      raise ConfigError(
+        f"{name} has {len(values)} values for {self.num_layers} layers; give "
+        "one, or one per layer"
+      )
+    return values
+
+  def _check_heads(self) -> None:
+    if self.heads is None:
+      return
+    shared = self.num_heads // self.num_kv_heads
+    for heads in self.by_layer(self.heads, "model.heads"):
+      keys = {h // shared for h in heads}
+      whole = tuple(h for h in range(self.num_heads) if h // shared in keys)
+      if not heads or heads != whole:
+        raise ConfigError(
+          "model.heads lists the heads of a layer in order, out of "
+          f"{self.num_heads} and by whole groups of {shared} that share a key; "
+          f"it is {heads}"
+        )
 
 
 @dataclasses.dataclass(slots=True, unsafe_hash=True)
@@ -110,94 +195,128 @@ class FoldConfig:
 
 @dataclasses.dataclass(slots=True)
 class FPPConfig:
-  """Forward Propagation Pruning. None: what the preset says.
+  """Forward Propagation Pruning. None: the preset decides.
 
-  `overall`, where set, replaces `linear` and `embedding`: linear layers keep the
-  k, and embeddings the k**embedding_share, that make the whole that much smaller.
+  `overall` replaces `linear` and `embedding`: linear layers keep the fraction k,
+  and embeddings k**embedding_share, that makes the whole model that much smaller.
   """
 
-  linear: float | None = None  # fraction of W_O, MLP and output head to zero
-  linear_layers: tuple[float, ...] | None = None  # of W_O and MLP, by layer
-  embedding: float | None = None  # fraction of embeddings to zero
-  overall: float | None = None  # fraction of the whole model to save
-  embedding_share: float | None = None  # of overall; None: 0.2 lm, 1 classify
+  linear: Fraction | None = None  # of W_O, MLP and output head to zero
+  linear_layers: tuple[Fraction, ...] | None = None  # of W_O and MLP, per layer
+  embedding: Fraction | None = None  # of embeddings to zero
+  overall: Fraction | None = None  # of the whole model to save
+  embedding_share: NonNegative | None = None  # None: 0.2 lm, 1 classify
   score: Score = "relative"
-  # Of embeddings. None: of rows "activation", how common a token is; of weights as
-  # `score`, but "magnitude" where that tells how common it is, and so would empty
-  # rare ones ("saliency" does not where the embedding is the output layer too).
+  # Of embeddings. None: "activation" for rows, which is how common a token is.
+  # For weights: `score`, except that "magnitude" replaces a score that depends on
+  # how common a token is and would empty rare ones ("saliency" only if the
+  # embedding is not the output layer too).
   embedding_score: Score | None = None
   granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), or whole heads.
   attention: Literal["output", "all", "heads"] = "output"
-  # Of a classifier's tokens, rows of the embedding: "row", zero them; "trim", of a
-  # trained one: take them out of the tokenizer, which cuts words into others.
+  # Of a classifier's embedding. "row": zero the rows of tokens. "trim": remove
+  # tokens from the tokenizer of a trained one, which splits their words further.
   embedding_granularity: Literal["weight", "row", "trim"] = "weight"
-  begin: float = 0.45  # of the steps: first check
-  end: float = 0.9  # of the steps: target reached, masks fixed, healing begins
-  checks: int = 30  # at most, after a first one at begin
-  patience: int = 1  # checks an element stays suspected before it is zeroed
-  decay: float = 0.9  # of the running averages behind the scores
-  tolerance: float | None = None  # verify: most relative loss a check may add
+  begin: Fraction = 0.45  # of the steps: first mask update
+  end: Share = 0.9  # of the steps: last update
+  checks: Count = 30  # mask updates at most, after a first one at begin
+  patience: Natural = 1  # updates between suspecting and zeroing a weight
+  decay: Fraction = 0.9  # of the moving averages of the scores
+  tolerance: NonNegative | None = None  # verify: largest relative loss increase
   exclude: str | None = None  # pattern of parameters to leave alone
+
+  @property
+  def prunes(self) -> bool:
+    """Whether anything is zeroed."""
+    parts = self.overall, self.linear, self.embedding
+    return any(parts) or any(self.linear_layers or ())
+
+  def check(self) -> None:
+    """Raises `ConfigError` if two fields do not fit each other."""
+    if self.begin >= self.end:
+      raise ConfigError(
+        "fpp.begin and fpp.end are fractions of the steps, begin < end; they are "
+        f"{self.begin} and {self.end}"
+      )
+    parts = (self.linear, self.embedding, self.linear_layers)
+    if self.overall is not None and any(p is not None for p in parts):
+      raise ConfigError(
+        "fpp.overall sets the sparsity of every group; set fpp.overall or "
+        "fpp.linear, fpp.linear_layers and fpp.embedding, not both"
+      )
 
 
 @dataclasses.dataclass(slots=True)
 class CompressConfig:
-  """How trained weights are folded; only of a run with `pretrained`."""
+  """How trained weights are folded; only for a run with `pretrained`."""
 
-  plan: Literal["same", "auto"] = "same"  # auto: each layer by what it loses
-  qkv: float | None = None  # of a plan: least fraction of W_Q, W_K, W_V saved
-  # Prune to what fpp says before the first step, and then train what is left.
+  plan: Literal["same", "auto"] = "same"  # auto: per layer, by measured error
+  qkv: Fraction | None = None  # of a plan: W_Q, W_K, W_V to save at least
+  # Prune by `fpp` before the first step, then train the remaining weights.
   prune: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
-  calibration: int = 512  # texts (or windows) that it is done on
-  fit_steps: int = 300  # that fit folded attention to the dense one, a layer
+  calibration: Count = 512  # calibration texts (or windows)
+  fit_steps: Natural = 300  # per layer, to fit folded attention to dense
 
 
 @dataclasses.dataclass(slots=True)
 class DistillConfig:
-  """Learning from a dense teacher; a weight of 0 leaves that part out."""
+  """Learning from a dense teacher; a weight of 0 leaves that term out."""
 
-  # A run or a checkpoint. None: as `pretrained`, or, of a dense run, none.
+  # A run or a checkpoint. None: the model of `pretrained`, unless `dense`.
   teacher: str | None = None
-  logits: float = 0.0  # share of the loss that is the teacher's, 0 to 1
-  temperature: float = 2.0  # that both are softened by
-  hidden: float = 0.0  # weight of the distance of what the layers write
+  logits: Share = 0.0  # of the loss
+  temperature: Positive = 2.0  # of both softmaxes
+  hidden: NonNegative = 0.0  # weight of the distance between layer outputs
+
+  @property
+  def is_used(self) -> bool:
+    """Whether a teacher has any part in the loss."""
+    return bool(self.logits or self.hidden)
+
+  def check(self) -> None:
+    """Raises `ConfigError` if two fields do not fit each other."""
+    if self.teacher and not self.is_used:
+      raise ConfigError(
+        "distill.teacher does nothing while distill.logits and distill.hidden "
+        "are 0"
+      )
 
 
 @dataclasses.dataclass(slots=True)
 class TrainConfig:
-  """Optimizer, schedule, and what is logged and kept."""
+  """Optimizer, schedule, logs and checkpoints."""
 
-  steps: int = 1000
-  accumulate: int = 1  # parts of a batch that are computed one after another
-  learning_rate: float = 3e-3  # peak
-  warmup: float = 0.05  # of the steps
-  final_learning_rate: float = 0.05  # of the peak, where the cosine ends
+  steps: Count = 1000
+  accumulate: Count = 1  # micro-batches per step
+  learning_rate: Positive = 3e-3  # peak
+  warmup: Fraction = 0.05  # of the steps
+  final_learning_rate: NonNegative = 0.05  # of the peak, after the cosine
   # The learning rate is multiplied by these; see docs/method.md.
-  qk_rate: float = 1.0  # of W_Q and W_K where they are folded
-  v_rate: float = 1.0  # of W_V where it is diagonal
-  slope_rate: float = 1.0  # of ALiBi's slopes, dense or folded
-  weight_decay: float = 0.05
-  b1: float = 0.9
-  b2: float = 0.98
-  clip_norm: float = 1.0
-  label_smoothing: float = 0.0
-  log_every: int = 20
-  eval_every: int = 200  # a checkpoint is saved each time
-  eval_batches: int | None = None  # of valid, while training; None: all
+  qk_rate: Positive = 1.0  # of W_Q and W_K if folded
+  v_rate: Positive = 1.0  # of W_V if diagonal
+  slope_rate: Positive = 1.0  # of ALiBi's slopes, dense or folded
+  weight_decay: NonNegative = 0.05
+  b1: Fraction = 0.9
+  b2: Fraction = 0.98
+  clip_norm: Positive = 1.0
+  label_smoothing: Fraction = 0.0
+  log_every: Count = 20
+  eval_every: Count = 200  # steps between evaluations, which save a checkpoint
+  eval_batches: Count | None = None  # of valid, while training; None: all
   tensorboard: bool = True
   energy: str = ""  # country (ISO 3166, three letters) for an estimate
 
 
 @dataclasses.dataclass(slots=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1 takes what is left over."""
+  """Devices along each mesh axis; -1 takes the remaining ones."""
 
   data: int = -1  # splits batches
-  fsdp: int = 1  # splits batches, parameters and all that is shaped like them
+  fsdp: int = 1  # splits batches, parameters and optimizer state
   tensor: int = 1  # splits heads, neurons and the vocabulary
-  # (pattern of parameter paths, mesh axis or None for each array axis): where
-  # these parameters lie. The first match counts; others lie as by default.
+  # (pattern of parameter paths, mesh axis or None for each array axis) pairs. The
+  # first match counts; other parameters are placed by default.
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
 
@@ -206,12 +325,12 @@ class Config:
   """A run. `resolve` it before use."""
 
   task: Task = "lm"
-  seed: int = 0
+  seed: Annotated[int, Range(0, 2**32)] = 0
   # Processes that train together: "auto" (a TPU pod, SLURM, Open MPI), or
   # "HOST:PORT,PROCESS,COUNT" with the address of process 0.
   distributed: str = "none"
   preset: Preset = "paper"
-  dense: bool = False  # the dense twin: nothing folded, nothing pruned
+  dense: bool = False  # the dense baseline: nothing folded, nothing pruned
   # Checkpoint folder, hub id or run to start from.
   pretrained: str | None = None
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -222,6 +341,171 @@ class Config:
   distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+  def check(self) -> None:
+    """Raises `ConfigError` if values of a resolved config do not fit."""
+    self.data.check()
+    self.model.check()
+    self.fpp.check()
+    self.distill.check()
+    self._check_task()
+    self._check_run()
+    self._check_fold()
+    self._check_compression()
+
+  def _check_task(self) -> None:
+    m = self.model
+    if self.task == "lm" and not m.causal:
+      raise ConfigError(
+        "task 'lm' predicts the next token and needs model.causal=True"
+      )
+    if self.task == "lm" and self.data.length < 2:
+      raise ConfigError("task 'lm' needs data.length above 1")
+    if self.task == "classify" and m.causal and m.pooling == "first":
+      raise ConfigError(
+        "model.pooling='first' with model.causal=True would see only the first "
+        "token; use model.causal=False, or model.pooling='mean' or 'last'"
+      )
+
+  def _check_run(self) -> None:
+    count = self.train.accumulate
+    if self.data.batch_size % count:
+      raise ConfigError(
+        f"data.batch_size {self.data.batch_size} does not divide into "
+        f"train.accumulate={count} micro-batches"
+      )
+    if count > 1 and self.distill.hidden:
+      raise ConfigError(
+        "distill.hidden compares whole batches; use train.accumulate=1"
+      )
+    if self.distill.is_used and not (self.distill.teacher or self.pretrained):
+      raise ConfigError("distill needs distill.teacher (a run) or pretrained")
+    found = re.fullmatch(r"[^,\s]+:\d+,(\d+),(\d+)", self.distributed)
+    is_address = found is not None and int(found[1]) < int(found[2])
+    if self.distributed not in ("none", "auto") and not is_address:
+      raise ConfigError(
+        "distributed is 'none', 'auto' or 'HOST:PORT,PROCESS,COUNT', such as "
+        "'10.0.0.1:1234,0,2', with PROCESS below COUNT; it is "
+        f"{self.distributed!r}"
+      )
+
+  def _check_fold(self) -> None:
+    m, f = self.model, self.fold
+    if m.positions != "rope" and f.rope != "copy":
+      raise ConfigError("fold.rope='pairs' needs model.positions='rope'")
+    all_groups = m.by_layer(f.groups, "fold.groups")
+    for groups in all_groups:
+      if groups:
+        self._check_groups(groups)
+    is_rank_1 = 1 in all_groups and f.axis == "output"
+    is_plain = m.positions != "rope" and m.window is None
+    if m.attention == "linear" and not (self.dense or is_rank_1 and is_plain):
+      raise ConfigError(
+        "model.attention='linear' needs a layer with fold.groups=1 on the output "
+        "axis, and neither rotary positions nor model.window; use 'dense'"
+      )
+    for n, block in enumerate(m.by_layer(f.v_block, "fold.v_block")):
+      if block == 0:
+        continue
+      if m.width % block:
+        raise ConfigError(
+          f"fold.v_block {block} does not divide model.width {m.width}, so W_V "
+          "cannot be block-diagonal; use a divisor, 1 (diagonal) or 0 (dense)"
+        )
+      if m.num_heads * m.head_dim != m.width:
+        raise ConfigError(
+          f"fold.v_block {block} needs heads that share out model.width "
+          f"{m.width}; there are {m.num_heads} of {m.head_dim}; use "
+          "fold.v_block=0"
+        )
+      is_dense = f.first_dense and n == 0
+      is_whole = m.heads is None or len(m.heads[n]) == m.num_heads
+      if m.head_dim % block and not (is_whole or is_dense):
+        raise ConfigError(
+          f"fold.v_block {block} joins heads of {m.head_dim}, so none can be left "
+          "out by model.heads; use a divisor, or 0 (dense)"
+        )
+
+  def _check_groups(self, groups: int) -> None:
+    m, f = self.model, self.fold
+    if m.positions == "rope" and f.rope == "pairs":
+      if f.axis == "input" or groups % 2 or groups > m.head_dim:
+        raise ConfigError(
+          "fold.rope='pairs' keeps an even number of channels per head, at most "
+          f"{m.head_dim}, on the output axis; fold.groups is {groups}"
+        )
+      return
+    name, size = "head size", m.head_dim
+    if f.axis == "input":
+      name, size = "model.width", m.width
+    if size % groups:
+      raise ConfigError(
+        f"fold.groups {groups} does not divide the {name} {size} "
+        f"(axis {f.axis!r})"
+      )
+    if f.axis == "input" and groups == 1 and m.norm == "layernorm":
+      raise ConfigError(
+        "fold.axis='input' with fold.groups=1 sums the channels of a LayerNorm, "
+        "which is 0 at the start, so attention would be uniform and never learn; "
+        "use model.norm='rmsnorm', more groups, or fold.axis='output'"
+      )
+
+  def _check_compression(self) -> None:
+    f, prune, is_new = self.fpp, self.compress.prune, self.pretrained is None
+    if f.linear_layers is not None:
+      self.model.by_layer(f.linear_layers, "fpp.linear_layers")
+    is_diagonal = any(self.model.by_layer(self.fold.v_block, "fold.v_block"))
+    is_shared = self.model.num_kv_heads != self.model.num_heads
+    if f.attention == "heads" and (is_diagonal or is_shared):
+      raise ConfigError(
+        "fpp.attention='heads' needs heads with keys and values of their own; "
+        "use fold.v_block=0 and model.num_kv_heads=0"
+      )
+    is_trained_classifier = self.task == "classify" and not is_new
+    if f.embedding_granularity == "trim" and not is_trained_classifier:
+      raise ConfigError(
+        "fpp.embedding_granularity='trim' removes tokens from the tokenizer of a "
+        "trained classifier; set pretrained=PATH, or use 'row' or 'weight'"
+      )
+    if self.compress.plan == "auto" and is_new:
+      raise ConfigError(
+        "compress.plan='auto' measures a trained model; set pretrained=PATH"
+      )
+    if self.compress.plan == "same" and self.compress.qkv is not None:
+      raise ConfigError(
+        "compress.qkv is for compress.plan='auto'; without it use fold.groups "
+        "and fold.v_block"
+      )
+    if prune == "none":
+      return
+    if is_new:
+      raise ConfigError(
+        f"compress.prune={prune!r} prunes a trained model; set pretrained=PATH"
+      )
+    if not f.prunes:
+      raise ConfigError(
+        "compress.prune prunes by fpp, which prunes nothing here; set "
+        "fpp.overall, or leave compress.prune out of a dense run"
+      )
+    if f.tolerance is not None:
+      raise ConfigError(
+        "fpp.tolerance is for pruning while training; leave it out with "
+        "compress.prune"
+      )
+    is_by_neuron = f.granularity == "neuron" and prune != "sparsegpt"
+    is_by_row = f.embedding_granularity == "row"
+    if is_by_neuron or is_by_row or f.attention == "heads":
+      raise ConfigError(
+        "compress.prune goes by weight, 'sparsegpt' by neuron too; use that, "
+        "fpp.embedding_granularity='weight' or 'trim', and not "
+        "fpp.attention='heads'"
+      )
+    is_input = self.fold.axis == "input" and f.attention == "all"
+    if prune in ("wanda", "sparsegpt") and is_input:
+      raise ConfigError(
+        f"compress.prune={prune!r} has no moments of the sums that "
+        "fold.axis='input' makes; use fpp.attention='output'"
+      )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -255,64 +539,95 @@ class Layer:
 
 def gpt2(**fields: Any) -> ModelConfig:
   """Returns a GPT-2 style decoder: pre-norm, learned positions, GELU."""
-  base: dict[str, Any] = {"positions": "learned", "activation": "gelu_tanh"}
-  return ModelConfig(**(base | fields))
+  family: dict[str, Any] = {"positions": "learned", "activation": "gelu_tanh"}
+  return ModelConfig(**(family | fields))
 
 
 def bert(**fields: Any) -> ModelConfig:
   """Returns a BERT style encoder: post-norm, learned positions, GELU."""
-  base: dict[str, Any] = {
+  family: dict[str, Any] = {
     "causal": False,
     "norm_position": "post",
     "norm_epsilon": 1e-12,
     "positions": "learned",
     "pooling": "first",
   }
-  return ModelConfig(**(base | fields))
+  return ModelConfig(**(family | fields))
 
 
 def llama(**fields: Any) -> ModelConfig:
   """Returns a Llama style decoder: RMSNorm, RoPE, gated SiLU, no biases."""
-  base: dict[str, Any] = {
-    **{"norm": "rmsnorm", "positions": "rope", "activation": "silu"},
-    **{"gated": True, "use_bias": False, "tie_embeddings": False},
+  family: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "positions": "rope",
+    "activation": "silu",
+    "gated": True,
+    "use_bias": False,
+    "tie_embeddings": False,
   }
-  return ModelConfig(**(base | fields))
+  return ModelConfig(**(family | fields))
+
+
+# What a preset decides for fields that are None. `overall` does not apply if
+# `linear`, `linear_layers` or `embedding` is set; these do if it is None.
+PRESETS: dict[Preset, dict[str, Any]] = {
+  "none": {
+    "fold.groups": 0,
+    "fold.v_block": 0,
+    "fpp.overall": None,
+    "fpp.linear": 0.0,
+    "fpp.embedding": 0.0,
+  },
+  "moderate": {
+    "fold.groups": 0,
+    "fold.v_block": 1,
+    "fpp.overall": 0.3,
+    "fpp.linear": 0.0,
+    "fpp.embedding": 0.0,
+  },
+  "paper": {
+    "fold.groups": 1,
+    "fold.v_block": 1,
+    "fpp.overall": 0.7,
+    "fpp.linear": 0.7,
+    "fpp.embedding": 0.7,
+  },
+}
 
 
 def resolve(config: Config) -> Config:
-  """Returns a copy with presets and shapes filled in, and checks it.
+  """Returns a copy with presets and shapes filled in, after checking it.
 
   Raises:
-    schema.ConfigError: a value is of the wrong type or range, or two do not fit.
+    ConfigError: a value is of the wrong type or range, or two do not fit.
   """
   c = from_dict(to_dict(config))
   if c.dense:
     c.preset, c.fold, c.fpp = "none", FoldConfig(), FPPConfig(score=c.fpp.score)
-    if c.distill.teacher is None:  # it would be what is not trained yet
+    if c.distill.teacher is None:  # it would be the untrained model
       c.distill = DistillConfig()
-  parts = (c.fpp.linear, c.fpp.embedding, c.fpp.linear_layers)
-  by_part = any(part is not None for part in parts)
-  for section, values in presets.PRESETS[c.preset].items():
-    holder = getattr(c, section)
-    for name, value in values.items():
-      if name == "overall" and by_part:
-        continue  # it would replace what was asked for
-      if getattr(holder, name) is None:
-        setattr(holder, name, value)
-  if c.model.num_kv_heads == 0:
-    c.model.num_kv_heads = c.model.num_heads
-  if c.model.head_dim == 0:
-    c.model.head_dim = c.model.width // max(1, c.model.num_heads)
-  if c.model.mlp_width == 0:
-    c.model.mlp_width = 4 * c.model.width
-  if c.model.qkv_bias is None:
-    c.model.qkv_bias = c.model.use_bias
-  if c.fpp.embedding_share is None:
-    c.fpp.embedding_share = 0.2 if c.task == "lm" else 1.0
+  m, f, preset = c.model, c.fpp, PRESETS[c.preset]
+  if c.fold.groups is None:
+    c.fold.groups = preset["fold.groups"]
+  if c.fold.v_block is None:
+    c.fold.v_block = preset["fold.v_block"]
+  if f.linear is None and f.linear_layers is None and f.embedding is None:
+    f.overall = preset["fpp.overall"] if f.overall is None else f.overall
+  if f.overall is None:
+    f.linear = preset["fpp.linear"] if f.linear is None else f.linear
+    f.embedding = (
+      preset["fpp.embedding"] if f.embedding is None else f.embedding
+    )
+  if f.embedding_share is None:
+    f.embedding_share = 0.2 if c.task == "lm" else 1.0
+  m.num_kv_heads = m.num_kv_heads or m.num_heads
+  m.head_dim = m.head_dim or max(1, m.width // m.num_heads)
+  m.mlp_width = m.mlp_width or 4 * m.width
+  if m.qkv_bias is None:
+    m.qkv_bias = m.use_bias
   if c.data.path is not None and not c.data.name:
-    c.data.name = DataConfig().name  # does not count then: no difference
-  checks.check(c)
+    c.data.name = DataConfig().name  # overridden by the path
+  c.check()
   return c
 
 
@@ -367,8 +682,11 @@ def unshrunk(config: Config) -> Config:
 
 
 def dense_twin(config: Config) -> Config:
-  """Returns the resolved config of the same run with nothing compressed."""
-  return resolve(dataclasses.replace(unshrunk(config), dense=True))
+  """Returns the resolved config of the dense baseline of a run."""
+  dense = dataclasses.replace(
+    unshrunk(config), dense=True, compress=CompressConfig()
+  )
+  return resolve(dense)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -377,19 +695,56 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-  """Builds a `Config` from nested dicts, checking names and types.
+  """Builds a `Config` from nested dicts, checking names, types and ranges.
 
   Raises:
-    schema.ConfigError: a name is unknown or a value is of the wrong type.
+    ConfigError: a name is unknown, or a value is of the wrong type or range.
   """
-  return schema.build(Config, values, "config")
+  return typed.build(Config, values, "config")
 
 
 def load(path: str) -> Config:
-  """Reads a config that `save` wrote."""
-  return from_dict(files.read_json(path, dict))
+  """Reads a config that `save` wrote.
+
+  Raises:
+    ConfigError: it is damaged, or of an older version of this library.
+  """
+  values = files.read_json(path, dict)
+  try:
+    return from_dict(values)
+  except ConfigError as error:
+    raise ConfigError(
+      f"{path} is not a config of this version: {error}; commit c6086e3 reads "
+      "older runs"
+    ) from None
 
 
 def save(config: Config, path: str) -> None:
   """Writes a config as JSON, whole or not at all."""
   files.write_file(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def read(where: str, texts: Mapping[str, str] | None = None) -> Config:
+  """Returns the config that the flags of a command line ask for.
+
+  Args:
+    where: FILE.py or FILE.py:ARGUMENT, a file with `get_config`; or the
+      config.json of a run.
+    texts: {"section.field": text of the flag} to override fields.
+
+  Raises:
+    ConfigError: there is no such file or field, or a value does not fit.
+  """
+  known = typed.fields(Config)
+  edits = {}
+  for name, text in (texts or {}).items():
+    if name not in known:
+      raise ConfigError(typed.unknown_field("config", name, known))
+    edits[name] = typed.parse(known[name], text, f"config.{name}")
+  if where.endswith(".json"):
+    config = load(where)
+  else:
+    config = files.call_in_file(where, "get_config")
+  if not isinstance(config, Config):
+    raise ConfigError(f"get_config() of {where} does not return a Config")
+  return typed.edited(config, edits)

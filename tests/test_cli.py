@@ -1,117 +1,164 @@
+"""The command line: its grammar, its errors, and what a verb prints."""
+
 import os
 import subprocess
 import sys
-from importlib import metadata
 
 import pytest
 
-from folding import cli
+from folding import __version__, cli, typed
+from folding import config as config_lib
+from folding.errors import ConfigError, TrainingError
+from folding.training import loop
 from tests.reporting import synthetic_run
 
-
-@pytest.mark.parametrize(
-  ("text", "message"),
-  [
-    (
-      '{"format": "folding", "config": {}}',
-      "is an export or another library's",
-    ),
-    ('{"model_type": "bert"}', "is an export or another library's checkpoint"),
-    ('{"schema": 1}', "config has no field"),
-    ("{", "config.json is damaged"),
-  ],
-)
-def test_what_is_no_run_is_told(text, message, tmp_path, capsys):
-  (tmp_path / "config.json").write_text(text)
-  assert cli.main(["evaluate", str(tmp_path)]) == 2
-  assert message in _one_error_line(capsys)
+QUICKSTART = ("train", "--config=configs/quickstart.py")
 
 
-def _one_error_line(capsys) -> str:
+def _error(capsys) -> str:
   out, err = capsys.readouterr()
   assert out == ""
-  assert err.endswith("\n")
   (line,) = err.splitlines()
   assert line.startswith("folding: error: ")
   return line
 
 
-def test_report_writes_the_page_and_prints_the_summary(tmp_path, capsys):
-  workdir = synthetic_run.write(tmp_path / "a")
-  assert cli.main(["report", workdir]) == 0
-  out = capsys.readouterr().out
-  assert "1.903 bits per byte (perplexity 18.20" in out
-  assert f"The report is in {workdir}/report.md" in out
-  assert (tmp_path / "a" / "report.md").is_file()
+def test_split_edits_takes_both_forms_and_the_last_value():
+  rest, edits = cli.split_edits(
+    ["train", "--config.a=1", "--config=F", "--config.b.c", "-2"]
+    + ["--config.a", "None", "--workdir", "W", "--config.d=x=y"]
+  )
+  assert rest == ["train", "--config=F", "--workdir", "W"]
+  assert edits == {"a": "None", "b.c": "-2", "d": "x=y"}
 
 
-def test_compare_prints_the_table(tmp_path, capsys):
-  dense = synthetic_run.config(dense=True)
-  workdirs = [
-    synthetic_run.write(tmp_path / "dense", dense),
-    synthetic_run.write(tmp_path / "paper"),
+def test_train_runs_the_config_that_the_flags_ask_for(monkeypatch, capsys):
+  calls = []
+  monkeypatch.setattr(loop, "run", lambda *args: calls.append(args))
+  monkeypatch.setattr(cli, "show_report", lambda workdir: print(workdir))
+  flags = ["--config.model.width=64", "--config.data.path", "None"]
+  flags += ["--config.fold.groups=2,1,0", "--config.dense=False"]
+  assert cli.main([*QUICKSTART, "--workdir=W", *flags]) == 0
+  [(config, workdir)] = calls
+  assert (workdir, capsys.readouterr().out) == ("W", "W\n")
+  whole = config_lib.read("configs/quickstart.py")
+  assert typed.differences(whole, config) == [
+    "model.width: 128 -> 64",
+    "fold.groups: None -> (2, 1, 0)",
   ]
-  output = str(tmp_path / "out")
-  assert cli.main(["compare", *workdirs, "--output", output]) == 0
-  out = capsys.readouterr().out
-  assert (tmp_path / "out" / "compare.md").read_text() in out
-  assert "337,920" in out
-
-
-@pytest.mark.parametrize(
-  "verb",
-  [["report"], ["compare"], ["resume"], ["shrink", "--output=none"]],
-  ids=lambda verb: verb[0],
-)
-def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys, verb):
-  assert cli.main([*verb, str(tmp_path)]) == 2
-  assert "has no config.json" in _one_error_line(capsys)
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
-  workdir = synthetic_run.write(tmp_path / "a")
-  (tmp_path / "file").write_text("")
-  output = str(tmp_path / "file" / "out")
-  assert cli.main(["compare", workdir, "--output", output]) == 2
-  assert "Not a directory" in _one_error_line(capsys)
 
 
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
     ([], "VERB"),
-    (["fold"], "invalid choice: 'fold'"),
+    (["fold"], "'fold'"),
     (["report"], "RUN"),
-    (["report", "a", "--fast"], "unrecognized arguments: --fast"),
+    (["report", "a", "--fast"], "--fast"),
+    (["report", "a", "--config.seed=1"], "--config.seed"),
+    (["train", "--workdir=W"], "--config"),
+    (QUICKSTART, "--workdir"),
+    ([*QUICKSTART, "--work=W"], "--work"),
+    ([*QUICKSTART, "--workdir=W", "--confg.seed=1"], "--confg.seed"),
+    ([*QUICKSTART, "--workdir=W", "--config.seed"], "needs a value"),
+    ([*QUICKSTART, "--config.seed", "--workdir=W"], "needs a value"),
+    ([*QUICKSTART, "--workdir=W", "--config.widht=1"], "mean model.width?"),
+    ([*QUICKSTART, "--workdir=W", "--config.seed=None"], "it is None"),
+    ([*QUICKSTART, "--workdir=W", "--config.seed=-1"], "it is -1"),
+    ([*QUICKSTART, "--workdir=W", "--config.fold.axis=x"], "'input'"),
+    ([*QUICKSTART, "--workdir=W", "--config.model.width=100"], "divisible"),
+    (["train", "--config=nowhere.py", "--workdir=W"], "nowhere.py"),
+    (["train", "--config=nowhere.json", "--workdir=W"], "nowhere.json"),
+    (["train", "--config=README.md", "--workdir=W"], "README.md"),
+    (["compare", "nowhere"], "nowhere"),
+    (["resume", "configs"], "has no config.json"),
+    (["report", "configs"], "has no config.json"),
+    (["shrink", "configs", "--output=W"], "has no config.json"),
+    (["generate", "configs", "--top-k=many"], "many"),
+  ],
+  ids=lambda x: " ".join(x) if isinstance(x, list | tuple) else "",
+)
+def test_mistake_is_one_line_and_status_2(argv, message, capsys):
+  try:
+    status = cli.main(argv)
+  except SystemExit as stop:  # by argparse
+    status = stop.code
+  assert status == 2
+  assert message in _error(capsys)
+  assert not os.path.exists("W")
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ('{"format": "folding", "config": {}}', "export"),
+    ('{"model_type": "bert"}', "another library's"),
+    ('{"schema": 1}', "c6086e3"),
+    ("{", "damaged"),
   ],
 )
-def test_a_wrong_argument_is_one_line(capsys, argv, message):
-  with pytest.raises(SystemExit) as stop:
-    cli.main(argv)
-  assert stop.value.code == 2
-  assert message in _one_error_line(capsys)
+def test_folder_of_another_kind_is_one_line(text, message, tmp_path, capsys):
+  (tmp_path / "config.json").write_text(text)
+  assert cli.main(["evaluate", str(tmp_path)]) == 2
+  assert message in _error(capsys)
 
 
-def test_the_version_is_that_of_the_package(capsys):
+def test_help_of_train_lists_every_field(capsys):
   with pytest.raises(SystemExit, match="0"):
-    cli.main(["--version"])
-  expected = f"folding {metadata.version('folding')}\n"
-  assert capsys.readouterr().out == expected
+    cli.main(["train", "--help"])
+  out = capsys.readouterr().out
+  for name in typed.fields(config_lib.Config):
+    assert f"\n  {name}=" in out
+  assert "train.steps=1000  (int in [1, 2^31))" in out
+  assert "mesh axis or None" in out  # a comment
 
 
-def test_ctrl_c_has_no_traceback():
+def test_report_writes_the_page_and_prints_the_summary(tmp_path, capsys):
+  workdir = synthetic_run.write(tmp_path / "a")
+  assert cli.main(["report", workdir]) == 0
+  out = capsys.readouterr().out
+  assert "1.903 bits per byte" in out
+  assert f"{workdir}/report.md" in out
+  assert (tmp_path / "a" / "report.md").is_file()
+
+
+def test_compare_prints_the_table(tmp_path, capsys):
+  workdirs = [
+    synthetic_run.write(tmp_path / "dense", synthetic_run.config(dense=True)),
+    synthetic_run.write(tmp_path / "paper"),
+  ]
+  output = str(tmp_path / "out")
+  assert cli.main(["compare", *workdirs, "--output", output]) == 0
+  out = capsys.readouterr().out
+  assert (tmp_path / "out" / "compare.md").read_text() in out
+
+
+@pytest.mark.parametrize(
+  ("error", "status"),
+  [
+    (ConfigError("a\nb"), 2),
+    (FileNotFoundError(2, "No such file", "x"), 2),
+    (TrainingError("nan"), 1),
+    (KeyboardInterrupt(), 130),
+  ],
+  ids=lambda x: type(x).__name__,
+)
+def test_exit_status_of_an_error(error, status, capsys):
   def call():
-    raise KeyboardInterrupt
+    raise error
 
-  assert cli.exit_status(call) == 130
+  assert cli.exit_status(call) == status
+  assert capsys.readouterr().err.count("\n") == (status != 130)
 
 
-def test_a_letter_that_cannot_be_printed_is_told():
-  program = """
-import sys
-from folding import cli
-sys.exit(cli.exit_status(lambda: print("na\\xefve")))
-"""
+def test_other_errors_are_not_hidden():
+  with pytest.raises(ZeroDivisionError):
+    cli.exit_status(lambda: 1 / 0)
+
+
+def test_character_that_cannot_be_printed_is_one_line():
+  program = "import sys; from folding import cli; sys.exit("
+  program += "cli.exit_status(lambda: print('na\\xefve')))"
   found = subprocess.run(
     [sys.executable, "-c", program],
     env={**os.environ, "PYTHONIOENCODING": "ascii"},
@@ -120,20 +167,37 @@ sys.exit(cli.exit_status(lambda: print("na\\xefve")))
   )
   assert (found.returncode, found.stdout) == (2, "")
   [line] = found.stderr.splitlines()
-  assert "cannot print: 'ascii' codec" in line
   assert "PYTHONIOENCODING=utf-8" in line
 
 
-def test_a_reader_that_leaves_is_no_mistake():
-  program = """
-import sys
-from folding import cli
-sys.exit(cli.exit_status(lambda: print("a line")))
-"""
+def test_closed_pipe_is_no_error():
   reader, writer = os.pipe()
   os.close(reader)
   found = subprocess.run(
-    [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE
+    [sys.executable, "-m", "folding", "--version"],
+    stdout=writer,
+    stderr=subprocess.PIPE,
   )
   os.close(writer)
   assert (found.returncode, found.stderr) == (0, b"")
+
+
+def test_module_and_script_are_the_command():
+  version = f"folding {__version__}\n"
+  for command in (["-m", "folding", "--version"], ["train.py", "--help"]):
+    found = subprocess.run(
+      [sys.executable, *command], capture_output=True, text=True
+    )
+    assert found.returncode == 0
+    assert found.stdout.startswith((version, "usage: folding train"))
+
+
+@pytest.mark.parametrize("module", ["folding", "folding.compression.fpp"])
+def test_import_is_lazy(module):
+  program = f"import sys, {module}; print(*sys.modules)"
+  found = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, check=True
+  )
+  heavy = {"orbax", "tensorflow_datasets", "matplotlib", "folding.config"}
+  assert not heavy & set(found.stdout.split())
+  assert "folding" in found.stdout.split()

@@ -1,19 +1,150 @@
-"""Resolved configs, their dense twins and files, and the families of models."""
+"""The configuration: values in and out, presets, checks, and configs/."""
 
 import dataclasses
+import inspect
 import json
+import pathlib
+import typing
 
 import pytest
 
+from configs import pretrained
 from folding import config as c
-from folding import schema
+from folding import typed
+from folding.errors import ConfigError
 from tests.config_cases import make_config
+from tests.models import checkpoints
 
-# (groups, v_block, linear, embedding, overall) that each preset decides.
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass
+class Inner:
+  size: typing.Annotated[int, typed.Range(1, 9)] = 3
+  rate: float = 0.5  # beside
+  # above
+  kind: typing.Literal["a", "b"] = "a"
+
+
+@dataclasses.dataclass
+class Outer:
+  name: str = "x"
+  limit: int | None = None
+  on: bool = False
+  widths: int | tuple[int, ...] = 1
+  # Above, and
+  rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # beside.
+  inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+def test_build_inverts_json():
+  outer = Outer("y", 4, True, (1, 2), (("a/b", (None, "x")),), Inner(7, 2, "b"))
+  values = json.loads(json.dumps(dataclasses.asdict(outer)))
+  built = typed.build(Outer, values, "config")
+  assert built == outer
+  assert type(built.inner.rate) is float
+  assert typed.build(Outer, {"inner": {"size": 8}}, "c").inner == Inner(8)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ([], "must have fields"),
+    ({"nam": "x"}, r"did you mean name\?"),
+    ({"inner": {"sise": 1}}, r"config\.inner has no field 'sise'"),
+    ({"name": None}, r"config\.name must be str; it is None"),
+    ({"limit": 1.0}, r"must be int or None; it is 1\.0"),
+    ({"limit": True}, "it is True"),
+    ({"on": 1}, "must be bool"),
+    ({"widths": [1, 2.0]}, "int or a tuple of int"),
+    ({"rules": [["a"]]}, r"rules must be"),
+    ({"inner": {"rate": float("nan")}}, "it is nan"),
+    ({"inner": {"rate": 10**400}}, "must be float"),
+    ({"inner": {"rate": "1"}}, "it is '1'"),
+    ({"inner": {"size": 0}}, r"config\.inner\.size must be int in \[1, 9\)"),
+    ({"inner": {"size": 9}}, "it is 9"),
+    ({"inner": {"kind": "c"}}, "one of 'a', 'b'; it is 'c'"),
+  ],
+  ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_build_refuses_in_one_line(values, message):
+  with pytest.raises(ConfigError, match=message) as caught:
+    typed.build(Outer, values, "config")
+  assert "\n" not in str(caught.value)
+
+
+def test_range_holds_its_closed_ends():
+  for ends, inside in (("[)", [0, 1]), ("[]", [0, 1, 2]), ("()", [1])):
+    found = typed.Range(0, 2, ends)
+    assert [x for x in (-1, 0, 1, 2, 3) if x in found] == inside
+
+
+@pytest.mark.parametrize(
+  ("field", "text", "value"),
+  [
+    ("name", "3", "3"),
+    ("name", "None", "None"),
+    ("limit", "None", None),
+    ("limit", "-3", -3),
+    ("on", "True", True),
+    ("on", "false", False),
+    ("widths", "4", 4),
+    ("widths", "4,2,1", (4, 2, 1)),
+    ("widths", "(4,)", (4,)),
+    ("rules", "('a/b', (None, 'x')),", (("a/b", (None, "x")),)),
+    ("inner.rate", "1e-3", 0.001),
+    ("inner.kind", "b", "b"),
+  ],
+)
+def test_parse_reads_the_text_of_a_flag(field, text, value):
+  found = typed.parse(typed.fields(Outer)[field], text, field)
+  assert found == value
+  assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+  ("field", "text"),
+  [
+    ("limit", "x"),
+    ("on", "1"),
+    ("widths", "4,x"),
+    ("inner.size", "9"),
+    ("inner.rate", "1e999"),
+    ("inner.kind", "[[["),
+  ],
+)
+def test_parse_refuses_what_does_not_fit(field, text):
+  with pytest.raises(ConfigError, match="must be") as caught:
+    typed.parse(typed.fields(Outer)[field], text, field)
+  assert str(caught.value).endswith(f"it is {text}")
+
+
+def test_edited_and_differences_are_by_dotted_name():
+  edits = {"name": "z", "inner.rate": 2}
+  edited = typed.edited(Outer(), edits)
+  assert edited == Outer(name="z", inner=Inner(rate=2.0))
+  assert typed.differences(Outer(), edited) == [
+    "name: 'x' -> 'z'",
+    "inner.rate: 0.5 -> 2.0",
+  ]
+  with pytest.raises(ConfigError, match=r"did you mean inner\.rate\?"):
+    typed.edited(Outer(), {"rate": 1.0})
+
+
+def test_comments_stand_beside_and_above_a_field():
+  found = typed.comments(inspect.getsource(Outer).splitlines())
+  assert found["rules"] == "Above, and beside."
+  found = typed.comments(inspect.getsource(Inner).splitlines())
+  assert (found["rate"], found["kind"], found["size"]) == (
+    ("beside", "above", "")
+  )
+
+
+# What each preset decides.
 PRESETS = {
   "none": (0, 0, 0.0, 0.0, None),
-  "moderate": (0, 1, 0.0, 0.0, 0.3),
-  "paper": (1, 1, 0.7, 0.7, 0.7),
+  "moderate": (0, 1, None, None, 0.3),
+  "paper": (1, 1, None, None, 0.7),
 }
 
 
@@ -23,195 +154,467 @@ def _decided(config):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_decide_what_is_left_open(preset):
-  assert _decided(c.resolve(c.Config(preset=preset))) == PRESETS[preset]
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_changes_nothing_else(preset):
-  config = make_config(
-    preset=preset, model__num_kv_heads=4, model__mlp_width=99
-  )
-  changed = schema.differences(config, c.resolve(config))
-  names = {line.split(":")[0] for line in changed}
-  assert names <= {
-    *("fold.groups", "fold.v_block", "model.head_dim", "model.qkv_bias"),
-    *("fpp.linear", "fpp.embedding", "fpp.overall", "fpp.embedding_share"),
+def test_preset_decides_only_fields_that_are_none(preset):
+  resolved = c.resolve(c.Config(preset=preset))
+  assert _decided(resolved) == PRESETS[preset]
+  changed = typed.differences(c.Config(preset=preset), resolved)
+  assert {line.split(":")[0] for line in changed} <= {
+    *("fold.groups", "fold.v_block", "fpp.linear", "fpp.embedding"),
+    *("fpp.overall", "fpp.embedding_share", "model.num_kv_heads"),
+    *("model.head_dim", "model.mlp_width", "model.qkv_bias"),
   }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
-  ("fields", "expected"),
+  ("fields", "decided"),
   [
-    ({"fold__groups": 2}, {"fold.groups": 2}),
-    ({"fold__groups": 0}, {"fold.groups": 0}),
-    ({"fold__v_block": 8}, {"fold.v_block": 8}),
-    ({"fpp__overall": 0.5}, {"fpp.overall": 0.5}),
-    # `overall` would replace the fractions, so it is not filled in.
-    ({"fpp__linear": 0.5}, {"fpp.linear": 0.5, "fpp.overall": None}),
-    ({"fpp__embedding": 0.4}, {"fpp.embedding": 0.4, "fpp.overall": None}),
-    ({"fpp__linear_layers": (0.5,) * 4}, {"fpp.overall": None}),
+    ({"fold__groups": 2, "fold__v_block": 0}, (2, 0, None, None, 0.7)),
+    ({"fpp__overall": 0.5}, (1, 1, None, None, 0.5)),
+    ({"fpp__linear": 0.5}, (1, 1, 0.5, 0.7, None)),
+    ({"fpp__embedding": 0.0}, (1, 1, 0.7, 0.0, None)),
+    ({"fpp__linear_layers": (0.5,) * 4}, (1, 1, 0.7, 0.7, None)),
   ],
-  ids=[
-    *("groups", "no_groups", "v_block", "overall", "linear", "embedding"),
-    "linear_layers",
-  ],
+  ids=str,
 )
-def test_what_is_set_wins_over_the_preset(preset, fields, expected):
-  resolved = c.to_dict(c.resolve(make_config(preset=preset, **fields)))
-  for dotted, value in expected.items():
-    section, name = dotted.split(".")
-    assert resolved[section][name] == value
+def test_field_that_is_set_overrides_the_preset(fields, decided):
+  assert _decided(c.resolve(make_config(**fields))) == decided
 
 
-def test_shapes_left_open_follow_the_others():
+def test_sizes_that_are_0_follow_from_others():
   model = c.resolve(make_config(model__width=48, model__num_heads=6)).model
   assert (model.num_kv_heads, model.mlp_width, model.head_dim) == (6, 192, 8)
-
-
-def test_shapes_that_are_set_stay():
-  config = make_config(model__num_kv_heads=4, model__mlp_width=72)
+  config = make_config(
+    preset="none",
+    model__num_kv_heads=4,
+    model__mlp_width=72,
+    model__head_dim=4,
+  )
   model = c.resolve(config).model
-  assert (model.num_kv_heads, model.mlp_width) == (4, 72)
+  assert (model.num_kv_heads, model.mlp_width, model.head_dim) == (4, 72, 4)
+
+
+def test_layers_have_their_own_shapes():
+  config = make_config(
+    model__num_layers=2,
+    model__num_kv_heads=8,
+    model__heads=((0, 1), tuple(range(16))),
+    model__mlp_width=(3, 4),
+    model__dense_mlp_width=4,
+    fold__groups=(0, 2),
+    fold__v_block=0,
+  )
+  with pytest.raises(ValueError, match="resolve"):
+    c.layers_of(config.model, config.fold)
+  config = c.resolve(config)
+  first, last = c.layers_of(config.model, config.fold)
+  assert (first.heads, first.num_kv_heads, last.num_kv_heads) == ((0, 1), 1, 8)
+  assert [(x.mlp_width, x.groups) for x in (first, last)] == [(3, 0), (4, 2)]
+  assert hash(first) != hash(last)
 
 
 VARIANTS = {
   "default": {},
   "moderate": {"preset": "moderate"},
-  "moderate_linear": {"preset": "moderate", "fpp__linear": 0.5},
+  "linear": {"preset": "moderate", "fpp__linear": 0.5},
   "dense": {"dense": True, "fold__groups": 1},
-  "classify": {
-    "task": "classify",
-    "model": c.bert(num_layers=2),
-    "data__path": "a/b",
-  },
+  "classify": {"task": "classify", "model": c.bert(num_layers=2)},
 }
-each_variant = pytest.mark.parametrize(
-  "fields", VARIANTS.values(), ids=VARIANTS
-)
 
 
-@each_variant
-def test_resolve_twice_is_resolve_once(fields):
-  once = c.resolve(make_config(**fields))
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_resolve_is_idempotent_and_copies(fields):
+  config = make_config(**fields)
+  once = c.resolve(config)
   assert c.resolve(once) == once
+  assert config == make_config(**fields)
+  assert once.model is not config.model
 
 
-@each_variant
-def test_resolve_leaves_its_argument_alone(fields):
-  config, untouched = make_config(**fields), make_config(**fields)
-  resolved = c.resolve(config)
-  assert config == untouched
-  assert resolved.model is not config.model
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_config_survives_its_file(fields, tmp_path):
+  path = str(tmp_path / "config.json")
+  for config in (make_config(**fields), c.resolve(make_config(**fields))):
+    c.save(config, path)
+    assert c.load(path) == config
+    assert c.read(path, {"seed": "7"}) == dataclasses.replace(config, seed=7)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_dense_twin_folds_and_prunes_nothing(preset):
+def test_config_of_an_old_run_names_the_commit_that_reads_it(tmp_path):
+  path = tmp_path / "config.json"
+  path.write_text('{"fold": {"v_identity_of_old": true}}')
+  with pytest.raises(ConfigError, match="c6086e3"):
+    c.load(str(path))
+
+
+def test_dense_twin_is_the_same_run_without_compression():
   config = make_config(
-    preset=preset,
     seed=5,
+    pretrained="x",
     fold__groups=2,
     fold__axis="input",
-    fold__first_dense=True,
-    fpp__overall=0.4,
     fpp__score="movement",
+    compress__prune="magnitude",
     model__mlp_width=72,
   )
   twin = c.dense_twin(config)
   assert _decided(twin) == PRESETS["none"]
-  assert twin.fold == c.FoldConfig(groups=0, v_block=0)
-  # Statistics are of the same kind, all else is the same run.
-  assert twin.fpp.score == "movement"
+  assert twin.fpp.score == "movement"  # statistics of the same kind
   resolved = c.resolve(config)
-  assert (twin.seed, twin.task) == (resolved.seed, resolved.task)
-  for section in ("data", "model", "train", "mesh"):
+  for section in ("seed", "task", "data", "model", "train", "mesh"):
     assert getattr(twin, section) == getattr(resolved, section)
+  assert c.dense_twin(twin) == twin == c.dense_twin(resolved)
 
 
-def test_a_dense_run_learns_from_no_model_that_is_not_named():
+def test_dense_twin_has_the_heads_and_neurons_before_a_shrink():
+  config = make_config(
+    model__heads=((0, 1),) * 4,
+    model__mlp_width=(7, 8, 8, 8),
+    model__dense_mlp_width=9,
+    fold__v_block=0,
+  )
+  model = c.dense_twin(config).model
+  assert (model.heads, model.mlp_width, model.dense_mlp_width) == (
+    None,
+    9,
+    None,
+  )
+
+
+def test_dense_run_has_a_teacher_only_if_it_is_named():
   distill = c.DistillConfig(logits=0.7, hidden=10.0)
   config = c.Config(dense=True, pretrained="CHECKPOINT", distill=distill)
   assert c.resolve(config).distill == c.DistillConfig()
   named = dataclasses.replace(distill, teacher="RUN")
   found = c.resolve(dataclasses.replace(config, distill=named)).distill
   assert found == named
-  folded = c.resolve(dataclasses.replace(config, dense=False))
-  assert folded.distill == distill
+  folded = dataclasses.replace(config, dense=False)
+  assert c.resolve(folded).distill == distill
 
 
-def test_the_dense_twin_of_the_dense_twin_and_of_the_resolved_config():
-  config = make_config(fold__groups=2)
-  twin = c.dense_twin(config)
-  assert c.dense_twin(twin) == twin
-  assert c.dense_twin(c.resolve(config)) == twin
-
-
-@each_variant
-def test_dicts_and_files_give_the_config_back(fields, tmp_path):
-  for config in (make_config(**fields), c.resolve(make_config(**fields))):
-    assert c.from_dict(c.to_dict(config)) == config
-    path = str(tmp_path / "config.json")
-    c.save(config, path)
-    assert c.load(path) == config
-    with open(path, encoding="utf-8") as file:
-      assert json.load(file) == c.to_dict(config)
-
-
-def test_differences_of_two_runs():
-  a = make_config(seed=1, model__width=256)
-  b = dataclasses.replace(a, dense=True)
-  b.train = dataclasses.replace(a.train, steps=5)
-  assert schema.differences(a, b) == [
-    "dense: False -> True",
-    "train.steps: 1000 -> 5",
-  ]
-
-
-# What each name stands for, by the papers of the three models.
-FAMILIES = {
-  "gpt2": (
-    c.gpt2,
-    {"causal": True, "norm": "layernorm", "norm_position": "pre"}
-    | {"positions": "learned", "activation": "gelu_tanh", "gated": False}
-    | {"use_bias": True, "tie_embeddings": True},
+SHRUNK = {
+  "model__num_layers": 2,
+  "model__heads": ((0, 1), tuple(range(16))),
+}
+TRAINED = {"pretrained": "x"}
+# What is refused by a key word of the message, and the change that it advises.
+REFUSED = {
+  "no_text": (
+    {"data__valid_fraction": 0.9},
+    "text",
+    {"data__test_fraction": 0},
   ),
-  "bert": (
-    c.bert,
-    {"causal": False, "norm": "layernorm", "norm_position": "post"}
-    | {"positions": "learned", "activation": "gelu", "gated": False}
-    | {"use_bias": True, "pooling": "first", "norm_epsilon": 1e-12},
+  "fpp_backwards": ({"fpp__begin": 0.9}, "begin < end", {"fpp__end": 1.0}),
+  "heads": ({"model__width": 100}, "divisible", {"model__num_heads": 20}),
+  "kv_heads": (
+    {"model__num_kv_heads": 3},
+    "num_kv",
+    {"model__num_kv_heads": 4},
   ),
-  "llama": (
-    c.llama,
-    {"causal": True, "norm": "rmsnorm", "norm_position": "pre"}
-    | {"positions": "rope", "activation": "silu", "gated": True}
-    | {"use_bias": False, "tie_embeddings": False},
+  "no_head": (
+    {"model__heads": ((),) * 4},
+    r"model\.heads",
+    {"model__heads": ((1,),) * 4},
+  ),
+  "half_a_key": (
+    {"model__heads": ((0,),) * 4, "model__num_kv_heads": 8, "fold__v_block": 0},
+    "whole groups of 2",
+    {"model__heads": ((0, 1),) * 4},
+  ),
+  "per_layer": (
+    {"model__mlp_width": (1, 2)},
+    "2 values for 4 layers",
+    {"model__num_layers": 2},
+  ),
+  "no_neuron": (
+    {"model__mlp_width": (0,) * 4},
+    "1 or more",
+    {"model__mlp_width": (1,) * 4},
+  ),
+  "narrower_twin": (
+    {"model__mlp_width": (9,) * 4, "model__dense_mlp_width": 8},
+    "exceeds",
+    {"model__dense_mlp_width": 9},
+  ),
+  "scaling": (
+    {"model__positions": "rope", "model__rope_scaling": (8.0, 4.0, 1.0, 9.0)},
+    "low < high",
+    {"model__rope_scaling": (8.0, 1.0, 4.0, 9.0)},
+  ),
+  "scaling_of_two": (
+    {"model__positions": "rope", "model__rope_scaling": (8.0, 4.0)},
+    "rope_scaling is",
+    {"model__rope_scaling": (8.0,)},
+  ),
+  "scaling_without_rope": (
+    {"model__rope_scaling": (8.0,)},
+    "needs",
+    {"model__positions": "rope"},
+  ),
+  "pairs_without_rope": (
+    {"fold__rope": "pairs", "fold__groups": 2},
+    "needs",
+    {"model__positions": "rope"},
+  ),
+  "odd_pairs": (
+    {"fold__rope": "pairs", "model__positions": "rope"},
+    "even number",
+    {"fold__groups": 2},
+  ),
+  "odd_rope": (
+    {"model__width": 48, "model__positions": "rope"},
+    "even head size",
+    {"model__head_dim": 4, "fold__v_block": 0},
+  ),
+  "lm_both_ways": (
+    {"model__causal": False},
+    r"causal",
+    {"model__causal": True},
+  ),
+  "lm_of_one_token": ({"data__length": 1}, "above 1", {"data__length": 2}),
+  "first_of_causal": (
+    {"task": "classify", "model__pooling": "first"},
+    "first token",
+    {"model__causal": False},
+  ),
+  "groups": ({"fold__groups": 3}, "head size 8", {"fold__groups": 8}),
+  "input_groups": (
+    {"fold__groups": 3, "fold__axis": "input"},
+    r"model\.width 128",
+    {"fold__groups": 2},
+  ),
+  "sum_of_a_layernorm": (
+    {"fold__groups": 1, "fold__axis": "input"},
+    "LayerNorm",
+    {"model__norm": "rmsnorm"},
+  ),
+  "v_block": ({"fold__v_block": 3}, "does not divide", {"fold__v_block": 128}),
+  "values_of_shared_width": (
+    {"model__head_dim": 4, "fold__groups": 2},
+    "share out",
+    {"fold__v_block": 0},
+  ),
+  "blocks_join_heads": (
+    SHRUNK | {"fold__v_block": 16},
+    "joins heads",
+    {"fold__v_block": (1, 16)},
+  ),
+  "linear_attention": (
+    {"model__attention": "linear", "fold__groups": 2},
+    "linear",
+    {"fold__groups": (1, 2, 2, 2)},
+  ),
+  "linear_window": (
+    {"model__attention": "linear", "model__window": 8},
+    "window",
+    {"model__window": None},
+  ),
+  "micro_batches": (
+    {"data__batch_size": 30, "train__accumulate": 4},
+    "micro-batches",
+    {"train__accumulate": 3},
+  ),
+  "hidden_of_micro_batches": (
+    TRAINED | {"train__accumulate": 2, "distill__hidden": 1.0},
+    "whole batches",
+    {"train__accumulate": 1},
+  ),
+  "no_teacher": ({"distill__logits": 0.5}, "teacher", TRAINED),
+  "idle_teacher": (
+    {"distill__teacher": "RUN"},
+    "does nothing",
+    {"distill__hidden": 1.0},
+  ),
+  "processes": (
+    {"distributed": "10.0.0.1:1234,2,2"},
+    "PROCESS below COUNT",
+    {"distributed": "10.0.0.1:1234,1,2"},
+  ),
+  "overall_and_linear": (
+    {"fpp__overall": 0.5, "fpp__linear": 0.0},
+    "not both",
+    {"fpp__linear": None},
+  ),
+  "overall_and_layers": (
+    {"fpp__overall": 0.5, "fpp__linear_layers": (0.5,) * 4},
+    "not both",
+    {"fpp__overall": None},
+  ),
+  "layers": (
+    {"fpp__linear_layers": (0.5,)},
+    "1 values for 4 layers",
+    {"fpp__linear_layers": (0.5,) * 4},
+  ),
+  "heads_of_a_diagonal": (
+    {"fpp__attention": "heads"},
+    "keys and values",
+    {"fold__v_block": 0},
+  ),
+  "heads_that_share": (
+    {"fpp__attention": "heads", "fold__v_block": 0, "model__num_kv_heads": 4},
+    "keys and values",
+    {"model__num_kv_heads": 0},
+  ),
+  "trim_of_no_model": (
+    {"task": "classify", "fpp__embedding_granularity": "trim"},
+    "trained classifier",
+    TRAINED,
+  ),
+  "trim_of_an_lm": (
+    TRAINED | {"fpp__embedding_granularity": "trim"},
+    "trained classifier",
+    {"task": "classify"},
+  ),
+  "plan_of_no_model": ({"compress__plan": "auto"}, "pretrained", TRAINED),
+  "qkv_without_plan": (
+    TRAINED | {"compress__qkv": 0.5},
+    "auto",
+    {"compress__plan": "auto"},
+  ),
+  "prune_no_model": ({"compress__prune": "wanda"}, "pretrained", TRAINED),
+  "prune_nothing": (
+    TRAINED | {"compress__prune": "wanda", "preset": "none"},
+    "prunes nothing",
+    {"fpp__linear": 0.5},
+  ),
+  "prune_dense": (
+    TRAINED | {"compress__prune": "wanda", "dense": True},
+    "dense run",
+    {"dense": False},
+  ),
+  "prune_and_verify": (
+    TRAINED | {"compress__prune": "wanda", "fpp__tolerance": 0.1},
+    "while training",
+    {"fpp__tolerance": None},
+  ),
+  "prune_by_neuron": (
+    TRAINED | {"compress__prune": "wanda", "fpp__granularity": "neuron"},
+    "by weight",
+    {"compress__prune": "sparsegpt"},
+  ),
+  "prune_sums": (
+    TRAINED
+    | {"compress__prune": "wanda", "fpp__attention": "all"}
+    | {"fold__axis": "input", "fold__groups": 2},
+    "moments",
+    {"fold__axis": "output"},
   ),
 }
 
 
-@pytest.mark.parametrize(("build", "expected"), FAMILIES.values(), ids=FAMILIES)
-def test_model_families(build, expected):
-  model = dataclasses.asdict(build())
-  assert {name: model[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize("build", [c.gpt2, c.bert, c.llama])
-def test_model_families_take_every_field(build):
-  model = build(width=64, positions="none", norm="rmsnorm")
-  assert (model.width, model.positions, model.norm) == (64, "none", "rmsnorm")
-
-
-def test_no_name_beside_a_path_is_no_other_config():
-  config = c.Config(data=c.DataConfig(name="", path="x.txt"))
-  assert c.resolve(config) == c.resolve(
-    c.Config(data=c.DataConfig(path="x.txt"))
-  )
-  assert c.resolve(c.Config(data=c.DataConfig(name=""))).data.name == ""
+@pytest.mark.parametrize("name", REFUSED)
+def test_resolve_refuses_and_accepts_what_it_advises(name):
+  fields, message, advice = REFUSED[name]
+  with pytest.raises(ConfigError, match=message) as caught:
+    c.resolve(make_config(**fields))
+  assert "\n" not in str(caught.value)
+  c.resolve(make_config(**(fields | advice)))
 
 
 @pytest.mark.parametrize("section", ["train", "model", "fold"])
-def test_a_field_that_a_config_file_misspells_is_told_of(section):
-  with pytest.raises(AttributeError, match="no attribute 'widht'"):
+def test_misspelt_attribute_of_a_section_is_an_error(section):
+  with pytest.raises(AttributeError, match="widht"):
     getattr(c.Config(), section).widht = 64
+
+
+def test_model_families_are_those_of_their_papers():
+  found = {
+    "gpt2": typed.differences(c.ModelConfig(), c.gpt2()),
+    "bert": typed.differences(c.ModelConfig(), c.bert()),
+    "llama": typed.differences(c.ModelConfig(), c.llama()),
+  }
+  after = {k: {x.split("-> ")[1] for x in v} for k, v in found.items()}
+  assert after == {
+    "gpt2": {"'learned'", "'gelu_tanh'"},
+    "bert": {"False", "'post'", "1e-12", "'learned'", "'first'"},
+    "llama": {"'rmsnorm'", "'rope'", "'silu'", "True", "False"},
+  }
+  assert c.llama(width=64, norm="layernorm").norm == "layernorm"
+
+
+def test_read_reports_a_file_that_gives_no_config(tmp_path):
+  file = tmp_path / "other.py"
+  file.write_text("def get_config():\n  return 1\n")
+  with pytest.raises(ConfigError, match="does not return a Config"):
+    c.read(str(file))
+  file.write_text("def get_config():\n  return 1 / 0\n")
+  with pytest.raises(ConfigError, match="ZeroDivisionError"):
+    c.read(str(file))
+
+
+CONFIG_FILES = [
+  path
+  for path in sorted(ROOT.glob("configs/**/*.py"))
+  if "def get_config" in path.read_text() and path.stem != "pretrained"
+]
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.stem)
+def test_config_file_resolves_and_survives_its_json(path):
+  config = c.resolve(c.read(str(path)))
+  assert config.fpp.prunes
+  assert c.from_dict(json.loads(json.dumps(c.to_dict(config)))) == config
+
+
+def test_config_file_takes_a_path_as_its_argument(tmp_path):
+  file = tmp_path / "text.tsv"
+  file.write_text("0\ttext\n")
+  for name in ("lm", "classify"):
+    where = str(ROOT / "configs" / f"{name}.py")
+    assert c.read(f"{where}:{file}").data.path == str(file)
+    assert c.read(f"{where}:trec").data.path is None
+
+
+def _recovery(folder, argument=""):
+  config = pretrained.get_config(f"{folder}{argument}")
+  config.data.path = "a.txt"
+  return c.resolve(config)
+
+
+@pytest.mark.parametrize(
+  ("family", "K", "groups"),
+  [
+    *(("bert", 32, 8), ("bert", 26, 2), ("bert", 25, 5), ("bert", 3, 1)),
+    *(("llama", 64, 16), ("llama", 20, 4), ("llama", 6, 2)),  # whole pairs
+  ],
+)
+def test_pretrained_folds_a_head_to_about_a_quarter(
+  tmp_path, family, K, groups
+):
+  spec = checkpoints.FAMILIES[family] | {"hidden_size": K * checkpoints.H}
+  (tmp_path / "config.json").write_text(json.dumps(spec))
+  checkpoints.write_tokenizer(tmp_path / "tokenizer.json")
+  config = _recovery(tmp_path)
+  assert (config.fold.groups, config.model.head_dim) == (groups, K)
+
+
+@pytest.mark.parametrize(
+  ("level", "groups", "v_block"), [("0.3", 0, 0), (".5", 2, 0), ("0.80", 2, 1)]
+)
+def test_pretrained_of_a_level_folds_less_if_less_is_saved(
+  tmp_path, level, groups, v_block
+):
+  checkpoints.write(tmp_path / "a,b", "llama", "lm")
+  config = _recovery(tmp_path / "a,b", f",{level}")
+  assert config.pretrained == f"{tmp_path}/a,b"
+  assert config.fpp.overall == float(level)
+  assert (config.fold.groups, config.fold.v_block) == (groups, v_block)
+  assert config.train.learning_rate == 5e-4  # of a language model
+
+
+@pytest.mark.parametrize(
+  ("family", "task", "v_block"),
+  [("qwen2", "lm", 0), ("llama", "lm", 1), ("gpt2", "classify", 1)],
+)
+def test_pretrained_follows_the_checkpoint(tmp_path, family, task, v_block):
+  checkpoints.write(tmp_path / "model", family, task)
+  config = _recovery(tmp_path / "model")
+  # A bias of W_V without one of W_O would have no place.
+  assert config.fold.v_block == v_block
+  assert config.task == task
+  assert (config.distill.logits > 0) == (task == "lm")
+
+
+@pytest.mark.parametrize("where", ["x,0", "x,1", "x,30", ""])
+def test_pretrained_refuses_no_path_and_no_fraction(where):
+  with pytest.raises(ConfigError, match="fraction|give"):
+    pretrained.get_config(where)

@@ -12,8 +12,8 @@ import pathlib
 import typing
 from typing import Any
 
-from folding import checks, files, schema
 from folding import config as config_lib
+from folding import files, schema
 
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
@@ -125,7 +125,7 @@ class Run:
   @property
   def prunes(self) -> bool:
     """Whether FPP zeroes anything: folding alone may save what was asked."""
-    return checks.asks_to_prune(self.config.fpp) and (
+    return self.config.fpp.prunes and (
       not self.train or any("sparsity" in record for record in self.train)
     )
 

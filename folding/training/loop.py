@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folding import checks, files
 from folding import config as config_lib
+from folding import files
 from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
 from folding.config import Config
@@ -228,7 +228,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       in the directory; nothing was written.
     TrainingError: the loss is not finite, or a save failed.
   """
-  given, config = config, config_lib.resolve(config)
+  config = config_lib.resolve(config)
   files.require_workdir(workdir)
   energy.require_tracker(config.train.energy)
   distributed.join(config.distributed)
@@ -239,7 +239,6 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         stack.enter_context(run_dir.held(workdir))
       saved = run_dir.config_to_continue(workdir, config)
       if saved is None:
-        checks.check_used(config, given)
         if has_checkpoint(workdir):
           raise ConfigError(
             f"{workdir} has checkpoints of another config; choose another "

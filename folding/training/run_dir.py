@@ -153,13 +153,7 @@ def load_config(workdir: str) -> Config:
     raise ConfigError(
       f"{workdir} is an export or another library's checkpoint, not a run"
     )
-  try:
-    return config_lib.from_dict(values)
-  except ConfigError as error:
-    raise ConfigError(
-      f"{path} is not a config of this version: {error}; commit c6086e3 reads "
-      "older runs"
-    ) from error
+  return config_lib.load(path)
 
 
 def load_tokenizer(workdir: str) -> tokenizers.Tokenizer:

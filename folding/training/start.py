@@ -53,6 +53,12 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
     ConfigError: it cannot be read, is a model of another shape, or of another
       tokenizer.
   """
+  m = config.model
+  if m.heads is not None or m.dense_mlp_width is not None:
+    raise ConfigError(
+      "model.heads and model.dense_mlp_width describe a shrunk model, and "
+      "training starts from a whole one; leave them out with pretrained"
+    )
   if os.path.isdir(os.path.join(path, "checkpoints")):
     found, params, tokenizer = load_run(path)
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")

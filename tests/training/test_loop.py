@@ -207,6 +207,9 @@ def test_checkpoints_without_a_config_are_refused(tiny_run, tmp_path):
   assert modified(copy) == before
 
 
+_OVERALL = {"overall": 0.99, "linear": None, "embedding": None}
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -215,7 +218,7 @@ def test_checkpoints_without_a_config_are_refused(tiny_run, tmp_path):
     ({"data": {"batch_size": 100_000}}, "fewer than one batch"),
     ({"data": {"valid_fraction": 1e-9}}, "no text for the valid split"),
     ({"mesh": {"data": 3}}, "does not multiply"),
-    ({"fpp": {"overall": 0.99}}, "cannot be reached"),
+    ({"fpp": _OVERALL}, "cannot be reached"),
     ({"pretrained": "nowhere/to/be/found"}, "nowhere/to/be/found"),
   ],
   ids=["exclude", "path", "batch", "valid", "mesh", "overall", "pretrained"],

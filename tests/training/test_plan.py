@@ -186,7 +186,11 @@ def test_missing_tpu_compiler_is_one_line():
 
 def test_verb_prints_a_table_or_json(config_file, capsys):
   words = ["plan", f"--config={config_file}:64", "--devices=cpu-8"]
-  words += ["--set=dense=True", "--set=mesh.data=8", "--set=mesh.fsdp=1"]
+  words += [
+    "--config.dense=True",
+    "--config.mesh.data=8",
+    "--config.mesh.fsdp=1",
+  ]
   assert cli.main([*words, "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
   assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
@@ -204,7 +208,7 @@ def test_verb_prints_a_table_or_json(config_file, capsys):
     (["--config={file}", "--devices=v9:2x2"], "v9:2x2 is not valid"),
     (["--config={file}", "--devices=cpu-9999"], "started with 8"),
     (["--config={file}", "--devices=cpu-1"], "does not multiply"),
-    (["--config={file}", "--devices=cpu-8", "--set=a.b=1"], "a.b"),
+    (["--config={file}", "--devices=cpu-8", "--config.a.b=1"], "a.b"),
   ],
 )
 def test_verb_reports_mistakes_in_one_line(flags, message, config_file, capsys):
