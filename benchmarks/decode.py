@@ -19,9 +19,8 @@ import numpy as np
 
 from benchmarks import output, timing
 from folding import config as config_lib
-from folding.models import past
 from folding.models.transformer import make_model
-from folding.serving import steps
+from folding.serving import generate
 from folding.serving.sampling import Sampling, make_draw
 
 LENGTHS = (256, 1024, 4096)
@@ -70,31 +69,32 @@ class _Decoder:
     tokens = np.random.default_rng(0).integers(
       0, VOCAB_SIZE, (batch_size, PROMPT), dtype=np.int32
     )
-    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    states = None
     if name == "linear":
-      spans = model.apply(variables, tokens, mutable=["spans"])[1]
-      variables |= past.widen(spans, 1.6)
-      num_nodes = past.nodes_for(variables["spans"], 1e-4)
-      model = model.clone(num_nodes=num_nodes)
+      spans = generate.measure_spans(model, params)
+      states = generate.empty_states(model, spans, batch_size, 1.6)
     start = np.zeros(batch_size, np.int32)
     draw = make_draw(Sampling(), VOCAB_SIZE)
     prefill = jax.jit(
-      functools.partial(steps.prefill, model, kind="greedy", num_slots=length)
+      functools.partial(
+        generate.prefill, model, kind="greedy", num_slots=length
+      )
     )
-    # What the slots between hold takes no other time than keys would.
-    self._state = prefill(variables, tokens, start, draw)
-    self._step = np.int32(length - PROMPT - CHUNK + 1)
-    self.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state.cache))
-    decode = jax.jit(
-      functools.partial(steps.decode, model, CHUNK, kind="greedy"),
-      donate_argnames="state",
+    # Slots that hold no keys take the same time as the others.
+    self._state = prefill(params, tokens, start, states=states, draw=draw)
+    self._position = np.int32(length - CHUNK)
+    caches = jax.tree.leaves(self._state.caches)
+    self.cache_bytes = sum(x.nbytes for x in caches)
+    decode = functools.partial(
+      generate.decode, model, kind="greedy", num_tokens=CHUNK
     )
-    self._decode = lambda state: decode(
-      variables, state, start, np.int32(PROMPT), draw
-    )
+    decode = jax.jit(decode, donate_argnames="state")
+    self._decode = lambda state: decode(params, state, start, draw=draw)
 
   def __call__(self) -> None:
-    self._state, tokens = self._decode(self._state._replace(step=self._step))
+    state = self._state._replace(position=self._position)
+    self._state, tokens = self._decode(state)
     jax.block_until_ready(tokens)
 
 

@@ -308,8 +308,8 @@ def predict(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
   """Prints prompts and what follows them: one as it comes, several in order."""
   from folding.serving import export as export_lib
+  from folding.serving import generate as generate_lib
   from folding.serving import predict as predict_lib
-  from folding.serving import text
   from folding.serving.sampling import Sampling
 
   prompts = args.prompt or []
@@ -323,7 +323,7 @@ def generate(args: argparse.Namespace) -> None:
   except UnicodeEncodeError as error:
     raise ConfigError(f"a prompt is not UTF-8: {error.reason}") from None
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-  pieces = text.continue_texts(
+  pieces = generate_lib.continue_texts(
     export_lib.load(args.path),
     prompts,
     max_new_tokens=args.max_new_tokens,

@@ -18,8 +18,8 @@ ORDER = {
   ],
   "data": ["python_stdlib", "sources", "tokenizers", "trim", "batches"],
   "models": [
-    *("projections", "cache", "chebyshev", "nodal", "chunked"),
-    *("linear_attention", "past", "attention", "transformer"),
+    *("projections", "chebyshev", "linear_attention", "decode"),
+    *("attention", "transformer"),
     *("hf_config", "hf_weights"),
   ],
   "compression": [
@@ -42,7 +42,7 @@ ORDER = {
   ],
   "serving": [
     *("export", "predict"),
-    *("sampling", "steps", "generate", "text"),
+    *("sampling", "generate"),
   ],
   "reporting": [
     *("runs", "words", "grouping", "plots", "report", "compare"),

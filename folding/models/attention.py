@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from folding.config import Layer, ModelConfig
-from folding.models import cache as cache_lib
+from folding.models import decode as decode_lib
 from folding.models import linear_attention
-from folding.models import past as past_lib
-from folding.models.cache import Step
+from folding.models.decode import Cache, Step
+from folding.models.linear_attention import PastState
 from folding.models.projections import BlockDiagonal, HeadProjection
 
 _MASKED = -1e30  # finite, so that a row with no key at all stays finite
-_TOLERANCE = 1e-4  # of attention in linear time, over the range of the values
+TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
 
 
 def attend(
@@ -153,146 +153,166 @@ def rotate(
 
 
 class Attention(nn.Module):
-  """Multi-head attention whose q, k and v may be folded, each by itself.
+  """Multi-head attention with dense or folded projections.
 
-  Parameters: q, k, v (see `projections`), o/kernel [H, K, D], with ALiBi
-  log_slopes [H], and with RoPE by pairs frequency [J, G/2], which is fixed.
+  Parameters: q, k and v (see `projections`), o/kernel [H, K, D]; with ALiBi
+  log_slopes [H]; with RoPE by pairs frequency [J, G/2], which is not trained.
 
-  Where the collection "cache" is mutable, keys and values are written to its
-  "slots" (see `cache`), or go into its "past" (see `past`) where there are
-  nodes and logits have rank 1. With a step, attention is to what is there.
-  Where the collection "logits" is mutable, those of whole texts are written to
-  its "attention", [B, H, L, L].
+  Attributes:
+    config: Of the model.
+    layer: Shape of this layer.
+    out_init: Initializer of W_O.
+    dtype: Of the computation.
   """
 
   config: ModelConfig
   layer: Layer
   out_init: nn.initializers.Initializer
   dtype: Any = jnp.float32
-  num_nodes: int = 0  # of a past in place of slots; 0: none
 
-  @nn.compact
-  def __call__(
-    self,
-    x_BLD: Float[Array, "B L D"],
-    keep_BL: Bool[Array, "B L"] | None = None,
-    step: Step | None = None,
-  ) -> Float[Array, "B L D"]:
-    c, f = self.config, self.layer
-    K, heads = f.head_dim, f.heads
-    if keep_BL is not None:
-      keep_BL = keep_BL.astype(bool)  # tokenizers write 0 and 1
+  def setup(self):
+    c, layer = self.config, self.layer
+    H, J, K = len(layer.heads), layer.num_kv_heads, layer.head_dim
 
-    def head_projection(name: str, num_heads: int, groups: int):
+    def heads(count: int, groups: int):
       return HeadProjection(
-        num_heads, K, groups, f.axis, f.qkv_bias, self.dtype, name=name
+        num_heads=count,
+        head_dim=K,
+        groups=groups,
+        axis=layer.axis,
+        use_bias=layer.qkv_bias,
+        dtype=self.dtype,
       )
 
-    q = head_projection("q", len(heads), f.groups)(x_BLD)
-    k = head_projection("k", f.num_kv_heads, f.groups)(x_BLD)
-    if f.v_block:
-      v = BlockDiagonal(
-        heads, K, f.v_block, f.v_identity, self.dtype, name="v"
-      )(x_BLD)
-    else:
-      v = head_projection("v", f.num_kv_heads, 0)(x_BLD)
-    place_L = jnp.arange(x_BLD.shape[1]) if step is None else step.place[None]
-    if c.positions == "rope":
-      q, k = self._rotate(q, k, K, place_L)
-    slopes_H = self._slopes(heads)
-    if self._writes("logits"):
-      bias_HLM = self._bias(place_L, place_L, slopes_H)
-      k_BJGM = k.transpose(0, 2, 3, 1)
-      logits = attention_logits(q, k_BJGM, bias_HLM, keep_BL, head_dim=K)
-      self.put_variable("logits", "attention", logits)
-    is_rank_1 = c.causal and has_rank_1(c, f)
-    if is_rank_1 and self._writes("spans"):
-      span = past_lib.span_of_all(q[..., 0], k[..., 0], K)
-      self.put_variable("spans", "span", span)
-    if is_rank_1 and self.num_nodes and self._writes("cache"):
-      arrays = q[..., 0], k[..., 0], v, slopes_H, keep_BL
-      if step is None:
-        span = self.get_variable("spans", "span")
-        past, out_BLHK = past_lib.begin(
-          span, *arrays, head_dim=K, num_nodes=self.num_nodes
-        )
-      else:
-        past = self.get_variable("cache", "past")
-        past, out_BLHK = past_lib.go_on(past, *arrays, head_dim=K)
-      self.put_variable("cache", "past", past)
-    elif step is None:
-      if takes_linear(c, f, x_BLD.shape):
-        out_BLHK = linear_attention.attend_checked(
-          *(q[..., 0], k[..., 0], v, slopes_H, keep_BL),
-          head_dim=K,
-          causal=c.causal,
-          tolerance=_TOLERANCE,
-        )
-      else:
-        bias_HLM = self._bias(place_L, place_L, slopes_H)
-        out_BLHK = attend(q, k, v, bias_HLM, keep_BL, head_dim=K)
-      if self._writes("cache"):
-        self.put_variable("cache", "slots", cache_lib.by_head(k, v))
-    else:
-      cache = self.get_variable("cache", "slots")
-      cache = cache_lib.write(cache, cache_lib.by_head(k, v), step.place)
-      self.put_variable("cache", "slots", cache)
-      place_M = cache_lib.places(cache["k"].shape[-1], step.place)
-      bias_HLM = self._bias(place_L, place_M, slopes_H)
-      keep_BM = place_M[None] >= step.start_B[:, None]
-      out_BLHK = attend_by_head(
-        q, cache["k"], cache["v"], bias_HLM, keep_BM, head_dim=K
+    self.q, self.k = heads(H, layer.groups), heads(J, layer.groups)
+    if layer.v_block:
+      self.v = BlockDiagonal(
+        layer.heads, K, layer.v_block, layer.v_identity, self.dtype
       )
-    return nn.DenseGeneral(
+    else:
+      self.v = heads(J, 0)
+    self.o = nn.DenseGeneral(
       c.width,
       axis=(-2, -1),
       use_bias=c.use_bias,
       kernel_init=self.out_init,
       dtype=self.dtype,
-      name="o",
-    )(out_BLHK)
-
-  def _writes(self, collection: str) -> bool:
-    # In `init` all are mutable, but parameters are all that is asked for.
-    return self.is_mutable_collection(collection) and not self.is_initializing()
-
-  def _rotate(self, q, k, head_dim: int, place_L):
-    """Turns queries and keys by their places."""
-    c, f = self.config, self.layer
-    size = q.shape[-1]
-    if size < head_dim and f.rope == "pairs":
-      frequency = self.param(
-        "frequency",
-        lambda _: jnp.tile(
-          rope_frequencies(size, c.rope_base, c.rope_scaling), (k.shape[2], 1)
-        ),
-      )
-      frequency = jax.lax.stop_gradient(frequency)
-      of_q = jnp.repeat(frequency, q.shape[2] // k.shape[2], axis=0)
-      return rotate(q, of_q, place_L), rotate(k, frequency, place_L)
-    # A rotation acts on all K channels, so the G numbers (not the kernels)
-    # are copied first.
-    frequency = rope_frequencies(head_dim, c.rope_base, c.rope_scaling)[None]
-    q = jnp.repeat(q, head_dim // size, axis=-1)
-    k = jnp.repeat(k, head_dim // size, axis=-1)
-    return rotate(q, frequency, place_L), rotate(k, frequency, place_L)
-
-  def _slopes(self, heads: tuple[int, ...]) -> Float[Array, " H"] | None:
-    """Returns the slope of each head; None without ALiBi."""
-    c = self.config
-    if c.positions != "alibi":
-      return None
-    slopes_H = jnp.array(alibi_slopes(c.num_heads), jnp.float32)
-    log_slopes_H = self.param(
-      "log_slopes", lambda _: jnp.log(slopes_H)[jnp.array(heads)]
     )
-    return jnp.exp(log_slopes_H.astype(jnp.float32))
+    if c.positions == "alibi":
+      slopes_H = alibi_slopes(c.num_heads)[list(layer.heads)]
+      self.log_slopes = self.param(
+        "log_slopes", lambda _: jnp.log(jnp.array(slopes_H, jnp.float32))
+      )
+    if self._has_pairs:
+      pairs = rope_frequencies(layer.groups, c.rope_base, c.rope_scaling)
+      self.frequency = self.param(
+        "frequency", lambda _: jnp.tile(pairs, (J, 1))
+      )
 
-  def _bias(self, place_L, place_M, slopes_H) -> Float[Array, "H L M"]:
-    """Returns -slope |i - j| a head, the causal mask and the window's."""
+  def __call__(
+    self,
+    x_BLD: Float[Array, "B L D"],
+    keep_BL: Bool[Array, "B L"] | None = None,
+  ) -> Float[Array, "B L D"]:
+    """Attends within whole sequences.
+
+    Args:
+      x_BLD: Input of the layer.
+      keep_BL: False or 0 at pad tokens; None: no padding.
+    """
+    q, k, v = self.project(x_BLD, jnp.arange(x_BLD.shape[1]))
+    return self.o(self._attend(q, k, v, keep_BL))
+
+  def prefill(
+    self,
+    x_BLD: Float[Array, "B L D"],
+    keep_BL: Bool[Array, "B L"],
+    state: PastState | None,
+  ) -> tuple[Float[Array, "B L D"], Cache]:
+    """Attends within prompts, and returns what decoding needs of them.
+
+    Args:
+      x_BLD: Input of the layer for left-padded prompts.
+      keep_BL: False at pad tokens.
+      state: The empty state to extend; None: make a KV cache of L slots.
+    """
+    q, k, v = self.project(x_BLD, jnp.arange(x_BLD.shape[1]))
+    if state is None:
+      out_BLHK = self._attend(q, k, v, keep_BL)
+      return self.o(out_BLHK), decode_lib.make_cache(k, v)
+    state, out_BLHK = self._extend(state, q, k, v, keep_BL)
+    return self.o(out_BLHK), state
+
+  def decode(
+    self, x_B1D: Float[Array, "B 1 D"], cache: Cache, step: Step
+  ) -> tuple[Float[Array, "B 1 D"], Cache]:
+    """Attends from one new token per row to all tokens so far.
+
+    Args:
+      x_B1D: Input of the layer for the new tokens.
+      cache: From `prefill`, or from here.
+      step: Position of the new tokens.
+    """
+    q, k, v = self.project(x_B1D, step.position[None])
+    if isinstance(cache, PastState):
+      cache, out_B1HK = self._extend(cache, q, k, v, None)
+      return self.o(out_B1HK), cache
+    cache = decode_lib.write(cache, decode_lib.make_cache(k, v), step.position)
+    position_M = decode_lib.slot_positions(cache.k.shape[2], step.position)
+    out_B1HK = attend_by_head(
+      q,
+      cache.k,
+      cache.v,
+      self.bias(step.position[None], position_M),
+      position_M[None] >= step.start_B[:, None],
+      head_dim=self.layer.head_dim,
+    )
+    return self.o(out_B1HK), cache
+
+  def project(
+    self, x_BLD: Float[Array, "B L D"], position_L: Int[Array, " L"]
+  ) -> tuple[Array, Array, Array]:
+    """Returns queries, keys and values, rotated if positions are rotary.
+
+    Args:
+      x_BLD: Input of the layer.
+      position_L: Positions of the tokens.
+
+    Returns:
+      q_BLHG, k_BLJG and v_BLIK, with K numbers for G unless logits are folded.
+    """
+    c, layer = self.config, self.layer
+    q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
+    if c.positions != "rope":
+      return q, k, v
+    if self._has_pairs:
+      frequency = jax.lax.stop_gradient(self.frequency)
+      per_query = jnp.repeat(frequency, q.shape[2] // k.shape[2], axis=0)
+      return (
+        rotate(q, per_query, position_L),
+        rotate(k, frequency, position_L),
+        v,
+      )
+    # A rotation acts on all K channels, so the G numbers are copied first.
+    copies = layer.head_dim // q.shape[-1]
+    q, k = jnp.repeat(q, copies, axis=-1), jnp.repeat(k, copies, axis=-1)
+    frequency = rope_frequencies(layer.head_dim, c.rope_base, c.rope_scaling)
+    frequency = frequency[None]
+    return rotate(q, frequency, position_L), rotate(k, frequency, position_L), v
+
+  def bias(
+    self, query_L: Int[Array, " L"], key_M: Int[Array, " M"]
+  ) -> Float[Array, "#H L M"]:
+    """Returns ALiBi's -slope |i - j| per head, and the mask of hidden keys.
+
+    Args:
+      query_L: Positions of the queries.
+      key_M: Positions of the keys.
+    """
     c = self.config
-    distance_LM = place_L[:, None] - place_M[None, :]
+    distance_LM = query_L[:, None] - key_M[None, :]
     bias_HLM = jnp.zeros((1, *distance_LM.shape), jnp.float32)
+    slopes_H = self._slopes()
     if slopes_H is not None:
       bias_HLM = -slopes_H[:, None, None] * jnp.abs(distance_LM)[None]
     is_seen_LM = jnp.ones(distance_LM.shape, bool)
@@ -302,24 +322,59 @@ class Attention(nn.Module):
       is_seen_LM &= jnp.abs(distance_LM) < c.window
     return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
 
+  def _attend(self, q, k, v, keep_BL) -> Float[Array, "B L H K"]:
+    """Attends within whole sequences."""
+    c, length = self.config, q.shape[1]
+    if keep_BL is not None:
+      keep_BL = keep_BL.astype(bool)
+    # Chunks need a known length, which an exported program may leave open.
+    is_known = isinstance(q.shape[0], int) and isinstance(length, int)
+    if c.attention == "linear" and has_rank_1(c, self.layer) and is_known:
+      return linear_attention.attend_checked(
+        q[..., 0],
+        k[..., 0],
+        v,
+        self._slopes(),
+        keep_BL,
+        head_dim=self.layer.head_dim,
+        causal=c.causal,
+        tolerance=TOLERANCE,
+      )
+    position_L = jnp.arange(length)
+    bias_HLM = self.bias(position_L, position_L)
+    return attend(q, k, v, bias_HLM, keep_BL, head_dim=self.layer.head_dim)
 
-def has_rank_1(c: ModelConfig, f: Layer) -> bool:
-  """Returns whether logits are products of two numbers, but for ALiBi."""
+  def _extend(self, state: PastState, q, k, v, keep_BL):
+    """Returns the state after more tokens, and their attention."""
+    return linear_attention.extend(
+      state,
+      q[..., 0],
+      k[..., 0],
+      v,
+      self._slopes(),
+      keep_BL,
+      head_dim=self.layer.head_dim,
+    )
+
+  @property
+  def _has_pairs(self) -> bool:
+    """Whether G numbers per head are rotated as G/2 pairs."""
+    c, layer = self.config, self.layer
+    is_folded = 0 < layer.groups < layer.head_dim and layer.axis == "output"
+    return c.positions == "rope" and layer.rope == "pairs" and is_folded
+
+  def _slopes(self) -> Float[Array, " H"] | None:
+    """Returns the ALiBi slope per head; None without ALiBi."""
+    if self.config.positions != "alibi":
+      return None
+    return jnp.exp(self.log_slopes.astype(jnp.float32))
+
+
+def has_rank_1(config: ModelConfig, layer: Layer) -> bool:
+  """Returns whether logits are products of two numbers, apart from ALiBi."""
   return (
-    f.groups == 1
-    and f.axis == "output"
-    and c.positions != "rope"
-    and c.window is None
+    layer.groups == 1
+    and layer.axis == "output"
+    and config.positions != "rope"
+    and config.window is None
   )
-
-
-def takes_linear(c: ModelConfig, f: Layer, shape: tuple[Any, ...]) -> bool:
-  """Returns whether a layer attends to whole texts in linear time.
-
-  Args:
-    c: The model.
-    f: The layer.
-    shape: B, L and D; a program of any B or L has to be dense.
-  """
-  is_static = all(isinstance(size, int) for size in shape)
-  return c.attention == "linear" and has_rank_1(c, f) and is_static

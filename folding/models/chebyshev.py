@@ -5,8 +5,6 @@ inside a panel, with x in [-1, 1] and a = (half width of the panel) * max |t|,
 what is interpolated is e^(a x).
 """
 
-import bisect
-import functools
 import math
 
 import jax.numpy as jnp
@@ -128,32 +126,3 @@ def panels(num_nodes: int) -> int:
       f"num_nodes must be a multiple of {NODES}; it is {num_nodes}"
     )
   return num_nodes // NODES
-
-
-@functools.cache
-def nodes_for(s_half: float, t_half: float, tolerance: float) -> int:
-  """Returns the fewest nodes whose `error_bound` is within the tolerance.
-
-  Raises:
-    ValueError: no number is enough, because of rounding or infinite ranges.
-
-  Example:
-    >>> nodes_for(2.0, 4.0, 1e-4), nodes_for(12.0, 4.0, 1e-4)
-    (32, 192)
-  """
-  if not error_bound(0.0, 0.0, NODES) <= tolerance:
-    raise ValueError(
-      f"the tolerance {tolerance:g} is below the rounding of float32; "
-      f"{float(error_bound(0.0, 0.0, NODES)):.1g} is within reach"
-    )
-  if not math.isfinite(s_half * t_half):
-    raise ValueError("the range of the queries and keys is not finite")
-
-  def is_enough(P: int) -> bool:
-    return bool(error_bound(s_half, t_half, P * NODES) <= tolerance)
-
-  most = 1
-  while not is_enough(most):
-    most *= 2
-  counts = range(1, most + 1)
-  return NODES * counts[bisect.bisect_left(counts, True, key=is_enough)]

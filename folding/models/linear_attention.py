@@ -1,11 +1,18 @@
-"""Attention in linear time where logits have rank 1, as with G = 1.
+"""Attention in linear time for logits of rank 1, as with G = 1.
 
-Logits s_i t_j make a head's output a function of one number: f(s) = sum_j
-e^(s t_j) v_j over its normaliser sum_j e^(s t_j), and both sums are known at
-all s once they are known at N nodes (see `chebyshev`). So a text is cut into
-chunks: inside a chunk attention is computed exactly, and all before it is a
-`PastState` of the same size whatever its length (see `nodal`). ALiBi
-multiplies the sums by e^(-slope) a position, without loss.
+With one number per query and key, the logits are s_i t_j, and the output of a
+head is a function of one number,
+
+  f(s) = sum_j e^(s t_j) v_j / sum_j e^(s t_j).
+
+Both sums are smooth in s: their values at N nodes give them everywhere (see
+`chebyshev`). A sequence is cut into chunks. Attention inside a chunk is exact;
+the keys of all earlier chunks are represented by their sums at the nodes,
+whose size does not depend on the sequence length. ALiBi decays these sums by
+e^(-slope) per position, without loss.
+
+Shapes: s_BHCL scaled queries, t_BHCM centered keys and v_BHCMK values of C
+chunks of L = M positions, in float32; P panels of X nodes, N = P X.
 """
 
 import functools
@@ -13,13 +20,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from folding.models import chebyshev, chunked, nodal
+from folding.models import chebyshev
+
+_MASKED = -1e30  # logit of a hidden key
+_FLOOR = -1e29  # smallest running maximum: e^(_MASKED - _FLOOR) is 0
+_BLOCK = 4096  # positions times heads per scan step; fits a processor's cache
+_EXACT = 2**21  # logits per step of exact attention
+
+_stop = jax.lax.stop_gradient
 
 
 class Span(NamedTuple):
-  """Ranges of s = sqrt(K) q and of t = k that the nodes serve."""
+  """Ranges of s = sqrt(K) q and of t = k that the nodes cover."""
 
   s_low: Float[Array, "#B #H"]
   s_high: Float[Array, "#B #H"]
@@ -31,25 +46,53 @@ class Span(NamedTuple):
     """Half the range of t."""
     return (self.t_high - self.t_low) / 2
 
-  def grid(self, num_nodes: int) -> nodal.Grid:
-    """Returns so many nodes for these ranges."""
-    return nodal.make_grid(self.s_low, self.s_high, self.t_half, num_nodes)
-
 
 class PastState(NamedTuple):
-  """All that later positions need to know of a text; P + N (K + 1) numbers.
+  """The earlier positions of a sequence, in constant size, for decoding.
+
+  P + N (K + 1) numbers per head.
 
   Attributes:
-    span: What the nodes were chosen for.
-    top_BHP: Running maximum of the logits at the centre of each panel.
-    norm_BHN: Normaliser at each node, over e^top.
-    sum_BHNK: Weighted sum of values at each node, over e^top.
+    span: The ranges that the nodes cover.
+    top_BHP: Running maximum of the logits at the center of each panel.
+    norm_BHN: Normalizer at each node, divided by e^top.
+    sum_BHNK: Weighted sum of values at each node, divided by e^top.
+    is_outside_B: Whether any query or key was outside the span. If so, outputs
+      from that position on are wrong.
   """
 
   span: Span
   top_BHP: Float[Array, "B H P"]
   norm_BHN: Float[Array, "B H N"]
   sum_BHNK: Float[Array, "B H N K"]
+  is_outside_B: Bool[Array, " B"]
+
+
+class _Inputs(NamedTuple):
+  """What attention is computed from, in float32 and inside the span."""
+
+  s_BHL: Array
+  t_BHL: Array
+  v_BHLK: Array
+  slopes_H: Array
+  keep_BL: Array | None
+
+
+class _Grid(NamedTuple):
+  """Node positions in s. Panel p extends by half_BH to both sides of center_p."""
+
+  low_BH: Array  # lower end of the first panel
+  half_BH: Array
+  center_BHP: Array
+  step_BHX: Array  # of the nodes from the center of their panel
+
+
+class _Sums(NamedTuple):
+  """Softmax sums over some of the keys, divided by e^top."""
+
+  values: Array  # weighted values, [..., K]
+  norm: Array  # sum of the weights
+  top: Array  # running maximum of the logits; has no gradient
 
 
 def measure_span(
@@ -59,7 +102,14 @@ def measure_span(
   *,
   head_dim: int,
 ) -> Span:
-  """Returns the ranges of each text's queries and keys, a head."""
+  """Returns the ranges of queries and keys per sequence and head.
+
+  Args:
+    q_BLH: Queries, padding included.
+    k_BLJ: Keys.
+    keep_BL: False at pad tokens, whose keys do not count; None: no padding.
+    head_dim: K, of the unfolded queries.
+  """
   s_BLH = head_dim**0.5 * q_BLH.astype(jnp.float32)
   t_BLH = _repeat(k_BLJ.astype(jnp.float32), q_BLH.shape[2])
   low_BH, high_BH = t_BLH.min(1), t_BLH.max(1)
@@ -67,18 +117,21 @@ def measure_span(
     keep_BL1 = keep_BL[..., None]
     low_BH = jnp.where(keep_BL1, t_BLH, jnp.inf).min(1)
     high_BH = jnp.where(keep_BL1, t_BLH, -jnp.inf).max(1)
-    is_empty = ~keep_BL.any(1)[:, None]  # a text of padding alone
+    is_empty = ~keep_BL.any(1)[:, None]  # padding only
     low_BH = jnp.where(is_empty, 0.0, low_BH)
     high_BH = jnp.where(is_empty, 0.0, high_BH)
-  span = Span(s_BLH.min(1), s_BLH.max(1), low_BH, high_BH)
-  return jax.lax.stop_gradient(span)
+  return _stop(Span(s_BLH.min(1), s_BLH.max(1), low_BH, high_BH))
 
 
 def span_bound(span: Span, num_nodes: int) -> Float[Array, "#B #H"]:
-  """Returns the `chebyshev.error_bound` of each text and head."""
+  """Returns the `chebyshev.error_bound` per sequence and head.
+
+  Args:
+    span: Ranges of queries and keys.
+    num_nodes: N, a multiple of 16.
+  """
   P = chebyshev.panels(num_nodes)
-  half_BH = nodal.panel_half(span.s_low, span.s_high, span.t_half, P)
-  return chebyshev.error_bound(P * half_BH, span.t_half, num_nodes)
+  return chebyshev.error_bound(P * _panel_half(span, P), span.t_half, num_nodes)
 
 
 def attend_linear(
@@ -96,54 +149,47 @@ def attend_linear(
 ) -> Float[Array, "B L H K"]:
   """Returns softmax(sqrt(K) q k - slope |i - j|) v in O(L) time and memory.
 
-  Result and gradients differ from those of dense attention by rounding and
-  interpolation alone; for the result, `span_bound` bounds both.
+  The result and its gradients differ from those of dense attention by rounding
+  and interpolation. `span_bound` bounds both errors of the result.
 
-  The nodes follow the data unless `span` says where they are. Then an output
-  depends on later keys, though by no more than that difference; what is to be
-  strictly causal, bit for bit, needs a given span.
+  The nodes follow the data unless `span` is given. An output then depends on
+  later keys, by no more than the error bound. With a given span, attention is
+  strictly causal, bit for bit.
 
   Args:
-    q_BLH: The one number of a query, of which K copies make the unfolded one.
-    k_BLJ: The same of a key; J divides H, neighbouring heads share a key.
+    q_BLH: Queries, one number each; the unfolded query has K copies of it.
+    k_BLJ: Keys, one number each; J divides H, neighboring heads share a key.
     v_BLIK: Values; I divides H.
     slopes_H: ALiBi slopes, differentiable; None: no positions.
-    keep_BL: False at padding; None: no padding. A position that sees no key
-      gives 0.
+    keep_BL: False at pad tokens; None: no padding. A position without any
+      visible key outputs 0.
     head_dim: K, of the unfolded queries.
     causal: Whether later keys are hidden.
-    num_nodes: N, as from `chebyshev.nodes_for`.
-    chunk: Positions between which attention is exact.
-    span: Queries and keys outside are moved to its ends; None: measured.
+    num_nodes: N, a multiple of 16.
+    chunk: Positions per chunk; attention inside a chunk is exact.
+    span: Queries and keys outside are clipped to it; None: measured.
   """
   if span is None:
     span = measure_span(q_BLH, k_BLJ, keep_BL, head_dim=head_dim)
-  arrays = _prepare(q_BLH, k_BLJ, v_BLIK, span, head_dim)
-  grid = span.grid(num_nodes)
+  x = _prepare(
+    (q_BLH, k_BLJ, v_BLIK), slopes_H, keep_BL, span=span, head_dim=head_dim
+  )
+  grid = _make_grid(span, num_nodes)
   if not causal and slopes_H is None:
-    out_BHLK = chunked.attend_all(*arrays, keep_BL, grid)
+    out_BHLK = _attend_all(x, grid)
     return out_BHLK.swapaxes(1, 2).astype(v_BLIK.dtype)
   B, _, H = q_BLH.shape
-  slopes_H = _slopes(slopes_H, q_BLH)
   state = init_state(span, B, H, v_BLIK.shape[3], num_nodes)
-  past = nodal.Part(state.sum_BHNK, state.norm_BHN, state.top_BHP)
-  _, part = chunked.scan(past, arrays, slopes_H, keep_BL, grid, chunk)
+  past = _Sums(state.sum_BHNK, state.norm_BHN, state.top_BHP)
+  _, sums = _scan(past, x, grid, chunk=chunk)
   if not causal:
-    # What comes later is what came before in the text read backwards.
-    s_BHL, t_BHL, v_BHLK = (jnp.flip(x, 2) for x in arrays)
+    # Later positions are the earlier ones of the reversed sequence.
     keep_BL = None if keep_BL is None else jnp.flip(keep_BL, 1)
-    _, later = chunked.scan(
-      past,
-      (s_BHL, t_BHL, v_BHLK),
-      slopes_H,
-      keep_BL,
-      grid,
-      chunk,
-      is_strict=True,
-    )
-    later = nodal.Part(*(jnp.flip(x, 2) for x in later))
-    part = nodal.join(part, later)
-  return nodal.divide(part).swapaxes(1, 2).astype(v_BLIK.dtype)
+    s_BHL, t_BHL, v_BHLK = (jnp.flip(a, 2) for a in x[:3])
+    x = _Inputs(s_BHL, t_BHL, v_BHLK, x.slopes_H, keep_BL)
+    _, later = _scan(past, x, grid, chunk=chunk, is_strict=True)
+    sums = _join(sums, _Sums(*(jnp.flip(a, 2) for a in later)))
+  return _divide(sums).swapaxes(1, 2).astype(v_BLIK.dtype)
 
 
 def attend_checked(
@@ -159,21 +205,29 @@ def attend_checked(
   num_nodes: tuple[int, ...] = (64, 256),
   chunk: int = 64,
 ) -> Float[Array, "B L H K"]:
-  """Returns `attend_linear` where it is as exact as asked for, else dense.
+  """Returns `attend_linear` if its error bound is small enough, else exact.
 
-  The ranges of queries and keys decide when it is run: the first number of
-  nodes whose `span_bound` is within the tolerance in all texts and heads is
-  used, and if there is none all logits are computed, in O(L^2) time but O(L)
-  memory. Under `jax.vmap` all alternatives are computed.
+  The decision is made at run time from the ranges of queries and keys. The
+  first of `num_nodes` whose `span_bound` is within the tolerance, in all
+  sequences and heads, is used. If there is none, all logits are computed: O(L^2)
+  time, O(L) memory. Under `jax.vmap` all alternatives are computed.
 
-  Arguments are those of `attend_linear`; `tolerance` is the largest error, over
-  the range of the values, and `num_nodes` are tried in this order.
+  Args:
+    q_BLH: As in `attend_linear`, like all arguments that are not listed.
+    k_BLJ: Keys.
+    v_BLIK: Values.
+    slopes_H: ALiBi slopes.
+    keep_BL: False at pad tokens.
+    head_dim: K.
+    causal: Whether later keys are hidden.
+    tolerance: Largest error, relative to the range of the values.
+    num_nodes: Numbers of nodes to try, in this order.
+    chunk: Positions per chunk.
   """
   span = measure_span(q_BLH, k_BLJ, keep_BL, head_dim=head_dim)
   is_enough = jnp.stack(
     [(span_bound(span, n) <= tolerance).all() for n in num_nodes]
   )
-  inputs = (q_BLH, k_BLJ, v_BLIK, slopes_H, keep_BL)
 
   def linear(inputs, num_nodes):
     return attend_linear(
@@ -185,41 +239,36 @@ def attend_checked(
       span=span,
     )
 
-  def dense(inputs):
-    q_BLH, k_BLJ, v_BLIK, slopes_H, keep_BL = inputs
-    out_BHLK = chunked.attend_exact(
-      *_prepare(q_BLH, k_BLJ, v_BLIK, span, head_dim),
-      _slopes(slopes_H, q_BLH),
-      keep_BL,
-      causal=causal,
-    )
+  def exact(inputs):
+    x = _prepare(inputs[:3], *inputs[3:], span=span, head_dim=head_dim)
+    out_BHLK = _attend_exact(x, causal=causal)
     return out_BHLK.swapaxes(1, 2).astype(v_BLIK.dtype)
 
   branches = [functools.partial(linear, num_nodes=n) for n in num_nodes]
   first = jnp.where(is_enough.any(), is_enough.argmax(), len(num_nodes))
-  return jax.lax.switch(first, [*branches, dense], inputs)
+  inputs = (q_BLH, k_BLJ, v_BLIK, slopes_H, keep_BL)
+  return jax.lax.switch(first, [*branches, exact], inputs)
 
 
 def init_state(
   span: Span, batch_size: int, num_heads: int, head_dim: int, num_nodes: int
 ) -> PastState:
-  """Returns the state of empty texts.
+  """Returns the state of empty sequences.
 
   Args:
-    span: What queries and keys will keep to, which has to be known before the
-      text is: measured on other texts, and widened.
+    span: Ranges that later queries and keys must stay in.
     batch_size: B.
     num_heads: H.
     head_dim: K of the values.
-    num_nodes: N, as from `chebyshev.nodes_for`.
+    num_nodes: N, a multiple of 16.
   """
-  BH = batch_size, num_heads
-  P, kind = chebyshev.panels(num_nodes), jnp.float32
+  B, H, P = batch_size, num_heads, chebyshev.panels(num_nodes)
   return PastState(
     span,
-    jnp.full((*BH, P), nodal.FLOOR, kind),
-    jnp.zeros((*BH, num_nodes), kind),
-    jnp.zeros((*BH, num_nodes, head_dim), kind),
+    jnp.full((B, H, P), _FLOOR, jnp.float32),
+    jnp.zeros((B, H, num_nodes), jnp.float32),
+    jnp.zeros((B, H, num_nodes, head_dim), jnp.float32),
+    jnp.zeros(B, bool),
   )
 
 
@@ -236,21 +285,47 @@ def extend(
 ) -> tuple[PastState, Float[Array, "B L H K"]]:
   """Returns the state after L more positions, and their causal attention.
 
-  A prompt goes in at once, decoding a position at a time (L = 1): a step costs
-  the same whatever the length so far. Arguments are those of `attend_linear`.
+  A prompt is one call. Decoding is one call per token (L = 1), whose cost does
+  not depend on the number of earlier tokens.
+
+  Args:
+    state: From `init_state`, or from here.
+    q_BLH: As in `attend_linear`, like all arguments that follow.
+    k_BLJ: Keys.
+    v_BLIK: Values.
+    slopes_H: ALiBi slopes.
+    keep_BL: False at pad tokens.
+    head_dim: K.
+    chunk: Positions per chunk.
   """
   if keep_BL is None:
     keep_BL = jnp.ones(q_BLH.shape[:2], bool)
-  past, part = chunked.scan(
-    nodal.Part(state.sum_BHNK, state.norm_BHN, state.top_BHP),
-    _prepare(q_BLH, k_BLJ, v_BLIK, state.span, head_dim),
-    _slopes(slopes_H, q_BLH),
-    keep_BL,
-    state.span.grid(state.norm_BHN.shape[2]),
-    chunk,
+  past, sums = _scan(
+    _Sums(state.sum_BHNK, state.norm_BHN, state.top_BHP),
+    _prepare(
+      (q_BLH, k_BLJ, v_BLIK),
+      slopes_H,
+      keep_BL,
+      span=state.span,
+      head_dim=head_dim,
+    ),
+    _make_grid(state.span, state.norm_BHN.shape[2]),
+    chunk=chunk,
   )
-  out_BLHK = nodal.divide(part).swapaxes(1, 2).astype(v_BLIK.dtype)
-  return PastState(state.span, past.top, past.norm, past.sum_K), out_BLHK
+  is_outside_BL = _is_outside(state.span, q_BLH, k_BLJ, head_dim)
+  is_outside_B = state.is_outside_B | (is_outside_BL & keep_BL).any(1)
+  state = PastState(state.span, past.top, past.norm, past.values, is_outside_B)
+  return state, _divide(sums).swapaxes(1, 2).astype(v_BLIK.dtype)
+
+
+def _is_outside(span: Span, q_BLH, k_BLJ, head_dim: int) -> Array:
+  """Returns which positions have a query or key outside the span, [B, L]."""
+  s_BLH = head_dim**0.5 * q_BLH.astype(jnp.float32)
+  t_BLH = _repeat(k_BLJ.astype(jnp.float32), q_BLH.shape[2])
+  s_low, s_high, t_low, t_high = (x[:, None] for x in span)
+  is_outside_BLH = (s_BLH < s_low) | (s_BLH > s_high)
+  is_outside_BLH |= (t_BLH < t_low) | (t_BLH > t_high)
+  return is_outside_BLH.any(2)
 
 
 def _repeat(x: Array, num_heads: int) -> Array:
@@ -258,28 +333,331 @@ def _repeat(x: Array, num_heads: int) -> Array:
   return jnp.repeat(x, num_heads // x.shape[2], axis=2)
 
 
-def _slopes(slopes_H: Array | None, q_BLH: Array) -> Array:
-  if slopes_H is None:
-    return jnp.zeros(q_BLH.shape[2:], jnp.float32)
-  return slopes_H.astype(jnp.float32)
-
-
-def _prepare(
-  q_BLH, k_BLJ, v_BLIK, span, head_dim
-) -> tuple[Array, Array, Array]:
-  """Returns s_BHL, t_BHL and v_BHLK in float32, inside the span."""
+def _prepare(arrays, slopes_H, keep_BL, *, span: Span, head_dim: int):
+  """Returns `_Inputs` of (q_BLH, k_BLJ, v_BLIK)."""
+  q_BLH, k_BLJ, v_BLIK = arrays
   num_heads = q_BLH.shape[2]
   s_BHL = head_dim**0.5 * q_BLH.astype(jnp.float32).swapaxes(1, 2)
   t_BHL = _repeat(k_BLJ.astype(jnp.float32), num_heads).swapaxes(1, 2)
-  s_BHL = _inside(s_BHL, span.s_low, span.s_high)
-  t_BHL = _inside(t_BHL, span.t_low, span.t_high)
-  # What is added to all t changes the logits of a row alike: no change.
+  s_BHL = _clip(s_BHL, span.s_low, span.s_high)
+  t_BHL = _clip(t_BHL, span.t_low, span.t_high)
+  # Shifting all keys shifts all logits of a row, which softmax ignores.
   t_BHL -= ((span.t_low + span.t_high) / 2)[..., None]
   v_BHLK = _repeat(v_BLIK.astype(jnp.float32), num_heads).swapaxes(1, 2)
-  return s_BHL, t_BHL, v_BHLK
+  if slopes_H is None:
+    slopes_H = jnp.zeros(num_heads)
+  return _Inputs(s_BHL, t_BHL, v_BHLK, slopes_H.astype(jnp.float32), keep_BL)
 
 
-def _inside(x_BHL: Array, low_BH: Array, high_BH: Array) -> Array:
-  # Not jnp.clip, which halves the gradient of what equals an end.
+def _clip(x_BHL: Array, low_BH: Array, high_BH: Array) -> Array:
+  # jnp.clip would halve the gradient of values that equal an end.
   x_BHL = jnp.where(x_BHL < low_BH[..., None], low_BH[..., None], x_BHL)
   return jnp.where(x_BHL > high_BH[..., None], high_BH[..., None], x_BHL)
+
+
+# The nodes: placing them, writing keys to them, reading queries from them.
+
+
+def _panel_half(span: Span, P: int) -> Array:
+  """Returns half the width of each of P equal panels of the range of s."""
+  # The least width keeps rounding from moving an s out of its panel, and the
+  # slope of e^(s t), which interpolation enlarges by X^2 / half, accurate.
+  least_BH = 1e-3 * jnp.maximum(jnp.abs(span.s_low), jnp.abs(span.s_high))
+  least_BH = jnp.maximum(least_BH, 0.5 / jnp.maximum(span.t_half, 0.5))
+  return jnp.maximum((span.s_high - span.s_low) / (2 * P), least_BH)
+
+
+def _make_grid(span: Span, num_nodes: int) -> _Grid:
+  P = chebyshev.panels(num_nodes)
+  half_BH = _panel_half(span, P)
+  odd_P = jnp.asarray(2 * np.arange(P) + 1, jnp.float32)[None, None]
+  center_BHP = span.s_low[..., None] + half_BH[..., None] * odd_P
+  step_BHX = half_BH[..., None] * chebyshev.nodes()[None, None]
+  return _stop(_Grid(span.s_low, half_BH, center_BHP, step_BHX))
+
+
+def _write(t_BHCM, v_BHCMK, bias_BHCM, is_seen_BHCM, grid: _Grid) -> _Sums:
+  """Returns the sums of each chunk's keys at the nodes; top is [B, H, C, P]."""
+  if is_seen_BHCM is not None:
+    bias_BHCM = jnp.where(is_seen_BHCM, bias_BHCM, _MASKED)
+  center_BHCMP = t_BHCM[..., None] * grid.center_BHP[:, :, None, None]
+  top_BHCP = (center_BHCMP + bias_BHCM[..., None]).max(3)
+  top_BHCP = _stop(jnp.maximum(top_BHCP, _FLOOR))
+  power_BHCNM = _powers(t_BHCM, bias_BHCM, top_BHCP, grid)
+  sum_BHCNK = jnp.einsum("BHCNM,BHCMK->BHCNK", power_BHCNM, v_BHCMK)
+  return _Sums(sum_BHCNK, power_BHCNM.sum(-1), top_BHCP)
+
+
+@jax.custom_jvp
+def _powers(t_BHCM, bias_BHCM, top_BHCP, grid: _Grid):
+  """Returns exp(s_n t + bias - top) as [B, H, C, N, M].
+
+  The exponent at the center is rounded once for all nodes of a panel, like a
+  logit: interpolation does not enlarge this error.
+  """
+  B, H, C, M = t_BHCM.shape
+  center_BHCPM = grid.center_BHP[:, :, None, :, None] * t_BHCM[..., None, :]
+  center_BHCPM += bias_BHCM[..., None, :] - top_BHCP[..., None]
+  step_BHCXM = grid.step_BHX[:, :, None, :, None] * t_BHCM[..., None, :]
+  exponent = center_BHCPM[..., None, :] + step_BHCXM[:, :, :, None]
+  return jnp.exp(exponent).reshape(B, H, C, -1, M)
+
+
+@_powers.defjvp
+def _powers_jvp(primals, tangents):
+  grid = primals[3]
+  power_BHCNM = _powers(*primals)
+  node_BHPX = grid.center_BHP[..., None] + grid.step_BHX[:, :, None]
+  node_BHN = node_BHPX.reshape(*node_BHPX.shape[:2], -1)
+  node_BHN = jnp.broadcast_to(
+    node_BHN, (*power_BHCNM.shape[:2], node_BHN.shape[-1])
+  )
+  one_N = jnp.ones(node_BHN.shape[-1:], jnp.float32)
+  d_BHCNM = jnp.einsum("BHN,BHCM->BHCNM", node_BHN, tangents[0])
+  d_BHCNM += jnp.einsum("N,BHCM->BHCNM", one_N, tangents[1])
+  return power_BHCNM, power_BHCNM * d_BHCNM
+
+
+def _panel_of(s_BHCL, grid: _Grid) -> tuple[Array, Array]:
+  """Returns the panel of each s, one-hot [..., P], and its x in [-1, 1]."""
+  P = grid.center_BHP.shape[-1]
+  low, half = grid.low_BH[..., None, None], grid.half_BH[..., None, None]
+  panel = jnp.clip(jnp.floor(_stop(s_BHCL - low) / (2 * half)), 0, P - 1)
+  hot_BHCLP = jax.nn.one_hot(panel.astype(int), P, dtype=jnp.float32)
+  return hot_BHCLP, (s_BHCL - low) / half - (2 * panel + 1)
+
+
+@jax.custom_jvp
+def _weights(x_BHCL, hot_BHCLP):
+  """Returns the interpolation weights of all nodes, 0 in other panels."""
+  basis_BHCLX = chebyshev.lagrange(x_BHCL)
+  weight = hot_BHCLP[..., :, None] * basis_BHCLX[..., None, :]
+  return weight.reshape(*x_BHCL.shape, -1)
+
+
+@_weights.defjvp
+def _weights_jvp(primals, tangents):
+  # The derivatives of polynomials of degree below X are such polynomials, too.
+  # Differentiating the barycentric formula would cancel digits near a node.
+  _, hot_BHCLP = primals
+  weight_BHCLN = _weights(*primals)
+  weight_BHCLPX = weight_BHCLN.reshape(*hot_BHCLP.shape, -1)
+  d_BHCLPX = jnp.einsum(
+    "BHCLPX,XY->BHCLPY", weight_BHCLPX, chebyshev.derivatives()
+  )
+  d_BHCLN = d_BHCLPX.reshape(weight_BHCLN.shape)
+  return weight_BHCLN, jnp.einsum("BHCLN,BHCL->BHCLN", d_BHCLN, tangents[0])
+
+
+def _read(weight_BHCLN, sums: _Sums, top: Array) -> _Sums:
+  """Returns the sums of queries with these weights of the nodes."""
+  return _Sums(
+    jnp.einsum("BHCLN,BHCNK->BHCLK", weight_BHCLN, sums.values),
+    jnp.einsum("BHCLN,BHCN->BHCL", weight_BHCLN, sums.norm),
+    top,
+  )
+
+
+# Sums over keys.
+
+
+def _join(a: _Sums, b: _Sums) -> _Sums:
+  """Returns the sums over the keys of both."""
+  top = _stop(jnp.maximum(a.top, b.top))
+  scale_a, scale_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+  values = jnp.einsum("...,...K->...K", scale_a, a.values)
+  values += jnp.einsum("...,...K->...K", scale_b, b.values)
+  return _Sums(values, scale_a * a.norm + scale_b * b.norm, top)
+
+
+def _divide(sums: _Sums) -> Array:
+  """Returns the averages of the values, [..., K]; 0 without any key."""
+  return sums.values / jnp.where(sums.norm > 0, sums.norm, 1)[..., None]
+
+
+def _accumulate(sums: _Sums, slopes_H, chunk: int) -> _Sums:
+  """Returns, per chunk, the decayed sums over it and all chunks before it.
+
+  Args:
+    sums: [B, H, C, N, ...]: of the past first, then of each chunk.
+    slopes_H: Decay per position.
+    chunk: Positions per chunk.
+  """
+  B, H, C, P = sums.top.shape
+  lag_IJ = np.arange(C)[:, None] - np.arange(C)  # chunk I sums over chunks J
+  ages_IJ = jnp.asarray(chunk * np.maximum(lag_IJ, 0), jnp.float32)
+  decay_HIJ = jnp.einsum("H,IJ->HIJ", slopes_H, ages_IJ)
+  top_BHPJ = sums.top.swapaxes(2, 3)
+  log_BHPIJ = top_BHPJ[..., None, :] - decay_HIJ[None, :, None]
+  log_BHPIJ = jnp.where((lag_IJ >= 0)[None, None, None], log_BHPIJ, _MASKED)
+  top_BHPI = _stop(log_BHPIJ.max(-1))
+  share_BHPIJ = jnp.exp(log_BHPIJ - top_BHPI[..., None])
+  sum_BHJPY = sums.values.reshape(B, H, C, P, -1)
+  sum_BHIPY = jnp.einsum("BHPIJ,BHJPY->BHIPY", share_BHPIJ, sum_BHJPY)
+  norm_BHJPX = sums.norm.reshape(B, H, C, P, -1)
+  norm_BHIPX = jnp.einsum("BHPIJ,BHJPX->BHIPX", share_BHPIJ, norm_BHJPX)
+  return _Sums(
+    sum_BHIPY.reshape(sums.values.shape),
+    norm_BHIPX.reshape(sums.norm.shape),
+    top_BHPI.swapaxes(2, 3),
+  )
+
+
+def _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen: Array) -> _Sums:
+  """Returns exact attention inside each chunk."""
+  logits_BHCLM = jnp.einsum("BHCL,BHCM->BHCLM", s_BHCL, t_BHCM)
+  logits_BHCLM += bias_HLM[None, :, None]
+  logits_BHCLM = jnp.where(is_seen, logits_BHCLM, _MASKED)
+  top_BHCL = _stop(jnp.maximum(logits_BHCLM.max(-1), _FLOOR))
+  att_BHCLM = jnp.exp(logits_BHCLM - top_BHCL[..., None])
+  sum_BHCLK = jnp.einsum("BHCLM,BHCMK->BHCLK", att_BHCLM, v_BHCMK)
+  return _Sums(sum_BHCLK, att_BHCLM.sum(-1), top_BHCL)
+
+
+# Whole sequences.
+
+
+@jax.checkpoint
+def _attend_all(x: _Inputs, grid: _Grid) -> Array:
+  """Returns attention to all keys without positions: one chunk, only nodes."""
+  t_BHCM, v_BHCMK = x.t_BHL[:, :, None], x.v_BHLK[:, :, None]
+  is_seen = None if x.keep_BL is None else x.keep_BL[:, None, None]
+  sums = _write(t_BHCM, v_BHCMK, jnp.zeros_like(t_BHCM), is_seen, grid)
+  hot_BHCLP, x_BHCL = _panel_of(x.s_BHL[:, :, None], grid)
+  # Tops differ between panels, but cancel between a query's sum and norm.
+  found = _read(_weights(x_BHCL, hot_BHCLP), sums, sums.top)
+  return _divide(found)[:, :, 0]
+
+
+def _attend_exact(x: _Inputs, *, causal: bool) -> Array:
+  """Returns dense attention, some queries at a time: O(L) memory."""
+  B, H, M = x.t_BHL.shape
+  chunk = min(M, max(1, _EXACT // (B * H * M)))
+  num_chunks = -(-M // chunk)
+
+  @jax.checkpoint
+  def attend(queries):
+    s_BHL, at_L = queries
+    distance_LM = at_L[:, None] - jnp.arange(M, dtype=jnp.float32)[None]
+    is_seen_LM = distance_LM >= 0 if causal else distance_LM < M
+    is_seen = is_seen_LM[None, None, None]
+    if x.keep_BL is not None:
+      is_seen &= x.keep_BL[:, None, None, None]
+    near = _attend_near(
+      s_BHL[:, :, None],
+      x.t_BHL[:, :, None],
+      x.v_BHLK[:, :, None],
+      _alibi(x.slopes_H, distance_LM),
+      is_seen,
+    )
+    return _divide(near)[:, :, 0]
+
+  queries = (
+    _cut(x.s_BHL, 2, num_chunks, 1, chunk)[:, :, :, 0],
+    jnp.arange(num_chunks * chunk, dtype=jnp.float32).reshape(-1, chunk),
+  )
+  out_NBHLK = jax.lax.map(attend, queries)
+  return _whole(out_NBHLK[:, :, :, None], M)
+
+
+def _alibi(slopes_H, distance_LM) -> Array:
+  return -jnp.einsum("H,LM->HLM", slopes_H, jnp.abs(distance_LM))
+
+
+def _scan(
+  past: _Sums,
+  x: _Inputs,
+  grid: _Grid,
+  *,
+  chunk: int,
+  is_strict: bool = False,
+) -> tuple[_Sums, _Sums]:
+  """Returns the past after all positions, and their causal sums.
+
+  A length that is no multiple of the chunk is padded at its end. The past is
+  right only if `keep_BL` is given, which hides this padding.
+
+  Args:
+    past: Sums at the nodes, [B, H, N]; its top is [B, H, P].
+    x: The sequences.
+    grid: The nodes.
+    chunk: Positions per chunk.
+    is_strict: Whether a position is hidden from itself.
+  """
+  B, H, length = x.s_BHL.shape
+  chunk = min(chunk, length)
+  num_chunks = -(-length // chunk)
+  num_blocks = -(-num_chunks // max(1, _BLOCK // (B * H * chunk)))
+  C = -(-num_chunks // num_blocks)
+  blocks = (
+    # Padded queries repeat the last one: 0 may be outside the nodes' range,
+    # where gradients overflow.
+    _cut(x.s_BHL, 2, num_blocks, C, chunk, mode="edge"),
+    _cut(x.t_BHL, 2, num_blocks, C, chunk),
+    _cut(x.v_BHLK, 2, num_blocks, C, chunk),
+    None if x.keep_BL is None else _cut(x.keep_BL, 1, num_blocks, C, chunk),
+  )
+  step = functools.partial(_block, x.slopes_H, grid, is_strict)
+  past, sums = jax.lax.scan(step, past, blocks)
+  # The padding has decayed the past too far.
+  added = num_blocks * C * chunk - length
+  past = past._replace(top=past.top + (added * x.slopes_H)[None, :, None])
+  return past, _Sums(*(_whole(a, length) for a in sums))
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2,))
+def _block(slopes_H, grid: _Grid, is_strict: bool, past: _Sums, block):
+  """Returns the past after a block of chunks, and the sums of its queries."""
+  s_BHCL, t_BHCM, v_BHCMK, keep_BCM = block
+  L = s_BHCL.shape[3]
+  at_L = jnp.arange(L, dtype=jnp.float32)
+  distance_LM = at_L[:, None] - at_L[None]
+  is_seen_LM = distance_LM > 0 if is_strict else distance_LM >= 0
+  is_seen = is_seen_LM[None, None, None]
+  keep_BHCM = None
+  if keep_BCM is not None:
+    keep_BHCM = keep_BCM[:, None]
+    is_seen &= keep_BHCM[..., None, :]
+  bias_HLM = _alibi(slopes_H, distance_LM)
+  near = _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen)
+
+  to_end_HM = jnp.einsum("H,M->HM", slopes_H, at_L - L)
+  to_end_BHCM = jnp.broadcast_to(to_end_HM[None, :, None], t_BHCM.shape)
+  sums = _write(t_BHCM, v_BHCMK, to_end_BHCM, keep_BHCM, grid)
+  sums = jax.tree.map(
+    lambda x, y: jnp.concatenate([x[:, :, None], y], 2), past, sums
+  )
+  pasts = _accumulate(sums, slopes_H, L)
+  past = jax.tree.map(lambda x: x[:, :, -1], pasts)
+  pasts = jax.tree.map(lambda x: x[:, :, :-1], pasts)
+
+  hot_BHCLP, x_BHCL = _panel_of(s_BHCL, grid)
+  top_BHCL = jnp.einsum("BHCLP,BHCP->BHCL", hot_BHCLP, pasts.top)
+  from_start_HL = jnp.einsum("H,L->HL", slopes_H, at_L)
+  top_BHCL -= from_start_HL[None, :, None]
+  far = _read(_weights(x_BHCL, hot_BHCLP), pasts, top_BHCL)
+  return past, _join(near, far)
+
+
+def _cut(
+  x: Array,
+  axis: int,
+  num_blocks: int,
+  num_chunks: int,
+  chunk: int,
+  mode: str = "constant",
+) -> Array:
+  """Returns [..., length, ...], padded at its end, as [blocks, ..., C, L, ...].
+
+  `mode` is that of `jnp.pad`: "constant" (0) or "edge".
+  """
+  width = [(0, 0)] * x.ndim
+  width[axis] = (0, num_blocks * num_chunks * chunk - x.shape[axis])
+  shape = (*x.shape[:axis], num_blocks, num_chunks, chunk, *x.shape[axis + 1 :])
+  return jnp.moveaxis(jnp.pad(x, width, mode=mode).reshape(shape), axis, 0)
+
+
+def _whole(x: Array, length: int) -> Array:
+  """Returns [blocks, B, H, C, L, ...] as [B, H, length, ...]."""
+  x = jnp.moveaxis(x, 0, 2)
+  return x.reshape(*x.shape[:2], -1, *x.shape[5:])[:, :, :length]

@@ -5,6 +5,7 @@ position_embed/embedding, norm_embed, blocks_<n>/{norm_attn, attn/{q, k, v, o},
 norm_mlp, mlp/{up, gate, down}}, norm_final, pooler, head/kernel [D, V or C].
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folding.config import Config, FoldConfig, Layer, ModelConfig, layers_of
 from folding.models.attention import Attention
-from folding.models.cache import Step
+from folding.models.decode import Cache, Step
+from folding.models.linear_attention import PastState
 
 _ACTIVATIONS = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -25,11 +27,11 @@ _ACTIVATIONS = {
 }
 
 
-def _norm(config: ModelConfig, dtype: Any, name: str | None) -> nn.Module:
+def _norm(config: ModelConfig, dtype: Any) -> nn.Module:
   if config.norm == "rmsnorm":
-    return nn.RMSNorm(config.norm_epsilon, dtype=dtype, name=name)
+    return nn.RMSNorm(config.norm_epsilon, dtype=dtype)
   return nn.LayerNorm(
-    config.norm_epsilon, dtype=dtype, use_bias=config.use_bias, name=name
+    config.norm_epsilon, dtype=dtype, use_bias=config.use_bias
   )
 
 
@@ -71,29 +73,67 @@ class Block(nn.Module):
   config: ModelConfig
   layer: Layer
   dtype: Any = jnp.float32
-  num_nodes: int = 0  # see `Attention`
 
-  @nn.compact
+  def setup(self):
+    c = self.config
+    self.attn = Attention(c, self.layer, _residual_init(c), self.dtype)
+    self.mlp = MLP(c, self.layer.mlp_width, self.dtype)
+    self.norm_attn = _norm(c, self.dtype)
+    self.norm_mlp = _norm(c, self.dtype)
+    self.dropout = nn.Dropout(c.dropout)
+
   def __call__(
     self,
     x_BLD: Float[Array, "B L D"],
     keep_BL: Bool[Array, "B L"] | None,
     deterministic: bool,
-    step: Step | None = None,
   ) -> Float[Array, "B L D"]:
-    c = self.config
-    attn = Attention(
-      c, self.layer, _residual_init(c), self.dtype, self.num_nodes, name="attn"
-    )
-    mlp = MLP(c, self.layer.mlp_width, self.dtype, name="mlp")
-    norm_attn = _norm(c, self.dtype, "norm_attn")
-    norm_mlp = _norm(c, self.dtype, "norm_mlp")
-    drop = nn.Dropout(c.dropout, deterministic=deterministic)
-    if c.norm_position == "pre":
-      x_BLD = x_BLD + drop(attn(norm_attn(x_BLD), keep_BL, step))
-      return x_BLD + drop(mlp(norm_mlp(x_BLD)))
-    x_BLD = norm_attn(x_BLD + drop(attn(x_BLD, keep_BL, step)))
-    return norm_mlp(x_BLD + drop(mlp(x_BLD)))
+    """Returns the output of the layer for whole sequences.
+
+    Args:
+      x_BLD: Input.
+      keep_BL: False or 0 at pad tokens; None: no padding.
+      deterministic: No dropout.
+    """
+
+    def attend(x_BLD):
+      return self.attn(x_BLD, keep_BL), None
+
+    return self._run(x_BLD, attend, deterministic)[0]
+
+  def prefill(
+    self,
+    x_BLD: Float[Array, "B L D"],
+    keep_BL: Bool[Array, "B L"],
+    state: PastState | None,
+  ) -> tuple[Float[Array, "B L D"], Cache]:
+    """Returns output and cache for prompts; see `Attention.prefill`."""
+    return self._run(x_BLD, lambda x: self.attn.prefill(x, keep_BL, state))
+
+  def decode(
+    self, x_B1D: Float[Array, "B 1 D"], cache: Cache, step: Step
+  ) -> tuple[Float[Array, "B 1 D"], Cache]:
+    """Returns output and cache after one more token per row."""
+    return self._run(x_B1D, lambda x: self.attn.decode(x, cache, step))
+
+  def _run(
+    self,
+    x_BLD: Float[Array, "B L D"],
+    attend: Callable[[Array], tuple[Array, Any]],
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, "B L D"], Any]:
+    """Returns the output of the layer, and what `attend` returns beside it."""
+
+    def drop(x_BLD):
+      return self.dropout(x_BLD, deterministic=deterministic)
+
+    if self.config.norm_position == "pre":
+      out_BLD, cache = attend(self.norm_attn(x_BLD))
+      x_BLD = x_BLD + drop(out_BLD)
+      return x_BLD + drop(self.mlp(self.norm_mlp(x_BLD))), cache
+    out_BLD, cache = attend(x_BLD)
+    x_BLD = self.norm_attn(x_BLD + drop(out_BLD))
+    return self.norm_mlp(x_BLD + drop(self.mlp(x_BLD))), cache
 
 
 class Transformer(nn.Module):
@@ -115,7 +155,6 @@ class Transformer(nn.Module):
   vocab_size: int  # V
   max_length: int  # most L, for learned positions
   num_classes: int = 0  # C; 0: next-token logits
-  num_nodes: int = 0  # N, to decode in constant memory; see `past`
 
   def setup(self):
     c = self.config
@@ -129,15 +168,12 @@ class Transformer(nn.Module):
     if c.positions == "learned":
       self.position_embed = embed(self.max_length)
     if c.norm_position == "post":
-      self.norm_embed = _norm(c, dtype, None)
+      self.norm_embed = _norm(c, dtype)
     self.dropout = nn.Dropout(c.dropout)
     block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
-    self.blocks = [
-      block(c, layer, dtype, self.num_nodes)
-      for layer in layers_of(c, self.fold)
-    ]
+    self.blocks = [block(c, layer, dtype) for layer in layers_of(c, self.fold)]
     if c.norm_position == "pre":
-      self.norm_final = _norm(c, dtype, None)
+      self.norm_final = _norm(c, dtype)
     if self.num_classes:
       if c.pooler:
         self.pooler = nn.Dense(c.width)
@@ -157,37 +193,48 @@ class Transformer(nn.Module):
     return self.read_out(x_BLD, keep_BL)
 
   def prefill(
-    self, tokens_BL: Int[Array, "B L"], start_B: Int[Array, " B"]
-  ) -> Float[Array, "B V"]:
-    """Returns the logits after the last token; fills the collection "cache".
+    self,
+    tokens_BL: Int[Array, "B L"],
+    start_B: Int[Array, " B"],
+    states: Sequence[PastState | None] | None = None,
+  ) -> tuple[Float[Array, "B V"], list[Cache]]:
+    """Returns the logits after prompts, and the cache of each layer.
 
     Args:
-      tokens_BL: Rows filled up at their beginning, unlike those of training.
-      start_B: Places at the beginning that hold no token.
+      tokens_BL: Left-padded prompts (training batches are right-padded).
+      start_B: Number of pad tokens at the start of each row.
+      states: Empty states of the layers that decode in constant size; the
+        others, and all if None, get a KV cache of L slots.
     """
-    place_L = jnp.arange(tokens_BL.shape[1])
-    position_BL = place_L[None] - start_B[:, None]
+    index_L = jnp.arange(tokens_BL.shape[1])
+    position_BL = index_L[None] - start_B[:, None]
     x_BLD = self.embed_tokens(tokens_BL, True, jnp.maximum(position_BL, 0))
-    for block in self.blocks:
-      x_BLD = block(x_BLD, position_BL >= 0, True)
-    return self.read_out(x_BLD[:, -1:])[:, 0]
+    caches = []
+    for n, block in enumerate(self.blocks):
+      state = states[n] if states else None
+      x_BLD, cache = block.prefill(x_BLD, position_BL >= 0, state)
+      caches.append(cache)
+    return self.read_out(x_BLD[:, -1:])[:, 0], caches
 
   def decode(
-    self, tokens_B: Int[Array, " B"], step: Step
-  ) -> Float[Array, "B V"]:
-    """Returns the logits after one more token; extends the collection "cache".
+    self, tokens_B: Int[Array, " B"], caches: Sequence[Cache], step: Step
+  ) -> tuple[Float[Array, "B V"], list[Cache]]:
+    """Returns the logits after one more token per row, and the new caches.
 
     Args:
       tokens_B: The new tokens.
-      step: Where they stand.
+      caches: From `prefill`, or from here.
+      step: Position of the new tokens.
     """
-    position_B1 = (step.place - step.start_B)[:, None]
-    # What is computed past the last position is thrown away: see `generate`.
+    position_B1 = (step.position - step.start_B)[:, None]
+    # `generate` discards what is computed past the last learned position.
     position_B1 = jnp.minimum(position_B1, self.max_length - 1)
     x_B1D = self.embed_tokens(tokens_B[:, None], True, position_B1)
-    for block in self.blocks:
-      x_B1D = block(x_B1D, None, True, step)
-    return self.read_out(x_B1D)[:, 0]
+    updated = []
+    for block, cache in zip(self.blocks, caches, strict=True):
+      x_B1D, cache = block.decode(x_B1D, cache, step)
+      updated.append(cache)
+    return self.read_out(x_B1D)[:, 0], updated
 
   def embed_tokens(
     self,

@@ -1,56 +1,83 @@
-"""Prompts -> new tokens, with a cache of keys and values or a constant state."""
+"""Prompts -> new tokens or text, with a KV cache or a constant-size state."""
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
-from folding.config import layers_of
-from folding.models import past
-from folding.models.attention import has_rank_1
+from folding.config import Layer, layers_of
+from folding.data.tokenizers import Tokenizer
+from folding.errors import ConfigError
+from folding.models import decode as decode_lib
+from folding.models import linear_attention
+from folding.models.attention import TOLERANCE, Attention, has_rank_1
+from folding.models.linear_attention import PastState, Span
 from folding.models.transformer import Transformer
-from folding.schema import ConfigError, require
 from folding.serving import sampling as sampling_lib
-from folding.serving import steps
+from folding.serving.export import Loaded
 from folding.serving.predict import require_numbers
-from folding.serving.sampling import Sampling
+from folding.serving.sampling import Draw, Kind, Sampling
 
-# "keys": keys and values of all tokens. "linear": where logits have rank 1, a
-# state that does not grow (see `folding.models.past`).
+# "keys": a KV cache. "linear": layers whose logits have rank 1 keep a state of
+# constant size instead (`linear_attention.PastState`).
 Cache: TypeAlias = Literal["keys", "linear"]
 
-# Lengths are rounded up to a multiple, so that a few programs serve them all.
-_ROUND = 32
+_ROUND = 32  # prompts and caches are padded to multiples, to share programs
 _SAMPLING = Sampling()
-_NO_ID = -1  # of no token
-
-_TOLERANCE = 1e-4  # of a layer's attention, over the range of its values
-_CALIBRATION = 1024  # random tokens that tell the ranges of queries and keys
-_GROWTH = 1.25  # of a margin that was too small
-_MOST_NODES = 4096
+_CALIBRATION = 1024  # random tokens that the first ranges are measured on
+_GROWTH = 1.25  # of the margin, after a query or key was outside the range
+_UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
 
 
-class _Programs(NamedTuple):
-  """The compiled functions of `steps`."""
+class State(NamedTuple):
+  """What a decoding step changes.
 
-  prefill: Any
-  decode: Any
+  Attributes:
+    caches: Of each layer.
+    token_B: The newest tokens, which are not in the caches yet.
+    position: int32[], their position in the padded rows.
+    num_new: int32[], new tokens so far.
+  """
+
+  caches: list[decode_lib.Cache]
+  token_B: Int[Array, " B"]
+  position: Int[Array, ""]
+  num_new: Int[Array, ""]
+
+  def is_outside(self) -> bool:
+    """Returns whether a constant state has left its range (waits for it)."""
+    flags = [x.is_outside_B for x in self.caches if isinstance(x, PastState)]
+    return any(bool(x.any()) for x in jax.device_get(flags))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+  """The arguments of one call of `Generator.stream`."""
+
+  params: Any
+  prompts: Sequence[np.ndarray]
+  max_new_tokens: int
+  kind: Kind
+  draw: Draw
 
 
 class Generator:
-  """Generates with one model, and keeps its compiled programs.
+  """Generates tokens with one model, and keeps its compiled programs.
 
   Args:
     model: A next-token model.
-    cache: What is kept of the tokens so far.
-    chunk: Steps of one call of the compiled program, after each of which new
-      tokens are given out.
-    margin: For cache "linear": ranges of queries and keys that a state serves
-      over those of random tokens. 4,096 tokens of Python source needed 1.1 to
-      1.6; if it is too small, time is lost, and nothing else.
+    cache: What is kept of earlier tokens: "keys" or "linear".
+    chunk: Tokens per call of the compiled decoding loop, and so per piece of a
+      stream.
+    margin: For cache "linear": the range of queries and keys that a state
+      covers, relative to that of random tokens. 4,096 tokens of Python source
+      needed 1.1 to 1.6. A smaller margin costs time, not accuracy.
 
   Raises:
     ConfigError: the model does not predict next tokens, or has no layer for
@@ -77,43 +104,25 @@ class Generator:
     chunk: int = 8,
     margin: float = 1.6,
   ):
-    require(
-      not model.num_classes,
-      "this model is a classifier and predicts no next token",
+    if model.num_classes:
+      raise ConfigError("this model is a classifier and predicts no next token")
+    if not model.config.causal:
+      raise ConfigError("a model that sees later tokens cannot predict them")
+    if cache == "linear" and not _constant_layers(model):
+      raise ConfigError(
+        "no layer has a constant state: that takes fold.groups=1, and neither "
+        "rotary positions nor a window"
+      )
+    self.model = model
+    self._cache, self._chunk, self._margin = cache, chunk, margin
+    self._measure = jax.jit(functools.partial(measure_spans, model))
+    self._prefill = jax.jit(
+      functools.partial(prefill, model), static_argnames=("kind", "num_slots")
     )
-    require(
-      model.config.causal, "a model that sees later tokens cannot predict them"
-    )
-    require(
-      cache == "keys"
-      or any(
-        has_rank_1(model.config, layer)
-        for layer in layers_of(model.config, model.fold)
-      ),
-      "no layer has a constant state: that takes one number a key "
-      "(fold.groups=1) and neither rotary positions nor a window",
-    )
-    self.model, self._cache = model, cache
-    self._chunk, self._margin = chunk, margin
-    self._programs = functools.cache(self._compile)
-    self._calibrate = jax.jit(
-      lambda params, tokens_BL: model.apply(
-        {"params": params}, tokens_BL, mutable=["spans"]
-      )[1]
-    )
-
-  def _compile(self, num_nodes: int) -> _Programs:
-    model = self.model.clone(num_nodes=num_nodes)
-    return _Programs(
-      jax.jit(
-        functools.partial(steps.prefill, model),
-        static_argnames=("kind", "num_slots"),
-      ),
-      jax.jit(
-        functools.partial(steps.decode, model, self._chunk),
-        static_argnames="kind",
-        donate_argnames="state",
-      ),
+    self._decode = jax.jit(
+      functools.partial(decode, model, num_tokens=chunk),
+      static_argnames="kind",
+      donate_argnames="state",
     )
 
   def __call__(
@@ -144,141 +153,309 @@ class Generator:
     sampling: Sampling = _SAMPLING,
     end_id: int | Sequence[int] | None = None,
   ) -> Iterator[list[np.ndarray]]:
-    """Yields int32 ids of some more new tokens of each prompt.
+    """Yields int32 ids of the next new tokens of each prompt.
 
-    A row ends with `end_id`, or after `max_new_tokens`; then its arrays are
-    empty, and after the last row there are no more.
+    A row ends with `end_id` or after `max_new_tokens`. After that its arrays
+    are empty. The stream ends with its last row.
 
     Args:
       params: Of the model.
       prompts: Token ids, at least one each.
-      max_new_tokens: Of each prompt, at most.
-      sampling: How they are chosen.
-      end_id: The token that ends a text, or several; None: none does.
+      max_new_tokens: Per prompt, at most.
+      sampling: How tokens are chosen.
+      end_id: The token, or tokens, that end a text; None: none does.
 
     Raises:
-      ConfigError: there is no prompt, one is empty or has an id that the model
-        does not know, the positions of the model or the memory do not suffice,
-        or the logits are not numbers.
+      ConfigError: there is no prompt, a prompt is empty or has an unknown id,
+        positions or memory do not suffice, or logits are not finite.
     """
     self._check(prompts, max_new_tokens)
-    end_id = _NO_ID if end_id is None else end_id
-    blocks = self._blocks(params, prompts, max_new_tokens, sampling)
-    return _until_end(blocks, end_id, len(prompts), max_new_tokens)
+    draw = sampling_lib.make_draw(sampling, self.model.vocab_size)
+    request = _Request(params, prompts, max_new_tokens, sampling.kind, draw)
+    end_ids = np.atleast_1d([] if end_id is None else end_id)
+    return _until_end(self._blocks(request), end_ids, max_new_tokens)
 
   def _check(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
     V = self.model.vocab_size
-    require(len(prompts) > 0, "there is no prompt")
-    require(
-      max_new_tokens >= 1,
-      f"the number of new tokens must be at least 1; it is {max_new_tokens}",
-    )
+    if not len(prompts):
+      raise ConfigError("there is no prompt")
+    if max_new_tokens < 1:
+      raise ConfigError(
+        f"the number of new tokens must be at least 1; it is {max_new_tokens}"
+      )
     for number, ids in enumerate(prompts, 1):
-      require(
-        len(ids) > 0,
-        f"prompt {number} is empty; begin with the token that ends a text",
-      )
-      low, high = int(np.min(ids)), int(np.max(ids))
-      require(
-        0 <= low and high < V,
-        f"prompt {number} has the token id {low if low < 0 else high}; the "
-        f"model knows 0 to {V - 1}",
-      )
-      most = self.model.max_length - len(ids)
-      require(
-        self.model.config.positions != "learned" or max_new_tokens <= most,
-        f"prompt {number} has {len(ids)} tokens, which with {max_new_tokens} "
-        f"new ones pass the {self.model.max_length} positions of the model; "
-        + (f"ask for {most} or fewer" if most > 0 else "shorten it"),
-      )
-
-  def _blocks(
-    self,
-    params: Any,
-    prompts: Sequence[np.ndarray],
-    max_new_tokens: int,
-    sampling: Sampling,
-  ) -> Iterator[np.ndarray]:
-    """Yields int32[B, T] of new tokens, whether or not their row has ended.
-
-    If a query or key leaves the range that a constant state serves, the state
-    is made anew from all tokens but the newest, and serves a wider range.
-    """
-    draw = sampling_lib.make_draw(sampling, self.model.vocab_size)
-    new_BT = np.zeros((len(prompts), 0), np.int32)
-    margin = self._margin
-    spans = self._spans(params) if self._cache == "linear" else {}
-    while True:
-      variables, num_nodes = {"params": params}, 0
-      if spans:
-        variables |= past.widen(spans, margin)
-        num_nodes = self._num_nodes(variables["spans"])
-      programs = self._programs(num_nodes)
-      count = new_BT.shape[1]
-      read = [
-        np.concatenate([ids, new[:-1]])
-        for ids, new in zip(prompts, new_BT, strict=True)
-      ]
-      length = _rounded(max(len(ids) for ids in read))
-      tokens_BL, start_B = steps.fill_up(read, length)
-      num_new = max_new_tokens - max(count - 1, 0)
-      prefill = functools.partial(
-        programs.prefill,
-        kind=sampling.kind,
-        num_slots=self._num_slots(length, num_new),
-      )
-      given = (variables, tokens_BL, start_B, draw)
-      steps.require_room(jax.eval_shape(prefill, *given), num_new)
-      state = prefill(*given)
-      is_good = not past.is_outside(state.cache)
-      if is_good and count:
-        newest_B = jnp.asarray(new_BT[:, -1])
-        state = steps.State(state.cache, newest_B, jnp.int32(count))
-        length -= count - 1  # as if they had come one by one
-      elif is_good:
-        # A copy: the next call takes the state's memory.
-        new_BT = np.array(state.token_B)[:, None]
-        require_numbers(new_BT >= 0, self.model.config.dtype)
-        yield new_BT
-      while is_good:
-        state, tokens_BT = programs.decode(
-          variables, state, start_B, np.int32(length), draw, kind=sampling.kind
+      if not len(ids):
+        raise ConfigError(
+          f"prompt {number} is empty; begin with the token that ends a text"
         )
-        is_good = not past.is_outside(state.cache)
-        if is_good:
-          tokens_BT = np.asarray(tokens_BT)
-          require_numbers(tokens_BT >= 0, self.model.config.dtype)
-          new_BT = np.concatenate([new_BT, tokens_BT], axis=1)
-          yield tokens_BT
+      low, high = int(np.min(ids)), int(np.max(ids))
+      if low < 0 or high >= V:
+        raise ConfigError(
+          f"prompt {number} has the token id {low if low < 0 else high}; the "
+          f"model knows 0 to {V - 1}"
+        )
+      most = self.model.max_length - len(ids)
+      if self.model.config.positions == "learned" and max_new_tokens > most:
+        advice = f"ask for {most} or fewer" if most > 0 else "shorten it"
+        raise ConfigError(
+          f"prompt {number} has {len(ids)} tokens, which with {max_new_tokens} "
+          f"new ones exceed the {self.model.max_length} positions of the "
+          f"model; {advice}"
+        )
+
+  def _blocks(self, request: _Request) -> Iterator[np.ndarray]:
+    """Yields int32[B, T] of new tokens, also of rows that have ended.
+
+    If a query or key leaves the range of a constant state, the state is made
+    again from all tokens but the newest, with a wider range.
+    """
+    new_BT = np.zeros((len(request.prompts), 0), np.int32)
+    for states in self._states(request):
+      for block_BT in self._continue(request, new_BT, states):
+        require_numbers(block_BT >= 0, self.model.config.dtype)
+        new_BT = np.concatenate([new_BT, block_BT], axis=1)
+        yield block_BT
+
+  def _states(
+    self, request: _Request
+  ) -> Iterator[list[PastState | None] | None]:
+    """Yields the empty states to begin with, then wider ones; None: no state.
+
+    Raises:
+      ConfigError: the ranges need too many nodes.
+    """
+    if self._cache == "keys":
+      yield None
+      return
+    measured = self._measure(request.params)
+    margin = self._margin
+    while True:
+      yield empty_states(self.model, measured, len(request.prompts), margin)
       margin *= _GROWTH
 
+  def _continue(
+    self,
+    request: _Request,
+    new_BT: np.ndarray,
+    states: list[PastState | None] | None,
+  ) -> Iterator[np.ndarray]:
+    """Yields new tokens after those of `new_BT`, until a state is outside."""
+    read = [
+      np.concatenate([ids, new[:-1]])
+      for ids, new in zip(request.prompts, new_BT, strict=True)
+    ]
+    length = _rounded(max(len(ids) for ids in read))
+    tokens_BL, start_B = pad_left(read, length)
+    count = new_BT.shape[1]
+    left = request.max_new_tokens - max(count, 1)  # to decode
+    begin = functools.partial(
+      self._prefill,
+      kind=request.kind,
+      num_slots=self._num_slots(length, left),
+    )
+    given = {"states": states, "draw": request.draw}
+    given |= {"tokens_BL": tokens_BL, "start_B": start_B}
+    shapes = jax.eval_shape(begin, request.params, **given)
+    _require_memory(shapes, request.max_new_tokens)
+    state = begin(request.params, **given)
+    if state.is_outside():
+      return
+    if count:
+      newest_B = jnp.asarray(new_BT[:, -1])
+      state = state._replace(token_B=newest_B, num_new=jnp.int32(count))
+    else:
+      # A copy, because the next call donates the memory of the state.
+      yield np.array(state.token_B)[:, None]
+    while True:
+      state, tokens_BT = self._decode(
+        request.params, state, start_B, draw=request.draw, kind=request.kind
+      )
+      if state.is_outside():
+        return
+      yield np.asarray(tokens_BT)
+
   def _num_slots(self, length: int, num_new: int) -> int:
-    num_steps = -(-(num_new - 1) // self._chunk) * self._chunk
+    num_steps = -(-num_new // self._chunk) * self._chunk
     num_slots = _rounded(length + num_steps)
     window = self.model.config.window
     return num_slots if window is None else min(num_slots, window)
 
-  def _spans(self, params: Any) -> Any:
-    """Returns the ranges of queries and keys over random tokens."""
-    length = self.model.max_length
-    if self.model.config.positions != "learned":
-      length = min(length, 128)
-    size = max(1, _CALIBRATION // length), length
-    tokens_BL = np.random.default_rng(0).integers(
-      0, self.model.vocab_size, size
-    )
-    return self._calibrate(params, jnp.asarray(tokens_BL, jnp.int32))
 
-  def _num_nodes(self, spans: Any) -> int:
-    try:
-      num_nodes = past.nodes_for(spans, _TOLERANCE)
-    except ValueError as error:
-      raise ConfigError(f"no constant state: {error}") from None
-    require(
-      num_nodes <= _MOST_NODES,
-      "the queries and keys of this model range too far for a constant state",
+def pad_left(
+  prompts: Sequence[np.ndarray], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns left-padded rows, int32[B, L], and the pad tokens of each, [B].
+
+  Example:
+    >>> pad_left([np.array([5, 6]), np.array([7, 8, 9])], 4)[0].tolist()
+    [[0, 0, 5, 6], [0, 7, 8, 9]]
+  """
+  tokens_BL = np.zeros((len(prompts), length), np.int32)
+  start_B = np.array([length - len(ids) for ids in prompts], np.int32)
+  for row, ids in enumerate(prompts):
+    tokens_BL[row, start_B[row] :] = ids
+  return tokens_BL, start_B
+
+
+def prefill(
+  model: Transformer,
+  params: Any,
+  tokens_BL: Int[Array, "B L"],
+  start_B: Int[Array, " B"],
+  *,
+  states: Sequence[PastState | None] | None,
+  draw: Draw,
+  kind: Kind,
+  num_slots: int,
+) -> State:
+  """Returns the state after the prompts, with the first new tokens.
+
+  Args:
+    model: A next-token model.
+    params: Of the model.
+    tokens_BL: Left-padded prompts.
+    start_B: Number of pad tokens of each row.
+    states: As in `Transformer.prefill`.
+    draw: From `sampling.make_draw`.
+    kind: Of the `Sampling`.
+    num_slots: Of each KV cache.
+  """
+  found: Any = model.apply(
+    {"params": params}, tokens_BL, start_B, states, method="prefill"
+  )
+  logits_BV, caches = found
+  token_B = sampling_lib.choose(kind, draw, logits_BV, jnp.int32(0))
+  caches = [
+    x if isinstance(x, PastState) else decode_lib.resize(x, num_slots)
+    for x in caches
+  ]
+  return State(caches, token_B, jnp.int32(tokens_BL.shape[1]), jnp.int32(1))
+
+
+def decode(
+  model: Transformer,
+  params: Any,
+  state: State,
+  start_B: Int[Array, " B"],
+  *,
+  draw: Draw,
+  kind: Kind,
+  num_tokens: int,
+) -> tuple[State, Int[Array, "B T"]]:
+  """Returns the state after T more tokens per row, and these tokens.
+
+  Args:
+    model: A next-token model.
+    params: Of the model.
+    state: From `prefill`, or from here.
+    start_B: Number of pad tokens of each row.
+    draw: From `sampling.make_draw`.
+    kind: Of the `Sampling`.
+    num_tokens: T.
+  """
+
+  def step(state: State, _):
+    found: Any = model.apply(
+      {"params": params},
+      state.token_B,
+      state.caches,
+      decode_lib.Step(state.position, start_B),
+      method="decode",
     )
-    return num_nodes
+    logits_BV, caches = found
+    token_B = sampling_lib.choose(kind, draw, logits_BV, state.num_new)
+    return State(
+      caches, token_B, state.position + 1, state.num_new + 1
+    ), token_B
+
+  state, tokens_TB = jax.lax.scan(step, state, None, length=num_tokens)
+  return state, tokens_TB.T
+
+
+def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
+  """Returns the ranges of queries and keys over random tokens, [1, H] each.
+
+  Args:
+    model: A next-token model.
+    params: Of the model.
+
+  Returns:
+    {n: ranges of layer n}, for layers that can decode in constant size.
+  """
+  length = model.max_length
+  if model.config.positions != "learned":
+    length = min(length, 128)
+  size = max(1, _CALIBRATION // length), length
+  tokens_BL = np.random.default_rng(0).integers(0, model.vocab_size, size)
+
+  def is_projection(module, method):
+    return isinstance(module, Attention) and method == "project"
+
+  found: Any = model.apply(
+    {"params": params},
+    jnp.asarray(tokens_BL, jnp.int32),
+    capture_intermediates=is_projection,
+  )
+  intermediates = found[1]["intermediates"]
+  spans = {}
+  for n, layer in _constant_layers(model).items():
+    q, k, _ = intermediates[f"blocks_{n}"]["attn"]["project"][0]
+    q, k = (x[..., 0].reshape(1, -1, x.shape[2]) for x in (q, k))
+    spans[n] = linear_attention.measure_span(q, k, head_dim=layer.head_dim)
+  return spans
+
+
+def empty_states(
+  model: Transformer,
+  spans: Mapping[int, Span],
+  batch_size: int,
+  margin: float,
+) -> list[PastState | None]:
+  """Returns the state of each layer before any token; None: it has none.
+
+  Args:
+    model: A next-token model.
+    spans: From `measure_spans`.
+    batch_size: B.
+    margin: Factor on the ranges.
+
+  Raises:
+    ConfigError: the ranges need too many nodes.
+  """
+  spans = {n: decode_lib.widen(span, margin) for n, span in spans.items()}
+  num_nodes = decode_lib.nodes_for(list(spans.values()), TOLERANCE)
+  if num_nodes is None:
+    raise ConfigError(
+      "the queries and keys of this model range too far for a constant state"
+    )
+  states: list[PastState | None] = [None] * model.config.num_layers
+  for n, layer in _constant_layers(model).items():
+    states[n] = linear_attention.init_state(
+      spans[n], batch_size, len(layer.heads), layer.head_dim, num_nodes
+    )
+  return states
+
+
+def _constant_layers(model: Transformer) -> dict[int, Layer]:
+  """Returns the layers that can decode in constant size."""
+  layers = enumerate(layers_of(model.config, model.fold))
+  return {n: x for n, x in layers if has_rank_1(model.config, x)}
+
+
+def _require_memory(state: State, num_new: int) -> None:
+  """Raises `ConfigError` if the caches would exceed the memory of the device.
+
+  XLA for CPUs would not fail but swap.
+  """
+  needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.caches))
+  room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+  if room is None and hasattr(os, "sysconf"):
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if room is not None and needed >= room:
+    raise ConfigError(
+      f"{num_new:,} new tokens would need {needed / 2**30:,.1f} GiB of keys "
+      "and values; ask for fewer"
+    )
 
 
 def _rounded(length: int) -> int:
@@ -286,22 +463,111 @@ def _rounded(length: int) -> int:
 
 
 def _until_end(
-  blocks: Iterator[np.ndarray],
-  end_id: int | Sequence[int],
-  batch_size: int,
-  left: int,
+  blocks: Iterator[np.ndarray], end_ids: np.ndarray, left: int
 ) -> Iterator[list[np.ndarray]]:
   """Yields the rows of blocks up to their end, `left` tokens at most."""
-  is_done_B = np.zeros(batch_size, bool)
+  is_done: set[int] = set()
   for block_BT in blocks:
     block_BT = block_BT[:, :left]
     rows = []
     for row, ids in enumerate(block_BT):
-      ends = np.flatnonzero(np.isin(ids, end_id))
+      ends = np.flatnonzero(np.isin(ids, end_ids))
       stop = ends[0] + 1 if ends.size else ids.size
-      rows.append(ids[: 0 if is_done_B[row] else stop])
-      is_done_B[row] |= ends.size > 0
+      rows.append(ids[: 0 if row in is_done else stop])
+      if ends.size:
+        is_done.add(row)
     yield rows
     left -= block_BT.shape[1]
-    if left == 0 or is_done_B.all():
+    if left == 0 or len(is_done) == len(block_BT):
       return
+
+
+def continue_texts(
+  loaded: Loaded,
+  texts: Sequence[str],
+  *,
+  max_new_tokens: int,
+  sampling: Sampling,
+  cache: Cache = "keys",
+) -> Iterator[str]:
+  """Yields the texts and their continuations, in pieces to print.
+
+  One text is printed as its tokens come. Several are generated together and
+  printed in order, each below a line with its number.
+
+  Args:
+    loaded: A next-token model, from `folding.load`.
+    texts: Prompts; an empty one begins a new document.
+    max_new_tokens: Per text, at most.
+    sampling: How tokens are chosen.
+    cache: As in `Generator`.
+
+  Raises:
+    ConfigError: see `Generator` and `Generator.stream`.
+  """
+  tokenizer = loaded.tokenizer
+  prompts = [tokenizer.prompt(x) for x in tokenizer.encode_batch(list(texts))]
+  parts = Generator(loaded.model, cache).stream(
+    jax.device_put(loaded.params),
+    prompts,
+    max_new_tokens=max_new_tokens,
+    sampling=sampling,
+    # The beginning of a new document ends this one.
+    end_id=[*tokenizer.end_ids.tolist(), *tokenizer.begin_ids.tolist()],
+  )
+  return _printed(tokenizer, texts, prompts, parts)
+
+
+def _printed(
+  tokenizer: Tokenizer,
+  texts: Sequence[str],
+  prompts: Sequence[np.ndarray],
+  parts: Iterator[list[np.ndarray]],
+) -> Iterator[str]:
+  if len(texts) == 1:
+    yield texts[0]
+    yield from decode_parts(tokenizer, prompts[0], (ids for [ids] in parts))
+    yield "\n"
+    return
+  rows = [np.concatenate(ids) for ids in zip(*parts, strict=True)]
+  for number, (text, prompt, ids) in enumerate(
+    zip(texts, prompts, rows, strict=True), 1
+  ):
+    new = "".join(decode_parts(tokenizer, prompt, [ids]))
+    yield f"== {number} of {len(texts)} ==\n{text}{new}\n"
+
+
+def decode_parts(
+  tokenizer: Tokenizer, prompt: np.ndarray, parts: Iterable[np.ndarray]
+) -> Iterator[str]:
+  """Yields the text of new tokens as soon as it is certain.
+
+  The text of a token may depend on earlier tokens, and a character may take
+  several. So all ids from the prompt on are decoded, and an incomplete
+  character at the end is held back.
+
+  Args:
+    tokenizer: Of the model.
+    prompt: Ids of the prompt.
+    parts: New ids, as they come.
+
+  Example:
+    >>> from folding.config import DataConfig
+    >>> from folding.data.tokenizers import train_tokenizer
+    >>> tokenizer = train_tokenizer(DataConfig(tokenizer="bytes"), [])
+    >>> [prompt, new] = tokenizer.encode_batch(["caf", "é!"])
+    >>> list(decode_parts(tokenizer, prompt, [new[:1], new[1:]]))
+    ['é!']
+  """
+  ids = [int(i) for i in prompt]
+  text = tokenizer.decode(ids)
+  shown = len(text)
+  for part in parts:
+    ids += [int(i) for i in part]
+    text = tokenizer.decode(ids)
+    certain = len(text.rstrip(_UNFINISHED))
+    if certain > shown:
+      yield text[shown:certain]
+      shown = certain
+  if len(text) > shown:
+    yield text[shown:]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from folding.models.attention import attention_logits
 from folding.models.transformer import Block
 
 _RATE = 0.03  # of the RMS of an array, a step at first
@@ -149,5 +150,20 @@ _divergence = jax.jit(_sums, static_argnums=(0, 1))
 
 
 def _logits(block, params, x, keep):
-  _, seen = block.apply({"params": params}, x, keep, True, mutable=["logits"])
-  return seen["logits"]["attn"]["attention"]
+  """Returns the attention logits of a layer, [B, H, L, L]."""
+
+  def logits(block: Block) -> jax.Array:
+    is_pre = block.config.norm_position == "pre"
+    position_L = jnp.arange(x.shape[1])
+    q, k, _ = block.attn.project(
+      block.norm_attn(x) if is_pre else x, position_L
+    )
+    return attention_logits(
+      q,
+      k.transpose(0, 2, 3, 1),
+      block.attn.bias(position_L, position_L),
+      keep,
+      head_dim=block.layer.head_dim,
+    )
+
+  return block.apply({"params": params}, method=logits)

@@ -1,28 +1,122 @@
-"""Linear attention against float64 softmax attention and its derivatives."""
+"""Linear attention against softmax attention in float64."""
 
 import functools
+from typing import Any, NamedTuple
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from folding.models import attention
+from folding.models import attention, chebyshev
 from folding.models import linear_attention as la
-from tests.models.linear_attention_cases import (
-  SLOPES,
-  B,
-  Dense,
-  H,
-  K,
-  L,
-  bound_of,
-  make_case,
-  make_keep,
-  rounding,
-  run,
-  spread,
-)
+
+B, L, H, K = 2, 75, 4, 8
+SLOPES = jnp.array([1.5, 0.3, 0.05, 0.004])
+ULP = 2.0**-23
+
+
+class Case(NamedTuple):
+  """Arguments of `attend_linear` by position, and what it is told by name."""
+
+  q: Any
+  k: Any
+  v: Any
+  slopes: Any = None
+  keep: Any = None
+
+
+def make_case(
+  seed=0, s=2.0, t=1.0, shape=(B, L, H, K), heads=None, **given
+) -> Case:
+  """Returns s uniform in [-s, s], t normal of deviation t."""
+  rng = np.random.default_rng(seed)
+  b, length, h, size = shape
+  num_keys, num_values = heads or (h, h)
+  q = rng.uniform(-s, s, (b, length, h)) / size**0.5
+  k = t * rng.standard_normal((b, length, num_keys))
+  v = rng.standard_normal((b, length, num_values, size))
+  arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+  return Case(*arrays, *(given.get(n) for n in Case._fields[3:]))
+
+
+def make_keep(seed=1, shape=(B, L)):
+  keep = np.random.default_rng(seed).random(shape) > 0.3
+  keep[:, 0] = True  # so that every causal row sees a key
+  return keep
+
+
+class Dense:
+  """Softmax attention and its derivatives, all pairs, in float64."""
+
+  def __init__(self, case: Case, causal: bool):
+    wide = [np.asarray(x, np.float64) for x in case[:3]]
+    self.heads = [x.shape[2] for x in wide]
+    h, self.size = self.heads[0], wide[2].shape[3]
+    self.q, self.k, self.v = (np.repeat(x, h // x.shape[2], 2) for x in wide)
+    length = self.q.shape[1]
+    distance = np.arange(length)[:, None] - np.arange(length)
+    self.distance = np.abs(distance)
+    self.logits = self.size**0.5 * np.einsum("blh,bmh->bhlm", self.q, self.k)
+    if case.slopes is not None:
+      slopes = np.float64(case.slopes)
+      self.logits -= slopes[:, None, None] * self.distance
+    seen = np.full((len(self.q), 1, length, length), True)
+    if causal:
+      seen &= distance >= 0
+    if case.keep is not None:
+      seen &= case.keep[:, None, None]
+    weight = np.where(seen, self.logits, -np.inf)
+    top = weight.max(-1, keepdims=True)
+    weight = np.exp(weight - np.where(np.isfinite(top), top, 0))
+    total = weight.sum(-1, keepdims=True)
+    self.weight = weight / np.where(total > 0, total, 1)
+    self.out = np.einsum("bhlm,bmhk->blhk", self.weight, self.v)
+
+  def gradients(self, d_out):
+    """Returns those of sum(d_out * out) wrt q, k, v and the slopes."""
+    d_weight = np.einsum("blhk,bmhk->bhlm", d_out, self.v)
+    mean = (self.weight * d_weight).sum(-1, keepdims=True)
+    d_logits = self.weight * (d_weight - mean)
+    d_q = self.size**0.5 * np.einsum("bhlm,bmh->blh", d_logits, self.k)
+    d_k = self.size**0.5 * np.einsum("bhlm,blh->bmh", d_logits, self.q)
+    d_v = np.einsum("bhlm,blhk->bmhk", self.weight, d_out)
+    d_slopes = -(d_logits * self.distance).sum((0, 2, 3))
+    return d_q, *map(self._shared, (d_k, d_v), self.heads[1:]), d_slopes
+
+  def _shared(self, d, heads):
+    shape = d.shape
+    return d.reshape(*shape[:2], heads, -1, *shape[3:]).sum(3)
+
+
+def rounding(case, oracle):
+  """Returns what rounding of logits and sums may do, over the range of v."""
+  seen = oracle.logits[np.isfinite(oracle.logits)]
+  return 8 * ULP * (4 + np.abs(seen).max())
+
+
+def spread(case):
+  return float(np.ptp(case.v, axis=(0, 1)).max())
+
+
+def bound_of(case, num_nodes):
+  case = jax.tree.map(jnp.asarray, case)
+  span = la.measure_span(*case[:2], case.keep, head_dim=case.v.shape[-1])
+  return float(la.span_bound(span, num_nodes).max())
+
+
+def run(case, causal=True, num_nodes=32, **options):
+  size = case.v.shape[-1]
+  attend = functools.partial(
+    la.attend_linear,
+    head_dim=size,
+    causal=causal,
+    num_nodes=num_nodes,
+    **options,
+  )
+  return np.asarray(jax.jit(attend)(*case))
 
 
 def make_span(*ends):
@@ -198,24 +292,55 @@ def test_with_a_given_span_nothing_depends_on_what_comes_later():
     assert not grad[:, at:].any()
 
 
-def test_decoding_continues_a_prompt():
-  case = make_case(slopes=SLOPES, heads=(2, 1), keep=make_keep())
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_extend_in_pieces_equals_dense_attention(is_padded):
+  keep = make_keep() if is_padded else None
+  case = make_case(slopes=SLOPES, heads=(2, 1), keep=keep)
   span = make_span(-2.0, 2.0, -4.0, 4.0)
   extend = jax.jit(functools.partial(la.extend, head_dim=K, chunk=16))
   state = la.init_state(span, B, H, K, num_nodes=48)
-  num_bytes = sum(x.nbytes for x in state[1:])
-  assert num_bytes == 4 * B * H * (3 + 48 * (K + 1))
   outs, at = [], 0
-  # A prompt of two chunks and a bit, another piece, then one at a time.
+  # Two chunks and a bit, another piece, then one position at a time.
   for stop in (37, 45, *range(46, L + 1)):
-    part = (x[:, at:stop] for x in case[:3])
-    state, out = extend(state, *part, case.slopes, case.keep[:, at:stop])
+    part = [x[:, at:stop] for x in case[:3]]
+    part_keep = keep[:, at:stop] if is_padded else None
+    state, out = extend(state, *part, case.slopes, part_keep)
     outs, at = [*outs, out], stop
-  assert sum(x.nbytes for x in state[1:]) == num_bytes
+  assert state.top_BHP.size + state.norm_BHN.size + state.sum_BHNK.size == (
+    B * H * (3 + 48 * (K + 1))
+  )
   out = np.concatenate(outs, 1)
   np.testing.assert_allclose(out, Dense(case, True).out, rtol=0, atol=1e-5)
-  whole = run(case, span=span, num_nodes=48)
-  np.testing.assert_allclose(out, whole, rtol=0, atol=1e-5)
+
+
+def test_extend_watches_each_end_of_the_span():
+  rng = np.random.default_rng(0)
+  q_BLH, k_BLH = jnp.asarray(rng.normal(size=(2, 2, 1, 3)), jnp.float32)
+  v_BLHK = jnp.ones((2, 1, 3, 4))
+  span = make_span(-1.0, 3.0, 2.0, 2.5)
+  empty = la.init_state(span, 2, 3, 4, num_nodes=32)
+  extend = jax.jit(functools.partial(la.extend, head_dim=4))
+  inside = np.zeros((2, 2, 1, 3), np.float32)  # q and k
+  inside[0], inside[1] = 1.0 / 2, 2.25  # s = sqrt(K) q
+
+  def is_outside(state, change, keep=None):
+    q, k = jnp.asarray(inside + change)
+    state, _ = extend(state, q, k, v_BLHK, None, keep)
+    return state, state.is_outside_B.tolist()
+
+  for axis, sign in np.ndindex(2, 2):
+    half = (1.0, 0.25)[axis]
+    for factor, expected in ((0.99, False), (1.01, True)):
+      change = np.zeros_like(inside)
+      change[axis, 1, 0, 2] = (2 * sign - 1) * factor * half
+      state, found = is_outside(empty, change)
+      assert found == [False, expected]
+  # The flag stays after positions inside, and pad tokens do not raise it.
+  _, found = is_outside(state, np.zeros_like(inside))
+  assert found == [False, True]
+  keep = np.array([[True], [False]])
+  _, found = is_outside(empty, 9 * np.ones_like(inside), keep)
+  assert found == [True, False]
 
 
 def test_results_have_the_dtype_of_the_values():
@@ -245,3 +370,139 @@ def test_memory_of_training_grows_with_the_length_not_its_square():
   short, long = needed(2048), needed(8192)
   assert long < 5 * short
   assert long < 8 * 8192**2  # a quarter of one matrix of logits of each head
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+  s=st.floats(0.01, 12),
+  t=st.floats(0.01, 6),
+  places=st.integers(1, 3),
+  offset=st.floats(-3, 3),
+  seed=st.integers(0, 99),
+)
+def test_the_bound_bounds(s, t, places, offset, seed):
+  # Keys at few places with a far-off majority: the hardest to interpolate.
+  case = make_case(seed, s, shape=(1, 96, 2, 4), slopes=SLOPES[2:])
+  rng = np.random.default_rng(seed)
+  k = rng.choice(np.linspace(-t, t, places), case.k.shape) + offset
+  k[:, 0], k[:, 1] = offset - t, offset + t
+  case = case._replace(
+    q=case.q + np.float32(offset / 2),
+    k=np.float32(k),
+    v=np.sign(case.v),
+  )
+  num_nodes = 64
+  bound = bound_of(case, num_nodes)
+  hypothesis.assume(bound < 0.1)
+  oracle = Dense(case, True)
+  error = np.abs(_compiled(num_nodes)(*case) - oracle.out).max()
+  assert error <= (bound + rounding(case, oracle)) * spread(case)
+
+
+@functools.cache
+def _compiled(num_nodes):
+  return jax.jit(
+    functools.partial(
+      la.attend_linear, head_dim=4, causal=True, num_nodes=num_nodes, chunk=16
+    )
+  )
+
+
+def test_queries_that_hardly_vary_far_from_0_are_no_narrow_range():
+  # Panels have a least width, in which e^(s t) changes by more than its range
+  # in these queries tells.
+  case = make_case(s=0.01, t=100.0)
+  case = case._replace(q=case.q + np.float32(50), v=np.sign(case.v))
+  oracle = Dense(case, True)
+  off = np.abs(run(case, num_nodes=64) - oracle.out).max() / spread(case)
+  assert off > 0.1
+  assert bound_of(case, 64) > off
+  np.testing.assert_allclose(
+    _checked(case, True),
+    oracle.out,
+    rtol=0,
+    atol=rounding(case, oracle) * spread(case),
+  )
+
+
+def test_where_the_bound_does_not_hold_the_error_is_large():
+  case = make_case(s=16.0, t=1.5)
+  assert bound_of(case, 32) == np.inf
+  assert np.abs(run(case) - Dense(case, True).out).max() > 0.1
+
+
+@pytest.mark.parametrize("a", [0.1, 1.0, 2.5, 4.0, 5.0, 7.0])
+def test_the_bound_holds_for_one_exponential(a):
+  x = np.linspace(-1, 1, 2001)
+  nodes = chebyshev.nodes().astype(np.float64)
+  weights = np.linalg.inv(np.polynomial.chebyshev.chebvander(nodes, 15))
+  basis = np.polynomial.chebyshev.chebvander(x, 15) @ weights  # l_n(x)
+  error = np.abs(basis @ np.exp(a * nodes) * np.exp(-a * x) - 1).max()
+  bound = float(chebyshev.error_bound(a, 1.0, 16))
+  share = error / (1 - error) if error < 1 else np.inf
+  rounding_only = 8 * 2.0**-24 * (np.abs(basis) @ np.exp(a * nodes)).max()
+  assert share <= bound <= 10 * share + 10 * np.exp(a) * rounding_only
+  got = chebyshev.lagrange(jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(got, basis, rtol=0, atol=3e-6)
+
+
+def test_derivatives_are_those_of_the_polynomials():
+  nodes = chebyshev.nodes().astype(np.float64)
+  for degree in range(16):
+    want = degree * nodes ** max(degree - 1, 0)
+    got = chebyshev.derivatives().astype(np.float64) @ nodes**degree
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-4)
+
+
+def _checked(case, causal, tolerance=1e-4, **options):
+  attend = functools.partial(
+    la.attend_checked, head_dim=K, causal=causal, tolerance=tolerance, **options
+  )
+  return jax.jit(attend)(*case)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_checked_falls_back_to_dense_attention(causal):
+  case = make_case(s=60.0, t=1.5, slopes=SLOPES, keep=make_keep())
+  assert bound_of(case, 256) > 1e-4
+  oracle = Dense(case, causal)
+  limit = rounding(case, oracle) * spread(case)
+  out = _checked(case, causal, num_nodes=(32,))
+  np.testing.assert_allclose(out, oracle.out, rtol=0, atol=limit)
+  d_out = np.random.default_rng(2).standard_normal(oracle.out.shape)
+
+  def loss(*arrays):
+    out = la.attend_checked(
+      *arrays, head_dim=K, causal=causal, tolerance=1e-4, num_nodes=(32,)
+    )
+    return (out * np.float32(d_out)).sum()
+
+  grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*case)
+  for got, want in zip(grads, oracle.gradients(d_out), strict=True):
+    np.testing.assert_allclose(
+      got, want, rtol=0, atol=3e-5 * np.abs(want).max()
+    )
+
+
+def test_checked_is_exact_if_one_head_of_one_text_has_a_wide_range():
+  case = make_case(s=2.0, t=1.0)
+  q = np.array(case.q)
+  q[1, :, 2] *= 30
+  case = case._replace(q=jnp.asarray(q))
+  oracle = Dense(case, True)
+  limit = rounding(case, oracle) * spread(case)
+  out = _checked(case, True, num_nodes=(32,))
+  np.testing.assert_allclose(out, oracle.out, rtol=0, atol=limit)
+
+
+def test_checked_takes_the_first_number_of_nodes_that_is_enough():
+  small, large = make_case(s=2.0), make_case(s=8.0)
+  for case, num_nodes in ((small, 64), (large, 256)):
+    assert bound_of(case, num_nodes) < 1e-4
+    np.testing.assert_array_equal(
+      _checked(case, True), run(case, num_nodes=num_nodes)
+    )
+  assert bound_of(large, 64) > 1e-4
+  exact = Dense(small, True).out
+  out = _checked(small, True, tolerance=1e-9)  # never enough
+  np.testing.assert_allclose(out, exact, rtol=0, atol=2e-6)

@@ -10,12 +10,11 @@ import tokenizers
 from folding import cli
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
+from folding.errors import ConfigError
 from folding.models.transformer import make_model
-from folding.schema import ConfigError
 from folding.serving import export as export_lib
 from folding.serving import huggingface
-from folding.serving import text as text_lib
-from folding.serving.generate import Generator
+from folding.serving.generate import Generator, continue_texts, decode_parts
 from folding.serving.sampling import Sampling
 from tests.models import checkpoints
 from tests.serving import models
@@ -73,11 +72,11 @@ def test_parts_are_decoded_to_the_whole_text(size):
   tokenizer = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
   prompt, new = tokenizer.encode_batch(["naï", "veté: 日本 🎈!"])
   parts = [new[i : i + size] for i in range(0, len(new), size)]
-  pieces = list(text_lib.decode_parts(tokenizer, prompt, parts))
+  pieces = list(decode_parts(tokenizer, prompt, parts))
   assert "".join(pieces) == "veté: 日本 🎈!"
   assert not any("\ufffd" in piece for piece in pieces)
   assert len(pieces) > 1
-  cut = list(text_lib.decode_parts(tokenizer, prompt, [new[:-3]]))
+  cut = list(decode_parts(tokenizer, prompt, [new[:-3]]))
   assert cut[-1].endswith("\ufffd")  # half a balloon: the end has come
 
 
@@ -85,15 +84,13 @@ def test_spaces_between_words_are_those_of_the_whole_text():
   tokenizer = models.make("lm").tokenizer
   prompt, new = tokenizer.encode_batch(["the cat", "sat on cat"])
   parts = np.split(new, len(new))
-  pieces = list(text_lib.decode_parts(tokenizer, prompt, parts))
+  pieces = list(decode_parts(tokenizer, prompt, parts))
   assert pieces == [" sat", " on", " cat"]
 
 
 def test_one_text_goes_on_as_it_comes(loaded, expected):
   pieces = list(
-    text_lib.continue_texts(
-      loaded, TEXTS[:1], max_new_tokens=NEW, sampling=Sampling()
-    )
+    continue_texts(loaded, TEXTS[:1], max_new_tokens=NEW, sampling=Sampling())
   )
   assert pieces[0] == TEXTS[0]
   assert len(pieces) > 2
@@ -172,7 +169,7 @@ def test_generate_refuses_a_classifier(tmp_path, capsys):
 
 def test_a_classifier_is_refused_in_text(loaded):
   with pytest.raises(ConfigError, match="is a classifier"):
-    text_lib.continue_texts(
+    continue_texts(
       models.make("classify"), ["a"], max_new_tokens=1, sampling=Sampling()
     )
 
@@ -208,9 +205,7 @@ def test_a_text_ends_where_transformers_ends_it(tmp_path, place):
 
   def ours(path):
     loaded = export_lib.load(path)
-    parts = text_lib.continue_texts(
-      loaded, ["a b"], max_new_tokens=8, sampling=sampling
-    )
+    parts = continue_texts(loaded, ["a b"], max_new_tokens=8, sampling=sampling)
     return "".join(parts).split()
 
   def theirs(path):
