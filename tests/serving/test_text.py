@@ -11,9 +11,9 @@ from folding import cli
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
+from folding.models import hf_weights
 from folding.models.transformer import make_model
 from folding.serving import export as export_lib
-from folding.serving import huggingface
 from folding.serving.generate import Generator, continue_texts, decode_parts
 from folding.serving.sampling import Sampling
 from tests.models import checkpoints
@@ -195,9 +195,13 @@ def test_a_text_ends_where_transformers_ends_it(tmp_path, place):
   transformers.logging.set_verbosity_error()
   words = [*checkpoints.WORDS, *(f"w{i}" for i in range(10, checkpoints.V))]
   folder, out = tmp_path / "llama", tmp_path / "out"
-  params = checkpoints.random_params(checkpoints.description("llama", "lm"))
-  params["head"]["kernel"][:, :4] = 0  # says no token that is not printed
-  checkpoints.write(folder, "llama", "lm", params, words)
+  described = checkpoints.description("llama", "lm")
+  params = checkpoints.random_params(described)
+  params["head"]["kernel"][:, :4] = 0  # never a token that is not printed
+  hf_weights.save_pretrained(
+    folder, params, described, bos_token_id=1, eos_token_id=2
+  )
+  checkpoints.write_tokenizer(folder / "tokenizer.json", words)
   tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
   tokenizer.add_tokens(words)  # so that each may be what ends
   tokenizer.save(str(folder / "tokenizer.json"))
@@ -227,5 +231,5 @@ def test_a_text_ends_where_transformers_ends_it(tmp_path, place):
   expected = theirs(folder)
   assert 4 <= len(expected) < 10
   assert ours(folder) == expected
-  huggingface.export_hf(out, export_lib.load(folder))
+  export_lib.export_hf(out, export_lib.load(folder))
   assert ours(out) == theirs(out) == expected
