@@ -62,7 +62,9 @@ class _Decoder:
       config_lib.Config(
         preset="none",
         model=dataclasses.replace(MODEL),
-        fold=config_lib.FoldConfig(groups=groups, v_block=int(groups > 0)),
+        fold=config_lib.FoldConfig(
+          groups=groups, values="diagonal" if groups else "dense"
+        ),
       )
     )
     model = make_model(config, VOCAB_SIZE)

@@ -46,7 +46,7 @@ def measure(rounds: int, threads: int | None) -> dict:
   ).eval()
   dense = Transformer(
     source.config,
-    config_lib.FoldConfig(groups=0, v_block=0),
+    config_lib.FoldConfig(groups=0, values="dense"),
     source.vocab_size,
     source.max_length,
   )
@@ -112,7 +112,7 @@ def _compressed(source: Pretrained) -> tuple[Transformer, Any, np.ndarray]:
       preset="none",
       data=config_lib.DataConfig(length=source.max_length),
       model=shape,
-      fold=config_lib.FoldConfig(groups=2, v_block=1),
+      fold=config_lib.FoldConfig(groups=2, values="diagonal"),
     )
   )
   model = Transformer(

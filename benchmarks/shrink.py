@@ -42,7 +42,7 @@ def get_config() -> config_lib.Config:
       model=config_lib.ModelConfig(
         num_layers=6, width=512, num_heads=16, causal=False
       ),
-      fold=config_lib.FoldConfig(groups=1, v_block=1),
+      fold=config_lib.FoldConfig(groups=1, values="diagonal"),
     )
   )
 

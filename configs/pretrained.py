@@ -33,7 +33,7 @@ def recovery(level: float, task: str) -> dict[str, Any]:
   if level <= 0.4:
     edits["fold.groups"] = 0
   if level <= 0.5:
-    edits["fold.v_block"] = 0
+    edits["fold.values"] = "dense"
     if task == "classify":
       edits["train.learning_rate"] = 1e-4
   return edits
@@ -100,7 +100,7 @@ def get_config(where: str = "") -> c.Config:
     fold=c.FoldConfig(
       groups=groups,
       rope="pairs" if is_rotary else "copy",
-      v_block=None if shares_width and has_place else 0,
+      values=None if shares_width and has_place else "dense",
     ),
     fpp=c.FPPConfig(
       embedding_granularity=granularity,

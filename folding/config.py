@@ -18,6 +18,7 @@ from folding.typed import Range
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")  # of local files
 
 Task = Literal["lm", "classify"]
+Values = Literal["dense", "diagonal", "identity"]  # kinds of W_V
 Preset = Literal["none", "moderate", "paper"]
 Score = Literal[
   "relative",
@@ -188,9 +189,9 @@ class FoldConfig:
   groups: PerLayer | None = None  # G, row groups of W_Q and W_K; 0: dense
   axis: Literal["output", "input"] = "output"  # which axis the groups run over
   rope: Literal["copy", "pairs"] = "copy"  # G copied to K, or G/2 pairs
-  v_block: PerLayer | None = None  # block size of W_V; 1: DWC; 0: dense
-  v_identity: bool = False  # blocks of size 1 are 1: W_O has absorbed them
-  first_dense: bool = False  # keep W_V of the first layer dense
+  # W_V: "dense", "diagonal" (DWC), or "identity", a diagonal that W_O has
+  # absorbed; for all layers, or one per layer.
+  values: Values | tuple[Values, ...] | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -404,27 +405,13 @@ class Config:
         "model.attention='linear' needs a layer with fold.groups=1 on the output "
         "axis, and neither rotary positions nor model.window; use 'dense'"
       )
-    for n, block in enumerate(m.by_layer(f.v_block, "fold.v_block")):
-      if block == 0:
-        continue
-      if m.width % block:
-        raise ConfigError(
-          f"fold.v_block {block} does not divide model.width {m.width}, so W_V "
-          "cannot be block-diagonal; use a divisor, 1 (diagonal) or 0 (dense)"
-        )
-      if m.num_heads * m.head_dim != m.width:
-        raise ConfigError(
-          f"fold.v_block {block} needs heads that share out model.width "
-          f"{m.width}; there are {m.num_heads} of {m.head_dim}; use "
-          "fold.v_block=0"
-        )
-      is_dense = f.first_dense and n == 0
-      is_whole = m.heads is None or len(m.heads[n]) == m.num_heads
-      if m.head_dim % block and not (is_whole or is_dense):
-        raise ConfigError(
-          f"fold.v_block {block} joins heads of {m.head_dim}, so none can be left "
-          "out by model.heads; use a divisor, or 0 (dense)"
-        )
+    values = m.by_layer(f.values, "fold.values")
+    if set(values) != {"dense"} and m.num_heads * m.head_dim != m.width:
+      raise ConfigError(
+        "a diagonal W_V needs heads that share out model.width "
+        f"{m.width}; there are {m.num_heads} of {m.head_dim}; use "
+        "fold.values='dense'"
+      )
 
   def _check_groups(self, groups: int) -> None:
     m, f = self.model, self.fold
@@ -454,12 +441,13 @@ class Config:
     f, prune, is_new = self.fpp, self.compress.prune, self.pretrained is None
     if f.linear_layers is not None:
       self.model.by_layer(f.linear_layers, "fpp.linear_layers")
-    is_diagonal = any(self.model.by_layer(self.fold.v_block, "fold.v_block"))
+    values = self.model.by_layer(self.fold.values, "fold.values")
+    is_diagonal = set(values) != {"dense"}
     is_shared = self.model.num_kv_heads != self.model.num_heads
     if f.attention == "heads" and (is_diagonal or is_shared):
       raise ConfigError(
         "fpp.attention='heads' needs heads with keys and values of their own; "
-        "use fold.v_block=0 and model.num_kv_heads=0"
+        "use fold.values='dense' and model.num_kv_heads=0"
       )
     is_trained_classifier = self.task == "classify" and not is_new
     if f.embedding_granularity == "trim" and not is_trained_classifier:
@@ -474,7 +462,7 @@ class Config:
     if self.compress.plan == "same" and self.compress.qkv is not None:
       raise ConfigError(
         "compress.qkv is for compress.plan='auto'; without it use fold.groups "
-        "and fold.v_block"
+        "and fold.values"
       )
     if prune == "none":
       return
@@ -521,8 +509,7 @@ class Layer:
     groups: G, row groups of W_Q and W_K; 0: dense.
     axis: As `FoldConfig.axis`.
     rope: As `FoldConfig.rope`.
-    v_block: Block size of W_V; 1: diagonal; 0: dense.
-    v_identity: Whether blocks of size 1 are 1 and have no parameters.
+    values: Kind of W_V, see `FoldConfig.values`.
   """
 
   heads: tuple[int, ...]
@@ -533,8 +520,7 @@ class Layer:
   groups: int
   axis: Literal["output", "input"]
   rope: Literal["copy", "pairs"]
-  v_block: int
-  v_identity: bool
+  values: Values
 
 
 def gpt2(**fields: Any) -> ModelConfig:
@@ -573,21 +559,21 @@ def llama(**fields: Any) -> ModelConfig:
 PRESETS: dict[Preset, dict[str, Any]] = {
   "none": {
     "fold.groups": 0,
-    "fold.v_block": 0,
+    "fold.values": "dense",
     "fpp.overall": None,
     "fpp.linear": 0.0,
     "fpp.embedding": 0.0,
   },
   "moderate": {
     "fold.groups": 0,
-    "fold.v_block": 1,
+    "fold.values": "diagonal",
     "fpp.overall": 0.3,
     "fpp.linear": 0.0,
     "fpp.embedding": 0.0,
   },
   "paper": {
     "fold.groups": 1,
-    "fold.v_block": 1,
+    "fold.values": "diagonal",
     "fpp.overall": 0.7,
     "fpp.linear": 0.7,
     "fpp.embedding": 0.7,
@@ -609,8 +595,8 @@ def resolve(config: Config) -> Config:
   m, f, preset = c.model, c.fpp, PRESETS[c.preset]
   if c.fold.groups is None:
     c.fold.groups = preset["fold.groups"]
-  if c.fold.v_block is None:
-    c.fold.v_block = preset["fold.v_block"]
+  if c.fold.values is None:
+    c.fold.values = preset["fold.values"]
   if f.linear is None and f.linear_layers is None and f.embedding is None:
     f.overall = preset["fpp.overall"] if f.overall is None else f.overall
   if f.overall is None:
@@ -642,7 +628,7 @@ def layers_of(model: ModelConfig, fold: FoldConfig) -> tuple[Layer, ...]:
     ValueError: the config is not resolved.
   """
   m, f = model, fold
-  if m.qkv_bias is None or f.groups is None or f.v_block is None:
+  if m.qkv_bias is None or f.groups is None or f.values is None:
     raise ValueError(
       "the config is not resolved; use folding.config.resolve(config)"
     )
@@ -663,8 +649,7 @@ def layers_of(model: ModelConfig, fold: FoldConfig) -> tuple[Layer, ...]:
         groups=at(f.groups, n),
         axis=f.axis,
         rope=f.rope,
-        v_block=0 if f.first_dense and n == 0 else at(f.v_block, n),
-        v_identity=f.v_identity,
+        values=at(f.values, n),
       )
     )
   return tuple(layers)
@@ -677,7 +662,12 @@ def unshrunk(config: Config) -> Config:
   model = dataclasses.replace(
     m, mlp_width=width, dense_mlp_width=None, heads=None
   )
-  fold = dataclasses.replace(config.fold, v_identity=False)
+  values = config.fold.values
+  if isinstance(values, tuple):
+    values = tuple("diagonal" if v == "identity" else v for v in values)
+  elif values == "identity":
+    values = "diagonal"
+  fold = dataclasses.replace(config.fold, values=values)
   return dataclasses.replace(config, model=model, fold=fold)
 
 

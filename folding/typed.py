@@ -91,7 +91,7 @@ def parse(hint: Any, text: str, where: str) -> Any:
   Raises:
     ConfigError: the text does not fit the annotation.
   """
-  values: list[Any] = [text]
+  values: list[Any] = [text, tuple(text.split(","))]
   with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError):
     value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     values = [None, text] if value is None else [text, value, (value,)]

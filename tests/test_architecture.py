@@ -25,7 +25,7 @@ ORDER = {
   "compression": [
     *("threshold", "scores", "sites", "observe", "fpp"),
     *("neurons", "fold"),
-    *("sparsegpt", "refold", "accounting", "removable", "shrink"),
+    *("oneshot", "lowrank", "accounting", "removable", "shrink"),
   ],
   "training": [
     *("losses", "distributed", "run_dir", "sharding", "checkpoint"),

@@ -140,17 +140,26 @@ def test_comments_stand_beside_and_above_a_field():
   )
 
 
+@pytest.mark.parametrize(
+  ("text", "values"),
+  [("identity", "identity"), ("dense,diagonal", ("dense", "diagonal"))],
+)
+def test_parse_reads_kinds_of_values_per_layer(text, values):
+  hint = typed.fields(c.Config)["fold.values"]
+  assert typed.parse(hint, text, "fold.values") == values
+
+
 # What each preset decides.
 PRESETS = {
-  "none": (0, 0, 0.0, 0.0, None),
-  "moderate": (0, 1, None, None, 0.3),
-  "paper": (1, 1, None, None, 0.7),
+  "none": (0, "dense", 0.0, 0.0, None),
+  "moderate": (0, "diagonal", None, None, 0.3),
+  "paper": (1, "diagonal", None, None, 0.7),
 }
 
 
 def _decided(config):
   f, p = config.fold, config.fpp
-  return (f.groups, f.v_block, p.linear, p.embedding, p.overall)
+  return (f.groups, f.values, p.linear, p.embedding, p.overall)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -159,7 +168,7 @@ def test_preset_decides_only_fields_that_are_none(preset):
   assert _decided(resolved) == PRESETS[preset]
   changed = typed.differences(c.Config(preset=preset), resolved)
   assert {line.split(":")[0] for line in changed} <= {
-    *("fold.groups", "fold.v_block", "fpp.linear", "fpp.embedding"),
+    *("fold.groups", "fold.values", "fpp.linear", "fpp.embedding"),
     *("fpp.overall", "fpp.embedding_share", "model.num_kv_heads"),
     *("model.head_dim", "model.mlp_width", "model.qkv_bias"),
   }
@@ -168,11 +177,14 @@ def test_preset_decides_only_fields_that_are_none(preset):
 @pytest.mark.parametrize(
   ("fields", "decided"),
   [
-    ({"fold__groups": 2, "fold__v_block": 0}, (2, 0, None, None, 0.7)),
-    ({"fpp__overall": 0.5}, (1, 1, None, None, 0.5)),
-    ({"fpp__linear": 0.5}, (1, 1, 0.5, 0.7, None)),
-    ({"fpp__embedding": 0.0}, (1, 1, 0.7, 0.0, None)),
-    ({"fpp__linear_layers": (0.5,) * 4}, (1, 1, 0.7, 0.7, None)),
+    (
+      {"fold__groups": 2, "fold__values": "dense"},
+      (2, "dense", None, None, 0.7),
+    ),
+    ({"fpp__overall": 0.5}, (1, "diagonal", None, None, 0.5)),
+    ({"fpp__linear": 0.5}, (1, "diagonal", 0.5, 0.7, None)),
+    ({"fpp__embedding": 0.0}, (1, "diagonal", 0.7, 0.0, None)),
+    ({"fpp__linear_layers": (0.5,) * 4}, (1, "diagonal", 0.7, 0.7, None)),
   ],
   ids=str,
 )
@@ -201,7 +213,7 @@ def test_layers_have_their_own_shapes():
     model__mlp_width=(3, 4),
     model__dense_mlp_width=4,
     fold__groups=(0, 2),
-    fold__v_block=0,
+    fold__values="dense",
   )
   with pytest.raises(ValueError, match="resolve"):
     c.layers_of(config.model, config.fold)
@@ -241,7 +253,7 @@ def test_config_survives_its_file(fields, tmp_path):
 
 def test_config_of_an_old_run_names_the_commit_that_reads_it(tmp_path):
   path = tmp_path / "config.json"
-  path.write_text('{"fold": {"v_identity_of_old": true}}')
+  path.write_text('{"fold": {"v_block": 1}}')
   with pytest.raises(ConfigError, match="c6086e3"):
     c.load(str(path))
 
@@ -270,7 +282,7 @@ def test_dense_twin_has_the_heads_and_neurons_before_a_shrink():
     model__heads=((0, 1),) * 4,
     model__mlp_width=(7, 8, 8, 8),
     model__dense_mlp_width=9,
-    fold__v_block=0,
+    fold__values="dense",
   )
   model = c.dense_twin(config).model
   assert (model.heads, model.mlp_width, model.dense_mlp_width) == (
@@ -316,7 +328,11 @@ REFUSED = {
     {"model__heads": ((1,),) * 4},
   ),
   "half_a_key": (
-    {"model__heads": ((0,),) * 4, "model__num_kv_heads": 8, "fold__v_block": 0},
+    {
+      "model__heads": ((0,),) * 4,
+      "model__num_kv_heads": 8,
+      "fold__values": "dense",
+    },
     "whole groups of 2",
     {"model__heads": ((0, 1),) * 4},
   ),
@@ -363,7 +379,7 @@ REFUSED = {
   "odd_rope": (
     {"model__width": 48, "model__positions": "rope"},
     "even head size",
-    {"model__head_dim": 4, "fold__v_block": 0},
+    {"model__head_dim": 4, "fold__values": "dense"},
   ),
   "lm_both_ways": (
     {"model__causal": False},
@@ -387,16 +403,10 @@ REFUSED = {
     "LayerNorm",
     {"model__norm": "rmsnorm"},
   ),
-  "v_block": ({"fold__v_block": 3}, "does not divide", {"fold__v_block": 128}),
   "values_of_shared_width": (
     {"model__head_dim": 4, "fold__groups": 2},
     "share out",
-    {"fold__v_block": 0},
-  ),
-  "blocks_join_heads": (
-    SHRUNK | {"fold__v_block": 16},
-    "joins heads",
-    {"fold__v_block": (1, 16)},
+    {"fold__values": "dense"},
   ),
   "linear_attention": (
     {"model__attention": "linear", "fold__groups": 2},
@@ -447,10 +457,14 @@ REFUSED = {
   "heads_of_a_diagonal": (
     {"fpp__attention": "heads"},
     "keys and values",
-    {"fold__v_block": 0},
+    {"fold__values": "dense"},
   ),
   "heads_that_share": (
-    {"fpp__attention": "heads", "fold__v_block": 0, "model__num_kv_heads": 4},
+    {
+      "fpp__attention": "heads",
+      "fold__values": "dense",
+      "model__num_kv_heads": 4,
+    },
     "keys and values",
     {"model__num_kv_heads": 0},
   ),
@@ -588,28 +602,33 @@ def test_pretrained_folds_a_head_to_about_a_quarter(
 
 
 @pytest.mark.parametrize(
-  ("level", "groups", "v_block"), [("0.3", 0, 0), (".5", 2, 0), ("0.80", 2, 1)]
+  ("level", "groups", "values"),
+  [("0.3", 0, "dense"), (".5", 2, "dense"), ("0.80", 2, "diagonal")],
 )
 def test_pretrained_of_a_level_folds_less_if_less_is_saved(
-  tmp_path, level, groups, v_block
+  tmp_path, level, groups, values
 ):
   checkpoints.write(tmp_path / "a,b", "llama", "lm")
   config = _recovery(tmp_path / "a,b", f",{level}")
   assert config.pretrained == f"{tmp_path}/a,b"
   assert config.fpp.overall == float(level)
-  assert (config.fold.groups, config.fold.v_block) == (groups, v_block)
+  assert (config.fold.groups, config.fold.values) == (groups, values)
   assert config.train.learning_rate == 5e-4  # of a language model
 
 
 @pytest.mark.parametrize(
-  ("family", "task", "v_block"),
-  [("qwen2", "lm", 0), ("llama", "lm", 1), ("gpt2", "classify", 1)],
+  ("family", "task", "values"),
+  [
+    ("qwen2", "lm", "dense"),
+    ("llama", "lm", "diagonal"),
+    ("gpt2", "classify", "diagonal"),
+  ],
 )
-def test_pretrained_follows_the_checkpoint(tmp_path, family, task, v_block):
+def test_pretrained_follows_the_checkpoint(tmp_path, family, task, values):
   checkpoints.write(tmp_path / "model", family, task)
   config = _recovery(tmp_path / "model")
   # A bias of W_V without one of W_O would have no place.
-  assert config.fold.v_block == v_block
+  assert config.fold.values == values
   assert config.task == task
   assert (config.distill.logits > 0) == (task == "lm")
 

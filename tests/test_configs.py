@@ -72,29 +72,29 @@ def test_a_trained_head_is_folded_to_about_a_quarter(
 
 
 @pytest.mark.parametrize(
-  ("level", "groups", "v_block"), [("0.3", 0, 0), (".5", 2, 0), ("0.80", 2, 1)]
+  ("level", "groups", "values"),
+  [("0.3", 0, "dense"), (".5", 2, "dense"), ("0.80", 2, "diagonal")],
 )
-def test_less_is_saved_by_another_recipe(tmp_path, level, groups, v_block):
+def test_less_is_saved_by_another_recipe(tmp_path, level, groups, values):
   checkpoints.write(tmp_path / "a,b", "llama", "lm")
   config = pretrained.get_config(f"{tmp_path}/a,b,{level}")
   assert config.pretrained == f"{tmp_path}/a,b"
   config.data.path = "a.txt"
   config = config_lib.resolve(config)
   assert config.fpp.overall == float(level)
-  assert (config.fold.groups, config.fold.v_block) == (groups, v_block)
+  assert (config.fold.groups, config.fold.values) == (groups, values)
   assert config.train.learning_rate == 5e-4  # of a language model
 
 
 @pytest.mark.parametrize(
-  ("family", "v_block"), [("qwen2", 0), ("llama", 1), ("gpt2", 1)]
+  ("family", "values"),
+  [("qwen2", "dense"), ("llama", "diagonal"), ("gpt2", "diagonal")],
 )
-def test_a_value_bias_without_one_of_the_output_stays(
-  tmp_path, family, v_block
-):
+def test_a_value_bias_without_one_of_the_output_stays(tmp_path, family, values):
   checkpoints.write(tmp_path / "model", family, "lm")
   config = pretrained.get_config(str(tmp_path / "model"))
   config.data.path = "a.txt"
-  assert config_lib.resolve(config).fold.v_block == v_block
+  assert config_lib.resolve(config).fold.values == values
 
 
 @pytest.mark.parametrize("level", ["0", "1", "1.5", "30"])
@@ -115,7 +115,7 @@ def test_a_decoder_is_trained_for_what_it_is(tmp_path, task):
 def test_config_resolves_to_a_folded_and_pruned_model(name):
   config = config_lib.resolve(CASES[name])
   assert config.task == ("classify" if name.startswith("classify") else "lm")
-  assert (config.fold.groups, config.fold.v_block) == (1, 1)
+  assert (config.fold.groups, config.fold.values) == (1, "diagonal")
   assert config.fpp.overall == 0.7
   again = config_lib.from_dict(config_lib.to_dict(config))
   assert config_lib.resolve(again) == config

@@ -42,18 +42,14 @@ def _methods() -> dict[str, Method]:
       f"positions: {positions}, G = 4", fold__groups=4, **changed
     )
     found[f"{positions}-v-dense"] = _ours(
-      f"positions: {positions}, W_V dense", fold__v_block=0, **changed
+      f"positions: {positions}, W_V dense", fold__values="dense", **changed
     )
   for heads in (4, 8, 32):
     changed = {"model__num_heads": heads}
     found[f"dense-heads-{heads}"] = _dense(f"{heads} heads", **changed)
     found[f"heads-{heads}"] = _ours(f"{heads} heads", **changed)
   found |= {
-    "v-dense": _ours("W_V dense", fold__v_block=0),
-    "v-block-8": _ours("W_V in blocks of 8", fold__v_block=8),
-    "v-first-dense": _ours(
-      "W_V dense in the first layer", fold__first_dense=True
-    ),
+    "v-dense": _ours("W_V dense", fold__values="dense"),
     "qk-dense": _ours("W_Q and W_K dense", fold__groups=0),
   }
   for score in (

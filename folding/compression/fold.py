@@ -1,13 +1,13 @@
-"""Folding and unfolding attention layers of a parameter tree, exactly.
+"""Exact conversion of attention layers between the folded and the dense form.
 
 An attention layer is a dict with entries q, k, v and o, where o/kernel is
-[H, K, D]; its shape tells D, H and K, so the kind of q, k and v can be read
-off their own shapes (the table is in `folding.models.projections`). Any tree
-that has such dicts will do.
+[H, K, D]. That shape gives D, H and K, so the form of q, k and v follows from
+their own shapes; `folding.models.projections` has the table. Layers may be
+anywhere in a tree of dicts and lists.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +17,31 @@ Params = Mapping[str, Any]
 
 
 def unfold(
-  params: Params,
-  frequencies: np.ndarray | None = None,
+  params: Params, frequencies: np.ndarray | None = None
 ) -> dict[str, Any]:
   """Returns the dense parameters that compute the same function.
 
-  Output axis: each of the G columns of a head is repeated K/G times, biases
-  too. Input axis: each of the G rows is repeated D/G times. Block-diagonal
-  W_V: its blocks, with zeros elsewhere, split into heads; where the queries
-  have a bias, the dense twin has one for values too, and it is zero. A layer
-  without v has the identity for it. Layers that are dense already are left as
-  they are. Repeating is exact.
+  - Output axis: each of the G columns of a head is repeated K/G times, and the
+    bias too.
+  - Input axis: each of the G rows is repeated D/G times.
+  - Diagonal W_V: a matrix with zeros off the diagonal, split into heads. If the
+    queries have a bias, the values get a bias of zeros. A layer without v has
+    the identity.
+  - Rotary pairs: the channels of a pair, times (K/G)^(1/2), go to the channels
+    of the dense head that turn by the same angle. The others are zero.
 
-  Heads that share keys have values of their own in block-diagonal W_V. A dense
-  model with as many keys as values is meant then: keys, and in other layers
-  values, are repeated for each head, in all layers.
-
-  Rotary positions by pairs: the channels of a pair go where the dense model
-  turns by the same angle, times (K/G)^(1/2), and all others are zero.
+  Dense layers stay as they are. Heads that share keys have separate values in a
+  diagonal W_V. The dense model then has separate keys, too, so keys and values
+  are repeated per head in all layers.
 
   Args:
-    params: A tree of dicts and lists with attention layers anywhere in it.
-    frequencies: Radians a token of the K/2 pairs of the dense model; needed
-      where a layer has a `frequency` of its own.
+    params: Tree with attention layers.
+    frequencies: [K/2], radians per token of the pairs of the dense model. It is
+      needed if a layer has a `frequency` of its own.
 
   Raises:
-    ValueError: there is no attention layer, a layer's shapes do not fit each
-      other, or it turns by angles that the dense model does not have.
+    ValueError: there is no attention layer, the shapes of a layer do not fit
+      each other, or the dense model does not have a layer's frequencies.
 
   Example:
     >>> layer = {"q": {"kernel": jnp.ones((4, 2, 1))},
@@ -54,49 +52,53 @@ def unfold(
     >>> dense["q"]["kernel"].shape, dense["v"]["kernel"].shape
     ((4, 2, 2), (4, 2, 2))
   """
-  is_shared = False
+  has_separate_values = False
 
   def unfold_layer(layer, name):
-    nonlocal is_shared
+    nonlocal has_separate_values
     dense = _unfold_layer(layer, name, frequencies)
     heads_k, heads_v = (dense[role]["kernel"].shape[1] for role in ("k", "v"))
-    is_shared |= heads_k != heads_v
+    has_separate_values |= heads_k != heads_v
     return dense
 
   dense = _map_layers(unfold_layer, params)
-  if not is_shared:
+  if not has_separate_values:
     return dense
-  return _map_layers(lambda layer, _: _with_own_keys(layer), dense)
+  return _map_layers(lambda layer, _: _separate_keys(layer), dense)
 
 
 def fold(
-  params: Params, *, groups: int = 1, axis: str = "output", v_block: int = 1
+  params: Params,
+  *,
+  groups: int = 1,
+  axis: Literal["output", "input"] = "output",
+  values: Literal["dense", "diagonal", "identity"] = "diagonal",
 ) -> dict[str, Any]:
-  """Returns the stored form of parameters that are already folded in value.
+  """Returns the folded form of dense parameters that have its structure.
 
-  The inverse of `unfold`, bit for bit, but for pairs of rotary positions, keys
-  that it had to repeat, and a W_V that was left out as it is the identity. Rows
-  of a group must be identical and W_V exactly block-diagonal. (Zero groups or a
-  zero block leave W_Q and W_K, or W_V, dense.) What is folded already stays so,
-  or is folded further on the same axis.
+  This is the inverse of `unfold`, bit for bit, except for rotary pairs and for
+  keys that `unfold` had to repeat. The rows of a group must be identical, and
+  W_V exactly diagonal. Folded layers stay as they are, or are folded further on
+  the same axis.
 
   Args:
-    params: A tree of dicts and lists with dense attention layers anywhere in it.
-    groups: G, row groups of W_Q and W_K, of all layers.
-    axis: "output" or "input", the axis that the groups run over.
-    v_block: Block size of W_V, of all layers.
+    params: Tree with attention layers.
+    groups: G, row groups of W_Q and W_K, in all layers. 0 leaves them dense.
+    axis: The axis that the groups run over.
+    values: Form of W_V, in all layers. "identity" removes it.
 
   Raises:
     ValueError: an argument is out of range, there is no attention layer, or a
-      kernel does not have the asked structure; names it.
+      kernel does not have the structure.
   """
-  for name, size in (("groups", groups), ("v_block", v_block)):
-    if not isinstance(size, int | np.integer) or size < 0:
-      raise ValueError(
-        f"{name} is one number for all layers, 0 or more; it is {size!r}"
-      )
+  if groups < 0:
+    raise ValueError(f"groups must be 0 or more; it is {groups}")
   if axis not in ("output", "input"):
     raise ValueError(f"axis must be 'output' or 'input'; it is {axis!r}")
+  if values not in ("dense", "diagonal", "identity"):
+    raise ValueError(
+      f"values must be 'dense', 'diagonal' or 'identity'; it is {values!r}"
+    )
 
   def fold_layer(layer, name):
     folded = dict(layer)
@@ -106,12 +108,16 @@ def fold(
       other, whole = (rows, D) if axis == "output" else (columns, K)
       if other < whole:
         raise ValueError(
-          f"{name}/{role}: it is folded already, and not on the {axis} axis: "
-          f"{rows} by {columns} numbers a head"
+          f"{name}/{role} is already folded on the other axis: it has {rows} "
+          f"by {columns} numbers per head"
         )
       folded[role] = _fold_rows(layer[role], groups, axis, f"{name}/{role}")
-    if v_block and "v" in layer:
-      folded["v"] = _fold_value(layer["v"], v_block, f"{name}/v")
+    if values != "dense" and "v" in layer:
+      folded["v"] = _fold_values(layer["v"], f"{name}/v")
+      if values == "identity":
+        if not bool(jnp.all(folded["v"]["diagonal"] == 1)):
+          raise ValueError(f"{name}/v is not the identity")
+        del folded["v"]
     return folded
 
   return _map_layers(fold_layer, params)
@@ -134,40 +140,39 @@ def _map_layers(
       return [walk(value, f"{name}/{n}") for n, value in enumerate(tree)]
     return tree
 
-  found = walk(params, "")
+  mapped = walk(params, "")
   if not count:
     raise ValueError(
-      "there is no attention layer, which is a dict with q, k and o, among "
+      "there is no attention layer (a dict with q, k and o) among "
       f"{', '.join(map(str, params)) or 'no parameters'}"
     )
-  return found
-
-
-def _with_own_keys(layer: Params) -> dict[str, Any]:
-  """Returns a layer where each head has keys and values of its own."""
-  H = layer["o"]["kernel"].shape[0]
-
-  def repeated(projection):
-    copies = H // projection["kernel"].shape[1]
-    return {n: jnp.repeat(w, copies, axis=-2) for n, w in projection.items()}
-
-  return {**layer, "k": repeated(layer["k"]), "v": repeated(layer["v"])}
+  return mapped
 
 
 def _sizes(layer: Params, name: str) -> tuple[int, int, int]:
+  """Returns (H, K, D)."""
   shape = layer["o"]["kernel"].shape
   if len(shape) != 3:
     raise ValueError(
-      f"{name}/o/kernel has the shape {shape} and not [H, K, D]; layers that "
-      "are stacked, as nn.scan does, have to be parted first"
+      f"{name}/o/kernel has the shape {shape} and not [H, K, D]; split layers "
+      "that nn.scan has stacked first"
     )
   return shape
 
 
+def _separate_keys(layer: Params) -> dict[str, Any]:
+  """Returns a layer whose heads share neither keys nor values."""
+  H = layer["o"]["kernel"].shape[0]
+
+  def repeat(projection):
+    copies = H // projection["kernel"].shape[1]
+    return {n: jnp.repeat(w, copies, axis=-2) for n, w in projection.items()}
+
+  return {**layer, "k": repeat(layer["k"]), "v": repeat(layer["v"])}
+
+
 def _unfold_layer(
-  layer: Params,
-  name: str,
-  frequencies: np.ndarray | None,
+  layer: Params, name: str, frequencies: np.ndarray | None
 ) -> dict[str, Any]:
   H, K, D = _sizes(layer, name)
   dense = dict(layer)
@@ -176,51 +181,22 @@ def _unfold_layer(
     if own is None:
       dense[role] = _unfold_rows(layer[role], D, K, f"{name}/{role}")
     else:
-      places = _places(np.asarray(own), frequencies, f"{name}/frequency")
-      dense[role] = _unfold_pairs(layer[role], places, K)
-  w = layer.get("v", {}).get("diagonal")
-  if "v" not in layer:
-    w = jnp.ones((D, 1, 1), layer["o"]["kernel"].dtype)
-  if w is not None:
-    n, b, _ = w.shape
-    if n * b != D or H * K != D:
-      raise ValueError(
-        f"{name}/v/diagonal {w.shape} does not fit {name}/o/kernel {(H, K, D)}"
-      )
-    full = jnp.zeros((n, b, n, b), w.dtype)
-    full = full.at[jnp.arange(n), :, jnp.arange(n), :].set(w)
-    dense["v"] = {"kernel": full.reshape(D, H, K)}
-    if "bias" in layer["q"]:
-      dense["v"]["bias"] = jnp.zeros((H, K), layer["q"]["bias"].dtype)
+      channels = _channels(np.asarray(own), frequencies, f"{name}/frequency")
+      dense[role] = _unfold_pairs(layer[role], channels, K)
+  if "v" in layer and "diagonal" not in layer["v"]:
+    return dense
+  diagonal = jnp.ones((D, 1, 1), layer["o"]["kernel"].dtype)
+  if "v" in layer:
+    diagonal = layer["v"]["diagonal"]
+  if diagonal.shape != (D, 1, 1) or H * K != D:
+    raise ValueError(
+      f"{name}/v/diagonal {diagonal.shape} does not fit {name}/o/kernel "
+      f"{(H, K, D)}"
+    )
+  dense["v"] = {"kernel": jnp.diag(diagonal.reshape(D)).reshape(D, H, K)}
+  if "bias" in layer["q"]:
+    dense["v"]["bias"] = jnp.zeros((H, K), layer["q"]["bias"].dtype)
   return dense
-
-
-def _places(
-  own_Jp: np.ndarray, frequencies: np.ndarray | None, name: str
-) -> np.ndarray:
-  """Returns [J, G], the dense channels of each head's G channels."""
-  if frequencies is None:
-    raise ValueError(f"{name}: give the frequencies of the dense model")
-  error = np.abs(own_Jp[:, :, None] - np.asarray(frequencies))
-  pair_Jp = error.argmin(-1)
-  if (error.min(-1) > 1e-5 * own_Jp).any() or any(
-    len(set(pairs)) < len(pairs) for pairs in pair_Jp.tolist()
-  ):
-    raise ValueError(f"{name}: the dense model has no such frequencies")
-  return np.concatenate([pair_Jp, pair_Jp + len(frequencies)], axis=1)
-
-
-def _unfold_pairs(projection: Params, places_JG: np.ndarray, K: int) -> Params:
-  """Spreads G channels a head over K; query heads share a key head's places."""
-
-  def spread(w):
-    heads, G = w.shape[-2:]
-    places = np.repeat(places_JG, heads // len(places_JG), axis=0)
-    full = jnp.zeros((*w.shape[:-1], K), w.dtype)
-    scaled = w * jnp.asarray((K / G) ** 0.5, w.dtype)
-    return full.at[..., np.arange(heads)[:, None], places].set(scaled)
-
-  return {name: spread(w) for name, w in projection.items()}
 
 
 def _unfold_rows(projection: Params, D: int, K: int, name: str) -> Params:
@@ -229,22 +205,50 @@ def _unfold_rows(projection: Params, D: int, K: int, name: str) -> Params:
   if (rows, columns) == (D, K):
     return projection
   if rows == D and K % columns == 0:
-    repeated = {"kernel": jnp.repeat(w, K // columns, axis=-1)}
-    if "bias" in projection:
-      repeated["bias"] = jnp.repeat(projection["bias"], K // columns, axis=-1)
-    return {**projection, **repeated}
+    return {
+      n: jnp.repeat(x, K // columns, axis=-1) for n, x in projection.items()
+    }
   if columns == K and D % rows == 0:
     return {**projection, "kernel": jnp.repeat(w, D // rows, axis=0)}
   raise ValueError(
-    f"{name}/kernel {w.shape} is no folding of a projection from {D} channels "
-    f"to heads of {K}"
+    f"{name}/kernel {w.shape} does not fold a projection from {D} channels to "
+    f"heads of {K}"
   )
 
 
+def _channels(
+  own_Jp: np.ndarray, frequencies: np.ndarray | None, name: str
+) -> np.ndarray:
+  """Returns [J, G], the dense channel of each of a key head's G channels."""
+  if frequencies is None:
+    raise ValueError(f"{name}: give the frequencies of the dense model")
+  error = np.abs(own_Jp[:, :, None] - np.asarray(frequencies))
+  pair_Jp = error.argmin(-1)
+  has_twice = any(len(set(pairs)) < len(pairs) for pairs in pair_Jp.tolist())
+  if has_twice or (error.min(-1) > 1e-5 * own_Jp).any():
+    raise ValueError(f"{name}: the dense model does not have these frequencies")
+  return np.concatenate([pair_Jp, pair_Jp + len(frequencies)], axis=1)
+
+
+def _unfold_pairs(
+  projection: Params, channels_JG: np.ndarray, K: int
+) -> Params:
+  """Spreads G channels per head over K, as the shared key head does."""
+
+  def spread(w):
+    heads, G = w.shape[-2:]
+    channels = np.repeat(channels_JG, heads // len(channels_JG), axis=0)
+    full = jnp.zeros((*w.shape[:-1], K), w.dtype)
+    scaled = w * jnp.asarray((K / G) ** 0.5, w.dtype)
+    return full.at[..., np.arange(heads)[:, None], channels].set(scaled)
+
+  return {name: spread(w) for name, w in projection.items()}
+
+
 def _fold_rows(projection: Params, groups: int, axis: str, name: str) -> Params:
-  w = projection["kernel"]
   kernel_axis = 2 if axis == "output" else 0
-  folded = {**projection, "kernel": _first_of(w, groups, kernel_axis, name)}
+  kernel = _first_of(projection["kernel"], groups, kernel_axis, name)
+  folded = {**projection, "kernel": kernel}
   if axis == "output" and "bias" in projection:
     folded["bias"] = _first_of(projection["bias"], groups, 1, name)
   return folded
@@ -268,27 +272,17 @@ def _first_of(w: jax.Array, groups: int, axis: int, name: str) -> jax.Array:
   return first
 
 
-def _fold_value(projection: Params, block: int, name: str) -> Params:
+def _fold_values(projection: Params, name: str) -> Params:
   if "diagonal" in projection:
-    w = projection["diagonal"]
-    if w.shape[-1] != block:
-      raise ValueError(
-        f"{name}: it is folded already, to blocks of {w.shape[-1]}, not {block}"
-      )
     return projection
   w = projection["kernel"]
   D, H, K = w.shape
-  if H * K != D or D % block:
-    raise ValueError(
-      f"{name}: a kernel of shape {w.shape} has no blocks of {block} on its "
-      "diagonal"
-    )
-  n = D // block
-  blocks = w.reshape(n, block, n, block)
-  diagonal = blocks[jnp.arange(n), :, jnp.arange(n), :]
+  if H * K != D:
+    raise ValueError(f"{name}: a kernel of shape {w.shape} has no diagonal")
+  diagonal = jnp.diagonal(w.reshape(D, D))
   if int(jnp.count_nonzero(w)) != int(jnp.count_nonzero(diagonal)):
-    raise ValueError(f"{name}: there are values off the blocks of {block}")
+    raise ValueError(f"{name}: there are values off the diagonal")
   bias = projection.get("bias")
   if bias is not None and bool(jnp.any(bias != 0)):
     raise ValueError(f"{name}: a folded value projection has no bias")
-  return {"diagonal": diagonal}
+  return {"diagonal": diagonal.reshape(D, 1, 1)}

@@ -58,11 +58,7 @@ def keep_heads(
   is_dead_H = zeros[f"{attn}/o/kernel"].all((1, 2))
   H, K, _ = zeros[f"{attn}/o/kernel"].shape
   shared = len(heads) // layer.num_kv_heads
-  blocks = K  # of a head, on the diagonal of W_V
   if f"{attn}/v/diagonal" in zeros:
-    blocks, rest = divmod(K, zeros[f"{attn}/v/diagonal"].shape[-1])
-    if rest:  # blocks join heads
-      return heads
     is_dead_H |= zeros[f"{attn}/v/diagonal"].reshape(H, -1).all(1)
   elif f"{attn}/v/kernel" in zeros:
     is_silent_J = zeros[f"{attn}/v/kernel"].all((0, 2))
@@ -76,7 +72,7 @@ def keep_heads(
     return heads
   of_j = np.flatnonzero(~is_dead_J)
   of_h = _members(of_j, shared)
-  kept[f"{attn}/v/diagonal"] = {0: _members(of_h, blocks)}
+  kept[f"{attn}/v/diagonal"] = {0: _members(of_h, K)}
   for role, axis, indices in (
     ("q/kernel", 1, of_h),
     ("q/bias", 0, of_h),

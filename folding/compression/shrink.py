@@ -115,7 +115,7 @@ class Shrunk(NamedTuple):
 
   Attributes:
     config: Of the smaller model: `model.mlp_width` and `model.heads` by layer,
-      `fold.v_identity`; the twin's width is in `model.dense_mlp_width`.
+      `fold.values`; the twin's width is in `model.dense_mlp_width`.
     params: Of the smaller model; its vocabulary is the rows of its embedding.
     cut: From old shapes to new, and the map of tokens.
   """
@@ -173,8 +173,8 @@ def shrink(
     >>> down = variables["params"]["blocks_0"]["mlp"]["down"]
     >>> down["kernel"] = down["kernel"].at[100:].set(0)
     >>> small = shrink(c, variables["params"], multiple=64)
-    >>> small.config.model.mlp_width, small.config.fold.v_identity
-    (128, True)
+    >>> small.config.model.mlp_width, small.config.fold.values
+    (128, 'identity')
     >>> make_model(small.config, 100).apply({"params": small.params}, tokens).shape
     (1, 8, 100)
   """
@@ -233,7 +233,13 @@ def _config(
   if heads != [layer.heads for layer in layers]:
     m = dataclasses.replace(m, heads=tuple(heads))
   if absorbed:
-    fold = dataclasses.replace(fold, v_identity=True)
+    values = tuple(
+      "identity" if f"blocks_{n}/attn" in absorbed else layer.values
+      for n, layer in enumerate(layers)
+    )
+    fold = dataclasses.replace(
+      fold, values=values[0] if len(set(values)) == 1 else values
+    )
   return dataclasses.replace(config, model=m, fold=fold)
 
 
@@ -249,9 +255,8 @@ def _check_fit(config: Config, leaves: Mapping[str, Any]) -> None:
       f"{name}/attn/o/kernel": (heads, m.head_dim, m.width),
       diagonal: None,
     }
-    b = layer.v_block
-    if b and not (b == 1 and layer.v_identity):
-      expected[diagonal] = (heads * m.head_dim // b, b, b)
+    if layer.values == "diagonal":
+      expected[diagonal] = (heads * m.head_dim, 1, 1)
   expected[f"blocks_{m.num_layers}/attn/o/kernel"] = None
   for name, shape in expected.items():
     found = tuple(leaves[name].shape) if name in leaves else None

@@ -13,7 +13,7 @@ from folding.models import decode as decode_lib
 from folding.models import linear_attention
 from folding.models.decode import Cache, Step
 from folding.models.linear_attention import PastState
-from folding.models.projections import BlockDiagonal, HeadProjection
+from folding.models.projections import DiagonalProjection, HeadProjection
 
 _MASKED = -1e30  # finite, so that a row with no key at all stays finite
 TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
@@ -185,12 +185,12 @@ class Attention(nn.Module):
       )
 
     self.q, self.k = heads(H, layer.groups), heads(J, layer.groups)
-    if layer.v_block:
-      self.v = BlockDiagonal(
-        layer.heads, K, layer.v_block, layer.v_identity, self.dtype
-      )
-    else:
+    if layer.values == "dense":
       self.v = heads(J, 0)
+    else:
+      self.v = DiagonalProjection(
+        layer.heads, K, layer.values == "identity", self.dtype
+      )
     self.o = nn.DenseGeneral(
       c.width,
       axis=(-2, -1),

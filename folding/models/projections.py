@@ -8,7 +8,7 @@ output projection of the same attention layer is [H, K, D]:
                   [D, H, G]      output axis: K rows of a head in G groups
                   [G, H, K]      input axis: D input rows in G groups
   v      kernel   [D, H, K]      dense
-         diagonal [HK/b, b, b]   blocks of size b; b = 1 is DWC
+         diagonal [HK, 1, 1]     DWC
          (none)                  the identity: W_O has absorbed a diagonal
 """
 
@@ -75,46 +75,26 @@ class HeadProjection(nn.Module):
     return project(x_BLD)
 
 
-class BlockDiagonal(nn.Module):
-  """Value projection by blocks on the diagonal: head h sees its own channels.
+class DiagonalProjection(nn.Module):
+  """Value projection by a diagonal: head h scales its own K channels.
 
-  A bias would be a constant of the attention output, which the bias of the
-  output projection already expresses, so there is none.
+  It has no bias: a bias would be a constant of the attention output, which the
+  bias of the output projection expresses already.
   """
 
-  heads: tuple[int, ...]  # which of the D / K heads there are
+  heads: tuple[int, ...]  # indices of the heads that are kept, out of D / K
   head_dim: int  # K
-  block: int = 1  # b; 1 is DWC
-  is_identity: bool = False  # blocks of 1 are 1, and no parameters
+  is_identity: bool = False  # without parameters: W_O has absorbed the diagonal
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L H K"]:
     B, L, D = x_BLD.shape
     K, H = self.head_dim, len(self.heads)
-    x_BLD = x_BLD.astype(self.dtype)
-    x_BLHK = x_BLD.reshape(B, L, D // K, K)
+    x_BLHK = x_BLD.astype(self.dtype).reshape(B, L, D // K, K)
     if H < D // K:
       x_BLHK = x_BLHK[:, :, jnp.array(self.heads)]
-    if self.is_identity and self.block == 1:
+    if self.is_identity:
       return x_BLHK
-    if K % self.block and H < D // K:
-      raise ValueError(
-        f"blocks of {self.block} join heads of {K}, so none can be left out"
-      )
-    shape = (H * K // self.block, self.block, self.block)
-    w = self.param("diagonal", _identity_init, shape).astype(self.dtype)
-    if self.block == 1:
-      return x_BLHK * w.reshape(H, K)[None, None]
-    blocks = x_BLHK.reshape(B, L, *shape[:2])
-    v = jnp.einsum("BLnb,nbc->BLnc", blocks, w)
-    return v.reshape(B, L, H, K)
-
-
-def _identity_init(key, shape, dtype=jnp.float32):
-  """Identity for DWC; random blocks of the same scale for larger ones."""
-  if shape[-1] == 1:
-    return jnp.ones(shape, dtype)
-  return nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)(
-    key, shape, dtype
-  )
+    w = self.param("diagonal", nn.initializers.ones, (H * K, 1, 1))
+    return x_BLHK * w.astype(self.dtype).reshape(1, 1, H, K)

@@ -139,7 +139,7 @@ class Run:
     """Whether any attention weight is folded."""
     m, f = self.config.model, self.config.fold
     layers = config_lib.layers_of(m, f)
-    return any(layer.groups or layer.v_block for layer in layers)
+    return any(layer.groups or layer.values != "dense" for layer in layers)
 
 
 def load_run(workdir: str) -> Run:

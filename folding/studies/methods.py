@@ -151,7 +151,7 @@ _UNFOLDED: Edits = {
   **_WEIGHTS,
   "preset": "none",
   "fold.groups": 0,
-  "fold.v_block": 0,
+  "fold.values": "dense",
   "fpp.embedding_granularity": "weight",
 }
 # As configs/lm.py and classify.py have them, whatever the base says.
@@ -244,7 +244,7 @@ METHODS: dict[str, Method] = {
   "low-rank-qk": Method(
     "W_Q and W_K folded to G = 1, which is rank 1 a head, W_V dense, the rest "
     "by FPP, single weights",
-    {**FOLDED, **_WEIGHTS, "fold.v_block": 0},
+    {**FOLDED, **_WEIGHTS, "fold.values": "dense"},
   ),
   "diagonal-v": Method(
     "W_V diagonal, W_Q and W_K dense, the rest by FPP",

@@ -1,6 +1,6 @@
 """Fits folded queries and keys to the attention weights of a dense layer.
 
-The nearest logits, which moments give (`refold`), are not the nearest weights:
+The nearest logits, which moments give (`lowrank`), are not the nearest weights:
 a softmax asks for the large ones. So what moments give is where a descent on
 the divergence of the weights begins.
 """

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
-from folding.compression import refold
+from folding.compression import lowrank
 from folding.config import Config
 from folding.models.attention import rope_frequencies
 from folding.models.transformer import Block, Transformer
@@ -41,7 +41,7 @@ def fold_pretrained(
   """Returns the folded parameters of a trained dense model, and a report.
 
   From the first layer to the last: W_Q and W_K are replaced by the projections
-  of G channels whose logits are nearest (`refold.fold_heads`, or
+  of G channels whose logits are nearest (`lowrank.fold_heads`, or
   `fold_rotary_heads` and `fold_input_rows`), which are fitted to the attention
   weights (`fit_attention`), W_V by a diagonal of ones; then W_O and the second
   feed-forward matrix, with their biases, are fitted by least squares, given
@@ -61,7 +61,7 @@ def fold_pretrained(
       feed-forward matrix is fitted after that, and so makes up for it.
 
   Returns:
-    (params of `config`, [{"layer", "groups", "v_block", "logits_kept": share of
+    (params of `config`, [{"layer", "groups", "values", "logits_kept": share of
     the variance of the logits before they are fitted (None on the input axis),
     "divergence": of the attention weights, nats, "attention_r2", "mlp_r2":
     share of what the stream needed that the fit gives on text it was not made
@@ -81,9 +81,9 @@ def fold_pretrained(
     target = look_all(block, params[name], dense_x, kept, STREAMS)
     out = [seen["out"] for seen in target]
     f = config_lib.layers_of(config.model, config.fold)[n]
-    if x is dense_x and not (f.groups or f.v_block or prune):
+    if x is dense_x and not (f.groups or f.values != "dense" or prune):
       x = dense_x = out
-      report.append({"layer": n, **_figures(0, 0)})
+      report.append({"layer": n, **_figures(0, "dense")})
       continue
     folded[name], figures = fold_layer(
       config, n, params[name], x, target, kept, prune
@@ -148,7 +148,7 @@ def fold_layer(config: Config, n: int, old, x, target, kept, prune=None):
   m, f = config.model, config_lib.layers_of(config.model, config.fold)[n]
   block = make_block(config, n)
   attn = dict(old["attn"])
-  figures = _figures(f.groups, f.v_block)
+  figures = _figures(f.groups, f.values)
   dense = make_block(config_lib.dense_twin(config), n)
   if f.groups:
     heads = _heads(m, f, attn, *_moments(dense, old, x, kept))
@@ -156,13 +156,10 @@ def fold_layer(config: Config, n: int, old, x, target, kept, prune=None):
     figures["logits_kept"] = heads.kept
     if heads.frequency is not None and f.groups != m.head_dim:
       attn["frequency"] = heads.frequency
-  if f.v_block:
+  if f.values != "dense":
     del attn["v"]
-    if not (f.v_identity and f.v_block == 1):
-      kernel = np.asarray(old["attn"]["v"]["kernel"])
-      shared = m.num_heads // kernel.shape[1]
-      kernel = np.repeat(kernel, shared, axis=1)
-      attn["v"] = {"diagonal": _diagonal(kernel, f.v_block)}
+  if f.values == "diagonal":  # W_O, which is fitted, can express any other
+    attn["v"] = {"diagonal": np.ones((m.width, 1, 1), np.float32)}
   if f.groups:  # values do not matter, but what is missing would
     attn, figures["divergence"] = fit_attention(
       *(block, {**old, "attn": attn}, dense, old, x, kept),
@@ -180,7 +177,7 @@ def fold_layer(config: Config, n: int, old, x, target, kept, prune=None):
   # Without the old W_V, the old W_O says nothing of what the new one is, and
   # what heads of other values can express is better used for the layer's own
   # output than for the errors of those below.
-  trusted, streams = not f.v_block, target
+  trusted, streams = f.values == "dense", target
   if not trusted:
     streams = look_all(dense, old, x, kept, STREAMS)
   attn["o"], figures["attention_r2"] = refit(
@@ -202,21 +199,23 @@ def fold_layer(config: Config, n: int, old, x, target, kept, prune=None):
   return {**new, "mlp": {**new["mlp"], "down": down}}, figures
 
 
-def _figures(groups: Any, v_block: Any) -> dict[str, Any]:
+def _figures(groups: int, values: str) -> dict[str, Any]:
   """Returns the report of a layer that is as good as the dense one."""
-  figures = {"groups": groups, "v_block": v_block, "logits_kept": 1.0}
+  figures = {"groups": groups, "values": values, "logits_kept": 1.0}
   return figures | {"divergence": 0.0, "attention_r2": 1.0, "mlp_r2": 1.0}
 
 
-def _heads(m, f, attn, second, centred) -> refold.FoldedHeads:
+def _heads(m, f, attn, second, centred) -> lowrank.FoldedHeads:
   q, k = attn["q"], attn["k"]
   if f.axis == "input":
-    rows = [refold.fold_input_rows(w, second, f.groups) for w in (q, k)]
-    return refold.FoldedHeads(*rows, kept=None)
+    rows = [lowrank.fold_input_rows(w, second, f.groups) for w in (q, k)]
+    return lowrank.FoldedHeads(*rows, kept=None)
   if m.positions == "rope":
     frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
-    return refold.fold_rotary_heads(q, k, second, second, f.groups, frequencies)
-  return refold.fold_heads(q, k, second, centred, f.groups)
+    return lowrank.fold_rotary_heads(
+      q, k, second, second, f.groups, frequencies
+    )
+  return lowrank.fold_heads(q, k, second, centred, f.groups)
 
 
 def make_block(config: Config, n: int) -> Block:
@@ -289,7 +288,7 @@ def _refit(block, params, data, role, old, trusted):
   variance = square - np.square(target.sum(0)).sum() / count.sum()
   # What is constant has a variance of rounding alone.
   variance = max(variance, 1e-6 * square)
-  fit = refold.regress(gram, cross, left, variance, prior)
+  fit = lowrank.regress(gram, cross, left, variance, prior)
   weights = fit.weights.astype(np.float32)
   new = {"kernel": weights[:size].reshape(kernel.shape)}
   if "bias" in old:
@@ -299,7 +298,7 @@ def _refit(block, params, data, role, old, trusted):
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _fit_sums(block, params, role, prior, x, keep, base, stream):
-  """Returns sums over tokens: see `refold.regress`."""
+  """Returns sums over tokens: see `lowrank.regress`."""
   features = look(block, params, x, keep, (role,))[role].astype(jnp.float32)
   features = features.reshape(*x.shape[:2], -1)
   if len(prior) > features.shape[-1]:  # there is a bias
@@ -318,15 +317,3 @@ def _fit_sums(block, params, role, prior, x, keep, base, stream):
     target.sum((0, 1)),
     weight.sum(),
   )
-
-
-def _diagonal(kernel, block: int) -> np.ndarray:
-  """Returns ones, or where blocks reach past a head the blocks of W_V."""
-  D, _, K = kernel.shape
-  if block <= K:  # W_O has any matrix of a head in it
-    return np.broadcast_to(
-      np.eye(block, dtype=np.float32), (D // block, block, block)
-    )
-  blocks = np.asarray(kernel).reshape(D // block, block, D // block, block)
-  at = np.arange(D // block)
-  return blocks[at, :, at, :].astype(np.float32)

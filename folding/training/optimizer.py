@@ -305,7 +305,7 @@ def rate(config: Config, name: str) -> float:
   t = config.train
   layer = layers_of(config.model, config.fold)[int(found[1])]
   qk = t.qk_rate if layer.groups else 1.0
-  v = t.v_rate if layer.v_block == 1 else 1.0
+  v = 1.0 if layer.values == "dense" else t.v_rate
   return {"q": qk, "k": qk, "v": v, "log_slopes": t.slope_rate}[found[2]]
 
 

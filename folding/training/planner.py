@@ -130,7 +130,7 @@ def plan(
       config,
       compress=dataclasses.replace(config.compress, plan="same", qkv=None),
       fold=dataclasses.replace(
-        config.fold, groups=values("qk"), v_block=values("v")
+        config.fold, groups=values("qk"), values=values("v")
       ),
       fpp=dataclasses.replace(
         config.fpp,
@@ -187,11 +187,11 @@ def _budget(config: Config, sizes, linear: float, embedding: float) -> float:
   m, f = config.model, config.fold
   qkv = 0.0
   for layer in config_lib.layers_of(m, f):
-    qkv += sum(_stored_qkv(config, layer.groups, layer.v_block))
+    qkv += sum(_stored_qkv(config, layer.groups, layer.values))
   return qkv + (1 - linear) * sizes["linear"]
 
 
-def _stored_qkv(config: Config, groups: int, v_block: int) -> tuple[int, int]:
+def _stored_qkv(config: Config, groups: int, values: str) -> tuple[int, int]:
   """Returns the sizes of W_Q and W_K, and of W_V, of one layer."""
   m, f = config.model, config.fold
   heads = m.num_heads + m.num_kv_heads
@@ -200,8 +200,12 @@ def _stored_qkv(config: Config, groups: int, v_block: int) -> tuple[int, int]:
     qk = groups * heads * m.head_dim
   elif groups and m.positions == "rope":
     qk += m.num_kv_heads * groups // 2  # the frequencies
-  v = m.width * (v_block or m.num_kv_heads * m.head_dim)
-  return qk, 0 if f.v_identity and v_block == 1 else v
+  v = {
+    "dense": m.width * m.num_kv_heads * m.head_dim,
+    "diagonal": m.width,
+    "identity": 0,
+  }
+  return qk, v[values]
 
 
 def measure(
@@ -228,20 +232,18 @@ def measure(
 
     for kind, settings in (
       ("qk", _groups(config, n)),
-      ("v", _blocks(config, n)),
+      ("v", _values(config, n)),
     ):
       found = []
       for value in settings:
-        groups, v_block = (value, 0) if kind == "qk" else (0, value)
-        fold = dataclasses.replace(
-          config.fold, groups=groups, v_block=v_block, first_dense=False
-        )
+        groups, values = (value, "dense") if kind == "qk" else (0, value)
+        fold = dataclasses.replace(config.fold, groups=groups, values=values)
         trial = dataclasses.replace(config, fold=fold, compress=unfitted)
         wrong = 0.0
-        if value:
+        if value not in (0, "dense"):
           new, _ = fold_layer(trial, n, old, x, target, kept)
           wrong = error(trial, new)
-        size = _stored_qkv(config, groups, v_block)[kind == "v"]
+        size = _stored_qkv(config, groups, values)[kind == "v"]
         found.append(Option(value, float(size), wrong))
       options[n, kind] = found
     size = sum(
@@ -277,12 +279,12 @@ def _groups(config: Config, n: int) -> list[int]:
   return [0, *(g for g in range(size - 1, least - 1, -1) if size % g == 0)]
 
 
-def _blocks(config: Config, n: int) -> tuple[int, ...]:
-  """Returns the blocks of W_V to try: dense (0), and a diagonal if it may be."""
+def _values(config: Config, n: int) -> tuple[str, ...]:
+  """Returns the kinds of W_V to try: dense, and a diagonal if it may be."""
   m = config.model
   is_free = m.num_heads * m.head_dim == m.width
-  is_dense = config_lib.layers_of(m, config.fold)[n].v_block == 0  # as asked
-  return (0, 1) if is_free and not is_dense else (0,)
+  asked = config_lib.layers_of(m, config.fold)[n].values
+  return ("dense", asked) if is_free and asked != "dense" else ("dense",)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import paths
-from folding.compression import sparsegpt
+from folding.compression import oneshot
 from folding.compression.shrink import shrink
 from folding.compression.sites import Site, make_sites
 from folding.config import Config
@@ -69,11 +69,11 @@ def prune_trained(
     in_block = name.startswith("blocks_")
     if name not in weights or (in_block and by_moments):
       return w
-    return sparsegpt.magnitude(w, weights[name]).astype(np.float32)
+    return oneshot.magnitude(w, weights[name]).astype(np.float32)
 
   pruned = paths.map_named(prune, dict(params))
   if by_moments and not is_done:
-    solve = getattr(sparsegpt, method)
+    solve = getattr(oneshot, method)
     x, kept = embed_batches(config, pruned, list(batches))
     for n in range(config.model.num_layers):
       name, block = f"blocks_{n}", make_block(config, n)
@@ -89,7 +89,7 @@ def neuron_pruner(
   """Returns what removes neurons, layer by layer, while a model is folded.
 
   Those go whose rows of W_down the others best make up for
-  (`sparsegpt.remove_inputs`); its bias takes up what they wrote on average. What
+  (`oneshot.remove_inputs`); its bias takes up what they wrote on average. What
   is pruned by weight beside them goes by SparseGPT.
 
   Args:
@@ -103,7 +103,7 @@ def neuron_pruner(
     name, block = f"blocks_{n}", make_block(config, n)
     # By weight goes no more than attention.
     moments = _moments(block, layer, x, kept, ("q", "o"))
-    layer = _weights(name, layer, moments, sparsegpt.sparsegpt, weights)
+    layer = _weights(name, layer, moments, oneshot.sparsegpt, weights)
     if (up := f"{name}/mlp/up/kernel") not in units:  # they all stay
       return layer
     moment = _moments(block, layer, x, kept, ("down",))["down"]
@@ -177,7 +177,7 @@ def _neurons(site: Site, fraction, params, moment) -> dict[str, Any]:
   has_bias = "bias" in params["mlp"]["down"]
   if has_bias:  # it takes up the means
     c_FF = c_FF - np.outer(mean_F, mean_F)
-  new_FD = sparsegpt.remove_inputs(w_FD, c_FF, fraction)
+  new_FD = oneshot.remove_inputs(w_FD, c_FF, fraction)
   gone_F = ~new_FD.any(axis=1)
   block = site.name.partition("/")[0]
 

@@ -65,7 +65,7 @@ def read_start(path: str, config: Config, data: Data) -> dict[str, Any]:
     classes = load_labels(path)
     layers = config_lib.layers_of(model, found.fold)
     require(
-      not any(layer.groups or layer.v_block for layer in layers),
+      not any(layer.groups or layer.values != "dense" for layer in layers),
       f"{path} is a folded run; start from a dense one",
     )
     require(
@@ -286,7 +286,7 @@ def fold_table(
   """Returns the report by layer as a table of aligned columns.
 
   Example:
-    >>> row = {"layer": 0, "groups": 2, "v_block": 0, "logits_kept": 0.98}
+    >>> row = {"layer": 0, "groups": 2, "values": "dense", "logits_kept": 0.98}
     >>> row |= {"divergence": 0.1, "attention_r2": 1.0, "mlp_r2": 0.5}
     >>> print(fold_table([row], (0.4,)))
     layer  groups    W_V  logits kept  KL, nats  attention R2  MLP R2  to prune
@@ -301,7 +301,7 @@ def fold_table(
       [
         str(row["layer"]),
         str(row["groups"] or "dense"),
-        str(row["v_block"] or "dense"),
+        row["values"],
         "-" if row["logits_kept"] is None else f"{row['logits_kept']:.1%}",
         f"{row['divergence']:.3f}",
         f"{row['attention_r2']:.3f}",

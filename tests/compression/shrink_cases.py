@@ -11,7 +11,7 @@ N, D, H, K, F, V, C, L = 2, 16, 4, 4, 24, 11, 3, 6
 TOKENS = np.random.default_rng(1).integers(0, V, (2, L)).astype(np.int32)
 KEEP = np.arange(L) < np.array([[L], [4]])
 
-IRC1 = {"groups": 1, "v_block": 1}
+IRC1 = {"groups": 1, "values": "diagonal"}
 MODELS = {
   "bert_folded": (c.bert, "classify", IRC1, {}),
   "gpt2_folded": (c.gpt2, "lm", IRC1, {}),
@@ -20,22 +20,21 @@ MODELS = {
   "llama_pairs": (
     c.llama,
     "classify",
-    {"groups": 2, "rope": "pairs", "v_block": 1},
+    {"groups": 2, "rope": "pairs", "values": "diagonal"},
     {"num_kv_heads": 2},
   ),
   "alibi_relu": (
     c.ModelConfig,
     "lm",
-    IRC1 | {"first_dense": True},
+    IRC1 | {"values": ("dense", "diagonal")},
     {"activation": "relu"},
   ),
   "alibi_no_bias": (c.ModelConfig, "classify", IRC1, {"use_bias": False}),
-  "blocks_in_heads": (c.gpt2, "classify", {"v_block": 2}, {}),
   "input_rows": (c.bert, "classify", {"groups": 2, "axis": "input"}, {}),
   "by_layer": (
     c.ModelConfig,
     "lm",
-    {"groups": (0, 2), "v_block": (1, 0)},
+    {"groups": (0, 2), "values": ("identity", "dense")},
     {"mlp_width": (F, 30), "gated": True, "activation": "silu"},
   ),
 }

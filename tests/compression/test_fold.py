@@ -37,7 +37,7 @@ def _random_like(shapes, seed=0):
 
 
 def _model(model_config, **fold_options):
-  options = {"groups": 0, "v_block": 0} | fold_options
+  options = {"groups": 0, "values": "dense"} | fold_options
   config = resolve(Config(model=model_config, fold=FoldConfig(**options)))
   return make_model(config, vocab_size=11)
 
@@ -64,36 +64,29 @@ def _assert_bit_equal(tree, expected):
 
 
 _CASES = {
-  "paper": (ModelConfig(**_SHAPE), {"groups": 1, "v_block": 1}),
-  "two-groups": (ModelConfig(**_SHAPE), {"groups": 2, "v_block": 4}),
-  "all-groups": (ModelConfig(**_SHAPE), {"groups": 4, "v_block": 0}),
-  "values-only": (ModelConfig(**_SHAPE), {"groups": 0, "v_block": 8}),
+  "paper": (ModelConfig(**_SHAPE), {"groups": 1, "values": "diagonal"}),
+  "two-groups": (ModelConfig(**_SHAPE), {"groups": 2, "values": "diagonal"}),
+  "values-only": (ModelConfig(**_SHAPE), {"groups": 0, "values": "diagonal"}),
   "input-axis": (
     ModelConfig(**_SHAPE),
-    {"groups": 4, "axis": "input", "v_block": 1},
+    {"groups": 4, "axis": "input", "values": "diagonal"},
   ),
   "input-row": (
     ModelConfig(**_SHAPE, norm="rmsnorm"),
-    {"groups": 1, "axis": "input", "v_block": 4},
+    {"groups": 1, "axis": "input", "values": "dense"},
   ),
   "grouped-queries": (
     ModelConfig(**_SHAPE, num_kv_heads=2),
-    {"groups": 2, "v_block": 0},
+    {"groups": 2, "values": "dense"},
   ),
   "rope": (ModelConfig(**_SHAPE, positions="rope"), {"groups": 1}),
-  "learned": (gpt2_config(**_SHAPE), {"groups": 2, "v_block": 4}),
+  "learned": (gpt2_config(**_SHAPE), {"groups": 2, "values": "diagonal"}),
   "llama": (llama(**_SHAPE, num_kv_heads=1), {"groups": 2}),
-  "llama-values": (llama(**_SHAPE), {"groups": 1, "v_block": 1}),
-  "encoder": (
-    ModelConfig(**(_SHAPE | {"num_layers": 2}), norm_position="post"),
-    {"groups": 1, "v_block": 1, "first_dense": True},
-  ),
+  "llama-values": (llama(**_SHAPE), {"groups": 1, "values": "diagonal"}),
 }
 
 
-def _assert_unfolds_to(dense, folded):
-  params = _params(folded)
-  twin = unfold(params)
+def _assert_same_logits(folded, params, dense, twin):
   shapes = jax.eval_shape(dense.init, jax.random.key(0), _TOKENS)["params"]
   assert jax.tree.map(jnp.shape, twin) == jax.tree.map(jnp.shape, shapes)
   found, expected = _logits(folded, params), _logits(dense, twin)
@@ -103,31 +96,39 @@ def _assert_unfolds_to(dense, folded):
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_the_unfolded_model_gives_the_same_logits(name):
-  model_config, fold_options = _CASES[name]
-  folded, dense = _model(model_config, **fold_options), _model(model_config)
-  _assert_unfolds_to(dense, folded)
+def test_unfold_gives_the_same_logits_and_fold_undoes_it(name):
+  model_config, options = _CASES[name]
+  folded = _model(model_config, **options)
+  params = _params(folded)
+  twin = unfold(params)
+  _assert_same_logits(folded, params, _model(model_config), twin)
+  options = {"groups": 0, "values": "dense"} | options
+  _assert_bit_equal(fold(twin, **options), params)
+  _assert_bit_equal(fold(params, **options), params)
+  _assert_bit_equal(unfold(twin), twin)
 
 
-def test_shared_keys_are_repeated_where_values_are_not_shared():
+@pytest.mark.parametrize("values", [("diagonal", "dense"), "diagonal"])
+def test_unfold_repeats_shared_keys_if_any_layer_has_separate_values(values):
   shape = llama(**_SHAPE | {"num_layers": 2}, num_kv_heads=2)
-  folded = _model(shape, groups=2, v_block=1, first_dense=True)
+  folded = _model(shape, groups=2, values=values)
   dense = _model(dataclasses.replace(shape, num_kv_heads=4))
-  _assert_unfolds_to(dense, folded)
+  params = _params(folded)
+  _assert_same_logits(folded, params, dense, unfold(params))
 
 
-def test_layers_in_lists_are_found():
-  params = _params(_model(*_CASES["paper"][:1], groups=1, v_block=1))
+def test_unfold_finds_layers_in_lists():
+  params = _params(_model(_CASES["paper"][0], groups=1, values="diagonal"))
   layer = params["blocks_0"]["attn"]
   (found,) = unfold({"layers": [layer]})["layers"]
   _assert_bit_equal(found, unfold(layer))
 
 
 @pytest.mark.parametrize("role", ["q", "v"])
-def test_a_small_error_in_a_twin_shows_in_the_logits(role):
-  """Negative control of the test above."""
-  model_config, fold_options = _CASES["paper"]
-  folded, dense = _model(model_config, **fold_options), _model(model_config)
+def test_logits_of_a_changed_twin_differ(role):
+  """Negative control of `_assert_same_logits`."""
+  model_config, options = _CASES["paper"]
+  folded, dense = _model(model_config, **options), _model(model_config)
   params = _params(folded)
   twin = unfold(params)
   kernel = twin["blocks_0"]["attn"][role]["kernel"]
@@ -136,73 +137,35 @@ def test_a_small_error_in_a_twin_shows_in_the_logits(role):
   assert np.abs(found - expected).max() > 3e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", [name for name in _CASES if name != "encoder"])
-def test_fold_undoes_unfold_bit_for_bit(name):
-  model_config, fold_options = _CASES[name]
-  params = _params(_model(model_config, **fold_options))
-  options = {"groups": 0, "v_block": 0} | fold_options
-  _assert_bit_equal(fold(unfold(params), **options), params)
-
-
-@pytest.mark.parametrize("name", ["paper", "two-groups", "input-axis"])
-def test_fold_twice_is_fold_once(name):
-  model_config, options = _CASES[name]
-  params = _params(_model(model_config, **options))
-  _assert_bit_equal(fold(params, **options), params)
-
-
-@pytest.mark.parametrize("name", ["paper", "input-axis", "llama"])
-def test_unfold_twice_is_unfold_once(name):
-  model_config, fold_options = _CASES[name]
-  twin = unfold(_params(_model(model_config, **fold_options)))
-  _assert_bit_equal(unfold(twin), twin)
-
-
-def test_a_tree_of_fewer_groups_can_be_folded_from_more():
+def test_fold_of_a_folded_tree_makes_fewer_groups():
   params = _params(_model(_CASES["paper"][0], groups=1))
-  twice = unfold(params)
-  two = fold(twice, groups=2, v_block=0)
+  two = fold(unfold(params), groups=2, values="dense")
   assert two["blocks_0"]["attn"]["q"]["kernel"].shape == (16, 4, 2)
-  _assert_bit_equal(fold(two, groups=1, v_block=0), params)
-  _assert_bit_equal(fold(two, groups=2, v_block=0), two)
-  with pytest.raises(
-    ValueError, match="q: it is folded already, .* input axis"
-  ):
-    fold(two, groups=2, axis="input", v_block=0)
+  _assert_bit_equal(fold(two, groups=1, values="dense"), params)
+  with pytest.raises(ValueError, match="q is already folded on the other axis"):
+    fold(two, groups=2, axis="input", values="dense")
 
 
-@pytest.mark.parametrize("first_dense", [False, True])
-def test_arrays_outside_attention_are_the_same_objects(first_dense):
+def test_unfold_copies_no_array_outside_a_folded_projection():
   config = ModelConfig(**(_SHAPE | {"num_layers": 2}))
-  model = _model(config, v_block=1, first_dense=first_dense)
+  model = _model(config, values=("dense", "diagonal"))
   params = paths.flatten(_params(model))
   tree = traverse_util.unflatten_dict(params, sep="/")
   twin = paths.flatten(unfold(tree))
   moved = {n for n in twin if twin[n] is not params.get(n)}
-  blocks = [1] if first_dense else [0, 1]
-  assert moved == {
-    f"blocks_{n}/attn/v/{a}" for n in blocks for a in ("kernel", "bias")
-  }
+  assert moved == {f"blocks_1/attn/v/{a}" for a in ("kernel", "bias")}
 
 
-def _assert_same_logits(model_config, params, twin, **fold_options):
-  folded, dense = _model(model_config, **fold_options), _model(model_config)
-  shapes = jax.eval_shape(dense.init, jax.random.key(0), _TOKENS)["params"]
-  assert jax.tree.map(jnp.shape, twin) == jax.tree.map(jnp.shape, shapes)
-  found, expected = _logits(folded, params), _logits(dense, twin)
-  scale = np.abs(expected).max()
-  np.testing.assert_allclose(found, expected, atol=1e-5 * scale, rtol=0)
-
-
-def test_values_that_are_left_out_are_the_identity():
-  model_config, options = ModelConfig(**_SHAPE), {"v_block": 1}
-  options |= {"v_identity": True, "groups": 2}
-  params = _params(_model(model_config, **options))
+def test_unfold_of_missing_values_is_the_identity():
+  model_config = ModelConfig(**_SHAPE)
+  folded = _model(model_config, values="identity", groups=2)
+  params = _params(folded)
   twin = unfold(params)
   value = twin["blocks_0"]["attn"]["v"]["kernel"]
   np.testing.assert_array_equal(value.reshape(16, 16), np.eye(16))
-  _assert_same_logits(model_config, params, twin, **options)
-  _assert_bit_equal(fold(params, groups=2, v_block=1), params)
+  _assert_same_logits(folded, params, _model(model_config), twin)
+  _assert_bit_equal(fold(twin, groups=2, values="identity"), params)
+  _assert_bit_equal(fold(params, groups=2, values="diagonal"), params)
 
 
 def _pairs(**fields):
@@ -218,22 +181,23 @@ def _pairs(**fields):
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
-def test_pairs_go_to_the_channels_that_turn_as_they_do(qkv_bias):
+def test_unfold_puts_pairs_at_their_frequencies(qkv_bias):
   model_config, params, frequencies, options = _pairs(qkv_bias=qkv_bias)
   twin = unfold(params, frequencies)
-  _assert_same_logits(model_config, params, twin, **options)
+  folded, dense = _model(model_config, **options), _model(model_config)
+  _assert_same_logits(folded, params, dense, twin)
 
 
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     (lambda f: None, "attn/frequency: give the frequencies"),
-    (lambda f: f * 1.01, "attn/frequency: the dense model has no such"),
-    (lambda f: f[np.array([0, 0, 1, 3])], "the dense model has no such"),
+    (lambda f: f * 1.01, "attn/frequency: the dense model does not have"),
+    (lambda f: f[np.array([0, 0, 1, 3])], "the dense model does not have"),
   ],
   ids=["none", "others", "missing"],
 )
-def test_unfold_refuses_angles_that_the_dense_model_lacks(change, message):
+def test_unfold_refuses_frequencies_that_the_dense_model_lacks(change, message):
   _, params, frequencies, _ = _pairs()
   with pytest.raises(ValueError, match=message):
     unfold(params, change(frequencies))
@@ -267,11 +231,8 @@ def _dense_attention(layer, x, q_heads):
 
   q, k = heads(layer["q"]), heads(layer["k"])
   if "diagonal" in layer["v"]:
-    w = _float64(layer["v"]["diagonal"])
-    n, b, _ = w.shape
-    v = np.concatenate(
-      [x[..., i * b : (i + 1) * b] @ w[i] for i in range(n)], axis=-1
-    ).reshape(*x.shape[:2], q_heads, K)
+    v = x * _float64(layer["v"]["diagonal"]).reshape(D)
+    v = v.reshape(*x.shape[:2], q_heads, K)
   else:
     v = heads(layer["v"])
   slopes = np.exp(_float64(layer["log_slopes"]))
@@ -297,10 +258,9 @@ def _dense_attention(layer, x, q_heads):
 @pytest.mark.parametrize(
   "options",
   [
-    {"groups": 1, "v_block": 1},
-    {"groups": 2, "v_block": 4},
-    {"groups": 4, "axis": "input", "v_block": 8},
-    {"groups": 1, "v_block": 0},
+    {"groups": 2, "values": "diagonal"},
+    {"groups": 4, "axis": "input", "values": "diagonal"},
+    {"groups": 1, "values": "dense"},
   ],
   ids=lambda o: "-".join(map(str, o.values())),
 )
@@ -321,3 +281,80 @@ def test_folded_attention_equals_dense_attention_in_float64(kv_heads, options):
   found = battery.jit(layer.apply)({"params": params}, x)
   # float32 over sums of 16 terms: 1e-6 of outputs of order 1.
   np.testing.assert_allclose(found, expected, atol=5e-6, rtol=5e-6)
+
+
+# ---------------------------------------------------------------------------
+# Refusals.
+
+
+def _layer(seed=0):
+  """Returns a dense layer with the structure of G = 2 and a diagonal W_V."""
+  rng = np.random.default_rng(seed)
+  folded = {
+    "q": {
+      "kernel": rng.normal(size=(8, 2, 2)),
+      "bias": rng.normal(size=(2, 2)),
+    },
+    "k": {
+      "kernel": rng.normal(size=(8, 2, 2)),
+      "bias": rng.normal(size=(2, 2)),
+    },
+    "v": {"diagonal": rng.normal(size=(8, 1, 1))},
+    "o": {"kernel": rng.normal(size=(2, 4, 8))},
+  }
+  return unfold({"enc": {"attn": jax.tree.map(jnp.asarray, folded)}})
+
+
+def _changed(path, index):
+  leaves = paths.flatten(_layer())
+  leaves[path] = leaves[path].at[index].add(1e-4)
+  return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+@pytest.mark.parametrize(
+  ("path", "index", "options", "message"),
+  [
+    ("q/kernel", (3, 1, 1), {"groups": 2}, "q: rows of a group differ"),
+    ("k/bias", (0, 3), {"groups": 2}, "k: rows of a group differ"),
+    ("v/kernel", (7, 0, 0), {"groups": 0}, "v: there are values off"),
+    ("v/bias", (0, 0), {"groups": 0}, "v: .* no bias"),
+  ],
+)
+def test_fold_refuses_what_would_change_the_function(
+  path, index, options, message
+):
+  fold(_layer(), **options)
+  with pytest.raises(ValueError, match=message):
+    fold(_changed(f"enc/attn/{path}", index), **options)
+
+
+@pytest.mark.parametrize(
+  ("tree", "options", "message"),
+  [
+    (_layer(), {"groups": 1}, "q: rows of a group differ"),
+    (_layer(), {"groups": 3}, "3 groups do not divide an axis of 4"),
+    (_layer(), {"groups": -1}, "groups must be 0 or more"),
+    (_layer(), {"groups": 2, "axis": "input"}, "q: rows of a group differ"),
+    (_layer(), {"groups": 2, "values": "identity"}, "v is not the identity"),
+    (jax.tree.map(lambda w: w[None], _layer()), {}, "nn.scan"),
+    ({"a": {"kernel": 0}}, {}, "no attention layer"),
+  ],
+  ids=["few", "divisor", "negative", "axis", "identity", "stacked", "none"],
+)
+def test_fold_refuses_what_does_not_fit(tree, options, message):
+  with pytest.raises(ValueError, match=message):
+    fold(tree, **options)
+
+
+@pytest.mark.parametrize(
+  ("role", "leaf", "shape", "message"),
+  [
+    ("q", "kernel", (8, 2, 3), "a/q/kernel .* does not fold"),
+    ("k", "kernel", (3, 2, 4), "a/k/kernel .* does not fold"),
+    ("v", "diagonal", (4, 2, 2), "a/v/diagonal .* does not fit"),
+  ],
+)
+def test_unfold_refuses_shapes_that_do_not_fit(role, leaf, shape, message):
+  layer = _layer()["enc"]["attn"] | {role: {leaf: jnp.ones(shape)}}
+  with pytest.raises(ValueError, match=message):
+    unfold({"a": layer})

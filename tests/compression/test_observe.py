@@ -192,9 +192,9 @@ _MODELS = {
   "folded": (ModelConfig(), FoldConfig()),
   "input-axis": (
     ModelConfig(norm="rmsnorm", remat=True),
-    FoldConfig(groups=4, axis="input", v_block=0),
+    FoldConfig(groups=4, axis="input", values="dense"),
   ),
-  "llama": (llama_config(num_kv_heads=2), FoldConfig(groups=0, v_block=0)),
+  "llama": (llama_config(num_kv_heads=2), FoldConfig(groups=0, values="dense")),
 }
 
 

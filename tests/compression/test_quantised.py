@@ -28,7 +28,7 @@ def model():
       preset="none",
       data=c.DataConfig(length=16),
       model=c.ModelConfig(num_layers=1, width=32, num_heads=4),
-      fold=c.FoldConfig(groups=2, v_block=1),
+      fold=c.FoldConfig(groups=2, values="diagonal"),
     )
   )
   module = folding.make_model(config, vocab_size=50)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from folding.compression import refold
+from folding.compression import lowrank
 from tests.compression.refold_cases import (
   D,
   K,
@@ -60,7 +60,7 @@ def _optimum(q, k, query_moment, key_moment, G):
 @pytest.mark.parametrize("G", [1, 2, 3])
 def test_folded_logits_are_the_nearest_of_their_rank(G, H, J, bias):
   q, k, x, y = make_case(0, H, J, bias)
-  folded = refold.fold_heads(q, k, moment_of(x), moment_of(y), G)
+  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), G)
   best, values = _optimum(q, k, moment_of(x), moment_of(y), G)
   assert folded.q["kernel"].shape == (D, H, G)
   assert folded.k["kernel"].shape == (D, J, G)
@@ -80,7 +80,7 @@ def test_folded_logits_are_the_nearest_of_their_rank(G, H, J, bias):
 @shapes
 def test_nothing_is_lost_with_as_many_groups_as_channels(H, J, bias):
   q, k, x, y = make_case(1, H, J, bias)
-  folded = refold.fold_heads(q, k, moment_of(x), moment_of(y), K)
+  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), K)
   x, y = (make_inputs(np.random.default_rng(seed), bias) for seed in (7, 8))
   expected = _logits(q, k, x, y)
   logits = _logits(folded.q, folded.k, x, y)
@@ -96,10 +96,10 @@ def test_other_foldings_are_worse():
   def error(q, k):
     return np.square(_logits(q, k, x, y) - dense).mean()
 
-  folded = refold.fold_heads(q, k, moment_of(x), moment_of(y), G)
+  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), G)
   own = error(folded.q, folded.k)
   eye = np.eye(D + 1)
-  plain = refold.fold_heads(q, k, eye, eye, G)
+  plain = lowrank.fold_heads(q, k, eye, eye, G)
   assert own < 0.8 * error(plain.q, plain.k)
   rng = np.random.default_rng(3)
   for size in (1e-3, 1e-1):
@@ -124,17 +124,17 @@ def test_keys_from_their_mean_serve_the_softmax():
     wrong = _logits(folded.q, folded.k, x, y) - dense
     return np.square(wrong - wrong.mean(-1, keepdims=True)).mean()
 
-  folded = refold.fold_heads(q, k, moment_of(x), covariance, 2)
+  folded = lowrank.fold_heads(q, k, moment_of(x), covariance, 2)
   size = np.square(dense - dense.mean(-1, keepdims=True)).mean()
   assert error(folded) / size == pytest.approx(1 - folded.kept, rel=1e-3)
-  second = refold.fold_heads(q, k, moment_of(x), moment_of(y), 2)
+  second = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), 2)
   assert error(folded) < 0.9 * error(second)
 
 
 def test_a_head_of_zeros_loses_nothing():
   q, k, x, y = make_case(5, 2, 2, False)
   q = {"kernel": np.zeros_like(q["kernel"])}
-  folded = refold.fold_heads(q, k, moment_of(x), moment_of(y), 1)
+  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), 1)
   assert folded.kept == 1
   assert not folded.q["kernel"].any()
   assert not folded.k["kernel"].any()
@@ -143,8 +143,8 @@ def test_a_head_of_zeros_loses_nothing():
 def test_keys_that_do_not_vary_are_folded_as_if_alike():
   q, k, x, _ = make_case(5, 2, 2, False)
   still, alike = np.zeros((D, D)), np.eye(D)
-  folded = refold.fold_heads(q, k, moment_of(x), still, 2)
-  expected = refold.fold_heads(q, k, moment_of(x), alike, 2)
+  folded = lowrank.fold_heads(q, k, moment_of(x), still, 2)
+  expected = lowrank.fold_heads(q, k, moment_of(x), alike, 2)
   y = make_inputs(np.random.default_rng(7), False)
   np.testing.assert_allclose(
     _logits(folded.q, folded.k, x, y),
@@ -162,7 +162,7 @@ def test_moments_may_be_rounded():
     moment += np.outer(row, row)
   least = np.linalg.eigvalsh(moment.astype(np.float64)).min()
   assert least < -2e-6 * np.trace(moment) / D  # no ridge of 1e-6 mends it
-  folded = refold.fold_heads(q, k, moment, moment_of(y), K)
+  folded = lowrank.fold_heads(q, k, moment, moment_of(y), K)
   x, y = make_inputs(np.random.default_rng(7), False), y
   dense = _logits(q, k, x, y)
   np.testing.assert_allclose(
@@ -175,17 +175,17 @@ def test_more_groups_than_channels_are_refused(G):
   q, k, x, y = make_case(0, 2, 2, False)
   message = f"G is {G}; it must be 1 to {K}, the size of a head"
   with pytest.raises(ValueError, match=message):
-    refold.fold_heads(q, k, moment_of(x), moment_of(y), G)
+    lowrank.fold_heads(q, k, moment_of(x), moment_of(y), G)
   frequencies = np.ones(K // 2)
   with pytest.raises(ValueError, match=message):
-    refold.fold_rotary_heads(q, k, moment_of(x), moment_of(y), G, frequencies)
+    lowrank.fold_rotary_heads(q, k, moment_of(x), moment_of(y), G, frequencies)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("G", [1, 5])
 def test_rows_of_a_group_are_those_of_least_squares(G, bias):
   q, _, x, _ = make_case(3, 3, 3, bias)
-  folded = refold.fold_input_rows(q, moment_of(x), G)
+  folded = lowrank.fold_input_rows(q, moment_of(x), G)
   sums = x[:, :D].reshape(len(x), G, D // G).sum(-1)
   if bias:
     sums = np.concatenate([sums, np.ones((len(x), 1))], 1)
@@ -201,7 +201,7 @@ def test_rows_that_are_identical_are_found_again():
   rng = np.random.default_rng(0)
   rows = rng.normal(size=(5, 3, K)).astype(np.float32)
   old = {"kernel": np.repeat(rows, 2, axis=0), "bias": rows[0] + 1}
-  folded = refold.fold_input_rows(old, moment_of(make_inputs(rng, True)), 5)
+  folded = lowrank.fold_input_rows(old, moment_of(make_inputs(rng, True)), 5)
   # A ridge of 1e-6 of the variance.
   np.testing.assert_allclose(folded["kernel"], rows, atol=1e-3)
   np.testing.assert_allclose(folded["bias"], old["bias"], atol=1e-3)
@@ -211,14 +211,14 @@ def test_rows_that_are_identical_are_found_again():
 def test_groups_that_do_not_divide_the_rows_are_refused(G):
   q, _, x, _ = make_case(0, 2, 2, False)
   with pytest.raises(ValueError, match=f"{G} groups do not divide {D} input"):
-    refold.fold_input_rows(q, moment_of(x), G)
+    lowrank.fold_input_rows(q, moment_of(x), G)
 
 
 def _regress(features, targets, prior=None):
   """Returns the regression of two halves: even rows and odd ones."""
   left = targets if prior is None else targets - features @ prior
   halves = [(features[h::2], left[h::2]) for h in range(2)]
-  return refold.regress(
+  return lowrank.regress(
     np.stack([f.T @ f for f, _ in halves]),
     np.stack([f.T @ t for f, t in halves]),
     np.stack([np.square(t).sum() for _, t in halves]),
@@ -274,7 +274,7 @@ def test_noise_promises_nothing():
 
 def test_without_data_the_prior_stays():
   prior = np.arange(6.0).reshape(3, 2)
-  fit = refold.regress(
+  fit = lowrank.regress(
     np.zeros((2, 3, 3)), np.zeros((2, 3, 2)), np.zeros(2), 0.0, prior
   )
   np.testing.assert_array_equal(fit.weights, prior)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from folding.compression import refold
+from folding.compression import lowrank
 from tests.compression.refold_cases import make_case, moment_of, project_heads
 
 FREQUENCIES = np.array([135, 83, 45, 24]) / 64  # float32 holds them exactly
@@ -42,7 +42,7 @@ def _square(logits):
 def test_pairs_that_are_kept_are_the_best_subset(H, J, seed):
   q, k, x, y = make_case(seed, H, J, True, K=8)
   x, y = x[:30], y[:30]
-  folded = refold.fold_rotary_heads(
+  folded = lowrank.fold_rotary_heads(
     q, k, moment_of(x), moment_of(y), 4, FREQUENCIES
   )
   dense = _by_pair(q, k, x, y, FREQUENCIES)
@@ -77,7 +77,7 @@ def test_with_all_pairs_a_rotary_head_is_itself(H, J, unused):
   q, k, x, y = make_case(0, H, J, True, K=8)
   for array in q.values():
     array[..., 0, unused] = 0  # channels of the first head
-  folded = refold.fold_rotary_heads(
+  folded = lowrank.fold_rotary_heads(
     q, k, moment_of(x), moment_of(y), 8, FREQUENCIES
   )
   for new, old in ((folded.q, q), (folded.k, k)):
@@ -91,4 +91,4 @@ def test_with_all_pairs_a_rotary_head_is_itself(H, J, unused):
 def test_half_a_pair_is_refused():
   q, k, x, y = make_case(0, 2, 2, False)
   with pytest.raises(ValueError, match="come in pairs; G is 3, make it even"):
-    refold.fold_rotary_heads(q, k, moment_of(x), moment_of(y), 3, np.ones(2))
+    lowrank.fold_rotary_heads(q, k, moment_of(x), moment_of(y), 3, np.ones(2))

@@ -53,18 +53,10 @@ def test_a_head_is_dead_if_it_adds_nothing(change, heads):
   )
 
 
-@pytest.mark.parametrize(
-  ("fold", "fields", "silent"),
-  [
-    ({}, {"num_kv_heads": 2}, [1, 2]),  # each shares a key with a live one
-    ({"v_block": 8}, {}, [0, 1]),  # a block joins two heads
-  ],
-  ids=["shared_keys", "joined_heads"],
-)
-def test_heads_that_are_needed_stay(fold, fields, silent):
-  config = make_config(c.gpt2, "lm", fold, fields)
+def test_a_head_that_shares_a_live_key_stays():
+  config = make_config(c.gpt2, "lm", {}, {"num_kv_heads": 2})
   params = random_params(config)
-  params["blocks_0"]["attn"]["o"]["kernel"][silent] = 0
+  params["blocks_0"]["attn"]["o"]["kernel"][[1, 2]] = 0
   assert shrink(config, params).config == config
 
 

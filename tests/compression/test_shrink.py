@@ -143,7 +143,7 @@ def test_before_a_shrink_all_neurons_and_heads_are_there():
     dense_mlp_width=F,
     heads=((0, 1), (3,)),
   )
-  fold = dataclasses.replace(config.fold, v_identity=True)
+  fold = dataclasses.replace(config.fold, values="identity")
   small = c.resolve(dataclasses.replace(config, model=model, fold=fold))
   assert c.unshrunk(small) == config
   assert c.unshrunk(config) == config
@@ -184,7 +184,7 @@ def test_removed_tokens_share_a_row_and_the_logits_are_bit_equal():
 def test_without_absorbing_the_diagonals_stay():
   config, params, _ = _case("gpt2_folded")
   small = shrink(config, params, absorb=False)
-  assert not small.config.fold.v_identity
+  assert small.config.fold.values == "diagonal"
   np.testing.assert_array_equal(
     small.params["blocks_0"]["attn"]["v"]["diagonal"].reshape(3, K),
     params["blocks_0"]["attn"]["v"]["diagonal"].reshape(H, K)[[0, 2, 3]],

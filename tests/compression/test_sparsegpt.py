@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from folding.compression import sparsegpt
+from folding.compression import oneshot
 
 
 @pytest.fixture
@@ -40,9 +40,7 @@ def test_each_removal_is_made_up_for_by_the_inputs_after_it(
   layer, block, fraction
 ):
   x, w = layer
-  pruned = sparsegpt.sparsegpt(
-    w, _moment(x), fraction, block=block, damping=0.0
-  )
+  pruned = oneshot.sparsegpt(w, _moment(x), fraction, block=block, damping=0.0)
   np.testing.assert_allclose(
     pruned, _in_order(x, w, pruned != 0), rtol=1e-9, atol=1e-10
   )
@@ -52,7 +50,7 @@ def test_each_removal_is_made_up_for_by_the_inputs_after_it(
 def test_what_goes_first_is_made_up_for_in_full(layer):
   x, w = layer
   w[:6] *= 1e-6  # so that these go, all of them and nothing else
-  pruned = sparsegpt.sparsegpt(w, _moment(x), 6 / 24, damping=0.0)
+  pruned = oneshot.sparsegpt(w, _moment(x), 6 / 24, damping=0.0)
   assert (pruned[:6] == 0).all()
   best = np.linalg.lstsq(x[:, 6:], x @ w, rcond=None)[0]
   np.testing.assert_allclose(pruned[6:], best, rtol=1e-9)
@@ -61,7 +59,7 @@ def test_what_goes_first_is_made_up_for_in_full(layer):
 def test_the_first_weight_to_go_is_the_one_least_missed(layer):
   x, w = layer
   w = w[:, :1]
-  pruned = sparsegpt.sparsegpt(w, _moment(x), 1 / 24, damping=0.0)
+  pruned = oneshot.sparsegpt(w, _moment(x), 1 / 24, damping=0.0)
   # Removed alone, those before an input stay and those after it adapt.
   losses = []
   for i in range(24):
@@ -80,9 +78,9 @@ def test_it_loses_less_than_wanda_and_wanda_less_than_magnitude(layer):
   def error(pruned):
     return np.mean((x @ (w - pruned)) ** 2)
 
-  ours = error(sparsegpt.sparsegpt(w, moment, 0.5))
-  theirs = error(sparsegpt.wanda(w, moment, 0.5))
-  plain = error(sparsegpt.magnitude(w, 0.5))
+  ours = error(oneshot.sparsegpt(w, moment, 0.5))
+  theirs = error(oneshot.wanda(w, moment, 0.5))
+  plain = error(oneshot.magnitude(w, 0.5))
   assert ours < 0.8 * theirs < 0.64 * plain
 
 
@@ -92,24 +90,22 @@ def test_damping_makes_dead_inputs_harmless():
   x[:, 3] = 0
   w = rng.normal(size=(8, 4))
   with pytest.raises(ValueError, match="cannot be inverted"):
-    sparsegpt.sparsegpt(w, _moment(x), 0.5, damping=0.0)
-  pruned = sparsegpt.sparsegpt(w, _moment(x), 0.125, damping=1e-6)
+    oneshot.sparsegpt(w, _moment(x), 0.5, damping=0.0)
+  pruned = oneshot.sparsegpt(w, _moment(x), 0.125, damping=1e-6)
   assert (pruned[3] == 0).all()
   assert np.isfinite(pruned).all()
 
 
 def test_of_an_input_that_is_always_0_the_least_weights_go():
   w = np.random.default_rng(2).normal(size=(8, 4))
-  pruned = sparsegpt.sparsegpt(w, np.zeros((8, 8)), 0.5)
-  np.testing.assert_array_equal(pruned, sparsegpt.magnitude(w, 0.5))
+  pruned = oneshot.sparsegpt(w, np.zeros((8, 8)), 0.5)
+  np.testing.assert_array_equal(pruned, oneshot.magnitude(w, 0.5))
 
 
 @pytest.mark.parametrize("rounds", [1, 4, 32])
 def test_inputs_that_stay_are_the_least_squares_fit(layer, rounds):
   x, w = layer
-  pruned = sparsegpt.remove_inputs(
-    w, _moment(x), 0.6, rounds=rounds, damping=0.0
-  )
+  pruned = oneshot.remove_inputs(w, _moment(x), 0.6, rounds=rounds, damping=0.0)
   stays = pruned.any(axis=1)
   assert (~stays).sum() == int(0.6 * len(w))
   oracle = np.linalg.lstsq(x[:, stays], x @ w, rcond=None)[0]
@@ -132,7 +128,7 @@ def test_inputs_go_that_the_others_best_make_up_for(layer):
     left.remove(oracle[-1])
   for count in (1, 2, len(w) // 2):
     fraction = count / len(w)
-    pruned = sparsegpt.remove_inputs(
+    pruned = oneshot.remove_inputs(
       w, _moment(x), fraction, rounds=1000, damping=0.0
     )
     gone = np.flatnonzero(~pruned.any(axis=1))
@@ -141,7 +137,7 @@ def test_inputs_go_that_the_others_best_make_up_for(layer):
 
 def test_wanda_ranks_within_each_output(layer):
   x, w = layer
-  pruned = sparsegpt.wanda(w, _moment(x), 0.5)
+  pruned = oneshot.wanda(w, _moment(x), 0.5)
   rms = np.sqrt(np.mean(x**2, axis=0))
   for o in range(w.shape[1]):
     score = np.abs(w[:, o]) * rms
@@ -153,4 +149,4 @@ def test_wanda_ranks_within_each_output(layer):
 def test_a_moment_of_other_inputs_is_refused(layer):
   x, w = layer
   with pytest.raises(ValueError, match="not of the 24 inputs"):
-    sparsegpt.wanda(w, _moment(x)[1:, 1:], 0.5)
+    oneshot.wanda(w, _moment(x)[1:, 1:], 0.5)

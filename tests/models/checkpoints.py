@@ -107,7 +107,7 @@ def model_of(described):
   """Returns our model of a description, unfolded."""
   return Transformer(
     described.config,
-    FoldConfig(groups=0, v_block=0),
+    FoldConfig(groups=0, values="dense"),
     described.vocab_size,
     described.max_length,
     described.num_classes,

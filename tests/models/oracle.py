@@ -79,17 +79,14 @@ class Model:
     return np.repeat(y, H // y.shape[2], 2)
 
   def values(self, w, x):
-    if "diagonal" not in w:
+    if w is not None and "diagonal" not in w:
       return self.heads(w, x)
-    n, b, _ = w["diagonal"].shape
-    full = np.zeros((n * b, n * b))
-    for i in range(n):
-      full[i * b : (i + 1) * b, i * b : (i + 1) * b] = w["diagonal"][i]
-    return (x @ full).reshape(*x.shape[:2], self.c.num_heads, -1)
+    v = x if w is None else x * w["diagonal"].reshape(-1)
+    return v.reshape(*x.shape[:2], self.c.num_heads, -1)
 
   def attention(self, w, x, keep):
     q, k = self.heads(w["q"], x), self.heads(w["k"], x)
-    v = self.values(w["v"], x)
+    v = self.values(w.get("v"), x)
     if self.c.positions == "rope":
       q, k = turned(q, self.c.rope_base), turned(k, self.c.rope_base)
     logits = np.einsum("blhk,bmhk->bhlm", q, k) / self.c.head_dim**0.5

@@ -35,9 +35,8 @@ def _layer(params, x, config, slopes, keep):
 
   q, k = (project(params[n], D // len(params[n]["kernel"])) for n in "qk")
   if "diagonal" in params["v"]:
-    blocks = params["v"]["diagonal"]
-    v = x.reshape(*x.shape[:2], *blocks.shape[:2])[..., None] * blocks
-    v = v.sum(-2).reshape(*x.shape[:2], H, K)
+    v = x * params["v"]["diagonal"].reshape(D)
+    v = v.reshape(*x.shape[:2], H, K)
   else:
     v = project(params["v"], 1)
   if config.positions == "rope":
@@ -75,9 +74,9 @@ def _randomized(module):
 
 FOLDS = {
   "dense": {},
-  "irc1_dwc": {"groups": 1, "v_block": 1},
-  "irc2_blocks": {"groups": 2, "v_block": 8},
-  "input_rows": {"groups": 4, "axis": "input", "v_block": 2},
+  "irc1_dwc": {"groups": 1, "values": "diagonal"},
+  "irc2_blocks": {"groups": 2, "values": "diagonal"},
+  "input_rows": {"groups": 4, "axis": "input", "values": "diagonal"},
 }
 KINDS = {
   "alibi": {"positions": "alibi"},
@@ -199,9 +198,9 @@ def test_dense_layer_equals_flax_multi_head_attention():
 
 
 def test_queries_and_values_fold_each_by_itself():
-  module, _ = _model({"groups": 0, "v_block": 1})
+  module, _ = _model({"groups": 0, "values": "diagonal"})
   folded = module.clone(
-    layer=dataclasses.replace(module.layer, groups=2, v_block=0)
+    layer=dataclasses.replace(module.layer, groups=2, values="dense")
   )
   shapes = [jax.tree.map(np.shape, _randomized(m)) for m in (module, folded)]
   assert [s["q"]["kernel"] for s in shapes] == [(D, H, K), (D, H, 2)]

@@ -18,22 +18,26 @@ D, H, K, V, MOST = 16, 4, 4, 11, 24
 LENGTHS = (3, 8, 5)  # of the prompts
 B, LONGEST, STEPS = 3, 8, 6
 SHAPE = {"num_layers": 1, "width": D, "num_heads": H, "mlp_width": 12}
-ONE = {"groups": 1, "v_block": 1}
+ONE = {"groups": 1, "values": "diagonal"}
 KINDS = {
   "dense": (c.ModelConfig, {}, {}),
   "folded": (c.ModelConfig, ONE, {"remat": True}),
   "input_axis": (c.ModelConfig, {"groups": 4, "axis": "input"}, {}),
   "window": (c.ModelConfig, ONE, {"window": 3}),
-  "heads": (c.ModelConfig, {"v_block": 1}, {"heads": ((0, 3),)}),
+  "heads": (c.ModelConfig, {"values": "diagonal"}, {"heads": ((0, 3),)}),
   "by_layer": (
     c.ModelConfig,
-    {"groups": (1, 2), "v_block": (0, 1)},
+    {"groups": (1, 2), "values": ("dense", "diagonal")},
     {"num_layers": 2, "mlp_width": (8, 12), "positions": "none"},
   ),
   "learned": (c.gpt2, ONE, {}),
   "post_norm": (c.bert, {"groups": 1}, {"causal": True}),
   "rope_shared": (c.llama, {}, {"num_kv_heads": 2}),
-  "rope_copy": (c.llama, {"groups": 2, "v_block": 1}, {"num_kv_heads": 1}),
+  "rope_copy": (
+    c.llama,
+    {"groups": 2, "values": "diagonal"},
+    {"num_kv_heads": 1},
+  ),
   "rope_pairs_window": (
     c.llama,
     {"groups": 2, "rope": "pairs"},
@@ -47,7 +51,7 @@ CONSTANT = {
   # The second layer has a KV cache.
   "one_of_two": (
     c.ModelConfig,
-    {"groups": (1, 2), "v_block": 1},
+    {"groups": (1, 2), "values": "diagonal"},
     {"num_layers": 2},
   ),
 }

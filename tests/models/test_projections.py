@@ -85,58 +85,41 @@ def test_input_axis_is_a_dense_kernel_with_identical_rows(groups):
   )
 
 
-@pytest.mark.parametrize("block", [1, 2, 4, 12, D])
-def test_block_diagonal_equals_a_full_matrix(block):
-  module = projections.BlockDiagonal(HEADS, K, block)
+def test_diagonal_projection_equals_a_diagonal_matrix():
+  module = projections.DiagonalProjection(HEADS, K)
   x = _normal(9, B, L, D)
   params = _randomized(module, x)
-  w = np.asarray(params["diagonal"])
-  assert w.shape == (D // block, block, block)
-  full = np.zeros((D, D))
-  for i in range(D):
-    for j in range(D):
-      if i // block == j // block:
-        full[i, j] = w[i // block, i % block, j % block]
-  expected = np.einsum("bld,de->ble", x, full).reshape(B, L, H, K)
+  assert params["diagonal"].shape == (D, 1, 1)
+  full = np.diag(np.asarray(params["diagonal"], np.float64).reshape(D))
   out = jax.jit(module.apply)({"params": params}, x)
+  expected = np.einsum("bld,de->ble", x, full).reshape(B, L, H, K)
   np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("block", [1, 2])
-def test_heads_left_read_their_own_channels(block):
+def test_diagonal_projection_of_some_heads_reads_their_channels():
   x = _normal(9, B, L, D)
-  module = projections.BlockDiagonal(HEADS, K, block)
+  module = projections.DiagonalProjection(HEADS, K)
   w = _randomized(module, x)["diagonal"]
   heads = (0, H - 1)
-  blocks_of = w.reshape(H, K // block, block, block)[jnp.array(heads)]
-  few = projections.BlockDiagonal(heads, K, block)
-  out = few.apply(
-    {"params": {"diagonal": blocks_of.reshape(-1, block, block)}}, x
-  )
+  kept = w.reshape(H, K)[jnp.array(heads)].reshape(-1, 1, 1)
+  few = projections.DiagonalProjection(heads, K)
+  out = few.apply({"params": {"diagonal": kept}}, x)
   whole = module.apply({"params": {"diagonal": w}}, x)
   np.testing.assert_array_equal(out, whole[:, :, heads])
 
 
-def test_an_absorbed_diagonal_has_no_parameters():
+def test_diagonal_projection_as_the_identity_has_no_parameters():
   x = _normal(9, B, L, D)
-  module = projections.BlockDiagonal((1, 2), K, is_identity=True)
+  module = projections.DiagonalProjection((1, 2), K, is_identity=True)
   out, variables = module.init_with_output(KEY, x)
   np.testing.assert_array_equal(out, x.reshape(B, L, H, K)[:, :, 1:3])
   assert variables == {}
 
 
-def test_a_diagonal_starts_as_the_identity():
+def test_diagonal_projection_starts_as_the_identity():
   x = _normal(9, B, L, D)
-  out, _ = projections.BlockDiagonal(HEADS, K).init_with_output(KEY, x)
+  out, _ = projections.DiagonalProjection(HEADS, K).init_with_output(KEY, x)
   np.testing.assert_array_equal(out, x.reshape(B, L, H, K))
-
-
-def test_blocks_start_at_unit_variance():
-  x = _normal(9, 4, 64, 512)
-  module = projections.BlockDiagonal(tuple(range(8)), 64, 64)
-  out, _ = module.init_with_output(KEY, x)
-  # 8 blocks of 64 x 64 weights of variance 1/64: 1 +- 0.01.
-  assert np.var(out) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +149,9 @@ def test_logits_of_a_folded_pair_start_at_unit_variance(groups, axis):
   [
     projections.HeadProjection(H, K, 2, dtype=jnp.bfloat16),
     projections.HeadProjection(H, K, 2, "input", dtype=jnp.bfloat16),
-    projections.BlockDiagonal(HEADS, K, 1, dtype=jnp.bfloat16),
-    projections.BlockDiagonal(HEADS, K, 4, dtype=jnp.bfloat16),
+    projections.DiagonalProjection(HEADS, K, dtype=jnp.bfloat16),
   ],
-  ids=["output", "input", "diagonal", "blocks"],
+  ids=["output", "input", "diagonal"],
 )
 def test_bfloat16_computes_near_float32_and_stores_float32(module):
   x = _normal(9, B, L, D)

@@ -48,22 +48,22 @@ def _randomized(model):
 
 
 gpt2, bert, llama = config_lib.gpt2, config_lib.bert, config_lib.llama
-IRC1 = {"groups": 1, "v_block": 1}
+IRC1 = {"groups": 1, "values": "diagonal"}
 MODELS = {
   "gpt2": (gpt2, "lm", {}, {}),
   "gpt2_folded": (gpt2, "lm", IRC1, {}),
-  "gpt2_blocks_classify": (gpt2, "classify", {"v_block": 4}, {}),
+  "gpt2_blocks_classify": (gpt2, "classify", {"values": "diagonal"}, {}),
   # Dropout is off where nothing else is asked for.
   "bert": (bert, "classify", {}, {"dropout": 0.5}),
   "bert_folded": (bert, "classify", IRC1, {"pooling": "mean"}),
   "bert_input_rows": (
     bert,
     "classify",
-    {"groups": 2, "axis": "input", "v_block": 2},
+    {"groups": 2, "axis": "input", "values": "diagonal"},
     {},
   ),
   "llama": (llama, "lm", {}, {"num_kv_heads": 2}),
-  "llama_folded": (llama, "lm", {"groups": 2, "v_block": 1}, {}),
+  "llama_folded": (llama, "lm", {"groups": 2, "values": "diagonal"}, {}),
   "llama_input_row": (
     llama,
     "classify",
@@ -73,7 +73,7 @@ MODELS = {
   "default_folded": (
     config_lib.ModelConfig,
     "lm",
-    IRC1 | {"first_dense": True},
+    IRC1 | {"values": ("dense", "diagonal")},
     {"activation": "relu"},
   ),
   "no_biases": (
@@ -240,7 +240,7 @@ LLAMA_BLOCK = [
     (
       gpt2,
       "lm",
-      IRC1 | {"first_dense": True},
+      IRC1 | {"values": ("dense", "diagonal")},
       [*EMBED, "norm_final/scale", "norm_final/bias"],
       [BLOCK + DENSE_V, BLOCK + FOLDED_V],
     ),
@@ -267,7 +267,7 @@ LLAMA_BLOCK = [
       [BLOCK + FOLDED_V + ["attn/log_slopes"]] * 2,
     ),
   ],
-  ids=["gpt2_first_dense", "bert", "llama", "alibi_folded"],
+  ids=["gpt2_dense_then_diagonal", "bert", "llama", "alibi_folded"],
 )
 def test_parameter_paths_are_a_contract(build, task, fold, outside, blocks):
   model, _ = _make(build, task, fold)
@@ -278,7 +278,7 @@ def test_parameter_paths_are_a_contract(build, task, fold, outside, blocks):
 
 
 def test_shapes_of_a_folded_layer_and_of_the_embeddings():
-  model, _ = _make(gpt2, "classify", {"groups": 2, "v_block": 4})
+  model, _ = _make(gpt2, "classify", {"groups": 2, "values": "diagonal"})
   shapes = {n: x.shape for n, x in paths.flatten(_shapes(model)).items()}
   expected = {
     "embed/embedding": (V, D),
@@ -287,7 +287,7 @@ def test_shapes_of_a_folded_layer_and_of_the_embeddings():
     "blocks_1/attn/q/kernel": (D, H, 2),
     "blocks_1/attn/q/bias": (H, 2),
     "blocks_1/attn/k/kernel": (D, H, 2),
-    "blocks_1/attn/v/diagonal": (D // 4, 4, 4),
+    "blocks_1/attn/v/diagonal": (D, 1, 1),
     "blocks_1/attn/o/kernel": (H, K, D),
     "blocks_1/mlp/up/kernel": (D, F),
     "blocks_1/mlp/down/kernel": (F, D),

@@ -171,7 +171,7 @@ def test_load_returns_what_was_exported(model, exported, tmp_path):
 def test_export_returns_bytes_of_account_and_disk(model, exported):
   folder, size = exported
   dense = models.make(
-    model=model.config.model, fold=c.FoldConfig(groups=0, v_block=0)
+    model=model.config.model, fold=c.FoldConfig(groups=0, values="dense")
   )
   expected = accounting.account(model.params, dense.params)["bytes"]["overall"]
   assert size == {

@@ -22,16 +22,16 @@ from tests.serving import models
 _ENCODER = c.bert(**models.SHAPE, pooler=True)
 _CASES = {
   # One layer has fewer neurons than the other.
-  "bert-shrunk": (_ENCODER, {"groups": 2, "v_block": 1}),
+  "bert-shrunk": (_ENCODER, {"groups": 2, "values": "diagonal"}),
   "gpt2": (c.gpt2(**models.SHAPE), {}),
   "llama-pairs": (
     c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2),
-    {"groups": 4, "rope": "pairs", "v_block": 0},
+    {"groups": 4, "rope": "pairs", "values": "dense"},
   ),
   # A diagonal W_V beside shared keys: the dense form repeats the keys.
   "llama-own-keys": (
     c.llama(**models.SHAPE, num_kv_heads=2),
-    {"groups": 0, "v_block": (0, 1)},
+    {"groups": 0, "values": ("dense", "diagonal")},
   ),
 }
 

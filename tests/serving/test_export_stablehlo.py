@@ -41,7 +41,7 @@ _CASES = {
   "llama": lambda: models.make(
     "lm",
     c.llama(**models.SHAPE, num_kv_heads=2, window=5),
-    c.FoldConfig(groups=2, v_block=0),
+    c.FoldConfig(groups=2, values="dense"),
   ),
 }
 

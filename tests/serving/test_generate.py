@@ -16,7 +16,7 @@ from tests.serving.test_sampling import kept_by_oracle
 NEW = 11
 SHAPE = models.SHAPE | {"num_layers": 1}
 MODELS = {
-  "alibi_1": (c.ModelConfig(**SHAPE), {"groups": 1, "v_block": 1}),
+  "alibi_1": (c.ModelConfig(**SHAPE), {"groups": 1, "values": "diagonal"}),
   "learned": (c.gpt2(**SHAPE), {}),
   "rope_window": (
     c.llama(**SHAPE, num_kv_heads=2, window=5),
@@ -25,11 +25,11 @@ MODELS = {
   # Only the first layer has a constant state.
   "learned_1_2": (
     c.gpt2(**(SHAPE | {"num_layers": 2})),
-    {"groups": (1, 2), "v_block": 1},
+    {"groups": (1, 2), "values": "diagonal"},
   ),
   "alibi_window": (
     c.ModelConfig(**SHAPE, window=5),
-    {"groups": 1, "v_block": 1},
+    {"groups": 1, "values": "diagonal"},
   ),
 }
 # One is as long as the padded rows.
@@ -41,7 +41,7 @@ PROMPTS = [
 
 def _make(name):
   shape, fold = MODELS[name]
-  fold = c.FoldConfig(**({"groups": 0, "v_block": 0} | fold))
+  fold = c.FoldConfig(**({"groups": 0, "values": "dense"} | fold))
   return models.make("lm", shape, fold, length=48)
 
 

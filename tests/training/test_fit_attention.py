@@ -17,7 +17,7 @@ _SIZES = {"num_layers": 1, "width": D, "num_heads": H, "mlp_width": 8}
 
 def _block(model, groups):
   rope = "pairs" if model.positions == "rope" else "copy"
-  fold = c.FoldConfig(groups=groups, v_block=0, rope=rope)
+  fold = c.FoldConfig(groups=groups, values="dense", rope=rope)
   config = c.Config(preset="none", model=model, fold=fold)
   config = c.resolve(dataclasses.replace(config, task="classify"))
   m = config.model

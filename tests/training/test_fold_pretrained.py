@@ -30,7 +30,7 @@ def _config(kind, **fold):
   """Returns a resolved config; nothing is folded but what is said."""
   model = MODELS[kind]
   rope = "pairs" if model.positions == "rope" else "copy"
-  values = {"groups": 0, "v_block": 0, "rope": rope} | fold
+  values = {"groups": 0, "values": "dense", "rope": rope} | fold
   return c.resolve(
     c.Config(
       task="lm" if model.causal else "classify",
@@ -124,25 +124,14 @@ def test_with_all_channels_of_a_head_nothing_is_lost(kind):
   )
   for layer, row in enumerate(report):
     assert row["layer"] == layer
-    assert (row["groups"], row["v_block"]) == (K, 0)
+    assert (row["groups"], row["values"]) == (K, "dense")
     for name in ("logits_kept", "attention_r2", "mlp_r2"):
       assert row[name] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "qwen2"])
-def test_a_block_of_the_whole_width_is_the_dense_w_v(kind):
-  config = _config(kind, v_block=D)
-  params, _ = _fold(config, kind, batches=16)
-  _assert_fits(config, params)
-  if kind == "qwen2":  # a bias of values, and none of W_O to take it over
-    assert _error(config, params, kind) < 0.3
-  else:
-    assert _error(config, params, kind) < 1e-5
-
-
 @each_kind
 def test_fewer_channels_are_fitted(kind):
-  config = _config(kind, groups=2, v_block=1)
+  config = _config(kind, groups=2, values="diagonal")
   params, report = _fold(config, kind)
   _assert_fits(config, params)
   unfitted = dict(params)
@@ -154,7 +143,7 @@ def test_fewer_channels_are_fitted(kind):
   assert _error(config, params, kind) < 0.7 * _error(config, unfitted, kind)
   for row in report:
     assert list(row) == [
-      *("layer", "groups", "v_block", "logits_kept", "divergence"),
+      *("layer", "groups", "values", "logits_kept", "divergence"),
       *("attention_r2", "mlp_r2"),
     ]
     assert row["divergence"] > 0
@@ -164,7 +153,10 @@ def test_fewer_channels_are_fitted(kind):
 
 
 def test_every_layer_as_it_is_told():
-  config, begun = _config("gpt2", groups=(0, 2), v_block=(0, D)), []
+  config, begun = (
+    _config("gpt2", groups=(0, 2), values=("dense", "diagonal")),
+    [],
+  )
   params, report = _fold(config, "gpt2", watch=recorded(begun))
   assert begun == [0, 1]
   _assert_fits(config, params)
@@ -174,8 +166,8 @@ def test_every_layer_as_it_is_told():
       assert w is old[name], name  # below what is folded nothing changes
   whole = {"logits_kept": 1.0, "divergence": 0.0}
   whole |= {"attention_r2": 1.0, "mlp_r2": 1.0}
-  assert report[0] == {"layer": 0, "groups": 0, "v_block": 0} | whole
-  assert (report[1]["groups"], report[1]["v_block"]) == (2, D)
+  assert report[0] == {"layer": 0, "groups": 0, "values": "dense"} | whole
+  assert (report[1]["groups"], report[1]["values"]) == (2, "diagonal")
 
 
 def test_the_layer_above_makes_up_for_the_one_below():
@@ -191,21 +183,20 @@ def test_the_layer_above_makes_up_for_the_one_below():
 
 
 def test_the_first_w_v_may_stay_dense():
-  config = _config("alibi", groups=2, v_block=1, first_dense=True)
+  config = _config("alibi", groups=2, values=("dense", "diagonal"))
   params, report = _fold(config, "alibi")
   _assert_fits(config, params)
   v = params["blocks_0"]["attn"]["v"]
   assert v is _dense("alibi")["blocks_0"]["attn"]["v"]
-  assert [row["v_block"] for row in report] == [0, 1]
+  assert [row["values"] for row in report] == ["dense", "diagonal"]
 
 
 def test_a_diagonal_of_ones_may_be_left_out():
-  options = {"groups": 2, "v_block": (1, 2)}
-  config = _config("gpt2", **options, v_identity=True)
+  config = _config("gpt2", groups=2, values=("identity", "diagonal"))
   params, _ = _fold(config, "gpt2")
   _assert_fits(config, params)
   assert "v" not in params["blocks_0"]["attn"]
-  with_ones = _config("gpt2", **options)
+  with_ones = _config("gpt2", groups=2, values="diagonal")
   others, _ = _fold(with_ones, "gpt2")
   _assert_fits(with_ones, others)
   np.testing.assert_array_equal(
@@ -242,7 +233,7 @@ def _streams(config, params, batches):
 
 
 def test_the_fit_is_the_least_and_holds_on_other_text():
-  config = _config("gpt2", groups=1, v_block=1)
+  config = _config("gpt2", groups=1, values="diagonal")
   params, [report, _] = _fold(config, "gpt2", batches=16)
   dense = c.dense_twin(config)
 
@@ -275,7 +266,7 @@ def test_the_fit_is_the_least_and_holds_on_other_text():
 
 
 def test_padding_has_no_say():
-  config = _config("bert", groups=2, v_block=1)
+  config = _config("bert", groups=2, values="diagonal")
   params, report = _fold(config, "bert")
   batches = _batches(4)
   for batch in batches:

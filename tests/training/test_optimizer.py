@@ -206,7 +206,7 @@ def test_neuron_rule_ties_all_its_arrays():
   ],
 )
 def test_rules_that_cannot_be_met_are_refused(fields, match):
-  fold = c.FoldConfig(v_block=0)  # or it would have no heads to prune
+  fold = c.FoldConfig(values="dense")  # or it would have no heads to prune
   config = tiny.config(fpp=c.FPPConfig(**fields), fold=fold)
   params, dense = tiny.shapes(config), tiny.shapes(c.dense_twin(config))
   with pytest.raises(schema.ConfigError, match=match):
@@ -392,7 +392,7 @@ def test_no_rules_if_folding_saves_enough():
 
 def test_folded_projections_and_slopes_have_their_own_rates():
   config = tiny.config(
-    fold=c.FoldConfig(groups=(0, 1), v_block=(1, 0)),
+    fold=c.FoldConfig(groups=(0, 1), values=("diagonal", "dense")),
     model=c.ModelConfig(num_layers=2, width=32, num_heads=4),
     train=c.TrainConfig(qk_rate=0.25, v_rate=4.0, slope_rate=8.0, warmup=0.0),
   )

@@ -26,7 +26,7 @@ def _config(kind="bert", **fpp):
       pretrained="RUN",
       data=c.DataConfig(length=L),
       model=model,
-      fold=c.FoldConfig(groups=2, v_block=1, rope=rope),
+      fold=c.FoldConfig(groups=2, values="diagonal", rope=rope),
       fpp=c.FPPConfig(**({"linear": 0.5, "embedding": 0.5} | fpp)),
       compress=c.CompressConfig(plan="auto"),
     )
@@ -120,19 +120,20 @@ def test_a_fit_of_attention_has_no_say():
 @pytest.mark.parametrize(
   ("kind", "asked", "other"),
   [
-    ("bert", "groups", "v_block"),
-    ("bert", "v_block", "groups"),
-    ("llama", "groups", "v_block"),
+    ("bert", "groups", "values"),
+    ("bert", "values", "groups"),
+    ("llama", "groups", "values"),
   ],
 )
 def test_what_is_asked_to_be_dense_stays_so(kind, asked, other):
   config = _config(kind, overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.3
   config.fold.rope = "copy"  # of dense heads it is of no matter
-  setattr(config.fold, asked, 0)
+  dense = {"groups": 0, "values": "dense"}
+  setattr(config.fold, asked, dense[asked])
   found = planner.plan(config, _trained(config), _batches()).fold
-  assert getattr(found, asked) == (0,) * N
-  assert any(getattr(found, other))
+  assert getattr(found, asked) == (dense[asked],) * N
+  assert set(getattr(found, other)) != {dense[other]}
 
 
 def test_qkv_is_reached_by_folding():
@@ -151,7 +152,7 @@ def test_layers_that_matter_least_give_most():
   assert pruned[1] == max(pruned)
   assert min(pruned[0], pruned[2]) < pruned[1]
   assert planned.fold.groups[1] == 1
-  assert planned.fold.v_block[1] == 1
+  assert planned.fold.values[1] == "diagonal"
 
 
 def test_options_only_lose_more_as_they_store_less():
@@ -194,7 +195,9 @@ def test_a_plan_loses_less_than_the_same_everywhere():
     return np.square(ours - dense).mean() / dense.var()
 
   same = dataclasses.replace(
-    config, compress=c.CompressConfig(), fold=c.FoldConfig(groups=2, v_block=1)
+    config,
+    compress=c.CompressConfig(),
+    fold=c.FoldConfig(groups=2, values="diagonal"),
   )
   planned = planner.plan(config, params, batches)
   assert error(c.resolve(planned)) < error(c.resolve(same))

@@ -10,7 +10,7 @@ import pytest
 
 from folding import config as c
 from folding import paths
-from folding.compression import sparsegpt
+from folding.compression import oneshot
 from folding.models.transformer import make_model
 from folding.training import fold_pretrained, loop, prune_trained
 from folding.training.checkpoint import load_run
@@ -85,7 +85,7 @@ def test_a_kernel_is_pruned_by_the_moment_of_what_it_reads(
   pruned = _prune(method, trained)
   x = _reads(pruned, trained[1])
   w = trained[0]["blocks_0"]["attn"][role]["kernel"].astype(np.float64)
-  oracle = getattr(sparsegpt, method)(w.reshape(32, -1), x.T @ x / len(x), 0.5)
+  oracle = getattr(oneshot, method)(w.reshape(32, -1), x.T @ x / len(x), 0.5)
   found = pruned["blocks_0"]["attn"][role]["kernel"]
   np.testing.assert_array_equal(found.reshape(32, -1) == 0, oracle == 0)
   np.testing.assert_allclose(

@@ -202,7 +202,7 @@ def test_a_finished_run_is_smaller_and_tests_alike(whole, shrunk, tmp_path):
   assert that.config.model.mlp_width == 12
   embedding = that.like.params["embed"]["embedding"]
   assert embedding.shape == (258 - 180 + 1, 16)
-  assert that.config.fold.v_identity
+  assert that.config.fold.values == "identity"
   # Both are measured against the same twin, and hold the same numbers but for
   # the diagonals of W_V, 16 in each of the two layers.
   for group, counts in before["parameters"].items():
@@ -248,7 +248,7 @@ def test_an_unfinished_run_trains_on_as_without(whole, tmp_path, capsys):
   assert text[0] == text[1]
   this, that = loop.open_run(stopped)[0], loop.open_run(output)[0]
   assert that.num_parameters < 0.8 * this.num_parameters
-  assert not that.config.fold.v_identity
+  assert that.config.fold.values == "diagonal"
   assert cli.main(["resume", output]) == 0
   assert (tmp_path / "small" / "report.md").is_file()
   losses, found = _losses(whole), _losses(output)

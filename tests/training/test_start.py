@@ -224,7 +224,7 @@ def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
   assert found is not None
   model, params = found
   assert model.fold.groups == 0
-  assert model.fold.v_block == 0
+  assert model.fold.values == "dense"
   theirs = paths.flatten(load_run(str(dense_run))[1])
   for name, w in paths.flatten(params).items():
     assert w.dtype == jax.numpy.bfloat16

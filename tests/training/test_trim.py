@@ -73,7 +73,7 @@ def _logits(model, params, data, text):
 def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
   dense_run, topics
 ):
-  unfolded = {"fold__groups": 0, "fold__v_block": 0}
+  unfolded = {"fold__groups": 0, "fold__values": "dense"}
   config = recovery_config(dense_run, topics, fpp__overall=None, **unfolded)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.4
   config = c.resolve(config)
