@@ -28,6 +28,7 @@ class Family:
 
   Attributes:
     prefix: Start of its class names in transformers.
+    lm: End of the name of its next-token model.
     layout: Entry of `hf_weights.LAYOUTS` that has its tensors.
     fields: {field of ModelConfig: field of config.json}, same value.
     positions: Field of config.json with the number of positions.
@@ -39,6 +40,7 @@ class Family:
   """
 
   prefix: str
+  lm: str = "ForCausalLM"
   layout: str
   fields: dict[str, str]
   positions: str = "max_position_embeddings"
@@ -48,6 +50,8 @@ class Family:
   rules: tuple[Rule, ...] = ()
   writes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+
+_CLASSIFIER = "ForSequenceClassification"
 
 # Name in config.json: ours. Of several names for one, the first is written.
 ACTIVATIONS = {
@@ -245,6 +249,7 @@ _DISTILBERT = Family(
 )
 _GPT2 = Family(
   prefix="GPT2",
+  lm="LMHeadModel",
   layout="gpt2",
   fields={
     "num_layers": "n_layer",
@@ -389,8 +394,44 @@ def describe(values: dict[str, Any]) -> Description:
       f"{', '.join(FAMILIES)}"
     )
   family = FAMILIES[name]
-  # Null stands for the default, except in a window (none) and in the number of
-  # key heads (as many as heads).
+  values = family.defaults | _given(values)
+  for field, only in SUPPORTED.items():
+    _check_supported(field, values.get(field), only)
+  fields = _model_fields(family, values)
+  model = schema.build(ModelConfig, fields, "config.json")
+  task = "lm" if model.causal else "classify"
+  run = config_lib.Config(task=task, preset="none", model=model)
+  pad_id = values.get("pad_token_id", 0)
+  if type(pad_id) is not int:
+    raise ConfigError(
+      f"config.json: pad_token_id must be an integer; it is {pad_id!r}"
+    )
+  token_types = 0
+  if "type_vocab_size" in family.defaults:
+    token_types = _count(values, "type_vocab_size")
+  labels = _read_labels(values)
+  described = Description(
+    family=name,
+    config=config_lib.resolve(run).model,
+    vocab_size=_count(values, "vocab_size"),
+    max_length=_count(values, family.positions),
+    pad_id=pad_id,
+    token_types=token_types,
+    num_classes=len(labels),
+    label_names=labels,
+  )
+  length = described.max_length - described.position_offset
+  if length < 1:
+    raise ConfigError("config.json: there are no positions left")
+  return dataclasses.replace(described, max_length=length)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields that are not null, which stands for the default.
+
+  A null sliding_window means no window, and a null num_key_value_heads as many
+  as there are heads.
+  """
   given = {
     field: value
     for field, value in values.items()
@@ -398,9 +439,11 @@ def describe(values: dict[str, Any]) -> Description:
   }
   if "num_key_value_heads" in values:
     given.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-  values = family.defaults | given
-  for field, only in SUPPORTED.items():
-    _check_supported(field, values.get(field), only)
+  return given
+
+
+def _model_fields(family: Family, values: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of ModelConfig."""
   for field in ("num_layers", "width", "num_heads"):
     if family.fields[field] not in values:
       raise ConfigError(f"config.json: {family.fields[field]} is missing")
@@ -416,33 +459,7 @@ def describe(values: dict[str, Any]) -> Description:
   fields["activation"] = ACTIVATIONS[fields["activation"]]
   for rule in family.rules:
     fields |= rule.read(values)
-  model = schema.build(ModelConfig, fields, "config.json")
-  task = "lm" if model.causal else "classify"
-  run = config_lib.Config(task=task, preset="none", model=model)
-  labels = _read_labels(values)
-  pad_id = values.get("pad_token_id", 0)
-  if type(pad_id) is not int:
-    raise ConfigError(
-      f"config.json: pad_token_id must be an integer; it is {pad_id!r}"
-    )
-  described = Description(
-    family=name,
-    config=config_lib.resolve(run).model,
-    vocab_size=_count(values, "vocab_size"),
-    max_length=_count(values, family.positions),
-    pad_id=pad_id,
-    token_types=(
-      _count(values, "type_vocab_size")
-      if "type_vocab_size" in family.defaults
-      else 0
-    ),
-    num_classes=len(labels),
-    label_names=labels,
-  )
-  length = described.max_length - described.position_offset
-  if length < 1:
-    raise ConfigError("config.json: there are no positions left")
-  return dataclasses.replace(described, max_length=length)
+  return fields
 
 
 def _check_supported(name: str, value: Any, only: Any) -> None:
@@ -463,7 +480,7 @@ def _count(values: dict[str, Any], name: str) -> int:
 def _read_labels(values: dict[str, Any]) -> tuple[str, ...]:
   """Returns the class names of a sequence classifier, () for other models."""
   architectures = values.get("architectures") or [""]
-  if not str(architectures[0]).endswith("ForSequenceClassification"):
+  if not str(architectures[0]).endswith(_CLASSIFIER):
     return ()
   labels = values.get("id2label")
   kind = values.get("problem_type")
@@ -528,13 +545,10 @@ def to_hf(described: Description) -> dict[str, Any]:
 
 def _write_head(described: Description) -> dict[str, Any]:
   """Returns the class of the model, and the names of its classes."""
-  prefix = FAMILIES[described.family].prefix
-  kind = {
-    "classify": "ForSequenceClassification",
-    "lm": "LMHeadModel" if described.family == "gpt2" else "ForCausalLM",
-    "none": "Model",
-  }[described.head]
-  values: dict[str, Any] = {"architectures": [prefix + kind]}
+  family = FAMILIES[described.family]
+  ends = {"classify": _CLASSIFIER, "lm": family.lm, "none": "Model"}
+  name = family.prefix + ends[described.head]
+  values: dict[str, Any] = {"architectures": [name]}
   if described.head != "classify":
     return values
   labels = described.label_names or tuple(

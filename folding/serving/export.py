@@ -401,7 +401,14 @@ def load_packed(
     ) from None
   except ConfigError:
     raise
-  except (KeyError, TypeError, ValueError, MemoryError) as error:
+  # Metadata of any kind: not ours, or damaged.
+  except (
+    LookupError,
+    TypeError,
+    ValueError,
+    MemoryError,
+    RecursionError,
+  ) as error:
     raise ConfigError(f"{path} is not packed as `folding` does") from error
 
 

@@ -13,75 +13,56 @@ from folding.models.transformer import Transformer, param_shapes
 N, D, H, F, V, P, C = 2, 16, 4, 24, 30, 12, 3
 WORDS = "<pad> <s> </s> <unk> a b c d e f".split()
 
+# fmt: off
 _BERT = {
-  "vocab_size": V,
-  "hidden_size": D,
-  "num_hidden_layers": N,
-  "num_attention_heads": H,
-  "intermediate_size": F,
-  "max_position_embeddings": P,
-  "hidden_dropout_prob": 0.0,
+  "vocab_size": V, "hidden_size": D, "num_hidden_layers": N,
+  "num_attention_heads": H, "intermediate_size": F,
+  "max_position_embeddings": P, "hidden_dropout_prob": 0.0,
 }
 _LLAMA = {
-  "vocab_size": V,
-  "hidden_size": D,
-  "num_hidden_layers": N,
-  "num_attention_heads": H,
-  "num_key_value_heads": 2,
-  "intermediate_size": F,
-  "max_position_embeddings": P,
-  "rms_norm_eps": 1e-5,
+  "vocab_size": V, "hidden_size": D, "num_hidden_layers": N,
+  "num_attention_heads": H, "num_key_value_heads": 2, "intermediate_size": F,
+  "max_position_embeddings": P, "rms_norm_eps": 1e-5,
 }
-_ROBERTA = {"max_position_embeddings": P + 2, "pad_token_id": 1}
-_ROBERTA |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _SCALING = {
-  "rope_type": "llama3",
-  **{"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0},
-  "original_max_position_embeddings": 8,
+  "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+  "high_freq_factor": 2.0, "original_max_position_embeddings": 8,
 }
 # Each is a config.json, without its architecture.
 FAMILIES = {
-  "bert": {"model_type": "bert"} | _BERT | {"hidden_act": "relu"},
-  "roberta": {"model_type": "roberta"} | _BERT | _ROBERTA,
+  "bert": _BERT | {"model_type": "bert", "hidden_act": "relu"},
+  "roberta": _BERT | {
+    "model_type": "roberta", "max_position_embeddings": P + 2,
+    "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+  },
   "distilbert": {
-    "model_type": "distilbert",
-    "vocab_size": V,
-    **{"dim": D, "n_layers": N, "n_heads": H, "hidden_dim": F},
-    **{"max_position_embeddings": P, "dropout": 0.0},
+    "model_type": "distilbert", "vocab_size": V, "dim": D, "n_layers": N,
+    "n_heads": H, "hidden_dim": F, "max_position_embeddings": P,
+    "dropout": 0.0,
   },
   "gpt2": {
-    "model_type": "gpt2",
-    "vocab_size": V,
-    **{"n_embd": D, "n_layer": N, "n_head": H, "n_positions": P},
-    **{"resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2},
-    "n_inner": F,
+    "model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": N,
+    "n_head": H, "n_positions": P, "resid_pdrop": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "n_inner": F,
   },
-  "llama": {"model_type": "llama"} | _LLAMA | {"rope_theta": 100.0},
-  "llama_biases_scaled": {
-    "model_type": "llama",
-    **_LLAMA,
-    **{"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-    "rope_scaling": _SCALING,
+  "llama": _LLAMA | {"model_type": "llama", "rope_theta": 100.0},
+  "llama_biases_scaled": _LLAMA | {
+    "model_type": "llama", "attention_bias": True, "mlp_bias": True,
+    "tie_word_embeddings": True, "rope_scaling": _SCALING,
   },
-  "llama_linear": {
-    "model_type": "llama",
-    **_LLAMA,
-    "rope_scaling": {"type": "linear", "factor": 2.0},
+  "llama_linear": _LLAMA | {
+    "model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0},
   },
-  "mistral": {
-    "model_type": "mistral",
-    **_LLAMA,
-    **{"head_dim": 6, "sliding_window": 3},
+  "mistral": _LLAMA | {
+    "model_type": "mistral", "head_dim": 6, "sliding_window": 3,
   },
-  "qwen2": {"model_type": "qwen2"} | _LLAMA,
-  "qwen2_windows": {
-    "model_type": "qwen2",
-    **_LLAMA,
-    **{"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 0},
+  "qwen2": _LLAMA | {"model_type": "qwen2"},
+  "qwen2_windows": _LLAMA | {
+    "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 2,
+    "max_window_layers": 0,
   },
 }
-
-
+# fmt: on
 DECODERS = ("gpt2", "llama", "mistral", "qwen2")
 # One case per risk: each entry with the head that it has without classes, and
 # one classifier per layout of tensors.

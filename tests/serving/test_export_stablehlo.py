@@ -1,9 +1,6 @@
 """Programs of `jax.export`: the same logits without this library."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax.export
 import numpy as np
@@ -13,22 +10,6 @@ from folding import config as c
 from folding.errors import ConfigError
 from folding.serving import export as export_lib
 from tests.serving import models
-
-# Runs a program where neither folding nor flax can be imported.
-_ALONE = """
-import sys
-sys.modules |= dict.fromkeys(("folding", "flax", "tokenizers", "optax"))
-import jax.export
-import numpy as np
-
-with open("out/model.stablehlo", "rb") as file:
-  exported = jax.export.deserialize(bytearray(file.read()))
-inputs = np.load("in.npz")
-tokens, mask = inputs["tokens"], inputs["mask"]
-wide = exported.call(tokens, mask)
-one = exported.call(tokens[:1, :3], mask[:1, :3])
-np.savez("found.npz", wide=wide, one=one)
-"""
 
 _CASES = {
   "mapped": lambda: export_lib.shrunk(
@@ -85,26 +66,6 @@ def test_program_computes_the_model_whatever_pads(tmp_path, name):
     for value in (-300, 10**6):
       padded = np.where(keep, tokens, value).astype(np.int32)
       np.testing.assert_array_equal(exported.call(padded, keep), found)
-
-
-def test_program_runs_where_folding_is_not_installed(tmp_path):
-  model = _CASES["mapped"]()
-  export_lib.export_stablehlo(tmp_path / "out", model)
-  tokens, keep = _batch(model, 9)
-  np.savez(tmp_path / "in.npz", tokens=tokens, mask=keep)
-  done = subprocess.run(
-    [sys.executable, "-c", _ALONE],
-    cwd=tmp_path,
-    env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert (done.returncode, done.stderr) == (0, "")
-  found = np.load(tmp_path / "found.npz")
-  for name, rows, length in (("wide", 3, 9), ("one", 1, 3)):
-    expected = _apply(model, tokens[:rows, :length], keep[:rows, :length])
-    np.testing.assert_allclose(found[name], expected, rtol=2e-5, atol=2e-5)
 
 
 def test_program_with_learned_positions_refuses_longer_texts(tmp_path):

@@ -89,10 +89,6 @@ def test_damaged_weights_are_refused():
     list(predict_lib.predict(damaged, ["the cat"]))
 
 
-def test_no_text_gives_no_prediction(model):
-  assert list(predict_lib.predict(model, [])) == []
-
-
 def test_predict_refuses_what_it_cannot_do(model):
   for size in (0, 10**12):
     with pytest.raises(ConfigError, match=f"1 to 65,536; it is {size}"):
