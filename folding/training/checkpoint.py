@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -322,8 +323,8 @@ def _reason(error: Exception) -> str:
 def _quiet() -> Iterator[None]:
   """Hides what Orbax prints of a damaged checkpoint beside its exception.
 
-  It logs an error per file. The reads that are still pending when the first one
-  fails print a traceback each, through `sys.excepthook`, from their threads.
+  It logs an error per file. Reads that are pending when the first one fails each
+  print a traceback from a thread, through `sys.excepthook`.
   """
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
@@ -333,6 +334,9 @@ def _quiet() -> Iterator[None]:
   sys.excepthook = lambda *_: None
   try:
     yield
+  except Exception:
+    time.sleep(0.5)  # until the pending reads have failed as well
+    raise
   finally:
     sys.excepthook = hook
     for logger, level in zip(loggers, levels, strict=True):

@@ -360,7 +360,7 @@ def test_load_run_reads_the_best_parameters(run, copy, losses, step):
 
 
 def test_load_run_skips_a_damaged_checkpoint(run, copy, caplog, capfd):
-  damage(copy, 5, "default")
+  damage(copy, 5, "default/d")
   _, params, _ = load_run(str(copy))
   assert_is_step(params, run, 10)
   (line,) = caplog.messages

@@ -161,6 +161,19 @@ def test_run_resumes_before_a_damaged_checkpoint_bit_for_bit(
   assert "Traceback" not in err
 
 
+def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
+  config, workdir, _ = tiny_run
+  copy = unfinished(workdir, tmp_path / "copy")
+  metrics = copy / "checkpoints" / "5" / "metrics" / "metrics"
+  metrics.write_text('{"loss": 0.0}')
+  test = loop.run(config, str(copy))["test"]
+  assert test["checkpoint_step"] == 5
+  this, checkpoints = loop.open_run(str(copy))
+  with checkpoints:
+    state = checkpoints.restore(5, this.like)
+  assert test["loss"] == this.evaluate(state.params, "test")["loss"]
+
+
 def test_stopped_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch):
   config, workdir, _ = tiny_run
   take = loop.StepLog.step
@@ -247,6 +260,17 @@ def test_classifier_learns_and_reports_accuracy(text_file, tmp_path, capsys):
   assert "100% of the training texts fill data" in capsys.readouterr().out
   assert result["test"]["num_examples"] == 40
   assert result["test"]["accuracy"] > 0.9
+  # Checkpoints are ranked by their errors; the loss breaks ties.
+  (valid,) = (
+    r
+    for r in records(tmp_path / "run")
+    if (r["split"], r["step"]) == ("valid", 20)
+  )
+  errors = 1 - valid["accuracy"]
+  _, checkpoints = loop.open_run(str(tmp_path / "run"))
+  with checkpoints:
+    rank = checkpoints.loss(20)
+  assert rank == pytest.approx(errors + 1e-6 * valid["loss"], rel=1e-9)
   assert run_dir.load_labels(str(tmp_path / "run")) == ("0", "1")
 
 

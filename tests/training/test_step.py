@@ -12,7 +12,8 @@ from folding.training import losses, sharding
 from folding.training import step as step_lib
 from tests.training import tiny
 
-# One step of it takes the gradient off the parameters.
+TEMPERATURE = 3.0
+# One step subtracts the gradient from the parameters.
 SGD = optax.with_extra_args_support(optax.sgd(1.0))
 
 
@@ -29,7 +30,7 @@ def start(run):
 
 @pytest.fixture(scope="module")
 def gradient(run):
-  """Returns a function to the gradient that a step uses, and its metrics."""
+  """Returns a function that returns the gradient and metrics of a step."""
   steps = {
     is_check: run.step(is_check, tx=SGD, rules=[]) for is_check in (False, True)
   }
@@ -42,7 +43,7 @@ def gradient(run):
   return gradient
 
 
-def test_state_is_a_function_of_the_seed(run, start):
+def test_init_state_is_a_function_of_the_seed(run, start):
   first, again, other = start, run.init(0), run.init(1)
   chex.assert_trees_all_equal(first, again)
   name = "embedding"
@@ -50,7 +51,7 @@ def test_state_is_a_function_of_the_seed(run, start):
   assert first.step == 0
 
 
-def test_gradient_is_that_of_finite_differences(run, start, gradient):
+def test_step_gradient_equals_finite_differences(run, start, gradient):
   state, batch = start, tiny.batch(0)
   grads, metrics = gradient(state, batch)
   batch = jax.tree.map(jnp.asarray, batch)
@@ -66,8 +67,8 @@ def test_gradient_is_that_of_finite_differences(run, start, gradient):
   assert metrics["loss"] == pytest.approx(float(mean(state.params)), rel=1e-6)
   for name, g in paths.flatten(grads).items():
     if name.endswith("attn/k/bias"):
-      continue  # it shifts all logits of a query alike: 0 but for rounding
-    # Along the gradient itself, where the difference is well above rounding.
+      continue  # it shifts all logits of a query alike: its gradient is 0
+    # Along the gradient, where the difference is well above rounding.
     direction = g / jnp.linalg.norm(g)
     h = 0.02
 
@@ -77,13 +78,13 @@ def test_gradient_is_that_of_finite_differences(run, start, gradient):
       )
 
     slope = (mean(moved(h)) - mean(moved(-h))) / (2 * h)
-    # The third derivative is left out, and float32 rounds a loss of 5 by 5e-7.
+    # Errors: the third derivative, and rounding of a loss of 5 by 5e-7.
     np.testing.assert_allclose(
       slope, jnp.linalg.norm(g), rtol=0.02, atol=5e-5, err_msg=name
     )
 
 
-def test_statistics_do_not_change_the_gradient(start, gradient):
+def test_step_statistics_leave_the_gradient_alone(start, gradient):
   state, batch = start, tiny.batch(0)
   plain, plain_metrics = gradient(state, batch, is_check=False)
   checked, checked_metrics = gradient(state, batch, is_check=True)
@@ -92,7 +93,7 @@ def test_statistics_do_not_change_the_gradient(start, gradient):
   chex.assert_trees_all_close(checked_metrics, plain_metrics, rtol=1e-6)
 
 
-def test_what_does_not_count_has_no_influence(start, gradient):
+def test_step_ignores_targets_of_weight_0(start, gradient):
   state, batch = start, tiny.batch(0)
   junk = tiny.batch(1)
   rows = np.arange(16) < 8
@@ -105,7 +106,7 @@ def test_what_does_not_count_has_no_influence(start, gradient):
 
 
 def told_value():
-  """Returns a transform that updates nothing and keeps the value it is told."""
+  """Returns a transform without updates that keeps the value it is given."""
 
   def update(updates, state, params=None, *, value, **extra_args):
     return jax.tree.map(jnp.zeros_like, updates), value
@@ -113,7 +114,7 @@ def told_value():
   return optax.GradientTransformationExtraArgs(lambda _: jnp.zeros([]), update)
 
 
-def test_label_smoothing_is_in_the_loss_not_in_the_metric(run, start):
+def test_step_smooths_the_loss_not_the_metric(run, start):
   tx = told_value()
   state, batch = start._replace(opt_state=jnp.zeros([])), tiny.batch(0)
   step = run.step(False, tx=tx, rules=[], label_smoothing=0.2)
@@ -147,8 +148,8 @@ def test_dropout_is_a_function_of_seed_and_step(start):
   assert len({loss(seed, step) for seed in (0, 1) for step in range(4)}) == 8
 
 
-@pytest.mark.parametrize("score", ["magnitude", "relative", "random"])
-def test_runs_that_differ_by_their_seed_share_a_program(score):
+@pytest.mark.parametrize(("score", "count"), [("magnitude", 1), ("random", 2)])
+def test_step_program_is_shared_between_seeds(score, count):
   fpp = c.FPPConfig(begin=0.0, end=0.75, checks=3, score=score)
   programs = set()
   for seed in (0, 1):
@@ -156,13 +157,17 @@ def test_runs_that_differ_by_their_seed_share_a_program(score):
     state = jax.eval_shape(run.init)
     lowered = run.step(True).lower(state, tiny.batch(0), seed=np.uint32(seed))
     programs.add(lowered.as_text())
-  # Scores that are drawn are constants of the program.
-  assert len(programs) == (2 if score == "random" else 1)
+  # Random scores are constants of the program.
+  assert len(programs) == count
 
 
 def distilled(run, logits, hidden=0.0):
   """Returns the options of learning from a teacher of the same shape."""
-  return {"distillation": step_lib.Distillation(run.model, logits, hidden, 2.0)}
+  return {
+    "distillation": step_lib.Distillation(
+      run.model, logits, hidden, TEMPERATURE
+    )
+  }
 
 
 def test_step_with_itself_as_teacher_does_not_move(run, start):
@@ -188,6 +193,26 @@ def test_step_with_teacher_tells_optimizer_the_loss_on_labels(run, start):
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
   with pytest.raises(AssertionError):  # the teacher did change the gradient
     chex.assert_trees_all_close(taught.params, plain.params, atol=1e-3)
+
+
+def test_step_weighs_labels_and_teacher(run, start):
+  step = run.step(False, tx=SGD, rules=[], **distilled(run, 0.7))
+  state = start._replace(opt_state=SGD.init(start.params))
+  teacher = run.init(1).params
+  new, _ = step(state, tiny.batch(0), teacher_params=teacher)
+  batch = jax.tree.map(jnp.asarray, tiny.batch(0))
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    logits = run.model.apply({"params": params}, batch["tokens"])
+    taught = run.model.apply({"params": teacher}, batch["tokens"])
+    sums = losses.summed_loss(logits, batch)
+    soft = losses.soft_loss(logits, taught, batch["weights"], TEMPERATURE)
+    return 0.3 * sums["nats"] / sums["weight"] + 0.7 * soft
+
+  expected = jax.tree.map(jnp.subtract, start.params, gradient(start.params))
+  chex.assert_trees_all_close(new.params, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_step_prefers_usage_of_the_training_set(run, start):
@@ -237,16 +262,18 @@ def train(run, state, devices, mesh_config, seeds):
 
 @pytest.fixture(scope="module")
 def one_device(run, start):
-  """Returns the states of eight steps, of which 0, 2, 4, 6 are checks."""
+  """Returns the states after eight steps, with mask updates at 0, 2, 4 and 6."""
   return list(train(run, start, jax.devices()[:1], MeshConfig(), range(8)))
 
 
 @pytest.mark.parametrize(
   "mesh_config",
-  [MeshConfig(8, 1), MeshConfig(2, 4), MeshConfig(2, 2, 2)],
-  ids=["data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"],
+  [MeshConfig(2, 4), MeshConfig(2, 2, 2)],
+  ids=["data=2,fsdp=4", "data=2,fsdp=2,tensor=2"],
 )
-def test_eight_devices_prune_as_one(run, start, one_device, mesh_config):
+def test_step_on_eight_devices_prunes_as_on_one(
+  run, start, one_device, mesh_config
+):
   eight = train(run, start, jax.devices(), mesh_config, range(8))
   for (state, metrics), (expected, expected_metrics) in zip(
     eight, one_device, strict=True
@@ -261,16 +288,16 @@ def test_eight_devices_prune_as_one(run, start, one_device, mesh_config):
         leaves[name] == 0, w == 0, f"{name} at step {step}"
       )
       if not name.endswith("attn/k/bias"):
-        # Its gradient is rounding alone, which Adam divides by itself.
+        # Its gradient is 0 up to rounding, which Adam scales up.
         np.testing.assert_allclose(
           leaves[name], w, rtol=1e-4, atol=2e-6, err_msg=f"{name} at {step}"
         )
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)
 
 
-def test_checks_zero_what_they_should(one_device):
-  # The ramp 0.7 (1 - (1 - t)^3) at t = 0, 1/3, 2/3, 1, and what a check found
-  # is zeroed at the next, or at once by the last.
+def test_mask_updates_follow_the_ramp(one_device):
+  # The ramp 0.7 (1 - (1 - t)^3) at t = 0, 1/3, 2/3, 1. A mask update freezes
+  # weights, the next one zeroes them; the last one does both.
   q = [0.7 * (1 - (1 - t / 3) ** 3) for t in range(4)]
   frozen = [0, q[1], q[2] - q[1], 0]
   zero = [0, 0, q[1], q[3]]
@@ -278,7 +305,7 @@ def test_checks_zero_what_they_should(one_device):
     _, metrics = one_device[2 * index]
     selected = float(metrics["selected"])
     assert selected == 2 * 32 * 128 + 32 * 32 + tiny.VOCAB * 32
-    # One element a parameter is lost to rounding down.
+    # Rounding down loses one element per parameter.
     assert metrics["zero"] / selected <= zero[index]
     if index in (0, 1, 3):
       assert metrics["zero"] / selected == pytest.approx(zero[index], abs=1e-3)
@@ -287,29 +314,18 @@ def test_checks_zero_what_they_should(one_device):
       )
 
 
-def test_zeros_stay_and_the_rest_heals(one_device):
+def test_zeros_stay_and_other_weights_train_on(one_device):
   before, after = one_device[6][0].params, one_device[7][0].params
   w, healed = (p["blocks_0"]["mlp"]["up"]["kernel"] for p in (before, after))
   assert np.count_nonzero(w == 0) == int(0.7 * w.size)
   np.testing.assert_array_equal(healed == 0, w == 0)
-  # A step may be too small for float32 here and there.
+  # Some updates are too small for float32.
   assert (healed != w)[w != 0].mean() > 0.99
 
 
-def test_mesh_splits_parameters_and_their_moments(start):
-  mesh = sharding.make_mesh(MeshConfig(2, 4))
-  placed = sharding.tree_shardings(mesh, start)
-  is_split = {
-    name: not s.is_fully_replicated for name, s in paths.flatten(placed).items()
-  }
-  for part in ("params", "opt_state/inner/1/0/mu", "opt_state/inner/1/0/nu"):
-    assert is_split[f"{part}/blocks_0/mlp/up/kernel"], part
-    assert not is_split[f"{part}/norm_final/scale"], part
-
-
 @pytest.mark.parametrize("task", ["lm", "classify"])
-def test_parts_of_a_batch_add_up_to_the_whole(task):
-  # A classifier's texts are of different lengths, so that parts weigh unequal.
+def test_micro_batches_add_up_to_the_whole_batch(task):
+  # Texts of a classifier differ in length, so micro-batches differ in weight.
   model = c.ModelConfig(
     num_layers=1, width=32, num_heads=4, causal=task == "lm"
   )
@@ -324,20 +340,20 @@ def test_parts_of_a_batch_add_up_to_the_whole(task):
       "labels": rng.integers(0, 3, 16).astype(np.int32),
       "weights": (np.arange(16) < 13).astype(np.float32),
     }
-  # Plain descent, so that an update is a gradient; FPP sees what it would.
+  # Gradient descent, so that an update is a gradient.
   tx = told_statistics()
   state = state._replace(opt_state=tx.init(state.params))
   whole, parts = (
     run.step(True, tx=tx, rules=[], accumulate=n)(state, batch) for n in (1, 4)
   )
-  for state, _ in (whole, parts):  # it has rows of texts, not of tokens
+  for state, _ in (whole, parts):  # its input is one row per text
     state.opt_state["stats"].pop("head/kernel", None)
   chex.assert_trees_all_close(parts, whole, rtol=5e-5, atol=1e-6)
   assert "blocks_0/mlp/up/kernel" in whole[0].opt_state["stats"]
 
 
 def told_statistics():
-  """Returns gradient descent that keeps the statistics and value it is told."""
+  """Returns gradient descent that keeps the arguments of its update."""
 
   def init(params):
     del params
@@ -351,10 +367,3 @@ def told_statistics():
     return jax.tree.map(jnp.negative, updates), told
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def test_one_check_a_step_though_it_has_parts(run, start):
-  batch = tiny.batch(0)
-  new, metrics = run.step(True, accumulate=2)(start, batch)
-  assert int(new.opt_state.observed) == 1
-  assert metrics["selected"] > 0
