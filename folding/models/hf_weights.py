@@ -566,7 +566,7 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
     raise ConfigError(f"{folder} is a file; name the folder that holds it")
   if name.startswith((".", "/", "~")):
     raise ConfigError(f"there is no folder {name}")
-  import huggingface_hub  # a dependency of tokenizers
+  import huggingface_hub  # only needed for a download
 
   patterns = ["*.json", "*.jinja", "model*.safetensors"]
   try:

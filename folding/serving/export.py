@@ -428,9 +428,7 @@ def _unpack(
   return w
 
 
-def export_hf(
-  path: str | os.PathLike, loaded: Loaded, family: str | None = None
-) -> dict[str, int]:
+def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   """Writes a Hugging Face checkpoint to a new folder.
 
   The Auto classes of `transformers` load it. Folded projections are written
@@ -440,8 +438,6 @@ def export_hf(
   Args:
     path: Created if it does not exist; must be empty.
     loaded: From `folding.load`; no heads were removed from it.
-    family: A `model_type` of `folding.models.hf_config`; None: the first that
-      computes this model.
 
   Returns:
     {"files": bytes of the folder}.
@@ -461,7 +457,7 @@ def export_hf(
     )
   width = int(np.max(m.mlp_width))
   m = dataclasses.replace(m, mlp_width=width)
-  family = family or hf_config.family_of(m, len(loaded.labels))
+  family = hf_config.family_of(m, len(loaded.labels))
   frequencies = None
   if m.positions == "rope":
     frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
