@@ -32,12 +32,12 @@ ORDER = {
     *(
       "energy",
       "optimizer",
-      "fit_attention",
       "fold_pretrained",
-      "planner",
+      "allocate",
       "prune_trained",
+      "compress",
     ),
-    *("trim", "start", "progress", "evaluate", "step", "plan"),
+    *("progress", "evaluate", "step", "plan"),
     *("loop", "shrinking"),
   ],
   "serving": [

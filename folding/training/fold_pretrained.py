@@ -1,125 +1,158 @@
 """Folds a trained model, layer by layer, on calibration text.
 
-Each layer is folded as the layers below it are folded already, and what it
-writes is refitted so that the residual stream is that of the dense model
-again: errors of lower layers are corrected, not handed on.
+Each layer is folded on top of the folded layers below it, and its output
+projections are refitted so that the residual stream is that of the dense model
+again. A layer so corrects the errors of the layers below.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import rich.console
+import rich.progress
 
-from folding import config as config_lib
 from folding.compression import lowrank
-from folding.config import Config
-from folding.models.attention import rope_frequencies
+from folding.config import Config, Layer, ModelConfig, dense_twin, layers_of
+from folding.errors import ConfigError
+from folding.models.attention import attention_logits, rope_frequencies
 from folding.models.transformer import Block, Transformer
-from folding.schema import require
-from folding.training.fit_attention import fit_attention, halves, total
 
-Batch = Mapping[str, Any]
-Watch = Callable[[range], Iterable[int]]
-Streams = list[jax.Array]
-Prune = Callable[[int, dict[str, Any], Streams, Streams], dict[str, Any]]
+Batch = Mapping[str, Any]  # "tokens" int[B, L]; perhaps "mask" bool[B, L]
+Params = Mapping[str, Any]
 
-# Modules of a block that read the residual stream: what a layer has to match.
+# Modules of a block whose inputs are the residual stream.
 STREAMS = ("norm_attn", "norm_mlp")
+_FIT_RATE = 0.03  # first learning rate of a fit, relative to an array's RMS
+_FIT_CHECKS = 10  # evaluations of a fit on the held-out half
+
+
+class Stream(NamedTuple):
+  """What a layer reads of the calibration text, in batches.
+
+  Attributes:
+    x: float[B, L, D] each, the residual stream.
+    kept: bool[B, L] each, True at tokens and False at padding.
+  """
+
+  x: Sequence[jax.Array]
+  kept: Sequence[jax.Array]
+
+
+Prune = Callable[[int, dict[str, Any], Stream], dict[str, Any]]
 
 
 def fold_pretrained(
   config: Config,
-  params: Mapping[str, Any],
+  params: Params,
   batches: Iterable[Batch],
-  watch: Watch = iter,
   prune: Prune | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Returns the folded parameters of a trained dense model, and a report.
 
-  From the first layer to the last: W_Q and W_K are replaced by the projections
-  of G channels whose logits are nearest (`lowrank.fold_heads`, or
-  `fold_rotary_heads` and `fold_input_rows`), which are fitted to the attention
-  weights (`fit_attention`), W_V by a diagonal of ones; then W_O and the second
-  feed-forward matrix, with their biases, are fitted by least squares, given
-  the folded layers below, so that the residual stream after each equals that
-  of the dense model; W_O beside a folded W_V so that attention writes what
-  the dense layer would write on that stream.
+  From the first layer to the last:
+
+  1. W_Q and W_K become the projections of G channels whose logits are nearest
+     to the dense ones (`lowrank`), fitted to the dense attention weights
+     (`fit_attention`). W_V becomes a diagonal of ones.
+  2. W_O and the second feed-forward matrix, with their biases, are refitted by
+     least squares, so that the residual stream equals that of the dense model.
+     Beside a folded W_V, W_O is fitted to what the dense layer would write on
+     the same input.
+
+  A terminal shows a progress bar.
 
   Args:
-    config: Resolved; its `fold` says how to fold, layer by layer.
-    params: Of `config_lib.dense_twin(config)`; NumPy or JAX arrays. Entries
-      that are no blocks are handed through.
-    batches: {"tokens": int[B, L], and perhaps "mask": bool[B, L], True at
+    config: Resolved; `config.fold` sets the folding of each layer.
+    params: Parameters of `dense_twin(config)`, NumPy or JAX arrays. Entries
+      other than blocks are passed through.
+    batches: {"tokens": int[B, L], optionally "mask": bool[B, L], True at
       tokens}. Some thousands of tokens, more than twice the width.
-    watch: Given the layers, hands them out one by one, as a progress bar does.
-    prune: Given the number of a layer, its folded parameters, and the stream
-      and tokens that it reads, returns pruned ones; what is left of the second
-      feed-forward matrix is fitted after that, and so makes up for it.
+    prune: (number of a layer, its folded parameters, the stream that it reads)
+      -> pruned parameters. Called before the second feed-forward matrix is
+      fitted, which then makes up for the pruned weights.
 
   Returns:
     (params of `config`, [{"layer", "groups", "values", "logits_kept": share of
-    the variance of the logits before they are fitted (None on the input axis),
-    "divergence": of the attention weights, nats, "attention_r2", "mlp_r2":
-    share of what the stream needed that the fit gives on text it was not made
-    on}]).
+    the variance of the logits before the fit (None on the input axis),
+    "divergence": of the attention weights in nats, "attention_r2", "mlp_r2":
+    share of the variance that the two regressions explain on held-out text}]).
 
   Raises:
-    ConfigError: there is too little text, or the fold is not one of trained
-      weights.
+    ConfigError: there is too little text, or trained weights cannot be folded
+      so.
   """
   require_pairs(config)
-  x, kept = embed_batches(config, params, list(batches))
-  dense_x = x  # the very same, until something is folded
+  stream = embed_batches(config, params, list(batches))
+  dense_stream = stream  # the same object until a layer is folded
   folded, report = dict(params), []
-  dense = config_lib.dense_twin(config)
-  for n in watch(range(config.model.num_layers)):
-    name, block = f"blocks_{n}", make_block(dense, n)
-    target = look_all(block, params[name], dense_x, kept, STREAMS)
-    out = [seen["out"] for seen in target]
-    f = config_lib.layers_of(config.model, config.fold)[n]
-    if x is dense_x and not (f.groups or f.values != "dense" or prune):
-      x = dense_x = out
+  for n in layers_with_bar(config, "folding"):
+    name, layer = f"blocks_{n}", layers_of(config.model, config.fold)[n]
+    is_folded = layer.groups or layer.values != "dense"
+    block = make_block(dense_twin(config), n)
+    target = look_all(block, params[name], dense_stream, STREAMS)
+    out = Stream([seen["out"] for seen in target], stream.kept)
+    if stream is dense_stream and not (is_folded or prune):
+      stream = dense_stream = out
       report.append({"layer": n, **_figures(0, "dense")})
       continue
     folded[name], figures = fold_layer(
-      config, n, params[name], x, target, kept, prune
+      config, n, params[name], stream, target=target, prune=prune
     )
     report.append({"layer": n, **figures})
-    dense_x = out
-    seen = look_all(make_block(config, n), folded[name], x, kept)
-    x = [one["out"] for one in seen]
+    dense_stream = out
+    stream = advance(make_block(config, n), folded[name], stream)
   return folded, report
 
 
 def require_pairs(config: Config) -> None:
-  """Refuses rotary heads whose channels would be folded without their pairs.
+  """Raises `ConfigError` if rotary heads would be folded across pairs.
 
   Args:
     config: Resolved.
 
   Raises:
-    ConfigError: says so.
+    ConfigError: so they would.
     ValueError: the config is not resolved.
   """
-  f = config.fold
-  layers = config_lib.layers_of(config.model, f)
-  has_groups = any(layer.groups for layer in layers)
-  is_turning = config.model.positions == "rope" and f.axis == "output"
-  require(
-    not (has_groups and is_turning) or f.rope == "pairs",
-    "trained rotary heads are folded by pairs; use fold.rope='pairs' (and "
-    "fold.groups even), or fold.groups=0",
+  layers = layers_of(config.model, config.fold)
+  is_rotary = config.model.positions == "rope" and config.fold.axis == "output"
+  if (
+    is_rotary
+    and config.fold.rope != "pairs"
+    and any(layer.groups for layer in layers)
+  ):
+    raise ConfigError(
+      "trained rotary heads are folded by pairs; use fold.rope='pairs' (and "
+      "fold.groups even), or fold.groups=0"
+    )
+
+
+def layers_with_bar(config: Config, doing: str) -> Iterable[int]:
+  """Returns the numbers of the layers, with a progress bar on a terminal."""
+  console = rich.console.Console()
+  return rich.progress.track(
+    range(config.model.num_layers),
+    description=f"{doing} layers",
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
   )
 
 
+# ---------------------------------------------------------------------------
+# Calibration text on its way through the layers.
+
+
 def embed_batches(
-  config: Config, params: Mapping[str, Any], batches: list[Batch]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Returns what the first layer reads, and which of it are tokens.
+  config: Config, params: Params, batches: Sequence[Batch]
+) -> Stream:
+  """Returns what the first layer reads.
 
   Raises:
     ConfigError: there is too little text.
@@ -127,12 +160,12 @@ def embed_batches(
   D = config.model.width
   kept = [jnp.asarray(b.get("mask", b["tokens"] >= 0)) for b in batches]
   num_tokens = sum(int(keep.sum()) for keep in kept)
-  require(
-    num_tokens > 2 * D and sum(map(len, kept)) > 1,
-    f"calibration has {num_tokens:,} tokens in {sum(map(len, kept)):,} texts; "
-    f"the moments of {D} channels need more than {2 * D:,} tokens, and two "
-    "texts; give more",
-  )
+  num_texts = sum(map(len, kept))
+  if num_tokens <= 2 * D or num_texts < 2:
+    raise ConfigError(
+      f"calibration has {num_tokens:,} tokens in {num_texts:,} texts; the "
+      f"moments of {D} channels need more than {2 * D:,} tokens and two texts"
+    )
   stem = {name: w for name, w in params.items() if "embed" in name}
   vocabulary, positions = (
     len(stem[name]["embedding"]) if name in stem else 0
@@ -140,93 +173,17 @@ def embed_batches(
   )
   model = Transformer(config.model, config.fold, vocabulary, positions)
   embed = jax.jit(functools.partial(model.apply, method="embed_tokens"))
-  return [embed({"params": stem}, b["tokens"]) for b in batches], kept
-
-
-def fold_layer(config: Config, n: int, old, x, target, kept, prune=None):
-  """Returns the parameters of a folded layer, and its figures."""
-  m, f = config.model, config_lib.layers_of(config.model, config.fold)[n]
-  block = make_block(config, n)
-  attn = dict(old["attn"])
-  figures = _figures(f.groups, f.values)
-  dense = make_block(config_lib.dense_twin(config), n)
-  if f.groups:
-    heads = _heads(m, f, attn, *_moments(dense, old, x, kept))
-    attn |= {"q": heads.q, "k": heads.k}
-    figures["logits_kept"] = heads.kept
-    if heads.frequency is not None and f.groups != m.head_dim:
-      attn["frequency"] = heads.frequency
-  if f.values != "dense":
-    del attn["v"]
-  if f.values == "diagonal":  # W_O, which is fitted, can express any other
-    attn["v"] = {"diagonal": np.ones((m.width, 1, 1), np.float32)}
-  if f.groups:  # values do not matter, but what is missing would
-    attn, figures["divergence"] = fit_attention(
-      *(block, {**old, "attn": attn}, dense, old, x, kept),
-      steps=config.compress.fit_steps,
-    )
-  new = {**old, "attn": attn}
-  is_post = m.norm_position == "post"
-
-  def refit(role, projection, bases, streams, trusted):
-    return _refit(
-      block, new, (x, kept, bases, streams), role, projection, trusted
-    )
-
-  middle = "norm_attn" if is_post else "norm_mlp"
-  # Without the old W_V, the old W_O says nothing of what the new one is, and
-  # what heads of other values can express is better used for the layer's own
-  # output than for the errors of those below.
-  trusted, streams = f.values == "dense", target
-  if not trusted:
-    streams = look_all(dense, old, x, kept, STREAMS)
-  attn["o"], figures["attention_r2"] = refit(
-    "o", attn["o"], x, [seen[middle] for seen in streams], trusted
-  )
-  if prune is not None:
-    new = prune(n, new, x, kept)
-  seen = look_all(block, new, x, kept, ("up", "norm_mlp"))
-  down, figures["mlp_r2"] = refit(
-    "down",
-    new["mlp"]["down"],
-    [s["up" if is_post else "norm_mlp"] for s in seen],
-    [s["norm_mlp" if is_post else "out"] for s in target],
-    True,
-  )
-  if prune is not None:  # exactly: the fit is rounded
-    stays = np.any(new["mlp"]["down"]["kernel"], axis=1, keepdims=True)
-    down["kernel"] = np.where(stays, down["kernel"], 0)
-  return {**new, "mlp": {**new["mlp"], "down": down}}, figures
-
-
-def _figures(groups: int, values: str) -> dict[str, Any]:
-  """Returns the report of a layer that is as good as the dense one."""
-  figures = {"groups": groups, "values": values, "logits_kept": 1.0}
-  return figures | {"divergence": 0.0, "attention_r2": 1.0, "mlp_r2": 1.0}
-
-
-def _heads(m, f, attn, second, centred) -> lowrank.FoldedHeads:
-  q, k = attn["q"], attn["k"]
-  if f.axis == "input":
-    rows = [lowrank.fold_input_rows(w, second, f.groups) for w in (q, k)]
-    return lowrank.FoldedHeads(*rows, kept=None)
-  if m.positions == "rope":
-    frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
-    return lowrank.fold_rotary_heads(
-      q, k, second, second, f.groups, frequencies
-    )
-  return lowrank.fold_heads(q, k, second, centred, f.groups)
+  return Stream([embed({"params": stem}, b["tokens"]) for b in batches], kept)
 
 
 def make_block(config: Config, n: int) -> Block:
   """Returns the module of layer n."""
-  m = config.model
-  return Block(m, config_lib.layers_of(m, config.fold)[n])
+  return Block(config.model, layers_of(config.model, config.fold)[n])
 
 
 @functools.partial(jax.jit, static_argnames=("block", "names"))
 def look(block: Block, params, x, keep, names=()) -> dict[str, Any]:
-  """Returns the inputs of modules of a block by name, and its output, "out"."""
+  """Returns the inputs of named modules of a block, and its output as "out"."""
   seen = {}
 
   def watch(next_fun, args, kwargs, context):
@@ -239,18 +196,149 @@ def look(block: Block, params, x, keep, names=()) -> dict[str, Any]:
   return {**seen, "out": out}
 
 
-def look_all(block: Block, params, x, kept, names=()) -> list[dict[str, Any]]:
-  """Returns what `look` does, of each batch."""
+def look_all(
+  block: Block, params: Params, stream: Stream, names: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+  """Returns `look` of each batch."""
   return [
-    look(block, params, *at, names=names) for at in zip(x, kept, strict=True)
+    look(block, params, x, keep, names=names)
+    for x, keep in zip(*stream, strict=True)
   ]
 
 
-def _moments(block, params, x, kept):
-  """Returns E[a a'] of what attention reads, and around each text's mean."""
-  sums = total(functools.partial(_moment_sums, block, params), x, kept)
-  count = sum(int(keep.sum()) for keep in kept)
-  return [a / count for a in sums]
+def advance(block: Block, params: Params, stream: Stream) -> Stream:
+  """Returns the stream after a layer."""
+  seen = look_all(block, params, stream)
+  return Stream([one["out"] for one in seen], stream.kept)
+
+
+def halves(*data: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
+  """Returns every other text of batches, and the rest, as lists of batches.
+
+  Texts of one length share a batch, so that each half has all lengths. A half
+  leaves out batches in which it has no text.
+
+  Args:
+    data: Lists of one array per batch, with texts as rows.
+  """
+  found: list[list[tuple[Any, ...]]] = [[], []]
+  for number, batch in enumerate(zip(*data, strict=True)):
+    for half in range(2):
+      rows = tuple(a[(half + number) % 2 :: 2] for a in batch)
+      if len(rows[0]):
+        found[half].append(rows)
+  return found
+
+
+def total(function: Callable[..., Any], *data: Sequence[Any]) -> Any:
+  """Returns the sum of function(batch) over batches, in float64.
+
+  Args:
+    function: Returns a tree of arrays.
+    data: As for `halves`.
+  """
+  sums = None
+  for batch in zip(*data, strict=True):
+    more = jax.tree.map(np.float64, function(*batch))
+    sums = more if sums is None else jax.tree.map(np.add, sums, more)
+  return sums
+
+
+def second_moment(a_BLF: jax.Array, b_BLE: jax.Array) -> jax.Array:
+  """Returns the sum of a b' over tokens, [F, E]."""
+  # By default an accelerator rounds the factors to half of their digits.
+  return jnp.einsum("BLF,BLE->FE", a_BLF, b_BLE, precision="highest")
+
+
+# ---------------------------------------------------------------------------
+# One layer.
+
+
+def fold_layer(
+  config: Config,
+  n: int,
+  old: Params,
+  stream: Stream,
+  *,
+  target: Sequence[Mapping[str, jax.Array]],
+  prune: Prune | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns the parameters of a folded layer, and its row of the report.
+
+  Args:
+    config: Resolved.
+    n: Number of the layer.
+    old: Its dense parameters.
+    stream: What the folded layer reads.
+    target: `look_all` of the dense layer on the dense stream, with `STREAMS`.
+    prune: As for `fold_pretrained`.
+  """
+  m, layer = config.model, layers_of(config.model, config.fold)[n]
+  block, dense = make_block(config, n), make_block(dense_twin(config), n)
+  attn = dict(old["attn"])
+  figures = _figures(layer.groups, layer.values)
+  if layer.groups:
+    heads = _fold_heads(m, layer, attn, _moments(dense, old, stream))
+    attn |= {"q": heads.q, "k": heads.k}
+    figures["logits_kept"] = heads.kept
+    if heads.frequency is not None and layer.groups != m.head_dim:
+      attn["frequency"] = heads.frequency
+  if layer.values != "dense":
+    del attn["v"]
+  if layer.values == "diagonal":  # the fitted W_O can express any other
+    attn["v"] = {"diagonal": np.ones((m.width, 1, 1), np.float32)}
+  if layer.groups:  # reads no values, but the block has to have its arrays
+    attn, figures["divergence"] = fit_attention(
+      (block, {**old, "attn": attn}),
+      (dense, old),
+      stream,
+      config.compress.fit_steps,
+    )
+  new = {**old, "attn": attn}
+  is_post = m.norm_position == "post"
+  middle = "norm_attn" if is_post else "norm_mlp"  # reads the stream in between
+  # The old W_O is no prior without the old W_V. Heads with other values serve
+  # the layer's own output better than the errors of the layers below.
+  has_prior = layer.values == "dense"
+  wanted = target if has_prior else look_all(dense, old, stream, STREAMS)
+  attn["o"], figures["attention_r2"] = _refit(
+    block,
+    new,
+    "o",
+    (*stream, stream.x, [seen[middle] for seen in wanted]),
+    has_prior=has_prior,
+  )
+  if prune is not None:
+    new = prune(n, new, stream)
+  seen = look_all(block, new, stream, ("up", "norm_mlp"))
+  base = [s["up" if is_post else "norm_mlp"] for s in seen]
+  wanted = [s["norm_mlp" if is_post else "out"] for s in target]
+  down, figures["mlp_r2"] = _refit(
+    block, new, "down", (*stream, base, wanted), has_prior=True
+  )
+  if prune is not None:  # exactly 0, as the fit is rounded
+    stays = np.any(new["mlp"]["down"]["kernel"], axis=1, keepdims=True)
+    down["kernel"] = np.where(stays, down["kernel"], 0)
+  return {**new, "mlp": {**new["mlp"], "down": down}}, figures
+
+
+def _figures(groups: int, values: str) -> dict[str, Any]:
+  """Returns the report of a layer that equals the dense one."""
+  figures = {"groups": groups, "values": values, "logits_kept": 1.0}
+  return figures | {"divergence": 0.0, "attention_r2": 1.0, "mlp_r2": 1.0}
+
+
+class _Moments(NamedTuple):
+  """E[a a'] of the input of attention, and around the mean of each text."""
+
+  second: np.ndarray
+  centred: np.ndarray
+
+
+def _moments(block: Block, params: Params, stream: Stream) -> _Moments:
+  sums = total(functools.partial(_moment_sums, block, params), *stream)
+  count = sum(int(keep.sum()) for keep in stream.kept)
+  return _Moments(*(a / count for a in sums))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -261,32 +349,58 @@ def _moment_sums(block, params, x, keep):
     a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
   mean = (a * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
   parts = (a * weight, (a - mean[:, None]) * weight)
-  return [_sum_of_products(part, part) for part in parts]
+  return [second_moment(part, part) for part in parts]
 
 
-def _sum_of_products(a_BLF, b_BLE):
-  # By default an accelerator rounds the factors to half of their digits.
-  return jnp.einsum("BLF,BLE->FE", a_BLF, b_BLE, precision="highest")
+def _fold_heads(
+  m: ModelConfig, layer: Layer, attn: Params, moments: _Moments
+) -> lowrank.FoldedHeads:
+  q, k, (second, centred) = attn["q"], attn["k"], moments
+  if layer.axis == "input":
+    rows = [lowrank.fold_input_rows(w, second, layer.groups) for w in (q, k)]
+    return lowrank.FoldedHeads(*rows, kept=None)
+  if m.positions == "rope":
+    frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
+    return lowrank.fold_rotary_heads(
+      q, k, second, second, layer.groups, frequencies
+    )
+  return lowrank.fold_heads(q, k, second, centred, layer.groups)
 
 
-def _refit(block, params, data, role, old, trusted):
-  """Returns a last projection refitted so that base + output = stream."""
+def _refit(
+  block: Block,
+  params: Params,
+  role: str,
+  data: tuple[Sequence[Any], ...],
+  *,
+  has_prior: bool,
+) -> tuple[dict[str, np.ndarray], float]:
+  """Returns an output projection for which base + output = stream, and its R2.
+
+  Args:
+    block: The folded block.
+    params: Its parameters.
+    role: "o" or "down".
+    data: Lists of x, kept, base and stream, one array per batch.
+    has_prior: Whether the fit stays near the present projection.
+  """
+  old = params["attn" if role == "o" else "mlp"][role]
   kernel = np.asarray(old["kernel"], np.float64)
   width = kernel.shape[-1]
   size = kernel.size // width
   prior = np.zeros((size + ("bias" in old), width))
-  if trusted:
+  if has_prior:
     prior[:size] = kernel.reshape(-1, width)
     if "bias" in old:
       prior[size] = old["bias"]
-  part = functools.partial(_fit_sums, block, params, role, prior)
+  part = functools.partial(_fit_sums, block, role, params, prior)
   sums = [total(part, *zip(*half, strict=True)) for half in halves(*data)]
   gram, cross, left, square, target, count = (
     np.stack(pair) for pair in zip(*sums, strict=True)
   )
   square = square.sum()
   variance = square - np.square(target.sum(0)).sum() / count.sum()
-  # What is constant has a variance of rounding alone.
+  # The variance of a constant target is rounding alone.
   variance = max(variance, 1e-6 * square)
   fit = lowrank.regress(gram, cross, left, variance, prior)
   weights = fit.weights.astype(np.float32)
@@ -296,9 +410,9 @@ def _refit(block, params, data, role, old, trusted):
   return new, fit.r2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _fit_sums(block, params, role, prior, x, keep, base, stream):
-  """Returns sums over tokens: see `lowrank.regress`."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fit_sums(block, role, params, prior, x, keep, base, stream):
+  """Returns sums over tokens, see `lowrank.regress`."""
   features = look(block, params, x, keep, (role,))[role].astype(jnp.float32)
   features = features.reshape(*x.shape[:2], -1)
   if len(prior) > features.shape[-1]:  # there is a bias
@@ -310,10 +424,123 @@ def _fit_sums(block, params, role, prior, x, keep, base, stream):
     "BLF,FD->BLD", features, prior.astype(jnp.float32), precision="highest"
   )
   return (
-    _sum_of_products(features, features),
-    _sum_of_products(features, left),
+    second_moment(features, features),
+    second_moment(features, left),
     jnp.sum(jnp.square(left)),
     jnp.sum(jnp.square(target)),
     target.sum((0, 1)),
     weight.sum(),
   )
+
+
+# ---------------------------------------------------------------------------
+# Attention weights. The nearest logits, which moments give, do not have the
+# nearest weights, as a softmax depends on the large logits.
+
+
+class Fit(NamedTuple):
+  """Parameters of a folded attention layer.
+
+  Attributes:
+    params: As given, with other arrays behind the logits.
+    divergence: Nats, mean over heads and tokens of the held-out half.
+  """
+
+  params: dict[str, Any]
+  divergence: float
+
+
+def fit_attention(
+  folded: tuple[Block, Params],
+  dense: tuple[Block, Params],
+  stream: Stream,
+  steps: int,
+) -> Fit:
+  """Returns a layer whose attention weights are near those of a dense one.
+
+  Adam on the mean of KL(dense weights || folded weights) over half of the
+  texts moves W_Q, W_K, their biases and ALiBi's slopes. The best of the start
+  and ten later points on the other half is returned, so the fit is never worse
+  there than its start.
+
+  Args:
+    folded: Block and parameters, where the descent starts.
+    dense: The same layer, dense.
+    stream: What both layers read.
+    steps: Number of steps, a batch each; 0 only measures the layer.
+  """
+  (block, params), (dense_block, aim) = folded, dense
+  blocks, attn = (block, dense_block), dict(params["attn"])
+  layers = jax.device_put((params, aim))  # once, not at each step
+  names = [name for name in ("q", "k", "log_slopes") if name in attn]
+  fitted = {name: layers[0]["attn"][name] for name in names}
+  seen, held_out = halves(*stream)
+
+  def measured(fitted):
+    part = functools.partial(_divergence, blocks, fitted, layers)
+    return float(np.divide(*total(part, *zip(*held_out, strict=True))))
+
+  best = Fit(fitted, measured(fitted))
+  state = _fit_optimizer(max(steps, 1)).init(fitted)
+  for step in range(steps):
+    fitted, state = _descend(
+      fitted, state, layers, seen[step % len(seen)], blocks=blocks, steps=steps
+    )
+    if (step + 1) * _FIT_CHECKS // steps > step * _FIT_CHECKS // steps:
+      now = measured(fitted)
+      if now < best.divergence:
+        best = Fit(fitted, now)
+  return Fit(attn | jax.tree.map(np.asarray, best.params), best.divergence)
+
+
+def _fit_optimizer(steps: int) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.scale_by_adam(),
+    optax.scale_by_param_block_rms(),
+    optax.scale_by_learning_rate(optax.cosine_decay_schedule(_FIT_RATE, steps)),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("blocks", "steps"))
+def _descend(fitted, state, layers, batch, *, blocks, steps):
+  def loss(fitted):
+    total, count = _divergence(blocks, fitted, layers, *batch)
+    return total / jnp.maximum(count, 1)
+
+  grads = jax.grad(loss)(fitted)
+  updates, state = _fit_optimizer(steps).update(grads, state, fitted)
+  return optax.apply_updates(fitted, updates), state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _divergence(blocks, fitted, layers, x, keep):
+  """Returns the summed divergence of the weights, and the number of rows."""
+  (block, dense_block), (params, dense) = blocks, layers
+  # Computed at each step, as those of all texts would take much memory.
+  aim = jax.lax.stop_gradient(_logits(dense_block, dense, x, keep))
+  attn = {**params["attn"], **fitted}
+  ours = _logits(block, {**params, "attn": attn}, x, keep)
+  log_aim = jax.nn.log_softmax(aim)
+  far = jnp.exp(log_aim) * (log_aim - jax.nn.log_softmax(ours))
+  rows = jnp.broadcast_to(keep[:, None], far.shape[:-1]).astype(jnp.float32)
+  return jnp.sum(far.sum(-1) * rows), jnp.sum(rows)
+
+
+def _logits(block, params, x, keep):
+  """Returns the attention logits of a layer, [B, H, L, L]."""
+
+  def logits(block: Block) -> jax.Array:
+    is_pre = block.config.norm_position == "pre"
+    position_L = jnp.arange(x.shape[1])
+    q, k, _ = block.attn.project(
+      block.norm_attn(x) if is_pre else x, position_L
+    )
+    return attention_logits(
+      q,
+      k.transpose(0, 2, 3, 1),
+      block.attn.bias(position_L, position_L),
+      keep,
+      head_dim=block.layer.head_dim,
+    )
+
+  return block.apply({"params": params}, method=logits)

@@ -28,6 +28,14 @@ from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.training import distributed, energy, run_dir, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
+from folding.training.compress import (
+  compress_trained,
+  require_whole,
+  teacher_of,
+  token_usage,
+  trim_vocabulary,
+  write_fold,
+)
 from folding.training.evaluate import evaluate, make_eval_step
 from folding.training.progress import (
   Clock,
@@ -35,7 +43,6 @@ from folding.training.progress import (
   StepLog,
   stop_signal,
 )
-from folding.training.start import folded_start, teacher_of, write_fold
 from folding.training.step import (
   Distillation,
   StepOptions,
@@ -44,7 +51,6 @@ from folding.training.step import (
   state_shapes,
   train_step,
 )
-from folding.training.trim import token_usage, trim_vocabulary
 
 
 class Run:
@@ -239,6 +245,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         stack.enter_context(run_dir.held(workdir))
       saved = run_dir.config_to_continue(workdir, config)
       if saved is None:
+        require_whole(config)
         if has_checkpoint(workdir):
           raise ConfigError(
             f"{workdir} has checkpoints of another config; choose another "
@@ -334,7 +341,7 @@ def _start(config: Config, data: Data, workdir: str) -> Start:
     return Start(run, step, state)
   if config.pretrained is not None:
     with distributed.together():
-      config, params, report = folded_start(config, data)
+      config, params, report = compress_trained(config, data)
       run = Run(config, data)
       if report and distributed.is_main():
         write_fold(workdir, report, config)

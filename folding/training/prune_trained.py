@@ -1,11 +1,10 @@
-"""Prunes trained weights before the first step, from calibration text.
+"""Prunes trained weights before the first step, on calibration text.
 
-Layer by layer, as the layers below are pruned already. Which arrays lose how
-much is what `fpp` says; training then goes on with what is left, and FPP holds
-the zeros.
+Layer by layer, on top of the pruned layers below. `fpp` sets how much each array
+loses; training then continues with the rest, and FPP holds the zeros.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,42 +16,51 @@ from folding.compression import oneshot
 from folding.compression.shrink import shrink
 from folding.compression.sites import Site, make_sites
 from folding.config import Config
-from folding.training.fit_attention import total
+from folding.models.transformer import Block
 from folding.training.fold_pretrained import (
   Batch,
+  Params,
   Prune,
+  Stream,
+  advance,
   embed_batches,
   look,
-  look_all,
   make_block,
+  second_moment,
+  total,
 )
 from folding.training.optimizer import make_rules
 
-# Which module's input a kernel of a block reads; v and gate may be missing.
+# {kernel of a block: module whose input it reads}; v and gate may be missing.
 _READS = {
-  **{"attn/q": "q", "attn/k": "q", "attn/v": "q", "attn/o": "o"},
-  **{"mlp/up": "up", "mlp/gate": "up", "mlp/down": "down"},
+  "attn/q": "q",
+  "attn/k": "q",
+  "attn/v": "q",
+  "attn/o": "o",
+  "mlp/up": "up",
+  "mlp/gate": "up",
+  "mlp/down": "down",
 }
-_MODULES = tuple(sorted(set(_READS.values())))
+_MODULES = ("down", "o", "q", "up")
 
 
 def prune_trained(
   config: Config,
-  params: Mapping[str, Any],
-  dense: Mapping[str, Any],
+  params: Params,
+  dense: Params,
   batches: Sequence[Batch],
 ) -> dict[str, Any]:
   """Returns trained parameters with as many zeros as `fpp` asks for.
 
-  Kernels of blocks go by `compress.prune`; embeddings and the output layer,
-  whose inputs are single tokens or whose outputs are many, always by magnitude.
-  Neurons have been removed by then (`neuron_pruner`), and the blocks are left as
-  they are; so are tokens that are to leave the tokenizer.
+  Kernels of blocks are pruned by the method of `compress.prune`. Embeddings and
+  the output layer, whose inputs are single tokens or whose outputs are many, are
+  pruned by magnitude. If `fpp.granularity` is "neuron", blocks stay as they are:
+  `neuron_pruner` has removed their neurons.
 
   Args:
     config: Resolved; `compress.prune` is not "none".
-    params: What is pruned, of the config's own shapes.
-    dense: The dense twin's, or shapes; `fpp.overall` refers to them.
+    params: The parameters to prune, of the config's own shapes.
+    dense: Those of the dense baseline, or shapes; `fpp.overall` refers to them.
     batches: Calibration text, as for `fold_pretrained`.
 
   Raises:
@@ -62,7 +70,6 @@ def prune_trained(
   method = config.compress.prune
   weights, _ = _targets(config, params, dense)
   by_moments = method in ("wanda", "sparsegpt")
-  is_done = config.fpp.granularity == "neuron"  # by `neuron_pruner`
 
   def prune(name, w):
     w = np.asarray(w, np.float32)
@@ -72,25 +79,24 @@ def prune_trained(
     return oneshot.magnitude(w, weights[name]).astype(np.float32)
 
   pruned = paths.map_named(prune, dict(params))
-  if by_moments and not is_done:
-    solve = getattr(oneshot, method)
-    x, kept = embed_batches(config, pruned, list(batches))
-    for n in range(config.model.num_layers):
-      name, block = f"blocks_{n}", make_block(config, n)
-      moments = _moments(block, pruned[name], x, kept)
-      pruned[name] = _weights(name, pruned[name], moments, solve, weights)
-      x = [seen["out"] for seen in look_all(block, pruned[name], x, kept)]
+  if not by_moments or config.fpp.granularity == "neuron":
+    return pruned
+  solve = getattr(oneshot, method)
+  stream = embed_batches(config, pruned, batches)
+  for n in range(config.model.num_layers):
+    name, block = f"blocks_{n}", make_block(config, n)
+    moments = _moments(block, pruned[name], stream)
+    pruned[name] = _weights(name, pruned[name], moments, solve, weights)
+    stream = advance(block, pruned[name], stream)
   return pruned
 
 
-def neuron_pruner(
-  config: Config, params: Mapping[str, Any], dense: Mapping[str, Any]
-) -> Prune:
-  """Returns what removes neurons, layer by layer, while a model is folded.
+def neuron_pruner(config: Config, params: Params, dense: Params) -> Prune:
+  """Returns a function that removes neurons of a layer while a model is folded.
 
-  Those go whose rows of W_down the others best make up for
-  (`oneshot.remove_inputs`); its bias takes up what they wrote on average. What
-  is pruned by weight beside them goes by SparseGPT.
+  It removes the neurons whose rows of W_down the others replace best
+  (`oneshot.remove_inputs`); the bias of W_down takes up their mean output.
+  Arrays that are pruned by weight beside them go by SparseGPT.
 
   Args:
     config: Resolved; its `fpp.granularity` is "neuron".
@@ -99,23 +105,23 @@ def neuron_pruner(
   """
   weights, units = _targets(config, params, dense)
 
-  def prune(n, layer, x, kept):
+  def prune(n, layer, stream):
     name, block = f"blocks_{n}", make_block(config, n)
-    # By weight goes no more than attention.
-    moments = _moments(block, layer, x, kept, ("q", "o"))
+    # Only attention is pruned by weight here.
+    moments = _moments(block, layer, stream, ("q", "o"))
     layer = _weights(name, layer, moments, oneshot.sparsegpt, weights)
-    if (up := f"{name}/mlp/up/kernel") not in units:  # they all stay
+    if (up := f"{name}/mlp/up/kernel") not in units:
       return layer
-    moment = _moments(block, layer, x, kept, ("down",))["down"]
+    moment = _moments(block, layer, stream, ("down",))["down"]
     return _neurons(*units[up], layer, moment)
 
   return prune
 
 
 def _targets(
-  config: Config, params: Mapping[str, Any], dense: Mapping[str, Any]
+  config: Config, params: Params, dense: Params
 ) -> tuple[dict[str, float], dict[str, tuple[Site, float]]]:
-  """Returns {name: fraction} of what goes by weight, and the same of units."""
+  """Returns {name: fraction} of arrays pruned by weight, and of units."""
   rules = make_rules(config, params, dense)
   weights, units = {}, {}
   for site in make_sites(rules, params):
@@ -132,7 +138,7 @@ def without_neurons(
 ) -> tuple[Config, dict[str, Any]]:
   """Returns both without the neurons that are zero, in multiples of 8.
 
-  What else is zero stays, held by FPP.
+  FPP holds all other zeros.
   """
   is_zero = paths.map_named(
     lambda name, w: ("/mlp/" in name) & (np.asarray(w) == 0), params
@@ -142,26 +148,48 @@ def without_neurons(
 
 
 class _Moment(NamedTuple):
-  """E[a a'] and E[a] of what a module reads."""
+  """E[a a'] and E[a] of the input of a module."""
 
   second_II: Any
   mean_I: Any
 
 
-def _moments(block, params, x, kept, names=_MODULES) -> dict[str, _Moment]:
-  """Returns those of modules of a block, by name."""
-  sums = total(lambda *at: _sums(block, params, *at, names), x, kept)
-  count = sum(int(keep.sum()) for keep in kept)
+def _moments(
+  block: Block,
+  params: Params,
+  stream: Stream,
+  names: tuple[str, ...] = _MODULES,
+) -> dict[str, _Moment]:
+  """Returns {module: moments of its input}."""
+  sums = total(lambda *at: _sums(block, params, *at, names), *stream)
+  count = sum(int(keep.sum()) for keep in stream.kept)
   return jax.tree.map(lambda a: a / count, sums)
 
 
-def _weights(block, params, moments, solve, fractions) -> dict[str, Any]:
-  """Returns the parameters of a block, weights pruned for what they read."""
+@jax.jit(static_argnames=("block", "names"))
+def _sums(block, params, x, keep, names) -> dict[str, _Moment]:
+  seen = look(block, params, x, keep, names)
+
+  def moment(a):
+    a = a.astype(jnp.float32).reshape(*keep.shape, -1) * keep[..., None]
+    return _Moment(second_moment(a, a), a.sum((0, 1)))
+
+  return {name: moment(seen[name]) for name in names}
+
+
+def _weights(
+  block: str,
+  params: Params,
+  moments: Mapping[str, _Moment],
+  solve: Callable[..., np.ndarray],
+  fractions: Mapping[str, float],
+) -> dict[str, Any]:
+  """Returns the parameters of a block, pruned by the moments of their input."""
 
   def prune(name, w):
-    kernel = name.removeprefix(f"{block}/").removesuffix("/kernel")
     if name not in fractions:
       return w
+    kernel = name.removeprefix(f"{block}/").removesuffix("/kernel")
     moment = moments[_READS[kernel]].second_II
     w_IO = np.asarray(w, np.float64).reshape(len(moment), -1)
     new = solve(w_IO, moment, fractions[name])
@@ -170,7 +198,9 @@ def _weights(block, params, moments, solve, fractions) -> dict[str, Any]:
   return paths.map_named(prune, {block: params})[block]
 
 
-def _neurons(site: Site, fraction, params, moment) -> dict[str, Any]:
+def _neurons(
+  site: Site, fraction: float, params: Params, moment: _Moment
+) -> dict[str, Any]:
   """Returns the parameters of a block without a fraction of its neurons."""
   w_FD = np.asarray(params["mlp"]["down"]["kernel"], np.float64)
   c_FF, mean_F = moment
@@ -192,16 +222,3 @@ def _neurons(site: Site, fraction, params, moment) -> dict[str, Any]:
     bias_D = new["mlp"]["down"]["bias"] + mean_F @ (w_FD - new_FD)
     down["bias"] = bias_D.astype(np.float32)
   return {**new, "mlp": {**new["mlp"], "down": down}}
-
-
-@jax.jit(static_argnames=("block", "names"))
-def _sums(block, params, x, keep, names) -> dict[str, _Moment]:
-  """Returns the sums of a a' and of a over tokens, of what each module reads."""
-  seen = look(block, params, x, keep, names)
-
-  def total(a):
-    a = a.astype(jnp.float32).reshape(*keep.shape, -1) * keep[..., None]
-    second = jnp.einsum("BLD,BLE->DE", a, a, precision="highest")
-    return _Moment(second, a.sum((0, 1)))
-
-  return {name: total(seen[name]) for name in names}

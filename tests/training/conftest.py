@@ -107,7 +107,7 @@ def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
   """Returns the directory of a dense run that fine-tuned the checkpoint."""
   workdir = tmp_path_factory.mktemp("runs") / "dense"
   config = recovery_config(
-    checkpoint[0], topics, dense=True, train__steps=60, train__eval_every=20
+    checkpoint[0], topics, dense=True, train__steps=120, train__eval_every=60
   )
   config.train.learning_rate = 1e-2
   result = loop.run(config, str(workdir))

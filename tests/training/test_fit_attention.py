@@ -9,7 +9,7 @@ import pytest
 
 from folding import config as c
 from folding.models.transformer import Block
-from folding.training import fit_attention as lib
+from folding.training import fold_pretrained as lib
 
 D, K, H, L = 16, 8, 2, 10
 _SIZES = {"num_layers": 1, "width": D, "num_heads": H, "mlp_width": 8}
@@ -41,7 +41,7 @@ def _texts(seed, count=8, rows=6):
   # Two directions stand out, as they do in what is trained.
   x[..., :2] *= 3
   kept = np.arange(L) < rng.integers(4, L + 1, (count, rows, 1))
-  return list(map(jnp.asarray, x)), list(map(jnp.asarray, kept))
+  return lib.Stream(list(map(jnp.asarray, x)), list(map(jnp.asarray, kept)))
 
 
 def _weights(attn, x, keep):
@@ -80,7 +80,9 @@ def test_the_divergence_is_that_of_numpy_and_falls_on_other_text():
   block, params, dense_block, dense = _bert()
   x, kept = _texts(0)
   begin, end = (
-    lib.fit_attention(block, params, dense_block, dense, x, kept, steps)
+    lib.fit_attention(
+      (block, params), (dense_block, dense), lib.Stream(x, kept), steps
+    )
     for steps in (0, 200)
   )
   # Of batches 0, 2, ... the rows 1, 3, ... are not fitted, of others the rest.
@@ -101,7 +103,7 @@ def test_the_divergence_is_that_of_numpy_and_falls_on_other_text():
 
 def test_only_what_makes_the_logits_moves():
   block, params, dense_block, dense = _bert()
-  fit = lib.fit_attention(block, params, dense_block, dense, *_texts(0), 5)
+  fit = lib.fit_attention((block, params), (dense_block, dense), _texts(0), 5)
   assert set(fit.params) == set(params["attn"])
   for name in ("v", "o"):
     assert fit.params[name] is params["attn"][name]
@@ -113,11 +115,15 @@ def test_it_is_never_worse_than_what_was_given():
   dense = _params(dense_block, 0)
   # Whole heads are there already, and the texts to fit are few.
   x, kept = _texts(0, count=1, rows=2)
-  fit = lib.fit_attention(block, dense, dense_block, dense, x, kept, 30)
+  fit = lib.fit_attention(
+    (block, dense), (dense_block, dense), lib.Stream(x, kept), 30
+  )
   assert fit.divergence <= 1e-6
   block, params, dense_block, dense = _bert()
   begin, end = (
-    lib.fit_attention(block, params, dense_block, dense, x, kept, steps)
+    lib.fit_attention(
+      (block, params), (dense_block, dense), lib.Stream(x, kept), steps
+    )
     for steps in (0, 300)
   )
   assert end.divergence <= begin.divergence
@@ -132,7 +138,9 @@ def test_padding_has_no_say():
     for a, b, keep in zip(x, noise, kept, strict=True)
   ]
   fits = [
-    lib.fit_attention(block, params, dense_block, dense, text, kept, 20)
+    lib.fit_attention(
+      (block, params), (dense_block, dense), lib.Stream(text, kept), 20
+    )
     for text in (x, noisy)
   ]
   assert fits[0].divergence == fits[1].divergence
@@ -148,7 +156,7 @@ def test_slopes_of_alibi_are_found_again():
   dense = _params(block, 0)
   slopes = dense["attn"]["log_slopes"]
   moved = {**dense, "attn": {**dense["attn"], "log_slopes": slopes + 0.7}}
-  fit = lib.fit_attention(block, moved, block, dense, *_texts(0), 400)
+  fit = lib.fit_attention((block, moved), (block, dense), _texts(0), 400)
   np.testing.assert_allclose(fit.params["log_slopes"], slopes, atol=0.35)
 
 
@@ -157,7 +165,7 @@ def test_rotary_pairs_keep_their_frequencies():
   block, dense_block = _block(model, 2), _block(model, 0)
   params, dense = _params(block, 1), _params(dense_block, 0)
   begin, end = (
-    lib.fit_attention(block, params, dense_block, dense, *_texts(0), steps)
+    lib.fit_attention((block, params), (dense_block, dense), _texts(0), steps)
     for steps in (0, 200)
   )
   assert end.divergence < 0.9 * begin.divergence

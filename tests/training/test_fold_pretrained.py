@@ -12,7 +12,6 @@ from folding import config as c
 from folding import paths, schema
 from folding.models.transformer import make_model
 from folding.training import fold_pretrained as lib
-from tests.training.tiny import recorded
 
 N, D, K, V, L = 2, 16, 4, 30, 12
 _SIZES = {"num_layers": N, "width": D, "num_heads": D // K, "mlp_width": 24}
@@ -91,9 +90,8 @@ def _error(config, params, kind):
 
 
 def _fold(config, kind, batches=4, **options):
-  watch = options.pop("watch", iter)
   batches = _batches(batches, **options)
-  return lib.fold_pretrained(config, _dense(kind), batches, watch)
+  return lib.fold_pretrained(config, _dense(kind), batches)
 
 
 def _shapes(config):
@@ -153,12 +151,8 @@ def test_fewer_channels_are_fitted(kind):
 
 
 def test_every_layer_as_it_is_told():
-  config, begun = (
-    _config("gpt2", groups=(0, 2), values=("dense", "diagonal")),
-    [],
-  )
-  params, report = _fold(config, "gpt2", watch=recorded(begun))
-  assert begun == [0, 1]
+  config = _config("gpt2", groups=(0, 2), values=("dense", "diagonal"))
+  params, report = _fold(config, "gpt2")
   _assert_fits(config, params)
   old = paths.flatten(_dense("gpt2"))
   for name, w in paths.flatten(params).items():
@@ -296,8 +290,8 @@ def test_texts_may_come_one_by_one():
 @pytest.mark.parametrize(
   ("rows", "tokens", "message"),
   [
-    (2, 5, "has 10 tokens in 2 texts; the moments of 16 channels need more "),
-    (1, 40, "has 40 tokens in 1 texts; .* and two texts; give more"),
+    (2, 5, "has 10 tokens in 2 texts"),
+    (1, 40, "has 40 tokens in 1 texts"),
   ],
 )
 def test_too_little_text_is_refused(rows, tokens, message):

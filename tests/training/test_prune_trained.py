@@ -124,14 +124,14 @@ def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
   if not use_bias:
     params = _without_biases(params)
   layer = params["blocks_0"]
-  x, keeps = fold_pretrained.embed_batches(config, params, batches)
+  stream = fold_pretrained.embed_batches(config, params, batches)
   prune = prune_trained.neuron_pruner(config, params, params)
-  old, new = layer["mlp"], prune(0, layer, x, keeps)["mlp"]
+  old, new = layer["mlp"], prune(0, layer, stream)["mlp"]
 
   block = fold_pretrained.make_block(config, 0)
   seen = [
     fold_pretrained.look(block, layer, *at, ("down",))["down"][at[1]]
-    for at in zip(x, keeps, strict=True)
+    for at in zip(*stream, strict=True)
   ]
   a = np.concatenate(seen).astype(np.float64)
   w, found = old["down"]["kernel"].astype(np.float64), new["down"]["kernel"]
@@ -171,17 +171,14 @@ def test_what_is_left_is_fitted_to_the_dense_stream(trained):
 
   def stream(prunes, weights):
     """Returns what the last layer writes, of layers pruned as they come."""
-    x, keeps = fold_pretrained.embed_batches(config, params, batches)
+    stream = fold_pretrained.embed_batches(config, params, batches)
     for n in range(2):
       layer = weights[f"blocks_{n}"]
       if prunes:
-        layer = prune(n, layer, x, keeps)
+        layer = prune(n, layer, stream)
       block = fold_pretrained.make_block(config, n)
-      x = [
-        fold_pretrained.look(block, layer, *at)["out"]
-        for at in zip(x, keeps, strict=True)
-      ]
-    pairs = zip(x, keeps, strict=True)
+      stream = fold_pretrained.advance(block, layer, stream)
+    pairs = zip(*stream, strict=True)
     return np.concatenate([np.asarray(w)[keep] for w, keep in pairs])
 
   dense = stream(False, params)

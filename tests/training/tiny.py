@@ -99,14 +99,3 @@ def batch(seed: int, size: int = 16) -> dict[str, Any]:
     "targets": ids[:, 1:],
     "weights": (rng.uniform(size=(size, LENGTH)) < 2 / 3).astype(np.float32),
   }
-
-
-def recorded(begun: list[int]) -> Any:
-  """Returns what hands layers out one by one, and notes each as it begins."""
-
-  def watch(layers):
-    for n in layers:
-      begun.append(n)
-      yield n
-
-  return watch

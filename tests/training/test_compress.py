@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 import folding
 from configs import pretrained as pretrained_config
@@ -16,9 +17,11 @@ from folding import paths, schema
 from folding.data.batches import make_data
 from folding.models.transformer import make_model
 from folding.serving.export import export_hf
-from folding.training import loop, start
+from folding.training import compress, loop
 from folding.training.checkpoint import load_run
-from tests.training.conftest import recovery_config, tiny_config
+from folding.training.loop import Run
+from tests.models import checkpoints
+from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
 
 
 def config_shapes(config):
@@ -33,7 +36,7 @@ def config_shapes(config):
 def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
   folder, written = checkpoint
   config = c.resolve(recovery_config(folder, topics, dense=True))
-  _, params, report = start.folded_start(config, make_data(config))
+  _, params, report = compress.compress_trained(config, make_data(config))
   found, expected = paths.flatten(params), paths.flatten(written)
   assert report == []
   assert {name: w.shape for name, w in found.items()} == config_shapes(config)
@@ -50,7 +53,7 @@ def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
       theirs = theirs[: config.data.length]
     np.testing.assert_array_equal(w, theirs, err_msg=name)
   drawn = c.resolve(recovery_config(folder, topics, dense=True, seed=1))
-  _, other, _ = start.folded_start(drawn, make_data(drawn))
+  _, other, _ = compress.compress_trained(drawn, make_data(drawn))
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
 
@@ -72,7 +75,7 @@ def test_classes_of_a_checkpoint_are_known_by_name(dense_run, topics, tmp_path):
     values["id2label"] = {str(i): name for i, name in enumerate(labels)}
     values["label2id"] = {name: i for i, name in enumerate(labels)}
     path.write_text(json.dumps(values))
-    read = start.read_start(str(tmp_path / "hf"), config, data)
+    read = compress.read_source(str(tmp_path / "hf"), config, data)
     if expected is None:
       assert "head" not in read
     else:
@@ -88,7 +91,7 @@ def test_names_may_differ_in_case_alone(
   data = dataclasses.replace(make_data(config), label_names=names)
   workdir = shutil.copytree(dense_run, tmp_path / "run")
   (workdir / "labels.json").write_text(json.dumps(["a", second, "b", "c"]))
-  found = start.read_start(str(workdir), config, data)
+  found = compress.read_source(str(workdir), config, data)
   assert ("head" in found) == kept
 
 
@@ -102,7 +105,7 @@ def test_weights_that_are_no_numbers_are_one_line(checkpoint, topics, tmp_path):
   safetensors.numpy.save_file(tensors, path)
   config = c.resolve(recovery_config(tmp_path / "nan", topics))
   with pytest.raises(schema.ConfigError, match="nan: "):
-    start.folded_start(config, make_data(config))
+    compress.compress_trained(config, make_data(config))
 
 
 def test_a_head_of_other_classes_is_left_out(
@@ -113,13 +116,13 @@ def test_a_head_of_other_classes_is_left_out(
     (tmp_path / f"{split}.tsv").write_text(text)
   for folder, has_head in ((topics, True), (tmp_path, False)):
     config = c.resolve(recovery_config(dense_run, folder))
-    found = start.read_start(str(dense_run), config, make_data(config))
+    found = compress.read_source(str(dense_run), config, make_data(config))
     assert ("head" in found) == has_head
   with pytest.raises(schema.ConfigError, match="so it cannot teach these"):
-    start.teacher_of(config, make_data(config))
+    compress.teacher_of(config, make_data(config))
   for folder, has_head in ((topics, True), (tmp_path, False)):
     config = c.resolve(recovery_config(dense_run, folder))
-    start.dense_start(str(dense_run), config, make_data(config))
+    compress.dense_start(str(dense_run), config, make_data(config))
     told = capsys.readouterr().out
     assert ("theme 0" in told and "learned anew" in told) != has_head
 
@@ -167,7 +170,7 @@ def test_no_text_is_twice_in_calibration(dense_run, topics, first_batch):
   epoch = data.num_examples["train"] // size
   for count, batches in ((10_000, epoch), (size * 2, 2), (size + 1, 2)):
     config.compress.calibration = count
-    found = start.calibration(config, data)
+    found = compress.calibration(config, data)
     assert len(found) == batches
     # Of one epoch, and not what is left of one and some of the next.
     for batch, first in zip(found, data.first_epoch(), strict=False):
@@ -220,7 +223,7 @@ def test_a_plan_is_kept_and_asked_for_again(dense_run, topics, tmp_path):
 
 def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
-  found = start.teacher_of(config, make_data(config))
+  found = compress.teacher_of(config, make_data(config))
   assert found is not None
   model, params = found
   assert model.fold.groups == 0
@@ -232,14 +235,14 @@ def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
       np.asarray(w, np.float32), theirs[name], rtol=2**-8
     )
   config.distill = c.DistillConfig()
-  assert start.teacher_of(config, make_data(config)) is None
+  assert compress.teacher_of(config, make_data(config)) is None
 
 
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
     ({"model__num_layers": 3}, "has num_layers 2, and model.num_layers is 3"),
-    ({"data__tokenizer": "bytes"}, "ids of another tokenizer"),
+    ({"data__tokenizer": "bytes"}, "has another tokenizer"),
     ({"distill__logits": 0.5}, "cannot teach these classes"),
     ({"model__norm_epsilon": 0.5}, "has norm_epsilon 1e-12, and model"),
     (
@@ -267,7 +270,7 @@ def test_a_teacher_that_pools_otherwise_is_refused(dense_run, topics):
   with pytest.raises(
     schema.ConfigError, match="has pooling 'first', and model"
   ):
-    start.teacher_of(config, make_data(config))
+    compress.teacher_of(config, make_data(config))
 
 
 def test_a_folded_run_is_no_start(folded_run, dense_run, topics, tmp_path):
@@ -299,3 +302,89 @@ def test_a_language_model_is_folded_and_taught(text_file, tmp_path):
   config.train.tensorboard = False
   result = loop.run(config, str(tmp_path / "run"))
   assert _saved(result, "qkv") > 0.5
+
+
+# ---------------------------------------------------------------------------
+# Tokens that leave the tokenizer before the first step.
+
+
+def test_of_tokens_without_use_the_last_are_the_first_to_go(
+  checkpoint, tmp_path
+):
+  # Texts that differ, all of the words a, b and c.
+  words = [
+    ["abc"[i % 3], *("ab"[int(bit)] for bit in f"{i:08b}")] for i in range(160)
+  ]
+  rows = [f"topic {text[0]}\t{' '.join(text)}" for text in words]
+  (tmp_path / "rows.tsv").write_text("\n".join(rows) + "\n")
+  config = c.resolve(recovery_config(checkpoint[0], tmp_path / "rows.tsv"))
+  data = make_data(config)
+  usage = np.asarray(Run(config, data).usage())
+  size = data.num_examples["train"] // 8
+  epoch = [data.train_batch(i) for i in range(size)]
+  used = np.unique(np.concatenate([b["tokens"][b["mask"]] for b in epoch]))
+  unused = np.setdiff1d(np.arange(len(usage)), used)
+  assert len(unused) > 3
+  assert (np.diff(usage[unused]) < 0).all()
+  assert usage[unused].max() < usage[used].min()
+  assert usage.sum() == pytest.approx(1)
+
+
+def test_what_cannot_be_trimmed_or_need_not_be_stays_whole(
+  checkpoint, topics, tmp_path
+):
+  shutil.copytree(checkpoint[0], tmp_path / "hf")
+  words = [(word, -1.0) for word in checkpoints.WORDS]
+  inner = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=3))
+  inner.save(str(tmp_path / "hf" / "tokenizer.json"))
+  for source, expected in ((checkpoint[0], "trim"), (tmp_path / "hf", "row")):
+    found = recovery_config(source, topics)
+    assert found.fpp.embedding_granularity == expected
+  config = recovery_config(checkpoint[0], topics, fpp__overall=None)
+  config.fpp.linear, config.fpp.embedding = 0.5, 0.0
+  data = make_data(config := c.resolve(config))
+  assert compress.trim_vocabulary(config, data) is data
+
+
+def test_as_many_tokens_go_as_are_to_go(dense_run, topics):
+  config = recovery_config(dense_run, topics, fpp__overall=None)
+  config.fpp.linear, config.fpp.embedding = 0.5, 0.4
+  data = make_data(config := c.resolve(config))
+  found = compress.trim_vocabulary(config, data).tokenizer
+  assert (data.tokenizer.vocab_size, found.vocab_size) == (10, 6)
+
+
+def _logits(model, params, data, text):
+  tokens = data.tokenizer.encode_batch([text], 12)[0]
+  return np.asarray(
+    model.apply({"params": params}, jax.numpy.asarray(tokens[None]))
+  )
+
+
+def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
+  dense_run, topics
+):
+  unfolded = {"fold__groups": 0, "fold__values": "dense"}
+  config = recovery_config(dense_run, topics, fpp__overall=None, **unfolded)
+  config.fpp.linear, config.fpp.embedding = 0.5, 0.4
+  config = c.resolve(config)
+  plain = make_data(config)
+  data = compress.trim_vocabulary(config, plain)
+  known = json.loads(data.tokenizer.to_json())["model"]["vocab"]
+  assert 0 < len(set(CLASS_WORDS) & set(known)) < len(CLASS_WORDS)
+  _, params, _ = compress.compress_trained(config, data)
+  dense, expected = compress.dense_start(str(dense_run), config, plain)
+  model = make_model(config, data.tokenizer.vocab_size, data.num_classes)
+  taught = compress.teacher_of(config, data)
+  assert taught is not None
+  text = " ".join(word for word in CLASS_WORDS if word in known)
+  before = _logits(dense, expected, plain, text)
+  after = _logits(model, params, data, text)
+  np.testing.assert_array_equal(after, before)
+  batch = compress.calibration(config, data)[0]
+  ours = next(data.first_epoch())
+  for old, new in zip(batch["tokens"], ours["tokens"], strict=True):
+    assert plain.tokenizer.decode(old) == data.tokenizer.decode(new)
+  half = jax.tree.map(lambda w: w.astype(np.float32), taught[1])
+  of_teacher = _logits(taught[0], half, data, text)
+  np.testing.assert_allclose(of_teacher, before, rtol=0.02, atol=0.02)

@@ -10,8 +10,7 @@ import pytest
 from folding import config as c
 from folding import paths, schema
 from folding.models.transformer import make_model
-from folding.training import fold_pretrained, planner
-from tests.training.tiny import recorded
+from folding.training import allocate, fold_pretrained
 
 V, L, D, H, N = 40, 16, 32, 4, 3
 
@@ -99,7 +98,7 @@ def _stored(config, params):
 def test_the_whole_is_as_small_as_asked(kind, fpp):
   config = _config(kind, **fpp)
   params = _trained(config)
-  planned = planner.plan(config, params, _batches())
+  planned = allocate.allocate(config, params, _batches())
   stored, _ = _stored(planned, params)
   assert stored <= 1 - fpp["overall"] + 1e-6
   # Biases of folded heads are smaller too, which no plan counts.
@@ -113,7 +112,7 @@ def test_a_fit_of_attention_has_no_say():
   found = []
   for steps in (0, 20):
     config.compress.fit_steps = steps
-    found.append(planner.measure(config, params, _batches()[:2]))
+    found.append(allocate.measure(config, params, _batches()[:2]))
   assert found[0] == found[1]
 
 
@@ -131,7 +130,7 @@ def test_what_is_asked_to_be_dense_stays_so(kind, asked, other):
   config.fold.rope = "copy"  # of dense heads it is of no matter
   dense = {"groups": 0, "values": "dense"}
   setattr(config.fold, asked, dense[asked])
-  found = planner.plan(config, _trained(config), _batches()).fold
+  found = allocate.allocate(config, _trained(config), _batches()).fold
   assert getattr(found, asked) == (dense[asked],) * N
   assert set(getattr(found, other)) != {dense[other]}
 
@@ -140,14 +139,14 @@ def test_qkv_is_reached_by_folding():
   config = _config(overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.9
   params = _trained(config)
-  planned = planner.plan(config, params, _batches())
+  planned = allocate.allocate(config, params, _batches())
   assert _stored(planned, params)[1] <= 0.1 + 1e-6
 
 
 def test_layers_that_matter_least_give_most():
   config = _config(overall=0.45, linear=None, embedding=None)
   params = _trained(config, flat_layers=[1])
-  planned = planner.plan(config, params, _batches())
+  planned = allocate.allocate(config, params, _batches())
   pruned = planned.fpp.linear_layers
   assert pruned[1] == max(pruned)
   assert min(pruned[0], pruned[2]) < pruned[1]
@@ -157,11 +156,7 @@ def test_layers_that_matter_least_give_most():
 
 def test_options_only_lose_more_as_they_store_less():
   config = _config()
-  begun = []
-  options = planner.measure(
-    config, _trained(config), _batches(), recorded(begun)
-  )
-  assert begun == list(range(N))
+  options = allocate.measure(config, _trained(config), _batches())
   assert options.keys() == {
     (n, kind) for n in range(N) for kind in ("qk", "v", "linear")
   }
@@ -199,11 +194,11 @@ def test_a_plan_loses_less_than_the_same_everywhere():
     compress=c.CompressConfig(),
     fold=c.FoldConfig(groups=2, values="diagonal"),
   )
-  planned = planner.plan(config, params, batches)
+  planned = allocate.allocate(config, params, batches)
   assert error(c.resolve(planned)) < error(c.resolve(same))
 
 
 def test_what_cannot_be_reached_is_refused():
   config = _config(overall=0.97, linear=None, embedding=None)
   with pytest.raises(schema.ConfigError, match="no plan reaches"):
-    planner.plan(config, _trained(config), _batches())
+    allocate.allocate(config, _trained(config), _batches())

@@ -1,0 +1,420 @@
+"""A trained model as the start of a run: read, fold, prune.
+
+`compress_trained` is the pipeline: the source is read over a fresh draw of the
+dense baseline, groups and pruning are allocated, the model is folded layer by
+layer and, with `compress.prune`, pruned at once. Training then recovers what
+was lost.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from folding import config as config_lib
+from folding import files, paths
+from folding.config import Config
+from folding.data.batches import Data, make_data
+from folding.data.tokenizers import MappedTokenizer, load_tokenizer
+from folding.data.trim import trimmed
+from folding.errors import ConfigError
+from folding.models.hf_weights import load_pretrained
+from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.training.allocate import allocate, outer_fractions
+from folding.training.checkpoint import load_run
+from folding.training.fold_pretrained import fold_pretrained
+from folding.training.optimizer import embedding_fraction, make_rules
+from folding.training.prune_trained import (
+  neuron_pruner,
+  prune_trained,
+  without_neurons,
+)
+from folding.training.run_dir import load_labels
+
+
+class Compressed(NamedTuple):
+  """Where a run starts from.
+
+  Attributes:
+    config: The config of the run. It differs from the given one if
+      `compress.plan` is "auto" (it states the choice of each layer), and if
+      neurons were removed at once (it has the widths that are left).
+    params: Parameters of the folded model.
+    report: One row per layer, see `fold_pretrained`; [] if nothing was folded.
+  """
+
+  config: Config
+  params: dict[str, Any]
+  report: list[dict[str, Any]]
+
+
+def compress_trained(config: Config, data: Data) -> Compressed:
+  """Returns the start of a run with `pretrained`.
+
+  Args:
+    config: Resolved.
+    data: Calibration text comes from its training split.
+
+  Raises:
+    ConfigError: see `dense_start`, `allocate` and `fold_pretrained`.
+  """
+  _, dense = dense_start(config.pretrained or "", config, data)
+  if config.dense:
+    return Compressed(config, dense, [])
+  if jax.process_count() > 1:
+    raise ConfigError(
+      "each process would fold on texts of its own; fold in one process, and "
+      "resume that run in several"
+    )
+  config = config_lib.unshrunk(config)  # if a stopped run begins again
+  batches = calibration(config, data)
+  try:
+    compressed = _compress(config, dense, batches, data)
+  except ConfigError:
+    raise
+  except ValueError as error:  # weights are not finite, or moments singular
+    raise ConfigError(f"{config.pretrained}: {error}") from error
+  return compressed._replace(params=_without_trimmed(data, compressed.params))
+
+
+def _compress(
+  config: Config,
+  dense: dict[str, Any],
+  batches: Sequence[Mapping[str, Any]],
+  data: Data,
+) -> Compressed:
+  """Returns a dense model compressed: allocate, fold, prune."""
+  params, report = dense, []
+  if config.compress.plan == "auto":
+    config = allocate(config, dense, batches)
+  is_pruned = config.compress.prune != "none"
+  prune_layer = None
+  if is_pruned and config.fpp.granularity == "neuron":
+    model = make_model(config, data.tokenizer.plain_size, data.num_classes)
+    prune_layer = neuron_pruner(config, param_shapes(model), dense)
+  if prune_layer or config.fold != config_lib.dense_twin(config).fold:
+    params, report = fold_pretrained(config, dense, batches, prune_layer)
+  if is_pruned:
+    params = prune_trained(config, params, dense, batches)
+  if prune_layer:
+    config, params = without_neurons(config, params)
+  return Compressed(config, params, report)
+
+
+def require_whole(config: Config) -> None:
+  """Raises `ConfigError` if a new run asks for a shrunk shape of a source."""
+  m = config.model
+  if config.pretrained and (m.heads or m.dense_mlp_width is not None):
+    raise ConfigError(
+      "model.heads and model.dense_mlp_width describe a shrunk model, and "
+      "training starts from a whole one; leave them out with pretrained"
+    )
+
+
+def calibration(config: Config, data: Data) -> list[dict[str, Any]]:
+  """Returns training batches, as many texts as `compress.calibration` says.
+
+  They come from the first epoch, so no text comes twice. Ids are those before
+  the tokenizer was trimmed.
+  """
+  size = config.data.batch_size
+  count = -(-config.compress.calibration // size)
+  batches = list(itertools.islice(data.first_epoch(), count))
+  if isinstance(data.tokenizer, MappedTokenizer):
+    for batch in batches:
+      batch["tokens"] = data.tokenizer.plain_ids[batch["tokens"]]
+  return batches
+
+
+def write_fold(
+  workdir: str, report: list[dict[str, Any]], config: Config
+) -> None:
+  """Writes `fold.json`, the report of folding, and prints it.
+
+  Args:
+    workdir: The run directory.
+    report: From `fold_pretrained`.
+    config: Resolved; has the fraction to prune of each layer.
+  """
+  path = os.path.join(workdir, "fold.json")
+  files.write_file(path, json.dumps(report, indent=1))
+  print(fold_table(report, config.fpp.linear_layers), flush=True)
+
+
+def fold_table(
+  report: list[dict[str, Any]], prune: tuple[float, ...] | None = None
+) -> str:
+  """Returns the report of folding as a table of aligned columns.
+
+  Example:
+    >>> row = {"layer": 0, "groups": 2, "values": "dense", "logits_kept": 0.98}
+    >>> row |= {"divergence": 0.1, "attention_r2": 1.0, "mlp_r2": 0.5}
+    >>> print(fold_table([row], (0.4,)))
+    layer  groups    W_V  logits kept  KL, nats  attention R2  MLP R2  to prune
+        0       2  dense        98.0%     0.100         1.000   0.500       40%
+  """
+  table = {
+    "layer": [str(row["layer"]) for row in report],
+    "groups": [str(row["groups"] or "dense") for row in report],
+    "W_V": [row["values"] for row in report],
+    "logits kept": [
+      "-" if row["logits_kept"] is None else f"{row['logits_kept']:.1%}"
+      for row in report
+    ],
+    "KL, nats": [f"{row['divergence']:.3f}" for row in report],
+    "attention R2": [f"{row['attention_r2']:.3f}" for row in report],
+    "MLP R2": [f"{row['mlp_r2']:.3f}" for row in report],
+  }
+  if prune is not None:
+    table["to prune"] = [f"{part:.0%}" for part in prune]
+  columns = []
+  for title, cells in table.items():
+    width = max(map(len, (title, *cells)))
+    columns.append([cell.rjust(width) for cell in (title, *cells)])
+  return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
+
+
+# ---------------------------------------------------------------------------
+# Reading a dense model.
+
+# Fields of the model that a source must share, or its arrays mean something
+# else; the second tuple only if its classifier is kept.
+_SHAPE = (
+  "num_layers",
+  "width",
+  "num_heads",
+  "num_kv_heads",
+  "head_dim",
+  "norm",
+  "norm_position",
+  "norm_epsilon",
+  "positions",
+  "rope_base",
+  "rope_scaling",
+  "window",
+  "activation",
+  "gated",
+  "causal",
+)
+_HEAD = ("pooling", "pooler", "pooler_activation")
+
+
+def dense_start(
+  path: str, config: Config, data: Data, *, needs_head: bool = False
+) -> tuple[Transformer, dict[str, Any]]:
+  """Returns the dense baseline with the parameters of a source.
+
+  Rows of the embedding and of the output layer past the tokenizer's ids, and
+  positions past `data.length`, are left out. A classifier for other classes is
+  drawn by the seed.
+
+  Args:
+    path: Checkpoint folder, hub id or run.
+    config: Resolved.
+    data: The tokenizer and classes of the model.
+    needs_head: Whether a missing classifier is an error.
+
+  Raises:
+    ConfigError: see `read_source`; or an array does not fit.
+  """
+  model = make_model(
+    config_lib.dense_twin(config), data.tokenizer.plain_size, data.num_classes
+  )
+  tokens = np.zeros((1, config.data.length), np.int32)
+  drawn = jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
+  source = paths.flatten(read_source(path, config, data))
+
+  def is_head(name):
+    return config.task == "classify" and name.startswith(("head/", "pooler/"))
+
+  def value(name, fresh):
+    w = source.get(name)
+    if is_head(name) and (w is None or w.shape != fresh.shape):
+      names = ", ".join(data.label_names[:8])
+      missing = f"{path} has no {name} of {fresh.shape} for {names}"
+      if needs_head:
+        raise ConfigError(
+          f"{missing}, so it cannot teach these classes; train it with "
+          "dense=True, and give distill.teacher that run"
+        )
+      if name == "head/kernel" and jax.process_index() == 0:
+        print(f"{missing}: these classes are learned anew", flush=True)
+      return np.asarray(fresh)
+    if w is None:
+      raise ConfigError(f"{path} has no {name}, which this model needs")
+    if name.endswith("embed/embedding"):
+      w = w[: fresh.shape[0]]
+    elif name == "head/kernel":
+      w = w[:, : fresh.shape[1]]
+    if w.shape != fresh.shape:
+      raise ConfigError(
+        f"{path}: {name} is {w.shape}, and this model's is {fresh.shape}"
+      )
+    return np.asarray(w, np.float32)
+
+  params = paths.map_named(value, drawn)
+  known = paths.flatten(drawn)
+  for name in source:
+    if name not in known and not is_head(name):
+      raise ConfigError(f"{path} has {name}, which this model has no place for")
+  return model, params
+
+
+def read_source(path: str, config: Config, data: Data) -> dict[str, Any]:
+  """Returns the parameters of a checkpoint folder, hub id or run.
+
+  Raises:
+    ConfigError: it cannot be read, its model has another shape, or it has
+      another tokenizer.
+  """
+  if os.path.isdir(os.path.join(path, "checkpoints")):
+    found, params, tokenizer = load_run(path)
+    model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
+    classes = load_labels(path)
+    layers = config_lib.layers_of(model, found.fold)
+    if any(layer.groups or layer.values != "dense" for layer in layers):
+      raise ConfigError(f"{path} is a folded run; start from a dense one")
+    if isinstance(tokenizer, MappedTokenizer):
+      raise ConfigError(
+        f"the tokenizer of {path} was trimmed; start from the dense run before"
+      )
+  else:
+    source = load_pretrained(path, task=config.task)
+    model, params = source.config, source.params
+    classes = _class_names(source.label_names, data.label_names)
+    tokenizer_path = str(source.tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
+  params = _with_classes(params, classes, data.label_names)
+  shape = np.shape(params.get("head", {}).get("kernel"))
+  keeps_head = config.task == "classify" and shape[-1:] == (data.num_classes,)
+  for name in (*_SHAPE, *(_HEAD if keeps_head else ())):
+    theirs, ours = getattr(model, name), getattr(config.model, name)
+    if theirs != ours:
+      raise ConfigError(
+        f"{path} has {name} {theirs!r}, and model.{name} is {ours!r}; "
+        "configs/pretrained.py takes the shape from the checkpoint"
+      )
+  wanted = data.tokenizer
+  if isinstance(wanted, MappedTokenizer) and (wanted.token_map < 0).any():
+    tokenizer = trimmed(tokenizer, wanted.token_map >= 0)
+  if tokenizer.to_json() != wanted.to_json():
+    raise ConfigError(
+      f"{path} has another tokenizer than data.tokenizer="
+      f"{config.data.tokenizer!r}; use data.tokenizer={tokenizer_path!r}"
+    )
+  return params
+
+
+def _class_names(
+  theirs: tuple[str, ...], ours: tuple[str, ...]
+) -> tuple[str, ...]:
+  """Returns the class names of a checkpoint, () if it does not name them."""
+  numbers = tuple(map(str, range(len(theirs))))
+  if sorted(ours) == sorted(numbers):  # the data has ids instead of names
+    return numbers
+  is_named = theirs != tuple(f"LABEL_{i}" for i in numbers)
+  return theirs if is_named else ()
+
+
+def _with_classes(
+  params: dict[str, Any], theirs: tuple[str, ...], ours: tuple[str, ...]
+) -> dict[str, Any]:
+  """Returns the parameters with the head in the order of our classes.
+
+  Names are compared without case. A head for other classes is left out.
+  """
+  if theirs in ((), ours) or "head" not in params:
+    return params
+  params = dict(params)
+  head = params.pop("head")
+  index = {name.casefold(): i for i, name in enumerate(theirs)}
+  order = [index.get(name.casefold()) for name in ours]
+  # Each of theirs exactly once, even if names differ by case alone.
+  if len(order) == len(theirs) and set(order) == set(range(len(theirs))):
+    params["head"] = {name: w[..., order] for name, w in head.items()}
+  return params
+
+
+def teacher_of(
+  config: Config, data: Data
+) -> tuple[Transformer, dict[str, Any]] | None:
+  """Returns the dense teacher of a run, None without distillation.
+
+  Its parameters are bfloat16; each layer computes in `model.dtype`.
+  """
+  d = config.distill
+  if not (d.logits or d.hidden):
+    return None
+  path = d.teacher or config.pretrained or ""
+  model, params = dense_start(path, config, data, needs_head=d.logits > 0)
+  params = _without_trimmed(data, params)
+  half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+  return model.clone(vocab_size=data.tokenizer.vocab_size), half
+
+
+def _without_trimmed(data: Data, params: dict[str, Any]) -> dict[str, Any]:
+  """Returns the parameters without tokens that left the tokenizer."""
+  if not isinstance(data.tokenizer, MappedTokenizer):
+    return params
+  embedding_VD = params["embed"]["embedding"][data.tokenizer.plain_ids]
+  return {**params, "embed": {"embedding": embedding_VD}}
+
+
+# ---------------------------------------------------------------------------
+# Tokens that leave the tokenizer before training.
+
+
+def token_usage(data: Data, size: int) -> np.ndarray:
+  """Returns float32[size], the share of each token in the training text.
+
+  All shares are positive. Unused tokens rank by their ids: vocabularies run from
+  frequent to rare, so the last token is the least likely to occur.
+
+  Args:
+    data: The data of a run.
+    size: V, rows of the embedding.
+  """
+  count_V = 0.5 * (1 - np.arange(size) / size)  # less than a single use
+  found_V = data.token_counts()
+  count_V[: len(found_V)] += found_V
+  return (count_V / count_V.sum()).astype(np.float32)
+
+
+def trim_vocabulary(config: Config, data: Data) -> Data:
+  """Returns the same data, tokenized without the tokens that it uses least.
+
+  The tokenizer loses as many tokens as the config prunes rows of the embedding;
+  it cuts words that had them into other tokens. Special tokens stay, and in a
+  BPE the parts of other tokens, so fewer may leave. FPP zeroes rows for the rest.
+
+  Args:
+    config: Resolved; `fpp.embedding_granularity` is "trim".
+    data: Has the tokenizer of the model to start from.
+
+  Raises:
+    ConfigError: tokens of this kind of tokenizer cannot be removed.
+  """
+  size = data.tokenizer.vocab_size
+  if config.compress.plan == "auto":
+    _, fraction = outer_fractions(config)
+  else:
+    params, dense = (
+      param_shapes(make_model(each, size, data.num_classes))
+      for each in (config, config_lib.dense_twin(config))
+    )
+    fraction = embedding_fraction(make_rules(config, params, dense))
+  if not fraction:
+    return data
+  usage_V = token_usage(data, size)
+  # Tokens that have to stay rank first, so that the right number leaves.
+  stays_V = trimmed(data.tokenizer, np.zeros(size, bool)).token_map >= 0
+  order = np.argsort(-(usage_V + stays_V), kind="stable")
+  keep_V = np.zeros(size, bool)
+  keep_V[order[: round((1 - fraction) * size)]] = True
+  tokenizer = trimmed(data.tokenizer, keep_V)
+  return make_data(config, tokenizer, jax.process_index(), jax.process_count())
