@@ -23,8 +23,8 @@ from benchmarks import output, timing
 from benchmarks.fold_minilm import minilm_folder
 from folding import config as config_lib
 from folding import paths
-from folding.compression.shrink import shrink
 from folding.models.hf_weights import Pretrained, load_pretrained
+from folding.models.shrink import shrink
 from folding.models.transformer import Transformer
 
 SHAPES = ((1, 32), (8, 32), (8, 128), (32, 128))

@@ -22,7 +22,7 @@ import safetensors.numpy
 from benchmarks import output, timing
 from folding import config as config_lib
 from folding import paths
-from folding.compression.shrink import shrink
+from folding.models.shrink import shrink
 from folding.models.transformer import make_model
 from folding.training import optimizer as optimizer_lib
 from folding.training.step import StepOptions, init_state, train_step

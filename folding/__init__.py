@@ -18,8 +18,8 @@ if TYPE_CHECKING:
   from folding.compression.fpp import fpp as fpp
   from folding.compression.fpp import fpp_counts as fpp_counts
   from folding.compression.observe import observe as observe
-  from folding.compression.shrink import shrink as shrink
   from folding.compression.sites import Rule as Rule
+  from folding.models.shrink import shrink as shrink
   from folding.models.transformer import Transformer as Transformer
   from folding.models.transformer import make_model as make_model
   from folding.serving.export import load as load
@@ -39,7 +39,7 @@ _MODULES = {
   "load": "folding.serving.export",
   "make_model": "folding.models.transformer",
   "observe": "folding.compression.observe",
-  "shrink": "folding.compression.shrink",
+  "shrink": "folding.models.shrink",
   "unfold": "folding.compression.fold",
 }
 

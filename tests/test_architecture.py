@@ -16,16 +16,16 @@ ORDER = {
   "": [
     *("version", "errors", "typed", "schema", "files", "config", "paths"),
   ],
+  "compression": [
+    *("threshold", "scores", "sites", "observe", "fpp"),
+    "fold",
+    *("oneshot", "lowrank", "accounting", "shrink"),
+  ],
   "data": ["python_stdlib", "sources", "tokenizers", "trim", "batches"],
   "models": [
     *("projections", "chebyshev", "linear_attention", "decode"),
-    *("attention", "transformer"),
+    *("attention", "transformer", "shrink"),
     *("hf_config", "hf_weights"),
-  ],
-  "compression": [
-    *("threshold", "scores", "sites", "observe", "fpp"),
-    *("neurons", "fold"),
-    *("oneshot", "lowrank", "accounting", "removable", "shrink"),
   ],
   "training": [
     *("losses", "distributed", "run_dir", "sharding", "checkpoint"),
@@ -150,7 +150,7 @@ def test_the_configuration_needs_no_library(module):
 )
 def test_compression_serves_models_of_others(module):
   rooms = {name.split(".")[1] for name in _ours(module)}
-  assert rooms <= {"paths", "schema", "errors", "config", "compression"}
+  assert rooms <= {"paths", "compression"}
   # Statistics come from Linen calls; all else works on any tree.
   assert ("flax" in _third_party(module)) == module.endswith(".observe")
 

@@ -1,39 +1,44 @@
-"""Shrinking: zeros that fill whole units leave the arrays for good.
+"""Shrinking: units that are zero as a whole leave the arrays.
 
-A unit is a feed-forward neuron, a group of heads that share a key, or a token
-of a classifier. The parameters are those of `folding.models.transformer`,
-known here by their paths alone.
+`shrink_layers` finds them in trees with attention and feed-forward layers as
+`folding` names them; `folding.shrink` does that for a configured model.
+`remove_neurons` finds the neurons that rules tie together, in any tree.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from folding import paths
-from folding.compression import removable
 from folding.compression.fpp import FPPState
-from folding.compression.sites import Site, pack, unpack
-from folding.config import Config, layers_of, unshrunk
-from folding.schema import require
+from folding.compression.sites import Rule, Site, make_sites, pack, unpack
+
+Kept = dict[str, dict[int, np.ndarray]]  # {path: {axis: indices that stay}}
+Zeros = Mapping[str, Any]  # {path: bool array, True at zero}
+
+_EMBEDDING = "embed/embedding"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """What a shrink leaves of anything that is shaped like the parameters.
+  """A selection of indices, for any tree of the parameters' structure.
 
   Attributes:
-    kept: {path: {axis: indices that stay, rising}}; other axes stay whole.
-    dropped: Paths of subtrees that are gone.
-    token_map: int32[V], old token -> new token; removed tokens share one.
-    structure: Of the parameters before.
+    kept: {path: {axis: indices that stay, increasing}}. Other axes stay whole.
+    dropped: Paths of removed subtrees.
+    token_map: int32[V], old token -> new token; removed tokens share one. None:
+      there is no embedding.
+    structure: Tree structure of the parameters.
   """
 
   kept: Mapping[str, Mapping[int, np.ndarray]]
   dropped: frozenset[str]
-  token_map: np.ndarray
+  token_map: np.ndarray | None
   structure: Any
 
   @property
@@ -44,12 +49,13 @@ class Cut:
   def __call__(self, tree: Any) -> Any:
     """Returns the tree with each copy of the parameters' structure cut.
 
-    Parameters, gradients, or the state of an optimizer with moments in it;
-    what is not shaped like the parameters (counts) stays.
+    Args:
+      tree: Parameters, gradients, or the state of an optimizer with moments.
+        Leaves outside copies of the structure, such as counts, stay.
 
     Raises:
-      ConfigError: a state has another shape than its parameter, as that of
-        Adafactor, or is of some parameters alone, as in `optax.partition`.
+      ValueError: a leaf has another shape than its parameter (Adafactor), or
+        the state is of some of the parameters (`optax.partition`).
     """
 
     def is_copy(x):
@@ -57,25 +63,23 @@ class Cut:
 
     def take(name, w):
       kept = self.kept.get(name, {}) if np.ndim(w) else {}
-      require(
-        all(
-          axis < w.ndim and indices.max(initial=-1) < w.shape[axis]
-          for axis, indices in kept.items()
-        ),
-        f"a state of {name} has the shape {np.shape(w)}, not that of the "
-        "parameter, and cannot be cut; begin the optimizer's state anew",
-      )
+      for axis, indices in kept.items():
+        if axis >= w.ndim or indices.max(initial=-1) >= w.shape[axis]:
+          raise ValueError(
+            f"a state of {name} has the shape {np.shape(w)}, not that of the "
+            "parameter, so it cannot be cut; start with a new optimizer state"
+          )
       return _take(w, kept)
 
     def cut(key_path, x):
       if is_copy(x):
         return _without(paths.map_named(take, x), self.dropped)
       name = f"/{paths.path_name(key_path)}"
-      require(
-        not np.ndim(x) or not any(name.endswith(f"/{n}") for n in self.kept),
-        f"{name[1:]} is of some of the parameters, as in optax.partition, and "
-        "cannot be cut; begin the optimizer's state anew",
-      )
+      if np.ndim(x) and any(name.endswith(f"/{n}") for n in self.kept):
+        raise ValueError(
+          f"the state {name[1:]} is of some of the parameters, as in "
+          "optax.partition, so it cannot be cut; start with a new optimizer state"
+        )
       return x
 
     return jax.tree_util.tree_map_with_path(cut, tree, is_leaf=is_copy)
@@ -83,193 +87,251 @@ class Cut:
   def fpp_state(self, state: FPPState, sites: Sequence[Site]) -> FPPState:
     """Returns the state of `folding.fpp`, cut the same way.
 
-    What stays keeps its bits, averages and moments, so that the same units go
-    on being frozen or zero. Give `folding.fpp` the units that are gone
-    (`removed`) if it has checks to come.
+    The remaining units keep their mask bits, averages and moments, so the same
+    units stay frozen or zero. If there are mask updates to come, give
+    `folding.fpp` the removed units (`removed`).
 
     Args:
-      state: Of the parameters before.
+      state: State of the parameters before.
       sites: From `make_sites` on the parameters before.
     """
     suspected = {}
     for site in sites:
       kept = self.kept.get(site.name, {})
       axis = site.members[site.name]
-      if axis is not None:  # a bit a unit: the units are the bits' one axis
+      if axis is not None:  # one bit per unit: the bits have one axis
         kept = {0: kept[axis]} if axis in kept else {}
       units = unpack(state.suspected[site.name], site.shape[-1])
       planes = {axis + 1: indices for axis, indices in kept.items()}
       suspected[site.name] = pack(_take(units, planes))
     return state._replace(
       suspected=suspected,
-      # Some averages lack the last axis of their parameter.
+      # Averages of statistics lack the last axis of their parameter.
       averages={
-        n: _take(x, self.kept.get(n)) for n, x in state.averages.items()
+        n: _take(x, self.kept.get(n, {})) for n, x in state.averages.items()
       },
       inner=self(state.inner),
     )
 
 
-class Shrunk(NamedTuple):
-  """What `shrink` returns.
-
-  Attributes:
-    config: Of the smaller model: `model.mlp_width` and `model.heads` by layer,
-      `fold.values`; the twin's width is in `model.dense_mlp_width`.
-    params: Of the smaller model; its vocabulary is the rows of its embedding.
-    cut: From old shapes to new, and the map of tokens.
-  """
-
-  config: Config
-  params: dict[str, Any]
-  cut: Cut
-
-
-def shrink(
-  config: Config,
+def shrink_layers(
   params: Mapping[str, Any],
   *,
   multiple: int = 1,
   absorb: bool = True,
+  tokens: bool = True,
   is_zero: Any = None,
-) -> Shrunk:
-  """Removes what is zero as a whole, so that the arrays become smaller.
+) -> tuple[dict[str, Any], Cut]:
+  """Returns parameters without the units that are zero, and the cut.
 
-  The function stays the same, to float rounding (sums have fewer terms):
-  - A neuron goes if its row of W_down is zero, or its column and bias of W_up
-    or of the gate, as every activation here maps 0 to 0. A neuron with a bias
-    and a row is a constant, and stays.
-  - Heads go, by whole groups that share a key, if their rows of W_O or their
-    values (bias included) are zero. One group of a layer always stays, and so
-    do all heads of a layer whose blocks of W_V join heads.
-  - Tokens of a classifier with a zero row of the embedding share one such row;
-    `cut.token_map` says which. A next-token model keeps its rows: a token
-    without one has the logit 0 and so a share of the probability, which a
-    smaller vocabulary could not give it.
-  - Diagonals of W_V scale the rows of W_O and are gone (`absorb`), if W_V is
-    diagonal in some layer. Moments of an optimizer do not follow that, so
-    leave it out where training goes on.
-  To shrink again changes nothing.
+  The function stays the same up to float rounding:
+  - A neuron is removed if its row of W_down is zero, or its column and bias of
+    W_up or of the gate: every activation of ours maps 0 to 0.
+  - Heads are removed by whole groups that share a key, if their rows of W_O or
+    their values (bias included) are zero. One group per layer stays.
+  - Tokens with a zero row of the embedding share one such row.
+  - A diagonal W_V scales the rows of W_O and is removed (`absorb`).
 
   Args:
-    config: Resolved.
-    params: Its parameters, concrete.
-    multiple: Widths of feed-forward layers are rounded up to a multiple of
-      this (never above what they were) by keeping some of the zero neurons.
-    absorb: Whether W_O absorbs diagonals.
-    is_zero: Bools shaped like params, True where a parameter is and stays 0;
-      None: where it is 0 now. In training, only what is held at 0 may go.
+    params: Concrete arrays. Attention layers have q, k, v and o, feed-forward
+      layers up, down and perhaps gate; the embedding is "embed/embedding".
+    multiple: Widths of feed-forward layers are rounded up to a multiple of this
+      (never above what they were) by keeping some zero neurons.
+    absorb: Whether W_O absorbs diagonals. The moments of an optimizer do not
+      follow that.
+    tokens: Whether rows of the embedding may be removed; False if it is the
+      output layer, too.
+    is_zero: Bools shaped like params, True if an element may be removed. None:
+      True at zeros.
 
   Raises:
-    ValueError: the parameters are not of the config, or an option is out of
-      range.
+    ValueError: an option is out of range, or `is_zero` has another structure.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> from folding import config, make_model
-    >>> c = config.resolve(config.Config(model=config.ModelConfig(num_layers=1)))
-    >>> tokens = jnp.zeros((1, 8), jnp.int32)
-    >>> variables = make_model(c, 100).init(jax.random.key(0), tokens)
-    >>> down = variables["params"]["blocks_0"]["mlp"]["down"]
-    >>> down["kernel"] = down["kernel"].at[100:].set(0)
-    >>> small = shrink(c, variables["params"], multiple=64)
-    >>> small.config.model.mlp_width, small.config.fold.values
-    (128, 'identity')
-    >>> make_model(small.config, 100).apply({"params": small.params}, tokens).shape
-    (1, 8, 100)
+    >>> mlp = {"up": {"kernel": np.ones((2, 3))},
+    ...        "down": {"kernel": np.array([[1.0], [0.0], [2.0]])}}
+    >>> small, cut = shrink_layers({"mlp": mlp})
+    >>> small["mlp"]["down"]["kernel"].tolist(), cut.kept["mlp/up/kernel"][1]
+    ([[1.0], [2.0]], array([0, 2]))
   """
   if multiple < 1:
     raise ValueError(f"multiple must be at least 1; it is {multiple}")
   leaves = paths.flatten(params)
-  _check_fit(config, leaves)
-  if is_zero is None:
-    zeros = {name: np.asarray(w) == 0 for name, w in leaves.items()}
-  else:
+  zeros = {name: np.asarray(w) == 0 for name, w in leaves.items()}
+  if is_zero is not None:
+    try:
+      chex.assert_trees_all_equal_shapes(is_zero, params)
+    except AssertionError as error:
+      raise ValueError("is_zero and params do not have one shape") from error
     zeros = {name: np.asarray(z) for name, z in paths.flatten(is_zero).items()}
-  if zeros.keys() != leaves.keys():
-    raise ValueError("is_zero and params are trees of different structure")
-  widths, heads = [], []
-  kept: removable.Kept = {}
-  for n, layer in enumerate(layers_of(config.model, config.fold)):
-    attn, mlp = f"blocks_{n}/attn", f"blocks_{n}/mlp"
-    widths.append(removable.keep_neurons(mlp, zeros, multiple, kept))
-    heads.append(removable.keep_heads(attn, zeros, layer, kept))
-  token_map = removable.keep_tokens(config, zeros, kept)
-  absorbed = [
-    name.removesuffix("/v/diagonal")
+  kept: Kept = {}
+  for name in leaves:
+    if name.endswith("/down/kernel"):
+      kept |= _keep_neurons(name.removesuffix("/down/kernel"), zeros, multiple)
+    elif name.endswith("/o/kernel"):
+      kept |= _keep_heads(name.removesuffix("/o/kernel"), zeros)
+  token_map = None
+  if _EMBEDDING in leaves:
+    is_removable_V = zeros[_EMBEDDING].all(1) & tokens
+    token_map, rows = _keep_tokens(is_removable_V)
+    if len(rows) < len(token_map):
+      kept[_EMBEDDING] = {0: rows}
+  scale = {
+    name.replace("/v/diagonal", "/o/kernel"): w
     for name, w in leaves.items()
-    if absorb and name.endswith("/v/diagonal") and w.shape[-1] == 1
-  ]
+    if absorb and name.endswith("/v/diagonal")
+  }
   cut = Cut(
     {name: axes for name, axes in kept.items() if name in leaves},
-    frozenset(f"{attn}/v" for attn in absorbed),
+    frozenset(name.replace("/o/kernel", "/v") for name in scale),
     token_map,
     jax.tree.structure(params),
   )
-  scale = {f"{a}/o/kernel": leaves[f"{a}/v/diagonal"] for a in absorbed}
 
-  def scaled(name, w):
+  def absorbed(name, w):
     if name not in scale:
       return w
     return w * scale[name].reshape(*w.shape[:2], 1)
 
-  small = cut(paths.map_named(scaled, params))
-  return Shrunk(_config(config, widths, heads, absorbed), small, cut)
+  return cut(paths.map_named(absorbed, params)), cut
 
 
-def _config(
-  config: Config,
-  widths: list[int],
-  heads: list[tuple[int, ...]],
-  absorbed: list[str],
-) -> Config:
-  """Returns the config of what stays; what did not change stays as it is."""
-  m, fold = config.model, config.fold
-  layers = layers_of(m, fold)
-  if widths != [layer.mlp_width for layer in layers]:
-    width = widths[0] if len(set(widths)) == 1 else tuple(widths)
-    before = unshrunk(config).model.mlp_width
-    m = dataclasses.replace(m, mlp_width=width, dense_mlp_width=before)
-  if heads != [layer.heads for layer in layers]:
-    m = dataclasses.replace(m, heads=tuple(heads))
-  if absorbed:
-    values = tuple(
-      "identity" if f"blocks_{n}/attn" in absorbed else layer.values
-      for n, layer in enumerate(layers)
-    )
-    fold = dataclasses.replace(
-      fold, values=values[0] if len(set(values)) == 1 else values
-    )
-  return dataclasses.replace(config, model=m, fold=fold)
+def remove_neurons(
+  rules: Sequence[Rule], params: Any
+) -> tuple[Any, dict[str, np.ndarray]]:
+  """Returns parameters of any model without the neurons that are zero.
 
+  A neuron is all that a rule of granularity "neuron" ties together: its columns
+  and biases, and the rows that read it. If all of it is 0, the function stays
+  the same up to float rounding, unless a norm counts the neurons. Build the
+  smaller model with the widths of the arrays.
 
-def _check_fit(config: Config, leaves: Mapping[str, Any]) -> None:
-  m = config.model
-  expected: dict[str, Any] = {}
-  for n, layer in enumerate(layers_of(m, config.fold)):
-    heads = len(layer.heads)
-    name, diagonal = f"blocks_{n}", f"blocks_{n}/attn/v/diagonal"
-    expected |= {
-      f"{name}/mlp/up/kernel": (m.width, layer.mlp_width),
-      f"{name}/mlp/down/kernel": (layer.mlp_width, m.width),
-      f"{name}/attn/o/kernel": (heads, m.head_dim, m.width),
-      diagonal: None,
-    }
-    if layer.values == "diagonal":
-      expected[diagonal] = (heads * m.head_dim, 1, 1)
-  expected[f"blocks_{m.num_layers}/attn/o/kernel"] = None
-  for name, shape in expected.items():
-    found = tuple(leaves[name].shape) if name in leaves else None
-    if found != shape:
+  Args:
+    rules: As given to `folding.fpp`; other granularities are ignored.
+    params: Any tree of concrete arrays.
+
+  Returns:
+    (tree of the same structure, {parameter that a rule matches: neurons that
+    stay, increasing}). One neuron always stays.
+
+  Raises:
+    ValueError: a rule does not fit the parameters, or does not tie the rows
+      that read its neurons.
+
+  Example:
+    >>> rule = Rule("up", 0.5, "neuron", {"down": 0})
+    >>> params = {"up": np.array([[1.0, 0.0, 2.0]]), "down": np.array([5.0, 0, 6])}
+    >>> small, kept = remove_neurons([rule], params)
+    >>> small["up"].tolist(), small["down"].tolist(), kept["up"].tolist()
+    ([[1.0, 2.0]], [5.0, 6.0], [0, 2])
+  """
+  leaves = paths.flatten(params)
+  cuts: Kept = {}
+  kept = {}
+  for site in make_sites(rules, params):
+    if rules[site.rule].granularity != "neuron":
+      continue
+    if not any(
+      _reads(n, axis, leaves[n].ndim)
+      for n, axis in site.members.items()
+      if n != site.name
+    ):
       raise ValueError(
-        f"the parameters are not of this config: {name} is {found}, not {shape}"
+        f"the rule for {site.name!r} ties no array that reads its neurons; name "
+        "those rows in `tied`, so that they are removed with the neuron"
       )
-  if "embed/embedding" not in leaves:
-    raise ValueError("the parameters have no embed/embedding")
+    zeros = {name: jnp.asarray(leaves[name]) == 0 for name in site.members}
+    stays = np.flatnonzero(~np.asarray(site.reduce(zeros, jnp.all)))
+    kept[site.name] = stays if stays.size else np.array([0])
+    for name, axis in site.members.items():
+      cuts[name] = {(axis or 0) % leaves[name].ndim: kept[site.name]}
+  cut = Cut(cuts, frozenset(), None, jax.tree.structure(params))
+  return cut(params), kept
 
 
-def _take(x: Any, kept: Mapping[int, np.ndarray] | None) -> Any:
-  for axis, indices in (kept or {}).items():
+def _reads(name: str, axis: int | None, ndim: int) -> bool:
+  """Returns whether a tied array reads neurons, which are its rows then.
+
+  A gate writes neurons, as its last axis. A vector is all rows, except for a
+  bias or a scale.
+  """
+  if ndim == 1:
+    return not name.endswith(("bias", "scale"))
+  return axis not in (ndim - 1, -1)
+
+
+def _keep_neurons(mlp: str, zeros: Zeros, multiple: int) -> Kept:
+  """Returns the neurons of a feed-forward layer that stay, if not all."""
+  is_dead_F = zeros[f"{mlp}/down/kernel"].all(1)
+  for side in ("up", "gate"):
+    if f"{mlp}/{side}/kernel" in zeros:
+      is_silent_F = zeros[f"{mlp}/{side}/kernel"].all(0)
+      is_dead_F |= is_silent_F & zeros.get(f"{mlp}/{side}/bias", True)
+  alive = np.flatnonzero(~is_dead_F)
+  size = -(-max(len(alive), 1) // multiple) * multiple
+  if size >= len(is_dead_F):
+    return {}
+  filling = np.flatnonzero(is_dead_F)[: size - len(alive)]
+  stays = np.sort(np.concatenate([alive, filling]))
+  kept = {f"{mlp}/down/kernel": {0: stays}}
+  for side in ("up", "gate"):
+    kept |= {
+      f"{mlp}/{side}/kernel": {1: stays},
+      f"{mlp}/{side}/bias": {0: stays},
+    }
+  return kept
+
+
+def _keep_heads(attn: str, zeros: Zeros) -> Kept:
+  """Returns the heads of an attention layer that stay, if not all."""
+  H, K, _ = zeros[f"{attn}/o/kernel"].shape
+  shared = H // zeros[f"{attn}/k/kernel"].shape[1]
+  is_dead_H = zeros[f"{attn}/o/kernel"].all((1, 2))
+  if f"{attn}/v/diagonal" in zeros:
+    is_dead_H |= zeros[f"{attn}/v/diagonal"].reshape(H, K).all(1)
+  elif f"{attn}/v/kernel" in zeros:
+    is_silent_J = zeros[f"{attn}/v/kernel"].all((0, 2))
+    if f"{attn}/v/bias" in zeros:
+      is_silent_J &= zeros[f"{attn}/v/bias"].all(1)
+    is_dead_H |= np.repeat(is_silent_J, shared)
+  is_dead_J = is_dead_H.reshape(-1, shared).all(1)
+  if is_dead_J.all():
+    is_dead_J[0] = False
+  if not is_dead_J.any():
+    return {}
+  key_heads = np.flatnonzero(~is_dead_J)
+  heads = _members(key_heads, shared)
+  return {
+    f"{attn}/q/kernel": {1: heads},
+    f"{attn}/q/bias": {0: heads},
+    f"{attn}/k/kernel": {1: key_heads},
+    f"{attn}/k/bias": {0: key_heads},
+    f"{attn}/v/kernel": {1: key_heads},
+    f"{attn}/v/bias": {0: key_heads},
+    f"{attn}/v/diagonal": {0: _members(heads, K)},
+    f"{attn}/o/kernel": {0: heads},
+    f"{attn}/log_slopes": {0: heads},
+    f"{attn}/frequency": {0: key_heads},
+  }
+
+
+def _keep_tokens(is_removable_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the map of tokens, int32[V], and the rows that stay."""
+  stays_V = ~is_removable_V
+  shared = np.argmax(is_removable_V)  # the first one, for all of them
+  stays_V[shared] = True
+  token_map_V = np.cumsum(stays_V, dtype=np.int32) - np.int32(1)
+  token_map_V[~stays_V] = token_map_V[shared]
+  return token_map_V, np.flatnonzero(stays_V)
+
+
+def _members(groups: np.ndarray, size: int) -> np.ndarray:
+  """Returns the indices of the members of groups of one size."""
+  return (groups[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def _take(x: Any, kept: Mapping[int, np.ndarray]) -> Any:
+  for axis, indices in kept.items():
     if axis < x.ndim:
       x = x.take(indices, axis=axis)
   return x

@@ -36,7 +36,6 @@ from folding import config as config_lib
 from folding import files, paths
 from folding.compression.accounting import account, slices_of, storage
 from folding.compression.fold import unfold
-from folding.compression.shrink import shrink
 from folding.config import Config
 from folding.data.tokenizers import (
   OPTIONS,
@@ -48,6 +47,7 @@ from folding.data.trim import trim_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, hf_weights
 from folding.models.attention import rope_frequencies
+from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels

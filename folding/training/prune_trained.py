@@ -13,9 +13,9 @@ import numpy as np
 
 from folding import paths
 from folding.compression import oneshot
-from folding.compression.shrink import shrink
 from folding.compression.sites import Site, make_sites
 from folding.config import Config
+from folding.models.shrink import shrink
 from folding.models.transformer import Block
 from folding.training.fold_pretrained import (
   Batch,

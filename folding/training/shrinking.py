@@ -9,10 +9,11 @@ import numpy as np
 
 from folding import files, paths
 from folding.compression.fpp import member_masks
-from folding.compression.shrink import Cut, shrink
+from folding.compression.shrink import Cut
 from folding.compression.sites import Rule, make_sites
 from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer
+from folding.models.shrink import shrink
 from folding.schema import require
 from folding.training import energy, run_dir
 from folding.training import optimizer as optimizer_lib

@@ -29,7 +29,6 @@ MODELS = {
     IRC1 | {"values": ("dense", "diagonal")},
     {"activation": "relu"},
   ),
-  "alibi_no_bias": (c.ModelConfig, "classify", IRC1, {"use_bias": False}),
   "input_rows": (c.bert, "classify", {"groups": 2, "axis": "input"}, {}),
   "by_layer": (
     c.ModelConfig,

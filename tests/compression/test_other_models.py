@@ -13,7 +13,7 @@ from flax import nnx
 
 import folding
 from folding import paths
-from folding.compression.neurons import remove_neurons
+from folding.compression.shrink import remove_neurons
 
 STEPS = {"begin": 4, "end": 16, "every": 4}
 UP = r"(up)/kernel"  # of the NNX model, of which half is to go

@@ -1,0 +1,139 @@
+"""Shrinking of a configured model: smaller parameters and their config."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from folding import paths
+from folding.compression.shrink import Cut, shrink_layers
+from folding.config import Config, layers_of, unshrunk
+
+
+class Shrunk(NamedTuple):
+  """Result of `shrink`.
+
+  Attributes:
+    config: Config of the smaller model: `model.mlp_width` and `model.heads` per
+      layer, `fold.values`. The width of the dense baseline is in
+      `model.dense_mlp_width`.
+    params: The smaller parameters. The vocabulary has the rows of the
+      embedding.
+    cut: Selection of indices, and the map of tokens.
+  """
+
+  config: Config
+  params: dict[str, Any]
+  cut: Cut
+
+
+def shrink(
+  config: Config,
+  params: Mapping[str, Any],
+  *,
+  multiple: int = 1,
+  absorb: bool = True,
+  is_zero: Any = None,
+) -> Shrunk:
+  """Removes the units that are zero, so that the arrays become smaller.
+
+  See `folding.compression.shrink.shrink_layers` for what is removed. The
+  function stays the same up to float rounding. A next-token model keeps its
+  tokens: without a row a token has the logit 0, and so a share of the
+  probability. To shrink again changes nothing.
+
+  Args:
+    config: Resolved.
+    params: Its parameters, concrete.
+    multiple: Widths of feed-forward layers are rounded up to a multiple of this
+      (never above what they were) by keeping some zero neurons.
+    absorb: Whether W_O absorbs a diagonal W_V. The moments of an optimizer do
+      not follow that, so use False if training continues.
+    is_zero: Bools shaped like params, True if an element is and stays 0. None:
+      True at zeros. In training, only elements that FPP holds at 0 qualify.
+
+  Raises:
+    ValueError: the parameters are not of the config, or an option is out of
+      range.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from folding import config, make_model
+    >>> c = config.resolve(config.Config(model=config.ModelConfig(num_layers=1)))
+    >>> tokens = jnp.zeros((1, 8), jnp.int32)
+    >>> variables = make_model(c, 100).init(jax.random.key(0), tokens)
+    >>> down = variables["params"]["blocks_0"]["mlp"]["down"]
+    >>> down["kernel"] = down["kernel"].at[100:].set(0)
+    >>> small = shrink(c, variables["params"], multiple=64)
+    >>> small.config.model.mlp_width, small.config.fold.values
+    (128, 'identity')
+    >>> make_model(small.config, 100).apply({"params": small.params}, tokens).shape
+    (1, 8, 100)
+  """
+  _check_fit(config, paths.flatten(params))
+  small, cut = shrink_layers(
+    params,
+    multiple=multiple,
+    absorb=absorb,
+    tokens=config.task != "lm",
+    is_zero=is_zero,
+  )
+  return Shrunk(_shrunk_config(config, small, cut), small, cut)
+
+
+def _shrunk_config(
+  config: Config, params: Mapping[str, Any], cut: Cut
+) -> Config:
+  """Returns the config of smaller parameters; equal values stay as they are."""
+  m, fold = config.model, config.fold
+  layers = layers_of(m, fold)
+  widths, heads, values = [], [], []
+  for n, layer in enumerate(layers):
+    attn = f"blocks_{n}/attn"
+    widths.append(params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0])
+    kept = cut.kept.get(f"{attn}/o/kernel", {}).get(0, range(len(layer.heads)))
+    heads.append(tuple(layer.heads[h] for h in kept))
+    is_absorbed = f"{attn}/v" in cut.dropped
+    values.append("identity" if is_absorbed else layer.values)
+  if widths != [layer.mlp_width for layer in layers]:
+    m = dataclasses.replace(
+      m,
+      mlp_width=_joined(widths),
+      dense_mlp_width=unshrunk(config).model.mlp_width,
+    )
+  if heads != [layer.heads for layer in layers]:
+    m = dataclasses.replace(m, heads=tuple(heads))
+  if values != [layer.values for layer in layers]:
+    fold = dataclasses.replace(fold, values=_joined(values))
+  return dataclasses.replace(config, model=m, fold=fold)
+
+
+def _joined(values: list[Any]) -> Any:
+  """Returns one value if all layers have it, otherwise one per layer."""
+  return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def _check_fit(config: Config, leaves: Mapping[str, Any]) -> None:
+  """Raises ValueError if the parameters are not of the config."""
+  m = config.model
+  expected: dict[str, Any] = {
+    f"blocks_{m.num_layers}/attn/o/kernel": None,
+  }
+  for n, layer in enumerate(layers_of(m, config.fold)):
+    H, block = len(layer.heads), f"blocks_{n}"
+    is_diagonal = layer.values == "diagonal"
+    expected |= {
+      f"{block}/mlp/up/kernel": (m.width, layer.mlp_width),
+      f"{block}/mlp/down/kernel": (layer.mlp_width, m.width),
+      f"{block}/attn/o/kernel": (H, m.head_dim, m.width),
+      f"{block}/attn/v/diagonal": (
+        (H * m.head_dim, 1, 1) if is_diagonal else None
+      ),
+    }
+  for name, shape in expected.items():
+    found = tuple(leaves[name].shape) if name in leaves else None
+    if found != shape:
+      raise ValueError(
+        f"the parameters are not of this config: {name} is {found}, not {shape}"
+      )
+  if "embed/embedding" not in leaves:
+    raise ValueError("the parameters have no embed/embedding")
