@@ -45,11 +45,10 @@ ORDER = {
     *("sampling", "generate"),
   ],
   "reporting": [
-    *("runs", "words", "grouping", "plots", "report", "compare"),
+    *("plots", "report", "compare"),
   ],
   "studies": [
-    *("methods", "study", "claims", "worker", "board", "runner"),
-    *("inference", "gather", "tables", "drawings", "page", "verb"),
+    *("methods", "grid", "tables", "verb"),
   ],
 }
 FILES = [

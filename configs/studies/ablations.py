@@ -1,11 +1,14 @@
-r"""Ours at 70%, one choice changed at a time.
+r"""Ours at 70% with one choice changed at a time, with three seeds.
 
-Axis and G, positions, number of heads, DWC, the score, granularity, patience,
+Axis and G, positions, number of heads, the score, granularity, patience,
 verification, begin and end of FPP, and distillation. Positions and heads change
-the dense model too: its twins are there under their own names.
+the dense model too; `dense-NAME` is the baseline of such a change. ARGUMENT is
+as in from_scratch.py.
 
-Run:     folding study \
+Command: folding study \
            configs/studies/ablations.py:FOLDER,trec,tiny_shakespeare --workdir=DIR
+Time:    120 runs per data set, about a minute each on two cores
+Expect:  the tables of docs/experiments.md, "One choice at a time"
 """
 
 import dataclasses
@@ -13,8 +16,8 @@ from typing import Any
 
 from configs.studies import from_scratch
 from folding.studies import methods
+from folding.studies.grid import Study
 from folding.studies.methods import Method
-from folding.studies.study import Study
 
 
 def get_study(where: str = "") -> Study:
@@ -30,7 +33,7 @@ def _methods() -> dict[str, Method]:
     found[f"groups-{groups}"] = _ours(f"G = {groups}", fold__groups=groups)
   for groups in (16, 64):
     found[f"rows-{groups}"] = _ours(
-      f"rows of inputs are identical, G = {groups}",
+      f"identical rows of inputs, G = {groups}",
       fold__axis="input",
       fold__groups=groups,
     )
@@ -38,9 +41,6 @@ def _methods() -> dict[str, Method]:
     changed = {"model__positions": positions}
     found[f"dense-{positions}"] = _dense(f"positions: {positions}", **changed)
     found[positions] = _ours(f"positions: {positions}", **changed)
-    found[f"{positions}-groups-4"] = _ours(
-      f"positions: {positions}, G = 4", fold__groups=4, **changed
-    )
     found[f"{positions}-v-dense"] = _ours(
       f"positions: {positions}, W_V dense", fold__values="dense", **changed
     )
@@ -48,51 +48,55 @@ def _methods() -> dict[str, Method]:
     changed = {"model__num_heads": heads}
     found[f"dense-heads-{heads}"] = _dense(f"{heads} heads", **changed)
     found[f"heads-{heads}"] = _ours(f"{heads} heads", **changed)
+  for score in ("activation", "magnitude", "relative", "movement", "random"):
+    found[f"score-{score}"] = _ours(f"score: {score}", fpp__score=score)
   found |= {
     "v-dense": _ours("W_V dense", fold__values="dense"),
     "qk-dense": _ours("W_Q and W_K dense", fold__groups=0),
-  }
-  for score in (
-    *("activation", "magnitude", "relative", "movement", "random"),
-  ):
-    found[f"score-{score}"] = _ours(f"score: {score}", fpp__score=score)
-  found |= {
     "weights": _ours("single weights", fpp__granularity="weight"),
     "token-rows": _ours(
       "whole rows of embeddings", fpp__embedding_granularity="row"
     ),
-    "patience-0": _ours("zeroed without freezing first", fpp__patience=0),
-    "patience-3": _ours("frozen for three checks", fpp__patience=3),
+    "patience-0": _ours("zeroed without freezing", fpp__patience=0),
+    "patience-3": _ours("frozen for three updates", fpp__patience=3),
     "verified": _ours(
-      "a check may add 1% to the loss; may end above its size",
+      "a mask update may add 1% to the loss; may miss its size",
       fpp__tolerance=0.01,
     ),
     "begin-10": _ours("from 10% of the steps", fpp__begin=0.1),
     "begin-70": _ours("from 70% of the steps", fpp__begin=0.7),
-    "end-60": _ours("until 60% of the steps, so longer healing", fpp__end=0.6),
-    "end-100": _ours("until the end, no healing", fpp__end=1.0),
+    "end-60": _ours("until 60% of the steps: longer healing", fpp__end=0.6),
+    "end-100": _ours("until the end: no healing", fpp__end=1.0),
   }
   recovery = {"fpp__begin": 0.05, "fpp__end": 0.5}
-  found["from-dense"] = _ours(
-    "a trained dense model, folded, then recovered", **recovery
+  started = {
+    "from-dense": _ours("folded after training, then recovered", **recovery),
+    "from-dense-distilled": _ours(
+      "the same, with the dense model as teacher",
+      distill__logits=0.7,
+      **recovery,
+    ),
+  }
+  return found | {
+    name: dataclasses.replace(method, after=True)
+    for name, method in started.items()
+  }
+
+
+def _ours(about: str, **changed: Any) -> Method:
+  return Method(
+    f"ours; {about}",
+    lambda base, level: methods.folded(level) | _dotted(changed),
   )
-  found["from-dense-distilled"] = _ours(
-    "the same, which learns from the dense model's logits",
-    distill__logits=0.7,
-    **recovery,
+
+
+def _dense(about: str, **changed: Any) -> Method:
+  return Method(
+    f"dense; {about}",
+    lambda base, level: {"dense": True} | _dotted(changed),
+    has_levels=False,
   )
-  for name in ("from-dense", "from-dense-distilled"):
-    found[name] = dataclasses.replace(found[name], after=True)
-  return found
 
 
-def _ours(about: str, **edits: Any) -> Method:
-  return Method(f"ours; {about}", {**methods.FOLDED, **_dotted(edits)})
-
-
-def _dense(about: str, **edits: Any) -> Method:
-  return Method(f"dense; {about}", {"dense": True, **_dotted(edits)}, "fixed")
-
-
-def _dotted(edits: dict[str, Any]) -> dict[str, Any]:
-  return {name.replace("__", "."): value for name, value in edits.items()}
+def _dotted(changed: dict[str, Any]) -> dict[str, Any]:
+  return {name.replace("__", "."): value for name, value in changed.items()}

@@ -1,20 +1,26 @@
-"""The core of from_scratch.py: eight methods, four levels, shorter runs.
+r"""Seven methods of from_scratch.py, in shorter runs.
 
-Run:     folding study configs/studies/short.py:FOLDER,trec,tiny_shakespeare \
+ARGUMENT is as in from_scratch.py.
+
+Command: folding study configs/studies/short.py:FOLDER,trec,tiny_shakespeare \
            --workdir=DIR
-Expect:  180 runs for two data sets, 6 of them the dense part that sparsegpt
-         starts from; half a minute each on two cores, and half of that for seeds
-         after the first, whose programs are compiled already
+Time:    78 runs per data set, half a minute each on two cores
+Expect:  the first tables of docs/measured.md
 """
 
 from configs.studies import from_scratch
 from folding.config import Config
 from folding.studies import methods
-from folding.studies.study import Study
+from folding.studies.grid import Study
 
 _METHODS = (
-  *("dense", "dense-small", "ours", "ours-weight", "ours-v"),
-  *("fpp", "magnitude", "sparsegpt"),
+  "dense",
+  "dense-small",
+  "ours",
+  "ours-weight",
+  "fpp",
+  "magnitude",
+  "sparsegpt",
 )
 
 
@@ -24,7 +30,7 @@ def get_study(where: str = "") -> Study:
 
 
 def datasets(where: str) -> dict[str, Config]:
-  """Returns the data sets of from_scratch.py, each to be trained shorter."""
+  """Returns the data sets of from_scratch.py with shorter texts and fewer steps."""
   found = from_scratch.datasets(where)
   for base in found.values():
     base.data.length //= 2

@@ -1,25 +1,24 @@
-"""Ways to make a model smaller, as edits of a run's configuration.
+"""Ways to make a model smaller, as edits of a run's config.
 
-All have the same steps, data, optimizer and accounting. A level is the fraction
-of the dense twin's parameters that is to be saved, of the whole model.
+All methods share steps, data, optimizer and accounting. A level is the fraction
+of the dense baseline's parameters to save, over the whole model.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from folding import config as config_lib
 from folding.config import Config, ModelConfig
 from folding.data.batches import vocab_size
+from folding.errors import ConfigError
 from folding.models.transformer import make_model, param_shapes
-from folding.reporting import words
-from folding.schema import ConfigError, edited, reason, require
 
-Edits = Mapping[str, Any]  # {dotted field of `Config`: value}
+Edits = dict[str, Any]  # {dotted field of `Config`: value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,276 +26,190 @@ class Method:
   """A way to make a model smaller.
 
   Attributes:
-    about: What it is, for tables; with its source.
-    edits: Of the base config; or a function of that and the level.
-    kind: What a level does. "level": it becomes `fpp.overall`. "fixed":
-      nothing, there is one size. "small": it says how wide a dense model is.
-    after: A dense model is trained for a part of the steps, and the method
-      starts from it for the rest.
+    about: Description for tables, with its source.
+    edits: Function of the base config and the level that returns edits of the
+      base config. The level is 0.0 if the method has none.
+    has_levels: Whether the size follows the level; otherwise there is one run
+      per seed.
+    after: Whether the method starts from a trained dense model. The dense model
+      takes `Study.pretrain` of the steps, and the method the rest.
   """
 
   about: str
-  edits: Edits | Callable[[Config, float | None], Edits] = dataclasses.field(
-    default_factory=dict
-  )
-  kind: Literal["level", "fixed", "small"] = "level"
+  edits: Callable[[Config, float], Edits]
+  has_levels: bool = True
   after: bool = False
 
-  def config(
-    self, base: Config, level: float | None, seed: int, start: str = ""
-  ) -> Config:
-    """Returns the config of a run.
 
-    Args:
-      base: What all methods share.
-      level: Fraction to save; None for kind "fixed".
-      seed: Of the run.
-      start: Of a method that is `after`: the run to start from.
+def folded(level: float) -> Edits:
+  """Returns the edits of `ours`: folded attention, neurons pruned by FPP.
 
-    Raises:
-      ConfigError: an edit is of no field, or of the wrong type, or the function
-        of edits raised.
-    """
-    edits = self.edits
-    try:
-      edits = dict(edits(base, level) if callable(edits) else edits)
-    except ConfigError:
-      raise
-    except Exception as error:  # of somebody's program
-      raise ConfigError(
-        f"the edits of the method fail: {reason(error)}"
-      ) from error
-    edits["seed"] = seed
-    if self.kind == "level":
-      edits |= {"fpp.overall": level, "fpp.linear": None}
-      edits |= {"fpp.embedding": None, "fpp.linear_layers": None}
-    if self.after:
-      edits |= {"pretrained": start}
-      edits |= {"data.tokenizer": f"{start}/tokenizer.json"}
-    found = edited(base, edits)
-    if self.kind == "small":
-      assert level is not None
-      found.model = small(found, level)
-      found.pretrained = None
-    return found
+  W_Q and W_K stay dense up to a level of 0.4, as in the presets.
+  """
+  edits = {"preset": "paper", "fpp.granularity": "neuron"}
+  edits |= {"fpp.score": "saliency", **_size(level)}
+  return edits | ({"fold.groups": 0} if level <= 0.4 else {})
 
 
-def small(base: Config, level: float) -> ModelConfig:
-  """Returns the shape of a dense model that stores as much as a level leaves.
+def unfolded(level: float, score: str = "relative") -> Edits:
+  """Returns the edits of FPP alone: single weights, dense attention."""
+  return {
+    "preset": "none",
+    "fold.groups": 0,
+    "fold.values": "dense",
+    "fpp.granularity": "weight",
+    "fpp.embedding_granularity": "weight",
+    "fpp.score": score,
+    **_size(level),
+  }
 
-  Heads keep their size, so that a narrower model has fewer of them. The width
-  is the largest that fits with the feed-forward part in proportion; what is
-  left over goes to the feed-forward part.
+
+def gradual(level: float, score: str) -> Edits:
+  """Returns the edits of gradual pruning: all matrices, nothing is frozen."""
+  return unfolded(level, score) | {"fpp.attention": "all", "fpp.patience": 0}
+
+
+def at_once(level: float, prune: str) -> Edits:
+  """Returns the edits of pruning a trained model before the first step."""
+  edits = {"fpp.attention": "all", "compress.prune": prune}
+  return unfolded(level) | edits
+
+
+def _size(level: float | None) -> Edits:
+  """Returns edits that prune to one size of the whole model."""
+  edits: Edits = {"fpp.overall": level, "fpp.linear": None}
+  return edits | {"fpp.embedding": None, "fpp.linear_layers": None}
+
+
+def smaller(base: Config, level: float) -> Edits:
+  """Returns the edits of a narrower dense model with as many parameters.
+
+  Heads keep their size, so a narrower model has fewer heads. The width is the
+  largest that fits with `mlp_width` in proportion; `mlp_width` takes up the
+  rest.
 
   Raises:
     ConfigError: there is no such model.
   """
   dense = config_lib.dense_twin(config_lib.resolve(base))
-  vocabulary, length = vocab_size(dense.data), dense.data.length
-  count = functools.partial(_count, dense, vocabulary, length)
-  target = (1 - level) * count(dense.model)
-  head_dim, full = dense.model.head_dim, dense.model
-  mlp = full.mlp_width
-  require(
-    isinstance(mlp, int) and full.num_heads == full.num_kv_heads,
-    "a small dense model is found for layers of one width, and heads with keys "
-    "of their own",
-  )
-
-  def shape(width: int, mlp_width: int) -> ModelConfig:
-    heads = math.ceil(width / head_dim)
-    return dataclasses.replace(
-      full,
-      width=width,
-      num_heads=heads,
-      num_kv_heads=heads,
-      mlp_width=max(1, mlp_width),
+  full = dense.model
+  head_dim, mlp_width = full.head_dim, full.mlp_width
+  if dense.pretrained is not None:
+    raise ConfigError("a narrower dense model cannot start from a checkpoint")
+  if not isinstance(mlp_width, int) or full.num_heads != full.num_kv_heads:
+    raise ConfigError(
+      "a narrower dense model needs one mlp_width for all layers and "
+      "num_kv_heads equal to num_heads"
     )
+  count = functools.partial(
+    _count, dense.task, vocab_size(dense.data), dense.data.length
+  )
+  target = (1 - level) * count(full)
 
-  def in_proportion(width: int) -> int:
-    return round(mlp * width / full.width)  # pyright: ignore
+  def shape(width: int, extra: int = 0) -> ModelConfig:
+    heads = math.ceil(width / head_dim)
+    mlp = max(1, round(mlp_width * width / full.width) + extra)
+    return dataclasses.replace(
+      full, width=width, num_heads=heads, num_kv_heads=heads, mlp_width=mlp
+    )
 
   low, high = 0, full.width
   while high - low > 1:
     middle = (low + high) // 2
-    fits = count(shape(middle, in_proportion(middle))) <= target
+    fits = count(shape(middle)) <= target
     low, high = (middle, high) if fits else (low, middle)
   if low == 0:
-    raise ConfigError(
-      f"no dense model is {words.level(level)} smaller than the dense twin"
-    )
-  first = shape(low, in_proportion(low))
-  less = count(first)
-  more = dataclasses.replace(first, mlp_width=first.mlp_width + 1)  # pyright: ignore
-  extra = round((target - less) / (count(more) - less))
-  return shape(low, in_proportion(low) + extra)
+    raise ConfigError(f"no dense model is {level:.12g} smaller")
+  found = count(shape(low))
+  per_neuron = count(shape(low, 1)) - found
+  best = shape(low, round((target - found) / per_neuron))
+  names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+  return {"dense": True} | {f"model.{n}": getattr(best, n) for n in names}
 
 
 @functools.cache
-def _count_of(
-  model: ModelConfig, task: str, vocabulary: int, length: int
-) -> int:
-  config = Config(task=task, dense=True, model=model)  # pyright: ignore
+def _count(task: Any, vocabulary: int, length: int, model: ModelConfig) -> int:
+  config = Config(task=task, dense=True, model=model)
   config.data.length = length
   made = make_model(config_lib.resolve(config), vocabulary, num_classes=2)
   return sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(made)))
 
 
-def _count(config: Config, vocabulary: int, length: int, model: ModelConfig):
-  return _count_of(model, config.task, vocabulary, length)
-
-
-_WEIGHTS: Edits = {"fpp.granularity": "weight", "fpp.score": "relative"}
-_UNFOLDED: Edits = {
-  **_WEIGHTS,
-  "preset": "none",
-  "fold.groups": 0,
-  "fold.values": "dense",
-  "fpp.embedding_granularity": "weight",
-}
-# As configs/lm.py and classify.py have them, whatever the base says.
-FOLDED: Edits = {
-  "preset": "paper",
-  "fpp.granularity": "neuron",
-  "fpp.score": "saliency",
-}
-
-
-def _gradual(about: str, score: str, **more: Any) -> Method:
-  """Returns gradual pruning of all matrices, without the freezing stage."""
-  edits = {**_UNFOLDED, "fpp.score": score, "fpp.attention": "all"}
-  more = {f"fpp.{name}": value for name, value in more.items()}
-  return Method(about, {**edits, "fpp.patience": 0, **more})
-
-
-def _after(about: str, prune: str) -> Method:
-  edits = {**_UNFOLDED, "compress.prune": prune, "fpp.attention": "all"}
-  return Method(about, edits, after=True)
-
-
-def _ours(about: str, **more: Any) -> Method:
-  """Returns folding and FPP, with other fields of `fpp`."""
-  changed = {f"fpp.{name}": value for name, value in more.items()}
-
-  def edits(base: Config, level: float | None) -> Edits:
-    # As the presets: where little is to be saved, W_Q and W_K stay dense.
-    assert level is not None
-    return {**FOLDED, **({"fold.groups": 0} if level <= 0.4 else {}), **changed}
-
-  return Method(about, edits)
-
-
-def _rows(base: Config, level: float | None) -> Edits:
-  # As many numbers as one output channel a head: G K = D.
-  config = config_lib.resolve(base)
-  groups = config.model.width // config.model.head_dim  # pyright: ignore
-  return {**FOLDED, "fold.axis": "input", "fold.groups": groups}
-
-
 METHODS: dict[str, Method] = {
-  "dense": Method("the dense twin", {"dense": True}, "fixed"),
-  "dense-again": Method(
-    "the dense twin in two parts, each with a warm-up and a schedule of its own: "
-    "what methods after training would be if they pruned nothing",
-    {"dense": True},
-    "fixed",
-    after=True,
+  "dense": Method(
+    "the dense baseline", lambda base, level: {"dense": True}, has_levels=False
   ),
   "dense-small": Method(
-    "a dense model, narrower: as many parameters as are stored",
-    {"dense": True},
-    "small",
+    "a narrower dense model with as many parameters as the others store",
+    smaller,
   ),
-  "ours": _ours(
-    "folding and FPP: W_V diagonal, above 40% W_Q and W_K at G = 1, the rest by "
+  "ours": Method(
+    "folding and FPP: W_V diagonal, W_Q and W_K at G = 1 above 40%, the rest by "
     "FPP by saliency, whole neurons of feed-forward layers",
+    lambda base, level: folded(level),
   ),
-  "ours-forward": _ours(
-    "as ours, by what the forward pass says alone: the RMS of inputs, and weights",
-    score="relative",
-  ),
-  "ours-weight": _ours(
-    "as ours-forward, but single weights of feed-forward layers, whose arrays "
-    "stay as large",
-    score="relative",
-    granularity="weight",
-  ),
-  "ours-v": Method(
-    "as ours, but W_Q and W_K are pruned and not folded",
-    {**FOLDED, "fold.groups": 0, "fpp.attention": "all"},
+  "ours-weight": Method(
+    "ours by the score `relative`, single weights of feed-forward layers",
+    lambda base, level: {
+      **folded(level),
+      "fpp.score": "relative",
+      "fpp.granularity": "weight",
+    },
   ),
   "fold": Method(
-    "folding alone: G = 1, W_V diagonal",
-    {
-      **FOLDED,
-      **{"fpp.linear": 0.0, "fpp.embedding": 0.0},
-      **{"fpp.overall": None, "fpp.linear_layers": None},
+    "folding alone: W_V diagonal, W_Q and W_K at G = 1",
+    lambda base, level: {
+      "preset": "paper",
+      **_size(None),
+      "fpp.linear": 0.0,
+      "fpp.embedding": 0.0,
     },
-    "fixed",
+    has_levels=False,
   ),
   "fpp": Method(
-    "FPP alone: freeze, then zero, in embeddings, W_O and feed-forward layers",
-    _UNFOLDED,
+    "FPP alone: single weights of embeddings, W_O and feed-forward layers",
+    lambda base, level: unfolded(level),
   ),
-  "fpp-all": Method(
-    "FPP alone, W_Q, W_K and W_V as well", {**_UNFOLDED, "fpp.attention": "all"}
+  "random": Method(
+    "gradual, weights drawn at random",
+    lambda base, level: gradual(level, "random"),
   ),
-  "low-rank-qk": Method(
-    "W_Q and W_K folded to G = 1, which is rank 1 a head, W_V dense, the rest "
-    "by FPP, single weights",
-    {**FOLDED, **_WEIGHTS, "fold.values": "dense"},
+  "magnitude": Method(
+    "gradual magnitude pruning (Zhu and Gupta 2017)",
+    lambda base, level: gradual(level, "magnitude"),
   ),
-  "diagonal-v": Method(
-    "W_V diagonal, W_Q and W_K dense, the rest by FPP",
-    {**FOLDED, "fold.groups": 0},
-  ),
-  "fold-rows": Method(
-    "as ours, but rows of inputs are identical, G = D / K of them", _rows
-  ),
-  "random": _gradual("gradual, weights drawn at random", "random"),
-  "magnitude": _gradual(
-    "gradual magnitude pruning, each array by itself (Zhu and Gupta 2017)",
-    "magnitude",
-  ),
-  "movement": _gradual(
+  "movement": Method(
     "gradual, by -w g summed with a decay of 0.99 (after Sanh et al. 2020)",
-    "movement",
-    decay=0.99,
+    lambda base, level: {**gradual(level, "movement"), "fpp.decay": 0.99},
   ),
-  "saliency": _gradual(
+  "saliency": Method(
     "gradual, by the averaged |w g| (Lee et al. 2019, Molchanov et al. 2019)",
-    "saliency",
+    lambda base, level: gradual(level, "saliency"),
   ),
-  "activation": _gradual(
-    "gradual, by |w| rms(input), the score of Wanda", "activation"
-  ),
-  "relative": _gradual(
-    "gradual, by FPP's default score, after RIA (Zhang et al. 2024)",
-    "relative",
-  ),
-  "neuron": _gradual(
+  "neuron": Method(
     "gradual, whole neurons of feed-forward layers, the rest by weight",
-    "activation",
-    granularity="neuron",
+    lambda base, level: {
+      **gradual(level, "activation"),
+      "fpp.granularity": "neuron",
+    },
   ),
-  "heads": _gradual(
-    "gradual, whole heads and neurons, embeddings by weight (after Michel et al. "
-    "2019)",
-    "activation",
-    granularity="neuron",
-    attention="heads",
+  "heads": Method(
+    "gradual, whole heads and neurons (after Michel et al. 2019)",
+    lambda base, level: {
+      **gradual(level, "activation"),
+      "fpp.granularity": "neuron",
+      "fpp.attention": "heads",
+    },
   ),
-  "magnitude-after": _after(
-    "a trained model, pruned by magnitude at once, then recovered", "magnitude"
+  "wanda": Method(
+    "Wanda on a trained model (Sun et al. 2024), then recovery",
+    lambda base, level: at_once(level, "wanda"),
+    after=True,
   ),
-  "wanda": _after(
-    "a trained model, pruned by Wanda (Sun et al. 2024), then recovered",
-    "wanda",
-  ),
-  "sparsegpt": _after(
-    "a trained model, pruned by SparseGPT (Frantar and Alistarh 2023), then "
-    "recovered",
-    "sparsegpt",
+  "sparsegpt": Method(
+    "SparseGPT on a trained model (Frantar and Alistarh 2023), then recovery",
+    lambda base, level: at_once(level, "sparsegpt"),
+    after=True,
   ),
 }
 
@@ -305,11 +218,9 @@ def pick(*names: str) -> dict[str, Method]:
   """Returns methods by name.
 
   Raises:
-    ConfigError: there is no such method.
+    ConfigError: a name is not in `METHODS`.
   """
   for name in names:
-    require(
-      name in METHODS,
-      f"there is no method {name!r}; there are {', '.join(METHODS)}",
-    )
+    if name not in METHODS:
+      raise ConfigError(f"no method {name!r}; methods: {', '.join(METHODS)}")
   return {name: METHODS[name] for name in names}

@@ -1,294 +1,334 @@
-"""Groups of seeds, and the tables of a study."""
+"""What the finished runs of a study show: a CSV file, tables and plots."""
 
+import csv
 import dataclasses
-import math
+import io
+import os
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
-from folding.reporting import words
-from folding.studies import inference
-from folding.studies.gather import Row
-from folding.studies.study import DENSE, OURS
+import scipy.stats
 
-METRICS = ("accuracy", "bits_per_byte")
-_NEAR = 0.02  # of dense's parameters, that a size may be off its level
+from folding import files
+from folding.reporting import plots
+from folding.reporting.report import duration, percent, table
+from folding.studies.grid import DENSE, OURS, Study, Trial
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-  """The finished runs of one method at one level: one a seed."""
-
-  rows: tuple[Row, ...]
-
-  @property
-  def first(self) -> Row:
-    """The row that stands for what all share."""
-    return self.rows[0]
-
-  def values(self, name: str) -> list[float]:
-    """Returns a figure of those that have it."""
-    found = [getattr(row, name) for row in self.rows]
-    return [float(value) for value in found if value is not None]
-
-  def mean(self, name: str) -> float | None:
-    """Returns the mean of a figure, None where a row lacks it.
-
-    What some seeds did not reach has no mean: that of the others is better.
-    """
-    values = self.values(name)
-    return statistics.fmean(values) if len(values) == len(self.rows) else None
-
-
-class Results:
-  """The rows of a study by data set, method and level.
+class Row:
+  """A finished run.
 
   Attributes:
-    rows: All of them.
-    datasets: Names, in order.
-    methods: {name: what it is}, in order.
-    levels: Fractions to save, rising.
+    dataset: Name of the data set.
+    method: Name of the method.
+    level: Fraction to save; None if the method has one size.
+    seed: Seed of the run.
+    metric: "accuracy" or "bits_per_byte".
+    quality: The metric on the test split.
+    change: Change to the dense run of this seed, negative if worse: in points
+      of accuracy, or in percent of perplexity. None without a dense run.
+    compression: 1 - stored / dense parameters; `dense-small` is compared with
+      the dense run.
+    parameters: Stored (nonzero) parameters.
+    bytes: Stored bytes, masks included.
+    steps: Training steps, those of the dense start included.
+    seconds: Training time, that of the dense start included.
+    device: Device of the run.
+    commit: Commit of the source.
   """
 
-  def __init__(self, rows: Sequence[Row]):
-    self.rows = list(rows)
-    self.datasets = list(dict.fromkeys(row.dataset for row in rows))
-    self.methods = {row.method: row.about for row in rows}
-    self.levels = sorted({r.level for r in rows if r.level is not None})
-    grouped: dict[tuple[str, str, float | None], list[Row]] = {}
-    for row in rows:
-      if row.status == "finished" and row.quality is not None:
-        key = (row.dataset, row.method, row.level)
-        grouped.setdefault(key, []).append(row)
-    self._groups = {key: Group(tuple(g)) for key, g in grouped.items()}
-
-  def group(
-    self, dataset: str, method: str, level: float | None = None
-  ) -> Group | None:
-    """Returns the runs of a method, None where none is finished."""
-    return self._groups.get((dataset, method, level))
-
-  def at(self, dataset: str, level: float | None) -> dict[str, Group]:
-    """Returns {method: group} of a data set at a level; None: of fixed size."""
-    found = {m: self.group(dataset, m, level) for m in self.methods}
-    return {method: group for method, group in found.items() if group}
-
-  def samples(self, dataset: str, level: float) -> dict[str, list[float]]:
-    """Returns {method: figures} of those that are as small as a level says."""
-    return {
-      method: group.values("quality")
-      for method, group in self.at(dataset, level).items()
-      if not is_off(group, level)
-    }
-
-  def all_of(self, dataset: str) -> dict[tuple[str, float | None], Group]:
-    """Returns {(method, level): group} of a data set."""
-    return {
-      (method, level): group
-      for (name, method, level), group in self._groups.items()
-      if name == dataset
-    }
-
-  def is_higher_better(self, dataset: str) -> bool:
-    """Returns whether the data set's figure is an accuracy."""
-    return any(
-      row.metric == "accuracy" for row in self.rows if row.dataset == dataset
-    )
-
-  def beside_dense(self, group: Group) -> tuple[Group, Group] | None:
-    """Returns the runs of a group and of dense that have the same seeds.
-
-    All of both where they have no seed in common, None without the dense model.
-    """
-    dense = self.group(group.first.dataset, DENSE)
-    if dense is None:
-      return None
-    seeds = {r.seed for r in group.rows} & {r.seed for r in dense.rows}
-    if not seeds:
-      return group, dense
-    here, there = (
-      Group(tuple(r for r in g.rows if r.seed in seeds)) for g in (group, dense)
-    )
-    return here, there
-
-  def everywhere(self, method: str, level: float | None) -> list[Group]:
-    """Returns a method's runs at a level, else of its one size.
-
-    A group a data set, of those that have dense runs too.
-    """
-    found = [
-      self.group(d, method, level) or self.group(d, method)
-      for d in self.datasets
-      if self.group(d, DENSE)
-    ]
-    return [group for group in found if group]
-
-  def mean_change(self, groups: Sequence[Group], metric: str) -> float | None:
-    """Returns the mean `change` of the groups that have a metric, if any."""
-    found = [self.change(g) for g in groups if g.first.metric == metric]
-    known = [change for change in found if change is not None]
-    return statistics.fmean(known) if known else None
-
-  def change(self, group: Group) -> float | None:
-    """Returns the change from dense: in points, or of perplexity as a fraction.
-
-    Negative is always worse. None without the dense model.
-    """
-    pair = self.beside_dense(group)
-    if pair is None:
-      return None
-    is_accuracy = group.first.metric == "accuracy"
-    name = "quality" if is_accuracy else "perplexity"
-    here, there = (g.mean(name) for g in pair)
-    assert here is not None and there is not None
-    return 100 * (here - there) if is_accuracy else 1 - here / there
-
-  def ratio(self, group: Group, name: str) -> float | None:
-    """Returns a figure as a multiple of dense's, None where one is missing."""
-    pair = self.beside_dense(group)
-    here, there = (g.mean(name) for g in pair) if pair else (None, None)
-    return here / there if here is not None and there else None
+  dataset: str
+  method: str
+  level: float | None
+  seed: int
+  metric: str
+  quality: float
+  change: float | None
+  compression: float | None
+  parameters: int
+  bytes: int
+  steps: int
+  seconds: float
+  device: str
+  commit: str | None
 
 
-def is_off(group: Group, level: float | None) -> bool:
-  """Returns whether runs have another size than a level says, or a fixed one.
-
-  As of a narrow dense model, whose width is found before the vocabulary is.
-  """
-  size = group.mean("compression")
-  return level is None or size is not None and abs(size - level) > _NEAR
-
-
-def quality_table(results: Results, dataset: str) -> str:
-  """Returns test figures of a data set: a method a row, a level a column."""
-  higher = results.is_higher_better(dataset)
-  levels: list[float | None] = [*results.levels, None]
-  winners = {}
-  for level in results.levels:
-    winners[level] = inference.best(results.samples(dataset, level), higher)
-  rows = []
-  for method in results.methods:
-    cells = []
-    for level in levels:
-      group = results.group(dataset, method, level)
-      text = _figure(group, higher) if group else ""
-      if group and method != DENSE and is_off(group, level):
-        text += f" ({words.percent(group.mean('compression'))})"
-      is_best = level is not None and winners[level] == method
-      cells.append(f"**{text}**" if is_best else text)
-    if any(cells):
-      rows.append([method, *cells])
-  names = [words.level(level) for level in results.levels]
-  return words.table(["", *names, "one size"], rows)
-
-
-def summary_table(results: Results, level: float) -> str:
-  """Returns means over data sets at one level or size; the best comes first."""
-  found = []
-  for method in results.methods:
-    groups = results.everywhere(method, level)
-    if method == DENSE or not groups:
-      continue
-    changes = {m: results.mean_change(groups, m) for m in METRICS}
-    cells = [method, _mean(groups, "compression"), _mean(groups, "qkv")]
-    cells += [change_text(c, metric) for metric, c in changes.items()]
-    for name in ("bytes", "seconds"):
-      ratios = [r for g in groups if (r := results.ratio(g, name)) is not None]
-      cells.append(f"{statistics.fmean(ratios):.2f}" if ratios else "")
-    cells.append(str(len(groups)))
-    order = [-math.inf if c is None else c for c in changes.values()]
-    found.append((order, cells))
-  found.sort(key=lambda pair: pair[0], reverse=True)
-  header = ["", "smaller", "W_Q, W_K, W_V", "accuracy", "perplexity", "bytes"]
-  header += ["time", "data sets"]
-  return words.table(header, [cells for _, cells in found])
-
-
-def cost_table(results: Results, dataset: str, level: float) -> str:
-  """Returns what each method stores and needs, at one level or its own size."""
-  rows = []
-  for method in results.methods:
-    group = results.group(dataset, method, level)
-    group = group or results.group(dataset, method)
-    if group is None:
-      continue
-    rows.append(
-      [
-        method,
-        words.percent(group.mean("compression")),
-        words.percent(group.mean("qkv")),
-        words.count(group.mean("bytes") or 0),
-        words.duration(group.mean("seconds") or 0),
-        _multiple(results, group, "halfway"),
-        words.percent(group.mean("trainable"), 0),
-        _change(results, group),
-      ]
-    )
-  header = ["", "smaller", "W_Q, W_K, W_V", "bytes", "time"]
-  header += ["steps to halfway", "trainable", "to dense"]
-  return words.table(header, rows)
-
-
-def dominators(results: Results, dataset: str, level: float) -> list[str]:
-  """Returns what stores no more than ours at a level and is no worse.
-
-  The best comes first. Other levels of ours are no other method.
-  """
-  points = {}
-  for (method, at), group in results.all_of(dataset).items():
-    if method == OURS and at != level:
-      continue
-    cost, figure = group.mean("bytes"), group.mean("quality")
-    assert cost is not None and figure is not None
-    points[method, at] = (cost, figure)
-  higher = results.is_higher_better(dataset)
-  found = inference.dominators(points, (OURS, level), higher)
-  found.sort(key=lambda key: points[key][1], reverse=higher)
+def collect(study: Study, workdir: str) -> list[Row]:
+  """Returns one row per finished run of a study, in the order of its trials."""
+  trials = study.trials(workdir)
+  results = {t.name: found for t in trials if (found := t.result) is not None}
   return [
-    method if at is None else f"{method} at {words.level(at)}"
-    for method, at in found
+    _row(trial, results)
+    for trial in trials
+    if trial.method is not None and trial.name in results
   ]
 
 
-def change_text(change: float | None, metric: str | None) -> str:
-  """Returns "-1.2 points" of accuracy, or "+3.1%" of perplexity."""
-  signed = signed_change(change, metric)
-  if signed is None:
-    return words.NOTHING
-  return f"{signed:+.1f}{' points' if metric == 'accuracy' else '%'}"
+def _row(trial: Trial, results: dict[str, dict[str, Any]]) -> Row:
+  result = results[trial.name]
+  parts = [result]
+  if trial.start is not None and trial.start.name in results:
+    parts.append(results[trial.start.name])
+  twin = dataclasses.replace(trial, method=DENSE, level=None)
+  dense = results.get(twin.name)
+  metric = "accuracy" if "accuracy" in result["test"] else "bits_per_byte"
+  quality = result["test"][metric]
+  stored = result["parameters"]["overall"]["stored"]
+  change = None
+  # A narrower model is its own dense baseline in `result.json`.
+  full = result["parameters"]["overall"]["dense"]
+  if dense is not None:
+    if metric == "accuracy":
+      change = 100 * (quality - dense["test"][metric])
+    else:
+      ratio = result["test"]["perplexity"] / dense["test"]["perplexity"]
+      change = 100 * (1 - ratio)
+    full = max(full, dense["parameters"]["overall"]["dense"])
+  size = result["bytes"]["overall"]
+  return Row(
+    dataset=trial.dataset,
+    method=trial.method or "",
+    level=trial.level,
+    seed=trial.seed,
+    metric=metric,
+    quality=quality,
+    change=change,
+    compression=1 - stored / full if full else None,
+    parameters=stored,
+    bytes=size["stored"] + size["masks"],
+    steps=sum(part["steps"] for part in parts),
+    seconds=sum(part["seconds"] for part in parts),
+    device=result["device"],
+    commit=result["commit"],
+  )
 
 
-def signed_change(change: float | None, metric: str | None) -> float | None:
-  """Returns a change as it is written: in points, or of perplexity in %.
+def to_csv(rows: Sequence[Row]) -> str:
+  """Returns the rows as CSV; None is an empty cell."""
+  text = io.StringIO()
+  names = [field.name for field in dataclasses.fields(Row)]
+  writer = csv.DictWriter(text, names, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(dataclasses.asdict(row) for row in rows)
+  return text.getvalue()
 
-  So more perplexity is above 0.
+
+def dataset_table(rows: Sequence[Row]) -> str:
+  """Returns the Markdown table of one data set: a line per method and level.
+
+  All figures are means over seeds.
+
+  Args:
+    rows: Rows of one data set.
   """
-  if change is None or metric == "accuracy":
-    return change
-  return -100 * change
+  is_accuracy = rows[0].metric == "accuracy"
+  lines = []
+  for (method, level), group in _grouped(rows).items():
+    quality = _mean(group, "quality") or 0.0
+    lines.append(
+      [
+        method,
+        _level(level),
+        f"{100 * quality:.1f}%" if is_accuracy else f"{quality:.3f}",
+        _signed(_mean(group, "change")),
+        percent(_mean(group, "compression")),
+        f"{_mean(group, 'bytes') or 0:,.0f}",
+        duration(_mean(group, "seconds") or 0),
+        str(len(group)),
+      ]
+    )
+  name = "accuracy" if is_accuracy else "bits per byte"
+  unit = "points" if is_accuracy else "% of perplexity"
+  header = ["", "level", name, f"to dense, {unit}", "smaller"]
+  return table(header + ["bytes", "time", "seeds"], lines)
 
 
-def _mean(groups: Sequence[Group], name: str) -> str:
-  found = [value for g in groups if (value := g.mean(name)) is not None]
-  return words.percent(statistics.fmean(found)) if found else words.NOTHING
+def summary_table(rows: Sequence[Row]) -> str:
+  """Returns a Markdown table of means over data sets and seeds, with a test.
+
+  Per level, each method is compared with `ours` over the pairs (data set, seed)
+  that both have: the mean difference of their changes to dense, and the p value
+  of a two-sided paired t-test, corrected by Holm for the methods of that level.
+
+  Args:
+    rows: Rows of one metric.
+  """
+  lines = []
+  for level in _levels(rows):
+    groups = {
+      method: group
+      for (method, at), group in _grouped(rows).items()
+      if at == level and method != DENSE
+    }
+    tests = {
+      method: paired(group, groups.get(OURS, []))
+      for method, group in groups.items()
+      if method != OURS
+    }
+    known = {m: test.p for m, test in tests.items() if test.p is not None}
+    adjusted = dict(zip(known, holm(list(known.values())), strict=True))
+    for method, group in groups.items():
+      test, p = tests.get(method), adjusted.get(method)
+      lines.append(
+        [
+          method,
+          _level(level),
+          _signed(_mean(group, "change")),
+          percent(_mean(group, "compression")),
+          _signed(test.difference if test else None),
+          "–" if p is None else f"{p:.2g}",
+          str(test.pairs if test else len(group)),
+        ]
+      )
+  header = ["", "level", "to dense", "smaller", f"to {OURS}", "p", "pairs"]
+  return table(header, lines)
 
 
-def _change(results: Results, group: Group) -> str:
-  if group.first.method == DENSE:
-    return words.NOTHING
-  return change_text(results.change(group), group.first.metric)
+@dataclasses.dataclass(frozen=True)
+class Paired:
+  """A paired comparison of two methods.
+
+  Attributes:
+    difference: Mean difference of changes to dense; None without pairs.
+    p: p value of the two-sided paired t-test; None if differences have no
+      spread or there are fewer than two.
+    pairs: Number of pairs.
+  """
+
+  difference: float | None
+  p: float | None
+  pairs: int
 
 
-def _figure(group: Group, is_accuracy: bool) -> str:
-  mean, half = inference.interval(group.values("quality"))
-  if is_accuracy:
-    text = f"{100 * mean:.1f}"
-    return text if half is None else f"{text} ± {100 * half:.1f}"
-  return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+def paired(a: Sequence[Row], b: Sequence[Row]) -> Paired:
+  """Compares two methods over the data sets and seeds that both have."""
+  here, there = (
+    {(r.dataset, r.seed): r.change for r in rows if r.change is not None}
+    for rows in (a, b)
+  )
+  keys = [key for key in here if key in there]
+  first, second = [here[k] for k in keys], [there[k] for k in keys]
+  differences = [x - y for x, y in zip(first, second, strict=True)]
+  if not keys:
+    return Paired(None, None, 0)
+  mean = statistics.fmean(differences)
+  # Rounding alone gives a spread of about 1e-14; scipy warns of that.
+  if len(keys) < 2 or statistics.stdev(differences) < 1e-9:
+    return Paired(mean, None, len(keys))
+  test: Any = scipy.stats.ttest_rel(first, second)
+  return Paired(mean, float(test.pvalue), len(keys))
 
 
-def _multiple(results: Results, group: Group, name: str) -> str:
-  here, ratio = group.mean(name), results.ratio(group, name)
-  if here is None:
-    return words.NOTHING
-  text = words.count(here)
-  return text if ratio is None else f"{text} ({ratio:.2f}x)"
+def holm(values: Sequence[float]) -> list[float]:
+  """Returns p values corrected for their number (Holm 1979).
+
+  Example:
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+  """
+  order = sorted(range(len(values)), key=values.__getitem__)
+  adjusted, highest = [0.0] * len(values), 0.0
+  for rank, i in enumerate(order):
+    highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
+    adjusted[i] = highest
+  return adjusted
+
+
+def write(study: Study, workdir: str) -> str:
+  """Writes `study.csv`, `results.md` and its plots into a study directory.
+
+  Returns:
+    The path of `results.md`.
+  """
+  rows = collect(study, workdir)
+  files.write_file(os.path.join(workdir, "study.csv"), to_csv(rows))
+  total = sum(t.method is not None for t in study.trials(workdir))
+  parts = ["# Results", f"{len(rows)} of {total} runs are finished."]
+  parts += [_legend(study)]
+  for metric, title in (("accuracy", "Accuracy"), ("bits_per_byte", "Text")):
+    chosen = [row for row in rows if row.metric == metric]
+    if not chosen:
+      continue
+    unit = "points" if metric == "accuracy" else "% of perplexity"
+    _draw(chosen, unit, os.path.join(workdir, f"{metric}.png"))
+    parts += [
+      f"## {title}: means over data sets",
+      f"Changes in {unit}; negative is worse. p: paired t-test against `{OURS}`, "
+      "corrected by Holm.",
+      f"![Change to dense against size]({metric}.png)",
+      summary_table(chosen),
+    ]
+    for dataset in dict.fromkeys(row.dataset for row in chosen):
+      own = [row for row in chosen if row.dataset == dataset]
+      parts += [f"## {dataset}", dataset_table(own)]
+  path = os.path.join(workdir, "results.md")
+  files.write_file(path, "\n\n".join(part.strip() for part in parts) + "\n")
+  return path
+
+
+def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+  """Returns {method: points} with `ours` first, then the best at its last level.
+
+  A point is (percent saved, change to dense), both means.
+
+  Args:
+    rows: Rows of one metric.
+  """
+  found: dict[str, list[tuple[float, float]]] = {}
+  for (method, _), group in _grouped(rows).items():
+    size, change = _mean(group, "compression"), _mean(group, "change")
+    if method != DENSE and size is not None and change is not None:
+      found.setdefault(method, []).append((100 * size, change))
+  order = sorted(found, key=lambda m: (m != OURS, -max(found[m])[1]))
+  return {method: sorted(found[method]) for method in order}
+
+
+def _draw(rows: Sequence[Row], unit: str, path: str) -> None:
+  with plots.saved(path) as axes:
+    plots.draw_lines(
+      axes,
+      curves(rows),
+      x_label="smaller than dense (%)",
+      y_label=f"change to dense ({unit})",
+    )
+    for line in axes.lines:  # methods of one size have one point
+      line.set_marker("o")
+
+
+def _legend(study: Study) -> str:
+  return "\n".join(
+    f"- `{name}`: {m.about}" for name, m in study.methods.items()
+  )
+
+
+def _grouped(
+  rows: Sequence[Row],
+) -> dict[tuple[str, float | None], list[Row]]:
+  """Returns {(method, level): rows}, in the order of the rows."""
+  groups: dict[tuple[str, float | None], list[Row]] = {}
+  for row in rows:
+    groups.setdefault((row.method, row.level), []).append(row)
+  return groups
+
+
+def _levels(rows: Sequence[Row]) -> list[float | None]:
+  """Returns the levels in rising order, None first."""
+  return sorted(
+    {row.level for row in rows}, key=lambda x: -1 if x is None else x
+  )
+
+
+def _level(level: float | None) -> str:
+  return "" if level is None else f"{100 * level:g}%"
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+  """Returns the mean of a column, None if any row lacks it."""
+  values = [getattr(row, name) for row in rows]
+  return None if None in values else statistics.fmean(values)
+
+
+def _signed(value: float | None) -> str:
+  return "–" if value is None else f"{value:+.1f}"

@@ -1,156 +1,114 @@
-"""Each method, by the shapes of its model: is it as much smaller as it says?"""
+"""Each method prunes to its level, by the shapes of its model and its rules."""
 
-import dataclasses
+import math
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from folding import config as c
-from folding.schema import ConfigError
-from folding.studies.methods import METHODS, Method, edited, pick, small
-from tests.studies.shapes import count, shapes, smaller
+from folding import paths
+from folding.compression.sites import make_sites
+from folding.errors import ConfigError
+from folding.models.transformer import make_model
+from folding.schema import edited
+from folding.studies import methods
+from folding.training.optimizer import make_rules
 
 VOCAB = 300
 BASES = {
-  "lm": c.Config(
+  task: c.Config(
+    task=task,
     data=c.DataConfig(vocab_size=VOCAB, length=16),
-    model=c.ModelConfig(num_layers=2, width=64, num_heads=8),
-  ),
-  "classify": c.Config(
-    task="classify",
-    data=c.DataConfig(vocab_size=VOCAB, length=16),
-    model=c.ModelConfig(num_layers=2, width=64, num_heads=8, causal=False),
-  ),
+    model=c.ModelConfig(
+      num_layers=2, width=64, num_heads=8, causal=task == "lm"
+    ),
+  )
+  for task in ("lm", "classify")
 }
-AT_LEVEL = [n for n, m in METHODS.items() if m.kind == "level"]
+LEVELED = [name for name, m in methods.METHODS.items() if m.has_levels]
 
 
-@pytest.mark.parametrize(("base", "level"), [("lm", 0.3), ("classify", 0.75)])
-@pytest.mark.parametrize("name", AT_LEVEL)
-def test_a_method_saves_what_its_level_says(name, base, level):
-  config = METHODS[name].config(BASES[base], level, 3, "RUN")
-  config = c.resolve(config)
-  assert config.seed == 3
+def make_config(name, task, level):
+  method = methods.METHODS[name]
+  edits = {"pretrained": "RUN"} if method.after else {}
+  base = edited(BASES[task], edits)
+  return c.resolve(edited(base, method.edits(base, level)))
+
+
+def shapes(config):
+  model = make_model(config, config.data.vocab_size, num_classes=2)
+  tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def count(tree):
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def saved(config, base):
+  """Returns the fraction of the base's dense parameters that a run saves."""
+  found = shapes(config)
+  own_dense, dense = shapes(c.dense_twin(config)), shapes(c.dense_twin(base))
+  rules, leaves = make_rules(config, found, own_dense), paths.flatten(found)
+  zeros = 0
+  for site in make_sites(rules, found):
+    units = math.prod(site.shape)
+    size = sum(math.prod(leaves[name].shape) for name in site.members)
+    zeros += int(rules[site.rule].target * units + 1e-6) * size // units
+  return 1 - (count(found) - zeros) / count(dense)
+
+
+@pytest.mark.parametrize(("task", "level"), [("lm", 0.3), ("classify", 0.75)])
+@pytest.mark.parametrize("name", LEVELED)
+def test_method_saves_its_level(name, task, level):
   # Whole neurons and heads are rounded down; a head is 1/8 of an array.
-  slack = {
-    "heads": 0.06,
-    "neuron": 0.01,
-    **dict.fromkeys(("ours", "ours-forward", "ours-v"), 0.01),
-    **dict.fromkeys(("diagonal-v", "fold-rows"), 0.01),
-  }.get(name, 0.002)
-  assert smaller(config) == pytest.approx(level, abs=slack)
+  slack = {"heads": 0.06, "neuron": 0.01, "ours": 0.01}.get(name, 0.002)
+  config = make_config(name, task, level)
+  base = c.resolve(BASES[task])
+  assert saved(config, base) == pytest.approx(level, abs=slack)
+  assert config.train == base.train
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", AT_LEVEL)
-def test_all_that_a_method_leaves_alone_is_shared(name, base):
-  config = METHODS[name].config(BASES[base], 0.5, 0, "RUN")
-  assert config.model == BASES[base].model
-  assert config.train == BASES[base].train
-  data = dataclasses.replace(config.data, tokenizer="bpe")
-  assert data == BASES[base].data
+def test_methods_of_one_size_fold_alone_or_do_nothing():
+  base = c.resolve(BASES["lm"])
+  assert saved(make_config("dense", "lm", 0.0), base) == 0
+  # W_Q and W_K keep 1 of 8 channels per head, W_V its diagonal.
+  d, heads, layers = 64, 8, 2
+  folded = layers * (2 * (d * d - d * heads) + d * d - d)
+  biases = layers * 2 * (d - heads)  # of W_Q and W_K are folded as well
+  dense = count(shapes(c.dense_twin(base)))
+  found = saved(make_config("fold", "lm", 0.0), base) * dense
+  assert folded <= round(found) <= folded + biases + layers * d
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize(("name", "saved"), [("dense", 0.0), ("fold", None)])
-def test_a_method_of_one_size(name, saved, base):
-  config = c.resolve(METHODS[name].config(BASES[base], None, 0))
-  found = smaller(config)
-  if name == "fold":
-    # W_Q, W_K: K numbers of a column become one; W_V keeps its diagonal.
-    d, h, layers = 64, 8, 2
-    qk = 2 * (d * d - d * h)
-    folded = layers * (qk + d * d - d)
-    assert found >= folded / count(shapes(c.dense_twin(config)))
-    saved = found
-  assert found == pytest.approx(saved, abs=0.002)
+@pytest.mark.parametrize(("level", "groups"), [(0.4, 0), (0.41, 1)])
+def test_ours_folds_queries_and_keys_above_40_percent(level, groups):
+  assert make_config("ours", "lm", level).fold.groups == groups
 
 
-def test_a_method_of_one_size_does_not_prune_as_the_base_does():
-  base = BASES["lm"]
-  fields = {"overall": 0.5, "linear_layers": (0.5, 0.5)}
-  changed = dataclasses.replace(base, fpp=c.FPPConfig(**fields))
-  found = METHODS["fold"].config(changed, None, 0).fpp
-  assert found == METHODS["fold"].config(base, None, 0).fpp
-
-
-@pytest.mark.parametrize(("base", "level"), [("lm", 0.3), ("classify", 0.75)])
-def test_the_small_dense_model_stores_what_a_level_leaves(level, base):
-  base = BASES[base]
-  config = c.resolve(METHODS["dense-small"].config(base, level, 0))
-  assert config.dense
-  assert config.model.head_dim == 8  # as in the large one
-  assert config.model.num_layers == 2
-  large = count(shapes(c.dense_twin(c.resolve(base))))
-  # The nearest feed-forward width: at most half a neuron a layer off.
-  neuron = 2 * config.model.width + 1
-  found = count(shapes(config))
-  assert abs(found - (1 - level) * large) <= neuron * 2 / 2 + 2
-
-
-def test_the_small_dense_model_keeps_its_proportions():
-  model = small(BASES["lm"], 0.5)
+def test_smaller_keeps_head_size_and_proportions():
+  model = make_config("dense-small", "lm", 0.5).model
+  assert model.head_dim == 8
   assert 0.85 < model.mlp_width / (4 * model.width) < 1.35
   assert 0.6 < model.width / 64 < 0.85  # about the root of a half
 
 
-def test_no_dense_model_is_that_small():
-  with pytest.raises(ConfigError, match="no dense model"):
-    small(BASES["lm"], 0.9999)
-
-
-def test_where_little_is_saved_keys_and_queries_stay_dense():
-  def groups(level):
-    return c.resolve(METHODS["ours"].config(BASES["lm"], level, 0)).fold.groups
-
-  assert [groups(x) for x in (0.2, 0.4, 0.41, 0.8)] == [0, 0, 1, 1]
-
-
-def test_rows_store_as_many_numbers_as_columns():
-  def kernels(name):
-    config = c.resolve(METHODS[name].config(BASES["lm"], 0.7, 0))
-    attn = shapes(config)["blocks_0"]["attn"]
-    kernel = {k: v for k, v in attn["q"].items() if "bias" not in k}
-    return max(np.prod(x.shape) for x in jax.tree.leaves(kernel))
-
-  assert kernels("fold-rows") == kernels("ours") == 64 * 8
-
-
 @pytest.mark.parametrize(
-  ("edits", "message"),
+  ("edits", "level", "message"),
   [
-    ({"no.such": 1}, "there is no such"),
-    ({"fpp.no_such": 1}, "no field 'no_such'"),
-    ({"fpp.score": "luck"}, "must be one of"),
-    ({"train.steps.x": 1}, "there is no such"),
+    ({}, 0.9999, "no dense model"),
+    ({"model.mlp_width": (64, 32)}, 0.5, "one mlp_width"),
+    ({"model.num_kv_heads": 2}, 0.5, "num_kv_heads"),
+    ({"pretrained": "RUN"}, 0.5, "checkpoint"),
   ],
 )
-def test_an_edit_of_nothing_is_told(edits, message):
+def test_smaller_refuses_models_without_a_narrower_one(edits, level, message):
   with pytest.raises(ConfigError, match=message):
-    edited(c.Config(), edits)
+    methods.smaller(edited(BASES["lm"], edits), level)
 
 
-def test_edits_that_fail_are_told():
-  base = BASES["lm"]
-
-  def edits(base, level):
-    return {"fold.groups": base.model.head_dim // 2}  # None // 2
-
-  method = Method("whatever", edits)
-  with pytest.raises(ConfigError, match="edits of the method fail: TypeError"):
-    method.config(base, 0.5, seed=0)
-
-
-def test_edits_leave_the_base_alone():
-  base = c.Config()
-  found = edited(base, {"fpp.score": "random", "seed": 5})
-  assert (found.fpp.score, found.seed) == ("random", 5)
-  assert base == c.Config()
-  Method("x", {"fpp.score": "random"}).config(base, 0.5, 1)
-  assert base == c.Config()
-
-
-def test_an_unknown_method_is_told():
-  with pytest.raises(ConfigError, match="no method 'luck'; there are dense,"):
-    pick("dense", "luck")
+def test_pick_refuses_an_unknown_method():
+  assert list(methods.pick("ours", "dense")) == ["ours", "dense"]
+  with pytest.raises(ConfigError, match="no method 'luck'"):
+    methods.pick("dense", "luck")

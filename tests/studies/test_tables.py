@@ -1,176 +1,224 @@
-"""Tables of a study, from a CSV that was written by hand."""
+"""Rows, tables and tests of a study, from results that were written by hand."""
 
+import csv
 import dataclasses
-import statistics
+import io
+import json
+import os
+import pathlib
 
+import numpy as np
 import pytest
 import scipy.stats
 
-from folding.reporting import words
-from folding.studies import page, tables
-from tests.studies.pages import cells_of
+from folding import config as c
+from folding.studies import grid, methods, tables
+
+ROW = tables.Row(
+  dataset="a",
+  method="ours",
+  level=0.5,
+  seed=0,
+  metric="accuracy",
+  quality=0.8,
+  change=-1.0,
+  compression=0.5,
+  parameters=50,
+  bytes=200,
+  steps=10,
+  seconds=3.0,
+  device="cpu",
+  commit=None,
+)
 
 
-def test_a_figure_is_the_mean_with_its_interval(results):
-  cells = cells_of(tables.quality_table(results, "trec"))
-  assert cells[""] == ["30%", "70%", "one size"]
-  half = scipy.stats.t.ppf(0.975, 1) * scipy.stats.sem([90.0, 90.2])
-  assert cells["dense"] == ["", "", f"90.1 ± {half:.1f}"]
-  assert cells["2-of-4"] == ["", "", "87.0 (45.0%)"]
-
-
-def test_only_what_is_significant_is_bold(results):
-  cells = cells_of(tables.quality_table(results, "trec"))
-  # Welch: at 30% p is near 1; at 70% it is below 0.05 with two of two seeds.
-  values = ([0.904, 0.906], [0.88, 0.93])
-  assert scipy.stats.ttest_ind(*values, equal_var=False).pvalue > 0.05
-  values = ([0.896, 0.898], [0.85, 0.851])
-  assert scipy.stats.ttest_ind(*values, equal_var=False).pvalue < 0.05
-  assert "**" not in cells["ours"][0] + cells["magnitude"][0]
-  assert cells["ours"][1].startswith("**89.7 ±")
-  assert "**" not in cells["magnitude"][1]
-
-
-def test_one_seed_makes_nothing_bold(results):
-  table = tables.quality_table(results, "text")
-  assert "**" not in table
-  assert "±" not in table
-  assert cells_of(table)["ours"] == ["2.010", "2.100", ""]
-  assert cells_of(table)["magnitude"] == ["", "2.080", ""]  # one failed
-
-
-def test_costs_are_beside_dense(results):
-  cells = cells_of(tables.cost_table(results, "trec", 0.7))
-  assert cells["ours"] == [
-    *("70.0%", "99.0%", "300", "1 min 24 s", "20 (0.50x)", "60%"),
-    "-0.4 points",
-  ]
-  assert cells["dense"][-1] == "–"
-  assert (
-    cells_of(tables.cost_table(results, "text", 0.7))["ours"][-1] == "+8.0%"
-  )
-
-
-def test_all_data_sets_together_are_means_of_changes(results):
-  cells = cells_of(tables.summary_table(results, 0.7))
-
-  def mean(dataset, method, name, level):
-    values = [
-      getattr(row, name)
-      for row in results.rows
-      if (row.dataset, row.method, row.level) == (dataset, method, level)
-      and row.status == "finished"
-      and row.seed in seeds
-    ]
-    return statistics.fmean(values) if values else None
-
-  assert "dense" not in cells
-  for method, found in list(cells.items())[2:]:
-    level, seeds = (None, {0}) if method == "2-of-4" else (0.7, {0, 1})
-    points = 100 * (
-      mean("trec", method, "quality", level)
-      - mean("trec", "dense", "quality", None)
+def make_rows(changes, method="ours"):
+  """Returns rows of {(dataset, seed): change}."""
+  return [
+    dataclasses.replace(
+      ROW, method=method, dataset=dataset, seed=seed, change=change
     )
-    assert found[2] == f"{points:+.1f} points"
-    here = mean("text", method, "perplexity", level)
-    there = mean("text", "dense", "perplexity", None)
-    more = f"{100 * (here / there - 1):+.1f}%" if here else words.NOTHING
-    assert found[3] == more
-    sizes = [
-      mean(d, method, "bytes", level) / mean(d, "dense", "bytes", None)
-      for d in ("trec", "text")
-      if mean(d, method, "bytes", level)
-    ]
-    assert found[4] == f"{statistics.fmean(sizes):.2f}"
-    assert found[6] == str(len(sizes))
-  best = [float(found[2].split()[0]) for found in list(cells.values())[2:]]
-  assert best == sorted(best, reverse=True)
-
-
-def of_quality(row, quality, seed=None, **fields):
-  seed = row.seed if seed is None else seed
-  return dataclasses.replace(row, quality=quality, seed=seed, **fields)
-
-
-def test_what_is_compared_with_dense_has_its_seeds(results):
-  dense = results.group("trec", "dense").first
-  ours = results.group("trec", "ours", 0.7).first
-  # The seeds in common are 1 and 2; those that one has alone are easy.
-  rows = [
-    of_quality(dense, 0.99, seed=0, seconds=1.0),
-    of_quality(dense, 0.80, seed=1, seconds=10.0),
-    of_quality(dense, 0.82, seed=2, seconds=30.0),
-    of_quality(ours, 0.79, seed=1, seconds=10.0),
-    of_quality(ours, 0.81, seed=2, seconds=20.0),
-    of_quality(ours, 0.99, seed=3, seconds=90.0),
+    for (dataset, seed), change in changes.items()
   ]
-  found = tables.Results(rows)
-  group = found.group("trec", "ours", 0.7)
-  assert found.change(group) == pytest.approx(-1.0)
-  assert found.ratio(group, "seconds") == pytest.approx(15 / 20)
-  assert page.did_not_hold(found) == []  # it is within the limit
-  # No seed in common: all of both.
-  found = tables.Results([rows[0], *rows[3:5]])
-  group = found.group("trec", "ours", 0.7)
-  assert found.change(group) == pytest.approx(100 * (0.80 - 0.99))
 
 
-def test_what_one_seed_never_reached_has_no_mean(results):
-  dense = results.group("trec", "dense").first
-  ours = results.group("trec", "ours", 0.7).first
-  rows = [dataclasses.replace(dense, seed=s, halfway=100.0) for s in (0, 1)]
-  rows += [dataclasses.replace(ours, seed=0, halfway=50.0)]
-  found = tables.Results(
-    [*rows, dataclasses.replace(ours, seed=1, halfway=40.0)]
+def cells(table):
+  """Returns the rows of a Markdown table, each as a list of cells."""
+  lines = [line.strip("|").split("|") for line in table.strip().splitlines()]
+  return [[cell.strip() for cell in line] for line in lines]
+
+
+@pytest.fixture
+def study(tmp_path):
+  """Returns a study with results of a classifier and a language model."""
+  made = grid.Study(
+    {"topics": c.Config(task="classify"), "words": c.Config()},
+    methods.pick("dense", "dense-small", "ours", "wanda"),
+    (0.5,),
+    (0, 1),
   )
-  group = found.group("trec", "ours", 0.7)
-  assert found.ratio(group, "halfway") == pytest.approx(0.45)
-  rows.append(dataclasses.replace(ours, seed=1, halfway=None))
-  found = tables.Results(rows)
-  group = found.group("trec", "ours", 0.7)
-  assert found.ratio(group, "halfway") is None
-  cells = cells_of(tables.cost_table(found, "trec", 0.7))
-  column = cells[""].index("steps to halfway")
-  assert cells["ours"][column] == "–"
-  assert cells["dense"][column] == "100 (1.00x)"
+  for trial in made.trials(str(tmp_path)):
+    if trial.name == "words--ours--50--s1":
+      continue  # not finished
+    is_small = trial.method == "dense-small"
+    dense, stored = (400, 400) if is_small else (1000, 1000)
+    if trial.method in ("ours", "wanda"):
+      stored = 500
+    better = 0.02 * trial.seed if trial.method == "ours" else 0.0
+    accuracy = {"test": {"accuracy": 0.8 + better}}
+    text = {"test": {"bits_per_byte": 2.0, "perplexity": 8.0 * (1 - better)}}
+    values = accuracy if trial.dataset == "topics" else text
+    result = {
+      "finished": True,
+      "steps": 60 if trial.method is None else 40,
+      "seconds": 2.0,
+      "device": "cpu",
+      "commit": "c6086e3",
+      "parameters": {"overall": {"dense": dense, "stored": stored}},
+      "bytes": {"overall": {"dense": 4000, "stored": 2000, "masks": 30}},
+      **values,
+    }
+    os.makedirs(trial.run)
+    path = pathlib.Path(trial.run, "result.json")
+    path.write_text(json.dumps(result), encoding="utf-8")
+  return made
 
 
-def test_what_missed_its_level_says_so_and_is_not_tested(results):
-  dense = results.group("trec", "dense").first
-  ours = results.group("trec", "ours", 0.7).first
-  rows = [of_quality(dense, 0.9 + s / 1000, s) for s in range(3)]
-  for method, quality, size in (
-    ("ours", 0.8, 0.7),
-    ("small", 0.85, 0.68),
-    ("large", 0.9, 0.6),
-  ):
-    rows += [
-      of_quality(ours, quality + s / 1000, s, method=method, compression=size)
-      for s in range(3)
-    ]
-  cells = cells_of(tables.quality_table(tables.Results(rows), "trec"))
-  assert cells["ours"][0] == "80.1 ± 0.2"
-  assert cells["small"][0] == "**85.1 ± 0.2**"
-  assert cells["large"][0] == "90.1 ± 0.2 (60.0%)"
+def test_collect_compares_runs_with_dense_of_their_seed(study, tmp_path):
+  rows = tables.collect(study, str(tmp_path))
+  found = {(r.dataset, r.method, r.seed): r for r in rows}
+  assert len(found) == len(rows) == 15
+  assert ("words", "ours", 1) not in found
+  ours = found["topics", "ours", 1]
+  assert ours.change == pytest.approx(2.0)  # points
+  assert (ours.compression, ours.parameters, ours.bytes) == (0.5, 500, 2030)
+  assert found["topics", "dense-small", 0].compression == pytest.approx(0.6)
+  assert found["words", "ours", 0].change == pytest.approx(0.0)
+  assert found["words", "wanda", 0].steps == 100  # with its start
+  assert found["words", "wanda", 0].seconds == 4.0
 
 
-def test_equal_means_differ_by_rounding_alone(results):
-  dense = results.group("trec", "dense").first
-  ours = results.group("trec", "ours", 0.3).first
-  here, there = (955 / 1066, 953 / 1066), (954 / 1066, 954 / 1066)
-  assert statistics.fmean(here) < statistics.fmean(there)
-  rows = [of_quality(dense, q, i) for i, q in enumerate(there)]
-  rows += [of_quality(ours, q, i) for i, q in enumerate(here)]
-  assert page.did_not_hold(tables.Results(rows)) == []
+def test_collect_measures_perplexity_in_percent(study, tmp_path):
+  path = tmp_path / "runs" / "words--ours--50--s0" / "result.json"
+  result = json.loads(path.read_text())
+  result["test"]["perplexity"] = 9.0  # dense has 8
+  path.write_text(json.dumps(result))
+  rows = tables.collect(study, str(tmp_path))
+  (row,) = (r for r in rows if (r.dataset, r.method) == ("words", "ours"))
+  assert row.change == pytest.approx(-12.5)
 
 
-def test_what_trains_and_is_stored_can_fail_to_hold_too(results):
-  dense = results.group("trec", "dense").first
-  ours = of_quality(results.group("trec", "ours", 0.7).first, 0.95, linear=0.6)
-  every = [dense, dataclasses.replace(ours, qkv=0.99, trainable=1.0)]
-  assert page.did_not_hold(tables.Results(every)) == [
-    "trec, 70%: no fewer parameters train",
-    "linear layers are 60.0% smaller, not 70%",
+def test_write_leaves_a_csv_a_page_and_a_plot_per_metric(study, tmp_path):
+  page = pathlib.Path(tables.write(study, str(tmp_path))).read_text()
+  assert "15 of 16 runs" in page
+  for name in ("topics", "words"):
+    assert f"\n## {name}\n" in page
+  for name in ("accuracy.png", "bits_per_byte.png"):
+    assert f"({name})" in page
+    assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+  text = (tmp_path / "study.csv").read_text()
+  records = list(csv.DictReader(io.StringIO(text)))
+  rows = tables.collect(study, str(tmp_path))
+  assert [r["method"] for r in records] == [r.method for r in rows]
+  assert records[0]["level"] == ""
+  assert float(records[0]["quality"]) == rows[0].quality
+
+
+def test_dataset_table_has_means_over_seeds():
+  rows = make_rows({("a", 0): 1.0, ("a", 1): 2.0})
+  rows[1] = dataclasses.replace(rows[1], quality=0.9, bytes=400)
+  *_, line = cells(tables.dataset_table(rows))
+  assert line == [
+    "ours",
+    "50%",
+    "85.0%",
+    "+1.5",
+    "50.0%",
+    "300",
+    "0:00:03",
+    "2",
   ]
-  fewer = dataclasses.replace(ours, qkv=0.99, trainable=0.9, linear=0.7)
-  assert page.did_not_hold(tables.Results([dense, fewer])) == []
+
+
+def test_paired_is_the_t_test_over_common_data_sets_and_seeds():
+  rng = np.random.default_rng(0)
+  keys = [(dataset, seed) for dataset in "abc" for seed in (0, 1)]
+  a = dict(zip(keys, rng.normal(size=6).tolist(), strict=True))
+  b = dict(zip(keys, rng.normal(1.0, 1.0, size=6).tolist(), strict=True))
+  rows_b = make_rows(dict(reversed([*b.items(), (("d", 0), 50.0)])))
+  found = tables.paired(make_rows(a), rows_b)
+  differences = np.array([a[key] - b[key] for key in keys])
+  t = differences.mean() / (differences.std(ddof=1) / np.sqrt(6))
+  assert found.pairs == 6
+  assert found.difference == pytest.approx(differences.mean())
+  assert found.p == pytest.approx(2 * scipy.stats.t.sf(abs(t), 5))
+
+
+@pytest.mark.parametrize(
+  ("a", "b", "expected"),
+  [
+    ({("a", 0): 1.0}, {("b", 0): 1.0}, (None, None, 0)),
+    ({("a", 0): 1.0}, {("a", 0): 3.0}, (-2.0, None, 1)),
+    ({("a", 0): 0.3, ("a", 1): 0.1 + 0.2}, {("a", 0): 0, ("a", 1): 0}, None),
+  ],
+)
+def test_paired_without_spread_has_no_p(a, b, expected):
+  found = tables.paired(
+    make_rows(a), make_rows({k: float(v) for k, v in b.items()})
+  )
+  assert found.p is None
+  if expected is not None:
+    assert dataclasses.astuple(found) == expected
+
+
+def test_holm_is_the_closure_of_bonferroni():
+  # All 2^n intersections: p = min over subsets' Bonferroni maxima.
+  values = [0.01, 0.04, 0.03, 0.2]
+  subsets = [
+    [j for j in range(4) if mask >> j & 1] for mask in range(1, 1 << 4)
+  ]
+  expected = [
+    max(min(1.0, len(s) * min(values[j] for j in s)) for s in subsets if i in s)
+    for i in range(4)
+  ]
+  assert tables.holm(values) == pytest.approx(expected)
+
+
+def test_summary_table_tests_each_level_against_ours():
+  a = {("a", 0): -1.0, ("a", 1): -1.1, ("b", 0): -0.9}
+  worse = {key: value - 2.0 - 0.1 * key[1] for key, value in a.items()}
+  other = {key: value - 1.0 - 0.1 * key[1] for key, value in a.items()}
+  rows = [
+    *make_rows(a),
+    *make_rows(worse, "random"),
+    *make_rows(other, "fpp"),
+    *make_rows({key: 0.0 for key in a}, "dense"),
+  ]
+  table = cells(tables.summary_table(rows))
+  found = {line[0]: line[1:] for line in table[2:]}
+  assert set(found) == {"ours", "random", "fpp"}
+  assert found["ours"] == ["50%", "-1.0", "50.0%", "–", "–", "3"]
+  assert found["random"][3] == "-2.0"
+  alone = [
+    tables.paired(make_rows(x), make_rows(a)).p or 0.0 for x in (worse, other)
+  ]
+  expected = tables.holm(alone)
+  assert float(found["random"][4]) == pytest.approx(expected[0], rel=0.05)
+  assert float(found["fpp"][4]) == pytest.approx(expected[1], rel=0.05)
+
+
+def test_curves_are_means_with_ours_first_then_the_best():
+  rows = make_rows({("a", 0): -9.0, ("b", 0): -7.0})
+  for name, change in (("fpp", -3.0), ("heads", -2.0)):
+    rows += make_rows({("a", 0): change}, name)
+    small = make_rows({("a", 0): -10 * change}, name)
+    rows += [
+      dataclasses.replace(row, level=0.3, compression=0.3) for row in small
+    ]
+  rows += make_rows({("a", 0): 0.0}, "dense")
+  found = tables.curves(rows)
+  assert list(found.items()) == [
+    ("ours", [(50.0, -8.0)]),
+    ("heads", [(30.0, 20.0), (50.0, -2.0)]),
+    ("fpp", [(30.0, 30.0), (50.0, -3.0)]),
+  ]

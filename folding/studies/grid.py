@@ -1,0 +1,543 @@
+"""A study: a grid of runs, and the engines that train it.
+
+A study directory holds `runs/` (run directories) and `logs/` (what each run
+printed), both by the name of the run. A run is finished if its `result.json`
+says so; everything else is trained, or resumed, by the next call.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import multiprocessing
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, runtime_checkable
+
+from folding import config as config_lib
+from folding import files
+from folding.config import Config
+from folding.errors import ConfigError
+from folding.schema import edited, reason
+from folding.studies.methods import Method
+from folding.training import run_dir
+
+DENSE = "dense"  # the baseline of every comparison
+OURS = "ours"  # the method that the others are tested against
+DENSE_PART = "dense-part"  # the dense start of methods after training
+_POLL_SECONDS = 0.5
+_SAVE_SECONDS = 120.0  # for stopped runs to save
+_RETRIES = 3  # of a run whose node died
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """A grid of runs. A study file has `get_study()`, which returns one.
+
+  Attributes:
+    datasets: {name: base config}: task, data, model, steps and whatever else
+      the methods leave alone.
+    methods: {name: method}, "dense" among them; see `methods.pick`.
+    levels: Fractions of the dense baseline's parameters to save.
+    seeds: One run each.
+    pretrain: Fraction of the steps in which the dense model is trained that a
+      method after training starts from.
+
+  Raises:
+    ConfigError: a name, a level or a seed is not valid.
+
+  Example:
+    >>> from folding.studies.methods import pick
+    >>> study = Study({"text": Config()}, pick("dense", "ours"), (0.7,), (0, 1))
+    >>> [trial.name for trial in study.trials("DIR")]
+    ['text--dense--s0', 'text--ours--70--s0', 'text--dense--s1', \
+'text--ours--70--s1']
+  """
+
+  datasets: Mapping[str, Config]
+  methods: Mapping[str, Method]
+  levels: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8)
+  seeds: tuple[int, ...] = (0, 1, 2)
+  pretrain: float = 0.6
+
+  def __post_init__(self):
+    if not self.datasets or not self.seeds:
+      raise ConfigError("a study needs a data set and a seed")
+    if DENSE not in self.methods or DENSE_PART in self.methods:
+      raise ConfigError(
+        f"a study needs a method {DENSE!r}, and none called {DENSE_PART!r}"
+      )
+    for name in (*self.datasets, *self.methods):
+      if not re.fullmatch(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*", name):
+        raise ConfigError(
+          f"{name!r} names a folder: use letters, digits and single -, _ or ."
+        )
+    for value in (*self.levels, self.pretrain):
+      if not (isinstance(value, float) and 0 < value < 1):
+        raise ConfigError(f"not a fraction between 0 and 1: {value!r}")
+    for seed in self.seeds:
+      if type(seed) is not int:
+        raise ConfigError(f"not an integer seed: {seed!r}")
+    shown = [_percent(level) for level in self.levels]
+    if len(set(shown)) < len(shown):
+      raise ConfigError(f"two levels have one name: {', '.join(shown)}")
+
+  def trials(self, workdir: str) -> list["Trial"]:
+    """Returns the runs in order: shared starts, then seed by seed.
+
+    Args:
+      workdir: The study directory.
+    """
+    starts: dict[str, Trial] = {}
+    rest: list[Trial] = []
+    for seed in self.seeds:
+      for dataset in self.datasets:
+        base = Trial(self, os.path.abspath(workdir), dataset, None, seed)
+        for name, method in self.methods.items():
+          if method.after:
+            starts[base.name] = base
+          levels = self.levels if method.has_levels else (None,)
+          rest += [
+            dataclasses.replace(base, method=name, level=level)
+            for level in levels
+          ]
+    return [*starts.values(), *rest]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One run of a study.
+
+  Attributes:
+    study: The study.
+    workdir: Its directory, absolute.
+    dataset: Name of the data set.
+    method: Name of the method; None: the dense start of methods after training.
+    seed: Seed of the run.
+    level: Fraction to save; None if the method has one size.
+  """
+
+  study: Study
+  workdir: str
+  dataset: str
+  method: str | None
+  seed: int
+  level: float | None = None
+
+  @property
+  def name(self) -> str:
+    """Name of the run and its directory."""
+    level = [] if self.level is None else [_percent(self.level)]
+    method = self.method or DENSE_PART
+    return "--".join([self.dataset, method, *level, f"s{self.seed}"])
+
+  @property
+  def run(self) -> str:
+    """The run directory."""
+    return os.path.join(self.workdir, "runs", self.name)
+
+  @property
+  def log(self) -> str:
+    """The file with what the run prints."""
+    return os.path.join(self.workdir, "logs", f"{self.name}.log")
+
+  @property
+  def start(self) -> "Trial | None":
+    """The run that must finish first."""
+    if self.method is None or not self.study.methods[self.method].after:
+      return None
+    return dataclasses.replace(self, method=None, level=None)
+
+  @property
+  def result(self) -> dict[str, Any] | None:
+    """Contents of the run's `result.json`, None if it is not finished."""
+    done = run_dir.is_finished(self.run)
+    return run_dir.read_result(self.run) if done else None
+
+  def config(self) -> Config:
+    """Returns the config of the run.
+
+    Raises:
+      ConfigError: an edit names no field or has a wrong type.
+    """
+    base = self.study.datasets[self.dataset]
+    steps = base.train.steps
+    part = max(1, round(self.study.pretrain * steps))
+    if self.method is None:
+      edits = {"dense": True, "seed": self.seed, "train.steps": part}
+      return edited(base, edits)
+    if self.start is not None:
+      edits = {
+        "pretrained": self.start.run,
+        "data.tokenizer": os.path.join(self.start.run, "tokenizer.json"),
+        "train.steps": max(1, steps - part),
+        # Continue in the data; repeated batches would be overfitted.
+        "data.first_batch": base.data.first_batch + part,
+      }
+      base = edited(base, edits)
+    edits = self.study.methods[self.method].edits(base, self.level or 0.0)
+    return edited(base, {**edits, "seed": self.seed})
+
+
+def load_study(where: str) -> Study:
+  """Returns the study of a file.
+
+  Args:
+    where: "FILE.py", or "FILE.py:ARGUMENT" to call get_study(ARGUMENT).
+
+  Raises:
+    ConfigError: there is no such file, or it returns no `Study`.
+  """
+  study = files.call_in_file(where, "get_study")
+  if not isinstance(study, Study):
+    raise ConfigError(f"get_study() of {where!r} returns no Study")
+  return study
+
+
+@runtime_checkable
+class Engine(Protocol):
+  """Trains runs somewhere.
+
+  Attributes:
+    limit: Number of runs to submit at a time.
+  """
+
+  limit: float
+
+  def submit(self, config: Config, trial: Trial) -> futures.Future:
+    """Starts a run; the result is why it failed, "" if it did not."""
+    ...
+
+  def stop(self) -> None:
+    """Stops the runs that were submitted; each saves a checkpoint."""
+    ...
+
+
+class Pool:
+  """Processes on this machine, one per run, each with its share of the cores.
+
+  Args:
+    jobs: Number of runs at a time.
+
+  Attributes:
+    limit: As jobs.
+    processes: {run that was submitted: its process}.
+
+  Raises:
+    ConfigError: jobs is below 1.
+  """
+
+  def __init__(self, jobs: int = 1):
+    if jobs < 1:
+      raise ConfigError(f"jobs must be at least 1; it is {jobs}")
+    self.limit: float = jobs
+    cores: list[int] = []
+    if hasattr(os, "sched_getaffinity"):  # Linux
+      cores = sorted(os.sched_getaffinity(0))
+    self._shares = [cores[slot::jobs] or cores for slot in range(jobs)]
+    self._slots: dict[futures.Future, int] = {}
+    self.processes: dict[futures.Future, BaseProcess] = {}
+    # Runs that differ in the seed share their compiled programs.
+    self._compiled = tempfile.TemporaryDirectory()
+
+  def submit(self, config: Config, trial: Trial) -> futures.Future:
+    """See `Engine`."""
+    busy = {slot for f, slot in self._slots.items() if not f.done()}
+    slot = min(set(range(len(self._shares))) - busy)
+    # An executor of one process per run: a run that is killed breaks no other,
+    # and all its memory is returned.
+    context = multiprocessing.get_context("spawn")
+    executor = futures.ProcessPoolExecutor(1, context, _end_with_parent)
+    before = set(multiprocessing.active_children())
+    with _inherited(self._shares[slot]):
+      future = executor.submit(
+        train, config, trial.run, trial.log, self._compiled.name
+      )
+    executor.shutdown(wait=False)
+    (process,) = set(multiprocessing.active_children()) - before
+    self._slots[future], self.processes[future] = slot, process
+    return future
+
+  def stop(self) -> None:
+    """See `Engine`."""
+    running = [f for f in self.processes if not f.done()]
+    try:
+      for future in running:
+        self.processes[future].terminate()
+      futures.wait(running, timeout=_SAVE_SECONDS)
+    finally:
+      for future in running:
+        self.processes[future].kill()
+      self._compiled.cleanup()
+
+
+class Ray:
+  """Tasks of a Ray cluster: the one that `ray start` made, or a local one.
+
+  All hosts see the study directory under the same path. A run is repeated if
+  its node dies; it resumes from its newest checkpoint.
+
+  Args:
+    cpus: Cores per run.
+    gpus: GPUs per run, each used by one run at a time. None: 1 if the cluster
+      has any.
+    limit: Number of runs at a time, at most; Ray queues what does not fit.
+
+  Raises:
+    ConfigError: Ray is not installed, or the cluster has too few cores or GPUs.
+  """
+
+  def __init__(
+    self,
+    cpus: float = 1.0,
+    gpus: float | None = None,
+    limit: float = math.inf,
+  ):
+    if limit < 1:
+      raise ConfigError(f"jobs must be at least 1; it is {limit}")
+    self.limit = limit
+    try:
+      import ray
+    except ImportError as error:
+      raise ConfigError(
+        "engine 'ray' needs Ray: pip install 'folding-jax[ray]'"
+      ) from error
+    self._ray = ray
+    self._references: dict[futures.Future, Any] = {}
+    self._is_ours = not ray.is_initialized()
+    if self._is_ours:
+      ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    total = ray.cluster_resources()
+    gpus = min(1.0, total.get("GPU", 0)) if gpus is None else gpus
+    for name, asked in (("CPU", cpus), ("GPU", gpus)):
+      if asked > total.get(name, 0):
+        self.stop()
+        raise ConfigError(
+          f"a run asks for {asked:g} {name}; the cluster has "
+          f"{total.get(name, 0):g}"
+        )
+    # A process per run (max_calls), so that all its memory is returned.
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_calls": 1}
+    self._train = ray.remote(max_retries=_RETRIES, **options)(train)
+
+  def submit(self, config: Config, trial: Trial) -> futures.Future:
+    """See `Engine`."""
+    reference = self._train.remote(config, trial.run, trial.log)
+    future = reference.future()
+    self._references[future] = reference
+    return future
+
+  def stop(self) -> None:
+    """See `Engine`."""
+    running = [f for f in self._references if not f.done()]
+    for future in running:
+      self._ray.cancel(self._references[future])  # as Ctrl-C in the task
+    futures.wait(running, timeout=_SAVE_SECONDS)
+    if self._is_ours:
+      self._ray.shutdown()
+
+
+def train(config: Config, workdir: str, log: str, compiled: str = "") -> str:
+  """Trains or resumes a run in this process.
+
+  Args:
+    config: Config of the run.
+    workdir: Run directory.
+    log: File that takes what the run prints.
+    compiled: Folder for compiled programs; "": none.
+
+  Returns:
+    Why the run failed in one line, "" if it did not.
+  """
+  import jax
+
+  from folding.training import loop
+
+  if compiled and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", compiled)
+  with (
+    open(log, "a", encoding="utf-8") as file,
+    contextlib.redirect_stdout(file),
+    contextlib.redirect_stderr(file),
+  ):
+    try:
+      _wait_until_free(workdir)
+      loop.run(config, workdir)
+    except Exception as error:
+      traceback.print_exc()
+      return reason(error)
+  return ""
+
+
+def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
+  """Trains what is not finished, with one line per run on standard output.
+
+  Args:
+    study: The runs.
+    workdir: Study directory; made if need be.
+    engine: Where runs are trained; stopped in the end.
+
+  Returns:
+    {run: why it failed}.
+
+  Raises:
+    ConfigError: the directory holds finished runs of other configs.
+    KeyboardInterrupt: SIGINT or SIGTERM arrived. Runs have saved; the next call
+      resumes them.
+  """
+  trials = study.trials(workdir)
+  failed: dict[str, str] = {}
+  todo = [trial for trial in trials if not _is_finished(trial)]
+  total, over = len(trials), len(trials) - len(todo)
+  for folder in ("runs", "logs"):
+    os.makedirs(os.path.join(workdir, folder), exist_ok=True)
+
+  def close(trial: Trial, error: str = "") -> None:
+    nonlocal over
+    over += 1
+    if not error and trial.result is None:
+      error = "stopped before its end"
+    if error:
+      failed[trial.name] = error
+    text = f"failed: {error}" if error else _outcome(trial)
+    print(f"[{over}/{total}] {trial.name}: {text}", flush=True)
+
+  running: dict[futures.Future, Trial] = {}
+  with _stop_signal() as stopped:
+    try:
+      while (todo or running) and not stopped():
+        for trial in list(todo):
+          start = trial.start
+          if len(running) >= engine.limit:
+            break
+          if start and start.name in failed:
+            todo.remove(trial)
+            close(trial, f"{start.name}, which it starts from, failed")
+          elif start is None or start.result is not None:
+            todo.remove(trial)
+            try:
+              config = trial.config()
+              config_lib.resolve(config)  # fails here in no time
+              future = engine.submit(config, trial)
+            except Exception as error:  # edits are the user's code
+              close(trial, reason(error))
+            else:
+              running[future] = trial
+        done, _ = futures.wait(
+          running, timeout=_POLL_SECONDS, return_when=futures.FIRST_COMPLETED
+        )
+        for future in done:
+          trial = running.pop(future)
+          try:
+            close(trial, future.result())
+          except Exception as error:  # its process was killed
+            close(trial, reason(error))
+    finally:
+      engine.stop()
+    if stopped():
+      raise KeyboardInterrupt
+  return failed
+
+
+def _is_finished(trial: Trial) -> bool:
+  """Returns whether a run is finished; raises if it has another config."""
+  if trial.result is None:
+    return False
+  now = config_lib.resolve(trial.config())
+  now = dataclasses.replace(now, distributed="none")  # as the run keeps it
+  run_dir.config_to_continue(trial.run, now)
+  return True
+
+
+def _outcome(trial: Trial) -> str:
+  result: dict[str, Any] = trial.result or {}
+  test = result["test"]
+  name = "accuracy" if "accuracy" in test else "bits_per_byte"
+  stored = result["parameters"]["overall"]["stored"]
+  return (
+    f"{name} {test[name]:.4f}, {stored:,} parameters, {result['seconds']:.0f} s"
+  )
+
+
+def _percent(level: float) -> str:
+  return f"{100 * level:g}"
+
+
+def _wait_until_free(workdir: str, seconds: float = 60.0) -> None:
+  """Waits for the process of a lost node to let go of a run directory."""
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    with contextlib.suppress(ConfigError), run_dir.held(workdir):
+      return
+    time.sleep(1.0)
+
+
+def _end_with_parent() -> None:
+  """Stops this process when its parent is gone, however that ended."""
+
+  def watch():
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+      parent.join()
+    while True:  # the first signal lets a run save, the next ends the process
+      signal.raise_signal(signal.SIGTERM)
+      time.sleep(_POLL_SECONDS)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _inherited(cores: list[int]) -> Iterator[None]:
+  """Lets processes that are started inherit cores, and no Ctrl-C.
+
+  Cores are set before the process starts, as libraries count them then. Ctrl-C
+  is for this process, which stops its runs in turn.
+  """
+  is_main = threading.current_thread() is threading.main_thread()
+  before = os.sched_getaffinity(0) if cores else None
+  handler = signal.getsignal(signal.SIGINT)
+  try:
+    if cores:
+      os.sched_setaffinity(0, cores)
+    if is_main:
+      signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+  finally:
+    if before is not None:
+      os.sched_setaffinity(0, before)
+    if is_main:
+      signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+  """Yields a function that returns whether SIGINT or SIGTERM has arrived.
+
+  A second Ctrl-C ends the process at once.
+  """
+  arrived: list[int] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda: False
+    return
+  signals = (signal.SIGINT, signal.SIGTERM)
+  before = {number: signal.getsignal(number) for number in signals}
+
+  def stop(number: int, _: Any) -> None:
+    arrived.append(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  try:
+    for number in signals:
+      signal.signal(number, stop)
+    yield lambda: bool(arrived)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
