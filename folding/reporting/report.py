@@ -1,7 +1,4 @@
-"""The report of one run: `report.json`, `report.md` and its plots.
-
-Nothing here imports jax: a run of a cluster can be read on a laptop.
-"""
+"""The report of one run: `report.json`, `report.md` and its plots."""
 
 import dataclasses
 import datetime
@@ -15,6 +12,7 @@ from typing import Any
 from folding import config as config_lib
 from folding import files, schema
 from folding.errors import ConfigError
+from folding.training import run_dir
 
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
@@ -88,9 +86,6 @@ class Run:
 def load_run(workdir: str) -> Run:
   """Reads a run directory.
 
-  The incomplete last line that a killed process leaves in `metrics.jsonl` is
-  ignored. If a resumed run logged a step again, the later record counts.
-
   Raises:
     ConfigError: the folder is not a run, or one of its files is damaged.
   """
@@ -101,7 +96,7 @@ def load_run(workdir: str) -> Run:
     if not (folder / name).is_file():
       raise ConfigError(f"{workdir!r} is not a run directory: it has no {name}")
   config = config_lib.load(str(folder / "config.json"))
-  records = _read_metrics(str(folder / "metrics.jsonl"))
+  records = run_dir.read_metrics(str(folder / "metrics.jsonl"))
   path = str(folder / "result.json")
   values = files.read_json(path, dict)
   if values.get("schema") != SCHEMA:
@@ -263,26 +258,6 @@ def _test(result: Mapping[str, Any], task: str) -> dict[str, Any] | None:
     interval = correct.proportion_ci(method="wilson")
     test |= {"accuracy_low": interval.low, "accuracy_high": interval.high}
   return test
-
-
-def _read_metrics(path: str) -> list[dict[str, Any]]:
-  """Returns the last record of each split and step, by rising step."""
-  with open(path, encoding="utf-8", errors="replace") as file:
-    lines = file.readlines()
-  records = {}
-  for number, line in enumerate(lines, start=1):
-    try:
-      record = json.loads(line)
-      key = (record["split"], int(record["step"]))
-      float(record["loss"])
-    except (ValueError, KeyError, TypeError) as error:
-      if not line.endswith("\n"):
-        break  # only the last line can be incomplete
-      raise ConfigError(
-        f"{path!r} is damaged at line {number}: {schema.reason(error)}"
-      ) from error
-    records[key] = record
-  return [records[key] for key in sorted(records, key=lambda key: key[1])]
 
 
 def _draw(run: Run) -> dict[str, str]:

@@ -168,19 +168,33 @@ def load_labels(workdir: str) -> tuple[str, ...]:
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-  """Returns the records of `metrics.jsonl`, up to a half-written line.
+  """Returns the records of `metrics.jsonl`, without a half-written last line.
+
+  Each has "split" ("train" or "valid"), "step" and "loss", among others.
 
   Args:
     path: The file; it may not exist.
+
+  Raises:
+    ConfigError: a line is damaged.
   """
+  if not os.path.exists(path):
+    return []
   records = []
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      for line in file:
-        try:
-          records.append(json.loads(line))
-        except ValueError:
-          break
+  with open(path, encoding="utf-8", errors="replace") as file:
+    for number, line in enumerate(file, start=1):
+      try:
+        record = json.loads(line)
+        if record["split"] not in ("train", "valid"):
+          raise ValueError(f"the split is {record['split']!r}")
+        record |= {"step": int(record["step"]), "loss": float(record["loss"])}
+      except (ValueError, KeyError, TypeError) as error:
+        if not line.endswith("\n"):
+          break  # the last line, half-written
+        raise ConfigError(
+          f"{path} is damaged at line {number}: {type(error).__name__}: {error}"
+        ) from error
+      records.append(record)
   return records
 
 

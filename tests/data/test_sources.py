@@ -333,7 +333,7 @@ def test_max_bytes_keeps_whole_texts_of_every_class(tmp_path):
   sizes = {
     s: sum(len(t.encode()) for t in texts.texts[s]) for s in sources.SPLITS
   }
-  assert 290 <= sizes["train"] <= 300
+  assert sizes["train"] == 300
   assert 27 <= sizes["valid"] <= 37
   assert set(texts.labels["train"].tolist()) == {0, 1, 2}
   assert set(pairs(texts)) <= set(pairs(full))

@@ -159,14 +159,25 @@ def test_commit_of_an_installed_copy_is_not_that_around_it(tmp_path):
   assert found.stdout.strip() == "None"
 
 
-RECORDS = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": math.inf}]
+RECORDS = [
+  {"split": "train", "step": 1, "loss": 2.5},
+  {"split": "valid", "step": 2, "loss": math.inf},
+]
 
 
-@pytest.mark.parametrize(
-  "torn", ["", "{", '{"step": 3', '{"step"\n{"step": 4}\n']
-)
+@pytest.mark.parametrize("torn", ["", "{", '{"split": "valid", "st'])
 def test_read_metrics_ends_at_a_half_written_line(tmp_path, torn):
   path = tmp_path / "metrics.jsonl"
   assert run_dir.read_metrics(str(path)) == []
   path.write_text("".join(json.dumps(r) + "\n" for r in RECORDS) + torn)
   assert run_dir.read_metrics(str(path)) == RECORDS
+
+
+@pytest.mark.parametrize(
+  "line", ["{", "1", "null", '{"step": 3, "loss": 1}', "{}"]
+)
+def test_read_metrics_refuses_a_damaged_line(tmp_path, line):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(f"{json.dumps(RECORDS[0])}\n{line}\n")
+  with pytest.raises(ConfigError, match="line 2"):
+    run_dir.read_metrics(str(path))
