@@ -5,14 +5,14 @@ RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
 """
 
 import contextlib
+import gc
+import io
 import json
 import logging
 import math
 import os
 import pathlib
 import shutil
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from folding.config import Config
 from folding.data.tokenizers import Tokenizer
-from folding.errors import ConfigError, TrainingError
+from folding.errors import ConfigError, TrainingError, first_line
 from folding.training import distributed, run_dir
 
 # Disk space that a save needs beside the arrays: for metrics and reports, and
@@ -194,30 +194,29 @@ class Checkpoints:
     """Returns the first of the steps that can be read, and its state."""
     if not steps:
       raise ConfigError(f"{self._folder} has no checkpoint yet")
-    reasons = {}
-    for step in steps:
-      state, reason = None, "another process cannot read it"
-      try:
-        with _quiet():
+    found, reasons = None, {}
+    with _quiet():
+      for step in steps:
+        state, reason = None, "another process cannot read it"
+        try:
           state = self.restore(step, like)
-      except Exception as error:  # Orbax and TensorStore raise many types
-        reason = _reason(error)
-      if not distributed.any_process(state is None):
-        for damaged, why in reasons.items():
-          _log.warning(
-            "checkpoint %d is damaged (%s); going back to %d",
-            *(damaged, why, step),
-          )
-        return step, state
-      reasons[step] = reason
-      self._damaged.add(step)
-      # Orbax infers the items of all steps from the first that it reads.
-      self._manager.close()
-      self._manager = self._open()
-    raise TrainingError(
-      f"none of the checkpoints in {self._folder} can be read; "
-      f"{steps[0]}: {reasons[steps[0]]}"
-    )
+        except Exception as error:  # Orbax and TensorStore raise many types
+          reason = first_line(error)[:200]
+        if not distributed.any_process(state is None):
+          found = step, state
+          break
+        reasons[step] = reason
+        self._damaged.add(step)
+        # Orbax infers the items of all steps from the first that it reads.
+        self._manager.close()
+        self._manager = self._open()
+    if found is None:
+      raise TrainingError(
+        f"none of the checkpoints in {self._folder} can be read; "
+        f"{steps[0]}: {reasons[steps[0]]}"
+      )
+    _warn(self._folder, reasons)
+    return found
 
 
 def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
@@ -240,16 +239,18 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
   steps = _best_first(folder, saved_steps(folder))
   if not steps:
     raise ConfigError(f"{workdir} has no checkpoint yet")
-  for step in steps:
-    try:
-      with _quiet():
+  params, reasons = None, {}
+  with _quiet():
+    for step in steps:
+      try:
         params = _read_params(os.path.join(folder, str(step)))
-    except Exception as error:  # Orbax and TensorStore raise many types
-      reason = _reason(error)
-      _log.warning("checkpoint %d of %s is damaged (%s)", step, workdir, reason)
-    else:
-      return config, params, tokenizer
-  raise ConfigError(f"none of the checkpoints in {folder} can be read")
+        break
+      except Exception as error:  # Orbax and TensorStore raise many types
+        reasons[step] = first_line(error)[:200]
+  if params is None:
+    raise ConfigError(f"none of the checkpoints in {folder} can be read")
+  _warn(folder, reasons)
+  return config, params, tokenizer
 
 
 def has_checkpoint(workdir: str) -> bool:
@@ -314,9 +315,12 @@ def _mend_metrics(folder: str) -> None:
         json.dump({"loss": math.inf}, file)
 
 
-def _reason(error: Exception) -> str:
-  """Returns the first line of an error, or its type."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _warn(folder: str, reasons: dict[int, str]) -> None:
+  """Warns of damaged checkpoints that were skipped."""
+  for step, reason in reasons.items():
+    _log.warning(
+      "skipped damaged checkpoint %d of %s: %s", step, folder, reason
+    )
 
 
 @contextlib.contextmanager
@@ -324,21 +328,18 @@ def _quiet() -> Iterator[None]:
   """Hides what Orbax prints of a damaged checkpoint beside its exception.
 
   It logs an error per file. Reads that are pending when the first one fails each
-  print a traceback from a thread, through `sys.excepthook`.
+  print a traceback to `sys.stderr`, from threads of TensorStore, and asyncio
+  logs their results when it collects them.
   """
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
-  hook = sys.excepthook
   for logger in loggers:
     logger.setLevel(logging.CRITICAL + 1)
-  sys.excepthook = lambda *_: None
   try:
-    yield
-  except Exception:
-    time.sleep(0.5)  # until the pending reads have failed as well
-    raise
+    with contextlib.redirect_stderr(io.StringIO()):
+      yield
+      gc.collect()
   finally:
-    sys.excepthook = hook
     for logger, level in zip(loggers, levels, strict=True):
       logger.setLevel(level)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from folding.errors import ConfigError
+from folding.errors import ConfigError, one_line
 
 
 def join(where: str) -> None:
@@ -37,9 +37,8 @@ def join(where: str) -> None:
   try:
     jax.distributed.initialize(address, count, process)
   except (ValueError, RuntimeError) as error:
-    reason = " ".join(str(error).split())[:200]
     raise ConfigError(
-      f"distributed={where!r} does not start: {reason}"
+      f"distributed={where!r} does not start: {one_line(error)[:200]}"
     ) from error
 
 

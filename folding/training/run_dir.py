@@ -30,7 +30,7 @@ from folding import files
 from folding.config import Config
 from folding.data import tokenizers
 from folding.errors import ConfigError
-from folding.schema import differences
+from folding.typed import differences
 from folding.version import __version__
 
 

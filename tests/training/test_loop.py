@@ -148,14 +148,14 @@ def test_run_resumes_before_a_damaged_checkpoint_bit_for_bit(
   config, workdir, result = tiny_run
   copy = unfinished(workdir, tmp_path / "copy")
   for file in (copy / "checkpoints" / "10").rglob("*"):
-    if file.is_file() and file.stat().st_size > 100:
+    if file.parent.name == "d":  # the arrays
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   found = loop.run(config, str(copy))
   assert found["test"] == result["test"]
   chex.assert_trees_all_equal(last_state(copy), last_state(workdir))
   assert records(copy) == records(workdir)  # also what was pruned at step 6
   (line,) = caplog.messages
-  assert "checkpoint 10 is damaged" in line
+  assert "damaged checkpoint 10" in line
   out, err = capfd.readouterr()
   assert "resumed at step 5 of 10" in out
   assert "Traceback" not in err
