@@ -23,7 +23,7 @@ ORDER = {
   ],
   "data": ["python_stdlib", "sources", "tokenizers", "trim", "batches"],
   "models": [
-    *("projections", "chebyshev", "linear_attention", "decode"),
+    *("params", "projections", "chebyshev", "linear_attention", "decode"),
     *("attention", "transformer", "shrink"),
     *("hf_config", "hf_weights"),
   ],

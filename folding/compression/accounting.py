@@ -13,27 +13,6 @@ import numpy as np
 
 from folding import paths
 
-# First match wins; what matches none is "other": norms, biases, slopes,
-# and the pooler of a BERT, which is neither folded nor pruned.
-GROUPS: dict[str, str] = {
-  "qkv": r"(.*/)?[qkv]/(kernel|diagonal)",
-  "linear": r"(.*/)?(o|up|gate|down|head)/kernel",
-  "embedding": r"(.*/)?(embed|position_embed)/embedding",
-}
-
-
-def group_of(name: str, groups: Mapping[str, str] = GROUPS) -> str:
-  """Returns the group of a parameter path.
-
-  Example:
-    >>> group_of("blocks_0/attn/q/kernel"), group_of("blocks_0/attn/q/bias")
-    ('qkv', 'other')
-  """
-  for group, pattern in groups.items():
-    if re.fullmatch(pattern, name):
-      return group
-  return "other"
-
 
 def storage(w: np.ndarray) -> tuple[str, int, int]:
   """Returns (way, bytes of values, bytes of the mask) of one array.
@@ -62,7 +41,7 @@ def slices_of(is_kept: Any, axis: int) -> np.ndarray:
 
 
 def account(
-  params: Any, dense: Any, groups: Mapping[str, str] = GROUPS
+  params: Any, dense: Any, groups: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
   """Measures a model against its dense twin.
 
@@ -70,7 +49,8 @@ def account(
     params: The tree to measure.
     dense: Tree of the dense twin; shapes and dtypes are enough
       (`jax.eval_shape`).
-    groups: {group: pattern of parameter paths}; the rest is "other".
+    groups: {group: pattern of whole parameter paths}; the rest is "other". For
+      our models: `folding.models.params.GROUPS`. None: all is "other".
 
   Returns:
     {"parameters": {group: {"dense", "stored"}}, "bytes": {group: {"dense",
@@ -84,20 +64,21 @@ def account(
     {'dense': 4, 'stored': 2}
   """
   dense_leaves = paths.flatten(dense)
+  groups = groups or {}
   names = [*groups, "other", "overall"]
   parameters = {g: {"dense": 0, "stored": 0} for g in names}
   sizes = {g: {"dense": 0, "stored": 0, "masks": 0} for g in names}
   layers = []
   roles = {_role(name): leaf for name, leaf in dense_leaves.items()}
   for name, leaf in dense_leaves.items():
-    for group in (group_of(name, groups), "overall"):
+    for group in (_group_of(name, groups), "overall"):
       parameters[group]["dense"] += int(leaf.size)
       sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
   for name, leaf in paths.flatten(params).items():
     w = np.asarray(leaf)
     values = int(np.count_nonzero(w))
     _, value_bytes, mask_bytes = storage(w)
-    group = group_of(name, groups)
+    group = _group_of(name, groups)
     for g in (group, "overall"):
       parameters[g]["stored"] += values
       sizes[g]["stored"] += value_bytes
@@ -119,3 +100,8 @@ def account(
 def _role(name: str) -> str:
   """The path under which a folded array and its dense twin are the same."""
   return re.sub(r"/v/diagonal$", "/v/kernel", name)
+
+
+def _group_of(name: str, groups: Mapping[str, str]) -> str:
+  found = (g for g, pattern in groups.items() if re.fullmatch(pattern, name))
+  return next(found, "other")

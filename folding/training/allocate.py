@@ -19,9 +19,9 @@ import numpy as np
 
 from folding import config as config_lib
 from folding import paths
-from folding.compression.accounting import group_of
 from folding.config import Config
 from folding.errors import ConfigError
+from folding.models.params import group_of
 from folding.training.fold_pretrained import (
   STREAMS,
   Batch,

@@ -24,6 +24,7 @@ from folding.compression.fpp import fpp_counts
 from folding.config import Config
 from folding.data.batches import Data, make_data
 from folding.errors import ConfigError, TrainingError
+from folding.models.params import GROUPS
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.training import distributed, energy, run_dir, sharding
 from folding.training import optimizer as optimizer_lib
@@ -211,7 +212,7 @@ class Run:
       "seconds": seconds,
       "tokens_per_second": speed,
       "test": test,
-      **account(params, self.dense_params),
+      **account(params, self.dense_params, GROUPS),
     }
     with distributed.together("another process cannot write, and says why"):
       if distributed.is_main():

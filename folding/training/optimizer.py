@@ -10,30 +10,18 @@ import jax
 import optax
 
 from folding import paths
-from folding.compression.accounting import group_of
 from folding.compression.fpp import fpp
 from folding.compression.scores import SCORES
 from folding.compression.sites import Rule, make_sites
 from folding.config import Config, layers_of
 from folding.errors import ConfigError
+from folding.models.params import axis_of, group_of
 
 _TOKENS, _POSITIONS = "embed/embedding", "position_embed/embedding"
 
-# {array of a layer that belongs to a unit: axis that the unit indexes}.
-_NEURON = {
-  "mlp/down/kernel": 0,
-  "mlp/up/bias": 0,
-  "mlp/gate/kernel": 1,
-  "mlp/gate/bias": 0,
-}
-_HEAD = {
-  "attn/q/kernel": 1,
-  "attn/k/kernel": 1,
-  "attn/v/kernel": 1,
-  "attn/q/bias": 0,
-  "attn/k/bias": 0,
-  "attn/v/bias": 0,
-}
+# Arrays of a layer that belong to a unit, and letters of the axis it indexes.
+_NEURON = "mlp/(up|gate|down)/(kernel|bias)", "F"
+_HEAD = "attn/[qkv]/(kernel|bias)", "HJ"
 
 
 class _Targets(NamedTuple):
@@ -82,12 +70,12 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
     except ValueError as error:
       raise ConfigError(f"fpp.exclude: {error}") from None
   # (pattern of a layer's arrays, unit, arrays that a unit has beside these)
-  mlp = ("mlp/(up|gate|down)/kernel", "weight", {})
+  mlp = ("mlp/(up|gate|down)/kernel", "weight", None)
   if f.granularity == "neuron":
     mlp = ("mlp/up/kernel", "neuron", _NEURON)
   attention = {
-    "output": ("attn/o/kernel", "weight", {}),
-    "all": ("attn/[qkvo]/kernel", "weight", {}),
+    "output": ("attn/o/kernel", "weight", None),
+    "all": ("attn/[qkvo]/kernel", "weight", None),
     "heads": ("attn/o/kernel", "row", _HEAD),
   }[f.attention]
   unit, score = _embedding_rule(config)
@@ -99,11 +87,8 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
       block, layer, role = in_layer.groups()
       for pattern, granularity, members in (mlp, attention):
         if re.fullmatch(pattern, role):
-          tied = {
-            block + other: axis
-            for other, axis in members.items()
-            if block + other in names
-          }
+          tied = _members(names, block, members) if members else {}
+          tied.pop(name, None)
           _require_whole(name, granularity, set(tied).intersection(excluded))
           target = targets.layers[int(layer)]
           rules.append(Rule(re.escape(name), target, granularity, tied))
@@ -113,6 +98,19 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
       target = targets.embedding
       rules.append(Rule(re.escape(name), target, unit, score=score))
   return [rule for rule in rules if rule.target]
+
+
+def _members(
+  names: list[str], block: str, members: tuple[str, str]
+) -> dict[str, int]:
+  """Returns {array of a block that a unit has a slice of: its axis}."""
+  pattern, letters = members
+  axes = {
+    name: axis_of(name, letters)
+    for name in names
+    if re.fullmatch(block + pattern, name)
+  }
+  return {name: axis for name, axis in axes.items() if axis is not None}
 
 
 def _embedding_rule(config: Config) -> tuple[str, str | None]:

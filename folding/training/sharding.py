@@ -8,7 +8,6 @@ heads, neurons and the vocabulary, and the activations that belong to them.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,17 +18,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from folding import paths
 from folding.config import MeshConfig
 from folding.errors import ConfigError
+from folding.models import params as params_lib
 
 AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")
 _SMALLEST = 2**12  # elements; smaller arrays are not worth splitting
-
-# {pattern of paths: array axis that "tensor" splits}.
-_TENSOR = {
-  r"(.*/)?(embed/embedding|attn/o/kernel|mlp/down/kernel)": 0,
-  r"(.*/)?attn/[qkv]/kernel": 1,
-  r"(.*/)?(mlp/(up|gate)|head)/kernel": -1,
-}
 
 Axes = tuple[str | None, ...]  # a mesh axis, or None, for each array axis
 Rules = Sequence[tuple[str, Axes]]  # see `MeshConfig.rules`
@@ -202,9 +195,9 @@ def _default(mesh: Mesh, name: str, shape: tuple[int, ...]) -> _Placement:
   wanted: list[str | None] = [None] * len(shape)
   if math.prod(shape) < _SMALLEST:
     return _Placement(shape, tuple(wanted))
-  for pattern, axis in _TENSOR.items():
-    if re.fullmatch(pattern, name):
-      wanted[axis] = "tensor"
+  axis = params_lib.split_axis(name)
+  if axis is not None:
+    wanted[axis] = "tensor"
   placed = _divided(mesh, shape, tuple(wanted))
   parts = mesh.shape["fsdp"]
   if parts == 1:

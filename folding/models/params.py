@@ -1,0 +1,101 @@
+"""The parameters of our models: one table of paths, groups and axes.
+
+Letters as in `folding.models`, and: P positions, E width again.
+Key/value heads are J, also where J = H. Paths are those of an array in its
+layer ("attn/q/kernel"); a full path has "blocks_<n>/" before it. The tensors
+of Hugging Face checkpoints are in `hf_weights.LAYOUTS`, with these axes.
+"""
+
+import re
+from typing import Literal, NamedTuple
+
+Group = Literal["qkv", "linear", "embedding", "other"]
+
+
+class Param(NamedTuple):
+  """One kind of parameter.
+
+  Attributes:
+    path: Pattern of the end of its path.
+    group: What it counts as in the accounts of a model.
+    axes: Letters of its dense shape. Folding makes some of them smaller.
+    split: Letter of the axis that the mesh axis "tensor" splits; "": none.
+  """
+
+  path: str
+  group: Group
+  axes: str
+  split: str = ""
+
+
+TABLE: tuple[Param, ...] = (
+  Param("embed/embedding", "embedding", "V D", "V"),
+  Param("position_embed/embedding", "embedding", "P D"),
+  Param("attn/q/kernel", "qkv", "D H K", "H"),
+  Param("attn/[kv]/kernel", "qkv", "D J K", "J"),
+  Param("attn/v/diagonal", "qkv", "HK 1 1"),
+  Param("attn/o/kernel", "linear", "H K D", "H"),
+  Param("attn/q/bias", "other", "H K"),
+  Param("attn/[kv]/bias", "other", "J K"),
+  Param("attn/o/bias", "other", "D"),
+  Param("attn/log_slopes", "other", "H"),
+  Param("attn/frequency", "other", "J K"),
+  Param("mlp/(up|gate)/kernel", "linear", "D F", "F"),
+  Param("mlp/down/kernel", "linear", "F D", "F"),
+  Param("mlp/(up|gate)/bias", "other", "F"),
+  Param("mlp/down/bias", "other", "D"),
+  Param("head/kernel", "linear", "D V", "V"),
+  Param("head/bias", "other", "V"),
+  Param("pooler/kernel", "other", "D E"),
+  Param("pooler/bias", "other", "E"),
+  Param("norm_(attn|mlp|embed|final)/(scale|bias)", "other", "D"),
+)
+# {group: pattern of full paths}, for `compression.accounting`.
+GROUPS = {
+  group: "|".join(rf"(?:.*/)?{x.path}" for x in TABLE if x.group == group)
+  for group in ("qkv", "linear", "embedding")
+}
+
+
+def find(path: str) -> Param | None:
+  """Returns the row of a path, None if it is no parameter of ours.
+
+  Args:
+    path: Of a parameter, or of anything whose path ends like it (a moment).
+
+  Example:
+    >>> find("blocks_0/attn/q/kernel").axes
+    'D H K'
+  """
+  for row in TABLE:
+    if re.fullmatch(rf"(.*/)?{row.path}", path):
+      return row
+  return None
+
+
+def group_of(path: str) -> Group:
+  """Returns the group of a path: "other" for whatever is not in the table."""
+  row = find(path)
+  return "other" if row is None else row.group
+
+
+def axis_of(path: str, letters: str) -> int | None:
+  """Returns the first axis of a parameter that has one of these letters.
+
+  Args:
+    path: Of the parameter.
+    letters: Such as "F", or "HJ" for either kind of heads.
+
+  Example:
+    >>> axis_of("blocks_0/mlp/down/kernel", "F"), axis_of("embed/embedding", "F")
+    (0, None)
+  """
+  row = find(path)
+  axes = row.axes.split() if row else []
+  return next((n for n, axis in enumerate(axes) if axis in letters), None)
+
+
+def split_axis(path: str) -> int | None:
+  """Returns the axis that the mesh axis "tensor" splits; None: none."""
+  row = find(path)
+  return axis_of(path, row.split) if row and row.split else None

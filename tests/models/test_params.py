@@ -1,0 +1,101 @@
+"""The table of parameters, against the parameters of real models."""
+
+import re
+
+import pytest
+
+from folding import config as c
+from folding import paths
+from folding.models import hf_weights, params
+from folding.models.transformer import make_model, param_shapes
+
+# All sizes differ, so that a wrong letter shows.
+SHAPE = {"num_layers": 1, "width": 20, "num_heads": 4, "mlp_width": 28}
+SIZES = {"D": 20, "E": 20, "H": 4, "J": 4, "K": 5, "F": 28, "P": 9, "HK": 20}
+MODELS = {
+  "gpt2": (c.gpt2(**SHAPE), {}, "lm", 11),
+  "llama": (c.llama(**SHAPE, num_kv_heads=2, head_dim=6), {}, "lm", 11),
+  "bert": (c.bert(**SHAPE, pooler=True), {}, "classify", 3),
+  "folded": (
+    c.ModelConfig(**SHAPE),
+    {"groups": 1, "values": "diagonal"},
+    "lm",
+    11,
+  ),
+  "pairs": (
+    c.llama(**SHAPE, num_kv_heads=2, head_dim=6),
+    {"groups": 2, "rope": "pairs"},
+    "lm",
+    11,
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_one_row_with_its_axes(name):
+  model, fold, task, num_outputs = MODELS[name]
+  fold = {"groups": 0, "values": "dense"} | fold
+  config = c.resolve(
+    c.Config(
+      task=task,
+      preset="none",
+      data=c.DataConfig(length=9),
+      model=model,
+      fold=c.FoldConfig(**fold),
+    )
+  )
+  sizes = SIZES | {"J": config.model.num_kv_heads, "K": config.model.head_dim}
+  leaves = paths.flatten(param_shapes(make_model(config, 11, 3)))
+  for path, leaf in leaves.items():
+    rows = [x for x in params.TABLE if re.fullmatch(f"(.*/)?{x.path}", path)]
+    assert [params.find(path)] == rows
+    axes = rows[0].axes.split()
+    assert len(axes) == len(leaf.shape)
+    vocab = num_outputs if path.startswith("head/") else 11
+    for letter, size in zip(axes, leaf.shape, strict=True):
+      is_folded = letter == "K" and fold["groups"]
+      if letter != "1" and not is_folded:
+        assert (sizes | {"V": vocab})[letter] == size, path
+
+
+@pytest.mark.parametrize("family", hf_weights.LAYOUTS)
+def test_axes_are_those_of_hugging_face_layouts(family):
+  layout = hf_weights.LAYOUTS[family]
+  for modules, _, kind in (*layout.outer, *layout.block, *layout.classifier):
+    for module in modules.split():
+      for leaf, text in ((kind.leaf, kind.weight), ("bias", kind.bias)):
+        row = params.find(f"{module}/{leaf}")
+        ours = [x for x in text.partition(" -> ")[2].split() if x != "t"]
+        if text:
+          # Without shared keys J is H; classes are the vocabulary of a head.
+          axes = ["V" if x == "C" else x for x in ours]
+          assert [x.replace("J", "H") for x in row.axes.split()] == [
+            x.replace("J", "H") for x in axes
+          ]
+
+
+@pytest.mark.parametrize(
+  ("path", "group", "split"),
+  [
+    ("blocks_0/attn/q/kernel", "qkv", 1),
+    ("blocks_11/attn/v/diagonal", "qkv", None),
+    ("mu/blocks_0/attn/k/kernel", "qkv", 1),
+    ("blocks_0/attn/q/bias", "other", None),
+    ("blocks_0/attn/o/kernel", "linear", 0),
+    ("blocks_0/mlp/gate/kernel", "linear", 1),
+    ("blocks_0/mlp/down/kernel", "linear", 0),
+    ("head/kernel", "linear", 1),
+    ("pooler/kernel", "other", None),
+    ("embed/embedding", "embedding", 0),
+    ("position_embed/embedding", "embedding", None),
+    ("blocks_0/attn/log_slopes", "other", None),
+    ("seq/kernel", "other", None),
+  ],
+)
+def test_group_and_split_axis(path, group, split):
+  assert params.group_of(path) == group
+  assert params.split_axis(path) == split
+  if group != "other":
+    assert re.fullmatch(params.GROUPS[group], path)
+  else:
+    assert not any(re.fullmatch(x, path) for x in params.GROUPS.values())
