@@ -4,11 +4,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from folding import config as config_lib
 from folding.errors import ConfigError
-from folding.reporting import report
+from folding.reporting import plots, report
 from tests.reporting import synthetic_run
 
 
@@ -83,6 +84,29 @@ def test_page_embeds_the_plots_that_exist(tmp_path, dense):
   result = synthetic_run.result(synthetic_run.config(dense=dense))
   assert f"{result['parameters']['overall']['stored']:,}" in page
   assert "1.903" in page
+
+
+def test_plots_show_the_records_and_when_fpp_prunes(tmp_path, monkeypatch):
+  drawings = {}
+  monkeypatch.setattr(
+    plots, "save", lambda drawing, path: drawings.setdefault(path, drawing)
+  )
+  report.write_report(synthetic_run.write(tmp_path / "a"))
+  curves, sizes, sparsity = (drawing.axes[0] for drawing in drawings.values())
+  # See `synthetic_run`; FPP prunes from 0.1 to 0.7 of 600 steps.
+  found = {line.get_label(): line.get_ydata() for line in curves.lines[:2]}
+  train, valid = np.arange(20, 601, 20), np.arange(100, 601, 100)
+  np.testing.assert_allclose(found["training"], 5 - train / 600)
+  np.testing.assert_allclose(found["validation"], 5.1 - valid / 600)
+  found = {line.get_label(): line.get_ydata() for line in sparsity.lines[:2]}
+  np.testing.assert_allclose(found["zero"], 70 * train / 600)
+  np.testing.assert_allclose(found["frozen"], 10 - 10 * train / 600, atol=1e-9)
+  for axes in (curves, sparsity):
+    marks = [line.get_xdata()[0] for line in axes.lines[2:]]
+    assert marks == pytest.approx([60, 420])
+  counts = synthetic_run.result(synthetic_run.config())["parameters"]
+  widths = [bar.get_width() for bar in sizes.containers[1]]
+  assert widths == [counts[group]["stored"] for group in report.GROUPS]
 
 
 def test_settings_are_the_fields_that_differ_from_the_default_run(tmp_path):
