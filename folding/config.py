@@ -57,7 +57,6 @@ class DataConfig:
   eval_batch_size: Count = 64
   max_bytes: Natural | None = None  # of train; valid, test: 1/8; None: all
   first_batch: Natural = 0  # batches to skip, e.g. those of an earlier run
-  prefetch_batches: Natural = 2  # prepared ahead by a thread; 0: none
 
   def check(self) -> None:
     """Raises `ConfigError` if two fields do not fit each other."""
@@ -208,11 +207,6 @@ class FPPConfig:
   overall: Fraction | None = None  # of the whole model to save
   embedding_share: NonNegative | None = None  # None: 0.2 lm, 1 classify
   score: Score = "relative"
-  # Of embeddings. None: "activation" for rows, which is how common a token is.
-  # For weights: `score`, except that "magnitude" replaces a score that depends on
-  # how common a token is and would empty rare ones ("saliency" only if the
-  # embedding is not the output layer too).
-  embedding_score: Score | None = None
   granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), or whole heads.
   attention: Literal["output", "all", "heads"] = "output"
@@ -225,7 +219,6 @@ class FPPConfig:
   patience: Natural = 1  # updates between suspecting and zeroing a weight
   decay: Fraction = 0.9  # of the moving averages of the scores
   tolerance: NonNegative | None = None  # verify: largest relative loss increase
-  exclude: str | None = None  # pattern of parameters to leave alone
 
   @property
   def prunes(self) -> bool:
@@ -301,7 +294,6 @@ class TrainConfig:
   b1: Fraction = 0.9
   b2: Fraction = 0.98
   clip_norm: Positive = 1.0
-  label_smoothing: Fraction = 0.0
   log_every: Count = 20
   eval_every: Count = 200  # steps between evaluations, which save a checkpoint
   eval_batches: Count | None = None  # of valid, while training; None: all

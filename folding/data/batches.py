@@ -94,10 +94,7 @@ class Data:
 
   def train_batches(self, first_step: int) -> Iterator[Batch]:
     """Yields the batches from a step on, prepared ahead by a thread."""
-    ahead = self.config.prefetch_batches
-    options = grain.ReadOptions(
-      num_threads=min(ahead, 1), prefetch_buffer_size=ahead
-    )
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     steps = grain.MapDataset.range(first_step, _NUM_STEPS)
     return iter(steps.map(self.train_batch).to_iter_dataset(options))
 

@@ -80,10 +80,10 @@ def allocate(
   """
   require_pairs(config)
   f = config.fpp
-  if f.attention != "output" or f.exclude or f.linear_layers:
+  if f.attention != "output" or f.linear_layers:
     raise ConfigError(
       "compress.plan='auto' decides what is pruned of W_O and the MLP; leave "
-      "out fpp.attention, fpp.exclude and fpp.linear_layers"
+      "out fpp.attention and fpp.linear_layers"
     )
   options = measure(config, params, batches)
   sizes = _sizes(config, params)

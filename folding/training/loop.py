@@ -369,7 +369,6 @@ def _train(
     model=run.model,
     tx=run.tx,
     rules=run.rules,
-    label_smoothing=t.label_smoothing,
     accumulate=t.accumulate,
     mesh=run.mesh,
     distillation=distillation,

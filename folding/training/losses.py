@@ -21,20 +21,16 @@ def token_losses(
   )
 
 
-def summed_loss(
-  logits: jax.Array, batch: Batch, label_smoothing: float = 0.0
-) -> dict[str, jax.Array]:
+def summed_loss(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   """Returns the weighted sums of loss and metrics over a batch.
 
   Args:
     logits: [B, L, V] with batch["targets"] [B, L], or [B, C] with
       batch["labels"] [B].
     batch: Also "weights", of the shape of the targets; 0 leaves a target out.
-    label_smoothing: Probability mass spread evenly over all classes. It counts
-      in "loss", not in "nats".
 
   Returns:
-    {"loss", "nats", "weight", "correct"}: float32[] sums over the batch.
+    {"nats", "weight", "correct"}: float32[] sums over the batch.
 
   Raises:
     AssertionError: logits, targets and weights differ in their leading shape.
@@ -44,13 +40,8 @@ def summed_loss(
   chex.assert_equal_shape([labels, weights])
   chex.assert_shape(logits, (*labels.shape, None))
   nats = token_losses(logits, labels)
-  loss = nats
-  if label_smoothing:
-    uniform = -jax.nn.log_softmax(logits.astype(jnp.float32)).mean(-1)
-    loss = (1 - label_smoothing) * nats + label_smoothing * uniform
   correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
   return {
-    "loss": jnp.sum(loss * weights),
     "nats": jnp.sum(nats * weights),
     "weight": jnp.sum(weights),
     "correct": jnp.sum(correct * weights),

@@ -48,8 +48,7 @@ def make_rules(config: Config, params: Any, dense: Any) -> list[Rule]:
     dense: The same for the dense baseline, which `overall` refers to.
 
   Raises:
-    ConfigError: no fraction of the prunable parameters reaches `overall`, or
-      `exclude` matches nothing, or a part of a unit and not the whole.
+    ConfigError: no fraction of the prunable parameters reaches `overall`.
   """
   f, count = config.fpp, config.model.num_layers
   linear, embedding = f.linear or 0.0, f.embedding or 0.0
@@ -63,12 +62,6 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
   """Returns a rule per array (or array of units) with a target above 0."""
   f = config.fpp
   names = list(paths.flatten(params))
-  excluded: list[str] = []
-  if f.exclude is not None:
-    try:
-      excluded = paths.matching(f.exclude, names)
-    except ValueError as error:
-      raise ConfigError(f"fpp.exclude: {error}") from None
   # (pattern of a layer's arrays, unit, arrays that a unit has beside these)
   mlp = ("mlp/(up|gate|down)/kernel", "weight", None)
   if f.granularity == "neuron":
@@ -81,15 +74,12 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
   unit, score = _embedding_rule(config)
   rules = []
   for name in names:
-    if name in excluded:
-      continue
     if in_layer := re.fullmatch(r"(blocks_(\d+)/)(.*)", name):
       block, layer, role = in_layer.groups()
       for pattern, granularity, members in (mlp, attention):
         if re.fullmatch(pattern, role):
           tied = _members(names, block, members) if members else {}
           tied.pop(name, None)
-          _require_whole(name, granularity, set(tied).intersection(excluded))
           target = targets.layers[int(layer)]
           rules.append(Rule(re.escape(name), target, granularity, tied))
     elif name == "head/kernel" and config.task == "lm":
@@ -117,26 +107,14 @@ def _embedding_rule(config: Config) -> tuple[str, str | None]:
   """Returns (granularity, score) of the rules of embeddings."""
   f = config.fpp
   if f.embedding_granularity != "weight":
-    return "row", f.embedding_score or "activation"  # how common a token is
+    return "row", "activation"  # how common a token is
   # A score that depends on how common a token is would empty rare ones. The
   # gradient of an embedding that is the output layer too does not.
   is_output = config.task == "lm" and config.model.tie_embeddings
   is_usage = bool(SCORES[f.score].evidence) and not (
     f.score == "saliency" and is_output
   )
-  return "weight", f.embedding_score or ("magnitude" if is_usage else None)
-
-
-def _require_whole(name: str, granularity: str, excluded: set[str]) -> None:
-  if not excluded:
-    return
-  unit, whole, other = "neuron", "MLP", "prune by weight"
-  if granularity == "row":
-    unit, whole, other = "head", "attention", "use fpp.attention='output'"
-  raise ConfigError(
-    f"fpp.exclude matches {min(excluded)!r}, which is pruned by {unit} with "
-    f"{name!r}; exclude the whole {whole}, or {other}"
-  )
+  return "weight", "magnitude" if is_usage else None
 
 
 def embedding_fraction(rules: list[Rule]) -> float:

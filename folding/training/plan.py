@@ -202,7 +202,6 @@ def _build(config: Config, mesh: Mesh) -> _Run:
     model=model,
     tx=tx,
     rules=rules,
-    label_smoothing=config.train.label_smoothing,
     accumulate=config.train.accumulate,
     mesh=mesh,
     distillation=distillation,

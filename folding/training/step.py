@@ -58,7 +58,6 @@ class StepOptions:
     model: The Linen model.
     tx: From `make_optimizer`.
     rules: The rules of FPP.
-    label_smoothing: See `losses.summed_loss`.
     accumulate: Number of micro-batches, computed one after another to save
       memory. Apart from dropout, the update equals that of the whole batch up
       to rounding.
@@ -69,7 +68,6 @@ class StepOptions:
   model: Any
   tx: optax.GradientTransformationExtraArgs
   rules: Sequence[Rule] = ()
-  label_smoothing: float = 0.0
   accumulate: int = 1
   mesh: Mesh | None = None
   distillation: Distillation | None = None
@@ -138,7 +136,7 @@ def train_step(
     teacher_params: Parameters of `options.distillation.teacher`.
 
   Returns:
-    (state, metrics). Metrics: "loss" on the labels, unsmoothed, in nats; after a
+    (state, metrics). Metrics: "loss" on the labels in nats; after a
     mask update also "selected", "frozen" and "zero" of `fpp_counts`.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -231,8 +229,8 @@ def _loss(
       out = options.model.apply(*model_args, rngs=rngs, **capture)
   logits, hidden = out if capture else (out, {})
   logits = sharding.pin_rows(options.mesh, logits)
-  sums = losses.summed_loss(logits, batch, options.label_smoothing)
-  loss = label_loss = sums["loss"] / jnp.maximum(sums["weight"], 1)
+  sums = losses.summed_loss(logits, batch)
+  loss = label_loss = sums["nats"] / jnp.maximum(sums["weight"], 1)
   if distillation is not None:
     taught = distillation.teacher.apply(
       {"params": teacher_params}, tokens, mask, **capture

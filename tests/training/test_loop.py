@@ -226,7 +226,6 @@ _OVERALL = {"overall": 0.99, "linear": None, "embedding": None}
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"fpp": {"exclude": "nope"}}, "matches no parameter"),
     ({"data": {"path": "nowhere.txt"}}, "nowhere.txt"),
     ({"data": {"batch_size": 100_000}}, "fewer than one batch"),
     ({"data": {"valid_fraction": 1e-9}}, "no text for the valid split"),
@@ -234,7 +233,7 @@ _OVERALL = {"overall": 0.99, "linear": None, "embedding": None}
     ({"fpp": _OVERALL}, "cannot be reached"),
     ({"pretrained": "nowhere/to/be/found"}, "nowhere/to/be/found"),
   ],
-  ids=["exclude", "path", "batch", "valid", "mesh", "overall", "pretrained"],
+  ids=["path", "batch", "valid", "mesh", "overall", "pretrained"],
 )
 def test_mistakes_leave_nothing_behind(text_file, tmp_path, change, message):
   values = config_lib.to_dict(tiny_config(text_file))

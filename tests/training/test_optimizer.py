@@ -103,27 +103,6 @@ GATED = c.llama(num_layers=1, width=32, num_heads=4)
         "embed/embedding": (0.7, "row"),  # positions are no tokens
       },
     ),
-    (
-      {
-        "fpp": c.FPPConfig(
-          **PARTS, exclude=r"(.*)/(attn|mlp)/(o|up)/kernel|embed/.*"
-        )
-      },
-      {"blocks_0/mlp/down/kernel": (0.7, "weight")},
-    ),
-    (
-      # Groups of the pattern must not be taken for those of the rule.
-      {
-        "fpp": c.FPPConfig(
-          **PARTS, exclude="(?i)(EM)bed/.*", granularity="neuron"
-        )
-      },
-      {
-        "blocks_0/attn/o/kernel": (0.7, "weight"),
-        "blocks_0/mlp/up/kernel": (0.7, "neuron"),
-      },
-    ),
-    ({"fpp": c.FPPConfig(**PARTS, exclude=".*")}, {}),
   ],
   ids=[
     "none",
@@ -133,9 +112,6 @@ GATED = c.llama(num_layers=1, width=32, num_heads=4)
     "untied-gated",
     "bert",
     "bert-row",
-    "exclude",
-    "exclude-neuron",
-    "exclude-all",
   ],
 )
 def test_rules_of_a_config(fields, expected):
@@ -152,8 +128,6 @@ def test_rules_of_a_config(fields, expected):
     ({"embedding_granularity": "row", "score": "movement"}, "activation"),
     ({"score": "movement"}, "magnitude"),
     ({"score": "saliency"}, None),
-    ({"embedding_score": "relative"}, "relative"),
-    ({"embedding_granularity": "row", "embedding_score": "random"}, "random"),
   ],
 )
 def test_embedding_rule_has_the_score_of_its_kind(fields, expected):
@@ -188,28 +162,10 @@ def test_neuron_rule_ties_all_its_arrays():
   }
 
 
-@pytest.mark.parametrize(
-  ("fields", "match"),
-  [
-    ({"exclude": "nothing"}, "fpp.exclude: pattern 'nothing' matches no"),
-    ({"exclude": "("}, "does not parse"),
-    ({"overall": 0.99}, "0.99 cannot be reached"),
-    ({"overall": 0.5, "exclude": ".*"}, "only 0 of"),
-    (
-      {"exclude": ".*down/kernel", "granularity": "neuron"},
-      "down/kernel', which is pruned by neuron",
-    ),
-    (
-      {"exclude": ".*q/kernel", "attention": "heads"},
-      "q/kernel', which is pruned by head",
-    ),
-  ],
-)
-def test_rules_that_cannot_be_met_are_refused(fields, match):
-  fold = c.FoldConfig(values="dense")  # or it would have no heads to prune
-  config = tiny.config(fpp=c.FPPConfig(**fields), fold=fold)
+def test_rules_of_an_overall_out_of_reach_are_refused():
+  config = tiny.config(fpp=c.FPPConfig(overall=0.99))
   params, dense = tiny.shapes(config), tiny.shapes(c.dense_twin(config))
-  with pytest.raises(schema.ConfigError, match=match):
+  with pytest.raises(schema.ConfigError, match="0.99 cannot be reached"):
     optimizer.make_rules(config, params, dense)
 
 
@@ -332,11 +288,10 @@ def test_checks_are_those_that_fpp_makes(steps, begin, end, checks):
   [
     ({}, {}),
     ({"tie_embeddings": False}, {}),
-    ({}, {"exclude": "embed/.*"}),
     ({"gated": True}, {"granularity": "neuron"}),
     ({}, {"embedding_granularity": "row"}),
   ],
-  ids=["plain", "untied", "exclude", "neuron", "row"],
+  ids=["plain", "untied", "neuron", "row"],
 )
 def test_overall_is_the_fraction_saved_at_the_end(model, fpp):
   config = tiny.config(

@@ -95,7 +95,7 @@ def test_a_kernel_is_pruned_by_the_moment_of_what_it_reads(
 
 def _by_neuron(**model):
   config = _config("sparsegpt")
-  config.fpp.granularity, config.fpp.exclude = "neuron", ".*attn.*"
+  config.fpp.granularity, config.fpp.attention = "neuron", "output"
   for name, value in model.items():
     setattr(config.model, name, value)
   return config
@@ -126,11 +126,13 @@ def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
   layer = params["blocks_0"]
   stream = fold_pretrained.embed_batches(config, params, batches)
   prune = prune_trained.neuron_pruner(config, params, params)
-  old, new = layer["mlp"], prune(0, layer, stream)["mlp"]
+  pruned = prune(0, layer, stream)
+  old, new = layer["mlp"], pruned["mlp"]
+  below = {**layer, "attn": pruned["attn"]}
 
   block = fold_pretrained.make_block(config, 0)
   seen = [
-    fold_pretrained.look(block, layer, *at, ("down",))["down"][at[1]]
+    fold_pretrained.look(block, below, *at, ("down",))["down"][at[1]]
     for at in zip(*stream, strict=True)
   ]
   a = np.concatenate(seen).astype(np.float64)
@@ -195,7 +197,7 @@ def test_a_layer_is_pruned_for_what_the_pruned_layers_below_write(trained):
   mixed["embed"] = pruned["embed"]
   config = _config("sparsegpt")
   config.fpp.embedding = 0.0
-  config.fpp.exclude = "blocks_0/.*"
+  config.fpp.linear_layers = (0.0, config.fpp.linear)
   again = prune_trained.prune_trained(config, mixed, mixed, batches)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -271,7 +273,7 @@ def test_neurons_have_left_before_the_first_step(
 
 def test_without_neurons_it_is_the_same_function(trained):
   config, (params, batches) = _by_neuron(), trained
-  config.fpp.exclude += "|blocks_0/mlp/.*"
+  config.fpp.linear_layers = (0.0, config.fpp.linear)
   prune = prune_trained.neuron_pruner(config, params, params)
   whole, _ = fold_pretrained.fold_pretrained(
     config, params, batches, prune=prune

@@ -114,24 +114,6 @@ def told_value():
   return optax.GradientTransformationExtraArgs(lambda _: jnp.zeros([]), update)
 
 
-def test_step_smooths_the_loss_not_the_metric(run, start):
-  tx = told_value()
-  state, batch = start._replace(opt_state=jnp.zeros([])), tiny.batch(0)
-  step = run.step(False, tx=tx, rules=[], label_smoothing=0.2)
-  new, metrics = step(state, batch)
-  logits = run.model.apply(
-    {"params": state.params}, jnp.asarray(batch["tokens"])
-  )
-  z = np.asarray(logits, np.float64)
-  log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
-  one_hot = np.eye(tiny.VOCAB)[batch["targets"]]
-  for found, smoothing in ((new.opt_state, 0.2), (metrics["loss"], 0.0)):
-    target = (1 - smoothing) * one_hot + smoothing / tiny.VOCAB
-    nats = -(target * log_p).sum(-1)
-    expected = np.average(nats, weights=batch["weights"])
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-
 def test_dropout_is_a_function_of_seed_and_step(start):
   model = c.ModelConfig(num_layers=1, width=32, num_heads=4, dropout=0.5)
   run = tiny.make(tiny.config(model=model))
