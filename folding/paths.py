@@ -1,7 +1,7 @@
-"""Names of parameters: "blocks_0/attn/q/kernel" <-> places in a tree.
+"""Paths of parameters, such as "blocks_0/attn/q/kernel", and patterns of them.
 
-Works on any pytree of dicts, sequences or attributes, so also on trees of
-other libraries. Patterns are regular expressions that must match a whole path.
+This works on any pytree of dicts, sequences or attributes. Patterns are regular
+expressions that must match a whole path.
 """
 
 import re
@@ -14,8 +14,8 @@ import jax
 def path_name(key_path: tuple[Any, ...]) -> str:
   """Returns a key path of `jax.tree_util` as "a/b/0".
 
-  The attribute `value` of a Flax NNX variable is no part of its name: it comes
-  and goes as a state is taken to be of variables or of arrays.
+  The attribute `value` of a Flax NNX variable is left out: some states hold
+  variables, others their arrays.
   """
   if key_path[-1:] == (jax.tree_util.GetAttrKey("value"),):
     key_path = key_path[:-1]
@@ -26,7 +26,7 @@ def flatten(tree: Any) -> dict[str, Any]:
   """Returns {path: leaf} in the tree's own order.
 
   Raises:
-    ValueError: two leaves have the same path, as where a name has a "/".
+    ValueError: two leaves have the same path, because a name contains "/".
 
   Example:
     >>> flatten({"mlp": {"up": 1, "down": 2}})
@@ -35,12 +35,14 @@ def flatten(tree: Any) -> dict[str, Any]:
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   found = {path_name(key_path): leaf for key_path, leaf in leaves}
   if len(found) < len(leaves):
-    raise ValueError(f"two leaves of a tree have one path: {', '.join(found)}")
+    raise ValueError(
+      f"two leaves of a tree have the same path: {', '.join(found)}"
+    )
   return found
 
 
 def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-  """Returns the tree of function(path, leaf, *leaves of rest)."""
+  """Maps function(path, leaf, *leaves of the other trees) over a tree."""
   return jax.tree_util.tree_map_with_path(
     lambda key_path, *leaves: function(path_name(key_path), *leaves),
     tree,
@@ -49,10 +51,10 @@ def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-  """Returns the names that the pattern matches as a whole.
+  """Returns the names that a pattern matches as a whole.
 
   Raises:
-    ValueError: the pattern is no regular expression, or matches no name.
+    ValueError: the pattern is not a regular expression, or matches no name.
 
   Example:
     >>> matching(r"blocks_.*/up", ["blocks_0/up", "blocks_0/down", "up"])

@@ -49,7 +49,7 @@ def test_flatten_equals_a_recursive_walk(tree):
 
 
 def test_two_leaves_of_one_path_are_told():
-  with pytest.raises(ValueError, match="two leaves .* have one path: a/b"):
+  with pytest.raises(ValueError, match="two leaves .* have the same path: a/b"):
     paths.flatten({"a/b": 1, "a": {"b": 2}})
 
 

@@ -1,1 +1,1 @@
-"""Parameters become fewer."""
+"""Methods that reduce the number of parameters of a tree."""

@@ -1,8 +1,8 @@
-"""What a model stores: parameters and bytes, by group, dense -> stored.
+"""Accounting: dense and stored parameters and bytes, by group.
 
-`stored` counts what has to be kept: values that are not zero. The bytes of
-the masks that say where they belong are counted too, by themselves. All
-figures are measured on arrays, never taken from a configuration.
+Stored parameters are the nonzero values. The masks that say where these belong
+are counted separately, in bytes. All numbers are measured on arrays, never taken
+from a configuration.
 """
 
 import re
@@ -15,11 +15,13 @@ from folding import paths
 
 
 def storage(w: np.ndarray) -> tuple[str, int, int]:
-  """Returns (way, bytes of values, bytes of the mask) of one array.
+  """Returns (layout, bytes of values, bytes of the mask) of one array.
 
-  The cheapest of four ways to keep it: "whole", as it is; "values", those that
-  are not zero and a bit an element; or "first" or "last", whole slices of that
-  axis, with the zeros in them, and a bit a slice. Exports store arrays so.
+  It is the smallest of four layouts, which exports use:
+  - "whole": the array as it is.
+  - "values": the nonzero values, and one bit per element.
+  - "first", "last": the nonzero slices of that axis with the zeros in them, and
+    one bit per slice.
   """
   is_kept = w != 0
   values = int(np.count_nonzero(is_kept))
@@ -36,18 +38,18 @@ def storage(w: np.ndarray) -> tuple[str, int, int]:
 
 
 def slices_of(is_kept: Any, axis: int) -> np.ndarray:
-  """Returns which slices of an axis have anything that is kept."""
+  """Returns which slices of an axis have a True element."""
   return is_kept.any(axis=tuple(a for a in range(is_kept.ndim) if a != axis))
 
 
 def account(
   params: Any, dense: Any, groups: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-  """Measures a model against its dense twin.
+  """Compares a model with its dense baseline.
 
   Args:
     params: The tree to measure.
-    dense: Tree of the dense twin; shapes and dtypes are enough
+    dense: Tree of the dense baseline; shapes and dtypes are enough
       (`jax.eval_shape`).
     groups: {group: pattern of whole parameter paths}; the rest is "other". For
       our models: `folding.models.params.GROUPS`. None: all is "other".
@@ -55,8 +57,9 @@ def account(
   Returns:
     {"parameters": {group: {"dense", "stored"}}, "bytes": {group: {"dense",
     "stored", "masks"}}, "layers": [{"path", "group", "shape", "dense",
-    "stored", "zeros"}]}, with "overall" among the groups. A layer's dense is
-    the size of the array of that role in the dense twin (0 if it has none).
+    "stored", "zeros"}]}. The groups include "overall". In "layers", "dense" is
+    the size of the baseline's array of the same role, 0 without one, and
+    "zeros" a fraction.
 
   Example:
     >>> w = {"up": {"kernel": np.array([[0.0, 1.0], [0.0, 2.0]])}}
@@ -98,7 +101,7 @@ def account(
 
 
 def _role(name: str) -> str:
-  """The path under which a folded array and its dense twin are the same."""
+  """Returns the path of the dense array that a folded one replaces."""
   return re.sub(r"/v/diagonal$", "/v/kernel", name)
 
 

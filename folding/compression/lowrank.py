@@ -1,10 +1,10 @@
 """Folding of trained heads: the nearest folded layer, from second moments.
 
-Nothing here runs a model: a caller measures moments of what a layer reads and
-writes on calibration text, and gets the folded arrays. Moments are float64.
+The caller measures second moments of a layer's input on calibration text, in
+float64, and gets the folded arrays. Nothing here runs a model.
 
-Axes: D width, H heads, J key heads, R = H / J, K head size, G row groups, E is
-D, and one more where the projections have a bias (a constant input of 1).
+Axes: D width, H heads, J key heads, R = H / J, K head size, G row groups. E is D,
+plus 1 if the projections have a bias (a constant input of 1).
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Projection = Mapping[str, Any]  # "kernel" [D, H, K], and perhaps "bias" [H, K]
+Projection = Mapping[str, Any]  # "kernel" [D, H, K] and maybe "bias" [H, K]
 
-_RIDGE = 1e-6  # of the mean variance, added where moments are inverted
-_RIDGES = tuple(10.0**n for n in range(-6, 3))  # tried in a regression
+# A ridge is a fraction of the mean variance that is added to a moment.
+_RIDGE = 1e-6
+_RIDGES = tuple(10.0**n for n in range(-6, 3))  # `regress` chooses one
 
 
 class FoldedHeads(NamedTuple):
   """Folded query and key projections.
 
   Attributes:
-    q: "kernel" [D, H, G] and perhaps "bias" [H, G]; [G, H, K] on the input
-      axis.
+    q: "kernel" [D, H, G] and maybe "bias" [H, G]; on the input axis [G, H, K].
     k: The same with J heads.
-    kept: Fraction of the variance of the logits that is kept, of all heads;
-      None where it was not measured.
-    frequency: [J, G/2] radians a token, with rotary positions.
+    kept: Fraction of the variance of the logits that is kept, over all heads;
+      None if it was not measured.
+    frequency: [J, G/2], radians per token; None without rotary positions.
   """
 
   q: dict[str, np.ndarray]
@@ -43,26 +43,27 @@ def fold_heads(
   key_moment: np.ndarray,
   groups: int,
 ) -> FoldedHeads:
-  """Returns the projections of rank G whose logits are nearest (output axis).
+  """Returns the projections of rank G with the nearest logits (output axis).
 
-  The logits of a head are x_i' M x_j with M = W_Q W_K' (biases included). With
-  C = E[x x'] = L L' of queries and C~ = L~ L~' of keys,
-  E (x_i' (M - M^) x_j)^2 = |L' (M - M^) L~|^2 for i and j drawn apart, least
-  at the G leading terms of the singular value decomposition of L' M L~. Query
-  heads that share a key head are stacked and decomposed together. As softmax
-  does not see what is added to a whole row of logits, keys are best measured
-  from the mean of their own text: their moment is a covariance then.
+  The logits of a head are x_i' M x_j with M = W_Q W_K', biases included. Let
+  C = E[x x'] = L L' over queries, and C~ = L~ L~' over keys. For independent i
+  and j, E (x_i' (M - M^) x_j)^2 = |L' (M - M^) L~|^2. The minimum has the G
+  leading terms of the singular value decomposition of L' M L~. Query heads that
+  share a key head are stacked and decomposed together.
+
+  Softmax ignores a constant that is added to a row of logits. So measure keys
+  from the mean of their own text; their moment is then a covariance.
 
   Args:
     q: Dense, H heads.
     k: Dense, J heads; J divides H.
     query_moment: [E, E], E[x x'] over query tokens.
-    key_moment: [E, E], of key tokens; E's last row and column are 0 where keys
-      are measured from a mean.
+    key_moment: [E, E], over key tokens. With biases, its last row and column
+      are 0 if keys are measured from a mean.
     groups: G, at most K.
 
   Raises:
-    ValueError: there are more groups than channels of a head.
+    ValueError: G is 0 or above K.
   """
   a_EHK, b_EJK = _augmented(q), _augmented(k)
   E, H, K = a_EHK.shape
@@ -78,12 +79,12 @@ def fold_heads(
     a_ERK = a_EHK[:, of_j]
     left = np.concatenate([root_q.T @ a_ERK[:, r] for r in range(H // J)])
     u, s, v = _svd_of_product(left, root_k.T @ b_EJK[:, j])
-    u, s, v = (  # of fewer input channels than groups
+    u, s, v = (  # there may be fewer input channels than groups
       np.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, max(0, groups - len(s)))])
       for x in (u, s, v)
     )
     kept, total = kept + np.sum(s[:groups] ** 2), total + np.sum(s**2)
-    # Half of each singular value goes to either side.
+    # Each side takes the root of a singular value.
     scale = (groups / K) ** 0.5 * np.sqrt(s[:groups])
     u_REG = (u[:, :groups] * scale).reshape(H // J, E, groups)
     new_q[:, of_j] = (unroot_q @ u_REG).transpose(1, 0, 2)
@@ -99,25 +100,24 @@ def fold_rotary_heads(
   groups: int,
   frequencies: np.ndarray,
 ) -> FoldedHeads:
-  """Returns the G channels a head that carry the logits under RoPE best.
+  """Returns the G channels per head that carry the logits under RoPE best.
 
-  With complex q_f and k_f, one a pair of channels that turns by theta_f, the
-  logits are sum_f Re(q_f conj(k_f) e^(i theta_f (i - j))): functions of the
-  distance that are as good as orthogonal for different theta_f. So the rank
-  of W_Q W_K' does not matter and the number of pairs does: G/2 pairs are kept
-  as they are, and the error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2
-  of those left out.
+  Let q_f and k_f be complex, one per pair of channels that turns by theta_f. The
+  logits are sum_f Re(q_f conj(k_f) e^(i theta_f (i - j))). As functions of the
+  distance, these terms are nearly orthogonal for different theta_f. So the
+  number of pairs matters, not the rank of W_Q W_K'. G/2 pairs are kept; the
+  error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2 of the others.
 
   Args:
     q: Dense, H heads.
     k: Dense, J heads; J divides H.
     query_moment: [E, E], E[x x'] over query tokens.
-    key_moment: [E, E], of key tokens.
+    key_moment: [E, E], over key tokens.
     groups: G, an even number up to K.
-    frequencies: [K/2], radians a token; channel i is paired with i + K/2.
+    frequencies: [K/2], radians per token; channel i is paired with i + K/2.
 
   Raises:
-    ValueError: G is odd or more than the channels of a head.
+    ValueError: G is odd, 0 or above K.
   """
   a_EHK, b_EJK = _augmented(q), _augmented(k)
   E, H, K = a_EHK.shape
@@ -125,7 +125,7 @@ def fold_rotary_heads(
   _require_groups(groups, K)
   if groups % 2:
     raise ValueError(
-      f"rotary channels come in pairs; G is {groups}, make it even"
+      f"rotary channels come in pairs, so G must be even; it is {groups}"
     )
   half, pairs = K // 2, groups // 2
   root_q, root_k = _root(query_moment)[0], _root(key_moment)[0]
@@ -139,7 +139,7 @@ def fold_rotary_heads(
     energy_k = np.square(root_k.T @ b_EJK[:, j]).sum(0)
     by_pair = (energy_q[:half] + energy_q[half:]) / 2
     by_pair = by_pair * (energy_k[:half] + energy_k[half:])
-    # In the order of the dense head: with all pairs it is that head again.
+    # Keep the order of the dense head: all pairs give that head again.
     chosen = np.sort(np.argsort(-by_pair, kind="stable")[:pairs])
     kept, total = kept + by_pair[chosen].sum(), total + by_pair.sum()
     new_frequency[j] = frequencies[chosen]
@@ -159,10 +159,10 @@ def fold_rotary_heads(
 def fold_input_rows(
   projection: Projection, moment: np.ndarray, groups: int
 ) -> dict[str, np.ndarray]:
-  """Returns the projection with G identical rows a group (input axis).
+  """Returns the projection with one row per group (input axis).
 
-  The D/G channels of a group are summed: z = S x. The rows are the regression
-  of x' W on z, which is (S C S')^-1 S C W; the bias, if any, takes its part.
+  The D/G channels of a group are summed: z = S x. The rows are the regression of
+  x' W on z, which is (S C S')^-1 S C W; it includes the bias, if any.
 
   Args:
     projection: Dense, [D, H, K].
@@ -191,11 +191,11 @@ def fold_input_rows(
 
 
 class Regression(NamedTuple):
-  """Least squares with a ridge that unseen halves of the data have chosen.
+  """Least squares with a ridge that was chosen on held-out halves.
 
   Attributes:
     weights: [n, m].
-    r2: Of the half that was left out, mean of both: 1 - error / variance.
+    r2: 1 - error / variance on the held-out half, mean of both halves.
   """
 
   weights: np.ndarray
@@ -209,19 +209,19 @@ def regress(
   variance: float,
   prior_nm: np.ndarray | None = None,
 ) -> Regression:
-  """Returns the coefficients that turn features into targets.
+  """Returns the coefficients that map features to targets.
 
-  Sums come in two halves: each ridge is fitted on one and judged on the other,
-  the best is fitted on both. The ridge pulls towards the prior, so where data
-  is short the weights stay what they are.
+  Each ridge is fitted on one half of the data and evaluated on the other; the
+  best is fitted on both. The ridge shrinks towards the prior, so with little
+  data the weights stay near it.
 
   Args:
-    gram_2nn: Sums of products of the n features, by half.
-    cross_2nm: Sums of features times what the prior leaves of the m targets,
-      by half. (Taken off token by token, as sums would cancel.)
-    square_2: Sums of squares of what the prior leaves, by half.
-    variance: Sum of squares of the targets from their mean: what r2 refers to.
-    prior_nm: What the weights are without data; None: zero.
+    gram_2nn: Sums of products of the n features, per half.
+    cross_2nm: Sums of products of features and residuals of the prior, per
+      half. Subtract the prior per token: a difference of sums would cancel.
+    square_2: Sums of squares of the residuals, per half.
+    variance: Sum of squares of the targets around their mean, for r2.
+    prior_nm: Weights without data; None: zero.
   """
   error = np.zeros(len(_RIDGES))
   for half in range(2):
@@ -247,17 +247,17 @@ def solve_ridge(
 
 
 def _spectrum(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns eigenvalues and vectors of a matrix of sums of products.
+  """Returns eigenvalues and eigenvectors of a matrix of sums of products.
 
-  Sums made in float32 may have eigenvalues below 0, larger than a ridge: a
-  Cholesky factor does not exist then. They are 0 here.
+  Sums in float32 may have eigenvalues below 0, larger than a ridge, and so no
+  Cholesky factor. Here they become 0.
   """
   size, basis = np.linalg.eigh(np.asarray(gram, np.float64))
   return size.clip(0), basis
 
 
 def _added(size: np.ndarray, ridge: float) -> np.ndarray:
-  # Of channels that never vary any will do.
+  # If no channel varies, any ridge will do.
   return size + ridge * (size.mean() or 1.0)
 
 
@@ -278,14 +278,14 @@ def _split(w_EHG: np.ndarray, like: Projection) -> dict[str, np.ndarray]:
 
 
 def _root(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (L, inverse of L') with moment = L L', a small ridge added."""
+  """Returns (L, inverse of L') with L L' = moment + ridge."""
   size, basis = _spectrum(moment)
   root = np.sqrt(_added(size, _RIDGE))
   return basis * root, basis / root
 
 
 def _svd_of_product(a: np.ndarray, b: np.ndarray):
-  """Returns (u, s, v) with a b' = u diag(s) v', by way of K by K."""
+  """Returns (u, s, v) with a b' = u diag(s) v', from a K by K product."""
   left, r_left = np.linalg.qr(a)
   right, r_right = np.linalg.qr(b)
   u, s, vt = np.linalg.svd(r_left @ r_right.T)
@@ -293,10 +293,10 @@ def _svd_of_product(a: np.ndarray, b: np.ndarray):
 
 
 def _share(kept: float, total: float) -> float:
-  """Returns kept / total; of nothing, all is kept."""
+  """Returns kept / total, 1 if the total is 0."""
   return float(kept / total) if total else 1.0
 
 
 def _require_groups(groups: int, K: int) -> None:
   if not 0 < groups <= K:
-    raise ValueError(f"G is {groups}; it must be 1 to {K}, the size of a head")
+    raise ValueError(f"G must be 1 to {K}, the head size; it is {groups}")

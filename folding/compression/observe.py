@@ -1,7 +1,6 @@
-"""Forward statistics: what each layer saw at its input.
+"""Forward statistics: mean squares of the inputs of each layer.
 
-Works on any Linen model with `Dense`, `DenseGeneral` and `Embed` layers. The
-statistics lie at the paths of the parameters that they belong to.
+This works on any Linen model with `Dense`, `DenseGeneral` and `Embed` layers.
 """
 
 from collections.abc import Callable
@@ -20,22 +19,22 @@ _COLLECTION = "observed"
 def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
   """Returns an `apply` that also returns the mean square of layer inputs.
 
-  For a kernel with input axes I... the statistic is E[a^2], float32 of shape
-  I..., over all tokens of the call; for an embedding, whose input is one-hot,
-  it is how often each token was used, as a fraction, of shape [V]. Inside
-  `jit` it is an ordinary output; the order in which layers are called, remat
-  and sharding do not matter. A layer called twice is averaged. Layers inside
-  `nn.scan` or `nn.vmap`, and those with `batch_dims`, have no statistics; a
-  model with layers inside `nn.cond` or `nn.switch` cannot be observed.
+  The statistic of a kernel with input axes I... is E[a^2], float32[I...], over
+  all tokens of the call. That of an embedding, whose input is one-hot, is the
+  frequency of each token, float32[V]. A layer that is called twice has the mean
+  of both. The statistics are ordinary outputs, so jit, remat and sharding work.
+
+  Layers inside `nn.scan` or `nn.vmap`, and those with `batch_dims`, have no
+  statistics. Models with layers inside `nn.cond` or `nn.switch` are unsupported.
 
   Args:
     apply: `model.apply` of a Linen module.
 
   Returns:
-    Function of the arguments of `apply` and an optional keyword `keep`: bool
-    array, False at tokens not to count, used where its shape is how the
-    shape of a layer's input starts. It returns (output of apply,
-    {parameter path: statistic}).
+    Function with the arguments of `apply` and an optional keyword `keep`: bool
+    array, False at tokens that do not count. It applies to layers whose input
+    shape starts with the shape of `keep`. The function returns (output of
+    `apply`, {parameter path: statistic}).
 
   Example:
     >>> model = nn.Dense(3)
@@ -101,7 +100,7 @@ def _record(context: Any, inputs: Any, keep: Any) -> None:
 
 
 def _token_weight(shape: tuple[int, ...], keep: Any) -> jax.Array:
-  """Returns 1 for each token that counts, 0 for padding."""
+  """Returns float32, 1 for each token that counts and 0 for padding."""
   weight = jnp.ones(shape, jnp.float32)
   if keep is not None and keep.shape == shape[: keep.ndim]:
     rest = (1,) * (len(shape) - keep.ndim)

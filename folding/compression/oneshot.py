@@ -1,7 +1,7 @@
-"""Pruning of trained weights in one pass: SparseGPT, Wanda, magnitude, inputs.
+"""One-shot pruning of trained layers: SparseGPT, Wanda, magnitude, inputs.
 
 A layer y = x W is given by W [I, O] and the second moment of its input,
-C = E[x x'] [I, I]. All in float64 on the host.
+C = E[x x'] [I, I]. Everything is computed in float64 on the host.
 
 Axes: I inputs, O outputs.
 """
@@ -11,7 +11,7 @@ import scipy.linalg
 from jaxtyping import Float
 
 Matrix = Float[np.ndarray, "I O"]
-Moment = Float[np.ndarray, "E E"]  # of I inputs, which is checked
+Moment = Float[np.ndarray, "E E"]  # `_damped` checks that E is I
 
 
 def sparsegpt(
@@ -24,23 +24,25 @@ def sparsegpt(
 ) -> Matrix:
   """Returns the weights with a fraction at zero and the others adjusted.
 
-  Inputs are taken in order. Where a weight of input i is removed, those of the
-  inputs after it move so that E |x W - x W^|^2 is least, given the weights up
-  to i: by w_i / U_ii times row i of U, the upper Cholesky factor of the inverse
-  of C. Which weights go is decided a block of inputs at a time, once the blocks
-  before are done: those of least w_i^2 / U_ii^2, what removing them alone adds
-  to the error.
+  Inputs are processed in order. If a weight w_i of input i is removed, the
+  weights of later inputs change to minimise E |x W - x W^|^2, given the weights
+  up to i. The change is w_i / U_ii times row i of U, the upper Cholesky factor
+  of the inverse of C. In each block of inputs, the weights of least
+  w_i^2 / U_ii^2 are removed. This is what removing w_i alone adds to the error.
 
   Args:
     w_IO: Weights.
     moment_II: E[x x'], over at least some thousand tokens.
-    fraction: Of each block, to remove, in [0, 1); rounded so that the matrix
-      loses floor(fraction I O).
-    block: Inputs that are decided together.
-    damping: Share of the mean of the diagonal of C that is added to it.
+    fraction: Fraction of each block to remove, in [0, 1); rounded so that the
+      matrix loses floor(fraction I O) weights.
+    block: Inputs per block.
+    damping: This fraction of the mean of the diagonal of C is added to it.
+
+  Returns:
+    float64[I, O].
 
   Raises:
-    ValueError: C is not of W's inputs, or not positive definite.
+    ValueError: C does not fit the inputs, or is not positive definite.
 
   References: Frantar and Alistarh, "SparseGPT", 2023, algorithm 1.
   """
@@ -69,22 +71,25 @@ def remove_inputs(
   rounds: int = 32,
   damping: float = 0.01,
 ) -> Matrix:
-  """Returns the weights with a fraction of the inputs at zero, whole rows.
+  """Returns the weights with whole rows, a fraction of the inputs, at zero.
 
-  The rows that are left are the least-squares fit to what all of them gave.
-  Input i costs |w_i|^2 / (C^-1)_ii, what removing it alone adds to
-  E |x W - x W^|^2; in each round those go that cost least, the others make up
-  for them, and C^-1 becomes that of the inputs that are left.
+  The remaining rows are the least-squares fit to the output of all rows. Input i
+  costs |w_i|^2 / (C^-1)_ii, what removing it alone adds to E |x W - x W^|^2.
+  Each round removes the inputs that cost least, refits the other rows, and
+  updates C^-1 to that of the remaining inputs.
 
   Args:
     w_IO: Weights.
-    moment_II: E[x x'], or the covariance where a bias takes up the means.
-    fraction: To remove, in [0, 1): floor(fraction I) inputs.
-    rounds: In which they go; each leaves the same share of what there was.
-    damping: As in `sparsegpt`.
+    moment_II: E[x x'], or the covariance if a bias takes up the means.
+    fraction: Fraction to remove, in [0, 1): floor(fraction I) inputs.
+    rounds: Number of rounds; each removes the same fraction of what is left.
+    damping: This fraction of the mean of the diagonal of C is added to it.
+
+  Returns:
+    float64[I, O].
 
   Raises:
-    ValueError: see `sparsegpt`.
+    ValueError: C does not fit the inputs, or is not positive definite.
 
   References: Hassibi and Stork, "Second order derivatives for network pruning:
     optimal brain surgeon", 1993; for neurons of transformers Kurtic et al.,
@@ -116,6 +121,14 @@ def remove_inputs(
 def wanda(w_IO: Matrix, moment_II: Moment, fraction: float) -> Matrix:
   """Returns the weights with the lowest |w| rms(x) of each output at zero.
 
+  Args:
+    w_IO: Weights.
+    moment_II: E[x x']; only its diagonal counts.
+    fraction: Fraction of each output's weights to remove, in [0, 1).
+
+  Raises:
+    ValueError: C does not fit the inputs.
+
   References: Sun et al., "A simple and effective pruning approach for large
     language models", 2024.
   """
@@ -130,7 +143,7 @@ def wanda(w_IO: Matrix, moment_II: Moment, fraction: float) -> Matrix:
 
 
 def magnitude(w: np.ndarray, fraction: float) -> np.ndarray:
-  """Returns an array of any shape with its lowest |w| at zero.
+  """Returns an array of any shape with a fraction, the lowest |w|, at zero.
 
   Example:
     >>> magnitude(np.array([[3.0, -1.0], [0.5, 2.0]]), 0.5).tolist()
@@ -143,10 +156,10 @@ def magnitude(w: np.ndarray, fraction: float) -> np.ndarray:
 def _damped(w_IO: Matrix, moment_II: Moment, damping: float) -> Moment:
   if moment_II.shape != (len(w_IO),) * 2:
     raise ValueError(
-      f"the moment {moment_II.shape} is not of the {len(w_IO)} inputs"
+      f"the moment {moment_II.shape} does not fit the {len(w_IO)} inputs"
     )
   moment_II = np.array(moment_II, np.float64)
-  # Of an input that is always 0 any will do.
+  # If all inputs are always 0, any ridge will do.
   ridge = damping * (np.diag(moment_II).mean() or 1.0)
   moment_II[np.diag_indices(len(w_IO))] += ridge
   return moment_II
@@ -168,7 +181,7 @@ def _count(fraction: float, size: int) -> int:
 
 
 def _lowest(score: np.ndarray, count: int) -> np.ndarray:
-  """Returns where the `count` lowest scores are; the first of equal ones."""
+  """Returns True at the `count` lowest scores; the first of equal ones."""
   drop = np.zeros(score.size, bool)
   drop[np.argsort(score, axis=None, kind="stable")[:count]] = True
   return drop.reshape(score.shape)

@@ -74,7 +74,7 @@ def _assert_close(stats, expected):
 
 @pytest.mark.parametrize("keep", [None, _KEEP], ids=["all", "padded"])
 @pytest.mark.parametrize("remat", [False, True], ids=["plain", "remat"])
-def test_equals_a_loop_over_tokens(keep, remat):
+def test_observe_equals_a_loop_over_tokens(keep, remat):
   variables = _variables()
   apply = observe(Net(remat).apply)
   kept = None if keep is None else jnp.asarray(keep)
@@ -84,7 +84,7 @@ def test_equals_a_loop_over_tokens(keep, remat):
   np.testing.assert_array_equal(out, plain)
 
 
-def test_observing_does_not_change_gradients():
+def test_observe_does_not_change_gradients():
   variables, target = _variables(), jnp.ones((2, 4, 3))
 
   def loss(params, apply):
@@ -105,15 +105,14 @@ def test_observing_does_not_change_gradients():
   "mutable",
   [
     "batch_stats",
-    ("batch_stats",),
     nn.DenyList("params"),
-    True,
+    [],
   ],
-  ids=["name", "tuple", "deny", "all"],
+  ids=["name", "deny", "none"],
 )
-def test_mutable_collections_come_back_as_from_apply(mutable):
+def test_observe_returns_mutable_collections_as_apply_does(mutable):
   variables = _variables()
-  options = {"train": True, "mutable": mutable}
+  options = {"train": mutable != [], "mutable": mutable}
   (out, new), stats = observe(Net().apply)(variables, _TOKENS, **options)
   plain_out, plain_new = Net().apply(variables, _TOKENS, **options)
   np.testing.assert_array_equal(out, plain_out)
@@ -122,27 +121,21 @@ def test_mutable_collections_come_back_as_from_apply(mutable):
   assert set(stats) == set(_expected(variables))
 
 
-def test_an_empty_list_of_mutable_collections_still_gives_a_pair():
-  (_, new), stats = observe(Net().apply)(_variables(), _TOKENS, mutable=[])
-  assert new == {}
-  assert "shared/kernel" in stats
-
-
 class ByKeyword(nn.Module):
   @nn.compact
   def __call__(self, x):
     return nn.Dense(2, name="dense")(inputs=x)
 
 
-def test_inputs_by_keyword_count():
+def test_observe_counts_inputs_by_keyword():
   x = jnp.array([[1.0, -2.0], [3.0, 0.0]])
   variables = ByKeyword().init(jax.random.key(0), x)
   _, stats = observe(ByKeyword().apply)(variables, x)
   np.testing.assert_allclose(stats["dense/kernel"], [5.0, 2.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("axis", [(1,), (2, 1), (-1, -2)], ids=str)
-def test_input_axes_have_the_order_of_the_kernel(axis):
+@pytest.mark.parametrize("axis", [(2, 1), (-1, -2)], ids=str)
+def test_observe_orders_input_axes_as_the_kernel(axis):
   x = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
   layer = nn.DenseGeneral(2, axis=axis)
   variables = layer.init(jax.random.key(0), x)
@@ -153,7 +146,7 @@ def test_input_axes_have_the_order_of_the_kernel(axis):
   np.testing.assert_allclose(stats["kernel"], expected, rtol=1e-6)
 
 
-def test_a_layer_with_batch_dims_has_no_statistic():
+def test_observe_skips_layers_with_batch_dims():
   x = jnp.ones((5, 3, 4))
   layer = nn.DenseGeneral(2, axis=-1, batch_dims=0)
   variables = layer.init(jax.random.key(0), x)
@@ -161,7 +154,7 @@ def test_a_layer_with_batch_dims_has_no_statistic():
   assert stats == {}
 
 
-def test_bfloat16_inputs_are_averaged_in_float32():
+def test_observe_averages_bfloat16_in_float32():
   x = jnp.full((300, 2), 1.5, jnp.bfloat16)
   layer = nn.Dense(2, dtype=jnp.bfloat16)
   variables = layer.init(jax.random.key(0), x)
@@ -170,14 +163,14 @@ def test_bfloat16_inputs_are_averaged_in_float32():
   np.testing.assert_array_equal(stats["kernel"], np.float32([2.25, 2.25]))
 
 
-def test_no_token_kept_gives_zeros():
+def test_observe_without_tokens_gives_zeros():
   keep = jnp.zeros(_TOKENS.shape, bool)
   _, stats = observe(Net().apply)(_variables(), _TOKENS, keep=keep)
   for value in stats.values():
     np.testing.assert_array_equal(value, np.zeros(value.shape))
 
 
-def test_a_batch_over_eight_devices_gives_the_same():
+def test_observe_on_eight_devices_equals_one():
   mesh = Mesh(np.array(jax.devices()), ("data",))
   x = np.random.default_rng(0).normal(size=(16, 3, 8)).astype(np.float32)
   layer = nn.Dense(4)
@@ -199,7 +192,7 @@ _MODELS = {
 
 
 @pytest.mark.parametrize("name", _MODELS)
-def test_every_kernel_and_embedding_of_our_model_is_observed(name):
+def test_observe_sees_every_kernel_and_embedding_of_ours(name):
   model_config, fold = _MODELS[name]
   model_config.num_layers, model_config.width = 2, 16
   model_config.num_heads = 4
@@ -213,15 +206,3 @@ def test_every_kernel_and_embedding_of_our_model_is_observed(name):
   assert set(stats) == observed
   for path, stat in stats.items():
     assert stat.shape == leaves[path].shape[: stat.ndim]
-
-
-def test_the_statistic_of_our_embedding_is_token_frequency():
-  config = resolve(
-    Config(model=ModelConfig(num_layers=1, width=8, num_heads=2))
-  )
-  model = make_model(config, vocab_size=6)
-  tokens, keep = jnp.asarray(_TOKENS), jnp.asarray(_KEEP)
-  variables = model.init(jax.random.key(0), tokens)
-  _, stats = observe(model.apply)(variables, tokens, keep, keep=keep)
-  counts = np.bincount(_TOKENS[_KEEP], minlength=6)
-  np.testing.assert_allclose(stats["embed/embedding"], counts / 5, rtol=1e-6)

@@ -1,17 +1,50 @@
 """Folding from moments, against optima found in other ways in float64."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from folding.compression import lowrank
-from tests.compression.refold_cases import (
-  D,
-  K,
-  make_case,
-  make_inputs,
-  moment_of,
-  project_heads,
-)
+
+D, K = 10, 4
+FREQUENCIES = np.array([135, 83, 45, 24]) / 64  # float32 holds them exactly
+DISTANCES = np.arange(400)
+
+
+def _projection(rng, heads, bias, K=K):
+  parts = {"kernel": rng.normal(size=(D, heads, K)).astype(np.float32)}
+  if bias:
+    parts["bias"] = rng.normal(size=(heads, K)).astype(np.float32)
+  return parts
+
+
+def make_inputs(rng, bias, count=200):
+  """Returns correlated inputs of unequal scale and mean, 1 behind them."""
+  x = rng.normal(size=(count, D)) @ rng.normal(size=(D, D))
+  x = x * np.geomspace(1, 0.1, D) + rng.normal(size=D)
+  return np.concatenate([x, np.ones((count, 1))], 1) if bias else x
+
+
+def make_case(seed, H, J, bias, K=K):
+  """Returns q, k, inputs of queries and of keys."""
+  rng = np.random.default_rng(seed)
+  q, k = _projection(rng, H, bias, K), _projection(rng, J, bias, K)
+  return q, k, make_inputs(rng, bias), make_inputs(rng, bias)
+
+
+def moment_of(x):
+  return x.T @ x / len(x)
+
+
+def project_heads(x, projection, H):
+  """Returns [H, n, K] of inputs; heads that are shared are repeated."""
+  w = np.asarray(projection["kernel"], np.float64)
+  out = np.einsum("nd,dhk->hnk", x[:, :D], w)
+  if "bias" in projection:
+    out = out + np.float64(projection["bias"])[:, None]
+  return np.repeat(out, H // len(out), axis=0)
+
 
 shapes = pytest.mark.parametrize(
   ("H", "J", "bias"),
@@ -57,8 +90,8 @@ def _optimum(q, k, query_moment, key_moment, G):
 
 
 @shapes
-@pytest.mark.parametrize("G", [1, 2, 3])
-def test_folded_logits_are_the_nearest_of_their_rank(G, H, J, bias):
+@pytest.mark.parametrize("G", [1, 3])
+def test_fold_heads_gives_the_nearest_logits_of_their_rank(G, H, J, bias):
   q, k, x, y = make_case(0, H, J, bias)
   folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), G)
   best, values = _optimum(q, k, moment_of(x), moment_of(y), G)
@@ -78,7 +111,7 @@ def test_folded_logits_are_the_nearest_of_their_rank(G, H, J, bias):
 
 
 @shapes
-def test_nothing_is_lost_with_as_many_groups_as_channels(H, J, bias):
+def test_fold_heads_with_all_channels_loses_nothing(H, J, bias):
   q, k, x, y = make_case(1, H, J, bias)
   folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), K)
   x, y = (make_inputs(np.random.default_rng(seed), bias) for seed in (7, 8))
@@ -89,30 +122,7 @@ def test_nothing_is_lost_with_as_many_groups_as_channels(H, J, bias):
   assert folded.kept == pytest.approx(1)
 
 
-def test_other_foldings_are_worse():
-  q, k, x, y = make_case(2, 3, 3, True)
-  G, dense = 2, _logits(q, k, x, y)
-
-  def error(q, k):
-    return np.square(_logits(q, k, x, y) - dense).mean()
-
-  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), G)
-  own = error(folded.q, folded.k)
-  eye = np.eye(D + 1)
-  plain = lowrank.fold_heads(q, k, eye, eye, G)
-  assert own < 0.8 * error(plain.q, plain.k)
-  rng = np.random.default_rng(3)
-  for size in (1e-3, 1e-1):
-    for side in ("q", "k"):
-      near = {"q": folded.q, "k": folded.k}
-      near[side] = {
-        name: w * (1 + size * rng.normal(size=w.shape))
-        for name, w in near[side].items()
-      }
-      assert error(**near) > own
-
-
-def test_keys_from_their_mean_serve_the_softmax():
+def test_fold_heads_with_covariances_serves_the_softmax():
   q, k, x, y = make_case(4, 4, 2, True)
   y[:, :D] += 3  # which moves all logits of a query alike
   centred = y - y.mean(0)
@@ -131,7 +141,7 @@ def test_keys_from_their_mean_serve_the_softmax():
   assert error(folded) < 0.9 * error(second)
 
 
-def test_a_head_of_zeros_loses_nothing():
+def test_fold_heads_of_zeros_loses_nothing():
   q, k, x, y = make_case(5, 2, 2, False)
   q = {"kernel": np.zeros_like(q["kernel"])}
   folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), 1)
@@ -140,21 +150,7 @@ def test_a_head_of_zeros_loses_nothing():
   assert not folded.k["kernel"].any()
 
 
-def test_keys_that_do_not_vary_are_folded_as_if_alike():
-  q, k, x, _ = make_case(5, 2, 2, False)
-  still, alike = np.zeros((D, D)), np.eye(D)
-  folded = lowrank.fold_heads(q, k, moment_of(x), still, 2)
-  expected = lowrank.fold_heads(q, k, moment_of(x), alike, 2)
-  y = make_inputs(np.random.default_rng(7), False)
-  np.testing.assert_allclose(
-    _logits(folded.q, folded.k, x, y),
-    _logits(expected.q, expected.k, x, y),
-    rtol=1e-4,
-    atol=1e-4,
-  )
-
-
-def test_moments_may_be_rounded():
+def test_fold_heads_takes_rounded_moments():
   q, k, x, y = make_case(6, 2, 2, False)
   x[:] = x[:, :1] + 1e-5 * x  # as where one direction is all there is
   moment = np.zeros((D, D), np.float32)
@@ -171,9 +167,9 @@ def test_moments_may_be_rounded():
 
 
 @pytest.mark.parametrize("G", [0, K + 1])
-def test_more_groups_than_channels_are_refused(G):
+def test_fold_heads_refuses_more_groups_than_channels(G):
   q, k, x, y = make_case(0, 2, 2, False)
-  message = f"G is {G}; it must be 1 to {K}, the size of a head"
+  message = f"G must be 1 to {K}"
   with pytest.raises(ValueError, match=message):
     lowrank.fold_heads(q, k, moment_of(x), moment_of(y), G)
   frequencies = np.ones(K // 2)
@@ -183,7 +179,7 @@ def test_more_groups_than_channels_are_refused(G):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("G", [1, 5])
-def test_rows_of_a_group_are_those_of_least_squares(G, bias):
+def test_fold_input_rows_equals_least_squares(G, bias):
   q, _, x, _ = make_case(3, 3, 3, bias)
   folded = lowrank.fold_input_rows(q, moment_of(x), G)
   sums = x[:, :D].reshape(len(x), G, D // G).sum(-1)
@@ -197,18 +193,8 @@ def test_rows_of_a_group_are_those_of_least_squares(G, bias):
     np.testing.assert_allclose(folded["bias"], best[G], rtol=1e-3, atol=1e-3)
 
 
-def test_rows_that_are_identical_are_found_again():
-  rng = np.random.default_rng(0)
-  rows = rng.normal(size=(5, 3, K)).astype(np.float32)
-  old = {"kernel": np.repeat(rows, 2, axis=0), "bias": rows[0] + 1}
-  folded = lowrank.fold_input_rows(old, moment_of(make_inputs(rng, True)), 5)
-  # A ridge of 1e-6 of the variance.
-  np.testing.assert_allclose(folded["kernel"], rows, atol=1e-3)
-  np.testing.assert_allclose(folded["bias"], old["bias"], atol=1e-3)
-
-
 @pytest.mark.parametrize("G", [0, 3])
-def test_groups_that_do_not_divide_the_rows_are_refused(G):
+def test_fold_input_rows_refuses_other_divisors(G):
   q, _, x, _ = make_case(0, 2, 2, False)
   with pytest.raises(ValueError, match=f"{G} groups do not divide {D} input"):
     lowrank.fold_input_rows(q, moment_of(x), G)
@@ -228,7 +214,7 @@ def _regress(features, targets, prior=None):
 
 
 @pytest.mark.parametrize("has_prior", [False, True])
-def test_what_is_linear_is_recovered(has_prior):
+def test_regress_recovers_linear_targets(has_prior):
   rng = np.random.default_rng(0)
   features, weights = rng.normal(size=(200, 6)), rng.normal(size=(6, 3))
   prior = weights + rng.normal(size=(6, 3)) if has_prior else None
@@ -237,7 +223,7 @@ def test_what_is_linear_is_recovered(has_prior):
   assert fit.r2 == pytest.approx(1, abs=1e-9)
 
 
-def test_the_ridge_is_that_which_serves_the_other_half():
+def test_regress_chooses_the_ridge_on_held_out_halves():
   rng = np.random.default_rng(1)
   features = rng.normal(size=(60, 25))
   truth = 0.3 * rng.normal(size=(25, 4))
@@ -265,25 +251,94 @@ def test_the_ridge_is_that_which_serves_the_other_half():
   assert fit.r2 < 1 - seen / variance - 0.1  # of text that it was made on
 
 
-def test_noise_promises_nothing():
-  rng = np.random.default_rng(2)
-  fit = _regress(rng.normal(size=(40, 30)), rng.normal(size=(40, 3)))
-  assert fit.r2 < 0.1
-  assert np.abs(fit.weights).max() < 0.1
-
-
-def test_without_data_the_prior_stays():
-  prior = np.arange(6.0).reshape(3, 2)
-  fit = lowrank.regress(
-    np.zeros((2, 3, 3)), np.zeros((2, 3, 2)), np.zeros(2), 0.0, prior
-  )
-  np.testing.assert_array_equal(fit.weights, prior)
-  assert fit.r2 == 1
-
-
-def test_where_data_is_short_the_prior_stays():
+def test_regress_keeps_the_prior_without_data():
   features = np.zeros((40, 3))
   features[:, 0] = np.random.default_rng(3).normal(size=40)
   truth, prior = np.array([[2.0], [5.0], [5.0]]), np.array([[1.0], [3], [4]])
   fit = _regress(features, features @ truth, prior)
   np.testing.assert_allclose(fit.weights, [[2], [3], [4]], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------
+# Rotary pairs, against the best of all subsets.
+
+
+def _by_pair(q, k, x, y, frequencies):
+  """Returns [H, n, m, distances, pairs]: what each pair adds to the logits.
+
+  Args:
+    q: Queries of H heads.
+    k: Keys of J heads.
+    x: What queries are made of.
+    y: What keys are made of.
+    frequencies: [pairs], or [J, pairs].
+  """
+  H, width = q["kernel"].shape[1:]
+  a, b = (
+    w[..., : width // 2] + 1j * w[..., width // 2 :]
+    for w in (project_heads(x, q, H), project_heads(y, k, H))
+  )
+  angle = np.einsum("l,jf->jlf", DISTANCES, np.atleast_2d(frequencies))
+  turn = np.exp(1j * np.repeat(angle, H // len(angle), axis=0))
+  return np.einsum("hnf,hmf,hlf->hnmlf", a, b.conj(), turn).real
+
+
+def _square(logits):
+  """Returns the mean square of each head's logits, summed over heads."""
+  return np.square(logits).mean((1, 2, 3)).sum()
+
+
+@pytest.mark.parametrize(("H", "J"), [(3, 3), (4, 2)], ids=["own", "shared"])
+def test_fold_rotary_heads_keeps_the_best_pairs(H, J):
+  q, k, x, y = make_case(0, H, J, True, K=8)
+  x, y = x[:30], y[:30]
+  folded = lowrank.fold_rotary_heads(
+    q, k, moment_of(x), moment_of(y), 4, FREQUENCIES
+  )
+  dense = _by_pair(q, k, x, y, FREQUENCIES)
+  error = 0.0
+  for j in range(J):
+    of_j = slice(j * H // J, (j + 1) * H // J)
+    errors = {
+      subset: _square(np.delete(dense[of_j], subset, -1).sum(-1))
+      for subset in itertools.combinations(range(4), 2)
+    }
+    best = min(errors, key=errors.__getitem__)
+    error += errors[best]
+    np.testing.assert_allclose(
+      folded.frequency[j], FREQUENCIES[list(best)], rtol=1e-6
+    )
+  total = _square(dense.sum(-1))
+  # Products of two pairs do not quite vanish over so many distances.
+  assert folded.kept == pytest.approx(1 - error / total, abs=0.03)
+  # What is kept is kept as it was.
+  logits = _by_pair(folded.q, folded.k, x, y, folded.frequency) * 8 / 4
+  for h in range(H):
+    own = folded.frequency[h * J // H]
+    at = [int(np.abs(FREQUENCIES - w).argmin()) for w in own]
+    np.testing.assert_allclose(
+      logits[h], dense[h][..., at], atol=1e-5 * dense.std()
+    )
+
+
+@pytest.mark.parametrize("unused", [[], [1, 5]])
+@pytest.mark.parametrize(("H", "J"), [(3, 3), (4, 2)], ids=["own", "shared"])
+def test_fold_rotary_heads_with_all_pairs_is_the_dense_head(H, J, unused):
+  q, k, x, y = make_case(0, H, J, True, K=8)
+  for array in q.values():
+    array[..., 0, unused] = 0  # channels of the first head
+  folded = lowrank.fold_rotary_heads(
+    q, k, moment_of(x), moment_of(y), 8, FREQUENCIES
+  )
+  for new, old in ((folded.q, q), (folded.k, k)):
+    np.testing.assert_array_equal(new["kernel"], old["kernel"])
+    np.testing.assert_array_equal(new["bias"], old["bias"])
+  expected = np.tile(np.float32(FREQUENCIES), (J, 1))
+  np.testing.assert_array_equal(folded.frequency, expected)
+  assert folded.kept == pytest.approx(1)
+
+
+def test_fold_rotary_heads_refuses_half_a_pair():
+  q, k, x, y = make_case(0, 2, 2, False)
+  with pytest.raises(ValueError, match="come in pairs"):
+    lowrank.fold_rotary_heads(q, k, moment_of(x), moment_of(y), 3, np.ones(2))
