@@ -109,7 +109,7 @@ def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
   config = recovery_config(
     checkpoint[0], topics, dense=True, train__steps=120, train__eval_every=60
   )
-  config.train.learning_rate = 1e-2
+  config.train.learning_rate = 3e-3
   result = loop.run(config, str(workdir))
   assert result["test"]["accuracy"] > 0.6  # it has something to teach
   return workdir

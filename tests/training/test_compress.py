@@ -251,7 +251,7 @@ def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
     ),
     ({"pretrained": "nowhere/to/be/found"}, "nowhere"),
     ({"model__dense_mlp_width": 4096}, "shrunk model"),
-    ({"data__path": None}, "say what to train on: data.path, a file or folder"),
+    ({"data__path": None}, "set data.path"),
   ],
 )
 def test_what_does_not_fit_is_one_clear_line(
