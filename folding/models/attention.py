@@ -24,7 +24,7 @@ def attend(
   k_BMJG: Float[Array, "B M J G"],
   v_BMIK: Float[Array, "B M I K"],
   bias_HLM: Float[Array, "#H L M"],
-  keep_BM: Bool[Array, "B M"] | None,
+  mask_BM: Bool[Array, "B M"] | None,
   *,
   head_dim: int,
 ) -> Float[Array, "B L H K"]:
@@ -39,7 +39,7 @@ def attend(
     k_BMJG: Keys.
     v_BMIK: Values; I divides H.
     bias_HLM: Added to the logits; carries positions and causality.
-    keep_BM: False at padding; None: no padding.
+    mask_BM: False at padding; None: no padding.
     head_dim: K, of the unfolded queries.
   """
   return attend_by_head(
@@ -47,7 +47,7 @@ def attend(
     k_BMJG.transpose(0, 2, 3, 1),
     v_BMIK.transpose(0, 2, 1, 3),
     bias_HLM,
-    keep_BM,
+    mask_BM,
     head_dim=head_dim,
   )
 
@@ -57,7 +57,7 @@ def attend_by_head(
   k_JGM: Float[Array, "*J G M"],
   v_IMK: Float[Array, "*I M K"],
   bias_HLM: Float[Array, "#H L M"],
-  keep_BM: Bool[Array, "B M"] | None,
+  mask_BM: Bool[Array, "B M"] | None,
   *,
   head_dim: int,
 ) -> Float[Array, "B L H K"]:
@@ -68,12 +68,12 @@ def attend_by_head(
     k_JGM: Keys; the axes before the last two are B and J, or B J as one.
     v_IMK: Values; the same with I.
     bias_HLM: As in `attend`.
-    keep_BM: As in `attend`.
+    mask_BM: As in `attend`.
     head_dim: As in `attend`.
   """
   B, L, H, _ = q_BLHG.shape
   logits_BHLM = attention_logits(
-    q_BLHG, k_JGM, bias_HLM, keep_BM, head_dim=head_dim
+    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim
   )
   att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMK.dtype)
   out = att.reshape(*v_IMK.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMK
@@ -84,7 +84,7 @@ def attention_logits(
   q_BLHG: Float[Array, "B L H G"],
   k_JGM: Float[Array, "*J G M"],
   bias_HLM: Float[Array, "#H L M"],
-  keep_BM: Bool[Array, "B M"] | None,
+  mask_BM: Bool[Array, "B M"] | None,
   *,
   head_dim: int,
 ) -> Float[Array, "B H L M"]:
@@ -98,8 +98,8 @@ def attention_logits(
   logits_BHLM = (
     scale * logits.reshape(B, H, L, k_JGM.shape[-1]) + bias_HLM[None]
   )
-  if keep_BM is not None:
-    logits_BHLM = jnp.where(keep_BM[:, None, None], logits_BHLM, _MASKED)
+  if mask_BM is not None:
+    logits_BHLM = jnp.where(mask_BM[:, None, None], logits_BHLM, _MASKED)
   return logits_BHLM
 
 
@@ -212,35 +212,35 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BLD: Float[Array, "B L D"],
-    keep_BL: Bool[Array, "B L"] | None = None,
+    mask_BL: Bool[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
     """Attends within whole sequences.
 
     Args:
       x_BLD: Input of the layer.
-      keep_BL: False or 0 at pad tokens; None: no padding.
+      mask_BL: False or 0 at pad tokens; None: no padding.
     """
     q, k, v = self.project(x_BLD, jnp.arange(x_BLD.shape[1]))
-    return self.o(self._attend(q, k, v, keep_BL))
+    return self.o(self._attend(q, k, v, mask_BL))
 
   def prefill(
     self,
     x_BLD: Float[Array, "B L D"],
-    keep_BL: Bool[Array, "B L"],
+    mask_BL: Bool[Array, "B L"],
     state: PastState | None,
   ) -> tuple[Float[Array, "B L D"], Cache]:
     """Attends within prompts, and returns what decoding needs of them.
 
     Args:
       x_BLD: Input of the layer for left-padded prompts.
-      keep_BL: False at pad tokens.
+      mask_BL: False at pad tokens.
       state: The empty state to extend; None: make a KV cache of L slots.
     """
     q, k, v = self.project(x_BLD, jnp.arange(x_BLD.shape[1]))
     if state is None:
-      out_BLHK = self._attend(q, k, v, keep_BL)
+      out_BLHK = self._attend(q, k, v, mask_BL)
       return self.o(out_BLHK), decode_lib.make_cache(k, v)
-    state, out_BLHK = self._extend(state, q, k, v, keep_BL)
+    state, out_BLHK = self._extend(state, q, k, v, mask_BL)
     return self.o(out_BLHK), state
 
   def decode(
@@ -322,11 +322,11 @@ class Attention(nn.Module):
       is_seen_LM &= jnp.abs(distance_LM) < c.window
     return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
 
-  def _attend(self, q, k, v, keep_BL) -> Float[Array, "B L H K"]:
+  def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H K"]:
     """Attends within whole sequences."""
     c, length = self.config, q.shape[1]
-    if keep_BL is not None:
-      keep_BL = keep_BL.astype(bool)
+    if mask_BL is not None:
+      mask_BL = mask_BL.astype(bool)
     # Chunks need a known length, which an exported program may leave open.
     is_known = isinstance(q.shape[0], int) and isinstance(length, int)
     if c.attention == "linear" and has_rank_1(c, self.layer) and is_known:
@@ -335,16 +335,16 @@ class Attention(nn.Module):
         k[..., 0],
         v,
         self._slopes(),
-        keep_BL,
+        mask_BL,
         head_dim=self.layer.head_dim,
         causal=c.causal,
         tolerance=TOLERANCE,
       )
     position_L = jnp.arange(length)
     bias_HLM = self.bias(position_L, position_L)
-    return attend(q, k, v, bias_HLM, keep_BL, head_dim=self.layer.head_dim)
+    return attend(q, k, v, bias_HLM, mask_BL, head_dim=self.layer.head_dim)
 
-  def _extend(self, state: PastState, q, k, v, keep_BL):
+  def _extend(self, state: PastState, q, k, v, mask_BL):
     """Returns the state after more tokens, and their attention."""
     return linear_attention.extend(
       state,
@@ -352,7 +352,7 @@ class Attention(nn.Module):
       k[..., 0],
       v,
       self._slopes(),
-      keep_BL,
+      mask_BL,
       head_dim=self.layer.head_dim,
     )
 

@@ -75,7 +75,7 @@ class _Inputs(NamedTuple):
   t_BHL: Array
   v_BHLK: Array
   slopes_H: Array
-  keep_BL: Array | None
+  mask_BL: Array | None
 
 
 class _Grid(NamedTuple):
@@ -98,7 +98,7 @@ class _Sums(NamedTuple):
 def measure_span(
   q_BLH: Float[Array, "B L H"],
   k_BLJ: Float[Array, "B L J"],
-  keep_BL: Bool[Array, "B L"] | None = None,
+  mask_BL: Bool[Array, "B L"] | None = None,
   *,
   head_dim: int,
 ) -> Span:
@@ -107,17 +107,17 @@ def measure_span(
   Args:
     q_BLH: Queries, padding included.
     k_BLJ: Keys.
-    keep_BL: False at pad tokens, whose keys do not count; None: no padding.
+    mask_BL: False at pad tokens, whose keys do not count; None: no padding.
     head_dim: K, of the unfolded queries.
   """
   s_BLH = head_dim**0.5 * q_BLH.astype(jnp.float32)
   t_BLH = _repeat(k_BLJ.astype(jnp.float32), q_BLH.shape[2])
   low_BH, high_BH = t_BLH.min(1), t_BLH.max(1)
-  if keep_BL is not None:
-    keep_BL1 = keep_BL[..., None]
-    low_BH = jnp.where(keep_BL1, t_BLH, jnp.inf).min(1)
-    high_BH = jnp.where(keep_BL1, t_BLH, -jnp.inf).max(1)
-    is_empty = ~keep_BL.any(1)[:, None]  # padding only
+  if mask_BL is not None:
+    mask_BL1 = mask_BL[..., None]
+    low_BH = jnp.where(mask_BL1, t_BLH, jnp.inf).min(1)
+    high_BH = jnp.where(mask_BL1, t_BLH, -jnp.inf).max(1)
+    is_empty = ~mask_BL.any(1)[:, None]  # padding only
     low_BH = jnp.where(is_empty, 0.0, low_BH)
     high_BH = jnp.where(is_empty, 0.0, high_BH)
   return _stop(Span(s_BLH.min(1), s_BLH.max(1), low_BH, high_BH))
@@ -139,7 +139,7 @@ def attend_linear(
   k_BLJ: Float[Array, "B L J"],
   v_BLIK: Float[Array, "B L I K"],
   slopes_H: Float[Array, " H"] | None = None,
-  keep_BL: Bool[Array, "B L"] | None = None,
+  mask_BL: Bool[Array, "B L"] | None = None,
   *,
   head_dim: int,
   causal: bool,
@@ -161,7 +161,7 @@ def attend_linear(
     k_BLJ: Keys, one number each; J divides H, neighboring heads share a key.
     v_BLIK: Values; I divides H.
     slopes_H: ALiBi slopes, differentiable; None: no positions.
-    keep_BL: False at pad tokens; None: no padding. A position without any
+    mask_BL: False at pad tokens; None: no padding. A position without any
       visible key outputs 0.
     head_dim: K, of the unfolded queries.
     causal: Whether later keys are hidden.
@@ -170,9 +170,9 @@ def attend_linear(
     span: Queries and keys outside are clipped to it; None: measured.
   """
   if span is None:
-    span = measure_span(q_BLH, k_BLJ, keep_BL, head_dim=head_dim)
+    span = measure_span(q_BLH, k_BLJ, mask_BL, head_dim=head_dim)
   x = _prepare(
-    (q_BLH, k_BLJ, v_BLIK), slopes_H, keep_BL, span=span, head_dim=head_dim
+    (q_BLH, k_BLJ, v_BLIK), slopes_H, mask_BL, span=span, head_dim=head_dim
   )
   grid = _make_grid(span, num_nodes)
   if not causal and slopes_H is None:
@@ -184,9 +184,9 @@ def attend_linear(
   _, sums = _scan(past, x, grid, chunk=chunk)
   if not causal:
     # Later positions are the earlier ones of the reversed sequence.
-    keep_BL = None if keep_BL is None else jnp.flip(keep_BL, 1)
+    mask_BL = None if mask_BL is None else jnp.flip(mask_BL, 1)
     s_BHL, t_BHL, v_BHLK = (jnp.flip(a, 2) for a in x[:3])
-    x = _Inputs(s_BHL, t_BHL, v_BHLK, x.slopes_H, keep_BL)
+    x = _Inputs(s_BHL, t_BHL, v_BHLK, x.slopes_H, mask_BL)
     _, later = _scan(past, x, grid, chunk=chunk, is_strict=True)
     sums = _join(sums, _Sums(*(jnp.flip(a, 2) for a in later)))
   return _divide(sums).swapaxes(1, 2).astype(v_BLIK.dtype)
@@ -197,7 +197,7 @@ def attend_checked(
   k_BLJ: Float[Array, "B L J"],
   v_BLIK: Float[Array, "B L I K"],
   slopes_H: Float[Array, " H"] | None = None,
-  keep_BL: Bool[Array, "B L"] | None = None,
+  mask_BL: Bool[Array, "B L"] | None = None,
   *,
   head_dim: int,
   causal: bool,
@@ -217,14 +217,14 @@ def attend_checked(
     k_BLJ: Keys.
     v_BLIK: Values.
     slopes_H: ALiBi slopes.
-    keep_BL: False at pad tokens.
+    mask_BL: False at pad tokens.
     head_dim: K.
     causal: Whether later keys are hidden.
     tolerance: Largest error, relative to the range of the values.
     num_nodes: Numbers of nodes to try, in this order.
     chunk: Positions per chunk.
   """
-  span = measure_span(q_BLH, k_BLJ, keep_BL, head_dim=head_dim)
+  span = measure_span(q_BLH, k_BLJ, mask_BL, head_dim=head_dim)
   is_enough = jnp.stack(
     [(span_bound(span, n) <= tolerance).all() for n in num_nodes]
   )
@@ -246,7 +246,7 @@ def attend_checked(
 
   branches = [functools.partial(linear, num_nodes=n) for n in num_nodes]
   first = jnp.where(is_enough.any(), is_enough.argmax(), len(num_nodes))
-  inputs = (q_BLH, k_BLJ, v_BLIK, slopes_H, keep_BL)
+  inputs = (q_BLH, k_BLJ, v_BLIK, slopes_H, mask_BL)
   return jax.lax.switch(first, [*branches, exact], inputs)
 
 
@@ -278,7 +278,7 @@ def extend(
   k_BLJ: Float[Array, "B L J"],
   v_BLIK: Float[Array, "B L I K"],
   slopes_H: Float[Array, " H"] | None = None,
-  keep_BL: Bool[Array, "B L"] | None = None,
+  mask_BL: Bool[Array, "B L"] | None = None,
   *,
   head_dim: int,
   chunk: int = 64,
@@ -294,18 +294,18 @@ def extend(
     k_BLJ: Keys.
     v_BLIK: Values.
     slopes_H: ALiBi slopes.
-    keep_BL: False at pad tokens.
+    mask_BL: False at pad tokens.
     head_dim: K.
     chunk: Positions per chunk.
   """
-  if keep_BL is None:
-    keep_BL = jnp.ones(q_BLH.shape[:2], bool)
+  if mask_BL is None:
+    mask_BL = jnp.ones(q_BLH.shape[:2], bool)
   past, sums = _scan(
     _Sums(state.sum_BHNK, state.norm_BHN, state.top_BHP),
     _prepare(
       (q_BLH, k_BLJ, v_BLIK),
       slopes_H,
-      keep_BL,
+      mask_BL,
       span=state.span,
       head_dim=head_dim,
     ),
@@ -313,7 +313,7 @@ def extend(
     chunk=chunk,
   )
   is_outside_BL = _is_outside(state.span, q_BLH, k_BLJ, head_dim)
-  is_outside_B = state.is_outside_B | (is_outside_BL & keep_BL).any(1)
+  is_outside_B = state.is_outside_B | (is_outside_BL & mask_BL).any(1)
   state = PastState(state.span, past.top, past.norm, past.values, is_outside_B)
   return state, _divide(sums).swapaxes(1, 2).astype(v_BLIK.dtype)
 
@@ -333,7 +333,7 @@ def _repeat(x: Array, num_heads: int) -> Array:
   return jnp.repeat(x, num_heads // x.shape[2], axis=2)
 
 
-def _prepare(arrays, slopes_H, keep_BL, *, span: Span, head_dim: int):
+def _prepare(arrays, slopes_H, mask_BL, *, span: Span, head_dim: int):
   """Returns `_Inputs` of (q_BLH, k_BLJ, v_BLIK)."""
   q_BLH, k_BLJ, v_BLIK = arrays
   num_heads = q_BLH.shape[2]
@@ -346,7 +346,7 @@ def _prepare(arrays, slopes_H, keep_BL, *, span: Span, head_dim: int):
   v_BHLK = _repeat(v_BLIK.astype(jnp.float32), num_heads).swapaxes(1, 2)
   if slopes_H is None:
     slopes_H = jnp.zeros(num_heads)
-  return _Inputs(s_BHL, t_BHL, v_BHLK, slopes_H.astype(jnp.float32), keep_BL)
+  return _Inputs(s_BHL, t_BHL, v_BHLK, slopes_H.astype(jnp.float32), mask_BL)
 
 
 def _clip(x_BHL: Array, low_BH: Array, high_BH: Array) -> Array:
@@ -521,7 +521,7 @@ def _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen: Array) -> _Sums:
 def _attend_all(x: _Inputs, grid: _Grid) -> Array:
   """Returns attention to all keys without positions: one chunk, only nodes."""
   t_BHCM, v_BHCMK = x.t_BHL[:, :, None], x.v_BHLK[:, :, None]
-  is_seen = None if x.keep_BL is None else x.keep_BL[:, None, None]
+  is_seen = None if x.mask_BL is None else x.mask_BL[:, None, None]
   sums = _write(t_BHCM, v_BHCMK, jnp.zeros_like(t_BHCM), is_seen, grid)
   hot_BHCLP, x_BHCL = _panel_of(x.s_BHL[:, :, None], grid)
   # Tops differ between panels, but cancel between a query's sum and norm.
@@ -541,8 +541,8 @@ def _attend_exact(x: _Inputs, *, causal: bool) -> Array:
     distance_LM = at_L[:, None] - jnp.arange(M, dtype=jnp.float32)[None]
     is_seen_LM = distance_LM >= 0 if causal else distance_LM < M
     is_seen = is_seen_LM[None, None, None]
-    if x.keep_BL is not None:
-      is_seen &= x.keep_BL[:, None, None, None]
+    if x.mask_BL is not None:
+      is_seen &= x.mask_BL[:, None, None, None]
     near = _attend_near(
       s_BHL[:, :, None],
       x.t_BHL[:, :, None],
@@ -575,7 +575,7 @@ def _scan(
   """Returns the past after all positions, and their causal sums.
 
   A length that is no multiple of the chunk is padded at its end. The past is
-  right only if `keep_BL` is given, which hides this padding.
+  right only if `mask_BL` is given, which hides this padding.
 
   Args:
     past: Sums at the nodes, [B, H, N]; its top is [B, H, P].
@@ -595,7 +595,7 @@ def _scan(
     _cut(x.s_BHL, 2, num_blocks, C, chunk, mode="edge"),
     _cut(x.t_BHL, 2, num_blocks, C, chunk),
     _cut(x.v_BHLK, 2, num_blocks, C, chunk),
-    None if x.keep_BL is None else _cut(x.keep_BL, 1, num_blocks, C, chunk),
+    None if x.mask_BL is None else _cut(x.mask_BL, 1, num_blocks, C, chunk),
   )
   step = functools.partial(_block, x.slopes_H, grid, is_strict)
   past, sums = jax.lax.scan(step, past, blocks)
@@ -608,22 +608,22 @@ def _scan(
 @functools.partial(jax.checkpoint, static_argnums=(2,))
 def _block(slopes_H, grid: _Grid, is_strict: bool, past: _Sums, block):
   """Returns the past after a block of chunks, and the sums of its queries."""
-  s_BHCL, t_BHCM, v_BHCMK, keep_BCM = block
+  s_BHCL, t_BHCM, v_BHCMK, mask_BCM = block
   L = s_BHCL.shape[3]
   at_L = jnp.arange(L, dtype=jnp.float32)
   distance_LM = at_L[:, None] - at_L[None]
   is_seen_LM = distance_LM > 0 if is_strict else distance_LM >= 0
   is_seen = is_seen_LM[None, None, None]
-  keep_BHCM = None
-  if keep_BCM is not None:
-    keep_BHCM = keep_BCM[:, None]
-    is_seen &= keep_BHCM[..., None, :]
+  mask_BHCM = None
+  if mask_BCM is not None:
+    mask_BHCM = mask_BCM[:, None]
+    is_seen &= mask_BHCM[..., None, :]
   bias_HLM = _alibi(slopes_H, distance_LM)
   near = _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen)
 
   to_end_HM = jnp.einsum("H,M->HM", slopes_H, at_L - L)
   to_end_BHCM = jnp.broadcast_to(to_end_HM[None, :, None], t_BHCM.shape)
-  sums = _write(t_BHCM, v_BHCMK, to_end_BHCM, keep_BHCM, grid)
+  sums = _write(t_BHCM, v_BHCMK, to_end_BHCM, mask_BHCM, grid)
   sums = jax.tree.map(
     lambda x, y: jnp.concatenate([x[:, :, None], y], 2), past, sums
   )

@@ -85,30 +85,30 @@ class Block(nn.Module):
   def __call__(
     self,
     x_BLD: Float[Array, "B L D"],
-    keep_BL: Bool[Array, "B L"] | None,
+    mask_BL: Bool[Array, "B L"] | None,
     deterministic: bool,
   ) -> Float[Array, "B L D"]:
     """Returns the output of the layer for whole sequences.
 
     Args:
       x_BLD: Input.
-      keep_BL: False or 0 at pad tokens; None: no padding.
+      mask_BL: False or 0 at pad tokens; None: no padding.
       deterministic: No dropout.
     """
 
     def attend(x_BLD):
-      return self.attn(x_BLD, keep_BL), None
+      return self.attn(x_BLD, mask_BL), None
 
     return self._run(x_BLD, attend, deterministic)[0]
 
   def prefill(
     self,
     x_BLD: Float[Array, "B L D"],
-    keep_BL: Bool[Array, "B L"],
+    mask_BL: Bool[Array, "B L"],
     state: PastState | None,
   ) -> tuple[Float[Array, "B L D"], Cache]:
     """Returns output and cache for prompts; see `Attention.prefill`."""
-    return self._run(x_BLD, lambda x: self.attn.prefill(x, keep_BL, state))
+    return self._run(x_BLD, lambda x: self.attn.prefill(x, mask_BL, state))
 
   def decode(
     self, x_B1D: Float[Array, "B 1 D"], cache: Cache, step: Step
@@ -184,13 +184,13 @@ class Transformer(nn.Module):
   def __call__(
     self,
     tokens_BL: Int[Array, "B L"],
-    keep_BL: Bool[Array, "B L"] | None = None,
+    mask_BL: Bool[Array, "B L"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
     x_BLD = self.embed_tokens(tokens_BL, deterministic)
     for block in self.blocks:
-      x_BLD = block(x_BLD, keep_BL, deterministic)
-    return self.read_out(x_BLD, keep_BL)
+      x_BLD = block(x_BLD, mask_BL, deterministic)
+    return self.read_out(x_BLD, mask_BL)
 
   def prefill(
     self,
@@ -261,14 +261,14 @@ class Transformer(nn.Module):
   def read_out(
     self,
     x_BLD: Float[Array, "B L D"],
-    keep_BL: Bool[Array, "B L"] | None = None,
+    mask_BL: Bool[Array, "B L"] | None = None,
   ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
     """Returns the logits of what the last block wrote."""
     c = self.config
     if c.norm_position == "pre":
       x_BLD = self.norm_final(x_BLD)
     if self.num_classes:
-      pooled_BD = _pool(x_BLD, keep_BL, c.pooling)
+      pooled_BD = _pool(x_BLD, mask_BL, c.pooling)
       if c.pooler:
         activation = _ACTIVATIONS[c.pooler_activation]
         pooled_BD = activation(self.pooler(pooled_BD))
@@ -280,7 +280,7 @@ class Transformer(nn.Module):
 
 def _pool(
   x_BLD: Float[Array, "B L D"],
-  keep_BL: Bool[Array, "B L"] | None,
+  mask_BL: Bool[Array, "B L"] | None,
   pooling: str,
 ) -> Float[Array, "B D"]:
   """Returns the vector of the first or last token, or the mean.
@@ -293,16 +293,16 @@ def _pool(
   if pooling == "last":
     length_B = (
       jnp.full(x_BLD.shape[:1], x_BLD.shape[1])
-      if keep_BL is None
-      else keep_BL.sum(axis=1)
+      if mask_BL is None
+      else mask_BL.sum(axis=1)
     )
     last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
     return jnp.take_along_axis(x_BLD, last_B11, axis=1)[:, 0]
-  if keep_BL is None:
+  if mask_BL is None:
     return x_BLD.mean(axis=1)
-  keep_BL1 = keep_BL[..., None].astype(jnp.float32)
-  count_B1 = jnp.maximum(keep_BL1.sum(axis=1), 1)
-  return (x_BLD * keep_BL1).sum(axis=1) / count_B1
+  mask_BL1 = mask_BL[..., None].astype(jnp.float32)
+  count_B1 = jnp.maximum(mask_BL1.sum(axis=1), 1)
+  return (x_BLD * mask_BL1).sum(axis=1) / count_B1
 
 
 def make_model(

@@ -612,13 +612,13 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   model, tokenizer = loaded.model, loaded.tokenizer
 
   @jax.jit
-  def forward(tokens_BL, keep_BL):
+  def forward(tokens_BL, mask_BL):
     # Padding may be any number, but ids beyond the last row embed as NaN.
     fill_BL = jnp.clip(tokens_BL, 0, tokenizer.plain_size - 1)
-    tokens_BL = jnp.where(keep_BL, tokens_BL, fill_BL)
+    tokens_BL = jnp.where(mask_BL, tokens_BL, fill_BL)
     if isinstance(tokenizer, MappedTokenizer):
       tokens_BL = jnp.asarray(tokenizer.token_map, jnp.int32)[tokens_BL]
-    return model.apply({"params": loaded.params}, tokens_BL, keep_BL)
+    return model.apply({"params": loaded.params}, tokens_BL, mask_BL)
 
   # Learned positions are limited; the others continue beyond data.length.
   length = loaded.config.data.length

@@ -71,8 +71,8 @@ def _predict(
   model, params = loaded.model, jax.device_put(loaded.params)
 
   @jax.jit
-  def forward(params, tokens_BL, keep_BL):
-    logits_BC: Any = model.apply({"params": params}, tokens_BL, keep_BL)
+  def forward(params, tokens_BL, mask_BL):
+    logits_BC: Any = model.apply({"params": params}, tokens_BL, mask_BL)
     return jax.nn.softmax(logits_BC, axis=-1)
 
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
@@ -111,11 +111,11 @@ def _probabilities(
     bucket = buckets[int(np.searchsorted(buckets, rows[members[-1]].size))]
     # The full batch size, so that a smaller last batch compiles nothing.
     tokens = np.full((batch_size, bucket), loaded.tokenizer.pad_id, np.int32)
-    keep = np.zeros((batch_size, bucket), bool)
+    mask = np.zeros((batch_size, bucket), bool)
     for position, i in enumerate(members):
       tokens[position, : rows[i].size] = rows[i]
-      keep[position, : rows[i].size] = True
-    found[members] = np.asarray(forward(tokens, keep))[: len(members)]
+      mask[position, : rows[i].size] = True
+    found[members] = np.asarray(forward(tokens, mask))[: len(members)]
   return found
 
 

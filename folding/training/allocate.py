@@ -263,7 +263,7 @@ def measure(
       options[n, "linear"].append(
         Option(fraction, (1 - fraction) * size, wrong)
       )
-    stream = Stream(out, stream.kept)
+    stream = Stream(out, stream.masks)
   return options
 
 
@@ -300,20 +300,20 @@ def _values(config: Config, n: int) -> tuple[str, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _error_sums(block, params, x, keep, out):
+def _error_sums(block, params, x, mask, out):
   """Returns the squared error of a block, and the variance of the target."""
-  weight = keep.astype(jnp.float32)[..., None]
-  wrong = (look(block, params, x, keep)["out"] - out) * weight
+  weight = mask.astype(jnp.float32)[..., None]
+  wrong = (look(block, params, x, mask)["out"] - out) * weight
   mean = (out * weight).sum((0, 1)) / jnp.maximum(weight.sum(), 1)
   around = (out - mean[None, None]) * weight
   return jnp.sum(jnp.square(wrong)), jnp.sum(jnp.square(around))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _square_sums(block, params, x, keep):
+def _square_sums(block, params, x, mask):
   """Returns {linear layer: summed squares of its inputs}."""
-  seen = look(block, params, x, keep, ("o", "up", "down"))
-  weight = keep.astype(jnp.float32)
+  seen = look(block, params, x, mask, ("o", "up", "down"))
+  weight = mask.astype(jnp.float32)
   return {
     name: jnp.einsum("BL...,BL->...", jnp.square(seen[module]), weight)
     for name, module in _LINEAR.items()

@@ -37,11 +37,11 @@ class Stream(NamedTuple):
 
   Attributes:
     x: float[B, L, D] each, the residual stream.
-    kept: bool[B, L] each, True at tokens and False at padding.
+    masks: bool[B, L] each, True at tokens and False at padding.
   """
 
   x: Sequence[jax.Array]
-  kept: Sequence[jax.Array]
+  masks: Sequence[jax.Array]
 
 
 Prune = Callable[[int, dict[str, Any], Stream], dict[str, Any]]
@@ -96,7 +96,7 @@ def fold_pretrained(
     is_folded = layer.groups or layer.values != "dense"
     block = make_block(dense_twin(config), n)
     target = look_all(block, params[name], dense_stream, STREAMS)
-    out = Stream([seen["out"] for seen in target], stream.kept)
+    out = Stream([seen["out"] for seen in target], stream.masks)
     if stream is dense_stream and not (is_folded or prune):
       stream = dense_stream = out
       report.append({"layer": n, **_figures(0, "dense")})
@@ -158,9 +158,9 @@ def embed_batches(
     ConfigError: there is too little text.
   """
   D = config.model.width
-  kept = [jnp.asarray(b.get("mask", b["tokens"] >= 0)) for b in batches]
-  num_tokens = sum(int(keep.sum()) for keep in kept)
-  num_texts = sum(map(len, kept))
+  masks = [jnp.asarray(b.get("mask", b["tokens"] >= 0)) for b in batches]
+  num_tokens = sum(int(mask.sum()) for mask in masks)
+  num_texts = sum(map(len, masks))
   if num_tokens <= 2 * D or num_texts < 2:
     raise ConfigError(
       f"calibration has {num_tokens:,} tokens in {num_texts:,} texts; the "
@@ -173,7 +173,7 @@ def embed_batches(
   )
   model = Transformer(config.model, config.fold, vocabulary, positions)
   embed = jax.jit(functools.partial(model.apply, method="embed_tokens"))
-  return Stream([embed({"params": stem}, b["tokens"]) for b in batches], kept)
+  return Stream([embed({"params": stem}, b["tokens"]) for b in batches], masks)
 
 
 def make_block(config: Config, n: int) -> Block:
@@ -182,7 +182,7 @@ def make_block(config: Config, n: int) -> Block:
 
 
 @functools.partial(jax.jit, static_argnames=("block", "names"))
-def look(block: Block, params, x, keep, names=()) -> dict[str, Any]:
+def look(block: Block, params, x, mask, names=()) -> dict[str, Any]:
   """Returns the inputs of named modules of a block, and its output as "out"."""
   seen = {}
 
@@ -192,7 +192,7 @@ def look(block: Block, params, x, keep, names=()) -> dict[str, Any]:
     return next_fun(*args, **kwargs)
 
   with nn.intercept_methods(watch):
-    out = block.apply({"params": params}, x, keep, True)
+    out = block.apply({"params": params}, x, mask, True)
   return {**seen, "out": out}
 
 
@@ -201,15 +201,15 @@ def look_all(
 ) -> list[dict[str, Any]]:
   """Returns `look` of each batch."""
   return [
-    look(block, params, x, keep, names=names)
-    for x, keep in zip(*stream, strict=True)
+    look(block, params, x, mask, names=names)
+    for x, mask in zip(*stream, strict=True)
   ]
 
 
 def advance(block: Block, params: Params, stream: Stream) -> Stream:
   """Returns the stream after a layer."""
   seen = look_all(block, params, stream)
-  return Stream([one["out"] for one in seen], stream.kept)
+  return Stream([one["out"] for one in seen], stream.masks)
 
 
 def halves(*data: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
@@ -337,14 +337,14 @@ class _Moments(NamedTuple):
 
 def _moments(block: Block, params: Params, stream: Stream) -> _Moments:
   sums = total(functools.partial(_moment_sums, block, params), *stream)
-  count = sum(int(keep.sum()) for keep in stream.kept)
+  count = sum(int(mask.sum()) for mask in stream.masks)
   return _Moments(*(a / count for a in sums))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moment_sums(block, params, x, keep):
-  a = look(block, params, x, keep, ("q",))["q"].astype(jnp.float32)
-  weight = keep.astype(jnp.float32)[..., None]
+def _moment_sums(block, params, x, mask):
+  a = look(block, params, x, mask, ("q",))["q"].astype(jnp.float32)
+  weight = mask.astype(jnp.float32)[..., None]
   if "bias" in params["attn"]["q"]:
     a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
   mean = (a * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
@@ -381,7 +381,7 @@ def _refit(
     block: The folded block.
     params: Its parameters.
     role: "o" or "down".
-    data: Lists of x, kept, base and stream, one array per batch.
+    data: Lists of x, masks, base and stream, one array per batch.
     has_prior: Whether the fit stays near the present projection.
   """
   old = params["attn" if role == "o" else "mlp"][role]
@@ -411,14 +411,14 @@ def _refit(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fit_sums(block, role, params, prior, x, keep, base, stream):
+def _fit_sums(block, role, params, prior, x, mask, base, stream):
   """Returns sums over tokens, see `lowrank.regress`."""
-  features = look(block, params, x, keep, (role,))[role].astype(jnp.float32)
+  features = look(block, params, x, mask, (role,))[role].astype(jnp.float32)
   features = features.reshape(*x.shape[:2], -1)
   if len(prior) > features.shape[-1]:  # there is a bias
     one = jnp.ones((*x.shape[:2], 1), features.dtype)
     features = jnp.concatenate([features, one], axis=-1)
-  weight = keep.astype(jnp.float32)[..., None]
+  weight = mask.astype(jnp.float32)[..., None]
   features, target = features * weight, (stream - base) * weight
   left = target - jnp.einsum(
     "BLF,FD->BLD", features, prior.astype(jnp.float32), precision="highest"
@@ -513,20 +513,20 @@ def _descend(fitted, state, layers, batch, *, blocks, steps):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _divergence(blocks, fitted, layers, x, keep):
+def _divergence(blocks, fitted, layers, x, mask):
   """Returns the summed divergence of the weights, and the number of rows."""
   (block, dense_block), (params, dense) = blocks, layers
   # Computed at each step, as those of all texts would take much memory.
-  aim = jax.lax.stop_gradient(_logits(dense_block, dense, x, keep))
+  aim = jax.lax.stop_gradient(_logits(dense_block, dense, x, mask))
   attn = {**params["attn"], **fitted}
-  ours = _logits(block, {**params, "attn": attn}, x, keep)
+  ours = _logits(block, {**params, "attn": attn}, x, mask)
   log_aim = jax.nn.log_softmax(aim)
   far = jnp.exp(log_aim) * (log_aim - jax.nn.log_softmax(ours))
-  rows = jnp.broadcast_to(keep[:, None], far.shape[:-1]).astype(jnp.float32)
+  rows = jnp.broadcast_to(mask[:, None], far.shape[:-1]).astype(jnp.float32)
   return jnp.sum(far.sum(-1) * rows), jnp.sum(rows)
 
 
-def _logits(block, params, x, keep):
+def _logits(block, params, x, mask):
   """Returns the attention logits of a layer, [B, H, L, L]."""
 
   def logits(block: Block) -> jax.Array:
@@ -539,7 +539,7 @@ def _logits(block, params, x, keep):
       q,
       k.transpose(0, 2, 3, 1),
       block.attn.bias(position_L, position_L),
-      keep,
+      mask,
       head_dim=block.layer.head_dim,
     )
 

@@ -162,16 +162,16 @@ def _moments(
 ) -> dict[str, _Moment]:
   """Returns {module: moments of its input}."""
   sums = total(lambda *at: _sums(block, params, *at, names), *stream)
-  count = sum(int(keep.sum()) for keep in stream.kept)
+  count = sum(int(mask.sum()) for mask in stream.masks)
   return jax.tree.map(lambda a: a / count, sums)
 
 
 @jax.jit(static_argnames=("block", "names"))
-def _sums(block, params, x, keep, names) -> dict[str, _Moment]:
-  seen = look(block, params, x, keep, names)
+def _sums(block, params, x, mask, names) -> dict[str, _Moment]:
+  seen = look(block, params, x, mask, names)
 
   def moment(a):
-    a = a.astype(jnp.float32).reshape(*keep.shape, -1) * keep[..., None]
+    a = a.astype(jnp.float32).reshape(*mask.shape, -1) * mask[..., None]
     return _Moment(second_moment(a, a), a.sum((0, 1)))
 
   return {name: moment(seen[name]) for name in names}
