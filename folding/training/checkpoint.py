@@ -6,13 +6,13 @@ RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
 
 import contextlib
 import gc
-import io
 import json
 import logging
 import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -328,18 +328,20 @@ def _quiet() -> Iterator[None]:
   """Hides what Orbax prints of a damaged checkpoint beside its exception.
 
   It logs an error per file. Reads that are pending when the first one fails each
-  print a traceback to `sys.stderr`, from threads of TensorStore, and asyncio
-  logs their results when it collects them.
+  raise in a thread of TensorStore, where nothing can catch it, and asyncio logs
+  their results when it collects them.
   """
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
   for logger in loggers:
     logger.setLevel(logging.CRITICAL + 1)
+  hook = sys.unraisablehook
+  sys.unraisablehook = lambda _: None
   try:
-    with contextlib.redirect_stderr(io.StringIO()):
-      yield
-      gc.collect()
+    yield
+    gc.collect()
   finally:
+    sys.unraisablehook = hook
     for logger, level in zip(loggers, levels, strict=True):
       logger.setLevel(level)
 

@@ -72,20 +72,6 @@ def test_evaluate_of_padded_batches_equals_one_batch_in_float64(
   assert figures["num_examples"] == 10
 
 
-def test_evaluate_ignores_targets_of_weight_0(mesh):
-  run = tiny.make(tiny.config())
-  params = tiny.noise(tiny.shapes(run.config))
-  batch = tiny.batch(0)
-  other = dict(batch)
-  other["targets"] = np.where(batch["weights"] == 1, batch["targets"], 5)
-  assert (other["targets"] != batch["targets"]).any()
-  step = make_eval_step(run.model)
-  figures = [
-    evaluate(step, params, [b], mesh, num_bytes=9.0) for b in (batch, other)
-  ]
-  assert figures[0] == figures[1]
-
-
 def test_evaluate_of_a_uniform_model_has_its_closed_form(mesh):
   run = tiny.make(tiny.config())
   params = jax.tree.map(jnp.zeros_like, tiny.noise(tiny.shapes(run.config)))

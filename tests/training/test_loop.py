@@ -120,15 +120,6 @@ def test_evaluate_with_limit_takes_its_share_of_bytes(tiny_run):
   assert part["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
-def test_dense_baseline_has_no_zeros(text_file, tmp_path):
-  config = tiny_config(text_file, steps=2)
-  config.dense = True
-  result = loop.run(config, str(tmp_path))
-  matrices = [x for x in result["layers"] if x["group"] != "other"]
-  assert all(x["zeros"] == 0 for x in matrices)
-  assert all(x["stored"] == x["dense"] for x in matrices)
-
-
 def test_finished_run_is_not_trained_again(tiny_run, tmp_path):
   config, workdir, result = tiny_run
   copy = shutil.copytree(workdir, tmp_path / "copy")
