@@ -1,7 +1,7 @@
-"""What every optax transform of this library must pass.
+"""Checks that every optax transform of this library must pass.
 
-A test file runs it with `@pytest.mark.parametrize("check", CHECKS, ids=...)`
-over cases of its own: `check(make, extra, folder)`.
+A test file parametrizes over `CHECKS` and its own cases, and calls
+`check(make, extra, folder)`.
 """
 
 import functools
@@ -19,9 +19,9 @@ import pytest
 Extra = Callable[[jax.Array], dict[str, Any]]  # step -> keywords of update()
 STEPS = 4
 
-# LLVM joins a product and a sum into one instruction with one rounding, and
-# which ones depends on what is compiled together. Unoptimized code does not,
-# so two programs can be compared bit for bit; it is compiled faster, too.
+# LLVM fuses some products with sums, into one rounding. Which ones depends on
+# the rest of the program. Unoptimized code does not, so two programs can be
+# compared bit for bit. It also compiles faster.
 jit = functools.partial(
   jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
@@ -40,7 +40,7 @@ def make_params(dtype: Any = jnp.float32) -> dict[str, Any]:
 
 
 def loss(params: Any, step: jax.Array) -> jax.Array:
-  """A sum over elements, so that each has a gradient of its own."""
+  """Returns a sum over elements, so that each has its own gradient."""
   targets = jax.tree.map(
     lambda p: jnp.sin(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape),
     params,
@@ -85,7 +85,7 @@ def baseline(make: Any, extra: Extra) -> tuple[Any, Any]:
 
 
 def assert_equal(tree: Any, expected: Any) -> None:
-  """Same structure, dtypes and bits."""
+  """Asserts the same structure, dtypes and bits."""
   assert jax.tree.structure(tree) == jax.tree.structure(expected)
   for a, b in zip(
     jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True
@@ -139,7 +139,7 @@ def inside_a_chain(make, extra, folder):
 
 
 def under_multi_steps(make, extra, folder):
-  """Every gradient twice, averaged over two: the run with half the steps."""
+  """Each gradient twice, averaged over two, is the run with half the steps."""
   del folder
   expected, _ = baseline(make, extra)
   multi = optax.MultiSteps(make(), 2)
@@ -177,7 +177,7 @@ def donated_state(make, extra, folder):
 
 
 def narrow_updates(make, extra, folder):
-  """Zeros are exact also where updates are narrower than parameters."""
+  """Zeros are exact even if updates are narrower than parameters."""
   del folder
   tx, params = make(), make_params()
   step_fn = jit(make_step(tx, extra, jnp.bfloat16))
@@ -190,7 +190,7 @@ def narrow_updates(make, extra, folder):
 
 
 def resumes_from_a_checkpoint(make, extra, folder):
-  """Half the steps, saved, restored, the other half: the same bits."""
+  """Half the steps, saved and restored, then the other half: the same bits."""
   expected = baseline(make, extra)
   half = run(make(), extra, make_params(), STEPS // 2)
   like = jax.tree.map(

@@ -49,8 +49,9 @@ _INNER = {
 _SLOW = {"begin": 2, "end": 11, "every": 3, "patience": 2}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
-@pytest.mark.parametrize("inner", _INNER)
+@pytest.mark.parametrize(
+  ("inner", "dtype"), [("adamw", jnp.bfloat16), ("momentum", jnp.float32)]
+)
 def test_frozen_elements_keep_their_bits_and_zeros_stay_zero(inner, dtype):
   params = random_params(dtype)
   tx = fpp(_INNER[inner](), WEIGHTS, score="magnitude", **_SLOW)
@@ -86,8 +87,8 @@ def test_weight_decay_after_fpp_moves_frozen_elements():
   assert moved[frozen].all()
 
 
-@pytest.mark.parametrize("inner", _INNER)
-def test_elements_never_frozen_train_as_with_the_inner_optimizer(inner):
+def test_elements_never_frozen_train_as_with_the_inner_optimizer():
+  inner = "momentum"
   params = random_params()
   rules = [Rule("up|embed", 0.3)]
   tx = fpp(_INNER[inner](), rules, score="magnitude", **_SLOW)
@@ -102,13 +103,6 @@ def test_elements_never_frozen_train_as_with_the_inner_optimizer(inner):
       np.testing.assert_array_equal(a[~touched], b[~touched])
     assert touched.any() == (n in ("up", "embed"))
     assert not touched.all()
-
-
-def test_fpp_without_rules_equals_the_inner_optimizer():
-  tx = fpp(_INNER["adamw"](), [], **_SLOW)
-  found, _ = _history(tx, random_params())
-  expected, _ = _history(_INNER["adamw"](), random_params())
-  battery.assert_equal(found, expected)
 
 
 def _clipped_update(clip_inside):

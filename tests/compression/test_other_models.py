@@ -76,17 +76,7 @@ def _zeros(w):
   return np.count_nonzero(np.asarray(w) == 0)
 
 
-def test_a_linen_model_is_pruned_by_weight():
-  params = _train_cnn(
-    [folding.Rule(r"Dense_\d/kernel", 0.7), folding.Rule("Conv_0/kernel", 0.25)]
-  )
-  counts = {n: (_zeros(w), w.size) for n, w in paths.flatten(params).items()}
-  for name, target in (("Dense_0", 0.7), ("Dense_1", 0.7), ("Conv_0", 0.25)):
-    zeros, size = counts[f"{name}/kernel"]
-    assert zeros == int(target * size)
-
-
-def test_a_linen_model_shrinks_and_computes_the_same():
+def test_remove_neurons_of_a_linen_model_keeps_the_function():
   tied = {"Dense_0/bias": 0, "Dense_1/kernel": 0}
   rules = [folding.Rule("Dense_0/kernel", 0.75, "neuron", tied)]
   params = _train_cnn(rules)
@@ -140,7 +130,7 @@ def _train_nnx(rules):
   return model
 
 
-def test_an_nnx_optimizer_trains_as_a_loop_over_its_state_does():
+def test_fpp_in_an_nnx_optimizer_equals_a_loop_over_its_state():
   rules = _nnx_rules("weight")
   found = nnx.state(_train_nnx(rules), nnx.Param)
   x, y = _nnx_data()
@@ -165,7 +155,7 @@ def test_an_nnx_optimizer_trains_as_a_loop_over_its_state_does():
     np.testing.assert_array_equal(np.asarray(w) == 0, by_hand[name] == 0)
 
 
-def test_an_nnx_model_shrinks_and_computes_the_same():
+def test_remove_neurons_of_an_nnx_model_keeps_the_function():
   rules = _nnx_rules("neuron")
   model = _train_nnx(rules)
   small, kept = remove_neurons(rules, nnx.state(model, nnx.Param))
@@ -176,7 +166,7 @@ def test_an_nnx_model_shrinks_and_computes_the_same():
   np.testing.assert_allclose(smaller(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_a_neuron_does_not_leave_without_the_rows_that_read_it():
+def test_remove_neurons_refuses_rules_without_the_reading_rows():
   params = {
     "up": np.zeros((2, 3)),
     "bias": np.zeros(3),
@@ -193,7 +183,7 @@ def test_a_neuron_does_not_leave_without_the_rows_that_read_it():
       remove_neurons([rule], params)
 
 
-def test_one_neuron_stays_and_other_rules_are_passed_over():
+def test_remove_neurons_keeps_one_and_ignores_other_rules():
   params = {"up": np.zeros((2, 3)), "down": np.zeros((3, 2)), "w": np.zeros(4)}
   rules = [
     folding.Rule("up", 0.5, "neuron", {"down": 0}),
