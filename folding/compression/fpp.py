@@ -264,7 +264,7 @@ def fpp(
           is_last=index == o.last,
           patience=o.patience,
         )
-      if o.tolerance is not None:
+      if o.tolerance is not None and value_fn is not None:
         loss = value_fn(params) if value is None else value
         trial = _Trial(sites, zero, scores, params, value_fn)
         kept = trial.most_within(loss + o.tolerance * jnp.abs(loss))

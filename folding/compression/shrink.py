@@ -172,7 +172,7 @@ def shrink_layers(
       kept |= _keep_heads(name.removesuffix("/o/kernel"), zeros)
   token_map = None
   if _EMBEDDING in leaves:
-    is_removable_V = zeros[_EMBEDDING].all(1) & tokens
+    is_removable_V = np.logical_and(zeros[_EMBEDDING].all(1), tokens)
     token_map, rows = _keep_tokens(is_removable_V)
     if len(rows) < len(token_map):
       kept[_EMBEDDING] = {0: rows}
