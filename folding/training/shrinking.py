@@ -1,4 +1,4 @@
-"""Shrinking a run: its training goes on, with smaller arrays."""
+"""Shrinks a run: training continues with smaller arrays."""
 
 import os
 import shutil
@@ -13,8 +13,8 @@ from folding.compression.shrink import Cut
 from folding.compression.sites import Rule, make_sites
 from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer
+from folding.errors import ConfigError
 from folding.models.shrink import shrink
-from folding.schema import require
 from folding.training import energy, run_dir
 from folding.training import optimizer as optimizer_lib
 from folding.training.loop import Run, open_run
@@ -24,9 +24,8 @@ from folding.training.step import TrainState
 def held_zero(config: Config, rules: list[Rule], state: TrainState) -> Any:
   """Returns which parameters FPP holds at 0, as bools shaped like params.
 
-  While there are checks to come, a weight that is pruned by itself is left
-  out, as the next check ranks it among all weights of its array; neurons and
-  rows are ranked by themselves.
+  Before the last mask update these are units only. Single weights stay, as the
+  next update ranks them among all weights of their array.
   """
   leaves = paths.flatten(state.params)
   is_over = int(state.step) > optimizer_lib.check_steps(config)[1]
@@ -54,19 +53,19 @@ def shrink_state(
   absorb: bool = False,
   is_zero: Any = None,
 ) -> tuple[Config, TrainState, Cut]:
-  """Returns config and state of a smaller model that trains on as this one.
+  """Returns the config and state of a smaller model that trains the same.
 
-  Losses, and updates of what stays, are the same to rounding: only what FPP
-  holds at 0 is removed, and moments, averages and bits are cut the same way.
-  (Score "random" draws anew at checks to come.)
+  Losses and updates are equal up to rounding: only units that FPP holds at 0
+  leave, and moments, averages and mask bits are cut alike. (The score "random"
+  draws other numbers at later mask updates.)
 
   Args:
     config: Resolved.
     rules: From `make_rules`.
-    state: Before; its arrays are not changed.
+    state: The state before; its arrays do not change.
     multiple: See `folding.shrink`.
-    absorb: See `folding.shrink`; only where training is over.
-    is_zero: What may be removed; None: `held_zero`.
+    absorb: See `folding.shrink`; only after the last step.
+    is_zero: Parameters that may be removed; None: `held_zero`.
 
   Raises:
     ValueError: see `folding.shrink`.
@@ -87,8 +86,8 @@ def shrink_state(
 def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   """Writes a run directory with the newest and best checkpoints, shrunk.
 
-  Before the last step, training can go on there. A run at its end also loses
-  what is 0 without being held, and the diagonals of W_V, and is tested anew.
+  An unfinished run can be resumed there. A finished run also loses zeros that
+  FPP does not hold and the diagonals of W_V, and is tested again.
 
   Args:
     workdir: A run with a checkpoint.
@@ -97,13 +96,14 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
 
   Returns:
     {"step", "steps": of the newest checkpoint and of the whole run, "before",
-    "after": numbers in the arrays of the parameters}.
+    "after": allocated parameters}.
 
   Raises:
     ConfigError: there is no checkpoint, nothing to remove, or the output is
       not empty.
   """
-  require(multiple >= 1, f"--multiple must be at least 1; it is {multiple}")
+  if multiple < 1:
+    raise ConfigError(f"--multiple must be at least 1; it is {multiple}")
   files.require_empty(output)
   this, states, losses = _read(workdir)
   before = run_dir.read_result(workdir)
@@ -111,15 +111,15 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   is_over = step == this.config.train.steps
   shrunk = _shrink_alike(this, states, multiple, is_over)
   config, _, cut = shrunk[step]
-  require(
-    not cut.is_empty,
-    f"{workdir} has nothing to remove at step {step}: neither a neuron nor a "
-    "head nor a token of a classifier is zero as a whole; "
-    "fpp.granularity='neuron' and fpp.embedding_granularity='row' prune so",
-  )
+  if cut.is_empty:
+    raise ConfigError(
+      f"{workdir} has nothing to remove at step {step}: no neuron, head or token "
+      "of a classifier is zero as a whole; fpp.granularity='neuron' and "
+      "fpp.embedding_granularity='row' prune whole units"
+    )
   with files.becoming(output) as part:
     tokenizer = this.data.tokenizer
-    if "embed/embedding" in cut.kept:
+    if cut.token_map is not None and "embed/embedding" in cut.kept:
       tokenizer = MappedTokenizer(tokenizer, cut.token_map)
     run_dir.save(
       part,
@@ -162,7 +162,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
 def _shrink_alike(
   run: Run, states: dict[int, TrainState], multiple: int, is_over: bool
 ) -> dict[int, tuple[Config, TrainState, Cut]]:
-  """Returns the states without what is zero in all of them."""
+  """Returns the states without the units that are zero in all of them."""
   zeros = [
     jax.tree.map(lambda w: np.asarray(w) == 0, state.params)
     if is_over
