@@ -19,8 +19,9 @@ from typing import Any
 
 from folding import config as c
 from folding.data import tokenizers, trim
+from folding.errors import ConfigError
 from folding.models import hf_weights
-from folding.schema import edited, require
+from folding.typed import edited
 
 
 def recovery(level: float, task: str) -> dict[str, Any]:
@@ -47,15 +48,14 @@ def get_config(where: str = "") -> c.Config:
   """
   found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
   path, level = (found[1], float(found[2])) if found else (where, None)
-  require(
-    level is None or 0 < level < 1,
-    f"{where!r}: what is to be saved is a fraction between 0 and 1, as in "
-    "PATH,0.3",
-  )
-  require(
-    bool(path),
-    "give configs/pretrained.py:PATH, a checkpoint folder, hub id or dense run",
-  )
+  if level is not None and not 0 < level < 1:
+    raise ConfigError(
+      f"{where!r}: what to save is a fraction between 0 and 1, such as PATH,0.3"
+    )
+  if not path:
+    raise ConfigError(
+      "give configs/pretrained.py:PATH, a checkpoint folder, hub id or dense run"
+    )
   is_run = os.path.isdir(os.path.join(path, "checkpoints"))
   if is_run:
     found = c.load(os.path.join(path, "config.json"))

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # where its imports allow it to stand.
 ORDER = {
   "": [
-    *("version", "errors", "typed", "schema", "files", "config", "paths"),
+    *("version", "errors", "typed", "files", "config", "paths"),
   ],
   "compression": [
     *("threshold", "scores", "sites", "observe", "fpp"),
@@ -59,7 +59,7 @@ FILES = [
 
 # Seen by everything below it, and importing nothing of the library or jax.
 PLAIN = (
-  *("folding.errors", "folding.typed", "folding.schema", "folding.files"),
+  *("folding.errors", "folding.typed", "folding.files"),
   "folding.config",
 )
 # Not importable by name from inside: the public names come last.

@@ -6,7 +6,7 @@ Plan:    folding plan --config=configs/shapes/llama3.py:8b --devices=v5p:4x4x2
 """
 
 from folding import config as c
-from folding.schema import ConfigError
+from folding.errors import ConfigError
 
 _SIZES = {
   "8b": {"num_layers": 32, "width": 4096, "num_heads": 32, "mlp_width": 14336},

@@ -20,7 +20,7 @@ import tensorflow_datasets.text
 from absl import logging
 
 from folding import config as config_lib
-from folding import schema
+from folding import errors
 from folding.config import DataConfig
 from folding.data import python_stdlib
 from folding.errors import ConfigError
@@ -652,7 +652,7 @@ def _prepared(
       check = "pip install tensorflow, which only this needs"
     raise ConfigError(
       f"cannot fetch or prepare the TFDS data set {data.name!r}: "
-      f"{schema.first_line(error)}; {check}, or {instead}"
+      f"{errors.first_line(error)}; {check}, or {instead}"
     ) from error
   return builder
 

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from folding import files, schema
+from folding import files, typed
 from folding.config import DataConfig
 from folding.errors import ConfigError
 
@@ -412,7 +412,7 @@ def _find_special(
   path = tokenizer_path.with_name(SPECIAL_TOKENS)
   if path.is_file():
     values = files.read_json(str(path), dict)
-    return schema.build(SpecialTokens, values, str(path))
+    return typed.build(SpecialTokens, values, str(path))
   added = {i: t.content for i, t in inner.get_added_tokens_decoder().items()}
   given: dict[str, Any] = {}
   for name in ("config.json", GENERATION):

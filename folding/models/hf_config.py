@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from folding import config as config_lib
-from folding import schema
+from folding import typed
 from folding.config import ModelConfig
 from folding.errors import ConfigError
 
@@ -398,7 +398,7 @@ def describe(values: dict[str, Any]) -> Description:
   for field, only in SUPPORTED.items():
     _check_supported(field, values.get(field), only)
   fields = _model_fields(family, values)
-  model = schema.build(ModelConfig, fields, "config.json")
+  model = typed.build(ModelConfig, fields, "config.json")
   task = "lm" if model.causal else "classify"
   run = config_lib.Config(task=task, preset="none", model=model)
   pad_id = values.get("pad_token_id", 0)

@@ -29,7 +29,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from folding import files, paths, schema
+from folding import errors, files, paths
 from folding.config import Task
 from folding.errors import ConfigError
 from folding.models import hf_config
@@ -575,7 +575,7 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
   except Exception as error:
     raise ConfigError(
       f"there is no folder {name}, and the Hugging Face hub did not send it "
-      f"({schema.first_line(error)})"
+      f"({errors.first_line(error)})"
     ) from error
   return pathlib.Path(found)
 
@@ -594,7 +594,7 @@ def describe_pretrained(folder: pathlib.Path) -> Description:
   except (AttributeError, KeyError, TypeError) as error:
     # Some value is of another type than in transformers.
     raise ConfigError(
-      f"{folder}: {CONFIG} is broken: {schema.reason(error)}"
+      f"{folder}: {CONFIG} is broken: {errors.reason(error)}"
     ) from error
 
 

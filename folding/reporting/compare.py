@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from folding import files, schema
+from folding import files, typed
 from folding.errors import ConfigError
 from folding.reporting import report
 from folding.reporting.report import Run
@@ -152,7 +152,7 @@ def _spread(metric: Iterable[int | float | None]) -> dict[str, Any]:
 
 def _differences(a: Run, b: Run) -> list[str]:
   """Returns "field: value in a -> value in b", without the seed."""
-  found = schema.differences(a.config, b.config)
+  found = typed.differences(a.config, b.config)
   return [line for line in found if not line.startswith("seed: ")]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from folding import config as config_lib
-from folding import files, schema
+from folding import errors, files, typed
 from folding.errors import ConfigError
 from folding.training import run_dir
 
@@ -126,7 +126,7 @@ def load_run(workdir: str) -> Run:
       else None,
     )
   except (KeyError, TypeError, ValueError) as error:
-    raise ConfigError(f"{path!r} is damaged: {schema.reason(error)}") from error
+    raise ConfigError(f"{path!r} is damaged: {errors.reason(error)}") from error
 
 
 def write_report(workdir: str) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def summarize(run: Run) -> dict[str, Any]:
     ),
     "test": run.test,
     "energy": run.energy,
-    "settings": schema.differences(default, config),
+    "settings": typed.differences(default, config),
   }
 
 

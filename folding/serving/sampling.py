@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from folding.schema import require, require_seed
+from folding.errors import ConfigError
 
 Kind: TypeAlias = Literal["greedy", "free", "restricted"]
 
@@ -31,21 +31,18 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    require(
-      self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
-      # Logits divided by less would be beyond float32, by more all alike.
-      "the temperature must be 0 (the likeliest token, always), or from 1e-6 to "
-      f"1e6; it is {self.temperature}",
-    )
-    require(
-      self.top_k is None or self.top_k >= 1,
-      f"top-k must be at least 1; it is {self.top_k}",
-    )
-    require(
-      self.top_p is None or 0 < self.top_p <= 1,
-      f"top-p must be in (0, 1]; it is {self.top_p}",
-    )
-    require_seed(self.seed)
+    # Logits divided by less would exceed float32, by more become equal.
+    if self.temperature and not 1e-6 <= self.temperature <= 1e6:
+      raise ConfigError(
+        "the temperature must be 0 (always the likeliest token), or from 1e-6 to "
+        f"1e6; it is {self.temperature}"
+      )
+    if self.top_k is not None and self.top_k < 1:
+      raise ConfigError(f"top-k must be at least 1; it is {self.top_k}")
+    if self.top_p is not None and not 0 < self.top_p <= 1:
+      raise ConfigError(f"top-p must be in (0, 1]; it is {self.top_p}")
+    if not 0 <= self.seed < 2**32:  # JAX would truncate it
+      raise ConfigError(f"the seed must be in [0, 2^32); it is {self.seed}")
 
   @property
   def kind(self) -> Kind:

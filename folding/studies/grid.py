@@ -25,10 +25,10 @@ from typing import Any, Protocol, runtime_checkable
 from folding import config as config_lib
 from folding import files
 from folding.config import Config
-from folding.errors import ConfigError
-from folding.schema import edited, reason
+from folding.errors import ConfigError, reason
 from folding.studies.methods import Method
 from folding.training import run_dir
+from folding.typed import edited
 
 DENSE = "dense"  # the baseline of every comparison
 OURS = "ours"  # the method that the others are tested against

@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.sites import Rule
+from folding.errors import ConfigError
 from folding.models.transformer import Block
-from folding.schema import ConfigError
 from folding.training import losses, sharding
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding.schema import ConfigError
+from folding.errors import ConfigError
 from folding.serving import sampling as sampling_lib
 from folding.serving.sampling import Sampling
 
@@ -121,8 +121,8 @@ def test_no_temperature_is_the_likeliest_token():
     ({"temperature": 1e-39}, "temperature must be 0 .* 1e6; it is 1e-39"),
     ({"temperature": 1e39}, "temperature must be 0 .* 1e6; it is 1e"),
     ({"temperature": float("nan")}, "temperature must be .* it is nan"),
-    ({"seed": 2**32}, "a seed is a number of 0 to .* it is 4294967296"),
-    ({"seed": -1}, "a seed is a number of 0 to .* it is -1"),
+    ({"seed": 2**32}, "the seed .* it is 4294967296"),
+    ({"seed": -1}, "the seed .* it is -1"),
     ({"top_k": 0}, "top-k must be at least 1; it is 0"),
     ({"top_p": 0.0}, r"top-p must be in \(0, 1\]; it is 0.0"),
     ({"top_p": 1.5}, r"top-p must be in \(0, 1\]; it is 1.5"),

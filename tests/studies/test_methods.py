@@ -11,9 +11,9 @@ from folding import paths
 from folding.compression.sites import make_sites
 from folding.errors import ConfigError
 from folding.models.transformer import make_model
-from folding.schema import edited
 from folding.studies import methods
 from folding.training.optimizer import make_rules
+from folding.typed import edited
 
 VOCAB = 300
 BASES = {

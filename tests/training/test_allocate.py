@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from folding import config as c
-from folding import paths, schema
+from folding import errors, paths
 from folding.models.transformer import make_model
 from folding.training import allocate, fold_pretrained
 
@@ -200,5 +200,5 @@ def test_a_plan_loses_less_than_the_same_everywhere():
 
 def test_what_cannot_be_reached_is_refused():
   config = _config(overall=0.97, linear=None, embedding=None)
-  with pytest.raises(schema.ConfigError, match="no plan reaches"):
+  with pytest.raises(errors.ConfigError, match="no plan reaches"):
     allocate.allocate(config, _trained(config), _batches())

@@ -13,7 +13,7 @@ import tokenizers
 import folding
 from configs import pretrained as pretrained_config
 from folding import config as c
-from folding import paths, schema
+from folding import errors, paths
 from folding.data.batches import make_data
 from folding.models.transformer import make_model
 from folding.serving.export import export_hf
@@ -104,7 +104,7 @@ def test_weights_that_are_no_numbers_are_one_line(checkpoint, topics, tmp_path):
       w[:] = np.nan
   safetensors.numpy.save_file(tensors, path)
   config = c.resolve(recovery_config(tmp_path / "nan", topics))
-  with pytest.raises(schema.ConfigError, match="nan: "):
+  with pytest.raises(errors.ConfigError, match="nan: "):
     compress.compress_trained(config, make_data(config))
 
 
@@ -118,7 +118,7 @@ def test_a_head_of_other_classes_is_left_out(
     config = c.resolve(recovery_config(dense_run, folder))
     found = compress.read_source(str(dense_run), config, make_data(config))
     assert ("head" in found) == has_head
-  with pytest.raises(schema.ConfigError, match="so it cannot teach these"):
+  with pytest.raises(errors.ConfigError, match="so it cannot teach these"):
     compress.teacher_of(config, make_data(config))
   for folder, has_head in ((topics, True), (tmp_path, False)):
     config = c.resolve(recovery_config(dense_run, folder))
@@ -217,7 +217,7 @@ def test_a_plan_is_kept_and_asked_for_again(dense_run, topics, tmp_path):
   assert c.load(str(workdir / "config.json")) == planned
   assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
   config.compress.plan = "same"
-  with pytest.raises(schema.ConfigError, match="another config"):
+  with pytest.raises(errors.ConfigError, match="another config"):
     loop.run(config, str(workdir))
 
 
@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_one_clear_line(
   checkpoint, topics, tmp_path, fields, message
 ):
   config = recovery_config(checkpoint[0], topics, **fields)
-  with pytest.raises(schema.ConfigError, match=message) as error:
+  with pytest.raises(errors.ConfigError, match=message) as error:
     loop.run(config, str(tmp_path / "run"))
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run").exists()
@@ -268,14 +268,14 @@ def test_a_teacher_that_pools_otherwise_is_refused(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
   config.model.pooling = "mean"
   with pytest.raises(
-    schema.ConfigError, match="has pooling 'first', and model"
+    errors.ConfigError, match="has pooling 'first', and model"
   ):
     compress.teacher_of(config, make_data(config))
 
 
 def test_a_folded_run_is_no_start(folded_run, dense_run, topics, tmp_path):
   config = recovery_config(dense_run, topics, pretrained=str(folded_run[0]))
-  with pytest.raises(schema.ConfigError, match="start from a dense one"):
+  with pytest.raises(errors.ConfigError, match="start from a dense one"):
     loop.run(config, str(tmp_path / "run"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from folding import config as c
-from folding import paths, schema
+from folding import errors, paths
 from folding.models.transformer import make_model
 from folding.training import fold_pretrained as lib
 
@@ -296,7 +296,7 @@ def test_texts_may_come_one_by_one():
 )
 def test_too_little_text_is_refused(rows, tokens, message):
   batch = {"tokens": np.zeros((rows, tokens), np.int32)}
-  with pytest.raises(schema.ConfigError, match=message) as caught:
+  with pytest.raises(errors.ConfigError, match=message) as caught:
     lib.fold_pretrained(_config("alibi", groups=1), _dense("alibi"), [batch])
   assert "\n" not in str(caught.value)
 
@@ -309,5 +309,5 @@ def test_a_config_that_is_not_resolved_is_refused():
 
 def test_rotary_heads_are_folded_by_pairs():
   config = _config("llama", groups=2, rope="copy")
-  with pytest.raises(schema.ConfigError, match="use fold.rope='pairs'"):
+  with pytest.raises(errors.ConfigError, match="use fold.rope='pairs'"):
     _fold(config, "llama")

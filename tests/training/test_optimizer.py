@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from folding import config as c
-from folding import paths, schema
+from folding import errors, paths
 from folding.compression.sites import Rule, make_sites, unpack
 from folding.training import optimizer
 from tests.training import tiny
@@ -165,7 +165,7 @@ def test_neuron_rule_ties_all_its_arrays():
 def test_rules_of_an_overall_out_of_reach_are_refused():
   config = tiny.config(fpp=c.FPPConfig(overall=0.99))
   params, dense = tiny.shapes(config), tiny.shapes(c.dense_twin(config))
-  with pytest.raises(schema.ConfigError, match="0.99 cannot be reached"):
+  with pytest.raises(errors.ConfigError, match="0.99 cannot be reached"):
     optimizer.make_rules(config, params, dense)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding import cli, paths, schema
+from folding import cli, errors, paths
 from folding import config as c
 from folding.compression.sites import make_sites
 from folding.data.tokenizers import load_tokenizer
@@ -215,7 +215,7 @@ def test_a_finished_run_is_smaller_and_tests_alike(whole, shrunk, tmp_path):
   )
   assert loop.evaluate_run(output)["loss"] == after["test"]["loss"]
   assert loop.resume_run(output) == after  # nothing is left to train
-  with pytest.raises(schema.ConfigError, match="nothing to remove at step 10"):
+  with pytest.raises(errors.ConfigError, match="nothing to remove at step 10"):
     shrinking.shrink_run(output, str(tmp_path / "smaller"), multiple=4)
 
 
@@ -315,6 +315,6 @@ def test_a_mistake_is_told_and_nothing_is_written(
     (tmp_path / "run" / "config.json").unlink()
   (tmp_path / "there").write_text("")
   before = sorted(tmp_path.iterdir())
-  with pytest.raises(schema.ConfigError, match=message):
+  with pytest.raises(errors.ConfigError, match=message):
     shrinking.shrink_run(workdir, str(output), 0 if change == "multiple" else 1)
   assert sorted(tmp_path.iterdir()) == before
