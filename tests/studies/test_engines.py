@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -155,9 +156,21 @@ def test_runs_end_when_their_study_is_killed(tmp_path):
   assert trial.result is None
 
 
+@pytest.fixture
+def ray(monkeypatch):
+  """Returns the module, with a folder of its own: another has an old cluster."""
+  ray = pytest.importorskip("ray")
+  # Sockets need a short path.
+  with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    yield ray
+    ray.shutdown()
+
+
 @pytest.mark.slow
-def test_ray_saves_what_ctrl_c_stopped(tmp_path):
-  pytest.importorskip("ray")
+def test_ray_saves_what_ctrl_c_stopped(tmp_path, ray):
   study = make_study(tmp_path, "dense", steps=9000)
   workdir = str(tmp_path / "study")
   (trial,) = study.trials(workdir)
@@ -170,12 +183,9 @@ def test_ray_saves_what_ctrl_c_stopped(tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_completes_a_study_of_which_a_node_dies(tmp_path, monkeypatch):
-  pytest.importorskip("ray")
-  import ray
+def test_ray_completes_a_study_of_which_a_node_dies(tmp_path, ray):
   from ray.cluster_utils import Cluster
 
-  monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
   cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
   node = cluster.add_node(num_cpus=1)
   ray.init(address=cluster.address, log_to_driver=False)
