@@ -1,16 +1,17 @@
 r"""Folds a trained model and recovers it: `--config=configs/pretrained.py:PATH`.
 
 PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, XLM-RoBERTa,
-GPT-2, Llama, Mistral, Qwen2), or a run that was trained dense. PATH,0.3 makes it
-30% smaller and not 70%, by the recipe for that.
+GPT-2, Llama, Mistral, Qwen2), or a dense run. PATH,0.3 makes it 30% smaller
+instead of 70%.
 
 Tune:    python train.py --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True
 Fold:    python train.py --config=configs/pretrained.py:DENSE --workdir=RUN
          folds the dense run, which is its own teacher (README has figures)
-At once: the first without --config.dense=True: for a language model, whose
-         teacher is the checkpoint; a classifier has none, and is less accurate
-Plan:    add --config.compress.plan=auto: each layer by what it loses
+At once: the first command without --config.dense=True. The way for a language
+         model, whose teacher is the checkpoint; a classifier has no teacher and
+         is less accurate
+Plan:    add --config.compress.plan=auto: each layer by the error that it adds
 """
 
 import os
@@ -27,8 +28,8 @@ from folding.typed import edited
 def recovery(level: float, task: str) -> dict[str, Any]:
   """Returns edits of a `Config` that save a fraction of a trained model.
 
-  Where little is to be saved, pruning loses less than folding would, and less is
-  left to learn (docs/experiments.md has figures; of rates, of classifiers alone).
+  At low levels pruning loses less than folding, and less has to be recovered
+  (docs/experiments.md has figures).
   """
   edits: dict[str, Any] = {"fpp.overall": level}
   if level <= 0.4:
@@ -44,7 +45,7 @@ def get_config(where: str = "") -> c.Config:
   """Returns the configuration for "PATH", or "PATH,LEVEL" with a fraction.
 
   Raises:
-    ConfigError: no path is given, or nothing of this kind is there.
+    ConfigError: no path is given, or no model is there.
   """
   found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
   path, level = (found[1], float(found[2])) if found else (where, None)
@@ -69,27 +70,26 @@ def get_config(where: str = "") -> c.Config:
     is_lm = model.causal and not described.num_classes
     task = "lm" if is_lm else "classify"
     data = c.DataConfig(
-      name="",  # what to train on has to be said
+      name="",  # the user has to set the data
       tokenizer=str(folder / "tokenizer.json"),
       length=min(described.max_length, 128 if is_lm else 64),
       batch_size=16,
     )
-  # An encoder learns the task, as nothing says that its head, if it has one, is
-  # of these classes; a run, which has learnt it, is its own teacher, without
-  # dropout.
+  # A run knows its task and is its own teacher, without dropout. An encoder
+  # learns the task, as its head may be for other classes.
   knows_task = is_run or task == "lm"
   model.dropout = 0.0 if knows_task else 0.1
   granularity = "weight"  # of the embedding
   if task == "classify":
     is_trimmable = trim.can_trim(tokenizers.load_tokenizer(data.tokenizer))
     granularity = "trim" if is_trimmable else "row"
-  # A quarter of a head: fewer cost more than pruning what they would save.
+  # A quarter of a head: fewer groups cost more than pruning as much elsewhere.
   K, is_rotary = model.head_dim, model.positions == "rope"
   groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
   if is_rotary:  # by whole pairs, which need not divide it
     groups = max(2, K // 8 * 2)
   shares_width = model.num_heads * model.head_dim == model.width
-  # A diagonal W_V has no bias, and without one of W_O nothing has its part.
+  # A diagonal W_V has no bias; only a bias of W_O can replace the dense one.
   has_place = bool(model.use_bias) or not model.qkv_bias
   config = c.Config(
     task=task,
@@ -104,10 +104,10 @@ def get_config(where: str = "") -> c.Config:
     ),
     fpp=c.FPPConfig(
       embedding_granularity=granularity,
-      # Of a trained language model too: stories260K, 50% smaller and recovered,
-      # has perplexity 8.4 with 1 and 9.8 with 0.2 (one seed).
+      # For language models too: stories260K, 50% smaller and recovered, has
+      # perplexity 8.4 with 1 and 9.8 with 0.2 (one seed).
       embedding_share=1.0,
-      # Early, so that most of a short recovery heals what was pruned.
+      # Early, so that most of a short training recovers from pruning.
       begin=0.02,
       end=0.3,
     ),

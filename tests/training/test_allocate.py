@@ -95,7 +95,7 @@ def _stored(config, params):
     ),
   ],
 )
-def test_the_whole_is_as_small_as_asked(kind, fpp):
+def test_allocation_reaches_the_target_size(kind, fpp):
   config = _config(kind, **fpp)
   params = _trained(config)
   planned = allocate.allocate(config, params, _batches())
@@ -106,7 +106,7 @@ def test_the_whole_is_as_small_as_asked(kind, fpp):
   assert planned.compress.plan == "same"
 
 
-def test_a_fit_of_attention_has_no_say():
+def test_options_do_not_depend_on_fit_steps():
   config = _config()
   params = _trained(config)
   found = []
@@ -124,7 +124,7 @@ def test_a_fit_of_attention_has_no_say():
     ("llama", "groups", "values"),
   ],
 )
-def test_what_is_asked_to_be_dense_stays_so(kind, asked, other):
+def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
   config = _config(kind, overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.3
   config.fold.rope = "copy"  # of dense heads it is of no matter
@@ -135,7 +135,7 @@ def test_what_is_asked_to_be_dense_stays_so(kind, asked, other):
   assert set(getattr(found, other)) != {dense[other]}
 
 
-def test_qkv_is_reached_by_folding():
+def test_qkv_target_is_reached_by_folding():
   config = _config(overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.9
   params = _trained(config)
@@ -143,7 +143,7 @@ def test_qkv_is_reached_by_folding():
   assert _stored(planned, params)[1] <= 0.1 + 1e-6
 
 
-def test_layers_that_matter_least_give_most():
+def test_layers_that_matter_least_are_compressed_most():
   config = _config(overall=0.45, linear=None, embedding=None)
   params = _trained(config, flat_layers=[1])
   planned = allocate.allocate(config, params, _batches())
@@ -154,7 +154,7 @@ def test_layers_that_matter_least_give_most():
   assert planned.fold.values[1] == "diagonal"
 
 
-def test_options_only_lose_more_as_they_store_less():
+def test_options_lose_more_as_they_store_less():
   config = _config()
   options = allocate.measure(config, _trained(config), _batches())
   assert options.keys() == {
@@ -172,7 +172,7 @@ def test_options_only_lose_more_as_they_store_less():
 
 
 @pytest.mark.slow
-def test_a_plan_loses_less_than_the_same_everywhere():
+def test_allocation_loses_less_than_equal_layers():
   config = _config()
   params, batches = _trained(config, flat_layers=[0]), _batches()
 
@@ -198,7 +198,7 @@ def test_a_plan_loses_less_than_the_same_everywhere():
   assert error(c.resolve(planned)) < error(c.resolve(same))
 
 
-def test_what_cannot_be_reached_is_refused():
+def test_unreachable_target_is_refused():
   config = _config(overall=0.97, linear=None, embedding=None)
   with pytest.raises(errors.ConfigError, match="no plan reaches"):
     allocate.allocate(config, _trained(config), _batches())

@@ -72,7 +72,7 @@ def compiled_update(mesh, score, granularity="weight"):
     ("fsdp=8", "activation", "neuron"),
   ],
 )
-def test_a_mask_update_gathers_no_parameter(mesh, score, granularity):
+def test_mask_update_gathers_no_parameter(mesh, score, granularity):
   mesh = sharding.make_mesh(MESHES[mesh])
   moves = moved(compiled_update(mesh, score, granularity).as_text())
   # Counts, norms, means of rows and columns; the smallest matrix that is split
@@ -83,7 +83,7 @@ def test_a_mask_update_gathers_no_parameter(mesh, score, granularity):
   assert kinds <= {"all-reduce"} | gathered, moves
 
 
-def test_the_count_sees_a_gather():
+def test_count_detects_a_gather():
   mesh = sharding.make_mesh(MESHES["fsdp=8"])
   w = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
   x = placed(mesh, w, w)["w"]

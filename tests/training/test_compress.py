@@ -33,7 +33,7 @@ def config_shapes(config):
   return {name: w.shape for name, w in paths.flatten(tree).items()}
 
 
-def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
+def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
   folder, written = checkpoint
   config = c.resolve(recovery_config(folder, topics, dense=True))
   _, params, report = compress.compress_trained(config, make_data(config))
@@ -57,7 +57,9 @@ def test_a_checkpoint_is_laid_over_what_is_drawn(checkpoint, topics):
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
 
-def test_classes_of_a_checkpoint_are_known_by_name(dense_run, topics, tmp_path):
+def test_head_follows_the_class_names_of_a_checkpoint(
+  dense_run, topics, tmp_path
+):
   config = c.resolve(recovery_config(dense_run, topics))
   data = make_data(config)
   names = data.label_names
@@ -83,7 +85,7 @@ def test_classes_of_a_checkpoint_are_known_by_name(dense_run, topics, tmp_path):
 
 
 @pytest.mark.parametrize(("second", "kept"), [("A", True), ("d", False)])
-def test_names_may_differ_in_case_alone(
+def test_class_names_that_differ_by_case_are_two(
   dense_run, topics, tmp_path, second, kept
 ):
   config = c.resolve(recovery_config(dense_run, topics))
@@ -95,7 +97,7 @@ def test_names_may_differ_in_case_alone(
   assert ("head" in found) == kept
 
 
-def test_weights_that_are_no_numbers_are_one_line(checkpoint, topics, tmp_path):
+def test_weights_that_are_not_finite_are_refused(checkpoint, topics, tmp_path):
   shutil.copytree(checkpoint[0], tmp_path / "nan")
   path = tmp_path / "nan" / "model.safetensors"
   tensors = safetensors.numpy.load_file(path)
@@ -108,7 +110,7 @@ def test_weights_that_are_no_numbers_are_one_line(checkpoint, topics, tmp_path):
     compress.compress_trained(config, make_data(config))
 
 
-def test_a_head_of_other_classes_is_left_out(
+def test_head_for_other_classes_is_left_out(
   dense_run, topics, tmp_path, capsys
 ):
   for split in ("train", "valid", "test"):
@@ -139,7 +141,7 @@ def _saved(result, group):
   return 1 - counts["stored"] / counts["dense"]
 
 
-def test_a_run_folds_recovers_and_can_be_read(folded_run):
+def test_run_folds_recovers_and_loads(folded_run):
   workdir, result = folded_run
   assert result["finished"]
   assert _saved(result, "qkv") > 0.3
@@ -162,7 +164,7 @@ def test_a_run_folds_recovers_and_can_be_read(folded_run):
 
 
 @pytest.mark.parametrize("first_batch", [0, 5])
-def test_no_text_is_twice_in_calibration(dense_run, topics, first_batch):
+def test_calibration_has_no_text_twice(dense_run, topics, first_batch):
   config = recovery_config(dense_run, topics)
   config.data.first_batch = first_batch
   data = make_data(config)
@@ -178,7 +180,7 @@ def test_no_text_is_twice_in_calibration(dense_run, topics, first_batch):
 
 
 @pytest.mark.slow
-def test_it_goes_on_as_if_never_stopped(
+def test_resumed_fold_equals_an_uninterrupted_one(
   folded_run, dense_run, topics, tmp_path, monkeypatch
 ):
   config = recovery_config(dense_run, topics)
@@ -203,7 +205,7 @@ def test_it_goes_on_as_if_never_stopped(
 
 
 @pytest.mark.slow
-def test_a_plan_is_kept_and_asked_for_again(dense_run, topics, tmp_path):
+def test_allocation_is_saved_and_reused(dense_run, topics, tmp_path):
   workdir = tmp_path / "run"
   config = recovery_config(dense_run, topics, compress__plan="auto")
   config.fold.groups = 1
@@ -221,7 +223,7 @@ def test_a_plan_is_kept_and_asked_for_again(dense_run, topics, tmp_path):
     loop.run(config, str(workdir))
 
 
-def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
+def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
   found = compress.teacher_of(config, make_data(config))
   assert found is not None
@@ -254,7 +256,7 @@ def test_a_teacher_is_the_dense_run_in_half_of_the_bits(dense_run, topics):
     ({"data__path": None}, "set data.path"),
   ],
 )
-def test_what_does_not_fit_is_one_clear_line(
+def test_source_that_does_not_fit_is_refused(
   checkpoint, topics, tmp_path, fields, message
 ):
   config = recovery_config(checkpoint[0], topics, **fields)
@@ -264,7 +266,7 @@ def test_what_does_not_fit_is_one_clear_line(
   assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_that_pools_otherwise_is_refused(dense_run, topics):
+def test_teacher_with_other_pooling_is_refused(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
   config.model.pooling = "mean"
   with pytest.raises(
@@ -273,13 +275,15 @@ def test_a_teacher_that_pools_otherwise_is_refused(dense_run, topics):
     compress.teacher_of(config, make_data(config))
 
 
-def test_a_folded_run_is_no_start(folded_run, dense_run, topics, tmp_path):
+def test_folded_run_is_refused_as_a_start(
+  folded_run, dense_run, topics, tmp_path
+):
   config = recovery_config(dense_run, topics, pretrained=str(folded_run[0]))
   with pytest.raises(errors.ConfigError, match="start from a dense one"):
     loop.run(config, str(tmp_path / "run"))
 
 
-def test_a_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
+def test_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
   workdir, result = folded_run
   copy = shutil.copytree(workdir, tmp_path / "copy")
   config = c.load(str(copy / "config.json"))
@@ -292,7 +296,7 @@ def test_a_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_language_model_is_folded_and_taught(text_file, tmp_path):
+def test_language_model_is_folded_and_taught(text_file, tmp_path):
   dense = tiny_config(text_file, steps=30)
   dense.dense = True
   loop.run(dense, str(tmp_path / "dense"))
@@ -308,9 +312,7 @@ def test_a_language_model_is_folded_and_taught(text_file, tmp_path):
 # Tokens that leave the tokenizer before the first step.
 
 
-def test_of_tokens_without_use_the_last_are_the_first_to_go(
-  checkpoint, tmp_path
-):
+def test_last_of_the_unused_tokens_ranks_lowest(checkpoint, tmp_path):
   # Texts that differ, all of the words a, b and c.
   words = [
     ["abc"[i % 3], *("ab"[int(bit)] for bit in f"{i:08b}")] for i in range(160)
@@ -330,7 +332,7 @@ def test_of_tokens_without_use_the_last_are_the_first_to_go(
   assert usage.sum() == pytest.approx(1)
 
 
-def test_what_cannot_be_trimmed_or_need_not_be_stays_whole(
+def test_vocabulary_that_cannot_or_need_not_be_trimmed_stays(
   checkpoint, topics, tmp_path
 ):
   shutil.copytree(checkpoint[0], tmp_path / "hf")
@@ -346,7 +348,7 @@ def test_what_cannot_be_trimmed_or_need_not_be_stays_whole(
   assert compress.trim_vocabulary(config, data) is data
 
 
-def test_as_many_tokens_go_as_are_to_go(dense_run, topics):
+def test_trim_removes_the_asked_number_of_tokens(dense_run, topics):
   config = recovery_config(dense_run, topics, fpp__overall=None)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.4
   data = make_data(config := c.resolve(config))
@@ -361,9 +363,7 @@ def _logits(model, params, data, text):
   )
 
 
-def test_without_folding_a_trimmed_start_reads_what_stays_as_before(
-  dense_run, topics
-):
+def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   unfolded = {"fold__groups": 0, "fold__values": "dense"}
   config = recovery_config(dense_run, topics, fpp__overall=None, **unfolded)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.4

@@ -76,7 +76,7 @@ def _bert():
   return block, _params(block, 1), dense_block, _params(dense_block, 0)
 
 
-def test_the_divergence_is_that_of_numpy_and_falls_on_other_text():
+def test_divergence_equals_numpy_and_falls_on_new_text():
   block, params, dense_block, dense = _bert()
   x, kept = _texts(0)
   begin, end = (
@@ -101,7 +101,7 @@ def test_the_divergence_is_that_of_numpy_and_falls_on_other_text():
   assert after < 0.7 * before
 
 
-def test_only_what_makes_the_logits_moves():
+def test_fit_changes_only_arrays_behind_the_logits():
   block, params, dense_block, dense = _bert()
   fit = lib.fit_attention((block, params), (dense_block, dense), _texts(0), 5)
   assert set(fit.params) == set(params["attn"])
@@ -109,7 +109,7 @@ def test_only_what_makes_the_logits_moves():
     assert fit.params[name] is params["attn"][name]
 
 
-def test_it_is_never_worse_than_what_was_given():
+def test_fit_is_never_worse_than_its_start():
   model = c.bert(**_SIZES)
   block, dense_block = _block(model, K), _block(model, 0)
   dense = _params(dense_block, 0)
@@ -129,7 +129,7 @@ def test_it_is_never_worse_than_what_was_given():
   assert end.divergence <= begin.divergence
 
 
-def test_padding_has_no_say():
+def test_fit_ignores_padding():
   block, params, dense_block, dense = _bert()
   x, kept = _texts(0)
   noise = _texts(5)[0]
@@ -150,7 +150,7 @@ def test_padding_has_no_say():
     np.testing.assert_array_equal(one, other)
 
 
-def test_slopes_of_alibi_are_found_again():
+def test_fit_recovers_alibi_slopes():
   model = c.ModelConfig(**_SIZES)
   block = _block(model, 0)
   dense = _params(block, 0)
@@ -160,7 +160,7 @@ def test_slopes_of_alibi_are_found_again():
   np.testing.assert_allclose(fit.params["log_slopes"], slopes, atol=0.35)
 
 
-def test_rotary_pairs_keep_their_frequencies():
+def test_fit_keeps_rotary_frequencies():
   model = c.llama(**_SIZES, rope_base=100.0)
   block, dense_block = _block(model, 2), _block(model, 0)
   params, dense = _params(block, 1), _params(dense_block, 0)

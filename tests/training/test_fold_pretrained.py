@@ -111,7 +111,7 @@ def _assert_fits(config, params):
 
 
 @each_kind
-def test_with_all_channels_of_a_head_nothing_is_lost(kind):
+def test_all_channels_of_a_head_lose_nothing(kind):
   config = _config(kind, groups=K)
   params, report = _fold(config, kind)
   _assert_fits(config, params)
@@ -128,7 +128,7 @@ def test_with_all_channels_of_a_head_nothing_is_lost(kind):
 
 
 @each_kind
-def test_fewer_channels_are_fitted(kind):
+def test_fewer_channels_are_refitted(kind):
   config = _config(kind, groups=2, values="diagonal")
   params, report = _fold(config, kind)
   _assert_fits(config, params)
@@ -150,7 +150,7 @@ def test_fewer_channels_are_fitted(kind):
     assert row["mlp_r2"] < 1
 
 
-def test_every_layer_as_it_is_told():
+def test_each_layer_is_folded_by_its_own_config():
   config = _config("gpt2", groups=(0, 2), values=("dense", "diagonal"))
   params, report = _fold(config, "gpt2")
   _assert_fits(config, params)
@@ -164,7 +164,7 @@ def test_every_layer_as_it_is_told():
   assert (report[1]["groups"], report[1]["values"]) == (2, "diagonal")
 
 
-def test_the_layer_above_makes_up_for_the_one_below():
+def test_layer_corrects_the_errors_of_the_layer_below():
   config = _config("gpt2", groups=(1, 0))
   params, report = _fold(config, "gpt2")
   left = {**params, "blocks_1": _dense("gpt2")["blocks_1"]}
@@ -176,7 +176,7 @@ def test_the_layer_above_makes_up_for_the_one_below():
   assert report[1]["mlp_r2"] < 1
 
 
-def test_the_first_w_v_may_stay_dense():
+def test_dense_values_stay_the_same_object():
   config = _config("alibi", groups=2, values=("dense", "diagonal"))
   params, report = _fold(config, "alibi")
   _assert_fits(config, params)
@@ -185,7 +185,7 @@ def test_the_first_w_v_may_stay_dense():
   assert [row["values"] for row in report] == ["dense", "diagonal"]
 
 
-def test_a_diagonal_of_ones_may_be_left_out():
+def test_identity_values_equal_a_diagonal_of_ones():
   config = _config("gpt2", groups=2, values=("identity", "diagonal"))
   params, _ = _fold(config, "gpt2")
   _assert_fits(config, params)
@@ -199,7 +199,7 @@ def test_a_diagonal_of_ones_may_be_left_out():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_on_the_input_axis_rows_are_folded(kind):
+def test_input_axis_folds_rows(kind):
   config = _config(kind, groups=D, axis="input", rope="copy")
   params, report = _fold(config, kind)
   _assert_fits(config, params)
@@ -226,7 +226,7 @@ def _streams(config, params, batches):
   return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
-def test_the_fit_is_the_least_and_holds_on_other_text():
+def test_refit_is_the_least_error_and_holds_on_new_text():
   config = _config("gpt2", groups=1, values="diagonal")
   params, [report, _] = _fold(config, "gpt2", batches=16)
   dense = c.dense_twin(config)
@@ -259,7 +259,7 @@ def test_the_fit_is_the_least_and_holds_on_other_text():
       assert errors(paths.map_named(moved, params), seen)[at] > least[at]
 
 
-def test_padding_has_no_say():
+def test_fold_ignores_padding():
   config = _config("bert", groups=2, values="diagonal")
   params, report = _fold(config, "bert")
   batches = _batches(4)
@@ -271,7 +271,7 @@ def test_padding_has_no_say():
     np.testing.assert_array_equal(paths.flatten(again)[name], w, name)
 
 
-def test_texts_may_come_one_by_one():
+def test_fold_accepts_batches_of_one_text():
   config = _config("gpt2", groups=2)
   texts = [
     {name: w[i : i + 1] for name, w in batch.items()}
@@ -301,13 +301,13 @@ def test_too_little_text_is_refused(rows, tokens, message):
   assert "\n" not in str(caught.value)
 
 
-def test_a_config_that_is_not_resolved_is_refused():
+def test_unresolved_config_is_refused():
   config = c.Config(data=c.DataConfig(length=L), model=MODELS["alibi"])
   with pytest.raises(ValueError, match=r"use folding\.config\.resolve"):
     lib.fold_pretrained(config, _dense("alibi"), _batches(2))
 
 
-def test_rotary_heads_are_folded_by_pairs():
+def test_rotary_heads_need_pairs():
   config = _config("llama", groups=2, rope="copy")
   with pytest.raises(errors.ConfigError, match="use fold.rope='pairs'"):
     _fold(config, "llama")

@@ -259,7 +259,7 @@ def test_frozen_gradients_do_not_count_in_the_clip():
     (30, 0.29, 0.58, 1),
   ],
 )
-def test_checks_are_those_that_fpp_makes(steps, begin, end, checks):
+def test_check_steps_are_those_of_fpp(steps, begin, end, checks):
   config = c.Config(
     fpp=c.FPPConfig(begin=begin, end=end, checks=checks, score="magnitude"),
     train=c.TrainConfig(steps=steps),

@@ -63,7 +63,7 @@ def _reads(params, batches):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_each_array_loses_what_fpp_says(trained, method):
+def test_each_array_loses_its_target(trained, method):
   pruned = paths.flatten(_prune(method, trained))
   for name, w in paths.flatten(trained[0]).items():
     share = 0.0
@@ -79,9 +79,7 @@ def test_each_array_loses_what_fpp_says(trained, method):
 
 @pytest.mark.parametrize("role", ["q", "k", "v"])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_a_kernel_is_pruned_by_the_moment_of_what_it_reads(
-  trained, method, role
-):
+def test_kernel_is_pruned_by_the_moment_of_its_input(trained, method, role):
   pruned = _prune(method, trained)
   x = _reads(pruned, trained[1])
   w = trained[0]["blocks_0"]["attn"][role]["kernel"].astype(np.float64)
@@ -118,7 +116,7 @@ def _without_biases(params):
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
+def test_remaining_neurons_replace_the_removed_ones(trained, use_bias):
   params, batches = trained
   config = _by_neuron(use_bias=use_bias, qkv_bias=use_bias)
   if not use_bias:
@@ -156,7 +154,7 @@ def test_neurons_leave_and_the_others_make_up_for_them(trained, use_bias):
     np.testing.assert_allclose(new["down"]["bias"], bias, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_left_is_fitted_to_the_dense_stream(trained):
+def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
   params, _ = trained
   batches = [{"tokens": tiny.batch(seed)["tokens"]} for seed in range(30)]
   config = _by_neuron()
@@ -188,7 +186,7 @@ def test_what_is_left_is_fitted_to_the_dense_stream(trained):
   assert wrong < 0.95 * np.square(stream(True, params) - dense).sum()
 
 
-def test_a_layer_is_pruned_for_what_the_pruned_layers_below_write(trained):
+def test_layer_is_pruned_on_the_stream_of_pruned_layers(trained):
   params, batches = trained
   pruned = _prune("sparsegpt", trained)
   # The first layer as it came out, pruned again by nothing: the second must
@@ -214,7 +212,7 @@ def test_a_layer_is_pruned_for_what_the_pruned_layers_below_write(trained):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_the_zeros_that_it_started_with(text_file, tmp_path):
+def test_run_keeps_its_initial_zeros(text_file, tmp_path):
   dense = tiny_config(text_file, steps=4, eval_every=4)
   dense.dense = True
   loop.run(dense, str(tmp_path / "dense"))
@@ -240,7 +238,7 @@ def test_a_run_keeps_the_zeros_that_it_started_with(text_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("plan", "overall"), [("same", 0.7), ("auto", 0.5)])
-def test_neurons_have_left_before_the_first_step(
+def test_neurons_are_removed_before_the_first_step(
   dense_run, topics, tmp_path, plan, overall
 ):
   config = recovery_config(dense_run, topics, compress__plan=plan)
@@ -271,7 +269,7 @@ def test_neurons_have_left_before_the_first_step(
   jax.tree.map(np.testing.assert_array_equal, load_run(str(workdir))[1], params)
 
 
-def test_without_neurons_it_is_the_same_function(trained):
+def test_removing_zero_neurons_keeps_the_function(trained):
   config, (params, batches) = _by_neuron(), trained
   config.fpp.linear_layers = (0.0, config.fpp.linear)
   prune = prune_trained.neuron_pruner(config, params, params)

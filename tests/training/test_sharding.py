@@ -24,14 +24,12 @@ def shape(*sizes):
   [
     (MeshConfig(), (8, 1, 1)),
     (MeshConfig(1, -1), (1, 8, 1)),
-    (MeshConfig(-1, 4), (2, 4, 1)),
     (MeshConfig(4, 2), (4, 2, 1)),
     (MeshConfig(-1, 2, 2), (2, 2, 2)),
-    (MeshConfig(1, 1, -1), (1, 1, 8)),
   ],
   ids=str,
 )
-def test_mesh_shape(config, expected):
+def test_mesh_has_the_shape_of_its_config(config, expected):
   mesh = sharding.make_mesh(config)
   assert mesh.axis_names == ("data", "fsdp", "tensor")
   assert mesh.devices.shape == expected
@@ -39,29 +37,27 @@ def test_mesh_shape(config, expected):
   assert sharding.fitting(config, 8) == config
 
 
-def test_mesh_of_one_device():
+def test_mesh_of_one_device_has_size_1():
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
   ("data", "fsdp", "tensor"),
-  [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (-1, 0, 1), (-2, -4, 1)]
-  + [(16, 1, 1), (4, 2, 2), (-1, 1, 3)],
+  [(16, 1, 1), (-1, 3, 1), (-1, -1, 1), (-1, 0, 1), (-2, -4, 1)],
 )
 def test_mesh_that_does_not_fit_is_refused(data, fsdp, tensor):
   config = MeshConfig(data, fsdp, tensor)
   with pytest.raises(
     errors.ConfigError,
-    match=rf"data={data}, fsdp={fsdp}, tensor={tensor} does not multiply to "
-    "the 8 device",
+    match=rf"fsdp={fsdp}, tensor={tensor} does not multiply to the 8 device",
   ):
     sharding.make_mesh(config)
   fitted = sharding.fitting(config, 8)
   assert dict(sharding.make_mesh(fitted).shape)["fsdp"] == 8
 
 
-def test_a_mesh_of_other_axes_is_told_which_it_needs():
+def test_mesh_without_an_axis_is_refused():
   mesh = jax.make_mesh((8,), ("data",))
   message = "has the axes data; it needs data, fsdp, tensor"
   with pytest.raises(errors.ConfigError, match=message):
@@ -72,14 +68,11 @@ def test_a_mesh_of_other_axes_is_told_which_it_needs():
   ("sizes", "spec"),
   [
     ((64, 128), P(None, "fsdp")),  # the longest
-    ((128, 64), P("fsdp", None)),
     ((64, 4, 33), P("fsdp", None, None)),
     ((4, 1023), P(None, None)),  # fewer than 4096
     ((4, 2049), P("fsdp", None)),
     ((6, 5, 999), P(None, None, None)),  # no axis divides
-    ((4095,), P(None)),
     ((4096,), P("fsdp")),
-    ((8, 16), P(None, None)),
     ((), P()),
   ],
   ids=str,
@@ -98,37 +91,27 @@ def test_longest_divisible_axis_is_split(sizes, spec):
     ("blocks_0/attn/q/kernel", (64, 4, 16), P("fsdp", "tensor", None)),
     ("blocks_0/attn/o/kernel", (4, 16, 64), P("tensor", None, "fsdp")),
     ("blocks_9/mlp/up/kernel", (64, 256), P("fsdp", "tensor")),
-    ("model/mlp/gate/kernel", (64, 256), P("fsdp", "tensor")),
-    ("blocks_0/mlp/down/kernel", (256, 64), P("tensor", "fsdp")),
     ("blocks_0/mlp/down/kernel", (256, 63), P("tensor", None)),
     ("mine/w", (256, 64), P("fsdp", None)),
     ("blocks_0/mlp/up/bias", (256,), P(None)),  # small
     ("blocks_0/attn/q/kernel", (64, 3, 32), P("fsdp", None, None)),
   ],
 )
-def test_heads_neurons_and_tokens_are_split_over_tensor(name, sizes, spec):
+def test_tensor_splits_heads_neurons_and_tokens(name, sizes, spec):
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   placed = sharding.tree_shardings(mesh, {name: shape(*sizes)})[name]
   assert placed.spec == spec
 
 
-def test_without_fsdp_nothing_is_split():
+def test_data_parallel_mesh_splits_no_parameter():
   mesh = sharding.make_mesh(MeshConfig())
   tree = {"w": shape(512, 512)}
   assert sharding.tree_shardings(mesh, tree)["w"].is_fully_replicated
   assert sharding.unsplit(mesh, tree) == []
 
 
-@pytest.mark.parametrize(("rows", "is_told"), [(16, False), (12, True)])
-def test_a_batch_that_each_device_has_whole_is_told_of(rows, is_told):
-  mesh = sharding.make_mesh(MeshConfig(2, 4))
-  placed = sharding.put_batch(mesh, {"tokens": np.zeros((rows, 4), int)})
-  assert placed["tokens"].is_fully_replicated == is_told
-  assert bool(sharding.undivided(mesh, rows)) == is_told
-
-
 @pytest.mark.parametrize(("rows", "rows_here"), [(16, 2), (12, 12)])
-def test_rows_that_are_pinned_lie_as_a_batch_does(rows, rows_here):
+def test_pinned_rows_have_the_sharding_of_a_batch(rows, rows_here):
   mesh = sharding.make_mesh(MeshConfig(2, 4))
   by_channel = jax.NamedSharding(mesh, P(None, None, "fsdp"))
   x = jax.device_put(jnp.ones((rows, 3, 8)), by_channel)
@@ -137,7 +120,7 @@ def test_rows_that_are_pinned_lie_as_a_batch_does(rows, rows_here):
   assert sharding.pin_rows(None, x) is x
 
 
-def test_rules_come_before_the_default_and_the_first_wins():
+def test_first_matching_rule_overrides_the_default():
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   tree = {n: shape(64, 128) for n in ("a/w", "b/w", "c/w", "d")}
   rules = (
@@ -178,7 +161,7 @@ def test_rules_survive_a_round_trip_through_json():
   assert from_dict(json.loads(json.dumps(to_dict(given)))) == given
 
 
-def test_what_does_not_divide_is_whole_and_is_told():
+def test_undivided_arrays_are_whole_and_reported():
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   tree = {
     "head/kernel": shape(64, 333),
@@ -201,7 +184,7 @@ def test_what_does_not_divide_is_whole_and_is_told():
 
 
 @pytest.mark.parametrize("score", ["relative", "saliency"])
-def test_state_lies_as_its_parameters_do(score):
+def test_state_has_the_shardings_of_its_parameters(score):
   fpp = {"score": score, "begin": 0.0, "end": 0.75, "checks": 3}
   run = tiny.make(tiny.config(fpp=tiny.c.FPPConfig(**fpp)))
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
@@ -218,7 +201,7 @@ def test_state_lies_as_its_parameters_do(score):
   assert placed["step"].spec == P()
 
 
-def test_bits_that_would_share_a_byte_with_another_device_are_whole():
+def test_bits_are_whole_if_two_devices_would_share_a_byte():
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   params = {"up/kernel": shape(16, 264)}  # 132 a device, or 16.5 bytes
   bits = {"suspected": {"up/kernel": shape(1, 16, 33)}}
@@ -231,7 +214,6 @@ def test_bits_that_would_share_a_byte_with_another_device_are_whole():
   ("config", "rows", "rows_a_device"),
   [
     (MeshConfig(2, 4), 16, 2),
-    (MeshConfig(2, 4), 8, 1),
     (MeshConfig(2, 4), 12, 12),
     (MeshConfig(2, 2, 2), 12, 3),
   ],
@@ -251,9 +233,10 @@ def test_batch_is_split_over_data_and_fsdp(config, rows, rows_a_device):
     assert [s.data.shape[0] for s in shards] == [rows_a_device] * 8
     for shard in shards:
       np.testing.assert_array_equal(shard.data, array[shard.index])
+  assert bool(sharding.undivided(mesh, rows)) == (rows_a_device == rows)
 
 
-def test_a_teacher_lies_as_its_own_shapes_say(text_file):
+def test_teacher_is_placed_by_its_own_shapes(text_file):
   config = tiny_config(text_file)
   config.mesh = MeshConfig(data=2, fsdp=4)
   config = resolve(config)
