@@ -249,11 +249,10 @@ def test_neurons_are_removed_before_the_first_step(
   found = result["parameters"]["overall"]
   saved = 1 - found["stored"] / found["dense"]
   assert saved == pytest.approx(overall, abs=0.02)
-  model = c.load(str(workdir / "config.json")).model
-  assert model.dense_mlp_width == 24
-  widths = (model.mlp_width,) * 2
-  if plan == "auto":
-    widths = model.mlp_width
+  small = c.load(str(workdir / "config.json"))
+  assert small.model.dense_mlp_width == 24
+  layers = c.layers_of(small.model, small.fold)
+  widths = [layer.mlp_width for layer in layers]
   assert sum(widths) < 2 * 24
   _, params, _ = load_run(str(workdir))
   for n, width in enumerate(widths):
