@@ -1,4 +1,4 @@
-"""Attention over dense and folded heads, and its positions."""
+"""Attention with dense or folded queries and keys, and its positions."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from folding.models.decode import Cache, Step
 from folding.models.linear_attention import PastState
 from folding.models.projections import DiagonalProjection, HeadProjection
 
-_MASKED = -1e30  # finite, so that a row with no key at all stays finite
+_MASKED = -1e30  # finite, so that a row without any key has no NaN
 TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
 
 
@@ -30,16 +30,16 @@ def attend(
 ) -> Float[Array, "B L H K"]:
   """Returns softmax(q k^T (K/G) / sqrt(K) + bias) v without unfolding.
 
-  G numbers a head stand for K, each K/G times, so multiplying the logits by
-  K/G gives those of the unfolded projection. Queries of R = H/J neighbouring
-  heads share a key head; values have J or H heads (I). Softmax in float32.
+  The unfolded queries and keys repeat each of the G numbers K/G times, so their
+  logits are K/G times as large. R = H/J neighboring query heads share a key
+  head; values have J or H heads (I). The softmax is computed in float32.
 
   Args:
     q_BLHG: Queries, G = K where dense.
     k_BMJG: Keys.
     v_BMIK: Values; I divides H.
-    bias_HLM: Added to the logits; carries positions and causality.
-    mask_BM: False at padding; None: no padding.
+    bias_HLM: Added to the logits: positions, and -1e30 at hidden keys.
+    mask_BM: False at pad tokens; None: no padding.
     head_dim: K, of the unfolded queries.
   """
   return attend_by_head(
@@ -61,11 +61,11 @@ def attend_by_head(
   *,
   head_dim: int,
 ) -> Float[Array, "B L H K"]:
-  """Returns `attend` of keys and values that lie as matrices, one a head.
+  """Returns `attend` for keys and values that are stored as matrices per head.
 
   Args:
     q_BLHG: Queries.
-    k_JGM: Keys; the axes before the last two are B and J, or B J as one.
+    k_JGM: Keys; the leading axes are B and J, or one axis of size B J.
     v_IMK: Values; the same with I.
     bias_HLM: As in `attend`.
     mask_BM: As in `attend`.
@@ -88,11 +88,11 @@ def attention_logits(
   *,
   head_dim: int,
 ) -> Float[Array, "B H L M"]:
-  """Returns what `attend_by_head`, with the same arguments, has a softmax of."""
+  """Returns the attention logits of `attend_by_head`, before the softmax."""
   B, L, H, G = q_BLHG.shape
-  # The R queries of a key head and the L of a head are rows of one matrix.
+  # The L queries of the R heads that share a key head are rows of one matrix.
   q_JNG = q_BLHG.transpose(0, 2, 1, 3).reshape(*k_JGM.shape[:-2], -1, G)
-  # Summed and scaled in float32: bfloat16 logits would lose what is small.
+  # In float32: sums in bfloat16 would lose small terms.
   logits = jnp.matmul(q_JNG, k_JGM, preferred_element_type=jnp.float32)
   scale = head_dim**0.5 / G  # = (K / G) / sqrt(K)
   logits_BHLM = (
@@ -111,18 +111,18 @@ def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
 def rope_frequencies(
   size: int, base: float, scaling: tuple[float, ...] | None = None
 ) -> Float[np.ndarray, " half"]:
-  """Returns the angle a token of each pair of channels, in radians.
+  """Returns the angle per token of each pair of channels, in radians.
 
   Args:
-    size: Channels of a head.
-    base: The slowest pair turns about 1 / base a token.
+    size: Number of channels of a head.
+    base: The slowest pair turns by about 1 / base per token.
     scaling: As in `folding.config.ModelConfig.rope_scaling`.
   """
   half = size // 2
   frequency = base ** (-np.arange(half) / half)
   if scaling:
     factor, *limits = scaling
-    kept = 0.0  # the share of a frequency that is not divided by the factor
+    kept = 0.0  # share of a frequency that is not divided by the factor
     if limits:
       low, high, length = limits
       turns = length * frequency / (2 * np.pi)
@@ -134,18 +134,17 @@ def rope_frequencies(
 def rotate(
   x_BLHK: Float[Array, "B L H K"],
   frequency: Float[Array | np.ndarray, "#H k"],
-  place_L: Int[Array, " L"] | None = None,
+  position_L: Int[Array, " L"],
 ) -> Float[Array, "B L H K"]:
   """Applies rotary positions, channel i paired with i + K/2 (Su et al. 2021).
 
   Args:
     x_BLHK: Queries or keys.
-    frequency: Radians a token of the K/2 pairs, for all heads or each.
-    place_L: Where the tokens stand; None: from 0 on.
+    frequency: Radians per token of the K/2 pairs, for all heads or per head.
+    position_L: Of the tokens.
   """
-  if place_L is None:
-    place_L = jnp.arange(x_BLHK.shape[1])
-  angle = jnp.einsum("L,Hk->LHk", place_L.astype(jnp.float32), frequency)[None]
+  position_L = position_L.astype(jnp.float32)
+  angle = jnp.einsum("L,Hk->LHk", position_L, frequency)[None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

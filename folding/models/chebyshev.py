@@ -1,8 +1,8 @@
-"""Interpolation of e^(s t) in s: nodes, weights, and what is lost by it.
+"""Interpolation of e^(s t) in s: nodes, weights and error bound.
 
-The range of s is cut into P panels of equal width, each with X Chebyshev nodes;
-inside a panel, with x in [-1, 1] and a = (half width of the panel) * max |t|,
-what is interpolated is e^(a x).
+The range of s is cut into P panels of equal width with X Chebyshev nodes each.
+With x in [-1, 1] inside a panel and a = (half width of the panel) * max |t|,
+the function to interpolate is e^(a x).
 """
 
 import math
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-NODES = 16  # X, nodes a panel: the most that pays before rounding dominates
+NODES = 16  # X, nodes per panel; with more, rounding dominates
 _ROUNDOFF = 8 * 2.0**-24  # of one term of the interpolation sum, in float32
 
 
@@ -24,7 +24,7 @@ def nodes() -> Float[np.ndarray, " X"]:
 def _barycentric() -> Float[np.ndarray, " X"]:
   """Returns 1 / prod_(k != n) (x_n - x_k) / 2^(X - 1), in float64.
 
-  From the nodes as rounded: those of the exact nodes would be 1e-6 off.
+  Of the rounded nodes; weights of the exact nodes would be off by 1e-6.
   """
   x = nodes().astype(np.float64)
   apart = 2 * (x[:, None] - x)
@@ -52,7 +52,7 @@ def lagrange(x: Float[Array, "*A"]) -> Float[Array, "*A X"]:
   one = (1,) * x.ndim
   apart = x[..., None] - nodes().reshape(*one, NODES)
   weight = _barycentric().astype(np.float32).reshape(*one, NODES)
-  # At a node its own term outweighs all others by far more than 2^24.
+  # At a node, its own term exceeds the others by far more than 2^24.
   term = weight / jnp.where(apart == 0, 1e-20, apart)
   return term / term.sum(-1, keepdims=True)
 
@@ -62,24 +62,24 @@ def error_bound(
   t_half: Float[Array, "*A"] | float,
   num_nodes: int,
 ) -> Float[Array, "*A"]:
-  """Returns the largest error of linear attention, over the range of v.
+  """Returns a bound on the error of linear attention, relative to the range of v.
 
-  With a = s_half t_half / P, interpolation of e^(a x) at X Chebyshev points is
-  off by at most 4 sum_(n >= X) I_n(a) (aliasing of its Chebyshev coefficients
-  2 I_n(a)), which is e^a times more of the smallest e^(a x). The sum is
-  bounded by I_n(a) <= (a/2)^n / n! e^(a^2 / (4 (n + 1))). As weights are
-  positive, each is off by no more than this fraction, and so are their sums.
-  Rounding adds `_ROUNDOFF` times sum_n |l_n(x)| e^(a (x_n - x)), at its largest
-  x. A fraction e of the weights moves the average of v by at most e / (1 - e)
+  Let a = s_half t_half / P. Interpolation of e^(a x) at X Chebyshev points is
+  off by at most 4 sum_(n >= X) I_n(a), by aliasing of its Chebyshev
+  coefficients 2 I_n(a). Relative to the smallest e^(a x) this is e^a times
+  more. The sum is bounded by I_n(a) <= (a/2)^n / n! e^(a^2 / (4 (n + 1))).
+  Weights are positive, so the relative error of their sums is no larger.
+  Rounding adds `_ROUNDOFF` times the largest sum_n |l_n(x)| e^(a (x_n - x)). A
+  relative error e of the weights moves the average of v by at most e / (1 - e)
   times the largest difference of two v.
 
   Args:
     s_half: Half the range of s.
     t_half: Half the range of t.
-    num_nodes: Of the whole range of s; a multiple of X.
+    num_nodes: N, for the whole range of s; a multiple of X.
 
   Returns:
-    The bound, infinity where there is none.
+    The bound; infinity if there is none.
 
   Example:
     >>> bool(error_bound(2.0, 4.0, 32) < 1e-4)
@@ -102,7 +102,7 @@ def error_bound(
 def _amplification(a: Float[Array, "*A"]) -> Float[Array, "*A"]:
   """Returns max_x sum_n |l_n(x)| e^(a (x_n - x)), on a grid of 8 X points.
 
-  It grows with a: each x has a mirror image, and a sum of exponentials is
+  It grows with a, because each x has a mirror image and a sum of exponentials is
   convex in a.
   """
   angle = np.linspace(0, np.pi, 8 * NODES + 1)

@@ -1,8 +1,8 @@
 """Projections into attention heads, dense or folded.
 
-A folded projection is just another projection: it stores fewer numbers and
-says nothing about pruning. Its kind can be read off its arrays, given that the
-output projection of the same attention layer is [H, K, D]:
+A folded projection stores fewer numbers; pruning does not concern it. Its kind
+follows from its arrays, given that the output projection of the same attention
+layer is [H, K, D]:
 
   q, k   kernel   [D, H, K]      dense
                   [D, H, G]      output axis: K rows of a head in G groups
@@ -22,10 +22,10 @@ _kernel_init = nn.initializers.lecun_normal()
 
 
 def folded_init(groups: int, head_dim: int) -> nn.initializers.Initializer:
-  """Returns an initializer under which folded logits start at unit variance.
+  """Returns an initializer that gives folded logits unit variance.
 
-  Logits are (K/G) K^(-1/2) sum_g q_g k_g, of standard deviation (K/G)^(1/2)
-  for unit q_g and k_g; each side is made smaller by (G/K)^(1/4).
+  Logits are (K/G) K^(-1/2) sum_g q_g k_g, with standard deviation (K/G)^(1/2)
+  for unit q_g and k_g. So queries and keys are each scaled by (G/K)^(1/4).
 
   Args:
     groups: G.
@@ -37,17 +37,17 @@ def folded_init(groups: int, head_dim: int) -> nn.initializers.Initializer:
 
 
 class HeadProjection(nn.Module):
-  """Query or key projection with `groups` row groups; 0 groups is dense.
+  """Projection into heads with G row groups, or a dense one.
 
-  On the output axis the result has G numbers a head and token, of which the
-  unfolded projection would have K/G copies each; attention multiplies by K/G
-  instead of copying. On the input axis, channel i belongs to group
-  i // (D/G), the channels of a group are summed and then projected.
+  On the output axis the result has G numbers per head and token. The unfolded
+  projection has K/G copies of each; attention multiplies by K/G instead. On the
+  input axis, channel i belongs to group i // (D/G); the channels of a group are
+  summed and then projected.
   """
 
   num_heads: int  # H, or J for keys
   head_dim: int  # K
-  groups: int = 0  # G
+  groups: int = 0  # G; 0: dense
   axis: str = "output"
   use_bias: bool = True
   dtype: Any = jnp.float32
@@ -70,7 +70,7 @@ class HeadProjection(nn.Module):
       kernel_init=init,
       dtype=self.dtype,
     )
-    # The parameters belong to this module's path: q/kernel, not q/dense/kernel.
+    # Without a scope of its own: q/kernel, not q/DenseGeneral_0/kernel.
     nn.share_scope(self, project)
     return project(x_BLD)
 

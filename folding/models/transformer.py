@@ -1,8 +1,6 @@
-"""One transformer that is BERT, GPT-2 or Llama by its configuration.
+"""A transformer that its config makes a BERT, a GPT-2 or a Llama.
 
-Parameter paths (an on-disk contract): embed/embedding [V, D],
-position_embed/embedding, norm_embed, blocks_<n>/{norm_attn, attn/{q, k, v, o},
-norm_mlp, mlp/{up, gate, down}}, norm_final, pooler, head/kernel [D, V or C].
+Paths of its parameters, which are a contract on disk, are in `params`.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +34,7 @@ def _norm(config: ModelConfig, dtype: Any) -> nn.Module:
 
 
 def _residual_init(config: ModelConfig) -> nn.initializers.Initializer:
-  """Smaller by the square root of the residual branches, as in GPT-2."""
+  """Initializer of W_O and W_down, scaled by (2 N)^(-1/2) (Radford et al. 2019)."""
   return nn.initializers.variance_scaling(
     1 / (2 * config.num_layers), "fan_in", "truncated_normal"
   )
@@ -187,6 +185,16 @@ class Transformer(nn.Module):
     mask_BL: Bool[Array, "B L"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
+    """Returns the logits of whole sequences.
+
+    Args:
+      tokens_BL: Token ids, right-padded.
+      mask_BL: False or 0 at pad tokens; None: no padding.
+      deterministic: No dropout.
+
+    Raises:
+      ValueError: the sequences exceed the learned positions.
+    """
     x_BLD = self.embed_tokens(tokens_BL, deterministic)
     for block in self.blocks:
       x_BLD = block(x_BLD, mask_BL, deterministic)
@@ -242,15 +250,24 @@ class Transformer(nn.Module):
     deterministic: bool = True,
     position_BL: Int[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    """Returns what the first block reads; None: positions are 0, 1, ..."""
+    """Returns the input of the first block.
+
+    Args:
+      tokens_BL: Token ids.
+      deterministic: No dropout.
+      position_BL: Of the tokens; None: 0, 1, ...
+
+    Raises:
+      ValueError: the sequences exceed the learned positions.
+    """
     c = self.config
     x_BLD = self.embed(tokens_BL)
     if c.positions == "learned" and position_BL is not None:
       x_BLD += self.position_embed(position_BL)
     elif c.positions == "learned":
-      if tokens_BL.shape[1] > self.max_length:  # else the logits are NaN
+      if tokens_BL.shape[1] > self.max_length:  # the logits would be NaN
         raise ValueError(
-          f"a text of {tokens_BL.shape[1]} tokens does not fit into "
+          f"a sequence of {tokens_BL.shape[1]} tokens exceeds the "
           f"{self.max_length} learned positions"
         )
       x_BLD += self.position_embed(jnp.arange(tokens_BL.shape[1])[None])
@@ -263,7 +280,12 @@ class Transformer(nn.Module):
     x_BLD: Float[Array, "B L D"],
     mask_BL: Bool[Array, "B L"] | None = None,
   ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
-    """Returns the logits of what the last block wrote."""
+    """Returns the logits.
+
+    Args:
+      x_BLD: Output of the last block.
+      mask_BL: False or 0 at pad tokens; None: no padding.
+    """
     c = self.config
     if c.norm_position == "pre":
       x_BLD = self.norm_final(x_BLD)
@@ -283,10 +305,7 @@ def _pool(
   mask_BL: Bool[Array, "B L"] | None,
   pooling: str,
 ) -> Float[Array, "B D"]:
-  """Returns the vector of the first or last token, or the mean.
-
-  Padding is not counted, and is taken to stand at the end.
-  """
+  """Returns the vector of the first or last token, or the mean over tokens."""
   x_BLD = x_BLD.astype(jnp.float32)
   if pooling == "first":
     return x_BLD[:, 0]
@@ -330,6 +349,6 @@ def make_model(
 
 
 def param_shapes(model: Transformer) -> Any:
-  """Returns the tree of the parameters' shapes; nothing is computed."""
+  """Returns the shapes of the parameters, without computing them."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

@@ -1,4 +1,4 @@
-"""Logits -> the next token."""
+"""Logits -> next token: greedy, or drawn with temperature, top-k and top-p."""
 
 import dataclasses
 from typing import Literal, NamedTuple, TypeAlias
@@ -17,12 +17,15 @@ class Sampling:
   """How the next token is chosen.
 
   Attributes:
-    temperature: Logits are divided by it; 0: the likeliest token, always.
-    top_k: Draw among so many of the likeliest tokens; None: among all.
-    top_p: Then draw among the fewest of the likeliest whose probabilities sum
-      to at least this much, in (0, 1]; None: among all.
-    seed: Of the draws. Those of a row depend on the seed, the number of the
-      row and the number of the new token alone.
+    temperature: Divides the logits, from 1e-6 to 1e6; 0: the likeliest token.
+    top_k: Draw among this many likeliest tokens; None: among all.
+    top_p: Then draw among the fewest likeliest tokens whose probabilities sum
+      to at least this, in (0, 1]; None: among all.
+    seed: Of the draws. A draw depends only on the seed, the row and the number
+      of the new token.
+
+  Raises:
+    ConfigError: a value is out of range.
   """
 
   temperature: float = 0.0
@@ -46,7 +49,7 @@ class Sampling:
 
   @property
   def kind(self) -> Kind:
-    """What has to be computed; the numbers may vary."""
+    """Which program is needed; its numbers may vary."""
     if self.temperature == 0:
       return "greedy"
     is_free = self.top_k is None and self.top_p in (None, 1)
@@ -54,7 +57,7 @@ class Sampling:
 
 
 class Draw(NamedTuple):
-  """A `Sampling` as arrays, so that other numbers need no new program."""
+  """A `Sampling` as arrays, so that other numbers share a compiled program."""
 
   key: PRNGKeyArray
   temperature: Float[Array, ""]
@@ -65,7 +68,7 @@ class Draw(NamedTuple):
 def make_draw(sampling: Sampling, vocab_size: int) -> Draw:
   """Returns the arrays of a `Sampling` over V tokens."""
   top_k = vocab_size if sampling.top_k is None else sampling.top_k
-  # Not less than float32 has, or even the likeliest token would go.
+  # As float32, a smaller top-p is 0, which would keep no token.
   top_p = 1.0 if sampling.top_p is None else max(sampling.top_p, 1e-30)
   return Draw(
     jax.random.key(sampling.seed),
@@ -78,7 +81,7 @@ def make_draw(sampling: Sampling, vocab_size: int) -> Draw:
 def noise(
   key: PRNGKeyArray, step: Int[Array, ""], batch_size: int, vocab_size: int
 ) -> Float[Array, "B V"]:
-  """Returns Gumbel noise for new token `step` of each row."""
+  """Returns Gumbel noise for the new token number `step` of each row."""
 
   def of_row(row):
     row_key = jax.random.fold_in(jax.random.fold_in(key, row), step)
@@ -92,11 +95,11 @@ def kept(
   top_k: Int[Array, ""],
   top_p: Float[Array, ""],
 ) -> Bool[Array, "B V"]:
-  """Returns which tokens top-k and top-p leave; ties with the last one stay."""
+  """Returns which tokens top-k and top-p keep, with all ties of the last one."""
   sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
   is_kept_BV = (jnp.arange(logits_BV.shape[-1]) < top_k)[None]
   p_BV = jax.nn.softmax(jnp.where(is_kept_BV, sorted_BV, -jnp.inf), axis=-1)
-  # What likelier tokens sum to; 1 keeps all, however the sum is rounded.
+  # Sum over likelier tokens; a top-p of 1 keeps all, however it is rounded.
   before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
   is_kept_BV &= (before_BV < top_p) | (top_p >= 1)
   least_B1 = jnp.min(
@@ -111,7 +114,7 @@ def choose(
   logits_BV: Float[Array, "B V"],
   step: Int[Array, ""],
 ) -> Int[Array, " B"]:
-  """Returns the next token of each row, -1 where a logit is not a number.
+  """Returns the next token of each row; -1 if a logit is NaN.
 
   argmax(logits / temperature + Gumbel noise) is a draw from the softmax
   (Gumbel 1954).
@@ -120,7 +123,7 @@ def choose(
     kind: Of the `Sampling`.
     draw: Its numbers.
     logits_BV: Of the next token.
-    step: How many new tokens there are before.
+    step: Number of the new token, from 0.
   """
   is_nan_B = jnp.isnan(logits_BV).any(axis=-1)
   if kind != "greedy":

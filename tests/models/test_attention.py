@@ -1,23 +1,37 @@
-"""Attention of queries, keys and values as given, and ALiBi and RoPE alone."""
+"""Attention: its function, its positions, and the layer, against NumPy."""
 
+import dataclasses
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from folding import config as config_lib
 from folding.models import attention
 from tests.models import oracle
-from tests.models.attention_cases import (
-  TOLERANCE,
-  B,
-  H,
-  K,
-  L,
-  alibi_bias,
-  normal,
-)
+
+B, L, H, K = 2, 6, 4, 4
+D = H * K
+
+# Sums of a few dozen float32 products of unit numbers.
+TOLERANCE = 1e-5
+
+
+def normal(seed, *shape):
+  x = np.random.default_rng(seed).normal(size=shape)
+  return jnp.asarray(x, jnp.float32)
+
+
+def alibi_bias(slopes, causal, length=L):
+  bias = np.zeros((len(slopes), length, length))
+  for h, i, j in np.ndindex(bias.shape):
+    hidden = causal and j > i
+    bias[h, i, j] = -np.inf if hidden else -slopes[h] * abs(i - j)
+  return bias
+
 
 attend = jax.jit(attention.attend, static_argnames="head_dim")
 
@@ -39,14 +53,6 @@ def test_attend_equals_attention_on_unfolded_rows(
   np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_attend_takes_fewer_queries_than_keys_and_one_bias_for_all_heads():
-  q, k, v = (normal(n, B, 2 if n == 0 else L, H, K) for n in range(3))
-  bias = normal(3, 1, 2, L)
-  out = attend(q, k, v, bias, None, head_dim=K)
-  expected = oracle.attend(q, k, v, bias, None)
-  np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_dense_attend_equals_jax_dot_product_attention(key_heads):
   q = normal(0, B, L, H, K)
@@ -60,7 +66,7 @@ def test_dense_attend_equals_jax_dot_product_attention(key_heads):
   np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_a_row_without_any_key_is_the_finite_mean_of_the_values():
+def test_row_without_any_key_is_the_finite_mean_of_the_values():
   q, k, v = (normal(n, B, L, H, K) for n in range(3))
   keep, bias = jnp.zeros((B, L), bool), jnp.zeros((1, L, L))
 
@@ -71,22 +77,6 @@ def test_a_row_without_any_key_is_the_finite_mean_of_the_values():
   expected = np.broadcast_to(np.mean(v, 1, keepdims=True), out.shape)
   np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
   np.testing.assert_array_equal(jax.jit(jax.grad(summed))(q), np.zeros_like(q))
-
-
-@pytest.mark.parametrize("groups", [1, K])
-def test_bfloat16_attend_is_near_float64(groups):
-  q, k = (jnp.bfloat16(normal(n, B, L, H, groups)) for n in (0, 1))
-  v = jnp.bfloat16(normal(2, B, L, H, K))
-  bias = jnp.zeros((1, L, L))
-  out = attend(q, k, v, bias, None, head_dim=K)
-  assert out.dtype == jnp.bfloat16
-  # 2^-8 on queries, logits, weights and the result, of values up to 3.
-  np.testing.assert_allclose(
-    out.astype(jnp.float32),
-    oracle.attend(q, k, v, bias, None),
-    rtol=0,
-    atol=0.06,
-  )
 
 
 @pytest.mark.parametrize(
@@ -102,19 +92,12 @@ def test_alibi_slopes_are_those_of_the_paper(num_heads, slopes):
   np.testing.assert_allclose(attention.alibi_slopes(num_heads), slopes)
 
 
-@pytest.mark.parametrize("num_heads", [3, 16])
-def test_alibi_slopes_are_a_geometric_series(num_heads):
-  slopes = attention.alibi_slopes(num_heads)
-  assert slopes[-1] == 2**-8
-  np.testing.assert_allclose(slopes[1:] / slopes[:-1], slopes[0], rtol=1e-12)
-
-
 def _rotate(x, base):
   frequency = attention.rope_frequencies(x.shape[-1], base)
-  return attention.rotate(x, frequency[None])
+  return attention.rotate(x, frequency[None], jnp.arange(x.shape[1]))
 
 
-def test_slow_rotations_are_scaled_and_fast_ones_are_not():
+def test_rope_scaling_slows_only_slow_rotations():
   plain = attention.rope_frequencies(16, 100.0)
   linear = attention.rope_frequencies(16, 100.0, (4.0,))
   np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
@@ -146,28 +129,7 @@ def test_rotate_multiplies_complex_numbers(base):
   )
 
 
-def test_rotate_keeps_norms_and_the_first_position():
-  x = normal(0, B, L, H, 8)
-  out = _rotate(x, 10000.0)
-  np.testing.assert_array_equal(out[:, 0], x[:, 0])
-  np.testing.assert_allclose(
-    np.linalg.norm(out, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6
-  )
-
-
-def test_rotated_logits_depend_on_the_distance_alone():
-  q, k = (jnp.tile(normal(n, 1, 1, H, 8), (1, L, 1, 1)) for n in (0, 1))
-  q, k = _rotate(q, 100.0), _rotate(k, 100.0)
-  logits = np.einsum("blhk,bmhk->hlm", q, k)
-  np.testing.assert_allclose(
-    logits[:, 1:, 1:], logits[:, :-1, :-1], rtol=0, atol=TOLERANCE
-  )
-  # ... and they do depend on it, to either side.
-  distances = np.concatenate([logits[:, 0, ::-1], logits[:, 1:, 0]], -1)
-  assert np.abs(np.diff(distances)).min() > 1e-3
-
-
-def test_rotate_turns_bfloat16_by_float32_angles():
+def test_rotate_bfloat16_uses_float32_angles():
   x = jnp.bfloat16(normal(0, 1, 600, 1, 8))
   out = _rotate(x, 10000.0)
   assert out.dtype == jnp.bfloat16
@@ -175,4 +137,199 @@ def test_rotate_turns_bfloat16_by_float32_angles():
   # Only the result is rounded; a bfloat16 position would be off by 2 radians.
   np.testing.assert_allclose(
     out.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3
+  )
+
+
+def _layer(params, x, config, slopes, keep):
+  """The attention layer in float64, from its stored parameters."""
+  params, x = oracle.wide(params, x)
+
+  def project(w, rows_repeat):
+    kernel = np.repeat(w["kernel"], rows_repeat, 0)
+    out = np.einsum("bld,dhg->blhg", x, kernel)
+    return out + w["bias"] if "bias" in w else out
+
+  q, k = (project(params[n], D // len(params[n]["kernel"])) for n in "qk")
+  if "diagonal" in params["v"]:
+    v = x * params["v"]["diagonal"].reshape(D)
+    v = v.reshape(*x.shape[:2], H, K)
+  else:
+    v = project(params["v"], 1)
+  if config.positions == "rope":
+    q, k = (
+      oracle.turned(oracle.unfolded(y, K), config.rope_base) for y in (q, k)
+    )
+  out = oracle.attend(q, k, v, alibi_bias(slopes, config.causal), keep)
+  out = np.einsum("blhk,hkd->bld", out, params["o"]["kernel"])
+  return out + params["o"]["bias"] if "bias" in params["o"] else out
+
+
+def _model(fold=None, **fields):
+  """Returns an attention layer of width D and its config."""
+  shape = {"num_layers": 1, "width": D, "num_heads": H} | fields
+  config = config_lib.resolve(
+    config_lib.Config(
+      task="classify",
+      preset="none",
+      model=config_lib.ModelConfig(**shape),
+      fold=config_lib.FoldConfig(**(fold or {})),
+    )
+  )
+  init = nn.initializers.lecun_normal()
+  [layer] = config_lib.layers_of(config.model, config.fold)
+  return attention.Attention(config.model, layer, init), config.model
+
+
+def _randomized(module):
+  x = jnp.zeros((1, L, D))
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+  leaves, tree = jax.tree.flatten(shapes)
+  values = [normal(n, *leaf.shape) for n, leaf in enumerate(leaves)]
+  return jax.tree.unflatten(tree, values)
+
+
+ONE = {"groups": 1, "values": "diagonal"}
+ROWS = {"groups": 4, "axis": "input", "values": "diagonal"}
+SHARED = {"positions": "rope", "num_kv_heads": 2, "use_bias": False}
+ONE_KEY = {"positions": "none", "num_kv_heads": 1, "causal": False}
+CASES = {
+  "dense_alibi": ({}, {}),
+  "dense_alibi_both_ways": ({}, {"causal": False}),
+  "dense_rope_shared": ({}, SHARED),
+  "folded_alibi": (ONE, {}),
+  "folded_one_key_head": (ONE | {"groups": 2}, ONE_KEY),
+  "folded_rope_shared": (ONE | {"groups": 2}, SHARED),
+  "input_rows_both_ways": (ROWS, {"causal": False}),
+  "input_rows_rope": (ROWS, SHARED),
+}
+
+
+@pytest.mark.parametrize(("fold", "kind"), CASES.values(), ids=CASES)
+def test_layer_equals_the_oracle_on_its_parameters(fold, kind):
+  module, config = _model(fold, **kind)
+  params, x = _randomized(module), normal(9, B, L, D)
+  keep = jnp.asarray(np.arange(L) < np.array([[L], [4]]))
+  slopes = np.exp(
+    oracle.wide(params.get("log_slopes", -np.inf * jnp.ones(1)))[0]
+  )
+  expected = _layer(params, x, config, slopes, keep)
+  out = jax.jit(module.apply)({"params": params}, x, keep)
+  np.testing.assert_allclose(out, expected, rtol=0, atol=10 * TOLERANCE)
+
+
+@pytest.mark.parametrize(
+  ("fold", "kind"), [({}, SHARED), (ONE, {}), (ROWS, {"causal": False})]
+)
+def test_causal_layer_has_zero_gradient_to_later_tokens(fold, kind):
+  module, config = _model(fold, **kind)
+  params, x = _randomized(module), normal(9, 1, L, D)
+
+  def summed_heads(x):
+    return module.apply({"params": params}, x)[0].sum(-1)
+
+  jacobian = jax.jit(jax.jacobian(summed_heads))
+  reach = np.abs(jacobian(x)[:, 0]).max(-1)
+  past = np.tril(np.ones((L, L), bool))
+  assert (reach[past] > 0).all()
+  assert (reach[~past] == 0).all() == config.causal
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_slopes_start_geometric_and_are_learned(causal):
+  module, config = _model(causal=causal)
+  x = normal(9, B, L, D)
+  started = jax.jit(module.init)(jax.random.key(0, impl="rbg"), x)["params"]
+  np.testing.assert_allclose(
+    np.exp(started["log_slopes"]), [2**-2, 2**-4, 2**-6, 2**-8], rtol=1e-6
+  )
+  params, cotangent = _randomized(module), normal(8, B, L, D)
+
+  def summed(log_slopes):
+    changed = params | {"log_slopes": log_slopes}
+    return (module.apply({"params": changed}, x) * cotangent).sum()
+
+  def summed64(log_slopes):
+    out = _layer(params, x, config, np.exp(log_slopes), None)
+    return (out * oracle.wide(cotangent)[0]).sum()
+
+  (log_slopes,) = oracle.wide(params["log_slopes"])
+  differences = [
+    (summed64(log_slopes + step) - summed64(log_slopes - step)) / 2e-4
+    for step in 1e-4 * np.eye(H)
+  ]
+  gradient = jax.jit(jax.grad(summed))(params["log_slopes"])
+  assert np.abs(gradient).min() > 1e-2
+  np.testing.assert_allclose(gradient, differences, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_are_float32_with_x64():
+  module, _ = _model()
+  with jax.enable_x64(True):
+    x = jnp.zeros((1, L, D), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+  assert {w.dtype for w in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+def test_dense_layer_equals_flax_multi_head_attention():
+  module, _ = _model(positions="none", causal=False)
+  params, x = _randomized(module), normal(9, B, L, D)
+  twin = nn.MultiHeadDotProductAttention(H)
+  names = {"query": "q", "key": "k", "value": "v", "out": "o"}
+  weights = {theirs: params[ours] for theirs, ours in names.items()}
+  out = jax.jit(module.apply)({"params": params}, x)
+  expected = jax.jit(twin.apply)({"params": weights}, x)
+  np.testing.assert_allclose(out, expected, rtol=0, atol=10 * TOLERANCE)
+
+
+def test_logits_of_bfloat16_are_summed_in_float32():
+  size = 512
+  q, k = (jnp.bfloat16(normal(n, B, L, H, size)) for n in (0, 1))
+  bias = jnp.zeros((1, L, L))
+  logits = jax.jit(attention.attention_logits, static_argnames="head_dim")(
+    q, k.transpose(0, 2, 3, 1), bias, None, head_dim=size
+  )
+  q, k = oracle.wide(q, k)
+  expected = np.einsum("blhk,bmhk->bhlm", q, k) / size**0.5
+  # Products of bfloat16 numbers are exact in float32; in bfloat16, sums of up
+  # to 70 would be off by 0.1.
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+  out = attend(
+    jnp.bfloat16(q), jnp.bfloat16(k), jnp.bfloat16(k), bias, None, head_dim=size
+  )
+  assert out.dtype == jnp.bfloat16
+
+
+def test_frequencies_of_rotary_pairs_have_no_gradient():
+  module, _ = _model({"groups": 2, "rope": "pairs"}, positions="rope")
+  params, x = _randomized(module), normal(9, B, L, D)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    return (module.apply({"params": params}, x) ** 2).sum()
+
+  found = gradient(params)
+  np.testing.assert_array_equal(found["frequency"], np.zeros((H, 1)))
+  assert np.abs(found["q"]["kernel"]).min() > 0
+
+
+def test_slopes_of_kept_heads_are_their_own():
+  module, _ = _model(heads=((0, 3),))
+  params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, L, D)))
+  slopes = np.exp(params["params"]["log_slopes"])
+  np.testing.assert_allclose(slopes, [2**-2, 2**-8], rtol=1e-6)
+
+
+def test_linear_layer_equals_dense_layer():
+  dense, config = _model({"groups": 1}, causal=True)
+  linear = dense.clone(config=dataclasses.replace(config, attention="linear"))
+  params = {"params": _randomized(dense)}
+  x = normal(9, B, L, D)
+  keep = jnp.asarray(np.arange(L) < np.array([[L], [4]]))
+  programs = [jax.make_jaxpr(m.apply)(params, x, keep) for m in (dense, linear)]
+  assert ["cond[" in str(program) for program in programs] == [False, True]
+  outs = [jax.jit(m.apply)(params, x, keep) for m in (dense, linear)]
+  # At kept tokens; elsewhere a row may see no key.
+  np.testing.assert_allclose(
+    *(np.asarray(out)[keep] for out in outs), rtol=0, atol=10 * TOLERANCE
   )

@@ -1,4 +1,3 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,22 +66,6 @@ def test_input_axis_sums_the_channels_of_a_group(groups):
   expected = _project(sums, params["kernel"], params["bias"])
   out = jax.jit(module.apply)({"params": params}, x)
   np.testing.assert_allclose(out, expected, rtol=0, atol=4 * TOLERANCE)
-
-
-@pytest.mark.parametrize("groups", [1, 4])
-def test_input_axis_is_a_dense_kernel_with_identical_rows(groups):
-  module = projections.HeadProjection(H, K, groups, "input")
-  x = _normal(9, B, L, D)
-  params = _randomized(module, x)
-  rows = [params["kernel"][i // (D // groups)] for i in range(D)]
-  dense = nn.DenseGeneral((H, K))
-  twin = {"kernel": jnp.stack(rows), "bias": params["bias"]}
-  np.testing.assert_allclose(
-    jax.jit(module.apply)({"params": params}, x),
-    jax.jit(dense.apply)({"params": twin}, x),
-    rtol=0,
-    atol=4 * TOLERANCE,
-  )
 
 
 def test_diagonal_projection_equals_a_diagonal_matrix():

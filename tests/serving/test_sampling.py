@@ -33,7 +33,7 @@ def kept_by_oracle(logits, top_k, top_p):
   + [(None, 1.0), (4, 0.7), (V, 0.95)],
   ids=str,
 )
-def test_top_k_and_top_p_keep_the_likeliest(top_k, top_p):
+def test_top_k_and_top_p_keep_what_the_oracle_keeps(top_k, top_p):
   logits_BV = _logits(20)
   draw = sampling_lib.make_draw(Sampling(1.0, top_k, top_p), V)
   found = sampling_lib.kept(jnp.asarray(logits_BV), draw.top_k, draw.top_p)
@@ -42,7 +42,7 @@ def test_top_k_and_top_p_keep_the_likeliest(top_k, top_p):
   ]
 
 
-def test_the_likeliest_stays_where_top_p_rounds_to_zero():
+def test_likeliest_token_stays_if_top_p_rounds_to_zero():
   draw = sampling_lib.make_draw(Sampling(1.0, top_p=1e-50), V)
   logits_BV = _logits(20)
   found = sampling_lib.kept(jnp.asarray(logits_BV), draw.top_k, draw.top_p)
@@ -50,7 +50,7 @@ def test_the_likeliest_stays_where_top_p_rounds_to_zero():
   np.testing.assert_array_equal(found, best_BV)
 
 
-def test_ties_with_the_last_one_stay_and_none_is_lost_to_rounding():
+def test_ties_stay_and_top_p_of_1_keeps_all():
   tied = jnp.asarray([[1.0, 3.0, 1.0, 0.0]])
   found = sampling_lib.kept(tied, jnp.int32(2), jnp.float32(1))
   np.testing.assert_array_equal(found, [[True, True, True, False]])
@@ -62,7 +62,7 @@ def test_ties_with_the_last_one_stay_and_none_is_lost_to_rounding():
 @pytest.mark.parametrize(
   "sampling", [Sampling(), Sampling(1.0), Sampling(1.0, 3)], ids=str
 )
-def test_a_row_that_is_not_a_number_has_no_token(sampling):
+def test_row_with_nan_has_no_token(sampling):
   logits_BV = _logits(3)
   draw = sampling_lib.make_draw(sampling, V)
   choose = functools.partial(sampling_lib.choose, sampling.kind, draw)
@@ -93,7 +93,7 @@ def test_draws_follow_the_softmax(temperature, top_k, top_p):
   assert (np.abs(found - expected) <= 5 * np.sqrt(expected)).all()
 
 
-def test_noise_is_of_seed_row_and_step_alone():
+def test_noise_depends_on_seed_row_and_step():
   key = jax.random.key(0)
   noise = np.asarray(sampling_lib.noise(key, jnp.int32(4), 3, V))
   more = np.asarray(sampling_lib.noise(key, jnp.int32(4), 5, V))
@@ -104,30 +104,20 @@ def test_noise_is_of_seed_row_and_step_alone():
   assert len(set(values)) == len(values)
 
 
-def test_no_temperature_is_the_likeliest_token():
-  logits_BV = _logits(9)
-  draw = sampling_lib.make_draw(Sampling(), V)
-  found = sampling_lib.choose(
-    "greedy", draw, jnp.asarray(logits_BV), jnp.int32(0)
-  )
-  np.testing.assert_array_equal(found, logits_BV.argmax(axis=1))
-
-
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"temperature": -0.1}, "temperature must be 0 .* 1e6; it is -0.1"),
-    # Logits divided by it are beyond float32, whose likeliest is any.
-    ({"temperature": 1e-39}, "temperature must be 0 .* 1e6; it is 1e-39"),
-    ({"temperature": 1e39}, "temperature must be 0 .* 1e6; it is 1e"),
-    ({"temperature": float("nan")}, "temperature must be .* it is nan"),
-    ({"seed": 2**32}, "the seed .* it is 4294967296"),
-    ({"seed": -1}, "the seed .* it is -1"),
-    ({"top_k": 0}, "top-k must be at least 1; it is 0"),
-    ({"top_p": 0.0}, r"top-p must be in \(0, 1\]; it is 0.0"),
-    ({"top_p": 1.5}, r"top-p must be in \(0, 1\]; it is 1.5"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 1e-39}, "temperature"),  # logits beyond float32
+    ({"temperature": 1e39}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"seed": 2**32}, "seed"),
+    ({"seed": -1}, "seed"),
+    ({"top_k": 0}, "top-k"),
+    ({"top_p": 0.0}, "top-p"),
+    ({"top_p": 1.5}, "top-p"),
   ],
 )
-def test_a_number_out_of_range_is_told(fields, message):
+def test_sampling_value_out_of_range_is_refused(fields, message):
   with pytest.raises(ConfigError, match=message):
     Sampling(**fields)
