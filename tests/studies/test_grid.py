@@ -167,7 +167,7 @@ def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
     datasets={"a": c.Config()}, methods=methods, levels=(0.5,), seeds=(0,)
   )
   engine = FakeEngine(
-    limit=3,
+    limit=100,
     errors={
       "a--dense-part--s0": "the loss is nan",
       "a--random--50--s0": concurrent.futures.BrokenExecutor("killed"),
@@ -188,6 +188,7 @@ def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
   }
   assert "dense-part" in failed["a--wanda--50--s0"]
   assert "killed" in failed["a--random--50--s0"]
+  assert "stopped" in failed["a--movement--50--s0"]
   assert "ZeroDivisionError" in failed["a--bad--50--s0"]
   assert "ConfigError" in failed["a--worse--50--s0"]
   assert "a--wanda--50--s0" not in engine.names
