@@ -249,29 +249,48 @@ def fpp(
       decay=o.decay,
     )
 
+    def score(n):
+      key = jax.random.fold_in(jax.random.key(o.seed), n)
+      site = sites[n]
+      return rule_scores[site.rule].score_site(site, leaves, averages, key)
+
     def update_masks():
       index = (state.step - o.begin) // o.every
-      scores, planes, zero = {}, {}, {}
+      planes, zero = {}, {}
       for n, site in enumerate(sites):
-        scores[site.name] = rule_scores[site.rule].score_site(
-          site, leaves, averages, jax.random.fold_in(jax.random.key(o.seed), n)
+
+        def choose(n=n, site=site):
+          return _choose(
+            score(n),
+            unpack(state.suspected[site.name], site.shape[-1]),
+            site.reduce({m: leaves[m] == 0 for m in site.members}, jnp.all),
+            o.count(site, rules[site.rule].target, index),
+            is_last=index == o.last,
+            patience=o.patience,
+          )
+
+        old = state.suspected[site.name]
+        # This `cond` is always true. It lets XLA free the temporaries of a site
+        # before the next one: four matrices of 16 MiB then take 43 MiB of
+        # scratch memory, not 113, on XLA:CPU, and 76 MiB, not 132, on a v5e.
+        planes[site.name], zero[site.name] = jax.lax.cond(
+          index >= 0, choose, lambda old=old: (old, old[0])
         )
-        planes[site.name], zero[site.name] = _choose(
-          scores[site.name],
-          unpack(state.suspected[site.name], site.shape[-1]),
-          site.reduce({m: leaves[m] == 0 for m in site.members}, jnp.all),
-          o.count(site, rules[site.rule].target, index),
-          is_last=index == o.last,
-          patience=o.patience,
-        )
-      if o.tolerance is not None and value_fn is not None:
-        loss = value_fn(params) if value is None else value
-        trial = _Trial(sites, zero, scores, params, value_fn)
-        kept = trial.most_within(loss + o.tolerance * jnp.abs(loss))
-        for name in planes:  # what is not zeroed trains again
-          planes[name] &= (kept[name] | ~zero[name])[None]
-        zero = kept
-      return _pack_all(planes), _pack_all(zero)
+      if o.tolerance is None or value_fn is None:
+        return planes, zero
+      loss = value_fn(params) if value is None else value
+      trial = _Trial(
+        sites,
+        {s.name: unpack(zero[s.name], s.shape[-1]) for s in sites},
+        {s.name: score(n) for n, s in enumerate(sites)},
+        params,
+        value_fn,
+      )
+      bits = trial.most_within(loss + o.tolerance * jnp.abs(loss))
+      kept = {name: pack(b) for name, b in bits.items()}
+      for name in planes:  # what is not zeroed trains again
+        planes[name] &= (kept[name] | ~zero[name])[None]
+      return planes, kept
 
     def keep_masks():
       zero = {n: jnp.zeros_like(b[0]) for n, b in state.suspected.items()}
@@ -369,10 +388,6 @@ def member_masks(
   return masks
 
 
-def _pack_all(bits: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: pack(b) for name, b in bits.items()}
-
-
 def _check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:
   """Raises ValueError for too many units, or `removed` of unknown sites."""
   names = [site.name for site in sites]
@@ -468,7 +483,7 @@ def _choose(
   is_last: jax.Array,
   patience: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (new planes, units that may be zeroed) of a site.
+  """Returns (new planes, units that may be zeroed) of a site, packed.
 
   Args:
     scores: float[*units].
@@ -484,7 +499,7 @@ def _choose(
   has_waited = old[patience - 1] if patience else True
   candidates = chosen & ~was_pruned & (is_last | has_waited)
   planes = jnp.concatenate([chosen[None], old[:-1] & chosen[None]])
-  return planes, candidates
+  return pack(planes), pack(candidates)
 
 
 class _Trial(NamedTuple):
