@@ -85,6 +85,13 @@ def test_describe_llama_3_is_llama_with_scaled_rotations():
   assert hf_config.describe(newer | {"rope_parameters": rope}) == described
 
 
+def test_describe_orders_labels_by_their_ids():
+  labels = {str(i): f"class {i}" for i in range(11, -1, -1)}
+  values = FAMILIES["bert"] | CLASSES | {"id2label": labels}
+  described = hf_config.describe(values)
+  assert described.label_names == tuple(f"class {i}" for i in range(12))
+
+
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 OLDER = {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}}
 LONGER = {"original_max_position_embeddings": 32}

@@ -256,6 +256,7 @@ def test_chat_is_written_as_before_the_export(transformers, tmp_path):
     "{% endfor %}",
   }
   (source / "tokenizer_config.json").write_text(json.dumps(options))
+  _edit(source / "config.json", eos_token_id=[2, 3])
   # Through an export, which has no tokenizer_config.json.
   loaded = folding.load(source)
   export_lib.export(kept, loaded.config, loaded.params, loaded.tokenizer)
@@ -269,3 +270,4 @@ def test_chat_is_written_as_before_the_export(transformers, tmp_path):
   )
   assert before.count(words.index("<|im_start|>")) == 2
   assert after == before
+  assert _fields(out)["eos_token_id"] == [2, 3]
