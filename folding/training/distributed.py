@@ -55,7 +55,7 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def together(
-  told: str = "another process cannot begin, and says why; nothing was trained",
+  told: str = "another process failed, see its message; nothing was trained",
 ) -> Iterator[None]:
   """Raises an error of one process in all of them, at the end of a block.
 

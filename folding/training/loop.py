@@ -198,7 +198,7 @@ class Run:
 
     Args:
       workdir: The run directory.
-      state: Of the parameters to count.
+      state: Its parameters are counted.
       step: Updates applied so far.
       seconds: Training time so far.
       speed: Tokens per second.
@@ -214,7 +214,7 @@ class Run:
       "test": test,
       **account(params, self.dense_params, GROUPS),
     }
-    with distributed.together("another process cannot write, and says why"):
+    with distributed.together("another process failed to write"):
       if distributed.is_main():
         run_dir.write_result(workdir, result)
 
@@ -308,8 +308,7 @@ class Start(NamedTuple):
   """Where training starts.
 
   Attributes:
-    run: Its config is that of the run, as a plan or a removal of neurons left
-      it.
+    run: Its config includes the decisions of a plan and removed neurons.
     step: Updates applied so far.
     state: The training state, on the mesh.
   """

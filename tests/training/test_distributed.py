@@ -150,7 +150,7 @@ def test_signal_to_one_process_stops_both_at_the_same_step(text_file, tmp_path):
 @pytest.mark.parametrize("kind", ["another", "none", "held", "config"])
 def test_mistake_of_one_process_ends_both(text_file, tmp_path, kind):
   workdir, other, second = tmp_path / "run", None, ()
-  told = ["another process cannot begin"] * 2
+  told = ["another process failed"] * 2
   if kind == "another":
     other = write_text(tmp_path / "other.txt", 399)
     told = ["process 1 has another text or tokenizer than process 0"] * 2
