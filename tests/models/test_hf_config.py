@@ -48,12 +48,15 @@ BASE = {
 
 
 def test_describe_gpt2_is_gpt2():
-  assert hf_config.describe(GPT2) == hf_config.Description(
+  described = hf_config.describe(GPT2)
+  assert described == hf_config.Description(
     family="gpt2",
     config=config_lib.gpt2(**BASE, pooling="last"),
     vocab_size=50257,
     max_length=1024,
   )
+  # The usual one of several names.
+  assert hf_config.to_hf(described)["activation_function"] == "gelu_new"
 
 
 def test_describe_roberta_is_bert_with_later_positions():
