@@ -23,7 +23,7 @@ from folding.models.transformer import make_model
 from folding.serving import generate
 from folding.serving.sampling import Sampling, make_draw
 
-LENGTHS = (256, 1024, 4096)
+LENGTHS = (1024, 4096, 16384)
 VOCAB_SIZE, CHUNK, PROMPT = 1024, 8, 64
 MODEL = config_lib.ModelConfig(num_layers=4, width=256, num_heads=8)
 GROUPS = {"dense": 0, "folded 4": 4, "folded 1": 1, "linear": 1}
