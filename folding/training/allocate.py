@@ -92,8 +92,8 @@ def allocate(
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:
     limit = (1 - config.compress.qkv) * sizes["qkv"]
-    chosen = _reduced(options, chosen, ("qk", "v"), limit)
-  chosen = _reduced(options, chosen, ("qk", "v", "linear"), budget)
+    chosen = cheapest(options, chosen, ("qk", "v"), limit)
+  chosen = cheapest(options, chosen, ("qk", "v", "linear"), budget)
 
   # Linear layers, which are pruned by any fraction, get the rest back.
   spare = budget - _stored(options, chosen, ("qk", "v", "linear"))
@@ -131,13 +131,25 @@ def _stored(
   )
 
 
-def _reduced(
+def cheapest(
   options: Options,
   chosen: Mapping[tuple[int, str], int],
   kinds: Sequence[str],
   limit: float,
 ) -> dict[tuple[int, str], int]:
-  """Returns choices that store at most `limit`, by the cheapest moves."""
+  """Returns choices that store at most `limit` parameters.
+
+  Each move takes the least error per parameter saved.
+
+  Args:
+    options: From `measure`.
+    chosen: {(layer, kind): index of its option} to begin with.
+    kinds: Kinds that may change, and that `limit` counts.
+    limit: Number of parameters.
+
+  Raises:
+    ConfigError: the options cannot save as much.
+  """
   chosen = dict(chosen)
   while _stored(options, chosen, kinds) > limit:
     moves = []

@@ -41,6 +41,14 @@ GIB = 2**30
 # its name counts)}. Google names a v5p slice of 32 chips v5p-64.
 _TPUS = {"v5e": (16, 2, 1), "v5p": (95, 3, 2), "v6e": (32, 2, 1)}
 
+# libtpu without a TPU: it asks no metadata server, and several may run at once.
+_OFFLINE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 
 class Devices(NamedTuple):
   """Devices to compile for.
@@ -109,9 +117,9 @@ def topology_of(generation: str, number: int) -> list[int] | None:
 
 
 def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
-  # Without these libtpu asks a metadata server, and JAX starts real devices.
-  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-  jax.config.update("jax_platforms", "cpu")
+  for variable, value in _OFFLINE.items():
+    os.environ.setdefault(variable, value)
+  jax.config.update("jax_platforms", "cpu")  # starts no real device
   topology = f"{generation}:{'x'.join(map(str, shape))}"
   options = {}
   if math.prod(shape) < 4:  # by default a host has 2 x 2 chips
@@ -138,10 +146,11 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
 
   Returns:
     {"devices": {"name", "count", "gib", "is_estimate"}, "mesh": {axis: size},
-    "dense" and "compressed": {"parameters": number, "stored": number that is
-    nonzero at the end, "step" and, if anything is pruned, "mask update":
-    `compiled_step`}, "unsplit": lines about arrays that the mesh cannot
-    split}.
+    "dense" and "compressed": {"parameters": allocated, "stored": nonzero after
+    the last mask update, "step" and, if anything is pruned, "mask update":
+    {"fits", "arguments" and "scratch": bytes, "flops", "bytes": accessed} per
+    device, or {"fits": False, "error"} if the compiler runs out of memory},
+    "unsplit": lines about arrays that the mesh does not split}.
 
   Raises:
     ConfigError: the mesh does not fit the devices or the parameters.

@@ -202,3 +202,19 @@ def test_unreachable_target_is_refused():
   config = _config(overall=0.97, linear=None, embedding=None)
   with pytest.raises(errors.ConfigError, match="no plan reaches"):
     allocate.allocate(config, _trained(config), _batches())
+
+
+def test_cheapest_move_has_the_least_error_per_parameter():
+  options = {
+    (0, "linear"): [
+      allocate.Option(0.0, 20.0, 0.0),
+      allocate.Option(0.5, 10.0, 1.0),  # 0.1 per parameter
+    ],
+    (1, "linear"): [
+      allocate.Option(0.0, 20.0, 0.0),
+      allocate.Option(0.1, 18.0, 0.5),  # 0.25 per parameter, but less error
+    ],
+  }
+  begin = dict.fromkeys(options, 0)
+  found = allocate.cheapest(options, begin, ("linear",), 39.0)
+  assert found == {(0, "linear"): 1, (1, "linear"): 0}

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -123,13 +124,37 @@ def test_classifier_with_rows_to_prune_has_a_plan(config):
   found = plan_lib.plan(c.resolve(classifier), plan_lib.find_devices("cpu-8"))
   assert found["compressed"]["mask update"]["fits"]
   assert "4 rows" in found["unsplit"][-1]  # of a micro-batch, over 8 devices
+  compressed = found["compressed"]
+  weights = [32 * 32, 32 * 128, 128 * 32]
+  zero = int(0.7 * 128) * 32 + sum(int(0.7 * size) for size in weights)
+  assert compressed["parameters"] - compressed["stored"] == zero
 
 
-def test_step_that_exceeds_the_memory_does_not_fit(config):
+def test_scratch_memory_leaves_out_the_donated_state(config, monkeypatch):
+  class Compiled:
+    def memory_analysis(self):
+      return types.SimpleNamespace(
+        argument_size_in_bytes=100,
+        temp_size_in_bytes=10,
+        output_size_in_bytes=62,
+        alias_size_in_bytes=60,
+      )
+
+    def cost_analysis(self):
+      return {"flops": 7.0, "bytes accessed": 8.0}
+
+  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: Compiled())
   devices = plan_lib.find_devices("cpu-8")
-  small = devices._replace(gib=1e-6)
-  found = plan_lib.plan(c.dense_twin(config), small)
-  assert not found["dense"]["step"]["fits"]
+  for size, fits in ((112, True), (111, False)):
+    here = devices._replace(gib=size / plan_lib.GIB)
+    found = plan_lib.plan(c.dense_twin(config), here)["dense"]["step"]
+    assert found == {
+      "fits": fits,
+      "arguments": 100,
+      "scratch": 12,
+      "flops": 7.0,
+      "bytes": 8.0,
+    }
 
 
 def test_compiler_out_of_memory_is_an_answer(config, monkeypatch):
