@@ -3,7 +3,7 @@
     python -m benchmarks [NAME...]
 
 Each runs in a process of its own, because each configures JAX differently.
-`peers` needs runs and is called directly: `python -m benchmarks.peers RUN...`.
+`one_model` needs runs and is called directly: `python -m benchmarks.one_model RUN...`.
 """
 
 import argparse
@@ -15,7 +15,6 @@ CALLS = {
   "decode": [],
   "fpp_step": ["--rounds=30"],
   "fpp_step_8": ["--rounds=30", "--devices=8"],
-  "minilm": ["--rounds=10"],
   "shrink": ["--rounds=10"],
 }
 

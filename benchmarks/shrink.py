@@ -69,7 +69,7 @@ def measure(rounds: int, multiple: int) -> dict:
     models = {
       "dense": _programs(twin, dense, tokens),
       "shrunk": _programs(
-        small.config, small.params, small.cut.token_map[tokens]
+        small.config, small.params, np.asarray(small.cut.token_map)[tokens]
       ),
     }
     by_shape.append({"shape": list(shape), **_compare(models, rounds)})

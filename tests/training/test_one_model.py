@@ -1,0 +1,34 @@
+"""The rows of the benchmark are of one dense model, at equal stored size."""
+
+import pytest
+
+from folding.training import loop
+from tests.training.conftest import recovery_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rows(dense_run, topics, tmp_path_factory):
+  """Returns {name: row} of a folded run and of its peers."""
+  pytest.importorskip("torch_pruning", reason="it is in the extra parity")
+  from benchmarks import one_model
+
+  workdir = tmp_path_factory.mktemp("runs") / "folded"
+  config = recovery_config(dense_run, topics, train__steps=20)
+  loop.run(config, str(workdir))
+  measured = one_model.measure([str(workdir)], rounds=1, rates=[5e-4])
+  return {row["name"]: row for row in measured["rows"]}
+
+
+@pytest.mark.parametrize("name", ["transformers", "dense"])
+def test_dense_rows_have_the_accuracy_of_the_run(rows, dense_run, name):
+  expected = loop.evaluate_run(str(dense_run), "test")["accuracy"]
+  assert rows[name]["accuracy"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["torch.nn.utils.prune", "Torch-Pruning"])
+def test_peer_stores_at_most_as_much_and_not_much_less(rows, name):
+  ours, theirs = rows["folded"]["stored"], rows[name]["stored"]
+  assert 0.9 * ours <= theirs <= ours
+  assert rows[name]["accuracy"] > 0.4  # of three classes, after 20 steps
