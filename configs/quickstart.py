@@ -1,9 +1,11 @@
 """Folds and prunes while training on the source of Python's own library.
 
-Run:     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
-Twin:    add --config.dense=True (and another --workdir)
-Small:   add --config.dense=True --config.model.width=64, a dense model of the
-         size that the quickstart stores
+Run:     folding train --config=configs/quickstart.py --workdir=runs/quickstart
+Time:    five to seven minutes on two CPU cores
+Result:  218,344 stored parameters, 1.901 bits per byte
+Dense:   add --config.dense=True (and another --workdir): the baseline
+Small:   add --config.dense=True --config.model.width=64: a dense model of about
+         the size that the quickstart stores
 """
 
 from folding import config as c

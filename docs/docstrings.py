@@ -6,6 +6,8 @@ from typing import Any
 
 import griffe
 
+from folding import typed
+
 
 class Docstrings(griffe.Extension):
   """Reads "Example:" as the section "Examples:", and lists without a gap."""
@@ -23,17 +25,12 @@ class Docstrings(griffe.Extension):
 
 
 def _fields(config: griffe.Object) -> Iterator[str]:
-  """Yields the fields of a dataclass, told by the comments beside them."""
-  above: list[str] = []
-  for line in map(str.strip, config.lines):
-    name = line.partition(":")[0]
-    if line.startswith("#"):
-      above.append(line[2:])
-    elif name in config.attributes:
-      about = " ".join([*above, line.partition("  # ")[2]]).strip()
-      value = str(config.attributes[name].value)
-      is_section = "default_factory" in value
-      default = "A section." if is_section else f"Default: `{value}`."
-      about = f"{about.rstrip('.')}. " if about else ""
-      yield f"  {name}: {about}{default}"
-      above = []
+  """Yields the fields of a dataclass with the comments beside them."""
+  comments = typed.comments(config.lines)
+  for name, attribute in config.attributes.items():
+    value = str(attribute.value)
+    default = f"Default: `{value}`."
+    if "default_factory" in value:
+      default = "A section."
+    about = comments.get(name, "").rstrip(".")
+    yield f"  {name}: {about}{'. ' if about else ''}{default}"

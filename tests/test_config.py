@@ -35,6 +35,7 @@ class Outer:
   # Above, and
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # beside.
   inner: Inner = dataclasses.field(default_factory=Inner)
+  shares: tuple[float, ...] = ()
 
 
 def test_build_inverts_json():
@@ -91,6 +92,7 @@ def test_range_holds_its_closed_ends():
     ("widths", "4", 4),
     ("widths", "4,2,1", (4, 2, 1)),
     ("widths", "(4,)", (4,)),
+    ("shares", "8", (8.0,)),
     ("rules", "('a/b', (None, 'x')),", (("a/b", (None, "x")),)),
     ("inner.rate", "1e-3", 0.001),
     ("inner.kind", "b", "b"),
