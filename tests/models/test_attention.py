@@ -320,8 +320,9 @@ def test_slopes_of_kept_heads_are_their_own():
   np.testing.assert_allclose(slopes, [2**-2, 2**-8], rtol=1e-6)
 
 
-def test_linear_layer_equals_dense_layer():
-  dense, config = _model({"groups": 1}, causal=True)
+@pytest.mark.parametrize("causal", [True, False])
+def test_linear_layer_equals_dense_layer(causal):
+  dense, config = _model({"groups": 1}, causal=causal)
   linear = dense.clone(config=dataclasses.replace(config, attention="linear"))
   params = {"params": _randomized(dense)}
   x = normal(9, B, L, D)
