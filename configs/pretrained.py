@@ -4,9 +4,9 @@ PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, XLM-RoBERTa,
 GPT-2, Llama, Mistral, Qwen2), or a dense run. PATH,0.3 makes it 30% smaller
 instead of 70%.
 
-Tune:    python train.py --config=configs/pretrained.py:PATH --workdir=DENSE \
+Tune:    folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True
-Fold:    python train.py --config=configs/pretrained.py:DENSE --workdir=RUN
+Fold:    folding train --config=configs/pretrained.py:DENSE --workdir=RUN
          folds the dense run, which is its own teacher (README has figures)
 At once: the first command without --config.dense=True. The way for a language
          model, whose teacher is the checkpoint; a classifier has no teacher and

@@ -1,4 +1,4 @@
-"""How the site reads docstrings, where they are not quite what it expects."""
+"""Adapts docstrings to what the site expects."""
 
 import re
 from collections.abc import Iterator
@@ -10,14 +10,18 @@ from folding import typed
 
 
 class Docstrings(griffe.Extension):
-  """Reads "Example:" as the section "Examples:", and lists without a gap."""
+  """Rewrites docstrings before the site parses them.
+
+  "Example:" becomes the section "Examples:", a list gets an empty line before
+  it, and a dataclass of the config gets a list of its fields.
+  """
 
   def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-    """Rewrites the docstring of an object before it is parsed."""
+    """Rewrites the docstring of an object."""
     del kwargs
     if obj.docstring is not None:
       text = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
-      # Markdown wants an empty line before the first item of a list.
+      # Markdown needs an empty line before the first item of a list.
       text = re.sub(r"(?m)^((?!\s*- ).*\S.*)\n(?=- )", r"\1\n\n", text)
       if obj.path.startswith("folding.config.") and obj.is_class:
         text += "\n\nAttributes:\n" + "\n".join(_fields(obj))

@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _call(argv: Sequence[str]) -> None:
   rest, edits = split_edits(argv)
-  args = _parser().parse_args(rest)
+  args = make_parser().parse_args(rest)
   if edits and not hasattr(args, "config"):
     raise ConfigError(f"{args.verb} takes no --config.{next(iter(edits))}")
   args.edits = edits
@@ -401,7 +401,8 @@ def exit_status(call: Callable[[], Any]) -> int:
   return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of all verbs."""
   parser = _Parser(
     prog="folding", description="Trains, compresses and serves transformers."
   )

@@ -1,4 +1,4 @@
-"""The documentation runs as it stands, and names no flag that there is not."""
+"""The Python and the commands of README.md and docs/ fit the code."""
 
 import os
 import pathlib
@@ -9,39 +9,84 @@ import tomllib
 import pytest
 
 from folding import cli, typed
-from folding import config as config_lib
+from folding.config import Config
 from folding.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
-def _blocks(path, language):
+def _blocks(page, language):
   """Yields (line number, text) of the fenced blocks of a language."""
-  text = path.read_text(encoding="utf-8")
+  text = page.read_text(encoding="utf-8")
   for found in re.finditer(rf"```{language}\n(.*?)```", text, re.S):
     yield text.count("\n", 0, found.start(1)), found[1]
 
 
-def _commands(path):
-  """Returns the commands of the shell blocks, as lists of words."""
-  found = []
-  for _, text in _blocks(path, "sh"):
-    for line in text.replace("\\\n", " ").splitlines():
-      for command in line.split("&&"):
-        words = shlex.split(command, comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-          words.pop(0)  # the environment
-        if words:
-          found.append(words)
-  return found
+def _commands(page):
+  """Yields the commands of the shell blocks, as lists of words."""
+  for _, text in _blocks(page, "sh"):
+    for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
+      words = shlex.split(line, comments=True)
+      while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words.pop(0)  # an environment variable
+      if words:
+        yield words
 
 
-SHELL = [
-  pytest.param(words, id=f"{path.relative_to(ROOT)}-{' '.join(words)[:60]}")
-  for path in [ROOT / "README.md", *PAGES]
-  for words in _commands(path)
-]
+def _check(words):
+  """Raises unless the files and flags that a command names exist."""
+  match words:
+    case ["folding", *rest]:
+      _check_verb(rest)
+    case ["pip", "install", *rest]:
+      with open(ROOT / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+      for names in re.findall(r"\[(.*?)\]", " ".join(rest)):
+        assert set(names.split(",")) <= extras.keys()
+    case ["python", "-m", module, *_]:
+      assert (ROOT / f"{module.replace('.', os.sep)}.py").is_file()
+    case _:
+      assert words[0] in ("pytest", "mkdocs")
+
+
+def _check_verb(words):
+  rest, edits = cli.split_edits(words)
+  args = vars(cli.make_parser().parse_args(rest))
+  known = typed.fields(Config)
+  for name, text in edits.items():
+    assert name in known
+    typed.parse(known[name], text, name)
+  path = (args.get("config") or args.get("study") or "").partition(":")[0]
+  if path.startswith("configs/"):
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize(
+  "page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem
+)
+def test_commands_of_page_name_existing_flags(page):
+  for words in _commands(page):
+    _check(words)
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    "folding no-such-verb runs/a",
+    "folding generate runs/a --top-k=many",
+    "folding train --workdir=a --config=configs/lm.py --config.no.such=1",
+    "folding train --workdir=a --config=configs/lm.py --config.seed=many",
+    "folding train --workdir=a --config=configs/no_such.py",
+    "folding study configs/studies/no_such.py --workdir=a",
+    "pip install -e .[no_such_extra]",
+    "python -m benchmarks.no_such_benchmark",
+    "no_such_program",
+  ],
+)
+def test_stale_command_is_seen(command):
+  with pytest.raises((AssertionError, SystemExit, ConfigError)):
+    _check(command.split())
 
 
 @pytest.mark.slow
@@ -49,77 +94,15 @@ SHELL = [
   "ignore:.VariableState. was removed:DeprecationWarning"
 )
 @pytest.mark.parametrize(
-  "path",
-  [path for path in PAGES if any(_blocks(path, "python"))],
-  ids=lambda path: str(path.relative_to(ROOT)),
+  "page",
+  [page for page in PAGES if any(_blocks(page, "python"))],
+  ids=lambda page: page.stem,
 )
-def test_python_blocks_of_a_page_run_one_after_the_other(
-  path, tmp_path, monkeypatch
-):
-  if path.stem == "quantise":
+def test_python_blocks_of_page_run_in_order(page, tmp_path, monkeypatch):
+  if page.stem == "quantise":
     pytest.importorskip("qwix", reason="the page is about the package qwix")
-  monkeypatch.chdir(tmp_path)  # some write files
-  names = {"__name__": path.stem}
-  for line, text in _blocks(path, "python"):
+  monkeypatch.chdir(tmp_path)  # some blocks write files
+  names = {"__name__": page.stem}
+  for line, text in _blocks(page, "python"):
     # On its own line of the page, so that a traceback points there.
-    exec(compile("\n" * line + text, str(path), "exec"), names)
-
-
-def _check_folding(words, folder, monkeypatch):
-  """There is nothing to work on here, so a known command says so at once."""
-  monkeypatch.chdir(folder)
-  assert cli.main(words[1:]) == 2  # a flag that is unknown exits instead
-
-
-def _check_train(words):
-  rest, edits = cli.split_edits(words)
-  files = [word for word in rest if word.startswith("--config=")]
-  known = typed.fields(config_lib.Config)
-  for name, text in edits.items():
-    assert name in known
-    typed.parse(known[name], text, name)
-  for word in files:
-    path = word.removeprefix("--config=").partition(":")[0]
-    assert (ROOT / path).is_file()
-  assert all(word in files or word.startswith("--workdir=") for word in rest)
-
-
-def _check_pip(words):
-  with open(ROOT / "pyproject.toml", "rb") as file:
-    extras = tomllib.load(file)["project"]["optional-dependencies"]
-  for word in words:
-    for names in re.findall(r"^\.\[(.*)\]$", word):
-      assert set(names.split(",")) <= extras.keys()
-
-
-@pytest.mark.parametrize("words", SHELL)
-def test_a_command_has_no_stale_flag(words, tmp_path, monkeypatch):
-  if words[0] == "folding":
-    _check_folding(words, tmp_path, monkeypatch)
-  elif words[:2] == ["python", "train.py"]:
-    _check_train(words[2:])
-  elif words[:2] == ["pip", "install"]:
-    _check_pip(words)
-  elif words[:2] == ["python", "-m"]:
-    assert (ROOT / f"{words[2].replace('.', os.sep)}.py").is_file()
-  else:
-    assert words == ["pytest", "-n", "2", "--dist=loadfile"]
-
-
-@pytest.mark.parametrize(
-  "command",
-  [
-    "folding report --no-such-flag runs/a",
-    "folding no-such-verb runs/a",
-    "folding generate runs/a --top-k=many",
-    "python train.py --config=configs/lm.py --config.no.such=1",
-    "python train.py --config=configs/no_such.py",
-    "python train.py --config=configs/lm.py --config.train.steps=many",
-    "pip install -e .[no_such_extra]",
-    "python -m benchmarks.no_such_benchmark",
-    "no_such_program",
-  ],
-)
-def test_a_stale_flag_is_seen(command, tmp_path, monkeypatch):
-  with pytest.raises((AssertionError, SystemExit, ConfigError)):
-    test_a_command_has_no_stale_flag(command.split(), tmp_path, monkeypatch)
+    exec(compile("\n" * line + text, str(page), "exec"), names)

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands and does what it says."""
+"""The Python blocks of README.md run and do what the text says."""
 
 import pathlib
 import re
@@ -16,11 +16,28 @@ from folding.serving.predict import predict
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-def _blocks():
-  return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+def _run_block(number):
+  """Runs a Python block, counted from 0, and returns its variables."""
+  code = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[number]
+  names = {}
+  exec(compile(code, str(README), "exec"), names)
+  return names
 
 
-def test_an_export_is_called_in_code_of_ones_own(tmp_path, monkeypatch):
+def test_readme_loop_prunes_unused_inputs():
+  names = _run_block(0)
+  kernels = [
+    np.asarray(names["params"][layer]["kernel"])
+    for layer in ("layers_0", "layers_2")
+  ]
+  for w in kernels:
+    assert np.count_nonzero(w == 0) == int(0.7 * w.size)
+  # Inputs 8 to 15 are always 0, so all of their weights are pruned first.
+  assert not kernels[0][8:].any()
+  assert float(names["loss"]) < 0.25 * float(np.var(names["y"]))
+
+
+def test_readme_loaded_export_gives_logits_of_predict(tmp_path, monkeypatch):
   config = c.resolve(
     c.Config(
       task="classify",
@@ -30,30 +47,13 @@ def test_an_export_is_called_in_code_of_ones_own(tmp_path, monkeypatch):
   )
   tokenizer = train_tokenizer(config.data, [])
   model = folding.make_model(config, tokenizer.vocab_size, num_classes=2)
-  like = jnp.zeros((1, 16), jnp.int32)
-  params = model.init(jax.random.key(0), like)["params"]
+  tokens = jnp.zeros((1, 16), jnp.int32)
+  params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
   params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 2))
   monkeypatch.chdir(tmp_path)
   export("small", config, params, tokenizer, labels=["bad", "good"])
-  _, code = _blocks()
-  names = {}
-  exec(compile(code, str(README), "exec"), names)
+  logits = _run_block(1)["logits"]
   (found,) = predict(folding.load("small"), ["a text"])
   np.testing.assert_allclose(
-    jax.nn.softmax(names["logits"][0]), found.probabilities, atol=1e-6
+    jax.nn.softmax(logits[0]), found.probabilities, atol=1e-6
   )
-
-
-def test_the_loop_prunes_what_is_unused():
-  code, _ = _blocks()
-  names = {}
-  exec(compile(code, str(README), "exec"), names)
-  kernels = [
-    np.asarray(names["params"][layer]["kernel"])
-    for layer in ("layers_0", "layers_2")
-  ]
-  for w in kernels:
-    assert np.count_nonzero(w == 0) == int(0.7 * w.size)
-  # Inputs 8 to 15 are always 0: their weights go first, and all of them.
-  assert not kernels[0][8:].any()
-  assert float(names["loss"]) < 0.25 * float(np.var(names["y"]))
