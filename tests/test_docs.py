@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pkgutil
 import re
 import shlex
 import tomllib
@@ -14,6 +15,8 @@ from folding.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+WITH_README = [ROOT / "README.md", *PAGES]
+FIELDS = typed.fields(Config)
 
 
 def _blocks(page, language):
@@ -53,18 +56,14 @@ def _check(words):
 def _check_verb(words):
   rest, edits = cli.split_edits(words)
   args = vars(cli.make_parser().parse_args(rest))
-  known = typed.fields(Config)
   for name, text in edits.items():
-    assert name in known
-    typed.parse(known[name], text, name)
+    typed.parse(FIELDS[name], text, name)
   path = (args.get("config") or args.get("study") or "").partition(":")[0]
   if path.startswith("configs/"):
     assert (ROOT / path).is_file()
 
 
-@pytest.mark.parametrize(
-  "page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", WITH_README, ids=lambda page: page.stem)
 def test_commands_of_page_name_existing_flags(page):
   for words in _commands(page):
     _check(words)
@@ -85,8 +84,20 @@ def test_commands_of_page_name_existing_flags(page):
   ],
 )
 def test_stale_command_is_seen(command):
-  with pytest.raises((AssertionError, SystemExit, ConfigError)):
+  with pytest.raises((AssertionError, SystemExit, ConfigError, KeyError)):
     _check(command.split())
+
+
+@pytest.mark.parametrize("page", WITH_README, ids=lambda page: page.stem)
+def test_names_in_page_exist(page):
+  text = page.read_text(encoding="utf-8")
+  sections = {name.partition(".")[0] for name in FIELDS}
+  for name in re.findall(r"--config\.([\w.]*\w)", text):
+    assert name in FIELDS or name in sections
+  for name in re.findall(r"`((?:fold|fpp|compress|distill)\.\w+)", text):
+    assert name in FIELDS or name == "fold.json"
+  for name in re.findall(r"\bfolding(?:\.\w+)+", text):
+    pkgutil.resolve_name(name)
 
 
 @pytest.mark.slow
