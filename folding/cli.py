@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, NoReturn
 from folding import config as config_lib
 from folding import files, typed
 from folding.errors import ConfigError, TrainingError
-from folding.studies import verb as study_verb
 from folding.version import __version__
 
 _Argument = tuple[str, dict[str, Any]]
@@ -170,7 +169,7 @@ def shrink(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--output",
-    "where compare.md, .json and .png go",
+    "where compare.md and compare.png go",
     metavar="DIR",
     default="comparison",
   ),
@@ -181,6 +180,71 @@ def compare(args: argparse.Namespace) -> None:
 
   print(compare_lib.compare(args.runs, args.output))
   print(f"The comparison is in {os.path.join(args.output, 'compare.md')}")
+
+
+@_verb(
+  "train a grid of runs and compare them",
+  _argument(
+    "study",
+    "a file with get_study(), such as configs/studies/short.py",
+    metavar="FILE[:ARGUMENT]",
+  ),
+  _argument(
+    "--workdir",
+    "study directory; the same command resumes what is in it",
+    metavar="DIR",
+    required=True,
+  ),
+  _argument(
+    "--engine",
+    "processes on this machine, or tasks of a Ray cluster",
+    choices=("pool", "ray"),
+    default="pool",
+  ),
+  _argument(
+    "--jobs", "pool: runs at a time (default: 1)", metavar="N", type=int
+  ),
+  _argument(
+    "--cpus", "ray: cores per run (default: 1)", metavar="N", type=float
+  ),
+  _argument(
+    "--gpus",
+    "ray: GPUs per run (default: 1 if the cluster has any)",
+    metavar="N",
+    type=float,
+  ),
+)
+def study(args: argparse.Namespace) -> None:
+  """Trains what is not finished, and writes what the study shows."""
+  files.require_workdir(args.workdir)
+  # Runs that differ in the seed share their compiled programs.
+  compiled = os.path.abspath(os.path.join(args.workdir, "compiled"))
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+  import jax
+
+  from folding.studies import grid, tables
+
+  # This process plans; accelerators are for the runs.
+  jax.config.update("jax_platforms", "cpu")
+  found = grid.load_study(args.study)
+  if args.engine == "ray":
+    if args.jobs is not None:
+      raise ConfigError("--jobs needs --engine=pool; Ray runs what has room")
+    engine = grid.Ray(args.cpus or 1.0, args.gpus)
+  elif args.cpus or args.gpus:
+    raise ConfigError("--cpus and --gpus need --engine=ray")
+  else:
+    engine = grid.Pool(1 if args.jobs is None else args.jobs)
+  try:
+    failed = grid.run_study(found, args.workdir, engine)
+  except KeyboardInterrupt:
+    print("Stopped; the same command resumes the study")
+    raise
+  print(f"The results are in {tables.write(found, args.workdir)}")
+  if failed:
+    raise TrainingError(
+      f"{len(failed)} runs failed: {', '.join(failed)}; see {args.workdir}/logs"
+    )
 
 
 @_verb(
@@ -415,7 +479,6 @@ def make_parser() -> argparse.ArgumentParser:
     for flag, options in verb.arguments:
       parser_of_verb.add_argument(flag, **options)
     parser_of_verb.set_defaults(call=verb.call)
-  study_verb.add_to(verbs)
   return parser
 
 

@@ -13,11 +13,9 @@ import multiprocessing
 import os
 import re
 import signal
-import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent import futures
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +26,7 @@ from folding.config import Config
 from folding.errors import ConfigError, reason
 from folding.studies.methods import Method
 from folding.training import run_dir
+from folding.training.progress import stop_signal
 from folding.typed import edited
 
 DENSE = "dense"  # the baseline of every comparison
@@ -52,7 +51,7 @@ class Study:
       method after training starts from.
 
   Raises:
-    ConfigError: a name, a level or a seed is not valid.
+    ConfigError: a name or a fraction is not valid.
 
   Example:
     >>> from folding.studies.methods import pick
@@ -81,14 +80,8 @@ class Study:
           f"{name!r} names a folder: use letters, digits and single -, _ or ."
         )
     for value in (*self.levels, self.pretrain):
-      if not (isinstance(value, float) and 0 < value < 1):
-        raise ConfigError(f"not a fraction between 0 and 1: {value!r}")
-    for seed in self.seeds:
-      if type(seed) is not int:
-        raise ConfigError(f"not an integer seed: {seed!r}")
-    shown = [_percent(level) for level in self.levels]
-    if len(set(shown)) < len(shown):
-      raise ConfigError(f"two levels have one name: {', '.join(shown)}")
+      if not 0 < value < 1:
+        raise ConfigError(f"not a fraction between 0 and 1: {value}")
 
   def trials(self, workdir: str) -> list["Trial"]:
     """Returns the runs in order: shared starts, then seed by seed.
@@ -135,7 +128,7 @@ class Trial:
   @property
   def name(self) -> str:
     """Name of the run and its directory."""
-    level = [] if self.level is None else [_percent(self.level)]
+    level = [] if self.level is None else [f"{100 * self.level:g}"]
     method = self.method or DENSE_PART
     return "--".join([self.dataset, method, *level, f"s{self.seed}"])
 
@@ -222,7 +215,7 @@ class Engine(Protocol):
 
 
 class Pool:
-  """Processes on this machine, one per run, each with its share of the cores.
+  """Processes on this machine, one per run.
 
   Args:
     jobs: Number of runs at a time.
@@ -239,31 +232,23 @@ class Pool:
     if jobs < 1:
       raise ConfigError(f"jobs must be at least 1; it is {jobs}")
     self.limit: float = jobs
-    cores: list[int] = []
-    if hasattr(os, "sched_getaffinity"):  # Linux
-      cores = sorted(os.sched_getaffinity(0))
-    self._shares = [cores[slot::jobs] or cores for slot in range(jobs)]
-    self._slots: dict[futures.Future, int] = {}
     self.processes: dict[futures.Future, BaseProcess] = {}
-    # Runs that differ in the seed share their compiled programs.
-    self._compiled = tempfile.TemporaryDirectory()
 
   def submit(self, config: Config, trial: Trial) -> futures.Future:
     """See `Engine`."""
-    busy = {slot for f, slot in self._slots.items() if not f.done()}
-    slot = min(set(range(len(self._shares))) - busy)
     # An executor of one process per run: a run that is killed breaks no other,
-    # and all its memory is returned.
-    context = multiprocessing.get_context("spawn")
-    executor = futures.ProcessPoolExecutor(1, context, _end_with_parent)
+    # and all its memory is returned. Ctrl-C is for this process, which stops
+    # its runs in turn.
+    executor = futures.ProcessPoolExecutor(
+      max_workers=1,
+      mp_context=multiprocessing.get_context("spawn"),
+      initializer=signal.signal,
+      initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
     before = set(multiprocessing.active_children())
-    with _inherited(self._shares[slot]):
-      future = executor.submit(
-        train, config, trial.run, trial.log, self._compiled.name
-      )
+    future = executor.submit(train, config, trial.run, trial.log)
     executor.shutdown(wait=False)
-    (process,) = set(multiprocessing.active_children()) - before
-    self._slots[future], self.processes[future] = slot, process
+    (self.processes[future],) = {*multiprocessing.active_children()} - before
     return future
 
   def stop(self) -> None:
@@ -276,7 +261,6 @@ class Pool:
     finally:
       for future in running:
         self.processes[future].kill()
-      self._compiled.cleanup()
 
 
 class Ray:
@@ -289,21 +273,17 @@ class Ray:
     cpus: Cores per run.
     gpus: GPUs per run, each used by one run at a time. None: 1 if the cluster
       has any.
-    limit: Number of runs at a time, at most; Ray queues what does not fit.
+
+  Attributes:
+    limit: Infinite; Ray queues what does not fit.
 
   Raises:
     ConfigError: Ray is not installed, or the cluster has too few cores or GPUs.
   """
 
-  def __init__(
-    self,
-    cpus: float = 1.0,
-    gpus: float | None = None,
-    limit: float = math.inf,
-  ):
-    if limit < 1:
-      raise ConfigError(f"jobs must be at least 1; it is {limit}")
-    self.limit = limit
+  limit: float = math.inf
+
+  def __init__(self, cpus: float = 1.0, gpus: float | None = None):
     try:
       import ray
     except ImportError as error:
@@ -345,24 +325,19 @@ class Ray:
       self._ray.shutdown()
 
 
-def train(config: Config, workdir: str, log: str, compiled: str = "") -> str:
+def train(config: Config, workdir: str, log: str) -> str:
   """Trains or resumes a run in this process.
 
   Args:
     config: Config of the run.
     workdir: Run directory.
     log: File that takes what the run prints.
-    compiled: Folder for compiled programs; "": none.
 
   Returns:
     Why the run failed in one line, "" if it did not.
   """
-  import jax
-
   from folding.training import loop
 
-  if compiled and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    jax.config.update("jax_compilation_cache_dir", compiled)
   with (
     open(log, "a", encoding="utf-8") as file,
     contextlib.redirect_stdout(file),
@@ -411,9 +386,9 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
     print(f"[{over}/{total}] {trial.name}: {text}", flush=True)
 
   running: dict[futures.Future, Trial] = {}
-  with _stop_signal() as stopped:
+  with stop_signal() as stopped:
     try:
-      while (todo or running) and not stopped():
+      while (todo or running) and not stopped(0):
         for trial in list(todo):
           start = trial.start
           if len(running) >= engine.limit:
@@ -442,7 +417,7 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
             close(trial, reason(error))
     finally:
       engine.stop()
-    if stopped():
+    if stopped(0):
       raise KeyboardInterrupt
   return failed
 
@@ -467,10 +442,6 @@ def _outcome(trial: Trial) -> str:
   )
 
 
-def _percent(level: float) -> str:
-  return f"{100 * level:g}"
-
-
 def _wait_until_free(workdir: str, seconds: float = 60.0) -> None:
   """Waits for the process of a lost node to let go of a run directory."""
   end = time.monotonic() + seconds
@@ -478,66 +449,3 @@ def _wait_until_free(workdir: str, seconds: float = 60.0) -> None:
     with contextlib.suppress(ConfigError), run_dir.held(workdir):
       return
     time.sleep(1.0)
-
-
-def _end_with_parent() -> None:
-  """Stops this process when its parent is gone, however that ended."""
-
-  def watch():
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-      parent.join()
-    while True:  # the first signal lets a run save, the next ends the process
-      signal.raise_signal(signal.SIGTERM)
-      time.sleep(_POLL_SECONDS)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _inherited(cores: list[int]) -> Iterator[None]:
-  """Lets processes that are started inherit cores, and no Ctrl-C.
-
-  Cores are set before the process starts, as libraries count them then. Ctrl-C
-  is for this process, which stops its runs in turn.
-  """
-  is_main = threading.current_thread() is threading.main_thread()
-  before = os.sched_getaffinity(0) if cores else None
-  handler = signal.getsignal(signal.SIGINT)
-  try:
-    if cores:
-      os.sched_setaffinity(0, cores)
-    if is_main:
-      signal.signal(signal.SIGINT, signal.SIG_IGN)
-    yield
-  finally:
-    if before is not None:
-      os.sched_setaffinity(0, before)
-    if is_main:
-      signal.signal(signal.SIGINT, handler)
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-  """Yields a function that returns whether SIGINT or SIGTERM has arrived.
-
-  A second Ctrl-C ends the process at once.
-  """
-  arrived: list[int] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda: False
-    return
-  signals = (signal.SIGINT, signal.SIGTERM)
-  before = {number: signal.getsignal(number) for number in signals}
-
-  def stop(number: int, _: Any) -> None:
-    arrived.append(number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  try:
-    for number in signals:
-      signal.signal(number, stop)
-    yield lambda: bool(arrived)
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

@@ -212,7 +212,8 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
   SIGTERM to one of them stops all at the same step. Each process must call the
   function at each step.
   """
-  if jax.process_count() > 1:
+  # `process_count` starts a backend, which a study that forks must not have.
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
     yield multihost_utils.reached_preemption_sync_point
     return
   arrived = []

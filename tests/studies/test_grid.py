@@ -106,7 +106,6 @@ def test_start_and_method_share_steps_data_and_seed():
     ({"methods": pick("ours")}, "'dense'"),
     ({"methods": pick("dense") | {"dense-part": pick("fpp")["fpp"]}}, "part"),
     ({"levels": (70.0,)}, "fraction"),
-    ({"levels": (0.7, 0.7000001)}, "one name"),
     ({"pretrain": 1.0}, "fraction"),
     ({"seeds": ()}, "a seed"),
     ({"datasets": {}}, "a data set"),
@@ -119,20 +118,12 @@ def test_study_refuses_a_mistake(fields, message):
     make_study(**fields)
 
 
-@pytest.mark.parametrize(
-  ("source", "message"),
-  [
-    (None, "there is no file"),
-    ("x = 1", "get_study"),
-    ("def get_study(): return 1 / 0", "ZeroDivisionError"),
-    ("def get_study(): return 3", "no Study"),
-  ],
-)
-def test_load_study_refuses_a_file_without_a_study(source, message, tmp_path):
+def test_load_study_refuses_a_file_without_a_study(tmp_path):
   path = tmp_path / "given.py"
-  if source is not None:
-    path.write_text(source)
-  with pytest.raises(ConfigError, match=message):
+  with pytest.raises(ConfigError, match="there is no file"):
+    grid.load_study(str(path))
+  path.write_text("def get_study(): return 3")
+  with pytest.raises(ConfigError, match="no Study"):
     grid.load_study(str(path))
 
 
@@ -231,6 +222,7 @@ def test_run_study_stops_at_a_signal(number, tmp_path):
   [
     ("--jobs=0", "jobs"),
     ("--gpus=1", "--engine=ray"),
+    ("--engine=ray --jobs=2", "--engine=pool"),
     ("--workdir=gs://x", "gs://"),
   ],
 )
@@ -242,7 +234,7 @@ def test_study_verb_refuses_a_flag(argument, message, tmp_path, capsys):
     "def get_study():\n"
     "  return grid.Study({'a': config.Config()}, methods.pick('dense'))\n"
   )
-  argv = ["study", str(path), f"--workdir={tmp_path / 'w'}", argument]
+  argv = ["study", str(path), f"--workdir={tmp_path / 'w'}", *argument.split()]
   assert cli.main(argv) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "w").exists()
