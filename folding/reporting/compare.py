@@ -4,12 +4,11 @@ Runs that differ only in their seed are one variant. The first variant is the
 reference of the others.
 """
 
-import json
 import os
 import pathlib
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from folding import files, typed
@@ -18,15 +17,42 @@ from folding.reporting import report
 from folding.reporting.report import Run
 
 
+class Spread(NamedTuple):
+  """A metric over seeds.
+
+  Attributes:
+    mean: None if no run has the metric.
+    sd: Sample standard deviation; 0 for fewer than two runs.
+  """
+
+  mean: float | None
+  sd: float
+
+  def text(self, form: Callable[..., str]) -> str:
+    """Returns "mean ± sd", or the mean alone if there is no spread."""
+    if self.mean is None:
+      return "–"
+    return form(self.mean) + (f" ± {form(self.sd)}" if self.sd else "")
+
+
 class Variant(NamedTuple):
   """One configuration: a run, or several that differ only in the seed."""
 
   name: str
   runs: list[Run]
 
+  def spread(self, metric: Callable[[Run], int | float | None]) -> Spread:
+    """Returns the mean and the standard deviation of a metric."""
+    found = [metric(run) for run in self.runs]
+    values = [value for value in found if value is not None]
+    return Spread(
+      mean=statistics.fmean(values) if values else None,
+      sd=statistics.stdev(values) if len(values) > 1 else 0.0,
+    )
+
 
 def compare(workdirs: Sequence[str], output: str = "comparison") -> str:
-  """Writes `compare.md`, `compare.json` and `compare.png`.
+  """Writes `compare.md` and `compare.png`.
 
   Args:
     workdirs: Run directories, the reference first.
@@ -41,12 +67,9 @@ def compare(workdirs: Sequence[str], output: str = "comparison") -> str:
   """
   files.require_local(output)
   variants = group(workdirs)
-  metrics = summarize(variants)
-  text = _page(metrics)
+  text = _page(variants)
   os.makedirs(output, exist_ok=True)
-  _draw(variants, metrics, os.path.join(output, "compare.png"))
-  values = json.dumps(metrics, indent=2) + "\n"
-  files.write_file(os.path.join(output, "compare.json"), values)
+  _draw(variants, os.path.join(output, "compare.png"))
   files.write_file(os.path.join(output, "compare.md"), text)
   return text
 
@@ -87,69 +110,6 @@ def group(workdirs: Sequence[str]) -> list[Variant]:
   return [Variant(n, m) for n, m in zip(names, grouped, strict=True)]
 
 
-def summarize(variants: Sequence[Variant]) -> dict[str, Any]:
-  """Returns the comparison, the content of `compare.json`.
-
-  A metric is `{"mean", "sd", "n"}` over the runs that have it. The standard
-  deviation is that of a sample; it is None for fewer than two runs.
-  """
-  reference = variants[0]
-  task = reference.runs[0].config.task
-  base = _spread(run.quality for run in reference.runs)["mean"]
-  entries = []
-  for variant in variants:
-    runs = variant.runs
-    config = runs[0].config
-    test = _spread(run.quality for run in runs)
-    is_relative = base and test["mean"] is not None
-    whole = [run.bytes["overall"] for run in runs]
-    entries.append(
-      {
-        "name": variant.name,
-        "runs": [run.name for run in runs],
-        "seeds": [run.config.seed for run in runs],
-        "preset": config.preset,
-        "dense": config.dense,
-        "finished": runs[0].result["finished"],
-        "steps": [run.result["steps"] for run in runs],
-        "bits_per_byte" if task == "lm" else "accuracy": test,
-        "relative_difference": test["mean"] / base - 1 if is_relative else None,
-        "compression": {
-          name: _spread(run.parameters[name]["compression"] for run in runs)
-          for name in report.GROUPS
-        },
-        "stored_parameters": _spread(
-          run.parameters["overall"]["stored"] for run in runs
-        ),
-        "allocated_parameters": _spread(run.allocated for run in runs),
-        "stored_bytes_with_masks": _spread(
-          size["stored"] + size["masks"] for size in whole
-        ),
-        "seconds": _spread(run.result["seconds"] for run in runs),
-        "tokens_per_second": _spread(
-          run.result["tokens_per_second"] for run in runs
-        ),
-        "differences": _differences(reference.runs[0], runs[0]),
-      }
-    )
-  return {
-    "schema": report.SCHEMA,
-    "task": task,
-    "variants": entries,
-    "notes": _notes(variants),
-  }
-
-
-def _spread(metric: Iterable[int | float | None]) -> dict[str, Any]:
-  """Returns the mean and the standard deviation of a metric over seeds."""
-  values = [value for value in metric if value is not None]
-  return {
-    "mean": statistics.fmean(values) if values else None,
-    "sd": statistics.stdev(values) if len(values) > 1 else None,
-    "n": len(values),
-  }
-
-
 def _differences(a: Run, b: Run) -> list[str]:
   """Returns "field: value in a -> value in b", without the seed."""
   found = typed.differences(a.config, b.config)
@@ -174,7 +134,7 @@ def _name(members: Sequence[Run]) -> str:
   return re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", common) or members[0].name
 
 
-def _notes(variants: Sequence[Variant]) -> list[str]:
+def notes(variants: Sequence[Variant]) -> list[str]:
   """Returns the reasons why some of the metrics cannot be compared."""
   notes = []
   runs = [run for variant in variants for run in variant.runs]
@@ -200,78 +160,86 @@ def _tokenizer(run: Run) -> str | None:
   return path.read_text(encoding="utf-8")
 
 
-def _page(metrics: Mapping[str, Any]) -> str:
+def _page(variants: Sequence[Variant]) -> str:
   """Returns the text of `compare.md`."""
-  is_lm = metrics["task"] == "lm"
+  reference = variants[0]
+  is_lm = reference.runs[0].config.task == "lm"
   header = (
     *("Run", "Seeds", "Test bits per byte" if is_lm else "Test accuracy"),
     *("Difference", "Compression", "Parameters, stored", "allocated"),
     *("Bytes, with masks", "Steps", "Time", "Tokens per second"),
   )
-  reference = metrics["variants"][0]["name"]
   lines = [
     "# Comparison of runs\n",
-    report.table(header, [_row(v, is_lm) for v in metrics["variants"]], 2),
-    f"Difference: of the test metric, relative to {reference} "
+    report.table(header, [_row(v, reference) for v in variants], 2),
+    f"Difference: of the test metric, relative to {reference.name} "
     f"({'less' if is_lm else 'more'} is better). Compression: 1 - stored / "
     "dense of all parameters. Allocated: parameters in arrays, zeros included. "
     "±: sample standard deviation over seeds.",
-    *(f"\n**Note:** {note}" for note in metrics["notes"]),
+    *(f"\n**Note:** {note}" for note in notes(variants)),
     "\n![Validation over steps; test metric against size](compare.png)",
   ]
-  for variant in metrics["variants"][1:]:
-    lines.append(f"\nFields of {variant['name']} that differ:\n")
-    lines += [f"- `{change}`" for change in variant["differences"] or ["none"]]
+  for variant in variants[1:]:
+    lines.append(f"\nFields of {variant.name} that differ:\n")
+    changes = _differences(reference.runs[0], variant.runs[0])
+    lines += [f"- `{change}`" for change in changes or ["none"]]
   return "\n".join(lines) + "\n"
 
 
-def _row(variant: Mapping[str, Any], is_lm: bool) -> list[str]:
+def _row(variant: Variant, reference: Variant) -> list[str]:
   """Returns the cells of a variant in the table of `compare.md`."""
+  is_lm = variant.runs[0].config.task == "lm"
+  whole, decimals = "{:,.0f}".format, "{:.3f}".format
+  quality = variant.spread(_quality).mean
+  base = reference.spread(_quality).mean
+  steps = sorted({run.result["steps"] for run in variant.runs})
 
-  def cell(spread: Mapping[str, Any], form: Callable[..., str]) -> str:
-    if spread["mean"] is None:
-      return "–"
-    text = form(spread["mean"])
-    # A size that all seeds share needs no "± 0".
-    return f"{text} ± {form(spread['sd'])}" if spread["sd"] else text
+  def cell(metric: Callable[[Run], Any], form: Callable[..., str]) -> str:
+    return variant.spread(metric).text(form)
 
-  change, whole = variant["relative_difference"], "{:,.0f}".format
   return [
-    variant["name"],
-    ", ".join(map(str, variant["seeds"])),
-    cell(variant["bits_per_byte"], "{:.3f}".format)
-    if is_lm
-    else cell(variant["accuracy"], report.percent),
-    "–" if change is None else f"{change:+.1%}",
-    cell(variant["compression"]["overall"], report.percent),
-    cell(variant["stored_parameters"], whole),
-    cell(variant["allocated_parameters"], whole),
-    cell(variant["stored_bytes_with_masks"], whole),
-    ", ".join(f"{steps:,}" for steps in sorted(set(variant["steps"]))),
-    cell(variant["seconds"], report.duration),
-    cell(variant["tokens_per_second"], whole),
+    variant.name,
+    ", ".join(str(run.config.seed) for run in variant.runs),
+    cell(_quality, decimals if is_lm else report.percent),
+    f"{quality / base - 1:+.1%}" if quality is not None and base else "–",
+    cell(lambda run: run.parameters["overall"]["compression"], report.percent),
+    cell(_stored, whole),
+    cell(lambda run: run.allocated, whole),
+    cell(_stored_bytes, whole),
+    ", ".join(f"{step:,}" for step in steps),
+    cell(lambda run: run.result["seconds"], report.duration),
+    cell(lambda run: run.result["tokens_per_second"], whole),
   ]
 
 
-def _draw(
-  variants: Sequence[Variant], metrics: Mapping[str, Any], path: str
-) -> None:
+def _quality(run: Run) -> float | None:
+  return run.quality
+
+
+def _stored(run: Run) -> int:
+  return run.parameters["overall"]["stored"]
+
+
+def _stored_bytes(run: Run) -> int:
+  size = run.bytes["overall"]
+  return size["stored"] + size["masks"]
+
+
+def _draw(variants: Sequence[Variant], path: str) -> None:
   # Importing matplotlib is slow, and the table does not need it.
   from folding.reporting import plots
 
-  is_lm = metrics["task"] == "lm"
+  run = variants[0].runs[0]
+  is_lm = run.config.task == "lm"
   # Tokenizers may differ, and with them the loss of a token.
   key = "bits_per_byte" if is_lm else "loss"
-  label = "bits per byte" if is_lm else f"loss, {variants[0].runs[0].loss_unit}"
+  label = "bits per byte" if is_lm else f"loss, {run.loss_unit}"
   points = {}
-  for entry in metrics["variants"]:
-    test = entry["bits_per_byte" if is_lm else "accuracy"]
-    size, error = entry["stored_parameters"], test["sd"] or 0
-    points[entry["name"]] = None
-    if test["mean"] is not None:
-      points[entry["name"]] = plots.Point(
-        size["mean"], test["mean"], size["sd"] or 0, error
-      )
+  for variant in variants:
+    size, test = variant.spread(_stored), variant.spread(_quality)
+    points[variant.name] = None
+    if size.mean is not None and test.mean is not None:
+      points[variant.name] = plots.Point(size.mean, test.mean, size.sd, test.sd)
   with plots.saved(path, num_axes=2) as (left, right):
     plots.draw_lines(
       left,

@@ -17,20 +17,10 @@ from folding.training import run_dir
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
 
-_RESULT = {
-  "finished": bool,
-  "steps": int,
-  "total_steps": int,
-  "seconds": float,
-  "tokens_per_second": float,
-  "device": str,
-  "versions": dict,
-  "commit": str,
-}
-_TEST = {
-  "lm": ("loss", "bits_per_byte", "perplexity", "num_tokens"),
-  "classify": ("loss", "accuracy", "num_examples"),
-}
+_RESULT = (
+  *("finished", "steps", "total_steps", "seconds", "tokens_per_second"),
+  *("device", "versions", "commit"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +100,13 @@ def load_run(workdir: str) -> Run:
       name=os.path.basename(os.path.abspath(workdir)),
       workdir=workdir,
       config=config,
-      result={
-        name: None if values[name] is None else kind(values[name])
-        for name, kind in _RESULT.items()
-      },
+      result={name: values[name] for name in _RESULT},
       parameters={g: _size(values["parameters"][g]) for g in GROUPS},
       bytes={g: _size(values["bytes"][g]) for g in GROUPS},
       allocated=sum(math.prod(layer["shape"]) for layer in values["layers"]),
       train=[r for r in records if r["split"] == "train"],
       valid=[r for r in records if r["split"] == "valid"],
-      test=_test(values, config.task),
+      test=_test(values),
       energy=files.read_json(str(energy), dict) if energy.is_file() else None,
       digest=digest.read_text("utf-8", "replace").strip()
       if digest.is_file()
@@ -232,24 +219,21 @@ def table(
 
 def _size(values: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a size of `result.json` with its compression; see `Run`."""
-  dense, stored = int(values["dense"]), int(values["stored"])
-  size: dict[str, Any] = {"dense": dense, "stored": stored}
-  size["compression"] = 1 - stored / dense if dense else None
+  dense, stored = values["dense"], values["stored"]
+  size = {**values, "compression": 1 - stored / dense if dense else None}
   if "masks" in values:
-    masks = size["masks"] = int(values["masks"])
-    with_masks = 1 - (stored + masks) / dense if dense else None
+    with_masks = 1 - (stored + values["masks"]) / dense if dense else None
     size["compression_with_masks"] = with_masks
   return size
 
 
-def _test(result: Mapping[str, Any], task: str) -> dict[str, Any] | None:
+def _test(result: Mapping[str, Any]) -> dict[str, Any] | None:
   """Returns the test metrics of `result.json`; see `Run`."""
   # A value from before the end is not the metric of this run.
-  if not result["finished"] or result["test"] is None:
+  if not result["finished"]:
     return None
-  test = {name: result["test"][name] for name in _TEST[task]}
-  test["checkpoint_step"] = result["test"].get("checkpoint_step")
-  if task == "classify":
+  test = {"checkpoint_step": None, **result["test"]}
+  if "accuracy" in test:
     # Importing scipy.stats is slow.
     from scipy import stats
 

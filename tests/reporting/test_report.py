@@ -1,7 +1,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -157,10 +156,8 @@ def test_load_run_refuses_a_missing_or_damaged_file(
   ("change", "word"),
   [
     ({"schema": 2}, "schema 2"),
-    ({"total_steps": "many"}, "many"),
     ({"parameters": {}}, "qkv"),
     ({"layers": [{"path": "x"}]}, "shape"),
-    ({"test": {"loss": 1.0}}, "bits_per_byte"),
     ({"test": "?"}, "damaged"),
   ],
 )
@@ -170,32 +167,12 @@ def test_load_run_refuses_a_damaged_result(tmp_path, change, word):
     report.load_run(workdir)
 
 
-@pytest.mark.parametrize(("accuracy", "examples"), [(2.0, 9), (0.5, 0)])
-def test_load_run_refuses_an_impossible_accuracy(tmp_path, accuracy, examples):
-  test = {"loss": 1.0, "accuracy": accuracy, "num_examples": examples}
-  config = synthetic_run.config(task="classify")
-  workdir = synthetic_run.write(tmp_path / "a", config, test=test)
-  with pytest.raises(ConfigError, match="result.json"):
-    report.load_run(workdir)
-
-
 def test_table_is_aligned_markdown():
   assert report.table(("a", "long"), [("x|y", "1")]) == (
     "| a    | long |\n| ---- | ---: |\n| x\\|y |    1 |\n"
   )
 
 
-def test_report_leaves_pyplot_alone(tmp_path):
-  # In a process of its own: another test may have imported it.
-  workdir = synthetic_run.write(tmp_path / "a")
-  code = (
-    "import sys\n"
-    "from folding.reporting import report\n"
-    "print('matplotlib' in sys.modules)\n"
-    f"report.write_report({workdir!r})\n"
-    "print('matplotlib.pyplot' in sys.modules)\n"
-  )
-  done = subprocess.run(
-    [sys.executable, "-c", code], capture_output=True, text=True, check=True
-  )
-  assert done.stdout == "False\nFalse\n"
+def test_report_leaves_pyplot_alone(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # not importable
+  report.write_report(synthetic_run.write(tmp_path / "a"))
