@@ -104,14 +104,6 @@ def _write_biases(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_window(values: dict[str, Any]) -> dict[str, Any]:
-  return {"window": values["sliding_window"]}
-
-
-def _write_window(config: ModelConfig) -> dict[str, Any]:
-  return {"sliding_window": config.window}
-
-
-def _read_optional_window(values: dict[str, Any]) -> dict[str, Any]:
   if not values["use_sliding_window"]:
     return {}
   num_full = values["max_window_layers"]
@@ -129,7 +121,7 @@ def _read_optional_window(values: dict[str, Any]) -> dict[str, Any]:
   return {"window": values["sliding_window"]}
 
 
-def _write_optional_window(config: ModelConfig) -> dict[str, Any]:
+def _write_window(config: ModelConfig) -> dict[str, Any]:
   return {
     "sliding_window": config.window,
     "use_sliding_window": config.window is not None,
@@ -182,7 +174,6 @@ def _write_embedding_dropout(config: ModelConfig) -> dict[str, Any]:
 
 _BIASES = Rule(_read_biases, _write_biases)
 _WINDOW = Rule(_read_window, _write_window)
-_OPTIONAL_WINDOW = Rule(_read_optional_window, _write_optional_window)
 _ROPE = Rule(_read_rope, _write_rope)
 
 _FIELDS = {
@@ -306,6 +297,7 @@ _LLAMA = Family(
 _MISTRAL = dataclasses.replace(
   _LLAMA,
   prefix="Mistral",
+  fields=_LLAMA.fields | {"window": "sliding_window"},
   defaults=_LLAMA.defaults
   | {
     "max_position_embeddings": 131072,
@@ -313,7 +305,7 @@ _MISTRAL = dataclasses.replace(
     "sliding_window": 4096,
   },
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": False},
-  rules=(_WINDOW, _ROPE),
+  rules=(_ROPE,),
 )
 _QWEN2 = dataclasses.replace(
   _LLAMA,
@@ -327,7 +319,7 @@ _QWEN2 = dataclasses.replace(
     "max_window_layers": 28,
   },
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": True},
-  rules=(_OPTIONAL_WINDOW, _ROPE),
+  rules=(_WINDOW, _ROPE),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -356,13 +348,17 @@ class Description:
   max_length: int  # P, positions
   pad_id: int = 0
   token_types: int = 0  # rows of BERT's segment embedding; we use segment 0
-  num_classes: int = 0  # C of a sequence classifier; 0: no classifier
-  label_names: tuple[str, ...] = ()
+  label_names: tuple[str, ...] = ()  # of a sequence classifier
 
   @property
   def layout(self) -> str:
     """Entry of `hf_weights.LAYOUTS`."""
     return FAMILIES[self.family].layout
+
+  @property
+  def num_classes(self) -> int:
+    """C; 0: no classifier."""
+    return len(self.label_names)
 
   @property
   def head(self) -> str:
@@ -401,24 +397,15 @@ def describe(values: dict[str, Any]) -> Description:
   model = typed.build(ModelConfig, fields, "config.json")
   task = "lm" if model.causal else "classify"
   run = config_lib.Config(task=task, preset="none", model=model)
-  pad_id = values.get("pad_token_id", 0)
-  if type(pad_id) is not int:
-    raise ConfigError(
-      f"config.json: pad_token_id must be an integer; it is {pad_id!r}"
-    )
-  token_types = 0
-  if "type_vocab_size" in family.defaults:
-    token_types = _count(values, "type_vocab_size")
-  labels = _read_labels(values)
+  has_segments = "type_vocab_size" in family.defaults
   described = Description(
     family=name,
     config=config_lib.resolve(run).model,
     vocab_size=_count(values, "vocab_size"),
     max_length=_count(values, family.positions),
-    pad_id=pad_id,
-    token_types=token_types,
-    num_classes=len(labels),
-    label_names=labels,
+    pad_id=values.get("pad_token_id", 0),
+    token_types=_count(values, "type_vocab_size") if has_segments else 0,
+    label_names=_read_labels(values),
   )
   length = described.max_length - described.position_offset
   if length < 1:
@@ -497,21 +484,7 @@ def _read_labels(values: dict[str, Any]) -> tuple[str, ...]:
   if not labels:
     num_labels = _count({"num_labels": 2} | values, "num_labels")
     return tuple(f"LABEL_{i}" for i in range(num_labels))
-  if (
-    not isinstance(labels, dict)
-    or sorted(map(str, labels)) != sorted(map(str, range(len(labels))))
-    or not all(isinstance(label, str) for label in labels.values())
-  ):
-    raise ConfigError(
-      "config.json: id2label must name the classes 0, 1, 2, ...; it is "
-      f"{labels!r}"
-    )
-  names = tuple(labels[i] for i in sorted(labels, key=int))
-  if len({*names}) < len(names):
-    raise ConfigError(
-      f"config.json: id2label has one name for two classes; it is {labels!r}"
-    )
-  return names
+  return tuple(labels[i] for i in sorted(labels, key=int))
 
 
 def to_hf(described: Description) -> dict[str, Any]:
@@ -551,9 +524,7 @@ def _write_head(described: Description) -> dict[str, Any]:
   values: dict[str, Any] = {"architectures": [name]}
   if described.head != "classify":
     return values
-  labels = described.label_names or tuple(
-    f"LABEL_{i}" for i in range(described.num_classes)
-  )
+  labels = described.label_names
   values["id2label"] = {str(i): label for i, label in enumerate(labels)}
   values["label2id"] = {label: i for i, label in enumerate(labels)}
   return values

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ from folding.data.tokenizers import (
   load_tokenizer,
 )
 from folding.data.trim import trim_tokenizer
-from folding.errors import ConfigError
+from folding.errors import ConfigError, reason
 from folding.models import hf_config, hf_weights
 from folding.models.attention import rope_frequencies
 from folding.models.shrink import shrink
@@ -121,7 +121,8 @@ def load(path: str | os.PathLike) -> Loaded:
   config, params, tokenizer = load_run(path)
   labels: tuple[str, ...] = ()
   if config.task != "lm":
-    labels = load_labels(path) or _numbers(params["head"]["kernel"].shape[1])
+    num_classes = params["head"]["kernel"].shape[1]
+    labels = load_labels(path) or tuple(map(str, range(num_classes)))
   return Loaded(config, params, tokenizer, labels)
 
 
@@ -134,25 +135,11 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
     )
   try:
     config = config_lib.resolve(config_lib.from_dict(values["config"]))
-    labels, checksums = values["labels"], values["sha256"]
+    labels = tuple(values["labels"])
+    checksums = {WEIGHTS: "", TOKENIZER: ""} | values["sha256"]
   except (KeyError, TypeError) as error:
-    raise ConfigError(f"{path}/{CONFIG} lacks {error}") from None
-  if (
-    not isinstance(labels, list)
-    or not all(isinstance(label, str) for label in labels)
-    or len(set(labels)) < len(labels)
-  ):
-    raise ConfigError(
-      f"{path}/{CONFIG}: labels must be different names; they are {labels!r}"
-    )
-  if not isinstance(checksums, dict) or any(
-    os.path.basename(name) != name for name in checksums
-  ):
-    raise ConfigError(
-      f"{path}/{CONFIG}: sha256 must have a checksum for each file of the "
-      f"folder; it is {checksums!r}"
-    )
-  for name, expected in ({WEIGHTS: "", TOKENIZER: ""} | checksums).items():
+    raise ConfigError(f"{path}/{CONFIG} is damaged: {reason(error)}") from None
+  for name, expected in checksums.items():
     file = os.path.join(path, name)
     if not os.path.isfile(file):
       raise ConfigError(f"{path} has no {name}")
@@ -161,10 +148,9 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
         f"{file} is not the file that was exported: its checksum differs from "
         f"that in {CONFIG}; copy it again"
       )
-  check = functools.partial(_check_shapes, path, config, len(labels))
-  params = load_packed(os.path.join(path, WEIGHTS), check)
+  params = load_packed(os.path.join(path, WEIGHTS))
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  return Loaded(config, params, tokenizer, tuple(labels))
+  return _checked(path, Loaded(config, params, tokenizer, labels))
 
 
 def _load_hf(path: str) -> Loaded:
@@ -192,32 +178,26 @@ def _load_hf(path: str) -> Loaded:
   labels, params = found.label_names, dict(found.params)
   if not labels:
     params.pop("pooler", None)  # an encoder without a head does not use it
-  shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
   config = config_lib.resolve(config)
-  _check_shapes(path, config, len(labels), shapes)
-  return Loaded(config, params, tokenizer, labels)
+  return _checked(path, Loaded(config, params, tokenizer, labels))
 
 
-def _check_shapes(
-  path: str,
-  config: Config,
-  num_classes: int,
-  shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-  """Raises `ConfigError` unless these are the shapes of the config's model."""
-  rows = shapes.get("embed/embedding", (0,))[0]
-  made = param_shapes(make_model(config, rows, num_classes))
-  expected = {name: x.shape for name, x in paths.flatten(made).items()}
-  for name in sorted(expected.keys() | shapes.keys()):
-    if expected.get(name) != shapes.get(name):
+def _checked(path: str, loaded: Loaded) -> Loaded:
+  """Returns the model if its parameters have the shapes of its config."""
+  found = paths.flatten(loaded.params)
+  rows = np.shape(found.get("embed/embedding", [[]]))[0]
+  made = param_shapes(make_model(loaded.config, rows, len(loaded.labels)))
+  expected = paths.flatten(made)
+  for name in sorted(expected.keys() | found.keys()):
+    shapes = [
+      tree[name].shape if name in tree else None for tree in (found, expected)
+    ]
+    if shapes[0] != shapes[1]:
       raise ConfigError(
         f"the parameters in {path} are not of its config: {name} is "
-        f"{shapes.get(name)}, not {expected.get(name)}"
+        f"{shapes[0]}, not {shapes[1]}"
       )
-
-
-def _numbers(count: int) -> tuple[str, ...]:
-  return tuple(map(str, range(count)))
+  return loaded
 
 
 def _checksum(path: str) -> str:
@@ -358,62 +338,37 @@ def save_packed(tree: Mapping[str, Any], path: str | os.PathLike) -> None:
   hf_weights.save_tensors(path, tensors, metadata)
 
 
-def load_packed(
-  path: str | os.PathLike,
-  check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
-) -> dict[str, Any]:
+def load_packed(path: str | os.PathLike) -> dict[str, Any]:
   """Returns the nested dicts of NumPy arrays that `save_packed` wrote.
-
-  Args:
-    path: The file.
-    check: Called with {path: shape} before any array is allocated.
 
   Raises:
     ConfigError: the file is missing, truncated, or has another format.
   """
+  flat = {}
   try:
     with safetensors.safe_open(path, "numpy") as file:
       packed = json.loads((file.metadata() or {})["folding"])["packed"]
-      names = [name for name in file.keys() if not name.endswith(_BITS)]
-      shapes = {
-        name: tuple(
-          packed[name]["shape"]
-          if name in packed
-          else file.get_slice(name).get_shape()
-        )
-        for name in names
-      }
-      if check is not None:
-        check(shapes)
-      flat = {}
-      for name in names:
-        w = file.get_tensor(name)
+      for name in file.keys():
+        if name.endswith(_BITS):
+          continue
+        flat[name] = file.get_tensor(name)
         if name in packed:
           bits = file.get_tensor(name + _BITS)
-          w = _unpack(w, bits, packed[name]["way"], shapes[name])
-        flat[name] = w
-      return traverse_util.unflatten_dict(flat, sep="/")
+          flat[name] = _unpack(flat[name], bits, **packed[name])
   except FileNotFoundError:
     raise ConfigError(f"there is no {path}") from None
   except safetensors.SafetensorError as error:
     raise ConfigError(
       f"{path} is truncated or no safetensors file ({error})"
     ) from None
-  except ConfigError:
-    raise
   # Metadata of any kind: not ours, or damaged.
-  except (
-    LookupError,
-    TypeError,
-    ValueError,
-    MemoryError,
-    RecursionError,
-  ) as error:
+  except (LookupError, TypeError, ValueError, MemoryError) as error:
     raise ConfigError(f"{path} is not packed as `folding` does") from error
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _unpack(
-  values: np.ndarray, bits: np.ndarray, way: str, shape: tuple[int, ...]
+  values: np.ndarray, bits: np.ndarray, way: str, shape: list[int]
 ) -> np.ndarray:
   axis = _AXES.get(way)
   count = math.prod(shape) if axis is None else shape[axis]
@@ -443,18 +398,13 @@ def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
     {"files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, no family computes this model, heads
-      were removed from it, or its classifier would ignore the end of a text.
+    ConfigError: the folder is not empty, no family computes this model, or its
+      classifier would ignore the end of a text.
     OSError: it cannot be written.
   """
   path = os.fspath(path)
   files.require_empty(path)
   m = loaded.config.model
-  if m.heads is not None:
-    raise ConfigError(
-      "heads of this model were removed, and the standard layout has the same "
-      "number in all layers; export the run from before the shrink"
-    )
   width = int(np.max(m.mlp_width))
   m = dataclasses.replace(m, mlp_width=width)
   family = hf_config.family_of(m, len(loaded.labels))
@@ -483,7 +433,6 @@ def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
     max_length=loaded.config.data.length,
     pad_id=_hf_pad_id(tokenizer, m.causal and bool(loaded.labels)),
     token_types=hf_config.FAMILIES[family].defaults.get("type_vocab_size", 0),
-    num_classes=len(loaded.labels),
     label_names=loaded.labels,
   )
   ends = tokenizer.end_ids.tolist()

@@ -1,7 +1,6 @@
 """Compact exports: arrays, folders, and what `load` refuses."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import struct
@@ -259,19 +258,14 @@ def _set(section=None, **fields):
 # fmt: off
 CHANGED = [
   (_set(schema=2), "schema 2"),
-  (_set(schema=True), "schema True"),
-  (lambda v: v.pop("labels"), "lacks 'labels'"),
-  (_set(labels="abc"), "labels must be"),
-  (_set(labels=[1, 2, 3]), "labels must be"),
-  (_set(labels=["a", "a", "b"]), "labels must be"),
+  (lambda v: v.pop("labels"), "damaged.*labels"),
   (_set(labels=["a", "b"]), r"head/bias is \(3,\), not"),
   (_set("model", num_heads=0), "num_heads"),
   (_set(config={"colour": 1}), "no field 'colour'"),
   (_set("model", mlp_width=7), "not of its"),
   (_set("model", num_layers=1), "not None"),
   (lambda v: v["sha256"].pop("tokenizer.json"), "checksum differs"),
-  (_set(sha256="abc"), "sha256 must have"),
-  (lambda v: v["sha256"].update({"../secret": "0"}), "sha256 must have"),
+  (_set(sha256="abc"), "damaged"),
 ]
 # fmt: on
 
@@ -285,21 +279,6 @@ def test_load_refuses_a_changed_config(folder, change, message):
   with pytest.raises(ConfigError, match=message) as error:
     folding.load(folder)
   assert "\n" not in str(error.value)
-
-
-def test_load_compares_shapes_before_it_allocates(folder):
-  path = folder / "model.safetensors"
-  tensors = {"embed/embedding": np.zeros((0, 10**7), np.float32)}
-  tensors["embed/embedding:bits"] = np.zeros(1_250_000, np.uint8)
-  entry = {"embed/embedding": {"way": "first", "shape": [10**7, 10**7]}}
-  metadata = {"folding": json.dumps({"packed": entry})}
-  safetensors.numpy.save_file(tensors, path, metadata)
-  values = json.loads((folder / "config.json").read_text("utf-8"))
-  sum256 = hashlib.sha256(path.read_bytes()).hexdigest()
-  values["sha256"]["model.safetensors"] = sum256
-  (folder / "config.json").write_text(json.dumps(values))
-  with pytest.raises(ConfigError, match="not of its config"):
-    folding.load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])

@@ -182,7 +182,7 @@ def _other_angles():
 @pytest.mark.parametrize(
   ("make_model", "message"),
   [
-    (_without_heads, "heads of this model were removed"),
+    (_without_heads, "bert has all heads"),
     (models.make, "no model of transformers computes this one"),
     (_other_angles, "no dense form: blocks_1/attn/frequency"),
   ],
