@@ -54,8 +54,7 @@ class Cut:
         Leaves outside copies of the structure, such as counts, stay.
 
     Raises:
-      ValueError: a leaf has another shape than its parameter (Adafactor), or
-        the state is of some of the parameters (`optax.partition`).
+      ValueError: a leaf has another shape than its parameter (Adafactor).
     """
 
     def is_copy(x):
@@ -71,18 +70,12 @@ class Cut:
           )
       return _take(w, kept)
 
-    def cut(key_path, x):
+    def cut(x):
       if is_copy(x):
         return _without(paths.map_named(take, x), self.dropped)
-      name = f"/{paths.path_name(key_path)}"
-      if np.ndim(x) and any(name.endswith(f"/{n}") for n in self.kept):
-        raise ValueError(
-          f"the state {name[1:]} is of some of the parameters, as in "
-          "optax.partition, so it cannot be cut; start with a new optimizer state"
-        )
       return x
 
-    return jax.tree_util.tree_map_with_path(cut, tree, is_leaf=is_copy)
+    return jax.tree.map(cut, tree, is_leaf=is_copy)
 
   def fpp_state(self, state: FPPState, sites: Sequence[Site]) -> FPPState:
     """Returns the state of `folding.fpp`, cut the same way.

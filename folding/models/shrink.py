@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from folding import paths
 from folding.compression.shrink import Cut, shrink_layers
 from folding.config import Config, layers_of, unshrunk
 
@@ -43,7 +42,7 @@ def shrink(
 
   Args:
     config: Resolved.
-    params: Its parameters, concrete.
+    params: Its parameters, concrete; their shapes are not checked.
     multiple: Widths of feed-forward layers are rounded up to a multiple of this
       (never above what they were) by keeping some zero neurons.
     absorb: Whether W_O absorbs a diagonal W_V. The moments of an optimizer do
@@ -52,8 +51,7 @@ def shrink(
       True at zeros. In training, only elements that FPP holds at 0 qualify.
 
   Raises:
-    ValueError: the parameters are not of the config, or an option is out of
-      range.
+    ValueError: the config is not resolved, or an option is out of range.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -69,7 +67,6 @@ def shrink(
     >>> make_model(small.config, 100).apply({"params": small.params}, tokens).shape
     (1, 8, 100)
   """
-  _check_fit(config, paths.flatten(params))
   small, cut = shrink_layers(
     params,
     multiple=multiple,
@@ -110,30 +107,3 @@ def _shrunk_config(
 def _joined(values: list[Any]) -> Any:
   """Returns one value if all layers have it, otherwise one per layer."""
   return values[0] if len(set(values)) == 1 else tuple(values)
-
-
-def _check_fit(config: Config, leaves: Mapping[str, Any]) -> None:
-  """Raises ValueError if the parameters are not of the config."""
-  m = config.model
-  expected: dict[str, Any] = {
-    f"blocks_{m.num_layers}/attn/o/kernel": None,
-  }
-  for n, layer in enumerate(layers_of(m, config.fold)):
-    H, block = len(layer.heads), f"blocks_{n}"
-    is_diagonal = layer.values == "diagonal"
-    expected |= {
-      f"{block}/mlp/up/kernel": (m.width, layer.mlp_width),
-      f"{block}/mlp/down/kernel": (layer.mlp_width, m.width),
-      f"{block}/attn/o/kernel": (H, m.head_dim, m.width),
-      f"{block}/attn/v/diagonal": (
-        (H * m.head_dim, 1, 1) if is_diagonal else None
-      ),
-    }
-  for name, shape in expected.items():
-    found = tuple(leaves[name].shape) if name in leaves else None
-    if found != shape:
-      raise ValueError(
-        f"the parameters are not of this config: {name} is {found}, not {shape}"
-      )
-  if "embed/embedding" not in leaves:
-    raise ValueError("the parameters have no embed/embedding")

@@ -65,7 +65,6 @@ def _assert_bit_equal(tree, expected):
 
 _CASES = {
   "paper": (ModelConfig(**_SHAPE), {"groups": 1, "values": "diagonal"}),
-  "two-groups": (ModelConfig(**_SHAPE), {"groups": 2, "values": "diagonal"}),
   "values-only": (ModelConfig(**_SHAPE), {"groups": 0, "values": "diagonal"}),
   "input-axis": (
     ModelConfig(**_SHAPE),
@@ -79,7 +78,6 @@ _CASES = {
     ModelConfig(**_SHAPE, num_kv_heads=2),
     {"groups": 2, "values": "dense"},
   ),
-  "rope": (ModelConfig(**_SHAPE, positions="rope"), {"groups": 1}),
   "learned": (gpt2_config(**_SHAPE), {"groups": 2, "values": "diagonal"}),
   "llama": (llama(**_SHAPE, num_kv_heads=1), {"groups": 2}),
   "llama-values": (llama(**_SHAPE), {"groups": 1, "values": "diagonal"}),

@@ -17,7 +17,6 @@ from folding import paths
 from folding.models.shrink import shrink
 from folding.models.transformer import make_model
 from tests.compression.shrink_cases import (
-  IRC1,
   MODELS,
   TOKENS,
   C,
@@ -168,25 +167,11 @@ def test_shrink_without_absorb_keeps_diagonals():
   )
 
 
-@pytest.mark.parametrize(
-  ("tx", "message"),
-  [
-    (optax.adafactor(1e-3, min_dim_size_to_factor=4), "has the shape"),
-    (
-      optax.partition(
-        {"a": optax.adam(1e-3), "b": optax.sgd(0.1)},
-        functools.partial(
-          paths.map_named, lambda name, _: "a" if "mlp" in name else "b"
-        ),
-      ),
-      "is of some of the parameters",
-    ),
-  ],
-)
-def test_cut_refuses_a_state_of_other_shapes(tx, message):
+def test_cut_refuses_a_state_of_other_shapes():
   config, params, _ = _case("gpt2_folded")
   small = shrink(config, params)
-  with pytest.raises(ValueError, match=message):
+  tx = optax.adafactor(1e-3, min_dim_size_to_factor=4)
+  with pytest.raises(ValueError, match="has the shape"):
     small.cut(tx.init(params))
 
 
@@ -288,8 +273,7 @@ def test_cut_of_an_optimizer_state_cuts_every_moment():
   config, params, _ = _case("llama_shared_keys")
   small = shrink(config, params)
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-  state = tx.init(params)
-  _, state = tx.update(jax.tree.map(jnp.asarray, params), state, params)
+  _, state = jax.jit(tx.update)(params, tx.init(params), params)
   cut = small.cut(state)
   chex.assert_trees_all_equal_shapes(cut, tx.init(small.params))
   adam, before = cut[1][0], state[1][0]
@@ -321,25 +305,9 @@ def _clipped(params):
   [
     ({"multiple": 0}, "multiple must be at least 1; it is 0"),
     ({"config": c.Config()}, "the config is not resolved"),
-    (
-      {"config": make_config(c.gpt2, "lm", {}, {"mlp_width": 8})},
-      r"blocks_0/mlp/up/kernel is \(16, 24\), not \(16, 8\)",
-    ),
-    (
-      {"config": make_config(c.gpt2, "lm", {}, {"num_layers": 3})},
-      "blocks_2/mlp/up/kernel is None",
-    ),
-    (
-      {"config": make_config(c.gpt2, "lm", {}, {"num_layers": 1})},
-      "blocks_1/attn/o/kernel is .* not None",
-    ),
-    (
-      {"config": make_config(c.gpt2, "lm", IRC1, {})},
-      r"blocks_0/attn/v/diagonal is None, not \(16, 1, 1\)",
-    ),
     ({"is_zero": {"embed": np.zeros(3, bool)}}, "one shape"),
   ],
-  ids=["multiple", "unresolved", "width", "more", "fewer", "fold", "is_zero"],
+  ids=["multiple", "unresolved", "is_zero"],
 )
 def test_shrink_refuses_what_does_not_fit(change, message):
   config = make_config(*MODELS["gpt2"])
