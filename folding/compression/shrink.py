@@ -31,14 +31,14 @@ class Cut:
   Attributes:
     kept: {path: {axis: indices that stay, increasing}}. Other axes stay whole.
     dropped: Paths of removed subtrees.
-    token_map: int32[V], old token -> new token; removed tokens share one. None:
-      there is no embedding.
+    token_map: int32[V], old token -> new token; removed tokens share one. Empty
+      without an embedding.
     structure: Tree structure of the parameters.
   """
 
   kept: Mapping[str, Mapping[int, np.ndarray]]
   dropped: frozenset[str]
-  token_map: np.ndarray | None
+  token_map: np.ndarray
   structure: Any
 
   @property
@@ -163,7 +163,7 @@ def shrink_layers(
       kept |= _keep_neurons(name.removesuffix("/down/kernel"), zeros, multiple)
     elif name.endswith("/o/kernel"):
       kept |= _keep_heads(name.removesuffix("/o/kernel"), zeros)
-  token_map = None
+  token_map = np.zeros(0, np.int32)
   if _EMBEDDING in leaves:
     is_removable_V = np.logical_and(zeros[_EMBEDDING].all(1), tokens)
     token_map, rows = _keep_tokens(is_removable_V)
@@ -238,7 +238,9 @@ def remove_neurons(
     kept[site.name] = stays if stays.size else np.array([0])
     for name, axis in site.members.items():
       cuts[name] = {(axis or 0) % leaves[name].ndim: kept[site.name]}
-  cut = Cut(cuts, frozenset(), None, jax.tree.structure(params))
+  cut = Cut(
+    cuts, frozenset(), np.zeros(0, np.int32), jax.tree.structure(params)
+  )
   return cut(params), kept
 
 

@@ -279,7 +279,7 @@ def shrunk(loaded: Loaded) -> Loaded:
   """
   config, params, cut = shrink(loaded.config, loaded.params)
   tokenizer = loaded.tokenizer
-  if params["embed"]["embedding"].shape[0] < loaded.num_rows:
+  if "embed/embedding" in cut.kept:
     tokenizer = MappedTokenizer(tokenizer, cut.token_map)
   params = jax.tree.map(np.asarray, params)
   return Loaded(config, params, tokenizer, loaded.labels)

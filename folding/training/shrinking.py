@@ -119,7 +119,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
     )
   with files.becoming(output) as part:
     tokenizer = this.data.tokenizer
-    if cut.token_map is not None and "embed/embedding" in cut.kept:
+    if "embed/embedding" in cut.kept:
       tokenizer = MappedTokenizer(tokenizer, cut.token_map)
     run_dir.save(
       part,
