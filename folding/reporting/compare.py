@@ -55,7 +55,7 @@ def compare(workdirs: Sequence[str], output: str = "comparison") -> str:
   """Writes `compare.md` and `compare.png`.
 
   Args:
-    workdirs: Run directories, the reference first.
+    workdirs: One or more run directories, the reference first.
     output: The folder to write into; it is made if needed.
 
   Returns:
@@ -81,15 +81,10 @@ def group(workdirs: Sequence[str]) -> list[Variant]:
   samples.
 
   Raises:
-    ConfigError: there is no run, a folder is not a run or is given twice, or
-      the tasks differ.
+    ConfigError: a folder is not a run or is given twice, or the tasks differ.
   """
-  if not workdirs:
-    raise ConfigError("there is no run to compare")
-  paths = [os.path.realpath(workdir) for workdir in workdirs]
-  for i, path in enumerate(paths):
-    if path in paths[:i]:
-      raise ConfigError(f"the run {workdirs[i]!r} is given twice")
+  if len({os.path.realpath(workdir) for workdir in workdirs}) < len(workdirs):
+    raise ConfigError(f"a run is given twice: {', '.join(workdirs)}")
   grouped: list[list[Run]] = []
   for run in map(report.load_run, workdirs):
     first = grouped[0][0] if grouped else run

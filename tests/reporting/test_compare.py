@@ -149,7 +149,6 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path, monkeypatch):
   for workdirs, output, word in (
     ([lm, classify], "out", "task"),
     ([lm, lm + "/"], "out", "twice"),
-    ([], "out", "no run"),
     ([lm], "~/out", "~"),
     ([lm], "gs://bucket/out", "gs:"),
   ):
