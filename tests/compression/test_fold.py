@@ -201,6 +201,14 @@ def test_unfold_refuses_frequencies_that_the_dense_model_lacks(change, message):
     unfold(params, change(frequencies))
 
 
+def test_unfold_refuses_a_frequency_that_a_head_has_twice():
+  _, params, frequencies, _ = _pairs()
+  twice = jnp.asarray(frequencies[np.array([[2, 2], [1, 3]])])
+  params["blocks_0"]["attn"]["frequency"] = twice
+  with pytest.raises(ValueError, match="does not have these frequencies"):
+    unfold(params, frequencies)
+
+
 def _float64(x):
   return np.asarray(x, np.float64)
 

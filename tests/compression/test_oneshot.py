@@ -157,3 +157,9 @@ def test_wanda_refuses_a_moment_of_other_inputs(layer):
   x, w = layer
   with pytest.raises(ValueError, match="does not fit the 24 inputs"):
     oneshot.wanda(w, _moment(x)[1:, 1:], 0.5)
+
+
+def test_magnitude_counts_a_fraction_that_rounds_down_as_whole():
+  assert 0.29 * 100 < 29
+  pruned = oneshot.magnitude(np.arange(1.0, 101.0), 0.29)
+  assert np.flatnonzero(pruned == 0).tolist() == list(range(29))

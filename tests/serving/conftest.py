@@ -36,7 +36,7 @@ def run(tmp_path_factory) -> pathlib.Path:
     data=c.DataConfig(
       path=str(folder / "data"),
       vocab_size=300,
-      length=24,
+      length=16,
       batch_size=8,
       eval_batch_size=8,
     ),

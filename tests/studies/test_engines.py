@@ -11,9 +11,10 @@ import time
 import pytest
 
 from folding import config as c
-from folding.errors import ConfigError
+from folding.errors import ConfigError, TrainingError
 from folding.studies import grid, methods
 from folding.studies.tables import collect
+from folding.training import loop
 from folding.training.checkpoint import has_checkpoint
 from tests.training.conftest import write_text
 
@@ -106,15 +107,15 @@ def test_pool_survives_a_killed_run(tmp_path):
   assert not processes[1].is_alive()
 
 
-def test_train_returns_an_error_in_one_line(tmp_path):
-  study = make_study(tmp_path, "dense")
-  (trial,) = study.trials(str(tmp_path))
-  config = trial.config()
+def test_train_returns_an_error_in_one_line(tmp_path, monkeypatch):
+  def fail(config, workdir):
+    raise TrainingError("the loss\nis nan")
+
+  monkeypatch.setattr(loop, "run", fail)
+  (trial,) = make_study(tmp_path, "dense").trials(str(tmp_path))
   os.makedirs(tmp_path / "logs")
-  config.train.learning_rate = 1e30
-  error = grid.train(config, trial.run, trial.log)
-  assert "the loss is" in error
-  assert "\n" not in error
+  error = grid.train(trial.config(), trial.run, trial.log)
+  assert error == "TrainingError: the loss is nan"
   assert "Traceback" in read_log(trial)
 
 
