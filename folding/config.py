@@ -701,9 +701,14 @@ def load(path: str) -> Config:
     ) from None
 
 
+def to_json(config: Config) -> str:
+  """Returns the text of a config.json."""
+  return json.dumps(to_dict(config), indent=2) + "\n"
+
+
 def save(config: Config, path: str) -> None:
   """Writes a config as JSON, whole or not at all."""
-  files.write_file(path, json.dumps(to_dict(config), indent=2) + "\n")
+  files.write_file(path, to_json(config))
 
 
 def read(where: str, texts: Mapping[str, str] | None = None) -> Config:

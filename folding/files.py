@@ -1,4 +1,4 @@
-"""Atomic writes, output folders, JSON files, and functions of Python files."""
+"""Atomic writes, checksums, output folders, JSON files, and Python files."""
 
 import contextlib
 import importlib.util
@@ -7,14 +7,17 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from folding.errors import ConfigError, reason
 
+CHECKSUMS = "checksums.json"  # {file of the folder: CRC-32; null: no such file}
+
 
 def write_file(path: str, content: str | bytes) -> None:
-  """Writes a whole file, or nothing if it fails."""
+  """Writes a whole file, or nothing if it fails, even if the power does."""
   if isinstance(content, str):
     content = content.encode("utf-8")
   # A random name: on a disk that containers share, process ids repeat.
@@ -22,11 +25,124 @@ def write_file(path: str, content: str | bytes) -> None:
   try:
     with open(temporary, "wb") as file:
       file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(os.path.dirname(path))
   except BaseException:
     if os.path.exists(temporary):
       os.remove(temporary)
     raise
+
+
+def sync_folder(folder: str) -> None:
+  """Flushes the names in a folder to disk, if the file system can."""
+  with contextlib.suppress(OSError):
+    _sync(folder or ".")
+
+
+def sync_tree(folder: str, skip: Callable[[str], bool] | None = None) -> None:
+  """Flushes the files and folders of a folder to disk.
+
+  Args:
+    folder: The folder.
+    skip: Whether a file of a path is flushed already; None: none is.
+
+  Raises:
+    OSError: a file cannot be flushed.
+  """
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      path = os.path.join(parent, name)
+      if skip is None or not skip(path):
+        _sync(path)
+    sync_folder(parent)
+
+
+def _sync(path: str) -> None:
+  if os.name == "nt":  # it flushes only what was opened to be written
+    return
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def checksum(content: bytes) -> str:
+  """Returns a CRC-32 in hexadecimal. It finds damage, not forgery."""
+  return f"{zlib.crc32(content):08x}"
+
+
+def file_checksum(path: str) -> str | None:
+  """Returns the `checksum` of a file; None if there is none."""
+  crc = 0
+  try:
+    with open(path, "rb") as file:
+      while block := file.read(1 << 18):  # fits the processor's cache
+        crc = zlib.crc32(block, crc)
+  except FileNotFoundError:
+    return None
+  return f"{crc:08x}"
+
+
+def write_checksums(
+  folder: str, names: Iterable[str], texts: dict[str, str] | None = None
+) -> None:
+  """Writes the checksums of files of a folder.
+
+  Args:
+    folder: The folder.
+    names: The files. One that does not exist must not exist later either.
+    texts: {name: text} of files that are still to be written.
+  """
+  found = {name: file_checksum(os.path.join(folder, name)) for name in names}
+  for name, text in (texts or {}).items():
+    found[name] = checksum(text.encode("utf-8"))
+  text = json.dumps(found, indent=1)
+  write_file(os.path.join(folder, CHECKSUMS), text)
+
+
+def read_checksums(folder: str) -> dict[str, str | None] | None:
+  """Returns what `write_checksums` wrote; None if it was not called.
+
+  Raises:
+    ConfigError: it is damaged, or names files outside of the folder.
+  """
+  path = os.path.join(folder, CHECKSUMS)
+  if not os.path.exists(path):
+    return None
+  found = read_json(path, dict)
+  for name in found:
+    if os.path.isabs(name) or ".." in name.split("/"):
+      raise ConfigError(f"{path} is damaged: it names {name!r}")
+  return found
+
+
+def require_intact(folder: str, skip: Collection[str] = ()) -> bool:
+  """Checks the files of a folder against its checksums.
+
+  Args:
+    folder: The folder.
+    skip: Files that are not checked.
+
+  Returns:
+    Whether the folder has checksums.
+
+  Raises:
+    ConfigError: a file is missing, was added, was edited or is damaged.
+  """
+  expected = read_checksums(folder)
+  if expected is None:
+    return False
+  for name, value in expected.items():
+    path = os.path.join(folder, name)
+    if name not in skip and file_checksum(path) != value:
+      raise ConfigError(
+        f"{path} differs from its checksum in {CHECKSUMS}: one of them was "
+        "edited or is damaged"
+      )
+  return True
 
 
 @contextlib.contextmanager
@@ -36,7 +152,9 @@ def becoming(folder: str) -> Iterator[str]:
   os.makedirs(part)
   try:
     yield part
+    sync_tree(part)
     os.replace(part, folder)
+    sync_folder(os.path.dirname(os.path.normpath(folder)))
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
     raise
@@ -97,7 +215,7 @@ def read_json(path: str, kind: type[Any]) -> Any:
   with open(path, encoding="utf-8") as file:
     try:
       found = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise ConfigError(f"{path} is damaged: {error}") from error
   if not isinstance(found, kind):
     raise ConfigError(f"{path} is damaged: it is not a {kind.__name__}")

@@ -1,3 +1,4 @@
+import os
 import pathlib
 
 import pytest
@@ -17,6 +18,17 @@ def test_write_file_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
     files.write_file(str(path), "new")
   assert path.read_text() == "old"
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+  calls = []
+  fsync, replace = os.fsync, os.replace
+  monkeypatch.setattr("os.fsync", lambda h: (calls.append("sync"), fsync(h)))
+  monkeypatch.setattr(
+    "os.replace", lambda a, b: (calls.append("rename"), replace(a, b))
+  )
+  files.write_file(str(tmp_path / "page"), "text")
+  assert calls == ["sync", "rename", "sync"]  # the folder last
 
 
 def test_becoming_leaves_a_whole_folder_or_none(tmp_path):

@@ -127,11 +127,16 @@ def prepare(
 
 def _prepared(config: str, data_dir: str | None) -> PythonStdlib:
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
-    builder = PythonStdlib(
-      config=config, data_dir=data_dir, file_format="array_record"
-    )
-    builder.download_and_prepare()
-  return builder
+    found = builder(config, data_dir)
+    found.download_and_prepare()
+  return found
+
+
+def builder(config: str, data_dir: str | None) -> PythonStdlib:
+  """Returns the builder, whether or not its data is on disk."""
+  return PythonStdlib(
+    config=config, data_dir=data_dir, file_format="array_record"
+  )
 
 
 def library_files() -> dict[str, str]:

@@ -3,6 +3,7 @@
 Every source ends as `Texts`: strings in memory, by split.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -612,6 +613,39 @@ def _read_tfds(
         )
         splits[split] = rows.take(kept)
   return splits, names
+
+
+def require_prepared(
+  data: DataConfig, task: config_lib.Task, workdir: str
+) -> None:
+  """Checks that reading the data of a run will neither fetch nor write any.
+
+  Args:
+    data: Of the run's config.
+    task: Of the run.
+    workdir: The run directory, for the message.
+
+  Raises:
+    ConfigError: the TFDS data set is not prepared.
+  """
+  if data.path:
+    return
+  builder = None
+  with contextlib.suppress(Exception):  # it may fail in any way
+    if data.name == "python_stdlib":
+      kind = "source" if task == "lm" else "topic"
+      builder = python_stdlib.builder(kind, data.dir)
+    elif ":" not in data.name:  # a name that TFDS would look up in the network
+      builder = tfds.builder(
+        data.name, data_dir=data.dir, file_format="array_record"
+      )
+  if builder is None or not builder.is_prepared():
+    raise ConfigError(
+      f"the data set {data.name!r} of {workdir} is not prepared in "
+      f"{data.dir or 'the TFDS folder'}, and a run that is read back prepares "
+      "none; if you trust its config, prepare it with folding train "
+      f"--config={workdir}/config.json --workdir=NEW"
+    )
 
 
 def _prepared(

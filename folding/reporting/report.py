@@ -85,10 +85,10 @@ def load_run(workdir: str) -> Run:
   for name in ("config.json", "metrics.jsonl", "result.json"):
     if not (folder / name).is_file():
       raise ConfigError(f"{workdir!r} is not a run directory: it has no {name}")
-  config = config_lib.load(str(folder / "config.json"))
+  config = run_dir.load_config(workdir)
   records = run_dir.read_metrics(str(folder / "metrics.jsonl"))
   path = str(folder / "result.json")
-  values = files.read_json(path, dict)
+  values = run_dir.read_result(workdir)
   if values.get("schema") != SCHEMA:
     raise ConfigError(
       f"{path!r} has schema {values.get('schema')!r}; this version reads "

@@ -121,8 +121,12 @@ def load(path: str | os.PathLike) -> Loaded:
   config, params, tokenizer = load_run(path)
   labels: tuple[str, ...] = ()
   if config.task != "lm":
-    num_classes = params["head"]["kernel"].shape[1]
-    labels = load_labels(path) or tuple(map(str, range(num_classes)))
+    count = params["head"]["kernel"].shape[1]
+    labels = load_labels(path) or tuple(map(str, range(count)))
+    if len(labels) != count:
+      raise ConfigError(
+        f"{path}/labels.json has {len(labels)} names for {count} classes"
+      )
   return Loaded(config, params, tokenizer, labels)
 
 
@@ -140,6 +144,8 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
   except (KeyError, TypeError) as error:
     raise ConfigError(f"{path}/{CONFIG} is damaged: {reason(error)}") from None
   for name, expected in checksums.items():
+    if os.path.basename(name) != name:
+      raise ConfigError(f"{path}/{CONFIG} is damaged: sha256 names {name!r}")
     file = os.path.join(path, name)
     if not os.path.isfile(file):
       raise ConfigError(f"{path} has no {name}")

@@ -2,6 +2,10 @@
 
 Schema 1: one Orbax item, the training state (step, params, opt_state), in
 RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
+
+Neither Orbax nor OCDBT keeps checksums of the arrays, so `checksums.json` of a
+checkpoint has one for each of its files. It is written before the temporary
+folder of the save gets its name, and verified whenever the checkpoint is read.
 """
 
 import contextlib
@@ -22,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from folding import files
 from folding.config import Config
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, TrainingError, first_line
@@ -31,6 +36,10 @@ from folding.training import distributed, run_dir
 # for the index entries of each array.
 _RESERVE_BYTES = 1 << 20
 _ARRAY_BYTES = 1 << 13
+
+_METRICS = "metrics/metrics"
+# Orbax writes them after the checksums; the state and its loss are elsewhere.
+_WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +58,7 @@ class Checkpoints:
     self._folder = _folder(workdir)
     self.cleans = cleans
     self._damaged: set[int] = set()
+    self._saving: int | None = None
     if distributed.is_main():
       _mend_metrics(self._folder)
     distributed.barrier("mended")
@@ -70,6 +80,7 @@ class Checkpoints:
       best_fn=lambda metrics: metrics["loss"],
       best_mode="min",
       cleanup_tmp_directories=self.cleans,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
     with _quiet():
       return ocp.CheckpointManager(self._folder, options=options)
@@ -110,6 +121,7 @@ class Checkpoints:
         f"a checkpoint needs {needed / 1e6:,.1f} MB and the disk has "
         f"{free / 1e6:,.1f} MB left"
       )
+    self._saving = step
     try:
       self._manager.save(
         step,
@@ -120,6 +132,20 @@ class Checkpoints:
     except ValueError as error:
       # TensorStore reports a failed write (no space left) as ValueError.
       raise OSError(str(error)) from error
+
+  def _seal(self) -> None:
+    """Writes the checksums of a save, in its thread and the main process."""
+    (part,) = pathlib.Path(self._folder).glob(f"{self._saving}.*")
+    names = [
+      path.relative_to(part).as_posix()
+      for path in sorted(part.rglob("*"))
+      if path.is_file() and path.name not in _WRITTEN_LAST
+    ]
+    files.write_checksums(str(part), names)
+    # TensorStore flushes the arrays itself.
+    files.sync_tree(
+      str(part), skip=lambda path: "ocdbt" in path or "/d/" in path
+    )
 
   def wait(self) -> None:
     """Waits for a save under way.
@@ -151,7 +177,13 @@ class Checkpoints:
     Args:
       step: One of `steps()`.
       like: Tree of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+      ConfigError: a file differs from its checksum.
     """
+    with distributed.together("another process found damage"):
+      if distributed.is_main():
+        _require_intact(self._folder, step)
     state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
     return jax.block_until_ready(state)
@@ -243,12 +275,16 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
   with _quiet():
     for step in steps:
       try:
+        _require_intact(folder, step)
         params = _read_params(os.path.join(folder, str(step)))
         break
       except Exception as error:  # Orbax and TensorStore raise many types
         reasons[step] = first_line(error)[:200]
   if params is None:
-    raise ConfigError(f"none of the checkpoints in {folder} can be read")
+    raise ConfigError(
+      f"none of the checkpoints in {folder} can be read; "
+      f"{steps[0]}: {reasons[steps[0]]}"
+    )
   _warn(folder, reasons)
   return config, params, tokenizer
 
@@ -279,37 +315,62 @@ def _best_first(folder: str, steps: list[int]) -> list[int]:
   return sorted(steps, key=lambda step: (step != best, -step))
 
 
+def _require_intact(folder: str, step: int) -> None:
+  """Raises `ConfigError` if a file of a state differs from its checksum."""
+  checkpoint = os.path.join(folder, str(step))
+  if not files.require_intact(checkpoint, skip=[_METRICS]):
+    _log.warning(
+      "nothing vouches for checkpoint %d of %s: it has no %s, as runs of "
+      "earlier versions",
+      step,
+      folder,
+      files.CHECKSUMS,
+    )
+
+
 def _saved_loss(folder: str, step: int) -> float | None:
   """Returns the loss of a saved step; None if it has none."""
   try:
-    loss = _read_loss(_metrics_path(folder, step))
-  except (OSError, ValueError, TypeError, KeyError):
+    loss = _read_loss(folder, step)
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    _log.warning("the loss of checkpoint %d is damaged: %s", step, error)
     return None
   return loss if math.isfinite(loss) else None
 
 
-def _read_loss(path: str) -> float:
+def _read_loss(folder: str, step: int) -> float:
+  """Returns the loss of a saved step; not finite if it has none.
+
+  Raises:
+    OSError, ValueError, TypeError, KeyError: it is missing or damaged.
+  """
+  checkpoint = os.path.join(folder, str(step))
+  path = os.path.join(checkpoint, _METRICS)
   with open(path, encoding="utf-8") as file:
-    return float(json.load(file)["loss"])
-
-
-def _metrics_path(folder: str, step: int) -> str:
-  return os.path.join(folder, str(step), "metrics", "metrics")
+    loss = float(json.load(file)["loss"])
+  expected = files.read_checksums(checkpoint)
+  # What `_mend_metrics` writes is not finite.
+  if expected is not None and math.isfinite(loss):
+    if files.file_checksum(path) != expected.get(_METRICS):
+      raise ValueError(f"{path} differs from its checksum")
+  return loss
 
 
 def _mend_metrics(folder: str) -> None:
-  """Replaces unreadable metrics, so that their step is never the best.
+  """Replaces damaged metrics, so that their step is never the best.
 
   Orbax reads all metrics when it opens a folder, and fails at an unreadable
   file even though the states may be intact.
   """
   for step in saved_steps(folder):
-    path = _metrics_path(folder, step)
-    if not os.path.exists(path):
-      continue
     try:
-      _read_loss(path)
+      _read_loss(folder, step)
+    except FileNotFoundError:
+      continue
     except (ValueError, TypeError, KeyError) as error:
+      path = os.path.join(folder, str(step), _METRICS)
       _log.warning("%s is damaged (%s)", path, error)
       with open(path, "w", encoding="utf-8") as file:
         json.dump({"loss": math.inf}, file)

@@ -22,6 +22,7 @@ from folding import files
 from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
 from folding.config import Config
+from folding.data import sources
 from folding.data.batches import Data, make_data
 from folding.errors import ConfigError, TrainingError
 from folding.models.params import GROUPS
@@ -299,6 +300,8 @@ def _read_data(config: Config, workdir: str, is_new: bool) -> Data:
         f"there is no text for the {split} split; raise data.{split}_fraction, "
         "or give more text (each class gives up its own share, rounded)"
       )
+  if not is_new:
+    run_dir.require_same_text(workdir, data.digest)
   if is_new and config.fpp.embedding_granularity == "trim":
     return trim_vocabulary(config, data)
   return data
@@ -494,7 +497,7 @@ def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
   """Returns the metrics of the best checkpoint, else of the newest.
 
   Raises:
-    ConfigError: it is not a run, or has no checkpoint yet.
+    ConfigError: it is not a run, has no checkpoint yet, or its text changed.
     TrainingError: the loss is not finite, or no checkpoint can be read.
   """
   this, checkpoints = open_run(workdir)
@@ -512,6 +515,7 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   """
   config = _config_here(workdir)
   data = make_data(config, run_dir.load_tokenizer(workdir))
+  run_dir.require_same_text(workdir, data.digest)
   # Another process may be training there, with a save under way.
   return Run(config, data), Checkpoints(workdir, cleans=False)
 
@@ -519,5 +523,7 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
 def _config_here(workdir: str) -> Config:
   """Returns the config of a run, with a mesh that fits the devices."""
   config = run_dir.load_config(workdir)
+  # A config that came with a run must not fetch data, nor choose where to write.
+  sources.require_prepared(config.data, config.task, workdir)
   mesh = sharding.fitting(config.mesh, jax.device_count())
   return dataclasses.replace(config, mesh=mesh)

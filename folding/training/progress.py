@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from folding import files
 from folding.config import Config
-from folding.errors import TrainingError
+from folding.errors import ConfigError, TrainingError, reason
 from folding.training import run_dir
 from folding.training.optimizer import current_rate
 
@@ -40,9 +40,12 @@ class MetricsWriter:
       path = os.path.join(workdir, "metrics.jsonl")
       records = run_dir.read_metrics(path)
       kept = [r for r in records if r["step"] <= first_step]
-      files.write_file(path, "".join(json.dumps(r) + "\n" for r in kept))
       trained = [r for r in kept if r["split"] == "train"]
-      self.speeds = [r["tokens_per_second"] for r in trained]
+      try:
+        self.speeds = [float(r["tokens_per_second"]) for r in trained]
+      except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {reason(error)}") from error
+      files.write_file(path, "".join(json.dumps(r) + "\n" for r in kept))
       self._file = open(path, "a", encoding="utf-8")
     if is_main and config.train.tensorboard:
       import tensorboardX  # here, because it is slow to import
@@ -113,7 +116,7 @@ class Clock:
   def __init__(self, workdir: str, first_step: int):
     self._before = 0.0
     if first_step and os.path.exists(os.path.join(workdir, "result.json")):
-      self._before = run_dir.read_result(workdir)["seconds"]
+      self._before = run_dir.read_result(workdir).get("seconds", 0.0)
     self._start = time.monotonic()
 
   def seconds(self) -> float:

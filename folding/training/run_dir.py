@@ -4,9 +4,14 @@ config.json     the resolved config of the training
 asked.json      the config as asked for; only if the start of the run changed it
 tokenizer.json  the tokenizer, see `folding.data.tokenizers`
 labels.json     class names in id order; only of a classifier
-text.sha256     digest of all text and labels, by which runs are compared
+text.sha256     digest of all text and labels
+checksums.json  checksums of the files above
 metrics.jsonl   one record per line
-result.json     outcome and provenance
+result.json     outcome and provenance, with its own checksum
+
+The files above `checksums.json` never change. They are verified whenever the
+config is read. A run of an earlier version has no checksums, and is read as it
+is.
 
 Every file is written whole or not at all, except that a killed process may
 leave the last line of `metrics.jsonl` half-written.
@@ -15,6 +20,7 @@ leave the last line of `metrics.jsonl` half-written.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -32,6 +38,18 @@ from folding.data import tokenizers
 from folding.errors import ConfigError
 from folding.typed import differences
 from folding.version import __version__
+
+_log = logging.getLogger(__name__)
+
+# What `checksums.json` lists, if only as absent, beside config.json.
+_FIXED = (
+  "tokenizer.json",
+  tokenizers.SPECIAL_TOKENS,
+  tokenizers.TOKEN_MAP,
+  "labels.json",
+  "text.sha256",
+  "asked.json",
+)
 
 
 @contextlib.contextmanager
@@ -96,8 +114,10 @@ def save(
   files.write_file(_path(workdir, "text.sha256"), digest)
   if asked is not None:
     config_lib.save(asked, _path(workdir, "asked.json"))
+  text = config_lib.to_json(config)
+  files.write_checksums(workdir, _FIXED, {"config.json": text})
   # Last: with it the run has begun.
-  config_lib.save(config, _path(workdir, "config.json"))
+  files.write_file(_path(workdir, "config.json"), text)
 
 
 def config_to_continue(workdir: str, config: Config) -> Config | None:
@@ -143,7 +163,8 @@ def load_config(workdir: str) -> Config:
   """Returns the config of a run directory.
 
   Raises:
-    ConfigError: it is not a run, or one of an earlier version.
+    ConfigError: it is not a run, or one of an earlier version; or a file of it
+      differs from its checksum.
   """
   path = _path(workdir, "config.json")
   if not os.path.exists(path):
@@ -153,6 +174,13 @@ def load_config(workdir: str) -> Config:
     raise ConfigError(
       f"{workdir} is an export or another library's checkpoint, not a run"
     )
+  try:
+    files.require_intact(workdir)
+  except ConfigError as error:
+    raise ConfigError(
+      f"{error}; a run keeps its files: put the one back that it began with, or "
+      "start another run"
+    ) from None
   return config_lib.load(path)
 
 
@@ -162,9 +190,41 @@ def load_tokenizer(workdir: str) -> tokenizers.Tokenizer:
 
 
 def load_labels(workdir: str) -> tuple[str, ...]:
-  """Returns the class names of a run in id order; () for a language model."""
+  """Returns the class names of a run in id order; () for a language model.
+
+  Raises:
+    ConfigError: they are not different strings.
+  """
   path = _path(workdir, "labels.json")
-  return tuple(files.read_json(path, list)) if os.path.exists(path) else ()
+  if not os.path.exists(path):
+    return ()
+  labels = files.read_json(path, list)
+  if not all(isinstance(label, str) for label in labels) or len(
+    set(labels)
+  ) < len(labels):
+    raise ConfigError(f"{path} is damaged: labels must be different strings")
+  return tuple(labels)
+
+
+def require_same_text(workdir: str, digest: str) -> None:
+  """Checks that the text of a run is the one that it began with.
+
+  Args:
+    workdir: The run directory.
+    digest: `Data.digest` of the text that is there now.
+
+  Raises:
+    ConfigError: it is another text.
+  """
+  path = _path(workdir, "text.sha256")
+  if not os.path.exists(path):
+    _log.warning("nothing vouches for the text: %s is missing", path)
+    return
+  if pathlib.Path(path).read_text("utf-8", "replace").strip() != digest:
+    raise ConfigError(
+      f"the text or the labels changed since {workdir} began (their digest "
+      "differs from text.sha256); restore them, or start another run"
+    )
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
@@ -188,7 +248,13 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
         if record["split"] not in ("train", "valid"):
           raise ValueError(f"the split is {record['split']!r}")
         record |= {"step": int(record["step"]), "loss": float(record["loss"])}
-      except (ValueError, KeyError, TypeError) as error:
+      except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+      ) as error:
         if not line.endswith("\n"):
           break  # the last line, half-written
         raise ConfigError(
@@ -214,12 +280,34 @@ def write_result(workdir: str, result: dict[str, Any]) -> None:
     "commit": source_commit(),
     **result,
   }
+  # In the file itself, because both must change in one step.
+  record["checksum"] = _result_checksum(record)
   files.write_file(_path(workdir, "result.json"), json.dumps(record, indent=1))
 
 
 def read_result(workdir: str) -> dict[str, Any]:
-  """Returns what `write_result` wrote."""
-  return files.read_json(_path(workdir, "result.json"), dict)
+  """Returns what `write_result` wrote.
+
+  Raises:
+    ConfigError: it was edited or is damaged.
+  """
+  path = _path(workdir, "result.json")
+  result = files.read_json(path, dict)
+  expected = result.pop("checksum", None)  # None: of an earlier version
+  if expected is not None and expected != _result_checksum(result):
+    raise ConfigError(
+      f"{path} differs from its checksum: it was edited or is damaged"
+    )
+  seconds = result.get("seconds", 0.0)
+  if type(seconds) not in (int, float):
+    raise ConfigError(f"{path} is damaged: seconds is {seconds!r}")
+  return result
+
+
+def _result_checksum(result: dict[str, Any]) -> str:
+  # Sorted, and read back: tuples become lists, numbers as keys become strings.
+  text = json.dumps(json.loads(json.dumps(result)), sort_keys=True)
+  return files.checksum(text.encode("utf-8"))
 
 
 def is_finished(workdir: str) -> bool:

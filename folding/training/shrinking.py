@@ -147,8 +147,8 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
       part,
       state,
       step=step,
-      seconds=before["seconds"],
-      speed=before["tokens_per_second"],
+      seconds=before.get("seconds", 0.0),
+      speed=before.get("tokens_per_second"),
       test=test,
     )
   return {

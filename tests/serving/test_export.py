@@ -266,6 +266,7 @@ CHANGED = [
   (_set("model", num_layers=1), "not None"),
   (lambda v: v["sha256"].pop("tokenizer.json"), "checksum differs"),
   (_set(sha256="abc"), "damaged"),
+  (lambda v: v["sha256"].update({"../x": ""}), "damaged: sha256 names"),
 ]
 # fmt: on
 

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from folding import files
 from folding.config import DataConfig, FPPConfig, MeshConfig
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError, TrainingError
 from folding.training import run_dir, sharding
 from folding.training.checkpoint import Checkpoints, load_run
 from tests.training import tiny
+from tests.training.conftest import set_loss
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -45,6 +48,16 @@ def damage(folder, step, item=""):
   for file in path.rglob("*"):
     if file.is_file():
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(folder, step, item="default"):
+  """Flips one bit in the middle of the largest file of a checkpoint."""
+  path = pathlib.Path(folder) / "checkpoints" / str(step) / item
+  found = [p for p in path.rglob("*") if p.is_file() and p.parent.name == "d"]
+  file = max(found, key=lambda p: p.stat().st_size)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
 
 
 def lose(folder, step, item="default"):
@@ -166,7 +179,7 @@ def test_save_ignores_a_step_that_is_saved(tmp_path):
     assert checkpoints.restore(1, LIKE)["w"][0] == 1
 
 
-@pytest.mark.parametrize("damage", [damage, lose])
+@pytest.mark.parametrize("damage", [damage, flip, lose])
 def test_restore_latest_moves_a_damaged_checkpoint_aside(
   damage, tmp_path, caplog, capfd
 ):
@@ -189,7 +202,7 @@ def test_restore_latest_moves_a_damaged_checkpoint_aside(
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [damage, lose])
+@pytest.mark.parametrize("damage", [damage, flip, lose])
 def test_restore_best_takes_the_newest_if_the_best_is_damaged(
   damage, tmp_path, caplog
 ):
@@ -230,6 +243,56 @@ def test_step_with_damaged_metrics_is_not_the_best(tmp_path):
     assert checkpoints.steps() == [2, 3]
     assert checkpoints.best_step() == 3
     assert checkpoints.restore(2, LIKE)["w"][0] == 2
+
+
+def test_step_with_another_loss_than_was_saved_is_not_the_best(
+  tmp_path, caplog
+):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    for step, loss in enumerate([3.0, 1.0, 2.0], 1):
+      checkpoints.save(step, small(step), loss)
+  path = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
+  path.write_text('{"loss": 0.5}')
+  for _ in range(2):
+    with Checkpoints(str(tmp_path)) as checkpoints:
+      assert checkpoints.best_step() == 3
+      assert checkpoints.restore(2, LIKE)["w"][0] == 2
+  (line,) = caplog.messages
+  assert "metrics is damaged" in line
+
+
+def test_checkpoint_without_checksums_is_read_with_a_line(tmp_path, caplog):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(1, small(1.0), None)
+    checkpoints.wait()
+    path = tmp_path / "checkpoints" / "1" / "checksums.json"
+    assert len(json.loads(path.read_text())) > 5
+    path.unlink()
+    assert checkpoints.restore_latest(LIKE)[0] == 1
+  (line,) = caplog.messages
+  assert "nothing vouches for checkpoint 1" in line
+
+
+def test_checksums_that_name_a_file_elsewhere_are_refused(tmp_path):
+  for name in ("../x", "/etc/hostname", "a/../../x"):
+    (tmp_path / "checksums.json").write_text(json.dumps({name: None}))
+    with pytest.raises(ConfigError, match="it names"):
+      files.require_intact(str(tmp_path))
+
+
+def test_save_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+  flushed = set()
+  fsync = os.fsync
+
+  def record(handle):
+    flushed.add(pathlib.Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+    fsync(handle)
+
+  monkeypatch.setattr("os.fsync", record)
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(1, small(1.0), None)
+  assert {"_METADATA", "metrics", "default"} <= flushed
+  assert any(name.startswith("1.") for name in flushed)  # not "1" yet
 
 
 def test_unfinished_save_is_not_a_checkpoint(tmp_path):
@@ -349,7 +412,7 @@ def assert_is_step(found, run, step):
 )
 def test_load_run_reads_the_best_parameters(run, copy, losses, step):
   for at, text in zip((5, 10), losses, strict=True):
-    (copy / "checkpoints" / str(at) / "metrics" / "metrics").write_text(text)
+    set_loss(copy, at, text)
   before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
   config, params, tokenizer = load_run(str(copy))
   assert config == run[1]
@@ -358,8 +421,9 @@ def test_load_run_reads_the_best_parameters(run, copy, losses, step):
   assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
 
 
-def test_load_run_skips_a_damaged_checkpoint(run, copy, caplog, capfd):
-  damage(copy, 5, "default/d")
+@pytest.mark.parametrize("damage", [damage, flip])
+def test_load_run_skips_a_damaged_checkpoint(damage, run, copy, caplog, capfd):
+  damage(copy, 5, "default")
   _, params, _ = load_run(str(copy))
   assert_is_step(params, run, 10)
   (line,) = caplog.messages

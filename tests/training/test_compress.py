@@ -93,6 +93,7 @@ def test_class_names_that_differ_by_case_are_two(
   data = dataclasses.replace(make_data(config), label_names=names)
   workdir = shutil.copytree(dense_run, tmp_path / "run")
   (workdir / "labels.json").write_text(json.dumps(["a", second, "b", "c"]))
+  (workdir / "checksums.json").unlink()
   found = compress.read_source(str(workdir), config, data)
   assert ("head" in found) == kept
 
@@ -290,6 +291,7 @@ def test_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
   config.pretrained = str(tmp_path / "gone")
   c.save(config, str(copy / "config.json"))
   (copy / "asked.json").unlink(missing_ok=True)
+  (copy / "checksums.json").unlink()
   assert loop.resume_run(str(copy)) == result
   shutil.rmtree(copy / "checkpoints")
   assert loop.resume_run(str(copy)) == result

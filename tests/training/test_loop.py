@@ -20,7 +20,7 @@ from folding import config as config_lib
 from folding.errors import ConfigError, TrainingError
 from folding.training import evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
-from tests.training.conftest import tiny_config
+from tests.training.conftest import set_loss, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -43,9 +43,9 @@ def records(workdir):
 def unfinished(workdir, copy):
   """Returns a copy of a finished run that has not been tested yet."""
   shutil.copytree(workdir, copy)
-  result = json.loads((copy / "result.json").read_text())
+  result = run_dir.read_result(str(copy))
   result |= {"finished": False, "test": None}
-  (copy / "result.json").write_text(json.dumps(result))
+  run_dir.write_result(str(copy), result)
   return copy
 
 
@@ -155,8 +155,7 @@ def test_run_resumes_before_a_damaged_checkpoint_bit_for_bit(
 def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
   config, workdir, _ = tiny_run
   copy = unfinished(workdir, tmp_path / "copy")
-  metrics = copy / "checkpoints" / "5" / "metrics" / "metrics"
-  metrics.write_text('{"loss": 0.0}')
+  set_loss(copy, 5, '{"loss": 0.0}')
   test = loop.run(config, str(copy))["test"]
   assert test["checkpoint_step"] == 5
   this, checkpoints = loop.open_run(str(copy))
@@ -209,6 +208,75 @@ def test_checkpoints_without_a_config_are_refused(tiny_run, tmp_path):
   with pytest.raises(ConfigError, match="checkpoints of another config"):
     loop.run(config, str(copy))
   assert modified(copy) == before
+
+
+def test_changed_text_is_refused(text_file, tiny_run, tmp_path):
+  _, workdir, _ = tiny_run
+  config = tiny_config(tmp_path / "text.txt")
+  shutil.copy(text_file, tmp_path / "text.txt")
+  copy = unfinished(workdir, tmp_path / "copy")
+  digest = (copy / "text.sha256").read_text()
+  tokenizer = run_dir.load_tokenizer(str(copy))
+  saved = {"config": config_lib.resolve(config), "tokenizer": tokenizer}
+  run_dir.save(str(copy), **saved, labels=(), digest=digest)
+  loop.evaluate_run(str(copy))
+  with open(tmp_path / "text.txt", "a", encoding="utf-8") as file:
+    file.write("one line more\n")
+  before = modified(copy)
+  for call in (loop.evaluate_run, loop.resume_run):
+    with pytest.raises(ConfigError, match="text or the labels changed"):
+      call(str(copy))
+  assert modified(copy) == before
+
+
+def test_evaluate_of_a_run_without_a_digest_says_so(tiny_run, tmp_path, caplog):
+  copy = shutil.copytree(tiny_run[1], tmp_path / "copy")
+  (copy / "text.sha256").unlink()
+  with pytest.raises(ConfigError, match=r"text\.sha256"):
+    loop.evaluate_run(str(copy))
+  (copy / "checksums.json").unlink()  # a run of an earlier version
+  loop.evaluate_run(str(copy))
+  (line,) = caplog.messages
+  assert "nothing vouches for the text" in line
+
+
+def test_evaluate_verb_refuses_parameters_that_are_nan(
+  tiny_run, tmp_path, capsys
+):
+  copy = shutil.copytree(tiny_run[1], tmp_path / "copy")
+  this, checkpoints = loop.open_run(str(copy))
+  with checkpoints:
+    _, state = checkpoints.restore_latest(this.like)
+    nan = jax.tree.map(lambda x: x * np.nan, state.params)
+    checkpoints.save(11, state._replace(params=nan), -1.0)
+  assert cli.main(["evaluate", str(copy)]) == 1
+  out, err = capsys.readouterr()
+  assert out == ""
+  assert "nan" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["glue", "python_stdlib", "a:b"])
+def test_run_that_is_read_back_prepares_no_data(
+  tiny_run, tmp_path, name, capsys
+):
+  copy = unfinished(tiny_run[1], tmp_path / "copy")
+  config = run_dir.load_config(str(copy))
+  config.data.path, config.data.name = None, name
+  config.data.dir = str(tmp_path / "elsewhere")
+  tokenizer = run_dir.load_tokenizer(str(copy))
+  run_dir.save(str(copy), config, tokenizer, labels=(), digest="a1")
+  for verb in (["evaluate"], ["resume"], ["shrink", f"--output={tmp_path}/x"]):
+    assert cli.main([verb[0], str(copy), *verb[1:]]) == 2
+    assert "is not prepared" in capsys.readouterr().err
+  assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+def test_resume_refuses_metrics_without_a_speed(tiny_run, tmp_path, capsys):
+  copy = unfinished(tiny_run[1], tmp_path / "copy")
+  with open(copy / "metrics.jsonl", "a", encoding="utf-8") as file:
+    file.write('{"split": "train", "step": 1, "loss": 2.5}\n')
+  assert cli.main(["resume", str(copy)]) == 2
+  assert "metrics.jsonl is damaged" in capsys.readouterr().err
 
 
 _OVERALL = {"overall": 0.99, "linear": None, "embedding": None}

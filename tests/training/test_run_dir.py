@@ -80,6 +80,74 @@ def test_load_config_refuses_other_folders(tmp_path, values, message):
     run_dir.load_config(str(tmp_path))
 
 
+def change(path, text):
+  """Writes a text to a file, or removes it if the text is None."""
+  if text is None:
+    path.unlink()
+  else:
+    path.write_bytes(text)
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("labels.json", b'["b", "a"]'),
+    ("labels.json", None),
+    ("tokenizer.json", b"{}"),
+    ("special_tokens.json", b"{}"),
+    ("text.sha256", b"\xff"),
+    ("text.sha256", None),
+    ("checksums.json", b'{"labels.json": "00000000"}'),
+    ("checksums.json", b"["),
+    ("config.json", b"edited"),
+  ],
+)
+def test_load_config_refuses_a_changed_file_by_its_name(tmp_path, name, text):
+  save(tmp_path, tiny.config(), ("a", "b"))
+  assert run_dir.load_config(str(tmp_path)) == tiny.config()
+  if text == b"edited":
+    values = json.loads((tmp_path / name).read_text())
+    values["seed"] = 5
+    text = json.dumps(values).encode()
+  change(tmp_path / name, text)
+  with pytest.raises(ConfigError, match=re.escape(name)):
+    run_dir.load_config(str(tmp_path))
+
+
+def test_load_config_reads_a_run_of_an_earlier_version(tmp_path):
+  save(tmp_path, tiny.config())
+  (tmp_path / "checksums.json").unlink()
+  assert run_dir.load_config(str(tmp_path)) == tiny.config()
+
+
+@pytest.mark.parametrize(
+  "labels", ['["a", "a"]', "[1, 2]", '{"a": 1}', "[" * 9999]
+)
+def test_load_labels_refuses_what_are_not_different_names(tmp_path, labels):
+  (tmp_path / "labels.json").write_text(labels)
+  with pytest.raises(ConfigError, match=r"labels\.json is damaged"):
+    run_dir.load_labels(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("old", "new"), [('"seconds": 2.5', '"seconds": 3.5'), ("seconds", "second")]
+)
+def test_read_result_refuses_a_changed_file(tmp_path, old, new):
+  result = {"seconds": 2.5, "shape": (1, 2), "test": None}
+  run_dir.write_result(str(tmp_path), result)
+  path = tmp_path / "result.json"
+  assert run_dir.read_result(str(tmp_path))["shape"] == [1, 2]
+  path.write_text(path.read_text().replace(old, new))
+  with pytest.raises(ConfigError, match="checksum"):
+    run_dir.read_result(str(tmp_path))
+
+
+def test_read_result_of_an_earlier_version_needs_seconds(tmp_path):
+  (tmp_path / "result.json").write_text('{"seconds": "x"}')
+  with pytest.raises(ConfigError, match="seconds"):
+    run_dir.read_result(str(tmp_path))
+
+
 def test_held_refuses_a_second_process(tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()

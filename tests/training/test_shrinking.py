@@ -16,7 +16,7 @@ from folding import config as c
 from folding.compression.sites import make_sites
 from folding.data.tokenizers import load_tokenizer
 from folding.models.transformer import make_model
-from folding.training import loop, optimizer, shrinking
+from folding.training import loop, optimizer, run_dir, shrinking
 from tests.training import tiny
 from tests.training.conftest import tiny_config
 
@@ -188,7 +188,7 @@ def _losses(workdir):
 
 def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
   done, output = shrunk
-  before, after = _read(whole, "result.json"), _read(output, "result.json")
+  before, after = run_dir.read_result(whole), run_dir.read_result(output)
   assert done["step"] == done["steps"] == 10
   this, _ = loop.open_run(whole)
   that, _ = loop.open_run(output)
@@ -255,7 +255,7 @@ def test_unfinished_run_continues_as_without_a_shrink(whole, tmp_path, capsys):
     list(found.values()), list(losses.values()), rtol=1e-4
   )
   # The check at step 6 has zeroed the same number, those removed included.
-  result, expected = _read(output, "result.json"), _read(whole, "result.json")
+  result, expected = run_dir.read_result(output), run_dir.read_result(whole)
   assert result["parameters"] == expected["parameters"]
   assert result["test"]["loss"] == pytest.approx(
     expected["test"]["loss"], rel=1e-4
