@@ -29,6 +29,7 @@ from folding.training.allocate import allocate, outer_fractions
 from folding.training.checkpoint import load_run
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.optimizer import embedding_fraction, make_rules
+from folding.training.progress import aligned
 from folding.training.prune_trained import (
   neuron_pruner,
   prune_trained,
@@ -158,25 +159,23 @@ def fold_table(
     layer  groups    W_V  logits kept  KL, nats  attention R2  MLP R2  to prune
         0       2  dense        98.0%     0.100         1.000   0.500       40%
   """
-  table = {
-    "layer": [str(row["layer"]) for row in report],
-    "groups": [str(row["groups"] or "dense") for row in report],
-    "W_V": [row["values"] for row in report],
-    "logits kept": [
-      "-" if row["logits_kept"] is None else f"{row['logits_kept']:.1%}"
-      for row in report
-    ],
-    "KL, nats": [f"{row['divergence']:.3f}" for row in report],
-    "attention R2": [f"{row['attention_r2']:.3f}" for row in report],
-    "MLP R2": [f"{row['mlp_r2']:.3f}" for row in report],
-  }
+  header = "layer", "groups", "W_V", "logits kept", "KL, nats"
+  rows = [[*header, "attention R2", "MLP R2"]]
+  for row in report:
+    kept = row["logits_kept"]
+    rows.append(
+      [
+        str(row["layer"]),
+        str(row["groups"] or "dense"),
+        row["values"],
+        "-" if kept is None else f"{kept:.1%}",
+        *(f"{row[x]:.3f}" for x in ("divergence", "attention_r2", "mlp_r2")),
+      ]
+    )
   if prune is not None:
-    table["to prune"] = [f"{part:.0%}" for part in prune]
-  columns = []
-  for title, cells in table.items():
-    width = max(map(len, (title, *cells)))
-    columns.append([cell.rjust(width) for cell in (title, *cells)])
-  return "\n".join("  ".join(row) for row in zip(*columns, strict=True))
+    column = ["to prune", *(f"{part:.0%}" for part in prune)]
+    rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
+  return "\n".join(aligned(rows))
 
 
 # ---------------------------------------------------------------------------
@@ -348,7 +347,7 @@ def teacher_of(
   Its parameters are bfloat16; each layer computes in `model.dtype`.
   """
   d = config.distill
-  if not (d.logits or d.hidden):
+  if not d.is_used:
     return None
   path = d.teacher or config.pretrained or ""
   model, params = dense_start(path, config, data, needs_head=d.logits > 0)

@@ -7,7 +7,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -108,6 +108,23 @@ def _brief(record: dict[str, Any]) -> str:
   if "sparsity" in record:
     text += f"  sparsity {record['sparsity']:.0%}"
   return text
+
+
+def aligned(rows: Sequence[Sequence[str]], num_text: int = 0) -> list[str]:
+  """Returns a line per row, with aligned columns.
+
+  Args:
+    rows: Cells.
+    num_text: Number of first columns that are aligned left; others, right.
+  """
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    "  ".join(
+      cell.ljust(width) if i < num_text else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    for row in rows
+  ]
 
 
 class Clock:
