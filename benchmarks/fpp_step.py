@@ -3,13 +3,13 @@
     python -m benchmarks.fpp_step [--rounds=40] [--devices=8] [--json]
 
 The same folded model and AdamW, on the same batch; `bare` has no FPP, `held`
-is FPP between two checks, `check` is a step in which FPP gathers statistics
+is FPP between two mask updates, `check` a step in which it gathers statistics
 and decides anew. `ratio` weighs the two by how often they come in the
-quickstart, which has a check every nine steps. With --devices, CPU devices are
+quickstart, a mask update every nine steps. With --devices, CPU devices are
 simulated and parameters, optimizer state and masks are split over all of them.
 """
 
-import functools
+import dataclasses
 import statistics
 
 import jax
@@ -18,42 +18,43 @@ import numpy as np
 from benchmarks import output, timing
 from configs import quickstart
 from folding import config as config_lib
-from folding.models.transformer import make_model
 from folding.training import optimizer as optimizer_lib
 from folding.training import sharding
-from folding.training.step import StepOptions, init_state, train_step
+from folding.training.step import Program
 
 
 def measure(rounds: int, devices: int = 1) -> dict:
   """Returns seconds and ratios."""
   config = config_lib.resolve(quickstart.get_config())
   config.mesh = config_lib.MeshConfig(data=1, fsdp=devices)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
   vocab_size, d = config.data.vocab_size, config.data
-  model = make_model(config, vocab_size)
   tokens = np.random.default_rng(0).integers(
     0, vocab_size, (d.batch_size, d.length + 1), dtype=np.int32
   )
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-  batch = sharding.put_batch(
-    mesh,
-    {
-      "tokens": tokens[:, :-1],
-      "targets": tokens[:, 1:],
-      "weights": np.ones((d.batch_size, d.length), np.float32),
-    },
-  )
-  abstract = jax.eval_shape(model.init, jax.random.key(0), batch["tokens"])
-  rules = optimizer_lib.make_rules(
-    config, abstract["params"], abstract["params"]
+  batch = {
+    "tokens": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "weights": np.ones((d.batch_size, d.length), np.float32),
+  }
+  batch = sharding.put_batch(mesh, batch)
+  unpruned = dataclasses.replace(config.fpp, linear=0.0, embedding=0.0)
+  bare, pruned = (
+    Program(
+      dataclasses.replace(config, fpp=fpp),
+      mesh,
+      vocab_size=vocab_size,
+      num_classes=0,
+    )
+    for fpp in (unpruned, config.fpp)
   )
   calls = {
-    "bare": _stepper(config, model, [], batch, mesh, is_check=False),
-    "check": _stepper(config, model, rules, batch, mesh, is_check=True),
-    "held": _stepper(config, model, rules, batch, mesh, is_check=False),
+    "bare": _stepper(bare, batch, is_mask_update=False),
+    "check": _stepper(pruned, batch, is_mask_update=True),
+    "held": _stepper(pruned, batch, is_mask_update=False),
   }
   seconds = timing.time_in_turn(calls, rounds)
-  begin, end, every = optimizer_lib.check_steps(config)
-  share = ((end - begin) // every + 1) / config.train.steps
+  share = len(optimizer_lib.mask_updates(config)) / config.train.steps
   held = timing.ratio(seconds["held"], seconds["bare"])
   check = timing.ratio(seconds["check"], seconds["bare"])
   return {
@@ -67,25 +68,16 @@ def measure(rounds: int, devices: int = 1) -> dict:
   }
 
 
-def _stepper(config, model, rules, batch, mesh, is_check):
+def _stepper(program: Program, batch, *, is_mask_update: bool):
   """Returns a call that takes one step; in the middle of the ramp."""
-  tx = optimizer_lib.make_optimizer(config, rules)
-  state = init_state(model, tx, config.data.length, config.seed)
-  places = sharding.tree_shardings(mesh, state)
-  begin, end, every = optimizer_lib.check_steps(config)
-  middle = begin + (end - begin) // every // 2 * every
-  step = jax.jit(
-    functools.partial(
-      train_step,
-      options=StepOptions(model=model, tx=tx, rules=rules, mesh=mesh),
-      is_check=is_check,
-    ),
-    out_shardings=(places, sharding.whole(mesh)),
-  )
-  # Held steps start one after a check; each call repeats the same step.
-  at = middle if is_check else middle + 1
+  updates = optimizer_lib.mask_updates(program.config)
+  middle = updates[(len(updates) - 1) // 2]
+  # Held steps come right after a mask update; each call repeats the same step.
+  at = middle if is_mask_update else middle + 1
+  state = program.draw(program.config.seed)
   state = state._replace(opt_state=state.opt_state._replace(step=np.int32(at)))
-  state = jax.device_put(state, places)
+  state = jax.device_put(state, program.state_shardings)
+  step = program.step(is_mask_update=is_mask_update, donates=False)
   return lambda: jax.block_until_ready(step(state, batch))
 
 
@@ -99,8 +91,8 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", args.devices)
   result = measure(args.rounds, args.devices)
   table = output.Table(
-    "A training step with FPP over one without; weighed by how often checks "
-    f"come: {result['ratio']:.3f}",
+    "A training step with FPP over one without; weighed by how often masks are "
+    f"updated: {result['ratio']:.3f}",
     ["step", "milliseconds", "ratio", "quartiles"],
     [
       [

@@ -131,7 +131,7 @@ def _programs(
   tx = optimizer_lib.make_optimizer(config, [])
   state = init_state(model, tx, config.data.length, config.seed)
   step = functools.partial(
-    train_step, options=StepOptions(model=model, tx=tx), is_check=False
+    train_step, options=StepOptions(model=model, tx=tx), is_mask_update=False
   )
   compiled = {
     "forward": jax.jit(lambda p, t: model.apply({"params": p}, t))

@@ -21,7 +21,7 @@ import numpy as np
 
 from folding import config as config_lib
 from folding.data.batches import Data
-from folding.training.optimizer import check_steps, make_schedule
+from folding.training.optimizer import make_schedule, mask_updates
 
 STAGES = 10
 
@@ -178,8 +178,13 @@ def _recover(
 
   t = dataclasses.replace(config.train, learning_rate=learning_rate)
   d = config.distill
-  begin, end, _ = check_steps(config)
-  stages = np.linspace(begin, end, STAGES).round().astype(int).tolist()
+  updates = mask_updates(config)
+  stages = (
+    np.linspace(updates.start, updates.stop - 1, STAGES)
+    .round()
+    .astype(int)
+    .tolist()
+  )
   schedule = make_schedule(dataclasses.replace(config, train=t))
 
   def make_optimizer():

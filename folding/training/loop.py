@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from folding.data import sources
 from folding.data.batches import Data, make_data
 from folding.errors import ConfigError, TrainingError
 from folding.models.params import GROUPS
-from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.models.transformer import Transformer
 from folding.training import distributed, energy, run_dir, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
@@ -45,74 +44,29 @@ from folding.training.progress import (
   StepLog,
   stop_signal,
 )
-from folding.training.step import (
-  Distillation,
-  StepOptions,
-  TrainState,
-  init_state,
-  state_shapes,
-  train_step,
-)
+from folding.training.step import Program, TrainState
 
 
-class Run:
-  """Model, optimizer and shapes of a run, all functions of config and data.
+class Run(Program):
+  """A `Program` with its data: all functions of config and data.
 
   Attributes:
-    config: Resolved.
     data: Batches, tokenizer, labels.
-    mesh: The devices.
-    model: The Linen model.
-    tx: The optimizer, FPP included.
-    rules: The rules of FPP.
-    like: Shapes and shardings of the training state.
-    unsplit: One line per parameter (and one for the batch) that the mesh does
-      not divide.
-    dense_params: Shapes of the parameters of the dense baseline.
   """
 
   def __init__(self, config: Config, data: Data):
-    self.config, self.data = config, data
-    self.mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     for rows in (config.data.batch_size, config.data.eval_batch_size):
-      sharding.require_divides(self.mesh, rows)
-    make = functools.partial(make_model, num_classes=data.num_classes)
-    self.model = make(config, data.tokenizer.vocab_size)
-    full_size = data.tokenizer.plain_size  # before tokens were removed
-    self.dense_params = param_shapes(
-      make(config_lib.dense_twin(config), full_size)
+      sharding.require_divides(mesh, rows)
+    super().__init__(
+      config,
+      mesh,
+      vocab_size=data.tokenizer.vocab_size,
+      num_classes=data.num_classes,
+      plain_size=data.tokenizer.plain_size,
     )
-    unshrunk = param_shapes(make(config_lib.unshrunk(config), full_size))
-    self.rules = optimizer_lib.make_rules(config, unshrunk, self.dense_params)
-    removed = optimizer_lib.removed_units(
-      self.rules, unshrunk, param_shapes(self.model)
-    )
-    self.tx = optimizer_lib.make_optimizer(config, self.rules, removed)
+    self.data = data
     self._eval_step = make_eval_step(self.model)
-    self._draw = functools.partial(
-      init_state, self.model, self.tx, config.data.length
-    )
-    state = state_shapes(self._draw)
-    rows = config.data.batch_size // config.train.accumulate
-    self.unsplit = [
-      *sharding.unsplit(self.mesh, state.params, config.mesh.rules),
-      *sharding.undivided(self.mesh, rows),
-    ]
-    self.like = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state,
-      sharding.tree_shardings(self.mesh, state, rules=config.mesh.rules),
-    )
-
-  @property
-  def num_parameters(self) -> int:
-    """Number of parameters, zeros included."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(self.like.params))
-
-  @property
-  def state_shardings(self) -> TrainState:
-    """Shardings of the training state."""
-    return jax.tree.map(lambda x: x.sharding, self.like)
 
   @property
   def seed(self) -> np.uint32:
@@ -121,7 +75,7 @@ class Run:
 
   def init(self) -> TrainState:
     """Returns the first state, with parameters drawn by the seed."""
-    return jax.jit(self._draw, out_shardings=self.state_shardings)(self.seed)
+    return jax.jit(self.draw, out_shardings=self.state_shardings)(self.seed)
 
   def init_from(self, params: Any) -> TrainState:
     """Returns the first state with the given parameters."""
@@ -362,31 +316,16 @@ def _train(
   """Trains to the last step, tests the best checkpoint, returns the result."""
   run, first_step, state = start
   config, t = run.config, run.config.train
-  distillation = teacher_params = None
+  teacher_model = teacher_params = None
   if teacher is not None:
-    d = config.distill
-    distillation = Distillation(teacher[0], d.logits, d.hidden, d.temperature)
-    teacher_params = run.place_teacher(teacher[1])
-  options = StepOptions(
-    model=run.model,
-    tx=run.tx,
-    rules=run.rules,
-    accumulate=t.accumulate,
-    mesh=run.mesh,
-    distillation=distillation,
-  )
+    teacher_model, teacher_params = teacher[0], run.place_teacher(teacher[1])
   steps = {
-    is_check: jax.jit(
-      functools.partial(train_step, options=options, is_check=is_check),
-      donate_argnums=0,
-      out_shardings=(run.state_shardings, sharding.whole(run.mesh)),
-    )
-    for is_check in (False, True)
+    is_update: run.step(is_mask_update=is_update, teacher=teacher_model)
+    for is_update in (False, True)
   }
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
   usage = run.usage()
-  # Only a model that is pruned to its end can be the best.
-  pruned_at = optimizer_lib.check_steps(config)[1] + 1 if run.rules else 0
+  mask_updates = optimizer_lib.mask_updates(config) if run.rules else range(0)
 
   with (
     MetricsWriter(workdir, config, first_step, distributed.is_main()) as writer,
@@ -409,7 +348,8 @@ def _train(
           metrics = run.evaluate(state.params, "valid", t.eval_batches)
           writer.write({"split": "valid", "step": step, **metrics})
           writer.say(_line(step, "valid", metrics))
-          loss = _rank(metrics) if step >= pruned_at else None
+          # Only a model that is pruned to its end can be the best.
+          loss = _rank(metrics) if step >= mask_updates.stop else None
         checkpoints.save(step, state, loss)
         run.write_result(
           workdir,
@@ -426,8 +366,7 @@ def _train(
       if is_last:
         break
       batch = sharding.put_batch(run.mesh, next(batches))
-      is_check = bool(run.rules) and optimizer_lib.is_check(config, step)
-      state, step_metrics = steps[is_check](
+      state, step_metrics = steps[step in mask_updates](
         state, batch, seed=seed, usage=usage, teacher_params=teacher_params
       )
       log.step(step + 1, step_metrics, batch)

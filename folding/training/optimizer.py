@@ -174,20 +174,14 @@ def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:
   }
 
 
-def check_steps(config: Config) -> tuple[int, int, int]:
-  """Returns the mask updates as (first step, last step, steps between)."""
+def mask_updates(config: Config) -> range:
+  """Returns the steps, counted from 0, in which FPP updates its masks."""
   if is_pruned_before(config):
-    return 0, 0, 1
+    return range(1)
   f, steps = config.fpp, config.train.steps
   begin = int(f.begin * steps)
   end = max(begin, min(int(f.end * steps), steps - 1))
-  return begin, end, max(1, math.ceil((end - begin) / f.checks))
-
-
-def is_check(config: Config, step: int) -> bool:
-  """Returns whether FPP updates its masks in this step."""
-  begin, end, every = check_steps(config)
-  return begin <= step <= end and (step - begin) % every == 0
+  return range(begin, end + 1, max(1, math.ceil((end - begin) / f.checks)))
 
 
 def is_pruned_before(config: Config) -> bool:
@@ -232,16 +226,16 @@ def make_optimizer(
       )
     ),
   )
-  begin, end, every = check_steps(config)
+  updates = mask_updates(config)
   if is_pruned_before(config):
     f = dataclasses.replace(f, score="magnitude", patience=0, tolerance=None)
     rules = [dataclasses.replace(rule, score=None) for rule in rules]
   return fpp(
     inner,
     rules,
-    begin=begin,
-    end=end,
-    every=every,
+    begin=updates.start,
+    end=updates.stop - 1,
+    every=updates.step,
     patience=f.patience,
     score=f.score,
     decay=f.decay,

@@ -6,7 +6,6 @@ in libtpu knows. No data is read and no array is allocated.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -16,25 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from folding import config as config_lib
 from folding import paths
-from folding.compression.sites import Rule, make_sites
+from folding.compression.sites import make_sites
 from folding.config import Config
 from folding.data.batches import vocab_size
 from folding.errors import ConfigError
-from folding.models.transformer import make_model, param_shapes
-from folding.training import optimizer as optimizer_lib
+from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.training import sharding
-from folding.training.step import (
-  Distillation,
-  StepOptions,
-  TrainState,
-  init_state,
-  state_shapes,
-  train_step,
-)
+from folding.training.progress import aligned
+from folding.training.step import Program
 
 GIB = 2**30
 # {generation: (GiB of memory per chip, axes of a topology, cores per chip that
@@ -167,75 +158,42 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
     },
     "mesh": dict(mesh.shape),
   }
-  runs = {
-    "dense": _build(config_lib.dense_twin(config), mesh),
-    "compressed": _build(config, mesh),
-  }
-  for name, run in runs.items():
-    parameters, kept = _stored(run.options.rules, run.state.params)
-    found[name] = {"parameters": parameters, "stored": kept}
-    found[name]["step"] = _compiled(run, devices.gib)
-    if run.options.rules:
-      found[name]["mask update"] = _compiled(run, devices.gib, is_check=True)
-  rows = config.data.batch_size // config.train.accumulate
-  found["unsplit"] = [
-    *sharding.unsplit(mesh, runs["compressed"].state.params, config.mesh.rules),
-    *sharding.undivided(mesh, rows),
-  ]
+  for name, each in (
+    ("dense", config_lib.dense_twin(config)),
+    ("compressed", config),
+  ):
+    program = Program(
+      each, mesh, vocab_size=config.data.vocab_size, num_classes=2
+    )
+    total = program.num_parameters
+    found[name] = {"parameters": total, "stored": total - _zeros(program)}
+    found[name]["step"] = _compiled(program, devices.gib)
+    if program.rules:
+      found[name]["mask update"] = _compiled(
+        program, devices.gib, is_mask_update=True
+      )
+    found["unsplit"] = program.unsplit
   return found
 
 
-class _Run(NamedTuple):
-  """A run without its data: the shapes of its state, and where arrays lie."""
-
-  config: Config
-  mesh: Mesh
-  options: StepOptions
-  state: TrainState
-
-
-def _build(config: Config, mesh: Mesh) -> _Run:
-  make = functools.partial(
-    make_model, vocab_size=config.data.vocab_size, num_classes=2
-  )
-  model, dense = make(config), make(config_lib.dense_twin(config))
-  rules = optimizer_lib.make_rules(
-    config, param_shapes(model), param_shapes(dense)
-  )
-  tx = optimizer_lib.make_optimizer(config, rules)
-  d = config.distill
-  distillation = None
-  if d.logits or d.hidden:
-    distillation = Distillation(dense, d.logits, d.hidden, d.temperature)
-  options = StepOptions(
-    model=model,
-    tx=tx,
-    rules=rules,
-    accumulate=config.train.accumulate,
-    mesh=mesh,
-    distillation=distillation,
-  )
-  init = functools.partial(init_state, model, tx, config.data.length)
-  return _Run(config, mesh, options, state_shapes(init))
-
-
-def _stored(rules: Sequence[Rule], params: Any) -> tuple[int, int]:
-  """Returns the numbers of parameters, and of those nonzero at the end."""
-  leaves = paths.flatten(params)
-  total = sum(math.prod(x.shape) for x in leaves.values())
+def _zeros(program: Program) -> int:
+  """Returns how many parameters are zero after the last mask update."""
+  leaves = paths.flatten(program.like.params)
   zero = 0
-  for site in make_sites(rules, params):
-    share = rules[site.rule].target
+  for site in make_sites(program.rules, program.like.params):
+    share = program.rules[site.rule].target
     for name, axis in site.members.items():
       shape = leaves[name].shape
       units = math.prod(shape) if axis is None else shape[axis]
       zero += int(share * units) * (math.prod(shape) // units)
-  return total, total - zero
+  return zero
 
 
-def _inputs(run: _Run) -> tuple[dict[str, Any], dict[str, Any]]:
+def _inputs(
+  program: Program, teacher: Transformer | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the shapes of a batch and of the keyword arguments of a step."""
-  config, mesh = run.config, run.mesh
+  config, mesh = program.config, program.mesh
   B, L = config.data.batch_size, config.data.length
   rows, whole = sharding.batch_sharding(mesh, B), sharding.whole(mesh)
 
@@ -251,11 +209,11 @@ def _inputs(run: _Run) -> tuple[dict[str, Any], dict[str, Any]]:
     batch["labels"] = array((B,), jnp.int32, rows)
     batch["weights"] = array((B,), jnp.float32, rows)
   constants = {"seed": array((), jnp.uint32, whole)}
-  if config.fpp.embedding_granularity != "weight" and run.options.rules:
-    size = run.state.params["embed"]["embedding"].shape[0]
+  if config.fpp.embedding_granularity != "weight" and program.rules:
+    size = program.like.params["embed"]["embedding"].shape[0]
     constants["usage"] = array((size,), jnp.float32, whole)
-  if run.options.distillation is not None:
-    params = param_shapes(run.options.distillation.teacher)
+  if teacher is not None:
+    params = param_shapes(teacher)
     constants["teacher_params"] = jax.tree.map(
       lambda x, where: array(x.shape, jnp.bfloat16, where),
       params,
@@ -265,7 +223,7 @@ def _inputs(run: _Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _compiled(
-  run: _Run, gib: float, *, is_check: bool = False
+  program: Program, gib: float, *, is_mask_update: bool = False
 ) -> dict[str, Any]:
   """Returns what the compiler reports about a training step, per device.
 
@@ -273,20 +231,13 @@ def _compiled(
     {"fits", "arguments" and "scratch": bytes, "flops", "bytes": accessed}. If
     the step runs out of memory: {"fits": False, "error": the reason}.
   """
-  rules = run.config.mesh.rules
-  where = sharding.tree_shardings(run.mesh, run.state, rules=rules)
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    run.state,
-    where,
-  )
-  step = jax.jit(
-    functools.partial(train_step, options=run.options, is_check=is_check),
-    donate_argnums=0,
-    out_shardings=(where, sharding.whole(run.mesh)),
-  )
-  batch, constants = _inputs(run)
-  lowered = step.lower(state, batch, **constants)
+  config, teacher = program.config, None
+  if config.distill.is_used:
+    dense = config_lib.dense_twin(config)
+    teacher = make_model(dense, config.data.vocab_size, num_classes=2)
+  step = program.step(is_mask_update=is_mask_update, teacher=teacher)
+  batch, constants = _inputs(program, teacher)
+  lowered = step.lower(program.like, batch, **constants)
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -334,11 +285,6 @@ def table(found: dict[str, Any]) -> str:
   devices = found["devices"]
   verdicts = ["yes" if one["fits"] else "no" for one in programs.values()]
   rows.append([f"fits in {devices['gib']:.1f} GiB", *verdicts])
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-    for row in rows
-  ]
   mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
   total, kept = found["dense"]["parameters"], found["compressed"]["stored"]
   errors = [
@@ -351,7 +297,7 @@ def table(found: dict[str, Any]) -> str:
   return "\n".join(
     [
       f"{devices['count']} devices ({devices['name']}), mesh {mesh}",
-      *lines,
+      *aligned(rows, num_text=1),
       f"{total:,} parameters in the dense baseline, {kept:,} stored after "
       f"compression ({kept / total:.1%})",
       *errors,

@@ -28,7 +28,7 @@ def held_zero(config: Config, rules: list[Rule], state: TrainState) -> Any:
   next update ranks them among all weights of their array.
   """
   leaves = paths.flatten(state.params)
-  is_over = int(state.step) > optimizer_lib.check_steps(config)[1]
+  is_over = int(state.step) >= optimizer_lib.mask_updates(config).stop
   sites = [
     site
     for site in make_sites(rules, state.params)
@@ -170,8 +170,7 @@ def _shrink_alike(
     for state in states.values()
   ]
   is_zero = jax.tree.map(lambda *z: np.logical_and.reduce(z), *zeros)
-  distill = run.config.distill
-  if not is_over and (distill.logits or distill.hidden):
+  if not is_over and run.config.distill.is_used:
     is_zero["embed"]["embedding"][:] = False  # the teacher reads all tokens
   return {
     step: shrink_state(

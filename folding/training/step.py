@@ -1,6 +1,8 @@
 """The training step: pure, jitted, with donated state."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -14,9 +16,20 @@ from jax.typing import ArrayLike
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.sites import Rule
+from folding.config import Config, dense_twin, unshrunk
 from folding.errors import ConfigError
-from folding.models.transformer import Block
+from folding.models.transformer import (
+  Block,
+  Transformer,
+  make_model,
+  param_shapes,
+)
 from folding.training import losses, sharding
+from folding.training.optimizer import (
+  make_optimizer,
+  make_rules,
+  removed_units,
+)
 
 
 class TrainState(NamedTuple):
@@ -99,16 +112,120 @@ def init_state(
   return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
 
-def state_shapes(init: Callable[..., TrainState]) -> TrainState:
-  """Returns the shapes of the state that `init(seed)` makes.
+class Program:
+  """Model, optimizer and state of a run, without its data.
 
-  Raises:
-    ConfigError: a rule does not fit the parameters.
+  Attributes:
+    config: Resolved.
+    mesh: The devices.
+    model: The Linen model.
+    tx: The optimizer, FPP included.
+    rules: The rules of FPP.
+    like: Shapes and shardings of the training state.
+    unsplit: One line per parameter (and one for the batch) that the mesh does
+      not divide.
+    dense_params: Shapes of the parameters of the dense baseline.
   """
-  try:
-    return jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))
-  except ValueError as error:
-    raise ConfigError(str(error)) from error
+
+  def __init__(
+    self,
+    config: Config,
+    mesh: Mesh,
+    *,
+    vocab_size: int,
+    num_classes: int,
+    plain_size: int | None = None,
+  ):
+    """Initializes the program.
+
+    Args:
+      config: Resolved.
+      mesh: From `sharding.make_mesh`.
+      vocab_size: V, tokens of the model.
+      num_classes: Ignored by language models.
+      plain_size: V before tokens left the tokenizer; None: none did.
+
+    Raises:
+      ConfigError: a rule of FPP or of the mesh does not fit the parameters.
+    """
+    self.config, self.mesh = config, mesh
+    plain_size = plain_size or vocab_size
+    make = functools.partial(make_model, num_classes=num_classes)
+    self.model = make(config, vocab_size)
+    self.dense_params = param_shapes(make(dense_twin(config), plain_size))
+    before = param_shapes(make(unshrunk(config), plain_size))
+    self.rules = make_rules(config, before, self.dense_params)
+    removed = removed_units(self.rules, before, param_shapes(self.model))
+    self.tx = make_optimizer(config, self.rules, removed)
+    self.draw = functools.partial(
+      init_state, self.model, self.tx, config.data.length
+    )
+    try:
+      state = jax.eval_shape(self.draw, jax.ShapeDtypeStruct((), jnp.uint32))
+    except ValueError as error:
+      raise ConfigError(str(error)) from error
+    rows = config.data.batch_size // config.train.accumulate
+    self.unsplit = [
+      *sharding.unsplit(mesh, state.params, config.mesh.rules),
+      *sharding.undivided(mesh, rows),
+    ]
+    self.like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state,
+      sharding.tree_shardings(mesh, state, rules=config.mesh.rules),
+    )
+
+  @property
+  def num_parameters(self) -> int:
+    """Number of parameters, zeros included."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(self.like.params))
+
+  @property
+  def state_shardings(self) -> TrainState:
+    """Shardings of the training state."""
+    return jax.tree.map(lambda x: x.sharding, self.like)
+
+  def options(self, teacher: Transformer | None = None) -> StepOptions:
+    """Returns the options of `train_step`.
+
+    Args:
+      teacher: Model of the teacher; None: train on the labels only.
+    """
+    d, distillation = self.config.distill, None
+    if teacher is not None:
+      distillation = Distillation(teacher, d.logits, d.hidden, d.temperature)
+    return StepOptions(
+      model=self.model,
+      tx=self.tx,
+      rules=self.rules,
+      accumulate=self.config.train.accumulate,
+      mesh=self.mesh,
+      distillation=distillation,
+    )
+
+  def step(
+    self,
+    *,
+    is_mask_update: bool,
+    teacher: Transformer | None = None,
+    donates: bool = True,
+  ) -> Any:
+    """Returns the jitted `train_step`.
+
+    Args:
+      is_mask_update: See `train_step`.
+      teacher: See `options`.
+      donates: Whether the new state takes the memory of the old.
+    """
+    return jax.jit(
+      functools.partial(
+        train_step,
+        options=self.options(teacher),
+        is_mask_update=is_mask_update,
+      ),
+      donate_argnums=0 if donates else (),
+      out_shardings=(self.state_shardings, sharding.whole(self.mesh)),
+    )
 
 
 def train_step(
@@ -116,7 +233,7 @@ def train_step(
   batch: losses.Batch,
   *,
   options: StepOptions,
-  is_check: bool,
+  is_mask_update: bool,
   seed: ArrayLike = 0,
   usage: jax.Array | None = None,
   teacher_params: Any = None,
@@ -127,7 +244,7 @@ def train_step(
     state: The state before the update.
     batch: Global arrays, see `folding.data.batches.Data`.
     options: Model, optimizer and losses.
-    is_check: Static flag: does this step update the masks of FPP? Only then
+    is_mask_update: Static flag: does this step update the masks of FPP? Only then
       does the compiled step gather forward statistics.
     seed: uint32[], seed of dropout. An array, so that runs that differ by their
       seed share one compiled program.
@@ -155,7 +272,7 @@ def train_step(
         totals=totals,
         options=options,
         teacher_params=teacher_params,
-        has_stats=is_check,
+        has_stats=is_mask_update,
       )
 
     return jax.grad(loss_fn, has_aux=True)(state.params)
@@ -173,7 +290,7 @@ def train_step(
 
   grads, aux = _sum_micro_batches(gradient, batch, key, options.accumulate)
   stats = aux.stats
-  if is_check and usage is not None:
+  if is_mask_update and usage is not None:
     stats = stats | {"embed/embedding": usage}
   updates, opt_state = options.tx.update(
     grads,
@@ -182,11 +299,11 @@ def train_step(
     stats=stats,
     value=aux.label_loss,
     value_fn=value_fn,
-    is_due=is_check,
+    is_due=is_mask_update,
   )
   params = optax.apply_updates(state.params, updates)
   metrics = {"loss": aux.nats}
-  if is_check and options.rules:
+  if is_mask_update and options.rules:
     metrics |= fpp_counts(options.rules, cast(FPPState, opt_state), params)
   return TrainState(state.step + 1, params, opt_state), metrics
 

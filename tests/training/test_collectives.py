@@ -67,7 +67,6 @@ def compiled_update(mesh, score, granularity="weight"):
 @pytest.mark.parametrize(
   ("mesh", "score", "granularity"),
   [
-    ("fsdp=8", "relative", "weight"),
     ("data=2,fsdp=2,tensor=2", "relative", "weight"),
     ("fsdp=8", "activation", "neuron"),
   ],

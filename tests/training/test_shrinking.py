@@ -20,7 +20,7 @@ from folding.training import loop, optimizer, run_dir, shrinking
 from tests.training import tiny
 from tests.training.conftest import tiny_config
 
-STEPS = 12  # checks at 0, 3, 6, 9; the first zeros at 6, the last at 9
+STEPS = 12  # mask updates at 0, 3, 6, 9; the first zeros at 6, the last at 9
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def trained(run, train):
 
 
 def _trainer(run):
-  steps = {check: run.step(check) for check in (False, True)}
+  steps = {is_update: run.step(is_update) for is_update in (False, True)}
 
   def train(state, first):
     states, losses = {first: state}, []
     for step in range(first, STEPS):
-      is_check = optimizer.is_check(run.config, step)
-      state, metrics = steps[is_check](state, tiny.batch(step))
+      is_update = step in optimizer.mask_updates(run.config)
+      state, metrics = steps[is_update](state, tiny.batch(step))
       states[step + 1] = state
       losses.append(float(metrics["loss"]))
     return states, losses
@@ -144,7 +144,7 @@ def test_head_leaves_after_the_last_mask_update(run, train, trained, at, heads):
 
 @pytest.fixture(scope="module")
 def whole(text_file, tmp_path_factory):
-  """Returns a finished run, with checks at 2, 4 and 6 that zero at once."""
+  """Returns a finished run, with mask updates at 2, 4, 6 that zero at once."""
   folder = tmp_path_factory.mktemp("shrinking")
   path = folder / "labelled.tsv"
   lines = text_file.read_text().splitlines()
@@ -254,7 +254,8 @@ def test_unfinished_run_continues_as_without_a_shrink(whole, tmp_path, capsys):
   np.testing.assert_allclose(
     list(found.values()), list(losses.values()), rtol=1e-4
   )
-  # The check at step 6 has zeroed the same number, those removed included.
+  # The mask update at step 6 has zeroed the same number, those removed
+  # included.
   result, expected = run_dir.read_result(output), run_dir.read_result(whole)
   assert result["parameters"] == expected["parameters"]
   assert result["test"]["loss"] == pytest.approx(

@@ -32,12 +32,13 @@ def start(run):
 def gradient(run):
   """Returns a function that returns the gradient and metrics of a step."""
   steps = {
-    is_check: run.step(is_check, tx=SGD, rules=[]) for is_check in (False, True)
+    is_mask_update: run.step(is_mask_update, tx=SGD, rules=[])
+    for is_mask_update in (False, True)
   }
 
-  def gradient(state, batch, is_check=False):
+  def gradient(state, batch, is_mask_update=False):
     start = state._replace(opt_state=SGD.init(state.params))
-    new, metrics = steps[is_check](start, batch)
+    new, metrics = steps[is_mask_update](start, batch)
     return jax.tree.map(jnp.subtract, state.params, new.params), metrics
 
   return gradient
@@ -86,8 +87,8 @@ def test_step_gradient_equals_finite_differences(run, start, gradient):
 
 def test_step_statistics_leave_the_gradient_alone(start, gradient):
   state, batch = start, tiny.batch(0)
-  plain, plain_metrics = gradient(state, batch, is_check=False)
-  checked, checked_metrics = gradient(state, batch, is_check=True)
+  plain, plain_metrics = gradient(state, batch, is_mask_update=False)
+  checked, checked_metrics = gradient(state, batch, is_mask_update=True)
   # Two programs: XLA may order their sums differently.
   chex.assert_trees_all_close(checked, plain, rtol=1e-5, atol=1e-7)
   chex.assert_trees_all_close(checked_metrics, plain_metrics, rtol=1e-6)
@@ -231,11 +232,30 @@ def test_micro_batches_draw_dropout_of_their_own():
   assert found == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+def test_program_takes_the_options_of_a_step_from_its_config(run):
+  config = tiny.config(
+    pretrained="DENSE",
+    distill=c.DistillConfig(logits=0.5, hidden=0.25, temperature=3.0),
+    train=c.TrainConfig(steps=8),
+  )
+  mesh = sharding.make_mesh(config.mesh)
+  program = step_lib.Program(config, mesh, vocab_size=tiny.VOCAB, num_classes=0)
+  found = program.options(run.model)
+  taught = step_lib.Distillation(
+    teacher=run.model, logits=0.5, hidden=0.25, temperature=3.0
+  )
+  assert (found.distillation, found.accumulate) == (taught, 1)
+  assert program.options().distillation is None
+  config = tiny.config(train=c.TrainConfig(steps=8, accumulate=4))
+  program = step_lib.Program(config, mesh, vocab_size=tiny.VOCAB, num_classes=0)
+  assert program.options().accumulate == 4
+
+
 def train(run, state, devices, mesh_config, seeds):
   """Yields the state after each step, trained on a mesh of the devices."""
   mesh = sharding.make_mesh(mesh_config, devices)
   state = jax.device_put(state, sharding.tree_shardings(mesh, state))
-  step = run.step(is_check=True)
+  step = run.step(is_mask_update=True)
   for seed in seeds:
     batch = sharding.put_batch(mesh, tiny.batch(seed))
     state, metrics = step(state, batch)

@@ -23,7 +23,7 @@ LENGTH = 8
 
 
 def config(**fields: Any) -> c.Config:
-  """Returns a resolved config: one layer, checks at steps 0, 2, 4 and 6."""
+  """Returns a resolved config: one layer, mask updates at 0, 2, 4, 6."""
   values = {
     "data": c.DataConfig(length=LENGTH),
     "model": c.ModelConfig(num_layers=1, width=32, num_heads=4),
@@ -47,12 +47,14 @@ class Tiny(NamedTuple):
     init = functools.partial(init_state, self.model, self.tx, LENGTH, seed)
     return jax.jit(init)()
 
-  def step(self, is_check: bool, **options: Any):
+  def step(self, is_mask_update: bool, **options: Any):
     """Returns the jitted training step."""
     values = {"model": self.model, "tx": self.tx, "rules": self.rules}
     static = StepOptions(**(values | options))
     return jax.jit(
-      functools.partial(train_step, options=static, is_check=is_check)
+      functools.partial(
+        train_step, options=static, is_mask_update=is_mask_update
+      )
     )
 
 
