@@ -22,7 +22,9 @@ from folding import paths
 from folding.config import Config
 from folding.errors import ConfigError
 from folding.models.params import group_of
+from folding.models.transformer import make_model, param_shapes
 from folding.training.fold_pretrained import (
+  READS,
   STREAMS,
   Batch,
   Stream,
@@ -37,8 +39,7 @@ from folding.training.fold_pretrained import (
 )
 
 _FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
-# {linear layer of a block: module whose input it reads}
-_LINEAR = {"attn/o": "o", "mlp/up": "up", "mlp/gate": "up", "mlp/down": "down"}
+_LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
 
 class Option(NamedTuple):
@@ -201,28 +202,26 @@ def _budget(
     head = (1 - linear if config.task == "lm" else 1) * sizes["head"]
     outside = (1 - embedding) * sizes["embedding"] + sizes["other"] + head
     return (1 - config.fpp.overall) * sizes["all"] - outside
+  shapes = param_shapes(make_model(config, vocab_size=1, num_classes=1))
   qkv = sum(
-    sum(_stored_qkv(config, layer.groups, layer.values))
-    for layer in config_lib.layers_of(config.model, config.fold)
+    sum(_attention_sizes(block["attn"]).values())
+    for name, block in shapes.items()
+    if name.startswith("blocks_")
   )
   return qkv + (1 - linear) * sizes["linear"]
 
 
-def _stored_qkv(config: Config, groups: int, values: str) -> tuple[int, int]:
-  """Returns the sizes of W_Q and W_K, and of W_V, of one layer."""
-  m, f = config.model, config.fold
-  heads = m.num_heads + m.num_kv_heads
-  qk = m.width * heads * (groups or m.head_dim)
-  if groups and f.axis == "input":
-    qk = groups * heads * m.head_dim
-  elif groups and m.positions == "rope":
-    qk += m.num_kv_heads * groups // 2  # the frequencies
-  v = {
-    "dense": m.width * m.num_kv_heads * m.head_dim,
-    "diagonal": m.width,
-    "identity": 0,
+def _attention_sizes(attn: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the sizes of W_Q and W_K, with their frequencies, and of W_V."""
+  sizes = {name: w.size for name, w in paths.flatten(attn).items()}
+  names = {
+    "qk": ("q/kernel", "k/kernel", "frequency"),
+    "v": ("v/kernel", "v/diagonal"),
   }
-  return qk, v[values]
+  return {
+    kind: float(sum(sizes.get(name, 0) for name in each))
+    for kind, each in names.items()
+  }
 
 
 def measure(
@@ -237,46 +236,56 @@ def measure(
   """
   dense = config_lib.dense_twin(config)
   stream = embed_batches(config, params, batches)
-  options: dict[tuple[int, str], list[Option]] = {}
+  options = {}
   for n in layers_with_bar(config, "measuring"):
-    old, block = params[f"blocks_{n}"], make_block(dense, n)
-    target = look_all(block, old, stream, STREAMS)
-    out = [seen["out"] for seen in target]
-
-    def error(config, new, n=n, stream=stream, out=out):
-      part = functools.partial(_error_sums, make_block(config, n), new)
-      return float(np.divide(*total(part, *stream, out)))
-
-    def folded(groups, values, n=n, old=old, stream=stream, target=target):
-      """Returns the error and the sizes of a folded layer."""
-      trial = _trial(config, groups, values)
-      sizes = _stored_qkv(config, groups, values)
-      if not groups and values == "dense":
-        return 0.0, sizes
-      new, _ = fold_layer(trial, n, old, stream, target=target)
-      return error(trial, new), sizes
-
-    options[n, "qk"], options[n, "v"], options[n, "linear"] = [], [], []
-    for groups in _groups(config, n):
-      wrong, (qk, _) = folded(groups, "dense")
-      options[n, "qk"].append(Option(groups, float(qk), wrong))
-    for values in _values(config, n):
-      wrong, (_, v) = folded(0, values)
-      options[n, "v"].append(Option(values, float(v), wrong))
-    size = sum(
-      int(np.prod(w.shape))
-      for name, w in paths.flatten(old).items()
-      if group_of(name) == "linear"
-    )
-    squares = total(functools.partial(_square_sums, block, old), *stream)
-    for fraction in _FRACTIONS:
-      pruned = _pruned(old, squares, fraction)
-      wrong = error(dense, pruned) if fraction else 0.0
-      options[n, "linear"].append(
-        Option(fraction, (1 - fraction) * size, wrong)
-      )
-    stream = Stream(out, stream.masks)
+    old = params[f"blocks_{n}"]
+    target = look_all(make_block(dense, n), old, stream, STREAMS)
+    found = _measure_layer(config, n, old, stream, target)
+    options |= {(n, kind): each for kind, each in found.items()}
+    stream = Stream([seen["out"] for seen in target], stream.masks)
   return options
+
+
+def _measure_layer(
+  config: Config,
+  n: int,
+  old: Mapping[str, Any],
+  stream: Stream,
+  target: Sequence[Mapping[str, jax.Array]],
+) -> dict[str, list[Option]]:
+  """Returns {kind: options} of layer n; arguments as for `fold_layer`."""
+  dense = make_block(config_lib.dense_twin(config), n)
+  out = [seen["out"] for seen in target]
+
+  def error(block, new):
+    part = functools.partial(_error_sums, block, new)
+    return float(np.divide(*total(part, *stream, out)))
+
+  def folded(kind, groups, values):
+    value = groups if kind == "qk" else values
+    if not groups and values == "dense":
+      return Option(value, _attention_sizes(old["attn"])[kind], 0.0)
+    trial = _trial(config, groups, values)
+    new, _ = fold_layer(trial, n, old, stream, target=target)
+    stored = _attention_sizes(new["attn"])[kind]
+    return Option(value, stored, error(make_block(trial, n), new))
+
+  squares = total(functools.partial(_square_sums, dense, old), *stream)
+  size = sum(
+    w.size
+    for name, w in paths.flatten(old).items()
+    if group_of(name) == "linear"
+  )
+
+  def pruned(fraction):
+    wrong = error(dense, _pruned(old, squares, fraction)) if fraction else 0.0
+    return Option(fraction, (1 - fraction) * size, wrong)
+
+  return {
+    "qk": [folded("qk", groups, "dense") for groups in _groups(config, n)],
+    "v": [folded("v", 0, values) for values in _values(config, n)],
+    "linear": [pruned(fraction) for fraction in _FRACTIONS],
+  }
 
 
 def _trial(config: Config, groups: int, values: Any) -> Config:
@@ -327,8 +336,8 @@ def _square_sums(block, params, x, mask):
   seen = look(block, params, x, mask, ("o", "up", "down"))
   weight = mask.astype(jnp.float32)
   return {
-    name: jnp.einsum("BL...,BL->...", jnp.square(seen[module]), weight)
-    for name, module in _LINEAR.items()
+    name: jnp.einsum("BL...,BL->...", jnp.square(seen[READS[name]]), weight)
+    for name in _LINEAR
     if name.split("/")[1] in params[name.split("/")[0]]
   }
 

@@ -26,6 +26,16 @@ from folding.models.transformer import Block, Transformer
 Batch = Mapping[str, Any]  # "tokens" int[B, L]; perhaps "mask" bool[B, L]
 Params = Mapping[str, Any]
 
+# {kernel of a block: module whose input it reads}; v and gate may be missing.
+READS = {
+  "attn/q": "q",
+  "attn/k": "q",
+  "attn/v": "q",
+  "attn/o": "o",
+  "mlp/up": "up",
+  "mlp/gate": "up",
+  "mlp/down": "down",
+}
 # Modules of a block whose inputs are the residual stream.
 STREAMS = ("norm_attn", "norm_mlp")
 _FIT_RATE = 0.03  # first learning rate of a fit, relative to an array's RMS
@@ -42,6 +52,11 @@ class Stream(NamedTuple):
 
   x: Sequence[jax.Array]
   masks: Sequence[jax.Array]
+
+  @property
+  def num_tokens(self) -> int:
+    """Number of tokens, padding left out."""
+    return sum(int(mask.sum()) for mask in self.masks)
 
 
 Prune = Callable[[int, dict[str, Any], Stream], dict[str, Any]]
@@ -159,7 +174,7 @@ def embed_batches(
   """
   D = config.model.width
   masks = [jnp.asarray(b.get("mask", b["tokens"] >= 0)) for b in batches]
-  num_tokens = sum(int(mask.sum()) for mask in masks)
+  num_tokens = Stream([], masks).num_tokens
   num_texts = sum(map(len, masks))
   if num_tokens <= 2 * D or num_texts < 2:
     raise ConfigError(
@@ -337,8 +352,7 @@ class _Moments(NamedTuple):
 
 def _moments(block: Block, params: Params, stream: Stream) -> _Moments:
   sums = total(functools.partial(_moment_sums, block, params), *stream)
-  count = sum(int(mask.sum()) for mask in stream.masks)
-  return _Moments(*(a / count for a in sums))
+  return _Moments(*(a / stream.num_tokens for a in sums))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,6 +18,7 @@ from folding.config import Config
 from folding.models.shrink import shrink
 from folding.models.transformer import Block
 from folding.training.fold_pretrained import (
+  READS,
   Batch,
   Params,
   Prune,
@@ -31,17 +32,7 @@ from folding.training.fold_pretrained import (
 )
 from folding.training.optimizer import make_rules
 
-# {kernel of a block: module whose input it reads}; v and gate may be missing.
-_READS = {
-  "attn/q": "q",
-  "attn/k": "q",
-  "attn/v": "q",
-  "attn/o": "o",
-  "mlp/up": "up",
-  "mlp/gate": "up",
-  "mlp/down": "down",
-}
-_MODULES = ("down", "o", "q", "up")
+_MODULES = tuple(sorted(set(READS.values())))
 
 
 def prune_trained(
@@ -162,8 +153,7 @@ def _moments(
 ) -> dict[str, _Moment]:
   """Returns {module: moments of its input}."""
   sums = total(lambda *at: _sums(block, params, *at, names), *stream)
-  count = sum(int(mask.sum()) for mask in stream.masks)
-  return jax.tree.map(lambda a: a / count, sums)
+  return jax.tree.map(lambda a: a / stream.num_tokens, sums)
 
 
 @jax.jit(static_argnames=("block", "names"))
@@ -190,7 +180,7 @@ def _weights(
     if name not in fractions:
       return w
     kernel = name.removeprefix(f"{block}/").removesuffix("/kernel")
-    moment = moments[_READS[kernel]].second_II
+    moment = moments[READS[kernel]].second_II
     w_IO = np.asarray(w, np.float64).reshape(len(moment), -1)
     new = solve(w_IO, moment, fractions[name])
     return new.reshape(w.shape).astype(np.float32)

@@ -102,7 +102,7 @@ def recovery_config(source, topics, **fields) -> c.Config:
   """Returns the config of a short training from a checkpoint or a run."""
   config = pretrained_config.get_config(str(source))
   config.data.path, config.data.batch_size = str(topics), 8
-  config.compress.calibration = 96
+  config.compress.calibration, config.compress.fit_steps = 96, 50
   config.train.steps, config.train.eval_every = 6, 3
   config.train.tensorboard = False
   config.fpp.checks, config.fpp.overall = 2, 0.5
