@@ -13,6 +13,7 @@ import rich.console
 import rich.table
 
 from folding.reporting import plots
+from folding.reporting.report import table
 from folding.training.run_dir import source_commit
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -69,12 +70,12 @@ def show(
 ) -> None:
   """Prints the tables and does what --json and --save ask for."""
   for each in tables:
-    table = rich.table.Table(title=each.title)
+    shown = rich.table.Table(title=each.title)
     for index, head in enumerate(each.header):
-      table.add_column(head, justify="left" if index == 0 else "right")
+      shown.add_column(head, justify="left" if index == 0 else "right")
     for row in each.rows:
-      table.add_row(*row)
-    rich.console.Console().print(table)
+      shown.add_row(*row)
+    rich.console.Console().print(shown)
   result = {
     "device": jax.devices()[0].device_kind,
     "commit": source_commit(),
@@ -98,10 +99,7 @@ def _page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) -> str:
     f"{result['commit']}. All figures: [{name}.json]({name}.json).\n"
   )
   for each in tables:
-    text.write(f"\n{each.title}\n\n")
-    marks = ["---", *["---:"] * (len(each.header) - 1)]
-    for row in (each.header, marks, *each.rows):
-      text.write(f"| {' | '.join(row)} |\n")
+    text.write(f"\n{each.title}\n\n{table(each.header, each.rows)}")
   text.write(f"\n![{name}]({name}.png)\n")
   return text.getvalue()
 
