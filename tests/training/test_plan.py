@@ -113,7 +113,28 @@ def test_teacher_adds_two_bytes_per_dense_parameter(config, found):
   assert taught["dense"] == found["dense"]  # it learns from no teacher
 
 
-def test_classifier_with_rows_to_prune_has_a_plan(config):
+class _Compiled:
+  """A program as the compiler reports it."""
+
+  def memory_analysis(self):
+    return types.SimpleNamespace(
+      argument_size_in_bytes=100,
+      temp_size_in_bytes=10,
+      output_size_in_bytes=62,
+      alias_size_in_bytes=60,
+    )
+
+  def cost_analysis(self):
+    return {"flops": 7.0, "bytes accessed": 8.0}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+  """Traces programs, but compiles none."""
+  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
+
+
+def test_classifier_with_rows_to_prune_has_a_plan(config, compiled):
   classifier = dataclasses.replace(
     config, task="classify", model=c.bert(num_layers=1, width=32, num_heads=4)
   )
@@ -130,20 +151,7 @@ def test_classifier_with_rows_to_prune_has_a_plan(config):
   assert compressed["parameters"] - compressed["stored"] == zero
 
 
-def test_scratch_memory_leaves_out_the_donated_state(config, monkeypatch):
-  class Compiled:
-    def memory_analysis(self):
-      return types.SimpleNamespace(
-        argument_size_in_bytes=100,
-        temp_size_in_bytes=10,
-        output_size_in_bytes=62,
-        alias_size_in_bytes=60,
-      )
-
-    def cost_analysis(self):
-      return {"flops": 7.0, "bytes accessed": 8.0}
-
-  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: Compiled())
+def test_scratch_memory_leaves_out_the_donated_state(config, compiled):
   devices = plan_lib.find_devices("cpu-8")
   for size, fits in ((112, True), (111, False)):
     here = devices._replace(gib=size / plan_lib.GIB)
@@ -189,7 +197,7 @@ def test_cpus_share_the_memory_of_the_machine():
     ("v5e-12", None),
   ],
 )
-def test_slice_has_the_most_eventopology_of(slice_name, topology):
+def test_topology_of_a_slice_is_the_most_even_one(slice_name, topology):
   generation, number = slice_name.split("-")
   assert plan_lib.topology_of(generation, int(number)) == topology
 
@@ -209,7 +217,7 @@ def test_missing_tpu_compiler_is_one_line():
     plan_lib.find_devices("v5p-64")
 
 
-def test_verb_prints_a_table_or_json(config_file, capsys):
+def test_verb_prints_a_table_or_json(config_file, capsys, compiled):
   words = ["plan", f"--config={config_file}:64", "--devices=cpu-8"]
   words += [
     "--config.dense=True",
@@ -244,7 +252,7 @@ def test_verb_reports_mistakes_in_one_line(flags, message, config_file, capsys):
   assert message in error
 
 
-def test_vocabulary_is_that_of_the_tokenizer(config, tmp_path):
+def test_vocabulary_is_that_of_the_tokenizer(config, tmp_path, compiled):
   path = tmp_path / "tokenizer.json"
   words = [f"w{i}" for i in range(300)]
   checkpoints.write_tokenizer(path, [*checkpoints.WORDS, *words])
