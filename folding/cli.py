@@ -382,10 +382,6 @@ def generate(args: argparse.Namespace) -> None:
       prompts += lines
   elif not prompts:
     prompts = [""]
-  try:
-    "".join(prompts).encode()
-  except UnicodeEncodeError as error:
-    raise ConfigError(f"a prompt is not UTF-8: {error.reason}") from None
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
   pieces = generate_lib.continue_texts(
     export_lib.load(args.path),
@@ -408,6 +404,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _call(argv: Sequence[str]) -> None:
+  try:
+    "".join(argv).encode()
+  except UnicodeEncodeError as error:
+    raise ConfigError(f"an argument is not UTF-8: {error.reason}") from None
   rest, edits = split_edits(argv)
   args = make_parser().parse_args(rest)
   if edits and not hasattr(args, "config"):
@@ -447,6 +447,8 @@ def exit_status(call: Callable[[], Any]) -> int:
   2 is a mistake of the user, 1 training that cannot go on, 130 Ctrl-C.
   """
   try:
+    if sys.stdout is None:
+      raise ConfigError("standard output is closed; /dev/null may take it")
     call()
     sys.stdout.flush()
   except UnicodeEncodeError as error:

@@ -32,6 +32,7 @@ Score = Literal[
 # Numbers and their ranges, which every config is checked for.
 Count = Annotated[int, Range(1, 2**31)]
 Natural = Annotated[int, Range(0, 2**31)]
+Few = Annotated[int, Range(1, 2**10)]  # each is listed or compiled
 Fraction = Annotated[float, Range(0, 1)]
 Share = Annotated[float, Range(0, 1, "[]")]
 NonNegative = Annotated[float, Range(0)]
@@ -51,7 +52,9 @@ class DataConfig:
   valid_fraction: Fraction = 0.1  # for sources without a validation split
   test_fraction: Fraction = 0.1  # for sources without a test split
   tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json
-  vocab_size: Count = 1024  # of a newly trained BPE tokenizer
+  vocab_size: Annotated[int, Range(1, 2**24)] = (
+    1024  # of a newly trained BPE tokenizer
+  )
   length: Count = 128  # L, tokens per example; longer texts are cut or packed
   batch_size: Count = 32  # B, examples over all processes
   eval_batch_size: Count = 64
@@ -64,6 +67,13 @@ class DataConfig:
       raise ConfigError(
         "data.valid_fraction + data.test_fraction must leave text to train on"
       )
+    for name in ("batch_size", "eval_batch_size"):
+      size = getattr(self, name)
+      if size * self.length > 2**28:
+        raise ConfigError(
+          f"data.{name} {size:,} of data.length {self.length:,} is more than "
+          "2^28 tokens, which no memory holds"
+        )
 
 
 def data_at(name: str, **fields: Any) -> DataConfig:
@@ -81,9 +91,9 @@ def data_at(name: str, **fields: Any) -> DataConfig:
 class ModelConfig:
   """Shape of the transformer. Letters as in `folding.models`."""
 
-  num_layers: Count = 4  # N
+  num_layers: Few = 4  # N
   width: Count = 128  # D
-  num_heads: Count = 16  # H
+  num_heads: Few = 16  # H
   num_kv_heads: Natural = 0  # J; 0: as many as heads
   head_dim: Natural = 0  # K; 0: width / num_heads
   mlp_width: PerLayer = 0  # F; 0: 4 D

@@ -153,7 +153,7 @@ def becoming(folder: str) -> Iterator[str]:
   try:
     yield part
     sync_tree(part)
-    os.replace(part, folder)
+    os.replace(part, os.path.normpath(folder))
     sync_folder(os.path.dirname(os.path.normpath(folder)))
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
@@ -183,6 +183,10 @@ def require_workdir(path: str) -> None:
   """
   require_local(path)
   whole = os.path.abspath(path)
+  try:
+    whole.encode()
+  except UnicodeEncodeError:
+    raise ConfigError(f"the name {whole!r} is not UTF-8; rename it") from None
   for character in "[*?":
     if character in whole:
       raise ConfigError(
@@ -192,10 +196,13 @@ def require_workdir(path: str) -> None:
 
 
 def require_empty(path: str) -> None:
-  """Raises `ConfigError` unless a path is free or an empty folder."""
+  """Raises `ConfigError` unless a path is free or a replaceable empty folder."""
   require_workdir(path)
-  is_empty = os.path.isdir(path) and not os.listdir(path)
-  if os.path.exists(path) and not is_empty:
+  whole = os.path.abspath(path)
+  if whole == os.getcwd() or os.path.ismount(whole):
+    raise ConfigError(f"{path!r} cannot be replaced; name a new folder")
+  is_empty = os.path.isdir(whole) and not os.listdir(whole)
+  if os.path.lexists(whole) and (os.path.islink(whole) or not is_empty):
     raise ConfigError(
       f"{path} is there already and not an empty folder; choose another"
     )
@@ -246,7 +253,7 @@ def call_in_file(where: str, function: str) -> Any:
     return getattr(module, function)(*([argument] if colon else []))
   except ConfigError:
     raise
-  except Exception as error:  # whatever the user's program raises
+  except (Exception, SystemExit) as error:  # of the user's program
     raise ConfigError(
       f"{function}() of {path!r} fails: {reason(error)}"
     ) from error

@@ -92,7 +92,8 @@ def parse(hint: Any, text: str, where: str) -> Any:
     ConfigError: the text does not fit the annotation.
   """
   values: list[Any] = [text, tuple(text.split(","))]
-  with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError):
+  unreadable = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
+  with contextlib.suppress(*unreadable):
     value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     values = [None, text] if value is None else [text, value, (value,)]
   for value in values:
@@ -208,7 +209,9 @@ def describe(hint: Any) -> str:
 
 
 def _misfit(hint: Any, shown: Any, where: str) -> ConfigError:
-  return ConfigError(f"{where} must be {describe(hint)}; it is {shown}")
+  return ConfigError(
+    f"{where} must be {describe(hint)}; it is {shown[:200] or 'empty'}"
+  )
 
 
 def _fit(hint: Any, value: Any) -> Any:
@@ -223,7 +226,7 @@ def _fit(hint: Any, value: Any) -> Any:
     if number in options[1]:
       return number
   elif origin in (types.UnionType, typing.Union):
-    for option in options:
+    for option in options if value != "" else ():  # no name, and not None
       with contextlib.suppress(ValueError):
         return _fit(option, value)
   elif origin is Literal:

@@ -67,6 +67,10 @@ def test_train_runs_the_config_that_the_flags_ask_for(monkeypatch, capsys):
     ([*QUICKSTART, "--workdir=W", "--config.seed=-1"], "it is -1"),
     ([*QUICKSTART, "--workdir=W", "--config.fold.axis=x"], "'input'"),
     ([*QUICKSTART, "--workdir=W", "--config.model.width=100"], "divisible"),
+    ([*QUICKSTART, "--workdir=W", "--config.pretrained="], "it is empty"),
+    ([*QUICKSTART, "--workdir=W", "--config.data.path="], "it is empty"),
+    ([*QUICKSTART, "--workdir=W", "--config.model.num_layers=9999"], "1024"),
+    ([*QUICKSTART, "--workdir=x\udcff"], "UTF-8"),
     (["train", "--config=nowhere.py", "--workdir=W"], "nowhere.py"),
     (["train", "--config=nowhere.json", "--workdir=W"], "nowhere.json"),
     (["train", "--config=README.md", "--workdir=W"], "README.md"),
@@ -149,6 +153,12 @@ def test_exit_status_of_an_error(error, status, capsys):
 
   assert cli.exit_status(call) == status
   assert capsys.readouterr().err.count("\n") == (status != 130)
+
+
+def test_closed_output_is_refused_before_the_work(capsys, monkeypatch):
+  monkeypatch.setattr("sys.stdout", None)
+  assert cli.exit_status(lambda: 1 / 0) == 2
+  assert "standard output is closed" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_hidden():

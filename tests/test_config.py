@@ -59,6 +59,7 @@ def test_build_inverts_json():
     ({"on": 1}, "must be bool"),
     ({"widths": [1, 2.0]}, "int or a tuple of int"),
     ({"rules": [["a"]]}, r"rules must be"),
+    ({"rules": [["a", [""]]]}, r"rules must be"),
     ({"inner": {"rate": float("nan")}}, "it is nan"),
     ({"inner": {"rate": 10**400}}, "must be float"),
     ({"inner": {"rate": "1"}}, "it is '1'"),
@@ -113,12 +114,13 @@ def test_parse_reads_the_text_of_a_flag(field, text, value):
     ("inner.size", "9"),
     ("inner.rate", "1e999"),
     ("inner.kind", "[[["),
+    ("inner.kind", "-" * 100_000 + "1"),
   ],
 )
 def test_parse_refuses_what_does_not_fit(field, text):
   with pytest.raises(ConfigError, match="must be") as caught:
     typed.parse(typed.fields(Outer)[field], text, field)
-  assert str(caught.value).endswith(f"it is {text}")
+  assert f"it is {text[:200]}" in str(caught.value)
 
 
 def test_edited_and_differences_are_by_dotted_name():
@@ -316,6 +318,11 @@ REFUSED = {
     {"data__valid_fraction": 0.9},
     "text",
     {"data__test_fraction": 0},
+  ),
+  "tokens": (
+    {"data__eval_batch_size": 10**8},
+    r"2\^28",
+    {"data__length": 2},
   ),
   "fpp_backwards": ({"fpp__begin": 0.9}, "begin < end", {"fpp__end": 1.0}),
   "heads": ({"model__width": 100}, "divisible", {"model__num_heads": 20}),

@@ -4,6 +4,7 @@ import pathlib
 import pytest
 
 from folding import files
+from folding.errors import ConfigError
 
 
 def test_write_file_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
@@ -42,3 +43,35 @@ def test_becoming_leaves_a_whole_folder_or_none(tmp_path):
   assert [p.relative_to(tmp_path) for p in tmp_path.rglob("a")] == [
     pathlib.Path("new/a")
   ]
+
+
+@pytest.mark.parametrize("name", [".", "", "link", "full", "x\udcff", "/"])
+def test_output_that_cannot_become_a_folder_is_refused(
+  tmp_path, monkeypatch, name
+):
+  monkeypatch.chdir(tmp_path)
+  os.symlink("nowhere", "link")
+  os.makedirs("full/part")
+  with pytest.raises(ConfigError):
+    files.require_empty(name)
+
+
+def test_empty_folder_is_replaced_whatever_its_spelling(tmp_path):
+  (tmp_path / "new").mkdir()
+  files.require_empty(f"{tmp_path}/new/.")
+  with files.becoming(f"{tmp_path}/new/.") as part:
+    pathlib.Path(part, "a").write_text("a")
+  assert (tmp_path / "new" / "a").is_file()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_damaged_json_is_refused(tmp_path, text):
+  (tmp_path / "a.json").write_text(text)
+  with pytest.raises(ConfigError, match="damaged"):
+    files.read_json(str(tmp_path / "a.json"), dict)
+
+
+def test_exit_in_a_file_of_the_user_is_an_error(tmp_path):
+  (tmp_path / "a.py").write_text("import sys\nsys.exit(7)\n")
+  with pytest.raises(ConfigError, match="SystemExit: 7"):
+    files.call_in_file(str(tmp_path / "a.py"), "get_config")

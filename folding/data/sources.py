@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
@@ -18,13 +19,14 @@ import tensorflow_datasets as tfds
 
 # Registers the text builders; without it TFDS finds "glue" only by luck.
 import tensorflow_datasets.text
-from absl import logging
 
 from folding import config as config_lib
 from folding import errors
 from folding.config import DataConfig
 from folding.data import python_stdlib
 from folding.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 Table: TypeAlias = list[tuple[int, dict[str, Any]]]  # (line, row) of a file
@@ -122,6 +124,12 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
         f"{splits['train'].source} has one class, {', '.join(known)}; a "
         "classifier needs two"
       )
+    found = set(splits["train"].labels or ())
+    if all(map(str.isdecimal, found)) and found.isdisjoint({*known, "0"}):
+      raise ConfigError(
+        f"{splits['train'].source}: ids of labels.txt start at 0, and no label is "
+        f"0 ({known[0]})"
+      )
   fractions = {"valid": data.valid_fraction, "test": data.test_fraction}
   fractions = {n: share for n, share in fractions.items() if n not in splits}
   if fractions:
@@ -135,6 +143,7 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
       f"no text is left to train on in {splits['train'].source}; give more text "
       "or lower data.valid_fraction and data.test_fraction"
     )
+  _warn_of_repeats(splits)
   texts: dict[str, Sequence[str]] = {s: splits[s].texts for s in SPLITS}
   if task == "lm":
     return Texts(texts, None, ())
@@ -142,6 +151,12 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
     split: _label_ids(splits[split], known, allow_ids=names is not None)
     for split in SPLITS
   }
+  empty = set(range(len(known))).difference(labels["train"].tolist())
+  if empty:
+    _log.warning(
+      "%d of %d classes have no text to train on: %s",
+      *(len(empty), len(known), ", ".join(known[i] for i in sorted(empty))),
+    )
   return Texts(texts, labels, known)
 
 
@@ -256,6 +271,17 @@ def _label_ids(
   return np.array([ids[label] for label in rows.labels or ()], np.int32)
 
 
+def _warn_of_repeats(splits: dict[str, Rows]) -> None:
+  """Warns of the texts of valid and test that train has too."""
+  known = set(splits["train"].texts)
+  for split in ("valid", "test"):
+    texts = splits[split].texts
+    seen = sum(text in known for text in texts)
+    if seen:
+      share = f"{seen:,} of {len(texts):,} texts ({seen / len(texts):.1%})"
+      _log.warning("%s of the %s split are in train too", share, split)
+
+
 # Local files.
 
 
@@ -268,8 +294,8 @@ def _read_path(
     Rows by split: "train", and "valid" and "test" if there is a file; and the
     class names of a `labels.txt` beside them, None without one.
   """
-  if not path.exists():
-    raise ConfigError(f"data.path {path} does not exist")
+  if not (path.is_file() or path.is_dir()):  # a pipe would wait for ever
+    raise ConfigError(f"data.path {path} is neither a file nor a folder")
   if path.is_dir():
     folder, files = path, _split_files(path)
   else:
@@ -344,6 +370,11 @@ def _read_file(
     if rows.labels is not None:
       label = None if label_field is None else row.get(label_field)
       rows.labels.append(_checked_label(label, rows.place(-1)))
+      if type(label) is not type(table[0][1][label_field]):
+        raise ConfigError(
+          f"{rows.place(-1)}: the label {label!r} is a {type(label).__name__}, "
+          "unlike that of the first row; use one kind"
+        )
   if file.suffix == ".tsv" and rows.labels:
     first, second = rows.labels[0], rows.texts[0].strip()
     is_header = first.lower() == "label" and first not in rows.labels[1:]
@@ -368,6 +399,8 @@ def _decode(file: pathlib.Path) -> str:
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
   """Yields the number and the text of each line that is not empty."""
+  if "\n" not in text:  # the line ends of old Macs
+    text = text.replace("\r", "\n")
   # Not splitlines: a text may hold other characters that it would split at.
   for number, line in enumerate(text.split("\n"), 1):
     if line.removesuffix("\r"):
@@ -456,7 +489,7 @@ def _choose_columns(
   text_field = _choose_text(str(file), others, texts, data.text_field)
   ignored = ", ".join(name for name in texts if name != text_field)
   if ignored:
-    logging.warning(
+    _log.warning(
       "%s: the text is the column %s; ignored: %s", file, text_field, ignored
     )
   return text_field, label_field
@@ -606,7 +639,7 @@ def _read_tfds(
     for split, rows in splits.items():
       kept = [i for i, x in enumerate(rows.labels or ()) if x in known]
       if len(kept) < len(rows.texts):
-        logging.warning(
+        _log.warning(
           "%s: %d rows of classes that train lacks are ignored",
           split,
           len(rows.texts) - len(kept),

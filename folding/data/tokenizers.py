@@ -23,6 +23,9 @@ from folding.config import DataConfig
 from folding.errors import ConfigError
 
 NUM_BYTES = 256
+_MAX_IDS = (
+  1 << 24
+)  # beyond any vocabulary: the library counts up to the last id
 PAD, END = "<pad>", "<end>"  # of our own tokenizers
 TOKEN_MAP = "token_map.json"  # beside tokenizer.json, if ids are mapped
 SPECIAL_TOKENS = "special_tokens.json"  # beside tokenizer.json
@@ -44,6 +47,8 @@ _PATTERN = (
   r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+(?:\s*\n\s*)?|\s+(?!\S)|\s+"
 )
+# Training cuts longer words; each character stands for a byte.
+_PART_OF_WORD = r".{1,256}"
 
 # Long texts are encoded in pieces: the library keeps about 100 bytes per token.
 _PIECE = 1 << 16  # characters, about
@@ -139,6 +144,11 @@ class Tokenizer:
       raise ConfigError("the tokenizer has no tokens")
     self._inner = inner
     self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+    if self.vocab_size > _MAX_IDS:
+      raise ConfigError(
+        f"the tokenizer has an id {self.vocab_size - 1:,}, and the last may be "
+        f"{_MAX_IDS - 1:,}"
+      )
     self.plain_size = self.vocab_size
     begin = _begin_ids(inner, ["a", *itertools.islice(vocabulary, 1000)])
     self.begin_ids = np.array(begin, np.int32)
@@ -352,7 +362,9 @@ def train_tokenizer(data: DataConfig, texts: Sequence[str]) -> Tokenizer:
         "data.tokenizer='bytes'"
       )
     split = pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated")
-    inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    # Training takes the square of the length of a word; encoding does not.
+    cut = pre_tokenizers.Split(tokenizers.Regex(_PART_OF_WORD), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes, cut])
     trainer = trainers.BpeTrainer(
       vocab_size=data.vocab_size,
       min_frequency=2,
@@ -361,6 +373,7 @@ def train_tokenizer(data: DataConfig, texts: Sequence[str]) -> Tokenizer:
       show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
   return Tokenizer(inner)
 
 
@@ -390,7 +403,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     return plain
   try:
     token_map = np.array(json.loads(map_path.read_text("utf-8")), np.int32)
-  except (ValueError, TypeError, OverflowError):
+  except (ValueError, TypeError, OverflowError, RecursionError):
     token_map = np.array([], np.int32)
   if token_map.ndim != 1 or not token_map.size or token_map.min() < -1:
     raise ConfigError(f"{map_path} is not a list of token ids")
@@ -435,13 +448,14 @@ def _find_special(
   return SpecialTokens(
     ends=tuple(ends),
     pad=added[pad] if type(pad) is int and pad in added else named.get("pad"),
-    chat_template=template if isinstance(template, str) else None,
+    chat_template=template if template and isinstance(template, str) else None,
   )
 
 
 def _read_options(path: pathlib.Path) -> dict[str, Any]:
   """Returns the fields of a JSON file; {} if there is none or it is damaged."""
-  with contextlib.suppress(OSError, ValueError, AttributeError):
+  unreadable = (OSError, ValueError, AttributeError, RecursionError)
+  with contextlib.suppress(*unreadable):
     values = json.loads(path.read_text("utf-8"))
     return {k: v for k, v in values.items() if v is not None}
   return {}

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import numpy as np
 from folding.data.batches import bucket_lengths, encode_rows
 from folding.errors import ConfigError
 from folding.serving.export import Loaded
+
+_log = logging.getLogger(__name__)
 
 _BATCHES_SORTED = 32  # texts are sorted by length among so many batches
 
@@ -76,7 +79,11 @@ def _predict(
     return jax.nn.softmax(logits_BC, axis=-1)
 
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
+  labelled = tuple(f"{label}\t" for label in loaded.labels)
   while group := list(itertools.islice(texts, size)):
+    if labelled and all(text.startswith(labelled) for text in group):
+      _log.warning("each line begins with a label, which is read as its text")
+      labelled = ()
     found = _probabilities(
       loaded, functools.partial(forward, params), group, batch_size
     )
@@ -142,11 +149,15 @@ def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
     # A byte order mark is no text, but only at the start of the file.
     encoding = "utf-8-sig" if number == 1 else "utf-8"
     try:
-      yield line.decode(encoding).removesuffix("\n").removesuffix("\r")
+      text = line.decode(encoding).removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
       raise ConfigError(
         f"{name}, line {number}, is not UTF-8 ({error.reason})"
       ) from None
+    if number == 1 and not line.endswith(b"\n"):
+      yield from text.split("\r")  # all of it, with the line ends of old Macs
+    else:
+      yield text
 
 
 def tsv_lines(

@@ -67,7 +67,7 @@ def find_devices(text: str) -> Devices:
     ConfigError: the name is not valid, libtpu is not installed, or JAX has
       started with fewer CPU devices.
   """
-  if found := re.fullmatch(r"cpu-([1-9]\d*)", text):
+  if found := re.fullmatch(r"cpu-([1-9]\d{0,3})", text):
     return _cpus(text, int(found[1]))
   if found := re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text):
     generation, shape = found[1], [int(size) for size in found[2].split("x")]

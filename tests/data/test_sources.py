@@ -2,13 +2,13 @@ import collections
 import csv
 import importlib.util
 import json
+import os
 import pathlib
 import tarfile
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from absl import logging
 
 from folding.config import DataConfig
 from folding.data import sources
@@ -107,9 +107,9 @@ def test_csv_takes_texts_beyond_the_limit_of_the_module(tmp_path):
 
 
 def test_jsonl_columns_are_those_of_the_first_row(tmp_path):
-  rows = {"label": 1, "body": "b1"}, {"title": "t", "label": " x", "body": "b2"}
+  rows = {"label": "1", "body": "b"}, {"title": "t", "label": " x", "body": "c"}
   texts = load(tmp_path, train__jsonl="\n" + _jsonl(*rows) + "\n\n")
-  assert pairs(texts) == [("1", "b1"), ("x", "b2")]
+  assert pairs(texts) == [("1", "b"), ("x", "c")]
 
 
 def test_lm_reads_txt_whole_and_rows_without_labels(tmp_path):
@@ -130,18 +130,35 @@ def test_lm_reads_txt_whole_and_rows_without_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "files",
+  ("files", "line"),
   [
-    {"train__csv": "sentence,sentence2,label\na,b,0\nc,d,1\n"},
-    {"train__jsonl": _jsonl(*({"text": "a", "context": "b", "label": i} for i in (0, 1)))},
+    (
+      {"train__csv": "sentence,sentence2,label\na,b,0\nc,d,1\n"},
+      "ignored: sentence2",
+    ),
+    (
+      {"train__jsonl": _jsonl(*({"text": f"a{i}", "context": "b", "label": i} for i in (0, 1)))},
+      "ignored: context",
+    ),
+    (
+      {"train__tsv": "0\ta\n2\tb\n", "labels__txt": "up\ndown\nflat\n"},
+      "1 of 3 classes have no text to train on: down",
+    ),
+    (
+      {"train__tsv": "0\ta\n1\tb\n", "test__tsv": "0\tb\n0\tc\n1\tb\n"},
+      "2 of 3 texts (66.7%) of the test split are in train too",
+    ),
   ],
 )  # fmt: skip
-def test_ignored_columns_of_text_are_named(tmp_path, files, monkeypatch):
-  lines = []
-  monkeypatch.setattr(logging, "warning", lambda *a: lines.append(a[0] % a[1:]))
-  assert [text for _, text in pairs(load(tmp_path, **files))][0] == "a"
-  [line] = lines
-  assert line.endswith(("ignored: sentence2", "ignored: context"))
+def test_what_is_passed_over_is_told_in_one_line(tmp_path, files, line, caplog):
+  load(tmp_path, **files)
+  [found] = caplog.messages
+  assert found.endswith(line)
+
+
+def test_lines_may_end_as_on_old_macs(tmp_path):
+  texts = load(tmp_path, train__tsv="0\ta\r1\tb\r")
+  assert pairs(texts) == [("0", "a"), ("1", "b")]
 
 
 GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
@@ -175,6 +192,7 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
       GOOD | {"train__tsv": "0\ta\n2\tb\n", "labels__txt": "a\nb\n"},
       "train.tsv:2: label '2'",
     ),
+    ({"train__tsv": "1\ta\n2\tb\n", "labels__txt": "a\nb\nc\n"}, "start at 0"),
     # Ids would be second names of other classes.
     (GOOD | {"labels__txt": "1\n2\n"}, "train.tsv:1: label '0'"),
     (GOOD | {"labels__txt": "a\n\n \nb\na\n"}, "'a' twice"),
@@ -197,6 +215,10 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     ({"train__jsonl": '{"text": "a", "label": NaN}\n'}, "jsonl:1: .*whole"),
     ({"train__jsonl": '{"text": "a", "label": true}\n'}, "jsonl:1: .*whole"),
     ({"train__jsonl": '{"text": "a", "label": [1]}\n'}, "jsonl:1: .*whole"),
+    (
+      {"train__jsonl": _jsonl(*({"text": "a", "label": x} for x in (1, "2")))},
+      "jsonl:2: .*one kind",
+    ),
     ({"train__jsonl": '{"label": 1}\n'}, "no text column"),
     ({"train__jsonl": '{"label": 1, "text": null}\n'}, "jsonl:1 .*'text'"),
     (
@@ -218,8 +240,10 @@ def test_malformed_files_are_refused(tmp_path, files, match):
 def test_wrong_paths_and_columns_are_refused(tmp_path):
   (tmp_path / "a.pdf").write_text("text")
   (tmp_path / "a.csv").write_text("text,label\na,0\n")
+  os.mkfifo(tmp_path / "pipe.csv")
   for fields, match in (
-    ({"path": "none"}, "does not exist"),
+    ({"path": "none"}, "neither a file"),
+    ({"path": "pipe.csv"}, "neither a file"),
     ({"path": "a.pdf"}, "extension"),
     ({"path": "a.csv", "text_field": "x"}, "no text column 'x'.*: text"),
     ({"path": "a.csv", "label_field": "x"}, "no label column 'x'.*text, label"),

@@ -68,6 +68,16 @@ def test_bpe_merges_to_the_configured_size(tmp_path):
   assert again.to_json() == BPE.to_json()
 
 
+def test_bpe_of_long_words_merges_at_most_256_bytes():
+  texts = ["x" * 2000, "é" * 2000 + "y"]
+  found = tokenizers.train_tokenizer(DataConfig(vocab_size=300), texts)
+  values = json.loads(found.to_json())
+  assert max(map(len, values["model"]["vocab"])) == 256
+  assert len(values["pre_tokenizer"]["pretokenizers"]) == 2  # no cut
+  ids = found.encode_batch(texts)
+  assert [found.decode(row) for row in ids] == texts
+
+
 def test_a_saved_tokenizer_encodes_the_same(tmp_path):
   path = str(tmp_path / "tokenizer.json")
   BPE.save(path)
@@ -374,7 +384,15 @@ def test_a_damaged_special_tokens_file_is_refused(tmp_path, text):
     load_tokenizer(tmp_path / "tokenizer.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff", "3"])
+@pytest.mark.parametrize("id", [2**24, 4_000_000_000])
+def test_an_id_beyond_any_vocabulary_is_refused(tmp_path, id):
+  model = models.WordLevel({"a": 0, "b": id}, "a")
+  hf.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+  with pytest.raises(ConfigError, match=f"id {id:,}"):
+    load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "3", "[" * 100_000])
 def test_damaged_configs_of_checkpoints_are_ignored(tmp_path, text):
   _load(tmp_path, generation={"eos_token_id": 4})
   (tmp_path / "config.json").write_bytes(text.encode("latin-1"))

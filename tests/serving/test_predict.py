@@ -112,6 +112,19 @@ def test_open_lines_keeps_all_but_line_ends_and_the_first_mark(
     assert list(lines) == expected
 
 
+def test_open_lines_splits_at_the_line_ends_of_old_macs(tmp_path):
+  (tmp_path / "t.txt").write_bytes(b"one\rtwo\r")
+  with predict_lib.open_lines(str(tmp_path / "t.txt")) as lines:
+    assert list(lines) == ["one", "two"]
+
+
+@pytest.mark.parametrize("mark", ["\t", " "])
+def test_lines_with_their_labels_are_told_once(model, caplog, mark):
+  texts = [f"{label}{mark}the cat" for label in model.labels] * 2
+  list(predict_lib.predict(model, texts, batch_size=2, at_once=True))
+  assert len(caplog.messages) == (mark == "\t")
+
+
 def test_open_lines_names_what_it_cannot_read(tmp_path, monkeypatch):
   (tmp_path / "t.txt").write_bytes(b"one\n\xff\n")
   with predict_lib.open_lines(str(tmp_path / "t.txt")) as lines:

@@ -238,6 +238,7 @@ def test_verb_prints_a_table_or_json(config_file, capsys, compiled):
   [
     (["--config=nowhere.py", "--devices=cpu-1"], "nowhere.py"),
     (["--config={file}", "--devices=h100-8"], "h100-8 is not valid"),
+    (["--config={file}", "--devices=cpu-99999999999"], "is not valid"),
     (["--config={file}", "--devices=v9:2x2"], "v9:2x2 is not valid"),
     (["--config={file}", "--devices=cpu-9999"], "started with 8"),
     (["--config={file}", "--devices=cpu-1"], "does not multiply"),
