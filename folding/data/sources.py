@@ -370,7 +370,7 @@ def _read_file(
     if rows.labels is not None:
       label = None if label_field is None else row.get(label_field)
       rows.labels.append(_checked_label(label, rows.place(-1)))
-      if type(label) is not type(table[0][1][label_field]):
+      if type(label) is not type(table[0][1].get(label_field or "")):
         raise ConfigError(
           f"{rows.place(-1)}: the label {label!r} is a {type(label).__name__}, "
           "unlike that of the first row; use one kind"
