@@ -446,9 +446,10 @@ def exit_status(call: Callable[[], Any]) -> int:
 
   2 is a mistake of the user, 1 training that cannot go on, 130 Ctrl-C.
   """
+  if sys.stdout is None:  # the result would go nowhere
+    _print_error("standard output is closed; /dev/null may take it")
+    return 2
   try:
-    if sys.stdout is None:
-      raise ConfigError("standard output is closed; /dev/null may take it")
     call()
     sys.stdout.flush()
   except UnicodeEncodeError as error:
