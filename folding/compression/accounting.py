@@ -6,12 +6,15 @@ from a configuration.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from folding import paths
+
+# What folding a layer may add or remove; all else has the same path.
+_FOLDED = r"(.*/)?attn/(v/(kernel|bias|diagonal)|frequency)"
 
 
 def storage(w: np.ndarray) -> tuple[str, int, int]:
@@ -50,7 +53,8 @@ def account(
   Args:
     params: The tree to measure.
     dense: Tree of the dense baseline; shapes and dtypes are enough
-      (`jax.eval_shape`).
+      (`jax.eval_shape`). Apart from what folding changes, both trees have the
+      same paths.
     groups: {group: pattern of whole parameter paths}; the rest is "other". For
       our models: `folding.models.params.GROUPS`. None: all is "other".
 
@@ -61,12 +65,16 @@ def account(
     the size of the baseline's array of the same role, 0 without one, and
     "zeros" a fraction.
 
+  Raises:
+    ValueError: the paths of the trees differ.
+
   Example:
     >>> w = {"up": {"kernel": np.array([[0.0, 1.0], [0.0, 2.0]])}}
     >>> account(w, w)["parameters"]["overall"]
     {'dense': 4, 'stored': 2}
   """
-  dense_leaves = paths.flatten(dense)
+  leaves, dense_leaves = paths.flatten(params), paths.flatten(dense)
+  _check_paths(leaves, dense_leaves)
   groups = groups or {}
   names = [*groups, "other", "overall"]
   parameters = {g: {"dense": 0, "stored": 0} for g in names}
@@ -77,7 +85,7 @@ def account(
     for group in (_group_of(name, groups), "overall"):
       parameters[group]["dense"] += int(leaf.size)
       sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
-  for name, leaf in paths.flatten(params).items():
+  for name, leaf in leaves.items():
     w = np.asarray(leaf)
     values = int(np.count_nonzero(w))
     _, value_bytes, mask_bytes = storage(w)
@@ -98,6 +106,18 @@ def account(
       }
     )
   return {"parameters": parameters, "bytes": sizes, "layers": layers}
+
+
+def _check_paths(params: Collection[str], dense: Collection[str]) -> None:
+  for name in sorted(set(params) ^ set(dense)):
+    if not re.fullmatch(_FOLDED, name):
+      here, there = (
+        ("params", "dense") if name in params else ("dense", "params")
+      )
+      raise ValueError(
+        f"account: {name!r} is in `{here}` and not in `{there}`; give two trees "
+        "of the same model"
+      )
 
 
 def _role(name: str) -> str:

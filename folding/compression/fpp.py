@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import checkify
 from jax.sharding import AxisType
 
 from folding import paths
@@ -39,6 +40,7 @@ class FPPState(NamedTuple):
       Plane a has the units that each of the last a + 1 mask updates has chosen.
       The units of plane 0 are not trainable: pruned if their value is zero,
       otherwise frozen.
+    zeroed: int32[], units that were zero after the last mask update.
     averages: {parameter: float32}, moving averages of the scores.
     inner: State of the wrapped optimizer.
   """
@@ -46,6 +48,7 @@ class FPPState(NamedTuple):
   step: jax.Array
   observed: jax.Array
   suspected: dict[str, jax.Array]
+  zeroed: jax.Array
   averages: dict[str, jax.Array]
   inner: optax.OptState
 
@@ -64,6 +67,11 @@ class _Options:
   removed: Mapping[str, int]
 
   def __post_init__(self):
+    for name in ("begin", "end", "every", "patience"):
+      value = getattr(self, name)
+      is_whole = isinstance(value, int | np.integer)
+      if isinstance(value, bool) or not is_whole:
+        raise ValueError(f"fpp: {name} must be a whole number; it is {value!r}")
     if not 0 <= self.begin <= self.end:
       raise ValueError(
         f"fpp: begin {self.begin} to end {self.end} is not a range of steps"
@@ -113,25 +121,36 @@ def fpp(
   tolerance: float | None = None,
   seed: int = 0,
   removed: Mapping[str, int] | None = None,
+  debug: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer so that it freezes, then zeroes parameters.
+
+  Nothing may follow this transform in a chain: `optax.chain(fpp(...), clip)`
+  undoes the zeros. Clip, scale and decay inside `inner`. `fpp_counts` tells how
+  many zeros were undone.
 
   The masks are updated at the steps begin, begin + every, ... up to end, counted
   from 0. Update t of T chooses the lowest share target (1 - (1 - t/T)^3) of the
   units of each parameter. Chosen units freeze; all others train. A unit that has
   stayed frozen for `patience` further updates becomes exactly 0.0 for good, and
   so do all chosen units of the last update. After that the masks are fixed.
+  Counts are rounded down: 0.1 of 3 neurons is none. A loop that ends before the
+  last update misses the target.
 
   A frozen element keeps its value bit for bit, whatever the inner optimizer does
   (momentum, weight decay). Its gradient is 0 to the inner optimizer, so clipping
-  by the global norm counts trainable elements only. Nothing may follow this
-  transform in a chain. Averages of the parameters that an optimizer keeps, such
-  as schedule-free ones, are not zeroed.
+  by the global norm counts trainable elements only. Averages of the parameters
+  that an optimizer keeps, such as schedule-free ones, are not zeroed.
+
+  Gradients that are not finite, or statistics that are not or are negative,
+  change no score. A site of which no such evidence was ever seen, or whose
+  averaged gradients are all 0, has no ranking: its masks stay as they are.
 
   `update` needs `params`. It also takes:
     stats: {parameter path: mean square of its input}, from `folding.observe`.
-      The scores "relative" and "activation" use it; give it at least at every
-      mask update.
+      The scores "relative" and "activation" need it for all parameters that
+      they rank, except biases and other vectors, whose input is 1. Only a step
+      with `is_due=False` may leave it out.
     value, value_fn: The loss, and a function from params to the loss, as for
       the line searches of optax. A `tolerance` needs `value_fn`. It gets the
       params that this transform sees.
@@ -157,6 +176,9 @@ def fpp(
     seed: Seed of the score "random".
     removed: {parameter that a rule matches: pruned units that are no longer in
       it, as after `folding.shrink`}. They count towards the target.
+    debug: If set, a mask update fails a `checkify.check` where a site has no
+      ranking or zeros were undone. The step then has to be inside of
+      `checkify.checkify` or `chex.chexify`.
 
   Returns:
     A transform with the state `FPPState`.
@@ -212,6 +234,7 @@ def fpp(
       step=jnp.zeros([], jnp.int32),
       observed=jnp.zeros([], jnp.int32),
       suspected=suspected,
+      zeroed=jnp.zeros([], jnp.int32),
       averages=averages,
       inner=extra_inner.init(params),
     )
@@ -236,13 +259,16 @@ def fpp(
     if set(grads) != set(leaves):
       raise ValueError("updates and params are trees of different structure")
     _check_sharding(leaves)
+    averaged = {
+      name: rule_scores[site.rule]
+      for site in sites
+      for name in site.members
+      if name in state.averages
+    }
+    if stats or is_due is None or is_due:
+      _check_statistics(averaged, leaves, stats or {})
     averages, observed = _observe(
-      {
-        name: rule_scores[site.rule]
-        for site in sites
-        for name in site.members
-        if name in state.averages
-      },
+      averaged,
       state,
       leaves,
       {"gradients": grads, "statistics": stats or {}},
@@ -254,9 +280,18 @@ def fpp(
       site = sites[n]
       return rule_scores[site.rule].score_site(site, leaves, averages, key)
 
+    def has_ranking(site):
+      """Returns bool[], whether there is evidence where the score needs it."""
+      moved = [
+        jnp.any(averages[m] != averaged[m].init(leaves[m]))
+        for m in site.members
+        if m in averaged and _needs_evidence(averaged[m], m, leaves[m])
+      ]
+      return jnp.stack(moved).any() if moved else jnp.array(True)
+
     def update_masks():
       index = (state.step - o.begin) // o.every
-      planes, zero = {}, {}
+      planes, zero, pruned = {}, {}, jnp.int32(0)
       for n, site in enumerate(sites):
 
         def choose(n=n, site=site):
@@ -270,14 +305,35 @@ def fpp(
           )
 
         old = state.suspected[site.name]
-        # This `cond` is always true. It lets XLA free the temporaries of a site
-        # before the next one: four matrices of 16 MiB then take 43 MiB of
-        # scratch memory, not 113, on XLA:CPU, and 76 MiB, not 132, on a v5e.
-        planes[site.name], zero[site.name] = jax.lax.cond(
-          index >= 0, choose, lambda old=old: (old, old[0])
+        is_ranked = has_ranking(site)
+        if debug:
+          checkify.check(
+            is_ranked,
+            f"fpp: nothing finite but 0 was observed for {site.name!r}",
+          )
+        # Without this `cond`, XLA does not free the temporaries of a site before
+        # the next one: four matrices of 16 MiB then take 113 MiB of scratch
+        # memory, not 43, on XLA:CPU, and 132 MiB, not 76, on a v5e. So the
+        # condition has to be unknown to XLA.
+        planes[site.name], zero[site.name], count = jax.lax.cond(
+          is_ranked & (index >= 0),
+          choose,
+          lambda site=site, old=old: (
+            old,
+            jnp.zeros_like(old[0]),
+            _count_pruned([site], state.suspected, leaves),
+          ),
+        )
+        pruned += count
+      if debug:
+        checkify.check(
+          pruned >= state.zeroed,
+          "fpp: {n} pruned units are not zero any more; nothing may follow fpp "
+          "in a chain",
+          n=state.zeroed - pruned,
         )
       if o.tolerance is None or value_fn is None:
-        return planes, zero
+        return planes, zero, pruned + _count_bits(zero)
       loss = value_fn(params) if value is None else value
       trial = _Trial(
         sites,
@@ -290,18 +346,18 @@ def fpp(
       kept = {name: pack(b) for name, b in bits.items()}
       for name in planes:  # what is not zeroed trains again
         planes[name] &= (kept[name] | ~zero[name])[None]
-      return planes, kept
+      return planes, kept, pruned + _count_bits(kept)
 
     def keep_masks():
       zero = {n: jnp.zeros_like(b[0]) for n, b in state.suspected.items()}
-      return state.suspected, zero
+      return state.suspected, zero, state.zeroed
 
     if is_due is None:
-      suspected, zero = jax.lax.cond(
+      suspected, zero, zeroed = jax.lax.cond(
         o.is_due(state.step), update_masks, keep_masks
       )
     else:
-      suspected, zero = update_masks() if is_due else keep_masks()
+      suspected, zero, zeroed = update_masks() if is_due else keep_masks()
     is_held = member_masks(
       sites, {n: b[0] for n, b in suspected.items()}, leaves
     )
@@ -330,7 +386,14 @@ def fpp(
     )
     updates = paths.map_named(hold, updates, params)
     step = jnp.asarray(optax.safe_increment(state.step))
-    return updates, FPPState(step, observed, suspected, averages, inner_state)
+    return updates, FPPState(
+      step=step,
+      observed=observed,
+      suspected=suspected,
+      zeroed=zeroed,
+      averages=averages,
+      inner=inner_state,
+    )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -346,9 +409,11 @@ def fpp_counts(
     params: The parameters.
 
   Returns:
-    {"selected", "frozen", "zero"}, float32[] each; counts above 2^24 are
-    rounded. "zero" counts pruned elements only, "frozen" those that are held at
-    another value. The rest of the selected elements are trainable.
+    {"selected", "frozen", "zero", "undone"}, float32[] each; counts above 2^24
+    are rounded. "zero" counts pruned elements only, "frozen" those that are held
+    at another value. The rest of the selected elements are trainable. "undone"
+    counts pruned units that are not zero any more, because something follows
+    `fpp` in a chain or changes the parameters after it. It should be 0.
   """
   leaves = paths.flatten(params)
   sites = make_sites(rules, params)
@@ -361,10 +426,12 @@ def fpp_counts(
     held += jnp.sum(bits, dtype=jnp.float32)
     zero += jnp.sum(bits & (leaves[name] == 0), dtype=jnp.float32)
   selected = sum(leaves[name].size for name in is_held)
+  undone = state.zeroed - _count_pruned(sites, state.suspected, leaves)
   return {
     "selected": jnp.float32(selected),
     "frozen": held - zero,
     "zero": zero,
+    "undone": jnp.maximum(undone, 0).astype(jnp.float32),
   }
 
 
@@ -386,6 +453,54 @@ def member_masks(
     for name in site.members:
       masks[name] = site.expand(units, name, leaves[name].ndim)
   return masks
+
+
+def _count_pruned(
+  sites: Sequence[Site],
+  suspected: Mapping[str, jax.Array],
+  leaves: Mapping[str, jax.Array],
+) -> jax.Array:
+  """Returns int32[], how many units are not trainable and zero, modulo 2^32."""
+  count = jnp.int32(0)
+  for site in sites:
+    is_held = unpack(suspected[site.name][0], site.shape[-1])
+    is_zero = site.reduce({m: leaves[m] == 0 for m in site.members}, jnp.all)
+    count += jnp.sum(is_held & is_zero, dtype=jnp.int32)
+  return count
+
+
+def _count_bits(packed: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns int32[], how many bits are set, modulo 2^32."""
+  return sum(
+    (jnp.sum(jnp.bitwise_count(x), dtype=jnp.int32) for x in packed.values()),
+    jnp.int32(0),
+  )
+
+
+def _needs_evidence(score: Score, name: str, w: jax.Array) -> bool:
+  """Returns whether a score ranks a parameter by what `update` gets.
+
+  The input of a bias, or of another vector, is 1, so it needs no statistics.
+  """
+  if score.evidence != "statistics":
+    return score.evidence is not None
+  return w.ndim > 1 and name.rpartition("/")[2] != "bias"
+
+
+def _check_statistics(
+  scores: Mapping[str, Score],
+  leaves: Mapping[str, jax.Array],
+  stats: Mapping[str, jax.Array],
+) -> None:
+  """Raises ValueError if a parameter lacks the statistics of its score."""
+  for name, score in scores.items():
+    is_given = score.evidence != "statistics" or name in stats
+    if not is_given and _needs_evidence(score, name, leaves[name]):
+      raise ValueError(
+        f"fpp: nothing observed for {name!r} (of {len(stats)} statistics); wrap "
+        "apply in folding.observe or choose score='magnitude'; a step without "
+        "statistics has is_due=False"
+      )
 
 
 def _check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:
@@ -426,8 +541,9 @@ def _observe(
 ) -> tuple[dict[str, jax.Array], jax.Array]:
   """Returns the moving averages after a step, and the new `observed`.
 
-  A step with a gradient or statistic that is not finite changes nothing: the
-  optimizer may skip such a step. Neither does an element that overflows.
+  A step with a gradient or statistic that is not finite, or with a negative
+  statistic, changes nothing: the optimizer may skip such a step. Neither does an
+  element that overflows.
 
   Args:
     scores: {parameter: score}, of those with a moving average.
@@ -437,24 +553,18 @@ def _observe(
     decay: See `fpp`.
 
   Raises:
-    ValueError: there are statistics, but none of a parameter in `scores`.
+    ValueError: a statistic does not fit its parameter.
   """
   averages, observed = dict(state.averages), state.observed
   if not averages:
     return averages, observed
   stats = evidence["statistics"]
   seen = [x for arrays in evidence.values() for x in arrays.values()]
-  is_finite = jnp.stack([jnp.isfinite(x).all() for x in seen]).all()
-  wanted = [n for n, s in scores.items() if s.evidence == "statistics"]
-  if wanted and stats:
-    if not stats.keys() & set(wanted):
-      raise ValueError(
-        f"none of the statistics ({', '.join(list(stats)[:4])}, ...) belongs to "
-        f"a parameter that is pruned ({', '.join(wanted[:4])}, ...): the paths "
-        "must be the same, and layers inside nn.scan, nn.vmap and nn.WeightNorm "
-        "have none; for those take score='magnitude' or 'saliency'"
-      )
-    observed = observed + is_finite.astype(observed.dtype)
+  valid = [jnp.isfinite(x).all() for x in seen]
+  valid += [(x >= 0).all() for x in stats.values()]
+  is_valid = jnp.stack(valid).all()
+  if stats and any(s.evidence == "statistics" for s in scores.values()):
+    observed = observed + is_valid.astype(observed.dtype)
   # Statistics: the plain mean first, then a decayed one, so it is unbiased.
   mean = 1 / jnp.maximum(observed, 1).astype(jnp.float32)
   weights = {
@@ -468,8 +578,11 @@ def _observe(
     if x is None:
       continue
     weight = weights[score.evidence]
-    new = score.update(averages[name], leaves[name], x, weight)
-    is_kept = is_finite & jnp.isfinite(new)
+    try:
+      new = score.update(averages[name], leaves[name], x, weight)
+    except ValueError as error:
+      raise ValueError(f"fpp: {name!r}: {error}") from error
+    is_kept = is_valid & jnp.isfinite(new)
     averages[name] = jnp.where(is_kept, new, averages[name])
   return averages, observed
 
@@ -482,8 +595,8 @@ def _choose(
   *,
   is_last: jax.Array,
   patience: int,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns (new planes, units that may be zeroed) of a site, packed.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns new masks of a site.
 
   Args:
     scores: float[*units].
@@ -492,6 +605,10 @@ def _choose(
     count: int32[], units to choose.
     is_last: bool[], whether this is the last mask update.
     patience: See `fpp`.
+
+  Returns:
+    (new planes, units that may be zeroed, both packed; int32[], how many units
+    were pruned before).
   """
   was_pruned = old[0] & is_zero
   # Pruned units stay chosen, whatever their score.
@@ -499,7 +616,7 @@ def _choose(
   has_waited = old[patience - 1] if patience else True
   candidates = chosen & ~was_pruned & (is_last | has_waited)
   planes = jnp.concatenate([chosen[None], old[:-1] & chosen[None]])
-  return pack(planes), pack(candidates)
+  return pack(planes), pack(candidates), jnp.sum(was_pruned, dtype=jnp.int32)
 
 
 class _Trial(NamedTuple):

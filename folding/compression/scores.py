@@ -119,7 +119,8 @@ def _update_statistics(average, w, statistic, weight):
   """
   del w
   shape = statistic.shape
-  if shape != average.shape[: len(shape)]:
+  is_prefix = shape == average.shape[: len(shape)]
+  if not is_prefix or (average.ndim and not shape):
     raise ValueError(
       f"a statistic of shape {shape} does not fit the inputs of a parameter, "
       f"{average.shape}: it is the mean square of each input"

@@ -88,7 +88,7 @@ class Cut:
       state: State of the parameters before.
       sites: From `make_sites` on the parameters before.
     """
-    suspected = {}
+    suspected, zeroed = {}, state.zeroed
     for site in sites:
       kept = self.kept.get(site.name, {})
       axis = site.members[site.name]
@@ -96,9 +96,14 @@ class Cut:
         kept = {0: kept[axis]} if axis in kept else {}
       units = unpack(state.suspected[site.name], site.shape[-1])
       planes = {axis + 1: indices for axis, indices in kept.items()}
-      suspected[site.name] = pack(_take(units, planes))
+      taken = _take(units, planes)
+      suspected[site.name] = pack(taken)
+      # Of the units that may not train, only zeros are removed.
+      zeroed += jnp.sum(taken[0], dtype=jnp.int32)
+      zeroed -= jnp.sum(units[0], dtype=jnp.int32)
     return state._replace(
       suspected=suspected,
+      zeroed=zeroed,
       # Averages of statistics lack the last axis of their parameter.
       averages={
         n: _take(x, self.kept.get(n, {})) for n, x in state.averages.items()

@@ -24,13 +24,15 @@ class Rule:
     pattern: Regular expression that matches whole parameter paths.
     target: Fraction of the units to zero in the end, in [0, 1).
     granularity: The unit: "weight"; "row", an index of the first axis (a token
-      of an embedding [V, D], a head of W_O [H, K, D]); or "neuron", an index of
-      the last axis (of a kernel [D, F]). Rows and neurons include the arrays in
-      `tied`.
+      of an embedding [V, D]); or "neuron", an index of the last axis (of a
+      kernel [D, F]). Rows and neurons include the arrays in `tied`.
     tied: {path of another array: its axis that indexes the same units}. Paths
       may refer to groups of the pattern, for example "\1/down/kernel".
     score: Score of these parameters: a name in `scores.SCORES` or a `Score`.
       None: the score that `fpp` is given.
+    axis: Axis of the matched parameters that indexes the rows or neurons.
+      Parameters of more than two axes need it: 0 for the heads of a W_O
+      [H, K, D]. Layers that `nn.scan` or `nn.vmap` stack share their units.
 
   Raises:
     ValueError: a value is out of range.
@@ -46,6 +48,7 @@ class Rule:
   granularity: str = "weight"
   tied: Mapping[str, int] = dataclasses.field(default_factory=dict)
   score: str | Score | None = None
+  axis: int | None = None
 
   def __post_init__(self):
     if not 0 <= self.target < 1:
@@ -58,10 +61,11 @@ class Rule:
         f"granularity of rule {self.pattern!r} must be 'weight', 'row' or "
         f"'neuron'; it is {self.granularity!r}"
       )
-    if self.tied and self.granularity == "weight":
+    has_units = self.tied or self.axis is not None
+    if has_units and self.granularity == "weight":
       raise ValueError(
-        f"rule {self.pattern!r} ties other arrays; this needs granularity "
-        "'row' or 'neuron'"
+        f"rule {self.pattern!r} ties other arrays or names an axis; this needs "
+        "granularity 'row' or 'neuron'"
       )
 
 
@@ -166,7 +170,7 @@ def _make_site(
     )
   if is_by_weight:
     return Site(name, index, shape, {name: None})
-  own = 0 if rule.granularity == "row" else len(shape) - 1
+  own = _unit_axis(rule, name, shape)
   members: dict[str, int | None] = {name: own}
   for template, axis in rule.tied.items():
     other = _tied_path(rule, template, name, leaves)
@@ -178,6 +182,23 @@ def _make_site(
       )
     members[other] = axis
   return Site(name, index, (shape[own],), members)
+
+
+def _unit_axis(rule: Rule, name: str, shape: tuple[int, ...]) -> int:
+  """Returns the axis of a matched parameter that indexes its units."""
+  ndim = len(shape)
+  if rule.axis is None:
+    if ndim > 2:
+      raise ValueError(
+        f"{name!r} has shape {shape}: name the axis of its {rule.granularity}s, "
+        "as in Rule(..., axis=0); stacked layers, as of nn.scan, then share them"
+      )
+    return 0 if rule.granularity == "row" else 1
+  if not -ndim <= rule.axis < ndim:
+    raise ValueError(
+      f"axis {rule.axis} of rule {rule.pattern!r} is none of {name!r} {shape}"
+    )
+  return rule.axis % ndim
 
 
 def _tied_path(

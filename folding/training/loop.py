@@ -104,7 +104,7 @@ class Run(Program):
     if not self.rules:
       return {}
     if not int(state.step):  # no mask update yet
-      return {"selected": 1.0, "frozen": 0.0, "zero": 0.0}
+      return {"selected": 1.0, "frozen": 0.0, "zero": 0.0, "undone": 0.0}
     count = jax.jit(
       functools.partial(fpp_counts, self.rules),
       out_shardings=sharding.whole(self.mesh),

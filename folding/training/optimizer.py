@@ -81,7 +81,10 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
           tied = _members(names, block, members) if members else {}
           tied.pop(name, None)
           target = targets.layers[int(layer)]
-          rules.append(Rule(re.escape(name), target, granularity, tied))
+          axis = axis_of(name, members[1]) if members else None
+          rules.append(
+            Rule(re.escape(name), target, granularity, tied, axis=axis)
+          )
     elif name == "head/kernel" and config.task == "lm":
       rules.append(Rule(re.escape(name), targets.head))
     elif name == _TOKENS or (name == _POSITIONS and unit == "weight"):

@@ -254,7 +254,7 @@ def train_step(
 
   Returns:
     (state, metrics). Metrics: "loss" on the labels in nats; after a
-    mask update also "selected", "frozen" and "zero" of `fpp_counts`.
+    mask update also those of `fpp_counts`.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   totals = _Totals(

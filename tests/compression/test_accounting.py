@@ -143,9 +143,24 @@ def test_account_compares_layers_with_the_array_of_their_role():
 
 
 def test_account_of_an_array_without_twin_has_no_dense_size():
-  extra = _small() | {"log_slopes": np.ones(3)}
-  found = accounting.account(extra, _dense(), GROUPS)["layers"]
-  assert [x["dense"] for x in found if x["path"] == "log_slopes"] == [0]
+  small = _small()
+  small["attn"]["frequency"] = np.ones(3)  # of a folded layer
+  found = accounting.account(small, _dense(), GROUPS)["layers"]
+  assert [x["dense"] for x in found if x["path"] == "attn/frequency"] == [0]
+
+
+@pytest.mark.parametrize(
+  ("params", "dense", "message"),
+  [
+    ({"params": _dense()}, _dense(), "'attn/o/kernel' is in `dense`"),
+    (_dense() | {"head": np.ones(3)}, _dense(), "'head' is in `params`"),
+    ({"w": np.ones(3)}, {}, "'w' is in `params`"),
+  ],
+  ids=["wrapped", "more", "empty"],
+)
+def test_account_refuses_trees_of_other_paths(params, dense, message):
+  with pytest.raises(ValueError, match=message):
+    accounting.account(params, dense)
 
 
 def test_account_takes_shapes_of_a_bfloat16_twin():

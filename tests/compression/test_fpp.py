@@ -235,6 +235,7 @@ def test_fpp_equals_a_loop_over_units(name):
       "selected": sum(params[n].size for n in selected),
       "frozen": num_frozen - num_zero,
       "zero": num_zero,
+      "undone": 0,
     }
   # The case means something: units came back to life (where scores move, and
   # checks do not zero at once).
@@ -305,7 +306,7 @@ def test_fpp_counts_a_trainable_zero_as_trainable():
   rules = [Rule("w", 0.5)]
   tx = fpp(optax.sgd(0.1), rules, begin=5, end=9, every=1)
   counts = fpp_counts(rules, tx.init(params), params)
-  assert counts == {"selected": 4, "frozen": 0, "zero": 0}
+  assert counts == {"selected": 4, "frozen": 0, "zero": 0, "undone": 0}
 
 
 @pytest.mark.parametrize("score", ["movement", "random"])

@@ -147,6 +147,10 @@ def test_fpp_passes_the_battery(case, check, tmp_path):
   [
     ({"begin": -1}, "begin -1 to end 4"),
     ({"begin": 5}, "begin 5 to end 4"),
+    ({"begin": True}, "begin must be a whole number; it is True"),
+    ({"end": True}, "end must be a whole number"),
+    ({"every": True}, "every must be a whole number"),
+    ({"patience": False}, "patience must be a whole number"),
     ({"every": 0}, "every must be at least 1"),
     ({"patience": -1}, "patience must be at least 0"),
     ({"score": "size"}, "score must be one of .*'size'"),
@@ -200,11 +204,43 @@ def test_fpp_update_refuses_a_missing_argument(missing, message):
     tx.update(params, state, None if missing == "params" else params)
 
 
-def test_fpp_refuses_statistics_of_other_parameters():
+@pytest.mark.parametrize(
+  ("stats", "is_due"),
+  [
+    (None, None),
+    ({}, None),
+    ({}, True),
+    ({"x": (4,)}, None),
+    ({"v": (4,)}, None),
+    ({"v": (4,)}, False),
+  ],
+  ids=["none", "empty", "due", "other", "partial", "partial-not-due"],
+)
+def test_fpp_refuses_missing_statistics(stats, is_due):
+  tx = fpp(optax.sgd(0.1), [Rule("[vw]", 0.5)], begin=0, end=4, every=1)
+  params = {"v": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}
+  if stats:
+    stats = {name: jnp.ones(shape) for name, shape in stats.items()}
+  with pytest.raises(
+    ValueError, match="nothing observed for '[vw]'.*magnitude"
+  ):
+    tx.update(params, tx.init(params), params, stats=stats, is_due=is_due)
+
+
+def test_fpp_needs_no_statistics_between_mask_updates_or_of_biases():
+  rule = Rule("w", 0.5, "neuron", {"q/bias": 1, "b": 0})
+  tx = fpp(optax.sgd(0.1), [rule], begin=0, end=4, every=2)
+  params = {"w": jnp.ones((4, 6)), "q/bias": jnp.ones((2, 6)), "b": jnp.ones(6)}
+  stats, state = {"w": jnp.ones(4)}, tx.init(params)
+  _, state = tx.update(params, state, params, stats=stats, is_due=True)
+  tx.update(params, state, params, stats={}, is_due=False)
+
+
+def test_fpp_names_the_parameter_of_a_scalar_statistic():
   tx = fpp(optax.sgd(0.1), [Rule("w", 0.5)], begin=0, end=4, every=1)
   params = {"w": jnp.ones((4, 4))}
-  with pytest.raises(ValueError, match="none of the statistics"):
-    tx.update(params, tx.init(params), params, stats={"v": jnp.ones(4)})
+  with pytest.raises(ValueError, match=r"fpp: 'w': a statistic of shape \(\)"):
+    tx.update(params, tx.init(params), params, stats={"w": jnp.ones(())})
 
 
 def test_fpp_refuses_explicit_axes_of_a_mesh():

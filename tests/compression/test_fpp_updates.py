@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 
-from folding.compression.fpp import fpp
+from folding.compression.fpp import fpp, fpp_counts
 from folding.compression.sites import Rule
 from tests import transforms_battery as battery
 from tests.compression.fpp_cases import WEIGHTS, random_params, separable
@@ -143,10 +144,10 @@ def _zeroed(value_fn, *, tolerance, value=None, size=17):
 
   95% of them are candidates: 16 of 17.
   """
-  params = {"w": jnp.arange(1.0, 1.0 + size)}
+  params, rules = {"w": jnp.arange(1.0, 1.0 + size)}, [Rule("w", 0.95)]
   tx = fpp(
     optax.sgd(0.0),
-    [Rule("w", 0.95)],
+    rules,
     begin=0,
     end=0,
     every=1,
@@ -158,6 +159,8 @@ def _zeroed(value_fn, *, tolerance, value=None, size=17):
     params, tx.init(params), params, value=value, value_fn=value_fn
   )
   new = optax.apply_updates(params, updates)["w"]
+  counts = fpp_counts(rules, state, {"w": new})
+  assert (counts["zero"], counts["undone"]) == (np.sum(new == 0), 0)
   # What is not zeroed is trainable again.
   np.testing.assert_array_equal(_units(state, "w", (size,)), new == 0)
   return np.flatnonzero(new == 0).tolist()
@@ -272,6 +275,122 @@ def test_gradients_of_a_skipped_step_change_no_average(where):
     updates, state = update(bad if step == 3 else grads, state, params)
     params = optax.apply_updates(params, updates)
   np.testing.assert_array_equal(params["w"], [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+  ("score", "evidence"),
+  [
+    ("activation", np.nan),
+    ("relative", -2.0),
+    ("saliency", 0.0),
+    ("movement", 0.0),
+  ],
+)
+def test_a_site_without_evidence_is_not_pruned(score, evidence):
+  """Beside it, one with evidence is."""
+  params = {"w": jnp.ones((4, 2)), "v": jnp.ones((4, 2))}
+  rules = [Rule("w", 0.5, score=score), Rule("v", 0.5, score="magnitude")]
+  tx, debug = (
+    fpp(optax.sgd(0.0), rules, begin=1, end=3, every=1, debug=debug)
+    for debug in (False, True)
+  )
+  grads = {"w": jnp.full((4, 2), min(evidence, 0.0)), "v": jnp.zeros((4, 2))}
+  if score in ("activation", "relative"):
+    grads["w"] = jnp.zeros((4, 2))
+  stats = {"w": jnp.full(4, evidence)}
+
+  def step(params, state):
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state
+
+  def check(params, state):
+    debug.update(grads, state, params, stats=stats)
+
+  update, checked = battery.jit(step), battery.jit(checkify.checkify(check))
+  state = tx.init(params)
+  for _ in range(4):
+    error, _ = checked(params, state)
+    params, state = update(params, state)
+  assert fpp_counts(rules, state, params)["zero"] == 4
+  assert (params["w"] == 1).all()
+  with pytest.raises(ValueError, match="observed for 'w'"):
+    error.throw()
+
+
+def test_a_site_whose_gradients_end_keeps_its_masks():
+  params, rules = {"w": jnp.arange(1.0, 9.0)}, [Rule("w", 0.5)]
+  tx = fpp(
+    optax.sgd(0.0),
+    rules,
+    begin=0,
+    end=4,
+    every=1,
+    score="saliency",
+    decay=0.0,  # the average is the last product
+  )
+  state, update, masks = tx.init(params), battery.jit(tx.update), []
+  for scale in (1.0, 1.0, 1.0, 0.0, 0.0):
+    grads = {"w": jnp.full(8, scale)}
+    updates, state = update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    masks.append(np.asarray(state.suspected["w"]))
+    zeros = np.flatnonzero(params["w"] == 0).tolist()
+  assert zeros == [0, 1]  # of those chosen at the second update
+  assert masks[2].any()
+  np.testing.assert_array_equal(masks[4], masks[2])
+  assert fpp_counts(rules, state, params)["undone"] == 0
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize(
+  ("after", "undone"),
+  [
+    (optax.scale(0.5), 6),  # 4 weights and 2 rows
+    (optax.clip_by_global_norm(0.01), 6),
+    (optax.identity(), 0),
+  ],
+  ids=["scale", "clip", "nothing"],
+)
+def test_zeros_that_a_later_transform_undoes_are_counted(
+  after, undone, patience
+):
+  rules = [Rule("w", 0.5), Rule("embed", 0.5, "row")]
+  params = {"w": jnp.arange(1.0, 9.0), "embed": jnp.ones((4, 3))}
+  tx, debug = (
+    optax.chain(
+      fpp(
+        optax.sgd(0.0),
+        rules,
+        begin=0,
+        end=4,
+        every=1,
+        patience=patience,
+        score="magnitude",
+        debug=debug,
+      ),
+      after,
+    )
+    for debug in (False, True)
+  )
+
+  def step(params, state):
+    updates, state = tx.update(params, state, params)
+    return optax.apply_updates(params, updates), state
+
+  def check(params, state):
+    debug.update(params, state, params)
+
+  update, checked = battery.jit(step), battery.jit(checkify.checkify(check))
+  state, messages = tx.init(params), []
+  for _ in range(5):
+    error, _ = checked(params, state)
+    messages.append(error.get())
+    params, state = update(params, state)
+  counts = fpp_counts(rules, state[0], params)
+  assert counts["undone"] == undone
+  assert counts["zero"] == (0 if undone else 10)
+  found = ["not zero any more" in (message or "") for message in messages]
+  assert any(found) == bool(undone)
 
 
 @pytest.mark.parametrize("bad", ["gradient", "statistic"])

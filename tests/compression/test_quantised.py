@@ -102,7 +102,7 @@ def test_account_counts_a_byte_a_value_and_a_bit_a_place(model):
   module, params, tokens = model
   _, small = _quantised(module, params, tokens)
   kernel = small["blocks_0"]["mlp"]["up"]["kernel"]
-  size = folding.account({"w": kernel}, {})["bytes"]["overall"]
+  size = folding.account({"w": kernel}, {"w": kernel})["bytes"]["overall"]
   values = np.count_nonzero(kernel.array.qvalue)
   assert 0 < values < 0.32 * 32 * 128
   assert size["stored"] == values + 4 * 128  # and a float32 scale a column

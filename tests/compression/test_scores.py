@@ -107,7 +107,7 @@ def test_activation_starts_with_the_first_statistic():
   np.testing.assert_array_equal(average, [4.0, 2.0])
 
 
-@pytest.mark.parametrize("shape", [(3,), (4, 4), (4, 3, 1)])
+@pytest.mark.parametrize("shape", [(), (3,), (4, 4), (4, 3, 1)])
 def test_activation_refuses_a_statistic_of_another_shape(shape):
   with pytest.raises(ValueError, match=r"does not fit the inputs .*\(4, 3\)"):
     _update("activation", np.zeros((4, 3)), np.ones(1), np.zeros(shape), 1)

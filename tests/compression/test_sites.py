@@ -21,6 +21,7 @@ def _params():
     "b": {"mlp": _layer(hidden=8)},
     "embed": np.ones((9, 4)),
     "scale": np.ones(()),
+    "stack": np.ones((4, 8, 16)),  # of nn.scan, or a kernel [D, H, K]
   }
 
 
@@ -31,8 +32,9 @@ def _params():
     ((-0.1,), r"target of rule 'w' .* it is -0\.1"),
     ((0.5, "column"), "granularity of rule 'w' must be .* it is 'column'"),
     ((0.5, "weight", {"x": 0}), "rule 'w' ties other arrays"),
+    ((0.5, "weight", {}, None, 0), "rule 'w' .* names an axis"),
   ],
-  ids=["one", "negative", "unknown", "tied"],
+  ids=["one", "negative", "unknown", "tied", "axis"],
 )
 def test_rule_refuses_impossible_values(options, message):
   with pytest.raises(ValueError, match=message):
@@ -62,11 +64,18 @@ def test_make_sites_keeps_the_order_of_rules_and_parameters():
 
 
 def test_make_sites_takes_rows_from_the_first_axis_and_neurons_from_the_last():
-  params = {"w": np.ones((5, 2, 3))}
+  params = {"w": np.ones((5, 3))}
   (row,) = sites_lib.make_sites([Rule("w", 0.5, "row")], params)
   (neuron,) = sites_lib.make_sites([Rule("w", 0.5, "neuron")], params)
   assert (row.shape, dict(row.members)) == ((5,), {"w": 0})
-  assert (neuron.shape, dict(neuron.members)) == ((3,), {"w": 2})
+  assert (neuron.shape, dict(neuron.members)) == ((3,), {"w": 1})
+
+
+@pytest.mark.parametrize(("axis", "size"), [(0, 5), (1, 2), (-1, 3)])
+def test_make_sites_takes_units_from_the_axis_of_the_rule(axis, size):
+  rule = Rule("w", 0.5, "neuron", axis=axis)
+  (site,) = sites_lib.make_sites([rule], {"w": np.ones((5, 2, 3))})
+  assert (site.shape, dict(site.members)) == ((size,), {"w": axis % 3})
 
 
 def _neuron(tied):
@@ -94,6 +103,15 @@ def _neuron(tied):
     (_neuron({r"\2/up/bias": 0}), r"ties '.*2/up/bias', which does not expand"),
     ([Rule("a/mlp/up/bias", 0.5, "row")], r"'row' needs a matrix; .*bias"),
     ([Rule("scale", 0.5)], r"'weight' needs a vector; 'scale' has shape \(\)"),
+    (
+      [Rule("stack", 0.5, "neuron")],
+      r"'stack' .* name the axis of its neurons",
+    ),
+    ([Rule("stack", 0.5, "row")], "'stack' .* name the axis of its rows"),
+    (
+      [Rule("embed", 0.5, "row", axis=2)],
+      r"axis 2 .* none of 'embed' \(9, 4\)",
+    ),
   ],
   ids=[
     "no-match",
@@ -105,6 +123,9 @@ def _neuron(tied):
     "tied-group",
     "row-of-vector",
     "scalar",
+    "stacked-neurons",
+    "stacked-rows",
+    "axis",
   ],
 )
 def test_make_sites_refuses_a_rule_that_does_not_fit(rule_list, message):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 
 import chex
@@ -181,9 +182,8 @@ def test_weight_decay_acts_on_matrices_alone():
   run = tiny.make(config)
   params = tiny.noise(tiny.shapes(config))
   no_grads = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = jax.jit(run.tx.update)(
-    no_grads, jax.jit(run.tx.init)(params), params
-  )
+  update = jax.jit(functools.partial(run.tx.update, is_due=False))
+  updates, _ = update(no_grads, jax.jit(run.tx.init)(params), params)
   moved = optax.apply_updates(params, updates)
   before, after = paths.flatten(params), paths.flatten(moved)
   for name, w in before.items():
@@ -304,8 +304,9 @@ def test_overall_is_the_fraction_saved_at_the_end(model, fpp):
   run = tiny.make(config)
   params = tiny.noise(tiny.shapes(config))
   no_grads = jax.tree.map(jnp.zeros_like, params)
+  usage = {"embed/embedding": jnp.ones(tiny.VOCAB)}
   updates, _ = jax.jit(run.tx.update)(
-    no_grads, jax.jit(run.tx.init)(params), params
+    no_grads, jax.jit(run.tx.init)(params), params, stats=usage
   )
   params = optax.apply_updates(params, updates)
   stored = sum(np.count_nonzero(x) for x in jax.tree.leaves(params))
@@ -360,7 +361,7 @@ def test_folded_projections_and_slopes_have_their_own_rates():
 
   def second_update(config):
     tx = tiny.make(config).tx
-    update = jax.jit(tx.update)
+    update = jax.jit(functools.partial(tx.update, is_due=False))
     _, state = update(tiny.noise(params, 1), jax.jit(tx.init)(params), params)
     updates, _ = update(tiny.noise(params, 2), state, params)
     return paths.flatten(updates)

@@ -13,6 +13,7 @@ import pytest
 
 from folding import cli, errors, paths
 from folding import config as c
+from folding.compression.fpp import fpp_counts
 from folding.compression.sites import make_sites
 from folding.data.tokenizers import load_tokenizer
 from folding.models.transformer import make_model
@@ -74,10 +75,12 @@ def _assert_same(run, cut, before, after):
     np.testing.assert_array_equal(found == 0, w == 0, err_msg=name)
     np.testing.assert_allclose(found, w, rtol=1e-3, atol=1e-5, err_msg=name)
   sites = make_sites(run.rules, before.params)
+  cut_state = cut.fpp_state(before.opt_state, sites)
   chex.assert_trees_all_equal(
-    after.opt_state.suspected,
-    cut.fpp_state(before.opt_state, sites).suspected,
+    (after.opt_state.suspected, after.opt_state.zeroed),
+    (cut_state.suspected, cut_state.zeroed),
   )
+  assert fpp_counts(run.rules, after.opt_state, after.params)["undone"] == 0
 
 
 @pytest.mark.parametrize(
