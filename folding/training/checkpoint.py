@@ -142,9 +142,9 @@ class Checkpoints:
       if path.is_file() and path.name not in _WRITTEN_LAST
     ]
     files.write_checksums(str(part), names)
-    # TensorStore flushes the arrays itself.
+    # TensorStore flushes the arrays itself; they lie in folders called d.
     files.sync_tree(
-      str(part), skip=lambda path: "ocdbt" in path or "/d/" in path
+      str(part), skip=lambda path: pathlib.Path(path).parent.name == "d"
     )
 
   def wait(self) -> None:
