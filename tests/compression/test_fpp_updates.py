@@ -338,6 +338,7 @@ def test_a_site_whose_gradients_end_keeps_its_masks():
   assert zeros == [0, 1]  # of those chosen at the second update
   assert masks[2].any()
   np.testing.assert_array_equal(masks[4], masks[2])
+  assert state.zeroed == 2
   assert fpp_counts(rules, state, params)["undone"] == 0
 
 
