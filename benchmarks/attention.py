@@ -28,6 +28,7 @@ import numpy as np
 
 from benchmarks import output, timing
 from folding.models import linear_attention
+from folding.models.linear_attention import Inputs
 
 HEADS, SIZE = 8, 32
 SHORTEST, LONGEST_TRAINED = 512, 4096
@@ -46,18 +47,17 @@ def measure(rounds: int, longest: int) -> dict:
 
 
 def _measure_length(length: int, rounds: int) -> dict:
-  q, k, v = inputs = _inputs(length)
-  shape = {"head_dim": SIZE, "causal": True}
+  inputs = _inputs(length)
   linear = functools.partial(
-    linear_attention.attend_checked, **shape, tolerance=TOLERANCE
+    linear_attention.attend_checked, causal=True, tolerance=TOLERANCE
   )
   forward = {"dense": jax.jit(_dense), "linear": jax.jit(linear)}
-  out = {name: f(*inputs) for name, f in forward.items()}
-  span = linear_attention.measure_span(q, k, head_dim=SIZE)
+  out = {name: f(inputs) for name, f in forward.items()}
+  span = linear_attention.measure_span(inputs)
   bounds = {n: linear_attention.span_bound(span, n).max() for n in NODES}
   num_nodes = next(n for n in NODES if bounds[n] <= TOLERANCE)
   counted = functools.partial(  # the branch that is taken
-    linear_attention.attend_linear, **shape, num_nodes=num_nodes
+    linear_attention.attend_linear, causal=True, num_nodes=num_nodes
   )
   state = jax.eval_shape(
     functools.partial(
@@ -67,7 +67,7 @@ def _measure_length(length: int, rounds: int) -> dict:
   result: dict[str, Any] = {
     "length": length,
     "error": float(jnp.abs(out["dense"] - out["linear"]).max()),
-    "bound": float(bounds[num_nodes] * jnp.ptp(v)),
+    "bound": float(bounds[num_nodes] * jnp.ptp(inputs.v_BLIK)),
     "nodes": num_nodes,
     "forward": _compare(forward, inputs, rounds),
     "state_bytes": sum(4 * x.size for x in jax.tree.leaves(state)),
@@ -79,34 +79,32 @@ def _measure_length(length: int, rounds: int) -> dict:
   }
   if length <= LONGEST_TRAINED:
     train = {
-      name: jax.jit(jax.grad(_loss(f), argnums=(0, 1, 2)))
+      name: jax.jit(jax.grad(_loss(f)))
       for name, f in (("dense", _dense), ("linear", linear))
     }
     result["train"] = _compare(train, inputs, rounds)
   return result
 
 
-def _inputs(length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _inputs(length: int) -> Inputs:
   rng = np.random.default_rng(0)
   q_BLH = rng.uniform(-2, 2, (1, length, HEADS)) / SIZE**0.5
   k_BLH = rng.standard_normal((1, length, HEADS))
   v_BLHK = rng.standard_normal((1, length, HEADS, SIZE))
-  q_BLH, k_BLH, v_BLHK = (
-    jnp.asarray(x, jnp.float32) for x in (q_BLH, k_BLH, v_BLHK)
-  )
-  return q_BLH, k_BLH, v_BLHK
+  arrays = (q_BLH, k_BLH, v_BLHK)
+  return Inputs(*(jnp.asarray(x, jnp.float32) for x in arrays))
 
 
-def _dense(q_BLH, k_BLH, v_BLHK):
-  q, k = (jnp.repeat(x[..., None], SIZE, -1) for x in (q_BLH, k_BLH))
-  return jax.nn.dot_product_attention(q, k, v_BLHK, is_causal=True)
+def _dense(x: Inputs):
+  q, k = (jnp.repeat(a[..., None], SIZE, -1) for a in (x.q_BLH, x.k_BLJ))
+  return jax.nn.dot_product_attention(q, k, x.v_BLIK, is_causal=True)
 
 
 def _loss(attend):
-  return lambda *inputs: (attend(*inputs) ** 2).sum()
+  return lambda inputs: (attend(inputs) ** 2).sum()
 
 
-def _compare(programs: dict, inputs: tuple, rounds: int) -> dict:
+def _compare(programs: dict, inputs: Inputs, rounds: int) -> dict:
   """Returns seconds, and how many times as fast linear attention is."""
   seconds = timing.time_in_turn(
     {
@@ -122,11 +120,11 @@ def _compare(programs: dict, inputs: tuple, rounds: int) -> dict:
 
 
 def _run(program, inputs) -> None:
-  jax.block_until_ready(program(*inputs))
+  jax.block_until_ready(program(inputs))
 
 
 def _cost(function, inputs, times: float = 1) -> dict:
-  analysis = jax.jit(function).lower(*inputs).compile().cost_analysis() or {}
+  analysis = jax.jit(function).lower(inputs).compile().cost_analysis() or {}
   return {
     "flops": times * analysis["flops"],
     "bytes": times * analysis["bytes accessed"],

@@ -15,6 +15,7 @@ import functools
 import statistics
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output, timing
@@ -80,7 +81,7 @@ class _Decoder:
     draw = make_draw(Sampling(), VOCAB_SIZE)
     prefill = jax.jit(
       functools.partial(
-        generate.prefill, model, kind="greedy", num_slots=length
+        generate.prefill, model, num_new=jnp.int32(0), num_slots=length
       )
     )
     # Slots that hold no keys take the same time as the others.
@@ -88,9 +89,7 @@ class _Decoder:
     self._position = np.int32(length - CHUNK)
     caches = jax.tree.leaves(self._state.caches)
     self.cache_bytes = sum(x.nbytes for x in caches)
-    decode = functools.partial(
-      generate.decode, model, kind="greedy", num_tokens=CHUNK
-    )
+    decode = functools.partial(generate.decode, model, num_tokens=CHUNK)
     decode = jax.jit(decode, donate_argnames="state")
     self._decode = lambda state: decode(params, state, start, draw=draw)
 

@@ -21,12 +21,10 @@ TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
 
 def attend(
   q_BLHG: Float[Array, "B L H G"],
-  k_BMJG: Float[Array, "B M J G"],
-  v_BMIK: Float[Array, "B M I K"],
+  k_JGM: Float[Array, "*J G M"],
+  v_IMK: Float[Array, "*I M K"],
   bias_HLM: Float[Array, "#H L M"],
   mask_BM: Bool[Array, "B M"] | None,
-  *,
-  head_dim: int,
 ) -> Float[Array, "B L H K"]:
   """Returns softmax(q k^T (K/G) / sqrt(K) + bias) v without unfolding.
 
@@ -35,45 +33,15 @@ def attend(
   head; values have J or H heads (I). The softmax is computed in float32.
 
   Args:
-    q_BLHG: Queries, G = K where dense.
-    k_BMJG: Keys.
-    v_BMIK: Values; I divides H.
+    q_BLHG: Queries, G = K if dense.
+    k_JGM: Keys; the leading axes are B and J, or one axis of size B J.
+    v_IMK: Values; the same with I, which divides H.
     bias_HLM: Added to the logits: positions, and -1e30 at hidden keys.
     mask_BM: False at pad tokens; None: no padding.
-    head_dim: K, of the unfolded queries.
-  """
-  return attend_by_head(
-    q_BLHG,
-    k_BMJG.transpose(0, 2, 3, 1),
-    v_BMIK.transpose(0, 2, 1, 3),
-    bias_HLM,
-    mask_BM,
-    head_dim=head_dim,
-  )
-
-
-def attend_by_head(
-  q_BLHG: Float[Array, "B L H G"],
-  k_JGM: Float[Array, "*J G M"],
-  v_IMK: Float[Array, "*I M K"],
-  bias_HLM: Float[Array, "#H L M"],
-  mask_BM: Bool[Array, "B M"] | None,
-  *,
-  head_dim: int,
-) -> Float[Array, "B L H K"]:
-  """Returns `attend` for keys and values that are stored as matrices per head.
-
-  Args:
-    q_BLHG: Queries.
-    k_JGM: Keys; the leading axes are B and J, or one axis of size B J.
-    v_IMK: Values; the same with I.
-    bias_HLM: As in `attend`.
-    mask_BM: As in `attend`.
-    head_dim: As in `attend`.
   """
   B, L, H, _ = q_BLHG.shape
   logits_BHLM = attention_logits(
-    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim
+    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=v_IMK.shape[-1]
   )
   att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMK.dtype)
   out = att.reshape(*v_IMK.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMK
@@ -88,7 +56,7 @@ def attention_logits(
   *,
   head_dim: int,
 ) -> Float[Array, "B H L M"]:
-  """Returns the attention logits of `attend_by_head`, before the softmax."""
+  """Returns the attention logits of `attend`, before the softmax."""
   B, L, H, G = q_BLHG.shape
   # The L queries of the R heads that share a key head are rows of one matrix.
   q_JNG = q_BLHG.transpose(0, 2, 1, 3).reshape(*k_JGM.shape[:-2], -1, G)
@@ -239,7 +207,8 @@ class Attention(nn.Module):
     if state is None:
       out_BLHK = self._attend(q, k, v, mask_BL)
       return self.o(out_BLHK), decode_lib.make_cache(k, v)
-    state, out_BLHK = self._extend(state, q, k, v, mask_BL)
+    x = self._rank_1(q, k, v, mask_BL)
+    state, out_BLHK = linear_attention.extend(state, x)
     return self.o(out_BLHK), state
 
   def decode(
@@ -254,18 +223,14 @@ class Attention(nn.Module):
     """
     q, k, v = self.project(x_B1D, step.position[None])
     if isinstance(cache, PastState):
-      cache, out_B1HK = self._extend(cache, q, k, v, None)
+      x = self._rank_1(q, k, v, None)
+      cache, out_B1HK = linear_attention.extend(cache, x)
       return self.o(out_B1HK), cache
     cache = decode_lib.write(cache, decode_lib.make_cache(k, v), step.position)
     position_M = decode_lib.slot_positions(cache.k.shape[2], step.position)
-    out_B1HK = attend_by_head(
-      q,
-      cache.k,
-      cache.v,
-      self.bias(step.position[None], position_M),
-      position_M[None] >= step.start_B[:, None],
-      head_dim=self.layer.head_dim,
-    )
+    bias_H1M = self.bias(step.position[None], position_M)
+    mask_BM = position_M[None] >= step.start_B[:, None]
+    out_B1HK = attend(q, cache.k, cache.v, bias_H1M, mask_BM)
     return self.o(out_B1HK), cache
 
   def project(
@@ -329,30 +294,18 @@ class Attention(nn.Module):
     # Chunks need a known length, which an exported program may leave open.
     is_known = isinstance(q.shape[0], int) and isinstance(length, int)
     if c.attention == "linear" and has_rank_1(c, self.layer) and is_known:
+      x = self._rank_1(q, k, v, mask_BL)
       return linear_attention.attend_checked(
-        q[..., 0],
-        k[..., 0],
-        v,
-        self._slopes(),
-        mask_BL,
-        head_dim=self.layer.head_dim,
-        causal=c.causal,
-        tolerance=TOLERANCE,
+        x, causal=c.causal, tolerance=TOLERANCE
       )
     position_L = jnp.arange(length)
     bias_HLM = self.bias(position_L, position_L)
-    return attend(q, k, v, bias_HLM, mask_BL, head_dim=self.layer.head_dim)
+    k_BJGM, v_BIMK = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    return attend(q, k_BJGM, v_BIMK, bias_HLM, mask_BL)
 
-  def _extend(self, state: PastState, q, k, v, mask_BL):
-    """Returns the state after more tokens, and their attention."""
-    return linear_attention.extend(
-      state,
-      q[..., 0],
-      k[..., 0],
-      v,
-      self._slopes(),
-      mask_BL,
-      head_dim=self.layer.head_dim,
+  def _rank_1(self, q, k, v, mask_BL) -> linear_attention.Inputs:
+    return linear_attention.Inputs(
+      q[..., 0], k[..., 0], v, self._slopes(), mask_BL
     )
 
   @property

@@ -29,6 +29,7 @@ _MASKED = -1e30  # logit of a hidden key
 _FLOOR = -1e29  # smallest running maximum: e^(_MASKED - _FLOOR) is 0
 _BLOCK = 4096  # positions times heads per scan step; fits a processor's cache
 _EXACT = 2**21  # logits per step of exact attention
+_CHUNK = 64  # positions
 
 _stop = jax.lax.stop_gradient
 
@@ -47,6 +48,39 @@ class Span(NamedTuple):
     return (self.t_high - self.t_low) / 2
 
 
+class Inputs(NamedTuple):
+  """What linear attention is computed from.
+
+  Attributes:
+    q_BLH: Queries, one number each; the unfolded query has K copies of it.
+    k_BLJ: Keys, one number each; J divides H, neighboring heads share a key.
+    v_BLIK: Values; I divides H.
+    slopes_H: ALiBi slopes, differentiable; None: no positions.
+    mask_BL: False at pad tokens; None: no padding.
+  """
+
+  q_BLH: Float[Array, "B L H"]
+  k_BLJ: Float[Array, "B L J"]
+  v_BLIK: Float[Array, "B L I K"]
+  slopes_H: Float[Array, " H"] | None = None
+  mask_BL: Bool[Array, "B L"] | None = None
+
+
+class Sums(NamedTuple):
+  """Softmax sums over some of the keys, divided by e^top.
+
+  Attributes:
+    values: Weighted values, [..., K].
+    norm: Sum of the weights.
+    top: Running maximum of the logits, without gradient. At nodes: that of the
+      logits at the center of each panel, [B, H, P].
+  """
+
+  values: Array
+  norm: Array
+  top: Array
+
+
 class PastState(NamedTuple):
   """The earlier positions of a sequence, in constant size, for decoding.
 
@@ -54,28 +88,24 @@ class PastState(NamedTuple):
 
   Attributes:
     span: The ranges that the nodes cover.
-    top_BHP: Running maximum of the logits at the center of each panel.
-    norm_BHN: Normalizer at each node, divided by e^top.
-    sum_BHNK: Weighted sum of values at each node, divided by e^top.
+    sums: Sums over the earlier keys at each node, [B, H, N].
     is_outside_B: Whether any query or key was outside the span. If so, outputs
       from that position on are wrong.
   """
 
   span: Span
-  top_BHP: Float[Array, "B H P"]
-  norm_BHN: Float[Array, "B H N"]
-  sum_BHNK: Float[Array, "B H N K"]
+  sums: Sums
   is_outside_B: Bool[Array, " B"]
 
 
-class _Inputs(NamedTuple):
-  """What attention is computed from, in float32 and inside the span."""
+class _Scaled(NamedTuple):
+  """The inputs per head, in float32, with keys centered, inside the span."""
 
   s_BHL: Array
   t_BHL: Array
   v_BHLK: Array
   slopes_H: Array
-  mask_BL: Array | None
+  mask_BL: Array
 
 
 class _Grid(NamedTuple):
@@ -87,39 +117,18 @@ class _Grid(NamedTuple):
   step_BHX: Array  # of the nodes from the center of their panel
 
 
-class _Sums(NamedTuple):
-  """Softmax sums over some of the keys, divided by e^top."""
-
-  values: Array  # weighted values, [..., K]
-  norm: Array  # sum of the weights
-  top: Array  # running maximum of the logits; has no gradient
-
-
-def measure_span(
-  q_BLH: Float[Array, "B L H"],
-  k_BLJ: Float[Array, "B L J"],
-  mask_BL: Bool[Array, "B L"] | None = None,
-  *,
-  head_dim: int,
-) -> Span:
+def measure_span(x: Inputs) -> Span:
   """Returns the ranges of queries and keys per sequence and head.
 
-  Args:
-    q_BLH: Queries, padding included.
-    k_BLJ: Keys.
-    mask_BL: False at pad tokens, whose keys do not count; None: no padding.
-    head_dim: K, of the unfolded queries.
+  Queries at pad tokens count, keys do not.
   """
-  s_BLH = head_dim**0.5 * q_BLH.astype(jnp.float32)
-  t_BLH = _repeat(k_BLJ.astype(jnp.float32), q_BLH.shape[2])
-  low_BH, high_BH = t_BLH.min(1), t_BLH.max(1)
-  if mask_BL is not None:
-    mask_BL1 = mask_BL[..., None]
-    low_BH = jnp.where(mask_BL1, t_BLH, jnp.inf).min(1)
-    high_BH = jnp.where(mask_BL1, t_BLH, -jnp.inf).max(1)
-    is_empty = ~mask_BL.any(1)[:, None]  # padding only
-    low_BH = jnp.where(is_empty, 0.0, low_BH)
-    high_BH = jnp.where(is_empty, 0.0, high_BH)
+  s_BLH, t_BLH = _logit_factors(x)
+  mask_BL = _mask(x)
+  low_BH = jnp.where(mask_BL[..., None], t_BLH, jnp.inf).min(1)
+  high_BH = jnp.where(mask_BL[..., None], t_BLH, -jnp.inf).max(1)
+  is_empty = ~mask_BL.any(1)[:, None]  # padding only
+  low_BH = jnp.where(is_empty, 0.0, low_BH)
+  high_BH = jnp.where(is_empty, 0.0, high_BH)
   return _stop(Span(s_BLH.min(1), s_BLH.max(1), low_BH, high_BH))
 
 
@@ -135,75 +144,54 @@ def span_bound(span: Span, num_nodes: int) -> Float[Array, "#B #H"]:
 
 
 def attend_linear(
-  q_BLH: Float[Array, "B L H"],
-  k_BLJ: Float[Array, "B L J"],
-  v_BLIK: Float[Array, "B L I K"],
-  slopes_H: Float[Array, " H"] | None = None,
-  mask_BL: Bool[Array, "B L"] | None = None,
+  x: Inputs,
   *,
-  head_dim: int,
   causal: bool,
   num_nodes: int,
-  chunk: int = 64,
+  chunk: int = _CHUNK,
   span: Span | None = None,
 ) -> Float[Array, "B L H K"]:
   """Returns softmax(sqrt(K) q k - slope |i - j|) v in O(L) time and memory.
 
   The result and its gradients differ from those of dense attention by rounding
-  and interpolation. `span_bound` bounds both errors of the result.
+  and interpolation. `span_bound` bounds both errors of the result. A position
+  without any visible key outputs 0.
 
   The nodes follow the data unless `span` is given. An output then depends on
   later keys, by no more than the error bound. With a given span, attention is
   strictly causal, bit for bit.
 
   Args:
-    q_BLH: Queries, one number each; the unfolded query has K copies of it.
-    k_BLJ: Keys, one number each; J divides H, neighboring heads share a key.
-    v_BLIK: Values; I divides H.
-    slopes_H: ALiBi slopes, differentiable; None: no positions.
-    mask_BL: False at pad tokens; None: no padding. A position without any
-      visible key outputs 0.
-    head_dim: K, of the unfolded queries.
+    x: Queries, keys and values.
     causal: Whether later keys are hidden.
     num_nodes: N, a multiple of 16.
     chunk: Positions per chunk; attention inside a chunk is exact.
     span: Queries and keys outside are clipped to it; None: measured.
   """
   if span is None:
-    span = measure_span(q_BLH, k_BLJ, mask_BL, head_dim=head_dim)
-  x = _prepare(
-    (q_BLH, k_BLJ, v_BLIK), slopes_H, mask_BL, span=span, head_dim=head_dim
-  )
-  grid = _make_grid(span, num_nodes)
-  if not causal and slopes_H is None:
-    out_BHLK = _attend_all(x, grid)
-    return out_BHLK.swapaxes(1, 2).astype(v_BLIK.dtype)
-  B, _, H = q_BLH.shape
-  state = init_state(span, B, H, v_BLIK.shape[3], num_nodes)
-  past = _Sums(state.sum_BHNK, state.norm_BHN, state.top_BHP)
-  _, sums = _scan(past, x, grid, chunk=chunk)
+    span = measure_span(x)
+  scaled, grid = _scale(x, span), _make_grid(span, num_nodes)
+  if not causal and x.slopes_H is None:
+    return _output(_attend_all(scaled, grid), x)
+  (B, _, H), K = x.q_BLH.shape, x.v_BLIK.shape[3]
+  past = init_state(span, B, H, K, num_nodes).sums
+  _, sums = _scan(past, scaled, grid, chunk=chunk)
   if not causal:
     # Later positions are the earlier ones of the reversed sequence.
-    mask_BL = None if mask_BL is None else jnp.flip(mask_BL, 1)
-    s_BHL, t_BHL, v_BHLK = (jnp.flip(a, 2) for a in x[:3])
-    x = _Inputs(s_BHL, t_BHL, v_BHLK, x.slopes_H, mask_BL)
-    _, later = _scan(past, x, grid, chunk=chunk, is_strict=True)
-    sums = _join(sums, _Sums(*(jnp.flip(a, 2) for a in later)))
-  return _divide(sums).swapaxes(1, 2).astype(v_BLIK.dtype)
+    s_BHL, t_BHL, v_BHLK = (jnp.flip(a, 2) for a in scaled[:3])
+    mask_BL = jnp.flip(scaled.mask_BL, 1)
+    turned = _Scaled(s_BHL, t_BHL, v_BHLK, scaled.slopes_H, mask_BL)
+    _, later = _scan(past, turned, grid, chunk=chunk, is_strict=True)
+    sums = _join(sums, Sums(*(jnp.flip(a, 2) for a in later)))
+  return _output(_divide(sums), x)
 
 
 def attend_checked(
-  q_BLH: Float[Array, "B L H"],
-  k_BLJ: Float[Array, "B L J"],
-  v_BLIK: Float[Array, "B L I K"],
-  slopes_H: Float[Array, " H"] | None = None,
-  mask_BL: Bool[Array, "B L"] | None = None,
+  x: Inputs,
   *,
-  head_dim: int,
   causal: bool,
   tolerance: float,
   num_nodes: tuple[int, ...] = (64, 256),
-  chunk: int = 64,
 ) -> Float[Array, "B L H K"]:
   """Returns `attend_linear` if its error bound is small enough, else exact.
 
@@ -213,41 +201,25 @@ def attend_checked(
   time, O(L) memory. Under `jax.vmap` all alternatives are computed.
 
   Args:
-    q_BLH: As in `attend_linear`, like all arguments that are not listed.
-    k_BLJ: Keys.
-    v_BLIK: Values.
-    slopes_H: ALiBi slopes.
-    mask_BL: False at pad tokens.
-    head_dim: K.
+    x: Queries, keys and values.
     causal: Whether later keys are hidden.
     tolerance: Largest error, relative to the range of the values.
     num_nodes: Numbers of nodes to try, in this order.
-    chunk: Positions per chunk.
   """
-  span = measure_span(q_BLH, k_BLJ, mask_BL, head_dim=head_dim)
+  span = measure_span(x)
   is_enough = jnp.stack(
     [(span_bound(span, n) <= tolerance).all() for n in num_nodes]
   )
 
-  def linear(inputs, num_nodes):
-    return attend_linear(
-      *inputs,
-      head_dim=head_dim,
-      causal=causal,
-      num_nodes=num_nodes,
-      chunk=chunk,
-      span=span,
-    )
+  def linear(x, num_nodes):
+    return attend_linear(x, causal=causal, num_nodes=num_nodes, span=span)
 
-  def exact(inputs):
-    x = _prepare(inputs[:3], *inputs[3:], span=span, head_dim=head_dim)
-    out_BHLK = _attend_exact(x, causal=causal)
-    return out_BHLK.swapaxes(1, 2).astype(v_BLIK.dtype)
+  def exact(x):
+    return _output(_attend_exact(_scale(x, span), causal=causal), x)
 
   branches = [functools.partial(linear, num_nodes=n) for n in num_nodes]
   first = jnp.where(is_enough.any(), is_enough.argmax(), len(num_nodes))
-  inputs = (q_BLH, k_BLJ, v_BLIK, slopes_H, mask_BL)
-  return jax.lax.switch(first, [*branches, exact], inputs)
+  return jax.lax.switch(first, [*branches, exact], x)
 
 
 def init_state(
@@ -263,25 +235,16 @@ def init_state(
     num_nodes: N, a multiple of 16.
   """
   B, H, P = batch_size, num_heads, chebyshev.panels(num_nodes)
-  return PastState(
-    span,
-    jnp.full((B, H, P), _FLOOR, jnp.float32),
-    jnp.zeros((B, H, num_nodes), jnp.float32),
-    jnp.zeros((B, H, num_nodes, head_dim), jnp.float32),
-    jnp.zeros(B, bool),
+  sums = Sums(
+    values=jnp.zeros((B, H, num_nodes, head_dim), jnp.float32),
+    norm=jnp.zeros((B, H, num_nodes), jnp.float32),
+    top=jnp.full((B, H, P), _FLOOR, jnp.float32),
   )
+  return PastState(span, sums, jnp.zeros(B, bool))
 
 
 def extend(
-  state: PastState,
-  q_BLH: Float[Array, "B L H"],
-  k_BLJ: Float[Array, "B L J"],
-  v_BLIK: Float[Array, "B L I K"],
-  slopes_H: Float[Array, " H"] | None = None,
-  mask_BL: Bool[Array, "B L"] | None = None,
-  *,
-  head_dim: int,
-  chunk: int = 64,
+  state: PastState, x: Inputs, *, chunk: int = _CHUNK
 ) -> tuple[PastState, Float[Array, "B L H K"]]:
   """Returns the state after L more positions, and their causal attention.
 
@@ -290,42 +253,32 @@ def extend(
 
   Args:
     state: From `init_state`, or from here.
-    q_BLH: As in `attend_linear`, like all arguments that follow.
-    k_BLJ: Keys.
-    v_BLIK: Values.
-    slopes_H: ALiBi slopes.
-    mask_BL: False at pad tokens.
-    head_dim: K.
+    x: Queries, keys and values of the new positions.
     chunk: Positions per chunk.
   """
-  if mask_BL is None:
-    mask_BL = jnp.ones(q_BLH.shape[:2], bool)
-  past, sums = _scan(
-    _Sums(state.sum_BHNK, state.norm_BHN, state.top_BHP),
-    _prepare(
-      (q_BLH, k_BLJ, v_BLIK),
-      slopes_H,
-      mask_BL,
-      span=state.span,
-      head_dim=head_dim,
-    ),
-    _make_grid(state.span, state.norm_BHN.shape[2]),
-    chunk=chunk,
-  )
-  is_outside_BL = _is_outside(state.span, q_BLH, k_BLJ, head_dim)
-  is_outside_B = state.is_outside_B | (is_outside_BL & mask_BL).any(1)
-  state = PastState(state.span, past.top, past.norm, past.values, is_outside_B)
-  return state, _divide(sums).swapaxes(1, 2).astype(v_BLIK.dtype)
-
-
-def _is_outside(span: Span, q_BLH, k_BLJ, head_dim: int) -> Array:
-  """Returns which positions have a query or key outside the span, [B, L]."""
-  s_BLH = head_dim**0.5 * q_BLH.astype(jnp.float32)
-  t_BLH = _repeat(k_BLJ.astype(jnp.float32), q_BLH.shape[2])
-  s_low, s_high, t_low, t_high = (x[:, None] for x in span)
+  span = state.span
+  grid = _make_grid(span, state.sums.norm.shape[2])
+  past, sums = _scan(state.sums, _scale(x, span), grid, chunk=chunk)
+  s_BLH, t_BLH = _logit_factors(x)
+  s_low, s_high, t_low, t_high = (end[:, None] for end in span)
   is_outside_BLH = (s_BLH < s_low) | (s_BLH > s_high)
   is_outside_BLH |= (t_BLH < t_low) | (t_BLH > t_high)
-  return is_outside_BLH.any(2)
+  is_outside_BL = is_outside_BLH.any(2) & _mask(x)
+  state = PastState(span, past, state.is_outside_B | is_outside_BL.any(1))
+  return state, _output(_divide(sums), x)
+
+
+def _logit_factors(x: Inputs) -> tuple[Array, Array]:
+  """Returns s = sqrt(K) q and t = k per head, float32[B, L, H]."""
+  s_BLH = x.v_BLIK.shape[3] ** 0.5 * x.q_BLH.astype(jnp.float32)
+  return s_BLH, _repeat(x.k_BLJ.astype(jnp.float32), x.q_BLH.shape[2])
+
+
+def _mask(x: Inputs) -> Array:
+  """Returns the padding mask, [B, L], True everywhere if there is none."""
+  if x.mask_BL is None:
+    return jnp.ones(x.q_BLH.shape[:2], bool)
+  return jnp.asarray(x.mask_BL)
 
 
 def _repeat(x: Array, num_heads: int) -> Array:
@@ -333,26 +286,32 @@ def _repeat(x: Array, num_heads: int) -> Array:
   return jnp.repeat(x, num_heads // x.shape[2], axis=2)
 
 
-def _prepare(arrays, slopes_H, mask_BL, *, span: Span, head_dim: int):
-  """Returns `_Inputs` of (q_BLH, k_BLJ, v_BLIK)."""
-  q_BLH, k_BLJ, v_BLIK = arrays
-  num_heads = q_BLH.shape[2]
-  s_BHL = head_dim**0.5 * q_BLH.astype(jnp.float32).swapaxes(1, 2)
-  t_BHL = _repeat(k_BLJ.astype(jnp.float32), num_heads).swapaxes(1, 2)
+def _scale(x: Inputs, span: Span) -> _Scaled:
+  num_heads = x.q_BLH.shape[2]
+  s_BHL, t_BHL = (a.swapaxes(1, 2) for a in _logit_factors(x))
   s_BHL = _clip(s_BHL, span.s_low, span.s_high)
   t_BHL = _clip(t_BHL, span.t_low, span.t_high)
   # Shifting all keys shifts all logits of a row, which softmax ignores.
   t_BHL -= ((span.t_low + span.t_high) / 2)[..., None]
-  v_BHLK = _repeat(v_BLIK.astype(jnp.float32), num_heads).swapaxes(1, 2)
-  if slopes_H is None:
-    slopes_H = jnp.zeros(num_heads)
-  return _Inputs(s_BHL, t_BHL, v_BHLK, slopes_H.astype(jnp.float32), mask_BL)
+  v_BHLK = _repeat(x.v_BLIK.astype(jnp.float32), num_heads).swapaxes(1, 2)
+  slopes_H = jnp.zeros(num_heads) if x.slopes_H is None else x.slopes_H
+  return _Scaled(s_BHL, t_BHL, v_BHLK, slopes_H.astype(jnp.float32), _mask(x))
 
 
 def _clip(x_BHL: Array, low_BH: Array, high_BH: Array) -> Array:
   # jnp.clip would halve the gradient of values that equal an end.
   x_BHL = jnp.where(x_BHL < low_BH[..., None], low_BH[..., None], x_BHL)
   return jnp.where(x_BHL > high_BH[..., None], high_BH[..., None], x_BHL)
+
+
+def _divide(sums: Sums) -> Array:
+  """Returns the averages of the values, [..., K]; 0 without any key."""
+  return sums.values / jnp.where(sums.norm > 0, sums.norm, 1)[..., None]
+
+
+def _output(out_BHLK: Array, x: Inputs) -> Array:
+  """Returns [B, L, H, K] in the dtype of the values."""
+  return out_BHLK.swapaxes(1, 2).astype(x.v_BLIK.dtype)
 
 
 # The nodes: placing them, writing keys to them, reading queries from them.
@@ -376,16 +335,14 @@ def _make_grid(span: Span, num_nodes: int) -> _Grid:
   return _stop(_Grid(span.s_low, half_BH, center_BHP, step_BHX))
 
 
-def _write(t_BHCM, v_BHCMK, bias_BHCM, is_seen_BHCM, grid: _Grid) -> _Sums:
+def _write(t_BHCM, v_BHCMK, bias_BHCM, grid: _Grid) -> Sums:
   """Returns the sums of each chunk's keys at the nodes; top is [B, H, C, P]."""
-  if is_seen_BHCM is not None:
-    bias_BHCM = jnp.where(is_seen_BHCM, bias_BHCM, _MASKED)
   center_BHCMP = t_BHCM[..., None] * grid.center_BHP[:, :, None, None]
   top_BHCP = (center_BHCMP + bias_BHCM[..., None]).max(3)
   top_BHCP = _stop(jnp.maximum(top_BHCP, _FLOOR))
   power_BHCNM = _powers(t_BHCM, bias_BHCM, top_BHCP, grid)
   sum_BHCNK = jnp.einsum("BHCNM,BHCMK->BHCNK", power_BHCNM, v_BHCMK)
-  return _Sums(sum_BHCNK, power_BHCNM.sum(-1), top_BHCP)
+  return Sums(sum_BHCNK, power_BHCNM.sum(-1), top_BHCP)
 
 
 @jax.custom_jvp
@@ -449,9 +406,9 @@ def _weights_jvp(primals, tangents):
   return weight_BHCLN, jnp.einsum("BHCLN,BHCL->BHCLN", d_BHCLN, tangents[0])
 
 
-def _read(weight_BHCLN, sums: _Sums, top: Array) -> _Sums:
+def _read(weight_BHCLN, sums: Sums, top: Array) -> Sums:
   """Returns the sums of queries with these weights of the nodes."""
-  return _Sums(
+  return Sums(
     jnp.einsum("BHCLN,BHCNK->BHCLK", weight_BHCLN, sums.values),
     jnp.einsum("BHCLN,BHCN->BHCL", weight_BHCLN, sums.norm),
     top,
@@ -461,21 +418,16 @@ def _read(weight_BHCLN, sums: _Sums, top: Array) -> _Sums:
 # Sums over keys.
 
 
-def _join(a: _Sums, b: _Sums) -> _Sums:
+def _join(a: Sums, b: Sums) -> Sums:
   """Returns the sums over the keys of both."""
   top = _stop(jnp.maximum(a.top, b.top))
   scale_a, scale_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
   values = jnp.einsum("...,...K->...K", scale_a, a.values)
   values += jnp.einsum("...,...K->...K", scale_b, b.values)
-  return _Sums(values, scale_a * a.norm + scale_b * b.norm, top)
+  return Sums(values, scale_a * a.norm + scale_b * b.norm, top)
 
 
-def _divide(sums: _Sums) -> Array:
-  """Returns the averages of the values, [..., K]; 0 without any key."""
-  return sums.values / jnp.where(sums.norm > 0, sums.norm, 1)[..., None]
-
-
-def _accumulate(sums: _Sums, slopes_H, chunk: int) -> _Sums:
+def _accumulate(sums: Sums, slopes_H, chunk: int) -> Sums:
   """Returns, per chunk, the decayed sums over it and all chunks before it.
 
   Args:
@@ -496,14 +448,14 @@ def _accumulate(sums: _Sums, slopes_H, chunk: int) -> _Sums:
   sum_BHIPY = jnp.einsum("BHPIJ,BHJPY->BHIPY", share_BHPIJ, sum_BHJPY)
   norm_BHJPX = sums.norm.reshape(B, H, C, P, -1)
   norm_BHIPX = jnp.einsum("BHPIJ,BHJPX->BHIPX", share_BHPIJ, norm_BHJPX)
-  return _Sums(
+  return Sums(
     sum_BHIPY.reshape(sums.values.shape),
     norm_BHIPX.reshape(sums.norm.shape),
     top_BHPI.swapaxes(2, 3),
   )
 
 
-def _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen: Array) -> _Sums:
+def _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen: Array) -> Sums:
   """Returns exact attention inside each chunk."""
   logits_BHCLM = jnp.einsum("BHCL,BHCM->BHCLM", s_BHCL, t_BHCM)
   logits_BHCLM += bias_HLM[None, :, None]
@@ -511,25 +463,26 @@ def _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen: Array) -> _Sums:
   top_BHCL = _stop(jnp.maximum(logits_BHCLM.max(-1), _FLOOR))
   att_BHCLM = jnp.exp(logits_BHCLM - top_BHCL[..., None])
   sum_BHCLK = jnp.einsum("BHCLM,BHCMK->BHCLK", att_BHCLM, v_BHCMK)
-  return _Sums(sum_BHCLK, att_BHCLM.sum(-1), top_BHCL)
+  return Sums(sum_BHCLK, att_BHCLM.sum(-1), top_BHCL)
 
 
 # Whole sequences.
 
 
 @jax.checkpoint
-def _attend_all(x: _Inputs, grid: _Grid) -> Array:
+def _attend_all(x: _Scaled, grid: _Grid) -> Array:
   """Returns attention to all keys without positions: one chunk, only nodes."""
   t_BHCM, v_BHCMK = x.t_BHL[:, :, None], x.v_BHLK[:, :, None]
-  is_seen = None if x.mask_BL is None else x.mask_BL[:, None, None]
-  sums = _write(t_BHCM, v_BHCMK, jnp.zeros_like(t_BHCM), is_seen, grid)
+  mask_BHCM = x.mask_BL[:, None, None]
+  bias_BHCM = jnp.where(mask_BHCM, jnp.zeros_like(t_BHCM), _MASKED)
+  sums = _write(t_BHCM, v_BHCMK, bias_BHCM, grid)
   hot_BHCLP, x_BHCL = _panel_of(x.s_BHL[:, :, None], grid)
   # Tops differ between panels, but cancel between a query's sum and norm.
   found = _read(_weights(x_BHCL, hot_BHCLP), sums, sums.top)
   return _divide(found)[:, :, 0]
 
 
-def _attend_exact(x: _Inputs, *, causal: bool) -> Array:
+def _attend_exact(x: _Scaled, *, causal: bool) -> Array:
   """Returns dense attention, some queries at a time: O(L) memory."""
   B, H, M = x.t_BHL.shape
   chunk = min(M, max(1, _EXACT // (B * H * M)))
@@ -537,27 +490,23 @@ def _attend_exact(x: _Inputs, *, causal: bool) -> Array:
 
   @jax.checkpoint
   def attend(queries):
-    s_BHL, at_L = queries
+    s_BHCL, at_L = queries
     distance_LM = at_L[:, None] - jnp.arange(M, dtype=jnp.float32)[None]
     is_seen_LM = distance_LM >= 0 if causal else distance_LM < M
-    is_seen = is_seen_LM[None, None, None]
-    if x.mask_BL is not None:
-      is_seen &= x.mask_BL[:, None, None, None]
     near = _attend_near(
-      s_BHL[:, :, None],
+      s_BHCL,
       x.t_BHL[:, :, None],
       x.v_BHLK[:, :, None],
       _alibi(x.slopes_H, distance_LM),
-      is_seen,
+      is_seen_LM[None, None, None] & x.mask_BL[:, None, None, None],
     )
-    return _divide(near)[:, :, 0]
+    return _divide(near)
 
   queries = (
-    _cut(x.s_BHL, 2, num_chunks, 1, chunk)[:, :, :, 0],
+    _cut(x.s_BHL, 2, num_chunks, 1, chunk),
     jnp.arange(num_chunks * chunk, dtype=jnp.float32).reshape(-1, chunk),
   )
-  out_NBHLK = jax.lax.map(attend, queries)
-  return _whole(out_NBHLK[:, :, :, None], M)
+  return _whole(jax.lax.map(attend, queries), M)
 
 
 def _alibi(slopes_H, distance_LM) -> Array:
@@ -565,17 +514,17 @@ def _alibi(slopes_H, distance_LM) -> Array:
 
 
 def _scan(
-  past: _Sums,
-  x: _Inputs,
+  past: Sums,
+  x: _Scaled,
   grid: _Grid,
   *,
   chunk: int,
   is_strict: bool = False,
-) -> tuple[_Sums, _Sums]:
+) -> tuple[Sums, Sums]:
   """Returns the past after all positions, and their causal sums.
 
-  A length that is no multiple of the chunk is padded at its end. The past is
-  right only if `mask_BL` is given, which hides this padding.
+  A length that is no multiple of the chunk is padded at its end, where the
+  mask is False.
 
   Args:
     past: Sums at the nodes, [B, H, N]; its top is [B, H, P].
@@ -595,35 +544,33 @@ def _scan(
     _cut(x.s_BHL, 2, num_blocks, C, chunk, mode="edge"),
     _cut(x.t_BHL, 2, num_blocks, C, chunk),
     _cut(x.v_BHLK, 2, num_blocks, C, chunk),
-    None if x.mask_BL is None else _cut(x.mask_BL, 1, num_blocks, C, chunk),
+    _cut(x.mask_BL, 1, num_blocks, C, chunk),
   )
   step = functools.partial(_block, x.slopes_H, grid, is_strict)
   past, sums = jax.lax.scan(step, past, blocks)
   # The padding has decayed the past too far.
   added = num_blocks * C * chunk - length
   past = past._replace(top=past.top + (added * x.slopes_H)[None, :, None])
-  return past, _Sums(*(_whole(a, length) for a in sums))
+  return past, Sums(*(_whole(a, length) for a in sums))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2,))
-def _block(slopes_H, grid: _Grid, is_strict: bool, past: _Sums, block):
+def _block(slopes_H, grid: _Grid, is_strict: bool, past: Sums, block):
   """Returns the past after a block of chunks, and the sums of its queries."""
   s_BHCL, t_BHCM, v_BHCMK, mask_BCM = block
   L = s_BHCL.shape[3]
   at_L = jnp.arange(L, dtype=jnp.float32)
   distance_LM = at_L[:, None] - at_L[None]
   is_seen_LM = distance_LM > 0 if is_strict else distance_LM >= 0
-  is_seen = is_seen_LM[None, None, None]
-  mask_BHCM = None
-  if mask_BCM is not None:
-    mask_BHCM = mask_BCM[:, None]
-    is_seen &= mask_BHCM[..., None, :]
+  mask_BHCM = mask_BCM[:, None]
+  is_seen = is_seen_LM[None, None, None] & mask_BHCM[..., None, :]
   bias_HLM = _alibi(slopes_H, distance_LM)
   near = _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen)
 
   to_end_HM = jnp.einsum("H,M->HM", slopes_H, at_L - L)
   to_end_BHCM = jnp.broadcast_to(to_end_HM[None, :, None], t_BHCM.shape)
-  sums = _write(t_BHCM, v_BHCMK, to_end_BHCM, mask_BHCM, grid)
+  to_end_BHCM = jnp.where(mask_BHCM, to_end_BHCM, _MASKED)
+  sums = _write(t_BHCM, v_BHCMK, to_end_BHCM, grid)
   sums = jax.tree.map(
     lambda x, y: jnp.concatenate([x[:, :, None], y], 2), past, sums
   )

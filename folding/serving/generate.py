@@ -1,6 +1,5 @@
 """Prompts -> new tokens or text, with a KV cache or a constant-size state."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from folding.models.transformer import Transformer
 from folding.serving import sampling as sampling_lib
 from folding.serving.export import Loaded
 from folding.serving.predict import require_numbers
-from folding.serving.sampling import Draw, Kind, Sampling
+from folding.serving.sampling import Draw, Sampling
 
 # "keys": a KV cache. "linear": layers whose logits have rank 1 keep a state of
 # constant size instead (`linear_attention.PastState`).
@@ -56,15 +55,149 @@ class State(NamedTuple):
     return any(bool(x.any()) for x in jax.device_get(flags))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-  """The arguments of one call of `Generator.stream`."""
+def prefill(
+  model: Transformer,
+  params: Any,
+  tokens_BL: Int[Array, "B L"],
+  start_B: Int[Array, " B"],
+  *,
+  states: Sequence[PastState | None] | None,
+  draw: Draw,
+  num_new: Int[Array, ""],
+  num_slots: int,
+) -> State:
+  """Returns the state after the prompts, with the next new tokens.
 
-  params: Any
-  prompts: Sequence[np.ndarray]
-  max_new_tokens: int
-  kind: Kind
-  draw: Draw
+  Args:
+    model: A next-token model.
+    params: Of the model.
+    tokens_BL: Left-padded prompts.
+    start_B: Number of pad tokens of each row.
+    states: As in `Transformer.prefill`.
+    draw: From `sampling.make_draw`.
+    num_new: int32[], new tokens at the end of each prompt.
+    num_slots: Of each KV cache.
+  """
+  found: Any = model.apply(
+    {"params": params}, tokens_BL, start_B, states, method="prefill"
+  )
+  logits_BV, caches = found
+  token_B = sampling_lib.choose(draw, logits_BV, num_new)
+  caches = [
+    x if isinstance(x, PastState) else decode_lib.resize(x, num_slots)
+    for x in caches
+  ]
+  return State(caches, token_B, jnp.int32(tokens_BL.shape[1]), num_new + 1)
+
+
+def decode(
+  model: Transformer,
+  params: Any,
+  state: State,
+  start_B: Int[Array, " B"],
+  *,
+  draw: Draw,
+  num_tokens: int,
+) -> tuple[State, Int[Array, "B T"]]:
+  """Returns the state after T more tokens per row, and these tokens.
+
+  Args:
+    model: A next-token model.
+    params: Of the model.
+    state: From `prefill`, or from here.
+    start_B: Number of pad tokens of each row.
+    draw: From `sampling.make_draw`.
+    num_tokens: T.
+  """
+
+  def step(state: State, _):
+    found: Any = model.apply(
+      {"params": params},
+      state.token_B,
+      state.caches,
+      decode_lib.Step(state.position, start_B),
+      method="decode",
+    )
+    logits_BV, caches = found
+    token_B = sampling_lib.choose(draw, logits_BV, state.num_new)
+    return State(
+      caches, token_B, state.position + 1, state.num_new + 1
+    ), token_B
+
+  state, tokens_TB = jax.lax.scan(step, state, None, length=num_tokens)
+  return state, tokens_TB.T
+
+
+def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
+  """Returns the ranges of queries and keys over random tokens, [1, H] each.
+
+  Args:
+    model: A next-token model.
+    params: Of the model.
+
+  Returns:
+    {n: ranges of layer n}, for layers that can decode in constant size.
+  """
+  length = model.max_length
+  if model.config.positions != "learned":
+    length = min(length, 128)
+  size = max(1, _CALIBRATION // length), length
+  tokens_BL = np.random.default_rng(0).integers(0, model.vocab_size, size)
+
+  def is_projection(module, method):
+    return isinstance(module, Attention) and method == "project"
+
+  found: Any = model.apply(
+    {"params": params},
+    jnp.asarray(tokens_BL, jnp.int32),
+    capture_intermediates=is_projection,
+  )
+  intermediates = found[1]["intermediates"]
+  spans = {}
+  for n in _constant_layers(model):
+    heads = intermediates[f"blocks_{n}"]["attn"]["project"][0]
+    # All texts are one row, so that they share a range.
+    q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in heads)
+    x = linear_attention.Inputs(q[..., 0], k[..., 0], v)
+    spans[n] = linear_attention.measure_span(x)
+  return spans
+
+
+def empty_states(
+  model: Transformer,
+  spans: Mapping[int, Span],
+  batch_size: int,
+  margin: float,
+) -> list[PastState | None]:
+  """Returns the state of each layer before any token; None: it has none.
+
+  Args:
+    model: A next-token model.
+    spans: From `measure_spans`.
+    batch_size: B.
+    margin: Factor on the ranges.
+
+  Raises:
+    ConfigError: the ranges need too many nodes.
+  """
+  spans = {n: decode_lib.widen(span, margin) for n, span in spans.items()}
+  num_nodes = decode_lib.nodes_for(list(spans.values()), TOLERANCE)
+  if num_nodes is None:
+    raise ConfigError(
+      "the queries and keys of this model range too far for a constant state"
+    )
+  states: list[PastState | None] = [None] * model.config.num_layers
+  for n, layer in _constant_layers(model).items():
+    states[n] = linear_attention.init_state(
+      spans[n], batch_size, len(layer.heads), layer.head_dim, num_nodes
+    )
+  return states
+
+
+def _constant_layers(model: Transformer) -> dict[int, Layer]:
+  """Returns the layers that can decode in constant size."""
+  layers = enumerate(layers_of(model.config, model.fold))
+  return {n: x for n, x in layers if has_rank_1(model.config, x)}
 
 
 class Generator:
@@ -117,11 +250,10 @@ class Generator:
     self._cache, self._chunk, self._margin = cache, chunk, margin
     self._measure = jax.jit(functools.partial(measure_spans, model))
     self._prefill = jax.jit(
-      functools.partial(prefill, model), static_argnames=("kind", "num_slots")
+      functools.partial(prefill, model), static_argnames="num_slots"
     )
     self._decode = jax.jit(
       functools.partial(decode, model, num_tokens=chunk),
-      static_argnames="kind",
       donate_argnames="state",
     )
 
@@ -171,9 +303,9 @@ class Generator:
     """
     self._check(prompts, max_new_tokens)
     draw = sampling_lib.make_draw(sampling, self.model.vocab_size)
-    request = _Request(params, prompts, max_new_tokens, sampling.kind, draw)
+    blocks = self._blocks(params, prompts, draw, max_new_tokens)
     end_ids = np.atleast_1d([] if end_id is None else end_id)
-    return _until_end(self._blocks(request), end_ids, max_new_tokens)
+    return _until_end(blocks, end_ids, max_new_tokens)
 
   def _check(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
     V = self.model.vocab_size
@@ -203,21 +335,48 @@ class Generator:
           f"model; {advice}"
         )
 
-  def _blocks(self, request: _Request) -> Iterator[np.ndarray]:
+  def _blocks(
+    self,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    draw: Draw,
+    max_new_tokens: int,
+  ) -> Iterator[np.ndarray]:
     """Yields int32[B, T] of new tokens, also of rows that have ended.
 
-    If a query or key leaves the range of a constant state, the state is made
-    again from all tokens but the newest, with a wider range.
+    If a query or key leaves the range of a constant state, prompts and new
+    tokens so far are read again into a state with a wider range.
     """
-    new_BT = np.zeros((len(request.prompts), 0), np.int32)
-    for states in self._states(request):
-      for block_BT in self._continue(request, new_BT, states):
+    new_BT = np.zeros((len(prompts), 0), np.int32)
+    for states in self._states(params, len(prompts)):
+      pairs = zip(prompts, new_BT, strict=True)
+      read = [np.concatenate([ids, new]) for ids, new in pairs]
+      length = _rounded(max(len(ids) for ids in read))
+      tokens_BL, start_B = pad_left(read, length)
+      num_new = new_BT.shape[1]
+      begin = functools.partial(
+        self._prefill,
+        params,
+        tokens_BL,
+        start_B,
+        states=states,
+        draw=draw,
+        num_new=jnp.int32(num_new),
+        num_slots=self._num_slots(length, max_new_tokens - num_new - 1),
+      )
+      _require_memory(jax.eval_shape(begin), max_new_tokens)
+      state = begin()
+      block_BT = state.token_B[:, None]
+      while not state.is_outside():
+        # A copy, because the next call donates the memory of the state.
+        block_BT = np.array(block_BT)
         require_numbers(block_BT >= 0, self.model.config.dtype)
         new_BT = np.concatenate([new_BT, block_BT], axis=1)
         yield block_BT
+        state, block_BT = self._decode(params, state, start_B, draw=draw)
 
   def _states(
-    self, request: _Request
+    self, params: Any, batch_size: int
   ) -> Iterator[list[PastState | None] | None]:
     """Yields the empty states to begin with, then wider ones; None: no state.
 
@@ -227,52 +386,11 @@ class Generator:
     if self._cache == "keys":
       yield None
       return
-    measured = self._measure(request.params)
+    spans = self._measure(params)
     margin = self._margin
     while True:
-      yield empty_states(self.model, measured, len(request.prompts), margin)
+      yield empty_states(self.model, spans, batch_size, margin)
       margin *= _GROWTH
-
-  def _continue(
-    self,
-    request: _Request,
-    new_BT: np.ndarray,
-    states: list[PastState | None] | None,
-  ) -> Iterator[np.ndarray]:
-    """Yields new tokens after those of `new_BT`, until a state is outside."""
-    read = [
-      np.concatenate([ids, new[:-1]])
-      for ids, new in zip(request.prompts, new_BT, strict=True)
-    ]
-    length = _rounded(max(len(ids) for ids in read))
-    tokens_BL, start_B = pad_left(read, length)
-    count = new_BT.shape[1]
-    left = request.max_new_tokens - max(count, 1)  # to decode
-    begin = functools.partial(
-      self._prefill,
-      kind=request.kind,
-      num_slots=self._num_slots(length, left),
-    )
-    given = {"states": states, "draw": request.draw}
-    given |= {"tokens_BL": tokens_BL, "start_B": start_B}
-    shapes = jax.eval_shape(begin, request.params, **given)
-    _require_memory(shapes, request.max_new_tokens)
-    state = begin(request.params, **given)
-    if state.is_outside():
-      return
-    if count:
-      newest_B = jnp.asarray(new_BT[:, -1])
-      state = state._replace(token_B=newest_B, num_new=jnp.int32(count))
-    else:
-      # A copy, because the next call donates the memory of the state.
-      yield np.array(state.token_B)[:, None]
-    while True:
-      state, tokens_BT = self._decode(
-        request.params, state, start_B, draw=request.draw, kind=request.kind
-      )
-      if state.is_outside():
-        return
-      yield np.asarray(tokens_BT)
 
   def _num_slots(self, length: int, num_new: int) -> int:
     num_steps = -(-num_new // self._chunk) * self._chunk
@@ -297,149 +415,24 @@ def pad_left(
   return tokens_BL, start_B
 
 
-def prefill(
-  model: Transformer,
-  params: Any,
-  tokens_BL: Int[Array, "B L"],
-  start_B: Int[Array, " B"],
-  *,
-  states: Sequence[PastState | None] | None,
-  draw: Draw,
-  kind: Kind,
-  num_slots: int,
-) -> State:
-  """Returns the state after the prompts, with the first new tokens.
-
-  Args:
-    model: A next-token model.
-    params: Of the model.
-    tokens_BL: Left-padded prompts.
-    start_B: Number of pad tokens of each row.
-    states: As in `Transformer.prefill`.
-    draw: From `sampling.make_draw`.
-    kind: Of the `Sampling`.
-    num_slots: Of each KV cache.
-  """
-  found: Any = model.apply(
-    {"params": params}, tokens_BL, start_B, states, method="prefill"
-  )
-  logits_BV, caches = found
-  token_B = sampling_lib.choose(kind, draw, logits_BV, jnp.int32(0))
-  caches = [
-    x if isinstance(x, PastState) else decode_lib.resize(x, num_slots)
-    for x in caches
-  ]
-  return State(caches, token_B, jnp.int32(tokens_BL.shape[1]), jnp.int32(1))
-
-
-def decode(
-  model: Transformer,
-  params: Any,
-  state: State,
-  start_B: Int[Array, " B"],
-  *,
-  draw: Draw,
-  kind: Kind,
-  num_tokens: int,
-) -> tuple[State, Int[Array, "B T"]]:
-  """Returns the state after T more tokens per row, and these tokens.
-
-  Args:
-    model: A next-token model.
-    params: Of the model.
-    state: From `prefill`, or from here.
-    start_B: Number of pad tokens of each row.
-    draw: From `sampling.make_draw`.
-    kind: Of the `Sampling`.
-    num_tokens: T.
-  """
-
-  def step(state: State, _):
-    found: Any = model.apply(
-      {"params": params},
-      state.token_B,
-      state.caches,
-      decode_lib.Step(state.position, start_B),
-      method="decode",
-    )
-    logits_BV, caches = found
-    token_B = sampling_lib.choose(kind, draw, logits_BV, state.num_new)
-    return State(
-      caches, token_B, state.position + 1, state.num_new + 1
-    ), token_B
-
-  state, tokens_TB = jax.lax.scan(step, state, None, length=num_tokens)
-  return state, tokens_TB.T
-
-
-def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
-  """Returns the ranges of queries and keys over random tokens, [1, H] each.
-
-  Args:
-    model: A next-token model.
-    params: Of the model.
-
-  Returns:
-    {n: ranges of layer n}, for layers that can decode in constant size.
-  """
-  length = model.max_length
-  if model.config.positions != "learned":
-    length = min(length, 128)
-  size = max(1, _CALIBRATION // length), length
-  tokens_BL = np.random.default_rng(0).integers(0, model.vocab_size, size)
-
-  def is_projection(module, method):
-    return isinstance(module, Attention) and method == "project"
-
-  found: Any = model.apply(
-    {"params": params},
-    jnp.asarray(tokens_BL, jnp.int32),
-    capture_intermediates=is_projection,
-  )
-  intermediates = found[1]["intermediates"]
-  spans = {}
-  for n, layer in _constant_layers(model).items():
-    q, k, _ = intermediates[f"blocks_{n}"]["attn"]["project"][0]
-    q, k = (x[..., 0].reshape(1, -1, x.shape[2]) for x in (q, k))
-    spans[n] = linear_attention.measure_span(q, k, head_dim=layer.head_dim)
-  return spans
-
-
-def empty_states(
-  model: Transformer,
-  spans: Mapping[int, Span],
-  batch_size: int,
-  margin: float,
-) -> list[PastState | None]:
-  """Returns the state of each layer before any token; None: it has none.
-
-  Args:
-    model: A next-token model.
-    spans: From `measure_spans`.
-    batch_size: B.
-    margin: Factor on the ranges.
-
-  Raises:
-    ConfigError: the ranges need too many nodes.
-  """
-  spans = {n: decode_lib.widen(span, margin) for n, span in spans.items()}
-  num_nodes = decode_lib.nodes_for(list(spans.values()), TOLERANCE)
-  if num_nodes is None:
-    raise ConfigError(
-      "the queries and keys of this model range too far for a constant state"
-    )
-  states: list[PastState | None] = [None] * model.config.num_layers
-  for n, layer in _constant_layers(model).items():
-    states[n] = linear_attention.init_state(
-      spans[n], batch_size, len(layer.heads), layer.head_dim, num_nodes
-    )
-  return states
-
-
-def _constant_layers(model: Transformer) -> dict[int, Layer]:
-  """Returns the layers that can decode in constant size."""
-  layers = enumerate(layers_of(model.config, model.fold))
-  return {n: x for n, x in layers if has_rank_1(model.config, x)}
+def _until_end(
+  blocks: Iterator[np.ndarray], end_ids: np.ndarray, left: int
+) -> Iterator[list[np.ndarray]]:
+  """Yields the rows of blocks up to their end, `left` tokens at most."""
+  is_done: set[int] = set()
+  for block_BT in blocks:
+    block_BT = block_BT[:, :left]
+    rows = []
+    for row, ids in enumerate(block_BT):
+      ends = np.flatnonzero(np.isin(ids, end_ids))
+      stop = ends[0] + 1 if ends.size else ids.size
+      rows.append(ids[: 0 if row in is_done else stop])
+      if ends.size:
+        is_done.add(row)
+    yield rows
+    left -= block_BT.shape[1]
+    if left == 0 or len(is_done) == len(block_BT):
+      return
 
 
 def _require_memory(state: State, num_new: int) -> None:
@@ -460,26 +453,6 @@ def _require_memory(state: State, num_new: int) -> None:
 
 def _rounded(length: int) -> int:
   return -(-length // _ROUND) * _ROUND
-
-
-def _until_end(
-  blocks: Iterator[np.ndarray], end_ids: np.ndarray, left: int
-) -> Iterator[list[np.ndarray]]:
-  """Yields the rows of blocks up to their end, `left` tokens at most."""
-  is_done: set[int] = set()
-  for block_BT in blocks:
-    block_BT = block_BT[:, :left]
-    rows = []
-    for row, ids in enumerate(block_BT):
-      ends = np.flatnonzero(np.isin(ids, end_ids))
-      stop = ends[0] + 1 if ends.size else ids.size
-      rows.append(ids[: 0 if row in is_done else stop])
-      if ends.size:
-        is_done.add(row)
-    yield rows
-    left -= block_BT.shape[1]
-    if left == 0 or len(is_done) == len(block_BT):
-      return
 
 
 def continue_texts(

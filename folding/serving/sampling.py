@@ -1,7 +1,7 @@
 """Logits -> next token: greedy, or drawn with temperature, top-k and top-p."""
 
 import dataclasses
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from folding.errors import ConfigError
 
+# Which program is needed; the numbers of a `Draw` may vary.
 Kind: TypeAlias = Literal["greedy", "free", "restricted"]
 
 
@@ -47,26 +48,26 @@ class Sampling:
     if not 0 <= self.seed < 2**32:  # JAX would truncate it
       raise ConfigError(f"the seed must be in [0, 2^32); it is {self.seed}")
 
-  @property
-  def kind(self) -> Kind:
-    """Which program is needed; its numbers may vary."""
-    if self.temperature == 0:
-      return "greedy"
-    is_free = self.top_k is None and self.top_p in (None, 1)
-    return "free" if is_free else "restricted"
 
-
-class Draw(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draw:
   """A `Sampling` as arrays, so that other numbers share a compiled program."""
 
   key: PRNGKeyArray
   temperature: Float[Array, ""]
   top_k: Int[Array, ""]
   top_p: Float[Array, ""]
+  kind: Kind = dataclasses.field(metadata={"static": True})
 
 
 def make_draw(sampling: Sampling, vocab_size: int) -> Draw:
   """Returns the arrays of a `Sampling` over V tokens."""
+  kind: Kind = "restricted"
+  if sampling.temperature == 0:
+    kind = "greedy"
+  elif sampling.top_k is None and sampling.top_p in (None, 1):
+    kind = "free"
   top_k = vocab_size if sampling.top_k is None else sampling.top_k
   # As float32, a smaller top-p is 0, which would keep no token.
   top_p = 1.0 if sampling.top_p is None else max(sampling.top_p, 1e-30)
@@ -75,6 +76,7 @@ def make_draw(sampling: Sampling, vocab_size: int) -> Draw:
     jnp.float32(sampling.temperature),
     jnp.int32(min(top_k, vocab_size)),
     jnp.float32(top_p),
+    kind,
   )
 
 
@@ -109,7 +111,6 @@ def kept(
 
 
 def choose(
-  kind: Kind,
   draw: Draw,
   logits_BV: Float[Array, "B V"],
   step: Int[Array, ""],
@@ -120,16 +121,15 @@ def choose(
   (Gumbel 1954).
 
   Args:
-    kind: Of the `Sampling`.
-    draw: Its numbers.
+    draw: From `make_draw`.
     logits_BV: Of the next token.
     step: Number of the new token, from 0.
   """
   is_nan_B = jnp.isnan(logits_BV).any(axis=-1)
-  if kind != "greedy":
+  if draw.kind != "greedy":
     logits_BV /= draw.temperature
     noise_BV = noise(draw.key, step, *logits_BV.shape)
-    if kind == "restricted":
+    if draw.kind == "restricted":
       is_kept_BV = kept(logits_BV, draw.top_k, draw.top_p)
       logits_BV = jnp.where(is_kept_BV, logits_BV, -jnp.inf)
     logits_BV += noise_BV

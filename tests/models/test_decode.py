@@ -47,7 +47,6 @@ KINDS = {
 CONSTANT = {
   "alibi": (c.ModelConfig, ONE, {}),
   "shared_key": (c.ModelConfig, {"groups": 1}, {"num_kv_heads": 2}),
-  "learned": (c.gpt2, ONE, {}),
   # The second layer has a KV cache.
   "one_of_two": (
     c.ModelConfig,

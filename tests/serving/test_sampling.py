@@ -65,7 +65,7 @@ def test_ties_stay_and_top_p_of_1_keeps_all():
 def test_row_with_nan_has_no_token(sampling):
   logits_BV = _logits(3)
   draw = sampling_lib.make_draw(sampling, V)
-  choose = functools.partial(sampling_lib.choose, sampling.kind, draw)
+  choose = functools.partial(sampling_lib.choose, draw)
   expected = np.array(choose(jnp.asarray(logits_BV), jnp.int32(0)))
   logits_BV[1, 4], expected[1] = np.nan, -1
   found = choose(jnp.asarray(logits_BV), jnp.int32(0))
@@ -82,7 +82,7 @@ def test_draws_follow_the_softmax(temperature, top_k, top_p):
   sampling = Sampling(temperature, top_k, top_p, seed=3)
   draw = sampling_lib.make_draw(sampling, V)
   rows_BV = jnp.tile(jnp.asarray(logits), (count, 1))
-  drawn = sampling_lib.choose(sampling.kind, draw, rows_BV, jnp.int32(0))
+  drawn = sampling_lib.choose(draw, rows_BV, jnp.int32(0))
   scaled = logits / np.float64(temperature)
   weights = np.exp(scaled)
   kept = kept_by_oracle(scaled, top_k, top_p)
