@@ -62,8 +62,9 @@ def test_arguments_are_state_and_batch_of_one_device(config, found):
   batch = 3 * 4 * 16 * 8 // 8  # three arrays of 16 texts of 8 tokens
   for program in ("step", "mask update"):
     arguments = found["compressed"][program]["arguments"]
-    # XLA pads arrays to whole cache lines.
-    assert held + batch <= arguments <= 1.1 * (held + batch)
+    # XLA pads arrays to whole cache lines. A mask update replaces `zeroed`,
+    # 4 bytes, without reading it.
+    assert held + batch - 4 <= arguments <= 1.1 * (held + batch)
   whole = sum(x.nbytes for x in jax.tree.leaves(state))
   assert arguments < 0.6 * whole
   assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
