@@ -398,12 +398,17 @@ def describe(values: dict[str, Any]) -> Description:
   task = "lm" if model.causal else "classify"
   run = config_lib.Config(task=task, preset="none", model=model)
   has_segments = "type_vocab_size" in family.defaults
+  pad_id = values.get("pad_token_id", 0)
+  if type(pad_id) is not int:
+    raise ConfigError(
+      f"config.json: pad_token_id must be an integer; it is {pad_id!r}"
+    )
   described = Description(
     family=name,
     config=config_lib.resolve(run).model,
     vocab_size=_count(values, "vocab_size"),
     max_length=_count(values, family.positions),
-    pad_id=values.get("pad_token_id", 0),
+    pad_id=pad_id,
     token_types=_count(values, "type_vocab_size") if has_segments else 0,
     label_names=_read_labels(values),
   )
@@ -484,6 +489,13 @@ def _read_labels(values: dict[str, Any]) -> tuple[str, ...]:
   if not labels:
     num_labels = _count({"num_labels": 2} | values, "num_labels")
     return tuple(f"LABEL_{i}" for i in range(num_labels))
+  names = [label for label in labels.values() if isinstance(label, str)]
+  ids = sorted(map(str, range(len(labels))))
+  if sorted(map(str, labels)) != ids or len({*names}) != len(labels):
+    raise ConfigError(
+      "config.json: id2label must give the classes 0, 1, 2, ... a name each; "
+      f"it is {labels!r}"
+    )
   return tuple(labels[i] for i in sorted(labels, key=int))
 
 

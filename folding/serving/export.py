@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -143,6 +143,12 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
     checksums = {WEIGHTS: "", TOKENIZER: ""} | values["sha256"]
   except (KeyError, TypeError) as error:
     raise ConfigError(f"{path}/{CONFIG} is damaged: {reason(error)}") from None
+  names = {label for label in labels if isinstance(label, str)}
+  if len(names) != len(labels):
+    raise ConfigError(
+      f"{path}/{CONFIG} is damaged: labels must be different names; they are "
+      f"{labels!r}"
+    )
   for name, expected in checksums.items():
     if os.path.basename(name) != name:
       raise ConfigError(f"{path}/{CONFIG} is damaged: sha256 names {name!r}")
@@ -154,9 +160,12 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
         f"{file} is not the file that was exported: its checksum differs from "
         f"that in {CONFIG}; copy it again"
       )
-  params = load_packed(os.path.join(path, WEIGHTS))
+  params = load_packed(
+    os.path.join(path, WEIGHTS),
+    functools.partial(_check_shapes, path, config, len(labels)),
+  )
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  return _checked(path, Loaded(config, params, tokenizer, labels))
+  return Loaded(config, params, tokenizer, labels)
 
 
 def _load_hf(path: str) -> Loaded:
@@ -185,25 +194,27 @@ def _load_hf(path: str) -> Loaded:
   if not labels:
     params.pop("pooler", None)  # an encoder without a head does not use it
   config = config_lib.resolve(config)
-  return _checked(path, Loaded(config, params, tokenizer, labels))
+  shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
+  _check_shapes(path, config, len(labels), shapes)
+  return Loaded(config, params, tokenizer, labels)
 
 
-def _checked(path: str, loaded: Loaded) -> Loaded:
-  """Returns the model if its parameters have the shapes of its config."""
-  found = paths.flatten(loaded.params)
-  rows = np.shape(found.get("embed/embedding", [[]]))[0]
-  made = param_shapes(make_model(loaded.config, rows, len(loaded.labels)))
-  expected = paths.flatten(made)
-  for name in sorted(expected.keys() | found.keys()):
-    shapes = [
-      tree[name].shape if name in tree else None for tree in (found, expected)
-    ]
-    if shapes[0] != shapes[1]:
+def _check_shapes(
+  path: str,
+  config: Config,
+  num_classes: int,
+  shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Raises `ConfigError` unless these are the shapes of the config's model."""
+  rows = shapes.get("embed/embedding", (0,))[0]
+  made = param_shapes(make_model(config, rows, num_classes))
+  expected = {name: x.shape for name, x in paths.flatten(made).items()}
+  for name in sorted(expected.keys() | shapes.keys()):
+    if expected.get(name) != shapes.get(name):
       raise ConfigError(
         f"the parameters in {path} are not of its config: {name} is "
-        f"{shapes[0]}, not {shapes[1]}"
+        f"{shapes.get(name)}, not {expected.get(name)}"
       )
-  return loaded
 
 
 def _checksum(path: str) -> str:
@@ -344,8 +355,15 @@ def save_packed(tree: Mapping[str, Any], path: str | os.PathLike) -> None:
   hf_weights.save_tensors(path, tensors, metadata)
 
 
-def load_packed(path: str | os.PathLike) -> dict[str, Any]:
+def load_packed(
+  path: str | os.PathLike,
+  check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
+) -> dict[str, Any]:
   """Returns the nested dicts of NumPy arrays that `save_packed` wrote.
+
+  Args:
+    path: The file.
+    check: Called with {path: shape} before any array is allocated.
 
   Raises:
     ConfigError: the file is missing, truncated, or has another format.
@@ -354,9 +372,19 @@ def load_packed(path: str | os.PathLike) -> dict[str, Any]:
   try:
     with safetensors.safe_open(path, "numpy") as file:
       packed = json.loads((file.metadata() or {})["folding"])["packed"]
-      for name in file.keys():
-        if name.endswith(_BITS):
-          continue
+      names = [name for name in file.keys() if not name.endswith(_BITS)]
+      if check is not None:
+        check(
+          {
+            name: tuple(
+              packed[name]["shape"]
+              if name in packed
+              else file.get_slice(name).get_shape()
+            )
+            for name in names
+          }
+        )
+      for name in names:
         flat[name] = file.get_tensor(name)
         if name in packed:
           bits = file.get_tensor(name + _BITS)
@@ -367,8 +395,16 @@ def load_packed(path: str | os.PathLike) -> dict[str, Any]:
     raise ConfigError(
       f"{path} is truncated or no safetensors file ({error})"
     ) from None
+  except ConfigError:
+    raise
   # Metadata of any kind: not ours, or damaged.
-  except (LookupError, TypeError, ValueError, MemoryError) as error:
+  except (
+    LookupError,
+    TypeError,
+    ValueError,
+    MemoryError,
+    RecursionError,
+  ) as error:
     raise ConfigError(f"{path} is not packed as `folding` does") from error
   return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -411,6 +447,11 @@ def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   path = os.fspath(path)
   files.require_empty(path)
   m = loaded.config.model
+  if m.heads is not None:
+    raise ConfigError(
+      "heads of this model were removed, and the standard layout has the same "
+      "number in all layers; export the run from before the shrink"
+    )
   width = int(np.max(m.mlp_width))
   m = dataclasses.replace(m, mlp_width=width)
   family = hf_config.family_of(m, len(loaded.labels))

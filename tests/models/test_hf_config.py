@@ -150,6 +150,10 @@ REFUSED = [
   ("gpt2", {"n_head": 3}, "not divisible by model.num_heads 3"),
   ("bert", {"type_vocab_size": "a"}, "type_vocab_size must be"),
   ("bert", CLASSES | {"id2label": {"0": "x"}}, "of one label"),
+  ("bert", {"pad_token_id": "a"}, "pad_token_id"),
+  ("bert", CLASSES | {"id2label": {"1": "a", "2": "b"}}, "id2label must"),
+  ("bert", CLASSES | {"id2label": {"0": [1], "1": {}}}, "id2label must"),
+  ("bert", CLASSES | {"id2label": {"0": "a", "1": "a"}}, "id2label must"),
   ("bert", CLASSES | MULTI, "multi_label_classification"),
 ]
 # fmt: on

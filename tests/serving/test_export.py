@@ -1,6 +1,7 @@
 """Compact exports: arrays, folders, and what `load` refuses."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import struct
@@ -259,6 +260,8 @@ def _set(section=None, **fields):
 CHANGED = [
   (_set(schema=2), "schema 2"),
   (lambda v: v.pop("labels"), "damaged.*labels"),
+  (_set(labels=[1, 2, 3]), "labels must be"),
+  (_set(labels=["a", "a", "b"]), "labels must be"),
   (_set(labels=["a", "b"]), r"head/bias is \(3,\), not"),
   (_set("model", num_heads=0), "num_heads"),
   (_set(config={"colour": 1}), "no field 'colour'"),
@@ -280,6 +283,21 @@ def test_load_refuses_a_changed_config(folder, change, message):
   with pytest.raises(ConfigError, match=message) as error:
     folding.load(folder)
   assert "\n" not in str(error.value)
+
+
+def test_load_compares_shapes_before_it_allocates(folder):
+  path = folder / "model.safetensors"
+  tensors = {"embed/embedding": np.zeros((0, 10**7), np.float32)}
+  tensors["embed/embedding:bits"] = np.zeros(1_250_000, np.uint8)
+  entry = {"embed/embedding": {"way": "first", "shape": [10**7, 10**7]}}
+  metadata = {"folding": json.dumps({"packed": entry})}
+  safetensors.numpy.save_file(tensors, path, metadata)
+  values = json.loads((folder / "config.json").read_text("utf-8"))
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  values["sha256"]["model.safetensors"] = digest
+  (folder / "config.json").write_text(json.dumps(values))
+  with pytest.raises(ConfigError, match="not of its config"):
+    folding.load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
