@@ -447,11 +447,6 @@ def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   path = os.fspath(path)
   files.require_empty(path)
   m = loaded.config.model
-  if m.heads is not None:
-    raise ConfigError(
-      "heads of this model were removed, and the standard layout has the same "
-      "number in all layers; export the run from before the shrink"
-    )
   width = int(np.max(m.mlp_width))
   m = dataclasses.replace(m, mlp_width=width)
   family = hf_config.family_of(m, len(loaded.labels))
