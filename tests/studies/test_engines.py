@@ -133,6 +133,9 @@ def ray(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(  # JAX may run in this process; Ray starts others
+  "ignore:os.fork:RuntimeWarning"
+)
 def test_ray_saves_what_ctrl_c_stopped(tmp_path, ray):
   study = make_study(tmp_path, "dense", steps=9000)
   workdir = str(tmp_path / "study")
@@ -146,6 +149,9 @@ def test_ray_saves_what_ctrl_c_stopped(tmp_path, ray):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(  # JAX may run in this process; Ray starts others
+  "ignore:os.fork:RuntimeWarning"
+)
 def test_ray_completes_a_study_of_which_a_node_dies(tmp_path, ray):
   from ray.cluster_utils import Cluster
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding import cli, errors, paths
+from folding import cli, errors, files, paths
 from folding import config as c
 from folding.compression.fpp import fpp_counts
 from folding.compression.sites import make_sites
@@ -225,8 +225,10 @@ def test_best_checkpoint_loses_only_its_own_zeros(whole, tmp_path):
   other, output = str(tmp_path / "other"), str(tmp_path / "small")
   shutil.copytree(whole, other)
   # As if the one at step 5, with a part of the zeros of the last, were best.
-  path = tmp_path / "other" / "checkpoints" / "5" / "metrics" / "metrics"
-  path.write_text('{"loss": 0.01}')
+  path = tmp_path / "other" / "checkpoints" / "5"
+  (path / "metrics" / "metrics").write_text('{"loss": 0.01}')
+  names = [name for name in files.read_checksums(str(path)) or () if name]
+  files.write_checksums(str(path), names)
   shrinking.shrink_run(other, output)
   assert loop.evaluate_run(output)["checkpoint_step"] == 5
   before, after = loop.evaluate_run(other), loop.evaluate_run(output)
