@@ -42,12 +42,12 @@ class Model:
   """An exported model.
 
   Attributes:
-    name: Of its row.
+    name: Name of its row.
     accuracy: On the test split.
     allocated: Number of parameters in arrays, zeros included.
     stored: Number of parameters that are not zero.
-    file_bytes: Of the file of weights.
-    vocab_size: Ids that it reads.
+    file_bytes: Size of the file of weights.
+    vocab_size: Number of token ids that it reads.
     forward: Runs int32[B, L] tokens and waits for the logits.
   """
 
@@ -67,7 +67,7 @@ def measure(
 
   Args:
     workdirs: Runs from the same dense run.
-    rounds: Of timing.
+    rounds: Number of timing rounds.
     rates: Peak learning rates to try of the peers; (): without peers.
 
   Raises:

@@ -30,7 +30,7 @@ class Pruned(NamedTuple):
   """A model that is pruned stage by stage.
 
   Attributes:
-    model: Of `transformers`.
+    model: A model of `transformers`.
     advance: Prunes it as far as the next stage.
     finish: Makes the zeros permanent, after the last stage.
     is_same_shape: Whether hidden states have the shape of the teacher's.
@@ -46,7 +46,7 @@ def by_magnitude(model: Any, target: int, length: int) -> Pruned:
   """Prunes the same share of each matrix by magnitude.
 
   Args:
-    model: Of `transformers`; it is changed.
+    model: A model of `transformers`; changed in place.
     target: Number of nonzero parameters to keep, at most.
     length: Unused.
   """
@@ -84,7 +84,7 @@ def by_channel(model: Any, target: int, length: int) -> Pruned:
   """Prunes the same share of the channels everywhere by Torch-Pruning.
 
   Args:
-    model: Of `transformers`; it is changed.
+    model: A model of `transformers`; changed in place.
     target: Number of parameters to keep, at most.
     length: Sequence length that the library traces the model with.
   """
@@ -152,8 +152,8 @@ def prune_and_recover(
     dense: The dense model of `transformers`, also the teacher.
     make: `by_magnitude` or `by_channel`.
     target: Number of parameters to keep, at most.
-    config: Of our run: steps, schedule, pruning window and distillation.
-    data: Of our run.
+    config: The config of our run: steps, schedule, pruning window, teacher.
+    data: The data of our run.
     rates: Peak learning rates to try.
   """
   tried = []
