@@ -703,7 +703,7 @@ def _prepared(
     builder = new_builder()
     try:
       builder.download_and_prepare()
-    except Exception:
+    except Exception:  # TFDS and its builders raise many kinds
       builder = new_builder()
       if not builder.is_prepared():  # nor by another process
         raise

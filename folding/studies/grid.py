@@ -448,4 +448,4 @@ def _wait_until_free(workdir: str, seconds: float = 60.0) -> None:
   while time.monotonic() < end:
     with contextlib.suppress(ConfigError), run_dir.held(workdir):
       return
-    time.sleep(1.0)
+    time.sleep(1.0)  # no event tells when another host drops a lock
