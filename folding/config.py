@@ -201,6 +201,9 @@ class FoldConfig:
   # W_V: "dense", "diagonal" (DWC), or "identity", a diagonal that W_O has
   # absorbed; for all layers, or one per layer.
   values: Values | tuple[Values, ...] | None = None
+  # r, numbers per head of a dense W_V and of the W_O that reads them: a head has
+  # W_V W_O of rank r; 0: all K.
+  value_rank: PerLayer = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -218,8 +221,8 @@ class FPPConfig:
   embedding_share: NonNegative | None = None  # None: 0.2 lm, 1 classify
   score: Score = "relative"
   granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
-  # Of attention: W_O, all four matrices (by weight), or whole heads.
-  attention: Literal["output", "all", "heads"] = "output"
+  # Of attention: W_O, all four matrices (by weight), whole heads, or nothing.
+  attention: Literal["output", "all", "heads", "none"] = "output"
   # Of a classifier's embedding. "row": zero the rows of tokens. "trim": remove
   # tokens from the tokenizer of a trained one, which splits their words further.
   embedding_granularity: Literal["weight", "row", "trim"] = "weight"
@@ -414,6 +417,18 @@ class Config:
         f"{m.width}; there are {m.num_heads} of {m.head_dim}; use "
         "fold.values='dense'"
       )
+    ranks = m.by_layer(f.value_rank, "fold.value_rank")
+    for rank, kind in zip(ranks, values, strict=True):
+      if rank > m.head_dim:
+        raise ConfigError(
+          f"fold.value_rank {rank} exceeds the head size {m.head_dim}; use 0 for "
+          "all of it"
+        )
+      if rank and kind != "dense":
+        raise ConfigError(
+          f"fold.value_rank {rank} is of a dense W_V, and fold.values is "
+          f"{kind!r} in that layer; set one of them"
+        )
 
   def _check_groups(self, groups: int) -> None:
     m, f = self.model, self.fold
@@ -506,6 +521,7 @@ class Layer:
     heads: Indices of the heads that a shrink has kept, in increasing order.
     num_kv_heads: J, of those that are kept.
     head_dim: K.
+    value_dim: r, numbers per head of the values; K unless W_V has low rank.
     mlp_width: F.
     qkv_bias: Whether W_Q, W_K and W_V have a bias.
     groups: G, row groups of W_Q and W_K; 0: dense.
@@ -517,12 +533,19 @@ class Layer:
   heads: tuple[int, ...]
   num_kv_heads: int
   head_dim: int
+  value_dim: int
   mlp_width: int
   qkv_bias: bool
   groups: int
   axis: Literal["output", "input"]
   rope: Literal["copy", "pairs"]
   values: Values
+
+  @property
+  def is_folded(self) -> bool:
+    """Whether any projection stores less than a dense one."""
+    is_whole = self.values == "dense" and self.value_dim == self.head_dim
+    return bool(self.groups) or not is_whole
 
 
 def gpt2(**fields: Any) -> ModelConfig:
@@ -646,6 +669,7 @@ def layers_of(model: ModelConfig, fold: FoldConfig) -> tuple[Layer, ...]:
         heads=heads,
         num_kv_heads=len(heads) * m.num_kv_heads // m.num_heads,
         head_dim=m.head_dim,
+        value_dim=at(f.value_rank, n) or m.head_dim,
         mlp_width=at(m.mlp_width, n),
         qkv_bias=m.qkv_bias,
         groups=at(f.groups, n),

@@ -468,6 +468,16 @@ REFUSED = {
     "keys and values",
     {"fold__values": "dense"},
   ),
+  "rank_above_the_head": (
+    {"fold__values": "dense", "fold__value_rank": 9},
+    "head size 8",
+    {"fold__value_rank": 8},
+  ),
+  "rank_of_a_diagonal": (
+    {"fold__value_rank": 4},
+    "set one",
+    {"fold__values": "dense"},
+  ),
   "heads_that_share": (
     {
       "fpp__attention": "heads",

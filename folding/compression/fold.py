@@ -1,8 +1,8 @@
 """Exact conversion of attention layers between the folded and the dense form.
 
 An attention layer is a dict with entries q, k, v and o, where o/kernel is
-[H, K, D]. That shape gives D, H and K, so the form of q, k and v follows from
-their own shapes; `folding.models.projections` has the table. Layers may be
+[H, r, D], r = K unless W_V has low rank. The form of q, k and v follows from K
+and their shapes; `folding.models.projections` has the table. Layers may be
 anywhere in a tree of dicts and lists.
 """
 
@@ -17,7 +17,9 @@ Params = Mapping[str, Any]
 
 
 def unfold(
-  params: Params, frequencies: np.ndarray | None = None
+  params: Params,
+  frequencies: np.ndarray | None = None,
+  head_dim: int | None = None,
 ) -> dict[str, Any]:
   """Returns the dense parameters that compute the same function.
 
@@ -27,6 +29,8 @@ def unfold(
   - Diagonal W_V: a matrix with zeros off the diagonal, split into heads. If the
     queries have a bias, the values get a bias of zeros. A layer without v has
     the identity.
+  - Low-rank values: K - r columns of zeros are added to each head of W_V, and
+    rows of zeros to W_O.
   - Rotary pairs: the channels of a pair, times (K/G)^(1/2), go to the channels
     of the dense head that turn by the same angle. The others are zero.
 
@@ -38,10 +42,12 @@ def unfold(
     params: Tree with attention layers.
     frequencies: [K/2], radians per token of the pairs of the dense model. It is
       needed if a layer has a `frequency` of its own.
+    head_dim: K, on which the scale of the logits depends; None: D / H, the size
+      of the heads of W_O.
 
   Raises:
     ValueError: there is no attention layer, the shapes of a layer do not fit
-      each other, or the dense model does not have a layer's frequencies.
+      each other or K, or the dense model does not have a layer's frequencies.
 
   Example:
     >>> layer = {"q": {"kernel": jnp.ones((4, 2, 1))},
@@ -56,7 +62,7 @@ def unfold(
 
   def unfold_layer(layer, name):
     nonlocal has_separate_values
-    dense = _unfold_layer(layer, name, frequencies)
+    dense = _unfold_layer(layer, name, frequencies, head_dim)
     heads_k, heads_v = (dense[role]["kernel"].shape[1] for role in ("k", "v"))
     has_separate_values |= heads_k != heads_v
     return dense
@@ -172,9 +178,17 @@ def _separate_keys(layer: Params) -> dict[str, Any]:
 
 
 def _unfold_layer(
-  layer: Params, name: str, frequencies: np.ndarray | None
+  layer: Params,
+  name: str,
+  frequencies: np.ndarray | None,
+  head_dim: int | None,
 ) -> dict[str, Any]:
-  H, K, D = _sizes(layer, name)
+  H, r, D = _sizes(layer, name)
+  if head_dim is None and H * r != D:
+    raise ValueError(
+      f"{name}/o/kernel {(H, r, D)} may have heads of any size; give head_dim"
+    )
+  K = head_dim or r
   dense = dict(layer)
   own = dense.pop("frequency", None)
   for role in ("q", "k"):
@@ -184,6 +198,15 @@ def _unfold_layer(
       channels = _channels(np.asarray(own), frequencies, f"{name}/frequency")
       dense[role] = _unfold_pairs(layer[role], channels, K)
   if "v" in layer and "diagonal" not in layer["v"]:
+    if not layer["v"]["kernel"].shape[-1] == r <= K:
+      raise ValueError(
+        f"{name}/v/kernel {layer['v']['kernel'].shape} does not fit "
+        f"{name}/o/kernel {(H, r, D)} and heads of {K}"
+      )
+    if r < K:
+      dense["v"] = {n: _padded(w, -1, K - r) for n, w in layer["v"].items()}
+      kernel = _padded(layer["o"]["kernel"], 1, K - r)
+      dense["o"] = {**layer["o"], "kernel": kernel}
     return dense
   diagonal = jnp.ones((D, 1, 1), layer["o"]["kernel"].dtype)
   if "v" in layer:
@@ -197,6 +220,12 @@ def _unfold_layer(
   if "bias" in layer["q"]:
     dense["v"]["bias"] = jnp.zeros((H, K), layer["q"]["bias"].dtype)
   return dense
+
+
+def _padded(w: jax.Array, axis: int, count: int) -> jax.Array:
+  widths = [(0, 0)] * w.ndim
+  widths[axis] = (0, count)
+  return jnp.pad(w, widths)
 
 
 def _unfold_rows(projection: Params, D: int, K: int, name: str) -> Params:

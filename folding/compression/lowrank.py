@@ -156,6 +156,77 @@ def fold_rotary_heads(
   )
 
 
+class FoldedValues(NamedTuple):
+  """Value and output projections of rank r per head.
+
+  Attributes:
+    v: "kernel" [D, J, r] and maybe "bias" [J, r].
+    o: "kernel" [H, r, D] and maybe "bias" [D].
+    error: E |y - y^|^2 of the output y of attention, per token.
+  """
+
+  v: dict[str, np.ndarray]
+  o: dict[str, np.ndarray]
+  error: float
+
+
+def fold_values(
+  v: Projection,
+  o: Mapping[str, Any],
+  moment: np.ndarray,
+  mean: np.ndarray,
+  rank: int,
+) -> FoldedValues:
+  """Returns the projections of rank r with the nearest output of attention.
+
+  Head h writes c_h W_O^h, where c_h = z_h W_V mixes the values of all tokens.
+  Let S_h = E[c_h c_h'] = L L'. The nearest c_h T O, with T [K, r], has the r
+  leading terms U s V' of the singular value decomposition of L' W_O^h, and T =
+  L'^-1 U s^(1/2). T is absorbed into W_V. Heads that share values are stacked
+  and decomposed together, with the mean of their S_h. Then W_O of all heads is
+  the least-squares fit to the output of the layer, so that heads make up for
+  each other.
+
+  Args:
+    v: Dense, J heads; J divides H.
+    o: "kernel" [H, K, D] and maybe "bias" [D], which takes up the means.
+    moment: [HK, HK], E[c c'] of the inputs of W_O.
+    mean: [HK], E[c].
+    rank: r, at most K.
+
+  Raises:
+    ValueError: r is 0 or above K.
+  """
+  a_EJK, o_HKD = _augmented(v), np.asarray(o["kernel"], np.float64)
+  J, (H, K, D) = a_EJK.shape[1], o_HKD.shape
+  if not 0 < rank <= K:
+    raise ValueError(f"r must be 1 to {K}, the head size; it is {rank}")
+  R = H // J
+  if "bias" in o:
+    moment = moment - np.outer(mean, mean)
+  of_head = moment.reshape(H, K, H, K)
+  new_v = np.zeros((len(a_EJK), J, rank))
+  mix = np.zeros((H * K, H * rank))  # T of each head on the diagonal
+  for j in range(J):
+    heads = range(j * R, (j + 1) * R)
+    root, unroot = _root(np.mean([of_head[h, :, h] for h in heads], axis=0))
+    outputs = np.concatenate([o_HKD[h] for h in heads], axis=1)
+    u, s, _ = np.linalg.svd(root.T @ outputs, full_matrices=False)
+    t_Kr = np.zeros((K, rank))  # there may be fewer outputs than ranks
+    t_Kr[:, : len(s)] = (unroot @ (u * np.sqrt(s)))[:, :rank]
+    new_v[:, j] = a_EJK[:, j] @ t_Kr
+    for h in heads:
+      mix[h * K : (h + 1) * K, h * rank : (h + 1) * rank] = t_Kr
+  old = o_HKD.reshape(H * K, D)
+  new = solve_ridge(mix.T @ moment @ mix, mix.T @ moment @ old)
+  wrong = old - mix @ new
+  new_o = {"kernel": new.reshape(H, rank, D).astype(np.float32)}
+  if "bias" in o:
+    new_o["bias"] = (o["bias"] + mean @ wrong).astype(np.float32)
+  error = float(np.sum(wrong * (moment @ wrong)))
+  return FoldedValues(_split(new_v, v), new_o, error)
+
+
 def fold_input_rows(
   projection: Projection, moment: np.ndarray, groups: int
 ) -> dict[str, np.ndarray]:

@@ -6,6 +6,8 @@ C = E[x x'] [I, I]. Everything is computed in float64 on the host.
 Axes: I inputs, O outputs.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float
@@ -96,12 +98,38 @@ def remove_inputs(
     "ZipLM", 2023.
   """
   inputs = len(w_IO)
+  wanted = inputs - _count(fraction, inputs)
+  goals = [
+    round(inputs * (wanted / inputs) ** (n / rounds))
+    for n in range(1, rounds + 1)
+  ]
+  *_, last = removals(w_IO, moment_II, goals, damping=damping)
+  return last
+
+
+def removals(
+  w_IO: Matrix,
+  moment_II: Moment,
+  goals: Sequence[int],
+  *,
+  damping: float = 0.01,
+) -> Iterator[Matrix]:
+  """Yields the weights after each round of `remove_inputs`.
+
+  Args:
+    w_IO: Weights.
+    moment_II: As for `remove_inputs`.
+    goals: Numbers of inputs that are left, in decreasing order.
+    damping: As for `remove_inputs`.
+
+  Yields:
+    float64[I, O].
+  """
   u_II = _root_of_inverse(_damped(w_IO, moment_II, damping))
   inverse_II = u_II.T @ u_II
   w_IO = np.array(w_IO, np.float64)
-  left, wanted = np.arange(inputs), inputs - _count(fraction, inputs)
-  for n in range(1, rounds + 1):
-    goal = round(inputs * (wanted / inputs) ** (n / rounds))
+  left = np.arange(len(w_IO))
+  for goal in goals:
     cost = np.square(w_IO[left]).sum(1) / np.diag(inverse_II)
     goes = _lowest(cost, len(left) - goal)
     gone, stay = left[goes], left[~goes]
@@ -115,7 +143,7 @@ def remove_inputs(
       inverse_II[~goes][:, ~goes] - inverse_II[~goes][:, goes] @ moved
     )
     left = stay
-  return w_IO
+    yield w_IO.copy()
 
 
 def wanda(w_IO: Matrix, moment_II: Moment, fraction: float) -> Matrix:

@@ -22,10 +22,12 @@ TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
 def attend(
   q_BLHG: Float[Array, "B L H G"],
   k_JGM: Float[Array, "*J G M"],
-  v_IMK: Float[Array, "*I M K"],
+  v_IMr: Float[Array, "*I M r"],
   bias_HLM: Float[Array, "#H L M"],
   mask_BM: Bool[Array, "B M"] | None,
-) -> Float[Array, "B L H K"]:
+  *,
+  head_dim: int,
+) -> Float[Array, "B L H r"]:
   """Returns softmax(q k^T (K/G) / sqrt(K) + bias) v without unfolding.
 
   The unfolded queries and keys repeat each of the G numbers K/G times, so their
@@ -35,16 +37,18 @@ def attend(
   Args:
     q_BLHG: Queries, G = K if dense.
     k_JGM: Keys; the leading axes are B and J, or one axis of size B J.
-    v_IMK: Values; the same with I, which divides H.
+    v_IMr: Values; the same with I, which divides H. r = K unless W_V has low
+      rank.
     bias_HLM: Added to the logits: positions, and -1e30 at hidden keys.
     mask_BM: False at pad tokens; None: no padding.
+    head_dim: K.
   """
   B, L, H, _ = q_BLHG.shape
   logits_BHLM = attention_logits(
-    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=v_IMK.shape[-1]
+    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim
   )
-  att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMK.dtype)
-  out = att.reshape(*v_IMK.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMK
+  att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMr.dtype)
+  out = att.reshape(*v_IMr.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMr
   return out.reshape(B, H, L, -1).transpose(0, 2, 1, 3)
 
 
@@ -122,7 +126,7 @@ def rotate(
 class Attention(nn.Module):
   """Multi-head attention with dense or folded projections.
 
-  Parameters: q, k and v (see `projections`), o/kernel [H, K, D]; with ALiBi
+  Parameters: q, k and v (see `projections`), o/kernel [H, r, D]; with ALiBi
   log_slopes [H]; with RoPE by pairs frequency [J, G/2], which is not trained.
 
   Attributes:
@@ -141,19 +145,19 @@ class Attention(nn.Module):
     c, layer = self.config, self.layer
     H, J, K = len(layer.heads), layer.num_kv_heads, layer.head_dim
 
-    def heads(count: int, groups: int):
+    def heads(count: int, size: int, groups: int = 0):
       return HeadProjection(
         num_heads=count,
-        head_dim=K,
+        head_dim=size,
         groups=groups,
         axis=layer.axis,
         use_bias=layer.qkv_bias,
         dtype=self.dtype,
       )
 
-    self.q, self.k = heads(H, layer.groups), heads(J, layer.groups)
+    self.q, self.k = (heads(count, K, layer.groups) for count in (H, J))
     if layer.values == "dense":
-      self.v = heads(J, 0)
+      self.v = heads(J, layer.value_dim)
     else:
       self.v = DiagonalProjection(
         layer.heads, K, layer.values == "identity", self.dtype
@@ -205,11 +209,11 @@ class Attention(nn.Module):
     """
     q, k, v = self.project(x_BLD, jnp.arange(x_BLD.shape[1]))
     if state is None:
-      out_BLHK = self._attend(q, k, v, mask_BL)
-      return self.o(out_BLHK), decode_lib.make_cache(k, v)
+      out_BLHr = self._attend(q, k, v, mask_BL)
+      return self.o(out_BLHr), decode_lib.make_cache(k, v)
     x = self._rank_1(q, k, v, mask_BL)
-    state, out_BLHK = linear_attention.extend(state, x)
-    return self.o(out_BLHK), state
+    state, out_BLHr = linear_attention.extend(state, x)
+    return self.o(out_BLHr), state
 
   def decode(
     self, x_B1D: Float[Array, "B 1 D"], cache: Cache, step: Step
@@ -224,14 +228,16 @@ class Attention(nn.Module):
     q, k, v = self.project(x_B1D, step.position[None])
     if isinstance(cache, PastState):
       x = self._rank_1(q, k, v, None)
-      cache, out_B1HK = linear_attention.extend(cache, x)
-      return self.o(out_B1HK), cache
+      cache, out_B1Hr = linear_attention.extend(cache, x)
+      return self.o(out_B1Hr), cache
     cache = decode_lib.write(cache, decode_lib.make_cache(k, v), step.position)
     position_M = decode_lib.slot_positions(cache.k.shape[2], step.position)
     bias_H1M = self.bias(step.position[None], position_M)
     mask_BM = position_M[None] >= step.start_B[:, None]
-    out_B1HK = attend(q, cache.k, cache.v, bias_H1M, mask_BM)
-    return self.o(out_B1HK), cache
+    out_B1Hr = attend(
+      q, cache.k, cache.v, bias_H1M, mask_BM, head_dim=self.layer.head_dim
+    )
+    return self.o(out_B1Hr), cache
 
   def project(
     self, x_BLD: Float[Array, "B L D"], position_L: Int[Array, " L"]
@@ -243,7 +249,7 @@ class Attention(nn.Module):
       position_L: Positions of the tokens.
 
     Returns:
-      q_BLHG, k_BLJG and v_BLIK, with K numbers for G unless logits are folded.
+      q_BLHG, k_BLJG and v_BLIr, with K numbers for G unless logits are folded.
     """
     c, layer = self.config, self.layer
     q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
@@ -286,7 +292,7 @@ class Attention(nn.Module):
       is_seen_LM &= jnp.abs(distance_LM) < c.window
     return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
 
-  def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H K"]:
+  def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H r"]:
     """Attends within whole sequences."""
     c, length = self.config, q.shape[1]
     if mask_BL is not None:
@@ -300,13 +306,13 @@ class Attention(nn.Module):
       )
     position_L = jnp.arange(length)
     bias_HLM = self.bias(position_L, position_L)
-    k_BJGM, v_BIMK = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    return attend(q, k_BJGM, v_BIMK, bias_HLM, mask_BL)
+    k_BJGM, v_BIMr = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    return attend(
+      q, k_BJGM, v_BIMr, bias_HLM, mask_BL, head_dim=self.layer.head_dim
+    )
 
   def _rank_1(self, q, k, v, mask_BL) -> linear_attention.Inputs:
-    return linear_attention.Inputs(
-      q[..., 0], k[..., 0], v, self._slopes(), mask_BL
-    )
+    return rank_1_inputs(self.layer, (q, k, v), self._slopes(), mask_BL)
 
   @property
   def _has_pairs(self) -> bool:
@@ -320,6 +326,29 @@ class Attention(nn.Module):
     if self.config.positions != "alibi":
       return None
     return jnp.exp(self.log_slopes.astype(jnp.float32))
+
+
+def rank_1_inputs(
+  layer: Layer,
+  heads: tuple[Array, Array, Array],
+  slopes_H: Float[Array, " H"] | None = None,
+  mask_BL: Bool[Array, "B L"] | None = None,
+) -> linear_attention.Inputs:
+  """Returns what linear attention reads of `Attention.project` with G = 1.
+
+  It scales logits by the root of the size of the values, so queries beside
+  values of low rank are scaled by (K/r)^(1/2).
+
+  Args:
+    layer: Shape of the layer.
+    heads: q_BLH1, k_BLJ1 and v_BLIr.
+    slopes_H: Of ALiBi.
+    mask_BL: False at pad tokens; None: no padding.
+  """
+  q, k, v = heads
+  if layer.value_dim != layer.head_dim:
+    q *= (layer.head_dim / layer.value_dim) ** 0.5
+  return linear_attention.Inputs(q[..., 0], k[..., 0], v, slopes_H, mask_BL)
 
 
 def has_rank_1(config: ModelConfig, layer: Layer) -> bool:

@@ -1,13 +1,13 @@
 """Projections into attention heads, dense or folded.
 
 A folded projection stores fewer numbers; pruning does not concern it. Its kind
-follows from its arrays, given that the output projection of the same attention
-layer is [H, K, D]:
+follows from its arrays and the head size K:
 
   q, k   kernel   [D, H, K]      dense
                   [D, H, G]      output axis: K rows of a head in G groups
                   [G, H, K]      input axis: D input rows in G groups
   v      kernel   [D, H, K]      dense
+                  [D, H, r]      low rank, beside o/kernel [H, r, D]
          diagonal [HK, 1, 1]     DWC
          (none)                  the identity: W_O has absorbed a diagonal
 """

@@ -454,7 +454,7 @@ def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   if m.positions == "rope":
     frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
   try:
-    params = unfold(loaded.params, frequencies)
+    params = unfold(loaded.params, frequencies, m.head_dim)
   except ValueError as error:
     raise ConfigError(f"it has no dense form: {error}") from None
   params = paths.map_named(functools.partial(_widened, width), params)

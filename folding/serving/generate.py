@@ -15,7 +15,12 @@ from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError
 from folding.models import decode as decode_lib
 from folding.models import linear_attention
-from folding.models.attention import TOLERANCE, Attention, has_rank_1
+from folding.models.attention import (
+  TOLERANCE,
+  Attention,
+  has_rank_1,
+  rank_1_inputs,
+)
 from folding.models.linear_attention import PastState, Span
 from folding.models.transformer import Transformer
 from folding.serving import sampling as sampling_lib
@@ -154,11 +159,11 @@ def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
   )
   intermediates = found[1]["intermediates"]
   spans = {}
-  for n in _constant_layers(model):
+  for n, layer in _constant_layers(model).items():
     heads = intermediates[f"blocks_{n}"]["attn"]["project"][0]
     # All texts are one row, so that they share a range.
     q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in heads)
-    x = linear_attention.Inputs(q[..., 0], k[..., 0], v)
+    x = rank_1_inputs(layer, (q, k, v))
     spans[n] = linear_attention.measure_span(x)
   return spans
 
@@ -189,7 +194,7 @@ def empty_states(
   states: list[PastState | None] = [None] * model.config.num_layers
   for n, layer in _constant_layers(model).items():
     states[n] = linear_attention.init_state(
-      spans[n], batch_size, len(layer.heads), layer.head_dim, num_nodes
+      spans[n], batch_size, len(layer.heads), layer.value_dim, num_nodes
     )
   return states
 

@@ -276,7 +276,7 @@ def read_source(path: str, config: Config, data: Data) -> dict[str, Any]:
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
     classes = load_labels(path)
     layers = config_lib.layers_of(model, found.fold)
-    if any(layer.groups or layer.values != "dense" for layer in layers):
+    if any(layer.is_folded for layer in layers):
       raise ConfigError(f"{path} is a folded run; start from a dense one")
     if isinstance(tokenizer, MappedTokenizer):
       raise ConfigError(

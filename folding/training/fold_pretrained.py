@@ -5,6 +5,7 @@ projections are refitted so that the residual stream is that of the dense model
 again. A layer so corrects the errors of the layers below.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -74,10 +75,11 @@ def fold_pretrained(
 
   1. W_Q and W_K become the projections of G channels whose logits are nearest
      to the dense ones (`lowrank`), fitted to the dense attention weights
-     (`fit_attention`). W_V becomes a diagonal of ones.
+     (`fit_attention`). W_V becomes a diagonal of ones, or W_V and W_O those of
+     rank r whose output is nearest.
   2. W_O and the second feed-forward matrix, with their biases, are refitted by
      least squares, so that the residual stream equals that of the dense model.
-     Beside a folded W_V, W_O is fitted to what the dense layer would write on
+     Beside a diagonal W_V, W_O is fitted to what the dense layer would write on
      the same input.
 
   A terminal shows a progress bar.
@@ -93,7 +95,8 @@ def fold_pretrained(
       fitted, which then makes up for the pruned weights.
 
   Returns:
-    (params of `config`, [{"layer", "groups", "values", "logits_kept": share of
+    (params of `config`, [{"layer", "groups", "values": kind or rank of W_V,
+    "logits_kept": share of
     the variance of the logits before the fit (None on the input axis),
     "divergence": of the attention weights in nats, "attention_r2", "mlp_r2":
     share of the variance that the two regressions explain on held-out text}]).
@@ -105,16 +108,15 @@ def fold_pretrained(
   require_pairs(config)
   stream = embed_batches(config, params, list(batches))
   dense_stream = stream  # the same object until a layer is folded
-  folded, report = dict(params), []
+  folded, report, dense = dict(params), [], dense_twin(config)
   for n in layers_with_bar(config, "folding"):
     name, layer = f"blocks_{n}", layers_of(config.model, config.fold)[n]
-    is_folded = layer.groups or layer.values != "dense"
-    block = make_block(dense_twin(config), n)
+    block = make_block(dense, n)
     target = look_all(block, params[name], dense_stream, STREAMS)
     out = Stream([seen["out"] for seen in target], stream.masks)
-    if stream is dense_stream and not (is_folded or prune):
+    if stream is dense_stream and not (layer.is_folded or prune):
       stream = dense_stream = out
-      report.append({"layer": n, **_figures(0, "dense")})
+      report.append({"layer": n, **_figures(layer)})
       continue
     folded[name], figures = fold_layer(
       config, n, params[name], stream, target=target, prune=prune
@@ -265,6 +267,35 @@ def second_moment(a_BLF: jax.Array, b_BLE: jax.Array) -> jax.Array:
   return jnp.einsum("BLF,BLE->FE", a_BLF, b_BLE, precision="highest")
 
 
+class Moments(NamedTuple):
+  """E[a a'] and E[a] of the input of a module."""
+
+  second_II: Any
+  mean_I: Any
+
+
+def input_moments(
+  block: Block,
+  params: Params,
+  stream: Stream,
+  names: tuple[str, ...] = ("down", "o", "q", "up"),
+) -> dict[str, Moments]:
+  """Returns {module of a block: moments of its input}."""
+  sums = total(functools.partial(_input_sums, block, names, params), *stream)
+  return jax.tree.map(lambda a: a / stream.num_tokens, sums)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _input_sums(block, names, params, x, mask) -> dict[str, Moments]:
+  seen = look(block, params, x, mask, names)
+
+  def moments(a):
+    a = a.astype(jnp.float32).reshape(*mask.shape, -1) * mask[..., None]
+    return Moments(second_moment(a, a), a.sum((0, 1)))
+
+  return {name: moments(seen[name]) for name in names}
+
+
 # ---------------------------------------------------------------------------
 # One layer.
 
@@ -291,9 +322,9 @@ def fold_layer(
   m, layer = config.model, layers_of(config.model, config.fold)[n]
   block, dense = make_block(config, n), make_block(dense_twin(config), n)
   attn = dict(old["attn"])
-  figures = _figures(layer.groups, layer.values)
+  figures = _figures(layer)
   if layer.groups:
-    heads = _fold_heads(m, layer, attn, _moments(dense, old, stream))
+    heads = fold_heads(m, layer, attn, head_moments(dense, old, stream))
     attn |= {"q": heads.q, "k": heads.k}
     figures["logits_kept"] = heads.kept
     if heads.frequency is not None and layer.groups != m.head_dim:
@@ -302,13 +333,19 @@ def fold_layer(
     del attn["v"]
   if layer.values == "diagonal":  # the fitted W_O can express any other
     attn["v"] = {"diagonal": np.ones((m.width, 1, 1), np.float32)}
+  # The layer with all of W_V, from which that of low rank follows.
+  whole = Block(m, dataclasses.replace(layer, value_dim=m.head_dim))
   if layer.groups:  # reads no values, but the block has to have its arrays
     attn, figures["divergence"] = fit_attention(
-      (block, {**old, "attn": attn}),
+      (whole, {**old, "attn": attn}),
       (dense, old),
       stream,
       config.compress.fit_steps,
     )
+  if layer.value_dim < m.head_dim:
+    seen = input_moments(whole, {**old, "attn": attn}, stream, ("o",))["o"]
+    low = lowrank.fold_values(attn["v"], attn["o"], *seen, layer.value_dim)
+    attn |= {"v": low.v, "o": low.o}
   new = {**old, "attn": attn}
   is_post = m.norm_position == "post"
   middle = "norm_attn" if is_post else "norm_mlp"  # reads the stream in between
@@ -337,22 +374,26 @@ def fold_layer(
   return {**new, "mlp": {**new["mlp"], "down": down}}, figures
 
 
-def _figures(groups: int, values: str) -> dict[str, Any]:
+def _figures(layer: Layer) -> dict[str, Any]:
   """Returns the report of a layer that equals the dense one."""
-  figures = {"groups": groups, "values": values, "logits_kept": 1.0}
+  values = layer.values
+  if layer.value_dim < layer.head_dim:
+    values = f"rank {layer.value_dim}"
+  figures = {"groups": layer.groups, "values": values, "logits_kept": 1.0}
   return figures | {"divergence": 0.0, "attention_r2": 1.0, "mlp_r2": 1.0}
 
 
-class _Moments(NamedTuple):
+class HeadMoments(NamedTuple):
   """E[a a'] of the input of attention, and around the mean of each text."""
 
   second: np.ndarray
   centred: np.ndarray
 
 
-def _moments(block: Block, params: Params, stream: Stream) -> _Moments:
+def head_moments(block: Block, params: Params, stream: Stream) -> HeadMoments:
+  """Returns what `fold_heads` needs of a layer's input."""
   sums = total(functools.partial(_moment_sums, block, params), *stream)
-  return _Moments(*(a / stream.num_tokens for a in sums))
+  return HeadMoments(*(a / stream.num_tokens for a in sums))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -366,9 +407,10 @@ def _moment_sums(block, params, x, mask):
   return [second_moment(part, part) for part in parts]
 
 
-def _fold_heads(
-  m: ModelConfig, layer: Layer, attn: Params, moments: _Moments
+def fold_heads(
+  m: ModelConfig, layer: Layer, attn: Params, moments: HeadMoments
 ) -> lowrank.FoldedHeads:
+  """Returns W_Q and W_K of a dense attention layer, folded as `layer` says."""
   q, k, (second, centred) = attn["q"], attn["k"], moments
   if layer.axis == "input":
     rows = [lowrank.fold_input_rows(w, second, layer.groups) for w in (q, k)]

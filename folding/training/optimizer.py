@@ -67,6 +67,7 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
   if f.granularity == "neuron":
     mlp = ("mlp/up/kernel", "neuron", _NEURON)
   attention = {
+    "none": (r"(?!)", "weight", None),
     "output": ("attn/o/kernel", "weight", None),
     "all": ("attn/[qkvo]/kernel", "weight", None),
     "heads": ("attn/o/kernel", "row", _HEAD),

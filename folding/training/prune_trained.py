@@ -5,10 +5,8 @@ loses; training then continues with the rest, and FPP holds the zeros.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from folding import paths
@@ -16,23 +14,18 @@ from folding.compression import oneshot
 from folding.compression.sites import Site, make_sites
 from folding.config import Config
 from folding.models.shrink import shrink
-from folding.models.transformer import Block
 from folding.training.fold_pretrained import (
   READS,
   Batch,
+  Moments,
   Params,
   Prune,
-  Stream,
   advance,
   embed_batches,
-  look,
+  input_moments,
   make_block,
-  second_moment,
-  total,
 )
 from folding.training.optimizer import make_rules
-
-_MODULES = tuple(sorted(set(READS.values())))
 
 
 def prune_trained(
@@ -76,7 +69,7 @@ def prune_trained(
   stream = embed_batches(config, pruned, batches)
   for n in range(config.model.num_layers):
     name, block = f"blocks_{n}", make_block(config, n)
-    moments = _moments(block, pruned[name], stream)
+    moments = input_moments(block, pruned[name], stream)
     pruned[name] = _weights(name, pruned[name], moments, solve, weights)
     stream = advance(block, pruned[name], stream)
   return pruned
@@ -98,12 +91,12 @@ def neuron_pruner(config: Config, params: Params, dense: Params) -> Prune:
 
   def prune(n, layer, stream):
     name, block = f"blocks_{n}", make_block(config, n)
-    # Only attention is pruned by weight here.
-    moments = _moments(block, layer, stream, ("q", "o"))
-    layer = _weights(name, layer, moments, oneshot.sparsegpt, weights)
+    if any(weight.startswith(f"{name}/attn/") for weight in weights):
+      moments = input_moments(block, layer, stream, ("q", "o"))
+      layer = _weights(name, layer, moments, oneshot.sparsegpt, weights)
     if (up := f"{name}/mlp/up/kernel") not in units:
       return layer
-    moment = _moments(block, layer, stream, ("down",))["down"]
+    moment = input_moments(block, layer, stream, ("down",))["down"]
     return _neurons(*units[up], layer, moment)
 
   return prune
@@ -138,39 +131,10 @@ def without_neurons(
   return small.config, small.params
 
 
-class _Moment(NamedTuple):
-  """E[a a'] and E[a] of the input of a module."""
-
-  second_II: Any
-  mean_I: Any
-
-
-def _moments(
-  block: Block,
-  params: Params,
-  stream: Stream,
-  names: tuple[str, ...] = _MODULES,
-) -> dict[str, _Moment]:
-  """Returns {module: moments of its input}."""
-  sums = total(lambda *at: _sums(block, params, *at, names), *stream)
-  return jax.tree.map(lambda a: a / stream.num_tokens, sums)
-
-
-@jax.jit(static_argnames=("block", "names"))
-def _sums(block, params, x, mask, names) -> dict[str, _Moment]:
-  seen = look(block, params, x, mask, names)
-
-  def moment(a):
-    a = a.astype(jnp.float32).reshape(*mask.shape, -1) * mask[..., None]
-    return _Moment(second_moment(a, a), a.sum((0, 1)))
-
-  return {name: moment(seen[name]) for name in names}
-
-
 def _weights(
   block: str,
   params: Params,
-  moments: Mapping[str, _Moment],
+  moments: Mapping[str, Moments],
   solve: Callable[..., np.ndarray],
   fractions: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -189,7 +153,7 @@ def _weights(
 
 
 def _neurons(
-  site: Site, fraction: float, params: Params, moment: _Moment
+  site: Site, fraction: float, params: Params, moment: Moments
 ) -> dict[str, Any]:
   """Returns the parameters of a block without a fraction of its neurons."""
   w_FD = np.asarray(params["mlp"]["down"]["kernel"], np.float64)

@@ -115,6 +115,15 @@ def test_unfold_repeats_shared_keys_if_any_layer_has_separate_values(values):
   _assert_same_logits(folded, params, dense, unfold(params))
 
 
+def test_unfold_pads_values_of_low_rank():
+  shape = ModelConfig(**_SHAPE, num_kv_heads=2)
+  folded = _model(shape, groups=2, value_rank=3)
+  params = _params(folded)
+  _assert_same_logits(folded, params, _model(shape), unfold(params, None, 4))
+  with pytest.raises(ValueError, match="head_dim"):
+    unfold(params)
+
+
 def test_unfold_finds_layers_in_lists():
   params = _params(_model(_CASES["paper"][0], groups=1, values="diagonal"))
   layer = params["blocks_0"]["attn"]

@@ -177,6 +177,73 @@ def test_fold_heads_refuses_more_groups_than_channels(G):
     lowrank.fold_rotary_heads(q, k, moment_of(x), moment_of(y), G, frequencies)
 
 
+def _mixed(seed, heads, bias):
+  """Returns v, o and the inputs [n, 4, D] that the heads have mixed."""
+  rng = np.random.default_rng(seed)
+  v = _projection(rng, heads, bias)
+  o = {"kernel": rng.normal(size=(4, K, 3 * D))}
+  if bias:
+    o["bias"] = rng.normal(size=3 * D)
+  mixed = [make_inputs(rng, bias)[:, :D] for _ in range(4)]
+  return v, o, np.stack(mixed, 1)
+
+
+def _contexts(v, mixed):
+  """Returns the inputs of W_O, [n, H, r]; heads may share values."""
+  kernel, bias = (
+    np.repeat(np.float64(x), 4 // x.shape[-2], axis=-2)
+    for x in (v["kernel"], v.get("bias", np.zeros(v["kernel"].shape[1:])))
+  )
+  return np.einsum("nhd,dhr->nhr", mixed, kernel) + bias
+
+
+def _written(v, o, mixed):
+  out = np.einsum("nhr,hrd->nd", _contexts(v, mixed), np.float64(o["kernel"]))
+  return out + o.get("bias", 0)
+
+
+def _fold_values(v, o, mixed, rank):
+  c = _contexts(v, mixed).reshape(len(mixed), -1)
+  return lowrank.fold_values(v, o, moment_of(c), c.mean(0), rank)
+
+
+@pytest.mark.parametrize(("heads", "bias"), [(4, True), (2, True), (1, False)])
+def test_fold_values_states_the_error_that_it_makes(heads, bias):
+  v, o, mixed = _mixed(0, heads, bias)
+  dense = _written(v, o, mixed)
+  for rank in (1, K - 1, K):
+    low = _fold_values(v, o, mixed, rank)
+    assert low.v["kernel"].shape == (D, heads, rank)
+    wrong = _written(low.v, low.o, mixed) - dense
+    assert low.error == pytest.approx(
+      np.square(wrong).sum(1).mean(), rel=1e-4, abs=1e-6 * dense.var()
+    )
+  np.testing.assert_allclose(wrong, 0, atol=1e-4 * dense.std())
+
+
+def test_fold_values_of_one_head_is_the_nearest_of_its_rank():
+  v, o, mixed = _mixed(1, 4, False)
+  o["kernel"][1:] = 0  # the other heads write nothing
+  written = _written(v, o, mixed)
+  sizes = np.linalg.svd(written, compute_uv=False) ** 2 / len(written)
+  low = _fold_values(v, o, mixed, 2)
+  # Contexts of other heads may still help a little to fit it.
+  assert 0.9 * sizes[2:].sum() < low.error < 1.0001 * sizes[2:].sum()
+
+
+def test_fold_values_lets_heads_make_up_for_each_other():
+  v, o, mixed = _mixed(2, 4, True)
+  dense = _written(v, o, mixed)
+  low = _fold_values(v, o, mixed, 2)
+  kept = _contexts(low.v, mixed).reshape(len(mixed), -1)
+  wrong = _written(low.v, low.o, mixed) - dense
+  # Least squares: what is wrong has no part along what could be written.
+  around = kept - kept.mean(0)
+  overlap = np.abs(around.T @ wrong).max() / len(mixed)
+  assert overlap < 1e-4 * around.std() * dense.std()
+  np.testing.assert_allclose(wrong.mean(0), 0, atol=1e-4 * dense.std())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("G", [1, 5])
 def test_fold_input_rows_equals_least_squares(G, bias):

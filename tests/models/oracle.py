@@ -69,9 +69,9 @@ class Model:
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.c.norm_epsilon)
     return x * w["scale"] + w.get("bias", 0)
 
-  def heads(self, w, x):
+  def heads(self, w, x, K):
     kernel, bias = w["kernel"], w.get("bias", np.zeros(w["kernel"].shape[1:]))
-    D, H, K = self.c.width, self.c.num_heads, self.c.head_dim
+    D, H = self.c.width, self.c.num_heads
     kernel = np.repeat(kernel, D // kernel.shape[0], 0)
     kernel = np.repeat(kernel, K // kernel.shape[2], 2)
     y = np.einsum("bld,dhk->blhk", x, kernel)
@@ -80,12 +80,12 @@ class Model:
 
   def values(self, w, x):
     if w is not None and "diagonal" not in w:
-      return self.heads(w, x)
+      return self.heads(w, x, w["kernel"].shape[2])
     v = x if w is None else x * w["diagonal"].reshape(-1)
     return v.reshape(*x.shape[:2], self.c.num_heads, -1)
 
   def attention(self, w, x, keep):
-    q, k = self.heads(w["q"], x), self.heads(w["k"], x)
+    q, k = (self.heads(w[name], x, self.c.head_dim) for name in "qk")
     v = self.values(w.get("v"), x)
     if self.c.positions == "rope":
       q, k = turned(q, self.c.rope_base), turned(k, self.c.rope_base)

@@ -36,7 +36,7 @@ def alibi_bias(slopes, causal, length=L):
 @jax.jit
 def attend(q, k, v, bias, keep):
   k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-  return attention.attend(q, k, v, bias, keep)
+  return attention.attend(q, k, v, bias, keep, head_dim=K)
 
 
 @pytest.mark.parametrize("groups", [1, 2, K])
@@ -167,6 +167,7 @@ CASES = {
   "folded_rope_shared": (ONE | {"groups": 2}, SHARED),
   "input_rows_both_ways": (ROWS, {"causal": False}),
   "input_rows_rope": (ROWS, SHARED),
+  "low_rank_values_shared": ({"groups": 2, "value_rank": 3}, SHARED),
 }
 
 
@@ -269,9 +270,9 @@ def test_slopes_of_kept_heads_are_their_own():
   np.testing.assert_allclose(slopes, [2**-2, 2**-8], rtol=1e-6)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_linear_layer_equals_dense_layer(causal):
-  dense, _ = _model({"groups": 1}, causal=causal)
+@pytest.mark.parametrize(("causal", "rank"), [(True, 0), (False, 3)])
+def test_linear_layer_equals_dense_layer(causal, rank):
+  dense, _ = _model({"groups": 1, "value_rank": rank}, causal=causal)
   linear = dense.clone(
     config=dataclasses.replace(dense.config, attention="linear")
   )

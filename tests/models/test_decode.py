@@ -31,7 +31,7 @@ KINDS = {
     {"num_layers": 2, "mlp_width": (8, 12), "positions": "none"},
   ),
   "learned": (c.gpt2, ONE, {}),
-  "post_norm": (c.bert, {"groups": 1}, {"causal": True}),
+  "post_norm": (c.bert, {"groups": 1, "value_rank": 3}, {"causal": True}),
   "rope_shared": (c.llama, {}, {"num_kv_heads": 2}),
   "rope_copy": (
     c.llama,
@@ -46,7 +46,11 @@ KINDS = {
 }
 CONSTANT = {
   "alibi": (c.ModelConfig, ONE, {}),
-  "shared_key": (c.ModelConfig, {"groups": 1}, {"num_kv_heads": 2}),
+  "shared_key": (
+    c.ModelConfig,
+    {"groups": 1, "value_rank": 3},
+    {"num_kv_heads": 2},
+  ),
   # The second layer has a KV cache.
   "one_of_two": (
     c.ModelConfig,

@@ -163,22 +163,23 @@ def test_remat_keeps_less_for_the_backward_pass():
 
 def test_dropout_masks_the_embedding_and_both_branches():
   model, _ = _make(dropout=0.25)
-  variables = {"params": _randomized(model)}
-  dropped = []
 
-  def record(call, args, kwargs, context):
-    out = call(*args, **kwargs)
-    if isinstance(context.module, nn.Dropout):
-      dropped.append((np.asarray(args[0]), np.asarray(out)))
-    return out
+  @jax.jit
+  def inputs_and_outputs(params):
+    dropped = []
 
-  with nn.intercept_methods(record):
-    model.apply(
-      variables,
-      _tokens(0, 64),
-      deterministic=False,
-      rngs={"dropout": KEY},
-    )
+    def record(call, args, kwargs, context):
+      out = call(*args, **kwargs)
+      if isinstance(context.module, nn.Dropout):
+        dropped.append((args[0], out))
+      return out
+
+    rngs = {"dropout": KEY}
+    with nn.intercept_methods(record):
+      model.apply({"params": params}, _tokens(0, 64), None, False, rngs=rngs)
+    return dropped
+
+  dropped = jax.device_get(inputs_and_outputs(_randomized(model)))
   assert len(dropped) == 1 + 2 * N
   masks = [out != 0 for _, out in dropped]
   for (x, out), kept in zip(dropped, masks, strict=True):

@@ -151,6 +151,24 @@ def test_fewer_channels_are_refitted(kind):
     assert row["mlp_r2"] < 1
 
 
+@pytest.mark.parametrize("kind", ["bert", "qwen2"])
+def test_values_lose_nothing_at_the_rank_that_they_have(kind, monkeypatch):
+  def value(name, w):
+    if not name.endswith("o/kernel"):
+      return w
+    rng = np.random.default_rng(len(name))
+    mixed = np.einsum("kr,hrd->hkd", rng.normal(size=(K, 2)), w[:, :2])
+    return mixed.astype(np.float32)
+
+  trained = paths.map_named(value, _dense(kind))
+  monkeypatch.setattr(f"{__name__}._dense", lambda _: trained)
+  config = _config(kind, value_rank=(2, 0))
+  params, report = _fold(config, kind)
+  _assert_fits(config, params)
+  assert report[0]["values"] == "rank 2"
+  assert _error(config, params, kind) < 1e-6
+
+
 def test_each_layer_is_folded_by_its_own_config():
   config = _config("gpt2", groups=(0, 2), values=("dense", "diagonal"))
   params, report = _fold(config, "gpt2")
