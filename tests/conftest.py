@@ -7,9 +7,12 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
-# Small programs take longer to optimize than to run; the production flags are
-# seen in the quickstart that .ci/run trains.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Small programs take longer to compile than to run: this code is emitted in
+# less than half the time. The quickstart in .ci/run has the production flags.
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 
 # Compiled programs are kept between runs, and shared by the workers and by the
 # processes that tests start.
@@ -21,9 +24,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A save splits replicated arrays between their devices, by one compiled program
+# for each device and shape. This excludes arrays that are small even for a test.
+ocp.type_handlers.get_type_handler(
+  jax.Array
+)._min_slice_bytes_for_replica_parallel = 2048
 
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 

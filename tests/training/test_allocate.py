@@ -123,12 +123,10 @@ def test_allocation_reaches_the_target_size(kind, fpp, measured):
 
 def test_options_do_not_depend_on_fit_steps():
   config = _config()
-  params = _trained(config)
-  found = []
-  for steps in (0, 20):
-    config.compress.fit_steps = steps
-    found.append(allocate.measure(config, params, _batches()[:2]))
-  assert found[0] == found[1]
+  assert config.compress.fit_steps > 0
+  config.compress.fit_steps = 0
+  found = allocate.measure(config, _trained(config), _batches())
+  assert found == _options("bert")
 
 
 @pytest.mark.parametrize(

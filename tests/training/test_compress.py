@@ -360,9 +360,7 @@ def test_trim_removes_the_asked_number_of_tokens(dense_run, topics):
 
 def _logits(model, params, data, text):
   tokens = data.tokenizer.encode_batch([text], 12)[0]
-  return np.asarray(
-    model.apply({"params": params}, jax.numpy.asarray(tokens[None]))
-  )
+  return np.asarray(jax.jit(model.apply)({"params": params}, tokens[None]))
 
 
 def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):

@@ -27,7 +27,8 @@ def _block(model, groups):
 def _params(block, seed, scale=2.0):
   """Returns parameters with attention that is not even."""
   x = jnp.zeros((1, L, D))
-  params = block.init(jax.random.key(seed), x, None, True)["params"]
+  init = jax.jit(lambda key: block.init(key, x, None, True))
+  params = init(jax.random.key(seed))["params"]
   params = jax.tree.map(np.asarray, params)
   attn = dict(params["attn"])
   for name in ("q", "k"):

@@ -183,8 +183,19 @@ def test_stopped_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch):
   assert records(tmp_path / "run") == records(workdir)
 
 
-def test_non_finite_loss_stops_with_its_step(text_file, tmp_path):
-  config = tiny_config(text_file, learning_rate=1e38, clip_norm=1e38)
+def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
+  config, _, _ = tiny_run
+  init = loop.Run.init
+
+  def nan_init(self):
+    state = init(self)
+    params = jax.tree.map(
+      lambda w: jax.device_put(np.full_like(w, np.nan), w.sharding),
+      state.params,
+    )
+    return state._replace(params=params)
+
+  monkeypatch.setattr(loop.Run, "init", nan_init)
   with pytest.raises(
     TrainingError, match=r"loss is \w+ at step \d+; intact checkpoints: none"
   ):
