@@ -50,8 +50,3 @@ def test_energy_without_codecarbon_is_refused(text_file, tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match="install"):
     loop.run(tiny_config(text_file, energy="SWE"), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
-
-
-def test_energy_is_not_estimated_unless_asked_for(tiny_run):
-  _, workdir, _ = tiny_run
-  assert not (workdir / energy.FILE).exists()

@@ -18,7 +18,7 @@ import pytest
 from folding import cli, paths
 from folding import config as config_lib
 from folding.errors import ConfigError, TrainingError
-from folding.training import evaluate, loop, run_dir
+from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
 from tests.training.conftest import set_loss, tiny_config
 
@@ -78,6 +78,11 @@ def test_result_counts_stored_parameters(tiny_run):
   assert result["parameters"]["overall"]["stored"] == nonzero
   # D=16, H=4: two kernels [16, 4, 1] and a diagonal [16] per layer.
   assert result["parameters"]["qkv"] == {"dense": 2 * 3 * 256, "stored": 288}
+
+
+def test_energy_is_not_estimated_unless_asked_for(tiny_run):
+  _, workdir, _ = tiny_run
+  assert not (workdir / energy.FILE).exists()
 
 
 def test_result_is_the_test_of_the_best_pruned_checkpoint(tiny_run):
@@ -324,7 +329,7 @@ def test_classifier_learns_and_reports_accuracy(text_file, tmp_path, capsys):
   file.write_text("\n".join(rows) + "\n", encoding="utf-8")
   config = tiny_config(text_file, steps=20)
   config.task, config.data.path = "classify", str(file)
-  config.model.causal = False
+  config.model.causal, config.model.num_layers = False, 1
   result = loop.run(config, str(tmp_path / "run"))
   assert "100% of the training texts fill data" in capsys.readouterr().out
   assert result["test"]["num_examples"] == 40

@@ -282,7 +282,7 @@ def test_removing_zero_neurons_keeps_the_function(trained):
   assert size == (32, width // 2)
   tokens = jnp.asarray(batches[0]["tokens"])
   outputs = [
-    make_model(each, params["embed"]["embedding"].shape[0]).apply(
+    jax.jit(make_model(each, params["embed"]["embedding"].shape[0]).apply)(
       {"params": tree}, tokens
     )
     for each, tree in ((config, whole), (small, less))
