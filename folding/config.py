@@ -310,6 +310,10 @@ class TrainConfig:
   log_every: Count = 20
   eval_every: Count = 200  # steps between evaluations, which save a checkpoint
   eval_batches: Count | None = None  # of valid, while training; None: all
+  # Zero neurons and heads leave the arrays, in training, whenever they hold this
+  # fraction of the parameters of the layers, and after the last mask update a
+  # tenth. Each time the step is compiled again. 0: they stay.
+  compact: Fraction = 0.0
   tensorboard: bool = True
   energy: str = ""  # country (ISO 3166, three letters) for an estimate
 

@@ -398,7 +398,7 @@ def fpp(
 
 
 def fpp_counts(
-  rules: Sequence[Rule], state: FPPState, params: Any
+  rules: Sequence[Rule], state: FPPState, params: Any, removed: int = 0
 ) -> dict[str, jax.Array]:
   """Counts elements of the parameters that the rules select.
 
@@ -406,6 +406,8 @@ def fpp_counts(
     rules: The rules that `fpp` was given.
     state: Its state.
     params: The parameters.
+    removed: Pruned elements that are no longer in the parameters, as after
+      `folding.shrink`. They count as selected and zero.
 
   Returns:
     {"selected", "frozen", "zero", "undone"}, float32[] each; counts above 2^24
@@ -424,12 +426,12 @@ def fpp_counts(
     bits = jnp.broadcast_to(bits, leaves[name].shape)
     held += jnp.sum(bits, dtype=jnp.float32)
     zero += jnp.sum(bits & (leaves[name] == 0), dtype=jnp.float32)
-  selected = sum(leaves[name].size for name in is_held)
+  selected = removed + sum(leaves[name].size for name in is_held)
   undone = state.zeroed - _count_pruned(sites, state.suspected, leaves)
   return {
     "selected": jnp.float32(selected),
     "frozen": held - zero,
-    "zero": zero,
+    "zero": zero + removed,
     "undone": jnp.maximum(undone, 0).astype(jnp.float32),
   }
 

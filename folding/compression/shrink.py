@@ -112,6 +112,55 @@ class Cut:
     )
 
 
+def dead_units(zeros: Zeros) -> dict[str, Any]:
+  """Returns {array: bools, True at the units without effect}.
+
+  Units are the neurons of a feed-forward layer, under its W_down, and the heads
+  of an attention layer, under its W_O: one bool for all heads that share a key.
+
+  Args:
+    zeros: {path: bools, True at what is and stays 0}; NumPy or JAX arrays.
+  """
+  dead = {}
+  for name in zeros:
+    if name.endswith("/down/kernel"):
+      dead[name] = _dead_neurons(name.removesuffix("/down/kernel"), zeros)
+    elif name.endswith("/o/kernel"):
+      dead[name] = _dead_heads(name.removesuffix("/o/kernel"), zeros)
+  return dead
+
+
+def make_cut(
+  params: Any, dead: Mapping[str, Any], *, neurons: int = 1, heads: int = 1
+) -> Cut:
+  """Returns the cut that removes units.
+
+  Args:
+    params: Tree of parameters, or of their shapes.
+    dead: From `dead_units`, perhaps with removable tokens of the embedding.
+    neurons: Neurons of a layer are rounded up to a multiple of this, heads of a
+      layer to a multiple of `heads`, never above what they were.
+    heads: See `neurons`. Heads that share a key count as one.
+  """
+  leaves = paths.flatten(params)
+  kept: Kept = {}
+  token_map = np.zeros(0, np.int32)
+  for name, is_dead in dead.items():
+    if name == _EMBEDDING:
+      token_map, stays = _keep_tokens(np.asarray(is_dead))
+      found = {name: {0: stays}}
+    elif name.endswith("/down/kernel"):
+      stays = _stays(is_dead, neurons)
+      found = _keep_neurons(name.removesuffix("/down/kernel"), stays)
+    else:
+      stays, shape = _stays(is_dead, heads), leaves[name].shape
+      attn = name.removesuffix("/o/kernel")
+      found = _keep_heads(attn, stays, shape, len(is_dead))
+    if len(stays) < len(is_dead):
+      kept |= {name: axes for name, axes in found.items() if name in leaves}
+  return Cut(kept, frozenset(), token_map, jax.tree.structure(params))
+
+
 def shrink_layers(
   params: Mapping[str, Any],
   *,
@@ -162,29 +211,17 @@ def shrink_layers(
     except AssertionError as error:
       raise ValueError("is_zero and params do not have one shape") from error
     zeros = {name: np.asarray(z) for name, z in paths.flatten(is_zero).items()}
-  kept: Kept = {}
-  for name in leaves:
-    if name.endswith("/down/kernel"):
-      kept |= _keep_neurons(name.removesuffix("/down/kernel"), zeros, multiple)
-    elif name.endswith("/o/kernel"):
-      kept |= _keep_heads(name.removesuffix("/o/kernel"), zeros)
-  token_map = np.zeros(0, np.int32)
+  dead = dead_units(zeros)
   if _EMBEDDING in leaves:
-    is_removable_V = np.logical_and(zeros[_EMBEDDING].all(1), tokens)
-    token_map, rows = _keep_tokens(is_removable_V)
-    if len(rows) < len(token_map):
-      kept[_EMBEDDING] = {0: rows}
+    dead[_EMBEDDING] = np.logical_and(zeros[_EMBEDDING].all(1), tokens)
   scale = {
     name.replace("/v/diagonal", "/o/kernel"): w
     for name, w in leaves.items()
     if absorb and name.endswith("/v/diagonal")
   }
-  cut = Cut(
-    {name: axes for name, axes in kept.items() if name in leaves},
-    frozenset(name.replace("/o/kernel", "/v") for name in scale),
-    token_map,
-    jax.tree.structure(params),
-  )
+  cut = make_cut(params, dead, neurons=multiple)
+  dropped = frozenset(name.replace("/o/kernel", "/v") for name in scale)
+  cut = dataclasses.replace(cut, dropped=dropped)
 
   def absorbed(name, w):
     if name not in scale:
@@ -260,47 +297,66 @@ def _reads(name: str, axis: int | None, ndim: int) -> bool:
   return axis not in (ndim - 1, -1)
 
 
-def _keep_neurons(mlp: str, zeros: Zeros, multiple: int) -> Kept:
-  """Returns the neurons of a feed-forward layer that stay, if not all."""
+def _dead_neurons(mlp: str, zeros: Zeros) -> Any:
+  """Returns bool[F], True at neurons of a feed-forward layer without effect."""
   is_dead_F = zeros[f"{mlp}/down/kernel"].all(1)
   for side in ("up", "gate"):
     if f"{mlp}/{side}/kernel" in zeros:
       is_silent_F = zeros[f"{mlp}/{side}/kernel"].all(0)
-      is_dead_F |= is_silent_F & zeros.get(f"{mlp}/{side}/bias", True)
-  alive = np.flatnonzero(~is_dead_F)
-  size = -(-max(len(alive), 1) // multiple) * multiple
-  if size >= len(is_dead_F):
-    return {}
-  filling = np.flatnonzero(is_dead_F)[: size - len(alive)]
-  stays = np.sort(np.concatenate([alive, filling]))
-  kept = {f"{mlp}/down/kernel": {0: stays}}
-  for side in ("up", "gate"):
-    kept |= {
-      f"{mlp}/{side}/kernel": {1: stays},
-      f"{mlp}/{side}/bias": {0: stays},
-    }
-  return kept
+      is_dead_F = is_dead_F | is_silent_F & zeros.get(
+        f"{mlp}/{side}/bias", True
+      )
+  return is_dead_F
 
 
-def _keep_heads(attn: str, zeros: Zeros) -> Kept:
-  """Returns the heads of an attention layer that stay, if not all."""
+def _dead_heads(attn: str, zeros: Zeros) -> Any:
+  """Returns bool[J], True at keys all of whose heads have no effect."""
   H, K, _ = zeros[f"{attn}/o/kernel"].shape
   shared = H // zeros[f"{attn}/k/kernel"].shape[1]
   is_dead_H = zeros[f"{attn}/o/kernel"].all((1, 2))
   if f"{attn}/v/diagonal" in zeros:
-    is_dead_H |= zeros[f"{attn}/v/diagonal"].reshape(H, K).all(1)
+    is_dead_H = is_dead_H | zeros[f"{attn}/v/diagonal"].reshape(H, K).all(1)
   elif f"{attn}/v/kernel" in zeros:
     is_silent_J = zeros[f"{attn}/v/kernel"].all((0, 2))
     if f"{attn}/v/bias" in zeros:
-      is_silent_J &= zeros[f"{attn}/v/bias"].all(1)
-    is_dead_H |= np.repeat(is_silent_J, shared)
-  is_dead_J = is_dead_H.reshape(-1, shared).all(1)
-  if is_dead_J.all():
-    is_dead_J[0] = False
-  if not is_dead_J.any():
-    return {}
-  key_heads = np.flatnonzero(~is_dead_J)
-  heads = _members(key_heads, shared)
+      is_silent_J = is_silent_J & zeros[f"{attn}/v/bias"].all(1)
+    is_dead_H = is_dead_H | is_silent_J.repeat(shared)
+  return is_dead_H.reshape(-1, shared).all(1)
+
+
+def _stays(is_dead: Any, multiple: int) -> np.ndarray:
+  """Returns the indices of the units that stay, at least one.
+
+  Some dead ones are among them if the count has to be a multiple.
+  """
+  is_dead = np.asarray(is_dead)
+  alive = np.flatnonzero(~is_dead)
+  size = -(-max(len(alive), 1) // multiple) * multiple
+  filling = np.flatnonzero(is_dead)[: size - len(alive)]
+  return np.sort(np.concatenate([alive, filling]))
+
+
+def _keep_neurons(mlp: str, neurons: np.ndarray) -> Kept:
+  kept = {f"{mlp}/down/kernel": {0: neurons}}
+  for side in ("up", "gate"):
+    kept |= {
+      f"{mlp}/{side}/kernel": {1: neurons},
+      f"{mlp}/{side}/bias": {0: neurons},
+    }
+  return kept
+
+
+def _keep_heads(attn: str, key_heads: np.ndarray, shape: tuple, J: int) -> Kept:
+  """Returns what the heads of an attention layer that stay index.
+
+  Args:
+    attn: Path of the layer.
+    key_heads: The keys that stay.
+    shape: Of W_O.
+    J: Number of keys before.
+  """
+  H, K, _ = shape
+  heads = _members(key_heads, H // J)
   return {
     f"{attn}/q/kernel": {1: heads},
     f"{attn}/q/bias": {0: heads},

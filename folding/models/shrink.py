@@ -74,13 +74,19 @@ def shrink(
     tokens=config.task != "lm",
     is_zero=is_zero,
   )
-  return Shrunk(_shrunk_config(config, small, cut), small, cut)
+  return Shrunk(shrunk_config(config, small, cut), small, cut)
 
 
-def _shrunk_config(
+def shrunk_config(
   config: Config, params: Mapping[str, Any], cut: Cut
 ) -> Config:
-  """Returns the config of smaller parameters; equal values stay as they are."""
+  """Returns the config of smaller parameters; equal values stay as they are.
+
+  Args:
+    config: Resolved, of the parameters before.
+    params: The smaller parameters, or their shapes.
+    cut: What they were cut by.
+  """
   m, fold = config.model, config.fold
   layers = layers_of(m, fold)
   widths, heads, values = [], [], []

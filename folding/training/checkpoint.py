@@ -1,7 +1,9 @@
 """Checkpoints of a run: saved asynchronously; the last two and the best stay.
 
 Schema 1: one Orbax item, the training state (step, params, opt_state), in
-RUN/checkpoints/<step>. Renaming a parameter path bumps the schema.
+RUN/checkpoints/<step>. Renaming a parameter path bumps the schema. If arrays
+become smaller in training, `model.json` beside it has the `model` section of the
+config that the state belongs to; otherwise that is the one in config.json.
 
 Neither Orbax nor OCDBT keeps checksums of the arrays, so `checksums.json` of a
 checkpoint has one for each of its files. It is written before the temporary
@@ -9,6 +11,7 @@ folder of the save gets its name, and verified whenever the checkpoint is read.
 """
 
 import contextlib
+import dataclasses
 import gc
 import json
 import logging
@@ -26,8 +29,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from folding import files
-from folding.config import Config
+from folding import files, typed
+from folding.config import Config, ModelConfig
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, TrainingError, first_line
 from folding.training import distributed, run_dir
@@ -38,6 +41,7 @@ _RESERVE_BYTES = 1 << 20
 _ARRAY_BYTES = 1 << 13
 
 _METRICS = "metrics/metrics"
+_MODEL = "model.json"
 # Orbax writes them after the checksums; the state and its loss are elsewhere.
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -59,6 +63,7 @@ class Checkpoints:
     self.cleans = cleans
     self._damaged: set[int] = set()
     self._saving: int | None = None
+    self._model: ModelConfig | None = None  # of the save under way
     if distributed.is_main():
       _mend_metrics(self._folder)
     distributed.barrier("mended")
@@ -97,13 +102,20 @@ class Checkpoints:
       return  # the error that ends the run already reports it
     self._manager.close()
 
-  def save(self, step: int, state: Any, loss: float | None) -> None:
+  def save(
+    self,
+    step: int,
+    state: Any,
+    loss: float | None,
+    model: ModelConfig | None = None,
+  ) -> None:
     """Starts to save a state; waits only for the save before it.
 
     Args:
       step: Updates applied so far.
       state: The training state.
       loss: Ranks checkpoints, lower is better; None: no candidate for the best.
+      model: Shape of the model; None: that in the config of the run.
 
     Raises:
       OSError: the disk is full, or this save or the one before failed. Earlier
@@ -121,7 +133,7 @@ class Checkpoints:
         f"a checkpoint needs {needed / 1e6:,.1f} MB and the disk has "
         f"{free / 1e6:,.1f} MB left"
       )
-    self._saving = step
+    self._saving, self._model = step, model
     try:
       self._manager.save(
         step,
@@ -134,8 +146,11 @@ class Checkpoints:
       raise OSError(str(error)) from error
 
   def _seal(self) -> None:
-    """Writes the checksums of a save, in its thread and the main process."""
+    """Writes model and checksums of a save; in its thread, the main process."""
     (part,) = pathlib.Path(self._folder).glob(f"{self._saving}.*")
+    if self._model is not None:
+      text = json.dumps(dataclasses.asdict(self._model), indent=2)
+      files.write_file(str(part / _MODEL), text + "\n")
     names = [
       path.relative_to(part).as_posix()
       for path in sorted(part.rglob("*"))
@@ -171,6 +186,14 @@ class Checkpoints:
     """Returns the loss given to `save`."""
     return _saved_loss(self._folder, step)
 
+  def model(self, step: int) -> ModelConfig | None:
+    """Returns the model given to `save`.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    return _saved_model(os.path.join(self._folder, str(step)))
+
   def restore(self, step: int, like: Any) -> Any:
     """Returns the state saved at a step.
 
@@ -194,6 +217,9 @@ class Checkpoints:
     Skips a damaged checkpoint with a warning. If `cleans`, moves it to
     "damaged-<step>", so that its step can be saved again.
 
+    Args:
+      like: As of `restore`, or a function that returns it for a step.
+
     Raises:
       ConfigError: there is no checkpoint yet.
       TrainingError: there are checkpoints, but none can be read.
@@ -216,6 +242,9 @@ class Checkpoints:
     If no save had a loss, or the best is damaged, it takes the newest that can
     be read. Damaged checkpoints stay where they are.
 
+    Args:
+      like: As of `restore`, or a function that returns it for a step.
+
     Raises:
       ConfigError: there is no checkpoint yet.
       TrainingError: there are checkpoints, but none can be read.
@@ -231,7 +260,9 @@ class Checkpoints:
       for step in steps:
         state, reason = None, "another process cannot read it"
         try:
-          state = self.restore(step, like)
+          with distributed.together("another process found damage"):
+            here = like(step) if callable(like) else like
+          state = self.restore(step, here)
         except Exception as error:  # Orbax and TensorStore raise many types
           reason = first_line(error)[:200]
         if not distributed.any_process(state is None):
@@ -274,9 +305,12 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
   params, reasons = None, {}
   with _quiet():
     for step in steps:
+      checkpoint = os.path.join(folder, str(step))
       try:
         _require_intact(folder, step)
-        params = _read_params(os.path.join(folder, str(step)))
+        model = _saved_model(checkpoint) or config.model
+        params = _read_params(checkpoint)
+        config = dataclasses.replace(config, model=model)
         break
       except Exception as error:  # Orbax and TensorStore raise many types
         reasons[step] = first_line(error)[:200]
@@ -356,6 +390,14 @@ def _read_loss(folder: str, step: int) -> float:
     if files.file_checksum(path) != expected.get(_METRICS):
       raise ValueError(f"{path} differs from its checksum")
   return loss
+
+
+def _saved_model(checkpoint: str) -> ModelConfig | None:
+  """Returns the `model.json` of a checkpoint; None if it has none."""
+  path = os.path.join(checkpoint, _MODEL)
+  if not os.path.exists(path):
+    return None
+  return typed.build(ModelConfig, files.read_json(path, dict), _MODEL)
 
 
 def _mend_metrics(folder: str) -> None:

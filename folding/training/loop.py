@@ -29,6 +29,7 @@ from folding.models.transformer import Transformer
 from folding.training import distributed, energy, run_dir, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
+from folding.training.compact import Compactor
 from folding.training.compress import (
   compress_trained,
   require_whole,
@@ -67,11 +68,19 @@ class Run(Program):
     )
     self.data = data
     self._eval_step = make_eval_step(self.model)
+    self._compactor = Compactor(self)
 
   @property
   def seed(self) -> np.uint32:
     """The seed as the compiled programs take it."""
     return np.uint32(self.config.seed % 2**32)
+
+  def steps(self, teacher: Transformer | None) -> dict[bool, Any]:
+    """Returns {whether it updates the masks: jitted `train_step`}."""
+    return {
+      is_update: self.step(is_mask_update=is_update, teacher=teacher)
+      for is_update in (False, True)
+    }
 
   def init(self) -> TrainState:
     """Returns the first state, with parameters drawn by the seed."""
@@ -90,6 +99,24 @@ class Run(Program):
     """Returns a teacher's parameters on the mesh, split by their own shapes."""
     return jax.device_put(params, sharding.tree_shardings(self.mesh, params))
 
+  def compacted(
+    self, state: TrainState, step: int
+  ) -> "tuple[Run, TrainState] | None":
+    """Returns a smaller run and its state, which train on as these would.
+
+    None if that does not pay yet, see `Compactor.find`.
+
+    Args:
+      state: After a mask update; it is waited for.
+      step: Updates applied so far.
+    """
+    found = self._compactor.find(state, step)
+    if found is None:
+      return None
+    config, cut = found
+    smaller = Run(config, self.data)
+    return smaller, self._compactor.cut(state, cut, smaller)
+
   def usage(self) -> jax.Array | None:
     """Returns float32[V] of `token_usage`; None if no rule prunes by it."""
     if not self.rules or self.config.fpp.embedding_granularity == "weight":
@@ -106,7 +133,7 @@ class Run(Program):
     if not int(state.step):  # no mask update yet
       return {"selected": 1.0, "frozen": 0.0, "zero": 0.0, "undone": 0.0}
     count = jax.jit(
-      functools.partial(fpp_counts, self.rules),
+      functools.partial(fpp_counts, self.rules, removed=self.removed),
       out_shardings=sharding.whole(self.mesh),
     )
     found = jax.device_get(count(state.opt_state, state.params))
@@ -295,10 +322,8 @@ def _start(config: Config, data: Data, workdir: str) -> Start:
     TrainingError: there are checkpoints, but none can be read.
   """
   if has_checkpoint(workdir):
-    run = Run(config, data)
     with Checkpoints(workdir) as checkpoints:
-      step, state = checkpoints.restore_latest(run.like)
-    return Start(run, step, state)
+      return restore(Run(config, data), checkpoints)
   if config.pretrained is not None:
     with distributed.together():
       config, params, report = compress_trained(config, data)
@@ -308,6 +333,32 @@ def _start(config: Config, data: Data, workdir: str) -> Start:
     return Start(run, 0, run.init_from(params))
   run = Run(config, data)
   return Start(run, 0, run.init())
+
+
+def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
+  """Returns where the newest or the best checkpoint of a run stands.
+
+  Args:
+    run: Of the config in the run directory.
+    checkpoints: Of the run.
+    best: Whether to read the best checkpoint.
+
+  Raises:
+    ConfigError: there is no checkpoint yet.
+    TrainingError: there are checkpoints, but none can be read.
+  """
+  runs = {}
+
+  def like(step):
+    model = checkpoints.model(step) or run.config.model
+    smaller = dataclasses.replace(run.config, model=model)
+    is_same = smaller == run.config
+    runs[step] = run if is_same else Run(smaller, run.data)
+    return runs[step].like
+
+  read = checkpoints.restore_best if best else checkpoints.restore_latest
+  step, state = read(like)
+  return Start(runs[step], step, state)
 
 
 def _train(
@@ -322,10 +373,7 @@ def _train(
   teacher_model = teacher_params = None
   if teacher is not None:
     teacher_model, teacher_params = teacher[0], run.place_teacher(teacher[1])
-  steps = {
-    is_update: run.step(is_mask_update=is_update, teacher=teacher_model)
-    for is_update in (False, True)
-  }
+  steps = run.steps(teacher_model)
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
   usage = run.usage()
   mask_updates = optimizer_lib.mask_updates(config) if run.rules else range(0)
@@ -336,11 +384,21 @@ def _train(
   ):
     clock = Clock(workdir, first_step)
     counts = run.counts(state)
-    log = StepLog(config, run.num_parameters, writer, clock, counts)
+    log = StepLog(config, run.whole_size, writer, clock, counts)
     for line in _notes(start):
       writer.say(line)
     batches = run.data.train_batches(first_step)
     for step in range(first_step, t.steps + 1):
+      is_updated = step > first_step and step - 1 in mask_updates
+      if t.compact and is_updated and (found := run.compacted(state, step)):
+        log.flush()
+        run, state = found
+        steps = run.steps(teacher_model)
+        writer.say(
+          f"step {step:>6,}  compact  {run.num_parameters:,} of "
+          f"{run.whole_size:,} parameters stay"
+        )
+        log.restart()
       is_last = step == t.steps
       is_due = step > first_step and (is_last or step % t.eval_every == 0)
       is_stopped = stopped(step)
@@ -353,7 +411,8 @@ def _train(
           writer.say(_line(step, "valid", metrics))
           # Only a model that is pruned to its end can be the best.
           loss = _rank(metrics) if step >= mask_updates.stop else None
-        checkpoints.save(step, state, loss)
+        model = run.config.model if t.compact else None
+        checkpoints.save(step, state, loss, model)
         run.write_result(
           workdir,
           state,
@@ -377,7 +436,7 @@ def _train(
     checkpoints.wait()
     best = checkpoints.best_step()
     if best is not None and best != t.steps:
-      best, state = checkpoints.restore_best(run.like)
+      run, best, state = restore(run, checkpoints, best=True)
     test = run.evaluate(state.params, "test")
     test["checkpoint_step"] = best
     run.write_result(
@@ -403,6 +462,15 @@ def _notes(start: Start) -> list[str]:
         f"text: {share:.0%} of the training texts fill data.length="
         f"{config.data.length} tokens; longer ones are cut"
       )
+  granularities = {
+    rule.granularity for rule in run.rules if rule.pattern.startswith("blocks_")
+  }
+  if config.train.compact and granularities == {"weight"}:
+    notes.append(
+      "compact: fpp prunes single weights here, so nothing leaves the arrays "
+      "before its last mask update; fpp.granularity='neuron' and "
+      "fpp.attention='heads' prune whole units"
+    )
   if start.step:
     notes.append(f"resumed at step {start.step} of {config.train.steps}")
   return notes
@@ -444,13 +512,13 @@ def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
   """
   this, checkpoints = open_run(workdir)
   with checkpoints:
-    step, state = checkpoints.restore_best(this.like)
+    this, step, state = restore(this, checkpoints, best=True)
   metrics = this.evaluate(state.params, split)
   return {"split": split, "checkpoint_step": step, **metrics}
 
 
 def open_run(workdir: str) -> tuple[Run, Checkpoints]:
-  """Returns the run in a directory and its checkpoints, to be read.
+  """Returns the run in a directory and its checkpoints, for `restore`.
 
   Raises:
     ConfigError: it is not a run.

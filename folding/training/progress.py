@@ -151,7 +151,7 @@ class StepLog:
   def __init__(
     self,
     config: Config,
-    num_parameters: int,
+    whole_size: int,
     writer: MetricsWriter,
     clock: Clock,
     counts: Mapping[str, float],
@@ -160,13 +160,14 @@ class StepLog:
 
     Args:
       config: Resolved.
-      num_parameters: Size of the model, zeros included.
+      whole_size: Parameters of the model, with zeros and with those that have
+        left the arrays.
       writer: Takes the records.
       clock: Of the run.
       counts: `fpp_counts` of the first state; {} if nothing is pruned.
     """
     self._config, self._writer, self._clock = config, writer, clock
-    self._size = num_parameters
+    self._size = whole_size
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._tokens = 0
     self._since = time.monotonic()

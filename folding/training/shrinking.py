@@ -2,85 +2,19 @@
 
 import os
 import shutil
-from typing import Any
 
 import jax
 import numpy as np
 
-from folding import files, paths
-from folding.compression.fpp import member_masks
+from folding import files
 from folding.compression.shrink import Cut
-from folding.compression.sites import Rule, make_sites
 from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
-from folding.models.shrink import shrink
 from folding.training import energy, run_dir
-from folding.training import optimizer as optimizer_lib
-from folding.training.loop import Run, open_run
+from folding.training.compact import held_zero, is_pruning_over, shrink_state
+from folding.training.loop import Run, open_run, restore
 from folding.training.step import TrainState
-
-
-def held_zero(config: Config, rules: list[Rule], state: TrainState) -> Any:
-  """Returns which parameters FPP holds at 0, as bools shaped like params.
-
-  Before the last mask update these are units only. Single weights stay, as the
-  next update ranks them among all weights of their array.
-  """
-  leaves = paths.flatten(state.params)
-  is_over = int(state.step) >= optimizer_lib.mask_updates(config).stop
-  sites = [
-    site
-    for site in make_sites(rules, state.params)
-    if is_over or None not in site.members.values()
-  ]
-  packed = {
-    site.name: state.opt_state.suspected[site.name][0] for site in sites
-  }
-  is_held = member_masks(sites, packed, leaves)
-  return paths.map_named(
-    lambda name, w: np.asarray(is_held.get(name, False)) & (np.asarray(w) == 0),
-    state.params,
-  )
-
-
-def shrink_state(
-  config: Config,
-  rules: list[Rule],
-  state: TrainState,
-  *,
-  multiple: int = 1,
-  absorb: bool = False,
-  is_zero: Any = None,
-) -> tuple[Config, TrainState, Cut]:
-  """Returns the config and state of a smaller model that trains the same.
-
-  Losses and updates are equal up to rounding: only units that FPP holds at 0
-  leave, and moments, averages and mask bits are cut alike. (The score "random"
-  draws other numbers at later mask updates.)
-
-  Args:
-    config: Resolved.
-    rules: From `make_rules`.
-    state: The state before; its arrays do not change.
-    multiple: See `folding.shrink`.
-    absorb: See `folding.shrink`; only after the last step.
-    is_zero: Parameters that may be removed; None: `held_zero`.
-
-  Raises:
-    ValueError: see `folding.shrink`.
-  """
-  small = shrink(
-    config,
-    state.params,
-    multiple=multiple,
-    absorb=absorb,
-    is_zero=held_zero(config, rules, state) if is_zero is None else is_zero,
-  )
-  sites = make_sites(rules, state.params)
-  opt_state = small.cut.fpp_state(state.opt_state, sites)
-  new = TrainState(state.step, small.params, opt_state)
-  return small.config, new, small.cut
 
 
 def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
@@ -166,8 +100,8 @@ def _shrink_alike(
   zeros = [
     jax.tree.map(lambda w: np.asarray(w) == 0, state.params)
     if is_over
-    else held_zero(run.config, run.rules, state)
-    for state in states.values()
+    else held_zero(run.rules, state, is_pruning_over(run.config, step))
+    for step, state in states.items()
   ]
   is_zero = jax.tree.map(lambda *z: np.logical_and.reduce(z), *zeros)
   if not is_over and run.config.distill.is_used:
@@ -191,10 +125,11 @@ def _read(
   """Returns a run, its newest and best states by step, and their losses."""
   run, checkpoints = open_run(workdir)
   with checkpoints:
-    step, state = checkpoints.restore_latest(run.like)
+    run, step, state = restore(run, checkpoints)
     states = {step: state}
     best = checkpoints.best_step()
     if best is not None and best not in states:
-      best, state = checkpoints.restore_best(run.like)
+      # Nothing leaves the arrays after the first that can be the best.
+      _, best, state = restore(run, checkpoints, best=True)
       states[best] = state
     return run, states, {step: checkpoints.loss(step) for step in states}

@@ -13,9 +13,10 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from folding import paths
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
-from folding.compression.sites import Rule
+from folding.compression.sites import Rule, make_sites
 from folding.config import Config, dense_twin, unshrunk
 from folding.errors import ConfigError
 from folding.models.transformer import (
@@ -71,6 +72,7 @@ class StepOptions:
     model: The Linen model.
     tx: From `make_optimizer`.
     rules: The rules of FPP.
+    removed: Pruned elements that have left the parameters.
     accumulate: Number of micro-batches, computed one after another to save
       memory. Apart from dropout, the update equals that of the whole batch up
       to rounding.
@@ -81,6 +83,7 @@ class StepOptions:
   model: Any
   tx: optax.GradientTransformationExtraArgs
   rules: Sequence[Rule] = ()
+  removed: int = 0
   accumulate: int = 1
   mesh: Mesh | None = None
   distillation: Distillation | None = None
@@ -125,6 +128,8 @@ class Program:
     unsplit: One line per parameter (and one for the batch) that the mesh does
       not divide.
     dense_params: Shapes of the parameters of the dense baseline.
+    whole_size: Number of parameters before any shrink.
+    removed: Pruned elements that have left the parameters.
   """
 
   def __init__(
@@ -155,7 +160,11 @@ class Program:
     self.dense_params = param_shapes(make(dense_twin(config), plain_size))
     before = param_shapes(make(unshrunk(config), plain_size))
     self.rules = make_rules(config, before, self.dense_params)
-    removed = removed_units(self.rules, before, param_shapes(self.model))
+    after = param_shapes(self.model)
+    removed = removed_units(self.rules, before, after)
+    self.whole_size = _size(before)
+    selected = [_selected_size(self.rules, tree) for tree in (before, after)]
+    self.removed = selected[0] - selected[1]
     self.tx = make_optimizer(config, self.rules, removed)
     self.draw = functools.partial(
       init_state, self.model, self.tx, config.data.length
@@ -178,7 +187,7 @@ class Program:
   @property
   def num_parameters(self) -> int:
     """Number of parameters, zeros included."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(self.like.params))
+    return _size(self.like.params)
 
   @property
   def state_shardings(self) -> TrainState:
@@ -198,6 +207,7 @@ class Program:
       model=self.model,
       tx=self.tx,
       rules=self.rules,
+      removed=self.removed,
       accumulate=self.config.train.accumulate,
       mesh=self.mesh,
       distillation=distillation,
@@ -226,6 +236,17 @@ class Program:
       donate_argnums=0 if donates else (),
       out_shardings=(self.state_shardings, sharding.whole(self.mesh)),
     )
+
+
+def _size(params: Any) -> int:
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def _selected_size(rules: Sequence[Rule], params: Any) -> int:
+  """Returns the number of elements of the parameters that rules select."""
+  leaves = paths.flatten(params)
+  names = [name for site in make_sites(rules, params) for name in site.members]
+  return sum(math.prod(leaves[name].shape) for name in names)
 
 
 def train_step(
@@ -304,7 +325,8 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   metrics = {"loss": aux.nats}
   if is_mask_update and options.rules:
-    metrics |= fpp_counts(options.rules, cast(FPPState, opt_state), params)
+    fpp_state = cast(FPPState, opt_state)
+    metrics |= fpp_counts(options.rules, fpp_state, params, options.removed)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -19,6 +19,7 @@ import pytest
 from folding import config as config_lib
 from folding import paths
 from folding.training import loop, run_dir
+from folding.training.checkpoint import load_run
 from tests.training.conftest import tiny_config, write_text
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -124,6 +125,32 @@ def test_two_processes_train_as_one(text_file, tmp_path):
   report = json.loads((two / "result.json").read_text())
   assert report["finished"]
   assert config_lib.load(str(two / "config.json")).distributed == "none"
+
+
+@pytest.mark.slow
+def test_two_processes_compact_as_one(text_file, tmp_path):
+  two, one = tmp_path / "two", tmp_path / "one"
+  processes = train_in_two(
+    two,
+    text_file,
+    "--config.train.compact=0.1",
+    "--config.fpp.granularity=neuron",
+    "--config.model.mlp_width=64",
+  )
+  config = tiny_config(text_file, compact=0.1)
+  config.mesh, config.model.mlp_width = MESH, 64
+  config.fpp.granularity = "neuron"
+  for process in processes:
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+  loop.run(config, str(one))
+  for ours, theirs in zip(records(two), records(one), strict=True):
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert ours.get("trainable") == theirs.get("trainable")
+  (ours, params, _), (theirs, *_) = (load_run(str(w)) for w in (two, one))
+  assert ours.model == theirs.model
+  # Of 64 neurons 44 are zero, rounded up to a multiple of 8.
+  assert params["blocks_1"]["mlp"]["down"]["kernel"].shape == (24, 16)
 
 
 @pytest.mark.slow

@@ -1,0 +1,162 @@
+"""Compaction: neurons and heads that FPP holds at 0 leave the training state.
+
+`folding shrink` does it to the checkpoints of a run, and `train.compact` to a
+run that goes on. Losses and updates stay equal up to rounding.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from folding import paths
+from folding.compression.fpp import member_masks
+from folding.compression.shrink import Cut, dead_units, make_cut
+from folding.compression.sites import Rule, make_sites
+from folding.config import Config
+from folding.models.shrink import shrink, shrunk_config
+from folding.training import optimizer as optimizer_lib
+from folding.training import sharding
+from folding.training.step import Program, TrainState
+
+_MULTIPLE = 8  # of neurons: a byte of mask bits, and what a vector unit holds
+_LAST = (
+  0.1  # least share after the last mask update: to wait would gain nothing
+)
+
+
+def held_zero(rules: Sequence[Rule], state: TrainState, is_over: bool) -> Any:
+  """Returns which parameters FPP holds at 0, as bools shaped like params.
+
+  Before the last mask update these are units only. Single weights stay, as the
+  next update ranks them among all weights of their array.
+
+  Args:
+    rules: From `make_rules`.
+    state: The training state.
+    is_over: Whether the last mask update is over.
+  """
+  leaves = paths.flatten(state.params)
+  sites = [
+    site
+    for site in make_sites(rules, state.params)
+    if is_over or None not in site.members.values()
+  ]
+  packed = {
+    site.name: state.opt_state.suspected[site.name][0] for site in sites
+  }
+  is_held = member_masks(sites, packed, leaves)
+  return paths.map_named(
+    lambda name, w: jnp.logical_and(is_held.get(name, False), w == 0),
+    state.params,
+  )
+
+
+def is_pruning_over(config: Config, step: int) -> bool:
+  """Returns whether no mask update follows after so many steps."""
+  return step > optimizer_lib.mask_updates(config)[-1]
+
+
+def shrink_state(
+  config: Config,
+  rules: Sequence[Rule],
+  state: TrainState,
+  *,
+  multiple: int = 1,
+  absorb: bool = False,
+  is_zero: Any = None,
+) -> tuple[Config, TrainState, Cut]:
+  """Returns the config and state of a smaller model that trains the same.
+
+  Losses and updates are equal up to rounding: only units that FPP holds at 0
+  leave, and moments, averages and mask bits are cut alike. (The score "random"
+  draws other numbers at later mask updates.)
+
+  Args:
+    config: Resolved.
+    rules: From `make_rules`.
+    state: The state before; its arrays do not change.
+    multiple: See `folding.shrink`.
+    absorb: See `folding.shrink`; only after the last step.
+    is_zero: Parameters that may be removed; None: `held_zero`.
+
+  Raises:
+    ValueError: see `folding.shrink`.
+  """
+  if is_zero is None:
+    is_over = is_pruning_over(config, int(state.step))
+    is_zero = held_zero(rules, state, is_over)
+  small = shrink(
+    config, state.params, multiple=multiple, absorb=absorb, is_zero=is_zero
+  )
+  sites = make_sites(rules, state.params)
+  opt_state = small.cut.fpp_state(state.opt_state, sites)
+  new = TrainState(state.step, small.params, opt_state)
+  return small.config, new, small.cut
+
+
+class Compactor:
+  """Removes zero neurons and heads from the state of one program.
+
+  Neither parameters nor moments leave their devices, so this works on any mesh
+  and in several processes.
+  """
+
+  def __init__(self, program: Program):
+    self._program = program
+
+    def dead(state, is_over):
+      zeros = held_zero(program.rules, state, is_over)
+      return dead_units(paths.flatten(zeros))
+
+    self._dead = jax.jit(
+      dead, static_argnums=1, out_shardings=sharding.whole(program.mesh)
+    )
+
+  def find(self, state: TrainState, step: int) -> tuple[Config, Cut] | None:
+    """Returns the config of a smaller model and the cut that leads to it.
+
+    None if less of the parameters of the layers would leave than `train.compact`
+    says: compilation of the smaller program would not pay yet.
+
+    Args:
+      state: After a mask update; it is waited for.
+      step: Updates applied so far.
+    """
+    program = self._program
+    is_over = is_pruning_over(program.config, step)
+    tensor = program.mesh.shape["tensor"]  # it splits neurons and heads
+    before = program.like.params
+    cut = make_cut(
+      before,
+      jax.device_get(self._dead(state, is_over)),
+      neurons=math.lcm(_MULTIPLE, tensor),
+      heads=tensor,
+    )
+    after = jax.eval_shape(cut, before)
+    share = 1 - _layer_size(after) / _layer_size(before)
+    least = program.config.train.compact
+    if share < (min(least, _LAST) if is_over else least):
+      return None
+    return shrunk_config(program.config, after, cut), cut
+
+  def cut(self, state: TrainState, cut: Cut, smaller: Program) -> TrainState:
+    """Returns the state of the smaller program."""
+    sites = make_sites(self._program.rules, self._program.like.params)
+
+    def take(state):
+      opt_state = cut.fpp_state(state.opt_state, sites)
+      return TrainState(state.step, cut(state.params), opt_state)
+
+    return jax.jit(take, out_shardings=smaller.state_shardings)(state)
+
+
+def _layer_size(params: Any) -> int:
+  """Returns the number of parameters of all layers."""
+  return sum(
+    math.prod(x.shape)
+    for name, x in paths.flatten(params).items()
+    if name.startswith("blocks_")
+  )
