@@ -52,7 +52,7 @@ def _images():
 def _train_cnn(rules):
   model = CNN()
   x, labels = _images()
-  params = model.init(jax.random.key(1), x)["params"]
+  params = jax.jit(model.init)(jax.random.key(1), x)["params"]
   tx = folding.fpp(optax.adamw(1e-2, weight_decay=0.1), rules, **STEPS)
 
   def loss_fn(params):

@@ -69,7 +69,8 @@ def test_folded_heads_compute_with_the_rounded_weights(model):
   int8, small = _quantised(module, params, tokens)
   rounded = _by_hand(small)
   assert rounded["blocks_0/attn/q/kernel"].shape == (32, 4, 2)  # not unfolded
-  expected = module.apply(
+  apply = jax.jit(module.apply)
+  expected = apply(
     {
       "params": paths.map_named(
         lambda name, w: jnp.asarray(rounded[name], w.dtype), params
@@ -77,10 +78,10 @@ def test_folded_heads_compute_with_the_rounded_weights(model):
     },
     tokens,
   )
-  found = int8.apply({"params": small}, tokens)
+  found = jax.jit(int8.apply)({"params": small}, tokens)
   # Products of up to 128 float32 terms, the scale before or after the sum.
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-  exact = module.apply({"params": params}, tokens)
+  exact = apply({"params": params}, tokens)
   assert np.abs(exact - expected).max() > 1e-3  # control: rounding is seen
 
 
