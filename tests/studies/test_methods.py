@@ -1,16 +1,16 @@
 """Each method prunes to its level, by the shapes of its model and its rules."""
 
+import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from folding import config as c
 from folding import paths
 from folding.compression.sites import make_sites
 from folding.errors import ConfigError
-from folding.models.transformer import make_model
+from folding.models.transformer import make_model, param_shapes
 from folding.studies import methods
 from folding.training.optimizer import make_rules
 from folding.typed import edited
@@ -36,10 +36,12 @@ def make_config(name, task, level):
   return c.resolve(edited(base, method.edits(base, level)))
 
 
+_shapes_of = functools.cache(param_shapes)  # many methods have the same model
+
+
 def shapes(config):
   model = make_model(config, config.data.vocab_size, num_classes=2)
-  tokens = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
-  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  return _shapes_of(model)
 
 
 def count(tree):

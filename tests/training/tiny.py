@@ -9,7 +9,7 @@ import numpy as np
 
 from folding import config as c
 from folding.compression.sites import make_sites
-from folding.models.transformer import make_model
+from folding.models.transformer import make_model, param_shapes
 from folding.training import optimizer
 from folding.training.step import (
   StepOptions,
@@ -68,9 +68,10 @@ def make(values: c.Config) -> Tiny:
 
 def shapes(values: c.Config) -> Any:
   """Returns the shapes of a model's parameters."""
-  model = make_model(values, VOCAB, num_classes=3)
-  tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  return _shapes_of(make_model(values, VOCAB, num_classes=3))
+
+
+_shapes_of = functools.cache(param_shapes)  # many configs have the same model
 
 
 def rules_of(values: c.Config) -> dict[str, tuple[float, str]]:
