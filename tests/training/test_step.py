@@ -270,8 +270,10 @@ def one_device(run, start):
 
 @pytest.mark.parametrize(
   "mesh_config",
-  [MeshConfig(2, 4), MeshConfig(2, 2, 2)],
-  ids=["data=2,fsdp=4", "data=2,fsdp=2,tensor=2"],
+  [
+    pytest.param(MeshConfig(2, 4), id="data=2,fsdp=4", marks=pytest.mark.slow),
+    pytest.param(MeshConfig(2, 2, 2), id="data=2,fsdp=2,tensor=2"),
+  ],
 )
 def test_step_on_eight_devices_prunes_as_on_one(
   run, start, one_device, mesh_config
