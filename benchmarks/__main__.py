@@ -12,7 +12,7 @@ import sys
 
 CALLS = {
   "attention": ["--rounds=10"],
-  "compact": [],
+  "compact": ["--steps=1000"],
   "decode": [],
   "fpp_step": ["--rounds=30"],
   "fpp_step_8": ["--rounds=30", "--devices=8"],

@@ -1,6 +1,6 @@
 """How long a classifier trains, dense and with `train.compact`.
 
-    python -m benchmarks.compact [--steps=300] [--compact=0.5] [--rounds=1] [--save]
+    python -m benchmarks.compact [--steps=300] [--compact=0.9] [--rounds=1] [--save]
 
 Six layers of width 384 over synthetic texts of two classes, trained from scratch.
 `compact` is folded, loses 70% of the parameters in an early ramp, neurons as a whole,
@@ -150,7 +150,7 @@ def main() -> None:
   """Measures, and shows what came out."""
   parser = output.make_parser(__doc__, rounds=1)
   parser.add_argument("--steps", type=int, default=300)
-  parser.add_argument("--compact", type=float, default=0.5)
+  parser.add_argument("--compact", type=float, default=0.9)
   args = parser.parse_args()
   result = measure(args.steps, args.compact, args.rounds)
   rows = [

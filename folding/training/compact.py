@@ -22,9 +22,8 @@ from folding.training import sharding
 from folding.training.step import Program, TrainState
 
 _MULTIPLE = 8  # of neurons: a byte of mask bits, and what a vector unit holds
-_LAST = (
-  0.1  # least share after the last mask update: to wait would gain nothing
-)
+# Least share after the last mask update, when to wait for more is no use.
+_LAST = 0.1
 
 
 def held_zero(rules: Sequence[Rule], state: TrainState, is_over: bool) -> Any:

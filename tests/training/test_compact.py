@@ -61,7 +61,7 @@ def whole(labelled, tmp_path_factory):
 def compact(labelled, tmp_path_factory):
   """Returns the directory of the same run with `train.compact`."""
   workdir = tmp_path_factory.mktemp("runs") / "compact"
-  loop.run(_config(labelled, compact=0.3), str(workdir))
+  loop.run(_config(labelled, compact=0.35), str(workdir))
   return workdir
 
 
@@ -135,7 +135,7 @@ def test_readers_take_the_shapes_of_the_checkpoint(compact, tmp_path):
 def test_compact_run_on_a_mesh_trains_as_on_one_device(
   labelled, compact, tmp_path
 ):
-  config = _config(labelled, compact=0.3)
+  config = _config(labelled, compact=0.35)
   config.mesh = c.MeshConfig(
     data=2,
     fsdp=2,
@@ -156,7 +156,7 @@ def test_compact_run_on_a_mesh_trains_as_on_one_device(
 def test_nothing_leaves_where_single_weights_are_pruned(tiny_run, tmp_path):
   config, workdir, result = tiny_run
   config = dataclasses.replace(
-    config, train=dataclasses.replace(config.train, compact=0.3)
+    config, train=dataclasses.replace(config.train, compact=0.35)
   )
   same = loop.run(config, str(tmp_path / "run"))
   assert same["test"] == result["test"]
