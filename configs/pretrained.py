@@ -6,6 +6,7 @@ instead of 70%.
 
 Tune:    folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True
+         for scores add --config.task=regress, for several labels multilabel
 Fold:    folding train --config=configs/pretrained.py:DENSE --workdir=RUN
          folds the dense run, which is its own teacher (README has figures)
 At once: the first command without --config.dense=True. The way for a language
@@ -36,7 +37,7 @@ def recovery(level: float, task: str) -> dict[str, Any]:
     edits["fold.groups"] = 0
   if level <= 0.5:
     edits["fold.values"] = "dense"
-    if task == "classify":
+    if task != "lm":
       edits["train.learning_rate"] = 1e-4
   return edits
 
@@ -68,7 +69,7 @@ def get_config(where: str = "") -> c.Config:
     described = hf_weights.describe_pretrained(folder)
     model = described.config
     is_lm = model.causal and not described.num_classes
-    task = "lm" if is_lm else "classify"
+    task = "lm" if is_lm else described.task
     data = c.DataConfig(
       name="",  # the user has to set the data
       tokenizer=str(folder / "tokenizer.json"),
@@ -80,7 +81,7 @@ def get_config(where: str = "") -> c.Config:
   knows_task = is_run or task == "lm"
   model.dropout = 0.0 if knows_task else 0.1
   granularity = "weight"  # of the embedding
-  if task == "classify":
+  if task != "lm":
     is_trimmable = trim.can_trim(tokenizers.load_tokenizer(data.tokenizer))
     granularity = "trim" if is_trimmable else "row"
   # A quarter of a head: fewer groups cost more than pruning as much elsewhere.

@@ -300,9 +300,13 @@ def export(args: argparse.Namespace) -> None:
 
 
 @_verb(
-  "classify the lines of a text",
+  "classify or score the lines of a text",
   _MODEL,
-  _argument("file", "one text per line; -: standard input", metavar="FILE"),
+  _argument(
+    "file",
+    "one text per line, or a pair with a tab between; -: standard input",
+    metavar="FILE",
+  ),
   _argument(
     "--format", "of the output", choices=("tsv", "jsonl"), default="tsv"
   ),
@@ -313,18 +317,24 @@ def export(args: argparse.Namespace) -> None:
     type=int,
     default=64,
   ),
+  _argument(
+    "--pairs",
+    "a Hugging Face checkpoint reads pairs (runs and exports know)",
+    action="store_true",
+  ),
 )
 def predict(args: argparse.Namespace) -> None:
-  """Prints the class of each line of a text file or of standard input."""
+  """Prints the class or score of each line of a file or of standard input."""
   from folding.serving import export as export_lib
   from folding.serving import predict as predict_lib
 
-  model = export_lib.load(args.path)
-  write = predict_lib.LINES[args.format]
+  model = export_lib.load(args.path, pairs=args.pairs)
+  columns = predict_lib.columns_of_pair(model)
   options = {"batch_size": args.batch_size, "at_once": args.file == "-"}
   with predict_lib.open_lines(args.file) as lines:
-    found = predict_lib.predict(model, lines, **options)
-    for line in write(found, model.labels):
+    texts = predict_lib.pairs(lines, columns) if columns else lines
+    found = predict_lib.predict(model, texts, **options)
+    for line in predict_lib.lines_of(model, found, args.format):
       print(line, flush=True)
 
 

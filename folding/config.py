@@ -17,7 +17,19 @@ from folding.typed import Range
 
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")  # of local files
 
-Task = Literal["lm", "classify"]
+# "lm": the next token. Of a text or a pair of texts: "classify", one of several
+# classes; "multilabel", any number of them; "regress", a score.
+Task = Literal["lm", "classify", "regress", "multilabel"]
+Metric = Literal[
+  "loss", "accuracy", "macro_f1", "matthews", "pearson", "spearman"
+]
+# Metrics that may choose the best checkpoint; the first is the default.
+METRICS: dict[Task, tuple[Metric, ...]] = {
+  "lm": ("loss",),
+  "classify": ("accuracy", "macro_f1", "matthews", "loss"),
+  "regress": ("spearman", "pearson", "loss"),
+  "multilabel": ("macro_f1", "accuracy", "loss"),
+}
 Values = Literal["dense", "diagonal", "identity"]  # kinds of W_V
 Preset = Literal["none", "moderate", "paper"]
 Score = Literal[
@@ -47,8 +59,12 @@ class DataConfig:
   name: str = "python_stdlib"  # "python_stdlib" or a TFDS name ("glue/sst2")
   path: str | None = None  # a local file or folder; overrides `name`
   dir: str | None = None  # where TFDS keeps prepared data; None: its default
-  text_field: str | None = None  # None: "text", "sentence" or the only one
-  label_field: str | None = None  # None: "label", or the only TFDS class label
+  # A column, or two of pairs. None: "text", a usual pair such as
+  # ("sentence1", "sentence2"), "sentence", or the only one.
+  text_field: str | tuple[str, str] | None = None
+  # None: "label" ("score" of task "regress", "labels" of "multilabel"), or the
+  # only TFDS class label.
+  label_field: str | None = None
   valid_fraction: Fraction = 0.1  # for sources without a validation split
   test_fraction: Fraction = 0.1  # for sources without a test split
   tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json
@@ -117,7 +133,8 @@ class ModelConfig:
   use_bias: bool = True
   qkv_bias: bool | None = None  # of W_Q, W_K, W_V; None: as use_bias
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
-  pooling: Literal["mean", "first", "last"] = "mean"  # classification only
+  segments: Literal[0, 2] = 0  # rows of a segment embedding; pairs set it
+  pooling: Literal["mean", "first", "last"] = "mean"  # not for "lm"
   pooler: bool = False  # a dense layer and activation between pooling and head
   pooler_activation: Literal["tanh", "relu"] = "tanh"
   dropout: Fraction = 0.0
@@ -310,6 +327,7 @@ class TrainConfig:
   log_every: Count = 20
   eval_every: Count = 200  # steps between evaluations, which save a checkpoint
   eval_batches: Count | None = None  # of valid, while training; None: all
+  metric: Metric | None = None  # chooses the best checkpoint; None: by task
   # Zero neurons and heads leave the arrays, in training, whenever they hold this
   # fraction of the parameters of the layers, and after the last mask update a
   # tenth. Each time the step is compiled again. 0: they stay.
@@ -371,10 +389,16 @@ class Config:
       )
     if self.task == "lm" and self.data.length < 2:
       raise ConfigError("task 'lm' needs data.length above 1")
-    if self.task == "classify" and m.causal and m.pooling == "first":
+    if self.task != "lm" and m.causal and m.pooling == "first":
       raise ConfigError(
         "model.pooling='first' with model.causal=True would see only the first "
         "token; use model.causal=False, or model.pooling='mean' or 'last'"
+      )
+    known = METRICS[self.task]
+    if self.train.metric not in (None, *known):
+      raise ConfigError(
+        f"train.metric {self.train.metric!r} is not a metric of task "
+        f"{self.task!r}; use {' or '.join(known)}"
       )
 
   def _check_run(self) -> None:
@@ -470,7 +494,7 @@ class Config:
         "fpp.attention='heads' needs heads with keys and values of their own; "
         "use fold.values='dense' and model.num_kv_heads=0"
       )
-    is_trained_classifier = self.task == "classify" and not is_new
+    is_trained_classifier = self.task != "lm" and not is_new
     if f.embedding_granularity == "trim" and not is_trained_classifier:
       raise ConfigError(
         "fpp.embedding_granularity='trim' removes tokens from the tokenizer of a "
@@ -707,6 +731,14 @@ def dense_twin(config: Config) -> Config:
     unshrunk(config), dense=True, compress=CompressConfig()
   )
   return resolve(dense)
+
+
+def quality(config: Config) -> str:
+  """Returns the test metric that a run is judged by: "bits_per_byte", ..."""
+  metric = config.train.metric or METRICS[config.task][0]
+  if config.task == "lm":
+    return "bits_per_byte"
+  return METRICS[config.task][0] if metric == "loss" else metric
 
 
 def to_dict(config: Config) -> dict[str, Any]:

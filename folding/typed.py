@@ -96,6 +96,8 @@ def parse(hint: Any, text: str, where: str) -> Any:
   with contextlib.suppress(*unreadable):
     value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     values = [None, text] if value is None else [text, value, (value,)]
+  # "a,b" is a name only if there may not be two.
+  values.sort(key=lambda x: not (isinstance(x, tuple) and len(x) > 1))
   for value in values:
     with contextlib.suppress(ValueError):
       return _fit(hint, value)

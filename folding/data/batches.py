@@ -17,7 +17,7 @@ import numpy as np
 
 from folding.config import Config, DataConfig
 from folding.data import sources, tokenizers
-from folding.data.tokenizers import Tokenizer
+from folding.data.tokenizers import Encoded, Text, Tokenizer, flat
 from folding.errors import ConfigError
 
 Batch: TypeAlias = dict[str, np.ndarray]
@@ -38,25 +38,29 @@ class Data:
   The documents of a split are one stream (see `Tokenizer.stream`). Windows of
   it share one token, so each token but the first of all is a target once.
 
-  A batch of classification ("classify"), Lb one of a few bucket lengths:
+  A batch of the other tasks, Lb one of a few bucket lengths:
     tokens: int32[B, Lb].
     mask: bool[B, Lb], False at padding.
-    labels: int32[B].
+    segments: int32[B, Lb], 1 at the second text of a pair; left out if the
+      tokenizer does not tell the two apart.
+    labels: int32[B] classes ("classify"), float32[B] scores ("regress"), or
+      float32[B, C], 1 at the classes of a row ("multilabel").
     weights: float32[B], 1 for a row, 0 for padding.
 
   With several processes, each gets its share of the rows: B / count.
 
   Attributes:
     tokenizer: Text to ids; its vocabulary is that of the model.
-    num_classes: Number of classes; 0 for "lm".
-    label_names: Class names in id order; () for "lm".
+    num_classes: Number of outputs of the head; 0 for "lm".
+    label_names: Names of the outputs, classes in id order; () for "lm".
     num_bytes: UTF-8 bytes of text behind the targets of each split ("lm"). An
       end token stands for 0 bytes. The summed loss in nats of an evaluation /
-      ln 2 / num_bytes is bits per byte. {} for "classify".
+      ln 2 / num_bytes is bits per byte. {} for other tasks.
     num_examples: Number of windows or rows of each split.
     digest: SHA-256 of all text and labels, in hexadecimal.
     config: Batch sizes and the like.
     examples: Ids of all splits, cut into batches.
+    pair: Columns of pairs; None for single texts.
   """
 
   tokenizer: Tokenizer
@@ -67,6 +71,12 @@ class Data:
   digest: str
   config: DataConfig
   examples: "_Windows | _Rows"
+  pair: tuple[str, str] | None = None
+
+  @property
+  def has_segments(self) -> bool:
+    """Whether batches have "segments"."""
+    return isinstance(self.examples, _Rows) and self.examples.has_segments
 
   def train_batch(self, step: int) -> Batch:
     """Returns the batch of a step, a function of (config, seed, step)."""
@@ -156,7 +166,7 @@ def make_data(
   num_bytes = {}
   if config.task == "lm":
     num_bytes = {
-      split: sum(len(text.encode("utf-8")) for text in texts.texts[split])
+      split: sum(len(x.encode("utf-8")) for x in flat(texts.texts[split]))
       for split in sources.SPLITS
     }
   return Data(
@@ -168,6 +178,7 @@ def make_data(
     digest=_digest(texts),
     config=data,
     examples=examples,
+    pair=texts.pair,
   )
 
 
@@ -187,7 +198,7 @@ def vocab_size(data: DataConfig) -> int:
 def _digest(texts: sources.Texts) -> str:
   sha = hashlib.sha256()
   for split in sources.SPLITS:
-    for text in texts.texts[split]:
+    for text in flat(texts.texts[split]):
       encoded = text.encode("utf-8")
       sha.update(len(encoded).to_bytes(8, "little") + encoded)
     sha.update(b"end")
@@ -219,7 +230,10 @@ class _Windows:
     dtype = _dtype(tokenizer)
     self._streams = {
       split: np.concatenate(
-        [ids.astype(dtype) for ids in tokenizer.stream(texts.texts[split])]
+        [
+          ids.astype(dtype)
+          for ids in tokenizer.stream([*flat(texts.texts[split])])
+        ]
       )
       for split in sources.SPLITS
     }
@@ -262,6 +276,7 @@ class _Rows:
   Attributes:
     sizes: Number of rows of each split.
     train_ids: Ids of each training row.
+    has_segments: Whether the tokenizer tells the texts of a pair apart.
   """
 
   unit = "texts"
@@ -278,13 +293,17 @@ class _Rows:
     assert texts.labels is not None
     self._data, self._seed, self._share = data, seed, share
     self._pad_id, self._labels = tokenizer.pad_id, texts.labels
-    self._ids = {
-      split: [
-        row.astype(_dtype(tokenizer))
-        for row in encode_rows(tokenizer, texts.texts[split], data.length)
-      ]
+    rows = {
+      split: encode_rows(tokenizer, texts.texts[split], data.length)
       for split in sources.SPLITS
     }
+    dtype = _dtype(tokenizer)
+    self._ids = {
+      split: [row.astype(dtype) for row in found.ids]
+      for split, found in rows.items()
+    }
+    self._seconds = {split: found.seconds for split, found in rows.items()}
+    self.has_segments = has_segments(rows["train"])
     self.train_ids = self._ids["train"]
     self.sizes = {split: len(rows) for split, rows in self._ids.items()}
     self._buckets = bucket_lengths(data.length)
@@ -334,17 +353,22 @@ class _Rows:
   ) -> Batch:
     """Returns the share of a batch of these rows, padded to the bucket."""
     tokens = np.full((size, bucket), self._pad_id, np.int32)
-    lengths, labels = np.zeros(size, np.int64), np.zeros(size, np.int32)
+    lengths, found = np.zeros(size, np.int64), self._labels[split]
+    labels = np.zeros((size, *found.shape[1:]), found.dtype)
+    labels[: len(index)] = found[index]
     for row, i in enumerate(index):
       ids = self._ids[split][i]
       tokens[row, : ids.size] = ids
-      lengths[row], labels[row] = ids.size, self._labels[split][i]
+      lengths[row] = ids.size
     batch = {
       "tokens": tokens,
       "mask": np.arange(bucket) < lengths[:, None],
       "labels": labels,
       "weights": (np.arange(size) < len(index)).astype(np.float32),
     }
+    seconds = self._seconds[split]
+    if self.has_segments and seconds is not None:
+      batch["segments"] = segments_of(seconds[index], batch["mask"])
     return {name: array[self._share] for name, array in batch.items()}
 
 
@@ -363,14 +387,32 @@ def bucket_lengths(length: int) -> list[int]:
 
 
 def encode_rows(
-  tokenizer: Tokenizer, texts: Sequence[str], length: int
-) -> list[np.ndarray]:
+  tokenizer: Tokenizer, texts: Sequence[Text], length: int
+) -> Encoded:
   """Returns int32 ids of each text, at least one and at most `length`."""
   end = np.array([tokenizer.end_id], np.int32)
+  found = tokenizer.encode_rows(texts, length)
   # A tokenizer may find no token in a text; a model needs one.
-  return [
-    row if row.size else end for row in tokenizer.encode_batch(texts, length)
-  ]
+  return found._replace(ids=[x if x.size else end for x in found.ids])
+
+
+def has_segments(rows: Encoded) -> bool:
+  """Returns whether any row has a token of segment 1."""
+  sizes = np.array([row.size for row in rows.ids])
+  return rows.seconds is not None and bool((rows.seconds < sizes).any())
+
+
+def segments_of(seconds: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+  """Returns int32[B, L], the segment of each token; 0 at padding.
+
+  Args:
+    seconds: As in `tokenizers.Encoded`; may have fewer rows than the mask.
+    mask_BL: False at padding.
+  """
+  rows, length = mask_BL.shape
+  second_B1 = np.full((rows, 1), length)
+  second_B1[: len(seconds), 0] = seconds
+  return (mask_BL & (np.arange(length) >= second_B1)).astype(np.int32)
 
 
 def _dtype(tokenizer: Tokenizer) -> type[np.integer]:

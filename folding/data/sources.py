@@ -23,7 +23,10 @@ import tensorflow_datasets.text
 from folding import config as config_lib
 from folding import errors
 from folding.config import DataConfig
+from folding.data import labels as labels_lib
 from folding.data import python_stdlib
+from folding.data.labels import Label
+from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -36,7 +39,20 @@ _STEMS = {  # file names, and beginnings of the names of TFDS splits
   "valid": ("valid", "validation", "dev"),
   "test": ("test",),
 }
-_ROLE_NAMES = {"text": ("text", "sentence"), "label": ("label",)}
+_TEXT_NAMES = (  # the first whose columns are all there is chosen
+  ("text",),
+  ("sentence1", "sentence2"),
+  ("premise", "hypothesis"),
+  ("question1", "question2"),
+  ("question", "sentence"),
+  ("sentence",),
+)
+_LABEL_NAMES = {
+  "lm": ("label",),
+  "classify": ("label",),
+  "regress": ("score", "label"),
+  "multilabel": ("labels", "label"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +60,18 @@ class Texts:
   """Raw examples by split ("train", "valid", "test").
 
   Attributes:
-    texts: Strings of each split. A split is empty if the source has none and
-      the configured fraction is 0.
-    labels: int32 class ids of the texts; None for a language model.
-    label_names: Class names in id order; () for a language model.
+    texts: Strings of each split, or pairs of them. A split is empty if the
+      source has none and the configured fraction is 0.
+    labels: Of the texts, see `labels.to_array`; None for a language model.
+    label_names: Names of a head's outputs, see `labels.output_names`; () for a
+      language model.
+    pair: Columns of pairs; None for single texts.
   """
 
-  texts: dict[str, Sequence[str]]
+  texts: dict[str, Sequence[Text]]
   labels: dict[str, np.ndarray] | None
   label_names: tuple[str, ...]
+  pair: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +83,14 @@ class Rows:
     texts: One for each row.
     labels: One for each row; None for a language model.
     lines: Line of each row in the file; 0 for other sources.
+    columns: Column of the texts, or two of pairs; () for plain text.
   """
 
   source: str
-  texts: list[str]
-  labels: list[str] | None
+  texts: list[Text]
+  labels: list[Label] | None
   lines: list[int]
+  columns: tuple[str, ...] = ()
 
   def place(self, index: int) -> str:
     """Returns "file:line" of a row."""
@@ -79,11 +100,11 @@ class Rows:
   def take(self, indices: Sequence[int]) -> "Rows":
     """Returns the rows at these indices, in this order."""
     labels = self.labels
-    return Rows(
-      self.source,
-      [self.texts[i] for i in indices],
-      None if labels is None else [labels[i] for i in indices],
-      [self.lines[i] for i in indices],
+    return dataclasses.replace(
+      self,
+      texts=[self.texts[i] for i in indices],
+      labels=None if labels is None else [labels[i] for i in indices],
+      lines=[self.lines[i] for i in indices],
     )
 
 
@@ -102,7 +123,7 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
 
   Args:
     data: The source and its fields.
-    task: "lm" (labels are ignored) or "classify".
+    task: Decides what labels are; "lm" ignores them.
 
   Raises:
     ConfigError: the source is missing, malformed or cannot be fetched.
@@ -115,66 +136,73 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
     splits, names = _read_path(pathlib.Path(data.path), data, task)
   else:
     splits, names = _read_tfds(data, task)
-  known = ()
-  if task == "classify":
+  train = splits["train"]
+  for rows in splits.values():
+    if len(rows.columns) + len(train.columns) == 3:
+      raise ConfigError(
+        f"{rows.source} has the texts {' and '.join(rows.columns)}, and "
+        f"{train.source} {' and '.join(train.columns)}; set data.text_field"
+      )
+  known: tuple[str, ...] = ()
+  if train.labels is not None:
     # Before `max_bytes`, which may drop all rows of a class.
-    known = tuple(names or _label_names(splits["train"]))
-    if len(known) < 2:
-      raise ConfigError(
-        f"{splits['train'].source} has one class, {', '.join(known)}; a "
-        "classifier needs two"
-      )
-    found = set(splits["train"].labels or ())
-    if all(map(str.isdecimal, found)) and found.isdisjoint({*known, "0"}):
-      raise ConfigError(
-        f"{splits['train'].source}: ids of labels.txt start at 0, and no label is "
-        f"0 ({known[0]})"
-      )
+    known = labels_lib.output_names(train.labels, task, train.source, names)
   fractions = {"valid": data.valid_fraction, "test": data.test_fraction}
   fractions = {n: share for n, share in fractions.items() if n not in splits}
   if fractions:
-    splits |= _set_aside(splits["train"], fractions)
+    splits |= _set_aside(train, fractions, by_class=task == "classify")
   if data.max_bytes is not None:
     for name in SPLITS:
       limit = data.max_bytes if name == "train" else data.max_bytes // 8
       splits[name] = _limited(splits[name], name, limit)
   if not splits["train"].texts:
     raise ConfigError(
-      f"no text is left to train on in {splits['train'].source}; give more text "
+      f"no text is left to train on in {train.source}; give more text "
       "or lower data.valid_fraction and data.test_fraction"
     )
   _warn_of_repeats(splits)
-  texts: dict[str, Sequence[str]] = {s: splits[s].texts for s in SPLITS}
+  texts: dict[str, Sequence[Text]] = {s: splits[s].texts for s in SPLITS}
   if task == "lm":
     return Texts(texts, None, ())
   labels = {
-    split: _label_ids(splits[split], known, allow_ids=names is not None)
+    split: labels_lib.to_array(
+      splits[split].labels or (),
+      task,
+      known,
+      place=splits[split].place,
+      allow_ids=names is not None,
+    )
     for split in SPLITS
   }
-  empty = set(range(len(known))).difference(labels["train"].tolist())
+  empty = labels_lib.unused(labels["train"], task, known)
   if empty:
     _log.warning(
       "%d of %d classes have no text to train on: %s",
-      *(len(empty), len(known), ", ".join(known[i] for i in sorted(empty))),
+      *(len(empty), len(known), ", ".join(empty)),
     )
-  return Texts(texts, labels, known)
+  pair = None
+  if len(train.columns) == 2:
+    pair = train.columns[0], train.columns[1]
+  return Texts(texts, labels, known, pair)
 
 
 # Splits and classes.
 
 
 def _set_aside(
-  rows: Rows, fractions: dict[str, int | float]
+  rows: Rows, fractions: dict[str, int | float], *, by_class: bool
 ) -> dict[str, Rows]:
   """Returns the splits set aside from train, and the rest of train."""
   if rows.labels is None and len(rows.texts) == 1:
     return _cut(rows, fractions)
-  same: dict[str, list[int]] = {}  # equal texts, of different classes too
+  same: dict[Text, list[int]] = {}  # equal texts, of different classes too
   for index, text in enumerate(rows.texts):
     same.setdefault(text, []).append(index)
   classes: dict[str, list[list[int]]] = {}
-  for text in sorted(same, key=python_stdlib.digest):
-    label = min(rows.labels[i] for i in same[text]) if rows.labels else ""
+  for text in sorted(same, key=_digest):
+    label = ""
+    if rows.labels and by_class:
+      label = min(str(rows.labels[i]) for i in same[text])
     classes.setdefault(label, []).append(same[text])
   parts: dict[str, list[int]] = {name: [] for name in (*fractions, "train")}
   for runs in classes.values():
@@ -193,9 +221,17 @@ def _set_aside(
   return {name: rows.take(sorted(part)) for name, part in parts.items()}
 
 
+def _joined(text: Text) -> str:
+  return text if isinstance(text, str) else "\t".join(text)
+
+
+def _digest(text: Text) -> Any:
+  return python_stdlib.digest(_joined(text))
+
+
 def _cut(rows: Rows, fractions: dict[str, int | float]) -> dict[str, Rows]:
   """Cuts the only text into train and the fractions, at line ends."""
-  [text] = rows.texts
+  [text] = map(_joined, rows.texts)
   shares = {"train": 1 - sum(fractions.values()), **fractions}
   # A line end beyond this would take too much of the next split.
   reach = round(min(s for s in shares.values() if s > 0) * len(text)) // 2
@@ -207,7 +243,7 @@ def _cut(rows: Rows, fractions: dict[str, int | float]) -> dict[str, Rows]:
       stop = round(bound * len(text))
       # Without a line end within reach, cut at the character.
       stop = text.find("\n", max(stop - 1, 0), stop + reach) + 1 or stop
-    texts = [text[start:stop]] if stop > start else []
+    texts: list[Text] = [text[start:stop]] if stop > start else []
     parts[name] = Rows(rows.source, texts, None, [0] * len(texts))
     start = stop
   return parts
@@ -217,7 +253,7 @@ def _limited(rows: Rows, split: str, limit: int) -> Rows:
   """Returns at most `limit` bytes of the rows."""
   if rows.labels is None:
     texts, left = [], limit
-    for text in rows.texts:
+    for text in map(_joined, rows.texts):
       encoded = text.encode("utf-8")
       if len(encoded) > left:
         # At a line end; without one, at a character.
@@ -229,10 +265,8 @@ def _limited(rows: Rows, split: str, limit: int) -> Rows:
         break
     texts = [text for text in texts if text]
     return Rows(rows.source, texts, None, [0] * len(texts))
-  sizes = [len(text.encode("utf-8")) for text in rows.texts]
-  order = sorted(
-    range(len(sizes)), key=lambda i: (python_stdlib.digest(rows.texts[i]), i)
-  )
+  sizes = [len(_joined(text).encode("utf-8")) for text in rows.texts]
+  order = sorted(range(len(sizes)), key=lambda i: (_digest(rows.texts[i]), i))
   kept, left = [], limit
   for i in order:
     if sizes[i] <= left:
@@ -244,31 +278,6 @@ def _limited(rows: Rows, split: str, limit: int) -> Rows:
       "raise it"
     )
   return rows.take(sorted(kept))
-
-
-def _label_names(train: Rows) -> list[str]:
-  """Returns the labels of train: numbers by value, words in order."""
-  names = sorted(set(train.labels or ()))
-  if all(name.isdecimal() and len(name) < 20 for name in names):
-    return sorted(names, key=int)  # stable: "01" before "1"
-  return names
-
-
-def _label_ids(
-  rows: Rows, names: Sequence[str], *, allow_ids: bool
-) -> np.ndarray:
-  """Returns the class ids of labels, which are names or, if allowed, ids."""
-  ids = {name: i for i, name in enumerate(names)}
-  numbers = {str(i): i for i in range(len(names))}
-  if allow_ids and not numbers.keys() & ids.keys():  # else "1" would be two
-    ids |= numbers
-  for index, label in enumerate(rows.labels or ()):
-    if label not in ids:
-      raise ConfigError(
-        f"{rows.place(index)}: label {label!r} is not one of the {len(names)} "
-        f"of {'labels.txt' if allow_ids else 'train'}: {', '.join(names[:20])}"
-      )
-  return np.array([ids[label] for label in rows.labels or ()], np.int32)
 
 
 def _warn_of_repeats(splits: dict[str, Rows]) -> None:
@@ -353,35 +362,42 @@ def _read_file(
   if file.suffix == ".txt":
     if task != "lm":
       raise ConfigError(
-        f"{file} has no labels, which task 'classify' needs; use .tsv, .csv or "
+        f"{file} has no labels, which task {task!r} needs; use .tsv, .csv or "
         ".jsonl"
       )
     return Rows(str(file), [text], None, [0])
-  if file.suffix == ".tsv":
-    table, text_field, label_field = _tsv_rows(file, text), "text", "label"
-  else:
-    read = _csv_rows if file.suffix == ".csv" else _jsonl_rows
-    table = read(file, text)
-    text_field, label_field = _choose_columns(file, table, data)
-  rows = Rows(str(file), [], None if task == "lm" else [], [])
+  read = _READERS[file.suffix]
+  table, has_header = read(file, text, data)
+  columns, label_field = ("text",), "label"
+  if has_header:
+    columns, label_field = _choose_columns(file, table, data, task)
+  elif isinstance(data.text_field, tuple):
+    raise ConfigError(
+      f"{file} has no header with the columns {' and '.join(data.text_field)} "
+      "(data.text_field)"
+    )
+  rows = Rows(str(file), [], None if task == "lm" else [], [], columns)
   for line, row in table:
     rows.lines.append(line)
-    rows.texts.append(_checked(row.get(text_field), text_field, rows.place(-1)))
+    place = rows.place(-1)
+    texts = [_checked(row.get(name), name, place) for name in columns]
+    rows.texts.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
     if rows.labels is not None:
       label = None if label_field is None else row.get(label_field)
-      rows.labels.append(_checked_label(label, rows.place(-1)))
-      if type(label) is not type(table[0][1].get(label_field or "")):
+      rows.labels.append(labels_lib.read_label(label, task, place))
+      first = table[0][1].get(label_field or "")
+      if task == "classify" and type(label) is not type(first):
         raise ConfigError(
-          f"{rows.place(-1)}: the label {label!r} is a {type(label).__name__}, "
-          "unlike that of the first row; use one kind"
+          f"{place}: the label {label!r} is a {type(label).__name__}, unlike that "
+          "of the first row; use one kind"
         )
-  if file.suffix == ".tsv" and rows.labels:
-    first, second = rows.labels[0], rows.texts[0].strip()
+  if not has_header and rows.labels:
+    first, second = str(rows.labels[0]), _joined(rows.texts[0]).strip()
     is_header = first.lower() == "label" and first not in rows.labels[1:]
     if is_header or second.lower() == "label":
       raise ConfigError(
-        f"{rows.place(0)}: this looks like a header, which a .tsv does not have; "
-        "each line is label<TAB>text"
+        f"{rows.place(0)}: this looks like a header without a column of text; "
+        "name the columns label and text, or leave the header out"
       )
   return rows
 
@@ -407,18 +423,42 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
       yield number, line.removesuffix("\r")
 
 
-def _tsv_rows(file: pathlib.Path, text: str) -> Table:
-  """Returns the rows of `label<TAB>text` lines; quotes are plain characters."""
+def _tsv_rows(
+  file: pathlib.Path, text: str, data: DataConfig
+) -> tuple[Table, bool]:
+  """Returns the rows, and whether the first line is a header.
+
+  Without one, a line is `label<TAB>text`. Quotes are plain characters.
+  """
+  lines = list(_lines(text))
+  columns = lines[0][1].split("\t")
+  is_repeated = any(line == lines[0][1] for _, line in lines[1:])
+  if _is_header(columns, data) and not (len(columns) == 2 and is_repeated):
+    cells = [(number, line.split("\t")) for number, line in lines[1:]]
+    return _with_columns(file, columns, cells), True
   table = []
-  for number, line in _lines(text):
+  for number, line in lines:
     label, tab, rest = line.partition("\t")
     if not tab:
       raise ConfigError(f"{file}:{number}: no tab; want label<TAB>text")
     table.append((number, {"label": label, "text": rest}))
-  return table
+  return table, False
 
 
-def _csv_rows(file: pathlib.Path, text: str) -> Table:
+def _is_header(cells: Sequence[str], data: DataConfig) -> bool:
+  """Returns whether cells name a label and a text, by usual or given names."""
+  given = data.text_field or ()
+  texts = {*itertools.chain(*_TEXT_NAMES)}
+  texts |= {given} if isinstance(given, str) else {*given}
+  labels = {*itertools.chain(*_LABEL_NAMES.values()), data.label_field}
+  found = {*cells, *map(str.lower, cells)}
+  return bool(found & texts and found & labels)
+
+
+def _csv_rows(
+  file: pathlib.Path, text: str, data: DataConfig
+) -> tuple[Table, bool]:
+  """Returns the rows, and that there is a header."""
   # The default limit is 128 KiB. It is global, so it is only raised.
   csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
   reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -429,11 +469,18 @@ def _csv_rows(file: pathlib.Path, text: str) -> Table:
     raise ConfigError(
       f"{file}:{reader.line_num}: not valid CSV ({error})"
     ) from error
+  if len(columns) == 1 and any(c in columns[0] for c in ";\t"):
+    raise ConfigError(f"{file}: columns are not separated by commas")
+  return _with_columns(file, columns, rows), True
+
+
+def _with_columns(
+  file: pathlib.Path, columns: list[str], rows: list[tuple[int, list[str]]]
+) -> Table:
+  """Returns rows of cells by the names of their columns."""
   if len(set(columns)) < len(columns):
     twice = next(name for name in columns if columns.count(name) > 1)
     raise ConfigError(f"{file}: two columns are called {twice!r}; rename one")
-  if len(columns) == 1 and any(c in columns[0] for c in ";\t"):
-    raise ConfigError(f"{file}: columns are not separated by commas")
   if not rows:
     raise ConfigError(f"{file} has a header and no rows")
   for number, row in rows:
@@ -447,7 +494,10 @@ def _csv_rows(file: pathlib.Path, text: str) -> Table:
   return [(n, dict(zip(columns, row, strict=True))) for n, row in rows]
 
 
-def _jsonl_rows(file: pathlib.Path, text: str) -> Table:
+def _jsonl_rows(
+  file: pathlib.Path, text: str, data: DataConfig
+) -> tuple[Table, bool]:
+  """Returns the rows, and that they name their columns."""
   table = []
   for number, line in _lines(text):
     if not line.strip():
@@ -459,7 +509,10 @@ def _jsonl_rows(file: pathlib.Path, text: str) -> Table:
     if not isinstance(row, dict):
       raise ConfigError(f"{file}:{number}: not a JSON object")
     table.append((number, row))
-  return table
+  return table, True
+
+
+_READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -471,36 +524,32 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _choose_columns(
-  file: pathlib.Path, table: Table, data: DataConfig
-) -> tuple[str, str | None]:
-  """Returns the columns of text and label, and warns of other texts.
+  file: pathlib.Path, table: Table, data: DataConfig, task: config_lib.Task
+) -> tuple[tuple[str, ...], str | None]:
+  """Returns the columns of texts and label, and warns of other texts.
 
   The first row names the columns.
   """
-  columns = list(table[0][1])
-  label_field = _choose_column(str(file), columns, "label", data.label_field)
+  place, columns = str(file), list(table[0][1])
+  label_field = _configured(place, columns, "label", data.label_field)
+  if label_field is None:
+    usual = [(name,) for name in _LABEL_NAMES[task]]
+    label_field = next(iter(_usual(columns, usual)), None)
   others = [name for name in columns if name != label_field]
   texts = [
     name
     for name in others
     if isinstance(table[0][1][name], str)
-    and not all(_is_number(row.get(name) or "0") for _, row in table)
+    and not all(labels_lib.is_number(row.get(name) or "0") for _, row in table)
   ]
-  text_field = _choose_text(str(file), others, texts, data.text_field)
-  ignored = ", ".join(name for name in texts if name != text_field)
+  chosen = _choose_texts(place, others, texts, data, task)
+  ignored = ", ".join(name for name in texts if name not in chosen)
   if ignored:
     _log.warning(
-      "%s: the text is the column %s; ignored: %s", file, text_field, ignored
+      "%s: the text is the column %s; ignored: %s",
+      *(file, " and ".join(chosen), ignored),
     )
-  return text_field, label_field
-
-
-def _is_number(value: Any) -> bool:
-  try:
-    float(value)
-  except (TypeError, ValueError):
-    return False
-  return True
+  return chosen, label_field
 
 
 def _checked(text: Any, column: str, place: str) -> str:
@@ -509,75 +558,67 @@ def _checked(text: Any, column: str, place: str) -> str:
     raise ConfigError(f"{place} has no text in the column {column!r}")
   if not text.strip():
     raise ConfigError(f"{place}: the {column} is empty")
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:  # JSON allows "\ud83d"
-    raise ConfigError(
-      f"{place}: half a character, which UTF-8 cannot encode ({error.reason})"
-    ) from error
-  return text
+  return labels_lib.require_utf8(text, place)
 
 
-def _checked_label(label: Any, place: str) -> str:
-  """Returns the name of a class: a text or a whole number."""
-  if label is None or not str(label).strip():
-    raise ConfigError(
-      f"{place}: the row has no label (in .tsv it is before a tab, otherwise in "
-      "the column 'label' or that of data.label_field)"
-    )
-  name = str(label).strip()
-  is_whole = name.lstrip("+-").isdecimal()
-  if type(label) not in (int, str) or (_is_number(name) and not is_whole):
-    raise ConfigError(
-      f"{place}: the label {label!r} is neither a text nor a whole number"
-    )
-  return _checked(name, "label", place)
-
-
-def _choose_text(
-  place: str, columns: Sequence[str], texts: Sequence[str], wanted: str | None
-) -> str:
-  """Returns the column of text.
+def _choose_texts(
+  place: str,
+  columns: Sequence[str],
+  texts: Sequence[str],
+  data: DataConfig,
+  task: config_lib.Task,
+) -> tuple[str, ...]:
+  """Returns the column of texts, or the two of pairs.
 
   Args:
     place: Name of the table in messages.
     columns: Columns that may be configured or have a usual name.
     texts: The columns that look like text.
-    wanted: The configured name; None: guess.
+    data: May configure them.
+    task: "lm" has no pairs.
   """
-  chosen = _choose_column(place, columns, "text", wanted)
-  if chosen is None:
-    if not texts:
-      raise ConfigError(f"{place} has no text column; set data.text_field")
-    if len(texts) > 1:
-      raise ConfigError(
-        f"{place} has several columns of text ({', '.join(texts)}); choose one "
-        "with data.text_field"
-      )
-    [chosen] = texts
-  return chosen
+  wanted = data.text_field
+  if isinstance(wanted, tuple) and task == "lm":
+    raise ConfigError("task 'lm' reads single texts; data.text_field is a pair")
+  wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+  for name in wanted:
+    _configured(place, columns, "text", name)
+  usual = [x for x in _TEXT_NAMES if len(x) == 1 or task != "lm"]
+  chosen = wanted or _usual(columns, usual)
+  if chosen:
+    return chosen
+  if not texts:
+    raise ConfigError(f"{place} has no text column; set data.text_field")
+  if len(texts) > 1:
+    raise ConfigError(
+      f"{place} has several columns of text ({', '.join(texts)}); choose one, "
+      "or two of pairs, with data.text_field"
+    )
+  return (texts[0],)
 
 
-def _choose_column(
+def _configured(
   place: str, columns: Sequence[str], role: str, wanted: str | None
 ) -> str | None:
-  """Returns the column of a role, "text" or "label": configured or guessed.
+  """Returns a configured column; raises if it is not there."""
+  if wanted is not None and wanted not in columns:
+    raise ConfigError(
+      f"{place} has no {role} column {wanted!r} (data.{role}_field); its "
+      f"columns are: {', '.join(columns) or 'none'}"
+    )
+  return wanted
 
-  None if no column has a usual name, in any case of letters.
-  """
-  if wanted is not None:
-    if wanted not in columns:
-      raise ConfigError(
-        f"{place} has no {role} column {wanted!r} (data.{role}_field); its "
-        f"columns are: {', '.join(columns) or 'none'}"
-      )
-    return wanted
-  # "text" before "Text".
-  lowered = sorted(columns, key=lambda column: column.lower() != column)
-  usual = (
-    c for name in _ROLE_NAMES[role] for c in lowered if c.lower() == name
-  )
-  return next(usual, None)
+
+def _usual(
+  columns: Sequence[str], usual: Sequence[tuple[str, ...]]
+) -> tuple[str, ...]:
+  """Returns the first columns that have usual names, in any case; (): none."""
+  # "text" wins over "Text".
+  by_name = {c.lower(): c for c in reversed(columns)} | {c: c for c in columns}
+  for names in usual:
+    if all(name in by_name for name in names):
+      return tuple(by_name[name] for name in names)
+  return ()
 
 
 # TensorFlow Datasets. Prepared data is read without TensorFlow; to prepare it,
@@ -591,15 +632,18 @@ def _read_tfds(
   builder: Any = _prepared(data, task)
   table: Any = builder.info.features
   features: dict[str, Any] = dict(table.items())
-  label_field = None if task == "lm" else _label_feature(data, features)
+  label_field = None
+  if task != "lm":
+    label_field = _label_feature(data, features, task)
   texts = [
     name
     for name, kind in features.items()
     if isinstance(kind, tfds.features.Text) and name != label_field
   ]
   place = f"the TFDS data set {data.name}"
-  text_field = _choose_text(place, texts, texts, data.text_field)
-  names = getattr(features.get(label_field or ""), "names", None)
+  columns = _choose_texts(place, texts, texts, data, task)
+  feature: Any = features.get(label_field or "")
+  names = getattr(getattr(feature, "feature", feature), "names", None)
   splits = {}
   for split, prefixes in _STEMS.items():
     # By prefix: MNLI of GLUE has "validation_matched".
@@ -607,7 +651,7 @@ def _read_tfds(
     if not found:
       continue
     rows = Rows(
-      f"{data.name}[{found[0]}]", [], None if task == "lm" else [], []
+      f"{data.name}[{found[0]}]", [], None if task == "lm" else [], [], columns
     )
     limit = data.max_bytes
     if limit is not None and split == "train":
@@ -616,24 +660,25 @@ def _read_tfds(
     num_bytes = 0
     for example in builder.as_data_source(found[0]):
       if rows.labels is not None:
-        label = int(example[label_field])
-        if label < 0:  # unlabelled
+        label = _tfds_label(example[label_field], names, task)
+        if label is None:
           continue
-        rows.labels.append(names[label] if names else str(label))
-      text = example[text_field]
-      rows.texts.append(text.decode("utf-8", errors="replace"))
+        rows.labels.append(label)
+      text = [example[c].decode("utf-8", errors="replace") for c in columns]
+      rows.texts.append(text[0] if len(text) == 1 else (text[0], text[1]))
       rows.lines.append(0)
-      num_bytes += len(text)
+      num_bytes += sum(len(example[c]) for c in columns)
       if limit is not None and num_bytes >= limit:
         break
-    if rows.texts:
+    # The test split of STS-B has no scores.
+    if rows.texts and set(rows.labels or ()) != {-1.0}:
       splits[split] = rows
   if "train" not in splits:
     raise ConfigError(
       f"{place} has no labelled train split; its splits are "
       f"{', '.join(builder.info.splits)}"
     )
-  if label_field and not names:
+  if task == "classify" and not names:
     # The train split of sentiment140 has no neutral tweets, the test split has.
     known = set(splits["train"].labels or ())
     for split, rows in splits.items():
@@ -724,29 +769,56 @@ def _prepared(
   return builder
 
 
-def _label_feature(data: DataConfig, features: dict[str, Any]) -> str:
-  """Returns the label's name: configured, "label", or the coarsest class."""
+def _tfds_label(
+  value: Any, names: Sequence[str] | None, task: config_lib.Task
+) -> Label | None:
+  """Returns a label of TFDS; None: the row is unlabelled."""
+  if task == "regress":
+    return float(value)
+  ids = [int(x) for x in np.atleast_1d(value)]
+  if any(i < 0 for i in ids):
+    return None
+  classes = tuple(names[i] if names else str(i) for i in ids)
+  return classes if task == "multilabel" else classes[0]
+
+
+def _label_feature(
+  data: DataConfig, features: dict[str, Any], task: config_lib.Task
+) -> str:
+  """Returns the label's name: configured, usual, or the coarsest class."""
+  kinds = {
+    "classify": (0, np.integer),
+    "regress": (0, np.number),
+    "multilabel": (1, np.integer),
+  }
+  rank, number = kinds[task]
+  fitting = {
+    name: feature
+    for name, feature in features.items()
+    if feature.shape is not None
+    and len(feature.shape) == rank
+    and np.issubdtype(feature.np_dtype, number)
+  }
   classes = {
     name: feature.num_classes or 0
-    for name, feature in features.items()
+    for name, feature in fitting.items()
     if isinstance(feature, tfds.features.ClassLabel)
   }
-  whole = [
-    name
-    for name, feature in features.items()
-    if feature.shape == () and np.issubdtype(feature.np_dtype, np.integer)
-  ]
+  usual = [name for name in _LABEL_NAMES[task] if name in features]
   if data.label_field:
     wanted = data.label_field
-  elif "label" in features:
-    wanted = "label"
-  elif classes:
+  elif usual:
+    wanted = usual[0]
+  elif classes and task == "classify":
     wanted = min(classes, key=lambda name: classes[name])
   else:
-    wanted = whole[0] if len(whole) == 1 else None
-  if wanted is None or wanted not in whole:
+    wanted = next(iter(fitting)) if len(fitting) == 1 else None
+  if wanted is None or wanted not in fitting:
+    kind = {"regress": "score", "classify": "class"}.get(
+      task, "list of classes"
+    )
     raise ConfigError(
-      f"the TFDS data set {data.name} has no class column "
+      f"the TFDS data set {data.name} has no {kind} column "
       f"{wanted or 'that can be guessed'} (data.label_field); its columns are: "
       f"{', '.join(features)}"
     )

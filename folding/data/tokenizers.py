@@ -12,15 +12,17 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from folding import files, typed
 from folding.config import DataConfig
 from folding.errors import ConfigError
+
+Text: TypeAlias = str | tuple[str, str]  # or a pair of texts
 
 NUM_BYTES = 256
 _MAX_IDS = (
@@ -105,6 +107,19 @@ class SpecialTokens:
     else:
       text = json.dumps(dataclasses.asdict(self), ensure_ascii=False)
       files.write_file(str(path), text + "\n")
+
+
+class Encoded(NamedTuple):
+  """Rows as a sentence model reads them.
+
+  Attributes:
+    ids: int32 ids of each row.
+    seconds: int64[rows], where segment 1 of each pair begins: its token and all
+      after it; None for single texts.
+  """
+
+  ids: list[np.ndarray]
+  seconds: np.ndarray | None = None
 
 
 class Tokenizer:
@@ -196,7 +211,7 @@ class Tokenizer:
   def encode_batch(
     self, texts: Sequence[str], max_length: int | None = None
   ) -> list[np.ndarray]:
-    """Returns int32 ids of each text.
+    """Returns int32 ids of each text; `encode_rows` is for pairs.
 
     Args:
       texts: Any strings.
@@ -209,7 +224,7 @@ class Tokenizer:
         room for one.
     """
     if max_length is not None:
-      return self._encode_framed(texts, max_length)
+      return self.encode_rows(texts, max_length).ids
     ids: list[list[np.ndarray]] = [[] for _ in texts]
     for group in piece_groups(texts, self._piece_end):
       encodings = self._encode(
@@ -219,16 +234,28 @@ class Tokenizer:
         ids[index].append(np.array(encoding.ids, np.int32))
     return [np.concatenate(parts) for parts in ids]
 
-  def _encode_framed(
-    self, texts: Sequence[str], max_length: int
-  ) -> list[np.ndarray]:
-    frame = self._inner.num_special_tokens_to_add(is_pair=False)
+  def encode_rows(self, texts: Sequence[Text], max_length: int) -> Encoded:
+    """Returns texts or pairs with the special tokens of the tokenizer.
+
+    A pair that is too long loses tokens of its longer text first, as in
+    `transformers`.
+
+    Args:
+      texts: All single, or all pairs.
+      max_length: Most tokens per row, special ones included.
+
+    Raises:
+      ConfigError: as `encode_batch`; or the tokenizer has other segments than 0
+        followed by 1.
+    """
+    is_pair = bool(texts) and not isinstance(texts[0], str)
+    frame = self._inner.num_special_tokens_to_add(is_pair=is_pair)
     if max_length <= frame:
       raise ConfigError(
         f"data.length {max_length} has no room for a text beside the {frame} "
         "special tokens that the tokenizer puts around it"
       )
-    ids = []
+    ids, seconds = [], []
     self._inner.enable_truncation(max_length)
     try:
       # In groups: the library keeps the truncated ids too.
@@ -236,15 +263,17 @@ class Tokenizer:
         group = list(texts[start : start + _GROUP_TEXTS])
         encodings = self._encode(group)
         ids += [np.array(e.ids, np.int32) for e in encodings]
+        if is_pair:
+          seconds += [_second_segment(e.type_ids) for e in encodings]
     finally:
       self._inner.no_truncation()
-    return ids
+    return Encoded(ids, np.array(seconds) if is_pair else None)
 
   def _encode(
-    self, texts: list[str], **options: bool
+    self, texts: Sequence[Text], **options: bool
   ) -> list[tokenizers.Encoding]:
     try:
-      return self._inner.encode_batch_fast(texts, **options)
+      return self._inner.encode_batch_fast(list(texts), **options)
     except Exception as error:  # the library raises plain Exception
       raise ConfigError(f"the tokenizer cannot read a text: {error}") from error
 
@@ -314,7 +343,15 @@ class MappedTokenizer(Tokenizer):
   def encode_batch(
     self, texts: Sequence[str], max_length: int | None = None
   ) -> list[np.ndarray]:
-    rows = super().encode_batch(texts, max_length)
+    if max_length is not None:
+      return self.encode_rows(texts, max_length).ids
+    return self._mapped(super().encode_batch(texts))
+
+  def encode_rows(self, texts: Sequence[Text], max_length: int) -> Encoded:
+    found = super().encode_rows(texts, max_length)
+    return found._replace(ids=self._mapped(found.ids))
+
+  def _mapped(self, rows: list[np.ndarray]) -> list[np.ndarray]:
     return [self.token_map[ids].astype(np.int32) for ids in rows]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -329,8 +366,20 @@ class MappedTokenizer(Tokenizer):
     files.write_file(str(map_path), json.dumps(self.token_map.tolist()))
 
 
-def train_tokenizer(data: DataConfig, texts: Sequence[str]) -> Tokenizer:
+def _second_segment(type_ids: Sequence[int]) -> int:
+  """Returns the index of the first token of segment 1, the length if none is."""
+  second = type_ids.index(1) if 1 in type_ids else len(type_ids)
+  if any(type_ids[:second]) or any(x != 1 for x in type_ids[second:]):
+    raise ConfigError(
+      "the tokenizer numbers the segments of a pair otherwise than 0 and then 1"
+    )
+  return second
+
+
+def train_tokenizer(data: DataConfig, texts: Sequence[Text]) -> Tokenizer:
   """Trains or loads a tokenizer.
+
+  If the texts are pairs, a new one puts an end token between the two.
 
   "bytes" has the 256 bytes and two special tokens. "bpe" merges frequent pairs
   until there are `data.vocab_size` tokens or no pair occurs twice. Any other
@@ -372,9 +421,21 @@ def train_tokenizer(data: DataConfig, texts: Sequence[str]) -> Tokenizer:
       initial_alphabet=alphabet,
       show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
+    inner.train_from_iterator(flat(texts), trainer)
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+  if texts and not isinstance(texts[0], str):
+    inner.post_processor = processors.TemplateProcessing(
+      single="$A",
+      pair=f"$A {END} $B:1",
+      special_tokens=[(END, vocabulary[END])],
+    )
   return Tokenizer(inner)
+
+
+def flat(texts: Sequence[Text]) -> Iterator[str]:
+  """Yields all texts, the two of a pair one after the other."""
+  for text in texts:
+    yield from (text,) if isinstance(text, str) else text
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:

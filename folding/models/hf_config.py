@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from folding import config as config_lib
 from folding import typed
-from folding.config import ModelConfig
+from folding.config import ModelConfig, Task
 from folding.errors import ConfigError
 
 
@@ -52,6 +52,11 @@ class Family:
 
 
 _CLASSIFIER = "ForSequenceClassification"
+_PROBLEMS: dict[str, Task] = {  # problem_type of config.json: task
+  "single_label_classification": "classify",
+  "multi_label_classification": "multilabel",
+  "regression": "regress",
+}
 
 # Name in config.json: ours. Of several names for one, the first is written.
 ACTIVATIONS = {
@@ -347,8 +352,11 @@ class Description:
   vocab_size: int  # V, rows of the embedding; may exceed the tokenizer's
   max_length: int  # P, positions
   pad_id: int = 0
-  token_types: int = 0  # rows of BERT's segment embedding; we use segment 0
-  label_names: tuple[str, ...] = ()  # of a sequence classifier
+  # Rows of BERT's segment embedding. Without `config.segments`, ours has row 0
+  # in its positions.
+  token_types: int = 0
+  problem: Task = "classify"  # of a sequence classifier, by problem_type
+  label_names: tuple[str, ...] = ()  # outputs of a sequence classifier
 
   @property
   def layout(self) -> str:
@@ -357,7 +365,7 @@ class Description:
 
   @property
   def num_classes(self) -> int:
-    """C; 0: no classifier."""
+    """C, outputs of a sequence classifier; 0: it is none."""
     return len(self.label_names)
 
   @property
@@ -366,6 +374,11 @@ class Description:
     if self.num_classes:
       return "classify"
     return "lm" if self.config.causal else "none"
+
+  @property
+  def task(self) -> Task:
+    """Task of its output layer; without one, the task to fine-tune it for."""
+    return "lm" if self.head == "lm" else self.problem
 
   @property
   def position_offset(self) -> int:
@@ -398,6 +411,7 @@ def describe(values: dict[str, Any]) -> Description:
   task = "lm" if model.causal else "classify"
   run = config_lib.Config(task=task, preset="none", model=model)
   has_segments = "type_vocab_size" in family.defaults
+  problem, label_names = _read_labels(values)
   pad_id = values.get("pad_token_id", 0)
   if type(pad_id) is not int:
     raise ConfigError(
@@ -410,7 +424,8 @@ def describe(values: dict[str, Any]) -> Description:
     max_length=_count(values, family.positions),
     pad_id=pad_id,
     token_types=_count(values, "type_vocab_size") if has_segments else 0,
-    label_names=_read_labels(values),
+    problem=problem,
+    label_names=label_names,
   )
   length = described.max_length - described.position_offset
   if length < 1:
@@ -469,26 +484,30 @@ def _count(values: dict[str, Any], name: str) -> int:
   return value
 
 
-def _read_labels(values: dict[str, Any]) -> tuple[str, ...]:
-  """Returns the class names of a sequence classifier, () for other models."""
+def _read_labels(values: dict[str, Any]) -> tuple[Task, tuple[str, ...]]:
+  """Returns task and names of a sequence classifier, () for other models."""
   architectures = values.get("architectures") or [""]
   if not str(architectures[0]).endswith(_CLASSIFIER):
-    return ()
+    return "classify", ()
   labels = values.get("id2label")
-  kind = values.get("problem_type")
-  if (
-    kind not in (None, "single_label_classification")
-    or values.get("num_labels", 2) == 1
-    or (labels and len(labels) == 1)
-  ):
-    raise ConfigError(
-      f"config.json: a classifier of problem_type={kind!r} or of one label is "
-      "not supported; only single_label_classification of two or more is (to "
-      "train another head, take the old one's name out of architectures)"
-    )
-  if not labels:
+  if labels:
+    num_labels = len(labels)
+  else:
     num_labels = _count({"num_labels": 2} | values, "num_labels")
-    return tuple(f"LABEL_{i}" for i in range(num_labels))
+  # One output is a score, if nothing else is said, as in transformers.
+  kind = values.get("problem_type") or (
+    "regression" if num_labels == 1 else "single_label_classification"
+  )
+  if kind not in _PROBLEMS or (kind == "regression") != (num_labels == 1):
+    raise ConfigError(
+      f"config.json: problem_type={kind!r} with {num_labels} labels is not "
+      f"supported; supported are {', '.join(_PROBLEMS)}, regression with one "
+      "label and the others with two or more (to train another head, take the "
+      "old one's name out of architectures)"
+    )
+  task = _PROBLEMS[kind]
+  if not labels:
+    return task, tuple(f"LABEL_{i}" for i in range(num_labels))
   names = [label for label in labels.values() if isinstance(label, str)]
   ids = sorted(map(str, range(len(labels))))
   if sorted(map(str, labels)) != ids or len({*names}) != len(labels):
@@ -496,7 +515,7 @@ def _read_labels(values: dict[str, Any]) -> tuple[str, ...]:
       "config.json: id2label must give the classes 0, 1, 2, ... a name each; "
       f"it is {labels!r}"
     )
-  return tuple(labels[i] for i in sorted(labels, key=int))
+  return task, tuple(labels[i] for i in sorted(labels, key=int))
 
 
 def to_hf(described: Description) -> dict[str, Any]:
@@ -539,6 +558,9 @@ def _write_head(described: Description) -> dict[str, Any]:
   labels = described.label_names
   values["id2label"] = {str(i): label for i, label in enumerate(labels)}
   values["label2id"] = {label: i for i, label in enumerate(labels)}
+  if described.problem != "classify":
+    kinds = {task: kind for kind, task in _PROBLEMS.items()}
+    values["problem_type"] = kinds[described.problem]
   return values
 
 
@@ -563,6 +585,8 @@ def misfit(
     if value != needed:
       part = "'s sequence classifier" if name in classifier else ""
       return f"{family}{part} needs model.{name}={needed!r}; it is {value!r}"
+  if config.segments and "type_vocab_size" not in entry.defaults:
+    return f"{family} has no segment embedding, which this model has"
   if config.heads is not None:
     return f"{family} has all heads in every layer; set removed ones to zero"
   if isinstance(config.mlp_width, tuple) and len(set(config.mlp_width)) > 1:

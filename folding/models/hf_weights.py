@@ -4,7 +4,8 @@
 "HK D -> D H K" says that their axes are (H times K) and D, ours D, H and K:
 read from left to right it is the import, from right to left the export, and the
 sizes of the letters give both shapes. Letters as in `folding.models`, and: P
-positions, E width again, t the number of our arrays in one of their tensors.
+positions, S segments, E width again, t the number of our arrays in one of their
+tensors.
 
 Rotary positions pair channel i of a head with i + K/2 on both sides, so queries
 and keys need no reordering.
@@ -61,6 +62,7 @@ _NORM = Kind("D -> D", "D -> D", leaf="scale")
 _RMS_NORM = Kind("D -> D", leaf="scale")
 _EMBED = Kind("V D -> V D", leaf="embedding")
 _POSITIONS = Kind("P D -> P D", leaf="embedding")
+_SEGMENTS = Kind("S D -> S D", leaf="embedding")
 _POOLER = Kind("E D -> D E", "E -> E")
 _CLASSES = Kind("C D -> D C", "C -> C")
 _BARE_CLASSES = Kind("C D -> D C")
@@ -84,7 +86,8 @@ class Layout:
     blocks: Where the blocks are.
     block: Rows of a block.
     classifier: Rows of the sequence classifier, with whole names.
-    segments: BERT's segment embedding, of which ours is the first row.
+    segments: BERT's segment embedding. A model of single texts has its first row
+      in the positions.
     may_have_pooler: A checkpoint without head may have the classifier's pooler.
     unused: Pattern of tensors that ours does not need: buffers, and heads for
       other tasks. Names without the prefix.
@@ -234,6 +237,8 @@ def tensors(
   """
   layout, config = LAYOUTS[described.layout], described.config
   rows = [(ours, layout.prefix + x, kind) for ours, x, kind in layout.outer]
+  if config.segments:
+    rows.append(("segment_embed", layout.prefix + layout.segments, _SEGMENTS))
   for n in range(config.num_layers):
     for modules, theirs, kind in layout.block:
       ours = " ".join(f"blocks_{n}/{module}" for module in modules.split())
@@ -249,7 +254,7 @@ def tensors(
     skip, plus = 0, ""
     if kind == _POSITIONS:
       skip = described.position_offset
-      if layout.segments:
+      if layout.segments and not config.segments:
         plus = f"{layout.prefix}{layout.segments}.weight"
     names = tuple(f"{module}/{kind.leaf}" for module in ours.split())
     table.append(Tensor(f"{theirs}.weight", kind.weight, names, skip, plus))
@@ -281,6 +286,7 @@ def _sizes(described: Description) -> dict[str, int]:
     "J": c.num_kv_heads,
     "K": c.head_dim,
     "P": described.max_length,
+    "S": c.segments,
     "V": described.vocab_size,
     "t": 3,
   }
@@ -331,8 +337,9 @@ def import_params(
   """Returns our parameters, and the names of the tensors left out.
 
   Names and shapes are checked before the first tensor is read. Each tensor is
-  read once. BERT's segment 0 is added to every position. A score layer without
-  a bias gets one of zeros if the model has biases.
+  read once. Without `config.segments`, BERT's segment 0 is added to every
+  position. A score layer without a bias gets one of zeros if the model has
+  biases.
 
   Args:
     described: From config.json.
@@ -416,8 +423,8 @@ def export_tensors(
 ) -> dict[str, np.ndarray]:
   """Returns the tensors of a checkpoint, the inverse of `import_params`.
 
-  Biases that the family has and the model lacks are zero, and so is BERT's
-  segment embedding. GPT-2's score layer has no bias: ours moves into that of
+  Biases that the family has and the model lacks are zero, and so is a segment
+  embedding. GPT-2's score layer has no bias: ours moves into that of
   the last norm, which nothing else reads.
 
   Args:
@@ -503,7 +510,10 @@ class Pretrained(Description):
 
 
 def load_pretrained(
-  path_or_hub_id: str | pathlib.Path, *, task: Task | None = None
+  path_or_hub_id: str | pathlib.Path,
+  *,
+  task: Task | None = None,
+  segments: bool = False,
 ) -> Pretrained:
   """Returns a checkpoint as our configuration and parameters.
 
@@ -511,8 +521,9 @@ def load_pretrained(
 
   Args:
     path_or_hub_id: A folder, or a name on the Hugging Face hub.
-    task: "lm" reads the output layer, "classify" the head of a sequence
-      classifier if there is one. None: the head that the checkpoint has.
+    task: "lm" reads the output layer, another task the head of a sequence
+      classifier if there is one for it. None: the head that the checkpoint has.
+    segments: Whether to keep a segment embedding of two rows apart, for pairs.
 
   Raises:
     ConfigError: the folder or a file in it is missing, damaged, a pickle, or
@@ -527,8 +538,11 @@ def load_pretrained(
         "use task 'classify'"
       )
     described = dataclasses.replace(described, label_names=())
+  if segments and described.token_types == 2:
+    model = dataclasses.replace(described.config, segments=2)
+    described = dataclasses.replace(described, config=model)
   head = described.head
-  if task == "classify" and head == "lm":
+  if task not in (None, "lm") and task != described.task:
     head = "none"
   tokenizer_path = folder / TOKENIZER
   if not tokenizer_path.is_file():

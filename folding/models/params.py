@@ -1,6 +1,6 @@
 """The parameters of our models: one table of paths, groups and axes.
 
-Letters as in `folding.models`, and: P positions, E width again.
+Letters as in `folding.models`, and: P positions, S segments, E width again.
 Key/value heads are J, also where J = H. Paths are those of an array in its
 layer ("attn/q/kernel"); a full path has "blocks_<n>/" before it. The tensors
 of Hugging Face checkpoints are in `hf_weights.LAYOUTS`, with these axes.
@@ -31,6 +31,7 @@ class Param(NamedTuple):
 TABLE: tuple[Param, ...] = (
   Param("embed/embedding", "embedding", "V D", "V"),
   Param("position_embed/embedding", "embedding", "P D"),
+  Param("segment_embed/embedding", "embedding", "S D"),
   Param("attn/q/kernel", "qkv", "D H K", "H"),
   Param("attn/[kv]/kernel", "qkv", "D J K", "J"),
   Param("attn/v/diagonal", "qkv", "HK 1 1"),

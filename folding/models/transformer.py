@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Tokens to logits: a next-token model, or a classifier if C is not 0.
+  """Tokens to logits: of the next token, or of a whole text if C is not 0.
 
   Example:
     >>> from folding.config import Config, resolve
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
   fold: FoldConfig
   vocab_size: int  # V
   max_length: int  # most L, for learned positions
-  num_classes: int = 0  # C; 0: next-token logits
+  num_classes: int = 0  # C, outputs of the head; 0: next-token logits
 
   def setup(self):
     c = self.config
@@ -165,6 +165,8 @@ class Transformer(nn.Module):
     self.embed = embed(self.vocab_size)
     if c.positions == "learned":
       self.position_embed = embed(self.max_length)
+    if c.segments:
+      self.segment_embed = embed(c.segments)
     if c.norm_position == "post":
       self.norm_embed = _norm(c, dtype)
     self.dropout = nn.Dropout(c.dropout)
@@ -184,6 +186,7 @@ class Transformer(nn.Module):
     tokens_BL: Int[Array, "B L"],
     mask_BL: Bool[Array, "B L"] | None = None,
     deterministic: bool = True,
+    segments_BL: Int[Array, "B L"] | None = None,
   ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
     """Returns the logits of whole sequences.
 
@@ -191,11 +194,13 @@ class Transformer(nn.Module):
       tokens_BL: Token ids, right-padded.
       mask_BL: False or 0 at pad tokens; None: no padding.
       deterministic: No dropout.
+      segments_BL: Text of a pair that each token is of, 0 or 1; None: 0. A
+        model without a segment embedding ignores it.
 
     Raises:
       ValueError: the sequences exceed the learned positions.
     """
-    x_BLD = self.embed_tokens(tokens_BL, deterministic)
+    x_BLD = self.embed_tokens(tokens_BL, deterministic, segments_BL=segments_BL)
     for block in self.blocks:
       x_BLD = block(x_BLD, mask_BL, deterministic)
     return self.read_out(x_BLD, mask_BL)
@@ -249,6 +254,7 @@ class Transformer(nn.Module):
     tokens_BL: Int[Array, "B L"],
     deterministic: bool = True,
     position_BL: Int[Array, "B L"] | None = None,
+    segments_BL: Int[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
     """Returns the input of the first block.
 
@@ -256,6 +262,7 @@ class Transformer(nn.Module):
       tokens_BL: Token ids.
       deterministic: No dropout.
       position_BL: Of the tokens; None: 0, 1, ...
+      segments_BL: Of the tokens; None: 0.
 
     Raises:
       ValueError: the sequences exceed the learned positions.
@@ -271,6 +278,10 @@ class Transformer(nn.Module):
           f"{self.max_length} learned positions"
         )
       x_BLD += self.position_embed(jnp.arange(tokens_BL.shape[1])[None])
+    if c.segments and segments_BL is None:
+      x_BLD += self.segment_embed(jnp.zeros((1, 1), jnp.int32))
+    elif c.segments:
+      x_BLD += self.segment_embed(segments_BL)
     if c.norm_position == "post":
       x_BLD = self.norm_embed(x_BLD)
     return self.dropout(x_BLD, deterministic=deterministic)
@@ -332,8 +343,8 @@ def make_model(
   Args:
     config: Resolved by `folding.config.resolve`.
     vocab_size: V, from the tokenizer.
-    num_classes: C, from the data; ignored for next-token models. 0 for an
-      encoder without a head, whose output is [B, L, V].
+    num_classes: C, outputs of the head, from the data; ignored for next-token
+      models. 0 for an encoder without a head, whose output is [B, L, V].
 
   Raises:
     ValueError: the config is not resolved.
@@ -344,7 +355,7 @@ def make_model(
     config.fold,
     vocab_size,
     config.data.length,
-    num_classes if config.task == "classify" else 0,
+    0 if config.task == "lm" else num_classes,
   )
 
 

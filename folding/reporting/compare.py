@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from folding import config as config_lib
 from folding import files, typed
 from folding.errors import ConfigError
 from folding.reporting import report
@@ -158,9 +159,10 @@ def _tokenizer(run: Run) -> str | None:
 def _page(variants: Sequence[Variant]) -> str:
   """Returns the text of `compare.md`."""
   reference = variants[0]
-  is_lm = reference.runs[0].config.task == "lm"
+  config = reference.runs[0].config
+  is_lm, metric = config.task == "lm", config_lib.quality(config)
   header = (
-    *("Run", "Seeds", "Test bits per byte" if is_lm else "Test accuracy"),
+    *("Run", "Seeds", f"Test {report.metric_name(metric)}"),
     *("Difference", "Compression", "Parameters, stored", "allocated"),
     *("Bytes, with masks", "Steps", "Time", "Tokens per second"),
   )
@@ -183,7 +185,7 @@ def _page(variants: Sequence[Variant]) -> str:
 
 def _row(variant: Variant, reference: Variant) -> list[str]:
   """Returns the cells of a variant in the table of `compare.md`."""
-  is_lm = variant.runs[0].config.task == "lm"
+  metric = config_lib.quality(variant.runs[0].config)
   whole, decimals = "{:,.0f}".format, "{:.3f}".format
   quality = variant.spread(_quality).mean
   base = reference.spread(_quality).mean
@@ -195,7 +197,7 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
   return [
     variant.name,
     ", ".join(str(run.config.seed) for run in variant.runs),
-    cell(_quality, decimals if is_lm else report.percent),
+    cell(_quality, report.percent if metric == "accuracy" else decimals),
     f"{quality / base - 1:+.1%}" if quality is not None and base else "–",
     cell(lambda run: run.parameters["overall"]["compression"], report.percent),
     cell(_stored, whole),
@@ -246,7 +248,7 @@ def _draw(variants: Sequence[Variant], path: str) -> None:
       right,
       points,
       x_label="stored parameters",
-      y_label="test (bits per byte)" if is_lm else "test accuracy",
+      y_label=f"test {report.metric_name(config_lib.quality(run.config))}",
     )
 
 

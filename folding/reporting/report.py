@@ -14,6 +14,19 @@ from folding import errors, files, typed
 from folding.errors import ConfigError
 from folding.training import run_dir
 
+KINDS = {
+  "lm": "language model",
+  "classify": "classifier",
+  "multilabel": "classifier of several labels",
+  "regress": "regression model",
+}
+# Metrics other than accuracy and those of language models, and their names.
+METRICS = {
+  "macro_f1": "macro F1",
+  "matthews": "Matthews correlation",
+  "pearson": "Pearson correlation",
+  "spearman": "Spearman correlation",
+}
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
 
@@ -63,13 +76,15 @@ class Run:
 
   @property
   def quality(self) -> int | float | None:
-    """Test bits per byte or accuracy; None before the end."""
-    name = "bits_per_byte" if self.config.task == "lm" else "accuracy"
+    """Test metric of `config.quality`; None before the end."""
+    name = config_lib.quality(self.config)
     return None if self.test is None else self.test[name]
 
   @property
   def loss_unit(self) -> str:
     """Unit of the loss."""
+    if self.config.task == "regress":
+      return "squared error"
     return f"nats per {'token' if self.config.task == 'lm' else 'example'}"
 
 
@@ -167,7 +182,7 @@ def summarize(run: Run) -> dict[str, Any]:
 def describe(run: Run) -> str:
   """Returns a run and its metrics as one paragraph."""
   model, result = run.config.model, run.result
-  kind = "language model" if run.config.task == "lm" else "classifier"
+  kind = KINDS[run.config.task]
   steps, overall = f"{result['steps']:,}", run.parameters["overall"]
   if not result["finished"]:
     steps += f" of {result['total_steps']:,}"
@@ -349,13 +364,26 @@ def _test_metric(test: Mapping[str, Any] | None) -> str:
     return "not measured"
   step = test["checkpoint_step"]
   at = "" if step is None else f", at the checkpoint of step {step:,}"
-  if "accuracy" not in test:
+  if "bits_per_byte" in test:
     return (
       f"{test['bits_per_byte']:.3f} bits per byte (perplexity "
       f"{test['perplexity']:,.2f} over {test['num_tokens']:,} tokens){at}"
     )
+  others = ", ".join(
+    f"{name} {test[metric]:.3f}"
+    for metric, name in METRICS.items()
+    if metric in test
+  )
+  if "accuracy" not in test:
+    return f"{others} ({test['num_examples']:,} examples){at}"
+  # Runs of earlier versions have no other metrics.
   return (
     f"{percent(test['accuracy'])} accuracy (95% interval "
     f"{percent(test['accuracy_low'])} to {percent(test['accuracy_high'])}, "
-    f"{test['num_examples']:,} examples){at}"
+    f"{test['num_examples']:,} examples){', ' if others else ''}{others}{at}"
   )
+
+
+def metric_name(metric: str) -> str:
+  """Returns a test metric in words, such as "bits per byte"."""
+  return METRICS.get(metric, metric.replace("_", " "))

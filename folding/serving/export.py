@@ -77,7 +77,8 @@ class Loaded:
     config: Resolved.
     params: Nested dicts of arrays.
     tokenizer: Text to the ids that the model reads.
-    labels: Class names in id order; () for a next-token model.
+    labels: Names of the head's outputs, classes in id order; () for a next-token
+      model.
   """
 
   config: Config
@@ -96,12 +97,13 @@ class Loaded:
     return self.params["embed"]["embedding"].shape[0]
 
 
-def load(path: str | os.PathLike) -> Loaded:
+def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
   """Reads a model for use.
 
   Args:
     path: A folder: what `folding export` or `export` wrote, a run (its best
       checkpoint, else the newest), or a Hugging Face checkpoint.
+    pairs: Whether a Hugging Face checkpoint reads pairs, which it does not say.
 
   Raises:
     ConfigError: it is none of them, has another schema, is truncated, or
@@ -117,7 +119,7 @@ def load(path: str | os.PathLike) -> Loaded:
   if values.get("format") == FORMAT:
     return _load_export(path, values)
   if "model_type" in values:
-    return _load_hf(path)
+    return _load_hf(path, pairs)
   config, params, tokenizer = load_run(path)
   labels: tuple[str, ...] = ()
   if config.task != "lm":
@@ -168,8 +170,8 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
   return Loaded(config, params, tokenizer, labels)
 
 
-def _load_hf(path: str) -> Loaded:
-  found = hf_weights.load_pretrained(path)
+def _load_hf(path: str, pairs: bool) -> Loaded:
+  found = hf_weights.load_pretrained(path, segments=pairs)
   tokenizer = load_tokenizer(found.tokenizer_path)
   if tokenizer.vocab_size > found.vocab_size:
     raise ConfigError(
@@ -185,9 +187,13 @@ def _load_hf(path: str) -> Loaded:
       "tokenizer with add_eos_token=False, which computes the same"
     )
   config = Config(
-    task="lm" if is_lm else "classify",
+    task=found.task,
     preset="none",
-    data=config_lib.DataConfig(path=path, length=found.max_length),
+    data=config_lib.DataConfig(
+      path=path,
+      length=found.max_length,
+      text_field=("sentence1", "sentence2") if pairs else None,
+    ),
     model=found.config,
   )
   labels, params = found.label_names, dict(found.params)
@@ -475,6 +481,7 @@ def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
     max_length=loaded.config.data.length,
     pad_id=_hf_pad_id(tokenizer, m.causal and bool(loaded.labels)),
     token_types=hf_config.FAMILIES[family].defaults.get("type_vocab_size", 0),
+    problem=loaded.config.task if loaded.labels else "classify",
     label_names=loaded.labels,
   )
   ends = tokenizer.end_ids.tolist()
@@ -555,6 +562,8 @@ def _hf_tokenizer_options(
     # GPT-2 would add token_type_ids to the embedding.
     "model_input_names": ["input_ids", "attention_mask"],
   }
+  if described.config.segments:
+    options["model_input_names"].append("token_type_ids")
   if not described.config.causal:
     known = inner.get_vocab()
     for kind, names in _ENCODER_TOKENS.items():
@@ -571,7 +580,8 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   """Writes a program of `jax.export` to a new folder.
 
   It maps (tokens int32[b, l], mask bool[b, l]), of any batch and length, to
-  float32 logits: [b, C] of a classifier, [b, l, V] of a next-token model. The
+  float32 logits: [b, C] of a text, [b, l, V] of a next-token model. A model with
+  a segment embedding has a third input, segments int32[b, l]. The
   parameters are inside, as dense arrays. With jax and flatbuffers installed,
   `jax.export.deserialize(data)` reads model.stablehlo, and `.call(tokens, mask)`
   runs it. The folder also has tokenizer.json, which gives the ids that the
@@ -603,30 +613,37 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   model, tokenizer = loaded.model, loaded.tokenizer
 
   @jax.jit
-  def forward(tokens_BL, mask_BL):
+  def forward(tokens_BL, mask_BL, segments_BL=None):
     # Padding may be any number, but ids beyond the last row embed as NaN.
     fill_BL = jnp.clip(tokens_BL, 0, tokenizer.plain_size - 1)
     tokens_BL = jnp.where(mask_BL, tokens_BL, fill_BL)
     if isinstance(tokenizer, MappedTokenizer):
       tokens_BL = jnp.asarray(tokenizer.token_map, jnp.int32)[tokens_BL]
-    return model.apply({"params": loaded.params}, tokens_BL, mask_BL)
+    return model.apply(
+      {"params": loaded.params}, tokens_BL, mask_BL, True, segments_BL
+    )
 
   # Learned positions are limited; the others continue beyond data.length.
   length = loaded.config.data.length
   is_limited = loaded.config.model.positions == "learned"
   bounds = ["b >= 1", "l >= 1", *([f"l <= {length}"] if is_limited else [])]
   shape: Any = jax_export.symbolic_shape("b, l", constraints=bounds)
+  inputs = {
+    "tokens": "int32[b, l]: ids of tokenizer.json; any where mask is false",
+    "mask": "bool[b, l]: true at tokens, false at padding, which comes last",
+  }
+  if loaded.config.model.segments:
+    inputs["segments"] = "int32[b, l]: 1 at the second text of a pair, else 0"
   exported = jax_export.export(forward, platforms=PLATFORMS)(
-    jax.ShapeDtypeStruct(shape, jnp.int32),
-    jax.ShapeDtypeStruct(shape, jnp.bool_),
+    *(
+      jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32)
+      for name in inputs
+    )
   )
   program = bytes(exported.serialize())
   meta = {
     "program": STABLEHLO,
-    "inputs": {
-      "tokens": "int32[b, l]: ids of tokenizer.json; any where mask is false",
-      "mask": "bool[b, l]: true at tokens, false at padding, which comes last",
-    },
+    "inputs": inputs,
     "output": f"float32[b, {'C' if loaded.labels else 'l, V'}]: logits",
     "labels": list(loaded.labels),
     "trained_length": length,

@@ -1,4 +1,4 @@
-"""Classification: texts -> class names and probabilities."""
+"""Texts or pairs of texts -> classes with probabilities, or scores."""
 
 import contextlib
 import functools
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from folding.data.batches import bucket_lengths, encode_rows
+from folding.data.batches import bucket_lengths, encode_rows, segments_of
+from folding.data.labels import Label
+from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.serving.export import Loaded
 
@@ -22,22 +24,24 @@ _BATCHES_SORTED = 32  # texts are sorted by length among so many batches
 
 
 class Prediction(NamedTuple):
-  """The class of a text.
+  """What a model says of a text.
 
   Attributes:
     text: As given; the model reads at most `data.length` tokens of it.
-    label: Name of the most probable class.
-    probabilities: float32[C], in the order of `Loaded.labels`.
+    label: By task. "classify": the most probable class. "multilabel": the
+      classes with a probability above 0.5. "regress": the score.
+    probabilities: float32[C], in the order of `Loaded.labels`; float32[0] beside
+      a score.
   """
 
-  text: str
-  label: str
+  text: Text
+  label: Label
   probabilities: np.ndarray
 
 
 def predict(
   loaded: Loaded,
-  texts: Iterable[str],
+  texts: Iterable[Text],
   *,
   batch_size: int = 64,
   at_once: bool = False,
@@ -49,47 +53,84 @@ def predict(
   its batch, to float rounding.
 
   Args:
-    loaded: A classifier, from `folding.load`.
-    texts: Any number; about 32 batches of them are held at a time.
+    loaded: From `folding.load`; not a language model.
+    texts: Any number; about 32 batches of them are held at a time. Pairs if the
+      model was trained on pairs.
     batch_size: Texts per batch.
     at_once: Whether to answer after each `batch_size` texts, in batches of
       less similar length.
 
   Raises:
-    ConfigError: the model is no classifier, the batch size is out of range, or
-      the model returns NaN.
+    ConfigError: the model has no head for texts, the batch size is out of range,
+      single texts are given for pairs or pairs for single texts, or the model
+      returns NaN.
   """
   if not 1 <= batch_size <= 65_536:
     raise ConfigError(f"the batch size must be 1 to 65,536; it is {batch_size}")
-  if loaded.config.task != "classify" or not loaded.labels:
+  if loaded.config.task == "lm":
     raise ConfigError(
-      "this model has no classes to predict; give one of task 'classify'"
+      "this model is of task 'lm' and has no classes to predict; give one of "
+      "task 'classify', 'multilabel' or 'regress'"
+    )
+  if not loaded.labels:
+    raise ConfigError(
+      "this encoder has no classes to predict: it has no head; train one first"
     )
   return _predict(loaded, iter(texts), batch_size, at_once)
 
 
 def _predict(
-  loaded: Loaded, texts: Iterator[str], batch_size: int, at_once: bool
+  loaded: Loaded, texts: Iterator[Text], batch_size: int, at_once: bool
 ) -> Iterator[Prediction]:
   model, params = loaded.model, jax.device_put(loaded.params)
+  task, pair = loaded.config.task, columns_of_pair(loaded)
+  activate = _ACTIVATIONS[task]
 
   @jax.jit
-  def forward(params, tokens_BL, mask_BL):
-    logits_BC: Any = model.apply({"params": params}, tokens_BL, mask_BL)
-    return jax.nn.softmax(logits_BC, axis=-1)
+  def forward(params, tokens_BL, mask_BL, segments_BL):
+    logits_BC: Any = model.apply(
+      {"params": params}, tokens_BL, mask_BL, True, segments_BL
+    )
+    return activate(logits_BC)
 
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
   labelled = tuple(f"{label}\t" for label in loaded.labels)
   while group := list(itertools.islice(texts, size)):
-    if labelled and all(text.startswith(labelled) for text in group):
+    if any(isinstance(text, str) == bool(pair) for text in group):
+      raise ConfigError(
+        f"this model reads pairs ({' and '.join(pair)}), and a text is not one"
+        if pair
+        else "this model reads single texts, and a text is a pair"
+      )
+    firsts = (text if isinstance(text, str) else text[0] for text in group)
+    if labelled and all(text.startswith(labelled) for text in firsts):
       _log.warning("each line begins with a label, which is read as its text")
       labelled = ()
-    found = _probabilities(
+    found = _outputs(
       loaded, functools.partial(forward, params), group, batch_size
     )
     require_numbers(np.isfinite(found), loaded.config.model.dtype)
     for text, row in zip(group, found, strict=True):
-      yield Prediction(text, loaded.labels[int(row.argmax())], row)
+      if task == "regress":
+        yield Prediction(text, float(row[0]), row[:0])
+      elif task == "multilabel":
+        chosen = zip(loaded.labels, row > 0.5, strict=True)
+        yield Prediction(text, tuple(x for x, is_in in chosen if is_in), row)
+      else:
+        yield Prediction(text, loaded.labels[int(row.argmax())], row)
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "classify": functools.partial(jax.nn.softmax, axis=-1),
+  "multilabel": jax.nn.sigmoid,
+  "regress": lambda logits: logits,
+}
+
+
+def columns_of_pair(loaded: Loaded) -> tuple[str, str] | None:
+  """Returns the names of the two texts that a model reads; None: it reads one."""
+  names = loaded.config.data.text_field
+  return names if isinstance(names, tuple) else None
 
 
 def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
@@ -101,15 +142,15 @@ def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
     )
 
 
-def _probabilities(
+def _outputs(
   loaded: Loaded,
-  forward: Callable[[np.ndarray, np.ndarray], jax.Array],
-  texts: list[str],
+  forward: Callable[..., jax.Array],
+  texts: list[Text],
   batch_size: int,
 ) -> np.ndarray:
   """Returns float32[texts, C]."""
   length = loaded.config.data.length
-  rows = encode_rows(loaded.tokenizer, texts, length)
+  rows, seconds = encode_rows(loaded.tokenizer, texts, length)
   buckets = bucket_lengths(length)
   order = np.argsort([row.size for row in rows], kind="stable")
   found = np.zeros((len(rows), len(loaded.labels)), np.float32)
@@ -122,7 +163,11 @@ def _probabilities(
     for position, i in enumerate(members):
       tokens[position, : rows[i].size] = rows[i]
       mask[position, : rows[i].size] = True
-    found[members] = np.asarray(forward(tokens, mask))[: len(members)]
+    segments = None
+    if seconds is not None and loaded.config.model.segments:
+      segments = segments_of(seconds[members], mask)
+    out = np.asarray(forward(tokens, mask, segments))
+    found[members] = out[: len(members)]
   return found
 
 
@@ -160,29 +205,72 @@ def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
       yield text
 
 
-def tsv_lines(
-  predictions: Iterable[Prediction], labels: Sequence[str]
+def pairs(lines: Iterable[str], columns: tuple[str, str]) -> Iterator[Text]:
+  """Yields the two texts of each line, with a tab between them.
+
+  Raises:
+    ConfigError: a line has another number of texts.
+  """
+  for number, line in enumerate(lines, 1):
+    texts = line.split("\t")
+    if len(texts) != 2:
+      raise ConfigError(
+        f"line {number} has {len(texts)} texts between tabs; this model reads "
+        f"{columns[0]}<TAB>{columns[1]}"
+      )
+    yield texts[0], texts[1]
+
+
+def lines_of(
+  loaded: Loaded, predictions: Iterable[Prediction], form: str
 ) -> Iterator[str]:
-  """Yields a header, then the label and the probabilities of each text."""
+  """Yields predictions as lines.
+
+  Args:
+    loaded: The model that made them.
+    predictions: From `predict`.
+    form: "tsv": a header, then label and probabilities (or the score) of each
+      text. "jsonl": an object per text, with the text too.
+  """
+  role = _ROLES[loaded.config.task]
+  if form == "tsv":
+    return _tsv_lines(predictions, role, loaded.labels)
+  names = columns_of_pair(loaded) or ("text",)
+  return _jsonl_lines(predictions, role, loaded.labels, names)
+
+
+_ROLES = {"classify": "label", "multilabel": "labels", "regress": "score"}
+
+
+def _tsv_lines(
+  predictions: Iterable[Prediction], role: str, labels: Sequence[str]
+) -> Iterator[str]:
   names = {label: " ".join(label.split()) for label in labels}
-  yield "\t".join(["label", *names.values()])
+  yield "\t".join([role, *(() if role == "score" else names.values())])
   for one in predictions:
     numbers = [f"{p:.6f}" for p in one.probabilities]
-    yield "\t".join([names[one.label], *numbers])
+    if isinstance(one.label, str):
+      shown = names[one.label]
+    elif isinstance(one.label, tuple):
+      shown = ",".join(names[label] for label in one.label)
+    else:
+      shown = f"{one.label:.6f}"
+    yield "\t".join([shown, *numbers])
 
 
-def jsonl_lines(
-  predictions: Iterable[Prediction], labels: Sequence[str]
+def _jsonl_lines(
+  predictions: Iterable[Prediction],
+  role: str,
+  labels: Sequence[str],
+  names: Sequence[str],
 ) -> Iterator[str]:
-  """Yields an object with text, label and {label: probability} per text."""
   for one in predictions:
-    numbers = [round(float(p), 6) for p in one.probabilities]
-    record = {
-      "text": one.text,
-      "label": one.label,
-      "probabilities": dict(zip(labels, numbers, strict=True)),
-    }
+    texts = (one.text,) if isinstance(one.text, str) else one.text
+    record: dict[str, Any] = dict(zip(names, texts, strict=True))
+    record[role] = one.label
+    if role == "score":
+      record[role] = round(float(record[role]), 6)
+    else:
+      numbers = [round(float(p), 6) for p in one.probabilities]
+      record["probabilities"] = dict(zip(labels, numbers, strict=True))
     yield json.dumps(record, ensure_ascii=False)
-
-
-LINES = {"tsv": tsv_lines, "jsonl": jsonl_lines}

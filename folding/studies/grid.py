@@ -435,7 +435,7 @@ def _is_finished(trial: Trial) -> bool:
 def _outcome(trial: Trial) -> str:
   result: dict[str, Any] = trial.result or {}
   test = result["test"]
-  name = "accuracy" if "accuracy" in test else "bits_per_byte"
+  name = config_lib.quality(trial.config())
   stored = result["parameters"]["overall"]["stored"]
   return (
     f"{name} {test[name]:.4f}, {stored:,} parameters, {result['seconds']:.0f} s"

@@ -10,9 +10,15 @@ from typing import Any
 
 import scipy.stats
 
+from folding import config as config_lib
 from folding import files
 from folding.reporting import plots
-from folding.reporting.report import duration, percent, table
+from folding.reporting.report import (
+  duration,
+  metric_name,
+  percent,
+  table,
+)
 from folding.studies.grid import DENSE, OURS, Study, Trial
 
 
@@ -25,10 +31,10 @@ class Row:
     method: Name of the method.
     level: Fraction to save; None if the method has one size.
     seed: Seed of the run.
-    metric: "accuracy" or "bits_per_byte".
+    metric: Of `config.quality`, such as "accuracy" or "bits_per_byte".
     quality: The metric on the test split.
     change: Change to the dense run of this seed, negative if worse: in points
-      of accuracy, or in percent of perplexity. None without a dense run.
+      (hundredths), or in percent of perplexity. None without a dense run.
     compression: 1 - stored / dense parameters; `dense-small` is compared with
       the dense run.
     parameters: Stored (nonzero) parameters.
@@ -73,14 +79,14 @@ def _row(trial: Trial, results: dict[str, dict[str, Any]]) -> Row:
     parts.append(results[trial.start.name])
   twin = dataclasses.replace(trial, method=DENSE, level=None)
   dense = results.get(twin.name)
-  metric = "accuracy" if "accuracy" in result["test"] else "bits_per_byte"
+  metric = config_lib.quality(trial.config())
   quality = result["test"][metric]
   stored = result["parameters"]["overall"]["stored"]
   change = None
   # A narrower model is its own dense baseline in `result.json`.
   full = result["parameters"]["overall"]["dense"]
   if dense is not None:
-    if metric == "accuracy":
+    if metric != "bits_per_byte":
       change = 100 * (quality - dense["test"][metric])
     else:
       ratio = result["test"]["perplexity"] / dense["test"]["perplexity"]
@@ -123,7 +129,8 @@ def dataset_table(rows: Sequence[Row]) -> str:
   Args:
     rows: Rows of one data set.
   """
-  is_accuracy = rows[0].metric == "accuracy"
+  metric = rows[0].metric
+  is_accuracy = metric == "accuracy"
   lines = []
   for (method, level), group in _grouped(rows).items():
     quality = _mean(group, "quality") or 0.0
@@ -139,9 +146,8 @@ def dataset_table(rows: Sequence[Row]) -> str:
         str(len(group)),
       ]
     )
-  name = "accuracy" if is_accuracy else "bits per byte"
-  unit = "points" if is_accuracy else "% of perplexity"
-  header = ["", "level", name, f"to dense, {unit}", "smaller"]
+  header = ["", "level", metric_name(metric)]
+  header += [f"to dense, {_unit(metric)}", "smaller"]
   return table(header + ["bytes", "time", "seeds"], lines)
 
 
@@ -235,11 +241,12 @@ def write(study: Study, workdir: str) -> str:
   parts = ["# Results", f"{len(rows)} of {total} runs are finished."]
   legend = [f"- `{name}`: {m.about}" for name, m in study.methods.items()]
   parts += ["\n".join(legend)]
-  for metric, title in (("accuracy", "Accuracy"), ("bits_per_byte", "Text")):
+  # Accuracy first, the others in the order of the data sets.
+  found = dict.fromkeys(row.metric for row in rows)
+  for metric in sorted(found, key=lambda x: x != "accuracy"):
     chosen = [row for row in rows if row.metric == metric]
-    if not chosen:
-      continue
-    unit = "points" if metric == "accuracy" else "% of perplexity"
+    name, unit = metric_name(metric), _unit(metric)
+    title = "Text" if metric == "bits_per_byte" else name[0].upper() + name[1:]
     _draw(chosen, unit, os.path.join(workdir, f"{metric}.png"))
     parts += [
       f"## {title}: means over data sets",
@@ -254,6 +261,11 @@ def write(study: Study, workdir: str) -> str:
   path = os.path.join(workdir, "results.md")
   files.write_file(path, "\n\n".join(part.strip() for part in parts) + "\n")
   return path
+
+
+def _unit(metric: str) -> str:
+  """Returns the unit of a change to dense."""
+  return "% of perplexity" if metric == "bits_per_byte" else "points"
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:

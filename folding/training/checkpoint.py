@@ -285,8 +285,7 @@ class Checkpoints:
 def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
   """Returns the config, best parameters and tokenizer of a run directory.
 
-  The best checkpoint has the lowest validation loss (of a classifier: the
-  fewest errors). If none has a loss, or the best is damaged, it takes the newest
+  The best checkpoint is that by `train.metric` on the validation split. If none has a loss, or the best is damaged, it takes the newest
   that can be read. Neither data nor optimizer state is read, and any number of
   devices will do.
 

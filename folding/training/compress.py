@@ -6,6 +6,7 @@ layer and, with `compress.prune`, pruned at once. Training then recovers what
 was lost.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -23,7 +24,11 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer, load_tokenizer
 from folding.data.trim import trimmed
 from folding.errors import ConfigError
-from folding.models.hf_weights import load_pretrained
+from folding.models.hf_weights import (
+  describe_pretrained,
+  find_pretrained,
+  load_pretrained,
+)
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.training.allocate import allocate, outer_fractions
 from folding.training.checkpoint import load_run
@@ -35,7 +40,7 @@ from folding.training.prune_trained import (
   prune_trained,
   without_neurons,
 )
-from folding.training.run_dir import load_labels
+from folding.training.run_dir import load_config, load_labels
 
 
 class Compressed(NamedTuple):
@@ -105,6 +110,35 @@ def _compress(
   if prune_layer:
     config, params = without_neurons(config, params)
   return Compressed(config, params, report)
+
+
+def with_pairs(config: Config, data: Data) -> Config:
+  """Returns the config of a new run with the pairs that its data has.
+
+  It names their columns and, if the tokenizer and the model to start from tell
+  the two texts apart, gives the model a segment embedding.
+
+  Args:
+    config: Resolved.
+    data: Of the run.
+
+  Raises:
+    ConfigError: the model to start from cannot be read.
+  """
+  if data.pair is None:
+    return config
+  segments = 2 if data.has_segments else 0
+  path = config.pretrained
+  if path is not None and _is_run(path):
+    segments = load_config(path).model.segments
+  elif path is not None:
+    described = describe_pretrained(find_pretrained(path))
+    segments = segments if described.token_types == 2 else 0
+  return dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, text_field=data.pair),
+    model=dataclasses.replace(config.model, segments=segments),
+  )
 
 
 def require_whole(config: Config) -> None:
@@ -226,23 +260,24 @@ def dense_start(
   )
   tokens = np.zeros((1, config.data.length), np.int32)
   drawn = jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
-  source = paths.flatten(read_source(path, config, data))
+  found, note = _read_source(path, config, data)
+  source = paths.flatten(found)
 
   def is_head(name):
-    return config.task == "classify" and name.startswith(("head/", "pooler/"))
+    return config.task != "lm" and name.startswith(("head/", "pooler/"))
 
   def value(name, fresh):
     w = source.get(name)
     if is_head(name) and (w is None or w.shape != fresh.shape):
       names = ", ".join(data.label_names[:8])
-      missing = f"{path} has no {name} of {fresh.shape} for {names}"
+      missing = f"{path} has no {name} of {fresh.shape} for {names}{note}"
       if needs_head:
         raise ConfigError(
           f"{missing}, so it cannot teach these classes; train it with "
           "dense=True, and give distill.teacher that run"
         )
       if name == "head/kernel" and jax.process_index() == 0:
-        print(f"{missing}: these classes are learned anew", flush=True)
+        print(f"{missing}: these are learned anew", flush=True)
       return np.asarray(fresh)
     if w is None:
       raise ConfigError(f"{path} has no {name}, which this model needs")
@@ -264,6 +299,10 @@ def dense_start(
   return model, params
 
 
+def _is_run(path: str) -> bool:
+  return os.path.isdir(os.path.join(path, "checkpoints"))
+
+
 def read_source(path: str, config: Config, data: Data) -> dict[str, Any]:
   """Returns the parameters of a checkpoint folder, hub id or run.
 
@@ -271,10 +310,17 @@ def read_source(path: str, config: Config, data: Data) -> dict[str, Any]:
     ConfigError: it cannot be read, its model has another shape, or it has
       another tokenizer.
   """
-  if os.path.isdir(os.path.join(path, "checkpoints")):
+  return _read_source(path, config, data)[0]
+
+
+def _read_source(
+  path: str, config: Config, data: Data
+) -> tuple[dict[str, Any], str]:
+  """Returns parameters and, if their head is for another task, what it is for."""
+  if _is_run(path):
     found, params, tokenizer = load_run(path)
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
-    classes = load_labels(path)
+    classes, task = load_labels(path), found.task
     layers = config_lib.layers_of(model, found.fold)
     if any(layer.is_folded for layer in layers):
       raise ConfigError(f"{path} is a folded run; start from a dense one")
@@ -283,14 +329,21 @@ def read_source(path: str, config: Config, data: Data) -> dict[str, Any]:
         f"the tokenizer of {path} was trimmed; start from the dense run before"
       )
   else:
-    source = load_pretrained(path, task=config.task)
-    model, params = source.config, source.params
+    source = load_pretrained(
+      path, task=config.task, segments=config.model.segments > 0
+    )
+    model, params, task = source.config, source.params, source.task
     classes = _class_names(source.label_names, data.label_names)
     tokenizer_path = str(source.tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
-  params = _with_classes(params, classes, data.label_names)
+  note = ""
+  if task != config.task and classes:
+    note = f" (its head is for task {task!r}: {', '.join(classes[:8])})"
+    params = {name: w for name, w in params.items() if name != "head"}
+  elif config.task != "regress":
+    params = _with_classes(params, classes, data.label_names)
   shape = np.shape(params.get("head", {}).get("kernel"))
-  keeps_head = config.task == "classify" and shape[-1:] == (data.num_classes,)
+  keeps_head = config.task != "lm" and shape[-1:] == (data.num_classes,)
   for name in (*_SHAPE, *(_HEAD if keeps_head else ())):
     theirs, ours = getattr(model, name), getattr(config.model, name)
     if theirs != ours:
@@ -306,7 +359,7 @@ def read_source(path: str, config: Config, data: Data) -> dict[str, Any]:
       f"{path} has another tokenizer than data.tokenizer="
       f"{config.data.tokenizer!r}; use data.tokenizer={tokenizer_path!r}"
     )
-  return params
+  return params, note
 
 
 def _class_names(

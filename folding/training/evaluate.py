@@ -8,19 +8,32 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from folding.config import Task
 from folding.errors import TrainingError
-from folding.training import losses
+from folding.training import distributed, losses
 from folding.training.sharding import put_batch
 
 
 def make_eval_step(model: Any) -> Callable[..., dict[str, jax.Array]]:
-  """Returns the jitted function (params, batch) -> `losses.summed_loss`."""
+  """Returns the jitted function (params, batch) -> sums, and rows.
+
+  Sums are those of `losses.summed_loss`. For tasks other than "lm" it also
+  returns "logits", "labels" and "weights" of the rows.
+  """
 
   def eval_step(params, batch):
     logits = model.apply(
-      {"params": params}, batch["tokens"], batch.get("mask"), True
+      {"params": params},
+      batch["tokens"],
+      batch.get("mask"),
+      True,
+      batch.get("segments"),
     )
-    return losses.summed_loss(logits, batch)
+    found = losses.summed_loss(logits, batch)
+    if "labels" in batch:
+      rows = {name: batch[name] for name in ("labels", "weights")}
+      found |= {"logits": logits.astype(np.float32), **rows}
+    return found
 
   return jax.jit(eval_step)
 
@@ -41,33 +54,75 @@ def evaluate(
     batches: The split, once.
     mesh: Where batches are placed.
     num_bytes: UTF-8 bytes of the predicted text, for next-token models; None:
-      classification.
+      another task.
 
   Returns:
-    {"loss": nats per token or example, "num_tokens", "perplexity" and
-    "bits_per_byte", or "num_examples" and "accuracy"}.
+    {"loss": per token or example, "num_tokens", "perplexity" and
+    "bits_per_byte", or "num_examples" and the metrics of `score`}.
 
   Raises:
     TrainingError: the loss is not finite.
   """
-  totals: dict[str, float] = {"nats": 0.0, "weight": 0.0, "correct": 0.0}
+  total = count = 0.0
+  rows: dict[str, list[np.ndarray]] = {"logits": [], "labels": []}
   for batch in batches:
-    sums = jax.device_get(eval_step(params, put_batch(mesh, batch)))
-    for name in totals:
-      totals[name] += float(sums[name])
-  count = totals["weight"]
-  loss = totals["nats"] / count
+    found = distributed.to_host(eval_step(params, put_batch(mesh, batch)))
+    total += float(found["loss"])
+    count += float(found["weight"])
+    if num_bytes is None:
+      is_row = np.asarray(found["weights"]) > 0
+      for name, parts in rows.items():
+        parts.append(np.asarray(found[name])[is_row])
+  loss = total / count
   if not math.isfinite(loss):
     raise TrainingError(f"the loss of the evaluation is {loss}")
   if num_bytes is None:
-    return {
-      "loss": loss,
-      "accuracy": totals["correct"] / count,
-      "num_examples": round(count),
-    }
+    logits, labels = (np.concatenate(parts) for parts in rows.values())
+    metrics = score(logits, labels, losses.task_of(labels))
+    return {"loss": loss, **metrics, "num_examples": round(count)}
   return {
     "loss": loss,
     "perplexity": math.exp(min(loss, 700.0)),
-    "bits_per_byte": totals["nats"] / math.log(2) / num_bytes,
+    "bits_per_byte": total / math.log(2) / num_bytes,
     "num_tokens": round(count),
   }
+
+
+def score(
+  logits: np.ndarray, labels: np.ndarray, task: Task
+) -> dict[str, float]:
+  """Returns the metrics of a split that its task has.
+
+  Args:
+    logits: float[rows, C], of finite numbers.
+    labels: Of the rows, see `labels.to_array`.
+    task: Not "lm".
+
+  Returns:
+    "classify": {"accuracy", "macro_f1", "matthews"}. "multilabel": {"accuracy" of
+    all labels of a row, "macro_f1"}. "regress": {"pearson", "spearman"}; 0 if the
+    scores or the labels are all the same.
+  """
+  if task == "regress":
+    from scipy import stats  # slow to import, as scikit-learn is
+
+    scores = logits[:, 0].astype(np.float64)
+    if np.ptp(scores) == 0 or np.ptp(labels) == 0:
+      return {"pearson": 0.0, "spearman": 0.0}
+    linear: Any = stats.pearsonr(scores, labels)
+    rank: Any = stats.spearmanr(scores, labels)
+    return {
+      "pearson": float(linear.statistic),
+      "spearman": float(rank.statistic),
+    }
+  from sklearn import metrics
+
+  found = logits > 0 if task == "multilabel" else logits.argmax(axis=-1)
+  options: dict[str, Any] = {"average": "macro", "zero_division": 0}
+  values = {
+    "accuracy": float(metrics.accuracy_score(labels, found)),
+    "macro_f1": float(metrics.f1_score(labels, found, **options)),
+  }
+  if task == "classify":
+    values["matthews"] = float(metrics.matthews_corrcoef(labels, found))
+  return values

@@ -24,7 +24,8 @@ from folding.errors import ConfigError
 from folding.models.attention import attention_logits, rope_frequencies
 from folding.models.transformer import Block, Transformer
 
-Batch = Mapping[str, Any]  # "tokens" int[B, L]; perhaps "mask" bool[B, L]
+# "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]
+Batch = Mapping[str, Any]
 Params = Mapping[str, Any]
 
 # {kernel of a block: module whose input it reads}; v and gate may be missing.
@@ -89,7 +90,8 @@ def fold_pretrained(
     params: Parameters of `dense_twin(config)`, NumPy or JAX arrays. Entries
       other than blocks are passed through.
     batches: {"tokens": int[B, L], optionally "mask": bool[B, L], True at
-      tokens}. Some thousands of tokens, more than twice the width.
+      tokens, and "segments" of pairs}. Some thousands of tokens, more than twice
+      the width.
     prune: (number of a layer, its folded parameters, the stream that it reads)
       -> pruned parameters. Called before the second feed-forward matrix is
       fitted, which then makes up for the pruned weights.
@@ -190,7 +192,11 @@ def embed_batches(
   )
   model = Transformer(config.model, config.fold, vocabulary, positions)
   embed = jax.jit(functools.partial(model.apply, method="embed_tokens"))
-  return Stream([embed({"params": stem}, b["tokens"]) for b in batches], masks)
+  x = [
+    embed({"params": stem}, b["tokens"], segments_BL=b.get("segments"))
+    for b in batches
+  ]
+  return Stream(x, masks)
 
 
 def make_block(config: Config, n: int) -> Block:

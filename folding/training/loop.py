@@ -36,6 +36,7 @@ from folding.training.compress import (
   teacher_of,
   token_usage,
   trim_vocabulary,
+  with_pairs,
   write_fold,
 )
 from folding.training.evaluate import evaluate, make_eval_step
@@ -244,8 +245,9 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       json.dumps(config_lib.to_dict(config)), "another config"
     )
     with distributed.together():
-      teacher = teacher_of(saved or config, data)
-    start = _start(saved or config, data, workdir)
+      chosen = saved or with_pairs(config, data)
+      teacher = teacher_of(chosen, data)
+    start = _start(chosen, data, workdir)
     with distributed.together():
       if saved is None and distributed.is_main():
         run_dir.save(
@@ -410,7 +412,7 @@ def _train(
           writer.write({"split": "valid", "step": step, **metrics})
           writer.say(_line(step, "valid", metrics))
           # Only a model that is pruned to its end can be the best.
-          loss = _rank(metrics) if step >= mask_updates.stop else None
+          loss = _rank(metrics, config) if step >= mask_updates.stop else None
         model = run.config.model if t.compact else None
         checkpoints.save(step, state, loss, model)
         run.write_result(
@@ -455,7 +457,7 @@ def _notes(start: Start) -> list[str]:
   """Returns the lines that a run prints before its first step."""
   run, config = start.run, start.run.config
   notes = [f"mesh: {line}" for line in run.unsplit]
-  if config.task == "classify":
+  if config.task != "lm":
     share = run.data.full_share(config.data.length)
     if share >= 0.01:
       notes.append(
@@ -476,21 +478,28 @@ def _notes(start: Start) -> list[str]:
   return notes
 
 
-def _rank(metrics: dict[str, Any]) -> float:
-  """Returns the loss that ranks checkpoints: the error rate, or the loss."""
-  if "accuracy" not in metrics:
+def _rank(metrics: dict[str, Any], config: Config) -> float:
+  """Returns what ranks checkpoints, less is better: see `train.metric`."""
+  name = config.train.metric or config_lib.METRICS[config.task][0]
+  if name == "loss":
     return metrics["loss"]
-  return 1 - metrics["accuracy"] + 1e-6 * metrics["loss"]  # breaks ties
+  return 1 - metrics[name] + 1e-6 * metrics["loss"]  # breaks ties
 
 
 def _line(step: int, name: str, metrics: dict[str, Any]) -> str:
   text = f"step {step:>6,}  {name}  loss {metrics['loss']:.4f}"
-  if "accuracy" in metrics:
-    return text + f"  accuracy {metrics['accuracy']:.2%}"
-  return text + (
-    f"  perplexity {metrics['perplexity']:.2f}"
-    f"  bits per byte {metrics['bits_per_byte']:.4f}"
-  )
+  for metric, label in (
+    ("accuracy", "accuracy {:.2%}"),
+    ("macro_f1", "macro F1 {:.4f}"),
+    ("matthews", "Matthews {:.4f}"),
+    ("pearson", "Pearson {:.4f}"),
+    ("spearman", "Spearman {:.4f}"),
+    ("perplexity", "perplexity {:.2f}"),
+    ("bits_per_byte", "bits per byte {:.4f}"),
+  ):
+    if metric in metrics:
+      text += f"  {label.format(metrics[metric])}"
+  return text
 
 
 def resume_run(workdir: str) -> dict[str, Any]:

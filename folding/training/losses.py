@@ -1,4 +1,11 @@
-"""Losses in nats per token (next token) or per example (classification)."""
+"""Losses per token (next token) or per example (other tasks).
+
+The labels of a batch say which loss it has:
+  targets int32[B, L], or labels int32[B]: cross-entropy with a class, nats.
+  labels float32[B]: squared error of a score.
+  labels float32[B, C]: cross-entropy with each of C labels, yes or no, summed
+    over labels, nats.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +13,11 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
+
+from folding.config import Task
 
 Batch = Mapping[str, jax.Array]
 
@@ -21,31 +31,42 @@ def token_losses(
   )
 
 
+def task_of(labels: jax.Array | np.ndarray) -> Task:
+  """Returns the task that targets or labels are for, see the module."""
+  if jnp.issubdtype(labels.dtype, jnp.integer):
+    return "lm" if labels.ndim == 2 else "classify"
+  return "multilabel" if labels.ndim == 2 else "regress"
+
+
 def summed_loss(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-  """Returns the weighted sums of loss and metrics over a batch.
+  """Returns the weighted sum of the loss over a batch.
 
   Args:
-    logits: [B, L, V] with batch["targets"] [B, L], or [B, C] with
-      batch["labels"] [B].
-    batch: Also "weights", of the shape of the targets; 0 leaves a target out.
+    logits: [B, L, V] with batch["targets"], or [B, C] with batch["labels"].
+    batch: Also "weights", one per target or row; 0 leaves it out.
 
   Returns:
-    {"nats", "weight", "correct"}: float32[] sums over the batch.
+    {"loss", "weight"}: float32[] sums over the batch.
 
   Raises:
-    AssertionError: logits, targets and weights differ in their leading shape.
+    AssertionError: logits, labels and weights do not fit in shape.
   """
   labels = batch["targets"] if "targets" in batch else batch["labels"]
-  weights = batch["weights"]
-  chex.assert_equal_shape([labels, weights])
-  chex.assert_shape(logits, (*labels.shape, None))
-  nats = token_losses(logits, labels)
-  correct = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
-  return {
-    "nats": jnp.sum(nats * weights),
-    "weight": jnp.sum(weights),
-    "correct": jnp.sum(correct * weights),
-  }
+  weights, task = batch["weights"], task_of(labels)
+  width = labels.shape[-1] if task == "multilabel" else None
+  chex.assert_shape(logits, (*weights.shape, 1 if task == "regress" else width))
+  chex.assert_shape(
+    labels, logits.shape if task == "multilabel" else weights.shape
+  )
+  if task == "regress":
+    each = jnp.square(logits[..., 0].astype(jnp.float32) - labels)
+  elif task == "multilabel":
+    each = optax.sigmoid_binary_cross_entropy(
+      logits.astype(jnp.float32), labels
+    ).sum(axis=-1)
+  else:
+    each = token_losses(logits, labels)
+  return {"loss": jnp.sum(each * weights), "weight": jnp.sum(weights)}
 
 
 def soft_loss(
@@ -53,23 +74,36 @@ def soft_loss(
   taught: Float[Array, "*batch C"],
   weights: Float[Array, "*batch"],
   temperature: float,
+  task: Task = "classify",
 ) -> Float[Array, ""]:
   """Returns T^2 KL(teacher || student) of both softened by T, nats.
 
-  T^2 keeps the gradient as large as it is at T = 1.
+  T^2 keeps the gradient as large as it is at T = 1. Of scores, it is their
+  squared distance instead.
 
   Args:
     logits: The student's.
     taught: The teacher's.
     weights: 0 leaves a target out.
     temperature: T.
+    task: From `task_of`.
 
   References: Hinton et al., "Distilling the Knowledge in a Neural Network",
     2015.
   """
-  student = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-  teacher = jax.nn.log_softmax(taught.astype(jnp.float32) / temperature)
-  nats = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+  student, teacher = logits.astype(jnp.float32), taught.astype(jnp.float32)
+  if task == "regress":
+    each = jnp.square(student - teacher)[..., 0]
+    return jnp.sum(each * weights) / jnp.maximum(jnp.sum(weights), 1)
+  student, teacher = student / temperature, teacher / temperature
+  if task == "multilabel":
+    share = jax.nn.sigmoid(teacher)
+    each = optax.sigmoid_binary_cross_entropy(student, share)
+    each -= optax.sigmoid_binary_cross_entropy(teacher, share)
+    nats = jnp.sum(each, axis=-1)
+  else:
+    student, teacher = (jax.nn.log_softmax(x) for x in (student, teacher))
+    nats = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
   total = jnp.sum(nats * weights) / jnp.maximum(jnp.sum(weights), 1)
   return temperature**2 * total
 

@@ -163,7 +163,10 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
     ("compressed", config),
   ):
     program = Program(
-      each, mesh, vocab_size=config.data.vocab_size, num_classes=2
+      each,
+      mesh,
+      vocab_size=config.data.vocab_size,
+      num_classes=_num_outputs(config),
     )
     total = program.num_parameters
     found[name] = {"parameters": total, "stored": total - _zeros(program)}
@@ -174,6 +177,11 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
       )
     found["unsplit"] = program.unsplit
   return found
+
+
+def _num_outputs(config: Config) -> int:
+  """Returns the width of a head, as far as it is known without the data."""
+  return 1 if config.task == "regress" else 2
 
 
 def _zeros(program: Program) -> int:
@@ -205,8 +213,15 @@ def _inputs(
     batch["targets"] = array((B, L), jnp.int32, rows)
     batch["weights"] = array((B, L), jnp.float32, rows)
   else:
+    shape, kind = {
+      "classify": ((B,), jnp.int32),
+      "regress": ((B,), jnp.float32),
+      "multilabel": ((B, _num_outputs(config)), jnp.float32),
+    }[config.task]
     batch["mask"] = array((B, L), jnp.bool_, rows)
-    batch["labels"] = array((B,), jnp.int32, rows)
+    batch["labels"] = array(shape, kind, rows)
+    if config.model.segments:
+      batch["segments"] = array((B, L), jnp.int32, rows)
     batch["weights"] = array((B,), jnp.float32, rows)
   constants = {"seed": array((), jnp.uint32, whole)}
   if config.fpp.embedding_granularity != "weight" and program.rules:
@@ -234,7 +249,7 @@ def _compiled(
   config, teacher = program.config, None
   if config.distill.is_used:
     dense = config_lib.dense_twin(config)
-    teacher = make_model(dense, config.data.vocab_size, num_classes=2)
+    teacher = make_model(dense, config.data.vocab_size, _num_outputs(config))
   step = program.step(is_mask_update=is_mask_update, teacher=teacher)
   batch, constants = _inputs(program, teacher)
   lowered = step.lower(program.like, batch, **constants)

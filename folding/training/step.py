@@ -93,12 +93,12 @@ class _Aux(NamedTuple):
   """One micro-batch's share of the metrics of the whole batch.
 
   Attributes:
-    nats: float32[], the unsmoothed loss on the labels.
-    label_loss: float32[], the loss on the labels, without the teacher's part.
+    loss: float32[], the loss on the labels, a share of all weights.
+    label_loss: float32[], the same as FPP's value, without the teacher's part.
     stats: {parameter path: forward statistics}; {} if there is no mask update.
   """
 
-  nats: jax.Array
+  loss: jax.Array
   label_loss: jax.Array
   stats: dict[str, jax.Array]
 
@@ -274,8 +274,8 @@ def train_step(
     teacher_params: Parameters of `options.distillation.teacher`.
 
   Returns:
-    (state, metrics). Metrics: "loss" on the labels in nats; after a
-    mask update also those of `fpp_counts`.
+    (state, metrics). Metrics: "loss" on the labels; after a mask update also
+    those of `fpp_counts`.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   totals = _Totals(
@@ -323,7 +323,7 @@ def train_step(
     is_due=is_mask_update,
   )
   params = optax.apply_updates(state.params, updates)
-  metrics = {"loss": aux.nats}
+  metrics = {"loss": aux.loss}
   if is_mask_update and options.rules:
     fpp_state = cast(FPPState, opt_state)
     metrics |= fpp_counts(options.rules, fpp_state, params, options.removed)
@@ -357,7 +357,8 @@ def _loss(
   if distillation is not None and distillation.hidden:
     capture = {"mutable": ["intermediates"], "capture_intermediates": _is_block}
   tokens, mask = batch["tokens"], batch.get("mask")
-  model_args = {"params": params}, tokens, mask, False
+  segments, labels = batch.get("segments"), batch.get("labels")
+  model_args = {"params": params}, tokens, mask, False, segments
   rngs = {"dropout": key}
   stats = {}
   with nn.intercept_methods(_pin_blocks(options.mesh)):
@@ -369,14 +370,18 @@ def _loss(
   logits, hidden = out if capture else (out, {})
   logits = sharding.pin_rows(options.mesh, logits)
   sums = losses.summed_loss(logits, batch)
-  loss = label_loss = sums["nats"] / jnp.maximum(sums["weight"], 1)
+  loss = label_loss = sums["loss"] / jnp.maximum(sums["weight"], 1)
   if distillation is not None:
     taught = distillation.teacher.apply(
-      {"params": teacher_params}, tokens, mask, **capture
+      {"params": teacher_params}, tokens, mask, True, segments, **capture
     )
     taught, aims = jax.lax.stop_gradient(taught if capture else (taught, {}))
     soft = losses.soft_loss(
-      logits, taught, batch["weights"], distillation.temperature
+      logits,
+      taught,
+      batch["weights"],
+      distillation.temperature,
+      "lm" if labels is None else losses.task_of(labels),
     )
     loss = (1 - distillation.logits) * loss + distillation.logits * soft
     if distillation.hidden:
@@ -384,7 +389,7 @@ def _loss(
   share = sums["weight"] / totals.weight
   seen = _num_tokens(batch) / totals.tokens
   return share * loss, _Aux(
-    nats=sums["nats"] / totals.weight,
+    loss=sums["loss"] / totals.weight,
     label_loss=share * label_loss,
     stats={name: seen * stat for name, stat in stats.items()},
   )

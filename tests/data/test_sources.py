@@ -99,6 +99,98 @@ def test_csv_columns_are_configured_or_guessed(
   assert pairs(load(tmp_path, fields=fields, train__csv=content)) == expected
 
 
+def test_tsv_may_have_a_header(tmp_path):
+  texts = load(tmp_path, train__tsv='id\ttext\tlabel\n7\t"a\tx\n8\tb\ty\n')
+  assert pairs(texts) == [("x", '"a'), ("y", "b")]
+
+
+PAIRS = "score\tlabel\tsentence1\tsentence2\n1.5\tx\ta\tb c\n-2\ty\td\te\n"
+
+
+@pytest.mark.parametrize(
+  ("task", "labels", "names"),
+  [
+    ("classify", [0, 1], ("x", "y")),
+    ("regress", [1.5, -2], ("score",)),
+  ],
+)
+def test_pairs_are_found_with_the_label_of_the_task(
+  tmp_path, task, labels, names
+):
+  texts = load(tmp_path, task, train__tsv=PAIRS)
+  assert texts.pair == ("sentence1", "sentence2")
+  assert texts.texts["train"] == [("a", "b c"), ("d", "e")]
+  assert texts.labels["train"].tolist() == labels
+  assert texts.label_names == names
+
+
+@pytest.mark.parametrize(
+  ("columns", "fields", "expected"),
+  [
+    ("premise,hypothesis,label", {}, ("p", "q")),
+    ("Question,Sentence,label", {}, ("p", "q")),  # QNLI of GLUE
+    ("question1,question2,label", {}, ("p", "q")),
+    ("text,sentence1,sentence2,label", {}, "p"),
+    ("a,b,label", {"text_field": ("b", "a")}, ("q", "p")),
+    ("sentence1,sentence2,label", {"text_field": "sentence2"}, "q"),
+  ],
+)
+def test_pairs_have_usual_or_configured_columns(
+  tmp_path, columns, fields, expected
+):
+  width = columns.count(",")
+  rows = "".join(f"{','.join('pqr'[:width])},{i}\n" for i in range(2))
+  texts = load(tmp_path, fields=fields, train__csv=f"{columns}\n{rows}")
+  assert texts.texts["train"] == [expected] * 2
+
+
+def test_equal_pairs_stay_in_one_split_and_scores_are_no_classes(tmp_path):
+  rows = [{"sentence1": "a", "sentence2": f"b{i // 2}", "score": i / 7} for i in range(200)]  # fmt: skip
+  data = text_files.write(tmp_path, train__jsonl=_jsonl(*rows))
+  texts = sources.load_texts(data, "regress")
+  parts = [set(texts.texts[split]) for split in sources.SPLITS]
+  assert [2 * len(part) for part in parts] == [160, 20, 20]
+  assert len(set.union(*parts)) == 100
+  data.max_bytes = 320  # 4 or 5 bytes a pair
+  few = sources.load_texts(data, "regress").texts["train"]
+  assert 300 < sum(len(f"{a}\t{b}") for a, b in few) <= 320
+
+
+def test_several_labels_are_lists_or_have_commas(tmp_path):
+  rows = {"text": "t", "labels": ["b", "a"]}, {"text": "u", "labels": []}
+  texts = load(
+    tmp_path,
+    "multilabel",
+    train__jsonl=_jsonl(*rows),
+    valid__tsv="a\tv\nb,a\tw\n",
+  )
+  assert texts.label_names == ("a", "b")
+  assert texts.labels["train"].tolist() == [[1, 1], [0, 0]]
+  assert texts.labels["valid"].tolist() == [[1, 0], [1, 1]]
+  assert texts.labels["train"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+  ("task", "files", "match"),
+  [
+    ("regress", {"train__tsv": "1.5\ta\nhigh\tb\n"}, "tsv:2: .*'high'"),
+    ("regress", {"train__tsv": "1.5\ta\nnan\tb\n"}, "tsv:2: .*not a number"),
+    ("regress", {"train__txt": "a"}, "task 'regress' needs"),
+    ("regress", {"train__tsv": PAIRS, "valid__tsv": "1\ta\n"}, "sentence1 and"),
+    ("regress", {"train__tsv": PAIRS.replace("b c", " ")}, "sentence2 is empty"),
+    ("multilabel", {"train__tsv": "a,,b\ta\n"}, "tsv:1: .*''"),
+    ("multilabel", {"train__tsv": "a\ta\n"}, "one class, a"),
+    ("lm", {"train__tsv": PAIRS}, "several columns of text"),
+  ],
+)  # fmt: skip
+def test_labels_and_pairs_that_do_not_fit_are_refused(
+  tmp_path, task, files, match
+):
+  with pytest.raises(ConfigError, match=match) as caught:
+    load(tmp_path, task, **files)
+  assert "\n" not in str(caught.value)
+
+
 def test_csv_takes_texts_beyond_the_limit_of_the_module(tmp_path):
   long = "x" * 200_000  # the limit is 131,072
   texts = load(tmp_path, train__csv=f"text,label\n{long},1\nb,0\n")
@@ -176,8 +268,9 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     ({"train__tsv": "0\ta\nb\n"}, "tsv:2: no tab"),
     ({"train__tsv": "0\ta\n\tb\n"}, "tsv:2: .*no label"),
     ({"train__tsv": "0\ta\n0\t \n"}, "tsv:2: .*empty"),
-    ({"train__tsv": "Label\ttext\n0\ta\n"}, "tsv:1: .*header"),
-    ({"train__tsv": "sentence\tlabel\nso good\t1\n"}, "tsv:1: .*header"),
+    ({"train__tsv": "Label\tbody\n0\ta\n"}, "tsv:1: .*header"),
+    ({"train__tsv": "body\tlabel\nso good\t1\n"}, "tsv:1: .*header"),
+    ({"train__tsv": "label\ttext\n0\ta\tb\n"}, "tsv:2: .* 2 columns"),
     ({"train__tsv": "x\ta\nx\tb\n"}, "one class"),
     ({"train__tsv": "0.5\ta\n1\tb\n"}, "tsv:1: .*whole number"),
     ({"train__tsv": "nan\ta\n1\tb\n"}, "tsv:1: .*whole number"),
@@ -479,6 +572,26 @@ class TinyPairs(TinyReviews):
     return {"train": ((i, {**rows, "label": i % 2}) for i in range(20))}
 
 
+class TinySimilarity(TinyReviews):
+  """Pairs with scores, and a test split without; also lists of classes."""
+
+  FEATURES = {
+    "premise": tfds.features.Text(),
+    "hypothesis": tfds.features.Text(),
+    "label": np.float32,
+    "kinds": tfds.features.Sequence(FEATURES["fine"]),
+  }
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._rows(20), "test": self._rows(5, -1.0)}
+
+  def _rows(self, size, label=None):
+    for i in range(size):
+      texts = {"premise": f"p{i}", "hypothesis": f"h{i}"}
+      kinds = [j for j in range(6) if i >> j & 1]
+      yield i, {**texts, "label": label or i / 4, "kinds": kinds}
+
+
 class BrokenReviews(TinyReviews):
   """Cannot be prepared."""
 
@@ -539,6 +652,24 @@ def test_tfds_plain_integers_are_classes_of_train(tfds_dir):
   assert found == [("0", "tweet 0 is 0"), ("4", "tweet 2 is 4")]
 
 
+def test_tfds_has_pairs_with_scores_or_lists_of_classes(tfds_dir):
+  data = DataConfig(name="tiny_similarity", dir=tfds_dir)
+  texts = sources.load_texts(data, "regress")
+  for split, size in (("train", 16), ("valid", 2), ("test", 2)):
+    assert len(texts.texts[split]) == size  # the test split has no scores
+    for (premise, hypothesis), score in zip(
+      texts.texts[split], texts.labels[split], strict=True
+    ):
+      assert premise[1:] == hypothesis[1:] == f"{4 * score:.0f}"
+  data.label_field, data.text_field = "kinds", "premise"
+  texts = sources.load_texts(data, "multilabel")
+  assert texts.label_names == tuple("abcdef")
+  for text, row in zip(
+    texts.texts["train"], texts.labels["train"], strict=True
+  ):
+    assert int(text[1:]) == sum(2**j for j in range(6) if row[j])
+
+
 @pytest.mark.parametrize("task", ["lm", "classify"])
 def test_tfds_reads_max_bytes_beside_the_splits_set_aside(tfds_dir, task):
   data = DataConfig(name="tiny_reviews", dir=tfds_dir, max_bytes=200)
@@ -557,6 +688,7 @@ def test_tfds_reads_max_bytes_beside_the_splits_set_aside(tfds_dir, task):
     ("lm", {"text_field": "body"}, "'body'.*columns are: title, text"),
     ("classify", {"name": "tiny_pairs"}, r"\(question, answer\)"),
     ("classify", {"label_field": "stars"}, "no class column stars.*coarse"),
+    ("multilabel", {}, "no list of classes column that can be guessed"),
   ],
 )
 def test_tfds_mistakes_are_refused(tfds_dir, task, change, match):

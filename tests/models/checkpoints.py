@@ -133,7 +133,7 @@ def write_tokenizer(path, words=WORDS):
   inner = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
   inner.pre_tokenizer = pre_tokenizers.Whitespace()
   inner.post_processor = processors.TemplateProcessing(
-    "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    "<s> $A </s>", "<s> $A </s> $B:1 </s>:1", [("<s>", 1), ("</s>", 2)]
   )
   inner.add_special_tokens(words[:4])
   inner.save(str(path))

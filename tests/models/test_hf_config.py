@@ -149,12 +149,13 @@ REFUSED = [
   ("roberta", {"max_position_embeddings": 2}, "no positions left"),
   ("gpt2", {"n_head": 3}, "not divisible by model.num_heads 3"),
   ("bert", {"type_vocab_size": "a"}, "type_vocab_size must be"),
-  ("bert", CLASSES | {"id2label": {"0": "x"}}, "of one label"),
+  ("bert", CLASSES | {"problem_type": "regression"}, "'regression' with 2"),
+  ("bert", CLASSES | MULTI | {"num_labels": 1}, "'multi_.* with 1 labels"),
+  ("bert", CLASSES | {"problem_type": "other"}, "supported are single_label"),
   ("bert", {"pad_token_id": "a"}, "pad_token_id"),
   ("bert", CLASSES | {"id2label": {"1": "a", "2": "b"}}, "id2label must"),
   ("bert", CLASSES | {"id2label": {"0": [1], "1": {}}}, "id2label must"),
   ("bert", CLASSES | {"id2label": {"0": "a", "1": "a"}}, "id2label must"),
-  ("bert", CLASSES | MULTI, "multi_label_classification"),
 ]
 # fmt: on
 
@@ -173,6 +174,23 @@ def test_to_hf_is_the_inverse_of_describe(name, head):
   assert described.label_names == (
     ("class 0", "class 1", "class 2") if head == "classify" else ()
   )
+  assert hf_config.describe(hf_config.to_hf(described)) == described
+
+
+@pytest.mark.parametrize(
+  ("options", "task", "num_outputs"),
+  [
+    ({"num_labels": 1}, "regress", 1),
+    ({"id2label": {"0": "x"}, "problem_type": "regression"}, "regress", 1),
+    ({"id2label": {"0": "x", "1": "y"}} | MULTI, "multilabel", 2),
+    ({"num_labels": 3}, "classify", 3),
+  ],
+)
+def test_problem_type_is_the_task_in_both_directions(
+  options, task, num_outputs
+):
+  described = hf_config.describe(FAMILIES["bert"] | CLASSES | options)
+  assert (described.task, described.num_classes) == (task, num_outputs)
   assert hf_config.describe(hf_config.to_hf(described)) == described
 
 

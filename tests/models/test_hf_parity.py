@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
+from folding.data import batches
 from folding.data import tokenizers as tokenizers_lib
 from folding.models import hf_config, hf_weights
 from tests.models import checkpoints
@@ -34,12 +36,12 @@ HEADS = {
 }
 
 
-def _random_model(name, head):
+def _random_model(name, head, num_labels=checkpoints.C):
   """Returns a model of transformers whose every parameter is random."""
   values = dict(FAMILIES[name])
   config = transformers.AutoConfig.for_model(**values)
   if head == "classify":
-    config.num_labels = checkpoints.C
+    config.num_labels = num_labels
     config.pad_token_id = values.get("pad_token_id", 0)
   torch.manual_seed(0)
   model = HEADS[head].from_config(config).eval()
@@ -150,6 +152,66 @@ def test_model_equals_transformers_in_both_directions(name, head, tmp_path):
     np.testing.assert_allclose(
       got[1][mask], expected[1][mask], rtol=1e-5, atol=1e-5
     )
+
+
+PAIRS = [
+  ("a b c", "d e"),
+  ("a b c d e f a b", "f"),  # too long: the first text loses tokens
+  ("c", "b a"),
+]
+
+
+@pytest.mark.parametrize(("family", "outputs"), [("bert", 1), ("roberta", 3)])
+def test_pairs_equal_transformers_from_text(family, outputs, tmp_path):
+  model = _random_model(family, "classify", num_labels=outputs)
+  model.save_pretrained(tmp_path / "theirs")
+  words = list(checkpoints.WORDS)
+  if family == "roberta":  # whose pad token is 1
+    words[:2] = words[1::-1]
+  path = tmp_path / "theirs" / "tokenizer.json"
+  checkpoints.write_tokenizer(path, words)
+  if family == "roberta":
+    inner = tokenizers.Tokenizer.from_file(str(path))
+    inner.post_processor = tokenizers.processors.RobertaProcessing(
+      ("</s>", 2), ("<s>", 0)
+    )
+    inner.save(str(path))
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_file=str(path),
+    pad_token="<pad>",
+    model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+  )
+  batch = theirs(
+    *map(list, zip(*PAIRS, strict=True)),
+    truncation=True,
+    max_length=L,
+    padding=True,
+    return_tensors="pt",
+  )
+  loaded = hf_weights.load_pretrained(tmp_path / "theirs", segments=True)
+  assert loaded.config.segments == (2 if family == "bert" else 0)
+  assert loaded.task == ("regress" if outputs == 1 else "classify")
+  tokenizer = tokenizers_lib.load_tokenizer(loaded.tokenizer_path)
+  rows = batches.encode_rows(tokenizer, PAIRS, L)
+  keep = batch["attention_mask"].numpy() > 0
+  np.testing.assert_array_equal(
+    np.concatenate(rows.ids), batch["input_ids"].numpy()[keep]
+  )
+  segments = batches.segments_of(rows.seconds, keep)
+  types = batch["token_type_ids"].numpy()
+  np.testing.assert_array_equal(segments, types)
+  assert types.any() == (family == "bert")
+
+  tokens = batch["input_ids"].numpy()
+  apply = jax.jit(checkpoints.model_of(loaded).apply, static_argnums=3)
+  ours = apply({"params": loaded.params}, tokens, keep, True, segments)
+  hf_weights.save_pretrained(tmp_path / "ours", loaded.params, loaded)
+  again = HEADS["classify"].from_pretrained(tmp_path / "ours").eval()
+  assert again.config.problem_type == ("regression" if outputs == 1 else None)
+  with torch.no_grad():
+    expected, written = (m(**batch).logits.numpy() for m in (model, again))
+  np.testing.assert_allclose(ours, expected, **TOLERANCE)
+  np.testing.assert_allclose(written, expected, rtol=1e-5, atol=1e-5)
 
 
 def _minilm():

@@ -15,6 +15,7 @@ from folding.serving.export import Loaded
 
 WORDS = "the cat sat on a mat and dog ran to old red barn".split()
 LABELS = ("bad", "so so", "gut äh")
+OUTPUTS = {"classify": LABELS, "multilabel": LABELS, "regress": ("score",)}
 _JITTED: dict[str, Any] = {}
 SHAPE = {"num_layers": 2, "width": 16, "num_heads": 4, "mlp_width": 24}
 
@@ -31,6 +32,7 @@ def word_pieces() -> str:
   inner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
   inner.post_processor = tokenizers.processors.TemplateProcessing(
     single="[CLS] $A [SEP]",
+    pair="[CLS] $A [SEP] $B:1 [SEP]:1",
     special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
   )
   return inner.to_str()
@@ -53,7 +55,7 @@ def make(
     )
   )
   tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(word_pieces()))
-  labels = LABELS if task == "classify" else ()
+  labels = OUTPUTS.get(task, ())
   rows = tokenizer.vocab_size
   net = make_model(config, rows, len(labels))
   tokens = jnp.zeros((1, 4), jnp.int32)

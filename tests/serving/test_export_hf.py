@@ -111,6 +111,28 @@ def test_transformers_predicts_the_same_from_text(
     assert list(theirs.config.id2label.values()) == list(model.labels)
 
 
+@pytest.mark.filterwarnings("ignore")  # those of torch
+def test_transformers_scores_the_same_pairs(transformers, tmp_path):
+  import torch
+
+  shape = dataclasses.replace(_ENCODER, segments=2)
+  model = models.make("regress", shape)
+  model.config.data.text_field = ("a", "b")
+  export_lib.export_hf(tmp_path / "out", model)
+  kind = transformers.AutoModelForSequenceClassification
+  theirs = kind.from_pretrained(tmp_path / "out").eval()
+  assert (theirs.config.problem_type, theirs.num_labels) == ("regression", 1)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  pairs = [("the cats sat", "a dog"), ("ran", "the old red barn")]
+  batch = tokenizer(pairs, return_tensors="pt", padding=True)
+  with torch.no_grad():
+    scores = theirs(**batch).logits[:, 0].numpy()
+  again = folding.load(tmp_path / "out", pairs=True)
+  for loaded in (model, again):
+    found = [one.label for one in predict.predict(loaded, pairs)]
+    np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", _CASES)
 def test_load_reads_it_back_and_predicts_the_same(make, name, tmp_path):
   model = make(name)

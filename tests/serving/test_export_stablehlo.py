@@ -41,6 +41,19 @@ def _apply(model, tokens, keep):
   return np.asarray(apply({"params": model.params}, tokens, keep))
 
 
+def test_program_of_pairs_reads_segments(tmp_path):
+  model = models.make(model=c.bert(**models.SHAPE, segments=2))
+  export_lib.export_stablehlo(tmp_path / "out", model)
+  tokens, keep = _batch(model, 9)
+  segments = (keep & (np.arange(9) > 4)).astype(np.int32)
+  apply = jax.jit(model.model.apply, static_argnums=3)
+  expected = apply({"params": model.params}, tokens, keep, True, segments)
+  found = _load(tmp_path / "out").call(tokens, keep, segments)
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+  meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+  assert [*meta["inputs"]] == ["tokens", "mask", "segments"]
+
+
 def _load(folder):
   data = (folder / "model.stablehlo").read_bytes()
   return jax.export.deserialize(bytearray(data))

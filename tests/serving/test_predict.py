@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import types
@@ -6,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from folding import config as c
 from folding.errors import ConfigError
 from folding.serving import predict as predict_lib
 from tests.serving import models
@@ -41,6 +43,43 @@ def test_prediction_is_that_of_the_text_alone(model, batch_size, at_once):
     np.testing.assert_allclose(one.probabilities, expected, atol=2e-6)
     assert one.label == model.labels[int(expected.argmax())]
   assert {one.label for one in found} == set(model.labels)
+
+
+@pytest.mark.parametrize("task", ["regress", "multilabel"])
+def test_scores_and_several_labels_of_a_text(task):
+  model = models.make(task)
+  texts = ["the cat", "a dog ran to the mat"]
+  for one in predict_lib.predict(model, texts, batch_size=2):
+    logits = models.logits(model, one.text)
+    if task == "regress":
+      assert one.label == pytest.approx(float(logits[0]), abs=2e-6)
+      continue
+    expected = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    np.testing.assert_allclose(one.probabilities, expected, atol=2e-6)
+    named = [x for x, p in zip(model.labels, expected, strict=True) if p > 0.5]
+    assert list(one.label) == named
+
+
+def test_pairs_are_read_with_their_segments():
+  shape = c.bert(**models.SHAPE, segments=2)
+  model = models.make(model=shape)
+  model.config.data.text_field = ("a", "b")
+  pair = ("the cat", "a dog ran")
+  [one] = predict_lib.predict(model, [pair], batch_size=2)
+  tokenizer = model.tokenizer
+  ids = [tokenizer.encode_batch([text], 9)[0].tolist() for text in pair]
+  joined = np.array([[*ids[0], *ids[1][1:]]])
+  types = (np.arange(joined.size) >= len(ids[0]))[None].astype(int)
+  apply = jax.jit(model.model.apply, static_argnums=3)
+  logits = apply({"params": model.params}, joined, None, True, types)
+  expected = np.exp(logits[0]) / np.exp(logits[0]).sum()
+  np.testing.assert_allclose(one.probabilities, expected, atol=2e-6)
+  with pytest.raises(ConfigError, match="reads pairs .a and b."):
+    list(predict_lib.predict(model, ["the cat"]))
+  with pytest.raises(ConfigError, match="a text is a pair"):
+    list(predict_lib.predict(models.make(), [pair]))
+  with pytest.raises(ConfigError, match="line 2 has 1 texts .*a<TAB>b"):
+    list(predict_lib.pairs(["x\ty", "x"], ("a", "b")))
 
 
 def test_text_without_tokens_is_read_as_an_end():
@@ -145,8 +184,17 @@ _ANSWERS = [
 ]
 
 
+def _lines(form, answers=_ANSWERS, labels=("bad", "so\tso"), **fields):
+  """Returns the lines of answers of a model with these fields."""
+  made = models.make()
+  config = dataclasses.replace(made.config, task=fields.get("task", "classify"))
+  config.data.text_field = fields.get("text_field")
+  loaded = dataclasses.replace(made, config=config, labels=labels)
+  return list(predict_lib.lines_of(loaded, answers, form))
+
+
 def test_tsv_has_a_header_and_a_line_per_text():
-  assert list(predict_lib.tsv_lines(_ANSWERS, ("bad", "so\tso"))) == [
+  assert _lines("tsv") == [
     "label\tbad\tso so",
     "bad\t0.750000\t0.250000",
     "so so\t0.000000\t1.000000",
@@ -154,7 +202,7 @@ def test_tsv_has_a_header_and_a_line_per_text():
 
 
 def test_jsonl_has_text_label_and_probabilities():
-  lines = list(predict_lib.jsonl_lines(_ANSWERS, ("bad", "so\tso")))
+  lines = _lines("jsonl")
   assert "é" in lines[1]
   assert [json.loads(line) for line in lines] == [
     {
@@ -168,3 +216,24 @@ def test_jsonl_has_text_label_and_probabilities():
       "probabilities": {"bad": 0.0, "so\tso": 1.0},
     },
   ]
+
+
+def test_scores_and_several_labels_have_columns_of_their_own():
+  score = [predict_lib.Prediction(("a", "b"), 2.5, np.zeros(0, np.float32))]
+  options = {"task": "regress", "text_field": ("p", "q"), "labels": ("score",)}
+  assert _lines("tsv", score, **options) == ["score", "2.500000"]
+  [line] = _lines("jsonl", score, **options)
+  assert json.loads(line) == {"p": "a", "q": "b", "score": 2.5}
+  share = np.array([0.75, 0.625], np.float32)
+  both = [predict_lib.Prediction("t", ("x", "y"), share)]
+  options = {"task": "multilabel", "labels": ("x", "y")}
+  assert _lines("tsv", both, **options) == [
+    "labels\tx\ty",
+    "x,y\t0.750000\t0.625000",
+  ]
+  [line] = _lines("jsonl", both, **options)
+  assert json.loads(line) == {
+    "text": "t",
+    "labels": ["x", "y"],
+    "probabilities": {"x": 0.75, "y": 0.625},
+  }

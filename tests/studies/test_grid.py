@@ -36,7 +36,7 @@ def write_result(trial, **changes):
   result = {
     "finished": True,
     "seconds": 1.0,
-    "test": {"accuracy": 0.5},
+    "test": {c.quality(config): 0.5},
     "parameters": {"overall": {"stored": 10}},
   }
   path = pathlib.Path(trial.run, "result.json")
@@ -144,7 +144,9 @@ def test_run_study_trains_starts_first_and_skips_what_is_finished(
   second = FakeEngine()
   grid.run_study(study, str(tmp_path), second)
   assert second.names == ["a--ours--30--s0"]
-  assert capsys.readouterr().out.startswith("[4/4] a--ours--30--s0: accuracy")
+  assert capsys.readouterr().out.startswith(
+    "[4/4] a--ours--30--s0: bits_per_byte"
+  )
 
 
 def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
@@ -185,7 +187,7 @@ def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
   assert "a--wanda--50--s0" not in engine.names
   lines = capsys.readouterr().out.splitlines()
   assert sum("failed: " in line for line in lines) == 6
-  assert sum("accuracy" in line for line in lines) == 2  # dense, ours
+  assert sum("bits_per_byte" in line for line in lines) == 2  # dense, ours
 
 
 def test_run_study_refuses_finished_runs_of_another_config(tmp_path):

@@ -9,7 +9,7 @@ from folding import config as c
 from folding.config import MeshConfig
 from folding.errors import TrainingError
 from folding.training import sharding
-from folding.training.evaluate import evaluate, make_eval_step
+from folding.training.evaluate import evaluate, make_eval_step, score
 from tests.training import tiny
 
 
@@ -67,11 +67,39 @@ def test_evaluate_of_padded_batches_equals_one_batch_in_float64(
       part[name] = np.concatenate([x, extra])
     parts.append(part)
   figures = evaluate(make_eval_step(model), params, parts, mesh)
-  assert figures.keys() == {"loss", "accuracy", "num_examples"}
+  kinds = {"accuracy", "macro_f1", "matthews"}
+  assert figures.keys() == {"loss", "num_examples", *kinds}
   assert figures["loss"] == pytest.approx(nats.mean(), rel=1e-5)
   assert figures["accuracy"] == pytest.approx(accuracy, rel=1e-6)
   assert 0 < accuracy < 1
   assert figures["num_examples"] == 10
+
+
+def test_metrics_are_those_of_their_definitions():
+  labels = np.array([0, 0, 0, 1, 1, 2], np.int32)
+  found = np.array([0, 0, 1, 1, 2, 2])
+  metrics = score(np.eye(3)[found], labels, "classify")
+  # F1 of a class is 2 hits / (its rows + its predictions).
+  f1 = np.mean([4 / 5, 2 / 4, 2 / 3])
+  # The correlation of the one-hot labels and predictions (Gorodkin 2004).
+  a, b = np.eye(3)[labels], np.eye(3)[found]
+  a, b = a - a.mean(0), b - b.mean(0)
+  rk = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+  expected = {"accuracy": 4 / 6, "macro_f1": f1, "matthews": rk}
+  assert metrics == pytest.approx(expected)
+
+  hot = np.array([[1, 0], [1, 1], [0, 0]], np.float32)
+  logits = np.array([[2.0, -1], [3, -2], [-1, -1]])
+  metrics = score(logits, hot, "multilabel")
+  assert metrics == pytest.approx({"accuracy": 2 / 3, "macro_f1": 0.5})
+
+  scores = np.array([1, 2, 4, 8], np.float32)
+  metrics = score(np.array([[1.0], [4], [2], [9]]), scores, "regress")
+  x, y = np.array([1, 4, 2, 9]), scores
+  pearson = np.corrcoef(x, y)[0, 1]
+  assert metrics == pytest.approx({"pearson": pearson, "spearman": 0.8})
+  same = score(np.ones((4, 1)), scores, "regress")
+  assert same == {"pearson": 0.0, "spearman": 0.0}
 
 
 def test_evaluate_of_a_uniform_model_has_its_closed_form(mesh):
@@ -107,7 +135,7 @@ def evaluate_nats(mesh, nats):
   """Returns the metrics of one batch with a given loss."""
 
   def eval_step(params, batch):
-    return {"nats": params, "weight": 1.0, "correct": 0.0}
+    return {"loss": params, "weight": 1.0}
 
   return evaluate(eval_step, nats, [tiny.batch(0)], mesh, num_bytes=1.0)
 

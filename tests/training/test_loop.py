@@ -118,7 +118,7 @@ def test_evaluate_with_limit_takes_its_share_of_bytes(tiny_run):
   assert part["num_tokens"] == 8 * 16  # one batch
   batch = next(this.data.eval_batches("valid"))
   eval_step = evaluate.make_eval_step(this.model)
-  nats = float(eval_step(state.params, batch)["nats"])
+  nats = float(eval_step(state.params, batch)["loss"])
   assert part["loss"] == pytest.approx(nats / 128, rel=1e-6)
   size = this.data.num_bytes["valid"] * 8 / this.data.num_examples["valid"]
   bits = nats / np.log(2) / size

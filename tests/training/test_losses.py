@@ -12,9 +12,8 @@ def oracle(logits, labels, weights):
   one_hot = np.eye(z.shape[-1])[labels.reshape(-1)]
   w = np.asarray(weights, np.float64).reshape(-1)
   return {
-    "nats": w @ -(one_hot * np.log(p)).sum(-1),
+    "loss": w @ -(one_hot * np.log(p)).sum(-1),
     "weight": w.sum(),
-    "correct": w @ (z.argmax(-1) == labels.reshape(-1)),
   }
 
 
@@ -40,6 +39,26 @@ def test_sums_are_those_of_float64(name, shape):
   for key, value in expected.items():
     # A few roundings of float32 a term.
     np.testing.assert_allclose(sums[key], value, rtol=2e-6, err_msg=key)
+
+
+def test_scores_and_several_labels_have_the_losses_of_float64():
+  logits, _, weights = example((6,), 3)
+  rng = np.random.default_rng(1)
+  hot = rng.integers(0, 2, (6, 3)).astype(np.float32)
+  scores = rng.normal(size=6).astype(np.float32)
+  z, w = np.asarray(logits, np.float64), np.asarray(weights, np.float64)
+  p = 1 / (1 + np.exp(-z))
+  nats = -(hot * np.log(p) + (1 - hot) * np.log(1 - p)).sum(-1)
+  for labels, out, each in (
+    (hot, logits, nats),
+    (scores, logits[:, :1], np.square(z[:, 0] - scores)),
+  ):
+    batch = {"labels": jnp.asarray(labels), "weights": jnp.asarray(weights)}
+    sums = losses.summed_loss(jnp.asarray(out), batch)
+    np.testing.assert_allclose(sums["loss"], w @ each, rtol=2e-6)
+    assert sums["weight"] == w.sum()
+  with pytest.raises(AssertionError):  # would broadcast to [6, 3]
+    losses.summed_loss(jnp.asarray(logits), batch)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
@@ -79,6 +98,23 @@ def test_soft_loss_is_the_divergence_of_float64():
     jnp.asarray(logits), jnp.asarray(logits), jnp.asarray(weights), T
   )
   np.testing.assert_allclose(same, 0, atol=1e-6)
+
+
+def test_soft_loss_of_scores_and_several_labels_is_that_of_float64():
+  logits, _, weights = example((6,), 3)
+  taught, T = logits[::-1] * 0.5, 2.0
+  z, t, w = (np.asarray(x, np.float64) for x in (logits, taught, weights))
+  q, p = (1 / (1 + np.exp(-x / T)) for x in (z, t))
+  nats = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+  expected = {
+    "multilabel": T**2 * (nats.sum(-1) @ w) / w.sum(),
+    "regress": np.square(z - t)[:, 0] @ w / w.sum(),
+  }
+  for task, value in expected.items():
+    width = 1 if task == "regress" else 3
+    given = (jnp.asarray(x[:, :width]) for x in (logits, taught))
+    found = losses.soft_loss(*given, jnp.asarray(weights), T, task)
+    np.testing.assert_allclose(found, value, rtol=2e-6)
 
 
 def test_hidden_loss_is_a_share_of_what_counts():

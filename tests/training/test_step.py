@@ -192,7 +192,7 @@ def test_step_weighs_labels_and_teacher(run, start):
     taught = run.model.apply({"params": teacher}, batch["tokens"])
     sums = losses.summed_loss(logits, batch)
     soft = losses.soft_loss(logits, taught, batch["weights"], TEMPERATURE)
-    return 0.3 * sums["nats"] / sums["weight"] + 0.7 * soft
+    return 0.3 * sums["loss"] / sums["weight"] + 0.7 * soft
 
   expected = jax.tree.map(jnp.subtract, start.params, gradient(start.params))
   chex.assert_trees_all_close(new.params, expected, rtol=1e-4, atol=1e-6)
@@ -224,7 +224,7 @@ def test_micro_batches_draw_dropout_of_their_own():
       {"params": state.params}, half["tokens"], None, False, rngs=rngs
     )
     sums = losses.summed_loss(logits, half)
-    return sums["nats"] / sums["weight"]
+    return sums["loss"] / sums["weight"]
 
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
   expected = [float(loss(key)) for key in keys]

@@ -1,0 +1,229 @@
+"""Whole runs of pairs, scores and several labels."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import scipy.stats
+
+import folding
+from folding import cli
+from folding import config as config_lib
+from folding.data.batches import make_data
+from folding.errors import ConfigError
+from folding.reporting import report
+from folding.serving import predict
+from folding.training import compress, loop, run_dir, step
+from folding.training.checkpoint import load_run
+from folding.training.fold_pretrained import embed_batches
+from tests.training.conftest import recovery_config, tiny_config
+
+WORDS = np.array("a b c d e f".split())
+
+
+@pytest.fixture(scope="module")
+def similar(tmp_path_factory):
+  """Returns a folder of pairs, scored by the words that they share."""
+  folder = tmp_path_factory.mktemp("similar")
+  rng = np.random.default_rng(0)
+  for split, rows in (("train", 96), ("valid", 16), ("test", 16)):
+    lines = ["score\tlabel\tsentence1\tsentence2"]
+    for _ in range(rows):
+      pair = rng.choice(WORDS, (2, 4))
+      score = np.isin(*pair).mean()
+      texts = "\t".join(" ".join(words) for words in pair)
+      lines.append(f"{score}\t{'same' if score > 0.5 else 'other'}\t{texts}")
+    (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def two_segments(checkpoint, tmp_path_factory):
+  """Returns the tiny BERT with a segment embedding, and that embedding."""
+  folder = shutil.copytree(checkpoint[0], tmp_path_factory.mktemp("hf") / "two")
+  tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+  [name] = (name for name in tensors if "token_type" in name)
+  shape = tensors[name].shape
+  segments = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  tensors[name] = segments
+  safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+  return folder, segments
+
+
+@pytest.fixture(scope="module")
+def scored(two_segments, similar, tmp_path_factory):
+  """Returns (config, directory, result) of a dense run on scores of pairs."""
+  workdir = str(tmp_path_factory.mktemp("runs") / "scored")
+  options = {"task": "regress", "dense": True, "train__learning_rate": 3e-3}
+  options["model__dropout"] = 0.0
+  config = recovery_config(two_segments[0], similar, **options)
+  return config, workdir, loop.run(config, workdir)
+
+
+def test_scores_of_pairs_are_trained_from_a_checkpoint(scored):
+  config, workdir, result = scored
+  assert result["test"].keys() == {
+    *("loss", "pearson", "spearman", "num_examples", "checkpoint_step")
+  }
+  saved, _, _ = load_run(workdir)
+  assert saved.data.text_field == ("sentence1", "sentence2")
+  assert saved.model.segments == 2
+  assert run_dir.load_labels(workdir) == ("score",)
+  assert loop.run(config, workdir) == result  # the same run, by its config
+  assert "A regression model" in report.describe(report.load_run(workdir))
+
+
+def test_segments_reach_every_program(scored, checkpoint, two_segments):
+  _, workdir, result = scored
+  saved, _, tokenizer = load_run(workdir)
+  data = make_data(saved, tokenizer)
+  _, start, _ = compress.compress_trained(saved, data)
+  segments = start["segment_embed"]["embedding"]
+  np.testing.assert_array_equal(segments, two_segments[1])
+  np.testing.assert_array_equal(
+    start["position_embed"]["embedding"],
+    checkpoint[1]["position_embed"]["embedding"],
+  )
+  run = loop.Run(saved, data)
+  batch = data.train_batch(0)
+  assert batch["segments"].sum(axis=1).min() > 0
+  apply = jax.jit(run.model.apply, static_argnums=3)
+
+  def error(segments):
+    scores = apply(
+      {"params": start}, batch["tokens"], batch["mask"], True, segments
+    )[:, 0]
+    return float(np.square(scores - batch["labels"]).mean())
+
+  # The first training step has the start's loss (dropout is off).
+  first = run_dir.read_metrics(f"{workdir}/metrics.jsonl")[0]
+  assert (first["split"], first["step"]) == ("train", 1)
+  assert first["loss"] == pytest.approx(error(batch["segments"]), rel=1e-5)
+  assert abs(error(None) / first["loss"] - 1) > 1e-4
+
+  # Evaluation and prediction agree.
+  lines = (ln.split("\t") for ln in _lines(saved.data.path, "test"))
+  pairs = [(one, other) for _, _, one, other in lines]
+  labels = [float(ln.split("\t")[0]) for ln in _lines(saved.data.path, "test")]
+  found = [x.label for x in predict.predict(folding.load(workdir), pairs)]
+  loss = np.square(np.subtract(found, labels)).mean()
+  assert result["test"]["loss"] == pytest.approx(loss, rel=1e-5)
+  rank = scipy.stats.spearmanr(found, labels).statistic
+  assert result["test"]["spearman"] == pytest.approx(rank)
+
+  # Calibration reads them, and a teacher that is the student teaches nothing.
+  [x] = embed_batches(saved, start, [batch] * 2).x[:1]
+  expected = jax.jit(run.model.apply, static_argnames="method")(
+    {"params": start},
+    batch["tokens"],
+    segments_BL=batch["segments"],
+    method="embed_tokens",
+  )
+  np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
+  options = dataclasses.replace(
+    run.options(),
+    mesh=None,
+    distillation=step.Distillation(run.model, 1.0, 1.0, 2.0),
+  )
+  totals = step._Totals(np.float32(8), np.float32(100))
+  loss, _ = jax.jit(
+    lambda params, batch: step._loss(
+      params,
+      batch,
+      jax.random.key(0),
+      totals=totals,
+      options=options,
+      teacher_params=params,
+    )
+  )(start, batch)
+  assert abs(loss) < 1e-9
+
+
+def _lines(folder, split):
+  return (pathlib.Path(folder) / f"{split}.tsv").read_text().splitlines()[1:]
+
+
+def test_a_run_on_scores_is_folded_with_itself_as_teacher(
+  scored, similar, tmp_path
+):
+  config = recovery_config(scored[1], similar, train__steps=2)
+  assert (config.task, config.distill.logits) == ("regress", 0.7)
+  result = loop.run(config, str(tmp_path / "run"))
+  assert result["test"]["num_examples"] == 16
+  allocated = sum(np.prod(layer["shape"]) for layer in result["layers"])
+  dense = sum(np.prod(layer["shape"]) for layer in scored[2]["layers"])
+  assert allocated < dense
+
+
+def test_head_of_another_task_is_named(scored, similar, tmp_path, capsys):
+  config = recovery_config(scored[1], similar, task="classify")
+  with pytest.raises(
+    ConfigError, match="is for task 'regress': score"
+  ) as error:
+    loop.run(config, str(tmp_path / "run"))
+  assert "\n" not in str(error.value)
+  config.distill = config_lib.DistillConfig()
+  config = config_lib.resolve(config)
+  compress.compress_trained(config, make_data(config))
+  assert "is for task 'regress': score): these are learned" in (
+    capsys.readouterr().out
+  )
+
+
+def test_scores_are_printed(scored, tmp_path, capsys):
+  file = tmp_path / "pairs.tsv"
+  file.write_text("a b\ta b\nc\td e\n")
+  assert cli.main(["predict", scored[1], str(file)]) == 0
+  header, *lines = capsys.readouterr().out.splitlines()
+  assert header == "score"
+  assert cli.main(["predict", scored[1], str(file), "--format=jsonl"]) == 0
+  rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+  assert [row["sentence2"] for row in rows] == ["a b", "d e"]
+  assert [row["score"] for row in rows] == [float(line) for line in lines]
+  loaded = folding.load(scored[1])
+  assert (loaded.config.task, loaded.labels) == ("regress", ("score",))
+  file.write_text("a b\n")
+  assert cli.main(["predict", scored[1], str(file)]) == 2
+  assert "sentence1<TAB>sentence2" in capsys.readouterr().err
+
+
+def test_several_labels_are_trained_from_scratch(text_file, tmp_path):
+  rows = [
+    {"text": " ".join(WORDS[i % 6 :]), "labels": [*WORDS[i % 6 : i % 6 + 2]]}
+    for i in range(96)
+  ]
+  file = tmp_path / "rows.jsonl"
+  file.write_text("\n".join(map(json.dumps, rows)))
+  config = tiny_config(text_file, steps=4, eval_every=2, metric="accuracy")
+  config.task, config.data.path = "multilabel", str(file)
+  config.model.causal = False
+  result = loop.run(config, str(tmp_path / "run"))
+  assert result["test"].keys() >= {"accuracy", "macro_f1"}
+  assert run_dir.load_labels(str(tmp_path / "run")) == tuple(WORDS)
+
+
+@pytest.mark.parametrize("metric", [None, "matthews", "loss"])
+def test_metric_ranks_checkpoints(metric):
+  train = config_lib.TrainConfig(metric=metric)
+  config = config_lib.Config(task="classify", train=train)
+  found = {"loss": 2.0, "accuracy": 0.75, "matthews": -0.5}
+  expected = {None: 0.25, "matthews": 1.5, "loss": 2.0}[metric]
+  rank = loop._rank(found, config)
+  assert rank == pytest.approx(expected + 2e-6 * (metric != "loss"), rel=1e-9)
+
+
+def test_metric_of_another_task_is_refused():
+  train = config_lib.TrainConfig(metric="spearman")
+  with pytest.raises(ConfigError, match="use accuracy or macro_f1"):
+    config_lib.resolve(
+      config_lib.Config(
+        task="classify",
+        model=config_lib.ModelConfig(causal=False),
+        train=train,
+      )
+    )
