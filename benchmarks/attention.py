@@ -5,12 +5,13 @@
 Causal attention of 8 heads of 32 channels without positions, folded to one
 number a query and key, on one text: s = sqrt(K) q uniform in [-2, 2], t = k of
 deviation 1. Dense is `jax.nn.dot_product_attention` on the unfolded queries and
-keys. Linear is `attend_checked` as models call it: it finds while it runs how
-many nodes make the error at most 1e-4 of the range of the values (here they
-suffice; else it would compute all logits). So both are the same function:
-`error` is their largest difference (the rounding of dense is about 1e-6 of it)
-and `bound` what is proved. Times are of
-the two in turn; `train` is a forward and backward pass, of dense attention up
+keys. Blocks is `attend_by_blocks` as models call it by default: exact, without
+storing all logits. Linear is `attend_checked` as models call it: it finds while
+it runs how many nodes make the error at most 1e-4 of the range of the values
+(here they suffice; else it would compute all logits). So all are the same
+function: `error` is the largest difference of dense and linear (the rounding of
+dense is about 1e-6 of it) and `bound` what is proved. Times are of
+the three in turn, and `times` compares dense and linear; `train` is a forward and backward pass, of dense attention up
 to 4,096 tokens only. FLOPs and bytes moved are XLA's analysis of the compiled
 forward pass; as it counts the body of a loop once, those of linear are its 512
 tokens' (one turn of the loop) times the length. Decoding carries a state of the
@@ -27,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output, timing
-from folding.models import linear_attention
+from folding.config import ModelConfig
+from folding.models import attention, blocks, linear_attention
 from folding.models.linear_attention import Inputs
 
 HEADS, SIZE = 8, 32
@@ -51,7 +53,8 @@ def _measure_length(length: int, rounds: int) -> dict:
   linear = functools.partial(
     linear_attention.attend_checked, causal=True, tolerance=TOLERANCE
   )
-  forward = {"dense": jax.jit(_dense), "linear": jax.jit(linear)}
+  functions = {"dense": _dense, "blocks": _blocks, "linear": linear}
+  forward = {name: jax.jit(f) for name, f in functions.items()}
   out = {name: f(inputs) for name, f in forward.items()}
   span = linear_attention.measure_span(inputs)
   bounds = {n: linear_attention.span_bound(span, n).max() for n in NODES}
@@ -78,10 +81,7 @@ def _measure_length(length: int, rounds: int) -> dict:
     },
   }
   if length <= LONGEST_TRAINED:
-    train = {
-      name: jax.jit(jax.grad(_loss(f)))
-      for name, f in (("dense", _dense), ("linear", linear))
-    }
+    train = {name: jax.jit(jax.grad(_loss(f))) for name, f in functions.items()}
     result["train"] = _compare(train, inputs, rounds)
   return result
 
@@ -98,6 +98,23 @@ def _inputs(length: int) -> Inputs:
 def _dense(x: Inputs):
   q, k = (jnp.repeat(a[..., None], SIZE, -1) for a in (x.q_BLH, x.k_BLJ))
   return jax.nn.dot_product_attention(q, k, x.v_BLIK, is_causal=True)
+
+
+def _blocks(x: Inputs):
+  return blocks.attend_by_blocks(
+    _logits,
+    x.q_BLH[..., None],
+    blocks.Keys(x.k_BLJ[..., None], x.v_BLIK, None),
+    None,
+    causal=True,
+    window=None,
+  )
+
+
+def _logits(q_BLHG, query_L, keys, key_M, slopes_H):
+  bias = attention.position_bias(query_L, key_M, slopes_H, ModelConfig())
+  k_BJGM = keys.k_BMJG.transpose(0, 2, 3, 1)
+  return attention.attention_logits(q_BLHG, k_BJGM, bias, None, head_dim=SIZE)
 
 
 def _loss(attend):
@@ -138,7 +155,7 @@ def main() -> None:
   args = parser.parse_args()
   result = measure(args.rounds, args.longest)
   timed = output.Table(
-    "Dense / linear causal attention in ms, and times as fast (quartiles)",
+    "Dense / blocks / linear causal attention in ms; linear: times as fast",
     ["tokens", "forward", "times", "train", "times"],
     [
       [f"{r['length']:,}", *_cells(r["forward"]), *_cells(r.get("train"))]

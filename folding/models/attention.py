@@ -1,5 +1,6 @@
 """Attention with dense or folded queries and keys, and its positions."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from folding.config import Layer, ModelConfig
+from folding.models import blocks, linear_attention
 from folding.models import decode as decode_lib
-from folding.models import linear_attention
 from folding.models.decode import Cache, Step
 from folding.models.linear_attention import PastState
 from folding.models.projections import DiagonalProjection, HeadProjection
@@ -56,7 +57,7 @@ def attention_logits(
   q_BLHG: Float[Array, "B L H G"],
   k_JGM: Float[Array, "*J G M"],
   bias_HLM: Float[Array, "#H L M"],
-  mask_BM: Bool[Array, "B M"] | None,
+  mask_BM: Bool[Array, "#B M"] | None,
   *,
   head_dim: int,
 ) -> Float[Array, "B H L M"]:
@@ -73,6 +74,52 @@ def attention_logits(
   if mask_BM is not None:
     logits_BHLM = jnp.where(mask_BM[:, None, None], logits_BHLM, _MASKED)
   return logits_BHLM
+
+
+def _block_logits(
+  q_BLHG: Float[Array, "B L H G"],
+  query_L: Int[Array, " L"],
+  keys: blocks.Keys,
+  key_M: Int[Array, " M"],
+  slopes_H: Float[Array, " H"] | None,
+  *,
+  config: ModelConfig,
+  head_dim: int,
+) -> Float[Array, "B H L M"]:
+  """Returns the attention logits of queries and keys at their positions."""
+  return attention_logits(
+    q_BLHG,
+    keys.k_BMJG.transpose(0, 2, 3, 1),
+    position_bias(query_L, key_M, slopes_H, config),
+    keys.mask_BM,
+    head_dim=head_dim,
+  )
+
+
+def position_bias(
+  query_L: Int[Array, " L"],
+  key_M: Int[Array, " M"],
+  slopes_H: Float[Array, " H"] | None,
+  config: ModelConfig,
+) -> Float[Array, "#H L M"]:
+  """Returns ALiBi's -slope |i - j| per head, and the mask of hidden keys.
+
+  Args:
+    query_L: Positions of the queries.
+    key_M: Positions of the keys.
+    slopes_H: ALiBi slopes; None: no ALiBi.
+    config: Says whether later keys are hidden, and those outside of a window.
+  """
+  distance_LM = query_L[:, None] - key_M[None, :]
+  bias_HLM = jnp.zeros((1, *distance_LM.shape), jnp.float32)
+  if slopes_H is not None:
+    bias_HLM = -slopes_H[:, None, None] * jnp.abs(distance_LM)[None]
+  is_seen_LM = jnp.ones(distance_LM.shape, bool)
+  if config.causal:
+    is_seen_LM &= distance_LM >= 0
+  if config.window is not None:
+    is_seen_LM &= jnp.abs(distance_LM) < config.window
+  return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
@@ -273,43 +320,36 @@ class Attention(nn.Module):
   def bias(
     self, query_L: Int[Array, " L"], key_M: Int[Array, " M"]
   ) -> Float[Array, "#H L M"]:
-    """Returns ALiBi's -slope |i - j| per head, and the mask of hidden keys.
-
-    Args:
-      query_L: Positions of the queries.
-      key_M: Positions of the keys.
-    """
-    c = self.config
-    distance_LM = query_L[:, None] - key_M[None, :]
-    bias_HLM = jnp.zeros((1, *distance_LM.shape), jnp.float32)
-    slopes_H = self._slopes()
-    if slopes_H is not None:
-      bias_HLM = -slopes_H[:, None, None] * jnp.abs(distance_LM)[None]
-    is_seen_LM = jnp.ones(distance_LM.shape, bool)
-    if c.causal:
-      is_seen_LM &= distance_LM >= 0
-    if c.window is not None:
-      is_seen_LM &= jnp.abs(distance_LM) < c.window
-    return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
+    """Returns the `position_bias` of this layer."""
+    return position_bias(query_L, key_M, self._slopes(), self.config)
 
   def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H r"]:
     """Attends within whole sequences."""
     c, length = self.config, q.shape[1]
     if mask_BL is not None:
       mask_BL = mask_BL.astype(bool)
-    # Chunks need a known length, which an exported program may leave open.
-    is_known = isinstance(q.shape[0], int) and isinstance(length, int)
+    # Blocks need a known length, which an exported program may leave open.
+    has_length = isinstance(length, int)
+    is_known = has_length and isinstance(q.shape[0], int)
     if c.attention == "linear" and has_rank_1(c, self.layer) and is_known:
       x = self._rank_1(q, k, v, mask_BL)
       return linear_attention.attend_checked(
         x, causal=c.causal, tolerance=TOLERANCE
       )
+    K = self.layer.head_dim
+    if has_length and length > blocks.SIZE:
+      return blocks.attend_by_blocks(
+        functools.partial(_block_logits, config=c, head_dim=K),
+        q,
+        blocks.Keys(k, v, mask_BL),
+        self._slopes(),
+        causal=c.causal,
+        window=c.window,
+      )
     position_L = jnp.arange(length)
     bias_HLM = self.bias(position_L, position_L)
     k_BJGM, v_BIMr = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    return attend(
-      q, k_BJGM, v_BIMr, bias_HLM, mask_BL, head_dim=self.layer.head_dim
-    )
+    return attend(q, k_BJGM, v_BIMr, bias_HLM, mask_BL, head_dim=K)
 
   def _rank_1(self, q, k, v, mask_BL) -> linear_attention.Inputs:
     return rank_1_inputs(self.layer, (q, k, v), self._slopes(), mask_BL)

@@ -9,6 +9,7 @@ import pytest
 
 from folding import config as c
 from folding import paths
+from folding.models import blocks
 from folding.training import sharding
 from tests.training import tiny
 
@@ -89,3 +90,33 @@ def test_count_detects_a_gather():
   sort = jax.jit(lambda x: x < jnp.sort(x.ravel())[4000])
   moves = moved(sort.lower(x).compile().as_text())
   assert ("all-gather", 64 * 128) in moves
+
+
+def test_attention_in_blocks_moves_no_more_than_the_whole(monkeypatch):
+  mesh = sharding.make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
+  run = tiny.make(tiny.config(fpp=c.FPPConfig()))
+  state = jax.eval_shape(run.init)
+  state = placed(mesh, state, state.params)
+  rows = sharding.batch_sharding(mesh, 16)
+  batch = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+    for name, x in tiny.batch(0).items()
+  }
+
+  def program():
+    step = run.step(False, mesh=mesh)
+    return step.lower(state, batch).compile().as_text()
+
+  whole = program()
+  monkeypatch.setattr(blocks, "SIZE", tiny.LENGTH // 2)
+  cut = program()
+  assert cut.count(" while(") > whole.count(" while(")
+  largest, largest_cut = (dict(sorted(moved(text))) for text in (whole, cut))
+  assert largest_cut.keys() <= largest.keys()
+  for kind, size in largest_cut.items():
+    assert size <= largest[kind], kind
+  gathers, gathers_cut = (
+    sorted(size for kind, size in moved(text) if kind == "all-gather")
+    for text in (whole, cut)
+  )
+  assert gathers_cut == gathers

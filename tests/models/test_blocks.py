@@ -1,0 +1,213 @@
+"""Attention in blocks against the same attention with all logits at once."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from folding import config as config_lib
+from folding.models import attention, blocks
+from tests import jaxprs
+from tests.models import oracle
+
+B, L, H, K = 2, 29, 4, 4
+SIZE = 8  # so that 29 positions are four blocks, the last one padded
+D = H * K
+
+# Sums of a few hundred float32 products, relative to the largest result. The
+# gradient of the biases of keys is 0 up to rounding.
+TOLERANCE = 1e-5
+
+
+def normal(seed, *shape):
+  x = np.random.default_rng(seed).normal(size=shape)
+  return jnp.asarray(x, jnp.float32)
+
+
+def make_layer(fold=None, **fields):
+  """Returns an attention layer of width D."""
+  shape = {"num_layers": 1, "width": D, "num_heads": H} | fields
+  config = config_lib.resolve(
+    config_lib.Config(
+      task="classify",
+      preset="none",
+      model=config_lib.ModelConfig(**shape),
+      fold=config_lib.FoldConfig(**(fold or {})),
+    )
+  )
+  [layer] = config_lib.layers_of(config.model, config.fold)
+  init = nn.initializers.lecun_normal()
+  return attention.Attention(config.model, layer, init)
+
+
+def randomized(module):
+  x = jnp.zeros((1, L, D))
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+  leaves, tree = jax.tree.flatten(shapes)
+  values = [0.5 * normal(n, *leaf.shape) for n, leaf in enumerate(leaves)]
+  return jax.tree.unflatten(tree, values)
+
+
+def results(module, params, x, keep, size):
+  """Returns the output and its gradients with blocks of at most `size`."""
+  cotangent = normal(8, B, L, D)
+  if keep is not None:  # no other row has an effect on a model's loss
+    cotangent = jnp.where(keep[..., None], cotangent, 0)
+
+  def output(params, x):
+    out = module.apply({"params": params}, x, keep)
+    return (out * cotangent).sum(), out
+
+  function = jax.jit(jax.value_and_grad(output, argnums=(0, 1), has_aux=True))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(blocks, "SIZE", size)
+    program = function.trace(params, x)
+    (_, out), gradients = program.lower().compile()(params, x)
+  loops = str(program.jaxpr).count("scan[")
+  assert bool(loops) == (size < L)
+  return {"out": out * (cotangent != 0), "gradients": gradients}
+
+
+ONE = {"groups": 1, "values": "diagonal"}
+ROWS = {"groups": 4, "axis": "input", "values": "diagonal"}
+SHARED = {"positions": "rope", "num_kv_heads": 2, "use_bias": False}
+TWO_WAYS = {"causal": False}
+CASES = {
+  "dense_alibi": ({}, {}, None),
+  "low_rank_values": ({"groups": 2, "value_rank": 3}, {}, None),
+  "dense_alibi_both_ways": ({}, TWO_WAYS, None),
+  "dense_alibi_padded": ({}, {}, "left"),
+  "dense_rope_shared_window": ({}, SHARED | {"window": 6}, "right"),
+  "folded_one": (ONE, {}, None),
+  "folded_one_key_head": (
+    ONE | {"groups": 2},
+    TWO_WAYS | {"positions": "none", "num_kv_heads": 1},
+    "right",
+  ),
+  "folded_rope_pairs": (ONE | {"groups": 2, "rope": "pairs"}, SHARED, None),
+  "input_rows_window_both_ways": (ROWS, TWO_WAYS | {"window": 10}, None),
+}
+
+
+@pytest.mark.parametrize(("fold", "kind", "padded"), CASES.values(), ids=CASES)
+def test_layer_in_blocks_equals_the_whole(fold, kind, padded):
+  module = make_layer(fold, **kind)
+  params, x = randomized(module), normal(9, B, L, D)
+  at, keep = np.arange(L), None
+  if padded == "left":
+    keep = jnp.asarray(at >= np.array([[0], [SIZE + 3]]))
+  if padded == "right":
+    keep = jnp.asarray(at < np.array([[L], [SIZE + 3]]))
+  whole, cut = (results(module, params, x, keep, n) for n in (L, SIZE))
+  for (path, a), b in zip(
+    jax.tree.leaves_with_path(whole), jax.tree.leaves(cut), strict=True
+  ):
+    name, scale = jax.tree_util.keystr(path), float(jnp.abs(a).max())
+    np.testing.assert_allclose(
+      b, a, rtol=0, atol=TOLERANCE * max(scale, 5), err_msg=name
+    )
+
+
+def attend(q, keys, config, slopes=None):
+  def logits(q, query_L, keys, key_M, slopes):
+    bias = attention.position_bias(query_L, key_M, slopes, config)
+    k_BJGM = keys.k_BMJG.transpose(0, 2, 3, 1)
+    return attention.attention_logits(q, k_BJGM, bias, keys.mask_BM, head_dim=K)
+
+  return blocks.attend_by_blocks(
+    logits, q, keys, slopes, causal=config.causal, window=config.window
+  )
+
+
+@pytest.fixture
+def small(monkeypatch):
+  monkeypatch.setattr(blocks, "SIZE", SIZE)
+
+
+def test_blocks_equal_loops_in_float64(small):
+  q, k, v = normal(0, B, L, H, 2), normal(1, B, L, 2, 2), normal(2, B, L, H, K)
+  slopes = jnp.array([0.1, 0.2, 0.5, 1.0])
+  keep = jnp.asarray(np.eye(B, L, 1) + np.eye(B, L, 4) == 0)
+  config = config_lib.ModelConfig(causal=True, window=11)
+  out = attend(q, blocks.Keys(k, v, keep), config, slopes)
+  distance = np.arange(L)[:, None] - np.arange(L)
+  bias = -np.asarray(slopes)[:, None, None] * distance
+  bias = np.where((distance >= 0) & (distance < 11), bias, -np.inf)
+  expected = oracle.attend(q, k, v, bias, keep)
+  np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, SIZE, SIZE + 1, SIZE + 2])
+def test_window_at_the_edge_of_a_block_hides_no_key(small, window, causal):
+  config = config_lib.ModelConfig(causal=causal, window=window)
+  # One key is much larger than all others: wherever it is seen, it wins.
+  q = jnp.ones((1, 4 * SIZE, 1, K))
+  at = np.arange(4 * SIZE)
+  for key in (SIZE - 1, SIZE, 2 * SIZE):
+    k = jnp.zeros((1, 4 * SIZE, 1, K)).at[:, key].set(50.0)
+    v = jnp.zeros((1, 4 * SIZE, 1, K)).at[:, key].set(1.0)
+    out = attend(q, blocks.Keys(k, v, None), config)[0, :, 0, 0]
+    seen = np.abs(at - key) < window
+    seen &= (at >= key) if causal else True
+    np.testing.assert_array_equal(np.round(out, 3), seen)
+
+
+def test_bfloat16_is_summed_in_float32(small):
+  config = config_lib.ModelConfig(causal=False)
+  q, k, v = (jnp.bfloat16(normal(n, B, L, H, K)) for n in range(3))
+  out = attend(q, blocks.Keys(k, v, None), config)
+  assert out.dtype == jnp.bfloat16
+  expected = oracle.attend(q, k, v, np.zeros((1, L, L)), None)
+  # Weights and the result are rounded to 8 bits, sums are not.
+  np.testing.assert_allclose(
+    out.astype(jnp.float32), expected, rtol=0, atol=2**-7
+  )
+
+
+def test_row_without_any_key_is_finite(small):
+  config = config_lib.ModelConfig(causal=True)
+  q, k, v = (normal(n, B, L, H, K) for n in range(3))
+  keep = jnp.asarray(np.arange(L) >= np.array([[0], [L]]))
+
+  def total(q, k, v):
+    return attend(q, blocks.Keys(k, v, keep), config).sum()
+
+  found = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+  assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found))
+
+
+def test_long_sequences_have_no_array_of_all_logits():
+  length = 4096
+  module = make_layer({"groups": 1})
+  shapes = jax.eval_shape(
+    module.init, jax.random.key(0), jnp.zeros((1, length, D))
+  )
+  x = jax.ShapeDtypeStruct((B, length, D), jnp.float32)
+
+  def largest():
+    def loss(params, x):
+      return (module.apply(params, x) ** 2).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(shapes, x)
+    return max(jaxprs.sizes(program.jaxpr))
+
+  assert largest() <= max(B * length * D, B * H * blocks.SIZE**2)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(blocks, "SIZE", length)  # all at once: the test can see
+    assert largest() == B * H * length**2
+
+
+def test_prefill_of_a_long_prompt_equals_the_whole(monkeypatch):
+  module = make_layer({"groups": 2})
+  params, x = {"params": randomized(module)}, normal(9, B, L, D)
+  keep = jnp.asarray(np.arange(L) >= np.array([[0], [5]]))
+
+  def prefill():
+    out, _ = module.apply(params, x, keep, None, method="prefill")
+    return np.asarray(out)[keep]
+
+  whole = prefill()
+  monkeypatch.setattr(blocks, "SIZE", SIZE)
+  np.testing.assert_allclose(prefill(), whole, rtol=0, atol=TOLERANCE)
