@@ -1,45 +1,28 @@
-r"""Folds a trained model and recovers it: `--config=configs/pretrained.py:PATH`.
+r"""Makes a trained model smaller and recovers it: `--config=configs/pretrained.py:PATH`.
 
 PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, XLM-RoBERTa,
 GPT-2, Llama, Mistral, Qwen2), or a dense run. PATH,0.3 makes it 30% smaller
-instead of 70%.
+instead of 70%. Arrays are smaller from the first step: a plan chooses the groups
+of W_Q and W_K, the rank of W_V and W_O and the neurons of each layer, and tokens
+that are used least leave the tokenizer of a classifier.
 
 Tune:    folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True
          for scores add --config.task=regress, for several labels multilabel
-Fold:    folding train --config=configs/pretrained.py:DENSE --workdir=RUN
-         folds the dense run, which is its own teacher (README has figures)
+Shrink:  folding train --config=configs/pretrained.py:DENSE --workdir=RUN
+         compresses the dense run, which is its own teacher (README has figures)
 At once: the first command without --config.dense=True. The way for a language
          model, whose teacher is the checkpoint; a classifier has no teacher and
          is less accurate
-Plan:    add --config.compress.plan=auto: each layer by the error that it adds
 """
 
 import os
 import re
-from typing import Any
 
 from folding import config as c
 from folding.data import tokenizers, trim
 from folding.errors import ConfigError
 from folding.models import hf_weights
-from folding.typed import edited
-
-
-def recovery(level: float, task: str) -> dict[str, Any]:
-  """Returns edits of a `Config` that save a fraction of a trained model.
-
-  At low levels pruning loses less than folding, and less has to be recovered
-  (docs/experiments.md has figures).
-  """
-  edits: dict[str, Any] = {"fpp.overall": level}
-  if level <= 0.4:
-    edits["fold.groups"] = 0
-  if level <= 0.5:
-    edits["fold.values"] = "dense"
-    if task != "lm":
-      edits["train.learning_rate"] = 1e-4
-  return edits
 
 
 def get_config(where: str = "") -> c.Config:
@@ -89,10 +72,7 @@ def get_config(where: str = "") -> c.Config:
   groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
   if is_rotary:  # by whole pairs, which need not divide it
     groups = max(2, K // 8 * 2)
-  shares_width = model.num_heads * model.head_dim == model.width
-  # A diagonal W_V has no bias; only a bias of W_O can replace the dense one.
-  has_place = bool(model.use_bias) or not model.qkv_bias
-  config = c.Config(
+  return c.Config(
     task=task,
     preset="paper",
     pretrained=path,
@@ -101,16 +81,23 @@ def get_config(where: str = "") -> c.Config:
     fold=c.FoldConfig(
       groups=groups,
       rope="pairs" if is_rotary else "copy",
-      values=None if shares_width and has_place else "dense",
+      values="dense",
     ),
     fpp=c.FPPConfig(
       embedding_granularity=granularity,
       # For language models too: stories260K, 50% smaller and recovered, has
       # perplexity 8.4 with 1 and 9.8 with 0.2 (one seed).
       embedding_share=1.0,
-      # Early, so that most of a short training recovers from pruning.
+      granularity="neuron",
+      attention="none",  # of low rank instead
+      overall=level,
+      # While training, early, so that most of it recovers from pruning.
       begin=0.02,
       end=0.3,
+    ),
+    # Before training, except for rows of an embedding that cannot be trimmed.
+    compress=c.CompressConfig(
+      plan="auto", prune="none" if granularity == "row" else "sparsegpt"
     ),
     distill=c.DistillConfig(logits=0.7, hidden=10.0)
     if knows_task
@@ -122,4 +109,3 @@ def get_config(where: str = "") -> c.Config:
       eval_every=250,
     ),
   )
-  return edited(config, recovery(level, task) if level else {})

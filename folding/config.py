@@ -518,7 +518,7 @@ class Config:
     if not f.prunes:
       raise ConfigError(
         "compress.prune prunes by fpp, which prunes nothing here; set "
-        "fpp.overall, or leave compress.prune out of a dense run"
+        "fpp.overall"
       )
     if f.tolerance is not None:
       raise ConfigError(
@@ -643,6 +643,7 @@ def resolve(config: Config) -> Config:
   c = from_dict(to_dict(config))
   if c.dense:
     c.preset, c.fold, c.fpp = "none", FoldConfig(), FPPConfig(score=c.fpp.score)
+    c.compress = CompressConfig()
     if c.distill.teacher is None:  # it would be the untrained model
       c.distill = DistillConfig()
   m, f, preset = c.model, c.fpp, PRESETS[c.preset]
@@ -727,10 +728,7 @@ def unshrunk(config: Config) -> Config:
 
 def dense_twin(config: Config) -> Config:
   """Returns the resolved config of the dense baseline of a run."""
-  dense = dataclasses.replace(
-    unshrunk(config), dense=True, compress=CompressConfig()
-  )
-  return resolve(dense)
+  return resolve(dataclasses.replace(unshrunk(config), dense=True))
 
 
 def quality(config: Config) -> str:

@@ -35,6 +35,19 @@ _RECOVERY: Edits = {
 }
 
 
+_PLANNED = Method(
+  "the plan of configs/pretrained.py: groups of W_Q and W_K, rank of W_V and W_O "
+  "and neurons of each layer, all removed before recovery",
+  lambda base, level: {
+    "compress.plan": "auto",
+    "compress.prune": "sparsegpt",
+    "fpp.granularity": "neuron",
+    "fpp.attention": "none",
+    "fpp.overall": level,
+  },
+)
+
+
 def get_study(where: str = "") -> Study:
   """Returns the study of a checkpoint and folders of data.
 
@@ -63,6 +76,8 @@ def get_study(where: str = "") -> Study:
 def _base(base: Config, scratch: Config) -> Config:
   base.data.path = scratch.data.path
   base.distill = c.DistillConfig()  # only recovery has a teacher
+  base.compress = c.CompressConfig()  # only ours has a plan
+  base.fpp.granularity, base.fpp.attention = "weight", "output"
   base.train.learning_rate = 1e-4
   base.data.length = min(base.data.length, 48)
   base.train.steps, base.train.eval_every = 400, 80
@@ -81,16 +96,11 @@ def _recovered(name: str, method: Method) -> Method:
     own |= method.edits(base, level)
     if name == "fpp":
       own["fpp.attention"] = "all"
-    recovery = pretrained.recovery(level, base.task)
-    if name != OURS:
-      recovery = {k: v for k, v in recovery.items() if k.startswith("train.")}
-    return own | recovery
+    if level <= 0.5 and base.task == "classify":
+      own["train.learning_rate"] = 1e-4
+    return own
 
   about = method.about
   if name == OURS:
-    about = (
-      "folding and FPP: W_V diagonal above 50%, W_Q and W_K at the G of "
-      "configs/pretrained.py above 40%, the rest by FPP, whole neurons of "
-      "feed-forward layers"
-    )
+    method, about = _PLANNED, _PLANNED.about
   return dataclasses.replace(method, about=about, edits=edits, after=True)

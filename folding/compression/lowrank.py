@@ -162,12 +162,13 @@ class FoldedValues(NamedTuple):
   Attributes:
     v: "kernel" [D, J, r] and maybe "bias" [J, r].
     o: "kernel" [H, r, D] and maybe "bias" [D].
-    error: E |y - y^|^2 of the output y of attention, per token.
+    wrong: [HK, D]; an input c of the dense W_O has the error c wrong in the
+      output of attention, apart from a constant.
   """
 
   v: dict[str, np.ndarray]
   o: dict[str, np.ndarray]
-  error: float
+  wrong: np.ndarray
 
 
 def fold_values(
@@ -223,8 +224,7 @@ def fold_values(
   new_o = {"kernel": new.reshape(H, rank, D).astype(np.float32)}
   if "bias" in o:
     new_o["bias"] = (o["bias"] + mean @ wrong).astype(np.float32)
-  error = float(np.sum(wrong * (moment @ wrong)))
-  return FoldedValues(_split(new_v, v), new_o, error)
+  return FoldedValues(_split(new_v, v), new_o, wrong)
 
 
 def fold_input_rows(
@@ -294,6 +294,18 @@ def regress(
     variance: Sum of squares of the targets around their mean, for r2.
     prior_nm: Weights without data; None: zero.
   """
+  # Features that are always 0, such as those of removed neurons, cost time.
+  lives_n = np.diagonal(gram_2nn, axis1=1, axis2=2).any(0)
+  if lives_n.any() and not lives_n.all():
+    live = regress(
+      gram_2nn[:, lives_n][:, :, lives_n],
+      cross_2nm[:, lives_n],
+      square_2,
+      variance,
+    )
+    weights = np.zeros(cross_2nm.shape[1:])
+    weights[lives_n] = live.weights
+    return Regression(weights + (0 if prior_nm is None else prior_nm), live.r2)
   error = np.zeros(len(_RIDGES))
   for half in range(2):
     other, (size, basis) = 1 - half, _spectrum(gram_2nn[half])

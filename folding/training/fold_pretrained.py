@@ -330,11 +330,8 @@ def fold_layer(
   attn = dict(old["attn"])
   figures = _figures(layer)
   if layer.groups:
-    heads = fold_heads(m, layer, attn, head_moments(dense, old, stream))
-    attn |= {"q": heads.q, "k": heads.k}
-    figures["logits_kept"] = heads.kept
-    if heads.frequency is not None and layer.groups != m.head_dim:
-      attn["frequency"] = heads.frequency
+    moments = head_moments(dense, old, stream)
+    attn, figures["logits_kept"] = fold_logits(m, layer, attn, moments)
   if layer.values != "dense":
     del attn["v"]
   if layer.values == "diagonal":  # the fitted W_O can express any other
@@ -397,7 +394,7 @@ class HeadMoments(NamedTuple):
 
 
 def head_moments(block: Block, params: Params, stream: Stream) -> HeadMoments:
-  """Returns what `fold_heads` needs of a layer's input."""
+  """Returns what `fold_logits` needs of a layer's input."""
   sums = total(functools.partial(_moment_sums, block, params), *stream)
   return HeadMoments(*(a / stream.num_tokens for a in sums))
 
@@ -413,20 +410,32 @@ def _moment_sums(block, params, x, mask):
   return [second_moment(part, part) for part in parts]
 
 
-def fold_heads(
+def fold_logits(
   m: ModelConfig, layer: Layer, attn: Params, moments: HeadMoments
-) -> lowrank.FoldedHeads:
-  """Returns W_Q and W_K of a dense attention layer, folded as `layer` says."""
+) -> tuple[dict[str, Any], float | None]:
+  """Returns an attention layer with folded W_Q and W_K, and their `kept`.
+
+  Args:
+    m: Resolved.
+    layer: Has the groups, at least one.
+    attn: Parameters of the dense layer.
+    moments: Of its input.
+  """
   q, k, (second, centred) = attn["q"], attn["k"], moments
   if layer.axis == "input":
     rows = [lowrank.fold_input_rows(w, second, layer.groups) for w in (q, k)]
-    return lowrank.FoldedHeads(*rows, kept=None)
-  if m.positions == "rope":
-    frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
-    return lowrank.fold_rotary_heads(
-      q, k, second, second, layer.groups, frequencies
-    )
-  return lowrank.fold_heads(q, k, second, centred, layer.groups)
+    return {**attn, "q": rows[0], "k": rows[1]}, None
+  if m.positions != "rope":
+    heads = lowrank.fold_heads(q, k, second, centred, layer.groups)
+    return {**attn, "q": heads.q, "k": heads.k}, heads.kept
+  frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
+  heads = lowrank.fold_rotary_heads(
+    q, k, second, second, layer.groups, frequencies
+  )
+  folded = {**attn, "q": heads.q, "k": heads.k}
+  if layer.groups != m.head_dim:
+    folded["frequency"] = heads.frequency
+  return folded, heads.kept
 
 
 def _refit(

@@ -105,6 +105,10 @@ def recovery_config(source, topics, **fields) -> c.Config:
   config.compress.calibration, config.compress.fit_steps = 96, 50
   config.train.steps, config.train.eval_every = 6, 3
   config.train.tensorboard = False
+  # Single weights by FPP and a diagonal W_V: nothing that costs a plan.
+  config.compress.plan, config.compress.prune = "same", "none"
+  config.fpp.granularity, config.fpp.attention = "weight", "output"
+  config.fold.values = "diagonal"
   config.fpp.checks, config.fpp.overall = 2, 0.5
   for name, value in fields.items():
     section, _, field = name.rpartition("__")

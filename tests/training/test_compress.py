@@ -205,6 +205,25 @@ def test_resumed_fold_equals_an_uninterrupted_one(
     np.testing.assert_array_equal(a, b)
 
 
+def test_default_recipe_makes_arrays_small(dense_run, topics):
+  config = pretrained_config.get_config(f"{dense_run},0.4")
+  config.data.path, config.compress.fit_steps = str(topics), 5
+  config.compress.calibration = 96
+  config = c.resolve(config)
+  data = compress.trim_vocabulary(config, make_data(config))
+  small, params, report = compress.compress_trained(config, data)
+  kept = sum(w.size for w in jax.tree.leaves(params))
+  _, dense = compress.dense_start(str(dense_run), config, make_data(config))
+  assert kept <= 0.6 * sum(w.size for w in jax.tree.leaves(dense))
+  assert any(row["values"].startswith("rank") for row in report)
+  for name, w in paths.flatten(params).items():
+    if name.endswith("kernel"):
+      assert np.count_nonzero(w) == w.size, name
+  run = Run(small, data)
+  theirs = run.evaluate(run.init_from(params).params, "valid")
+  assert theirs["accuracy"] > 0.5  # as the dense run has it
+
+
 @pytest.mark.slow
 def test_allocation_is_saved_and_reused(dense_run, topics, tmp_path):
   workdir = tmp_path / "run"
