@@ -20,9 +20,10 @@ import os
 import re
 
 from folding import config as c
-from folding.data import tokenizers, trim
+from folding.data import tokenizers
 from folding.errors import ConfigError
 from folding.models import hf_weights
+from folding.training.compress import recipe
 
 
 def get_config(where: str = "") -> c.Config:
@@ -63,42 +64,12 @@ def get_config(where: str = "") -> c.Config:
   # learns the task, as its head may be for other classes.
   knows_task = is_run or task == "lm"
   model.dropout = 0.0 if knows_task else 0.1
-  granularity = "weight"  # of the embedding
-  if task != "lm":
-    is_trimmable = trim.can_trim(tokenizers.load_tokenizer(data.tokenizer))
-    granularity = "trim" if is_trimmable else "row"
-  # A quarter of a head: fewer groups cost more than pruning as much elsewhere.
-  K, is_rotary = model.head_dim, model.positions == "rope"
-  groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
-  if is_rotary:  # by whole pairs, which need not divide it
-    groups = max(2, K // 8 * 2)
-  return c.Config(
+  config = c.Config(
     task=task,
     preset="paper",
     pretrained=path,
     data=data,
     model=model,
-    fold=c.FoldConfig(
-      groups=groups,
-      rope="pairs" if is_rotary else "copy",
-      values="dense",
-    ),
-    fpp=c.FPPConfig(
-      embedding_granularity=granularity,
-      # For language models too: stories260K, 50% smaller and recovered, has
-      # perplexity 8.4 with 1 and 9.8 with 0.2 (one seed).
-      embedding_share=1.0,
-      granularity="neuron",
-      attention="none",  # of low rank instead
-      overall=level,
-      # While training, early, so that most of it recovers from pruning.
-      begin=0.02,
-      end=0.3,
-    ),
-    # Before training, except for rows of an embedding that cannot be trimmed.
-    compress=c.CompressConfig(
-      plan="auto", prune="none" if granularity == "row" else "sparsegpt"
-    ),
     distill=c.DistillConfig(logits=0.7, hidden=10.0)
     if knows_task
     else c.DistillConfig(),
@@ -109,3 +80,4 @@ def get_config(where: str = "") -> c.Config:
       eval_every=250,
     ),
   )
+  return recipe(config, tokenizers.load_tokenizer(data.tokenizer), level)

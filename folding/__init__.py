@@ -22,6 +22,7 @@ if TYPE_CHECKING:
   from folding.models.shrink import shrink as shrink
   from folding.models.transformer import Transformer as Transformer
   from folding.models.transformer import make_model as make_model
+  from folding.serving.compress import compress as compress
   from folding.serving.export import load as load
   from folding.training.fold_pretrained import (
     fold_pretrained as fold_pretrained,
@@ -32,6 +33,7 @@ _MODULES = {
   "Rule": "folding.compression.sites",
   "Transformer": "folding.models.transformer",
   "account": "folding.compression.accounting",
+  "compress": "folding.serving.compress",
   "fold": "folding.compression.fold",
   "fold_pretrained": "folding.training.fold_pretrained",
   "fpp": "folding.compression.fpp",

@@ -506,7 +506,9 @@ def sensitivities(
   sums, count = None, 0.0
   for number, batch in enumerate(batches):
     mask = jnp.asarray(batch.get("mask", batch["tokens"] >= 0))
-    found = part(batch["tokens"], mask, jax.random.key(number))
+    found = part(
+      batch["tokens"], mask, batch.get("segments"), jax.random.key(number)
+    )
     found = jax.tree.map(np.float64, found)
     sums = found if sums is None else jax.tree.map(np.add, sums, found)
     count += float(mask.sum())
@@ -514,7 +516,7 @@ def sensitivities(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sensitivity_sums(model, params, tokens, mask, key):
+def _sensitivity_sums(model, params, tokens, mask, segments, key):
   names = [f"blocks_{n}" for n in range(model.config.num_layers)]
   roles = "o", "down"
   ends = [(role,) for role in roles]
@@ -527,7 +529,7 @@ def _sensitivity_sums(model, params, tokens, mask, key):
       return out + errors[names.index(at[0])][at[-1]]
 
     with nn.intercept_methods(add):
-      out = model.apply({"params": params}, tokens, mask)
+      out = model.apply({"params": params}, tokens, mask, True, segments)
     if model.num_classes:
       return jnp.sum(out * jax.random.rademacher(key, out.shape, out.dtype))
     drawn = jax.lax.stop_gradient(jax.random.categorical(key, out))

@@ -124,7 +124,7 @@ class Run(Program):
       return None
     size = self.like.params["embed"]["embedding"].shape[0]
     return jax.device_put(
-      token_usage(self.data, size), sharding.whole(self.mesh)
+      token_usage(self.data.token_counts(), size), sharding.whole(self.mesh)
     )
 
   def counts(self, state: TrainState) -> dict[str, float]:

@@ -16,7 +16,8 @@ from folding import config as c
 from folding import errors, paths
 from folding.data.batches import make_data
 from folding.models.transformer import make_model
-from folding.serving.export import export_hf
+from folding.serving.export import export, export_hf
+from folding.serving.predict import predict
 from folding.training import compress, loop
 from folding.training.checkpoint import load_run
 from folding.training.loop import Run
@@ -222,6 +223,33 @@ def test_default_recipe_makes_arrays_small(dense_run, topics):
   run = Run(small, data)
   theirs = run.evaluate(run.init_from(params).params, "valid")
   assert theirs["accuracy"] > 0.5  # as the dense run has it
+
+
+def test_one_call_compresses_a_model_that_exports_and_predicts(
+  dense_run, topics, tmp_path
+):
+  lines = (topics / "train.tsv").read_text().splitlines()
+  texts = [line.partition("\t")[2] for line in lines]
+  small = folding.compress(dense_run, texts, saving=0.4)
+  dense = folding.load(dense_run)
+  sizes = [
+    sum(w.size for w in jax.tree.leaves(x.params)) for x in (small, dense)
+  ]
+  assert sizes[0] <= 0.6 * sizes[1]
+  export(
+    tmp_path / "small",
+    small.config,
+    small.params,
+    small.tokenizer,
+    small.labels,
+  )
+  answers = [
+    [found.label for found in predict(x, texts)]
+    for x in (folding.load(tmp_path / "small"), dense)
+  ]
+  assert np.mean([a == b for a, b in zip(*answers, strict=True)]) > 0.6
+  with pytest.raises(errors.ConfigError, match="folded or shrunk"):
+    folding.compress(small, texts)
 
 
 @pytest.mark.slow
