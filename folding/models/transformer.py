@@ -200,10 +200,31 @@ class Transformer(nn.Module):
     Raises:
       ValueError: the sequences exceed the learned positions.
     """
+    x_BLD = self.encode(tokens_BL, mask_BL, deterministic, segments_BL)
+    return self.read_out(x_BLD, mask_BL)
+
+  def encode(
+    self,
+    tokens_BL: Int[Array, "B L"],
+    mask_BL: Bool[Array, "B L"] | None = None,
+    deterministic: bool = True,
+    segments_BL: Int[Array, "B L"] | None = None,
+  ) -> Float[Array, "B L D"]:
+    """Returns the output of the last block, from which `read_out` has logits.
+
+    Args:
+      tokens_BL: Token ids, right-padded.
+      mask_BL: False or 0 at pad tokens; None: no padding.
+      deterministic: No dropout.
+      segments_BL: As in `__call__`.
+
+    Raises:
+      ValueError: the sequences exceed the learned positions.
+    """
     x_BLD = self.embed_tokens(tokens_BL, deterministic, segments_BL=segments_BL)
     for block in self.blocks:
       x_BLD = block(x_BLD, mask_BL, deterministic)
-    return self.read_out(x_BLD, mask_BL)
+    return x_BLD
 
   def prefill(
     self,

@@ -1,5 +1,6 @@
 """Loss and metrics of a model over a whole split."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,26 +15,37 @@ from folding.training import distributed, losses
 from folding.training.sharding import put_batch
 
 
-def make_eval_step(model: Any) -> Callable[..., dict[str, jax.Array]]:
+def make_eval_step(
+  model: Any, mesh: Mesh | None = None
+) -> Callable[..., dict[str, jax.Array]]:
   """Returns the jitted function (params, batch) -> sums, and rows.
 
   Sums are those of `losses.summed_loss`. For tasks other than "lm" it also
   returns "logits", "labels" and "weights" of the rows.
+
+  Args:
+    model: The Linen model.
+    mesh: Where batches are placed; None: on one device.
   """
 
   def eval_step(params, batch):
-    logits = model.apply(
-      {"params": params},
-      batch["tokens"],
-      batch.get("mask"),
-      True,
-      batch.get("segments"),
+    variables, mask = {"params": params}, batch.get("mask")
+    segments = batch.get("segments")
+    x = model.apply(
+      variables, batch["tokens"], mask, True, segments, method="encode"
     )
-    found = losses.summed_loss(logits, batch)
+    read_out = functools.partial(model.apply, variables, method="read_out")
     if "labels" in batch:
+      logits = read_out(x, mask)
       rows = {name: batch[name] for name in ("labels", "weights")}
-      found |= {"logits": logits.astype(np.float32), **rows}
-    return found
+      sums = losses.summed_loss(logits, batch)
+      return sums | {"logits": logits.astype(np.float32), **rows}
+
+    def summed(block):
+      return losses.summed_loss(read_out(block["x"]), block)
+
+    count = losses.num_blocks(batch, model.vocab_size, mesh)
+    return losses.sum_over_blocks(summed, {**batch, "x": x}, count)
 
   return jax.jit(eval_step)
 

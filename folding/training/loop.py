@@ -68,7 +68,7 @@ class Run(Program):
       plain_size=data.tokenizer.plain_size,
     )
     self.data = data
-    self._eval_step = make_eval_step(self.model)
+    self._eval_step = make_eval_step(self.model, self.mesh)
     self._compactor = Compactor(self)
 
   @property

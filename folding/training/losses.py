@@ -7,7 +7,7 @@ The labels of a batch say which loss it has:
     over labels, nats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -15,9 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from folding.config import Task
+from folding.models import blocks
+from folding.training import sharding
+
+LOGITS = 2**27  # most next-token logits of a block per device: 512 MiB
 
 Batch = Mapping[str, jax.Array]
 
@@ -69,14 +74,51 @@ def summed_loss(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
   return {"loss": jnp.sum(each * weights), "weight": jnp.sum(weights)}
 
 
-def soft_loss(
+def sum_over_blocks(
+  summed: Callable[[Any], dict[str, jax.Array]], batch: Any, count: int
+) -> dict[str, jax.Array]:
+  """Returns the sum of summed(block) over blocks of positions.
+
+  The backward pass computes the logits of a block again, so those of one block
+  exist at a time.
+
+  Args:
+    summed: Returns sums over the targets of a part of the batch.
+    batch: Arrays [B, L, ...]; padding has weight 0. Of any shape if the count
+      is 1.
+    count: From `num_blocks`. 1: returns summed(batch).
+  """
+  if count == 1:
+    return summed(batch)
+  found = jax.lax.map(jax.checkpoint(summed), blocks.cut(batch, count))
+  return jax.tree.map(lambda x: x.sum(0), found)
+
+
+def num_blocks(batch: Batch, vocab_size: int, mesh: Mesh | None) -> int:
+  """Returns the number of blocks that keep the logits of a batch small.
+
+  Args:
+    batch: Of next-token prediction or classification; the latter is one block.
+    vocab_size: V.
+    mesh: Where the batch lies; None: on one device.
+  """
+  if "targets" not in batch:
+    return 1
+  B, L = batch["targets"].shape
+  if mesh is not None:
+    B = sharding.batch_sharding(mesh, B).shard_shape((B,))[0]
+    vocab_size = -(-vocab_size // mesh.shape["tensor"])
+  return min(L, -(-B * L * vocab_size // LOGITS))
+
+
+def summed_soft_loss(
   logits: Float[Array, "*batch C"],
   taught: Float[Array, "*batch C"],
   weights: Float[Array, "*batch"],
   temperature: float,
   task: Task = "classify",
 ) -> Float[Array, ""]:
-  """Returns T^2 KL(teacher || student) of both softened by T, nats.
+  """Returns the sum of T^2 KL(teacher || student), softened by T, nats.
 
   T^2 keeps the gradient as large as it is at T = 1. Of scores, it is their
   squared distance instead.
@@ -94,7 +136,7 @@ def soft_loss(
   student, teacher = logits.astype(jnp.float32), taught.astype(jnp.float32)
   if task == "regress":
     each = jnp.square(student - teacher)[..., 0]
-    return jnp.sum(each * weights) / jnp.maximum(jnp.sum(weights), 1)
+    return jnp.sum(each * weights)
   student, teacher = student / temperature, teacher / temperature
   if task == "multilabel":
     share = jax.nn.sigmoid(teacher)
@@ -104,8 +146,7 @@ def soft_loss(
   else:
     student, teacher = (jax.nn.log_softmax(x) for x in (student, teacher))
     nats = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-  total = jnp.sum(nats * weights) / jnp.maximum(jnp.sum(weights), 1)
-  return temperature**2 * total
+  return temperature**2 * jnp.sum(nats * weights)
 
 
 def hidden_loss(

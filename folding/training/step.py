@@ -53,7 +53,7 @@ class Distillation:
 
   Attributes:
     teacher: The teacher's Linen model.
-    logits: Share of `losses.soft_loss` in the loss, in [0, 1].
+    logits: Share of `losses.summed_soft_loss` in the loss, in [0, 1].
     hidden: Weight of `losses.hidden_loss`; 0 leaves it out.
     temperature: Softens the logits of both models.
   """
@@ -358,31 +358,57 @@ def _loss(
     capture = {"mutable": ["intermediates"], "capture_intermediates": _is_block}
   tokens, mask = batch["tokens"], batch.get("mask")
   segments, labels = batch.get("segments"), batch.get("labels")
-  model_args = {"params": params}, tokens, mask, False, segments
-  rngs = {"dropout": key}
+  variables, apply = {"params": params}, options.model.apply
+  inputs = tokens, mask, False, segments
+  encoded = {"method": "encode", "rngs": {"dropout": key}, **capture}
   stats = {}
   with nn.intercept_methods(_pin_blocks(options.mesh)):
     if has_stats:
-      apply = observe(options.model.apply)
-      out, stats = apply(*model_args, keep=mask, rngs=rngs, **capture)
+      out, stats = observe(apply)(variables, *inputs, keep=mask, **encoded)
     else:
-      out = options.model.apply(*model_args, rngs=rngs, **capture)
-  logits, hidden = out if capture else (out, {})
-  logits = sharding.pin_rows(options.mesh, logits)
-  sums = losses.summed_loss(logits, batch)
-  loss = label_loss = sums["loss"] / jnp.maximum(sums["weight"], 1)
+      out = apply(variables, *inputs, **encoded)
+  x, hidden = out if capture else (out, {})
+  read_out = functools.partial(apply, method="read_out")
+  if has_stats:  # the compiler drops these logits
+    stats |= observe(read_out)(variables, x, mask, keep=mask)[1]
+  encodings, aims = {"x": x}, None
   if distillation is not None:
     taught = distillation.teacher.apply(
-      {"params": teacher_params}, tokens, mask, True, segments, **capture
+      {"params": teacher_params},
+      tokens,
+      mask,
+      True,
+      segments,
+      method="encode",
+      **capture,
     )
     taught, aims = jax.lax.stop_gradient(taught if capture else (taught, {}))
-    soft = losses.soft_loss(
-      logits,
-      taught,
-      batch["weights"],
-      distillation.temperature,
-      "lm" if labels is None else losses.task_of(labels),
-    )
+    encodings["taught"] = taught
+
+  def summed(block):
+    mask = block.get("mask")
+    logits = read_out(variables, block["x"], mask)
+    logits = sharding.pin_rows(options.mesh, logits)
+    sums = losses.summed_loss(logits, block)
+    if distillation is not None:
+      taught = distillation.teacher.apply(
+        {"params": teacher_params}, block["taught"], mask, method="read_out"
+      )
+      sums["soft"] = losses.summed_soft_loss(
+        logits,
+        jax.lax.stop_gradient(taught),
+        block["weights"],
+        distillation.temperature,
+        "lm" if labels is None else losses.task_of(labels),
+      )
+    return sums
+
+  count = losses.num_blocks(batch, options.model.vocab_size, options.mesh)
+  sums = losses.sum_over_blocks(summed, {**batch, **encodings}, count)
+  weight = jnp.maximum(sums["weight"], 1)
+  loss = label_loss = sums["loss"] / weight
+  if distillation is not None:
+    soft = sums["soft"] / weight
     loss = (1 - distillation.logits) * loss + distillation.logits * soft
     if distillation.hidden:
       loss += distillation.hidden * losses.hidden_loss(hidden, aims, mask)

@@ -1,5 +1,6 @@
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from folding import config as c
 from folding.config import MeshConfig
 from folding.errors import TrainingError
-from folding.training import sharding
+from folding.training import losses, sharding
 from folding.training.evaluate import evaluate, make_eval_step, score
+from tests import jaxprs
 from tests.training import tiny
 
 
@@ -129,6 +131,19 @@ def test_evaluate_on_eight_devices_equals_one(mesh, classifier):
     **one,
     "loss": pytest.approx(one["loss"], rel=1e-6),
   }
+
+
+def test_evaluate_over_blocks_of_tokens_equals_the_whole(mesh, monkeypatch):
+  model = c.ModelConfig(num_layers=1, width=32, num_heads=4, mlp_width=64)
+  run = tiny.make(tiny.config(model=model))
+  params, batch = run.init().params, tiny.batch(0)
+  whole = make_eval_step(run.model, mesh)(params, batch)
+  monkeypatch.setattr(losses, "LOGITS", 16 * tiny.VOCAB * 3)  # of 8 positions
+  eval_step = make_eval_step(run.model, mesh)
+  program = eval_step.trace(params, batch).jaxpr.jaxpr
+  assert 16 * tiny.VOCAB * 3 in jaxprs.sizes(program)
+  assert 16 * tiny.VOCAB * tiny.LENGTH not in jaxprs.sizes(program)
+  chex.assert_trees_all_close(eval_step(params, batch), whole, rtol=1e-5)
 
 
 def evaluate_nats(mesh, nats):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from folding import paths
 from folding.config import MeshConfig
 from folding.training import losses, sharding
 from folding.training import step as step_lib
+from tests import jaxprs
 from tests.training import tiny
 
 TEMPERATURE = 3.0
@@ -191,11 +194,62 @@ def test_step_weighs_labels_and_teacher(run, start):
     logits = run.model.apply({"params": params}, batch["tokens"])
     taught = run.model.apply({"params": teacher}, batch["tokens"])
     sums = losses.summed_loss(logits, batch)
-    soft = losses.soft_loss(logits, taught, batch["weights"], TEMPERATURE)
-    return 0.3 * sums["loss"] / sums["weight"] + 0.7 * soft
+    soft = losses.summed_soft_loss(
+      logits, taught, batch["weights"], TEMPERATURE
+    )
+    return (0.3 * sums["loss"] + 0.7 * soft) / sums["weight"]
 
   expected = jax.tree.map(jnp.subtract, start.params, gradient(start.params))
   chex.assert_trees_all_close(new.params, expected, rtol=1e-4, atol=1e-6)
+
+
+TIED = c.ModelConfig(num_layers=1, width=32, num_heads=4, mlp_width=64)
+UNTIED = dataclasses.replace(TIED, tie_embeddings=False)
+
+
+@pytest.mark.parametrize(
+  ("model", "mesh_config", "options"),
+  [
+    (TIED, None, {}),
+    (UNTIED, MeshConfig(2, 2, 2), {"accumulate": 2}),
+    (TIED, MeshConfig(1, 4, 2), {"logits": 0.7}),
+  ],
+  ids=["tied", "head_mesh_micro_batches", "taught_mesh"],
+)
+def test_step_over_blocks_of_tokens_equals_the_whole(
+  model, mesh_config, options, monkeypatch
+):
+  run = tiny.make(tiny.config(model=model))
+  tx, state, batch = told_statistics(), run.init(), tiny.batch(0)
+  state, constants = state._replace(opt_state={}), {}
+  options = dict(options)
+  if mesh_config is not None:
+    options["mesh"] = mesh = sharding.make_mesh(mesh_config)
+    state = jax.device_put(state, sharding.tree_shardings(mesh, state))
+    batch = sharding.put_batch(mesh, batch)
+  if "logits" in options:
+    options |= distilled(run, options.pop("logits"))
+    constants["teacher_params"] = run.init(1).params
+
+  def stepped():
+    plain, update = (
+      run.step(is_mask_update, tx=tx, rules=[], **options)
+      for is_mask_update in (False, True)
+    )
+    program = plain.trace(state, batch, **constants).jaxpr.jaxpr
+    return program, update(state, batch, **constants)
+
+  program, whole = stepped()
+  per_device = 16 * tiny.LENGTH * tiny.VOCAB // jax.device_count()
+  if mesh_config is None:
+    per_device *= jax.device_count()
+  monkeypatch.setattr(losses, "LOGITS", per_device // 3)
+  smaller, cut = stepped()
+  chex.assert_trees_all_close(cut, whole, rtol=2e-5, atol=1e-6)
+  logits = 16 * tiny.LENGTH * tiny.VOCAB // options.get("accumulate", 1)
+  assert logits in jaxprs.sizes(program)
+  if mesh_config is None:
+    assert max(jaxprs.sizes(smaller)) < logits
 
 
 def test_step_prefers_usage_of_the_training_set(run, start):
