@@ -49,7 +49,9 @@ def _argument(name: str, help: str, **options: Any) -> _Argument:
 
 _RUN = _argument("run", "a run directory", metavar="RUN")
 _MODEL = _argument(
-  "path", "a run, an export or a Hugging Face checkpoint", metavar="PATH"
+  "path",
+  "a run, an export, a Hugging Face checkpoint or its name on the hub",
+  metavar="PATH",
 )
 _CONFIG = _argument(
   "--config",

@@ -102,14 +102,15 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
 
   Args:
     path: A folder: what `folding export` or `export` wrote, a run (its best
-      checkpoint, else the newest), or a Hugging Face checkpoint.
+      checkpoint, else the newest), or a Hugging Face checkpoint. Or a name on
+      the Hugging Face hub, such as "org/model".
     pairs: Whether a Hugging Face checkpoint reads pairs, which it does not say.
 
   Raises:
     ConfigError: it is none of them, has another schema, is truncated, or
       differs from its checksums.
   """
-  path = os.fspath(path)
+  path = str(hf_weights.find_pretrained(os.fspath(path)))
   config_path = os.path.join(path, CONFIG)
   if not os.path.isfile(config_path):
     raise ConfigError(

@@ -151,6 +151,26 @@ def test_load_reads_it_back_and_predicts_the_same(make, name, tmp_path):
   )
 
 
+def test_load_of_a_name_asks_the_hub(make, tmp_path, monkeypatch):
+  model = make("gpt2")
+  export_lib.export_hf(tmp_path / "out", model)
+  asked = []
+
+  def download(name, **_):
+    asked.append(name)
+    return str(tmp_path / "out")
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+  found = folding.load("org/model")
+  assert asked == ["org/model"]
+  np.testing.assert_allclose(
+    models.logits(found, "the cats sat"),
+    models.logits(model, "the cats sat"),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
 def _same_predictions(*two):
   [ours], [theirs] = (
     predict.predict(m, ["the cat sat on a mat"], batch_size=1) for m in two
