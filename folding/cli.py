@@ -270,18 +270,17 @@ def export(args: argparse.Namespace) -> None:
   """Writes a model in a form that others load, and prints its size."""
   from folding.serving import export as export_lib
 
-  if args.format == "hf" and args.dtype not in (None, "float32"):
-    raise ConfigError("--format=hf writes only float32")
   files.require_empty(args.output)
   model = whole = export_lib.load(args.path)
   if args.format != "hf":
     model = export_lib.shrunk(model)
-  if args.dtype:
+  if args.dtype and args.format != "hf":
     model = export_lib.cast(model, args.dtype)
   with files.becoming(args.output) as part:
     if args.format == "hf":
-      size = export_lib.export_hf(part, model)
-      print(f"{size['files']:,} bytes of files, for transformers, all dense")
+      dtype = args.dtype or "float32"
+      size = export_lib.export_hf(part, model, dtype, report=print)
+      print(f"{size['files']:,} bytes of files, for transformers")
     elif args.format == "stablehlo":
       size = export_lib.export_stablehlo(part, model)
       print(

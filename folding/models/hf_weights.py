@@ -662,6 +662,8 @@ def save_pretrained(
   path: str | os.PathLike,
   params: Mapping[str, Any],
   described: Description,
+  *,
+  dtype: str = "float32",
   **fields: Any,
 ) -> None:
   """Writes config.json and model.safetensors of a checkpoint.
@@ -671,6 +673,7 @@ def save_pretrained(
     params: Dense parameters (see `folding.unfold`).
     described: Its family and sizes. The head is a sequence classifier if it
       has classes, else the output layer of a causal model.
+    dtype: Of the stored arrays.
     **fields: More fields of config.json.
 
   Raises:
@@ -678,8 +681,11 @@ def save_pretrained(
       not fit; nothing is written.
     OSError: a file cannot be written.
   """
-  values = hf_config.to_hf(described) | fields | {"torch_dtype": "float32"}
-  arrays = export_tensors(described, described.head, params)
+  values = hf_config.to_hf(described) | fields | {"torch_dtype": dtype}
+  arrays = {
+    name: array.astype(dtype, copy=False)
+    for name, array in export_tensors(described, described.head, params).items()
+  }
   folder = pathlib.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
   save_tensors(folder / WEIGHTS, arrays, {"format": "pt"})

@@ -432,7 +432,13 @@ def _unpack(
   return w
 
 
-def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
+def export_hf(
+  path: str | os.PathLike,
+  loaded: Loaded,
+  dtype: str = "float32",
+  *,
+  report: Callable[[str], None] = lambda _: None,
+) -> dict[str, int]:
   """Writes a Hugging Face checkpoint to a new folder.
 
   The Auto classes of `transformers` load it. Folded projections are written
@@ -442,6 +448,8 @@ def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   Args:
     path: Created if it does not exist; must be empty.
     loaded: From `folding.load`; no heads were removed from it.
+    dtype: Of the stored arrays.
+    report: Called with the size of the arrays before they are written.
 
   Returns:
     {"files": bytes of the folder}.
@@ -485,12 +493,21 @@ def export_hf(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
     problem=loaded.config.task if loaded.labels else "classify",
     label_names=loaded.labels,
   )
+  size = sum(w.size for w in paths.flatten(params).values())
+  size *= jnp.dtype(dtype).itemsize
+  stored = sizes(loaded)
+  report(
+    f"About {size:,} bytes of arrays will be written; {stored['values']:,} are "
+    "stored now: transformers reads dense arrays, with folded projections, removed "
+    "neurons and zeros in full"
+  )
   ends = tokenizer.end_ids.tolist()
   begin = [*tokenizer.begin_ids.tolist(), None][0]
   hf_weights.save_pretrained(
     path,
     params,
     described,
+    dtype=dtype,
     eos_token_id=ends[0] if len(ends) == 1 else ends,
     # Without a first token, a decoder generates from the end of a text.
     bos_token_id=ends[0] if m.causal and begin is None else begin,

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 
 import folding
@@ -148,6 +150,30 @@ def test_load_reads_it_back_and_predicts_the_same(make, name, tmp_path):
     models.logits(model, "the cats sat"),
     rtol=1e-5,
     atol=1e-5,
+  )
+
+
+def test_bfloat16_halves_the_arrays_and_tells_their_size_first(make, tmp_path):
+  model, out = make("bert-shrunk"), tmp_path / "out"
+  told = []
+
+  def report(message):
+    assert not out.exists()
+    told.append(int(message.split()[1].replace(",", "")))
+
+  export_lib.export_hf(out, model, "bfloat16", report=report)
+  tensors = safetensors.numpy.load_file(out / "model.safetensors")
+  assert {w.dtype for w in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+  [size] = told
+  segments = tensors["bert.embeddings.token_type_embeddings.weight"]
+  assert size == sum(w.nbytes for w in tensors.values()) - segments.nbytes
+  assert _fields(out)["torch_dtype"] == "bfloat16"
+  halves = export_lib.cast(model, "bfloat16")
+  np.testing.assert_allclose(
+    models.logits(folding.load(out), "the cats sat"),
+    models.logits(export_lib.cast(halves, "float32"), "the cats sat"),
+    rtol=1e-4,
+    atol=1e-4,
   )
 
 

@@ -106,7 +106,6 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   ("export RUN --output RUN", "not an empty"),
   ("export TMP --output TMP/out", "is no run"),
   ("export RUN --output TMP/out --format=hf", "no model of transformers"),
-  ("export RUN --output O --format=hf --dtype=bfloat16", "float32"),
   ("predict RUN TMP/none.txt", "No such file"),
 ])
 # fmt: on
