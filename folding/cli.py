@@ -29,6 +29,14 @@ class _Verb(NamedTuple):
 
 _VERBS: dict[str, _Verb] = {}
 
+# Formats of `folding export`, and the dtypes that each can store.
+_DTYPES = {
+  "safetensors": ("float32", "bfloat16"),
+  "hf": ("float32", "bfloat16"),
+  "onnx": ("float32", "int8"),
+  "stablehlo": ("float32", "bfloat16"),
+}
+
 
 def _verb(help: str, *arguments: _Argument) -> Callable[..., Any]:
   """Makes a verb of a function, which is called with the parsed arguments."""
@@ -255,32 +263,45 @@ def study(args: argparse.Namespace) -> None:
   _NEW_FOLDER,
   _argument(
     "--format",
-    "compact for folding.load, dense for transformers, or a program that needs "
-    "only jax",
-    choices=("safetensors", "hf", "stablehlo"),
+    "compact for folding.load, dense for transformers, a program for "
+    "onnxruntime, or one that needs only jax",
+    choices=tuple(_DTYPES),
     default="safetensors",
   ),
   _argument(
     "--dtype",
-    "of the stored arrays (default: as they are)",
-    choices=("float32", "bfloat16"),
+    "of the stored arrays (default: as they are; hf, onnx: float32); int8 is "
+    "for onnx",
+    choices=("float32", "bfloat16", "int8"),
   ),
 )
 def export(args: argparse.Namespace) -> None:
   """Writes a model in a form that others load, and prints its size."""
   from folding.serving import export as export_lib
+  from folding.serving import onnx_export
 
+  dtypes = _DTYPES[args.format]
+  if args.dtype not in (None, *dtypes):
+    raise ConfigError(f"--format={args.format} writes {' or '.join(dtypes)}")
+  if args.format == "onnx":
+    onnx_export.require_onnx()
   files.require_empty(args.output)
   model = whole = export_lib.load(args.path)
   if args.format != "hf":
     model = export_lib.shrunk(model)
-  if args.dtype and args.format != "hf":
-    model = export_lib.cast(model, args.dtype)
+  dtype = args.dtype or "float32"
+  if args.dtype and args.format in ("safetensors", "stablehlo"):
+    model = export_lib.cast(model, dtype)
   with files.becoming(args.output) as part:
     if args.format == "hf":
-      dtype = args.dtype or "float32"
       size = export_lib.export_hf(part, model, dtype, report=print)
       print(f"{size['files']:,} bytes of files, for transformers")
+    elif args.format == "onnx":
+      size = onnx_export.export_onnx(part, model, dtype)
+      print(
+        f"{size['files']:,} bytes of files, for onnxruntime; "
+        f"{size['parameters']:,} of them are parameters"
+      )
     elif args.format == "stablehlo":
       size = export_lib.export_stablehlo(part, model)
       print(

@@ -31,6 +31,7 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
   "multilabel": ("macro_f1", "accuracy", "loss"),
 }
 Values = Literal["dense", "diagonal", "identity"]  # kinds of W_V
+Pooling = Literal["mean", "first", "last"]
 Preset = Literal["none", "moderate", "paper"]
 Score = Literal[
   "relative",
@@ -134,7 +135,7 @@ class ModelConfig:
   qkv_bias: bool | None = None  # of W_Q, W_K, W_V; None: as use_bias
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
   segments: Literal[0, 2] = 0  # rows of a segment embedding; pairs set it
-  pooling: Literal["mean", "first", "last"] = "mean"  # not for "lm"
+  pooling: Pooling = "mean"  # not for "lm"
   pooler: bool = False  # a dense layer and activation between pooling and head
   pooler_activation: Literal["tanh", "relu"] = "tanh"
   dropout: Fraction = 0.0

@@ -9,8 +9,8 @@ tokenizer.json       of the `tokenizers` library
 token_map.json       if the tokenizer's ids are mapped to fewer rows
 special_tokens.json  if pad and end tokens are known by more than their names
 
-`export_hf` writes a dense folder for `transformers`, and `export_stablehlo` a
-program for `jax.export`.
+`export_hf` writes a dense folder for `transformers`, `export_stablehlo` a
+program for `jax.export`, and `onnx_export.export_onnx` one for onnxruntime.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from folding import config as config_lib
 from folding import files, paths
 from folding.compression.accounting import account, slices_of, storage
 from folding.compression.fold import unfold
-from folding.config import Config
+from folding.config import Config, ModelConfig, Pooling
 from folding.data.tokenizers import (
   OPTIONS,
   MappedTokenizer,
@@ -58,6 +58,13 @@ TOKENIZER = "tokenizer.json"
 STABLEHLO, META = "model.stablehlo", "meta.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
+MODULES = "modules.json"  # of sentence-transformers
+_POOLING = "pooling_mode_"
+_POOLINGS: dict[Pooling, str] = {
+  "first": "cls_token",
+  "mean": "mean_tokens",
+  "last": "lasttoken",
+}
 _BITS = ":bits"
 _AXES = {"first": 0, "last": -1}
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
@@ -78,13 +85,15 @@ class Loaded:
     params: Nested dicts of arrays.
     tokenizer: Text to the ids that the model reads.
     labels: Names of the head's outputs, classes in id order; () for a next-token
-      model.
+      model, and for an encoder of sentences.
+    is_normalized: Whether an encoder of sentences makes vectors of length 1.
   """
 
   config: Config
   params: dict[str, Any]
   tokenizer: Tokenizer
   labels: tuple[str, ...] = ()
+  is_normalized: bool = False
 
   @property
   def model(self) -> Transformer:
@@ -119,6 +128,10 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
   values = files.read_json(config_path, dict)
   if values.get("format") == FORMAT:
     return _load_export(path, values)
+  if "folding" in values:
+    raise ConfigError(
+      f"{path} is a program for onnxruntime; load what it was exported from"
+    )
   if "model_type" in values:
     return _load_hf(path, pairs)
   config, params, tokenizer = load_run(path)
@@ -168,7 +181,8 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
     functools.partial(_check_shapes, path, config, len(labels)),
   )
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  return Loaded(config, params, tokenizer, labels)
+  is_normalized = values.get("is_normalized") is True  # earlier exports: none
+  return Loaded(config, params, tokenizer, labels, is_normalized)
 
 
 def _load_hf(path: str, pairs: bool) -> Loaded:
@@ -200,10 +214,75 @@ def _load_hf(path: str, pairs: bool) -> Loaded:
   labels, params = found.label_names, dict(found.params)
   if not labels:
     params.pop("pooler", None)  # an encoder without a head does not use it
+  is_normalized = False
+  if found.head == "none":
+    is_normalized = _read_sentence_files(path, config.model)
   config = config_lib.resolve(config)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
   _check_shapes(path, config, len(labels), shapes)
-  return Loaded(config, params, tokenizer, labels)
+  return Loaded(config, params, tokenizer, labels, is_normalized)
+
+
+def _read_sentence_files(path: str, model: ModelConfig) -> bool:
+  """Sets the pooling that sentence-transformers uses, if files say.
+
+  Returns:
+    Whether vectors get length 1.
+
+  Raises:
+    ConfigError: the files are damaged, or name another step or pooling.
+  """
+  modules_path = os.path.join(path, MODULES)
+  if not os.path.isfile(modules_path):
+    return False
+  try:
+    modules = files.read_json(modules_path, list)
+    steps = {m["type"].rsplit(".", 1)[-1]: m["path"] for m in modules}
+    pooling = files.read_json(
+      os.path.join(path, steps["Pooling"], CONFIG), dict
+    )
+  except (LookupError, TypeError, AttributeError, OSError) as error:
+    raise ConfigError(f"{modules_path} is damaged: {reason(error)}") from None
+  left = sorted(steps.keys() - {"Transformer", "Pooling", "Normalize"})
+  used = [x for x in pooling if x.startswith(_POOLING) and pooling[x] is True]
+  names: dict[str, Pooling] = {_POOLING + y: x for x, y in _POOLINGS.items()}
+  if left or len(used) != 1 or used[0] not in names:
+    raise ConfigError(
+      f"{path} makes sentence vectors by {', '.join(left or used) or 'nothing'}; "
+      f"only one of {', '.join(names)} is supported"
+    )
+  model.pooling = names[used[0]]
+  return "Normalize" in steps
+
+
+def write_sentence_files(path: str, loaded: Loaded) -> None:
+  """Writes what sentence-transformers reads beside an encoder."""
+  kinds = ["Transformer", "Pooling", *["Normalize"] * loaded.is_normalized]
+  modules = [
+    {
+      "idx": n,
+      "name": str(n),
+      "path": f"{n}_{kind}" if n else "",
+      "type": f"sentence_transformers.models.{kind}",
+    }
+    for n, kind in enumerate(kinds)
+  ]
+  m = loaded.config.model
+  pooling = {"word_embedding_dimension": m.width} | {
+    _POOLING + theirs: m.pooling == ours for ours, theirs in _POOLINGS.items()
+  }
+  limits = {
+    "max_seq_length": loaded.config.data.length,
+    "do_lower_case": False,
+  }
+  for name, content in (
+    (f"1_Pooling/{CONFIG}", pooling),
+    ("sentence_bert_config.json", limits),
+    (MODULES, modules),
+  ):
+    file = os.path.join(path, name)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    files.write_file(file, json.dumps(content, indent=2) + "\n")
 
 
 def _check_shapes(
@@ -235,6 +314,8 @@ def export(
   params: dict[str, Any],
   tokenizer: Tokenizer,
   labels: Sequence[str] = (),
+  *,
+  is_normalized: bool = False,
 ) -> dict[str, int]:
   """Writes a compact model to a new folder.
 
@@ -244,6 +325,7 @@ def export(
     params: Its parameters; zeros take no room, and the dtype is kept.
     tokenizer: Of the parameters.
     labels: One name per class; () for a next-token model.
+    is_normalized: As `Loaded.is_normalized`.
 
   Returns:
     {"dense": bytes of the dense baseline, "values" and "masks": bytes stored,
@@ -262,6 +344,7 @@ def export(
     "format": FORMAT,
     "schema": SCHEMA,
     "labels": list(labels),
+    "is_normalized": is_normalized,
     "sha256": {
       name: _checksum(os.path.join(path, name))
       for name in sorted(os.listdir(path))
@@ -272,7 +355,7 @@ def export(
   text = json.dumps(values, indent=2, ensure_ascii=False)
   files.write_file(os.path.join(path, CONFIG), text + "\n")
   size = sizes(Loaded(config, params, tokenizer, tuple(labels)))
-  return size | {"files": _folder_bytes(path)}
+  return size | {"files": folder_bytes(path)}
 
 
 def sizes(loaded: Loaded) -> dict[str, int]:
@@ -291,8 +374,13 @@ def sizes(loaded: Loaded) -> dict[str, int]:
   }
 
 
-def _folder_bytes(path: str) -> int:
-  return sum(e.stat().st_size for e in os.scandir(path) if e.is_file())
+def folder_bytes(path: str) -> int:
+  """Returns the bytes of the files in a folder and those below it."""
+  return sum(
+    os.path.getsize(os.path.join(folder, name))
+    for folder, _, names in os.walk(path)
+    for name in names
+  )
 
 
 def shrunk(loaded: Loaded) -> Loaded:
@@ -305,8 +393,12 @@ def shrunk(loaded: Loaded) -> Loaded:
   tokenizer = loaded.tokenizer
   if "embed/embedding" in cut.kept:
     tokenizer = MappedTokenizer(tokenizer, cut.token_map)
-  params = jax.tree.map(np.asarray, params)
-  return Loaded(config, params, tokenizer, loaded.labels)
+  return dataclasses.replace(
+    loaded,
+    config=config,
+    params=jax.tree.map(np.asarray, params),
+    tokenizer=tokenizer,
+  )
 
 
 def cast(loaded: Loaded, dtype: str) -> Loaded:
@@ -480,7 +572,7 @@ def export_hf(
     mlp_width=width,
     num_kv_heads=params["blocks_0"]["attn"]["k"]["kernel"].shape[1],
   )
-  tokenizer, token_map = _plain_tokenizer(loaded.tokenizer)
+  tokenizer, token_map = plain_tokenizer(loaded.tokenizer)
   if token_map is not None:
     params["embed"] = {"embedding": params["embed"]["embedding"][token_map]}
   described = hf_config.Description(
@@ -512,13 +604,15 @@ def export_hf(
     # Without a first token, a decoder generates from the end of a text.
     bos_token_id=ends[0] if m.causal and begin is None else begin,
   )
-  options = _hf_tokenizer_options(tokenizer, described)
+  options = tokenizer_options(tokenizer, described)
   for name, text in (
     (TOKENIZER, tokenizer.to_json()),
     (OPTIONS, json.dumps(options, indent=2) + "\n"),
   ):
     files.write_file(os.path.join(path, name), text)
-  return {"files": _folder_bytes(path)}
+  if described.head == "none":
+    write_sentence_files(path, loaded)
+  return {"files": folder_bytes(path)}
 
 
 def _widened(width: int, name: str, w: Any) -> np.ndarray:
@@ -532,7 +626,7 @@ def _widened(width: int, name: str, w: Any) -> np.ndarray:
   return np.pad(w, missing)
 
 
-def _plain_tokenizer(
+def plain_tokenizer(
   tokenizer: Tokenizer,
 ) -> tuple[Tokenizer, np.ndarray | None]:
   """Returns a tokenizer without a map, and the row of each of its ids."""
@@ -562,7 +656,7 @@ def _hf_pad_id(tokenizer: Tokenizer, is_causal_classifier: bool) -> int:
   return int(tokenizer.begin_ids[0])
 
 
-def _hf_tokenizer_options(
+def tokenizer_options(
   tokenizer: Tokenizer, described: hf_config.Description
 ) -> dict[str, Any]:
   """Returns the tokenizer_config.json under which transformers reads as we do."""

@@ -78,6 +78,16 @@ def test_export_of_stablehlo_and_bfloat16(run, tmp_path, capsys):
   assert out.splitlines()[0] == "label\tanimal\ttool, sharp"
 
 
+def test_export_of_onnx_prints_its_size(run, tmp_path, capsys):
+  pytest.importorskip("onnx", reason="needs the extra `onnx`")
+  output = tmp_path / "out"
+  argv = ("export", run, "--output", output, "--format=onnx", "--dtype=int8")
+  status, out, _ = _call(capsys, *argv)
+  assert status == 0
+  size = sum(f.stat().st_size for f in output.iterdir())
+  assert out.startswith(f"{size:,} bytes of files, for onnxruntime")
+
+
 def test_export_that_fails_leaves_nothing(run, tmp_path, capsys, monkeypatch):
   def fail(*_):
     raise OSError("the disk is full")
@@ -106,6 +116,9 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   ("export RUN --output RUN", "not an empty"),
   ("export TMP --output TMP/out", "is no run"),
   ("export RUN --output TMP/out --format=hf", "no model of transformers"),
+  ("export RUN --output O --format=hf --dtype=int8", "float32 or bfloat16"),
+  ("export RUN --output O --format=onnx --dtype=bfloat16", "int8"),
+  ("export RUN --output O --dtype=int8", "bfloat16"),
   ("predict RUN TMP/none.txt", "No such file"),
 ])
 # fmt: on

@@ -1,0 +1,636 @@
+"""ONNX programs, written operator by operator from the parameters.
+
+All operators are standard ones of opset 23, the first with `Attention`. In
+onnxruntime on CPUs this form was faster than its fused operators of the domain
+com.microsoft: `SkipLayerNormalization` alone took a quarter of the time of a
+small encoder. So tokens are rows of one matrix [N, D], N = B L, which
+`Gemm`, `Add` and `LayerNormalization` read, and which no fusion matches.
+
+In int8, matrices have one scale per output, embeddings one per token. The
+inputs of a product are quantised while it runs ("dynamic"), and onnxruntime
+fuses the operators of a product into one.
+
+Letters as in `folding.models`, and N for the tokens of a batch, r for the
+numbers per value head.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from folding import config as config_lib
+from folding import files, paths
+from folding.config import Layer, layers_of
+from folding.data.tokenizers import OPTIONS, Tokenizer
+from folding.errors import ConfigError
+from folding.models import hf_config
+from folding.models.attention import rope_frequencies
+from folding.serving import export as export_lib
+from folding.serving.export import CONFIG, TOKENIZER, Loaded
+from folding.version import __version__
+
+MODEL = "model.onnx"
+OPSET, IR_VERSION = 23, 10
+# As transformers names them.
+TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
+Dtype = Literal["float32", "int8"]
+
+_MASKED = -1e30  # finite, so that a row without any key has no NaN
+_LIMIT = 1 << 31  # bytes of a protobuf
+
+
+def export_onnx(
+  path: str | os.PathLike, loaded: Loaded, dtype: Dtype = "float32"
+) -> dict[str, int]:
+  """Writes an ONNX program and its tokenizer to a new folder.
+
+  model.onnx maps (input_ids int64[b, l], attention_mask int64[b, l]), of any
+  batch and length, to float32 "logits": [b, C] of a text, [b, l, V] of a
+  next-token model, which has no KV cache. A model with a segment embedding has
+  a third input, token_type_ids int64[b, l]. An encoder without a head has the
+  outputs "last_hidden_state" [b, l, D] and "sentence_embedding" [b, D]; its
+  folder can be read by sentence-transformers. Ids are those of tokenizer.json
+  in the folder, and padding comes last.
+
+  Args:
+    path: Created if it does not exist; must be empty.
+    loaded: From `folding.load`.
+    dtype: "int8" stores matrices and embeddings in 8 bits.
+
+  Returns:
+    {"parameters": bytes of the arrays, "files": bytes of the folder}.
+
+  Raises:
+    ConfigError: the folder is not empty, the package onnx is missing, or the
+      arrays exceed 2 GiB.
+    OSError: it cannot be written.
+  """
+  path = os.fspath(path)
+  files.require_empty(path)
+  require_onnx()
+  size = sum(x.size for x in paths.flatten(loaded.params).values())
+  if (size * np.dtype(dtype).itemsize) >= _LIMIT:
+    raise ConfigError(
+      f"an ONNX file holds less than 2 GiB; these are {size:,} parameters"
+    )
+  tokenizer, token_map = export_lib.plain_tokenizer(loaded.tokenizer)
+  if token_map is not None and np.array_equal(
+    token_map, np.arange(loaded.num_rows)
+  ):
+    token_map = None
+  graph = _make_graph(loaded, token_map, dtype)
+  program = graph.model().SerializeToString()
+  os.makedirs(path, exist_ok=True)
+  files.write_file(os.path.join(path, MODEL), program)
+  files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
+  described = _description(loaded, tokenizer)
+  options = export_lib.tokenizer_options(tokenizer, described)
+  values = _config(described) | {
+    "folding": {
+      "format": "onnx",
+      "version": __version__,
+      "dtype": dtype,
+      "config": config_lib.to_dict(loaded.config),
+    }
+  }
+  for name, content in ((OPTIONS, options), (CONFIG, values)):
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    files.write_file(os.path.join(path, name), text + "\n")
+  if described.head == "none":
+    export_lib.write_sentence_files(path, loaded)
+  return {"parameters": graph.num_bytes, "files": export_lib.folder_bytes(path)}
+
+
+def require_onnx() -> None:
+  """Raises `ConfigError` if the package onnx is not installed."""
+  try:
+    import onnx  # noqa: F401
+  except ImportError:
+    raise ConfigError(
+      "--format=onnx needs the package onnx: pip install 'folding-jax[onnx]'"
+    ) from None
+
+
+def _description(loaded: Loaded, tokenizer: Tokenizer) -> hf_config.Description:
+  """Returns what config.json tells, with the sizes of the dense baseline."""
+  m = config_lib.dense_twin(loaded.config).model
+  try:
+    family = hf_config.family_of(m, len(loaded.labels))
+  except ConfigError:
+    family = ""
+  return hf_config.Description(
+    family=family,
+    config=m,
+    vocab_size=tokenizer.vocab_size,
+    max_length=loaded.config.data.length,
+    pad_id=tokenizer.pad_id,
+    token_types=m.segments,
+    label_names=loaded.labels,
+    problem=loaded.config.task if loaded.labels else "classify",
+  )
+
+
+def _config(described: hf_config.Description) -> dict[str, Any]:
+  """Returns the config.json by which optimum and others find sizes and labels.
+
+  Its architecture is that of the dense baseline. Without one in transformers,
+  there is no model_type, and the file is only for people.
+  """
+  if described.family:
+    return hf_config.to_hf(described)
+  labels = described.label_names
+  return {
+    "hidden_size": described.config.width,
+    "vocab_size": described.vocab_size,
+    "max_position_embeddings": described.max_length,
+    "pad_token_id": described.pad_id,
+    "id2label": {str(i): label for i, label in enumerate(labels)},
+  }
+
+
+class _Graph:
+  """Nodes and arrays of a program; values are referred to by name."""
+
+  def __init__(self, dtype: Dtype, inputs: Sequence[str]):
+    self.dtype, self.inputs = dtype, inputs
+    self.outputs: dict[str, list[str | int]] = {}  # name: shape
+    self._nodes: list[Any] = []
+    self._arrays: dict[str, np.ndarray] = {}
+    self._constants: dict[Any, str] = {}
+    self._quantised: dict[str, list[str]] = {}
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of all arrays."""
+    return sum(array.nbytes for array in self._arrays.values())
+
+  def array(self, name: str, array: np.ndarray) -> str:
+    """Adds an array under this name, which is returned."""
+    self._arrays[name] = array
+    return name
+
+  def const(self, value: Any, dtype: Any) -> str:
+    """Returns the name of a small constant, one for equal ones."""
+    array = np.asarray(value, dtype)
+    key = (array.dtype.str, array.shape, array.tobytes())
+    if key not in self._constants:
+      name = f"constant_{len(self._constants)}"
+      self._constants[key] = self.array(name, array)
+    return self._constants[key]
+
+  def ints(self, *values: int) -> str:
+    """Returns the name of a constant int64 vector."""
+    return self.const(values, np.int64)
+
+  def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
+    """Adds a node with one output, whose name is returned."""
+    return self.add_many(kind, 1, *inputs, **attributes)[0]
+
+  def add_many(
+    self, kind: str, count: int, *inputs: str, **attributes: Any
+  ) -> list[str]:
+    """Adds a node, and returns the names of its outputs."""
+    from onnx import helper
+
+    name = f"{kind}_{len(self._nodes)}"
+    outputs = [f"{name}_{i}" if i else name for i in range(count)]
+    node = helper.make_node(kind, inputs, outputs, name, **attributes)
+    self._nodes.append(node)
+    return outputs
+
+  def output(self, name: str, value: str, shape: list[str | int]) -> None:
+    """Names an output of the program."""
+    from onnx import helper
+
+    self._nodes.append(helper.make_node("Identity", [value], [name], name))
+    self.outputs[name] = shape
+
+  def dense(
+    self, x: str, name: str, kernel: np.ndarray, bias: np.ndarray | None
+  ) -> str:
+    """Returns x @ kernel + bias.
+
+    Args:
+      x: [N, in].
+      name: Of the arrays: NAME/kernel and NAME/bias.
+      kernel: [in, out].
+      bias: [out], or None.
+    """
+    add = [] if bias is None else [self.array(f"{name}/bias", bias)]
+    if self.dtype == "float32":
+      return self.add("Gemm", x, self.array(f"{name}/kernel", kernel), *add)
+    values, scale = _quantise(kernel, axis=0)
+    weights = self.array(f"{name}/kernel", values)
+    scale = self.array(f"{name}/scale", scale)
+    return self._int8_product(x, weights, scale, *add)
+
+  def unembed(self, x: str, name: str) -> str:
+    """Returns x @ embedding^T, with the array that `embed` added."""
+    if self.dtype == "float32":
+      return self.add("Gemm", x, name, transB=1)
+    kernel = self.add("Transpose", name)
+    scale = self.add("Reshape", f"{name}/scale", self.ints(-1))
+    return self._int8_product(x, kernel, scale)
+
+  def _int8_product(self, x: str, kernel: str, scale: str, *bias: str) -> str:
+    # In this order, onnxruntime makes it one operator.
+    from onnx import TensorProto
+
+    if x not in self._quantised:
+      self._quantised[x] = self.add_many("DynamicQuantizeLinear", 3, x)
+    values, x_scale, zero = self._quantised[x]
+    sums = self.add("MatMulInteger", values, kernel, zero)
+    sums = self.add("Cast", sums, to=TensorProto.FLOAT)
+    out = self.add("Mul", sums, self.add("Mul", x_scale, scale))
+    return self.add("Add", out, *bias) if bias else out
+
+  def embed(self, name: str, rows: np.ndarray, ids: str) -> str:
+    """Returns the rows of these ids, [..., D]."""
+    from onnx import TensorProto
+
+    if self.dtype == "float32":
+      return self.add("Gather", self.array(name, rows), ids)
+    values, scale = _quantise(rows, axis=1)
+    found = self.add("Gather", self.array(name, values), ids)
+    found = self.add("Cast", found, to=TensorProto.FLOAT)
+    scale = self.array(f"{name}/scale", scale[:, None])
+    return self.add("Mul", found, self.add("Gather", scale, ids))
+
+  def model(self) -> Any:
+    """Returns the ModelProto."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    inputs = [
+      helper.make_tensor_value_info(x, TensorProto.INT64, ["batch", "length"])
+      for x in self.inputs
+    ]
+    outputs = [
+      helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+      for name, shape in self.outputs.items()
+    ]
+    arrays = [
+      numpy_helper.from_array(np.asarray(array, order="C"), name)
+      for name, array in self._arrays.items()
+    ]
+    graph = helper.make_graph(self._nodes, "folding", inputs, outputs, arrays)
+    return helper.make_model(
+      graph,
+      opset_imports=[helper.make_opsetid("", OPSET)],
+      ir_version=IR_VERSION,
+      producer_name="folding",
+      producer_version=__version__,
+    )
+
+
+def _quantise(w: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns int8 values and float32 scales, one per slice across an axis."""
+  largest = np.abs(w).max(axis=axis, initial=0.0)
+  scale = (np.where(largest == 0, 1, largest) / 127).astype(np.float32)
+  return np.rint(w / np.expand_dims(scale, axis)).astype(np.int8), scale
+
+
+class _Sizes(NamedTuple):
+  """Values that all layers share.
+
+  Attributes:
+    shape: int64[2], B and L.
+    position_L: int64, 0, 1, ...
+    mask: What hides keys, float [B, 1, L, L]: 0 or -1e30.
+    distance_LL: float, |i - j|; "": unused.
+  """
+
+  shape: str
+  position_L: str
+  mask: str
+  distance_LL: str
+
+
+def _make_graph(
+  loaded: Loaded, token_map: np.ndarray | None, dtype: Dtype
+) -> _Graph:
+  """Returns the graph of a model.
+
+  Args:
+    loaded: The model.
+    token_map: The row of each id of the tokenizer; None: the id.
+    dtype: Of matrices and embeddings.
+  """
+  m = loaded.config.model
+  g = _Graph(dtype, (TOKENS, MASK, *[SEGMENTS] * bool(m.segments)))
+  params = {
+    name: np.asarray(leaf, np.float32)
+    for name, leaf in paths.flatten(loaded.params).items()
+  }
+  width = m.width
+  sizes = _add_sizes(g, loaded)
+  ids = TOKENS
+  if token_map is not None:
+    ids = g.add("Gather", g.array("token_map", token_map.astype(np.int32)), ids)
+  x = g.embed("embed/embedding", params["embed/embedding"], ids)
+  if m.positions == "learned":
+    name = "position_embed/embedding"
+    x = g.add("Add", x, g.embed(name, params[name], sizes.position_L))
+  if m.segments:
+    name = "segment_embed/embedding"
+    x = g.add("Add", x, g.embed(name, params[name], SEGMENTS))
+  x = g.add("Reshape", x, g.ints(-1, width))
+  norm = _norm_of(g, loaded, params)
+  if m.norm_position == "post":
+    x = norm(x, "norm_embed")
+  for n, layer in enumerate(layers_of(m, loaded.config.fold)):
+    block = _Block(g, loaded, params, f"blocks_{n}", layer, sizes)
+    if m.norm_position == "pre":
+      x = g.add("Add", x, block.attend(norm(x, f"blocks_{n}/norm_attn")))
+      x = g.add("Add", x, block.mlp(norm(x, f"blocks_{n}/norm_mlp")))
+    else:
+      x = norm(g.add("Add", block.attend(x), x), f"blocks_{n}/norm_attn")
+      x = norm(g.add("Add", block.mlp(x), x), f"blocks_{n}/norm_mlp")
+  if m.norm_position == "pre":
+    x = norm(x, "norm_final")
+  _read_out(g, loaded, params, x, sizes)
+  return g
+
+
+def _norm_of(g: _Graph, loaded: Loaded, params: Mapping[str, np.ndarray]):
+  """Returns a function that adds the norm of a name."""
+  m = loaded.config.model
+  kind = {"rmsnorm": "RMSNormalization", "layernorm": "LayerNormalization"}
+
+  def norm(x: str, name: str) -> str:
+    leaves = [f"{name}/{leaf}" for leaf in ("scale", "bias")]
+    arrays = [g.array(x, params[x]) for x in leaves if x in params]
+    return g.add(kind[m.norm], x, *arrays, axis=-1, epsilon=m.norm_epsilon)
+
+  return norm
+
+
+def _add_sizes(g: _Graph, loaded: Loaded) -> _Sizes:
+  from onnx import TensorProto
+
+  m = loaded.config.model
+  shape = g.add("Shape", TOKENS)
+  length = g.add("Gather", shape, g.const(1, np.int64))
+  zero, one = (g.const(i, np.int64) for i in (0, 1))
+  position_L = g.add("Range", zero, length, one)
+  is_seen = g.add("Cast", MASK, to=TensorProto.BOOL)
+  is_seen = g.add("Unsqueeze", is_seen, g.ints(1, 2))  # [B, 1, 1, L]
+  distance = ""
+  if m.causal or m.window is not None or m.positions == "alibi":
+    at_L = g.add("Cast", position_L, to=TensorProto.FLOAT)
+    at_L1 = g.add("Unsqueeze", at_L, g.ints(1))
+    signed = g.add("Sub", at_L1, at_L)
+    distance = g.add("Abs", signed)
+    near = []
+    if m.causal:
+      bound = g.const(0, np.float32)
+      near.append(g.add("GreaterOrEqual", signed, bound))
+    if m.window is not None:
+      bound = g.const(m.window, np.float32)
+      near.append(g.add("Less", distance, bound))
+    for seen_LL in near:
+      is_seen = g.add("And", is_seen, seen_LL)
+  mask = g.add(
+    "Where", is_seen, g.const(0, np.float32), g.const(_MASKED, np.float32)
+  )
+  # Attention does not broadcast the axis of the queries.
+  batch, lengths = (g.add("Gather", shape, g.ints(axis)) for axis in range(2))
+  full = g.add("Concat", batch, g.ints(1), lengths, lengths, axis=0)
+  return _Sizes(shape, position_L, g.add("Expand", mask, full), distance)
+
+
+class _Block:
+  """One layer. Sizes are read from its arrays, kinds from the config."""
+
+  def __init__(
+    self,
+    g: _Graph,
+    loaded: Loaded,
+    params: Mapping[str, np.ndarray],
+    name: str,
+    layer: Layer,
+    sizes: _Sizes,
+  ):
+    self._g, self._config, self._layer = g, loaded.config.model, layer
+    self._name, self._sizes = name, sizes
+    self._params = {
+      path.removeprefix(f"{name}/"): w
+      for path, w in params.items()
+      if path.startswith(f"{name}/")
+    }
+
+  def attend(self, x: str) -> str:
+    """Returns what attention writes to [N, D]."""
+    g, w, layer = self._g, self._params, self._layer
+    o_HrD = w["attn/o/kernel"]
+    H, r, D = o_HrD.shape
+    J, size = w["attn/k/kernel"].shape[1:]
+    (q, k, v), num_values = self._project(x)
+    if self._config.positions == "rope":
+      # Pairs are rotated as they are, other folded numbers copied to K before.
+      copies = 1 if "attn/frequency" in w else layer.head_dim // size
+      q = self._rotate(self._repeat(q, H * size, copies), H)
+      k = self._rotate(self._repeat(k, J * size, copies), J)
+      size *= copies
+    if num_values != J:  # values per query head beside shared keys
+      k = self._repeat(k, J, num_values // J, size)
+    out = g.add(
+      "Attention",
+      q,
+      k,
+      v,
+      self._mask(),
+      q_num_heads=H,
+      kv_num_heads=num_values,
+      scale=layer.head_dim**0.5 / size,  # = (K / G) / sqrt(K)
+    )
+    out = g.add("Reshape", out, g.ints(-1, H * r))
+    return self._dense(out, "attn/o")
+
+  def mlp(self, x: str) -> str:
+    """Returns what the feed-forward layer writes to [N, D]."""
+    g, m = self._g, self._config
+    h = self._dense(x, "mlp/up")
+    if m.gated:
+      gate = self._dense(x, "mlp/gate")
+      h = g.add("Mul", _activate(g, gate, m.activation), h)
+    else:
+      h = _activate(g, h, m.activation)
+    return self._dense(h, "mlp/down")
+
+  def _dense(self, x: str, *names: str) -> str:
+    """Returns the products with several kernels, side by side."""
+    w = self._params
+    kernels = [w[f"{name}/kernel"] for name in names]
+    num_inputs = 2 if names == ("attn/o",) else 1  # axes
+    kernels = [k.reshape(math.prod(k.shape[:num_inputs]), -1) for k in kernels]
+    bias = [w[f"{name}/bias"].ravel() for name in names if f"{name}/bias" in w]
+    return self._g.dense(
+      x,
+      f"{self._name}/{'+'.join(names)}",
+      np.concatenate(kernels, axis=1),
+      np.concatenate(bias) if bias else None,
+    )
+
+  def _project(self, x: str) -> tuple[list[str], int]:
+    """Returns queries, keys and values, [B, L, ...], and the heads of values."""
+    g, w, layer = self._g, self._params, self._layer
+    source, joined, rest = x, ["attn/q", "attn/k", "attn/v"], []
+    if layer.groups and layer.axis == "input":
+      source = self._sum_groups(x)
+    num_heads = len(layer.heads)
+    if f"{joined[-1]}/kernel" not in w:
+      joined.pop()
+      width = num_heads * layer.head_dim
+      rest = [self._by_text(self._diagonal(x), width)]
+    else:
+      num_heads = w["attn/v/kernel"].shape[1]
+    if source != x and not rest:
+      out = self._dense(x, joined.pop())
+      rest = [self._by_text(out, w["attn/v/kernel"][0].size)]
+    widths = [w[f"{name}/kernel"][0].size for name in joined]
+    out = self._by_text(self._dense(source, *joined), sum(widths))
+    split = g.add_many("Split", len(joined), out, g.ints(*widths), axis=-1)
+    return [*split, *rest], num_heads
+
+  def _sum_groups(self, x: str) -> str:
+    """Returns the sums over groups of channels, [N, G]."""
+    g, groups = self._g, self._layer.groups
+    x = g.add("Reshape", x, g.ints(-1, groups, self._config.width // groups))
+    return g.add("ReduceSum", x, g.ints(2), keepdims=0)
+
+  def _diagonal(self, x: str) -> str:
+    """Returns the values of a diagonal W_V, [N, H K]."""
+    g, layer, name = self._g, self._layer, "attn/v/diagonal"
+    K = layer.head_dim
+    channels = [h * K + i for h in layer.heads for i in range(K)]
+    if len(channels) < self._config.width:
+      x = g.add("Gather", x, g.ints(*channels), axis=1)
+    if name in self._params:  # otherwise W_O has absorbed it
+      diagonal = self._params[name].ravel()
+      x = g.add("Mul", x, g.array(f"{self._name}/{name}", diagonal))
+    return x
+
+  def _by_text(self, x: str, width: int) -> str:
+    """Returns what has `width` numbers per token as [B, L, width]."""
+    g = self._g
+    shape = g.add("Concat", self._sizes.shape, g.ints(width), axis=0)
+    return g.add("Reshape", x, shape)
+
+  def _repeat(self, x: str, count: int, copies: int, size: int = 1) -> str:
+    """Returns [B, L, count size] with each `size` numbers repeated in place."""
+    if copies == 1:
+      return x
+    g = self._g
+    x = g.add("Reshape", x, g.ints(-1, count, 1, size))
+    x = g.add("Tile", x, g.ints(1, 1, copies, 1))
+    return self._by_text(x, count * copies * size)
+
+  def _rotate(self, x: str, heads: int) -> str:
+    """Returns queries or keys, [B, L, heads K], with rotary positions."""
+    g, m = self._g, self._config
+    frequency_Jk = self._params.get("attn/frequency")
+    if frequency_Jk is None:
+      K = self._layer.head_dim
+      frequency_Jk = rope_frequencies(K, m.rope_base, m.rope_scaling)[None]
+    J, half = frequency_Jk.shape
+    if J > 1:
+      frequency_Jk = np.repeat(frequency_Jk, heads // J, axis=0)
+    cos, sin = self._angles(frequency_Jk)
+    shape = g.add("Concat", self._sizes.shape, g.ints(heads, 2 * half), axis=0)
+    x = g.add("Reshape", x, shape)
+    a, b = g.add_many("Split", 2, x, axis=-1, num_outputs=2)
+    turned = (
+      g.add("Sub", g.add("Mul", a, cos), g.add("Mul", b, sin)),
+      g.add("Add", g.add("Mul", b, cos), g.add("Mul", a, sin)),
+    )
+    return self._by_text(g.add("Concat", *turned, axis=-1), heads * 2 * half)
+
+  def _angles(self, frequency_Hk: np.ndarray) -> list[str]:
+    """Returns cosines and sines [L, H, k] of the angles at each position."""
+    from onnx import TensorProto
+
+    g = self._g
+    at_L = g.add("Cast", self._sizes.position_L, to=TensorProto.FLOAT)
+    at_L11 = g.add("Unsqueeze", at_L, g.ints(1, 2))
+    angle = g.add("Mul", at_L11, g.const(frequency_Hk, np.float32))
+    return [g.add(kind, angle) for kind in ("Cos", "Sin")]
+
+  def _mask(self) -> str:
+    """Returns what is added to the logits."""
+    if self._config.positions != "alibi":
+      return self._sizes.mask
+    g = self._g
+    slopes_H = -np.exp(self._params["attn/log_slopes"])
+    slopes = g.array(f"{self._name}/attn/slopes", slopes_H[:, None, None])
+    return g.add(
+      "Add", self._sizes.mask, g.add("Mul", slopes, self._sizes.distance_LL)
+    )
+
+
+def _activate(g: _Graph, x: str, name: str) -> str:
+  if name == "silu":
+    return g.add("Mul", x, g.add("Sigmoid", x))
+  if name.startswith("gelu"):
+    kind = "tanh" if name == "gelu_tanh" else "none"
+    return g.add("Gelu", x, approximate=kind)
+  return g.add({"relu": "Relu", "tanh": "Tanh"}[name], x)
+
+
+def _read_out(
+  g: _Graph,
+  loaded: Loaded,
+  params: Mapping[str, np.ndarray],
+  x: str,
+  sizes: _Sizes,
+) -> None:
+  """Adds the outputs, of the [N, D] that the last block returns."""
+  m, width = loaded.config.model, loaded.config.model.width
+
+  def dense(x: str, name: str) -> str:
+    bias = params.get(f"{name}/bias")
+    return g.dense(x, name, params[f"{name}/kernel"], bias)
+
+  if loaded.config.task == "lm":
+    rows = loaded.num_rows
+    if m.tie_embeddings:
+      x = g.unembed(x, "embed/embedding")
+    else:
+      x = dense(x, "head")
+    shape = g.add("Concat", sizes.shape, g.ints(rows), axis=0)
+    x = g.add("Reshape", x, shape)
+    g.output("logits", x, ["batch", "length", rows])
+    return
+  shape = g.add("Concat", sizes.shape, g.ints(width), axis=0)
+  x = g.add("Reshape", x, shape)
+  pooled = _pool(g, x, m.pooling)
+  if not loaded.labels:
+    g.output("last_hidden_state", x, ["batch", "length", width])
+    if loaded.is_normalized:
+      pooled = g.add("LpNormalization", pooled, axis=1, p=2)
+    g.output("sentence_embedding", pooled, ["batch", width])
+    return
+  if m.pooler:
+    pooled = _activate(g, dense(pooled, "pooler"), m.pooler_activation)
+  g.output("logits", dense(pooled, "head"), ["batch", len(loaded.labels)])
+
+
+def _pool(g: _Graph, x_BLD: str, pooling: str) -> str:
+  """Returns the vector of the first or last token, or the mean over tokens."""
+  from onnx import TensorProto
+
+  if pooling == "first":
+    return g.add("Gather", x_BLD, g.const(0, np.int64), axis=1)
+  if pooling == "last":
+    count = g.add("ReduceSum", MASK, g.ints(1))
+    last = g.add("Sub", count, g.const(1, np.int64))
+    last = g.add("Max", last, g.const(0, np.int64))  # [B, 1]
+    return g.add("GatherND", x_BLD, last, batch_dims=1)
+  mask = g.add("Cast", MASK, to=TensorProto.FLOAT)
+  mask = g.add("Unsqueeze", mask, g.ints(2))
+  sums = g.add("ReduceSum", g.add("Mul", x_BLD, mask), g.ints(1), keepdims=0)
+  count = g.add("ReduceSum", mask, g.ints(1), keepdims=0)
+  return g.add("Div", sums, g.add("Max", count, g.const(1, np.float32)))

@@ -1,0 +1,225 @@
+"""ONNX programs: the same numbers in onnxruntime as here."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import folding
+from folding import config as c
+from folding.errors import ConfigError
+from folding.serving import export as export_lib
+from folding.serving import onnx_export
+from tests.models import checkpoints
+from tests.serving import models
+
+_BERT = c.bert(**models.SHAPE, pooler=True)
+_GPT2 = c.gpt2(**models.SHAPE, pooling="last")
+_LLAMA = c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2)
+
+
+def _shrunk(shape, **fold):
+  """Returns a model without some neurons, tokens and heads."""
+  model = models.make(model=shape, fold=c.FoldConfig(**fold))
+  model = models.with_zeros(model, [7, 9, 10])
+  model.params["blocks_1"]["attn"]["o"]["kernel"][1:3] = 0
+  small = export_lib.shrunk(model)
+  assert small.config.model.heads == ((0, 1, 2, 3), (0, 3))
+  return small
+
+
+# Together they have every form of the arrays, and every option of the graph.
+_CASES = {
+  # Post-norm, first token, pooler; r < K, fewer heads in a layer, a token map.
+  "bert-low-rank": lambda: _shrunk(
+    _BERT, groups=2, values="dense", value_rank=(2, 3)
+  ),
+  # ALiBi, pre-norm, mean over tokens; the identity for W_V.
+  "alibi-identity": lambda: _shrunk(
+    c.ModelConfig(**models.SHAPE, causal=False), groups=1
+  ),
+  "last-by-input-axis": lambda: models.make(
+    model=_GPT2, fold=c.FoldConfig(groups=4, axis="input", values="dense")
+  ),
+  "gpt2-diagonal": lambda: models.make("lm", _GPT2, c.FoldConfig(groups=2)),
+  # RMSNorm, gates, no biases, shared keys and values, a window; RoPE by copies.
+  "llama-window": lambda: models.make(
+    "lm",
+    dataclasses.replace(_LLAMA, window=5),
+    c.FoldConfig(groups=2, values="dense", value_rank=3),
+  ),
+  # RoPE by pairs; a layer with values per query head beside shared keys.
+  "llama-pairs": lambda: models.make(
+    "lm",
+    _LLAMA,
+    c.FoldConfig(groups=4, rope="pairs", values=("dense", "diagonal")),
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def start():
+  """Returns a function that starts onnxruntime on an exported folder."""
+  runtime = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
+
+  def session(folder):
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    made = runtime.InferenceSession(
+      str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+
+    def run(*inputs):
+      names = [x.name for x in made.get_inputs()]
+      feed = [x.astype(np.int64) for x in inputs]
+      return made.run(None, dict(zip(names, feed, strict=True)))
+
+    return run
+
+  return session
+
+
+def _batch(num_tokens, length=17):
+  """Returns ids of three texts, and a mask with padding at the end."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, num_tokens, (3, length))
+  return tokens, np.arange(length) < np.array([[length], [2], [length - 1]])
+
+
+def _logits(model, tokens, mask):
+  tokens = getattr(model.tokenizer, "token_map", np.arange(21))[tokens]
+  apply = jax.jit(model.model.apply)
+  return np.asarray(apply({"params": model.params}, tokens, mask))
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_program_computes_the_model_in_any_shape(start, name, tmp_path):
+  model = _CASES[name]()
+  onnx_export.export_onnx(tmp_path / "out", model)
+  run = start(tmp_path / "out")
+  tokens, mask = _batch(model.tokenizer.plain_size)
+  expected = _logits(model, tokens, mask)
+  [found] = run(tokens, mask)
+  assert found.shape == expected.shape
+  if not model.labels:
+    found, expected = found[mask], expected[mask]
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  # Each text by itself, without padding, and so in other shapes.
+  for row in range(3):
+    keep = mask[row]
+    [one] = run(tokens[row : row + 1, keep], mask[row : row + 1, keep])
+    rest = expected[row] if model.labels else expected[mask[:row].sum() :]
+    np.testing.assert_allclose(
+      one[0], rest[: len(one[0])], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_pairs_have_segments(start, tmp_path):
+  shape = dataclasses.replace(_BERT, segments=2)
+  model = models.make("regress", shape)
+  onnx_export.export_onnx(tmp_path / "out", model)
+  tokens, mask = _batch(21)
+  segments = np.arange(17) >= np.array([[9], [1], [17]])
+  inputs = [jnp.asarray(x) for x in (tokens, mask, segments.astype(np.int32))]
+  expected = model.model.apply(
+    {"params": model.params}, *inputs[:2], segments_BL=inputs[2]
+  )
+  [found] = start(tmp_path / "out")(tokens, mask, segments)
+  assert found.shape == (3, 1)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["classify", "lm"])
+def test_int8_is_near_and_a_quarter_as_large(start, task, tmp_path):
+  shape = {"num_layers": 1, "width": 64, "num_heads": 4}
+  family = c.gpt2 if task == "lm" else c.bert  # tied embeddings in "lm"
+  model = models.make(task, family(**shape), c.FoldConfig(groups=4))
+  # Columns and rows of unlike size need scales of their own.
+  model.params["blocks_0"]["mlp"]["up"]["kernel"][:, 3] *= 50
+  model.params["embed"]["embedding"][5] *= 50
+  tokens, mask = _batch(21)
+  sizes, found = [], []
+  for dtype in ("float32", "int8"):
+    folder = tmp_path / dtype
+    onnx_export.export_onnx(folder, model, dtype)
+    sizes.append((folder / "model.onnx").stat().st_size)
+    [logits] = start(folder)(tokens, mask)
+    found.append(logits[mask] if task == "lm" else logits)
+  assert 0.2 < sizes[1] / sizes[0] < 0.35
+  error = np.abs(found[1] - found[0]).mean(0) / np.abs(found[0]).mean(0)
+  assert 0 < error.min() <= error.max() < 0.25, error
+
+
+def test_sentence_encoder_has_the_files_and_vectors(start, tmp_path):
+  source = tmp_path / "source"
+  checkpoints.write(source, "bert")
+  (source / "1_Pooling").mkdir()
+  pooling = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+  (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+  kinds = {
+    "Transformer": "",
+    "Pooling": "1_Pooling",
+    "Normalize": "2_Normalize",
+  }
+  modules = [{"type": f"x.{k}", "path": path} for k, path in kinds.items()]
+  (source / "modules.json").write_text(json.dumps(modules))
+  model = folding.load(source)
+  assert (model.config.model.pooling, model.is_normalized) == ("mean", True)
+
+  folder = tmp_path / "onnx"
+  onnx_export.export_onnx(folder, model)
+  tokens, mask = _batch(model.num_rows, model.config.data.length)
+  hidden, vectors = start(folder)(tokens, mask)
+
+  def blocks(module, tokens, mask):
+    x_BLD = module.embed_tokens(tokens, True)
+    for block in module.blocks:
+      x_BLD = block(x_BLD, mask, True)
+    return x_BLD
+
+  variables = {"params": model.params}
+  inputs = (jnp.asarray(tokens), jnp.asarray(mask))
+  expected = model.model.apply(variables, *inputs, method=blocks)
+  np.testing.assert_allclose(
+    hidden[mask], np.asarray(expected)[mask], rtol=1e-4, atol=1e-4
+  )
+  means = [row[keep].mean(0) for row, keep in zip(hidden, mask, strict=True)]
+  unit = [x / np.linalg.norm(x) for x in means]
+  np.testing.assert_allclose(vectors, unit, rtol=1e-4, atol=1e-5)
+  # The same files beside dense arrays, and what our own format keeps.
+  export_lib.export_hf(tmp_path / "hf", model)
+  for name in ("modules.json", "1_Pooling/config.json"):
+    text = (folder / name).read_text("utf-8")
+    assert (tmp_path / "hf" / name).read_text("utf-8") == text
+  export_lib.export(
+    tmp_path / "own",
+    model.config,
+    model.params,
+    model.tokenizer,
+    is_normalized=True,
+  )
+  for name in ("hf", "own"):
+    again = folding.load(tmp_path / name)
+    assert (again.config.model.pooling, again.is_normalized) == ("mean", True)
+  pooling["pooling_mode_max_tokens"] = True
+  (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+  with pytest.raises(ConfigError, match="pooling_mode_max_tokens"):
+    folding.load(source)
+
+
+def test_what_has_no_program_is_refused(start, tmp_path, monkeypatch):
+  model = models.make(model=_BERT, length=8)
+  onnx_export.export_onnx(tmp_path / "out", model)
+  with pytest.raises(ConfigError, match="program for onnxruntime"):
+    folding.load(tmp_path / "out")
+  # More tokens than learned positions.
+  with pytest.raises(Exception, match="by 9|bounds"):
+    start(tmp_path / "out")(*_batch(21, 9))
+  monkeypatch.setitem(sys.modules, "onnx", None)
+  with pytest.raises(ConfigError, match=r"pip install .*onnx"):
+    onnx_export.export_onnx(tmp_path / "other", model)
+  assert not (tmp_path / "other").exists()
