@@ -153,6 +153,19 @@ def test_parse_reads_kinds_of_values_per_layer(text, values):
   assert typed.parse(hint, text, "fold.values") == values
 
 
+@pytest.mark.parametrize(
+  ("name", "text", "value"),
+  [
+    ("data.text_field", "a", "a"),
+    ("data.text_field", "a,b", ("a", "b")),
+    ("data.text_field", "('a', 'b')", ("a", "b")),
+    ("data.path", "a,b", "a,b"),
+  ],
+)
+def test_parse_reads_one_name_or_two(name, text, value):
+  assert typed.parse(typed.fields(c.Config)[name], text, name) == value
+
+
 # What each preset decides.
 PRESETS = {
   "none": (0, "dense", 0.0, 0.0, None),

@@ -536,17 +536,19 @@ def _choose_columns(
     usual = [(name,) for name in _LABEL_NAMES[task]]
     label_field = next(iter(_usual(columns, usual)), None)
   others = [name for name in columns if name != label_field]
+  labels = {*itertools.chain(*_LABEL_NAMES.values())}  # of other tasks
   texts = [
     name
     for name in others
     if isinstance(table[0][1][name], str)
+    and name.lower() not in labels
     and not all(labels_lib.is_number(row.get(name) or "0") for _, row in table)
   ]
   chosen = _choose_texts(place, others, texts, data, task)
   ignored = ", ".join(name for name in texts if name not in chosen)
   if ignored:
     _log.warning(
-      "%s: the text is the column %s; ignored: %s",
+      "%s: the text is %s; ignored: %s",
       *(file, " and ".join(chosen), ignored),
     )
   return chosen, label_field

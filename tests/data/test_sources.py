@@ -115,13 +115,14 @@ PAIRS = "score\tlabel\tsentence1\tsentence2\n1.5\tx\ta\tb c\n-2\ty\td\te\n"
   ],
 )
 def test_pairs_are_found_with_the_label_of_the_task(
-  tmp_path, task, labels, names
+  tmp_path, task, labels, names, caplog
 ):
   texts = load(tmp_path, task, train__tsv=PAIRS)
   assert texts.pair == ("sentence1", "sentence2")
   assert texts.texts["train"] == [("a", "b c"), ("d", "e")]
   assert texts.labels["train"].tolist() == labels
   assert texts.label_names == names
+  assert not caplog.messages  # the other label is no text
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from folding.errors import ConfigError
 from folding.reporting import report
 from folding.serving import predict
 from folding.training import compress, loop, run_dir, step
+from folding.training.allocate import sensitivities
 from folding.training.checkpoint import load_run
 from folding.training.fold_pretrained import embed_batches
 from tests.training.conftest import recovery_config, tiny_config
@@ -116,7 +117,8 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
   rank = scipy.stats.spearmanr(found, labels).statistic
   assert result["test"]["spearman"] == pytest.approx(rank)
 
-  # Calibration reads them, and a teacher that is the student teaches nothing.
+  # Calibration and the plan read them, and a teacher that is the student teaches
+  # nothing.
   [x] = embed_batches(saved, start, [batch] * 2).x[:1]
   expected = jax.jit(run.model.apply, static_argnames="method")(
     {"params": start},
@@ -125,6 +127,11 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
     method="embed_tokens",
   )
   np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
+  bare = {name: w for name, w in batch.items() if name != "segments"}
+  (one, _), (other, _) = (
+    sensitivities(saved, start, [each]) for each in (batch, bare)
+  )
+  assert np.abs(one["o"] / other["o"] - 1).max() > 1e-3
   options = dataclasses.replace(
     run.options(),
     mesh=None,
