@@ -2,21 +2,26 @@
 
     python -m benchmarks.one_model RUN... [--peers] [--rounds=10] [--save]
 
-Needs the extra `parity`. A RUN is a run of configs/pretrained.py that started
-from a dense run of a BERT classifier. Rows:
+Needs the extras `parity` and `onnx`. A RUN is a run of configs/pretrained.py that
+started from a dense run of a BERT classifier. Rows:
 
-    transformers  the dense run on PyTorch, exported with --format=hf
-    dense         the dense run, `folding export`
-    RUN           each run, `folding export`
+    dense         the dense run
+    RUN           each run
     peers         with --peers, the dense model pruned by `torch_peers` to the
-                  stored parameters of the first run, on PyTorch
+                  allocated parameters of the first run, on PyTorch
 
 Every figure of a row is of that row's exported model: accuracy on the test split,
-allocated and nonzero parameters, bytes of the file of weights, and the time of a
-forward pass over random tokens. All rows are timed in turn; times are medians.
+allocated and nonzero parameters, bytes of the files of weights (`folding export`,
+and with --format=hf, onnx and onnx in int8), peak memory of the compiled JAX
+program, and the time of a forward pass over random tokens in JAX, ONNX Runtime and,
+for the dense run and the peers, `transformers` on PyTorch. All are timed in turn;
+times are medians. Learned positions are extended by zeros where a shape is longer
+than what the runs read; time does not depend on values.
 """
 
+import copy
 import dataclasses
+import functools
 import os
 import statistics
 import tempfile
@@ -32,9 +37,13 @@ from folding.config import Config
 from folding.data.batches import Data, make_data
 from folding.errors import ConfigError
 from folding.serving import export as export_lib
+from folding.serving import onnx_export
 from folding.training import run_dir
 
-SHAPES = ((1, 16), (8, 64), (32, 128))  # texts x tokens; as long as runs read
+SHAPES = ((1, 16), (8, 64), (32, 128))  # texts x tokens
+
+
+Forward = Callable[[np.ndarray], Any]  # int32[B, L] tokens; waits for logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +52,23 @@ class Model:
 
   Attributes:
     name: Name of its row.
-    accuracy: On the test split.
+    accuracy: On the test split, by runtime.
     allocated: Number of parameters in arrays, zeros included.
     stored: Number of parameters that are not zero.
-    file_bytes: Size of the file of weights.
+    file_bytes: Size of the file of weights, by format.
     vocab_size: Number of token ids that it reads.
-    forward: Runs int32[B, L] tokens and waits for the logits.
+    forwards: By runtime.
+    peak_bytes: Of arguments and scratch of the JAX program, by shape.
   """
 
   name: str
-  accuracy: float
+  accuracy: dict[str, float]
   allocated: int
   stored: int
-  file_bytes: int
+  file_bytes: dict[str, int]
   vocab_size: int
-  forward: Callable[[np.ndarray], Any]
+  forwards: dict[str, Forward]
+  peak_bytes: Callable[[tuple[int, int]], int | None] = lambda shape: None
 
 
 def measure(
@@ -82,10 +93,9 @@ def measure(
     raise ConfigError(f"{workdirs[0]} did not start from a dense run")
   dense_data = _data(configs[0], export_lib.load(dense_path))
   dense = _transformers(dense_path)
-  models = [
-    _on_pytorch("transformers", dense, dense_data),
-    _exported("dense", dense_path, configs[0]),
-  ]
+  models = [_exported("dense", dense_path, configs[0])]
+  models[0].accuracy["PyTorch"] = torch_peers.accuracy(dense, dense_data)
+  models[0].forwards["PyTorch"] = _pytorch_forward(copy.deepcopy(dense))
   for path, config in zip(workdirs, configs, strict=True):
     name = os.path.basename(os.path.normpath(path))
     models.append(_exported(name, path, config))
@@ -97,15 +107,13 @@ def measure(
     pruned = torch_peers.prune_and_recover(
       dense,
       make,
-      models[2].stored,
+      models[1].allocated,
       config=configs[0],
       data=dense_data,
       rates=rates,
     )
     models.append(_on_pytorch(name, pruned, dense_data))
-  longest = min(config.data.length for config in configs)
-  shapes = [s for s in SHAPES if s[1] <= longest] or [(1, longest)]
-  return {"rows": _timed(models, shapes, rounds), "rounds": rounds}
+  return {"rows": _timed(models, rounds), "rounds": rounds}
 
 
 def _data(config: Config, loaded: export_lib.Loaded) -> Data:
@@ -126,38 +134,117 @@ def _transformers(path: str) -> Any:
     ).eval()
 
 
-def _on_pytorch(name: str, model: Any, data: Data) -> Model:
-  import safetensors.torch
+def _pytorch_forward(model: Any) -> Forward:
   import torch
-
-  model = model.eval()
 
   @torch.inference_mode()
   def forward(tokens):
     return model(torch.as_tensor(tokens, dtype=torch.long)).logits
 
+  _extend_on_pytorch(model.bert.embeddings)
+  return forward
+
+
+def _extend_on_pytorch(embeddings: Any) -> None:
+  """Adds positions of zeros, so that the longest shape can be timed."""
+  import torch
+
+  old = embeddings.position_embeddings
+  count = max(length for _, length in SHAPES)
+  if old.num_embeddings >= count:
+    return
+  new = torch.nn.Embedding(count, old.embedding_dim)
+  with torch.no_grad():
+    new.weight.zero_()
+    new.weight[: old.num_embeddings] = old.weight
+  embeddings.position_embeddings = new
+  embeddings.position_ids = torch.arange(count)[None]
+  embeddings.token_type_ids = torch.zeros((1, count), dtype=torch.long)
+
+
+def _on_pytorch(name: str, model: Any, data: Data) -> Model:
+  import safetensors.torch
+
+  model = model.eval()
   weights = {n: w.contiguous() for n, w in model.named_parameters()}
   return Model(
     name=name,
-    accuracy=torch_peers.accuracy(model, data),
+    accuracy={"PyTorch": torch_peers.accuracy(model, data)},
     allocated=sum(w.numel() for w in weights.values()),
     stored=sum(int((w != 0).sum()) for w in weights.values()),
-    file_bytes=len(safetensors.torch.save(weights)),
+    file_bytes={"hf": len(safetensors.torch.save(weights))},
     vocab_size=model.config.vocab_size,
-    forward=forward,
+    forwards={"PyTorch": _pytorch_forward(model)},
   )
 
 
 def _exported(name: str, path: str, config: Config) -> Model:
-  """Returns a run after `folding export` and `folding.load`."""
+  """Returns a run after `folding export`, in each format and runtime."""
+  found = export_lib.load(path)
+  small = export_lib.shrunk(found)
+  file_bytes, accuracy, forwards = {}, {}, {}
   with tempfile.TemporaryDirectory() as scratch:
     folder = os.path.join(scratch, "export")
-    small = export_lib.shrunk(export_lib.load(path))
     export_lib.export(
       folder, small.config, small.params, small.tokenizer, small.labels
     )
-    file_bytes = os.path.getsize(os.path.join(folder, export_lib.WEIGHTS))
+    file_bytes["folding"] = _size(folder, export_lib.WEIGHTS)
     loaded = export_lib.load(folder)
+    try:
+      export_lib.export_hf(os.path.join(scratch, "hf"), found)
+      file_bytes["hf"] = _size(scratch, "hf", "model.safetensors")
+    except ConfigError as error:
+      print(f"{name}: no Hugging Face file: {error}")
+    data, long = _data(config, loaded), _extended(loaded)
+    kinds: dict[str, onnx_export.Dtype] = {
+      "ONNX": "float32",
+      "ONNX int8": "int8",
+    }
+    for runtime, dtype in kinds.items():
+      for which, each in (("short", loaded), ("long", long)):
+        onnx_export.export_onnx(
+          os.path.join(scratch, dtype + which), each, dtype
+        )
+      file_bytes[runtime] = _size(scratch, dtype + "short", onnx_export.MODEL)
+      runs = [
+        _onnx_forward(os.path.join(scratch, dtype + which))
+        for which in ("short", "long")
+      ]
+      accuracy[runtime] = _accuracy(runs[0], data)
+      forwards[runtime] = runs[1]
+  accuracy["JAX"] = _accuracy(_jax_forward(loaded), data)
+  forwards["JAX"] = _jax_forward(long)
+  leaves = jax.tree.leaves(loaded.params)
+  return Model(
+    name=name,
+    accuracy=accuracy,
+    allocated=sum(w.size for w in leaves),
+    stored=sum(int(np.count_nonzero(w)) for w in leaves),
+    file_bytes=file_bytes,
+    vocab_size=loaded.tokenizer.vocab_size,
+    forwards=forwards,
+    peak_bytes=functools.partial(_peak_bytes, long),
+  )
+
+
+def _size(*parts: str) -> int:
+  return os.path.getsize(os.path.join(*parts))
+
+
+def _extended(loaded: export_lib.Loaded) -> export_lib.Loaded:
+  """Returns a model that reads the longest shape: more positions, of zeros."""
+  length = max(loaded.config.data.length, *(size for _, size in SHAPES))
+  data = dataclasses.replace(loaded.config.data, length=length)
+  params = dict(loaded.params)
+  if "position_embed" in params:
+    w_PD = np.asarray(params["position_embed"]["embedding"])
+    more = np.zeros((length - len(w_PD), w_PD.shape[1]), w_PD.dtype)
+    params["position_embed"] = {"embedding": np.concatenate([w_PD, more])}
+  config = dataclasses.replace(loaded.config, data=data)
+  return dataclasses.replace(loaded, config=config, params=params)
+
+
+def _jax_forward(loaded: export_lib.Loaded) -> Callable[..., Any]:
   params = jax.device_put(loaded.params)
   apply = jax.jit(loaded.model.apply)
 
@@ -165,50 +252,78 @@ def _exported(name: str, path: str, config: Config) -> Model:
     logits = apply({"params": params}, jnp.asarray(tokens), mask)
     return jax.block_until_ready(logits)
 
+  return forward
+
+
+def _peak_bytes(loaded: export_lib.Loaded, shape: tuple[int, int]) -> int:
+  tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+  program = jax.jit(loaded.model.apply).lower({"params": loaded.params}, tokens)
+  memory: Any = program.compile().memory_analysis()
+  return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _onnx_forward(folder: str) -> Callable[..., Any]:
+  import onnxruntime
+
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = os.cpu_count() or 1
+  with open(os.path.join(folder, onnx_export.MODEL), "rb") as file:
+    session = onnxruntime.InferenceSession(
+      file.read(), options, providers=["CPUExecutionProvider"]
+    )
+
+  def forward(tokens, mask=None):
+    mask = np.ones_like(tokens) if mask is None else mask
+    inputs = {
+      "input_ids": np.asarray(tokens, np.int64),
+      "attention_mask": np.asarray(mask, np.int64),
+    }
+    return session.run(None, inputs)[0]
+
+  return forward
+
+
+def _accuracy(forward: Callable[..., Any], data: Data) -> float:
   right = count = 0.0
-  for batch in _data(config, loaded).eval_batches("test"):
+  for batch in data.eval_batches("test"):
     found = np.argmax(forward(batch["tokens"], batch["mask"]), axis=-1)
     right += float(np.sum((found == batch["labels"]) * batch["weights"]))
     count += float(np.sum(batch["weights"]))
-  leaves = jax.tree.leaves(loaded.params)
-  return Model(
-    name=name,
-    accuracy=right / count,
-    allocated=sum(w.size for w in leaves),
-    stored=sum(int(np.count_nonzero(w)) for w in leaves),
-    file_bytes=file_bytes,
-    vocab_size=loaded.tokenizer.vocab_size,
-    forward=forward,
-  )
+  return right / count
 
 
-def _timed(
-  models: Sequence[Model], shapes: Sequence[tuple[int, int]], rounds: int
-) -> list[dict[str, Any]]:
-  """Returns the rows of the models, with seconds by shape of a batch."""
-  rows = [
+def _timed(models: Sequence[Model], rounds: int) -> list[dict[str, Any]]:
+  """Returns the rows of the models, with seconds by runtime and shape."""
+  rows: list[dict[str, Any]] = [
     {
       "name": model.name,
       "accuracy": model.accuracy,
       "allocated": model.allocated,
       "stored": model.stored,
       "file_bytes": model.file_bytes,
-      "seconds": {},
-      "speed": {},
+      "peak_bytes": model.peak_bytes(SHAPES[-1]),
+      "seconds": {runtime: {} for runtime in model.forwards},
+      "speed": {runtime: {} for runtime in model.forwards},
     }
     for model in models
   ]
-  for shape in shapes:
+  for shape in SHAPES:
     rng = np.random.default_rng(0)
-    calls = {}
+    calls, places = {}, {}
     for n, model in enumerate(models):
       tokens = rng.integers(0, model.vocab_size, shape, dtype=np.int32)
-      calls[f"{n:02d}"] = lambda f=model.forward, t=tokens: f(t)
+      for runtime, forward in model.forwards.items():
+        key = f"{n:02d} {runtime}"
+        calls[key] = functools.partial(forward, tokens)
+        places[key] = rows[n], runtime
     seconds = timing.time_in_turn(calls, rounds)
     label = "{} x {}".format(*shape)
-    for row, times in zip(rows, seconds.values(), strict=True):
-      row["seconds"][label] = statistics.median(times)
-      row["speed"][label] = timing.ratio(seconds["00"], times)
+    for key, times in seconds.items():
+      row, runtime = places[key]
+      row["seconds"][runtime][label] = statistics.median(times)
+      # Against the dense model in the same runtime.
+      base = seconds.get(f"00 {runtime}", times)
+      row["speed"][runtime][label] = timing.ratio(base, times)
   return rows
 
 
@@ -221,27 +336,66 @@ def main() -> None:
   args = parser.parse_args()
   rates = [float(text) for text in args.learning_rates.split(",")]
   result = measure(args.runs, args.rounds, rates if args.peers else ())
-  labels = list(result["rows"][0]["seconds"])
-  table = output.Table(
-    "One row per exported model; ms per batch (texts x tokens)",
-    ["model", "accuracy", "allocated", "stored", "file, MB", *labels],
+  rows = result["rows"]
+  runtimes = ("JAX", "ONNX", "ONNX int8", "PyTorch")
+  formats = ("folding", "hf", "ONNX", "ONNX int8")
+
+  def accuracies(row):
+    return [
+      f"{row['accuracy'][r]:.1%}" if r in row["accuracy"] else ""
+      for r in runtimes
+    ]
+
+  sizes = output.Table(
+    "One row per exported model: test accuracy by runtime, parameters, MB",
+    [
+      *("model", *runtimes, "allocated", "nonzero"),
+      *(f"{x} MB" for x in formats),
+      "peak MB in JAX, 32 x 128",
+    ],
     [
       [
         row["name"],
-        f"{row['accuracy']:.1%}",
+        *accuracies(row),
         f"{row['allocated']:,}",
         f"{row['stored']:,}",
-        f"{row['file_bytes'] / 1e6:.1f}",
-        *(f"{1e3 * row['seconds'][label]:.1f}" for label in labels),
+        *(
+          f"{row['file_bytes'][x] / 1e6:.1f}" if x in row["file_bytes"] else ""
+          for x in formats
+        ),
+        f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else "",
       ]
-      for row in result["rows"]
+      for row in rows
+    ],
+  )
+  labels = ["{} x {}".format(*shape) for shape in SHAPES]
+  times = output.Table(
+    "ms per batch (texts x tokens), and times as fast as the dense model there",
+    ["model", "runtime", *labels],
+    [
+      [
+        row["name"],
+        runtime,
+        *(
+          f"{1e3 * row['seconds'][runtime][x]:.1f} "
+          f"({row['speed'][runtime][x]['ratio']:.1f})"
+          for x in labels
+        ),
+      ]
+      for row in rows
+      for runtime in runtimes
+      if runtime in row["seconds"]
     ],
   )
   plot = output.Plot(
-    "Times as fast as the dense model in transformers on PyTorch",
-    {row["name"]: row["speed"] for row in result["rows"][1:]},
+    "Times as fast as the dense model in ONNX Runtime, float32",
+    {
+      row["name"]: row["speed"]["ONNX"]
+      for row in rows[1:]
+      if "ONNX" in row["speed"]
+    },
   )
-  output.show("one_model", args, result, [table], plot)
+  output.show("one_model", args, result, [sizes, times], plot)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,19 @@ def rows(dense_run, topics, tmp_path_factory):
   return {row["name"]: row for row in measured["rows"]}
 
 
-@pytest.mark.parametrize("name", ["transformers", "dense"])
-def test_dense_rows_have_the_accuracy_of_the_run(rows, dense_run, name):
+def test_dense_row_has_the_accuracy_of_the_run_in_every_runtime(
+  rows, dense_run
+):
   expected = loop.evaluate_run(str(dense_run), "test")["accuracy"]
-  assert rows[name]["accuracy"] == pytest.approx(expected, abs=1e-6)
+  found = dict(rows["dense"]["accuracy"])
+  assert found.pop("ONNX int8") == pytest.approx(expected, abs=0.1)
+  assert found == pytest.approx(
+    dict.fromkeys(["JAX", "ONNX", "PyTorch"], expected), abs=1e-6
+  )
 
 
 @pytest.mark.parametrize("name", ["torch.nn.utils.prune", "Torch-Pruning"])
 def test_peer_stores_at_most_as_much_and_not_much_less(rows, name):
-  ours, theirs = rows["folded"]["stored"], rows[name]["stored"]
+  ours, theirs = rows["folded"]["allocated"], rows[name]["stored"]
   assert 0.9 * ours <= theirs <= ours
-  assert rows[name]["accuracy"] > 0.4  # of three classes, after 20 steps
+  assert rows[name]["accuracy"]["PyTorch"] > 0.4  # of three classes, 20 steps
