@@ -1,9 +1,9 @@
 """Checkpoints of a run: saved asynchronously; the last two and the best stay.
 
 Schema 1: one Orbax item, the training state (step, params, opt_state), in
-RUN/checkpoints/<step>. Renaming a parameter path bumps the schema. If arrays
-become smaller in training, `model.json` beside it has the `model` section of the
-config that the state belongs to; otherwise that is the one in config.json.
+RUN/checkpoints/<step>. Renaming a parameter path bumps the schema. `model.json`
+beside it has the section `model` of the config that the state belongs to, as
+arrays may become smaller in training. Without it, that of config.json counts.
 
 Neither Orbax nor OCDBT keeps checksums of the arrays, so `checksums.json` of a
 checkpoint has one for each of its files. It is written before the temporary

@@ -413,8 +413,7 @@ def _train(
           writer.say(_line(step, "valid", metrics))
           # Only a model that is pruned to its end can be the best.
           loss = _rank(metrics, config) if step >= mask_updates.stop else None
-        model = run.config.model if t.compact else None
-        checkpoints.save(step, state, loss, model)
+        checkpoints.save(step, state, loss, run.config.model)
         run.write_result(
           workdir,
           state,

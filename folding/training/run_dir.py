@@ -123,8 +123,8 @@ def save(
 def config_to_continue(workdir: str, config: Config) -> Config | None:
   """Returns the config of the run that a directory holds; None: no run.
 
-  The mesh, `train.accumulate` and `train.energy` do not change the outcome, and
-  may differ; the given values are returned.
+  The mesh, `train.accumulate`, `train.compact` and `train.energy` do not change
+  the outcome, and may differ; the given values are returned.
 
   Args:
     workdir: The run directory, which may not exist.
@@ -154,6 +154,7 @@ def _computed_as(config: Config, other: Config) -> Config:
   train = dataclasses.replace(
     config.train,
     accumulate=other.train.accumulate,
+    compact=other.train.compact,
     energy=other.train.energy,
   )
   return dataclasses.replace(config, mesh=other.mesh, train=train)

@@ -69,7 +69,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
     with checkpoints:
       for at in sorted(states):
         states[at] = jax.device_put(shrunk[at][1], that.state_shardings)
-        checkpoints.save(at, states[at], losses[at])
+        checkpoints.save(at, states[at], losses[at], config.model)
       checkpoints.wait()
       best = checkpoints.best_step()
     state, test = states[step], None

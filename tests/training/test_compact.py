@@ -116,6 +116,19 @@ def test_older_checkpoint_of_larger_arrays_resumes_bit_for_bit(
   )
 
 
+def test_resume_without_the_option_keeps_the_arrays(
+  labelled, compact, tmp_path
+):
+  copy = tmp_path / "copy"
+  shutil.copytree(compact, copy)
+  result = run_dir.read_result(str(copy)) | {"finished": False, "test": None}
+  run_dir.write_result(str(copy), result)
+  shutil.rmtree(copy / "checkpoints" / str(STEPS))
+  loop.run(_config(labelled), str(copy))
+  _assert_same_training(copy, compact)
+  assert _sizes(copy)[STEPS] == _sizes(compact)[12]
+
+
 def test_readers_take_the_shapes_of_the_checkpoint(compact, tmp_path):
   result = run_dir.read_result(str(compact))
   metrics = loop.evaluate_run(str(compact))

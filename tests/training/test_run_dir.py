@@ -48,6 +48,7 @@ def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
   save(tmp_path, saved)
   now = tiny.config(mesh=c.MeshConfig(data=2, fsdp=4))
   now.train.accumulate, now.train.energy = 2, "SWE"
+  now.train.compact = 0.5
   assert run_dir.config_to_continue(str(tmp_path), now) == now
   now.train.steps += 1
   with pytest.raises(ConfigError, match=r"train\.steps: 8 -> 9"):
