@@ -25,8 +25,9 @@ def compress(
   """Returns a model with fewer parameters, fitted to texts without labels.
 
   This is what a run of configs/pretrained.py starts from: a plan by layer, folded
-  projections, fewer neurons and, of an encoder, fewer tokens. Training recovers
-  what is lost; at a saving of 0.3 that is little.
+  projections, fewer neurons and, of an encoder, fewer tokens. Of a language
+  model single weights become zero, by SparseGPT, in arrays of the same size.
+  Training recovers what is lost.
 
   Args:
     model: A dense model, or what `folding.load` reads.
@@ -58,6 +59,8 @@ def compress(
       "tokens of this kind of tokenizer cannot be removed; use "
       "configs/pretrained.py, which zeroes rows while training"
     )
+  # At once: there are no steps in which FPP could prune.
+  config.compress.prune = "sparsegpt"
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   rows = encode_rows(loaded.tokenizer, list(texts), config.data.length).ids
