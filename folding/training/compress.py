@@ -85,8 +85,15 @@ def recipe(
   groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
   if is_rotary:  # by whole pairs, which need not divide it
     groups = max(2, K // 8 * 2)
+  # Beside single weights a plan may choose a diagonal W_V, if heads share out
+  # the width and a bias of W_O can replace that of W_V.
+  shares_width = m.num_heads * K == m.width
+  has_place = bool(m.use_bias) or not m.qkv_bias
+  is_free = is_lm and shares_width and has_place
   fold = FoldConfig(
-    groups=groups, rope="pairs" if is_rotary else "copy", values="dense"
+    groups=groups,
+    rope="pairs" if is_rotary else "copy",
+    values="diagonal" if is_free else "dense",
   )
   fpp = FPPConfig(
     granularity="weight" if is_lm else "neuron",
