@@ -267,6 +267,8 @@ def _onnx_forward(folder: str) -> Callable[..., Any]:
 
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = os.cpu_count() or 1
+  # Threads that wait busily would slow down the model that is timed next.
+  options.add_session_config_entry("session.intra_op.allow_spinning", "0")
   with open(os.path.join(folder, onnx_export.MODEL), "rb") as file:
     session = onnxruntime.InferenceSession(
       file.read(), options, providers=["CPUExecutionProvider"]
