@@ -2,9 +2,9 @@
 
 Parts are the groups of W_Q and W_K, the rank of W_V and W_O (or a diagonal
 W_V), and the neurons of the MLP. Each option is tried alone on the dense model:
-how far does the residual stream move, relative to its variance? Then the moves
-of the least error per parameter saved are taken until the model is small
-enough, and the MLP gets back what the last move saves too much. Errors are
+how far does the output of the model move, to first order (`sensitivities`)? Then
+the moves of the least error per parameter saved are taken until the model is
+small enough, and the MLP gets back what the last move saves too much. Errors are
 assumed to add up, and recovery by training is not foreseen.
 
 If `fpp.granularity` is "weight", single weights of W_O and the MLP are pruned
