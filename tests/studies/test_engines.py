@@ -88,6 +88,7 @@ def test_pool_resumes_what_ctrl_c_stopped(tmp_path):
   assert found["wanda"].steps == found["dense"].steps == 60
 
 
+@pytest.mark.slow
 def test_pool_survives_a_killed_run(tmp_path):
   study = make_study(tmp_path, "dense", seeds=(0, 1))
   pool = grid.Pool(2)

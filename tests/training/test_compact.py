@@ -98,6 +98,7 @@ def test_compact_run_trains_as_one_whose_arrays_stay(whole, compact):
   assert sizes[12] > sizes[STEPS]
 
 
+@pytest.mark.slow
 def test_older_checkpoint_of_larger_arrays_resumes_bit_for_bit(
   compact, tmp_path
 ):
@@ -116,6 +117,7 @@ def test_older_checkpoint_of_larger_arrays_resumes_bit_for_bit(
   )
 
 
+@pytest.mark.slow
 def test_resume_without_the_option_keeps_the_arrays(
   labelled, compact, tmp_path
 ):
@@ -129,6 +131,7 @@ def test_resume_without_the_option_keeps_the_arrays(
   assert _sizes(copy)[STEPS] == _sizes(compact)[12]
 
 
+@pytest.mark.slow
 def test_readers_take_the_shapes_of_the_checkpoint(compact, tmp_path):
   result = run_dir.read_result(str(compact))
   metrics = loop.evaluate_run(str(compact))
@@ -164,13 +167,3 @@ def test_compact_run_on_a_mesh_trains_as_on_one_device(
   _assert_same_training(workdir, compact)
   # Heads of an even count on two devices, so the sizes before may differ.
   assert _sizes(workdir)[STEPS] == _sizes(compact)[STEPS]
-
-
-def test_nothing_leaves_where_single_weights_are_pruned(tiny_run, tmp_path):
-  config, workdir, result = tiny_run
-  config = dataclasses.replace(
-    config, train=dataclasses.replace(config.train, compact=0.35)
-  )
-  same = loop.run(config, str(tmp_path / "run"))
-  assert same["test"] == result["test"]
-  assert same["layers"] == result["layers"]

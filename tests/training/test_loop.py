@@ -169,6 +169,15 @@ def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
   assert test["loss"] == this.evaluate(state.params, "test")["loss"]
 
 
+def test_compact_run_of_single_weights_keeps_its_arrays(tiny_run, tmp_path):
+  config, _, result = tiny_run
+  config = config_lib.from_dict(config_lib.to_dict(config))
+  config.train.compact = 0.35
+  same = loop.run(config, str(tmp_path / "run"))
+  assert same["test"] == result["test"]
+  assert same["layers"] == result["layers"]
+
+
 def test_stopped_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch):
   config, workdir, _ = tiny_run
   take = loop.StepLog.step

@@ -155,6 +155,7 @@ def _lines(folder, split):
   return (pathlib.Path(folder) / f"{split}.tsv").read_text().splitlines()[1:]
 
 
+@pytest.mark.slow
 def test_a_run_on_scores_is_folded_with_itself_as_teacher(
   scored, similar, tmp_path
 ):
