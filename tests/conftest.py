@@ -1,6 +1,5 @@
 """Settings for every test: strict JAX, eight simulated devices, shared data."""
 
-import gc
 import os
 import pathlib
 
@@ -37,11 +36,6 @@ ocp.type_handlers.get_type_handler(
 )._min_slice_bytes_for_replica_parallel = 2048
 
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
-
-
-def pytest_collection_finish():
-  """Excludes modules and tests from each garbage collection of a save."""
-  gc.freeze()
 
 
 @pytest.fixture
