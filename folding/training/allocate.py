@@ -45,6 +45,7 @@ from folding.training.fold_pretrained import (
   look,
   look_all,
   make_block,
+  masks_of,
   require_pairs,
   second_moment,
   total,
@@ -52,6 +53,7 @@ from folding.training.fold_pretrained import (
 
 _FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
 KINDS = ("qk", "v", "mlp")
+_OUTPUTS = ("o", "down")
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
 
@@ -61,7 +63,7 @@ class Option(NamedTuple):
   Attributes:
     value: Groups; kind or rank of W_V; or fraction pruned of the MLP.
     stored: Number of parameters that the arrays of the decision then store.
-    error: Of the model's output, see `sensitivities`.
+    error: Squared change of the model's output, see `sensitivities`.
   """
 
   value: Any
@@ -258,7 +260,9 @@ def measure(
   matter, options = sensitivities(config, params, batches), {}
   for n in layers_with_bar(config, "measuring"):
     old = params[f"blocks_{n}"]
-    target = look_all(make_block(dense, n), old, stream, STREAMS)
+    target = look_all(
+      make_block(dense, n), old, stream, STREAMS, outputs=_OUTPUTS
+    )
     trial = _Trial(config, n, old, stream, target, matter[n])
     options |= {
       (n, "qk"): _logits_options(trial),
@@ -277,8 +281,8 @@ class _Trial(NamedTuple):
     n: Number of the layer.
     old: Its dense parameters.
     stream: What it reads.
-    target: `look_all` of it, with `STREAMS`.
-    matter: Of the layer, from `sensitivities`.
+    target: `look_all` of it, with `STREAMS` and the outputs of W_O and W_down.
+    matter: Sensitivities of the layer.
   """
 
   config: Config
@@ -301,15 +305,16 @@ class _Trial(NamedTuple):
       params: Its parameters.
       roles: Modules whose output counts, "o" or "down".
     """
-    layers = (block, self.dense), (params, self.old)
-    part = functools.partial(_errors, tuple(roles), *layers, self.matter)
-    return float(total(part, *self.stream)) / self.stream.num_tokens
+    part = functools.partial(_errors, block, tuple(roles), params, self.matter)
+    return (
+      float(total(part, *self.stream, self.target)) / self.stream.num_tokens
+    )
 
   def moments(self, role: str) -> list[Moments]:
     """Returns the moments of the input of a module, of each half of the text.
 
-    What is fitted to one half is judged on the other: on its own text a fit
-    with many numbers looks too good.
+    A fit to one half is judged on the other. On its own text a fit with many
+    numbers looks too good.
     """
     return [
       input_moments(
@@ -319,9 +324,15 @@ class _Trial(NamedTuple):
     ]
 
   def square(self, wrong: np.ndarray, moments: Moments, role: str) -> float:
-    """Returns the error of outputs that are `a wrong` off, for inputs a."""
+    """Returns the error of a module whose output is off by `a @ wrong`.
+
+    Args:
+      wrong: float[inputs, D].
+      moments: Moments of its inputs a.
+      role: "o" or "down".
+    """
     part = self.old["attn" if role == "o" else "mlp"][role]
-    product = _around(moments, part) @ wrong
+    product = moments.around(part) @ wrong
     return float(np.sum(wrong * (product @ self.matter[role])))
 
 
@@ -401,7 +412,7 @@ def _neuron_options(trial: _Trial) -> list[Option]:
   mlp = trial.old["mlp"]
   w_FD = np.asarray(mlp["down"]["kernel"], np.float64)
   fitted, held_out = trial.moments("down")
-  c_FF = _around(fitted, mlp["down"])
+  c_FF = fitted.around(mlp["down"])
   F = len(w_FD)
   kept = sorted({_whole(F * i / 16, F) for i in range(1, 16)} - {F})[::-1]
   size = _size(mlp, ("up", "gate", "down"))
@@ -411,12 +422,6 @@ def _neuron_options(trial: _Trial) -> list[Option]:
     error = trial.square(w_FD - new_FD, held_out, "down")
     options.append(Option(1 - count / F, count / F * size, error))
   return options
-
-
-def _around(moments: Moments, projection: Mapping[str, Any]) -> np.ndarray:
-  """Returns the second moment of inputs, around a mean that a bias takes up."""
-  second, mean = moments
-  return second - np.outer(mean, mean) if "bias" in projection else second
 
 
 def _whole(count: float, F: int) -> int:
@@ -451,32 +456,14 @@ def _groups(config: Config, n: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _errors(roles, blocks, params, matter, x, mask):
+def _errors(block, roles, params, matter, x, mask, target):
   """Returns the sum over tokens of e' F e, for errors e of some outputs."""
-  seen = [
-    _outputs(block, each, x, mask, roles)
-    for block, each in zip(blocks, params, strict=True)
-  ]
+  seen = look(block, params, x, mask, outputs=roles)
   weight = mask.astype(jnp.float32)[..., None]
   found = 0.0
   for role in roles:
-    e_BLD = (seen[0][role] - seen[1][role]) * weight
+    e_BLD = (seen[role] - target[role]) * weight
     found += jnp.einsum("BLD,DE,BLE->", e_BLD, matter[role], e_BLD)
-  return found
-
-
-def _outputs(block, params, x, mask, roles) -> dict[str, jax.Array]:
-  """Returns the outputs of modules of a block."""
-  found = {}
-
-  def watch(next_fun, args, kwargs, context):
-    out = next_fun(*args, **kwargs)
-    if context.method_name == "__call__" and context.module.name in roles:
-      found[context.module.name] = out
-    return out
-
-  with nn.intercept_methods(watch):
-    block.apply({"params": params}, x, mask, True)
   return found
 
 
@@ -485,10 +472,10 @@ def sensitivities(
 ) -> list[dict[str, np.ndarray]]:
   """Returns how much errors of each layer's outputs matter to the model.
 
-  An error e that a token gets from W_O ("o") or W_down ("down") changes the
-  output of the model by J e to first order, and e' F e with F = E[J' J] is the
-  square of that. J is sampled: the gradient of the output in a random direction
-  of signs; for a language model, of the log-likelihood of a token that it draws.
+  To first order, an error e in a token's output of W_O ("o") or W_down ("down")
+  changes the output of the model by J e. The square of that change is e' F e,
+  with F = E[J' J]. J is the gradient of the logits times random signs; for a
+  language model, of the log-likelihood of tokens drawn from its predictions.
 
   Args:
     config: Resolved.
@@ -503,23 +490,22 @@ def sensitivities(
   vocabulary = len(params["embed"]["embedding"])
   model = make_model(dense, vocabulary, *classes)
   part = functools.partial(_sensitivity_sums, model, jax.device_put(params))
-  sums, count = None, 0.0
-  for number, batch in enumerate(batches):
-    mask = jnp.asarray(batch.get("mask", batch["tokens"] >= 0))
-    found = part(
-      batch["tokens"], mask, batch.get("segments"), jax.random.key(number)
-    )
-    found = jax.tree.map(np.float64, found)
-    sums = found if sums is None else jax.tree.map(np.add, sums, found)
-    count += float(mask.sum())
-  return jax.tree.map(lambda f: f / count, sums)
+  masks = masks_of(batches)
+  sums = total(
+    part,
+    [batch["tokens"] for batch in batches],
+    masks,
+    [batch.get("segments") for batch in batches],
+    [jax.random.key(number) for number in range(len(batches))],
+  )
+  num_tokens = Stream([], masks).num_tokens
+  return jax.tree.map(lambda f: f / num_tokens, sums)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sensitivity_sums(model, params, tokens, mask, segments, key):
   names = [f"blocks_{n}" for n in range(model.config.num_layers)]
-  roles = "o", "down"
-  ends = [(role,) for role in roles]
+  ends = [(role,) for role in _OUTPUTS]
 
   def output(errors):
     def add(next_fun, args, kwargs, context):
@@ -537,7 +523,7 @@ def _sensitivity_sums(model, params, tokens, mask, segments, key):
     return jnp.sum(chosen[..., 0] * mask)
 
   zero = jnp.zeros((*tokens.shape, model.config.width), jnp.float32)
-  grads = jax.grad(output)([dict.fromkeys(roles, zero) for _ in names])
+  grads = jax.grad(output)([dict.fromkeys(_OUTPUTS, zero) for _ in names])
   weight = mask.astype(jnp.float32)[..., None]
   return jax.tree.map(lambda g: second_moment(g * weight, g), grads)
 

@@ -98,10 +98,10 @@ def fold_pretrained(
 
   Returns:
     (params of `config`, [{"layer", "groups", "values": kind or rank of W_V,
-    "logits_kept": share of
-    the variance of the logits before the fit (None on the input axis),
-    "divergence": of the attention weights in nats, "attention_r2", "mlp_r2":
-    share of the variance that the two regressions explain on held-out text}]).
+    "logits_kept": share of the variance of the logits before the fit (None on
+    the input axis), "divergence": of the attention weights in nats,
+    "attention_r2", "mlp_r2": share of the variance that the two regressions
+    explain on held-out text}]).
 
   Raises:
     ConfigError: there is too little text, or trained weights cannot be folded
@@ -176,8 +176,7 @@ def embed_batches(
   Raises:
     ConfigError: there is too little text.
   """
-  D = config.model.width
-  masks = [jnp.asarray(b.get("mask", b["tokens"] >= 0)) for b in batches]
+  D, masks = config.model.width, masks_of(batches)
   num_tokens = Stream([], masks).num_tokens
   num_texts = sum(map(len, masks))
   if num_tokens <= 2 * D or num_texts < 2:
@@ -199,20 +198,37 @@ def embed_batches(
   return Stream(x, masks)
 
 
+def masks_of(batches: Sequence[Batch]) -> list[jax.Array]:
+  """Returns bool[B, L] of each batch, True at tokens."""
+  return [jnp.asarray(b.get("mask", b["tokens"] >= 0)) for b in batches]
+
+
 def make_block(config: Config, n: int) -> Block:
   """Returns the module of layer n."""
   return Block(config.model, layers_of(config.model, config.fold)[n])
 
 
-@functools.partial(jax.jit, static_argnames=("block", "names"))
-def look(block: Block, params, x, mask, names=()) -> dict[str, Any]:
-  """Returns the inputs of named modules of a block, and its output as "out"."""
+@functools.partial(jax.jit, static_argnames=("block", "names", "outputs"))
+def look(block: Block, params, x, mask, names=(), outputs=()) -> dict[str, Any]:
+  """Returns what passes modules of a block, and its own output as "out".
+
+  Args:
+    block: The layer.
+    params: Its parameters.
+    x: float[B, L, D], its input.
+    mask: bool[B, L], False at padding.
+    names: Modules whose input is returned.
+    outputs: Modules whose output is returned.
+  """
   seen = {}
 
   def watch(next_fun, args, kwargs, context):
-    if context.method_name == "__call__" and context.module.name in names:
-      seen[context.module.name] = args[0]
-    return next_fun(*args, **kwargs)
+    out, name = next_fun(*args, **kwargs), context.module.name
+    if context.method_name == "__call__" and name in names:
+      seen[name] = args[0]
+    elif context.method_name == "__call__" and name in outputs:
+      seen[name] = out
+    return out
 
   with nn.intercept_methods(watch):
     out = block.apply({"params": params}, x, mask, True)
@@ -220,11 +236,15 @@ def look(block: Block, params, x, mask, names=()) -> dict[str, Any]:
 
 
 def look_all(
-  block: Block, params: Params, stream: Stream, names: tuple[str, ...] = ()
+  block: Block,
+  params: Params,
+  stream: Stream,
+  names: tuple[str, ...] = (),
+  outputs: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
   """Returns `look` of each batch."""
   return [
-    look(block, params, x, mask, names=names)
+    look(block, params, x, mask, names=names, outputs=outputs)
     for x, mask in zip(*stream, strict=True)
   ]
 
@@ -278,6 +298,12 @@ class Moments(NamedTuple):
 
   second_II: Any
   mean_I: Any
+
+  def around(self, projection: Params) -> Any:
+    """Returns the second moment, around a mean that a bias takes up."""
+    if "bias" not in projection:
+      return self.second_II
+    return self.second_II - np.outer(self.mean_I, self.mean_I)
 
 
 def input_moments(
@@ -419,7 +445,7 @@ def fold_logits(
     m: Resolved.
     layer: Has the groups, at least one.
     attn: Parameters of the dense layer.
-    moments: Of its input.
+    moments: Moments of its input.
   """
   q, k, (second, centred) = attn["q"], attn["k"], moments
   if layer.axis == "input":

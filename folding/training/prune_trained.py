@@ -157,11 +157,8 @@ def _neurons(
 ) -> dict[str, Any]:
   """Returns the parameters of a block without a fraction of its neurons."""
   w_FD = np.asarray(params["mlp"]["down"]["kernel"], np.float64)
-  c_FF, mean_F = moment
-  has_bias = "bias" in params["mlp"]["down"]
-  if has_bias:  # it takes up the means
-    c_FF = c_FF - np.outer(mean_F, mean_F)
-  new_FD = oneshot.remove_inputs(w_FD, c_FF, fraction)
+  old = params["mlp"]["down"]
+  new_FD = oneshot.remove_inputs(w_FD, moment.around(old), fraction)
   gone_F = ~new_FD.any(axis=1)
   block = site.name.partition("/")[0]
 
@@ -172,7 +169,7 @@ def _neurons(
 
   new = paths.map_named(remove, {block: params})[block]
   down = {"kernel": new_FD.astype(np.float32)}
-  if has_bias:
-    bias_D = new["mlp"]["down"]["bias"] + mean_F @ (w_FD - new_FD)
+  if "bias" in old:
+    bias_D = old["bias"] + moment.mean_I @ (w_FD - new_FD)
     down["bias"] = bias_D.astype(np.float32)
   return {**new, "mlp": {**new["mlp"], "down": down}}
