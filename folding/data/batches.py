@@ -352,24 +352,42 @@ class _Rows:
     self, split: str, index: np.ndarray, *, bucket: int, size: int
   ) -> Batch:
     """Returns the share of a batch of these rows, padded to the bucket."""
-    tokens = np.full((size, bucket), self._pad_id, np.int32)
-    lengths, found = np.zeros(size, np.int64), self._labels[split]
+    rows, found = [self._ids[split][i] for i in index], self._labels[split]
+    tokens, mask = padded(rows, (size, bucket), self._pad_id)
     labels = np.zeros((size, *found.shape[1:]), found.dtype)
     labels[: len(index)] = found[index]
-    for row, i in enumerate(index):
-      ids = self._ids[split][i]
-      tokens[row, : ids.size] = ids
-      lengths[row] = ids.size
     batch = {
       "tokens": tokens,
-      "mask": np.arange(bucket) < lengths[:, None],
+      "mask": mask,
       "labels": labels,
       "weights": (np.arange(size) < len(index)).astype(np.float32),
     }
     seconds = self._seconds[split]
     if self.has_segments and seconds is not None:
-      batch["segments"] = segments_of(seconds[index], batch["mask"])
+      batch["segments"] = segments_of(seconds[index], mask)
     return {name: array[self._share] for name, array in batch.items()}
+
+
+def padded(
+  rows: Sequence[np.ndarray], shape: tuple[int, int], pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns int32 tokens of a shape and their mask, False at padding.
+
+  Args:
+    rows: Ids of each row; missing rows are padding.
+    shape: (B, L), at least the number of rows and the longest one.
+    pad_id: Id of padding.
+
+  Example:
+    >>> tokens, mask = padded([np.array([5, 6]), np.array([7])], (2, 3), 0)
+    >>> tokens.tolist(), mask.sum(1).tolist()
+    ([[5, 6, 0], [7, 0, 0]], [2, 1])
+  """
+  tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+  for row, ids in enumerate(rows):
+    tokens[row, : ids.size] = ids
+    mask[row, : ids.size] = True
+  return tokens, mask
 
 
 def bucket_lengths(length: int) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from folding import config as config_lib
-from folding.data.batches import bucket_lengths, encode_rows
+from folding.data.batches import bucket_lengths, encode_rows, padded
 from folding.errors import ConfigError
 from folding.serving.export import Loaded, load
 from folding.training import compress as compress_lib
@@ -25,15 +25,15 @@ def compress(
   """Returns a model with fewer parameters, fitted to texts without labels.
 
   This is what a run of configs/pretrained.py starts from: a plan by layer, folded
-  projections, fewer neurons and, of an encoder, fewer tokens. Of a language
-  model single weights become zero, by SparseGPT, in arrays of the same size.
-  Training recovers what is lost.
+  projections, fewer neurons and, for an encoder, fewer tokens. For a language
+  model SparseGPT zeroes single weights, and the arrays keep their size. Training
+  recovers most of the lost quality.
 
   Args:
-    model: A dense model, or what `folding.load` reads.
-    texts: Such as the model will read; single texts.
+    model: A dense model, or a path or hub id that `folding.load` reads.
+    texts: Single texts like those that the model will read.
     saving: Fraction of the parameters to save.
-    max_texts: Texts to fit to. All texts count for which tokens stay.
+    max_texts: Number of texts to fit to. All texts decide which tokens stay.
 
   Raises:
     ConfigError: the model is folded or shrunk already, its tokens cannot be
@@ -88,8 +88,6 @@ def _batches(
   for start in range(0, len(rows), _ROWS):
     group = rows[start : start + _ROWS]
     bucket = buckets[int(np.searchsorted(buckets, len(group[-1])))]
-    mask = np.arange(bucket) < np.array([[len(row)] for row in group])
-    tokens = np.full(mask.shape, pad_id, np.int32)
-    tokens[mask] = np.concatenate(group)
+    tokens, mask = padded(group, (len(group), bucket), pad_id)
     batches.append({"tokens": tokens, "mask": mask})
   return batches

@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from folding.data.batches import bucket_lengths, encode_rows, segments_of
+from folding.data.batches import (
+  bucket_lengths,
+  encode_rows,
+  padded,
+  segments_of,
+)
 from folding.data.labels import Label
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
@@ -158,11 +163,9 @@ def _outputs(
     members = order[start : start + batch_size]
     bucket = buckets[int(np.searchsorted(buckets, rows[members[-1]].size))]
     # The full batch size, so that a smaller last batch compiles nothing.
-    tokens = np.full((batch_size, bucket), loaded.tokenizer.pad_id, np.int32)
-    mask = np.zeros((batch_size, bucket), bool)
-    for position, i in enumerate(members):
-      tokens[position, : rows[i].size] = rows[i]
-      mask[position, : rows[i].size] = True
+    tokens, mask = padded(
+      [rows[i] for i in members], (batch_size, bucket), loaded.tokenizer.pad_id
+    )
     segments = None
     if seconds is not None and loaded.config.model.segments:
       segments = segments_of(seconds[members], mask)
