@@ -216,7 +216,7 @@ class _Graph:
 
     Args:
       x: [N, in].
-      name: Of the arrays: NAME/kernel and NAME/bias.
+      name: The arrays are called NAME/kernel and NAME/bias.
       kernel: [in, out].
       bias: [out], or None.
     """
@@ -317,7 +317,7 @@ def _make_graph(
   Args:
     loaded: The model.
     token_map: The row of each id of the tokenizer; None: the id.
-    dtype: Of matrices and embeddings.
+    dtype: Type of matrices and embeddings.
   """
   m = loaded.config.model
   g = _Graph(dtype, (TOKENS, MASK, *[SEGMENTS] * bool(m.segments)))
@@ -485,14 +485,14 @@ class _Block:
     if f"{joined[-1]}/kernel" not in w:
       joined.pop()
       width = num_heads * layer.head_dim
-      rest = [self._by_text(self._diagonal(x), width)]
+      rest = [_by_text(g, self._sizes, self._diagonal(x), width)]
     else:
       num_heads = w["attn/v/kernel"].shape[1]
     if source != x and not rest:
       out = self._dense(x, joined.pop())
-      rest = [self._by_text(out, w["attn/v/kernel"][0].size)]
+      rest = [_by_text(g, self._sizes, out, w["attn/v/kernel"][0].size)]
     widths = [w[f"{name}/kernel"][0].size for name in joined]
-    out = self._by_text(self._dense(source, *joined), sum(widths))
+    out = _by_text(g, self._sizes, self._dense(source, *joined), sum(widths))
     split = g.add_many("Split", len(joined), out, g.ints(*widths), axis=-1)
     return [*split, *rest], num_heads
 
@@ -514,12 +514,6 @@ class _Block:
       x = g.add("Mul", x, g.array(f"{self._name}/{name}", diagonal))
     return x
 
-  def _by_text(self, x: str, width: int) -> str:
-    """Returns what has `width` numbers per token as [B, L, width]."""
-    g = self._g
-    shape = g.add("Concat", self._sizes.shape, g.ints(width), axis=0)
-    return g.add("Reshape", x, shape)
-
   def _repeat(self, x: str, count: int, copies: int, size: int = 1) -> str:
     """Returns [B, L, count size] with each `size` numbers repeated in place."""
     if copies == 1:
@@ -527,7 +521,7 @@ class _Block:
     g = self._g
     x = g.add("Reshape", x, g.ints(-1, count, 1, size))
     x = g.add("Tile", x, g.ints(1, 1, copies, 1))
-    return self._by_text(x, count * copies * size)
+    return _by_text(g, self._sizes, x, count * copies * size)
 
   def _rotate(self, x: str, heads: int) -> str:
     """Returns queries or keys, [B, L, heads K], with rotary positions."""
@@ -540,14 +534,15 @@ class _Block:
     if J > 1:
       frequency_Jk = np.repeat(frequency_Jk, heads // J, axis=0)
     cos, sin = self._angles(frequency_Jk)
-    shape = g.add("Concat", self._sizes.shape, g.ints(heads, 2 * half), axis=0)
-    x = g.add("Reshape", x, shape)
+    x = _by_text(g, self._sizes, x, heads, 2 * half)
     a, b = g.add_many("Split", 2, x, axis=-1, num_outputs=2)
     turned = (
       g.add("Sub", g.add("Mul", a, cos), g.add("Mul", b, sin)),
       g.add("Add", g.add("Mul", b, cos), g.add("Mul", a, sin)),
     )
-    return self._by_text(g.add("Concat", *turned, axis=-1), heads * 2 * half)
+    return _by_text(
+      g, self._sizes, g.add("Concat", *turned, axis=-1), heads * 2 * half
+    )
 
   def _angles(self, frequency_Hk: np.ndarray) -> list[str]:
     """Returns cosines and sines [L, H, k] of the angles at each position."""
@@ -569,6 +564,12 @@ class _Block:
     return g.add(
       "Add", self._sizes.mask, g.add("Mul", slopes, self._sizes.distance_LL)
     )
+
+
+def _by_text(g: _Graph, sizes: _Sizes, x: str, *axes: int) -> str:
+  """Returns the numbers of each token, [N, ...], as [B, L, *axes]."""
+  shape = g.add("Concat", sizes.shape, g.ints(*axes), axis=0)
+  return g.add("Reshape", x, shape)
 
 
 def _activate(g: _Graph, x: str, name: str) -> str:
@@ -600,12 +601,10 @@ def _read_out(
       x = g.unembed(x, "embed/embedding")
     else:
       x = dense(x, "head")
-    shape = g.add("Concat", sizes.shape, g.ints(rows), axis=0)
-    x = g.add("Reshape", x, shape)
+    x = _by_text(g, sizes, x, rows)
     g.output("logits", x, ["batch", "length", rows])
     return
-  shape = g.add("Concat", sizes.shape, g.ints(width), axis=0)
-  x = g.add("Reshape", x, shape)
+  x = _by_text(g, sizes, x, width)
   pooled = _pool(g, x, m.pooling)
   if not loaded.labels:
     g.output("last_hidden_state", x, ["batch", "length", width])
