@@ -67,17 +67,17 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
   if f.granularity == "neuron":
     mlp = ("mlp/up/kernel", "neuron", _NEURON)
   attention = {
-    "none": (r"(?!)", "weight", None),
-    "output": ("attn/o/kernel", "weight", None),
-    "all": ("attn/[qkvo]/kernel", "weight", None),
-    "heads": ("attn/o/kernel", "row", _HEAD),
+    "none": [],
+    "output": [("attn/o/kernel", "weight", None)],
+    "all": [("attn/[qkvo]/kernel", "weight", None)],
+    "heads": [("attn/o/kernel", "row", _HEAD)],
   }[f.attention]
   unit, score = _embedding_rule(config)
   rules = []
   for name in names:
     if in_layer := re.fullmatch(r"(blocks_(\d+)/)(.*)", name):
       block, layer, role = in_layer.groups()
-      for pattern, granularity, members in (mlp, attention):
+      for pattern, granularity, members in [mlp, *attention]:
         if re.fullmatch(pattern, role):
           tied = _members(names, block, members) if members else {}
           tied.pop(name, None)
