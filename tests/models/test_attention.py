@@ -9,20 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding import config as config_lib
 from folding.models import attention
 from tests.models import oracle
+from tests.models.layers import D, H, K, make_layer, normal, randomized
 
-B, L, H, K = 2, 6, 4, 4
-D = H * K
+B, L = 2, 6
 
 # Sums of a few dozen float32 products of unit numbers.
 TOLERANCE = 1e-5
-
-
-def normal(seed, *shape):
-  x = np.random.default_rng(seed).normal(size=shape)
-  return jnp.asarray(x, jnp.float32)
 
 
 def alibi_bias(slopes, causal, length=L):
@@ -130,30 +124,6 @@ def test_rotate_bfloat16_uses_float32_angles():
   )
 
 
-def _model(fold=None, **fields):
-  """Returns an attention layer of width D and its config."""
-  shape = {"num_layers": 1, "width": D, "num_heads": H} | fields
-  config = config_lib.resolve(
-    config_lib.Config(
-      task="classify",
-      preset="none",
-      model=config_lib.ModelConfig(**shape),
-      fold=config_lib.FoldConfig(**(fold or {})),
-    )
-  )
-  init = nn.initializers.lecun_normal()
-  [layer] = config_lib.layers_of(config.model, config.fold)
-  return attention.Attention(config.model, layer, init), config
-
-
-def _randomized(module):
-  x = jnp.zeros((1, L, D))
-  shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-  leaves, tree = jax.tree.flatten(shapes)
-  values = [normal(n, *leaf.shape) for n, leaf in enumerate(leaves)]
-  return jax.tree.unflatten(tree, values)
-
-
 ONE = {"groups": 1, "values": "diagonal"}
 ROWS = {"groups": 4, "axis": "input", "values": "diagonal"}
 SHARED = {"positions": "rope", "num_kv_heads": 2, "use_bias": False}
@@ -173,8 +143,8 @@ CASES = {
 
 @pytest.mark.parametrize(("fold", "kind"), CASES.values(), ids=CASES)
 def test_layer_equals_the_oracle_on_its_parameters(fold, kind):
-  module, config = _model(fold, **kind)
-  params, x = _randomized(module), normal(9, B, L, D)
+  module, config = make_layer(fold, **kind)
+  params, x = randomized(module), normal(9, B, L, D)
   keep = jnp.asarray(np.arange(L) < np.array([[L], [4]]))
   layer = oracle.Model(config, {}).attention
   expected = layer(*oracle.wide(params, x), keep)
@@ -184,13 +154,13 @@ def test_layer_equals_the_oracle_on_its_parameters(fold, kind):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_slopes_start_geometric_and_are_learned(causal):
-  module, config = _model(causal=causal)
+  module, config = make_layer(causal=causal)
   x = normal(9, B, L, D)
   started = jax.jit(module.init)(jax.random.key(0, impl="rbg"), x)["params"]
   np.testing.assert_allclose(
     np.exp(started["log_slopes"]), [2**-2, 2**-4, 2**-6, 2**-8], rtol=1e-6
   )
-  params, cotangent = _randomized(module), np.asarray(normal(8, B, L, D))
+  params, cotangent = randomized(module), np.asarray(normal(8, B, L, D))
 
   def summed(log_slopes):
     changed = params | {"log_slopes": log_slopes}
@@ -214,7 +184,7 @@ def test_slopes_start_geometric_and_are_learned(causal):
 
 
 def test_parameters_are_float32_with_x64():
-  module, _ = _model()
+  module, _ = make_layer()
   with jax.enable_x64(True):
     x = jnp.zeros((1, L, D), jnp.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), x)
@@ -222,8 +192,8 @@ def test_parameters_are_float32_with_x64():
 
 
 def test_dense_layer_equals_flax_multi_head_attention():
-  module, _ = _model(positions="none", causal=False)
-  params, x = _randomized(module), normal(9, B, L, D)
+  module, _ = make_layer(positions="none", causal=False)
+  params, x = randomized(module), normal(9, B, L, D)
   twin = nn.MultiHeadDotProductAttention(H)
   names = {"query": "q", "key": "k", "value": "v", "out": "o"}
   weights = {theirs: params[ours] for theirs, ours in names.items()}
@@ -250,8 +220,8 @@ def test_logits_of_bfloat16_are_summed_in_float32():
 
 
 def test_frequencies_of_rotary_pairs_have_no_gradient():
-  module, _ = _model({"groups": 2, "rope": "pairs"}, positions="rope")
-  params, x = _randomized(module), normal(9, B, L, D)
+  module, _ = make_layer({"groups": 2, "rope": "pairs"}, positions="rope")
+  params, x = randomized(module), normal(9, B, L, D)
 
   @jax.jit
   @jax.grad
@@ -264,7 +234,7 @@ def test_frequencies_of_rotary_pairs_have_no_gradient():
 
 
 def test_slopes_of_kept_heads_are_their_own():
-  module, _ = _model(heads=((0, 3),))
+  module, _ = make_layer(heads=((0, 3),))
   params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, L, D)))
   slopes = np.exp(params["params"]["log_slopes"])
   np.testing.assert_allclose(slopes, [2**-2, 2**-8], rtol=1e-6)
@@ -272,11 +242,11 @@ def test_slopes_of_kept_heads_are_their_own():
 
 @pytest.mark.parametrize(("causal", "rank"), [(True, 0), (False, 3)])
 def test_linear_layer_equals_dense_layer(causal, rank):
-  dense, _ = _model({"groups": 1, "value_rank": rank}, causal=causal)
+  dense, _ = make_layer({"groups": 1, "value_rank": rank}, causal=causal)
   linear = dense.clone(
     config=dataclasses.replace(dense.config, attention="linear")
   )
-  params = {"params": _randomized(dense)}
+  params = {"params": randomized(dense)}
   x = normal(9, B, L, D)
   keep = jnp.asarray(np.arange(L) < np.array([[L], [4]]))
   programs = [jax.make_jaxpr(m.apply)(params, x, keep) for m in (dense, linear)]

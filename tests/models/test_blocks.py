@@ -1,6 +1,5 @@
 """Attention in blocks against the same attention with all logits at once."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,43 +9,14 @@ from folding import config as config_lib
 from folding.models import attention, blocks
 from tests import jaxprs
 from tests.models import oracle
+from tests.models.layers import D, H, K, make_layer, normal, randomized
 
-B, L, H, K = 2, 29, 4, 4
+B, L = 2, 29
 SIZE = 8  # so that 29 positions are four blocks, the last one padded
-D = H * K
 
 # Sums of a few hundred float32 products, relative to the largest result. The
 # gradient of the biases of keys is 0 up to rounding.
 TOLERANCE = 1e-5
-
-
-def normal(seed, *shape):
-  x = np.random.default_rng(seed).normal(size=shape)
-  return jnp.asarray(x, jnp.float32)
-
-
-def make_layer(fold=None, **fields):
-  """Returns an attention layer of width D."""
-  shape = {"num_layers": 1, "width": D, "num_heads": H} | fields
-  config = config_lib.resolve(
-    config_lib.Config(
-      task="classify",
-      preset="none",
-      model=config_lib.ModelConfig(**shape),
-      fold=config_lib.FoldConfig(**(fold or {})),
-    )
-  )
-  [layer] = config_lib.layers_of(config.model, config.fold)
-  init = nn.initializers.lecun_normal()
-  return attention.Attention(config.model, layer, init)
-
-
-def randomized(module):
-  x = jnp.zeros((1, L, D))
-  shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-  leaves, tree = jax.tree.flatten(shapes)
-  values = [0.5 * normal(n, *leaf.shape) for n, leaf in enumerate(leaves)]
-  return jax.tree.unflatten(tree, values)
 
 
 def results(module, params, x, keep, size):
@@ -92,8 +62,8 @@ CASES = {
 
 @pytest.mark.parametrize(("fold", "kind", "padded"), CASES.values(), ids=CASES)
 def test_layer_in_blocks_equals_the_whole(fold, kind, padded):
-  module = make_layer(fold, **kind)
-  params, x = randomized(module), normal(9, B, L, D)
+  module, _ = make_layer(fold, **kind)
+  params, x = randomized(module, 0.5), normal(9, B, L, D)
   at, keep = np.arange(L), None
   if padded == "left":
     keep = jnp.asarray(at >= np.array([[0], [SIZE + 3]]))
@@ -180,7 +150,7 @@ def test_row_without_any_key_is_finite(small):
 
 def test_long_sequences_have_no_array_of_all_logits():
   length = 4096
-  module = make_layer({"groups": 1})
+  module, _ = make_layer({"groups": 1})
   shapes = jax.eval_shape(
     module.init, jax.random.key(0), jnp.zeros((1, length, D))
   )
@@ -200,8 +170,8 @@ def test_long_sequences_have_no_array_of_all_logits():
 
 
 def test_prefill_of_a_long_prompt_equals_the_whole(monkeypatch):
-  module = make_layer({"groups": 2})
-  params, x = {"params": randomized(module)}, normal(9, B, L, D)
+  module, _ = make_layer({"groups": 2})
+  params, x = {"params": randomized(module, 0.5)}, normal(9, B, L, D)
   keep = jnp.asarray(np.arange(L) >= np.array([[0], [5]]))
 
   def prefill():

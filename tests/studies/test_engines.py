@@ -53,7 +53,7 @@ def wait_for_checkpoints(trials, timeout=300.0):
   end = time.monotonic() + timeout
   while not all(has_checkpoint(trial.run) for trial in trials):
     assert time.monotonic() < end
-    time.sleep(0.02)
+    time.sleep(0.02)  # no event tells of another process's file
 
 
 def in_background(function, *args):
@@ -104,7 +104,7 @@ def test_pool_survives_a_killed_run(tmp_path):
   for _ in range(300):
     if not processes[1].is_alive():
       break
-    time.sleep(0.1)
+    time.sleep(0.1)  # a stopped process takes a while to end
   assert not processes[1].is_alive()
 
 

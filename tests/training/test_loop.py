@@ -389,7 +389,7 @@ def wait_for(is_there, process):
   """Waits for another process, which must not end before."""
   deadline = time.monotonic() + 240
   while not is_there() and time.monotonic() < deadline:
-    time.sleep(0.01)
+    time.sleep(0.01)  # no event tells of another process's file
     assert process.poll() is None, process.stderr.read()
 
 

@@ -196,7 +196,7 @@ def test_tokens_per_second_count_all_steps_since_the_last_record(tmp_path):
         begin = clock.seconds()
         log.restart()
       log.step(step, losses(1)[0], BATCH)
-    time.sleep(0.2)
+    time.sleep(0.2)  # the time that the record is to count
     log.flush()
     elapsed = clock.seconds() - begin
   record = read_metrics(str(tmp_path / "metrics.jsonl"))[-1]
@@ -225,7 +225,7 @@ def test_stop_signal_second_ctrl_c_interrupts(request):
     os.kill(os.getpid(), signal.SIGINT)
     assert stopped(0)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)
+    time.sleep(1)  # which the second signal interrupts
   assert signal.getsignal(signal.SIGINT) == before
 
 
