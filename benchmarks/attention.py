@@ -10,9 +10,9 @@ storing all logits. Linear is `attend_checked` as models call it: it finds while
 it runs how many nodes make the error at most 1e-4 of the range of the values
 (here they suffice; else it would compute all logits). So all are the same
 function: `error` is the largest difference of dense and linear (the rounding of
-dense is about 1e-6 of it) and `bound` what is proved. Times are of
-the three in turn, and `times` compares dense and linear; `train` is a forward and backward pass, of dense attention up
-to 4,096 tokens only. FLOPs and bytes moved are XLA's analysis of the compiled
+dense is about 1e-6 of it) and `bound` is its proved bound. The three are timed in
+turn, and `times` compares dense and linear. `train` is a forward and backward
+pass; that of dense attention is timed up to 4,096 tokens. FLOPs and bytes moved are XLA's analysis of the compiled
 forward pass; as it counts the body of a loop once, those of linear are its 512
 tokens' (one turn of the loop) times the length. Decoding carries a state of the
 same size whatever the length, instead of a cache of keys and values that grows:

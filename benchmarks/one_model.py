@@ -58,7 +58,7 @@ class Model:
     file_bytes: Size of the file of weights, by format.
     vocab_size: Number of token ids that it reads.
     forwards: By runtime.
-    peak_bytes: Of arguments and scratch of the JAX program, by shape.
+    peak_bytes: Bytes of arguments and scratch of the JAX program, by shape.
   """
 
   name: str

@@ -4,8 +4,8 @@ PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, XLM-RoBERTa,
 GPT-2, Llama, Mistral, Qwen2), or a dense run. PATH,0.3 makes it 30% smaller
 instead of 70%. Arrays are smaller from the first step: a plan chooses the groups
 of W_Q and W_K, the rank of W_V and W_O and the neurons of each layer, and tokens
-that are used least leave the tokenizer of a classifier. Of a language model FPP
-prunes single weights while it recovers, as fewer neurons cost it more.
+that are used least leave the tokenizer of a classifier. For a language model,
+which loses more with fewer neurons, FPP prunes single weights while it recovers.
 
 Tune:    folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True

@@ -162,8 +162,8 @@ class FoldedValues(NamedTuple):
   Attributes:
     v: "kernel" [D, J, r] and maybe "bias" [J, r].
     o: "kernel" [H, r, D] and maybe "bias" [D].
-    wrong: [HK, D]; an input c of the dense W_O has the error c wrong in the
-      output of attention, apart from a constant.
+    wrong: [HK, D]; for an input c of the dense W_O, the output of attention is
+      off by c @ wrong, apart from a constant.
   """
 
   v: dict[str, np.ndarray]
@@ -294,7 +294,7 @@ def regress(
     variance: Sum of squares of the targets around their mean, for r2.
     prior_nm: Weights without data; None: zero.
   """
-  # Features that are always 0, such as those of removed neurons, cost time.
+  # Features that are always 0, such as removed neurons, only cost time.
   lives_n = np.diagonal(gram_2nn, axis1=1, axis2=2).any(0)
   if lives_n.any() and not lives_n.all():
     live = regress(

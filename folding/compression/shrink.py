@@ -352,7 +352,7 @@ def _keep_heads(attn: str, key_heads: np.ndarray, shape: tuple, J: int) -> Kept:
   Args:
     attn: Path of the layer.
     key_heads: The keys that stay.
-    shape: Of W_O.
+    shape: Shape of W_O.
     J: Number of keys before.
   """
   H, K, _ = shape

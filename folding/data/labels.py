@@ -24,7 +24,7 @@ def read_label(label: Any, task: Task, place: str) -> Label:
     task: "classify": a text or a whole number. "regress": a number.
       "multilabel": a list of classes, or a text with commas between them, which
       may be empty.
-    place: Of the row, for messages.
+    place: Where the row is, for messages.
 
   Raises:
     ConfigError: there is no label, or it is of another kind.
@@ -101,9 +101,9 @@ def output_names(
   """Returns the names of a head's outputs: the classes in id order, or SCORE.
 
   Args:
-    labels: Of the training split.
+    labels: Labels of the training split.
     task: Not "lm".
-    source: Of the labels, for messages.
+    source: Where the labels are from, for messages.
     given: Class names of a labels.txt or of TFDS; None: those of the labels,
       numbers by value, words in order.
 
@@ -147,7 +147,7 @@ def to_array(
   """Returns the labels of a split, by row.
 
   Args:
-    labels: Of the rows.
+    labels: Label of each row.
     task: Not "lm".
     names: From `output_names`.
     place: Returns the place of a row, for messages.

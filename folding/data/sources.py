@@ -62,7 +62,7 @@ class Texts:
   Attributes:
     texts: Strings of each split, or pairs of them. A split is empty if the
       source has none and the configured fraction is 0.
-    labels: Of the texts, see `labels.to_array`; None for a language model.
+    labels: Label of each text, see `labels.to_array`; None for a language model.
     label_names: Names of a head's outputs, see `labels.output_names`; () for a
       language model.
     pair: Columns of pairs; None for single texts.

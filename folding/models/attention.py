@@ -382,7 +382,7 @@ def rank_1_inputs(
   Args:
     layer: Shape of the layer.
     heads: q_BLH1, k_BLJ1 and v_BLIr.
-    slopes_H: Of ALiBi.
+    slopes_H: ALiBi slopes.
     mask_BL: False at pad tokens; None: no padding.
   """
   q, k, v = heads

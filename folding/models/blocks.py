@@ -47,7 +47,7 @@ class _Blocks(NamedTuple):
   """The static part of the computation.
 
   Attributes:
-    logits: Of a block of queries and a block of keys.
+    logits: Returns the logits of a block of queries and a block of keys.
     size: L, positions per block.
     number: N.
     causal: Whether a query sees no later key.

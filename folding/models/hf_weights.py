@@ -673,7 +673,7 @@ def save_pretrained(
     params: Dense parameters (see `folding.unfold`).
     described: Its family and sizes. The head is a sequence classifier if it
       has classes, else the output layer of a causal model.
-    dtype: Of the stored arrays.
+    dtype: Type of the stored arrays.
     **fields: More fields of config.json.
 
   Raises:

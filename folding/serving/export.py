@@ -540,7 +540,7 @@ def export_hf(
   Args:
     path: Created if it does not exist; must be empty.
     loaded: From `folding.load`; no heads were removed from it.
-    dtype: Of the stored arrays.
+    dtype: Type of the stored arrays.
     report: Called with the size of the arrays before they are written.
 
   Returns:

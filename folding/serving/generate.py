@@ -81,7 +81,7 @@ def prefill(
     states: As in `Transformer.prefill`.
     draw: From `sampling.make_draw`.
     num_new: int32[], new tokens at the end of each prompt.
-    num_slots: Of each KV cache.
+    num_slots: Slots of each KV cache.
   """
   found: Any = model.apply(
     {"params": params}, tokens_BL, start_B, states, method="prefill"
@@ -525,7 +525,7 @@ def decode_parts(
   character at the end is held back.
 
   Args:
-    tokenizer: Of the model.
+    tokenizer: Tokenizer of the model.
     prompt: Ids of the prompt.
     parts: New ids, as they come.
 

@@ -218,7 +218,7 @@ class Checkpoints:
     "damaged-<step>", so that its step can be saved again.
 
     Args:
-      like: As of `restore`, or a function that returns it for a step.
+      like: As for `restore`, or a function that returns it for a step.
 
     Raises:
       ConfigError: there is no checkpoint yet.
@@ -243,7 +243,7 @@ class Checkpoints:
     be read. Damaged checkpoints stay where they are.
 
     Args:
-      like: As of `restore`, or a function that returns it for a step.
+      like: As for `restore`, or a function that returns it for a step.
 
     Raises:
       ConfigError: there is no checkpoint yet.

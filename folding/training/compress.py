@@ -66,13 +66,13 @@ def recipe(
 
   Arrays are small before training begins, except where the rows of an
   embedding cannot be trimmed: then FPP zeroes rows and neurons while training.
-  Of a language model FPP zeroes single weights: stories260K at half its size has
-  perplexity 8.1, with fewer ranks and neurons 10.7 (one seed).
+  For a language model FPP zeroes single weights: stories260K at half its size
+  has perplexity 8.1, and 10.7 with smaller ranks and fewer neurons (one seed).
 
   Args:
     config: Of a dense model; its sections `fold`, `fpp` and `compress` are
       replaced.
-    tokenizer: Of the model.
+    tokenizer: Tokenizer of the model.
     saving: Fraction of the parameters to save; None: what the preset says.
   """
   rows, is_lm = "weight", config.task == "lm"
@@ -546,9 +546,9 @@ def without_tokens(
   """Returns a tokenizer without a fraction of its tokens, the least used.
 
   Args:
-    tokenizer: Of a kind that can be trimmed.
+    tokenizer: Must be of a kind that can be trimmed.
     count_V: Uses of each token.
-    fraction: Of the tokens.
+    fraction: Fraction of the tokens to remove.
 
   Raises:
     ConfigError: tokens of this kind of tokenizer cannot be removed.

@@ -107,7 +107,7 @@ def score(
 
   Args:
     logits: float[rows, C], of finite numbers.
-    labels: Of the rows, see `labels.to_array`.
+    labels: Label of each row, see `labels.to_array`.
     task: Not "lm".
 
   Returns:

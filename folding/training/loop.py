@@ -341,8 +341,8 @@ def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
   """Returns where the newest or the best checkpoint of a run stands.
 
   Args:
-    run: Of the config in the run directory.
-    checkpoints: Of the run.
+    run: The run of the config in the run directory.
+    checkpoints: Checkpoints of the run.
     best: Whether to read the best checkpoint.
 
   Raises:

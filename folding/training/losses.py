@@ -98,7 +98,7 @@ def num_blocks(batch: Batch, vocab_size: int, mesh: Mesh | None) -> int:
   """Returns the number of blocks that keep the logits of a batch small.
 
   Args:
-    batch: Of next-token prediction or classification; the latter is one block.
+    batch: A batch with labels of texts is one block.
     vocab_size: V.
     mesh: Where the batch lies; None: on one device.
   """

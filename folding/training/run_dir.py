@@ -102,7 +102,7 @@ def save(
   Args:
     workdir: The run directory.
     config: Resolved.
-    tokenizer: Of the model.
+    tokenizer: Tokenizer of the model.
     labels: Class names in id order; () for a language model.
     digest: `Data.digest`.
     asked: The config as asked for, if the start of the run changed it.
