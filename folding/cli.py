@@ -63,8 +63,8 @@ _MODEL = _argument(
 )
 _CONFIG = _argument(
   "--config",
-  "a file with get_config(), or the config.json of a run; "
-  "--config.FIELD=VALUE sets a field",
+  "a file with get_config(), or the config.json of a run; configs/*.py come "
+  "with the library; --config.FIELD=VALUE sets a field",
   metavar="FILE[:ARGUMENT]",
   required=True,
 )

@@ -15,6 +15,11 @@ from folding.errors import ConfigError, reason
 
 CHECKSUMS = "checksums.json"  # {file of the folder: CRC-32; null: no such file}
 
+# Where configs/ is if the current folder has none: in an installed package (see
+# pyproject.toml), or in the clone that holds it.
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_SHIPPED = (os.path.join(_PACKAGE, "shipped"), os.path.dirname(_PACKAGE))
+
 
 def write_file(path: str, content: str | bytes) -> None:
   """Writes a whole file, or nothing if it fails, even if the power does."""
@@ -229,8 +234,24 @@ def read_json(path: str, kind: type[Any]) -> Any:
   return found
 
 
+def _find(path: str) -> tuple[str, str]:
+  """Returns the folder to import from, and the path of a Python file."""
+  if os.path.isfile(path):
+    return os.getcwd(), path
+  if path.startswith("configs/"):
+    for root in _SHIPPED:
+      shipped = os.path.join(root, path)
+      if os.path.isfile(shipped):
+        print(f"{path} is {shipped}", file=sys.stderr)
+        return root, shipped
+  raise ConfigError(f"there is no file {path!r}")
+
+
 def call_in_file(where: str, function: str) -> Any:
   """Calls a function of a Python file and returns its result.
+
+  A path under configs/ that is not in the current folder is looked up among the
+  files that come with the library; a line on stderr names the one that is used.
 
   Args:
     where: "FILE.py", or "FILE.py:ARGUMENT" to call it with that text.
@@ -240,14 +261,13 @@ def call_in_file(where: str, function: str) -> Any:
     ConfigError: there is no such file or function, or it fails.
   """
   path, colon, argument = where.partition(":")
-  if not os.path.isfile(path):
-    raise ConfigError(f"there is no file {path!r}")
+  root, path = _find(path)
   spec = importlib.util.spec_from_file_location("given_file", path)
   if spec is None or spec.loader is None:
     raise ConfigError(f"{path!r} is not a Python file")
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # dataclasses look up their types there
-  sys.path.insert(0, os.getcwd())  # like a script, for `from configs import`
+  sys.path.insert(0, root)  # like a script, for `from configs import`
   try:
     spec.loader.exec_module(module)
     return getattr(module, function)(*([argument] if colon else []))
@@ -258,4 +278,4 @@ def call_in_file(where: str, function: str) -> Any:
       f"{function}() of {path!r} fails: {reason(error)}"
     ) from error
   finally:
-    sys.path.remove(os.getcwd())
+    sys.path.remove(root)

@@ -3,8 +3,11 @@ import pathlib
 
 import pytest
 
+from configs import quickstart
 from folding import files
 from folding.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_write_file_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
@@ -75,3 +78,18 @@ def test_exit_in_a_file_of_the_user_is_an_error(tmp_path):
   (tmp_path / "a.py").write_text("import sys\nsys.exit(7)\n")
   with pytest.raises(ConfigError, match="SystemExit: 7"):
     files.call_in_file(str(tmp_path / "a.py"), "get_config")
+
+
+def test_config_file_is_found_from_any_folder(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  found = files.call_in_file("configs/quickstart.py", "get_config")
+  assert found == quickstart.get_config()
+  assert str(ROOT / "configs" / "quickstart.py") in capsys.readouterr().err
+  with pytest.raises(ConfigError, match="no file"):
+    files.call_in_file("configs/no_such.py", "get_config")
+  # A file of the user wins.
+  (tmp_path / "configs").mkdir()
+  own = tmp_path / "configs" / "quickstart.py"
+  own.write_text("def get_config():\n  return 7\n")
+  assert files.call_in_file("configs/quickstart.py", "get_config") == 7
+  assert not capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The wheel holds the package and its config files, and works without a clone."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("wheel")
+  command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d"]
+  subprocess.run([*command, str(folder)], cwd=ROOT, check=True)
+  (found,) = folder.glob("folding_jax-*.whl")
+  return found
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_configs(wheel):
+  names = set(zipfile.ZipFile(wheel).namelist())
+  wanted = {f"folding/{x}" for x in _files(ROOT / "folding")}
+  wanted |= {f"folding/shipped/configs/{x}" for x in _files(ROOT / "configs")}
+  assert {name for name in names if ".dist-info/" not in name} == wanted
+
+
+def _files(folder):
+  found = [
+    *folder.rglob("*.py"),
+    *folder.rglob("*.html"),
+    *folder.rglob("py.*"),
+  ]
+  return {path.relative_to(folder).as_posix() for path in found}
+
+
+@pytest.mark.slow
+def test_wheel_trains_and_studies_in_an_empty_folder(wheel, tmp_path):
+  package, work = tmp_path / "package", tmp_path / "work"
+  zipfile.ZipFile(wheel).extractall(package)
+  (work / "data").mkdir(parents=True)
+  (work / "data" / "train.txt").write_text("Some text of a file.\n" * 200)
+  for arguments in (
+    ["train", "--config=configs/lm.py:data/train.txt", "--workdir=run"]
+    + ["--config.data.tokenizer=bytes", "--config.data.length=16"]
+    + ["--config.train.steps=2", "--config.train.eval_every=2"]
+    + ["--config.model.width=16", "--config.model.num_heads=2"],
+    ["study", "configs/studies/smoke.py:data/train.txt", "--workdir=smoke"],
+    # It imports another file of configs/.
+    ["study", "configs/studies/short.py:no_such_folder", "--workdir=short"],
+  ):
+    done = subprocess.run(
+      [sys.executable, "-m", "folding", *arguments],
+      cwd=work,
+      env={**os.environ, "PYTHONPATH": str(package)},
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
+    assert f"{package}/folding/shipped/configs" in done.stderr, done.stderr
+    if "no_such_folder" in arguments[1]:
+      assert done.returncode == 2
+      assert "no folder 'no_such_folder'" in done.stderr
+    else:
+      assert done.returncode == 0, done.stderr
