@@ -114,7 +114,7 @@ def show_report(workdir: str) -> None:
 
   report_lib.write_report(workdir)
   print(report_lib.describe(report_lib.load_run(workdir)))
-  print(f"The report is in {os.path.join(workdir, 'report.md')}")
+  print(f"The report is in {os.path.join(workdir, 'report.html')}")
 
 
 @_verb("write the report of a run", _RUN)
@@ -179,7 +179,7 @@ def shrink(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--output",
-    "where compare.md and compare.png go",
+    "where compare.html, compare.md and compare.png go",
     metavar="DIR",
     default="comparison",
   ),
@@ -189,7 +189,7 @@ def compare(args: argparse.Namespace) -> None:
   from folding.reporting import compare as compare_lib
 
   print(compare_lib.compare(args.runs, args.output))
-  print(f"The comparison is in {os.path.join(args.output, 'compare.md')}")
+  print(f"The comparison is in {os.path.join(args.output, 'compare.html')}")
 
 
 @_verb(

@@ -122,7 +122,7 @@ def test_report_writes_the_page_and_prints_the_summary(tmp_path, capsys):
   assert cli.main(["report", workdir]) == 0
   out = capsys.readouterr().out
   assert "1.903 bits per byte" in out
-  assert f"{workdir}/report.md" in out
+  assert f"{workdir}/report.html" in out
   assert (tmp_path / "a" / "report.md").is_file()
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from folding import config as config_lib
 from folding import files, typed
 from folding.errors import ConfigError
-from folding.reporting import report
+from folding.reporting import page, report
 from folding.reporting.report import Run
 
 
@@ -53,7 +53,7 @@ class Variant(NamedTuple):
 
 
 def compare(workdirs: Sequence[str], output: str = "comparison") -> str:
-  """Writes `compare.md` and `compare.png`.
+  """Writes `compare.md`, `compare.html` and `compare.png`.
 
   Args:
     workdirs: One or more run directories, the reference first.
@@ -71,7 +71,7 @@ def compare(workdirs: Sequence[str], output: str = "comparison") -> str:
   text = _page(variants)
   os.makedirs(output, exist_ok=True)
   _draw(variants, os.path.join(output, "compare.png"))
-  files.write_file(os.path.join(output, "compare.md"), text)
+  page.write(output, "compare", text)
   return text
 
 

@@ -1,4 +1,4 @@
-"""The report of one run: `report.json`, `report.md` and its plots."""
+"""The report of one run: `report.json`, `report.md`, `report.html`, plots."""
 
 import dataclasses
 import datetime
@@ -12,6 +12,7 @@ from typing import Any
 from folding import config as config_lib
 from folding import errors, files, typed
 from folding.errors import ConfigError
+from folding.reporting import page
 from folding.training import run_dir
 
 KINDS = {
@@ -132,7 +133,7 @@ def load_run(workdir: str) -> Run:
 
 
 def write_report(workdir: str) -> dict[str, Any]:
-  """Writes `report.json`, `report.md` and its plots into a run directory.
+  """Writes `report.json`, `report.md`, `report.html` and plots into a run.
 
   Args:
     workdir: The run directory; the run may be unfinished.
@@ -149,8 +150,7 @@ def write_report(workdir: str) -> dict[str, Any]:
   text = json.dumps(metrics, indent=2) + "\n"
   files.write_file(os.path.join(workdir, "report.json"), text)
   # The page comes last: all plots that it embeds exist.
-  page = _page(run, metrics, plots)
-  files.write_file(os.path.join(workdir, "report.md"), page)
+  page.write(workdir, "report", _page(run, metrics, plots))
   return metrics
 
 

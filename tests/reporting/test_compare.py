@@ -30,11 +30,16 @@ def three_kinds(tmp_path) -> list[str]:
 
 
 def test_compare_shows_the_measured_values(three_kinds, tmp_path, monkeypatch):
-  drawings = []
-  monkeypatch.setattr(plots, "save", lambda figure, _: drawings.append(figure))
+  drawings, save = [], plots.save
+  monkeypatch.setattr(
+    plots,
+    "save",
+    lambda figure, path: save(drawings.append(figure) or figure, path),
+  )
   out = tmp_path / "made" / "here"
   text = compare.compare(three_kinds, str(out))
   assert (out / "compare.md").read_text() == text
+  assert "1.950 ± 0.050</td>" in (out / "compare.html").read_text()
   arrays = synthetic_run.layers(synthetic_run.config())
   stored = sum(array["stored"] for array in arrays)
   total = sum(array["dense"] for array in arrays)

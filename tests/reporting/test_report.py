@@ -1,3 +1,4 @@
+import base64
 import json
 import math
 import re
@@ -8,7 +9,7 @@ import pytest
 
 from folding import config as config_lib
 from folding.errors import ConfigError
-from folding.reporting import plots, report
+from folding.reporting import page, plots, report
 from tests.reporting import synthetic_run
 
 
@@ -83,12 +84,23 @@ def test_page_embeds_the_plots_that_exist(tmp_path, dense):
   result = synthetic_run.result(synthetic_run.config(dense=dense))
   assert f"{result['parameters']['overall']['stored']:,}" in page
   assert "1.903" in page
+  # The HTML page has the same cells and pictures, and needs no other file.
+  html = (tmp_path / "a" / "report.html").read_text()
+  pictures = re.findall(r'src="data:image/png;base64,(.*?)"', html)
+  assert {base64.b64decode(picture) for picture in pictures} == {
+    (tmp_path / "a" / name).read_bytes() for name in drawn
+  }
+  assert not re.findall(r"(?:src|href)=(?!\"data:)|https?:", html)
+  cells = re.findall(r"<td.*?>(.*?)</td>", html)
+  assert f"{result['parameters']['overall']['stored']:,}" in cells
 
 
 def test_plots_show_the_records_and_when_fpp_prunes(tmp_path, monkeypatch):
-  drawings = {}
+  drawings, save = {}, plots.save
   monkeypatch.setattr(
-    plots, "save", lambda drawing, path: drawings.setdefault(path, drawing)
+    plots,
+    "save",
+    lambda drawing, path: save(drawings.setdefault(path, drawing), path),
   )
   report.write_report(synthetic_run.write(tmp_path / "a"))
   curves, sizes, sparsity = (drawing.axes[0] for drawing in drawings.values())
@@ -176,3 +188,9 @@ def test_table_is_aligned_markdown():
 def test_report_leaves_pyplot_alone(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # not importable
   report.write_report(synthetic_run.write(tmp_path / "a"))
+
+
+def test_html_of_a_page_escapes_what_a_run_says():
+  html = page.to_html("# a<b>&\n\n| x<i> |\n| --- |\n| <script> |\n", "")
+  assert "<title>a&lt;b&gt;&amp;</title>" in html
+  assert "<td>&lt;script&gt;</td>" in html
