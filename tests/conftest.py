@@ -1,7 +1,11 @@
 """Settings for every test: strict JAX, eight simulated devices, shared data."""
 
+import gc
 import os
 import pathlib
+
+# Compiled programs stay reachable, and are too many objects to search often.
+gc.set_threshold(20_000, 20, 20)
 
 # Before jax starts: eight CPU devices, so that a mesh can be tested anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

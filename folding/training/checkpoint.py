@@ -20,7 +20,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import chex
@@ -256,7 +256,7 @@ class Checkpoints:
     if not steps:
       raise ConfigError(f"{self._folder} has no checkpoint yet")
     found, reasons = None, {}
-    with _quiet():
+    with _quiet(reasons):
       for step in steps:
         state, reason = None, "another process cannot read it"
         try:
@@ -302,7 +302,7 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
   if not steps:
     raise ConfigError(f"{workdir} has no checkpoint yet")
   params, reasons = None, {}
-  with _quiet():
+  with _quiet(reasons):
     for step in steps:
       checkpoint = os.path.join(folder, str(step))
       try:
@@ -426,12 +426,15 @@ def _warn(folder: str, reasons: dict[int, str]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(reasons: Mapping[int, str] | None = None) -> Iterator[None]:
   """Hides what Orbax prints of a damaged checkpoint beside its exception.
 
   It logs an error per file. Reads that are pending when the first one fails each
   raise in a thread of TensorStore, where nothing can catch it, and asyncio logs
   their results when it collects them.
+
+  Args:
+    reasons: Filled in while this is open, if reads failed.
   """
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
@@ -441,7 +444,8 @@ def _quiet() -> Iterator[None]:
   sys.unraisablehook = lambda _: None
   try:
     yield
-    gc.collect()
+    if reasons:
+      gc.collect()  # takes a second beside the programs of a run
   finally:
     sys.unraisablehook = hook
     for logger, level in zip(loggers, levels, strict=True):

@@ -311,6 +311,7 @@ def test_unfinished_save_is_not_a_checkpoint(tmp_path):
   with Checkpoints(str(tmp_path)) as checkpoints:
     assert checkpoints.steps() == [1]
     assert checkpoints.restore_latest(LIKE)[0] == 1
+    checkpoints.save(3, small(3.0), None)  # waits for the removal
   assert not folder.exists()
 
 
