@@ -4,9 +4,6 @@ import gc
 import os
 import pathlib
 
-# Compiled programs stay reachable, and are too many objects to search often.
-gc.set_threshold(20_000, 20, 20)
-
 # Before jax starts: eight CPU devices, so that a mesh can be tested anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -38,6 +35,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ocp.type_handlers.get_type_handler(
   jax.Array
 )._min_slice_bytes_for_replica_parallel = 2048
+
+# Compiled programs stay reachable, and are too many objects to search often.
+gc.set_threshold(20_000, 20, 20)
 
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
