@@ -128,6 +128,7 @@ class ModelConfig:
   # those between `low` and `high` in proportion. None: none.
   rope_scaling: tuple[Positive, ...] | None = None
   window: Count | None = None  # attend to so many last tokens; None: to all
+  qk_norm: bool = False  # RMSNorm of the queries and keys of each head
   attention: Literal["dense", "linear"] = "dense"
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
   gated: bool = False  # multiply the MLP's hidden state by a gate
@@ -432,6 +433,12 @@ class Config:
     for groups in all_groups:
       if groups:
         self._check_groups(groups)
+    if m.qk_norm and f.axis == "output" and any(all_groups):
+      raise ConfigError(
+        "model.qk_norm norms all channels of a head, which folding W_Q and W_K "
+        "on the output axis would not keep; use fold.groups=0 (fold.value_rank "
+        "still folds W_V and W_O) or fold.axis='input'"
+      )
     is_rank_1 = 1 in all_groups and f.axis == "output"
     is_plain = m.positions != "rope" and m.window is None
     if m.attention == "linear" and not (self.dense or is_rank_1 and is_plain):

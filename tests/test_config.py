@@ -430,6 +430,11 @@ REFUSED = {
     "share out",
     {"fold__values": "dense"},
   ),
+  "qk_norm": (
+    {"model__qk_norm": True, "fold__values": "dense"},
+    "norms all channels",
+    {"fold__groups": 0},
+  ),
   "linear_attention": (
     {"model__attention": "linear", "fold__groups": 2},
     "linear",

@@ -174,7 +174,8 @@ class Attention(nn.Module):
   """Multi-head attention with dense or folded projections.
 
   Parameters: q, k and v (see `projections`), o/kernel [H, r, D]; with ALiBi
-  log_slopes [H]; with RoPE by pairs frequency [J, G/2], which is not trained.
+  log_slopes [H]; with RoPE by pairs frequency [J, G/2], which is not trained;
+  with norms of queries and keys q_norm/scale and k_norm/scale [K].
 
   Attributes:
     config: Of the model.
@@ -216,6 +217,10 @@ class Attention(nn.Module):
       kernel_init=self.out_init,
       dtype=self.dtype,
     )
+    if c.qk_norm:
+      self.q_norm, self.k_norm = (
+        nn.RMSNorm(c.norm_epsilon, dtype=self.dtype) for _ in range(2)
+      )
     if c.positions == "alibi":
       slopes_H = alibi_slopes(c.num_heads)[list(layer.heads)]
       self.log_slopes = self.param(
@@ -289,7 +294,7 @@ class Attention(nn.Module):
   def project(
     self, x_BLD: Float[Array, "B L D"], position_L: Int[Array, " L"]
   ) -> tuple[Array, Array, Array]:
-    """Returns queries, keys and values, rotated if positions are rotary.
+    """Returns queries, keys and values, normed and rotated as configured.
 
     Args:
       x_BLD: Input of the layer.
@@ -300,6 +305,8 @@ class Attention(nn.Module):
     """
     c, layer = self.config, self.layer
     q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
+    if c.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
     if c.positions != "rope":
       return q, k, v
     if self._has_pairs:

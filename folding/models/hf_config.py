@@ -35,6 +35,7 @@ class Family:
     defaults: What transformers assumes for fields missing in config.json.
     computes: Fields of ModelConfig that the architecture fixes.
     classifier: Fields of ModelConfig that its sequence classifier fixes.
+    only: Fields of config.json with one supported value.
     rules: Fields that correspond by more than their names.
     writes: Constant fields of config.json for the export.
   """
@@ -47,6 +48,7 @@ class Family:
   defaults: dict[str, Any]
   computes: dict[str, Any]
   classifier: dict[str, Any]
+  only: dict[str, Any] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
   writes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -194,6 +196,7 @@ _ENCODER: dict[str, Any] = {
   "norm_position": "post",
   "positions": "learned",
   "window": None,
+  "qk_norm": False,
   "gated": False,
 }
 _FIRST = {"pooling": "first", "pooler": True, "pooler_activation": "tanh"}
@@ -275,6 +278,7 @@ _LLAMA_COMPUTES: dict[str, Any] = {
   "norm": "rmsnorm",
   "norm_position": "pre",
   "positions": "rope",
+  "qk_norm": False,
   "gated": True,
 }
 _LLAMA = Family(
@@ -326,6 +330,15 @@ _QWEN2 = dataclasses.replace(
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": True},
   rules=(_WINDOW, _ROPE),
 )
+_QWEN3 = dataclasses.replace(
+  _QWEN2,
+  prefix="Qwen3",
+  layout="qwen3",
+  defaults=_QWEN2.defaults | {"head_dim": 128},
+  computes=_LLAMA_COMPUTES
+  | {"use_bias": False, "qkv_bias": False, "qk_norm": True},
+  only={"attention_bias": False},
+)
 
 FAMILIES: dict[str, Family] = {
   "bert": _BERT,
@@ -336,6 +349,7 @@ FAMILIES: dict[str, Family] = {
   "llama": _LLAMA,
   "mistral": _MISTRAL,
   "qwen2": _QWEN2,
+  "qwen3": _QWEN3,
 }
 
 
@@ -404,7 +418,7 @@ def describe(values: dict[str, Any]) -> Description:
     )
   family = FAMILIES[name]
   values = family.defaults | _given(values)
-  for field, only in SUPPORTED.items():
+  for field, only in (SUPPORTED | family.only).items():
     _check_supported(field, values.get(field), only)
   fields = _model_fields(family, values)
   model = typed.build(ModelConfig, fields, "config.json")
@@ -621,7 +635,15 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     >>> family_of(config_lib.resolve(run).model)
     'mistral'
   """
-  order = ("gpt2", "llama", "mistral", "qwen2", "bert", "distilbert")
+  order = (
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "bert",
+    "distilbert",
+  )
   reasons = {family: misfit(config, family, num_classes) for family in order}
   for family, reason in reasons.items():
     if reason is None:

@@ -60,6 +60,7 @@ _UP = Kind("F D -> D F", "F -> F")
 _DOWN = Kind("D F -> F D", "D -> D")
 _NORM = Kind("D -> D", "D -> D", leaf="scale")
 _RMS_NORM = Kind("D -> D", leaf="scale")
+_HEAD_NORM = Kind("K -> K", leaf="scale")
 _EMBED = Kind("V D -> V D", leaf="embedding")
 _POSITIONS = Kind("P D -> P D", leaf="embedding")
 _SEGMENTS = Kind("S D -> S D", leaf="embedding")
@@ -129,6 +130,30 @@ _BERT = Layout(
   may_have_pooler=True,
   unused=r"embeddings\.position_ids|(pooler|cls|classifier|qa_outputs)\..*",
 )
+_LLAMA = Layout(
+  prefix="model.",
+  outer=(
+    ("embed", "embed_tokens", _EMBED),
+    ("norm_final", "norm", _RMS_NORM),
+  ),
+  blocks="layers",
+  block=(
+    ("norm_attn", "input_layernorm", _RMS_NORM),
+    ("attn/q", "self_attn.q_proj", _HEADS),
+    ("attn/k", "self_attn.k_proj", _KEY_HEADS),
+    ("attn/v", "self_attn.v_proj", _KEY_HEADS),
+    ("attn/o", "self_attn.o_proj", _FROM_HEADS),
+    ("norm_mlp", "post_attention_layernorm", _RMS_NORM),
+    ("mlp/gate", "mlp.gate_proj", _UP),
+    ("mlp/up", "mlp.up_proj", _UP),
+    ("mlp/down", "mlp.down_proj", _DOWN),
+  ),
+  classifier=(("head", "score", _BARE_CLASSES),),
+  unused=(
+    r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    r"|(lm_head|score|qa_outputs)\..*"
+  ),
+)
 LAYOUTS: dict[str, Layout] = {
   "bert": _BERT,
   "roberta": dataclasses.replace(
@@ -188,28 +213,13 @@ LAYOUTS: dict[str, Layout] = {
       r"|(lm_head|score|classifier|qa_outputs|multiple_choice_head)\..*"
     ),
   ),
-  "llama": Layout(
-    prefix="model.",
-    outer=(
-      ("embed", "embed_tokens", _EMBED),
-      ("norm_final", "norm", _RMS_NORM),
-    ),
-    blocks="layers",
+  "llama": _LLAMA,
+  "qwen3": dataclasses.replace(
+    _LLAMA,
     block=(
-      ("norm_attn", "input_layernorm", _RMS_NORM),
-      ("attn/q", "self_attn.q_proj", _HEADS),
-      ("attn/k", "self_attn.k_proj", _KEY_HEADS),
-      ("attn/v", "self_attn.v_proj", _KEY_HEADS),
-      ("attn/o", "self_attn.o_proj", _FROM_HEADS),
-      ("norm_mlp", "post_attention_layernorm", _RMS_NORM),
-      ("mlp/gate", "mlp.gate_proj", _UP),
-      ("mlp/up", "mlp.up_proj", _UP),
-      ("mlp/down", "mlp.down_proj", _DOWN),
-    ),
-    classifier=(("head", "score", _BARE_CLASSES),),
-    unused=(
-      r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-      r"|(lm_head|score|qa_outputs)\..*"
+      *_LLAMA.block,
+      ("attn/q_norm", "self_attn.q_norm", _HEAD_NORM),
+      ("attn/k_norm", "self_attn.k_norm", _HEAD_NORM),
     ),
   ),
 }
@@ -265,9 +275,9 @@ def tensors(
 
 
 def _has_bias(described: Description, ours: str) -> bool:
-  """Biases are optional in Llama; the older families have all of them."""
+  """Biases are optional in families that norm by RMS; others have all."""
   config = described.config
-  if described.layout != "llama":
+  if config.norm != "rmsnorm":
     return True
   is_qkv = ours.endswith(("attn/q", "attn/k", "attn/v"))
   return bool(config.qkv_bias if is_qkv else config.use_bias)

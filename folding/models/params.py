@@ -39,6 +39,7 @@ TABLE: tuple[Param, ...] = (
   Param("attn/q/bias", "other", "H K"),
   Param("attn/[kv]/bias", "other", "J K"),
   Param("attn/o/bias", "other", "D"),
+  Param("attn/[qk]_norm/scale", "other", "K"),
   Param("attn/log_slopes", "other", "H"),
   Param("attn/frequency", "other", "J K"),
   Param("mlp/(up|gate)/kernel", "linear", "D F", "F"),

@@ -429,6 +429,8 @@ class _Block:
     H, r, D = o_HrD.shape
     J, size = w["attn/k/kernel"].shape[1:]
     (q, k, v), num_values = self._project(x)
+    if self._config.qk_norm:
+      q, k = self._norm_heads(q, "q", H), self._norm_heads(k, "k", J)
     if self._config.positions == "rope":
       # Pairs are rotated as they are, other folded numbers copied to K before.
       copies = 1 if "attn/frequency" in w else layer.head_dim // size
@@ -513,6 +515,15 @@ class _Block:
       diagonal = self._params[name].ravel()
       x = g.add("Mul", x, g.array(f"{self._name}/{name}", diagonal))
     return x
+
+  def _norm_heads(self, x: str, role: str, heads: int) -> str:
+    """Returns queries or keys, [B, L, heads K], normed per head."""
+    g, m, K = self._g, self._config, self._layer.head_dim
+    name = f"attn/{role}_norm/scale"
+    scale = g.array(f"{self._name}/{name}", self._params[name])
+    x = g.add("Reshape", x, g.ints(-1, K))
+    x = g.add("RMSNormalization", x, scale, axis=-1, epsilon=m.norm_epsilon)
+    return _by_text(g, self._sizes, x, heads * K)
 
   def _repeat(self, x: str, count: int, copies: int, size: int = 1) -> str:
     """Returns [B, L, count size] with each `size` numbers repeated in place."""

@@ -85,6 +85,8 @@ def recipe(
   groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
   if is_rotary:  # by whole pairs, which need not divide it
     groups = max(2, K // 8 * 2)
+  if m.qk_norm:  # cannot be folded
+    groups = 0
   # Beside single weights a plan may choose a diagonal W_V, if heads share out
   # the width and a bias of W_O can replace that of W_V.
   shares_width = m.num_heads * K == m.width
@@ -303,6 +305,7 @@ _SHAPE = (
   "rope_base",
   "rope_scaling",
   "window",
+  "qk_norm",
   "activation",
   "gated",
   "causal",

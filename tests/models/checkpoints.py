@@ -61,9 +61,10 @@ FAMILIES = {
     "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 2,
     "max_window_layers": 0,
   },
+  "qwen3": _LLAMA | {"model_type": "qwen3", "head_dim": 6},
 }
 # fmt: on
-DECODERS = ("gpt2", "llama", "mistral", "qwen2")
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 # One case per risk: each entry with the head that it has without classes, and
 # one classifier per layout of tensors.
 CASES = [

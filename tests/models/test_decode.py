@@ -33,6 +33,7 @@ KINDS = {
   "learned": (c.gpt2, ONE, {}),
   "post_norm": (c.bert, {"groups": 1, "value_rank": 3}, {"causal": True}),
   "rope_shared": (c.llama, {}, {"num_kv_heads": 2}),
+  "qk_norm": (c.llama, {"value_rank": 3}, {"qk_norm": True}),
   "rope_copy": (
     c.llama,
     {"groups": 2, "values": "diagonal"},

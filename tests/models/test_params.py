@@ -16,6 +16,7 @@ MODELS = {
   "gpt2": (c.gpt2(**SHAPE), {}, "lm", 11),
   "llama": (c.llama(**SHAPE, num_kv_heads=2, head_dim=6), {}, "lm", 11),
   "bert": (c.bert(**SHAPE, pooler=True), {}, "classify", 3),
+  "qk_norm": (c.llama(**SHAPE, head_dim=6, qk_norm=True), {}, "lm", 11),
   "folded": (
     c.ModelConfig(**SHAPE),
     {"groups": 1, "values": "diagonal"},

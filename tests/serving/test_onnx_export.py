@@ -42,8 +42,10 @@ _CASES = {
   "alibi-identity": lambda: _shrunk(
     c.ModelConfig(**models.SHAPE, causal=False), groups=1
   ),
+  # Norms of queries and keys.
   "last-by-input-axis": lambda: models.make(
-    model=_GPT2, fold=c.FoldConfig(groups=4, axis="input", values="dense")
+    model=dataclasses.replace(_GPT2, qk_norm=True),
+    fold=c.FoldConfig(groups=4, axis="input", values="dense"),
   ),
   "gpt2-diagonal": lambda: models.make("lm", _GPT2, c.FoldConfig(groups=2)),
   # RMSNorm, gates, no biases, shared keys and values, a window; RoPE by copies.
