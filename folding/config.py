@@ -110,6 +110,7 @@ class ModelConfig:
 
   num_layers: Few = 4  # N
   width: Count = 128  # D
+  embed_width: Natural = 0  # of embeddings that are projected to D; 0: D, none
   num_heads: Few = 16  # H
   num_kv_heads: Natural = 0  # J; 0: as many as heads
   head_dim: Natural = 0  # K; 0: width / num_heads
@@ -138,7 +139,7 @@ class ModelConfig:
   segments: Literal[0, 2] = 0  # rows of a segment embedding; pairs set it
   pooling: Pooling = "mean"  # not for "lm"
   pooler: bool = False  # a dense layer and activation between pooling and head
-  pooler_activation: Literal["tanh", "relu"] = "tanh"
+  pooler_activation: Literal["tanh", "relu", "gelu"] = "tanh"
   dropout: Fraction = 0.0
   remat: bool = False  # recompute blocks in the backward pass
   dtype: Literal["float32", "bfloat16"] = "float32"  # of computation
@@ -388,6 +389,11 @@ class Config:
     if self.task == "lm" and not m.causal:
       raise ConfigError(
         "task 'lm' predicts the next token and needs model.causal=True"
+      )
+    if self.task == "lm" and m.tie_embeddings and m.embed_width:
+      raise ConfigError(
+        "model.embed_width makes the embedding narrower than the output layer; "
+        "use model.tie_embeddings=False"
       )
     if self.task == "lm" and self.data.length < 2:
       raise ConfigError("task 'lm' needs data.length above 1")

@@ -32,6 +32,9 @@ class Family:
     layout: Entry of `hf_weights.LAYOUTS` that has its tensors.
     fields: {field of ModelConfig: field of config.json}, same value.
     positions: Field of config.json with the number of positions.
+    first_position: Row of the position embedding of the first token; None: the
+      one after the pad id.
+    counts_first: Whether `positions` counts the rows before that one.
     defaults: What transformers assumes for fields missing in config.json.
     computes: Fields of ModelConfig that the architecture fixes.
     classifier: Fields of ModelConfig that its sequence classifier fixes.
@@ -45,6 +48,8 @@ class Family:
   layout: str
   fields: dict[str, str]
   positions: str = "max_position_embeddings"
+  first_position: int | None = 0
+  counts_first: bool = True
   defaults: dict[str, Any]
   computes: dict[str, Any]
   classifier: dict[str, Any]
@@ -179,6 +184,26 @@ def _write_embedding_dropout(config: ModelConfig) -> dict[str, Any]:
   return {"embd_pdrop": config.dropout}
 
 
+def _read_embed_width(values: dict[str, Any]) -> dict[str, Any]:
+  size = values["embedding_size"]
+  return {"embed_width": 0 if size == values["hidden_size"] else size}
+
+
+def _write_embed_width(config: ModelConfig) -> dict[str, Any]:
+  return {"embedding_size": config.embed_width or config.width}
+
+
+def _read_no_projection(values: dict[str, Any]) -> dict[str, Any]:
+  size = values.get("word_embed_proj_dim", values["hidden_size"])
+  if size != values["hidden_size"]:
+    raise ConfigError(
+      f"config.json: word_embed_proj_dim={size} is not supported; only "
+      "hidden_size is"
+    )
+  return {}
+
+
+_EMBED_WIDTH = Rule(_read_embed_width, _write_embed_width)
 _BIASES = Rule(_read_biases, _write_biases)
 _WINDOW = Rule(_read_window, _write_window)
 _ROPE = Rule(_read_rope, _write_rope)
@@ -190,13 +215,14 @@ _FIELDS = {
   "mlp_width": "intermediate_size",
   "activation": "hidden_act",
 }
-_ENCODER: dict[str, Any] = {
+# What a family has only if its entry says so.
+_PLAIN: dict[str, Any] = {"embed_width": 0, "qk_norm": False}
+_ENCODER: dict[str, Any] = _PLAIN | {
   "causal": False,
   "norm": "layernorm",
   "norm_position": "post",
   "positions": "learned",
   "window": None,
-  "qk_norm": False,
   "gated": False,
 }
 _FIRST = {"pooling": "first", "pooler": True, "pooler_activation": "tanh"}
@@ -223,7 +249,19 @@ _ROBERTA = dataclasses.replace(
   _BERT,
   prefix="Roberta",
   layout="roberta",
+  first_position=None,
   defaults=_BERT.defaults | {"pad_token_id": 1},
+)
+_ELECTRA = dataclasses.replace(
+  _BERT,
+  prefix="Electra",
+  layout="electra",
+  defaults=_BERT.defaults | {"embedding_size": 128},
+  computes={
+    name: value for name, value in _ENCODER.items() if name != "embed_width"
+  },
+  classifier=_FIRST | {"pooler_activation": "gelu"},
+  rules=(_EMBED_WIDTH,),
 )
 _DISTILBERT = Family(
   prefix="DistilBert",
@@ -273,12 +311,42 @@ _GPT2 = Family(
   rules=(Rule(lambda _: {}, _write_embedding_dropout),),
   writes={"attn_pdrop": 0.0},
 )
-_LLAMA_COMPUTES: dict[str, Any] = {
+_OPT = Family(
+  prefix="OPT",
+  layout="opt",
+  fields=_FIELDS
+  | {
+    "mlp_width": "ffn_dim",
+    "activation": "activation_function",
+    "dropout": "dropout",
+    "tie_embeddings": "tie_word_embeddings",
+  },
+  first_position=2,
+  counts_first=False,
+  defaults={
+    "activation_function": "relu",
+    "dropout": 0.1,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 1,
+  },
+  computes=_ENCODER
+  | {"causal": True, "norm_position": "pre", "norm_epsilon": 1e-5},
+  classifier=_LAST,
+  only={
+    "do_layer_norm_before": True,
+    "_remove_final_layer_norm": False,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+  },
+  rules=(Rule(_read_no_projection, lambda _: {}),),
+  writes={"attention_dropout": 0.0},
+)
+_LLAMA_COMPUTES: dict[str, Any] = _PLAIN | {
   "causal": True,
   "norm": "rmsnorm",
   "norm_position": "pre",
   "positions": "rope",
-  "qk_norm": False,
   "gated": True,
 }
 _LLAMA = Family(
@@ -345,7 +413,9 @@ FAMILIES: dict[str, Family] = {
   "roberta": _ROBERTA,
   "xlm-roberta": dataclasses.replace(_ROBERTA, prefix="XLMRoberta"),
   "distilbert": _DISTILBERT,
+  "electra": _ELECTRA,
   "gpt2": _GPT2,
+  "opt": _OPT,
   "llama": _LLAMA,
   "mistral": _MISTRAL,
   "qwen2": _QWEN2,
@@ -396,8 +466,9 @@ class Description:
 
   @property
   def position_offset(self) -> int:
-    """First position of RoBERTa; the rows before are for padding."""
-    return self.pad_id + 1 if self.layout == "roberta" else 0
+    """Rows of the position embedding before that of the first token."""
+    first = FAMILIES[self.family].first_position
+    return self.pad_id + 1 if first is None else first
 
 
 def describe(values: dict[str, Any]) -> Description:
@@ -441,7 +512,9 @@ def describe(values: dict[str, Any]) -> Description:
     problem=problem,
     label_names=label_names,
   )
-  length = described.max_length - described.position_offset
+  length = described.max_length
+  if family.counts_first:
+    length -= described.position_offset
   if length < 1:
     raise ConfigError("config.json: there are no positions left")
   return dataclasses.replace(described, max_length=length)
@@ -552,7 +625,9 @@ def to_hf(described: Description) -> dict[str, Any]:
   if isinstance(config.mlp_width, tuple):  # all equal; see `misfit`
     values[family.fields["mlp_width"]] = config.mlp_width[0]
   values["vocab_size"] = described.vocab_size
-  values[family.positions] = described.max_length + described.position_offset
+  values[family.positions] = described.max_length
+  if family.counts_first:
+    values[family.positions] += described.position_offset
   values["pad_token_id"] = described.pad_id
   if "type_vocab_size" in family.defaults:
     values["type_vocab_size"] = described.token_types
@@ -643,6 +718,7 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     "qwen3",
     "bert",
     "distilbert",
+    "electra",
   )
   reasons = {family: misfit(config, family, num_classes) for family in order}
   for family, reason in reasons.items():

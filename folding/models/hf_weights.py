@@ -3,9 +3,8 @@
 `LAYOUTS` names the tensors of each family and their axes. A layout such as
 "HK D -> D H K" says that their axes are (H times K) and D, ours D, H and K:
 read from left to right it is the import, from right to left the export, and the
-sizes of the letters give both shapes. Letters as in `folding.models`, and: P
-positions, S segments, E width again, t the number of our arrays in one of their
-tensors.
+sizes of the letters give both shapes. Letters as in `folding.models.params`, and
+t for the number of our arrays in one of their tensors.
 
 Rotary positions pair channel i of a head with i + K/2 on both sides, so queries
 and keys need no reordering.
@@ -61,9 +60,11 @@ _DOWN = Kind("D F -> F D", "D -> D")
 _NORM = Kind("D -> D", "D -> D", leaf="scale")
 _RMS_NORM = Kind("D -> D", leaf="scale")
 _HEAD_NORM = Kind("K -> K", leaf="scale")
-_EMBED = Kind("V D -> V D", leaf="embedding")
-_POSITIONS = Kind("P D -> P D", leaf="embedding")
-_SEGMENTS = Kind("S D -> S D", leaf="embedding")
+_EMBED = Kind("V e -> V e", leaf="embedding")
+_POSITIONS = Kind("P e -> P e", leaf="embedding")
+_SEGMENTS = Kind("S e -> S e", leaf="embedding")
+_EMBED_NORM = Kind("e -> e", "e -> e", leaf="scale")
+_EMBED_PROJECT = Kind("D e -> e D", "D -> D")
 _POOLER = Kind("E D -> D E", "E -> E")
 _CLASSES = Kind("C D -> D C", "C -> C")
 _BARE_CLASSES = Kind("C D -> D C")
@@ -89,6 +90,7 @@ class Layout:
     classifier: Rows of the sequence classifier, with whole names.
     segments: BERT's segment embedding. A model of single texts has its first row
       in the positions.
+    project: ELECTRA's projection of narrow embeddings.
     may_have_pooler: A checkpoint without head may have the classifier's pooler.
     unused: Pattern of tensors that ours does not need: buffers, and heads for
       other tasks. Names without the prefix.
@@ -100,6 +102,7 @@ class Layout:
   block: tuple[Row, ...]
   classifier: tuple[Row, ...]
   segments: str = ""
+  project: str = ""
   may_have_pooler: bool = False
   unused: str
 
@@ -109,7 +112,7 @@ _BERT = Layout(
   outer=(
     ("embed", "embeddings.word_embeddings", _EMBED),
     ("position_embed", "embeddings.position_embeddings", _POSITIONS),
-    ("norm_embed", "embeddings.LayerNorm", _NORM),
+    ("norm_embed", "embeddings.LayerNorm", _EMBED_NORM),
   ),
   blocks="encoder.layer",
   block=(
@@ -168,6 +171,20 @@ LAYOUTS: dict[str, Layout] = {
       r"embeddings\.position_ids|(pooler|lm_head|classifier|qa_outputs)\..*"
     ),
   ),
+  "electra": dataclasses.replace(
+    _BERT,
+    prefix="electra.",
+    classifier=(
+      ("pooler", "classifier.dense", _POOLER),
+      ("head", "classifier.out_proj", _CLASSES),
+    ),
+    project="embeddings_project",
+    may_have_pooler=False,
+    unused=(
+      r"embeddings\.position_ids|(discriminator_predictions|sequence_summary"
+      r"|generator_predictions|generator_lm_head|classifier|qa_outputs)\..*"
+    ),
+  ),
   "distilbert": Layout(
     prefix="distilbert.",
     outer=_BERT.outer,
@@ -213,6 +230,27 @@ LAYOUTS: dict[str, Layout] = {
       r"|(lm_head|score|classifier|qa_outputs|multiple_choice_head)\..*"
     ),
   ),
+  "opt": Layout(
+    prefix="model.",
+    outer=(
+      ("embed", "decoder.embed_tokens", _EMBED),
+      ("position_embed", "decoder.embed_positions", _POSITIONS),
+      ("norm_final", "decoder.final_layer_norm", _NORM),
+    ),
+    blocks="decoder.layers",
+    block=(
+      ("norm_attn", "self_attn_layer_norm", _NORM),
+      ("attn/q", "self_attn.q_proj", _HEADS),
+      ("attn/k", "self_attn.k_proj", _HEADS),
+      ("attn/v", "self_attn.v_proj", _HEADS),
+      ("attn/o", "self_attn.out_proj", _FROM_HEADS),
+      ("norm_mlp", "final_layer_norm", _NORM),
+      ("mlp/up", "fc1", _UP),
+      ("mlp/down", "fc2", _DOWN),
+    ),
+    classifier=(("head", "score", _BARE_CLASSES),),
+    unused=r"(lm_head|score|qa_outputs)\..*",
+  ),
   "llama": _LLAMA,
   "qwen3": dataclasses.replace(
     _LLAMA,
@@ -249,6 +287,10 @@ def tensors(
   rows = [(ours, layout.prefix + x, kind) for ours, x, kind in layout.outer]
   if config.segments:
     rows.append(("segment_embed", layout.prefix + layout.segments, _SEGMENTS))
+  if config.embed_width:
+    rows.append(
+      ("embed_project", layout.prefix + layout.project, _EMBED_PROJECT)
+    )
   for n in range(config.num_layers):
     for modules, theirs, kind in layout.block:
       ours = " ".join(f"blocks_{n}/{module}" for module in modules.split())
@@ -298,6 +340,7 @@ def _sizes(described: Description) -> dict[str, int]:
     "P": described.max_length,
     "S": c.segments,
     "V": described.vocab_size,
+    "e": c.embed_width or c.width,
     "t": 3,
   }
 
@@ -373,7 +416,7 @@ def import_params(
   has_pooler = find(f"{prefix}pooler.dense.weight") in shapes
   table = tensors(described, head, has_pooler)
   needed = {find(t.name): _their_shape(t, sizes) for t in table}
-  segments = (described.token_types, described.config.width)
+  segments = (described.token_types, sizes["e"])
   needed |= {find(t.plus): segments for t in table if t.plus}
   unused = re.compile(LAYOUTS[described.layout].unused)
   others = [name for name in shapes if name not in needed]
@@ -474,7 +517,7 @@ def export_tensors(
       ours.append(array)
     theirs[tensor.name.removeprefix(prefix)] = _join(ours, tensor, sizes)
     if tensor.plus:
-      segments = np.zeros((described.token_types, sizes["D"]), np.float32)
+      segments = np.zeros((described.token_types, sizes["e"]), np.float32)
       theirs[tensor.plus.removeprefix(prefix)] = segments
   if arrays:
     raise ConfigError(

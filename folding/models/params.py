@@ -1,7 +1,7 @@
 """The parameters of our models: one table of paths, groups and axes.
 
-Letters as in `folding.models`, and: P positions, S segments, E width again.
-Key/value heads are J, also where J = H. Paths are those of an array in its
+Letters as in `folding.models`, and: P positions, S segments, E width again, e
+width of the embeddings (D unless these are projected). Key/value heads are J, also where J = H. Paths are those of an array in its
 layer ("attn/q/kernel"); a full path has "blocks_<n>/" before it. The tensors
 of Hugging Face checkpoints are in `hf_weights.LAYOUTS`, with these axes.
 """
@@ -29,9 +29,11 @@ class Param(NamedTuple):
 
 
 TABLE: tuple[Param, ...] = (
-  Param("embed/embedding", "embedding", "V D", "V"),
-  Param("position_embed/embedding", "embedding", "P D"),
-  Param("segment_embed/embedding", "embedding", "S D"),
+  Param("embed/embedding", "embedding", "V e", "V"),
+  Param("position_embed/embedding", "embedding", "P e"),
+  Param("segment_embed/embedding", "embedding", "S e"),
+  Param("embed_project/kernel", "other", "e D"),
+  Param("embed_project/bias", "other", "D"),
   Param("attn/q/kernel", "qkv", "D H K", "H"),
   Param("attn/[kv]/kernel", "qkv", "D J K", "J"),
   Param("attn/v/diagonal", "qkv", "HK 1 1"),
@@ -50,7 +52,8 @@ TABLE: tuple[Param, ...] = (
   Param("head/bias", "other", "V"),
   Param("pooler/kernel", "other", "D E"),
   Param("pooler/bias", "other", "E"),
-  Param("norm_(attn|mlp|embed|final)/(scale|bias)", "other", "D"),
+  Param("norm_embed/(scale|bias)", "other", "e"),
+  Param("norm_(attn|mlp|final)/(scale|bias)", "other", "D"),
 )
 # {group: pattern of full paths}, for `compression.accounting`.
 GROUPS = {

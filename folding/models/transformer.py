@@ -160,7 +160,8 @@ class Transformer(nn.Module):
 
     def embed(size):
       init = nn.initializers.normal(0.02)
-      return nn.Embed(size, c.width, embedding_init=init, dtype=dtype)
+      width = c.embed_width or c.width
+      return nn.Embed(size, width, embedding_init=init, dtype=dtype)
 
     self.embed = embed(self.vocab_size)
     if c.positions == "learned":
@@ -169,6 +170,8 @@ class Transformer(nn.Module):
       self.segment_embed = embed(c.segments)
     if c.norm_position == "post":
       self.norm_embed = _norm(c, dtype)
+    if c.embed_width:
+      self.embed_project = nn.Dense(c.width, dtype=dtype)
     self.dropout = nn.Dropout(c.dropout)
     block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
     self.blocks = [block(c, layer, dtype) for layer in layers_of(c, self.fold)]
@@ -305,6 +308,8 @@ class Transformer(nn.Module):
       x_BLD += self.segment_embed(segments_BL)
     if c.norm_position == "post":
       x_BLD = self.norm_embed(x_BLD)
+    if c.embed_width:
+      x_BLD = self.embed_project(x_BLD)
     return self.dropout(x_BLD, deterministic=deterministic)
 
   def read_out(

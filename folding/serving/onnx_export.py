@@ -325,7 +325,6 @@ def _make_graph(
     name: np.asarray(leaf, np.float32)
     for name, leaf in paths.flatten(loaded.params).items()
   }
-  width = m.width
   sizes = _add_sizes(g, loaded)
   ids = TOKENS
   if token_map is not None:
@@ -337,10 +336,14 @@ def _make_graph(
   if m.segments:
     name = "segment_embed/embedding"
     x = g.add("Add", x, g.embed(name, params[name], SEGMENTS))
-  x = g.add("Reshape", x, g.ints(-1, width))
+  x = g.add("Reshape", x, g.ints(-1, m.embed_width or m.width))
   norm = _norm_of(g, loaded, params)
   if m.norm_position == "post":
     x = norm(x, "norm_embed")
+  if m.embed_width:
+    name = "embed_project"
+    kernel, bias = (params[f"{name}/{leaf}"] for leaf in ("kernel", "bias"))
+    x = g.dense(x, name, kernel, bias)
   for n, layer in enumerate(layers_of(m, loaded.config.fold)):
     block = _Block(g, loaded, params, f"blocks_{n}", layer, sizes)
     if m.norm_position == "pre":

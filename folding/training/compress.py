@@ -295,6 +295,7 @@ def fold_table(
 _SHAPE = (
   "num_layers",
   "width",
+  "embed_width",
   "num_heads",
   "num_kv_heads",
   "head_dim",

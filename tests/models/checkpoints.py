@@ -40,10 +40,16 @@ FAMILIES = {
     "n_heads": H, "hidden_dim": F, "max_position_embeddings": P,
     "dropout": 0.0,
   },
+  "electra": _BERT | {"model_type": "electra", "embedding_size": 10},
   "gpt2": {
     "model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": N,
     "n_head": H, "n_positions": P, "resid_pdrop": 0.0, "bos_token_id": 1,
     "eos_token_id": 2, "n_inner": F,
+  },
+  "opt": {
+    "model_type": "opt", "vocab_size": V, "hidden_size": D, "ffn_dim": F,
+    "num_hidden_layers": N, "num_attention_heads": H, "dropout": 0.0,
+    "max_position_embeddings": P,
   },
   "llama": _LLAMA | {"model_type": "llama", "rope_theta": 100.0},
   "llama_biases_scaled": _LLAMA | {
@@ -64,7 +70,7 @@ FAMILIES = {
   "qwen3": _LLAMA | {"model_type": "qwen3", "head_dim": 6},
 }
 # fmt: on
-DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 # One case per risk: each entry with the head that it has without classes, and
 # one classifier per layout of tensors.
 CASES = [
@@ -72,7 +78,7 @@ CASES = [
   for name, values in FAMILIES.items()
 ] + [
   (name, "classify")
-  for name in ("bert", "roberta", "distilbert", "gpt2", "llama")
+  for name in ("bert", "roberta", "distilbert", "electra", "gpt2", "llama")
 ]
 
 

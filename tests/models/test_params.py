@@ -11,11 +11,20 @@ from folding.models.transformer import make_model, param_shapes
 
 # All sizes differ, so that a wrong letter shows.
 SHAPE = {"num_layers": 1, "width": 20, "num_heads": 4, "mlp_width": 28}
-SIZES = {"D": 20, "E": 20, "H": 4, "J": 4, "K": 5, "F": 28, "P": 9, "HK": 20}
+SIZES = {
+  "D": 20,
+  "E": 20,
+  "H": 4,
+  "J": 4,
+  "K": 5,
+  "F": 28,
+  "P": 9,
+  "HK": 20,
+}
 MODELS = {
   "gpt2": (c.gpt2(**SHAPE), {}, "lm", 11),
   "llama": (c.llama(**SHAPE, num_kv_heads=2, head_dim=6), {}, "lm", 11),
-  "bert": (c.bert(**SHAPE, pooler=True), {}, "classify", 3),
+  "bert": (c.bert(**SHAPE, pooler=True, embed_width=6), {}, "classify", 3),
   "qk_norm": (c.llama(**SHAPE, head_dim=6, qk_norm=True), {}, "lm", 11),
   "folded": (
     c.ModelConfig(**SHAPE),
@@ -46,6 +55,7 @@ def test_every_parameter_has_one_row_with_its_axes(name):
     )
   )
   sizes = SIZES | {"J": config.model.num_kv_heads, "K": config.model.head_dim}
+  sizes["e"] = config.model.embed_width or config.model.width
   leaves = paths.flatten(param_shapes(make_model(config, 11, 3)))
   for path, leaf in leaves.items():
     rows = [x for x in params.TABLE if re.fullmatch(f"(.*/)?{x.path}", path)]

@@ -38,9 +38,9 @@ _CASES = {
   "bert-low-rank": lambda: _shrunk(
     _BERT, groups=2, values="dense", value_rank=(2, 3)
   ),
-  # ALiBi, pre-norm, mean over tokens; the identity for W_V.
+  # Projected embeddings, ALiBi, pre-norm, mean over tokens; the identity for W_V.
   "alibi-identity": lambda: _shrunk(
-    c.ModelConfig(**models.SHAPE, causal=False), groups=1
+    c.ModelConfig(**models.SHAPE, causal=False, embed_width=12), groups=1
   ),
   # Norms of queries and keys.
   "last-by-input-axis": lambda: models.make(
