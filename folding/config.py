@@ -129,6 +129,10 @@ class ModelConfig:
   # those between `low` and `high` in proportion. None: none.
   rope_scaling: tuple[Positive, ...] | None = None
   window: Count | None = None  # attend to so many last tokens; None: to all
+  # Buckets of the distances that a bias per head depends on, as in T5 and MPNet.
+  # It starts at 0 and is not trained, so that the layers of a checkpoint keep
+  # sharing one. 0: none.
+  relative_buckets: Literal[0, 32] = 0
   qk_norm: bool = False  # RMSNorm of the queries and keys of each head
   attention: Literal["dense", "linear"] = "dense"
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
@@ -165,6 +169,10 @@ class ModelConfig:
     if self.positions == "rope" and self.head_dim % 2:
       raise ConfigError(
         f"rotary positions need an even head size; it is {self.head_dim}"
+      )
+    if self.positions == "alibi" and self.relative_buckets:
+      raise ConfigError(
+        "model.relative_buckets is beside ALiBi; use another model.positions"
       )
     if self.positions != "rope" and self.rope_scaling is not None:
       raise ConfigError("model.rope_scaling needs model.positions='rope'")
@@ -446,11 +454,12 @@ class Config:
         "still folds W_V and W_O) or fold.axis='input'"
       )
     is_rank_1 = 1 in all_groups and f.axis == "output"
-    is_plain = m.positions != "rope" and m.window is None
+    is_plain = m.positions != "rope" and not (m.window or m.relative_buckets)
     if m.attention == "linear" and not (self.dense or is_rank_1 and is_plain):
       raise ConfigError(
         "model.attention='linear' needs a layer with fold.groups=1 on the output "
-        "axis, and neither rotary positions nor model.window; use 'dense'"
+        "axis, and no rotary positions, model.window or model.relative_buckets; "
+        "use 'dense'"
       )
     values = m.by_layer(f.values, "fold.values")
     if set(values) != {"dense"} and m.num_heads * m.head_dim != m.width:

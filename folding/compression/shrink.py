@@ -367,6 +367,7 @@ def _keep_heads(attn: str, key_heads: np.ndarray, shape: tuple, J: int) -> Kept:
     f"{attn}/v/diagonal": {0: _members(heads, K)},
     f"{attn}/o/kernel": {0: heads},
     f"{attn}/log_slopes": {0: heads},
+    f"{attn}/relative_bias": {1: heads},
     f"{attn}/frequency": {0: key_heads},
   }
 

@@ -1,7 +1,8 @@
 """Attention with dense or folded queries and keys, and its positions."""
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,19 @@ from folding.models.projections import DiagonalProjection, HeadProjection
 
 _MASKED = -1e30  # finite, so that a row without any key has no NaN
 TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
+_FARTHEST = 128  # distances from here on share a bucket
+
+
+class Biases(NamedTuple):
+  """Learned numbers of a layer behind its `position_bias`; None: it has none.
+
+  Attributes:
+    slopes_H: Slopes of ALiBi.
+    relative_RH: Bias per bucket of distances, see `relative_buckets`.
+  """
+
+  slopes_H: Float[Array, " H"] | None = None
+  relative_RH: Float[Array, "R H"] | None = None
 
 
 def attend(
@@ -81,16 +95,17 @@ def _block_logits(
   query_L: Int[Array, " L"],
   keys: blocks.Keys,
   key_M: Int[Array, " M"],
-  slopes_H: Float[Array, " H"] | None,
+  biases: Biases,
   *,
-  config: ModelConfig,
+  causal: bool,
+  window: int | None,
   head_dim: int,
 ) -> Float[Array, "B H L M"]:
   """Returns the attention logits of queries and keys at their positions."""
   return attention_logits(
     q_BLHG,
     keys.k_BMJG.transpose(0, 2, 3, 1),
-    position_bias(query_L, key_M, slopes_H, config),
+    position_bias(query_L, key_M, biases, causal=causal, window=window),
     keys.mask_BM,
     head_dim=head_dim,
   )
@@ -99,27 +114,53 @@ def _block_logits(
 def position_bias(
   query_L: Int[Array, " L"],
   key_M: Int[Array, " M"],
-  slopes_H: Float[Array, " H"] | None,
-  config: ModelConfig,
+  biases: Biases,
+  *,
+  causal: bool,
+  window: int | None,
 ) -> Float[Array, "#H L M"]:
-  """Returns ALiBi's -slope |i - j| per head, and the mask of hidden keys.
+  """Returns ALiBi's -slope |i - j| or a relative bias, and -1e30 at hidden keys.
 
   Args:
     query_L: Positions of the queries.
     key_M: Positions of the keys.
-    slopes_H: ALiBi slopes; None: no ALiBi.
-    config: Says whether later keys are hidden, and those outside of a window.
+    biases: Learned numbers.
+    causal: Whether later keys are hidden.
+    window: Keys at this distance and beyond are hidden; None: none are.
   """
   distance_LM = query_L[:, None] - key_M[None, :]
   bias_HLM = jnp.zeros((1, *distance_LM.shape), jnp.float32)
-  if slopes_H is not None:
-    bias_HLM = -slopes_H[:, None, None] * jnp.abs(distance_LM)[None]
+  if biases.slopes_H is not None:
+    bias_HLM = -biases.slopes_H[:, None, None] * jnp.abs(distance_LM)[None]
+  if biases.relative_RH is not None:
+    buckets = jnp.asarray(relative_buckets(len(biases.relative_RH)))
+    at_LM = jnp.clip(distance_LM, -_FARTHEST, _FARTHEST) + _FARTHEST
+    bias_HLM += jnp.moveaxis(biases.relative_RH[buckets[at_LM]], -1, 0)
   is_seen_LM = jnp.ones(distance_LM.shape, bool)
-  if config.causal:
+  if causal:
     is_seen_LM &= distance_LM >= 0
-  if config.window is not None:
-    is_seen_LM &= jnp.abs(distance_LM) < config.window
+  if window is not None:
+    is_seen_LM &= jnp.abs(distance_LM) < window
   return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
+
+
+def relative_buckets(count: int) -> Int[np.ndarray, " distances"]:
+  """Returns the bucket of each distance i - j from -128 to 128.
+
+  Half of the buckets are for earlier keys, half for later ones. Half of each
+  hold one distance, the others grow in proportion to it (Raffel et al. 2020).
+  In float32, as in transformers, which decides at the edges.
+
+  Args:
+    count: R, number of buckets.
+  """
+  distance = np.arange(-_FARTHEST, _FARTHEST + 1)
+  half, single = count // 2, count // 4
+  far = np.maximum(np.abs(distance), 1).astype(np.float32) / single
+  growth = np.log(far) / math.log(_FARTHEST / single) * (half - single)
+  wide = np.minimum(single + growth.astype(np.int32), half - 1)
+  bucket = np.where(np.abs(distance) < single, np.abs(distance), wide)
+  return np.where(distance < 0, half, 0) + bucket
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
@@ -174,8 +215,9 @@ class Attention(nn.Module):
   """Multi-head attention with dense or folded projections.
 
   Parameters: q, k and v (see `projections`), o/kernel [H, r, D]; with ALiBi
-  log_slopes [H]; with RoPE by pairs frequency [J, G/2], which is not trained;
-  with norms of queries and keys q_norm/scale and k_norm/scale [K].
+  log_slopes [H]; with norms of queries and keys q_norm/scale and k_norm/scale
+  [K]. These are not trained: with RoPE by pairs frequency [J, G/2]; with a
+  relative bias relative_bias [R, H].
 
   Attributes:
     config: Of the model.
@@ -225,6 +267,11 @@ class Attention(nn.Module):
       slopes_H = alibi_slopes(c.num_heads)[list(layer.heads)]
       self.log_slopes = self.param(
         "log_slopes", lambda _: jnp.log(jnp.array(slopes_H, jnp.float32))
+      )
+    if c.relative_buckets:
+      shape = (c.relative_buckets, len(layer.heads))
+      self.relative_bias = self.param(
+        "relative_bias", nn.initializers.zeros, shape
       )
     if self._has_pairs:
       pairs = rope_frequencies(layer.groups, c.rope_base, c.rope_scaling)
@@ -328,7 +375,10 @@ class Attention(nn.Module):
     self, query_L: Int[Array, " L"], key_M: Int[Array, " M"]
   ) -> Float[Array, "#H L M"]:
     """Returns the `position_bias` of this layer."""
-    return position_bias(query_L, key_M, self._slopes(), self.config)
+    c = self.config
+    return position_bias(
+      query_L, key_M, self._biases(), causal=c.causal, window=c.window
+    )
 
   def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H r"]:
     """Attends within whole sequences."""
@@ -346,10 +396,12 @@ class Attention(nn.Module):
     K = self.layer.head_dim
     if has_length and length > blocks.SIZE:
       return blocks.attend_by_blocks(
-        functools.partial(_block_logits, config=c, head_dim=K),
+        functools.partial(
+          _block_logits, causal=c.causal, window=c.window, head_dim=K
+        ),
         q,
         blocks.Keys(k, v, mask_BL),
-        self._slopes(),
+        self._biases(),
         causal=c.causal,
         window=c.window,
       )
@@ -373,6 +425,12 @@ class Attention(nn.Module):
     if self.config.positions != "alibi":
       return None
     return jnp.exp(self.log_slopes.astype(jnp.float32))
+
+  def _biases(self) -> Biases:
+    relative_RH = None
+    if self.config.relative_buckets:
+      relative_RH = jax.lax.stop_gradient(self.relative_bias)
+    return Biases(self._slopes(), relative_RH)
 
 
 def rank_1_inputs(
@@ -405,4 +463,5 @@ def has_rank_1(config: ModelConfig, layer: Layer) -> bool:
     and layer.axis == "output"
     and config.positions != "rope"
     and config.window is None
+    and not config.relative_buckets
   )

@@ -38,7 +38,7 @@ class Keys(NamedTuple):
   mask_BM: Bool[Array, "*N #B M"] | None
 
 
-# (q_BLHG, query_L, keys, key_M, slopes_H) -> float32[B, H, L, M], with a large
+# (q_BLHG, query_L, keys, key_M, biases) -> float32[B, H, L, M], with a large
 # negative number at hidden keys.
 Logits = Callable[..., Float[Array, "B H L M"]]
 
@@ -82,7 +82,7 @@ def attend_by_blocks(
   logits: Logits,
   q_BLHG: Float[Array, "B L H G"],
   keys: Keys,
-  slopes_H: Float[Array, " H"] | None,
+  biases: Any,
   *,
   causal: bool,
   window: int | None,
@@ -95,7 +95,7 @@ def attend_by_blocks(
     logits: Returns the logits of some queries and keys at their positions.
     q_BLHG: Queries.
     keys: Keys and values, of the same positions.
-    slopes_H: Passed to `logits`, which is differentiable in it.
+    biases: A tree, passed to `logits`, which is differentiable in it.
     causal: Whether `logits` hides later keys.
     window: `logits` hides keys at this distance and beyond; None: no window.
   """
@@ -106,7 +106,7 @@ def attend_by_blocks(
     keys = keys._replace(mask_BM=jnp.ones((1, length), bool))
   q_NBLHG, keys = cut((q_BLHG, keys), count)
   blocks = _Blocks(logits, size, count, causal, window)
-  out_NBLHr: Any = _attend(blocks, q_NBLHG, keys, slopes_H)
+  out_NBLHr: Any = _attend(blocks, q_NBLHG, keys, biases)
   out_BNLHr = jnp.moveaxis(out_NBLHr, 0, 1)
   shape = out_BNLHr.shape
   return out_BNLHr.reshape(shape[0], -1, *shape[3:])[:, :length]
@@ -129,11 +129,11 @@ def cut(tree: Any, count: int) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks: _Blocks, q_NBLHG, keys: Keys, slopes_H):
-  return _forward(blocks, q_NBLHG, keys, slopes_H)[0]
+def _attend(blocks: _Blocks, q_NBLHG, keys: Keys, biases):
+  return _forward(blocks, q_NBLHG, keys, biases)[0]
 
 
-def _forward(blocks: _Blocks, q_NBLHG, keys: Keys, slopes_H):
+def _forward(blocks: _Blocks, q_NBLHG, keys: Keys, biases):
   """Returns the output, and what `_backward` needs."""
 
   def attend_block(inputs):
@@ -142,7 +142,7 @@ def _forward(blocks: _Blocks, q_NBLHG, keys: Keys, slopes_H):
 
     def add(j, sums: _Sums) -> _Sums:
       keys_j = _block(keys, j)
-      logits_BHLM = _logits(blocks, q_BLHG, keys_j, slopes_H, (i, j))
+      logits_BHLM = _logits(blocks, q_BLHG, keys_j, biases, (i, j))
       top_BHL = jnp.maximum(sums.top_BHL, logits_BHLM.max(-1))
       scale_BHL = jnp.exp(sums.top_BHL - top_BHL)
       att_BHLM = jnp.exp(logits_BHLM - top_BHL[..., None])
@@ -164,12 +164,12 @@ def _forward(blocks: _Blocks, q_NBLHG, keys: Keys, slopes_H):
 
   sums = jax.lax.map(attend_block, (q_NBLHG, jnp.arange(blocks.number)))
   out_NBLHr = sums.out_BHLr.swapaxes(2, 3).astype(keys.v_BMIr.dtype)
-  return out_NBLHr, (q_NBLHG, keys, slopes_H, sums)
+  return out_NBLHr, (q_NBLHG, keys, biases, sums)
 
 
 def _backward(blocks: _Blocks, saved, d_out_NBLHr):
-  """Returns the gradients of queries, keys, values and slopes."""
-  q_NBLHG, keys, slopes_H, sums = saved
+  """Returns the gradients of queries, keys, values and biases."""
+  q_NBLHG, keys, biases, sums = saved
   d_out_NBHLr = d_out_NBLHr.swapaxes(2, 3).astype(jnp.float32)
   # The gradient of the logits is p (dp - mean of dp), p = softmax(logits).
   mean_NBHL = (d_out_NBHLr * sums.out_BHLr).sum(-1)
@@ -178,27 +178,27 @@ def _backward(blocks: _Blocks, saved, d_out_NBLHr):
     q_BLHG, i, sums, d_out_BHLr, mean_BHL = inputs
 
     def add(j, total):
-      d_q, d_k, d_v, d_slopes = total
+      d_q, d_k, d_v, d_biases = total
       keys_j = _block(keys, j)
       logits_BHLM, pull_logits = jax.vjp(
-        lambda q, k, slopes: _logits(
-          blocks, q, keys_j._replace(k_BMJG=k), slopes, (i, j)
+        lambda q, k, biases: _logits(
+          blocks, q, keys_j._replace(k_BMJG=k), biases, (i, j)
         ),
         q_BLHG,
         keys_j.k_BMJG,
-        slopes_H,
+        biases,
       )
       att_BHLM = jnp.exp(logits_BHLM - sums.top_BHL[..., None])
       att_BHLM /= sums.norm_BHL[..., None]
       _, pull_out = jax.vjp(_weigh, att_BHLM, keys_j.v_BMIr)
       d_att_BHLM, d_v_j = pull_out(d_out_BHLr)
       d_logits_BHLM = att_BHLM * (d_att_BHLM - mean_BHL[..., None])
-      d_q_j, d_k_j, d_slopes_j = pull_logits(d_logits_BHLM)
+      d_q_j, d_k_j, d_biases_j = pull_logits(d_logits_BHLM)
       return (
         d_q + d_q_j,
         d_k.at[j].add(d_k_j),
         d_v.at[j].add(d_v_j),
-        jax.tree.map(jnp.add, d_slopes, d_slopes_j),
+        jax.tree.map(jnp.add, d_biases, d_biases_j),
       )
 
     d_q, *total = jax.lax.fori_loop(
@@ -206,15 +206,15 @@ def _backward(blocks: _Blocks, saved, d_out_NBLHr):
     )
     return tuple(total), d_q
 
-  zeros = _zeros((keys.k_BMJG, keys.v_BMIr, slopes_H))
+  zeros = _zeros((keys.k_BMJG, keys.v_BMIr, biases))
   indices_N = jnp.arange(blocks.number)
-  (d_k, d_v, d_slopes), d_q = jax.lax.scan(
+  (d_k, d_v, d_biases), d_q = jax.lax.scan(
     add_block, zeros, (q_NBLHG, indices_N, sums, d_out_NBHLr, mean_NBHL)
   )
   d_keys = Keys(
     d_k.astype(keys.k_BMJG.dtype), d_v.astype(keys.v_BMIr.dtype), None
   )
-  return d_q.astype(q_NBLHG.dtype), d_keys, d_slopes
+  return d_q.astype(q_NBLHG.dtype), d_keys, d_biases
 
 
 _attend.defvjp(_forward, _backward)
@@ -231,12 +231,12 @@ def _block(keys: Keys, j: Int[Array, ""]) -> Keys:
   )
 
 
-def _logits(blocks: _Blocks, q_BLHG, keys: Keys, slopes_H, pair) -> Array:
+def _logits(blocks: _Blocks, q_BLHG, keys: Keys, biases, pair) -> Array:
   """Returns the logits of block i of the queries and block j of the keys."""
   i, j = pair
   at_L = jnp.arange(blocks.size)
   query_L, key_M = i * blocks.size + at_L, j * blocks.size + at_L
-  return blocks.logits(q_BLHG, query_L, keys, key_M, slopes_H)
+  return blocks.logits(q_BLHG, query_L, keys, key_M, biases)
 
 
 def _weigh(

@@ -216,7 +216,11 @@ _FIELDS = {
   "activation": "hidden_act",
 }
 # What a family has only if its entry says so.
-_PLAIN: dict[str, Any] = {"embed_width": 0, "qk_norm": False}
+_PLAIN: dict[str, Any] = {
+  "embed_width": 0,
+  "relative_buckets": 0,
+  "qk_norm": False,
+}
 _ENCODER: dict[str, Any] = _PLAIN | {
   "causal": False,
   "norm": "layernorm",
@@ -251,6 +255,21 @@ _ROBERTA = dataclasses.replace(
   layout="roberta",
   first_position=None,
   defaults=_BERT.defaults | {"pad_token_id": 1},
+)
+_MPNET = dataclasses.replace(
+  _BERT,
+  prefix="MPNet",
+  layout="mpnet",
+  first_position=2,
+  defaults={
+    name: value
+    for name, value in _ROBERTA.defaults.items()
+    if name != "type_vocab_size"
+  },
+  computes=_ENCODER | {"relative_buckets": 32},
+  # Its positions count the tokens that are not 1, whatever the pad token is.
+  only={"relative_attention_num_buckets": 32, "pad_token_id": 1},
+  writes=_BERT.writes | {"relative_attention_num_buckets": 32},
 )
 _ELECTRA = dataclasses.replace(
   _BERT,
@@ -414,6 +433,7 @@ FAMILIES: dict[str, Family] = {
   "xlm-roberta": dataclasses.replace(_ROBERTA, prefix="XLMRoberta"),
   "distilbert": _DISTILBERT,
   "electra": _ELECTRA,
+  "mpnet": _MPNET,
   "gpt2": _GPT2,
   "opt": _OPT,
   "llama": _LLAMA,
@@ -631,6 +651,11 @@ def to_hf(described: Description) -> dict[str, Any]:
   values["pad_token_id"] = described.pad_id
   if "type_vocab_size" in family.defaults:
     values["type_vocab_size"] = described.token_types
+  for field, only in family.only.items():
+    if values.get(field, only) != only:
+      raise ConfigError(
+        f"no export as {name}: {field} must be {only}; it is {values[field]}"
+      )
   for rule in family.rules:
     values |= rule.write(config)
   return values | family.writes | _write_head(described)
@@ -719,6 +744,7 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     "bert",
     "distilbert",
     "electra",
+    "mpnet",
   )
   reasons = {family: misfit(config, family, num_classes) for family in order}
   for family, reason in reasons.items():

@@ -91,6 +91,7 @@ class Layout:
     segments: BERT's segment embedding. A model of single texts has its first row
       in the positions.
     project: ELECTRA's projection of narrow embeddings.
+    relative: A relative bias that all layers share.
     may_have_pooler: A checkpoint without head may have the classifier's pooler.
     unused: Pattern of tensors that ours does not need: buffers, and heads for
       other tasks. Names without the prefix.
@@ -103,6 +104,7 @@ class Layout:
   classifier: tuple[Row, ...]
   segments: str = ""
   project: str = ""
+  relative: str = ""
   may_have_pooler: bool = False
   unused: str
 
@@ -167,6 +169,27 @@ LAYOUTS: dict[str, Layout] = {
       ("head", "classifier.out_proj", _CLASSES),
     ),
     may_have_pooler=False,  # its classifier does not read that one
+    unused=(
+      r"embeddings\.position_ids|(pooler|lm_head|classifier|qa_outputs)\..*"
+    ),
+  ),
+  "mpnet": Layout(
+    prefix="mpnet.",
+    outer=_BERT.outer,
+    blocks="encoder.layer",
+    block=(
+      ("attn/q", "attention.attn.q", _HEADS),
+      ("attn/k", "attention.attn.k", _HEADS),
+      ("attn/v", "attention.attn.v", _HEADS),
+      ("attn/o", "attention.attn.o", _FROM_HEADS),
+      ("norm_attn", "attention.LayerNorm", _NORM),
+      *_BERT.block[5:],
+    ),
+    classifier=(
+      ("pooler", "classifier.dense", _POOLER),
+      ("head", "classifier.out_proj", _CLASSES),
+    ),
+    relative="encoder.relative_attention_bias",
     unused=(
       r"embeddings\.position_ids|(pooler|lm_head|classifier|qa_outputs)\..*"
     ),
@@ -269,6 +292,7 @@ class Tensor(NamedTuple):
   name: str
   layout: str
   paths: tuple[str, ...]  # several: their leading axis in ours is t
+  is_shared: bool = False  # or each of them is a copy
   skip: int = 0  # rows that theirs has before ours
   plus: str = ""  # another tensor of theirs, whose first row ours includes
 
@@ -309,10 +333,18 @@ def tensors(
       if layout.segments and not config.segments:
         plus = f"{layout.prefix}{layout.segments}.weight"
     names = tuple(f"{module}/{kind.leaf}" for module in ours.split())
-    table.append(Tensor(f"{theirs}.weight", kind.weight, names, skip, plus))
+    table.append(
+      Tensor(f"{theirs}.weight", kind.weight, names, skip=skip, plus=plus)
+    )
     if kind.bias and _has_bias(described, ours):
       names = tuple(f"{module}/bias" for module in ours.split())
       table.append(Tensor(f"{theirs}.bias", kind.bias, names))
+  if config.relative_buckets:
+    names = tuple(
+      f"blocks_{n}/attn/relative_bias" for n in range(config.num_layers)
+    )
+    theirs = f"{layout.prefix}{layout.relative}.weight"
+    table.append(Tensor(theirs, "R H -> R H", names, is_shared=True))
   return table
 
 
@@ -338,6 +370,7 @@ def _sizes(described: Description) -> dict[str, int]:
     "J": c.num_kv_heads,
     "K": c.head_dim,
     "P": described.max_length,
+    "R": c.relative_buckets,
     "S": c.segments,
     "V": described.vocab_size,
     "e": c.embed_width or c.width,
@@ -364,6 +397,8 @@ def _split(
   letters = left.replace(" ", "")
   whole = theirs.reshape([sizes[x] for x in letters])
   ours = whole.transpose([letters.index(x) for x in right.split()])
+  if tensor.is_shared:
+    return [ours] * len(tensor.paths)
   return list(ours) if len(tensor.paths) > 1 else [ours]
 
 
@@ -371,6 +406,13 @@ def _join(
   ours: list[np.ndarray], tensor: Tensor, sizes: Mapping[str, int]
 ) -> np.ndarray:
   """The inverse of `_split`; rows that ours lacks are zero."""
+  if tensor.is_shared:
+    if any(not np.array_equal(x, ours[0]) for x in ours):
+      raise ConfigError(
+        f"the layers share {tensor.name}, and {tensor.paths[0]} is not that of "
+        "each other layer"
+      )
+    ours = ours[:1]
   left, right = tensor.layout.split(" -> ")
   letters = right.split()
   whole = np.stack(ours) if len(ours) > 1 else ours[0]

@@ -43,6 +43,7 @@ TABLE: tuple[Param, ...] = (
   Param("attn/o/bias", "other", "D"),
   Param("attn/[qk]_norm/scale", "other", "K"),
   Param("attn/log_slopes", "other", "H"),
+  Param("attn/relative_bias", "other", "R H"),
   Param("attn/frequency", "other", "J K"),
   Param("mlp/(up|gate)/kernel", "linear", "D F", "F"),
   Param("mlp/down/kernel", "linear", "F D", "F"),

@@ -333,6 +333,8 @@ class Transformer(nn.Module):
         pooled_BD = activation(self.pooler(pooled_BD))
       return self.head(pooled_BD)
     if c.tie_embeddings:
+      if c.embed_width:
+        x_BLD = x_BLD @ self.embed_project.variables["params"]["kernel"].T
       return self.embed.attend(x_BLD).astype(jnp.float32)
     return self.head(x_BLD).astype(jnp.float32)
 

@@ -14,6 +14,7 @@ Letters as in `folding.models`, and N for the tokens of a batch, r for the
 numbers per value head.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from folding.config import Layer, layers_of
 from folding.data.tokenizers import OPTIONS, Tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config
-from folding.models.attention import rope_frequencies
+from folding.models.attention import relative_buckets, rope_frequencies
 from folding.serving import export as export_lib
 from folding.serving.export import CONFIG, TOKENIZER, Loaded
 from folding.version import __version__
@@ -141,7 +142,8 @@ def _config(described: hf_config.Description) -> dict[str, Any]:
   there is no model_type, and the file is only for people.
   """
   if described.family:
-    return hf_config.to_hf(described)
+    with contextlib.suppress(ConfigError):  # a pad token that does not fit it
+      return hf_config.to_hf(described)
   labels = described.label_names
   return {
     "hidden_size": described.config.width,
@@ -301,12 +303,17 @@ class _Sizes(NamedTuple):
     position_L: int64, 0, 1, ...
     mask: What hides keys, float [B, 1, L, L]: 0 or -1e30.
     distance_LL: float, |i - j|; "": unused.
+    bucket_LL: int64, of i - j; "": unused.
+    relative: {table of relative biases: what is added to the logits}, as layers
+      share one.
   """
 
   shape: str
   position_L: str
   mask: str
   distance_LL: str
+  bucket_LL: str
+  relative: dict[str, str]
 
 
 def _make_graph(
@@ -402,7 +409,17 @@ def _add_sizes(g: _Graph, loaded: Loaded) -> _Sizes:
   # Attention does not broadcast the axis of the queries.
   batch, lengths = (g.add("Gather", shape, g.ints(axis)) for axis in range(2))
   full = g.add("Concat", batch, g.ints(1), lengths, lengths, axis=0)
-  return _Sizes(shape, position_L, g.add("Expand", mask, full), distance)
+  bucket = ""
+  if m.relative_buckets:
+    buckets = relative_buckets(m.relative_buckets)
+    farthest = len(buckets) // 2
+    at_L1 = g.add("Unsqueeze", position_L, g.ints(1))
+    signed = g.add("Sub", at_L1, position_L)
+    low, high = (g.const(x, np.int64) for x in (-farthest, farthest))
+    at_LL = g.add("Add", g.add("Clip", signed, low, high), high)
+    bucket = g.add("Gather", g.const(buckets, np.int64), at_LL)
+  mask = g.add("Expand", mask, full)
+  return _Sizes(shape, position_L, mask, distance, bucket, {})
 
 
 class _Block:
@@ -570,6 +587,8 @@ class _Block:
 
   def _mask(self) -> str:
     """Returns what is added to the logits."""
+    if self._config.relative_buckets:
+      return self._relative()
     if self._config.positions != "alibi":
       return self._sizes.mask
     g = self._g
@@ -578,6 +597,16 @@ class _Block:
     return g.add(
       "Add", self._sizes.mask, g.add("Mul", slopes, self._sizes.distance_LL)
     )
+
+  def _relative(self) -> str:
+    """Returns the mask with a relative bias."""
+    g, shared = self._g, self._sizes.relative
+    table_HR = self._params["attn/relative_bias"].T
+    table = g.const(table_HR, np.float32)
+    if table not in shared:
+      bias = g.add("Gather", table, self._sizes.bucket_LL, axis=1)
+      shared[table] = g.add("Add", self._sizes.mask, bias)
+    return shared[table]
 
 
 def _by_text(g: _Graph, sizes: _Sizes, x: str, *axes: int) -> str:

@@ -306,6 +306,7 @@ _SHAPE = (
   "rope_base",
   "rope_scaling",
   "window",
+  "relative_buckets",
   "qk_norm",
   "activation",
   "gated",

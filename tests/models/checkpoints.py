@@ -40,6 +40,9 @@ FAMILIES = {
     "n_heads": H, "hidden_dim": F, "max_position_embeddings": P,
     "dropout": 0.0,
   },
+  "mpnet": _BERT | {
+    "model_type": "mpnet", "pad_token_id": 1, "max_position_embeddings": P + 2,
+  },
   "electra": _BERT | {"model_type": "electra", "embedding_size": 10},
   "gpt2": {
     "model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": N,
@@ -78,7 +81,15 @@ CASES = [
   for name, values in FAMILIES.items()
 ] + [
   (name, "classify")
-  for name in ("bert", "roberta", "distilbert", "electra", "gpt2", "llama")
+  for name in (
+    "bert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "mpnet",
+    "gpt2",
+    "llama",
+  )
 ]
 
 
@@ -118,6 +129,9 @@ def random_params(described, seed=0):
     path: (0.4 * rng.normal(size=shape)).astype(np.float32)
     for path, shape in shapes_of(described).items()
   }
+  for path in flat:
+    if path.endswith("relative_bias"):  # the layers share it
+      flat[path] = flat["blocks_0/attn/relative_bias"]
   if described.config.causal and "head/bias" in flat:
     flat["head/bias"][:] = 0
   return traverse_util.unflatten_dict(flat, sep="/")

@@ -94,6 +94,10 @@ class Model:
     if self.c.positions == "alibi":
       slopes = np.exp(w["log_slopes"])
       logits = logits - slopes[:, None, None] * np.abs(distance)
+    if self.c.relative_buckets:  # up to 7 away, a bucket each
+      assert x.shape[1] <= 8
+      bucket = np.where(distance < 0, 16 - distance, distance)
+      logits = logits + w["relative_bias"][bucket].transpose(2, 0, 1)
     if self.c.causal:
       logits = np.where(distance >= 0, logits, -np.inf)
     logits = np.where(keep[:, None, None], logits, -np.inf)

@@ -1,6 +1,7 @@
 """Attention: its function, its positions, and the layer, against NumPy."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -231,6 +232,26 @@ def test_frequencies_of_rotary_pairs_have_no_gradient():
   found = gradient(params)
   np.testing.assert_array_equal(found["frequency"], np.zeros((H, 1)))
   assert np.abs(found["q"]["kernel"]).min() > 0
+
+
+def test_relative_bias_is_added_per_head_and_not_trained():
+  module, config = make_layer(
+    positions="none", causal=False, relative_buckets=32
+  )
+  params, x = randomized(module), normal(9, B, L, D)
+  keep = jnp.asarray(np.arange(L) < np.array([[L], [4]]))
+  layer = oracle.Model(config, {}).attention
+  expected = layer(*oracle.wide(params, x), keep)
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def gradient(params):
+    out = module.apply({"params": params}, x, keep)
+    return (out**2).sum(), out
+
+  found, out = gradient(params)
+  np.testing.assert_allclose(out, expected, rtol=0, atol=10 * TOLERANCE)
+  assert not np.any(found["relative_bias"])
 
 
 def test_slopes_of_kept_heads_are_their_own():

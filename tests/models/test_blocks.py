@@ -56,6 +56,11 @@ CASES = {
     "right",
   ),
   "folded_rope_pairs": (ONE | {"groups": 2, "rope": "pairs"}, SHARED, None),
+  "relative_both_ways": (
+    {"groups": 2},
+    TWO_WAYS | {"positions": "none", "relative_buckets": 32},
+    "right",
+  ),
   "input_rows_window_both_ways": (ROWS, TWO_WAYS | {"window": 10}, None),
 }
 
@@ -80,13 +85,20 @@ def test_layer_in_blocks_equals_the_whole(fold, kind, padded):
 
 
 def attend(q, keys, config, slopes=None):
-  def logits(q, query_L, keys, key_M, slopes):
-    bias = attention.position_bias(query_L, key_M, slopes, config)
+  def logits(q, query_L, keys, key_M, biases):
+    bias = attention.position_bias(
+      query_L, key_M, biases, causal=config.causal, window=config.window
+    )
     k_BJGM = keys.k_BMJG.transpose(0, 2, 3, 1)
     return attention.attention_logits(q, k_BJGM, bias, keys.mask_BM, head_dim=K)
 
   return blocks.attend_by_blocks(
-    logits, q, keys, slopes, causal=config.causal, window=config.window
+    logits,
+    q,
+    keys,
+    attention.Biases(slopes),
+    causal=config.causal,
+    window=config.window,
   )
 
 

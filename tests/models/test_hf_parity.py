@@ -12,7 +12,7 @@ import tokenizers
 
 from folding.data import batches
 from folding.data import tokenizers as tokenizers_lib
-from folding.models import hf_config, hf_weights
+from folding.models import attention, hf_config, hf_weights
 from tests.models import checkpoints
 from tests.models.checkpoints import FAMILIES
 
@@ -116,6 +116,17 @@ def _folder(path, model):
   return path
 
 
+def test_relative_buckets_are_those_of_transformers_at_every_distance():
+  from transformers.models.mpnet import modeling_mpnet
+
+  distance = np.arange(-300, 301)  # of a query from a key
+  theirs = modeling_mpnet.MPNetEncoder.relative_position_bucket(
+    torch.tensor(-distance)
+  )
+  ours = attention.relative_buckets(32)[np.clip(distance, -128, 128) + 128]
+  np.testing.assert_array_equal(ours, theirs.numpy())
+
+
 @pytest.mark.parametrize("family", hf_config.FAMILIES)
 def test_defaults_are_those_of_transformers(family):
   names = hf_config.FAMILIES[family].fields
@@ -139,9 +150,9 @@ def test_model_equals_transformers_in_both_directions(name, head, tmp_path):
   hf_weights.save_pretrained(folder, loaded.params, loaded)
   again, info = HEADS[head].from_pretrained(folder, output_loading_info=True)
   assert type(again) is type(model)
-  # RoBERTa's classifier does not read this pooler, so we have none.
+  # Classifiers of RoBERTa and MPNet do not read this pooler, so we have none.
   no_pooler = {"pooler.dense.weight", "pooler.dense.bias"}
-  is_encoder = loaded.layout == "roberta" and head == "none"
+  is_encoder = loaded.layout in ("roberta", "mpnet") and head == "none"
   assert set(info.pop("missing_keys")) == (no_pooler if is_encoder else set())
   assert not any(info.values()), info
   expected, got = (_theirs(m, tokens, keep) for m in (model, again.eval()))

@@ -20,11 +20,18 @@ SIZES = {
   "F": 28,
   "P": 9,
   "HK": 20,
+  "R": 32,
 }
 MODELS = {
   "gpt2": (c.gpt2(**SHAPE), {}, "lm", 11),
   "llama": (c.llama(**SHAPE, num_kv_heads=2, head_dim=6), {}, "lm", 11),
   "bert": (c.bert(**SHAPE, pooler=True, embed_width=6), {}, "classify", 3),
+  "relative": (
+    c.bert(**SHAPE, relative_buckets=32),
+    {"groups": 1},
+    "classify",
+    3,
+  ),
   "qk_norm": (c.llama(**SHAPE, head_dim=6, qk_norm=True), {}, "lm", 11),
   "folded": (
     c.ModelConfig(**SHAPE),

@@ -34,9 +34,12 @@ def _shrunk(shape, **fold):
 
 # Together they have every form of the arrays, and every option of the graph.
 _CASES = {
-  # Post-norm, first token, pooler; r < K, fewer heads in a layer, a token map.
+  # Post-norm, first token, pooler, relative bias; r < K, fewer heads in a layer, a token map.
   "bert-low-rank": lambda: _shrunk(
-    _BERT, groups=2, values="dense", value_rank=(2, 3)
+    dataclasses.replace(_BERT, relative_buckets=32),
+    groups=2,
+    values="dense",
+    value_rank=(2, 3),
   ),
   # Projected embeddings, ALiBi, pre-norm, mean over tokens; the identity for W_V.
   "alibi-identity": lambda: _shrunk(
