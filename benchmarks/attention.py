@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output, timing
-from folding.config import ModelConfig
 from folding.models import attention, blocks, linear_attention
 from folding.models.linear_attention import Inputs
 
@@ -105,14 +104,16 @@ def _blocks(x: Inputs):
     _logits,
     x.q_BLH[..., None],
     blocks.Keys(x.k_BLJ[..., None], x.v_BLIK, None),
-    None,
+    attention.Biases(),
     causal=True,
     window=None,
   )
 
 
-def _logits(q_BLHG, query_L, keys, key_M, slopes_H):
-  bias = attention.position_bias(query_L, key_M, slopes_H, ModelConfig())
+def _logits(q_BLHG, query_L, keys, key_M, biases):
+  bias = attention.position_bias(
+    query_L, key_M, biases, causal=True, window=None
+  )
   k_BJGM = keys.k_BMJG.transpose(0, 2, 3, 1)
   return attention.attention_logits(q_BLHG, k_BJGM, bias, None, head_dim=SIZE)
 

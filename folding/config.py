@@ -123,12 +123,13 @@ class ModelConfig:
   norm_position: Literal["pre", "post"] = "pre"
   norm_epsilon: Positive = 1e-5
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
-  rope_base: Positive = 10000.0
+  rope_base: Positive | tuple[Positive, ...] = 10000.0  # or one per layer
   # Slows rotations by a factor. (factor,): all of them. (factor, low, high,
   # length), as in Llama 3: those with fewer than `low` turns in `length` tokens;
   # those between `low` and `high` in proportion. None: none.
   rope_scaling: tuple[Positive, ...] | None = None
-  window: Count | None = None  # attend to so many last tokens; None: to all
+  # Attend to so many last tokens; None: to all. Per layer, 0 is all.
+  window: Count | tuple[Natural, ...] | None = None
   # Buckets of the distances that a bias per head depends on, as in T5 and MPNet.
   # It starts at 0 and is not trained, so that the layers of a checkpoint keep
   # sharing one. 0: none.
@@ -176,6 +177,8 @@ class ModelConfig:
       )
     if self.positions != "rope" and self.rope_scaling is not None:
       raise ConfigError("model.rope_scaling needs model.positions='rope'")
+    self.by_layer(self.window, "model.window")
+    self.by_layer(self.rope_base, "model.rope_base")
     self._check_heads()
     widths = self.by_layer(self.mlp_width, "model.mlp_width")
     if min(widths) < 1:
@@ -579,6 +582,8 @@ class Layer:
     axis: As `FoldConfig.axis`.
     rope: As `FoldConfig.rope`.
     values: Kind of W_V, see `FoldConfig.values`.
+    window: Number of last tokens that a token attends to; None: all.
+    rope_base: As `ModelConfig.rope_base`.
   """
 
   heads: tuple[int, ...]
@@ -591,6 +596,8 @@ class Layer:
   axis: Literal["output", "input"]
   rope: Literal["copy", "pairs"]
   values: Values
+  window: int | None
+  rope_base: float
 
   @property
   def is_folded(self) -> bool:
@@ -688,6 +695,11 @@ def resolve(config: Config) -> Config:
   m.mlp_width = m.mlp_width or 4 * m.width
   if m.qkv_bias is None:
     m.qkv_bias = m.use_bias
+  # One value for all layers is written as one.
+  if isinstance(m.window, tuple) and len(set(m.window)) == 1:
+    m.window = m.window[0] or None
+  if isinstance(m.rope_base, tuple) and len(set(m.rope_base)) == 1:
+    m.rope_base = m.rope_base[0]
   if c.data.path is not None and not c.data.name:
     c.data.name = DataConfig().name  # overridden by the path
   c.check()
@@ -728,6 +740,8 @@ def layers_of(model: ModelConfig, fold: FoldConfig) -> tuple[Layer, ...]:
         axis=f.axis,
         rope=f.rope,
         values=at(f.values, n),
+        window=at(m.window, n) or None,
+        rope_base=at(m.rope_base, n),
       )
     )
   return tuple(layers)

@@ -18,7 +18,7 @@ Params = Mapping[str, Any]
 
 def unfold(
   params: Params,
-  frequencies: np.ndarray | None = None,
+  frequencies: np.ndarray | Mapping[str, np.ndarray] | None = None,
   head_dim: int | None = None,
 ) -> dict[str, Any]:
   """Returns the dense parameters that compute the same function.
@@ -40,8 +40,9 @@ def unfold(
 
   Args:
     params: Tree with attention layers.
-    frequencies: [K/2], radians per token of the pairs of the dense model. It is
-      needed if a layer has a `frequency` of its own.
+    frequencies: [K/2], radians per token of the pairs of the dense model, or
+      {path of an attention layer: its}. They are needed if a layer has a
+      `frequency` of its own.
     head_dim: K, on which the scale of the logits depends; None: D / H, the size
       of the heads of W_O.
 
@@ -62,7 +63,10 @@ def unfold(
 
   def unfold_layer(layer, name):
     nonlocal has_separate_values
-    dense = _unfold_layer(layer, name, frequencies, head_dim)
+    given = frequencies
+    if isinstance(given, Mapping):
+      given = given.get(name)
+    dense = _unfold_layer(layer, name, given, head_dim)
     heads_k, heads_v = (dense[role]["kernel"].shape[1] for role in ("k", "v"))
     has_separate_values |= heads_k != heads_v
     return dense

@@ -274,7 +274,7 @@ class Attention(nn.Module):
         "relative_bias", nn.initializers.zeros, shape
       )
     if self._has_pairs:
-      pairs = rope_frequencies(layer.groups, c.rope_base, c.rope_scaling)
+      pairs = rope_frequencies(layer.groups, layer.rope_base, c.rope_scaling)
       self.frequency = self.param(
         "frequency", lambda _: jnp.tile(pairs, (J, 1))
       )
@@ -367,7 +367,9 @@ class Attention(nn.Module):
     # A rotation acts on all K channels, so the G numbers are copied first.
     copies = layer.head_dim // q.shape[-1]
     q, k = jnp.repeat(q, copies, axis=-1), jnp.repeat(k, copies, axis=-1)
-    frequency = rope_frequencies(layer.head_dim, c.rope_base, c.rope_scaling)
+    frequency = rope_frequencies(
+      layer.head_dim, layer.rope_base, c.rope_scaling
+    )
     frequency = frequency[None]
     return rotate(q, frequency, position_L), rotate(k, frequency, position_L), v
 
@@ -377,7 +379,7 @@ class Attention(nn.Module):
     """Returns the `position_bias` of this layer."""
     c = self.config
     return position_bias(
-      query_L, key_M, self._biases(), causal=c.causal, window=c.window
+      query_L, key_M, self._biases(), causal=c.causal, window=self.layer.window
     )
 
   def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H r"]:
@@ -397,13 +399,13 @@ class Attention(nn.Module):
     if has_length and length > blocks.SIZE:
       return blocks.attend_by_blocks(
         functools.partial(
-          _block_logits, causal=c.causal, window=c.window, head_dim=K
+          _block_logits, causal=c.causal, window=self.layer.window, head_dim=K
         ),
         q,
         blocks.Keys(k, v, mask_BL),
         self._biases(),
         causal=c.causal,
-        window=c.window,
+        window=self.layer.window,
       )
     position_L = jnp.arange(length)
     bias_HLM = self.bias(position_L, position_L)
@@ -462,6 +464,6 @@ def has_rank_1(config: ModelConfig, layer: Layer) -> bool:
     layer.groups == 1
     and layer.axis == "output"
     and config.positions != "rope"
-    and config.window is None
+    and layer.window is None
     and not config.relative_buckets
   )

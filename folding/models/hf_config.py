@@ -41,6 +41,7 @@ class Family:
     only: Fields of config.json with one supported value.
     rules: Fields that correspond by more than their names.
     writes: Constant fields of config.json for the export.
+    alternates: Whether only some of its layers may have a window.
   """
 
   prefix: str
@@ -56,6 +57,7 @@ class Family:
   only: dict[str, Any] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
   writes: dict[str, Any] = dataclasses.field(default_factory=dict)
+  alternates: bool = False
 
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -101,6 +103,9 @@ SUPPORTED: dict[str, Any] = {
 }
 
 
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
 def _read_biases(values: dict[str, Any]) -> dict[str, Any]:
   bias = values["attention_bias"]
   if values["mlp_bias"] != bias:
@@ -115,30 +120,52 @@ def _write_biases(config: ModelConfig) -> dict[str, Any]:
   return {"attention_bias": config.use_bias, "mlp_bias": config.use_bias}
 
 
+def _kinds(
+  values: dict[str, Any], is_sliding: Callable[[int], bool]
+) -> list[str]:
+  """Returns the kind of attention of each layer.
+
+  Args:
+    values: Fields of config.json.
+    is_sliding: Whether a layer has a window if layer_types does not say.
+  """
+  kinds = values.get("layer_types") or [
+    _SLIDING if is_sliding(n) else _FULL
+    for n in range(values["num_hidden_layers"])
+  ]
+  if not {*kinds} <= {_SLIDING, _FULL}:
+    raise ConfigError(
+      f"config.json: layer_types {sorted({*kinds})} is not supported; supported "
+      f"are {_FULL} and {_SLIDING}"
+    )
+  return kinds
+
+
+def _write_kinds(config: ModelConfig) -> dict[str, Any]:
+  windows = config.by_layer(config.window, "model.window")
+  return {"layer_types": [_SLIDING if x else _FULL for x in windows]}
+
+
 def _read_window(values: dict[str, Any]) -> dict[str, Any]:
   if not values["use_sliding_window"]:
     return {}
-  num_full = values["max_window_layers"]
-  kinds = values.get("layer_types") or [
-    "full_attention" if n < num_full else "sliding_attention"
-    for n in range(values["num_hidden_layers"])
-  ]
-  if set(kinds) == {"full_attention"}:
-    return {}
-  if set(kinds) != {"sliding_attention"}:
-    raise ConfigError(
-      "config.json: a sliding window in some layers only is not supported (see "
-      "max_window_layers or layer_types)"
-    )
-  return {"window": values["sliding_window"]}
+  kinds = _kinds(values, lambda n: n >= values["max_window_layers"])
+  size = values["sliding_window"]
+  return {"window": [size if x == _SLIDING else 0 for x in kinds]}
 
 
 def _write_window(config: ModelConfig) -> dict[str, Any]:
+  is_used = config.window is not None
   return {
-    "sliding_window": config.window,
-    "use_sliding_window": config.window is not None,
+    "sliding_window": _window_size(config),
+    "use_sliding_window": is_used,
     "max_window_layers": 0,
-  }
+  } | (_write_kinds(config) if is_used else {})
+
+
+def _window_size(config: ModelConfig) -> int | None:
+  """Returns the window of the layers that have one."""
+  return max(config.by_layer(config.window or 0, "model.window")) or None
 
 
 def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -416,6 +443,7 @@ _QWEN2 = dataclasses.replace(
   },
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": True},
   rules=(_WINDOW, _ROPE),
+  alternates=True,
 )
 _QWEN3 = dataclasses.replace(
   _QWEN2,
@@ -708,6 +736,11 @@ def misfit(
       f"{family} has one model.mlp_width for all layers; it is "
       f"{config.mlp_width}; fill up with zeros"
     )
+  windows = {*config.by_layer(config.window or 0, "model.window")}
+  if len(windows - {0}) > 1 or (len(windows) > 1 and not entry.alternates):
+    return f"{family} does not have the windows {config.window}"
+  if isinstance(config.rope_base, tuple):
+    return f"{family} has one model.rope_base for all layers"
   if _BIASES in entry.rules and config.qkv_bias != config.use_bias:
     return f"{family} needs model.qkv_bias={config.use_bias}"
   has_kv_heads, has_head_dim = (

@@ -559,7 +559,12 @@ def export_hf(
   family = hf_config.family_of(m, len(loaded.labels))
   frequencies = None
   if m.positions == "rope":
-    frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
+    frequencies = {
+      f"blocks_{n}/attn": rope_frequencies(
+        m.head_dim, layer.rope_base, m.rope_scaling
+      )
+      for n, layer in enumerate(config_lib.layers_of(m, loaded.config.fold))
+    }
   try:
     params = unfold(loaded.params, frequencies, m.head_dim)
   except ValueError as error:

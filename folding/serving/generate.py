@@ -81,16 +81,20 @@ def prefill(
     states: As in `Transformer.prefill`.
     draw: From `sampling.make_draw`.
     num_new: int32[], new tokens at the end of each prompt.
-    num_slots: Slots of each KV cache.
+    num_slots: Slots of each KV cache; a layer with a window needs no more than
+      that has.
   """
   found: Any = model.apply(
     {"params": params}, tokens_BL, start_B, states, method="prefill"
   )
   logits_BV, caches = found
   token_B = sampling_lib.choose(draw, logits_BV, num_new)
+  layers = layers_of(model.config, model.fold)
   caches = [
-    x if isinstance(x, PastState) else decode_lib.resize(x, num_slots)
-    for x in caches
+    x
+    if isinstance(x, PastState)
+    else decode_lib.resize(x, min(num_slots, layer.window or num_slots))
+    for x, layer in zip(caches, layers, strict=True)
   ]
   return State(caches, token_B, jnp.int32(tokens_BL.shape[1]), num_new + 1)
 
@@ -399,9 +403,7 @@ class Generator:
 
   def _num_slots(self, length: int, num_new: int) -> int:
     num_steps = -(-num_new // self._chunk) * self._chunk
-    num_slots = _rounded(length + num_steps)
-    window = self.model.config.window
-    return num_slots if window is None else min(num_slots, window)
+    return _rounded(length + num_steps)
 
 
 def pad_left(

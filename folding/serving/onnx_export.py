@@ -301,19 +301,18 @@ class _Sizes(NamedTuple):
   Attributes:
     shape: int64[2], B and L.
     position_L: int64, 0, 1, ...
-    mask: What hides keys, float [B, 1, L, L]: 0 or -1e30.
+    masks: {window: what hides keys, float [B, 1, L, L]: 0 or -1e30}.
     distance_LL: float, |i - j|; "": unused.
     bucket_LL: int64, of i - j; "": unused.
-    relative: {table of relative biases: what is added to the logits}, as layers
-      share one.
+    relative: {(mask, table of relative biases): their sum}, as layers share one.
   """
 
   shape: str
   position_L: str
-  mask: str
+  masks: dict[int | None, str]
   distance_LL: str
   bucket_LL: str
-  relative: dict[str, str]
+  relative: dict[tuple[str, str], str]
 
 
 def _make_graph(
@@ -388,27 +387,27 @@ def _add_sizes(g: _Graph, loaded: Loaded) -> _Sizes:
   position_L = g.add("Range", zero, length, one)
   is_seen = g.add("Cast", MASK, to=TensorProto.BOOL)
   is_seen = g.add("Unsqueeze", is_seen, g.ints(1, 2))  # [B, 1, 1, L]
+  windows = {x.window for x in layers_of(m, loaded.config.fold)}
   distance = ""
-  if m.causal or m.window is not None or m.positions == "alibi":
+  if m.causal or windows != {None} or m.positions == "alibi":
     at_L = g.add("Cast", position_L, to=TensorProto.FLOAT)
     at_L1 = g.add("Unsqueeze", at_L, g.ints(1))
     signed = g.add("Sub", at_L1, at_L)
     distance = g.add("Abs", signed)
-    near = []
     if m.causal:
-      bound = g.const(0, np.float32)
-      near.append(g.add("GreaterOrEqual", signed, bound))
-    if m.window is not None:
-      bound = g.const(m.window, np.float32)
-      near.append(g.add("Less", distance, bound))
-    for seen_LL in near:
-      is_seen = g.add("And", is_seen, seen_LL)
-  mask = g.add(
-    "Where", is_seen, g.const(0, np.float32), g.const(_MASKED, np.float32)
-  )
+      past_LL = g.add("GreaterOrEqual", signed, g.const(0, np.float32))
+      is_seen = g.add("And", is_seen, past_LL)
   # Attention does not broadcast the axis of the queries.
   batch, lengths = (g.add("Gather", shape, g.ints(axis)) for axis in range(2))
   full = g.add("Concat", batch, g.ints(1), lengths, lengths, axis=0)
+  values = [g.const(x, np.float32) for x in (0, _MASKED)]
+  masks = {}
+  for window in windows:
+    seen = is_seen
+    if window is not None:
+      near_LL = g.add("Less", distance, g.const(window, np.float32))
+      seen = g.add("And", is_seen, near_LL)
+    masks[window] = g.add("Expand", g.add("Where", seen, *values), full)
   bucket = ""
   if m.relative_buckets:
     buckets = relative_buckets(m.relative_buckets)
@@ -418,8 +417,7 @@ def _add_sizes(g: _Graph, loaded: Loaded) -> _Sizes:
     low, high = (g.const(x, np.int64) for x in (-farthest, farthest))
     at_LL = g.add("Add", g.add("Clip", signed, low, high), high)
     bucket = g.add("Gather", g.const(buckets, np.int64), at_LL)
-  mask = g.add("Expand", mask, full)
-  return _Sizes(shape, position_L, mask, distance, bucket, {})
+  return _Sizes(shape, position_L, masks, distance, bucket, {})
 
 
 class _Block:
@@ -560,7 +558,9 @@ class _Block:
     frequency_Jk = self._params.get("attn/frequency")
     if frequency_Jk is None:
       K = self._layer.head_dim
-      frequency_Jk = rope_frequencies(K, m.rope_base, m.rope_scaling)[None]
+      frequency_Jk = rope_frequencies(K, self._layer.rope_base, m.rope_scaling)[
+        None
+      ]
     J, half = frequency_Jk.shape
     if J > 1:
       frequency_Jk = np.repeat(frequency_Jk, heads // J, axis=0)
@@ -587,26 +587,25 @@ class _Block:
 
   def _mask(self) -> str:
     """Returns what is added to the logits."""
+    mask = self._sizes.masks[self._layer.window]
     if self._config.relative_buckets:
-      return self._relative()
+      return self._relative(mask)
     if self._config.positions != "alibi":
-      return self._sizes.mask
+      return mask
     g = self._g
     slopes_H = -np.exp(self._params["attn/log_slopes"])
     slopes = g.array(f"{self._name}/attn/slopes", slopes_H[:, None, None])
-    return g.add(
-      "Add", self._sizes.mask, g.add("Mul", slopes, self._sizes.distance_LL)
-    )
+    return g.add("Add", mask, g.add("Mul", slopes, self._sizes.distance_LL))
 
-  def _relative(self) -> str:
+  def _relative(self, mask: str) -> str:
     """Returns the mask with a relative bias."""
     g, shared = self._g, self._sizes.relative
     table_HR = self._params["attn/relative_bias"].T
     table = g.const(table_HR, np.float32)
-    if table not in shared:
+    if (mask, table) not in shared:
       bias = g.add("Gather", table, self._sizes.bucket_LL, axis=1)
-      shared[table] = g.add("Add", self._sizes.mask, bias)
-    return shared[table]
+      shared[mask, table] = g.add("Add", mask, bias)
+    return shared[mask, table]
 
 
 def _by_text(g: _Graph, sizes: _Sizes, x: str, *axes: int) -> str:

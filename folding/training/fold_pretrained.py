@@ -454,7 +454,7 @@ def fold_logits(
   if m.positions != "rope":
     heads = lowrank.fold_heads(q, k, second, centred, layer.groups)
     return {**attn, "q": heads.q, "k": heads.k}, heads.kept
-  frequencies = rope_frequencies(m.head_dim, m.rope_base, m.rope_scaling)
+  frequencies = rope_frequencies(m.head_dim, layer.rope_base, m.rope_scaling)
   heads = lowrank.fold_rotary_heads(
     q, k, second, second, layer.groups, frequencies
   )

@@ -68,7 +68,7 @@ FAMILIES = {
   "qwen2": _LLAMA | {"model_type": "qwen2"},
   "qwen2_windows": _LLAMA | {
     "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 2,
-    "max_window_layers": 0,
+    "max_window_layers": 1,
   },
   "qwen3": _LLAMA | {"model_type": "qwen3", "head_dim": 6},
 }

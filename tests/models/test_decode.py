@@ -42,7 +42,13 @@ KINDS = {
   "rope_pairs_window": (
     c.llama,
     {"groups": 2, "rope": "pairs"},
-    {"num_kv_heads": 2, "window": 4, "rope_scaling": (2.0,)},
+    {
+      "num_layers": 2,
+      "num_kv_heads": 2,
+      "window": (4, 0),
+      "rope_base": (10000.0, 100.0),
+      "rope_scaling": (2.0,),
+    },
   ),
 }
 CONSTANT = {
@@ -102,9 +108,12 @@ def _decoded(model, params, num_slots, states=None):
   def run(params):
     apply = functools.partial(model.apply, {"params": params})
     first_BV, caches = apply(prompts_BL, start_B, states, method="prefill")
+    layers = c.layers_of(model.config, model.fold)
     caches = [
-      decode_lib.resize(x, num_slots) if isinstance(x, KVCache) else x
-      for x in caches
+      decode_lib.resize(x, layer.window or num_slots)
+      if isinstance(x, KVCache)
+      else x
+      for x, layer in zip(caches, layers, strict=True)
     ]
 
     def step(carry, tokens_B):
@@ -134,7 +143,7 @@ def _whole(model, params):
 def test_cached_logits_are_those_of_whole_texts(build, fold, fields):
   model, params = _make(build, fold, fields)
   # A window needs no more slots; otherwise there are some to spare.
-  num_slots = fields.get("window", LONGEST + STEPS + 3)
+  num_slots = LONGEST + STEPS + 3
   found, _ = _decoded(model, params, num_slots)
   expected = _whole(model, params)
   # Another order of float32 sums, and angles of other positions.

@@ -114,6 +114,7 @@ READ = [
   # The first 28 layers have none.
   ("qwen2", {"use_sliding_window": True}, "window", None),
   ("qwen2", SLIDING | {"max_window_layers": 0}, "window", 5),
+  ("qwen2", SLIDING | {"max_window_layers": 1}, "window", (0, 5)),
   ("qwen2", SLIDING | {"layer_types": ["sliding_attention"] * N}, "window", 5),
 ]
 # fmt: on
@@ -142,7 +143,7 @@ REFUSED = [
   ("llama", PARTIAL, "partial_rotary_factor=0.5"),
   ("llama", {"attention_bias": True}, "with mlp_bias=False"),
   ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-  ("qwen2", SLIDING | {"max_window_layers": 1}, "window in some layers"),
+  ("qwen2", SLIDING | {"layer_types": ["chunked"] * N}, "layer_types"),
   ("opt", {"do_layer_norm_before": False}, "only True is"),
   ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
   ("qwen3", {"attention_bias": True}, "attention_bias=True"),

@@ -54,7 +54,7 @@ _CASES = {
   # RMSNorm, gates, no biases, shared keys and values, a window; RoPE by copies.
   "llama-window": lambda: models.make(
     "lm",
-    dataclasses.replace(_LLAMA, window=5),
+    dataclasses.replace(_LLAMA, window=(5, 0), rope_base=(100.0, 1e4)),
     c.FoldConfig(groups=2, values="dense", value_rank=3),
   ),
   # RoPE by pairs; a layer with values per query head beside shared keys.

@@ -1,0 +1,106 @@
+"""Each family on its whole way: import, fold, export, generate."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import folding
+from folding import config as c
+from folding.models import hf_config, hf_weights
+from folding.serving import export as export_lib
+from folding.serving import onnx_export
+from folding.serving.generate import Generator
+from tests.models import checkpoints
+from tests.serving import models
+
+pytestmark = pytest.mark.slow
+
+
+def _folder(path, family):
+  """Writes a checkpoint with a tokenizer whose tokens can be trimmed."""
+  values = checkpoints.FAMILIES[family]
+  described = hf_config.describe(values)
+  params = checkpoints.random_params(described)
+  hf_weights.save_pretrained(path, params, described)
+  text = models.word_pieces()
+  if described.pad_id == 1:
+    text = _with_pad_1(text)
+  (path / "tokenizer.json").write_text(text)
+  return path
+
+
+def _with_pad_1(text):
+  """Returns a tokenizer.json in which [PAD] and [UNK] have changed places."""
+  values = json.loads(text)
+  ids = values["model"]["vocab"]
+  ids["[PAD]"], ids["[UNK]"] = 1, 0
+  for token in values["added_tokens"]:
+    token["id"] = ids[token["content"]]
+  return json.dumps(values)
+
+
+def _transformers(folder, task):
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    reason = "needs the extra `parity` (PyTorch and transformers)"
+    torch = pytest.importorskip("torch", reason=reason)
+    found = pytest.importorskip("transformers", reason=reason)
+  auto = found.AutoModelForCausalLM if task == "lm" else found.AutoModel
+  return torch, auto.from_pretrained(folder).eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torch
+@pytest.mark.parametrize("family", hf_config.FAMILIES)
+def test_family_is_folded_exported_and_generates(family, tmp_path):
+  if family == "xlm-roberta":
+    pytest.skip("is RoBERTa by another name")
+  rng = np.random.default_rng(0)
+  texts = [" ".join(rng.choice(models.WORDS, 7)) for _ in range(64)]
+  dense = _folder(tmp_path / "dense", family)
+  small = folding.compress(dense, texts, saving=0.25)
+  layers = c.layers_of(small.config.model, small.config.fold)
+  assert small.config.model.qk_norm or any(x.is_folded for x in layers)
+
+  tokens = np.concatenate(small.tokenizer.encode_batch(texts[:1], 9))[None]
+  mask = np.ones_like(tokens, bool)
+  model, params = small.model, {"params": small.params}
+  is_lm = small.config.task == "lm"
+  if is_lm:
+    ours = model.apply(params, jnp.asarray(tokens))
+  else:
+    ours = model.apply(params, jnp.asarray(tokens), method="encode")
+    if small.config.model.norm_position == "pre":
+      ours = model.bind(params).norm_final(ours)
+  ours = np.asarray(ours)
+
+  export_lib.export_hf(tmp_path / "hf", small)
+  torch, theirs = _transformers(tmp_path / "hf", small.config.task)
+  _, token_map = export_lib.plain_tokenizer(small.tokenizer)
+  ids = tokens if token_map is None else np.argsort(token_map)[tokens]
+  with torch.no_grad():
+    out = theirs(input_ids=torch.tensor(ids))
+  found = out.logits if is_lm else out.last_hidden_state
+  scale = np.abs(ours).max()
+  np.testing.assert_allclose(found.numpy(), ours, rtol=0, atol=1e-5 * scale)
+
+  onnx_export.export_onnx(tmp_path / "onnx", small)
+  runtime = pytest.importorskip("onnxruntime", reason="needs `onnx`")
+  session = runtime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+  feed = {
+    "input_ids": ids.astype(np.int64),
+    "attention_mask": mask.astype(np.int64),
+  }
+  first = session.run(None, feed)[0]
+  np.testing.assert_allclose(first, ours, rtol=0, atol=2e-5 * scale)
+
+  if is_lm:
+    [new] = Generator(model)(small.params, [tokens[0, :3]], max_new_tokens=6)
+    read = tokens[0, :3]
+    for token in new:  # each from a whole pass
+      logits = jax.jit(model.apply)(params, jnp.asarray(read[None]))[0, -1]
+      assert logits[token] >= logits.max() - 1e-5 * scale
+      read = np.append(read, token)
