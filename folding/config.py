@@ -120,7 +120,8 @@ class ModelConfig:
   heads: tuple[tuple[Natural, ...], ...] | None = None
   causal: bool = True
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-  norm_position: Literal["pre", "post"] = "pre"
+  # Of norms: before each branch, after each sum, or before and after each branch.
+  norm_position: Literal["pre", "post", "both"] = "pre"
   norm_epsilon: Positive = 1e-5
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
   rope_base: Positive | tuple[Positive, ...] = 10000.0  # or one per layer
@@ -140,6 +141,7 @@ class ModelConfig:
   gated: bool = False  # multiply the MLP's hidden state by a gate
   use_bias: bool = True
   qkv_bias: bool | None = None  # of W_Q, W_K, W_V; None: as use_bias
+  scale_embeddings: bool = False  # by the root of D, where tokens are read
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
   segments: Literal[0, 2] = 0  # rows of a segment embedding; pairs set it
   pooling: Pooling = "mean"  # not for "lm"

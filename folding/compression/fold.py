@@ -226,7 +226,7 @@ def _unfold_layer(
   return dense
 
 
-def _padded(w: jax.Array, axis: int, count: int) -> jax.Array:
+def _padded(w: jax.Array | np.ndarray, axis: int, count: int) -> jax.Array:
   widths = [(0, 0)] * w.ndim
   widths[axis] = (0, count)
   return jnp.pad(w, widths)

@@ -28,7 +28,7 @@ class Family:
 
   Attributes:
     prefix: Start of its class names in transformers.
-    lm: End of the name of its next-token model.
+    lm: Name of its next-token model; "": `prefix` and "ForCausalLM".
     layout: Entry of `hf_weights.LAYOUTS` that has its tensors.
     fields: {field of ModelConfig: field of config.json}, same value.
     positions: Field of config.json with the number of positions.
@@ -42,10 +42,12 @@ class Family:
     rules: Fields that correspond by more than their names.
     writes: Constant fields of config.json for the export.
     alternates: Whether only some of its layers may have a window.
+    bases: Fields of config.json with the rope_base of layers without a window
+      and with one; (): all layers have one.
   """
 
   prefix: str
-  lm: str = "ForCausalLM"
+  lm: str = ""
   layout: str
   fields: dict[str, str]
   positions: str = "max_position_embeddings"
@@ -58,6 +60,7 @@ class Family:
   rules: tuple[Rule, ...] = ()
   writes: dict[str, Any] = dataclasses.field(default_factory=dict)
   alternates: bool = False
+  bases: tuple[str, ...] = ()
 
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -142,8 +145,7 @@ def _kinds(
 
 
 def _write_kinds(config: ModelConfig) -> dict[str, Any]:
-  windows = config.by_layer(config.window, "model.window")
-  return {"layer_types": [_SLIDING if x else _FULL for x in windows]}
+  return {"layer_types": [_SLIDING if x else _FULL for x in _windowed(config)]}
 
 
 def _read_window(values: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +163,11 @@ def _write_window(config: ModelConfig) -> dict[str, Any]:
     "use_sliding_window": is_used,
     "max_window_layers": 0,
   } | (_write_kinds(config) if is_used else {})
+
+
+def _windowed(config: ModelConfig) -> list[bool]:
+  """Returns whether each layer has a window."""
+  return [bool(x) for x in config.by_layer(config.window, "model.window")]
 
 
 def _window_size(config: ModelConfig) -> int | None:
@@ -211,6 +218,73 @@ def _write_embedding_dropout(config: ModelConfig) -> dict[str, Any]:
   return {"embd_pdrop": config.dropout}
 
 
+def _read_bases(
+  values: dict[str, Any], names: tuple[str, str]
+) -> tuple[float, float]:
+  """Returns the rope_base of layers without a window, and with one.
+
+  Args:
+    values: Fields of config.json.
+    names: Older fields that have them; transformers 5 writes a dict per kind.
+  """
+  scaling = values.get("rope_scaling") or {}
+  nested, bases = values.get("rope_parameters") or {}, []
+  for kind, name in zip((_FULL, _SLIDING), names, strict=True):
+    rope = nested.get(kind) or {}
+    used = scaling.get("rope_type", scaling.get("type"))
+    used = used or rope.get("rope_type", "default")
+    if used != "default":
+      raise ConfigError(
+        f"config.json: rope_type {used!r} beside windows in some layers is "
+        "not supported; only 'default' is"
+      )
+    bases.append(rope.get("rope_theta", values[name]))
+  return bases[0], bases[1]
+
+
+def _by_kind(
+  kinds: list[str], size: int, bases: tuple[float, float]
+) -> dict[str, Any]:
+  """Returns windows and rotations of layers of these kinds."""
+  full, sliding = bases
+  return {
+    "window": [size if x == _SLIDING else 0 for x in kinds],
+    "rope_base": [sliding if x == _SLIDING else full for x in kinds],
+  }
+
+
+def _write_bases(config: ModelConfig, names: tuple[str, str]) -> dict[str, Any]:
+  bases = config.by_layer(config.rope_base, "model.rope_base")
+  found = dict(zip(_windowed(config), bases, strict=True))
+  full, sliding = names
+  by_name = {full: found.get(False), sliding: found.get(True)}
+  return {name: base for name, base in by_name.items() if base is not None}
+
+
+_GEMMA3_BASES = ("rope_theta", "rope_local_base_freq")
+
+
+def _read_gemma3(values: dict[str, Any]) -> dict[str, Any]:
+  if values["query_pre_attn_scalar"] != values["head_dim"]:
+    raise ConfigError(
+      f"config.json: query_pre_attn_scalar={values['query_pre_attn_scalar']} is "
+      "not supported; only head_dim is"
+    )
+  pattern = values["sliding_window_pattern"]
+  kinds = _kinds(values, lambda n: bool((n + 1) % pattern))
+  bases = _read_bases(values, _GEMMA3_BASES)
+  return _by_kind(kinds, values["sliding_window"], bases)
+
+
+def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
+  return {
+    "query_pre_attn_scalar": config.head_dim,
+    "sliding_window": _window_size(config),
+    **_write_kinds(config),
+    **_write_bases(config, _GEMMA3_BASES),
+  }
+
+
 def _read_embed_width(values: dict[str, Any]) -> dict[str, Any]:
   size = values["embedding_size"]
   return {"embed_width": 0 if size == values["hidden_size"] else size}
@@ -247,6 +321,7 @@ _PLAIN: dict[str, Any] = {
   "embed_width": 0,
   "relative_buckets": 0,
   "qk_norm": False,
+  "scale_embeddings": False,
 }
 _ENCODER: dict[str, Any] = _PLAIN | {
   "causal": False,
@@ -332,7 +407,7 @@ _DISTILBERT = Family(
 )
 _GPT2 = Family(
   prefix="GPT2",
-  lm="LMHeadModel",
+  lm="GPT2LMHeadModel",
   layout="gpt2",
   fields={
     "num_layers": "n_layer",
@@ -454,6 +529,44 @@ _QWEN3 = dataclasses.replace(
   | {"use_bias": False, "qkv_bias": False, "qk_norm": True},
   only={"attention_bias": False},
 )
+_GEMMA3 = Family(
+  prefix="Gemma3Text",
+  lm="Gemma3ForCausalLM",
+  layout="gemma3",
+  fields=_LLAMA.fields | {"activation": "hidden_activation"},
+  defaults={
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+  },
+  computes=_LLAMA_COMPUTES
+  | {
+    "norm_position": "both",
+    "use_bias": False,
+    "qkv_bias": False,
+    "qk_norm": True,
+    "scale_embeddings": True,
+    "rope_scaling": None,
+  },
+  classifier=_LAST,
+  only={
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+  },
+  rules=(Rule(_read_gemma3, _write_gemma3),),
+  alternates=True,
+  bases=_GEMMA3_BASES,
+)
 
 FAMILIES: dict[str, Family] = {
   "bert": _BERT,
@@ -468,6 +581,7 @@ FAMILIES: dict[str, Family] = {
   "mistral": _MISTRAL,
   "qwen2": _QWEN2,
   "qwen3": _QWEN3,
+  "gemma3_text": _GEMMA3,
 }
 
 
@@ -692,8 +806,10 @@ def to_hf(described: Description) -> dict[str, Any]:
 def _write_head(described: Description) -> dict[str, Any]:
   """Returns the class of the model, and the names of its classes."""
   family = FAMILIES[described.family]
-  ends = {"classify": _CLASSIFIER, "lm": family.lm, "none": "Model"}
+  ends = {"classify": _CLASSIFIER, "lm": "ForCausalLM", "none": "Model"}
   name = family.prefix + ends[described.head]
+  if described.head == "lm" and family.lm:
+    name = family.lm
   values: dict[str, Any] = {"architectures": [name]}
   if described.head != "classify":
     return values
@@ -739,7 +855,11 @@ def misfit(
   windows = {*config.by_layer(config.window or 0, "model.window")}
   if len(windows - {0}) > 1 or (len(windows) > 1 and not entry.alternates):
     return f"{family} does not have the windows {config.window}"
-  if isinstance(config.rope_base, tuple):
+  bases = config.by_layer(config.rope_base, "model.rope_base")
+  is_windowed = _windowed(config)
+  by_kind = {*zip(is_windowed, bases, strict=True)}
+  has_own = entry.bases and len(by_kind) == len({*is_windowed})
+  if len({*bases}) > 1 and not has_own:
     return f"{family} has one model.rope_base for all layers"
   if _BIASES in entry.rules and config.qkv_bias != config.use_bias:
     return f"{family} needs model.qkv_bias={config.use_bias}"
@@ -774,6 +894,7 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     "mistral",
     "qwen2",
     "qwen3",
+    "gemma3_text",
     "bert",
     "distilbert",
     "electra",

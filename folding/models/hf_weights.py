@@ -50,6 +50,7 @@ class Kind(NamedTuple):
   weight: str
   bias: str = ""
   leaf: str = "kernel"  # our name of the weight
+  shift: float = 0.0  # added to theirs
 
 
 _HEADS = Kind("HK D -> D H K", "HK -> H K")
@@ -60,6 +61,9 @@ _DOWN = Kind("D F -> F D", "D -> D")
 _NORM = Kind("D -> D", "D -> D", leaf="scale")
 _RMS_NORM = Kind("D -> D", leaf="scale")
 _HEAD_NORM = Kind("K -> K", leaf="scale")
+# Gemma scales by one more than it stores.
+_SHIFTED_NORM = _RMS_NORM._replace(shift=1.0)
+_SHIFTED_HEAD_NORM = _HEAD_NORM._replace(shift=1.0)
 _EMBED = Kind("V e -> V e", leaf="embedding")
 _POSITIONS = Kind("P e -> P e", leaf="embedding")
 _SEGMENTS = Kind("S e -> S e", leaf="embedding")
@@ -283,6 +287,19 @@ LAYOUTS: dict[str, Layout] = {
       ("attn/k_norm", "self_attn.k_norm", _HEAD_NORM),
     ),
   ),
+  "gemma3": dataclasses.replace(
+    _LLAMA,
+    outer=(_LLAMA.outer[0], ("norm_final", "norm", _SHIFTED_NORM)),
+    block=(
+      ("norm_attn", "input_layernorm", _SHIFTED_NORM),
+      *(row for row in _LLAMA.block if not row[0].startswith("norm_")),
+      ("attn/q_norm", "self_attn.q_norm", _SHIFTED_HEAD_NORM),
+      ("attn/k_norm", "self_attn.k_norm", _SHIFTED_HEAD_NORM),
+      ("norm_attn_out", "post_attention_layernorm", _SHIFTED_NORM),
+      ("norm_mlp", "pre_feedforward_layernorm", _SHIFTED_NORM),
+      ("norm_mlp_out", "post_feedforward_layernorm", _SHIFTED_NORM),
+    ),
+  ),
 }
 
 
@@ -293,6 +310,7 @@ class Tensor(NamedTuple):
   layout: str
   paths: tuple[str, ...]  # several: their leading axis in ours is t
   is_shared: bool = False  # or each of them is a copy
+  shift: float = 0.0  # added to theirs
   skip: int = 0  # rows that theirs has before ours
   plus: str = ""  # another tensor of theirs, whose first row ours includes
 
@@ -334,7 +352,14 @@ def tensors(
         plus = f"{layout.prefix}{layout.segments}.weight"
     names = tuple(f"{module}/{kind.leaf}" for module in ours.split())
     table.append(
-      Tensor(f"{theirs}.weight", kind.weight, names, skip=skip, plus=plus)
+      Tensor(
+        f"{theirs}.weight",
+        kind.weight,
+        names,
+        skip=skip,
+        plus=plus,
+        shift=kind.shift,
+      )
     )
     if kind.bias and _has_bias(described, ours):
       names = tuple(f"{module}/bias" for module in ours.split())
@@ -420,6 +445,7 @@ def _join(
   theirs = np.zeros(_their_shape(tensor, sizes), np.float32)
   rows = theirs[tensor.skip :]
   rows[...] = whole.transpose(order).reshape(rows.shape)
+  rows -= np.float32(tensor.shift)
   return theirs
 
 
@@ -484,6 +510,8 @@ def import_params(
     theirs = read(find(tensor.name))[tensor.skip :]
     if tensor.plus:
       theirs = theirs + read(find(tensor.plus))[:1]
+    if tensor.shift:
+      theirs = theirs + np.float32(tensor.shift)
     for path, ours in zip(
       tensor.paths, _split(theirs, tensor, sizes), strict=True
     ):

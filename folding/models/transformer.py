@@ -66,7 +66,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer, norm before each branch ("pre") or after each sum ("post")."""
+  """One layer: attention and a feed-forward layer, with norms.
+
+  They are before each branch ("pre"), after each sum ("post"), or before and
+  after each branch ("both").
+  """
 
   config: ModelConfig
   layer: Layer
@@ -78,6 +82,9 @@ class Block(nn.Module):
     self.mlp = MLP(c, self.layer.mlp_width, self.dtype)
     self.norm_attn = _norm(c, self.dtype)
     self.norm_mlp = _norm(c, self.dtype)
+    if c.norm_position == "both":
+      self.norm_attn_out = _norm(c, self.dtype)
+      self.norm_mlp_out = _norm(c, self.dtype)
     self.dropout = nn.Dropout(c.dropout)
 
   def __call__(
@@ -125,13 +132,22 @@ class Block(nn.Module):
     def drop(x_BLD):
       return self.dropout(x_BLD, deterministic=deterministic)
 
-    if self.config.norm_position == "pre":
-      out_BLD, cache = attend(self.norm_attn(x_BLD))
-      x_BLD = x_BLD + drop(out_BLD)
-      return x_BLD + drop(self.mlp(self.norm_mlp(x_BLD))), cache
-    out_BLD, cache = attend(x_BLD)
-    x_BLD = self.norm_attn(x_BLD + drop(out_BLD))
-    return self.norm_mlp(x_BLD + drop(self.mlp(x_BLD))), cache
+    out_BLD, cache = attend(self.attention_input(x_BLD))
+    if self.config.norm_position == "post":
+      x_BLD = self.norm_attn(x_BLD + drop(out_BLD))
+      return self.norm_mlp(x_BLD + drop(self.mlp(x_BLD))), cache
+    is_both = self.config.norm_position == "both"
+    x_BLD += drop(self.norm_attn_out(out_BLD) if is_both else out_BLD)
+    out_BLD = self.mlp(self.norm_mlp(x_BLD))
+    return x_BLD + drop(
+      self.norm_mlp_out(out_BLD) if is_both else out_BLD
+    ), cache
+
+  def attention_input(self, x_BLD: Float[Array, "B L D"]) -> Array:
+    """Returns what attention reads of the input of the layer."""
+    return (
+      x_BLD if self.config.norm_position == "post" else self.norm_attn(x_BLD)
+    )
 
 
 class Transformer(nn.Module):
@@ -175,7 +191,7 @@ class Transformer(nn.Module):
     self.dropout = nn.Dropout(c.dropout)
     block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
     self.blocks = [block(c, layer, dtype) for layer in layers_of(c, self.fold)]
-    if c.norm_position == "pre":
+    if c.norm_position != "post":
       self.norm_final = _norm(c, dtype)
     if self.num_classes:
       if c.pooler:
@@ -293,6 +309,8 @@ class Transformer(nn.Module):
     """
     c = self.config
     x_BLD = self.embed(tokens_BL)
+    if c.scale_embeddings:
+      x_BLD *= jnp.asarray(c.width**0.5, x_BLD.dtype)
     if c.positions == "learned" and position_BL is not None:
       x_BLD += self.position_embed(position_BL)
     elif c.positions == "learned":
@@ -324,7 +342,7 @@ class Transformer(nn.Module):
       mask_BL: False or 0 at pad tokens; None: no padding.
     """
     c = self.config
-    if c.norm_position == "pre":
+    if c.norm_position != "post":
       x_BLD = self.norm_final(x_BLD)
     if self.num_classes:
       pooled_BD = _pool(x_BLD, mask_BL, c.pooling)

@@ -336,6 +336,8 @@ def _make_graph(
   if token_map is not None:
     ids = g.add("Gather", g.array("token_map", token_map.astype(np.int32)), ids)
   x = g.embed("embed/embedding", params["embed/embedding"], ids)
+  if m.scale_embeddings:
+    x = g.add("Mul", x, g.const(m.width**0.5, np.float32))
   if m.positions == "learned":
     name = "position_embed/embedding"
     x = g.add("Add", x, g.embed(name, params[name], sizes.position_L))
@@ -352,13 +354,16 @@ def _make_graph(
     x = g.dense(x, name, kernel, bias)
   for n, layer in enumerate(layers_of(m, loaded.config.fold)):
     block = _Block(g, loaded, params, f"blocks_{n}", layer, sizes)
-    if m.norm_position == "pre":
-      x = g.add("Add", x, block.attend(norm(x, f"blocks_{n}/norm_attn")))
-      x = g.add("Add", x, block.mlp(norm(x, f"blocks_{n}/norm_mlp")))
-    else:
-      x = norm(g.add("Add", block.attend(x), x), f"blocks_{n}/norm_attn")
-      x = norm(g.add("Add", block.mlp(x), x), f"blocks_{n}/norm_mlp")
-  if m.norm_position == "pre":
+    name, is_both = f"blocks_{n}", m.norm_position == "both"
+    if m.norm_position == "post":
+      x = norm(g.add("Add", block.attend(x), x), f"{name}/norm_attn")
+      x = norm(g.add("Add", block.mlp(x), x), f"{name}/norm_mlp")
+      continue
+    y = block.attend(norm(x, f"{name}/norm_attn"))
+    x = g.add("Add", x, norm(y, f"{name}/norm_attn_out") if is_both else y)
+    y = block.mlp(norm(x, f"{name}/norm_mlp"))
+    x = g.add("Add", x, norm(y, f"{name}/norm_mlp_out") if is_both else y)
+  if m.norm_position != "post":
     x = norm(x, "norm_final")
   _read_out(g, loaded, params, x, sizes)
   return g

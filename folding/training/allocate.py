@@ -30,6 +30,7 @@ from folding.errors import ConfigError
 from folding.models.params import group_of
 from folding.models.transformer import Block, make_model, param_shapes
 from folding.training.fold_pretrained import (
+  OUTPUTS,
   READS,
   STREAMS,
   Batch,
@@ -53,7 +54,6 @@ from folding.training.fold_pretrained import (
 
 _FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
 KINDS = ("qk", "v", "mlp")
-_OUTPUTS = ("o", "down")
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
 
@@ -261,7 +261,7 @@ def measure(
   for n in layers_with_bar(config, "measuring"):
     old = params[f"blocks_{n}"]
     target = look_all(
-      make_block(dense, n), old, stream, STREAMS, outputs=_OUTPUTS
+      make_block(dense, n), old, stream, STREAMS, outputs=OUTPUTS
     )
     trial = _Trial(config, n, old, stream, target, matter[n])
     options |= {
@@ -505,7 +505,7 @@ def sensitivities(
 @functools.partial(jax.jit, static_argnums=0)
 def _sensitivity_sums(model, params, tokens, mask, segments, key):
   names = [f"blocks_{n}" for n in range(model.config.num_layers)]
-  ends = [(role,) for role in _OUTPUTS]
+  ends = [(role,) for role in OUTPUTS]
 
   def output(errors):
     def add(next_fun, args, kwargs, context):
@@ -523,7 +523,7 @@ def _sensitivity_sums(model, params, tokens, mask, segments, key):
     return jnp.sum(chosen[..., 0] * mask)
 
   zero = jnp.zeros((*tokens.shape, model.config.width), jnp.float32)
-  grads = jax.grad(output)([dict.fromkeys(_OUTPUTS, zero) for _ in names])
+  grads = jax.grad(output)([dict.fromkeys(OUTPUTS, zero) for _ in names])
   weight = mask.astype(jnp.float32)[..., None]
   return jax.tree.map(lambda g: second_moment(g * weight, g), grads)
 

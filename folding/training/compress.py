@@ -308,6 +308,7 @@ _SHAPE = (
   "window",
   "relative_buckets",
   "qk_norm",
+  "scale_embeddings",
   "activation",
   "gated",
   "causal",

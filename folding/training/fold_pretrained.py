@@ -40,6 +40,7 @@ READS = {
 }
 # Modules of a block whose inputs are the residual stream.
 STREAMS = ("norm_attn", "norm_mlp")
+OUTPUTS = ("o", "down")  # the last modules of its branches
 _FIT_RATE = 0.03  # first learning rate of a fit, relative to an array's RMS
 _FIT_CHECKS = 10  # evaluations of a fit on the held-out half
 
@@ -114,7 +115,9 @@ def fold_pretrained(
   for n in layers_with_bar(config, "folding"):
     name, layer = f"blocks_{n}", layers_of(config.model, config.fold)[n]
     block = make_block(dense, n)
-    target = look_all(block, params[name], dense_stream, STREAMS)
+    target = look_all(
+      block, params[name], dense_stream, STREAMS, outputs=OUTPUTS
+    )
     out = Stream([seen["out"] for seen in target], stream.masks)
     if stream is dense_stream and not (layer.is_folded or prune):
       stream = dense_stream = out
@@ -348,7 +351,8 @@ def fold_layer(
     n: Number of the layer.
     old: Its dense parameters.
     stream: What the folded layer reads.
-    target: `look_all` of the dense layer on the dense stream, with `STREAMS`.
+    target: `look_all` of the dense layer on the dense stream, with `STREAMS` and
+      `OUTPUTS`.
     prune: As for `fold_pretrained`.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
@@ -377,16 +381,23 @@ def fold_layer(
     attn |= {"v": low.v, "o": low.o}
   new = {**old, "attn": attn}
   is_post = m.norm_position == "post"
+  # A norm after a branch hides its output from the stream.
+  is_branch = m.norm_position == "both"
+  nothing = [jnp.zeros_like(x) for x in stream.x] if is_branch else []
   middle = "norm_attn" if is_post else "norm_mlp"  # reads the stream in between
   # The old W_O is no prior without the old W_V. Heads with other values serve
   # the layer's own output better than the errors of the layers below.
   has_prior = layer.values == "dense"
-  wanted = target if has_prior else look_all(dense, old, stream, STREAMS)
+  wanted = target
+  if not has_prior:
+    wanted = look_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
   attn["o"], figures["attention_r2"] = _refit(
     block,
     new,
     "o",
-    (*stream, stream.x, [seen[middle] for seen in wanted]),
+    (*stream, nothing, [seen["o"] for seen in wanted])
+    if is_branch
+    else (*stream, stream.x, [seen[middle] for seen in wanted]),
     has_prior=has_prior,
   )
   if prune is not None:
@@ -394,6 +405,8 @@ def fold_layer(
   seen = look_all(block, new, stream, ("up", "norm_mlp"))
   base = [s["up" if is_post else "norm_mlp"] for s in seen]
   wanted = [s["norm_mlp" if is_post else "out"] for s in target]
+  if is_branch:
+    base, wanted = nothing, [s["down"] for s in target]
   down, figures["mlp_r2"] = _refit(
     block, new, "down", (*stream, base, wanted), has_prior=True
   )
@@ -627,11 +640,8 @@ def _logits(block, params, x, mask):
   """Returns the attention logits of a layer, [B, H, L, L]."""
 
   def logits(block: Block) -> jax.Array:
-    is_pre = block.config.norm_position == "pre"
     position_L = jnp.arange(x.shape[1])
-    q, k, _ = block.attn.project(
-      block.norm_attn(x) if is_pre else x, position_L
-    )
+    q, k, _ = block.attn.project(block.attention_input(x), position_L)
     return attention_logits(
       q,
       k.transpose(0, 2, 3, 1),

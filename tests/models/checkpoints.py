@@ -70,10 +70,16 @@ FAMILIES = {
     "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 2,
     "max_window_layers": 1,
   },
+  # The first layer has a window.
+  "gemma3_text": _LLAMA | {
+    "model_type": "gemma3_text", "head_dim": 6, "query_pre_attn_scalar": 6,
+    "sliding_window": 3, "sliding_window_pattern": 2, "rope_theta": 100.0,
+    "rope_local_base_freq": 10.0,
+  },
   "qwen3": _LLAMA | {"model_type": "qwen3", "head_dim": 6},
 }
 # fmt: on
-DECODERS = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # One case per risk: each entry with the head that it has without classes, and
 # one classifier per layout of tensors.
 CASES = [
@@ -132,6 +138,8 @@ def random_params(described, seed=0):
   for path in flat:
     if path.endswith("relative_bias"):  # the layers share it
       flat[path] = flat["blocks_0/attn/relative_bias"]
+    if path.endswith("scale"):  # 1 may be taken off without rounding
+      flat[path] = np.round(flat[path] * 4096) / np.float32(4096)
   if described.config.causal and "head/bias" in flat:
     flat["head/bias"][:] = 0
   return traverse_util.unflatten_dict(flat, sep="/")

@@ -33,6 +33,11 @@ KINDS = {
   "learned": (c.gpt2, ONE, {}),
   "post_norm": (c.bert, {"groups": 1, "value_rank": 3}, {"causal": True}),
   "rope_shared": (c.llama, {}, {"num_kv_heads": 2}),
+  "norms_both": (
+    c.llama,
+    {"value_rank": 3},
+    {"norm_position": "both", "qk_norm": True, "scale_embeddings": True},
+  ),
   "qk_norm": (c.llama, {"value_rank": 3}, {"qk_norm": True}),
   "rope_copy": (
     c.llama,
@@ -172,7 +177,7 @@ def test_cache_of_bfloat16_model_is_bfloat16():
 def test_cache_has_the_size_of_folded_keys(name, keys, values):
   model, params = _make(*KINDS[name])
   _, prompts_BL, start_B = _texts()
-  _, [cache] = jax.eval_shape(
+  _, [cache, *_] = jax.eval_shape(
     lambda: model.apply(
       {"params": params}, prompts_BL, start_B, method="prefill"
     )

@@ -32,7 +32,12 @@ MODELS = {
     "classify",
     3,
   ),
-  "qk_norm": (c.llama(**SHAPE, head_dim=6, qk_norm=True), {}, "lm", 11),
+  "qk_norm": (
+    c.llama(**SHAPE, head_dim=6, qk_norm=True, norm_position="both"),
+    {},
+    "lm",
+    11,
+  ),
   "folded": (
     c.ModelConfig(**SHAPE),
     {"groups": 1, "values": "diagonal"},

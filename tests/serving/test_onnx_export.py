@@ -51,10 +51,17 @@ _CASES = {
     fold=c.FoldConfig(groups=4, axis="input", values="dense"),
   ),
   "gpt2-diagonal": lambda: models.make("lm", _GPT2, c.FoldConfig(groups=2)),
-  # RMSNorm, gates, no biases, shared keys and values, a window; RoPE by copies.
+  # RMSNorm, gates, no biases, shared keys and values, a window; RoPE by copies,
+  # norms after branches.
   "llama-window": lambda: models.make(
     "lm",
-    dataclasses.replace(_LLAMA, window=(5, 0), rope_base=(100.0, 1e4)),
+    dataclasses.replace(
+      _LLAMA,
+      window=(5, 0),
+      rope_base=(100.0, 1e4),
+      norm_position="both",
+      scale_embeddings=True,
+    ),
     c.FoldConfig(groups=2, values="dense", value_rank=3),
   ),
   # RoPE by pairs; a layer with values per query head beside shared keys.
