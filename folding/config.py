@@ -122,6 +122,8 @@ class ModelConfig:
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
   # Of norms: before each branch, after each sum, or before and after each branch.
   norm_position: Literal["pre", "post", "both"] = "pre"
+  # With "pre": norm the embeddings, in place of the input of the first attention.
+  embed_norm: bool = False
   norm_epsilon: Positive = 1e-5
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
   rope_base: Positive | tuple[Positive, ...] = 10000.0  # or one per layer
@@ -173,6 +175,8 @@ class ModelConfig:
       raise ConfigError(
         f"rotary positions need an even head size; it is {self.head_dim}"
       )
+    if self.embed_norm and self.norm_position != "pre":
+      raise ConfigError("model.embed_norm needs model.norm_position='pre'")
     if self.positions == "alibi" and self.relative_buckets:
       raise ConfigError(
         "model.relative_buckets is beside ALiBi; use another model.positions"
@@ -586,6 +590,7 @@ class Layer:
     values: Kind of W_V, see `FoldConfig.values`.
     window: Number of last tokens that a token attends to; None: all.
     rope_base: As `ModelConfig.rope_base`.
+    has_norm_attn: Whether there is a norm beside attention.
   """
 
   heads: tuple[int, ...]
@@ -600,6 +605,7 @@ class Layer:
   values: Values
   window: int | None
   rope_base: float
+  has_norm_attn: bool
 
   @property
   def is_folded(self) -> bool:
@@ -744,6 +750,7 @@ def layers_of(model: ModelConfig, fold: FoldConfig) -> tuple[Layer, ...]:
         values=at(f.values, n),
         window=at(m.window, n) or None,
         rope_base=at(m.rope_base, n),
+        has_norm_attn=n > 0 or not m.embed_norm,
       )
     )
   return tuple(layers)

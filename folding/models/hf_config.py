@@ -38,6 +38,7 @@ class Family:
     defaults: What transformers assumes for fields missing in config.json.
     computes: Fields of ModelConfig that the architecture fixes.
     classifier: Fields of ModelConfig that its sequence classifier fixes.
+    has_classifier: Whether we have that classifier.
     only: Fields of config.json with one supported value.
     rules: Fields that correspond by more than their names.
     writes: Constant fields of config.json for the export.
@@ -56,6 +57,7 @@ class Family:
   defaults: dict[str, Any]
   computes: dict[str, Any]
   classifier: dict[str, Any]
+  has_classifier: bool = True
   only: dict[str, Any] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
   writes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -285,6 +287,26 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
   }
 
 
+_MODERNBERT_BASES = ("global_rope_theta", "local_rope_theta")
+
+
+def _read_modernbert(values: dict[str, Any]) -> dict[str, Any]:
+  every = values["global_attn_every_n_layers"]
+  kinds = _kinds(values, lambda n: bool(n % every))
+  # Of an even number of tokens around each, half are before it.
+  size = values["local_attention"] // 2 + 1
+  return _by_kind(kinds, size, _read_bases(values, _MODERNBERT_BASES))
+
+
+def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
+  size = _window_size(config)
+  return {
+    **({"local_attention": 2 * (size - 1)} if size else {}),
+    **_write_kinds(config),
+    **_write_bases(config, _MODERNBERT_BASES),
+  }
+
+
 def _read_embed_width(values: dict[str, Any]) -> dict[str, Any]:
   size = values["embedding_size"]
   return {"embed_width": 0 if size == values["hidden_size"] else size}
@@ -318,6 +340,7 @@ _FIELDS = {
 }
 # What a family has only if its entry says so.
 _PLAIN: dict[str, Any] = {
+  "embed_norm": False,
   "embed_width": 0,
   "relative_buckets": 0,
   "qk_norm": False,
@@ -404,6 +427,38 @@ _DISTILBERT = Family(
   computes=_ENCODER | {"norm_epsilon": 1e-12},
   classifier=_FIRST | {"pooler_activation": "relu"},
   writes={"attention_dropout": 0.0},
+)
+_MODERNBERT = Family(
+  prefix="ModernBert",
+  layout="modernbert",
+  fields=_FIELDS
+  | {"activation": "hidden_activation", "norm_epsilon": "norm_eps"},
+  defaults={
+    "hidden_activation": "gelu",
+    "norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "local_attention": 128,
+    "global_attn_every_n_layers": 3,
+    "global_rope_theta": 160000.0,
+    "local_rope_theta": 10000.0,
+    "pad_token_id": 50283,
+  },
+  computes={name: value for name, value in _ENCODER.items() if name != "window"}
+  | {
+    "norm_position": "pre",
+    "embed_norm": True,
+    "positions": "rope",
+    "rope_scaling": None,
+    "gated": True,
+    "use_bias": False,
+    "qkv_bias": False,
+  },
+  classifier={"pooling": "first", "pooler": False},
+  has_classifier=False,
+  only={"attention_bias": False, "mlp_bias": False, "norm_bias": False},
+  rules=(Rule(_read_modernbert, _write_modernbert),),
+  alternates=True,
+  bases=_MODERNBERT_BASES,
 )
 _GPT2 = Family(
   prefix="GPT2",
@@ -575,6 +630,7 @@ FAMILIES: dict[str, Family] = {
   "distilbert": _DISTILBERT,
   "electra": _ELECTRA,
   "mpnet": _MPNET,
+  "modernbert": _MODERNBERT,
   "gpt2": _GPT2,
   "opt": _OPT,
   "llama": _LLAMA,
@@ -659,6 +715,11 @@ def describe(values: dict[str, Any]) -> Description:
   run = config_lib.Config(task=task, preset="none", model=model)
   has_segments = "type_vocab_size" in family.defaults
   problem, label_names = _read_labels(values)
+  if label_names and not family.has_classifier:
+    raise ConfigError(
+      f"config.json: the sequence classifier of {name} is not supported (to train "
+      "another head, take its name out of architectures)"
+    )
   pad_id = values.get("pad_token_id", 0)
   if type(pad_id) is not int:
     raise ConfigError(
@@ -837,6 +898,8 @@ def misfit(
     "gpt2 needs model.positions='learned'; it is 'alibi'"
   """
   entry = FAMILIES[family]
+  if num_classes and not entry.has_classifier:
+    return f"{family}'s sequence classifier has a norm that this one lacks"
   classifier = entry.classifier if num_classes else {}
   for name, needed in (entry.computes | classifier).items():
     value = getattr(config, name)
@@ -899,6 +962,7 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     "distilbert",
     "electra",
     "mpnet",
+    "modernbert",
   )
   reasons = {family: misfit(config, family, num_classes) for family in order}
   for family, reason in reasons.items():

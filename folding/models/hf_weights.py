@@ -72,6 +72,10 @@ _EMBED_PROJECT = Kind("D e -> e D", "D -> D")
 _POOLER = Kind("E D -> D E", "E -> E")
 _CLASSES = Kind("C D -> D C", "C -> C")
 _BARE_CLASSES = Kind("C D -> D C")
+# Of ModernBERT, without biases.
+_BARE_EMBED_NORM = _EMBED_NORM._replace(bias="")
+_HEADS_IN_ONE_ROWS = Kind("tHK D -> t D H K")
+_UPS_IN_ONE = Kind("tF D -> t D F")
 _LM_HEAD = Kind("V D -> D V")
 # GPT-2's Conv1D kernels are [in, out], as ours.
 _HEADS_IN_ONE = Kind("D tHK -> t D H K", "tHK -> t H K")
@@ -257,6 +261,25 @@ LAYOUTS: dict[str, Layout] = {
       r"|(lm_head|score|classifier|qa_outputs|multiple_choice_head)\..*"
     ),
   ),
+  "modernbert": Layout(
+    prefix="model.",
+    outer=(
+      ("embed", "embeddings.tok_embeddings", _EMBED),
+      ("norm_embed", "embeddings.norm", _BARE_EMBED_NORM),
+      ("norm_final", "final_norm", _RMS_NORM),
+    ),
+    blocks="layers",
+    block=(
+      ("norm_attn", "attn_norm", _RMS_NORM),
+      ("attn/q attn/k attn/v", "attn.Wqkv", _HEADS_IN_ONE_ROWS),
+      ("attn/o", "attn.Wo", _FROM_HEADS._replace(bias="")),
+      ("norm_mlp", "mlp_norm", _RMS_NORM),
+      ("mlp/gate mlp/up", "mlp.Wi", _UPS_IN_ONE),
+      ("mlp/down", "mlp.Wo", _DOWN._replace(bias="")),
+    ),
+    classifier=(),
+    unused=r"(head|decoder|classifier)\..*",
+  ),
   "opt": Layout(
     prefix="model.",
     outer=(
@@ -335,6 +358,8 @@ def tensors(
     )
   for n in range(config.num_layers):
     for modules, theirs, kind in layout.block:
+      if n == 0 and modules == "norm_attn" and config.embed_norm:
+        continue  # an identity
       ours = " ".join(f"blocks_{n}/{module}" for module in modules.split())
       rows.append((ours, f"{layout.prefix}{layout.blocks}.{n}.{theirs}", kind))
   if head == "classify":
@@ -399,12 +424,12 @@ def _sizes(described: Description) -> dict[str, int]:
     "S": c.segments,
     "V": described.vocab_size,
     "e": c.embed_width or c.width,
-    "t": 3,
   }
 
 
 def _their_shape(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
   axes = tensor.layout.split(" -> ")[0].split()
+  sizes = {**sizes, "t": len(tensor.paths)}
   first, *rest = [math.prod(sizes[x] for x in letters) for letters in axes]
   return (first + tensor.skip, *rest)
 
@@ -420,6 +445,7 @@ def _split(
   """Returns our arrays in one of theirs, as views."""
   left, right = tensor.layout.split(" -> ")
   letters = left.replace(" ", "")
+  sizes = {**sizes, "t": len(tensor.paths)}
   whole = theirs.reshape([sizes[x] for x in letters])
   ours = whole.transpose([letters.index(x) for x in right.split()])
   if tensor.is_shared:

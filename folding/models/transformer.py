@@ -80,7 +80,8 @@ class Block(nn.Module):
     c = self.config
     self.attn = Attention(c, self.layer, _residual_init(c), self.dtype)
     self.mlp = MLP(c, self.layer.mlp_width, self.dtype)
-    self.norm_attn = _norm(c, self.dtype)
+    if self.layer.has_norm_attn:
+      self.norm_attn = _norm(c, self.dtype)
     self.norm_mlp = _norm(c, self.dtype)
     if c.norm_position == "both":
       self.norm_attn_out = _norm(c, self.dtype)
@@ -145,9 +146,10 @@ class Block(nn.Module):
 
   def attention_input(self, x_BLD: Float[Array, "B L D"]) -> Array:
     """Returns what attention reads of the input of the layer."""
-    return (
-      x_BLD if self.config.norm_position == "post" else self.norm_attn(x_BLD)
-    )
+    is_post = self.config.norm_position == "post"
+    if is_post or not self.layer.has_norm_attn:
+      return x_BLD
+    return self.norm_attn(x_BLD)
 
 
 class Transformer(nn.Module):
@@ -184,7 +186,7 @@ class Transformer(nn.Module):
       self.position_embed = embed(self.max_length)
     if c.segments:
       self.segment_embed = embed(c.segments)
-    if c.norm_position == "post":
+    if c.norm_position == "post" or c.embed_norm:
       self.norm_embed = _norm(c, dtype)
     if c.embed_width:
       self.embed_project = nn.Dense(c.width, dtype=dtype)
@@ -324,7 +326,7 @@ class Transformer(nn.Module):
       x_BLD += self.segment_embed(jnp.zeros((1, 1), jnp.int32))
     elif c.segments:
       x_BLD += self.segment_embed(segments_BL)
-    if c.norm_position == "post":
+    if c.norm_position == "post" or c.embed_norm:
       x_BLD = self.norm_embed(x_BLD)
     if c.embed_width:
       x_BLD = self.embed_project(x_BLD)

@@ -346,7 +346,7 @@ def _make_graph(
     x = g.add("Add", x, g.embed(name, params[name], SEGMENTS))
   x = g.add("Reshape", x, g.ints(-1, m.embed_width or m.width))
   norm = _norm_of(g, loaded, params)
-  if m.norm_position == "post":
+  if m.norm_position == "post" or m.embed_norm:
     x = norm(x, "norm_embed")
   if m.embed_width:
     name = "embed_project"
@@ -359,7 +359,8 @@ def _make_graph(
       x = norm(g.add("Add", block.attend(x), x), f"{name}/norm_attn")
       x = norm(g.add("Add", block.mlp(x), x), f"{name}/norm_mlp")
       continue
-    y = block.attend(norm(x, f"{name}/norm_attn"))
+    y = norm(x, f"{name}/norm_attn") if layer.has_norm_attn else x
+    y = block.attend(y)
     x = g.add("Add", x, norm(y, f"{name}/norm_attn_out") if is_both else y)
     y = block.mlp(norm(x, f"{name}/norm_mlp"))
     x = g.add("Add", x, norm(y, f"{name}/norm_mlp_out") if is_both else y)

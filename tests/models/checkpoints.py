@@ -44,6 +44,13 @@ FAMILIES = {
     "model_type": "mpnet", "pad_token_id": 1, "max_position_embeddings": P + 2,
   },
   "electra": _BERT | {"model_type": "electra", "embedding_size": 10},
+  # Only the second layer has a window.
+  "modernbert": {
+    "model_type": "modernbert", "vocab_size": V, "hidden_size": D,
+    "num_hidden_layers": N, "num_attention_heads": H, "intermediate_size": F,
+    "max_position_embeddings": P, "pad_token_id": 0, "local_attention": 4,
+    "global_rope_theta": 100.0, "local_rope_theta": 10.0,
+  },
   "gpt2": {
     "model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": N,
     "n_head": H, "n_positions": P, "resid_pdrop": 0.0, "bos_token_id": 1,

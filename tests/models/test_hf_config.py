@@ -146,6 +146,8 @@ REFUSED = [
   ("qwen2", SLIDING | {"layer_types": ["chunked"] * N}, "layer_types"),
   ("opt", {"do_layer_norm_before": False}, "only True is"),
   ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
+  ("modernbert", {"mlp_bias": True}, "mlp_bias=True"),
+  ("modernbert", CLASSES, "classifier of modernbert is not"),
   ("gemma3_text", {"query_pre_attn_scalar": 5}, "only head_dim is"),
   ("gemma3_text", {"final_logit_softcapping": 30.0}, "softcapping=30.0"),
   ("gemma3_text", {"rope_scaling": LINEAR}, "'linear' beside windows"),

@@ -27,13 +27,18 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 L = 9
-# float32 on both sides, in another order of operations.
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+# Relative to the largest number: float32 on both sides, in another order.
+TOLERANCE = 1e-5
 HEADS = {
   "none": transformers.AutoModel,
   "lm": transformers.AutoModelForCausalLM,
   "classify": transformers.AutoModelForSequenceClassification,
 }
+
+
+def _assert_near(found, expected):
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * scale)
 
 
 def _random_model(name, head, num_labels=checkpoints.C):
@@ -72,7 +77,7 @@ def _theirs(model, tokens, keep):
 
 
 def _ours(loaded, tokens, keep):
-  """Returns the output of each block, and the logits."""
+  """Returns the output of each block, the last one normed, and the logits."""
 
   @jax.jit
   def forward(params, tokens, keep):
@@ -80,7 +85,9 @@ def _ours(loaded, tokens, keep):
       {"params": params},
       tokens,
       keep,
-      capture_intermediates=lambda module, _: type(module).__name__ == "Block",
+      capture_intermediates=lambda module, _: (
+        type(module).__name__ == "Block" or module.name == "norm_final"
+      ),
     )
 
   logits, seen = forward(loaded.params, jnp.asarray(tokens), jnp.asarray(keep))
@@ -89,6 +96,8 @@ def _ours(loaded, tokens, keep):
     np.asarray(blocks[f"blocks_{n}"]["__call__"][0])
     for n in range(loaded.config.num_layers)
   ]
+  if "norm_final" in blocks:  # theirs is the last hidden state
+    hidden[-1] = np.asarray(blocks["norm_final"]["__call__"][0])
   return hidden, np.asarray(logits)
 
 
@@ -98,15 +107,13 @@ def _compare(loaded, model, tokens, keep):
     _ours(loaded, tokens, keep),
     _theirs(model, tokens, keep),
   )
-  # The last of a decoder is normed; its logits show whether it is right.
-  count = loaded.config.num_layers - loaded.config.causal
   assert len(theirs) == loaded.config.num_layers
-  for ours, other in zip(hidden[:count], theirs[:count], strict=True):
-    np.testing.assert_allclose(ours[keep], other[keep], **TOLERANCE)
+  for ours, other in zip(hidden, theirs, strict=True):
+    _assert_near(ours[keep], other[keep])
   if their_logits is not None:
     if not loaded.num_classes:
       logits, their_logits = logits[keep], their_logits[keep]
-    np.testing.assert_allclose(logits, their_logits, **TOLERANCE)
+    _assert_near(logits, their_logits)
 
 
 def _folder(path, model):
@@ -157,12 +164,10 @@ def test_model_equals_transformers_in_both_directions(name, head, tmp_path):
   assert not any(info.values()), info
   expected, got = (_theirs(m, tokens, keep) for m in (model, again.eval()))
   for one, other in zip(expected[0], got[0], strict=True):
-    np.testing.assert_allclose(one[keep], other[keep], rtol=1e-5, atol=1e-5)
+    _assert_near(one[keep], other[keep])
   if expected[1] is not None:
     mask = ... if head == "classify" else keep
-    np.testing.assert_allclose(
-      got[1][mask], expected[1][mask], rtol=1e-5, atol=1e-5
-    )
+    _assert_near(got[1][mask], expected[1][mask])
 
 
 PAIRS = [
@@ -221,8 +226,8 @@ def test_pairs_equal_transformers_from_text(family, outputs, tmp_path):
   assert again.config.problem_type == ("regression" if outputs == 1 else None)
   with torch.no_grad():
     expected, written = (m(**batch).logits.numpy() for m in (model, again))
-  np.testing.assert_allclose(ours, expected, **TOLERANCE)
-  np.testing.assert_allclose(written, expected, rtol=1e-5, atol=1e-5)
+  _assert_near(ours, expected)
+  _assert_near(written, expected)
 
 
 def _minilm():

@@ -32,6 +32,12 @@ MODELS = {
     "classify",
     3,
   ),
+  "modernbert": (
+    c.ModelConfig(**SHAPE, embed_norm=True, embed_width=6),
+    {},
+    "classify",
+    3,
+  ),
   "qk_norm": (
     c.llama(**SHAPE, head_dim=6, qk_norm=True, norm_position="both"),
     {},

@@ -43,7 +43,10 @@ _CASES = {
   ),
   # Projected embeddings, ALiBi, pre-norm, mean over tokens; the identity for W_V.
   "alibi-identity": lambda: _shrunk(
-    c.ModelConfig(**models.SHAPE, causal=False, embed_width=12), groups=1
+    c.ModelConfig(
+      **models.SHAPE, causal=False, embed_width=12, embed_norm=True
+    ),
+    groups=1,
   ),
   # Norms of queries and keys.
   "last-by-input-axis": lambda: models.make(
