@@ -329,6 +329,32 @@ def _timed(models: Sequence[Model], rounds: int) -> list[dict[str, Any]]:
   return rows
 
 
+def _plot(rows: Sequence[dict[str, Any]]) -> output.Scatter:
+  """Returns accuracy against time, a series for each runtime."""
+  shape = "{} x {}".format(*SHAPES[1])
+  names = {
+    "ONNX": "ONNX Runtime, float32",
+    "ONNX int8": "ONNX Runtime, int8",
+    "PyTorch": "PyTorch, float32",
+  }
+  return output.Scatter(
+    "Accuracy against time of exported files; up and to the left is better",
+    f"ms for {shape} tokens",
+    "test accuracy, %",
+    {
+      name: {
+        row["name"]: (
+          1e3 * row["seconds"][runtime][shape],
+          100 * row["accuracy"][runtime],
+        )
+        for row in rows
+        if runtime in row["seconds"]
+      }
+      for runtime, name in names.items()
+    },
+  )
+
+
 def main() -> None:
   """Measures, and shows the table."""
   parser = output.make_parser(__doc__, rounds=10)
@@ -389,15 +415,7 @@ def main() -> None:
       if runtime in row["seconds"]
     ],
   )
-  plot = output.Plot(
-    "Times as fast as the dense model in ONNX Runtime, float32",
-    {
-      row["name"]: row["speed"]["ONNX"]
-      for row in rows[1:]
-      if "ONNX" in row["speed"]
-    },
-  )
-  output.show("one_model", args, result, [sizes, times], plot)
+  output.show("one_model", args, result, [sizes, times], _plot(rows))
 
 
 if __name__ == "__main__":

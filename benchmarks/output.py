@@ -39,6 +39,22 @@ class Plot(NamedTuple):
   series: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
+class Scatter(NamedTuple):
+  """Named points, one color and mark per series, on a logarithmic x axis.
+
+  Attributes:
+    title: What is shown, and where the good corner is.
+    x_label: Name and unit of the horizontal axis.
+    y_label: Name and unit of the vertical axis.
+    series: {series: {name of a point: (x, y)}}.
+  """
+
+  title: str
+  x_label: str
+  y_label: str
+  series: Mapping[str, Mapping[str, tuple[float, float]]]
+
+
 def make_parser(description: str | None, rounds: int | None = None):
   """Returns a parser with the flags that all benchmarks have.
 
@@ -66,7 +82,7 @@ def show(
   args: argparse.Namespace,
   result: dict[str, Any],
   tables: Sequence[Table],
-  plot: Plot,
+  plot: Plot | Scatter,
 ) -> None:
   """Prints the tables and does what --json and --save ask for."""
   for each in tables:
@@ -87,7 +103,10 @@ def show(
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     page = _page(name, result, tables)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
-    plots.save(_draw(plot), str(RESULTS / f"{name}.png"))
+    plots.save(
+      _draw(plot) if isinstance(plot, Plot) else _draw_points(plot),
+      str(RESULTS / f"{name}.png"),
+    )
   if args.json:
     print(json.dumps(result))
 
@@ -149,4 +168,34 @@ def _draw(plot: Plot) -> Any:
     axes.set_title(plot.title)
     if len(plot.series) > 1:
       drawing.legend(loc="outside lower center", ncols=4)
+  return drawing
+
+
+def _draw_points(plot: Scatter) -> Any:
+  """Returns a figure; a line joins the points of one name, which has it once."""
+  with plots.figure() as drawing:
+    axes = drawing.subplots()
+    axes.set_xscale("log")
+    names = dict.fromkeys(n for points in plot.series.values() for n in points)
+    for name in names:
+      places = [p[name] for p in plot.series.values() if name in p]
+      axes.plot(*zip(*places, strict=True), color=plots.LIGHT)
+      axes.annotate(
+        name, places[0], (0, 8), textcoords="offset points", ha="center"
+      )
+    for index, (series, points) in enumerate(plot.series.items()):
+      xs, ys = zip(*points.values(), strict=True)
+      axes.plot(
+        xs, ys, "os^D"[index], color=plots.CYCLE[index], label=series, ms=8
+      )
+    axes.grid(True, which="both")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(
+      lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else ""
+    )
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    axes.margins(x=0.1, y=0.2)
+    axes.set_title(plot.title)
+    drawing.legend(loc="outside lower center", ncols=4)
   return drawing
