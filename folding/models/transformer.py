@@ -358,6 +358,12 @@ class Transformer(nn.Module):
       return self.embed.attend(x_BLD).astype(jnp.float32)
     return self.head(x_BLD).astype(jnp.float32)
 
+  def read_out_params(self, params: Any) -> Any:
+    """Returns the part of the parameters that `read_out` reads."""
+    is_tied = self.config.tie_embeddings and not self.num_classes
+    names = {"norm_final", "pooler", "embed" if is_tied else "head"}
+    return {name: w for name, w in params.items() if name in names}
+
 
 def _pool(
   x_BLD: Float[Array, "B L D"],

@@ -34,18 +34,24 @@ def make_eval_step(
     x = model.apply(
       variables, batch["tokens"], mask, True, segments, method="encode"
     )
-    read_out = functools.partial(model.apply, variables, method="read_out")
+    read_out = functools.partial(model.apply, method="read_out")
     if "labels" in batch:
-      logits = read_out(x, mask)
+      logits = read_out(variables, x, mask)
       rows = {name: batch[name] for name in ("labels", "weights")}
       sums = losses.summed_loss(logits, batch)
       return sums | {"logits": logits.astype(np.float32), **rows}
 
-    def summed(block):
-      return losses.summed_loss(read_out(block["x"]), block)
+    def summed(weights, block):
+      logits = read_out({"params": weights}, block["x"])
+      return losses.summed_loss(logits, block)
 
-    count = losses.num_blocks(batch, model.vocab_size, mesh)
-    return losses.sum_over_blocks(summed, {**batch, "x": x}, count)
+    return losses.sum_over_blocks(
+      summed,
+      model.read_out_params(params),
+      {**batch, "x": x},
+      count=losses.num_blocks(batch, model.vocab_size, mesh),
+      mesh=mesh,
+    )
 
   return jax.jit(eval_step)
 

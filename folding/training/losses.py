@@ -75,23 +75,50 @@ def summed_loss(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
 
 
 def sum_over_blocks(
-  summed: Callable[[Any], dict[str, jax.Array]], batch: Any, count: int
+  summed: Callable[[Any, Any], dict[str, jax.Array]],
+  weights: Any,
+  batch: Any,
+  *,
+  count: int,
+  mesh: Mesh | None,
 ) -> dict[str, jax.Array]:
-  """Returns the sum of summed(block) over blocks of positions.
+  """Returns the sum of summed(weights, block) over blocks of positions.
 
   The backward pass computes the logits of a block again, so those of one block
-  exist at a time.
+  exist at a time. Weights that the mesh axis "fsdp" splits are gathered once,
+  not in each block. Their gradient stays split.
 
   Args:
     summed: Returns sums over the targets of a part of the batch.
+    weights: The parameters that `summed` reads.
     batch: Arrays [B, L, ...]; padding has weight 0. Of any shape if the count
       is 1.
-    count: From `num_blocks`. 1: returns summed(batch).
+    count: From `num_blocks`. 1: returns summed(weights, batch).
+    mesh: Where the batch lies; None: on one device.
   """
   if count == 1:
-    return summed(batch)
-  found = jax.lax.map(jax.checkpoint(summed), blocks.cut(batch, count))
+    return summed(weights, batch)
+  whole = sharding.gather(mesh, jax.lax.stop_gradient(weights))
+
+  def summed_block(block):
+    return summed(jax.tree.map(_in_place_of, weights, whole), block)
+
+  cut = blocks.cut(batch, count)
+  found = jax.lax.map(jax.checkpoint(summed_block), cut)
   return jax.tree.map(lambda x: x.sum(0), found)
+
+
+@jax.custom_vjp
+def _in_place_of(w: jax.Array, whole: jax.Array) -> jax.Array:
+  """Returns `whole`, an equal array that lies elsewhere; `w` gets its gradient."""
+  del w
+  return whole
+
+
+_in_place_of.defvjp(
+  lambda w, whole: (_in_place_of(w, whole), None),
+  lambda _, gradient: (gradient, None),
+)
 
 
 def num_blocks(batch: Batch, vocab_size: int, mesh: Mesh | None) -> int:

@@ -274,6 +274,24 @@ def pin_rows(mesh: Mesh | None, x: Any) -> Any:
   return jax.tree.map(pin, x)
 
 
+def gather(mesh: Mesh | None, params: Any) -> Any:
+  """Gathers parameters that "fsdp" splits; "tensor" still splits them.
+
+  Args:
+    mesh: None: returns `params` as they are.
+    params: Arrays inside a compiled function.
+  """
+  if mesh is None or mesh.size == 1:
+    return params
+
+  def place(x, where):
+    axes = [axis if axis == "tensor" else None for axis in where.spec]
+    spec = PartitionSpec(*axes)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+  return jax.tree.map(place, params, tree_shardings(mesh, params))
+
+
 def require_divides(mesh: Mesh, rows: int) -> None:
   """Raises `ConfigError` if several processes cannot split a batch."""
   parts = _row_parts(mesh)

@@ -385,14 +385,18 @@ def _loss(
     taught, aims = jax.lax.stop_gradient(taught if capture else (taught, {}))
     encodings["taught"] = taught
 
-  def summed(block):
+  weights = {"params": options.model.read_out_params(params)}
+  if distillation is not None:
+    weights["teacher"] = distillation.teacher.read_out_params(teacher_params)
+
+  def summed(weights, block):
     mask = block.get("mask")
-    logits = read_out(variables, block["x"], mask)
+    logits = read_out({"params": weights["params"]}, block["x"], mask)
     logits = sharding.pin_rows(options.mesh, logits)
     sums = losses.summed_loss(logits, block)
     if distillation is not None:
       taught = distillation.teacher.apply(
-        {"params": teacher_params}, block["taught"], mask, method="read_out"
+        {"params": weights["teacher"]}, block["taught"], mask, method="read_out"
       )
       sums["soft"] = losses.summed_soft_loss(
         logits,
@@ -404,7 +408,9 @@ def _loss(
     return sums
 
   count = losses.num_blocks(batch, options.model.vocab_size, options.mesh)
-  sums = losses.sum_over_blocks(summed, {**batch, **encodings}, count)
+  sums = losses.sum_over_blocks(
+    summed, weights, {**batch, **encodings}, count=count, mesh=options.mesh
+  )
   weight = jnp.maximum(sums["weight"], 1)
   loss = label_loss = sums["loss"] / weight
   if distillation is not None:

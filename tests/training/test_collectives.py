@@ -10,7 +10,7 @@ import pytest
 from folding import config as c
 from folding import paths
 from folding.models import blocks
-from folding.training import sharding
+from folding.training import hlo, losses, sharding
 from tests.training import tiny
 
 _MOVES = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
@@ -120,3 +120,24 @@ def test_attention_in_blocks_moves_no_more_than_the_whole(monkeypatch):
     for text in (whole, cut)
   )
   assert gathers_cut == gathers
+
+
+def test_loss_in_blocks_gathers_the_output_layer_once():
+  mesh = sharding.make_mesh(MESHES["fsdp=8"])
+  shape, rows = (64, 256), sharding.batch_sharding(mesh, 8)
+  weights = {"head": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+  weights = placed(mesh, weights, weights)
+  batch = {"x": jax.ShapeDtypeStruct((8, 16, 64), jnp.float32, sharding=rows)}
+
+  def loss(weights, batch):
+    return losses.sum_over_blocks(
+      lambda w, x: {"loss": jax.nn.logsumexp(x["x"] @ w["head"]["kernel"])},
+      weights,
+      batch,
+      count=4,
+      mesh=mesh,
+    )["loss"]
+
+  program = jax.jit(jax.grad(loss)).lower(weights, batch).compile()
+  # In both passes, of four turns each.
+  assert hlo.read(program.as_text()).moved["all-gather"].bytes == 4 * 64 * 256
