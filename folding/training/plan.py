@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from folding import config as config_lib
 from folding import paths
@@ -23,14 +24,43 @@ from folding.config import Config
 from folding.data.batches import vocab_size
 from folding.errors import ConfigError
 from folding.models.transformer import Transformer, make_model, param_shapes
-from folding.training import sharding
+from folding.training import hlo, sharding
 from folding.training.progress import aligned
 from folding.training.step import Program
 
 GIB = 2**30
-# {generation: (GiB of memory per chip, axes of a topology, cores per chip that
-# its name counts)}. Google names a v5p slice of 32 chips v5p-64.
-_TPUS = {"v5e": (16, 2, 1), "v5p": (95, 3, 2), "v6e": (32, 2, 1)}
+
+
+class _Tpu(NamedTuple):
+  """A generation of TPUs.
+
+  Attributes:
+    gib: GiB of memory per chip.
+    axes: Axes of a topology.
+    cores: Cores per chip that the name of a slice counts: Google names a v5p
+      slice of 32 chips v5p-64.
+    hertz: Cycles per second.
+  """
+
+  gib: int
+  axes: int
+  cores: int
+  hertz: float
+
+
+# The clock is peak FLOP/s over FLOP per cycle of the matrix units.
+_TPUS = {
+  "v5e": _Tpu(16, 2, 1, 1.5e9),
+  "v5p": _Tpu(95, 3, 2, 1.75e9),
+  "v6e": _Tpu(32, 2, 1, 1.75e9),
+}
+
+# Of many layers that are alike, a few are compiled and the rest extrapolated.
+_MANY, _FEW = 5, (1, 2)
+_PER_LAYER = {
+  "model": ("mlp_width", "dense_mlp_width", "heads"),
+  "fold": ("groups", "values", "value_rank"),
+}
 
 # libtpu without a TPU: it asks no metadata server, and several may run at once.
 _OFFLINE = {
@@ -48,11 +78,13 @@ class Devices(NamedTuple):
     name: As the user gave it, such as "cpu-8" or "v5p:4x4x2".
     devices: JAX devices; those of a TPU topology cannot run anything.
     gib: Memory of each device in GiB.
+    hertz: Cycles per second; None: the compiler counts none.
   """
 
   name: str
   devices: Sequence[Any]
   gib: float
+  hertz: float | None = None
 
   @property
   def is_estimate(self) -> bool:
@@ -100,7 +132,9 @@ def _cpus(name: str, count: int) -> Devices:
 
 def topology_of(generation: str, number: int) -> list[int] | None:
   """Returns the topology of a slice such as v5p-64; None: there is none."""
-  _, axes, cores = _TPUS.get(generation, (0, 1, 1))
+  if generation not in _TPUS:
+    return None
+  _, axes, cores, _ = _TPUS[generation]
   power = (number // cores).bit_length() - 1
   if number != 2**power * cores:
     return None
@@ -124,12 +158,16 @@ def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
         "'folding-jax[tpu]', or use --devices=cpu-N for an estimate"
       ) from error
     raise ConfigError(f"--devices={name} is not valid: {error}") from error
-  chips = _TPUS[generation][0] * math.prod(shape)
-  return Devices(name, found.devices, chips / len(found.devices))
+  tpu = _TPUS[generation]
+  total = tpu.gib * math.prod(shape)
+  return Devices(name, found.devices, total / len(found.devices), tpu.hertz)
 
 
 def plan(config: Config, devices: Devices) -> dict[str, Any]:
   """Returns what a training step takes on each device.
+
+  Models of five layers or more that are alike are compiled with one and with two
+  layers, and their figures extrapolated.
 
   Args:
     config: Resolved.
@@ -137,10 +175,9 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
 
   Returns:
     {"devices": {"name", "count", "gib", "is_estimate"}, "mesh": {axis: size},
-    "dense" and "compressed": {"parameters": allocated, "stored": nonzero after
-    the last mask update, "step" and, if anything is pruned, "mask update":
-    {"fits", "arguments" and "scratch": bytes, "flops", "bytes": accessed} per
-    device, or {"fits": False, "error"} if the compiler runs out of memory},
+    "layers": {"model", "compiled": [numbers of layers]}, "dense" and
+    "compressed": {"parameters": allocated, "stored": nonzero after the last mask
+    update, "step" and, if anything is pruned, "mask update": see `measure`},
     "unsplit": lines about arrays that the mesh does not split}.
 
   Raises:
@@ -157,26 +194,73 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
       "is_estimate": devices.is_estimate,
     },
     "mesh": dict(mesh.shape),
+    "layers": {
+      "model": config.model.num_layers,
+      "compiled": _counts(config) or [config.model.num_layers],
+    },
   }
   for name, each in (
     ("dense", config_lib.dense_twin(config)),
     ("compressed", config),
   ):
-    program = Program(
-      each,
-      mesh,
-      vocab_size=config.data.vocab_size,
-      num_classes=_num_outputs(config),
-    )
+    program = _program(each, mesh)
     total = program.num_parameters
     found[name] = {"parameters": total, "stored": total - _zeros(program)}
-    found[name]["step"] = _compiled(program, devices.gib)
+    found[name]["step"] = measure(program, devices)
     if program.rules:
-      found[name]["mask update"] = _compiled(
-        program, devices.gib, is_mask_update=True
+      found[name]["mask update"] = measure(
+        program, devices, is_mask_update=True
       )
     found["unsplit"] = program.unsplit
   return found
+
+
+def _program(config: Config, mesh: Mesh) -> Program:
+  return Program(
+    config,
+    mesh,
+    vocab_size=config.data.vocab_size,
+    num_classes=_num_outputs(config),
+  )
+
+
+def _counts(config: Config) -> list[int]:
+  """Returns the numbers of layers to compile; none if all layers are."""
+  layers = config_lib.layers_of(config.model, config.fold)
+  targets = set(config.fpp.linear_layers or ())
+  is_alike = len(set(layers)) == 1 and len(targets) <= 1
+  return list(_FEW) if is_alike and len(layers) >= _MANY else []
+
+
+def _shortened(program: Program, count: int) -> Program:
+  """Returns the program of the first layers, pruned to the same targets."""
+  config = program.config
+
+  def first(section: str, **fields: Any) -> Any:
+    whole = getattr(config, section)
+    for field in _PER_LAYER.get(section, ()):
+      if isinstance(value := getattr(whole, field), tuple):
+        fields[field] = value[:count]
+    return dataclasses.replace(whole, **fields)
+
+  target = {"blocks_0": 0.0, "head": 0.0, "embed": 0.0}
+  for site in make_sites(program.rules, program.like.params):
+    part = site.name.split("/")[0]
+    if part in target:
+      target[part] = program.rules[site.rule].target
+  short = dataclasses.replace(
+    config,
+    model=first("model", num_layers=count),
+    fold=first("fold"),
+    fpp=first(
+      "fpp",
+      overall=None,
+      linear=target["head"],
+      linear_layers=(target["blocks_0"],) * count,
+      embedding=target["embed"],
+    ),
+  )
+  return _program(short, program.mesh)
 
 
 def _num_outputs(config: Config) -> int:
@@ -237,15 +321,57 @@ def _inputs(
   return batch, constants
 
 
-def _compiled(
-  program: Program, gib: float, *, is_mask_update: bool = False
+def measure(
+  program: Program, devices: Devices, *, is_mask_update: bool = False
 ) -> dict[str, Any]:
   """Returns what the compiler reports about a training step, per device.
 
+  Args:
+    program: Model and optimizer, of any number of layers.
+    devices: What to compile for.
+    is_mask_update: Whether the step updates the masks of FPP.
+
   Returns:
-    {"fits", "arguments" and "scratch": bytes, "flops", "bytes": accessed}. If
-    the step runs out of memory: {"fits": False, "error": the reason}.
+    {"fits", "missing", "arguments" and "scratch": bytes, "flops", "bytes":
+    accessed, "seconds": the compiler's estimate without communication, None if
+    it makes none, "collectives": {kind: {"times", "bytes"}}}. If the step runs
+    out of memory: {"fits": False, "missing": bytes, at least, "error": the
+    reason}.
   """
+  counts = _counts(program.config)
+  few = [
+    _compiled(_shortened(program, n), devices, is_mask_update) for n in counts
+  ] or [_compiled(program, devices, is_mask_update)]
+  found = next((one for one in few if "error" in one), few[0])
+  if "error" not in found and counts:
+    found = _extrapolated(few, counts, program.config.model.num_layers)
+  if "error" not in found:
+    needed = found["arguments"] + found["scratch"]
+    found["missing"] = max(needed - devices.gib * GIB, 0)
+  return {"fits": found["missing"] == 0, **found}
+
+
+def _extrapolated(few: Sequence[Any], counts: Sequence[int], count: int) -> Any:
+  """Returns the figures of many layers from those of two numbers of layers."""
+  low, high = few
+  if low is None or isinstance(low, dict):
+    return low and {
+      key: _extrapolated(
+        [one.get(key, _NO_MOVES) for one in few], counts, count
+      )
+      for key in {**low, **high}
+    }
+  turns = (count - counts[0]) / (counts[1] - counts[0])
+  return low + turns * max(high - low, 0)
+
+
+_NO_MOVES = {"times": 0, "bytes": 0}  # of a kind of collective
+
+
+def _compiled(
+  program: Program, devices: Devices, is_mask_update: bool
+) -> dict[str, Any]:
+  """Returns the figures of `measure`, without "fits", of a whole program."""
   config, teacher = program.config, None
   if config.distill.is_used:
     dense = config_lib.dense_twin(config)
@@ -259,18 +385,33 @@ def _compiled(
     kind, _, reason = str(error).partition(": ")
     if kind != "RESOURCE_EXHAUSTED":
       raise
-    return {"fits": False, "error": reason.splitlines()[0]}
+    reason = reason.splitlines()[0]
+    return {"missing": _missing(reason, devices.gib), "error": reason}
   memory: Any = compiled.memory_analysis()
   cost: Any = compiled.cost_analysis()
+  work = hlo.read(compiled.as_text())
   scratch = memory.temp_size_in_bytes + memory.output_size_in_bytes
   scratch -= memory.alias_size_in_bytes
   return {
-    "fits": memory.argument_size_in_bytes + scratch <= gib * GIB,
     "arguments": memory.argument_size_in_bytes,
     "scratch": scratch,
     "flops": cost["flops"],
     "bytes": cost["bytes accessed"],
+    "seconds": work.cycles / devices.hertz if devices.hertz else None,
+    "collectives": {kind: m._asdict() for kind, m in work.moved.items()},
   }
+
+
+def _missing(reason: str, gib: float) -> float | None:
+  """Returns how many bytes were missing; None: the compiler does not say."""
+  sizes = [
+    float(number) * 2 ** (10 * "KMGT".index(unit) + 10)
+    for number, unit in re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", reason)
+  ]
+  if not sizes:
+    return None
+  needed, available = (*sizes, gib * GIB)[:2]
+  return max(needed - available, 0)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -291,31 +432,58 @@ def table(found: dict[str, Any]) -> str:
     ("scratch memory, GiB", "scratch", GIB),
     ("computed, GFLOP", "flops", 1e9),
     ("moved, GiB", "bytes", GIB),
+    ("estimate, ms", "seconds", 1e-3),
   ):
-    values = [
-      f"{one[key] / unit:,.3f}" if key in one else "-"
-      for one in programs.values()
-    ]
-    rows.append([label, *values])
+    values = [one.get(key) for one in programs.values()]
+    if any(value is not None for value in values):
+      rows.append([label, *(_shown(value, unit) for value in values)])
+  for kind in sorted(
+    {kind for one in programs.values() for kind in one.get("collectives", {})}
+  ):
+    rows.append([f"{kind}, GiB"])
+    for one in programs.values():
+      moved = one.get("collectives", {}).get(kind)
+      shown = (
+        f"{_shown(moved['bytes'], GIB)} ({moved['times']:,.0f})"
+        if moved
+        else "-"
+      )
+      rows[-1].append(shown)
   devices = found["devices"]
-  verdicts = ["yes" if one["fits"] else "no" for one in programs.values()]
+  verdicts = [_verdict(one) for one in programs.values()]
   rows.append([f"fits in {devices['gib']:.1f} GiB", *verdicts])
   mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
   total, kept = found["dense"]["parameters"], found["compressed"]["stored"]
-  errors = [
+  notes = [
     f"{name}: {one['error']}"
     for name, one in programs.items()
     if "error" in one
   ]
+  layers = found["layers"]
+  if layers["compiled"] != [layers["model"]]:
+    few = " and ".join(map(str, layers["compiled"]))
+    notes.append(f"{layers['model']} layers, extrapolated from {few}")
   if devices["is_estimate"]:
-    errors.append("compiled for CPU; an estimate for other devices")
+    notes.append("compiled for CPU; an estimate for other devices")
   return "\n".join(
     [
       f"{devices['count']} devices ({devices['name']}), mesh {mesh}",
       *aligned(rows, num_text=1),
       f"{total:,} parameters in the dense baseline, {kept:,} stored after "
       f"compression ({kept / total:.1%})",
-      *errors,
+      *notes,
       *(f"mesh: {line}" for line in found["unsplit"]),
     ]
   )
+
+
+def _shown(value: Any, unit: float | int) -> str:
+  return "-" if value is None else f"{value / unit:,.3f}"
+
+
+def _verdict(one: dict[str, Any]) -> str:
+  if one["fits"]:
+    return "yes"
+  if one["missing"] is None:
+    return "no"
+  return f"no, {one['missing'] / GIB:,.1f} GiB missing"

@@ -13,6 +13,7 @@ from folding import cli, errors, files, paths
 from folding import config as c
 from folding.training import plan as plan_lib
 from folding.training import sharding
+from folding.training.step import Program
 from tests.models import checkpoints
 from tests.training import tiny
 
@@ -128,6 +129,9 @@ class _Compiled:
   def cost_analysis(self):
     return {"flops": 7.0, "bytes accessed": 8.0}
 
+  def as_text(self):
+    return ""
+
 
 @pytest.fixture
 def compiled(monkeypatch):
@@ -154,31 +158,118 @@ def test_classifier_with_rows_to_prune_has_a_plan(config, compiled):
 
 def test_scratch_memory_leaves_out_the_donated_state(config, compiled):
   devices = plan_lib.find_devices("cpu-8")
-  for size, fits in ((112, True), (111, False)):
+  for size, missing in ((112, 0), (111, 1)):
     here = devices._replace(gib=size / plan_lib.GIB)
     found = plan_lib.plan(c.dense_twin(config), here)["dense"]["step"]
     assert found == {
-      "fits": fits,
+      "fits": not missing,
+      "missing": missing,
       "arguments": 100,
       "scratch": 12,
       "flops": 7.0,
       "bytes": 8.0,
+      "seconds": None,  # no estimate for CPUs
+      "collectives": {},
     }
 
 
-def test_compiler_out_of_memory_is_an_answer(config, monkeypatch):
+@pytest.mark.parametrize(
+  ("reason", "missing"),
+  [
+    ("the total (44.74G) exceeds available HBM (15.75G).", 44.74 - 15.75),
+    ("Used 17G of 15.75G hbm. Exceeded hbm capacity by 1.25G.", 1.25),
+    ("The program needs 2048.5M.", 1.0005),  # of 1 GiB
+    ("Try again.", None),
+  ],
+)
+def test_compiler_out_of_memory_is_an_answer(
+  reason, missing, config, monkeypatch
+):
   def compile(self):
     raise jax.errors.JaxRuntimeError(
-      "RESOURCE_EXHAUSTED: Ran out of memory on HBM (83.03G).\nA long trace"
+      f"RESOURCE_EXHAUSTED: {reason}\nA trace of 3.5G"
     )
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
-  found = plan_lib.plan(c.dense_twin(config), plan_lib.find_devices("cpu-8"))
-  assert found["dense"]["step"] == {
-    "fits": False,
-    "error": "Ran out of memory on HBM (83.03G).",
+  devices = plan_lib.find_devices("cpu-8")._replace(gib=1.0)
+  found = plan_lib.plan(c.dense_twin(config), devices)
+  step = found["dense"]["step"]
+  assert (step["fits"], step["error"]) == (False, reason)
+  if missing is None:
+    assert step["missing"] is None
+  else:
+    assert step["missing"] == pytest.approx(missing * plan_lib.GIB, rel=1e-3)
+    assert f"{missing:.1f} GiB missing" in plan_lib.table(found)
+
+
+def alike(config, num_layers, **fields):
+  """Returns a config of layers that are alike, none of them large."""
+  model = c.llama(num_layers=num_layers, width=32, num_heads=4, mlp_width=64)
+  fpp = c.FPPConfig(overall=0.5, begin=0.0, end=0.75, checks=3)
+  values = {"model": model, "fpp": fpp, "preset": "none"} | fields
+  return c.resolve(dataclasses.replace(config, **values))
+
+
+def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
+  compiled = []
+
+  def figures(program, devices, is_mask_update):
+    count = program.config.model.num_layers
+    targets = {r.pattern: r.target for r in program.rules}
+    compiled.append((count, targets))
+    return {
+      "arguments": 5 + 2 * count,
+      "scratch": 7,
+      "flops": 1.5 * count,
+      "seconds": None,
+      "collectives": {"all-gather": {"times": count, "bytes": 3 * count}}
+      | ({"all-to-all": {"times": 1, "bytes": 2}} if count > 1 else {}),
+    }
+
+  monkeypatch.setattr(plan_lib, "_compiled", figures)
+  config = alike(config, 6)
+  mesh = sharding.make_mesh(config.mesh)
+  program = Program(config, mesh, vocab_size=128, num_classes=0)
+  devices = plan_lib.find_devices("cpu-8")
+  assert plan_lib.measure(program, devices) == {
+    "fits": True,
+    "missing": 0,
+    "arguments": 5 + 2 * 6,
+    "scratch": 7,
+    "flops": 1.5 * 6,
+    "seconds": None,
+    "collectives": {
+      "all-gather": {"times": 6, "bytes": 3 * 6},
+      "all-to-all": {"times": 5, "bytes": 10},
+    },
   }
-  assert "dense step: Ran out of memory" in plan_lib.table(found)
+  whole = {rule.pattern: rule.target for rule in program.rules}
+  assert [count for count, _ in compiled] == [1, 2]
+  for count, targets in compiled:
+    assert targets == {
+      name: target
+      for name, target in whole.items()
+      if not any(f"blocks_{n}" in name for n in range(count, 6))
+    }
+  config.fpp.linear_layers = (0.5,) * 5 + (0.6,)
+  assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 6
+  assert [count for count, _ in compiled] == [1, 2, 6]
+
+
+@pytest.mark.slow
+def test_extrapolation_agrees_with_the_whole_model(config, monkeypatch):
+  config = alike(config, 7, data=c.DataConfig(length=16, batch_size=16))
+  devices = plan_lib.find_devices("cpu-8")
+  found = plan_lib.plan(config, devices)["compressed"]
+  monkeypatch.setattr(plan_lib, "_MANY", 8)
+  whole = plan_lib.plan(config, devices)["compressed"]
+  for program in ("step", "mask update"):
+    few, all_layers = (
+      jax.tree.leaves_with_path(one[program]) for one in (found, whole)
+    )
+    assert len(few) > 8
+    for (name, value), (_, expected) in zip(few, all_layers, strict=True):
+      assert value == pytest.approx(expected, rel=0.05), name
 
 
 def test_cpus_share_the_memory_of_the_machine():
