@@ -361,7 +361,8 @@ class Transformer(nn.Module):
   def read_out_params(self, params: Any) -> Any:
     """Returns the part of the parameters that `read_out` reads."""
     is_tied = self.config.tie_embeddings and not self.num_classes
-    names = {"norm_final", "pooler", "embed" if is_tied else "head"}
+    output = {"embed", "embed_project"} if is_tied else {"head"}
+    names = {"norm_final", "pooler"} | output
     return {name: w for name, w in params.items() if name in names}
 
 
