@@ -92,7 +92,10 @@ def _record(context: Any, inputs: Any, keep: Any) -> None:
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     tokens = x.ndim - len(axes)
     weight = _token_weight(x.shape[:tokens], keep)
-    total = jnp.tensordot(weight, jnp.square(x), axes=tokens)
+    weighted = jnp.expand_dims(weight, range(tokens, x.ndim)) * jnp.square(x)
+    # Not a product of matrices, which would store the squares: on 32 TPUs it
+    # took 5 GiB of scratch memory per device for a layer of Llama 3 8B.
+    total = jnp.sum(weighted, axis=range(tokens))
     name, value = "kernel", total / jnp.maximum(weight.sum(), 1)
   else:
     return
