@@ -5,7 +5,7 @@ import io
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +55,20 @@ class Scatter(NamedTuple):
   series: Mapping[str, Mapping[str, tuple[float, float]]]
 
 
+class Lines(NamedTuple):
+  """Lines on logarithmic axes, one plot per quantity.
+
+  Attributes:
+    title: What is shown.
+    x_label: Name and unit of the horizontal axes.
+    series: {name and unit of a quantity: {series: {x: y}}}.
+  """
+
+  title: str
+  x_label: str
+  series: Mapping[str, Mapping[str, Mapping[float, float]]]
+
+
 def make_parser(description: str | None, rounds: int | None = None):
   """Returns a parser with the flags that all benchmarks have.
 
@@ -82,7 +96,7 @@ def show(
   args: argparse.Namespace,
   result: dict[str, Any],
   tables: Sequence[Table],
-  plot: Plot | Scatter,
+  plot: Plot | Scatter | Lines,
 ) -> None:
   """Prints the tables and does what --json and --save ask for."""
   for each in tables:
@@ -104,7 +118,7 @@ def show(
     page = _page(name, result, tables)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     plots.save(
-      _draw(plot) if isinstance(plot, Plot) else _draw_points(plot),
+      _DRAW[type(plot)](plot),
       str(RESULTS / f"{name}.png"),
     )
   if args.json:
@@ -199,3 +213,34 @@ def _draw_points(plot: Scatter) -> Any:
     axes.set_title(plot.title)
     drawing.legend(loc="outside lower center", ncols=4)
   return drawing
+
+
+def _draw_lines(plot: Lines) -> Any:
+  """Returns a figure; each quantity has axes of its own, side by side."""
+  with plots.figure() as drawing:
+    all_axes = drawing.subplots(1, len(plot.series), squeeze=False)[0]
+    for axes, (y_label, series) in zip(
+      all_axes, plot.series.items(), strict=True
+    ):
+      for index, (name, points) in enumerate(series.items()):
+        color, mark = plots.CYCLE[index], "os^D"[index]
+        axes.plot(*zip(*points.items(), strict=True), color=color, label=name)
+        axes.plot(*zip(*points.items(), strict=True), mark, color=color)
+      axes.set_xscale("log", base=2)
+      axes.set_yscale("log")
+      axes.grid(True)
+      axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+      axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+      axes.set_xlabel(plot.x_label)
+      axes.set_ylabel(y_label)
+    drawing.suptitle(plot.title)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside lower center", ncols=4)
+  return drawing
+
+
+_DRAW: Mapping[type, Callable[[Any], Any]] = {
+  Plot: _draw,
+  Scatter: _draw_points,
+  Lines: _draw_lines,
+}

@@ -203,7 +203,7 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
     ("dense", config_lib.dense_twin(config)),
     ("compressed", config),
   ):
-    program = _program(each, mesh)
+    program = make_program(each, mesh)
     total = program.num_parameters
     found[name] = {"parameters": total, "stored": total - _zeros(program)}
     found[name]["step"] = measure(program, devices)
@@ -215,7 +215,8 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
   return found
 
 
-def _program(config: Config, mesh: Mesh) -> Program:
+def make_program(config: Config, mesh: Mesh) -> Program:
+  """Returns the program of a config whose vocabulary size is stated."""
   return Program(
     config,
     mesh,
@@ -260,7 +261,7 @@ def _shortened(program: Program, count: int) -> Program:
       embedding=target["embed"],
     ),
   )
-  return _program(short, program.mesh)
+  return make_program(short, program.mesh)
 
 
 def _num_outputs(config: Config) -> int:
