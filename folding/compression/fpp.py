@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import checkify
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 from folding import paths
 from folding.compression import threshold
@@ -240,25 +240,37 @@ def fpp(
     )
 
   def update_fn(
+    updates, state, params=None, *, stats=None, value=None, **options
+  ):
+    if params is None:
+      raise ValueError("fpp needs `params`; pass them to update()")
+
+    def update(updates, state, params, stats, value):
+      return update_auto(
+        updates, state, params, stats=stats, value=value, **options
+      )
+
+    return _on_auto_axes(
+      update, (updates, state, params, stats, value), out=(updates, state)
+    )
+
+  def update_auto(
     updates,
     state,
-    params=None,
+    params,
     *,
-    stats=None,
-    value=None,
+    stats,
+    value,
     value_fn=None,
     is_due=None,
     **kw,
   ):
-    if params is None:
-      raise ValueError("fpp needs `params`; pass them to update()")
     if o.tolerance is not None and value_fn is None:
       raise ValueError("fpp with a tolerance needs `value_fn` in update()")
     sites = make_sites(rules, params)
     leaves, grads = paths.flatten(params), paths.flatten(updates)
     if set(grads) != set(leaves):
       raise ValueError("updates and params are trees of different structure")
-    _check_sharding(leaves)
     averaged = {
       name: rule_scores[site.rule]
       for site in sites
@@ -416,24 +428,30 @@ def fpp_counts(
     counts pruned units that are not zero any more, because something follows
     `fpp` in a chain or changes the parameters after it. It should be 0.
   """
-  leaves = paths.flatten(params)
-  sites = make_sites(rules, params)
-  is_held = member_masks(
-    sites, {n: b[0] for n, b in state.suspected.items()}, leaves
-  )
-  zero = held = jnp.float32(0)
-  for name, bits in is_held.items():
-    bits = jnp.broadcast_to(bits, leaves[name].shape)
-    held += jnp.sum(bits, dtype=jnp.float32)
-    zero += jnp.sum(bits & (leaves[name] == 0), dtype=jnp.float32)
-  selected = removed + sum(leaves[name].size for name in is_held)
-  undone = state.zeroed - _count_pruned(sites, state.suspected, leaves)
-  return {
-    "selected": jnp.float32(selected),
-    "frozen": held - zero,
-    "zero": zero + removed,
-    "undone": jnp.maximum(undone, 0).astype(jnp.float32),
-  }
+
+  def count(state, params):
+    leaves = paths.flatten(params)
+    sites = make_sites(rules, params)
+    is_held = member_masks(
+      sites, {n: b[0] for n, b in state.suspected.items()}, leaves
+    )
+    zero = held = jnp.float32(0)
+    for name, bits in is_held.items():
+      bits = jnp.broadcast_to(bits, leaves[name].shape)
+      held += jnp.sum(bits, dtype=jnp.float32)
+      zero += jnp.sum(bits & (leaves[name] == 0), dtype=jnp.float32)
+    selected = removed + sum(leaves[name].size for name in is_held)
+    undone = state.zeroed - _count_pruned(sites, state.suspected, leaves)
+    return {
+      "selected": jnp.float32(selected),
+      "frozen": held - zero,
+      "zero": zero + removed,
+      "undone": jnp.maximum(undone, 0).astype(jnp.float32),
+    }
+
+  names = ("selected", "frozen", "zero", "undone")
+  scalars = dict.fromkeys(names, state.step)
+  return _on_auto_axes(count, (state, params), out=scalars)
 
 
 def member_masks(
@@ -521,15 +539,26 @@ def _check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:
       )
 
 
-def _check_sharding(leaves: Mapping[str, jax.Array]) -> None:
-  """Raises ValueError for parameters that an explicit mesh axis splits."""
-  for name, leaf in leaves.items():
-    sharding = jax.typeof(leaf).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
-      raise ValueError(
-        f"{name!r} is split over an explicit axis of a mesh; fpp leaves sharding "
-        "to the compiler: make the mesh with axis_types=(AxisType.Auto, ...)"
-      )
+def _on_auto_axes(
+  function: Callable[..., Any], args: Sequence[Any], out: Any
+) -> Any:
+  """Returns function(*args), computed where the compiler places arrays.
+
+  Args:
+    function: Its arrays may lie on a mesh of explicit axes.
+    args: Trees of arrays.
+    out: The result has the structure and the shardings of these arrays.
+  """
+
+  def sharding_of(x):
+    return jax.typeof(x).sharding
+
+  meshes = [sharding_of(x).mesh for x in jax.tree.leaves(args)]
+  mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+  if mesh is None:
+    return function(*args)
+  placed = jax.tree.map(lambda x: NamedSharding(mesh, sharding_of(x).spec), out)
+  return jax.sharding.auto_axes(function, out_sharding=placed)(*args)
 
 
 def _observe(

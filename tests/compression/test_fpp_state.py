@@ -1,14 +1,16 @@
+import functools
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
 from folding import paths
-from folding.compression.fpp import fpp
+from folding.compression.fpp import fpp, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.sites import Rule
 from folding.config import MeshConfig
@@ -243,21 +245,35 @@ def test_fpp_names_the_parameter_of_a_scalar_statistic():
     tx.update(params, tx.init(params), params, stats={"w": jnp.ones(())})
 
 
-def test_fpp_refuses_explicit_axes_of_a_mesh():
-  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
-  tx = fpp(
-    optax.sgd(0.1), [Rule("w", 0.5)], begin=0, end=4, every=1, score="magnitude"
-  )
+def test_explicit_axes_of_a_mesh_change_no_mask():
+  rules, axes = [Rule("w", 0.5)], ("data", "fsdp", "tensor")
+  tx = fpp(optax.adam(0.1), rules, begin=0, end=4, every=2)
+  params = {"w": jax.random.normal(jax.random.key(0), (64, 128))}
+  stats = {"w": jnp.arange(1.0, 65.0)}
 
-  def step(params):
-    return tx.update(params, tx.init(params), params)
+  def train(kind):
+    mesh = jax.make_mesh((1, 4, 2), axes, axis_types=(kind,) * 3)
+    with jax.set_mesh(mesh):
+      p, state = params, tx.init(params)
+      placed = tree_shardings(mesh, (p, state), p)
+      p, state = jax.device_put((p, state), placed)
 
-  with jax.set_mesh(mesh):
-    split = jax.device_put(jnp.ones((4, 16)), NamedSharding(mesh, P(None, "d")))
-    with pytest.raises(ValueError, match="'w' is split over an explicit axis"):
-      jax.jit(step)({"w": split})
-    whole = jax.device_put(jnp.ones((4, 16)), NamedSharding(mesh, P()))
-    jax.jit(step)({"w": whole})
+      @jax.jit
+      def step(p, state):
+        updates, state = tx.update(
+          p, state, p, stats=stats, value_fn=lambda p: (p["w"] ** 2).sum()
+        )
+        return optax.apply_updates(p, updates), state
+
+      for _ in range(5):
+        p, state = step(p, state)
+      counts = jax.jit(functools.partial(fpp_counts, rules))(state, p)
+    assert "fsdp" in p["w"].sharding.spec
+    return jax.device_get((p, state.suspected, counts))
+
+  auto, explicit = train(AxisType.Auto), train(AxisType.Explicit)
+  chex.assert_trees_all_equal(explicit, auto)
+  assert explicit[2]["zero"] == 64 * 128 // 2
 
 
 # ---------------------------------------------------------------------------
