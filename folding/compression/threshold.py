@@ -28,7 +28,10 @@ def lowest(scores: jax.Array, k: ArrayLike) -> jax.Array:
   keys = _sortable(scores)
   # The least t with count(keys <= t) >= k is the k-th lowest key.
   t = _bisect(
-    lambda t: _count(keys <= t) >= k, jnp.uint32(0), jnp.uint32(2**32 - 1)
+    lambda t: _count(keys <= t) >= k,
+    jnp.uint32(0),
+    jnp.uint32(2**32 - 1),
+    turns=32,
   )
   is_tied = keys == t
   wanted = k - _count(keys < t)
@@ -78,7 +81,10 @@ def _count(chosen: jax.Array) -> jax.Array:
 
 
 def _bisect(
-  reached: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array
+  reached: Callable[[jax.Array], jax.Array],
+  low: jax.Array,
+  high: jax.Array,
+  turns: int | None = None,
 ) -> jax.Array:
   """Returns the least uint32 in [low, high] at which a predicate holds.
 
@@ -86,6 +92,8 @@ def _bisect(
     reached: Monotone predicate that holds at high.
     low: uint32[].
     high: uint32[].
+    turns: Number of halvings, if it is known: compilers count the work of a loop
+      that turns so often. None: until low is high.
   """
 
   def halve(bounds):
@@ -94,5 +102,9 @@ def _bisect(
     holds = reached(middle)
     return jnp.where(holds, low, middle + 1), jnp.where(holds, middle, high)
 
-  bounds = jax.lax.while_loop(lambda b: b[0] < b[1], halve, (low, high))
+  bounds = low, high
+  if turns is None:
+    bounds = jax.lax.while_loop(lambda b: b[0] < b[1], halve, bounds)
+  else:
+    bounds = jax.lax.fori_loop(0, turns, lambda _, b: halve(b), bounds)
   return bounds[1]
