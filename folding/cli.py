@@ -361,6 +361,59 @@ def predict(args: argparse.Namespace) -> None:
 
 
 @_verb(
+  "make vectors of the lines of a text",
+  _MODEL,
+  _argument("file", "one text per line; -: standard input", metavar="FILE"),
+  _argument(
+    "--output",
+    "a .npy file: float32, a row per text",
+    metavar="FILE.npy",
+    required=True,
+  ),
+  _argument(
+    "--batch-size", "texts per batch", metavar="N", type=int, default=64
+  ),
+)
+def encode(args: argparse.Namespace) -> None:
+  """Writes the vectors of the lines of a file or of standard input."""
+  files.require_new_file(args.output, ".npy")
+  import io
+
+  import numpy as np
+  import rich.console
+  import rich.progress
+
+  from folding.serving import export as export_lib
+  from folding.serving import predict as predict_lib
+
+  model = export_lib.load(args.path)
+  model.require_encoder()
+  with predict_lib.open_lines(args.file) as lines:
+    texts = list(lines)
+  if not any(text.strip() for text in texts):
+    raise ConfigError(f"there is no text in {args.file}")
+  console = rich.console.Console(stderr=True)
+  with rich.progress.Progress(
+    *rich.progress.Progress.get_default_columns(),
+    rich.progress.MofNCompleteColumn(),
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  ) as progress:
+    bar = progress.add_task("encoding", total=len(texts))
+    vectors = model.encode(
+      texts,
+      batch_size=args.batch_size,
+      report=lambda count: progress.advance(bar, count),
+    )
+  content = io.BytesIO()
+  np.save(content, vectors)
+  files.write_file(args.output, content.getvalue())
+  count, width = vectors.shape
+  print(f"{count:,} vectors of {width} numbers are in {args.output}")
+
+
+@_verb(
   "continue texts with a language model",
   _MODEL,
   _argument(

@@ -17,15 +17,24 @@ from folding.typed import Range
 
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")  # of local files
 
-# "lm": the next token. Of a text or a pair of texts: "classify", one of several
-# classes; "multilabel", any number of them; "regress", a score.
-Task = Literal["lm", "classify", "regress", "multilabel"]
+# "lm": the next token. "embed": the vector of a sentence. Of a text or a pair of
+# texts: "classify", one of several classes; "multilabel", any number of them;
+# "regress", a score.
+Task = Literal["lm", "embed", "classify", "regress", "multilabel"]
+UNLABELLED: tuple[Task, ...] = ("lm", "embed")
 Metric = Literal[
-  "loss", "accuracy", "macro_f1", "matthews", "pearson", "spearman"
+  "loss",
+  "accuracy",
+  "macro_f1",
+  "matthews",
+  "pearson",
+  "spearman",
+  "cosine",
 ]
 # Metrics that may choose the best checkpoint; the first is the default.
 METRICS: dict[Task, tuple[Metric, ...]] = {
   "lm": ("loss",),
+  "embed": ("cosine", "spearman", "loss"),
   "classify": ("accuracy", "macro_f1", "matthews", "loss"),
   "regress": ("spearman", "pearson", "loss"),
   "multilabel": ("macro_f1", "accuracy", "loss"),
@@ -76,6 +85,9 @@ class DataConfig:
   batch_size: Count = 32  # B, examples over all processes
   eval_batch_size: Count = 64
   max_bytes: Natural | None = None  # of train; valid, test: 1/8; None: all
+  # Pairs with scores, on which task "embed" is evaluated too: a .tsv with the
+  # columns "score", "sentence1" and "sentence2".
+  sts: str | None = None
   first_batch: Natural = 0  # batches to skip, e.g. those of an earlier run
 
   def check(self) -> None:
@@ -147,6 +159,7 @@ class ModelConfig:
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
   segments: Literal[0, 2] = 0  # rows of a segment embedding; pairs set it
   pooling: Pooling = "mean"  # not for "lm"
+  normalize: bool = False  # vectors of task "embed" have length 1
   pooler: bool = False  # a dense layer and activation between pooling and head
   pooler_activation: Literal["tanh", "relu", "gelu"] = "tanh"
   dropout: Fraction = 0.0
@@ -312,19 +325,13 @@ class DistillConfig:
   logits: Share = 0.0  # of the loss
   temperature: Positive = 2.0  # of both softmaxes
   hidden: NonNegative = 0.0  # weight of the distance between layer outputs
+  # Task "embed": weight of the similarities between the texts of a batch.
+  pairs: NonNegative = 0.0
 
   @property
   def is_used(self) -> bool:
-    """Whether a teacher has any part in the loss."""
-    return bool(self.logits or self.hidden)
-
-  def check(self) -> None:
-    """Raises `ConfigError` if two fields do not fit each other."""
-    if self.teacher and not self.is_used:
-      raise ConfigError(
-        "distill.teacher does nothing while distill.logits and distill.hidden "
-        "are 0"
-      )
+    """Whether a teacher has any part in the loss; task "embed" has no other."""
+    return bool(self.logits or self.hidden or self.pairs)
 
 
 @dataclasses.dataclass(slots=True)
@@ -395,7 +402,6 @@ class Config:
     self.data.check()
     self.model.check()
     self.fpp.check()
-    self.distill.check()
     self._check_task()
     self._check_run()
     self._check_fold()
@@ -419,6 +425,22 @@ class Config:
         "model.pooling='first' with model.causal=True would see only the first "
         "token; use model.causal=False, or model.pooling='mean' or 'last'"
       )
+    d = self.distill
+    if self.task == "embed" and d.logits:
+      raise ConfigError(
+        "distill.logits weighs a loss on labels, which task 'embed' does not "
+        "have; use distill.pairs and distill.hidden"
+      )
+    if self.task != "embed" and (d.pairs or self.data.sts):
+      raise ConfigError("distill.pairs and data.sts are for task 'embed'")
+    if d.teacher and not d.is_used and self.task != "embed":
+      raise ConfigError(
+        "distill.teacher does nothing while distill.logits and distill.hidden "
+        "are 0"
+      )
+    if self.train.metric == "spearman" and self.task == "embed":
+      if self.data.sts is None:
+        raise ConfigError("train.metric 'spearman' needs data.sts=FILE.tsv")
     known = METRICS[self.task]
     if self.train.metric not in (None, *known):
       raise ConfigError(
@@ -433,9 +455,10 @@ class Config:
         f"data.batch_size {self.data.batch_size} does not divide into "
         f"train.accumulate={count} micro-batches"
       )
-    if count > 1 and self.distill.hidden:
+    if count > 1 and (self.distill.hidden or self.distill.pairs):
       raise ConfigError(
-        "distill.hidden compares whole batches; use train.accumulate=1"
+        "distill.hidden and distill.pairs compare whole batches; use "
+        "train.accumulate=1"
       )
     if self.distill.is_used and not (self.distill.teacher or self.pretrained):
       raise ConfigError("distill needs distill.teacher (a run) or pretrained")

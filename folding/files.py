@@ -213,6 +213,23 @@ def require_empty(path: str) -> None:
     )
 
 
+def require_new_file(path: str, ending: str) -> None:
+  """Raises `ConfigError` unless a file can be written without loss.
+
+  Args:
+    path: Of the file; its folder exists.
+    ending: Of its name, such as ".npy".
+  """
+  require_local(path)
+  folder = os.path.dirname(path) or "."
+  if not path.endswith(ending):
+    raise ConfigError(f"{path!r} is not the name of a {ending} file")
+  if not os.path.isdir(folder):
+    raise ConfigError(f"there is no folder {folder} for {path}")
+  if os.path.lexists(path):
+    raise ConfigError(f"{path} is there already; choose another name")
+
+
 def read_json(path: str, kind: type[Any]) -> Any:
   """Returns the content of a JSON file.
 

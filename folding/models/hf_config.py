@@ -657,7 +657,8 @@ class Description:
   # Rows of BERT's segment embedding. Without `config.segments`, ours has row 0
   # in its positions.
   token_types: int = 0
-  problem: Task = "classify"  # of a sequence classifier, by problem_type
+  # Of a sequence classifier, by problem_type; "embed": an encoder of sentences.
+  problem: Task = "classify"
   label_names: tuple[str, ...] = ()  # outputs of a sequence classifier
 
   @property
@@ -675,7 +676,8 @@ class Description:
     """Output layer of the checkpoint: "classify", "lm" or "none"."""
     if self.num_classes:
       return "classify"
-    return "lm" if self.config.causal else "none"
+    is_lm = self.config.causal and self.problem != "embed"
+    return "lm" if is_lm else "none"
 
   @property
   def task(self) -> Task:

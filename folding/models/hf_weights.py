@@ -670,8 +670,9 @@ def load_pretrained(
 
   Args:
     path_or_hub_id: A folder, or a name on the Hugging Face hub.
-    task: "lm" reads the output layer, another task the head of a sequence
-      classifier if there is one for it. None: the head that the checkpoint has.
+    task: "lm" reads the output layer, "embed" no head, another task the head of
+      a sequence classifier if there is one for it. None: the head that the
+      checkpoint has.
     segments: Whether to keep a segment embedding of two rows apart, for pairs.
 
   Raises:
@@ -690,6 +691,8 @@ def load_pretrained(
   if segments and described.token_types == 2:
     model = dataclasses.replace(described.config, segments=2)
     described = dataclasses.replace(described, config=model)
+  if task == "embed":
+    described = dataclasses.replace(described, label_names=(), problem="embed")
   head = described.head
   if task not in (None, "lm") and task != described.task:
     head = "none"

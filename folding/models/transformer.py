@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.config import Config, FoldConfig, Layer, ModelConfig, layers_of
+from folding.config import (
+  UNLABELLED,
+  Config,
+  FoldConfig,
+  Layer,
+  ModelConfig,
+  layers_of,
+)
 from folding.models.attention import Attention
 from folding.models.decode import Cache, Step
 from folding.models.linear_attention import PastState
@@ -155,6 +162,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
   """Tokens to logits: of the next token, or of a whole text if C is not 0.
 
+  A model of task "embed" has no head; it maps a text to a vector.
+
   Example:
     >>> from folding.config import Config, resolve
     >>> model = make_model(resolve(Config()), vocab_size=100)
@@ -171,6 +180,7 @@ class Transformer(nn.Module):
   vocab_size: int  # V
   max_length: int  # most L, for learned positions
   num_classes: int = 0  # C, outputs of the head; 0: next-token logits
+  embeds: bool = False  # the output is the pooled vector of a text
 
   def setup(self):
     c = self.config
@@ -199,7 +209,7 @@ class Transformer(nn.Module):
       if c.pooler:
         self.pooler = nn.Dense(c.width)
       self.head = nn.Dense(self.num_classes, use_bias=c.use_bias)
-    elif not c.tie_embeddings:
+    elif not (c.tie_embeddings or self.embeds):
       self.head = nn.Dense(self.vocab_size, use_bias=False, dtype=dtype)
 
   def __call__(
@@ -208,8 +218,8 @@ class Transformer(nn.Module):
     mask_BL: Bool[Array, "B L"] | None = None,
     deterministic: bool = True,
     segments_BL: Int[Array, "B L"] | None = None,
-  ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
-    """Returns the logits of whole sequences.
+  ) -> Float[Array, "B L V"] | Float[Array, "B C"] | Float[Array, "B D"]:
+    """Returns the logits, or the vectors, of whole sequences.
 
     Args:
       tokens_BL: Token ids, right-padded.
@@ -336,8 +346,8 @@ class Transformer(nn.Module):
     self,
     x_BLD: Float[Array, "B L D"],
     mask_BL: Bool[Array, "B L"] | None = None,
-  ) -> Float[Array, "B L V"] | Float[Array, "B C"]:
-    """Returns the logits.
+  ) -> Float[Array, "B L V"] | Float[Array, "B C"] | Float[Array, "B D"]:
+    """Returns the logits, or the vectors of texts.
 
     Args:
       x_BLD: Output of the last block.
@@ -346,8 +356,10 @@ class Transformer(nn.Module):
     c = self.config
     if c.norm_position != "post":
       x_BLD = self.norm_final(x_BLD)
-    if self.num_classes:
+    if self.num_classes or self.embeds:
       pooled_BD = _pool(x_BLD, mask_BL, c.pooling)
+      if self.embeds:
+        return _unit(pooled_BD) if c.normalize else pooled_BD
       if c.pooler:
         activation = _ACTIVATIONS[c.pooler_activation]
         pooled_BD = activation(self.pooler(pooled_BD))
@@ -390,6 +402,12 @@ def _pool(
   return (x_BLD * mask_BL1).sum(axis=1) / count_B1
 
 
+def _unit(x_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
+  """Returns vectors of length 1; a zero vector stays zero."""
+  square_B1 = jnp.sum(jnp.square(x_BD), axis=-1, keepdims=True)
+  return x_BD * jax.lax.rsqrt(jnp.maximum(square_B1, 1e-24))
+
+
 def make_model(
   config: Config, vocab_size: int, num_classes: int = 0
 ) -> Transformer:
@@ -398,8 +416,8 @@ def make_model(
   Args:
     config: Resolved by `folding.config.resolve`.
     vocab_size: V, from the tokenizer.
-    num_classes: C, outputs of the head, from the data; ignored for next-token
-      models. 0 for an encoder without a head, whose output is [B, L, V].
+    num_classes: C, outputs of the head, from the data; ignored for models
+      without one.
 
   Raises:
     ValueError: the config is not resolved.
@@ -410,7 +428,8 @@ def make_model(
     config.fold,
     vocab_size,
     config.data.length,
-    0 if config.task == "lm" else num_classes,
+    0 if config.task in UNLABELLED else num_classes,
+    config.task == "embed",
   )
 
 

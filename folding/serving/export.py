@@ -36,7 +36,7 @@ from folding import config as config_lib
 from folding import files, paths
 from folding.compression.accounting import account, slices_of, storage
 from folding.compression.fold import unfold
-from folding.config import Config, ModelConfig, Pooling
+from folding.config import UNLABELLED, Config
 from folding.data.tokenizers import (
   OPTIONS,
   MappedTokenizer,
@@ -45,10 +45,11 @@ from folding.data.tokenizers import (
 )
 from folding.data.trim import trim_tokenizer
 from folding.errors import ConfigError, reason
-from folding.models import hf_config, hf_weights
+from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import rope_frequencies
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.serving.batched import outputs, require_numbers, require_size
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
 
@@ -57,14 +58,11 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER = "tokenizer.json"
 STABLEHLO, META = "model.stablehlo", "meta.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-MODULES = "modules.json"  # of sentence-transformers
-_POOLING = "pooling_mode_"
-_POOLINGS: dict[Pooling, str] = {
-  "first": "cls_token",
-  "mean": "mean_tokens",
-  "last": "lasttoken",
+_STABLEHLO_OUTPUTS = {
+  "lm": "float32[b, l, V]: logits",
+  "embed": "float32[b, D]: vectors",
 }
+
 _BITS = ":bits"
 _AXES = {"first": 0, "last": -1}
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
@@ -86,14 +84,65 @@ class Loaded:
     tokenizer: Text to the ids that the model reads.
     labels: Names of the head's outputs, classes in id order; () for a next-token
       model, and for an encoder of sentences.
-    is_normalized: Whether an encoder of sentences makes vectors of length 1.
   """
 
   config: Config
   params: dict[str, Any]
   tokenizer: Tokenizer
   labels: tuple[str, ...] = ()
-  is_normalized: bool = False
+
+  def encode(
+    self,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    report: Callable[[int], None] = lambda _: None,
+  ) -> np.ndarray:
+    """Returns the vectors of texts, float32[texts, D].
+
+    Args:
+      texts: Any number. The model reads at most `data.length` tokens of each.
+      batch_size: Texts per batch; those of a batch are of similar length.
+      report: Called after each batch with its number of texts.
+
+    Raises:
+      ConfigError: the model is of another task than "embed", a text is no
+        string, or the model returns NaN.
+    """
+    require_size(batch_size)
+    self.require_encoder()
+    if isinstance(texts, str):
+      raise ConfigError("encode takes a list of texts, and this is one text")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+      if not isinstance(text, str):
+        raise ConfigError(f"text {number} is no string: {text!r:.60}")
+    found = outputs(
+      self.config,
+      self.tokenizer,
+      functools.partial(_encode, self.model, jax.device_put(self.params)),
+      texts,
+      batch_size=batch_size,
+      width=self.config.model.width,
+      report=report,
+    )
+    require_numbers(np.isfinite(found), self.config.model.dtype)
+    return found
+
+  def require_encoder(self) -> None:
+    """Raises `ConfigError` unless the model makes vectors of texts."""
+    task = self.config.task
+    if task == "lm":
+      raise ConfigError(
+        "this is a language model, and nothing says how it makes a vector of a "
+        "text; give an encoder, or a checkpoint with the modules.json of "
+        "sentence-transformers"
+      )
+    if task != "embed":
+      raise ConfigError(
+        f"this model is of task {task!r} and makes no vectors; use folding "
+        "predict"
+      )
 
   @property
   def model(self) -> Transformer:
@@ -104,6 +153,11 @@ class Loaded:
   def num_rows(self) -> int:
     """V, the rows of the embedding."""
     return self.params["embed"]["embedding"].shape[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model, params, tokens_BL, mask_BL, segments_BL):
+  return model.apply({"params": params}, tokens_BL, mask_BL, True, segments_BL)
 
 
 def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
@@ -136,7 +190,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
     return _load_hf(path, pairs)
   config, params, tokenizer = load_run(path)
   labels: tuple[str, ...] = ()
-  if config.task != "lm":
+  if config.task not in UNLABELLED:
     count = params["head"]["kernel"].shape[1]
     labels = load_labels(path) or tuple(map(str, range(count)))
     if len(labels) != count:
@@ -154,8 +208,12 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
       f"reads schema {SCHEMA}"
     )
   try:
-    config = config_lib.resolve(config_lib.from_dict(values["config"]))
+    config = config_lib.from_dict(values["config"])
     labels = tuple(values["labels"])
+    if config.task not in UNLABELLED and not labels:  # an earlier export
+      config.task = "embed"
+      config.model.normalize = values.get("is_normalized") is True
+    config = config_lib.resolve(config)
     checksums = {WEIGHTS: "", TOKENIZER: ""} | values["sha256"]
   except (KeyError, TypeError) as error:
     raise ConfigError(f"{path}/{CONFIG} is damaged: {reason(error)}") from None
@@ -181,108 +239,54 @@ def _load_export(path: str, values: dict[str, Any]) -> Loaded:
     functools.partial(_check_shapes, path, config, len(labels)),
   )
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  is_normalized = values.get("is_normalized") is True  # earlier exports: none
-  return Loaded(config, params, tokenizer, labels, is_normalized)
+  return Loaded(config, params, tokenizer, labels)
 
 
 def _load_hf(path: str, pairs: bool) -> Loaded:
-  found = hf_weights.load_pretrained(path, segments=pairs)
+  how = sentence.read(path)
+  found = hf_weights.load_pretrained(
+    path, task="embed" if how else None, segments=pairs
+  )
+  if found.head == "none":
+    how = how or sentence.Sentence()
   tokenizer = load_tokenizer(found.tokenizer_path)
   if tokenizer.vocab_size > found.vocab_size:
     raise ConfigError(
       f"{found.tokenizer_path} does not fit the model: its ids go up to "
       f"{tokenizer.vocab_size - 1}, and there are {found.vocab_size} embeddings"
     )
-  is_lm = found.head == "lm"
   # transformers pools at the last token that is not the pad token.
-  if found.config.causal and not is_lm and tokenizer.ends_with_pad:
+  is_causal_classifier = found.config.causal and bool(found.label_names)
+  if is_causal_classifier and tokenizer.ends_with_pad:
     raise ConfigError(
       f"{found.tokenizer_path} ends each text with the pad token "
       f"({tokenizer.pad_id}), which this kind of classifier ignores; save the "
       "tokenizer with add_eos_token=False, which computes the same"
     )
+  task, length, model = found.task, found.max_length, found.config
+  params, labels = dict(found.params), found.label_names
+  if how is not None:
+    task, labels = "embed", ()
+    length = min(length, how.max_length or length)
+    model = how.applied(model)
+    params.pop("pooler", None)
+    if "position_embed" in params:
+      w = params["position_embed"]["embedding"]
+      params["position_embed"] = {"embedding": w[:length]}
   config = Config(
-    task=found.task,
+    task=task,
     preset="none",
     data=config_lib.DataConfig(
       path=path,
-      length=found.max_length,
+      length=length,
       text_field=("sentence1", "sentence2") if pairs else None,
     ),
-    model=found.config,
+    model=model,
   )
-  labels, params = found.label_names, dict(found.params)
-  if not labels:
-    params.pop("pooler", None)  # an encoder without a head does not use it
-  is_normalized = False
-  if found.head == "none":
-    is_normalized = _read_sentence_files(path, config.model)
   config = config_lib.resolve(config)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
   _check_shapes(path, config, len(labels), shapes)
-  return Loaded(config, params, tokenizer, labels, is_normalized)
-
-
-def _read_sentence_files(path: str, model: ModelConfig) -> bool:
-  """Sets the pooling that sentence-transformers uses, if files say.
-
-  Returns:
-    Whether vectors get length 1.
-
-  Raises:
-    ConfigError: the files are damaged, or name another step or pooling.
-  """
-  modules_path = os.path.join(path, MODULES)
-  if not os.path.isfile(modules_path):
-    return False
-  try:
-    modules = files.read_json(modules_path, list)
-    steps = {m["type"].rsplit(".", 1)[-1]: m["path"] for m in modules}
-    pooling = files.read_json(
-      os.path.join(path, steps["Pooling"], CONFIG), dict
-    )
-  except (LookupError, TypeError, AttributeError, OSError) as error:
-    raise ConfigError(f"{modules_path} is damaged: {reason(error)}") from None
-  left = sorted(steps.keys() - {"Transformer", "Pooling", "Normalize"})
-  used = [x for x in pooling if x.startswith(_POOLING) and pooling[x] is True]
-  names: dict[str, Pooling] = {_POOLING + y: x for x, y in _POOLINGS.items()}
-  if left or len(used) != 1 or used[0] not in names:
-    raise ConfigError(
-      f"{path} makes sentence vectors by {', '.join(left or used) or 'nothing'}; "
-      f"only one of {', '.join(names)} is supported"
-    )
-  model.pooling = names[used[0]]
-  return "Normalize" in steps
-
-
-def write_sentence_files(path: str, loaded: Loaded) -> None:
-  """Writes what sentence-transformers reads beside an encoder."""
-  kinds = ["Transformer", "Pooling", *["Normalize"] * loaded.is_normalized]
-  modules = [
-    {
-      "idx": n,
-      "name": str(n),
-      "path": f"{n}_{kind}" if n else "",
-      "type": f"sentence_transformers.models.{kind}",
-    }
-    for n, kind in enumerate(kinds)
-  ]
-  m = loaded.config.model
-  pooling = {"word_embedding_dimension": m.width} | {
-    _POOLING + theirs: m.pooling == ours for ours, theirs in _POOLINGS.items()
-  }
-  limits = {
-    "max_seq_length": loaded.config.data.length,
-    "do_lower_case": False,
-  }
-  for name, content in (
-    (f"1_Pooling/{CONFIG}", pooling),
-    ("sentence_bert_config.json", limits),
-    (MODULES, modules),
-  ):
-    file = os.path.join(path, name)
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    files.write_file(file, json.dumps(content, indent=2) + "\n")
+  return Loaded(config, params, tokenizer, labels)
 
 
 def _check_shapes(
@@ -314,8 +318,6 @@ def export(
   params: dict[str, Any],
   tokenizer: Tokenizer,
   labels: Sequence[str] = (),
-  *,
-  is_normalized: bool = False,
 ) -> dict[str, int]:
   """Writes a compact model to a new folder.
 
@@ -324,8 +326,7 @@ def export(
     config: Resolved.
     params: Its parameters; zeros take no room, and the dtype is kept.
     tokenizer: Of the parameters.
-    labels: One name per class; () for a next-token model.
-    is_normalized: As `Loaded.is_normalized`.
+    labels: One name per class; () for a model without a head.
 
   Returns:
     {"dense": bytes of the dense baseline, "values" and "masks": bytes stored,
@@ -344,7 +345,6 @@ def export(
     "format": FORMAT,
     "schema": SCHEMA,
     "labels": list(labels),
-    "is_normalized": is_normalized,
     "sha256": {
       name: _checksum(os.path.join(path, name))
       for name in sorted(os.listdir(path))
@@ -587,7 +587,7 @@ def export_hf(
     max_length=loaded.config.data.length,
     pad_id=_hf_pad_id(tokenizer, m.causal and bool(loaded.labels)),
     token_types=hf_config.FAMILIES[family].defaults.get("type_vocab_size", 0),
-    problem=loaded.config.task if loaded.labels else "classify",
+    problem=loaded.config.task,
     label_names=loaded.labels,
   )
   size = sum(w.size for w in paths.flatten(params).values())
@@ -615,8 +615,8 @@ def export_hf(
     (OPTIONS, json.dumps(options, indent=2) + "\n"),
   ):
     files.write_file(os.path.join(path, name), text)
-  if described.head == "none":
-    write_sentence_files(path, loaded)
+  if loaded.config.task == "embed":
+    sentence.write(path, loaded.config.model, loaded.config.data.length)
   return {"files": folder_bytes(path)}
 
 
@@ -697,7 +697,8 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   """Writes a program of `jax.export` to a new folder.
 
   It maps (tokens int32[b, l], mask bool[b, l]), of any batch and length, to
-  float32 logits: [b, C] of a text, [b, l, V] of a next-token model. A model with
+  float32 logits: [b, C] of a text, [b, l, V] of a next-token model; of task
+  "embed" to the vector of a text, [b, D]. A model with
   a segment embedding has a third input, segments int32[b, l]. The
   parameters are inside, as dense arrays. With jax and flatbuffers installed,
   `jax.export.deserialize(data)` reads model.stablehlo, and `.call(tokens, mask)`
@@ -712,16 +713,11 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
     {"parameters": bytes of the arrays, "program": bytes of the file}.
 
   Raises:
-    ConfigError: the folder is not empty, the model has no head, or the program
-      is too large.
+    ConfigError: the folder is not empty, or the program is too large.
     OSError: it cannot be written.
   """
   path = os.fspath(path)
   files.require_empty(path)
-  if loaded.config.task != "lm" and not loaded.labels:
-    raise ConfigError(
-      "this encoder has no head, and a program returns logits; use --format=hf"
-    )
   size = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
   if size >= 1 << 31:  # a limit of flatbuffers
     raise ConfigError(
@@ -761,7 +757,9 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   meta = {
     "program": STABLEHLO,
     "inputs": inputs,
-    "output": f"float32[b, {'C' if loaded.labels else 'l, V'}]: logits",
+    "output": _STABLEHLO_OUTPUTS.get(
+      loaded.config.task, "float32[b, C]: logits"
+    ),
     "labels": list(loaded.labels),
     "trained_length": length,
     "longest": length if is_limited else None,

@@ -28,7 +28,7 @@ from folding import files, paths
 from folding.config import Layer, layers_of
 from folding.data.tokenizers import OPTIONS, Tokenizer
 from folding.errors import ConfigError
-from folding.models import hf_config
+from folding.models import hf_config, sentence
 from folding.models.attention import relative_buckets, rope_frequencies
 from folding.serving import export as export_lib
 from folding.serving.export import CONFIG, TOKENIZER, Loaded
@@ -52,7 +52,7 @@ def export_onnx(
   model.onnx maps (input_ids int64[b, l], attention_mask int64[b, l]), of any
   batch and length, to float32 "logits": [b, C] of a text, [b, l, V] of a
   next-token model, which has no KV cache. A model with a segment embedding has
-  a third input, token_type_ids int64[b, l]. An encoder without a head has the
+  a third input, token_type_ids int64[b, l]. A model of task "embed" has the
   outputs "last_hidden_state" [b, l, D] and "sentence_embedding" [b, D]; its
   folder can be read by sentence-transformers. Ids are those of tokenizer.json
   in the folder, and padding comes last.
@@ -101,8 +101,8 @@ def export_onnx(
   for name, content in ((OPTIONS, options), (CONFIG, values)):
     text = json.dumps(content, indent=2, ensure_ascii=False)
     files.write_file(os.path.join(path, name), text + "\n")
-  if described.head == "none":
-    export_lib.write_sentence_files(path, loaded)
+  if loaded.config.task == "embed":
+    sentence.write(path, loaded.config.model, loaded.config.data.length)
   return {"parameters": graph.num_bytes, "files": export_lib.folder_bytes(path)}
 
 
@@ -131,7 +131,7 @@ def _description(loaded: Loaded, tokenizer: Tokenizer) -> hf_config.Description:
     pad_id=tokenizer.pad_id,
     token_types=m.segments,
     label_names=loaded.labels,
-    problem=loaded.config.task if loaded.labels else "classify",
+    problem=loaded.config.task,
   )
 
 
@@ -654,9 +654,9 @@ def _read_out(
     return
   x = _by_text(g, sizes, x, width)
   pooled = _pool(g, x, m.pooling)
-  if not loaded.labels:
+  if loaded.config.task == "embed":
     g.output("last_hidden_state", x, ["batch", "length", width])
-    if loaded.is_normalized:
+    if m.normalize:
       pooled = g.add("LpNormalization", pooled, axis=1, p=2)
     g.output("sentence_embedding", pooled, ["batch", width])
     return

@@ -12,15 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from folding.data.batches import (
-  bucket_lengths,
-  encode_rows,
-  padded,
-  segments_of,
-)
+from folding.config import UNLABELLED
 from folding.data.labels import Label
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
+from folding.serving.batched import outputs, require_numbers, require_size
 from folding.serving.export import Loaded
 
 _log = logging.getLogger(__name__)
@@ -70,16 +66,13 @@ def predict(
       single texts are given for pairs or pairs for single texts, or the model
       returns NaN.
   """
-  if not 1 <= batch_size <= 65_536:
-    raise ConfigError(f"the batch size must be 1 to 65,536; it is {batch_size}")
-  if loaded.config.task == "lm":
+  require_size(batch_size)
+  task = loaded.config.task
+  if task in UNLABELLED:
+    verb = {"lm": "generate", "embed": "encode"}[task]
     raise ConfigError(
-      "this model is of task 'lm' and has no classes to predict; give one of "
-      "task 'classify', 'multilabel' or 'regress'"
-    )
-  if not loaded.labels:
-    raise ConfigError(
-      "this encoder has no classes to predict: it has no head; train one first"
+      f"this model is of task {task!r} and has no classes to predict; use "
+      f"folding {verb}, or a model of task 'classify', 'multilabel' or 'regress'"
     )
   return _predict(loaded, iter(texts), batch_size, at_once)
 
@@ -111,8 +104,13 @@ def _predict(
     if labelled and all(text.startswith(labelled) for text in firsts):
       _log.warning("each line begins with a label, which is read as its text")
       labelled = ()
-    found = _outputs(
-      loaded, functools.partial(forward, params), group, batch_size
+    found = outputs(
+      loaded.config,
+      loaded.tokenizer,
+      functools.partial(forward, params),
+      group,
+      batch_size=batch_size,
+      width=len(loaded.labels),
     )
     require_numbers(np.isfinite(found), loaded.config.model.dtype)
     for text, row in zip(group, found, strict=True):
@@ -136,42 +134,6 @@ def columns_of_pair(loaded: Loaded) -> tuple[str, str] | None:
   """Returns the names of the two texts that a model reads; None: it reads one."""
   names = loaded.config.data.text_field
   return names if isinstance(names, tuple) else None
-
-
-def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
-  """Raises `ConfigError` unless all outputs of a model are numbers."""
-  if not are_numbers.all():
-    raise ConfigError(
-      "the model returns no numbers (NaN); its weights are damaged, or too "
-      f"large for model.dtype {dtype}"
-    )
-
-
-def _outputs(
-  loaded: Loaded,
-  forward: Callable[..., jax.Array],
-  texts: list[Text],
-  batch_size: int,
-) -> np.ndarray:
-  """Returns float32[texts, C]."""
-  length = loaded.config.data.length
-  rows, seconds = encode_rows(loaded.tokenizer, texts, length)
-  buckets = bucket_lengths(length)
-  order = np.argsort([row.size for row in rows], kind="stable")
-  found = np.zeros((len(rows), len(loaded.labels)), np.float32)
-  for start in range(0, len(rows), batch_size):
-    members = order[start : start + batch_size]
-    bucket = buckets[int(np.searchsorted(buckets, rows[members[-1]].size))]
-    # The full batch size, so that a smaller last batch compiles nothing.
-    tokens, mask = padded(
-      [rows[i] for i in members], (batch_size, bucket), loaded.tokenizer.pad_id
-    )
-    segments = None
-    if seconds is not None and loaded.config.model.segments:
-      segments = segments_of(seconds[members], mask)
-    out = np.asarray(forward(tokens, mask, segments))
-    found[members] = out[: len(members)]
-  return found
 
 
 @contextlib.contextmanager

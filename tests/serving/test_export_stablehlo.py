@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from folding import config as c
-from folding.errors import ConfigError
 from folding.serving import export as export_lib
 from tests.serving import models
 
@@ -93,8 +92,12 @@ def test_program_with_learned_positions_refuses_longer_texts(tmp_path):
     exported.call(*_batch(model, 9))
 
 
-def test_export_stablehlo_needs_a_head(tmp_path):
-  model = models.make()
-  bare = export_lib.Loaded(model.config, model.params, model.tokenizer)
-  with pytest.raises(ConfigError, match="has no head"):
-    export_lib.export_stablehlo(tmp_path / "out", bare)
+def test_program_of_an_encoder_returns_vectors(tmp_path):
+  model = models.make("embed")
+  export_lib.export_stablehlo(tmp_path / "out", model)
+  [text] = ["the cat sat"]
+  ids = model.tokenizer.encode_batch([text], 9)[0][None]
+  mask = np.ones_like(ids, bool)
+  found = _load(tmp_path / "out").call(ids, mask)
+  expected = models.logits(model, text)
+  np.testing.assert_allclose(found[0], expected, atol=1e-5)

@@ -183,7 +183,7 @@ def test_sentence_encoder_has_the_files_and_vectors(start, tmp_path):
   modules = [{"type": f"x.{k}", "path": path} for k, path in kinds.items()]
   (source / "modules.json").write_text(json.dumps(modules))
   model = folding.load(source)
-  assert (model.config.model.pooling, model.is_normalized) == ("mean", True)
+  assert _pooling_of(model) == ("mean", True)
 
   folder = tmp_path / "onnx"
   onnx_export.export_onnx(folder, model)
@@ -211,19 +211,19 @@ def test_sentence_encoder_has_the_files_and_vectors(start, tmp_path):
     text = (folder / name).read_text("utf-8")
     assert (tmp_path / "hf" / name).read_text("utf-8") == text
   export_lib.export(
-    tmp_path / "own",
-    model.config,
-    model.params,
-    model.tokenizer,
-    is_normalized=True,
+    tmp_path / "own", model.config, model.params, model.tokenizer
   )
   for name in ("hf", "own"):
-    again = folding.load(tmp_path / name)
-    assert (again.config.model.pooling, again.is_normalized) == ("mean", True)
+    assert _pooling_of(folding.load(tmp_path / name)) == ("mean", True)
   pooling["pooling_mode_max_tokens"] = True
   (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
   with pytest.raises(ConfigError, match="pooling_mode_max_tokens"):
     folding.load(source)
+
+
+def _pooling_of(model):
+  m = model.config.model
+  return m.pooling, m.normalize
 
 
 def test_what_has_no_program_is_refused(start, tmp_path, monkeypatch):

@@ -1,0 +1,73 @@
+"""Texts of similar length in batches, through a model, in their order again."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from folding.config import Config
+from folding.data.batches import (
+  bucket_lengths,
+  encode_rows,
+  padded,
+  segments_of,
+)
+from folding.data.tokenizers import Text, Tokenizer
+from folding.errors import ConfigError
+
+
+def require_size(batch_size: int) -> None:
+  """Raises `ConfigError` if a batch size is out of range."""
+  if not 1 <= batch_size <= 65_536:
+    raise ConfigError(f"the batch size must be 1 to 65,536; it is {batch_size}")
+
+
+def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
+  """Raises `ConfigError` unless all outputs of a model are numbers."""
+  if not are_numbers.all():
+    raise ConfigError(
+      "the model returns no numbers (NaN); its weights are damaged, or too "
+      f"large for model.dtype {dtype}"
+    )
+
+
+def outputs(
+  config: Config,
+  tokenizer: Tokenizer,
+  forward: Callable[..., jax.Array],
+  texts: Sequence[Text],
+  *,
+  batch_size: int,
+  width: int,
+  report: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
+  """Returns float32[texts, width], the output of a model for each text.
+
+  Args:
+    config: Of the model.
+    tokenizer: Of the model.
+    forward: (tokens, mask, segments or None) -> float[B, width].
+    texts: All single, or all pairs.
+    batch_size: Texts per batch; those of a batch are of similar length.
+    width: Numbers per text.
+    report: Called after each batch with its number of texts.
+  """
+  length = config.data.length
+  rows, seconds = encode_rows(tokenizer, texts, length)
+  buckets = bucket_lengths(length)
+  order = np.argsort([row.size for row in rows], kind="stable")
+  found = np.zeros((len(rows), width), np.float32)
+  for start in range(0, len(rows), batch_size):
+    members = order[start : start + batch_size]
+    bucket = buckets[int(np.searchsorted(buckets, rows[members[-1]].size))]
+    # The full batch size, so that a smaller last batch compiles nothing.
+    tokens, mask = padded(
+      [rows[i] for i in members], (batch_size, bucket), tokenizer.pad_id
+    )
+    segments = None
+    if seconds is not None and config.model.segments:
+      segments = segments_of(seconds[members], mask)
+    out = np.asarray(forward(tokens, mask, segments))
+    found[members] = out[: len(members)]
+    report(len(members))
+  return found

@@ -1,0 +1,138 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import folding
+from folding import cli
+from folding.errors import ConfigError
+from folding.serving import export as export_lib
+from folding.serving import onnx_export
+from tests.models import checkpoints
+from tests.serving import models
+
+TEXTS = ["a b c", "f", "a b c d e f a b c d e f a", "", "c c", "e d c b a"]
+
+
+def sentence_files(folder, pooling="mean_tokens", normalize=True, length=9):
+  """Writes what sentence-transformers reads beside a checkpoint."""
+  kinds = {"Transformer": "", "Pooling": "1_Pooling"}
+  if normalize:
+    kinds["Normalize"] = "2_Normalize"
+  modules = [
+    {"type": f"x.{kind}", "path": path} for kind, path in kinds.items()
+  ]
+  (folder / "modules.json").write_text(json.dumps(modules))
+  (folder / "1_Pooling").mkdir(exist_ok=True)
+  names = ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
+  modes = {f"pooling_mode_{name}": name == pooling for name in names}
+  (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+  limits = {"max_seq_length": length, "do_lower_case": False}
+  (folder / "sentence_bert_config.json").write_text(json.dumps(limits))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+  """Returns a tiny BERT without sentence files."""
+  folder = tmp_path_factory.mktemp("encode") / "bert"
+  checkpoints.write(folder, "bert")
+  return folder
+
+
+def oracle(folder, texts, length, pooling="mean"):
+  """Returns the pooled vectors that torch computes, one text at a time."""
+  model = transformers.AutoModel.from_pretrained(folder).eval()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>"
+  )
+  found = []
+  for text in texts:
+    inputs = tokenizer(
+      [text], truncation=True, max_length=length, return_tensors="pt"
+    )
+    with torch.no_grad():
+      hidden = model(inputs["input_ids"]).last_hidden_state[0]
+    vector = {"mean": hidden.mean(0), "first": hidden[0], "last": hidden[-1]}
+    found.append(vector[pooling].numpy())
+  return np.array(found)
+
+
+@pytest.mark.parametrize(
+  ("theirs", "pooling", "normalize"),
+  [("mean_tokens", "mean", True), ("cls_token", "first", False)],
+)
+def test_vectors_are_those_of_torch(bert, tmp_path, theirs, pooling, normalize):
+  folder = tmp_path / "bert"
+  shutil.copytree(bert, folder)
+  sentence_files(folder, theirs, normalize)
+  expected = oracle(folder, TEXTS, 9, pooling)
+  if normalize:
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+  model = folding.load(folder)
+  reports = []
+  found = model.encode(TEXTS, batch_size=4, report=reports.append)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert (found.dtype, reports) == (np.float32, [4, 2])
+
+
+def test_encoder_without_sentence_files_takes_the_mean(bert):
+  expected = oracle(bert, TEXTS, checkpoints.P)
+  found = folding.load(bert).encode(TEXTS, batch_size=4)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_all_exports_of_an_encoder_make_its_vectors(bert, tmp_path):
+  import onnxruntime
+
+  folder = tmp_path / "bert"
+  shutil.copytree(bert, folder)
+  sentence_files(folder)
+  model = folding.load(folder)
+  expected = model.encode(TEXTS, batch_size=8)
+  export_lib.export_hf(tmp_path / "hf", model)
+  export_lib.export(
+    tmp_path / "own", model.config, model.params, model.tokenizer
+  )
+  for name in ("hf", "own"):
+    found = folding.load(tmp_path / name).encode(TEXTS, batch_size=8)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+  limits = json.loads((tmp_path / "hf/sentence_bert_config.json").read_text())
+  assert limits["max_seq_length"] == 9
+  onnx_export.export_onnx(tmp_path / "onnx", model)
+  session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+  rows = model.tokenizer.encode_rows(TEXTS, 9).ids
+  for ids, vector in zip(rows, expected, strict=True):
+    feed = {"input_ids": ids[None].astype(np.int64)}
+    feed["attention_mask"] = np.ones_like(feed["input_ids"])
+    [found] = session.run(["sentence_embedding"], feed)
+    np.testing.assert_allclose(np.asarray(found)[0], vector, atol=1e-5)
+
+
+def test_encode_verb_writes_a_row_per_line(bert, tmp_path, capsys):
+  (tmp_path / "texts.txt").write_text("a b c\n\nf e\n", encoding="utf-8")
+  command = ["encode", str(bert), str(tmp_path / "texts.txt")]
+  output = f"--output={tmp_path / 'vectors.npy'}"
+  assert cli.main([*command, output]) == 0
+  found = np.load(tmp_path / "vectors.npy")
+  expected = folding.load(bert).encode(["a b c", "", "f e"])
+  np.testing.assert_array_equal(found, expected)
+  assert cli.main([*command, output]) == 2  # it is there already
+  assert cli.main([*command, f"--output={tmp_path / 'a.txt'}"]) == 2
+  (tmp_path / "texts.txt").write_text("\n", encoding="utf-8")
+  assert cli.main([*command, f"--output={tmp_path / 'b.npy'}"]) == 2
+  assert "no text" in capsys.readouterr().err
+
+
+def test_what_makes_no_vectors_is_refused(tmp_path):
+  with pytest.raises(ConfigError, match="language model"):
+    models.make("lm").encode(["the cat"])
+  with pytest.raises(ConfigError, match="predict"):
+    models.make("classify").encode(["the cat"])
+  with pytest.raises(ConfigError, match="one text"):
+    models.make("embed").encode("the cat")
+  checkpoints.write(tmp_path / "gpt2", "gpt2")
+  with pytest.raises(ConfigError, match="modules.json"):
+    folding.load(tmp_path / "gpt2").encode(["a"])
