@@ -17,12 +17,19 @@ import numpy as np
 
 from folding.config import Config, DataConfig
 from folding.data import sources, tokenizers
-from folding.data.tokenizers import Encoded, Text, Tokenizer, flat
+from folding.data.tokenizers import (
+  Encoded,
+  MappedTokenizer,
+  Text,
+  Tokenizer,
+  flat,
+)
 from folding.errors import ConfigError
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
 SHORTEST_BUCKET = 16
+STS = "sts"  # split of `DataConfig.sts`
 _NUM_STEPS = 1 << 40  # without end, but Grain needs a number
 _COUNTED = 1 << 20  # tokens that are counted together
 
@@ -46,13 +53,16 @@ class Data:
     labels: int32[B] classes ("classify"), float32[B] scores ("regress"), or
       float32[B, C], 1 at the classes of a row ("multilabel").
     weights: float32[B], 1 for a row, 0 for padding.
+  Task "embed" has no labels. If tokens have left the tokenizer, its batches have
+  the texts as the teacher reads them:
+    whole_tokens, whole_mask: int32 and bool [B, Lb].
 
   With several processes, each gets its share of the rows: B / count.
 
   Attributes:
     tokenizer: Text to ids; its vocabulary is that of the model.
-    num_classes: Number of outputs of the head; 0 for "lm".
-    label_names: Names of the outputs, classes in id order; () for "lm".
+    num_classes: Number of outputs of the head; 0 without a head.
+    label_names: Names of the outputs, classes in id order; () without a head.
     num_bytes: UTF-8 bytes of text behind the targets of each split ("lm"). An
       end token stands for 0 bytes. The summed loss in nats of an evaluation /
       ln 2 / num_bytes is bits per byte. {} for other tasks.
@@ -61,6 +71,8 @@ class Data:
     config: Batch sizes and the like.
     examples: Ids of all splits, cut into batches.
     pair: Columns of pairs; None for single texts.
+    scores: float32[pairs] of `data.sts`, whose texts are the split "sts": all
+      the first ones, then all the second ones. None without.
   """
 
   tokenizer: Tokenizer
@@ -72,6 +84,7 @@ class Data:
   config: DataConfig
   examples: "_Windows | _Rows"
   pair: tuple[str, str] | None = None
+  scores: np.ndarray | None = None
 
   @property
   def has_segments(self) -> bool:
@@ -149,14 +162,20 @@ def make_data(
         f"data.{name} {size} does not divide among {process_count} processes; "
         "use a multiple"
       )
-  texts = sources.load_texts(data, config.task)
+  texts, scores = sources.load_texts(data, config.task), None
+  if data.sts is not None:
+    firsts, seconds, scores = sources.load_scored_pairs(data.sts)
+    texts.texts[STS] = firsts + seconds
   if tokenizer is None:
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
   # Hashed, so seeds 0 and 1 share no epoch: Grain adds the epoch to the seed.
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
   kind = _Windows if config.task == "lm" else _Rows
-  examples = kind(texts, tokenizer, data, seed=seed, share=share)
+  whole = None  # as the teacher of sentence vectors reads
+  if config.task == "embed" and isinstance(tokenizer, MappedTokenizer):
+    whole = tokenizers.load_tokenizer(data.tokenizer)
+  examples = kind(texts, tokenizer, data, seed=seed, share=share, whole=whole)
   if examples.sizes["train"] < data.batch_size:
     raise ConfigError(
       f"the train split has {examples.sizes['train']} {kind.unit} of "
@@ -175,10 +194,11 @@ def make_data(
     label_names=texts.label_names,
     num_bytes=num_bytes,
     num_examples=examples.sizes,
-    digest=_digest(texts),
+    digest=_digest(texts, scores),
     config=data,
     examples=examples,
     pair=texts.pair,
+    scores=scores,
   )
 
 
@@ -195,15 +215,17 @@ def vocab_size(data: DataConfig) -> int:
   return tokenizers.load_tokenizer(data.tokenizer).vocab_size
 
 
-def _digest(texts: sources.Texts) -> str:
+def _digest(texts: sources.Texts, scores: np.ndarray | None) -> str:
   sha = hashlib.sha256()
-  for split in sources.SPLITS:
+  for split in texts.texts:
     for text in flat(texts.texts[split]):
       encoded = text.encode("utf-8")
       sha.update(len(encoded).to_bytes(8, "little") + encoded)
     sha.update(b"end")
     if texts.labels is not None:
       sha.update(texts.labels[split].tobytes())
+  if scores is not None:
+    sha.update(scores.tobytes())
   return sha.hexdigest()
 
 
@@ -225,7 +247,9 @@ class _Windows:
     *,
     seed: int,
     share: slice,
+    whole: Tokenizer | None = None,
   ):
+    assert whole is None
     self._data, self._share, self._pad_id = data, share, tokenizer.pad_id
     dtype = _dtype(tokenizer)
     self._streams = {
@@ -271,7 +295,7 @@ class _Windows:
 
 
 class _Rows:
-  """Rows of text and label, in batches of similar length.
+  """Rows of text and perhaps label, in batches of similar length.
 
   Attributes:
     sizes: Number of rows of each split.
@@ -289,28 +313,41 @@ class _Rows:
     *,
     seed: int,
     share: slice,
+    whole: Tokenizer | None = None,
   ):
-    assert texts.labels is not None
     self._data, self._seed, self._share = data, seed, share
     self._pad_id, self._labels = tokenizer.pad_id, texts.labels
     rows = {
-      split: encode_rows(tokenizer, texts.texts[split], data.length)
-      for split in sources.SPLITS
+      split: encode_rows(tokenizer, found, data.length)
+      for split, found in texts.texts.items()
     }
     dtype = _dtype(tokenizer)
     self._ids = {
       split: [row.astype(dtype) for row in found.ids]
       for split, found in rows.items()
     }
+    # The ids of a teacher, with another tokenizer.
+    self._whole: dict[str, list[np.ndarray]] = {}
+    if whole is not None:
+      self._whole_pad_id = whole.pad_id
+      self._whole = {
+        split: encode_rows(whole, found, data.length).ids
+        for split, found in texts.texts.items()
+      }
     self._seconds = {split: found.seconds for split, found in rows.items()}
     self.has_segments = has_segments(rows["train"])
     self.train_ids = self._ids["train"]
     self.sizes = {split: len(rows) for split, rows in self._ids.items()}
     self._buckets = bucket_lengths(data.length)
-    sizes = [row.size for row in self.train_ids]
+    sizes = self._lengths("train", np.arange(self.sizes["train"]))
     self._bucket_of = np.searchsorted(self._buckets, sizes)
     # Two epochs, since a thread may be one ahead of its reader.
     self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
+
+  def _lengths(self, split: str, index: np.ndarray) -> list[int]:
+    """Returns the tokens of rows, by the tokenizer that makes more of them."""
+    parts = [x[split] for x in (self._ids, self._whole) if x]
+    return [max(part[i].size for part in parts) for i in index]
 
   def train_batch(self, step: int) -> Batch:
     """Returns this process's share of the batch of a step."""
@@ -324,7 +361,7 @@ class _Rows:
     size = self._data.eval_batch_size
     stop = min((index + 1) * size, self.sizes[split])
     members = np.arange(index * size, stop)
-    longest = max(self._ids[split][i].size for i in members)
+    longest = max(self._lengths(split, members))
     bucket = self._buckets[int(np.searchsorted(self._buckets, longest))]
     return self._rows(split, members, bucket=bucket, size=size)
 
@@ -352,16 +389,23 @@ class _Rows:
     self, split: str, index: np.ndarray, *, bucket: int, size: int
   ) -> Batch:
     """Returns the share of a batch of these rows, padded to the bucket."""
-    rows, found = [self._ids[split][i] for i in index], self._labels[split]
+    rows = [self._ids[split][i] for i in index]
     tokens, mask = padded(rows, (size, bucket), self._pad_id)
-    labels = np.zeros((size, *found.shape[1:]), found.dtype)
-    labels[: len(index)] = found[index]
     batch = {
       "tokens": tokens,
       "mask": mask,
-      "labels": labels,
       "weights": (np.arange(size) < len(index)).astype(np.float32),
     }
+    if self._labels is not None:
+      found = self._labels[split]
+      labels = np.zeros((size, *found.shape[1:]), found.dtype)
+      labels[: len(index)] = found[index]
+      batch["labels"] = labels
+    if self._whole:
+      rows = [self._whole[split][i] for i in index]
+      batch["whole_tokens"], batch["whole_mask"] = padded(
+        rows, (size, bucket), self._whole_pad_id
+      )
     seconds = self._seconds[split]
     if self.has_segments and seconds is not None:
       batch["segments"] = segments_of(seconds[index], mask)

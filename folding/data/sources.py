@@ -12,7 +12,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -49,6 +49,7 @@ _TEXT_NAMES = (  # the first whose columns are all there is chosen
 )
 _LABEL_NAMES = {
   "lm": ("label",),
+  "embed": ("label",),
   "classify": ("label",),
   "regress": ("score", "label"),
   "multilabel": ("labels", "label"),
@@ -62,9 +63,9 @@ class Texts:
   Attributes:
     texts: Strings of each split, or pairs of them. A split is empty if the
       source has none and the configured fraction is 0.
-    labels: Label of each text, see `labels.to_array`; None for a language model.
+    labels: Label of each text, see `labels.to_array`; None for a task without.
     label_names: Names of a head's outputs, see `labels.output_names`; () for a
-      language model.
+      task without labels.
     pair: Columns of pairs; None for single texts.
   """
 
@@ -74,6 +75,40 @@ class Texts:
   pair: tuple[str, str] | None = None
 
 
+class ScoredPairs(NamedTuple):
+  """Pairs of texts with scores of their similarity.
+
+  Attributes:
+    firsts: The first text of each pair.
+    seconds: The second.
+    scores: float32[pairs].
+  """
+
+  firsts: list[str]
+  seconds: list[str]
+  scores: np.ndarray
+
+
+def load_scored_pairs(path: str) -> ScoredPairs:
+  """Reads a file with the columns "score", "sentence1" and "sentence2".
+
+  Raises:
+    ConfigError: it is missing or malformed, or its scores are all the same.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise ConfigError(f"data.sts: there is no file {path}")
+  columns = DataConfig(
+    text_field=("sentence1", "sentence2"), label_field="score"
+  )
+  rows = _read_file(file, columns, "regress")
+  firsts, seconds = zip(*rows.texts, strict=True)
+  scores = np.array(rows.labels, np.float32)
+  if np.ptp(scores) == 0:
+    raise ConfigError(f"{path}: the scores are all {scores[0]}")
+  return ScoredPairs([*firsts], [*seconds], scores)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """Texts and labels of a split, as a source has them.
@@ -81,7 +116,7 @@ class Rows:
   Attributes:
     source: File or TFDS split, for messages.
     texts: One for each row.
-    labels: One for each row; None for a language model.
+    labels: One for each row; None for a task without labels.
     lines: Line of each row in the file; 0 for other sources.
     columns: Column of the texts, or two of pairs; () for plain text.
   """
@@ -118,12 +153,13 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   class; equal texts stay in one split.
 
   `data.max_bytes` limits the training text; valid and test get an eighth of it
-  each. A language model's text is cut at the last line end that fits. Labelled
+  each. A language model's text is cut at the last line end that fits. Other
   texts are kept or dropped whole, chosen by the same hash.
 
   Args:
     data: The source and its fields.
-    task: Decides what labels are; "lm" ignores them.
+    task: Decides what labels are; "lm" and "embed" ignore them. A line of a
+      .txt is a text of "embed"; for "lm" the file is one text.
 
   Raises:
     ConfigError: the source is missing, malformed or cannot be fetched.
@@ -154,7 +190,8 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   if data.max_bytes is not None:
     for name in SPLITS:
       limit = data.max_bytes if name == "train" else data.max_bytes // 8
-      splits[name] = _limited(splits[name], name, limit)
+      limited = _cut_to if task == "lm" else _limited
+      splits[name] = limited(splits[name], name, limit)
   if not splits["train"].texts:
     raise ConfigError(
       f"no text is left to train on in {train.source}; give more text "
@@ -162,7 +199,7 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
     )
   _warn_of_repeats(splits)
   texts: dict[str, Sequence[Text]] = {s: splits[s].texts for s in SPLITS}
-  if task == "lm":
+  if task in config_lib.UNLABELLED:
     return Texts(texts, None, ())
   labels = {
     split: labels_lib.to_array(
@@ -249,22 +286,26 @@ def _cut(rows: Rows, fractions: dict[str, int | float]) -> dict[str, Rows]:
   return parts
 
 
+def _cut_to(rows: Rows, split: str, limit: int) -> Rows:
+  """Returns the first `limit` bytes of the rows, or less."""
+  del split  # for the messages of `_limited`
+  texts, left = [], limit
+  for text in map(_joined, rows.texts):
+    encoded = text.encode("utf-8")
+    if len(encoded) > left:
+      # At a line end; without one, at a character.
+      encoded = encoded[: encoded.rfind(b"\n", 0, left) + 1] or encoded[:left]
+      text, left = encoded.decode("utf-8", errors="ignore"), 0
+    texts.append(text)
+    left -= len(encoded)
+    if left <= 0:
+      break
+  texts = [text for text in texts if text]
+  return Rows(rows.source, texts, None, [0] * len(texts))
+
+
 def _limited(rows: Rows, split: str, limit: int) -> Rows:
-  """Returns at most `limit` bytes of the rows."""
-  if rows.labels is None:
-    texts, left = [], limit
-    for text in map(_joined, rows.texts):
-      encoded = text.encode("utf-8")
-      if len(encoded) > left:
-        # At a line end; without one, at a character.
-        encoded = encoded[: encoded.rfind(b"\n", 0, left) + 1] or encoded[:left]
-        text, left = encoded.decode("utf-8", errors="ignore"), 0
-      texts.append(text)
-      left -= len(encoded)
-      if left <= 0:
-        break
-    texts = [text for text in texts if text]
-    return Rows(rows.source, texts, None, [0] * len(texts))
+  """Returns whole rows of at most `limit` bytes."""
   sizes = [len(_joined(text).encode("utf-8")) for text in rows.texts]
   order = sorted(range(len(sizes)), key=lambda i: (_digest(rows.texts[i]), i))
   kept, left = [], limit
@@ -313,7 +354,7 @@ def _read_path(
     split: _read_file(file, data, task) for split, file in files.items()
   }
   path = folder / "labels.txt"
-  if task == "lm" or not path.is_file():
+  if task in config_lib.UNLABELLED or not path.is_file():
     return splits, None
   names = [line.strip() for line in _decode(path).split("\n") if line.strip()]
   for i, name in enumerate(names):
@@ -359,6 +400,10 @@ def _read_file(
   text = _decode(file)
   if not text.strip():
     raise ConfigError(f"{file} is empty")
+  if file.suffix == ".txt" and task == "embed":
+    lines = [(n, line) for n, line in _lines(text) if line.strip()]
+    numbers, found = zip(*lines, strict=True)
+    return Rows(str(file), [*found], None, [*numbers], ("text",))
   if file.suffix == ".txt":
     if task != "lm":
       raise ConfigError(
@@ -376,7 +421,8 @@ def _read_file(
       f"{file} has no header with the columns {' and '.join(data.text_field)} "
       "(data.text_field)"
     )
-  rows = Rows(str(file), [], None if task == "lm" else [], [], columns)
+  labels = None if task in config_lib.UNLABELLED else []
+  rows = Rows(str(file), [], labels, [], columns)
   for line, row in table:
     rows.lines.append(line)
     place = rows.place(-1)
@@ -577,15 +623,18 @@ def _choose_texts(
     columns: Columns that may be configured or have a usual name.
     texts: The columns that look like text.
     data: May configure them.
-    task: "lm" has no pairs.
+    task: "lm" and "embed" have no pairs.
   """
   wanted = data.text_field
-  if isinstance(wanted, tuple) and task == "lm":
-    raise ConfigError("task 'lm' reads single texts; data.text_field is a pair")
+  is_single = task in config_lib.UNLABELLED
+  if isinstance(wanted, tuple) and is_single:
+    raise ConfigError(
+      f"task {task!r} reads single texts; data.text_field is a pair"
+    )
   wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
   for name in wanted:
     _configured(place, columns, "text", name)
-  usual = [x for x in _TEXT_NAMES if len(x) == 1 or task != "lm"]
+  usual = [x for x in _TEXT_NAMES if len(x) == 1 or not is_single]
   chosen = wanted or _usual(columns, usual)
   if chosen:
     return chosen
@@ -635,7 +684,7 @@ def _read_tfds(
   table: Any = builder.info.features
   features: dict[str, Any] = dict(table.items())
   label_field = None
-  if task != "lm":
+  if task not in config_lib.UNLABELLED:
     label_field = _label_feature(data, features, task)
   texts = [
     name
@@ -652,9 +701,8 @@ def _read_tfds(
     found = [s for s in builder.info.splits if s.startswith(prefixes)]
     if not found:
       continue
-    rows = Rows(
-      f"{data.name}[{found[0]}]", [], None if task == "lm" else [], [], columns
-    )
+    labels = None if label_field is None else []
+    rows = Rows(f"{data.name}[{found[0]}]", [], labels, [], columns)
     limit = data.max_bytes
     if limit is not None and split == "train":
       # Room for the splits that may be set aside from it.

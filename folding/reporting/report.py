@@ -17,6 +17,7 @@ from folding.training import run_dir
 
 KINDS = {
   "lm": "language model",
+  "embed": "encoder of sentences",
   "classify": "classifier",
   "multilabel": "classifier of several labels",
   "regress": "regression model",
@@ -27,6 +28,7 @@ METRICS = {
   "matthews": "Matthews correlation",
   "pearson": "Pearson correlation",
   "spearman": "Spearman correlation",
+  "cosine": "cosine to the teacher",
 }
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
@@ -86,6 +88,8 @@ class Run:
     """Unit of the loss."""
     if self.config.task == "regress":
       return "squared error"
+    if self.config.task == "embed":
+      return "squared distance to the teacher, relative"
     return f"nats per {'token' if self.config.task == 'lm' else 'example'}"
 
 

@@ -516,7 +516,7 @@ def _sensitivity_sums(model, params, tokens, mask, segments, key):
 
     with nn.intercept_methods(add):
       out = model.apply({"params": params}, tokens, mask, True, segments)
-    if model.num_classes:
+    if model.num_classes or model.embeds:
       return jnp.sum(out * jax.random.rademacher(key, out.shape, out.dtype))
     drawn = jax.lax.stop_gradient(jax.random.categorical(key, out))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(out), drawn[..., None], -1)

@@ -476,13 +476,29 @@ def teacher_of(
 ) -> tuple[Transformer, dict[str, Any]] | None:
   """Returns the dense teacher of a run, None without distillation.
 
-  Its parameters are bfloat16; each layer computes in `model.dtype`.
+  Its parameters are bfloat16; each layer computes in `model.dtype`. That of task
+  "embed", which metrics too compare with, is exact and keeps all tokens.
+
+  Raises:
+    ConfigError: task "embed" has no teacher, or nothing to learn from it.
   """
-  d = config.distill
-  if not d.is_used:
+  d, is_embed = config.distill, config.task == "embed"
+  if not (d.is_used or is_embed):
     return None
-  path = d.teacher or config.pretrained or ""
+  if is_embed and config.dense:
+    raise ConfigError(
+      "task 'embed' learns from its dense checkpoint; dense=True would train "
+      "nothing"
+    )
+  path = d.teacher or config.pretrained
+  if path is None:
+    raise ConfigError(
+      "task 'embed' learns from a trained encoder; set pretrained=PATH, as "
+      "configs/embed.py does"
+    )
   model, params = dense_start(path, config, data, needs_head=d.logits > 0)
+  if is_embed:
+    return model, params
   params = without_trimmed(data.tokenizer, params)
   half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
   return model.clone(vocab_size=data.tokenizer.vocab_size), half

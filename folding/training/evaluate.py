@@ -20,8 +20,9 @@ def make_eval_step(
 ) -> Callable[..., dict[str, jax.Array]]:
   """Returns the jitted function (params, batch) -> sums, and rows.
 
-  Sums are those of `losses.summed_loss`. For tasks other than "lm" it also
-  returns "logits", "labels" and "weights" of the rows.
+  Sums are those of `losses.summed_loss`. For tasks with labels it also returns
+  "logits", "labels" and "weights" of the rows. Of task "embed" sums are those of
+  `losses.summed_vector_loss` beside batch["taught"].
 
   Args:
     model: The Linen model.
@@ -35,6 +36,11 @@ def make_eval_step(
       variables, batch["tokens"], mask, True, segments, method="encode"
     )
     read_out = functools.partial(model.apply, method="read_out")
+    if "taught" in batch:
+      vectors = read_out(variables, x, mask)
+      return losses.summed_vector_loss(
+        vectors, batch["taught"], batch["weights"]
+      )
     if "labels" in batch:
       logits = read_out(variables, x, mask)
       rows = {name: batch[name] for name in ("labels", "weights")}
@@ -66,6 +72,8 @@ def evaluate(
 ) -> dict[str, Any]:
   """Returns the metrics of a split.
 
+  Those of task "embed" are means over texts of "loss" and "cosine".
+
   Args:
     eval_step: From `make_eval_step`.
     params: Parameters of the model.
@@ -81,19 +89,28 @@ def evaluate(
   Raises:
     TrainingError: the loss is not finite.
   """
-  total = count = 0.0
+  total = count = cosine = 0.0
+  is_embed = False
   rows: dict[str, list[np.ndarray]] = {"logits": [], "labels": []}
   for batch in batches:
     found = distributed.to_host(eval_step(params, put_batch(mesh, batch)))
     total += float(found["loss"])
     count += float(found["weight"])
-    if num_bytes is None:
+    if "cosine" in found:
+      is_embed, cosine = True, cosine + float(found["cosine"])
+    elif num_bytes is None:
       is_row = np.asarray(found["weights"]) > 0
       for name, parts in rows.items():
         parts.append(np.asarray(found[name])[is_row])
   loss = total / count
   if not math.isfinite(loss):
     raise TrainingError(f"the loss of the evaluation is {loss}")
+  if is_embed:
+    return {
+      "loss": loss,
+      "cosine": cosine / count,
+      "num_examples": round(count),
+    }
   if num_bytes is None:
     logits, labels = (np.concatenate(parts) for parts in rows.values())
     metrics = score(logits, labels, losses.task_of(labels))
@@ -144,3 +161,24 @@ def score(
   if task == "classify":
     values["matthews"] = float(metrics.matthews_corrcoef(labels, found))
   return values
+
+
+def spearman_of_pairs(vectors: np.ndarray, scores: np.ndarray) -> float:
+  """Returns the rank correlation of cosines with scores of similarity.
+
+  Args:
+    vectors: float[2 pairs, D], all the first ones, then all the second ones.
+    scores: float[pairs].
+
+  Returns:
+    From -1 to 1; 0 if all cosines are the same.
+  """
+  from scipy import stats  # slow to import
+
+  first, second = np.split(vectors.astype(np.float64), 2)
+  sizes = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+  cosines = (first * second).sum(axis=1) / np.maximum(sizes, 1e-24)
+  if np.ptp(cosines) == 0:
+    return 0.0
+  rank: Any = stats.spearmanr(cosines, scores)
+  return float(rank.statistic)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
 from folding.config import Config
 from folding.data import sources
-from folding.data.batches import Data, make_data
+from folding.data.batches import STS, Data, make_data
 from folding.errors import ConfigError, TrainingError
 from folding.models.params import GROUPS
 from folding.models.transformer import Transformer
@@ -39,7 +40,11 @@ from folding.training.compress import (
   with_pairs,
   write_fold,
 )
-from folding.training.evaluate import evaluate, make_eval_step
+from folding.training.evaluate import (
+  evaluate,
+  make_eval_step,
+  spearman_of_pairs,
+)
 from folding.training.progress import (
   Clock,
   MetricsWriter,
@@ -69,6 +74,7 @@ class Run(Program):
     )
     self.data = data
     self._eval_step = make_eval_step(self.model, self.mesh)
+    self._taught: dict[str, list[np.ndarray]] = {}
     self._compactor = Compactor(self)
 
   @property
@@ -141,7 +147,11 @@ class Run(Program):
     return {name: float(x) for name, x in found.items()}
 
   def evaluate(
-    self, params: Any, split: str, limit: int | None = None
+    self,
+    params: Any,
+    split: str,
+    limit: int | None = None,
+    teacher: tuple[Transformer, Any] | None = None,
   ) -> dict[str, Any]:
     """Returns the metrics of a split.
 
@@ -150,6 +160,7 @@ class Run(Program):
       split: "valid" or "test".
       limit: Number of batches, from the first. Their share of the bytes of the
         split is taken to be their share of its examples. None: all batches.
+      teacher: Model and parameters; task "embed" is compared to it.
 
     Raises:
       TrainingError: the loss is not finite.
@@ -163,9 +174,43 @@ class Run(Program):
     num_bytes = None
     if self.config.task == "lm":
       num_bytes = share * data.num_bytes[split]
-    return evaluate(
+    if self.config.task == "embed":
+      batches = self._with_taught(batches, split, teacher)
+    metrics = evaluate(
       self._eval_step, params, batches, self.mesh, num_bytes=num_bytes
     )
+    if data.scores is not None:
+      parts = self._vectors(self.model, params, data.eval_batches(STS))
+      vectors = np.concatenate([*parts])[: 2 * len(data.scores)]
+      metrics["spearman"] = spearman_of_pairs(vectors, data.scores)
+    return metrics
+
+  def _vectors(
+    self, model: Transformer, params: Any, batches: Iterable[Any]
+  ) -> Iterator[np.ndarray]:
+    """Yields the sentence vectors of each batch, float32[B, D]."""
+    for batch in batches:
+      placed = sharding.put_batch(self.mesh, batch)
+      found = _forward(model, params, placed["tokens"], placed["mask"])
+      yield np.asarray(distributed.to_host(found), np.float32)
+
+  def _with_taught(
+    self,
+    batches: Iterable[dict[str, Any]],
+    split: str,
+    teacher: tuple[Transformer, Any] | None,
+  ) -> Iterator[dict[str, Any]]:
+    """Yields batches with the teacher's vectors, computed once per split."""
+    assert teacher is not None
+    known = self._taught.setdefault(split, [])
+    for number, batch in enumerate(batches):
+      if number == len(known):
+        read = {
+          name: batch.get(f"whole_{name}", batch[name])
+          for name in ("tokens", "mask")
+        }
+        known += self._vectors(*teacher, [read])
+      yield {**batch, "taught": known[number]}
 
   def write_result(
     self,
@@ -200,6 +245,11 @@ class Run(Program):
     with distributed.together("another process failed to write"):
       if distributed.is_main():
         run_dir.write_result(workdir, result)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model: Transformer, params: Any, tokens: Any, mask: Any) -> Any:
+  return model.apply({"params": params}, tokens, mask)
 
 
 def run(config: Config, workdir: str) -> dict[str, Any]:
@@ -375,6 +425,7 @@ def _train(
   teacher_model = teacher_params = None
   if teacher is not None:
     teacher_model, teacher_params = teacher[0], run.place_teacher(teacher[1])
+    teacher = teacher_model, teacher_params
   steps = run.steps(teacher_model)
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
   usage = run.usage()
@@ -408,7 +459,7 @@ def _train(
         log.flush()
         loss = None
         if is_due:
-          metrics = run.evaluate(state.params, "valid", t.eval_batches)
+          metrics = run.evaluate(state.params, "valid", t.eval_batches, teacher)
           writer.write({"split": "valid", "step": step, **metrics})
           writer.say(_line(step, "valid", metrics))
           # Only a model that is pruned to its end can be the best.
@@ -438,7 +489,7 @@ def _train(
     best = checkpoints.best_step()
     if best is not None and best != t.steps:
       run, best, state = restore(run, checkpoints, best=True)
-    test = run.evaluate(state.params, "test")
+    test = run.evaluate(state.params, "test", teacher=teacher)
     test["checkpoint_step"] = best
     run.write_result(
       workdir,
@@ -488,6 +539,7 @@ def _rank(metrics: dict[str, Any], config: Config) -> float:
 def _line(step: int, name: str, metrics: dict[str, Any]) -> str:
   text = f"step {step:>6,}  {name}  loss {metrics['loss']:.4f}"
   for metric, label in (
+    ("cosine", "cosine {:.4f}"),
     ("accuracy", "accuracy {:.2%}"),
     ("macro_f1", "macro F1 {:.4f}"),
     ("matthews", "Matthews {:.4f}"),
@@ -521,7 +573,10 @@ def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
   this, checkpoints = open_run(workdir)
   with checkpoints:
     this, step, state = restore(this, checkpoints, best=True)
-  metrics = this.evaluate(state.params, split)
+  teacher = None
+  if this.config.task == "embed":
+    teacher = teacher_of(this.config, this.data)
+  metrics = this.evaluate(state.params, split, teacher=teacher)
   return {"split": split, "checkpoint_step": step, **metrics}
 
 

@@ -5,6 +5,7 @@ The labels of a batch say which loss it has:
   labels float32[B]: squared error of a score.
   labels float32[B, C]: cross-entropy with each of C labels, yes or no, summed
     over labels, nats.
+Sentence vectors have no labels: a teacher's vectors are their targets.
 """
 
 from collections.abc import Callable, Mapping
@@ -174,6 +175,53 @@ def summed_soft_loss(
     student, teacher = (jax.nn.log_softmax(x) for x in (student, teacher))
     nats = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
   return temperature**2 * jnp.sum(nats * weights)
+
+
+def summed_vector_loss(
+  vectors: Float[Array, "B D"],
+  taught: Float[Array, "B D"],
+  weights: Float[Array, " B"],
+) -> dict[str, jax.Array]:
+  """Returns how far sentence vectors are from those of a teacher.
+
+  Returns:
+    {"loss": |v - u|^2 / |u|^2, "cosine": of v and u, "weight"}: float32[] sums
+    over the batch, v the student's and u the teacher's.
+  """
+  chex.assert_equal_shape([vectors, taught])
+  v_BD, u_BD = vectors.astype(jnp.float32), taught.astype(jnp.float32)
+  size_B = jnp.maximum(jnp.sum(jnp.square(u_BD), axis=-1), 1e-12)
+  error_B = jnp.sum(jnp.square(v_BD - u_BD), axis=-1) / size_B
+  cosine_B = optax.cosine_similarity(v_BD, u_BD, epsilon=1e-12)
+  return {
+    "loss": jnp.sum(error_B * weights),
+    "cosine": jnp.sum(cosine_B * weights),
+    "weight": jnp.sum(weights),
+  }
+
+
+def pairs_loss(
+  vectors: Float[Array, "B D"],
+  taught: Float[Array, "B D"],
+  weights: Float[Array, " B"],
+) -> Float[Array, ""]:
+  """Returns the mean squared error of the cosines of all pairs of texts.
+
+  Args:
+    vectors: The student's.
+    taught: The teacher's.
+    weights: 0 leaves a text out.
+  """
+
+  def cosines(x_BD):
+    square_B1 = jnp.sum(jnp.square(x_BD), axis=-1, keepdims=True)
+    x_BD *= jax.lax.rsqrt(jnp.maximum(square_B1, 1e-24))
+    return x_BD @ x_BD.T
+
+  vectors, taught = (x.astype(jnp.float32) for x in (vectors, taught))
+  square_BB = jnp.square(cosines(vectors) - cosines(taught))
+  counts_BB = jnp.outer(weights, weights) * (1 - jnp.eye(len(weights)))
+  return jnp.sum(square_BB * counts_BB) / jnp.maximum(jnp.sum(counts_BB), 1)
 
 
 def hidden_loss(

@@ -302,9 +302,11 @@ def _inputs(
       "classify": ((B,), jnp.int32),
       "regress": ((B,), jnp.float32),
       "multilabel": ((B, _num_outputs(config)), jnp.float32),
+      "embed": (None, jnp.float32),
     }[config.task]
     batch["mask"] = array((B, L), jnp.bool_, rows)
-    batch["labels"] = array(shape, kind, rows)
+    if shape is not None:
+      batch["labels"] = array(shape, kind, rows)
     if config.model.segments:
       batch["segments"] = array((B, L), jnp.int32, rows)
     batch["weights"] = array((B,), jnp.float32, rows)
@@ -374,7 +376,7 @@ def _compiled(
 ) -> dict[str, Any]:
   """Returns the figures of `measure`, without "fits", of a whole program."""
   config, teacher = program.config, None
-  if config.distill.is_used:
+  if config.distill.is_used or config.task == "embed":
     dense = config_lib.dense_twin(config)
     teacher = make_model(dense, config.data.vocab_size, _num_outputs(config))
   step = program.step(is_mask_update=is_mask_update, teacher=teacher)

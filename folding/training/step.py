@@ -56,12 +56,14 @@ class Distillation:
     logits: Share of `losses.summed_soft_loss` in the loss, in [0, 1].
     hidden: Weight of `losses.hidden_loss`; 0 leaves it out.
     temperature: Softens the logits of both models.
+    pairs: Weight of `losses.pairs_loss`, of sentence vectors.
   """
 
   teacher: Any
   logits: float
   hidden: float
   temperature: float
+  pairs: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +204,9 @@ class Program:
     """
     d, distillation = self.config.distill, None
     if teacher is not None:
-      distillation = Distillation(teacher, d.logits, d.hidden, d.temperature)
+      distillation = Distillation(
+        teacher, d.logits, d.hidden, d.temperature, d.pairs
+      )
     return StepOptions(
       model=self.model,
       tx=self.tx,
@@ -282,7 +286,9 @@ def train_step(
     weight=jnp.maximum(jnp.sum(batch["weights"]), 1),
     tokens=jnp.maximum(_num_tokens(batch), 1),
   )
-  labels_only = dataclasses.replace(options, distillation=None)
+  labels_only = options
+  if not options.model.embeds:
+    labels_only = dataclasses.replace(options, distillation=None)
 
   def gradient(micro_batch, key):
     def loss_fn(params):
@@ -303,7 +309,12 @@ def train_step(
 
     def value(micro_batch, key):
       loss, _ = _loss(
-        params, micro_batch, key, totals=totals, options=labels_only
+        params,
+        micro_batch,
+        key,
+        totals=totals,
+        options=labels_only,
+        teacher_params=teacher_params,
       )
       return loss
 
@@ -375,8 +386,8 @@ def _loss(
   if distillation is not None:
     taught = distillation.teacher.apply(
       {"params": teacher_params},
-      tokens,
-      mask,
+      batch.get("whole_tokens", tokens),
+      batch.get("whole_mask", mask),
       True,
       segments,
       method="encode",
@@ -389,7 +400,27 @@ def _loss(
   if distillation is not None:
     weights["teacher"] = distillation.teacher.read_out_params(teacher_params)
 
+  def summed_vectors(weights, block):
+    if distillation is None:
+      raise ValueError("sentence vectors are learned from a teacher alone")
+    vectors = read_out({"params": weights["params"]}, block["x"], block["mask"])
+    vectors = sharding.pin_rows(options.mesh, vectors)
+    taught = distillation.teacher.apply(
+      {"params": weights["teacher"]},
+      block["taught"],
+      block.get("whole_mask", block["mask"]),
+      method="read_out",
+    )
+    rows = vectors, jax.lax.stop_gradient(taught), block["weights"]
+    sums = losses.summed_vector_loss(*rows)
+    if distillation.pairs:
+      pairs = distillation.pairs * losses.pairs_loss(*rows)
+      sums["loss"] += sums["weight"] * pairs
+    return sums
+
   def summed(weights, block):
+    if options.model.embeds:
+      return summed_vectors(weights, block)
     mask = block.get("mask")
     logits = read_out({"params": weights["params"]}, block["x"], mask)
     logits = sharding.pin_rows(options.mesh, logits)
@@ -414,10 +445,18 @@ def _loss(
   weight = jnp.maximum(sums["weight"], 1)
   loss = label_loss = sums["loss"] / weight
   if distillation is not None:
-    soft = sums["soft"] / weight
-    loss = (1 - distillation.logits) * loss + distillation.logits * soft
+    if "soft" in sums:
+      soft = sums["soft"] / weight
+      loss = (1 - distillation.logits) * loss + distillation.logits * soft
     if distillation.hidden:
-      loss += distillation.hidden * losses.hidden_loss(hidden, aims, mask)
+      where = mask
+      if options.model.embeds:  # the two tokenizers may differ
+        hidden = _text_means(hidden, batch["mask"])
+        aims = _text_means(aims, batch.get("whole_mask", batch["mask"]))
+        where = None
+      loss += distillation.hidden * losses.hidden_loss(hidden, aims, where)
+    if options.model.embeds:
+      label_loss = loss
   share = sums["weight"] / totals.weight
   seen = _num_tokens(batch) / totals.tokens
   return share * loss, _Aux(
@@ -425,6 +464,13 @@ def _loss(
     label_loss=share * label_loss,
     stats={name: seen * stat for name, stat in stats.items()},
   )
+
+
+def _text_means(hidden: Any, mask: jax.Array) -> Any:
+  """Returns the means over tokens, [B, D], of trees of [B, L, D]."""
+  weight_BL1 = mask[..., None].astype(jnp.float32)
+  count_B1 = jnp.maximum(weight_BL1.sum(1), 1)
+  return jax.tree.map(lambda x: (x * weight_BL1).sum(1) / count_B1, hidden)
 
 
 def _pin_blocks(mesh: Mesh | None) -> Callable[..., Any]:

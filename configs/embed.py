@@ -1,0 +1,76 @@
+r"""Makes an encoder of sentences smaller, without labels: `--config=configs/embed.py:PATH`.
+
+PATH is a Hugging Face folder or hub id (BERT, DistilBERT, RoBERTa, XLM-RoBERTa).
+Pooling and normalisation are those of its sentence-transformers files; without
+them, the mean over tokens. PATH,0.5 makes it 50% smaller instead of 70%. A plan
+chooses the groups of W_Q and W_K, the rank of W_V and W_O and the neurons of each
+layer by how far the vectors move; tokens that the text uses least leave the
+tokenizer. Then the model learns the vectors of the checkpoint on the text.
+
+  folding train --config=configs/embed.py:PATH --workdir=RUN \
+    --config.data.path=FILE        (.txt, a text a line, or .jsonl)
+  folding encode RUN texts.txt --output=vectors.npy
+
+With --config.data.sts=FILE.tsv (score, sentence1, sentence2) the rank correlation
+with scores of similarity is shown too.
+"""
+
+import os
+import re
+
+from folding import config as c
+from folding.data import tokenizers
+from folding.errors import ConfigError
+from folding.models import hf_weights, sentence
+from folding.training.compress import recipe
+
+
+def get_config(where: str = "") -> c.Config:
+  """Returns the configuration for "PATH", or "PATH,LEVEL" with a fraction.
+
+  Raises:
+    ConfigError: no path is given, or no encoder is there.
+  """
+  found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
+  path, level = (found[1], float(found[2])) if found else (where, None)
+  if level is not None and not 0 < level < 1:
+    raise ConfigError(
+      f"{where!r}: what to save is a fraction between 0 and 1, such as PATH,0.5"
+    )
+  if not path:
+    raise ConfigError("give configs/embed.py:PATH, a checkpoint or hub id")
+  if os.path.isdir(os.path.join(path, "checkpoints")):
+    raise ConfigError(
+      f"{path} is a run; give the checkpoint of the dense encoder"
+    )
+  folder = hf_weights.find_pretrained(path)
+  how = sentence.read(folder)
+  described = hf_weights.describe_pretrained(folder)
+  if how is None and described.config.causal:
+    raise ConfigError(
+      f"{path} is a language model, and no {sentence.MODULES} says how it makes a "
+      "vector of a text"
+    )
+  how = how or sentence.Sentence()
+  model = how.applied(described.config)
+  model.dropout = 0.0
+  data = c.DataConfig(
+    name="",  # the user has to set the data
+    tokenizer=str(folder / "tokenizer.json"),
+    length=min(described.max_length, how.max_length or 128, 128),
+    batch_size=32,
+    valid_fraction=0.02,
+    test_fraction=0.02,
+  )
+  config = c.Config(
+    task="embed",
+    preset="paper",
+    pretrained=path,
+    data=data,
+    model=model,
+    distill=c.DistillConfig(pairs=1.0, hidden=1.0),
+    train=c.TrainConfig(
+      steps=2000, learning_rate=5e-4, weight_decay=0.01, eval_every=250
+    ),
+  )
+  return recipe(config, tokenizers.load_tokenizer(data.tokenizer), level)

@@ -1,0 +1,160 @@
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import folding
+from configs import embed as embed_config
+from folding import config as c
+from folding.data import sources
+from folding.errors import ConfigError
+from folding.reporting import report
+from folding.serving import export as export_lib
+from folding.training import evaluate, loop, losses
+from tests.models import checkpoints
+
+
+def test_vector_loss_and_cosine_follow_their_definition():
+  rng = np.random.default_rng(0)
+  v, u = rng.normal(size=(2, 5, 3))
+  rows = [jnp.asarray(x, jnp.float32) for x in (v, u, [1, 1, 1, 1, 0])]
+  found = losses.summed_vector_loss(*rows)
+  sizes = [np.linalg.norm(x, axis=1) for x in (v, u)]
+  cosine = (v * u).sum(1) / (sizes[0] * sizes[1])
+  error = ((v - u) ** 2).sum(1) / sizes[1] ** 2
+  np.testing.assert_allclose(found["loss"], error[:4].sum(), rtol=1e-5)
+  np.testing.assert_allclose(found["cosine"], cosine[:4].sum(), rtol=1e-5)
+  square = []
+  for i in range(4):
+    for j in range(4):
+      if i != j:
+        cosines = [
+          x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j])
+          for x in (v, u)
+        ]
+        square.append((cosines[0] - cosines[1]) ** 2)
+  found = losses.pairs_loss(*rows)
+  np.testing.assert_allclose(found, np.mean(square), rtol=1e-5)
+
+
+def test_spearman_of_pairs_is_that_of_their_cosines():
+  angles = np.array([0.1, 0.4, 0.9, 1.3])
+  first = np.tile([1.0, 0.0], (4, 1)) * 3
+  second = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+  vectors = np.concatenate([first, second]).astype(np.float32)
+  scores = np.array([5, 4, 2, 3.0])
+  found = evaluate.spearman_of_pairs(vectors, scores)
+  assert found == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """Returns a folder with a tiny BERT, text, and scored pairs."""
+  folder = tmp_path_factory.mktemp("embed")
+  checkpoints.write(folder / "bert", "bert")
+  rng = np.random.default_rng(0)
+
+  def text():
+    return " ".join(rng.choice([*"abcdef"], rng.integers(3, 9)))
+
+  lines = list(dict.fromkeys(text() for _ in range(160)))
+  (folder / "texts.txt").write_text("\n".join(lines) + "\n")
+  rows = [f"{i % 6}\t{text()}\t{text()}" for i in range(12)]
+  header = "score\tsentence1\tsentence2"
+  (folder / "sts.tsv").write_text("\n".join([header, *rows]) + "\n")
+  return folder
+
+
+def short(folder, **fields):
+  """Returns the config of a short recovery."""
+  config = embed_config.get_config(f"{folder / 'bert'},0.3")
+  config.data.path = str(folder / "texts.txt")
+  config.data.sts = str(folder / "sts.tsv")
+  config.data.batch_size = config.data.eval_batch_size = 8
+  config.data.valid_fraction = config.data.test_fraction = 0.1
+  config.compress.calibration, config.compress.fit_steps = 96, 20
+  # Nothing that costs a plan, which has tests of its own.
+  config.compress.plan, config.compress.prune = "same", "none"
+  config.fpp.granularity, config.fpp.attention = "weight", "output"
+  config.train = c.TrainConfig(
+    steps=6, eval_every=3, learning_rate=3e-3, tensorboard=False
+  )
+  for name, value in fields.items():
+    setattr(config, name, value)
+  return config
+
+
+@pytest.fixture(scope="module")
+def run(source, tmp_path_factory):
+  """Returns the directory of a run and its result."""
+  workdir = tmp_path_factory.mktemp("embed_run") / "run"
+  return workdir, loop.run(short(source), str(workdir))
+
+
+def _cosines(a, b):
+  sizes = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+  return (a * b).sum(axis=1) / sizes
+
+
+def test_metrics_of_a_run_are_those_of_its_encoder(source, run):
+  workdir, result = run
+  overall = result["parameters"]["overall"]
+  assert overall["stored"] < 0.75 * overall["dense"]
+  model, dense = (folding.load(path) for path in (workdir, source / "bert"))
+  # The teacher reads all tokens, the model has fewer.
+  assert model.tokenizer.vocab_size < dense.tokenizer.vocab_size
+  config = short(source)
+  split = sources.load_texts(config.data, "embed").texts["test"]
+  texts = [text for text in split if isinstance(text, str)]
+  cosines = _cosines(model.encode(texts), dense.encode(texts))
+  assert result["test"]["cosine"] == pytest.approx(cosines.mean(), abs=1e-5)
+  firsts, seconds, scores = sources.load_scored_pairs(str(source / "sts.tsv"))
+  found = _cosines(model.encode(firsts), model.encode(seconds))
+  spearman = stats.spearmanr(found, scores)[0]
+  assert result["test"]["spearman"] == pytest.approx(spearman, abs=1e-5)
+  assert loop.evaluate_run(str(workdir))["cosine"] == result["test"]["cosine"]
+
+
+def test_report_and_export_of_a_run(source, run, tmp_path):
+  report.write_report(str(run[0]))
+  text = (run[0] / "report.md").read_text("utf-8")
+  assert "encoder of sentences" in text and "cosine to the teacher" in text
+  model = folding.load(run[0])
+  export_lib.export_hf(tmp_path / "hf", model)
+  again = folding.load(tmp_path / "hf")
+  texts = ["a b c d", "f f", "e"]
+  np.testing.assert_allclose(
+    again.encode(texts), model.encode(texts), atol=1e-5
+  )
+
+
+@pytest.mark.slow
+def test_run_resumes_bit_for_bit(run, tmp_path):
+  workdir, result = tmp_path / "run", run[1]
+  shutil.copytree(run[0], workdir)
+  shutil.rmtree(workdir / "checkpoints" / "6")
+  (workdir / "result.json").unlink()
+  again = loop.resume_run(str(workdir))
+  assert again["test"] == result["test"]
+
+
+def test_what_cannot_be_learned_is_refused(source, tmp_path):
+  empty = tmp_path / "empty.txt"
+  empty.write_text("\n")
+  cases = [
+    ({"dense": True}, "would train nothing"),
+    ({"task": "classify"}, "data.sts are for task 'embed'"),
+    ({"pretrained": None, "preset": "none"}, "pretrained"),
+  ]
+  for fields, words in cases:
+    with pytest.raises(ConfigError, match=words):
+      loop.run(short(source, **fields), str(tmp_path / "run"))
+  config = short(source)
+  config.data.path = str(empty)
+  with pytest.raises(ConfigError, match="is empty"):
+    loop.run(config, str(tmp_path / "run"))
+  checkpoints.write(tmp_path / "gpt2", "gpt2")
+  with pytest.raises(ConfigError, match="language model"):
+    embed_config.get_config(str(tmp_path / "gpt2"))
