@@ -257,19 +257,24 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
 
 
 @pytest.mark.slow
-def test_extrapolation_agrees_with_the_whole_model(config, monkeypatch):
+@pytest.mark.parametrize("is_mask_update", [False, True])
+def test_extrapolation_agrees_with_the_whole_model(
+  is_mask_update, config, monkeypatch
+):
   config = alike(config, 7, data=c.DataConfig(length=16, batch_size=16))
+  mesh = sharding.make_mesh(config.mesh)
+  program = Program(config, mesh, vocab_size=128, num_classes=0)
   devices = plan_lib.find_devices("cpu-8")
-  found = plan_lib.plan(config, devices)["compressed"]
-  monkeypatch.setattr(plan_lib, "_MANY", 8)
-  whole = plan_lib.plan(config, devices)["compressed"]
-  for program in ("step", "mask update"):
-    few, all_layers = (
-      jax.tree.leaves_with_path(one[program]) for one in (found, whole)
+  found = []
+  for many in (5, 8):
+    monkeypatch.setattr(plan_lib, "_MANY", many)
+    found.append(
+      plan_lib.measure(program, devices, is_mask_update=is_mask_update)
     )
-    assert len(few) > 8
-    for (name, value), (_, expected) in zip(few, all_layers, strict=True):
-      assert value == pytest.approx(expected, rel=0.05), name
+  few, whole = (jax.tree.leaves_with_path(one) for one in found)
+  assert len(few) > 8
+  for (name, value), (_, expected) in zip(few, whole, strict=True):
+    assert value == pytest.approx(expected, rel=0.05), name
 
 
 def test_cpus_share_the_memory_of_the_machine():
