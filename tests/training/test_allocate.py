@@ -162,9 +162,12 @@ def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
     assert stored == pytest.approx(2 * D * 48 * (1 - fraction))
 
 
-@pytest.mark.parametrize("role", ["o", "down"])
-def test_sensitivities_foretell_the_change_of_the_logits(role):
+@pytest.mark.parametrize(
+  ("role", "task"), [("o", "classify"), ("down", "classify"), ("down", "embed")]
+)
+def test_sensitivities_foretell_the_change_of_the_output(role, task):
   config = _config()
+  config.task = task
   params = _trained(config)
   rng = np.random.default_rng(2)
   batches = [{"tokens": rng.integers(0, V, (400, 1)).astype(np.int32)}]
@@ -172,7 +175,7 @@ def test_sensitivities_foretell_the_change_of_the_logits(role):
   model = make_model(c.dense_twin(config), V, num_classes=3)
   apply = jax.jit(model.apply)
 
-  def logits(error):
+  def output(error):
     part = params["blocks_1"]["attn" if role == "o" else "mlp"][role]
     moved = {**part, "bias": part["bias"] + error}
     name = f"blocks_1/{'attn' if role == 'o' else 'mlp'}/{role}"
@@ -184,7 +187,7 @@ def test_sensitivities_foretell_the_change_of_the_logits(role):
 
   for _ in range(3):
     error = 1e-2 * rng.normal(size=D).astype(np.float32)
-    found = np.square(logits(error) - logits(0 * error)).sum(1).mean()
+    found = np.square(output(error) - output(0 * error)).sum(1).mean()
     # Directions are sampled: some percent off with 400 texts.
     assert error @ matter @ error == pytest.approx(found, rel=0.25)
 
