@@ -188,11 +188,16 @@ class Run(Program):
   def _vectors(
     self, model: Transformer, params: Any, batches: Iterable[Any]
   ) -> Iterator[np.ndarray]:
-    """Yields the sentence vectors of each batch, float32[B, D]."""
+    """Yields the sentence vectors of each batch of all processes, float32[B, D].
+
+    Each process has every P-th row, and a global array their rows in a row.
+    """
     for batch in batches:
       placed = sharding.put_batch(self.mesh, batch)
       found = _forward(model, params, placed["tokens"], placed["mask"])
-      yield np.asarray(distributed.to_host(found), np.float32)
+      rows_BD = np.asarray(distributed.to_host(found), np.float32)
+      parts = np.split(rows_BD, jax.process_count())
+      yield np.stack(parts, axis=1).reshape(rows_BD.shape)
 
   def _with_taught(
     self,
@@ -210,7 +215,8 @@ class Run(Program):
           for name in ("tokens", "mask")
         }
         known += self._vectors(*teacher, [read])
-      yield {**batch, "taught": known[number]}
+      share = slice(jax.process_index(), None, jax.process_count())
+      yield {**batch, "taught": known[number][share]}
 
   def write_result(
     self,
