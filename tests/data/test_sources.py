@@ -706,3 +706,32 @@ def test_tfds_archive_asks_for_tensorflow(tmp_path):
   data = DataConfig(name="packed_reviews", dir=str(tmp_path))
   with pytest.raises(ConfigError, match="pip install tensorflow"):
     sources.load_texts(data, "classify")
+
+
+def test_lines_of_a_text_are_texts_of_sentences_kept_whole(tmp_path):
+  lines = [f"text number {i}" for i in range(40)]
+  path = tmp_path / "texts.txt"
+  path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+  found = sources.load_texts(DataConfig(path=str(path)), "embed")
+  assert sorted(sum(map(list, found.texts.values()), [])) == sorted(lines)
+  assert {s: len(x) for s, x in found.texts.items()} == {
+    "train": 32,
+    "valid": 4,
+    "test": 4,
+  }
+  assert (found.labels, found.label_names) == (None, ())
+  data = DataConfig(path=str(path), max_bytes=100)
+  few = sources.load_texts(data, "embed").texts["train"]
+  assert 0 < len(few) < 8 and {*few} <= {*lines}
+
+
+def test_scored_pairs_are_read_by_their_columns(tmp_path):
+  path = tmp_path / "sts.tsv"
+  rows = "score\tsentence1\tsentence2\n4.5\ta b\tb\n1\tc\td\n"
+  path.write_text(rows, encoding="utf-8")
+  found = sources.load_scored_pairs(str(path))
+  assert (found.firsts, found.seconds) == (["a b", "c"], ["b", "d"])
+  assert found.scores.tolist() == [4.5, 1.0]
+  path.write_text(rows.replace("4.5", "1"), encoding="utf-8")
+  with pytest.raises(ConfigError, match="all 1.0"):
+    sources.load_scored_pairs(str(path))

@@ -2,16 +2,18 @@ import shutil
 
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import pytest
 from scipy import stats
 
 import folding
 from configs import embed as embed_config
 from folding import config as c
-from folding.data import sources
+from folding.data import sources, tokenizers
 from folding.errors import ConfigError
 from folding.reporting import report
 from folding.serving import export as export_lib
+from folding.serving import onnx_export
 from folding.training import evaluate, loop, losses
 from tests.models import checkpoints
 
@@ -125,9 +127,18 @@ def test_report_and_export_of_a_run(source, run, tmp_path):
   export_lib.export_hf(tmp_path / "hf", model)
   again = folding.load(tmp_path / "hf")
   texts = ["a b c d", "f f", "e"]
-  np.testing.assert_allclose(
-    again.encode(texts), model.encode(texts), atol=1e-5
-  )
+  expected = model.encode(texts)
+  np.testing.assert_allclose(again.encode(texts), expected, atol=1e-5)
+  # The program reads ids of the whole tokenizer in its folder.
+  onnx_export.export_onnx(tmp_path / "onnx", model)
+  session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+  tokenizer = tokenizers.load_tokenizer(tmp_path / "onnx" / "tokenizer.json")
+  rows = tokenizer.encode_rows(texts, checkpoints.P).ids
+  for ids, vector in zip(rows, expected, strict=True):
+    feed = {"input_ids": ids[None].astype(np.int64)}
+    feed["attention_mask"] = np.ones_like(feed["input_ids"])
+    [found] = session.run(["sentence_embedding"], feed)
+    np.testing.assert_allclose(np.asarray(found)[0], vector, atol=1e-5)
 
 
 @pytest.mark.slow
