@@ -1,5 +1,6 @@
 """Loss and metrics of a model over a whole split."""
 
+import collections
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -89,28 +90,23 @@ def evaluate(
   Raises:
     TrainingError: the loss is not finite.
   """
-  total = count = cosine = 0.0
-  is_embed = False
+  sums: dict[str, float] = collections.defaultdict(float)
   rows: dict[str, list[np.ndarray]] = {"logits": [], "labels": []}
   for batch in batches:
     found = distributed.to_host(eval_step(params, put_batch(mesh, batch)))
-    total += float(found["loss"])
-    count += float(found["weight"])
-    if "cosine" in found:
-      is_embed, cosine = True, cosine + float(found["cosine"])
-    elif num_bytes is None:
+    for name in found.keys() & {"loss", "weight", "cosine"}:
+      sums[name] += float(found[name])
+    if "logits" in found:
       is_row = np.asarray(found["weights"]) > 0
       for name, parts in rows.items():
         parts.append(np.asarray(found[name])[is_row])
+  total, count = sums["loss"], sums["weight"]
   loss = total / count
   if not math.isfinite(loss):
     raise TrainingError(f"the loss of the evaluation is {loss}")
-  if is_embed:
-    return {
-      "loss": loss,
-      "cosine": cosine / count,
-      "num_examples": round(count),
-    }
+  if "cosine" in sums:
+    cosine = sums["cosine"] / count
+    return {"loss": loss, "cosine": cosine, "num_examples": round(count)}
   if num_bytes is None:
     logits, labels = (np.concatenate(parts) for parts in rows.values())
     metrics = score(logits, labels, losses.task_of(labels))
@@ -131,7 +127,7 @@ def score(
   Args:
     logits: float[rows, C], of finite numbers.
     labels: Label of each row, see `labels.to_array`.
-    task: Not "lm".
+    task: One with labels.
 
   Returns:
     "classify": {"accuracy", "macro_f1", "matthews"}. "multilabel": {"accuracy" of
