@@ -56,7 +56,8 @@ _TPUS = {
 }
 
 # Of many layers that are alike, a few are compiled and the rest extrapolated.
-_MANY, _FEW = 5, (1, 2)
+# Not one, beside which the TPU compiler has no other layer to overlap.
+_MANY, _FEW = 7, (2, 4)
 _PER_LAYER = {
   "model": ("mlp_width", "dense_mlp_width", "heads"),
   "fold": ("groups", "values", "value_rank"),
@@ -166,8 +167,8 @@ def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
 def plan(config: Config, devices: Devices) -> dict[str, Any]:
   """Returns what a training step takes on each device.
 
-  Models of five layers or more that are alike are compiled with one and with two
-  layers, and their figures extrapolated.
+  Models of seven layers or more that are alike are compiled with two and with
+  four layers, and their figures extrapolated.
 
   Args:
     config: Resolved.

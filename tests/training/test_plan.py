@@ -223,37 +223,37 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
       "flops": 1.5 * count,
       "seconds": None,
       "collectives": {"all-gather": {"times": count, "bytes": 3 * count}}
-      | ({"all-to-all": {"times": 1, "bytes": 2}} if count > 1 else {}),
+      | ({"all-to-all": {"times": 1, "bytes": 2}} if count > 2 else {}),
     }
 
   monkeypatch.setattr(plan_lib, "_compiled", figures)
-  config = alike(config, 6)
+  config = alike(config, 8)
   mesh = sharding.make_mesh(config.mesh)
   program = Program(config, mesh, vocab_size=128, num_classes=0)
   devices = plan_lib.find_devices("cpu-8")
   assert plan_lib.measure(program, devices) == {
     "fits": True,
     "missing": 0,
-    "arguments": 5 + 2 * 6,
+    "arguments": 5 + 2 * 8,
     "scratch": 7,
-    "flops": 1.5 * 6,
+    "flops": 1.5 * 8,
     "seconds": None,
     "collectives": {
-      "all-gather": {"times": 6, "bytes": 3 * 6},
-      "all-to-all": {"times": 5, "bytes": 10},
+      "all-gather": {"times": 8, "bytes": 3 * 8},
+      "all-to-all": {"times": 3, "bytes": 6},
     },
   }
   whole = {rule.pattern: rule.target for rule in program.rules}
-  assert [count for count, _ in compiled] == [1, 2]
+  assert [count for count, _ in compiled] == [2, 4]
   for count, targets in compiled:
     assert targets == {
       name: target
       for name, target in whole.items()
-      if not any(f"blocks_{n}" in name for n in range(count, 6))
+      if not any(f"blocks_{n}" in name for n in range(count, 8))
     }
-  config.fpp.linear_layers = (0.5,) * 5 + (0.6,)
-  assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 6
-  assert [count for count, _ in compiled] == [1, 2, 6]
+  config.fpp.linear_layers = (0.5,) * 7 + (0.6,)
+  assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
+  assert [count for count, _ in compiled] == [2, 4, 8]
 
 
 @pytest.mark.slow
@@ -266,7 +266,7 @@ def test_extrapolation_agrees_with_the_whole_model(
   program = Program(config, mesh, vocab_size=128, num_classes=0)
   devices = plan_lib.find_devices("cpu-8")
   found = []
-  for many in (5, 8):
+  for many in (7, 8):
     monkeypatch.setattr(plan_lib, "_MANY", many)
     found.append(
       plan_lib.measure(program, devices, is_mask_update=is_mask_update)
