@@ -15,7 +15,8 @@ from folding import files, typed
 from folding.errors import ConfigError
 from folding.typed import Range
 
-TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")  # of local files
+# Of local files.
+TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet", ".arrow")
 
 # "lm": the next token. "embed": the vector of a sentence. Of a text or a pair of
 # texts: "classify", one of several classes; "multilabel", any number of them;
@@ -68,7 +69,9 @@ class DataConfig:
 
   name: str = "python_stdlib"  # "python_stdlib" or a TFDS name ("glue/sst2")
   path: str | None = None  # a local file or folder; overrides `name`
-  dir: str | None = None  # where TFDS keeps prepared data; None: its default
+  # Where TFDS keeps prepared data, and the tokens of large text are; None: its
+  # default, and beside the text.
+  dir: str | None = None
   # A column, or two of pairs. None: "text", a usual pair such as
   # ("sentence1", "sentence2"), "sentence", or the only one.
   text_field: str | tuple[str, str] | None = None

@@ -1,7 +1,8 @@
-"""Token ids in memory -> batches of fixed shapes, as a function of the step.
+"""Token ids -> batches of fixed shapes, as a function of the step.
 
-All ids of a data set are in memory: two bytes per token, four if the vocabulary
-passes 65,536. This suits a few hundred megabytes of text.
+The ids of a data set are in memory, or, for large text of a language model,
+mapped into it (`corpus`): two bytes per token, four if the vocabulary passes
+65,536.
 
 B is the batch size over all processes, L the sequence length.
 """
@@ -16,7 +17,7 @@ import grain
 import numpy as np
 
 from folding.config import Config, DataConfig
-from folding.data import sources, tokenizers
+from folding.data import corpus, sources, tokenizers
 from folding.data.tokenizers import (
   Encoded,
   MappedTokenizer,
@@ -104,7 +105,8 @@ class Data:
     """Returns int64[V], the number of each token in the training split."""
     size = self.tokenizer.vocab_size
     count_V = np.zeros(size, np.int64)
-    ids = np.concatenate(self.examples.train_ids)
+    rows = self.examples.train_ids
+    ids = rows[0] if len(rows) == 1 else np.concatenate(rows)
     # In pieces: NumPy counts in eight bytes per token.
     for start in range(0, ids.size, _COUNTED):
       count_V += np.bincount(ids[start : start + _COUNTED], minlength=size)
@@ -162,44 +164,68 @@ def make_data(
         f"data.{name} {size} does not divide among {process_count} processes; "
         "use a multiple"
       )
-  texts, scores = sources.load_texts(data, config.task), None
-  if data.sts is not None:
-    firsts, seconds, scores = sources.load_scored_pairs(data.sts)
-    texts.texts[STS] = firsts + seconds
-  if tokenizer is None:
-    tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
   # Hashed, so seeds 0 and 1 share no epoch: Grain adds the epoch to the seed.
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
-  kind = _Windows if config.task == "lm" else _Rows
-  whole = None  # as the teacher of sentence vectors reads
-  if config.task == "embed" and isinstance(tokenizer, MappedTokenizer):
-    whole = tokenizers.load_tokenizer(data.tokenizer)
-  examples = kind(texts, tokenizer, data, seed=seed, share=share, whole=whole)
+  names, pair, scores = (), None, None
+  if config.task == "lm":
+    tokenizer, tokens = _tokens(data, tokenizer)
+    num_bytes, digest = tokens.num_bytes, tokens.digest
+    examples = _Windows(tokens.streams, tokenizer, data, seed=seed, share=share)
+  else:
+    texts = sources.load_texts(data, config.task)
+    if data.sts is not None:
+      firsts, seconds, scores = sources.load_scored_pairs(data.sts)
+      texts.texts[STS] = firsts + seconds
+    if tokenizer is None:
+      tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
+    whole = None  # as the teacher of sentence vectors reads
+    if config.task == "embed" and isinstance(tokenizer, MappedTokenizer):
+      whole = tokenizers.load_tokenizer(data.tokenizer)
+    num_bytes, digest = {}, _digest(texts, scores)
+    names, pair = texts.label_names, texts.pair
+    examples = _Rows(
+      texts, tokenizer, data, seed=seed, share=share, whole=whole
+    )
   if examples.sizes["train"] < data.batch_size:
     raise ConfigError(
-      f"the train split has {examples.sizes['train']} {kind.unit} of "
+      f"the train split has {examples.sizes['train']} {examples.unit} of "
       f"{data.length} tokens, fewer than one batch of {data.batch_size}; lower "
       "data.batch_size or give more text"
     )
-  num_bytes = {}
-  if config.task == "lm":
-    num_bytes = {
-      split: sum(len(x.encode("utf-8")) for x in flat(texts.texts[split]))
-      for split in sources.SPLITS
-    }
   return Data(
     tokenizer=tokenizer,
-    num_classes=len(texts.label_names),
-    label_names=texts.label_names,
+    num_classes=len(names),
+    label_names=names,
     num_bytes=num_bytes,
     num_examples=examples.sizes,
-    digest=_digest(texts, scores),
+    digest=digest,
     config=data,
     examples=examples,
-    pair=texts.pair,
+    pair=pair,
     scores=scores,
   )
+
+
+def _tokens(
+  data: DataConfig, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, corpus.Tokens]:
+  """Returns the tokenizer and the ids of a language model's text."""
+  large = corpus.tokenised(data, tokenizer, _dtype)
+  if large is not None:
+    return large
+  texts = sources.load_texts(data, "lm")
+  if tokenizer is None:
+    tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
+  dtype, streams, num_bytes = _dtype(tokenizer), {}, {}
+  for split in sources.SPLITS:
+    found = list(flat(texts.texts[split]))
+    streams[split] = np.zeros(0, dtype)
+    if found:
+      ids = [x.astype(dtype) for x in tokenizer.stream(found)]
+      streams[split] = np.concatenate(ids)
+    num_bytes[split] = sum(len(x.encode("utf-8")) for x in found)
+  return tokenizer, corpus.Tokens(streams, num_bytes, _digest(texts, None))
 
 
 def vocab_size(data: DataConfig) -> int:
@@ -241,29 +267,18 @@ class _Windows:
 
   def __init__(
     self,
-    texts: sources.Texts,
+    streams: dict[str, np.ndarray],
     tokenizer: Tokenizer,
     data: DataConfig,
     *,
     seed: int,
     share: slice,
-    whole: Tokenizer | None = None,
   ):
-    assert whole is None
     self._data, self._share, self._pad_id = data, share, tokenizer.pad_id
-    dtype = _dtype(tokenizer)
-    self._streams = {
-      split: np.concatenate(
-        [
-          ids.astype(dtype)
-          for ids in tokenizer.stream([*flat(texts.texts[split])])
-        ]
-      )
-      for split in sources.SPLITS
-    }
+    self._streams = streams
     self.train_ids = [self._streams["train"]]
     self.sizes = {
-      split: -(-(len(stream) - 1) // data.length) if texts.texts[split] else 0
+      split: -(-(len(stream) - 1) // data.length) if stream.size else 0
       for split, stream in self._streams.items()
     }
     # Training has whole windows only.

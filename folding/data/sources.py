@@ -6,12 +6,13 @@ Every source ends as `Texts`: strings in memory, by split.
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -32,13 +33,16 @@ from folding.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-Table: TypeAlias = list[tuple[int, dict[str, Any]]]  # (line, row) of a file
+COLUMNAR = (".parquet", ".arrow")  # files that pyarrow reads
+Row: TypeAlias = tuple[int, dict[str, Any]]  # line of a file, and its row
+Table: TypeAlias = list[Row]
 
 _STEMS = {  # file names, and beginnings of the names of TFDS splits
   "train": ("train",),
   "valid": ("valid", "validation", "dev"),
   "test": ("test",),
 }
+_BATCH = 1024  # rows of columnar files that are read together
 _TEXT_NAMES = (  # the first whose columns are all there is chosen
   ("text",),
   ("sentence1", "sentence2"),
@@ -101,7 +105,7 @@ def load_scored_pairs(path: str) -> ScoredPairs:
   columns = DataConfig(
     text_field=("sentence1", "sentence2"), label_field="score"
   )
-  rows = _read_file(file, columns, "regress")
+  rows = _read_file([file], columns, "regress")
   firsts, seconds = zip(*rows.texts, strict=True)
   scores = np.array(rows.labels, np.float32)
   if np.ptp(scores) == 0:
@@ -164,10 +168,7 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   Raises:
     ConfigError: the source is missing, malformed or cannot be fetched.
   """
-  if data.max_bytes is not None and data.max_bytes < 16:
-    raise ConfigError(
-      f"data.max_bytes {data.max_bytes} is too small to hold text"
-    )
+  require_room(data)
   if data.path is not None:
     splits, names = _read_path(pathlib.Path(data.path), data, task)
   else:
@@ -223,6 +224,14 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   return Texts(texts, labels, known, pair)
 
 
+def require_room(data: DataConfig) -> None:
+  """Raises `ConfigError` if `data.max_bytes` leaves no text of some split."""
+  if data.max_bytes is not None and data.max_bytes < 16:
+    raise ConfigError(
+      f"data.max_bytes {data.max_bytes} is too small to hold text"
+    )
+
+
 # Splits and classes.
 
 
@@ -269,19 +278,39 @@ def _digest(text: Text) -> Any:
 def _cut(rows: Rows, fractions: dict[str, int | float]) -> dict[str, Rows]:
   """Cuts the only text into train and the fractions, at line ends."""
   [text] = map(_joined, rows.texts)
+  parts = {}
+  found = cuts(len(text), fractions, functools.partial(text.find, "\n"))
+  for name, (start, stop) in found.items():
+    texts: list[Text] = [text[start:stop]] if stop > start else []
+    parts[name] = Rows(rows.source, texts, None, [0] * len(texts))
+  return parts
+
+
+def cuts(
+  length: int,
+  fractions: dict[str, int | float],
+  find: Callable[[int, int], int],
+) -> dict[str, tuple[int, int]]:
+  """Returns where train and the fractions of a text begin and end.
+
+  Args:
+    length: Of the text, in characters.
+    fractions: Of the text, by split.
+    find: Returns the first line end from a character on and before another; -1
+      if there is none.
+  """
   shares = {"train": 1 - sum(fractions.values()), **fractions}
   # A line end beyond this would take too much of the next split.
-  reach = round(min(s for s in shares.values() if s > 0) * len(text)) // 2
+  reach = round(min(s for s in shares.values() if s > 0) * length) // 2
   bounds = np.cumsum(list(shares.values()))
   parts, start = {}, 0
   for (name, share), bound in zip(shares.items(), bounds, strict=True):
     stop = start
     if share > 0:
-      stop = round(bound * len(text))
+      stop = round(bound * length)
       # Without a line end within reach, cut at the character.
-      stop = text.find("\n", max(stop - 1, 0), stop + reach) + 1 or stop
-    texts: list[Text] = [text[start:stop]] if stop > start else []
-    parts[name] = Rows(rows.source, texts, None, [0] * len(texts))
+      stop = find(max(stop - 1, 0), stop + reach) + 1 or stop
+    parts[name] = start, stop
     start = stop
   return parts
 
@@ -326,10 +355,14 @@ def _warn_of_repeats(splits: dict[str, Rows]) -> None:
   known = set(splits["train"].texts)
   for split in ("valid", "test"):
     texts = splits[split].texts
-    seen = sum(text in known for text in texts)
-    if seen:
-      share = f"{seen:,} of {len(texts):,} texts ({seen / len(texts):.1%})"
-      _log.warning("%s of the %s split are in train too", share, split)
+    warn_of_repeats(split, sum(text in known for text in texts), len(texts))
+
+
+def warn_of_repeats(split: str, seen: int, count: int) -> None:
+  """Warns if some of the texts of a split are in train too."""
+  if seen:
+    share = f"{seen:,} of {count:,} texts ({seen / count:.1%})"
+    _log.warning("%s of the %s split are in train too", share, split)
 
 
 # Local files.
@@ -344,15 +377,11 @@ def _read_path(
     Rows by split: "train", and "valid" and "test" if there is a file; and the
     class names of a `labels.txt` beside them, None without one.
   """
-  if not (path.is_file() or path.is_dir()):  # a pipe would wait for ever
-    raise ConfigError(f"data.path {path} is neither a file nor a folder")
-  if path.is_dir():
-    folder, files = path, _split_files(path)
-  else:
-    folder, files = path.parent, {"train": path}
   splits = {
-    split: _read_file(file, data, task) for split, file in files.items()
+    split: _read_file(part, data, task)
+    for split, part in find_files(path).items()
   }
+  folder = path if path.is_dir() else path.parent
   path = folder / "labels.txt"
   if task in config_lib.UNLABELLED or not path.is_file():
     return splits, None
@@ -363,42 +392,59 @@ def _read_path(
   return splits, names
 
 
-def _split_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Returns the file of each split in a folder."""
-  files = {}
+def find_files(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """Returns the files of each split: of a file, or in a folder.
+
+  A folder has train.tsv, validation.jsonl and so on. Or it is a data set of
+  Hugging Face: `save_to_disk` writes train/data-00000-of-00002.arrow, and the hub
+  has train-00000-of-00002.parquet, perhaps in a folder "data".
+
+  Raises:
+    ConfigError: there are none, or several for a split.
+  """
+  if path.is_file():
+    return {"train": [path]}
+  if not path.is_dir():  # a pipe would wait for ever
+    raise ConfigError(f"data.path {path} is neither a file nor a folder")
+  found = {}
   for split, stems in _STEMS.items():
-    found = [
-      folder / (stem + extension)
+    parts = [
+      part
       for stem in stems
-      for extension in config_lib.TEXT_ENDINGS
-      if (folder / (stem + extension)).is_file()
-    ]
-    if len(found) > 1:
-      names = ", ".join(file.name for file in found)
-      raise ConfigError(
-        f"{folder} has several {split} files ({names}); keep one"
+      for part in (
+        *([path / f"{stem}{end}"] for end in config_lib.TEXT_ENDINGS),
+        *(sorted(x.glob(f"{stem}-*.parquet")) for x in (path, path / "data")),
+        sorted((path / stem).glob("*.arrow")),
       )
-    if found:
-      files[split] = found[0]
-  if "train" not in files:
+      if part and all(file.is_file() for file in part)
+    ]
+    if len(parts) > 1:
+      names = ", ".join(part[0].name for part in parts)
+      raise ConfigError(f"{path} has several {split} files ({names}); keep one")
+    if parts:
+      found[split] = parts[0]
+  if not found and (single := sorted(path.glob("data-*.arrow"))):
+    found["train"] = single
+  if "train" not in found:
     raise ConfigError(
-      f"{folder} has no training text; name it train, with one of "
+      f"{path} has no training text; name it train, with one of "
       f"{', '.join(config_lib.TEXT_ENDINGS)}"
     )
-  return files
+  return found
 
 
 def _read_file(
-  file: pathlib.Path, data: DataConfig, task: config_lib.Task
+  part: Sequence[pathlib.Path], data: DataConfig, task: config_lib.Task
 ) -> Rows:
-  """Reads a file of one split; every error names the file and the line."""
+  """Reads the files of one split; every error names a file and the line."""
+  file = part[0]
   if file.suffix not in config_lib.TEXT_ENDINGS:
     raise ConfigError(
       f"{file} has an unknown extension; use one of "
       f"{', '.join(config_lib.TEXT_ENDINGS)}"
     )
-  text = _decode(file)
-  if not text.strip():
+  text = "" if file.suffix in COLUMNAR else _decode(file)
+  if file.suffix not in COLUMNAR and not text.strip():
     raise ConfigError(f"{file} is empty")
   if file.suffix == ".txt" and task == "embed":
     lines = [(n, line) for n, line in _lines(text) if line.strip()]
@@ -411,11 +457,16 @@ def _read_file(
         ".jsonl"
       )
     return Rows(str(file), [text], None, [0])
-  read = _READERS[file.suffix]
-  table, has_header = read(file, text, data)
+  if file.suffix in _READERS:
+    table, has_header = _READERS[file.suffix](file, text, data)
+  else:
+    table = list(rows_of(part, labelled=task not in config_lib.UNLABELLED))
+    has_header = True
+    if not table:
+      raise ConfigError(f"{file} is empty")
   columns, label_field = ("text",), "label"
   if has_header:
-    columns, label_field = _choose_columns(file, table, data, task)
+    columns, label_field = choose_columns(file, table, data, task)
   elif isinstance(data.text_field, tuple):
     raise ConfigError(
       f"{file} has no header with the columns {' and '.join(data.text_field)} "
@@ -426,7 +477,7 @@ def _read_file(
   for line, row in table:
     rows.lines.append(line)
     place = rows.place(-1)
-    texts = [_checked(row.get(name), name, place) for name in columns]
+    texts = [checked(row.get(name), name, place) for name in columns]
     rows.texts.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
     if rows.labels is not None:
       label = None if label_field is None else row.get(label_field)
@@ -546,16 +597,108 @@ def _jsonl_rows(
   """Returns the rows, and that they name their columns."""
   table = []
   for number, line in _lines(text):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-      raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-      raise ConfigError(f"{file}:{number}: not a JSON object")
-    table.append((number, row))
+    if line.strip():
+      table.append((number, _json_row(file, number, line)))
   return table, True
+
+
+def _json_row(file: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+  try:
+    row = json.loads(line, object_pairs_hook=_unique)
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
+  if not isinstance(row, dict):
+    raise ConfigError(f"{file}:{number}: not a JSON object")
+  return row
+
+
+def rows_of(
+  part: Sequence[pathlib.Path],
+  column: str | None = None,
+  *,
+  labelled: bool = False,
+) -> Iterator[Row]:
+  """Yields the rows of .jsonl, .parquet or .arrow files, read in slices.
+
+  Classes that a file of Hugging Face names are given by name.
+
+  Args:
+    part: The files of a split.
+    column: Of columnar files, the only one to read; None: all.
+    labelled: Whether to leave out rows of class -1, as some test splits have.
+
+  Raises:
+    ConfigError: a file is damaged.
+  """
+  for file in part:
+    if file.suffix in COLUMNAR:
+      yield from _columnar_rows(file, column, labelled)
+      continue
+    with open(file, "rb") as lines:
+      for number, line in enumerate(lines, 1):
+        try:
+          text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+          raise ConfigError(
+            f"{file}:{number} is not UTF-8; save it as UTF-8"
+          ) from error
+        if text.strip():
+          yield number, _json_row(file, number, text)
+
+
+def _columnar_rows(
+  file: pathlib.Path, column: str | None, labelled: bool
+) -> Iterator[Row]:
+  import pyarrow as pa  # only needed here
+  from pyarrow import parquet
+
+  try:
+    with contextlib.ExitStack() as stack:
+      if file.suffix == ".parquet":
+        source: Any = stack.enter_context(parquet.ParquetFile(file))
+        schema, only = source.schema_arrow, [column] if column else None
+        batches = source.iter_batches(batch_size=_BATCH, columns=only)
+      else:
+        opened = stack.enter_context(pa.memory_map(str(file)))
+        batches = stack.enter_context(pa.ipc.open_stream(opened))
+        schema = batches.schema
+      classes, number = _class_names(schema), 0
+      for batch in batches:
+        wanted = [column] if column else batch.schema.names
+        for row in batch.select(wanted).to_pylist():
+          number += 1
+          for name in classes.keys() & row.keys():
+            row[name] = _named(row[name], classes[name])
+            if row[name] is None and labelled:
+              break
+          else:
+            yield number, row
+  except (pa.ArrowException, OSError) as error:
+    raise ConfigError(
+      f"cannot read {file}: {errors.first_line(error)}"
+    ) from error
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+  """Returns {column: names of its classes} that Hugging Face has stored."""
+  metadata = (schema.metadata or {}).get(b"huggingface")
+  if metadata is None:
+    return {}
+  features = json.loads(metadata).get("info", {}).get("features") or {}
+  found = {}
+  for name, feature in features.items():
+    # A list of classes has them one level further inside.
+    inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+    if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+      found[name] = inner["names"]
+  return found
+
+
+def _named(value: Any, names: list[str]) -> Any:
+  """Returns the name of a class, or those of several; None: it has none."""
+  if isinstance(value, list):
+    return [names[i] for i in value]
+  return names[value] if value is not None and value >= 0 else None
 
 
 _READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows}
@@ -569,7 +712,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return row
 
 
-def _choose_columns(
+def choose_columns(
   file: pathlib.Path, table: Table, data: DataConfig, task: config_lib.Task
 ) -> tuple[tuple[str, ...], str | None]:
   """Returns the columns of texts and label, and warns of other texts.
@@ -600,7 +743,7 @@ def _choose_columns(
   return chosen, label_field
 
 
-def _checked(text: Any, column: str, place: str) -> str:
+def checked(text: Any, column: str, place: str) -> str:
   """Returns a text that is not empty and can be encoded."""
   if not isinstance(text, str):
     raise ConfigError(f"{place} has no text in the column {column!r}")

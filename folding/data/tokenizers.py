@@ -11,7 +11,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -58,7 +58,7 @@ _GROUP = 1 << 22  # characters that are encoded together, about
 _GROUP_TEXTS = 4096
 # No match of our pattern, of GPT-2's or of a later one crosses a line break
 # between two texts.
-_END_OF_LINE = re.compile(r"\S\n(?=\S)")
+END_OF_LINE = re.compile(r"\S\n(?=\S)")
 # After a word, no match of ours or of GPT-2's has the last of several line
 # breaks, as of blank lines or of Windows. A match of Llama 3's has.
 _END_OF_LINES = re.compile(r"\S\n(?=\S)|[^\W_][\r\n]+(?=\n\S)")
@@ -185,18 +185,26 @@ class Tokenizer:
     )[0]
     return self.pad_id in framed[self.begin_ids.size :]
 
-  def stream(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+  def stream(
+    self, texts: Iterable[str | Iterable[str]]
+  ) -> Iterator[np.ndarray]:
     """Yields the ids of documents in a row, each with its begin and its end.
 
     Without `begin_ids`, the first document follows an end token, as the others
     do.
+
+    Args:
+      texts: Documents, as strings or in slices.
     """
-    end = np.array([self.end_id], np.int32)
+    end, last = np.array([self.end_id], np.int32), -1
     yield self.prompt(end[:0])
-    for number, ids in enumerate(self.encode_batch(texts)):
-      if number:
+    for index, ids in self._encode_pieces(texts):
+      if index > max(last, 0):
+        yield end
         yield self.begin_ids
+      last = index
       yield ids
+    if last >= 0:
       yield end
 
   def prompt(self, ids: np.ndarray) -> np.ndarray:
@@ -226,13 +234,20 @@ class Tokenizer:
     if max_length is not None:
       return self.encode_rows(texts, max_length).ids
     ids: list[list[np.ndarray]] = [[] for _ in texts]
+    for index, found in self._encode_pieces(texts):
+      ids[index].append(found)
+    return [np.concatenate(parts) for parts in ids]
+
+  def _encode_pieces(
+    self, texts: Iterable[str | Iterable[str]]
+  ) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (index of text, ids of its next piece), at least one per text."""
     for group in piece_groups(texts, self._piece_end):
       encodings = self._encode(
         [piece for _, piece in group], add_special_tokens=False
       )
       for (index, _), encoding in zip(group, encodings, strict=True):
-        ids[index].append(np.array(encoding.ids, np.int32))
-    return [np.concatenate(parts) for parts in ids]
+        yield index, np.array(encoding.ids, np.int32)
 
   def encode_rows(self, texts: Sequence[Text], max_length: int) -> Encoded:
     """Returns texts or pairs with the special tokens of the tokenizer.
@@ -340,12 +355,11 @@ class MappedTokenizer(Tokenizer):
       zip(new[single].tolist(), old[single].tolist(), strict=True)
     )
 
-  def encode_batch(
-    self, texts: Sequence[str], max_length: int | None = None
-  ) -> list[np.ndarray]:
-    if max_length is not None:
-      return self.encode_rows(texts, max_length).ids
-    return self._mapped(super().encode_batch(texts))
+  def _encode_pieces(
+    self, texts: Iterable[str | Iterable[str]]
+  ) -> Iterator[tuple[int, np.ndarray]]:
+    for index, ids in super()._encode_pieces(texts):
+      yield index, self._mapped([ids])[0]
 
   def encode_rows(self, texts: Sequence[Text], max_length: int) -> Encoded:
     found = super().encode_rows(texts, max_length)
@@ -376,7 +390,7 @@ def _second_segment(type_ids: Sequence[int]) -> int:
   return second
 
 
-def train_tokenizer(data: DataConfig, texts: Sequence[Text]) -> Tokenizer:
+def train_tokenizer(data: DataConfig, texts: Iterable[Text]) -> Tokenizer:
   """Trains or loads a tokenizer.
 
   If the texts are pairs, a new one puts an end token between the two.
@@ -387,7 +401,7 @@ def train_tokenizer(data: DataConfig, texts: Sequence[Text]) -> Tokenizer:
 
   Args:
     data: `tokenizer` and `vocab_size` count.
-    texts: The training split.
+    texts: The training split; pairs in a sequence.
 
   Raises:
     ConfigError: the vocabulary cannot hold the bytes, or the file is missing or
@@ -423,7 +437,8 @@ def train_tokenizer(data: DataConfig, texts: Sequence[Text]) -> Tokenizer:
     )
     inner.train_from_iterator(flat(texts), trainer)
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-  if texts and not isinstance(texts[0], str):
+  is_sequence = isinstance(texts, Sequence) and bool(texts)
+  if is_sequence and not isinstance(texts[0], str):
     inner.post_processor = processors.TemplateProcessing(
       single="$A",
       pair=f"$A {END} $B:1",
@@ -432,7 +447,7 @@ def train_tokenizer(data: DataConfig, texts: Sequence[Text]) -> Tokenizer:
   return Tokenizer(inner)
 
 
-def flat(texts: Sequence[Text]) -> Iterator[str]:
+def flat(texts: Iterable[Text]) -> Iterator[str]:
   """Yields all texts, the two of a pair one after the other."""
   for text in texts:
     yield from (text,) if isinstance(text, str) else text
@@ -547,27 +562,43 @@ def piece_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     several = (("a\n", "\na"), ("a\r\n\r", "\na"))
     if all(ids(a + b) == ids(a) + ids(b) for a, b in several):
       return _END_OF_LINES
-    return _END_OF_LINE
+    return END_OF_LINE
   except Exception:  # it cannot encode one of these; no class of its own
     return None
 
 
 def piece_groups(
-  texts: Sequence[str], end: re.Pattern[str] | None
+  texts: Iterable[str | Iterable[str]], end: re.Pattern[str] | None
 ) -> Iterator[list[tuple[int, str]]]:
   """Yields groups of (index of text, piece)."""
   group, size = [], 0
   for index, text in enumerate(texts):
-    start = 0
-    while start is not None:
-      match = None
-      if end is not None and len(text) - start > _PIECE:
-        match = end.search(text, start + _PIECE)
-      stop = len(text) if match is None else match.end()
-      group.append((index, text[start:stop]))
-      size += stop - start
-      start = None if match is None else stop
+    cut = _cut(text, end) if isinstance(text, str) else pieces(text, end)
+    for piece in cut:
+      group.append((index, piece))
+      size += len(piece)
       if size > _GROUP:
         yield group
         group, size = [], 0
   yield group
+
+
+def _cut(text: str, end: re.Pattern[str] | None) -> Iterator[str]:
+  """Yields the pieces of a text."""
+  start = 0
+  while end is not None and len(text) - start > _PIECE:
+    match = end.search(text, start + _PIECE)
+    if match is None:
+      break
+    yield text[start : match.end()]
+    start = match.end()
+  yield text[start:]
+
+
+def pieces(slices: Iterable[str], end: re.Pattern[str] | None) -> Iterator[str]:
+  """Yields the pieces of a text that is given in slices."""
+  left = ""
+  for text in slices:
+    *whole, left = _cut(left + text, end)
+    yield from whole
+  yield left

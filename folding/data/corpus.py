@@ -1,0 +1,458 @@
+"""Text of any size for language models: read in slices, tokenised once.
+
+Files of `LARGE` bytes and more are not held in memory. Their splits, ids and
+digests are those that `sources` and `batches` make of the same text in memory.
+The ids are in a folder beside the text (or in `data.dir`), named by the text and
+the tokenizer, and later runs map them into memory. Files are known by name,
+size and time of change, so that a later run need not read them.
+"""
+
+import codecs
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
+
+import numpy as np
+import rich.console
+import rich.progress
+
+from folding import files
+from folding.config import DataConfig
+from folding.data import python_stdlib, sources, tokenizers
+from folding.data.tokenizers import Tokenizer
+from folding.errors import ConfigError, first_line
+
+LARGE = 1 << 27  # bytes of all files
+FOLDER = ".folding-tokens"
+_FORMAT = 1  # raised if the same text would get other splits, tokenizers or ids
+_ENDINGS = (".txt", ".jsonl", *sources.COLUMNAR)
+_BLOCK = 1 << 20  # bytes
+_FIRST_ROWS = 1000  # by which the column of text is chosen
+_FIELDS = ("text_field", "valid_fraction", "test_fraction", "max_bytes")
+
+Document: TypeAlias = tuple[
+  int, Iterable[str]
+]  # UTF-8 bytes, the text in slices
+
+
+class Tokens(NamedTuple):
+  """The ids of a text.
+
+  Attributes:
+    streams: Ids of each split, as of `Tokenizer.stream`; mapped into memory.
+    num_bytes: UTF-8 bytes of text of each split.
+    digest: As in `batches.Data`.
+  """
+
+  streams: dict[str, np.ndarray]
+  num_bytes: dict[str, int]
+  digest: str
+
+
+def tokenised(
+  data: DataConfig, tokenizer: Tokenizer | None, dtype: Callable[..., Any]
+) -> tuple[Tokenizer, Tokens] | None:
+  """Returns the tokenizer and the ids of large text; None: it is not large.
+
+  Args:
+    data: The source. Only local .txt, .jsonl, .parquet and .arrow files may be
+      large.
+    tokenizer: None: that of the config, trained if need be.
+    dtype: Returns the type of the ids of a tokenizer.
+
+  Raises:
+    ConfigError: the text or the tokenizer is at fault, or there is no place for
+      the ids.
+  """
+  if data.path is None or not os.path.exists(data.path):
+    return None
+  found = sources.find_files(pathlib.Path(data.path))
+  every = [file for part in found.values() for file in part]
+  stats = [file.stat() for file in every]
+  if sum(x.st_size for x in stats) < LARGE or any(
+    file.suffix not in _ENDINGS for file in every
+  ):
+    return None
+  sources.require_room(data)
+  known = [
+    (split, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+    for split, part in found.items()
+    for file in part
+  ]
+  fields = {name: getattr(data, name) for name in _FIELDS}
+  place = pathlib.Path(data.dir) if data.dir else every[0].parent
+  folder = place / FOLDER / _hash(json.dumps([_FORMAT, known, fields]))
+  with _writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  splits = functools.cache(lambda: _splits(data, found))
+  if tokenizer is None:
+    tokenizer = _tokenizer(data, folder, splits)
+  target = folder / _hash(_identity(tokenizer))
+  if not (target / "meta.json").is_file():
+    with _writing(target / "meta.json"), files.becoming(str(target)) as part:
+      _write(pathlib.Path(part), splits(), tokenizer, dtype(tokenizer))
+  return tokenizer, _read(target, dtype(tokenizer))
+
+
+@contextlib.contextmanager
+def _writing(result: pathlib.Path) -> Iterator[None]:
+  """Names what is to be done if a file or folder cannot be written."""
+  try:
+    yield
+  except OSError as error:
+    if result.exists():  # another process was first
+      return
+    raise ConfigError(
+      f"cannot write the tokens of large text to {result.parent} "
+      f"({first_line(error)}); set data.dir to another folder"
+    ) from error
+
+
+def _hash(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _identity(tokenizer: Tokenizer) -> str:
+  ids = [tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()]
+  token_map = getattr(tokenizer, "token_map", np.zeros(0, int)).tolist()
+  return tokenizer.to_json() + json.dumps([ids, token_map])
+
+
+def _tokenizer(
+  data: DataConfig, folder: pathlib.Path, splits: Callable[[], Any]
+) -> Tokenizer:
+  """Returns the tokenizer of the config, trained once."""
+  if data.tokenizer not in ("bytes", "bpe"):
+    return tokenizers.load_tokenizer(data.tokenizer)
+  path = folder / f"{data.tokenizer}-{data.vocab_size}" / "tokenizer.json"
+  if path.is_file():
+    return tokenizers.load_tokenizer(path)
+  made = tokenizers.train_tokenizer(data, _training_pieces(splits))
+  with _writing(path), files.becoming(str(path.parent)) as part:
+    made.save(os.path.join(part, path.name))
+  return made
+
+
+def _training_pieces(splits: Callable[[], Any]) -> Iterator[str]:
+  """Yields the training text in pieces that no token of ours crosses."""
+  for _, slices in splits()["train"].documents():
+    yield from tokenizers.pieces(slices, tokenizers.END_OF_LINE)
+
+
+def _write(
+  folder: pathlib.Path,
+  splits: dict[str, "_Region | _Rows"],
+  tokenizer: Tokenizer,
+  dtype: Any,
+) -> None:
+  """Writes the ids of all splits."""
+  sha, num_bytes = hashlib.sha256(), {}
+  console = rich.console.Console()
+  with rich.progress.Progress(
+    console=console, transient=True, disable=not console.is_terminal
+  ) as bar:
+    for split in sources.SPLITS:
+      num_bytes[split] = 0
+      job = bar.add_task(f"tokenising {split}", total=splits[split].num_bytes)
+
+      def watched(split=split, job=job):
+        for size, slices in splits[split].documents():
+          sha.update(size.to_bytes(8, "little"))
+          num_bytes[split] += size
+          yield _told(
+            slices, lambda x: (sha.update(x), bar.advance(job, len(x)))
+          )
+
+      with open(folder / f"{split}.bin", "wb") as file:
+        if splits[split].num_bytes:
+          for ids in tokenizer.stream(watched()):
+            file.write(ids.astype(dtype).tobytes())
+      sha.update(b"end")
+  meta = {"digest": sha.hexdigest(), "num_bytes": num_bytes}
+  (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _told(slices: Iterable[str], tell: Callable[[bytes], Any]) -> Iterator[str]:
+  for text in slices:
+    tell(text.encode("utf-8"))
+    yield text
+
+
+def _read(folder: pathlib.Path, dtype: Any) -> Tokens:
+  meta = files.read_json(str(folder / "meta.json"), dict)
+  streams = {}
+  for split in sources.SPLITS:
+    path = folder / f"{split}.bin"
+    streams[split] = np.zeros(0, dtype)
+    if path.stat().st_size:  # nothing cannot be mapped
+      streams[split] = np.memmap(path, dtype, "r")
+  return Tokens(streams, meta["num_bytes"], meta["digest"])
+
+
+# Splits, as `sources` makes them.
+
+
+def _splits(
+  data: DataConfig, found: dict[str, list[pathlib.Path]]
+) -> dict[str, "_Region | _Rows"]:
+  splits: dict[str, _Region | _Rows] = {
+    split: _region(part[0]) if part[0].suffix == ".txt" else _rows(part, data)
+    for split, part in found.items()
+  }
+  train = splits["train"]
+  for split, part in splits.items():
+    if (
+      split != "train" and isinstance(part, _Rows) and isinstance(train, _Rows)
+    ):
+      seen = np.isin(part.digests, train.digests)
+      sources.warn_of_repeats(split, int(seen.sum()), seen.size)
+  fractions = {"valid": data.valid_fraction, "test": data.test_fraction}
+  fractions = {n: share for n, share in fractions.items() if n not in splits}
+  if fractions:
+    splits |= train.set_aside(fractions)
+  if data.max_bytes is not None:
+    splits = {
+      split: part.limited(
+        data.max_bytes if split == "train" else data.max_bytes // 8
+      )
+      for split, part in splits.items()
+    }
+  if not splits["train"].num_bytes:
+    raise ConfigError(
+      f"no text is left to train on in {found['train'][0]}; give more text "
+      "or lower data.valid_fraction and data.test_fraction"
+    )
+  return splits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Region:
+  """A part of a .txt file, which is one document.
+
+  Attributes:
+    file: The file.
+    start: First byte.
+    stop: Byte after the last.
+  """
+
+  file: pathlib.Path
+  start: int
+  stop: int
+
+  @property
+  def num_bytes(self) -> int:
+    return self.stop - self.start
+
+  def documents(self) -> Iterator[Document]:
+    """Yields the document; none if it is empty."""
+    if self.num_bytes:
+      yield self.num_bytes, self._slices()
+
+  def _slices(self) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+      with open(self.file, "rb") as file:
+        for block in _blocks(file, self.start, self.stop):
+          yield decoder.decode(block)
+      yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+      raise ConfigError(
+        f"{self.file} is not UTF-8; save it as UTF-8"
+      ) from error
+
+  def set_aside(self, fractions: dict[str, Any]) -> dict[str, "_Region"]:
+    """Returns the splits cut off, and the rest as "train"."""
+    with open(self.file, "rb") as file:
+      index = _Index(file, self.start, self.stop)
+      parts = sources.cuts(index.length, fractions, index.find)
+      return {
+        split: _Region(self.file, index.byte(start), index.byte(stop))
+        for split, (start, stop) in parts.items()
+      }
+
+  def limited(self, limit: int) -> "_Region":
+    """Returns the first bytes, up to a line end if there is one."""
+    if self.num_bytes <= limit:
+      return self
+    with open(self.file, "rb") as file:
+      stop = self.start + limit
+      while stop > self.start:
+        begin = max(self.start, stop - _BLOCK)
+        file.seek(begin)
+        at = file.read(stop - begin).rfind(b"\n")
+        if at >= 0:
+          return dataclasses.replace(self, stop=begin + at + 1)
+        stop = begin
+      stop = self.start + limit
+      file.seek(self.start)
+      block = file.read(limit + 1)[-5:]
+      while _is_continuation(block[-1]):  # not within a character
+        block, stop = block[:-1], stop - 1
+      return dataclasses.replace(self, stop=stop)
+
+
+def _is_continuation(byte: int) -> bool:
+  return byte & 0xC0 == 0x80
+
+
+def _region(file: pathlib.Path) -> _Region:
+  """Returns a whole file, without a byte order mark."""
+  with open(file, "rb") as opened:
+    start = 3 if opened.read(3) == b"\xef\xbb\xbf" else 0
+    stop = file.stat().st_size
+    if not any(block.strip() for block in _blocks(opened, start, stop)):
+      raise ConfigError(f"{file} is empty")
+  return _Region(file, start, stop)
+
+
+def _blocks(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+  file.seek(start)
+  while start < stop:
+    block = file.read(min(_BLOCK, stop - start))
+    if not block:
+      raise ConfigError("a file of text became shorter while it was read")
+    start += len(block)
+    yield block
+
+
+class _Index:
+  """Characters of a part of a file by number, which are cut by number.
+
+  Attributes:
+    length: Number of characters.
+  """
+
+  def __init__(self, file: BinaryIO, start: int, stop: int):
+    self._file, self._start, self._stop = file, start, stop
+    counts = [np.count_nonzero(_begins(x)) for x in _blocks(file, start, stop)]
+    self._before = np.concatenate([[0], np.cumsum(counts)])  # each block
+    self.length = int(self._before[-1])
+
+  def byte(self, character: int) -> int:
+    """Returns the first byte of a character."""
+    if character >= self.length:
+      return self._stop
+    block = int(np.searchsorted(self._before, character, side="right")) - 1
+    start = self._start + block * _BLOCK
+    self._file.seek(start)
+    begins = _begins(self._file.read(min(_BLOCK, self._stop - start)))
+    return start + int(np.flatnonzero(begins)[character - self._before[block]])
+
+  def find(self, low: int, high: int) -> int:
+    """Returns the first line end among characters low, ..., high - 1; or -1."""
+    start, passed = self.byte(low), low
+    for block in _blocks(self._file, start, self.byte(min(high, self.length))):
+      at = block.find(b"\n")
+      if at >= 0:
+        return passed + int(np.count_nonzero(_begins(block[:at])))
+      passed += int(np.count_nonzero(_begins(block)))
+    return -1
+
+
+def _begins(block: bytes) -> np.ndarray:
+  """Returns which bytes begin a character."""
+  return np.frombuffer(block, np.uint8) & 0xC0 != 0x80
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Rows of files, each a document.
+
+  Attributes:
+    files: In this order.
+    column: Of the text.
+    chosen: Which rows; None: all.
+    num_bytes: UTF-8 bytes of the rows, before a limit.
+    digests: uint64 hash of each row of the files.
+    sizes: UTF-8 bytes of each row of the files.
+    limit: Most bytes; None: all.
+  """
+
+  files: tuple[pathlib.Path, ...]
+  column: str
+  chosen: np.ndarray | None
+  num_bytes: int
+  digests: np.ndarray
+  sizes: np.ndarray
+  limit: int | None = None
+
+  def documents(self) -> Iterator[Document]:
+    """Yields the chosen rows, up to the limit."""
+    left = self.limit
+    for text in _texts(self.files, self.column, self.chosen):
+      encoded = text.encode("utf-8")
+      if left is not None and len(encoded) > left:
+        encoded = encoded[: encoded.rfind(b"\n", 0, left) + 1] or encoded[:left]
+        text, left = encoded.decode("utf-8", errors="ignore"), 0
+        encoded = text.encode("utf-8")
+      elif left is not None:
+        left -= len(encoded)
+      if text:
+        yield len(encoded), [text]
+      if left is not None and left <= 0:
+        return
+
+  def set_aside(self, fractions: dict[str, Any]) -> dict[str, "_Rows"]:
+    """Returns the splits set aside, and the rest as "train"."""
+    # As bytes the hashes have the order of these numbers.
+    _, group, counts = np.unique(
+      self.digests, return_inverse=True, return_counts=True
+    )
+    runs, part = list(enumerate(counts.tolist())), np.zeros(len(counts), int)
+    for number, fraction in enumerate(fractions.values(), 1):
+      left, rest = round(fraction * len(self.digests)), []
+      for run, count in runs:
+        if count <= 2 * left:  # nearer to the fraction with it than without
+          part[run] = number
+          left -= count
+        else:
+          rest.append((run, count))
+      runs = rest
+    found = {}
+    for number, split in enumerate(("train", *fractions)):
+      chosen = part[group] == number
+      size = int(self.sizes[chosen].sum())
+      found[split] = dataclasses.replace(self, chosen=chosen, num_bytes=size)
+    return found
+
+  def limited(self, limit: int) -> "_Rows":
+    """Returns the first bytes of the rows."""
+    return dataclasses.replace(self, limit=limit)
+
+
+def _rows(part: Sequence[pathlib.Path], data: DataConfig) -> _Rows:
+  """Returns all rows of files."""
+  first = []
+  for _, row in zip(range(_FIRST_ROWS), sources.rows_of(part), strict=False):
+    first.append(row)
+  if not first:
+    raise ConfigError(f"{part[0]} is empty")
+  (column, *_), _ = sources.choose_columns(part[0], first, data, "lm")
+  digests, sizes = [], []
+  for text in _texts(part, column, None):
+    digests.append(int.from_bytes(python_stdlib.digest(text), "big"))
+    sizes.append(len(text.encode("utf-8")))
+  return _Rows(
+    tuple(part),
+    column,
+    None,
+    sum(sizes),
+    np.array(digests, np.uint64),
+    np.array(sizes, np.int64),
+  )
+
+
+def _texts(
+  part: Sequence[pathlib.Path], column: str, chosen: np.ndarray | None
+) -> Iterator[str]:
+  """Yields the texts of the chosen rows."""
+  for index, (line, row) in enumerate(sources.rows_of(part, column)):
+    if chosen is None or chosen[index]:
+      place = f"{part[0]}:{line}"
+      yield sources.checked(row.get(column), column, place)

@@ -1,0 +1,178 @@
+"""Large text, read in slices, against the same text in memory."""
+
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from folding import config as c
+from folding.data import batches, corpus, sources, tokenizers
+from folding.errors import ConfigError
+
+LINES = [f"line {i} " + "é ñ 漢字 🙂 word " * (i * 7 % 5) for i in range(60)]
+TEXT = "\n".join(LINES) + "\n\n\nthe end without a line end"
+ROWS = [*LINES, LINES[3], "", "two\nlines", LINES[3]]
+
+
+def _config(path, **fields):
+  data = {
+    "path": str(path),
+    "vocab_size": 300,
+    "length": 8,
+    "batch_size": 2,
+  } | fields
+  return c.resolve(c.Config(task="lm", data=c.DataConfig(**data)))
+
+
+def _jsonl(path, rows):
+  path.write_text("".join(json.dumps({"text": x}) + "\n" for x in rows))
+
+
+def _table(texts, labels):
+  """Returns a table with classes as Hugging Face stores them."""
+  label = {"_type": "ClassLabel", "names": ["bad", "good"]}
+  features = {"label": label, "text": {"_type": "Value"}}
+  info = json.dumps({"info": {"features": features}})
+  table = pa.table({"text": texts, "label": labels})
+  return table.replace_schema_metadata({"huggingface": info})
+
+
+def _txt(folder):
+  (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+  return folder / "a.txt"
+
+
+def _one_line(folder):
+  (folder / "a.txt").write_text("é" * 500, encoding="utf-8")
+  return folder / "a.txt"
+
+
+def _rows(folder):
+  rows = [x for x in ROWS if x]
+  _jsonl(folder / "a.jsonl", rows)
+  return folder / "a.jsonl"
+
+
+def _split_files(folder):
+  _jsonl(folder / "train.jsonl", LINES)
+  (folder / "valid.txt").write_text(TEXT, encoding="utf-8")
+  return folder
+
+
+def _shards(folder):
+  for n in range(2):
+    path = folder / f"train-0000{n}-of-00002.parquet"
+    parquet.write_table(_table(LINES[n::2], [-1] * 30), path)
+  parquet.write_table(_table(LINES[:9], [0] * 9), folder / "test.parquet")
+  return folder
+
+
+SOURCES = {
+  "txt": (_txt, {}),
+  "txt_bytes": (_txt, {"tokenizer": "bytes", "max_bytes": 900}),
+  "one_line": (
+    _one_line,
+    {"tokenizer": "bytes", "max_bytes": 301, "valid_fraction": 0.25},
+  ),
+  "jsonl": (_rows, {}),
+  "jsonl_limited": (_rows, {"max_bytes": 1001, "test_fraction": 0.3}),
+  "split_files": (_split_files, {}),
+  "shards": (_shards, {}),
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """Everything is large, slices and pieces are short."""
+  monkeypatch.setattr(tokenizers, "_PIECE", 64)
+  monkeypatch.setattr(tokenizers, "_GROUP", 256)
+  monkeypatch.setattr(corpus, "_BLOCK", 37)
+  monkeypatch.setattr(corpus, "LARGE", 0)
+
+
+@pytest.mark.parametrize(
+  ("write", "fields"), SOURCES.values(), ids=list(SOURCES)
+)
+def test_tokens_are_those_of_the_text_in_memory(
+  small, monkeypatch, write, fields, tmp_path
+):
+  config = _config(write(tmp_path), **fields)
+  found = [batches.make_data(config) for _ in range(2)]  # written, then read
+  monkeypatch.setattr(corpus, "LARGE", 1 << 40)
+  expected = batches.make_data(config)
+  for data in found:
+    assert data.tokenizer.to_json() == expected.tokenizer.to_json()
+    assert data.digest == expected.digest
+    assert data.num_bytes == expected.num_bytes
+    assert data.num_examples == expected.num_examples
+    for split, stream in expected.examples._streams.items():
+      ours = data.examples._streams[split]
+      assert ours.dtype == stream.dtype
+      np.testing.assert_array_equal(ours, stream)
+    for step in range(3):
+      for name, array in expected.train_batch(step).items():
+        np.testing.assert_array_equal(data.train_batch(step)[name], array)
+  assert isinstance(found[1].examples._streams["train"], np.memmap)
+
+
+def test_later_runs_do_not_read_the_text(small, tmp_path, monkeypatch):
+  path = _txt(tmp_path)
+  first = batches.make_data(_config(path))
+
+  def fail(*_):
+    raise AssertionError("the text is read again")
+
+  monkeypatch.setattr(corpus, "_splits", fail)
+  again = batches.make_data(_config(path, length=9))
+  resumed = batches.make_data(_config(path), first.tokenizer)
+  assert first.digest == again.digest == resumed.digest
+  stat = path.stat()
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+  with pytest.raises(AssertionError, match="read again"):
+    batches.make_data(_config(path))
+
+
+def test_folder_that_cannot_be_written_is_named(small, tmp_path):
+  path = _txt(tmp_path)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ConfigError, match=r"set data\.dir"):
+    batches.make_data(_config(path, dir=str(tmp_path / "file")))
+  batches.make_data(_config(path, dir=str(tmp_path / "other")))
+  assert not (tmp_path / corpus.FOLDER).exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("a.txt", b"good \xff bad", "UTF-8"),
+    ("a.txt", b" \n ", "empty"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', ":2 has no text"),
+    ("a.jsonl", b'{"text": "a"}\n{', ":2: not JSON"),
+    ("a.parquet", b"PAR1 no", "cannot read"),
+  ],
+)
+def test_damaged_large_text_is_refused(small, tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ConfigError, match=message):
+    batches.make_data(_config(tmp_path / name))
+  assert not list(tmp_path.rglob("meta.json"))
+
+
+def test_columnar_files_name_classes_as_hugging_face_does(tmp_path):
+  table = _table(["a", "b", "c"], [1, 0, -1])
+  (tmp_path / "train").mkdir()
+  with (
+    pa.OSFile(str(tmp_path / "train" / "data-00000-of-00001.arrow"), "wb") as f,
+    pa.ipc.new_stream(f, table.schema) as writer,
+  ):
+    writer.write_table(table)
+  parquet.write_table(table, tmp_path / "test.parquet")
+  data = c.DataConfig(path=str(tmp_path), valid_fraction=0.0)
+  texts = sources.load_texts(data, "classify")
+  assert texts.label_names == ("bad", "good")
+  for split in ("train", "test"):
+    assert texts.texts[split] == ["a", "b"]
+    assert texts.labels[split].tolist() == [1, 0]
