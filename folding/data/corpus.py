@@ -36,9 +36,8 @@ _BLOCK = 1 << 20  # bytes
 _FIRST_ROWS = 1000  # by which the column of text is chosen
 _FIELDS = ("text_field", "valid_fraction", "test_fraction", "max_bytes")
 
-Document: TypeAlias = tuple[
-  int, Iterable[str]
-]  # UTF-8 bytes, the text in slices
+# Size in UTF-8 bytes, and the text in slices.
+Document: TypeAlias = tuple[int, Iterable[str]]
 
 
 class Tokens(NamedTuple):
@@ -74,14 +73,12 @@ def tokenised(
     return None
   found = sources.find_files(pathlib.Path(data.path))
   every = [file for part in found.values() for file in part]
-  stats = [file.stat() for file in every]
-  if sum(x.st_size for x in stats) < LARGE or any(
-    file.suffix not in _ENDINGS for file in every
-  ):
+  size = sum(file.stat().st_size for file in every)
+  if size < LARGE or any(file.suffix not in _ENDINGS for file in every):
     return None
   sources.require_room(data)
   known = [
-    (split, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+    (split, file.name, file.stat().st_size, file.stat().st_mtime_ns)
     for split, part in found.items()
     for file in part
   ]

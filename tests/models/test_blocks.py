@@ -50,17 +50,12 @@ CASES = {
   "dense_alibi_padded": ({}, {}, "left"),
   "dense_rope_shared_window": ({}, SHARED | {"window": 6}, "right"),
   "folded_one": (ONE, {}, None),
-  "folded_one_key_head": (
+  "folded_one_key_head_relative": (
     ONE | {"groups": 2},
-    TWO_WAYS | {"positions": "none", "num_kv_heads": 1},
+    TWO_WAYS | {"positions": "none", "num_kv_heads": 1, "relative_buckets": 32},
     "right",
   ),
   "folded_rope_pairs": (ONE | {"groups": 2, "rope": "pairs"}, SHARED, None),
-  "relative_both_ways": (
-    {"groups": 2},
-    TWO_WAYS | {"positions": "none", "relative_buckets": 32},
-    "right",
-  ),
   "input_rows_window_both_ways": (ROWS, TWO_WAYS | {"window": 10}, None),
 }
 

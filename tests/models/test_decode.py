@@ -38,7 +38,6 @@ KINDS = {
     {"value_rank": 3},
     {"norm_position": "both", "qk_norm": True, "scale_embeddings": True},
   ),
-  "qk_norm": (c.llama, {"value_rank": 3}, {"qk_norm": True}),
   "rope_copy": (
     c.llama,
     {"groups": 2, "values": "diagonal"},
