@@ -437,8 +437,8 @@ def train_tokenizer(data: DataConfig, texts: Iterable[Text]) -> Tokenizer:
     )
     inner.train_from_iterator(flat(texts), trainer)
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-  is_sequence = isinstance(texts, Sequence) and bool(texts)
-  if is_sequence and not isinstance(texts[0], str):
+  first = texts[0] if isinstance(texts, Sequence) and texts else ""
+  if not isinstance(first, str):
     inner.post_processor = processors.TemplateProcessing(
       single="$A",
       pair=f"$A {END} $B:1",

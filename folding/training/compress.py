@@ -301,6 +301,7 @@ _SHAPE = (
   "head_dim",
   "norm",
   "norm_position",
+  "embed_norm",
   "norm_epsilon",
   "positions",
   "rope_base",
