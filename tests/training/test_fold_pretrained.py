@@ -19,7 +19,15 @@ MODELS = {
   "bert": c.bert(**_SIZES),
   "gpt2": c.gpt2(**_SIZES),
   "llama": c.llama(**_SIZES, num_kv_heads=2, rope_base=100.0),
-  "qwen2": c.llama(**_SIZES, num_kv_heads=2, qkv_bias=True, rope_base=100.0),
+  # Qwen2's biases and Gemma's norms.
+  "norms": c.llama(
+    **_SIZES,
+    num_kv_heads=2,
+    qkv_bias=True,
+    rope_base=100.0,
+    norm_position="both",
+    qk_norm=True,
+  ),
   "alibi": c.ModelConfig(**_SIZES),
 }
 each_kind = pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "alibi"])
@@ -151,7 +159,7 @@ def test_fewer_channels_are_refitted(kind):
     assert row["mlp_r2"] < 1
 
 
-@pytest.mark.parametrize("kind", ["bert", "qwen2"])
+@pytest.mark.parametrize("kind", ["bert", "norms"])
 def test_values_lose_nothing_at_the_rank_that_they_have(kind, monkeypatch):
   def value(name, w):
     if not name.endswith("o/kernel"):
