@@ -54,6 +54,9 @@ _PART_OF_WORD = r".{1,256}"
 
 # Long texts are encoded in pieces: the library keeps about 100 bytes per token.
 _PIECE = 1 << 16  # characters, about
+# Characters without an end of a piece, after which a text that is read in slices
+# is cut at a line end all the same.
+_LONGEST = 1 << 21
 _GROUP = 1 << 22  # characters that are encoded together, about
 _GROUP_TEXTS = 4096
 # No match of our pattern, of GPT-2's or of a later one crosses a line break
@@ -243,11 +246,13 @@ class Tokenizer:
   ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (index of text, ids of its next piece), at least one per text."""
     for group in piece_groups(texts, self._piece_end):
-      encodings = self._encode(
-        [piece for _, piece in group], add_special_tokens=False
-      )
-      for (index, _), encoding in zip(group, encodings, strict=True):
-        yield index, np.array(encoding.ids, np.int32)
+      texts_of_group = [piece for _, piece in group]
+      found = [
+        np.array(encoding.ids, np.int32)
+        for encoding in self._encode(texts_of_group, add_special_tokens=False)
+      ]
+      for (index, _), ids in zip(group, found, strict=True):
+        yield index, ids
 
   def encode_rows(self, texts: Sequence[Text], max_length: int) -> Encoded:
     """Returns texts or pairs with the special tokens of the tokenizer.
@@ -596,9 +601,17 @@ def _cut(text: str, end: re.Pattern[str] | None) -> Iterator[str]:
 
 
 def pieces(slices: Iterable[str], end: re.Pattern[str] | None) -> Iterator[str]:
-  """Yields the pieces of a text that is given in slices."""
+  """Yields the pieces of a text that is given in slices.
+
+  A piece longer than `_LONGEST` would take much memory. It is cut at a line end,
+  or else at the end of a slice, where a token might have crossed.
+  """
   left = ""
   for text in slices:
     *whole, left = _cut(left + text, end)
     yield from whole
+    if end is not None and len(left) > _LONGEST:
+      stop = left.rfind("\n") + 1 or len(left)
+      yield left[:stop]
+      left = left[stop:]
   yield left

@@ -118,6 +118,16 @@ def test_tokens_are_those_of_the_text_in_memory(
   assert isinstance(found[1].examples._streams["train"], np.memmap)
 
 
+def test_text_without_a_safe_end_is_cut_at_a_line_end(small, monkeypatch):
+  monkeypatch.setattr(tokenizers, "_LONGEST", 100)
+  text = "".join(f" word {i} \n" for i in range(99))
+  slices = [text[i : i + 37] for i in range(0, len(text), 37)]
+  found = list(tokenizers.pieces(slices, tokenizers.END_OF_LINE))
+  assert "".join(found) == text
+  assert max(map(len, found)) <= 137
+  assert all(piece.endswith("\n") for piece in found[:-1])
+
+
 def test_later_runs_do_not_read_the_text(small, tmp_path, monkeypatch):
   path = _txt(tmp_path)
   first = batches.make_data(_config(path))
