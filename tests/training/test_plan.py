@@ -261,7 +261,8 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
 def test_extrapolation_agrees_with_the_whole_model(
   is_mask_update, config, monkeypatch
 ):
-  config = alike(config, 7, data=c.DataConfig(length=16, batch_size=16))
+  data = c.DataConfig(length=16, batch_size=16, vocab_size=128)
+  config = alike(config, 7, data=data)
   mesh = sharding.make_mesh(config.mesh)
   program = Program(config, mesh, vocab_size=128, num_classes=0)
   devices = plan_lib.find_devices("cpu-8")
