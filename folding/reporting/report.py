@@ -17,7 +17,7 @@ from folding.training import run_dir
 
 KINDS = {
   "lm": "language model",
-  "embed": "encoder of sentences",
+  "embed": "sentence encoder",
   "classify": "classifier",
   "multilabel": "classifier of several labels",
   "regress": "regression model",

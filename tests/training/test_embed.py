@@ -122,7 +122,7 @@ def test_metrics_of_a_run_are_those_of_its_encoder(source, run):
 def test_report_and_export_of_a_run(source, run, tmp_path):
   report.write_report(str(run[0]))
   text = (run[0] / "report.md").read_text("utf-8")
-  assert "encoder of sentences" in text and "cosine to the teacher" in text
+  assert "sentence encoder" in text and "cosine to the teacher" in text
   model = folding.load(run[0])
   export_lib.export_hf(tmp_path / "hf", model)
   again = folding.load(tmp_path / "hf")
