@@ -1,10 +1,11 @@
-r"""Makes an encoder of sentences smaller, without labels: `--config=configs/embed.py:PATH`.
+r"""Makes a sentence encoder smaller, without labels: `--config=configs/embed.py:PATH`.
 
 PATH is a Hugging Face folder or hub id. Pooling and normalisation are those of its
-sentence-transformers files; for an encoder without them, the mean over tokens. PATH,0.5 makes it 50% smaller instead of 70%. A plan
-chooses the groups of W_Q and W_K, the rank of W_V and W_O and the neurons of each
-layer by how far the vectors move; tokens that the text uses least leave the
-tokenizer. Then the model learns the vectors of the checkpoint on the text.
+sentence-transformers files; for an encoder without them, the mean over tokens.
+PATH,0.5 makes it 50% smaller instead of 70%. A plan chooses the groups of W_Q and
+W_K, the rank of W_V and W_O and the neurons of each layer by how far the vectors
+move; tokens that the text uses least leave the tokenizer. Then the model learns the
+vectors of the checkpoint on the text.
 
   folding train --config=configs/embed.py:PATH --workdir=RUN \
     --config.data.path=FILE        (.txt, a text a line, or .jsonl)
