@@ -191,11 +191,18 @@ def _draw_points(plot: Scatter) -> Any:
     axes = drawing.subplots()
     axes.set_xscale("log")
     names = dict.fromkeys(n for points in plot.series.values() for n in points)
+    above: list[tuple[float, float]] = []
     for name in names:
       places = [p[name] for p in plot.series.values() if name in p]
       axes.plot(*zip(*places, strict=True), color=plots.LIGHT)
+      x, y = places[0]
+      is_near = any(  # to a name above a point; y is in percent
+        abs(math.log(x / x2)) < 0.25 and abs(y - y2) < 0.5 for x2, y2 in above
+      )
+      above += [] if is_near else [(x, y)]
+      shift = (0, -17 if is_near else 8)
       axes.annotate(
-        name, places[0], (0, 8), textcoords="offset points", ha="center"
+        name, (x, y), shift, textcoords="offset points", ha="center"
       )
     for index, (series, points) in enumerate(plot.series.items()):
       xs, ys = zip(*points.values(), strict=True)

@@ -25,7 +25,7 @@ def _run_block(number):
 
 
 def test_readme_loop_prunes_unused_inputs():
-  names = _run_block(0)
+  names = _run_block(1)
   kernels = [
     np.asarray(names["params"][layer]["kernel"])
     for layer in ("layers_0", "layers_2")
@@ -52,7 +52,7 @@ def test_readme_loaded_export_gives_logits_of_predict(tmp_path, monkeypatch):
   params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 2))
   monkeypatch.chdir(tmp_path)
   export("small", config, params, tokenizer, labels=["bad", "good"])
-  logits = _run_block(1)["logits"]
+  logits = _run_block(0)["logits"]
   (found,) = predict(folding.load("small"), ["a text"])
   np.testing.assert_allclose(
     jax.nn.softmax(logits[0]), found.probabilities, atol=1e-6
