@@ -3,8 +3,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 import folding
 from folding import cli
@@ -13,6 +11,10 @@ from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from tests.models import checkpoints
 from tests.serving import models
+
+reason = "needs the extra `parity` (PyTorch and transformers)"
+torch = pytest.importorskip("torch", reason=reason)
+transformers = pytest.importorskip("transformers", reason=reason)
 
 TEXTS = ["a b c", "f", "a b c d e f a b c d e f a", "", "c c", "e d c b a"]
 
