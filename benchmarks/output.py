@@ -43,7 +43,7 @@ class Scatter(NamedTuple):
   """Named points, one color and mark per series, on a logarithmic x axis.
 
   Attributes:
-    title: What is shown, and where the good corner is.
+    title: What is shown, and which corner is the good one.
     x_label: Name and unit of the horizontal axis.
     y_label: Name and unit of the vertical axis.
     series: {series: {name of a point: (x, y)}}.
@@ -117,10 +117,7 @@ def show(
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     page = _page(name, result, tables)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
-    plots.save(
-      _DRAW[type(plot)](plot),
-      str(RESULTS / f"{name}.png"),
-    )
+    plots.save(_DRAW[type(plot)](plot), str(RESULTS / f"{name}.png"))
   if args.json:
     print(json.dumps(result))
 
@@ -196,13 +193,15 @@ def _draw_points(plot: Scatter) -> Any:
       places = [p[name] for p in plot.series.values() if name in p]
       axes.plot(*zip(*places, strict=True), color=plots.LIGHT)
       x, y = places[0]
-      is_near = any(  # to a name above a point; y is in percent
+      # Below the point if the name of a near one stands above; y is in percent.
+      shift = -17
+      if not any(
         abs(math.log(x / x2)) < 0.25 and abs(y - y2) < 0.5 for x2, y2 in above
-      )
-      above += [] if is_near else [(x, y)]
-      shift = (0, -17 if is_near else 8)
+      ):
+        shift = 8
+        above.append((x, y))
       axes.annotate(
-        name, (x, y), shift, textcoords="offset points", ha="center"
+        name, (x, y), (0, shift), textcoords="offset points", ha="center"
       )
     for index, (series, points) in enumerate(plot.series.items()):
       xs, ys = zip(*points.values(), strict=True)
@@ -230,9 +229,9 @@ def _draw_lines(plot: Lines) -> Any:
       all_axes, plot.series.items(), strict=True
     ):
       for index, (name, points) in enumerate(series.items()):
-        color, mark = plots.CYCLE[index], "os^D"[index]
-        axes.plot(*zip(*points.items(), strict=True), color=color, label=name)
-        axes.plot(*zip(*points.items(), strict=True), mark, color=color)
+        xs, ys = zip(*points.items(), strict=True)
+        style = {"color": plots.CYCLE[index], "marker": "os^D"[index]}
+        axes.plot(xs, ys, label=name, **style)
       axes.set_xscale("log", base=2)
       axes.set_yscale("log")
       axes.grid(True)
