@@ -16,13 +16,12 @@ with scores of similarity is shown too.
 """
 
 import os
-import re
 
 from folding import config as c
 from folding.data import tokenizers
 from folding.errors import ConfigError
 from folding.models import hf_weights, sentence
-from folding.training.compress import recipe
+from folding.training.compress import path_and_level, recipe
 
 
 def get_config(where: str = "") -> c.Config:
@@ -31,12 +30,7 @@ def get_config(where: str = "") -> c.Config:
   Raises:
     ConfigError: no path is given, or no encoder is there.
   """
-  found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
-  path, level = (found[1], float(found[2])) if found else (where, None)
-  if level is not None and not 0 < level < 1:
-    raise ConfigError(
-      f"{where!r}: what to save is a fraction between 0 and 1, such as PATH,0.5"
-    )
+  path, level = path_and_level(where)
   if not path:
     raise ConfigError("give configs/embed.py:PATH, a checkpoint or hub id")
   if os.path.isdir(os.path.join(path, "checkpoints")):

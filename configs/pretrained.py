@@ -18,13 +18,12 @@ At once: the first command without --config.dense=True. The way for a language
 """
 
 import os
-import re
 
 from folding import config as c
 from folding.data import tokenizers
 from folding.errors import ConfigError
 from folding.models import hf_weights
-from folding.training.compress import recipe
+from folding.training.compress import path_and_level, recipe
 
 
 def get_config(where: str = "") -> c.Config:
@@ -33,12 +32,7 @@ def get_config(where: str = "") -> c.Config:
   Raises:
     ConfigError: no path is given, or no model is there.
   """
-  found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
-  path, level = (found[1], float(found[2])) if found else (where, None)
-  if level is not None and not 0 < level < 1:
-    raise ConfigError(
-      f"{where!r}: what to save is a fraction between 0 and 1, such as PATH,0.3"
-    )
+  path, level = path_and_level(where)
   if not path:
     raise ConfigError(
       "give configs/pretrained.py:PATH, a checkpoint folder, hub id or dense run"

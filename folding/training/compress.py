@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,6 +58,21 @@ class Compressed(NamedTuple):
   config: Config
   params: dict[str, Any]
   report: list[dict[str, Any]]
+
+
+def path_and_level(where: str) -> tuple[str, float | None]:
+  """Returns the parts of "PATH,LEVEL"; the level is None in "PATH".
+
+  Raises:
+    ConfigError: the level is not a fraction between 0 and 1.
+  """
+  found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
+  path, level = (found[1], float(found[2])) if found else (where, None)
+  if level is not None and not 0 < level < 1:
+    raise ConfigError(
+      f"{where!r}: what to save is a fraction between 0 and 1, such as PATH,0.3"
+    )
+  return path, level
 
 
 def recipe(
