@@ -359,7 +359,7 @@ class Transformer(nn.Module):
     if self.num_classes or self.embeds:
       pooled_BD = _pool(x_BLD, mask_BL, c.pooling)
       if self.embeds:
-        return _unit(pooled_BD) if c.normalize else pooled_BD
+        return unit(pooled_BD) if c.normalize else pooled_BD
       if c.pooler:
         activation = _ACTIVATIONS[c.pooler_activation]
         pooled_BD = activation(self.pooler(pooled_BD))
@@ -402,7 +402,7 @@ def _pool(
   return (x_BLD * mask_BL1).sum(axis=1) / count_B1
 
 
-def _unit(x_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
+def unit(x_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
   """Returns vectors of length 1; a zero vector stays zero."""
   square_B1 = jnp.sum(jnp.square(x_BD), axis=-1, keepdims=True)
   return x_BD * jax.lax.rsqrt(jnp.maximum(square_B1, 1e-24))

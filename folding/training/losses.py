@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folding.config import Task
 from folding.models import blocks
+from folding.models.transformer import unit
 from folding.training import sharding
 
 LOGITS = 2**27  # most next-token logits of a block per device: 512 MiB
@@ -214,8 +215,7 @@ def pairs_loss(
   """
 
   def cosines(x_BD):
-    square_B1 = jnp.sum(jnp.square(x_BD), axis=-1, keepdims=True)
-    x_BD *= jax.lax.rsqrt(jnp.maximum(square_B1, 1e-24))
+    x_BD = unit(x_BD)
     return x_BD @ x_BD.T
 
   vectors, taught = (x.astype(jnp.float32) for x in (vectors, taught))
