@@ -165,6 +165,8 @@ class ModelConfig:
   normalize: bool = False  # vectors of task "embed" have length 1
   pooler: bool = False  # a dense layer and activation between pooling and head
   pooler_activation: Literal["tanh", "relu", "gelu"] = "tanh"
+  # A norm after it, as in ModernBERT: of the two layers only the head has a bias.
+  pooler_norm: bool = False
   dropout: Fraction = 0.0
   remat: bool = False  # recompute blocks in the backward pass
   dtype: Literal["float32", "bfloat16"] = "float32"  # of computation

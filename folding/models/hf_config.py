@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from folding import config as config_lib
 from folding import typed
-from folding.config import ModelConfig, Task
+from folding.config import ModelConfig, Pooling, Task
 from folding.errors import ConfigError
 
 
@@ -38,7 +38,8 @@ class Family:
     defaults: What transformers assumes for fields missing in config.json.
     computes: Fields of ModelConfig that the architecture fixes.
     classifier: Fields of ModelConfig that its sequence classifier fixes.
-    has_classifier: Whether we have that classifier.
+    poolings: {classifier_pooling of config.json: ours}; {}: `classifier` has
+      the only one.
     only: Fields of config.json with one supported value.
     rules: Fields that correspond by more than their names.
     writes: Constant fields of config.json for the export.
@@ -57,7 +58,7 @@ class Family:
   defaults: dict[str, Any]
   computes: dict[str, Any]
   classifier: dict[str, Any]
-  has_classifier: bool = True
+  poolings: dict[str, Pooling] = dataclasses.field(default_factory=dict)
   only: dict[str, Any] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
   writes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -288,6 +289,7 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
 
 
 _MODERNBERT_BASES = ("global_rope_theta", "local_rope_theta")
+_MODERNBERT_POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
 
 
 def _read_modernbert(values: dict[str, Any]) -> dict[str, Any]:
@@ -295,12 +297,16 @@ def _read_modernbert(values: dict[str, Any]) -> dict[str, Any]:
   kinds = _kinds(values, lambda n: bool(n % every))
   # Of an even number of tokens around each, half are before it.
   size = values["local_attention"] // 2 + 1
-  return _by_kind(kinds, size, _read_bases(values, _MODERNBERT_BASES))
+  pooling = _MODERNBERT_POOLINGS[values["classifier_pooling"]]
+  bases = _read_bases(values, _MODERNBERT_BASES)
+  return {"pooling": pooling, **_by_kind(kinds, size, bases)}
 
 
 def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
   size = _window_size(config)
+  is_mean = config.pooling == "mean"
   return {
+    "classifier_pooling": "mean" if is_mean else "cls",
     **({"local_attention": 2 * (size - 1)} if size else {}),
     **_write_kinds(config),
     **_write_bases(config, _MODERNBERT_BASES),
@@ -354,7 +360,8 @@ _ENCODER: dict[str, Any] = _PLAIN | {
   "window": None,
   "gated": False,
 }
-_FIRST = {"pooling": "first", "pooler": True, "pooler_activation": "tanh"}
+_POOLER = {"pooler": True, "pooler_activation": "tanh", "pooler_norm": False}
+_FIRST = {"pooling": "first", **_POOLER}
 _LAST = {"pooling": "last", "pooler": False}
 
 _BERT = Family(
@@ -442,6 +449,7 @@ _MODERNBERT = Family(
     "global_rope_theta": 160000.0,
     "local_rope_theta": 10000.0,
     "pad_token_id": 50283,
+    "classifier_pooling": "cls",
   },
   computes={name: value for name, value in _ENCODER.items() if name != "window"}
   | {
@@ -453,9 +461,15 @@ _MODERNBERT = Family(
     "use_bias": False,
     "qkv_bias": False,
   },
-  classifier={"pooling": "first", "pooler": False},
-  has_classifier=False,
-  only={"attention_bias": False, "mlp_bias": False, "norm_bias": False},
+  classifier=_POOLER | {"pooler_activation": "gelu", "pooler_norm": True},
+  poolings=_MODERNBERT_POOLINGS,
+  only={
+    "attention_bias": False,
+    "mlp_bias": False,
+    "norm_bias": False,
+    "classifier_bias": False,
+    "classifier_activation": "gelu",
+  },
   rules=(Rule(_read_modernbert, _write_modernbert),),
   alternates=True,
   bases=_MODERNBERT_BASES,
@@ -717,11 +731,6 @@ def describe(values: dict[str, Any]) -> Description:
   run = config_lib.Config(task=task, preset="none", model=model)
   has_segments = "type_vocab_size" in family.defaults
   problem, label_names = _read_labels(values)
-  if label_names and not family.has_classifier:
-    raise ConfigError(
-      f"config.json: the sequence classifier of {name} is not supported (to train "
-      "another head, take its name out of architectures)"
-    )
   pad_id = values.get("pad_token_id", 0)
   if type(pad_id) is not int:
     raise ConfigError(
@@ -900,14 +909,18 @@ def misfit(
     "gpt2 needs model.positions='learned'; it is 'alibi'"
   """
   entry = FAMILIES[family]
-  if num_classes and not entry.has_classifier:
-    return f"{family}'s sequence classifier has a norm that this one lacks"
   classifier = entry.classifier if num_classes else {}
   for name, needed in (entry.computes | classifier).items():
     value = getattr(config, name)
     if value != needed:
       part = "'s sequence classifier" if name in classifier else ""
       return f"{family}{part} needs model.{name}={needed!r}; it is {value!r}"
+  poolings = entry.poolings.values()
+  if num_classes and poolings and config.pooling not in poolings:
+    return (
+      f"{family}'s sequence classifier needs model.pooling in "
+      f"{', '.join(poolings)}; it is {config.pooling!r}"
+    )
   if config.segments and "type_vocab_size" not in entry.defaults:
     return f"{family} has no segment embedding, which this model has"
   if config.heads is not None:

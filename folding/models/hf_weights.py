@@ -74,6 +74,7 @@ _CLASSES = Kind("C D -> D C", "C -> C")
 _BARE_CLASSES = Kind("C D -> D C")
 # Of ModernBERT, without biases.
 _BARE_EMBED_NORM = _EMBED_NORM._replace(bias="")
+_BARE_POOLER = _POOLER._replace(bias="")
 _HEADS_IN_ONE_ROWS = Kind("tHK D -> t D H K")
 _UPS_IN_ONE = Kind("tF D -> t D F")
 _LM_HEAD = Kind("V D -> D V")
@@ -277,7 +278,11 @@ LAYOUTS: dict[str, Layout] = {
       ("mlp/gate mlp/up", "mlp.Wi", _UPS_IN_ONE),
       ("mlp/down", "mlp.Wo", _DOWN._replace(bias="")),
     ),
-    classifier=(),
+    classifier=(
+      ("pooler", "head.dense", _BARE_POOLER),
+      ("norm_pooler", "head.norm", _RMS_NORM),
+      ("head", "classifier", _CLASSES),
+    ),
     unused=r"(head|decoder|classifier)\..*",
   ),
   "opt": Layout(

@@ -55,7 +55,7 @@ TABLE: tuple[Param, ...] = (
   Param("pooler/bias", "other", "E"),
   Param("norm_embed/(scale|bias)", "other", "e"),
   Param("norm_(attn|mlp)_out/(scale|bias)", "other", "D"),
-  Param("norm_(attn|mlp|final)/(scale|bias)", "other", "D"),
+  Param("norm_(attn|mlp|final|pooler)/(scale|bias)", "other", "D"),
 )
 # {group: pattern of full paths}, for `compression.accounting`.
 GROUPS = {

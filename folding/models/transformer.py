@@ -206,9 +206,12 @@ class Transformer(nn.Module):
     if c.norm_position != "post":
       self.norm_final = _norm(c, dtype)
     if self.num_classes:
+      has_norm = c.pooler and c.pooler_norm
       if c.pooler:
-        self.pooler = nn.Dense(c.width)
-      self.head = nn.Dense(self.num_classes, use_bias=c.use_bias)
+        self.pooler = nn.Dense(c.width, use_bias=not has_norm)
+      if has_norm:
+        self.norm_pooler = _norm(c, jnp.float32)
+      self.head = nn.Dense(self.num_classes, use_bias=c.use_bias or has_norm)
     elif not (c.tie_embeddings or self.embeds):
       self.head = nn.Dense(self.vocab_size, use_bias=False, dtype=dtype)
 
@@ -363,6 +366,8 @@ class Transformer(nn.Module):
       if c.pooler:
         activation = _ACTIVATIONS[c.pooler_activation]
         pooled_BD = activation(self.pooler(pooled_BD))
+        if c.pooler_norm:
+          pooled_BD = self.norm_pooler(pooled_BD)
       return self.head(pooled_BD)
     if c.tie_embeddings:
       if c.embed_width:
@@ -374,7 +379,7 @@ class Transformer(nn.Module):
     """Returns the part of the parameters that `read_out` reads."""
     is_tied = self.config.tie_embeddings and not self.num_classes
     output = {"embed", "embed_project"} if is_tied else {"head"}
-    names = {"norm_final", "pooler"} | output
+    names = {"norm_final", "pooler", "norm_pooler"} | output
     return {name: w for name, w in params.items() if name in names}
 
 

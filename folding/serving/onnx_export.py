@@ -638,6 +638,7 @@ def _read_out(
 ) -> None:
   """Adds the outputs, of the [N, D] that the last block returns."""
   m, width = loaded.config.model, loaded.config.model.width
+  norm = _norm_of(g, loaded, params)
 
   def dense(x: str, name: str) -> str:
     bias = params.get(f"{name}/bias")
@@ -662,6 +663,8 @@ def _read_out(
     return
   if m.pooler:
     pooled = _activate(g, dense(pooled, "pooler"), m.pooler_activation)
+    if m.pooler_norm:
+      pooled = norm(pooled, "norm_pooler")
   g.output("logits", dense(pooled, "head"), ["batch", len(loaded.labels)])
 
 

@@ -330,7 +330,7 @@ _SHAPE = (
   "gated",
   "causal",
 )
-_HEAD = ("pooling", "pooler", "pooler_activation")
+_HEAD = ("pooling", "pooler", "pooler_activation", "pooler_norm")
 
 
 def dense_start(
@@ -360,7 +360,8 @@ def dense_start(
   source = paths.flatten(found)
 
   def is_head(name):
-    return config.task != "lm" and name.startswith(("head/", "pooler/"))
+    is_of_head = name.startswith(("head/", "pooler/", "norm_pooler/"))
+    return config.task != "lm" and is_of_head
 
   def value(name, fresh):
     w = source.get(name)

@@ -50,6 +50,7 @@ FAMILIES = {
     "num_hidden_layers": N, "num_attention_heads": H, "intermediate_size": F,
     "max_position_embeddings": P, "pad_token_id": 0, "local_attention": 4,
     "global_rope_theta": 100.0, "local_rope_theta": 10.0,
+    "classifier_pooling": "mean",
   },
   "gpt2": {
     "model_type": "gpt2", "vocab_size": V, "n_embd": D, "n_layer": N,
@@ -100,6 +101,7 @@ CASES = [
     "distilbert",
     "electra",
     "mpnet",
+    "modernbert",
     "gpt2",
     "llama",
   )

@@ -111,6 +111,7 @@ READ = [
   # Mistral does not read layer_types.
   ("mistral", {"layer_types": ["full_attention"] * N}, "window", 3),
   ("qwen2", {"sliding_window": 5}, "window", None),
+  ("modernbert", {"classifier_pooling": "cls"}, "pooling", "first"),
   # The first 28 layers have none.
   ("qwen2", {"use_sliding_window": True}, "window", None),
   ("qwen2", SLIDING | {"max_window_layers": 0}, "window", 5),
@@ -147,7 +148,7 @@ REFUSED = [
   ("opt", {"do_layer_norm_before": False}, "only True is"),
   ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
   ("modernbert", {"mlp_bias": True}, "mlp_bias=True"),
-  ("modernbert", CLASSES, "classifier of modernbert is not"),
+  ("modernbert", CLASSES | {"classifier_bias": True}, "classifier_bias=True"),
   ("gemma3_text", {"query_pre_attn_scalar": 5}, "only head_dim is"),
   ("gemma3_text", {"final_logit_softcapping": 30.0}, "softcapping=30.0"),
   ("gemma3_text", {"rope_scaling": LINEAR}, "'linear' beside windows"),
@@ -269,6 +270,8 @@ def test_family_of_unknown_architecture_is_refused(config, message):
 # fmt: off
 @pytest.mark.parametrize(("name", "fields", "message"), [
   ("bert", {"pooler": False}, "needs model.pooler=True"),
+  ("bert", {"pooler_norm": True}, "needs model.pooler_norm=False"),
+  ("modernbert", {"pooling": "last"}, "first, mean; it is 'last'"),
   ("distilbert", {"pooler_activation": "tanh"}, "pooler_activation='relu'"),
   ("distilbert", {"norm_epsilon": 1e-5}, "needs model.norm_epsilon=1e-12"),
   ("llama", {"pooling": "mean"}, "needs model.pooling='last'"),

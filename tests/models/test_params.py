@@ -33,7 +33,9 @@ MODELS = {
     3,
   ),
   "modernbert": (
-    c.ModelConfig(**SHAPE, embed_norm=True, embed_width=6),
+    c.ModelConfig(
+      **SHAPE, embed_norm=True, embed_width=6, pooler=True, pooler_norm=True
+    ),
     {},
     "classify",
     3,

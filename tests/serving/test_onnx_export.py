@@ -41,10 +41,16 @@ _CASES = {
     values="dense",
     value_rank=(2, 3),
   ),
-  # Projected embeddings, ALiBi, pre-norm, mean over tokens; the identity for W_V.
+  # Projected embeddings, ALiBi, pre-norm, mean over tokens, a pooler with a norm;
+  # the identity for W_V.
   "alibi-identity": lambda: _shrunk(
     c.ModelConfig(
-      **models.SHAPE, causal=False, embed_width=12, embed_norm=True
+      **models.SHAPE,
+      causal=False,
+      embed_width=12,
+      embed_norm=True,
+      pooler=True,
+      pooler_norm=True,
     ),
     groups=1,
   ),
