@@ -137,6 +137,8 @@ class ModelConfig:
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
   # Of norms: before each branch, after each sum, or before and after each branch.
   norm_position: Literal["pre", "post", "both"] = "pre"
+  # With "pre": attention and the MLP of a layer read the same stream.
+  parallel: bool = False
   # With "pre": norm the embeddings, in place of the input of the first attention.
   embed_norm: bool = False
   norm_epsilon: Positive = 1e-5
@@ -146,6 +148,7 @@ class ModelConfig:
   # length), as in Llama 3: those with fewer than `low` turns in `length` tokens;
   # those between `low` and `high` in proportion. None: none.
   rope_scaling: tuple[Positive, ...] | None = None
+  rope_share: Share = 1.0  # of the channels of a head that rotate
   # Attend to so many last tokens; None: to all. Per layer, 0 is all.
   window: Count | tuple[Natural, ...] | None = None
   # Buckets of the distances that a bias per head depends on, as in T5 and MPNet.
@@ -193,14 +196,22 @@ class ModelConfig:
       raise ConfigError(
         f"rotary positions need an even head size; it is {self.head_dim}"
       )
-    if self.embed_norm and self.norm_position != "pre":
-      raise ConfigError("model.embed_norm needs model.norm_position='pre'")
+    for name in ("embed_norm", "parallel"):
+      if getattr(self, name) and self.norm_position != "pre":
+        raise ConfigError(f"model.{name} needs model.norm_position='pre'")
     if self.positions == "alibi" and self.relative_buckets:
       raise ConfigError(
         "model.relative_buckets is beside ALiBi; use another model.positions"
       )
-    if self.positions != "rope" and self.rope_scaling is not None:
-      raise ConfigError("model.rope_scaling needs model.positions='rope'")
+    for name, value in (("rope_scaling", None), ("rope_share", 1.0)):
+      if self.positions != "rope" and getattr(self, name) != value:
+        raise ConfigError(f"model.{name} needs model.positions='rope'")
+    turning = int(self.head_dim * self.rope_share)
+    if self.positions == "rope" and (turning < 2 or turning % 2):
+      raise ConfigError(
+        f"model.rope_share={self.rope_share} rotates {turning} of "
+        f"{self.head_dim} channels, which come in pairs"
+      )
     self.by_layer(self.window, "model.window")
     self.by_layer(self.rope_base, "model.rope_base")
     self._check_heads()

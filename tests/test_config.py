@@ -383,6 +383,16 @@ REFUSED = {
     "rope_scaling is",
     {"model__rope_scaling": (8.0,)},
   ),
+  "share_of_no_pair": (
+    {"model__positions": "rope", "model__rope_share": 0.13},
+    "rotates 1 of 8",
+    {"model__rope_share": 0.25},
+  ),
+  "parallel_after_norms": (
+    {"model__parallel": True, "model__norm_position": "post"},
+    "parallel needs",
+    {"model__norm_position": "pre"},
+  ),
   "scaling_without_rope": (
     {"model__rope_scaling": (8.0,)},
     "needs",

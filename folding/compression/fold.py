@@ -255,11 +255,17 @@ def _channels(
   """Returns [J, G], the dense channel of each of a key head's G channels."""
   if frequencies is None:
     raise ValueError(f"{name}: give the frequencies of the dense model")
-  error = np.abs(own_Jp[:, :, None] - np.asarray(frequencies))
-  pair_Jp = error.argmin(-1)
-  has_twice = any(len(set(pairs)) < len(pairs) for pairs in pair_Jp.tolist())
-  if has_twice or (error.min(-1) > 1e-5 * own_Jp).any():
-    raise ValueError(f"{name}: the dense model does not have these frequencies")
+  pair_Jp = np.zeros(own_Jp.shape, int)
+  for j, own_p in enumerate(own_Jp):
+    free = np.array(frequencies, np.float64)  # each is taken once
+    for p, frequency in enumerate(own_p):
+      error = np.abs(free - frequency)
+      pair = pair_Jp[j, p] = error.argmin()
+      if error[pair] > 1e-5 * frequency:
+        raise ValueError(
+          f"{name}: the dense model does not have these frequencies"
+        )
+      free[pair] = np.inf
   return np.concatenate([pair_Jp, pair_Jp + len(frequencies)], axis=1)
 
 

@@ -168,8 +168,29 @@ def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
   return 2.0 ** (-8.0 * np.arange(1, num_heads + 1) / num_heads)
 
 
+def layer_frequencies(
+  config: ModelConfig, layer: Layer, size: int | None = None
+) -> Float[np.ndarray, " half"]:
+  """Returns the `rope_frequencies` of a layer.
+
+  Args:
+    config: Of the model.
+    layer: Shape of the layer.
+    size: Number of channels of a head; None: all K.
+  """
+  return rope_frequencies(
+    size or layer.head_dim,
+    layer.rope_base,
+    config.rope_scaling,
+    config.rope_share,
+  )
+
+
 def rope_frequencies(
-  size: int, base: float, scaling: tuple[float, ...] | None = None
+  size: int,
+  base: float,
+  scaling: tuple[float, ...] | None = None,
+  share: float = 1.0,
 ) -> Float[np.ndarray, " half"]:
   """Returns the angle per token of each pair of channels, in radians.
 
@@ -177,9 +198,11 @@ def rope_frequencies(
     size: Number of channels of a head.
     base: The slowest pair turns by about 1 / base per token.
     scaling: As in `folding.config.ModelConfig.rope_scaling`.
+    share: Of the channels that turn; the last pairs have angle 0.
   """
-  half = size // 2
-  frequency = base ** (-np.arange(half) / half)
+  half, turning = size // 2, int(size * share) // 2
+  frequency = np.zeros(half)
+  frequency[:turning] = base ** (-np.arange(turning) / turning)
   if scaling:
     factor, *limits = scaling
     kept = 0.0  # share of a frequency that is not divided by the factor
@@ -274,7 +297,7 @@ class Attention(nn.Module):
         "relative_bias", nn.initializers.zeros, shape
       )
     if self._has_pairs:
-      pairs = rope_frequencies(layer.groups, layer.rope_base, c.rope_scaling)
+      pairs = layer_frequencies(c, layer, layer.groups)
       self.frequency = self.param(
         "frequency", lambda _: jnp.tile(pairs, (J, 1))
       )
@@ -367,10 +390,7 @@ class Attention(nn.Module):
     # A rotation acts on all K channels, so the G numbers are copied first.
     copies = layer.head_dim // q.shape[-1]
     q, k = jnp.repeat(q, copies, axis=-1), jnp.repeat(k, copies, axis=-1)
-    frequency = rope_frequencies(
-      layer.head_dim, layer.rope_base, c.rope_scaling
-    )
-    frequency = frequency[None]
+    frequency = layer_frequencies(c, layer)[None]
     return rotate(q, frequency, position_L), rotate(k, frequency, position_L), v
 
   def bias(

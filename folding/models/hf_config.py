@@ -178,16 +178,23 @@ def _window_size(config: ModelConfig) -> int | None:
   return max(config.by_layer(config.window or 0, "model.window")) or None
 
 
+_SHARE = "partial_rotary_factor"
+
+
 def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
+  read = _read_partial_rope(values)
+  _check_supported(_SHARE, read["rope_share"], SUPPORTED[_SHARE])
+  return read
+
+
+def _read_partial_rope(values: dict[str, Any]) -> dict[str, Any]:
   # transformers 5 writes one dict, earlier versions rope_theta and a dict or
   # null. It reads the older one if there are both.
   given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-  rope = {"rope_theta": values.get("rope_theta", 10000.0)} | given
+  rope = {"rope_theta": values.get("rope_theta", 10000.0), _SHARE: 1.0} | given
   length = "original_max_position_embeddings"
   if length in values:
     rope[length] = values[length]
-  name = "partial_rotary_factor"
-  _check_supported(name, rope.get(name), SUPPORTED[name])
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ROPE_SCALINGS:
     raise ConfigError(
@@ -199,7 +206,11 @@ def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
   if missing:
     raise ConfigError(f"config.json: rope_type {kind} needs {missing}")
   scaling = [rope[name] for name in names] or None
-  return {"rope_base": rope["rope_theta"], "rope_scaling": scaling}
+  return {
+    "rope_base": rope["rope_theta"],
+    "rope_scaling": scaling,
+    "rope_share": rope[_SHARE],
+  }
 
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -215,6 +226,22 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
       scaling[name] = int(value) if is_length else value
     values["rope_scaling"] = scaling
   return values
+
+
+def _read_neox_rope(values: dict[str, Any]) -> dict[str, Any]:
+  # It had names of its own before transformers 5.
+  older = {
+    "rope_theta": values["rotary_emb_base"],
+    _SHARE: values["rotary_pct"],
+  }
+  given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+  return _read_partial_rope({"rope_parameters": older | given})
+
+
+def _write_neox_rope(config: ModelConfig) -> dict[str, Any]:
+  values = _write_rope(config)
+  values["rotary_emb_base"] = values.pop("rope_theta")
+  return values | {"rotary_pct": config.rope_share}
 
 
 def _write_embedding_dropout(config: ModelConfig) -> dict[str, Any]:
@@ -346,12 +373,20 @@ _FIELDS = {
 }
 # What a family has only if its entry says so.
 _PLAIN: dict[str, Any] = {
+  "parallel": False,
+  "rope_share": 1.0,
   "embed_norm": False,
   "embed_width": 0,
   "relative_buckets": 0,
   "qk_norm": False,
   "scale_embeddings": False,
 }
+
+
+def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+  return {name: x for name, x in fields.items() if name not in names}
+
+
 _ENCODER: dict[str, Any] = _PLAIN | {
   "causal": False,
   "norm": "layernorm",
@@ -393,11 +428,7 @@ _MPNET = dataclasses.replace(
   prefix="MPNet",
   layout="mpnet",
   first_position=2,
-  defaults={
-    name: value
-    for name, value in _ROBERTA.defaults.items()
-    if name != "type_vocab_size"
-  },
+  defaults=_without(_ROBERTA.defaults, "type_vocab_size"),
   computes=_ENCODER | {"relative_buckets": 32},
   # Its positions count the tokens that are not 1, whatever the pad token is.
   only={"relative_attention_num_buckets": 32, "pad_token_id": 1},
@@ -408,9 +439,7 @@ _ELECTRA = dataclasses.replace(
   prefix="Electra",
   layout="electra",
   defaults=_BERT.defaults | {"embedding_size": 128},
-  computes={
-    name: value for name, value in _ENCODER.items() if name != "embed_width"
-  },
+  computes=_without(_ENCODER, "embed_width"),
   classifier=_FIRST | {"pooler_activation": "gelu"},
   rules=(_EMBED_WIDTH,),
 )
@@ -451,7 +480,7 @@ _MODERNBERT = Family(
     "pad_token_id": 50283,
     "classifier_pooling": "cls",
   },
-  computes={name: value for name, value in _ENCODER.items() if name != "window"}
+  computes=_without(_ENCODER, "window")
   | {
     "norm_position": "pre",
     "embed_norm": True,
@@ -530,6 +559,33 @@ _OPT = Family(
     "layer_norm_elementwise_affine": True,
   },
   rules=(Rule(_read_no_projection, lambda _: {}),),
+  writes={"attention_dropout": 0.0},
+)
+_GPT_NEOX = Family(
+  prefix="GPTNeoX",
+  layout="gpt_neox",
+  fields=_FIELDS
+  | {
+    "norm_epsilon": "layer_norm_eps",
+    "dropout": "hidden_dropout",
+    "tie_embeddings": "tie_word_embeddings",
+    "parallel": "use_parallel_residual",
+  },
+  defaults={
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "hidden_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "max_position_embeddings": 2048,
+    "rotary_emb_base": 10000.0,
+    "rotary_pct": 0.25,
+  },
+  computes=_without(_ENCODER, "parallel", "rope_share")
+  | {"causal": True, "norm_position": "pre", "positions": "rope"},
+  classifier=_LAST,
+  only={"attention_bias": True},
+  rules=(Rule(_read_neox_rope, _write_neox_rope),),
   writes={"attention_dropout": 0.0},
 )
 _LLAMA_COMPUTES: dict[str, Any] = _PLAIN | {
@@ -647,6 +703,7 @@ FAMILIES: dict[str, Family] = {
   "modernbert": _MODERNBERT,
   "gpt2": _GPT2,
   "opt": _OPT,
+  "gpt_neox": _GPT_NEOX,
   "llama": _LLAMA,
   "mistral": _MISTRAL,
   "qwen2": _QWEN2,
@@ -973,6 +1030,7 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     "qwen2",
     "qwen3",
     "gemma3_text",
+    "gpt_neox",
     "bert",
     "distilbert",
     "electra",

@@ -7,7 +7,7 @@ sizes of the letters give both shapes. Letters as in `folding.models.params`, an
 t for the number of our arrays in one of their tensors.
 
 Rotary positions pair channel i of a head with i + K/2 on both sides, so queries
-and keys need no reordering.
+and keys need no reordering unless some channels do not rotate (`_channels`).
 
 A folder holds config.json, tokenizer.json, and model.safetensors or its shards
 with an index. Pickles are never opened.
@@ -77,12 +77,15 @@ _BARE_EMBED_NORM = _EMBED_NORM._replace(bias="")
 _BARE_POOLER = _POOLER._replace(bias="")
 _HEADS_IN_ONE_ROWS = Kind("tHK D -> t D H K")
 _UPS_IN_ONE = Kind("tF D -> t D F")
+_HEADS_IN_ONE_BY_HEAD = Kind("HtK D -> t D H K", "HtK -> t H K")
 _LM_HEAD = Kind("V D -> D V")
 # GPT-2's Conv1D kernels are [in, out], as ours.
 _HEADS_IN_ONE = Kind("D tHK -> t D H K", "tHK -> t H K")
 _CONV_FROM_HEADS = Kind("HK D -> H K D", "D -> D")
 _CONV_UP = Kind("D F -> D F", "F -> F")
 _CONV_DOWN = Kind("F D -> F D", "D -> D")
+
+_QUERY_OR_KEY = re.compile("/attn/[qk]/")
 
 Row = tuple[str, str, Kind]  # module of ours (or several), of theirs, its kind
 
@@ -97,6 +100,7 @@ class Layout:
     blocks: Where the blocks are.
     block: Rows of a block.
     classifier: Rows of the sequence classifier, with whole names.
+    lm_head: Output layer of a language model, with its whole name.
     segments: BERT's segment embedding. A model of single texts has its first row
       in the positions.
     project: ELECTRA's projection of narrow embeddings.
@@ -111,6 +115,7 @@ class Layout:
   blocks: str
   block: tuple[Row, ...]
   classifier: tuple[Row, ...]
+  lm_head: str = "lm_head"
   segments: str = ""
   project: str = ""
   relative: str = ""
@@ -306,6 +311,32 @@ LAYOUTS: dict[str, Layout] = {
     classifier=(("head", "score", _BARE_CLASSES),),
     unused=r"(lm_head|score|qa_outputs)\..*",
   ),
+  "gpt_neox": Layout(
+    prefix="gpt_neox.",
+    outer=(
+      ("embed", "embed_in", _EMBED),
+      ("norm_final", "final_layer_norm", _NORM),
+    ),
+    blocks="layers",
+    block=(
+      ("norm_attn", "input_layernorm", _NORM),
+      (
+        "attn/q attn/k attn/v",
+        "attention.query_key_value",
+        _HEADS_IN_ONE_BY_HEAD,
+      ),
+      ("attn/o", "attention.dense", _FROM_HEADS),
+      ("norm_mlp", "post_attention_layernorm", _NORM),
+      ("mlp/up", "mlp.dense_h_to_4h", _UP),
+      ("mlp/down", "mlp.dense_4h_to_h", _DOWN),
+    ),
+    classifier=(("head", "score", _BARE_CLASSES),),
+    lm_head="embed_out",
+    unused=(
+      r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
+      r"|(embed_out|score|classifier|qa_outputs)\..*"
+    ),
+  ),
   "llama": _LLAMA,
   "qwen3": dataclasses.replace(
     _LLAMA,
@@ -370,7 +401,7 @@ def tensors(
   if head == "classify":
     rows += layout.classifier
   elif head == "lm" and not config.tie_embeddings:
-    rows.append(("head", "lm_head", _LM_HEAD))
+    rows.append(("head", layout.lm_head, _LM_HEAD))
   elif layout.may_have_pooler and has_pooler:
     rows += [row for row in layout.classifier if row[0] == "pooler"]
   table = []
@@ -480,6 +511,20 @@ def _join(
   return theirs
 
 
+def _channels(described: Description) -> np.ndarray | None:
+  """Returns the channel of theirs for each of ours in a query or key.
+
+  The R of theirs that rotate come first, and i is paired with i + R/2. Of our
+  pairs, i and i + K/2, those that rotate come first. None: the order is equal.
+  """
+  c = described.config
+  if c.rope_share == 1:
+    return None
+  R = int(c.head_dim * c.rope_share)
+  pairs_2 = np.arange(R).reshape(2, -1), np.arange(R, c.head_dim).reshape(2, -1)
+  return np.concatenate(pairs_2, axis=1).reshape(-1)
+
+
 def import_params(
   described: Description,
   head: str,
@@ -535,8 +580,9 @@ def import_params(
       "this config.json"
     )
   if head == "lm" and described.config.tie_embeddings:
-    _check_tied(find(table[0].name), shapes, read)
-  flat = {}
+    output = f"{LAYOUTS[described.layout].lm_head}.weight"
+    _check_tied(output, find(table[0].name), shapes, read)
+  flat, channels = {}, _channels(described)
   for tensor in table:
     theirs = read(find(tensor.name))[tensor.skip :]
     if tensor.plus:
@@ -546,6 +592,8 @@ def import_params(
     for path, ours in zip(
       tensor.paths, _split(theirs, tensor, sizes), strict=True
     ):
+      if channels is not None and _QUERY_OR_KEY.search(path):
+        ours = ours[..., channels]
       flat[path] = np.ascontiguousarray(ours)
   is_bare = head == "classify" and "head/bias" not in flat
   if is_bare and described.config.use_bias:
@@ -554,12 +602,12 @@ def import_params(
 
 
 def _check_tied(
+  name: str,
   embedding: str,
   shapes: Mapping[str, tuple[int, ...]],
   read: Callable[[str], np.ndarray],
 ) -> None:
   """Refuses an output layer that differs from the embedding that it shares."""
-  name = "lm_head.weight"
   if name in shapes and not np.array_equal(read(name), read(embedding)):
     raise ConfigError(
       f"tensor {name} is not {embedding}, which config.json says it is; set "
@@ -600,6 +648,7 @@ def export_tensors(
   if head == "classify" and layout.classifier[-1][-1] == _BARE_CLASSES:
     _move_head_bias(arrays, described)
   theirs: dict[str, np.ndarray] = {}
+  channels = _channels(described)
   for tensor in tensors(described, head, "pooler/kernel" in arrays):
     shape, ours = _our_shape(tensor, sizes), []
     for path in tensor.paths:
@@ -615,6 +664,8 @@ def export_tensors(
           f"parameter {path} is of shape {list(array.shape)}; a dense "
           f"{described.family} has {list(shape)}"
         )
+      if channels is not None and _QUERY_OR_KEY.search(path):
+        array = array[..., np.argsort(channels)]
       ours.append(array)
     theirs[tensor.name.removeprefix(prefix)] = _join(ours, tensor, sizes)
     if tensor.plus:

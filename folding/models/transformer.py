@@ -76,7 +76,7 @@ class Block(nn.Module):
   """One layer: attention and a feed-forward layer, with norms.
 
   They are before each branch ("pre"), after each sum ("post"), or before and
-  after each branch ("both").
+  after each branch ("both"). Parallel branches read the same stream.
   """
 
   config: ModelConfig
@@ -145,8 +145,10 @@ class Block(nn.Module):
       x_BLD = self.norm_attn(x_BLD + drop(out_BLD))
       return self.norm_mlp(x_BLD + drop(self.mlp(x_BLD))), cache
     is_both = self.config.norm_position == "both"
+    before_BLD = x_BLD
     x_BLD += drop(self.norm_attn_out(out_BLD) if is_both else out_BLD)
-    out_BLD = self.mlp(self.norm_mlp(x_BLD))
+    read_BLD = before_BLD if self.config.parallel else x_BLD
+    out_BLD = self.mlp(self.norm_mlp(read_BLD))
     return x_BLD + drop(
       self.norm_mlp_out(out_BLD) if is_both else out_BLD
     ), cache

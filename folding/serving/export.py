@@ -46,7 +46,7 @@ from folding.data.tokenizers import (
 from folding.data.trim import trim_tokenizer
 from folding.errors import ConfigError, reason
 from folding.models import hf_config, hf_weights, sentence
-from folding.models.attention import rope_frequencies
+from folding.models.attention import layer_frequencies
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.serving.batched import outputs, require_numbers, require_size
@@ -560,9 +560,7 @@ def export_hf(
   frequencies = None
   if m.positions == "rope":
     frequencies = {
-      f"blocks_{n}/attn": rope_frequencies(
-        m.head_dim, layer.rope_base, m.rope_scaling
-      )
+      f"blocks_{n}/attn": layer_frequencies(m, layer)
       for n, layer in enumerate(config_lib.layers_of(m, loaded.config.fold))
     }
   try:

@@ -29,7 +29,7 @@ from folding.config import Layer, layers_of
 from folding.data.tokenizers import OPTIONS, Tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, sentence
-from folding.models.attention import relative_buckets, rope_frequencies
+from folding.models.attention import layer_frequencies, relative_buckets
 from folding.serving import export as export_lib
 from folding.serving.export import CONFIG, TOKENIZER, Loaded
 from folding.version import __version__
@@ -360,9 +360,9 @@ def _make_graph(
       x = norm(g.add("Add", block.mlp(x), x), f"{name}/norm_mlp")
       continue
     y = norm(x, f"{name}/norm_attn") if layer.has_norm_attn else x
-    y = block.attend(y)
+    y, before = block.attend(y), x
     x = g.add("Add", x, norm(y, f"{name}/norm_attn_out") if is_both else y)
-    y = block.mlp(norm(x, f"{name}/norm_mlp"))
+    y = block.mlp(norm(before if m.parallel else x, f"{name}/norm_mlp"))
     x = g.add("Add", x, norm(y, f"{name}/norm_mlp_out") if is_both else y)
   if m.norm_position != "post":
     x = norm(x, "norm_final")
@@ -563,10 +563,7 @@ class _Block:
     g, m = self._g, self._config
     frequency_Jk = self._params.get("attn/frequency")
     if frequency_Jk is None:
-      K = self._layer.head_dim
-      frequency_Jk = rope_frequencies(K, self._layer.rope_base, m.rope_scaling)[
-        None
-      ]
+      frequency_Jk = layer_frequencies(m, self._layer)[None]
     J, half = frequency_Jk.shape
     if J > 1:
       frequency_Jk = np.repeat(frequency_Jk, heads // J, axis=0)

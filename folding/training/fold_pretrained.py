@@ -21,7 +21,7 @@ import rich.progress
 from folding.compression import lowrank
 from folding.config import Config, Layer, ModelConfig, dense_twin, layers_of
 from folding.errors import ConfigError
-from folding.models.attention import attention_logits, rope_frequencies
+from folding.models.attention import attention_logits, layer_frequencies
 from folding.models.transformer import Block, Transformer
 
 # "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]
@@ -381,10 +381,16 @@ def fold_layer(
     attn |= {"v": low.v, "o": low.o}
   new = {**old, "attn": attn}
   is_post = m.norm_position == "post"
+
+  def middle(seen):
+    """Returns the stream between the branches; of parallel ones, its value."""
+    if m.parallel:
+      return seen["norm_mlp"] + seen["o"]
+    return seen["norm_attn" if is_post else "norm_mlp"]
+
   # A norm after a branch hides its output from the stream.
   is_branch = m.norm_position == "both"
   nothing = [jnp.zeros_like(x) for x in stream.x] if is_branch else []
-  middle = "norm_attn" if is_post else "norm_mlp"  # reads the stream in between
   # The old W_O is no prior without the old W_V. Heads with other values serve
   # the layer's own output better than the errors of the layers below.
   has_prior = layer.values == "dense"
@@ -397,13 +403,13 @@ def fold_layer(
     "o",
     (*stream, nothing, [seen["o"] for seen in wanted])
     if is_branch
-    else (*stream, stream.x, [seen[middle] for seen in wanted]),
+    else (*stream, stream.x, [middle(seen) for seen in wanted]),
     has_prior=has_prior,
   )
   if prune is not None:
     new = prune(n, new, stream)
-  seen = look_all(block, new, stream, ("up", "norm_mlp"))
-  base = [s["up" if is_post else "norm_mlp"] for s in seen]
+  seen = look_all(block, new, stream, ("up", "norm_mlp"), outputs=OUTPUTS)
+  base = [s["up"] if is_post else middle(s) for s in seen]
   wanted = [s["norm_mlp" if is_post else "out"] for s in target]
   if is_branch:
     base, wanted = nothing, [s["down"] for s in target]
@@ -467,9 +473,8 @@ def fold_logits(
   if m.positions != "rope":
     heads = lowrank.fold_heads(q, k, second, centred, layer.groups)
     return {**attn, "q": heads.q, "k": heads.k}, heads.kept
-  frequencies = rope_frequencies(m.head_dim, layer.rope_base, m.rope_scaling)
   heads = lowrank.fold_rotary_heads(
-    q, k, second, second, layer.groups, frequencies
+    q, k, second, second, layer.groups, layer_frequencies(m, layer)
   )
   folded = {**attn, "q": heads.q, "k": heads.k}
   if layer.groups != m.head_dim:

@@ -181,15 +181,16 @@ def _pairs(**fields):
   model_config = llama(**(shape | fields))
   options = {"groups": 4, "rope": "pairs"}
   params = _params(_model(model_config, **options))
-  frequencies = rope_frequencies(8, 10000.0)
+  frequencies = rope_frequencies(8, 10000.0, share=model_config.rope_share)
   own = jnp.asarray(frequencies[np.array([[2, 0], [1, 3]])])
   params["blocks_0"]["attn"]["frequency"] = own
   return model_config, params, frequencies, options
 
 
-@pytest.mark.parametrize("qkv_bias", [False, True])
-def test_unfold_puts_pairs_at_their_frequencies(qkv_bias):
-  model_config, params, frequencies, options = _pairs(qkv_bias=qkv_bias)
+# A quarter of the channels rotate: three pairs have the frequency 0.
+@pytest.mark.parametrize("fields", [{"qkv_bias": True}, {"rope_share": 0.25}])
+def test_unfold_puts_pairs_at_their_frequencies(fields):
+  model_config, params, frequencies, options = _pairs(**fields)
   twin = unfold(params, frequencies)
   folded, dense = _model(model_config, **options), _model(model_config)
   _assert_same_logits(folded, params, dense, twin)

@@ -62,6 +62,17 @@ FAMILIES = {
     "num_hidden_layers": N, "num_attention_heads": H, "dropout": 0.0,
     "max_position_embeddings": P,
   },
+  "gpt_neox": {
+    "model_type": "gpt_neox", "vocab_size": V, "hidden_size": 2 * D,
+    "num_hidden_layers": N, "num_attention_heads": H, "intermediate_size": F,
+    "max_position_embeddings": P, "rotary_pct": 0.5, "rotary_emb_base": 100,
+  },
+  "gpt_neox_in_turn": {
+    "model_type": "gpt_neox", "vocab_size": V, "hidden_size": D,
+    "num_hidden_layers": N, "num_attention_heads": H, "intermediate_size": F,
+    "max_position_embeddings": P, "use_parallel_residual": False,
+    "rotary_pct": 1.0, "tie_word_embeddings": True,
+  },
   "llama": _LLAMA | {"model_type": "llama", "rope_theta": 100.0},
   "llama_biases_scaled": _LLAMA | {
     "model_type": "llama", "attention_bias": True, "mlp_bias": True,
@@ -87,7 +98,16 @@ FAMILIES = {
   "qwen3": _LLAMA | {"model_type": "qwen3", "head_dim": 6},
 }
 # fmt: on
-DECODERS = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+DECODERS = (
+  "gpt2",
+  "opt",
+  "gpt_neox",
+  "llama",
+  "mistral",
+  "qwen2",
+  "qwen3",
+  "gemma3_text",
+)
 # One case per risk: each entry with the head that it has without classes, and
 # one classifier per layout of tensors.
 CASES = [
@@ -103,6 +123,7 @@ CASES = [
     "mpnet",
     "modernbert",
     "gpt2",
+    "gpt_neox",
     "llama",
   )
 ]

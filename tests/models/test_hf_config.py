@@ -96,6 +96,7 @@ def test_describe_orders_labels_by_their_ids():
 
 
 LINEAR = {"rope_type": "linear", "factor": 3.0}
+PARTIAL = {"rope_parameters": {"partial_rotary_factor": 0.25}}
 OLDER = {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}}
 LONGER = {"original_max_position_embeddings": 32}
 LONGER["rope_scaling"] = LLAMA3["rope_scaling"]
@@ -112,6 +113,7 @@ READ = [
   ("mistral", {"layer_types": ["full_attention"] * N}, "window", 3),
   ("qwen2", {"sliding_window": 5}, "window", None),
   ("modernbert", {"classifier_pooling": "cls"}, "pooling", "first"),
+  ("gpt_neox", PARTIAL, "rope_share", 0.25),
   # The first 28 layers have none.
   ("qwen2", {"use_sliding_window": True}, "window", None),
   ("qwen2", SLIDING | {"max_window_layers": 0}, "window", 5),
@@ -129,7 +131,6 @@ def test_describe_reads_options_as_transformers(name, options, field, value):
 
 CLASSES = {"architectures": ["BertForSequenceClassification"]}
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
-PARTIAL = {"rope_parameters": {"partial_rotary_factor": 0.5}}
 MULTI = {"problem_type": "multi_label_classification"}
 # fmt: off
 REFUSED = [
@@ -141,13 +142,15 @@ REFUSED = [
   ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True"),
   ("llama", YARN, "rope_type 'yarn'"),
   ("llama", {"rope_scaling": {"type": "linear"}}, r"needs \['factor'\]"),
-  ("llama", PARTIAL, "partial_rotary_factor=0.5"),
+  ("llama", PARTIAL, "partial_rotary_factor=0.25"),
   ("llama", {"attention_bias": True}, "with mlp_bias=False"),
   ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
   ("qwen2", SLIDING | {"layer_types": ["chunked"] * N}, "layer_types"),
   ("opt", {"do_layer_norm_before": False}, "only True is"),
   ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
   ("modernbert", {"mlp_bias": True}, "mlp_bias=True"),
+  ("gpt_neox", {"attention_bias": False}, "attention_bias=False"),
+  ("gpt_neox", {"rotary_pct": 0.1}, "rotates 0 of 8"),
   ("modernbert", CLASSES | {"classifier_bias": True}, "classifier_bias=True"),
   ("gemma3_text", {"query_pre_attn_scalar": 5}, "only head_dim is"),
   ("gemma3_text", {"final_logit_softcapping": 30.0}, "softcapping=30.0"),

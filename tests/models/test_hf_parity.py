@@ -138,7 +138,7 @@ def test_relative_buckets_are_those_of_transformers_at_every_distance():
 def test_defaults_are_those_of_transformers(family):
   names = hf_config.FAMILIES[family].fields
   fields = ("num_layers", "width", "num_heads")
-  sizes = {names[x]: n for x, n in zip(fields, (32, 64, 32), strict=True)}
+  sizes = {names[x]: n for x, n in zip(fields, (32, 256, 32), strict=True)}
   sizes |= {"vocab_size": 99, "model_type": family}
   if family != "gpt2":  # whose MLP is 4 D wide by default
     sizes[names["mlp_width"]] = 100

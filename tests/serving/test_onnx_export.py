@@ -73,10 +73,11 @@ _CASES = {
     ),
     c.FoldConfig(groups=2, values="dense", value_rank=3),
   ),
-  # RoPE by pairs; a layer with values per query head beside shared keys.
+  # RoPE by pairs in half of the channels, parallel branches; a layer with values
+  # per query head beside shared keys.
   "llama-pairs": lambda: models.make(
     "lm",
-    _LLAMA,
+    dataclasses.replace(_LLAMA, rope_share=0.5, parallel=True),
     c.FoldConfig(groups=4, rope="pairs", values=("dense", "diagonal")),
   ),
 }

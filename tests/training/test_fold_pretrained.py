@@ -28,6 +28,8 @@ MODELS = {
     norm_position="both",
     qk_norm=True,
   ),
+  # GPT-NeoX's blocks.
+  "parallel": c.gpt2(**_SIZES, positions="rope", rope_share=0.5, parallel=True),
   "alibi": c.ModelConfig(**_SIZES),
 }
 each_kind = pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "alibi"])
@@ -136,7 +138,7 @@ def test_all_channels_of_a_head_lose_nothing(kind):
       assert row[name] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "parallel"])
 def test_fewer_channels_are_refitted(kind):
   config = _config(kind, groups=2, values="diagonal")
   params, report = _fold(config, kind)
