@@ -156,6 +156,9 @@ class ModelConfig:
   # sharing one. 0: none.
   relative_buckets: Literal[0, 32] = 0
   qk_norm: bool = False  # RMSNorm of the queries and keys of each head
+  # c: attention logits x become c tanh(x / c), as in Gemma 2; None: they stay.
+  attention_cap: Positive | None = None
+  logit_cap: Positive | None = None  # the same of next-token logits
   attention: Literal["dense", "linear"] = "dense"
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
   gated: bool = False  # multiply the MLP's hidden state by a gate
@@ -502,12 +505,14 @@ class Config:
         "still folds W_V and W_O) or fold.axis='input'"
       )
     is_rank_1 = 1 in all_groups and f.axis == "output"
-    is_plain = m.positions != "rope" and not (m.window or m.relative_buckets)
+    is_plain = m.positions != "rope" and not (
+      m.window or m.relative_buckets or m.attention_cap
+    )
     if m.attention == "linear" and not (self.dense or is_rank_1 and is_plain):
       raise ConfigError(
         "model.attention='linear' needs a layer with fold.groups=1 on the output "
-        "axis, and no rotary positions, model.window or model.relative_buckets; "
-        "use 'dense'"
+        "axis, and no rotary positions, model.window, model.relative_buckets or "
+        "model.attention_cap; use 'dense'"
       )
     values = m.by_layer(f.values, "fold.values")
     if set(values) != {"dense"} and m.num_heads * m.head_dim != m.width:

@@ -42,6 +42,7 @@ def attend(
   mask_BM: Bool[Array, "B M"] | None,
   *,
   head_dim: int,
+  cap: float | None = None,
 ) -> Float[Array, "B L H r"]:
   """Returns softmax(q k^T (K/G) / sqrt(K) + bias) v without unfolding.
 
@@ -57,10 +58,11 @@ def attend(
     bias_HLM: Added to the logits: positions, and -1e30 at hidden keys.
     mask_BM: False at pad tokens; None: no padding.
     head_dim: K.
+    cap: Of the logits before the bias, see `soft_cap`.
   """
   B, L, H, _ = q_BLHG.shape
   logits_BHLM = attention_logits(
-    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim
+    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim, cap=cap
   )
   att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMr.dtype)
   out = att.reshape(*v_IMr.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMr
@@ -74,6 +76,7 @@ def attention_logits(
   mask_BM: Bool[Array, "#B M"] | None,
   *,
   head_dim: int,
+  cap: float | None = None,
 ) -> Float[Array, "B H L M"]:
   """Returns the attention logits of `attend`, before the softmax."""
   B, L, H, G = q_BLHG.shape
@@ -82,12 +85,16 @@ def attention_logits(
   # In float32: sums in bfloat16 would lose small terms.
   logits = jnp.matmul(q_JNG, k_JGM, preferred_element_type=jnp.float32)
   scale = head_dim**0.5 / G  # = (K / G) / sqrt(K)
-  logits_BHLM = (
-    scale * logits.reshape(B, H, L, k_JGM.shape[-1]) + bias_HLM[None]
-  )
+  logits_BHLM = scale * logits.reshape(B, H, L, k_JGM.shape[-1])
+  logits_BHLM = soft_cap(logits_BHLM, cap) + bias_HLM[None]
   if mask_BM is not None:
     logits_BHLM = jnp.where(mask_BM[:, None, None], logits_BHLM, _MASKED)
   return logits_BHLM
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+  """Returns cap tanh(x / cap), which is between -cap and cap; None: x."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _block_logits(
@@ -100,6 +107,7 @@ def _block_logits(
   causal: bool,
   window: int | None,
   head_dim: int,
+  cap: float | None,
 ) -> Float[Array, "B H L M"]:
   """Returns the attention logits of queries and keys at their positions."""
   return attention_logits(
@@ -108,6 +116,7 @@ def _block_logits(
     position_bias(query_L, key_M, biases, causal=causal, window=window),
     keys.mask_BM,
     head_dim=head_dim,
+    cap=cap,
   )
 
 
@@ -357,7 +366,7 @@ class Attention(nn.Module):
     bias_H1M = self.bias(step.position[None], position_M)
     mask_BM = position_M[None] >= step.start_B[:, None]
     out_B1Hr = attend(
-      q, cache.k, cache.v, bias_H1M, mask_BM, head_dim=self.layer.head_dim
+      q, cache.k, cache.v, bias_H1M, mask_BM, **self.logit_options
     )
     return self.o(out_B1Hr), cache
 
@@ -402,6 +411,11 @@ class Attention(nn.Module):
       query_L, key_M, self._biases(), causal=c.causal, window=self.layer.window
     )
 
+  @property
+  def logit_options(self) -> dict[str, Any]:
+    """Options of `attention_logits`."""
+    return {"head_dim": self.layer.head_dim, "cap": self.config.attention_cap}
+
   def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H r"]:
     """Attends within whole sequences."""
     c, length = self.config, q.shape[1]
@@ -415,11 +429,13 @@ class Attention(nn.Module):
       return linear_attention.attend_checked(
         x, causal=c.causal, tolerance=TOLERANCE
       )
-    K = self.layer.head_dim
     if has_length and length > blocks.SIZE:
       return blocks.attend_by_blocks(
         functools.partial(
-          _block_logits, causal=c.causal, window=self.layer.window, head_dim=K
+          _block_logits,
+          causal=c.causal,
+          window=self.layer.window,
+          **self.logit_options,
         ),
         q,
         blocks.Keys(k, v, mask_BL),
@@ -430,7 +446,7 @@ class Attention(nn.Module):
     position_L = jnp.arange(length)
     bias_HLM = self.bias(position_L, position_L)
     k_BJGM, v_BIMr = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    return attend(q, k_BJGM, v_BIMr, bias_HLM, mask_BL, head_dim=K)
+    return attend(q, k_BJGM, v_BIMr, bias_HLM, mask_BL, **self.logit_options)
 
   def _rank_1(self, q, k, v, mask_BL) -> linear_attention.Inputs:
     return rank_1_inputs(self.layer, (q, k, v), self._slopes(), mask_BL)
@@ -486,4 +502,5 @@ def has_rank_1(config: ModelConfig, layer: Layer) -> bool:
     and config.positions != "rope"
     and layer.window is None
     and not config.relative_buckets
+    and config.attention_cap is None
   )

@@ -110,6 +110,12 @@ SUPPORTED: dict[str, Any] = {
 
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_CAPS = {  # field of ModelConfig: of config.json
+  "attention_cap": "attn_logit_softcapping",
+  "logit_cap": "final_logit_softcapping",
+}
+# Fields in which null means "none" rather than the default.
+_NULLABLE = {"sliding_window", *_CAPS.values()}
 
 
 def _read_biases(values: dict[str, Any]) -> dict[str, Any]:
@@ -294,12 +300,30 @@ def _write_bases(config: ModelConfig, names: tuple[str, str]) -> dict[str, Any]:
 _GEMMA3_BASES = ("rope_theta", "rope_local_base_freq")
 
 
-def _read_gemma3(values: dict[str, Any]) -> dict[str, Any]:
+def _check_query_scale(values: dict[str, Any]) -> None:
   if values["query_pre_attn_scalar"] != values["head_dim"]:
     raise ConfigError(
       f"config.json: query_pre_attn_scalar={values['query_pre_attn_scalar']} is "
       "not supported; only head_dim is"
     )
+
+
+def _read_gemma2(values: dict[str, Any]) -> dict[str, Any]:
+  _check_query_scale(values)
+  kinds, size = _kinds(values, lambda n: n % 2 == 0), values["sliding_window"]
+  return {"window": [size if x == _SLIDING else 0 for x in kinds]}
+
+
+def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
+  return {
+    "query_pre_attn_scalar": config.head_dim,
+    "sliding_window": _window_size(config),
+    **_write_kinds(config),
+  }
+
+
+def _read_gemma3(values: dict[str, Any]) -> dict[str, Any]:
+  _check_query_scale(values)
   pattern = values["sliding_window_pattern"]
   kinds = _kinds(values, lambda n: bool((n + 1) % pattern))
   bases = _read_bases(values, _GEMMA3_BASES)
@@ -307,12 +331,7 @@ def _read_gemma3(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
-  return {
-    "query_pre_attn_scalar": config.head_dim,
-    "sliding_window": _window_size(config),
-    **_write_kinds(config),
-    **_write_bases(config, _GEMMA3_BASES),
-  }
+  return _write_gemma2(config) | _write_bases(config, _GEMMA3_BASES)
 
 
 _MODERNBERT_BASES = ("global_rope_theta", "local_rope_theta")
@@ -379,6 +398,8 @@ _PLAIN: dict[str, Any] = {
   "embed_width": 0,
   "relative_buckets": 0,
   "qk_norm": False,
+  "attention_cap": None,
+  "logit_cap": None,
   "scale_embeddings": False,
 }
 
@@ -654,42 +675,52 @@ _QWEN3 = dataclasses.replace(
   | {"use_bias": False, "qkv_bias": False, "qk_norm": True},
   only={"attention_bias": False},
 )
-_GEMMA3 = Family(
-  prefix="Gemma3Text",
-  lm="Gemma3ForCausalLM",
-  layout="gemma3",
-  fields=_LLAMA.fields | {"activation": "hidden_activation"},
+_GEMMA2 = Family(
+  prefix="Gemma2",
+  layout="gemma2",
+  fields=_LLAMA.fields | {"activation": "hidden_activation"} | _CAPS,
   defaults={
     "hidden_activation": "gelu_pytorch_tanh",
     "num_key_value_heads": 4,
     "head_dim": 256,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
-    "max_position_embeddings": 131072,
+    "max_position_embeddings": 8192,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+  },
+  computes=_without(_LLAMA_COMPUTES, *_CAPS)
+  | {
+    "norm_position": "both",
+    "use_bias": False,
+    "qkv_bias": False,
+    "scale_embeddings": True,
+  },
+  classifier=_LAST,
+  only={"attention_bias": False, "use_bidirectional_attention": False},
+  rules=(Rule(_read_gemma2, _write_gemma2), _ROPE),
+  alternates=True,
+)
+_GEMMA3 = dataclasses.replace(
+  _GEMMA2,
+  prefix="Gemma3Text",
+  lm="Gemma3ForCausalLM",
+  layout="gemma3",
+  fields=_without(_GEMMA2.fields, *_CAPS),
+  defaults=_without(_GEMMA2.defaults, *_CAPS.values())
+  | {
+    "max_position_embeddings": 131072,
     "sliding_window_pattern": 6,
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
   },
   computes=_LLAMA_COMPUTES
-  | {
-    "norm_position": "both",
-    "use_bias": False,
-    "qkv_bias": False,
-    "qk_norm": True,
-    "scale_embeddings": True,
-    "rope_scaling": None,
-  },
-  classifier=_LAST,
-  only={
-    "attention_bias": False,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "use_bidirectional_attention": False,
-  },
+  | _GEMMA2.computes
+  | {"qk_norm": True, "rope_scaling": None},
+  only=_GEMMA2.only | dict.fromkeys(_CAPS.values()),
   rules=(Rule(_read_gemma3, _write_gemma3),),
-  alternates=True,
   bases=_GEMMA3_BASES,
 )
 
@@ -708,6 +739,7 @@ FAMILIES: dict[str, Family] = {
   "mistral": _MISTRAL,
   "qwen2": _QWEN2,
   "qwen3": _QWEN3,
+  "gemma2": _GEMMA2,
   "gemma3_text": _GEMMA3,
 }
 
@@ -814,13 +846,13 @@ def describe(values: dict[str, Any]) -> Description:
 def _given(values: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields that are not null, which stands for the default.
 
-  A null sliding_window means no window, and a null num_key_value_heads as many
-  as there are heads.
+  Those of `_NULLABLE` are kept, and a null num_key_value_heads means as many as
+  there are heads.
   """
   given = {
     field: value
     for field, value in values.items()
-    if value is not None or field == "sliding_window"
+    if value is not None or field in _NULLABLE
   }
   if "num_key_value_heads" in values:
     given.setdefault("num_key_value_heads", values.get("num_attention_heads"))
@@ -1029,6 +1061,7 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     "mistral",
     "qwen2",
     "qwen3",
+    "gemma2",
     "gemma3_text",
     "gpt_neox",
     "bert",

@@ -173,6 +173,17 @@ _LLAMA = Layout(
     r"|(lm_head|score|qa_outputs)\..*"
   ),
 )
+_GEMMA2 = dataclasses.replace(
+  _LLAMA,
+  outer=(_LLAMA.outer[0], ("norm_final", "norm", _SHIFTED_NORM)),
+  block=(
+    ("norm_attn", "input_layernorm", _SHIFTED_NORM),
+    *(row for row in _LLAMA.block if not row[0].startswith("norm_")),
+    ("norm_attn_out", "post_attention_layernorm", _SHIFTED_NORM),
+    ("norm_mlp", "pre_feedforward_layernorm", _SHIFTED_NORM),
+    ("norm_mlp_out", "post_feedforward_layernorm", _SHIFTED_NORM),
+  ),
+)
 LAYOUTS: dict[str, Layout] = {
   "bert": _BERT,
   "roberta": dataclasses.replace(
@@ -346,17 +357,13 @@ LAYOUTS: dict[str, Layout] = {
       ("attn/k_norm", "self_attn.k_norm", _HEAD_NORM),
     ),
   ),
+  "gemma2": _GEMMA2,
   "gemma3": dataclasses.replace(
-    _LLAMA,
-    outer=(_LLAMA.outer[0], ("norm_final", "norm", _SHIFTED_NORM)),
+    _GEMMA2,
     block=(
-      ("norm_attn", "input_layernorm", _SHIFTED_NORM),
-      *(row for row in _LLAMA.block if not row[0].startswith("norm_")),
+      *_GEMMA2.block,
       ("attn/q_norm", "self_attn.q_norm", _SHIFTED_HEAD_NORM),
       ("attn/k_norm", "self_attn.k_norm", _SHIFTED_HEAD_NORM),
-      ("norm_attn_out", "post_attention_layernorm", _SHIFTED_NORM),
-      ("norm_mlp", "pre_feedforward_layernorm", _SHIFTED_NORM),
-      ("norm_mlp_out", "post_feedforward_layernorm", _SHIFTED_NORM),
     ),
   ),
 }

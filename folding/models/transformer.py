@@ -19,7 +19,7 @@ from folding.config import (
   ModelConfig,
   layers_of,
 )
-from folding.models.attention import Attention
+from folding.models.attention import Attention, soft_cap
 from folding.models.decode import Cache, Step
 from folding.models.linear_attention import PastState
 
@@ -374,8 +374,10 @@ class Transformer(nn.Module):
     if c.tie_embeddings:
       if c.embed_width:
         x_BLD = x_BLD @ self.embed_project.variables["params"]["kernel"].T
-      return self.embed.attend(x_BLD).astype(jnp.float32)
-    return self.head(x_BLD).astype(jnp.float32)
+      logits_BLV = self.embed.attend(x_BLD)
+    else:
+      logits_BLV = self.head(x_BLD)
+    return soft_cap(logits_BLV.astype(jnp.float32), c.logit_cap)
 
   def read_out_params(self, params: Any) -> Any:
     """Returns the part of the parameters that `read_out` reads."""

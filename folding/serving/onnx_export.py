@@ -472,6 +472,7 @@ class _Block:
       q_num_heads=H,
       kv_num_heads=num_values,
       scale=layer.head_dim**0.5 / size,  # = (K / G) / sqrt(K)
+      softcap=self._config.attention_cap or 0.0,
     )
     out = g.add("Reshape", out, g.ints(-1, H * r))
     return self._dense(out, "attn/o")
@@ -647,6 +648,9 @@ def _read_out(
       x = g.unembed(x, "embed/embedding")
     else:
       x = dense(x, "head")
+    if m.logit_cap:
+      cap = g.const(m.logit_cap, np.float32)
+      x = g.add("Mul", g.add("Tanh", g.add("Div", x, cap)), cap)
     x = _by_text(g, sizes, x, rows)
     g.output("logits", x, ["batch", "length", rows])
     return

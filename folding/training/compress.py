@@ -327,6 +327,8 @@ _SHAPE = (
   "window",
   "relative_buckets",
   "qk_norm",
+  "attention_cap",
+  "logit_cap",
   "scale_embeddings",
   "activation",
   "gated",

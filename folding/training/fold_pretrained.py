@@ -652,7 +652,7 @@ def _logits(block, params, x, mask):
       k.transpose(0, 2, 3, 1),
       block.attn.bias(position_L, position_L),
       mask,
-      head_dim=block.layer.head_dim,
+      **block.attn.logit_options,
     )
 
   return block.apply({"params": params}, method=logits)

@@ -89,6 +89,12 @@ FAMILIES = {
     "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 2,
     "max_window_layers": 1,
   },
+  # The first layer has a window. Caps that the logits exceed.
+  "gemma2": _LLAMA | {
+    "model_type": "gemma2", "head_dim": 6, "query_pre_attn_scalar": 6,
+    "sliding_window": 3, "rope_theta": 100.0, "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+  },
   # The first layer has a window.
   "gemma3_text": _LLAMA | {
     "model_type": "gemma3_text", "head_dim": 6, "query_pre_attn_scalar": 6,
@@ -106,6 +112,7 @@ DECODERS = (
   "mistral",
   "qwen2",
   "qwen3",
+  "gemma2",
   "gemma3_text",
 )
 # One case per risk: each entry with the head that it has without classes, and

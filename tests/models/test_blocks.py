@@ -55,7 +55,11 @@ CASES = {
     TWO_WAYS | {"positions": "none", "num_kv_heads": 1, "relative_buckets": 32},
     "right",
   ),
-  "folded_rope_pairs": (ONE | {"groups": 2, "rope": "pairs"}, SHARED, None),
+  "folded_rope_pairs_capped": (
+    ONE | {"groups": 2, "rope": "pairs"},
+    SHARED | {"attention_cap": 0.5},
+    None,
+  ),
   "input_rows_window_both_ways": (ROWS, TWO_WAYS | {"window": 10}, None),
 }
 

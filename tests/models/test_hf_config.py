@@ -114,6 +114,7 @@ READ = [
   ("qwen2", {"sliding_window": 5}, "window", None),
   ("modernbert", {"classifier_pooling": "cls"}, "pooling", "first"),
   ("gpt_neox", PARTIAL, "rope_share", 0.25),
+  ("gemma2", {"attn_logit_softcapping": None}, "attention_cap", None),
   # The first 28 layers have none.
   ("qwen2", {"use_sliding_window": True}, "window", None),
   ("qwen2", SLIDING | {"max_window_layers": 0}, "window", 5),

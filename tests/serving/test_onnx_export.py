@@ -73,11 +73,13 @@ _CASES = {
     ),
     c.FoldConfig(groups=2, values="dense", value_rank=3),
   ),
-  # RoPE by pairs in half of the channels, parallel branches; a layer with values
-  # per query head beside shared keys.
+  # RoPE by pairs in half of the channels, parallel branches, capped logits; a
+  # layer with values per query head beside shared keys.
   "llama-pairs": lambda: models.make(
     "lm",
-    dataclasses.replace(_LLAMA, rope_share=0.5, parallel=True),
+    dataclasses.replace(
+      _LLAMA, rope_share=0.5, parallel=True, attention_cap=1.0, logit_cap=2.0
+    ),
     c.FoldConfig(groups=4, rope="pairs", values=("dense", "diagonal")),
   ),
 }
