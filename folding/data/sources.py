@@ -724,6 +724,12 @@ def choose_columns(
   if label_field is None:
     usual = [(name,) for name in _LABEL_NAMES[task]]
     label_field = next(iter(_usual(columns, usual)), None)
+  if label_field is None and task not in config_lib.UNLABELLED:
+    raise ConfigError(
+      f"{place} has no column {_LABEL_NAMES[task][-1]!r}; name the column of "
+      "labels with data.label_field (and that of texts with data.text_field); "
+      f"the columns are {', '.join(columns)}"
+    )
   others = [name for name in columns if name != label_field]
   labels = {*itertools.chain(*_LABEL_NAMES.values())}  # of other tasks
   texts = [
