@@ -315,7 +315,7 @@ def export(args: argparse.Namespace) -> None:
       print(
         f"{size['values'] + size['masks']:,} bytes stored ({size['values']:,} of "
         f"values, {size['masks']:,} of masks), "
-        f"{export_lib.sizes(whole)['dense']:,} in the dense twin; "
+        f"{export_lib.sizes(whole)['dense']:,} in the dense baseline; "
         f"{size['files']:,} bytes of files"
       )
   print(f"The exported model is in {args.output}")

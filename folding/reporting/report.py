@@ -331,7 +331,8 @@ def _page(
   for line in metrics["settings"]:
     field, _, change = line.partition(": ")
     settings.append([f"`{field}`", *change.split(" -> ", 1)])
-  origin = {"device": run.result["device"], "commit": run.result["commit"]}
+  commit = run.result["commit"] or "unknown"  # outside a clone
+  origin = {"device": run.result["device"], "commit": commit}
   origin |= {"seed": run.config.seed, **run.result["versions"]}
   if run.energy is not None:
     by = f"estimated by {run.energy['by']}; {run.energy['country']}"

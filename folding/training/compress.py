@@ -371,14 +371,14 @@ def dense_start(
     w = source.get(name)
     if is_head(name) and (w is None or w.shape != fresh.shape):
       names = ", ".join(data.label_names[:8])
-      missing = f"{path} has no {name} of {fresh.shape} for {names}{note}"
+      missing = f"{path} has no {name.split('/')[0]} for {names}{note}"
       if needs_head:
         raise ConfigError(
           f"{missing}, so it cannot teach these classes; train it with "
           "dense=True, and give distill.teacher that run"
         )
       if name == "head/kernel" and jax.process_index() == 0:
-        print(f"{missing}: these are learned anew", flush=True)
+        print(f"{missing}; it is learned from scratch", flush=True)
       return np.asarray(fresh)
     if w is None:
       raise ConfigError(f"{path} has no {name}, which this model needs")
