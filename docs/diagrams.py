@@ -1,15 +1,17 @@
-"""Draws the diagrams of the method: `python docs/diagrams.py`.
+"""Draws the diagrams of the docs: `python docs/diagrams.py`.
 
 Each is one SVG file in docs/diagrams/, which follows the light or dark theme of
 its reader. Text, rectangles and lines only, so that a diff can be read.
 """
 
+import json
 import pathlib
 
 import numpy as np
 
 WIDTH, HEIGHT = 410, 236
 CELL = 11  # pixels, with a gap of 1
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 
 _STYLE = """
 svg { --page: #fff; --line: #d0d7de; --text: #1d2328; --soft: #5c6770;
@@ -264,13 +266,52 @@ def fpp() -> str:
   )
 
 
+def sizes() -> str:
+  """Returns bars of the exported files of `benchmarks.one_model`."""
+  found = json.loads((RESULTS / "one_model.json").read_text(encoding="utf-8"))
+  rows = {row["name"]: row for row in found["rows"]}
+  names = ("dense", *(f"{n}% smaller" for n in (30, 50, 70, 80)))
+  shown = [(name, rows[name], "ONNX") for name in names]
+  shown.append(("70%, int8", rows["70% smaller"], "ONNX int8"))
+  columns = [  # left end, title, format, values
+    (112, "MB", ".0f", [r["file_bytes"][k] / 1e6 for _, r, k in shown]),
+    (226, "ms", ".1f", [1e3 * r["seconds"][k]["8 x 64"] for _, r, k in shown]),
+  ]
+  top, step, longest = 76, 19, 72
+  parts = [text(394, 54, "accuracy", "end soft")]
+  for x, title, style, values in columns:
+    parts.append(text(x, 54, title, "soft"))
+    for i, value in enumerate(values):
+      width = round(longest * value / values[0])
+      color, y = "blue" if i else "grey", top + step * i
+      parts += [
+        f'<rect class="{color}" x="{x}" y="{y - 10}" width="{width}" '
+        'height="12" rx="1.5"/>',
+        text(x + width + 5, y, format(value, style)),
+      ]
+  for i, (name, row, kind) in enumerate(shown):
+    parts.append(text(104, top + step * i, name, "end"))
+    accuracy = f"{100 * row['accuracy'][kind]:.1f}%"
+    parts.append(text(394, top + step * i, accuracy, "end"))
+  return diagram(
+    "MiniLM on SST-2: one ONNX file per row",
+    [
+      "File size, time of 8 texts of 64 tokens on two CPU cores, and",
+      "test accuracy. One seed.",
+    ],
+    parts,
+  )
+
+
 def main() -> None:
   """Writes the files."""
   folder = pathlib.Path(__file__).parent / "diagrams"
-  for function in (irc, dwc, low_rank, fpp):
+  for function in DIAGRAMS:
     path = folder / f"{function.__name__}.svg"
     path.write_text(function(), encoding="utf-8")
 
+
+DIAGRAMS = (irc, dwc, low_rank, fpp, sizes)
 
 if __name__ == "__main__":
   main()

@@ -4,6 +4,7 @@ import os
 import pathlib
 import pkgutil
 import re
+import runpy
 import shlex
 import tomllib
 
@@ -98,6 +99,17 @@ def test_names_in_page_exist(page):
     assert name in FIELDS or name == "fold.json"
   for name in re.findall(r"\bfolding(?:\.\w+)+", text):
     pkgutil.resolve_name(name)
+
+
+def test_files_written_by_scripts_are_current():
+  names, diagrams = (
+    runpy.run_path(str(ROOT / "docs" / f"{name}.py"))
+    for name in ("names", "diagrams")
+  )
+  assert names["PAGE"].read_text(encoding="utf-8") == names["page"]()
+  for function in diagrams["DIAGRAMS"]:
+    path = ROOT / "docs" / "diagrams" / f"{function.__name__}.svg"
+    assert path.read_text(encoding="utf-8") == function()
 
 
 @pytest.mark.slow
