@@ -339,7 +339,7 @@ def _plot(rows: Sequence[dict[str, Any]]) -> output.Scatter:
   }
   return output.Scatter(
     "Accuracy against time of exported files; up and to the left is better",
-    f"ms for {shape} tokens",
+    "ms for {} texts of {} tokens".format(*SHAPES[1]),
     "test accuracy, %",
     {
       name: {

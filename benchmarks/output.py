@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import rich.console
 import rich.table
+from matplotlib import ticker
 
 from folding.reporting import plots
 from folding.reporting.report import table
@@ -176,6 +177,9 @@ def _draw(plot: Plot) -> Any:
         f"{x:g}" if highest / lowest < 4 or f"{x:e}"[0] in "25" else ""
       )
     )
+    if highest / lowest < 2:
+      axes.xaxis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
+      axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_title(plot.title)
     if len(plot.series) > 1:
       drawing.legend(loc="outside lower center", ncols=4)
@@ -187,26 +191,19 @@ def _draw_points(plot: Scatter) -> Any:
   with plots.figure() as drawing:
     axes = drawing.subplots()
     axes.set_xscale("log")
-    names = dict.fromkeys(n for points in plot.series.values() for n in points)
-    above: list[tuple[float, float]] = []
-    for name in names:
-      places = [p[name] for p in plot.series.values() if name in p]
-      axes.plot(*zip(*places, strict=True), color=plots.LIGHT)
-      x, y = places[0]
-      # Below the point if the name of a near one stands above; y is in percent.
-      shift = -17
-      if not any(
-        abs(math.log(x / x2)) < 0.25 and abs(y - y2) < 0.5 for x2, y2 in above
-      ):
-        shift = 8
-        above.append((x, y))
-      axes.annotate(
-        name, (x, y), (0, shift), textcoords="offset points", ha="center"
-      )
+    marks, texts = [], []
     for index, (series, points) in enumerate(plot.series.items()):
       xs, ys = zip(*points.values(), strict=True)
       axes.plot(
         xs, ys, "os^D"[index], color=plots.CYCLE[index], label=series, ms=8
+      )
+      marks += points.values()
+    names = dict.fromkeys(n for points in plot.series.values() for n in points)
+    for name in names:
+      places = [p[name] for p in plot.series.values() if name in p]
+      axes.plot(*zip(*places, strict=True), color=plots.LIGHT, zorder=0)
+      texts.append(
+        axes.annotate(name, places[0], (0, 0), textcoords="offset points")
       )
     axes.grid(True, which="both")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -218,20 +215,57 @@ def _draw_points(plot: Scatter) -> Any:
     axes.margins(x=0.1, y=0.2)
     axes.set_title(plot.title)
     drawing.legend(loc="outside lower center", ncols=4)
+    drawing.draw_without_rendering()
+    _place(texts, axes.transData.transform(marks))
   return drawing
+
+
+def _place(texts: Sequence[Any], marks: Any) -> None:
+  """Moves each text beside its mark, off other marks and texts if it can.
+
+  Args:
+    texts: Annotations of marks.
+    marks: Positions of all marks in pixels, [marks, 2].
+  """
+  sides = [  # in points, and how the text is aligned with that
+    ((0, 8), "center", "bottom"),
+    ((0, -8), "center", "top"),
+    ((9, 0), "left", "center"),
+    ((-9, 0), "right", "center"),
+    ((6, 6), "left", "bottom"),
+    ((-6, 6), "right", "bottom"),
+    ((6, -6), "left", "top"),
+    ((-6, -6), "right", "top"),
+  ]
+  taken: list[Any] = []
+
+  def move(text: Any, side: Any) -> int:
+    """Moves a text to a side of its mark; returns how much it hides there."""
+    offset, horizontal, vertical = side
+    text.set(position=offset, ha=horizontal, va=vertical)
+    box = text.get_window_extent().padded(3)
+    on_marks = sum(box.padded(4).contains(*mark) for mark in marks)
+    return on_marks + 2 * sum(box.overlaps(other) for other in taken)
+
+  for text in texts:
+    move(text, min(sides, key=lambda side: move(text, side)))
+    taken.append(text.get_window_extent())
 
 
 def _draw_lines(plot: Lines) -> Any:
   """Returns a figure; each quantity has axes of its own, side by side."""
   with plots.figure() as drawing:
     all_axes = drawing.subplots(1, len(plot.series), squeeze=False)[0]
+    names = list(dict.fromkeys(n for s in plot.series.values() for n in s))
+    shown = {}
     for axes, (y_label, series) in zip(
       all_axes, plot.series.items(), strict=True
     ):
-      for index, (name, points) in enumerate(series.items()):
+      for name, points in series.items():
         xs, ys = zip(*points.items(), strict=True)
+        index = names.index(name)
         style = {"color": plots.CYCLE[index], "marker": "os^D"[index]}
-        axes.plot(xs, ys, label=name, **style)
+        [shown[name]] = axes.plot(xs, ys, **style)
       axes.set_xscale("log", base=2)
       axes.set_yscale("log")
       axes.grid(True)
@@ -240,8 +274,9 @@ def _draw_lines(plot: Lines) -> Any:
       axes.set_xlabel(plot.x_label)
       axes.set_ylabel(y_label)
     drawing.suptitle(plot.title)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=4)
+    drawing.legend(
+      shown.values(), shown.keys(), loc="outside lower center", ncols=4
+    )
   return drawing
 
 

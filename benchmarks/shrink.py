@@ -1,10 +1,10 @@
-"""What a shrunk model, 70% smaller, gains over its dense twin.
+"""What a shrunk model, 70% smaller, gains over its dense baseline.
 
     python -m benchmarks.shrink [--rounds=20] [--multiple=64] [--json]
 
 An encoder with a classifier: W_Q and W_K folded to one row a head, W_V
 diagonal, 70% of the neurons and of the embeddings zero at random, then shrunk.
-Neither it nor its twin is trained, as no figure depends on the values. The
+Neither it nor the baseline is trained, as no figure depends on the values. The
 sizes are those of arrays and files as they are, no masks; peak memory, FLOPs
 and bytes moved are XLA's own analysis of the compiled program; times are of the
 two in turn, on the same batch. What attention keeps for each pair of tokens does
@@ -216,7 +216,7 @@ def main() -> None:
         ]
       )
   sizes = output.Table(
-    "A shrunk model over its dense twin",
+    "A shrunk model over its dense baseline",
     ["", "dense", "shrunk", "ratio"],
     rows,
   )
@@ -226,7 +226,7 @@ def main() -> None:
     times,
   )
   plot = output.Plot(
-    "A shrunk model over its dense twin",
+    "A shrunk model over its dense baseline",
     {
       "times as fast": speed,
       "peak memory": memory,
