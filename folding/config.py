@@ -262,7 +262,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(slots=True, unsafe_hash=True)
 class FoldConfig:
-  """Folding of the attention projections. None: what the preset says."""
+  """Folding of matrices into fewer numbers. None: what the preset says."""
 
   groups: PerLayer | None = None  # G, row groups of W_Q and W_K; 0: dense
   axis: Literal["output", "input"] = "output"  # which axis the groups run over
@@ -273,6 +273,9 @@ class FoldConfig:
   # r, numbers per head of a dense W_V and of the W_O that reads them: a head has
   # W_V W_O of rank r; 0: all K.
   value_rank: PerLayer = 0
+  # r, numbers per token of an embedding that a matrix makes as wide as the
+  # model; 0: all of them.
+  embedding_rank: Natural = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -292,9 +295,10 @@ class FPPConfig:
   granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), whole heads, or nothing.
   attention: Literal["output", "all", "heads", "none"] = "output"
-  # Of a classifier's embedding. "row": zero the rows of tokens. "trim": remove
-  # tokens from the tokenizer of a trained one, which splits their words further.
-  embedding_granularity: Literal["weight", "row", "trim"] = "weight"
+  # Of an embedding that is no output layer. "row": zero the rows of tokens. Of a
+  # trained one: "trim" removes tokens from the tokenizer, which splits their words
+  # further; "rank" keeps all tokens, with fewer numbers each.
+  embedding_granularity: Literal["weight", "row", "trim", "rank"] = "weight"
   begin: Fraction = 0.45  # of the steps: first mask update
   end: Share = 0.9  # of the steps: last update
   checks: Count = 30  # mask updates at most, after a first one at begin
@@ -437,6 +441,11 @@ class Config:
         "model.embed_width makes the embedding narrower than the output layer; "
         "use model.tie_embeddings=False"
       )
+    if self.task == "lm" and m.tie_embeddings and self.fold.embedding_rank:
+      raise ConfigError(
+        "fold.embedding_rank is of an embedding that is no output layer; use "
+        "model.tie_embeddings=False"
+      )
     if self.task == "lm" and self.data.length < 2:
       raise ConfigError("task 'lm' needs data.length above 1")
     if self.task != "lm" and m.causal and m.pooling == "first":
@@ -514,6 +523,12 @@ class Config:
         "axis, and no rotary positions, model.window, model.relative_buckets or "
         "model.attention_cap; use 'dense'"
       )
+    size = m.embed_width or m.width
+    if f.embedding_rank > size:
+      raise ConfigError(
+        f"fold.embedding_rank {f.embedding_rank} exceeds the width {size} of the "
+        "embedding; use 0 for all of it"
+      )
     values = m.by_layer(f.values, "fold.values")
     if set(values) != {"dense"} and m.num_heads * m.head_dim != m.width:
       raise ConfigError(
@@ -576,6 +591,13 @@ class Config:
         "fpp.embedding_granularity='trim' removes tokens from the tokenizer of a "
         "trained classifier; set pretrained=PATH, or use 'row' or 'weight'"
       )
+    is_planned = self.compress.plan == "auto" and f.overall is not None
+    is_open = f.embedding_granularity == "rank" and not self.fold.embedding_rank
+    if is_open and not is_planned:
+      raise ConfigError(
+        "fpp.embedding_granularity='rank' needs fold.embedding_rank, or "
+        "compress.plan='auto' and fpp.overall, which choose it"
+      )
     if self.compress.plan == "auto" and is_new:
       raise ConfigError(
         "compress.plan='auto' measures a trained model; set pretrained=PATH"
@@ -606,7 +628,7 @@ class Config:
     if is_by_neuron or is_by_row or f.attention == "heads":
       raise ConfigError(
         "compress.prune goes by weight, 'sparsegpt' by neuron too; use that, "
-        "fpp.embedding_granularity='weight' or 'trim', and not "
+        "fpp.embedding_granularity='weight', 'trim' or 'rank', and not "
         "fpp.attention='heads'"
       )
     is_input = self.fold.axis == "input" and f.attention == "all"

@@ -506,6 +506,21 @@ REFUSED = {
     "set one",
     {"fold__values": "dense"},
   ),
+  "rank_above_the_embedding": (
+    {"model__tie_embeddings": False, "fold__embedding_rank": 129},
+    "the width 128",
+    {"fold__embedding_rank": 128},
+  ),
+  "rank_of_an_output_layer": (
+    {"fold__embedding_rank": 8},
+    "tie_embeddings=False",
+    {"model__tie_embeddings": False},
+  ),
+  "open_rank_without_a_plan": (
+    TRAINED | {"task": "classify", "fpp__embedding_granularity": "rank"},
+    "fold.embedding_rank, or",
+    {"fold__embedding_rank": 8},
+  ),
   "heads_that_share": (
     {
       "fpp__attention": "heads",

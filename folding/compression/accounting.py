@@ -14,7 +14,9 @@ import numpy as np
 from folding import paths
 
 # What folding a layer may add or remove; all else has the same path.
-_FOLDED = r"(.*/)?attn/(v/(kernel|bias|diagonal)|frequency)"
+_FOLDED = (
+  r"(.*/)?attn/(v/(kernel|bias|diagonal)|frequency)|embed_expand/(kernel|bias)"
+)
 
 
 def storage(w: np.ndarray) -> tuple[str, int, int]:

@@ -1,4 +1,4 @@
-"""Exact conversion of attention layers between the folded and the dense form.
+"""Exact conversion of parameters between the folded and the dense form.
 
 An attention layer is a dict with entries q, k, v and o, where o/kernel is
 [H, r, D], r = K unless W_V has low rank. The form of q, k and v follows from K
@@ -31,6 +31,7 @@ def unfold(
     the identity.
   - Low-rank values: K - r columns of zeros are added to each head of W_V, and
     rows of zeros to W_O.
+  - Embedding of low rank: the product with its matrix "embed_expand".
   - Rotary pairs: the channels of a pair, times (K/G)^(1/2), go to the channels
     of the dense head that turn by the same angle. The others are zero.
 
@@ -72,6 +73,9 @@ def unfold(
     return dense
 
   dense = _map_layers(unfold_layer, params)
+  if expand := dense.pop("embed_expand", None):
+    rows_VD = dense["embed"]["embedding"] @ expand["kernel"]
+    dense["embed"] = {"embedding": rows_VD + expand["bias"][None]}
   if not has_separate_values:
     return dense
   return _map_layers(lambda layer, _: _separate_keys(layer), dense)

@@ -1,4 +1,4 @@
-"""Folding of trained heads: the nearest folded layer, from second moments.
+"""Folding of trained arrays: the nearest folded ones, from second moments.
 
 The caller measures second moments of a layer's input on calibration text, in
 float64, and gets the folded arrays. Nothing here runs a model.
@@ -34,6 +34,65 @@ class FoldedHeads(NamedTuple):
   k: dict[str, np.ndarray]
   kept: float | None
   frequency: np.ndarray | None = None
+
+
+class Components(NamedTuple):
+  """Principal components of the rows of an embedding, over uses of tokens.
+
+  Attributes:
+    mean_D: Mean row.
+    axes_DD: One component per column, from the most variance to the least.
+    variances_D: Of the components.
+  """
+
+  mean_D: np.ndarray
+  axes_DD: np.ndarray
+  variances_D: np.ndarray
+
+
+def components(embedding_VD: np.ndarray, usage_V: np.ndarray) -> Components:
+  """Returns the principal components of an embedding.
+
+  Args:
+    embedding_VD: One row per token.
+    usage_V: How often each token occurs, above 0, in any unit. Without it
+      frequent tokens would lose as much as the others.
+  """
+  e_VD = np.asarray(embedding_VD, np.float64)
+  share_V = np.asarray(usage_V, np.float64) / np.sum(usage_V, dtype=np.float64)
+  mean_D = share_V @ e_VD
+  e_VD = e_VD - mean_D
+  variances_D, axes_DD = np.linalg.eigh((e_VD * share_V[:, None]).T @ e_VD)
+  return Components(mean_D, axes_DD[:, ::-1], variances_D[::-1])
+
+
+def fold_embedding(
+  embedding_VD: np.ndarray, usage_V: np.ndarray, rank: int
+) -> dict[str, Any]:
+  """Returns the nearest embedding of low rank, in the mean over uses of tokens.
+
+  A row e becomes the mean plus r numbers times a matrix: the projection of
+  e - mean onto the r leading components.
+
+  Args:
+    embedding_VD: One row per token.
+    usage_V: As for `components`.
+    rank: r, at most D.
+
+  Returns:
+    {"embed": {"embedding": [V, r]}, "embed_expand": {"kernel": [r, D], "bias":
+    [D]}}, float32.
+  """
+  mean_D, axes_DD, _ = components(embedding_VD, usage_V)
+  axes_Dr = axes_DD[:, :rank]
+  rows_Vr = (np.asarray(embedding_VD, np.float64) - mean_D) @ axes_Dr
+  rows_Vr, kernel_rD, mean_D = (
+    w.astype(np.float32) for w in (rows_Vr, axes_Dr.T, mean_D)
+  )
+  return {
+    "embed": {"embedding": rows_Vr},
+    "embed_expand": {"kernel": kernel_rD, "bias": mean_D},
+  }
 
 
 def fold_heads(

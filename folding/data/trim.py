@@ -1,4 +1,4 @@
-"""Tokens removed from a tokenizer, which splits their words into others."""
+"""How often tokens are used, and tokenizers without those used least."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,6 +11,21 @@ from folding.data.tokenizers import MappedTokenizer, Tokenizer
 from folding.errors import ConfigError
 
 _KINDS = ("WordPiece", "WordLevel", "BPE")
+
+
+def token_usage(found_V: np.ndarray, size: int) -> np.ndarray:
+  """Returns float32[size], the share of each token in the training text.
+
+  All shares are positive. Unused tokens rank by their ids: vocabularies run from
+  frequent to rare, so the last token is the least likely to occur.
+
+  Args:
+    found_V: Uses of each token; may be shorter than V.
+    size: V, rows of the embedding.
+  """
+  count_V = 0.5 * (1 - np.arange(size) / size)  # less than a single use
+  count_V[: len(found_V)] += found_V
+  return (count_V / count_V.sum()).astype(np.float32)
 
 
 def can_trim(tokenizer: Tokenizer) -> bool:

@@ -1,7 +1,7 @@
 """The parameters of our models: one table of paths, groups and axes.
 
 Letters as in `folding.models`, and: P positions, S segments, E width again, e
-width of the embeddings (D unless these are projected). Key/value heads are J, also where J = H. Paths are those of an array in its
+width of the embeddings (D unless these are projected), r rank of that of tokens. Key/value heads are J, also where J = H. Paths are those of an array in its
 layer ("attn/q/kernel"); a full path has "blocks_<n>/" before it. The tensors
 of Hugging Face checkpoints are in `hf_weights.LAYOUTS`, with these axes.
 """
@@ -30,6 +30,8 @@ class Param(NamedTuple):
 
 TABLE: tuple[Param, ...] = (
   Param("embed/embedding", "embedding", "V e", "V"),
+  Param("embed_expand/kernel", "embedding", "r e"),
+  Param("embed_expand/bias", "other", "e"),
   Param("position_embed/embedding", "embedding", "P e"),
   Param("segment_embed/embedding", "embedding", "S e"),
   Param("embed_project/kernel", "other", "e D"),

@@ -188,12 +188,16 @@ class Transformer(nn.Module):
     c = self.config
     dtype = jnp.dtype(c.dtype)
 
-    def embed(size):
+    width = c.embed_width or c.width
+
+    def embed(size, width=width):
       init = nn.initializers.normal(0.02)
-      width = c.embed_width or c.width
       return nn.Embed(size, width, embedding_init=init, dtype=dtype)
 
-    self.embed = embed(self.vocab_size)
+    rank = self.fold.embedding_rank
+    self.embed = embed(self.vocab_size, rank or width)
+    if rank:
+      self.embed_expand = nn.Dense(width, dtype=dtype)
     if c.positions == "learned":
       self.position_embed = embed(self.max_length)
     if c.segments:
@@ -326,6 +330,8 @@ class Transformer(nn.Module):
     """
     c = self.config
     x_BLD = self.embed(tokens_BL)
+    if self.fold.embedding_rank:
+      x_BLD = self.embed_expand(x_BLD)
     if c.scale_embeddings:
       x_BLD *= jnp.asarray(c.width**0.5, x_BLD.dtype)
     if c.positions == "learned" and position_BL is not None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from folding import config as config_lib
 from folding.data.batches import bucket_lengths, encode_rows, padded
+from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.serving.export import Loaded, load
 from folding.training import compress as compress_lib
@@ -64,16 +65,19 @@ def compress(
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   rows = encode_rows(loaded.tokenizer, list(texts), config.data.length).ids
-  tokenizer = loaded.tokenizer
+  tokenizer, counts = (
+    loaded.tokenizer,
+    np.bincount(np.concatenate([[0], *rows])),
+  )
   _, fraction = compress_lib.outer_fractions(config)
   if config.fpp.embedding_granularity == "trim" and fraction:
-    counts = np.bincount(np.concatenate([[0], *rows]))
     tokenizer = compress_lib.without_tokens(tokenizer, counts, fraction)
   small = compress_lib.compress_params(
     config,
     loaded.params,
     _batches(rows[:max_texts], config.data.length, loaded.tokenizer.pad_id),
     len(loaded.labels),
+    token_usage(counts, loaded.num_rows),
   )
   params = compress_lib.without_trimmed(tokenizer, small.params)
   return Loaded(small.config, params, tokenizer, loaded.labels)

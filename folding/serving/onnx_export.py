@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -331,11 +331,14 @@ def _make_graph(
     name: np.asarray(leaf, np.float32)
     for name, leaf in paths.flatten(loaded.params).items()
   }
-  sizes = _add_sizes(g, loaded)
-  ids = TOKENS
+  sizes, dense = _add_sizes(g, loaded), _dense_of(g, params)
+  width, ids = m.embed_width or m.width, TOKENS
   if token_map is not None:
     ids = g.add("Gather", g.array("token_map", token_map.astype(np.int32)), ids)
   x = g.embed("embed/embedding", params["embed/embedding"], ids)
+  if rank := loaded.config.fold.embedding_rank:
+    x = g.add("Reshape", x, g.ints(-1, rank))
+    x = _by_text(g, sizes, dense(x, "embed_expand"), width)
   if m.scale_embeddings:
     x = g.add("Mul", x, g.const(m.width**0.5, np.float32))
   if m.positions == "learned":
@@ -344,14 +347,12 @@ def _make_graph(
   if m.segments:
     name = "segment_embed/embedding"
     x = g.add("Add", x, g.embed(name, params[name], SEGMENTS))
-  x = g.add("Reshape", x, g.ints(-1, m.embed_width or m.width))
+  x = g.add("Reshape", x, g.ints(-1, width))
   norm = _norm_of(g, loaded, params)
   if m.norm_position == "post" or m.embed_norm:
     x = norm(x, "norm_embed")
   if m.embed_width:
-    name = "embed_project"
-    kernel, bias = (params[f"{name}/{leaf}"] for leaf in ("kernel", "bias"))
-    x = g.dense(x, name, kernel, bias)
+    x = dense(x, "embed_project")
   for n, layer in enumerate(layers_of(m, loaded.config.fold)):
     block = _Block(g, loaded, params, f"blocks_{n}", layer, sizes)
     name, is_both = f"blocks_{n}", m.norm_position == "both"
@@ -612,6 +613,18 @@ class _Block:
     return shared[mask, table]
 
 
+def _dense_of(
+  g: _Graph, params: Mapping[str, np.ndarray]
+) -> Callable[[str, str], str]:
+  """Returns (x [N, in], module) -> x @ kernel, plus its bias if it has one."""
+
+  def dense(x, name):
+    bias = params.get(f"{name}/bias")
+    return g.dense(x, name, params[f"{name}/kernel"], bias)
+
+  return dense
+
+
 def _by_text(g: _Graph, sizes: _Sizes, x: str, *axes: int) -> str:
   """Returns the numbers of each token, [N, ...], as [B, L, *axes]."""
   shape = g.add("Concat", sizes.shape, g.ints(*axes), axis=0)
@@ -636,12 +649,7 @@ def _read_out(
 ) -> None:
   """Adds the outputs, of the [N, D] that the last block returns."""
   m, width = loaded.config.model, loaded.config.model.width
-  norm = _norm_of(g, loaded, params)
-
-  def dense(x: str, name: str) -> str:
-    bias = params.get(f"{name}/bias")
-    return g.dense(x, name, params[f"{name}/kernel"], bias)
-
+  norm, dense = _norm_of(g, loaded, params), _dense_of(g, params)
   if loaded.config.task == "lm":
     rows = loaded.num_rows
     if m.tie_embeddings:

@@ -1,7 +1,8 @@
 """Plans how small each part of each layer of a trained model becomes.
 
 Parts are the groups of W_Q and W_K, the rank of W_V and W_O (or a diagonal
-W_V), and the neurons of the MLP. Each option is tried alone on the dense model:
+W_V), the neurons of the MLP and, with `fpp.embedding_granularity` "rank", the
+rank of the embedding. Each option is tried alone on the dense model:
 how far does the output of the model move, to first order (`sensitivities`)? Then
 the moves of the least error per parameter saved are taken until the model is
 small enough, and the MLP gets back what the last move saves too much. Errors are
@@ -50,10 +51,13 @@ from folding.training.fold_pretrained import (
   require_pairs,
   second_moment,
   total,
+  usage_of,
 )
 
 _FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
-KINDS = ("qk", "v", "mlp")
+KINDS = ("qk", "v", "mlp", "embed")
+_EMBEDDING = (0, "embed")
+_MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `OUTPUTS`
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
 
@@ -75,7 +79,10 @@ Options = Mapping[tuple[int, str], Sequence[Option]]  # of (layer, kind)
 
 
 def allocate(
-  config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
+  config: Config,
+  params: Mapping[str, Any],
+  batches: Sequence[Batch],
+  usage_V: np.ndarray | None = None,
 ) -> Config:
   """Returns the config with `fold` and `fpp.linear_layers` set per layer.
 
@@ -84,12 +91,13 @@ def allocate(
   reaches `compress.qkv`, if set, before anything is pruned. The output layer
   and the embedding keep their targets; with `fpp.overall` these are `overall`
   and 1 - (1 - overall)**embedding_share. The returned config states all of
-  this, and its `compress.plan` is "same".
+  this, and its `compress.plan` is "same". The rank of an embedding is in `fold`.
 
   Args:
     config: Resolved.
     params: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
+    usage_V: As for `fold_pretrained`.
 
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
@@ -109,10 +117,16 @@ def allocate(
       "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
       "makes smaller together; use fpp.overall"
     )
-  options = measure(config, params, batches)
+  options = measure(config, params, batches, usage_V)
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
+  by_rank = _EMBEDDING in options  # a decision like the others
+  if by_rank:
+    embedding = 0.0
+    sizes["embedding"] -= params["embed"]["embedding"].size
   budget = _budget(config, sizes, linear, embedding)
+  if by_rank and f.overall is None:  # the rank is given
+    budget += options[_EMBEDDING][0].stored
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:
     limit = (1 - config.compress.qkv) * sizes["qkv"]
@@ -141,10 +155,14 @@ def allocate(
     groups=values("qk"),
     values=tuple(v if isinstance(v, str) else "dense" for v in values("v")),
     value_rank=tuple(0 if isinstance(v, str) else v for v in values("v")),
+    embedding_rank=options[_EMBEDDING][chosen[_EMBEDDING]].value
+    if by_rank
+    else 0,
   )
   fpp = dataclasses.replace(
     f,
     overall=None,
+    embedding_granularity="weight" if by_rank else f.embedding_granularity,
     linear=linear,
     embedding=embedding,
     linear_layers=tuple(
@@ -246,24 +264,41 @@ def _budget(
 
 
 def measure(
-  config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
+  config: Config,
+  params: Mapping[str, Any],
+  batches: Sequence[Batch],
+  usage_V: np.ndarray | None = None,
 ) -> dict[tuple[int, str], list[Option]]:
   """Returns the options of each layer and kind: "qk", "v" and "mlp".
+
+  Those of the rank of the embedding, if it is open or given, are (0, "embed").
 
   Args:
     config: Resolved.
     params: Parameters of its dense baseline.
     batches: Calibration text.
+    usage_V: As for `fold_pretrained`.
   """
   dense = config_lib.dense_twin(config)
-  stream = embed_batches(config, params, batches)
+  stream = embed_batches(dense, params, batches)
   matter, options = sensitivities(config, params, batches), {}
+  is_open = config.fpp.embedding_granularity == "rank"
+  if is_open or config.fold.embedding_rank:
+    embedding_VD = np.asarray(params["embed"]["embedding"])
+    if usage_V is None:
+      usage_V = usage_of(batches, len(embedding_VD))
+    options[_EMBEDDING] = _embedding_options(
+      embedding_VD, usage_V, matter["embed"], config.fold.embedding_rank
+    )
   for n in layers_with_bar(config, "measuring"):
     old = params[f"blocks_{n}"]
     target = look_all(
       make_block(dense, n), old, stream, STREAMS, outputs=OUTPUTS
     )
-    trial = _Trial(config, n, old, stream, target, matter[n])
+    matter_n = {
+      role: matter[f"blocks_{n}/{module}"] for role, module in _MODULES.items()
+    }
+    trial = _Trial(config, n, old, stream, target, matter_n)
     options |= {
       (n, "qk"): _logits_options(trial),
       (n, "v"): _values_options(trial),
@@ -334,6 +369,23 @@ class _Trial(NamedTuple):
     part = self.old["attn" if role == "o" else "mlp"][role]
     product = moments.around(part) @ wrong
     return float(np.sum(wrong * (product @ self.matter[role])))
+
+
+def _embedding_options(
+  embedding_VD: np.ndarray, usage_V: np.ndarray, matter: np.ndarray, given: int
+) -> list[Option]:
+  """Returns the options of the rank of the embedding; 0 is all of it."""
+  V, D = embedding_VD.shape
+  _, axes_DD, variances_D = lowrank.components(embedding_VD, usage_V)
+  # What each component adds to the error when it is left out.
+  added_D = variances_D * np.sum(axes_DD * (matter @ axes_DD), axis=0)
+  ranks = [given] if given else range(D // 8 * 8, 0, -8)
+  options = [
+    Option(rank, rank * (V + D) + D, float(added_D[rank:].sum()))
+    for rank in ranks
+  ]
+  dense = Option(0, V * D, 0.0)
+  return options if given else [dense, *options]
 
 
 def _logits_options(trial: _Trial) -> list[Option]:
@@ -469,7 +521,7 @@ def _errors(block, roles, params, matter, x, mask, target):
 
 def sensitivities(
   config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
-) -> list[dict[str, np.ndarray]]:
+) -> dict[str, np.ndarray]:
   """Returns how much errors of each layer's outputs matter to the model.
 
   To first order, an error e in a token's output of W_O ("o") or W_down ("down")
@@ -483,7 +535,7 @@ def sensitivities(
     batches: Calibration text.
 
   Returns:
-    {"o": [D, D], "down": [D, D]} of each layer.
+    {path of W_O, W_down or the embedding of tokens: [D, D]}.
   """
   dense = config_lib.dense_twin(config)
   classes = np.shape(params.get("head", {}).get("kernel"))[-1:]
@@ -504,15 +556,11 @@ def sensitivities(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sensitivity_sums(model, params, tokens, mask, segments, key):
-  names = [f"blocks_{n}" for n in range(model.config.num_layers)]
-  ends = [(role,) for role in OUTPUTS]
-
   def output(errors):
     def add(next_fun, args, kwargs, context):
-      out, at = next_fun(*args, **kwargs), context.module.path
-      if context.method_name != "__call__" or at[-1:] not in ends:
-        return out
-      return out + errors[names.index(at[0])][at[-1]]
+      out, name = next_fun(*args, **kwargs), "/".join(context.module.path)
+      is_call = context.method_name == "__call__"
+      return out + errors[name] if is_call and name in errors else out
 
     with nn.intercept_methods(add):
       out = model.apply({"params": params}, tokens, mask, True, segments)
@@ -523,7 +571,11 @@ def _sensitivity_sums(model, params, tokens, mask, segments, key):
     return jnp.sum(chosen[..., 0] * mask)
 
   zero = jnp.zeros((*tokens.shape, model.config.width), jnp.float32)
-  grads = jax.grad(output)([dict.fromkeys(OUTPUTS, zero) for _ in names])
+  layers = range(model.config.num_layers)
+  modules = [f"blocks_{n}/{m}" for n in layers for m in _MODULES.values()]
+  width = params["embed"]["embedding"].shape[1]
+  zeros = {"embed": zero[..., :width], **dict.fromkeys(modules, zero)}
+  grads = jax.grad(output)(zeros)
   weight = mask.astype(jnp.float32)[..., None]
   return jax.tree.map(lambda g: second_moment(g * weight, g), grads)
 

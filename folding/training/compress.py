@@ -23,7 +23,7 @@ from folding import files, paths
 from folding.config import CompressConfig, Config, FoldConfig, FPPConfig
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
-from folding.data.trim import can_trim, trimmed
+from folding.data.trim import can_trim, token_usage, trimmed
 from folding.errors import ConfigError
 from folding.models.hf_weights import (
   describe_pretrained,
@@ -91,9 +91,13 @@ def recipe(
     tokenizer: Tokenizer of the model.
     saving: Fraction of the parameters to save; None: what the preset says.
   """
-  rows, is_lm = "weight", config.task == "lm"
-  if not is_lm:
+  is_lm = config.task == "lm"
+  if config.task == "embed":  # texts to come use other words than these
+    rows = "rank"
+  elif not is_lm:
     rows = "trim" if can_trim(tokenizer) else "row"
+  else:
+    rows = "weight"
   m = config.model
   is_rotary = m.positions == "rope"
   # A quarter of a head, for plans that fold all layers alike.
@@ -152,8 +156,14 @@ def compress_trained(config: Config, data: Data) -> Compressed:
       "resume that run in several"
     )
   config = config_lib.unshrunk(config)  # if a stopped run begins again
-  batches = calibration(config, data)
-  compressed = compress_params(config, dense, batches, data.num_classes)
+  batches, size = calibration(config, data), data.tokenizer.plain_size
+  usage_V = None  # as in the batches; of all texts where it decides
+  is_open = config.fpp.embedding_granularity == "rank"
+  if is_open or config.fold.embedding_rank:
+    usage_V = token_usage(data.token_counts(), size)
+  compressed = compress_params(
+    config, dense, batches, data.num_classes, usage_V
+  )
   params = without_trimmed(data.tokenizer, compressed.params)
   return compressed._replace(params=params)
 
@@ -163,6 +173,7 @@ def compress_params(
   dense: dict[str, Any],
   batches: Sequence[Mapping[str, Any]],
   num_classes: int,
+  usage_V: np.ndarray | None = None,
 ) -> Compressed:
   """Returns a dense model compressed: allocate, fold, prune.
 
@@ -171,12 +182,13 @@ def compress_params(
     dense: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
     num_classes: C; 0 without a head.
+    usage_V: As for `fold_pretrained`.
 
   Raises:
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
   try:
-    return _compress(config, dense, batches, num_classes)
+    return _compress(config, dense, batches, num_classes, usage_V)
   except ConfigError:
     raise
   except ValueError as error:  # weights are not finite, or moments singular
@@ -184,7 +196,7 @@ def compress_params(
     raise ConfigError(f"{source}{error}") from error
 
 
-def _compress(config, dense, batches, num_classes) -> Compressed:
+def _compress(config, dense, batches, num_classes, usage_V) -> Compressed:
   params, report = dense, []
   if config.compress.plan == "auto":
     config = allocate(config, dense, batches)
@@ -195,7 +207,9 @@ def _compress(config, dense, batches, num_classes) -> Compressed:
     model = make_model(config, size, num_classes)
     prune_layer = neuron_pruner(config, param_shapes(model), dense)
   if prune_layer or config.fold != config_lib.dense_twin(config).fold:
-    params, report = fold_pretrained(config, dense, batches, prune_layer)
+    params, report = fold_pretrained(
+      config, dense, batches, prune_layer, usage_V
+    )
   if is_pruned:
     params = prune_trained(config, params, dense, batches)
   if prune_layer:
@@ -423,7 +437,7 @@ def _read_source(
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
     classes, task = load_labels(path), found.task
     layers = config_lib.layers_of(model, found.fold)
-    if any(layer.is_folded for layer in layers):
+    if any(layer.is_folded for layer in layers) or found.fold.embedding_rank:
       raise ConfigError(f"{path} is a folded run; start from a dense one")
     if isinstance(tokenizer, MappedTokenizer):
       raise ConfigError(
@@ -538,21 +552,6 @@ def without_trimmed(
 
 # ---------------------------------------------------------------------------
 # Tokens that leave the tokenizer before training.
-
-
-def token_usage(found_V: np.ndarray, size: int) -> np.ndarray:
-  """Returns float32[size], the share of each token in the training text.
-
-  All shares are positive. Unused tokens rank by their ids: vocabularies run from
-  frequent to rare, so the last token is the least likely to occur.
-
-  Args:
-    found_V: Uses of each token; may be shorter than V.
-    size: V, rows of the embedding.
-  """
-  count_V = 0.5 * (1 - np.arange(size) / size)  # less than a single use
-  count_V[: len(found_V)] += found_V
-  return (count_V / count_V.sum()).astype(np.float32)
 
 
 def trim_vocabulary(config: Config, data: Data) -> Data:

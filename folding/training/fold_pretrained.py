@@ -20,6 +20,7 @@ import rich.progress
 
 from folding.compression import lowrank
 from folding.config import Config, Layer, ModelConfig, dense_twin, layers_of
+from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.models.attention import attention_logits, layer_frequencies
 from folding.models.transformer import Block, Transformer
@@ -70,6 +71,7 @@ def fold_pretrained(
   params: Params,
   batches: Iterable[Batch],
   prune: Prune | None = None,
+  usage_V: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Returns the folded parameters of a trained dense model, and a report.
 
@@ -84,6 +86,9 @@ def fold_pretrained(
      Beside a diagonal W_V, W_O is fitted to what the dense layer would write on
      the same input.
 
+  Before all layers the embedding becomes one of rank `fold.embedding_rank`, if
+  set; the layers then make up for some of what that changes.
+
   A terminal shows a progress bar.
 
   Args:
@@ -96,6 +101,7 @@ def fold_pretrained(
     prune: (number of a layer, its folded parameters, the stream that it reads)
       -> pruned parameters. Called before the second feed-forward matrix is
       fitted, which then makes up for the pruned weights.
+    usage_V: How often each token occurs, above 0; None: as in the batches.
 
   Returns:
     (params of `config`, [{"layer", "groups", "values": kind or rank of W_V,
@@ -109,9 +115,16 @@ def fold_pretrained(
       so.
   """
   require_pairs(config)
-  stream = embed_batches(config, params, list(batches))
-  dense_stream = stream  # the same object until a layer is folded
   folded, report, dense = dict(params), [], dense_twin(config)
+  batches = list(batches)
+  dense_stream = embed_batches(dense, params, batches)
+  stream = dense_stream  # the same object until something is folded
+  if rank := config.fold.embedding_rank:
+    embedding_VD = params["embed"]["embedding"]
+    if usage_V is None:
+      usage_V = usage_of(batches, len(embedding_VD))
+    folded |= lowrank.fold_embedding(embedding_VD, usage_V, rank)
+    stream = embed_batches(config, folded, batches)
   for n in layers_with_bar(config, "folding"):
     name, layer = f"blocks_{n}", layers_of(config.model, config.fold)[n]
     block = make_block(dense, n)
@@ -130,6 +143,15 @@ def fold_pretrained(
     dense_stream = out
     stream = advance(make_block(config, n), folded[name], stream)
   return folded, report
+
+
+def usage_of(batches: Sequence[Batch], size: int) -> np.ndarray:
+  """Returns float32[size], `token_usage` of calibration text."""
+  tokens = [
+    np.asarray(batch["tokens"])[np.asarray(mask)]
+    for batch, mask in zip(batches, masks_of(batches), strict=True)
+  ]
+  return token_usage(np.bincount(np.concatenate(tokens)), size)
 
 
 def require_pairs(config: Config) -> None:

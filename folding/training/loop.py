@@ -24,6 +24,7 @@ from folding.compression.fpp import fpp_counts
 from folding.config import Config
 from folding.data import sources
 from folding.data.batches import STS, Data, make_data
+from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError
 from folding.models.params import GROUPS
 from folding.models.transformer import Transformer
@@ -35,7 +36,6 @@ from folding.training.compress import (
   compress_trained,
   require_whole,
   teacher_of,
-  token_usage,
   trim_vocabulary,
   with_pairs,
   write_fold,

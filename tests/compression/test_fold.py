@@ -124,6 +124,14 @@ def test_unfold_pads_values_of_low_rank():
     unfold(params)
 
 
+@pytest.mark.parametrize("embed_width", [0, 6])
+def test_unfold_multiplies_an_embedding_of_low_rank(embed_width):
+  shape = ModelConfig(**_SHAPE, tie_embeddings=False, embed_width=embed_width)
+  folded = _model(shape, groups=2, embedding_rank=5)
+  params = _params(folded)
+  _assert_same_logits(folded, params, _model(shape), unfold(params))
+
+
 def test_unfold_finds_layers_in_lists():
   params = _params(_model(_CASES["paper"][0], groups=1, values="diagonal"))
   layer = params["blocks_0"]["attn"]

@@ -207,6 +207,23 @@ def _fold_values(v, o, mixed, rank):
   return lowrank.fold_values(v, o, moment_of(c), c.mean(0), rank)
 
 
+@pytest.mark.parametrize("rank", [1, 4, D])
+def test_fold_embedding_is_the_nearest_in_the_mean_over_uses(rank):
+  rng = np.random.default_rng(6)
+  rows = rng.normal(size=(30, D)) * np.geomspace(1, 0.1, D) + 3
+  uses = rng.integers(1, 9, 30)
+  small = lowrank.fold_embedding(rows, uses, rank)
+  kernel, bias = (small["embed_expand"][x] for x in ("kernel", "bias"))
+  numbers = small["embed"]["embedding"]
+  assert (numbers.shape, kernel.shape) == ((30, rank), (rank, D))
+  wrong = np.repeat(numbers @ kernel + bias - rows, uses, axis=0)
+  # Of the text, a row per use: the singular values that are left out.
+  text = np.repeat(rows, uses, axis=0)
+  left_out = np.linalg.svd(text - text.mean(0), compute_uv=False)[rank:]
+  expected = np.sum(left_out**2)
+  assert np.sum(wrong**2) == pytest.approx(expected, rel=1e-4, abs=1e-8)
+
+
 @pytest.mark.parametrize(("heads", "bias"), [(4, True), (2, True), (1, False)])
 def test_fold_values_states_what_it_writes_wrong(heads, bias):
   v, o, mixed = _mixed(0, heads, bias)

@@ -47,8 +47,8 @@ MODELS = {
     11,
   ),
   "folded": (
-    c.ModelConfig(**SHAPE),
-    {"groups": 1, "values": "diagonal"},
+    c.ModelConfig(**SHAPE, tie_embeddings=False),
+    {"groups": 1, "values": "diagonal", "embedding_rank": 5},
     "lm",
     11,
   ),
@@ -76,6 +76,7 @@ def test_every_parameter_has_one_row_with_its_axes(name):
   )
   sizes = SIZES | {"J": config.model.num_kv_heads, "K": config.model.head_dim}
   sizes["e"] = config.model.embed_width or config.model.width
+  sizes["r"] = config.fold.embedding_rank
   leaves = paths.flatten(param_shapes(make_model(config, 11, 3)))
   for path, leaf in leaves.items():
     rows = [x for x in params.TABLE if re.fullmatch(f"(.*/)?{x.path}", path)]
@@ -85,6 +86,7 @@ def test_every_parameter_has_one_row_with_its_axes(name):
     vocab = num_outputs if path.startswith("head/") else 11
     for letter, size in zip(axes, leaf.shape, strict=True):
       is_folded = letter == "K" and fold["groups"]
+      is_folded |= path == "embed/embedding" and letter == "e"
       if letter != "1" and not is_folded:
         assert (sizes | {"V": vocab})[letter] == size, path
 
@@ -118,6 +120,7 @@ def test_axes_are_those_of_hugging_face_layouts(family):
     ("head/kernel", "linear", 1),
     ("pooler/kernel", "other", None),
     ("embed/embedding", "embedding", 0),
+    ("embed_expand/kernel", "embedding", None),
     ("position_embed/embedding", "embedding", None),
     ("blocks_0/attn/log_slopes", "other", None),
     ("seq/kernel", "other", None),

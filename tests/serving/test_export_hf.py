@@ -24,7 +24,10 @@ from tests.serving import models
 _ENCODER = c.bert(**models.SHAPE, pooler=True)
 _CASES = {
   # One layer has fewer neurons than the other.
-  "bert-shrunk": (_ENCODER, {"groups": 2, "values": "diagonal"}),
+  "bert-shrunk": (
+    _ENCODER,
+    {"groups": 2, "values": "diagonal", "embedding_rank": 5},
+  ),
   "gpt2": (c.gpt2(**models.SHAPE), {}),
   "llama-pairs": (
     c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2),

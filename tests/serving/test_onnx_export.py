@@ -34,12 +34,13 @@ def _shrunk(shape, **fold):
 
 # Together they have every form of the arrays, and every option of the graph.
 _CASES = {
-  # Post-norm, first token, pooler, relative bias; r < K, fewer heads in a layer, a token map.
+  # Post-norm, first token, pooler, relative bias; ranks below the whole, fewer heads in a layer, a token map.
   "bert-low-rank": lambda: _shrunk(
     dataclasses.replace(_BERT, relative_buckets=32),
     groups=2,
     values="dense",
     value_rank=(2, 3),
+    embedding_rank=5,
   ),
   # Projected embeddings, ALiBi, pre-norm, mean over tokens, a pooler with a norm;
   # the identity for W_V.
@@ -53,6 +54,7 @@ _CASES = {
       pooler_norm=True,
     ),
     groups=1,
+    embedding_rank=5,
   ),
   # Norms of queries and keys.
   "last-by-input-axis": lambda: models.make(

@@ -11,6 +11,7 @@ import pytest
 
 from folding import config as c
 from folding import errors, paths
+from folding.compression import fold, lowrank
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate, fold_pretrained
 
@@ -58,8 +59,8 @@ def _trained(config, flat_layers=()):
 def measured(monkeypatch):
   """Measures the options of each kind once for all tests that allocate."""
 
-  def measure(config, params, batches):
-    del params, batches
+  def measure(config, params, batches, usage_V):
+    del params, batches, usage_V
     return _options("llama" if config.model.positions == "rope" else "bert")
 
   monkeypatch.setattr(allocate, "measure", measure)
@@ -147,6 +148,41 @@ def test_structured_plan_makes_the_arrays_as_small_as_asked(kind):
   assert 0.5 * dense - step - 8 * D * N < kept <= 0.5 * dense
 
 
+@pytest.mark.parametrize("given", [0, 12])
+def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given):
+  config = _structured("bert", embedding_granularity="rank", overall=0.4)
+  config.fold.embedding_rank = given
+  params = _trained(config)
+  params["embed"]["embedding"][:, 8:] = 1.0  # of rank 8 around the mean
+  planned = allocate.allocate(config, params, _batches())
+  assert planned.fold.embedding_rank == given or 8
+  assert not planned.fpp.embedding
+  widths = [48 - round(48 * part) for part in planned.fpp.linear_layers]
+  planned.model.mlp_width = tuple(widths)
+  planned.model.dense_mlp_width = 48
+  tree = param_shapes(make_model(planned, V, num_classes=3))
+  kept = sum(w.size for w in jax.tree.leaves(tree))
+  dense = sum(w.size for w in jax.tree.leaves(params))
+  assert 0.6 * dense - 8 * 3 * D * N - 8 * D * N < kept <= 0.6 * dense
+
+
+def test_options_of_the_embedding_foretell_what_a_rank_loses():
+  config = _structured("bert", embedding_granularity="rank")
+  params, batches = _trained(config), _batches()
+  options = _measure(config, params, batches)[0, "embed"]
+  assert [option.value for option in options] == [0, 32, 24, 16, 8]
+  usage_V = fold_pretrained.usage_of(batches, V)
+  matter = allocate.sensitivities(config, params, batches)["embed"]
+  whole_VD = params["embed"]["embedding"]
+  for rank, stored, error in options[1:]:
+    rows = lowrank.fold_embedding(whole_VD, usage_V, rank)
+    assert stored == sum(w.size for w in jax.tree.leaves(rows))
+    dense = fold.unfold({**params, **rows})["embed"]["embedding"]
+    e_VD = np.asarray(dense - whole_VD, np.float64)
+    expected = np.sum(usage_V[:, None] * e_VD * (e_VD @ matter))
+    assert error == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
 def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
   config = _structured("gpt2")
   options = _measure(config, _trained(config), _batches())
@@ -163,25 +199,28 @@ def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
 
 
 @pytest.mark.parametrize(
-  ("role", "task"), [("o", "classify"), ("down", "classify"), ("down", "embed")]
+  ("name", "task"),
+  [
+    ("blocks_1/attn/o", "classify"),
+    ("blocks_1/mlp/down", "classify"),
+    ("blocks_1/mlp/down", "embed"),
+    ("embed", "classify"),
+  ],
 )
-def test_sensitivities_foretell_the_change_of_the_output(role, task):
+def test_sensitivities_foretell_the_change_of_the_output(name, task):
   config = _config()
   config.task = task
   params = _trained(config)
   rng = np.random.default_rng(2)
   batches = [{"tokens": rng.integers(0, V, (400, 1)).astype(np.int32)}]
-  matter = allocate.sensitivities(config, params, batches)[1][role]
+  matter = allocate.sensitivities(config, params, batches)[name]
   model = make_model(c.dense_twin(config), V, num_classes=3)
   apply = jax.jit(model.apply)
 
   def output(error):
-    part = params["blocks_1"]["attn" if role == "o" else "mlp"][role]
-    moved = {**part, "bias": part["bias"] + error}
-    name = f"blocks_1/{'attn' if role == 'o' else 'mlp'}/{role}"
+    moved = (f"{name}/bias", f"{name}/embedding")
     changed = paths.map_named(
-      lambda at, w: moved[at.split("/")[-1]] if at.startswith(name) else w,
-      params,
+      lambda at, w: w + error if at in moved else w, params
     )
     return np.asarray(apply({"params": changed}, batches[0]["tokens"]))
 
@@ -252,7 +291,7 @@ def test_layers_that_matter_least_are_compressed_most():
 def test_options_lose_more_as_they_store_less():
   options = _options("bert")
   assert options.keys() == {
-    (n, kind) for n in range(N) for kind in allocate.KINDS
+    (n, kind) for n in range(N) for kind in ("qk", "v", "mlp")
   }
   for found in options.values():
     stored = [option.stored for option in found]

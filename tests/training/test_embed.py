@@ -80,6 +80,7 @@ def short(folder, **fields):
   # Nothing that costs a plan, which has tests of its own.
   config.compress.plan, config.compress.prune = "same", "none"
   config.fpp.granularity, config.fpp.attention = "weight", "output"
+  config.fpp.embedding_granularity = "trim"
   config.train = c.TrainConfig(
     steps=6, eval_every=3, learning_rate=3e-3, tensorboard=False
   )
