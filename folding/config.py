@@ -81,9 +81,8 @@ class DataConfig:
   valid_fraction: Fraction = 0.1  # for sources without a validation split
   test_fraction: Fraction = 0.1  # for sources without a test split
   tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json
-  vocab_size: Annotated[int, Range(1, 2**24)] = (
-    1024  # of a newly trained BPE tokenizer
-  )
+  # Of a newly trained BPE tokenizer.
+  vocab_size: Annotated[int, Range(1, 2**24)] = 1024
   length: Count = 128  # L, tokens per example; longer texts are cut or packed
   batch_size: Count = 32  # B, examples over all processes
   eval_batch_size: Count = 64

@@ -43,7 +43,7 @@ class Range:
 
   def __str__(self) -> str:
     high = f"{self.high:g}"
-    if self.high in (2**31, 2**32):
+    if self.high in (2**24, 2**31, 2**32):
       high = f"2^{math.log2(self.high):.0f}"
     return f"{self.ends[0]}{self.low:g}, {high}{self.ends[1]}"
 
