@@ -1,12 +1,15 @@
 """Reading of compiled programs: loops count once per turn."""
 
+import pytest
+
 from folding.training import hlo
 
 # As the TPU compiler writes it, shortened.
-PROGRAM = """HloModule jit_step
+COMPUTATIONS = """HloModule jit_step
 
 %fused (p: f32[8]) -> f32[64] {
-  ROOT %gather.1 = f32[64]{0} all-gather(%p), dimensions={0}
+  %c = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"9"}
+  ROOT %gather.1 = f32[64]{0} all-gather(%c), dimensions={0}
 }
 
 %keys (p: (s32[], s32[])) -> (s32[], s32[]) {
@@ -17,9 +20,22 @@ PROGRAM = """HloModule jit_step
   ROOT %lt.1 = pred[] compare(%i, %end), direction=LT
 }
 
+%unlike_keys (p: (s32[], s32[])) -> pred[] {
+  %constant.2 = s32[]{:T(128)} constant(4)
+  ROOT %ne.1 = pred[] compare(%i, %constant.2), direction=NE
+}
+
+%some_keys (p: f32[]) -> f32[] {
+  %w = (s32[]) while(%t), condition=%more_keys, body=%keys
+}
+
 %queries (p: (s32[])) -> (s32[]) {
   %w = (s32[]) while(%t), condition=%more_keys, body=%keys
   %r = (bf16[2]{0}, bf16[2]{0}, u32[]{:S(2)}) collective-permute-start(%x)
+}
+
+%some_queries (p: (s32[])) -> (s32[]) {
+  %c = f32[] conditional(%p, %x, %y), branch_computations={%cheap, %some_keys}
 }
 
 %more_queries (p: (s32[])) -> pred[] {
@@ -34,7 +50,10 @@ PROGRAM = """HloModule jit_step
 %dear (p: f32[]) -> f32[] {
   %a = f32[4]{0} copy(%p), backend_config={"estimated_cycles":"50"}
 }
-
+"""
+PROGRAM = (
+  COMPUTATIONS
+  + """
 ENTRY %main (p: f32[8]) -> f32[64] {
   %f = f32[64]{0} fusion(%p), calls=%fused, backend_config={"estimated_cycles":"10"}
   %w = (s32[]) while(%t), condition=%more_queries, body=%queries
@@ -42,14 +61,52 @@ ENTRY %main (p: f32[8]) -> f32[64] {
   %r = (f32[3]{0}, f32[]) all-reduce(%x, %y), to_apply=%add
 }
 """
+)
+BLOCKS = 7 * (7 + 1) / 2  # of keys: 1, 2, ... 7 of them
 
 
 def test_loops_count_once_per_turn():
   work = hlo.read(PROGRAM)
-  blocks = 7 * (7 + 1) / 2  # of keys: 1, 2, ... 7 of them
-  assert work.cycles == 10 + 3 * blocks + 50
+  assert work.cycles == 10 + 3 * BLOCKS + 50
   assert work.moved == {
     "all-gather": (1, 64 * 4),
     "collective-permute": (7, 7 * 2 * 2),
     "all-reduce": (1, 4 * (3 + 1)),
   }
+
+
+@pytest.mark.parametrize(
+  ("instruction", "cycles", "moved"),
+  [
+    (
+      'while(%t), condition=%unlike_keys, body=%keys, backend_config={"known_'
+      'trip_count":{"n":"5"}}',
+      *(5 * 3, {}),
+    ),
+    ("while(%t), condition=%unlike_keys, body=%keys", 3, {}),
+    (
+      "while(%t), condition=%more_queries, body=%some_queries",
+      *(3 * BLOCKS, {}),
+    ),
+    (
+      "conditional(%i), branch_computations={%dear, %cheap, %keys}",
+      *(0, {"all-reduce": (1, 4096)}),
+    ),
+    (
+      "conditional(%p), true_computation=%cheap, false_computation=%dear",
+      *(50, {}),
+    ),
+    (
+      "conditional(%p), true_computation=%dear, false_computation=%cheap",
+      *(50, {}),
+    ),
+    ("call(%p), to_apply=%dear", 50, {}),
+    ("async-start(%p), calls=%fused", 0, {"all-gather": (1, 256)}),
+    ("all-gather(%p), dimensions={0}", 0, {"all-gather": (1, 5)}),
+  ],
+)
+def test_instruction_counts_what_it_calls(instruction, cycles, moved):
+  entry = (
+    f"ENTRY %main (p: f32[8]) -> f32[64] {{\n  %x = pred[5] {instruction}\n}}"
+  )
+  assert hlo.read(f"{COMPUTATIONS}\n{entry}\n") == (cycles, moved)
