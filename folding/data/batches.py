@@ -463,6 +463,29 @@ def bucket_lengths(length: int) -> list[int]:
   return [*lengths, length]
 
 
+def by_length(
+  rows: Sequence[np.ndarray], length: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+  """Yields batches of rows of similar length, each with its bucket length.
+
+  Args:
+    rows: Ids of each row, at most `length`.
+    length: The longest bucket.
+    batch_size: Rows per batch; the last may have fewer.
+
+  Example:
+    >>> rows = [np.zeros(size) for size in (40, 3, 20)]
+    >>> [(x.tolist(), bucket) for x, bucket in by_length(rows, 64, 2)]
+    [([1, 2], 32), ([0], 64)]
+  """
+  buckets = bucket_lengths(length)
+  order = np.argsort([row.size for row in rows], kind="stable")
+  for start in range(0, len(rows), batch_size):
+    members = order[start : start + batch_size]
+    longest = rows[members[-1]].size
+    yield members, buckets[int(np.searchsorted(buckets, longest))]
+
+
 def encode_rows(
   tokenizer: Tokenizer, texts: Sequence[Text], length: int
 ) -> Encoded:

@@ -1,4 +1,4 @@
-"""Texts of similar length in batches, through a model, in their order again."""
+"""Runs a model over texts, in batches of similar length."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,12 +6,7 @@ import jax
 import numpy as np
 
 from folding.config import Config
-from folding.data.batches import (
-  bucket_lengths,
-  encode_rows,
-  padded,
-  segments_of,
-)
+from folding.data.batches import by_length, encode_rows, padded, segments_of
 from folding.data.tokenizers import Text, Tokenizer
 from folding.errors import ConfigError
 
@@ -41,11 +36,11 @@ def outputs(
   width: int,
   report: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
-  """Returns float32[texts, width], the output of a model for each text.
+  """Returns float32[texts, width], the output of a model for each text, in order.
 
   Args:
-    config: Of the model.
-    tokenizer: Of the model.
+    config: Resolved config of the model.
+    tokenizer: Tokenizer of the model.
     forward: (tokens, mask, segments or None) -> float[B, width].
     texts: All single, or all pairs.
     batch_size: Texts per batch; those of a batch are of similar length.
@@ -54,12 +49,8 @@ def outputs(
   """
   length = config.data.length
   rows, seconds = encode_rows(tokenizer, texts, length)
-  buckets = bucket_lengths(length)
-  order = np.argsort([row.size for row in rows], kind="stable")
   found = np.zeros((len(rows), width), np.float32)
-  for start in range(0, len(rows), batch_size):
-    members = order[start : start + batch_size]
-    bucket = buckets[int(np.searchsorted(buckets, rows[members[-1]].size))]
+  for members, bucket in by_length(rows, length, batch_size):
     # The full batch size, so that a smaller last batch compiles nothing.
     tokens, mask = padded(
       [rows[i] for i in members], (batch_size, bucket), tokenizer.pad_id

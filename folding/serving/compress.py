@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from folding import config as config_lib
-from folding.data.batches import bucket_lengths, encode_rows, padded
+from folding.data.batches import by_length, encode_rows, padded
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.serving.export import Loaded, load
@@ -65,10 +65,8 @@ def compress(
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   rows = encode_rows(loaded.tokenizer, list(texts), config.data.length).ids
-  tokenizer, counts = (
-    loaded.tokenizer,
-    np.bincount(np.concatenate([[0], *rows])),
-  )
+  tokenizer = loaded.tokenizer
+  counts = np.bincount(np.concatenate([[0], *rows]))
   _, fraction = compress_lib.outer_fractions(config)
   if config.fpp.embedding_granularity == "trim" and fraction:
     tokenizer = compress_lib.without_tokens(tokenizer, counts, fraction)
@@ -87,11 +85,9 @@ def _batches(
   rows: list[np.ndarray], length: int, pad_id: int
 ) -> list[dict[str, np.ndarray]]:
   """Returns texts of similar length in batches, padded to few lengths."""
-  buckets, batches = bucket_lengths(length), []
-  rows = sorted(rows, key=len)
-  for start in range(0, len(rows), _ROWS):
-    group = rows[start : start + _ROWS]
-    bucket = buckets[int(np.searchsorted(buckets, len(group[-1])))]
-    tokens, mask = padded(group, (len(group), bucket), pad_id)
+  batches = []
+  for members, bucket in by_length(rows, length, _ROWS):
+    chosen = [rows[i] for i in members]
+    tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)
     batches.append({"tokens": tokens, "mask": mask})
   return batches
