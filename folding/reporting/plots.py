@@ -8,11 +8,17 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
-import matplotlib.figure
-from matplotlib import ticker
-
 from folding import files
+from folding.errors import ConfigError
+
+try:
+  import matplotlib
+  import matplotlib.figure
+  from matplotlib import ticker
+except ValueError as error:  # MPLBACKEND names no backend
+  raise ConfigError(
+    f"matplotlib cannot start, see MPLBACKEND: {error}"
+  ) from None
 
 # Okabe and Ito, "Color universal design", 2008: safe for color blindness.
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"

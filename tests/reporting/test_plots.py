@@ -1,8 +1,12 @@
 import io
+import runpy
+import sys
 
 import matplotlib
 import numpy as np
+import pytest
 
+from folding.errors import ConfigError
 from folding.reporting import plots
 
 
@@ -63,3 +67,10 @@ def test_save_writes_equal_files_for_equal_figures(tmp_path):
       plots.draw_lines(drawing.subplots(), {"a": []}, x_label="", y_label="")
     plots.save(drawing, str(tmp_path / name))
   assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_unknown_backend_is_one_line(monkeypatch):
+  monkeypatch.setenv("MPLBACKEND", "nothing")
+  monkeypatch.delitem(sys.modules, "matplotlib")
+  with pytest.raises(ConfigError, match="MPLBACKEND"):
+    runpy.run_path(plots.__file__)
