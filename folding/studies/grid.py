@@ -51,7 +51,8 @@ class Study:
       method after training starts from.
 
   Raises:
-    ConfigError: a name or a fraction is not valid.
+    ConfigError: a name, a type or a fraction is not valid, or a seed or level
+      is given twice.
 
   Example:
     >>> from folding.studies.methods import pick
@@ -79,6 +80,15 @@ class Study:
         raise ConfigError(
           f"{name!r} names a folder: use letters, digits and single -, _ or ."
         )
+    for kind, found in ((Config, self.datasets), (Method, self.methods)):
+      for name, value in found.items():
+        if not isinstance(value, kind):
+          raise ConfigError(
+            f"{name!r} must be a {kind.__name__}: {value!r:.60}"
+          )
+    for values in (self.seeds, self.levels):
+      if len(set(values)) < len(values):
+        raise ConfigError(f"a seed or a level is given twice: {values}")
     for value in (*self.levels, self.pretrain):
       if not 0 < value < 1:
         raise ConfigError(f"not a fraction between 0 and 1: {value}")
