@@ -286,7 +286,7 @@ def export(args: argparse.Namespace) -> None:
   if args.format == "onnx":
     onnx_export.require_onnx()
   files.require_empty(args.output)
-  model = whole = export_lib.load(args.path)
+  model = export_lib.load(args.path)
   if args.format != "hf":
     model = export_lib.shrunk(model)
   dtype = args.dtype or "float32"
@@ -314,9 +314,8 @@ def export(args: argparse.Namespace) -> None:
       )
       print(
         f"{size['values'] + size['masks']:,} bytes stored ({size['values']:,} of "
-        f"values, {size['masks']:,} of masks), "
-        f"{export_lib.sizes(whole)['dense']:,} in the dense baseline; "
-        f"{size['files']:,} bytes of files"
+        f"values, {size['masks']:,} of masks), {size['dense']:,} in the dense "
+        f"baseline; {size['files']:,} bytes of files"
       )
   print(f"The exported model is in {args.output}")
 
