@@ -217,8 +217,8 @@ def require_new_file(path: str, ending: str) -> None:
   """Raises `ConfigError` unless a file can be written without loss.
 
   Args:
-    path: Of the file; its folder exists.
-    ending: Of its name, such as ".npy".
+    path: The file; its folder exists.
+    ending: End of its name, such as ".npy".
   """
   require_local(path)
   folder = os.path.dirname(path) or "."

@@ -85,7 +85,7 @@ def parse(hint: Any, text: str, where: str) -> Any:
 
   Args:
     hint: Annotation of the field.
-    text: Of the flag.
+    text: Text of the flag.
     where: What errors call the field.
 
   Raises:

@@ -17,7 +17,7 @@ def write(folder: str, name: str, text: str) -> None:
 
   Args:
     folder: Where the page goes and its pictures are, PNG files.
-    name: Of both files, without an ending.
+    name: Name of both files, without an ending.
     text: Markdown that begins with a heading.
   """
   files.write_file(os.path.join(folder, f"{name}.md"), text)

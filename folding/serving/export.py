@@ -325,7 +325,7 @@ def export(
     path: Created if it does not exist; must be empty.
     config: Resolved.
     params: Its parameters; zeros take no room, and the dtype is kept.
-    tokenizer: Of the parameters.
+    tokenizer: Text to the ids that the parameters are for.
     labels: One name per class; () for a model without a head.
 
   Returns:

@@ -43,7 +43,7 @@ class State(NamedTuple):
   """What a decoding step changes.
 
   Attributes:
-    caches: Of each layer.
+    caches: One per layer.
     token_B: The newest tokens, which are not in the caches yet.
     position: int32[], their position in the padded rows.
     num_new: int32[], new tokens so far.
@@ -75,7 +75,7 @@ def prefill(
 
   Args:
     model: A next-token model.
-    params: Of the model.
+    params: Parameters of the model.
     tokens_BL: Left-padded prompts.
     start_B: Number of pad tokens of each row.
     states: As in `Transformer.prefill`.
@@ -112,7 +112,7 @@ def decode(
 
   Args:
     model: A next-token model.
-    params: Of the model.
+    params: Parameters of the model.
     state: From `prefill`, or from here.
     start_B: Number of pad tokens of each row.
     draw: From `sampling.make_draw`.
@@ -142,7 +142,7 @@ def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
 
   Args:
     model: A next-token model.
-    params: Of the model.
+    params: Parameters of the model.
 
   Returns:
     {n: ranges of layer n}, for layers that can decode in constant size.
@@ -300,7 +300,7 @@ class Generator:
     are empty. The stream ends with its last row.
 
     Args:
-      params: Of the model.
+      params: Parameters of the model.
       prompts: Token ids, at least one each.
       max_new_tokens: Per prompt, at most.
       sampling: How tokens are chosen.

@@ -22,8 +22,7 @@ class Sampling:
     top_k: Draw among this many likeliest tokens; None: among all.
     top_p: Then draw among the fewest likeliest tokens whose probabilities sum
       to at least this, in (0, 1]; None: among all.
-    seed: Of the draws. A draw depends only on the seed, the row and the number
-      of the new token.
+    seed: A draw depends only on this, the row and the number of the new token.
 
   Raises:
     ConfigError: a value is out of range.
@@ -122,7 +121,7 @@ def choose(
 
   Args:
     draw: From `make_draw`.
-    logits_BV: Of the next token.
+    logits_BV: Logits of the next token.
     step: Number of the new token, from 0.
   """
   is_nan_B = jnp.isnan(logits_BV).any(axis=-1)
