@@ -342,6 +342,8 @@ def test_regress_keeps_the_prior_without_data():
   truth, prior = np.array([[2.0], [5.0], [5.0]]), np.array([[1.0], [3], [4]])
   fit = _regress(features, features @ truth, prior)
   np.testing.assert_allclose(fit.weights, [[2], [3], [4]], atol=1e-5)
+  nothing = _regress(0 * features, features @ truth, prior)
+  np.testing.assert_array_equal(nothing.weights, prior)
 
 
 # ---------------------------------------------------------------------------
