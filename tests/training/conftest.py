@@ -57,6 +57,15 @@ def set_loss(workdir: pathlib.Path, step: int, text: str) -> None:
   files.write_checksums(str(folder), names)
 
 
+def warnings_of(caplog) -> list[str]:
+  """Returns what our loggers warned of; other libraries log as well."""
+  return [
+    record.getMessage()
+    for record in caplog.records
+    if record.name.startswith("folding.")
+  ]
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> pathlib.Path:
   """Returns a file of text."""

@@ -20,7 +20,7 @@ from folding.errors import ConfigError, TrainingError
 from folding.training import run_dir, sharding
 from folding.training.checkpoint import Checkpoints, load_run
 from tests.training import tiny
-from tests.training.conftest import set_loss
+from tests.training.conftest import set_loss, warnings_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -192,7 +192,7 @@ def test_restore_latest_moves_a_damaged_checkpoint_aside(
     with Checkpoints(str(tmp_path)) as checkpoints:
       step, found = checkpoints.restore_latest(LIKE)
       assert (step, found["w"][0]) == (1, 1.0)
-      (line,) = caplog.messages
+      (line,) = warnings_of(caplog)
       assert "damaged checkpoint 2" in line
       assert checkpoints.steps() == [1]
       assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
@@ -257,7 +257,7 @@ def test_step_with_another_loss_than_was_saved_is_not_the_best(
     with Checkpoints(str(tmp_path)) as checkpoints:
       assert checkpoints.best_step() == 3
       assert checkpoints.restore(2, LIKE)["w"][0] == 2
-  (line,) = caplog.messages
+  (line,) = warnings_of(caplog)
   assert "metrics is damaged" in line
 
 
@@ -269,7 +269,7 @@ def test_checkpoint_without_checksums_is_read_with_a_line(tmp_path, caplog):
     assert len(json.loads(path.read_text())) > 5
     path.unlink()
     assert checkpoints.restore_latest(LIKE)[0] == 1
-  (line,) = caplog.messages
+  (line,) = warnings_of(caplog)
   assert "nothing vouches for checkpoint 1" in line
 
 
@@ -427,7 +427,7 @@ def test_load_run_skips_a_damaged_checkpoint(damage, run, copy, caplog, capfd):
   damage(copy, 5, "default")
   _, params, _ = load_run(str(copy))
   assert_is_step(params, run, 10)
-  (line,) = caplog.messages
+  (line,) = warnings_of(caplog)
   assert "damaged checkpoint 5" in line
   assert "Traceback" not in capfd.readouterr().err
 

@@ -20,7 +20,7 @@ from folding import config as config_lib
 from folding.errors import ConfigError, TrainingError
 from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
-from tests.training.conftest import set_loss, tiny_config
+from tests.training.conftest import set_loss, tiny_config, warnings_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -150,7 +150,7 @@ def test_run_resumes_before_a_damaged_checkpoint_bit_for_bit(
   assert found["test"] == result["test"]
   chex.assert_trees_all_equal(last_state(copy), last_state(workdir))
   assert records(copy) == records(workdir)  # also what was pruned at step 6
-  (line,) = caplog.messages
+  (line,) = warnings_of(caplog)
   assert "damaged checkpoint 10" in line
   out, err = capfd.readouterr()
   assert "resumed at step 5 of 10" in out
@@ -261,7 +261,7 @@ def test_evaluate_of_a_run_without_a_digest_says_so(tiny_run, tmp_path, caplog):
     loop.evaluate_run(str(copy))
   (copy / "checksums.json").unlink()  # a run of an earlier version
   loop.evaluate_run(str(copy))
-  (line,) = caplog.messages
+  (line,) = warnings_of(caplog)
   assert "nothing vouches for the text" in line
 
 
