@@ -1,40 +1,59 @@
-"""What attention in linear time gains over dense attention with its logits.
+"""CPU time of causal attention by sequence length, four programs in turn.
 
-    python -m benchmarks.attention [--rounds=5] [--longest=8192] [--json]
+    python -m benchmarks.attention [--rounds=5] [--longest=16384] [--json]
 
-Causal attention of 8 heads of 32 channels without positions, folded to one
-number a query and key, on one text: s = sqrt(K) q uniform in [-2, 2], t = k of
-deviation 1. Dense is `jax.nn.dot_product_attention` on the unfolded queries and
-keys. Blocks is `attend_by_blocks` as models call it by default: exact, without
-storing all logits. Linear is `attend_checked` as models call it: it finds while
-it runs how many nodes make the error at most 1e-4 of the range of the values
-(here they suffice; else it would compute all logits). So all are the same
-function: `error` is the largest difference of dense and linear (the rounding of
-dense is about 1e-6 of it) and `bound` is its proved bound. The three are timed in
-turn, and `times` compares dense and linear. `train` is a forward and backward
-pass; that of dense attention is timed up to 4,096 tokens. FLOPs and bytes moved are XLA's analysis of the compiled
-forward pass; as it counts the body of a loop once, those of linear are its 512
-tokens' (one turn of the loop) times the length. Decoding carries a state of the
-same size whatever the length, instead of a cache of keys and values that grows:
-in bytes, of one layer.
+One layer with 8 heads of 32 channels, without positions, on one sequence:
+
+- `dense, all logits`: `jax.nn.dot_product_attention` on unfolded queries and keys.
+- `dense`: `attend_by_blocks`, the default of our models, on the same.
+- `folded, G = 1`: `attend_by_blocks` with one number per query and key.
+- `linear time, G = 1`: `attend_checked`.
+
+All compute the same function: s = sqrt(K) q is uniform in [-2, 2], t = k has
+deviation 1, and unfolding repeats both. `attend_checked` finds while it runs
+how many nodes keep the error below 1e-4 of the range of the values (these are
+enough here; otherwise it would compute all logits). `error` is the largest
+difference of linear time to exact attention, of about 1e-6 rounding, and `bound`
+its proved bound.
+
+`forward` is one call, `training` a forward and backward pass, and `decode` one
+new token after so many. A cache holds the keys and values of all tokens so far;
+linear time has a state of constant size instead. The programs of a length are
+timed in turn, in CPU time: the sum over all cores, which other work on the machine
+hardly changes. `times as fast` compares dense in blocks and linear time.
 """
 
 import functools
 import statistics
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output, timing
-from folding.models import attention, blocks, linear_attention
+from folding.models import attention, blocks, decode, linear_attention
 from folding.models.linear_attention import Inputs
 
 HEADS, SIZE = 8, 32
-SHORTEST, LONGEST_TRAINED = 512, 4096
-TOLERANCE = 1e-4  # as in `folding.models.attention`
+SHORTEST = 512
+LONGEST_LOGITS = 2048  # at twice the length they take four times the memory
+TOLERANCE = attention.TOLERANCE
+DECODED_TOKENS = 32  # per call: the first ones of a call find cold caches
 NODES = (64, 256)  # that `attend_checked` tries
+LOGITS, DENSE, FOLDED, LINEAR = (
+  "dense, all logits",
+  "dense",
+  "folded, G = 1",
+  "linear time, G = 1",
+)
+DECODED = (DENSE, FOLDED, LINEAR)
+PANELS = {  # what is timed: its title and programs
+  "forward": ("forward", (LOGITS, *DECODED)),
+  "training": ("forward and backward", (LOGITS, *DECODED)),
+  "decode": ("decoding a token", DECODED),
+}
 
 
 def measure(rounds: int, longest: int) -> dict:
@@ -49,40 +68,46 @@ def measure(rounds: int, longest: int) -> dict:
 
 def _measure_length(length: int, rounds: int) -> dict:
   inputs = _inputs(length)
-  linear = functools.partial(
-    linear_attention.attend_checked, causal=True, tolerance=TOLERANCE
-  )
-  functions = {"dense": _dense, "blocks": _blocks, "linear": linear}
-  forward = {name: jax.jit(f) for name, f in functions.items()}
-  out = {name: f(inputs) for name, f in forward.items()}
+  functions = {
+    LOGITS: _all_logits,
+    DENSE: functools.partial(_in_blocks, groups=SIZE),
+    FOLDED: functools.partial(_in_blocks, groups=1),
+    LINEAR: functools.partial(
+      linear_attention.attend_checked, causal=True, tolerance=TOLERANCE
+    ),
+  }
+  programs = {
+    "forward": {name: jax.jit(f) for name, f in functions.items()},
+    "training": {n: jax.jit(jax.grad(_loss(f))) for n, f in functions.items()},
+  }
+  if length > LONGEST_LOGITS:
+    for group in programs.values():
+      del group[LOGITS]
+  forward = programs["forward"]
+  exact = forward.get(LOGITS, forward[DENSE])
   span = linear_attention.measure_span(inputs)
   bounds = {n: linear_attention.span_bound(span, n).max() for n in NODES}
   num_nodes = next(n for n in NODES if bounds[n] <= TOLERANCE)
-  counted = functools.partial(  # the branch that is taken
-    linear_attention.attend_linear, causal=True, num_nodes=num_nodes
-  )
-  state = jax.eval_shape(
-    functools.partial(
-      linear_attention.init_state, span, 1, HEADS, SIZE, num_nodes
-    )
-  )
-  result: dict[str, Any] = {
+  decoders = {
+    DENSE: _Decoder(_decode_exact, _cache(inputs, SIZE), inputs),
+    FOLDED: _Decoder(_decode_exact, _cache(inputs, 1), inputs),
+    LINEAR: _Decoder(_decode_linear, _state(inputs, span, num_nodes), inputs),
+  }
+  return {
     "length": length,
-    "error": float(jnp.abs(out["dense"] - out["linear"]).max()),
+    "error": float(jnp.abs(exact(inputs) - forward[LINEAR](inputs)).max()),
     "bound": float(bounds[num_nodes] * jnp.ptp(inputs.v_BLIK)),
     "nodes": num_nodes,
-    "forward": _compare(forward, inputs, rounds),
-    "state_bytes": sum(4 * x.size for x in jax.tree.leaves(state)),
-    "cache_bytes": 2 * 4 * length * HEADS * SIZE,
-    "cost": {
-      "dense": _cost(_dense, inputs),
-      "linear": _cost(counted, _inputs(SHORTEST), length / SHORTEST),
+    "bytes": {name: decoder.num_bytes for name, decoder in decoders.items()},
+    **{
+      what: _compare(
+        {n: functools.partial(_run, f, inputs) for n, f in group.items()},
+        rounds,
+      )
+      for what, group in programs.items()
     },
+    "decode": _compare(decoders, 3 * rounds, DECODED_TOKENS),
   }
-  if length <= LONGEST_TRAINED:
-    train = {name: jax.jit(jax.grad(_loss(f))) for name, f in functions.items()}
-    result["train"] = _compare(train, inputs, rounds)
-  return result
 
 
 def _inputs(length: int) -> Inputs:
@@ -94,19 +119,22 @@ def _inputs(length: int) -> Inputs:
   return Inputs(*(jnp.asarray(x, jnp.float32) for x in arrays))
 
 
-def _dense(x: Inputs):
-  q, k = (jnp.repeat(a[..., None], SIZE, -1) for a in (x.q_BLH, x.k_BLJ))
+def _unfold(x: Inputs, groups: int) -> tuple[jax.Array, jax.Array]:
+  """Returns queries and keys with their number repeated, [B, L, H, groups]."""
+  q, k = (jnp.repeat(a[..., None], groups, -1) for a in (x.q_BLH, x.k_BLJ))
+  return q, k
+
+
+def _all_logits(x: Inputs):
+  q, k = _unfold(x, SIZE)
   return jax.nn.dot_product_attention(q, k, x.v_BLIK, is_causal=True)
 
 
-def _blocks(x: Inputs):
+def _in_blocks(x: Inputs, *, groups: int):
+  q, k = _unfold(x, groups)
+  keys = blocks.Keys(k, x.v_BLIK, None)
   return blocks.attend_by_blocks(
-    _logits,
-    x.q_BLH[..., None],
-    blocks.Keys(x.k_BLJ[..., None], x.v_BLIK, None),
-    attention.Biases(),
-    causal=True,
-    window=None,
+    _logits, q, keys, attention.Biases(), causal=True, window=None
   )
 
 
@@ -122,18 +150,57 @@ def _loss(attend):
   return lambda inputs: (attend(inputs) ** 2).sum()
 
 
-def _compare(programs: dict, inputs: Inputs, rounds: int) -> dict:
-  """Returns seconds, and how many times as fast linear attention is."""
-  seconds = timing.time_in_turn(
-    {
-      name: functools.partial(_run, program, inputs)
-      for name, program in programs.items()
-    },
-    rounds,
-  )
+class _Decoder:
+  """Adds the last token of a sequence again and again."""
+
+  def __init__(self, step, cache, inputs: Inputs):
+    last = Inputs(*(x[:, -1:] for x in inputs[:3]))
+    self._step = jax.jit(functools.partial(step, last), donate_argnums=0)
+    self._cache = cache
+    self.num_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
+
+  def __call__(self) -> None:
+    for _ in range(DECODED_TOKENS):
+      self._cache, out = self._step(self._cache)
+      jax.block_until_ready(out)
+
+
+def _cache(x: Inputs, groups: int) -> decode.KVCache:
+  return decode.make_cache(_unfold(x, groups)[1], x.v_BLIK)
+
+
+def _decode_exact(x: Inputs, cache: decode.KVCache):
+  newest = jnp.asarray(cache.v.shape[1] - 1)
+  q, k = _unfold(x, cache.k.shape[1])
+  cache = decode.write(cache, decode.make_cache(k, x.v_BLIK), newest)
+  bias = jnp.zeros((1, 1, cache.v.shape[1]))
+  out = attention.attend(q, cache.k, cache.v, bias, None, head_dim=SIZE)
+  return cache, out
+
+
+def _state(x: Inputs, span, num_nodes: int) -> linear_attention.PastState:
+  state = linear_attention.init_state(span, 1, HEADS, SIZE, num_nodes)
+  return jax.jit(linear_attention.extend)(state, x)[0]
+
+
+def _decode_linear(x: Inputs, state: linear_attention.PastState):
+  return linear_attention.extend(state, x)
+
+
+def _compare(
+  calls: Mapping[str, Callable[[], None]], rounds: int, count: int = 1
+) -> dict:
+  """Returns seconds, and how many times as fast linear time is.
+
+  Args:
+    calls: What is timed.
+    rounds: How often.
+    count: Repetitions within one call.
+  """
+  seconds = timing.time_in_turn(calls, rounds, time.process_time)
   return {
-    "seconds": {n: statistics.median(s) for n, s in seconds.items()},
-    **timing.ratio(seconds["dense"], seconds["linear"]),
+    "seconds": {n: statistics.median(s) / count for n, s in seconds.items()},
+    **timing.ratio(seconds[DENSE], seconds[LINEAR]),
   }
 
 
@@ -141,69 +208,65 @@ def _run(program, inputs) -> None:
   jax.block_until_ready(program(inputs))
 
 
-def _cost(function, inputs, times: float = 1) -> dict:
-  analysis = jax.jit(function).lower(inputs).compile().cost_analysis() or {}
-  return {
-    "flops": times * analysis["flops"],
-    "bytes": times * analysis["bytes accessed"],
-  }
-
-
 def main() -> None:
   """Measures, and shows what came out."""
   parser = output.make_parser(__doc__, rounds=5)
-  parser.add_argument("--longest", type=int, default=8192)
+  parser.add_argument("--longest", type=int, default=16384)
   args = parser.parse_args()
   result = measure(args.rounds, args.longest)
-  timed = output.Table(
-    "Dense / blocks / linear causal attention in ms; linear: times as fast",
-    ["tokens", "forward", "times", "train", "times"],
-    [
-      [f"{r['length']:,}", *_cells(r["forward"]), *_cells(r.get("train"))]
-      for r in result["lengths"]
-    ],
-  )
-  counted = output.Table(
-    "Their difference; XLA's count, dense / linear; bytes to decode with",
-    [
-      *("tokens", "nodes", "error", "bound", "GFLOP", "GB moved"),
-      *("cache", "state"),
-    ],
+  timed = [
+    output.Table(
+      f"{title}: CPU ms (medians); how many times as fast as dense linear time "
+      "is (quartiles)",
+      ["tokens", *names, "times as fast"],
+      [
+        [f"{r['length']:,}", *_cells(r[what], names)] for r in result["lengths"]
+      ],
+    )
+    for what, (title, names) in PANELS.items()
+  ]
+  kept = output.Table(
+    "Difference of linear time to exact attention; bytes to decode with",
+    ["tokens", "nodes", "error", "bound", *DECODED],
     [
       [
         f"{r['length']:,}",
         str(r["nodes"]),
         f"{r['error']:.0e}",
         f"{r['bound']:.0e}",
-        *(
-          " / ".join(f"{r['cost'][n][what] / 1e9:.2f}" for n in r["cost"])
-          for what in ("flops", "bytes")
-        ),
-        f"{r['cache_bytes']:,}",
-        f"{r['state_bytes']:,}",
+        *(f"{r['bytes'][name]:,}" for name in DECODED),
       ]
       for r in result["lengths"]
     ],
   )
-  speed = {
-    name: {
-      f"{r['length']:,} tokens": r[what]
-      for r in result["lengths"]
-      if r.get(what)
+  milliseconds = {
+    f"{title}, CPU ms": {
+      name: {
+        r["length"]: 1e3 * r[what]["seconds"][name]
+        for r in result["lengths"]
+        if name in r[what]["seconds"]
+      }
+      for name in names
     }
-    for name, what in (("forward", "forward"), ("training step", "train"))
+    for what, (title, names) in PANELS.items()
   }
-  plot = output.Plot("Linear-time attention: times as fast as dense", speed)
-  output.show("attention", args, result, [timed, counted], plot)
+  plot = output.Lines(
+    f"One layer of causal attention, {HEADS} heads of {SIZE} channels",
+    "tokens",
+    milliseconds,
+  )
+  output.show("attention", args, result, [*timed, kept], plot)
 
 
-def _cells(compared: dict | None) -> list[str]:
-  if compared is None:
-    return ["", ""]
-  milliseconds = [f"{1e3 * s:.1f}" for s in compared["seconds"].values()]
+def _cells(compared: dict, names: Sequence[str]) -> list[str]:
+  seconds = compared["seconds"]
+  found = [1e3 * seconds[n] if n in seconds else None for n in names]
   return [
-    " / ".join(milliseconds),
-    "{ratio:.0f} ({ratio_low:.0f}-{ratio_high:.0f})".format(**compared),
+    *(
+      "" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.2g}"
+      for x in found
+    ),
+    "{ratio:.2g} ({ratio_low:.2g}-{ratio_high:.2g})".format(**compared),
   ]
 
 
