@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 # Registers the text builders.
 import tensorflow_datasets.text
 
-from configs import classify, lm
+from configs import classify, lm, long_lm
 from folding import config as config_lib
 from folding.data import python_stdlib, sources
 from folding.training import loop
@@ -116,3 +116,12 @@ def test_config_file_trains(module, topic, guess, tmp_path):
   overall = result["parameters"]["overall"]
   neuron = 2 * 32 + 1  # the last neuron may be one too many
   assert -1 <= overall["stored"] - 0.3 * overall["dense"] <= neuron
+
+
+def test_long_config_is_valid_with_and_without_compression():
+  for dense, groups in ((False, 1), (True, 0)):
+    config = long_lm.get_config()
+    config.dense = dense
+    config = config_lib.resolve(config)
+    layers = config_lib.layers_of(config.model, config.fold)
+    assert {layer.groups for layer in layers} == {groups}

@@ -1,0 +1,22 @@
+"""Trains a language model on 8,192 tokens of context, in linear time.
+
+Run:     folding train --config=configs/long_lm.py --workdir=runs/long
+Dense:   add --config.dense=True (and another --workdir): the baseline, exact
+
+The shape and the text of configs/quickstart.py; sequences are 64 times as long.
+"""
+
+from configs import quickstart
+from folding import config as c
+
+
+def get_config() -> c.Config:
+  """Returns the configuration."""
+  config = quickstart.get_config()
+  config.data.length = 8192
+  config.data.batch_size = 2
+  config.data.eval_batch_size = 2
+  config.model.attention = "linear"
+  config.train.steps = 600
+  config.train.eval_every = 150
+  return config
