@@ -11,6 +11,7 @@ One mask update does this for every site:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -150,7 +151,8 @@ def fpp(
     stats: {parameter path: mean square of its input}, from `folding.observe`.
       The scores "relative" and "activation" need it for all parameters that
       they rank, except biases and other vectors, whose input is 1. Only a step
-      with `is_due=False` may leave it out.
+      with `is_due=False` may leave it out. The first axis of that of stacked
+      layers (`Rule.layers`) is the layer.
     value, value_fn: The loss, and a function from params to the loss, as for
       the line searches of optax. A `tolerance` needs `value_fn`. It gets the
       params that this transform sees.
@@ -224,12 +226,15 @@ def fpp(
     _check_sites(sites, o.removed)
     suspected, averages = {}, {}
     for site in sites:
-      *lead, units = site.shape
-      planes = (max(o.patience, 1), *lead, -(-units // 8))
-      suspected[site.name] = jnp.zeros(planes, jnp.uint8)
       init = rule_scores[site.rule].init
-      if init is not None:
-        averages |= {name: init(leaves[name]) for name in site.members}
+
+      def start(own, site=site, init=init):
+        bits = pack(jnp.zeros(site.shape, bool))
+        return bits, {n: init(w) for n, w in own.items()} if init else {}
+
+      bits, first = site.per_layer(start, site.pick(leaves))
+      suspected[site.name] = jnp.stack([bits] * max(o.patience, 1))
+      averages |= first
     return FPPState(
       step=jnp.zeros([], jnp.int32),
       observed=jnp.zeros([], jnp.int32),
@@ -271,71 +276,59 @@ def fpp(
     leaves, grads = paths.flatten(params), paths.flatten(updates)
     if set(grads) != set(leaves):
       raise ValueError("updates and params are trees of different structure")
-    averaged = {
-      name: rule_scores[site.rule]
-      for site in sites
-      for name in site.members
-      if name in state.averages
-    }
+    scored = [(site, rule_scores[site.rule]) for site in sites]
     if stats or is_due is None or is_due:
-      _check_statistics(averaged, leaves, stats or {})
+      _check_statistics(scored, leaves, stats or {})
     averages, observed = _observe(
-      averaged,
+      scored,
       state,
       leaves,
       {"gradients": grads, "statistics": stats or {}},
       decay=o.decay,
     )
 
-    def score(n):
-      key = jax.random.fold_in(jax.random.key(o.seed), n)
-      site = sites[n]
-      return rule_scores[site.rule].score_site(site, leaves, averages, key)
-
-    def has_ranking(site):
-      """Returns bool[], whether there is evidence where the score needs it."""
-      score = rule_scores[site.rule]
-      needed = [m for m in site.members if _needs_evidence(score, m, leaves[m])]
-      if score.init is None or not needed:
-        return jnp.array(True)
-      moved = [jnp.any(averages[m] != score.init(leaves[m])) for m in needed]
-      return jnp.stack(moved).any()
+    def evidence(n):
+      """Returns the arguments of the scores of site n, for `per_layer`."""
+      site, key = sites[n], jax.random.fold_in(jax.random.key(o.seed), n)
+      if site.layers is not None:
+        count = leaves[site.name].shape[site.layers]
+        key = jax.random.split(key, count)
+      return site.pick(leaves), site.pick(averages), key
 
     def update_masks():
       index = (state.step - o.begin) // o.every
       planes, zero, pruned = {}, {}, jnp.int32(0)
-      for n, site in enumerate(sites):
+      for n, (site, score) in enumerate(scored):
 
-        def choose(n=n, site=site):
-          return _choose(
-            score(n),
-            unpack(state.suspected[site.name], site.shape[-1]),
-            site.reduce({m: leaves[m] == 0 for m in site.members}, jnp.all),
-            o.count(site, rules[site.rule].target, index),
-            is_last=index == o.last,
-            patience=o.patience,
+        def choose(old, own, own_averages, key, site=site, score=score):
+          is_ranked = _has_ranking(score, own, own_averages)
+          # Without this `cond`, whose condition XLA does not know, the
+          # temporaries of a site stay until the last one: four matrices of 16
+          # MiB then take 113 MiB of scratch memory on XLA:CPU, not 51.
+          new = jax.lax.cond(
+            is_ranked & (index >= 0),
+            lambda: _choose(
+              score.score_site(site, own, own_averages, key),
+              unpack(jnp.stack(old), site.shape[-1]),
+              site.is_zero(own),
+              o.count(site, rules[site.rule].target, index),
+              is_last=index == o.last,
+              patience=o.patience,
+            ),
+            lambda: (old, jnp.zeros_like(old[0]), _pruned(site, old[0], own)),
           )
+          return *new, is_ranked
 
-        old = state.suspected[site.name]
-        is_ranked = has_ranking(site)
+        new, zero[site.name], count, is_ranked = site.per_layer(
+          choose, list(state.suspected[site.name]), *evidence(n)
+        )
         if debug:
           checkify.check(
-            is_ranked,
+            is_ranked.all(),
             f"fpp: nothing finite but 0 was observed for {site.name!r}",
           )
-        # Without this `cond`, whose condition XLA does not know, the temporaries
-        # of a site stay until the last one: four matrices of 16 MiB then take
-        # 113 MiB of scratch memory on XLA:CPU, not 51.
-        planes[site.name], zero[site.name], count = jax.lax.cond(
-          is_ranked & (index >= 0),
-          choose,
-          lambda site=site, old=old: (
-            old,
-            jnp.zeros_like(old[0]),
-            _count_pruned([site], state.suspected, leaves),
-          ),
-        )
-        pruned += count
+        planes[site.name] = jnp.stack(new)
+        pruned += count.sum()
       if debug:
         checkify.check(
           pruned >= state.zeroed,
@@ -348,13 +341,18 @@ def fpp(
       loss = value_fn(params) if value is None else value
       trial = _Trial(
         sites,
-        {s.name: unpack(zero[s.name], s.shape[-1]) for s in sites},
-        {s.name: score(n) for n, s in enumerate(sites)},
+        {s.name: s.unpack(zero[s.name]) for s in sites},
+        {
+          site.name: site.per_layer(
+            functools.partial(score.score_site, site), *evidence(n)
+          )
+          for n, (site, score) in enumerate(scored)
+        },
         params,
         value_fn,
       )
       bits = trial.most_within(loss + o.tolerance * jnp.abs(loss))
-      kept = {name: pack(b) for name, b in bits.items()}
+      kept = {s.name: s.per_layer(pack, bits[s.name]) for s in sites}
       for name in planes:  # what is not zeroed trains again
         planes[name] &= (kept[name] | ~zero[name])[None]
       return planes, kept, pruned + _count_bits(kept)
@@ -468,9 +466,12 @@ def member_masks(
   """
   masks = {}
   for site in sites:
-    units = unpack(packed[site.name], site.shape[-1])
-    for name in site.members:
-      masks[name] = site.expand(units, name, leaves[name].ndim)
+
+    def expand(packed, own, site=site):
+      units = unpack(packed, site.shape[-1])
+      return {name: site.expand(units, name, w.ndim) for name, w in own.items()}
+
+    masks |= site.per_layer(expand, packed[site.name], site.pick(leaves))
   return masks
 
 
@@ -482,10 +483,21 @@ def _count_pruned(
   """Returns int32[], how many units are not trainable and zero, modulo 2^32."""
   count = jnp.int32(0)
   for site in sites:
-    is_held = unpack(suspected[site.name][0], site.shape[-1])
-    is_zero = site.reduce({m: leaves[m] == 0 for m in site.members}, jnp.all)
-    count += jnp.sum(is_held & is_zero, dtype=jnp.int32)
+    counts = site.per_layer(
+      functools.partial(_pruned, site),
+      suspected[site.name][0],
+      site.pick(leaves),
+    )
+    count += counts.sum()
   return count
+
+
+def _pruned(
+  site: Site, packed: jax.Array, own: Mapping[str, jax.Array]
+) -> jax.Array:
+  """Returns int32[], how many units of one layer are frozen at zero."""
+  is_pruned = unpack(packed, site.shape[-1]) & site.is_zero(own)
+  return jnp.sum(is_pruned, dtype=jnp.int32)
 
 
 def _count_bits(packed: Mapping[str, jax.Array]) -> jax.Array:
@@ -496,30 +508,58 @@ def _count_bits(packed: Mapping[str, jax.Array]) -> jax.Array:
   )
 
 
-def _needs_evidence(score: Score, name: str, w: jax.Array) -> bool:
+def _needs_evidence(score: Score, name: str, ndim: int) -> bool:
   """Returns whether a score ranks a parameter by what `update` gets.
 
   The input of a bias, or of another vector, is 1, so it needs no statistics.
+
+  Args:
+    score: The score.
+    name: Path of the parameter.
+    ndim: Number of its axes, without that of stacked layers.
   """
   if score.evidence != "statistics":
     return score.evidence is not None
-  return w.ndim > 1 and name.rpartition("/")[2] != "bias"
+  return ndim > 1 and name.rpartition("/")[2] != "bias"
+
+
+def _has_ranking(
+  score: Score,
+  own: Mapping[str, jax.Array],
+  averages: Mapping[str, jax.Array],
+) -> jax.Array:
+  """Returns bool[], whether there is evidence if a score needs it.
+
+  Args:
+    score: The score.
+    own: {path: parameter}, the members of one layer.
+    averages: {path: moving average}.
+  """
+  needed = [n for n, w in own.items() if _needs_evidence(score, n, w.ndim)]
+  if score.init is None or not needed:
+    return jnp.array(True)
+  moved = [jnp.any(averages[n] != score.init(own[n])) for n in needed]
+  return jnp.stack(moved).any()
 
 
 def _check_statistics(
-  scores: Mapping[str, Score],
+  scored: Sequence[tuple[Site, Score]],
   leaves: Mapping[str, jax.Array],
   stats: Mapping[str, jax.Array],
 ) -> None:
   """Raises ValueError if a parameter lacks the statistics of its score."""
-  for name, score in scores.items():
-    is_given = score.evidence != "statistics" or name in stats
-    if not is_given and _needs_evidence(score, name, leaves[name]):
-      raise ValueError(
-        f"fpp: nothing observed for {name!r} (of {len(stats)} statistics); wrap "
-        "apply in folding.observe or choose score='magnitude'; a step without "
-        "statistics has is_due=False"
-      )
+  for site, score in scored:
+    if score.evidence != "statistics":
+      continue
+    for name in site.members:
+      ndim = leaves[name].ndim - (site.layers is not None)
+      if name not in stats and _needs_evidence(score, name, ndim):
+        raise ValueError(
+          f"fpp: nothing observed for {name!r} (of {len(stats)} statistics); "
+          "wrap apply in folding.observe (nn.scan needs 'observed': 0 in its "
+          "variable_axes) or choose score='magnitude'; a step without "
+          "statistics has is_due=False"
+        )
 
 
 def _check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:
@@ -562,7 +602,7 @@ def _on_auto_axes(
 
 
 def _observe(
-  scores: Mapping[str, Score],
+  scored: Sequence[tuple[Site, Score]],
   state: FPPState,
   leaves: Mapping[str, jax.Array],
   evidence: Mapping[str, Mapping[str, jax.Array]],
@@ -576,7 +616,7 @@ def _observe(
   element that overflows.
 
   Args:
-    scores: {parameter: score}, of those with a moving average.
+    scored: The sites and their scores.
     state: The state before.
     leaves: {path: parameter}.
     evidence: {kind: {path: array}}, see `Score.evidence`.
@@ -593,7 +633,7 @@ def _observe(
   valid = [jnp.isfinite(x).all() for x in seen]
   valid += [(x >= 0).all() for x in stats.values()]
   is_valid = jnp.stack(valid).all()
-  if stats and any(s.evidence == "statistics" for s in scores.values()):
+  if stats and any(s.evidence == "statistics" for _, s in scored):
     observed = observed + is_valid.astype(observed.dtype)
   # Statistics: the plain mean first, then a decayed one, so it is unbiased.
   mean = 1 / jnp.maximum(observed, 1).astype(jnp.float32)
@@ -601,19 +641,23 @@ def _observe(
     "statistics": jnp.maximum(1 - decay, mean),
     "gradients": 1 - decay,
   }
-  for name, score in scores.items():
-    if score.update is None or score.evidence is None:
+  for site, score in scored:
+    kind, update = score.evidence, score.update
+    if score.init is None or update is None or kind is None:
       continue
-    x = evidence[score.evidence].get(name)
-    if x is None:
-      continue
-    weight = weights[score.evidence]
-    try:
-      new = score.update(averages[name], leaves[name], x, weight)
-    except ValueError as error:
-      raise ValueError(f"fpp: {name!r}: {error}") from error
-    is_kept = is_valid & jnp.isfinite(new)
-    averages[name] = jnp.where(is_kept, new, averages[name])
+
+    def move(average, w, x, update=update, weight=weights[kind]):
+      return update(average, w, x, weight)
+
+    for name, x in site.pick(evidence[kind]).items():
+      try:
+        if kind == "statistics":
+          x = site.layers_placed(x)
+        new = site.per_layer(move, averages[name], leaves[name], x)
+      except ValueError as error:
+        raise ValueError(f"fpp: {name!r}: {error}") from error
+      is_kept = is_valid & jnp.isfinite(new)
+      averages[name] = jnp.where(is_kept, new, averages[name])
   return averages, observed
 
 
@@ -625,8 +669,8 @@ def _choose(
   *,
   is_last: jax.Array,
   patience: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns new masks of a site.
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+  """Returns new masks of a site, or of one of its layers.
 
   Args:
     scores: float[*units].
@@ -637,8 +681,8 @@ def _choose(
     patience: See `fpp`.
 
   Returns:
-    (new planes, units that may be zeroed, both packed; int32[], how many units
-    were pruned before).
+    (list of new planes, units that may be zeroed, all packed; int32[], how many
+    units were pruned before).
   """
   was_pruned = old[0] & is_zero
   # Pruned units stay chosen, whatever their score.
@@ -646,7 +690,11 @@ def _choose(
   has_waited = old[patience - 1] if patience else True
   candidates = chosen & ~was_pruned & (is_last | has_waited)
   planes = jnp.concatenate([chosen[None], old[:-1] & chosen[None]])
-  return pack(planes), pack(candidates), jnp.sum(was_pruned, dtype=jnp.int32)
+  return (
+    list(pack(planes)),
+    pack(candidates),
+    jnp.sum(was_pruned, dtype=jnp.int32),
+  )
 
 
 class _Trial(NamedTuple):
@@ -681,13 +729,18 @@ class _Trial(NamedTuple):
 
   def _share(self, trial: jax.Array) -> dict[str, jax.Array]:
     fraction = jnp.where(trial < _TRIALS, 0.5**trial, 0.0)
-    chosen = {}
-    for name, bits in self.candidates.items():
+
+    def lowest(bits, scores):
       count = jnp.sum(bits, dtype=jnp.int32)
       k = jnp.floor(fraction * count).astype(jnp.int32)
-      scores = jnp.where(bits, self.scores[name], jnp.inf)
-      chosen[name] = threshold.lowest(scores, k) & bits
-    return chosen
+      return threshold.lowest(jnp.where(bits, scores, jnp.inf), k) & bits
+
+    return {
+      site.name: site.per_layer(
+        lowest, self.candidates[site.name], self.scores[site.name]
+      )
+      for site in self.sites
+    }
 
   def _loss(self, trial: jax.Array) -> jax.Array:
     chosen, member_of = self._share(trial), {}
@@ -698,6 +751,10 @@ class _Trial(NamedTuple):
       if name not in member_of:
         return w
       site = member_of[name]
-      return jnp.where(site.expand(chosen[site.name], name, w.ndim), 0, w)
+      return site.per_layer(
+        lambda bits, w: jnp.where(site.expand(bits, name, w.ndim), 0, w),
+        chosen[site.name],
+        w,
+      )
 
     return self.value_fn(paths.map_named(clear, self.params))

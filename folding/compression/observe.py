@@ -1,9 +1,10 @@
 """Forward statistics: mean squares of the inputs of each layer.
 
-This works on any Linen model with `Dense`, `DenseGeneral` and `Embed` layers.
+This works on any Linen model with `Dense`, `DenseGeneral` and `Embed` layers, and
+with layers of one's own that are like `DenseGeneral`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,9 @@ from folding import paths
 _COLLECTION = "observed"
 
 
-def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
+def observe(
+  apply: Callable[..., Any], dense: Sequence[type[nn.Module]] = ()
+) -> Callable[..., Any]:
   """Returns an `apply` that also returns the mean square of layer inputs.
 
   The statistic of a kernel with input axes I... is E[a^2], float32[I...], over
@@ -24,11 +27,16 @@ def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
   frequency of each token, float32[V]. A layer that is called twice has the mean
   of both. The statistics are ordinary outputs, so jit, remat and sharding work.
 
-  Layers inside `nn.scan` or `nn.vmap`, and those with `batch_dims`, have no
-  statistics. Models with layers inside `nn.cond` or `nn.switch` are unsupported.
+  Layers inside `nn.scan` or `nn.vmap` have statistics if its `variable_axes`
+  have `"observed": 0`. These are float32[layers, I...], as `folding.fpp` takes
+  them for `Rule.layers`. Layers with `batch_dims` have none. Models with layers
+  inside `nn.cond` or `nn.switch` are unsupported.
 
   Args:
     apply: `model.apply` of a Linen module.
+    dense: Further classes of layers that multiply their input by a parameter
+      `kernel`. Their attribute `axis`, if they have one, names the axes of the
+      input as in `nn.DenseGeneral`; otherwise it is the last.
 
   Returns:
     Function with the arguments of `apply` and an optional keyword `keep`: bool
@@ -49,7 +57,7 @@ def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
     def intercept(next_fun, args_in, kwargs_in, context):
       inputs = args_in[0] if args_in else kwargs_in.get("inputs")
       if inputs is not None:
-        _record(context, inputs, keep)
+        _record(context, inputs, keep, (nn.Dense, nn.DenseGeneral, *dense))
       return next_fun(*args_in, **kwargs_in)
 
     with nn.intercept_methods(intercept):
@@ -72,7 +80,9 @@ def observe(apply: Callable[..., Any]) -> Callable[..., Any]:
   return observed
 
 
-def _record(context: Any, inputs: Any, keep: Any) -> None:
+def _record(
+  context: Any, inputs: Any, keep: Any, dense: tuple[type[nn.Module], ...]
+) -> None:
   """Sows the mean square of a layer's input under its parameter's name."""
   module = context.module
   if context.method_name != "__call__":
@@ -84,7 +94,7 @@ def _record(context: Any, inputs: Any, keep: Any) -> None:
     count_V = jnp.zeros(module.num_embeddings, jnp.float32)
     count_V = count_V.at[inputs.reshape(-1)].add(weight.reshape(-1))
     name, value = "embedding", count_V / jnp.maximum(weight.sum(), 1)
-  elif isinstance(module, (nn.Dense, nn.DenseGeneral)):
+  elif isinstance(module, dense):
     x = inputs.astype(jnp.float32)
     axes = getattr(module, "axis", -1)
     axes = (axes,) if isinstance(axes, int) else axes

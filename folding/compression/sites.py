@@ -5,6 +5,7 @@ of an embedding, or a neuron with all arrays that belong to it.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,7 +33,11 @@ class Rule:
       None: the score that `fpp` is given.
     axis: Axis of the matched parameters that indexes the rows or neurons.
       Parameters of more than two axes need it: 0 for the heads of a W_O
-      [H, K, D]. Layers that `nn.scan` or `nn.vmap` stack share their units.
+      [H, K, D].
+    layers: Axis of the matched and tied arrays that stacks layers, as `nn.scan`
+      makes it: 0 for kernels [layers, D, F], 1 for [D, layers, F]. Each layer is
+      pruned as an array of its own, and `axis` and `tied` count the axes of one
+      layer. None: no axis is special, so stacked layers share one choice.
 
   Raises:
     ValueError: a value is out of range.
@@ -49,6 +54,7 @@ class Rule:
   tied: Mapping[str, int] = dataclasses.field(default_factory=dict)
   score: str | Score | None = None
   axis: int | None = None
+  layers: int | None = None
 
   def __post_init__(self):
     if not 0 <= self.target < 1:
@@ -67,11 +73,18 @@ class Rule:
         f"rule {self.pattern!r} ties other arrays or names an axis; this needs "
         "granularity 'row' or 'neuron'"
       )
+    if self.layers is not None and self.layers < 0:
+      raise ValueError(
+        f"layers of rule {self.pattern!r} must be an axis counted from the "
+        f"first, at least 0; it is {self.layers}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """One array of mask bits.
+  """One array of mask bits; of stacked layers, one array per layer.
+
+  `shape`, `members`, `expand`, `reduce` and `is_zero` are of one layer's arrays.
 
   Attributes:
     name: Path of the parameter that the rule matched.
@@ -79,12 +92,47 @@ class Site:
     shape: Shape of the bits: that of the parameter, or [units].
     members: {path: axis that the bits index}; the axis is None if there is one
       bit per element.
+    layers: Axis that stacks layers, see `Rule`; None: they are not stacked.
   """
 
   name: str
   rule: int
   shape: tuple[int, ...]
   members: Mapping[str, int | None]
+  layers: int | None = None
+
+  def per_layer(self, function: Callable[..., Any], *args: Any) -> Any:
+    """Returns function(*args), computed for each layer if they are stacked.
+
+    Args:
+      function: Function of trees of arrays of one layer.
+      *args: Trees of arrays. Here and in the result, the axis of the layers is
+        `layers`, or the last one of an array with fewer axes.
+    """
+    if self.layers is None:
+      return function(*args)
+    axes = jax.tree.map(functools.partial(_layer_axis, self.layers), args)
+    return jax.tree.map(self.layers_placed, jax.vmap(function, axes)(*args))
+
+  def layers_placed(self, x: Any) -> Any:
+    """Moves the first axis, of stacked layers, to where `per_layer` has it."""
+    if self.layers is None:
+      return x
+    return jnp.moveaxis(x, 0, _layer_axis(self.layers, x))
+
+  def layers_first(self, x: Any) -> Any:
+    """Moves the axis of stacked layers to the front."""
+    if self.layers is None:
+      return x
+    return jnp.moveaxis(x, _layer_axis(self.layers, x), 0)
+
+  def pick(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the members that a mapping of paths has."""
+    return {name: leaves[name] for name in self.members if name in leaves}
+
+  def unpack(self, packed: jax.Array) -> jax.Array:
+    """Returns the bools that `pack` packed per layer."""
+    return self.per_layer(lambda x: unpack(x, self.shape[-1]), packed)
 
   @property
   def is_by_weight(self) -> bool:
@@ -124,6 +172,15 @@ class Site:
       parts.append(how(x, axis=others))
     return how(jnp.stack(parts), axis=0)
 
+  def is_zero(self, own: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns which units are zero as a whole, from {path: member}."""
+    return self.reduce({name: w == 0 for name, w in own.items()}, jnp.all)
+
+
+def _layer_axis(layers: int, x: Any) -> int:
+  """Returns the axis that stacks layers; of small arrays the last one."""
+  return min(layers, x.ndim - 1)
+
 
 def make_sites(rules: Sequence[Rule], params: Any) -> list[Site]:
   """Returns the sites of all rules, in the order of rules and parameters.
@@ -156,10 +213,11 @@ def make_sites(rules: Sequence[Rule], params: Any) -> list[Site]:
 def _make_site(
   rule: Rule, index: int, name: str, leaves: Mapping[str, Any]
 ) -> Site:
-  shape: tuple[int, ...] = tuple(leaves[name].shape)
-  if 0 in shape or jnp.issubdtype(leaves[name].dtype, jnp.complexfloating):
+  whole: tuple[int, ...] = tuple(leaves[name].shape)
+  shape = _layer_shape(rule, name, whole)
+  if 0 in whole or jnp.issubdtype(leaves[name].dtype, jnp.complexfloating):
     raise ValueError(
-      f"{name!r} is {leaves[name].dtype}{list(shape)}; only nonempty arrays of "
+      f"{name!r} is {leaves[name].dtype}{list(whole)}; only nonempty arrays of "
       "real numbers can be pruned"
     )
   is_by_weight = rule.granularity == "weight"
@@ -169,19 +227,39 @@ def _make_site(
       f"{'a vector' if is_by_weight else 'a matrix'}; {name!r} has shape {shape}"
     )
   if is_by_weight:
-    return Site(name, index, shape, {name: None})
+    return Site(name, index, shape, {name: None}, rule.layers)
   own = _unit_axis(rule, name, shape)
   members: dict[str, int | None] = {name: own}
   for template, axis in rule.tied.items():
     other = _tied_path(rule, template, name, leaves)
-    sizes = tuple(leaves[other].shape)
+    stack = tuple(leaves[other].shape)
+    sizes = _layer_shape(rule, other, stack)
     if not -len(sizes) <= axis < len(sizes) or sizes[axis] != shape[own]:
       raise ValueError(
         f"axis {axis} of {other!r} {sizes} does not index the {shape[own]} "
         f"{rule.granularity}s of {name!r}"
       )
+    if rule.layers is not None and stack[rule.layers] != whole[rule.layers]:
+      raise ValueError(
+        f"{other!r} {stack} and {name!r} {whole} stack different numbers of "
+        f"layers along axis {rule.layers}"
+      )
     members[other] = axis
-  return Site(name, index, (shape[own],), members)
+  return Site(name, index, (shape[own],), members, rule.layers)
+
+
+def _layer_shape(
+  rule: Rule, name: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+  """Returns the shape of one layer of an array."""
+  if rule.layers is None:
+    return shape
+  if rule.layers >= len(shape):
+    raise ValueError(
+      f"rule {rule.pattern!r} stacks layers along axis {rule.layers}, which "
+      f"{name!r} {shape} does not have"
+    )
+  return shape[: rule.layers] + shape[rule.layers + 1 :]
 
 
 def _unit_axis(rule: Rule, name: str, shape: tuple[int, ...]) -> int:
@@ -191,7 +269,7 @@ def _unit_axis(rule: Rule, name: str, shape: tuple[int, ...]) -> int:
     if ndim > 2:
       raise ValueError(
         f"{name!r} has shape {shape}: name the axis of its {rule.granularity}s, "
-        "as in Rule(..., axis=0); stacked layers, as of nn.scan, then share them"
+        "as in Rule(..., axis=0), or that of stacked layers, layers=0"
       )
     return 0 if rule.granularity == "row" else 1
   if not -ndim <= rule.axis < ndim:

@@ -21,6 +21,7 @@ def _params():
     "b": {"mlp": _layer(hidden=8)},
     "embed": np.ones((9, 4)),
     "scale": np.ones(()),
+    "pair": np.ones((2, 16)),
     "stack": np.ones((4, 8, 16)),  # of nn.scan, or a kernel [D, H, K]
   }
 
@@ -33,8 +34,9 @@ def _params():
     ((0.5, "column"), "granularity of rule 'w' must be .* it is 'column'"),
     ((0.5, "weight", {"x": 0}), "rule 'w' ties other arrays"),
     ((0.5, "weight", {}, None, 0), "rule 'w' .* names an axis"),
+    ((0.5, "weight", {}, None, None, -1), "layers of rule 'w' .* it is -1"),
   ],
-  ids=["one", "negative", "unknown", "tied", "axis"],
+  ids=["one", "negative", "unknown", "tied", "axis", "layers"],
 )
 def test_rule_refuses_impossible_values(options, message):
   with pytest.raises(ValueError, match=message):
@@ -112,6 +114,14 @@ def _neuron(tied):
       [Rule("embed", 0.5, "row", axis=2)],
       r"axis 2 .* none of 'embed' \(9, 4\)",
     ),
+    (
+      [Rule("embed", 0.5, layers=2)],
+      r"layers along axis 2, which 'embed' \(9, 4\) does not have",
+    ),
+    (
+      [Rule("stack", 0.5, "neuron", {"pair": 0}, layers=0)],
+      r"'pair' \(2, 16\) and 'stack' \(4, 8, 16\) stack different",
+    ),
   ],
   ids=[
     "no-match",
@@ -126,6 +136,8 @@ def _neuron(tied):
     "stacked-neurons",
     "stacked-rows",
     "axis",
+    "no-layers",
+    "other-layers",
   ],
 )
 def test_make_sites_refuses_a_rule_that_does_not_fit(rule_list, message):
