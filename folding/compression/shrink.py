@@ -247,7 +247,9 @@ def remove_neurons(
 
   Returns:
     (tree of the same structure, {parameter that a rule matches: neurons that
-    stay, increasing}). One neuron always stays.
+    stay, increasing}). One neuron always stays. Of stacked layers
+    (`Rule.layers`) the neurons are int[layers, n], and each layer keeps as many
+    as the one with the most.
 
   Raises:
     ValueError: a rule does not fit the parameters, or does not tie the rows
@@ -261,13 +263,13 @@ def remove_neurons(
     ([[1.0, 2.0]], [5.0, 6.0], [0, 2])
   """
   leaves = paths.flatten(params)
-  cuts: Kept = {}
+  small = dict(leaves)
   kept = {}
   for site in make_sites(rules, params):
     if rules[site.rule].granularity != "neuron":
       continue
     if not any(
-      _reads(n, axis, leaves[n].ndim)
+      _reads(n, axis, leaves[n].ndim - (site.layers is not None))
       for n, axis in site.members.items()
       if n != site.name
     ):
@@ -275,15 +277,20 @@ def remove_neurons(
         f"the rule for {site.name!r} ties no array that reads its neurons; name "
         "those rows in `tied`, so that they are removed with the neuron"
       )
-    zeros = {name: jnp.asarray(leaves[name]) == 0 for name in site.members}
-    stays = np.flatnonzero(~np.asarray(site.reduce(zeros, jnp.all)))
-    kept[site.name] = stays if stays.size else np.array([0])
+    own = jax.tree.map(jnp.asarray, site.pick(leaves))
+    is_zero = site.per_layer(site.is_zero, own)
+    is_zero = np.asarray(site.layers_first(is_zero))
+    count = max(int((~is_zero).sum(-1).max()), 1)
+    # Neurons that are not zero come first, in their own order.
+    order = np.argsort(is_zero, axis=-1, kind="stable")
+    stays = kept[site.name] = np.sort(order[..., :count], axis=-1)
     for name, axis in site.members.items():
-      cuts[name] = {(axis or 0) % leaves[name].ndim: kept[site.name]}
-  cut = Cut(
-    cuts, frozenset(), np.zeros(0, np.int32), jax.tree.structure(params)
-  )
-  return cut(params), kept
+      small[name] = site.per_layer(
+        lambda w, stays, axis=axis: w.take(stays, axis=axis),
+        leaves[name],
+        site.layers_placed(stays),
+      )
+  return paths.map_named(lambda name, _: small[name], params), kept
 
 
 def _reads(name: str, axis: int | None, ndim: int) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from folding import paths
 from folding.compression.fpp import fpp, fpp_counts, member_masks
 from folding.compression.observe import observe
+from folding.compression.shrink import remove_neurons
 from folding.compression.sites import Rule, make_sites
 from tests import transforms_battery as battery
 from tests.compression.fpp_cases import random_params
@@ -181,3 +182,22 @@ def test_observe_returns_statistics_of_scanned_layers():
     role = name.removeprefix("layers/")
     alone = np.stack([each[f"{i}/{role}"] for i in range(_COUNT)])
     np.testing.assert_allclose(value, alone, rtol=1e-5)
+
+
+def test_remove_neurons_of_stacked_layers_keeps_each_its_own():
+  params = {n: np.array(w) for n, w in random_params().items()}
+  layers = {str(i): jax.tree.map(np.copy, params) for i in range(2)}
+  dead = ([0, 3], [1, 2, 4])
+  for layer, neurons in zip(layers.values(), dead, strict=True):
+    for name, axis in {"up": 1, **_TIED}.items():
+      layer[name].swapaxes(0, axis)[neurons] = 0
+  rule = Rule("up", 0.5, "neuron", _TIED, layers=1)
+  small, kept = remove_neurons([rule], _stack(layers, 1))
+  # The second layer keeps one zero, so that both have four.
+  np.testing.assert_array_equal(kept["up"], [[1, 2, 4, 5], [0, 1, 3, 5]])
+  for i, stays in enumerate(kept["up"]):
+    layer = layers[str(i)]
+    np.testing.assert_array_equal(small["up"][:, i], layer["up"][:, stays])
+    np.testing.assert_array_equal(small["bias"][:, i], layer["bias"][stays])
+    np.testing.assert_array_equal(small["down"][:, i], layer["down"][stays])
+    np.testing.assert_array_equal(small["embed"][:, i], layer["embed"])
