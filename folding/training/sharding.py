@@ -24,7 +24,9 @@ AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")
 _SMALLEST = 2**12  # elements; smaller arrays are not worth splitting
 
-Axes = tuple[str | None, ...]  # a mesh axis, or None, for each array axis
+# For each array axis a mesh axis, several that split it together, or None.
+Axis = str | tuple[str, ...] | None
+Axes = tuple[Axis, ...]
 Rules = Sequence[tuple[str, Axes]]  # see `MeshConfig.rules`
 
 
@@ -120,7 +122,33 @@ def tree_shardings(
       f"{', '.join(AXES)} (of size 1 if nothing is split over them)"
     )
   params = getattr(tree, "params", tree) if params is None else params
-  placed = _placements(mesh, params, rules)
+  return _place(mesh, tree, _placements(mesh, params, rules))
+
+
+def shardings_like(tree: Any, params: Any) -> Any:
+  """Returns a sharding for each leaf of a state, from those of parameters.
+
+  A leaf whose path ends with the path of a parameter lies as the parameter does:
+  moments, moving averages and mask bits. All other leaves are whole.
+
+  Args:
+    tree: Optimizer state, or shapes of its arrays.
+    params: Parameters with a `NamedSharding` each, or their shapes and shardings;
+      the axes of the mesh have any names.
+  """
+  leaves = paths.flatten(params)
+  mesh = next(iter(leaves.values())).sharding.mesh
+  placed = {
+    name: _Placement(
+      x.shape, (*x.sharding.spec, *(None,) * (x.ndim - len(x.sharding.spec)))
+    )
+    for name, x in leaves.items()
+  }
+  return _place(mesh, tree, placed)
+
+
+def _place(mesh: Mesh, tree: Any, placed: Mapping[str, _Placement]) -> Any:
+  """Returns a sharding for each leaf of a tree, given those of parameters."""
 
   def place(name, leaf):
     parts = name.split("/")
@@ -181,8 +209,8 @@ def _placements(mesh: Mesh, params: Any, rules: Rules) -> dict[str, _Placement]:
 
 def _divided(mesh: Mesh, shape: tuple[int, ...], wanted: Axes) -> _Placement:
   """Returns a placement without the mesh axes that do not divide the array."""
-  axes: list[str | None] = []
-  missed: list[str | None] = []
+  axes: list[Axis] = []
+  missed: list[Axis] = []
   for axis, size in zip(wanted, shape, strict=True):
     parts = mesh.shape[axis] if axis else 1
     axes.append(axis if parts > 1 and size % parts == 0 else None)
@@ -219,7 +247,8 @@ def _axes_like(shape: tuple[int, ...], owner: _Placement, mesh: Mesh) -> Axes:
   size = owner.shape[-1] if owner.shape else 0
   if shape[1:] == (*owner.shape[:-1], -(-size // 8)):  # bits, eight per byte
     *axes, last = owner.axes
-    if last and size % (8 * mesh.shape[last]):
+    names = (last,) if isinstance(last, str) else last or ()
+    if size % (8 * math.prod(mesh.shape[name] for name in names)):
       last = None
     return (None, *axes, last)
   return ()  # small, such as the bits of rows and neurons

@@ -3,10 +3,14 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from folding import errors, paths
+from folding.compression.fpp import fpp
+from folding.compression.sites import Rule
 from folding.config import Config, MeshConfig, from_dict, resolve, to_dict
 from folding.data.batches import make_data
 from folding.training import sharding
@@ -208,6 +212,25 @@ def test_bits_are_whole_if_two_devices_would_share_a_byte():
   rules = [("up/kernel", ("fsdp", "tensor"))]
   placed = sharding.tree_shardings(mesh, bits, params, rules)
   assert placed["suspected"]["up/kernel"].spec == P(None, "fsdp", None)
+
+
+def test_state_lies_like_parameters_on_a_mesh_of_any_axes():
+  mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"), (AxisType.Auto,) * 3)
+  where = NamedSharding(mesh, P("x", None, ("y", "z")))
+  params = {
+    "wi": jax.ShapeDtypeStruct((4, 3, 32), jnp.float32, sharding=where),
+    "wo": jax.ShapeDtypeStruct((4, 3, 8), jnp.float32, sharding=where),
+  }
+  rules = [Rule("w.", 0.5, layers=1)]
+  tx = fpp(optax.adam(0.1), rules, begin=0, end=1, every=1)
+  state = jax.eval_shape(tx.init, params)
+  found = paths.flatten(sharding.shardings_like(state, params))
+  specs = {name: where.spec for name, where in found.items()}
+  assert specs["inner/0/mu/wi"] == where.spec
+  assert specs["averages/wi"] == P("x", None)
+  assert specs["suspected/wi"] == P(None, "x", None, ("y", "z"))
+  assert specs["suspected/wo"] == P(None, "x", None, None)  # a byte for eight
+  assert specs["step"] == P()
 
 
 @pytest.mark.parametrize(
