@@ -61,6 +61,9 @@ def get_config(where: str = "") -> c.Config:
   model.dropout = 0.0 if knows_task else 0.1
   # Up to half of a classifier there is less to recover (docs/experiments.md).
   is_mild = task != "lm" and level is not None and level <= 0.5
+  # 5e-4 for MiniLM and 3e-3 for stories260K (docs/experiments.md); the best rate
+  # of matrices falls with the width (Yang et al. 2022).
+  rate = min(3e-3, 0.192 / model.width)
   config = c.Config(
     task=task,
     preset="paper",
@@ -72,7 +75,7 @@ def get_config(where: str = "") -> c.Config:
     else c.DistillConfig(),
     train=c.TrainConfig(
       steps=500,
-      learning_rate=5e-4 if knows_task and not is_mild else 1e-4,
+      learning_rate=rate if knows_task and not is_mild else 1e-4,
       weight_decay=0.01,
       eval_every=250,
     ),
