@@ -21,7 +21,7 @@ from folding import config as c
 from folding.data import tokenizers
 from folding.errors import ConfigError
 from folding.models import hf_weights, sentence
-from folding.training.compress import path_and_level, recipe
+from folding.training.compress import path_and_level, recipe, recovery_rate
 
 
 def get_config(where: str = "") -> c.Config:
@@ -64,7 +64,10 @@ def get_config(where: str = "") -> c.Config:
     model=model,
     distill=c.DistillConfig(pairs=1.0, hidden=1.0),
     train=c.TrainConfig(
-      steps=2000, learning_rate=5e-4, weight_decay=0.01, eval_every=250
+      steps=2000,
+      learning_rate=recovery_rate(model.width),
+      weight_decay=0.01,
+      eval_every=250,
     ),
   )
   return recipe(config, tokenizers.load_tokenizer(data.tokenizer), level)

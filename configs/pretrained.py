@@ -23,7 +23,7 @@ from folding import config as c
 from folding.data import tokenizers
 from folding.errors import ConfigError
 from folding.models import hf_weights
-from folding.training.compress import path_and_level, recipe
+from folding.training.compress import path_and_level, recipe, recovery_rate
 
 
 def get_config(where: str = "") -> c.Config:
@@ -61,9 +61,6 @@ def get_config(where: str = "") -> c.Config:
   model.dropout = 0.0 if knows_task else 0.1
   # Up to half of a classifier there is less to recover (docs/experiments.md).
   is_mild = task != "lm" and level is not None and level <= 0.5
-  # 5e-4 for MiniLM and 3e-3 for stories260K (docs/experiments.md); the best rate
-  # of matrices falls with the width (Yang et al. 2022).
-  rate = min(3e-3, 0.192 / model.width)
   config = c.Config(
     task=task,
     preset="paper",
@@ -75,7 +72,9 @@ def get_config(where: str = "") -> c.Config:
     else c.DistillConfig(),
     train=c.TrainConfig(
       steps=500,
-      learning_rate=rate if knows_task and not is_mild else 1e-4,
+      learning_rate=recovery_rate(model.width)
+      if knows_task and not is_mild
+      else 1e-4,
       weight_decay=0.01,
       eval_every=250,
     ),
