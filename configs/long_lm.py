@@ -1,6 +1,8 @@
 """Trains a language model on 8,192 tokens of context, in linear time.
 
 Run:     folding train --config=configs/long_lm.py --workdir=runs/long
+Time:    a quarter of an hour on two CPU cores, estimated: a step takes 0.9 s of
+         CPU time per sequence, and 8.7 s in the dense baseline
 Dense:   add --config.dense=True (and another --workdir): the baseline, exact
 
 The shape and the text of configs/quickstart.py; sequences are 64 times as long.
