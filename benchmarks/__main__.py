@@ -1,4 +1,4 @@
-"""The benchmarks, one after the other, into `benchmarks/results/`.
+"""Runs benchmarks one after the other, into `benchmarks/results/`.
 
     python -m benchmarks [NAME...]
 
@@ -21,7 +21,7 @@ CALLS = {
 
 
 def main() -> int:
-  """Runs them; the exit status is 1 if one fails."""
+  """Runs them and returns the exit status, 1 if one fails."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CALLS))
   args = parser.parse_args()

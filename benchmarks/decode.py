@@ -1,13 +1,18 @@
-"""Decoding: tokens a second and bytes of the cache, folded over dense.
+"""Decoding: tokens per second and bytes of the cache, folded against dense.
 
-    python -m benchmarks.decode [--rounds=20] [--batch-size=8] [--json]
+    python -m benchmarks.decode [--rounds=20] [--batch-size=8] [--save] [--json]
 
-Models of one shape, side by side in one run: `dense`, `folded 4` (four numbers
-a key, a diagonal W_V), `folded 1` (one number a key), and `linear`, which is
-`folded 1` with a state of constant size in place of keys, of as many nodes as
-`folding generate --cache=linear` takes for this model. It is drawn and not trained;
-the ranges of a model's queries and keys decide how many nodes that is. Each call
-decodes 8 tokens a row, the last that a cache of the given length has room for.
+Four models of one shape, timed in turn:
+
+- dense;
+- folded 4: four numbers per key, a diagonal W_V;
+- folded 1: one number per key;
+- linear: as folded 1, with a state of constant size in place of keys. It has as
+  many nodes as `folding generate --cache=linear` takes for this model.
+
+Parameters are random. The number of nodes depends on the ranges of queries and
+keys, so a trained model may need others. Each call decodes the last 8 tokens
+per row that fit into a cache of the given length.
 """
 
 import dataclasses
@@ -31,7 +36,7 @@ GROUPS = {"dense": 0, "folded 4": 4, "folded 1": 1, "linear": 1}
 
 
 def measure(rounds: int, batch_size: int) -> dict:
-  """Returns tokens a second, bytes and ratios, by length and kind."""
+  """Returns tokens per second, bytes and ratios, by length and kind."""
   return {
     "lengths": {n: _measure_at(n, rounds, batch_size) for n in LENGTHS},
     "batch_size": batch_size,

@@ -1,12 +1,16 @@
-"""What a training step costs with FPP, over the same step without.
+"""Overhead of FPP in a training step.
 
-    python -m benchmarks.fpp_step [--rounds=40] [--devices=8] [--json]
+    python -m benchmarks.fpp_step [--rounds=40] [--devices=8] [--save] [--json]
 
-The same folded model and AdamW, on the same batch; `bare` has no FPP, `held`
-is FPP between two mask updates, `check` a step in which it gathers statistics
-and decides anew. `ratio` weighs the two by how often they come in the
-quickstart, a mask update every nine steps. With --devices, CPU devices are
-simulated and parameters, optimizer state and masks are split over all of them.
+Three steps of the quickstart's model on the same batch, timed in turn:
+
+- bare: without FPP;
+- held: with FPP, between two mask updates;
+- check: with FPP, a mask update.
+
+`ratio` weighs held and check as the quickstart does, which updates its masks
+every nine steps. With --devices, CPU devices are simulated, and parameters,
+optimizer state and masks are split over all of them.
 """
 
 import dataclasses
@@ -71,7 +75,7 @@ def measure(rounds: int, devices: int = 1) -> dict:
 
 
 def _stepper(program: Program, batch, *, is_mask_update: bool):
-  """Returns a call that takes one step; in the middle of the ramp."""
+  """Returns a call that takes one step in the middle of the ramp."""
   updates = optimizer_lib.mask_updates(program.config)
   middle = updates[(len(updates) - 1) // 2]
   # Held steps come right after a mask update; each call repeats the same step.

@@ -42,7 +42,6 @@ from folding.training import run_dir
 
 SHAPES = ((1, 16), (8, 64), (32, 128))  # texts x tokens
 
-
 Forward = Callable[[np.ndarray], Any]  # int32[B, L] tokens; waits for logits
 
 
@@ -91,7 +90,7 @@ def measure(
       raise ConfigError(f"{path} did not start from the dense run of the first")
   if dense_path is None or not os.path.isdir(dense_path):
     raise ConfigError(f"{workdirs[0]} did not start from a dense run")
-  dense_data = _data(configs[0], export_lib.load(dense_path))
+  dense_data = make_data(configs[0], export_lib.load(dense_path).tokenizer)
   dense = _transformers(dense_path)
   models = [_exported("dense", dense_path, configs[0])]
   models[0].accuracy["PyTorch"] = torch_peers.accuracy(dense, dense_data)
@@ -114,10 +113,6 @@ def measure(
     )
     models.append(_on_pytorch(name, pruned, dense_data))
   return {"rows": _timed(models, rounds), "rounds": rounds}
-
-
-def _data(config: Config, loaded: export_lib.Loaded) -> Data:
-  return make_data(config, loaded.tokenizer)
 
 
 def _transformers(path: str) -> Any:
@@ -195,7 +190,7 @@ def _exported(name: str, path: str, config: Config) -> Model:
       file_bytes["hf"] = _size(scratch, "hf", "model.safetensors")
     except ConfigError as error:
       print(f"{name}: no Hugging Face file: {error}")
-    data, long = _data(config, loaded), _extended(loaded)
+    data, long = make_data(config, loaded.tokenizer), _extended(loaded)
     kinds: dict[str, onnx_export.Dtype] = {
       "ONNX": "float32",
       "ONNX int8": "int8",

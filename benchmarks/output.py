@@ -21,7 +21,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 class Table(NamedTuple):
-  """A table; the first column is of words, the others of figures."""
+  """A table; the first column is text, the others are numbers."""
 
   title: str
   header: Sequence[str]
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 class Plot(NamedTuple):
-  """Ratios beside 1, on a logarithmic axis.
+  """Ratios on a logarithmic axis, with a line at 1.
 
   Attributes:
     title: What the ratios are, and which side of 1 is the good one.
@@ -136,7 +136,7 @@ def _page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) -> str:
 
 
 def _draw(plot: Plot) -> Any:
-  """Returns a figure: a line a label, a mark a series, whiskers of quartiles."""
+  """Returns a figure: a row per label, a mark per series, bars of quartiles."""
   labels = list(dict.fromkeys(x for s in plot.series.values() for x in s))
   with plots.figure() as drawing:
     drawing.set_size_inches(8, 1.4 + 0.32 * len(labels) * len(plot.series))

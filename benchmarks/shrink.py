@@ -1,14 +1,14 @@
-"""What a shrunk model, 70% smaller, gains over its dense baseline.
+"""Size, memory and speed of a shrunk model, against its dense baseline.
 
-    python -m benchmarks.shrink [--rounds=20] [--multiple=64] [--json]
+    python -m benchmarks.shrink [--rounds=20] [--multiple=64] [--save] [--json]
 
-An encoder with a classifier: W_Q and W_K folded to one row a head, W_V
-diagonal, 70% of the neurons and of the embeddings zero at random, then shrunk.
-Neither it nor the baseline is trained, as no figure depends on the values. The
-sizes are those of arrays and files as they are, no masks; peak memory, FLOPs
-and bytes moved are XLA's own analysis of the compiled program; times are of the
-two in turn, on the same batch. What attention keeps for each pair of tokens does
-not shrink, so the peak of a training step does less on large batches.
+An encoder with a classifier: W_Q and W_K folded to one row per head, W_V
+diagonal, a random 70% of the neurons and embeddings zero, then shrunk. No
+figure depends on the values, so neither model is trained. Sizes are those of
+arrays and files, without masks. Peak memory, FLOPs and bytes moved are XLA's
+analysis of the compiled program. Both models are timed in turn on the same
+batch. The attention weights of all pairs of tokens do not shrink, so large
+batches gain less peak memory in a training step.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Times alternatives in turn, so that a drift of the machine hits all alike."""
+"""Times alternatives in turn, so that drifts of the machine hit all alike."""
 
 import statistics
 import time
@@ -10,9 +10,9 @@ def time_in_turn(
   rounds: int,
   clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-  """Returns seconds of each call, a round after another, after one warm-up.
+  """Returns the seconds of each call in each round, after one warm-up.
 
-  The order turns round every other time, so that no call always comes first.
+  The order is reversed every other round, so that no call always comes first.
 
   Args:
     calls: What is timed.
@@ -32,7 +32,7 @@ def time_in_turn(
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict:
-  """Returns the median ratio of pairs of one round, and its quartiles."""
+  """Returns the median and quartiles of the ratio within each round."""
   ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
   if len(ratios) == 1:
     ratios *= 2
