@@ -1,0 +1,69 @@
+"""The files of sentence-transformers: written, read back, and refused."""
+
+import json
+
+import pytest
+
+from folding.config import ModelConfig
+from folding.errors import ConfigError
+from folding.models import sentence
+
+# As sentence-transformers names them.
+POOLINGS = {
+  "first": "pooling_mode_cls_token",
+  "mean": "pooling_mode_mean_tokens",
+  "last": "pooling_mode_lasttoken",
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_written_files_are_read_back(tmp_path, pooling, normalize):
+  model = ModelConfig(width=12, pooling=pooling, normalize=normalize)
+  sentence.write(tmp_path, model, 9)
+  found = sentence.read(tmp_path)
+  assert found == (pooling, normalize, 9)
+  changed = found.applied(ModelConfig(width=12, pooler=True))
+  assert changed == model
+  modes = json.loads((tmp_path / "1_Pooling" / "config.json").read_text())
+  assert [name for name in modes if modes[name] is True] == [POOLINGS[pooling]]
+  modules = json.loads((tmp_path / "modules.json").read_text())
+  kinds = ["Transformer", "Pooling", "Normalize"][: 2 + normalize]
+  assert [m["type"].rsplit(".", 1)[-1] for m in modules] == kinds
+
+
+def test_folder_without_the_files_says_nothing(tmp_path):
+  assert sentence.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+  ("file", "change", "word"),
+  [
+    ("modules.json", [{"type": "x.Pooling"}], "path"),
+    ("modules.json", [3], "damaged"),
+    ("modules.json", [{"type": 3, "path": ""}], "damaged"),
+    ("modules.json", [{"type": "x.Pooling", "path": "none"}], "none"),
+    ("modules.json", {}, "list"),
+    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "max_tokens"),
+    ("1_Pooling/config.json", dict.fromkeys(POOLINGS.values(), True), "cls"),
+    ("1_Pooling/config.json", {}, "nothing"),
+    ("sentence_bert_config.json", {"max_seq_length": 0}, "0"),
+    ("sentence_bert_config.json", {"max_seq_length": True}, "True"),
+    ("sentence_bert_config.json", {"max_seq_length": "9"}, "'9'"),
+  ],
+)
+def test_damaged_or_unsupported_file_is_refused(tmp_path, file, change, word):
+  sentence.write(tmp_path, ModelConfig(), 9)
+  (tmp_path / file).write_text(json.dumps(change))
+  with pytest.raises(ConfigError, match=word):
+    sentence.read(tmp_path)
+
+
+def test_step_that_is_not_known_is_refused(tmp_path):
+  sentence.write(tmp_path, ModelConfig(), 9)
+  path = tmp_path / "modules.json"
+  modules = json.loads(path.read_text())
+  dense = {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}
+  path.write_text(json.dumps([*modules, dense]))
+  with pytest.raises(ConfigError, match="Dense"):
+    sentence.read(tmp_path)
