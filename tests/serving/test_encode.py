@@ -6,7 +6,9 @@ import pytest
 
 import folding
 from folding import cli
+from folding.config import ModelConfig
 from folding.errors import ConfigError
+from folding.models import sentence
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from tests.models import checkpoints
@@ -19,21 +21,12 @@ transformers = pytest.importorskip("transformers", reason=reason)
 TEXTS = ["a b c", "f", "a b c d e f a b c d e f a", "", "c c", "e d c b a"]
 
 
-def sentence_files(folder, pooling="mean_tokens", normalize=True, length=9):
-  """Writes what sentence-transformers reads beside a checkpoint."""
-  kinds = {"Transformer": "", "Pooling": "1_Pooling"}
-  if normalize:
-    kinds["Normalize"] = "2_Normalize"
-  modules = [
-    {"type": f"x.{kind}", "path": path} for kind, path in kinds.items()
-  ]
-  (folder / "modules.json").write_text(json.dumps(modules))
-  (folder / "1_Pooling").mkdir(exist_ok=True)
-  names = ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
-  modes = {f"pooling_mode_{name}": name == pooling for name in names}
-  (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
-  limits = {"max_seq_length": length, "do_lower_case": False}
-  (folder / "sentence_bert_config.json").write_text(json.dumps(limits))
+def make_encoder(bert, folder, pooling="mean", normalize=True):
+  """Returns a copy of a checkpoint that makes vectors of 9 tokens."""
+  shutil.copytree(bert, folder)
+  shape = ModelConfig(pooling=pooling, normalize=normalize)
+  sentence.write(folder, shape, 9)
+  return folder
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +56,10 @@ def oracle(folder, texts, length, pooling="mean"):
 
 
 @pytest.mark.parametrize(
-  ("theirs", "pooling", "normalize"),
-  [("mean_tokens", "mean", True), ("cls_token", "first", False)],
+  ("pooling", "normalize"), [("mean", True), ("first", False)]
 )
-def test_vectors_are_those_of_torch(bert, tmp_path, theirs, pooling, normalize):
-  folder = tmp_path / "bert"
-  shutil.copytree(bert, folder)
-  sentence_files(folder, theirs, normalize)
+def test_vectors_are_those_of_torch(bert, tmp_path, pooling, normalize):
+  folder = make_encoder(bert, tmp_path / "bert", pooling, normalize)
   expected = oracle(folder, TEXTS, 9, pooling)
   if normalize:
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
@@ -89,10 +79,7 @@ def test_encoder_without_sentence_files_takes_the_mean(bert):
 def test_all_exports_of_an_encoder_make_its_vectors(bert, tmp_path):
   import onnxruntime
 
-  folder = tmp_path / "bert"
-  shutil.copytree(bert, folder)
-  sentence_files(folder)
-  model = folding.load(folder)
+  model = folding.load(make_encoder(bert, tmp_path / "bert"))
   expected = model.encode(TEXTS, batch_size=8)
   export_lib.export_hf(tmp_path / "hf", model)
   export_lib.export(

@@ -1,7 +1,6 @@
 """ONNX programs: the same numbers in onnxruntime as here."""
 
 import dataclasses
-import json
 import sys
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 import folding
 from folding import config as c
 from folding.errors import ConfigError
+from folding.models import sentence
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from tests.models import checkpoints
@@ -180,22 +180,11 @@ def test_int8_is_near_and_a_quarter_as_large(start, task, tmp_path):
   assert 0 < error.min() <= error.max() < 0.25, error
 
 
-def test_sentence_encoder_has_the_files_and_vectors(start, tmp_path):
+def test_sentence_encoder_has_states_and_vectors(start, tmp_path):
   source = tmp_path / "source"
   checkpoints.write(source, "bert")
-  (source / "1_Pooling").mkdir()
-  pooling = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-  (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-  kinds = {
-    "Transformer": "",
-    "Pooling": "1_Pooling",
-    "Normalize": "2_Normalize",
-  }
-  modules = [{"type": f"x.{k}", "path": path} for k, path in kinds.items()]
-  (source / "modules.json").write_text(json.dumps(modules))
+  sentence.write(source, c.ModelConfig(pooling="mean", normalize=True), 9)
   model = folding.load(source)
-  assert _pooling_of(model) == ("mean", True)
-
   folder = tmp_path / "onnx"
   onnx_export.export_onnx(folder, model)
   tokens, mask = _batch(model.num_rows, model.config.data.length)
@@ -216,25 +205,6 @@ def test_sentence_encoder_has_the_files_and_vectors(start, tmp_path):
   means = [row[keep].mean(0) for row, keep in zip(hidden, mask, strict=True)]
   unit = [x / np.linalg.norm(x) for x in means]
   np.testing.assert_allclose(vectors, unit, rtol=1e-4, atol=1e-5)
-  # The same files beside dense arrays, and what our own format keeps.
-  export_lib.export_hf(tmp_path / "hf", model)
-  for name in ("modules.json", "1_Pooling/config.json"):
-    text = (folder / name).read_text("utf-8")
-    assert (tmp_path / "hf" / name).read_text("utf-8") == text
-  export_lib.export(
-    tmp_path / "own", model.config, model.params, model.tokenizer
-  )
-  for name in ("hf", "own"):
-    assert _pooling_of(folding.load(tmp_path / name)) == ("mean", True)
-  pooling["pooling_mode_max_tokens"] = True
-  (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-  with pytest.raises(ConfigError, match="pooling_mode_max_tokens"):
-    folding.load(source)
-
-
-def _pooling_of(model):
-  m = model.config.model
-  return m.pooling, m.normalize
 
 
 def test_what_has_no_program_is_refused(start, tmp_path, monkeypatch):
