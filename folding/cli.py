@@ -351,6 +351,10 @@ def predict(args: argparse.Namespace) -> None:
 
   model = export_lib.load(args.path, pairs=args.pairs)
   columns = predict_lib.columns_of_pair(model)
+  if args.pairs and columns is None:
+    raise ConfigError(
+      "--pairs is for Hugging Face checkpoints; this model reads single texts"
+    )
   options = {"batch_size": args.batch_size, "at_once": args.file == "-"}
   with predict_lib.open_lines(args.file) as lines:
     texts = predict_lib.pairs(lines, columns) if columns else lines

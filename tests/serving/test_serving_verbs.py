@@ -120,6 +120,7 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   ("export RUN --output O --format=onnx --dtype=bfloat16", "int8"),
   ("export RUN --output O --dtype=int8", "bfloat16"),
   ("predict RUN TMP/none.txt", "No such file"),
+  ("predict RUN TMP/a.txt --pairs", "single texts"),
 ])
 # fmt: on
 def test_mistake_is_one_line(run, tmp_path, capsys, argv, message):
