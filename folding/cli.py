@@ -530,9 +530,9 @@ def split_edits(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def exit_status(call: Callable[[], Any]) -> int:
-  """Returns 0 after a call, or what its error stands for, told in one line.
+  """Makes a call and returns the exit status; prints an error in one line.
 
-  2 is a mistake of the user, 1 training that cannot go on, 130 Ctrl-C.
+  0: success. 1: training cannot go on. 2: a mistake of the user. 130: Ctrl-C.
   """
   if sys.stdout is None:  # the result would go nowhere
     _print_error("standard output is closed; /dev/null may take it")

@@ -165,7 +165,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
 
   Args:
     path: A folder: what `folding export` or `export` wrote, a run (its best
-      checkpoint, else the newest), or a Hugging Face checkpoint. Or a name on
+      checkpoint, or the newest), or a Hugging Face checkpoint. Or a name on
       the Hugging Face hub, such as "org/model".
     pairs: Whether a Hugging Face checkpoint reads pairs, which it does not say.
 
@@ -534,8 +534,8 @@ def export_hf(
   """Writes a Hugging Face checkpoint to a new folder.
 
   The Auto classes of `transformers` load it. Folded projections are written
-  dense. Removed neurons and tokens stay away, but all layers get the width of
-  the widest one.
+  dense. Removed neurons and trimmed tokens stay out, but every MLP is padded to
+  the width of the widest one.
 
   Args:
     path: Created if it does not exist; must be empty.

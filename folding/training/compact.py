@@ -22,7 +22,7 @@ from folding.training import sharding
 from folding.training.step import Program, TrainState
 
 _MULTIPLE = 8  # of neurons: a byte of mask bits, and what a vector unit holds
-# Least share after the last mask update, when to wait for more is no use.
+# Least share after the last mask update, since nothing more will leave.
 _LAST = 0.1
 
 

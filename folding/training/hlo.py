@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read off its HLO text.
+"""Work of a compiled program and what it moves between devices, from its HLO.
 
 XLA's own cost analysis counts the body of a loop once. Here it is counted once
 per turn.
@@ -59,11 +59,13 @@ NOTHING = Work(0, {})
 def read(text: str) -> Work:
   """Returns what a program does.
 
-  A loop counts as often as it turns. If the program decides that while it runs,
-  a loop in a loop of N turns counts (N + 1) / 2 times, as over the blocks of
-  keys that a causal block of queries sees, and any other loop once. Of two
-  branches the dearer counts. Of more, as `attention=linear` has for different
-  errors and for exact attention, the cheapest does.
+  - A loop counts as often as it turns. The number may be decided at run time.
+    Then a loop inside a loop of N turns counts (N + 1) / 2 times: those of
+    causal attention, over the blocks of keys that a block of queries sees. Any
+    other loop counts once.
+  - Of two branches, the more expensive one counts.
+  - Of more branches, the cheapest counts: `attention=linear` has some for
+    different errors, and exact attention as a fallback.
 
   Args:
     text: From `jax.stages.Compiled.as_text`.
