@@ -1,6 +1,6 @@
 """Runs a model over texts, in batches of similar length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +15,12 @@ def require_size(batch_size: int) -> None:
   """Raises `ConfigError` if a batch size is out of range."""
   if not 1 <= batch_size <= 65_536:
     raise ConfigError(f"the batch size must be 1 to 65,536; it is {batch_size}")
+
+
+def require_several(texts: Iterable[Text]) -> None:
+  """Raises `ConfigError` for one text, whose characters would be the texts."""
+  if isinstance(texts, str):
+    raise ConfigError("give a list of texts; this is one text")
 
 
 def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:

@@ -10,6 +10,7 @@ from folding import config as config_lib
 from folding.data.batches import by_length, encode_rows, padded
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
+from folding.serving.batched import require_several
 from folding.serving.export import Loaded, load
 from folding.training import compress as compress_lib
 
@@ -38,12 +39,13 @@ def compress(
 
   Raises:
     ConfigError: the model is folded or shrunk already, its tokens cannot be
-      removed, there is too little text, or no plan saves as much.
+      removed, `texts` is one string or too little, or no plan saves as much.
 
   Example:
     small = folding.compress("org/model", texts, saving=0.5)
     probabilities = folding.serving.predict.predict(small, ["a text"])
   """
+  require_several(texts)
   if not 0 < saving < 1:
     raise ConfigError(f"saving is a fraction between 0 and 1; it is {saving}")
   loaded = model if isinstance(model, Loaded) else load(model)

@@ -49,7 +49,12 @@ from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
-from folding.serving.batched import outputs, require_numbers, require_size
+from folding.serving.batched import (
+  outputs,
+  require_numbers,
+  require_several,
+  require_size,
+)
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
 
@@ -111,8 +116,7 @@ class Loaded:
     """
     require_size(batch_size)
     self.require_encoder()
-    if isinstance(texts, str):
-      raise ConfigError("encode takes a list of texts, and this is one text")
+    require_several(texts)
     texts = list(texts)
     for number, text in enumerate(texts):
       if not isinstance(text, str):

@@ -16,7 +16,12 @@ from folding.config import UNLABELLED
 from folding.data.labels import Label
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
-from folding.serving.batched import outputs, require_numbers, require_size
+from folding.serving.batched import (
+  outputs,
+  require_numbers,
+  require_several,
+  require_size,
+)
 from folding.serving.export import Loaded
 
 _log = logging.getLogger(__name__)
@@ -63,10 +68,11 @@ def predict(
 
   Raises:
     ConfigError: the model has no head for texts, the batch size is out of range,
-      single texts are given for pairs or pairs for single texts, or the model
-      returns NaN.
+      one text is given in place of several, single texts for pairs or pairs for
+      single texts, or the model returns NaN.
   """
   require_size(batch_size)
+  require_several(texts)
   task = loaded.config.task
   if task in UNLABELLED:
     verb = {"lm": "generate", "embed": "encode"}[task]

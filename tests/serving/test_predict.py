@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import folding
 from folding import config as c
 from folding.errors import ConfigError
 from folding.serving import predict as predict_lib
@@ -133,6 +134,9 @@ def test_predict_refuses_what_it_cannot_do(model):
   for size in (0, 10**12):
     with pytest.raises(ConfigError, match=f"1 to 65,536; it is {size}"):
       predict_lib.predict(model, ["a"], batch_size=size)
+  for call in (predict_lib.predict, folding.compress):
+    with pytest.raises(ConfigError, match="one text"):
+      call(model, "the cat")
   with pytest.raises(ConfigError, match="no classes to predict"):
     predict_lib.predict(models.make("lm"), ["a"])
 
