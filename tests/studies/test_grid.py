@@ -109,7 +109,6 @@ def test_start_and_method_share_steps_data_and_seed():
     ({"pretrain": 1.0}, "fraction"),
     ({"seeds": ()}, "a seed"),
     ({"seeds": (1, 1)}, "twice"),
-    ({"datasets": {"a": "trec"}}, "a Config"),
     ({"methods": pick("dense") | {"ours": "ours"}}, "a Method"),
     ({"datasets": {}}, "a data set"),
     ({"datasets": {"a--b": c.Config()}}, "names a folder"),
