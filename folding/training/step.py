@@ -90,13 +90,19 @@ class StepOptions:
   mesh: Mesh | None = None
   distillation: Distillation | None = None
 
+  @property
+  def objective(self) -> "_Objective":
+    """What the model learns from."""
+    return _VECTORS if self.model.embeds else _LOGITS
+
 
 class _Aux(NamedTuple):
   """One micro-batch's share of the metrics of the whole batch.
 
   Attributes:
     loss: float32[], the loss on the labels, a share of all weights.
-    label_loss: float32[], the same as FPP's value, without the teacher's part.
+    label_loss: float32[], the same as FPP's value, without the teacher's part
+      if there are labels.
     stats: {parameter path: forward statistics}; {} if there is no mask update.
   """
 
@@ -287,7 +293,7 @@ def train_step(
     tokens=jnp.maximum(_num_tokens(batch), 1),
   )
   labels_only = options
-  if not options.model.embeds:
+  if options.objective.has_labels:
     labels_only = dataclasses.replace(options, distillation=None)
 
   def gradient(micro_batch, key):
@@ -368,7 +374,7 @@ def _loss(
   if distillation is not None and distillation.hidden:
     capture = {"mutable": ["intermediates"], "capture_intermediates": _is_block}
   tokens, mask = batch["tokens"], batch.get("mask")
-  segments, labels = batch.get("segments"), batch.get("labels")
+  segments = batch.get("segments")
   variables, apply = {"params": params}, options.model.apply
   inputs = tokens, mask, False, segments
   encoded = {"method": "encode", "rngs": {"dropout": key}, **capture}
@@ -400,47 +406,13 @@ def _loss(
   if distillation is not None:
     weights["teacher"] = distillation.teacher.read_out_params(teacher_params)
 
-  def summed_vectors(weights, block):
-    if distillation is None:
-      raise ValueError("sentence vectors are learned from a teacher alone")
-    vectors = read_out({"params": weights["params"]}, block["x"], block["mask"])
-    vectors = sharding.pin_rows(options.mesh, vectors)
-    taught = distillation.teacher.apply(
-      {"params": weights["teacher"]},
-      block["taught"],
-      block.get("whole_mask", block["mask"]),
-      method="read_out",
-    )
-    rows = vectors, jax.lax.stop_gradient(taught), block["weights"]
-    sums = losses.summed_vector_loss(*rows)
-    if distillation.pairs:
-      pairs = distillation.pairs * losses.pairs_loss(*rows)
-      sums["loss"] += sums["weight"] * pairs
-    return sums
-
-  def summed(weights, block):
-    if options.model.embeds:
-      return summed_vectors(weights, block)
-    mask = block.get("mask")
-    logits = read_out({"params": weights["params"]}, block["x"], mask)
-    logits = sharding.pin_rows(options.mesh, logits)
-    sums = losses.summed_loss(logits, block)
-    if distillation is not None:
-      taught = distillation.teacher.apply(
-        {"params": weights["teacher"]}, block["taught"], mask, method="read_out"
-      )
-      sums["soft"] = losses.summed_soft_loss(
-        logits,
-        jax.lax.stop_gradient(taught),
-        block["weights"],
-        distillation.temperature,
-        "lm" if labels is None else losses.task_of(labels),
-      )
-    return sums
-
   count = losses.num_blocks(batch, options.model.vocab_size, options.mesh)
   sums = losses.sum_over_blocks(
-    summed, weights, {**batch, **encodings}, count=count, mesh=options.mesh
+    functools.partial(options.objective.summed, options),
+    weights,
+    {**batch, **encodings},
+    count=count,
+    mesh=options.mesh,
   )
   weight = jnp.maximum(sums["weight"], 1)
   loss = label_loss = sums["loss"] / weight
@@ -449,14 +421,10 @@ def _loss(
       soft = sums["soft"] / weight
       loss = (1 - distillation.logits) * loss + distillation.logits * soft
     if distillation.hidden:
-      where = mask
-      if options.model.embeds:  # the two tokenizers may differ
-        hidden = _text_means(hidden, batch["mask"])
-        aims = _text_means(aims, batch.get("whole_mask", batch["mask"]))
-        where = None
-      loss += distillation.hidden * losses.hidden_loss(hidden, aims, where)
-    if options.model.embeds:
-      label_loss = loss
+      distance = options.objective.hidden_loss(hidden, aims, batch)
+      loss += distillation.hidden * distance
+  if not options.objective.has_labels:
+    label_loss = loss
   share = sums["weight"] / totals.weight
   seen = _num_tokens(batch) / totals.tokens
   return share * loss, _Aux(
@@ -464,6 +432,82 @@ def _loss(
     label_loss=share * label_loss,
     stats={name: seen * stat for name, stat in stats.items()},
   )
+
+
+class _Objective(NamedTuple):
+  """What a model learns from.
+
+  Attributes:
+    summed: (options, weights, block) -> sums over the targets of a block, as of
+      `losses.summed_loss`; with a teacher perhaps "soft" too.
+    hidden_loss: (hidden, taught, batch) -> distance of hidden states.
+    has_labels: Whether there is a loss without a teacher.
+  """
+
+  summed: Callable[..., dict[str, jax.Array]]
+  hidden_loss: Callable[..., jax.Array]
+  has_labels: bool
+
+
+def _read_out(options: StepOptions, weights, block) -> tuple[Any, Any]:
+  """Returns the output of the model, and of its teacher if there is one."""
+  mask, distillation = block.get("mask"), options.distillation
+  out = options.model.apply(
+    {"params": weights["params"]}, block["x"], mask, method="read_out"
+  )
+  out = sharding.pin_rows(options.mesh, out)
+  if distillation is None:
+    return out, None
+  taught = distillation.teacher.apply(
+    {"params": weights["teacher"]},
+    block["taught"],
+    block.get("whole_mask", mask),
+    method="read_out",
+  )
+  return out, jax.lax.stop_gradient(taught)
+
+
+def _summed_logits(options: StepOptions, weights, block) -> dict[str, Any]:
+  logits, taught = _read_out(options, weights, block)
+  sums = losses.summed_loss(logits, block)
+  if options.distillation is not None:
+    labels = block.get("labels")
+    sums["soft"] = losses.summed_soft_loss(
+      logits,
+      taught,
+      block["weights"],
+      options.distillation.temperature,
+      "lm" if labels is None else losses.task_of(labels),
+    )
+  return sums
+
+
+def _summed_vectors(options: StepOptions, weights, block) -> dict[str, Any]:
+  vectors, taught = _read_out(options, weights, block)
+  if options.distillation is None:
+    raise ValueError("sentence vectors are learned from a teacher alone")
+  rows = vectors, taught, block["weights"]
+  sums = losses.summed_vector_loss(*rows)
+  if options.distillation.pairs:
+    pairs = options.distillation.pairs * losses.pairs_loss(*rows)
+    sums["loss"] += sums["weight"] * pairs
+  return sums
+
+
+def _token_distance(hidden: Any, taught: Any, batch: losses.Batch) -> jax.Array:
+  return losses.hidden_loss(hidden, taught, batch.get("mask"))
+
+
+def _text_distance(hidden: Any, taught: Any, batch: losses.Batch) -> jax.Array:
+  """Returns the distance of means over tokens, as tokenizers may differ."""
+  mask = batch["mask"]
+  hidden = _text_means(hidden, mask)
+  taught = _text_means(taught, batch.get("whole_mask", mask))
+  return losses.hidden_loss(hidden, taught, None)
+
+
+_LOGITS = _Objective(_summed_logits, _token_distance, has_labels=True)
+_VECTORS = _Objective(_summed_vectors, _text_distance, has_labels=False)
 
 
 def _text_means(hidden: Any, mask: jax.Array) -> Any:
