@@ -24,14 +24,14 @@ import rich.progress
 
 from folding import files
 from folding.config import DataConfig
-from folding.data import python_stdlib, sources, tokenizers
+from folding.data import local_files, python_stdlib, rows, sources, tokenizers
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, first_line
 
 LARGE = 1 << 27  # bytes of all files
 FOLDER = ".folding-tokens"
 _FORMAT = 1  # raised if the same text would get other splits, tokenizers or ids
-_ENDINGS = (".txt", ".jsonl", *sources.COLUMNAR)
+_ENDINGS = (".txt", ".jsonl", *local_files.COLUMNAR)
 _BLOCK = 1 << 20  # bytes
 _FIRST_ROWS = 1000  # by which the column of text is chosen
 _FIELDS = ("text_field", "valid_fraction", "test_fraction", "max_bytes")
@@ -71,7 +71,7 @@ def tokenised(
   """
   if data.path is None or not os.path.exists(data.path):
     return None
-  found = sources.find_files(pathlib.Path(data.path))
+  found = local_files.find_files(pathlib.Path(data.path))
   every = [file for part in found.values() for file in part]
   size = sum(file.stat().st_size for file in every)
   if size < LARGE or any(file.suffix not in _ENDINGS for file in every):
@@ -426,11 +426,13 @@ class _Rows:
 def _rows(part: Sequence[pathlib.Path], data: DataConfig) -> _Rows:
   """Returns all rows of files."""
   first = []
-  for _, row in zip(range(_FIRST_ROWS), sources.rows_of(part), strict=False):
+  for _, row in zip(
+    range(_FIRST_ROWS), local_files.rows_of(part), strict=False
+  ):
     first.append(row)
   if not first:
     raise ConfigError(f"{part[0]} is empty")
-  (column, *_), _ = sources.choose_columns(part[0], first, data, "lm")
+  (column, *_), _ = rows.choose_columns(part[0], first, data, "lm")
   digests, sizes = [], []
   for text in _texts(part, column, None):
     digests.append(int.from_bytes(python_stdlib.digest(text), "big"))
@@ -449,7 +451,7 @@ def _texts(
   part: Sequence[pathlib.Path], column: str, chosen: np.ndarray | None
 ) -> Iterator[str]:
   """Yields the texts of the chosen rows."""
-  for index, (line, row) in enumerate(sources.rows_of(part, column)):
+  for index, (line, row) in enumerate(local_files.rows_of(part, column)):
     if chosen is None or chosen[index]:
       place = f"{part[0]}:{line}"
-      yield sources.checked(row.get(column), column, place)
+      yield rows.checked(row.get(column), column, place)

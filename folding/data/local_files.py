@@ -1,0 +1,365 @@
+"""Text in local files: .txt, .tsv, .csv, .jsonl, .parquet and .arrow."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from folding import config as config_lib
+from folding import errors
+from folding.config import DataConfig
+from folding.data import labels as labels_lib
+from folding.data import rows as rows_lib
+from folding.data.rows import Row, Rows, Table
+from folding.errors import ConfigError
+
+COLUMNAR = (".parquet", ".arrow")  # files that pyarrow reads
+_BATCH = 1024  # rows of columnar files that are read together
+
+
+def read_path(
+  path: pathlib.Path, data: DataConfig, task: config_lib.Task
+) -> tuple[dict[str, Rows], list[str] | None]:
+  """Reads a file or a folder.
+
+  Returns:
+    Rows by split: "train", and "valid" and "test" if there is a file; and the
+    class names of a `labels.txt` beside them, None without one.
+  """
+  splits = {
+    split: read_file(part, data, task)
+    for split, part in find_files(path).items()
+  }
+  folder = path if path.is_dir() else path.parent
+  path = folder / "labels.txt"
+  if task in config_lib.UNLABELLED or not path.is_file():
+    return splits, None
+  names = [line.strip() for line in _decode(path).split("\n") if line.strip()]
+  for i, name in enumerate(names):
+    if name in names[:i]:
+      raise ConfigError(f"{path} names {name!r} twice; name each class once")
+  return splits, names
+
+
+def find_files(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """Returns the files of each split: of a file, or in a folder.
+
+  A folder has train.tsv, validation.jsonl and so on. Or it is a data set of
+  Hugging Face: `save_to_disk` writes train/data-00000-of-00002.arrow, and the hub
+  has train-00000-of-00002.parquet, perhaps in a folder "data".
+
+  Raises:
+    ConfigError: there are none, or several for a split.
+  """
+  if path.is_file():
+    return {"train": [path]}
+  if not path.is_dir():  # a pipe would wait for ever
+    raise ConfigError(f"data.path {path} is neither a file nor a folder")
+  found = {}
+  for split, stems in rows_lib.STEMS.items():
+    parts = [
+      part
+      for stem in stems
+      for part in (
+        *([path / f"{stem}{end}"] for end in config_lib.TEXT_ENDINGS),
+        *(sorted(x.glob(f"{stem}-*.parquet")) for x in (path, path / "data")),
+        sorted((path / stem).glob("*.arrow")),
+      )
+      if part and all(file.is_file() for file in part)
+    ]
+    if len(parts) > 1:
+      names = ", ".join(part[0].name for part in parts)
+      raise ConfigError(f"{path} has several {split} files ({names}); keep one")
+    if parts:
+      found[split] = parts[0]
+  if not found and (single := sorted(path.glob("data-*.arrow"))):
+    found["train"] = single
+  if "train" not in found:
+    raise ConfigError(
+      f"{path} has no training text; name it train, with one of "
+      f"{', '.join(config_lib.TEXT_ENDINGS)}"
+    )
+  return found
+
+
+def read_file(
+  part: Sequence[pathlib.Path], data: DataConfig, task: config_lib.Task
+) -> Rows:
+  """Reads the files of one split; every error names a file and the line."""
+  file = part[0]
+  if file.suffix not in config_lib.TEXT_ENDINGS:
+    raise ConfigError(
+      f"{file} has an unknown extension; use one of "
+      f"{', '.join(config_lib.TEXT_ENDINGS)}"
+    )
+  text = "" if file.suffix in COLUMNAR else _decode(file)
+  if file.suffix not in COLUMNAR and not text.strip():
+    raise ConfigError(f"{file} is empty")
+  if file.suffix == ".txt" and task == "embed":
+    lines = [(n, line) for n, line in _lines(text) if line.strip()]
+    numbers, found = zip(*lines, strict=True)
+    return Rows(str(file), [*found], None, [*numbers], ("text",))
+  if file.suffix == ".txt":
+    if task != "lm":
+      raise ConfigError(
+        f"{file} has no labels, which task {task!r} needs; use .tsv, .csv or "
+        ".jsonl"
+      )
+    return Rows(str(file), [text], None, [0])
+  if file.suffix in _READERS:
+    table, has_header = _READERS[file.suffix](file, text, data)
+  else:
+    table = list(rows_of(part, labelled=task not in config_lib.UNLABELLED))
+    has_header = True
+    if not table:
+      raise ConfigError(f"{file} is empty")
+  columns, label_field = ("text",), "label"
+  if has_header:
+    columns, label_field = rows_lib.choose_columns(file, table, data, task)
+  elif isinstance(data.text_field, tuple):
+    raise ConfigError(
+      f"{file} has no header with the columns {' and '.join(data.text_field)} "
+      "(data.text_field)"
+    )
+  labels = None if task in config_lib.UNLABELLED else []
+  rows = Rows(str(file), [], labels, [], columns)
+  for line, row in table:
+    rows.lines.append(line)
+    place = rows.place(-1)
+    texts = [rows_lib.checked(row.get(name), name, place) for name in columns]
+    rows.texts.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
+    if rows.labels is not None:
+      label = None if label_field is None else row.get(label_field)
+      rows.labels.append(labels_lib.read_label(label, task, place))
+      first = table[0][1].get(label_field or "")
+      if task == "classify" and type(label) is not type(first):
+        raise ConfigError(
+          f"{place}: the label {label!r} is a {type(label).__name__}, unlike that "
+          "of the first row; use one kind"
+        )
+  if not has_header and rows.labels:
+    first, second = str(rows.labels[0]), str(rows.texts[0]).strip()
+    is_header = first.lower() == "label" and first not in rows.labels[1:]
+    if is_header or second.lower() == "label":
+      raise ConfigError(
+        f"{rows.place(0)}: this looks like a header without a column of text; "
+        "name the columns label and text, or leave the header out"
+      )
+  return rows
+
+
+def _decode(file: pathlib.Path) -> str:
+  try:
+    return file.read_bytes().decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ConfigError(
+      f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8"
+    ) from error
+  except OSError as error:
+    raise ConfigError(f"cannot read {file}: {error}") from error
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+  """Yields the number and the text of each line that is not empty."""
+  if "\n" not in text:  # the line ends of old Macs
+    text = text.replace("\r", "\n")
+  # Not splitlines: a text may hold other characters that it would split at.
+  for number, line in enumerate(text.split("\n"), 1):
+    if line.removesuffix("\r"):
+      yield number, line.removesuffix("\r")
+
+
+def _tsv_rows(
+  file: pathlib.Path, text: str, data: DataConfig
+) -> tuple[Table, bool]:
+  """Returns the rows, and whether the first line is a header.
+
+  Without one, a line is `label<TAB>text`. Quotes are plain characters.
+  """
+  lines = list(_lines(text))
+  columns = lines[0][1].split("\t")
+  is_repeated = any(line == lines[0][1] for _, line in lines[1:])
+  if _is_header(columns, data) and not (len(columns) == 2 and is_repeated):
+    cells = [(number, line.split("\t")) for number, line in lines[1:]]
+    return _with_columns(file, columns, cells), True
+  table = []
+  for number, line in lines:
+    label, tab, rest = line.partition("\t")
+    if not tab:
+      raise ConfigError(f"{file}:{number}: no tab; want label<TAB>text")
+    table.append((number, {"label": label, "text": rest}))
+  return table, False
+
+
+def _is_header(cells: Sequence[str], data: DataConfig) -> bool:
+  """Returns whether cells name a label and a text, by usual or given names."""
+  given = data.text_field or ()
+  texts = {*itertools.chain(*rows_lib.TEXT_NAMES)}
+  texts |= {given} if isinstance(given, str) else {*given}
+  labels = {*itertools.chain(*rows_lib.LABEL_NAMES.values()), data.label_field}
+  found = {*cells, *map(str.lower, cells)}
+  return bool(found & texts and found & labels)
+
+
+def _csv_rows(
+  file: pathlib.Path, text: str, data: DataConfig
+) -> tuple[Table, bool]:
+  """Returns the rows, and that there is a header."""
+  # The default limit is 128 KiB. It is global, so it is only raised.
+  csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+  reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+  try:
+    columns = next(reader, [])
+    rows = [(reader.line_num, row) for row in reader if row]
+  except csv.Error as error:
+    raise ConfigError(
+      f"{file}:{reader.line_num}: not valid CSV ({error})"
+    ) from error
+  if len(columns) == 1 and any(c in columns[0] for c in ";\t"):
+    raise ConfigError(f"{file}: columns are not separated by commas")
+  return _with_columns(file, columns, rows), True
+
+
+def _with_columns(
+  file: pathlib.Path, columns: list[str], rows: list[tuple[int, list[str]]]
+) -> Table:
+  """Returns rows of cells by the names of their columns."""
+  if len(set(columns)) < len(columns):
+    twice = next(name for name in columns if columns.count(name) > 1)
+    raise ConfigError(f"{file}: two columns are called {twice!r}; rename one")
+  if not rows:
+    raise ConfigError(f"{file} has a header and no rows")
+  for number, row in rows:
+    if len(row) != len(columns):
+      raise ConfigError(
+        f"{file}:{number}: the row does not have {len(columns)} columns, as the "
+        "header has"
+      )
+    if row == columns:
+      raise ConfigError(f"{file}:{number}: the header is repeated; remove it")
+  return [(n, dict(zip(columns, row, strict=True))) for n, row in rows]
+
+
+def _jsonl_rows(
+  file: pathlib.Path, text: str, data: DataConfig
+) -> tuple[Table, bool]:
+  """Returns the rows, and that they name their columns."""
+  table = []
+  for number, line in _lines(text):
+    if line.strip():
+      table.append((number, _json_row(file, number, line)))
+  return table, True
+
+
+def _json_row(file: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+  try:
+    row = json.loads(line, object_pairs_hook=_unique)
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
+  if not isinstance(row, dict):
+    raise ConfigError(f"{file}:{number}: not a JSON object")
+  return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns a JSON object, or raises `ValueError` for a repeated key."""
+  row = dict(pairs)
+  if len(row) < len(pairs):
+    raise ValueError("a key occurs twice")
+  return row
+
+
+def rows_of(
+  part: Sequence[pathlib.Path],
+  column: str | None = None,
+  *,
+  labelled: bool = False,
+) -> Iterator[Row]:
+  """Yields the rows of .jsonl, .parquet or .arrow files, read in slices.
+
+  Classes that a file of Hugging Face names are given by name.
+
+  Args:
+    part: The files of a split.
+    column: Of columnar files, the only one to read; None: all.
+    labelled: Whether to leave out rows of class -1, as some test splits have.
+
+  Raises:
+    ConfigError: a file is damaged.
+  """
+  for file in part:
+    if file.suffix in COLUMNAR:
+      yield from _columnar_rows(file, column, labelled)
+      continue
+    with open(file, "rb") as lines:
+      for number, line in enumerate(lines, 1):
+        try:
+          text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+          raise ConfigError(
+            f"{file}:{number} is not UTF-8; save it as UTF-8"
+          ) from error
+        if text.strip():
+          yield number, _json_row(file, number, text)
+
+
+def _columnar_rows(
+  file: pathlib.Path, column: str | None, labelled: bool
+) -> Iterator[Row]:
+  import pyarrow as pa  # only needed here
+  from pyarrow import parquet
+
+  try:
+    with contextlib.ExitStack() as stack:
+      if file.suffix == ".parquet":
+        source: Any = stack.enter_context(parquet.ParquetFile(file))
+        schema, only = source.schema_arrow, [column] if column else None
+        batches = source.iter_batches(batch_size=_BATCH, columns=only)
+      else:
+        opened = stack.enter_context(pa.memory_map(str(file)))
+        batches = stack.enter_context(pa.ipc.open_stream(opened))
+        schema = batches.schema
+      classes, number = _class_names(schema), 0
+      for batch in batches:
+        wanted = [column] if column else batch.schema.names
+        for row in batch.select(wanted).to_pylist():
+          number += 1
+          for name in classes.keys() & row.keys():
+            row[name] = _named(row[name], classes[name])
+            if row[name] is None and labelled:
+              break
+          else:
+            yield number, row
+  except (pa.ArrowException, OSError) as error:
+    raise ConfigError(
+      f"cannot read {file}: {errors.first_line(error)}"
+    ) from error
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+  """Returns {column: names of its classes} that Hugging Face has stored."""
+  metadata = (schema.metadata or {}).get(b"huggingface")
+  if metadata is None:
+    return {}
+  features = json.loads(metadata).get("info", {}).get("features") or {}
+  found = {}
+  for name, feature in features.items():
+    # A list of classes has them one level further inside.
+    inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+    if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+      found[name] = inner["names"]
+  return found
+
+
+def _named(value: Any, names: list[str]) -> Any:
+  """Returns the name of a class, or those of several; None: it has none."""
+  if isinstance(value, list):
+    return [names[i] for i in value]
+  return names[value] if value is not None and value >= 0 else None
+
+
+_READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows}

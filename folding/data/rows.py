@@ -1,0 +1,184 @@
+"""Rows of a source, and which of its columns are texts and labels."""
+
+import dataclasses
+import itertools
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from folding import config as config_lib
+from folding.config import DataConfig
+from folding.data import labels as labels_lib
+from folding.data.labels import Label
+from folding.data.tokenizers import Text
+from folding.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+Row: TypeAlias = tuple[int, dict[str, Any]]  # line of a file, and its row
+Table: TypeAlias = list[Row]
+
+STEMS = {  # file names, and beginnings of the names of TFDS splits
+  "train": ("train",),
+  "valid": ("valid", "validation", "dev"),
+  "test": ("test",),
+}
+TEXT_NAMES = (  # the first whose columns are all there is chosen
+  ("text",),
+  ("sentence1", "sentence2"),
+  ("premise", "hypothesis"),
+  ("question1", "question2"),
+  ("question", "sentence"),
+  ("sentence",),
+)
+LABEL_NAMES = {
+  "lm": ("label",),
+  "embed": ("label",),
+  "classify": ("label",),
+  "regress": ("score", "label"),
+  "multilabel": ("labels", "label"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Texts and labels of a split, as a source has them.
+
+  Attributes:
+    source: File or TFDS split, for messages.
+    texts: One for each row.
+    labels: One for each row; None for a task without labels.
+    lines: Line of each row in the file; 0 for other sources.
+    columns: Column of the texts, or two of pairs; () for plain text.
+  """
+
+  source: str
+  texts: list[Text]
+  labels: list[Label] | None
+  lines: list[int]
+  columns: tuple[str, ...] = ()
+
+  def place(self, index: int) -> str:
+    """Returns "file:line" of a row."""
+    line = self.lines[index]
+    return f"{self.source}:{line}" if line else self.source
+
+  def take(self, indices: Sequence[int]) -> "Rows":
+    """Returns the rows at these indices, in this order."""
+    labels = self.labels
+    return dataclasses.replace(
+      self,
+      texts=[self.texts[i] for i in indices],
+      labels=None if labels is None else [labels[i] for i in indices],
+      lines=[self.lines[i] for i in indices],
+    )
+
+
+def choose_columns(
+  file: pathlib.Path, table: Table, data: DataConfig, task: config_lib.Task
+) -> tuple[tuple[str, ...], str | None]:
+  """Returns the columns of texts and label, and warns of other texts.
+
+  The first row names the columns.
+  """
+  place, columns = str(file), list(table[0][1])
+  label_field = _configured(place, columns, "label", data.label_field)
+  if label_field is None:
+    usual = [(name,) for name in LABEL_NAMES[task]]
+    label_field = next(iter(_usual(columns, usual)), None)
+  if label_field is None and task not in config_lib.UNLABELLED:
+    raise ConfigError(
+      f"{place} has no column {LABEL_NAMES[task][-1]!r}; name the column of "
+      "labels with data.label_field (and that of texts with data.text_field); "
+      f"the columns are {', '.join(columns)}"
+    )
+  others = [name for name in columns if name != label_field]
+  labels = {*itertools.chain(*LABEL_NAMES.values())}  # of other tasks
+  texts = [
+    name
+    for name in others
+    if isinstance(table[0][1][name], str)
+    and name.lower() not in labels
+    and not all(labels_lib.is_number(row.get(name) or "0") for _, row in table)
+  ]
+  chosen = choose_texts(place, others, texts, data, task)
+  ignored = ", ".join(name for name in texts if name not in chosen)
+  if ignored:
+    _log.warning(
+      "%s: the text is %s; ignored: %s",
+      *(file, " and ".join(chosen), ignored),
+    )
+  return chosen, label_field
+
+
+def choose_texts(
+  place: str,
+  columns: Sequence[str],
+  texts: Sequence[str],
+  data: DataConfig,
+  task: config_lib.Task,
+) -> tuple[str, ...]:
+  """Returns the column of texts, or the two of pairs.
+
+  Args:
+    place: Name of the table in messages.
+    columns: Columns that may be configured or have a usual name.
+    texts: The columns that look like text.
+    data: May configure them.
+    task: "lm" and "embed" have no pairs.
+  """
+  wanted = data.text_field
+  is_single = task in config_lib.UNLABELLED
+  if isinstance(wanted, tuple) and is_single:
+    raise ConfigError(
+      f"task {task!r} reads single texts; data.text_field is a pair"
+    )
+  wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+  for name in wanted:
+    _configured(place, columns, "text", name)
+  usual = [x for x in TEXT_NAMES if len(x) == 1 or not is_single]
+  chosen = wanted or _usual(columns, usual)
+  if chosen:
+    return chosen
+  if not texts:
+    raise ConfigError(f"{place} has no text column; set data.text_field")
+  if len(texts) > 1:
+    raise ConfigError(
+      f"{place} has several columns of text ({', '.join(texts)}); choose one, "
+      "or two of pairs, with data.text_field"
+    )
+  return (texts[0],)
+
+
+def _configured(
+  place: str, columns: Sequence[str], role: str, wanted: str | None
+) -> str | None:
+  """Returns a configured column; raises if it is not there."""
+  if wanted is not None and wanted not in columns:
+    raise ConfigError(
+      f"{place} has no {role} column {wanted!r} (data.{role}_field); its "
+      f"columns are: {', '.join(columns) or 'none'}"
+    )
+  return wanted
+
+
+def _usual(
+  columns: Sequence[str], usual: Sequence[tuple[str, ...]]
+) -> tuple[str, ...]:
+  """Returns the first columns that have usual names, in any case; (): none."""
+  # "text" wins over "Text".
+  by_name = {c.lower(): c for c in reversed(columns)} | {c: c for c in columns}
+  for names in usual:
+    if all(name in by_name for name in names):
+      return tuple(by_name[name] for name in names)
+  return ()
+
+
+def checked(text: Any, column: str, place: str) -> str:
+  """Returns a text that is not empty and can be encoded."""
+  if not isinstance(text, str):
+    raise ConfigError(f"{place} has no text in the column {column!r}")
+  if not text.strip():
+    raise ConfigError(f"{place}: the {column} is empty")
+  return labels_lib.require_utf8(text, place)

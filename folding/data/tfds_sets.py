@@ -1,0 +1,226 @@
+"""Text in data sets of TensorFlow Datasets.
+
+Prepared data is read without TensorFlow. To prepare it, some builders and all
+archives need TensorFlow.
+"""
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+# Registers the text builders; without it TFDS finds "glue" only by luck.
+import tensorflow_datasets.text
+
+from folding import config as config_lib
+from folding import errors
+from folding.config import DataConfig
+from folding.data import python_stdlib
+from folding.data import rows as rows_lib
+from folding.data.labels import Label
+from folding.data.rows import Rows
+from folding.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+def read(
+  data: DataConfig, task: config_lib.Task
+) -> tuple[dict[str, Rows], list[str] | None]:
+  """Reads a TFDS data set; the names are those of a `ClassLabel`."""
+  builder: Any = _prepared(data, task)
+  table: Any = builder.info.features
+  features: dict[str, Any] = dict(table.items())
+  label_field = None
+  if task not in config_lib.UNLABELLED:
+    label_field = _label_feature(data, features, task)
+  texts = [
+    name
+    for name, kind in features.items()
+    if isinstance(kind, tfds.features.Text) and name != label_field
+  ]
+  place = f"the TFDS data set {data.name}"
+  columns = rows_lib.choose_texts(place, texts, texts, data, task)
+  feature: Any = features.get(label_field or "")
+  names = getattr(getattr(feature, "feature", feature), "names", None)
+  splits = {}
+  for split, prefixes in rows_lib.STEMS.items():
+    # By prefix: MNLI of GLUE has "validation_matched".
+    found = [s for s in builder.info.splits if s.startswith(prefixes)]
+    if not found:
+      continue
+    labels = None if label_field is None else []
+    rows = Rows(f"{data.name}[{found[0]}]", [], labels, [], columns)
+    limit = data.max_bytes
+    if limit is not None and split == "train":
+      # Room for the splits that may be set aside from it.
+      limit /= 1 - data.valid_fraction - data.test_fraction
+    num_bytes = 0
+    for example in builder.as_data_source(found[0]):
+      if rows.labels is not None:
+        label = _tfds_label(example[label_field], names, task)
+        if label is None:
+          continue
+        rows.labels.append(label)
+      text = [example[c].decode("utf-8", errors="replace") for c in columns]
+      rows.texts.append(text[0] if len(text) == 1 else (text[0], text[1]))
+      rows.lines.append(0)
+      num_bytes += sum(len(example[c]) for c in columns)
+      if limit is not None and num_bytes >= limit:
+        break
+    # The test split of STS-B has no scores.
+    if rows.texts and set(rows.labels or ()) != {-1.0}:
+      splits[split] = rows
+  if "train" not in splits:
+    raise ConfigError(
+      f"{place} has no labelled train split; its splits are "
+      f"{', '.join(builder.info.splits)}"
+    )
+  if task == "classify" and not names:
+    # The train split of sentiment140 has no neutral tweets, the test split has.
+    known = set(splits["train"].labels or ())
+    for split, rows in splits.items():
+      kept = [i for i, x in enumerate(rows.labels or ()) if x in known]
+      if len(kept) < len(rows.texts):
+        _log.warning(
+          "%s: %d rows of classes that train lacks are ignored",
+          split,
+          len(rows.texts) - len(kept),
+        )
+        splits[split] = rows.take(kept)
+  return splits, names
+
+
+def require_prepared(
+  data: DataConfig, task: config_lib.Task, workdir: str
+) -> None:
+  """Checks that reading the data of a run will neither fetch nor write any.
+
+  Args:
+    data: Of the run's config.
+    task: Of the run.
+    workdir: The run directory, for the message.
+
+  Raises:
+    ConfigError: the TFDS data set is not prepared.
+  """
+  if data.path:
+    return
+  builder = None
+  with contextlib.suppress(Exception):  # it may fail in any way
+    if data.name == "python_stdlib":
+      kind = "source" if task == "lm" else "topic"
+      builder = python_stdlib.builder(kind, data.dir)
+    elif ":" not in data.name:  # a name that TFDS would look up in the network
+      builder = tfds.builder(
+        data.name, data_dir=data.dir, file_format="array_record"
+      )
+  if builder is None or not builder.is_prepared():
+    raise ConfigError(
+      f"the data set {data.name!r} of {workdir} is not prepared in "
+      f"{data.dir or 'the TFDS folder'}, and a run that is read back prepares "
+      "none; if you trust its config, prepare it with folding train "
+      f"--config={workdir}/config.json --workdir=NEW"
+    )
+
+
+def _prepared(
+  data: DataConfig, task: config_lib.Task
+) -> tfds.core.DatasetBuilder:
+  """Returns a builder whose data is on this machine."""
+  if not data.name:
+    raise ConfigError(
+      "set data.path, a file or folder, or data.name, a TFDS data set"
+    )
+  if data.name == "python_stdlib":
+    kind = "source" if task == "lm" else "topic"
+    return python_stdlib.prepare(kind, data.dir)
+  instead = "put text in a local file and set data.path"
+
+  def new_builder() -> tfds.core.DatasetBuilder:
+    return tfds.builder(
+      data.name, data_dir=data.dir, file_format="array_record"
+    )
+
+  try:
+    builder = new_builder()
+    try:
+      builder.download_and_prepare()
+    except Exception:  # TFDS and its builders raise many kinds
+      builder = new_builder()
+      if not builder.is_prepared():  # nor by another process
+        raise
+  except tfds.core.DatasetNotFoundError as error:
+    raise ConfigError(
+      f"TFDS has no data set {data.name!r} (data.name); see the names in its "
+      f"catalog, or {instead}"
+    ) from error
+  # A builder may fail in any way: no network, a missing library, a moved page.
+  except Exception as error:
+    check = "check the name, the network and data.dir"
+    if "No module named 'tensorflow'" in str(error):
+      check = "pip install tensorflow, which only this needs"
+    raise ConfigError(
+      f"cannot fetch or prepare the TFDS data set {data.name!r}: "
+      f"{errors.first_line(error)}; {check}, or {instead}"
+    ) from error
+  return builder
+
+
+def _tfds_label(
+  value: Any, names: Sequence[str] | None, task: config_lib.Task
+) -> Label | None:
+  """Returns a label of TFDS; None: the row is unlabelled."""
+  if task == "regress":
+    return float(value)
+  ids = [int(x) for x in np.atleast_1d(value)]
+  if any(i < 0 for i in ids):
+    return None
+  classes = tuple(names[i] if names else str(i) for i in ids)
+  return classes if task == "multilabel" else classes[0]
+
+
+def _label_feature(
+  data: DataConfig, features: dict[str, Any], task: config_lib.Task
+) -> str:
+  """Returns the label's name: configured, usual, or the coarsest class."""
+  kinds = {
+    "classify": (0, np.integer),
+    "regress": (0, np.number),
+    "multilabel": (1, np.integer),
+  }
+  rank, number = kinds[task]
+  fitting = {
+    name: feature
+    for name, feature in features.items()
+    if feature.shape is not None
+    and len(feature.shape) == rank
+    and np.issubdtype(feature.np_dtype, number)
+  }
+  classes = {
+    name: feature.num_classes or 0
+    for name, feature in fitting.items()
+    if isinstance(feature, tfds.features.ClassLabel)
+  }
+  usual = [name for name in rows_lib.LABEL_NAMES[task] if name in features]
+  if data.label_field:
+    wanted = data.label_field
+  elif usual:
+    wanted = usual[0]
+  elif classes and task == "classify":
+    wanted = min(classes, key=lambda name: classes[name])
+  else:
+    wanted = next(iter(fitting)) if len(fitting) == 1 else None
+  if wanted is None or wanted not in fitting:
+    kind = {"regress": "score", "classify": "class"}.get(
+      task, "list of classes"
+    )
+    raise ConfigError(
+      f"the TFDS data set {data.name} has no {kind} column "
+      f"{wanted or 'that can be guessed'} (data.label_field); its columns are: "
+      f"{', '.join(features)}"
+    )
+  return wanted
