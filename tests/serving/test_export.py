@@ -285,6 +285,20 @@ def test_load_refuses_a_changed_config(folder, change, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_earlier_export_of_an_encoder_is_of_task_embed(tmp_path, normalize):
+  encoder = c.bert(**models.SHAPE, normalize=normalize)
+  model = models.make("embed", encoder)
+  write(tmp_path / "out", model)
+  path = tmp_path / "out" / "config.json"
+  values = json.loads(path.read_text("utf-8"))
+  values["config"]["task"] = "classify"
+  del values["config"]["model"]["normalize"]
+  values["is_normalized"] = normalize
+  path.write_text(json.dumps(values))
+  assert folding.load(tmp_path / "out").config == model.config
+
+
 def test_load_compares_shapes_before_it_allocates(folder):
   path = folder / "model.safetensors"
   tensors = {"embed/embedding": np.zeros((0, 10**7), np.float32)}

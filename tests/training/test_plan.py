@@ -156,6 +156,23 @@ def test_classifier_with_rows_to_prune_has_a_plan(config, compiled):
   assert compressed["parameters"] - compressed["stored"] == zero
 
 
+def test_encoder_of_sentences_has_a_plan(config, compiled):
+  fields = {
+    "task": "embed",
+    "model": c.bert(num_layers=1, width=32, num_heads=4),
+    "pretrained": "DENSE",
+    "distill": c.DistillConfig(pairs=1.0, hidden=1.0),
+  }
+  encoder = c.resolve(dataclasses.replace(config, **fields))
+  found = plan_lib.plan(encoder, plan_lib.find_devices("cpu-8"))
+  assert found["dense"]["step"]["fits"]
+  assert found["compressed"]["mask update"]["fits"]
+  shapes = tiny.shapes(encoder)
+  total = sum(x.size for x in jax.tree.leaves(shapes))
+  assert "head" not in shapes
+  assert found["compressed"]["parameters"] == total
+
+
 def test_scratch_memory_leaves_out_the_donated_state(config, compiled):
   devices = plan_lib.find_devices("cpu-8")
   for size, missing in ((112, 0), (111, 1)):
