@@ -165,7 +165,8 @@ def fold_rotary_heads(
   logits are sum_f Re(q_f conj(k_f) e^(i theta_f (i - j))). As functions of the
   distance, these terms are nearly orthogonal for different theta_f. So the
   number of pairs matters, not the rank of W_Q W_K'. G/2 pairs are kept; the
-  error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2 of the others.
+  error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2 of the others. Channels
+  that do not turn have the logits of `fold_heads`, whose terms become pairs.
 
   Args:
     q: Dense, H heads.
@@ -187,6 +188,19 @@ def fold_rotary_heads(
       f"rotary channels come in pairs, so G must be even; it is {groups}"
     )
   half, pairs = K // 2, groups // 2
+  still = np.flatnonzero(np.tile(np.asarray(frequencies) == 0, 2))
+  if still.size:
+    terms = fold_heads(
+      {"kernel": a_EHK[..., still]},
+      {"kernel": b_EJK[..., still]},
+      query_moment,
+      key_moment,
+      still.size,
+    )
+    # Terms 0 and 1, the largest, are the first pair.
+    order = np.arange(still.size).reshape(-1, 2).T.reshape(-1)
+    a_EHK[..., still] = terms.q["kernel"][..., order]
+    b_EJK[..., still] = terms.k["kernel"][..., order]
   root_q, root_k = _root(query_moment)[0], _root(key_moment)[0]
   new_q, new_k = np.zeros((E, H, groups)), np.zeros((E, J, groups))
   new_frequency = np.zeros((J, pairs))

@@ -425,6 +425,23 @@ def test_fold_rotary_heads_with_all_pairs_is_the_dense_head(H, J, unused):
   assert folded.kept == pytest.approx(1)
 
 
+def test_fold_rotary_heads_joins_channels_that_do_not_turn():
+  q, k, x, y = make_case(0, 4, 2, True, K=8)
+  x, y = x[:30], y[:30]
+  still = [1, 2, 3, 5, 6, 7]
+  mixed = np.random.default_rng(1).normal(size=(2, 6))
+  for w in q.values():  # six channels with logits of rank 2
+    w[..., still] = w[..., still[:2]] @ mixed
+  frequencies = np.array([0.7, 0, 0, 0])
+  folded = lowrank.fold_rotary_heads(
+    q, k, moment_of(x), moment_of(y), 4, frequencies
+  )
+  dense = _by_pair(q, k, x, y, frequencies).sum(-1)
+  logits = _by_pair(folded.q, folded.k, x, y, folded.frequency).sum(-1) * 8 / 4
+  np.testing.assert_allclose(logits, dense, atol=1e-4 * dense.std())
+  np.testing.assert_allclose(folded.frequency, [[0.7, 0]] * 2, rtol=1e-6)
+
+
 def test_fold_rotary_heads_refuses_half_a_pair():
   q, k, x, y = make_case(0, 2, 2, False)
   with pytest.raises(ValueError, match="come in pairs"):
