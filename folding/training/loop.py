@@ -208,15 +208,15 @@ class Run(Program):
     """Yields batches with the teacher's vectors, computed once per split."""
     assert teacher is not None
     known = self._taught.setdefault(split, [])
+    own = slice(jax.process_index(), None, jax.process_count())  # rows
     for number, batch in enumerate(batches):
       if number == len(known):
         read = {
           name: batch.get(f"whole_{name}", batch[name])
           for name in ("tokens", "mask")
         }
-        known += self._vectors(*teacher, [read])
-      share = slice(jax.process_index(), None, jax.process_count())
-      yield {**batch, "taught": known[number][share]}
+        known += (rows[own].copy() for rows in self._vectors(*teacher, [read]))
+      yield {**batch, "taught": known[number]}
 
   def write_result(
     self,
