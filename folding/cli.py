@@ -394,7 +394,8 @@ def encode(args: argparse.Namespace) -> None:
   with predict_lib.open_lines(args.file) as lines:
     texts = list(lines)
   if not any(text.strip() for text in texts):
-    raise ConfigError(f"there is no text in {args.file}")
+    place = "standard input" if args.file == "-" else args.file
+    raise ConfigError(f"there is no text in {place}")
   console = rich.console.Console(stderr=True)
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(),

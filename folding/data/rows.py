@@ -88,8 +88,14 @@ def choose_columns(
     usual = [(name,) for name in LABEL_NAMES[task]]
     label_field = next(iter(_usual(columns, usual)), None)
   if label_field is None and task not in config_lib.UNLABELLED:
+    others = "; ".join(
+      f"task {other!r} reads {names[0]!r}"
+      for other, names in LABEL_NAMES.items()
+      if _usual(columns, [names[:1]])
+    )
     raise ConfigError(
-      f"{place} has no column {LABEL_NAMES[task][-1]!r}; name the column of "
+      f"{place} has no column {LABEL_NAMES[task][-1]!r}"
+      f"{f' ({others})' if others else ''}; name the column of "
       "labels with data.label_field (and that of texts with data.text_field); "
       f"the columns are {', '.join(columns)}"
     )

@@ -26,6 +26,7 @@ from folding.serving.export import Loaded
 
 _log = logging.getLogger(__name__)
 
+_TABLES = (".csv", ".jsonl", ".parquet", ".arrow")
 _BATCHES_SORTED = 32  # texts are sorted by length among so many batches
 
 
@@ -148,9 +149,14 @@ def open_lines(path: str) -> Iterator[Iterator[str]]:
 
   Raises:
     OSError: the file cannot be read.
-    ConfigError: standard input is closed; or, when that line is reached, a line
-      is not UTF-8.
+    ConfigError: the file has rows with columns, or standard input is closed; or,
+      when that line is reached, a line is not UTF-8.
   """
+  if path.endswith(_TABLES):
+    raise ConfigError(
+      f"{path}: a text per line is read here, or a pair with a tab between; write "
+      "the column of texts to a .txt"
+    )
   if path != "-":
     with open(path, "rb") as file:
       yield _decoded(file, path)

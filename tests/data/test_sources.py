@@ -304,6 +304,10 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     ({"train__jsonl": '{"text": "a", "text": "b"}\n'}, "jsonl:1: .*twice"),
     ({"train__jsonl": '["a"]\n'}, "jsonl:1: .*object"),
     ({"train__jsonl": '{"text": "a"}\n'}, "jsonl has no column 'label'"),
+    (
+      {"train__csv": "sentence1,sentence2,score\na,b,1\n"},
+      "'label' .task 'regress' reads 'score'.;",
+    ),
     ({"train__jsonl": '{"text": "a", "label": " "}\n'}, "jsonl:1: .*no label"),
     ({"train__jsonl": '{"text": "a", "label": 1.0}\n'}, "jsonl:1: .*whole"),
     ({"train__jsonl": '{"text": "a", "label": NaN}\n'}, "jsonl:1: .*whole"),

@@ -176,11 +176,12 @@ def test_open_lines_names_what_it_cannot_read(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="t.txt, line 2, is not UTF-8"):
       next(lines)
   monkeypatch.setattr("sys.stdin", None)  # as in a daemon
-  with (
-    pytest.raises(ConfigError, match="no standard input"),
-    predict_lib.open_lines("-"),
-  ):
-    pass
+  for path, message in (("-", "no standard input"), ("t.csv", "t.csv: a text")):
+    with (
+      pytest.raises(ConfigError, match=message),
+      predict_lib.open_lines(path),
+    ):
+      pass
 
 
 _ANSWERS = [
