@@ -31,7 +31,12 @@ def read_label(label: Any, task: Task, place: str) -> Label:
   """
   if task == "multilabel" and isinstance(label, str | list):
     names = label if isinstance(label, list) else label.split(",")
-    classes = (_class(x, place) for x in names if x != "" or len(names) > 1)
+    classes = [_class(x, place) for x in names if x != "" or len(names) > 1]
+    if len(classes) > 2 and {*classes} <= {"0", "1"}:
+      raise ConfigError(
+        f"{place}: the labels {label!r} look like a 0 or 1 for each class; list "
+        "the classes that apply instead, such as [2, 5]"
+      )
     return tuple(dict.fromkeys(classes))
   if label is None or not str(label).strip():
     raise ConfigError(

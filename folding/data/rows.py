@@ -94,7 +94,7 @@ def choose_columns(
       if _usual(columns, [names[:1]])
     )
     raise ConfigError(
-      f"{place} has no column {LABEL_NAMES[task][-1]!r}"
+      f"{place} has no column {' or '.join(map(repr, LABEL_NAMES[task]))}"
       f"{f' ({others})' if others else ''}; name the column of "
       "labels with data.label_field (and that of texts with data.text_field); "
       f"the columns are {', '.join(columns)}"
@@ -151,8 +151,8 @@ def choose_texts(
     raise ConfigError(f"{place} has no text column; set data.text_field")
   if len(texts) > 1:
     raise ConfigError(
-      f"{place} has several columns of text ({', '.join(texts)}); choose one, "
-      "or two of pairs, with data.text_field"
+      f"{place} has several columns of text ({', '.join(texts)}); choose one"
+      f"{'' if is_single else ', or two of pairs,'} with data.text_field"
     )
   return (texts[0],)
 

@@ -181,6 +181,7 @@ def test_several_labels_are_lists_or_have_commas(tmp_path):
     ("regress", {"train__tsv": PAIRS.replace("b c", " ")}, "sentence2 is empty"),
     ("multilabel", {"train__tsv": "a,,b\ta\n"}, "tsv:1: .*''"),
     ("multilabel", {"train__tsv": "a\ta\n"}, "one class, a"),
+    ("multilabel", {"train__tsv": "0,1,1\ta\n"}, "tsv:1: .*for each class"),
     ("lm", {"train__tsv": PAIRS}, "several columns of text"),
   ],
 )  # fmt: skip
