@@ -56,6 +56,11 @@ def _rows(folder):
   return folder / "a.jsonl"
 
 
+def _twice(folder):
+  _jsonl(folder / "a.jsonl", LINES[:10] * 2)
+  return folder / "a.jsonl"
+
+
 def _split_files(folder):
   _jsonl(folder / "train.jsonl", LINES)
   (folder / "valid.txt").write_text(TEXT, encoding="utf-8")
@@ -79,6 +84,8 @@ SOURCES = {
   ),
   "jsonl": (_rows, {}),
   "jsonl_limited": (_rows, {"max_bytes": 1001, "test_fraction": 0.3}),
+  # One row is to be set aside: two equal ones are as near to it as none.
+  "jsonl_twice": (_twice, {"tokenizer": "bytes", "valid_fraction": 0.05}),
   "split_files": (_split_files, {}),
   "shards": (_shards, {}),
 }
