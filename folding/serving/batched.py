@@ -61,8 +61,8 @@ def outputs(
     tokens, mask = padded(
       [rows[i] for i in members], (batch_size, bucket), tokenizer.pad_id
     )
-    segments = None
-    if seconds is not None and config.model.segments:
+    segments = None  # a model without a segment embedding ignores them
+    if seconds is not None:
       segments = segments_of(seconds[members], mask)
     out = np.asarray(forward(tokens, mask, segments))
     found[members] = out[: len(members)]
