@@ -42,7 +42,7 @@ def outputs(
   width: int,
   report: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
-  """Returns float32[texts, width], the output of a model for each text, in order.
+  """Returns float32[texts, width], the outputs of a model in the texts' order.
 
   Args:
     config: Resolved config of the model.

@@ -31,7 +31,7 @@ class Row:
     method: Name of the method.
     level: Fraction to save; None if the method has one size.
     seed: Seed of the run.
-    metric: Name of the metric (`config.quality`), such as "accuracy" or "bits_per_byte".
+    metric: Name of the metric, from `config.quality`: "accuracy", ...
     quality: The metric on the test split.
     change: Change to the dense run of this seed, negative if worse: in points
       (hundredths), or in percent of perplexity. None without a dense run.
