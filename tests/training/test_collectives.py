@@ -5,10 +5,15 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from folding import config as c
 from folding import paths
+from folding.compression.fpp import fpp
+from folding.compression.sites import Rule
 from folding.models import blocks
 from folding.training import hlo, losses, sharding
 from tests.training import tiny
@@ -81,6 +86,44 @@ def test_mask_update_gathers_no_parameter(mesh, score, granularity):
   kinds = {kind for kind, _ in moves}
   gathered = {"all-gather"} if granularity == "neuron" else set()  # decisions
   assert kinds <= {"all-reduce"} | gathered, moves
+
+
+@pytest.mark.slow
+def test_mask_update_of_stacked_layers_gathers_no_parameter():
+  mesh = sharding.make_mesh(MESHES["fsdp=8"])
+  params = {
+    name: jax.ShapeDtypeStruct(
+      shape, jnp.float32, sharding=NamedSharding(mesh, spec)
+    )
+    for name, shape, spec in (
+      ("up", (64, 3, 128), P("fsdp")),
+      ("down", (128, 3, 64), P(None, None, "fsdp")),
+    )
+  }
+  rules = [Rule("up|down", 0.5, layers=1)]
+  tx = fpp(optax.adam(0.1), rules, begin=0, end=4, every=1)
+  state = jax.eval_shape(tx.init, params)
+  where = sharding.shardings_like(state, params)
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    where,
+  )
+  stats = {
+    name: jax.ShapeDtypeStruct((3, w.shape[0]), jnp.float32)
+    for name, w in params.items()
+  }
+  update = jax.jit(
+    lambda grads, state, params, stats: tx.update(
+      grads, state, params, stats=stats, is_due=True
+    ),
+    out_shardings=(jax.tree.map(lambda x: x.sharding, params), where),
+  )
+  program = update.lower(params, state, params, stats).compile()
+  moves = moved(program.as_text())
+  # Counts, and means of rows and columns: 3 layers of at most 128.
+  assert max(size for _, size in moves) <= 3 * 128, moves
+  assert {kind for kind, _ in moves} <= {"all-reduce"}, moves
 
 
 def test_count_detects_a_gather():
