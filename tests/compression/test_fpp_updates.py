@@ -76,6 +76,27 @@ def test_frozen_elements_keep_their_bits_and_zeros_stay_zero(inner, dtype):
     assert np.sum(np.asarray(history[-1][n]) == 0) == math.floor(0.7 * size)
 
 
+def test_masks_come_from_float32_parameters_of_a_bfloat16_model():
+  rng = np.random.default_rng(0)
+  # All equal as bfloat16, of 8 bits.
+  w = 1 + rng.permutation(64).astype(np.float32).reshape(8, 8) / 2**16
+  params = {"w": jnp.asarray(w)}
+  assert len(np.unique(params["w"].astype(jnp.bfloat16))) == 1
+  tx = fpp(
+    optax.sgd(0.0), [Rule("w", 0.5)], begin=0, end=0, every=1, score="magnitude"
+  )
+  x = jnp.ones((2, 8), jnp.bfloat16)
+
+  @battery.jit
+  def step(params, state):
+    grads = jax.grad(lambda p: jnp.sum(x @ p["w"].astype(x.dtype)))(params)
+    updates, _ = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates)
+
+  new = step(params, tx.init(params))["w"]
+  np.testing.assert_array_equal(new == 0, w < np.median(w))
+
+
 def test_weight_decay_after_fpp_moves_frozen_elements():
   """Negative control of the test above."""
   tx = fpp(_INNER["adamw"](), WEIGHTS, score="magnitude", **_SLOW)
