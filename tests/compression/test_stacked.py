@@ -30,7 +30,8 @@ _CASES = {
     Rule("down", 0.5, "row", {"up": 1, "bias": 0}),
     {"score": "saliency", "tolerance": 0.01},
   ),
-  "last-axis": (2, Rule("up|bias", 0.5), {"score": "magnitude"}),
+  "last-axis": (2, Rule("up", 0.5), {"score": "magnitude"}),
+  "vectors": (1, Rule("bias", 0.5), {"score": "magnitude"}),
 }
 
 
@@ -65,6 +66,7 @@ def _frozen(rules, state, params):
     pytest.param("neurons-leading", marks=pytest.mark.slow),
     pytest.param("rows-verified", marks=pytest.mark.slow),
     pytest.param("last-axis", marks=pytest.mark.slow),
+    pytest.param("vectors", marks=pytest.mark.slow),
   ],
 )
 def test_fpp_prunes_stacked_layers_as_separate_ones(case):
