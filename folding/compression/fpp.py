@@ -319,8 +319,10 @@ def fpp(
           )
           return *new, is_ranked
 
+        old = list(state.suspected[site.name])
+        # All layers at once would take five times the scratch memory.
         new, zero[site.name], count, is_ranked = site.per_layer(
-          choose, list(state.suspected[site.name]), *evidence(n)
+          choose, old, *evidence(n), in_turn=True
         )
         if debug:
           checkify.check(

@@ -101,18 +101,33 @@ class Site:
   members: Mapping[str, int | None]
   layers: int | None = None
 
-  def per_layer(self, function: Callable[..., Any], *args: Any) -> Any:
+  def per_layer(
+    self, function: Callable[..., Any], *args: Any, in_turn: bool = False
+  ) -> Any:
     """Returns function(*args), computed for each layer if they are stacked.
 
     Args:
       function: Function of trees of arrays of one layer.
       *args: Trees of arrays. Here and in the result, the axis of the layers is
         `layers`, or the last one of an array with fewer axes.
+      in_turn: Whether to compute one layer after another, to save memory.
     """
     if self.layers is None:
       return function(*args)
     axes = jax.tree.map(functools.partial(_layer_axis, self.layers), args)
-    return jax.tree.map(self.layers_placed, jax.vmap(function, axes)(*args))
+    if not in_turn:
+      out = jax.vmap(function, axes)(*args)
+    else:
+
+      def one(i):
+        pick = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+        return function(
+          *jax.tree.map(lambda x, axis: pick(x, i, axis), args, axes)
+        )
+
+      x, axis = jax.tree.leaves(args)[0], jax.tree.leaves(axes)[0]
+      out = jax.lax.map(one, jnp.arange(x.shape[axis]))
+    return jax.tree.map(self.layers_placed, out)
 
   def layers_placed(self, x: Any) -> Any:
     """Moves the first axis, of stacked layers, to where `per_layer` has it."""
