@@ -91,30 +91,32 @@ def test_notebook_has_all_of_its_outputs_or_none(path):
       assert any("image/png" in o.get("data", {}) for o in cell["outputs"])
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-  """Returns a folder with a tiny BERT for transformers."""
-  folder = tmp_path_factory.mktemp("checkpoint")
+def _checkpoint(folder, task):
+  """Writes a tiny BERT for transformers and returns its folder."""
+  has_classes = task == "classify"
   config = c.resolve(
     c.Config(
-      task="classify",
+      task=task,
       preset="none",
       data=c.DataConfig(vocab_size=400, length=64),
-      model=c.bert(num_layers=2, width=64, num_heads=4, pooler=True),
+      model=c.bert(num_layers=2, width=64, num_heads=4, pooler=has_classes),
     )
   )
+  labels = ["a", "b"] if has_classes else []
   tokenizer = train_tokenizer(config.data, [pathlib.Path(__file__).read_text()])
-  model = folding.make_model(config, tokenizer.vocab_size, num_classes=2)
+  model = folding.make_model(config, tokenizer.vocab_size, len(labels))
   tokens = jnp.zeros((1, 64), jnp.int32)
   params = model.init(jax.random.key(0), tokens)["params"]
-  export_lib.export(folder / "a", config, params, tokenizer, ["a", "b"])
+  export_lib.export(folder / "a", config, params, tokenizer, labels)
   export_lib.export_hf(folder / "b", folding.load(folder / "a"))
   return folder / "b"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_and_draws(path, checkpoint, tmp_path):
+def test_notebook_runs_and_draws(path, tmp_path_factory, tmp_path):
+  task = "embed" if path.stem == "compress_encoder" else "classify"
+  checkpoint = _checkpoint(tmp_path_factory.mktemp("checkpoint"), task)
   done = _run(path, tmp_path, checkpoint)
   assert done.returncode == 0, done.stderr[-3000:]
   assert len(list(tmp_path.glob("*.png"))) >= 2
