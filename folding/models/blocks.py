@@ -181,19 +181,29 @@ def _backward(blocks: _Blocks, saved, d_out_NBLHr):
       d_q, d_k, d_v, d_biases = total
       keys_j = _block(keys, j)
       logits_BHLM, pull_logits = jax.vjp(
-        lambda q, k, biases: _logits(
+        lambda q, k: _logits(
           blocks, q, keys_j._replace(k_BMJG=k), biases, (i, j)
         ),
         q_BLHG,
         keys_j.k_BMJG,
-        biases,
       )
       att_BHLM = jnp.exp(logits_BHLM - sums.top_BHL[..., None])
       att_BHLM /= sums.norm_BHL[..., None]
       _, pull_out = jax.vjp(_weigh, att_BHLM, keys_j.v_BMIr)
       d_att_BHLM, d_v_j = pull_out(d_out_BHLr)
       d_logits_BHLM = att_BHLM * (d_att_BHLM - mean_BHL[..., None])
-      d_q_j, d_k_j, d_biases_j = pull_logits(d_logits_BHLM)
+      d_q_j, d_k_j = pull_logits(d_logits_BHLM)
+
+      def pull_biases(d_logits_HLM):
+        """Returns the gradient of the biases for one row of the batch."""
+        row = keys_j._replace(k_BMJG=keys_j.k_BMJG[:1], mask_BM=None)
+        _, pull = jax.vjp(
+          lambda biases: _logits(blocks, q_BLHG[:1], row, biases, (i, j)),
+          biases,
+        )
+        return pull(d_logits_HLM[None])[0]
+
+      d_biases_j = jax.vmap(pull_biases)(d_logits_BHLM)
       return (
         d_q + d_q_j,
         d_k.at[j].add(d_k_j),
@@ -206,7 +216,12 @@ def _backward(blocks: _Blocks, saved, d_out_NBLHr):
     )
     return tuple(total), d_q
 
-  zeros = _zeros((keys.k_BMJG, keys.v_BMIr, biases))
+  # The sum over rows is left to the end: where devices hold rows, a sum in the
+  # loop would move [H, L, M] numbers between them for each pair of blocks.
+  rows = jax.tree.map(
+    lambda x: jnp.broadcast_to(x, (q_NBLHG.shape[1], *x.shape)), biases
+  )
+  zeros = _zeros((keys.k_BMJG, keys.v_BMIr, rows))
   indices_N = jnp.arange(blocks.number)
   (d_k, d_v, d_biases), d_q = jax.lax.scan(
     add_block, zeros, (q_NBLHG, indices_N, sums, d_out_NBHLr, mean_NBHL)
@@ -214,6 +229,7 @@ def _backward(blocks: _Blocks, saved, d_out_NBLHr):
   d_keys = Keys(
     d_k.astype(keys.k_BMJG.dtype), d_v.astype(keys.v_BMIr.dtype), None
   )
+  d_biases = jax.tree.map(lambda x: x.sum(0), d_biases)
   return d_q.astype(q_NBLHG.dtype), d_keys, d_biases
 
 
