@@ -174,6 +174,9 @@ class ModelConfig:
   pooler_norm: bool = False
   dropout: Fraction = 0.0
   remat: bool = False  # recompute blocks in the backward pass
+  # Compile consecutive layers that are alike once, as a loop. Dropout then draws
+  # other masks.
+  scan_layers: bool = False
   dtype: Literal["float32", "bfloat16"] = "float32"  # of computation
 
   def check(self) -> None:

@@ -24,6 +24,7 @@ def get_config(size: str = "8b") -> c.Config:
     rope_base=500000.0,
     dtype="bfloat16",
     remat=True,
+    scan_layers=True,
     **_SIZES[size],
   )
   return c.Config(

@@ -3,12 +3,14 @@
 Paths of its parameters, which are a contract on disk, are in `params`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from folding.config import (
@@ -262,8 +264,55 @@ class Transformer(nn.Module):
       ValueError: the sequences exceed the learned positions.
     """
     x_BLD = self.embed_tokens(tokens_BL, deterministic, segments_BL=segments_BL)
-    for block in self.blocks:
-      x_BLD = block(x_BLD, mask_BL, deterministic)
+    for _, group in itertools.groupby(self.blocks, lambda block: block.layer):
+      blocks = list(group)
+      scans = self.config.scan_layers and len(blocks) > 1
+      if scans and not self.is_initializing():
+        x_BLD = self._scan(blocks, x_BLD, mask_BL, deterministic)
+        continue
+      for block in blocks:
+        x_BLD = block(x_BLD, mask_BL, deterministic)
+    return x_BLD
+
+  def _scan(
+    self,
+    blocks: Sequence[Block],
+    x_BLD: Float[Array, "B L D"],
+    mask_BL: Bool[Array, "B L"] | None,
+    deterministic: bool,
+  ) -> Float[Array, "B L D"]:
+    """Returns the output of layers that are alike, compiled once as a loop.
+
+    Variables that a layer stores, such as observed statistics, are stored under
+    its own path. Interceptors see a layer once, without its name.
+    """
+    c, first = self.config, blocks[0]
+    block = Block(c, first.layer, first.dtype, parent=None)
+    params = jax.tree.map(
+      lambda *ws: jnp.stack(ws), *(b.variables["params"] for b in blocks)
+    )
+    keys = None
+    if c.dropout and not deterministic:
+      keys = jnp.stack([b.make_rng("dropout") for b in blocks])
+    bound: Any = self.scope
+    mutable = core.scope.union_filters(bound.mutable, [])
+
+    def run(scope, x_BLD):
+      return block.clone(parent=scope)(x_BLD, mask_BL, deterministic)
+
+    def step(x_BLD, inputs):
+      params, key = inputs
+      rngs = None if key is None else {"dropout": key}
+      return core.apply(run, mutable)({"params": params}, x_BLD, rngs=rngs)
+
+    if c.remat:
+      step = jax.checkpoint(step, prevent_cse=False)
+    x_BLD, stored = jax.lax.scan(step, x_BLD, (params, keys))
+    for n, each in enumerate(blocks):
+      for collection, values in stored.items():
+        for name, value in values.items():
+          value = jax.tree.map(lambda x, n=n: x[n], value)
+          each.put_variable(collection, name, value)
     return x_BLD
 
   def prefill(

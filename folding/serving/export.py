@@ -151,7 +151,10 @@ class Loaded:
   @property
   def model(self) -> Transformer:
     """The Linen module: `model.apply({"params": params}, tokens, mask)`."""
-    return make_model(self.config, self.num_rows, len(self.labels))
+    # A loop over layers would stack, and so copy, the weights at each call.
+    model = dataclasses.replace(self.config.model, scan_layers=False)
+    config = dataclasses.replace(self.config, model=model)
+    return make_model(config, self.num_rows, len(self.labels))
 
   @property
   def num_rows(self) -> int:

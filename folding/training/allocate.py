@@ -538,6 +538,7 @@ def sensitivities(
     {path of W_O, W_down or the embedding of tokens: [D, D]}.
   """
   dense = config_lib.dense_twin(config)
+  dense.model.scan_layers = False  # errors are added by the path of a layer
   classes = np.shape(params.get("head", {}).get("kernel"))[-1:]
   vocabulary = len(params["embed"]["embedding"])
   model = make_model(dense, vocabulary, *classes)

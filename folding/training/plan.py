@@ -55,8 +55,9 @@ _TPUS = {
   "v6e": _Tpu(32, 2, 1, 1.75e9),
 }
 
-# Of many layers that are alike, a few are compiled and the rest extrapolated.
-# Not one, beside which the TPU compiler has no other layer to overlap.
+# Unless layers are scanned, a few of many that are alike are compiled and the
+# rest extrapolated. Not one, beside which the TPU compiler has no other layer to
+# overlap.
 _MANY, _FEW = 7, (2, 4)
 _PER_LAYER = {
   "model": ("mlp_width", "dense_mlp_width", "heads"),
@@ -167,8 +168,8 @@ def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
 def plan(config: Config, devices: Devices) -> dict[str, Any]:
   """Returns what a training step takes on each device.
 
-  Models of seven layers or more that are alike are compiled with two and with
-  four layers, and their figures extrapolated.
+  Models of seven layers or more that are alike and not scanned are compiled with
+  two and with four layers, and their figures extrapolated.
 
   Args:
     config: Resolved.
@@ -229,9 +230,11 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 def _counts(config: Config) -> list[int]:
   """Returns the numbers of layers to compile; none if all layers are."""
   layers = config_lib.layers_of(config.model, config.fold)
+  if config.model.scan_layers or len(layers) < _MANY:
+    return []
   targets = set(config.fpp.linear_layers or ())
   is_alike = len(set(layers)) == 1 and len(targets) <= 1
-  return list(_FEW) if is_alike and len(layers) >= _MANY else []
+  return list(_FEW) if is_alike else []
 
 
 def _shortened(program: Program, count: int) -> Program:

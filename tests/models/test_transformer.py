@@ -1,5 +1,6 @@
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,58 @@ def test_remat_gives_the_same_gradients():
     remat,
     plain,
   )
+
+
+def test_scanned_layers_equal_the_others():
+  options = {"fold": IRC1, "num_layers": 3, "mlp_width": (9, 9, 5)}
+
+  def run(**fields):
+    model, _ = _make(**options, **fields)
+
+    def loss(params):
+      x, stored = model.apply(
+        {"params": params},
+        _tokens(),
+        KEEP,
+        method="encode",
+        capture_intermediates=True,
+      )
+      return (x**2).mean(), stored
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    lowered = gradient.lower(params := _randomized(model))
+    return lowered.as_text().count("stablehlo.while"), gradient(params)
+
+  no_loops, plain = run()
+  loops, scanned = run(scan_layers=True, remat=True)
+  assert (no_loops, loops) == (0, 2)  # of the first two layers, both passes
+  # The same sums, fused differently.
+  chex.assert_trees_all_close(scanned, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_scanned_layers_have_dropout_of_their_own():
+  model, _ = _make(scan_layers=True, dropout=0.5)
+  params = _randomized(model)
+  # The same weights in both layers, and nothing left of the input.
+  params["blocks_1"] = params["blocks_0"]
+
+  @jax.jit
+  def branches(params):
+    _, stored = model.apply(
+      {"params": params},
+      _tokens(),
+      deterministic=False,
+      rngs={"dropout": KEY},
+      capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+    )
+    return [stored["intermediates"][f"blocks_{n}"]["dropout"] for n in range(N)]
+
+  dropped = [
+    [np.asarray(x) == 0 for x in layer["__call__"]]
+    for layer in branches(params)
+  ]
+  assert all(0.3 < x.mean() < 0.7 for layer in dropped for x in layer)
+  assert all((a != b).any() for a, b in zip(*dropped, strict=True))
 
 
 def test_remat_keeps_less_for_the_backward_pass():

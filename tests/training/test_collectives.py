@@ -189,3 +189,22 @@ def test_loss_in_blocks_gathers_the_output_layer_once():
   program = jax.jit(jax.grad(loss)).lower(weights, batch).compile()
   # In both passes, of four turns each.
   assert hlo.read(program.as_text()).moved["all-gather"].bytes == 4 * 64 * 256
+
+
+def test_scanned_layers_move_what_others_do():
+  mesh = sharding.make_mesh(MESHES["fsdp=8"])
+  shape = {"num_layers": 2, "width": 32, "num_heads": 4, "mlp_width": 256}
+  plain, scanned = (
+    compiled_step(mesh, model=c.llama(**shape, remat=True, scan_layers=scans))
+    for scans in (False, True)
+  )
+  assert scanned.count(" while(") == plain.count(" while(") + 2
+  # No stack is gathered, and each layer moves as much as on its own.
+  largest, largest_scanned = (
+    max(size for _, size in moved(text)) for text in (plain, scanned)
+  )
+  assert largest_scanned == largest
+  moves, moves_scanned = (hlo.read(text).moved for text in (plain, scanned))
+  assert {kind: m.bytes for kind, m in moves_scanned.items()} == {
+    kind: m.bytes for kind, m in moves.items()
+  }

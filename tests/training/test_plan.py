@@ -270,7 +270,10 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
     }
   config.fpp.linear_layers = (0.5,) * 7 + (0.6,)
   assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
-  assert [count for count, _ in compiled] == [2, 4, 8]
+  config.fpp.linear_layers = None
+  config.model.scan_layers = True
+  assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
+  assert [count for count, _ in compiled] == [2, 4, 8, 8]
 
 
 @pytest.mark.slow

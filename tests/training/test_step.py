@@ -425,3 +425,33 @@ def told_statistics():
     return jax.tree.map(jnp.negative, updates), told
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def test_scanned_layers_are_pruned_as_the_others():
+  fpp = c.FPPConfig(
+    linear=0.7, embedding=0.7, score="activation", begin=0.0, end=0.75, checks=3
+  )
+
+  def run(scan_layers):
+    model = c.ModelConfig(
+      num_layers=2,
+      width=32,
+      num_heads=4,
+      use_bias=False,
+      remat=True,
+      scan_layers=scan_layers,
+    )
+    made = tiny.make(tiny.config(model=model, fpp=fpp))
+    state, step = made.init(), made.step(True)
+    for number in range(6):
+      state, metrics = step(state, tiny.batch(number))
+    return state, metrics
+
+  (plain, metrics), (scanned, scanned_metrics) = run(False), run(True)
+  assert metrics["zero"] > 0
+  chex.assert_trees_all_equal(
+    scanned.opt_state.suspected, plain.opt_state.suspected
+  )
+  # The same sums, fused differently.
+  chex.assert_trees_all_close(scanned.params, plain.params, atol=1e-4)
+  chex.assert_trees_all_close(scanned_metrics, metrics, rtol=1e-4)
