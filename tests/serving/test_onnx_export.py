@@ -58,7 +58,7 @@ _CASES = {
   ),
   # Norms of queries and keys.
   "last-by-input-axis": lambda: models.make(
-    model=dataclasses.replace(_GPT2, qk_norm=True),
+    model=dataclasses.replace(_GPT2, qk_norm=True, norm_epsilon=0.1),
     fold=c.FoldConfig(groups=4, axis="input", values="dense"),
   ),
   "gpt2-diagonal": lambda: models.make("lm", _GPT2, c.FoldConfig(groups=2)),
@@ -167,6 +167,7 @@ def test_int8_is_near_and_a_quarter_as_large(start, task, tmp_path):
   # Columns and rows of unlike size need scales of their own.
   model.params["blocks_0"]["mlp"]["up"]["kernel"][:, 3] *= 50
   model.params["embed"]["embedding"][5] *= 50
+  model.params["blocks_0"]["mlp"]["up"]["kernel"][:, 4] = 0  # has no scale
   tokens, mask = _batch(21)
   sizes, found = [], []
   for dtype in ("float32", "int8"):
