@@ -15,6 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def test_imports_follow_the_layers_of_pyproject(monkeypatch):
   monkeypatch.chdir(ROOT)
+  # It disables the loggers that exist, which later tests read.
+  monkeypatch.setattr("logging.config.dictConfig", lambda options: None)
   status = cli.lint_imports(
     config_filename="pyproject.toml", no_cache=True, is_debug_mode=False
   )
