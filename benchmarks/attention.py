@@ -193,7 +193,7 @@ def _compare(
   """Returns seconds, and how many times as fast linear time is.
 
   Args:
-    calls: What is timed.
+    calls: Functions to time.
     rounds: How often.
     count: Repetitions within one call.
   """

@@ -44,7 +44,7 @@ class Scatter(NamedTuple):
   """Named points, one color and mark per series, on a logarithmic x axis.
 
   Attributes:
-    title: What is shown, and which corner is the good one.
+    title: Title, which names the good corner.
     x_label: Name and unit of the horizontal axis.
     y_label: Name and unit of the vertical axis.
     series: {series: {name of a point: (x, y)}}.

@@ -15,8 +15,8 @@ def time_in_turn(
   The order is reversed every other round, so that no call always comes first.
 
   Args:
-    calls: What is timed.
-    rounds: How often each is.
+    calls: Functions to time.
+    rounds: How often each is timed.
     clock: Returns seconds. `time.process_time` sums those of all cores, and
       hardly depends on what else runs on the machine.
   """

@@ -297,9 +297,9 @@ class FPPConfig:
   granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
   # Of attention: W_O, all four matrices (by weight), whole heads, or nothing.
   attention: Literal["output", "all", "heads", "none"] = "output"
-  # Of an embedding that is no output layer. "row": zero the rows of tokens. Of a
-  # trained one: "trim" removes tokens from the tokenizer, which splits their words
-  # further; "rank" keeps all tokens, with fewer numbers each.
+  # How an embedding shrinks that is not the output layer too. "row": rows of tokens
+  # become zero. "trim": tokens leave the tokenizer of a trained model, which splits
+  # their words further. "rank": all tokens stay, with fewer numbers each.
   embedding_granularity: Literal["weight", "row", "trim", "rank"] = "weight"
   begin: Fraction = 0.45  # of the steps: first mask update
   end: Share = 0.9  # of the steps: last update
@@ -445,7 +445,7 @@ class Config:
       )
     if self.task == "lm" and m.tie_embeddings and self.fold.embedding_rank:
       raise ConfigError(
-        "fold.embedding_rank is of an embedding that is no output layer; use "
+        "fold.embedding_rank cannot make the output layer smaller; use "
         "model.tie_embeddings=False"
       )
     if self.task == "lm" and self.data.length < 2:

@@ -42,7 +42,7 @@ class Components(NamedTuple):
   Attributes:
     mean_D: Mean row.
     axes_DD: One component per column, from the most variance to the least.
-    variances_D: Of the components.
+    variances_D: Variance of each component.
   """
 
   mean_D: np.ndarray

@@ -285,7 +285,7 @@ def rows_of(
 
   Args:
     part: The files of a split.
-    column: Of columnar files, the only one to read; None: all.
+    column: The only column to read of columnar files; None: all.
     labelled: Whether to leave out rows of class -1, as some test splits have.
 
   Raises:

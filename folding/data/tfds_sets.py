@@ -100,8 +100,8 @@ def require_prepared(
   """Checks that reading the data of a run will neither fetch nor write any.
 
   Args:
-    data: Of the run's config.
-    task: Of the run.
+    data: Data section of the config.
+    task: Task of the run.
     workdir: The run directory, for the message.
 
   Raises:

@@ -58,7 +58,7 @@ def attend(
     bias_HLM: Added to the logits: positions, and -1e30 at hidden keys.
     mask_BM: False at pad tokens; None: no padding.
     head_dim: K.
-    cap: Of the logits before the bias, see `soft_cap`.
+    cap: Limit of the logits before the bias, see `soft_cap`.
   """
   B, L, H, _ = q_BLHG.shape
   logits_BHLM = attention_logits(
@@ -183,7 +183,7 @@ def layer_frequencies(
   """Returns the `rope_frequencies` of a layer.
 
   Args:
-    config: Of the model.
+    config: Shape of the model.
     layer: Shape of the layer.
     size: Number of channels of a head; None: all K.
   """
@@ -207,7 +207,7 @@ def rope_frequencies(
     size: Number of channels of a head.
     base: The slowest pair turns by about 1 / base per token.
     scaling: As in `folding.config.ModelConfig.rope_scaling`.
-    share: Of the channels that turn; the last pairs have angle 0.
+    share: Fraction of the channels that turn; the last pairs have angle 0.
   """
   half, turning = size // 2, int(size * share) // 2
   frequency = np.zeros(half)

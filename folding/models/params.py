@@ -1,7 +1,8 @@
 """The parameters of our models: one table of paths, groups and axes.
 
 Letters as in `folding.models`, and: P positions, S segments, E width again, e
-width of the embeddings (D unless these are projected), r rank of that of tokens. Key/value heads are J, also where J = H. Paths are those of an array in its
+width of the embeddings (D unless these are projected), r rank of the embedding of
+tokens. Key/value heads are J, also where J = H. Paths are those of an array in its
 layer ("attn/q/kernel"); a full path has "blocks_<n>/" before it. The tensors
 of Hugging Face checkpoints are in `hf_weights.LAYOUTS`, with these axes.
 """

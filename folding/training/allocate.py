@@ -79,10 +79,7 @@ Options = Mapping[tuple[int, str], Sequence[Option]]  # of (layer, kind)
 
 
 def allocate(
-  config: Config,
-  params: Mapping[str, Any],
-  batches: Sequence[Batch],
-  usage_V: np.ndarray | None = None,
+  config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
 ) -> Config:
   """Returns the config with `fold` and `fpp.linear_layers` set per layer.
 
@@ -97,7 +94,6 @@ def allocate(
     config: Resolved.
     params: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
-    usage_V: As for `fold_pretrained`.
 
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
@@ -117,7 +113,7 @@ def allocate(
       "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
       "makes smaller together; use fpp.overall"
     )
-  options = measure(config, params, batches, usage_V)
+  options = measure(config, params, batches)
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   by_rank = _EMBEDDING in options  # a decision like the others
@@ -264,10 +260,7 @@ def _budget(
 
 
 def measure(
-  config: Config,
-  params: Mapping[str, Any],
-  batches: Sequence[Batch],
-  usage_V: np.ndarray | None = None,
+  config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
 ) -> dict[tuple[int, str], list[Option]]:
   """Returns the options of each layer and kind: "qk", "v" and "mlp".
 
@@ -277,7 +270,6 @@ def measure(
     config: Resolved.
     params: Parameters of its dense baseline.
     batches: Calibration text.
-    usage_V: As for `fold_pretrained`.
   """
   dense = config_lib.dense_twin(config)
   stream = embed_batches(dense, params, batches)
@@ -285,8 +277,7 @@ def measure(
   is_open = config.fpp.embedding_granularity == "rank"
   if is_open or config.fold.embedding_rank:
     embedding_VD = np.asarray(params["embed"]["embedding"])
-    if usage_V is None:
-      usage_V = usage_of(batches, len(embedding_VD))
+    usage_V = usage_of(batches, len(embedding_VD))
     options[_EMBEDDING] = _embedding_options(
       embedding_VD, usage_V, matter["embed"], config.fold.embedding_rank
     )

@@ -93,12 +93,12 @@ def recipe(
     saving: Fraction of the parameters to save; None: what the preset says.
   """
   is_lm = config.task == "lm"
-  if config.task == "embed":  # texts to come use other words than these
-    rows = "rank"
-  elif not is_lm:
-    rows = "trim" if can_trim(tokenizer) else "row"
-  else:
+  if is_lm:
     rows = "weight"
+  elif config.task == "embed":  # later texts use other words than these
+    rows = "rank"
+  else:
+    rows = "trim" if can_trim(tokenizer) else "row"
   m = config.model
   is_rotary = m.positions == "rope"
   # A quarter of a head, for plans that fold all layers alike.
@@ -167,7 +167,7 @@ def compress_trained(config: Config, data: Data) -> Compressed:
     )
   config = config_lib.unshrunk(config)  # if a stopped run begins again
   batches, size = calibration(config, data), data.tokenizer.plain_size
-  usage_V = None  # as in the batches; of all texts where it decides
+  usage_V = None  # only an embedding of low rank is weighted by it
   is_open = config.fpp.embedding_granularity == "rank"
   if is_open or config.fold.embedding_rank:
     usage_V = token_usage(data.token_counts(), size)

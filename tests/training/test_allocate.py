@@ -59,8 +59,8 @@ def _trained(config, flat_layers=()):
 def measured(monkeypatch):
   """Measures the options of each kind once for all tests that allocate."""
 
-  def measure(config, params, batches, usage_V):
-    del params, batches, usage_V
+  def measure(config, params, batches):
+    del params, batches
     return _options("llama" if config.model.positions == "rope" else "bert")
 
   monkeypatch.setattr(allocate, "measure", measure)
