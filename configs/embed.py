@@ -18,7 +18,6 @@ with scores of similarity is shown too.
 import os
 
 from folding import config as c
-from folding.data import tokenizers
 from folding.errors import ConfigError
 from folding.models import hf_weights, sentence
 from folding.training.compress import path_and_level, recipe, recovery_rate
@@ -70,4 +69,4 @@ def get_config(where: str = "") -> c.Config:
       eval_every=250,
     ),
   )
-  return recipe(config, tokenizers.load_tokenizer(data.tokenizer), level)
+  return recipe(config, level)

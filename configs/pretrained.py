@@ -3,9 +3,8 @@ r"""Makes a trained model smaller and recovers it: `--config=configs/pretrained.
 PATH is a Hugging Face folder or hub id (families: docs/how-to/pretrained.md), or a
 dense run. PATH,0.3 makes it 30% smaller instead of 70%. Arrays are smaller from the
 first step: a plan chooses the groups of W_Q and W_K, the rank of W_V and W_O and the
-neurons of each layer, and tokens that are used least leave the tokenizer of a
-classifier. For a language model, which loses more with fewer neurons, FPP prunes
-single weights while it recovers.
+neurons of each layer, and the rank of the embedding. For a language model, which
+loses more with fewer neurons, FPP prunes single weights while it recovers.
 
 Tune:    folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True
@@ -20,7 +19,6 @@ At once: the first command without --config.dense=True. The way for a language
 import os
 
 from folding import config as c
-from folding.data import tokenizers
 from folding.errors import ConfigError
 from folding.models import hf_weights
 from folding.training.compress import path_and_level, recipe, recovery_rate
@@ -79,4 +77,4 @@ def get_config(where: str = "") -> c.Config:
       eval_every=250,
     ),
   )
-  return recipe(config, tokenizers.load_tokenizer(data.tokenizer), level)
+  return recipe(config, level)

@@ -56,22 +56,13 @@ def compress(
   if any(a != b for a, b in zip(*layers, strict=True)):
     raise ConfigError("this model is folded or shrunk; give the dense one")
   config = dataclasses.replace(dense, dense=False)
-  config = compress_lib.recipe(config, loaded.tokenizer, saving)
-  if config.fpp.embedding_granularity == "row":
-    raise ConfigError(
-      "tokens of this kind of tokenizer cannot be removed; use "
-      "configs/pretrained.py, which zeroes rows while training"
-    )
+  config = compress_lib.recipe(config, saving)
   # At once: there are no steps in which FPP could prune.
   config.compress.prune = "sparsegpt"
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   rows = encode_rows(loaded.tokenizer, list(texts), config.data.length).ids
-  tokenizer = loaded.tokenizer
   counts = np.bincount(np.concatenate([[0], *rows]))
-  _, fraction = compress_lib.outer_fractions(config)
-  if config.fpp.embedding_granularity == "trim" and fraction:
-    tokenizer = compress_lib.without_tokens(tokenizer, counts, fraction)
   small = compress_lib.compress_params(
     config,
     loaded.params,
@@ -79,8 +70,7 @@ def compress(
     len(loaded.labels),
     token_usage(counts, loaded.num_rows),
   )
-  params = compress_lib.without_trimmed(tokenizer, small.params)
-  return Loaded(small.config, params, tokenizer, loaded.labels)
+  return Loaded(small.config, small.params, loaded.tokenizer, loaded.labels)
 
 
 def _batches(

@@ -23,7 +23,7 @@ from folding import files, paths
 from folding.config import CompressConfig, Config, FoldConfig, FPPConfig
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
-from folding.data.trim import can_trim, token_usage, trimmed
+from folding.data.trim import token_usage, trimmed
 from folding.errors import ConfigError
 from folding.models.hf_weights import (
   describe_pretrained,
@@ -75,30 +75,20 @@ def path_and_level(where: str) -> tuple[str, float | None]:
   return path, level
 
 
-def recipe(
-  config: Config, tokenizer: Tokenizer, saving: float | None = None
-) -> Config:
+def recipe(config: Config, saving: float | None = None) -> Config:
   """Returns a config with the plan that makes a trained model small.
 
-  Arrays are small before training begins, except where the rows of an
-  embedding cannot be trimmed: then FPP zeroes rows and neurons while training.
-  For a language model FPP zeroes single weights: stories260K at half its size
-  has perplexity 8.1, and 10.7 with smaller ranks and fewer neurons (one seed,
-  the same 300 steps).
+  Arrays of an encoder are small before training begins. For a language model
+  FPP zeroes single weights while training: stories260K at half its size has
+  perplexity 8.1, and 10.7 with smaller ranks and fewer neurons (one seed, the
+  same 300 steps).
 
   Args:
     config: Of a dense model; its sections `fold`, `fpp` and `compress` are
       replaced.
-    tokenizer: Tokenizer of the model.
     saving: Fraction of the parameters to save; None: what the preset says.
   """
   is_lm = config.task == "lm"
-  if is_lm:
-    rows = "weight"
-  elif config.task == "embed":  # later texts use other words than these
-    rows = "rank"
-  else:
-    rows = "trim" if can_trim(tokenizer) else "row"
   m = config.model
   is_rotary = m.positions == "rope"
   # A quarter of a head, for plans that fold all layers alike.
@@ -121,7 +111,7 @@ def recipe(
   fpp = FPPConfig(
     granularity="weight" if is_lm else "neuron",
     attention="output" if is_lm else "none",  # of low rank instead
-    embedding_granularity=rows,
+    embedding_granularity="weight" if is_lm else "rank",
     # For language models too: with 0.2 stories260K has perplexity 9.8.
     embedding_share=1.0,
     overall=saving,
@@ -129,9 +119,8 @@ def recipe(
     begin=0.02,
     end=0.3,
   )
-  is_before = rows != "row" and not is_lm
   compress = CompressConfig(
-    plan="auto", prune="sparsegpt" if is_before else "none"
+    plan="auto", prune="none" if is_lm else "sparsegpt"
   )
   return dataclasses.replace(
     config, preset="paper", fold=fold, fpp=fpp, compress=compress
