@@ -845,6 +845,13 @@ def dense_twin(config: Config) -> Config:
   return resolve(dataclasses.replace(unshrunk(config), dense=True))
 
 
+def is_whole(config: Config) -> bool:
+  """Returns whether the arrays of a resolved config are those of its baseline."""
+  dense = dense_twin(config)
+  ours, whole = (layers_of(c.model, c.fold) for c in (config, dense))
+  return ours == whole and not config.fold.embedding_rank
+
+
 def quality(config: Config) -> str:
   """Returns the test metric that a run is judged by: "bits_per_byte", ..."""
   metric = config.train.metric or METRICS[config.task][0]

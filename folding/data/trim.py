@@ -28,12 +28,6 @@ def token_usage(found_V: np.ndarray, size: int) -> np.ndarray:
   return (count_V / count_V.sum()).astype(np.float32)
 
 
-def can_trim(tokenizer: Tokenizer) -> bool:
-  """Returns whether tokens can be removed from a tokenizer."""
-  kind = json.loads(tokenizer.to_json())["model"].get("type")
-  return kind in _KINDS and not isinstance(tokenizer, MappedTokenizer)
-
-
 def trim_tokenizer(
   tokenizer_json: str, keep_V: Sequence[bool] | np.ndarray
 ) -> tuple[str, list[int]]:

@@ -27,19 +27,18 @@ def compress(
   """Returns a model with fewer parameters, fitted to texts without labels.
 
   This is what a run of configs/pretrained.py starts from: a plan by layer, folded
-  projections and fewer neurons; a classifier has fewer tokens, a sentence encoder
-  an embedding of low rank. For a language model SparseGPT zeroes single weights,
+  projections, fewer neurons and an embedding of low rank. For a language model SparseGPT zeroes single weights,
   and the arrays keep their size. Training recovers most of the lost quality.
 
   Args:
     model: A dense model, or a path or hub id that `folding.load` reads.
     texts: Single texts like those that the model will read.
     saving: Fraction of the parameters to save.
-    max_texts: Number of texts to fit to. All texts decide which tokens stay.
+    max_texts: Number of texts to fit to. The embedding is fitted to all texts.
 
   Raises:
-    ConfigError: the model is folded or shrunk already, its tokens cannot be
-      removed, `texts` is one string or too little, or no plan saves as much.
+    ConfigError: the model is folded or shrunk already, `texts` is one string or
+      too little, or no plan saves as much.
 
   Example:
     small = folding.compress("org/model", texts, saving=0.5)
@@ -49,13 +48,11 @@ def compress(
   if not 0 < saving < 1:
     raise ConfigError(f"saving is a fraction between 0 and 1; it is {saving}")
   loaded = model if isinstance(model, Loaded) else load(model)
-  dense = config_lib.dense_twin(loaded.config)
-  layers = (
-    config_lib.layers_of(c.model, c.fold) for c in (loaded.config, dense)
-  )
-  if any(a != b for a, b in zip(*layers, strict=True)):
+  if not config_lib.is_whole(loaded.config):
     raise ConfigError("this model is folded or shrunk; give the dense one")
-  config = dataclasses.replace(dense, dense=False)
+  config = dataclasses.replace(
+    config_lib.dense_twin(loaded.config), dense=False
+  )
   config = compress_lib.recipe(config, saving)
   # At once: there are no steps in which FPP could prune.
   config.compress.prune = "sparsegpt"

@@ -119,9 +119,7 @@ def recipe(config: Config, saving: float | None = None) -> Config:
     begin=0.02,
     end=0.3,
   )
-  compress = CompressConfig(
-    plan="auto", prune="none" if is_lm else "sparsegpt"
-  )
+  compress = CompressConfig(plan="auto", prune="none" if is_lm else "sparsegpt")
   return dataclasses.replace(
     config, preset="paper", fold=fold, fpp=fpp, compress=compress
   )
@@ -435,9 +433,8 @@ def _read_source(
     found, params, tokenizer = load_run(path)
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
     classes, task = load_labels(path), found.task
-    layers = config_lib.layers_of(model, found.fold)
-    if any(layer.is_folded for layer in layers) or found.fold.embedding_rank:
-      raise ConfigError(f"{path} is a folded run; start from a dense one")
+    if not config_lib.is_whole(found):
+      raise ConfigError(f"{path} is folded or shrunk; start from a dense run")
     if isinstance(tokenizer, MappedTokenizer):
       raise ConfigError(
         f"the tokenizer of {path} was trimmed; start from the dense run before"

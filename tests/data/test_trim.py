@@ -146,9 +146,6 @@ def test_trim_refuses_what_it_cannot_trim():
   trimmed = trim.trimmed(plain, np.ones(21, bool))
   with pytest.raises(ConfigError, match="trimmed already"):
     trim.trimmed(trimmed, np.ones(21, bool))
-  assert trim.can_trim(plain)
-  assert not trim.can_trim(trimmed)
-  assert not trim.can_trim(Tokenizer(tokenizers.Tokenizer(unigram)))
 
 
 def test_trimmed_encodes_as_the_trimmed_json_and_maps_old_ids(tmp_path):

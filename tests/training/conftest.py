@@ -118,6 +118,7 @@ def recovery_config(source, topics, **fields) -> c.Config:
   config.compress.plan, config.compress.prune = "same", "none"
   config.fpp.granularity, config.fpp.attention = "weight", "output"
   config.fold.values = "diagonal"
+  config.fpp.embedding_granularity = "trim"
   config.fpp.checks, config.fpp.overall = 2, 0.5
   for name, value in fields.items():
     section, _, field = name.rpartition("__")

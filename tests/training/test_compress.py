@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
 
 import folding
 from configs import pretrained as pretrained_config
@@ -21,7 +20,6 @@ from folding.serving.predict import predict
 from folding.training import compress, loop
 from folding.training.checkpoint import load_run
 from folding.training.loop import Run
-from tests.models import checkpoints
 from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
 
 
@@ -327,7 +325,7 @@ def test_folded_run_is_refused_as_a_start(
   folded_run, dense_run, topics, tmp_path
 ):
   config = recovery_config(dense_run, topics, pretrained=str(folded_run[0]))
-  with pytest.raises(errors.ConfigError, match="start from a dense one"):
+  with pytest.raises(errors.ConfigError, match="start from a dense run"):
     loop.run(config, str(tmp_path / "run"))
 
 
@@ -381,16 +379,7 @@ def test_last_of_the_unused_tokens_ranks_lowest(checkpoint, tmp_path):
   assert usage.sum() == pytest.approx(1)
 
 
-def test_vocabulary_that_cannot_or_need_not_be_trimmed_stays(
-  checkpoint, topics, tmp_path
-):
-  shutil.copytree(checkpoint[0], tmp_path / "hf")
-  words = [(word, -1.0) for word in checkpoints.WORDS]
-  inner = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=3))
-  inner.save(str(tmp_path / "hf" / "tokenizer.json"))
-  for source, expected in ((checkpoint[0], "trim"), (tmp_path / "hf", "row")):
-    found = recovery_config(source, topics)
-    assert found.fpp.embedding_granularity == expected
+def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
   config = recovery_config(checkpoint[0], topics, fpp__overall=None)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.0
   data = make_data(config := c.resolve(config))
