@@ -597,8 +597,9 @@ class Config:
     is_open = f.embedding_granularity == "rank" and not self.fold.embedding_rank
     if is_open and not is_planned:
       raise ConfigError(
-        "fpp.embedding_granularity='rank' needs fold.embedding_rank, or "
-        "compress.plan='auto' and fpp.overall, which choose it"
+        "fpp.embedding_granularity='rank' needs compress.plan='auto' and "
+        "fpp.overall, which choose the rank, or fold.embedding_rank; 'trim' and "
+        "'weight' need neither"
       )
     if self.compress.plan == "auto" and is_new:
       raise ConfigError(

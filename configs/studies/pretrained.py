@@ -2,9 +2,10 @@ r"""Six methods from a trained checkpoint, at four levels, with three seeds.
 
 A dense model is fine-tuned for 60% of the steps. Each method starts from it and
 recovers for the rest, with the fine-tuned model as its teacher. The dense
-baseline is fine-tuned for all steps. `fpp` prunes all matrices here. ARGUMENT is CHECKPOINT,FOLDER[,NAME...]:
-a checkpoint as in configs/pretrained.py, and data sets of its task as in
-from_scratch.py.
+baseline is fine-tuned for all steps. `fpp` prunes all matrices here. `ours`
+lowers the rank of a classifier's embedding, the others trim its tokens. ARGUMENT
+is CHECKPOINT,FOLDER[,NAME...]: a checkpoint as in configs/pretrained.py, and data
+sets of its task as in from_scratch.py.
 
 Command: folding study \
            configs/studies/pretrained.py:CHECKPOINT,FOLDER,trec,subj,mr,sst2 \
@@ -43,6 +44,7 @@ _PLANNED = Method(
     "compress.prune": "sparsegpt",
     "fpp.granularity": "neuron",
     "fpp.attention": "none",
+    "fpp.embedding_granularity": "weight" if base.task == "lm" else "rank",
     "fpp.overall": level,
   },
 )
@@ -78,6 +80,8 @@ def _base(base: Config, scratch: Config) -> Config:
   base.distill = c.DistillConfig()  # only recovery has a teacher
   base.compress = c.CompressConfig()  # only ours has a plan
   base.fpp.granularity, base.fpp.attention = "weight", "output"
+  if base.task != "lm":  # only a plan chooses a rank
+    base.fpp.embedding_granularity = "trim"
   base.train.learning_rate = 1e-4
   base.data.length = min(base.data.length, 48)
   base.train.steps, base.train.eval_every = 400, 80
