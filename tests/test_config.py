@@ -518,7 +518,7 @@ REFUSED = {
   ),
   "open_rank_without_a_plan": (
     TRAINED | {"task": "classify", "fpp__embedding_granularity": "rank"},
-    "fold.embedding_rank, or",
+    "or fold.embedding_rank",
     {"fold__embedding_rank": 8},
   ),
   "heads_that_share": (
