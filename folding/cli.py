@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from folding import config as config_lib
 from folding import files, typed
-from folding.errors import ConfigError, TrainingError
+from folding.errors import ConfigError, TrainingError, one_line
 from folding.version import __version__
 
 _Argument = tuple[str, dict[str, Any]]
@@ -554,7 +554,30 @@ def exit_status(call: Callable[[], Any]) -> int:
     return 1
   except KeyboardInterrupt:
     return 130  # as a shell says it
+  except Exception:
+    reason = _no_backend()
+    if reason is None:
+      raise
+    _print_error(reason)
+    return 2
   return 0
+
+
+def _no_backend() -> str | None:
+  """Returns why JAX cannot start; None if it can."""
+  import jax
+
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    # An NVIDIA GPU that is missing is an assertion without a message.
+    said = one_line(error) or "it found no such device"
+    return (
+      f"JAX cannot start with JAX_PLATFORMS={platforms}: {said}; unset "
+      "JAX_PLATFORMS, or install '.[cuda]' or '.[tpu]' where there is a device"
+    )
+  return None
 
 
 def make_parser() -> argparse.ArgumentParser:

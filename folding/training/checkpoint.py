@@ -285,9 +285,9 @@ class Checkpoints:
 def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
   """Returns the config, best parameters and tokenizer of a run directory.
 
-  The best checkpoint is that by `train.metric` on the validation split. If none has a loss, or the best is damaged, it takes the newest
-  that can be read. Neither data nor optimizer state is read, and any number of
-  devices will do.
+  The best checkpoint is that by `train.metric` on the validation split. If none
+  has a loss, or the best is damaged, it takes the newest that can be read.
+  Neither data nor optimizer state is read, and any number of devices will do.
 
   Returns:
     (config, tree of NumPy arrays, tokenizer).
@@ -301,6 +301,7 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
   steps = _best_first(folder, saved_steps(folder))
   if not steps:
     raise ConfigError(f"{workdir} has no checkpoint yet")
+  jax.devices()  # raises without a backend, which below would look like damage
   params, reasons = None, {}
   with _quiet(reasons):
     for step in steps:

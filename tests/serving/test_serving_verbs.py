@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -127,3 +130,16 @@ def test_mistake_is_one_line(run, tmp_path, capsys, argv, message):
   (tmp_path / "a.txt").write_text("a\n")
   argv = argv.replace("RUN", str(run)).replace("TMP", str(tmp_path)).split()
   assert message in _error(capsys, *argv)
+
+
+def test_backend_that_does_not_exist_is_one_line(run):
+  done = subprocess.run(
+    [sys.executable, "-m", "folding", "predict", run, run / "labels.json"],
+    env={**os.environ, "JAX_PLATFORMS": "no_such_platform"},
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout) == (2, "")
+  [line] = done.stderr.splitlines()
+  assert "JAX_PLATFORMS" in line
+  assert "checkpoint" not in line
