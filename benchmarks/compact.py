@@ -190,7 +190,11 @@ def main() -> None:
     "ms_after": "a step after the ramp",
   }
   ratios = {labels[name]: {"ratio": x} for name, x in result["ratio"].items()}
-  plot = output.Plot("Compact over dense: time", {"compact": ratios})
+  plot = output.Plot(
+    f"Training of {args.steps} steps with train.compact",
+    "time relative to the dense baseline",
+    {"compact": ratios},
+  )
   output.show("compact", args, result, [table], plot)
 
 

@@ -5,10 +5,10 @@
 Four models of one shape, timed in turn:
 
 - dense;
-- folded 4: four numbers per key, a diagonal W_V;
-- folded 1: one number per key;
-- linear: as folded 1, with a state of constant size in place of keys. It has as
-  many nodes as `folding generate --cache=linear` takes for this model.
+- folded, G = 4: four numbers per key, a diagonal W_V;
+- folded, G = 1: one number per key, a diagonal W_V;
+- linear, G = 1: a state of constant size in place of keys. It has as many nodes as
+  `folding generate --cache=linear` takes for this model.
 
 Parameters are random. The number of nodes depends on the ranges of queries and
 keys, so a trained model may need others. Each call decodes the last 8 tokens
@@ -32,7 +32,12 @@ from folding.serving.sampling import Sampling, make_draw
 LENGTHS = (1024, 4096, 16384)
 VOCAB_SIZE, CHUNK, PROMPT = 1024, 8, 64
 MODEL = config_lib.ModelConfig(num_layers=4, width=256, num_heads=8)
-GROUPS = {"dense": 0, "folded 4": 4, "folded 1": 1, "linear": 1}
+GROUPS = {
+  "dense": 0,
+  "folded, G = 4": 4,
+  "folded, G = 1": 1,
+  "linear, G = 1": 1,
+}
 
 
 def measure(rounds: int, batch_size: int) -> dict:
@@ -79,7 +84,7 @@ class _Decoder:
     )
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     states = None
-    if name == "linear":
+    if name == "linear, G = 1":
       spans = generate.measure_spans(model, params)
       states = generate.empty_states(model, spans, batch_size, 1.6)
     start = np.zeros(batch_size, np.int32)
@@ -135,7 +140,11 @@ def main() -> None:
     for name in GROUPS
     if name != "dense"
   }
-  plot = output.Plot("Decoding: times as fast as with a dense cache", speed)
+  plot = output.Plot(
+    f"Decoding {args.batch_size} texts",
+    "times as fast as with a dense cache (bars: quartiles)",
+    speed,
+  )
   output.show("decode", args, result, [table], plot)
 
 

@@ -112,7 +112,8 @@ def main() -> None:
     + [["without FPP", f"{1e3 * result['seconds']['bare']:.1f}", "1", ""]],
   )
   plot = output.Plot(
-    "A training step with FPP: times as long as without",
+    "A training step of the quickstart with FPP",
+    "time relative to the step without FPP (bars: quartiles)",
     {"FPP": {title: result[name] for name, title in NAMES.items()}},
   )
   name = "fpp_step" if args.devices == 1 else f"fpp_step_{args.devices}"

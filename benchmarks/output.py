@@ -32,11 +32,13 @@ class Plot(NamedTuple):
   """Ratios on a logarithmic axis, with a line at 1.
 
   Attributes:
-    title: What the ratios are, and which side of 1 is the good one.
+    title: What is compared.
+    x_label: What the ratios are, and what the bars are.
     series: {name: {label: {"ratio"} or {"ratio", "ratio_low", "ratio_high"}}}.
   """
 
   title: str
+  x_label: str
   series: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
@@ -138,8 +140,9 @@ def _page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) -> str:
 def _draw(plot: Plot) -> Any:
   """Returns a figure: a row per label, a mark per series, bars of quartiles."""
   labels = list(dict.fromkeys(x for s in plot.series.values() for x in s))
+  num_marks = sum(map(len, plot.series.values()))
   with plots.figure() as drawing:
-    drawing.set_size_inches(8, 1.4 + 0.32 * len(labels) * len(plot.series))
+    drawing.set_size_inches(8, 1.6 + 0.32 * num_marks)
     axes = drawing.subplots()
     axes.set_xscale("log")
     axes.axvline(1, color=plots.GREY, linewidth=1)
@@ -155,7 +158,7 @@ def _draw(plot: Plot) -> Any:
         axes.plot([low, high], [y, y], color=color, linewidth=3, alpha=0.4)
         axes.plot(x, y, "o", color=color, markersize=7)
         axes.annotate(
-          f"{x:.3g}",
+          f"{x:#.3g}",
           (high, y),
           (7, 0),
           textcoords="offset points",
@@ -180,6 +183,7 @@ def _draw(plot: Plot) -> Any:
     if highest / lowest < 2:
       axes.xaxis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
       axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xlabel(plot.x_label)
     axes.set_title(plot.title)
     if len(plot.series) > 1:
       drawing.legend(loc="outside lower center", ncols=4)
