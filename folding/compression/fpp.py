@@ -148,16 +148,17 @@ def fpp(
   averaged gradients are all 0, has no ranking: its masks stay as they are.
 
   `update` needs `params`. It also takes:
-    stats: {parameter path: mean square of its input}, from `folding.observe`.
-      The scores "relative" and "activation" need it for all parameters that
-      they rank, except biases and other vectors, whose input is 1. Only a step
-      with `is_due=False` may leave it out. The first axis of that of stacked
-      layers (`Rule.layers`) is the layer.
-    value, value_fn: The loss, and a function from params to the loss, as for
-      the line searches of optax. A `tolerance` needs `value_fn`. It gets the
-      params that this transform sees.
-    is_due: Static bool: does this step update the masks? It removes a
-      `lax.cond` from the compiled step. None: derived from the step counter.
+
+  - `stats`: {parameter path: mean square of its input}, from `folding.observe`.
+    The scores "relative" and "activation" need it for all parameters that they
+    rank, except biases and other vectors, whose input is 1. Only a step with
+    `is_due=False` may leave it out. Statistics of stacked layers
+    (`Rule.layers`) have the layer as their first axis.
+  - `value`, `value_fn`: The loss, and a function from params to the loss, as
+    for the line searches of optax. A `tolerance` needs `value_fn`. It gets the
+    params that this transform sees.
+  - `is_due`: Static bool: does this step update the masks? It removes a
+    `lax.cond` from the compiled step. None: derived from the step counter.
 
   Args:
     inner: The optimizer to wrap.

@@ -40,23 +40,26 @@ class Data:
   """The batches of a run. Made by `make_data`.
 
   A batch of a language model ("lm"), next-token prediction:
-    tokens: int32[B, L].
-    targets: int32[B, L], the token after each.
-    weights: float32[B, L], 1 if the target is scored, 0 at padding.
+
+  - `tokens`: int32[B, L].
+  - `targets`: int32[B, L], the token after each.
+  - `weights`: float32[B, L], 1 if the target is scored, 0 at padding.
+
   The documents of a split are one stream (see `Tokenizer.stream`). Windows of
   it share one token, so each token but the first of all is a target once.
 
   A batch of the other tasks, Lb one of a few bucket lengths:
-    tokens: int32[B, Lb].
-    mask: bool[B, Lb], False at padding.
-    segments: int32[B, Lb], 1 at the second text of a pair; left out if the
-      tokenizer does not tell the two apart.
-    labels: int32[B] classes ("classify"), float32[B] scores ("regress"), or
-      float32[B, C], 1 at the classes of a row ("multilabel").
-    weights: float32[B], 1 for a row, 0 for padding.
-  Task "embed" has no labels. If tokens have left the tokenizer, its batches have
-  the texts as the teacher reads them:
-    whole_tokens, whole_mask: int32 and bool [B, Lb].
+
+  - `tokens`: int32[B, Lb].
+  - `mask`: bool[B, Lb], False at padding.
+  - `segments`: int32[B, Lb], 1 at the second text of a pair; left out if the
+    tokenizer does not tell the two apart.
+  - `labels`: int32[B] classes ("classify"), float32[B] scores ("regress"), or
+    float32[B, C], 1 at the classes of a row ("multilabel").
+  - `weights`: float32[B], 1 for a row, 0 for padding.
+
+  Task "embed" has no labels. If tokens have left the tokenizer, its batches also
+  have the texts as the teacher reads them: `whole_tokens`, `whole_mask`.
 
   With several processes, each gets its share of the rows: B / count.
 
