@@ -120,11 +120,6 @@ def read_file(
   columns, label_field = ("text",), "label"
   if has_header:
     columns, label_field = rows_lib.choose_columns(file, table, data, task)
-  elif isinstance(data.text_field, tuple):
-    raise ConfigError(
-      f"{file} has no header with the columns {' and '.join(data.text_field)} "
-      "(data.text_field)"
-    )
   labels = None if task in config_lib.UNLABELLED else []
   rows = Rows(str(file), [], labels, [], columns)
   for line, row in table:
@@ -186,6 +181,11 @@ def _tsv_rows(
   if _is_header(columns, data) and not (len(columns) == 2 and is_repeated):
     cells = [(number, line.split("\t")) for number, line in lines[1:]]
     return _with_columns(file, columns, cells), True
+  if named := _named_columns(data):
+    raise ConfigError(
+      f"{file} has no header that names {', '.join(map(repr, named))}; add one, "
+      "or leave data.text_field and data.label_field out"
+    )
   table = []
   for number, line in lines:
     label, tab, rest = line.partition("\t")
@@ -196,13 +196,19 @@ def _tsv_rows(
 
 
 def _is_header(cells: Sequence[str], data: DataConfig) -> bool:
-  """Returns whether cells name a label and a text, by usual or given names."""
-  given = data.text_field or ()
+  """Returns whether cells have a given name, or usual ones of label and text."""
   texts = {*itertools.chain(*rows_lib.TEXT_NAMES)}
-  texts |= {given} if isinstance(given, str) else {*given}
-  labels = {*itertools.chain(*rows_lib.LABEL_NAMES.values()), data.label_field}
+  labels = {*itertools.chain(*rows_lib.LABEL_NAMES.values())}
   found = {*cells, *map(str.lower, cells)}
-  return bool(found & texts and found & labels)
+  is_usual = found & texts and found & labels
+  return bool(is_usual or found & {*_named_columns(data)})
+
+
+def _named_columns(data: DataConfig) -> list[str]:
+  """Returns the columns that a config names."""
+  texts, label = data.text_field or (), data.label_field
+  texts = [texts] if isinstance(texts, str) else [*texts]
+  return texts if label is None else [*texts, label]
 
 
 def _csv_rows(

@@ -102,6 +102,10 @@ def test_csv_columns_are_configured_or_guessed(
 def test_tsv_may_have_a_header(tmp_path):
   texts = load(tmp_path, train__tsv='id\ttext\tlabel\n7\t"a\tx\n8\tb\ty\n')
   assert pairs(texts) == [("x", '"a'), ("y", "b")]
+  embed = load(
+    tmp_path, "embed", {"text_field": "body"}, train__tsv="id\tbody\n7\ta\n"
+  )
+  assert embed.texts["train"] == ["a"]  # a header without a label
 
 
 PAIRS = "score\tlabel\tsentence1\tsentence2\n1.5\tx\ta\tb c\n-2\ty\td\te\n"
@@ -339,6 +343,7 @@ def test_malformed_files_are_refused(tmp_path, files, match):
 def test_wrong_paths_and_columns_are_refused(tmp_path):
   (tmp_path / "a.pdf").write_text("text")
   (tmp_path / "a.csv").write_text("text,label\na,0\n")
+  (tmp_path / "a.tsv").write_text("0\ta\n1\tb\n")  # without a header
   os.mkfifo(tmp_path / "pipe.csv")
   for fields, match in (
     ({"path": "none"}, "neither a file"),
@@ -346,6 +351,9 @@ def test_wrong_paths_and_columns_are_refused(tmp_path):
     ({"path": "a.pdf"}, "extension"),
     ({"path": "a.csv", "text_field": "x"}, "no text column 'x'.*: text"),
     ({"path": "a.csv", "label_field": "x"}, "no label column 'x'.*text, label"),
+    ({"path": "a.tsv", "text_field": "x"}, "no header.*'x'"),
+    ({"path": "a.tsv", "text_field": ("x", "y")}, "no header.*'x', 'y'"),
+    ({"path": "a.tsv", "label_field": "x"}, "no header.*'x'"),
   ):
     data = DataConfig(**fields)
     data.path = str(tmp_path / data.path)
