@@ -31,7 +31,7 @@ from folding.errors import ConfigError, first_line
 LARGE = 1 << 27  # bytes of all files
 FOLDER = ".folding-tokens"
 _FORMAT = 1  # raised if the same text would get other splits, tokenizers or ids
-_ENDINGS = (".txt", ".jsonl", *local_files.COLUMNAR)
+_ENDINGS = (".txt", ".csv", ".jsonl", *local_files.COLUMNAR)
 _BLOCK = 1 << 20  # bytes
 _FIRST_ROWS = 1000  # by which the column of text is chosen
 _FIELDS = ("text_field", "valid_fraction", "test_fraction", "max_bytes")
@@ -60,8 +60,7 @@ def tokenised(
   """Returns the tokenizer and the ids of large text; None: it is not large.
 
   Args:
-    data: The source. Only local .txt, .jsonl, .parquet and .arrow files may be
-      large.
+    data: The source. Only local files may be large, and no .tsv.
     tokenizer: None: that of the config, trained if need be.
     dtype: Returns the type of the ids of a tokenizer.
 

@@ -2,11 +2,10 @@
 
 import contextlib
 import csv
-import io
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from folding import config as config_lib
@@ -96,30 +95,16 @@ def read_file(
       f"{file} has an unknown extension; use one of "
       f"{', '.join(config_lib.TEXT_ENDINGS)}"
     )
-  text = "" if file.suffix in COLUMNAR else _decode(file)
-  if file.suffix not in COLUMNAR and not text.strip():
-    raise ConfigError(f"{file} is empty")
-  if file.suffix == ".txt" and task == "embed":
-    lines = [(n, line) for n, line in _lines(text) if line.strip()]
-    numbers, found = zip(*lines, strict=True)
-    return Rows(str(file), [*found], None, [*numbers], ("text",))
   if file.suffix == ".txt":
-    if task != "lm":
-      raise ConfigError(
-        f"{file} has no labels, which task {task!r} needs; use .tsv, .csv or "
-        ".jsonl"
-      )
-    return Rows(str(file), [text], None, [0])
-  if file.suffix in _READERS:
-    table, has_header = _READERS[file.suffix](file, text, data)
+    return _read_txt(file, task)
+  if file.suffix == ".tsv":
+    table, has_header = _tsv_rows(file, data)
   else:
-    table = list(rows_of(part, labelled=task not in config_lib.UNLABELLED))
     has_header = True
-    if not table:
-      raise ConfigError(f"{file} is empty")
-  columns, label_field = ("text",), "label"
-  if has_header:
-    columns, label_field = rows_lib.choose_columns(file, table, data, task)
+    table = list(rows_of(part, labelled=task not in config_lib.UNLABELLED))
+  if not table:
+    raise ConfigError(f"{file} is empty")
+  columns, label_field = rows_lib.choose_columns(file, table, data, task)
   labels = None if task in config_lib.UNLABELLED else []
   rows = Rows(str(file), [], labels, [], columns)
   for line, row in table:
@@ -147,6 +132,27 @@ def read_file(
   return rows
 
 
+def _read_txt(file: pathlib.Path, task: config_lib.Task) -> Rows:
+  """Returns the lines of a file for "embed", and all of it for "lm"."""
+  if task not in config_lib.UNLABELLED:
+    raise ConfigError(
+      f"{file} has no labels, which task {task!r} needs; use .tsv, .csv or .jsonl"
+    )
+  text = _text(file)
+  if task == "lm":
+    return Rows(str(file), [text], None, [0])
+  lines = [(n, line) for n, line in _lines(text) if line.strip()]
+  numbers, found = zip(*lines, strict=True)
+  return Rows(str(file), [*found], None, [*numbers], ("text",))
+
+
+def _text(file: pathlib.Path) -> str:
+  text = _decode(file)
+  if not text.strip():
+    raise ConfigError(f"{file} is empty")
+  return text
+
+
 def _decode(file: pathlib.Path) -> str:
   try:
     return file.read_bytes().decode("utf-8-sig")
@@ -168,19 +174,17 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
       yield number, line.removesuffix("\r")
 
 
-def _tsv_rows(
-  file: pathlib.Path, text: str, data: DataConfig
-) -> tuple[Table, bool]:
+def _tsv_rows(file: pathlib.Path, data: DataConfig) -> tuple[Table, bool]:
   """Returns the rows, and whether the first line is a header.
 
   Without one, a line is `label<TAB>text`. Quotes are plain characters.
   """
-  lines = list(_lines(text))
+  lines = list(_lines(_text(file)))
   columns = lines[0][1].split("\t")
   is_repeated = any(line == lines[0][1] for _, line in lines[1:])
   if _is_header(columns, data) and not (len(columns) == 2 and is_repeated):
     cells = [(number, line.split("\t")) for number, line in lines[1:]]
-    return _with_columns(file, columns, cells), True
+    return list(_with_columns(file, columns, cells)), True
   if named := _named_columns(data):
     raise ConfigError(
       f"{file} has no header that names {', '.join(map(repr, named))}; add one, "
@@ -211,34 +215,14 @@ def _named_columns(data: DataConfig) -> list[str]:
   return texts if label is None else [*texts, label]
 
 
-def _csv_rows(
-  file: pathlib.Path, text: str, data: DataConfig
-) -> tuple[Table, bool]:
-  """Returns the rows, and that there is a header."""
-  # The default limit is 128 KiB. It is global, so it is only raised.
-  csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
-  reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-  try:
-    columns = next(reader, [])
-    rows = [(reader.line_num, row) for row in reader if row]
-  except csv.Error as error:
-    raise ConfigError(
-      f"{file}:{reader.line_num}: not valid CSV ({error})"
-    ) from error
-  if len(columns) == 1 and any(c in columns[0] for c in ";\t"):
-    raise ConfigError(f"{file}: columns are not separated by commas")
-  return _with_columns(file, columns, rows), True
-
-
 def _with_columns(
-  file: pathlib.Path, columns: list[str], rows: list[tuple[int, list[str]]]
-) -> Table:
-  """Returns rows of cells by the names of their columns."""
+  file: pathlib.Path, columns: list[str], rows: Iterable[tuple[int, list[str]]]
+) -> Iterator[Row]:
+  """Yields rows of cells by the names of their columns."""
   if len(set(columns)) < len(columns):
     twice = next(name for name in columns if columns.count(name) > 1)
     raise ConfigError(f"{file}: two columns are called {twice!r}; rename one")
-  if not rows:
-    raise ConfigError(f"{file} has a header and no rows")
+  number = None
   for number, row in rows:
     if len(row) != len(columns):
       raise ConfigError(
@@ -247,18 +231,9 @@ def _with_columns(
       )
     if row == columns:
       raise ConfigError(f"{file}:{number}: the header is repeated; remove it")
-  return [(n, dict(zip(columns, row, strict=True))) for n, row in rows]
-
-
-def _jsonl_rows(
-  file: pathlib.Path, text: str, data: DataConfig
-) -> tuple[Table, bool]:
-  """Returns the rows, and that they name their columns."""
-  table = []
-  for number, line in _lines(text):
-    if line.strip():
-      table.append((number, _json_row(file, number, line)))
-  return table, True
+    yield number, dict(zip(columns, row, strict=True))
+  if number is None:
+    raise ConfigError(f"{file} has a header and no rows")
 
 
 def _json_row(file: pathlib.Path, number: int, line: str) -> dict[str, Any]:
@@ -285,7 +260,7 @@ def rows_of(
   *,
   labelled: bool = False,
 ) -> Iterator[Row]:
-  """Yields the rows of .jsonl, .parquet or .arrow files, read in slices.
+  """Yields the rows of .csv, .jsonl, .parquet or .arrow files, read in slices.
 
   Classes that a file of Hugging Face names are given by name.
 
@@ -301,16 +276,37 @@ def rows_of(
     if file.suffix in COLUMNAR:
       yield from _columnar_rows(file, column, labelled)
       continue
-    with open(file, "rb") as lines:
-      for number, line in enumerate(lines, 1):
-        try:
-          text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-          raise ConfigError(
-            f"{file}:{number} is not UTF-8; save it as UTF-8"
-          ) from error
-        if text.strip():
-          yield number, _json_row(file, number, text)
+    try:
+      # The csv module finds the line ends itself, some of which are in quotes.
+      newline = "" if file.suffix == ".csv" else None
+      with open(file, encoding="utf-8-sig", newline=newline) as lines:
+        yield from _READERS[file.suffix](file, lines)
+    except UnicodeDecodeError as error:
+      raise ConfigError(f"{file} is not UTF-8; save it as UTF-8") from error
+    except OSError as error:
+      raise ConfigError(f"cannot read {file}: {error}") from error
+
+
+def _csv_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
+  # The default limit is 128 KiB. It is global, so it is only raised.
+  csv.field_size_limit(max(csv.field_size_limit(), file.stat().st_size))
+  reader = csv.reader(lines, strict=True)
+  try:
+    columns = next(reader, [])
+    if len(columns) == 1 and any(c in columns[0] for c in ";\t"):
+      raise ConfigError(f"{file}: columns are not separated by commas")
+    cells = ((reader.line_num, row) for row in reader if row)
+    yield from _with_columns(file, columns, cells)
+  except csv.Error as error:
+    raise ConfigError(
+      f"{file}:{reader.line_num}: not valid CSV ({error})"
+    ) from error
+
+
+def _jsonl_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      yield number, _json_row(file, number, line)
 
 
 def _columnar_rows(
@@ -368,4 +364,4 @@ def _named(value: Any, names: list[str]) -> Any:
   return names[value] if value is not None and value >= 0 else None
 
 
-_READERS = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows}
+_READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows}

@@ -1,5 +1,6 @@
 """Large text, read in slices, against the same text in memory."""
 
+import csv
 import json
 import os
 
@@ -61,6 +62,12 @@ def _twice(folder):
   return folder / "a.jsonl"
 
 
+def _csv(folder):
+  with open(folder / "a.csv", "w", encoding="utf-8", newline="") as file:
+    csv.writer(file).writerows([["text"], *([x] for x in ROWS if x)])
+  return folder / "a.csv"
+
+
 def _split_files(folder):
   _jsonl(folder / "train.jsonl", LINES)
   (folder / "valid.txt").write_text(TEXT, encoding="utf-8")
@@ -86,6 +93,7 @@ SOURCES = {
   "jsonl_limited": (_rows, {"max_bytes": 1001, "test_fraction": 0.3}),
   # One row is to be set aside: two equal ones are as near to it as none.
   "jsonl_twice": (_twice, {"tokenizer": "bytes", "valid_fraction": 0.05}),
+  "csv": (_csv, {"tokenizer": "bytes"}),
   "split_files": (_split_files, {}),
   "shards": (_shards, {}),
 }
@@ -168,6 +176,7 @@ def test_folder_that_cannot_be_written_is_named(small, tmp_path):
     ("a.txt", b" \n ", "empty"),
     ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', ":2 has no text"),
     ("a.jsonl", b'{"text": "a"}\n{', ":2: not JSON"),
+    ("a.csv", b"text\ngood\n\xff\n", "UTF-8"),
     ("a.parquet", b"PAR1 no", "cannot read"),
   ],
 )
