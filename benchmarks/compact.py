@@ -1,13 +1,15 @@
 """How long a classifier trains, dense and with `train.compact`.
 
-    python -m benchmarks.compact [--steps=300] [--compact=0.9] [--rounds=1] [--save]
+    python -m benchmarks.compact [--steps=300] [--compact=0.9] [--rounds=1]
+        [--energy=USA] [--save]
 
 Six layers of width 384 over synthetic texts of two classes, trained from scratch.
 `compact` is folded, loses 70% of the parameters in an early ramp, neurons as a whole,
 and these leave the arrays. Both runs are trained from start to end, in turn.
 `seconds` include all of it: compilation, evaluation, checkpoints and the test.
 `CPU seconds` are less sensitive to other programs. No compiled program is reused.
-Milliseconds are medians of logged steps before the first mask update that can zero
+With --energy=COUNTRY there are watt-hours of the machine, as CodeCarbon estimates
+them (extra `energy`). Milliseconds are medians of logged steps before the first mask update that can zero
 anything, and after the last mask update.
 """
 
@@ -23,13 +25,17 @@ import numpy as np
 
 from benchmarks import output
 from folding import config as config_lib
+from folding import files
+from folding.training import energy as energy_lib
 from folding.training import loop, optimizer, run_dir
 
 WORDS, TEXTS, LENGTH = 2000, 4000, 12  # of the synthetic texts
 RUNS = ("dense", "compact")
 
 
-def get_config(path: str, steps: int, compact: float) -> config_lib.Config:
+def get_config(
+  path: str, *, steps: int, compact: float, energy: str = ""
+) -> config_lib.Config:
   """Returns the config of the run with `train.compact`."""
   return config_lib.Config(
     task="classify",
@@ -55,6 +61,7 @@ def get_config(path: str, steps: int, compact: float) -> config_lib.Config:
       eval_every=max(1, steps // 4),
       tensorboard=False,
       compact=compact,
+      energy=energy,
     ),
   )
 
@@ -74,19 +81,22 @@ def _write_texts(path: pathlib.Path) -> None:
   path.write_text("".join(lines), encoding="utf-8")
 
 
-def measure(steps: int, compact: float, rounds: int) -> dict[str, Any]:
+def measure(
+  *, steps: int, compact: float, rounds: int, energy: str = ""
+) -> dict[str, Any]:
   """Returns figures of each run, medians over rounds.
 
   Args:
     steps: Updates of each run.
     compact: As `train.compact`.
     rounds: Number of times that all runs are trained.
+    energy: Country of `train.energy`; "": no estimate.
   """
   jax.config.update("jax_enable_compilation_cache", False)
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder, "texts.tsv")
     _write_texts(path)
-    config = get_config(str(path), steps, compact)
+    config = get_config(str(path), steps=steps, compact=compact, energy=energy)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
     for index in range(rounds):
       for name in RUNS if index % 2 == 0 else RUNS[::-1]:
@@ -105,7 +115,8 @@ def measure(steps: int, compact: float, rounds: int) -> dict[str, Any]:
     "runs": rows,
     "ratio": {
       figure: rows["compact"][figure] / rows["dense"][figure]
-      for figure in ("seconds", "cpu_seconds", "ms_after")
+      for figure in ("seconds", "cpu_seconds", "ms_after", "watt_hours")
+      if figure in rows["dense"]
     },
     "steps": steps,
     "compact": compact,
@@ -131,6 +142,10 @@ def _train(config: config_lib.Config, workdir: str) -> dict[str, float]:
     )
 
   sizes = result["layers"]
+  used = {}
+  if config.train.energy:
+    spent = files.read_json(str(pathlib.Path(workdir, energy_lib.FILE)), dict)
+    used["watt_hours"] = 1e3 * spent["kwh"]
   return {
     "seconds": seconds,
     "cpu_seconds": cpu,
@@ -143,6 +158,7 @@ def _train(config: config_lib.Config, workdir: str) -> dict[str, float]:
     "test_accuracy": result["test"]["accuracy"],
     "allocated": sum(float(np.prod(layer["shape"])) for layer in sizes),
     "stored": result["parameters"]["overall"]["stored"],
+    **used,
   }
 
 
@@ -151,13 +167,20 @@ def main() -> None:
   parser = output.make_parser(__doc__, rounds=1)
   parser.add_argument("--steps", type=int, default=300)
   parser.add_argument("--compact", type=float, default=0.9)
+  parser.add_argument("--energy", default="", metavar="COUNTRY")
   args = parser.parse_args()
-  result = measure(args.steps, args.compact, args.rounds)
+  result = measure(
+    steps=args.steps,
+    compact=args.compact,
+    rounds=args.rounds,
+    energy=args.energy,
+  )
   rows = [
     [
       name,
       f"{row['seconds']:.1f}",
       f"{row['cpu_seconds']:.1f}",
+      f"{row['watt_hours']:.2f}" if args.energy else "",
       f"{row['ms_before']:.0f}",
       f"{row['ms_after']:.0f}",
       f"{row['allocated'] / 1e6:.2f}",
@@ -175,6 +198,7 @@ def main() -> None:
       "run",
       "seconds",
       "CPU seconds",
+      "Wh, CodeCarbon",
       "ms per step, start",
       "ms per step, end",
       "allocated, M",
@@ -188,6 +212,7 @@ def main() -> None:
     "seconds": "whole run",
     "cpu_seconds": "whole run, CPU time",
     "ms_after": "a step after the ramp",
+    "watt_hours": "energy, CodeCarbon's estimate",
   }
   ratios = {labels[name]: {"ratio": x} for name, x in result["ratio"].items()}
   plot = output.Plot(
