@@ -281,6 +281,9 @@ def write_fold(
   path = os.path.join(workdir, "fold.json")
   files.write_file(path, json.dumps(report, indent=1))
   print(fold_table(report, config.fpp.linear_layers), flush=True)
+  if rank := config.fold.embedding_rank:
+    width = config.model.embed_width or config.model.width
+    print(f"The embedding has rank {rank} of {width}", flush=True)
 
 
 def fold_table(
