@@ -209,10 +209,10 @@ def test_default_recipe_makes_arrays_small(dense_run, topics):
   config.data.path, config.compress.fit_steps = str(topics), 5
   config.compress.calibration = 96
   config = c.resolve(config)
-  data = compress.trim_vocabulary(config, make_data(config))
+  data = make_data(config)
   small, params, report = compress.compress_trained(config, data)
   kept = sum(w.size for w in jax.tree.leaves(params))
-  _, dense = compress.dense_start(str(dense_run), config, make_data(config))
+  _, dense = compress.dense_start(str(dense_run), config, data)
   assert kept <= 0.6 * sum(w.size for w in jax.tree.leaves(dense))
   assert any(row["values"].startswith("rank") for row in report)
   for name, w in paths.flatten(params).items():
@@ -386,11 +386,13 @@ def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
   assert compress.trim_vocabulary(config, data) is data
 
 
-def test_trim_removes_the_asked_number_of_tokens(dense_run, topics):
+def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, caplog):
   config = recovery_config(dense_run, topics, fpp__overall=None)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.4
   data = make_data(config := c.resolve(config))
+  warnings = [*caplog.messages]
   found = compress.trim_vocabulary(config, data).tokenizer
+  assert caplog.messages == warnings != []  # the text is read again
   assert (data.tokenizer.vocab_size, found.vocab_size) == (10, 6)
 
 
