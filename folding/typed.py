@@ -124,10 +124,25 @@ def edited(config: Any, edits: Mapping[str, Any]) -> Any:
 
 
 def differences(a: Any, b: Any) -> list[str]:
-  """Returns "name: value in a -> value in b" for each field that differs."""
-  known = fields(type(a))
-  pairs = [(name, value_at(a, name), value_at(b, name)) for name in known]
-  return [f"{name}: {x!r} -> {y!r}" for name, x, y in pairs if x != y]
+  """Returns "name: value in a -> value in b" for each field that differs.
+
+  Numbers are shown with six digits, unless these are equal.
+  """
+  found = []
+  for name in fields(type(a)):
+    exact = value_at(a, name), value_at(b, name)
+    if exact[0] != exact[1]:
+      rounded = _rounded(exact)
+      x, y = exact if rounded[0] == rounded[1] else rounded
+      found.append(f"{name}: {x!r} -> {y!r}")
+  return found
+
+
+def _rounded(value: Any) -> Any:
+  """Returns a value, or a tuple of values, with six digits of its numbers."""
+  if isinstance(value, tuple):
+    return tuple(map(_rounded, value))
+  return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def fields(kind: type, prefix: str = "") -> dict[str, Any]:

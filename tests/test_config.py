@@ -135,6 +135,19 @@ def test_edited_and_differences_are_by_dotted_name():
     typed.edited(Outer(), {"rate": 1.0})
 
 
+@pytest.mark.parametrize(
+  ("rate", "shares", "expected"),
+  [
+    (1 / 3, (2 / 3, 1.0), ["0.333333 -> 0.25", "(0.666667, 1.0) -> ()"]),
+    (0.25000001, (), ["0.25000001 -> 0.25"]),
+  ],
+)
+def test_differences_have_as_many_digits_as_tell(rate, shares, expected):
+  a = Outer(inner=Inner(rate=rate), shares=shares)
+  found = typed.differences(a, Outer(inner=Inner(rate=0.25)))
+  assert [line.partition(": ")[2] for line in found] == expected
+
+
 def test_comments_stand_beside_and_above_a_field():
   found = typed.comments(inspect.getsource(Outer).splitlines())
   assert found["rules"] == "Above, and beside."
