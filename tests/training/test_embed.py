@@ -1,5 +1,6 @@
 import shutil
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import onnxruntime
@@ -150,6 +151,12 @@ def test_run_resumes_bit_for_bit(run, tmp_path):
   (workdir / "result.json").unlink()
   again = loop.resume_run(str(workdir))
   assert again["test"] == result["test"]
+  states = []
+  for folder in (workdir, run[0]):
+    this, saved = loop.open_run(str(folder))
+    with saved:
+      states.append(saved.restore(6, this.like))
+  chex.assert_trees_all_equal(*states)
 
 
 def test_what_cannot_be_learned_is_refused(source, tmp_path):
