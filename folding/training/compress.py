@@ -9,7 +9,6 @@ was lost.
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -580,15 +579,7 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   if not fraction:
     return data
   tokenizer = without_tokens(data.tokenizer, data.token_counts(), fraction)
-  log = logging.getLogger("folding.data")
-  level = log.level
-  log.setLevel(logging.ERROR)  # the warnings about this text are known
-  try:
-    return make_data(
-      config, tokenizer, jax.process_index(), jax.process_count()
-    )
-  finally:
-    log.setLevel(level)
+  return make_data(config, tokenizer, jax.process_index(), jax.process_count())
 
 
 def without_tokens(
