@@ -355,10 +355,11 @@ def predict(args: argparse.Namespace) -> None:
     raise ConfigError(
       "--pairs is for Hugging Face checkpoints; this model reads single texts"
     )
-  options = {"batch_size": args.batch_size, "at_once": args.file == "-"}
   with predict_lib.open_lines(args.file) as lines:
     texts = predict_lib.pairs(lines, columns) if columns else lines
-    found = predict_lib.predict(model, texts, **options)
+    found = predict_lib.predict(
+      model, texts, batch_size=args.batch_size, at_once=args.file == "-"
+    )
     for line in predict_lib.lines_of(model, found, args.format):
       print(line, flush=True)
 

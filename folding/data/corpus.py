@@ -157,27 +157,26 @@ def _write(
       num_bytes[split] = 0
       job = bar.add_task(f"tokenising {split}", total=splits[split].num_bytes)
 
-      def watched(split=split, job=job):
+      def hashed(slices, job=job):
+        for text in slices:
+          encoded = text.encode("utf-8")
+          sha.update(encoded)
+          bar.advance(job, len(encoded))
+          yield text
+
+      def documents(split=split, hashed=hashed):
         for size, slices in splits[split].documents():
           sha.update(size.to_bytes(8, "little"))
           num_bytes[split] += size
-          yield _told(
-            slices, lambda x: (sha.update(x), bar.advance(job, len(x)))
-          )
+          yield hashed(slices)
 
       with open(folder / f"{split}.bin", "wb") as file:
         if splits[split].num_bytes:
-          for ids in tokenizer.stream(watched()):
+          for ids in tokenizer.stream(documents()):
             file.write(ids.astype(dtype).tobytes())
       sha.update(b"end")
   meta = {"digest": sha.hexdigest(), "num_bytes": num_bytes}
   (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def _told(slices: Iterable[str], tell: Callable[[bytes], Any]) -> Iterator[str]:
-  for text in slices:
-    tell(text.encode("utf-8"))
-    yield text
 
 
 def _read(folder: pathlib.Path, dtype: Any) -> Tokens:

@@ -113,7 +113,9 @@ def choose_columns(
   if ignored:
     _log.warning(
       "%s: the text is %s; ignored: %s",
-      *(file, " and ".join(chosen), ignored),
+      file,
+      " and ".join(chosen),
+      ignored,
     )
   return chosen, label_field
 

@@ -114,7 +114,9 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   if empty:
     _log.warning(
       "%d of %d classes have no text to train on: %s",
-      *(len(empty), len(known), ", ".join(empty)),
+      len(empty),
+      len(known),
+      ", ".join(empty),
     )
   pair = None
   if len(train.columns) == 2:

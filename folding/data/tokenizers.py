@@ -38,9 +38,9 @@ OPTIONS = "tokenizer_config.json"  # of a checkpoint
 # Usual names, best first, if no file names the token.
 _PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
 _END_NAMES = (
-  *(END, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"),
-  *("<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]"),
-)
+  END, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>",
+  "<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]",
+)  # fmt: skip
 
 # What may become one token: a word with the character before it, up to three
 # digits, punctuation with the line break and indent after it, or white space.

@@ -34,9 +34,9 @@ GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
 
 _RESULT = (
-  *("finished", "steps", "total_steps", "seconds", "tokens_per_second"),
-  *("device", "versions", "commit"),
-)
+  "finished", "steps", "total_steps", "seconds", "tokens_per_second",
+  "device", "versions", "commit",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,15 +318,21 @@ def _page(
   for group in GROUPS:
     number, size = run.parameters[group], run.bytes[group]
     sizes.append(
-      [group, f"{number['dense']:,}", f"{number['stored']:,}"]
-      + [percent(number["compression"])]
-      + [f"{size[name]:,}" for name in ("dense", "stored", "masks")]
-      + [percent(size["compression_with_masks"])]
+      [
+        group,
+        f"{number['dense']:,}",
+        f"{number['stored']:,}",
+        percent(number["compression"]),
+        f"{size['dense']:,}",
+        f"{size['stored']:,}",
+        f"{size['masks']:,}",
+        percent(size["compression_with_masks"]),
+      ]
     )
   header = (
-    *("Group", "Parameters, dense", "stored", "compression"),
-    *("Bytes, dense", "stored", "masks", "compression with masks"),
-  )
+    "Group", "Parameters, dense", "stored", "compression",
+    "Bytes, dense", "stored", "masks", "compression with masks",
+  )  # fmt: skip
   settings = []
   for line in metrics["settings"]:
     field, _, change = line.partition(": ")

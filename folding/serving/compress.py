@@ -27,8 +27,9 @@ def compress(
   """Returns a model with fewer parameters, fitted to texts without labels.
 
   This is what a run of configs/pretrained.py starts from: a plan by layer, folded
-  projections, fewer neurons and an embedding of low rank. For a language model SparseGPT zeroes single weights,
-  and the arrays keep their size. Training recovers most of the lost quality.
+  projections, fewer neurons and an embedding of low rank. For a language model
+  SparseGPT zeroes single weights, and the arrays keep their size. Training
+  recovers most of the lost quality.
 
   Args:
     model: A dense model, or a path or hub id that `folding.load` reads.

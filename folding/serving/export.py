@@ -600,8 +600,8 @@ def export_hf(
   stored = sizes(loaded)
   report(
     f"About {size:,} bytes of arrays will be written; {stored['values']:,} are "
-    "stored now: transformers reads dense arrays, with folded projections, removed "
-    "neurons and zeros in full"
+    "stored now: transformers reads dense arrays, with folded projections, "
+    "removed neurons and zeros in full"
   )
   ends = tokenizer.end_ids.tolist()
   begin = [*tokenizer.begin_ids.tolist(), None][0]

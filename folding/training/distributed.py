@@ -55,7 +55,7 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def together(
-  told: str = "another process failed, see its message; nothing was trained",
+  message: str = "another process failed, see its message; nothing was trained",
 ) -> Iterator[None]:
   """Raises an error of one process in all of them, at the end of a block.
 
@@ -63,7 +63,7 @@ def together(
   process.
 
   Args:
-    told: The message of the processes without an error of their own.
+    message: Of the error in the processes without one of their own.
 
   Raises:
     ConfigError: another process failed.
@@ -74,7 +74,7 @@ def together(
   except (ConfigError, OSError) as found:
     error = found
   if any_process(error is not None):
-    raise error or ConfigError(told)
+    raise error or ConfigError(message)
 
 
 def require_same(text: str, what: str) -> None:
