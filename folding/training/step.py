@@ -369,49 +369,20 @@ def _loss(
   has_stats: bool = False,
 ) -> tuple[jax.Array, _Aux]:
   """Returns a micro-batch's share of the loss of the whole batch."""
-  distillation = options.distillation
-  capture: dict[str, Any] = {}
-  if distillation is not None and distillation.hidden:
-    capture = {"mutable": ["intermediates"], "capture_intermediates": _is_block}
-  tokens, mask = batch["tokens"], batch.get("mask")
-  segments = batch.get("segments")
-  variables, apply = {"params": params}, options.model.apply
-  inputs = tokens, mask, False, segments
-  encoded = {"method": "encode", "rngs": {"dropout": key}, **capture}
-  stats = {}
-  with nn.intercept_methods(_pin_blocks(options.mesh)):
-    if has_stats:
-      out, stats = observe(apply)(variables, *inputs, keep=mask, **encoded)
-    else:
-      out = apply(variables, *inputs, **encoded)
-  x, hidden = out if capture else (out, {})
-  read_out = functools.partial(apply, method="read_out")
-  if has_stats:  # the compiler drops these logits
-    stats |= observe(read_out)(variables, x, mask, keep=mask)[1]
+  distillation, objective = options.distillation, options.objective
+  x, hidden, stats = _encode(params, batch, key, options, has_stats)
   encodings, aims = {"x": x}, None
-  if distillation is not None:
-    taught = distillation.teacher.apply(
-      {"params": teacher_params},
-      batch.get("whole_tokens", tokens),
-      batch.get("whole_mask", mask),
-      True,
-      segments,
-      method="encode",
-      **capture,
-    )
-    taught, aims = jax.lax.stop_gradient(taught if capture else (taught, {}))
-    encodings["taught"] = taught
-
   weights = {"params": options.model.read_out_params(params)}
   if distillation is not None:
+    encodings["taught"], aims = _encode_taught(
+      distillation, teacher_params, batch
+    )
     weights["teacher"] = distillation.teacher.read_out_params(teacher_params)
-
-  count = losses.num_blocks(batch, options.model.vocab_size, options.mesh)
   sums = losses.sum_over_blocks(
-    functools.partial(options.objective.summed, options),
+    functools.partial(objective.summed, options),
     weights,
     {**batch, **encodings},
-    count=count,
+    count=losses.num_blocks(batch, options.model.vocab_size, options.mesh),
     mesh=options.mesh,
   )
   weight = jnp.maximum(sums["weight"], 1)
@@ -421,9 +392,9 @@ def _loss(
       soft = sums["soft"] / weight
       loss = (1 - distillation.logits) * loss + distillation.logits * soft
     if distillation.hidden:
-      distance = options.objective.hidden_loss(hidden, aims, batch)
+      distance = objective.hidden_loss(hidden, aims, batch)
       loss += distillation.hidden * distance
-  if not options.objective.has_labels:
+  if not objective.has_labels:
     label_loss = loss
   share = sums["weight"] / totals.weight
   seen = _num_tokens(batch) / totals.tokens
@@ -432,6 +403,58 @@ def _loss(
     label_loss=share * label_loss,
     stats={name: seen * stat for name, stat in stats.items()},
   )
+
+
+def _encode(
+  params: Any,
+  batch: losses.Batch,
+  key: jax.Array,
+  options: StepOptions,
+  has_stats: bool,
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+  """Returns the output of the last block, hidden states and statistics.
+
+  Hidden states are {} if no loss reads them, statistics without `has_stats`.
+  """
+  variables, apply = {"params": params}, options.model.apply
+  mask, capture = batch.get("mask"), _capture(options.distillation)
+  inputs = batch["tokens"], mask, False, batch.get("segments")
+  how = {"method": "encode", "rngs": {"dropout": key}, **capture}
+  stats = {}
+  with nn.intercept_methods(_pin_blocks(options.mesh)):
+    if has_stats:
+      out, stats = observe(apply)(variables, *inputs, keep=mask, **how)
+    else:
+      out = apply(variables, *inputs, **how)
+  x, hidden = out if capture else (out, {})
+  if has_stats:  # the compiler drops these logits
+    read_out = functools.partial(apply, method="read_out")
+    stats |= observe(read_out)(variables, x, mask, keep=mask)[1]
+  return x, hidden, stats
+
+
+def _encode_taught(
+  distillation: Distillation, teacher_params: Any, batch: losses.Batch
+) -> tuple[jax.Array, Any]:
+  """Returns the output of the teacher's last block, and its hidden states."""
+  capture = _capture(distillation)
+  out = distillation.teacher.apply(
+    {"params": teacher_params},
+    batch.get("whole_tokens", batch["tokens"]),
+    batch.get("whole_mask", batch.get("mask")),
+    True,
+    batch.get("segments"),
+    method="encode",
+    **capture,
+  )
+  return jax.lax.stop_gradient(out if capture else (out, {}))
+
+
+def _capture(distillation: Distillation | None) -> dict[str, Any]:
+  """Returns the options of `apply` that capture hidden states, if needed."""
+  if distillation is None or not distillation.hidden:
+    return {}
+  return {"mutable": ["intermediates"], "capture_intermediates": _is_block}
 
 
 class _Objective(NamedTuple):
