@@ -374,7 +374,7 @@ def dense_start(
   )
   tokens = np.zeros((1, config.data.length), np.int32)
   drawn = jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
-  found, note = _read_source(path, config, data)
+  found, note = read_source(path, config, data)
   source = paths.flatten(found)
 
   def is_head(name):
@@ -418,20 +418,17 @@ def _is_run(path: str) -> bool:
   return os.path.isdir(os.path.join(path, "checkpoints"))
 
 
-def read_source(path: str, config: Config, data: Data) -> dict[str, Any]:
-  """Returns the parameters of a checkpoint folder, hub id or run.
+def read_source(
+  path: str, config: Config, data: Data
+) -> tuple[dict[str, Any], str]:
+  """Returns the parameters of a checkpoint folder, hub id or run, and a note.
+
+  The note is a part of a message: what the head is for, if for another task.
 
   Raises:
     ConfigError: it cannot be read, its model has another shape, or it has
       another tokenizer.
   """
-  return _read_source(path, config, data)[0]
-
-
-def _read_source(
-  path: str, config: Config, data: Data
-) -> tuple[dict[str, Any], str]:
-  """Returns parameters and, if their head is for another task, what it is for."""
   if _is_run(path):
     found, params, tokenizer = load_run(path)
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")

@@ -76,7 +76,7 @@ def test_head_follows_the_class_names_of_a_checkpoint(
     values["id2label"] = {str(i): name for i, name in enumerate(labels)}
     values["label2id"] = {name: i for i, name in enumerate(labels)}
     path.write_text(json.dumps(values))
-    read = compress.read_source(str(tmp_path / "hf"), config, data)
+    read, _ = compress.read_source(str(tmp_path / "hf"), config, data)
     if expected is None:
       assert "head" not in read
     else:
@@ -93,7 +93,7 @@ def test_class_names_that_differ_by_case_are_two(
   workdir = shutil.copytree(dense_run, tmp_path / "run")
   (workdir / "labels.json").write_text(json.dumps(["a", second, "b", "c"]))
   (workdir / "checksums.json").unlink()
-  found = compress.read_source(str(workdir), config, data)
+  found, _ = compress.read_source(str(workdir), config, data)
   assert ("head" in found) == kept
 
 
@@ -118,7 +118,7 @@ def test_head_for_other_classes_is_left_out(
     (tmp_path / f"{split}.tsv").write_text(text)
   for folder, has_head in ((topics, True), (tmp_path, False)):
     config = c.resolve(recovery_config(dense_run, folder))
-    found = compress.read_source(str(dense_run), config, make_data(config))
+    found, _ = compress.read_source(str(dense_run), config, make_data(config))
     assert ("head" in found) == has_head
   with pytest.raises(errors.ConfigError, match="so it cannot teach these"):
     compress.teacher_of(config, make_data(config))
