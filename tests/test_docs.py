@@ -11,13 +11,13 @@ import tomllib
 import pytest
 
 from folding import cli, typed
-from folding.config import Config
+from folding import config as c
 from folding.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 WITH_README = [ROOT / "README.md", *PAGES]
-FIELDS = typed.fields(Config)
+FIELDS = typed.fields(c.Config)
 
 
 def _blocks(page, language):
@@ -99,6 +99,23 @@ def test_names_in_page_exist(page):
     assert name in FIELDS or name == "fold.json"
   for name in re.findall(r"\bfolding(?:\.\w+)+", text):
     pkgutil.resolve_name(name)
+
+
+def test_flags_for_trained_models_fit_together(tmp_path):
+  (tmp_path / "checkpoints").mkdir()  # as a run of a classifier
+  shape = c.bert(num_layers=2, width=384, num_heads=12)
+  run = c.resolve(c.Config(task="classify", preset="none", model=shape))
+  c.save(run, str(tmp_path / "config.json"))
+  table = (ROOT / "docs/how-to/pretrained.md").read_text(encoding="utf-8")
+  flags = re.findall(r"^\| `(--config\..*?)` \|", table, re.M)
+  for page in PAGES:
+    for words in _commands(page):
+      if "--config=configs/pretrained.py:runs/dense" in words:
+        flags.append(" ".join(w for w in words if w.startswith("--config.")))
+  assert len(flags) >= 5
+  for text in flags:
+    _, edits = cli.split_edits(text.split())
+    c.resolve(c.read(f"configs/pretrained.py:{tmp_path}", edits))
 
 
 def test_files_written_by_scripts_are_current():
