@@ -378,9 +378,47 @@ def fold_layer(
     prune: As for `fold_pretrained`.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
-  block, dense = make_block(config, n), make_block(dense_twin(config), n)
-  attn = dict(old["attn"])
-  figures = _figures(layer)
+  block = make_block(config, n)
+  attn, figures = _fold_attention(config, n, old, stream)
+  new = {**old, "attn": attn}
+  # The old W_O is no prior without the old W_V. Heads with other values serve
+  # the layer's own output better than the errors of the layers below.
+  has_prior = layer.values == "dense"
+  wanted = target
+  if not has_prior:
+    dense = make_block(dense_twin(config), n)
+    wanted = look_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
+  data = (*stream, *_fit_data(m, "o", stream, wanted))
+  attn["o"], figures["attention_r2"] = _refit(
+    block, new, "o", data, has_prior=has_prior
+  )
+  if prune is not None:
+    new = prune(n, new, stream)
+  seen = look_all(block, new, stream, ("up", "norm_mlp"), outputs=OUTPUTS)
+  data = (*stream, *_fit_data(m, "down", stream, target, seen))
+  down, figures["mlp_r2"] = _refit(block, new, "down", data, has_prior=True)
+  if prune is not None:  # exactly 0, as the fit is rounded
+    stays = np.any(new["mlp"]["down"]["kernel"], axis=1, keepdims=True)
+    down["kernel"] = np.where(stays, down["kernel"], 0)
+  return {**new, "mlp": {**new["mlp"], "down": down}}, figures
+
+
+def _fold_attention(
+  config: Config, n: int, old: Params, stream: Stream
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns the attention of a folded layer, and the layer's report so far.
+
+  W_O still has to be fitted.
+
+  Args:
+    config: Resolved.
+    n: Number of the layer.
+    old: Its dense parameters.
+    stream: What the folded layer reads.
+  """
+  m, layer = config.model, layers_of(config.model, config.fold)[n]
+  dense = make_block(dense_twin(config), n)
+  attn, figures = dict(old["attn"]), _figures(layer)
   if layer.groups:
     moments = head_moments(dense, old, stream)
     attn, figures["logits_kept"] = fold_logits(m, layer, attn, moments)
@@ -401,47 +439,42 @@ def fold_layer(
     seen = input_moments(whole, {**old, "attn": attn}, stream, ("o",))["o"]
     low = lowrank.fold_values(attn["v"], attn["o"], *seen, layer.value_dim)
     attn |= {"v": low.v, "o": low.o}
-  new = {**old, "attn": attn}
+  return attn, figures
+
+
+def _fit_data(
+  m: ModelConfig,
+  role: str,
+  stream: Stream,
+  target: Sequence[Mapping[str, jax.Array]],
+  seen: Sequence[Mapping[str, jax.Array]] = (),
+) -> tuple[Sequence[jax.Array], Sequence[jax.Array]]:
+  """Returns what a projection adds to, and what the sum should be.
+
+  Args:
+    m: Resolved.
+    role: "o" or "down".
+    stream: What the layer reads.
+    target: `look_all` of the layer to equal.
+    seen: The same of the folded layer, for "down".
+  """
+  if m.norm_position == "both":
+    # A norm after a branch hides its output from the stream.
+    return [jnp.zeros_like(x) for x in stream.x], [one[role] for one in target]
   is_post = m.norm_position == "post"
 
-  def middle(seen):
+  def middle(one):
     """Returns the stream between the branches; of parallel ones, its value."""
     if m.parallel:
-      return seen["norm_mlp"] + seen["o"]
-    return seen["norm_attn" if is_post else "norm_mlp"]
+      return one["norm_mlp"] + one["o"]
+    return one["norm_attn" if is_post else "norm_mlp"]
 
-  # A norm after a branch hides its output from the stream.
-  is_branch = m.norm_position == "both"
-  nothing = [jnp.zeros_like(x) for x in stream.x] if is_branch else []
-  # The old W_O is no prior without the old W_V. Heads with other values serve
-  # the layer's own output better than the errors of the layers below.
-  has_prior = layer.values == "dense"
-  wanted = target
-  if not has_prior:
-    wanted = look_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
-  attn["o"], figures["attention_r2"] = _refit(
-    block,
-    new,
-    "o",
-    (*stream, nothing, [seen["o"] for seen in wanted])
-    if is_branch
-    else (*stream, stream.x, [middle(seen) for seen in wanted]),
-    has_prior=has_prior,
+  if role == "o":
+    return stream.x, [middle(one) for one in target]
+  return (
+    [one["up"] if is_post else middle(one) for one in seen],
+    [one["norm_mlp" if is_post else "out"] for one in target],
   )
-  if prune is not None:
-    new = prune(n, new, stream)
-  seen = look_all(block, new, stream, ("up", "norm_mlp"), outputs=OUTPUTS)
-  base = [s["up"] if is_post else middle(s) for s in seen]
-  wanted = [s["norm_mlp" if is_post else "out"] for s in target]
-  if is_branch:
-    base, wanted = nothing, [s["down"] for s in target]
-  down, figures["mlp_r2"] = _refit(
-    block, new, "down", (*stream, base, wanted), has_prior=True
-  )
-  if prune is not None:  # exactly 0, as the fit is rounded
-    stays = np.any(new["mlp"]["down"]["kernel"], axis=1, keepdims=True)
-    down["kernel"] = np.where(stays, down["kernel"], 0)
-  return {**new, "mlp": {**new["mlp"], "down": down}}, figures
 
 
 def _figures(layer: Layer) -> dict[str, Any]:
