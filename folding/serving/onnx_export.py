@@ -25,7 +25,7 @@ import numpy as np
 
 from folding import config as config_lib
 from folding import files, paths
-from folding.config import Layer, layers_of
+from folding.config import layers_of
 from folding.data.tokenizers import OPTIONS, Tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, sentence
@@ -353,9 +353,9 @@ def _make_graph(
     x = norm(x, "norm_embed")
   if m.embed_width:
     x = dense(x, "embed_project")
+  is_both = m.norm_position == "both"
   for n, layer in enumerate(layers_of(m, loaded.config.fold)):
-    block = _Block(g, loaded, params, f"blocks_{n}", layer, sizes)
-    name, is_both = f"blocks_{n}", m.norm_position == "both"
+    block, name = _Block(g, loaded, params, sizes, n), f"blocks_{n}"
     if m.norm_position == "post":
       x = norm(g.add("Add", block.attend(x), x), f"{name}/norm_attn")
       x = norm(g.add("Add", block.mlp(x), x), f"{name}/norm_mlp")
@@ -435,16 +435,16 @@ class _Block:
     g: _Graph,
     loaded: Loaded,
     params: Mapping[str, np.ndarray],
-    name: str,
-    layer: Layer,
     sizes: _Sizes,
+    n: int,
   ):
-    self._g, self._config, self._layer = g, loaded.config.model, layer
-    self._name, self._sizes = name, sizes
+    self._g, self._config, self._sizes = g, loaded.config.model, sizes
+    self._layer = layers_of(self._config, loaded.config.fold)[n]
+    self._name = f"blocks_{n}"
     self._params = {
-      path.removeprefix(f"{name}/"): w
+      path.removeprefix(f"{self._name}/"): w
       for path, w in params.items()
-      if path.startswith(f"{name}/")
+      if path.startswith(f"{self._name}/")
     }
 
   def attend(self, x: str) -> str:

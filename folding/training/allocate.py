@@ -99,20 +99,7 @@ def allocate(
     ConfigError: the target is out of reach, or there is too little text.
   """
   require_pairs(config)
-  f = config.fpp
-  is_structured = f.granularity == "neuron"
-  attention = "none" if is_structured else "output"
-  if f.attention != attention or f.linear_layers:
-    raise ConfigError(
-      "compress.plan='auto' decides what is pruned of W_O and the MLP; use "
-      f"fpp.attention={attention!r} beside fpp.granularity={f.granularity!r}, "
-      "and leave out fpp.linear_layers"
-    )
-  if is_structured and config.compress.qkv is not None:
-    raise ConfigError(
-      "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
-      "makes smaller together; use fpp.overall"
-    )
+  _require_open(config)
   options = measure(config, params, batches)
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
@@ -121,7 +108,7 @@ def allocate(
     embedding = 0.0
     sizes["embedding"] -= params["embed"]["embedding"].size
   budget = _budget(config, sizes, linear, embedding)
-  if by_rank and f.overall is None:  # the rank is given
+  if by_rank and config.fpp.overall is None:  # the rank is given
     budget += options[_EMBEDDING][0].stored
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:
@@ -140,34 +127,50 @@ def allocate(
     return tuple(options[n, kind][chosen[n, kind]].value for n in layers)
 
   def pruned_of(fraction, n):
-    if not is_structured:
+    if config.fpp.granularity == "weight":
       return math.ceil(part * fraction * 1e4) / 1e4
     F = params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0]
     return 1 - _whole(F * (1 - part * fraction), F) / F
 
-  compress = dataclasses.replace(config.compress, plan="same", qkv=None)
   fold = dataclasses.replace(
     config.fold,
     groups=values("qk"),
     values=tuple(v if isinstance(v, str) else "dense" for v in values("v")),
     value_rank=tuple(0 if isinstance(v, str) else v for v in values("v")),
-    embedding_rank=options[_EMBEDDING][chosen[_EMBEDDING]].value
-    if by_rank
-    else 0,
   )
   fpp = dataclasses.replace(
-    f,
+    config.fpp,
     overall=None,
-    embedding_granularity="weight" if by_rank else f.embedding_granularity,
     linear=linear,
     embedding=embedding,
     linear_layers=tuple(
       pruned_of(fraction, n) for n, fraction in enumerate(values("mlp"))
     ),
   )
+  if by_rank:
+    fold.embedding_rank = options[_EMBEDDING][chosen[_EMBEDDING]].value
+    fpp.embedding_granularity = "weight"
+  compress = dataclasses.replace(config.compress, plan="same", qkv=None)
   return config_lib.resolve(
     dataclasses.replace(config, compress=compress, fold=fold, fpp=fpp)
   )
+
+
+def _require_open(config: Config) -> None:
+  """Raises `ConfigError` if a config decides what a plan would decide."""
+  f = config.fpp
+  attention = "none" if f.granularity == "neuron" else "output"
+  if f.attention != attention or f.linear_layers:
+    raise ConfigError(
+      "compress.plan='auto' decides what is pruned of W_O and the MLP; use "
+      f"fpp.attention={attention!r} beside fpp.granularity={f.granularity!r}, "
+      "and leave out fpp.linear_layers"
+    )
+  if f.granularity == "neuron" and config.compress.qkv is not None:
+    raise ConfigError(
+      "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
+      "makes smaller together; use fpp.overall"
+    )
 
 
 def _stored(
