@@ -26,7 +26,7 @@ def compress(
 ) -> Loaded:
   """Returns a model with fewer parameters, fitted to texts without labels.
 
-  This is what a run of configs/pretrained.py starts from: a plan by layer, folded
+  A run of configs/pretrained.py starts from such a model: a plan by layer, folded
   projections, fewer neurons and an embedding of low rank. For a language model
   SparseGPT zeroes single weights, and the arrays keep their size. Training
   recovers most of the lost quality.

@@ -36,7 +36,7 @@ _ROUND = 32  # prompts and caches are padded to multiples, to share programs
 _SAMPLING = Sampling()
 _CALIBRATION = 1024  # random tokens that the first ranges are measured on
 _GROWTH = 1.25  # of the margin, after a query or key was outside the range
-_UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
+_UNFINISHED = "\ufffd"  # the first bytes of a character decode to it
 
 
 class State(NamedTuple):

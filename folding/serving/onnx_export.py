@@ -117,7 +117,7 @@ def require_onnx() -> None:
 
 
 def _description(loaded: Loaded, tokenizer: Tokenizer) -> hf_config.Description:
-  """Returns what config.json tells, with the sizes of the dense baseline."""
+  """Returns the content of config.json, with sizes of the dense baseline."""
   m = config_lib.dense_twin(loaded.config).model
   try:
     family = hf_config.family_of(m, len(loaded.labels))
@@ -448,7 +448,7 @@ class _Block:
     }
 
   def attend(self, x: str) -> str:
-    """Returns what attention writes to [N, D]."""
+    """Returns the output of attention, [N, D]."""
     g, w, layer = self._g, self._params, self._layer
     o_HrD = w["attn/o/kernel"]
     H, r, D = o_HrD.shape
@@ -479,7 +479,7 @@ class _Block:
     return self._dense(out, "attn/o")
 
   def mlp(self, x: str) -> str:
-    """Returns what the feed-forward layer writes to [N, D]."""
+    """Returns the output of the feed-forward layer, [N, D]."""
     g, m = self._g, self._config
     h = self._dense(x, "mlp/up")
     if m.gated:
@@ -591,7 +591,7 @@ class _Block:
     return [g.add(kind, angle) for kind in ("Cos", "Sin")]
 
   def _mask(self) -> str:
-    """Returns what is added to the logits."""
+    """Returns the mask and biases that are added to the logits."""
     mask = self._sizes.masks[self._layer.window]
     if self._config.relative_buckets:
       return self._relative(mask)

@@ -2,11 +2,11 @@
 
 Parts are the groups of W_Q and W_K, the rank of W_V and W_O (or a diagonal
 W_V), the neurons of the MLP and, with `fpp.embedding_granularity` "rank", the
-rank of the embedding. Each option is tried alone on the dense model:
-how far does the output of the model move, to first order (`sensitivities`)? Then
-the moves of the least error per parameter saved are taken until the model is
-small enough, and the MLP gets back what the last move saves too much. Errors are
-assumed to add up, and recovery by training is not foreseen.
+rank of the embedding. Each option is tried alone on the dense model: how far does
+the output of the model move, to first order (`sensitivities`)? Then the moves of
+the least error per parameter saved are taken until the model is small enough, and
+the MLP gets back the excess of the last move. Errors are assumed to add up, and
+recovery by training is not foreseen.
 
 If `fpp.granularity` is "weight", single weights of W_O and the MLP are pruned
 instead of neurons, and W_V is dense or as `fold.values` asks.
@@ -157,7 +157,7 @@ def allocate(
 
 
 def _require_open(config: Config) -> None:
-  """Raises `ConfigError` if a config decides what a plan would decide."""
+  """Raises `ConfigError` unless a config leaves the decisions to the plan."""
   f = config.fpp
   attention = "none" if f.granularity == "neuron" else "output"
   if f.attention != attention or f.linear_layers:

@@ -21,7 +21,7 @@ from folding.training import optimizer as optimizer_lib
 from folding.training import sharding
 from folding.training.step import Program, TrainState
 
-_MULTIPLE = 8  # of neurons: a byte of mask bits, and what a vector unit holds
+_MULTIPLE = 8  # of neurons: a byte of mask bits, and a width of vector units
 # Least share after the last mask update, since nothing more will leave.
 _LAST = 0.1
 

@@ -423,7 +423,7 @@ def read_source(
 ) -> tuple[dict[str, Any], str]:
   """Returns the parameters of a checkpoint folder, hub id or run, and a note.
 
-  The note is a part of a message: what the head is for, if for another task.
+  The note, for messages, names the task of a head that is for another one.
 
   Raises:
     ConfigError: it cannot be read, its model has another shape, or it has

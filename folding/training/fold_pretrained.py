@@ -83,8 +83,8 @@ def fold_pretrained(
      rank r whose output is nearest.
   2. W_O and the second feed-forward matrix, with their biases, are refitted by
      least squares, so that the residual stream equals that of the dense model.
-     Beside a diagonal W_V, W_O is fitted to what the dense layer would write on
-     the same input.
+     Beside a diagonal W_V, W_O is fitted to the output of the dense layer on the
+     same input.
 
   Before all layers the embedding becomes one of rank `fold.embedding_rank`, if
   set; the layers then make up for some of what that changes.
@@ -196,7 +196,7 @@ def layers_with_bar(config: Config, doing: str) -> Iterable[int]:
 def embed_batches(
   config: Config, params: Params, batches: Sequence[Batch]
 ) -> Stream:
-  """Returns what the first layer reads.
+  """Returns the input of the first layer.
 
   Raises:
     ConfigError: there is too little text.
@@ -235,7 +235,7 @@ def make_block(config: Config, n: int) -> Block:
 
 @functools.partial(jax.jit, static_argnames=("block", "names", "outputs"))
 def look(block: Block, params, x, mask, names=(), outputs=()) -> dict[str, Any]:
-  """Returns what passes modules of a block, and its own output as "out".
+  """Returns inputs and outputs of modules of a block, and its output as "out".
 
   Args:
     block: The layer.
@@ -449,7 +449,7 @@ def _fit_data(
   target: Sequence[Mapping[str, jax.Array]],
   seen: Sequence[Mapping[str, jax.Array]] = (),
 ) -> tuple[Sequence[jax.Array], Sequence[jax.Array]]:
-  """Returns what a projection adds to, and what the sum should be.
+  """Returns (base, target) of the fit of a projection: base + output = target.
 
   Args:
     m: Resolved.
@@ -494,7 +494,7 @@ class HeadMoments(NamedTuple):
 
 
 def head_moments(block: Block, params: Params, stream: Stream) -> HeadMoments:
-  """Returns what `fold_logits` needs of a layer's input."""
+  """Returns the moments of a layer's input that `fold_logits` needs."""
   sums = total(functools.partial(_moment_sums, block, params), *stream)
   return HeadMoments(*(a / stream.num_tokens for a in sums))
 

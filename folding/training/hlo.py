@@ -57,7 +57,7 @@ NOTHING = Work(0, {})
 
 
 def read(text: str) -> Work:
-  """Returns what a program does.
+  """Returns the work of a program.
 
   - A loop counts as often as it turns. The number may be decided at run time.
     Then a loop inside a loop of N turns counts (N + 1) / 2 times: those of

@@ -1,8 +1,8 @@
 """Trains a run: start, steps, evaluation, checkpoints and result.
 
-`run` is the entry point, and this file reads from top to bottom: what a run is
-made of (`Run`), where it starts (`_start`), how it trains (`_train`), and what
-is read back from a run directory (`evaluate_run`, `open_run`).
+`run` is the entry point, and this file reads from top to bottom: the parts of a
+run (`Run`), its start (`_start`), its steps (`_train`), and reading a run
+directory back (`evaluate_run`, `open_run`).
 """
 
 import contextlib
@@ -535,7 +535,7 @@ def _notes(start: Start) -> list[str]:
 
 
 def _rank(metrics: dict[str, Any], config: Config) -> float:
-  """Returns what ranks checkpoints, less is better: see `train.metric`."""
+  """Returns the rank of a checkpoint, lower is better; see `train.metric`."""
   name = config.train.metric or config_lib.METRICS[config.task][0]
   if name == "loss":
     return metrics["loss"]

@@ -166,7 +166,7 @@ def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
 
 
 def plan(config: Config, devices: Devices) -> dict[str, Any]:
-  """Returns what a training step takes on each device.
+  """Returns the memory, work and traffic of a training step on each device.
 
   Models of seven layers or more that are alike and not scanned are compiled with
   two and with four layers, and their figures extrapolated.
@@ -331,7 +331,7 @@ def _inputs(
 def measure(
   program: Program, devices: Devices, *, is_mask_update: bool = False
 ) -> dict[str, Any]:
-  """Returns what the compiler reports about a training step, per device.
+  """Returns the compiler's report on a training step, per device.
 
   Args:
     program: Model and optimizer, of any number of layers.

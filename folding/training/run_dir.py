@@ -287,7 +287,7 @@ def write_result(workdir: str, result: dict[str, Any]) -> None:
 
 
 def read_result(workdir: str) -> dict[str, Any]:
-  """Returns what `write_result` wrote.
+  """Returns the content of `result.json`, without its checksum.
 
   Raises:
     ConfigError: it was edited or is damaged.
