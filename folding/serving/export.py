@@ -17,24 +17,19 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
-import safetensors
-import safetensors.numpy
 import tokenizers
-from flax import traverse_util
 from jax import export as jax_export
 
 from folding import config as config_lib
 from folding import files, paths
-from folding.compression.accounting import account, slices_of, storage
+from folding.compression.accounting import account
 from folding.compression.fold import unfold
 from folding.config import UNLABELLED, Config
 from folding.data.tokenizers import (
@@ -55,6 +50,7 @@ from folding.serving.batched import (
   require_several,
   require_size,
 )
+from folding.serving.packed import load_packed, save_packed
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
 
@@ -68,8 +64,6 @@ _STABLEHLO_OUTPUTS = {
   "embed": "float32[b, D]: vectors",
 }
 
-_BITS = ":bits"
-_AXES = {"first": 0, "last": -1}
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
 _ENCODER_TOKENS = {
   "cls": ("[CLS]", "<s>"),
@@ -422,113 +416,6 @@ def cast(loaded: Loaded, dtype: str) -> Loaded:
 
   params = paths.map_named(cast_one, loaded.params)
   return dataclasses.replace(loaded, params=params)
-
-
-def save_packed(tree: Mapping[str, Any], path: str | os.PathLike) -> None:
-  """Writes the arrays of nested dicts so that zeros take no room.
-
-  Each array is stored in the way that `folding.account` counts as cheapest. One
-  that is stored whole is a tensor under its path. Otherwise the tensor under
-  that path holds the nonzero values, in C order, or the slices that have any; a
-  second tensor, "<path>:bits", has a bit per element or slice, packed as
-  `numpy.packbits` does. The file's metadata has one entry, "folding": JSON
-  {"packed": {path: {"way", "shape"}}}.
-
-  `load_packed` returns the same bits, except that -0.0 may become 0.0.
-
-  Raises:
-    OSError: the file cannot be written.
-  """
-  tensors: dict[str, np.ndarray] = {}
-  packed = {}
-  for name, leaf in paths.flatten(tree).items():
-    w = np.asarray(leaf)
-    way, _, _ = storage(w)
-    if way == "whole":
-      tensors[name] = np.asarray(w, order="C")
-      continue
-    is_kept = w != 0
-    if way in _AXES:
-      axis = _AXES[way] % w.ndim
-      is_kept = slices_of(is_kept, axis)
-      values = np.compress(is_kept, w, axis)
-    else:
-      values = w[is_kept]
-    tensors[name] = np.asarray(values, order="C")
-    tensors[name + _BITS] = np.packbits(is_kept)
-    packed[name] = {"way": way, "shape": w.shape}
-  metadata = {"folding": json.dumps({"packed": packed})}
-  hf_weights.save_tensors(path, tensors, metadata)
-
-
-def load_packed(
-  path: str | os.PathLike,
-  check: Callable[[dict[str, tuple[int, ...]]], None] | None = None,
-) -> dict[str, Any]:
-  """Returns the nested dicts of NumPy arrays that `save_packed` wrote.
-
-  Args:
-    path: The file.
-    check: Called with {path: shape} before any array is allocated.
-
-  Raises:
-    ConfigError: the file is missing, truncated, or has another format.
-  """
-  flat = {}
-  try:
-    with safetensors.safe_open(path, "numpy") as file:
-      packed = json.loads((file.metadata() or {})["folding"])["packed"]
-      names = [name for name in file.keys() if not name.endswith(_BITS)]
-      if check is not None:
-        check(
-          {
-            name: tuple(
-              packed[name]["shape"]
-              if name in packed
-              else file.get_slice(name).get_shape()
-            )
-            for name in names
-          }
-        )
-      for name in names:
-        flat[name] = file.get_tensor(name)
-        if name in packed:
-          bits = file.get_tensor(name + _BITS)
-          flat[name] = _unpack(flat[name], bits, **packed[name])
-  except FileNotFoundError:
-    raise ConfigError(f"there is no {path}") from None
-  except safetensors.SafetensorError as error:
-    raise ConfigError(
-      f"{path} is truncated or no safetensors file ({error})"
-    ) from None
-  except ConfigError:
-    raise
-  # Metadata of any kind: not ours, or damaged.
-  except (
-    LookupError,
-    TypeError,
-    ValueError,
-    MemoryError,
-    RecursionError,
-  ) as error:
-    raise ConfigError(f"{path} is not packed as `folding` does") from error
-  return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _unpack(
-  values: np.ndarray, bits: np.ndarray, way: str, shape: list[int]
-) -> np.ndarray:
-  axis = _AXES.get(way)
-  count = math.prod(shape) if axis is None else shape[axis]
-  if bits.size != -(-count // 8):
-    raise ValueError("there is not one bit per element or slice")
-  is_kept = np.unpackbits(bits, count=count).astype(bool)
-  w = np.zeros(shape, values.dtype)
-  if axis is None:
-    w[is_kept.reshape(shape)] = values
-  else:
-    np.moveaxis(w, axis, 0)[is_kept] = np.moveaxis(values, axis, 0)
-  return w
 
 
 def export_hf(
