@@ -98,7 +98,7 @@ def read_file(
   if file.suffix == ".txt":
     return _read_txt(file, task)
   if file.suffix == ".tsv":
-    table, has_header = _tsv_rows(file, data)
+    table, has_header = _tsv_rows(file, data, task)
   else:
     has_header = True
     table = list(rows_of(part, labelled=task not in config_lib.UNLABELLED))
@@ -174,7 +174,9 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
       yield number, line.removesuffix("\r")
 
 
-def _tsv_rows(file: pathlib.Path, data: DataConfig) -> tuple[Table, bool]:
+def _tsv_rows(
+  file: pathlib.Path, data: DataConfig, task: config_lib.Task
+) -> tuple[Table, bool]:
   """Returns the rows, and whether the first line is a header.
 
   Without one, a line is `label<TAB>text`. Quotes are plain characters.
@@ -182,7 +184,9 @@ def _tsv_rows(file: pathlib.Path, data: DataConfig) -> tuple[Table, bool]:
   lines = list(_lines(_text(file)))
   columns = lines[0][1].split("\t")
   is_repeated = any(line == lines[0][1] for _, line in lines[1:])
-  if _is_header(columns, data) and not (len(columns) == 2 and is_repeated):
+  if _is_header(columns, data, task) and not (
+    len(columns) == 2 and is_repeated
+  ):
     cells = [(number, line.split("\t")) for number, line in lines[1:]]
     return list(_with_columns(file, columns, cells)), True
   if named := _named_columns(data):
@@ -199,13 +203,22 @@ def _tsv_rows(file: pathlib.Path, data: DataConfig) -> tuple[Table, bool]:
   return table, False
 
 
-def _is_header(cells: Sequence[str], data: DataConfig) -> bool:
-  """Returns whether cells have a given name, or usual ones of label and text."""
+def _is_header(
+  cells: Sequence[str], data: DataConfig, task: config_lib.Task
+) -> bool:
+  """Returns whether cells have a given name, or usual ones of text and label.
+
+  A task without labels needs no label, but then all cells must be names.
+  """
   texts = {*itertools.chain(*rows_lib.TEXT_NAMES)}
   labels = {*itertools.chain(*rows_lib.LABEL_NAMES.values())}
   found = {*cells, *map(str.lower, cells)}
-  is_usual = found & texts and found & labels
-  return bool(is_usual or found & {*_named_columns(data)})
+  if found & {*_named_columns(data)}:
+    return True
+  are_names = task in config_lib.UNLABELLED and all(
+    cell.isidentifier() for cell in cells
+  )
+  return bool(found & texts and (found & labels or are_names))
 
 
 def _named_columns(data: DataConfig) -> list[str]:

@@ -102,10 +102,22 @@ def test_csv_columns_are_configured_or_guessed(
 def test_tsv_may_have_a_header(tmp_path):
   texts = load(tmp_path, train__tsv='id\ttext\tlabel\n7\t"a\tx\n8\tb\ty\n')
   assert pairs(texts) == [("x", '"a'), ("y", "b")]
-  embed = load(
-    tmp_path, "embed", {"text_field": "body"}, train__tsv="id\tbody\n7\ta\n"
-  )
-  assert embed.texts["train"] == ["a"]  # a header without a label
+
+
+@pytest.mark.parametrize(
+  ("rows", "field", "expected"),
+  [
+    ("id\tbody\n7\ta\n", "body", ["a"]),
+    ("id\ttext\n7\ta b\n", None, ["a b"]),
+    ("text\na b\n", None, ["a b"]),
+    ("text\ta b\n", None, ["a b"]),  # the label is "text"
+  ],
+)
+def test_tsv_of_a_task_without_labels_needs_none(
+  tmp_path, rows, field, expected
+):
+  texts = load(tmp_path, "embed", {"text_field": field}, train__tsv=rows)
+  assert texts.texts["train"] == expected
 
 
 PAIRS = "score\tlabel\tsentence1\tsentence2\n1.5\tx\ta\tb c\n-2\ty\td\te\n"
