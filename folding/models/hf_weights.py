@@ -860,7 +860,7 @@ def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     return stack.enter_context(safetensors.safe_open(path, "numpy"))
   except safetensors.SafetensorError as error:
     raise ConfigError(
-      f"{path} is truncated or no safetensors file ({error})"
+      f"{path} is truncated or not a safetensors file ({error})"
     ) from None
 
 

@@ -68,7 +68,7 @@ GROUPS = {
 
 
 def find(path: str) -> Param | None:
-  """Returns the row of a path, None if it is no parameter of ours.
+  """Returns the row of a path, None if it is not a parameter of ours.
 
   Args:
     path: Of a parameter, or of anything whose path ends like it (a moment).

@@ -114,7 +114,7 @@ class Loaded:
     texts = list(texts)
     for number, text in enumerate(texts):
       if not isinstance(text, str):
-        raise ConfigError(f"text {number} is no string: {text!r:.60}")
+        raise ConfigError(f"text {number} is not a string: {text!r:.60}")
     found = outputs(
       self.config,
       self.tokenizer,
@@ -178,7 +178,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
   config_path = os.path.join(path, CONFIG)
   if not os.path.isfile(config_path):
     raise ConfigError(
-      f"{path} is no run and no exported model: it has no {CONFIG}"
+      f"{path} is neither a run nor an exported model: it has no {CONFIG}"
     )
   values = files.read_json(config_path, dict)
   if values.get("format") == FORMAT:

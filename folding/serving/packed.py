@@ -95,7 +95,7 @@ def load_packed(
     raise ConfigError(f"there is no {path}") from None
   except safetensors.SafetensorError as error:
     raise ConfigError(
-      f"{path} is truncated or no safetensors file ({error})"
+      f"{path} is truncated or not a safetensors file ({error})"
     ) from None
   except ConfigError:
     raise

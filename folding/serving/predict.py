@@ -168,7 +168,7 @@ def open_lines(path: str) -> Iterator[Iterator[str]]:
 
 def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
   for number, line in enumerate(file, 1):
-    # A byte order mark is no text, but only at the start of the file.
+    # A byte order mark is not text, at the start of the file only.
     encoding = "utf-8-sig" if number == 1 else "utf-8"
     try:
       text = line.decode(encoding).removesuffix("\n").removesuffix("\r")

@@ -329,7 +329,7 @@ def test_load_refuses_a_damaged_or_missing_file(folder, name):
   [
     ("{", "config.json is damaged"),
     ("[]", "config.json is damaged"),
-    (None, "is no run and no exported model"),
+    (None, "neither a run nor"),
   ],
 )
 def test_load_refuses_a_folder_of_another_kind(tmp_path, text, message):

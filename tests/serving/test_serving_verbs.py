@@ -117,7 +117,7 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
 # fmt: off
 @pytest.mark.parametrize(("argv", "message"), [
   ("export RUN --output RUN", "not an empty"),
-  ("export TMP --output TMP/out", "is no run"),
+  ("export TMP --output TMP/out", "neither a run"),
   ("export RUN --output TMP/out --format=hf", "no model of transformers"),
   ("export RUN --output O --format=hf --dtype=int8", "float32 or bfloat16"),
   ("export RUN --output O --format=onnx --dtype=bfloat16", "int8"),
