@@ -191,8 +191,8 @@ def _tsv_rows(
     return list(_with_columns(file, columns, cells)), True
   if named := _named_columns(data):
     raise ConfigError(
-      f"{file} has no header that names {', '.join(map(repr, named))}; add one, "
-      "or leave data.text_field and data.label_field out"
+      f"{file} has no header with the columns {', '.join(map(repr, named))} "
+      "(data.text_field, data.label_field); name them in the first line"
     )
   table = []
   for number, line in lines:
