@@ -593,13 +593,12 @@ class Config:
         "fpp.embedding_granularity='trim' removes tokens from the tokenizer of a "
         "trained classifier; set pretrained=PATH, or use 'row' or 'weight'"
       )
-    is_planned = self.compress.plan == "auto" and f.overall is not None
     is_open = f.embedding_granularity == "rank" and not self.fold.embedding_rank
-    if is_open and not is_planned:
+    if is_open and self.compress.plan == "same":
       raise ConfigError(
-        "fpp.embedding_granularity='rank' needs compress.plan='auto' and "
-        "fpp.overall, which choose the rank, or fold.embedding_rank; 'trim' and "
-        "'weight' need neither"
+        "fpp.embedding_granularity='rank' needs compress.plan='auto', which "
+        "chooses the rank, or fold.embedding_rank; 'trim' and 'weight' need "
+        "neither"
       )
     if self.compress.plan == "auto" and is_new:
       raise ConfigError(

@@ -1,12 +1,15 @@
 """Plans how small each part of each layer of a trained model becomes.
 
 Parts are the groups of W_Q and W_K, the rank of W_V and W_O (or a diagonal
-W_V), the neurons of the MLP and, with `fpp.embedding_granularity` "rank", the
-rank of the embedding. Each option is tried alone on the dense model: how far does
-the output of the model move, to first order (`sensitivities`)? Then the moves of
-the least error per parameter saved are taken until the model is small enough, and
-the MLP gets back the excess of the last move. Errors are assumed to add up, and
-recovery by training is not foreseen.
+W_V), and the neurons of the MLP. Each option is tried alone on the dense model:
+how far does the output of the model move, to first order (`sensitivities`)? Then
+the moves of the least error per parameter saved are taken until the model is small
+enough, and the MLP gets back the excess of the last move. Errors are assumed to
+add up, and recovery by training is not foreseen.
+
+With `fpp.embedding_granularity` "rank" the embedding gets the highest rank with
+which it loses its target. By errors alone it would lose more, and the model would
+be slower: numbers of an embedding are stored and hardly computed with.
 
 If `fpp.granularity` is "weight", single weights of W_O and the MLP are pruned
 instead of neurons, and W_V is dense or as `fold.values` asks.
@@ -51,12 +54,10 @@ from folding.training.fold_pretrained import (
   require_pairs,
   second_moment,
   total,
-  usage_of,
 )
 
 _FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
-KINDS = ("qk", "v", "mlp", "embed")
-_EMBEDDING = (0, "embed")
+KINDS = ("qk", "v", "mlp")
 _MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `OUTPUTS`
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
@@ -88,7 +89,7 @@ def allocate(
   reaches `compress.qkv`, if set, before anything is pruned. The output layer
   and the embedding keep their targets; with `fpp.overall` these are `overall`
   and 1 - (1 - overall)**embedding_share. The returned config states all of
-  this, and its `compress.plan` is "same". The rank of an embedding is in `fold`.
+  this, and its `compress.plan` is "same".
 
   Args:
     config: Resolved.
@@ -103,13 +104,13 @@ def allocate(
   options = measure(config, params, batches)
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
-  by_rank = _EMBEDDING in options  # a decision like the others
-  if by_rank:
+  rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
+  if not rank and config.fpp.embedding_granularity == "rank":
+    rank = _embedding_rank(shape, embedding)
+  if rank:  # the embedding loses nothing else
     embedding = 0.0
-    sizes["embedding"] -= params["embed"]["embedding"].size
+    sizes["embedding"] += _embedding_size(shape, rank) - math.prod(shape)
   budget = _budget(config, sizes, linear, embedding)
-  if by_rank and config.fpp.overall is None:  # the rank is given
-    budget += options[_EMBEDDING][0].stored
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:
     limit = (1 - config.compress.qkv) * sizes["qkv"]
@@ -137,6 +138,7 @@ def allocate(
     groups=values("qk"),
     values=tuple(v if isinstance(v, str) else "dense" for v in values("v")),
     value_rank=tuple(0 if isinstance(v, str) else v for v in values("v")),
+    embedding_rank=rank,
   )
   fpp = dataclasses.replace(
     config.fpp,
@@ -147,8 +149,7 @@ def allocate(
       pruned_of(fraction, n) for n, fraction in enumerate(values("mlp"))
     ),
   )
-  if by_rank:
-    fold.embedding_rank = options[_EMBEDDING][chosen[_EMBEDDING]].value
+  if fpp.embedding_granularity == "rank":
     fpp.embedding_granularity = "weight"
   compress = dataclasses.replace(config.compress, plan="same", qkv=None)
   return config_lib.resolve(
@@ -244,6 +245,22 @@ def outer_fractions(config: Config) -> tuple[float, float]:
   return f.linear or 0.0, f.embedding or 0.0
 
 
+def _embedding_rank(shape: tuple[int, int], fraction: float) -> int:
+  """Returns the rank with which [V, D] lose a fraction; 0 if that is nothing.
+
+  It is a multiple of 8.
+  """
+  V, D = shape
+  most = ((1 - fraction) * V * D - D) / (V + D)
+  return max(8, int(most) // 8 * 8) if fraction else 0
+
+
+def _embedding_size(shape: tuple[int, int], rank: int) -> int:
+  """Returns the number of parameters of an embedding [V, D] of lower rank."""
+  V, D = shape
+  return rank * (V + D) + D
+
+
 def _budget(
   config: Config, sizes: Mapping[str, int], linear: float, embedding: float
 ) -> float:
@@ -267,8 +284,6 @@ def measure(
 ) -> dict[tuple[int, str], list[Option]]:
   """Returns the options of each layer and kind: "qk", "v" and "mlp".
 
-  Those of the rank of the embedding, if it is open or given, are (0, "embed").
-
   Args:
     config: Resolved.
     params: Parameters of its dense baseline.
@@ -277,13 +292,6 @@ def measure(
   dense = config_lib.dense_twin(config)
   stream = embed_batches(dense, params, batches)
   matter, options = sensitivities(config, params, batches), {}
-  is_open = config.fpp.embedding_granularity == "rank"
-  if is_open or config.fold.embedding_rank:
-    embedding_VD = np.asarray(params["embed"]["embedding"])
-    usage_V = usage_of(batches, len(embedding_VD))
-    options[_EMBEDDING] = _embedding_options(
-      embedding_VD, usage_V, matter["embed"], config.fold.embedding_rank
-    )
   for n in layers_with_bar(config, "measuring"):
     old = params[f"blocks_{n}"]
     target = look_all(
@@ -363,23 +371,6 @@ class _Trial(NamedTuple):
     part = self.old["attn" if role == "o" else "mlp"][role]
     product = moments.around(part) @ wrong
     return float(np.sum(wrong * (product @ self.matter[role])))
-
-
-def _embedding_options(
-  embedding_VD: np.ndarray, usage_V: np.ndarray, matter: np.ndarray, given: int
-) -> list[Option]:
-  """Returns the options of the rank of the embedding; 0 is all of it."""
-  V, D = embedding_VD.shape
-  _, axes_DD, variances_D = lowrank.components(embedding_VD, usage_V)
-  # What each component adds to the error when it is left out.
-  added_D = variances_D * np.sum(axes_DD * (matter @ axes_DD), axis=0)
-  ranks = [given] if given else range(D // 8 * 8, 0, -8)
-  options = [
-    Option(rank, rank * (V + D) + D, float(added_D[rank:].sum()))
-    for rank in ranks
-  ]
-  dense = Option(0, V * D, 0.0)
-  return options if given else [dense, *options]
 
 
 def _logits_options(trial: _Trial) -> list[Option]:
@@ -529,7 +520,7 @@ def sensitivities(
     batches: Calibration text.
 
   Returns:
-    {path of W_O, W_down or the embedding of tokens: [D, D]}.
+    {path of W_O or W_down: [D, D]}.
   """
   dense = config_lib.dense_twin(config)
   dense.model.scan_layers = False  # errors are added by the path of a layer
@@ -568,9 +559,7 @@ def _sensitivity_sums(model, params, tokens, mask, segments, key):
   zero = jnp.zeros((*tokens.shape, model.config.width), jnp.float32)
   layers = range(model.config.num_layers)
   modules = [f"blocks_{n}/{m}" for n in layers for m in _MODULES.values()]
-  width = params["embed"]["embedding"].shape[1]
-  zeros = {"embed": zero[..., :width], **dict.fromkeys(modules, zero)}
-  grads = jax.grad(output)(zeros)
+  grads = jax.grad(output)(dict.fromkeys(modules, zero))
   weight = mask.astype(jnp.float32)[..., None]
   return jax.tree.map(lambda g: second_moment(g * weight, g), grads)
 

@@ -11,7 +11,6 @@ import pytest
 
 from folding import config as c
 from folding import errors, paths
-from folding.compression import fold, lowrank
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate, fold_pretrained
 
@@ -153,9 +152,9 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given):
   config = _structured("bert", embedding_granularity="rank", overall=0.4)
   config.fold.embedding_rank = given
   params = _trained(config)
-  params["embed"]["embedding"][:, 8:] = 1.0  # of rank 8 around the mean
   planned = allocate.allocate(config, params, _batches())
-  assert planned.fold.embedding_rank == given or 8
+  # 0.6 * 40 * 32 numbers: 72 a rank and a bias of 32.
+  assert planned.fold.embedding_rank == (given or 8)
   assert not planned.fpp.embedding
   widths = [48 - round(48 * part) for part in planned.fpp.linear_layers]
   planned.model.mlp_width = tuple(widths)
@@ -164,23 +163,6 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given):
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
   assert 0.6 * dense - 8 * 3 * D * N - 8 * D * N < kept <= 0.6 * dense
-
-
-def test_options_of_the_embedding_foretell_what_a_rank_loses():
-  config = _structured("bert", embedding_granularity="rank")
-  params, batches = _trained(config), _batches()
-  options = _measure(config, params, batches)[0, "embed"]
-  assert [option.value for option in options] == [0, 32, 24, 16, 8]
-  usage_V = fold_pretrained.usage_of(batches, V)
-  matter = allocate.sensitivities(config, params, batches)["embed"]
-  whole_VD = params["embed"]["embedding"]
-  for rank, stored, error in options[1:]:
-    rows = lowrank.fold_embedding(whole_VD, usage_V, rank)
-    assert stored == sum(w.size for w in jax.tree.leaves(rows))
-    dense = fold.unfold({**params, **rows})["embed"]["embedding"]
-    e_VD = np.asarray(dense - whole_VD, np.float64)
-    expected = np.sum(usage_V[:, None] * e_VD * (e_VD @ matter))
-    assert error == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
 def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
@@ -204,7 +186,6 @@ def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
     ("blocks_1/attn/o", "classify"),
     ("blocks_1/mlp/down", "classify"),
     ("blocks_1/mlp/down", "embed"),
-    ("embed", "classify"),
   ],
 )
 def test_sensitivities_foretell_the_change_of_the_output(name, task):
@@ -218,9 +199,8 @@ def test_sensitivities_foretell_the_change_of_the_output(name, task):
   apply = jax.jit(model.apply)
 
   def output(error):
-    moved = (f"{name}/bias", f"{name}/embedding")
     changed = paths.map_named(
-      lambda at, w: w + error if at in moved else w, params
+      lambda at, w: w + error if at == f"{name}/bias" else w, params
     )
     return np.asarray(apply({"params": changed}, batches[0]["tokens"]))
 
