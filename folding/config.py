@@ -335,6 +335,9 @@ class CompressConfig:
 
   plan: Literal["same", "auto"] = "same"  # auto: per layer, by measured error
   qkv: Fraction | None = None  # of a plan: W_Q, W_K, W_V to save at least
+  # An open rank of the embedding, of a plan: what saves the embedding's share, or
+  # one more decision by measured error.
+  embedding: Literal["share", "errors"] = "share"
   # Prune by `fpp` before the first step, then train the remaining weights.
   prune: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
   calibration: Count = 512  # calibration texts (or windows)
@@ -599,6 +602,12 @@ class Config:
         "fpp.embedding_granularity='rank' needs compress.plan='auto', which "
         "chooses the rank, or fold.embedding_rank; 'trim' and 'weight' need "
         "neither"
+      )
+    by_errors = is_open and self.compress.embedding == "errors"
+    if by_errors and f.overall is None:
+      raise ConfigError(
+        "compress.embedding='errors' needs fpp.overall; use 'share' beside "
+        "fpp.linear and fpp.embedding"
       )
     if self.compress.plan == "auto" and is_new:
       raise ConfigError(

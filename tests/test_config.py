@@ -534,6 +534,18 @@ REFUSED = {
     "or fold.embedding_rank",
     {"fold__embedding_rank": 8},
   ),
+  "decision_without_a_budget": (
+    TRAINED
+    | {
+      "task": "classify",
+      "fpp__embedding_granularity": "rank",
+      "fpp__embedding": 0.5,
+      "compress__plan": "auto",
+      "compress__embedding": "errors",
+    },
+    "compress.embedding='errors'",
+    {"compress__embedding": "share"},
+  ),
   "heads_that_share": (
     {
       "fpp__attention": "heads",

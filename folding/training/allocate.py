@@ -8,8 +8,9 @@ enough, and the MLP gets back the excess of the last move. Errors are assumed to
 add up, and recovery by training is not foreseen.
 
 With `fpp.embedding_granularity` "rank" the embedding gets the highest rank with
-which it loses its target. By errors alone it would lose more, and the model would
-be slower: numbers of an embedding are stored and hardly computed with.
+which it loses its target, or, with `compress.embedding` "errors", its rank is one
+more decision. Then it loses more and the MLP less. Such a model is slower, as
+numbers of an embedding are stored and hardly computed with.
 
 If `fpp.granularity` is "weight", single weights of W_O and the MLP are pruned
 instead of neurons, and W_V is dense or as `fold.values` asks.
@@ -54,10 +55,12 @@ from folding.training.fold_pretrained import (
   require_pairs,
   second_moment,
   total,
+  usage_of,
 )
 
 _FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
-KINDS = ("qk", "v", "mlp")
+KINDS = ("qk", "v", "mlp", "embed")
+_EMBEDDING = (0, "embed")
 _MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `OUTPUTS`
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
@@ -105,7 +108,10 @@ def allocate(
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
-  if not rank and config.fpp.embedding_granularity == "rank":
+  if _EMBEDDING in options:  # counted like the other options
+    embedding = 0.0
+    sizes["embedding"] -= math.prod(shape)
+  elif not rank and config.fpp.embedding_granularity == "rank":
     rank = _embedding_rank(shape, embedding)
   if rank:  # the embedding loses nothing else
     embedding = 0.0
@@ -116,6 +122,8 @@ def allocate(
     limit = (1 - config.compress.qkv) * sizes["qkv"]
     chosen = cheapest(options, chosen, ("qk", "v"), limit)
   chosen = cheapest(options, chosen, KINDS, budget)
+  if _EMBEDDING in options:
+    rank = options[_EMBEDDING][chosen[_EMBEDDING]].value
 
   # Linear layers, which are pruned by any fraction, get the rest back.
   spare = budget - _stored(options, chosen, KINDS)
@@ -151,7 +159,9 @@ def allocate(
   )
   if fpp.embedding_granularity == "rank":
     fpp.embedding_granularity = "weight"
-  compress = dataclasses.replace(config.compress, plan="same", qkv=None)
+  compress = dataclasses.replace(
+    config.compress, plan="same", qkv=None, embedding="share"
+  )
   return config_lib.resolve(
     dataclasses.replace(config, compress=compress, fold=fold, fpp=fpp)
   )
@@ -284,6 +294,8 @@ def measure(
 ) -> dict[tuple[int, str], list[Option]]:
   """Returns the options of each layer and kind: "qk", "v" and "mlp".
 
+  Those of the rank of the embedding, if it is a decision, are (0, "embed").
+
   Args:
     config: Resolved.
     params: Parameters of its dense baseline.
@@ -292,6 +304,13 @@ def measure(
   dense = config_lib.dense_twin(config)
   stream = embed_batches(dense, params, batches)
   matter, options = sensitivities(config, params, batches), {}
+  is_open = config.fpp.embedding_granularity == "rank"
+  is_open &= not config.fold.embedding_rank
+  if is_open and config.compress.embedding == "errors":
+    embedding_VD = np.asarray(params["embed"]["embedding"])
+    options[_EMBEDDING] = _embedding_options(
+      embedding_VD, usage_of(batches, len(embedding_VD)), matter["embed"]
+    )
   for n in layers_with_bar(config, "measuring"):
     old = params[f"blocks_{n}"]
     target = look_all(
@@ -371,6 +390,21 @@ class _Trial(NamedTuple):
     part = self.old["attn" if role == "o" else "mlp"][role]
     product = moments.around(part) @ wrong
     return float(np.sum(wrong * (product @ self.matter[role])))
+
+
+def _embedding_options(
+  embedding_VD: np.ndarray, usage_V: np.ndarray, matter: np.ndarray
+) -> list[Option]:
+  """Returns the options of the rank of the embedding; 0 is all of it."""
+  shape = V, D = embedding_VD.shape
+  _, axes_DD, variances_D = lowrank.components(embedding_VD, usage_V)
+  # What each component adds to the error when it is left out.
+  added_D = variances_D * np.sum(axes_DD * (matter @ axes_DD), axis=0)
+  options = [Option(0, V * D, 0.0)]
+  for rank in range(D // 8 * 8, 0, -8):
+    error = float(added_D[rank:].sum())
+    options.append(Option(rank, _embedding_size(shape, rank), error))
+  return options
 
 
 def _logits_options(trial: _Trial) -> list[Option]:
@@ -520,7 +554,7 @@ def sensitivities(
     batches: Calibration text.
 
   Returns:
-    {path of W_O or W_down: [D, D]}.
+    {path of W_O, W_down or the embedding of tokens: [D, D]}.
   """
   dense = config_lib.dense_twin(config)
   dense.model.scan_layers = False  # errors are added by the path of a layer
@@ -559,7 +593,9 @@ def _sensitivity_sums(model, params, tokens, mask, segments, key):
   zero = jnp.zeros((*tokens.shape, model.config.width), jnp.float32)
   layers = range(model.config.num_layers)
   modules = [f"blocks_{n}/{m}" for n in layers for m in _MODULES.values()]
-  grads = jax.grad(output)(dict.fromkeys(modules, zero))
+  width = params["embed"]["embedding"].shape[1]
+  zeros = {"embed": zero[..., :width], **dict.fromkeys(modules, zero)}
+  grads = jax.grad(output)(zeros)
   weight = mask.astype(jnp.float32)[..., None]
   return jax.tree.map(lambda g: second_moment(g * weight, g), grads)
 

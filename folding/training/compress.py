@@ -119,7 +119,13 @@ def recipe(config: Config, saving: float | None = None) -> Config:
     begin=0.02,
     end=0.3,
   )
-  compress = CompressConfig(plan="auto", prune="none" if is_lm else "sparsegpt")
+  compress = CompressConfig(
+    plan="auto",
+    prune="none" if is_lm else "sparsegpt",
+    # Vectors of MiniLM at 70% keep 0.95 of Spearman's correlation on SICK by
+    # errors, 0.93 by share. Classifiers are as accurate by share, and faster.
+    embedding="errors" if config.task == "embed" else "share",
+  )
   return dataclasses.replace(
     config, preset="paper", fold=fold, fpp=fpp, compress=compress
   )

@@ -11,6 +11,7 @@ import pytest
 
 from folding import config as c
 from folding import errors, paths
+from folding.compression import fold, lowrank
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate, fold_pretrained
 
@@ -147,11 +148,16 @@ def test_structured_plan_makes_the_arrays_as_small_as_asked(kind):
   assert 0.5 * dense - step - 8 * D * N < kept <= 0.5 * dense
 
 
-@pytest.mark.parametrize("given", [0, 12])
-def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given):
+@pytest.mark.parametrize(
+  ("given", "decided"), [(0, "share"), (12, "share"), (0, "errors")]
+)
+def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given, decided):
   config = _structured("bert", embedding_granularity="rank", overall=0.4)
   config.fold.embedding_rank = given
+  config.compress.embedding = decided
   params = _trained(config)
+  if decided == "errors":
+    params["embed"]["embedding"][:, 8:] = 1.0  # of rank 8 around the mean
   planned = allocate.allocate(config, params, _batches())
   # 0.6 * 40 * 32 numbers: 72 a rank and a bias of 32.
   assert planned.fold.embedding_rank == (given or 8)
@@ -163,6 +169,24 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given):
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
   assert 0.6 * dense - 8 * 3 * D * N - 8 * D * N < kept <= 0.6 * dense
+
+
+def test_options_of_the_embedding_foretell_what_a_rank_loses():
+  config = _structured("bert", embedding_granularity="rank")
+  config.compress.embedding = "errors"
+  params, batches = _trained(config), _batches()
+  options = _measure(config, params, batches)[0, "embed"]
+  assert [option.value for option in options] == [0, 32, 24, 16, 8]
+  usage_V = fold_pretrained.usage_of(batches, V)
+  matter = allocate.sensitivities(config, params, batches)["embed"]
+  whole_VD = params["embed"]["embedding"]
+  for rank, stored, error in options[1:]:
+    rows = lowrank.fold_embedding(whole_VD, usage_V, rank)
+    assert stored == sum(w.size for w in jax.tree.leaves(rows))
+    dense = fold.unfold({**params, **rows})["embed"]["embedding"]
+    e_VD = np.asarray(dense - whole_VD, np.float64)
+    expected = np.sum(usage_V[:, None] * e_VD * (e_VD @ matter))
+    assert error == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
 def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
@@ -186,6 +210,7 @@ def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
     ("blocks_1/attn/o", "classify"),
     ("blocks_1/mlp/down", "classify"),
     ("blocks_1/mlp/down", "embed"),
+    ("embed", "classify"),
   ],
 )
 def test_sensitivities_foretell_the_change_of_the_output(name, task):
@@ -199,8 +224,9 @@ def test_sensitivities_foretell_the_change_of_the_output(name, task):
   apply = jax.jit(model.apply)
 
   def output(error):
+    moved = (f"{name}/bias", f"{name}/embedding")
     changed = paths.map_named(
-      lambda at, w: w + error if at == f"{name}/bias" else w, params
+      lambda at, w: w + error if at in moved else w, params
     )
     return np.asarray(apply({"params": changed}, batches[0]["tokens"]))
 
