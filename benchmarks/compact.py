@@ -217,7 +217,7 @@ def main() -> None:
   ratios = {labels[name]: {"ratio": x} for name, x in result["ratio"].items()}
   plot = output.Plot(
     f"Training of {args.steps} steps with train.compact",
-    "time relative to the dense baseline",
+    "relative to the dense baseline",
     {"compact": ratios},
   )
   output.show("compact", args, result, [table], plot)
