@@ -127,9 +127,9 @@ def prepare(
 
 def _prepared(config: str, data_dir: str | None) -> PythonStdlib:
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
-    found = builder(config, data_dir)
-    found.download_and_prepare()
-  return found
+    builder(config, data_dir).download_and_prepare()
+  # Anew, as another process may have prepared it after this one's was made.
+  return builder(config, data_dir)
 
 
 def builder(config: str, data_dir: str | None) -> PythonStdlib:

@@ -114,6 +114,25 @@ def test_a_small_library_or_a_closed_folder_is_refused(tmp_path):
     python_stdlib.prepare("source", str(tmp_path / "file"))
 
 
+def test_data_that_another_process_prepared_meanwhile_is_read(
+  tmp_path, monkeypatch
+):
+  files, builder = (
+    {f"{i}.py": "text" for i in range(100)},
+    python_stdlib.builder,
+  )
+  monkeypatch.setattr(python_stdlib, "library_files", lambda: files)
+
+  def overtaken(*args):
+    made = builder(*args)
+    builder(*args).download_and_prepare()  # as another process does
+    return made
+
+  monkeypatch.setattr(python_stdlib, "builder", overtaken)
+  found = python_stdlib.prepare("source", str(tmp_path))
+  assert 60 < len(found.as_data_source("train")) < 100
+
+
 def test_processes_prepare_at_once_and_need_no_tensorflow(tmp_path):
   code = (
     "import sys\n"
