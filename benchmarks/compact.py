@@ -9,8 +9,8 @@ and these leave the arrays. Both runs are trained from start to end, in turn.
 `seconds` include all of it: compilation, evaluation, checkpoints and the test.
 `CPU seconds` are less sensitive to other programs. No compiled program is reused.
 With --energy=COUNTRY there are watt-hours of the machine, as CodeCarbon estimates
-them (extra `energy`). Milliseconds are medians of logged steps before the first mask update that can zero
-anything, and after the last mask update.
+them (extra `energy`). Milliseconds are medians of logged steps before the first
+mask update that can zero anything, and after the last mask update.
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ class Plot(NamedTuple):
   """Ratios on a logarithmic axis, with a line at 1.
 
   Attributes:
-    title: What is compared.
+    title: Name of the comparison.
     x_label: What the ratios are, and what the bars are.
     series: {name: {label: {"ratio"} or {"ratio", "ratio_low", "ratio_high"}}}.
   """

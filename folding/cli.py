@@ -555,7 +555,7 @@ def exit_status(call: Callable[[], Any]) -> int:
     return 1
   except KeyboardInterrupt:
     return 130  # as a shell says it
-  except Exception:
+  except Exception:  # without a backend JAX raises many kinds
     reason = _no_backend()
     if reason is None:
       raise

@@ -335,8 +335,8 @@ class CompressConfig:
 
   plan: Literal["same", "auto"] = "same"  # auto: per layer, by measured error
   qkv: Fraction | None = None  # of a plan: W_Q, W_K, W_V to save at least
-  # An open rank of the embedding, of a plan: what saves the embedding's share, or
-  # one more decision by measured error.
+  # How a plan chooses the rank of an embedding. "share": the highest that saves the
+  # embedding's share. "errors": by measured error, like ranks of layers.
   embedding: Literal["share", "errors"] = "share"
   # Prune by `fpp` before the first step, then train the remaining weights.
   prune: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"

@@ -128,7 +128,7 @@ def prepare(
 def _prepared(config: str, data_dir: str | None) -> PythonStdlib:
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
     builder(config, data_dir).download_and_prepare()
-  # Anew, as another process may have prepared it after this one's was made.
+  # The first builder has no splits if another process prepared the data meanwhile.
   return builder(config, data_dir)
 
 

@@ -7,10 +7,10 @@ the moves of the least error per parameter saved are taken until the model is sm
 enough, and the MLP gets back the excess of the last move. Errors are assumed to
 add up, and recovery by training is not foreseen.
 
-With `fpp.embedding_granularity` "rank" the embedding gets the highest rank with
-which it loses its target, or, with `compress.embedding` "errors", its rank is one
-more decision. Then it loses more and the MLP less. Such a model is slower, as
-numbers of an embedding are stored and hardly computed with.
+With `fpp.embedding_granularity` "rank" the embedding gets the highest rank that
+saves its share (`compress.embedding` "share"), or its rank is one more decision
+("errors"). By errors it loses more and the MLP less, which makes the model slower:
+a lookup takes no time to speak of.
 
 If `fpp.granularity` is "weight", single weights of W_O and the MLP are pruned
 instead of neurons, and W_V is dense or as `fold.values` asks.
@@ -173,7 +173,7 @@ def _require_open(config: Config) -> None:
   attention = "none" if f.granularity == "neuron" else "output"
   if f.attention != attention or f.linear_layers:
     raise ConfigError(
-      "compress.plan='auto' decides what is pruned of W_O and the MLP; use "
+      "compress.plan='auto' decides how W_O and the MLP are pruned; use "
       f"fpp.attention={attention!r} beside fpp.granularity={f.granularity!r}, "
       "and leave out fpp.linear_layers"
     )
@@ -304,8 +304,10 @@ def measure(
   dense = config_lib.dense_twin(config)
   stream = embed_batches(dense, params, batches)
   matter, options = sensitivities(config, params, batches), {}
-  is_open = config.fpp.embedding_granularity == "rank"
-  is_open &= not config.fold.embedding_rank
+  is_open = (
+    config.fpp.embedding_granularity == "rank"
+    and not config.fold.embedding_rank
+  )
   if is_open and config.compress.embedding == "errors":
     embedding_VD = np.asarray(params["embed"]["embedding"])
     options[_EMBEDDING] = _embedding_options(

@@ -63,7 +63,7 @@ def together(
   process.
 
   Args:
-    message: Of the error in the processes without one of their own.
+    message: Message of the error in processes that have none of their own.
 
   Raises:
     ConfigError: another process failed.
