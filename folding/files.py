@@ -251,6 +251,18 @@ def read_json(path: str, kind: type[Any]) -> Any:
   return found
 
 
+def write_json(path: str, content: Any, *, ensure_ascii: bool = True) -> None:
+  """Writes indented JSON and a line end, as `write_file` does.
+
+  Args:
+    path: The file.
+    content: What `json.dumps` takes.
+    ensure_ascii: Whether to escape all that is not ASCII.
+  """
+  text = json.dumps(content, indent=2, ensure_ascii=ensure_ascii)
+  write_file(path, text + "\n")
+
+
 def _find(path: str) -> tuple[str, str]:
   """Returns the folder to import from, and the path of a Python file."""
   if os.path.isfile(path):

@@ -15,7 +15,6 @@ with an index. Pickles are never opened.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -904,7 +903,7 @@ def save_pretrained(
   folder = pathlib.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
   save_tensors(folder / WEIGHTS, arrays, {"format": "pt"})
-  files.write_file(str(folder / CONFIG), json.dumps(values, indent=2) + "\n")
+  files.write_json(str(folder / CONFIG), values)
 
 
 def save_tensors(

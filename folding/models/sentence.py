@@ -5,7 +5,6 @@ sentence_bert_config.json limits the length of texts.
 """
 
 import dataclasses
-import json
 import os
 from typing import Any, NamedTuple
 
@@ -104,4 +103,4 @@ def write(path: str | os.PathLike, model: ModelConfig, max_length: int) -> None:
   ):
     file = os.path.join(path, name)
     os.makedirs(os.path.dirname(file), exist_ok=True)
-    files.write_file(file, json.dumps(content, indent=2) + "\n")
+    files.write_json(file, content)

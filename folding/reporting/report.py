@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import math
 import os
 import pathlib
@@ -151,8 +150,7 @@ def write_report(workdir: str) -> dict[str, Any]:
   run = load_run(workdir)
   metrics = summarize(run)
   plots = _draw(run)
-  text = json.dumps(metrics, indent=2) + "\n"
-  files.write_file(os.path.join(workdir, "report.json"), text)
+  files.write_json(os.path.join(workdir, "report.json"), metrics)
   # The page comes last: all plots that it embeds exist.
   page.write(workdir, "report", _page(run, metrics, plots))
   return metrics

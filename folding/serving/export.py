@@ -16,7 +16,6 @@ program for `jax.export`, and `onnx_export.export_onnx` one for onnxruntime.
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -353,8 +352,7 @@ def export(
     "config": config_lib.to_dict(config),
   }
   # Written last: it marks the folder as complete.
-  text = json.dumps(values, indent=2, ensure_ascii=False)
-  files.write_file(os.path.join(path, CONFIG), text + "\n")
+  files.write_json(os.path.join(path, CONFIG), values, ensure_ascii=False)
   size = sizes(Loaded(config, params, tokenizer, tuple(labels)))
   return size | {"files": folder_bytes(path)}
 
@@ -502,11 +500,8 @@ def export_hf(
     bos_token_id=ends[0] if m.causal and begin is None else begin,
   )
   options = tokenizer_options(tokenizer, described)
-  for name, text in (
-    (TOKENIZER, tokenizer.to_json()),
-    (OPTIONS, json.dumps(options, indent=2) + "\n"),
-  ):
-    files.write_file(os.path.join(path, name), text)
+  files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
+  files.write_json(os.path.join(path, OPTIONS), options)
   if loaded.config.task == "embed":
     sentence.write(path, loaded.config.model, loaded.config.data.length)
   return {"files": folder_bytes(path)}
@@ -662,6 +657,5 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   os.makedirs(path, exist_ok=True)
   files.write_file(os.path.join(path, STABLEHLO), program)
   files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
-  text = json.dumps(meta, indent=2, ensure_ascii=False)
-  files.write_file(os.path.join(path, META), text + "\n")
+  files.write_json(os.path.join(path, META), meta, ensure_ascii=False)
   return {"parameters": size, "program": len(program)}

@@ -15,7 +15,6 @@ numbers per value head.
 """
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -99,8 +98,7 @@ def export_onnx(
     }
   }
   for name, content in ((OPTIONS, options), (CONFIG, values)):
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    files.write_file(os.path.join(path, name), text + "\n")
+    files.write_json(os.path.join(path, name), content, ensure_ascii=False)
   if loaded.config.task == "embed":
     sentence.write(path, loaded.config.model, loaded.config.data.length)
   return {"parameters": graph.num_bytes, "files": export_lib.folder_bytes(path)}

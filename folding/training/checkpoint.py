@@ -149,8 +149,7 @@ class Checkpoints:
     """Writes model and checksums of a save; in its thread, the main process."""
     (part,) = pathlib.Path(self._folder).glob(f"{self._saving}.*")
     if self._model is not None:
-      text = json.dumps(dataclasses.asdict(self._model), indent=2)
-      files.write_file(str(part / _MODEL), text + "\n")
+      files.write_json(str(part / _MODEL), dataclasses.asdict(self._model))
     names = [
       path.relative_to(part).as_posix()
       for path in sorted(part.rglob("*"))
