@@ -52,12 +52,11 @@ def _rows(name: str) -> Iterator[str]:
 
 def _row(name: str, found: Any) -> str:
   """Returns a line of the table."""
-  module, _, short = name.rpartition(".")
-  source = pathlib.Path(inspect.getfile(pkgutil.resolve_name(module)))
+  short = name.rpartition(".")[2]
   if getattr(folding, short, None) is found:
     name = f"folding.{short}"
   about = (inspect.getdoc(found) or "").partition("\n\n")[0].replace("\n", " ")
-  link = source.relative_to(PAGE.parent).as_posix()
+  link = found.__module__.removeprefix("folding.").replace(".", "/") + ".py"
   return f"| [`{name}`]({link}) | {about.replace('|', '&#124;')} |"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
   from folding.models.transformer import Transformer as Transformer
   from folding.models.transformer import make_model as make_model
   from folding.serving.compress import compress as compress
-  from folding.serving.export import load as load
+  from folding.serving.loaded import load as load
   from folding.training.fold_pretrained import (
     fold_pretrained as fold_pretrained,
   )
@@ -38,7 +38,7 @@ _MODULES = {
   "fold_pretrained": "folding.training.fold_pretrained",
   "fpp": "folding.compression.fpp",
   "fpp_counts": "folding.compression.fpp",
-  "load": "folding.serving.export",
+  "load": "folding.serving.loaded",
   "make_model": "folding.models.transformer",
   "observe": "folding.compression.observe",
   "shrink": "folding.models.shrink",

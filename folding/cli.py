@@ -346,10 +346,10 @@ def export(args: argparse.Namespace) -> None:
 )
 def predict(args: argparse.Namespace) -> None:
   """Prints the class or score of each line of a file or of standard input."""
-  from folding.serving import export as export_lib
   from folding.serving import predict as predict_lib
+  from folding.serving.loaded import load
 
-  model = export_lib.load(args.path, pairs=args.pairs)
+  model = load(args.path, pairs=args.pairs)
   columns = predict_lib.columns_of_pair(model)
   if args.pairs and columns is None:
     raise ConfigError(
@@ -387,10 +387,10 @@ def encode(args: argparse.Namespace) -> None:
   import rich.console
   import rich.progress
 
-  from folding.serving import export as export_lib
   from folding.serving import predict as predict_lib
+  from folding.serving.loaded import load
 
-  model = export_lib.load(args.path)
+  model = load(args.path)
   model.require_encoder()
   with predict_lib.open_lines(args.file) as lines:
     texts = list(lines)
@@ -461,9 +461,9 @@ def encode(args: argparse.Namespace) -> None:
 )
 def generate(args: argparse.Namespace) -> None:
   """Prints prompts and what follows them: one as it comes, several in order."""
-  from folding.serving import export as export_lib
   from folding.serving import generate as generate_lib
   from folding.serving import predict as predict_lib
+  from folding.serving.loaded import load
   from folding.serving.sampling import Sampling
 
   prompts = args.prompt or []
@@ -474,7 +474,7 @@ def generate(args: argparse.Namespace) -> None:
     prompts = [""]
   sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
   pieces = generate_lib.continue_texts(
-    export_lib.load(args.path),
+    load(args.path),
     prompts,
     max_new_tokens=args.max_new_tokens,
     sampling=sampling,

@@ -165,6 +165,15 @@ def becoming(folder: str) -> Iterator[str]:
     raise
 
 
+def folder_bytes(path: str) -> int:
+  """Returns the bytes of the files in a folder and those below it."""
+  return sum(
+    os.path.getsize(os.path.join(folder, name))
+    for folder, _, names in os.walk(path)
+    for name in names
+  )
+
+
 def require_local(path: str) -> None:
   """Raises `ConfigError` for a path that is not a local one.
 

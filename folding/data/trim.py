@@ -55,6 +55,20 @@ def trim_tokenizer(
   return json.dumps(values, ensure_ascii=False), old_ids
 
 
+def plain_tokenizer(
+  tokenizer: Tokenizer,
+) -> tuple[Tokenizer, np.ndarray | None]:
+  """Returns a tokenizer without a map, and the row of each of its ids."""
+  if not isinstance(tokenizer, MappedTokenizer):
+    return tokenizer, None
+  text, token_map = tokenizer.to_json(), tokenizer.token_map
+  if (token_map < 0).any():  # tokens that were trimmed need no row
+    text, ids = trim_tokenizer(text, token_map >= 0)
+    token_map = token_map[ids]
+  inner = tokenizers.Tokenizer.from_str(text)
+  return Tokenizer(inner, tokenizer.special), token_map
+
+
 def trimmed(
   tokenizer: Tokenizer, keep_V: Sequence[bool] | np.ndarray
 ) -> MappedTokenizer:

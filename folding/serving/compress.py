@@ -11,7 +11,7 @@ from folding.data.batches import by_length, encode_rows, padded
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.serving.batched import require_several
-from folding.serving.export import Loaded, load
+from folding.serving.loaded import Loaded, load
 from folding.training import compress as compress_lib
 
 _ROWS = 64  # texts per batch

@@ -25,7 +25,7 @@ from folding.models.linear_attention import PastState, Span
 from folding.models.transformer import Transformer
 from folding.serving import sampling as sampling_lib
 from folding.serving.batched import require_numbers
-from folding.serving.export import Loaded
+from folding.serving.loaded import Loaded
 from folding.serving.sampling import Draw, Sampling
 
 # "keys": a KV cache. "linear": layers whose logits have rank 1 keep a state of

@@ -26,11 +26,12 @@ from folding import config as config_lib
 from folding import files, paths
 from folding.config import layers_of
 from folding.data.tokenizers import OPTIONS, Tokenizer
+from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, sentence
 from folding.models.attention import layer_frequencies, relative_buckets
-from folding.serving import export as export_lib
-from folding.serving.export import CONFIG, TOKENIZER, Loaded
+from folding.serving.hf_export import tokenizer_options
+from folding.serving.loaded import CONFIG, TOKENIZER, Loaded
 from folding.version import __version__
 
 MODEL = "model.onnx"
@@ -77,7 +78,7 @@ def export_onnx(
     raise ConfigError(
       f"an ONNX file holds less than 2 GiB; these are {size:,} parameters"
     )
-  tokenizer, token_map = export_lib.plain_tokenizer(loaded.tokenizer)
+  tokenizer, token_map = plain_tokenizer(loaded.tokenizer)
   if token_map is not None and np.array_equal(
     token_map, np.arange(loaded.num_rows)
   ):
@@ -88,7 +89,7 @@ def export_onnx(
   files.write_file(os.path.join(path, MODEL), program)
   files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
   described = _description(loaded, tokenizer)
-  options = export_lib.tokenizer_options(tokenizer, described)
+  options = tokenizer_options(tokenizer, described)
   values = _config(described) | {
     "folding": {
       "format": "onnx",
@@ -101,7 +102,7 @@ def export_onnx(
     files.write_json(os.path.join(path, name), content, ensure_ascii=False)
   if loaded.config.task == "embed":
     sentence.write(path, loaded.config.model, loaded.config.data.length)
-  return {"parameters": graph.num_bytes, "files": export_lib.folder_bytes(path)}
+  return {"parameters": graph.num_bytes, "files": files.folder_bytes(path)}
 
 
 def require_onnx() -> None:

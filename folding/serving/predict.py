@@ -22,7 +22,7 @@ from folding.serving.batched import (
   require_several,
   require_size,
 )
-from folding.serving.export import Loaded
+from folding.serving.loaded import Loaded
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import tokenizers
 from folding import config as c
 from folding.data.tokenizers import Tokenizer
 from folding.models.transformer import make_model
-from folding.serving.export import Loaded
+from folding.serving.loaded import Loaded
 
 WORDS = "the cat sat on a mat and dog ran to old red barn".split()
 LABELS = ("bad", "so so", "gut äh")

@@ -18,6 +18,8 @@ from folding import paths
 from folding.compression import accounting
 from folding.errors import ConfigError
 from folding.serving import export as export_lib
+from folding.serving import loaded as loaded_lib
+from folding.serving import packed as packed_lib
 from tests.serving import models
 
 DEAD = [7, 9, 10, 17]  # on, mat, and, ##s
@@ -65,12 +67,12 @@ def _assert_same(found, expected):
 @pytest.fixture
 def packed(tmp_path):
   path = tmp_path / "w.safetensors"
-  export_lib.save_packed(_tree(), path)
+  packed_lib.save_packed(_tree(), path)
   return path
 
 
 def test_packed_arrays_come_back_bit_for_bit(packed):
-  _assert_same(export_lib.load_packed(packed), _tree())
+  _assert_same(packed_lib.load_packed(packed), _tree())
   ways = json.loads(_header(packed)["__metadata__"]["folding"])["packed"]
   assert {name: entry["way"] for name, entry in ways.items()} == {
     "embed/embedding": "first",
@@ -114,7 +116,7 @@ def _repack(path, shape, bits):
 
 
 def _bits_of_others(path):
-  export_lib.save_packed({"w": _random(64, [slice(0, 40)])}, path)
+  packed_lib.save_packed({"w": _random(64, [slice(0, 40)])}, path)
   _flip_last(path)
 
 
@@ -132,7 +134,7 @@ def _bits_of_others(path):
 def test_load_packed_refuses_damaged_files(packed, damage, message):
   damage(packed)
   with pytest.raises(ConfigError, match=message):
-    export_lib.load_packed(packed)
+    packed_lib.load_packed(packed)
 
 
 def write(folder, model):
@@ -205,7 +207,7 @@ def test_shrunk_model_computes_the_same(model, tmp_path):
       rtol=2e-5,
       atol=2e-5,
     )
-  assert export_lib.sizes(found)["dense"] == export_lib.sizes(model)["dense"]
+  assert loaded_lib.sizes(found)["dense"] == loaded_lib.sizes(model)["dense"]
   # The tokens alone change no bit.
   rows = model.params["embed"]["embedding"]
   [plain] = model.tokenizer.encode_batch([TEXT], 40)

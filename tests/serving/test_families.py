@@ -10,6 +10,7 @@ import pytest
 
 import folding
 from folding import config as c
+from folding.data.trim import plain_tokenizer
 from folding.models import hf_config, hf_weights
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
@@ -79,7 +80,7 @@ def test_family_is_folded_exported_and_generates(family, tmp_path):
 
   export_lib.export_hf(tmp_path / "hf", small)
   torch, theirs = _transformers(tmp_path / "hf", small.config.task)
-  _, token_map = export_lib.plain_tokenizer(small.tokenizer)
+  _, token_map = plain_tokenizer(small.tokenizer)
   ids = tokens if token_map is None else np.argsort(token_map)[tokens]
   with torch.no_grad():
     out = theirs(input_ids=torch.tensor(ids))

@@ -14,6 +14,7 @@ from folding.models import hf_weights
 from folding.models.transformer import make_model
 from folding.serving import export as export_lib
 from folding.serving.generate import Generator, continue_texts, decode_parts
+from folding.serving.loaded import Loaded
 from folding.serving.sampling import Sampling
 from tests.models import checkpoints
 from tests.serving import models
@@ -40,7 +41,7 @@ def loaded():
   params = jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes
   )
-  return export_lib.Loaded(config, params, tokenizer)
+  return Loaded(config, params, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,179 @@
+"""Hugging Face checkpoints: folded projections and zeros in full."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from folding import config as config_lib
+from folding import files, paths
+from folding.compression.fold import unfold
+from folding.data.tokenizers import OPTIONS, Tokenizer
+from folding.data.trim import plain_tokenizer
+from folding.errors import ConfigError
+from folding.models import hf_config, hf_weights, sentence
+from folding.models.attention import layer_frequencies
+from folding.serving.loaded import TOKENIZER, Loaded, sizes
+
+# Special tokens of BERT and of RoBERTa, by their names in transformers.
+_ENCODER_TOKENS = {
+  "cls": ("[CLS]", "<s>"),
+  "sep": ("[SEP]", "</s>"),
+  "mask": ("[MASK]", "<mask>"),
+  "unk": ("[UNK]", "<unk>"),
+}
+
+
+def export_hf(
+  path: str | os.PathLike,
+  loaded: Loaded,
+  dtype: str = "float32",
+  *,
+  report: Callable[[str], None] = lambda _: None,
+) -> dict[str, int]:
+  """Writes a Hugging Face checkpoint to a new folder.
+
+  The Auto classes of `transformers` load it. Folded projections are written
+  dense. Removed neurons and trimmed tokens stay out, but every MLP is padded to
+  the width of the widest one.
+
+  Args:
+    path: Created if it does not exist; must be empty.
+    loaded: From `folding.load`; no heads were removed from it.
+    dtype: Type of the stored arrays.
+    report: Called with the size of the arrays before they are written.
+
+  Returns:
+    {"files": bytes of the folder}.
+
+  Raises:
+    ConfigError: the folder is not empty, no family computes this model, or its
+      classifier would ignore the end of a text.
+    OSError: it cannot be written.
+  """
+  path = os.fspath(path)
+  files.require_empty(path)
+  m = loaded.config.model
+  width = int(np.max(m.mlp_width))
+  m = dataclasses.replace(m, mlp_width=width)
+  family = hf_config.family_of(m, len(loaded.labels))
+  frequencies = None
+  if m.positions == "rope":
+    frequencies = {
+      f"blocks_{n}/attn": layer_frequencies(m, layer)
+      for n, layer in enumerate(config_lib.layers_of(m, loaded.config.fold))
+    }
+  try:
+    params = unfold(loaded.params, frequencies, m.head_dim)
+  except ValueError as error:
+    raise ConfigError(f"it has no dense form: {error}") from None
+  params = paths.map_named(functools.partial(_widened, width), params)
+  # Heads that share keys have values of their own beside a diagonal W_V; the
+  # dense form then repeats the keys.
+  m = dataclasses.replace(
+    config_lib.dense_twin(loaded.config).model,
+    mlp_width=width,
+    num_kv_heads=params["blocks_0"]["attn"]["k"]["kernel"].shape[1],
+  )
+  tokenizer, token_map = plain_tokenizer(loaded.tokenizer)
+  if token_map is not None:
+    params["embed"] = {"embedding": params["embed"]["embedding"][token_map]}
+  described = hf_config.Description(
+    family=family,
+    config=m,
+    vocab_size=params["embed"]["embedding"].shape[0],
+    max_length=loaded.config.data.length,
+    pad_id=_hf_pad_id(tokenizer, m.causal and bool(loaded.labels)),
+    token_types=hf_config.FAMILIES[family].defaults.get("type_vocab_size", 0),
+    problem=loaded.config.task,
+    label_names=loaded.labels,
+  )
+  size = sum(w.size for w in paths.flatten(params).values())
+  size *= jnp.dtype(dtype).itemsize
+  stored = sizes(loaded)
+  report(
+    f"About {size:,} bytes of arrays will be written; {stored['values']:,} are "
+    "stored now: transformers reads dense arrays, with folded projections, "
+    "removed neurons and zeros in full"
+  )
+  ends = tokenizer.end_ids.tolist()
+  begin = [*tokenizer.begin_ids.tolist(), None][0]
+  hf_weights.save_pretrained(
+    path,
+    params,
+    described,
+    dtype=dtype,
+    eos_token_id=ends[0] if len(ends) == 1 else ends,
+    # Without a first token, a decoder generates from the end of a text.
+    bos_token_id=ends[0] if m.causal and begin is None else begin,
+  )
+  options = tokenizer_options(tokenizer, described)
+  files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
+  files.write_json(os.path.join(path, OPTIONS), options)
+  if loaded.config.task == "embed":
+    sentence.write(path, loaded.config.model, loaded.config.data.length)
+  return {"files": files.folder_bytes(path)}
+
+
+def _widened(width: int, name: str, w: Any) -> np.ndarray:
+  """Returns an array of an MLP with this many neurons, filled with zeros."""
+  w = np.asarray(w)
+  if "/mlp/" not in name or name.endswith("down/bias"):
+    return w
+  axis = 0 if name.endswith("down/kernel") else -1
+  missing = np.zeros((w.ndim, 2), int)
+  missing[axis, 1] = width - w.shape[axis]
+  return np.pad(w, missing)
+
+
+def _hf_pad_id(tokenizer: Tokenizer, is_causal_classifier: bool) -> int:
+  """Returns a pad id that ends no text.
+
+  A causal classifier of transformers pools at the last token that is not the
+  pad token.
+  """
+  if not is_causal_classifier or not tokenizer.ends_with_pad:
+    return tokenizer.pad_id
+  if not tokenizer.begin_ids.size:
+    raise ConfigError(
+      f"the tokenizer ends each text with the pad token ({tokenizer.pad_id}), "
+      "which this kind of classifier ignores in transformers"
+    )
+  return int(tokenizer.begin_ids[0])
+
+
+def tokenizer_options(
+  tokenizer: Tokenizer, described: hf_config.Description
+) -> dict[str, Any]:
+  """Returns the tokenizer_config.json under which transformers reads as we do."""
+  inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+  begin = tokenizer.begin_ids
+  options = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": described.max_length,
+    "pad_token": inner.id_to_token(described.pad_id),
+    "eos_token": inner.id_to_token(tokenizer.end_id),
+    "bos_token": inner.id_to_token(int(begin[0])) if begin.size else None,
+    "clean_up_tokenization_spaces": False,
+    # As in `folding.data.tokenizers`: "<end>" in a text is text.
+    "split_special_tokens": True,
+    # GPT-2 would add token_type_ids to the embedding.
+    "model_input_names": ["input_ids", "attention_mask"],
+  }
+  if described.config.segments:
+    options["model_input_names"].append("token_type_ids")
+  if not described.config.causal:
+    known = inner.get_vocab()
+    for kind, names in _ENCODER_TOKENS.items():
+      found = [name for name in names if name in known]
+      options[f"{kind}_token"] = found[0] if found else None
+  elif described.head == "lm" and tokenizer.special.chat_template is not None:
+    # It contains special tokens, which then have to be read as such.
+    options["split_special_tokens"] = False
+    options["chat_template"] = tokenizer.special.chat_template
+  return options

@@ -1,0 +1,330 @@
+"""Models in memory, ready for use, and the folders that they are read from.
+
+`load` reads a run, a compact export (see `export`) or a Hugging Face
+checkpoint. `shrunk` and `cast` return smaller forms of a model.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from folding import config as config_lib
+from folding import files, paths
+from folding.compression.accounting import account
+from folding.config import UNLABELLED, Config
+from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
+from folding.errors import ConfigError, reason
+from folding.models import hf_weights, sentence
+from folding.models.shrink import shrink
+from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.serving.batched import (
+  outputs,
+  require_numbers,
+  require_several,
+  require_size,
+)
+from folding.serving.packed import load_packed
+from folding.training.checkpoint import load_run
+from folding.training.run_dir import load_labels
+
+FORMAT, SCHEMA = "folding", 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A model ready for use.
+
+  Attributes:
+    config: Resolved.
+    params: Nested dicts of arrays.
+    tokenizer: Text to the ids that the model reads.
+    labels: Names of the head's outputs, classes in id order; () for a next-token
+      model, and for an encoder of sentences.
+  """
+
+  config: Config
+  params: dict[str, Any]
+  tokenizer: Tokenizer
+  labels: tuple[str, ...] = ()
+
+  def encode(
+    self,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    report: Callable[[int], None] = lambda _: None,
+  ) -> np.ndarray:
+    """Returns the vectors of texts, float32[texts, D].
+
+    Args:
+      texts: Any number. The model reads at most `data.length` tokens of each.
+      batch_size: Texts per batch; those of a batch are of similar length.
+      report: Called after each batch with its number of texts.
+
+    Raises:
+      ConfigError: the model is of another task than "embed", a text is no
+        string, or the model returns NaN.
+    """
+    require_size(batch_size)
+    self.require_encoder()
+    require_several(texts)
+    texts = list(texts)
+    for number, text in enumerate(texts):
+      if not isinstance(text, str):
+        raise ConfigError(f"text {number} is not a string: {text!r:.60}")
+    found = outputs(
+      self.config,
+      self.tokenizer,
+      functools.partial(_encode, self.model, jax.device_put(self.params)),
+      texts,
+      batch_size=batch_size,
+      width=self.config.model.width,
+      report=report,
+    )
+    require_numbers(np.isfinite(found), self.config.model.dtype)
+    return found
+
+  def require_encoder(self) -> None:
+    """Raises `ConfigError` unless the model makes vectors of texts."""
+    task = self.config.task
+    if task == "lm":
+      raise ConfigError(
+        "this is a language model, and nothing says how it makes a vector of a "
+        "text; give an encoder, or a checkpoint with the modules.json of "
+        "sentence-transformers"
+      )
+    if task != "embed":
+      raise ConfigError(
+        f"this model is of task {task!r} and makes no vectors; use folding "
+        "predict"
+      )
+
+  @property
+  def model(self) -> Transformer:
+    """The Linen module: `model.apply({"params": params}, tokens, mask)`."""
+    # A loop over layers would stack, and so copy, the weights at each call.
+    model = dataclasses.replace(self.config.model, scan_layers=False)
+    config = dataclasses.replace(self.config, model=model)
+    return make_model(config, self.num_rows, len(self.labels))
+
+  @property
+  def num_rows(self) -> int:
+    """V, the rows of the embedding."""
+    return self.params["embed"]["embedding"].shape[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model, params, tokens_BL, mask_BL, segments_BL):
+  return model.apply({"params": params}, tokens_BL, mask_BL, True, segments_BL)
+
+
+def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
+  """Reads a model for use.
+
+  Args:
+    path: A folder: what `folding export` or `export` wrote, a run (its best
+      checkpoint, or the newest), or a Hugging Face checkpoint. Or a name on
+      the Hugging Face hub, such as "org/model".
+    pairs: Whether a Hugging Face checkpoint reads pairs, which it does not say.
+
+  Raises:
+    ConfigError: it is none of them, has another schema, is truncated, or
+      differs from its checksums.
+  """
+  path = str(hf_weights.find_pretrained(os.fspath(path)))
+  config_path = os.path.join(path, CONFIG)
+  if not os.path.isfile(config_path):
+    raise ConfigError(
+      f"{path} is neither a run nor an exported model: it has no {CONFIG}"
+    )
+  values = files.read_json(config_path, dict)
+  if values.get("format") == FORMAT:
+    return _load_compact(path, values)
+  if "folding" in values:
+    raise ConfigError(
+      f"{path} is a program for onnxruntime; load what it was exported from"
+    )
+  if "model_type" in values:
+    return _load_hf(path, pairs)
+  config, params, tokenizer = load_run(path)
+  labels: tuple[str, ...] = ()
+  if config.task not in UNLABELLED:
+    count = params["head"]["kernel"].shape[1]
+    labels = load_labels(path) or tuple(map(str, range(count)))
+    if len(labels) != count:
+      raise ConfigError(
+        f"{path}/labels.json has {len(labels)} names for {count} classes"
+      )
+  return Loaded(config, params, tokenizer, labels)
+
+
+def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
+  schema = values.get("schema")
+  if type(schema) is not int or schema != SCHEMA:
+    raise ConfigError(
+      f"{path} is an export of schema {schema!r}, and this version of folding "
+      f"reads schema {SCHEMA}"
+    )
+  try:
+    config = config_lib.from_dict(values["config"])
+    labels = tuple(values["labels"])
+    if config.task not in UNLABELLED and not labels:  # an earlier export
+      config.task = "embed"
+      config.model.normalize = values.get("is_normalized") is True
+    config = config_lib.resolve(config)
+    checksums = {WEIGHTS: "", TOKENIZER: ""} | values["sha256"]
+  except (KeyError, TypeError) as error:
+    raise ConfigError(f"{path}/{CONFIG} is damaged: {reason(error)}") from None
+  names = {label for label in labels if isinstance(label, str)}
+  if len(names) != len(labels):
+    raise ConfigError(
+      f"{path}/{CONFIG} is damaged: labels must be different names; they are "
+      f"{labels!r}"
+    )
+  for name, expected in checksums.items():
+    if os.path.basename(name) != name:
+      raise ConfigError(f"{path}/{CONFIG} is damaged: sha256 names {name!r}")
+    file = os.path.join(path, name)
+    if not os.path.isfile(file):
+      raise ConfigError(f"{path} has no {name}")
+    if file_sha256(file) != expected:
+      raise ConfigError(
+        f"{file} is not the file that was exported: its checksum differs from "
+        f"that in {CONFIG}; copy it again"
+      )
+  params = load_packed(
+    os.path.join(path, WEIGHTS),
+    functools.partial(_check_shapes, path, config, len(labels)),
+  )
+  tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
+  return Loaded(config, params, tokenizer, labels)
+
+
+def _load_hf(path: str, pairs: bool) -> Loaded:
+  how = sentence.read(path)
+  found = hf_weights.load_pretrained(
+    path, task="embed" if how else None, segments=pairs
+  )
+  if found.head == "none":
+    how = how or sentence.Sentence()
+  tokenizer = load_tokenizer(found.tokenizer_path)
+  if tokenizer.vocab_size > found.vocab_size:
+    raise ConfigError(
+      f"{found.tokenizer_path} does not fit the model: its ids go up to "
+      f"{tokenizer.vocab_size - 1}, and there are {found.vocab_size} embeddings"
+    )
+  # transformers pools at the last token that is not the pad token.
+  is_causal_classifier = found.config.causal and bool(found.label_names)
+  if is_causal_classifier and tokenizer.ends_with_pad:
+    raise ConfigError(
+      f"{found.tokenizer_path} ends each text with the pad token "
+      f"({tokenizer.pad_id}), which this kind of classifier ignores; save the "
+      "tokenizer with add_eos_token=False, which computes the same"
+    )
+  task, length, model = found.task, found.max_length, found.config
+  params, labels = dict(found.params), found.label_names
+  if how is not None:
+    task, labels = "embed", ()
+    length = min(length, how.max_length or length)
+    model = how.applied(model)
+    params.pop("pooler", None)
+    if "position_embed" in params:
+      w = params["position_embed"]["embedding"]
+      params["position_embed"] = {"embedding": w[:length]}
+  config = Config(
+    task=task,
+    preset="none",
+    data=config_lib.DataConfig(
+      path=path,
+      length=length,
+      text_field=("sentence1", "sentence2") if pairs else None,
+    ),
+    model=model,
+  )
+  config = config_lib.resolve(config)
+  shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
+  _check_shapes(path, config, len(labels), shapes)
+  return Loaded(config, params, tokenizer, labels)
+
+
+def _check_shapes(
+  path: str,
+  config: Config,
+  num_classes: int,
+  shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Raises `ConfigError` unless these are the shapes of the config's model."""
+  rows = shapes.get("embed/embedding", (0,))[0]
+  made = param_shapes(make_model(config, rows, num_classes))
+  expected = {name: x.shape for name, x in paths.flatten(made).items()}
+  for name in sorted(expected.keys() | shapes.keys()):
+    if expected.get(name) != shapes.get(name):
+      raise ConfigError(
+        f"the parameters in {path} are not of its config: {name} is "
+        f"{shapes.get(name)}, not {expected.get(name)}"
+      )
+
+
+def file_sha256(path: str) -> str:
+  """Returns the SHA-256 of a file, in hexadecimal."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shrunk(loaded: Loaded) -> Loaded:
+  """Returns the model after `folding.shrink`, with its tokenizer mapped.
+
+  The function stays the same, to float rounding: tokens of a classifier with a
+  zero embedding share one row of zeros.
+  """
+  config, params, cut = shrink(loaded.config, loaded.params)
+  tokenizer = loaded.tokenizer
+  if "embed/embedding" in cut.kept:
+    tokenizer = MappedTokenizer(tokenizer, cut.token_map)
+  return dataclasses.replace(
+    loaded,
+    config=config,
+    params=jax.tree.map(np.asarray, params),
+    tokenizer=tokenizer,
+  )
+
+
+def cast(loaded: Loaded, dtype: str) -> Loaded:
+  """Returns the model with its floating-point arrays in another dtype.
+
+  Rotary frequencies keep theirs: their rounding error grows with the position.
+  """
+
+  def cast_one(name, x):
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    if not is_float or name.endswith("/frequency"):
+      return x
+    return np.asarray(x).astype(jnp.dtype(dtype))
+
+  params = paths.map_named(cast_one, loaded.params)
+  return dataclasses.replace(loaded, params=params)
+
+
+def sizes(loaded: Loaded) -> dict[str, int]:
+  """Returns bytes: "dense" of the dense baseline, "values" and "masks" stored."""
+  rows = loaded.num_rows
+  if isinstance(loaded.tokenizer, MappedTokenizer):
+    rows = loaded.tokenizer.plain_size
+  dense = make_model(
+    config_lib.dense_twin(loaded.config), rows, len(loaded.labels)
+  )
+  found = account(loaded.params, param_shapes(dense))["bytes"]["overall"]
+  return {
+    "dense": found["dense"],
+    "values": found["stored"],
+    "masks": found["masks"],
+  }

@@ -1,0 +1,99 @@
+"""Programs of `jax.export`, which need only jax to run."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+
+from folding import files
+from folding.data.tokenizers import MappedTokenizer
+from folding.errors import ConfigError
+from folding.serving.loaded import TOKENIZER, Loaded
+
+STABLEHLO, META = "model.stablehlo", "meta.json"
+PLATFORMS = ("cpu", "cuda", "tpu")
+_OUTPUTS = {
+  "lm": "float32[b, l, V]: logits",
+  "embed": "float32[b, D]: vectors",
+}
+
+
+def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
+  """Writes a program of `jax.export` to a new folder.
+
+  It maps (tokens int32[b, l], mask bool[b, l]), of any batch and length, to
+  float32 logits: [b, C] of a text, [b, l, V] of a next-token model; of task
+  "embed" to the vector of a text, [b, D]. A model with a segment embedding has a
+  third input, segments int32[b, l]. The parameters are inside, as dense arrays.
+  With jax and flatbuffers installed,
+  `jax.export.deserialize(data)` reads model.stablehlo, and `.call(tokens, mask)`
+  runs it. The folder also has tokenizer.json, which gives the ids that the
+  program reads, and meta.json, which describes inputs, output and class names.
+
+  Args:
+    path: Created if it does not exist; must be empty.
+    loaded: From `folding.load`.
+
+  Returns:
+    {"parameters": bytes of the arrays, "program": bytes of the file}.
+
+  Raises:
+    ConfigError: the folder is not empty, or the program is too large.
+    OSError: it cannot be written.
+  """
+  path = os.fspath(path)
+  files.require_empty(path)
+  size = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
+  if size >= 1 << 31:  # a limit of flatbuffers
+    raise ConfigError(
+      f"a program holds less than 2 GiB of parameters; these are {size:,} bytes"
+    )
+  model, tokenizer = loaded.model, loaded.tokenizer
+
+  @jax.jit
+  def forward(tokens_BL, mask_BL, segments_BL=None):
+    # Padding may be any number, but ids beyond the last row embed as NaN.
+    fill_BL = jnp.clip(tokens_BL, 0, tokenizer.plain_size - 1)
+    tokens_BL = jnp.where(mask_BL, tokens_BL, fill_BL)
+    if isinstance(tokenizer, MappedTokenizer):
+      tokens_BL = jnp.asarray(tokenizer.token_map, jnp.int32)[tokens_BL]
+    return model.apply(
+      {"params": loaded.params}, tokens_BL, mask_BL, True, segments_BL
+    )
+
+  # Learned positions are limited; the others continue beyond data.length.
+  length = loaded.config.data.length
+  is_limited = loaded.config.model.positions == "learned"
+  bounds = ["b >= 1", "l >= 1", *([f"l <= {length}"] if is_limited else [])]
+  shape: Any = jax_export.symbolic_shape("b, l", constraints=bounds)
+  inputs = {
+    "tokens": "int32[b, l]: ids of tokenizer.json; any where mask is false",
+    "mask": "bool[b, l]: true at tokens, false at padding, which comes last",
+  }
+  if loaded.config.model.segments:
+    inputs["segments"] = "int32[b, l]: 1 at the second text of a pair, else 0"
+  exported = jax_export.export(forward, platforms=PLATFORMS)(
+    *(
+      jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32)
+      for name in inputs
+    )
+  )
+  program = bytes(exported.serialize())
+  meta = {
+    "program": STABLEHLO,
+    "inputs": inputs,
+    "output": _OUTPUTS.get(loaded.config.task, "float32[b, C]: logits"),
+    "labels": list(loaded.labels),
+    "trained_length": length,
+    "longest": length if is_limited else None,
+    "platforms": list(PLATFORMS),
+    "jax": jax.__version__,
+    "calling_convention": exported.calling_convention_version,
+  }
+  os.makedirs(path, exist_ok=True)
+  files.write_file(os.path.join(path, STABLEHLO), program)
+  files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
+  files.write_json(os.path.join(path, META), meta, ensure_ascii=False)
+  return {"parameters": size, "program": len(program)}
