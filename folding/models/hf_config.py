@@ -18,8 +18,10 @@ from folding.errors import ConfigError
 class Rule(NamedTuple):
   """Fields that correspond by more than their names, in both directions."""
 
-  read: Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> ours
-  write: Callable[[ModelConfig], dict[str, Any]]  # ours -> config.json
+  # config.json -> ours
+  read: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
+  # ours -> config.json
+  write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,8 +163,7 @@ def _read_window(values: dict[str, Any]) -> dict[str, Any]:
   if not values["use_sliding_window"]:
     return {}
   kinds = _kinds(values, lambda n: n >= values["max_window_layers"])
-  size = values["sliding_window"]
-  return {"window": [size if x == _SLIDING else 0 for x in kinds]}
+  return _by_kind(kinds, values["sliding_window"])
 
 
 def _write_window(config: ModelConfig) -> dict[str, Any]:
@@ -250,21 +251,18 @@ def _write_neox_rope(config: ModelConfig) -> dict[str, Any]:
   return values | {"rotary_pct": config.rope_share}
 
 
-def _write_embedding_dropout(config: ModelConfig) -> dict[str, Any]:
-  return {"embd_pdrop": config.dropout}
-
-
 def _read_bases(
   values: dict[str, Any], names: tuple[str, str]
-) -> tuple[float, float]:
-  """Returns the rope_base of layers without a window, and with one.
+) -> dict[str, float]:
+  """Returns {kind of layers: their rope_base}.
 
   Args:
     values: Fields of config.json.
-    names: Older fields that have them; transformers 5 writes a dict per kind.
+    names: Older fields that have them, as `Family.bases`; transformers 5 writes a
+      dict per kind.
   """
   scaling = values.get("rope_scaling") or {}
-  nested, bases = values.get("rope_parameters") or {}, []
+  nested, bases = values.get("rope_parameters") or {}, {}
   for kind, name in zip((_FULL, _SLIDING), names, strict=True):
     rope = nested.get(kind) or {}
     used = scaling.get("rope_type", scaling.get("type"))
@@ -274,27 +272,25 @@ def _read_bases(
         f"config.json: rope_type {used!r} beside windows in some layers is "
         "not supported; only 'default' is"
       )
-    bases.append(rope.get("rope_theta", values[name]))
-  return bases[0], bases[1]
+    bases[kind] = rope.get("rope_theta", values[name])
+  return bases
 
 
 def _by_kind(
-  kinds: list[str], size: int, bases: tuple[float, float]
+  kinds: list[str], size: int, bases: dict[str, float] | None = None
 ) -> dict[str, Any]:
-  """Returns windows and rotations of layers of these kinds."""
-  full, sliding = bases
-  return {
-    "window": [size if x == _SLIDING else 0 for x in kinds],
-    "rope_base": [sliding if x == _SLIDING else full for x in kinds],
-  }
+  """Returns windows, and rotations if they differ, of layers of these kinds."""
+  fields: dict[str, Any] = {}
+  fields["window"] = [size if x == _SLIDING else 0 for x in kinds]
+  if bases:
+    fields["rope_base"] = [bases[x] for x in kinds]
+  return fields
 
 
 def _write_bases(config: ModelConfig, names: tuple[str, str]) -> dict[str, Any]:
   bases = config.by_layer(config.rope_base, "model.rope_base")
-  found = dict(zip(_windowed(config), bases, strict=True))
-  full, sliding = names
-  by_name = {full: found.get(False), sliding: found.get(True)}
-  return {name: base for name, base in by_name.items() if base is not None}
+  kinds = _windowed(config)  # False and True are the indices of the names
+  return {names[x]: base for x, base in zip(kinds, bases, strict=True)}
 
 
 _GEMMA3_BASES = ("rope_theta", "rope_local_base_freq")
@@ -310,8 +306,8 @@ def _check_query_scale(values: dict[str, Any]) -> None:
 
 def _read_gemma2(values: dict[str, Any]) -> dict[str, Any]:
   _check_query_scale(values)
-  kinds, size = _kinds(values, lambda n: n % 2 == 0), values["sliding_window"]
-  return {"window": [size if x == _SLIDING else 0 for x in kinds]}
+  kinds = _kinds(values, lambda n: n % 2 == 0)
+  return _by_kind(kinds, values["sliding_window"])
 
 
 def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
@@ -378,9 +374,7 @@ def _read_no_projection(values: dict[str, Any]) -> dict[str, Any]:
   return {}
 
 
-_EMBED_WIDTH = Rule(_read_embed_width, _write_embed_width)
 _BIASES = Rule(_read_biases, _write_biases)
-_WINDOW = Rule(_read_window, _write_window)
 _ROPE = Rule(_read_rope, _write_rope)
 
 _FIELDS = {
@@ -462,7 +456,7 @@ _ELECTRA = dataclasses.replace(
   defaults=_BERT.defaults | {"embedding_size": 128},
   computes=_without(_ENCODER, "embed_width"),
   classifier=_FIRST | {"pooler_activation": "gelu"},
-  rules=(_EMBED_WIDTH,),
+  rules=(Rule(_read_embed_width, _write_embed_width),),
 )
 _DISTILBERT = Family(
   prefix="DistilBert",
@@ -548,7 +542,7 @@ _GPT2 = Family(
   },
   computes=_ENCODER | {"causal": True, "norm_position": "pre"},
   classifier=_LAST,
-  rules=(Rule(lambda _: {}, _write_embedding_dropout),),
+  rules=(Rule(write=lambda config: {"embd_pdrop": config.dropout}),),
   writes={"attn_pdrop": 0.0},
 )
 _OPT = Family(
@@ -579,7 +573,7 @@ _OPT = Family(
     "enable_bias": True,
     "layer_norm_elementwise_affine": True,
   },
-  rules=(Rule(_read_no_projection, lambda _: {}),),
+  rules=(Rule(read=_read_no_projection),),
   writes={"attention_dropout": 0.0},
 )
 _GPT_NEOX = Family(
@@ -663,7 +657,7 @@ _QWEN2 = dataclasses.replace(
     "max_window_layers": 28,
   },
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": True},
-  rules=(_WINDOW, _ROPE),
+  rules=(Rule(_read_window, _write_window), _ROPE),
   alternates=True,
 )
 _QWEN3 = dataclasses.replace(
@@ -724,6 +718,7 @@ _GEMMA3 = dataclasses.replace(
   bases=_GEMMA3_BASES,
 )
 
+# In the order in which `family_of` tries them.
 FAMILIES: dict[str, Family] = {
   "bert": _BERT,
   "roberta": _ROBERTA,
@@ -1030,12 +1025,10 @@ def misfit(
     return f"{family} has one model.rope_base for all layers"
   if _BIASES in entry.rules and config.qkv_bias != config.use_bias:
     return f"{family} needs model.qkv_bias={config.use_bias}"
-  has_kv_heads, has_head_dim = (
-    name in entry.fields for name in ("num_kv_heads", "head_dim")
-  )
-  if not has_kv_heads and config.num_kv_heads != config.num_heads:
+  H, given = config.num_heads, entry.fields
+  if "num_kv_heads" not in given and config.num_kv_heads != H:
     return f"{family} needs as many model.num_kv_heads as model.num_heads"
-  if not has_head_dim and config.head_dim != config.width // config.num_heads:
+  if "head_dim" not in given and config.head_dim != config.width // H:
     return f"{family} needs model.head_dim = model.width / model.num_heads"
   return None
 
@@ -1055,22 +1048,7 @@ def family_of(config: ModelConfig, num_classes: int = 0) -> str:
     >>> family_of(config_lib.resolve(run).model)
     'mistral'
   """
-  order = (
-    "gpt2",
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "gpt_neox",
-    "bert",
-    "distilbert",
-    "electra",
-    "mpnet",
-    "modernbert",
-  )
-  reasons = {family: misfit(config, family, num_classes) for family in order}
+  reasons = {name: misfit(config, name, num_classes) for name in FAMILIES}
   for family, reason in reasons.items():
     if reason is None:
       return family
