@@ -71,9 +71,6 @@ _EMBED_PROJECT = Kind("D e -> e D", "D -> D")
 _POOLER = Kind("E D -> D E", "E -> E")
 _CLASSES = Kind("C D -> D C", "C -> C")
 _BARE_CLASSES = Kind("C D -> D C")
-# Of ModernBERT, without biases.
-_BARE_EMBED_NORM = _EMBED_NORM._replace(bias="")
-_BARE_POOLER = _POOLER._replace(bias="")
 _HEADS_IN_ONE_ROWS = Kind("tHK D -> t D H K")
 _UPS_IN_ONE = Kind("tF D -> t D F")
 _HEADS_IN_ONE_BY_HEAD = Kind("HtK D -> t D H K", "HtK -> t H K")
@@ -87,6 +84,11 @@ _CONV_DOWN = Kind("F D -> F D", "D -> D")
 _QUERY_OR_KEY = re.compile("/attn/[qk]/")
 
 Row = tuple[str, str, Kind]  # module of ours (or several), of theirs, its kind
+_DENSE_CLASSIFIER: tuple[Row, ...] = (
+  ("pooler", "classifier.dense", _POOLER),
+  ("head", "classifier.out_proj", _CLASSES),
+)
+_SCORE: tuple[Row, ...] = (("head", "score", _BARE_CLASSES),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,15 @@ _BERT = Layout(
   may_have_pooler=True,
   unused=r"embeddings\.position_ids|(pooler|cls|classifier|qa_outputs)\..*",
 )
+_ROBERTA = dataclasses.replace(
+  _BERT,
+  prefix="roberta.",
+  classifier=_DENSE_CLASSIFIER,
+  may_have_pooler=False,  # its classifier does not read that one
+  unused=(
+    r"embeddings\.position_ids|(pooler|lm_head|classifier|qa_outputs)\..*"
+  ),
+)
 _LLAMA = Layout(
   prefix="model.",
   outer=(
@@ -166,7 +177,7 @@ _LLAMA = Layout(
     ("mlp/up", "mlp.up_proj", _UP),
     ("mlp/down", "mlp.down_proj", _DOWN),
   ),
-  classifier=(("head", "score", _BARE_CLASSES),),
+  classifier=_SCORE,
   unused=(
     r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     r"|(lm_head|score|qa_outputs)\..*"
@@ -185,22 +196,10 @@ _GEMMA2 = dataclasses.replace(
 )
 LAYOUTS: dict[str, Layout] = {
   "bert": _BERT,
-  "roberta": dataclasses.replace(
-    _BERT,
-    prefix="roberta.",
-    classifier=(
-      ("pooler", "classifier.dense", _POOLER),
-      ("head", "classifier.out_proj", _CLASSES),
-    ),
-    may_have_pooler=False,  # its classifier does not read that one
-    unused=(
-      r"embeddings\.position_ids|(pooler|lm_head|classifier|qa_outputs)\..*"
-    ),
-  ),
-  "mpnet": Layout(
+  "roberta": _ROBERTA,
+  "mpnet": dataclasses.replace(
+    _ROBERTA,
     prefix="mpnet.",
-    outer=_BERT.outer,
-    blocks="encoder.layer",
     block=(
       ("attn/q", "attention.attn.q", _HEADS),
       ("attn/k", "attention.attn.k", _HEADS),
@@ -209,22 +208,13 @@ LAYOUTS: dict[str, Layout] = {
       ("norm_attn", "attention.LayerNorm", _NORM),
       *_BERT.block[5:],
     ),
-    classifier=(
-      ("pooler", "classifier.dense", _POOLER),
-      ("head", "classifier.out_proj", _CLASSES),
-    ),
+    segments="",
     relative="encoder.relative_attention_bias",
-    unused=(
-      r"embeddings\.position_ids|(pooler|lm_head|classifier|qa_outputs)\..*"
-    ),
   ),
   "electra": dataclasses.replace(
     _BERT,
     prefix="electra.",
-    classifier=(
-      ("pooler", "classifier.dense", _POOLER),
-      ("head", "classifier.out_proj", _CLASSES),
-    ),
+    classifier=_DENSE_CLASSIFIER,
     project="embeddings_project",
     may_have_pooler=False,
     unused=(
@@ -271,7 +261,7 @@ LAYOUTS: dict[str, Layout] = {
       ("mlp/up", "mlp.c_fc", _CONV_UP),
       ("mlp/down", "mlp.c_proj", _CONV_DOWN),
     ),
-    classifier=(("head", "score", _BARE_CLASSES),),
+    classifier=_SCORE,
     unused=(
       r"h\.\d+\.attn\.(masked_)?bias"
       r"|(lm_head|score|classifier|qa_outputs|multiple_choice_head)\..*"
@@ -281,7 +271,7 @@ LAYOUTS: dict[str, Layout] = {
     prefix="model.",
     outer=(
       ("embed", "embeddings.tok_embeddings", _EMBED),
-      ("norm_embed", "embeddings.norm", _BARE_EMBED_NORM),
+      ("norm_embed", "embeddings.norm", _EMBED_NORM._replace(bias="")),
       ("norm_final", "final_norm", _RMS_NORM),
     ),
     blocks="layers",
@@ -294,7 +284,7 @@ LAYOUTS: dict[str, Layout] = {
       ("mlp/down", "mlp.Wo", _DOWN._replace(bias="")),
     ),
     classifier=(
-      ("pooler", "head.dense", _BARE_POOLER),
+      ("pooler", "head.dense", _POOLER._replace(bias="")),
       ("norm_pooler", "head.norm", _RMS_NORM),
       ("head", "classifier", _CLASSES),
     ),
@@ -318,7 +308,7 @@ LAYOUTS: dict[str, Layout] = {
       ("mlp/up", "fc1", _UP),
       ("mlp/down", "fc2", _DOWN),
     ),
-    classifier=(("head", "score", _BARE_CLASSES),),
+    classifier=_SCORE,
     unused=r"(lm_head|score|qa_outputs)\..*",
   ),
   "gpt_neox": Layout(
@@ -340,7 +330,7 @@ LAYOUTS: dict[str, Layout] = {
       ("mlp/up", "mlp.dense_h_to_4h", _UP),
       ("mlp/down", "mlp.dense_4h_to_h", _DOWN),
     ),
-    classifier=(("head", "score", _BARE_CLASSES),),
+    classifier=_SCORE,
     lm_head="embed_out",
     unused=(
       r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
