@@ -17,7 +17,7 @@ from folding import paths
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.sites import Rule, make_sites
-from folding.config import Config, dense_twin, unshrunk
+from folding.config import Config, DistillConfig, dense_twin, unshrunk
 from folding.errors import ConfigError
 from folding.models.transformer import (
   Block,
@@ -48,25 +48,6 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation:
-  """A teacher model and the weights of its two losses.
-
-  Attributes:
-    teacher: The teacher's Linen model.
-    logits: Share of `losses.summed_soft_loss` in the loss, in [0, 1].
-    hidden: Weight of `losses.hidden_loss`; 0 leaves it out.
-    temperature: Softens the logits of both models.
-    pairs: Weight of `losses.pairs_loss`, of sentence vectors.
-  """
-
-  teacher: Any
-  logits: float
-  hidden: float
-  temperature: float
-  pairs: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class StepOptions:
   """The static part of a training step.
 
@@ -79,7 +60,8 @@ class StepOptions:
       memory. Apart from dropout, the update equals that of the whole batch up
       to rounding.
     mesh: Pins activations to the sharding of the batch rows; None: no mesh.
-    distillation: None: train on the labels only.
+    teacher: The teacher's Linen model; None: train on the labels only.
+    distill: Weights of the teacher's losses.
   """
 
   model: Any
@@ -88,7 +70,8 @@ class StepOptions:
   removed: int = 0
   accumulate: int = 1
   mesh: Mesh | None = None
-  distillation: Distillation | None = None
+  teacher: Any = None
+  distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
 
   @property
   def objective(self) -> "_Objective":
@@ -208,11 +191,6 @@ class Program:
     Args:
       teacher: Model of the teacher; None: train on the labels only.
     """
-    d, distillation = self.config.distill, None
-    if teacher is not None:
-      distillation = Distillation(
-        teacher, d.logits, d.hidden, d.temperature, d.pairs
-      )
     return StepOptions(
       model=self.model,
       tx=self.tx,
@@ -220,7 +198,8 @@ class Program:
       removed=self.removed,
       accumulate=self.config.train.accumulate,
       mesh=self.mesh,
-      distillation=distillation,
+      teacher=teacher,
+      distill=self.config.distill,
     )
 
   def step(
@@ -281,7 +260,7 @@ def train_step(
       seed share one compiled program.
     usage: float32[V], how often the training set has each token. It replaces
       the batch's own statistics of the embedding.
-    teacher_params: Parameters of `options.distillation.teacher`.
+    teacher_params: Parameters of `options.teacher`.
 
   Returns:
     (state, metrics). Metrics: "loss" on the labels; after a mask update also
@@ -294,7 +273,7 @@ def train_step(
   )
   labels_only = options
   if options.objective.has_labels:
-    labels_only = dataclasses.replace(options, distillation=None)
+    labels_only = dataclasses.replace(options, teacher=None)
 
   def gradient(micro_batch, key):
     def loss_fn(params):
@@ -369,15 +348,14 @@ def _loss(
   has_stats: bool = False,
 ) -> tuple[jax.Array, _Aux]:
   """Returns a micro-batch's share of the loss of the whole batch."""
-  distillation, objective = options.distillation, options.objective
+  teacher, distill = options.teacher, options.distill
+  objective = options.objective
   x, hidden, stats = _encode(params, batch, key, options, has_stats)
   encodings, aims = {"x": x}, None
   weights = {"params": options.model.read_out_params(params)}
-  if distillation is not None:
-    encodings["taught"], aims = _encode_taught(
-      distillation, teacher_params, batch
-    )
-    weights["teacher"] = distillation.teacher.read_out_params(teacher_params)
+  if teacher is not None:
+    encodings["taught"], aims = _encode_taught(options, teacher_params, batch)
+    weights["teacher"] = teacher.read_out_params(teacher_params)
   sums = losses.sum_over_blocks(
     functools.partial(objective.summed, options),
     weights,
@@ -387,13 +365,13 @@ def _loss(
   )
   weight = jnp.maximum(sums["weight"], 1)
   loss = label_loss = sums["loss"] / weight
-  if distillation is not None:
+  if teacher is not None:
     if "soft" in sums:
       soft = sums["soft"] / weight
-      loss = (1 - distillation.logits) * loss + distillation.logits * soft
-    if distillation.hidden:
+      loss = (1 - distill.logits) * loss + distill.logits * soft
+    if distill.hidden:
       distance = objective.hidden_loss(hidden, aims, batch)
-      loss += distillation.hidden * distance
+      loss += distill.hidden * distance
   if not objective.has_labels:
     label_loss = loss
   share = sums["weight"] / totals.weight
@@ -417,7 +395,7 @@ def _encode(
   Hidden states are {} if no loss reads them, statistics without `has_stats`.
   """
   variables, apply = {"params": params}, options.model.apply
-  mask, capture = batch.get("mask"), _capture(options.distillation)
+  mask, capture = batch.get("mask"), _capture(options)
   inputs = batch["tokens"], mask, False, batch.get("segments")
   how = {"method": "encode", "rngs": {"dropout": key}, **capture}
   stats = {}
@@ -434,11 +412,11 @@ def _encode(
 
 
 def _encode_taught(
-  distillation: Distillation, teacher_params: Any, batch: losses.Batch
+  options: StepOptions, teacher_params: Any, batch: losses.Batch
 ) -> tuple[jax.Array, Any]:
   """Returns the output of the teacher's last block, and its hidden states."""
-  capture = _capture(distillation)
-  out = distillation.teacher.apply(
+  capture = _capture(options)
+  out = options.teacher.apply(
     {"params": teacher_params},
     batch.get("whole_tokens", batch["tokens"]),
     batch.get("whole_mask", batch.get("mask")),
@@ -450,9 +428,9 @@ def _encode_taught(
   return jax.lax.stop_gradient(out if capture else (out, {}))
 
 
-def _capture(distillation: Distillation | None) -> dict[str, Any]:
+def _capture(options: StepOptions) -> dict[str, Any]:
   """Returns the options of `apply` that capture hidden states, if needed."""
-  if distillation is None or not distillation.hidden:
+  if options.teacher is None or not options.distill.hidden:
     return {}
   return {"mutable": ["intermediates"], "capture_intermediates": _is_block}
 
@@ -474,14 +452,14 @@ class _Objective(NamedTuple):
 
 def _read_out(options: StepOptions, weights, block) -> tuple[Any, Any]:
   """Returns the output of the model, and of its teacher if there is one."""
-  mask, distillation = block.get("mask"), options.distillation
+  mask, teacher = block.get("mask"), options.teacher
   out = options.model.apply(
     {"params": weights["params"]}, block["x"], mask, method="read_out"
   )
   out = sharding.pin_rows(options.mesh, out)
-  if distillation is None:
+  if teacher is None:
     return out, None
-  taught = distillation.teacher.apply(
+  taught = teacher.apply(
     {"params": weights["teacher"]},
     block["taught"],
     block.get("whole_mask", mask),
@@ -493,13 +471,13 @@ def _read_out(options: StepOptions, weights, block) -> tuple[Any, Any]:
 def _summed_logits(options: StepOptions, weights, block) -> dict[str, Any]:
   logits, taught = _read_out(options, weights, block)
   sums = losses.summed_loss(logits, block)
-  if options.distillation is not None:
+  if options.teacher is not None:
     labels = block.get("labels")
     sums["soft"] = losses.summed_soft_loss(
       logits,
       taught,
       block["weights"],
-      options.distillation.temperature,
+      options.distill.temperature,
       "lm" if labels is None else losses.task_of(labels),
     )
   return sums
@@ -507,12 +485,12 @@ def _summed_logits(options: StepOptions, weights, block) -> dict[str, Any]:
 
 def _summed_vectors(options: StepOptions, weights, block) -> dict[str, Any]:
   vectors, taught = _read_out(options, weights, block)
-  if options.distillation is None:
+  if options.teacher is None:
     raise ValueError("sentence vectors are learned from a teacher alone")
   rows = vectors, taught, block["weights"]
   sums = losses.summed_vector_loss(*rows)
-  if options.distillation.pairs:
-    pairs = options.distillation.pairs * losses.pairs_loss(*rows)
+  if options.distill.pairs:
+    pairs = options.distill.pairs * losses.pairs_loss(*rows)
     sums["loss"] += sums["weight"] * pairs
   return sums
 

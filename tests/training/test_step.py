@@ -149,11 +149,10 @@ def test_step_program_is_shared_between_seeds(score, count):
 
 def distilled(run, logits, hidden=0.0):
   """Returns the options of learning from a teacher of the same shape."""
-  return {
-    "distillation": step_lib.Distillation(
-      run.model, logits, hidden, TEMPERATURE
-    )
-  }
+  distill = c.DistillConfig(
+    logits=logits, hidden=hidden, temperature=TEMPERATURE
+  )
+  return {"teacher": run.model, "distill": distill}
 
 
 def test_step_with_itself_as_teacher_does_not_move(run, start):
@@ -287,19 +286,15 @@ def test_micro_batches_draw_dropout_of_their_own():
 
 
 def test_program_takes_the_options_of_a_step_from_its_config(run):
+  distill = c.DistillConfig(logits=0.5, hidden=0.25, temperature=3.0)
   config = tiny.config(
-    pretrained="DENSE",
-    distill=c.DistillConfig(logits=0.5, hidden=0.25, temperature=3.0),
-    train=c.TrainConfig(steps=8),
+    pretrained="DENSE", distill=distill, train=c.TrainConfig(steps=8)
   )
   mesh = sharding.make_mesh(config.mesh)
   program = step_lib.Program(config, mesh, vocab_size=tiny.VOCAB, num_classes=0)
   found = program.options(run.model)
-  taught = step_lib.Distillation(
-    teacher=run.model, logits=0.5, hidden=0.25, temperature=3.0
-  )
-  assert (found.distillation, found.accumulate) == (taught, 1)
-  assert program.options().distillation is None
+  assert (found.teacher, found.distill) == (run.model, distill)
+  assert found.accumulate == 1
   config = tiny.config(train=c.TrainConfig(steps=8, accumulate=4))
   program = step_lib.Program(config, mesh, vocab_size=tiny.VOCAB, num_classes=0)
   assert program.options().accumulate == 4

@@ -136,7 +136,8 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
   options = dataclasses.replace(
     run.options(),
     mesh=None,
-    distillation=step.Distillation(run.model, 1.0, 1.0, 2.0),
+    teacher=run.model,
+    distill=config_lib.DistillConfig(logits=1.0, hidden=1.0, temperature=2.0),
   )
   totals = step._Totals(np.float32(8), np.float32(100))
   loss, _ = jax.jit(
