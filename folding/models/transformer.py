@@ -383,18 +383,19 @@ class Transformer(nn.Module):
       x_BLD = self.embed_expand(x_BLD)
     if c.scale_embeddings:
       x_BLD *= jnp.asarray(c.width**0.5, x_BLD.dtype)
-    if c.positions == "learned" and position_BL is not None:
+    if c.positions == "learned":
+      if position_BL is None:
+        length = tokens_BL.shape[1]
+        if length > self.max_length:  # the logits would be NaN
+          raise ValueError(
+            f"a sequence of {length} tokens exceeds the {self.max_length} "
+            "learned positions"
+          )
+        position_BL = jnp.arange(length)[None]
       x_BLD += self.position_embed(position_BL)
-    elif c.positions == "learned":
-      if tokens_BL.shape[1] > self.max_length:  # the logits would be NaN
-        raise ValueError(
-          f"a sequence of {tokens_BL.shape[1]} tokens exceeds the "
-          f"{self.max_length} learned positions"
-        )
-      x_BLD += self.position_embed(jnp.arange(tokens_BL.shape[1])[None])
-    if c.segments and segments_BL is None:
-      x_BLD += self.segment_embed(jnp.zeros((1, 1), jnp.int32))
-    elif c.segments:
+    if c.segments:
+      if segments_BL is None:
+        segments_BL = jnp.zeros((1, 1), jnp.int32)
       x_BLD += self.segment_embed(segments_BL)
     if c.norm_position == "post" or c.embed_norm:
       x_BLD = self.norm_embed(x_BLD)

@@ -581,28 +581,11 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
     fraction = embedding_fraction(make_rules(config, params, dense))
   if not fraction:
     return data
-  tokenizer = without_tokens(data.tokenizer, data.token_counts(), fraction)
-  return make_data(config, tokenizer, jax.process_index(), jax.process_count())
-
-
-def without_tokens(
-  tokenizer: Tokenizer, count_V: np.ndarray, fraction: float
-) -> MappedTokenizer:
-  """Returns a tokenizer without a fraction of its tokens, the least used.
-
-  Args:
-    tokenizer: Must be of a kind that can be trimmed.
-    count_V: Uses of each token.
-    fraction: Fraction of the tokens to remove.
-
-  Raises:
-    ConfigError: tokens of this kind of tokenizer cannot be removed.
-  """
-  size = tokenizer.vocab_size
-  usage_V = token_usage(count_V, size)
+  usage_V = token_usage(data.token_counts(), size)
   # Tokens that have to stay rank first, so that the right number leaves.
-  stays_V = trimmed(tokenizer, np.zeros(size, bool)).token_map >= 0
+  stays_V = trimmed(data.tokenizer, np.zeros(size, bool)).token_map >= 0
   order = np.argsort(-(usage_V + stays_V), kind="stable")
   keep_V = np.zeros(size, bool)
   keep_V[order[: round((1 - fraction) * size)]] = True
-  return trimmed(tokenizer, keep_V)
+  tokenizer = trimmed(data.tokenizer, keep_V)
+  return make_data(config, tokenizer, jax.process_index(), jax.process_count())

@@ -80,7 +80,7 @@ class Run(Program):
   @property
   def seed(self) -> np.uint32:
     """The seed as the compiled programs take it."""
-    return np.uint32(self.config.seed % 2**32)
+    return np.uint32(self.config.seed)
 
   def steps(self, teacher: Transformer | None) -> dict[bool, Any]:
     """Returns {whether it updates the masks: jitted `train_step`}."""
