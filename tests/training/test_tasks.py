@@ -223,15 +223,3 @@ def test_metric_ranks_checkpoints(metric):
   expected = {None: 0.25, "matthews": 1.5, "loss": 2.0}[metric]
   rank = loop._rank(found, config)
   assert rank == pytest.approx(expected + 2e-6 * (metric != "loss"), rel=1e-9)
-
-
-def test_metric_of_another_task_is_refused():
-  train = config_lib.TrainConfig(metric="spearman")
-  with pytest.raises(ConfigError, match="use accuracy or macro_f1"):
-    config_lib.resolve(
-      config_lib.Config(
-        task="classify",
-        model=config_lib.ModelConfig(causal=False),
-        train=train,
-      )
-    )
