@@ -223,15 +223,13 @@ class ModelConfig:
     widths = self.by_layer(self.mlp_width, "model.mlp_width")
     if min(widths) < 1:
       raise ConfigError(f"model.mlp_width must be 1 or more; it is {widths}")
-    before = self.mlp_width
     if self.dense_mlp_width is not None:
-      before = self.dense_mlp_width
-    before = self.by_layer(before, "model.dense_mlp_width")
-    if any(now > then for now, then in zip(widths, before, strict=True)):
-      raise ConfigError(
-        f"model.dense_mlp_width {before} is the width before a shrink; "
-        f"model.mlp_width {widths} exceeds it"
-      )
+      before = self.by_layer(self.dense_mlp_width, "model.dense_mlp_width")
+      if any(now > then for now, then in zip(widths, before, strict=True)):
+        raise ConfigError(
+          f"model.dense_mlp_width {before} is the width before a shrink; "
+          f"model.mlp_width {widths} exceeds it"
+        )
 
   def by_layer(self, value: Any, name: str) -> tuple[Any, ...]:
     """Returns the value of each layer.

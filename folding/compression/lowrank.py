@@ -23,16 +23,15 @@ class FoldedHeads(NamedTuple):
   """Folded query and key projections.
 
   Attributes:
-    q: "kernel" [D, H, G] and maybe "bias" [H, G]; on the input axis [G, H, K].
+    q: "kernel" [D, H, G] and maybe "bias" [H, G].
     k: The same with J heads.
-    kept: Fraction of the variance of the logits that is kept, over all heads;
-      None if it was not measured.
+    kept: Fraction of the variance of the logits that is kept, over all heads.
     frequency: [J, G/2], radians per token; None without rotary positions.
   """
 
   q: dict[str, np.ndarray]
   k: dict[str, np.ndarray]
-  kept: float | None
+  kept: float
   frequency: np.ndarray | None = None
 
 

@@ -428,10 +428,9 @@ def _train(
   """Trains to the last step, tests the best checkpoint, returns the result."""
   run, first_step, state = start
   config, t = run.config, run.config.train
-  teacher_model = teacher_params = None
   if teacher is not None:
-    teacher_model, teacher_params = teacher[0], run.place_teacher(teacher[1])
-    teacher = teacher_model, teacher_params
+    teacher = teacher[0], run.place_teacher(teacher[1])
+  teacher_model, teacher_params = teacher or (None, None)
   steps = run.steps(teacher_model)
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
   usage = run.usage()
