@@ -297,7 +297,6 @@ def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
       {"compress__calibration": 1, "data__batch_size": 2},
       "the moments of 16 channels",
     ),
-    ({"pretrained": "nowhere/to/be/found"}, "nowhere"),
     ({"model__dense_mlp_width": 4096}, "shrunk model"),
     ({"data__path": None}, "set data.path"),
   ],

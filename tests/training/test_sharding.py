@@ -1,5 +1,3 @@
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from folding import errors, paths
 from folding.compression.fpp import fpp
 from folding.compression.sites import Rule
-from folding.config import Config, MeshConfig, from_dict, resolve, to_dict
+from folding.config import MeshConfig, resolve
 from folding.data.batches import make_data
 from folding.training import sharding
 from folding.training.loop import Run
@@ -157,12 +155,6 @@ def test_rule_that_is_not_valid_is_refused(pattern, axes, message):
   tree = {"w": shape(64, 128)}
   with pytest.raises(errors.ConfigError, match=message):
     sharding.tree_shardings(mesh, tree, rules=[(pattern, axes)])
-
-
-def test_rules_survive_a_round_trip_through_json():
-  rules = ((".*/w", (None, "tensor")),)
-  given = Config(mesh=MeshConfig(rules=rules))
-  assert from_dict(json.loads(json.dumps(to_dict(given)))) == given
 
 
 def test_undivided_arrays_are_whole_and_reported():
