@@ -346,21 +346,21 @@ def export(args: argparse.Namespace) -> None:
 )
 def predict(args: argparse.Namespace) -> None:
   """Prints the class or score of each line of a file or of standard input."""
+  from folding.serving import lines as lines_lib
   from folding.serving import predict as predict_lib
   from folding.serving.loaded import load
 
   model = load(args.path, pairs=args.pairs)
-  columns = predict_lib.columns_of_pair(model)
-  if args.pairs and columns is None:
+  if args.pairs and model.pair is None:
     raise ConfigError(
       "--pairs is for Hugging Face checkpoints; this model reads single texts"
     )
-  with predict_lib.open_lines(args.file) as lines:
-    texts = predict_lib.pairs(lines, columns) if columns else lines
+  with lines_lib.open_lines(args.file) as lines:
+    texts = lines_lib.pairs(lines, model.pair) if model.pair else lines
     found = predict_lib.predict(
       model, texts, batch_size=args.batch_size, at_once=args.file == "-"
     )
-    for line in predict_lib.lines_of(model, found, args.format):
+    for line in lines_lib.of_predictions(model, found, args.format):
       print(line, flush=True)
 
 
@@ -387,12 +387,12 @@ def encode(args: argparse.Namespace) -> None:
   import rich.console
   import rich.progress
 
-  from folding.serving import predict as predict_lib
+  from folding.serving import lines as lines_lib
   from folding.serving.loaded import load
 
   model = load(args.path)
   model.require_encoder()
-  with predict_lib.open_lines(args.file) as lines:
+  with lines_lib.open_lines(args.file) as lines:
     texts = list(lines)
   if not any(text.strip() for text in texts):
     place = "standard input" if args.file == "-" else args.file
@@ -462,13 +462,13 @@ def encode(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
   """Prints prompts and what follows them: one as it comes, several in order."""
   from folding.serving import generate as generate_lib
-  from folding.serving import predict as predict_lib
+  from folding.serving import lines as lines_lib
   from folding.serving.loaded import load
   from folding.serving.sampling import Sampling
 
   prompts = args.prompt or []
   if args.file is not None:
-    with predict_lib.open_lines(args.file) as lines:
+    with lines_lib.open_lines(args.file) as lines:
       prompts += lines
   elif not prompts:
     prompts = [""]

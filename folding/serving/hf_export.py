@@ -58,21 +58,10 @@ def export_hf(
   """
   path = os.fspath(path)
   files.require_empty(path)
-  m = loaded.config.model
-  width = int(np.max(m.mlp_width))
-  m = dataclasses.replace(m, mlp_width=width)
+  width = int(np.max(loaded.config.model.mlp_width))
+  m = dataclasses.replace(loaded.config.model, mlp_width=width)
   family = hf_config.family_of(m, len(loaded.labels))
-  frequencies = None
-  if m.positions == "rope":
-    frequencies = {
-      f"blocks_{n}/attn": layer_frequencies(m, layer)
-      for n, layer in enumerate(config_lib.layers_of(m, loaded.config.fold))
-    }
-  try:
-    params = unfold(loaded.params, frequencies, m.head_dim)
-  except ValueError as error:
-    raise ConfigError(f"it has no dense form: {error}") from None
-  params = paths.map_named(functools.partial(_widened, width), params)
+  params = _dense_params(loaded, width)
   # Heads that share keys have values of their own beside a diagonal W_V; the
   # dense form then repeats the keys.
   m = dataclasses.replace(
@@ -101,16 +90,16 @@ def export_hf(
     "stored now: transformers reads dense arrays, with folded projections, "
     "removed neurons and zeros in full"
   )
-  ends = tokenizer.end_ids.tolist()
-  begin = [*tokenizer.begin_ids.tolist(), None][0]
+  begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
+  if m.causal and not begins:  # a decoder generates from the end of a text
+    begins = ends
   hf_weights.save_pretrained(
     path,
     params,
     described,
     dtype=dtype,
     eos_token_id=ends[0] if len(ends) == 1 else ends,
-    # Without a first token, a decoder generates from the end of a text.
-    bos_token_id=ends[0] if m.causal and begin is None else begin,
+    bos_token_id=begins[0] if begins else None,
   )
   options = tokenizer_options(tokenizer, described)
   files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
@@ -118,6 +107,25 @@ def export_hf(
   if loaded.config.task == "embed":
     sentence.write(path, loaded.config.model, loaded.config.data.length)
   return {"files": files.folder_bytes(path)}
+
+
+def _dense_params(loaded: Loaded, width: int) -> dict[str, Any]:
+  """Returns the unfolded parameters, with `width` neurons in each MLP.
+
+  Raises:
+    ConfigError: they have no dense form.
+  """
+  m, frequencies = loaded.config.model, None
+  if m.positions == "rope":
+    frequencies = {
+      f"blocks_{n}/attn": layer_frequencies(m, layer)
+      for n, layer in enumerate(config_lib.layers_of(m, loaded.config.fold))
+    }
+  try:
+    params = unfold(loaded.params, frequencies, m.head_dim)
+  except ValueError as error:
+    raise ConfigError(f"it has no dense form: {error}") from None
+  return paths.map_named(functools.partial(_widened, width), params)
 
 
 def _widened(width: int, name: str, w: Any) -> np.ndarray:

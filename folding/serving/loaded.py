@@ -117,6 +117,12 @@ class Loaded:
     return make_model(config, self.num_rows, len(self.labels))
 
   @property
+  def pair(self) -> tuple[str, str] | None:
+    """Names of the two texts that the model reads; None: it reads one."""
+    names = self.config.data.text_field
+    return names if isinstance(names, tuple) else None
+
+  @property
   def num_rows(self) -> int:
     """V, the rows of the embedding."""
     return self.params["embed"]["embedding"].shape[0]

@@ -1,7 +1,4 @@
-import dataclasses
-import io
 import json
-import types
 
 import jax
 import numpy as np
@@ -80,8 +77,6 @@ def test_pairs_are_read_with_their_segments():
     list(predict_lib.predict(model, ["the cat"]))
   with pytest.raises(ConfigError, match="a text is a pair"):
     list(predict_lib.predict(models.make(), [pair]))
-  with pytest.raises(ConfigError, match="line 2 has 1 texts .*a<TAB>b"):
-    list(predict_lib.pairs(["x\ty", "x"], ("a", "b")))
 
 
 def test_text_without_tokens_is_read_as_an_end():
@@ -141,105 +136,8 @@ def test_predict_refuses_what_it_cannot_do(model):
     predict_lib.predict(models.make("lm"), ["a"])
 
 
-@pytest.mark.parametrize("where", ["file", "stdin"])
-def test_open_lines_keeps_all_but_line_ends_and_the_first_mark(
-  tmp_path, monkeypatch, where
-):
-  # A byte order mark in a later line is text.
-  raw = "\ufeffone\r\n\n\ufefftwo\u2028\x0btwo\n  three\t".encode()
-  path = "-" if where == "stdin" else str(tmp_path / "t.txt")
-  (tmp_path / "t.txt").write_bytes(raw)
-  stdin = types.SimpleNamespace(buffer=io.BytesIO(raw))
-  monkeypatch.setattr("sys.stdin", stdin if where == "stdin" else None)
-  expected = ["one", "", "\ufefftwo\u2028\x0btwo", "  three\t"]
-  with predict_lib.open_lines(path) as lines:
-    assert list(lines) == expected
-
-
-def test_open_lines_splits_at_the_line_ends_of_old_macs(tmp_path):
-  (tmp_path / "t.txt").write_bytes(b"one\rtwo\r")
-  with predict_lib.open_lines(str(tmp_path / "t.txt")) as lines:
-    assert list(lines) == ["one", "two"]
-
-
 @pytest.mark.parametrize("mark", ["\t", " "])
 def test_lines_with_their_labels_are_told_once(model, caplog, mark):
   texts = [f"{label}{mark}the cat" for label in model.labels] * 2
   list(predict_lib.predict(model, texts, batch_size=2, at_once=True))
   assert len(caplog.messages) == (mark == "\t")
-
-
-def test_open_lines_names_what_it_cannot_read(tmp_path, monkeypatch):
-  (tmp_path / "t.txt").write_bytes(b"one\n\xff\n")
-  with predict_lib.open_lines(str(tmp_path / "t.txt")) as lines:
-    assert next(lines) == "one"
-    with pytest.raises(ConfigError, match="t.txt, line 2, is not UTF-8"):
-      next(lines)
-  monkeypatch.setattr("sys.stdin", None)  # as in a daemon
-  for path, message in (("-", "no standard input"), ("t.csv", "t.csv: a text")):
-    with (
-      pytest.raises(ConfigError, match=message),
-      predict_lib.open_lines(path),
-    ):
-      pass
-
-
-_ANSWERS = [
-  predict_lib.Prediction("a\tb", "bad", np.array([0.75, 0.25], np.float32)),
-  predict_lib.Prediction("é", "so\tso", np.array([0, 1], np.float32)),
-]
-
-
-def _lines(form, answers=_ANSWERS, labels=("bad", "so\tso"), **fields):
-  """Returns the lines of answers of a model with these fields."""
-  made = models.make()
-  config = dataclasses.replace(made.config, task=fields.get("task", "classify"))
-  config.data.text_field = fields.get("text_field")
-  loaded = dataclasses.replace(made, config=config, labels=labels)
-  return list(predict_lib.lines_of(loaded, answers, form))
-
-
-def test_tsv_has_a_header_and_a_line_per_text():
-  assert _lines("tsv") == [
-    "label\tbad\tso so",
-    "bad\t0.750000\t0.250000",
-    "so so\t0.000000\t1.000000",
-  ]
-
-
-def test_jsonl_has_text_label_and_probabilities():
-  lines = _lines("jsonl")
-  assert "é" in lines[1]
-  assert [json.loads(line) for line in lines] == [
-    {
-      "text": "a\tb",
-      "label": "bad",
-      "probabilities": {"bad": 0.75, "so\tso": 0.25},
-    },
-    {
-      "text": "é",
-      "label": "so\tso",
-      "probabilities": {"bad": 0.0, "so\tso": 1.0},
-    },
-  ]
-
-
-def test_scores_and_several_labels_have_columns_of_their_own():
-  score = [predict_lib.Prediction(("a", "b"), 2.5, np.zeros(0, np.float32))]
-  options = {"task": "regress", "text_field": ("p", "q"), "labels": ("score",)}
-  assert _lines("tsv", score, **options) == ["score", "2.500000"]
-  [line] = _lines("jsonl", score, **options)
-  assert json.loads(line) == {"p": "a", "q": "b", "score": 2.5}
-  share = np.array([0.75, 0.625], np.float32)
-  both = [predict_lib.Prediction("t", ("x", "y"), share)]
-  options = {"task": "multilabel", "labels": ("x", "y")}
-  assert _lines("tsv", both, **options) == [
-    "labels\tx\ty",
-    "x,y\t0.750000\t0.625000",
-  ]
-  [line] = _lines("jsonl", both, **options)
-  assert json.loads(line) == {
-    "text": "t",
-    "labels": ["x", "y"],
-    "probabilities": {"x": 0.75, "y": 0.625},
-  }
