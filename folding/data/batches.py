@@ -214,18 +214,18 @@ def _tokens(
   data: DataConfig, tokenizer: Tokenizer | None
 ) -> tuple[Tokenizer, corpus.Tokens]:
   """Returns the tokenizer and the ids of a language model's text."""
-  large = corpus.tokenised(data, tokenizer, _dtype)
+  large = corpus.tokenised(data, tokenizer)
   if large is not None:
     return large
   texts = sources.load_texts(data, "lm")
   if tokenizer is None:
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
-  dtype, streams, num_bytes = _dtype(tokenizer), {}, {}
+  streams, num_bytes = {}, {}
   for split in sources.SPLITS:
     found = list(flat(texts.texts[split]))
-    streams[split] = np.zeros(0, dtype)
+    streams[split] = np.zeros(0, tokenizer.dtype)
     if found:
-      ids = [x.astype(dtype) for x in tokenizer.stream(found)]
+      ids = [x.astype(tokenizer.dtype) for x in tokenizer.stream(found)]
       streams[split] = np.concatenate(ids)
     num_bytes[split] = sum(len(x.encode("utf-8")) for x in found)
   return tokenizer, corpus.Tokens(streams, num_bytes, _digest(texts, None))
@@ -279,13 +279,13 @@ class _Windows:
   ):
     self._data, self._share, self._pad_id = data, share, tokenizer.pad_id
     self._streams = streams
-    self.train_ids = [self._streams["train"]]
+    self.train_ids = [streams["train"]]
     self.sizes = {
       split: -(-(len(stream) - 1) // data.length) if stream.size else 0
-      for split, stream in self._streams.items()
+      for split, stream in streams.items()
     }
     # Training has whole windows only.
-    self.sizes["train"] = (len(self._streams["train"]) - 1) // data.length
+    self.sizes["train"] = (len(streams["train"]) - 1) // data.length
     order = grain.MapDataset.range(self.sizes["train"])
     order = order.shuffle(seed=seed).repeat()[share]
     self._order = order.batch(data.batch_size // (share.step or 1))
@@ -339,9 +339,8 @@ class _Rows:
       split: encode_rows(tokenizer, found, data.length)
       for split, found in texts.texts.items()
     }
-    dtype = _dtype(tokenizer)
     self._ids = {
-      split: [row.astype(dtype) for row in found.ids]
+      split: [row.astype(tokenizer.dtype) for row in found.ids]
       for split, found in rows.items()
     }
     # The ids of a teacher, with another tokenizer.
@@ -516,7 +515,3 @@ def segments_of(seconds: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
   second_B1 = np.full((rows, 1), length)
   second_B1[: len(seconds), 0] = seconds
   return (mask_BL & (np.arange(length) >= second_B1)).astype(np.int32)
-
-
-def _dtype(tokenizer: Tokenizer) -> type[np.integer]:
-  return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -55,14 +56,13 @@ class Tokens(NamedTuple):
 
 
 def tokenised(
-  data: DataConfig, tokenizer: Tokenizer | None, dtype: Callable[..., Any]
+  data: DataConfig, tokenizer: Tokenizer | None
 ) -> tuple[Tokenizer, Tokens] | None:
   """Returns the tokenizer and the ids of large text; None: it is not large.
 
   Args:
     data: The source. Only local files may be large, and no .tsv.
     tokenizer: None: that of the config, trained if need be.
-    dtype: Returns the type of the ids of a tokenizer.
 
   Raises:
     ConfigError: the text or the tokenizer is at fault, or there is no place for
@@ -92,8 +92,8 @@ def tokenised(
   target = folder / _hash(_identity(tokenizer))
   if not (target / "meta.json").is_file():
     with _writing(target / "meta.json"), files.becoming(str(target)) as part:
-      _write(pathlib.Path(part), splits(), tokenizer, dtype(tokenizer))
-  return tokenizer, _read(target, dtype(tokenizer))
+      _write(pathlib.Path(part), splits(), tokenizer)
+  return tokenizer, _read(target, tokenizer.dtype)
 
 
 @contextlib.contextmanager
@@ -145,7 +145,6 @@ def _write(
   folder: pathlib.Path,
   splits: dict[str, "_Region | _Rows"],
   tokenizer: Tokenizer,
-  dtype: Any,
 ) -> None:
   """Writes the ids of all splits."""
   sha, num_bytes = hashlib.sha256(), {}
@@ -173,7 +172,7 @@ def _write(
       with open(folder / f"{split}.bin", "wb") as file:
         if splits[split].num_bytes:
           for ids in tokenizer.stream(documents()):
-            file.write(ids.astype(dtype).tobytes())
+            file.write(ids.astype(tokenizer.dtype).tobytes())
       sha.update(b"end")
   meta = {"digest": sha.hexdigest(), "num_bytes": num_bytes}
   (folder / "meta.json").write_text(json.dumps(meta))
@@ -207,22 +206,16 @@ def _splits(
     ):
       seen = np.isin(part.digests, train.digests)
       sources.warn_of_repeats(split, int(seen.sum()), seen.size)
-  fractions = {"valid": data.valid_fraction, "test": data.test_fraction}
-  fractions = {n: share for n, share in fractions.items() if n not in splits}
+  fractions = sources.fractions_of_train(data, splits)
   if fractions:
     splits |= train.set_aside(fractions)
   if data.max_bytes is not None:
     splits = {
-      split: part.limited(
-        data.max_bytes if split == "train" else data.max_bytes // 8
-      )
+      split: part.limited(sources.limit_of(split, data.max_bytes))
       for split, part in splits.items()
     }
   if not splits["train"].num_bytes:
-    raise ConfigError(
-      f"no text is left to train on in {found['train'][0]}; give more text "
-      "or lower data.valid_fraction and data.test_fraction"
-    )
+    raise sources.no_text_left(found["train"][0])
   return splits
 
 
@@ -379,19 +372,11 @@ class _Rows:
 
   def documents(self) -> Iterator[Document]:
     """Yields the chosen rows, up to the limit."""
-    left = self.limit
-    for text in _texts(self.files, self.column, self.chosen):
-      encoded = text.encode("utf-8")
-      if left is not None and len(encoded) > left:
-        encoded = encoded[: encoded.rfind(b"\n", 0, left) + 1] or encoded[:left]
-        text, left = encoded.decode("utf-8", errors="ignore"), 0
-        encoded = text.encode("utf-8")
-      elif left is not None:
-        left -= len(encoded)
-      if text:
-        yield len(encoded), [text]
-      if left is not None and left <= 0:
-        return
+    texts = _texts(self.files, self.column, self.chosen)
+    if self.limit is not None:
+      texts = sources.first_bytes(texts, self.limit)
+    for text in texts:
+      yield len(text.encode("utf-8")), [text]
 
   def set_aside(self, fractions: dict[str, Any]) -> dict[str, "_Rows"]:
     """Returns the splits set aside, and the rest as "train"."""
@@ -401,14 +386,9 @@ class _Rows:
     )
     runs, part = list(enumerate(counts.tolist())), np.zeros(len(counts), int)
     for number, fraction in enumerate(fractions.values(), 1):
-      left, rest = round(fraction * len(self.digests)), []
-      for run, count in runs:
-        if count <= 2 * left:  # nearer to the fraction with it than without
-          part[run] = number
-          left -= count
-        else:
-          rest.append((run, count))
-      runs = rest
+      count = round(fraction * len(self.digests))
+      taken, runs = sources.take(runs, count, lambda run: run[1])
+      part[[run for run, _ in taken]] = number
     found = {}
     for number, split in enumerate(("train", *fractions)):
       chosen = part[group] == number
@@ -423,11 +403,7 @@ class _Rows:
 
 def _rows(part: Sequence[pathlib.Path], data: DataConfig) -> _Rows:
   """Returns all rows of files."""
-  first = []
-  for _, row in zip(
-    range(_FIRST_ROWS), local_files.rows_of(part), strict=False
-  ):
-    first.append(row)
+  first = list(itertools.islice(local_files.rows_of(part), _FIRST_ROWS))
   if not first:
     raise ConfigError(f"{part[0]} is empty")
   (column, *_), _ = rows.choose_columns(part[0], first, data, "lm")

@@ -8,8 +8,8 @@ import functools
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from folding.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
+_Run = TypeVar("_Run")  # rows of equal text, which stay in one split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +83,17 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   if train.labels is not None:
     # Before `max_bytes`, which may drop all rows of a class.
     known = labels_lib.output_names(train.labels, task, train.source, names)
-  fractions = {"valid": data.valid_fraction, "test": data.test_fraction}
-  fractions = {n: share for n, share in fractions.items() if n not in splits}
+  fractions = fractions_of_train(data, splits)
   if fractions:
     splits |= _set_aside(train, fractions, by_class=task == "classify")
   if data.max_bytes is not None:
-    for name in SPLITS:
-      limit = data.max_bytes if name == "train" else data.max_bytes // 8
-      limited = _cut_to if task == "lm" else _limited
-      splits[name] = limited(splits[name], name, limit)
+    for split in SPLITS:
+      rows, limit = splits[split], limit_of(split, data.max_bytes)
+      splits[split] = (
+        _cut_to(rows, limit) if task == "lm" else _limited(rows, limit, split)
+      )
   if not splits["train"].texts:
-    raise ConfigError(
-      f"no text is left to train on in {train.source}; give more text "
-      "or lower data.valid_fraction and data.test_fraction"
-    )
+    raise no_text_left(train.source)
   _warn_of_repeats(splits)
   texts: dict[str, Sequence[Text]] = {s: splits[s].texts for s in SPLITS}
   if task in config_lib.UNLABELLED:
@@ -166,7 +164,28 @@ def load_scored_pairs(path: str) -> ScoredPairs:
   return ScoredPairs([*firsts], [*seconds], scores)
 
 
-# Splits.
+# Splits. The public functions here are for `corpus` too.
+
+
+def fractions_of_train(
+  data: DataConfig, splits: Collection[str]
+) -> dict[str, float]:
+  """Returns the fraction of train that each missing split gets."""
+  fractions = {"valid": data.valid_fraction, "test": data.test_fraction}
+  return {n: share for n, share in fractions.items() if n not in splits}
+
+
+def limit_of(split: str, max_bytes: int) -> int:
+  """Returns the most bytes of a split; see `load_texts`."""
+  return max_bytes if split == "train" else max_bytes // 8
+
+
+def no_text_left(place: Any) -> ConfigError:
+  """Returns the error that the training split of a file or set is empty."""
+  return ConfigError(
+    f"no text is left to train on in {place}; give more text or lower "
+    "data.valid_fraction and data.test_fraction"
+  )
 
 
 def _set_aside(
@@ -188,17 +207,25 @@ def _set_aside(
   for runs in classes.values():
     size = sum(map(len, runs))
     for name, fraction in fractions.items():
-      left, rest = round(fraction * size), []
-      for run in runs:
-        if len(run) <= 2 * left:  # nearer to the fraction with it than without
-          parts[name] += run
-          left -= len(run)
-        else:
-          rest.append(run)
-      runs = rest
+      taken, runs = take(runs, round(fraction * size), len)
+      parts[name] += itertools.chain(*taken)
     parts["train"] += itertools.chain(*runs)
   # In the order of the source, so no split is sorted by class or hash.
   return {name: rows.take(sorted(part)) for name, part in parts.items()}
+
+
+def take(
+  runs: Iterable[_Run], count: int, size: Callable[[_Run], int]
+) -> tuple[list[_Run], list[_Run]]:
+  """Returns runs of about `count` rows in all, and the other runs."""
+  taken, rest = [], []
+  for run in runs:
+    if size(run) <= 2 * count:  # nearer to the count with it than without
+      taken.append(run)
+      count -= size(run)
+    else:
+      rest.append(run)
+  return taken, rest
 
 
 def _joined(text: Text) -> str:
@@ -249,25 +276,30 @@ def cuts(
   return parts
 
 
-def _cut_to(rows: Rows, split: str, limit: int) -> Rows:
-  """Returns the first `limit` bytes of the rows, or less."""
-  del split  # for the messages of `_limited`
-  texts, left = [], limit
-  for text in map(_joined, rows.texts):
-    encoded = text.encode("utf-8")
-    if len(encoded) > left:
-      # At a line end; without one, at a character.
-      encoded = encoded[: encoded.rfind(b"\n", 0, left) + 1] or encoded[:left]
-      text, left = encoded.decode("utf-8", errors="ignore"), 0
-    texts.append(text)
-    left -= len(encoded)
-    if left <= 0:
-      break
-  texts = [text for text in texts if text]
+def _cut_to(rows: Rows, limit: int) -> Rows:
+  texts: list[Text] = [*first_bytes(map(_joined, rows.texts), limit)]
   return Rows(rows.source, texts, None, [0] * len(texts))
 
 
-def _limited(rows: Rows, split: str, limit: int) -> Rows:
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+  """Yields the first `limit` UTF-8 bytes of texts, or less.
+
+  The last text is cut at a line end; without one that fits, at a character.
+  """
+  for text in texts:
+    encoded = text.encode("utf-8")
+    left = limit - len(encoded)
+    if left < 0:
+      encoded = encoded[: encoded.rfind(b"\n", 0, limit) + 1] or encoded[:limit]
+      text = encoded.decode("utf-8", errors="ignore")
+    if text:
+      yield text
+    if left <= 0:
+      return
+    limit = left
+
+
+def _limited(rows: Rows, limit: int, split: str) -> Rows:
   """Returns whole rows of at most `limit` bytes."""
   sizes = [len(_joined(text).encode("utf-8")) for text in rows.texts]
   order = sorted(range(len(sizes)), key=lambda i: (_digest(rows.texts[i]), i))

@@ -25,9 +25,7 @@ from folding.errors import ConfigError
 Text: TypeAlias = str | tuple[str, str]  # or a pair of texts
 
 NUM_BYTES = 256
-_MAX_IDS = (
-  1 << 24
-)  # beyond any vocabulary: the library counts up to the last id
+_MAX_IDS = 1 << 24  # beyond any vocabulary; the library counts to the last id
 PAD, END = "<pad>", "<end>"  # of our own tokenizers
 TOKEN_MAP = "token_map.json"  # beside tokenizer.json, if ids are mapped
 SPECIAL_TOKENS = "special_tokens.json"  # beside tokenizer.json
@@ -174,6 +172,11 @@ class Tokenizer:
     self.special = special or SpecialTokens()
     ends, self.pad_id = self.special.ids(vocabulary, begin)
     self.end_ids = np.array(ends, np.int32)
+
+  @property
+  def dtype(self) -> type[np.integer]:
+    """Type that holds each id in few bytes."""
+    return np.uint16 if self.vocab_size <= 1 << 16 else np.int32
 
   @property
   def end_id(self) -> int:
