@@ -25,7 +25,14 @@ import rich.progress
 
 from folding import files
 from folding.config import DataConfig
-from folding.data import local_files, python_stdlib, rows, sources, tokenizers
+from folding.data import (
+  local_files,
+  pieces,
+  python_stdlib,
+  rows,
+  sources,
+  tokenizers,
+)
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, first_line
 
@@ -138,7 +145,7 @@ def _tokenizer(
 def _training_pieces(splits: Callable[[], Any]) -> Iterator[str]:
   """Yields the training text in pieces that no token of ours crosses."""
   for _, slices in splits()["train"].documents():
-    yield from tokenizers.pieces(slices, tokenizers.END_OF_LINE)
+    yield from pieces.of_slices(slices, pieces.END_OF_LINE)
 
 
 def _write(

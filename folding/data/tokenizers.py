@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,11 +19,13 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from folding import files, typed
 from folding.config import DataConfig
+from folding.data import pieces
 from folding.errors import ConfigError
 
 Text: TypeAlias = str | tuple[str, str]  # or a pair of texts
 
 NUM_BYTES = 256
+_GROUP = 4096  # rows that are encoded together
 _MAX_IDS = 1 << 24  # beyond any vocabulary; the library counts to the last id
 PAD, END = "<pad>", "<end>"  # of our own tokenizers
 TOKEN_MAP = "token_map.json"  # beside tokenizer.json, if ids are mapped
@@ -49,20 +50,6 @@ _PATTERN = (
 )
 # Training cuts longer words; each character stands for a byte.
 _PART_OF_WORD = r".{1,256}"
-
-# Long texts are encoded in pieces: the library keeps about 100 bytes per token.
-_PIECE = 1 << 16  # characters, about
-# Characters without an end of a piece, after which a text that is read in slices
-# is cut at a line end all the same.
-_LONGEST = 1 << 21
-_GROUP = 1 << 22  # characters that are encoded together, about
-_GROUP_TEXTS = 4096
-# No match of our pattern, of GPT-2's or of a later one crosses a line break
-# between two texts.
-END_OF_LINE = re.compile(r"\S\n(?=\S)")
-# After a word, no match of ours or of GPT-2's has the last of several line
-# breaks, as of blank lines or of Windows. A match of Llama 3's has.
-_END_OF_LINES = re.compile(r"\S\n(?=\S)|[^\W_][\r\n]+(?=\n\S)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +155,7 @@ class Tokenizer:
     self.plain_size = self.vocab_size
     begin = _begin_ids(inner, ["a", *itertools.islice(vocabulary, 1000)])
     self.begin_ids = np.array(begin, np.int32)
-    self._piece_end = piece_end(inner)
+    self._end_of_piece = pieces.find_end(inner)
     self.special = special or SpecialTokens()
     ends, self.pad_id = self.special.ids(vocabulary, begin)
     self.end_ids = np.array(ends, np.int32)
@@ -248,7 +235,7 @@ class Tokenizer:
     self, texts: Iterable[str | Iterable[str]]
   ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (index of text, ids of its next piece), at least one per text."""
-    for group in piece_groups(texts, self._piece_end):
+    for group in pieces.groups(texts, self._end_of_piece):
       texts_of_group = [piece for _, piece in group]
       found = [
         np.array(encoding.ids, np.int32)
@@ -282,8 +269,8 @@ class Tokenizer:
     self._inner.enable_truncation(max_length)
     try:
       # In groups: the library keeps the truncated ids too.
-      for start in range(0, len(texts), _GROUP_TEXTS):
-        group = list(texts[start : start + _GROUP_TEXTS])
+      for start in range(0, len(texts), _GROUP):
+        group = list(texts[start : start + _GROUP])
         encodings = self._encode(group)
         ids += [np.array(e.ids, np.int32) for e in encodings]
         if is_pair:
@@ -553,68 +540,3 @@ def _begin_ids(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:
       if 0 in framed.special_tokens_mask:
         return framed.ids[: framed.special_tokens_mask.index(0)]
   return []
-
-
-def piece_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-  """Returns the pattern of ends of pieces; None: texts cannot be cut.
-
-  A tokenizer that puts a space before a text would put one before each piece.
-  """
-
-  def ids(text: str) -> list[int]:
-    return inner.encode(text, add_special_tokens=False).ids
-
-  try:
-    if ids("a\na") != ids("a\n") + ids("a"):
-      return None
-    several = (("a\n", "\na"), ("a\r\n\r", "\na"))
-    if all(ids(a + b) == ids(a) + ids(b) for a, b in several):
-      return _END_OF_LINES
-    return END_OF_LINE
-  except Exception:  # it cannot encode one of these; no class of its own
-    return None
-
-
-def piece_groups(
-  texts: Iterable[str | Iterable[str]], end: re.Pattern[str] | None
-) -> Iterator[list[tuple[int, str]]]:
-  """Yields groups of (index of text, piece)."""
-  group, size = [], 0
-  for index, text in enumerate(texts):
-    cut = _cut(text, end) if isinstance(text, str) else pieces(text, end)
-    for piece in cut:
-      group.append((index, piece))
-      size += len(piece)
-      if size > _GROUP:
-        yield group
-        group, size = [], 0
-  yield group
-
-
-def _cut(text: str, end: re.Pattern[str] | None) -> Iterator[str]:
-  """Yields the pieces of a text."""
-  start = 0
-  while end is not None and len(text) - start > _PIECE:
-    match = end.search(text, start + _PIECE)
-    if match is None:
-      break
-    yield text[start : match.end()]
-    start = match.end()
-  yield text[start:]
-
-
-def pieces(slices: Iterable[str], end: re.Pattern[str] | None) -> Iterator[str]:
-  """Yields the pieces of a text that is given in slices.
-
-  A piece longer than `_LONGEST` would take much memory. It is cut at a line end,
-  or else at the end of a slice, where a token might have crossed.
-  """
-  left = ""
-  for text in slices:
-    *whole, left = _cut(left + text, end)
-    yield from whole
-    if end is not None and len(left) > _LONGEST:
-      stop = left.rfind("\n") + 1 or len(left)
-      yield left[:stop]
-      left = left[stop:]
-  yield left

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from folding import config as c
-from folding.data import batches, corpus, sources, tokenizers
+from folding.data import batches, corpus, pieces, sources
 from folding.errors import ConfigError
 
 LINES = [f"line {i} " + "é ñ 漢字 🙂 word " * (i * 7 % 5) for i in range(60)]
@@ -102,8 +102,8 @@ SOURCES = {
 @pytest.fixture
 def small(monkeypatch):
   """Everything is large, slices and pieces are short."""
-  monkeypatch.setattr(tokenizers, "_PIECE", 64)
-  monkeypatch.setattr(tokenizers, "_GROUP", 256)
+  monkeypatch.setattr(pieces, "_PIECE", 64)
+  monkeypatch.setattr(pieces, "_GROUP", 256)
   monkeypatch.setattr(corpus, "_BLOCK", 37)
   monkeypatch.setattr(corpus, "LARGE", 0)
 
@@ -134,10 +134,10 @@ def test_tokens_are_those_of_the_text_in_memory(
 
 
 def test_text_without_a_safe_end_is_cut_at_a_line_end(small, monkeypatch):
-  monkeypatch.setattr(tokenizers, "_LONGEST", 100)
+  monkeypatch.setattr(pieces, "_LONGEST", 100)
   text = "".join(f" word {i} \n" for i in range(99))
   slices = [text[i : i + 37] for i in range(0, len(text), 37)]
-  found = list(tokenizers.pieces(slices, tokenizers.END_OF_LINE))
+  found = list(pieces.of_slices(slices, pieces.END_OF_LINE))
   assert "".join(found) == text
   assert max(map(len, found)) <= 137
   assert all(piece.endswith("\n") for piece in found[:-1])

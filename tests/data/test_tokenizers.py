@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
 from folding.config import DataConfig
-from folding.data import tokenizers, trim
+from folding.data import pieces, tokenizers, trim
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
 from folding.errors import ConfigError
 
@@ -436,10 +436,8 @@ def test_pieces_of_lines_encode_as_the_whole(tmp_path, kind, text):
   elif kind == "llama3":
     split = pre_tokenizers.Split(hf.Regex(_LLAMA_3), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-  end = tokenizers.piece_end(inner)
-  groups = list(
-    tokenizers.piece_groups([text * (100_000 // len(text)) + "end"], end)
-  )
+  end = pieces.find_end(inner)
+  groups = list(pieces.groups([text * (100_000 // len(text)) + "end"], end))
   cut = [piece for group in groups for _, piece in group]
   is_cut = kind != "llama3" or text == "a.\n"
   assert (len(cut) > 1) == is_cut

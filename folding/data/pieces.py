@@ -1,0 +1,94 @@
+"""Long texts in pieces, whose ids are those of the whole text.
+
+The tokenizers library keeps about 100 bytes per token of a text while it
+encodes it. Where a text may be cut depends on the tokenizer; see `find_end`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+
+_PIECE = 1 << 16  # characters, about
+# Characters without an end of a piece, after which a text that is read in slices
+# is cut at a line end all the same.
+_LONGEST = 1 << 21
+_GROUP = 1 << 22  # characters that are encoded together, about
+# No match of our pattern, of GPT-2's or of a later one crosses a line break
+# between two texts.
+END_OF_LINE = re.compile(r"\S\n(?=\S)")
+# After a word, no match of ours or of GPT-2's has the last of several line
+# breaks, as of blank lines or of Windows. A match of Llama 3's has.
+_END_OF_LINES = re.compile(r"\S\n(?=\S)|[^\W_][\r\n]+(?=\n\S)")
+
+
+def find_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
+  """Returns the pattern of ends of pieces; None: texts cannot be cut.
+
+  A tokenizer that puts a space before a text would put one before each piece.
+  """
+
+  def ids(text: str) -> list[int]:
+    return inner.encode(text, add_special_tokens=False).ids
+
+  try:
+    if ids("a\na") != ids("a\n") + ids("a"):
+      return None
+    several = (("a\n", "\na"), ("a\r\n\r", "\na"))
+    if all(ids(a + b) == ids(a) + ids(b) for a, b in several):
+      return _END_OF_LINES
+    return END_OF_LINE
+  except Exception:  # it cannot encode one of these; no class of its own
+    return None
+
+
+def groups(
+  texts: Iterable[str | Iterable[str]], end: re.Pattern[str] | None
+) -> Iterator[list[tuple[int, str]]]:
+  """Yields (index of text, piece) in groups that are encoded together.
+
+  Args:
+    texts: Strings, or texts in slices.
+    end: From `find_end`.
+  """
+  group, size = [], 0
+  for index, text in enumerate(texts):
+    cut = _cut(text, end) if isinstance(text, str) else of_slices(text, end)
+    for piece in cut:
+      group.append((index, piece))
+      size += len(piece)
+      if size > _GROUP:
+        yield group
+        group, size = [], 0
+  yield group
+
+
+def of_slices(
+  slices: Iterable[str], end: re.Pattern[str] | None
+) -> Iterator[str]:
+  """Yields the pieces of a text that is given in slices.
+
+  A piece longer than `_LONGEST` would take much memory. It is cut at a line end,
+  or else at the end of a slice, where a token might have crossed.
+  """
+  left = ""
+  for text in slices:
+    *whole, left = _cut(left + text, end)
+    yield from whole
+    if end is not None and len(left) > _LONGEST:
+      stop = left.rfind("\n") + 1 or len(left)
+      yield left[:stop]
+      left = left[stop:]
+  yield left
+
+
+def _cut(text: str, end: re.Pattern[str] | None) -> Iterator[str]:
+  """Yields the pieces of a text."""
+  start = 0
+  while end is not None and len(text) - start > _PIECE:
+    match = end.search(text, start + _PIECE)
+    if match is None:
+      break
+    yield text[start : match.end()]
+    start = match.end()
+  yield text[start:]
