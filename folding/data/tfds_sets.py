@@ -6,8 +6,9 @@ archives need TensorFlow.
 
 import contextlib
 import logging
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -34,7 +35,7 @@ def read(
   builder: Any = _prepared(data, task)
   table: Any = builder.info.features
   features: dict[str, Any] = dict(table.items())
-  label_field = None
+  label_field = ""
   if task not in config_lib.UNLABELLED:
     label_field = _label_feature(data, features, task)
   texts = [
@@ -44,7 +45,7 @@ def read(
   ]
   place = f"the TFDS data set {data.name}"
   columns = rows_lib.choose_texts(place, texts, texts, data, task)
-  feature: Any = features.get(label_field or "")
+  feature: Any = features.get(label_field)
   names = getattr(getattr(feature, "feature", feature), "names", None)
   splits = {}
   for split, prefixes in rows_lib.STEMS.items():
@@ -52,25 +53,17 @@ def read(
     found = [s for s in builder.info.splits if s.startswith(prefixes)]
     if not found:
       continue
-    labels = None if label_field is None else []
+    labels = [] if label_field else None
     rows = Rows(f"{data.name}[{found[0]}]", [], labels, [], columns)
-    limit = data.max_bytes
-    if limit is not None and split == "train":
-      # Room for the splits that may be set aside from it.
+    limit = data.max_bytes or math.inf
+    if split == "train":  # room for the splits that may be set aside from it
       limit /= 1 - data.valid_fraction - data.test_fraction
-    num_bytes = 0
-    for example in builder.as_data_source(found[0]):
-      if rows.labels is not None:
-        label = _tfds_label(example[label_field], names, task)
-        if label is None:
-          continue
-        rows.labels.append(label)
-      text = [example[c].decode("utf-8", errors="replace") for c in columns]
-      rows.texts.append(text[0] if len(text) == 1 else (text[0], text[1]))
-      rows.lines.append(0)
-      num_bytes += sum(len(example[c]) for c in columns)
-      if limit is not None and num_bytes >= limit:
-        break
+    _fill(
+      rows,
+      builder.as_data_source(found[0]),
+      lambda example: _tfds_label(example[label_field], names, task),
+      limit,
+    )
     # The test split of STS-B has no scores.
     if rows.texts and set(rows.labels or ()) != {-1.0}:
       splits[split] = rows
@@ -80,18 +73,50 @@ def read(
       f"{', '.join(builder.info.splits)}"
     )
   if task == "classify" and not names:
-    # The train split of sentiment140 has no neutral tweets, the test split has.
-    known = set(splits["train"].labels or ())
-    for split, rows in splits.items():
-      kept = [i for i, x in enumerate(rows.labels or ()) if x in known]
-      if len(kept) < len(rows.texts):
-        _log.warning(
-          "%s: %d rows of classes that train lacks are ignored",
-          split,
-          len(rows.texts) - len(kept),
-        )
-        splits[split] = rows.take(kept)
+    splits = _without_unknown_classes(splits)
   return splits, names
+
+
+def _fill(
+  rows: Rows,
+  examples: Any,
+  read_label: Callable[[dict[str, Any]], Label | None],
+  limit: int | float,
+) -> None:
+  """Adds the labelled examples to rows, until their texts have `limit` bytes."""
+  num_bytes = 0
+  for example in examples:
+    if rows.labels is not None:
+      label = read_label(example)
+      if label is None:
+        continue
+      rows.labels.append(label)
+    encoded = [example[name] for name in rows.columns]
+    texts = [text.decode("utf-8", errors="replace") for text in encoded]
+    rows.texts.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
+    rows.lines.append(0)
+    num_bytes += sum(map(len, encoded))
+    if num_bytes >= limit:
+      return
+
+
+def _without_unknown_classes(splits: dict[str, Rows]) -> dict[str, Rows]:
+  """Returns the splits without rows of classes that train lacks.
+
+  The train split of sentiment140 has no neutral tweets, the test split has.
+  """
+  known = set(splits["train"].labels or ())
+  found = {}
+  for split, rows in splits.items():
+    kept = [i for i, x in enumerate(rows.labels or ()) if x in known]
+    if len(kept) < len(rows.texts):
+      _log.warning(
+        "%s: %d rows of classes that train lacks are ignored",
+        split,
+        len(rows.texts) - len(kept),
+      )
+    found[split] = rows.take(kept)
+  return found
 
 
 def require_prepared(
@@ -112,12 +137,9 @@ def require_prepared(
   builder = None
   with contextlib.suppress(Exception):  # it may fail in any way
     if data.name == "python_stdlib":
-      kind = "source" if task == "lm" else "topic"
-      builder = python_stdlib.builder(kind, data.dir)
+      builder = python_stdlib.builder(_stdlib_config(task), data.dir)
     elif ":" not in data.name:  # a name that TFDS would look up in the network
-      builder = tfds.builder(
-        data.name, data_dir=data.dir, file_format="array_record"
-      )
+      builder = _builder(data)
   if builder is None or not builder.is_prepared():
     raise ConfigError(
       f"the data set {data.name!r} of {workdir} is not prepared in "
@@ -136,21 +158,14 @@ def _prepared(
       "set data.path, a file or folder, or data.name, a TFDS data set"
     )
   if data.name == "python_stdlib":
-    kind = "source" if task == "lm" else "topic"
-    return python_stdlib.prepare(kind, data.dir)
+    return python_stdlib.prepare(_stdlib_config(task), data.dir)
   instead = "put text in a local file and set data.path"
-
-  def new_builder() -> tfds.core.DatasetBuilder:
-    return tfds.builder(
-      data.name, data_dir=data.dir, file_format="array_record"
-    )
-
   try:
-    builder = new_builder()
+    builder = _builder(data)
     try:
       builder.download_and_prepare()
     except Exception:  # TFDS and its builders raise many kinds
-      builder = new_builder()
+      builder = _builder(data)
       if not builder.is_prepared():  # nor by another process
         raise
   except tfds.core.DatasetNotFoundError as error:
@@ -168,6 +183,14 @@ def _prepared(
       f"{errors.first_line(error)}; {check}, or {instead}"
     ) from error
   return builder
+
+
+def _stdlib_config(task: config_lib.Task) -> Literal["source", "topic"]:
+  return "source" if task == "lm" else "topic"
+
+
+def _builder(data: DataConfig) -> tfds.core.DatasetBuilder:
+  return tfds.builder(data.name, data_dir=data.dir, file_format="array_record")
 
 
 def _tfds_label(
