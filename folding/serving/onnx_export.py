@@ -74,7 +74,7 @@ def export_onnx(
   files.require_empty(path)
   require_onnx()
   size = sum(x.size for x in paths.flatten(loaded.params).values())
-  if (size * np.dtype(dtype).itemsize) >= _LIMIT:
+  if size * np.dtype(dtype).itemsize >= _LIMIT:
     raise ConfigError(
       f"an ONNX file holds less than 2 GiB; these are {size:,} parameters"
     )
@@ -163,6 +163,7 @@ class _Graph:
     self._arrays: dict[str, np.ndarray] = {}
     self._constants: dict[Any, str] = {}
     self._quantised: dict[str, list[str]] = {}
+    self.shape = self.add("Shape", TOKENS)  # int64[2], B and L
 
   @property
   def num_bytes(self) -> int:
@@ -202,6 +203,11 @@ class _Graph:
     node = helper.make_node(kind, inputs, outputs, name, **attributes)
     self._nodes.append(node)
     return outputs
+
+  def by_text(self, x: str, *axes: int) -> str:
+    """Returns the numbers of each token, [N, ...], as [B, L, *axes]."""
+    shape = self.add("Concat", self.shape, self.ints(*axes), axis=0)
+    return self.add("Reshape", x, shape)
 
   def output(self, name: str, value: str, shape: list[str | int]) -> None:
     """Names an output of the program."""
@@ -294,11 +300,10 @@ def _quantise(w: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
   return np.rint(w / np.expand_dims(scale, axis)).astype(np.int8), scale
 
 
-class _Sizes(NamedTuple):
+class _Shared(NamedTuple):
   """Values that all layers share.
 
   Attributes:
-    shape: int64[2], B and L.
     position_L: int64, 0, 1, ...
     masks: {window: what hides keys, float [B, 1, L, L]: 0 or -1e30}.
     distance_LL: float, |i - j|; "": unused.
@@ -306,7 +311,6 @@ class _Sizes(NamedTuple):
     relative: {(mask, table of relative biases): their sum}, as layers share one.
   """
 
-  shape: str
   position_L: str
   masks: dict[int | None, str]
   distance_LL: str
@@ -330,19 +334,19 @@ def _make_graph(
     name: np.asarray(leaf, np.float32)
     for name, leaf in paths.flatten(loaded.params).items()
   }
-  sizes, dense = _add_sizes(g, loaded), _dense_of(g, params)
+  shared, dense = _add_shared(g, loaded), _dense_of(g, params)
   width, ids = m.embed_width or m.width, TOKENS
   if token_map is not None:
     ids = g.add("Gather", g.array("token_map", token_map.astype(np.int32)), ids)
   x = g.embed("embed/embedding", params["embed/embedding"], ids)
   if rank := loaded.config.fold.embedding_rank:
     x = g.add("Reshape", x, g.ints(-1, rank))
-    x = _by_text(g, sizes, dense(x, "embed_expand"), width)
+    x = g.by_text(dense(x, "embed_expand"), width)
   if m.scale_embeddings:
     x = g.add("Mul", x, g.const(m.width**0.5, np.float32))
   if m.positions == "learned":
     name = "position_embed/embedding"
-    x = g.add("Add", x, g.embed(name, params[name], sizes.position_L))
+    x = g.add("Add", x, g.embed(name, params[name], shared.position_L))
   if m.segments:
     name = "segment_embed/embedding"
     x = g.add("Add", x, g.embed(name, params[name], SEGMENTS))
@@ -354,7 +358,7 @@ def _make_graph(
     x = dense(x, "embed_project")
   is_both = m.norm_position == "both"
   for n, layer in enumerate(layers_of(m, loaded.config.fold)):
-    block, name = _Block(g, loaded, params, sizes, n), f"blocks_{n}"
+    block, name = _Block(g, loaded, params, shared, n), f"blocks_{n}"
     if m.norm_position == "post":
       x = norm(g.add("Add", block.attend(x), x), f"{name}/norm_attn")
       x = norm(g.add("Add", block.mlp(x), x), f"{name}/norm_mlp")
@@ -366,7 +370,7 @@ def _make_graph(
     x = g.add("Add", x, norm(y, f"{name}/norm_mlp_out") if is_both else y)
   if m.norm_position != "post":
     x = norm(x, "norm_final")
-  _read_out(g, loaded, params, x, sizes)
+  _read_out(g, loaded, params, x)
   return g
 
 
@@ -383,12 +387,11 @@ def _norm_of(g: _Graph, loaded: Loaded, params: Mapping[str, np.ndarray]):
   return norm
 
 
-def _add_sizes(g: _Graph, loaded: Loaded) -> _Sizes:
+def _add_shared(g: _Graph, loaded: Loaded) -> _Shared:
   from onnx import TensorProto
 
   m = loaded.config.model
-  shape = g.add("Shape", TOKENS)
-  length = g.add("Gather", shape, g.const(1, np.int64))
+  length = g.add("Gather", g.shape, g.const(1, np.int64))
   zero, one = (g.const(i, np.int64) for i in (0, 1))
   position_L = g.add("Range", zero, length, one)
   is_seen = g.add("Cast", MASK, to=TensorProto.BOOL)
@@ -404,7 +407,7 @@ def _add_sizes(g: _Graph, loaded: Loaded) -> _Sizes:
       past_LL = g.add("GreaterOrEqual", signed, g.const(0, np.float32))
       is_seen = g.add("And", is_seen, past_LL)
   # Attention does not broadcast the axis of the queries.
-  batch, lengths = (g.add("Gather", shape, g.ints(axis)) for axis in range(2))
+  batch, lengths = (g.add("Gather", g.shape, g.ints(axis)) for axis in range(2))
   full = g.add("Concat", batch, g.ints(1), lengths, lengths, axis=0)
   values = [g.const(x, np.float32) for x in (0, _MASKED)]
   masks = {}
@@ -423,7 +426,7 @@ def _add_sizes(g: _Graph, loaded: Loaded) -> _Sizes:
     low, high = (g.const(x, np.int64) for x in (-farthest, farthest))
     at_LL = g.add("Add", g.add("Clip", signed, low, high), high)
     bucket = g.add("Gather", g.const(buckets, np.int64), at_LL)
-  return _Sizes(shape, position_L, masks, distance, bucket, {})
+  return _Shared(position_L, masks, distance, bucket, {})
 
 
 class _Block:
@@ -434,10 +437,10 @@ class _Block:
     g: _Graph,
     loaded: Loaded,
     params: Mapping[str, np.ndarray],
-    sizes: _Sizes,
+    shared: _Shared,
     n: int,
   ):
-    self._g, self._config, self._sizes = g, loaded.config.model, sizes
+    self._g, self._config, self._shared = g, loaded.config.model, shared
     self._layer = layers_of(self._config, loaded.config.fold)[n]
     self._name = f"blocks_{n}"
     self._params = {
@@ -512,14 +515,14 @@ class _Block:
     if f"{joined[-1]}/kernel" not in w:
       joined.pop()
       width = num_heads * layer.head_dim
-      rest = [_by_text(g, self._sizes, self._diagonal(x), width)]
+      rest = [g.by_text(self._diagonal(x), width)]
     else:
       num_heads = w["attn/v/kernel"].shape[1]
     if source != x and not rest:
       out = self._dense(x, joined.pop())
-      rest = [_by_text(g, self._sizes, out, w["attn/v/kernel"][0].size)]
+      rest = [g.by_text(out, w["attn/v/kernel"][0].size)]
     widths = [w[f"{name}/kernel"][0].size for name in joined]
-    out = _by_text(g, self._sizes, self._dense(source, *joined), sum(widths))
+    out = g.by_text(self._dense(source, *joined), sum(widths))
     split = g.add_many("Split", len(joined), out, g.ints(*widths), axis=-1)
     return [*split, *rest], num_heads
 
@@ -548,7 +551,7 @@ class _Block:
     scale = g.array(f"{self._name}/{name}", self._params[name])
     x = g.add("Reshape", x, g.ints(-1, K))
     x = g.add("RMSNormalization", x, scale, axis=-1, epsilon=m.norm_epsilon)
-    return _by_text(g, self._sizes, x, heads * K)
+    return g.by_text(x, heads * K)
 
   def _repeat(self, x: str, count: int, copies: int, size: int = 1) -> str:
     """Returns [B, L, count size] with each `size` numbers repeated in place."""
@@ -557,7 +560,7 @@ class _Block:
     g = self._g
     x = g.add("Reshape", x, g.ints(-1, count, 1, size))
     x = g.add("Tile", x, g.ints(1, 1, copies, 1))
-    return _by_text(g, self._sizes, x, count * copies * size)
+    return g.by_text(x, count * copies * size)
 
   def _rotate(self, x: str, heads: int) -> str:
     """Returns queries or keys, [B, L, heads K], with rotary positions."""
@@ -569,29 +572,27 @@ class _Block:
     if J > 1:
       frequency_Jk = np.repeat(frequency_Jk, heads // J, axis=0)
     cos, sin = self._angles(frequency_Jk)
-    x = _by_text(g, self._sizes, x, heads, 2 * half)
+    x = g.by_text(x, heads, 2 * half)
     a, b = g.add_many("Split", 2, x, axis=-1, num_outputs=2)
     turned = (
       g.add("Sub", g.add("Mul", a, cos), g.add("Mul", b, sin)),
       g.add("Add", g.add("Mul", b, cos), g.add("Mul", a, sin)),
     )
-    return _by_text(
-      g, self._sizes, g.add("Concat", *turned, axis=-1), heads * 2 * half
-    )
+    return g.by_text(g.add("Concat", *turned, axis=-1), heads * 2 * half)
 
   def _angles(self, frequency_Hk: np.ndarray) -> list[str]:
     """Returns cosines and sines [L, H, k] of the angles at each position."""
     from onnx import TensorProto
 
     g = self._g
-    at_L = g.add("Cast", self._sizes.position_L, to=TensorProto.FLOAT)
+    at_L = g.add("Cast", self._shared.position_L, to=TensorProto.FLOAT)
     at_L11 = g.add("Unsqueeze", at_L, g.ints(1, 2))
     angle = g.add("Mul", at_L11, g.const(frequency_Hk, np.float32))
     return [g.add(kind, angle) for kind in ("Cos", "Sin")]
 
   def _mask(self) -> str:
     """Returns the mask and biases that are added to the logits."""
-    mask = self._sizes.masks[self._layer.window]
+    mask = self._shared.masks[self._layer.window]
     if self._config.relative_buckets:
       return self._relative(mask)
     if self._config.positions != "alibi":
@@ -599,17 +600,17 @@ class _Block:
     g = self._g
     slopes_H = -np.exp(self._params["attn/log_slopes"])
     slopes = g.array(f"{self._name}/attn/slopes", slopes_H[:, None, None])
-    return g.add("Add", mask, g.add("Mul", slopes, self._sizes.distance_LL))
+    return g.add("Add", mask, g.add("Mul", slopes, self._shared.distance_LL))
 
   def _relative(self, mask: str) -> str:
     """Returns the mask with a relative bias."""
-    g, shared = self._g, self._sizes.relative
+    g, known = self._g, self._shared.relative
     table_HR = self._params["attn/relative_bias"].T
     table = g.const(table_HR, np.float32)
-    if (mask, table) not in shared:
-      bias = g.add("Gather", table, self._sizes.bucket_LL, axis=1)
-      shared[mask, table] = g.add("Add", mask, bias)
-    return shared[mask, table]
+    if (mask, table) not in known:
+      bias = g.add("Gather", table, self._shared.bucket_LL, axis=1)
+      known[mask, table] = g.add("Add", mask, bias)
+    return known[mask, table]
 
 
 def _dense_of(
@@ -622,12 +623,6 @@ def _dense_of(
     return g.dense(x, name, params[f"{name}/kernel"], bias)
 
   return dense
-
-
-def _by_text(g: _Graph, sizes: _Sizes, x: str, *axes: int) -> str:
-  """Returns the numbers of each token, [N, ...], as [B, L, *axes]."""
-  shape = g.add("Concat", sizes.shape, g.ints(*axes), axis=0)
-  return g.add("Reshape", x, shape)
 
 
 def _activate(g: _Graph, x: str, name: str) -> str:
@@ -644,7 +639,6 @@ def _read_out(
   loaded: Loaded,
   params: Mapping[str, np.ndarray],
   x: str,
-  sizes: _Sizes,
 ) -> None:
   """Adds the outputs, of the [N, D] that the last block returns."""
   m, width = loaded.config.model, loaded.config.model.width
@@ -658,10 +652,10 @@ def _read_out(
     if m.logit_cap:
       cap = g.const(m.logit_cap, np.float32)
       x = g.add("Mul", g.add("Tanh", g.add("Div", x, cap)), cap)
-    x = _by_text(g, sizes, x, rows)
+    x = g.by_text(x, rows)
     g.output("logits", x, ["batch", "length", rows])
     return
-  x = _by_text(g, sizes, x, width)
+  x = g.by_text(x, width)
   pooled = _pool(g, x, m.pooling)
   if loaded.config.task == "embed":
     g.output("last_hidden_state", x, ["batch", "length", width])
