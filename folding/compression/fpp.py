@@ -250,26 +250,14 @@ def fpp(
   ):
     if params is None:
       raise ValueError("fpp needs `params`; pass them to update()")
-
-    def update(updates, state, params, stats, value):
-      return update_auto(
-        updates, state, params, stats=stats, value=value, **options
-      )
-
     return _on_auto_axes(
-      update, (updates, state, params, stats, value), out=(updates, state)
+      functools.partial(update_auto, **options),
+      (updates, state, params, stats, value),
+      out=(updates, state),
     )
 
   def update_auto(
-    updates,
-    state,
-    params,
-    *,
-    stats,
-    value,
-    value_fn=None,
-    is_due=None,
-    **kw,
+    updates, state, params, stats, value, *, value_fn=None, is_due=None, **kw
   ):
     if o.tolerance is not None and value_fn is None:
       raise ValueError("fpp with a tolerance needs `value_fn` in update()")

@@ -12,19 +12,6 @@ from folding.errors import ConfigError
 FILE = "energy.json"
 
 
-def require_tracker(country: str) -> None:
-  """Checks that an estimate can be made, if one is asked for.
-
-  Args:
-    country: As in `tracked`.
-
-  Raises:
-    ConfigError: CodeCarbon is not installed.
-  """
-  if country:
-    _codecarbon()
-
-
 @contextlib.contextmanager
 def tracked(workdir: str, country: str) -> Iterator[None]:
   """Adds the consumption during a block to the `energy.json` of a run.
@@ -43,7 +30,7 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
   if not country:
     yield
     return
-  codecarbon = _codecarbon()
+  codecarbon = require_codecarbon()
   tracker = codecarbon.OfflineEmissionsTracker(
     country_iso_code=country,
     save_to_file=False,
@@ -69,7 +56,12 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
     files.write_file(path, json.dumps(total))
 
 
-def _codecarbon() -> Any:
+def require_codecarbon() -> Any:
+  """Returns the package `codecarbon`.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
   try:
     import codecarbon  # pyright: ignore[reportMissingImports]
   except ImportError as error:

@@ -276,7 +276,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   """
   config = config_lib.resolve(config)
   files.require_workdir(workdir)
-  energy.require_tracker(config.train.energy)
+  if config.train.energy:
+    energy.require_codecarbon()
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # not part of a run
   with contextlib.ExitStack() as stack:
