@@ -10,16 +10,9 @@ from flax import traverse_util
 
 from folding import paths
 from folding.compression.fold import fold, unfold
-from folding.config import (
-  Config,
-  FoldConfig,
-  ModelConfig,
-  layers_of,
-  llama,
-  resolve,
-)
+from folding.config import Config, FoldConfig, ModelConfig, llama, resolve
 from folding.config import gpt2 as gpt2_config
-from folding.models.attention import Attention, rope_frequencies
+from folding.models.attention import rope_frequencies
 from folding.models.transformer import make_model
 from tests import transforms_battery as battery
 
@@ -225,86 +218,6 @@ def test_unfold_refuses_a_frequency_that_a_head_has_twice():
   params["blocks_0"]["attn"]["frequency"] = twice
   with pytest.raises(ValueError, match="does not have these frequencies"):
     unfold(params, frequencies)
-
-
-def _float64(x):
-  return np.asarray(x, np.float64)
-
-
-def _dense_attention(layer, x, q_heads):
-  """Plain causal attention with ALiBi in NumPy float64, a head at a time.
-
-  The projections are unfolded here by loops: column c of a head is stored
-  column c G / K; channel d reads stored row d G / D.
-  """
-  D = x.shape[-1]
-  K = D // q_heads
-
-  def heads(projection):
-    w = _float64(projection["kernel"])
-    rows, num_heads, columns = w.shape
-    full = np.empty((D, num_heads, K))
-    for d, c in np.ndindex(D, K):
-      full[d, :, c] = w[d * rows // D, :, c * columns // K]
-    out = np.einsum("bld,dhk->blhk", x, full)
-    if "bias" in projection:
-      bias = _float64(projection["bias"])
-      for c in range(K):
-        out[..., c] += bias[:, c * bias.shape[1] // K]
-    return out
-
-  q, k = heads(layer["q"]), heads(layer["k"])
-  if "diagonal" in layer["v"]:
-    v = x * _float64(layer["v"]["diagonal"]).reshape(D)
-    v = v.reshape(*x.shape[:2], q_heads, K)
-  else:
-    v = heads(layer["v"])
-  slopes = np.exp(_float64(layer["log_slopes"]))
-  B, L = x.shape[:2]
-  out = np.zeros((B, L, D))
-  for b, h, i in np.ndindex(B, q_heads, L):
-    key_head = h * k.shape[2] // q_heads
-    logits = np.array(
-      [
-        q[b, i, h] @ k[b, j, key_head] / K**0.5 - slopes[h] * (i - j)
-        for j in range(i + 1)
-      ]
-    )
-    weights = np.exp(logits - logits.max())
-    weights /= weights.sum()
-    value_head = h * v.shape[2] // q_heads
-    mixed = weights @ v[b, : i + 1, value_head]
-    out[b, i] += mixed @ _float64(layer["o"]["kernel"])[h]
-  return out + _float64(layer["o"]["bias"])
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize(
-  "options",
-  [
-    {"groups": 2, "values": "diagonal"},
-    {"groups": 4, "axis": "input", "values": "diagonal"},
-    {"groups": 1, "values": "dense"},
-  ],
-  ids=lambda o: "-".join(map(str, o.values())),
-)
-def test_folded_attention_equals_dense_attention_in_float64(kv_heads, options):
-  config = ModelConfig(**_SHAPE, num_kv_heads=kv_heads)
-  resolved = resolve(Config(model=config, fold=FoldConfig(**options)))
-  shape = layers_of(resolved.model, resolved.fold)[0]
-  layer = Attention(resolved.model, shape, jax.nn.initializers.lecun_normal())
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(2, 5, 16)).astype(np.float32)
-  x = jnp.asarray(x)
-  shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-  params = _random_like(shapes)
-  expected = _dense_attention(params, _float64(x), 4)
-  for tree in (params, unfold(params)):
-    again = _dense_attention(tree, _float64(x), 4)
-    np.testing.assert_allclose(again, expected, rtol=1e-12)
-  found = battery.jit(layer.apply)({"params": params}, x)
-  # float32 over sums of 16 terms: 1e-6 of outputs of order 1.
-  np.testing.assert_allclose(found, expected, atol=5e-6, rtol=5e-6)
 
 
 # ---------------------------------------------------------------------------
