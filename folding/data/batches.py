@@ -77,6 +77,7 @@ class Data:
     pair: Columns of pairs; None for single texts.
     scores: float32[pairs] of `data.sts`, whose texts are the split "sts": all
       the first ones, then all the second ones. None without.
+    texts: The text itself, if tokens are to leave the tokenizer; otherwise None.
   """
 
   tokenizer: Tokenizer
@@ -89,6 +90,7 @@ class Data:
   examples: "_Windows | _Rows"
   pair: tuple[str, str] | None = None
   scores: np.ndarray | None = None
+  texts: sources.Texts | None = None
 
   @property
   def has_segments(self) -> bool:
@@ -146,6 +148,7 @@ def make_data(
   tokenizer: Tokenizer | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  texts: sources.Texts | None = None,
 ) -> Data:
   """Reads the text, trains or loads the tokenizer, and plans the batches.
 
@@ -154,6 +157,7 @@ def make_data(
     tokenizer: The tokenizer of a trained model; None: that of the config.
     process_index: Index of this process.
     process_count: Number of processes that share each batch.
+    texts: Of data that was made before; None: they are read.
 
   Raises:
     ConfigError: the source or the tokenizer is at fault, the train split does
@@ -170,18 +174,19 @@ def make_data(
   # Hashed, so seeds 0 and 1 share no epoch: Grain adds the epoch to the seed.
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
-  names, pair, scores = (), None, None
+  names, pair, scores, kept = (), None, None, None
   if config.task == "lm":
     tokenizer, tokens = _tokens(data, tokenizer)
     num_bytes, digest = tokens.num_bytes, tokens.digest
     examples = _Windows(tokens.streams, tokenizer, data, seed=seed, share=share)
   else:
-    texts = sources.load_texts(data, config.task)
+    texts = texts or sources.load_texts(data, config.task)
     if data.sts is not None:
       firsts, seconds, scores = sources.load_scored_pairs(data.sts)
       texts.texts[STS] = firsts + seconds
     if tokenizer is None:
       tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
+      kept = texts if config.fpp.embedding_granularity == "trim" else None
     whole = None  # as the teacher of sentence vectors reads
     if config.task == "embed" and isinstance(tokenizer, MappedTokenizer):
       whole = tokenizers.load_tokenizer(data.tokenizer)
@@ -207,6 +212,7 @@ def make_data(
     examples=examples,
     pair=pair,
     scores=scores,
+    texts=kept,
   )
 
 

@@ -587,5 +587,10 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   order = np.argsort(-(usage_V + stays_V), kind="stable")
   keep_V = np.zeros(size, bool)
   keep_V[order[: round((1 - fraction) * size)]] = True
-  tokenizer = trimmed(data.tokenizer, keep_V)
-  return make_data(config, tokenizer, jax.process_index(), jax.process_count())
+  return make_data(
+    config,
+    trimmed(data.tokenizer, keep_V),
+    jax.process_index(),
+    jax.process_count(),
+    data.texts,
+  )

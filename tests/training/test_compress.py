@@ -385,12 +385,16 @@ def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
   assert compress.trim_vocabulary(config, data) is data
 
 
-def test_trim_removes_the_asked_number_of_tokens(dense_run, topics):
-  config = recovery_config(dense_run, topics, fpp__overall=None)
+def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, tmp_path):
+  folder = shutil.copytree(topics, tmp_path / "topics")
+  config = recovery_config(dense_run, folder, fpp__overall=None)
   config.fpp.linear, config.fpp.embedding = 0.5, 0.4
   data = make_data(config := c.resolve(config))
-  found = compress.trim_vocabulary(config, data).tokenizer
-  assert (data.tokenizer.vocab_size, found.vocab_size) == (10, 6)
+  shutil.rmtree(folder)  # the text is read once
+  found = compress.trim_vocabulary(config, data)
+  sizes = data.tokenizer.vocab_size, found.tokenizer.vocab_size
+  assert sizes == (10, 6)
+  assert found.texts is None
 
 
 def _logits(model, params, data, text):
