@@ -402,14 +402,15 @@ def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
   return {name: x for name, x in fields.items() if name not in names}
 
 
-_ENCODER: dict[str, Any] = _PLAIN | {
-  "causal": False,
+_DECODER: dict[str, Any] = _PLAIN | {
+  "causal": True,
   "norm": "layernorm",
-  "norm_position": "post",
+  "norm_position": "pre",
   "positions": "learned",
   "window": None,
   "gated": False,
 }
+_ENCODER = _DECODER | {"causal": False, "norm_position": "post"}
 _POOLER = {"pooler": True, "pooler_activation": "tanh", "pooler_norm": False}
 _FIRST = {"pooling": "first", **_POOLER}
 _LAST = {"pooling": "last", "pooler": False}
@@ -540,7 +541,7 @@ _GPT2 = Family(
     "tie_word_embeddings": True,
     "n_positions": 1024,
   },
-  computes=_ENCODER | {"causal": True, "norm_position": "pre"},
+  computes=_DECODER,
   classifier=_LAST,
   rules=(Rule(write=lambda config: {"embd_pdrop": config.dropout}),),
   writes={"attn_pdrop": 0.0},
@@ -564,8 +565,7 @@ _OPT = Family(
     "max_position_embeddings": 2048,
     "pad_token_id": 1,
   },
-  computes=_ENCODER
-  | {"causal": True, "norm_position": "pre", "norm_epsilon": 1e-5},
+  computes=_DECODER | {"norm_epsilon": 1e-5},
   classifier=_LAST,
   only={
     "do_layer_norm_before": True,
@@ -596,8 +596,7 @@ _GPT_NEOX = Family(
     "rotary_emb_base": 10000.0,
     "rotary_pct": 0.25,
   },
-  computes=_without(_ENCODER, "parallel", "rope_share")
-  | {"causal": True, "norm_position": "pre", "positions": "rope"},
+  computes=_without(_DECODER, "parallel", "rope_share") | {"positions": "rope"},
   classifier=_LAST,
   only={"attention_bias": True},
   rules=(Rule(_read_neox_rope, _write_neox_rope),),
