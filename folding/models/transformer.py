@@ -255,14 +255,7 @@ class Transformer(nn.Module):
   ) -> Float[Array, "B L D"]:
     """Returns the output of the last block, from which `read_out` has logits.
 
-    Args:
-      tokens_BL: Token ids, right-padded.
-      mask_BL: False or 0 at pad tokens; None: no padding.
-      deterministic: No dropout.
-      segments_BL: As in `__call__`.
-
-    Raises:
-      ValueError: the sequences exceed the learned positions.
+    Arguments and errors are those of `__call__`.
     """
     x_BLD = self.embed_tokens(tokens_BL, deterministic, segments_BL=segments_BL)
     for _, group in itertools.groupby(self.blocks, lambda block: block.layer):
