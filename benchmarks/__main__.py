@@ -3,7 +3,8 @@
     python -m benchmarks [NAME...]
 
 Each runs in a process of its own, because each configures JAX differently.
-`one_model` needs runs and is called directly: `python -m benchmarks.one_model RUN...`.
+`one_model` and `embeddings` need runs and are called directly:
+`python -m benchmarks.one_model RUN...`.
 """
 
 import argparse

@@ -32,13 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import output, timing, torch_peers
+from benchmarks import exports, output, timing, torch_peers
 from folding.config import Config
 from folding.data.batches import Data, make_data
 from folding.errors import ConfigError
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
-from folding.training import run_dir
 
 SHAPES = ((1, 16), (8, 64), (32, 128))  # texts x tokens
 
@@ -81,23 +80,16 @@ def measure(
     rates: Peak learning rates to try of the peers; (): without peers.
 
   Raises:
-    ConfigError: a run did not start from a dense run of a classifier.
+    ConfigError: the runs are no classifiers from one dense run.
   """
-  configs = [run_dir.load_config(path) for path in workdirs]
-  dense_path = configs[0].pretrained
-  for path, config in zip(workdirs, configs, strict=True):
-    if config.task != "classify" or config.pretrained != dense_path:
-      raise ConfigError(f"{path} did not start from the dense run of the first")
-  if dense_path is None or not os.path.isdir(dense_path):
-    raise ConfigError(f"{workdirs[0]} did not start from a dense run")
+  configs, dense_path = exports.load_configs(workdirs, "classify")
   dense_data = make_data(configs[0], export_lib.load(dense_path).tokenizer)
   dense = _transformers(dense_path)
   models = [_exported("dense", dense_path, configs[0])]
   models[0].accuracy["PyTorch"] = torch_peers.accuracy(dense, dense_data)
   models[0].forwards["PyTorch"] = _pytorch_forward(copy.deepcopy(dense))
   for path, config in zip(workdirs, configs, strict=True):
-    name = os.path.basename(os.path.normpath(path))
-    models.append(_exported(name, path, config))
+    models.append(_exported(exports.row_name(path), path, config))
   makers = {
     "torch.nn.utils.prune": torch_peers.by_magnitude,
     "Torch-Pruning": torch_peers.by_channel,
@@ -117,16 +109,12 @@ def measure(
 
 def _transformers(path: str) -> Any:
   """Returns a run as a model of `transformers`, in evaluation mode."""
-  import transformers
-
-  transformers.logging.set_verbosity_error()
-  transformers.logging.disable_progress_bar()
   with tempfile.TemporaryDirectory() as folder:
     export_lib.export_hf(folder, export_lib.load(path))
     # It stays in evaluation mode: recovery has no dropout, as the run has none.
-    return transformers.AutoModelForSequenceClassification.from_pretrained(
-      folder, attn_implementation="eager"
-    ).eval()
+    return exports.from_transformers(
+      folder, "AutoModelForSequenceClassification", attn_implementation="eager"
+    )
 
 
 def _pytorch_forward(model: Any) -> Forward:
@@ -176,33 +164,27 @@ def _on_pytorch(name: str, model: Any, data: Data) -> Model:
 def _exported(name: str, path: str, config: Config) -> Model:
   """Returns a run after `folding export`, in each format and runtime."""
   found = export_lib.load(path)
-  small = export_lib.shrunk(found)
   file_bytes, accuracy, forwards = {}, {}, {}
   with tempfile.TemporaryDirectory() as scratch:
     folder = os.path.join(scratch, "export")
-    export_lib.export(
-      folder, small.config, small.params, small.tokenizer, small.labels
-    )
-    file_bytes["folding"] = _size(folder, export_lib.WEIGHTS)
-    loaded = export_lib.load(folder)
+    loaded = exports.reloaded(folder, found)
+    file_bytes["folding"] = exports.size(folder, export_lib.WEIGHTS)
     try:
       export_lib.export_hf(os.path.join(scratch, "hf"), found)
-      file_bytes["hf"] = _size(scratch, "hf", "model.safetensors")
+      file_bytes["hf"] = exports.size(scratch, "hf", "model.safetensors")
     except ConfigError as error:
       print(f"{name}: no Hugging Face file: {error}")
     data, long = make_data(config, loaded.tokenizer), _extended(loaded)
-    kinds: dict[str, onnx_export.Dtype] = {
-      "ONNX": "float32",
-      "ONNX int8": "int8",
-    }
-    for runtime, dtype in kinds.items():
+    for runtime, dtype in exports.ONNX.items():
       for which, each in (("short", loaded), ("long", long)):
         onnx_export.export_onnx(
           os.path.join(scratch, dtype + which), each, dtype
         )
-      file_bytes[runtime] = _size(scratch, dtype + "short", onnx_export.MODEL)
+      file_bytes[runtime] = exports.size(
+        scratch, dtype + "short", onnx_export.MODEL
+      )
       runs = [
-        _onnx_forward(os.path.join(scratch, dtype + which))
+        exports.onnx_forward(os.path.join(scratch, dtype + which), "logits")
         for which in ("short", "long")
       ]
       accuracy[runtime] = _accuracy(runs[0], data)
@@ -220,10 +202,6 @@ def _exported(name: str, path: str, config: Config) -> Model:
     forwards=forwards,
     peak_bytes=functools.partial(_peak_bytes, long),
   )
-
-
-def _size(*parts: str) -> int:
-  return os.path.getsize(os.path.join(*parts))
 
 
 def _extended(loaded: export_lib.Loaded) -> export_lib.Loaded:
@@ -255,29 +233,6 @@ def _peak_bytes(loaded: export_lib.Loaded, shape: tuple[int, int]) -> int:
   program = jax.jit(loaded.model.apply).lower({"params": loaded.params}, tokens)
   memory: Any = program.compile().memory_analysis()
   return memory.argument_size_in_bytes + memory.temp_size_in_bytes
-
-
-def _onnx_forward(folder: str) -> Callable[..., Any]:
-  import onnxruntime
-
-  options = onnxruntime.SessionOptions()
-  options.intra_op_num_threads = os.cpu_count() or 1
-  # Threads that wait busily would slow down the model that is timed next.
-  options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-  with open(os.path.join(folder, onnx_export.MODEL), "rb") as file:
-    session = onnxruntime.InferenceSession(
-      file.read(), options, providers=["CPUExecutionProvider"]
-    )
-
-  def forward(tokens, mask=None):
-    mask = np.ones_like(tokens) if mask is None else mask
-    inputs = {
-      "input_ids": np.asarray(tokens, np.int64),
-      "attention_mask": np.asarray(mask, np.int64),
-    }
-    return session.run(None, inputs)[0]
-
-  return forward
 
 
 def _accuracy(forward: Callable[..., Any], data: Data) -> float:

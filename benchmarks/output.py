@@ -18,6 +18,7 @@ from folding.reporting.report import table
 from folding.training.run_dir import source_commit
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+MARKS = "os^Dv"
 
 
 class Table(NamedTuple):
@@ -199,7 +200,7 @@ def _draw_points(plot: Scatter) -> Any:
     for index, (series, points) in enumerate(plot.series.items()):
       xs, ys = zip(*points.values(), strict=True)
       axes.plot(
-        xs, ys, "os^D"[index], color=plots.CYCLE[index], label=series, ms=8
+        xs, ys, MARKS[index], color=plots.CYCLE[index], label=series, ms=8
       )
       marks += points.values()
     names = dict.fromkeys(n for points in plot.series.values() for n in points)
@@ -268,7 +269,7 @@ def _draw_lines(plot: Lines) -> Any:
       for name, points in series.items():
         xs, ys = zip(*points.items(), strict=True)
         index = names.index(name)
-        style = {"color": plots.CYCLE[index], "marker": "os^D"[index]}
+        style = {"color": plots.CYCLE[index], "marker": MARKS[index]}
         [shown[name]] = axes.plot(xs, ys, **style)
       axes.set_xscale("log", base=2)
       axes.set_yscale("log")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def time_in_turn(
-  calls: Mapping[str, Callable[[], None]],
+  calls: Mapping[str, Callable[[], object]],
   rounds: int,
   clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
@@ -33,8 +33,14 @@ def time_in_turn(
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict:
   """Returns the median and quartiles of the ratio within each round."""
-  ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
-  if len(ratios) == 1:
-    ratios *= 2
-  low, middle, high = statistics.quantiles(ratios, n=4)
+  low, middle, high = quartiles(
+    [a / b for a, b in zip(numerator, denominator, strict=True)]
+  )
   return {"ratio": middle, "ratio_low": low, "ratio_high": high}
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+  """Returns the lower quartile, the median and the upper quartile."""
+  if len(values) == 1:
+    return [*values] * 3
+  return statistics.quantiles(values, n=4)

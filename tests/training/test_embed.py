@@ -177,3 +177,24 @@ def test_what_cannot_be_learned_is_refused(source, tmp_path):
   checkpoints.write(tmp_path / "gpt2", "gpt2")
   with pytest.raises(ConfigError, match="language model"):
     embed_config.get_config(str(tmp_path / "gpt2"))
+
+
+@pytest.mark.slow
+def test_benchmark_measures_the_same_vectors_in_every_runtime(source, run):
+  pytest.importorskip("model2vec", reason="it is in the extra parity")
+  from benchmarks import embeddings
+
+  sts = str(source / "sts.tsv")
+  measured = embeddings.measure([str(run[0])], {"sts": sts}, rounds=1)
+  rows = {(row["name"], row["runtime"]): row for row in measured["rows"]}
+  firsts, seconds, scores = sources.load_scored_pairs(sts)
+  for name, path in (("dense", source / "bert"), ("run", run[0])):
+    model = folding.load(path)
+    cosines = _cosines(model.encode(firsts), model.encode(seconds))
+    expected = stats.spearmanr(cosines, scores)[0]
+    for runtime in ("PyTorch", "JAX", "ONNX")[name == "run" :]:
+      found = rows.pop((name, runtime))["spearman"]["sts"]
+      assert found == pytest.approx(expected, abs=1e-5), (name, runtime)
+  dense, small, static = rows.values()
+  assert small["parameters"] < dense["parameters"]
+  assert static["parameters"] < dense["parameters"]
