@@ -200,13 +200,3 @@ def test_module_and_script_are_the_command():
     )
     assert found.returncode == 0
     assert found.stdout.startswith((version, "usage: folding train"))
-
-
-def test_import_is_lazy():
-  program = "import sys, folding.compression.fpp; print(*sys.modules)"
-  found = subprocess.run(
-    [sys.executable, "-c", program], capture_output=True, text=True, check=True
-  )
-  heavy = {"orbax", "tensorflow_datasets", "matplotlib", "folding.config"}
-  assert not heavy & set(found.stdout.split())
-  assert "folding" in found.stdout.split()
