@@ -5,6 +5,7 @@ what it needs when it is called, so that `folding --help` is quick.
 """
 
 import argparse
+import functools
 import inspect
 import json
 import os
@@ -619,11 +620,15 @@ def describe_fields() -> str:
   for name, hint in typed.fields(config_lib.Config).items():
     section, _, last = name.rpartition(".")
     holder = getattr(config, section) if section else config
-    comments = typed.comments(inspect.getsource(type(holder)).splitlines())
     lines.append(f"  {name}={getattr(holder, last)}  ({typed.describe(hint)})")
-    about = textwrap.wrap(comments.get(last, ""), 74)
+    about = textwrap.wrap(_comments(type(holder)).get(last, ""), 74)
     lines += [f"      {line}" for line in about]
   return "\n".join(lines) + "\n"
+
+
+@functools.cache  # a lookup parses the whole file of the class
+def _comments(section: type) -> dict[str, str]:
+  return typed.comments(inspect.getsource(section).splitlines())
 
 
 def _print_error(message: str) -> None:
