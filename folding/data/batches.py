@@ -10,7 +10,7 @@ B is the batch size over all processes, L the sequence length.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import grain
@@ -18,18 +18,17 @@ import numpy as np
 
 from folding.config import Config, DataConfig
 from folding.data import corpus, sources, tokenizers
-from folding.data.tokenizers import (
-  Encoded,
-  MappedTokenizer,
-  Text,
-  Tokenizer,
-  flat,
+from folding.data.padding import (
+  bucket_lengths,
+  encode_rows,
+  padded,
+  segments_of,
 )
+from folding.data.tokenizers import MappedTokenizer, Tokenizer, flat
 from folding.errors import ConfigError
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
-SHORTEST_BUCKET = 16
 STS = "sts"  # split of `DataConfig.sts`
 _NUM_STEPS = 1 << 40  # without end, but Grain needs a number
 _COUNTED = 1 << 20  # tokens that are counted together
@@ -237,19 +236,6 @@ def _tokens(
   return tokenizer, corpus.Tokens(streams, num_bytes, _digest(texts, None))
 
 
-def vocab_size(data: DataConfig) -> int:
-  """Returns the number of ids of a tokenizer, before it is trained.
-
-  Raises:
-    ConfigError: see `tokenizers.load_tokenizer`.
-  """
-  if data.tokenizer == "bytes":
-    return tokenizers.NUM_BYTES + 2
-  if data.tokenizer == "bpe":
-    return data.vocab_size
-  return tokenizers.load_tokenizer(data.tokenizer).vocab_size
-
-
 def _digest(texts: sources.Texts, scores: np.ndarray | None) -> str:
   sha = hashlib.sha256()
   for split in texts.texts:
@@ -358,7 +344,7 @@ class _Rows:
         for split, found in texts.texts.items()
       }
     self._seconds = {split: found.seconds for split, found in rows.items()}
-    self.has_segments = has_segments(rows["train"])
+    self.has_segments = rows["train"].has_segments
     self.train_ids = self._ids["train"]
     self.sizes = {split: len(rows) for split, rows in self._ids.items()}
     self._buckets = bucket_lengths(data.length)
@@ -433,91 +419,3 @@ class _Rows:
     if self.has_segments and seconds is not None:
       batch["segments"] = segments_of(seconds[index], mask)
     return {name: array[self._share] for name, array in batch.items()}
-
-
-def padded(
-  rows: Sequence[np.ndarray], shape: tuple[int, int], pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns int32 tokens of a shape and their mask, False at padding.
-
-  Args:
-    rows: Ids of each row; missing rows are padding.
-    shape: (B, L), at least the number of rows and the longest one.
-    pad_id: Id of padding.
-
-  Example:
-    >>> tokens, mask = padded([np.array([5, 6]), np.array([7])], (2, 3), 0)
-    >>> tokens.tolist(), mask.sum(1).tolist()
-    ([[5, 6, 0], [7, 0, 0]], [2, 1])
-  """
-  tokens, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
-  for row, ids in enumerate(rows):
-    tokens[row, : ids.size] = ids
-    mask[row, : ids.size] = True
-  return tokens, mask
-
-
-def bucket_lengths(length: int) -> list[int]:
-  """Returns the bucket lengths: powers of two below `length`, and `length`.
-
-  Example:
-    >>> bucket_lengths(100), bucket_lengths(64)
-    ([16, 32, 64, 100], [16, 32, 64])
-  """
-  lengths, bucket = [], SHORTEST_BUCKET
-  while bucket < length:
-    lengths.append(bucket)
-    bucket *= 2
-  return [*lengths, length]
-
-
-def by_length(
-  rows: Sequence[np.ndarray], length: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, int]]:
-  """Yields batches of rows of similar length, each with its bucket length.
-
-  Args:
-    rows: Ids of each row, at most `length`.
-    length: The longest bucket.
-    batch_size: Rows per batch; the last may have fewer.
-
-  Example:
-    >>> rows = [np.zeros(size) for size in (40, 3, 20)]
-    >>> [(x.tolist(), bucket) for x, bucket in by_length(rows, 64, 2)]
-    [([1, 2], 32), ([0], 64)]
-  """
-  buckets = bucket_lengths(length)
-  order = np.argsort([row.size for row in rows], kind="stable")
-  for start in range(0, len(rows), batch_size):
-    members = order[start : start + batch_size]
-    longest = rows[members[-1]].size
-    yield members, buckets[int(np.searchsorted(buckets, longest))]
-
-
-def encode_rows(
-  tokenizer: Tokenizer, texts: Sequence[Text], length: int
-) -> Encoded:
-  """Returns int32 ids of each text, at least one and at most `length`."""
-  end = np.array([tokenizer.end_id], np.int32)
-  found = tokenizer.encode_rows(texts, length)
-  # A tokenizer may find no token in a text; a model needs one.
-  return found._replace(ids=[x if x.size else end for x in found.ids])
-
-
-def has_segments(rows: Encoded) -> bool:
-  """Returns whether any row has a token of segment 1."""
-  sizes = np.array([row.size for row in rows.ids])
-  return rows.seconds is not None and bool((rows.seconds < sizes).any())
-
-
-def segments_of(seconds: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
-  """Returns int32[B, L], the segment of each token; 0 at padding.
-
-  Args:
-    seconds: As in `tokenizers.Encoded`; may have fewer rows than the mask.
-    mask_BL: False at padding.
-  """
-  rows, length = mask_BL.shape
-  second_B1 = np.full((rows, 1), length)
-  second_B1[: len(seconds), 0] = seconds
-  return (mask_BL & (np.arange(length) >= second_B1)).astype(np.int32)

@@ -109,6 +109,12 @@ class Encoded(NamedTuple):
   ids: list[np.ndarray]
   seconds: np.ndarray | None = None
 
+  @property
+  def has_segments(self) -> bool:
+    """Whether any row has a token of segment 1."""
+    sizes = np.array([row.size for row in self.ids])
+    return self.seconds is not None and bool((self.seconds < sizes).any())
+
 
 class Tokenizer:
   """A tokenizer with the special ids that batches need.
@@ -440,6 +446,19 @@ def train_tokenizer(data: DataConfig, texts: Iterable[Text]) -> Tokenizer:
       special_tokens=[(END, vocabulary[END])],
     )
   return Tokenizer(inner)
+
+
+def vocab_size(data: DataConfig) -> int:
+  """Returns the number of ids of a tokenizer, before it is trained.
+
+  Raises:
+    ConfigError: see `load_tokenizer`.
+  """
+  if data.tokenizer == "bytes":
+    return NUM_BYTES + 2
+  if data.tokenizer == "bpe":
+    return data.vocab_size
+  return load_tokenizer(data.tokenizer).vocab_size
 
 
 def flat(texts: Iterable[Text]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from folding.config import Config
-from folding.data.batches import by_length, encode_rows, padded, segments_of
+from folding.data.padding import by_length, encode_rows, padded, segments_of
 from folding.data.tokenizers import Text, Tokenizer
 from folding.errors import ConfigError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from folding import config as config_lib
-from folding.data.batches import by_length, encode_rows, padded
+from folding.data.padding import by_length, encode_rows, padded
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.serving.batched import require_several

@@ -14,7 +14,7 @@ import jax
 
 from folding import config as config_lib
 from folding.config import Config, ModelConfig
-from folding.data.batches import vocab_size
+from folding.data.tokenizers import vocab_size
 from folding.errors import ConfigError
 from folding.models.transformer import make_model, param_shapes
 

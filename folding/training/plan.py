@@ -21,7 +21,7 @@ from folding import config as config_lib
 from folding import paths
 from folding.compression.sites import make_sites
 from folding.config import Config
-from folding.data.batches import vocab_size
+from folding.data.tokenizers import vocab_size
 from folding.errors import ConfigError
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.training import hlo, sharding
