@@ -65,7 +65,6 @@ def compress(
     config,
     loaded.params,
     _batches(rows[:max_texts], config.data.length, loaded.tokenizer.pad_id),
-    len(loaded.labels),
     token_usage(counts, loaded.num_rows),
   )
   return Loaded(small.config, small.params, loaded.tokenizer, loaded.labels)

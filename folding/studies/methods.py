@@ -132,7 +132,7 @@ def _count(task: Any, vocabulary: int, length: int, model: ModelConfig) -> int:
   config = Config(task=task, dense=True, model=model)
   config.data.length = length
   made = make_model(config_lib.resolve(config), vocabulary, num_classes=2)
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(made)))
+  return sum(x.size for x in jax.tree.leaves(param_shapes(made)))
 
 
 METHODS: dict[str, Method] = {

@@ -41,7 +41,7 @@ def held_zero(rules: Sequence[Rule], state: TrainState, is_over: bool) -> Any:
   sites = [
     site
     for site in make_sites(rules, state.params)
-    if is_over or None not in site.members.values()
+    if is_over or not site.is_by_weight
   ]
   packed = {
     site.name: state.opt_state.suspected[site.name][0] for site in sites
@@ -155,7 +155,7 @@ class Compactor:
 def _layer_size(params: Any) -> int:
   """Returns the number of parameters of all layers."""
   return sum(
-    math.prod(x.shape)
+    x.size
     for name, x in paths.flatten(params).items()
     if name.startswith("blocks_")
   )

@@ -164,9 +164,7 @@ def compress_trained(config: Config, data: Data) -> Compressed:
   is_open = config.fpp.embedding_granularity == "rank"
   if is_open or config.fold.embedding_rank:
     usage_V = token_usage(data.token_counts(), size)
-  compressed = compress_params(
-    config, dense, batches, data.num_classes, usage_V
-  )
+  compressed = compress_params(config, dense, batches, usage_V)
   params = without_trimmed(data.tokenizer, compressed.params)
   return compressed._replace(params=params)
 
@@ -175,7 +173,6 @@ def compress_params(
   config: Config,
   dense: dict[str, Any],
   batches: Sequence[Mapping[str, Any]],
-  num_classes: int,
   usage_V: np.ndarray | None = None,
 ) -> Compressed:
   """Returns a dense model compressed: allocate, fold, prune.
@@ -184,14 +181,13 @@ def compress_params(
     config: Resolved.
     dense: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
-    num_classes: C; 0 without a head.
     usage_V: As for `fold_pretrained`.
 
   Raises:
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
   try:
-    return _compress(config, dense, batches, num_classes, usage_V)
+    return _compress(config, dense, batches, usage_V)
   except ConfigError:
     raise
   except ValueError as error:  # weights are not finite, or moments singular
@@ -199,7 +195,7 @@ def compress_params(
     raise ConfigError(f"{source}{error}") from error
 
 
-def _compress(config, dense, batches, num_classes, usage_V) -> Compressed:
+def _compress(config, dense, batches, usage_V) -> Compressed:
   params, report = dense, []
   if config.compress.plan == "auto":
     config = allocate(config, dense, batches)
@@ -207,7 +203,8 @@ def _compress(config, dense, batches, num_classes, usage_V) -> Compressed:
   prune_layer = None
   if is_pruned and config.fpp.granularity == "neuron":
     size = len(dense["embed"]["embedding"])
-    model = make_model(config, size, num_classes)
+    classes = np.shape(dense.get("head", {}).get("kernel"))[-1:]
+    model = make_model(config, size, *classes)
     prune_layer = neuron_pruner(config, param_shapes(model), dense)
   if prune_layer or config.fold != config_lib.dense_twin(config).fold:
     params, report = fold_pretrained(

@@ -53,9 +53,6 @@ class Work(NamedTuple):
     return Work(self.cycles + times * other.cycles, moved)
 
 
-NOTHING = Work(0, {})
-
-
 def read(text: str) -> Work:
   """Returns the work of a program.
 
@@ -86,7 +83,7 @@ def _read(
   name: str, computations: Mapping[str, Sequence[str]], turns: float
 ) -> Work:
   """Returns the work of one turn of a computation, in a loop of many turns."""
-  work = NOTHING
+  work = Work(0, {})
   for line in computations.get(name, ()):
     if found := _CYCLES.search(line):
       work = work._replace(cycles=work.cycles + int(found[1]))

@@ -137,8 +137,8 @@ def _fractions_for(
   k**s, s their share: P - (1 - k) L - (1 - k**s) E = (1 - overall) T.
   """
   share = config.fpp.embedding_share or 0.0
-  sizes = {n: math.prod(x.shape) for n, x in paths.flatten(params).items()}
-  total = sum(math.prod(x.shape) for x in jax.tree.leaves(dense))
+  sizes = {n: x.size for n, x in paths.flatten(params).items()}
+  total = sum(x.size for x in jax.tree.leaves(dense))
   layers = (0.5,) * config.model.num_layers
   # Which arrays are pruned does not depend on the fractions.
   rules = _rules(config, params, _Targets(layers, 0.5, 0.5 * (share > 0)))

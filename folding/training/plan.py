@@ -88,11 +88,6 @@ class Devices(NamedTuple):
   gib: float
   hertz: float | None = None
 
-  @property
-  def is_estimate(self) -> bool:
-    """Whether the compiler is that of CPUs."""
-    return self.name.startswith("cpu")
-
 
 def find_devices(text: str) -> Devices:
   """Returns the devices of a name: "cpu-8", "v5e:2x2" or "v5p-64".
@@ -193,7 +188,7 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
       "name": devices.name,
       "count": len(devices.devices),
       "gib": devices.gib,
-      "is_estimate": devices.is_estimate,
+      "is_estimate": devices.name.startswith("cpu"),
     },
     "mesh": dict(mesh.shape),
     "layers": {
@@ -278,11 +273,9 @@ def _zeros(program: Program) -> int:
   leaves = paths.flatten(program.like.params)
   zero = 0
   for site in make_sites(program.rules, program.like.params):
-    share = program.rules[site.rule].target
-    for name, axis in site.members.items():
-      shape = leaves[name].shape
-      units = math.prod(shape) if axis is None else shape[axis]
-      zero += int(share * units) * (math.prod(shape) // units)
+    units = math.prod(site.shape)
+    zeroed = int(program.rules[site.rule].target * units)
+    zero += sum(zeroed * leaves[name].size // units for name in site.members)
   return zero
 
 

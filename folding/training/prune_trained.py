@@ -110,7 +110,7 @@ def _targets(
   weights, units = {}, {}
   for site in make_sites(rules, params):
     fraction = rules[site.rule].target
-    if site.members[site.name] is None:
+    if site.is_by_weight:
       weights[site.name] = fraction
     else:
       units[site.name] = (site, fraction)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -228,14 +227,14 @@ class Program:
 
 
 def _size(params: Any) -> int:
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  return sum(x.size for x in jax.tree.leaves(params))
 
 
 def _selected_size(rules: Sequence[Rule], params: Any) -> int:
   """Returns the number of elements of the parameters that rules select."""
   leaves = paths.flatten(params)
   names = [name for site in make_sites(rules, params) for name in site.members]
-  return sum(math.prod(leaves[name].shape) for name in names)
+  return sum(leaves[name].size for name in names)
 
 
 def train_step(
