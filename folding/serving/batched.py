@@ -1,6 +1,8 @@
 """Runs a model over texts, in batches of similar length."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ from folding.config import Config
 from folding.data.padding import by_length, encode_rows, padded, segments_of
 from folding.data.tokenizers import Text, Tokenizer
 from folding.errors import ConfigError
+from folding.models.transformer import Transformer
 
 
 def require_size(batch_size: int) -> None:
@@ -32,29 +35,42 @@ def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward(model, task, params, tokens_BL, mask_BL, segments_BL):
+  """Returns float[B, C] or [B, D], what a model of a task says of texts."""
+  out = model.apply({"params": params}, tokens_BL, mask_BL, True, segments_BL)
+  if task == "classify":
+    return jax.nn.softmax(out, axis=-1)
+  return jax.nn.sigmoid(out) if task == "multilabel" else out
+
+
 def outputs(
   config: Config,
   tokenizer: Tokenizer,
-  forward: Callable[..., jax.Array],
+  model: Transformer,
+  params: Any,
   texts: Sequence[Text],
   *,
   batch_size: int,
-  width: int,
   report: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
-  """Returns float32[texts, width], the outputs of a model in the texts' order.
+  """Returns the outputs of `forward` in the order of the texts, as float32.
 
   Args:
     config: Resolved config of the model.
     tokenizer: Tokenizer of the model.
-    forward: (tokens, mask, segments or None) -> float[B, width].
+    model: The Linen module.
+    params: Its parameters, on the device.
     texts: All single, or all pairs.
     batch_size: Texts per batch; those of a batch are of similar length.
-    width: Numbers per text.
     report: Called after each batch with its number of texts.
+
+  Raises:
+    ConfigError: the model returns NaN.
   """
   length = config.data.length
   rows, seconds = encode_rows(tokenizer, texts, length)
+  width = model.num_classes or config.model.width
   found = np.zeros((len(rows), width), np.float32)
   for members, bucket in by_length(rows, length, batch_size):
     # The full batch size, so that a smaller last batch compiles nothing.
@@ -64,7 +80,8 @@ def outputs(
     segments = None  # a model without a segment embedding ignores them
     if seconds is not None:
       segments = segments_of(seconds[members], mask)
-    out = np.asarray(forward(tokens, mask, segments))
-    found[members] = out[: len(members)]
+    out = forward(model, config.task, params, tokens, mask, segments)
+    found[members] = np.asarray(out)[: len(members)]
     report(len(members))
+  require_numbers(np.isfinite(found), config.model.dtype)
   return found

@@ -24,12 +24,7 @@ from folding.errors import ConfigError, reason
 from folding.models import hf_weights, sentence
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
-from folding.serving.batched import (
-  outputs,
-  require_numbers,
-  require_several,
-  require_size,
-)
+from folding.serving.batched import outputs, require_several, require_size
 from folding.serving.packed import load_packed
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
@@ -81,17 +76,15 @@ class Loaded:
     for number, text in enumerate(texts):
       if not isinstance(text, str):
         raise ConfigError(f"text {number} is not a string: {text!r:.60}")
-    found = outputs(
+    return outputs(
       self.config,
       self.tokenizer,
-      functools.partial(_encode, self.model, jax.device_put(self.params)),
+      self.model,
+      jax.device_put(self.params),
       texts,
       batch_size=batch_size,
-      width=self.config.model.width,
       report=report,
     )
-    require_numbers(np.isfinite(found), self.config.model.dtype)
-    return found
 
   def require_encoder(self) -> None:
     """Raises `ConfigError` unless the model makes vectors of texts."""
@@ -126,11 +119,6 @@ class Loaded:
   def num_rows(self) -> int:
     """V, the rows of the embedding."""
     return self.params["embed"]["embedding"].shape[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model, params, tokens_BL, mask_BL, segments_BL):
-  return model.apply({"params": params}, tokens_BL, mask_BL, True, segments_BL)
 
 
 def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:

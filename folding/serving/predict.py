@@ -1,10 +1,9 @@
 """Texts or pairs of texts -> classes with probabilities, or scores."""
 
-import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,22 +12,12 @@ from folding.config import UNLABELLED
 from folding.data.labels import Label
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
-from folding.serving.batched import (
-  outputs,
-  require_numbers,
-  require_several,
-  require_size,
-)
+from folding.serving.batched import outputs, require_several, require_size
 from folding.serving.loaded import Loaded
 
 _log = logging.getLogger(__name__)
 
 _BATCHES_SORTED = 32  # texts are sorted by length among so many batches
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-  "classify": functools.partial(jax.nn.softmax, axis=-1),
-  "multilabel": jax.nn.sigmoid,
-  "regress": lambda logits: logits,
-}
 
 
 class Prediction(NamedTuple):
@@ -88,17 +77,8 @@ def predict(
 def _predict(
   loaded: Loaded, texts: Iterator[Text], batch_size: int, at_once: bool
 ) -> Iterator[Prediction]:
-  model, params = loaded.model, jax.device_put(loaded.params)
+  params = jax.device_put(loaded.params)
   task, pair = loaded.config.task, loaded.pair
-  activate = _ACTIVATIONS[task]
-
-  @jax.jit
-  def forward(params, tokens_BL, mask_BL, segments_BL):
-    logits_BC: Any = model.apply(
-      {"params": params}, tokens_BL, mask_BL, True, segments_BL
-    )
-    return activate(logits_BC)
-
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
   labelled = tuple(f"{label}\t" for label in loaded.labels)
   while group := list(itertools.islice(texts, size)):
@@ -115,12 +95,11 @@ def _predict(
     found = outputs(
       loaded.config,
       loaded.tokenizer,
-      functools.partial(forward, params),
+      loaded.model,
+      params,
       group,
       batch_size=batch_size,
-      width=len(loaded.labels),
     )
-    require_numbers(np.isfinite(found), loaded.config.model.dtype)
     for text, row in zip(group, found, strict=True):
       if task == "regress":
         yield Prediction(text, float(row[0]), row[:0])
