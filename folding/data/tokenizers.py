@@ -1,25 +1,24 @@
 """Text <-> token ids, by a `tokenizers.Tokenizer` of Hugging Face.
 
 Our own tokenizers work on UTF-8 bytes, so they encode any text and decode it
-exactly. Files beside a tokenizer.json say which tokens end a text and pad a
-batch: our own `special_tokens.json`, by name, or the configs of a checkpoint.
+exactly.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from folding import files, typed
+from folding import files
 from folding.config import DataConfig
-from folding.data import pieces
+from folding.data import pieces, special_tokens
+from folding.data.special_tokens import END, PAD, SpecialTokens
 from folding.errors import ConfigError
 
 Text: TypeAlias = str | tuple[str, str]  # or a pair of texts
@@ -27,19 +26,7 @@ Text: TypeAlias = str | tuple[str, str]  # or a pair of texts
 NUM_BYTES = 256
 _GROUP = 4096  # rows that are encoded together
 _MAX_IDS = 1 << 24  # beyond any vocabulary; the library counts to the last id
-PAD, END = "<pad>", "<end>"  # of our own tokenizers
 TOKEN_MAP = "token_map.json"  # beside tokenizer.json, if ids are mapped
-SPECIAL_TOKENS = "special_tokens.json"  # beside tokenizer.json
-GENERATION = "generation_config.json"  # of a checkpoint, before its config
-CHAT = "chat_template.jinja"  # of a checkpoint, or a field of OPTIONS
-OPTIONS = "tokenizer_config.json"  # of a checkpoint
-
-# Usual names, best first, if no file names the token.
-_PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
-_END_NAMES = (
-  END, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>",
-  "<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]",
-)  # fmt: skip
 
 # What may become one token: a word with the character before it, up to three
 # digits, punctuation with the line break and indent after it, or white space.
@@ -50,51 +37,6 @@ _PATTERN = (
 )
 # Training cuts longer words; each character stands for a byte.
 _PART_OF_WORD = r".{1,256}"
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialTokens:
-  """Special tokens by name, as far as files name them.
-
-  Attributes:
-    ends: Each ends a text; the first also a document of a stream.
-    pad: The pad token; None: unknown.
-    chat_template: Jinja, kept for `transformers`; None: there is none.
-  """
-
-  ends: tuple[str, ...] = ()
-  pad: str | None = None
-  chat_template: str | None = None
-
-  def ids(
-    self, vocabulary: Mapping[str, int], begin: Sequence[int]
-  ) -> tuple[list[int], int]:
-    """Returns the ids of the end tokens, at least one, and of the pad token.
-
-    An unknown token is the first usual name in the vocabulary. Without one, a
-    text ends with the token that begins a text (or id 0), and the end token is
-    the pad token.
-
-    Args:
-      vocabulary: Ids by token, special tokens included.
-      begin: Ids that the tokenizer puts before a text.
-    """
-    ends = [vocabulary[token] for token in self.ends if token in vocabulary]
-    if not ends:
-      names = [n for n in _END_NAMES + _PAD_NAMES if n in vocabulary]
-      ends = [*(vocabulary[n] for n in names), *begin, 0][:1]
-    names = [] if self.pad is None else [self.pad]
-    pads = [vocabulary[n] for n in (*names, *_PAD_NAMES) if n in vocabulary]
-    return ends, [*pads, ends[0]][0]
-
-  def save(self, tokenizer_path: pathlib.Path) -> None:
-    """Writes the file beside a tokenizer.json; none if nothing is known."""
-    path = tokenizer_path.with_name(SPECIAL_TOKENS)
-    if self == SpecialTokens():
-      path.unlink(missing_ok=True)
-    else:
-      text = json.dumps(dataclasses.asdict(self), ensure_ascii=False)
-      files.write_file(str(path), text + "\n")
 
 
 class Encoded(NamedTuple):
@@ -487,7 +429,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     raise ConfigError(
       f"{path} is not a tokenizer.json of the `tokenizers` library ({error})"
     ) from error
-  plain = Tokenizer(inner, _find_special(path, inner))
+  plain = Tokenizer(inner, special_tokens.find(path, inner))
   map_path = path.with_name(TOKEN_MAP)
   if not map_path.exists():
     return plain
@@ -498,57 +440,6 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
   if token_map.ndim != 1 or not token_map.size or token_map.min() < -1:
     raise ConfigError(f"{map_path} is not a list of token ids")
   return MappedTokenizer(plain, token_map)
-
-
-def _find_special(
-  tokenizer_path: pathlib.Path, inner: tokenizers.Tokenizer
-) -> SpecialTokens:
-  """Returns the special tokens that files beside a tokenizer.json name.
-
-  An id in a checkpoint's config counts only if it is an added token of the
-  tokenizer: the config may have the defaults of its class. The tokenizer's own
-  options name what the config does not.
-
-  Raises:
-    ConfigError: our own file is damaged.
-  """
-  path = tokenizer_path.with_name(SPECIAL_TOKENS)
-  if path.is_file():
-    values = files.read_json(str(path), dict)
-    return typed.build(SpecialTokens, values, str(path))
-  added = {i: t.content for i, t in inner.get_added_tokens_decoder().items()}
-  given: dict[str, Any] = {}
-  for name in ("config.json", GENERATION):
-    given |= _read_options(tokenizer_path.with_name(name))
-  ends, pad = given.get("eos_token_id", ()), given.get("pad_token_id")
-  ends = ends if isinstance(ends, list | tuple) else [ends]
-  ends = [added[i] for i in ends if type(i) is int and i in added]
-  options = _read_options(tokenizer_path.with_name(OPTIONS))
-  named = {}
-  for role in ("eos", "pad"):
-    token = options.get(f"{role}_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if isinstance(token, str) and inner.token_to_id(token) is not None:
-      named[role] = token
-  if not ends and "eos" in named:
-    ends = [named["eos"]]
-  template = options.get("chat_template")  # or a list of several
-  with contextlib.suppress(OSError, ValueError):
-    template = tokenizer_path.with_name(CHAT).read_text("utf-8")
-  return SpecialTokens(
-    ends=tuple(ends),
-    pad=added[pad] if type(pad) is int and pad in added else named.get("pad"),
-    chat_template=template if template and isinstance(template, str) else None,
-  )
-
-
-def _read_options(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the fields of a JSON file; {} if there is none or it is damaged."""
-  unreadable = (OSError, ValueError, AttributeError, RecursionError)
-  with contextlib.suppress(*unreadable):
-    values = json.loads(path.read_text("utf-8"))
-    return {k: v for k, v in values.items() if v is not None}
-  return {}
 
 
 def _begin_ids(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:

@@ -13,7 +13,8 @@ import tokenizers
 from folding import config as config_lib
 from folding import files, paths
 from folding.compression.fold import unfold
-from folding.data.tokenizers import OPTIONS, Tokenizer
+from folding.data.special_tokens import OPTIONS
+from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, hf_weights, sentence

@@ -25,7 +25,8 @@ import numpy as np
 from folding import config as config_lib
 from folding import files, paths
 from folding.config import layers_of
-from folding.data.tokenizers import OPTIONS, Tokenizer
+from folding.data.special_tokens import OPTIONS
+from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, sentence

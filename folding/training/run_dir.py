@@ -34,7 +34,7 @@ import jax
 from folding import config as config_lib
 from folding import files
 from folding.config import Config
-from folding.data import tokenizers
+from folding.data import special_tokens, tokenizers
 from folding.errors import ConfigError
 from folding.typed import differences
 from folding.version import __version__
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 # What `checksums.json` lists, if only as absent, beside config.json.
 _FIXED = (
   "tokenizer.json",
-  tokenizers.SPECIAL_TOKENS,
+  special_tokens.SPECIAL_TOKENS,
   tokenizers.TOKEN_MAP,
   "labels.json",
   "text.sha256",

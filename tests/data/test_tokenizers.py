@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
 from folding.config import DataConfig
-from folding.data import pieces, tokenizers, trim
+from folding.data import pieces, special_tokens, tokenizers, trim
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
 from folding.errors import ConfigError
 
@@ -369,9 +369,9 @@ def test_special_tokens_are_saved_with_the_tokenizer(tmp_path):
 
 def test_unknown_special_tokens_leave_no_file(tmp_path):
   _load(tmp_path, {"eos_token_id": 4}).save(str(tmp_path / "tokenizer.json"))
-  assert (tmp_path / tokenizers.SPECIAL_TOKENS).exists()
+  assert (tmp_path / special_tokens.SPECIAL_TOKENS).exists()
   Tokenizer(_words()).save(str(tmp_path / "tokenizer.json"))
-  assert not (tmp_path / tokenizers.SPECIAL_TOKENS).exists()
+  assert not (tmp_path / special_tokens.SPECIAL_TOKENS).exists()
 
 
 @pytest.mark.parametrize(
