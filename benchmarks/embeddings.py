@@ -32,8 +32,9 @@ import jax
 import numpy as np
 
 from benchmarks import exports, output, timing
-from folding.data.batches import by_length, encode_rows, padded
+from folding.data.padding import by_length, encode_rows, padded
 from folding.data.sources import load_scored_pairs
+from folding.data.trim import plain_tokenizer
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.training.evaluate import spearman_of_pairs
@@ -215,7 +216,7 @@ def _encode(
     texts: Any number.
   """
   length = loaded.config.data.length
-  tokenizer, _ = export_lib.plain_tokenizer(loaded.tokenizer)
+  tokenizer, _ = plain_tokenizer(loaded.tokenizer)
   rows = encode_rows(tokenizer, texts, length).ids
   found = np.zeros((len(rows), loaded.config.model.width), np.float32)
   for members, _ in by_length(rows, length, BATCH_SIZE):
