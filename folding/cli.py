@@ -30,12 +30,27 @@ class _Verb(NamedTuple):
 
 _VERBS: dict[str, _Verb] = {}
 
-# Formats of `folding export`, and the dtypes that each can store.
-_DTYPES = {
-  "safetensors": ("float32", "bfloat16"),
-  "hf": ("float32", "bfloat16"),
-  "onnx": ("float32", "int8"),
-  "stablehlo": ("float32", "bfloat16"),
+# Formats of `folding export`: dtypes that each can store, and its size in words.
+_FORMATS = {
+  "safetensors": (
+    ("float32", "bfloat16"),
+    "{stored:,} bytes stored ({values:,} of values, {masks:,} of masks), "
+    "{dense:,} in the dense baseline; {files:,} bytes of files",
+  ),
+  "hf": (
+    ("float32", "bfloat16"),
+    "{files:,} bytes of files, for transformers",
+  ),
+  "onnx": (
+    ("float32", "int8"),
+    "{files:,} bytes of files, for onnxruntime; {parameters:,} of them are "
+    "parameters",
+  ),
+  "stablehlo": (
+    ("float32", "bfloat16"),
+    "{program:,} bytes of program; {parameters:,} of them are parameters, "
+    "stored dense",
+  ),
 }
 
 
@@ -266,7 +281,7 @@ def study(args: argparse.Namespace) -> None:
     "--format",
     "compact for folding.load, dense for transformers, a program for "
     "onnxruntime, or one that needs only jax",
-    choices=tuple(_DTYPES),
+    choices=tuple(_FORMATS),
     default="safetensors",
   ),
   _argument(
@@ -281,7 +296,7 @@ def export(args: argparse.Namespace) -> None:
   from folding.serving import export as export_lib
   from folding.serving import onnx_export
 
-  dtypes = _DTYPES[args.format]
+  dtypes, in_words = _FORMATS[args.format]
   if args.dtype not in (None, *dtypes):
     raise ConfigError(f"--format={args.format} writes {' or '.join(dtypes)}")
   if args.format == "onnx":
@@ -296,28 +311,16 @@ def export(args: argparse.Namespace) -> None:
   with files.becoming(args.output) as part:
     if args.format == "hf":
       size = export_lib.export_hf(part, model, dtype, report=print)
-      print(f"{size['files']:,} bytes of files, for transformers")
     elif args.format == "onnx":
       size = onnx_export.export_onnx(part, model, dtype)
-      print(
-        f"{size['files']:,} bytes of files, for onnxruntime; "
-        f"{size['parameters']:,} of them are parameters"
-      )
     elif args.format == "stablehlo":
       size = export_lib.export_stablehlo(part, model)
-      print(
-        f"{size['program']:,} bytes of program; {size['parameters']:,} of them "
-        "are parameters, stored dense"
-      )
     else:
       size = export_lib.export(
         part, model.config, model.params, model.tokenizer, model.labels
       )
-      print(
-        f"{size['values'] + size['masks']:,} bytes stored ({size['values']:,} of "
-        f"values, {size['masks']:,} of masks), {size['dense']:,} in the dense "
-        f"baseline; {size['files']:,} bytes of files"
-      )
+      size["stored"] = size["values"] + size["masks"]
+  print(in_words.format(**size))
   print(f"The exported model is in {args.output}")
 
 

@@ -153,13 +153,14 @@ def require_intact(folder: str, skip: Collection[str] = ()) -> bool:
 @contextlib.contextmanager
 def becoming(folder: str) -> Iterator[str]:
   """Yields a temporary folder that is renamed to `folder` on success."""
-  part = f"{os.path.normpath(folder)}.{secrets.token_hex(4)}.part"
+  folder = os.path.normpath(folder)
+  part = f"{folder}.{secrets.token_hex(4)}.part"
   os.makedirs(part)
   try:
     yield part
     sync_tree(part)
-    os.replace(part, os.path.normpath(folder))
-    sync_folder(os.path.dirname(os.path.normpath(folder)))
+    os.replace(part, folder)
+    sync_folder(os.path.dirname(folder))
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
     raise

@@ -58,7 +58,10 @@ def trim_tokenizer(
 def plain_tokenizer(
   tokenizer: Tokenizer,
 ) -> tuple[Tokenizer, np.ndarray | None]:
-  """Returns a tokenizer without a map, and the row of each of its ids."""
+  """Returns a tokenizer without a map, and its map: the row of each id.
+
+  Trimmed tokens are left out. None instead of a map: ids are rows.
+  """
   if not isinstance(tokenizer, MappedTokenizer):
     return tokenizer, None
   text, token_map = tokenizer.to_json(), tokenizer.token_map

@@ -126,7 +126,7 @@ def draw_lines(
       color=GREY,
     )
   if not any(series.values()):
-    nothing(axes, "no values yet")
+    _say_empty(axes)
   _finish(axes, x_label, y_label)
 
 
@@ -153,7 +153,7 @@ def draw_points(
         **_style(index, name),
       )
   if not any(points.values()):
-    nothing(axes, "no values yet")
+    _say_empty(axes)
   _finish(axes, x_label, y_label)
   axes.set_xlim(left=0)
 
@@ -183,10 +183,9 @@ def draw_bars(
   _finish(axes, x_label, "")
 
 
-def nothing(axes: Any, message: str) -> None:
-  """Writes into empty axes why they are empty."""
+def _say_empty(axes: Any) -> None:
   axes.text(
-    0.5, 0.5, message, transform=axes.transAxes, ha="center", color=GREY
+    0.5, 0.5, "no values yet", transform=axes.transAxes, ha="center", color=GREY
   )
 
 
