@@ -241,18 +241,6 @@ def test_a_given_tokenizer_is_not_trained(tmp_path):
   assert one.tolist() != two.tolist()  # the test can tell them apart
 
 
-def test_python_stdlib_has_batches_of_the_configured_shape(stdlib_dir):
-  data_config = c.DataConfig(dir=stdlib_dir, max_bytes=400_000)
-  config = c.resolve(c.Config(data=data_config))
-  data = batches.make_data(config)
-  batch = data.train_batch(0)
-  assert batch["tokens"].shape == (32, 128)
-  assert batch["tokens"].max() < data.tokenizer.vocab_size == 1024
-  num_targets = sum(b["weights"].sum() for b in data.eval_batches("valid"))
-  # Source code at this vocabulary: between 2 and 3.5 bytes a token.
-  assert 2 < data.num_bytes["valid"] / num_targets < 3.5
-
-
 def test_rows_of_an_epoch_are_distinct_and_in_random_order(tmp_path):
   rows, config = labelled_rows.write(tmp_path)
   data = batches.make_data(config)

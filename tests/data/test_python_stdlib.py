@@ -133,6 +133,7 @@ def test_data_that_another_process_prepared_meanwhile_is_read(
   assert 60 < len(found.as_data_source("train")) < 100
 
 
+@pytest.mark.slow  # two processes, each of which imports TFDS
 def test_processes_prepare_at_once_and_need_no_tensorflow(tmp_path):
   code = (
     "import sys\n"

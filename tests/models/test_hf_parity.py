@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from folding.data import batches
+from folding.data import padding
 from folding.data import tokenizers as tokenizers_lib
 from folding.models import attention, hf_config, hf_weights
 from tests.models import checkpoints
@@ -208,12 +208,12 @@ def test_pairs_equal_transformers_from_text(family, outputs, tmp_path):
   assert loaded.config.segments == (2 if family == "bert" else 0)
   assert loaded.task == ("regress" if outputs == 1 else "classify")
   tokenizer = tokenizers_lib.load_tokenizer(loaded.tokenizer_path)
-  rows = batches.encode_rows(tokenizer, PAIRS, L)
+  rows = padding.encode_rows(tokenizer, PAIRS, L)
   keep = batch["attention_mask"].numpy() > 0
   np.testing.assert_array_equal(
     np.concatenate(rows.ids), batch["input_ids"].numpy()[keep]
   )
-  segments = batches.segments_of(rows.seconds, keep)
+  segments = padding.segments_of(rows.seconds, keep)
   types = batch["token_type_ids"].numpy()
   np.testing.assert_array_equal(segments, types)
   assert types.any() == (family == "bert")
