@@ -109,8 +109,8 @@ def measure(
   }
   seconds = [*timing.time_in_turn(calls, rounds).values()]
   for row, times in zip(rows, seconds, strict=True):
-    row["seconds"] = times
-    row["speed"] = timing.ratio(seconds[0], times)
+    row["texts_per_second"] = timing.quartiles([len(texts) / x for x in times])
+    row["speed"] = timing.ratio(seconds[0], times)  # against PyTorch
   return {"rows": rows, "rounds": rounds, "texts": len(texts)}
 
 
@@ -237,30 +237,23 @@ def main() -> None:
   sts = dict(each.partition("=")[::2] for each in args.sts)
   result = measure(args.runs, sts, args.rounds)
   rows = result["rows"]
-
-  def per_second(row):
-    high, middle, low = (
-      result["texts"] / x for x in timing.quartiles(row["seconds"])
-    )
-    return f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
-
   table = output.Table(
-    "One row per exported file: Spearman, MB, texts per second (quartiles), and "
-    "times as fast as PyTorch",
-    [
-      *("model", "runtime", "parameters", *sts, "MB", "texts/s", "x PyTorch"),
-    ],
+    "One row per exported file: million parameters, MB, Spearman, texts per "
+    "second (quartiles), times as fast as PyTorch",
+    ["model", "runtime", "M", "MB", *sts, "texts/s", "quartiles", "speed"],
     [
       [
         row["name"],
         row["runtime"],
-        f"{row['parameters']:,}",
-        *(f"{row['spearman'][name]:.3f}" for name in sts),
+        f"{row['parameters'] / 1e6:.1f}",
         f"{row['file_bytes'] / 1e6:.1f}",
-        per_second(row),
+        *(f"{row['spearman'][name]:.3f}" for name in sts),
+        f"{median:,.0f}",
+        f"{low:,.0f}-{high:,.0f}",
         f"{row['speed']['ratio']:.2f}",
       ]
       for row in rows
+      for low, median, high in [row["texts_per_second"]]
     ],
   )
   first = next(iter(sts))
@@ -270,10 +263,7 @@ def main() -> None:
     f"Spearman's correlation, {first}",
     {
       runtime: {
-        row["name"]: (
-          result["texts"] / timing.quartiles(row["seconds"])[1],
-          row["spearman"][first],
-        )
+        row["name"]: (row["texts_per_second"][1], row["spearman"][first])
         for row in rows
         if row["runtime"] == runtime
       }
