@@ -13,12 +13,14 @@ import tokenizers
 from folding import config as config_lib
 from folding import files, paths
 from folding.compression.fold import unfold
+from folding.config import Layer, ModelConfig
 from folding.data.special_tokens import OPTIONS
 from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
+from folding.models.params import axis_of
 from folding.serving.loaded import TOKENIZER, Loaded, sizes
 
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
@@ -40,12 +42,12 @@ def export_hf(
   """Writes a Hugging Face checkpoint to a new folder.
 
   The Auto classes of `transformers` load it. Folded projections are written
-  dense. Removed neurons and trimmed tokens stay out, but every MLP is padded to
-  the width of the widest one.
+  dense. Trimmed tokens stay out; removed heads are zeros, and every MLP is as wide
+  as the widest one.
 
   Args:
     path: Created if it does not exist; must be empty.
-    loaded: From `folding.load`; no heads were removed from it.
+    loaded: From `folding.load`.
     dtype: Type of the stored arrays.
     report: Called with the size of the arrays before they are written.
 
@@ -60,9 +62,9 @@ def export_hf(
   path = os.fspath(path)
   files.require_empty(path)
   width = int(np.max(loaded.config.model.mlp_width))
-  m = dataclasses.replace(loaded.config.model, mlp_width=width)
+  m = dataclasses.replace(loaded.config.model, mlp_width=width, heads=None)
   family = hf_config.family_of(m, len(loaded.labels))
-  params = _dense_params(loaded, width)
+  params = _dense_params(loaded, m)
   # Heads that share keys have values of their own beside a diagonal W_V; the
   # dense form then repeats the keys.
   m = dataclasses.replace(
@@ -110,34 +112,58 @@ def export_hf(
   return {"files": files.folder_bytes(path)}
 
 
-def _dense_params(loaded: Loaded, width: int) -> dict[str, Any]:
-  """Returns the unfolded parameters, with `width` neurons in each MLP.
+def _dense_params(loaded: Loaded, m: ModelConfig) -> dict[str, Any]:
+  """Returns the unfolded parameters, with zeros for what was removed.
+
+  Args:
+    loaded: The model.
+    m: Has all heads, and one width of the MLP.
 
   Raises:
     ConfigError: they have no dense form.
   """
-  m, frequencies = loaded.config.model, None
+  layers = config_lib.layers_of(loaded.config.model, loaded.config.fold)
+  frequencies = None
   if m.positions == "rope":
     frequencies = {
       f"blocks_{n}/attn": layer_frequencies(m, layer)
-      for n, layer in enumerate(config_lib.layers_of(m, loaded.config.fold))
+      for n, layer in enumerate(layers)
     }
   try:
     params = unfold(loaded.params, frequencies, m.head_dim)
   except ValueError as error:
     raise ConfigError(f"it has no dense form: {error}") from None
-  return paths.map_named(functools.partial(_widened, width), params)
+  table_RH = np.zeros((m.relative_buckets, m.num_heads), np.float32)
+  for n, layer in enumerate(layers):
+    fill = functools.partial(_filled, m, layer)
+    block = params[f"blocks_{n}"] = paths.map_named(fill, params[f"blocks_{n}"])
+    if m.relative_buckets:  # the layers share one table, of all heads
+      bias_RH = block["attn"]["relative_bias"]
+      table_RH[:, layer.heads] = bias_RH[:, layer.heads]
+      block["attn"]["relative_bias"] = table_RH
+  return params
 
 
-def _widened(width: int, name: str, w: Any) -> np.ndarray:
-  """Returns an array of an MLP with this many neurons, filled with zeros."""
+def _filled(m: ModelConfig, layer: Layer, name: str, w: Any) -> np.ndarray:
+  """Returns an array of a dense layer with zeros for what was removed from it.
+
+  Args:
+    m: Has all heads, and one width of the MLP.
+    layer: What is left.
+    name: Path in the layer.
+    w: The array.
+  """
   w = np.asarray(w)
-  if "/mlp/" not in name or name.endswith("down/bias"):
+  if (axis := axis_of(name, "F")) is not None:
+    size, stay = m.mlp_width, range(w.shape[axis])
+  elif (axis := axis_of(name, "HJ")) is not None:
+    size = w.shape[axis] * m.num_heads // len(layer.heads)
+    stay = sorted({h * size // m.num_heads for h in layer.heads})
+  else:
     return w
-  axis = 0 if name.endswith("down/kernel") else -1
-  missing = np.zeros((w.ndim, 2), int)
-  missing[axis, 1] = width - w.shape[axis]
-  return np.pad(w, missing)
+  full = np.zeros((*w.shape[:axis], size, *w.shape[axis + 1 :]), w.dtype)
+  full[(slice(None),) * axis + (np.array(stay),)] = w
+  return full
 
 
 def _hf_pad_id(tokenizer: Tokenizer, is_causal_classifier: bool) -> int:

@@ -23,12 +23,18 @@ from tests.serving import models
 
 _ENCODER = c.bert(**models.SHAPE, pooler=True)
 _CASES = {
-  # One layer has fewer neurons than the other.
+  # One layer has fewer neurons than the other, one fewer heads.
   "bert-shrunk": (
     _ENCODER,
-    {"groups": 2, "values": "diagonal", "embedding_rank": 5},
+    {
+      "groups": 2,
+      "values": ("diagonal", "dense"),
+      "value_rank": (0, 2),
+      "embedding_rank": 5,
+    },
   ),
   "gpt2": (c.gpt2(**models.SHAPE), {}),
+  # One layer has one of the two keys, and its heads.
   "llama-pairs": (
     c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2),
     {"groups": 4, "rope": "pairs", "values": "dense"},
@@ -63,9 +69,16 @@ def _model(name):
     own = rope_frequencies(8, 10000.0)[np.array([[0, 2], [3, 1]])]
     model.params[f"blocks_{n}"]["attn"]["frequency"] = own
   if "shrunk" in name:
-    model = export_lib.shrunk(models.with_zeros(model, []))
+    model = models.with_zeros(model, [])
+    model.params["blocks_1"]["attn"]["o"]["kernel"][1] = 0
+    model = export_lib.shrunk(model)
     first, second = model.config.model.mlp_width
     assert first == second + 1
+    assert model.config.model.heads == ((0, 1, 2, 3), (0, 2, 3))
+  elif "pairs" in name:
+    model.params["blocks_1"]["attn"]["o"]["kernel"][:2] = 0
+    model = export_lib.shrunk(model)
+    assert model.config.model.heads == ((0, 1, 2, 3), (2, 3))
   return model
 
 
@@ -237,13 +250,6 @@ def test_trimmed_tokens_get_no_rows(tmp_path):
   _same_predictions(trimmed, found)
 
 
-def _without_heads():
-  model = models.with_zeros(models.make(model=_ENCODER), [])
-  for n in range(2):
-    model.params[f"blocks_{n}"]["attn"]["o"]["kernel"][1] = 0
-  return export_lib.shrunk(model)
-
-
 def _other_angles():
   model = _model("llama-pairs")
   model.params["blocks_1"]["attn"]["frequency"] *= np.float32(1.1)
@@ -253,7 +259,6 @@ def _other_angles():
 @pytest.mark.parametrize(
   ("make_model", "message"),
   [
-    (_without_heads, "bert has all heads"),
     (models.make, "no model of transformers computes this one"),
     (_other_angles, "no dense form: blocks_1/attn/frequency"),
   ],
