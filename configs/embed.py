@@ -2,9 +2,9 @@ r"""Makes a sentence encoder smaller, without labels: `--config=configs/embed.py
 
 PATH is a Hugging Face folder or hub id. Pooling and normalisation are those of its
 sentence-transformers files; for an encoder without them, the mean over tokens.
-PATH,0.5 makes it 50% smaller instead of 70%. A plan chooses the groups of W_Q and
-W_K, the rank of W_V and W_O, the neurons of each layer and the rank of the
-embedding, by how far the vectors move. All tokens stay. Then the model learns the
+PATH,0.5 makes it 50% smaller instead of 70%. A plan chooses the heads, the groups of
+W_Q and W_K, the rank of W_V and W_O, the neurons of each layer and the rank of
+the embedding, by how far the vectors move. All tokens stay. Then the model learns the
 vectors of the checkpoint on the text.
 
   folding train --config=configs/embed.py:PATH --workdir=RUN \

@@ -2,9 +2,9 @@ r"""Makes a trained model smaller and recovers it: `--config=configs/pretrained.
 
 PATH is a Hugging Face folder or hub id (families: docs/how-to/pretrained.md), or a
 dense run. PATH,0.3 makes it 30% smaller instead of 70%. Arrays are smaller from the
-first step: a plan chooses the groups of W_Q and W_K, the rank of W_V and W_O and the
-neurons of each layer, and the rank of the embedding. For a language model, which
-loses more with fewer neurons, FPP prunes single weights while it recovers.
+first step: a plan chooses the heads, the groups of W_Q and W_K, the rank of W_V and
+W_O and the neurons of each layer, and the rank of the embedding. For a language
+model, which loses more with fewer neurons, FPP prunes single weights while it recovers.
 
 Tune:    folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
            --config.data.path=FOLDER --config.dense=True

@@ -653,7 +653,7 @@ class Layer:
   """The shape of one layer of a resolved config; `layers_of` returns these.
 
   Attributes:
-    heads: Indices of the heads that a shrink has kept, in increasing order.
+    heads: Indices of the heads that are left, in increasing order.
     num_kv_heads: J, of those that are kept.
     head_dim: K.
     value_dim: r, numbers per head of the values; K unless W_V has low rank.
@@ -681,12 +681,6 @@ class Layer:
   window: int | None
   rope_base: float
   has_norm_attn: bool
-
-  @property
-  def is_folded(self) -> bool:
-    """Whether any projection stores less than a dense one."""
-    is_whole = self.values == "dense" and self.value_dim == self.head_dim
-    return bool(self.groups) or not is_whole
 
 
 def gpt2(**fields: Any) -> ModelConfig:

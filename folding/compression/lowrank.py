@@ -7,10 +7,11 @@ Axes: D width, H heads, J key heads, R = H / J, K head size, G row groups. E is 
 plus 1 if the projections have a bias (a constant input of 1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 
 Projection = Mapping[str, Any]  # "kernel" [D, H, K] and maybe "bias" [H, K]
 
@@ -36,55 +37,74 @@ class FoldedHeads(NamedTuple):
 
 
 class Components(NamedTuple):
-  """Principal components of the rows of an embedding, over uses of tokens.
+  """Components of the rows of an embedding, uncorrelated over uses of tokens.
+
+  A row is the mean plus its D numbers times `decode_DD`. The first r numbers give
+  the nearest row of rank r.
 
   Attributes:
     mean_D: Mean row.
-    axes_DD: One component per column, from the most variance to the least.
-    variances_D: Variance of each component.
+    encode_DD: Matrix from a row without the mean to its numbers.
+    decode_DD: Its inverse.
+    variances_D: Variance of each number.
   """
 
   mean_D: np.ndarray
-  axes_DD: np.ndarray
+  encode_DD: np.ndarray
+  decode_DD: np.ndarray
   variances_D: np.ndarray
 
 
-def components(embedding_VD: np.ndarray, usage_V: np.ndarray) -> Components:
-  """Returns the principal components of an embedding.
+def components(
+  embedding_VD: np.ndarray,
+  usage_V: np.ndarray,
+  matter_DD: np.ndarray | None = None,
+) -> Components:
+  """Returns the components of an embedding; without F, the principal ones.
 
   Args:
     embedding_VD: One row per token.
     usage_V: How often each token occurs, above 0, in any unit. Without it
       frequent tokens would lose as much as the others.
+    matter_DD: F; an error e of a row counts as e F e'. None: the identity.
   """
   e_VD = np.asarray(embedding_VD, np.float64)
   share_V = np.asarray(usage_V, np.float64) / np.sum(usage_V, dtype=np.float64)
   mean_D = share_V @ e_VD
-  e_VD = e_VD - mean_D
+  root, unroot = _root(np.eye(len(mean_D)) if matter_DD is None else matter_DD)
+  e_VD = (e_VD - mean_D) @ root
   variances_D, axes_DD = np.linalg.eigh((e_VD * share_V[:, None]).T @ e_VD)
-  return Components(mean_D, axes_DD[:, ::-1], variances_D[::-1])
+  axes_DD = axes_DD[:, ::-1]
+  return Components(
+    mean_D, root @ axes_DD, (unroot @ axes_DD).T, variances_D[::-1]
+  )
 
 
 def fold_embedding(
-  embedding_VD: np.ndarray, usage_V: np.ndarray, rank: int
+  embedding_VD: np.ndarray,
+  usage_V: np.ndarray,
+  rank: int,
+  matter_DD: np.ndarray | None = None,
 ) -> dict[str, Any]:
   """Returns the nearest embedding of low rank, in the mean over uses of tokens.
 
-  A row e becomes the mean plus r numbers times a matrix: the projection of
-  e - mean onto the r leading components.
+  A row becomes the mean plus r numbers times a matrix of orthonormal rows, which
+  span those of the leading components.
 
   Args:
     embedding_VD: One row per token.
     usage_V: As for `components`.
     rank: r, at most D.
+    matter_DD: As for `components`.
 
   Returns:
     {"embed": {"embedding": [V, r]}, "embed_expand": {"kernel": [r, D], "bias":
     [D]}}, float32.
   """
-  mean_D, axes_DD, _ = components(embedding_VD, usage_V)
-  axes_Dr = axes_DD[:, :rank]
-  rows_Vr = (np.asarray(embedding_VD, np.float64) - mean_D) @ axes_Dr
+  mean_D, encode_DD, decode_DD, _ = components(embedding_VD, usage_V, matter_DD)
+  axes_Dr, mix_rr = np.linalg.qr(decode_DD[:rank].T)
+  rows_VD = np.asarray(embedding_VD, np.float64) - mean_D
+  rows_Vr = rows_VD @ (encode_DD[:, :rank] @ mix_rr.T)
   rows_Vr, kernel_rD, mean_D = (
     w.astype(np.float32) for w in (rows_Vr, axes_Dr.T, mean_D)
   )
@@ -249,13 +269,16 @@ def fold_values(
   moment: np.ndarray,
   mean: np.ndarray,
   rank: int,
+  *,
+  matter_DD: np.ndarray | None = None,
 ) -> FoldedValues:
   """Returns the projections of rank r with the nearest output of attention.
 
   Head h writes c_h W_O^h, where c_h = z_h W_V mixes the values of all tokens.
-  Let S_h = E[c_h c_h'] = L L'. The nearest c_h T O, with T [K, r], has the r
-  leading terms U s V' of the singular value decomposition of L' W_O^h, and T =
-  L'^-1 U s^(1/2). T is absorbed into W_V. Heads that share values are stacked
+  Let S_h = E[c_h c_h'] = L L', and F = R R' tell how errors count. The nearest
+  c_h T O, with T [K, r], spans the r leading left singular vectors U of L' W_O^h R,
+  so T = L'^-1 U, scaled such that numbers of values and rows of W_O are of one
+  size. T is absorbed into W_V. Heads that share values are stacked
   and decomposed together, with the mean of their S_h. Then W_O of all heads is
   the least-squares fit to the output of the layer, so that heads make up for
   each other.
@@ -266,37 +289,99 @@ def fold_values(
     moment: [HK, HK], E[c c'] of the inputs of W_O.
     mean: [HK], E[c].
     rank: r, at most K.
+    matter_DD: F; an error e of the output counts as e F e'. None: the identity.
 
   Raises:
     ValueError: r is 0 or above K.
   """
+  [folded] = fold_ranks(v, o, moment, mean, [rank], matter_DD=matter_DD)
+  return folded
+
+
+def fold_ranks(
+  v: Projection,
+  o: Mapping[str, Any],
+  moment: np.ndarray,
+  mean: np.ndarray,
+  ranks: Iterable[int],
+  *,
+  matter_DD: np.ndarray | None = None,
+) -> Iterator[FoldedValues]:
+  """Yields `fold_values` of several ranks, whose decomposition is the same."""
   a_EJK, o_HKD = _augmented(v), np.asarray(o["kernel"], np.float64)
   J, (H, K, D) = a_EJK.shape[1], o_HKD.shape
-  if not 0 < rank <= K:
-    raise ValueError(f"r must be 1 to {K}, the head size; it is {rank}")
   R = H // J
   if "bias" in o:
     moment = moment - np.outer(mean, mean)
   of_head = moment.reshape(H, K, H, K)
-  new_v = np.zeros((len(a_EJK), J, rank))
-  mix = np.zeros((H * K, H * rank))  # T of each head on the diagonal
+  matter_root = _root(np.eye(D) if matter_DD is None else matter_DD)[0]
+  t_JKK = np.zeros((J, K, K))  # T; there may be fewer outputs than ranks
   for j in range(J):
     heads = range(j * R, (j + 1) * R)
     root, unroot = _root(np.mean([of_head[h, :, h] for h in heads], axis=0))
-    outputs = np.concatenate([o_HKD[h] for h in heads], axis=1)
-    u, s, _ = np.linalg.svd(root.T @ outputs, full_matrices=False)
-    t_Kr = np.zeros((K, rank))  # there may be fewer outputs than ranks
-    t_Kr[:, : len(s)] = (unroot @ (u * np.sqrt(s)))[:, :rank]
-    new_v[:, j] = a_EJK[:, j] @ t_Kr
-    for h in heads:
-      mix[h * K : (h + 1) * K, h * rank : (h + 1) * rank] = t_Kr
-  old = o_HKD.reshape(H * K, D)
+    outputs_RKD = root.T @ o_HKD[heads]
+    counted = np.concatenate(outputs_RKD @ matter_root, axis=1)
+    u, _, _ = np.linalg.svd(counted, full_matrices=False)
+    size = np.linalg.norm(u.T @ outputs_RKD, axis=(0, 2))
+    t_JKK[j, :, : len(size)] = unroot @ (u * np.sqrt(size))
+  for rank in ranks:
+    if not 0 < rank <= K:
+      raise ValueError(f"r must be 1 to {K}, the head size; it is {rank}")
+    t_JKr = t_JKK[:, :, :rank]
+    new_v = np.einsum("EJK,JKr->EJr", a_EJK, t_JKr)
+    mix = scipy.linalg.block_diag(*np.repeat(t_JKr, R, axis=0))
+    new_o, wrong = _fit_output(o, moment, mean, mix, rank)
+    yield FoldedValues(_split(new_v, v), new_o, wrong)
+
+
+def fit_heads(
+  o: Mapping[str, Any],
+  moment: np.ndarray,
+  mean: np.ndarray,
+  heads: Sequence[int],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Returns W_O for some of the heads, fitted to the output of all of them.
+
+  Args:
+    o: As for `fold_values`.
+    moment: As for `fold_values`.
+    mean: As for `fold_values`.
+    heads: The heads that stay, in order.
+
+  Returns:
+    ({"kernel": [heads, K, D] and maybe "bias" [D]}, `wrong` as in `FoldedValues`).
+  """
+  H, K, _ = o["kernel"].shape
+  if "bias" in o:
+    moment = moment - np.outer(mean, mean)
+  mix = np.eye(H * K).reshape(H * K, H, K)[:, list(heads)]
+  return _fit_output(o, moment, mean, mix.reshape(H * K, -1), K)
+
+
+def _fit_output(
+  o: Mapping[str, Any],
+  moment: np.ndarray,
+  mean: np.ndarray,
+  mix: np.ndarray,
+  size: int,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Returns W_O for inputs c @ mix in place of c, and what its output lacks.
+
+  Args:
+    o: W_O for inputs c.
+    moment: [HK, HK], second moment of c, centred if W_O has a bias.
+    mean: [HK], E[c].
+    mix: [HK, heads * size].
+    size: Numbers per head of the new inputs.
+  """
+  old = np.asarray(o["kernel"], np.float64).reshape(len(mix), -1)
   new = solve_ridge(mix.T @ moment @ mix, mix.T @ moment @ old)
   wrong = old - mix @ new
-  new_o = {"kernel": new.reshape(H, rank, D).astype(np.float32)}
+  kernel = new.reshape(-1, size, old.shape[1])
+  new_o = {"kernel": kernel.astype(np.float32)}
   if "bias" in o:
     new_o["bias"] = (o["bias"] + mean @ wrong).astype(np.float32)
-  return FoldedValues(_split(new_v, v), new_o, wrong)
+  return new_o, wrong
 
 
 def fold_input_rows(

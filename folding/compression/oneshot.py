@@ -13,6 +13,7 @@ import scipy.linalg
 from jaxtyping import Float
 
 Matrix = Float[np.ndarray, "I O"]
+Matter = Float[np.ndarray, "O O"]
 Moment = Float[np.ndarray, "E E"]  # `_damped` checks that E is I
 
 
@@ -72,11 +73,13 @@ def remove_inputs(
   *,
   rounds: int = 32,
   damping: float = 0.01,
+  matter_OO: Matter | None = None,
 ) -> Matrix:
   """Returns the weights with whole rows, a fraction of the inputs, at zero.
 
   The remaining rows are the least-squares fit to the output of all rows. Input i
-  costs |w_i|^2 / (C^-1)_ii, what removing it alone adds to E |x W - x W^|^2.
+  costs w_i F w_i' / (C^-1)_ii, what removing it alone adds to E e F e', where e is
+  the error of the output.
   Each round removes the inputs that cost least, refits the other rows, and
   updates C^-1 to that of the remaining inputs.
 
@@ -86,6 +89,7 @@ def remove_inputs(
     fraction: Fraction to remove, in [0, 1): floor(fraction I) inputs.
     rounds: Number of rounds; each removes the same fraction of what is left.
     damping: This fraction of the mean of the diagonal of C is added to it.
+    matter_OO: F; None: the identity.
 
   Returns:
     float64[I, O].
@@ -103,7 +107,9 @@ def remove_inputs(
     round(inputs * (wanted / inputs) ** (n / rounds))
     for n in range(1, rounds + 1)
   ]
-  *_, last = removals(w_IO, moment_II, goals, damping=damping)
+  *_, last = removals(
+    w_IO, moment_II, goals, damping=damping, matter_OO=matter_OO
+  )
   return last
 
 
@@ -112,15 +118,20 @@ def removals(
   moment_II: Moment,
   goals: Sequence[int],
   *,
+  unit: int = 1,
   damping: float = 0.01,
+  matter_OO: Matter | None = None,
 ) -> Iterator[Matrix]:
   """Yields the weights after each round of `remove_inputs`.
 
   Args:
     w_IO: Weights.
     moment_II: As for `remove_inputs`.
-    goals: Numbers of inputs that are left, in decreasing order.
+    goals: Numbers of units that are left, in decreasing order.
+    unit: Neighbouring inputs that leave together. They cost the trace of w' P w F,
+      for their rows w and the inverse P of their block of C^-1.
     damping: As for `remove_inputs`.
+    matter_OO: As for `remove_inputs`.
 
   Yields:
     float64[I, O].
@@ -130,8 +141,16 @@ def removals(
   w_IO = np.array(w_IO, np.float64)
   left = np.arange(len(w_IO))
   for goal in goals:
-    cost = np.square(w_IO[left]).sum(1) / np.diag(inverse_II)
-    goes = _lowest(cost, len(left) - goal)
+    count = len(left) // unit
+    w_NUO = w_IO[left].reshape(count, unit, -1)
+    block_NUU = inverse_II.reshape(count, unit, count, unit)[
+      range(count), :, range(count)
+    ]
+    solved_NUO = np.linalg.solve(block_NUU, w_NUO)
+    if matter_OO is not None:
+      w_NUO = w_NUO @ matter_OO
+    cost_N = np.sum(solved_NUO * w_NUO, axis=(1, 2))
+    goes = np.repeat(_lowest(cost_N, count - goal), unit)
     gone, stay = left[goes], left[~goes]
     # Rows of the inverse for what stays, by way of what goes.
     moved = np.linalg.solve(

@@ -1,11 +1,11 @@
 """Plans how small each part of each layer of a trained model becomes.
 
-Parts are the groups of W_Q and W_K, the rank of W_V and W_O (or a diagonal
-W_V), and the neurons of the MLP. Each option is tried alone on the dense model:
-how far does the output of the model move, to first order (`sensitivities`)? Then
-the moves of the least error per parameter saved are taken until the model is small
-enough, and the MLP gets back the excess of the last move. Errors are assumed to
-add up, and recovery by training is not foreseen.
+Parts are attention (its heads, the groups of W_Q and W_K, the rank of W_V and W_O
+or a diagonal W_V) and the neurons of the MLP. Each option is tried alone on the
+dense model: how far does the output of the model move, to first order
+(`sensitivities`)? Then the moves of the least error per parameter saved are taken
+until the model is small enough, and the MLP gets back the excess of the last move.
+Errors are assumed to add up, and recovery by training is not foreseen.
 
 With `fpp.embedding_granularity` "rank" the embedding gets the highest rank that
 saves its share (`compress.embedding` "share"), or its rank is one more decision
@@ -19,10 +19,9 @@ instead of neurons, and W_V is dense or as `fold.values` asks.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,29 +46,42 @@ from folding.training.fold_pretrained import (
   halves,
   head_moments,
   input_moments,
+  keep_heads,
   layers_with_bar,
   look,
   look_all,
   make_block,
-  masks_of,
   require_pairs,
-  second_moment,
   total,
   usage_of,
 )
+from folding.training.sensitivity import MODULES
 
 _FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
-KINDS = ("qk", "v", "mlp", "embed")
+KINDS = ("attn", "mlp", "embed")
 _EMBEDDING = (0, "embed")
-_MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `OUTPUTS`
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
+
+
+class Attention(NamedTuple):
+  """A form of an attention layer.
+
+  Attributes:
+    groups: G; 0: dense.
+    values: Kind of W_V, or its rank.
+    heads: The heads that stay.
+  """
+
+  groups: int
+  values: str | int
+  heads: tuple[int, ...]
 
 
 class Option(NamedTuple):
   """One setting of one decision of a layer.
 
   Attributes:
-    value: Groups; kind or rank of W_V; or fraction pruned of the MLP.
+    value: `Attention`, fraction pruned of the MLP, or rank of the embedding.
     stored: Number of parameters that the arrays of the decision then store.
     error: Squared change of the model's output, see `sensitivities`.
   """
@@ -83,9 +95,12 @@ Options = Mapping[tuple[int, str], Sequence[Option]]  # of (layer, kind)
 
 
 def allocate(
-  config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
+  config: Config,
+  params: Mapping[str, Any],
+  batches: Sequence[Batch],
+  matter: Mapping[str, np.ndarray],
 ) -> Config:
-  """Returns the config with `fold` and `fpp.linear_layers` set per layer.
+  """Returns the config with heads, `fold` and `fpp.linear_layers` per layer.
 
   The model becomes as small as the config asks: by `fpp.overall`, or as small
   as the same folding and pruning in all layers would make it. Folding alone
@@ -98,13 +113,14 @@ def allocate(
     config: Resolved.
     params: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
+    matter: `sensitivities`.
 
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
   """
   require_pairs(config)
   _require_open(config)
-  options = measure(config, params, batches)
+  options = measure(config, params, batches, matter)
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
@@ -120,7 +136,7 @@ def allocate(
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:
     limit = (1 - config.compress.qkv) * sizes["qkv"]
-    chosen = cheapest(options, chosen, ("qk", "v"), limit)
+    chosen = cheapest(options, chosen, ("attn",), limit)
   chosen = cheapest(options, chosen, KINDS, budget)
   if _EMBEDDING in options:
     rank = options[_EMBEDDING][chosen[_EMBEDDING]].value
@@ -141,11 +157,15 @@ def allocate(
     F = params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0]
     return 1 - _whole(F * (1 - part * fraction), F) / F
 
+  groups, kinds, heads = zip(*values("attn"), strict=True)
+  model = config.model
+  if any(len(kept) < model.num_heads for kept in heads):
+    model = dataclasses.replace(model, heads=heads)
   fold = dataclasses.replace(
     config.fold,
-    groups=values("qk"),
-    values=tuple(v if isinstance(v, str) else "dense" for v in values("v")),
-    value_rank=tuple(0 if isinstance(v, str) else v for v in values("v")),
+    groups=groups,
+    values=tuple(v if isinstance(v, str) else "dense" for v in kinds),
+    value_rank=tuple(0 if isinstance(v, str) else v for v in kinds),
     embedding_rank=rank,
   )
   fpp = dataclasses.replace(
@@ -163,7 +183,9 @@ def allocate(
     config.compress, plan="same", qkv=None, embedding="share"
   )
   return config_lib.resolve(
-    dataclasses.replace(config, compress=compress, fold=fold, fpp=fpp)
+    dataclasses.replace(
+      config, model=model, compress=compress, fold=fold, fpp=fpp
+    )
   )
 
 
@@ -262,7 +284,7 @@ def _embedding_rank(shape: tuple[int, int], fraction: float) -> int:
   """
   V, D = shape
   most = ((1 - fraction) * V * D - D) / (V + D)
-  return max(8, int(most) // 8 * 8) if fraction else 0
+  return min(D, max(8, int(most) // 8 * 8)) if fraction else 0
 
 
 def _embedding_size(shape: tuple[int, int], rank: int) -> int:
@@ -290,9 +312,12 @@ def _budget(
 
 
 def measure(
-  config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
+  config: Config,
+  params: Mapping[str, Any],
+  batches: Sequence[Batch],
+  matter: Mapping[str, np.ndarray],
 ) -> dict[tuple[int, str], list[Option]]:
-  """Returns the options of each layer and kind: "qk", "v" and "mlp".
+  """Returns the options of each layer and kind: "attn" and "mlp".
 
   Those of the rank of the embedding, if it is a decision, are (0, "embed").
 
@@ -300,10 +325,10 @@ def measure(
     config: Resolved.
     params: Parameters of its dense baseline.
     batches: Calibration text.
+    matter: `sensitivities`.
   """
   dense = config_lib.dense_twin(config)
-  stream = embed_batches(dense, params, batches)
-  matter, options = sensitivities(config, params, batches), {}
+  stream, options = embed_batches(dense, params, batches), {}
   is_open = (
     config.fpp.embedding_granularity == "rank"
     and not config.fold.embedding_rank
@@ -319,12 +344,11 @@ def measure(
       make_block(dense, n), old, stream, STREAMS, outputs=OUTPUTS
     )
     matter_n = {
-      role: matter[f"blocks_{n}/{module}"] for role, module in _MODULES.items()
+      role: matter[f"blocks_{n}/{module}"] for role, module in MODULES.items()
     }
     trial = _Trial(config, n, old, stream, target, matter_n)
     options |= {
-      (n, "qk"): _logits_options(trial),
-      (n, "v"): _values_options(trial),
+      (n, "attn"): _attention_options(trial),
       (n, "mlp"): _mlp_options(trial),
     }
     stream = Stream([seen["out"] for seen in target], stream.masks)
@@ -399,14 +423,34 @@ def _embedding_options(
 ) -> list[Option]:
   """Returns the options of the rank of the embedding; 0 is all of it."""
   shape = V, D = embedding_VD.shape
-  _, axes_DD, variances_D = lowrank.components(embedding_VD, usage_V)
+  found = lowrank.components(embedding_VD, usage_V, matter)
   # What each component adds to the error when it is left out.
-  added_D = variances_D * np.sum(axes_DD * (matter @ axes_DD), axis=0)
+  weight_D = np.sum(found.decode_DD @ matter * found.decode_DD, axis=1)
+  added_D = found.variances_D * weight_D
   options = [Option(0, V * D, 0.0)]
   for rank in range(D // 8 * 8, 0, -8):
     error = float(added_D[rank:].sum())
     options.append(Option(rank, _embedding_size(shape, rank), error))
   return options
+
+
+def _attention_options(trial: _Trial) -> list[Option]:
+  """Returns the options of attention, from large to small.
+
+  Errors of the logits and of the values add up. Those of the logits are measured
+  with all heads.
+  """
+  H = trial.config.model.num_heads
+  options = [
+    Option(
+      Attention(logits.value, values.value, heads),
+      logits.stored * len(heads) / H + values.stored,
+      logits.error + values.error,
+    )
+    for logits in _logits_options(trial)
+    for heads, values in _values_options(trial)
+  ]
+  return sorted(options, key=lambda option: -option.stored)
 
 
 def _logits_options(trial: _Trial) -> list[Option]:
@@ -431,20 +475,19 @@ def _logits_options(trial: _Trial) -> list[Option]:
   return options
 
 
-def _values_options(trial: _Trial) -> list[Option]:
-  """Returns the options of W_V: dense, of lower rank, and the folded one."""
+def _values_options(
+  trial: _Trial,
+) -> list[tuple[tuple[int, ...], Option]]:
+  """Returns the options of W_V and of the heads that stay, as pairs."""
   config, attn = trial.config, trial.old["attn"]
   m, is_structured = config.model, config.fpp.granularity == "neuron"
   arrays = ("v", "o") if is_structured else ("v",)
-  options = [Option("dense", _size(attn, arrays), 0.0)]
-  asked = config_lib.layers_of(m, config.fold)[trial.n].values
+  every = tuple(range(m.num_heads))
   if is_structured:
-    fitted, held_out = trial.moments("o")
-    for rank in sorted({-(-m.head_dim * i // 8) for i in range(1, 8)})[::-1]:
-      low = lowrank.fold_values(attn["v"], attn["o"], *fitted, rank)
-      size = _size({"v": low.v, "o": low.o}, arrays)
-      error = trial.square(low.wrong, held_out, "o")
-      options.append(Option(rank, size, error))
+    options = _rank_options(trial)
+  else:
+    options = [(every, Option("dense", _size(attn, arrays), 0.0))]
+  asked = config_lib.layers_of(m, config.fold)[trial.n].values
   if asked != "dense":
     fold = dataclasses.replace(
       config.fold, groups=0, values=asked, value_rank=0
@@ -455,8 +498,65 @@ def _values_options(trial: _Trial) -> list[Option]:
       folded, trial.n, trial.old, trial.stream, target=trial.target
     )
     error = trial.error(make_block(folded, trial.n), new, ("o",))
-    options.append(Option(asked, _size(new["attn"], arrays), error))
+    size = _size(new["attn"], arrays)
+    options.append((every, Option(asked, size, error)))
   return options
+
+
+def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
+  """Returns the options of W_V and W_O: some of the heads, each of rank r."""
+  attn, m = trial.old["attn"], trial.config.model
+  fitted, held_out = trial.moments("o")
+  options = []
+  for heads in _head_choices(attn, fitted, trial.matter["o"]):
+    kept, lost = keep_heads(attn, fitted, heads)
+    rows = np.repeat(np.isin(range(m.num_heads), heads), m.head_dim)
+    of_kept = fitted.second_II[rows][:, rows], fitted.mean_I[rows]
+    ranks = _eighths(m.head_dim)
+    folded = lowrank.fold_ranks(
+      kept["v"], kept["o"], *of_kept, ranks, matter_DD=trial.matter["o"]
+    )
+    for rank, low in zip(ranks, folded, strict=True):
+      wrong = lost.copy()
+      wrong[rows] += low.wrong
+      size = _size({"v": low.v, "o": low.o}, ("v", "o"))
+      value = rank if rank < m.head_dim else "dense"
+      error = trial.square(wrong, held_out, "o")
+      options.append((heads, Option(value, size, error)))
+  return options
+
+
+def _head_choices(
+  attn: Mapping[str, Any], moments: Moments, matter: np.ndarray
+) -> Iterator[tuple[int, ...]]:
+  """Yields the heads that stay: all, then without those that the others replace.
+
+  Heads that share a key stay or leave together.
+
+  Args:
+    attn: Dense.
+    moments: Of the input of W_O.
+    matter: Sensitivities of its output.
+  """
+  H, K, D = attn["o"]["kernel"].shape
+  J = attn["k"]["kernel"].shape[1]
+  _, *fewer = _eighths(J)
+  yield tuple(range(H))
+  steps = oneshot.removals(
+    np.reshape(attn["o"]["kernel"], (H * K, D)),
+    moments.around(attn["o"]),
+    fewer,
+    unit=H * K // J,
+    matter_OO=matter,
+  )
+  for new_ID in steps:
+    stays_H = new_ID.reshape(H, K * D).any(1)
+    yield tuple(np.flatnonzero(stays_H).tolist())
+
+
+def _eighths(count: int) -> list[int]:
+  """Returns the eighths of a number, rounded up, from all of it to the least."""
+  return sorted({-(-count * i // 8) for i in range(1, 9)}, reverse=True)
 
 
 def _mlp_options(trial: _Trial) -> list[Option]:
@@ -490,7 +590,7 @@ def _neuron_options(trial: _Trial) -> list[Option]:
   kept = sorted({_whole(F * i / 16, F) for i in range(1, 16)} - {F})[::-1]
   size = _size(mlp, ("up", "gate", "down"))
   options = [Option(0.0, size, 0.0)]
-  steps = oneshot.removals(w_FD, c_FF, kept)
+  steps = oneshot.removals(w_FD, c_FF, kept, matter_OO=trial.matter["down"])
   for count, new_FD in zip(kept, steps, strict=True):
     error = trial.square(w_FD - new_FD, held_out, "down")
     options.append(Option(1 - count / F, count / F * size, error))
@@ -538,68 +638,6 @@ def _errors(block, roles, params, matter, x, mask, target):
     e_BLD = (seen[role] - target[role]) * weight
     found += jnp.einsum("BLD,DE,BLE->", e_BLD, matter[role], e_BLD)
   return found
-
-
-def sensitivities(
-  config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
-) -> dict[str, np.ndarray]:
-  """Returns how much errors of each layer's outputs matter to the model.
-
-  To first order, an error e in a token's output of W_O ("o") or W_down ("down")
-  changes the output of the model by J e. The square of that change is e' F e,
-  with F = E[J' J]. J is the gradient of the logits times random signs; for a
-  language model, of the log-likelihood of tokens drawn from its predictions.
-
-  Args:
-    config: Resolved.
-    params: Parameters of its dense baseline.
-    batches: Calibration text.
-
-  Returns:
-    {path of W_O, W_down or the embedding of tokens: [D, D]}.
-  """
-  dense = config_lib.dense_twin(config)
-  dense.model.scan_layers = False  # errors are added by the path of a layer
-  classes = np.shape(params.get("head", {}).get("kernel"))[-1:]
-  vocabulary = len(params["embed"]["embedding"])
-  model = make_model(dense, vocabulary, *classes)
-  part = functools.partial(_sensitivity_sums, model, jax.device_put(params))
-  masks = masks_of(batches)
-  sums = total(
-    part,
-    [batch["tokens"] for batch in batches],
-    masks,
-    [batch.get("segments") for batch in batches],
-    [jax.random.key(number) for number in range(len(batches))],
-  )
-  num_tokens = Stream([], masks).num_tokens
-  return jax.tree.map(lambda f: f / num_tokens, sums)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sensitivity_sums(model, params, tokens, mask, segments, key):
-  def output(errors):
-    def add(next_fun, args, kwargs, context):
-      out, name = next_fun(*args, **kwargs), "/".join(context.module.path)
-      is_call = context.method_name == "__call__"
-      return out + errors[name] if is_call and name in errors else out
-
-    with nn.intercept_methods(add):
-      out = model.apply({"params": params}, tokens, mask, True, segments)
-    if model.num_classes or model.embeds:
-      return jnp.sum(out * jax.random.rademacher(key, out.shape, out.dtype))
-    drawn = jax.lax.stop_gradient(jax.random.categorical(key, out))
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(out), drawn[..., None], -1)
-    return jnp.sum(chosen[..., 0] * mask)
-
-  zero = jnp.zeros((*tokens.shape, model.config.width), jnp.float32)
-  layers = range(model.config.num_layers)
-  modules = [f"blocks_{n}/{m}" for n in layers for m in _MODULES.values()]
-  width = params["embed"]["embedding"].shape[1]
-  zeros = {"embed": zero[..., :width], **dict.fromkeys(modules, zero)}
-  grads = jax.grad(output)(zeros)
-  weight = mask.astype(jnp.float32)[..., None]
-  return jax.tree.map(lambda g: second_moment(g * weight, g), grads)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -42,6 +42,7 @@ from folding.training.prune_trained import (
   without_neurons,
 )
 from folding.training.run_dir import load_config, load_labels
+from folding.training.sensitivity import sensitivities
 
 
 class Compressed(NamedTuple):
@@ -58,6 +59,20 @@ class Compressed(NamedTuple):
   config: Config
   params: dict[str, Any]
   report: list[dict[str, Any]]
+
+
+class DenseStart(NamedTuple):
+  """A dense model to start from.
+
+  Attributes:
+    model: The dense baseline.
+    params: Its parameters.
+    is_head_drawn: Whether the source has no head for the task.
+  """
+
+  model: Transformer
+  params: dict[str, Any]
+  is_head_drawn: bool
 
 
 def path_and_level(where: str) -> tuple[str, float | None]:
@@ -150,7 +165,7 @@ def compress_trained(config: Config, data: Data) -> Compressed:
   Raises:
     ConfigError: see `dense_start`, `allocate` and `fold_pretrained`.
   """
-  _, dense = dense_start(config.pretrained or "", config, data)
+  _, dense, is_head_drawn = dense_start(config.pretrained or "", config, data)
   if config.dense:
     return Compressed(config, dense, [])
   if jax.process_count() > 1:
@@ -158,13 +173,17 @@ def compress_trained(config: Config, data: Data) -> Compressed:
       "each process would fold on texts of its own; fold in one process, and "
       "resume that run in several"
     )
-  config = config_lib.unshrunk(config)  # if a stopped run begins again
+  # A stopped run that begins again has its plan, with heads.
+  heads, config = config.model.heads, config_lib.unshrunk(config)
+  config.model.heads = heads
   batches, size = calibration(config, data), data.tokenizer.plain_size
   usage_V = None  # only an embedding of low rank is weighted by it
   is_open = config.fpp.embedding_granularity == "rank"
   if is_open or config.fold.embedding_rank:
     usage_V = token_usage(data.token_counts(), size)
-  compressed = compress_params(config, dense, batches, usage_V)
+  compressed = compress_params(
+    config, dense, batches, usage_V, is_head_drawn=is_head_drawn
+  )
   params = without_trimmed(data.tokenizer, compressed.params)
   return compressed._replace(params=params)
 
@@ -174,6 +193,8 @@ def compress_params(
   dense: dict[str, Any],
   batches: Sequence[Mapping[str, Any]],
   usage_V: np.ndarray | None = None,
+  *,
+  is_head_drawn: bool = False,
 ) -> Compressed:
   """Returns a dense model compressed: allocate, fold, prune.
 
@@ -182,12 +203,18 @@ def compress_params(
     dense: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
     usage_V: As for `fold_pretrained`.
+    is_head_drawn: Whether the head is not trained, and says nothing about what
+      matters.
 
   Raises:
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
   try:
-    return _compress(config, dense, batches, usage_V)
+    judged = {
+      n: w for n, w in dense.items() if n != "head" or not is_head_drawn
+    }
+    matter = sensitivities(config, judged, batches)
+    return _compress(config, dense, batches, usage_V, matter)
   except ConfigError:
     raise
   except ValueError as error:  # weights are not finite, or moments singular
@@ -195,20 +222,25 @@ def compress_params(
     raise ConfigError(f"{source}{error}") from error
 
 
-def _compress(config, dense, batches, usage_V) -> Compressed:
+def _compress(config, dense, batches, usage_V, matter) -> Compressed:
   params, report = dense, []
   if config.compress.plan == "auto":
-    config = allocate(config, dense, batches)
+    config = allocate(config, dense, batches, matter)
   is_pruned = config.compress.prune != "none"
   prune_layer = None
   if is_pruned and config.fpp.granularity == "neuron":
     size = len(dense["embed"]["embedding"])
     classes = np.shape(dense.get("head", {}).get("kernel"))[-1:]
     model = make_model(config, size, *classes)
-    prune_layer = neuron_pruner(config, param_shapes(model), dense)
+    prune_layer = neuron_pruner(config, param_shapes(model), dense, matter)
   if prune_layer or config.fold != config_lib.dense_twin(config).fold:
     params, report = fold_pretrained(
-      config, dense, batches, prune_layer, usage_V
+      config,
+      dense,
+      batches,
+      prune=prune_layer,
+      usage_V=usage_V,
+      matter=matter,
     )
   if is_pruned:
     params = prune_trained(config, params, dense, batches)
@@ -295,19 +327,21 @@ def fold_table(
   """Returns the report of folding as a table of aligned columns.
 
   Example:
-    >>> row = {"layer": 0, "groups": 2, "values": "dense", "logits_kept": 0.98}
-    >>> row |= {"divergence": 0.1, "attention_r2": 1.0, "mlp_r2": 0.5}
+    >>> row = {"layer": 0, "heads": 4, "groups": 2, "values": "dense"}
+    >>> row |= {"logits_kept": 0.98, "divergence": 0.1}
+    >>> row |= {"attention_r2": 1.0, "mlp_r2": 0.5}
     >>> print(fold_table([row], (0.4,)))
-    layer  groups    W_V  logits kept  KL, nats  attention R2  MLP R2  to prune
-        0       2  dense        98.0%     0.100         1.000   0.500       40%
+    layer  heads  groups    W_V  logits kept  KL, nats  attention R2  MLP R2  to prune
+        0      4       2  dense        98.0%     0.100         1.000   0.500       40%
   """
-  header = "layer", "groups", "W_V", "logits kept", "KL, nats"
+  header = "layer", "heads", "groups", "W_V", "logits kept", "KL, nats"
   rows = [[*header, "attention R2", "MLP R2"]]
   for row in report:
     kept = row["logits_kept"]
     rows.append(
       [
         str(row["layer"]),
+        str(row["heads"]),
         str(row["groups"] or "dense"),
         row["values"],
         "-" if kept is None else f"{kept:.1%}",
@@ -356,7 +390,7 @@ _HEAD = ("pooling", "pooler", "pooler_activation", "pooler_norm")
 
 def dense_start(
   path: str, config: Config, data: Data, *, needs_head: bool = False
-) -> tuple[Transformer, dict[str, Any]]:
+) -> DenseStart:
   """Returns the dense baseline with the parameters of a source.
 
   Rows of the embedding and of the output layer past the tokenizer's ids, and
@@ -414,7 +448,8 @@ def dense_start(
   for name in source:
     if name not in known and not is_head(name):
       raise ConfigError(f"{path} has {name}, which this model has no place for")
-  return model, params
+  shapes = [np.shape(each.get("head/kernel")) for each in (source, known)]
+  return DenseStart(model, params, config.task != "lm" and len({*shapes}) > 1)
 
 
 def _is_run(path: str) -> bool:
@@ -531,7 +566,7 @@ def teacher_of(
       "task 'embed' learns from a trained encoder; set pretrained=PATH, as "
       "configs/embed.py does"
     )
-  model, params = dense_start(path, config, data, needs_head=d.logits > 0)
+  model, params, _ = dense_start(path, config, data, needs_head=d.logits > 0)
   if is_embed:
     return model, params
   params = without_trimmed(data.tokenizer, params)

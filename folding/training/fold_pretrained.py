@@ -19,6 +19,7 @@ import rich.console
 import rich.progress
 
 from folding.compression import lowrank
+from folding.compression.shrink import make_cut
 from folding.config import Config, Layer, ModelConfig, dense_twin, layers_of
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
@@ -63,6 +64,7 @@ class Stream(NamedTuple):
     return sum(int(mask.sum()) for mask in self.masks)
 
 
+Matter = Mapping[str, np.ndarray]  # see `sensitivity.sensitivities`
 Prune = Callable[[int, dict[str, Any], Stream], dict[str, Any]]
 
 
@@ -70,18 +72,22 @@ def fold_pretrained(
   config: Config,
   params: Params,
   batches: Iterable[Batch],
+  *,
   prune: Prune | None = None,
   usage_V: np.ndarray | None = None,
+  matter: Matter | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Returns the folded parameters of a trained dense model, and a report.
 
   From the first layer to the last:
 
-  1. W_Q and W_K become the projections of G channels whose logits are nearest
+  1. Heads that `model.heads` leaves out are removed, and W_O is refitted to the
+     output of all (`keep_heads`).
+  2. W_Q and W_K become the projections of G channels whose logits are nearest
      to the dense ones (`lowrank`), fitted to the dense attention weights
      (`fit_attention`). W_V becomes a diagonal of ones, or W_V and W_O those of
      rank r whose output is nearest.
-  2. W_O and the second feed-forward matrix, with their biases, are refitted by
+  3. W_O and the second feed-forward matrix, with their biases, are refitted by
      least squares, so that the residual stream equals that of the dense model.
      Beside a diagonal W_V, W_O is fitted to the output of the dense layer on the
      same input.
@@ -92,7 +98,8 @@ def fold_pretrained(
   A terminal shows a progress bar.
 
   Args:
-    config: Resolved; `config.fold` sets the folding of each layer.
+    config: Resolved; `config.fold` sets the folding of each layer, and
+      `config.model.heads` its heads.
     params: Parameters of `dense_twin(config)`, NumPy or JAX arrays. Entries
       other than blocks are passed through.
     batches: {"tokens": int[B, L], optionally "mask": bool[B, L], True at
@@ -102,19 +109,22 @@ def fold_pretrained(
       -> pruned parameters. Called before the second feed-forward matrix is
       fitted, which then makes up for the pruned weights.
     usage_V: How often each token occurs, above 0; None: as in the batches.
+    matter: How errors count, see `sensitivity.sensitivities`; ranks are chosen by
+      it. None: all alike.
 
   Returns:
-    (params of `config`, [{"layer", "groups", "values": kind or rank of W_V,
-    "logits_kept": share of the variance of the logits before the fit (None on
-    the input axis), "divergence": of the attention weights in nats,
-    "attention_r2", "mlp_r2": share of the variance that the two regressions
-    explain on held-out text}]).
+    (params of `config`, [{"layer", "heads": their number, "groups", "values":
+    kind or rank of W_V, "logits_kept": share of the variance of the logits before
+    the fit (None on the input axis), "divergence": of the attention weights in
+    nats, "attention_r2", "mlp_r2": share of the variance that the two
+    regressions explain on held-out text}]).
 
   Raises:
     ConfigError: there is too little text, or trained weights cannot be folded
       so.
   """
   require_pairs(config)
+  matter = matter or {}
   folded, report, dense = dict(params), [], dense_twin(config)
   batches = list(batches)
   dense_stream = embed_batches(dense, params, batches)
@@ -123,7 +133,9 @@ def fold_pretrained(
     embedding_VD = params["embed"]["embedding"]
     if usage_V is None:
       usage_V = usage_of(batches, len(embedding_VD))
-    folded |= lowrank.fold_embedding(embedding_VD, usage_V, rank)
+    folded |= lowrank.fold_embedding(
+      embedding_VD, usage_V, rank, matter.get("embed")
+    )
     stream = embed_batches(config, folded, batches)
   for n in layers_with_bar(config, "folding"):
     name, layer = f"blocks_{n}", layers_of(config.model, config.fold)[n]
@@ -132,12 +144,18 @@ def fold_pretrained(
       block, params[name], dense_stream, STREAMS, outputs=OUTPUTS
     )
     out = Stream([seen["out"] for seen in target], stream.masks)
-    if stream is dense_stream and not (layer.is_folded or prune):
+    if stream is dense_stream and layer == block.layer and prune is None:
       stream = dense_stream = out
       report.append({"layer": n, **_figures(layer)})
       continue
     folded[name], figures = fold_layer(
-      config, n, params[name], stream, target=target, prune=prune
+      config,
+      n,
+      params[name],
+      stream,
+      target=target,
+      prune=prune,
+      matter_DD=matter.get(f"{name}/attn/o"),
     )
     report.append({"layer": n, **figures})
     dense_stream = out
@@ -365,6 +383,7 @@ def fold_layer(
   *,
   target: Sequence[Mapping[str, jax.Array]],
   prune: Prune | None = None,
+  matter_DD: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the parameters of a folded layer, and its row of the report.
 
@@ -376,10 +395,11 @@ def fold_layer(
     target: `look_all` of the dense layer on the dense stream, with `STREAMS` and
       `OUTPUTS`.
     prune: As for `fold_pretrained`.
+    matter_DD: How errors of the output of W_O count; None: all alike.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
   block = make_block(config, n)
-  attn, figures = _fold_attention(config, n, old, stream)
+  attn, figures = _fold_attention(config, n, old, stream, matter_DD)
   new = {**old, "attn": attn}
   # The old W_O is no prior without the old W_V. Heads with other values serve
   # the layer's own output better than the errors of the layers below.
@@ -404,7 +424,11 @@ def fold_layer(
 
 
 def _fold_attention(
-  config: Config, n: int, old: Params, stream: Stream
+  config: Config,
+  n: int,
+  old: Params,
+  stream: Stream,
+  matter_DD: np.ndarray | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the attention of a folded layer, and the layer's report so far.
 
@@ -415,9 +439,15 @@ def _fold_attention(
     n: Number of the layer.
     old: Its dense parameters.
     stream: What the folded layer reads.
+    matter_DD: As for `fold_layer`.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
   dense = make_block(dense_twin(config), n)
+  if layer.heads != dense.layer.heads:
+    seen = input_moments(dense, old, stream, ("o",))["o"]
+    old = {**old, "attn": keep_heads(old["attn"], seen, layer.heads)[0]}
+    kept = {name: getattr(layer, name) for name in ("heads", "num_kv_heads")}
+    dense = dense.clone(layer=dataclasses.replace(dense.layer, **kept))
   attn, figures = dict(old["attn"]), _figures(layer)
   if layer.groups:
     moments = head_moments(dense, old, stream)
@@ -437,9 +467,32 @@ def _fold_attention(
     )
   if layer.value_dim < m.head_dim:
     seen = input_moments(whole, {**old, "attn": attn}, stream, ("o",))["o"]
-    low = lowrank.fold_values(attn["v"], attn["o"], *seen, layer.value_dim)
+    low = lowrank.fold_values(
+      attn["v"], attn["o"], *seen, layer.value_dim, matter_DD=matter_DD
+    )
     attn |= {"v": low.v, "o": low.o}
   return attn, figures
+
+
+def keep_heads(
+  attn: Params, moments: Moments, heads: Sequence[int]
+) -> tuple[dict[str, Any], np.ndarray]:
+  """Returns a dense attention layer with some of its heads, and what it lacks.
+
+  Args:
+    attn: Its parameters.
+    moments: Of the input of W_O.
+    heads: The heads that stay, in order, by whole groups that share a key.
+
+  Returns:
+    (parameters, `wrong` of `lowrank.FoldedValues`).
+  """
+  o, wrong = lowrank.fit_heads(attn["o"], *moments, heads)
+  H, J = len(attn["o"]["kernel"]), attn["k"]["kernel"].shape[1]
+  is_dead_H = ~np.isin(np.arange(H), heads)
+  is_dead_J = is_dead_H.reshape(J, H // J).all(1)
+  cut = make_cut({"attn": attn}, {"attn/o/kernel": is_dead_J})
+  return {**cut({"attn": attn})["attn"], "o": o}, wrong
 
 
 def _fit_data(
@@ -482,7 +535,8 @@ def _figures(layer: Layer) -> dict[str, Any]:
   values = layer.values
   if layer.value_dim < layer.head_dim:
     values = f"rank {layer.value_dim}"
-  figures = {"groups": layer.groups, "values": values, "logits_kept": 1.0}
+  figures = {"heads": len(layer.heads), "groups": layer.groups}
+  figures |= {"values": values, "logits_kept": 1.0}
   return figures | {"divergence": 0.0, "attention_r2": 1.0, "mlp_r2": 1.0}
 
 

@@ -17,6 +17,7 @@ from folding.models.shrink import shrink
 from folding.training.fold_pretrained import (
   READS,
   Batch,
+  Matter,
   Moments,
   Params,
   Prune,
@@ -75,7 +76,12 @@ def prune_trained(
   return pruned
 
 
-def neuron_pruner(config: Config, params: Params, dense: Params) -> Prune:
+def neuron_pruner(
+  config: Config,
+  params: Params,
+  dense: Params,
+  matter: Matter | None = None,
+) -> Prune:
   """Returns a function that removes neurons of a layer while a model is folded.
 
   It removes the neurons whose rows of W_down the others replace best
@@ -86,6 +92,7 @@ def neuron_pruner(config: Config, params: Params, dense: Params) -> Prune:
     config: Resolved; its `fpp.granularity` is "neuron".
     params: Shapes of the folded parameters.
     dense: As in `prune_trained`.
+    matter: How errors count, see `sensitivity.sensitivities`; None: all alike.
   """
   weights, units = _targets(config, params, dense)
 
@@ -97,7 +104,15 @@ def neuron_pruner(config: Config, params: Params, dense: Params) -> Prune:
     if (up := f"{name}/mlp/up/kernel") not in units:
       return layer
     moment = input_moments(block, layer, stream, ("down",))["down"]
-    return _neurons(*units[up], layer, moment)
+    site, fraction = units[up]
+    w_FD = np.asarray(layer["mlp"]["down"]["kernel"], np.float64)
+    new_FD = oneshot.remove_inputs(
+      w_FD,
+      moment.around(layer["mlp"]["down"]),
+      fraction,
+      matter_OO=(matter or {}).get(f"{name}/mlp/down"),
+    )
+    return _without_inputs(site, layer, new_FD, moment.mean_I)
 
   return prune
 
@@ -152,13 +167,18 @@ def _weights(
   return paths.map_named(prune, {block: params})[block]
 
 
-def _neurons(
-  site: Site, fraction: float, params: Params, moment: Moments
+def _without_inputs(
+  site: Site, params: Params, new_FD: np.ndarray, mean_F: np.ndarray
 ) -> dict[str, Any]:
-  """Returns the parameters of a block without a fraction of its neurons."""
-  w_FD = np.asarray(params["mlp"]["down"]["kernel"], np.float64)
+  """Returns the parameters of a block without the neurons that W_down drops.
+
+  Args:
+    site: The neurons.
+    params: Before.
+    new_FD: The new W_down.
+    mean_F: Mean of its inputs, which its bias takes up.
+  """
   old = params["mlp"]["down"]
-  new_FD = oneshot.remove_inputs(w_FD, moment.around(old), fraction)
   gone_F = ~new_FD.any(axis=1)
   block = site.name.partition("/")[0]
 
@@ -170,6 +190,6 @@ def _neurons(
   new = paths.map_named(remove, {block: params})[block]
   down = {"kernel": new_FD.astype(np.float32)}
   if "bias" in old:
-    bias_D = old["bias"] + moment.mean_I @ (w_FD - new_FD)
+    bias_D = old["bias"] + mean_F @ (old["kernel"] - new_FD)
     down["bias"] = bias_D.astype(np.float32)
   return {**new, "mlp": {**new["mlp"], "down": down}}

@@ -202,23 +202,28 @@ def _written(v, o, mixed):
   return out + o.get("bias", 0)
 
 
-def _fold_values(v, o, mixed, rank):
+def _fold_values(v, o, mixed, rank, matter=None):
   c = _contexts(v, mixed).reshape(len(mixed), -1)
-  return lowrank.fold_values(v, o, moment_of(c), c.mean(0), rank)
+  return lowrank.fold_values(
+    v, o, moment_of(c), c.mean(0), rank, matter_DD=matter
+  )
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("rank", [1, 4, D])
-def test_fold_embedding_is_the_nearest_in_the_mean_over_uses(rank):
+def test_fold_embedding_is_the_nearest_in_the_mean_over_uses(rank, is_weighted):
   rng = np.random.default_rng(6)
   rows = rng.normal(size=(30, D)) * np.geomspace(1, 0.1, D) + 3
   uses = rng.integers(1, 9, 30)
-  small = lowrank.fold_embedding(rows, uses, rank)
+  root = rng.normal(size=(D, D)) if is_weighted else np.eye(D)
+  matter = root @ root.T if is_weighted else None
+  small = lowrank.fold_embedding(rows, uses, rank, matter)
   kernel, bias = (small["embed_expand"][x] for x in ("kernel", "bias"))
   numbers = small["embed"]["embedding"]
   assert (numbers.shape, kernel.shape) == ((30, rank), (rank, D))
-  wrong = np.repeat(numbers @ kernel + bias - rows, uses, axis=0)
+  wrong = np.repeat(numbers @ kernel + bias - rows, uses, axis=0) @ root
   # Of the text, a row per use: the singular values that are left out.
-  text = np.repeat(rows, uses, axis=0)
+  text = np.repeat(rows, uses, axis=0) @ root
   left_out = np.linalg.svd(text - text.mean(0), compute_uv=False)[rank:]
   expected = np.sum(left_out**2)
   assert np.sum(wrong**2) == pytest.approx(expected, rel=1e-4, abs=1e-8)
@@ -238,13 +243,18 @@ def test_fold_values_states_what_it_writes_wrong(heads, bias):
   np.testing.assert_allclose(wrong, 0, atol=1e-4 * dense.std())
 
 
-def test_fold_values_of_one_head_is_the_nearest_of_its_rank():
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_fold_values_of_one_head_is_the_nearest_of_its_rank(is_weighted):
   v, o, mixed = _mixed(1, 4, False)
   o["kernel"][1:] = 0  # the other heads write nothing
   dense = _written(v, o, mixed)
-  sizes = np.linalg.svd(dense, compute_uv=False) ** 2
-  low = _fold_values(v, o, mixed, 2)
-  error = np.square(dense - _written(low.v, low.o, mixed)).sum()
+  root = np.eye(dense.shape[1])
+  if is_weighted:
+    root *= np.geomspace(1, 0.01, len(root))
+  sizes = np.linalg.svd(dense @ root, compute_uv=False) ** 2
+  low = _fold_values(v, o, mixed, 2, root @ root.T)
+  wrong = dense - _written(low.v, low.o, mixed)
+  error = np.square(wrong @ root).sum()
   # Contexts of other heads may still help a little to fit it.
   assert 0.9 * sizes[2:].sum() < error < 1.0001 * sizes[2:].sum()
 

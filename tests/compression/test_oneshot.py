@@ -110,14 +110,18 @@ def test_remove_inputs_refits_the_rest_by_least_squares(layer, rounds):
   np.testing.assert_allclose(pruned[stays], oracle, rtol=1e-6, atol=1e-8)
 
 
-def test_remove_inputs_removes_the_inputs_of_least_loss(layer):
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_remove_inputs_removes_the_inputs_of_least_loss(layer, is_weighted):
   x, w = layer
+  root = np.eye(w.shape[1])
+  if is_weighted:
+    root[:, 1:] = 0.1 * np.random.default_rng(4).normal(size=root[:, 1:].shape)
   w[0] = 100 * w[0]  # large, and of an input that the others tell
   x[:, 0] = x[:, 1] - x[:, 2] + 1e-3 * x[:, 0]
 
   def loss(stays):
     fit = np.linalg.lstsq(x[:, stays], x @ w, rcond=None)[0]
-    return np.square(x[:, stays] @ fit - x @ w).sum()
+    return np.square((x[:, stays] @ fit - x @ w) @ root).sum()
 
   left, oracle = set(range(len(w))), []
   for _ in range(len(w) // 2):
@@ -127,10 +131,35 @@ def test_remove_inputs_removes_the_inputs_of_least_loss(layer):
   for count in (1, 2, len(w) // 2):
     fraction = count / len(w)
     pruned = oneshot.remove_inputs(
-      w, _moment(x), fraction, rounds=1000, damping=0.0
+      w,
+      _moment(x),
+      fraction,
+      rounds=1000,
+      damping=0.0,
+      matter_OO=root @ root.T if is_weighted else None,
     )
     gone = np.flatnonzero(~pruned.any(axis=1))
     np.testing.assert_array_equal(gone, sorted(oracle[:count]))
+
+
+def test_removals_of_units_remove_those_of_least_loss(layer):
+  x, w = layer
+  units = np.arange(len(w)).reshape(-1, 4)
+  x[:, units[2]] = 0.1 * x[:, units[2]] + x[:, units[4]] @ np.diag(
+    [1, -2, 3, 1]
+  )
+
+  def loss(stays):
+    rows = np.concatenate(units[sorted(stays)])
+    fit = np.linalg.lstsq(x[:, rows], x @ w, rcond=None)[0]
+    return np.square(x[:, rows] @ fit - x @ w).sum()
+
+  left = set(range(len(units)))
+  goals = range(len(units) - 1, 0, -1)
+  for new in oneshot.removals(w, _moment(x), goals, unit=4, damping=0.0):
+    left.remove(min(left, key=lambda n: loss(left - {n})))
+    stays = new.reshape(len(units), -1).any(axis=1)
+    assert left == set(np.flatnonzero(stays))
 
 
 def test_wanda_ranks_within_each_output(layer):

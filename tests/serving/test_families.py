@@ -63,8 +63,11 @@ def test_family_is_folded_exported_and_generates(family, tmp_path):
   texts = [" ".join(rng.choice(models.WORDS, 7)) for _ in range(64)]
   dense = _folder(tmp_path / "dense", family)
   small = folding.compress(dense, texts, saving=0.25)
-  layers = c.layers_of(small.config.model, small.config.fold)
-  assert small.config.model.qk_norm or any(x.is_folded for x in layers)
+  layers, whole = (
+    c.layers_of(one.model, one.fold)
+    for one in (small.config, c.dense_twin(small.config))
+  )
+  assert layers != whole
 
   tokens = np.concatenate(small.tokenizer.encode_batch(texts[:1], 9))[None]
   mask = np.ones_like(tokens, bool)

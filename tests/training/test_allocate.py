@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from folding import errors, paths
 from folding.compression import fold, lowrank
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate, fold_pretrained
+from folding.training.sensitivity import sensitivities
 
-_measure = allocate.measure
 V, L, D, H, N = 40, 16, 32, 4, 3
 
 
@@ -55,12 +56,24 @@ def _trained(config, flat_layers=()):
   return paths.map_named(value, params["params"])
 
 
+_true_measure = allocate.measure
+
+
+def _measure(config, params):
+  matter = sensitivities(config, params, _batches())
+  return _true_measure(config, params, _batches(), matter)
+
+
+def _allocate(config, params):
+  matter = sensitivities(config, params, _batches())
+  return allocate.allocate(config, params, _batches(), matter)
+
+
 @pytest.fixture
 def measured(monkeypatch):
   """Measures the options of each kind once for all tests that allocate."""
 
-  def measure(config, params, batches):
-    del params, batches
+  def measure(config, *_):
     return _options("llama" if config.model.positions == "rope" else "bert")
 
   monkeypatch.setattr(allocate, "measure", measure)
@@ -69,7 +82,7 @@ def measured(monkeypatch):
 @functools.cache
 def _options(kind):
   config = _config(kind)
-  return _measure(config, _trained(config), _batches())
+  return _measure(config, _trained(config))
 
 
 def _batches():
@@ -115,7 +128,7 @@ def _stored(config, params):
 def test_allocation_reaches_the_target_size(kind, fpp, measured):
   config = _config(kind, linear=None, embedding=None, **fpp)
   params = _trained(config)
-  planned = allocate.allocate(config, params, _batches())
+  planned = _allocate(config, params)
   stored, _ = _stored(planned, params)
   assert stored <= 1 - fpp["overall"] + 1e-6
   # Biases of folded heads are smaller too, which no plan counts.
@@ -134,7 +147,7 @@ def _structured(kind, **fpp):
 def test_structured_plan_makes_the_arrays_as_small_as_asked(kind):
   config = _structured(kind, embedding_share=0.0)
   params = _trained(config)
-  planned = allocate.allocate(config, params, _batches())
+  planned = _allocate(config, params)
   widths = [48 - round(48 * part) for part in planned.fpp.linear_layers]
   assert all(width % 8 == 0 and width > 0 for width in widths)
   assert any(planned.fold.value_rank)
@@ -158,7 +171,7 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given, decided):
   params = _trained(config)
   if decided == "errors":
     params["embed"]["embedding"][:, 8:] = 1.0  # of rank 8 around the mean
-  planned = allocate.allocate(config, params, _batches())
+  planned = _allocate(config, params)
   # 0.6 * 40 * 32 numbers: 72 a rank and a bias of 32.
   assert planned.fold.embedding_rank == (given or 8)
   assert not planned.fpp.embedding
@@ -175,13 +188,13 @@ def test_options_of_the_embedding_foretell_what_a_rank_loses():
   config = _structured("bert", embedding_granularity="rank")
   config.compress.embedding = "errors"
   params, batches = _trained(config), _batches()
-  options = _measure(config, params, batches)[0, "embed"]
+  options = _measure(config, params)[0, "embed"]
   assert [option.value for option in options] == [0, 32, 24, 16, 8]
   usage_V = fold_pretrained.usage_of(batches, V)
-  matter = allocate.sensitivities(config, params, batches)["embed"]
+  matter = sensitivities(config, params, batches)["embed"]
   whole_VD = params["embed"]["embedding"]
   for rank, stored, error in options[1:]:
-    rows = lowrank.fold_embedding(whole_VD, usage_V, rank)
+    rows = lowrank.fold_embedding(whole_VD, usage_V, rank, matter)
     assert stored == sum(w.size for w in jax.tree.leaves(rows))
     dense = fold.unfold({**params, **rows})["embed"]["embedding"]
     e_VD = np.asarray(dense - whole_VD, np.float64)
@@ -189,19 +202,59 @@ def test_options_of_the_embedding_foretell_what_a_rank_loses():
     assert error == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
-def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
+@functools.cache
+def _structured_options():
+  """Returns options of a layer whose last two heads repeat the first two."""
   config = _structured("gpt2")
-  options = _measure(config, _trained(config), _batches())
-  for n, kind in itertools.product(range(N), ("v", "mlp")):
-    found = options[n, kind]
-    assert len(found) > 4
-    for now, then in itertools.pairwise(found):
-      assert then.stored < now.stored
-      assert then.error > now.error
-  for value, stored, _ in options[0, "v"][1:]:
-    assert stored == 2 * D * H * value
+
+  def value(name, w):
+    if not re.search(r"_0/attn/[qkv]/", name):
+      return w
+    half = np.split(w, 2, axis=-2)[0]
+    return np.concatenate([half, half], axis=-2)
+
+  params = paths.map_named(value, _trained(config))
+  return config, _measure(config, params)
+
+
+def test_options_of_heads_and_ranks_count_the_arrays():
+  config, options = _structured_options()
+  found = options[1, "attn"]
+  assert len({len(option.value.heads) for option in found}) == H
+  for value, stored, _ in found[::7]:
+    one = dataclasses.replace(config)
+    rank = 0 if value.values == "dense" else value.values
+    one.fold = c.FoldConfig(
+      groups=value.groups, values="dense", value_rank=rank
+    )
+    one.model = dataclasses.replace(config.model, heads=(value.heads,) * N)
+    attn = param_shapes(make_model(one, V))["blocks_0"]["attn"]
+    assert stored == sum(attn[role]["kernel"].size for role in "qkvo")
+
+
+def test_options_of_ranks_and_neurons_lose_more_as_they_store_less():
+  _, options = _structured_options()
+  whole = tuple(range(H))
+  for n in range(N):
+    ranks = [o for o in options[n, "attn"] if o.value[::2] == (0, whole)]
+    for found in (ranks, options[n, "mlp"]):
+      assert len(found) > 4
+      for now, then in itertools.pairwise(found):
+        assert then.stored < now.stored
+        assert then.error > now.error
   for fraction, stored, _ in options[0, "mlp"]:
     assert stored == pytest.approx(2 * D * 48 * (1 - fraction))
+
+
+def test_heads_that_others_repeat_are_the_first_to_leave():
+  _, options = _structured_options()
+  whole = {
+    len(option.value.heads): option
+    for option in options[0, "attn"]
+    if option.value[:2] == (0, "dense")
+  }
+  assert whole[2].error < 1e-3 * whole[1].error
+  assert {head % 2 for head in whole[2].value.heads} == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +272,7 @@ def test_sensitivities_foretell_the_change_of_the_output(name, task):
   params = _trained(config)
   rng = np.random.default_rng(2)
   batches = [{"tokens": rng.integers(0, V, (400, 1)).astype(np.int32)}]
-  matter = allocate.sensitivities(config, params, batches)[name]
+  matter = sensitivities(config, params, batches)[name]
   model = make_model(c.dense_twin(config), V, num_classes=3)
   apply = jax.jit(model.apply)
 
@@ -245,14 +298,14 @@ def test_structured_plan_refuses_what_it_does_not_decide(fields, message):
   config = _structured("bert", **fields)
   config.compress.qkv = 0.5
   with pytest.raises(errors.ConfigError, match=message):
-    allocate.allocate(config, {}, [])
+    allocate.allocate(config, {}, [], {})
 
 
 def test_options_do_not_depend_on_fit_steps():
   config = _config()
   assert config.compress.fit_steps > 0
   config.compress.fit_steps = 0
-  found = allocate.measure(config, _trained(config), _batches())
+  found = _measure(config, _trained(config))
   assert found == _options("bert")
 
 
@@ -270,7 +323,7 @@ def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
   config.fold.rope = "copy"  # of dense heads it is of no matter
   dense = {"groups": 0, "values": "dense"}
   setattr(config.fold, asked, dense[asked])
-  found = allocate.allocate(config, _trained(config), _batches()).fold
+  found = _allocate(config, _trained(config)).fold
   assert getattr(found, asked) == (dense[asked],) * N
   assert set(getattr(found, other)) != {dense[other]}
 
@@ -279,14 +332,14 @@ def test_qkv_target_is_reached_by_folding(measured):
   config = _config(overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.9
   params = _trained(config)
-  planned = allocate.allocate(config, params, _batches())
+  planned = _allocate(config, params)
   assert _stored(planned, params)[1] <= 0.1 + 1e-6
 
 
 def test_layers_that_matter_least_are_compressed_most():
   config = _config(overall=0.45, linear=None, embedding=None)
   params = _trained(config, flat_layers=[1])
-  planned = allocate.allocate(config, params, _batches())
+  planned = _allocate(config, params)
   pruned = planned.fpp.linear_layers
   assert pruned[1] == max(pruned)
   assert min(pruned[0], pruned[2]) < pruned[1]
@@ -297,7 +350,7 @@ def test_layers_that_matter_least_are_compressed_most():
 def test_options_lose_more_as_they_store_less():
   options = _options("bert")
   assert options.keys() == {
-    (n, kind) for n in range(N) for kind in ("qk", "v", "mlp")
+    (n, kind) for n in range(N) for kind in ("attn", "mlp")
   }
   for found in options.values():
     stored = [option.stored for option in found]
@@ -313,12 +366,14 @@ def test_options_lose_more_as_they_store_less():
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_options_count_the_arrays_of_a_folded_layer(kind):
   options = _options(kind)
-  for groups, stored, _ in options[0, "qk"]:
+  of_values = {"dense": D * D, "diagonal": D}
+  assert {o.value.values for o in options[0, "attn"]} == of_values.keys()
+  for (groups, values, heads), stored, _ in options[0, "attn"]:
+    assert heads == tuple(range(H))
     # A folded rotary head has its own frequencies, one per pair.
     frequencies = H * groups // 2 if kind == "llama" else 0
-    assert stored == 2 * D * H * (groups or D // H) + frequencies
-  found = {values: stored for values, stored, _ in options[0, "v"]}
-  assert found == {"dense": D * D, "diagonal": D}
+    of_logits = 2 * D * H * (groups or D // H) + frequencies
+    assert stored == of_logits + of_values[values]
 
 
 @pytest.mark.slow
@@ -344,14 +399,14 @@ def test_allocation_loses_less_than_equal_layers():
     compress=c.CompressConfig(),
     fold=c.FoldConfig(groups=2, values="diagonal"),
   )
-  planned = allocate.allocate(config, params, batches)
+  planned = _allocate(config, params)
   assert error(c.resolve(planned)) < error(c.resolve(same))
 
 
 def test_unreachable_target_is_refused(measured):
   config = _config(overall=0.97, linear=None, embedding=None)
   with pytest.raises(errors.ConfigError, match="no plan reaches"):
-    allocate.allocate(config, _trained(config), _batches())
+    _allocate(config, _trained(config))
 
 
 def test_cheapest_move_has_the_least_error_per_parameter():

@@ -212,7 +212,7 @@ def test_default_recipe_makes_arrays_small(dense_run, topics):
   data = make_data(config)
   small, params, report = compress.compress_trained(config, data)
   kept = sum(w.size for w in jax.tree.leaves(params))
-  _, dense = compress.dense_start(str(dense_run), config, data)
+  dense = compress.dense_start(str(dense_run), config, data).params
   assert kept <= 0.6 * sum(w.size for w in jax.tree.leaves(dense))
   assert any(row["values"].startswith("rank") for row in report)
   for name, w in paths.flatten(params).items():
@@ -412,7 +412,7 @@ def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   known = json.loads(data.tokenizer.to_json())["model"]["vocab"]
   assert 0 < len(set(CLASS_WORDS) & set(known)) < len(CLASS_WORDS)
   _, params, _ = compress.compress_trained(config, data)
-  dense, expected = compress.dense_start(str(dense_run), config, plain)
+  dense, expected, _ = compress.dense_start(str(dense_run), config, plain)
   model = make_model(config, data.tokenizer.vocab_size, data.num_classes)
   taught = compress.teacher_of(config, data)
   assert taught is not None

@@ -152,13 +152,31 @@ def test_fewer_channels_are_refitted(kind):
   assert _error(config, params, kind) < 0.7 * _error(config, unfitted, kind)
   for row in report:
     assert list(row) == [
-      *("layer", "groups", "values", "logits_kept", "divergence"),
+      *("layer", "heads", "groups", "values", "logits_kept", "divergence"),
       *("attention_r2", "mlp_r2"),
     ]
     assert row["divergence"] > 0
     assert 0 < row["logits_kept"] < 1
     assert row["attention_r2"] < 1
     assert row["mlp_r2"] < 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_heads_that_others_repeat_leave_without_loss(kind, monkeypatch):
+  def value(name, w):
+    if not re.search(r"_0/attn/[qkv]/", name):
+      return w
+    half = np.split(w, 2, axis=-2)[0]  # and the other half of the heads
+    return np.concatenate([half, half], axis=-2)
+
+  trained = paths.map_named(value, _dense(kind))
+  monkeypatch.setattr(f"{__name__}._dense", lambda _: trained)
+  config = _config(kind)
+  config.model.heads = ((2, 3), (0, 1, 2, 3))
+  params, report = _fold(config, kind)
+  _assert_fits(config, params)
+  assert report[0]["heads"] == 2
+  assert _error(config, params, kind) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["bert", "norms"])
@@ -189,7 +207,8 @@ def test_each_layer_is_folded_by_its_own_config():
       assert w is old[name], name  # below what is folded nothing changes
   whole = {"logits_kept": 1.0, "divergence": 0.0}
   whole |= {"attention_r2": 1.0, "mlp_r2": 1.0}
-  assert report[0] == {"layer": 0, "groups": 0, "values": "dense"} | whole
+  whole |= {"layer": 0, "heads": D // K, "groups": 0, "values": "dense"}
+  assert report[0] == whole
   assert (report[1]["groups"], report[1]["values"]) == (2, "diagonal")
 
 

@@ -19,9 +19,9 @@ from folding.errors import ConfigError
 from folding.reporting import report
 from folding.serving import predict
 from folding.training import compress, loop, run_dir, step
-from folding.training.allocate import sensitivities
 from folding.training.checkpoint import load_run
 from folding.training.fold_pretrained import embed_batches
+from folding.training.sensitivity import sensitivities
 from tests.training.conftest import recovery_config, tiny_config
 
 WORDS = np.array("a b c d e f".split())
