@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks import output, timing
 from folding import config as config_lib
+from folding.models import constant_state
 from folding.models.transformer import make_model
 from folding.serving import generate
 from folding.serving.sampling import Sampling, make_draw
@@ -85,8 +86,8 @@ class _Decoder:
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     states = None
     if name == "linear, G = 1":
-      spans = generate.measure_spans(model, params)
-      states = generate.empty_states(model, spans, batch_size, 1.6)
+      spans = constant_state.measure_spans(model, params)
+      states = constant_state.empty_states(model, spans, batch_size, 1.6)
     start = np.zeros(batch_size, np.int32)
     draw = make_draw(Sampling(), VOCAB_SIZE)
     prefill = jax.jit(

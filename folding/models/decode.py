@@ -8,16 +8,13 @@ Positions count from the start of the padded row; their differences are the
 distances of tokens.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from folding.models.linear_attention import PastState, Span, span_bound
-
-_NODES_STEP, _MOST_NODES = 64, 4096
+from folding.models.linear_attention import PastState
 
 
 class Step(NamedTuple):
@@ -96,32 +93,3 @@ def resize(cache: KVCache, num_slots: int) -> KVCache:
     return jnp.pad(x, empty)
 
   return KVCache(resized(cache.k, 2), resized(cache.v, 1))
-
-
-def widen(span: Span, margin: float) -> Span:
-  """Returns ranges that are `margin` times as wide, with the same centers."""
-
-  def widened(low, high):
-    center, half = (low + high) / 2, margin * (high - low) / 2
-    return center - half, center + half
-
-  return Span(
-    *widened(span.s_low, span.s_high), *widened(span.t_low, span.t_high)
-  )
-
-
-def nodes_for(spans: Sequence[Span], tolerance: float) -> int | None:
-  """Returns the fewest nodes that keep all layers within a tolerance.
-
-  Args:
-    spans: Ranges of queries and keys, one per layer.
-    tolerance: Largest error of attention, relative to the range of its values.
-
-  Returns:
-    A multiple of 64, so that similar ranges share a compiled program. None: no
-    number up to 4,096 is enough.
-  """
-  for num_nodes in range(_NODES_STEP, _MOST_NODES + 1, _NODES_STEP):
-    if all(bool((span_bound(x, num_nodes) <= tolerance).all()) for x in spans):
-      return num_nodes
-  return None

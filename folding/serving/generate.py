@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -10,18 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from folding.config import Layer, layers_of
+from folding.config import layers_of
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError
+from folding.models import constant_state
 from folding.models import decode as decode_lib
-from folding.models import linear_attention
-from folding.models.attention import (
-  TOLERANCE,
-  Attention,
-  has_rank_1,
-  rank_1_inputs,
-)
-from folding.models.linear_attention import PastState, Span
+from folding.models.linear_attention import PastState
 from folding.models.transformer import Transformer
 from folding.serving import sampling as sampling_lib
 from folding.serving.batched import require_numbers
@@ -34,7 +28,6 @@ Cache: TypeAlias = Literal["keys", "linear"]
 
 _ROUND = 32  # prompts and caches are padded to multiples, to share programs
 _SAMPLING = Sampling()
-_CALIBRATION = 1024  # random tokens that the first ranges are measured on
 _GROWTH = 1.25  # of the margin, after a query or key was outside the range
 _UNFINISHED = "\ufffd"  # the first bytes of a character decode to it
 
@@ -137,78 +130,6 @@ def decode(
   return state, tokens_TB.T
 
 
-def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
-  """Returns the ranges of queries and keys over random tokens, [1, H] each.
-
-  Args:
-    model: A next-token model.
-    params: Parameters of the model.
-
-  Returns:
-    {n: ranges of layer n}, for layers that can decode in constant size.
-  """
-  length = model.max_length
-  if model.config.positions != "learned":
-    length = min(length, 128)
-  size = max(1, _CALIBRATION // length), length
-  tokens_BL = np.random.default_rng(0).integers(0, model.vocab_size, size)
-
-  def is_projection(module, method):
-    return isinstance(module, Attention) and method == "project"
-
-  found: Any = model.apply(
-    {"params": params},
-    jnp.asarray(tokens_BL, jnp.int32),
-    capture_intermediates=is_projection,
-  )
-  intermediates = found[1]["intermediates"]
-  spans = {}
-  for n, layer in _constant_layers(model).items():
-    heads = intermediates[f"blocks_{n}"]["attn"]["project"][0]
-    # All texts are one row, so that they share a range.
-    q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in heads)
-    x = rank_1_inputs(layer, (q, k, v))
-    spans[n] = linear_attention.measure_span(x)
-  return spans
-
-
-def empty_states(
-  model: Transformer,
-  spans: Mapping[int, Span],
-  batch_size: int,
-  margin: float,
-) -> list[PastState | None]:
-  """Returns the state of each layer before any token; None: it has none.
-
-  Args:
-    model: A next-token model.
-    spans: From `measure_spans`.
-    batch_size: B.
-    margin: Factor on the ranges.
-
-  Raises:
-    ConfigError: the ranges need too many nodes.
-  """
-  spans = {n: decode_lib.widen(span, margin) for n, span in spans.items()}
-  num_nodes = decode_lib.nodes_for(list(spans.values()), TOLERANCE)
-  if num_nodes is None:
-    raise ConfigError(
-      "the queries and keys of this model range too far for a constant state"
-    )
-  states: list[PastState | None] = [None] * model.config.num_layers
-  for n, layer in _constant_layers(model).items():
-    states[n] = linear_attention.init_state(
-      spans[n], batch_size, len(layer.heads), layer.value_dim, num_nodes
-    )
-  return states
-
-
-def _constant_layers(model: Transformer) -> dict[int, Layer]:
-  """Returns the layers that can decode in constant size."""
-  layers = enumerate(layers_of(model.config, model.fold))
-  return {n: x for n, x in layers if has_rank_1(model.config, x)}
-
-
 class Generator:
   """Generates tokens with one model, and keeps its compiled programs.
 
@@ -250,14 +171,16 @@ class Generator:
       raise ConfigError("this model is a classifier and predicts no next token")
     if not model.config.causal:
       raise ConfigError("a model that sees later tokens cannot predict them")
-    if cache == "linear" and not _constant_layers(model):
+    if cache == "linear" and not constant_state.layers(model):
       raise ConfigError(
         "no layer has a constant state: that takes fold.groups=1, and neither "
         "rotary positions nor a window"
       )
     self.model = model
     self._cache, self._chunk, self._margin = cache, chunk, margin
-    self._measure = jax.jit(functools.partial(measure_spans, model))
+    self._measure = jax.jit(
+      functools.partial(constant_state.measure_spans, model)
+    )
     self._prefill = jax.jit(
       functools.partial(prefill, model), static_argnames="num_slots"
     )
@@ -398,7 +321,7 @@ class Generator:
     spans = self._measure(params)
     margin = self._margin
     while True:
-      yield empty_states(self.model, spans, batch_size, margin)
+      yield constant_state.empty_states(self.model, spans, batch_size, margin)
       margin *= _GROWTH
 
   def _num_slots(self, length: int, num_new: int) -> int:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from folding import config as c
+from folding.models import constant_state
 from folding.models import decode as decode_lib
 from folding.models.decode import KVCache, Step
 from folding.models.linear_attention import Span
 from folding.models.transformer import make_model
-from folding.serving import generate
 
 D, H, K, V, MOST = 16, 4, 4, 11, 24
 LENGTHS = (3, 8, 5)  # of the prompts
@@ -209,8 +209,10 @@ def test_slots_hold_the_newest_positions(num_slots):
 
 
 def _states(model, params, margin):
-  spans = jax.jit(functools.partial(generate.measure_spans, model))(params)
-  return generate.empty_states(model, spans, B, margin)
+  spans = jax.jit(functools.partial(constant_state.measure_spans, model))(
+    params
+  )
+  return constant_state.empty_states(model, spans, B, margin)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_constant_state_outside_its_range_is_flagged_and_wrong():
 
 def test_widen_keeps_the_center():
   ends = [jnp.asarray([[x]]) for x in (-1.0, 3.0, 2.0, 2.5)]
-  wide = decode_lib.widen(Span(*ends), 2.0)
+  wide = constant_state.widen(Span(*ends), 2.0)
   np.testing.assert_allclose(np.ravel(wide), [-3.0, 5.0, 1.75, 2.75])
 
 
@@ -248,8 +250,8 @@ def test_nodes_for_covers_the_widest_layer_or_returns_none():
     return Span(*(jnp.full((1, 1), x) for x in ends))
 
   small, large = span(2.0, 1.0), span(12.0, 4.0)
-  assert decode_lib.nodes_for([small], 1e-4) == 64
-  assert decode_lib.nodes_for([small, large], 1e-4) == 192
-  assert decode_lib.nodes_for([small, span(1e4, 9.0)], 1e-4) is None
+  assert constant_state.nodes_for([small], 1e-4) == 64
+  assert constant_state.nodes_for([small, large], 1e-4) == 192
+  assert constant_state.nodes_for([small, span(1e4, 9.0)], 1e-4) is None
   # Panels have a least width, which more of them do not reduce.
-  assert decode_lib.nodes_for([span(0.01, 100.0, 100.0)], 1e-4) is None
+  assert constant_state.nodes_for([span(0.01, 100.0, 100.0)], 1e-4) is None

@@ -5,6 +5,7 @@ import pytest
 
 from folding import config as c
 from folding.errors import ConfigError
+from folding.models import constant_state
 from folding.models.transformer import Transformer
 from folding.serving import generate
 from folding.serving import sampling as sampling_lib
@@ -180,14 +181,14 @@ def test_constant_state_gives_the_same_tokens(name, margin, sampling):
   options = {"max_new_tokens": 20, "sampling": sampling}
   linear = Generator(loaded.model, "linear", margin=margin)
   states = []
-  empty_states = generate.empty_states
+  empty_states = constant_state.empty_states
 
   def counted(*args):
     states.append(args)
     return empty_states(*args)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(generate, "empty_states", counted)
+    patch.setattr(constant_state, "empty_states", counted)
     found = linear(loaded.params, prompts, **options)
   assert (len(states) > 1) == (margin < 1)
   expected = Generator(loaded.model)(loaded.params, prompts, **options)
