@@ -396,6 +396,15 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
     print(f"[{over}/{total}] {trial.name}: {text}", flush=True)
 
   running: dict[futures.Future, Trial] = {}
+
+  def submit(trial: Trial) -> None:
+    try:
+      config = trial.config()
+      config_lib.resolve(config)  # fails here in no time
+      running[engine.submit(config, trial)] = trial
+    except Exception as error:  # edits are the user's code
+      close(trial, reason(error))
+
   with stop_signal() as stopped:
     try:
       while (todo or running) and not stopped(0):
@@ -408,14 +417,7 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
             close(trial, f"{start.name}, which it starts from, failed")
           elif start is None or start.result is not None:
             todo.remove(trial)
-            try:
-              config = trial.config()
-              config_lib.resolve(config)  # fails here in no time
-              future = engine.submit(config, trial)
-            except Exception as error:  # edits are the user's code
-              close(trial, reason(error))
-            else:
-              running[future] = trial
+            submit(trial)
         done, _ = futures.wait(
           running, timeout=_POLL_SECONDS, return_when=futures.FIRST_COMPLETED
         )
