@@ -142,17 +142,17 @@ class Block(nn.Module):
     def drop(x_BLD):
       return self.dropout(x_BLD, deterministic=deterministic)
 
-    position, before_BLD = self.config.norm_position, x_BLD
+    norms, before_BLD = self.config.norm_position, x_BLD
     out_BLD, cache = attend(self.attention_input(x_BLD))
-    if position == "post":
+    if norms == "post":
       x_BLD = self.norm_attn(x_BLD + drop(out_BLD))
       return self.norm_mlp(x_BLD + drop(self.mlp(x_BLD))), cache
-    if position == "both":
+    if norms == "both":
       out_BLD = self.norm_attn_out(out_BLD)
     x_BLD += drop(out_BLD)
     read_BLD = before_BLD if self.config.parallel else x_BLD
     out_BLD = self.mlp(self.norm_mlp(read_BLD))
-    if position == "both":
+    if norms == "both":
       out_BLD = self.norm_mlp_out(out_BLD)
     return x_BLD + drop(out_BLD), cache
 
