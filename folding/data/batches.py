@@ -163,6 +163,7 @@ def make_data(
       not fill one batch, or processes cannot share a batch evenly.
   """
   data = dataclasses.replace(config.data)  # the caller's may change
+  config = dataclasses.replace(config, data=data)
   for name in ("batch_size", "eval_batch_size"):
     size = getattr(data, name)
     if size % process_count:
@@ -173,43 +174,69 @@ def make_data(
   # Hashed, so seeds 0 and 1 share no epoch: Grain adds the epoch to the seed.
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
-  names, pair, scores, kept = (), None, None, None
   if config.task == "lm":
-    tokenizer, tokens = _tokens(data, tokenizer)
-    num_bytes, digest = tokens.num_bytes, tokens.digest
-    examples = _Windows(tokens.streams, tokenizer, data, seed=seed, share=share)
+    made = _data_of_windows(data, tokenizer, seed=seed, share=share)
   else:
-    texts = texts or sources.load_texts(data, config.task)
-    if data.sts is not None:
-      firsts, seconds, scores = sources.load_scored_pairs(data.sts)
-      texts.texts[STS] = firsts + seconds
-    if tokenizer is None:
-      tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
-      kept = texts if config.fpp.embedding_granularity == "trim" else None
-    whole = None  # as the teacher of sentence vectors reads
-    if config.task == "embed" and isinstance(tokenizer, MappedTokenizer):
-      whole = tokenizers.load_tokenizer(data.tokenizer)
-    num_bytes, digest = {}, _digest(texts, scores)
-    names, pair = texts.label_names, texts.pair
-    examples = _Rows(
-      texts, tokenizer, data, seed=seed, share=share, whole=whole
-    )
-  if examples.sizes["train"] < data.batch_size:
+    made = _data_of_rows(config, tokenizer, texts, seed=seed, share=share)
+  count = made.num_examples["train"]
+  if count < data.batch_size:
     raise ConfigError(
-      f"the train split has {examples.sizes['train']} {examples.unit} of "
-      f"{data.length} tokens, fewer than one batch of {data.batch_size}; lower "
+      f"the train split has {count} {made.examples.unit} of {data.length} "
+      f"tokens, fewer than one batch of {data.batch_size}; lower "
       "data.batch_size or give more text"
     )
+  return made
+
+
+def _data_of_windows(
+  data: DataConfig, tokenizer: Tokenizer | None, *, seed: int, share: slice
+) -> Data:
+  """Returns the batches of a language model; see `make_data`."""
+  tokenizer, tokens = _tokens(data, tokenizer)
+  examples = _Windows(tokens.streams, tokenizer, data, seed=seed, share=share)
   return Data(
     tokenizer=tokenizer,
-    num_classes=len(names),
-    label_names=names,
-    num_bytes=num_bytes,
+    num_classes=0,
+    label_names=(),
+    num_bytes=tokens.num_bytes,
     num_examples=examples.sizes,
-    digest=digest,
+    digest=tokens.digest,
     config=data,
     examples=examples,
-    pair=pair,
+  )
+
+
+def _data_of_rows(
+  config: Config,
+  tokenizer: Tokenizer | None,
+  texts: sources.Texts | None,
+  *,
+  seed: int,
+  share: slice,
+) -> Data:
+  """Returns the batches of the other tasks; see `make_data`."""
+  data, scores, kept = config.data, None, None
+  texts = texts or sources.load_texts(data, config.task)
+  if data.sts is not None:
+    firsts, seconds, scores = sources.load_scored_pairs(data.sts)
+    texts.texts[STS] = firsts + seconds
+  if tokenizer is None:
+    tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
+    kept = texts if config.fpp.embedding_granularity == "trim" else None
+  whole = None  # as the teacher of sentence vectors reads
+  if config.task == "embed" and isinstance(tokenizer, MappedTokenizer):
+    whole = tokenizers.load_tokenizer(data.tokenizer)
+  examples = _Rows(texts, tokenizer, data, seed=seed, share=share, whole=whole)
+  return Data(
+    tokenizer=tokenizer,
+    num_classes=len(texts.label_names),
+    label_names=texts.label_names,
+    num_bytes={},
+    num_examples=examples.sizes,
+    digest=_digest(texts, scores),
+    config=data,
+    examples=examples,
+    pair=texts.pair,
     scores=scores,
     texts=kept,
   )

@@ -312,10 +312,45 @@ def _page(
   run: Run, metrics: Mapping[str, Any], captions: Mapping[str, str]
 ) -> str:
   """Returns the text of `report.md`."""
-  sizes = []
+  settings = []
+  for line in metrics["settings"]:
+    field, _, change = line.partition(": ")
+    settings.append([f"`{field}`", *change.split(" -> ", 1)])
+  parts = [
+    f"# {run.name}",
+    describe(run),
+    "## Size",
+    _size_table(run),
+    "Dense: the same model, neither folded nor pruned. Stored: nonzero values. "
+    "Masks: bytes that locate the stored values. Compression: 1 - stored / "
+    f"dense. The arrays hold {run.allocated:,} parameters, zeros included.",
+    "## Plots",
+    *(f"![{caption}]({name})" for name, caption in captions.items()),
+    "## How to reproduce",
+    "`config.json` is the whole configuration. These fields differ from the "
+    "default run:",
+    table(("Field", "Default", "This run"), settings, 3),
+    table(("", "This run"), _origin(run), 2),
+  ]
+  if not run.result["finished"]:
+    parts.insert(
+      2,
+      "> **Unfinished:** the sizes are those of the last checkpoint, and there "
+      "are no test metrics yet.",
+    )
+  return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _size_table(run: Run) -> str:
+  """Returns the table of parameters and bytes by group."""
+  header = (
+    "Group", "Parameters, dense", "stored", "compression",
+    "Bytes, dense", "stored", "masks", "compression with masks",
+  )  # fmt: skip
+  rows = []
   for group in GROUPS:
     number, size = run.parameters[group], run.bytes[group]
-    sizes.append(
+    rows.append(
       [
         group,
         f"{number['dense']:,}",
@@ -327,44 +362,22 @@ def _page(
         percent(size["compression_with_masks"]),
       ]
     )
-  header = (
-    "Group", "Parameters, dense", "stored", "compression",
-    "Bytes, dense", "stored", "masks", "compression with masks",
-  )  # fmt: skip
-  settings = []
-  for line in metrics["settings"]:
-    field, _, change = line.partition(": ")
-    settings.append([f"`{field}`", *change.split(" -> ", 1)])
-  commit = run.result["commit"] or "unknown"  # outside a clone
-  origin = {"device": run.result["device"], "commit": commit}
-  origin |= {"seed": run.config.seed, **run.result["versions"]}
+  return table(header, rows)
+
+
+def _origin(run: Run) -> list[tuple[str, str]]:
+  """Returns names and values of what a run was made with."""
+  found = {
+    "device": run.result["device"],
+    "commit": run.result["commit"] or "unknown",  # outside a clone
+    "seed": str(run.config.seed),
+    **run.result["versions"],
+  }
   if run.energy is not None:
     by = f"estimated by {run.energy['by']}; {run.energy['country']}"
-    origin["electricity"] = f"{run.energy['kwh']:.3g} kWh ({by})"
-    origin["emissions"] = f"{run.energy['kg_co2e']:.3g} kg CO2e ({by})"
-  parts = [
-    f"# {run.name}",
-    describe(run),
-    "## Size",
-    table(header, sizes),
-    "Dense: the same model, neither folded nor pruned. Stored: nonzero values. "
-    "Masks: bytes that locate the stored values. Compression: 1 - stored / "
-    f"dense. The arrays hold {run.allocated:,} parameters, zeros included.",
-    "## Plots",
-    *(f"![{caption}]({name})" for name, caption in captions.items()),
-    "## How to reproduce",
-    "`config.json` is the whole configuration. These fields differ from the "
-    "default run:",
-    table(("Field", "Default", "This run"), settings, 3),
-    table(("", "This run"), [[k, str(v)] for k, v in origin.items()], 2),
-  ]
-  if not run.result["finished"]:
-    parts.insert(
-      2,
-      "> **Unfinished:** the sizes are those of the last checkpoint, and there "
-      "are no test metrics yet.",
-    )
-  return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    found["electricity"] = f"{run.energy['kwh']:.3g} kWh ({by})"
+    found["emissions"] = f"{run.energy['kg_co2e']:.3g} kg CO2e ({by})"
+  return list(found.items())
 
 
 def _test_metric(test: Mapping[str, Any] | None) -> str:

@@ -50,6 +50,44 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
     raise ConfigError(
       f"a program holds less than 2 GiB of parameters; these are {size:,} bytes"
     )
+  # Learned positions are limited; the others continue beyond data.length.
+  length = loaded.config.data.length
+  longest = length if loaded.config.model.positions == "learned" else None
+  bounds = ["b >= 1", "l >= 1", *([f"l <= {longest}"] if longest else [])]
+  shape: Any = jax_export.symbolic_shape("b, l", constraints=bounds)
+  inputs = {
+    "tokens": "int32[b, l]: ids of tokenizer.json; any where mask is false",
+    "mask": "bool[b, l]: true at tokens, false at padding, which comes last",
+  }
+  if loaded.config.model.segments:
+    inputs["segments"] = "int32[b, l]: 1 at the second text of a pair, else 0"
+  exported = jax_export.export(_forward_of(loaded), platforms=PLATFORMS)(
+    *(
+      jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32)
+      for name in inputs
+    )
+  )
+  program = bytes(exported.serialize())
+  meta = {
+    "program": STABLEHLO,
+    "inputs": inputs,
+    "output": _OUTPUTS.get(loaded.config.task, "float32[b, C]: logits"),
+    "labels": list(loaded.labels),
+    "trained_length": length,
+    "longest": longest,
+    "platforms": list(PLATFORMS),
+    "jax": jax.__version__,
+    "calling_convention": exported.calling_convention_version,
+  }
+  os.makedirs(path, exist_ok=True)
+  files.write_file(os.path.join(path, STABLEHLO), program)
+  files.write_file(os.path.join(path, TOKENIZER), loaded.tokenizer.to_json())
+  files.write_json(os.path.join(path, META), meta, ensure_ascii=False)
+  return {"parameters": size, "program": len(program)}
+
+
+def _forward_of(loaded: Loaded) -> Any:
+  """Returns the function (tokens, mask, segments or None) -> outputs."""
   model, tokenizer = loaded.model, loaded.tokenizer
 
   @jax.jit
@@ -63,37 +101,4 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
       {"params": loaded.params}, tokens_BL, mask_BL, True, segments_BL
     )
 
-  # Learned positions are limited; the others continue beyond data.length.
-  length = loaded.config.data.length
-  is_limited = loaded.config.model.positions == "learned"
-  bounds = ["b >= 1", "l >= 1", *([f"l <= {length}"] if is_limited else [])]
-  shape: Any = jax_export.symbolic_shape("b, l", constraints=bounds)
-  inputs = {
-    "tokens": "int32[b, l]: ids of tokenizer.json; any where mask is false",
-    "mask": "bool[b, l]: true at tokens, false at padding, which comes last",
-  }
-  if loaded.config.model.segments:
-    inputs["segments"] = "int32[b, l]: 1 at the second text of a pair, else 0"
-  exported = jax_export.export(forward, platforms=PLATFORMS)(
-    *(
-      jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32)
-      for name in inputs
-    )
-  )
-  program = bytes(exported.serialize())
-  meta = {
-    "program": STABLEHLO,
-    "inputs": inputs,
-    "output": _OUTPUTS.get(loaded.config.task, "float32[b, C]: logits"),
-    "labels": list(loaded.labels),
-    "trained_length": length,
-    "longest": length if is_limited else None,
-    "platforms": list(PLATFORMS),
-    "jax": jax.__version__,
-    "calling_convention": exported.calling_convention_version,
-  }
-  os.makedirs(path, exist_ok=True)
-  files.write_file(os.path.join(path, STABLEHLO), program)
-  files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
-  files.write_json(os.path.join(path, META), meta, ensure_ascii=False)
-  return {"parameters": size, "program": len(program)}
+  return forward
