@@ -155,7 +155,7 @@ def _filled(m: ModelConfig, layer: Layer, name: str, w: Any) -> np.ndarray:
   """
   w = np.asarray(w)
   if (axis := axis_of(name, "F")) is not None:
-    size, stay = m.mlp_width, range(w.shape[axis])
+    size, stay = int(np.max(m.mlp_width)), range(w.shape[axis])
   elif (axis := axis_of(name, "HJ")) is not None:
     size = w.shape[axis] * m.num_heads // len(layer.heads)
     stay = sorted({h * size // m.num_heads for h in layer.heads})
