@@ -83,22 +83,7 @@ def choose_columns(
   The first row names the columns.
   """
   place, columns = str(file), list(table[0][1])
-  label_field = _configured(place, columns, "label", data.label_field)
-  if label_field is None:
-    usual = [(name,) for name in LABEL_NAMES[task]]
-    label_field = next(iter(_usual(columns, usual)), None)
-  if label_field is None and task not in config_lib.UNLABELLED:
-    others = "; ".join(
-      f"task {other!r} reads {names[0]!r}"
-      for other, names in LABEL_NAMES.items()
-      if _usual(columns, [names[:1]])
-    )
-    raise ConfigError(
-      f"{place} has no column {' or '.join(map(repr, LABEL_NAMES[task]))}"
-      f"{f' ({others})' if others else ''}; name the column of "
-      "labels with data.label_field (and that of texts with data.text_field); "
-      f"the columns are {', '.join(columns)}"
-    )
+  label_field = _label_column(place, columns, data, task)
   others = [name for name in columns if name != label_field]
   labels = {*itertools.chain(*LABEL_NAMES.values())}  # of other tasks
   texts = [
@@ -118,6 +103,30 @@ def choose_columns(
       ignored,
     )
   return chosen, label_field
+
+
+def _label_column(
+  place: str, columns: Sequence[str], data: DataConfig, task: config_lib.Task
+) -> str | None:
+  """Returns the configured or the usual column of labels; None: none is needed."""
+  if data.label_field is not None:
+    _require_column(place, columns, "label", data.label_field)
+    return data.label_field
+  if found := _usual(columns, [(name,) for name in LABEL_NAMES[task]]):
+    return found[0]
+  if task in config_lib.UNLABELLED:
+    return None
+  others = "; ".join(
+    f"task {other!r} reads {names[0]!r}"
+    for other, names in LABEL_NAMES.items()
+    if _usual(columns, [names[:1]])
+  )
+  raise ConfigError(
+    f"{place} has no column {' or '.join(map(repr, LABEL_NAMES[task]))}"
+    f"{f' ({others})' if others else ''}; name the column of "
+    "labels with data.label_field (and that of texts with data.text_field); "
+    f"the columns are {', '.join(columns)}"
+  )
 
 
 def choose_texts(
@@ -144,7 +153,7 @@ def choose_texts(
     )
   wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
   for name in wanted:
-    _configured(place, columns, "text", name)
+    _require_column(place, columns, "text", name)
   usual = [x for x in TEXT_NAMES if len(x) == 1 or not is_single]
   chosen = wanted or _usual(columns, usual)
   if chosen:
@@ -159,16 +168,15 @@ def choose_texts(
   return (texts[0],)
 
 
-def _configured(
-  place: str, columns: Sequence[str], role: str, wanted: str | None
-) -> str | None:
-  """Returns a configured column; raises if it is not there."""
-  if wanted is not None and wanted not in columns:
+def _require_column(
+  place: str, columns: Sequence[str], role: str, wanted: str
+) -> None:
+  """Raises `ConfigError` unless a configured column is there."""
+  if wanted not in columns:
     raise ConfigError(
       f"{place} has no {role} column {wanted!r} (data.{role}_field); its "
       f"columns are: {', '.join(columns) or 'none'}"
     )
-  return wanted
 
 
 def _usual(
