@@ -127,11 +127,11 @@ def _on_pytorch(folder: str, dense: export_lib.Loaded) -> list[Encoder]:
   def forward(tokens, mask):
     ids, mask = (torch.as_tensor(x, dtype=torch.long) for x in (tokens, mask))
     h_BLD = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    place_BL = torch.arange(ids.shape[1]).expand_as(ids)
+    position_L = torch.arange(ids.shape[1])
     kept_BL = {
       "mean": mask,
-      "first": place_BL == 0,
-      "last": place_BL == mask.sum(1, keepdim=True) - 1,
+      "first": (position_L == 0).expand_as(mask),
+      "last": position_L == mask.sum(1, keepdim=True) - 1,
     }[m.pooling]
     weights_BL1 = kept_BL[..., None].float()
     found_BD = (h_BLD * weights_BL1).sum(1) / weights_BL1.sum(1)
