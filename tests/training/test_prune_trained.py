@@ -254,6 +254,7 @@ def test_neurons_are_removed_before_the_first_step(
   assert overall - 0.02 < saved < overall + (0.08 if plan == "auto" else 0.02)
   small = c.load(str(workdir / "config.json"))
   assert small.model.dense_mlp_width == 24
+  assert (small.model.heads is None) == (plan == "same")
   layers = c.layers_of(small.model, small.fold)
   widths = [layer.mlp_width for layer in layers]
   assert sum(widths) < 2 * 24
@@ -264,11 +265,15 @@ def test_neurons_are_removed_before_the_first_step(
     # In multiples of 8: what does not divide is held at zero.
     zero = ~kernel.any(axis=0)
     assert zero.sum() < 8
-  # Stopped before its first checkpoint it begins again, by the same command.
-  shutil.rmtree(workdir / "checkpoints")
-  (workdir / "result.json").unlink()
-  loop.run(config, str(workdir))
-  jax.tree.map(np.testing.assert_array_equal, load_run(str(workdir))[1], params)
+  # Stopped before its first checkpoint it begins again, by the same command or by
+  # its own config, which has the plan.
+  for again in (config, small):
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "result.json").unlink()
+    loop.run(again, str(workdir))
+    jax.tree.map(
+      np.testing.assert_array_equal, load_run(str(workdir))[1], params
+    )
 
 
 def test_removing_zero_neurons_keeps_the_function(trained):
