@@ -448,8 +448,11 @@ def dense_start(
   for name in source:
     if name not in known and not is_head(name):
       raise ConfigError(f"{path} has {name}, which this model has no place for")
-  shapes = [np.shape(each.get("head/kernel")) for each in (source, known)]
-  return DenseStart(model, params, config.task != "lm" and len({*shapes}) > 1)
+  is_head_drawn = any(
+    is_head(name) and np.shape(source.get(name, 0)) != w.shape
+    for name, w in known.items()
+  )
+  return DenseStart(model, params, is_head_drawn)
 
 
 def _is_run(path: str) -> bool:
