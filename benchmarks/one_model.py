@@ -35,6 +35,8 @@ import numpy as np
 from benchmarks import exports, output, timing, torch_peers
 from folding.config import Config
 from folding.data.batches import Data, make_data
+from folding.data.tokenizers import MappedTokenizer
+from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
@@ -175,6 +177,9 @@ def _exported(name: str, path: str, config: Config) -> Model:
     except ConfigError as error:
       print(f"{name}: no Hugging Face file: {error}")
     data, long = make_data(config, loaded.tokenizer), _extended(loaded)
+    plain = data
+    if isinstance(loaded.tokenizer, MappedTokenizer):  # its map is in the graph
+      plain = make_data(config, plain_tokenizer(loaded.tokenizer)[0])
     for runtime, dtype in exports.ONNX.items():
       for which, each in (("short", loaded), ("long", long)):
         onnx_export.export_onnx(
@@ -187,7 +192,7 @@ def _exported(name: str, path: str, config: Config) -> Model:
         exports.onnx_forward(os.path.join(scratch, dtype + which), "logits")
         for which in ("short", "long")
       ]
-      accuracy[runtime] = _accuracy(runs[0], data)
+      accuracy[runtime] = _accuracy(runs[0], plain)
       forwards[runtime] = runs[1]
   accuracy["JAX"] = _accuracy(_jax_forward(loaded), data)
   forwards["JAX"] = _jax_forward(long)
