@@ -18,6 +18,7 @@ instead of neurons, and W_V is dense or as `fold.values` asks.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -441,14 +442,14 @@ def _attention_options(trial: _Trial) -> list[Option]:
   with all heads.
   """
   H = trial.config.model.num_heads
+  pairs = itertools.product(_logits_options(trial), _values_options(trial))
   options = [
     Option(
       Attention(logits.value, values.value, heads),
       logits.stored * len(heads) / H + values.stored,
       logits.error + values.error,
     )
-    for logits in _logits_options(trial)
-    for heads, values in _values_options(trial)
+    for logits, (heads, values) in pairs
   ]
   return sorted(options, key=lambda option: -option.stored)
 
@@ -475,9 +476,7 @@ def _logits_options(trial: _Trial) -> list[Option]:
   return options
 
 
-def _values_options(
-  trial: _Trial,
-) -> list[tuple[tuple[int, ...], Option]]:
+def _values_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
   """Returns the options of W_V and of the heads that stay, as pairs."""
   config, attn = trial.config, trial.old["attn"]
   m, is_structured = config.model, config.fpp.granularity == "neuron"
