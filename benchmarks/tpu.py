@@ -8,7 +8,7 @@ docs/how-to/devices.md). Each program takes from ten seconds to minutes of one
 CPU core to compile; with --cache a second call compiles only what is missing.
 
 The quickstart has one text per device, so tokens per step grow with the length.
-Llama 3 8B has 64 texts of 8,192 tokens, 70B has 128. "pruned" has the masks of
+Llama 3 8B has 64 texts of 8,192 tokens. "pruned" has the masks of
 FPP beside the dense weights, "folded" has W_Q, W_K and W_V folded as well, and
 "linear" attends in linear time.
 """
@@ -33,7 +33,7 @@ class Case(NamedTuple):
   """A program to compile.
 
   Attributes:
-    model: "quickstart", "8b" or "70b".
+    model: "quickstart" or "8b".
     variant: "dense", "pruned", "folded" or "linear".
     length: Tokens per text.
     program: "step" or "mask update".
@@ -47,14 +47,12 @@ class Case(NamedTuple):
   @property
   def devices(self) -> str:
     """Name of the devices, as `folding plan` takes it."""
-    return {"quickstart": "v5e:2x2", "8b": "v5p:4x4x2", "70b": "v5p-256"}[
-      self.model
-    ]
+    return {"quickstart": "v5e:2x2", "8b": "v5p:4x4x2"}[self.model]
 
   @property
   def texts(self) -> int:
     """Texts per step."""
-    return {"quickstart": 4, "8b": 64, "70b": 128}[self.model]
+    return {"quickstart": 4, "8b": 64}[self.model]
 
   def config(self) -> config_lib.Config:
     """Returns the resolved config."""
@@ -79,14 +77,11 @@ CASES = (
   Case("quickstart", "dense", 4096),
   Case("quickstart", "folded", 4096),
   Case("quickstart", "linear", 4096),
-  Case("70b", "pruned", 8192, UPDATE),
   Case("quickstart", "dense", 65536),
   Case("quickstart", "folded", 65536),
   Case("quickstart", "linear", 65536),
   Case("8b", "dense", 8192),
   Case("quickstart", "folded", 4096, UPDATE),
-  Case("70b", "pruned", 8192),
-  Case("70b", "dense", 8192),
 )
 
 
