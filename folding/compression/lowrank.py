@@ -329,7 +329,7 @@ def fold_ranks(
       raise ValueError(f"r must be 1 to {K}, the head size; it is {rank}")
     t_JKr = t_JKK[:, :, :rank]
     new_v = np.einsum("EJK,JKr->EJr", a_EJK, t_JKr)
-    mix = scipy.linalg.block_diag(*np.repeat(t_JKr, R, axis=0))
+    mix = np.asarray(scipy.linalg.block_diag(*np.repeat(t_JKr, R, axis=0)))
     new_o, wrong = _fit_output(o, moment, mean, mix, rank)
     yield FoldedValues(_split(new_v, v), new_o, wrong)
 
