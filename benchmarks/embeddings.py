@@ -11,7 +11,7 @@ started from the same checkpoint. Rows:
     static vectors  what model2vec makes of the checkpoint by default, without text:
                     each token is encoded alone, PCA leaves 256 numbers, a weight
                     follows from the rank of the token. The vector of a text is the
-                    mean over its tokens. There is no such row without model2vec.
+                    mean over its tokens. Needs model2vec, or is skipped.
 
 Every figure of a row is of that file: parameters, MB, Spearman's correlation of
 cosines with the scores of each FILE.tsv (columns "score", "sentence1", "sentence2"),
@@ -72,7 +72,7 @@ def measure(
     rounds: Number of timing rounds.
 
   Raises:
-    ConfigError: the runs are no encoders from one checkpoint, or a file of pairs
+    ConfigError: a run is no encoder of the same checkpoint, or a file of pairs
       is malformed.
   """
   _, dense_path = exports.load_configs(workdirs, "embed")

@@ -311,8 +311,7 @@ def fold_ranks(
   a_EJK, o_HKD = _augmented(v), np.asarray(o["kernel"], np.float64)
   J, (H, K, D) = a_EJK.shape[1], o_HKD.shape
   R = H // J
-  if "bias" in o:
-    moment = moment - np.outer(mean, mean)
+  moment = _around(o, moment, mean)
   of_head = moment.reshape(H, K, H, K)
   matter_root = _root(np.eye(D) if matter_DD is None else matter_DD)[0]
   t_JKK = np.zeros((J, K, K))  # T; there may be fewer outputs than ranks
@@ -352,10 +351,16 @@ def fit_heads(
     ({"kernel": [heads, K, D] and maybe "bias" [D]}, `wrong` as in `FoldedValues`).
   """
   H, K, _ = o["kernel"].shape
-  if "bias" in o:
-    moment = moment - np.outer(mean, mean)
+  moment = _around(o, moment, mean)
   mix = np.eye(H * K).reshape(H * K, H, K)[:, list(heads)]
   return _fit_output(o, moment, mean, mix.reshape(H * K, -1), K)
+
+
+def _around(
+  o: Mapping[str, Any], moment: np.ndarray, mean: np.ndarray
+) -> np.ndarray:
+  """Returns the moment around the mean, if a bias of W_O takes up the mean."""
+  return moment - np.outer(mean, mean) if "bias" in o else moment
 
 
 def _fit_output(

@@ -156,7 +156,7 @@ def make_data(
     tokenizer: The tokenizer of a trained model; None: that of the config.
     process_index: Index of this process.
     process_count: Number of processes that share each batch.
-    texts: Of data that was made before; None: they are read.
+    texts: Texts of data that was made before; None: read them.
 
   Raises:
     ConfigError: the source or the tokenizer is at fault, the train split does

@@ -113,7 +113,7 @@ def export_hf(
 
 
 def _dense_params(loaded: Loaded, m: ModelConfig) -> dict[str, Any]:
-  """Returns the unfolded parameters, with zeros for what was removed.
+  """Returns the unfolded parameters, with zeros as removed heads and neurons.
 
   Args:
     loaded: The model.
@@ -145,11 +145,11 @@ def _dense_params(loaded: Loaded, m: ModelConfig) -> dict[str, Any]:
 
 
 def _filled(m: ModelConfig, layer: Layer, name: str, w: Any) -> np.ndarray:
-  """Returns an array of a dense layer with zeros for what was removed from it.
+  """Returns an array of a dense layer with zeros as removed heads and neurons.
 
   Args:
     m: Has all heads, and one width of the MLP.
-    layer: What is left.
+    layer: Lists the heads that are left.
     name: Path in the layer.
     w: The array.
   """

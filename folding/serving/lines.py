@@ -92,7 +92,10 @@ def _tsv_lines(
   predictions: Iterable[Prediction], role: str, labels: Sequence[str]
 ) -> Iterator[str]:
   names = {label: " ".join(label.split()) for label in labels}
-  yield "\t".join([role, *(() if role == "score" else names.values())])
+  header = [role]
+  if role != "score":
+    header += names.values()
+  yield "\t".join(header)
   for one in predictions:
     numbers = [f"{p:.6f}" for p in one.probabilities]
     if isinstance(one.label, str):

@@ -53,7 +53,9 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   # Learned positions are limited; the others continue beyond data.length.
   length = loaded.config.data.length
   longest = length if loaded.config.model.positions == "learned" else None
-  bounds = ["b >= 1", "l >= 1", *([f"l <= {longest}"] if longest else [])]
+  bounds = ["b >= 1", "l >= 1"]
+  if longest:
+    bounds.append(f"l <= {longest}")
   shape: Any = jax_export.symbolic_shape("b, l", constraints=bounds)
   inputs = {
     "tokens": "int32[b, l]: ids of tokenizer.json; any where mask is false",

@@ -534,7 +534,7 @@ def _head_choices(
 
   Args:
     attn: Dense.
-    moments: Of the input of W_O.
+    moments: Moments of the input of W_O.
     matter: Sensitivities of its output.
   """
   H, K, D = attn["o"]["kernel"].shape

@@ -210,16 +210,25 @@ def compress_params(
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
   try:
-    judged = {
-      n: w for n, w in dense.items() if n != "head" or not is_head_drawn
-    }
-    matter = sensitivities(config, judged, batches)
+    matter = {}
+    if _reads_sensitivities(config):
+      judged = {
+        n: w for n, w in dense.items() if n != "head" or not is_head_drawn
+      }
+      matter = sensitivities(config, judged, batches)
     return _compress(config, dense, batches, usage_V, matter)
   except ConfigError:
     raise
   except ValueError as error:  # weights are not finite, or moments singular
     source = f"{config.pretrained}: " if config.pretrained else ""
     raise ConfigError(f"{source}{error}") from error
+
+
+def _reads_sensitivities(config: Config) -> bool:
+  """Returns whether a plan, neurons or ranks are chosen by sensitivities."""
+  has_ranks = np.any(config.fold.value_rank) or config.fold.embedding_rank > 0
+  is_by_neuron = config.fpp.granularity == "neuron"
+  return bool(config.compress.plan == "auto" or is_by_neuron or has_ranks)
 
 
 def _compress(config, dense, batches, usage_V, matter) -> Compressed:

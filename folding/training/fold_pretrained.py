@@ -481,7 +481,7 @@ def keep_heads(
 
   Args:
     attn: Its parameters.
-    moments: Of the input of W_O.
+    moments: Moments of the input of W_O.
     heads: The heads that stay, in order, by whole groups that share a key.
 
   Returns:

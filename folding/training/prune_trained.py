@@ -95,6 +95,7 @@ def neuron_pruner(
     matter: How errors count, see `sensitivity.sensitivities`; None: all alike.
   """
   weights, units = _targets(config, params, dense)
+  matter = matter or {}
 
   def prune(n, layer, stream):
     name, block = f"blocks_{n}", make_block(config, n)
@@ -110,7 +111,7 @@ def neuron_pruner(
       w_FD,
       moment.around(layer["mlp"]["down"]),
       fraction,
-      matter_OO=(matter or {}).get(f"{name}/mlp/down"),
+      matter_OO=matter.get(f"{name}/mlp/down"),
     )
     return _without_inputs(site, layer, new_FD, moment.mean_I)
 
