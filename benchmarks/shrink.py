@@ -59,15 +59,15 @@ def measure(rounds: int, multiple: int) -> dict:
   config = get_config()
   params = _pruned(_init(config, VOCAB), np.random.default_rng(0))
   small = shrink(config, params, multiple=multiple)
-  twin = config_lib.dense_twin(config)
-  dense = _init(twin, VOCAB)
+  baseline = config_lib.dense_baseline(config)
+  dense = _init(baseline, VOCAB)
   arrays = {"dense": dense, "shrunk": small.params}
   by_shape = []
   for shape in SHAPES:
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, VOCAB, shape, dtype=np.int32)
     models = {
-      "dense": _programs(twin, dense, tokens),
+      "dense": _programs(baseline, dense, tokens),
       "shrunk": _programs(
         small.config, small.params, np.asarray(small.cut.token_map)[tokens]
       ),

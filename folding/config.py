@@ -841,14 +841,14 @@ def unshrunk(config: Config) -> Config:
   return dataclasses.replace(config, model=model, fold=fold)
 
 
-def dense_twin(config: Config) -> Config:
+def dense_baseline(config: Config) -> Config:
   """Returns the resolved config of the dense baseline of a run."""
   return resolve(dataclasses.replace(unshrunk(config), dense=True))
 
 
 def is_whole(config: Config) -> bool:
   """Returns whether the arrays of a resolved config are those of its baseline."""
-  dense = dense_twin(config)
+  dense = dense_baseline(config)
   ours, whole = (layers_of(c.model, c.fold) for c in (config, dense))
   return ours == whole and not config.fold.embedding_rank
 

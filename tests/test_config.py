@@ -288,7 +288,7 @@ def test_config_of_an_old_run_names_the_commit_that_reads_it(tmp_path):
     c.load(str(path))
 
 
-def test_dense_twin_is_the_same_run_without_compression():
+def test_dense_baseline_is_the_same_run_without_compression():
   config = make_config(
     seed=5,
     pretrained="x",
@@ -298,23 +298,23 @@ def test_dense_twin_is_the_same_run_without_compression():
     compress__prune="magnitude",
     model__mlp_width=72,
   )
-  twin = c.dense_twin(config)
-  assert _decided(twin) == PRESETS["none"]
-  assert twin.fpp.score == "movement"  # statistics of the same kind
+  dense = c.dense_baseline(config)
+  assert _decided(dense) == PRESETS["none"]
+  assert dense.fpp.score == "movement"  # statistics of the same kind
   resolved = c.resolve(config)
   for section in ("seed", "task", "data", "model", "train", "mesh"):
-    assert getattr(twin, section) == getattr(resolved, section)
-  assert c.dense_twin(twin) == twin == c.dense_twin(resolved)
+    assert getattr(dense, section) == getattr(resolved, section)
+  assert c.dense_baseline(dense) == dense == c.dense_baseline(resolved)
 
 
-def test_dense_twin_has_the_heads_and_neurons_before_a_shrink():
+def test_dense_baseline_has_the_heads_and_neurons_before_a_shrink():
   config = make_config(
     model__heads=((0, 1),) * 4,
     model__mlp_width=(7, 8, 8, 8),
     model__dense_mlp_width=9,
     fold__values="dense",
   )
-  model = c.dense_twin(config).model
+  model = c.dense_baseline(config).model
   assert (model.heads, model.mlp_width, model.dense_mlp_width) == (
     None,
     9,
@@ -381,7 +381,7 @@ REFUSED = {
     "1 or more",
     {"model__mlp_width": (1,) * 4},
   ),
-  "narrower_twin": (
+  "narrower_baseline": (
     {"model__mlp_width": (9,) * 4, "model__dense_mlp_width": 8},
     "exceeds",
     {"model__dense_mlp_width": 9},

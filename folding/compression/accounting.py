@@ -96,13 +96,13 @@ def account(
       parameters[g]["stored"] += values
       sizes[g]["stored"] += value_bytes
       sizes[g]["masks"] += mask_bytes
-    twin = roles.get(_role(name))
+    baseline = roles.get(_role(name))
     layers.append(
       {
         "path": name,
         "group": group,
         "shape": list(w.shape),
-        "dense": 0 if twin is None else int(twin.size),
+        "dense": 0 if baseline is None else int(baseline.size),
         "stored": values,
         "zeros": 1 - values / w.size if w.size else 0.0,
       }

@@ -52,7 +52,7 @@ def compress(
   if not config_lib.is_whole(loaded.config):
     raise ConfigError("this model is folded or shrunk; give the dense one")
   config = dataclasses.replace(
-    config_lib.dense_twin(loaded.config), dense=False
+    config_lib.dense_baseline(loaded.config), dense=False
   )
   config = compress_lib.recipe(config, saving)
   # At once: there are no steps in which FPP could prune.

@@ -68,7 +68,7 @@ def export_hf(
   # Heads that share keys have values of their own beside a diagonal W_V; the
   # dense form then repeats the keys.
   m = dataclasses.replace(
-    config_lib.dense_twin(loaded.config).model,
+    config_lib.dense_baseline(loaded.config).model,
     mlp_width=width,
     num_kv_heads=params["blocks_0"]["attn"]["k"]["kernel"].shape[1],
   )

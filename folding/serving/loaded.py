@@ -314,7 +314,7 @@ def sizes(loaded: Loaded) -> dict[str, int]:
   if isinstance(loaded.tokenizer, MappedTokenizer):
     rows = loaded.tokenizer.plain_size
   dense = make_model(
-    config_lib.dense_twin(loaded.config), rows, len(loaded.labels)
+    config_lib.dense_baseline(loaded.config), rows, len(loaded.labels)
   )
   found = account(loaded.params, param_shapes(dense))["bytes"]["overall"]
   return {

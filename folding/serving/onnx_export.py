@@ -118,7 +118,7 @@ def require_onnx() -> None:
 
 def _description(loaded: Loaded, tokenizer: Tokenizer) -> hf_config.Description:
   """Returns the content of config.json, with sizes of the dense baseline."""
-  m = config_lib.dense_twin(loaded.config).model
+  m = config_lib.dense_baseline(loaded.config).model
   try:
     family = hf_config.family_of(m, len(loaded.labels))
   except ConfigError:

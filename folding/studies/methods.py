@@ -91,7 +91,7 @@ def smaller(base: Config, level: float) -> Edits:
   Raises:
     ConfigError: there is no such model.
   """
-  dense = config_lib.dense_twin(config_lib.resolve(base))
+  dense = config_lib.dense_baseline(config_lib.resolve(base))
   full = dense.model
   head_dim, mlp_width = full.head_dim, full.mlp_width
   if dense.pretrained is not None:

@@ -77,8 +77,8 @@ def _row(trial: Trial, results: dict[str, dict[str, Any]]) -> Row:
   parts = [result]
   if trial.start is not None and trial.start.name in results:
     parts.append(results[trial.start.name])
-  twin = dataclasses.replace(trial, method=DENSE, level=None)
-  dense = results.get(twin.name)
+  baseline = dataclasses.replace(trial, method=DENSE, level=None)
+  dense = results.get(baseline.name)
   metric = config_lib.quality(trial.config())
   quality = result["test"][metric]
   stored = result["parameters"]["overall"]["stored"]

@@ -328,7 +328,7 @@ def measure(
     batches: Calibration text.
     matter: `sensitivities`.
   """
-  dense = config_lib.dense_twin(config)
+  dense = config_lib.dense_baseline(config)
   stream, options = embed_batches(dense, params, batches), {}
   is_open = (
     config.fpp.embedding_granularity == "rank"
@@ -378,7 +378,7 @@ class _Trial(NamedTuple):
   @property
   def dense(self) -> Block:
     """The dense layer."""
-    return make_block(config_lib.dense_twin(self.config), self.n)
+    return make_block(config_lib.dense_baseline(self.config), self.n)
 
   def error(self, block: Block, params: Any, roles: Sequence[str]) -> float:
     """Returns the error of another layer on the same input.

@@ -242,7 +242,7 @@ def _compress(config, dense, batches, usage_V, matter) -> Compressed:
     classes = np.shape(dense.get("head", {}).get("kernel"))[-1:]
     model = make_model(config, size, *classes)
     prune_layer = neuron_pruner(config, param_shapes(model), dense, matter)
-  if prune_layer or config.fold != config_lib.dense_twin(config).fold:
+  if prune_layer or config.fold != config_lib.dense_baseline(config).fold:
     params, report = fold_pretrained(
       config,
       dense,
@@ -416,7 +416,9 @@ def dense_start(
     ConfigError: see `read_source`; or an array does not fit.
   """
   model = make_model(
-    config_lib.dense_twin(config), data.tokenizer.plain_size, data.num_classes
+    config_lib.dense_baseline(config),
+    data.tokenizer.plain_size,
+    data.num_classes,
   )
   tokens = np.zeros((1, config.data.length), np.int32)
   drawn = jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
@@ -620,7 +622,7 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   else:
     params, dense = (
       param_shapes(make_model(each, size, data.num_classes))
-      for each in (config, config_lib.dense_twin(config))
+      for each in (config, config_lib.dense_baseline(config))
     )
     fraction = embedding_fraction(make_rules(config, params, dense))
   if not fraction:

@@ -20,7 +20,7 @@ import rich.progress
 
 from folding.compression import lowrank
 from folding.compression.shrink import make_cut
-from folding.config import Config, Layer, ModelConfig, dense_twin, layers_of
+from folding.config import Config, Layer, ModelConfig, dense_baseline, layers_of
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.models.attention import attention_logits, layer_frequencies
@@ -100,7 +100,7 @@ def fold_pretrained(
   Args:
     config: Resolved; `config.fold` sets the folding of each layer, and
       `config.model.heads` its heads.
-    params: Parameters of `dense_twin(config)`, NumPy or JAX arrays. Entries
+    params: Parameters of `dense_baseline(config)`, NumPy or JAX arrays. Entries
       other than blocks are passed through.
     batches: {"tokens": int[B, L], optionally "mask": bool[B, L], True at
       tokens, and "segments" of pairs}. Some thousands of tokens, more than twice
@@ -125,7 +125,7 @@ def fold_pretrained(
   """
   require_pairs(config)
   matter = matter or {}
-  folded, report, dense = dict(params), [], dense_twin(config)
+  folded, report, dense = dict(params), [], dense_baseline(config)
   batches = list(batches)
   dense_stream = embed_batches(dense, params, batches)
   stream = dense_stream  # the same object until something is folded
@@ -406,7 +406,7 @@ def fold_layer(
   has_prior = layer.values == "dense"
   wanted = target
   if not has_prior:
-    dense = make_block(dense_twin(config), n)
+    dense = make_block(dense_baseline(config), n)
     wanted = look_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
   data = (*stream, *_fit_data(m, "o", stream, wanted))
   attn["o"], figures["attention_r2"] = _refit(
@@ -442,7 +442,7 @@ def _fold_attention(
     matter_DD: As for `fold_layer`.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
-  dense = make_block(dense_twin(config), n)
+  dense = make_block(dense_baseline(config), n)
   if layer.heads != dense.layer.heads:
     seen = input_moments(dense, old, stream, ("o",))["o"]
     old = {**old, "attn": keep_heads(old["attn"], seen, layer.heads)[0]}

@@ -197,7 +197,7 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
     },
   }
   for name, each in (
-    ("dense", config_lib.dense_twin(config)),
+    ("dense", config_lib.dense_baseline(config)),
     ("compressed", config),
   ):
     program = make_program(each, mesh)
@@ -374,7 +374,7 @@ def _compiled(
   """Returns the figures of `measure`, without "fits", of a whole program."""
   config, teacher = program.config, None
   if config.distill.is_used or config.task == "embed":
-    dense = config_lib.dense_twin(config)
+    dense = config_lib.dense_baseline(config)
     teacher = make_model(dense, config.data.vocab_size, _num_outputs(config))
   step = program.step(is_mask_update=is_mask_update, teacher=teacher)
   batch, constants = _inputs(program, teacher)

@@ -47,7 +47,7 @@ def sensitivities(
   Returns:
     {path of W_O, W_down or the embedding of tokens: float64[D, D]}.
   """
-  dense = config_lib.dense_twin(config)
+  dense = config_lib.dense_baseline(config)
   if "head" not in params and config.task != "lm":
     dense = dataclasses.replace(dense, task="embed")
   dense.model.scan_layers = False  # errors are added by the path of a layer

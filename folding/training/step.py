@@ -16,7 +16,7 @@ from folding import paths
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.sites import Rule, make_sites
-from folding.config import Config, DistillConfig, dense_twin, unshrunk
+from folding.config import Config, DistillConfig, dense_baseline, unshrunk
 from folding.errors import ConfigError
 from folding.models.transformer import (
   Block,
@@ -147,7 +147,7 @@ class Program:
     plain_size = plain_size or vocab_size
     make = functools.partial(make_model, num_classes=num_classes)
     self.model = make(config, vocab_size)
-    self.dense_params = param_shapes(make(dense_twin(config), plain_size))
+    self.dense_params = param_shapes(make(dense_baseline(config), plain_size))
     before = param_shapes(make(unshrunk(config), plain_size))
     self.rules = make_rules(config, before, self.dense_params)
     after = param_shapes(self.model)

@@ -142,7 +142,7 @@ def test_account_compares_layers_with_the_array_of_their_role():
   assert len(layers) == 5
 
 
-def test_account_of_an_array_without_twin_has_no_dense_size():
+def test_account_of_an_array_without_baseline_has_no_dense_size():
   small = _small()
   small["attn"]["frequency"] = np.ones(3)  # of a folded layer
   found = accounting.account(small, _dense(), GROUPS)["layers"]
@@ -163,7 +163,7 @@ def test_account_refuses_trees_of_other_paths(params, dense, message):
     accounting.account(params, dense)
 
 
-def test_account_takes_shapes_of_a_bfloat16_twin():
+def test_account_takes_shapes_of_a_bfloat16_baseline():
   def make():
     return jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), _dense())
 

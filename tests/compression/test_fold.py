@@ -1,4 +1,4 @@
-"""Folded models against their unfolded twins, and `fold` against `unfold`."""
+"""Folded models against their dense baselines, and `fold` against `unfold`."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def _params(model, seed=0):
   return _random_like(shapes["params"], seed)
 
 
-_JITTED = {}  # the dense twin of many cases is the same model
+_JITTED = {}  # the dense baseline of many cases is the same model
 
 
 def _logits(model, params):
@@ -77,10 +77,10 @@ _CASES = {
 }
 
 
-def _assert_same_logits(folded, params, dense, twin):
+def _assert_same_logits(folded, params, dense, baseline):
   shapes = jax.eval_shape(dense.init, jax.random.key(0), _TOKENS)["params"]
-  assert jax.tree.map(jnp.shape, twin) == jax.tree.map(jnp.shape, shapes)
-  found, expected = _logits(folded, params), _logits(dense, twin)
+  assert jax.tree.map(jnp.shape, baseline) == jax.tree.map(jnp.shape, shapes)
+  found, expected = _logits(folded, params), _logits(dense, baseline)
   # Float32 sums in another order: some 1e-6 of the largest logit.
   scale = np.abs(expected).max()
   np.testing.assert_allclose(found, expected, atol=1e-5 * scale, rtol=0)
@@ -91,12 +91,12 @@ def test_unfold_gives_the_same_logits_and_fold_undoes_it(name):
   model_config, options = _CASES[name]
   folded = _model(model_config, **options)
   params = _params(folded)
-  twin = unfold(params)
-  _assert_same_logits(folded, params, _model(model_config), twin)
+  baseline = unfold(params)
+  _assert_same_logits(folded, params, _model(model_config), baseline)
   options = {"groups": 0, "values": "dense"} | options
-  _assert_bit_equal(fold(twin, **options), params)
+  _assert_bit_equal(fold(baseline, **options), params)
   _assert_bit_equal(fold(params, **options), params)
-  _assert_bit_equal(unfold(twin), twin)
+  _assert_bit_equal(unfold(baseline), baseline)
 
 
 @pytest.mark.parametrize("values", [("diagonal", "dense"), "diagonal"])
@@ -133,15 +133,15 @@ def test_unfold_finds_layers_in_lists():
 
 
 @pytest.mark.parametrize("role", ["q", "v"])
-def test_logits_of_a_changed_twin_differ(role):
+def test_logits_of_a_changed_baseline_differ(role):
   """Negative control of `_assert_same_logits`."""
   model_config, options = _CASES["paper"]
   folded, dense = _model(model_config, **options), _model(model_config)
   params = _params(folded)
-  twin = unfold(params)
-  kernel = twin["blocks_0"]["attn"][role]["kernel"]
-  twin["blocks_0"]["attn"][role]["kernel"] = kernel.at[0].add(0.01)
-  found, expected = _logits(folded, params), _logits(dense, twin)
+  baseline = unfold(params)
+  kernel = baseline["blocks_0"]["attn"][role]["kernel"]
+  baseline["blocks_0"]["attn"][role]["kernel"] = kernel.at[0].add(0.01)
+  found, expected = _logits(folded, params), _logits(dense, baseline)
   assert np.abs(found - expected).max() > 3e-5 * np.abs(expected).max()
 
 
@@ -159,8 +159,8 @@ def test_unfold_copies_no_array_outside_a_folded_projection():
   model = _model(config, values=("dense", "diagonal"))
   params = paths.flatten(_params(model))
   tree = traverse_util.unflatten_dict(params, sep="/")
-  twin = paths.flatten(unfold(tree))
-  moved = {n for n in twin if twin[n] is not params.get(n)}
+  baseline = paths.flatten(unfold(tree))
+  moved = {n for n in baseline if baseline[n] is not params.get(n)}
   assert moved == {f"blocks_1/attn/v/{a}" for a in ("kernel", "bias")}
 
 
@@ -168,11 +168,11 @@ def test_unfold_of_missing_values_is_the_identity():
   model_config = ModelConfig(**_SHAPE)
   folded = _model(model_config, values="identity", groups=2)
   params = _params(folded)
-  twin = unfold(params)
-  value = twin["blocks_0"]["attn"]["v"]["kernel"]
+  baseline = unfold(params)
+  value = baseline["blocks_0"]["attn"]["v"]["kernel"]
   np.testing.assert_array_equal(value.reshape(16, 16), np.eye(16))
-  _assert_same_logits(folded, params, _model(model_config), twin)
-  _assert_bit_equal(fold(twin, groups=2, values="identity"), params)
+  _assert_same_logits(folded, params, _model(model_config), baseline)
+  _assert_bit_equal(fold(baseline, groups=2, values="identity"), params)
   _assert_bit_equal(fold(params, groups=2, values="diagonal"), params)
 
 
@@ -192,9 +192,9 @@ def _pairs(**fields):
 @pytest.mark.parametrize("fields", [{"qkv_bias": True}, {"rope_share": 0.25}])
 def test_unfold_puts_pairs_at_their_frequencies(fields):
   model_config, params, frequencies, options = _pairs(**fields)
-  twin = unfold(params, frequencies)
+  baseline = unfold(params, frequencies)
   folded, dense = _model(model_config, **options), _model(model_config)
-  _assert_same_logits(folded, params, dense, twin)
+  _assert_same_logits(folded, params, dense, baseline)
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,9 @@ def test_shrink_removes_silent_units_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_shrink_twice_is_shrink_once_and_keeps_the_twin(name):
+def test_shrink_twice_is_shrink_once_and_keeps_the_baseline(name):
   config, _, small = _case(name)
-  assert c.dense_twin(small.config) == c.dense_twin(config)
+  assert c.dense_baseline(small.config) == c.dense_baseline(config)
   again = shrink(small.config, small.params)
   assert again.config == small.config
   assert again.cut.is_empty
@@ -124,7 +124,7 @@ def test_shrink_twice_is_shrink_once_and_keeps_the_twin(name):
   quieter["blocks_1"]["mlp"]["down"]["kernel"][4] = 0
   again = shrink(small.config, quieter).config
   assert again.model.dense_mlp_width == config.model.mlp_width
-  assert c.dense_twin(again) == c.dense_twin(config)
+  assert c.dense_baseline(again) == c.dense_baseline(config)
 
 
 def test_unshrunk_has_all_neurons_heads_and_diagonals():

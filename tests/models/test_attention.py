@@ -195,11 +195,11 @@ def test_parameters_are_float32_with_x64():
 def test_dense_layer_equals_flax_multi_head_attention():
   module, _ = make_layer(positions="none", causal=False)
   params, x = randomized(module), normal(9, B, L, D)
-  twin = nn.MultiHeadDotProductAttention(H)
+  reference = nn.MultiHeadDotProductAttention(H)
   names = {"query": "q", "key": "k", "value": "v", "out": "o"}
   weights = {theirs: params[ours] for theirs, ours in names.items()}
   out = jax.jit(module.apply)({"params": params}, x)
-  expected = jax.jit(twin.apply)({"params": weights}, x)
+  expected = jax.jit(reference.apply)({"params": weights}, x)
   np.testing.assert_allclose(out, expected, rtol=0, atol=10 * TOLERANCE)
 
 

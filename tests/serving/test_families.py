@@ -65,7 +65,7 @@ def test_family_is_folded_exported_and_generates(family, tmp_path):
   small = folding.compress(dense, texts, saving=0.25)
   layers, whole = (
     c.layers_of(one.model, one.fold)
-    for one in (small.config, c.dense_twin(small.config))
+    for one in (small.config, c.dense_baseline(small.config))
   )
   assert layers != whole
 

@@ -51,7 +51,10 @@ def count(tree):
 def saved(config, base):
   """Returns the fraction of the base's dense parameters that a run saves."""
   found = shapes(config)
-  own_dense, dense = shapes(c.dense_twin(config)), shapes(c.dense_twin(base))
+  own_dense, dense = (
+    shapes(c.dense_baseline(config)),
+    shapes(c.dense_baseline(base)),
+  )
   rules, leaves = make_rules(config, found, own_dense), paths.flatten(found)
   zeros = 0
   for site in make_sites(rules, found):
@@ -79,7 +82,7 @@ def test_methods_of_one_size_fold_alone_or_do_nothing():
   d, heads, layers = 64, 8, 2
   folded = layers * (2 * (d * d - d * heads) + d * d - d)
   biases = layers * 2 * (d - heads)  # of W_Q and W_K are folded as well
-  dense = count(shapes(c.dense_twin(base)))
+  dense = count(shapes(c.dense_baseline(base)))
   found = saved(make_config("fold", "lm", 0.0), base) * dense
   assert folded <= round(found) <= folded + biases + layers * d
 

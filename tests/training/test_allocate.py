@@ -39,7 +39,7 @@ def _config(kind="bert", **fpp):
 
 def _trained(config, flat_layers=()):
   """Returns parameters; layers in `flat_layers` hardly write anything."""
-  model = make_model(c.dense_twin(config), V, num_classes=3)
+  model = make_model(c.dense_baseline(config), V, num_classes=3)
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, L), int))
   rng = np.random.default_rng(0)
 
@@ -273,7 +273,7 @@ def test_sensitivities_foretell_the_change_of_the_output(name, task):
   rng = np.random.default_rng(2)
   batches = [{"tokens": rng.integers(0, V, (400, 1)).astype(np.int32)}]
   matter = sensitivities(config, params, batches)[name]
-  model = make_model(c.dense_twin(config), V, num_classes=3)
+  model = make_model(c.dense_baseline(config), V, num_classes=3)
   apply = jax.jit(model.apply)
 
   def output(error):
@@ -389,7 +389,7 @@ def test_allocation_loses_less_than_equal_layers():
       np.asarray(make_model(cfg, V, 3).apply({"params": p}, tokens))
       for cfg, p in (
         (folded_config, folded),
-        (c.dense_twin(config), params),
+        (c.dense_baseline(config), params),
       )
     )
     return np.square(ours - dense).mean() / dense.var()

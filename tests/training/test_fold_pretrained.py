@@ -67,7 +67,7 @@ def _batches(count, seed=0, rows=16):
 @functools.cache
 def _dense(kind):
   """Returns parameters none of which has a value that hides it."""
-  model = make_model(c.dense_twin(_config(kind)), V, num_classes=3)
+  model = make_model(c.dense_baseline(_config(kind)), V, num_classes=3)
   tokens = jnp.zeros((1, L), jnp.int32)
   params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
   rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def _logits(config, params, seed=9):
 
 
 def _error(config, params, kind):
-  dense = _logits(c.dense_twin(config), _dense(kind))
+  dense = _logits(c.dense_baseline(config), _dense(kind))
   return np.square(_logits(config, params) - dense).mean() / dense.var()
 
 
@@ -126,7 +126,7 @@ def test_all_channels_of_a_head_lose_nothing(kind):
   config = _config(kind, groups=K)
   params, report = _fold(config, kind)
   _assert_fits(config, params)
-  dense = _logits(c.dense_twin(config), _dense(kind))
+  dense = _logits(c.dense_baseline(config), _dense(kind))
   # Folding rounds kernels once more, and each layer some sums.
   np.testing.assert_allclose(
     _logits(config, params), dense, atol=2e-4 * np.abs(dense).max()
@@ -220,7 +220,7 @@ def test_fold_layer_fits_w_o_beside_folded_values_to_its_own_input(
   old = _dense("gpt2")["blocks_0"]
   stream = lib.embed_batches(config, _dense("gpt2"), _batches(4))
   dense_stream = stream._replace(x=[-2 * x for x in stream.x])
-  block = lib.make_block(c.dense_twin(config), 0)
+  block = lib.make_block(c.dense_baseline(config), 0)
   kernels = []
   for other in (stream, dense_stream):
     target = lib.look_all(block, old, other, lib.STREAMS)
@@ -295,7 +295,7 @@ def _streams(config, params, batches):
 def test_refit_is_the_least_error_and_holds_on_new_text():
   config = _config("gpt2", groups=1, values="diagonal")
   params, [report, _] = _fold(config, "gpt2", batches=16)
-  dense = c.dense_twin(config)
+  dense = c.dense_baseline(config)
 
   def errors(params, batches):
     """Returns the shares that are wrong after attention and at the end."""

@@ -303,7 +303,7 @@ def test_overall_is_the_fraction_saved_at_the_end(model, fpp):
   )
   params = optax.apply_updates(params, updates)
   stored = sum(np.count_nonzero(x) for x in jax.tree.leaves(params))
-  dense = tiny.shapes(c.dense_twin(config))
+  dense = tiny.shapes(c.dense_baseline(config))
   total = sum(x.size for x in jax.tree.leaves(dense))
   # Each site falls short of its target by less than one of its units: a
   # weight, an embedding's row of 32, or a neuron of 3 x 32 weights, 2 biases.

@@ -72,7 +72,7 @@ def test_arguments_are_state_and_batch_of_one_device(config, found):
 
 
 def test_flops_of_a_step_are_those_of_its_products(config, found):
-  dense = tiny.shapes(c.dense_twin(config))
+  dense = tiny.shapes(c.dense_baseline(config))
   tokens = 16 * 8 / 8  # per device
   products = sum(w.size for n, w in paths.flatten(dense).items() if w.ndim > 1)
   # Forward, and backward to inputs and weights: 6 per weight and token.
@@ -99,7 +99,7 @@ def test_teacher_adds_two_bytes_per_dense_parameter(config, found):
     config, pretrained="DENSE", distill=c.DistillConfig(logits=0.5)
   )
   taught = plan_lib.plan(taught, plan_lib.find_devices("cpu-8"))
-  params = tiny.shapes(c.dense_twin(config))
+  params = tiny.shapes(c.dense_baseline(config))
   places = sharding.tree_shardings(sharding.make_mesh(config.mesh), params)
   shapes = [
     where.shard_shape(w.shape)
@@ -177,7 +177,7 @@ def test_scratch_memory_leaves_out_the_donated_state(config, compiled):
   devices = plan_lib.find_devices("cpu-8")
   for size, missing in ((112, 0), (111, 1)):
     here = devices._replace(gib=size / plan_lib.GIB)
-    found = plan_lib.plan(c.dense_twin(config), here)["dense"]["step"]
+    found = plan_lib.plan(c.dense_baseline(config), here)["dense"]["step"]
     assert found == {
       "fits": not missing,
       "missing": missing,
@@ -209,7 +209,7 @@ def test_compiler_out_of_memory_is_an_answer(
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
   devices = plan_lib.find_devices("cpu-8")._replace(gib=1.0)
-  found = plan_lib.plan(c.dense_twin(config), devices)
+  found = plan_lib.plan(c.dense_baseline(config), devices)
   step = found["dense"]["step"]
   assert (step["fits"], step["error"]) == (False, reason)
   if missing is None:
@@ -378,11 +378,11 @@ def test_vocabulary_is_that_of_the_tokenizer(config, tmp_path, compiled):
   named = dataclasses.replace(
     config, data=dataclasses.replace(config.data, tokenizer=str(path))
   )
-  named = c.dense_twin(named)
+  named = c.dense_baseline(named)
   found = plan_lib.plan(named, plan_lib.find_devices("cpu-8"))
   without = sum(
     w.size
-    for name, w in paths.flatten(tiny.shapes(c.dense_twin(config))).items()
+    for name, w in paths.flatten(tiny.shapes(c.dense_baseline(config))).items()
     if name != "embed/embedding"
   )
   assert found["dense"]["parameters"] == without + 310 * 32

@@ -205,8 +205,8 @@ def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
   embedding = that.like.params["embed"]["embedding"]
   assert embedding.shape == (258 - 180 + 1, 16)
   assert that.config.fold.values == "identity"
-  # Both are measured against the same twin, and hold the same numbers but for
-  # the 16 of the diagonal of W_V.
+  # Both are measured against the same dense baseline and store the same
+  # parameters, except the 16 of the diagonal of W_V.
   for group, counts in before["parameters"].items():
     gone = 16 if group in ("qkv", "overall") else 0
     found = after["parameters"][group]

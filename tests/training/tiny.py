@@ -61,7 +61,7 @@ class Tiny(NamedTuple):
 def make(values: c.Config) -> Tiny:
   """Builds the model, the rules and the optimizer of a config."""
   model = make_model(values, VOCAB, num_classes=3)
-  params, dense = shapes(values), shapes(c.dense_twin(values))
+  params, dense = shapes(values), shapes(c.dense_baseline(values))
   rules = optimizer.make_rules(values, params, dense)
   return Tiny(values, model, rules, optimizer.make_optimizer(values, rules))
 
@@ -77,7 +77,7 @@ _shapes_of = functools.cache(param_shapes)  # many configs have the same model
 def rules_of(values: c.Config) -> dict[str, tuple[float, str]]:
   """Returns {matched parameter: (target, granularity)}."""
   params = shapes(values)
-  dense = shapes(c.dense_twin(values))
+  dense = shapes(c.dense_baseline(values))
   rules = optimizer.make_rules(values, params, dense)
   return {
     site.name: (rules[site.rule].target, rules[site.rule].granularity)
