@@ -429,7 +429,11 @@ class Attention(nn.Module):
       return linear_attention.attend_checked(
         x, causal=c.causal, tolerance=TOLERANCE
       )
-    if has_length and length > blocks.SIZE:
+    if has_length and length > min(blocks.SIZES.values()):
+      if q.shape[-1] == 1:
+        # As in unfolded projections, which leaves the logits as they are. TPUs
+        # do not multiply matrices if they sum over one number, and are slower.
+        q, k = jnp.repeat(q, 2, axis=-1), jnp.repeat(k, 2, axis=-1)
       return blocks.attend_by_blocks(
         functools.partial(
           _block_logits,

@@ -7,6 +7,7 @@ memory is linear in the sequence length. Pairs that a causal mask or a window
 hides are skipped.
 
 The loops run over blocks of positions; batch and heads keep their sharding.
+Blocks are small enough for the caches of a CPU, and larger elsewhere.
 
 References: Dao et al., "FlashAttention: Fast and Memory-Efficient Exact
   Attention with IO-Awareness", 2022; Rabe and Staats, "Self-attention Does Not
@@ -21,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-SIZE = 256  # most positions of a block
+# Most positions of a block, by platform. docs/experiments.md has times.
+SIZES = {"cpu": 128, "default": 512}
 
 
 class Keys(NamedTuple):
@@ -43,39 +45,49 @@ class Keys(NamedTuple):
 Logits = Callable[..., Float[Array, "B H L M"]]
 
 
-class _Blocks(NamedTuple):
-  """The static part of the computation.
-
-  Attributes:
-    logits: Returns the logits of a block of queries and a block of keys.
-    size: L, positions per block.
-    number: N.
-    causal: Whether a query sees no later key.
-    window: A query sees keys at distances below it; None: at all distances.
-  """
+class _Options(NamedTuple):
+  """The static arguments of `attend_by_blocks`."""
 
   logits: Logits
-  size: int
-  number: int
   causal: bool
   window: int | None
+
+
+class _Blocks(NamedTuple):
+  """How a sequence is cut.
+
+  Attributes:
+    options: Of the attention.
+    size: L, positions per block.
+    number: N.
+  """
+
+  options: _Options
+  size: int
+  number: int
 
   def range(self, i: Array) -> tuple[Array | int, Array | int]:
     """Returns the first block of keys that block i of queries sees, and the end."""
     first, end = 0, self.number
-    if self.window is not None:
+    if self.options.window is not None:
       # The nearest positions of blocks d apart are (d - 1) L + 1 apart.
-      far = (self.window - 2) // self.size + 1
+      far = (self.options.window - 2) // self.size + 1
       first, end = jnp.maximum(i - far, 0), jnp.minimum(i + far + 1, end)
-    return first, (i + 1 if self.causal else end)
+    return first, (i + 1 if self.options.causal else end)
 
 
 class _Sums(NamedTuple):
-  """Softmax sums over the keys so far, divided by e^top."""
+  """What queries have of all keys.
 
-  out_BHLr: Float[Array, "B H L r"]
-  norm_BHL: Float[Array, "B H L"]
-  top_BHL: Float[Array, "B H L"]
+  Attributes:
+    out_BLHr: Means of the values, weighted by attention.
+    top_BLH: Largest logits.
+    share_BLH: 1 / the sums of e^(logit - top).
+  """
+
+  out_BLHr: Float[Array, "*N B L H r"]
+  top_BLH: Float[Array, "*N B L H"]
+  share_BLH: Float[Array, "*N B L H"]
 
 
 def attend_by_blocks(
@@ -99,17 +111,7 @@ def attend_by_blocks(
     causal: Whether `logits` hides later keys.
     window: `logits` hides keys at this distance and beyond; None: no window.
   """
-  length = q_BLHG.shape[1]
-  count = -(-length // SIZE)
-  size = -(-length // count)
-  if count * size > length and keys.mask_BM is None and not causal:
-    keys = keys._replace(mask_BM=jnp.ones((1, length), bool))
-  q_NBLHG, keys = cut((q_BLHG, keys), count)
-  blocks = _Blocks(logits, size, count, causal, window)
-  out_NBLHr: Any = _attend(blocks, q_NBLHG, keys, biases)
-  out_BNLHr = jnp.moveaxis(out_NBLHr, 0, 1)
-  shape = out_BNLHr.shape
-  return out_BNLHr.reshape(shape[0], -1, *shape[3:])[:, :length]
+  return _attend(_Options(logits, causal, window), q_BLHG, keys, biases)
 
 
 def cut(tree: Any, count: int) -> Any:
@@ -128,54 +130,109 @@ def cut(tree: Any, count: int) -> Any:
   return jax.tree.map(cut_array, tree)
 
 
+def whole(tree: Any, length: int) -> Any:
+  """Returns arrays [count, B, L, ...] as [B, length, ...], without padding."""
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+  return jax.tree.map(join, tree)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks: _Blocks, q_NBLHG, keys: Keys, biases):
-  return _forward(blocks, q_NBLHG, keys, biases)[0]
+def _attend(options: _Options, q_BLHG, keys: Keys, biases):
+  return _forward(options, q_BLHG, keys, biases)[0]
 
 
-def _forward(blocks: _Blocks, q_NBLHG, keys: Keys, biases):
+def _forward(options: _Options, q_BLHG, keys: Keys, biases):
   """Returns the output, and what `_backward` needs."""
+  sums: Any = _by_platform(_sums, options, q_BLHG, keys, biases)
+  out_BLHr = sums.out_BLHr.astype(keys.v_BMIr.dtype)
+  return out_BLHr, (q_BLHG, keys, biases, sums)
+
+
+def _backward(options: _Options, saved, d_out_BLHr):
+  """Returns the gradients of queries, keys, values and biases."""
+  return _by_platform(_gradients, options, *saved, d_out_BLHr)
+
+
+def _by_platform(function, options: _Options, q_BLHG, keys: Keys, *args):
+  """Returns what a function computes in blocks of a size for the platform."""
+
+  def sized(most):
+    length = q_BLHG.shape[1]
+    count = -(-length // most)
+    size = -(-length // count)
+
+    def call(q_BLHG, keys, *args):
+      if count * size > length and keys.mask_BM is None and not options.causal:
+        keys = keys._replace(mask_BM=jnp.ones((1, length), bool))
+      return function(_Blocks(options, size, count), q_BLHG, keys, *args)
+
+    return call
+
+  return jax.lax.platform_dependent(
+    q_BLHG, keys, *args, **{name: sized(n) for name, n in SIZES.items()}
+  )
+
+
+def _sums(blocks: _Blocks, q_BLHG, keys: Keys, biases) -> _Sums:
+  """Returns the sums over all keys."""
+  length = q_BLHG.shape[1]
+  q_NBLHG, keys = cut((q_BLHG, keys), blocks.number)
 
   def attend_block(inputs):
     q_BLHG, i = inputs
     B, L, H, _ = q_BLHG.shape
+    r = keys.v_BMIr.shape[-1]
 
-    def add(j, sums: _Sums) -> _Sums:
+    def add(j, sums):
+      """Adds block j of the keys to sums of values and 1, divided by e^top."""
+      sum_BHLr, top_BHL = sums
       keys_j = _block(keys, j)
       logits_BHLM = _logits(blocks, q_BLHG, keys_j, biases, (i, j))
-      top_BHL = jnp.maximum(sums.top_BHL, logits_BHLM.max(-1))
-      scale_BHL = jnp.exp(sums.top_BHL - top_BHL)
-      att_BHLM = jnp.exp(logits_BHLM - top_BHL[..., None])
-      out_BHLr = _weigh(att_BHLM, keys_j.v_BMIr)
-      return _Sums(
-        scale_BHL[..., None] * sums.out_BHLr + out_BHLr,
-        scale_BHL * sums.norm_BHL + att_BHLM.sum(-1),
-        top_BHL,
-      )
+      new_BHL = jnp.maximum(top_BHL, logits_BHLM.max(-1))
+      att_BHLM = jnp.exp(logits_BHLM - new_BHL[..., None])
+      # The norm is one more value: a sum over keys is slow on TPUs, a product
+      # of matrices fast.
+      one = [(0, 0)] * (keys_j.v_BMIr.ndim - 1) + [(0, 1)]
+      v_BMIr = jnp.pad(keys_j.v_BMIr, one, constant_values=1)
+      scale_BHL1 = jnp.exp(top_BHL - new_BHL)[..., None]
+      return scale_BHL1 * sum_BHLr + _weigh(att_BHLM, v_BMIr), new_BHL
 
-    r = keys.v_BMIr.shape[-1]
-    none = _Sums(
-      jnp.zeros((B, H, L, r), jnp.float32),
-      jnp.zeros((B, H, L), jnp.float32),
+    none = (
+      jnp.zeros((B, H, L, r + 1), jnp.float32),
       jnp.full((B, H, L), -jnp.inf, jnp.float32),
     )
-    sums = jax.lax.fori_loop(*blocks.range(i), add, none)
-    return sums._replace(out_BHLr=sums.out_BHLr / sums.norm_BHL[..., None])
+    sum_BHLr, top_BHL = jax.lax.fori_loop(*blocks.range(i), add, none)
+    share_BHL1 = 1 / sum_BHLr[..., r:]
+    found = (share_BHL1 * sum_BHLr[..., :r], top_BHL, share_BHL1[..., 0])
+    return _Sums(*(x.swapaxes(1, 2) for x in found))
 
   sums = jax.lax.map(attend_block, (q_NBLHG, jnp.arange(blocks.number)))
-  out_NBLHr = sums.out_BHLr.swapaxes(2, 3).astype(keys.v_BMIr.dtype)
-  return out_NBLHr, (q_NBLHG, keys, biases, sums)
+  return whole(sums, length)
 
 
-def _backward(blocks: _Blocks, saved, d_out_NBLHr):
+def _gradients(
+  blocks: _Blocks, q_BLHG, keys: Keys, biases, sums: _Sums, d_out_BLHr
+):
   """Returns the gradients of queries, keys, values and biases."""
-  q_NBLHG, keys, biases, sums = saved
-  d_out_NBHLr = d_out_NBLHr.swapaxes(2, 3).astype(jnp.float32)
+  length = q_BLHG.shape[1]
+  d_out_BLHr = d_out_BLHr.astype(jnp.float32)
   # The gradient of the logits is p (dp - mean of dp), p = softmax(logits).
-  mean_NBHL = (d_out_NBHLr * sums.out_BHLr).sum(-1)
+  mean_BLH = (d_out_BLHr * sums.out_BLHr).sum(-1)
+  # Padded queries have a share of 0.
+  q_NBLHG, keys, sums, d_out_NBLHr, mean_NBLH = cut(
+    (q_BLHG, keys, sums, d_out_BLHr, mean_BLH), blocks.number
+  )
 
   def add_block(total, inputs):
-    q_BLHG, i, sums, d_out_BHLr, mean_BHL = inputs
+    q_BLHG, i, sums, d_out_BLHr, mean_BLH = inputs
+    top_BHL1, share_BHL1, mean_BHL1 = (
+      x.swapaxes(1, 2)[..., None]
+      for x in (sums.top_BLH, sums.share_BLH, mean_BLH)
+    )
 
     def add(j, total):
       d_q, d_k, d_v, d_biases = total
@@ -187,11 +244,10 @@ def _backward(blocks: _Blocks, saved, d_out_NBLHr):
         q_BLHG,
         keys_j.k_BMJG,
       )
-      att_BHLM = jnp.exp(logits_BHLM - sums.top_BHL[..., None])
-      att_BHLM /= sums.norm_BHL[..., None]
+      att_BHLM = share_BHL1 * jnp.exp(logits_BHLM - top_BHL1)
       _, pull_out = jax.vjp(_weigh, att_BHLM, keys_j.v_BMIr)
-      d_att_BHLM, d_v_j = pull_out(d_out_BHLr)
-      d_logits_BHLM = att_BHLM * (d_att_BHLM - mean_BHL[..., None])
+      d_att_BHLM, d_v_j = pull_out(d_out_BLHr.swapaxes(1, 2))
+      d_logits_BHLM = att_BHLM * (d_att_BHLM - mean_BHL1)
       d_q_j, d_k_j = pull_logits(d_logits_BHLM)
 
       def pull_biases(d_logits_HLM):
@@ -224,13 +280,14 @@ def _backward(blocks: _Blocks, saved, d_out_NBLHr):
   zeros = _zeros((keys.k_BMJG, keys.v_BMIr, rows))
   indices_N = jnp.arange(blocks.number)
   (d_k, d_v, d_biases), d_q = jax.lax.scan(
-    add_block, zeros, (q_NBLHG, indices_N, sums, d_out_NBHLr, mean_NBHL)
+    add_block, zeros, (q_NBLHG, indices_N, sums, d_out_NBLHr, mean_NBLH)
   )
+  d_q, d_k, d_v = whole((d_q, d_k, d_v), length)
   d_keys = Keys(
     d_k.astype(keys.k_BMJG.dtype), d_v.astype(keys.v_BMIr.dtype), None
   )
   d_biases = jax.tree.map(lambda x: x.sum(0), d_biases)
-  return d_q.astype(q_NBLHG.dtype), d_keys, d_biases
+  return d_q.astype(q_BLHG.dtype), d_keys, d_biases
 
 
 _attend.defvjp(_forward, _backward)
@@ -252,7 +309,7 @@ def _logits(blocks: _Blocks, q_BLHG, keys: Keys, biases, pair) -> Array:
   i, j = pair
   at_L = jnp.arange(blocks.size)
   query_L, key_M = i * blocks.size + at_L, j * blocks.size + at_L
-  return blocks.logits(q_BLHG, query_L, keys, key_M, biases)
+  return blocks.options.logits(q_BLHG, query_L, keys, key_M, biases)
 
 
 def _weigh(

@@ -23,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from folding.models import chebyshev
+from folding.models import blocks, chebyshev
 
 _MASKED = -1e30  # logit of a hidden key
 _FLOOR = -1e29  # smallest running maximum: e^(_MASKED - _FLOOR) is 0
 _BLOCK = 4096  # positions times heads per scan step; fits a processor's cache
-_EXACT = 2**21  # logits per step of exact attention
 _CHUNK = 64  # positions
 
 _stop = jax.lax.stop_gradient
@@ -214,12 +213,10 @@ def attend_checked(
   def linear(x, num_nodes):
     return attend_linear(x, causal=causal, num_nodes=num_nodes, span=span)
 
-  def exact(x):
-    return _output(_attend_exact(_scale(x, span), causal=causal), x)
-
   branches = [functools.partial(linear, num_nodes=n) for n in num_nodes]
+  branches.append(functools.partial(_attend_exact, causal=causal))
   first = jnp.where(is_enough.any(), is_enough.argmax(), len(num_nodes))
-  return jax.lax.switch(first, [*branches, exact], x)
+  return jax.lax.switch(first, branches, x)
 
 
 def init_state(
@@ -294,8 +291,7 @@ def _scale(x: Inputs, span: Span) -> _Scaled:
   # Shifting all keys shifts all logits of a row, which softmax ignores.
   t_BHL -= ((span.t_low + span.t_high) / 2)[..., None]
   v_BHLK = _repeat(x.v_BLIK.astype(jnp.float32), num_heads).swapaxes(1, 2)
-  slopes_H = jnp.zeros(num_heads) if x.slopes_H is None else x.slopes_H
-  return _Scaled(s_BHL, t_BHL, v_BHLK, slopes_H.astype(jnp.float32), _mask(x))
+  return _Scaled(s_BHL, t_BHL, v_BHLK, _slopes(x), _mask(x))
 
 
 def _clip(x_BHL: Array, low_BH: Array, high_BH: Array) -> Array:
@@ -482,31 +478,32 @@ def _attend_all(x: _Scaled, grid: _Grid) -> Array:
   return _divide(found)[:, :, 0]
 
 
-def _attend_exact(x: _Scaled, *, causal: bool) -> Array:
-  """Returns dense attention, some queries at a time: O(L) memory."""
-  B, H, M = x.t_BHL.shape
-  chunk = min(M, max(1, _EXACT // (B * H * M)))
-  num_chunks = -(-M // chunk)
+def _attend_exact(x: Inputs, *, causal: bool) -> Array:
+  """Returns dense attention in blocks: O(L^2) time, O(L) memory."""
 
-  @jax.checkpoint
-  def attend(queries):
-    s_BHCL, at_L = queries
-    distance_LM = at_L[:, None] - jnp.arange(M, dtype=jnp.float32)[None]
-    is_seen_LM = distance_LM >= 0 if causal else distance_LM < M
-    near = _attend_near(
-      s_BHCL,
-      x.t_BHL[:, :, None],
-      x.v_BHLK[:, :, None],
-      _alibi(x.slopes_H, distance_LM),
-      is_seen_LM[None, None, None] & x.mask_BL[:, None, None, None],
-    )
-    return _divide(near)
+  def logits(q_BLHG, query_L, keys: blocks.Keys, key_M, slopes_H):
+    logits_BHLM = jnp.einsum("BLHG,BMHG->BHLM", q_BLHG, keys.k_BMJG)
+    distance_LM = query_L[:, None] - key_M[None]
+    logits_BHLM += _alibi(slopes_H, distance_LM.astype(jnp.float32))[None]
+    is_seen = (distance_LM >= 0)[None] if causal else jnp.ones((1, 1, 1), bool)
+    if keys.mask_BM is not None:
+      is_seen &= keys.mask_BM[:, None]
+    return jnp.where(is_seen[:, None], logits_BHLM, _MASKED)
 
-  queries = (
-    _cut(x.s_BHL, 2, num_chunks, 1, chunk),
-    jnp.arange(num_chunks * chunk, dtype=jnp.float32).reshape(-1, chunk),
+  s_BLH, t_BLH = _logit_factors(x)
+  # TPUs do not multiply matrices if they sum over one number, and are slower.
+  q_BLHG, k_BLHG = (jnp.stack([a, a], -1) for a in (s_BLH / 2, t_BLH))
+  keys = blocks.Keys(k_BLHG, x.v_BLIK, x.mask_BL)
+  return blocks.attend_by_blocks(
+    logits, q_BLHG, keys, _slopes(x), causal=causal, window=None
   )
-  return _whole(jax.lax.map(attend, queries), M)
+
+
+def _slopes(x: Inputs) -> Array:
+  """Returns the slopes in float32, 0 without positions."""
+  if x.slopes_H is None:
+    return jnp.zeros(x.q_BLH.shape[2], jnp.float32)
+  return x.slopes_H.astype(jnp.float32)
 
 
 def _alibi(slopes_H, distance_LM) -> Array:

@@ -31,7 +31,7 @@ def results(module, params, x, keep, size):
 
   function = jax.jit(jax.value_and_grad(output, argnums=(0, 1), has_aux=True))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(blocks, "SIZE", size)
+    patch.setattr(blocks, "SIZES", {"default": size})
     program = function.trace(params, x)
     (_, out), gradients = program.lower().compile()(params, x)
   loops = str(program.jaxpr).count("scan[")
@@ -103,7 +103,7 @@ def attend(q, keys, config, slopes=None):
 
 @pytest.fixture
 def small(monkeypatch):
-  monkeypatch.setattr(blocks, "SIZE", SIZE)
+  monkeypatch.setattr(blocks, "SIZES", {"default": SIZE})
 
 
 def test_blocks_equal_loops_in_float64(small):
@@ -174,9 +174,13 @@ def test_long_sequences_have_no_array_of_all_logits():
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(shapes, x)
     return max(jaxprs.sizes(program.jaxpr))
 
-  assert largest() <= max(B * length * D, B * H * blocks.SIZE**2)
+  assert largest() <= max(
+    B * length * D, B * H * max(blocks.SIZES.values()) ** 2
+  )
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(blocks, "SIZE", length)  # all at once: the test can see
+    patch.setattr(
+      blocks, "SIZES", {"default": length}
+    )  # all at once: the test can see
     assert largest() == B * H * length**2
 
 
@@ -190,5 +194,5 @@ def test_prefill_of_a_long_prompt_equals_the_whole(monkeypatch):
     return np.asarray(out)[keep]
 
   whole = prefill()
-  monkeypatch.setattr(blocks, "SIZE", SIZE)
+  monkeypatch.setattr(blocks, "SIZES", {"default": SIZE})
   np.testing.assert_allclose(prefill(), whole, rtol=0, atol=TOLERANCE)

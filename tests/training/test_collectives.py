@@ -151,7 +151,7 @@ def compiled_step(mesh, **fields):
 def test_attention_in_blocks_moves_no_more_than_the_whole(monkeypatch):
   mesh = sharding.make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
   whole = compiled_step(mesh)
-  monkeypatch.setattr(blocks, "SIZE", tiny.LENGTH // 2)
+  monkeypatch.setattr(blocks, "SIZES", {"default": tiny.LENGTH // 2})
   cut = compiled_step(mesh)
   assert cut.count(" while(") > whole.count(" while(")
   largest, largest_cut = (dict(sorted(moved(text))) for text in (whole, cut))
