@@ -27,8 +27,9 @@ from folding.models import blocks, chebyshev
 
 _MASKED = -1e30  # logit of a hidden key
 _FLOOR = -1e29  # smallest running maximum: e^(_MASKED - _FLOOR) is 0
-_BLOCK = 4096  # positions times heads per scan step; fits a processor's cache
-_CHUNK = 64  # positions
+# Positions per chunk, and positions times heads per scan step, by platform: these
+# fit the cache of a CPU.
+_SIZES = {"cpu": (64, 4096), "default": (256, 16384)}
 
 _stop = jax.lax.stop_gradient
 
@@ -147,7 +148,7 @@ def attend_linear(
   *,
   causal: bool,
   num_nodes: int,
-  chunk: int = _CHUNK,
+  chunk: int | None = None,
   span: Span | None = None,
 ) -> Float[Array, "B L H K"]:
   """Returns softmax(sqrt(K) q k - slope |i - j|) v in O(L) time and memory.
@@ -164,7 +165,7 @@ def attend_linear(
     x: Queries, keys and values.
     causal: Whether later keys are hidden.
     num_nodes: N, a multiple of 16.
-    chunk: Positions per chunk; attention inside a chunk is exact.
+    chunk: Positions per chunk, in which attention is exact; None: by platform.
     span: Queries and keys outside are clipped to it; None: measured.
   """
   if span is None:
@@ -213,8 +214,12 @@ def attend_checked(
   def linear(x, num_nodes):
     return attend_linear(x, causal=causal, num_nodes=num_nodes, span=span)
 
-  branches = [functools.partial(linear, num_nodes=n) for n in num_nodes]
-  branches.append(functools.partial(_attend_exact, causal=causal))
+  exact = functools.partial(_attend_exact, causal=causal)
+  branches = [
+    *(functools.partial(linear, num_nodes=n) for n in num_nodes),
+    # A conditional stores what the backward pass needs of each branch.
+    jax.checkpoint(exact),
+  ]
   first = jnp.where(is_enough.any(), is_enough.argmax(), len(num_nodes))
   return jax.lax.switch(first, branches, x)
 
@@ -241,7 +246,7 @@ def init_state(
 
 
 def extend(
-  state: PastState, x: Inputs, *, chunk: int = _CHUNK
+  state: PastState, x: Inputs, *, chunk: int | None = None
 ) -> tuple[PastState, Float[Array, "B L H K"]]:
   """Returns the state after L more positions, and their causal attention.
 
@@ -251,7 +256,7 @@ def extend(
   Args:
     state: From `init_state`, or from here.
     x: Queries, keys and values of the new positions.
-    chunk: Positions per chunk.
+    chunk: Positions per chunk; None: by platform.
   """
   span = state.span
   grid = _make_grid(span, state.sums.norm.shape[2])
@@ -515,8 +520,30 @@ def _scan(
   x: _Scaled,
   grid: _Grid,
   *,
-  chunk: int,
+  chunk: int | None,
   is_strict: bool = False,
+) -> tuple[Sums, Sums]:
+  """Returns `_scan_chunks` with chunks of a size for the platform."""
+  sizes = _SIZES
+  if chunk is not None:
+    sizes = {"default": (chunk, _SIZES["cpu"][1])}
+  scans = {
+    name: functools.partial(
+      _scan_chunks, chunk=each, block=block, is_strict=is_strict
+    )
+    for name, (each, block) in sizes.items()
+  }
+  return jax.lax.platform_dependent(past, x, grid, **scans)
+
+
+def _scan_chunks(
+  past: Sums,
+  x: _Scaled,
+  grid: _Grid,
+  *,
+  chunk: int,
+  block: int,
+  is_strict: bool,
 ) -> tuple[Sums, Sums]:
   """Returns the past after all positions, and their causal sums.
 
@@ -528,12 +555,13 @@ def _scan(
     x: The sequences.
     grid: The nodes.
     chunk: Positions per chunk.
+    block: Positions times heads per step of the scan.
     is_strict: Whether a position is hidden from itself.
   """
   B, H, length = x.s_BHL.shape
   chunk = min(chunk, length)
   num_chunks = -(-length // chunk)
-  num_blocks = -(-num_chunks // max(1, _BLOCK // (B * H * chunk)))
+  num_blocks = -(-num_chunks // max(1, block // (B * H * chunk)))
   C = -(-num_chunks // num_blocks)
   blocks = (
     # Padded queries repeat the last one: 0 may be outside the nodes' range,
