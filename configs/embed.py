@@ -8,7 +8,7 @@ the embedding, by how far the vectors move. All tokens stay. Then the model lear
 vectors of the checkpoint on the text.
 
   folding train --config=configs/embed.py:PATH --workdir=RUN \
-    --config.data.path=FILE        (.txt, a text a line, or .jsonl)
+    --config.data.path=FILE        (.txt with one text per line, or .jsonl)
   folding encode RUN texts.txt --output=vectors.npy
 
 With --config.data.sts=FILE.tsv (score, sentence1, sentence2) the rank correlation

@@ -92,7 +92,12 @@ _NEW_FOLDER = _argument(
 @_verb(
   "train a run, or resume it",
   _CONFIG,
-  _argument("--workdir", "of the run", metavar="DIR", required=True),
+  _argument(
+    "--workdir",
+    "run directory; the same command resumes the run in it",
+    metavar="DIR",
+    required=True,
+  ),
 )
 def train(args: argparse.Namespace) -> None:
   """Trains a run, or resumes it, and writes its report."""
@@ -143,11 +148,11 @@ def report(args: argparse.Namespace) -> None:
   "evaluate the best checkpoint of a run",
   _RUN,
   _argument(
-    "--split", "of the data", choices=("valid", "test"), default="test"
+    "--split", "split of the data", choices=("valid", "test"), default="test"
   ),
 )
 def evaluate(args: argparse.Namespace) -> None:
-  """Prints the figures of a run's best checkpoint on a split, as JSON."""
+  """Prints the metrics of a run's best checkpoint on a split, as JSON."""
   from folding.training import loop
 
   print(json.dumps(loop.evaluate_run(args.run, args.split)))
@@ -286,8 +291,8 @@ def study(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--dtype",
-    "of the stored arrays (default: as they are; hf, onnx: float32); int8 is "
-    "for onnx",
+    "dtype of the stored arrays (default: as they are; hf, onnx: float32); int8 "
+    "is for onnx",
     choices=("float32", "bfloat16", "int8"),
   ),
 )
@@ -333,7 +338,7 @@ def export(args: argparse.Namespace) -> None:
     metavar="FILE",
   ),
   _argument(
-    "--format", "of the output", choices=("tsv", "jsonl"), default="tsv"
+    "--format", "format of the output", choices=("tsv", "jsonl"), default="tsv"
   ),
   _argument(
     "--batch-size",
@@ -344,7 +349,7 @@ def export(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--pairs",
-    "a Hugging Face checkpoint reads pairs (runs and exports know)",
+    "the Hugging Face checkpoint reads pairs (runs and exports know)",
     action="store_true",
   ),
 )
@@ -427,7 +432,7 @@ def encode(args: argparse.Namespace) -> None:
   _MODEL,
   _argument(
     "--prompt",
-    "may be repeated (default: begin a new document)",
+    "text to continue; may be repeated (default: begin a new document)",
     metavar="TEXT",
     action="append",
   ),
@@ -441,7 +446,7 @@ def encode(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--temperature",
-    "0: always the likeliest token",
+    "0: always the likeliest token; higher: more random",
     metavar="X",
     type=float,
     default=0.8,
@@ -455,10 +460,10 @@ def encode(args: argparse.Namespace) -> None:
     metavar="X",
     type=float,
   ),
-  _argument("--seed", "of sampling", metavar="N", type=int, default=0),
+  _argument("--seed", "seed of sampling", metavar="N", type=int, default=0),
   _argument(
     "--cache",
-    "keep all keys, or, with fold.groups=1, a state that does not grow",
+    "a KV cache, or, with fold.groups=1, a state that does not grow",
     choices=("keys", "linear"),
     default="keys",
   ),
@@ -580,7 +585,8 @@ def _no_backend() -> str | None:
     said = one_line(error) or "it found no such device"
     return (
       f"JAX cannot start with JAX_PLATFORMS={platforms}: {said}; unset "
-      "JAX_PLATFORMS, or install '.[cuda]' or '.[tpu]' where there is a device"
+      "JAX_PLATFORMS, or install 'folding-jax[cuda]' or 'folding-jax[tpu]' on a "
+      "machine with such a device"
     )
   return None
 

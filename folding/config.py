@@ -69,8 +69,8 @@ class DataConfig:
 
   name: str = "python_stdlib"  # "python_stdlib" or a TFDS name ("glue/sst2")
   path: str | None = None  # a local file or folder; overrides `name`
-  # Where TFDS keeps prepared data, and the tokens of large text are; None: its
-  # default, and beside the text.
+  # Folder of data that TFDS prepares, and of the tokens of large text. None: the
+  # folder of TFDS, and beside the text.
   dir: str | None = None
   # A column, or two of pairs. None: "text", a usual pair such as
   # ("sentence1", "sentence2"), "sentence", or the only one.
@@ -81,12 +81,13 @@ class DataConfig:
   valid_fraction: Fraction = 0.1  # for sources without a validation split
   test_fraction: Fraction = 0.1  # for sources without a test split
   tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json
-  # Of a newly trained BPE tokenizer.
+  # Tokens of a newly trained BPE tokenizer.
   vocab_size: Annotated[int, Range(1, 2**24)] = 1024
   length: Count = 128  # L, tokens per example; longer texts are cut or packed
   batch_size: Count = 32  # B, examples over all processes
   eval_batch_size: Count = 64
-  max_bytes: Natural | None = None  # of train; valid, test: 1/8; None: all
+  # Bytes of text to train on; an eighth for valid and for test. None: all.
+  max_bytes: Natural | None = None
   # Pairs with scores, on which task "embed" is evaluated too: a .tsv with the
   # columns "score", "sentence1" and "sentence2".
   sts: str | None = None
@@ -124,17 +125,20 @@ class ModelConfig:
 
   num_layers: Few = 4  # N
   width: Count = 128  # D
-  embed_width: Natural = 0  # of embeddings that are projected to D; 0: D, none
+  # Width of embeddings that are projected to D; 0: D, without a projection.
+  embed_width: Natural = 0
   num_heads: Few = 16  # H
   num_kv_heads: Natural = 0  # J; 0: as many as heads
   head_dim: Natural = 0  # K; 0: width / num_heads
   mlp_width: PerLayer = 0  # F; 0: 4 D
-  dense_mlp_width: PerLayer | None = None  # before a shrink; None: mlp_width
+  # F before a shrink; None: mlp_width.
+  dense_mlp_width: PerLayer | None = None
   # Heads that a shrink has kept, per layer; None: all.
   heads: tuple[tuple[Natural, ...], ...] | None = None
   causal: bool = True
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-  # Of norms: before each branch, after each sum, or before and after each branch.
+  # Where the norms are: before each branch, after each sum, or before and after
+  # each branch.
   norm_position: Literal["pre", "post", "both"] = "pre"
   # With "pre": attention and the MLP of a layer read the same stream.
   parallel: bool = False
@@ -142,42 +146,45 @@ class ModelConfig:
   embed_norm: bool = False
   norm_epsilon: Positive = 1e-5
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
-  rope_base: Positive | tuple[Positive, ...] = 10000.0  # or one per layer
+  # Base of the rotations; for all layers, or one per layer.
+  rope_base: Positive | tuple[Positive, ...] = 10000.0
   # Slows rotations by a factor. (factor,): all of them. (factor, low, high,
   # length), as in Llama 3: those with fewer than `low` turns in `length` tokens;
   # those between `low` and `high` in proportion. None: none.
   rope_scaling: tuple[Positive, ...] | None = None
-  rope_share: Share = 1.0  # of the channels of a head that rotate
-  # Attend to so many last tokens; None: to all. Per layer, 0 is all.
+  rope_share: Share = 1.0  # fraction of a head's channels that rotate
+  # Number of last tokens to attend to; None: all. Per layer, 0 is all.
   window: Count | tuple[Natural, ...] | None = None
-  # Buckets of the distances that a bias per head depends on, as in T5 and MPNet.
-  # It starts at 0 and is not trained, so that the layers of a checkpoint keep
-  # sharing one. 0: none.
+  # Number of buckets of distances, each with a bias per head, as in T5 and MPNet.
+  # The bias starts at 0 and is not trained, so that the layers of a checkpoint
+  # keep sharing one. 0: no bias.
   relative_buckets: Literal[0, 32] = 0
   qk_norm: bool = False  # RMSNorm of the queries and keys of each head
-  # c: attention logits x become c tanh(x / c), as in Gemma 2; None: they stay.
+  # c: attention logits x become c tanh(x / c), as in Gemma 2. None: no cap.
   attention_cap: Positive | None = None
-  logit_cap: Positive | None = None  # the same of next-token logits
+  logit_cap: Positive | None = None  # the same for next-token logits
+  # "linear": in linear time, approximate; needs fold.groups=1.
   attention: Literal["dense", "linear"] = "dense"
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
   gated: bool = False  # multiply the MLP's hidden state by a gate
   use_bias: bool = True
-  qkv_bias: bool | None = None  # of W_Q, W_K, W_V; None: as use_bias
-  scale_embeddings: bool = False  # by the root of D, where tokens are read
+  qkv_bias: bool | None = None  # biases of W_Q, W_K, W_V; None: as use_bias
+  scale_embeddings: bool = False  # multiply token embeddings by sqrt(D)
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
   segments: Literal[0, 2] = 0  # rows of a segment embedding; pairs set it
-  pooling: Pooling = "mean"  # not for "lm"
+  pooling: Pooling = "mean"  # from tokens to a text; not for task "lm"
   normalize: bool = False  # vectors of task "embed" have length 1
   pooler: bool = False  # a dense layer and activation between pooling and head
   pooler_activation: Literal["tanh", "relu", "gelu"] = "tanh"
-  # A norm after it, as in ModernBERT: of the two layers only the head has a bias.
+  # A norm between pooler and head, as in ModernBERT; the pooler has no bias then.
   pooler_norm: bool = False
   dropout: Fraction = 0.0
   remat: bool = False  # recompute blocks in the backward pass
   # Compile consecutive layers that are alike once, as a loop. Dropout then draws
   # other masks.
   scan_layers: bool = False
-  dtype: Literal["float32", "bfloat16"] = "float32"  # of computation
+  # Of the computation; parameters are float32.
+  dtype: Literal["float32", "bfloat16"] = "float32"
 
   def check(self) -> None:
     """Raises `ConfigError` if two fields of a resolved config do not fit."""
@@ -206,7 +213,8 @@ class ModelConfig:
         raise ConfigError(f"model.{name} needs model.norm_position='pre'")
     if self.positions == "alibi" and self.relative_buckets:
       raise ConfigError(
-        "model.relative_buckets is beside ALiBi; use another model.positions"
+        "model.relative_buckets does not go with model.positions='alibi'; use "
+        "another one"
       )
     for name, value in (("rope_scaling", None), ("rope_share", 1.0)):
       if self.positions != "rope" and getattr(self, name) != value:
@@ -286,25 +294,30 @@ class FPPConfig:
   and embeddings k**embedding_share, that makes the whole model that much smaller.
   """
 
-  linear: Fraction | None = None  # of W_O, MLP and output head to zero
-  linear_layers: tuple[Fraction, ...] | None = None  # of W_O and MLP, per layer
-  embedding: Fraction | None = None  # of embeddings to zero
-  overall: Fraction | None = None  # of the whole model to save
-  embedding_share: NonNegative | None = None  # None: 0.2 lm, 1 classify
+  # Fraction of W_O, MLP and output head to zero.
+  linear: Fraction | None = None
+  # Fraction of W_O and MLP to zero, per layer.
+  linear_layers: tuple[Fraction, ...] | None = None
+  embedding: Fraction | None = None  # fraction of embeddings to zero
+  overall: Fraction | None = None  # fraction of the whole model to save
+  # None: 0.2 for task "lm", 1 for the others.
+  embedding_share: NonNegative | None = None
   score: Score = "relative"
-  granularity: Literal["weight", "neuron"] = "weight"  # of the MLP
-  # Of attention: W_O, all four matrices (by weight), whole heads, or nothing.
+  granularity: Literal["weight", "neuron"] = "weight"  # units of the MLP
+  # What to prune of attention: W_O, all four matrices (by weight), whole heads,
+  # or nothing.
   attention: Literal["output", "all", "heads", "none"] = "output"
   # How an embedding shrinks that is not the output layer too. "row": rows of tokens
   # become zero. "trim": tokens leave the tokenizer of a trained model, which splits
   # their words further. "rank": all tokens stay, with fewer numbers each.
   embedding_granularity: Literal["weight", "row", "trim", "rank"] = "weight"
-  begin: Fraction = 0.45  # of the steps: first mask update
-  end: Share = 0.9  # of the steps: last update
+  begin: Fraction = 0.45  # first mask update, as a fraction of the steps
+  end: Share = 0.9  # last mask update, as a fraction of the steps
   checks: Count = 30  # mask updates at most, after a first one at begin
-  patience: Natural = 1  # updates between suspecting and zeroing a weight
-  decay: Fraction = 0.9  # of the moving averages of the scores
-  tolerance: NonNegative | None = None  # verify: largest relative loss increase
+  patience: Natural = 1  # mask updates between freezing and zeroing a weight
+  decay: Fraction = 0.9  # decay of the moving averages of the scores
+  # Largest relative increase of the loss at a mask update; None: not measured.
+  tolerance: NonNegative | None = None
 
   @property
   def prunes(self) -> bool:
@@ -331,15 +344,17 @@ class FPPConfig:
 class CompressConfig:
   """How trained weights are folded; only for a run with `pretrained`."""
 
-  plan: Literal["same", "auto"] = "same"  # auto: per layer, by measured error
-  qkv: Fraction | None = None  # of a plan: W_Q, W_K, W_V to save at least
+  # "same": as `fold` and `fpp` say. "auto": chosen per layer by measured error.
+  plan: Literal["same", "auto"] = "same"
+  # Least fraction of W_Q, W_K and W_V that a plan saves; None: any.
+  qkv: Fraction | None = None
   # How a plan chooses the rank of an embedding. "share": the highest that saves the
   # embedding's share. "errors": by measured error, like ranks of layers.
   embedding: Literal["share", "errors"] = "share"
   # Prune by `fpp` before the first step, then train the remaining weights.
   prune: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
   calibration: Count = 512  # calibration texts (or windows)
-  fit_steps: Natural = 300  # per layer, to fit folded attention to dense
+  fit_steps: Natural = 300  # steps per layer to fit folded attention to dense
 
 
 @dataclasses.dataclass(slots=True)
@@ -348,8 +363,8 @@ class DistillConfig:
 
   # A run or a checkpoint. None: the model of `pretrained`, unless `dense`.
   teacher: str | None = None
-  logits: Share = 0.0  # of the loss
-  temperature: Positive = 2.0  # of both softmaxes
+  logits: Share = 0.0  # share of the teacher's logits in the loss
+  temperature: Positive = 2.0  # temperature of both softmaxes
   hidden: NonNegative = 0.0  # weight of the distance between layer outputs
   # Task "embed": weight of the similarities between the texts of a batch.
   pairs: NonNegative = 0.0
@@ -366,27 +381,29 @@ class TrainConfig:
 
   steps: Count = 1000
   accumulate: Count = 1  # micro-batches per step
-  learning_rate: Positive = 3e-3  # peak
-  warmup: Fraction = 0.05  # of the steps
-  final_learning_rate: NonNegative = 0.05  # of the peak, after the cosine
-  # The learning rate is multiplied by these; see docs/method.md.
-  qk_rate: Positive = 1.0  # of W_Q and W_K if folded
-  v_rate: Positive = 1.0  # of W_V if diagonal
-  slope_rate: Positive = 1.0  # of ALiBi's slopes, dense or folded
+  learning_rate: Positive = 3e-3  # peak of the schedule
+  warmup: Fraction = 0.05  # fraction of the steps
+  # Fraction of the peak that is left after the cosine.
+  final_learning_rate: NonNegative = 0.05
+  # Relative learning rate of W_Q and W_K if folded; see docs/method.md.
+  qk_rate: Positive = 1.0
+  v_rate: Positive = 1.0  # relative learning rate of W_V if diagonal
+  slope_rate: Positive = 1.0  # relative learning rate of ALiBi's slopes
   weight_decay: NonNegative = 0.05
   b1: Fraction = 0.9
   b2: Fraction = 0.98
   clip_norm: Positive = 1.0
   log_every: Count = 20
   eval_every: Count = 200  # steps between evaluations, which save a checkpoint
-  eval_batches: Count | None = None  # of valid, while training; None: all
+  # Batches of valid per evaluation while training; None: all.
+  eval_batches: Count | None = None
   metric: Metric | None = None  # chooses the best checkpoint; None: by task
-  # Zero neurons and heads leave the arrays, in training, whenever they hold this
-  # fraction of the parameters of the layers, and after the last mask update a
-  # tenth. Each time the step is compiled again. 0: they stay.
+  # Zero neurons and heads leave the arrays while training: after a mask update if
+  # they hold this fraction of the parameters of the layers, after the last one if
+  # they hold a tenth. Each time the step is compiled again. 0: they stay.
   compact: Fraction = 0.0
   tensorboard: bool = True
-  energy: str = ""  # country (ISO 3166, three letters) for an estimate
+  energy: str = ""  # estimate energy in this country (ISO 3166, three letters)
 
 
 @dataclasses.dataclass(slots=True)
@@ -636,8 +653,9 @@ class Config:
     is_by_row = f.embedding_granularity == "row"
     if is_by_neuron or is_by_row or f.attention == "heads":
       raise ConfigError(
-        "compress.prune goes by weight, 'sparsegpt' by neuron too; use that, "
-        "fpp.embedding_granularity='weight', 'trim' or 'rank', and not "
+        "compress.prune goes by weight, and 'sparsegpt' by neuron too; "
+        "use 'sparsegpt' or fpp.granularity='weight', with "
+        "fpp.embedding_granularity='weight', 'trim' or 'rank', and without "
         "fpp.attention='heads'"
       )
     is_input = self.fold.axis == "input" and f.attention == "all"

@@ -10,8 +10,8 @@ sets of its task as in from_scratch.py.
 Command: folding study \
            configs/studies/pretrained.py:CHECKPOINT,FOLDER,trec,subj,mr,sst2 \
            --workdir=DIR
-Time:    66 runs per data set; MiniLM (22.7 million parameters) takes two to six
-         minutes per run on two cores
+Time:    66 runs per data set; MiniLM takes two to six minutes per run on two
+         cores
 Expect:  at 70% `ours` loses about two points and `magnitude` about four
          (docs/experiments.md)
 """
@@ -37,8 +37,8 @@ _RECOVERY: Edits = {
 
 
 _PLANNED = Method(
-  "the plan of configs/pretrained.py: groups of W_Q and W_K, rank of W_V and W_O "
-  "and neurons of each layer, all removed before recovery",
+  "the plan of configs/pretrained.py: heads, groups of W_Q and W_K, rank of W_V "
+  "and W_O and neurons of each layer, all removed before recovery",
   lambda base, level: {
     "compress.plan": "auto",
     "compress.prune": "sparsegpt",

@@ -94,7 +94,8 @@ def empty_states(
   num_nodes = nodes_for(list(spans.values()), TOLERANCE)
   if num_nodes is None:
     raise ConfigError(
-      "the queries and keys of this model range too far for a constant state"
+      "the queries and keys of this model range too far for a constant state; "
+      "use a KV cache (--cache=keys)"
     )
   states: list[PastState | None] = [None] * model.config.num_layers
   for n, layer in layers(model).items():

@@ -42,8 +42,11 @@ def compress(
       too little, or no plan saves as much.
 
   Example:
+    from folding.serving.predict import predict
+
     small = folding.compress("org/model", texts, saving=0.5)
-    probabilities = folding.serving.predict.predict(small, ["a text"])
+    (found,) = predict(small, ["a text"])
+    print(found.label, found.probabilities)
   """
   require_several(texts)
   if not 0 < saving < 1:

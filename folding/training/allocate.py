@@ -247,7 +247,9 @@ def cheapest(
           price = (then.error - now.error) / (now.stored - then.stored)
           moves.append((price, key, j))
     if not moves:
-      raise ConfigError("no plan reaches the target; ask for less")
+      raise ConfigError(
+        "no plan reaches the target; lower fpp.overall (or compress.qkv)"
+      )
     _, key, j = min(moves)
     chosen[key] = j
   return chosen

@@ -66,7 +66,7 @@ def require_codecarbon() -> Any:
     import codecarbon  # pyright: ignore[reportMissingImports]
   except ImportError as error:
     raise ConfigError(
-      "train.energy needs CodeCarbon: pip install -e '.[energy]', or leave it "
-      "empty"
+      "train.energy needs CodeCarbon: pip install 'folding-jax[energy]', or leave "
+      "it empty"
     ) from error
   return codecarbon
