@@ -20,6 +20,19 @@ _RIDGE = 1e-6
 _RIDGES = tuple(10.0**n for n in range(-6, 3))  # `regress` chooses one
 
 
+class Moments(NamedTuple):
+  """E[a a'] and E[a] of the input of a module."""
+
+  second_II: Any
+  mean_I: Any
+
+  def around(self, projection: Mapping[str, Any]) -> Any:
+    """Returns the second moment, around a mean that a bias takes up."""
+    if "bias" not in projection:
+      return self.second_II
+    return self.second_II - np.outer(self.mean_I, self.mean_I)
+
+
 class FoldedHeads(NamedTuple):
   """Folded query and key projections.
 
@@ -266,8 +279,7 @@ class FoldedValues(NamedTuple):
 def fold_values(
   v: Projection,
   o: Mapping[str, Any],
-  moment: np.ndarray,
-  mean: np.ndarray,
+  moments: Moments,
   rank: int,
   *,
   matter_DD: np.ndarray | None = None,
@@ -286,23 +298,21 @@ def fold_values(
   Args:
     v: Dense, J heads; J divides H.
     o: "kernel" [H, K, D] and maybe "bias" [D], which takes up the means.
-    moment: [HK, HK], E[c c'] of the inputs of W_O.
-    mean: [HK], E[c].
+    moments: E[c c'] [HK, HK] and E[c] [HK] of the inputs of W_O.
     rank: r, at most K.
     matter_DD: F; an error e of the output counts as e F e'. None: the identity.
 
   Raises:
     ValueError: r is 0 or above K.
   """
-  [folded] = fold_ranks(v, o, moment, mean, [rank], matter_DD=matter_DD)
+  [folded] = fold_ranks(v, o, moments, [rank], matter_DD=matter_DD)
   return folded
 
 
 def fold_ranks(
   v: Projection,
   o: Mapping[str, Any],
-  moment: np.ndarray,
-  mean: np.ndarray,
+  moments: Moments,
   ranks: Iterable[int],
   *,
   matter_DD: np.ndarray | None = None,
@@ -311,8 +321,7 @@ def fold_ranks(
   a_EJK, o_HKD = _augmented(v), np.asarray(o["kernel"], np.float64)
   J, (H, K, D) = a_EJK.shape[1], o_HKD.shape
   R = H // J
-  moment = _around(o, moment, mean)
-  of_head = moment.reshape(H, K, H, K)
+  of_head = moments.around(o).reshape(H, K, H, K)
   matter_root = _root(np.eye(D) if matter_DD is None else matter_DD)[0]
   t_JKK = np.zeros((J, K, K))  # T; there may be fewer outputs than ranks
   for j in range(J):
@@ -329,63 +338,47 @@ def fold_ranks(
     t_JKr = t_JKK[:, :, :rank]
     new_v = np.einsum("EJK,JKr->EJr", a_EJK, t_JKr)
     mix = np.asarray(scipy.linalg.block_diag(*np.repeat(t_JKr, R, axis=0)))
-    new_o, wrong = _fit_output(o, moment, mean, mix, rank)
+    new_o, wrong = _fit_output(o, moments, mix, rank)
     yield FoldedValues(_split(new_v, v), new_o, wrong)
 
 
 def fit_heads(
-  o: Mapping[str, Any],
-  moment: np.ndarray,
-  mean: np.ndarray,
-  heads: Sequence[int],
+  o: Mapping[str, Any], moments: Moments, heads: Sequence[int]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Returns W_O for some of the heads, fitted to the output of all of them.
 
   Args:
     o: As for `fold_values`.
-    moment: As for `fold_values`.
-    mean: As for `fold_values`.
+    moments: As for `fold_values`.
     heads: The heads that stay, in order.
 
   Returns:
     ({"kernel": [heads, K, D] and maybe "bias" [D]}, `wrong` as in `FoldedValues`).
   """
   H, K, _ = o["kernel"].shape
-  moment = _around(o, moment, mean)
   mix = np.eye(H * K).reshape(H * K, H, K)[:, list(heads)]
-  return _fit_output(o, moment, mean, mix.reshape(H * K, -1), K)
-
-
-def _around(
-  o: Mapping[str, Any], moment: np.ndarray, mean: np.ndarray
-) -> np.ndarray:
-  """Returns the moment around the mean, if a bias of W_O takes up the mean."""
-  return moment - np.outer(mean, mean) if "bias" in o else moment
+  return _fit_output(o, moments, mix.reshape(H * K, -1), K)
 
 
 def _fit_output(
-  o: Mapping[str, Any],
-  moment: np.ndarray,
-  mean: np.ndarray,
-  mix: np.ndarray,
-  size: int,
+  o: Mapping[str, Any], moments: Moments, mix: np.ndarray, size: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Returns W_O for inputs c @ mix in place of c, and what its output lacks.
 
   Args:
     o: W_O for inputs c.
-    moment: [HK, HK], second moment of c, centred if W_O has a bias.
-    mean: [HK], E[c].
+    moments: Moments of c.
     mix: [HK, heads * size].
     size: Numbers per head of the new inputs.
   """
+  moment = moments.around(o)
   old = np.asarray(o["kernel"], np.float64).reshape(len(mix), -1)
   new = solve_ridge(mix.T @ moment @ mix, mix.T @ moment @ old)
   wrong = old - mix @ new
   kernel = new.reshape(-1, size, old.shape[1])
   new_o = {"kernel": kernel.astype(np.float32)}
   if "bias" in o:
-    new_o["bias"] = (o["bias"] + mean @ wrong).astype(np.float32)
+    new_o["bias"] = (o["bias"] + moments.mean_I @ wrong).astype(np.float32)
   return new_o, wrong
 
 

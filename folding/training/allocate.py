@@ -30,6 +30,7 @@ import numpy as np
 from folding import config as config_lib
 from folding import paths
 from folding.compression import lowrank, oneshot
+from folding.compression.lowrank import Moments
 from folding.config import Config
 from folding.errors import ConfigError
 from folding.models.params import group_of
@@ -39,7 +40,6 @@ from folding.training.fold_pretrained import (
   READS,
   STREAMS,
   Batch,
-  Moments,
   Stream,
   embed_batches,
   fold_layer,
@@ -512,10 +512,10 @@ def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
   for heads in _head_choices(attn, fitted, trial.matter["o"]):
     kept, lost = keep_heads(attn, fitted, heads)
     rows = np.repeat(np.isin(range(m.num_heads), heads), m.head_dim)
-    of_kept = fitted.second_II[rows][:, rows], fitted.mean_I[rows]
+    of_kept = Moments(fitted.second_II[rows][:, rows], fitted.mean_I[rows])
     ranks = _eighths(m.head_dim)
     folded = lowrank.fold_ranks(
-      kept["v"], kept["o"], *of_kept, ranks, matter_DD=trial.matter["o"]
+      kept["v"], kept["o"], of_kept, ranks, matter_DD=trial.matter["o"]
     )
     for rank, low in zip(ranks, folded, strict=True):
       wrong = lost.copy()

@@ -19,6 +19,7 @@ import rich.console
 import rich.progress
 
 from folding.compression import lowrank
+from folding.compression.lowrank import Moments
 from folding.compression.shrink import make_cut
 from folding.config import Config, Layer, ModelConfig, dense_baseline, layers_of
 from folding.data.trim import token_usage
@@ -336,19 +337,6 @@ def second_moment(a_BLF: jax.Array, b_BLE: jax.Array) -> jax.Array:
   return jnp.einsum("BLF,BLE->FE", a_BLF, b_BLE, precision="highest")
 
 
-class Moments(NamedTuple):
-  """E[a a'] and E[a] of the input of a module."""
-
-  second_II: Any
-  mean_I: Any
-
-  def around(self, projection: Params) -> Any:
-    """Returns the second moment, around a mean that a bias takes up."""
-    if "bias" not in projection:
-      return self.second_II
-    return self.second_II - np.outer(self.mean_I, self.mean_I)
-
-
 def input_moments(
   block: Block,
   params: Params,
@@ -468,7 +456,7 @@ def _fold_attention(
   if layer.value_dim < m.head_dim:
     seen = input_moments(whole, {**old, "attn": attn}, stream, ("o",))["o"]
     low = lowrank.fold_values(
-      attn["v"], attn["o"], *seen, layer.value_dim, matter_DD=matter_DD
+      attn["v"], attn["o"], seen, layer.value_dim, matter_DD=matter_DD
     )
     attn |= {"v": low.v, "o": low.o}
   return attn, figures
@@ -487,7 +475,7 @@ def keep_heads(
   Returns:
     (parameters, `wrong` of `lowrank.FoldedValues`).
   """
-  o, wrong = lowrank.fit_heads(attn["o"], *moments, heads)
+  o, wrong = lowrank.fit_heads(attn["o"], moments, heads)
   H, J = len(attn["o"]["kernel"]), attn["k"]["kernel"].shape[1]
   is_dead_H = ~np.isin(np.arange(H), heads)
   is_dead_J = is_dead_H.reshape(J, H // J).all(1)

@@ -11,6 +11,7 @@ import numpy as np
 
 from folding import paths
 from folding.compression import oneshot
+from folding.compression.lowrank import Moments
 from folding.compression.sites import Site, make_sites
 from folding.config import Config
 from folding.models.shrink import shrink
@@ -18,7 +19,6 @@ from folding.training.fold_pretrained import (
   READS,
   Batch,
   Matter,
-  Moments,
   Params,
   Prune,
   advance,

@@ -204,9 +204,8 @@ def _written(v, o, mixed):
 
 def _fold_values(v, o, mixed, rank, matter=None):
   c = _contexts(v, mixed).reshape(len(mixed), -1)
-  return lowrank.fold_values(
-    v, o, moment_of(c), c.mean(0), rank, matter_DD=matter
-  )
+  moments = lowrank.Moments(moment_of(c), c.mean(0))
+  return lowrank.fold_values(v, o, moments, rank, matter_DD=matter)
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
