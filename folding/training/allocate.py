@@ -35,28 +35,30 @@ from folding.config import Config
 from folding.errors import ConfigError
 from folding.models.params import group_of
 from folding.models.transformer import Block, make_model, param_shapes
-from folding.training.fold_pretrained import (
+from folding.training.fold_layer import (
+  fold_layer,
+  fold_logits,
+  head_moments,
+  keep_heads,
+)
+from folding.training.fold_pretrained import require_pairs
+from folding.training.sensitivity import MODULES
+from folding.training.stream import (
   OUTPUTS,
   READS,
   STREAMS,
   Batch,
   Stream,
   embed_batches,
-  fold_layer,
-  fold_logits,
   halves,
-  head_moments,
   input_moments,
-  keep_heads,
   layers_with_bar,
   look,
   look_all,
   make_block,
-  require_pairs,
   total,
   usage_of,
 )
-from folding.training.sensitivity import MODULES
 
 _FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
 KINDS = ("attn", "mlp", "embed")

@@ -15,18 +15,18 @@ from folding.compression.lowrank import Moments
 from folding.compression.sites import Site, make_sites
 from folding.config import Config
 from folding.models.shrink import shrink
-from folding.training.fold_pretrained import (
+from folding.training.fold_layer import Prune
+from folding.training.optimizer import make_rules
+from folding.training.sensitivity import Matter
+from folding.training.stream import (
   READS,
   Batch,
-  Matter,
   Params,
-  Prune,
   advance,
   embed_batches,
   input_moments,
   make_block,
 )
-from folding.training.optimizer import make_rules
 
 
 def prune_trained(

@@ -13,7 +13,7 @@ import numpy as np
 from folding import config as config_lib
 from folding.config import Config
 from folding.models.transformer import make_model
-from folding.training.fold_pretrained import (
+from folding.training.stream import (
   Batch,
   Stream,
   masks_of,
@@ -21,10 +21,12 @@ from folding.training.fold_pretrained import (
   total,
 )
 
+Matter = Mapping[str, np.ndarray]  # see `sensitivities`
+
 # Fraction of the mean eigenvalue of F that is added in all directions: the first
 # order misses some. 0.01, 0.1 and 1 make MiniLM at 70% equally accurate.
 _REST = 0.1
-MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `fold_pretrained.OUTPUTS`
+MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `stream.OUTPUTS`
 
 
 def sensitivities(

@@ -14,8 +14,10 @@ from folding import config as c
 from folding import errors, paths
 from folding.compression import fold, lowrank
 from folding.models.transformer import make_model, param_shapes
-from folding.training import allocate, fold_pretrained
+from folding.training import allocate
+from folding.training.fold_pretrained import fold_pretrained
 from folding.training.sensitivity import sensitivities
+from folding.training.stream import usage_of
 
 V, L, D, H, N = 40, 16, 32, 4, 3
 
@@ -190,7 +192,7 @@ def test_options_of_the_embedding_foretell_what_a_rank_loses():
   params, batches = _trained(config), _batches()
   options = _measure(config, params)[0, "embed"]
   assert [option.value for option in options] == [0, 32, 24, 16, 8]
-  usage_V = fold_pretrained.usage_of(batches, V)
+  usage_V = usage_of(batches, V)
   matter = sensitivities(config, params, batches)["embed"]
   whole_VD = params["embed"]["embedding"]
   for rank, stored, error in options[1:]:
@@ -383,7 +385,7 @@ def test_allocation_loses_less_than_equal_layers():
 
   def error(folded_config):
     """Returns the error of what is folded, on other text; nothing pruned."""
-    folded, _ = fold_pretrained.fold_pretrained(folded_config, params, batches)
+    folded, _ = fold_pretrained(folded_config, params, batches)
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, V, (32, L)))
     ours, dense = (
       np.asarray(make_model(cfg, V, 3).apply({"params": p}, tokens))

@@ -9,7 +9,8 @@ import pytest
 
 from folding import config as c
 from folding.models.transformer import Block
-from folding.training import fold_pretrained as lib
+from folding.training.fit_attention import fit_attention
+from folding.training.stream import Stream
 
 D, K, H, L = 16, 8, 2, 10
 _SIZES = {"num_layers": 1, "width": D, "num_heads": H, "mlp_width": 8}
@@ -42,7 +43,7 @@ def _texts(seed, count=8, rows=6):
   # Two directions stand out, as they do in what is trained.
   x[..., :2] *= 3
   kept = np.arange(L) < rng.integers(4, L + 1, (count, rows, 1))
-  return lib.Stream(list(map(jnp.asarray, x)), list(map(jnp.asarray, kept)))
+  return Stream(list(map(jnp.asarray, x)), list(map(jnp.asarray, kept)))
 
 
 def _weights(attn, x, keep):
@@ -81,9 +82,7 @@ def test_divergence_equals_numpy_and_falls_on_new_text():
   block, params, dense_block, dense = _bert()
   x, kept = _texts(0)
   begin, end = (
-    lib.fit_attention(
-      (block, params), (dense_block, dense), lib.Stream(x, kept), steps
-    )
+    fit_attention((block, params), (dense_block, dense), Stream(x, kept), steps)
     for steps in (0, 200)
   )
   # Of batches 0, 2, ... the rows 1, 3, ... are not fitted, of others the rest.
@@ -104,7 +103,7 @@ def test_divergence_equals_numpy_and_falls_on_new_text():
 
 def test_fit_changes_only_arrays_behind_the_logits():
   block, params, dense_block, dense = _bert()
-  fit = lib.fit_attention((block, params), (dense_block, dense), _texts(0), 5)
+  fit = fit_attention((block, params), (dense_block, dense), _texts(0), 5)
   assert set(fit.params) == set(params["attn"])
   for name in ("v", "o"):
     assert fit.params[name] is params["attn"][name]
@@ -116,15 +115,11 @@ def test_fit_is_never_worse_than_its_start():
   dense = _params(dense_block, 0)
   # Whole heads are there already, and the texts to fit are few.
   x, kept = _texts(0, count=1, rows=2)
-  fit = lib.fit_attention(
-    (block, dense), (dense_block, dense), lib.Stream(x, kept), 30
-  )
+  fit = fit_attention((block, dense), (dense_block, dense), Stream(x, kept), 30)
   assert fit.divergence <= 1e-6
   block, params, dense_block, dense = _bert()
   begin, end = (
-    lib.fit_attention(
-      (block, params), (dense_block, dense), lib.Stream(x, kept), steps
-    )
+    fit_attention((block, params), (dense_block, dense), Stream(x, kept), steps)
     for steps in (0, 300)
   )
   assert end.divergence <= begin.divergence
@@ -139,9 +134,7 @@ def test_fit_ignores_padding():
     for a, b, keep in zip(x, noise, kept, strict=True)
   ]
   fits = [
-    lib.fit_attention(
-      (block, params), (dense_block, dense), lib.Stream(text, kept), 20
-    )
+    fit_attention((block, params), (dense_block, dense), Stream(text, kept), 20)
     for text in (x, noisy)
   ]
   assert fits[0].divergence == fits[1].divergence
@@ -157,7 +150,7 @@ def test_fit_recovers_alibi_slopes():
   dense = _params(block, 0)
   slopes = dense["attn"]["log_slopes"]
   moved = {**dense, "attn": {**dense["attn"], "log_slopes": slopes + 0.7}}
-  fit = lib.fit_attention((block, moved), (block, dense), _texts(0), 400)
+  fit = fit_attention((block, moved), (block, dense), _texts(0), 400)
   np.testing.assert_allclose(fit.params["log_slopes"], slopes, atol=0.35)
 
 
@@ -166,7 +159,7 @@ def test_fit_keeps_rotary_frequencies():
   block, dense_block = _block(model, 2), _block(model, 0)
   params, dense = _params(block, 1), _params(dense_block, 0)
   begin, end = (
-    lib.fit_attention((block, params), (dense_block, dense), _texts(0), steps)
+    fit_attention((block, params), (dense_block, dense), _texts(0), steps)
     for steps in (0, 200)
   )
   assert end.divergence < 0.9 * begin.divergence

@@ -11,7 +11,9 @@ import pytest
 from folding import config as c
 from folding import errors, paths
 from folding.models.transformer import make_model
-from folding.training import fold_pretrained as lib
+from folding.training import stream as stream_lib
+from folding.training.fold_layer import fold_layer
+from folding.training.fold_pretrained import fold_pretrained
 
 N, D, K, V, L = 2, 16, 4, 30, 12
 _SIZES = {"num_layers": N, "width": D, "num_heads": D // K, "mlp_width": 24}
@@ -102,7 +104,7 @@ def _error(config, params, kind):
 
 def _fold(config, kind, batches=4, **options):
   batches = _batches(batches, **options)
-  return lib.fold_pretrained(config, _dense(kind), batches)
+  return fold_pretrained(config, _dense(kind), batches)
 
 
 def _shapes(config):
@@ -218,13 +220,13 @@ def test_fold_layer_fits_w_o_beside_folded_values_to_its_own_input(
 ):
   config = _config("gpt2", groups=0, values=values)
   old = _dense("gpt2")["blocks_0"]
-  stream = lib.embed_batches(config, _dense("gpt2"), _batches(4))
+  stream = stream_lib.embed_batches(config, _dense("gpt2"), _batches(4))
   dense_stream = stream._replace(x=[-2 * x for x in stream.x])
-  block = lib.make_block(c.dense_baseline(config), 0)
+  block = stream_lib.make_block(c.dense_baseline(config), 0)
   kernels = []
   for other in (stream, dense_stream):
-    target = lib.look_all(block, old, other, lib.STREAMS)
-    new, _ = lib.fold_layer(config, 0, old, stream, target=target)
+    target = stream_lib.look_all(block, old, other, stream_lib.STREAMS)
+    new, _ = fold_layer(config, 0, old, stream, target=target)
     kernels.append(new["attn"]["o"]["kernel"])
   # The dense W_O is refitted to the dense stream, to make up for layers below.
   assert np.array_equal(*kernels) == fits
@@ -280,11 +282,14 @@ def test_input_axis_folds_rows():
 
 def _streams(config, params, batches):
   """Returns tokens of the stream before, after attention, and at the end."""
-  x, kept = lib.embed_batches(config, params, batches)
+  x, kept = stream_lib.embed_batches(config, params, batches)
   parts = []
   for at in zip(x, kept, strict=True):
-    seen = lib.look(
-      lib.make_block(config, 0), params["blocks_0"], *at, names=("norm_mlp",)
+    seen = stream_lib.look(
+      stream_lib.make_block(config, 0),
+      params["blocks_0"],
+      *at,
+      names=("norm_mlp",),
     )
     keep = np.asarray(at[1])
     rows = (at[0], seen["norm_mlp"], seen["out"])
@@ -331,7 +336,7 @@ def test_fold_ignores_padding():
   batches = _batches(4)
   for batch in batches:
     batch["tokens"] = np.where(batch["mask"], batch["tokens"], 7)
-  again, told = lib.fold_pretrained(config, _dense("bert"), batches)
+  again, told = fold_pretrained(config, _dense("bert"), batches)
   assert told == report
   for name, w in paths.flatten(params).items():
     np.testing.assert_array_equal(paths.flatten(again)[name], w, name)
@@ -344,7 +349,7 @@ def test_fold_accepts_batches_of_one_text():
     for batch in _batches(4)
     for i in range(16)
   ]
-  params, report = lib.fold_pretrained(config, _dense("gpt2"), texts)
+  params, report = fold_pretrained(config, _dense("gpt2"), texts)
   together, told = _fold(config, "gpt2")
   for name in ("logits_kept", "attention_r2", "mlp_r2"):
     found, expected = ([row[name] for row in r] for r in (report, told))
@@ -363,14 +368,14 @@ def test_fold_accepts_batches_of_one_text():
 def test_too_little_text_is_refused(rows, tokens, message):
   batch = {"tokens": np.zeros((rows, tokens), np.int32)}
   with pytest.raises(errors.ConfigError, match=message) as caught:
-    lib.fold_pretrained(_config("alibi", groups=1), _dense("alibi"), [batch])
+    fold_pretrained(_config("alibi", groups=1), _dense("alibi"), [batch])
   assert "\n" not in str(caught.value)
 
 
 def test_unresolved_config_is_refused():
   config = c.Config(data=c.DataConfig(length=L), model=MODELS["alibi"])
   with pytest.raises(ValueError, match=r"use folding\.config\.resolve"):
-    lib.fold_pretrained(config, _dense("alibi"), _batches(2))
+    fold_pretrained(config, _dense("alibi"), _batches(2))
 
 
 def test_rotary_heads_need_pairs():

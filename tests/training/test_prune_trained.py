@@ -12,8 +12,10 @@ from folding import config as c
 from folding import paths
 from folding.compression import oneshot
 from folding.models.transformer import make_model
-from folding.training import fold_pretrained, loop, prune_trained
+from folding.training import loop, prune_trained
+from folding.training import stream as stream_lib
 from folding.training.checkpoint import load_run
+from folding.training.fold_pretrained import fold_pretrained
 from tests.training import tiny
 from tests.training.conftest import recovery_config, tiny_config
 
@@ -122,15 +124,15 @@ def test_remaining_neurons_replace_the_removed_ones(trained, use_bias):
   if not use_bias:
     params = _without_biases(params)
   layer = params["blocks_0"]
-  stream = fold_pretrained.embed_batches(config, params, batches)
+  stream = stream_lib.embed_batches(config, params, batches)
   prune = prune_trained.neuron_pruner(config, params, params)
   pruned = prune(0, layer, stream)
   old, new = layer["mlp"], pruned["mlp"]
   below = {**layer, "attn": pruned["attn"]}
 
-  block = fold_pretrained.make_block(config, 0)
+  block = stream_lib.make_block(config, 0)
   seen = [
-    fold_pretrained.look(block, below, *at, ("down",))["down"][at[1]]
+    stream_lib.look(block, below, *at, ("down",))["down"][at[1]]
     for at in zip(*stream, strict=True)
   ]
   a = np.concatenate(seen).astype(np.float64)
@@ -159,9 +161,7 @@ def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
   batches = [{"tokens": tiny.batch(seed)["tokens"]} for seed in range(30)]
   config = _by_neuron()
   prune = prune_trained.neuron_pruner(config, params, params)
-  fitted, _ = fold_pretrained.fold_pretrained(
-    config, params, batches, prune=prune
-  )
+  fitted, _ = fold_pretrained(config, params, batches, prune=prune)
   found = paths.flatten(fitted)
   for n in range(2):
     down = found[f"blocks_{n}/mlp/down/kernel"]
@@ -171,13 +171,13 @@ def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
 
   def stream(prunes, weights):
     """Returns what the last layer writes, of layers pruned as they come."""
-    stream = fold_pretrained.embed_batches(config, params, batches)
+    stream = stream_lib.embed_batches(config, params, batches)
     for n in range(2):
       layer = weights[f"blocks_{n}"]
       if prunes:
         layer = prune(n, layer, stream)
-      block = fold_pretrained.make_block(config, n)
-      stream = fold_pretrained.advance(block, layer, stream)
+      block = stream_lib.make_block(config, n)
+      stream = stream_lib.advance(block, layer, stream)
     pairs = zip(*stream, strict=True)
     return np.concatenate([np.asarray(w)[keep] for w, keep in pairs])
 
@@ -280,9 +280,7 @@ def test_removing_zero_neurons_keeps_the_function(trained):
   config, (params, batches) = _by_neuron(), trained
   config.fpp.linear_layers = (0.0, config.fpp.linear)
   prune = prune_trained.neuron_pruner(config, params, params)
-  whole, _ = fold_pretrained.fold_pretrained(
-    config, params, batches, prune=prune
-  )
+  whole, _ = fold_pretrained(config, params, batches, prune=prune)
   small, less = prune_trained.without_neurons(config, whole)
   width = config.model.mlp_width
   assert small.model.mlp_width == (width, width // 2)

@@ -20,8 +20,8 @@ from folding.reporting import report
 from folding.serving import predict
 from folding.training import compress, loop, run_dir, step
 from folding.training.checkpoint import load_run
-from folding.training.fold_pretrained import embed_batches
 from folding.training.sensitivity import sensitivities
+from folding.training.stream import embed_batches
 from tests.training.conftest import recovery_config, tiny_config
 
 WORDS = np.array("a b c d e f".split())

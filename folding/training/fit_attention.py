@@ -1,0 +1,125 @@
+"""Fits the attention weights of a folded layer to those of the dense one.
+
+The nearest logits, which moments give, do not have the nearest weights, as a
+softmax depends on the large logits.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from folding.models.attention import attention_logits
+from folding.models.transformer import Block
+from folding.training.stream import Params, Stream, halves, total
+
+_FIT_RATE = 0.03  # first learning rate of a fit, relative to an array's RMS
+_FIT_CHECKS = 10  # evaluations of a fit on the held-out half
+
+
+class Fit(NamedTuple):
+  """Parameters of a folded attention layer.
+
+  Attributes:
+    params: As given, with other arrays behind the logits.
+    divergence: Nats, mean over heads and tokens of the held-out half.
+  """
+
+  params: dict[str, Any]
+  divergence: float
+
+
+def fit_attention(
+  folded: tuple[Block, Params],
+  dense: tuple[Block, Params],
+  stream: Stream,
+  steps: int,
+) -> Fit:
+  """Returns a layer whose attention weights are near those of a dense one.
+
+  Adam on the mean of KL(dense weights || folded weights) over half of the
+  texts moves W_Q, W_K, their biases and ALiBi's slopes. The best of the start
+  and ten later points on the other half is returned, so the fit is never worse
+  there than its start.
+
+  Args:
+    folded: Block and parameters, where the descent starts.
+    dense: The same layer, dense.
+    stream: What both layers read.
+    steps: Number of steps, a batch each; 0 only measures the layer.
+  """
+  (block, params), (dense_block, aim) = folded, dense
+  blocks, attn = (block, dense_block), dict(params["attn"])
+  layers = jax.device_put((params, aim))  # once, not at each step
+  names = [name for name in ("q", "k", "log_slopes") if name in attn]
+  fitted = {name: layers[0]["attn"][name] for name in names}
+  seen, held_out = halves(*stream)
+
+  def measured(fitted):
+    part = functools.partial(_divergence, blocks, fitted, layers)
+    return float(np.divide(*total(part, *zip(*held_out, strict=True))))
+
+  best = Fit(fitted, measured(fitted))
+  state = _fit_optimizer(max(steps, 1)).init(fitted)
+  for step in range(steps):
+    fitted, state = _descend(
+      fitted, state, layers, seen[step % len(seen)], blocks=blocks, steps=steps
+    )
+    if (step + 1) * _FIT_CHECKS // steps > step * _FIT_CHECKS // steps:
+      now = measured(fitted)
+      if now < best.divergence:
+        best = Fit(fitted, now)
+  return Fit(attn | jax.tree.map(np.asarray, best.params), best.divergence)
+
+
+def _fit_optimizer(steps: int) -> optax.GradientTransformation:
+  return optax.chain(
+    optax.scale_by_adam(),
+    optax.scale_by_param_block_rms(),
+    optax.scale_by_learning_rate(optax.cosine_decay_schedule(_FIT_RATE, steps)),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("blocks", "steps"))
+def _descend(fitted, state, layers, batch, *, blocks, steps):
+  def loss(fitted):
+    total, count = _divergence(blocks, fitted, layers, *batch)
+    return total / jnp.maximum(count, 1)
+
+  grads = jax.grad(loss)(fitted)
+  updates, state = _fit_optimizer(steps).update(grads, state, fitted)
+  return optax.apply_updates(fitted, updates), state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _divergence(blocks, fitted, layers, x, mask):
+  """Returns the summed divergence of the weights, and the number of rows."""
+  (block, dense_block), (params, dense) = blocks, layers
+  # Computed at each step, as those of all texts would take much memory.
+  aim = jax.lax.stop_gradient(_logits(dense_block, dense, x, mask))
+  attn = {**params["attn"], **fitted}
+  ours = _logits(block, {**params, "attn": attn}, x, mask)
+  log_aim = jax.nn.log_softmax(aim)
+  far = jnp.exp(log_aim) * (log_aim - jax.nn.log_softmax(ours))
+  rows = jnp.broadcast_to(mask[:, None], far.shape[:-1]).astype(jnp.float32)
+  return jnp.sum(far.sum(-1) * rows), jnp.sum(rows)
+
+
+def _logits(block, params, x, mask):
+  """Returns the attention logits of a layer, [B, H, L, L]."""
+
+  def logits(block: Block) -> jax.Array:
+    position_L = jnp.arange(x.shape[1])
+    q, k, _ = block.attn.project(block.attention_input(x), position_L)
+    return attention_logits(
+      q,
+      k.transpose(0, 2, 3, 1),
+      block.attn.bias(position_L, position_L),
+      mask,
+      **block.attn.logit_options,
+    )
+
+  return block.apply({"params": params}, method=logits)

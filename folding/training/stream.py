@@ -1,0 +1,221 @@
+"""Streams calibration text through the layers of a model, and measures it."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+
+from folding.compression.lowrank import Moments
+from folding.config import Config, layers_of
+from folding.data.trim import token_usage
+from folding.errors import ConfigError
+from folding.models.transformer import Block, Transformer
+
+# "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]
+Batch = Mapping[str, Any]
+Params = Mapping[str, Any]
+
+# {kernel of a block: module whose input it reads}; v and gate may be missing.
+READS = {
+  "attn/q": "q",
+  "attn/k": "q",
+  "attn/v": "q",
+  "attn/o": "o",
+  "mlp/up": "up",
+  "mlp/gate": "up",
+  "mlp/down": "down",
+}
+# Modules of a block whose inputs are the residual stream.
+STREAMS = ("norm_attn", "norm_mlp")
+OUTPUTS = ("o", "down")  # the last modules of its branches
+
+
+class Stream(NamedTuple):
+  """What a layer reads of the calibration text, in batches.
+
+  Attributes:
+    x: float[B, L, D] each, the residual stream.
+    masks: bool[B, L] each, True at tokens and False at padding.
+  """
+
+  x: Sequence[jax.Array]
+  masks: Sequence[jax.Array]
+
+  @property
+  def num_tokens(self) -> int:
+    """Number of tokens, padding left out."""
+    return sum(int(mask.sum()) for mask in self.masks)
+
+
+def embed_batches(
+  config: Config, params: Params, batches: Sequence[Batch]
+) -> Stream:
+  """Returns the input of the first layer.
+
+  Raises:
+    ConfigError: there is too little text.
+  """
+  D, masks = config.model.width, masks_of(batches)
+  num_tokens = Stream([], masks).num_tokens
+  num_texts = sum(map(len, masks))
+  if num_tokens <= 2 * D or num_texts < 2:
+    raise ConfigError(
+      f"calibration has {num_tokens:,} tokens in {num_texts:,} texts; the "
+      f"moments of {D} channels need more than {2 * D:,} tokens and two texts"
+    )
+  stem = {name: w for name, w in params.items() if "embed" in name}
+  vocabulary, positions = (
+    len(stem[name]["embedding"]) if name in stem else 0
+    for name in ("embed", "position_embed")
+  )
+  model = Transformer(config.model, config.fold, vocabulary, positions)
+  embed = jax.jit(functools.partial(model.apply, method="embed_tokens"))
+  x = [
+    embed({"params": stem}, b["tokens"], segments_BL=b.get("segments"))
+    for b in batches
+  ]
+  return Stream(x, masks)
+
+
+def masks_of(batches: Sequence[Batch]) -> list[jax.Array]:
+  """Returns bool[B, L] of each batch, True at tokens."""
+  return [jnp.asarray(b.get("mask", b["tokens"] >= 0)) for b in batches]
+
+
+def usage_of(batches: Sequence[Batch], size: int) -> np.ndarray:
+  """Returns float32[size], `token_usage` of calibration text."""
+  tokens = [
+    np.asarray(batch["tokens"])[np.asarray(mask)]
+    for batch, mask in zip(batches, masks_of(batches), strict=True)
+  ]
+  return token_usage(np.bincount(np.concatenate(tokens)), size)
+
+
+def layers_with_bar(config: Config, doing: str) -> Iterable[int]:
+  """Returns the numbers of the layers, with a progress bar on a terminal."""
+  console = rich.console.Console()
+  return rich.progress.track(
+    range(config.model.num_layers),
+    description=f"{doing} layers",
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  )
+
+
+def make_block(config: Config, n: int) -> Block:
+  """Returns the module of layer n."""
+  return Block(config.model, layers_of(config.model, config.fold)[n])
+
+
+@functools.partial(jax.jit, static_argnames=("block", "names", "outputs"))
+def look(block: Block, params, x, mask, names=(), outputs=()) -> dict[str, Any]:
+  """Returns inputs and outputs of modules of a block, and its output as "out".
+
+  Args:
+    block: The layer.
+    params: Its parameters.
+    x: float[B, L, D], its input.
+    mask: bool[B, L], False at padding.
+    names: Modules whose input is returned.
+    outputs: Modules whose output is returned.
+  """
+  seen = {}
+
+  def watch(next_fun, args, kwargs, context):
+    out, name = next_fun(*args, **kwargs), context.module.name
+    if context.method_name == "__call__" and name in names:
+      seen[name] = args[0]
+    elif context.method_name == "__call__" and name in outputs:
+      seen[name] = out
+    return out
+
+  with nn.intercept_methods(watch):
+    out = block.apply({"params": params}, x, mask, True)
+  return {**seen, "out": out}
+
+
+def look_all(
+  block: Block,
+  params: Params,
+  stream: Stream,
+  names: tuple[str, ...] = (),
+  outputs: tuple[str, ...] = (),
+) -> list[dict[str, Any]]:
+  """Returns `look` of each batch."""
+  return [
+    look(block, params, x, mask, names=names, outputs=outputs)
+    for x, mask in zip(*stream, strict=True)
+  ]
+
+
+def advance(block: Block, params: Params, stream: Stream) -> Stream:
+  """Returns the stream after a layer."""
+  seen = look_all(block, params, stream)
+  return Stream([one["out"] for one in seen], stream.masks)
+
+
+def halves(*data: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
+  """Returns every other text of batches, and the rest, as lists of batches.
+
+  Texts of one length share a batch, so that each half has all lengths. A half
+  leaves out batches in which it has no text.
+
+  Args:
+    data: Lists of one array per batch, with texts as rows.
+  """
+  found: list[list[tuple[Any, ...]]] = [[], []]
+  for number, batch in enumerate(zip(*data, strict=True)):
+    for half in range(2):
+      rows = tuple(a[(half + number) % 2 :: 2] for a in batch)
+      if len(rows[0]):
+        found[half].append(rows)
+  return found
+
+
+def total(function: Callable[..., Any], *data: Sequence[Any]) -> Any:
+  """Returns the sum of function(batch) over batches, in float64.
+
+  Args:
+    function: Returns a tree of arrays.
+    data: As for `halves`.
+  """
+  sums = None
+  for batch in zip(*data, strict=True):
+    more = jax.tree.map(np.float64, function(*batch))
+    sums = more if sums is None else jax.tree.map(np.add, sums, more)
+  return sums
+
+
+def second_moment(a_BLF: jax.Array, b_BLE: jax.Array) -> jax.Array:
+  """Returns the sum of a b' over tokens, [F, E]."""
+  # By default an accelerator rounds the factors to half of their digits.
+  return jnp.einsum("BLF,BLE->FE", a_BLF, b_BLE, precision="highest")
+
+
+def input_moments(
+  block: Block,
+  params: Params,
+  stream: Stream,
+  names: tuple[str, ...] = ("down", "o", "q", "up"),
+) -> dict[str, Moments]:
+  """Returns {module of a block: moments of its input}."""
+  sums = total(functools.partial(_input_sums, block, names, params), *stream)
+  return jax.tree.map(lambda a: a / stream.num_tokens, sums)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _input_sums(block, names, params, x, mask) -> dict[str, Moments]:
+  seen = look(block, params, x, mask, names)
+
+  def moments(a):
+    a = a.astype(jnp.float32).reshape(*mask.shape, -1) * mask[..., None]
+    return Moments(second_moment(a, a), a.sum((0, 1)))
+
+  return {name: moments(seen[name]) for name in names}
