@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: folded projections and zeros in full."""
+"""Hugging Face checkpoints: dense arrays, with zeros for what was removed."""
 
 import dataclasses
 import functools
@@ -89,9 +89,9 @@ def export_hf(
   size *= jnp.dtype(dtype).itemsize
   stored = sizes(loaded)
   report(
-    f"About {size:,} bytes of arrays will be written; {stored['values']:,} are "
-    "stored now: transformers reads dense arrays, with folded projections, "
-    "removed neurons and zeros in full"
+    f"About {size:,} bytes of arrays will be written, {stored['values']:,} are "
+    "stored now: transformers reads dense arrays, so folding is undone, pruned "
+    "weights and removed heads are zeros, and every MLP is padded to the widest"
   )
   begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
   if m.causal and not begins:  # a decoder generates from the end of a text
