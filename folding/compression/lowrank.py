@@ -71,7 +71,7 @@ class Components(NamedTuple):
 def components(
   embedding_VD: np.ndarray,
   usage_V: np.ndarray,
-  matter_DD: np.ndarray | None = None,
+  sensitivity_DD: np.ndarray | None = None,
 ) -> Components:
   """Returns the components of an embedding; without F, the principal ones.
 
@@ -79,12 +79,14 @@ def components(
     embedding_VD: One row per token.
     usage_V: How often each token occurs, above 0, in any unit. Without it
       frequent tokens would lose as much as the others.
-    matter_DD: F; an error e of a row counts as e F e'. None: the identity.
+    sensitivity_DD: F; an error e of a row counts as e F e'. None: the identity.
   """
   e_VD = np.asarray(embedding_VD, np.float64)
   share_V = np.asarray(usage_V, np.float64) / np.sum(usage_V, dtype=np.float64)
   mean_D = share_V @ e_VD
-  root, unroot = _root(np.eye(len(mean_D)) if matter_DD is None else matter_DD)
+  root, unroot = _root(
+    np.eye(len(mean_D)) if sensitivity_DD is None else sensitivity_DD
+  )
   e_VD = (e_VD - mean_D) @ root
   variances_D, axes_DD = np.linalg.eigh((e_VD * share_V[:, None]).T @ e_VD)
   axes_DD = axes_DD[:, ::-1]
@@ -97,7 +99,7 @@ def fold_embedding(
   embedding_VD: np.ndarray,
   usage_V: np.ndarray,
   rank: int,
-  matter_DD: np.ndarray | None = None,
+  sensitivity_DD: np.ndarray | None = None,
 ) -> dict[str, Any]:
   """Returns the nearest embedding of low rank, in the mean over uses of tokens.
 
@@ -108,13 +110,15 @@ def fold_embedding(
     embedding_VD: One row per token.
     usage_V: As for `components`.
     rank: r, at most D.
-    matter_DD: As for `components`.
+    sensitivity_DD: As for `components`.
 
   Returns:
     {"embed": {"embedding": [V, r]}, "embed_expand": {"kernel": [r, D], "bias":
     [D]}}, float32.
   """
-  mean_D, encode_DD, decode_DD, _ = components(embedding_VD, usage_V, matter_DD)
+  mean_D, encode_DD, decode_DD, _ = components(
+    embedding_VD, usage_V, sensitivity_DD
+  )
   axes_Dr, mix_rr = np.linalg.qr(decode_DD[:rank].T)
   rows_VD = np.asarray(embedding_VD, np.float64) - mean_D
   rows_Vr = rows_VD @ (encode_DD[:, :rank] @ mix_rr.T)
@@ -282,7 +286,7 @@ def fold_values(
   moments: Moments,
   rank: int,
   *,
-  matter_DD: np.ndarray | None = None,
+  sensitivity_DD: np.ndarray | None = None,
 ) -> FoldedValues:
   """Returns the projections of rank r with the nearest output of attention.
 
@@ -300,12 +304,12 @@ def fold_values(
     o: "kernel" [H, K, D] and maybe "bias" [D], which takes up the means.
     moments: E[c c'] [HK, HK] and E[c] [HK] of the inputs of W_O.
     rank: r, at most K.
-    matter_DD: F; an error e of the output counts as e F e'. None: the identity.
+    sensitivity_DD: F; an error e of the output counts as e F e'. None: the identity.
 
   Raises:
     ValueError: r is 0 or above K.
   """
-  [folded] = fold_ranks(v, o, moments, [rank], matter_DD=matter_DD)
+  [folded] = fold_ranks(v, o, moments, [rank], sensitivity_DD=sensitivity_DD)
   return folded
 
 
@@ -315,20 +319,22 @@ def fold_ranks(
   moments: Moments,
   ranks: Iterable[int],
   *,
-  matter_DD: np.ndarray | None = None,
+  sensitivity_DD: np.ndarray | None = None,
 ) -> Iterator[FoldedValues]:
   """Yields `fold_values` of several ranks, whose decomposition is the same."""
   a_EJK, o_HKD = _augmented(v), np.asarray(o["kernel"], np.float64)
   J, (H, K, D) = a_EJK.shape[1], o_HKD.shape
   R = H // J
   of_head = moments.around(o).reshape(H, K, H, K)
-  matter_root = _root(np.eye(D) if matter_DD is None else matter_DD)[0]
+  sensitivity_root = _root(
+    np.eye(D) if sensitivity_DD is None else sensitivity_DD
+  )[0]
   t_JKK = np.zeros((J, K, K))  # T; there may be fewer outputs than ranks
   for j in range(J):
     heads = range(j * R, (j + 1) * R)
     root, unroot = _root(np.mean([of_head[h, :, h] for h in heads], axis=0))
     outputs_RKD = root.T @ o_HKD[heads]
-    counted = np.concatenate(outputs_RKD @ matter_root, axis=1)
+    counted = np.concatenate(outputs_RKD @ sensitivity_root, axis=1)
     u, _, _ = np.linalg.svd(counted, full_matrices=False)
     size = np.linalg.norm(u.T @ outputs_RKD, axis=(0, 2))
     t_JKK[j, :, : len(size)] = unroot @ (u * np.sqrt(size))

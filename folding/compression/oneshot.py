@@ -13,7 +13,7 @@ import scipy.linalg
 from jaxtyping import Float
 
 Matrix = Float[np.ndarray, "I O"]
-Matter = Float[np.ndarray, "O O"]
+Sensitivity = Float[np.ndarray, "O O"]
 Moment = Float[np.ndarray, "E E"]  # `_damped` checks that E is I
 
 
@@ -73,7 +73,7 @@ def remove_inputs(
   *,
   rounds: int = 32,
   damping: float = 0.01,
-  matter_OO: Matter | None = None,
+  sensitivity_OO: Sensitivity | None = None,
 ) -> Matrix:
   """Returns the weights with whole rows, a fraction of the inputs, at zero.
 
@@ -89,7 +89,7 @@ def remove_inputs(
     fraction: Fraction to remove, in [0, 1): floor(fraction I) inputs.
     rounds: Number of rounds; each removes the same fraction of what is left.
     damping: This fraction of the mean of the diagonal of C is added to it.
-    matter_OO: F; None: the identity.
+    sensitivity_OO: F; None: the identity.
 
   Returns:
     float64[I, O].
@@ -108,7 +108,7 @@ def remove_inputs(
     for n in range(1, rounds + 1)
   ]
   *_, last = removals(
-    w_IO, moment_II, goals, damping=damping, matter_OO=matter_OO
+    w_IO, moment_II, goals, damping=damping, sensitivity_OO=sensitivity_OO
   )
   return last
 
@@ -120,7 +120,7 @@ def removals(
   *,
   unit: int = 1,
   damping: float = 0.01,
-  matter_OO: Matter | None = None,
+  sensitivity_OO: Sensitivity | None = None,
 ) -> Iterator[Matrix]:
   """Yields the weights after each round of `remove_inputs`.
 
@@ -131,7 +131,7 @@ def removals(
     unit: Neighbouring inputs that leave together. They cost the trace of w' P w F,
       for their rows w and the inverse P of their block of C^-1.
     damping: As for `remove_inputs`.
-    matter_OO: As for `remove_inputs`.
+    sensitivity_OO: As for `remove_inputs`.
 
   Yields:
     float64[I, O].
@@ -147,8 +147,8 @@ def removals(
       range(count), :, range(count)
     ]
     solved_NUO = np.linalg.solve(block_NUU, w_NUO)
-    if matter_OO is not None:
-      w_NUO = w_NUO @ matter_OO
+    if sensitivity_OO is not None:
+      w_NUO = w_NUO @ sensitivity_OO
     cost_N = np.sum(solved_NUO * w_NUO, axis=(1, 2))
     goes = np.repeat(_lowest(cost_N, count - goal), unit)
     gone, stay = left[goes], left[~goes]

@@ -42,7 +42,7 @@ from folding.training.fold_layer import (
   keep_heads,
 )
 from folding.training.fold_pretrained import require_pairs
-from folding.training.sensitivity import MODULES
+from folding.training.sensitivity import MODULES, Sensitivities
 from folding.training.stream import (
   OUTPUTS,
   READS,
@@ -101,7 +101,7 @@ def allocate(
   config: Config,
   params: Mapping[str, Any],
   batches: Sequence[Batch],
-  matter: Mapping[str, np.ndarray],
+  sensitivity: Sensitivities,
 ) -> Config:
   """Returns the config with heads, `fold` and `fpp.linear_layers` per layer.
 
@@ -116,14 +116,14 @@ def allocate(
     config: Resolved.
     params: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
-    matter: `sensitivities`.
+    sensitivity: From `sensitivities`.
 
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
   """
   require_pairs(config)
   _require_open(config)
-  options = measure(config, params, batches, matter)
+  options = measure(config, params, batches, sensitivity)
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
@@ -320,7 +320,7 @@ def measure(
   config: Config,
   params: Mapping[str, Any],
   batches: Sequence[Batch],
-  matter: Mapping[str, np.ndarray],
+  sensitivity: Sensitivities,
 ) -> dict[tuple[int, str], list[Option]]:
   """Returns the options of each layer and kind: "attn" and "mlp".
 
@@ -330,7 +330,7 @@ def measure(
     config: Resolved.
     params: Parameters of its dense baseline.
     batches: Calibration text.
-    matter: `sensitivities`.
+    sensitivity: From `sensitivities`.
   """
   dense = config_lib.dense_baseline(config)
   stream, options = embed_batches(dense, params, batches), {}
@@ -341,17 +341,18 @@ def measure(
   if is_open and config.compress.embedding == "errors":
     embedding_VD = np.asarray(params["embed"]["embedding"])
     options[_EMBEDDING] = _embedding_options(
-      embedding_VD, usage_of(batches, len(embedding_VD)), matter["embed"]
+      embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
     )
   for n in layers_with_bar(config, "measuring"):
     old = params[f"blocks_{n}"]
     target = look_all(
       make_block(dense, n), old, stream, STREAMS, outputs=OUTPUTS
     )
-    matter_n = {
-      role: matter[f"blocks_{n}/{module}"] for role, module in MODULES.items()
+    sensitivity_n = {
+      role: sensitivity[f"blocks_{n}/{module}"]
+      for role, module in MODULES.items()
     }
-    trial = _Trial(config, n, old, stream, target, matter_n)
+    trial = _Trial(config, n, old, stream, target, sensitivity_n)
     options |= {
       (n, "attn"): _attention_options(trial),
       (n, "mlp"): _mlp_options(trial),
@@ -369,7 +370,7 @@ class _Trial(NamedTuple):
     old: Its dense parameters.
     stream: What it reads.
     target: `look_all` of it, with `STREAMS` and the outputs of W_O and W_down.
-    matter: Sensitivities of the layer.
+    sensitivity: Sensitivities of the layer.
   """
 
   config: Config
@@ -377,7 +378,7 @@ class _Trial(NamedTuple):
   old: Mapping[str, Any]
   stream: Stream
   target: Sequence[Mapping[str, jax.Array]]
-  matter: Mapping[str, np.ndarray]
+  sensitivity: Mapping[str, np.ndarray]
 
   @property
   def dense(self) -> Block:
@@ -392,7 +393,9 @@ class _Trial(NamedTuple):
       params: Its parameters.
       roles: Modules whose output counts, "o" or "down".
     """
-    part = functools.partial(_errors, block, tuple(roles), params, self.matter)
+    part = functools.partial(
+      _errors, block, tuple(roles), params, self.sensitivity
+    )
     return (
       float(total(part, *self.stream, self.target)) / self.stream.num_tokens
     )
@@ -420,17 +423,17 @@ class _Trial(NamedTuple):
     """
     part = self.old["attn" if role == "o" else "mlp"][role]
     product = moments.around(part) @ wrong
-    return float(np.sum(wrong * (product @ self.matter[role])))
+    return float(np.sum(wrong * (product @ self.sensitivity[role])))
 
 
 def _embedding_options(
-  embedding_VD: np.ndarray, usage_V: np.ndarray, matter: np.ndarray
+  embedding_VD: np.ndarray, usage_V: np.ndarray, sensitivity: np.ndarray
 ) -> list[Option]:
   """Returns the options of the rank of the embedding; 0 is all of it."""
   shape = V, D = embedding_VD.shape
-  found = lowrank.components(embedding_VD, usage_V, matter)
+  found = lowrank.components(embedding_VD, usage_V, sensitivity)
   # What each component adds to the error when it is left out.
-  weight_D = np.sum(found.decode_DD @ matter * found.decode_DD, axis=1)
+  weight_D = np.sum(found.decode_DD @ sensitivity * found.decode_DD, axis=1)
   added_D = found.variances_D * weight_D
   options = [Option(0, V * D, 0.0)]
   for rank in range(D // 8 * 8, 0, -8):
@@ -511,13 +514,17 @@ def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
   attn, m = trial.old["attn"], trial.config.model
   fitted, held_out = trial.moments("o")
   options = []
-  for heads in _head_choices(attn, fitted, trial.matter["o"]):
+  for heads in _head_choices(attn, fitted, trial.sensitivity["o"]):
     kept, lost = keep_heads(attn, fitted, heads)
     rows = np.repeat(np.isin(range(m.num_heads), heads), m.head_dim)
     of_kept = Moments(fitted.second_II[rows][:, rows], fitted.mean_I[rows])
     ranks = _eighths(m.head_dim)
     folded = lowrank.fold_ranks(
-      kept["v"], kept["o"], of_kept, ranks, matter_DD=trial.matter["o"]
+      kept["v"],
+      kept["o"],
+      of_kept,
+      ranks,
+      sensitivity_DD=trial.sensitivity["o"],
     )
     for rank, low in zip(ranks, folded, strict=True):
       wrong = lost.copy()
@@ -530,7 +537,7 @@ def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
 
 
 def _head_choices(
-  attn: Mapping[str, Any], moments: Moments, matter: np.ndarray
+  attn: Mapping[str, Any], moments: Moments, sensitivity: np.ndarray
 ) -> Iterator[tuple[int, ...]]:
   """Yields the heads that stay: all, then without those that the others replace.
 
@@ -539,7 +546,7 @@ def _head_choices(
   Args:
     attn: Dense.
     moments: Moments of the input of W_O.
-    matter: Sensitivities of its output.
+    sensitivity: Sensitivities of its output.
   """
   H, K, D = attn["o"]["kernel"].shape
   J = attn["k"]["kernel"].shape[1]
@@ -550,7 +557,7 @@ def _head_choices(
     moments.around(attn["o"]),
     fewer,
     unit=H * K // J,
-    matter_OO=matter,
+    sensitivity_OO=sensitivity,
   )
   for new_ID in steps:
     stays_H = new_ID.reshape(H, K * D).any(1)
@@ -593,7 +600,9 @@ def _neuron_options(trial: _Trial) -> list[Option]:
   kept = sorted({_whole(F * i / 16, F) for i in range(1, 16)} - {F})[::-1]
   size = _size(mlp, ("up", "gate", "down"))
   options = [Option(0.0, size, 0.0)]
-  steps = oneshot.removals(w_FD, c_FF, kept, matter_OO=trial.matter["down"])
+  steps = oneshot.removals(
+    w_FD, c_FF, kept, sensitivity_OO=trial.sensitivity["down"]
+  )
   for count, new_FD in zip(kept, steps, strict=True):
     error = trial.square(w_FD - new_FD, held_out, "down")
     options.append(Option(1 - count / F, count / F * size, error))
@@ -632,14 +641,14 @@ def _groups(config: Config, n: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _errors(block, roles, params, matter, x, mask, target):
+def _errors(block, roles, params, sensitivity, x, mask, target):
   """Returns the sum over tokens of e' F e, for errors e of some outputs."""
   seen = look(block, params, x, mask, outputs=roles)
   weight = mask.astype(jnp.float32)[..., None]
   found = 0.0
   for role in roles:
     e_BLD = (seen[role] - target[role]) * weight
-    found += jnp.einsum("BLD,DE,BLE->", e_BLD, matter[role], e_BLD)
+    found += jnp.einsum("BLD,DE,BLE->", e_BLD, sensitivity[role], e_BLD)
   return found
 
 

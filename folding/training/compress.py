@@ -210,13 +210,13 @@ def compress_params(
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
   try:
-    matter = {}
+    sensitivity = {}
     if _reads_sensitivities(config):
       judged = {
         n: w for n, w in dense.items() if n != "head" or not is_head_drawn
       }
-      matter = sensitivities(config, judged, batches)
-    return _compress(config, dense, batches, usage_V, matter)
+      sensitivity = sensitivities(config, judged, batches)
+    return _compress(config, dense, batches, usage_V, sensitivity)
   except ConfigError:
     raise
   except ValueError as error:  # weights are not finite, or moments singular
@@ -231,17 +231,17 @@ def _reads_sensitivities(config: Config) -> bool:
   return bool(config.compress.plan == "auto" or is_by_neuron or has_ranks)
 
 
-def _compress(config, dense, batches, usage_V, matter) -> Compressed:
+def _compress(config, dense, batches, usage_V, sensitivity) -> Compressed:
   params, report = dense, []
   if config.compress.plan == "auto":
-    config = allocate(config, dense, batches, matter)
+    config = allocate(config, dense, batches, sensitivity)
   is_pruned = config.compress.prune != "none"
   prune_layer = None
   if is_pruned and config.fpp.granularity == "neuron":
     size = len(dense["embed"]["embedding"])
     classes = np.shape(dense.get("head", {}).get("kernel"))[-1:]
     model = make_model(config, size, *classes)
-    prune_layer = neuron_pruner(config, param_shapes(model), dense, matter)
+    prune_layer = neuron_pruner(config, param_shapes(model), dense, sensitivity)
   if prune_layer or config.fold != config_lib.dense_baseline(config).fold:
     params, report = fold_pretrained(
       config,
@@ -249,7 +249,7 @@ def _compress(config, dense, batches, usage_V, matter) -> Compressed:
       batches,
       prune=prune_layer,
       usage_V=usage_V,
-      matter=matter,
+      sensitivity=sensitivity,
     )
   if is_pruned:
     params = prune_trained(config, params, dense, batches)

@@ -41,7 +41,7 @@ def fold_layer(
   *,
   target: Sequence[Mapping[str, jax.Array]],
   prune: Prune | None = None,
-  matter_DD: np.ndarray | None = None,
+  sensitivity_DD: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the parameters of a folded layer, and its row of the report.
 
@@ -53,11 +53,11 @@ def fold_layer(
     target: `look_all` of the dense layer on the dense stream, with `STREAMS` and
       `OUTPUTS`.
     prune: As for `fold_pretrained`.
-    matter_DD: How errors of the output of W_O count; None: all alike.
+    sensitivity_DD: How errors of the output of W_O count; None: all alike.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
   block = make_block(config, n)
-  attn, figures = _fold_attention(config, n, old, stream, matter_DD)
+  attn, figures = _fold_attention(config, n, old, stream, sensitivity_DD)
   new = {**old, "attn": attn}
   # The old W_O is no prior without the old W_V. Heads with other values serve
   # the layer's own output better than the errors of the layers below.
@@ -86,7 +86,7 @@ def _fold_attention(
   n: int,
   old: Params,
   stream: Stream,
-  matter_DD: np.ndarray | None,
+  sensitivity_DD: np.ndarray | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the attention of a folded layer, and the layer's report so far.
 
@@ -97,7 +97,7 @@ def _fold_attention(
     n: Number of the layer.
     old: Its dense parameters.
     stream: What the folded layer reads.
-    matter_DD: As for `fold_layer`.
+    sensitivity_DD: As for `fold_layer`.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
   dense = make_block(dense_baseline(config), n)
@@ -126,7 +126,7 @@ def _fold_attention(
   if layer.value_dim < m.head_dim:
     seen = input_moments(whole, {**old, "attn": attn}, stream, ("o",))["o"]
     low = lowrank.fold_values(
-      attn["v"], attn["o"], seen, layer.value_dim, matter_DD=matter_DD
+      attn["v"], attn["o"], seen, layer.value_dim, sensitivity_DD=sensitivity_DD
     )
     attn |= {"v": low.v, "o": low.o}
   return attn, figures

@@ -14,7 +14,7 @@ from folding.compression import lowrank
 from folding.config import Config, dense_baseline, layers_of
 from folding.errors import ConfigError
 from folding.training.fold_layer import Prune, fold_layer, initial_report
-from folding.training.sensitivity import Matter
+from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (
   OUTPUTS,
   STREAMS,
@@ -37,7 +37,7 @@ def fold_pretrained(
   *,
   prune: Prune | None = None,
   usage_V: np.ndarray | None = None,
-  matter: Matter | None = None,
+  sensitivity: Sensitivities | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Returns the folded parameters of a trained dense model, and a report.
 
@@ -71,8 +71,8 @@ def fold_pretrained(
       -> pruned parameters. Called before the second feed-forward matrix is
       fitted, which then makes up for the pruned weights.
     usage_V: How often each token occurs, above 0; None: as in the batches.
-    matter: How errors count, see `sensitivity.sensitivities`; ranks are chosen by
-      it. None: all alike.
+    sensitivity: How errors count when ranks are chosen, from
+      `sensitivity.sensitivities`; None: all alike.
 
   Returns:
     (params of `config`, [{"layer", "heads": their number, "groups", "values":
@@ -86,7 +86,7 @@ def fold_pretrained(
       so.
   """
   require_pairs(config)
-  matter = matter or {}
+  sensitivity = sensitivity or {}
   folded, report, dense = dict(params), [], dense_baseline(config)
   batches = list(batches)
   dense_stream = embed_batches(dense, params, batches)
@@ -96,7 +96,7 @@ def fold_pretrained(
     if usage_V is None:
       usage_V = usage_of(batches, len(embedding_VD))
     folded |= lowrank.fold_embedding(
-      embedding_VD, usage_V, rank, matter.get("embed")
+      embedding_VD, usage_V, rank, sensitivity.get("embed")
     )
     stream = embed_batches(config, folded, batches)
   for n in layers_with_bar(config, "folding"):
@@ -117,7 +117,7 @@ def fold_pretrained(
       stream,
       target=target,
       prune=prune,
-      matter_DD=matter.get(f"{name}/attn/o"),
+      sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
     )
     report.append({"layer": n, **figures})
     dense_stream = out

@@ -17,7 +17,7 @@ from folding.config import Config
 from folding.models.shrink import shrink
 from folding.training.fold_layer import Prune
 from folding.training.optimizer import make_rules
-from folding.training.sensitivity import Matter
+from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (
   READS,
   Batch,
@@ -80,7 +80,7 @@ def neuron_pruner(
   config: Config,
   params: Params,
   dense: Params,
-  matter: Matter | None = None,
+  sensitivity: Sensitivities | None = None,
 ) -> Prune:
   """Returns a function that removes neurons of a layer while a model is folded.
 
@@ -92,10 +92,11 @@ def neuron_pruner(
     config: Resolved; its `fpp.granularity` is "neuron".
     params: Shapes of the folded parameters.
     dense: As in `prune_trained`.
-    matter: How errors count, see `sensitivity.sensitivities`; None: all alike.
+    sensitivity: How errors count, from `sensitivity.sensitivities`; None: all
+      alike.
   """
   weights, units = _targets(config, params, dense)
-  matter = matter or {}
+  sensitivity = sensitivity or {}
 
   def prune(n, layer, stream):
     name, block = f"blocks_{n}", make_block(config, n)
@@ -111,7 +112,7 @@ def neuron_pruner(
       w_FD,
       moment.around(layer["mlp"]["down"]),
       fraction,
-      matter_OO=matter.get(f"{name}/mlp/down"),
+      sensitivity_OO=sensitivity.get(f"{name}/mlp/down"),
     )
     return _without_inputs(site, layer, new_FD, moment.mean_I)
 

@@ -1,4 +1,4 @@
-"""How much errors of each layer matter to the output of a model."""
+"""Sensitivity of the output of a model to errors of each layer."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from folding.training.stream import (
   total,
 )
 
-Matter = Mapping[str, np.ndarray]  # see `sensitivities`
+Sensitivities = Mapping[str, np.ndarray]  # see `sensitivities`
 
 # Fraction of the mean eigenvalue of F that is added in all directions: the first
 # order misses some. 0.01, 0.1 and 1 make MiniLM at 70% equally accurate.
@@ -32,18 +32,18 @@ MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `stream.OUTPUTS`
 def sensitivities(
   config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
 ) -> dict[str, np.ndarray]:
-  """Returns how much errors of each layer's outputs matter to the model.
+  """Returns the sensitivity of the model to errors of each layer's outputs.
 
   To first order, an error e in a token's output of W_O ("o") or W_down ("down")
   changes the output of the model by J e. The square of that change is e' F e,
   with F = E[J' J]. J is the gradient of the logits times random signs; for a
   language model, of the log-likelihood of tokens drawn from its predictions; for
-  an encoder without a head, of the vector of a text times random signs. To F a
-  tenth of its mean eigenvalue is added in all directions.
+  an encoder without a head, of the vector of a text times random signs. A
+  tenth of the mean eigenvalue of F is added in all directions.
 
   Args:
     config: Resolved.
-    params: Parameters of its dense baseline. Leave out a head that is not trained.
+    params: Parameters of its dense baseline. Leave out an untrained head.
     batches: Calibration text.
 
   Returns:

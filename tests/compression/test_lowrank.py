@@ -202,10 +202,10 @@ def _written(v, o, mixed):
   return out + o.get("bias", 0)
 
 
-def _fold_values(v, o, mixed, rank, matter=None):
+def _fold_values(v, o, mixed, rank, sensitivity=None):
   c = _contexts(v, mixed).reshape(len(mixed), -1)
   moments = lowrank.Moments(moment_of(c), c.mean(0))
-  return lowrank.fold_values(v, o, moments, rank, matter_DD=matter)
+  return lowrank.fold_values(v, o, moments, rank, sensitivity_DD=sensitivity)
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
@@ -215,8 +215,8 @@ def test_fold_embedding_is_the_nearest_in_the_mean_over_uses(rank, is_weighted):
   rows = rng.normal(size=(30, D)) * np.geomspace(1, 0.1, D) + 3
   uses = rng.integers(1, 9, 30)
   root = rng.normal(size=(D, D)) if is_weighted else np.eye(D)
-  matter = root @ root.T if is_weighted else None
-  small = lowrank.fold_embedding(rows, uses, rank, matter)
+  sensitivity = root @ root.T if is_weighted else None
+  small = lowrank.fold_embedding(rows, uses, rank, sensitivity)
   kernel, bias = (small["embed_expand"][x] for x in ("kernel", "bias"))
   numbers = small["embed"]["embedding"]
   assert (numbers.shape, kernel.shape) == ((30, rank), (rank, D))

@@ -136,7 +136,7 @@ def test_remove_inputs_removes_the_inputs_of_least_loss(layer, is_weighted):
       fraction,
       rounds=1000,
       damping=0.0,
-      matter_OO=root @ root.T if is_weighted else None,
+      sensitivity_OO=root @ root.T if is_weighted else None,
     )
     gone = np.flatnonzero(~pruned.any(axis=1))
     np.testing.assert_array_equal(gone, sorted(oracle[:count]))

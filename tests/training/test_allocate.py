@@ -62,13 +62,13 @@ _true_measure = allocate.measure
 
 
 def _measure(config, params):
-  matter = sensitivities(config, params, _batches())
-  return _true_measure(config, params, _batches(), matter)
+  sensitivity = sensitivities(config, params, _batches())
+  return _true_measure(config, params, _batches(), sensitivity)
 
 
 def _allocate(config, params):
-  matter = sensitivities(config, params, _batches())
-  return allocate.allocate(config, params, _batches(), matter)
+  sensitivity = sensitivities(config, params, _batches())
+  return allocate.allocate(config, params, _batches(), sensitivity)
 
 
 @pytest.fixture
@@ -193,14 +193,14 @@ def test_options_of_the_embedding_foretell_what_a_rank_loses():
   options = _measure(config, params)[0, "embed"]
   assert [option.value for option in options] == [0, 32, 24, 16, 8]
   usage_V = usage_of(batches, V)
-  matter = sensitivities(config, params, batches)["embed"]
+  sensitivity = sensitivities(config, params, batches)["embed"]
   whole_VD = params["embed"]["embedding"]
   for rank, stored, error in options[1:]:
-    rows = lowrank.fold_embedding(whole_VD, usage_V, rank, matter)
+    rows = lowrank.fold_embedding(whole_VD, usage_V, rank, sensitivity)
     assert stored == sum(w.size for w in jax.tree.leaves(rows))
     dense = fold.unfold({**params, **rows})["embed"]["embedding"]
     e_VD = np.asarray(dense - whole_VD, np.float64)
-    expected = np.sum(usage_V[:, None] * e_VD * (e_VD @ matter))
+    expected = np.sum(usage_V[:, None] * e_VD * (e_VD @ sensitivity))
     assert error == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
@@ -274,7 +274,7 @@ def test_sensitivities_foretell_the_change_of_the_output(name, task):
   params = _trained(config)
   rng = np.random.default_rng(2)
   batches = [{"tokens": rng.integers(0, V, (400, 1)).astype(np.int32)}]
-  matter = sensitivities(config, params, batches)[name]
+  sensitivity = sensitivities(config, params, batches)[name]
   model = make_model(c.dense_baseline(config), V, num_classes=3)
   apply = jax.jit(model.apply)
 
@@ -289,7 +289,7 @@ def test_sensitivities_foretell_the_change_of_the_output(name, task):
     error = 1e-2 * rng.normal(size=D).astype(np.float32)
     found = np.square(output(error) - output(0 * error)).sum(1).mean()
     # Directions are sampled: some percent off with 400 texts.
-    assert error @ matter @ error == pytest.approx(found, rel=0.25)
+    assert error @ sensitivity @ error == pytest.approx(found, rel=0.25)
 
 
 @pytest.mark.parametrize(
