@@ -52,14 +52,14 @@ class FoldedHeads(NamedTuple):
 class Components(NamedTuple):
   """Components of the rows of an embedding, uncorrelated over uses of tokens.
 
-  A row is the mean plus its D numbers times `decode_DD`. The first r numbers give
-  the nearest row of rank r.
+  A row is the mean plus its D coordinates times `decode_DD`. The first r
+  coordinates give the nearest row of rank r.
 
   Attributes:
     mean_D: Mean row.
-    encode_DD: Matrix from a row without the mean to its numbers.
+    encode_DD: Matrix from a centred row to its coordinates.
     decode_DD: Its inverse.
-    variances_D: Variance of each number.
+    variances_D: Variance of each coordinate.
   """
 
   mean_D: np.ndarray
@@ -77,8 +77,8 @@ def components(
 
   Args:
     embedding_VD: One row per token.
-    usage_V: How often each token occurs, above 0, in any unit. Without it
-      frequent tokens would lose as much as the others.
+    usage_V: Frequency of each token, above 0, in any unit. Errors of a row
+      count in proportion.
     sensitivity_DD: F; an error e of a row counts as e F e'. None: the identity.
   """
   e_VD = np.asarray(embedding_VD, np.float64)
@@ -103,8 +103,8 @@ def fold_embedding(
 ) -> dict[str, Any]:
   """Returns the nearest embedding of low rank, in the mean over uses of tokens.
 
-  A row becomes the mean plus r numbers times a matrix of orthonormal rows, which
-  span those of the leading components.
+  A row becomes the mean plus r coordinates times a matrix of orthonormal rows,
+  which span the leading components.
 
   Args:
     embedding_VD: One row per token.
@@ -293,11 +293,10 @@ def fold_values(
   Head h writes c_h W_O^h, where c_h = z_h W_V mixes the values of all tokens.
   Let S_h = E[c_h c_h'] = L L', and F = R R' tell how errors count. The nearest
   c_h T O, with T [K, r], spans the r leading left singular vectors U of L' W_O^h R,
-  so T = L'^-1 U, scaled such that numbers of values and rows of W_O are of one
-  size. T is absorbed into W_V. Heads that share values are stacked
-  and decomposed together, with the mean of their S_h. Then W_O of all heads is
-  the least-squares fit to the output of the layer, so that heads make up for
-  each other.
+  so T = L'^-1 U, scaled so that values and rows of W_O have the same size. T is
+  absorbed into W_V. Heads that share values are stacked and decomposed together,
+  with the mean of their S_h. Then W_O of all heads is the least-squares fit to the
+  output of the layer, so that heads compensate for each other.
 
   Args:
     v: Dense, J heads; J divides H.
@@ -356,7 +355,7 @@ def fit_heads(
   Args:
     o: As for `fold_values`.
     moments: As for `fold_values`.
-    heads: The heads that stay, in order.
+    heads: Remaining heads, in order.
 
   Returns:
     ({"kernel": [heads, K, D] and maybe "bias" [D]}, `wrong` as in `FoldedValues`).
@@ -369,13 +368,13 @@ def fit_heads(
 def _fit_output(
   o: Mapping[str, Any], moments: Moments, mix: np.ndarray, size: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Returns W_O for inputs c @ mix in place of c, and what its output lacks.
+  """Returns W_O for inputs c @ mix in place of c, and `wrong`.
 
   Args:
     o: W_O for inputs c.
     moments: Moments of c.
     mix: [HK, heads * size].
-    size: Numbers per head of the new inputs.
+    size: New inputs per head.
   """
   moment = moments.around(o)
   old = np.asarray(o["kernel"], np.float64).reshape(len(mix), -1)

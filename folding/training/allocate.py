@@ -1,16 +1,17 @@
 """Plans how small each part of each layer of a trained model becomes.
 
-Parts are attention (its heads, the groups of W_Q and W_K, the rank of W_V and W_O
-or a diagonal W_V) and the neurons of the MLP. Each option is tried alone on the
-dense model: how far does the output of the model move, to first order
-(`sensitivities`)? Then the moves of the least error per parameter saved are taken
-until the model is small enough, and the MLP gets back the excess of the last move.
-Errors are assumed to add up, and recovery by training is not foreseen.
+The parts are attention (its heads, the groups of W_Q and W_K, the rank of W_V and
+W_O or a diagonal W_V) and the neurons of the MLP. Each option is tried alone on the
+dense model. Its error is the first-order change of the model's output
+(`sensitivities`). The option with the least added error per parameter saved is
+taken, again and again, until the model is small enough. The MLP gets back what the
+last one saved too much. Errors are assumed to add up. Recovery by training is not
+modelled.
 
 With `fpp.embedding_granularity` "rank" the embedding gets the highest rank that
 saves its share (`compress.embedding` "share"), or its rank is one more decision
-("errors"). By errors it loses more and the MLP less, which makes the model slower:
-a lookup takes no time to speak of.
+("errors"). By errors it loses more and the MLP less. That model is slower, as a
+lookup takes almost no time.
 
 If `fpp.granularity` is "weight", single weights of W_O and the MLP are pruned
 instead of neurons, and W_V is dense or as `fold.values` asks.
@@ -60,8 +61,8 @@ from folding.training.stream import (
   usage_of,
 )
 
-_FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
-KINDS = ("attn", "mlp", "embed")
+_FRACTIONS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
+_KINDS = ("attn", "mlp", "embed")
 _EMBEDDING = (0, "embed")
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
@@ -72,7 +73,7 @@ class Attention(NamedTuple):
   Attributes:
     groups: G; 0: dense.
     values: Kind of W_V, or its rank.
-    heads: The heads that stay.
+    heads: Remaining heads, in order.
   """
 
   groups: int
@@ -85,7 +86,7 @@ class Option(NamedTuple):
 
   Attributes:
     value: `Attention`, fraction pruned of the MLP, or rank of the embedding.
-    stored: Number of parameters that the arrays of the decision then store.
+    stored: Parameters that the arrays of the decision store with it.
     error: Squared change of the model's output, see `sensitivities`.
   """
 
@@ -94,7 +95,8 @@ class Option(NamedTuple):
   error: float
 
 
-Options = Mapping[tuple[int, str], Sequence[Option]]  # of (layer, kind)
+Decision = tuple[int, str]  # layer and kind
+Options = Mapping[Decision, Sequence[Option]]
 
 
 def allocate(
@@ -140,28 +142,15 @@ def allocate(
   if config.compress.qkv is not None:
     limit = (1 - config.compress.qkv) * sizes["qkv"]
     chosen = cheapest(options, chosen, ("attn",), limit)
-  chosen = cheapest(options, chosen, KINDS, budget)
+  chosen = cheapest(options, chosen, _KINDS, budget)
   if _EMBEDDING in options:
     rank = options[_EMBEDDING][chosen[_EMBEDDING]].value
 
-  # Linear layers, which are pruned by any fraction, get the rest back.
-  spare = budget - _stored(options, chosen, KINDS)
-  whole = _stored(options, dict.fromkeys(options, 0), ("mlp",))
-  pruned = whole - _stored(options, chosen, ("mlp",))
-  part = max(0.0, 1 - spare / pruned) if pruned else 0.0
-
-  def values(kind):
-    layers = range(config.model.num_layers)
-    return tuple(options[n, kind][chosen[n, kind]].value for n in layers)
-
-  def pruned_of(fraction, n):
-    if config.fpp.granularity == "weight":
-      return math.ceil(part * fraction * 1e4) / 1e4
-    F = params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0]
-    return 1 - _whole(F * (1 - part * fraction), F) / F
-
-  groups, kinds, heads = zip(*values("attn"), strict=True)
   model = config.model
+  attention = [
+    options[n, "attn"][chosen[n, "attn"]].value for n in range(model.num_layers)
+  ]
+  groups, kinds, heads = zip(*attention, strict=True)
   if any(len(kept) < model.num_heads for kept in heads):
     model = dataclasses.replace(model, heads=heads)
   fold = dataclasses.replace(
@@ -176,9 +165,7 @@ def allocate(
     overall=None,
     linear=linear,
     embedding=embedding,
-    linear_layers=tuple(
-      pruned_of(fraction, n) for n, fraction in enumerate(values("mlp"))
-    ),
+    linear_layers=_linear_layers(config, params, options, chosen, budget),
   )
   if fpp.embedding_granularity == "rank":
     fpp.embedding_granularity = "weight"
@@ -190,6 +177,33 @@ def allocate(
       config, model=model, compress=compress, fold=fold, fpp=fpp
     )
   )
+
+
+def _linear_layers(
+  config: Config,
+  params: Mapping[str, Any],
+  options: Options,
+  chosen: Mapping[Decision, int],
+  budget: float,
+) -> tuple[float, ...]:
+  """Returns the fraction to prune of the linear layers of each layer.
+
+  They can be pruned by any fraction, so they get back what the chosen options
+  save below the budget.
+  """
+  spare = budget - _stored(options, chosen, _KINDS)
+  whole = _stored(options, dict.fromkeys(options, 0), ("mlp",))
+  pruned = whole - _stored(options, chosen, ("mlp",))
+  part = max(0.0, 1 - spare / pruned) if pruned else 0.0
+  fractions = []
+  for n in range(config.model.num_layers):
+    fraction = part * options[n, "mlp"][chosen[n, "mlp"]].value
+    if config.fpp.granularity == "weight":
+      fractions.append(math.ceil(fraction * 1e4) / 1e4)
+    else:
+      F = params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0]
+      fractions.append(1 - _whole(F * (1 - fraction), F) / F)
+  return tuple(fractions)
 
 
 def _require_open(config: Config) -> None:
@@ -210,7 +224,7 @@ def _require_open(config: Config) -> None:
 
 
 def _stored(
-  options: Options, chosen: Mapping[tuple[int, str], int], kinds: Sequence[str]
+  options: Options, chosen: Mapping[Decision, int], kinds: Sequence[str]
 ) -> float:
   """Returns the parameters that the chosen options of some kinds store."""
   return sum(
@@ -220,17 +234,17 @@ def _stored(
 
 def cheapest(
   options: Options,
-  chosen: Mapping[tuple[int, str], int],
+  chosen: Mapping[Decision, int],
   kinds: Sequence[str],
   limit: float,
-) -> dict[tuple[int, str], int]:
+) -> dict[Decision, int]:
   """Returns choices that store at most `limit` parameters.
 
   Each move takes the least error per parameter saved.
 
   Args:
     options: From `measure`.
-    chosen: {(layer, kind): index of its option} to begin with.
+    chosen: {decision: index of its option} to begin with.
     kinds: Kinds that may change, and that `limit` counts.
     limit: Number of parameters.
 
@@ -321,10 +335,10 @@ def measure(
   params: Mapping[str, Any],
   batches: Sequence[Batch],
   sensitivity: Sensitivities,
-) -> dict[tuple[int, str], list[Option]]:
+) -> dict[Decision, list[Option]]:
   """Returns the options of each layer and kind: "attn" and "mlp".
 
-  Those of the rank of the embedding, if it is a decision, are (0, "embed").
+  If the rank of the embedding is a decision, its key is (0, "embed").
 
   Args:
     config: Resolved.
@@ -370,7 +384,7 @@ class _Trial(NamedTuple):
     old: Its dense parameters.
     stream: What it reads.
     target: `look_all` of it, with `STREAMS` and the outputs of W_O and W_down.
-    sensitivity: Sensitivities of the layer.
+    sensitivity: Sensitivities to errors of "o" and "down".
   """
 
   config: Config
@@ -403,8 +417,8 @@ class _Trial(NamedTuple):
   def moments(self, role: str) -> list[Moments]:
     """Returns the moments of the input of a module, of each half of the text.
 
-    A fit to one half is judged on the other. On its own text a fit with many
-    numbers looks too good.
+    A fit to one half is evaluated on the other, as its error on its own text is
+    too low.
     """
     return [
       input_moments(
@@ -432,7 +446,7 @@ def _embedding_options(
   """Returns the options of the rank of the embedding; 0 is all of it."""
   shape = V, D = embedding_VD.shape
   found = lowrank.components(embedding_VD, usage_V, sensitivity)
-  # What each component adds to the error when it is left out.
+  # Error that leaving out each component adds.
   weight_D = np.sum(found.decode_DD @ sensitivity * found.decode_DD, axis=1)
   added_D = found.variances_D * weight_D
   options = [Option(0, V * D, 0.0)]
@@ -539,14 +553,14 @@ def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
 def _head_choices(
   attn: Mapping[str, Any], moments: Moments, sensitivity: np.ndarray
 ) -> Iterator[tuple[int, ...]]:
-  """Yields the heads that stay: all, then without those that the others replace.
+  """Yields the remaining heads: all, then without those that others replace best.
 
-  Heads that share a key stay or leave together.
+  Heads that share a key are removed together.
 
   Args:
     attn: Dense.
     moments: Moments of the input of W_O.
-    sensitivity: Sensitivities of its output.
+    sensitivity: Sensitivity to errors of its output.
   """
   H, K, D = attn["o"]["kernel"].shape
   J = attn["k"]["kernel"].shape[1]
@@ -582,10 +596,10 @@ def _mlp_options(trial: _Trial) -> list[Option]:
     for name, w in paths.flatten(old).items()
     if group_of(name) == "linear"
   )
-  options = []
+  options = [Option(0.0, float(size), 0.0)]
   for fraction in _FRACTIONS:
-    new = _pruned(old, squares, fraction) if fraction else old
-    error = trial.error(trial.dense, new, ("o", "down")) if fraction else 0.0
+    new = _pruned(old, squares, fraction)
+    error = trial.error(trial.dense, new, ("o", "down"))
     options.append(Option(fraction, (1 - fraction) * size, error))
   return options
 

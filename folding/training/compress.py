@@ -85,7 +85,7 @@ def path_and_level(where: str) -> tuple[str, float | None]:
   path, level = (found[1], float(found[2])) if found else (where, None)
   if level is not None and not 0 < level < 1:
     raise ConfigError(
-      f"{where!r}: what to save is a fraction between 0 and 1, such as PATH,0.3"
+      f"{where!r}: the saving is a fraction between 0 and 1, such as PATH,0.3"
     )
   return path, level
 
@@ -101,7 +101,7 @@ def recipe(config: Config, saving: float | None = None) -> Config:
   Args:
     config: Of a dense model; its sections `fold`, `fpp` and `compress` are
       replaced.
-    saving: Fraction of the parameters to save; None: what the preset says.
+    saving: Fraction of the parameters to save; None: that of the preset.
   """
   is_lm = config.task == "lm"
   m = config.model
@@ -203,8 +203,7 @@ def compress_params(
     dense: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
     usage_V: As for `fold_pretrained`.
-    is_head_drawn: Whether the head is not trained, and says nothing about what
-      matters.
+    is_head_drawn: Whether the head is untrained; sensitivities ignore it.
 
   Raises:
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
@@ -212,10 +211,10 @@ def compress_params(
   try:
     sensitivity = {}
     if _reads_sensitivities(config):
-      judged = {
-        n: w for n, w in dense.items() if n != "head" or not is_head_drawn
-      }
-      sensitivity = sensitivities(config, judged, batches)
+      trained = dict(dense)
+      if is_head_drawn:
+        trained.pop("head", None)
+      sensitivity = sensitivities(config, trained, batches)
     return _compress(config, dense, batches, usage_V, sensitivity)
   except ConfigError:
     raise
@@ -226,9 +225,12 @@ def compress_params(
 
 def _reads_sensitivities(config: Config) -> bool:
   """Returns whether a plan, neurons or ranks are chosen by sensitivities."""
-  has_ranks = np.any(config.fold.value_rank) or config.fold.embedding_rank > 0
-  is_by_neuron = config.fpp.granularity == "neuron"
-  return bool(config.compress.plan == "auto" or is_by_neuron or has_ranks)
+  return bool(
+    config.compress.plan == "auto"
+    or config.fpp.granularity == "neuron"
+    or config.fold.embedding_rank
+    or np.any(config.fold.value_rank)
+  )
 
 
 def _compress(config, dense, batches, usage_V, sensitivity) -> Compressed:
@@ -564,7 +566,7 @@ def teacher_of(
   "embed", which metrics too compare with, is exact and keeps all tokens.
 
   Raises:
-    ConfigError: task "embed" has no teacher, or nothing to learn from it.
+    ConfigError: task "embed" has no teacher, or nothing to train.
   """
   d, is_embed = config.distill, config.task == "embed"
   if not (d.is_used or is_embed):
@@ -591,7 +593,7 @@ def teacher_of(
 def without_trimmed(
   tokenizer: Tokenizer, params: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns the parameters without tokens that left the tokenizer."""
+  """Returns the parameters without tokens that the tokenizer lost."""
   if not isinstance(tokenizer, MappedTokenizer):
     return params
   embedding_VD = params["embed"]["embedding"][tokenizer.plain_ids]
@@ -599,7 +601,7 @@ def without_trimmed(
 
 
 # ---------------------------------------------------------------------------
-# Tokens that leave the tokenizer before training.
+# Tokens removed from the tokenizer before training.
 
 
 def trim_vocabulary(config: Config, data: Data) -> Data:
@@ -607,7 +609,7 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
 
   The tokenizer loses as many tokens as the config prunes rows of the embedding;
   it cuts words that had them into other tokens. Special tokens stay, and in a
-  BPE the parts of other tokens, so fewer may leave. FPP zeroes rows for the rest.
+  BPE the parts of other tokens, so fewer may be removed. FPP then zeroes rows.
 
   Args:
     config: Resolved; `fpp.embedding_granularity` is "trim".

@@ -57,7 +57,7 @@ def fold_layer(
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
   block = make_block(config, n)
-  attn, figures = _fold_attention(config, n, old, stream, sensitivity_DD)
+  attn, report = _fold_attention(config, n, old, stream, sensitivity_DD)
   new = {**old, "attn": attn}
   # The old W_O is no prior without the old W_V. Heads with other values serve
   # the layer's own output better than the errors of the layers below.
@@ -67,18 +67,18 @@ def fold_layer(
     dense = make_block(dense_baseline(config), n)
     wanted = look_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
   data = (*stream, *_fit_data(m, "o", stream, wanted))
-  attn["o"], figures["attention_r2"] = _refit(
+  attn["o"], report["attention_r2"] = _refit(
     block, new, "o", data, has_prior=has_prior
   )
   if prune is not None:
     new = prune(n, new, stream)
   seen = look_all(block, new, stream, ("up", "norm_mlp"), outputs=OUTPUTS)
   data = (*stream, *_fit_data(m, "down", stream, target, seen))
-  down, figures["mlp_r2"] = _refit(block, new, "down", data, has_prior=True)
+  down, report["mlp_r2"] = _refit(block, new, "down", data, has_prior=True)
   if prune is not None:  # exactly 0, as the fit is rounded
     stays = np.any(new["mlp"]["down"]["kernel"], axis=1, keepdims=True)
     down["kernel"] = np.where(stays, down["kernel"], 0)
-  return {**new, "mlp": {**new["mlp"], "down": down}}, figures
+  return {**new, "mlp": {**new["mlp"], "down": down}}, report
 
 
 def _fold_attention(
@@ -106,10 +106,10 @@ def _fold_attention(
     old = {**old, "attn": keep_heads(old["attn"], seen, layer.heads)[0]}
     kept = {name: getattr(layer, name) for name in ("heads", "num_kv_heads")}
     dense = dense.clone(layer=dataclasses.replace(dense.layer, **kept))
-  attn, figures = dict(old["attn"]), initial_report(layer)
+  attn, report = dict(old["attn"]), initial_report(layer)
   if layer.groups:
     moments = head_moments(dense, old, stream)
-    attn, figures["logits_kept"] = fold_logits(m, layer, attn, moments)
+    attn, report["logits_kept"] = fold_logits(m, layer, attn, moments)
   if layer.values != "dense":
     del attn["v"]
   if layer.values == "diagonal":  # the fitted W_O can express any other
@@ -117,7 +117,7 @@ def _fold_attention(
   # The layer with all of W_V, from which that of low rank follows.
   whole = Block(m, dataclasses.replace(layer, value_dim=m.head_dim))
   if layer.groups:  # reads no values, but the block has to have its arrays
-    attn, figures["divergence"] = fit_attention(
+    attn, report["divergence"] = fit_attention(
       (whole, {**old, "attn": attn}),
       (dense, old),
       stream,
@@ -129,18 +129,18 @@ def _fold_attention(
       attn["v"], attn["o"], seen, layer.value_dim, sensitivity_DD=sensitivity_DD
     )
     attn |= {"v": low.v, "o": low.o}
-  return attn, figures
+  return attn, report
 
 
 def keep_heads(
   attn: Params, moments: Moments, heads: Sequence[int]
 ) -> tuple[dict[str, Any], np.ndarray]:
-  """Returns a dense attention layer with some of its heads, and what it lacks.
+  """Returns a dense attention layer with some of its heads, and its error.
 
   Args:
     attn: Its parameters.
     moments: Moments of the input of W_O.
-    heads: The heads that stay, in order, by whole groups that share a key.
+    heads: Remaining heads, in order; heads that share a key stay together.
 
   Returns:
     (parameters, `wrong` of `lowrank.FoldedValues`).
@@ -190,12 +190,16 @@ def _fit_data(
 
 def initial_report(layer: Layer) -> dict[str, Any]:
   """Returns the report of a layer that equals the dense one."""
-  values = layer.values
-  if layer.value_dim < layer.head_dim:
-    values = f"rank {layer.value_dim}"
-  figures = {"heads": len(layer.heads), "groups": layer.groups}
-  figures |= {"values": values, "logits_kept": 1.0}
-  return figures | {"divergence": 0.0, "attention_r2": 1.0, "mlp_r2": 1.0}
+  is_low_rank = layer.value_dim < layer.head_dim
+  return {
+    "heads": len(layer.heads),
+    "groups": layer.groups,
+    "values": f"rank {layer.value_dim}" if is_low_rank else layer.values,
+    "logits_kept": 1.0,
+    "divergence": 0.0,
+    "attention_r2": 1.0,
+    "mlp_r2": 1.0,
+  }
 
 
 class HeadMoments(NamedTuple):

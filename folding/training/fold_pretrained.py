@@ -55,7 +55,7 @@ def fold_pretrained(
      same input.
 
   Before all layers the embedding becomes one of rank `fold.embedding_rank`, if
-  set; the layers then make up for some of what that changes.
+  set; the layers then compensate for part of its error.
 
   A terminal shows a progress bar.
 
@@ -70,7 +70,7 @@ def fold_pretrained(
     prune: (number of a layer, its folded parameters, the stream that it reads)
       -> pruned parameters. Called before the second feed-forward matrix is
       fitted, which then makes up for the pruned weights.
-    usage_V: How often each token occurs, above 0; None: as in the batches.
+    usage_V: Frequency of each token, above 0; None: as in the batches.
     sensitivity: How errors count when ranks are chosen, from
       `sensitivity.sensitivities`; None: all alike.
 
@@ -110,7 +110,7 @@ def fold_pretrained(
       stream = dense_stream = out
       report.append({"layer": n, **initial_report(layer)})
       continue
-    folded[name], figures = fold_layer(
+    folded[name], row = fold_layer(
       config,
       n,
       params[name],
@@ -119,7 +119,7 @@ def fold_pretrained(
       prune=prune,
       sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
     )
-    report.append({"layer": n, **figures})
+    report.append({"layer": n, **row})
     dense_stream = out
     stream = advance(make_block(config, n), folded[name], stream)
   return folded, report
