@@ -35,11 +35,10 @@ from folding.training.compact import Compactor
 from folding.training.compress import (
   compress_trained,
   require_whole,
-  teacher_of,
   trim_vocabulary,
-  with_pairs,
   write_fold,
 )
+from folding.training.dense_start import teacher_of, with_pairs
 from folding.training.evaluate import (
   evaluate,
   make_eval_step,

@@ -19,6 +19,7 @@ from folding.serving.export import export, export_hf
 from folding.serving.predict import predict
 from folding.training import compress, loop
 from folding.training.checkpoint import load_run
+from folding.training.dense_start import dense_start, read_source, teacher_of
 from folding.training.loop import Run
 from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
 
@@ -76,7 +77,7 @@ def test_head_follows_the_class_names_of_a_checkpoint(
     values["id2label"] = {str(i): name for i, name in enumerate(labels)}
     values["label2id"] = {name: i for i, name in enumerate(labels)}
     path.write_text(json.dumps(values))
-    read, _ = compress.read_source(str(tmp_path / "hf"), config, data)
+    read, _ = read_source(str(tmp_path / "hf"), config, data)
     if expected is None:
       assert "head" not in read
     else:
@@ -93,7 +94,7 @@ def test_class_names_that_differ_by_case_are_two(
   workdir = shutil.copytree(dense_run, tmp_path / "run")
   (workdir / "labels.json").write_text(json.dumps(["a", second, "b", "c"]))
   (workdir / "checksums.json").unlink()
-  found, _ = compress.read_source(str(workdir), config, data)
+  found, _ = read_source(str(workdir), config, data)
   assert ("head" in found) == kept
 
 
@@ -118,13 +119,13 @@ def test_head_for_other_classes_is_left_out(
     (tmp_path / f"{split}.tsv").write_text(text)
   for folder, has_head in ((topics, True), (tmp_path, False)):
     config = c.resolve(recovery_config(dense_run, folder))
-    found, _ = compress.read_source(str(dense_run), config, make_data(config))
+    found, _ = read_source(str(dense_run), config, make_data(config))
     assert ("head" in found) == has_head
   with pytest.raises(errors.ConfigError, match="so it cannot teach these"):
-    compress.teacher_of(config, make_data(config))
+    teacher_of(config, make_data(config))
   for folder, has_head in ((topics, True), (tmp_path, False)):
     config = c.resolve(recovery_config(dense_run, folder))
-    compress.dense_start(str(dense_run), config, make_data(config))
+    dense_start(str(dense_run), config, make_data(config))
     told = capsys.readouterr().out
     assert ("theme 0" in told and "from scratch" in told) != has_head
 
@@ -212,7 +213,7 @@ def test_default_recipe_makes_arrays_small(dense_run, topics):
   data = make_data(config)
   small, params, report = compress.compress_trained(config, data)
   kept = sum(w.size for w in jax.tree.leaves(params))
-  dense = compress.dense_start(str(dense_run), config, data).params
+  dense = dense_start(str(dense_run), config, data).params
   assert kept <= 0.6 * sum(w.size for w in jax.tree.leaves(dense))
   assert any(row["values"].startswith("rank") for row in report)
   for name, w in paths.flatten(params).items():
@@ -271,7 +272,7 @@ def test_allocation_is_saved_and_reused(dense_run, topics, tmp_path):
 
 def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
-  found = compress.teacher_of(config, make_data(config))
+  found = teacher_of(config, make_data(config))
   assert found is not None
   model, params = found
   assert model.fold.groups == 0
@@ -283,7 +284,7 @@ def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
       np.asarray(w, np.float32), theirs[name], rtol=2**-8
     )
   config.distill = c.DistillConfig()
-  assert compress.teacher_of(config, make_data(config)) is None
+  assert teacher_of(config, make_data(config)) is None
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_teacher_with_other_pooling_is_refused(dense_run, topics):
   with pytest.raises(
     errors.ConfigError, match="has pooling 'first', and model"
   ):
-    compress.teacher_of(config, make_data(config))
+    teacher_of(config, make_data(config))
 
 
 def test_folded_run_is_refused_as_a_start(
@@ -412,9 +413,9 @@ def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   known = json.loads(data.tokenizer.to_json())["model"]["vocab"]
   assert 0 < len(set(CLASS_WORDS) & set(known)) < len(CLASS_WORDS)
   _, params, _ = compress.compress_trained(config, data)
-  dense, expected, _ = compress.dense_start(str(dense_run), config, plain)
+  dense, expected, _ = dense_start(str(dense_run), config, plain)
   model = make_model(config, data.tokenizer.vocab_size, data.num_classes)
-  taught = compress.teacher_of(config, data)
+  taught = teacher_of(config, data)
   assert taught is not None
   text = " ".join(word for word in CLASS_WORDS if word in known)
   before = _logits(dense, expected, plain, text)

@@ -1,0 +1,299 @@
+"""Reads a trained dense model, which a run starts from or learns from."""
+
+import dataclasses
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from folding import config as config_lib
+from folding import paths
+from folding.config import Config
+from folding.data.batches import Data
+from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
+from folding.data.trim import trimmed
+from folding.errors import ConfigError
+from folding.models.hf_weights import (
+  describe_pretrained,
+  find_pretrained,
+  load_pretrained,
+)
+from folding.models.transformer import Transformer, make_model
+from folding.training.checkpoint import load_run
+from folding.training.run_dir import load_config, load_labels
+
+# Fields of the model that a source must share, or its arrays mean something
+# else; the second tuple only if its classifier is kept.
+_SHAPE = (
+  "num_layers",
+  "width",
+  "embed_width",
+  "num_heads",
+  "num_kv_heads",
+  "head_dim",
+  "norm",
+  "norm_position",
+  "parallel",
+  "embed_norm",
+  "norm_epsilon",
+  "positions",
+  "rope_base",
+  "rope_scaling",
+  "rope_share",
+  "window",
+  "relative_buckets",
+  "qk_norm",
+  "attention_cap",
+  "logit_cap",
+  "scale_embeddings",
+  "activation",
+  "gated",
+  "causal",
+)
+_HEAD = ("pooling", "pooler", "pooler_activation", "pooler_norm")
+
+
+class DenseStart(NamedTuple):
+  """A dense model to start from.
+
+  Attributes:
+    model: The dense baseline.
+    params: Its parameters.
+    is_head_drawn: Whether the source has no head for the task.
+  """
+
+  model: Transformer
+  params: dict[str, Any]
+  is_head_drawn: bool
+
+
+def dense_start(
+  path: str, config: Config, data: Data, *, needs_head: bool = False
+) -> DenseStart:
+  """Returns the dense baseline with the parameters of a source.
+
+  Rows of the embedding and of the output layer past the tokenizer's ids, and
+  positions past `data.length`, are left out. A classifier for other classes is
+  drawn by the seed.
+
+  Args:
+    path: Checkpoint folder, hub id or run.
+    config: Resolved.
+    data: The tokenizer and classes of the model.
+    needs_head: Whether a missing classifier is an error.
+
+  Raises:
+    ConfigError: see `read_source`; or an array does not fit.
+  """
+  model = make_model(
+    config_lib.dense_baseline(config),
+    data.tokenizer.plain_size,
+    data.num_classes,
+  )
+  tokens = np.zeros((1, config.data.length), np.int32)
+  drawn = jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
+  found, note = read_source(path, config, data)
+  source = paths.flatten(found)
+
+  def is_head(name):
+    is_of_head = name.startswith(("head/", "pooler/", "norm_pooler/"))
+    return config.task != "lm" and is_of_head
+
+  def value(name, fresh):
+    w = source.get(name)
+    if is_head(name) and (w is None or w.shape != fresh.shape):
+      names = ", ".join(data.label_names[:8])
+      missing = f"{path} has no {name.split('/')[0]} for {names}{note}"
+      if needs_head:
+        raise ConfigError(
+          f"{missing}, so it cannot teach these classes; train it with "
+          "dense=True, and give distill.teacher that run"
+        )
+      if name == "head/kernel" and jax.process_index() == 0:
+        print(f"{missing}; it is learned from scratch", flush=True)
+      return np.asarray(fresh)
+    if w is None:
+      raise ConfigError(f"{path} has no {name}, which this model needs")
+    if name.endswith("embed/embedding"):
+      w = w[: fresh.shape[0]]
+    elif name == "head/kernel":
+      w = w[:, : fresh.shape[1]]
+    if w.shape != fresh.shape:
+      raise ConfigError(
+        f"{path}: {name} is {w.shape}, and this model's is {fresh.shape}"
+      )
+    return np.asarray(w, np.float32)
+
+  params = paths.map_named(value, drawn)
+  known = paths.flatten(drawn)
+  for name in source:
+    if name not in known and not is_head(name):
+      raise ConfigError(f"{path} has {name}, which this model has no place for")
+  is_head_drawn = any(
+    is_head(name) and np.shape(source.get(name, 0)) != w.shape
+    for name, w in known.items()
+  )
+  return DenseStart(model, params, is_head_drawn)
+
+
+def _is_run(path: str) -> bool:
+  return os.path.isdir(os.path.join(path, "checkpoints"))
+
+
+def read_source(
+  path: str, config: Config, data: Data
+) -> tuple[dict[str, Any], str]:
+  """Returns the parameters of a checkpoint folder, hub id or run, and a note.
+
+  The note, for messages, names the task of a head that is for another one.
+
+  Raises:
+    ConfigError: it cannot be read, its model has another shape, or it has
+      another tokenizer.
+  """
+  if _is_run(path):
+    found, params, tokenizer = load_run(path)
+    model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
+    classes, task = load_labels(path), found.task
+    if not config_lib.is_whole(found):
+      raise ConfigError(f"{path} is folded or shrunk; start from a dense run")
+    if isinstance(tokenizer, MappedTokenizer):
+      raise ConfigError(
+        f"the tokenizer of {path} was trimmed; start from the dense run before"
+      )
+  else:
+    source = load_pretrained(
+      path, task=config.task, segments=config.model.segments > 0
+    )
+    model, params, task = source.config, source.params, source.task
+    classes = _class_names(source.label_names, data.label_names)
+    tokenizer_path = str(source.tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
+  note = ""
+  if task != config.task and classes:
+    note = f" (its head is for task {task!r}: {', '.join(classes[:8])})"
+    params = {name: w for name, w in params.items() if name != "head"}
+  elif config.task != "regress":
+    params = _with_classes(params, classes, data.label_names)
+  shape = np.shape(params.get("head", {}).get("kernel"))
+  keeps_head = config.task != "lm" and shape[-1:] == (data.num_classes,)
+  for name in (*_SHAPE, *(_HEAD if keeps_head else ())):
+    theirs, ours = getattr(model, name), getattr(config.model, name)
+    if theirs != ours:
+      raise ConfigError(
+        f"{path} has {name} {theirs!r}, and model.{name} is {ours!r}; "
+        "configs/pretrained.py takes the shape from the checkpoint"
+      )
+  wanted = data.tokenizer
+  if isinstance(wanted, MappedTokenizer) and (wanted.token_map < 0).any():
+    tokenizer = trimmed(tokenizer, wanted.token_map >= 0)
+  if tokenizer.to_json() != wanted.to_json():
+    raise ConfigError(
+      f"{path} has another tokenizer than data.tokenizer="
+      f"{config.data.tokenizer!r}; use data.tokenizer={tokenizer_path!r}"
+    )
+  return params, note
+
+
+def _class_names(
+  theirs: tuple[str, ...], ours: tuple[str, ...]
+) -> tuple[str, ...]:
+  """Returns the class names of a checkpoint, () if it does not name them."""
+  numbers = tuple(map(str, range(len(theirs))))
+  if sorted(ours) == sorted(numbers):  # the data has ids instead of names
+    return numbers
+  is_named = theirs != tuple(f"LABEL_{i}" for i in numbers)
+  return theirs if is_named else ()
+
+
+def _with_classes(
+  params: dict[str, Any], theirs: tuple[str, ...], ours: tuple[str, ...]
+) -> dict[str, Any]:
+  """Returns the parameters with the head in the order of our classes.
+
+  Names are compared without case. A head for other classes is left out.
+  """
+  if theirs in ((), ours) or "head" not in params:
+    return params
+  params = dict(params)
+  head = params.pop("head")
+  index = {name.casefold(): i for i, name in enumerate(theirs)}
+  order = [index.get(name.casefold()) for name in ours]
+  # Each of theirs exactly once, even if names differ by case alone.
+  if len(order) == len(theirs) and set(order) == set(range(len(theirs))):
+    params["head"] = {name: w[..., order] for name, w in head.items()}
+  return params
+
+
+def with_pairs(config: Config, data: Data) -> Config:
+  """Returns the config of a new run with the pairs that its data has.
+
+  It names their columns and, if the tokenizer and the model to start from tell
+  the two texts apart, gives the model a segment embedding.
+
+  Args:
+    config: Resolved.
+    data: Of the run.
+
+  Raises:
+    ConfigError: the model to start from cannot be read.
+  """
+  if data.pair is None:
+    return config
+  segments = 2 if data.has_segments else 0
+  path = config.pretrained
+  if path is not None and _is_run(path):
+    segments = load_config(path).model.segments
+  elif path is not None:
+    described = describe_pretrained(find_pretrained(path))
+    segments = segments if described.token_types == 2 else 0
+  return dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, text_field=data.pair),
+    model=dataclasses.replace(config.model, segments=segments),
+  )
+
+
+def teacher_of(
+  config: Config, data: Data
+) -> tuple[Transformer, dict[str, Any]] | None:
+  """Returns the dense teacher of a run, None without distillation.
+
+  Its parameters are bfloat16; each layer computes in `model.dtype`. That of task
+  "embed", which metrics too compare with, is exact and keeps all tokens.
+
+  Raises:
+    ConfigError: task "embed" has no teacher, or nothing to train.
+  """
+  d, is_embed = config.distill, config.task == "embed"
+  if not (d.is_used or is_embed):
+    return None
+  if is_embed and config.dense:
+    raise ConfigError(
+      "task 'embed' learns from its dense checkpoint; dense=True would train "
+      "nothing"
+    )
+  path = d.teacher or config.pretrained
+  if path is None:
+    raise ConfigError(
+      "task 'embed' learns from a trained encoder; set pretrained=PATH, as "
+      "configs/embed.py does"
+    )
+  model, params, _ = dense_start(path, config, data, needs_head=d.logits > 0)
+  if is_embed:
+    return model, params
+  params = without_trimmed(data.tokenizer, params)
+  half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+  return model.clone(vocab_size=data.tokenizer.vocab_size), half
+
+
+def without_trimmed(
+  tokenizer: Tokenizer, params: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns the parameters without tokens that the tokenizer lost."""
+  if not isinstance(tokenizer, MappedTokenizer):
+    return params
+  embedding_VD = params["embed"]["embedding"][tokenizer.plain_ids]
+  return {**params, "embed": {"embedding": embedding_VD}}
