@@ -50,12 +50,12 @@ from folding.training.stream import (
   STREAMS,
   Batch,
   Stream,
+  capture,
+  capture_all,
   embed_batches,
   halves,
   input_moments,
   layers_with_bar,
-  look,
-  look_all,
   make_block,
   total,
   usage_of,
@@ -359,7 +359,7 @@ def measure(
     )
   for n in layers_with_bar(config, "measuring"):
     old = params[f"blocks_{n}"]
-    target = look_all(
+    target = capture_all(
       make_block(dense, n), old, stream, STREAMS, outputs=OUTPUTS
     )
     sensitivity_n = {
@@ -382,8 +382,8 @@ class _Trial(NamedTuple):
     config: Resolved.
     n: Number of the layer.
     old: Its dense parameters.
-    stream: What it reads.
-    target: `look_all` of it, with `STREAMS` and the outputs of W_O and W_down.
+    stream: Its input.
+    target: `capture_all` of it, with `STREAMS` and the outputs of W_O and W_down.
     sensitivity: Sensitivities to errors of "o" and "down".
   """
 
@@ -657,7 +657,7 @@ def _groups(config: Config, n: int) -> list[int]:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _errors(block, roles, params, sensitivity, x, mask, target):
   """Returns the sum over tokens of e' F e, for errors e of some outputs."""
-  seen = look(block, params, x, mask, outputs=roles)
+  seen = capture(block, params, x, mask, outputs=roles)
   weight = mask.astype(jnp.float32)[..., None]
   found = 0.0
   for role in roles:
@@ -669,7 +669,7 @@ def _errors(block, roles, params, sensitivity, x, mask, target):
 @functools.partial(jax.jit, static_argnums=0)
 def _square_sums(block, params, x, mask):
   """Returns {linear layer: summed squares of its inputs}."""
-  seen = look(block, params, x, mask, ("o", "up", "down"))
+  seen = capture(block, params, x, mask, ("o", "up", "down"))
   weight = mask.astype(jnp.float32)
   return {
     name: jnp.einsum("BL...,BL->...", jnp.square(seen[READS[name]]), weight)

@@ -1,9 +1,8 @@
-"""A trained model as the start of a run: read, fold, prune.
+"""Compresses a trained model for the start of a run.
 
-`compress_trained` is the pipeline: the source is read over a fresh draw of the
-dense baseline, groups and pruning are allocated, the model is folded layer by
-layer and, with `compress.prune`, pruned at once. Training then recovers what
-was lost.
+`compress_trained` is the pipeline. It reads the dense model, allocates groups and
+pruning, folds layer by layer and, with `compress.prune`, prunes before the first
+step. Training then recovers the quality.
 """
 
 import dataclasses
@@ -39,12 +38,12 @@ from folding.training.sensitivity import sensitivities
 
 
 class Compressed(NamedTuple):
-  """Where a run starts from.
+  """The start of a run.
 
   Attributes:
     config: The config of the run. It differs from the given one if
       `compress.plan` is "auto" (it states the choice of each layer), and if
-      neurons were removed at once (it has the widths that are left).
+      neurons were removed (it has the remaining widths).
     params: Parameters of the folded model.
     report: One row per layer, see `fold_pretrained`; [] if nothing was folded.
   """

@@ -48,7 +48,7 @@ def fit_attention(
   Args:
     folded: Block and parameters, where the descent starts.
     dense: The same layer, dense.
-    stream: What both layers read.
+    stream: Input of both layers.
     steps: Number of steps, a batch each; 0 only measures the layer.
   """
   (block, params), (dense_block, aim) = folded, dense

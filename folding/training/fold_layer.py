@@ -21,10 +21,10 @@ from folding.training.stream import (
   STREAMS,
   Params,
   Stream,
+  capture,
+  capture_all,
   halves,
   input_moments,
-  look,
-  look_all,
   make_block,
   second_moment,
   total,
@@ -49,8 +49,8 @@ def fold_layer(
     config: Resolved.
     n: Number of the layer.
     old: Its dense parameters.
-    stream: What the folded layer reads.
-    target: `look_all` of the dense layer on the dense stream, with `STREAMS` and
+    stream: Input of the folded layer.
+    target: `capture_all` of the dense layer on the dense stream, with `STREAMS` and
       `OUTPUTS`.
     prune: As for `fold_pretrained`.
     sensitivity_DD: How errors of the output of W_O count; None: all alike.
@@ -65,14 +65,14 @@ def fold_layer(
   wanted = target
   if not has_prior:
     dense = make_block(dense_baseline(config), n)
-    wanted = look_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
+    wanted = capture_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
   data = (*stream, *_fit_data(m, "o", stream, wanted))
   attn["o"], report["attention_r2"] = _refit(
     block, new, "o", data, has_prior=has_prior
   )
   if prune is not None:
     new = prune(n, new, stream)
-  seen = look_all(block, new, stream, ("up", "norm_mlp"), outputs=OUTPUTS)
+  seen = capture_all(block, new, stream, ("up", "norm_mlp"), outputs=OUTPUTS)
   data = (*stream, *_fit_data(m, "down", stream, target, seen))
   down, report["mlp_r2"] = _refit(block, new, "down", data, has_prior=True)
   if prune is not None:  # exactly 0, as the fit is rounded
@@ -96,7 +96,7 @@ def _fold_attention(
     config: Resolved.
     n: Number of the layer.
     old: Its dense parameters.
-    stream: What the folded layer reads.
+    stream: Input of the folded layer.
     sensitivity_DD: As for `fold_layer`.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
@@ -165,9 +165,9 @@ def _fit_data(
   Args:
     m: Resolved.
     role: "o" or "down".
-    stream: What the layer reads.
-    target: `look_all` of the layer to equal.
-    seen: The same of the folded layer, for "down".
+    stream: Input of the layer.
+    target: `capture_all` of the layer whose output is fitted.
+    seen: `capture_all` of the folded layer, for "down".
   """
   if m.norm_position == "both":
     # A norm after a branch hides its output from the stream.
@@ -217,7 +217,7 @@ def head_moments(block: Block, params: Params, stream: Stream) -> HeadMoments:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moment_sums(block, params, x, mask):
-  a = look(block, params, x, mask, ("q",))["q"].astype(jnp.float32)
+  a = capture(block, params, x, mask, ("q",))["q"].astype(jnp.float32)
   weight = mask.astype(jnp.float32)[..., None]
   if "bias" in params["attn"]["q"]:
     a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
@@ -299,7 +299,7 @@ def _refit(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fit_sums(block, role, params, prior, x, mask, base, stream):
   """Returns sums over tokens, see `lowrank.regress`."""
-  features = look(block, params, x, mask, (role,))[role].astype(jnp.float32)
+  features = capture(block, params, x, mask, (role,))[role].astype(jnp.float32)
   features = features.reshape(*x.shape[:2], -1)
   if len(prior) > features.shape[-1]:  # there is a bias
     one = jnp.ones((*x.shape[:2], 1), features.dtype)

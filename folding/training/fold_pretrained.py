@@ -22,9 +22,9 @@ from folding.training.stream import (
   Params,
   Stream,
   advance,
+  capture_all,
   embed_batches,
   layers_with_bar,
-  look_all,
   make_block,
   usage_of,
 )
@@ -102,7 +102,7 @@ def fold_pretrained(
   for n in layers_with_bar(config, "folding"):
     name, layer = f"blocks_{n}", layers_of(config.model, config.fold)[n]
     block = make_block(dense, n)
-    target = look_all(
+    target = capture_all(
       block, params[name], dense_stream, STREAMS, outputs=OUTPUTS
     )
     out = Stream([seen["out"] for seen in target], stream.masks)

@@ -37,7 +37,7 @@ OUTPUTS = ("o", "down")  # the last modules of its branches
 
 
 class Stream(NamedTuple):
-  """What a layer reads of the calibration text, in batches.
+  """The input of a layer on calibration text, in batches.
 
   Attributes:
     x: float[B, L, D] each, the residual stream.
@@ -49,7 +49,7 @@ class Stream(NamedTuple):
 
   @property
   def num_tokens(self) -> int:
-    """Number of tokens, padding left out."""
+    """Number of tokens, without padding."""
     return sum(int(mask.sum()) for mask in self.masks)
 
 
@@ -98,7 +98,7 @@ def usage_of(batches: Sequence[Batch], size: int) -> np.ndarray:
 
 
 def layers_with_bar(config: Config, doing: str) -> Iterable[int]:
-  """Returns the numbers of the layers, with a progress bar on a terminal."""
+  """Returns the layer indices, with a progress bar on a terminal."""
   console = rich.console.Console()
   return rich.progress.track(
     range(config.model.num_layers),
@@ -115,7 +115,9 @@ def make_block(config: Config, n: int) -> Block:
 
 
 @functools.partial(jax.jit, static_argnames=("block", "names", "outputs"))
-def look(block: Block, params, x, mask, names=(), outputs=()) -> dict[str, Any]:
+def capture(
+  block: Block, params, x, mask, names=(), outputs=()
+) -> dict[str, Any]:
   """Returns inputs and outputs of modules of a block, and its output as "out".
 
   Args:
@@ -141,31 +143,31 @@ def look(block: Block, params, x, mask, names=(), outputs=()) -> dict[str, Any]:
   return {**seen, "out": out}
 
 
-def look_all(
+def capture_all(
   block: Block,
   params: Params,
   stream: Stream,
   names: tuple[str, ...] = (),
   outputs: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-  """Returns `look` of each batch."""
+  """Returns `capture` of each batch."""
   return [
-    look(block, params, x, mask, names=names, outputs=outputs)
+    capture(block, params, x, mask, names=names, outputs=outputs)
     for x, mask in zip(*stream, strict=True)
   ]
 
 
 def advance(block: Block, params: Params, stream: Stream) -> Stream:
   """Returns the stream after a layer."""
-  seen = look_all(block, params, stream)
+  seen = capture_all(block, params, stream)
   return Stream([one["out"] for one in seen], stream.masks)
 
 
 def halves(*data: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
-  """Returns every other text of batches, and the rest, as lists of batches.
+  """Returns two halves of the texts of batches, each a list of batches.
 
-  Texts of one length share a batch, so that each half has all lengths. A half
-  leaves out batches in which it has no text.
+  Texts alternate between the halves. Texts of one length share a batch, so each
+  half has all lengths. A batch without a text for a half is left out of it.
 
   Args:
     data: Lists of one array per batch, with texts as rows.
@@ -212,7 +214,7 @@ def input_moments(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _input_sums(block, names, params, x, mask) -> dict[str, Moments]:
-  seen = look(block, params, x, mask, names)
+  seen = capture(block, params, x, mask, names)
 
   def moments(a):
     a = a.astype(jnp.float32).reshape(*mask.shape, -1) * mask[..., None]

@@ -225,7 +225,7 @@ def test_fold_layer_fits_w_o_beside_folded_values_to_its_own_input(
   block = stream_lib.make_block(c.dense_baseline(config), 0)
   kernels = []
   for other in (stream, dense_stream):
-    target = stream_lib.look_all(block, old, other, stream_lib.STREAMS)
+    target = stream_lib.capture_all(block, old, other, stream_lib.STREAMS)
     new, _ = fold_layer(config, 0, old, stream, target=target)
     kernels.append(new["attn"]["o"]["kernel"])
   # The dense W_O is refitted to the dense stream, to make up for layers below.
@@ -285,7 +285,7 @@ def _streams(config, params, batches):
   x, kept = stream_lib.embed_batches(config, params, batches)
   parts = []
   for at in zip(x, kept, strict=True):
-    seen = stream_lib.look(
+    seen = stream_lib.capture(
       stream_lib.make_block(config, 0),
       params["blocks_0"],
       *at,

@@ -132,7 +132,7 @@ def test_remaining_neurons_replace_the_removed_ones(trained, use_bias):
 
   block = stream_lib.make_block(config, 0)
   seen = [
-    stream_lib.look(block, below, *at, ("down",))["down"][at[1]]
+    stream_lib.capture(block, below, *at, ("down",))["down"][at[1]]
     for at in zip(*stream, strict=True)
   ]
   a = np.concatenate(seen).astype(np.float64)
