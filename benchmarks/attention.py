@@ -6,7 +6,7 @@ One layer with 8 heads of 32 channels, without positions, on one sequence:
 
 - `dense, all logits`: `jax.nn.dot_product_attention` on unfolded queries and keys.
 - `dense`: `attend_by_blocks`, the default of our models, on the same.
-- `folded, G = 1`: `attend_by_blocks` with one number per query and key.
+- `folded, G = 1`: `attend_by_blocks` with one number per query and key, twice.
 - `linear time, G = 1`: `attend_checked`.
 
 All compute the same function: s = sqrt(K) q is uniform in [-2, 2], t = k has
@@ -71,7 +71,7 @@ def _measure_length(length: int, rounds: int) -> dict:
   functions = {
     LOGITS: _all_logits,
     DENSE: functools.partial(_in_blocks, groups=SIZE),
-    FOLDED: functools.partial(_in_blocks, groups=1),
+    FOLDED: functools.partial(_in_blocks, groups=2),  # as our models do
     LINEAR: functools.partial(
       linear_attention.attend_checked, causal=True, tolerance=TOLERANCE
     ),
