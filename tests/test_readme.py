@@ -1,31 +1,17 @@
-"""The Python blocks of README.md run and do what the text says."""
+"""The Python block of README.md runs and does what the text says."""
 
 import pathlib
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-import folding
-from folding import config as c
-from folding.data.tokenizers import train_tokenizer
-from folding.serving.export import export
-from folding.serving.predict import predict
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-def _run_block(number):
-  """Runs a Python block, counted from 0, and returns its variables."""
-  code = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[number]
+def test_readme_loop_prunes_unused_inputs():
+  (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
   names = {}
   exec(compile(code, str(README), "exec"), names)
-  return names
-
-
-def test_readme_loop_prunes_unused_inputs():
-  names = _run_block(1)
   kernels = [
     np.asarray(names["params"][layer]["kernel"])
     for layer in ("layers_0", "layers_2")
@@ -35,25 +21,3 @@ def test_readme_loop_prunes_unused_inputs():
   # Inputs 8 to 15 are always 0, so all of their weights are pruned first.
   assert not kernels[0][8:].any()
   assert float(names["loss"]) < 0.25 * float(np.var(names["y"]))
-
-
-def test_readme_loaded_export_gives_logits_of_predict(tmp_path, monkeypatch):
-  config = c.resolve(
-    c.Config(
-      task="classify",
-      data=c.DataConfig(tokenizer="bytes", length=16),
-      model=c.ModelConfig(num_layers=1, width=16, num_heads=2, causal=False),
-    )
-  )
-  tokenizer = train_tokenizer(config.data, [])
-  model = folding.make_model(config, tokenizer.vocab_size, num_classes=2)
-  tokens = jnp.zeros((1, 16), jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-  params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 2))
-  monkeypatch.chdir(tmp_path)
-  export("small", config, params, tokenizer, labels=["bad", "good"])
-  logits = _run_block(0)["logits"]
-  (found,) = predict(folding.load("small"), ["a text"])
-  np.testing.assert_allclose(
-    jax.nn.softmax(logits[0]), found.probabilities, atol=1e-6
-  )
