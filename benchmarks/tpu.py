@@ -1,6 +1,6 @@
 """What the TPU compiler reports of training steps; no TPU is needed.
 
-    python -m benchmarks.tpu [--cache=DIR] [--save] [--json]
+    python -m benchmarks.tpu [--longest=65536] [--cache=DIR] [--save] [--json]
 
 It needs `pip install -e '.[tpu]'`. Nothing runs: memory, cycles and collectives
 are the compiler's, as `folding plan` prints them ("Will it fit?" in
@@ -105,14 +105,19 @@ def measure(case: Case) -> dict[str, Any]:
   }
 
 
-def measure_all(cache: pathlib.Path | None) -> list[dict[str, Any]]:
-  """Returns the figures of all cases.
+def measure_all(
+  cache: pathlib.Path | None, longest: int
+) -> list[dict[str, Any]]:
+  """Returns the figures of the cases up to a length.
 
   Args:
     cache: Folder of figures that are there already; None: measure all.
+    longest: Most tokens per text.
   """
   rows = []
   for case in CASES:
+    if case.length > longest:
+      continue
     file = cache and cache / f"{'-'.join(map(str, case))}.json"
     if file and file.exists():
       rows.append(files.read_json(str(file), dict))
@@ -149,8 +154,9 @@ def main() -> None:
   parser.add_argument(
     "--cache", type=pathlib.Path, help="folder of figures to keep"
   )
+  parser.add_argument("--longest", type=int, default=65536, help="tokens")
   args = parser.parse_args()
-  rows = measure_all(args.cache)
+  rows = measure_all(args.cache, args.longest)
   rows.sort(key=lambda r: (r["parameters"], r["length"]))
   table = output.Table(
     "Per device, by the TPU compiler; nothing was run. GiB of arguments, "
