@@ -2,7 +2,7 @@
 
 Run:     folding train --config=configs/long_lm.py --workdir=runs/long
 Time:    a quarter of an hour on two CPU cores, estimated: a step takes 0.9 s of
-         CPU time per sequence, and 8.7 s in the dense baseline
+         CPU time per sequence, and 6.0 s in the dense baseline
 Dense:   add --config.dense=True (and another --workdir): the baseline, exact
 
 The shape and the text of configs/quickstart.py; sequences are 64 times as long.
