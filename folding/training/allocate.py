@@ -1,102 +1,43 @@
-"""Plans how small each part of each layer of a trained model becomes.
+"""Chooses how small each part of each layer of a trained model becomes.
 
-The parts are attention (its heads, the groups of W_Q and W_K, the rank of W_V and
-W_O or a diagonal W_V) and the neurons of the MLP. Each option is tried alone on the
-dense model. Its error is the first-order change of the model's output
-(`sensitivities`). The option with the least added error per parameter saved is
-taken, again and again, until the model is small enough. The MLP gets back what the
-last one saved too much. Errors are assumed to add up. Recovery by training is not
-modelled.
+`layer_options` measures the options. The option with the least added error per
+parameter saved is taken, again and again, until the model is small enough. The
+MLP gets back what the last one saved too much. Errors are assumed to add up.
+Recovery by training is not modelled.
 
 With `fpp.embedding_granularity` "rank" the embedding gets the highest rank that
 saves its share (`compress.embedding` "share"), or its rank is one more decision
 ("errors"). By errors it loses more and the MLP less. That model is slower, as a
 lookup takes almost no time.
-
-If `fpp.granularity` is "weight", single weights of W_O and the MLP are pruned
-instead of neurons, and W_V is dense or as `fold.values` asks.
 """
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
 from folding import paths
-from folding.compression import lowrank, oneshot
-from folding.compression.lowrank import Moments
 from folding.config import Config
 from folding.errors import ConfigError
 from folding.models.params import group_of
-from folding.models.transformer import Block, make_model, param_shapes
-from folding.training.fold_layer import (
-  fold_layer,
-  fold_logits,
-  head_moments,
-  keep_heads,
-)
+from folding.models.transformer import make_model, param_shapes
 from folding.training.fold_pretrained import require_pairs
-from folding.training.sensitivity import MODULES, Sensitivities
-from folding.training.stream import (
-  OUTPUTS,
-  READS,
-  STREAMS,
-  Batch,
-  Stream,
-  capture,
-  capture_all,
-  embed_batches,
-  halves,
-  input_moments,
-  layers_with_bar,
-  make_block,
-  total,
-  usage_of,
+from folding.training.layer_options import (
+  EMBEDDING,
+  Decision,
+  Options,
+  embedding_size,
+  measure,
+  num_weights,
+  round_neurons,
 )
+from folding.training.sensitivity import Sensitivities
+from folding.training.stream import Batch
 
-_FRACTIONS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
 _KINDS = ("attn", "mlp", "embed")
-_EMBEDDING = (0, "embed")
-_LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
-
-
-class Attention(NamedTuple):
-  """A form of an attention layer.
-
-  Attributes:
-    groups: G; 0: dense.
-    values: Kind of W_V, or its rank.
-    heads: Remaining heads, in order.
-  """
-
-  groups: int
-  values: str | int
-  heads: tuple[int, ...]
-
-
-class Option(NamedTuple):
-  """One setting of one decision of a layer.
-
-  Attributes:
-    value: `Attention`, fraction pruned of the MLP, or rank of the embedding.
-    stored: Parameters that the arrays of the decision store with it.
-    error: Squared change of the model's output, see `sensitivities`.
-  """
-
-  value: Any
-  stored: float
-  error: float
-
-
-Decision = tuple[int, str]  # layer and kind
-Options = Mapping[Decision, Sequence[Option]]
 
 
 def allocate(
@@ -129,22 +70,22 @@ def allocate(
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
-  if _EMBEDDING in options:  # counted like the other options
+  if EMBEDDING in options:  # counted like the other options
     embedding = 0.0
     sizes["embedding"] -= math.prod(shape)
   elif not rank and config.fpp.embedding_granularity == "rank":
     rank = _embedding_rank(shape, embedding)
   if rank:  # the embedding loses nothing else
     embedding = 0.0
-    sizes["embedding"] += _embedding_size(shape, rank) - math.prod(shape)
+    sizes["embedding"] += embedding_size(shape, rank) - math.prod(shape)
   budget = _budget(config, sizes, linear, embedding)
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:
     limit = (1 - config.compress.qkv) * sizes["qkv"]
     chosen = cheapest(options, chosen, ("attn",), limit)
   chosen = cheapest(options, chosen, _KINDS, budget)
-  if _EMBEDDING in options:
-    rank = options[_EMBEDDING][chosen[_EMBEDDING]].value
+  if EMBEDDING in options:
+    rank = options[EMBEDDING][chosen[EMBEDDING]].value
 
   model = config.model
   attention = [
@@ -202,7 +143,7 @@ def _linear_layers(
       fractions.append(math.ceil(fraction * 1e4) / 1e4)
     else:
       F = params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0]
-      fractions.append(1 - _whole(F * (1 - fraction), F) / F)
+      fractions.append(1 - round_neurons(F * (1 - fraction), F) / F)
   return tuple(fractions)
 
 
@@ -306,12 +247,6 @@ def _embedding_rank(shape: tuple[int, int], fraction: float) -> int:
   return min(D, max(8, int(most) // 8 * 8)) if fraction else 0
 
 
-def _embedding_size(shape: tuple[int, int], rank: int) -> int:
-  """Returns the number of parameters of an embedding [V, D] of lower rank."""
-  V, D = shape
-  return rank * (V + D) + D
-
-
 def _budget(
   config: Config, sizes: Mapping[str, int], linear: float, embedding: float
 ) -> float:
@@ -323,376 +258,8 @@ def _budget(
     return (1 - config.fpp.overall) * sizes["all"] - outside
   shapes = param_shapes(make_model(config, vocab_size=1, num_classes=1))
   qkv = sum(
-    _size(block["attn"], ("q", "k", "v", "frequency"))
+    num_weights(block["attn"], ("q", "k", "v", "frequency"))
     for name, block in shapes.items()
     if name.startswith("blocks_")
   )
   return qkv + (1 - linear) * sizes["linear"]
-
-
-def measure(
-  config: Config,
-  params: Mapping[str, Any],
-  batches: Sequence[Batch],
-  sensitivity: Sensitivities,
-) -> dict[Decision, list[Option]]:
-  """Returns the options of each layer and kind: "attn" and "mlp".
-
-  If the rank of the embedding is a decision, its key is (0, "embed").
-
-  Args:
-    config: Resolved.
-    params: Parameters of its dense baseline.
-    batches: Calibration text.
-    sensitivity: From `sensitivities`.
-  """
-  dense = config_lib.dense_baseline(config)
-  stream, options = embed_batches(dense, params, batches), {}
-  is_open = (
-    config.fpp.embedding_granularity == "rank"
-    and not config.fold.embedding_rank
-  )
-  if is_open and config.compress.embedding == "errors":
-    embedding_VD = np.asarray(params["embed"]["embedding"])
-    options[_EMBEDDING] = _embedding_options(
-      embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
-    )
-  for n in layers_with_bar(config, "measuring"):
-    old = params[f"blocks_{n}"]
-    target = capture_all(
-      make_block(dense, n), old, stream, STREAMS, outputs=OUTPUTS
-    )
-    sensitivity_n = {
-      role: sensitivity[f"blocks_{n}/{module}"]
-      for role, module in MODULES.items()
-    }
-    trial = _Trial(config, n, old, stream, target, sensitivity_n)
-    options |= {
-      (n, "attn"): _attention_options(trial),
-      (n, "mlp"): _mlp_options(trial),
-    }
-    stream = Stream([seen["out"] for seen in target], stream.masks)
-  return options
-
-
-class _Trial(NamedTuple):
-  """A layer to try options on.
-
-  Attributes:
-    config: Resolved.
-    n: Number of the layer.
-    old: Its dense parameters.
-    stream: Its input.
-    target: `capture_all` of it, with `STREAMS` and the outputs of W_O and W_down.
-    sensitivity: Sensitivities to errors of "o" and "down".
-  """
-
-  config: Config
-  n: int
-  old: Mapping[str, Any]
-  stream: Stream
-  target: Sequence[Mapping[str, jax.Array]]
-  sensitivity: Mapping[str, np.ndarray]
-
-  @property
-  def dense(self) -> Block:
-    """The dense layer."""
-    return make_block(config_lib.dense_baseline(self.config), self.n)
-
-  def error(self, block: Block, params: Any, roles: Sequence[str]) -> float:
-    """Returns the error of another layer on the same input.
-
-    Args:
-      block: The layer.
-      params: Its parameters.
-      roles: Modules whose output counts, "o" or "down".
-    """
-    part = functools.partial(
-      _errors, block, tuple(roles), params, self.sensitivity
-    )
-    return (
-      float(total(part, *self.stream, self.target)) / self.stream.num_tokens
-    )
-
-  def moments(self, role: str) -> list[Moments]:
-    """Returns the moments of the input of a module, of each half of the text.
-
-    A fit to one half is evaluated on the other, as its error on its own text is
-    too low.
-    """
-    return [
-      input_moments(
-        self.dense, self.old, Stream(*zip(*half, strict=True)), (role,)
-      )[role]
-      for half in halves(*self.stream)
-    ]
-
-  def square(self, wrong: np.ndarray, moments: Moments, role: str) -> float:
-    """Returns the error of a module whose output is off by `a @ wrong`.
-
-    Args:
-      wrong: float[inputs, D].
-      moments: Moments of its inputs a.
-      role: "o" or "down".
-    """
-    part = self.old["attn" if role == "o" else "mlp"][role]
-    product = moments.around(part) @ wrong
-    return float(np.sum(wrong * (product @ self.sensitivity[role])))
-
-
-def _embedding_options(
-  embedding_VD: np.ndarray, usage_V: np.ndarray, sensitivity: np.ndarray
-) -> list[Option]:
-  """Returns the options of the rank of the embedding; 0 is all of it."""
-  shape = V, D = embedding_VD.shape
-  found = lowrank.components(embedding_VD, usage_V, sensitivity)
-  # Error that leaving out each component adds.
-  weight_D = np.sum(found.decode_DD @ sensitivity * found.decode_DD, axis=1)
-  added_D = found.variances_D * weight_D
-  options = [Option(0, V * D, 0.0)]
-  for rank in range(D // 8 * 8, 0, -8):
-    error = float(added_D[rank:].sum())
-    options.append(Option(rank, _embedding_size(shape, rank), error))
-  return options
-
-
-def _attention_options(trial: _Trial) -> list[Option]:
-  """Returns the options of attention, from large to small.
-
-  Errors of the logits and of the values add up. Those of the logits are measured
-  with all heads.
-  """
-  H = trial.config.model.num_heads
-  pairs = itertools.product(_logits_options(trial), _values_options(trial))
-  options = [
-    Option(
-      Attention(logits.value, values.value, heads),
-      logits.stored * len(heads) / H + values.stored,
-      logits.error + values.error,
-    )
-    for logits, (heads, values) in pairs
-  ]
-  return sorted(options, key=lambda option: -option.stored)
-
-
-def _logits_options(trial: _Trial) -> list[Option]:
-  """Returns the options of W_Q and W_K, unfitted.
-
-  A fit makes few groups look better than training can make them.
-  """
-  config, old = trial.config, trial.old
-  layer = config_lib.layers_of(config.model, config.fold)[trial.n]
-  moments, options = head_moments(trial.dense, old, trial.stream), []
-  for groups in _groups(config, trial.n):
-    block = trial.dense
-    tried = dataclasses.replace(
-      block.layer, groups=groups, axis=layer.axis, rope=layer.rope
-    )
-    attn, error = old["attn"], 0.0
-    if groups:
-      attn, _ = fold_logits(config.model, tried, attn, moments)
-      block = block.clone(layer=tried)
-      error = trial.error(block, {**old, "attn": attn}, ("o",))
-    options.append(Option(groups, _size(attn, ("q", "k", "frequency")), error))
-  return options
-
-
-def _values_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
-  """Returns the options of W_V and of the heads that stay, as pairs."""
-  config, attn = trial.config, trial.old["attn"]
-  m, is_structured = config.model, config.fpp.granularity == "neuron"
-  arrays = ("v", "o") if is_structured else ("v",)
-  every = tuple(range(m.num_heads))
-  if is_structured:
-    options = _rank_options(trial)
-  else:
-    options = [(every, Option("dense", _size(attn, arrays), 0.0))]
-  asked = config_lib.layers_of(m, config.fold)[trial.n].values
-  if asked != "dense":
-    fold = dataclasses.replace(
-      config.fold, groups=0, values=asked, value_rank=0
-    )
-    compress = dataclasses.replace(config.compress, fit_steps=0)
-    folded = dataclasses.replace(config, fold=fold, compress=compress)
-    new, _ = fold_layer(
-      folded, trial.n, trial.old, trial.stream, target=trial.target
-    )
-    error = trial.error(make_block(folded, trial.n), new, ("o",))
-    size = _size(new["attn"], arrays)
-    options.append((every, Option(asked, size, error)))
-  return options
-
-
-def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
-  """Returns the options of W_V and W_O: some of the heads, each of rank r."""
-  attn, m = trial.old["attn"], trial.config.model
-  fitted, held_out = trial.moments("o")
-  options = []
-  for heads in _head_choices(attn, fitted, trial.sensitivity["o"]):
-    kept, lost = keep_heads(attn, fitted, heads)
-    rows = np.repeat(np.isin(range(m.num_heads), heads), m.head_dim)
-    of_kept = Moments(fitted.second_II[rows][:, rows], fitted.mean_I[rows])
-    ranks = _eighths(m.head_dim)
-    folded = lowrank.fold_ranks(
-      kept["v"],
-      kept["o"],
-      of_kept,
-      ranks,
-      sensitivity_DD=trial.sensitivity["o"],
-    )
-    for rank, low in zip(ranks, folded, strict=True):
-      wrong = lost.copy()
-      wrong[rows] += low.wrong
-      size = _size({"v": low.v, "o": low.o}, ("v", "o"))
-      value = rank if rank < m.head_dim else "dense"
-      error = trial.square(wrong, held_out, "o")
-      options.append((heads, Option(value, size, error)))
-  return options
-
-
-def _head_choices(
-  attn: Mapping[str, Any], moments: Moments, sensitivity: np.ndarray
-) -> Iterator[tuple[int, ...]]:
-  """Yields the remaining heads: all, then without those that others replace best.
-
-  Heads that share a key are removed together.
-
-  Args:
-    attn: Dense.
-    moments: Moments of the input of W_O.
-    sensitivity: Sensitivity to errors of its output.
-  """
-  H, K, D = attn["o"]["kernel"].shape
-  J = attn["k"]["kernel"].shape[1]
-  _, *fewer = _eighths(J)
-  yield tuple(range(H))
-  steps = oneshot.removals(
-    np.reshape(attn["o"]["kernel"], (H * K, D)),
-    moments.around(attn["o"]),
-    fewer,
-    unit=H * K // J,
-    sensitivity_OO=sensitivity,
-  )
-  for new_ID in steps:
-    stays_H = new_ID.reshape(H, K * D).any(1)
-    yield tuple(np.flatnonzero(stays_H).tolist())
-
-
-def _eighths(count: int) -> list[int]:
-  """Returns the eighths of a number, rounded up, from all of it to the least."""
-  return sorted({-(-count * i // 8) for i in range(1, 9)}, reverse=True)
-
-
-def _mlp_options(trial: _Trial) -> list[Option]:
-  """Returns the options of the MLP: neurons, or weights and those of W_O."""
-  if trial.config.fpp.granularity == "neuron":
-    return _neuron_options(trial)
-  old = trial.old
-  squares = total(
-    functools.partial(_square_sums, trial.dense, old), *trial.stream
-  )
-  size = sum(
-    w.size
-    for name, w in paths.flatten(old).items()
-    if group_of(name) == "linear"
-  )
-  options = [Option(0.0, float(size), 0.0)]
-  for fraction in _FRACTIONS:
-    new = _pruned(old, squares, fraction)
-    error = trial.error(trial.dense, new, ("o", "down"))
-    options.append(Option(fraction, (1 - fraction) * size, error))
-  return options
-
-
-def _neuron_options(trial: _Trial) -> list[Option]:
-  """Returns the options of an MLP without neurons, W_down refitted."""
-  mlp = trial.old["mlp"]
-  w_FD = np.asarray(mlp["down"]["kernel"], np.float64)
-  fitted, held_out = trial.moments("down")
-  c_FF = fitted.around(mlp["down"])
-  F = len(w_FD)
-  kept = sorted({_whole(F * i / 16, F) for i in range(1, 16)} - {F})[::-1]
-  size = _size(mlp, ("up", "gate", "down"))
-  options = [Option(0.0, size, 0.0)]
-  steps = oneshot.removals(
-    w_FD, c_FF, kept, sensitivity_OO=trial.sensitivity["down"]
-  )
-  for count, new_FD in zip(kept, steps, strict=True):
-    error = trial.square(w_FD - new_FD, held_out, "down")
-    options.append(Option(1 - count / F, count / F * size, error))
-  return options
-
-
-def _whole(count: float, F: int) -> int:
-  """Returns a number of neurons as a multiple of 8, as a shrink keeps them."""
-  return min(F, max(8, int(count + 1e-6) // 8 * 8))
-
-
-def _size(params: Mapping[str, Any], names: Sequence[str]) -> float:
-  """Returns the size of arrays and of the kernels and diagonals of modules."""
-  return float(
-    sum(
-      w.size
-      for name, w in paths.flatten(dict(params)).items()
-      if name.split("/")[0] in names and not name.endswith("bias")
-    )
-  )
-
-
-def _groups(config: Config, n: int) -> list[int]:
-  """Returns the groups to try: dense (0), then from many to few."""
-  m, f = config.model, config.fold
-  if config_lib.layers_of(m, f)[n].groups == 0:
-    return [0]  # as the config asks
-  if f.axis == "output" and m.positions == "rope":
-    # In eighths of a head, by whole pairs, and a single pair.
-    step = max(2, m.head_dim // 16 * 2)
-    return [0, *range(m.head_dim - step, 2, -step), 2]
-  size = m.head_dim if f.axis == "output" else m.width
-  # The sum over all channels of a LayerNorm is constant.
-  least = 1 + (f.axis == "input" and m.norm == "layernorm")
-  return [0, *(g for g in range(size - 1, least - 1, -1) if size % g == 0)]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _errors(block, roles, params, sensitivity, x, mask, target):
-  """Returns the sum over tokens of e' F e, for errors e of some outputs."""
-  seen = capture(block, params, x, mask, outputs=roles)
-  weight = mask.astype(jnp.float32)[..., None]
-  found = 0.0
-  for role in roles:
-    e_BLD = (seen[role] - target[role]) * weight
-    found += jnp.einsum("BLD,DE,BLE->", e_BLD, sensitivity[role], e_BLD)
-  return found
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _square_sums(block, params, x, mask):
-  """Returns {linear layer: summed squares of its inputs}."""
-  seen = capture(block, params, x, mask, ("o", "up", "down"))
-  weight = mask.astype(jnp.float32)
-  return {
-    name: jnp.einsum("BL...,BL->...", jnp.square(seen[READS[name]]), weight)
-    for name in _LINEAR
-    if name.split("/")[1] in params[name.split("/")[0]]
-  }
-
-
-def _pruned(
-  params: Mapping[str, Any], squares: Mapping[str, Any], fraction: float
-) -> Any:
-  """Returns the layer without the lowest |w| rms(a) of each linear layer."""
-
-  def prune(name, w):
-    role = name.rpartition("/")[0]
-    if role not in squares or not name.endswith("kernel"):
-      return w
-    w = np.asarray(w)
-    rms = np.sqrt(squares[role])  # up to a factor
-    rms = rms.reshape(*rms.shape, *(1,) * (w.ndim - rms.ndim))
-    score = np.abs(w) * rms
-    count = int(fraction * w.size)
-    limit = np.partition(score.reshape(-1), count)[count]
-    return np.where(score < limit, 0, w)
-
-  return paths.map_named(prune, params)

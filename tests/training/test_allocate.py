@@ -16,6 +16,7 @@ from folding.compression import fold, lowrank
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate
 from folding.training.fold_pretrained import fold_pretrained
+from folding.training.layer_options import Option, measure
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import usage_of
 
@@ -58,12 +59,9 @@ def _trained(config, flat_layers=()):
   return paths.map_named(value, params["params"])
 
 
-_true_measure = allocate.measure
-
-
 def _measure(config, params):
   sensitivity = sensitivities(config, params, _batches())
-  return _true_measure(config, params, _batches(), sensitivity)
+  return measure(config, params, _batches(), sensitivity)
 
 
 def _allocate(config, params):
@@ -75,10 +73,10 @@ def _allocate(config, params):
 def measured(monkeypatch):
   """Measures the options of each kind once for all tests that allocate."""
 
-  def measure(config, *_):
+  def cached(config, *_):
     return _options("llama" if config.model.positions == "rope" else "bert")
 
-  monkeypatch.setattr(allocate, "measure", measure)
+  monkeypatch.setattr(allocate, "measure", cached)
 
 
 @functools.cache
@@ -414,12 +412,12 @@ def test_unreachable_target_is_refused(measured):
 def test_cheapest_move_has_the_least_error_per_parameter():
   options = {
     (0, "mlp"): [
-      allocate.Option(0.0, 20.0, 0.0),
-      allocate.Option(0.5, 10.0, 1.0),  # 0.1 per parameter
+      Option(0.0, 20.0, 0.0),
+      Option(0.5, 10.0, 1.0),  # 0.1 per parameter
     ],
     (1, "mlp"): [
-      allocate.Option(0.0, 20.0, 0.0),
-      allocate.Option(0.1, 18.0, 0.5),  # 0.25 per parameter, but less error
+      Option(0.0, 20.0, 0.0),
+      Option(0.1, 18.0, 0.5),  # 0.25 per parameter, but less error
     ],
   }
   begin = dict.fromkeys(options, 0)
