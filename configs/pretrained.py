@@ -21,7 +21,7 @@ import os
 from folding import config as c
 from folding.errors import ConfigError
 from folding.models import hf_weights
-from folding.training.compress import path_and_level, recipe, recovery_rate
+from folding.training.recipe import path_and_level, recipe, recovery_rate
 
 
 def get_config(where: str = "") -> c.Config:

@@ -12,7 +12,8 @@ from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.serving.batched import require_several
 from folding.serving.loaded import Loaded, load
-from folding.training import compress as compress_lib
+from folding.training.compress import compress_params
+from folding.training.recipe import recipe
 
 _ROWS = 64  # texts per batch
 
@@ -57,14 +58,14 @@ def compress(
   config = dataclasses.replace(
     config_lib.dense_baseline(loaded.config), dense=False
   )
-  config = compress_lib.recipe(config, saving)
+  config = recipe(config, saving)
   # At once: there are no steps in which FPP could prune.
   config.compress.prune = "sparsegpt"
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   rows = encode_rows(loaded.tokenizer, list(texts), config.data.length).ids
   counts = np.bincount(np.concatenate([[0], *rows]))
-  small = compress_lib.compress_params(
+  small = compress_params(
     config,
     loaded.params,
     _batches(rows[:max_texts], config.data.length, loaded.tokenizer.pad_id),

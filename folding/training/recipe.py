@@ -1,0 +1,87 @@
+"""Recipe of compression for `folding.compress`, configs/pretrained and embed."""
+
+import dataclasses
+import re
+
+from folding.config import CompressConfig, Config, FoldConfig, FPPConfig
+from folding.errors import ConfigError
+
+
+def recipe(config: Config, saving: float | None = None) -> Config:
+  """Returns the config that compresses a trained model.
+
+  Arrays of an encoder are small before training begins. For a language model
+  FPP zeroes single weights while training: stories260K at half its size has
+  perplexity 8.1, and 10.7 with smaller ranks and fewer neurons (one seed, the
+  same 300 steps).
+
+  Args:
+    config: Config of a dense model; its sections `fold`, `fpp` and `compress`
+      are replaced.
+    saving: Fraction of the parameters to save; None: that of the preset.
+  """
+  is_lm = config.task == "lm"
+  m = config.model
+  is_rotary = m.positions == "rope"
+  # A quarter of a head, for plans that fold all layers alike.
+  K = m.head_dim or max(1, m.width // m.num_heads)
+  groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
+  if is_rotary:  # by whole pairs, which need not divide it
+    groups = max(2, K // 8 * 2)
+  if m.qk_norm:  # cannot be folded
+    groups = 0
+  # Beside single weights a plan may choose a diagonal W_V, if heads share out
+  # the width and a bias of W_O can replace that of W_V.
+  shares_width = m.num_heads * K == m.width
+  has_place = bool(m.use_bias) or not m.qkv_bias
+  is_free = is_lm and shares_width and has_place
+  fold = FoldConfig(
+    groups=groups,
+    rope="pairs" if is_rotary else "copy",
+    values="diagonal" if is_free else "dense",
+  )
+  fpp = FPPConfig(
+    granularity="weight" if is_lm else "neuron",
+    attention="output" if is_lm else "none",  # of low rank instead
+    embedding_granularity="weight" if is_lm else "rank",
+    # For language models too: with 0.2 stories260K has perplexity 9.8.
+    embedding_share=1.0,
+    overall=saving,
+    # While training, early, so that most of it recovers from pruning.
+    begin=0.02,
+    end=0.3,
+  )
+  compress = CompressConfig(
+    plan="auto",
+    prune="none" if is_lm else "sparsegpt",
+    # Vectors of MiniLM at 70% keep 0.95 of Spearman's correlation on SICK by
+    # errors, 0.93 by share. Classifiers are as accurate by share, and faster.
+    embedding="errors" if config.task == "embed" else "share",
+  )
+  return dataclasses.replace(
+    config, preset="paper", fold=fold, fpp=fpp, compress=compress
+  )
+
+
+def recovery_rate(width: int) -> float:
+  """Returns a learning rate for a compressed model of width D.
+
+  It falls with the width, as the best rates of matrices do (Yang et al. 2022):
+  5e-4 for MiniLM, 3e-3 for stories260K (docs/experiments.md).
+  """
+  return min(3e-3, 0.192 / width)
+
+
+def path_and_level(where: str) -> tuple[str, float | None]:
+  """Returns the parts of "PATH,LEVEL"; the level is None in "PATH".
+
+  Raises:
+    ConfigError: the level is not a fraction between 0 and 1.
+  """
+  found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
+  path, level = (found[1], float(found[2])) if found else (where, None)
+  if level is not None and not 0 < level < 1:
+    raise ConfigError(
+      f"{where!r}: the saving is a fraction between 0 and 1, such as PATH,0.3"
+    )
+  return path, level
