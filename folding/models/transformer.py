@@ -4,7 +4,7 @@ Paths of its parameters, which are a contract on disk, are in `params`.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -490,6 +490,17 @@ def make_model(
     0 if config.task in UNLABELLED else num_classes,
     config.task == "embed",
   )
+
+
+def model_for(config: Config, params: Mapping[str, Any]) -> Transformer:
+  """Returns the model of a resolved config, sized by its parameters.
+
+  Args:
+    config: Resolved.
+    params: Parameters of the model or of its dense baseline.
+  """
+  num_classes = params["head"]["kernel"].shape[1] if "head" in params else 0
+  return make_model(config, len(params["embed"]["embedding"]), num_classes)
 
 
 def param_shapes(model: Transformer) -> Any:

@@ -21,7 +21,7 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import token_usage, trimmed
 from folding.errors import ConfigError
-from folding.models.transformer import make_model, param_shapes
+from folding.models.transformer import make_model, model_for, param_shapes
 from folding.training.allocate import allocate, outer_fractions
 from folding.training.dense_start import dense_start, without_trimmed
 from folding.training.fold_pretrained import fold_pretrained
@@ -136,10 +136,8 @@ def _compress(config, dense, batches, usage_V, sensitivity) -> Compressed:
   is_pruned = config.compress.prune != "none"
   prune_layer = None
   if is_pruned and config.fpp.granularity == "neuron":
-    size = len(dense["embed"]["embedding"])
-    classes = np.shape(dense.get("head", {}).get("kernel"))[-1:]
-    model = make_model(config, size, *classes)
-    prune_layer = neuron_pruner(config, param_shapes(model), dense, sensitivity)
+    shapes = param_shapes(model_for(config, dense))
+    prune_layer = neuron_pruner(config, shapes, dense, sensitivity)
   if prune_layer or config.fold != config_lib.dense_baseline(config).fold:
     params, report = fold_pretrained(
       config,

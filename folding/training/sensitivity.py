@@ -12,7 +12,7 @@ import numpy as np
 
 from folding import config as config_lib
 from folding.config import Config
-from folding.models.transformer import make_model
+from folding.models.transformer import model_for
 from folding.training.stream import (
   Batch,
   Stream,
@@ -53,9 +53,7 @@ def sensitivities(
   if "head" not in params and config.task != "lm":
     dense = dataclasses.replace(dense, task="embed")
   dense.model.scan_layers = False  # errors are added by the path of a layer
-  classes = np.shape(params.get("head", {}).get("kernel"))[-1:]
-  vocabulary = len(params["embed"]["embedding"])
-  model = make_model(dense, vocabulary, *classes)
+  model = model_for(dense, params)
   part = functools.partial(_sensitivity_sums, model, jax.device_put(params))
   masks = masks_of(batches)
   sums = total(
