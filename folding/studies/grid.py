@@ -1,8 +1,8 @@
 """A study: a grid of runs, and the engines that train it.
 
-A study directory holds `runs/` (run directories) and `logs/` (what each run
-printed), both by the name of the run. A run is finished if its `result.json`
-says so; everything else is trained, or resumed, by the next call.
+A study directory holds `runs/` (run directories) and `logs/` (the output of
+each run), both by the name of the run. A run is finished if its `result.json`
+says so. The next call trains or resumes the others.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from folding.typed import edited
 
 DENSE = "dense"  # the baseline of every comparison
 OURS = "ours"  # the method that the others are tested against
-DENSE_PART = "dense-part"  # the dense start of methods after training
+DENSE_PART = "dense-part"  # the dense run that other runs start from
 _POLL_SECONDS = 0.5
 _SAVE_SECONDS = 120.0  # for stopped runs to save
-_RETRIES = 3  # of a run whose node died
+_RETRIES = 3  # of a run whose node failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Study:
   """A grid of runs. A study file has `get_study()`, which returns one.
 
   Attributes:
-    datasets: {name: base config}: task, data, model, steps and whatever else
-      the methods leave alone.
+    datasets: {name: base config}: task, data, model, steps and all else that
+      the methods do not edit.
     methods: {name: method}, "dense" among them; see `methods.pick`.
     levels: Fractions of the dense baseline's parameters to save.
-    seeds: One run each.
-    pretrain: Fraction of the steps in which the dense model is trained that a
-      method after training starts from.
+    seeds: Seeds; one run each per method, level and data set.
+    pretrain: Fraction of the steps that train the dense model from which
+      methods with `after` start.
 
   Raises:
     ConfigError: a name, a type or a fraction is not valid, or a seed or level
@@ -94,7 +94,7 @@ class Study:
         raise ConfigError(f"not a fraction between 0 and 1: {value}")
 
   def trials(self, workdir: str) -> list["Trial"]:
-    """Returns the runs in order: shared starts, then seed by seed.
+    """Returns the runs in order: dense starts, then seed by seed.
 
     Args:
       workdir: The study directory.
@@ -123,7 +123,7 @@ class Trial:
     study: The study.
     workdir: Its directory, absolute.
     dataset: Name of the data set.
-    method: Name of the method; None: the dense start of methods after training.
+    method: Name of the method; None: the dense run that other runs start from.
     seed: Seed of the run.
     level: Fraction to save; None if the method has one size.
   """
@@ -149,19 +149,19 @@ class Trial:
 
   @property
   def log(self) -> str:
-    """The file with what the run prints."""
+    """The file with the output of the run."""
     return os.path.join(self.workdir, "logs", f"{self.name}.log")
 
   @property
   def start(self) -> "Trial | None":
-    """The run that must finish first."""
+    """The dense run that this run starts from; None: it starts untrained."""
     if self.method is None or not self.study.methods[self.method].after:
       return None
     return dataclasses.replace(self, method=None, level=None)
 
   @property
   def result(self) -> dict[str, Any] | None:
-    """Contents of the run's `result.json`, None if it is not finished."""
+    """Contents of the run's `result.json`; None: it is not finished."""
     done = run_dir.is_finished(self.run)
     return run_dir.read_result(self.run) if done else None
 
@@ -216,7 +216,7 @@ class Engine(Protocol):
   limit: float
 
   def submit(self, config: Config, trial: Trial) -> futures.Future:
-    """Starts a run; the result is why it failed, "" if it did not."""
+    """Starts a run; the result is its error in one line, "" on success."""
     ...
 
   def stop(self) -> None:
@@ -231,7 +231,7 @@ class Pool:
     jobs: Number of runs at a time.
 
   Attributes:
-    limit: As jobs.
+    limit: Number of runs at a time.
     processes: {run that was submitted: its process}.
 
   Raises:
@@ -341,10 +341,10 @@ def train(config: Config, workdir: str, log: str) -> str:
   Args:
     config: Config of the run.
     workdir: Run directory.
-    log: File that takes what the run prints.
+    log: File to which the output of the run is appended.
 
   Returns:
-    Why the run failed in one line, "" if it did not.
+    The error of the run in one line, "" on success.
   """
   from folding.training import loop
 
@@ -367,11 +367,11 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
 
   Args:
     study: The runs.
-    workdir: Study directory; made if need be.
-    engine: Where runs are trained; stopped in the end.
+    workdir: Study directory; created if it does not exist.
+    engine: Where runs are trained; stopped at the end.
 
   Returns:
-    {run: why it failed}.
+    {name of a failed run: its error in one line}.
 
   Raises:
     ConfigError: the directory holds finished runs of other configs.
@@ -400,7 +400,7 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
   def submit(trial: Trial) -> None:
     try:
       config = trial.config()
-      config_lib.resolve(config)  # fails here in no time
+      config_lib.resolve(config)  # raises before a process starts
       running[engine.submit(config, trial)] = trial
     except Exception as error:  # edits are the user's code
       close(trial, reason(error))
@@ -435,7 +435,11 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
 
 
 def _is_finished(trial: Trial) -> bool:
-  """Returns whether a run is finished; raises if it has another config."""
+  """Returns whether a run is finished.
+
+  Raises:
+    ConfigError: it was trained with another config.
+  """
   if trial.result is None:
     return False
   now = config_lib.resolve(trial.config())
@@ -455,9 +459,9 @@ def _outcome(trial: Trial) -> str:
 
 
 def _wait_until_free(workdir: str, seconds: float = 60.0) -> None:
-  """Waits for the process of a lost node to let go of a run directory."""
+  """Waits until the process of a failed node releases a run directory."""
   end = time.monotonic() + seconds
   while time.monotonic() < end:
     with contextlib.suppress(ConfigError), run_dir.held(workdir):
       return
-    time.sleep(1.0)  # no event tells when another host drops a lock
+    time.sleep(1.0)  # no event reports that another host releases a lock

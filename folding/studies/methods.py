@@ -29,10 +29,10 @@ class Method:
     about: Description for tables, with its source.
     edits: Function of the base config and the level that returns edits of the
       base config. The level is 0.0 if the method has none.
-    has_levels: Whether the size follows the level; otherwise there is one run
+    has_levels: Whether the size depends on the level; if not, there is one run
       per seed.
-    after: Whether the method starts from a trained dense model. The dense model
-      takes `Study.pretrain` of the steps, and the method the rest.
+    after: Whether the method starts from a trained dense model, which takes
+      `Study.pretrain` of the steps.
   """
 
   about: str
@@ -46,9 +46,15 @@ def folded(level: float) -> Edits:
 
   W_Q and W_K stay dense up to a level of 0.4, as in the presets.
   """
-  edits = {"preset": "paper", "fpp.granularity": "neuron"}
-  edits |= {"fpp.score": "saliency", **_size(level)}
-  return edits | ({"fold.groups": 0} if level <= 0.4 else {})
+  edits: Edits = {
+    "preset": "paper",
+    "fpp.granularity": "neuron",
+    "fpp.score": "saliency",
+    **_overall(level),
+  }
+  if level <= 0.4:
+    edits["fold.groups"] = 0
+  return edits
 
 
 def unfolded(level: float, score: str = "relative") -> Edits:
@@ -60,7 +66,7 @@ def unfolded(level: float, score: str = "relative") -> Edits:
     "fpp.granularity": "weight",
     "fpp.embedding_granularity": "weight",
     "fpp.score": score,
-    **_size(level),
+    **_overall(level),
   }
 
 
@@ -69,19 +75,22 @@ def gradual(level: float, score: str) -> Edits:
   return unfolded(level, score) | {"fpp.attention": "all", "fpp.patience": 0}
 
 
-def at_once(level: float, prune: str) -> Edits:
-  """Returns the edits of pruning a trained model before the first step."""
-  edits = {"fpp.attention": "all", "compress.prune": prune}
-  return unfolded(level) | edits
+def one_shot(level: float, prune: str) -> Edits:
+  """Returns the edits of one-shot pruning of a trained model."""
+  return unfolded(level) | {"fpp.attention": "all", "compress.prune": prune}
 
 
-def _size(level: float | None) -> Edits:
-  """Returns edits that prune to one size of the whole model."""
-  edits: Edits = {"fpp.overall": level, "fpp.linear": None}
-  return edits | {"fpp.embedding": None, "fpp.linear_layers": None}
+def _overall(level: float | None) -> Edits:
+  """Returns edits that set the sparsity of the whole model; None: unset."""
+  return {
+    "fpp.overall": level,
+    "fpp.linear": None,
+    "fpp.embedding": None,
+    "fpp.linear_layers": None,
+  }
 
 
-def smaller(base: Config, level: float) -> Edits:
+def narrower(base: Config, level: float) -> Edits:
   """Returns the edits of a narrower dense model with as many parameters.
 
   Heads keep their size, so a narrower model has fewer heads. The width is the
@@ -141,7 +150,7 @@ METHODS: dict[str, Method] = {
   ),
   "dense-small": Method(
     "a narrower dense model with as many parameters as the others store",
-    smaller,
+    narrower,
   ),
   "ours": Method(
     "folding and FPP: W_V diagonal, W_Q and W_K at G = 1 above 40%, the rest by "
@@ -160,7 +169,7 @@ METHODS: dict[str, Method] = {
     "folding alone: W_V diagonal, W_Q and W_K at G = 1",
     lambda base, level: {
       "preset": "paper",
-      **_size(None),
+      **_overall(None),
       "fpp.linear": 0.0,
       "fpp.embedding": 0.0,
     },
@@ -203,12 +212,12 @@ METHODS: dict[str, Method] = {
   ),
   "wanda": Method(
     "Wanda on a trained model (Sun et al. 2024), then recovery",
-    lambda base, level: at_once(level, "wanda"),
+    lambda base, level: one_shot(level, "wanda"),
     after=True,
   ),
   "sparsegpt": Method(
     "SparseGPT on a trained model (Frantar and Alistarh 2023), then recovery",
-    lambda base, level: at_once(level, "sparsegpt"),
+    lambda base, level: one_shot(level, "sparsegpt"),
     after=True,
   ),
 }

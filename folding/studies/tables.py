@@ -1,4 +1,4 @@
-"""What the finished runs of a study show: a CSV file, tables and plots."""
+"""Results of the finished runs of a study: a CSV file, tables and plots."""
 
 import csv
 import dataclasses
@@ -13,12 +13,7 @@ import scipy.stats
 from folding import config as config_lib
 from folding import files
 from folding.reporting import plots
-from folding.reporting.report import (
-  duration,
-  metric_name,
-  percent,
-  table,
-)
+from folding.reporting.report import duration, metric_name, percent, table
 from folding.studies.grid import DENSE, OURS, Study, Trial
 
 
@@ -122,9 +117,9 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def dataset_table(rows: Sequence[Row]) -> str:
-  """Returns the Markdown table of one data set: a line per method and level.
+  """Returns the Markdown table of one data set, a row per method and level.
 
-  All figures are means over seeds.
+  All values are means over seeds.
 
   Args:
     rows: Rows of one data set.
@@ -154,10 +149,11 @@ def dataset_table(rows: Sequence[Row]) -> str:
 def summary_table(rows: Sequence[Row]) -> str:
   """Returns a Markdown table of means over data sets and seeds, with a test.
 
-  Per level, each method is compared with `ours` over the pairs (data set, seed)
-  that both have: the mean difference of their changes to dense, and the p value
-  of a two-sided paired t-test. It is corrected for the number of methods of
-  that level (false discovery rate, Benjamini and Hochberg 1995).
+  Each method is compared with `ours` at the same level, over the pairs (data
+  set, seed) that both have. The table shows the mean difference of their changes
+  to dense, and the p value of a two-sided paired t-test. p is corrected for the
+  number of methods of that level (false discovery rate, Benjamini and Hochberg
+  1995).
 
   Args:
     rows: Rows of one metric.

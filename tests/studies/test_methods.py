@@ -92,7 +92,7 @@ def test_ours_folds_queries_and_keys_above_40_percent(level, groups):
   assert make_config("ours", "lm", level).fold.groups == groups
 
 
-def test_smaller_keeps_head_size_and_proportions():
+def test_narrower_keeps_head_size_and_proportions():
   model = make_config("dense-small", "lm", 0.5).model
   assert model.head_dim == 8
   assert 0.85 < model.mlp_width / (4 * model.width) < 1.35
@@ -108,9 +108,9 @@ def test_smaller_keeps_head_size_and_proportions():
     ({"pretrained": "RUN"}, 0.5, "checkpoint"),
   ],
 )
-def test_smaller_refuses_models_without_a_narrower_one(edits, level, message):
+def test_narrower_refuses_models_without_a_narrower_one(edits, level, message):
   with pytest.raises(ConfigError, match=message):
-    methods.smaller(edited(BASES["lm"], edits), level)
+    methods.narrower(edited(BASES["lm"], edits), level)
 
 
 def test_pick_refuses_an_unknown_method():
