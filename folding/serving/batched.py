@@ -21,14 +21,14 @@ def require_size(batch_size: int) -> None:
 
 
 def require_several(texts: Iterable[Text]) -> None:
-  """Raises `ConfigError` for one text, whose characters would be the texts."""
+  """Raises `ConfigError` for a string: its characters would be the texts."""
   if isinstance(texts, str):
     raise ConfigError("give a list of texts; this is one text")
 
 
-def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
-  """Raises `ConfigError` unless all outputs of a model are numbers."""
-  if not are_numbers.all():
+def require_finite(is_finite: np.ndarray, dtype: str) -> None:
+  """Raises `ConfigError` unless all outputs of a model are finite."""
+  if not is_finite.all():
     raise ConfigError(
       "the model returns no numbers (NaN); its weights are damaged, or too "
       f"large for model.dtype {dtype}"
@@ -37,7 +37,7 @@ def require_numbers(are_numbers: np.ndarray, dtype: str) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def forward(model, task, params, tokens_BL, mask_BL, segments_BL):
-  """Returns float[B, C] or [B, D], what a model of a task says of texts."""
+  """Returns probabilities or scores [B, C], or vectors [B, D] ("embed")."""
   out = model.apply({"params": params}, tokens_BL, mask_BL, True, segments_BL)
   if task == "classify":
     return jax.nn.softmax(out, axis=-1)
@@ -83,5 +83,5 @@ def outputs(
     out = forward(model, config.task, params, tokens, mask, segments)
     found[members] = np.asarray(out)[: len(members)]
     report(len(members))
-  require_numbers(np.isfinite(found), config.model.dtype)
+  require_finite(np.isfinite(found), config.model.dtype)
   return found

@@ -27,10 +27,10 @@ def compress(
 ) -> Loaded:
   """Returns a model with fewer parameters, fitted to texts without labels.
 
-  A run of configs/pretrained.py starts from such a model: a plan by layer, folded
-  projections, fewer neurons and an embedding of low rank. For a language model
-  SparseGPT zeroes single weights, and the arrays keep their size. Training
-  recovers most of the lost quality.
+  A plan per layer folds projections and removes neurons. The embedding gets a
+  low rank. For a language model SparseGPT zeroes single weights, and the arrays
+  keep their size. Runs of configs/pretrained.py start from such a model.
+  Training recovers most of the lost quality.
 
   Args:
     model: A dense model, or a path or hub id that `folding.load` reads.
@@ -40,7 +40,7 @@ def compress(
 
   Raises:
     ConfigError: the model is folded or shrunk already, `texts` is one string or
-      too little, or no plan saves as much.
+      too short, or no plan saves as much.
 
   Example:
     from folding.serving.predict import predict
@@ -59,7 +59,7 @@ def compress(
     config_lib.dense_baseline(loaded.config), dense=False
   )
   config = recipe(config, saving)
-  # At once: there are no steps in which FPP could prune.
+  # No training follows in which FPP could prune.
   config.compress.prune = "sparsegpt"
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))

@@ -18,7 +18,7 @@ from folding.models import decode as decode_lib
 from folding.models.linear_attention import PastState
 from folding.models.transformer import Transformer
 from folding.serving import sampling as sampling_lib
-from folding.serving.batched import require_numbers
+from folding.serving.batched import require_finite
 from folding.serving.loaded import Loaded
 from folding.serving.sampling import Draw, Sampling
 
@@ -26,14 +26,14 @@ from folding.serving.sampling import Draw, Sampling
 # constant size instead (`linear_attention.PastState`).
 Cache: TypeAlias = Literal["keys", "linear"]
 
-_ROUND = 32  # prompts and caches are padded to multiples, to share programs
+_ROUND = 32  # prompts and caches are padded to its multiples: fewer programs
 _SAMPLING = Sampling()
 _GROWTH = 1.25  # of the margin, after a query or key was outside the range
 _UNFINISHED = "\ufffd"  # the first bytes of a character decode to it
 
 
 class State(NamedTuple):
-  """What a decoding step changes.
+  """State of decoding.
 
   Attributes:
     caches: One per layer.
@@ -71,11 +71,11 @@ def prefill(
     params: Parameters of the model.
     tokens_BL: Left-padded prompts.
     start_B: Number of pad tokens of each row.
-    states: As in `Transformer.prefill`.
+    states: Empty constant states, see `Transformer.prefill`.
     draw: From `sampling.make_draw`.
     num_new: int32[], new tokens at the end of each prompt.
-    num_slots: Slots of each KV cache; a layer with a window needs no more than
-      that has.
+    num_slots: Slots per KV cache; a layer with a window has no more than the
+      window.
   """
   found: Any = model.apply(
     {"params": params}, tokens_BL, start_B, states, method="prefill"
@@ -106,7 +106,7 @@ def decode(
   Args:
     model: A next-token model.
     params: Parameters of the model.
-    state: From `prefill`, or from here.
+    state: From `prefill` or `decode`.
     start_B: Number of pad tokens of each row.
     draw: From `sampling.make_draw`.
     num_tokens: T.
@@ -276,16 +276,17 @@ class Generator:
   ) -> Iterator[np.ndarray]:
     """Yields int32[B, T] of new tokens, also of rows that have ended.
 
-    If a query or key leaves the range of a constant state, prompts and new
-    tokens so far are read again into a state with a wider range.
+    If a query or key leaves the range of a constant state, the prompts and the
+    new tokens are prefilled again, into a state with a wider range.
     """
     new_BT = np.zeros((len(prompts), 0), np.int32)
     for states in self._states(params, len(prompts)):
       pairs = zip(prompts, new_BT, strict=True)
       read = [np.concatenate([ids, new]) for ids, new in pairs]
-      length = _rounded(max(len(ids) for ids in read))
+      length = _round_up(max(len(ids) for ids in read), _ROUND)
       tokens_BL, start_B = pad_left(read, length)
       num_new = new_BT.shape[1]
+      num_steps = _round_up(max_new_tokens - num_new - 1, self._chunk)
       begin = functools.partial(
         self._prefill,
         params,
@@ -294,7 +295,7 @@ class Generator:
         states=states,
         draw=draw,
         num_new=jnp.int32(num_new),
-        num_slots=self._num_slots(length, max_new_tokens - num_new - 1),
+        num_slots=_round_up(length + num_steps, _ROUND),
       )
       _require_memory(jax.eval_shape(begin), max_new_tokens)
       state = begin()
@@ -302,7 +303,7 @@ class Generator:
       while not state.is_outside():
         # A copy, because the next call donates the memory of the state.
         block_BT = np.array(block_BT)
-        require_numbers(block_BT >= 0, self.model.config.dtype)
+        require_finite(block_BT >= 0, self.model.config.dtype)
         new_BT = np.concatenate([new_BT, block_BT], axis=1)
         yield block_BT
         state, block_BT = self._decode(params, state, start_B, draw=draw)
@@ -323,10 +324,6 @@ class Generator:
     while True:
       yield constant_state.empty_states(self.model, spans, batch_size, margin)
       margin *= _GROWTH
-
-  def _num_slots(self, length: int, num_new: int) -> int:
-    num_steps = -(-num_new // self._chunk) * self._chunk
-    return _rounded(length + num_steps)
 
 
 def pad_left(
@@ -381,8 +378,8 @@ def _require_memory(state: State, num_new: int) -> None:
     )
 
 
-def _rounded(length: int) -> int:
-  return -(-length // _ROUND) * _ROUND
+def _round_up(count: int, multiple: int) -> int:
+  return -(-count // multiple) * multiple
 
 
 def continue_texts(
@@ -395,8 +392,8 @@ def continue_texts(
 ) -> Iterator[str]:
   """Yields the texts and their continuations, in pieces to print.
 
-  One text is printed as its tokens come. Several are generated together and
-  printed in order, each below a line with its number.
+  A single text is streamed. Several are generated as one batch and printed in
+  order, each below a line with its number.
 
   Args:
     loaded: A next-token model, from `folding.load`.

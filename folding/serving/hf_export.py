@@ -42,8 +42,8 @@ def export_hf(
   """Writes a Hugging Face checkpoint to a new folder.
 
   The Auto classes of `transformers` load it. Folded projections are written
-  dense. Trimmed tokens stay out; removed heads are zeros, and every MLP is as wide
-  as the widest one.
+  dense, removed heads as zeros. Every MLP is padded to the widest one. Trimmed
+  tokens stay removed.
 
   Args:
     path: Created if it does not exist; must be empty.
@@ -120,7 +120,7 @@ def _dense_params(loaded: Loaded, m: ModelConfig) -> dict[str, Any]:
     m: Has all heads, and one width of the MLP.
 
   Raises:
-    ConfigError: they have no dense form.
+    ConfigError: the parameters have no dense form.
   """
   layers = config_lib.layers_of(loaded.config.model, loaded.config.fold)
   frequencies = None
@@ -132,7 +132,7 @@ def _dense_params(loaded: Loaded, m: ModelConfig) -> dict[str, Any]:
   try:
     params = unfold(loaded.params, frequencies, m.head_dim)
   except ValueError as error:
-    raise ConfigError(f"it has no dense form: {error}") from None
+    raise ConfigError(f"this model has no dense form: {error}") from None
   table_RH = np.zeros((m.relative_buckets, m.num_heads), np.float32)
   for n, layer in enumerate(layers):
     fill = functools.partial(_filled, m, layer)
@@ -185,7 +185,7 @@ def _hf_pad_id(tokenizer: Tokenizer, is_causal_classifier: bool) -> int:
 def tokenizer_options(
   tokenizer: Tokenizer, described: hf_config.Description
 ) -> dict[str, Any]:
-  """Returns the tokenizer_config.json under which transformers reads as we do."""
+  """Returns a tokenizer_config.json that gives the same ids in transformers."""
   inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
   begin = tokenizer.begin_ids
   options = {
@@ -205,8 +205,8 @@ def tokenizer_options(
   if not described.config.causal:
     known = inner.get_vocab()
     for kind, names in _ENCODER_TOKENS.items():
-      found = [name for name in names if name in known]
-      options[f"{kind}_token"] = found[0] if found else None
+      found = (name for name in names if name in known)
+      options[f"{kind}_token"] = next(found, None)
   elif described.head == "lm" and tokenizer.special.chat_template is not None:
     # It contains special tokens, which then have to be read as such.
     options["split_special_tokens"] = False

@@ -1,4 +1,4 @@
-"""Lines of text that the command line reads, and lines of predictions."""
+"""Input and output lines of the command line: texts and predictions."""
 
 import contextlib
 import json
@@ -21,8 +21,8 @@ def open_lines(path: str) -> Iterator[Iterator[str]]:
 
   Raises:
     OSError: the file cannot be read.
-    ConfigError: the file has rows with columns, or standard input is closed; or,
-      when that line is reached, a line is not UTF-8.
+    ConfigError: the file is a table, standard input is closed, or a line is not
+      UTF-8 (raised at that line).
   """
   if path.endswith(_TABLES):
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""Models in memory, ready for use, and the folders that they are read from.
+"""Models ready for use, and the folders that they are read from.
 
 `load` reads a run, a compact export (see `export`) or a Hugging Face
 checkpoint. `shrunk` and `cast` return smaller forms of a model.
@@ -66,7 +66,7 @@ class Loaded:
       report: Called after each batch with its number of texts.
 
     Raises:
-      ConfigError: the model is of another task than "embed", a text is no
+      ConfigError: the task of the model is not "embed", a text is not a
         string, or the model returns NaN.
     """
     require_size(batch_size)
@@ -111,7 +111,7 @@ class Loaded:
 
   @property
   def pair(self) -> tuple[str, str] | None:
-    """Names of the two texts that the model reads; None: it reads one."""
+    """Names of the two texts of a pair; None: the model reads single texts."""
     names = self.config.data.text_field
     return names if isinstance(names, tuple) else None
 
@@ -128,7 +128,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
     path: A folder: what `folding export` or `export` wrote, a run (its best
       checkpoint, or the newest), or a Hugging Face checkpoint. Or a name on
       the Hugging Face hub, such as "org/model".
-    pairs: Whether a Hugging Face checkpoint reads pairs, which it does not say.
+    pairs: Whether a Hugging Face checkpoint reads pairs; its files do not tell.
 
   Raises:
     ConfigError: it is none of them, has another schema, is truncated, or
@@ -163,7 +163,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
 
 def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
   schema = values.get("schema")
-  if type(schema) is not int or schema != SCHEMA:
+  if schema != SCHEMA:
     raise ConfigError(
       f"{path} is an export of schema {schema!r}, and this version of folding "
       f"reads schema {SCHEMA}"

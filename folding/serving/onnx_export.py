@@ -10,8 +10,8 @@ In int8, matrices have one scale per output, embeddings one per token. The
 inputs of a product are quantised while it runs ("dynamic"), and onnxruntime
 fuses the operators of a product into one.
 
-Letters as in `folding.models`, and N for the tokens of a batch, r for the
-numbers per value head.
+Letters as in `folding.models`, and N for the tokens of a batch, r for the size
+of a value head.
 """
 
 import contextlib
@@ -136,10 +136,10 @@ def _description(loaded: Loaded, tokenizer: Tokenizer) -> hf_config.Description:
 
 
 def _config(described: hf_config.Description) -> dict[str, Any]:
-  """Returns the config.json by which optimum and others find sizes and labels.
+  """Returns the config.json, for readers of sizes and labels such as optimum.
 
-  Its architecture is that of the dense baseline. Without one in transformers,
-  there is no model_type, and the file is only for people.
+  The architecture is that of the dense baseline. If transformers has none, the
+  file has no model_type and is only informative.
   """
   if described.family:
     with contextlib.suppress(ConfigError):  # a pad token that does not fit it
@@ -172,12 +172,12 @@ class _Graph:
     return sum(array.nbytes for array in self._arrays.values())
 
   def array(self, name: str, array: np.ndarray) -> str:
-    """Adds an array under this name, which is returned."""
+    """Adds an array (an initializer), and returns its name."""
     self._arrays[name] = array
     return name
 
   def const(self, value: Any, dtype: Any) -> str:
-    """Returns the name of a small constant, one for equal ones."""
+    """Returns the name of a small constant; equal constants share one array."""
     array = np.asarray(value, dtype)
     key = (array.dtype.str, array.shape, array.tobytes())
     if key not in self._constants:
@@ -190,7 +190,7 @@ class _Graph:
     return self.const(values, np.int64)
 
   def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
-    """Adds a node with one output, whose name is returned."""
+    """Adds a node with one output, and returns the name of the output."""
     return self.add_many(kind, 1, *inputs, **attributes)[0]
 
   def add_many(
@@ -205,8 +205,8 @@ class _Graph:
     self._nodes.append(node)
     return outputs
 
-  def by_text(self, x: str, *axes: int) -> str:
-    """Returns the numbers of each token, [N, ...], as [B, L, *axes]."""
+  def unflatten(self, x: str, *axes: int) -> str:
+    """Returns x, [N, ...], as [B, L, *axes]."""
     shape = self.add("Concat", self.shape, self.ints(*axes), axis=0)
     return self.add("Reshape", x, shape)
 
@@ -237,7 +237,7 @@ class _Graph:
     return self._int8_product(x, weights, scale, *add)
 
   def unembed(self, x: str, name: str) -> str:
-    """Returns x @ embedding^T, with the array that `embed` added."""
+    """Returns x @ embedding^T with the embedding that `embed` added."""
     if self.dtype == "float32":
       return self.add("Gemm", x, name, transB=1)
     kernel = self.add("Transpose", name)
@@ -245,7 +245,7 @@ class _Graph:
     return self._int8_product(x, kernel, scale)
 
   def _int8_product(self, x: str, kernel: str, scale: str, *bias: str) -> str:
-    # In this order, onnxruntime makes it one operator.
+    # onnxruntime fuses the operators in this order.
     from onnx import TensorProto
 
     if x not in self._quantised:
@@ -306,10 +306,10 @@ class _Shared(NamedTuple):
 
   Attributes:
     position_L: int64, 0, 1, ...
-    masks: {window: what hides keys, float [B, 1, L, L]: 0 or -1e30}.
+    masks: {window: float [B, 1, L, L], 0 or -1e30, added to the logits}.
     distance_LL: float, |i - j|; "": unused.
     bucket_LL: int64, of i - j; "": unused.
-    relative: {(mask, table of relative biases): their sum}, as layers share one.
+    relative: {(mask, table of relative biases): their sum}; layers share them.
   """
 
   position_L: str
@@ -342,7 +342,7 @@ def _make_graph(
   x = g.embed("embed/embedding", params["embed/embedding"], ids)
   if rank := loaded.config.fold.embedding_rank:
     x = g.add("Reshape", x, g.ints(-1, rank))
-    x = g.by_text(dense(x, "embed_expand"), width)
+    x = g.unflatten(dense(x, "embed_expand"), width)
   if m.scale_embeddings:
     x = g.add("Mul", x, g.const(m.width**0.5, np.float32))
   if m.positions == "learned":
@@ -460,7 +460,7 @@ class _Block:
     if self._config.qk_norm:
       q, k = self._norm_heads(q, "q", H), self._norm_heads(k, "k", J)
     if self._config.positions == "rope":
-      # Pairs are rotated as they are, other folded numbers copied to K before.
+      # Pairs are rotated as they are, other groups after copying to K.
       copies = 1 if "attn/frequency" in w else layer.head_dim // size
       q = self._rotate(self._repeat(q, H * size, copies), H)
       k = self._rotate(self._repeat(k, J * size, copies), J)
@@ -516,19 +516,19 @@ class _Block:
     if f"{joined[-1]}/kernel" not in w:
       joined.pop()
       width = num_heads * layer.head_dim
-      rest = [g.by_text(self._diagonal(x), width)]
+      rest = [g.unflatten(self._diagonal(x), width)]
     else:
       num_heads = w["attn/v/kernel"].shape[1]
     if source != x and not rest:
       out = self._dense(x, joined.pop())
-      rest = [g.by_text(out, w["attn/v/kernel"][0].size)]
+      rest = [g.unflatten(out, w["attn/v/kernel"][0].size)]
     widths = [w[f"{name}/kernel"][0].size for name in joined]
-    out = g.by_text(self._dense(source, *joined), sum(widths))
+    out = g.unflatten(self._dense(source, *joined), sum(widths))
     split = g.add_many("Split", len(joined), out, g.ints(*widths), axis=-1)
     return [*split, *rest], num_heads
 
   def _sum_groups(self, x: str) -> str:
-    """Returns the sums over groups of channels, [N, G]."""
+    """Returns the sums over the channels of each group, [N, G]."""
     g, groups = self._g, self._layer.groups
     x = g.add("Reshape", x, g.ints(-1, groups, self._config.width // groups))
     return g.add("ReduceSum", x, g.ints(2), keepdims=0)
@@ -552,16 +552,16 @@ class _Block:
     scale = g.array(f"{self._name}/{name}", self._params[name])
     x = g.add("Reshape", x, g.ints(-1, K))
     x = g.add("RMSNormalization", x, scale, axis=-1, epsilon=m.norm_epsilon)
-    return g.by_text(x, heads * K)
+    return g.unflatten(x, heads * K)
 
   def _repeat(self, x: str, count: int, copies: int, size: int = 1) -> str:
-    """Returns [B, L, count size] with each `size` numbers repeated in place."""
+    """Returns [B, L, count size] with each run of `size` elements repeated."""
     if copies == 1:
       return x
     g = self._g
     x = g.add("Reshape", x, g.ints(-1, count, 1, size))
     x = g.add("Tile", x, g.ints(1, 1, copies, 1))
-    return g.by_text(x, count * copies * size)
+    return g.unflatten(x, count * copies * size)
 
   def _rotate(self, x: str, heads: int) -> str:
     """Returns queries or keys, [B, L, heads K], with rotary positions."""
@@ -573,13 +573,13 @@ class _Block:
     if J > 1:
       frequency_Jk = np.repeat(frequency_Jk, heads // J, axis=0)
     cos, sin = self._angles(frequency_Jk)
-    x = g.by_text(x, heads, 2 * half)
+    x = g.unflatten(x, heads, 2 * half)
     a, b = g.add_many("Split", 2, x, axis=-1, num_outputs=2)
     turned = (
       g.add("Sub", g.add("Mul", a, cos), g.add("Mul", b, sin)),
       g.add("Add", g.add("Mul", b, cos), g.add("Mul", a, sin)),
     )
-    return g.by_text(g.add("Concat", *turned, axis=-1), heads * 2 * half)
+    return g.unflatten(g.add("Concat", *turned, axis=-1), heads * 2 * half)
 
   def _angles(self, frequency_Hk: np.ndarray) -> list[str]:
     """Returns cosines and sines [L, H, k] of the angles at each position."""
@@ -641,8 +641,15 @@ def _read_out(
   params: Mapping[str, np.ndarray],
   x: str,
 ) -> None:
-  """Adds the outputs, of the [N, D] that the last block returns."""
-  m, width = loaded.config.model, loaded.config.model.width
+  """Adds the outputs of the program.
+
+  Args:
+    g: The graph.
+    loaded: The model.
+    params: {path: array}.
+    x: [N, D], from the last block.
+  """
+  m = loaded.config.model
   norm, dense = _norm_of(g, loaded, params), _dense_of(g, params)
   if loaded.config.task == "lm":
     rows = loaded.num_rows
@@ -653,16 +660,16 @@ def _read_out(
     if m.logit_cap:
       cap = g.const(m.logit_cap, np.float32)
       x = g.add("Mul", g.add("Tanh", g.add("Div", x, cap)), cap)
-    x = g.by_text(x, rows)
+    x = g.unflatten(x, rows)
     g.output("logits", x, ["batch", "length", rows])
     return
-  x = g.by_text(x, width)
+  x = g.unflatten(x, m.width)
   pooled = _pool(g, x, m.pooling)
   if loaded.config.task == "embed":
-    g.output("last_hidden_state", x, ["batch", "length", width])
+    g.output("last_hidden_state", x, ["batch", "length", m.width])
     if m.normalize:
       pooled = g.add("LpNormalization", pooled, axis=1, p=2)
-    g.output("sentence_embedding", pooled, ["batch", width])
+    g.output("sentence_embedding", pooled, ["batch", m.width])
     return
   if m.pooler:
     pooled = _activate(g, dense(pooled, "pooler"), m.pooler_activation)

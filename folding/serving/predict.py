@@ -21,12 +21,12 @@ _BATCHES_SORTED = 32  # texts are sorted by length among so many batches
 
 
 class Prediction(NamedTuple):
-  """What a model says of a text.
+  """Output of a model for a text.
 
   Attributes:
     text: As given; the model reads at most `data.length` tokens of it.
-    label: By task. "classify": the most probable class. "multilabel": the
-      classes with a probability above 0.5. "regress": the score.
+    label: The most probable class (task "classify"), the classes with a
+      probability above 0.5 ("multilabel"), or the score ("regress").
     probabilities: float32[C], in the order of `Loaded.labels`; float32[0] beside
       a score.
   """

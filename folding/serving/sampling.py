@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from folding.errors import ConfigError
 
-# Which program is needed; the numbers of a `Draw` may vary.
+# Selects the compiled program; it takes the arrays of a `Draw`.
 Kind: TypeAlias = Literal["greedy", "free", "restricted"]
 
 
@@ -18,11 +18,12 @@ class Sampling:
   """How the next token is chosen.
 
   Attributes:
-    temperature: Divides the logits, from 1e-6 to 1e6; 0: the likeliest token.
-    top_k: Draw among this many likeliest tokens; None: among all.
-    top_p: Then draw among the fewest likeliest tokens whose probabilities sum
+    temperature: Divides the logits, from 1e-6 to 1e6; 0: greedy.
+    top_k: Draw among the k most likely tokens; None: among all.
+    top_p: Then draw among the fewest most likely tokens whose probabilities sum
       to at least this, in (0, 1]; None: among all.
-    seed: A draw depends only on this, the row and the number of the new token.
+    seed: A draw depends only on the seed, the row and the number of the new
+      token.
 
   Raises:
     ConfigError: a value is out of range.
@@ -100,7 +101,7 @@ def kept(
   sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
   is_kept_BV = (jnp.arange(logits_BV.shape[-1]) < top_k)[None]
   p_BV = jax.nn.softmax(jnp.where(is_kept_BV, sorted_BV, -jnp.inf), axis=-1)
-  # Sum over likelier tokens; a top-p of 1 keeps all, however it is rounded.
+  # Sum over more likely tokens; a top-p of 1 keeps all, however it is rounded.
   before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
   is_kept_BV &= (before_BV < top_p) | (top_p >= 1)
   least_B1 = jnp.min(

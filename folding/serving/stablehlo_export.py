@@ -26,11 +26,11 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   It maps (tokens int32[b, l], mask bool[b, l]), of any batch and length, to
   float32 logits: [b, C] of a text, [b, l, V] of a next-token model; of task
   "embed" to the vector of a text, [b, D]. A model with a segment embedding has a
-  third input, segments int32[b, l]. The parameters are inside, as dense arrays.
-  With jax and flatbuffers installed,
-  `jax.export.deserialize(data)` reads model.stablehlo, and `.call(tokens, mask)`
-  runs it. The folder also has tokenizer.json, which gives the ids that the
-  program reads, and meta.json, which describes inputs, output and class names.
+  third input, segments int32[b, l]. The program contains the parameters as
+  dense arrays. With jax and flatbuffers installed, model.stablehlo is read by
+  `jax.export.deserialize(data)` and run by `.call(tokens, mask)`. The folder
+  also has the tokenizer.json of the program's ids, and a meta.json that describes
+  inputs, output and class names.
 
   Args:
     path: Created if it does not exist; must be empty.
