@@ -104,7 +104,7 @@ class _Scaled(NamedTuple):
   s_BHL: Array
   t_BHL: Array
   v_BHLK: Array
-  slopes_H: Array
+  slopes_BH: Array
   mask_BL: Array
 
 
@@ -180,7 +180,7 @@ def attend_linear(
     # Later positions are the earlier ones of the reversed sequence.
     s_BHL, t_BHL, v_BHLK = (jnp.flip(a, 2) for a in scaled[:3])
     mask_BL = jnp.flip(scaled.mask_BL, 1)
-    turned = _Scaled(s_BHL, t_BHL, v_BHLK, scaled.slopes_H, mask_BL)
+    turned = _Scaled(s_BHL, t_BHL, v_BHLK, scaled.slopes_BH, mask_BL)
     _, later = _scan(past, turned, grid, chunk=chunk, is_strict=True)
     sums = _join(sums, Sums(*(jnp.flip(a, 2) for a in later)))
   return _output(_divide(sums), x)
@@ -296,7 +296,10 @@ def _scale(x: Inputs, span: Span) -> _Scaled:
   # Shifting all keys shifts all logits of a row, which softmax ignores.
   t_BHL -= ((span.t_low + span.t_high) / 2)[..., None]
   v_BHLK = _repeat(x.v_BLIK.astype(jnp.float32), num_heads).swapaxes(1, 2)
-  return _Scaled(s_BHL, t_BHL, v_BHLK, _slopes(x), _mask(x))
+  # Per row, so that the sum over rows of their gradient is left to the end: where
+  # devices hold rows, each step of the scan would move [H, L, M] numbers.
+  slopes_BH = jnp.broadcast_to(_slopes(x), t_BHL.shape[:2])
+  return _Scaled(s_BHL, t_BHL, v_BHLK, slopes_BH, _mask(x))
 
 
 def _clip(x_BHL: Array, low_BH: Array, high_BH: Array) -> Array:
@@ -428,20 +431,20 @@ def _join(a: Sums, b: Sums) -> Sums:
   return Sums(values, scale_a * a.norm + scale_b * b.norm, top)
 
 
-def _accumulate(sums: Sums, slopes_H, chunk: int) -> Sums:
+def _accumulate(sums: Sums, slopes_BH, chunk: int) -> Sums:
   """Returns, per chunk, the decayed sums over it and all chunks before it.
 
   Args:
     sums: [B, H, C, N, ...]: of the past first, then of each chunk.
-    slopes_H: Decay per position.
+    slopes_BH: Decay per position.
     chunk: Positions per chunk.
   """
   B, H, C, P = sums.top.shape
   lag_IJ = np.arange(C)[:, None] - np.arange(C)  # chunk I sums over chunks J
   ages_IJ = jnp.asarray(chunk * np.maximum(lag_IJ, 0), jnp.float32)
-  decay_HIJ = jnp.einsum("H,IJ->HIJ", slopes_H, ages_IJ)
+  decay_BHIJ = jnp.einsum("BH,IJ->BHIJ", slopes_BH, ages_IJ)
   top_BHPJ = sums.top.swapaxes(2, 3)
-  log_BHPIJ = top_BHPJ[..., None, :] - decay_HIJ[None, :, None]
+  log_BHPIJ = top_BHPJ[..., None, :] - decay_BHIJ[:, :, None]
   log_BHPIJ = jnp.where((lag_IJ >= 0)[None, None, None], log_BHPIJ, _MASKED)
   top_BHPI = _stop(log_BHPIJ.max(-1))
   share_BHPIJ = jnp.exp(log_BHPIJ - top_BHPI[..., None])
@@ -456,10 +459,10 @@ def _accumulate(sums: Sums, slopes_H, chunk: int) -> Sums:
   )
 
 
-def _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen: Array) -> Sums:
+def _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_BHLM, is_seen: Array) -> Sums:
   """Returns exact attention inside each chunk."""
   logits_BHCLM = jnp.einsum("BHCL,BHCM->BHCLM", s_BHCL, t_BHCM)
-  logits_BHCLM += bias_HLM[None, :, None]
+  logits_BHCLM += bias_BHLM[:, :, None]
   logits_BHCLM = jnp.where(is_seen, logits_BHCLM, _MASKED)
   top_BHCL = _stop(jnp.maximum(logits_BHCLM.max(-1), _FLOOR))
   att_BHCLM = jnp.exp(logits_BHCLM - top_BHCL[..., None])
@@ -489,7 +492,7 @@ def _attend_exact(x: Inputs, *, causal: bool) -> Array:
   def logits(q_BLHG, query_L, keys: blocks.Keys, key_M, slopes_H):
     logits_BHLM = jnp.einsum("BLHG,BMHG->BHLM", q_BLHG, keys.k_BMJG)
     distance_LM = query_L[:, None] - key_M[None]
-    logits_BHLM += _alibi(slopes_H, distance_LM.astype(jnp.float32))[None]
+    logits_BHLM += _alibi(slopes_H[None], distance_LM.astype(jnp.float32))
     is_seen = (distance_LM >= 0)[None] if causal else jnp.ones((1, 1, 1), bool)
     if keys.mask_BM is not None:
       is_seen &= keys.mask_BM[:, None]
@@ -511,8 +514,8 @@ def _slopes(x: Inputs) -> Array:
   return x.slopes_H.astype(jnp.float32)
 
 
-def _alibi(slopes_H, distance_LM) -> Array:
-  return -jnp.einsum("H,LM->HLM", slopes_H, jnp.abs(distance_LM))
+def _alibi(slopes_BH, distance_LM) -> Array:
+  return -jnp.einsum("BH,LM->BHLM", slopes_BH, jnp.abs(distance_LM))
 
 
 def _scan(
@@ -571,16 +574,16 @@ def _scan_chunks(
     _cut(x.v_BHLK, 2, num_blocks, C, chunk),
     _cut(x.mask_BL, 1, num_blocks, C, chunk),
   )
-  step = functools.partial(_block, x.slopes_H, grid, is_strict)
+  step = functools.partial(_block, x.slopes_BH, grid, is_strict)
   past, sums = jax.lax.scan(step, past, blocks)
   # The padding has decayed the past too far.
   added = num_blocks * C * chunk - length
-  past = past._replace(top=past.top + (added * x.slopes_H)[None, :, None])
+  past = past._replace(top=past.top + (added * x.slopes_BH)[..., None])
   return past, Sums(*(_whole(a, length) for a in sums))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2,))
-def _block(slopes_H, grid: _Grid, is_strict: bool, past: Sums, block):
+def _block(slopes_BH, grid: _Grid, is_strict: bool, past: Sums, block):
   """Returns the past after a block of chunks, and the sums of its queries."""
   s_BHCL, t_BHCM, v_BHCMK, mask_BCM = block
   L = s_BHCL.shape[3]
@@ -589,24 +592,24 @@ def _block(slopes_H, grid: _Grid, is_strict: bool, past: Sums, block):
   is_seen_LM = distance_LM > 0 if is_strict else distance_LM >= 0
   mask_BHCM = mask_BCM[:, None]
   is_seen = is_seen_LM[None, None, None] & mask_BHCM[..., None, :]
-  bias_HLM = _alibi(slopes_H, distance_LM)
-  near = _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_HLM, is_seen)
+  bias_BHLM = _alibi(slopes_BH, distance_LM)
+  near = _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_BHLM, is_seen)
 
-  to_end_HM = jnp.einsum("H,M->HM", slopes_H, at_L - L)
-  to_end_BHCM = jnp.broadcast_to(to_end_HM[None, :, None], t_BHCM.shape)
+  to_end_BHM = jnp.einsum("BH,M->BHM", slopes_BH, at_L - L)
+  to_end_BHCM = jnp.broadcast_to(to_end_BHM[:, :, None], t_BHCM.shape)
   to_end_BHCM = jnp.where(mask_BHCM, to_end_BHCM, _MASKED)
   sums = _write(t_BHCM, v_BHCMK, to_end_BHCM, grid)
   sums = jax.tree.map(
     lambda x, y: jnp.concatenate([x[:, :, None], y], 2), past, sums
   )
-  pasts = _accumulate(sums, slopes_H, L)
+  pasts = _accumulate(sums, slopes_BH, L)
   past = jax.tree.map(lambda x: x[:, :, -1], pasts)
   pasts = jax.tree.map(lambda x: x[:, :, :-1], pasts)
 
   hot_BHCLP, x_BHCL = _panel_of(s_BHCL, grid)
   top_BHCL = jnp.einsum("BHCLP,BHCP->BHCL", hot_BHCLP, pasts.top)
-  from_start_HL = jnp.einsum("H,L->HL", slopes_H, at_L)
-  top_BHCL -= from_start_HL[None, :, None]
+  from_start_BHL = jnp.einsum("BH,L->BHL", slopes_BH, at_L)
+  top_BHCL -= from_start_BHL[:, :, None]
   far = _read(_weights(x_BHCL, hot_BHCLP), pasts, top_BHCL)
   return past, _join(near, far)
 

@@ -14,7 +14,7 @@ from folding import config as c
 from folding import paths
 from folding.compression.fpp import fpp
 from folding.compression.sites import Rule
-from folding.models import blocks
+from folding.models import blocks, linear_attention
 from folding.training import hlo, losses, sharding
 from tests.training import tiny
 
@@ -208,3 +208,27 @@ def test_scanned_layers_move_what_others_do():
   assert {kind: m.bytes for kind, m in moves_scanned.items()} == {
     kind: m.bytes for kind, m in moves.items()
   }
+
+
+def test_linear_attention_moves_nothing_in_its_loop(monkeypatch):
+  monkeypatch.setattr(linear_attention, "_SIZES", {"default": (8, 8)})
+  mesh = sharding.make_mesh(MESHES["fsdp=8"])
+  rows = sharding.batch_sharding(mesh, 8)
+
+  def times(length):
+    shapes = [(8, length, 1), (8, length, 1), (8, length, 1, 4)]
+    heads = [
+      jax.ShapeDtypeStruct(s, jnp.float32, sharding=rows) for s in shapes
+    ]
+
+    def loss(slopes, *heads):
+      x = linear_attention.Inputs(*heads, slopes)
+      out = linear_attention.attend_linear(x, causal=True, num_nodes=16)
+      return (out**2).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    text = gradient.lower(jnp.ones(1), *heads).compile().as_text()
+    assert " while(" in text
+    return hlo.read(text).moved["all-reduce"].times
+
+  assert times(64) == times(32)
