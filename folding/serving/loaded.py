@@ -163,7 +163,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
 
 def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
   schema = values.get("schema")
-  if schema != SCHEMA:
+  if type(schema) is not int or schema != SCHEMA:
     raise ConfigError(
       f"{path} is an export of schema {schema!r}, and this version of folding "
       f"reads schema {SCHEMA}"
