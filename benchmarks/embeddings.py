@@ -72,7 +72,7 @@ def measure(
     rounds: Number of timing rounds.
 
   Raises:
-    ConfigError: a run is no encoder of the same checkpoint, or a file of pairs
+    ConfigError: a run is not an encoder of the same checkpoint, or a file of pairs
       is malformed.
   """
   _, dense_path = exports.load_configs(workdirs, "embed")

@@ -82,7 +82,7 @@ def measure(
     rates: Peak learning rates to try of the peers; (): without peers.
 
   Raises:
-    ConfigError: a run is no classifier of the same dense run.
+    ConfigError: a run is not a classifier of the same dense run.
   """
   configs, dense_path = exports.load_configs(workdirs, "classify")
   dense_data = make_data(configs[0], export_lib.load(dense_path).tokenizer)

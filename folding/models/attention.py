@@ -431,8 +431,8 @@ class Attention(nn.Module):
       )
     if has_length and length > min(blocks.SIZES.values()):
       if q.shape[-1] == 1:
-        # As in unfolded projections, which leaves the logits as they are. TPUs
-        # do not multiply matrices if they sum over one number, and are slower.
+        # The logits are the same. XLA turns a product with G = 1 into
+        # elementwise work, which is slow on TPUs.
         q, k = jnp.repeat(q, 2, axis=-1), jnp.repeat(k, 2, axis=-1)
       return blocks.attend_by_blocks(
         functools.partial(

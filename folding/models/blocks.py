@@ -57,7 +57,7 @@ class _Blocks(NamedTuple):
   """How a sequence is cut.
 
   Attributes:
-    options: Of the attention.
+    options: Static arguments of the attention.
     size: L, positions per block.
     number: N.
   """
@@ -77,7 +77,7 @@ class _Blocks(NamedTuple):
 
 
 class _Sums(NamedTuple):
-  """What queries have of all keys.
+  """Results of a softmax over all keys.
 
   Attributes:
     out_BLHr: Means of the values, weighted by attention.
@@ -158,7 +158,7 @@ def _backward(options: _Options, saved, d_out_BLHr):
 
 
 def _by_platform(function, options: _Options, q_BLHG, keys: Keys, *args):
-  """Returns what a function computes in blocks of a size for the platform."""
+  """Calls a function with blocks of the size that suits the platform."""
 
   def sized(most):
     length = q_BLHG.shape[1]
@@ -194,8 +194,8 @@ def _sums(blocks: _Blocks, q_BLHG, keys: Keys, biases) -> _Sums:
       logits_BHLM = _logits(blocks, q_BLHG, keys_j, biases, (i, j))
       new_BHL = jnp.maximum(top_BHL, logits_BHLM.max(-1))
       att_BHLM = jnp.exp(logits_BHLM - new_BHL[..., None])
-      # The norm is one more value: a sum over keys is slow on TPUs, a product
-      # of matrices fast.
+      # A value of 1 gives the norm. TPUs sum over keys slowly, and multiply
+      # matrices fast.
       one = [(0, 0)] * (keys_j.v_BMIr.ndim - 1) + [(0, 1)]
       v_BMIr = jnp.pad(keys_j.v_BMIr, one, constant_values=1)
       scale_BHL1 = jnp.exp(top_BHL - new_BHL)[..., None]
@@ -207,8 +207,11 @@ def _sums(blocks: _Blocks, q_BLHG, keys: Keys, biases) -> _Sums:
     )
     sum_BHLr, top_BHL = jax.lax.fori_loop(*blocks.range(i), add, none)
     share_BHL1 = 1 / sum_BHLr[..., r:]
-    found = (share_BHL1 * sum_BHLr[..., :r], top_BHL, share_BHL1[..., 0])
-    return _Sums(*(x.swapaxes(1, 2) for x in found))
+    return _Sums(
+      (share_BHL1 * sum_BHLr[..., :r]).swapaxes(1, 2),
+      top_BHL.swapaxes(1, 2),
+      share_BHL1[..., 0].swapaxes(1, 2),
+    )
 
   sums = jax.lax.map(attend_block, (q_NBLHG, jnp.arange(blocks.number)))
   return whole(sums, length)

@@ -217,7 +217,7 @@ def attend_checked(
   exact = functools.partial(_attend_exact, causal=causal)
   branches = [
     *(functools.partial(linear, num_nodes=n) for n in num_nodes),
-    # A conditional stores what the backward pass needs of each branch.
+    # A conditional stores the residuals of all branches.
     jax.checkpoint(exact),
   ]
   first = jnp.where(is_enough.any(), is_enough.argmax(), len(num_nodes))
@@ -296,8 +296,9 @@ def _scale(x: Inputs, span: Span) -> _Scaled:
   # Shifting all keys shifts all logits of a row, which softmax ignores.
   t_BHL -= ((span.t_low + span.t_high) / 2)[..., None]
   v_BHLK = _repeat(x.v_BLIK.astype(jnp.float32), num_heads).swapaxes(1, 2)
-  # Per row, so that the sum over rows of their gradient is left to the end: where
-  # devices hold rows, each step of the scan would move [H, L, M] numbers.
+  # Slopes per row leave the sum of their gradient over rows to the end. With rows
+  # on several devices, each step of the scan would otherwise move [H, L, M]
+  # numbers.
   slopes_BH = jnp.broadcast_to(_slopes(x), t_BHL.shape[:2])
   return _Scaled(s_BHL, t_BHL, v_BHLK, slopes_BH, _mask(x))
 
@@ -499,7 +500,8 @@ def _attend_exact(x: Inputs, *, causal: bool) -> Array:
     return jnp.where(is_seen[:, None], logits_BHLM, _MASKED)
 
   s_BLH, t_BLH = _logit_factors(x)
-  # TPUs do not multiply matrices if they sum over one number, and are slower.
+  # Two halves: XLA turns a product with G = 1 into elementwise work, which is
+  # slow on TPUs.
   q_BLHG, k_BLHG = (jnp.stack([a, a], -1) for a in (s_BLH / 2, t_BLH))
   keys = blocks.Keys(k_BLHG, x.v_BLIK, x.mask_BL)
   return blocks.attend_by_blocks(
@@ -566,7 +568,7 @@ def _scan_chunks(
   num_chunks = -(-length // chunk)
   num_blocks = -(-num_chunks // max(1, block // (B * H * chunk)))
   C = -(-num_chunks // num_blocks)
-  blocks = (
+  steps = (
     # Padded queries repeat the last one: 0 may be outside the nodes' range,
     # where gradients overflow.
     _cut(x.s_BHL, 2, num_blocks, C, chunk, mode="edge"),
@@ -575,7 +577,7 @@ def _scan_chunks(
     _cut(x.mask_BL, 1, num_blocks, C, chunk),
   )
   step = functools.partial(_block, x.slopes_BH, grid, is_strict)
-  past, sums = jax.lax.scan(step, past, blocks)
+  past, sums = jax.lax.scan(step, past, steps)
   # The padding has decayed the past too far.
   added = num_blocks * C * chunk - length
   past = past._replace(top=past.top + (added * x.slopes_BH)[..., None])

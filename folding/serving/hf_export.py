@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: dense arrays, with zeros for what was removed."""
+"""Hugging Face checkpoints: dense arrays, with zeros as removed weights."""
 
 import dataclasses
 import functools

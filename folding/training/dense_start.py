@@ -235,7 +235,7 @@ def with_pairs(config: Config, data: Data) -> Config:
 
   Args:
     config: Resolved.
-    data: Of the run.
+    data: Data of the run.
 
   Raises:
     ConfigError: the model to start from cannot be read.

@@ -59,7 +59,7 @@ def fold_layer(
   block = make_block(config, n)
   attn, report = _fold_attention(config, n, old, stream, sensitivity_DD)
   new = {**old, "attn": attn}
-  # The old W_O is no prior without the old W_V. Heads with other values serve
+  # Without the old W_V the old W_O is not a prior. Heads with other values serve
   # the layer's own output better than the errors of the layers below.
   has_prior = layer.values == "dense"
   wanted = target
@@ -205,25 +205,25 @@ def initial_report(layer: Layer) -> dict[str, Any]:
 class HeadMoments(NamedTuple):
   """E[a a'] of the input of attention, and around the mean of each text."""
 
-  second: np.ndarray
-  centred: np.ndarray
+  second: Any
+  centred: Any
 
 
 def head_moments(block: Block, params: Params, stream: Stream) -> HeadMoments:
   """Returns the moments of a layer's input that `fold_logits` needs."""
   sums = total(functools.partial(_moment_sums, block, params), *stream)
-  return HeadMoments(*(a / stream.num_tokens for a in sums))
+  return jax.tree.map(lambda a: a / stream.num_tokens, sums)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _moment_sums(block, params, x, mask):
+def _moment_sums(block, params, x, mask) -> HeadMoments:
   a = capture(block, params, x, mask, ("q",))["q"].astype(jnp.float32)
   weight = mask.astype(jnp.float32)[..., None]
   if "bias" in params["attn"]["q"]:
     a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
   mean = (a * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
-  parts = (a * weight, (a - mean[:, None]) * weight)
-  return [second_moment(part, part) for part in parts]
+  a, centred = a * weight, (a - mean[:, None]) * weight
+  return HeadMoments(second_moment(a, a), second_moment(centred, centred))
 
 
 def fold_logits(

@@ -174,13 +174,11 @@ def test_long_sequences_have_no_array_of_all_logits():
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(shapes, x)
     return max(jaxprs.sizes(program.jaxpr))
 
-  assert largest() <= max(
-    B * length * D, B * H * max(blocks.SIZES.values()) ** 2
-  )
+  size = max(blocks.SIZES.values())
+  assert largest() <= max(B * length * D, B * H * size**2)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      blocks, "SIZES", {"default": length}
-    )  # all at once: the test can see
+    # All at once: the test can see it.
+    patch.setattr(blocks, "SIZES", {"default": length})
     assert largest() == B * H * length**2
 
 
