@@ -2,8 +2,8 @@
 
 NAME is python_stdlib, tiny_shakespeare, lm1b, wiki40b, any other TFDS name
 with a text field, or the path of a .txt file or of a folder with
-{train,valid,test}.txt. To prepare any other data set than python_stdlib, TFDS
-needs `pip install tensorflow` (and apache-beam for wiki40b).
+{train,valid,test}.txt. TFDS needs `pip install tensorflow` to prepare any data
+set but python_stdlib (and apache-beam for wiki40b).
 
 Run:     folding train --config=configs/lm.py:my.txt --workdir=RUN
 Result:  70% smaller than its dense baseline

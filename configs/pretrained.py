@@ -11,9 +11,9 @@ Tune:    folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
          for scores add --config.task=regress, for several labels multilabel
 Shrink:  folding train --config=configs/pretrained.py:DENSE --workdir=RUN
          compresses the dense run, which is its own teacher (README has figures)
-At once: the first command without --config.dense=True. The way for a language
-         model, whose teacher is the checkpoint; a classifier has no teacher and
-         is less accurate
+At once: the first command without --config.dense=True. This is the way for a
+         language model, whose teacher is the checkpoint. A classifier then has no
+         teacher, and is less accurate
 """
 
 import os
