@@ -17,14 +17,13 @@ of a value head.
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from folding import config as config_lib
 from folding import files, paths
-from folding.config import layers_of
+from folding.config import Layer, ModelConfig, layers_of
 from folding.data.special_tokens import OPTIONS
 from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
@@ -43,6 +42,7 @@ Dtype = Literal["float32", "int8"]
 
 _MASKED = -1e30  # finite, so that a row without any key has no NaN
 _LIMIT = 1 << 31  # bytes of a protobuf
+_NORMS = {"rmsnorm": "RMSNormalization", "layernorm": "LayerNormalization"}
 
 
 def export_onnx(
@@ -155,20 +155,32 @@ def _config(described: hf_config.Description) -> dict[str, Any]:
 
 
 class _Graph:
-  """Nodes and arrays of a program; values are referred to by name."""
+  """Nodes and arrays of a program; values are referred to by name.
 
-  def __init__(self, dtype: Dtype, inputs: Sequence[str]):
-    self.dtype, self.inputs = dtype, inputs
-    self.outputs: dict[str, list[str | int]] = {}  # name: shape
+  Equal nodes are one, so layers share their masks and rotations.
+
+  Attributes:
+    config: Shape of the model.
+    params: {path: float32 array}.
+    shape: int64[2], B and L.
+  """
+
+  def __init__(self, config: ModelConfig, params: Any, dtype: Dtype):
+    self.config, self.dtype = config, dtype
+    self.params = {
+      path: np.asarray(leaf, np.float32)
+      for path, leaf in paths.flatten(params).items()
+    }
+    self._outputs: dict[str, list[str | int]] = {}  # name: shape
     self._nodes: list[Any] = []
+    self._known: dict[Any, list[str]] = {}  # outputs of a node
     self._arrays: dict[str, np.ndarray] = {}
     self._constants: dict[Any, str] = {}
-    self._quantised: dict[str, list[str]] = {}
-    self.shape = self.add("Shape", TOKENS)  # int64[2], B and L
+    self.shape = self.add("Shape", TOKENS)
 
   @property
   def num_bytes(self) -> int:
-    """Bytes of all arrays."""
+    """Bytes of the arrays of the program."""
     return sum(array.nbytes for array in self._arrays.values())
 
   def array(self, name: str, array: np.ndarray) -> str:
@@ -196,14 +208,23 @@ class _Graph:
   def add_many(
     self, kind: str, count: int, *inputs: str, **attributes: Any
   ) -> list[str]:
-    """Adds a node, and returns the names of its outputs."""
+    """Adds a node unless there is an equal one; returns its outputs."""
     from onnx import helper
 
-    name = f"{kind}_{len(self._nodes)}"
-    outputs = [f"{name}_{i}" if i else name for i in range(count)]
-    node = helper.make_node(kind, inputs, outputs, name, **attributes)
-    self._nodes.append(node)
-    return outputs
+    key = (kind, inputs, *sorted(attributes.items()))
+    if key not in self._known:
+      name = f"{kind}_{len(self._nodes)}"
+      outputs = [f"{name}_{i}" if i else name for i in range(count)]
+      node = helper.make_node(kind, inputs, outputs, name, **attributes)
+      self._nodes.append(node)
+      self._known[key] = outputs
+    return self._known[key]
+
+  def cast(self, x: str) -> str:
+    """Returns x as float32."""
+    from onnx import TensorProto
+
+    return self.add("Cast", x, to=TensorProto.FLOAT)
 
   def unflatten(self, x: str, *axes: int) -> str:
     """Returns x, [N, ...], as [B, L, *axes]."""
@@ -215,20 +236,22 @@ class _Graph:
     from onnx import helper
 
     self._nodes.append(helper.make_node("Identity", [value], [name], name))
-    self.outputs[name] = shape
+    self._outputs[name] = shape
 
-  def dense(
-    self, x: str, name: str, kernel: np.ndarray, bias: np.ndarray | None
-  ) -> str:
-    """Returns x @ kernel + bias.
+  def dense(self, x: str, *names: str, num_inputs: int = 1) -> str:
+    """Returns x @ kernel + bias of several modules, side by side.
 
     Args:
       x: [N, in].
-      name: The arrays are called NAME/kernel and NAME/bias.
-      kernel: [in, out].
-      bias: [out], or None.
+      *names: Paths of the modules, all with or all without a bias.
+      num_inputs: Number of input axes of their kernels.
     """
-    add = [] if bias is None else [self.array(f"{name}/bias", bias)]
+    kernels = [self.params[f"{name}/kernel"] for name in names]
+    kernels = [k.reshape(math.prod(k.shape[:num_inputs]), -1) for k in kernels]
+    kernel, name = np.concatenate(kernels, axis=1), "+".join(names)
+    biases = [f"{name}/bias" for name in names]
+    bias = [self.params[x].ravel() for x in biases if x in self.params]
+    add = [self.array(f"{name}/bias", np.concatenate(bias))] if bias else []
     if self.dtype == "float32":
       return self.add("Gemm", x, self.array(f"{name}/kernel", kernel), *add)
     values, scale = _quantise(kernel, axis=0)
@@ -246,27 +269,27 @@ class _Graph:
 
   def _int8_product(self, x: str, kernel: str, scale: str, *bias: str) -> str:
     # onnxruntime fuses the operators in this order.
-    from onnx import TensorProto
-
-    if x not in self._quantised:
-      self._quantised[x] = self.add_many("DynamicQuantizeLinear", 3, x)
-    values, x_scale, zero = self._quantised[x]
-    sums = self.add("MatMulInteger", values, kernel, zero)
-    sums = self.add("Cast", sums, to=TensorProto.FLOAT)
+    values, x_scale, zero = self.add_many("DynamicQuantizeLinear", 3, x)
+    sums = self.cast(self.add("MatMulInteger", values, kernel, zero))
     out = self.add("Mul", sums, self.add("Mul", x_scale, scale))
     return self.add("Add", out, *bias) if bias else out
 
-  def embed(self, name: str, rows: np.ndarray, ids: str) -> str:
+  def embed(self, name: str, ids: str) -> str:
     """Returns the rows of these ids, [..., D]."""
-    from onnx import TensorProto
-
+    rows = self.params[name]
     if self.dtype == "float32":
       return self.add("Gather", self.array(name, rows), ids)
     values, scale = _quantise(rows, axis=1)
-    found = self.add("Gather", self.array(name, values), ids)
-    found = self.add("Cast", found, to=TensorProto.FLOAT)
+    found = self.cast(self.add("Gather", self.array(name, values), ids))
     scale = self.array(f"{name}/scale", scale[:, None])
     return self.add("Mul", found, self.add("Gather", scale, ids))
+
+  def norm(self, x: str, name: str, kind: str = "") -> str:
+    """Returns the last axis of x normed, as by `ModelConfig.norm`."""
+    leaves = [f"{name}/{leaf}" for leaf in ("scale", "bias")]
+    arrays = [self.array(y, self.params[y]) for y in leaves if y in self.params]
+    kind = _NORMS[kind or self.config.norm]
+    return self.add(kind, x, *arrays, axis=-1, epsilon=self.config.norm_epsilon)
 
   def model(self) -> Any:
     """Returns the ModelProto."""
@@ -274,11 +297,11 @@ class _Graph:
 
     inputs = [
       helper.make_tensor_value_info(x, TensorProto.INT64, ["batch", "length"])
-      for x in self.inputs
+      for x in (TOKENS, MASK, *[SEGMENTS] * bool(self.config.segments))
     ]
     outputs = [
       helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-      for name, shape in self.outputs.items()
+      for name, shape in self._outputs.items()
     ]
     arrays = [
       numpy_helper.from_array(np.asarray(array, order="C"), name)
@@ -301,24 +324,6 @@ def _quantise(w: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
   return np.rint(w / np.expand_dims(scale, axis)).astype(np.int8), scale
 
 
-class _Shared(NamedTuple):
-  """Values that all layers share.
-
-  Attributes:
-    position_L: int64, 0, 1, ...
-    masks: {window: float [B, 1, L, L], 0 or -1e30, added to the logits}.
-    distance_LL: float, |i - j|; "": unused.
-    bucket_LL: int64, of i - j; "": unused.
-    relative: {(mask, table of relative biases): their sum}; layers share them.
-  """
-
-  position_L: str
-  masks: dict[int | None, str]
-  distance_LL: str
-  bucket_LL: str
-  relative: dict[tuple[str, str], str]
-
-
 def _make_graph(
   loaded: Loaded, token_map: np.ndarray | None, dtype: Dtype
 ) -> _Graph:
@@ -330,136 +335,110 @@ def _make_graph(
     dtype: Type of matrices and embeddings.
   """
   m = loaded.config.model
-  g = _Graph(dtype, (TOKENS, MASK, *[SEGMENTS] * bool(m.segments)))
-  params = {
-    name: np.asarray(leaf, np.float32)
-    for name, leaf in paths.flatten(loaded.params).items()
-  }
-  shared, dense = _add_shared(g, loaded), _dense_of(g, params)
+  g = _Graph(m, loaded.params, dtype)
   width, ids = m.embed_width or m.width, TOKENS
   if token_map is not None:
     ids = g.add("Gather", g.array("token_map", token_map.astype(np.int32)), ids)
-  x = g.embed("embed/embedding", params["embed/embedding"], ids)
+  x = g.embed("embed/embedding", ids)
   if rank := loaded.config.fold.embedding_rank:
     x = g.add("Reshape", x, g.ints(-1, rank))
-    x = g.unflatten(dense(x, "embed_expand"), width)
+    x = g.unflatten(g.dense(x, "embed_expand"), width)
   if m.scale_embeddings:
     x = g.add("Mul", x, g.const(m.width**0.5, np.float32))
   if m.positions == "learned":
-    name = "position_embed/embedding"
-    x = g.add("Add", x, g.embed(name, params[name], shared.position_L))
+    x = g.add("Add", x, g.embed("position_embed/embedding", _positions(g)))
   if m.segments:
-    name = "segment_embed/embedding"
-    x = g.add("Add", x, g.embed(name, params[name], SEGMENTS))
+    x = g.add("Add", x, g.embed("segment_embed/embedding", SEGMENTS))
   x = g.add("Reshape", x, g.ints(-1, width))
-  norm = _norm_of(g, loaded, params)
   if m.norm_position == "post" or m.embed_norm:
-    x = norm(x, "norm_embed")
+    x = g.norm(x, "norm_embed")
   if m.embed_width:
-    x = dense(x, "embed_project")
+    x = g.dense(x, "embed_project")
   is_both = m.norm_position == "both"
   for n, layer in enumerate(layers_of(m, loaded.config.fold)):
-    block, name = _Block(g, loaded, params, shared, n), f"blocks_{n}"
+    name = f"blocks_{n}"
+    block = _Block(g, layer, name)
     if m.norm_position == "post":
-      x = norm(g.add("Add", block.attend(x), x), f"{name}/norm_attn")
-      x = norm(g.add("Add", block.mlp(x), x), f"{name}/norm_mlp")
+      x = g.norm(g.add("Add", block.attend(x), x), f"{name}/norm_attn")
+      x = g.norm(g.add("Add", block.mlp(x), x), f"{name}/norm_mlp")
       continue
-    y = norm(x, f"{name}/norm_attn") if layer.has_norm_attn else x
+    y = g.norm(x, f"{name}/norm_attn") if layer.has_norm_attn else x
     y, before = block.attend(y), x
-    x = g.add("Add", x, norm(y, f"{name}/norm_attn_out") if is_both else y)
-    y = block.mlp(norm(before if m.parallel else x, f"{name}/norm_mlp"))
-    x = g.add("Add", x, norm(y, f"{name}/norm_mlp_out") if is_both else y)
+    x = g.add("Add", x, g.norm(y, f"{name}/norm_attn_out") if is_both else y)
+    y = block.mlp(g.norm(before if m.parallel else x, f"{name}/norm_mlp"))
+    x = g.add("Add", x, g.norm(y, f"{name}/norm_mlp_out") if is_both else y)
   if m.norm_position != "post":
-    x = norm(x, "norm_final")
-  _read_out(g, loaded, params, x)
+    x = g.norm(x, "norm_final")
+  _read_out(g, loaded, x)
   return g
 
 
-def _norm_of(g: _Graph, loaded: Loaded, params: Mapping[str, np.ndarray]):
-  """Returns a function that adds the norm of a name."""
-  m = loaded.config.model
-  kind = {"rmsnorm": "RMSNormalization", "layernorm": "LayerNormalization"}
-
-  def norm(x: str, name: str) -> str:
-    leaves = [f"{name}/{leaf}" for leaf in ("scale", "bias")]
-    arrays = [g.array(x, params[x]) for x in leaves if x in params]
-    return g.add(kind[m.norm], x, *arrays, axis=-1, epsilon=m.norm_epsilon)
-
-  return norm
+def _positions(g: _Graph) -> str:
+  """Returns int64[L], 0, 1, ..."""
+  zero, one = (g.const(i, np.int64) for i in (0, 1))
+  return g.add("Range", zero, g.add("Gather", g.shape, one), one)
 
 
-def _add_shared(g: _Graph, loaded: Loaded) -> _Shared:
+def _offsets(g: _Graph) -> str:
+  """Returns int64[L, L], the position of the query less that of the key."""
+  at_L = _positions(g)
+  return g.add("Sub", g.add("Unsqueeze", at_L, g.ints(1)), at_L)
+
+
+def _mask(g: _Graph, window: int | None) -> str:
+  """Returns float [B, 1, L, L], 0 or -1e30, which is added to the logits."""
   from onnx import TensorProto
 
-  m = loaded.config.model
-  length = g.add("Gather", g.shape, g.const(1, np.int64))
-  zero, one = (g.const(i, np.int64) for i in (0, 1))
-  position_L = g.add("Range", zero, length, one)
-  is_seen = g.add("Cast", MASK, to=TensorProto.BOOL)
-  is_seen = g.add("Unsqueeze", is_seen, g.ints(1, 2))  # [B, 1, 1, L]
-  windows = {x.window for x in layers_of(m, loaded.config.fold)}
-  distance = ""
-  if m.causal or windows != {None} or m.positions == "alibi":
-    at_L = g.add("Cast", position_L, to=TensorProto.FLOAT)
-    at_L1 = g.add("Unsqueeze", at_L, g.ints(1))
-    signed = g.add("Sub", at_L1, at_L)
-    distance = g.add("Abs", signed)
-    if m.causal:
-      past_LL = g.add("GreaterOrEqual", signed, g.const(0, np.float32))
-      is_seen = g.add("And", is_seen, past_LL)
+  seen = g.add("Cast", MASK, to=TensorProto.BOOL)
+  seen = g.add("Unsqueeze", seen, g.ints(1, 2))  # [B, 1, 1, L]
+  if g.config.causal:
+    past_LL = g.add("GreaterOrEqual", _offsets(g), g.const(0, np.int64))
+    seen = g.add("And", seen, past_LL)
+  if window is not None:
+    distance_LL = g.add("Abs", _offsets(g))
+    near_LL = g.add("Less", distance_LL, g.const(window, np.int64))
+    seen = g.add("And", seen, near_LL)
   # Attention does not broadcast the axis of the queries.
-  batch, lengths = (g.add("Gather", g.shape, g.ints(axis)) for axis in range(2))
-  full = g.add("Concat", batch, g.ints(1), lengths, lengths, axis=0)
+  batch, length = (g.add("Gather", g.shape, g.ints(axis)) for axis in range(2))
+  full = g.add("Concat", batch, g.ints(1), length, length, axis=0)
   values = [g.const(x, np.float32) for x in (0, _MASKED)]
-  masks = {}
-  for window in windows:
-    seen = is_seen
-    if window is not None:
-      near_LL = g.add("Less", distance, g.const(window, np.float32))
-      seen = g.add("And", is_seen, near_LL)
-    masks[window] = g.add("Expand", g.add("Where", seen, *values), full)
-  bucket = ""
-  if m.relative_buckets:
-    buckets = relative_buckets(m.relative_buckets)
-    farthest = len(buckets) // 2
-    at_L1 = g.add("Unsqueeze", position_L, g.ints(1))
-    signed = g.add("Sub", at_L1, position_L)
-    low, high = (g.const(x, np.int64) for x in (-farthest, farthest))
-    at_LL = g.add("Add", g.add("Clip", signed, low, high), high)
-    bucket = g.add("Gather", g.const(buckets, np.int64), at_LL)
-  return _Shared(position_L, masks, distance, bucket, {})
+  return g.add("Expand", g.add("Where", seen, *values), full)
+
+
+def _relative_bias(g: _Graph, table_RH: np.ndarray) -> str:
+  """Returns [H, L, L], the bias of each distance."""
+  bucket_of = relative_buckets(g.config.relative_buckets)
+  farthest = len(bucket_of) // 2
+  low, high = (g.const(x, np.int64) for x in (-farthest, farthest))
+  offset_LL = g.add("Clip", _offsets(g), low, high)
+  index_LL = g.add("Add", offset_LL, high)
+  bucket_LL = g.add("Gather", g.const(bucket_of, np.int64), index_LL)
+  # A constant: layers that share a table share the bias.
+  return g.add("Gather", g.const(table_RH.T, np.float32), bucket_LL, axis=1)
 
 
 class _Block:
   """One layer. Sizes are read from its arrays, kinds from the config."""
 
-  def __init__(
-    self,
-    g: _Graph,
-    loaded: Loaded,
-    params: Mapping[str, np.ndarray],
-    shared: _Shared,
-    n: int,
-  ):
-    self._g, self._config, self._shared = g, loaded.config.model, shared
-    self._layer = layers_of(self._config, loaded.config.fold)[n]
-    self._name = f"blocks_{n}"
+  def __init__(self, g: _Graph, layer: Layer, name: str):
+    self._g, self._layer, self._name = g, layer, name
     self._params = {
-      path.removeprefix(f"{self._name}/"): w
-      for path, w in params.items()
-      if path.startswith(f"{self._name}/")
+      path.removeprefix(f"{name}/"): w
+      for path, w in g.params.items()
+      if path.startswith(f"{name}/")
     }
 
   def attend(self, x: str) -> str:
     """Returns the output of attention, [N, D]."""
-    g, w, layer = self._g, self._params, self._layer
-    o_HrD = w["attn/o/kernel"]
-    H, r, D = o_HrD.shape
+    g, m, w, layer = self._g, self._g.config, self._params, self._layer
+    H, r, _ = w["attn/o/kernel"].shape
     J, size = w["attn/k/kernel"].shape[1:]
-    (q, k, v), num_values = self._project(x)
-    if self._config.qk_norm:
+    v_kernel = w.get("attn/v/kernel")
+    num_values = len(layer.heads) if v_kernel is None else v_kernel.shape[1]
+    q, k, v = self._project(x)
+    if m.qk_norm:
       q, k = self._norm_heads(q, "q", H), self._norm_heads(k, "k", J)
-    if self._config.positions == "rope":
+    if m.positions == "rope":
       # Pairs are rotated as they are, other groups after copying to K.
       copies = 1 if "attn/frequency" in w else layer.head_dim // size
       q = self._rotate(self._repeat(q, H * size, copies), H)
@@ -472,86 +451,68 @@ class _Block:
       q,
       k,
       v,
-      self._mask(),
+      self._biased_mask(),
       q_num_heads=H,
       kv_num_heads=num_values,
       scale=layer.head_dim**0.5 / size,  # = (K / G) / sqrt(K)
-      softcap=self._config.attention_cap or 0.0,
+      softcap=m.attention_cap or 0.0,
     )
     out = g.add("Reshape", out, g.ints(-1, H * r))
-    return self._dense(out, "attn/o")
+    return g.dense(out, f"{self._name}/attn/o", num_inputs=2)
 
   def mlp(self, x: str) -> str:
     """Returns the output of the feed-forward layer, [N, D]."""
-    g, m = self._g, self._config
-    h = self._dense(x, "mlp/up")
+    g, m = self._g, self._g.config
+    h = g.dense(x, f"{self._name}/mlp/up")
     if m.gated:
-      gate = self._dense(x, "mlp/gate")
+      gate = g.dense(x, f"{self._name}/mlp/gate")
       h = g.add("Mul", _activate(g, gate, m.activation), h)
     else:
       h = _activate(g, h, m.activation)
-    return self._dense(h, "mlp/down")
+    return g.dense(h, f"{self._name}/mlp/down")
 
-  def _dense(self, x: str, *names: str) -> str:
-    """Returns the products with several kernels, side by side."""
-    w = self._params
-    kernels = [w[f"{name}/kernel"] for name in names]
-    num_inputs = 2 if names == ("attn/o",) else 1  # axes
-    kernels = [k.reshape(math.prod(k.shape[:num_inputs]), -1) for k in kernels]
-    bias = [w[f"{name}/bias"].ravel() for name in names if f"{name}/bias" in w]
-    return self._g.dense(
-      x,
-      f"{self._name}/{'+'.join(names)}",
-      np.concatenate(kernels, axis=1),
-      np.concatenate(bias) if bias else None,
-    )
-
-  def _project(self, x: str) -> tuple[list[str], int]:
-    """Returns queries, keys and values, [B, L, ...], and the heads of values."""
-    g, w, layer = self._g, self._params, self._layer
-    source, joined, rest = x, ["attn/q", "attn/k", "attn/v"], []
+  def _project(self, x: str) -> list[str]:
+    """Returns queries, keys and values, [B, L, ...]."""
+    layer, grouped = self._layer, x
     if layer.groups and layer.axis == "input":
-      source = self._sum_groups(x)
-    num_heads = len(layer.heads)
-    if f"{joined[-1]}/kernel" not in w:
-      joined.pop()
-      width = num_heads * layer.head_dim
-      rest = [g.unflatten(self._diagonal(x), width)]
-    else:
-      num_heads = w["attn/v/kernel"].shape[1]
-    if source != x and not rest:
-      out = self._dense(x, joined.pop())
-      rest = [g.unflatten(out, w["attn/v/kernel"][0].size)]
-    widths = [w[f"{name}/kernel"][0].size for name in joined]
-    out = g.unflatten(self._dense(source, *joined), sum(widths))
-    split = g.add_many("Split", len(joined), out, g.ints(*widths), axis=-1)
-    return [*split, *rest], num_heads
+      grouped = self._sum_groups(x)
+    if "attn/v/kernel" not in self._params:
+      return [*self._products(grouped, "q", "k"), self._diagonal(x)]
+    if grouped != x:
+      return [*self._products(grouped, "q", "k"), *self._products(x, "v")]
+    return self._products(x, "q", "k", "v")
+
+  def _products(self, x: str, *roles: str) -> list[str]:
+    """Returns queries, keys or values, [B, L, ...], by one product."""
+    g = self._g
+    sizes = [self._params[f"attn/{role}/kernel"][0].size for role in roles]
+    out = g.dense(x, *(f"{self._name}/attn/{role}" for role in roles))
+    out = g.unflatten(out, sum(sizes))
+    return g.add_many("Split", len(roles), out, g.ints(*sizes), axis=-1)
 
   def _sum_groups(self, x: str) -> str:
     """Returns the sums over the channels of each group, [N, G]."""
     g, groups = self._g, self._layer.groups
-    x = g.add("Reshape", x, g.ints(-1, groups, self._config.width // groups))
+    x = g.add("Reshape", x, g.ints(-1, groups, g.config.width // groups))
     return g.add("ReduceSum", x, g.ints(2), keepdims=0)
 
   def _diagonal(self, x: str) -> str:
-    """Returns the values of a diagonal W_V, [N, H K]."""
+    """Returns the values of a diagonal W_V, [B, L, H K]."""
     g, layer, name = self._g, self._layer, "attn/v/diagonal"
     K = layer.head_dim
     channels = [h * K + i for h in layer.heads for i in range(K)]
-    if len(channels) < self._config.width:
+    if len(channels) < g.config.width:
       x = g.add("Gather", x, g.ints(*channels), axis=1)
     if name in self._params:  # otherwise W_O has absorbed it
       diagonal = self._params[name].ravel()
       x = g.add("Mul", x, g.array(f"{self._name}/{name}", diagonal))
-    return x
+    return g.unflatten(x, len(channels))
 
   def _norm_heads(self, x: str, role: str, heads: int) -> str:
     """Returns queries or keys, [B, L, heads K], normed per head."""
-    g, m, K = self._g, self._config, self._layer.head_dim
-    name = f"attn/{role}_norm/scale"
-    scale = g.array(f"{self._name}/{name}", self._params[name])
+    g, K = self._g, self._layer.head_dim
     x = g.add("Reshape", x, g.ints(-1, K))
-    x = g.add("RMSNormalization", x, scale, axis=-1, epsilon=m.norm_epsilon)
+    x = g.norm(x, f"{self._name}/attn/{role}_norm", "rmsnorm")
     return g.unflatten(x, heads * K)
 
   def _repeat(self, x: str, count: int, copies: int, size: int = 1) -> str:
@@ -565,14 +526,16 @@ class _Block:
 
   def _rotate(self, x: str, heads: int) -> str:
     """Returns queries or keys, [B, L, heads K], with rotary positions."""
-    g, m = self._g, self._config
+    g = self._g
     frequency_Jk = self._params.get("attn/frequency")
     if frequency_Jk is None:
-      frequency_Jk = layer_frequencies(m, self._layer)[None]
+      frequency_Jk = layer_frequencies(g.config, self._layer)[None]
     J, half = frequency_Jk.shape
     if J > 1:
       frequency_Jk = np.repeat(frequency_Jk, heads // J, axis=0)
-    cos, sin = self._angles(frequency_Jk)
+    at_L11 = g.add("Unsqueeze", g.cast(_positions(g)), g.ints(1, 2))
+    angle_LHk = g.add("Mul", at_L11, g.const(frequency_Jk, np.float32))
+    cos, sin = g.add("Cos", angle_LHk), g.add("Sin", angle_LHk)
     x = g.unflatten(x, heads, 2 * half)
     a, b = g.add_many("Split", 2, x, axis=-1, num_outputs=2)
     turned = (
@@ -581,49 +544,18 @@ class _Block:
     )
     return g.unflatten(g.add("Concat", *turned, axis=-1), heads * 2 * half)
 
-  def _angles(self, frequency_Hk: np.ndarray) -> list[str]:
-    """Returns cosines and sines [L, H, k] of the angles at each position."""
-    from onnx import TensorProto
-
-    g = self._g
-    at_L = g.add("Cast", self._shared.position_L, to=TensorProto.FLOAT)
-    at_L11 = g.add("Unsqueeze", at_L, g.ints(1, 2))
-    angle = g.add("Mul", at_L11, g.const(frequency_Hk, np.float32))
-    return [g.add(kind, angle) for kind in ("Cos", "Sin")]
-
-  def _mask(self) -> str:
+  def _biased_mask(self) -> str:
     """Returns the mask and biases that are added to the logits."""
-    mask = self._shared.masks[self._layer.window]
-    if self._config.relative_buckets:
-      return self._relative(mask)
-    if self._config.positions != "alibi":
+    g, mask = self._g, _mask(self._g, self._layer.window)
+    if g.config.relative_buckets:
+      table_RH = self._params["attn/relative_bias"]
+      return g.add("Add", mask, _relative_bias(g, table_RH))
+    if g.config.positions != "alibi":
       return mask
-    g = self._g
     slopes_H = -np.exp(self._params["attn/log_slopes"])
     slopes = g.array(f"{self._name}/attn/slopes", slopes_H[:, None, None])
-    return g.add("Add", mask, g.add("Mul", slopes, self._shared.distance_LL))
-
-  def _relative(self, mask: str) -> str:
-    """Returns the mask with a relative bias."""
-    g, known = self._g, self._shared.relative
-    table_HR = self._params["attn/relative_bias"].T
-    table = g.const(table_HR, np.float32)
-    if (mask, table) not in known:
-      bias = g.add("Gather", table, self._shared.bucket_LL, axis=1)
-      known[mask, table] = g.add("Add", mask, bias)
-    return known[mask, table]
-
-
-def _dense_of(
-  g: _Graph, params: Mapping[str, np.ndarray]
-) -> Callable[[str, str], str]:
-  """Returns (x [N, in], module) -> x @ kernel, plus its bias if it has one."""
-
-  def dense(x, name):
-    bias = params.get(f"{name}/bias")
-    return g.dense(x, name, params[f"{name}/kernel"], bias)
-
-  return dense
+    distance_LL = g.cast(g.add("Abs", _offsets(g)))
+    return g.add("Add", mask, g.add("Mul", slopes, distance_LL))
 
 
 def _activate(g: _Graph, x: str, name: str) -> str:
@@ -635,28 +567,15 @@ def _activate(g: _Graph, x: str, name: str) -> str:
   return g.add({"relu": "Relu", "tanh": "Tanh"}[name], x)
 
 
-def _read_out(
-  g: _Graph,
-  loaded: Loaded,
-  params: Mapping[str, np.ndarray],
-  x: str,
-) -> None:
-  """Adds the outputs of the program.
-
-  Args:
-    g: The graph.
-    loaded: The model.
-    params: {path: array}.
-    x: [N, D], from the last block.
-  """
-  m = loaded.config.model
-  norm, dense = _norm_of(g, loaded, params), _dense_of(g, params)
+def _read_out(g: _Graph, loaded: Loaded, x: str) -> None:
+  """Adds the outputs of the program, from the last block's [N, D]."""
+  m = g.config
   if loaded.config.task == "lm":
     rows = loaded.num_rows
     if m.tie_embeddings:
       x = g.unembed(x, "embed/embedding")
     else:
-      x = dense(x, "head")
+      x = g.dense(x, "head")
     if m.logit_cap:
       cap = g.const(m.logit_cap, np.float32)
       x = g.add("Mul", g.add("Tanh", g.add("Div", x, cap)), cap)
@@ -672,16 +591,14 @@ def _read_out(
     g.output("sentence_embedding", pooled, ["batch", m.width])
     return
   if m.pooler:
-    pooled = _activate(g, dense(pooled, "pooler"), m.pooler_activation)
+    pooled = _activate(g, g.dense(pooled, "pooler"), m.pooler_activation)
     if m.pooler_norm:
-      pooled = norm(pooled, "norm_pooler")
-  g.output("logits", dense(pooled, "head"), ["batch", len(loaded.labels)])
+      pooled = g.norm(pooled, "norm_pooler")
+  g.output("logits", g.dense(pooled, "head"), ["batch", len(loaded.labels)])
 
 
 def _pool(g: _Graph, x_BLD: str, pooling: str) -> str:
   """Returns the vector of the first or last token, or the mean over tokens."""
-  from onnx import TensorProto
-
   if pooling == "first":
     return g.add("Gather", x_BLD, g.const(0, np.int64), axis=1)
   if pooling == "last":
@@ -689,8 +606,7 @@ def _pool(g: _Graph, x_BLD: str, pooling: str) -> str:
     last = g.add("Sub", count, g.const(1, np.int64))
     last = g.add("Max", last, g.const(0, np.int64))  # [B, 1]
     return g.add("GatherND", x_BLD, last, batch_dims=1)
-  mask = g.add("Cast", MASK, to=TensorProto.FLOAT)
-  mask = g.add("Unsqueeze", mask, g.ints(2))
+  mask = g.add("Unsqueeze", g.cast(MASK), g.ints(2))
   sums = g.add("ReduceSum", g.add("Mul", x_BLD, mask), g.ints(1), keepdims=0)
   count = g.add("ReduceSum", mask, g.ints(1), keepdims=0)
   return g.add("Div", sums, g.add("Max", count, g.const(1, np.float32)))
