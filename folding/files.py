@@ -193,11 +193,13 @@ def require_local(path: str) -> None:
 def require_workdir(path: str) -> None:
   """Raises `ConfigError` for a path that cannot hold a run.
 
-  The path must be local and its absolute form free of wildcards, because Orbax
-  finds its files by a glob pattern.
+  The path must be local and free or a folder, and its absolute form free of
+  wildcards, because Orbax finds its files by a glob pattern.
   """
   require_local(path)
   whole = os.path.abspath(path)
+  if os.path.lexists(whole) and not os.path.isdir(whole):
+    raise ConfigError(f"{path} is not a folder; choose another name")
   try:
     whole.encode()
   except UnicodeEncodeError:

@@ -57,7 +57,9 @@ def find_files(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   if path.is_file():
     return {"train": [path]}
   if not path.is_dir():  # a pipe would wait for ever
-    raise ConfigError(f"data.path {path} is neither a file nor a folder")
+    raise ConfigError(
+      f"data.path {path.absolute()} is neither a file nor a folder"
+    )
   found = {}
   for split, stems in rows_lib.STEMS.items():
     parts = [
@@ -305,7 +307,7 @@ def _csv_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
   csv.field_size_limit(max(csv.field_size_limit(), file.stat().st_size))
   reader = csv.reader(lines, strict=True)
   try:
-    columns = next(reader, [])
+    columns = next(filter(None, reader), [])
     if len(columns) == 1 and any(c in columns[0] for c in ";\t"):
       raise ConfigError(f"{file}: columns are not separated by commas")
     cells = ((reader.line_num, row) for row in reader if row)

@@ -83,6 +83,8 @@ def test_labels_are_sorted_as_numbers_or_words(tmp_path, labels, names):
       [("1", "b1"), ("5", "b2")],
     ),
     ("Text,LABEL\nt,yes\nu,no\n", {}, [("yes", "t"), ("no", "u")]),
+    # Empty lines.
+    ("\n\ntext,label\nt,yes\n\nu,no\n\n", {}, [("yes", "t"), ("no", "u")]),
     ("TEXT,label,text\nt,a,u\nt,b,v\n", {}, [("a", "u"), ("b", "v")]),
     # The only column that is not of numbers.
     (
