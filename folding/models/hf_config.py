@@ -45,7 +45,6 @@ class Family:
     only: Fields of config.json with one supported value.
     rules: Fields that correspond by more than their names.
     writes: Constant fields of config.json for the export.
-    alternates: Whether only some of its layers may have a window.
     bases: Fields of config.json with the rope_base of layers without a window
       and with one; (): all layers have one.
   """
@@ -64,8 +63,12 @@ class Family:
   only: dict[str, Any] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
   writes: dict[str, Any] = dataclasses.field(default_factory=dict)
-  alternates: bool = False
   bases: tuple[str, ...] = ()
+
+  def offset(self, pad_id: int) -> int:
+    """Returns the row of the position embedding of the first token."""
+    first = self.first_position
+    return pad_id + 1 if first is None else first
 
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -86,16 +89,13 @@ ACTIVATIONS = {
   "relu": "relu",
 }
 
+_SHARE = "partial_rotary_factor"
+_LENGTH = "original_max_position_embeddings"
 # Kind of rotary scaling: the fields that `ModelConfig.rope_scaling` lists.
 ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
   "default": (),
   "linear": ("factor",),
-  "llama3": (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-  ),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
 }
 
 # Options that change the computation: the one value that is supported.
@@ -106,7 +106,7 @@ SUPPORTED: dict[str, Any] = {
   "add_cross_attention": False,
   "scale_attn_weights": True,
   "scale_attn_by_inverse_layer_idx": False,
-  "partial_rotary_factor": 1.0,
+  _SHARE: 1.0,
   "quantization_config": None,
 }
 
@@ -134,14 +134,19 @@ def _write_biases(config: ModelConfig) -> dict[str, Any]:
   return {"attention_bias": config.use_bias, "mlp_bias": config.use_bias}
 
 
-def _kinds(
-  values: dict[str, Any], is_sliding: Callable[[int], bool]
-) -> list[str]:
-  """Returns the kind of attention of each layer.
+def _read_windows(
+  values: dict[str, Any],
+  size: int,
+  is_sliding: Callable[[int], bool],
+  bases: tuple[str, ...] = (),
+) -> dict[str, Any]:
+  """Returns the window of each layer, and its rope_base if these differ.
 
   Args:
     values: Fields of config.json.
-    is_sliding: Whether a layer has a window if layer_types does not say.
+    size: The window of the layers that have one.
+    is_sliding: Whether layer n has one, if layer_types does not say.
+    bases: As `Family.bases`; transformers 5 writes a dict per kind instead.
   """
   kinds = values.get("layer_types") or [
     _SLIDING if is_sliding(n) else _FULL
@@ -152,40 +157,58 @@ def _kinds(
       f"config.json: layer_types {sorted({*kinds})} is not supported; supported "
       f"are {_FULL} and {_SLIDING}"
     )
-  return kinds
+  fields = {"window": [size if x == _SLIDING else 0 for x in kinds]}
+  if not bases:
+    return fields
+  scaling = values.get("rope_scaling") or {}
+  nested, base_of = values.get("rope_parameters") or {}, {}
+  for kind, name in zip((_FULL, _SLIDING), bases, strict=True):
+    rope = nested.get(kind) or {}
+    used = scaling.get("rope_type", scaling.get("type"))
+    used = used or rope.get("rope_type", "default")
+    if used != "default":
+      raise ConfigError(
+        f"config.json: rope_type {used!r} beside windows in some layers is "
+        "not supported; only 'default' is"
+      )
+    base_of[kind] = rope.get("rope_theta", values[name])
+  return fields | {"rope_base": [base_of[x] for x in kinds]}
 
 
-def _write_kinds(config: ModelConfig) -> dict[str, Any]:
-  return {"layer_types": [_SLIDING if x else _FULL for x in _windowed(config)]}
+def _write_windows(
+  config: ModelConfig, bases: tuple[str, ...] = ()
+) -> dict[str, Any]:
+  """Returns which layers have a window, and the bases of both kinds."""
+  has_window = [x > 0 for x in _windows(config)]
+  values: dict[str, Any] = {
+    "layer_types": [_SLIDING if x else _FULL for x in has_window]
+  }
+  if bases:
+    used = config.by_layer(config.rope_base, "model.rope_base")
+    # False and True are the indices of the names.
+    values |= {bases[x]: b for x, b in zip(has_window, used, strict=True)}
+  return values
 
 
-def _read_window(values: dict[str, Any]) -> dict[str, Any]:
+def _windows(config: ModelConfig) -> tuple[int, ...]:
+  """Returns the window of each layer; 0: it has none."""
+  return config.by_layer(config.window or 0, "model.window")
+
+
+def _read_qwen_window(values: dict[str, Any]) -> dict[str, Any]:
   if not values["use_sliding_window"]:
     return {}
-  kinds = _kinds(values, lambda n: n >= values["max_window_layers"])
-  return _by_kind(kinds, values["sliding_window"])
+  first = values["max_window_layers"]
+  return _read_windows(values, values["sliding_window"], lambda n: n >= first)
 
 
-def _write_window(config: ModelConfig) -> dict[str, Any]:
+def _write_qwen_window(config: ModelConfig) -> dict[str, Any]:
   is_used = config.window is not None
   return {
-    "sliding_window": _window_size(config),
+    "sliding_window": max(_windows(config)) or None,
     "use_sliding_window": is_used,
     "max_window_layers": 0,
-  } | (_write_kinds(config) if is_used else {})
-
-
-def _windowed(config: ModelConfig) -> list[bool]:
-  """Returns whether each layer has a window."""
-  return [bool(x) for x in config.by_layer(config.window, "model.window")]
-
-
-def _window_size(config: ModelConfig) -> int | None:
-  """Returns the window of the layers that have one."""
-  return max(config.by_layer(config.window or 0, "model.window")) or None
-
-
-_SHARE = "partial_rotary_factor"
+  } | (_write_windows(config) if is_used else {})
 
 
 def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -199,9 +222,8 @@ def _read_partial_rope(values: dict[str, Any]) -> dict[str, Any]:
   # null. It reads the older one if there are both.
   given = values.get("rope_scaling") or values.get("rope_parameters") or {}
   rope = {"rope_theta": values.get("rope_theta", 10000.0), _SHARE: 1.0} | given
-  length = "original_max_position_embeddings"
-  if length in values:
-    rope[length] = values[length]
+  if _LENGTH in values:
+    rope[_LENGTH] = values[_LENGTH]
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ROPE_SCALINGS:
     raise ConfigError(
@@ -222,26 +244,20 @@ def _read_partial_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:
   values: dict[str, Any] = {"rope_theta": config.rope_base}
-  if config.rope_scaling:
-    kinds = {len(names): kind for kind, names in ROPE_SCALINGS.items()}
-    kind = kinds[len(config.rope_scaling)]
-    scaling: dict[str, Any] = {"rope_type": kind}
-    for name, value in zip(
-      ROPE_SCALINGS[kind], config.rope_scaling, strict=True
-    ):
-      is_length = name == "original_max_position_embeddings"
-      scaling[name] = int(value) if is_length else value
-    values["rope_scaling"] = scaling
+  for kind, names in ROPE_SCALINGS.items():
+    if config.rope_scaling and len(config.rope_scaling) == len(names):
+      scaling = dict(zip(names, config.rope_scaling, strict=True))
+      if _LENGTH in scaling:
+        scaling[_LENGTH] = int(scaling[_LENGTH])
+      values["rope_scaling"] = {"rope_type": kind, **scaling}
   return values
 
 
 def _read_neox_rope(values: dict[str, Any]) -> dict[str, Any]:
   # It had names of its own before transformers 5.
-  older = {
-    "rope_theta": values["rotary_emb_base"],
-    _SHARE: values["rotary_pct"],
-  }
+  base, share = values["rotary_emb_base"], values["rotary_pct"]
   given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+  older = {"rope_theta": base, _SHARE: share}
   return _read_partial_rope({"rope_parameters": older | given})
 
 
@@ -249,48 +265,6 @@ def _write_neox_rope(config: ModelConfig) -> dict[str, Any]:
   values = _write_rope(config)
   values["rotary_emb_base"] = values.pop("rope_theta")
   return values | {"rotary_pct": config.rope_share}
-
-
-def _read_bases(
-  values: dict[str, Any], names: tuple[str, str]
-) -> dict[str, float]:
-  """Returns {kind of layers: their rope_base}.
-
-  Args:
-    values: Fields of config.json.
-    names: Older fields that have them, as `Family.bases`; transformers 5 writes a
-      dict per kind.
-  """
-  scaling = values.get("rope_scaling") or {}
-  nested, bases = values.get("rope_parameters") or {}, {}
-  for kind, name in zip((_FULL, _SLIDING), names, strict=True):
-    rope = nested.get(kind) or {}
-    used = scaling.get("rope_type", scaling.get("type"))
-    used = used or rope.get("rope_type", "default")
-    if used != "default":
-      raise ConfigError(
-        f"config.json: rope_type {used!r} beside windows in some layers is "
-        "not supported; only 'default' is"
-      )
-    bases[kind] = rope.get("rope_theta", values[name])
-  return bases
-
-
-def _by_kind(
-  kinds: list[str], size: int, bases: dict[str, float] | None = None
-) -> dict[str, Any]:
-  """Returns windows, and rotations if they differ, of layers of these kinds."""
-  fields: dict[str, Any] = {}
-  fields["window"] = [size if x == _SLIDING else 0 for x in kinds]
-  if bases:
-    fields["rope_base"] = [bases[x] for x in kinds]
-  return fields
-
-
-def _write_bases(config: ModelConfig, names: tuple[str, str]) -> dict[str, Any]:
-  bases = config.by_layer(config.rope_base, "model.rope_base")
-  kinds = _windowed(config)  # False and True are the indices of the names
-  return {names[x]: base for x, base in zip(kinds, bases, strict=True)}
 
 
 _GEMMA3_BASES = ("rope_theta", "rope_local_base_freq")
@@ -306,28 +280,30 @@ def _check_query_scale(values: dict[str, Any]) -> None:
 
 def _read_gemma2(values: dict[str, Any]) -> dict[str, Any]:
   _check_query_scale(values)
-  kinds = _kinds(values, lambda n: n % 2 == 0)
-  return _by_kind(kinds, values["sliding_window"])
+  return _read_windows(values, values["sliding_window"], lambda n: n % 2 == 0)
 
 
 def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
   return {
     "query_pre_attn_scalar": config.head_dim,
-    "sliding_window": _window_size(config),
-    **_write_kinds(config),
+    "sliding_window": max(_windows(config)) or None,
+    **_write_windows(config),
   }
 
 
 def _read_gemma3(values: dict[str, Any]) -> dict[str, Any]:
   _check_query_scale(values)
   pattern = values["sliding_window_pattern"]
-  kinds = _kinds(values, lambda n: bool((n + 1) % pattern))
-  bases = _read_bases(values, _GEMMA3_BASES)
-  return _by_kind(kinds, values["sliding_window"], bases)
+  return _read_windows(
+    values,
+    values["sliding_window"],
+    lambda n: bool((n + 1) % pattern),
+    _GEMMA3_BASES,
+  )
 
 
 def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
-  return _write_gemma2(config) | _write_bases(config, _GEMMA3_BASES)
+  return _write_gemma2(config) | _write_windows(config, _GEMMA3_BASES)
 
 
 _MODERNBERT_BASES = ("global_rope_theta", "local_rope_theta")
@@ -336,22 +312,22 @@ _MODERNBERT_POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
 
 def _read_modernbert(values: dict[str, Any]) -> dict[str, Any]:
   every = values["global_attn_every_n_layers"]
-  kinds = _kinds(values, lambda n: bool(n % every))
   # Of an even number of tokens around each, half are before it.
   size = values["local_attention"] // 2 + 1
   pooling = _MODERNBERT_POOLINGS[values["classifier_pooling"]]
-  bases = _read_bases(values, _MODERNBERT_BASES)
-  return {"pooling": pooling, **_by_kind(kinds, size, bases)}
+  windows = _read_windows(
+    values, size, lambda n: bool(n % every), _MODERNBERT_BASES
+  )
+  return {"pooling": pooling, **windows}
 
 
 def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
-  size = _window_size(config)
+  size = max(_windows(config))
   is_mean = config.pooling == "mean"
   return {
     "classifier_pooling": "mean" if is_mean else "cls",
     **({"local_attention": 2 * (size - 1)} if size else {}),
-    **_write_kinds(config),
-    **_write_bases(config, _MODERNBERT_BASES),
+    **_write_windows(config, _MODERNBERT_BASES),
   }
 
 
@@ -516,7 +492,6 @@ _MODERNBERT = Family(
     "classifier_activation": "gelu",
   },
   rules=(Rule(_read_modernbert, _write_modernbert),),
-  alternates=True,
   bases=_MODERNBERT_BASES,
 )
 _GPT2 = Family(
@@ -656,8 +631,7 @@ _QWEN2 = dataclasses.replace(
     "max_window_layers": 28,
   },
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": True},
-  rules=(Rule(_read_window, _write_window), _ROPE),
-  alternates=True,
+  rules=(Rule(_read_qwen_window, _write_qwen_window), _ROPE),
 )
 _QWEN3 = dataclasses.replace(
   _QWEN2,
@@ -694,7 +668,6 @@ _GEMMA2 = Family(
   classifier=_LAST,
   only={"attention_bias": False, "use_bidirectional_attention": False},
   rules=(Rule(_read_gemma2, _write_gemma2), _ROPE),
-  alternates=True,
 )
 _GEMMA3 = dataclasses.replace(
   _GEMMA2,
@@ -784,8 +757,7 @@ class Description:
   @property
   def position_offset(self) -> int:
     """Rows of the position embedding before that of the first token."""
-    first = FAMILIES[self.family].first_position
-    return self.pad_id + 1 if first is None else first
+    return FAMILIES[self.family].offset(self.pad_id)
 
 
 def describe(values: dict[str, Any]) -> Description:
@@ -819,22 +791,23 @@ def describe(values: dict[str, Any]) -> Description:
     raise ConfigError(
       f"config.json: pad_token_id must be an integer; it is {pad_id!r}"
     )
-  described = Description(
+  config = config_lib.resolve(run).model
+  vocab_size = _count(values, "vocab_size")
+  max_length = _count(values, family.positions)
+  if family.counts_first:
+    max_length -= family.offset(pad_id)
+  if max_length < 1:
+    raise ConfigError("config.json: there are no positions left")
+  return Description(
     family=name,
-    config=config_lib.resolve(run).model,
-    vocab_size=_count(values, "vocab_size"),
-    max_length=_count(values, family.positions),
+    config=config,
+    vocab_size=vocab_size,
+    max_length=max_length,
     pad_id=pad_id,
     token_types=_count(values, "type_vocab_size") if has_segments else 0,
     problem=problem,
     label_names=label_names,
   )
-  length = described.max_length
-  if family.counts_first:
-    length -= described.position_offset
-  if length < 1:
-    raise ConfigError("config.json: there are no positions left")
-  return dataclasses.replace(described, max_length=length)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -1013,14 +986,14 @@ def misfit(
       f"{family} has one model.mlp_width for all layers; it is "
       f"{config.mlp_width}; fill up with zeros"
     )
-  windows = {*config.by_layer(config.window or 0, "model.window")}
-  if len(windows - {0}) > 1 or (len(windows) > 1 and not entry.alternates):
+  windows = _windows(config)
+  is_mixed = len({*windows}) > 1
+  if len({*windows} - {0}) > 1 or (is_mixed and "window" in entry.fields):
     return f"{family} does not have the windows {config.window}"
   bases = config.by_layer(config.rope_base, "model.rope_base")
-  is_windowed = _windowed(config)
-  by_kind = {*zip(is_windowed, bases, strict=True)}
-  has_own = entry.bases and len(by_kind) == len({*is_windowed})
-  if len({*bases}) > 1 and not has_own:
+  # With two names, each of the two kinds of layers has one.
+  kinds = [(x > 0 if entry.bases else None) for x in windows]
+  if len({*zip(kinds, bases, strict=True)}) > len({*kinds}):
     return f"{family} has one model.rope_base for all layers"
   if _BIASES in entry.rules and config.qkv_bias != config.use_bias:
     return f"{family} needs model.qkv_bias={config.use_bias}"
