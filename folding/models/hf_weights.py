@@ -97,14 +97,13 @@ class Layout:
 
   Attributes:
     prefix: Of the model without its head; a checkpoint may lack it.
-    outer: Rows around the blocks.
+    outer: Rows around the blocks. BERT's segment embedding and ELECTRA's
+      projection of narrow embeddings are for models that have one; a model of
+      single texts has the first segment in its positions.
     blocks: Where the blocks are.
     block: Rows of a block.
     classifier: Rows of the sequence classifier, with whole names.
     lm_head: Output layer of a language model, with its whole name.
-    segments: BERT's segment embedding. A model of single texts has its first row
-      in the positions.
-    project: ELECTRA's projection of narrow embeddings.
     relative: A relative bias that all layers share.
     may_have_pooler: A checkpoint without head may have the classifier's pooler.
     unused: Pattern of tensors that ours does not need: buffers, and heads for
@@ -117,19 +116,21 @@ class Layout:
   block: tuple[Row, ...]
   classifier: tuple[Row, ...]
   lm_head: str = "lm_head"
-  segments: str = ""
-  project: str = ""
   relative: str = ""
   may_have_pooler: bool = False
   unused: str
 
 
+_EMBEDDINGS: tuple[Row, ...] = (
+  ("embed", "embeddings.word_embeddings", _EMBED),
+  ("position_embed", "embeddings.position_embeddings", _POSITIONS),
+  ("norm_embed", "embeddings.LayerNorm", _EMBED_NORM),
+)
 _BERT = Layout(
   prefix="bert.",
   outer=(
-    ("embed", "embeddings.word_embeddings", _EMBED),
-    ("position_embed", "embeddings.position_embeddings", _POSITIONS),
-    ("norm_embed", "embeddings.LayerNorm", _EMBED_NORM),
+    *_EMBEDDINGS,
+    ("segment_embed", "embeddings.token_type_embeddings", _SEGMENTS),
   ),
   blocks="encoder.layer",
   block=(
@@ -146,7 +147,6 @@ _BERT = Layout(
     ("pooler", "bert.pooler.dense", _POOLER),
     ("head", "classifier", _CLASSES),
   ),
-  segments="embeddings.token_type_embeddings",
   may_have_pooler=True,
   unused=r"embeddings\.position_ids|(pooler|cls|classifier|qa_outputs)\..*",
 )
@@ -200,6 +200,7 @@ LAYOUTS: dict[str, Layout] = {
   "mpnet": dataclasses.replace(
     _ROBERTA,
     prefix="mpnet.",
+    outer=_EMBEDDINGS,
     block=(
       ("attn/q", "attention.attn.q", _HEADS),
       ("attn/k", "attention.attn.k", _HEADS),
@@ -208,14 +209,16 @@ LAYOUTS: dict[str, Layout] = {
       ("norm_attn", "attention.LayerNorm", _NORM),
       *_BERT.block[5:],
     ),
-    segments="",
     relative="encoder.relative_attention_bias",
   ),
   "electra": dataclasses.replace(
     _BERT,
     prefix="electra.",
+    outer=(
+      *_BERT.outer,
+      ("embed_project", "embeddings_project", _EMBED_PROJECT),
+    ),
     classifier=_DENSE_CLASSIFIER,
-    project="embeddings_project",
     may_have_pooler=False,
     unused=(
       r"embeddings\.position_ids|(discriminator_predictions|sequence_summary"
@@ -224,7 +227,7 @@ LAYOUTS: dict[str, Layout] = {
   ),
   "distilbert": Layout(
     prefix="distilbert.",
-    outer=_BERT.outer,
+    outer=_EMBEDDINGS,
     blocks="transformer.layer",
     block=(
       ("attn/q", "attention.q_lin", _HEADS),
@@ -381,13 +384,13 @@ def tensors(
     has_pooler: Whether a checkpoint without head has the classifier's pooler.
   """
   layout, config = LAYOUTS[described.layout], described.config
-  rows = [(ours, layout.prefix + x, kind) for ours, x, kind in layout.outer]
-  if config.segments:
-    rows.append(("segment_embed", layout.prefix + layout.segments, _SEGMENTS))
-  if config.embed_width:
-    rows.append(
-      ("embed_project", layout.prefix + layout.project, _EMBED_PROJECT)
-    )
+  has = {"segment_embed": config.segments, "embed_project": config.embed_width}
+  rows, segments = [], ""
+  for ours, theirs, kind in layout.outer:
+    if has.get(ours, True):
+      rows.append((ours, layout.prefix + theirs, kind))
+    elif ours == "segment_embed":
+      segments = f"{layout.prefix}{theirs}.weight"
   for n in range(config.num_layers):
     for modules, theirs, kind in layout.block:
       if n == 0 and modules == "norm_attn" and config.embed_norm:
@@ -402,24 +405,15 @@ def tensors(
     rows += [row for row in layout.classifier if row[0] == "pooler"]
   table = []
   for ours, theirs, kind in rows:
-    skip, plus = 0, ""
+    modules = ours.split()
+    names = tuple(f"{module}/{kind.leaf}" for module in modules)
+    tensor = Tensor(f"{theirs}.weight", kind.weight, names, shift=kind.shift)
     if kind == _POSITIONS:
       skip = described.position_offset
-      if layout.segments and not config.segments:
-        plus = f"{layout.prefix}{layout.segments}.weight"
-    names = tuple(f"{module}/{kind.leaf}" for module in ours.split())
-    table.append(
-      Tensor(
-        f"{theirs}.weight",
-        kind.weight,
-        names,
-        skip=skip,
-        plus=plus,
-        shift=kind.shift,
-      )
-    )
+      tensor = tensor._replace(skip=skip, plus=segments)
+    table.append(tensor)
     if kind.bias and _has_bias(described, ours):
-      names = tuple(f"{module}/bias" for module in ours.split())
+      names = tuple(f"{module}/bias" for module in modules)
       table.append(Tensor(f"{theirs}.bias", kind.bias, names))
   if config.relative_buckets:
     names = tuple(
@@ -477,8 +471,7 @@ def _split(
   """Returns our arrays in one of theirs, as views."""
   left, right = tensor.layout.split(" -> ")
   letters = left.replace(" ", "")
-  sizes = {**sizes, "t": len(tensor.paths)}
-  whole = theirs.reshape([sizes[x] for x in letters])
+  whole = theirs.reshape([sizes.get(x, -1) for x in letters])  # t is inferred
   ours = whole.transpose([letters.index(x) for x in right.split()])
   if tensor.is_shared:
     return [ours] * len(tensor.paths)
