@@ -20,7 +20,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -191,7 +191,7 @@ class Checkpoints:
     Raises:
       ConfigError: it is damaged.
     """
-    return _saved_model(os.path.join(self._folder, str(step)))
+    return _saved_model(self._folder, step)
 
   def restore(self, step: int, like: Any) -> Any:
     """Returns the state saved at a step.
@@ -252,33 +252,24 @@ class Checkpoints:
 
   def _restore_first(self, steps: list[int], like: Any) -> tuple[int, Any]:
     """Returns the first of the steps that can be read, and its state."""
-    if not steps:
-      raise ConfigError(f"{self._folder} has no checkpoint yet")
-    found, reasons = None, {}
-    with _quiet(reasons):
-      for step in steps:
-        state, reason = None, "another process cannot read it"
-        try:
-          with distributed.together("another process found damage"):
-            here = like(step) if callable(like) else like
-          state = self.restore(step, here)
-        except Exception as error:  # Orbax and TensorStore raise many types
-          reason = first_line(error)[:200]
-        if not distributed.any_process(state is None):
-          found = step, state
-          break
-        reasons[step] = reason
-        self._damaged.add(step)
-        # Orbax infers the items of all steps from the first that it reads.
-        self._manager.close()
-        self._manager = self._open()
-    if found is None:
-      raise TrainingError(
-        f"none of the checkpoints in {self._folder} can be read; "
-        f"{steps[0]}: {reasons[steps[0]]}"
-      )
-    _warn(self._folder, reasons)
-    return found
+
+    def read(step):
+      state = error = None
+      try:
+        with distributed.together("another process found damage"):
+          here = like(step) if callable(like) else like
+        state = self.restore(step, here)
+      except Exception as found:  # Orbax and TensorStore raise many types
+        error = found
+      if not distributed.any_process(error is not None):
+        return state
+      self._damaged.add(step)
+      # Orbax infers the items of all steps from the first that it reads.
+      self._manager.close()
+      self._manager = self._open()
+      raise error or OSError("another process cannot read it")
+
+    return _first_readable(self._folder, steps, read, TrainingError)
 
 
 def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
@@ -297,29 +288,53 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
   config = run_dir.load_config(workdir)
   tokenizer = run_dir.load_tokenizer(workdir)
   folder = _folder(workdir)
-  steps = _best_first(folder, saved_steps(folder))
-  if not steps:
-    raise ConfigError(f"{workdir} has no checkpoint yet")
   jax.devices()  # raises without a backend, which below would look like damage
-  params, reasons = None, {}
+
+  def read(step):
+    _require_intact(folder, step)
+    model = _saved_model(folder, step) or config.model
+    params = _read_params(os.path.join(folder, str(step)))
+    return dataclasses.replace(config, model=model), params
+
+  steps = _best_first(folder, saved_steps(folder))
+  _, (found, params) = _first_readable(folder, steps, read, ConfigError)
+  return found, params, tokenizer
+
+
+def _first_readable(
+  folder: str,
+  steps: list[int],
+  read: Callable[[int], Any],
+  failure: type[Exception],
+) -> tuple[int, Any]:
+  """Returns the first step that can be read, and the result of `read`.
+
+  Warns of the steps before it.
+
+  Raises:
+    ConfigError: there are no steps.
+    failure: none can be read.
+  """
+  if not steps:
+    raise ConfigError(f"{folder} has no checkpoint yet")
+  found, reasons = None, {}
   with _quiet(reasons):
     for step in steps:
-      checkpoint = os.path.join(folder, str(step))
       try:
-        _require_intact(folder, step)
-        model = _saved_model(checkpoint) or config.model
-        params = _read_params(checkpoint)
-        config = dataclasses.replace(config, model=model)
+        found = step, read(step)
         break
       except Exception as error:  # Orbax and TensorStore raise many types
         reasons[step] = first_line(error)[:200]
-  if params is None:
-    raise ConfigError(
+  if found is None:
+    raise failure(
       f"none of the checkpoints in {folder} can be read; "
       f"{steps[0]}: {reasons[steps[0]]}"
     )
-  _warn(folder, reasons)
-  return config, params, tokenizer
+  for step, reason in reasons.items():
+    _log.warning(
+      "skipped damaged checkpoint %d of %s: %s", step, folder, reason
+    )
+  return found
 
 
 def has_checkpoint(workdir: str) -> bool:
@@ -391,9 +406,9 @@ def _read_loss(folder: str, step: int) -> float:
   return loss
 
 
-def _saved_model(checkpoint: str) -> ModelConfig | None:
-  """Returns the `model.json` of a checkpoint; None if it has none."""
-  path = os.path.join(checkpoint, _MODEL)
+def _saved_model(folder: str, step: int) -> ModelConfig | None:
+  """Returns the model of a saved step; None if it has none."""
+  path = os.path.join(folder, str(step), _MODEL)
   if not os.path.exists(path):
     return None
   return typed.build(ModelConfig, files.read_json(path, dict), _MODEL)
@@ -415,14 +430,6 @@ def _mend_metrics(folder: str) -> None:
       _log.warning("%s is damaged (%s)", path, error)
       with open(path, "w", encoding="utf-8") as file:
         json.dump({"loss": math.inf}, file)
-
-
-def _warn(folder: str, reasons: dict[int, str]) -> None:
-  """Warns of damaged checkpoints that were skipped."""
-  for step, reason in reasons.items():
-    _log.warning(
-      "skipped damaged checkpoint %d of %s: %s", step, folder, reason
-    )
 
 
 @contextlib.contextmanager
