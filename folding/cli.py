@@ -261,8 +261,8 @@ def study(args: argparse.Namespace) -> None:
   if args.engine == "ray":
     if args.jobs is not None:
       raise ConfigError("--jobs needs --engine=pool; Ray runs what has room")
-    engine = grid.Ray(args.cpus or 1.0, args.gpus)
-  elif args.cpus or args.gpus:
+    engine = grid.Ray(1.0 if args.cpus is None else args.cpus, args.gpus)
+  elif args.cpus is not None or args.gpus is not None:
     raise ConfigError("--cpus and --gpus need --engine=ray")
   else:
     engine = grid.Pool(1 if args.jobs is None else args.jobs)

@@ -226,6 +226,7 @@ def test_run_study_stops_at_a_signal(number, tmp_path):
   [
     ("--jobs=0", "jobs"),
     ("--gpus=1", "--engine=ray"),
+    ("--cpus=0", "--engine=ray"),
     ("--engine=ray --jobs=2", "--engine=pool"),
     ("--workdir=gs://x", "gs://"),
   ],
