@@ -284,11 +284,11 @@ def fold_values(
   v: Projection,
   o: Mapping[str, Any],
   moments: Moments,
-  rank: int,
+  ranks: Iterable[int],
   *,
   sensitivity_DD: np.ndarray | None = None,
-) -> FoldedValues:
-  """Returns the projections of rank r with the nearest output of attention.
+) -> Iterator[FoldedValues]:
+  """Yields, per rank r, the projections with the nearest output of attention.
 
   Head h writes c_h W_O^h, where c_h = z_h W_V mixes the values of all tokens.
   Let S_h = E[c_h c_h'] = L L', and F = R R' tell how errors count. The nearest
@@ -302,25 +302,12 @@ def fold_values(
     v: Dense, J heads; J divides H.
     o: "kernel" [H, K, D] and maybe "bias" [D], which takes up the means.
     moments: E[c c'] [HK, HK] and E[c] [HK] of the inputs of W_O.
-    rank: r, at most K.
+    ranks: r, at most K each.
     sensitivity_DD: F; an error e of the output counts as e F e'. None: the identity.
 
   Raises:
-    ValueError: r is 0 or above K.
+    ValueError: a rank is 0 or above K.
   """
-  [folded] = fold_ranks(v, o, moments, [rank], sensitivity_DD=sensitivity_DD)
-  return folded
-
-
-def fold_ranks(
-  v: Projection,
-  o: Mapping[str, Any],
-  moments: Moments,
-  ranks: Iterable[int],
-  *,
-  sensitivity_DD: np.ndarray | None = None,
-) -> Iterator[FoldedValues]:
-  """Yields `fold_values` of several ranks, whose decomposition is the same."""
   a_EJK, o_HKD = _augmented(v), np.asarray(o["kernel"], np.float64)
   J, (H, K, D) = a_EJK.shape[1], o_HKD.shape
   R = H // J

@@ -125,8 +125,12 @@ def _fold_attention(
     )
   if layer.value_dim < m.head_dim:
     seen = input_moments(whole, {**old, "attn": attn}, stream, ("o",))["o"]
-    low = lowrank.fold_values(
-      attn["v"], attn["o"], seen, layer.value_dim, sensitivity_DD=sensitivity_DD
+    [low] = lowrank.fold_values(
+      attn["v"],
+      attn["o"],
+      seen,
+      [layer.value_dim],
+      sensitivity_DD=sensitivity_DD,
     )
     attn |= {"v": low.v, "o": low.o}
   return attn, report

@@ -298,7 +298,7 @@ def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
     rows = np.repeat(np.isin(range(m.num_heads), heads), m.head_dim)
     of_kept = Moments(fitted.second_II[rows][:, rows], fitted.mean_I[rows])
     ranks = _eighths(m.head_dim)
-    folded = lowrank.fold_ranks(
+    folded = lowrank.fold_values(
       kept["v"],
       kept["o"],
       of_kept,

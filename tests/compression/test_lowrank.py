@@ -205,7 +205,8 @@ def _written(v, o, mixed):
 def _fold_values(v, o, mixed, rank, sensitivity=None):
   c = _contexts(v, mixed).reshape(len(mixed), -1)
   moments = lowrank.Moments(moment_of(c), c.mean(0))
-  return lowrank.fold_values(v, o, moments, rank, sensitivity_DD=sensitivity)
+  [low] = lowrank.fold_values(v, o, moments, [rank], sensitivity_DD=sensitivity)
+  return low
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
