@@ -440,6 +440,12 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
+  @property
+  def has_open_rank(self) -> bool:
+    """Whether a plan has yet to choose the rank of the embedding."""
+    is_by_rank = self.fpp.embedding_granularity == "rank"
+    return is_by_rank and not self.fold.embedding_rank
+
   def check(self) -> None:
     """Raises `ConfigError` if values of a resolved config do not fit."""
     self.data.check()
@@ -611,14 +617,13 @@ class Config:
         "fpp.embedding_granularity='trim' removes tokens from the tokenizer of a "
         "trained classifier; set pretrained=PATH, or use 'row' or 'weight'"
       )
-    is_open = f.embedding_granularity == "rank" and not self.fold.embedding_rank
-    if is_open and self.compress.plan == "same":
+    if self.has_open_rank and self.compress.plan == "same":
       raise ConfigError(
         "fpp.embedding_granularity='rank' needs compress.plan='auto', which "
         "chooses the rank, or fold.embedding_rank; 'trim' and 'weight' need "
         "neither"
       )
-    by_errors = is_open and self.compress.embedding == "errors"
+    by_errors = self.has_open_rank and self.compress.embedding == "errors"
     if by_errors and f.overall is None:
       raise ConfigError(
         "compress.embedding='errors' needs fpp.overall; use 'share' beside "
@@ -732,29 +737,30 @@ def llama(**fields: Any) -> ModelConfig:
   return ModelConfig(**(family | fields))
 
 
-# What a preset decides for fields that are None. `overall` does not apply if
-# `linear`, `linear_layers` or `embedding` is set; these do if it is None.
+# What a preset decides for fields of `fold` and `fpp` that are None. `overall`
+# does not apply if `linear`, `linear_layers` or `embedding` is set; these do if it
+# is None.
 PRESETS: dict[Preset, dict[str, Any]] = {
   "none": {
-    "fold.groups": 0,
-    "fold.values": "dense",
-    "fpp.overall": None,
-    "fpp.linear": 0.0,
-    "fpp.embedding": 0.0,
+    "groups": 0,
+    "values": "dense",
+    "overall": None,
+    "linear": 0.0,
+    "embedding": 0.0,
   },
   "moderate": {
-    "fold.groups": 0,
-    "fold.values": "diagonal",
-    "fpp.overall": 0.3,
-    "fpp.linear": 0.0,
-    "fpp.embedding": 0.0,
+    "groups": 0,
+    "values": "diagonal",
+    "overall": 0.3,
+    "linear": 0.0,
+    "embedding": 0.0,
   },
   "paper": {
-    "fold.groups": 1,
-    "fold.values": "diagonal",
-    "fpp.overall": 0.7,
-    "fpp.linear": 0.7,
-    "fpp.embedding": 0.7,
+    "groups": 1,
+    "values": "diagonal",
+    "overall": 0.7,
+    "linear": 0.7,
+    "embedding": 0.7,
   },
 }
 
@@ -771,18 +777,18 @@ def resolve(config: Config) -> Config:
     c.compress = CompressConfig()
     if c.distill.teacher is None:  # it would be the untrained model
       c.distill = DistillConfig()
-  m, f, preset = c.model, c.fpp, PRESETS[c.preset]
-  if c.fold.groups is None:
-    c.fold.groups = preset["fold.groups"]
-  if c.fold.values is None:
-    c.fold.values = preset["fold.values"]
+  m, f = c.model, c.fpp
+
+  def fill(section, *names):
+    for name in names:
+      if getattr(section, name) is None:
+        setattr(section, name, PRESETS[c.preset][name])
+
+  fill(c.fold, "groups", "values")
   if f.linear is None and f.linear_layers is None and f.embedding is None:
-    f.overall = preset["fpp.overall"] if f.overall is None else f.overall
+    fill(f, "overall")
   if f.overall is None:
-    f.linear = preset["fpp.linear"] if f.linear is None else f.linear
-    f.embedding = (
-      preset["fpp.embedding"] if f.embedding is None else f.embedding
-    )
+    fill(f, "linear", "embedding")
   if f.embedding_share is None:
     f.embedding_share = 0.2 if c.task == "lm" else 1.0
   m.num_kv_heads = m.num_kv_heads or m.num_heads
@@ -795,8 +801,6 @@ def resolve(config: Config) -> Config:
     m.window = m.window[0] or None
   if isinstance(m.rope_base, tuple) and len(set(m.rope_base)) == 1:
     m.rope_base = m.rope_base[0]
-  if c.data.path is not None and not c.data.name:
-    c.data.name = DataConfig().name  # overridden by the path
   c.check()
   return c
 
@@ -873,10 +877,10 @@ def is_whole(config: Config) -> bool:
 
 def quality(config: Config) -> str:
   """Returns the test metric that a run is judged by: "bits_per_byte", ..."""
-  metric = config.train.metric or METRICS[config.task][0]
   if config.task == "lm":
     return "bits_per_byte"
-  return METRICS[config.task][0] if metric == "loss" else metric
+  chosen = config.train.metric
+  return METRICS[config.task][0] if chosen in (None, "loss") else chosen
 
 
 def to_dict(config: Config) -> dict[str, Any]:

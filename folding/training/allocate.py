@@ -11,7 +11,6 @@ saves its share (`compress.embedding` "share"), or its rank is one more decision
 lookup takes almost no time.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +35,7 @@ from folding.training.layer_options import (
 )
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import Batch
+from folding.typed import edited
 
 _KINDS = ("attn", "mlp", "embed")
 
@@ -73,7 +73,7 @@ def allocate(
   if EMBEDDING in options:  # counted like the other options
     embedding = 0.0
     sizes["embedding"] -= math.prod(shape)
-  elif not rank and config.fpp.embedding_granularity == "rank":
+  elif config.has_open_rank:
     rank = _embedding_rank(shape, embedding)
   if rank:  # the embedding loses nothing else
     embedding = 0.0
@@ -87,37 +87,31 @@ def allocate(
   if EMBEDDING in options:
     rank = options[EMBEDDING][chosen[EMBEDDING]].value
 
-  model = config.model
   attention = [
-    options[n, "attn"][chosen[n, "attn"]].value for n in range(model.num_layers)
+    options[n, "attn"][chosen[n, "attn"]].value
+    for n in range(config.model.num_layers)
   ]
   groups, kinds, heads = zip(*attention, strict=True)
-  if any(len(kept) < model.num_heads for kept in heads):
-    model = dataclasses.replace(model, heads=heads)
-  fold = dataclasses.replace(
-    config.fold,
-    groups=groups,
-    values=tuple(v if isinstance(v, str) else "dense" for v in kinds),
-    value_rank=tuple(0 if isinstance(v, str) else v for v in kinds),
-    embedding_rank=rank,
-  )
-  fpp = dataclasses.replace(
-    config.fpp,
-    overall=None,
-    linear=linear,
-    embedding=embedding,
-    linear_layers=_linear_layers(config, params, options, chosen, budget),
-  )
-  if fpp.embedding_granularity == "rank":
-    fpp.embedding_granularity = "weight"
-  compress = dataclasses.replace(
-    config.compress, plan="same", qkv=None, embedding="share"
-  )
-  return config_lib.resolve(
-    dataclasses.replace(
-      config, model=model, compress=compress, fold=fold, fpp=fpp
-    )
-  )
+  edits = {
+    "fold.groups": groups,
+    "fold.values": tuple(v if isinstance(v, str) else "dense" for v in kinds),
+    "fold.value_rank": tuple(0 if isinstance(v, str) else v for v in kinds),
+    "fold.embedding_rank": rank,
+    "fpp.overall": None,
+    "fpp.linear": linear,
+    "fpp.embedding": embedding,
+    "fpp.linear_layers": _linear_layers(
+      config, params, options, chosen, budget
+    ),
+    "compress.plan": "same",
+    "compress.qkv": None,
+    "compress.embedding": "share",
+  }
+  if any(len(kept) < config.model.num_heads for kept in heads):
+    edits["model.heads"] = heads
+  if config.fpp.embedding_granularity == "rank":
+    edits["fpp.embedding_granularity"] = "weight"
+  return config_lib.resolve(edited(config, edits))
 
 
 def _linear_layers(

@@ -74,8 +74,7 @@ def compress_trained(config: Config, data: Data) -> Compressed:
   config.model.heads = heads
   batches, size = calibration(config, data), data.tokenizer.plain_size
   usage_V = None  # only an embedding of low rank is weighted by it
-  is_open = config.fpp.embedding_granularity == "rank"
-  if is_open or config.fold.embedding_rank:
+  if config.has_open_rank or config.fold.embedding_rank:
     usage_V = token_usage(data.token_counts(), size)
   compressed = compress_params(
     config, dense, batches, usage_V, is_head_drawn=is_head_drawn

@@ -1,6 +1,5 @@
 """Reads a trained dense model, which a run starts from or learns from."""
 
-import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from folding.models.hf_weights import (
 from folding.models.transformer import Transformer, make_model
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_config, load_labels
+from folding.typed import edited
 
 # Fields of the model that a source must share, or its arrays mean something
 # else; the second tuple only if its classifier is kept.
@@ -249,10 +249,8 @@ def with_pairs(config: Config, data: Data) -> Config:
   elif path is not None:
     described = describe_pretrained(find_pretrained(path))
     segments = segments if described.token_types == 2 else 0
-  return dataclasses.replace(
-    config,
-    data=dataclasses.replace(config.data, text_field=data.pair),
-    model=dataclasses.replace(config.model, segments=segments),
+  return edited(
+    config, {"data.text_field": data.pair, "model.segments": segments}
   )
 
 

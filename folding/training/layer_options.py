@@ -49,6 +49,7 @@ from folding.training.stream import (
   total,
   usage_of,
 )
+from folding.typed import edited
 
 EMBEDDING = (0, "embed")  # the decision about the rank of the embedding
 _FRACTIONS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
@@ -105,11 +106,7 @@ def measure(
   """
   dense = config_lib.dense_baseline(config)
   stream, options = embed_batches(dense, params, batches), {}
-  is_open = (
-    config.fpp.embedding_granularity == "rank"
-    and not config.fold.embedding_rank
-  )
-  if is_open and config.compress.embedding == "errors":
+  if config.has_open_rank and config.compress.embedding == "errors":
     embedding_VD = np.asarray(params["embed"]["embedding"])
     options[EMBEDDING] = _embedding_options(
       embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
@@ -274,11 +271,9 @@ def _values_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
     options = [(every, Option("dense", num_weights(attn, arrays), 0.0))]
   asked = config_lib.layers_of(m, config.fold)[trial.n].values
   if asked != "dense":
-    fold = dataclasses.replace(
-      config.fold, groups=0, values=asked, value_rank=0
-    )
-    compress = dataclasses.replace(config.compress, fit_steps=0)
-    folded = dataclasses.replace(config, fold=fold, compress=compress)
+    alone: dict[str, Any] = {"fold.groups": 0, "fold.values": asked}
+    alone |= {"fold.value_rank": 0, "compress.fit_steps": 0}
+    folded = edited(config, alone)
     new, _ = fold_layer(
       folded, trial.n, trial.old, trial.stream, target=trial.target
     )
