@@ -629,15 +629,7 @@ class Config:
         "compress.embedding='errors' needs fpp.overall; use 'share' beside "
         "fpp.linear and fpp.embedding"
       )
-    if self.compress.plan == "auto" and is_new:
-      raise ConfigError(
-        "compress.plan='auto' measures a trained model; set pretrained=PATH"
-      )
-    if self.compress.plan == "same" and self.compress.qkv is not None:
-      raise ConfigError(
-        "compress.qkv is for compress.plan='auto'; without it use fold.groups "
-        "and fold.values"
-      )
+    self._check_plan()
     if prune == "none":
       return
     if is_new:
@@ -668,6 +660,32 @@ class Config:
       raise ConfigError(
         f"compress.prune={prune!r} has no moments of the sums that "
         "fold.axis='input' makes; use fpp.attention='output'"
+      )
+
+  def _check_plan(self) -> None:
+    f, compress = self.fpp, self.compress
+    if compress.plan == "same":
+      if compress.qkv is not None:
+        raise ConfigError(
+          "compress.qkv is for compress.plan='auto'; without it use fold.groups "
+          "and fold.values"
+        )
+      return
+    if self.pretrained is None:
+      raise ConfigError(
+        "compress.plan='auto' measures a trained model; set pretrained=PATH"
+      )
+    attention = "none" if f.granularity == "neuron" else "output"
+    if f.attention != attention or f.linear_layers:
+      raise ConfigError(
+        "compress.plan='auto' decides how W_O and the MLP are pruned; use "
+        f"fpp.attention={attention!r} beside fpp.granularity={f.granularity!r}, "
+        "and leave out fpp.linear_layers"
+      )
+    if f.granularity == "neuron" and compress.qkv is not None:
+      raise ConfigError(
+        "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
+        "makes smaller together; use fpp.overall"
       )
 
 

@@ -571,6 +571,18 @@ REFUSED = {
     {"task": "classify"},
   ),
   "plan_of_no_model": ({"compress__plan": "auto"}, "pretrained", TRAINED),
+  "pruned_beside_a_plan": (
+    TRAINED | {"compress__plan": "auto", "fpp__attention": "all"},
+    "decides how W_O",
+    {"fpp__attention": "output"},
+  ),
+  "neurons_and_qkv": (
+    TRAINED
+    | {"compress__plan": "auto", "compress__qkv": 0.5}
+    | {"fpp__granularity": "neuron", "fpp__attention": "none"},
+    "use fpp.overall",
+    {"compress__qkv": None},
+  ),
   "qkv_without_plan": (
     TRAINED | {"compress__qkv": 0.5},
     "auto",

@@ -65,7 +65,6 @@ def allocate(
     ConfigError: the target is out of reach, or there is too little text.
   """
   require_pairs(config)
-  _require_open(config)
   options = measure(config, params, batches, sensitivity)
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
@@ -139,23 +138,6 @@ def _linear_layers(
       F = params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0]
       fractions.append(1 - round_neurons(F * (1 - fraction), F) / F)
   return tuple(fractions)
-
-
-def _require_open(config: Config) -> None:
-  """Raises `ConfigError` unless a config leaves the decisions to the plan."""
-  f = config.fpp
-  attention = "none" if f.granularity == "neuron" else "output"
-  if f.attention != attention or f.linear_layers:
-    raise ConfigError(
-      "compress.plan='auto' decides how W_O and the MLP are pruned; use "
-      f"fpp.attention={attention!r} beside fpp.granularity={f.granularity!r}, "
-      "and leave out fpp.linear_layers"
-    )
-  if f.granularity == "neuron" and config.compress.qkv is not None:
-    raise ConfigError(
-      "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
-      "makes smaller together; use fpp.overall"
-    )
 
 
 def _stored(

@@ -290,17 +290,6 @@ def test_sensitivities_foretell_the_change_of_the_output(name, task):
     assert error @ sensitivity @ error == pytest.approx(found, rel=0.25)
 
 
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [({"attention": "output"}, "fpp.attention='none'"), ({}, "compress.qkv")],
-)
-def test_structured_plan_refuses_what_it_does_not_decide(fields, message):
-  config = _structured("bert", **fields)
-  config.compress.qkv = 0.5
-  with pytest.raises(errors.ConfigError, match=message):
-    allocate.allocate(config, {}, [], {})
-
-
 def test_options_do_not_depend_on_fit_steps():
   config = _config()
   assert config.compress.fit_steps > 0
