@@ -104,13 +104,7 @@ def compress_params(
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
   try:
-    sensitivity = {}
-    if _reads_sensitivities(config):
-      trained = dict(dense)
-      if is_head_drawn:
-        trained.pop("head", None)
-      sensitivity = sensitivities(config, trained, batches)
-    return _compress(config, dense, batches, usage_V, sensitivity)
+    return _compress(config, dense, batches, usage_V, is_head_drawn)
   except ConfigError:
     raise
   except ValueError as error:  # weights are not finite, or moments singular
@@ -118,19 +112,16 @@ def compress_params(
     raise ConfigError(f"{source}{error}") from error
 
 
-def _reads_sensitivities(config: Config) -> bool:
-  """Returns whether a plan, neurons or ranks are chosen by sensitivities."""
-  return bool(
-    config.compress.plan == "auto"
-    or config.fpp.granularity == "neuron"
-    or config.fold.embedding_rank
-    or np.any(config.fold.value_rank)
-  )
-
-
-def _compress(config, dense, batches, usage_V, sensitivity) -> Compressed:
-  params, report = dense, []
-  if config.compress.plan == "auto":
+def _compress(config, dense, batches, usage_V, is_head_drawn) -> Compressed:
+  params, report, sensitivity = dense, [], {}
+  has_ranks = config.fold.embedding_rank or np.any(config.fold.value_rank)
+  is_auto = config.compress.plan == "auto"
+  if is_auto or has_ranks or config.fpp.granularity == "neuron":
+    trained = dict(dense)
+    if is_head_drawn:
+      trained.pop("head", None)
+    sensitivity = sensitivities(config, trained, batches)
+  if is_auto:
     config = allocate(config, dense, batches, sensitivity)
   is_pruned = config.compress.prune != "none"
   prune_layer = None

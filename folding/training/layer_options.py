@@ -24,7 +24,6 @@ from folding import paths
 from folding.compression import lowrank, oneshot
 from folding.compression.lowrank import Moments
 from folding.config import Config
-from folding.models.params import group_of
 from folding.models.transformer import Block
 from folding.training.fold_layer import (
   fold_layer,
@@ -351,12 +350,9 @@ def _mlp_options(trial: _Trial) -> list[Option]:
   squares = total(
     functools.partial(_square_sums, trial.dense, old), *trial.stream
   )
-  size = sum(
-    w.size
-    for name, w in paths.flatten(old).items()
-    if group_of(name) == "linear"
-  )
-  options = [Option(0.0, float(size), 0.0)]
+  size = num_weights(old["attn"], ("o",))
+  size += num_weights(old["mlp"], ("up", "gate", "down"))
+  options = [Option(0.0, size, 0.0)]
   for fraction in _FRACTIONS:
     new = _pruned(old, squares, fraction)
     error = trial.error(trial.dense, new, ("o", "down"))
