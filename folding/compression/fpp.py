@@ -327,26 +327,20 @@ def fpp(
           "in a chain",
           n=state.zeroed - pruned,
         )
-      if o.tolerance is None or value_fn is None:
-        return planes, zero, pruned + _count_bits(zero)
-      loss = value_fn(params) if value is None else value
-      trial = _Trial(
-        sites,
-        {s.name: s.unpack(zero[s.name]) for s in sites},
-        {
+      if o.tolerance is not None and value_fn is not None:
+        scores = {
           site.name: site.per_layer(
             functools.partial(score.score_site, site), *evidence(n)
           )
           for n, (site, score) in enumerate(scored)
-        },
-        params,
-        value_fn,
-      )
-      bits = trial.most_within(loss + o.tolerance * jnp.abs(loss))
-      kept = {s.name: s.per_layer(pack, bits[s.name]) for s in sites}
-      for name in planes:  # what is not zeroed trains again
-        planes[name] &= (kept[name] | ~zero[name])[None]
-      return planes, kept, pruned + _count_bits(kept)
+        }
+        loss = value_fn(params) if value is None else value
+        trial = _Trial(sites, zero, scores, params, value_fn)
+        kept = trial.most_within(loss + o.tolerance * jnp.abs(loss))
+        for name in planes:  # what is not zeroed trains again
+          planes[name] &= (kept[name] | ~zero[name])[None]
+        zero = kept
+      return planes, zero, pruned + _count_bits(zero)
 
     def keep_masks():
       zero = {n: jnp.zeros_like(b[0]) for n, b in state.suspected.items()}
@@ -693,7 +687,7 @@ class _Trial(NamedTuple):
 
   Attributes:
     sites: All sites.
-    candidates: {site: bools, units that may be zeroed}.
+    candidates: {site: packed bits, units that may be zeroed}.
     scores: {site: float scores of the units}.
     params: The parameters.
     value_fn: Function from params to the loss.
@@ -721,10 +715,11 @@ class _Trial(NamedTuple):
   def _share(self, trial: jax.Array) -> dict[str, jax.Array]:
     fraction = jnp.where(trial < _TRIALS, 0.5**trial, 0.0)
 
-    def lowest(bits, scores):
+    def lowest(packed, scores):
+      bits = unpack(packed, scores.shape[-1])
       count = jnp.sum(bits, dtype=jnp.int32)
       k = jnp.floor(fraction * count).astype(jnp.int32)
-      return threshold.lowest(jnp.where(bits, scores, jnp.inf), k) & bits
+      return pack(threshold.lowest(jnp.where(bits, scores, jnp.inf), k) & bits)
 
     return {
       site.name: site.per_layer(
@@ -734,18 +729,10 @@ class _Trial(NamedTuple):
     }
 
   def _loss(self, trial: jax.Array) -> jax.Array:
-    chosen, member_of = self._share(trial), {}
-    for site in self.sites:
-      member_of |= dict.fromkeys(site.members, site)
+    leaves = paths.flatten(self.params)
+    is_cleared = member_masks(self.sites, self._share(trial), leaves)
 
     def clear(name, w):
-      if name not in member_of:
-        return w
-      site = member_of[name]
-      return site.per_layer(
-        lambda bits, w: jnp.where(site.expand(bits, name, w.ndim), 0, w),
-        chosen[site.name],
-        w,
-      )
+      return jnp.where(is_cleared[name], 0, w) if name in is_cleared else w
 
     return self.value_fn(paths.map_named(clear, self.params))

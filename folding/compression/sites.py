@@ -145,10 +145,6 @@ class Site:
     """Returns the members that a mapping of paths has."""
     return {name: leaves[name] for name in self.members if name in leaves}
 
-  def unpack(self, packed: jax.Array) -> jax.Array:
-    """Returns the bools that `pack` packed per layer."""
-    return self.per_layer(lambda x: unpack(x, self.shape[-1]), packed)
-
   @property
   def is_by_weight(self) -> bool:
     """Whether each element has a bit of its own."""
