@@ -33,7 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output, timing
-from folding.models import attention, blocks, decode, linear_attention
+from folding.models import (
+  attention,
+  decode,
+  exact_attention,
+  linear_attention,
+)
 from folding.models.linear_attention import Inputs
 
 HEADS, SIZE = 8, 32
@@ -132,18 +137,11 @@ def _all_logits(x: Inputs):
 
 def _in_blocks(x: Inputs, *, groups: int):
   q, k = _unfold(x, groups)
-  keys = blocks.Keys(k, x.v_BLIK, None)
-  return blocks.attend_by_blocks(
-    _logits, q, keys, attention.Biases(), causal=True, window=None
+  return exact_attention.attend_whole(
+    *(q, k, x.v_BLIK, exact_attention.Biases(), None),
+    causal=True,
+    head_dim=SIZE,
   )
-
-
-def _logits(q_BLHG, query_L, keys, key_M, biases):
-  bias = attention.position_bias(
-    query_L, key_M, biases, causal=True, window=None
-  )
-  k_BJGM = keys.k_BMJG.transpose(0, 2, 3, 1)
-  return attention.attention_logits(q_BLHG, k_BJGM, bias, None, head_dim=SIZE)
 
 
 def _loss(attend):
@@ -174,7 +172,7 @@ def _decode_exact(x: Inputs, cache: decode.KVCache):
   q, k = _unfold(x, cache.k.shape[1])
   cache = decode.write(cache, decode.make_cache(k, x.v_BLIK), newest)
   bias = jnp.zeros((1, 1, cache.v.shape[1]))
-  out = attention.attend(q, cache.k, cache.v, bias, None, head_dim=SIZE)
+  out = exact_attention.attend(q, cache.k, cache.v, bias, None, head_dim=SIZE)
   return cache, out
 
 

@@ -1,8 +1,6 @@
 """Attention with dense or folded queries and keys, and its positions."""
 
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,170 +9,20 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from folding.config import Layer, ModelConfig
-from folding.models import blocks, linear_attention
 from folding.models import decode as decode_lib
+from folding.models import linear_attention
 from folding.models.decode import Cache, Step
+from folding.models.exact_attention import (
+  Biases,
+  alibi_slopes,
+  attend,
+  attend_whole,
+  position_bias,
+)
 from folding.models.linear_attention import PastState
 from folding.models.projections import DiagonalProjection, HeadProjection
 
-_MASKED = -1e30  # finite, so that a row without any key has no NaN
 TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
-_FARTHEST = 128  # distances from here on share a bucket
-
-
-class Biases(NamedTuple):
-  """Learned numbers of a layer behind its `position_bias`; None: it has none.
-
-  Attributes:
-    slopes_H: Slopes of ALiBi.
-    relative_RH: Bias per bucket of distances, see `relative_buckets`.
-  """
-
-  slopes_H: Float[Array, " H"] | None = None
-  relative_RH: Float[Array, "R H"] | None = None
-
-
-def attend(
-  q_BLHG: Float[Array, "B L H G"],
-  k_JGM: Float[Array, "*J G M"],
-  v_IMr: Float[Array, "*I M r"],
-  bias_HLM: Float[Array, "#H L M"],
-  mask_BM: Bool[Array, "B M"] | None,
-  *,
-  head_dim: int,
-  cap: float | None = None,
-) -> Float[Array, "B L H r"]:
-  """Returns softmax(q k^T (K/G) / sqrt(K) + bias) v without unfolding.
-
-  The unfolded queries and keys repeat each of the G numbers K/G times, so their
-  logits are K/G times as large. R = H/J neighboring query heads share a key
-  head; values have J or H heads (I). The softmax is computed in float32.
-
-  Args:
-    q_BLHG: Queries, G = K if dense.
-    k_JGM: Keys; the leading axes are B and J, or one axis of size B J.
-    v_IMr: Values; the same with I, which divides H. r = K unless W_V has low
-      rank.
-    bias_HLM: Added to the logits: positions, and -1e30 at hidden keys.
-    mask_BM: False at pad tokens; None: no padding.
-    head_dim: K.
-    cap: Limit of the logits before the bias, see `soft_cap`.
-  """
-  B, L, H, _ = q_BLHG.shape
-  logits_BHLM = attention_logits(
-    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim, cap=cap
-  )
-  att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMr.dtype)
-  out = att.reshape(*v_IMr.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMr
-  return out.reshape(B, H, L, -1).transpose(0, 2, 1, 3)
-
-
-def attention_logits(
-  q_BLHG: Float[Array, "B L H G"],
-  k_JGM: Float[Array, "*J G M"],
-  bias_HLM: Float[Array, "#H L M"],
-  mask_BM: Bool[Array, "#B M"] | None,
-  *,
-  head_dim: int,
-  cap: float | None = None,
-) -> Float[Array, "B H L M"]:
-  """Returns the attention logits of `attend`, before the softmax."""
-  B, L, H, G = q_BLHG.shape
-  # The L queries of the R heads that share a key head are rows of one matrix.
-  q_JNG = q_BLHG.transpose(0, 2, 1, 3).reshape(*k_JGM.shape[:-2], -1, G)
-  # In float32: sums in bfloat16 would lose small terms.
-  logits = jnp.matmul(q_JNG, k_JGM, preferred_element_type=jnp.float32)
-  scale = head_dim**0.5 / G  # = (K / G) / sqrt(K)
-  logits_BHLM = scale * logits.reshape(B, H, L, k_JGM.shape[-1])
-  logits_BHLM = soft_cap(logits_BHLM, cap) + bias_HLM[None]
-  if mask_BM is not None:
-    logits_BHLM = jnp.where(mask_BM[:, None, None], logits_BHLM, _MASKED)
-  return logits_BHLM
-
-
-def soft_cap(x: Array, cap: float | None) -> Array:
-  """Returns cap tanh(x / cap), which is between -cap and cap; None: x."""
-  return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def _block_logits(
-  q_BLHG: Float[Array, "B L H G"],
-  query_L: Int[Array, " L"],
-  keys: blocks.Keys,
-  key_M: Int[Array, " M"],
-  biases: Biases,
-  *,
-  causal: bool,
-  window: int | None,
-  head_dim: int,
-  cap: float | None,
-) -> Float[Array, "B H L M"]:
-  """Returns the attention logits of queries and keys at their positions."""
-  return attention_logits(
-    q_BLHG,
-    keys.k_BMJG.transpose(0, 2, 3, 1),
-    position_bias(query_L, key_M, biases, causal=causal, window=window),
-    keys.mask_BM,
-    head_dim=head_dim,
-    cap=cap,
-  )
-
-
-def position_bias(
-  query_L: Int[Array, " L"],
-  key_M: Int[Array, " M"],
-  biases: Biases,
-  *,
-  causal: bool,
-  window: int | None,
-) -> Float[Array, "#H L M"]:
-  """Returns ALiBi's -slope |i - j| or a relative bias, and -1e30 at hidden keys.
-
-  Args:
-    query_L: Positions of the queries.
-    key_M: Positions of the keys.
-    biases: Learned numbers.
-    causal: Whether later keys are hidden.
-    window: Keys at this distance and beyond are hidden; None: none are.
-  """
-  distance_LM = query_L[:, None] - key_M[None, :]
-  bias_HLM = jnp.zeros((1, *distance_LM.shape), jnp.float32)
-  if biases.slopes_H is not None:
-    bias_HLM = -biases.slopes_H[:, None, None] * jnp.abs(distance_LM)[None]
-  if biases.relative_RH is not None:
-    buckets = jnp.asarray(relative_buckets(len(biases.relative_RH)))
-    at_LM = jnp.clip(distance_LM, -_FARTHEST, _FARTHEST) + _FARTHEST
-    bias_HLM += jnp.moveaxis(biases.relative_RH[buckets[at_LM]], -1, 0)
-  is_seen_LM = jnp.ones(distance_LM.shape, bool)
-  if causal:
-    is_seen_LM &= distance_LM >= 0
-  if window is not None:
-    is_seen_LM &= jnp.abs(distance_LM) < window
-  return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
-
-
-def relative_buckets(count: int) -> Int[np.ndarray, " distances"]:
-  """Returns the bucket of each distance i - j from -128 to 128.
-
-  Half of the buckets are for earlier keys, half for later ones. Half of each
-  hold one distance, the others grow in proportion to it (Raffel et al. 2020).
-  In float32, as in transformers, which decides at the edges.
-
-  Args:
-    count: R, number of buckets.
-  """
-  distance = np.arange(-_FARTHEST, _FARTHEST + 1)
-  half, single = count // 2, count // 4
-  far = np.maximum(np.abs(distance), 1).astype(np.float32) / single
-  growth = np.log(far) / math.log(_FARTHEST / single) * (half - single)
-  wide = np.minimum(single + growth.astype(np.int32), half - 1)
-  bucket = np.where(np.abs(distance) < single, np.abs(distance), wide)
-  return np.where(distance < 0, half, 0) + bucket
-
-
-def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
-  """Returns the geometric slopes 2^(-8 h / H), h = 1..H (Press et al. 2022)."""
-  return 2.0 ** (-8.0 * np.arange(1, num_heads + 1) / num_heads)
 
 
 def layer_frequencies(
@@ -418,39 +266,22 @@ class Attention(nn.Module):
 
   def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H r"]:
     """Attends within whole sequences."""
-    c, length = self.config, q.shape[1]
+    c = self.config
     if mask_BL is not None:
       mask_BL = mask_BL.astype(bool)
-    # Blocks need a known length, which an exported program may leave open.
-    has_length = isinstance(length, int)
-    is_known = has_length and isinstance(q.shape[0], int)
+    # Linear time needs known sizes, which an exported program may leave open.
+    is_known = all(isinstance(size, int) for size in q.shape[:2])
     if c.attention == "linear" and has_rank_1(c, self.layer) and is_known:
       x = self._rank_1(q, k, v, mask_BL)
       return linear_attention.attend_checked(
         x, causal=c.causal, tolerance=TOLERANCE
       )
-    if has_length and length > min(blocks.SIZES.values()):
-      if q.shape[-1] == 1:
-        # The logits are the same. XLA turns a product with G = 1 into
-        # elementwise work, which is slow on TPUs.
-        q, k = jnp.repeat(q, 2, axis=-1), jnp.repeat(k, 2, axis=-1)
-      return blocks.attend_by_blocks(
-        functools.partial(
-          _block_logits,
-          causal=c.causal,
-          window=self.layer.window,
-          **self.logit_options,
-        ),
-        q,
-        blocks.Keys(k, v, mask_BL),
-        self._biases(),
-        causal=c.causal,
-        window=self.layer.window,
-      )
-    position_L = jnp.arange(length)
-    bias_HLM = self.bias(position_L, position_L)
-    k_BJGM, v_BIMr = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    return attend(q, k_BJGM, v_BIMr, bias_HLM, mask_BL, **self.logit_options)
+    return attend_whole(
+      *(q, k, v, self._biases(), mask_BL),
+      causal=c.causal,
+      window=self.layer.window,
+      **self.logit_options,
+    )
 
   def _rank_1(self, q, k, v, mask_BL) -> linear_attention.Inputs:
     return rank_1_inputs(self.layer, (q, k, v), self._slopes(), mask_BL)

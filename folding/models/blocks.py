@@ -30,17 +30,17 @@ class Keys(NamedTuple):
   """Keys and values of a whole sequence, or of a block.
 
   Attributes:
-    k_BMJG: Keys.
-    v_BMIr: Values; r = K unless W_V has low rank.
-    mask_BM: False at pad tokens; None: no padding.
+    k_BJMG: Keys.
+    v_BIMr: Values; r = K unless W_V has low rank.
+    mask_B1M: False at pad tokens; None: no padding.
   """
 
-  k_BMJG: Float[Array, "*N B M J G"]
-  v_BMIr: Float[Array, "*N B M I r"]
-  mask_BM: Bool[Array, "*N #B M"] | None
+  k_BJMG: Float[Array, "*N B J M G"]
+  v_BIMr: Float[Array, "*N B I M r"]
+  mask_B1M: Bool[Array, "*N #B 1 M"] | None
 
 
-# (q_BLHG, query_L, keys, key_M, biases) -> float32[B, H, L, M], with a large
+# (q_BHLG, query_L, keys, key_M, biases) -> float32[B, H, L, M], with a large
 # negative number at hidden keys.
 Logits = Callable[..., Float[Array, "B H L M"]]
 
@@ -80,126 +80,127 @@ class _Sums(NamedTuple):
   """Results of a softmax over all keys.
 
   Attributes:
-    out_BLHr: Means of the values, weighted by attention.
-    top_BLH: Largest logits.
-    share_BLH: 1 / the sums of e^(logit - top).
+    out_BHLr: Means of the values, weighted by attention.
+    top_BHL: Largest logits.
+    share_BHL: 1 / the sums of e^(logit - top).
   """
 
-  out_BLHr: Float[Array, "*N B L H r"]
-  top_BLH: Float[Array, "*N B L H"]
-  share_BLH: Float[Array, "*N B L H"]
+  out_BHLr: Float[Array, "*N B H L r"]
+  top_BHL: Float[Array, "*N B H L"]
+  share_BHL: Float[Array, "*N B H L"]
 
 
 def attend_by_blocks(
   logits: Logits,
-  q_BLHG: Float[Array, "B L H G"],
+  q_BHLG: Float[Array, "B H L G"],
   keys: Keys,
   biases: Any,
   *,
   causal: bool,
   window: int | None,
-) -> Float[Array, "B L H r"]:
+) -> Float[Array, "B H L r"]:
   """Returns softmax(logits) v of whole sequences.
 
   A query without any key gets a mean of some values.
 
   Args:
     logits: Returns the logits of some queries and keys at their positions.
-    q_BLHG: Queries.
+    q_BHLG: Queries.
     keys: Keys and values, of the same positions.
     biases: A tree, passed to `logits`, which is differentiable in it.
     causal: Whether `logits` hides later keys.
     window: `logits` hides keys at this distance and beyond; None: no window.
   """
-  return _attend(_Options(logits, causal, window), q_BLHG, keys, biases)
+  return _attend(_Options(logits, causal, window), q_BHLG, keys, biases)
 
 
-def cut(tree: Any, count: int) -> Any:
-  """Returns arrays [B, L, ...] as [count, B, L / count, ...].
+def cut(tree: Any, count: int, axis: int = 1) -> Any:
+  """Returns arrays with an axis of size L as [count, ..., L / count, ...].
 
   A length that `count` does not divide is padded with 0 or False.
   """
 
   def cut_array(x):
-    size = -(-x.shape[1] // count)
+    size = -(-x.shape[axis] // count)
     width = [(0, 0)] * x.ndim
-    width[1] = (0, count * size - x.shape[1])
-    x = jnp.pad(x, width).reshape(x.shape[0], count, size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+    width[axis] = (0, count * size - x.shape[axis])
+    x = jnp.pad(x, width)
+    x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
   return jax.tree.map(cut_array, tree)
 
 
-def whole(tree: Any, length: int) -> Any:
-  """Returns arrays [count, B, L, ...] as [B, length, ...], without padding."""
+def _whole(tree: Any, length: int) -> Any:
+  """Returns arrays [N, B, H, L, ...] as [B, H, length, ...], without padding."""
 
   def join(x):
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
 
   return jax.tree.map(join, tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: _Options, q_BLHG, keys: Keys, biases):
-  return _forward(options, q_BLHG, keys, biases)[0]
+def _attend(options: _Options, q_BHLG, keys: Keys, biases):
+  return _forward(options, q_BHLG, keys, biases)[0]
 
 
-def _forward(options: _Options, q_BLHG, keys: Keys, biases):
+def _forward(options: _Options, q_BHLG, keys: Keys, biases):
   """Returns the output, and what `_backward` needs."""
-  sums: Any = _by_platform(_sums, options, q_BLHG, keys, biases)
-  out_BLHr = sums.out_BLHr.astype(keys.v_BMIr.dtype)
-  return out_BLHr, (q_BLHG, keys, biases, sums)
+  sums: Any = _by_platform(_sums, options, q_BHLG, keys, biases)
+  out_BHLr = sums.out_BHLr.astype(keys.v_BIMr.dtype)
+  return out_BHLr, (q_BHLG, keys, biases, sums)
 
 
-def _backward(options: _Options, saved, d_out_BLHr):
+def _backward(options: _Options, saved, d_out_BHLr):
   """Returns the gradients of queries, keys, values and biases."""
-  return _by_platform(_gradients, options, *saved, d_out_BLHr)
+  return _by_platform(_gradients, options, *saved, d_out_BHLr)
 
 
-def _by_platform(function, options: _Options, q_BLHG, keys: Keys, *args):
+def _by_platform(function, options: _Options, q_BHLG, keys: Keys, *args):
   """Calls a function with blocks of the size that suits the platform."""
 
   def sized(most):
-    length = q_BLHG.shape[1]
+    length = q_BHLG.shape[2]
     count = -(-length // most)
     size = -(-length // count)
 
-    def call(q_BLHG, keys, *args):
-      if count * size > length and keys.mask_BM is None and not options.causal:
-        keys = keys._replace(mask_BM=jnp.ones((1, length), bool))
-      return function(_Blocks(options, size, count), q_BLHG, keys, *args)
+    def call(q_BHLG, keys, *args):
+      if count * size > length and keys.mask_B1M is None and not options.causal:
+        keys = keys._replace(mask_B1M=jnp.ones((1, 1, length), bool))
+      return function(_Blocks(options, size, count), q_BHLG, keys, *args)
 
     return call
 
   return jax.lax.platform_dependent(
-    q_BLHG, keys, *args, **{name: sized(n) for name, n in SIZES.items()}
+    q_BHLG, keys, *args, **{name: sized(n) for name, n in SIZES.items()}
   )
 
 
-def _sums(blocks: _Blocks, q_BLHG, keys: Keys, biases) -> _Sums:
+def _sums(blocks: _Blocks, q_BHLG, keys: Keys, biases) -> _Sums:
   """Returns the sums over all keys."""
-  length = q_BLHG.shape[1]
-  q_NBLHG, keys = cut((q_BLHG, keys), blocks.number)
+  length = q_BHLG.shape[2]
+  q_NBHLG, keys = cut((q_BHLG, keys), blocks.number, axis=2)
 
   def attend_block(inputs):
-    q_BLHG, i = inputs
-    B, L, H, _ = q_BLHG.shape
-    r = keys.v_BMIr.shape[-1]
+    q_BHLG, i = inputs
+    B, H, L, _ = q_BHLG.shape
+    r = keys.v_BIMr.shape[-1]
 
     def add(j, sums):
       """Adds block j of the keys to sums of values and 1, divided by e^top."""
       sum_BHLr, top_BHL = sums
       keys_j = _block(keys, j)
-      logits_BHLM = _logits(blocks, q_BLHG, keys_j, biases, (i, j))
+      logits_BHLM = _logits(blocks, q_BHLG, keys_j, biases, (i, j))
       new_BHL = jnp.maximum(top_BHL, logits_BHLM.max(-1))
       att_BHLM = jnp.exp(logits_BHLM - new_BHL[..., None])
       # A value of 1 gives the norm. TPUs sum over keys slowly, and multiply
       # matrices fast.
-      one = [(0, 0)] * (keys_j.v_BMIr.ndim - 1) + [(0, 1)]
-      v_BMIr = jnp.pad(keys_j.v_BMIr, one, constant_values=1)
+      one = [(0, 0)] * (keys_j.v_BIMr.ndim - 1) + [(0, 1)]
+      v_BIMr = jnp.pad(keys_j.v_BIMr, one, constant_values=1)
       scale_BHL1 = jnp.exp(top_BHL - new_BHL)[..., None]
-      return scale_BHL1 * sum_BHLr + _weigh(att_BHLM, v_BMIr), new_BHL
+      return scale_BHL1 * sum_BHLr + _weigh(att_BHLM, v_BIMr), new_BHL
 
     none = (
       jnp.zeros((B, H, L, r + 1), jnp.float32),
@@ -207,34 +208,29 @@ def _sums(blocks: _Blocks, q_BLHG, keys: Keys, biases) -> _Sums:
     )
     sum_BHLr, top_BHL = jax.lax.fori_loop(*blocks.range(i), add, none)
     share_BHL1 = 1 / sum_BHLr[..., r:]
-    return _Sums(
-      (share_BHL1 * sum_BHLr[..., :r]).swapaxes(1, 2),
-      top_BHL.swapaxes(1, 2),
-      share_BHL1[..., 0].swapaxes(1, 2),
-    )
+    return _Sums(share_BHL1 * sum_BHLr[..., :r], top_BHL, share_BHL1[..., 0])
 
-  sums = jax.lax.map(attend_block, (q_NBLHG, jnp.arange(blocks.number)))
-  return whole(sums, length)
+  sums = jax.lax.map(attend_block, (q_NBHLG, jnp.arange(blocks.number)))
+  return _whole(sums, length)
 
 
 def _gradients(
-  blocks: _Blocks, q_BLHG, keys: Keys, biases, sums: _Sums, d_out_BLHr
+  blocks: _Blocks, q_BHLG, keys: Keys, biases, sums: _Sums, d_out_BHLr
 ):
   """Returns the gradients of queries, keys, values and biases."""
-  length = q_BLHG.shape[1]
-  d_out_BLHr = d_out_BLHr.astype(jnp.float32)
+  length = q_BHLG.shape[2]
+  d_out_BHLr = d_out_BHLr.astype(jnp.float32)
   # The gradient of the logits is p (dp - mean of dp), p = softmax(logits).
-  mean_BLH = (d_out_BLHr * sums.out_BLHr).sum(-1)
+  mean_BHL = (d_out_BHLr * sums.out_BHLr).sum(-1)
   # Padded queries have a share of 0.
-  q_NBLHG, keys, sums, d_out_NBLHr, mean_NBLH = cut(
-    (q_BLHG, keys, sums, d_out_BLHr, mean_BLH), blocks.number
+  q_NBHLG, keys, sums, d_out_NBHLr, mean_NBHL = cut(
+    (q_BHLG, keys, sums, d_out_BHLr, mean_BHL), blocks.number, axis=2
   )
 
   def add_block(total, inputs):
-    q_BLHG, i, sums, d_out_BLHr, mean_BLH = inputs
+    q_BHLG, i, sums, d_out_BHLr, mean_BHL = inputs
     top_BHL1, share_BHL1, mean_BHL1 = (
-      x.swapaxes(1, 2)[..., None]
-      for x in (sums.top_BLH, sums.share_BLH, mean_BLH)
+      x[..., None] for x in (sums.top_BHL, sums.share_BHL, mean_BHL)
     )
 
     def add(j, total):
@@ -242,22 +238,22 @@ def _gradients(
       keys_j = _block(keys, j)
       logits_BHLM, pull_logits = jax.vjp(
         lambda q, k: _logits(
-          blocks, q, keys_j._replace(k_BMJG=k), biases, (i, j)
+          blocks, q, keys_j._replace(k_BJMG=k), biases, (i, j)
         ),
-        q_BLHG,
-        keys_j.k_BMJG,
+        q_BHLG,
+        keys_j.k_BJMG,
       )
       att_BHLM = share_BHL1 * jnp.exp(logits_BHLM - top_BHL1)
-      _, pull_out = jax.vjp(_weigh, att_BHLM, keys_j.v_BMIr)
-      d_att_BHLM, d_v_j = pull_out(d_out_BLHr.swapaxes(1, 2))
+      _, pull_out = jax.vjp(_weigh, att_BHLM, keys_j.v_BIMr)
+      d_att_BHLM, d_v_j = pull_out(d_out_BHLr)
       d_logits_BHLM = att_BHLM * (d_att_BHLM - mean_BHL1)
       d_q_j, d_k_j = pull_logits(d_logits_BHLM)
 
       def pull_biases(d_logits_HLM):
         """Returns the gradient of the biases for one row of the batch."""
-        row = keys_j._replace(k_BMJG=keys_j.k_BMJG[:1], mask_BM=None)
+        row = keys_j._replace(k_BJMG=keys_j.k_BJMG[:1], mask_B1M=None)
         _, pull = jax.vjp(
-          lambda biases: _logits(blocks, q_BLHG[:1], row, biases, (i, j)),
+          lambda biases: _logits(blocks, q_BHLG[:1], row, biases, (i, j)),
           biases,
         )
         return pull(d_logits_HLM[None])[0]
@@ -271,26 +267,26 @@ def _gradients(
       )
 
     d_q, *total = jax.lax.fori_loop(
-      *blocks.range(i), add, (_zeros(q_BLHG), *total)
+      *blocks.range(i), add, (_zeros(q_BHLG), *total)
     )
     return tuple(total), d_q
 
   # The sum over rows is left to the end: where devices hold rows, a sum in the
   # loop would move [H, L, M] numbers between them for each pair of blocks.
   rows = jax.tree.map(
-    lambda x: jnp.broadcast_to(x, (q_NBLHG.shape[1], *x.shape)), biases
+    lambda x: jnp.broadcast_to(x, (q_NBHLG.shape[1], *x.shape)), biases
   )
-  zeros = _zeros((keys.k_BMJG, keys.v_BMIr, rows))
+  zeros = _zeros((keys.k_BJMG, keys.v_BIMr, rows))
   indices_N = jnp.arange(blocks.number)
   (d_k, d_v, d_biases), d_q = jax.lax.scan(
-    add_block, zeros, (q_NBLHG, indices_N, sums, d_out_NBLHr, mean_NBLH)
+    add_block, zeros, (q_NBHLG, indices_N, sums, d_out_NBHLr, mean_NBHL)
   )
-  d_q, d_k, d_v = whole((d_q, d_k, d_v), length)
+  d_q, d_k, d_v = _whole((d_q, d_k, d_v), length)
   d_keys = Keys(
-    d_k.astype(keys.k_BMJG.dtype), d_v.astype(keys.v_BMIr.dtype), None
+    d_k.astype(keys.k_BJMG.dtype), d_v.astype(keys.v_BIMr.dtype), None
   )
   d_biases = jax.tree.map(lambda x: x.sum(0), d_biases)
-  return d_q.astype(q_BLHG.dtype), d_keys, d_biases
+  return d_q.astype(q_BHLG.dtype), d_keys, d_biases
 
 
 _attend.defvjp(_forward, _backward)
@@ -307,20 +303,19 @@ def _block(keys: Keys, j: Int[Array, ""]) -> Keys:
   )
 
 
-def _logits(blocks: _Blocks, q_BLHG, keys: Keys, biases, pair) -> Array:
+def _logits(blocks: _Blocks, q_BHLG, keys: Keys, biases, pair) -> Array:
   """Returns the logits of block i of the queries and block j of the keys."""
   i, j = pair
   at_L = jnp.arange(blocks.size)
   query_L, key_M = i * blocks.size + at_L, j * blocks.size + at_L
-  return blocks.options.logits(q_BLHG, query_L, keys, key_M, biases)
+  return blocks.options.logits(q_BHLG, query_L, keys, key_M, biases)
 
 
 def _weigh(
-  att_BHLM: Float[Array, "B H L M"], v_BMIr: Float[Array, "B M I r"]
+  att_BHLM: Float[Array, "B H L M"], v_BIMr: Float[Array, "B I M r"]
 ) -> Float[Array, "B H L r"]:
   """Returns the sums of values with these weights, in float32."""
   B, H, L, M = att_BHLM.shape
-  v_BIMr = v_BMIr.swapaxes(1, 2)
   out = jnp.matmul(
     # The queries of the heads that share values are rows of one matrix.
     att_BHLM.astype(v_BIMr.dtype).reshape(B, v_BIMr.shape[1], -1, M),

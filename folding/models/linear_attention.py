@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from folding.models import blocks, chebyshev
+from folding.models import chebyshev
+from folding.models.exact_attention import Biases, attend_whole
 
 _MASKED = -1e30  # logit of a hidden key
 _FLOOR = -1e29  # smallest running maximum: e^(_MASKED - _FLOOR) is 0
@@ -488,25 +489,10 @@ def _attend_all(x: _Scaled, grid: _Grid) -> Array:
 
 
 def _attend_exact(x: Inputs, *, causal: bool) -> Array:
-  """Returns dense attention in blocks: O(L^2) time, O(L) memory."""
-
-  def logits(q_BLHG, query_L, keys: blocks.Keys, key_M, slopes_H):
-    logits_BHLM = jnp.einsum("BLHG,BMHG->BHLM", q_BLHG, keys.k_BMJG)
-    distance_LM = query_L[:, None] - key_M[None]
-    logits_BHLM += _alibi(slopes_H[None], distance_LM.astype(jnp.float32))
-    is_seen = (distance_LM >= 0)[None] if causal else jnp.ones((1, 1, 1), bool)
-    if keys.mask_BM is not None:
-      is_seen &= keys.mask_BM[:, None]
-    return jnp.where(is_seen[:, None], logits_BHLM, _MASKED)
-
-  s_BLH, t_BLH = _logit_factors(x)
-  # Two halves: XLA turns a product with G = 1 into elementwise work, which is
-  # slow on TPUs.
-  q_BLHG, k_BLHG = (jnp.stack([a, a], -1) for a in (s_BLH / 2, t_BLH))
-  keys = blocks.Keys(k_BLHG, x.v_BLIK, x.mask_BL)
-  return blocks.attend_by_blocks(
-    logits, q_BLHG, keys, _slopes(x), causal=causal, window=None
-  )
+  """Returns exact attention: O(L^2) time, O(L) memory."""
+  s_BLH1, t_BLH1 = (a[..., None] for a in _logit_factors(x))
+  inputs = s_BLH1, t_BLH1, x.v_BLIK, Biases(_slopes(x)), x.mask_BL
+  return attend_whole(*inputs, causal=causal, head_dim=1)
 
 
 def _slopes(x: Inputs) -> Array:

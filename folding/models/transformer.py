@@ -21,8 +21,9 @@ from folding.config import (
   ModelConfig,
   layers_of,
 )
-from folding.models.attention import Attention, soft_cap
+from folding.models.attention import Attention
 from folding.models.decode import Cache, Step
+from folding.models.exact_attention import soft_cap
 from folding.models.linear_attention import PastState
 
 _ACTIVATIONS = {

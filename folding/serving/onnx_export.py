@@ -29,7 +29,8 @@ from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, sentence
-from folding.models.attention import layer_frequencies, relative_buckets
+from folding.models.attention import layer_frequencies
+from folding.models.exact_attention import relative_buckets
 from folding.serving.hf_export import tokenizer_options
 from folding.serving.loaded import CONFIG, TOKENIZER, Loaded
 from folding.version import __version__

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from folding.models.attention import attention_logits
+from folding.models.exact_attention import attention_logits
 from folding.models.transformer import Block
 from folding.training.stream import Params, Stream, halves, total
 

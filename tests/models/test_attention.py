@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding.models import attention
+from folding.models import attention, exact_attention
 from tests.models import oracle
 from tests.models.layers import D, H, K, make_layer, normal, randomized
 
@@ -31,7 +31,7 @@ def alibi_bias(slopes, causal, length=L):
 @jax.jit
 def attend(q, k, v, bias, keep):
   k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-  return attention.attend(q, k, v, bias, keep, head_dim=K)
+  return exact_attention.attend(q, k, v, bias, keep, head_dim=K)
 
 
 @pytest.mark.parametrize("groups", [1, 2, K])
@@ -74,7 +74,7 @@ def test_row_without_any_key_is_the_finite_mean_of_the_values():
   ids=["1", "4", "8"],
 )
 def test_alibi_slopes_are_those_of_the_paper(num_heads, slopes):
-  np.testing.assert_allclose(attention.alibi_slopes(num_heads), slopes)
+  np.testing.assert_allclose(exact_attention.alibi_slopes(num_heads), slopes)
 
 
 def _rotate(x, base):
@@ -207,9 +207,9 @@ def test_logits_of_bfloat16_are_summed_in_float32():
   size = 512
   q, k = (jnp.bfloat16(normal(n, B, L, H, size)) for n in (0, 1))
   bias = jnp.zeros((1, L, L))
-  logits = jax.jit(attention.attention_logits, static_argnames="head_dim")(
-    q, k.transpose(0, 2, 3, 1), bias, None, head_dim=size
-  )
+  logits = jax.jit(
+    exact_attention.attention_logits, static_argnames="head_dim"
+  )(q, k.transpose(0, 2, 3, 1), bias, None, head_dim=size)
   q, k = oracle.wide(q, k)
   expected = np.einsum("blhk,bmhk->bhlm", q, k) / size**0.5
   # Products of bfloat16 numbers are exact in float32; in bfloat16, sums of up

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from folding import config as config_lib
-from folding.models import attention, blocks
+from folding.models import blocks, exact_attention
 from tests import jaxprs
 from tests.models import oracle
 from tests.models.layers import D, H, K, make_layer, normal, randomized
@@ -83,21 +83,12 @@ def test_layer_in_blocks_equals_the_whole(fold, kind, padded):
     )
 
 
-def attend(q, keys, config, slopes=None):
-  def logits(q, query_L, keys, key_M, biases):
-    bias = attention.position_bias(
-      query_L, key_M, biases, causal=config.causal, window=config.window
-    )
-    k_BJGM = keys.k_BMJG.transpose(0, 2, 3, 1)
-    return attention.attention_logits(q, k_BJGM, bias, keys.mask_BM, head_dim=K)
-
-  return blocks.attend_by_blocks(
-    logits,
-    q,
-    keys,
-    attention.Biases(slopes),
+def attend(q, k, v, keep, config, slopes=None):
+  return exact_attention.attend_whole(
+    *(q, k, v, exact_attention.Biases(slopes), keep),
     causal=config.causal,
     window=config.window,
+    head_dim=K,
   )
 
 
@@ -111,7 +102,7 @@ def test_blocks_equal_loops_in_float64(small):
   slopes = jnp.array([0.1, 0.2, 0.5, 1.0])
   keep = jnp.asarray(np.eye(B, L, 1) + np.eye(B, L, 4) == 0)
   config = config_lib.ModelConfig(causal=True, window=11)
-  out = attend(q, blocks.Keys(k, v, keep), config, slopes)
+  out = attend(q, k, v, keep, config, slopes)
   distance = np.arange(L)[:, None] - np.arange(L)
   bias = -np.asarray(slopes)[:, None, None] * distance
   bias = np.where((distance >= 0) & (distance < 11), bias, -np.inf)
@@ -129,7 +120,7 @@ def test_window_at_the_edge_of_a_block_hides_no_key(small, window, causal):
   for key in (SIZE - 1, SIZE, 2 * SIZE):
     k = jnp.zeros((1, 4 * SIZE, 1, K)).at[:, key].set(50.0)
     v = jnp.zeros((1, 4 * SIZE, 1, K)).at[:, key].set(1.0)
-    out = attend(q, blocks.Keys(k, v, None), config)[0, :, 0, 0]
+    out = attend(q, k, v, None, config)[0, :, 0, 0]
     seen = np.abs(at - key) < window
     seen &= (at >= key) if causal else True
     np.testing.assert_array_equal(np.round(out, 3), seen)
@@ -138,7 +129,7 @@ def test_window_at_the_edge_of_a_block_hides_no_key(small, window, causal):
 def test_bfloat16_is_summed_in_float32(small):
   config = config_lib.ModelConfig(causal=False)
   q, k, v = (jnp.bfloat16(normal(n, B, L, H, K)) for n in range(3))
-  out = attend(q, blocks.Keys(k, v, None), config)
+  out = attend(q, k, v, None, config)
   assert out.dtype == jnp.bfloat16
   expected = oracle.attend(q, k, v, np.zeros((1, L, L)), None)
   # Weights and the result are rounded to 8 bits, sums are not.
@@ -153,7 +144,7 @@ def test_row_without_any_key_is_finite(small):
   keep = jnp.asarray(np.arange(L) >= np.array([[0], [L]]))
 
   def total(q, k, v):
-    return attend(q, blocks.Keys(k, v, keep), config).sum()
+    return attend(q, k, v, keep, config).sum()
 
   found = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found))

@@ -12,7 +12,7 @@ import tokenizers
 
 from folding.data import padding
 from folding.data import tokenizers as tokenizers_lib
-from folding.models import attention, hf_config, hf_weights
+from folding.models import exact_attention, hf_config, hf_weights
 from tests.models import checkpoints
 from tests.models.checkpoints import FAMILIES
 
@@ -130,7 +130,9 @@ def test_relative_buckets_are_those_of_transformers_at_every_distance():
   theirs = modeling_mpnet.MPNetEncoder.relative_position_bucket(
     torch.tensor(-distance)
   )
-  ours = attention.relative_buckets(32)[np.clip(distance, -128, 128) + 128]
+  ours = exact_attention.relative_buckets(32)[
+    np.clip(distance, -128, 128) + 128
+  ]
   np.testing.assert_array_equal(ours, theirs.numpy())
 
 
