@@ -199,7 +199,7 @@ def require_workdir(path: str) -> None:
   require_local(path)
   whole = os.path.abspath(path)
   if os.path.lexists(whole) and not os.path.isdir(whole):
-    raise ConfigError(f"{path} is not a folder; choose another name")
+    raise ConfigError(f"{path} is there already and not a folder")
   try:
     whole.encode()
   except UnicodeEncodeError:

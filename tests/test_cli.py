@@ -71,7 +71,10 @@ def test_train_runs_the_config_that_the_flags_ask_for(monkeypatch, capsys):
     ([*QUICKSTART, "--workdir=W", "--config.data.path="], "it is empty"),
     ([*QUICKSTART, "--workdir=W", "--config.model.num_layers=9999"], "1024"),
     ([*QUICKSTART, "--workdir=x\udcff"], "UTF-8"),
-    ([*QUICKSTART, "--workdir=README.md"], "README.md is not a folder"),
+    (
+      [*QUICKSTART, "--workdir=README.md"],
+      "README.md is there already and not a folder",
+    ),
     (["train", "--config=nowhere.py", "--workdir=W"], "nowhere.py"),
     (["train", "--config=nowhere.json", "--workdir=W"], "nowhere.json"),
     (["train", "--config=README.md", "--workdir=W"], "README.md"),

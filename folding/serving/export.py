@@ -17,8 +17,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from folding import config as config_lib
-from folding import files
+from folding import files, paths
 from folding.config import Config
 from folding.data.tokenizers import Tokenizer
 from folding.serving.hf_export import export_hf as export_hf
@@ -30,6 +32,7 @@ from folding.serving.loaded import (
   WEIGHTS,
   Loaded,
   file_sha256,
+  require_shapes,
   sizes,
 )
 from folding.serving.loaded import cast as cast
@@ -62,11 +65,14 @@ def export(
     as `folding.account` counts them, "files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty.
+    ConfigError: the folder is not empty, or the parameters do not fit the config
+      and the labels.
     OSError: it cannot be written.
   """
   path = os.fspath(path)
   files.require_empty(path)
+  shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
+  require_shapes(path, config, len(labels), shapes)
   os.makedirs(path, exist_ok=True)
   save_packed(params, os.path.join(path, WEIGHTS))
   tokenizer.save(os.path.join(path, TOKENIZER))

@@ -18,7 +18,7 @@ from folding.models import decode as decode_lib
 from folding.models.linear_attention import PastState
 from folding.models.transformer import Transformer
 from folding.serving import sampling as sampling_lib
-from folding.serving.batched import require_finite
+from folding.serving.batched import require_finite, require_several
 from folding.serving.loaded import Loaded
 from folding.serving.sampling import Draw, Sampling
 
@@ -403,8 +403,10 @@ def continue_texts(
     cache: As in `Generator`.
 
   Raises:
-    ConfigError: see `Generator` and `Generator.stream`.
+    ConfigError: see `Generator` and `Generator.stream`, or one text is given in
+      place of several.
   """
+  require_several(texts)
   tokenizer = loaded.tokenizer
   prompts = [tokenizer.prompt(x) for x in tokenizer.encode_batch(list(texts))]
   parts = Generator(loaded.model, cache).stream(

@@ -197,7 +197,7 @@ def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
       )
   params = load_packed(
     os.path.join(path, WEIGHTS),
-    functools.partial(_check_shapes, path, config, len(labels)),
+    functools.partial(require_shapes, path, config, len(labels)),
   )
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
   return Loaded(config, params, tokenizer, labels)
@@ -246,11 +246,11 @@ def _load_hf(path: str, pairs: bool) -> Loaded:
   )
   config = config_lib.resolve(config)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
-  _check_shapes(path, config, len(labels), shapes)
+  require_shapes(path, config, len(labels), shapes)
   return Loaded(config, params, tokenizer, labels)
 
 
-def _check_shapes(
+def require_shapes(
   path: str,
   config: Config,
   num_classes: int,
@@ -263,7 +263,7 @@ def _check_shapes(
   for name in sorted(expected.keys() | shapes.keys()):
     if expected.get(name) != shapes.get(name):
       raise ConfigError(
-        f"the parameters in {path} are not of its config: {name} is "
+        f"the parameters in {path} are not of its config and labels: {name} is "
         f"{shapes.get(name)}, not {expected.get(name)}"
       )
 

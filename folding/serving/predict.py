@@ -82,12 +82,12 @@ def _predict(
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
   labelled = tuple(f"{label}\t" for label in loaded.labels)
   while group := list(itertools.islice(texts, size)):
-    if any(isinstance(text, str) == bool(pair) for text in group):
-      raise ConfigError(
-        f"this model reads pairs ({' and '.join(pair)}), and a text is not one"
-        if pair
-        else "this model reads single texts, and a text is a pair"
-      )
+    for text in group:
+      if isinstance(text, str) == bool(pair):
+        kind = f"pairs ({' and '.join(pair)})" if pair else "single texts"
+        raise ConfigError(
+          f"this model reads {kind}, and {text!r:.80} is not one"
+        )
     firsts = (text if isinstance(text, str) else text[0] for text in group)
     if labelled and all(text.startswith(labelled) for text in firsts):
       _log.warning("each line begins with a label, which is read as its text")

@@ -155,6 +155,12 @@ def exported(model, tmp_path_factory):
   return folder, write(folder, model)
 
 
+def test_export_without_a_name_per_class_writes_nothing(model, tmp_path):
+  with pytest.raises(ConfigError, match="head/bias"):
+    write(tmp_path / "out", dataclasses.replace(model, labels=()))
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def folder(exported, tmp_path):
   return shutil.copytree(exported[0], tmp_path / "out")
@@ -189,7 +195,7 @@ def test_export_returns_bytes_of_account_and_disk(model, exported):
 def test_export_needs_an_empty_folder(folder, model):
   with pytest.raises(ConfigError, match="not an empty folder"):
     write(folder, model)
-  with pytest.raises(ConfigError, match="not an empty folder"):
+  with pytest.raises(ConfigError, match="not a folder"):
     write(folder / "config.json", model)
 
 

@@ -10,6 +10,7 @@ import tokenizers
 from folding import cli
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
+from folding.errors import ConfigError
 from folding.models import hf_weights
 from folding.models.transformer import make_model
 from folding.serving import export as export_lib
@@ -95,6 +96,11 @@ def test_one_text_goes_on_as_it_comes(loaded, expected):
   assert pieces[0] == TEXTS[0]
   assert len(pieces) > 2
   assert "".join(pieces) == TEXTS[0] + expected[0] + "\n"
+
+
+def test_one_text_is_not_a_list_of_prompts(loaded):
+  with pytest.raises(ConfigError, match="one text"):
+    continue_texts(loaded, "ab", max_new_tokens=NEW, sampling=Sampling())
 
 
 def _page(expected):
