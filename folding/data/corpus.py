@@ -284,16 +284,12 @@ class _Region:
         if at >= 0:
           return dataclasses.replace(self, stop=begin + at + 1)
         stop = begin
+      # At the beginning of a character, which has four bytes at most.
       stop = self.start + limit
-      file.seek(self.start)
-      block = file.read(limit + 1)[-5:]
-      while _is_continuation(block[-1]):  # not within a character
-        block, stop = block[:-1], stop - 1
-      return dataclasses.replace(self, stop=stop)
-
-
-def _is_continuation(byte: int) -> bool:
-  return byte & 0xC0 == 0x80
+      begin = max(self.start, stop - 3)
+      file.seek(begin)
+      *_, last = 0, *np.flatnonzero(_begins(file.read(stop + 1 - begin)))
+      return dataclasses.replace(self, stop=begin + int(last))
 
 
 def _region(file: pathlib.Path) -> _Region:

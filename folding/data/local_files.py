@@ -33,14 +33,13 @@ def read_path(
     split: read_file(part, data, task)
     for split, part in find_files(path).items()
   }
-  folder = path if path.is_dir() else path.parent
-  path = folder / "labels.txt"
-  if task in config_lib.UNLABELLED or not path.is_file():
+  listed = (path if path.is_dir() else path.parent) / "labels.txt"
+  if task in config_lib.UNLABELLED or not listed.is_file():
     return splits, None
-  names = [line.strip() for line in _decode(path).split("\n") if line.strip()]
+  names = [x.strip() for x in _decode(listed).split("\n") if x.strip()]
   for i, name in enumerate(names):
     if name in names[:i]:
-      raise ConfigError(f"{path} names {name!r} twice; name each class once")
+      raise ConfigError(f"{listed} names {name!r} twice; name each class once")
   return splits, names
 
 
@@ -251,24 +250,6 @@ def _with_columns(
     raise ConfigError(f"{file} has a header and no rows")
 
 
-def _json_row(file: pathlib.Path, number: int, line: str) -> dict[str, Any]:
-  try:
-    row = json.loads(line, object_pairs_hook=_unique)
-  except (ValueError, RecursionError) as error:
-    raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
-  if not isinstance(row, dict):
-    raise ConfigError(f"{file}:{number}: not a JSON object")
-  return row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns a JSON object, or raises `ValueError` for a repeated key."""
-  row = dict(pairs)
-  if len(row) < len(pairs):
-    raise ValueError("a key occurs twice")
-  return row
-
-
 def rows_of(
   part: Sequence[pathlib.Path],
   column: str | None = None,
@@ -320,8 +301,23 @@ def _csv_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
 
 def _jsonl_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
   for number, line in enumerate(lines, 1):
-    if line.strip():
-      yield number, _json_row(file, number, line)
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+      raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+      raise ConfigError(f"{file}:{number}: not a JSON object")
+    yield number, row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns a JSON object, or raises `ValueError` for a repeated key."""
+  row = dict(pairs)
+  if len(row) < len(pairs):
+    raise ValueError("a key occurs twice")
+  return row
 
 
 def _columnar_rows(
@@ -340,17 +336,15 @@ def _columnar_rows(
         opened = stack.enter_context(pa.memory_map(str(file)))
         batches = stack.enter_context(pa.ipc.open_stream(opened))
         schema = batches.schema
-      classes, number = _class_names(schema), 0
+      wanted = [column] if column else schema.names
+      classes = {k: v for k, v in _class_names(schema).items() if k in wanted}
+      number = 0
       for batch in batches:
-        wanted = [column] if column else batch.schema.names
         for row in batch.select(wanted).to_pylist():
           number += 1
-          for name in classes.keys() & row.keys():
-            row[name] = _named(row[name], classes[name])
-            if row[name] is None and labelled:
-              break
-          else:
-            yield number, row
+          named = {x: _named(row[x], names) for x, names in classes.items()}
+          if not labelled or None not in named.values():
+            yield number, row | named
   except (pa.ArrowException, OSError) as error:
     raise ConfigError(
       f"cannot read {file}: {errors.first_line(error)}"

@@ -286,8 +286,8 @@ class MappedTokenizer(Tokenizer):
     self.token_map = token_map
     self.vocab_size = int(token_map.max()) + 1
     self.pad_id = int(token_map[self.pad_id])
-    self.end_ids = token_map[self.end_ids].astype(np.int32)
-    self.begin_ids = token_map[self.begin_ids].astype(np.int32)
+    self.end_ids = self._mapped(self.end_ids)
+    self.begin_ids = self._mapped(self.begin_ids)
     # An id that several tokens share is not decoded.
     new, old, count = np.unique(
       token_map, return_index=True, return_counts=True
@@ -302,14 +302,14 @@ class MappedTokenizer(Tokenizer):
     self, texts: Iterable[str | Iterable[str]]
   ) -> Iterator[tuple[int, np.ndarray]]:
     for index, ids in super()._encode_pieces(texts):
-      yield index, self._mapped([ids])[0]
+      yield index, self._mapped(ids)
 
   def encode_rows(self, texts: Sequence[Text], max_length: int) -> Encoded:
     found = super().encode_rows(texts, max_length)
-    return found._replace(ids=self._mapped(found.ids))
+    return found._replace(ids=[self._mapped(ids) for ids in found.ids])
 
-  def _mapped(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-    return [self.token_map[ids].astype(np.int32) for ids in rows]
+  def _mapped(self, ids: np.ndarray) -> np.ndarray:
+    return self.token_map[ids].astype(np.int32)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids, without those that several tokens share."""
