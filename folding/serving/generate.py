@@ -27,7 +27,7 @@ from folding.serving.sampling import Draw, Sampling
 Cache: TypeAlias = Literal["keys", "linear"]
 
 _ROUND = 32  # prompts and caches are padded to its multiples: fewer programs
-_SAMPLING = Sampling()
+_GREEDY = Sampling()
 _GROWTH = 1.25  # of the margin, after a query or key was outside the range
 _UNFINISHED = "\ufffd"  # the first bytes of a character decode to it
 
@@ -122,9 +122,8 @@ def decode(
     )
     logits_BV, caches = found
     token_B = sampling_lib.choose(draw, logits_BV, state.num_new)
-    return State(
-      caches, token_B, state.position + 1, state.num_new + 1
-    ), token_B
+    state = State(caches, token_B, state.position + 1, state.num_new + 1)
+    return state, token_B
 
   state, tokens_TB = jax.lax.scan(step, state, None, length=num_tokens)
   return state, tokens_TB.T
@@ -190,22 +189,13 @@ class Generator:
     )
 
   def __call__(
-    self,
-    params: Any,
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = _SAMPLING,
-    end_id: int | Sequence[int] | None = None,
+    self, params: Any, prompts: Sequence[np.ndarray], **options: Any
   ) -> list[np.ndarray]:
-    """Returns int32 ids of the new tokens of each prompt, as `stream` does."""
-    parts = self.stream(
-      params,
-      prompts,
-      max_new_tokens=max_new_tokens,
-      sampling=sampling,
-      end_id=end_id,
-    )
+    """Returns int32 ids of the new tokens of each prompt.
+
+    The arguments are those of `stream`.
+    """
+    parts = self.stream(params, prompts, **options)
     return [np.concatenate(ids) for ids in zip(*parts, strict=True)]
 
   def stream(
@@ -214,7 +204,7 @@ class Generator:
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
-    sampling: Sampling = _SAMPLING,
+    sampling: Sampling = _GREEDY,
     end_id: int | Sequence[int] | None = None,
   ) -> Iterator[list[np.ndarray]]:
     """Yields int32 ids of the next new tokens of each prompt.
@@ -461,11 +451,10 @@ def decode_parts(
     >>> list(decode_parts(tokenizer, prompt, [new[:1], new[1:]]))
     ['é!']
   """
-  ids = [int(i) for i in prompt]
-  text = tokenizer.decode(ids)
+  ids, text = prompt, tokenizer.decode(prompt)
   shown = len(text)
   for part in parts:
-    ids += [int(i) for i in part]
+    ids = np.concatenate([ids, part])
     text = tokenizer.decode(ids)
     certain = len(text.rstrip(_UNFINISHED))
     if certain > shown:
