@@ -54,61 +54,6 @@ class FPPState(NamedTuple):
   inner: optax.OptState
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-  """The arguments of `fpp`, checked; see there."""
-
-  begin: int
-  end: int
-  every: int
-  patience: int
-  decay: float
-  tolerance: float | None
-  seed: int
-  removed: Mapping[str, int]
-
-  def __post_init__(self):
-    for name in ("begin", "end", "every", "patience"):
-      value = getattr(self, name)
-      is_whole = isinstance(value, int | np.integer)
-      if isinstance(value, bool) or not is_whole:
-        raise ValueError(f"fpp: {name} must be a whole number; it is {value!r}")
-    if not 0 <= self.begin <= self.end:
-      raise ValueError(
-        f"fpp: begin {self.begin} to end {self.end} is not a range of steps"
-      )
-    for name, least in (("every", 1), ("patience", 0), ("tolerance", 0)):
-      value = getattr(self, name)
-      if value is not None and value < least:
-        raise ValueError(f"fpp: {name} must be at least {least}; it is {value}")
-    if not 0 <= self.decay < 1:
-      raise ValueError(f"fpp: decay must be in [0, 1); it is {self.decay}")
-
-  @property
-  def last(self) -> int:
-    """Index of the last mask update."""
-    return (self.end - self.begin) // self.every
-
-  def is_due(self, step: jax.Array) -> jax.Array:
-    """Returns whether a step updates the masks."""
-    since = step - self.begin
-    return (since >= 0) & (since % self.every == 0) & (step <= self.end)
-
-  def count(self, site: Site, target: float, index: jax.Array) -> jax.Array:
-    """Returns int32[], how many units of a site the mask update chooses.
-
-    Removed units count as chosen. The cubic ramp ends at the target. It is
-    computed in float64 on the host, so the count is exact and never above the
-    target; the 1e-6 is for products such as 0.29 * 100 = 28.999999999999996.
-    """
-    removed = self.removed.get(site.name, 0)
-    ramp = 1 - (1 - np.arange(self.last + 1) / max(self.last, 1)) ** 3
-    ramp[-1] = 1.0
-    size = removed + math.prod(site.shape)
-    table = np.floor(ramp * target * size + 1e-6).astype(np.int32)
-    return jnp.asarray(np.maximum(table - removed, 0))[index]
-
-
 def fpp(
   inner: optax.GradientTransformation,
   rules: Sequence[Rule],
@@ -204,7 +149,15 @@ def fpp(
   References: Belhaouari and Kraidia 2025, doi 10.1038/s41598-025-92586-5; this
     is our reading of their method. The ramp is that of Zhu and Gupta 2017.
   """
-  o = _Options(
+  try:
+    score = get_score(score)
+    scores = [get_score(rule.score or score) for rule in rules]
+  except ValueError as error:
+    raise ValueError(f"fpp: {error}") from None
+  made = _FPP(
+    inner=optax.with_extra_args_support(inner),
+    rules=rules,
+    scores=scores,
     begin=begin,
     end=end,
     every=every,
@@ -213,28 +166,88 @@ def fpp(
     tolerance=tolerance,
     seed=seed,
     removed=removed or {},
+    debug=debug,
   )
-  try:
-    score = get_score(score)
-    rule_scores = [get_score(rule.score or score) for rule in rules]
-  except ValueError as error:
-    raise ValueError(f"fpp: {error}") from None
-  extra_inner = optax.with_extra_args_support(inner)
+  return optax.GradientTransformationExtraArgs(made.init, made.update)
 
-  def init_fn(params):
+
+@dataclasses.dataclass(frozen=True)
+class _FPP:
+  """The arguments of `fpp`, checked, and the functions of the transform.
+
+  `scores` has the score of each rule.
+  """
+
+  inner: optax.GradientTransformationExtraArgs
+  rules: Sequence[Rule]
+  scores: Sequence[Score]
+  begin: int
+  end: int
+  every: int
+  patience: int
+  decay: float
+  tolerance: float | None
+  seed: int
+  removed: Mapping[str, int]
+  debug: bool
+
+  def __post_init__(self):
+    for name in ("begin", "end", "every", "patience"):
+      value = getattr(self, name)
+      is_whole = isinstance(value, int | np.integer)
+      if isinstance(value, bool) or not is_whole:
+        raise ValueError(f"fpp: {name} must be a whole number; it is {value!r}")
+    if not 0 <= self.begin <= self.end:
+      raise ValueError(
+        f"fpp: begin {self.begin} to end {self.end} is not a range of steps"
+      )
+    for name, least in (("every", 1), ("patience", 0), ("tolerance", 0)):
+      value = getattr(self, name)
+      if value is not None and value < least:
+        raise ValueError(f"fpp: {name} must be at least {least}; it is {value}")
+    if not 0 <= self.decay < 1:
+      raise ValueError(f"fpp: decay must be in [0, 1); it is {self.decay}")
+
+  @property
+  def last(self) -> int:
+    """Index of the last mask update."""
+    return (self.end - self.begin) // self.every
+
+  def is_due(self, step: jax.Array) -> jax.Array:
+    """Returns whether a step updates the masks."""
+    since = step - self.begin
+    return (since >= 0) & (since % self.every == 0) & (step <= self.end)
+
+  def count(self, site: Site, index: jax.Array) -> jax.Array:
+    """Returns int32[], how many units of a site a mask update chooses.
+
+    Removed units count as chosen. The cubic ramp ends at the target. It is
+    computed in float64 on the host, so the count is exact and never above the
+    target; the 1e-6 is for products such as 0.29 * 100 = 28.999999999999996.
+    """
+    removed = self.removed.get(site.name, 0)
+    ramp = 1 - (1 - np.arange(self.last + 1) / max(self.last, 1)) ** 3
+    ramp[-1] = 1.0
+    size = removed + math.prod(site.shape)
+    target = self.rules[site.rule].target
+    table = np.floor(ramp * target * size + 1e-6).astype(np.int32)
+    return jnp.asarray(np.maximum(table - removed, 0))[index]
+
+  def init(self, params: Any) -> FPPState:
+    """Returns the first state."""
     leaves = paths.flatten(params)
-    sites = make_sites(rules, params)
-    _check_sites(sites, o.removed)
+    sites = make_sites(self.rules, params)
+    _check_sites(sites, self.removed)
     suspected, averages = {}, {}
     for site in sites:
-      init = rule_scores[site.rule].init
+      init = self.scores[site.rule].init
 
       def start(own, site=site, init=init):
         bits = pack(jnp.zeros(site.shape, bool))
         return bits, {n: init(w) for n, w in own.items()} if init else {}
 
       bits, first = site.per_layer(start, site.pick(leaves))
-      suspected[site.name] = jnp.stack([bits] * max(o.patience, 1))
+      suspected[site.name] = jnp.stack([bits] * max(self.patience, 1))
       averages |= first
     return FPPState(
       step=jnp.zeros([], jnp.int32),
@@ -242,105 +255,47 @@ def fpp(
       suspected=suspected,
       zeroed=jnp.zeros([], jnp.int32),
       averages=averages,
-      inner=extra_inner.init(params),
+      inner=self.inner.init(params),
     )
 
-  def update_fn(
-    updates, state, params=None, *, stats=None, value=None, **options
+  def update(
+    self, updates, state, params=None, *, stats=None, value=None, **options
   ):
+    """Returns updates and the new state; see `fpp` for the arguments."""
     if params is None:
       raise ValueError("fpp needs `params`; pass them to update()")
     return _on_auto_axes(
-      functools.partial(update_auto, **options),
+      functools.partial(self._update, **options),
       (updates, state, params, stats, value),
       out=(updates, state),
     )
 
-  def update_auto(
-    updates, state, params, stats, value, *, value_fn=None, is_due=None, **kw
+  def _update(
+    self,
+    updates,
+    state,
+    params,
+    stats,
+    value,
+    *,
+    value_fn=None,
+    is_due=None,
+    **kw,
   ):
-    if o.tolerance is not None and value_fn is None:
+    if self.tolerance is not None and value_fn is None:
       raise ValueError("fpp with a tolerance needs `value_fn` in update()")
-    sites = make_sites(rules, params)
+    sites = make_sites(self.rules, params)
     leaves, grads = paths.flatten(params), paths.flatten(updates)
     if set(grads) != set(leaves):
       raise ValueError("updates and params are trees of different structure")
-    scored = [(site, rule_scores[site.rule]) for site in sites]
+    scored = [(site, self.scores[site.rule]) for site in sites]
     if stats or is_due is None or is_due:
       _check_statistics(scored, leaves, stats or {})
-    averages, observed = _observe(
-      scored,
-      state,
-      leaves,
-      {"gradients": grads, "statistics": stats or {}},
-      decay=o.decay,
-    )
-
-    def evidence(n):
-      """Returns the arguments of the scores of site n, for `per_layer`."""
-      site, key = sites[n], jax.random.fold_in(jax.random.key(o.seed), n)
-      if site.layers is not None:
-        count = leaves[site.name].shape[site.layers]
-        key = jax.random.split(key, count)
-      return site.pick(leaves), site.pick(averages), key
+    evidence = {"gradients": grads, "statistics": stats or {}}
+    state = _observe(scored, state, leaves, evidence, decay=self.decay)
 
     def update_masks():
-      index = (state.step - o.begin) // o.every
-      planes, zero, pruned = {}, {}, jnp.int32(0)
-      for n, (site, score) in enumerate(scored):
-
-        def choose(old, own, own_averages, key, site=site, score=score):
-          is_ranked = _has_ranking(score, own, own_averages)
-          # Without this `cond`, whose condition XLA does not know, the
-          # temporaries of a site stay until the last one: four matrices of 16
-          # MiB then take 113 MiB of scratch memory on XLA:CPU, not 51.
-          new = jax.lax.cond(
-            is_ranked & (index >= 0),
-            lambda: _choose(
-              score.score_site(site, own, own_averages, key),
-              unpack(jnp.stack(old), site.shape[-1]),
-              site.is_zero(own),
-              o.count(site, rules[site.rule].target, index),
-              is_last=index == o.last,
-              patience=o.patience,
-            ),
-            lambda: (old, jnp.zeros_like(old[0]), _pruned(site, old[0], own)),
-          )
-          return *new, is_ranked
-
-        old = list(state.suspected[site.name])
-        # All layers at once would take five times the scratch memory.
-        new, zero[site.name], count, is_ranked = site.per_layer(
-          choose, old, *evidence(n), in_turn=True
-        )
-        if debug:
-          checkify.check(
-            is_ranked.all(),
-            f"fpp: nothing finite but 0 was observed for {site.name!r}",
-          )
-        planes[site.name] = jnp.stack(new)
-        pruned += count.sum()
-      if debug:
-        checkify.check(
-          pruned >= state.zeroed,
-          "fpp: {n} pruned units are not zero any more; nothing may follow fpp "
-          "in a chain",
-          n=state.zeroed - pruned,
-        )
-      if o.tolerance is not None and value_fn is not None:
-        scores = {
-          site.name: site.per_layer(
-            functools.partial(score.score_site, site), *evidence(n)
-          )
-          for n, (site, score) in enumerate(scored)
-        }
-        loss = value_fn(params) if value is None else value
-        trial = _Trial(sites, zero, scores, params, value_fn)
-        kept = trial.most_within(loss + o.tolerance * jnp.abs(loss))
-        for name in planes:  # what is not zeroed trains again
-          planes[name] &= (kept[name] | ~zero[name])[None]
-        zero = kept
-      return planes, zero, pruned + _count_bits(zero)
+      return self._update_masks(sites, state, params, value, value_fn)
 
     def keep_masks():
       zero = {n: jnp.zeros_like(b[0]) for n, b in state.suspected.items()}
@@ -348,7 +303,7 @@ def fpp(
 
     if is_due is None:
       suspected, zero, zeroed = jax.lax.cond(
-        o.is_due(state.step), update_masks, keep_masks
+        self.is_due(state.step), update_masks, keep_masks
       )
     else:
       suspected, zero, zeroed = update_masks() if is_due else keep_masks()
@@ -370,7 +325,7 @@ def fpp(
 
     if stats is not None:  # line searches refuse unknown arguments
       kw["stats"] = stats
-    updates, inner_state = extra_inner.update(
+    updates, inner_state = self.inner.update(
       paths.map_named(stop, updates),
       state.inner,
       params,
@@ -379,17 +334,82 @@ def fpp(
       **kw,
     )
     updates = paths.map_named(hold, updates, params)
-    step = jnp.asarray(optax.safe_increment(state.step))
-    return updates, FPPState(
-      step=step,
-      observed=observed,
+    return updates, state._replace(
+      step=jnp.asarray(optax.safe_increment(state.step)),
       suspected=suspected,
       zeroed=zeroed,
-      averages=averages,
       inner=inner_state,
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  def _update_masks(self, sites, state, params, value, value_fn):
+    """Returns new masks, units to zero, and how many units are zero then."""
+    leaves = paths.flatten(params)
+    index = (state.step - self.begin) // self.every
+    planes, zero, pruned = {}, {}, jnp.int32(0)
+
+    def evidence(n):
+      """Returns the arguments of the scores of site n, for `per_layer`."""
+      site, key = sites[n], jax.random.fold_in(jax.random.key(self.seed), n)
+      if site.layers is not None:
+        key = jax.random.split(key, leaves[site.name].shape[site.layers])
+      return site.pick(leaves), site.pick(state.averages), key
+
+    for n, site in enumerate(sites):
+      score = self.scores[site.rule]
+
+      def choose(old, own, own_averages, key, site=site, score=score):
+        is_ranked = _has_ranking(score, own, own_averages)
+        # Without this `cond`, whose condition XLA does not know, the temporaries
+        # of a site stay until the last one: four matrices of 16 MiB then take
+        # 113 MiB of scratch memory on XLA:CPU, not 51.
+        new = jax.lax.cond(
+          is_ranked & (index >= 0),
+          lambda: _choose(
+            score.score_site(site, own, own_averages, key),
+            unpack(jnp.stack(old), site.shape[-1]),
+            site.is_zero(own),
+            self.count(site, index),
+            is_last=index == self.last,
+            patience=self.patience,
+          ),
+          lambda: (old, jnp.zeros_like(old[0]), _pruned(site, old[0], own)),
+        )
+        return *new, is_ranked
+
+      old = list(state.suspected[site.name])
+      # All layers at once would take five times the scratch memory.
+      new, zero[site.name], count, is_ranked = site.per_layer(
+        choose, old, *evidence(n), in_turn=True
+      )
+      if self.debug:
+        checkify.check(
+          is_ranked.all(),
+          f"fpp: nothing finite but 0 was observed for {site.name!r}",
+        )
+      planes[site.name] = jnp.stack(new)
+      pruned += count.sum()
+    if self.debug:
+      checkify.check(
+        pruned >= state.zeroed,
+        "fpp: {n} pruned units are not zero any more; nothing may follow fpp "
+        "in a chain",
+        n=state.zeroed - pruned,
+      )
+    if self.tolerance is not None:
+      scores = {
+        site.name: site.per_layer(
+          functools.partial(self.scores[site.rule].score_site, site),
+          *evidence(n),
+        )
+        for n, site in enumerate(sites)
+      }
+      loss = value_fn(params) if value is None else value
+      trial = _Trial(sites, zero, scores, params, value_fn)
+      kept = trial.most_within(loss + self.tolerance * jnp.abs(loss))
+      for name in planes:  # what is not zeroed trains again
+        planes[name] &= (kept[name] | ~zero[name])[None]
+      zero = kept
+    return planes, zero, pruned + _count_bits(zero)
 
 
 def fpp_counts(
@@ -593,8 +613,8 @@ def _observe(
   evidence: Mapping[str, Mapping[str, jax.Array]],
   *,
   decay: float,
-) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Returns the moving averages after a step, and the new `observed`.
+) -> FPPState:
+  """Returns the state with the moving averages after a step.
 
   A step with a gradient or statistic that is not finite, or with a negative
   statistic, changes nothing: the optimizer may skip such a step. Neither does an
@@ -612,7 +632,7 @@ def _observe(
   """
   averages, observed = dict(state.averages), state.observed
   if not averages:
-    return averages, observed
+    return state
   stats = evidence["statistics"]
   seen = [x for arrays in evidence.values() for x in arrays.values()]
   valid = [jnp.isfinite(x).all() for x in seen]
@@ -643,7 +663,7 @@ def _observe(
         raise ValueError(f"fpp: {name!r}: {error}") from error
       is_kept = is_valid & jnp.isfinite(new)
       averages[name] = jnp.where(is_kept, new, averages[name])
-  return averages, observed
+  return state._replace(averages=averages, observed=observed)
 
 
 def _choose(
