@@ -162,8 +162,7 @@ class Trial:
   @property
   def result(self) -> dict[str, Any] | None:
     """Contents of the run's `result.json`; None: it is not finished."""
-    done = run_dir.is_finished(self.run)
-    return run_dir.read_result(self.run) if done else None
+    return run_dir.finished_result(self.run)
 
   def config(self) -> Config:
     """Returns the config of the run.
@@ -442,9 +441,7 @@ def _is_finished(trial: Trial) -> bool:
   """
   if trial.result is None:
     return False
-  now = config_lib.resolve(trial.config())
-  now = dataclasses.replace(now, distributed="none")  # as the run keeps it
-  run_dir.config_to_continue(trial.run, now)
+  run_dir.config_to_continue(trial.run, config_lib.resolve(trial.config()))
   return True
 
 

@@ -189,7 +189,8 @@ class Run(Program):
   ) -> Iterator[np.ndarray]:
     """Yields the sentence vectors of each batch of all processes, float32[B, D].
 
-    Each process has every P-th row, and a global array their rows in a row.
+    Process p of P reads the rows p, p + P, ... of a batch. A global array has
+    the rows of one process after those of another.
     """
     for batch in batches:
       placed = sharding.put_batch(self.mesh, batch)
@@ -291,8 +292,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
             f"{workdir} has checkpoints of another config; choose another "
             "--workdir"
           )
-      elif run_dir.is_finished(workdir):
-        return run_dir.read_result(workdir)
+      elif result := run_dir.finished_result(workdir):
+        return result
       data = _read_data(config, workdir, is_new=saved is None)
     distributed.require_same(
       data.digest + data.tokenizer.to_json(), "another text or tokenizer"

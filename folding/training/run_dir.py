@@ -123,8 +123,8 @@ def save(
 def config_to_continue(workdir: str, config: Config) -> Config | None:
   """Returns the config of the run that a directory holds; None: no run.
 
-  The mesh, `train.accumulate`, `train.compact` and `train.energy` do not change
-  the outcome, and may differ; the given values are returned.
+  The mesh, `distributed`, `train.accumulate`, `train.compact` and `train.energy`
+  do not change the outcome, and may differ; the given values are returned.
 
   Args:
     workdir: The run directory, which may not exist.
@@ -157,7 +157,9 @@ def _computed_as(config: Config, other: Config) -> Config:
     compact=other.train.compact,
     energy=other.train.energy,
   )
-  return dataclasses.replace(config, mesh=other.mesh, train=train)
+  return dataclasses.replace(
+    config, mesh=other.mesh, distributed=other.distributed, train=train
+  )
 
 
 def load_config(workdir: str) -> Config:
@@ -311,10 +313,12 @@ def _result_checksum(result: dict[str, Any]) -> str:
   return files.checksum(text.encode("utf-8"))
 
 
-def is_finished(workdir: str) -> bool:
-  """Returns whether a run was trained to its end and tested."""
-  has_result = os.path.exists(_path(workdir, "result.json"))
-  return has_result and bool(read_result(workdir).get("finished"))
+def finished_result(workdir: str) -> dict[str, Any] | None:
+  """Returns `read_result` of a run that was tested; None of any other."""
+  if not os.path.exists(_path(workdir, "result.json")):
+    return None
+  result = read_result(workdir)
+  return result if result.get("finished") else None
 
 
 def source_commit() -> str | None:

@@ -48,7 +48,7 @@ def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
   save(tmp_path, saved)
   now = tiny.config(mesh=c.MeshConfig(data=2, fsdp=4))
   now.train.accumulate, now.train.energy = 2, "SWE"
-  now.train.compact = 0.5
+  now.train.compact, now.distributed = 0.5, "auto"
   assert run_dir.config_to_continue(str(tmp_path), now) == now
   now.train.steps += 1
   with pytest.raises(ConfigError, match=r"train\.steps: 8 -> 9"):
@@ -174,12 +174,12 @@ def test_held_refuses_a_second_process(tmp_path):
 
 
 def test_result_is_read_back_with_its_provenance(tmp_path):
-  assert not run_dir.is_finished(str(tmp_path))
+  assert not run_dir.finished_result(str(tmp_path))
   result = {"finished": False, "test": {"loss": 1.5}, "layers": [{"path": "a"}]}
   run_dir.write_result(str(tmp_path), result)
-  assert not run_dir.is_finished(str(tmp_path))
+  assert not run_dir.finished_result(str(tmp_path))
   run_dir.write_result(str(tmp_path), result | {"finished": True})
-  assert run_dir.is_finished(str(tmp_path))
+  assert run_dir.finished_result(str(tmp_path))
   found = run_dir.read_result(str(tmp_path))
   assert {name: found[name] for name in ("test", "layers")} == {
     name: result[name] for name in ("test", "layers")
