@@ -15,7 +15,7 @@ from folding import files, typed
 from folding.errors import ConfigError
 from folding.typed import Range
 
-# Of local files.
+# Endings of the local files that are read.
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet", ".arrow")
 
 # "lm": the next token. "embed": the vector of a sentence. Of a text or a pair of

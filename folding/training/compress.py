@@ -61,14 +61,14 @@ def compress_trained(config: Config, data: Data) -> Compressed:
   Raises:
     ConfigError: see `dense_start`, `allocate` and `fold_pretrained`.
   """
-  _, dense, is_head_drawn = dense_start(config.pretrained or "", config, data)
-  if config.dense:
-    return Compressed(config, dense, [])
-  if jax.process_count() > 1:
+  if jax.process_count() > 1 and not config.dense:
     raise ConfigError(
       "each process would fold on texts of its own; fold in one process, and "
       "resume that run in several"
     )
+  _, dense, is_head_drawn = dense_start(config.pretrained or "", config, data)
+  if config.dense:
+    return Compressed(config, dense, [])
   # A stopped run that begins again has its plan, with heads.
   heads, config = config.model.heads, config_lib.unshrunk(config)
   config.model.heads = heads

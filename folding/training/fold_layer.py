@@ -59,8 +59,8 @@ def fold_layer(
   block = make_block(config, n)
   attn, report = _fold_attention(config, n, old, stream, sensitivity_DD)
   new = {**old, "attn": attn}
-  # Without the old W_V the old W_O is not a prior. Heads with other values serve
-  # the layer's own output better than the errors of the layers below.
+  # Beside other values W_O has no prior, and does not correct the layers below:
+  # it is fitted to the output of the dense layer on the same input.
   has_prior = layer.values == "dense"
   wanted = target
   if not has_prior:

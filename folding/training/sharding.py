@@ -155,7 +155,7 @@ def _place(mesh: Mesh, tree: Any, placed: Mapping[str, _Placement]) -> Any:
     owners = ("/".join(parts[start:]) for start in range(len(parts)))
     owner = next((placed[name] for name in owners if name in placed), None)
     axes = _axes_like(leaf.shape, owner, mesh) if owner else ()
-    # All axes named, as NamedSharding compares them so.
+    # Name all axes: otherwise equal shardings would not compare as equal.
     axes = (*axes, *(None,) * (len(leaf.shape) - len(axes)))
     return NamedSharding(mesh, PartitionSpec(*axes))
 
