@@ -454,7 +454,9 @@ class Config:
     self._check_task()
     self._check_run()
     self._check_fold()
-    self._check_compression()
+    self._check_fpp()
+    self._check_plan()
+    self._check_prune()
 
   def _check_task(self) -> None:
     m = self.model
@@ -599,8 +601,8 @@ class Config:
         "use model.norm='rmsnorm', more groups, or fold.axis='output'"
       )
 
-  def _check_compression(self) -> None:
-    f, prune, is_new = self.fpp, self.compress.prune, self.pretrained is None
+  def _check_fpp(self) -> None:
+    f = self.fpp
     if f.linear_layers is not None:
       self.model.by_layer(f.linear_layers, "fpp.linear_layers")
     values = self.model.by_layer(self.fold.values, "fold.values")
@@ -611,28 +613,56 @@ class Config:
         "fpp.attention='heads' needs heads with keys and values of their own; "
         "use fold.values='dense' and model.num_kv_heads=0"
       )
-    is_trained_classifier = self.task != "lm" and not is_new
+    is_trained_classifier = self.task != "lm" and self.pretrained is not None
     if f.embedding_granularity == "trim" and not is_trained_classifier:
       raise ConfigError(
         "fpp.embedding_granularity='trim' removes tokens from the tokenizer of a "
         "trained classifier; set pretrained=PATH, or use 'row' or 'weight'"
       )
-    if self.has_open_rank and self.compress.plan == "same":
+
+  def _check_plan(self) -> None:
+    f, compress = self.fpp, self.compress
+    if compress.plan == "same":
+      if self.has_open_rank:
+        raise ConfigError(
+          "fpp.embedding_granularity='rank' needs compress.plan='auto', which "
+          "chooses the rank, or fold.embedding_rank; 'trim' and 'weight' need "
+          "neither"
+        )
+      if compress.qkv is not None:
+        raise ConfigError(
+          "compress.qkv is for compress.plan='auto'; without it use fold.groups "
+          "and fold.values"
+        )
+      return
+    if self.pretrained is None:
       raise ConfigError(
-        "fpp.embedding_granularity='rank' needs compress.plan='auto', which "
-        "chooses the rank, or fold.embedding_rank; 'trim' and 'weight' need "
-        "neither"
+        "compress.plan='auto' measures a trained model; set pretrained=PATH"
       )
-    by_errors = self.has_open_rank and self.compress.embedding == "errors"
+    by_errors = self.has_open_rank and compress.embedding == "errors"
     if by_errors and f.overall is None:
       raise ConfigError(
         "compress.embedding='errors' needs fpp.overall; use 'share' beside "
         "fpp.linear and fpp.embedding"
       )
-    self._check_plan()
+    attention = "none" if f.granularity == "neuron" else "output"
+    if f.attention != attention or f.linear_layers:
+      raise ConfigError(
+        "compress.plan='auto' decides how W_O and the MLP are pruned; use "
+        f"fpp.attention={attention!r} beside fpp.granularity={f.granularity!r}, "
+        "and leave out fpp.linear_layers"
+      )
+    if f.granularity == "neuron" and compress.qkv is not None:
+      raise ConfigError(
+        "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
+        "makes smaller together; use fpp.overall"
+      )
+
+  def _check_prune(self) -> None:
+    f, prune = self.fpp, self.compress.prune
     if prune == "none":
       return
-    if is_new:
+    if self.pretrained is None:
       raise ConfigError(
         f"compress.prune={prune!r} prunes a trained model; set pretrained=PATH"
       )
@@ -660,32 +690,6 @@ class Config:
       raise ConfigError(
         f"compress.prune={prune!r} has no moments of the sums that "
         "fold.axis='input' makes; use fpp.attention='output'"
-      )
-
-  def _check_plan(self) -> None:
-    f, compress = self.fpp, self.compress
-    if compress.plan == "same":
-      if compress.qkv is not None:
-        raise ConfigError(
-          "compress.qkv is for compress.plan='auto'; without it use fold.groups "
-          "and fold.values"
-        )
-      return
-    if self.pretrained is None:
-      raise ConfigError(
-        "compress.plan='auto' measures a trained model; set pretrained=PATH"
-      )
-    attention = "none" if f.granularity == "neuron" else "output"
-    if f.attention != attention or f.linear_layers:
-      raise ConfigError(
-        "compress.plan='auto' decides how W_O and the MLP are pruned; use "
-        f"fpp.attention={attention!r} beside fpp.granularity={f.granularity!r}, "
-        "and leave out fpp.linear_layers"
-      )
-    if f.granularity == "neuron" and compress.qkv is not None:
-      raise ConfigError(
-        "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
-        "makes smaller together; use fpp.overall"
       )
 
 
