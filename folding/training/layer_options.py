@@ -270,9 +270,8 @@ def _values_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
     options = [(every, Option("dense", num_weights(attn, arrays), 0.0))]
   asked = config_lib.layers_of(m, config.fold)[trial.n].values
   if asked != "dense":
-    alone: dict[str, Any] = {"fold.groups": 0, "fold.values": asked}
-    alone |= {"fold.value_rank": 0, "compress.fit_steps": 0}
-    folded = edited(config, alone)
+    alone = {"fold.groups": 0, "fold.values": asked, "fold.value_rank": 0}
+    folded = edited(config, {**alone, "compress.fit_steps": 0})
     new, _ = fold_layer(
       folded, trial.n, trial.old, trial.stream, target=trial.target
     )

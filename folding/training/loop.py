@@ -52,6 +52,8 @@ from folding.training.progress import (
 )
 from folding.training.step import Program, TrainState
 
+Teacher = tuple[Transformer, Any]  # model and parameters
+
 
 class Run(Program):
   """A `Program` with its data: all functions of config and data.
@@ -101,9 +103,13 @@ class Run(Program):
     placed = jax.device_put(params, self.state_shardings.params)
     return jax.jit(init, out_shardings=self.state_shardings)(placed)
 
-  def place_teacher(self, params: Any) -> Any:
-    """Returns a teacher's parameters on the mesh, split by their own shapes."""
-    return jax.device_put(params, sharding.tree_shardings(self.mesh, params))
+  def placed(self, teacher: Teacher | None) -> Teacher | None:
+    """Returns a teacher with its parameters on the mesh, by their own shapes."""
+    if teacher is None:
+      return None
+    model, params = teacher
+    shardings = sharding.tree_shardings(self.mesh, params)
+    return model, jax.device_put(params, shardings)
 
   def compacted(
     self, state: TrainState, step: int
@@ -150,7 +156,7 @@ class Run(Program):
     params: Any,
     split: str,
     limit: int | None = None,
-    teacher: tuple[Transformer, Any] | None = None,
+    teacher: Teacher | None = None,
   ) -> dict[str, Any]:
     """Returns the metrics of a split.
 
@@ -203,7 +209,7 @@ class Run(Program):
     self,
     batches: Iterable[dict[str, Any]],
     split: str,
-    teacher: tuple[Transformer, Any] | None,
+    teacher: Teacher | None,
   ) -> Iterator[dict[str, Any]]:
     """Yields batches with the teacher's vectors, computed once per split."""
     assert teacher is not None
@@ -422,15 +428,14 @@ def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
 
 def _train(
   start: Start,
-  teacher: tuple[Transformer, Any] | None,
+  teacher: Teacher | None,
   workdir: str,
   checkpoints: Checkpoints,
 ) -> dict[str, Any]:
   """Trains to the last step, tests the best checkpoint, returns the result."""
   run, first_step, state = start
   config, t = run.config, run.config.train
-  if teacher is not None:
-    teacher = teacher[0], run.place_teacher(teacher[1])
+  teacher = run.placed(teacher)
   teacher_model, teacher_params = teacher or (None, None)
   steps = run.steps(teacher_model)
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
@@ -581,7 +586,7 @@ def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
     this, step, state = restore(this, checkpoints, best=True)
   teacher = None
   if this.config.task == "embed":
-    teacher = teacher_of(this.config, this.data)
+    teacher = this.placed(teacher_of(this.config, this.data))
   metrics = this.evaluate(state.params, split, teacher=teacher)
   return {"split": split, "checkpoint_step": step, **metrics}
 
