@@ -55,10 +55,10 @@ _TPUS = {
   "v6e": _Tpu(32, 2, 1, 1.75e9),
 }
 
-# Unless layers are scanned, a few of many that are alike are compiled and the
-# rest extrapolated. Not one, beside which the TPU compiler has no other layer to
-# overlap.
-_MANY, _FEW = 7, (2, 4)
+# A few of many layers that are alike are compiled and the rest extrapolated:
+# {whether they are scanned: (how many are many, those to compile)}. Not one,
+# beside which the TPU compiler has no other layer to overlap.
+_MANY = {False: (7, (2, 4)), True: (40, (8, 16))}
 _PER_LAYER = {
   "model": ("mlp_width", "dense_mlp_width", "heads"),
   "fold": ("groups", "values", "value_rank"),
@@ -163,8 +163,9 @@ def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
 def plan(config: Config, devices: Devices) -> dict[str, Any]:
   """Returns the memory, work and traffic of a training step on each device.
 
-  Models of seven layers or more that are alike and not scanned are compiled with
-  two and with four layers, and their figures extrapolated.
+  Models of seven layers or more that are alike are compiled with two and with
+  four layers, and their figures extrapolated. If layers are scanned, those of 40
+  or more are, from eight and 16.
 
   Args:
     config: Resolved.
@@ -225,11 +226,10 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 def _counts(config: Config) -> list[int]:
   """Returns the numbers of layers to compile; none if all layers are."""
   layers = config_lib.layers_of(config.model, config.fold)
-  if config.model.scan_layers or len(layers) < _MANY:
-    return []
+  many, few = _MANY[config.model.scan_layers]
   targets = set(config.fpp.linear_layers or ())
   is_alike = len(set(layers)) == 1 and len(targets) <= 1
-  return list(_FEW) if is_alike else []
+  return list(few) if is_alike and len(layers) >= many else []
 
 
 def _shortened(program: Program, count: int) -> Program:

@@ -277,18 +277,21 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_mask_update", [False, True])
+@pytest.mark.parametrize(
+  ("is_mask_update", "scans"), [(False, False), (True, False), (True, True)]
+)
 def test_extrapolation_agrees_with_the_whole_model(
-  is_mask_update, config, monkeypatch
+  is_mask_update, scans, config, monkeypatch
 ):
   data = c.DataConfig(length=16, batch_size=16, vocab_size=128)
   config = alike(config, 7, data=data)
+  config.model.scan_layers = scans
   mesh = sharding.make_mesh(config.mesh)
   program = Program(config, mesh, vocab_size=128, num_classes=0)
   devices = plan_lib.find_devices("cpu-8")
   found = []
   for many in (7, 8):
-    monkeypatch.setattr(plan_lib, "_MANY", many)
+    monkeypatch.setitem(plan_lib._MANY, scans, (many, (2, 4)))
     found.append(
       plan_lib.measure(program, devices, is_mask_update=is_mask_update)
     )
