@@ -64,15 +64,14 @@ class Data:
 
   Attributes:
     tokenizer: Text to ids; its vocabulary is that of the model.
-    num_classes: Number of outputs of the head; 0 without a head.
-    label_names: Names of the outputs, classes in id order; () without a head.
-    num_bytes: UTF-8 bytes of text behind the targets of each split ("lm"). An
-      end token stands for 0 bytes. The summed loss in nats of an evaluation /
-      ln 2 / num_bytes is bits per byte. {} for other tasks.
-    num_examples: Number of windows or rows of each split.
     digest: SHA-256 of all text and labels, in hexadecimal.
     config: Batch sizes and the like.
     examples: Ids of all splits, cut into batches.
+    num_bytes: UTF-8 bytes of text behind the targets of each split ("lm"). An
+      end token stands for 0 bytes. The summed loss in nats of an evaluation /
+      ln 2 / num_bytes is bits per byte. {} for other tasks.
+    label_names: Names of the head's outputs, classes in id order; () without a
+      head.
     pair: Columns of pairs; None for single texts.
     scores: float32[pairs] of `data.sts`, whose texts are the split "sts": all
       the first ones, then all the second ones. None without.
@@ -80,21 +79,29 @@ class Data:
   """
 
   tokenizer: Tokenizer
-  num_classes: int
-  label_names: tuple[str, ...]
-  num_bytes: dict[str, int]
-  num_examples: dict[str, int]
   digest: str
   config: DataConfig
   examples: "_Windows | _Rows"
+  num_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+  label_names: tuple[str, ...] = ()
   pair: tuple[str, str] | None = None
   scores: np.ndarray | None = None
   texts: sources.Texts | None = None
 
   @property
+  def num_classes(self) -> int:
+    """Number of outputs of the head; 0 without a head."""
+    return len(self.label_names)
+
+  @property
+  def num_examples(self) -> dict[str, int]:
+    """Number of windows or rows of each split."""
+    return self.examples.sizes
+
+  @property
   def has_segments(self) -> bool:
     """Whether batches have "segments"."""
-    return isinstance(self.examples, _Rows) and self.examples.has_segments
+    return self.examples.has_segments
 
   def train_batch(self, step: int) -> Batch:
     """Returns the batch of a step, a function of (config, seed, step)."""
@@ -196,13 +203,10 @@ def _data_of_windows(
   examples = _Windows(tokens.streams, tokenizer, data, seed=seed, share=share)
   return Data(
     tokenizer=tokenizer,
-    num_classes=0,
-    label_names=(),
-    num_bytes=tokens.num_bytes,
-    num_examples=examples.sizes,
     digest=tokens.digest,
     config=data,
     examples=examples,
+    num_bytes=tokens.num_bytes,
   )
 
 
@@ -229,13 +233,10 @@ def _data_of_rows(
   examples = _Rows(texts, tokenizer, data, seed=seed, share=share, whole=whole)
   return Data(
     tokenizer=tokenizer,
-    num_classes=len(texts.label_names),
-    label_names=texts.label_names,
-    num_bytes={},
-    num_examples=examples.sizes,
     digest=_digest(texts, scores),
     config=data,
     examples=examples,
+    label_names=texts.label_names,
     pair=texts.pair,
     scores=scores,
     texts=kept,
@@ -286,6 +287,7 @@ class _Windows:
   """
 
   unit = "windows"
+  has_segments = False
 
   def __init__(
     self,
