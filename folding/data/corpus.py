@@ -358,20 +358,23 @@ class _Rows:
   Attributes:
     files: In this order.
     column: Of the text.
-    chosen: Which rows; None: all.
-    num_bytes: UTF-8 bytes of the rows, before a limit.
     digests: uint64 hash of each row of the files.
     sizes: UTF-8 bytes of each row of the files.
+    chosen: Whether each row of the files is one of these.
     limit: Most bytes; None: all.
   """
 
   files: tuple[pathlib.Path, ...]
   column: str
-  chosen: np.ndarray | None
-  num_bytes: int
   digests: np.ndarray
   sizes: np.ndarray
+  chosen: np.ndarray
   limit: int | None = None
+
+  @property
+  def num_bytes(self) -> int:
+    """UTF-8 bytes of the chosen rows, before a limit."""
+    return int(self.sizes[self.chosen].sum())
 
   def documents(self) -> Iterator[Document]:
     """Yields the chosen rows, up to the limit."""
@@ -392,12 +395,10 @@ class _Rows:
       count = round(fraction * len(self.digests))
       taken, runs = sources.take(runs, count, lambda run: run[1])
       part[[run for run, _ in taken]] = number
-    found = {}
-    for number, split in enumerate(("train", *fractions)):
-      chosen = part[group] == number
-      size = int(self.sizes[chosen].sum())
-      found[split] = dataclasses.replace(self, chosen=chosen, num_bytes=size)
-    return found
+    return {
+      split: dataclasses.replace(self, chosen=part[group] == number)
+      for number, split in enumerate(("train", *fractions))
+    }
 
   def limited(self, limit: int) -> "_Rows":
     """Returns the first bytes of the rows."""
@@ -411,24 +412,24 @@ def _rows(part: Sequence[pathlib.Path], data: DataConfig) -> _Rows:
     raise ConfigError(f"{part[0]} is empty")
   (column, *_), _ = rows.choose_columns(part[0], first, data, "lm")
   digests, sizes = [], []
-  for text in _texts(part, column, None):
+  for text in _texts(part, column):
     digests.append(int.from_bytes(python_stdlib.digest(text), "big"))
     sizes.append(len(text.encode("utf-8")))
   return _Rows(
-    tuple(part),
-    column,
-    None,
-    sum(sizes),
-    np.array(digests, np.uint64),
-    np.array(sizes, np.int64),
+    files=tuple(part),
+    column=column,
+    digests=np.array(digests, np.uint64),
+    sizes=np.array(sizes, np.int64),
+    chosen=np.ones(len(sizes), bool),
   )
 
 
 def _texts(
-  part: Sequence[pathlib.Path], column: str, chosen: np.ndarray | None
+  part: Sequence[pathlib.Path],
+  column: str,
+  chosen: Iterable[Any] = itertools.repeat(True),
 ) -> Iterator[str]:
   """Yields the texts of the chosen rows."""
-  for index, (line, row) in enumerate(local_files.rows_of(part, column)):
-    if chosen is None or chosen[index]:
-      place = f"{part[0]}:{line}"
-      yield rows.checked(row.get(column), column, place)
+  found = itertools.compress(local_files.rows_of(part, column), chosen)
+  for line, row in found:
+    yield rows.checked(row.get(column), column, f"{part[0]}:{line}")
