@@ -282,6 +282,7 @@ class _FPP:
     is_due=None,
     **kw,
   ):
+    """Returns what `update` does, where the compiler places arrays."""
     if self.tolerance is not None and value_fn is None:
       raise ValueError("fpp with a tolerance needs `value_fn` in update()")
     sites = make_sites(self.rules, params)

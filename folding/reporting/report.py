@@ -98,13 +98,12 @@ def load_run(workdir: str) -> Run:
   Raises:
     ConfigError: the folder is not a run, or one of its files is damaged.
   """
-  folder = pathlib.Path(workdir)
-  if not folder.is_dir():
-    raise ConfigError(f"there is no run directory {workdir!r}")
-  for name in ("config.json", "metrics.jsonl", "result.json"):
+  config, folder = run_dir.load_config(workdir), pathlib.Path(workdir)
+  for name in ("metrics.jsonl", "result.json"):
     if not (folder / name).is_file():
-      raise ConfigError(f"{workdir!r} is not a run directory: it has no {name}")
-  config = run_dir.load_config(workdir)
+      raise ConfigError(
+        f"{workdir} has no {name} yet; the first evaluation writes it"
+      )
   records = run_dir.read_metrics(str(folder / "metrics.jsonl"))
   path = str(folder / "result.json")
   values = run_dir.read_result(workdir)
