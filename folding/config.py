@@ -573,7 +573,7 @@ class Config:
         )
       if rank and kind != "dense":
         raise ConfigError(
-          f"fold.value_rank {rank} is of a dense W_V, and fold.values is "
+          f"fold.value_rank {rank} needs a dense W_V, and fold.values is "
           f"{kind!r} in that layer; set one of them"
         )
 

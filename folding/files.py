@@ -311,6 +311,8 @@ def call_in_file(where: str, function: str) -> Any:
   sys.path.insert(0, root)  # like a script, for `from configs import`
   try:
     spec.loader.exec_module(module)
+    if not hasattr(module, function):
+      raise ConfigError(f"{path!r} has no {function}()")
     return getattr(module, function)(*([argument] if colon else []))
   except ConfigError:
     raise

@@ -74,9 +74,16 @@ def test_damaged_json_is_refused(tmp_path, text):
     files.read_json(str(tmp_path / "a.json"), dict)
 
 
-def test_exit_in_a_file_of_the_user_is_an_error(tmp_path):
-  (tmp_path / "a.py").write_text("import sys\nsys.exit(7)\n")
-  with pytest.raises(ConfigError, match="SystemExit: 7"):
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("import sys\nsys.exit(7)\n", "SystemExit: 7"),
+    ("def get_study(): ...\n", r"a.py' has no get_config\(\)"),
+  ],
+)
+def test_file_of_the_user_that_fails_is_an_error(tmp_path, text, message):
+  (tmp_path / "a.py").write_text(text)
+  with pytest.raises(ConfigError, match=message):
     files.call_in_file(str(tmp_path / "a.py"), "get_config")
 
 
