@@ -142,9 +142,11 @@ def require_intact(folder: str, skip: Collection[str] = ()) -> bool:
     return False
   for name, value in expected.items():
     path = os.path.join(folder, name)
-    if name not in skip and file_checksum(path) != value:
+    if name not in skip and (found := file_checksum(path)) != value:
       raise ConfigError(
-        f"{path} differs from its checksum in {CHECKSUMS}: one of them was "
+        f"{path} is missing"
+        if found is None
+        else f"{path} differs from its checksum in {CHECKSUMS}: one of them was "
         "edited or is damaged"
       )
   return True
