@@ -10,10 +10,13 @@ from collections.abc import Iterable, Iterator
 import tokenizers
 
 _PIECE = 1 << 16  # characters, about
+_TRAINING_PIECE = 1 << 13  # training keeps the tokens of 256 pieces at once
 # Characters without an end of a piece, after which a text that is read in slices
 # is cut at a line end all the same.
 _LONGEST = 1 << 21
 _GROUP = 1 << 22  # characters that are encoded together, about
+# No match of our pattern has the end of a word and the space after it.
+_END_OF_WORD = re.compile(r"[A-Za-z](?= [A-Za-z])")
 # No match of our pattern, of GPT-2's or of a later one crosses a line break
 # between two texts.
 END_OF_LINE = re.compile(r"\S\n(?=\S)")
@@ -40,6 +43,12 @@ def find_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     return END_OF_LINE
   except Exception:  # it cannot encode one of these; no class of its own
     return None
+
+
+def for_training(texts: Iterable[str]) -> Iterator[str]:
+  """Yields the pieces of texts from which a tokenizer of ours is trained."""
+  for text in texts:
+    yield from _cut(text, _END_OF_WORD, _TRAINING_PIECE)
 
 
 def groups(
@@ -82,11 +91,13 @@ def of_slices(
   yield left
 
 
-def _cut(text: str, end: re.Pattern[str] | None) -> Iterator[str]:
+def _cut(
+  text: str, end: re.Pattern[str] | None, size: int = _PIECE
+) -> Iterator[str]:
   """Yields the pieces of a text."""
   start = 0
-  while end is not None and len(text) - start > _PIECE:
-    match = end.search(text, start + _PIECE)
+  while end is not None and len(text) - start > size:
+    match = end.search(text, start + size)
     if match is None:
       break
     yield text[start : match.end()]

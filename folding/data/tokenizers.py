@@ -378,7 +378,7 @@ def train_tokenizer(data: DataConfig, texts: Iterable[Text]) -> Tokenizer:
       initial_alphabet=alphabet,
       show_progress=False,
     )
-    inner.train_from_iterator(flat(texts), trainer)
+    inner.train_from_iterator(pieces.for_training(flat(texts)), trainer)
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
   first = texts[0] if isinstance(texts, Sequence) and texts else ""
   if not isinstance(first, str):

@@ -446,6 +446,20 @@ def test_pieces_of_lines_encode_as_the_whole(tmp_path, kind, text):
   assert [i for part in found for i in part.ids] == whole.ids
 
 
+def test_training_on_pieces_of_a_text_equals_training_on_the_whole(monkeypatch):
+  rng = np.random.default_rng(0)
+  parts = ["a", "b", "word", " ", "  ", "\n", " \n ", ". ", "7", "é", "'s"]
+  text = "".join(rng.choice(parts, 4000))
+
+  def trained(size):
+    monkeypatch.setattr(pieces, "_TRAINING_PIECE", size)
+    return tokenizers.train_tokenizer(
+      DataConfig(vocab_size=400), [text]
+    ).to_json()
+
+  assert trained(5) == trained(len(text))
+
+
 def test_a_space_before_a_text_is_not_put_before_pieces(tmp_path):
   inner = hf.Tokenizer(models.WordLevel({"a": 0, "\u2581a": 1, "\n": 2}, "a"))
   space = pre_tokenizers.Metaspace(prepend_scheme="first")
