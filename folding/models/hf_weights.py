@@ -71,12 +71,12 @@ _EMBED_PROJECT = Kind("D e -> e D", "D -> D")
 _POOLER = Kind("E D -> D E", "E -> E")
 _CLASSES = Kind("C D -> D C", "C -> C")
 _BARE_CLASSES = Kind("C D -> D C")
-_HEADS_IN_ONE_ROWS = Kind("tHK D -> t D H K")
-_UPS_IN_ONE = Kind("tF D -> t D F")
-_HEADS_IN_ONE_BY_HEAD = Kind("HtK D -> t D H K", "HtK -> t H K")
 _LM_HEAD = Kind("V D -> D V")
+_FUSED_QKV = Kind("tHK D -> t D H K")
+_FUSED_QKV_BY_HEAD = Kind("HtK D -> t D H K", "HtK -> t H K")
+_FUSED_UP = Kind("tF D -> t D F")
 # GPT-2's Conv1D kernels are [in, out], as ours.
-_HEADS_IN_ONE = Kind("D tHK -> t D H K", "tHK -> t H K")
+_CONV_QKV = Kind("D tHK -> t D H K", "tHK -> t H K")
 _CONV_FROM_HEADS = Kind("HK D -> H K D", "D -> D")
 _CONV_UP = Kind("D F -> D F", "F -> F")
 _CONV_DOWN = Kind("F D -> F D", "D -> D")
@@ -258,7 +258,7 @@ LAYOUTS: dict[str, Layout] = {
     blocks="h",
     block=(
       ("norm_attn", "ln_1", _NORM),
-      ("attn/q attn/k attn/v", "attn.c_attn", _HEADS_IN_ONE),
+      ("attn/q attn/k attn/v", "attn.c_attn", _CONV_QKV),
       ("attn/o", "attn.c_proj", _CONV_FROM_HEADS),
       ("norm_mlp", "ln_2", _NORM),
       ("mlp/up", "mlp.c_fc", _CONV_UP),
@@ -280,10 +280,10 @@ LAYOUTS: dict[str, Layout] = {
     blocks="layers",
     block=(
       ("norm_attn", "attn_norm", _RMS_NORM),
-      ("attn/q attn/k attn/v", "attn.Wqkv", _HEADS_IN_ONE_ROWS),
+      ("attn/q attn/k attn/v", "attn.Wqkv", _FUSED_QKV),
       ("attn/o", "attn.Wo", _FROM_HEADS._replace(bias="")),
       ("norm_mlp", "mlp_norm", _RMS_NORM),
-      ("mlp/gate mlp/up", "mlp.Wi", _UPS_IN_ONE),
+      ("mlp/gate mlp/up", "mlp.Wi", _FUSED_UP),
       ("mlp/down", "mlp.Wo", _DOWN._replace(bias="")),
     ),
     classifier=(
@@ -323,11 +323,7 @@ LAYOUTS: dict[str, Layout] = {
     blocks="layers",
     block=(
       ("norm_attn", "input_layernorm", _NORM),
-      (
-        "attn/q attn/k attn/v",
-        "attention.query_key_value",
-        _HEADS_IN_ONE_BY_HEAD,
-      ),
+      ("attn/q attn/k attn/v", "attention.query_key_value", _FUSED_QKV_BY_HEAD),
       ("attn/o", "attention.dense", _FROM_HEADS),
       ("norm_mlp", "post_attention_layernorm", _NORM),
       ("mlp/up", "mlp.dense_h_to_4h", _UP),
@@ -551,23 +547,7 @@ def import_params(
   needed = {find(t.name): _their_shape(t, sizes) for t in table}
   segments = (described.token_types, sizes["e"])
   needed |= {find(t.plus): segments for t in table if t.plus}
-  unused = re.compile(LAYOUTS[described.layout].unused)
-  others = [name for name in shapes if name not in needed]
-  missing = [name for name in needed if name not in shapes]
-  if missing:
-    raise ConfigError(f"tensor {_first(missing)} is missing")
-  for name, shape in needed.items():
-    if tuple(shapes[name]) != shape:
-      raise ConfigError(
-        f"tensor {name} is of shape {list(shapes[name])}; config.json asks for "
-        f"{list(shape)}"
-      )
-  left = [x for x in others if not unused.fullmatch(x.removeprefix(prefix))]
-  if left:
-    raise ConfigError(
-      f"tensor {_first(left)} has no place in a {described.family} model with "
-      "this config.json"
-    )
+  others = _check_tensors(described, shapes, needed)
   if head == "lm" and described.config.tie_embeddings:
     output = f"{LAYOUTS[described.layout].lm_head}.weight"
     _check_tied(output, find(table[0].name), shapes, read)
@@ -588,6 +568,33 @@ def import_params(
   if is_bare and described.config.use_bias:
     flat["head/bias"] = np.zeros(sizes["C"], np.float32)
   return traverse_util.unflatten_dict(flat, sep="/"), others
+
+
+def _check_tensors(
+  described: Description,
+  shapes: Mapping[str, tuple[int, ...]],
+  needed: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+  """Returns the names of the tensors that ours does not need."""
+  missing = [name for name in needed if name not in shapes]
+  if missing:
+    raise ConfigError(f"tensor {_first(missing)} is missing")
+  for name, shape in needed.items():
+    if tuple(shapes[name]) != shape:
+      raise ConfigError(
+        f"tensor {name} is of shape {list(shapes[name])}; config.json asks for "
+        f"{list(shape)}"
+      )
+  layout = LAYOUTS[described.layout]
+  others = [name for name in shapes if name not in needed]
+  bare = {name: name.removeprefix(layout.prefix) for name in others}
+  left = [x for x in others if not re.fullmatch(layout.unused, bare[x])]
+  if left:
+    raise ConfigError(
+      f"tensor {_first(left)} has no place in a {described.family} model with "
+      "this config.json"
+    )
+  return others
 
 
 def _check_tied(
