@@ -68,7 +68,8 @@ def _class(label: Any, place: str) -> str:
     or (is_number(name) and not is_whole)
   ):
     raise ConfigError(
-      f"{place}: the label {label!r} is neither a text nor a whole number"
+      f"{place}: the label {label!r} is neither a text nor a whole number; a "
+      "score needs task 'regress'"
     )
   return require_utf8(name, place)
 

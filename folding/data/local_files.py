@@ -290,7 +290,10 @@ def _csv_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
   try:
     columns = next(filter(None, reader), [])
     if len(columns) == 1 and any(c in columns[0] for c in ";\t"):
-      raise ConfigError(f"{file}: columns are not separated by commas")
+      raise ConfigError(
+        f"{file}: columns are not separated by commas; write commas, or a .tsv "
+        "with tabs"
+      )
     cells = ((reader.line_num, row) for row in reader if row)
     yield from _with_columns(file, columns, cells)
   except csv.Error as error:
