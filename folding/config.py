@@ -760,30 +760,13 @@ def llama(**fields: Any) -> ModelConfig:
 
 
 # What a preset decides for fields of `fold` and `fpp` that are None. `overall`
-# does not apply if `linear`, `linear_layers` or `embedding` is set; these do if it
-# is None.
-PRESETS: dict[Preset, dict[str, Any]] = {
-  "none": {
-    "groups": 0,
-    "values": "dense",
-    "overall": None,
-    "linear": 0.0,
-    "embedding": 0.0,
-  },
-  "moderate": {
-    "groups": 0,
-    "values": "diagonal",
-    "overall": 0.3,
-    "linear": 0.0,
-    "embedding": 0.0,
-  },
-  "paper": {
-    "groups": 1,
-    "values": "diagonal",
-    "overall": 0.7,
-    "linear": 0.7,
-    "embedding": 0.7,
-  },
+# does not apply if `linear`, `linear_layers` or `embedding` is set; `linear` and
+# `embedding` do if it is None.
+_DECIDED = "groups", "values", "overall", "linear", "embedding"
+PRESETS: dict[Preset, tuple[Any, ...]] = {
+  "none": (0, "dense", None, 0.0, 0.0),
+  "moderate": (0, "diagonal", 0.3, 0.0, 0.0),
+  "paper": (1, "diagonal", 0.7, 0.7, 0.7),
 }
 
 
@@ -800,11 +783,12 @@ def resolve(config: Config) -> Config:
     if c.distill.teacher is None:  # it would be the untrained model
       c.distill = DistillConfig()
   m, f = c.model, c.fpp
+  preset = dict(zip(_DECIDED, PRESETS[c.preset], strict=True))
 
   def fill(section, *names):
     for name in names:
       if getattr(section, name) is None:
-        setattr(section, name, PRESETS[c.preset][name])
+        setattr(section, name, preset[name])
 
   fill(c.fold, "groups", "values")
   if f.linear is None and f.linear_layers is None and f.embedding is None:
