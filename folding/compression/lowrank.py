@@ -184,7 +184,8 @@ def fold_heads(
     u_REG = (u[:, :groups] * scale).reshape(H // J, E, groups)
     new_q[:, of_j] = (unroot_q @ u_REG).transpose(1, 0, 2)
     new_k[:, j] = unroot_k @ (v[:, :groups] * scale)
-  return FoldedHeads(_split(new_q, q), _split(new_k, k), _share(kept, total))
+  D = len(q["kernel"])
+  return FoldedHeads(_split(new_q, D), _split(new_k, D), _share(kept, total))
 
 
 def fold_rotary_heads(
@@ -255,11 +256,10 @@ def fold_rotary_heads(
     both = np.concatenate([chosen, chosen + half])
     new_q[:, of_j] = a_EHK[:, of_j][:, :, both]
     new_k[:, j] = b_EJK[:, j][:, both]
-  scale = (groups / K) ** 0.5
-  new_q, new_k = new_q * scale, new_k * scale
+  scale, D = (groups / K) ** 0.5, len(q["kernel"])
   return FoldedHeads(
-    _split(new_q, q),
-    _split(new_k, k),
+    _split(new_q * scale, D),
+    _split(new_k * scale, D),
     _share(kept, total),
     new_frequency.astype(np.float32),
   )
@@ -331,7 +331,7 @@ def fold_values(
     new_v = np.einsum("EJK,JKr->EJr", a_EJK, t_JKr)
     mix = np.asarray(scipy.linalg.block_diag(*np.repeat(t_JKr, R, axis=0)))
     new_o, wrong = _fit_output(o, moments, mix, rank)
-    yield FoldedValues(_split(new_v, v), new_o, wrong)
+    yield FoldedValues(_split(new_v, len(v["kernel"])), new_o, wrong)
 
 
 def fit_heads(
@@ -401,11 +401,7 @@ def fold_input_rows(
   rows = solve_ridge(
     sums @ moment @ sums.T, sums @ moment @ w_EHK.reshape(E, -1)
   )
-  rows = rows.reshape(-1, H, K)
-  folded = {"kernel": rows[:groups].astype(np.float32)}
-  if E > D:
-    folded["bias"] = rows[groups].astype(np.float32)
-  return folded
+  return _split(rows.reshape(-1, H, K), groups)
 
 
 class Regression(NamedTuple):
@@ -499,10 +495,10 @@ def _augmented(projection: Projection) -> np.ndarray:
   return np.concatenate(rows)
 
 
-def _split(w_EHG: np.ndarray, like: Projection) -> dict[str, np.ndarray]:
-  D = like["kernel"].shape[0]
+def _split(w_EHG: np.ndarray, D: int) -> dict[str, np.ndarray]:
+  """Returns the kernel [D, H, G], and the row after it, if any, as the bias."""
   parts = {"kernel": w_EHG[:D].astype(np.float32)}
-  if "bias" in like:
+  if len(w_EHG) > D:
     parts["bias"] = w_EHG[D].astype(np.float32)
   return parts
 

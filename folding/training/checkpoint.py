@@ -239,14 +239,8 @@ class Checkpoints:
     """Returns the (step, state) of the lowest loss.
 
     If no save had a loss, or the best is damaged, it takes the newest that can
-    be read. Damaged checkpoints stay where they are.
-
-    Args:
-      like: As for `restore`, or a function that returns it for a step.
-
-    Raises:
-      ConfigError: there is no checkpoint yet.
-      TrainingError: there are checkpoints, but none can be read.
+    be read. Damaged checkpoints stay where they are. Arguments and errors are
+    those of `restore_latest`.
     """
     return self._restore_first(_best_first(self._folder, self.steps()), like)
 
