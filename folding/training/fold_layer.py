@@ -90,14 +90,7 @@ def _fold_attention(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the attention of a folded layer, and the layer's report so far.
 
-  W_O still has to be fitted.
-
-  Args:
-    config: Resolved.
-    n: Number of the layer.
-    old: Its dense parameters.
-    stream: Input of the folded layer.
-    sensitivity_DD: As for `fold_layer`.
+  W_O still has to be fitted. The arguments are those of `fold_layer`.
   """
   m, layer = config.model, layers_of(config.model, config.fold)[n]
   dense = make_block(dense_baseline(config), n)
