@@ -375,7 +375,7 @@ class _Rows:
     self._seconds = {split: found.seconds for split, found in rows.items()}
     self.has_segments = rows["train"].has_segments
     self.train_ids = self._ids["train"]
-    self.sizes = {split: len(rows) for split, rows in self._ids.items()}
+    self.sizes = {split: len(ids) for split, ids in self._ids.items()}
     self._buckets = bucket_lengths(data.length)
     sizes = self._lengths("train", np.arange(self.sizes["train"]))
     self._bucket_of = np.searchsorted(self._buckets, sizes)

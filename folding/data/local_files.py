@@ -183,11 +183,11 @@ def _tsv_rows(
   Without one, a line is `label<TAB>text`. Quotes are plain characters.
   """
   lines = list(_lines(_text(file)))
-  columns = lines[0][1].split("\t")
-  is_repeated = any(line == lines[0][1] for _, line in lines[1:])
-  if _is_header(columns, data, task) and not (
-    len(columns) == 2 and is_repeated
-  ):
+  first, others = lines[0][1], [line for _, line in lines[1:]]
+  columns = first.split("\t")
+  # A header does not occur again; label<TAB>text that looks like one may.
+  is_row = len(columns) == 2 and first in others
+  if _is_header(columns, data, task) and not is_row:
     cells = [(number, line.split("\t")) for number, line in lines[1:]]
     return list(_with_columns(file, columns, cells)), True
   if named := _named_columns(data):

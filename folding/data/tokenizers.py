@@ -336,14 +336,13 @@ def _second_segment(type_ids: Sequence[int]) -> int:
 def train_tokenizer(data: DataConfig, texts: Iterable[Text]) -> Tokenizer:
   """Trains or loads a tokenizer.
 
-  If the texts are pairs, a new one puts an end token between the two.
-
   "bytes" has the 256 bytes and two special tokens. "bpe" merges frequent pairs
   until there are `data.vocab_size` tokens or no pair occurs twice. Any other
-  value is the path of a tokenizer.json, and the texts are unused.
+  value is the path of a tokenizer.json, and the texts are unused. If the texts
+  are pairs, a new tokenizer puts an end token between the two.
 
   Args:
-    data: `tokenizer` and `vocab_size` count.
+    data: Only `tokenizer` and `vocab_size` are read.
     texts: The training split; pairs in a sequence.
 
   Raises:

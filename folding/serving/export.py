@@ -23,13 +23,11 @@ from folding import config as config_lib
 from folding import files, paths
 from folding.config import Config
 from folding.data.tokenizers import Tokenizer
+from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
 from folding.serving.hf_export import export_hf as export_hf
 from folding.serving.loaded import (
-  CONFIG,
   FORMAT,
   SCHEMA,
-  TOKENIZER,
-  WEIGHTS,
   Loaded,
   file_sha256,
   require_shapes,

@@ -20,8 +20,9 @@ from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
+from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
-from folding.serving.loaded import TOKENIZER, Loaded, sizes
+from folding.serving.loaded import Loaded, sizes
 
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
 _ENCODER_TOKENS = {

@@ -22,6 +22,7 @@ from folding.config import UNLABELLED, Config
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
 from folding.errors import ConfigError, reason
 from folding.models import hf_weights, sentence
+from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.serving.batched import outputs, require_several, require_size
@@ -30,8 +31,6 @@ from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
 
 FORMAT, SCHEMA = "folding", 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)

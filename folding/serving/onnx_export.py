@@ -31,8 +31,9 @@ from folding.errors import ConfigError
 from folding.models import hf_config, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.exact_attention import relative_buckets
+from folding.models.hf_weights import CONFIG, TOKENIZER
 from folding.serving.hf_export import tokenizer_options
-from folding.serving.loaded import CONFIG, TOKENIZER, Loaded
+from folding.serving.loaded import Loaded
 from folding.version import __version__
 
 MODEL = "model.onnx"

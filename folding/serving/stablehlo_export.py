@@ -10,7 +10,8 @@ from jax import export as jax_export
 from folding import files
 from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
-from folding.serving.loaded import TOKENIZER, Loaded
+from folding.models.hf_weights import TOKENIZER
+from folding.serving.loaded import Loaded
 
 STABLEHLO, META = "model.stablehlo", "meta.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
