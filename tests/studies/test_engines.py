@@ -71,21 +71,27 @@ def interrupt_after_checkpoint(trial):
   os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_pool_resumes_what_ctrl_c_stopped(tmp_path):
-  study = make_study(tmp_path, "dense", "wanda")
+@pytest.mark.parametrize(
+  "names",
+  [("dense",), pytest.param(("dense", "wanda"), marks=pytest.mark.slow)],
+)
+def test_pool_resumes_what_ctrl_c_stopped(tmp_path, names):
+  study = make_study(tmp_path, *names)
   workdir = str(tmp_path / "study")
-  start, dense, wanda = study.trials(workdir)
-  in_background(interrupt_after_checkpoint, start)
+  first, *others = study.trials(workdir)
+  in_background(interrupt_after_checkpoint, first)
   with pytest.raises(KeyboardInterrupt):
     grid.run_study(study, workdir, grid.Pool(1))
-  assert "stopped by a signal" in read_log(start)
-  assert not any(trial.result for trial in (start, dense, wanda))
+  assert "stopped by a signal" in read_log(first)
+  assert not any(trial.result for trial in (first, *others))
   assert grid.run_study(study, workdir, grid.Pool(2)) == {}
-  assert "resumed at step" in read_log(start)
-  assert "resumed" not in read_log(dense) + read_log(wanda)
+  assert "resumed at step" in read_log(first)
+  assert not any("resumed" in read_log(trial) for trial in others)
   found = {row.method: row for row in collect(study, workdir)}
-  assert found["wanda"].compression == pytest.approx(0.5, abs=2e-3)
-  assert found["wanda"].steps == found["dense"].steps == 60
+  assert tuple(found) == names
+  assert {row.steps for row in found.values()} == {60}
+  if "wanda" in found:
+    assert found["wanda"].compression == pytest.approx(0.5, abs=2e-3)
 
 
 @pytest.mark.slow
