@@ -87,13 +87,16 @@ def _dense(kind):
   return paths.map_named(value, params)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # of all models that are equal
+def _apply(model, params, tokens, mask):
+  return model.apply({"params": params}, tokens, mask)
+
+
 def _logits(config, params, seed=9):
   """Returns logits of other text than that of calibration."""
   [batch] = _batches(1, seed, rows=48)
   model = make_model(config, V, num_classes=3)
-  logits = jax.jit(model.apply)(
-    {"params": params}, batch["tokens"], batch["mask"]
-  )
+  logits = _apply(model, params, batch["tokens"], batch["mask"])
   return np.asarray(logits[batch["mask"]] if logits.ndim == 3 else logits)
 
 
