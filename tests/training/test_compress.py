@@ -205,6 +205,7 @@ def test_resumed_fold_equals_an_uninterrupted_one(
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_default_recipe_makes_arrays_small(dense_run, topics):
   config = pretrained_config.get_config(f"{dense_run},0.4")
   config.data.path, config.compress.fit_steps = str(topics), 5
@@ -235,6 +236,10 @@ def test_one_call_compresses_a_model_that_exports_and_predicts(
     sum(w.size for w in jax.tree.leaves(x.params)) for x in (small, dense)
   ]
   assert sizes[0] <= 0.6 * sizes[1]
+  assert any(small.config.fold.value_rank)
+  for name, w in paths.flatten(small.params).items():
+    if name.endswith("kernel"):
+      assert np.count_nonzero(w) == w.size, name
   export(
     tmp_path / "small",
     small.config,
