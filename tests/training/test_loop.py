@@ -338,7 +338,7 @@ def test_classifier_learns_and_reports_accuracy(text_file, tmp_path, capsys):
   file.write_text("\n".join(rows) + "\n", encoding="utf-8")
   config = tiny_config(text_file, steps=20)
   config.task, config.data.path = "classify", str(file)
-  config.model.causal, config.model.num_layers = False, 1
+  config.dense, config.model.causal, config.model.num_layers = True, False, 1
   result = loop.run(config, str(tmp_path / "run"))
   assert "100% of the training texts fill data" in capsys.readouterr().out
   assert result["test"]["num_examples"] == 40

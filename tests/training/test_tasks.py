@@ -209,7 +209,7 @@ def test_several_labels_are_trained_from_scratch(text_file, tmp_path):
   file.write_text("\n".join(map(json.dumps, rows)))
   config = tiny_config(text_file, steps=4, eval_every=2, metric="accuracy")
   config.task, config.data.path = "multilabel", str(file)
-  config.model.causal = False
+  config.dense, config.model.causal, config.model.num_layers = True, False, 1
   result = loop.run(config, str(tmp_path / "run"))
   assert result["test"].keys() >= {"accuracy", "macro_f1"}
   assert run_dir.load_labels(str(tmp_path / "run")) == tuple(WORDS)
