@@ -271,7 +271,8 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
 
   The best checkpoint is that by `train.metric` on the validation split. If none
   has a loss, or the best is damaged, it takes the newest that can be read.
-  Neither data nor optimizer state is read, and any number of devices will do.
+  Warns of a run that has not finished. Neither data nor optimizer state is read,
+  and any number of devices will do.
 
   Returns:
     (config, tree of NumPy arrays, tokenizer).
@@ -292,6 +293,10 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
 
   steps = _best_first(folder, saved_steps(folder))
   _, (found, params) = _first_readable(folder, steps, read, ConfigError)
+  if (last := max(steps)) < config.train.steps:
+    _log.warning(
+      "%s has not finished: step %d of %d", workdir, last, config.train.steps
+    )
   return found, params, tokenizer
 
 

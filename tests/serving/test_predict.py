@@ -76,9 +76,9 @@ def test_pairs_are_read_with_their_segments():
   np.testing.assert_allclose(one.probabilities, expected, atol=2e-6)
   with pytest.raises(ConfigError, match="reads pairs .a and b."):
     list(predict_lib.predict(model, ["the cat"]))
-  for wrong in (pair, None):  # None: a missing value
+  for wrong in (pair, None):  # None: a missing value, which types exclude
     with pytest.raises(ConfigError, match=re.escape(f"{wrong!r} is not")):
-      list(predict_lib.predict(models.make(), ["the cat", wrong]))
+      list(predict_lib.predict(models.make(), iter(["the cat", wrong])))
 
 
 def test_text_without_tokens_is_read_as_an_end():

@@ -432,6 +432,15 @@ def test_load_run_skips_a_damaged_checkpoint(damage, run, copy, caplog, capfd):
   assert "Traceback" not in capfd.readouterr().err
 
 
+def test_load_run_warns_of_a_run_that_has_not_finished(copy, caplog):
+  load_run(str(copy))
+  assert not warnings_of(caplog)
+  shutil.rmtree(copy / "checkpoints" / "10")
+  load_run(str(copy))
+  (line,) = warnings_of(caplog)
+  assert "step 5 of 8" in line
+
+
 def test_load_run_without_a_readable_checkpoint_is_one_line(copy):
   for step in (5, 10):
     lose(copy, step)
