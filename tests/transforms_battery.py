@@ -20,10 +20,14 @@ Extra = Callable[[jax.Array], dict[str, Any]]  # step -> keywords of update()
 STEPS = 4
 
 # LLVM fuses some products with sums, into one rounding. Which ones depends on
-# the rest of the program. Unoptimized code does not, so two programs can be
-# compared bit for bit. It also compiles faster.
+# the rest of its module. Unoptimized code in many modules does not, so two
+# programs can be compared bit for bit.
 jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+  jax.jit,
+  compiler_options={
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 32,
+  },
 )
 
 
