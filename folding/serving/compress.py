@@ -40,7 +40,7 @@ def compress(
 
   Raises:
     ConfigError: the model is folded or shrunk already, `texts` is one string or
-      too short, or no plan saves as much.
+      too short, a number is out of range, or no plan saves as much.
 
   Example:
     from folding.serving.predict import predict
@@ -52,6 +52,8 @@ def compress(
   require_several(texts)
   if not 0 < saving < 1:
     raise ConfigError(f"saving is a fraction between 0 and 1; it is {saving}")
+  if max_texts < 1:
+    raise ConfigError(f"max_texts is 1 or more; it is {max_texts}")
   loaded = model if isinstance(model, Loaded) else load(model)
   if not config_lib.is_whole(loaded.config):
     raise ConfigError("this model is folded or shrunk; give the dense one")

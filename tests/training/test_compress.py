@@ -256,6 +256,12 @@ def test_one_call_compresses_a_model_that_exports_and_predicts(
     folding.compress(small, texts)
 
 
+@pytest.mark.parametrize("wrong", [{"saving": 1.0}, {"max_texts": -3}])
+def test_one_call_refuses_numbers_out_of_range(wrong):
+  with pytest.raises(errors.ConfigError, match=next(iter(wrong))):
+    folding.compress("never-read", ["a text", "another"], **wrong)
+
+
 @pytest.mark.slow
 def test_allocation_is_saved_and_reused(dense_run, topics, tmp_path):
   workdir = tmp_path / "run"
