@@ -43,12 +43,6 @@ gc.set_threshold(20_000, 20, 20)
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-  """Keeps objects of earlier modules out of searches for garbage."""
-  gc.freeze()
-
-
 @pytest.fixture
 def shared_data() -> pathlib.Path:
   """Returns the folder of real data, or skips where it is not laid out."""
