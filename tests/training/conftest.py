@@ -21,8 +21,8 @@ WORDS = "the cat sat on a mat and a dog ran to the old red barn".split()
 def frozen():
   """Keeps objects of earlier modules out of searches for garbage.
 
-  A damaged checkpoint is followed by one. Not for tests with Hypothesis, which
-  looks for references to its generators.
+  Reading a damaged checkpoint starts such a search. Hypothesis does not find
+  references to its generators in frozen objects, so its tests must not use this.
   """
   gc.freeze()
   yield
