@@ -137,10 +137,9 @@ def _all_logits(x: Inputs):
 
 def _in_blocks(x: Inputs, *, groups: int):
   q, k = _unfold(x, groups)
+  biases = exact_attention.Biases()
   return exact_attention.attend_whole(
-    *(q, k, x.v_BLIK, exact_attention.Biases(), None),
-    causal=True,
-    head_dim=SIZE,
+    q, k, x.v_BLIK, biases, None, causal=True, head_dim=SIZE
   )
 
 

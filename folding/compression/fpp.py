@@ -407,7 +407,7 @@ class _FPP:
       loss = value_fn(params) if value is None else value
       trial = _Trial(sites, zero, scores, params, value_fn)
       kept = trial.most_within(loss + self.tolerance * jnp.abs(loss))
-      for name in planes:  # what is not zeroed trains again
+      for name in planes:  # the other candidates train again
         planes[name] &= (kept[name] | ~zero[name])[None]
       zero = kept
     return planes, zero, pruned + _count_bits(zero)

@@ -277,7 +277,11 @@ class Attention(nn.Module):
         x, causal=c.causal, tolerance=TOLERANCE
       )
     return attend_whole(
-      *(q, k, v, self._biases(), mask_BL),
+      q,
+      k,
+      v,
+      self._biases(),
+      mask_BL,
       causal=c.causal,
       window=self.layer.window,
       **self.logit_options,

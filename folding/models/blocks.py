@@ -32,7 +32,8 @@ class Keys(NamedTuple):
   Attributes:
     k_BJMG: Keys.
     v_BIMr: Values; r = K unless W_V has low rank.
-    mask_B1M: False at pad tokens; None: no padding.
+    mask_B1M: False at pad tokens; None: no padding. Positions are the third
+      axis, as in the other arrays, which are cut alike.
   """
 
   k_BJMG: Float[Array, "*N B J M G"]

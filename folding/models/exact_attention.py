@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folding.models import blocks
 
-_MASKED = -1e30  # finite, so that a row without any key has no NaN
+MASKED = -1e30  # finite, so that a row without any key has no NaN
 _FARTHEST = 128  # distances from here on share a bucket
 
 
@@ -147,7 +147,7 @@ def attention_logits(
   logits_BJNM = soft_cap(logits_BJNM, cap) + bias_JNM[None]
   logits_BHLM = logits_BJNM.reshape(B, H, L, M)
   if mask_BM is not None:
-    logits_BHLM = jnp.where(mask_BM[:, None, None], logits_BHLM, _MASKED)
+    logits_BHLM = jnp.where(mask_BM[:, None, None], logits_BHLM, MASKED)
   return logits_BHLM
 
 
@@ -186,7 +186,7 @@ def position_bias(
     is_seen_LM &= distance_LM >= 0
   if window is not None:
     is_seen_LM &= jnp.abs(distance_LM) < window
-  return jnp.where(is_seen_LM[None], bias_HLM, _MASKED)
+  return jnp.where(is_seen_LM[None], bias_HLM, MASKED)
 
 
 def relative_buckets(count: int) -> Int[np.ndarray, " distances"]:

@@ -797,7 +797,7 @@ def describe(values: dict[str, Any]) -> Description:
   if family.counts_first:
     max_length -= family.offset(pad_id)
   if max_length < 1:
-    raise ConfigError("config.json: there are no positions left")
+    raise ConfigError("config.json: no positions left")
   return Description(
     family=name,
     config=config,

@@ -24,10 +24,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from folding.models import chebyshev
-from folding.models.exact_attention import Biases, attend_whole
+from folding.models.exact_attention import MASKED, Biases, attend_whole
 
-_MASKED = -1e30  # logit of a hidden key
-_FLOOR = -1e29  # smallest running maximum: e^(_MASKED - _FLOOR) is 0
+_FLOOR = -1e29  # smallest running maximum: e^(MASKED - _FLOOR) is 0
 # Positions per chunk, and positions times heads per scan step, by platform: these
 # fit the cache of a CPU.
 _SIZES = {"cpu": (64, 4096), "default": (256, 16384)}
@@ -447,7 +446,7 @@ def _accumulate(sums: Sums, slopes_BH, chunk: int) -> Sums:
   decay_BHIJ = jnp.einsum("BH,IJ->BHIJ", slopes_BH, ages_IJ)
   top_BHPJ = sums.top.swapaxes(2, 3)
   log_BHPIJ = top_BHPJ[..., None, :] - decay_BHIJ[:, :, None]
-  log_BHPIJ = jnp.where((lag_IJ >= 0)[None, None, None], log_BHPIJ, _MASKED)
+  log_BHPIJ = jnp.where((lag_IJ >= 0)[None, None, None], log_BHPIJ, MASKED)
   top_BHPI = _stop(log_BHPIJ.max(-1))
   share_BHPIJ = jnp.exp(log_BHPIJ - top_BHPI[..., None])
   sum_BHJPY = sums.values.reshape(B, H, C, P, -1)
@@ -465,7 +464,7 @@ def _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_BHLM, is_seen: Array) -> Sums:
   """Returns exact attention inside each chunk."""
   logits_BHCLM = jnp.einsum("BHCL,BHCM->BHCLM", s_BHCL, t_BHCM)
   logits_BHCLM += bias_BHLM[:, :, None]
-  logits_BHCLM = jnp.where(is_seen, logits_BHCLM, _MASKED)
+  logits_BHCLM = jnp.where(is_seen, logits_BHCLM, MASKED)
   top_BHCL = _stop(jnp.maximum(logits_BHCLM.max(-1), _FLOOR))
   att_BHCLM = jnp.exp(logits_BHCLM - top_BHCL[..., None])
   sum_BHCLK = jnp.einsum("BHCLM,BHCMK->BHCLK", att_BHCLM, v_BHCMK)
@@ -480,7 +479,7 @@ def _attend_all(x: _Scaled, grid: _Grid) -> Array:
   """Returns attention to all keys without positions: one chunk, only nodes."""
   t_BHCM, v_BHCMK = x.t_BHL[:, :, None], x.v_BHLK[:, :, None]
   mask_BHCM = x.mask_BL[:, None, None]
-  bias_BHCM = jnp.where(mask_BHCM, jnp.zeros_like(t_BHCM), _MASKED)
+  bias_BHCM = jnp.where(mask_BHCM, jnp.zeros_like(t_BHCM), MASKED)
   sums = _write(t_BHCM, v_BHCMK, bias_BHCM, grid)
   hot_BHCLP, x_BHCL = _panel_of(x.s_BHL[:, :, None], grid)
   # Tops differ between panels, but cancel between a query's sum and norm.
@@ -491,8 +490,10 @@ def _attend_all(x: _Scaled, grid: _Grid) -> Array:
 def _attend_exact(x: Inputs, *, causal: bool) -> Array:
   """Returns exact attention: O(L^2) time, O(L) memory."""
   s_BLH1, t_BLH1 = (a[..., None] for a in _logit_factors(x))
-  inputs = s_BLH1, t_BLH1, x.v_BLIK, Biases(_slopes(x)), x.mask_BL
-  return attend_whole(*inputs, causal=causal, head_dim=1)
+  biases = Biases(_slopes(x))
+  return attend_whole(
+    s_BLH1, t_BLH1, x.v_BLIK, biases, x.mask_BL, causal=causal, head_dim=1
+  )
 
 
 def _slopes(x: Inputs) -> Array:
@@ -585,7 +586,7 @@ def _block(slopes_BH, grid: _Grid, is_strict: bool, past: Sums, block):
 
   to_end_BHM = jnp.einsum("BH,M->BHM", slopes_BH, at_L - L)
   to_end_BHCM = jnp.broadcast_to(to_end_BHM[:, :, None], t_BHCM.shape)
-  to_end_BHCM = jnp.where(mask_BHCM, to_end_BHCM, _MASKED)
+  to_end_BHCM = jnp.where(mask_BHCM, to_end_BHCM, MASKED)
   sums = _write(t_BHCM, v_BHCMK, to_end_BHCM, grid)
   sums = jax.tree.map(
     lambda x, y: jnp.concatenate([x[:, :, None], y], 2), past, sums

@@ -30,7 +30,7 @@ from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, sentence
 from folding.models.attention import layer_frequencies
-from folding.models.exact_attention import relative_buckets
+from folding.models.exact_attention import MASKED, relative_buckets
 from folding.models.hf_weights import CONFIG, TOKENIZER
 from folding.serving.hf_export import tokenizer_options
 from folding.serving.loaded import Loaded
@@ -42,7 +42,6 @@ OPSET, IR_VERSION = 23, 10
 TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 Dtype = Literal["float32", "int8"]
 
-_MASKED = -1e30  # finite, so that a row without any key has no NaN
 _LIMIT = 1 << 31  # bytes of a protobuf
 _NORMS = {"rmsnorm": "RMSNormalization", "layernorm": "LayerNormalization"}
 
@@ -403,7 +402,7 @@ def _mask(g: _Graph, window: int | None) -> str:
   # Attention does not broadcast the axis of the queries.
   batch, length = (g.add("Gather", g.shape, g.ints(axis)) for axis in range(2))
   full = g.add("Concat", batch, g.ints(1), length, length, axis=0)
-  values = [g.const(x, np.float32) for x in (0, _MASKED)]
+  values = [g.const(x, np.float32) for x in (0, MASKED)]
   return g.add("Expand", g.add("Where", seen, *values), full)
 
 
@@ -488,7 +487,8 @@ class _Block:
     """Returns queries, keys or values, [B, L, ...], by one product."""
     g = self._g
     sizes = [self._params[f"attn/{role}/kernel"][0].size for role in roles]
-    out = g.dense(x, *(f"{self._name}/attn/{role}" for role in roles))
+    names = [f"{self._name}/attn/{role}" for role in roles]
+    out = g.dense(x, *names)
     out = g.unflatten(out, sum(sizes))
     return g.add_many("Split", len(roles), out, g.ints(*sizes), axis=-1)
 

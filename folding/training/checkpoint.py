@@ -311,7 +311,7 @@ def _first_readable(
   Warns of the steps before it.
 
   Raises:
-    ConfigError: there are no steps.
+    ConfigError: `steps` is empty.
     failure: none can be read.
   """
   if not steps:

@@ -55,9 +55,9 @@ _TPUS = {
   "v6e": _Tpu(32, 2, 1, 1.75e9),
 }
 
-# A few of many layers that are alike are compiled and the rest extrapolated:
-# {whether they are scanned: (how many are many, those to compile)}. Not one,
-# beside which the TPU compiler has no other layer to overlap.
+# {layers are scanned: (fewest layers to extrapolate, numbers of layers to compile)}
+# of a model whose layers are alike. One layer would not do: beside it the TPU
+# compiler has no other layer to overlap.
 _MANY = {False: (7, (2, 4)), True: (40, (8, 16))}
 _PER_LAYER = {
   "model": ("mlp_width", "dense_mlp_width", "heads"),
@@ -163,9 +163,8 @@ def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
 def plan(config: Config, devices: Devices) -> dict[str, Any]:
   """Returns the memory, work and traffic of a training step on each device.
 
-  Models of seven layers or more that are alike are compiled with two and with
-  four layers, and their figures extrapolated. If layers are scanned, those of 40
-  or more are, from eight and 16.
+  Seven layers or more that are alike are extrapolated from two and four layers.
+  Scanned layers are extrapolated from eight and 16, if they are 40 or more.
 
   Args:
     config: Resolved.

@@ -85,7 +85,11 @@ def test_layer_in_blocks_equals_the_whole(fold, kind, padded):
 
 def attend(q, k, v, keep, config, slopes=None):
   return exact_attention.attend_whole(
-    *(q, k, v, exact_attention.Biases(slopes), keep),
+    q,
+    k,
+    v,
+    exact_attention.Biases(slopes),
+    keep,
     causal=config.causal,
     window=config.window,
     head_dim=K,
