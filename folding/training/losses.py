@@ -8,6 +8,7 @@ The labels of a batch say which loss it has:
 Sentence vectors have no labels: a teacher's vectors are their targets.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,8 +88,9 @@ def sum_over_blocks(
   """Returns the sum of summed(weights, block) over blocks of positions.
 
   The backward pass computes the logits of a block again, so those of one block
-  exist at a time. Weights that the mesh axis "fsdp" splits are gathered once,
-  not in each block. Their gradient stays split.
+  exist at a time. Devices with different rows of the batch meet twice: the
+  weights are gathered before the first block, and their gradient is summed after
+  the last.
 
   Args:
     summed: Returns sums over the targets of a part of the batch.
@@ -100,27 +102,13 @@ def sum_over_blocks(
   """
   if count == 1:
     return summed(weights, batch)
-  whole = sharding.gather(mesh, jax.lax.stop_gradient(weights))
 
-  def summed_block(block):
-    return summed(jax.tree.map(_in_place_of, weights, whole), block)
+  def sum_rows(weights, batch):
+    block_sums = jax.checkpoint(functools.partial(summed, weights))
+    found = jax.lax.map(block_sums, blocks.cut(batch, count))
+    return jax.tree.map(lambda x: x.sum(0), found)
 
-  cut = blocks.cut(batch, count)
-  found = jax.lax.map(jax.checkpoint(summed_block), cut)
-  return jax.tree.map(lambda x: x.sum(0), found)
-
-
-@jax.custom_vjp
-def _in_place_of(w: jax.Array, whole: jax.Array) -> jax.Array:
-  """Returns `whole`, an equal array that lies elsewhere; `w` gets its gradient."""
-  del w
-  return whole
-
-
-_in_place_of.defvjp(
-  lambda w, whole: (_in_place_of(w, whole), None),
-  lambda _, gradient: (gradient, None),
-)
+  return sharding.sum_over_rows(mesh, sum_rows, weights, batch)
 
 
 def num_blocks(batch: Batch, vocab_size: int, mesh: Mesh | None) -> int:

@@ -8,7 +8,7 @@ heads, neurons and the vocabulary, and the activations that belong to them.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,9 +100,10 @@ def tree_shardings(
 
   A parameter lies as the first rule that matches it says. Without a rule
   "tensor" splits the axis of heads, neurons or tokens, and "fsdp" the longest
-  other axis that it divides; small arrays are whole on every device. A leaf
-  whose path ends with the path of a parameter lies as the parameter does:
-  moments, moving averages and mask bits. All other leaves are whole.
+  other axis that it divides. The last axis comes last if the mask bits would not
+  split into whole bytes. Small arrays are whole on every device. A leaf whose
+  path ends with the path of a parameter lies as the parameter does: moments,
+  moving averages and mask bits. All other leaves are whole.
 
   Args:
     mesh: Has the axes "data", "fsdp" and "tensor".
@@ -234,7 +235,11 @@ def _default(mesh: Mesh, name: str, shape: tuple[int, ...]) -> _Placement:
   free = [a for a, n in enumerate(shape) if n % parts == 0 and axes[a] is None]
   if not free:
     return dataclasses.replace(placed, missed=(*placed.missed, "fsdp"))
-  axes[max(free, key=lambda a: shape[a])] = "fsdp"
+  # Mask bits have eight elements of the last axis per byte.
+  has_whole_bytes = shape[-1] % (8 * parts) == 0
+  last = len(shape) - 1
+  best = max(free, key=lambda a: (a != last or has_whole_bytes, shape[a]))
+  axes[best] = "fsdp"
   return dataclasses.replace(placed, axes=tuple(axes))
 
 
@@ -293,6 +298,8 @@ def pin_rows(mesh: Mesh | None, x: Any) -> Any:
   """
   if mesh is None or mesh.size == 1:
     return x
+  if jax.sharding.get_abstract_mesh().manual_axes:  # in `sum_over_rows`
+    return x
 
   def pin(x):
     rows = batch_sharding(mesh, x.shape[0]).spec
@@ -303,22 +310,39 @@ def pin_rows(mesh: Mesh | None, x: Any) -> Any:
   return jax.tree.map(pin, x)
 
 
-def gather(mesh: Mesh | None, params: Any) -> Any:
-  """Gathers parameters that "fsdp" splits; "tensor" still splits them.
+def sum_over_rows(
+  mesh: Mesh | None, function: Callable[[Any, Any], Any], whole: Any, rows: Any
+) -> Any:
+  """Returns the sum of function(whole, its rows) over devices.
+
+  Each device calls the function on its own rows, so loops inside of it move
+  nothing between "data" and "fsdp". "tensor" still splits what it does.
 
   Args:
-    mesh: None: returns `params` as they are.
-    params: Arrays inside a compiled function.
+    mesh: None: returns function(whole, rows).
+    function: Returns sums over rows.
+    whole: Arrays that each device needs whole. Their gradient is summed over
+      devices once.
+    rows: Arrays [B, ...].
   """
   if mesh is None or mesh.size == 1:
-    return params
+    return function(whole, rows)
+  spec = batch_sharding(mesh, len(jax.tree.leaves(rows)[0])).spec
+  if spec == PartitionSpec():  # each device has all rows
+    return function(whole, rows)
 
-  def place(x, where):
-    axes = [axis if axis == "tensor" else None for axis in where.spec]
-    spec = PartitionSpec(*axes)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+  def own(whole, rows):
+    return jax.tree.map(lambda x: x[None], function(whole, rows))
 
-  return jax.tree.map(place, params, tree_shardings(mesh, params))
+  sums = jax.shard_map(
+    own,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), spec),
+    out_specs=spec,
+    axis_names=set(_BATCH),
+    check_vma=False,
+  )(whole, rows)
+  return jax.tree.map(lambda x: x.sum(0), sums)
 
 
 def require_divides(mesh: Mesh, rows: int) -> None:

@@ -73,6 +73,8 @@ def test_mesh_without_an_axis_is_refused():
     ((64, 4, 33), P("fsdp", None, None)),
     ((4, 1023), P(None, None)),  # fewer than 4096
     ((4, 2049), P("fsdp", None)),
+    ((64, 132), P("fsdp", None)),  # not 4.125 bytes of mask bits per device
+    ((5, 1028), P(None, "fsdp")),
     ((6, 5, 999), P(None, None, None)),  # no axis divides
     ((4096,), P("fsdp")),
     ((), P()),
