@@ -4,15 +4,15 @@ PATH is a Hugging Face folder or hub id. Pooling and normalisation are those of 
 sentence-transformers files; for an encoder without them, the mean over tokens.
 PATH,0.5 makes it 50% smaller instead of 70%. A plan chooses the heads, the groups of
 W_Q and W_K, the rank of W_V and W_O, the neurons of each layer and the rank of
-the embedding, by how far the vectors move. All tokens stay. Then the model learns the
-vectors of the checkpoint on the text.
+the embedding, by how far the vectors move. All tokens stay. Then the model is trained
+to return the vectors of the checkpoint on the text.
 
   folding train --config=configs/embed.py:PATH --workdir=RUN \
     --config.data.path=FILE        (.txt with one text per line, or .jsonl)
   folding encode RUN texts.txt --output=vectors.npy
 
-With --config.data.sts=FILE.tsv (score, sentence1, sentence2) the rank correlation
-with scores of similarity is shown too.
+--config.data.sts=FILE.tsv (columns score, sentence1, sentence2) adds the rank
+correlation of cosines and scores to the metrics. Figures: docs/how-to/embed.md.
 """
 
 import os

@@ -3,17 +3,17 @@ r"""Makes a trained model smaller and recovers it: `--config=configs/pretrained.
 PATH is a Hugging Face folder or hub id (families: docs/how-to/pretrained.md), or a
 dense run. PATH,0.3 makes it 30% smaller instead of 70%. Arrays are smaller from the
 first step: a plan chooses the heads, the groups of W_Q and W_K, the rank of W_V and
-W_O and the neurons of each layer, and the rank of the embedding. For a language
-model, which loses more with fewer neurons, FPP prunes single weights while it recovers.
+W_O and the neurons of each layer, and the rank of the embedding. A language model
+loses more with fewer neurons, so FPP prunes its single weights while it recovers.
 
-Tune:    folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
-           --config.data.path=FOLDER --config.dense=True
-         for scores add --config.task=regress, for several labels multilabel
-Shrink:  folding train --config=configs/pretrained.py:DENSE --workdir=RUN
-         compresses the dense run, which is its own teacher (README has figures)
-At once: the first command without --config.dense=True. This is the way for a
-         language model, whose teacher is the checkpoint. A classifier then has no
-         teacher, and is less accurate
+Fine-tune:  folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
+              --config.data.path=FOLDER --config.dense=True
+            for scores add --config.task=regress, for several labels multilabel
+Compress:   folding train --config=configs/pretrained.py:DENSE --workdir=RUN
+            the dense run is the teacher (figures: README)
+In one run: the first command without --config.dense=True. For a language model,
+            whose teacher is the checkpoint. A classifier has no teacher then, and
+            is less accurate
 """
 
 import os

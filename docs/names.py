@@ -17,8 +17,8 @@ PAGE = ROOT / "folding" / "README.md"
 _HEAD = """\
 # Public names
 
-One line per name of the reference (`docs/api.md`), with a link to its source. The site has signatures and arguments:
-`mkdocs serve`. Written by `python docs/names.py`.
+One line per name of the [reference](../docs/api.md), with a link to its source. The site has signatures and arguments:
+`pip install -e '.[docs]' && mkdocs serve`. Written by `python docs/names.py`.
 """
 
 

@@ -270,7 +270,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(slots=True, unsafe_hash=True)
 class FoldConfig:
-  """Folding of matrices into fewer numbers. None: what the preset says."""
+  """How W_Q, W_K, W_V and the embedding are folded. None: the preset decides."""
 
   groups: PerLayer | None = None  # G, row groups of W_Q and W_K; 0: dense
   axis: Literal["output", "input"] = "output"  # which axis the groups run over

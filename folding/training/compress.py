@@ -155,7 +155,7 @@ def require_whole(config: Config) -> None:
 
 
 def calibration(config: Config, data: Data) -> list[dict[str, Any]]:
-  """Returns training batches, as many texts as `compress.calibration` says.
+  """Returns the calibration batches: `compress.calibration` training texts.
 
   They come from the first epoch, so no text comes twice. Ids are those before
   the tokenizer was trimmed.
