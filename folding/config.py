@@ -123,14 +123,14 @@ def data_at(name: str, **fields: Any) -> DataConfig:
 class ModelConfig:
   """Shape of the transformer. Letters as in `folding.models`."""
 
-  num_layers: Few = 4  # N
-  width: Count = 128  # D
+  num_layers: Few = 4  # N, layers
+  width: Count = 128  # D, channels per token
   # Width of embeddings that are projected to D; 0: D, without a projection.
   embed_width: Natural = 0
-  num_heads: Few = 16  # H
-  num_kv_heads: Natural = 0  # J; 0: as many as heads
-  head_dim: Natural = 0  # K; 0: width / num_heads
-  mlp_width: PerLayer = 0  # F; 0: 4 D
+  num_heads: Few = 16  # H, attention heads
+  num_kv_heads: Natural = 0  # J, heads of keys and values; 0: as many as H
+  head_dim: Natural = 0  # K, channels per head; 0: width / num_heads
+  mlp_width: PerLayer = 0  # F, neurons of the MLP; 0: 4 D
   # F before a shrink; None: mlp_width.
   dense_mlp_width: PerLayer | None = None
   # Heads that a shrink has kept, per layer; None: all.
@@ -183,7 +183,7 @@ class ModelConfig:
   # Compile consecutive layers that are alike once, as a loop. Dropout then draws
   # other masks.
   scan_layers: bool = False
-  # Of the computation; parameters are float32.
+  # dtype of the computation; parameters are float32.
   dtype: Literal["float32", "bfloat16"] = "float32"
 
   def check(self) -> None:
@@ -274,7 +274,8 @@ class FoldConfig:
 
   groups: PerLayer | None = None  # G, row groups of W_Q and W_K; 0: dense
   axis: Literal["output", "input"] = "output"  # which axis the groups run over
-  rope: Literal["copy", "pairs"] = "copy"  # G copied to K, or G/2 pairs
+  # With RoPE: G numbers are copied to K channels, or G/2 pairs rotate.
+  rope: Literal["copy", "pairs"] = "copy"
   # W_V: "dense", "diagonal" (DWC), or "identity", a diagonal that W_O has
   # absorbed; for all layers, or one per layer.
   values: Values | tuple[Values, ...] | None = None
@@ -300,9 +301,10 @@ class FPPConfig:
   linear_layers: tuple[Fraction, ...] | None = None
   embedding: Fraction | None = None  # fraction of embeddings to zero
   overall: Fraction | None = None  # fraction of the whole model to save
+  # If linear layers keep k of their weights, embeddings keep k**embedding_share.
   # None: 0.2 for task "lm", 1 for the others.
   embedding_share: NonNegative | None = None
-  score: Score = "relative"
+  score: Score = "relative"  # of units; the lowest are pruned
   granularity: Literal["weight", "neuron"] = "weight"  # units of the MLP
   # What to prune of attention: W_O, all four matrices (by weight), whole heads,
   # or nothing.
@@ -346,7 +348,7 @@ class CompressConfig:
 
   # "same": as `fold` and `fpp` say. "auto": chosen per layer by measured error.
   plan: Literal["same", "auto"] = "same"
-  # Least fraction of W_Q, W_K and W_V that a plan saves; None: any.
+  # Smallest fraction of W_Q, W_K and W_V that a plan may save; None: any.
   qkv: Fraction | None = None
   # How a plan chooses the rank of an embedding. "share": the highest that saves the
   # embedding's share. "errors": by measured error, like ranks of layers.
@@ -382,7 +384,7 @@ class TrainConfig:
   steps: Count = 1000
   accumulate: Count = 1  # micro-batches per step
   learning_rate: Positive = 3e-3  # peak of the schedule
-  warmup: Fraction = 0.05  # fraction of the steps
+  warmup: Fraction = 0.05  # of the learning rate, as a fraction of the steps
   # Fraction of the peak that is left after the cosine.
   final_learning_rate: NonNegative = 0.05
   # Relative learning rate of W_Q and W_K if folded; see docs/method.md.
@@ -398,9 +400,9 @@ class TrainConfig:
   # Batches of valid per evaluation while training; None: all.
   eval_batches: Count | None = None
   metric: Metric | None = None  # chooses the best checkpoint; None: by task
-  # Zero neurons and heads leave the arrays while training: after a mask update if
-  # they hold this fraction of the parameters of the layers, after the last one if
-  # they hold a tenth. Each time the step is compiled again. 0: they stay.
+  # Remove zero neurons and heads from the arrays while training: after a mask
+  # update if they have this fraction of the parameters of the layers, after the
+  # last one if they have a tenth. Each time the step is compiled again. 0: never.
   compact: Fraction = 0.0
   tensorboard: bool = True
   energy: str = ""  # estimate energy in this country (ISO 3166, three letters)
@@ -413,7 +415,7 @@ class MeshConfig:
   data: int = -1  # splits batches
   fsdp: int = 1  # splits batches, parameters and optimizer state
   tensor: int = 1  # splits heads, neurons and the vocabulary
-  # (pattern of parameter paths, mesh axis or None for each array axis) pairs. The
+  # Pairs (pattern of parameter paths, mesh axis or None for each array axis). The
   # first match counts; other parameters are placed by default.
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
