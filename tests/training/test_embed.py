@@ -1,4 +1,7 @@
+import os
 import shutil
+import signal
+import sys
 
 import chex
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from scipy import stats
 import folding
 from configs import embed as embed_config
 from folding import config as c
+from folding import files
 from folding.data import sources, tokenizers
 from folding.errors import ConfigError
 from folding.reporting import report
@@ -17,6 +21,7 @@ from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.training import evaluate, loop, losses
 from tests.models import checkpoints
+from tests.training.test_distributed import free_address, start
 
 
 def test_vector_loss_and_cosine_follow_their_definition():
@@ -198,3 +203,41 @@ def test_benchmark_measures_the_same_vectors_in_every_runtime(source, run):
   dense, small, static = rows.values()
   assert small["parameters"] < dense["parameters"]
   assert static["parameters"] < dense["parameters"]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_vectors_as_one(source, tmp_path, monkeypatch):
+  config = short(source, mesh=c.MeshConfig(data=2, fsdp=4))
+  one, two = tmp_path / "one", tmp_path / "two"
+  take = loop.StepLog.step
+
+  def stop_at_3(self, step, metrics, batch):
+    take(self, step, metrics, batch)
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:  # only one process can fold
+    patch.setattr(loop.StepLog, "step", stop_at_3)
+    assert loop.run(config, str(one))["steps"] == 3
+  shutil.copytree(one, two)
+  address = free_address()
+  processes = [
+    start(
+      [
+        sys.executable,
+        "train.py",
+        f"--config={two / 'config.json'}",
+        f"--workdir={two}",
+        f"--config.distributed={address},{process},2",
+      ]
+    )
+    for process in range(2)
+  ]
+  for process in processes:
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+  theirs = loop.resume_run(str(one))["test"]
+  ours = files.read_json(str(two / "result.json"), dict)["test"]
+  assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+  assert ours["cosine"] == pytest.approx(theirs["cosine"], rel=1e-5)
+  assert ours["spearman"] == pytest.approx(theirs["spearman"], abs=1e-6)
