@@ -219,7 +219,7 @@ def _encode(
   tokenizer, _ = plain_tokenizer(loaded.tokenizer)
   rows = encode_rows(tokenizer, texts, length).ids
   found = np.zeros((len(rows), loaded.config.model.width), np.float32)
-  for members, _ in by_length(rows, length, BATCH_SIZE):
+  for members, _ in by_length(rows, [length], BATCH_SIZE):
     shape = len(members), rows[members[-1]].size
     batch = padded([rows[i] for i in members], shape, tokenizer.pad_id)
     found[members] = forward(*batch)

@@ -10,8 +10,6 @@ import numpy as np
 
 from folding.data.tokenizers import Encoded, Text, Tokenizer
 
-_SHORTEST = 16  # length of the first bucket
-
 
 def encode_rows(
   tokenizer: Tokenizer, texts: Sequence[Text], length: int
@@ -58,36 +56,46 @@ def segments_of(seconds: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
   return (mask_BL & (np.arange(length) >= second_B1)).astype(np.int32)
 
 
-def bucket_lengths(length: int) -> list[int]:
-  """Returns the bucket lengths: powers of two below `length`, and `length`.
+def bucket_lengths(length: int, shortest: int = 16) -> list[int]:
+  """Returns the bucket lengths: doubled from the shortest, and `length`.
 
   Example:
     >>> bucket_lengths(100), bucket_lengths(64)
     ([16, 32, 64, 100], [16, 32, 64])
   """
-  lengths, bucket = [], _SHORTEST
+  lengths, bucket = [], shortest
   while bucket < length:
     lengths.append(bucket)
     bucket *= 2
   return [*lengths, length]
 
 
+def fine_bucket_lengths(length: int) -> list[int]:
+  """Returns twice as many bucket lengths: less padding, more programs.
+
+  Example:
+    >>> fine_bucket_lengths(64)
+    [8, 12, 16, 24, 32, 48, 64]
+  """
+  halves = bucket_lengths(length, 8), bucket_lengths(length, 12)
+  return sorted({*halves[0], *halves[1]})
+
+
 def by_length(
-  rows: Sequence[np.ndarray], length: int, batch_size: int
+  rows: Sequence[np.ndarray], buckets: Sequence[int], batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
   """Yields batches of rows of similar length, each with its bucket length.
 
   Args:
-    rows: Ids of each row, at most `length`.
-    length: The longest bucket.
+    rows: Ids of each row, at most the last bucket length.
+    buckets: From `bucket_lengths`.
     batch_size: Rows per batch; the last may have fewer.
 
   Example:
     >>> rows = [np.zeros(size) for size in (40, 3, 20)]
-    >>> [(x.tolist(), bucket) for x, bucket in by_length(rows, 64, 2)]
+    >>> [(x.tolist(), bucket) for x, bucket in by_length(rows, [32, 64], 2)]
     [([1, 2], 32), ([0], 64)]
   """
-  buckets = bucket_lengths(length)
   order = np.argsort([row.size for row in rows], kind="stable")
   for start in range(0, len(rows), batch_size):
     members = order[start : start + batch_size]

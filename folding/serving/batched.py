@@ -8,7 +8,13 @@ import jax
 import numpy as np
 
 from folding.config import Config
-from folding.data.padding import by_length, encode_rows, padded, segments_of
+from folding.data.padding import (
+  by_length,
+  encode_rows,
+  fine_bucket_lengths,
+  padded,
+  segments_of,
+)
 from folding.data.tokenizers import Text, Tokenizer
 from folding.errors import ConfigError
 from folding.models.transformer import Transformer
@@ -72,7 +78,8 @@ def outputs(
   rows, seconds = encode_rows(tokenizer, texts, length)
   width = model.num_classes or config.model.width
   found = np.zeros((len(rows), width), np.float32)
-  for members, bucket in by_length(rows, length, batch_size):
+  buckets = fine_bucket_lengths(length)
+  for members, bucket in by_length(rows, buckets, batch_size):
     # The full batch size, so that a smaller last batch compiles nothing.
     tokens, mask = padded(
       [rows[i] for i in members], (batch_size, bucket), tokenizer.pad_id

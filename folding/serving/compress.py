@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from folding import config as config_lib
-from folding.data.padding import by_length, encode_rows, padded
+from folding.data.padding import (
+  bucket_lengths,
+  by_length,
+  encode_rows,
+  padded,
+)
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.serving.batched import require_several
@@ -81,7 +86,7 @@ def _batches(
 ) -> list[dict[str, np.ndarray]]:
   """Returns texts of similar length in batches, padded to few lengths."""
   batches = []
-  for members, bucket in by_length(rows, length, _ROWS):
+  for members, bucket in by_length(rows, bucket_lengths(length), _ROWS):
     chosen = [rows[i] for i in members]
     tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)
     batches.append({"tokens": tokens, "mask": mask})
