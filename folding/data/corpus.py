@@ -77,7 +77,7 @@ def tokenised(
   """
   if data.path is None or not os.path.exists(data.path):
     return None
-  found = local_files.find_files(pathlib.Path(data.path))
+  found = local_files.find_files(pathlib.Path(data.path), data)
   every = [file for part in found.values() for file in part]
   size = sum(file.stat().st_size for file in every)
   if size < LARGE or any(file.suffix not in _ENDINGS for file in every):

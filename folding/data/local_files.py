@@ -31,7 +31,7 @@ def read_path(
   """
   splits = {
     split: read_file(part, data, task)
-    for split, part in find_files(path).items()
+    for split, part in find_files(path, data).items()
   }
   listed = (path if path.is_dir() else path.parent) / "labels.txt"
   if task in config_lib.UNLABELLED or not listed.is_file():
@@ -43,7 +43,9 @@ def read_path(
   return splits, names
 
 
-def find_files(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+def find_files(
+  path: pathlib.Path, data: DataConfig
+) -> dict[str, list[pathlib.Path]]:
   """Returns the files of each split: of a file, or in a folder.
 
   A folder has train.tsv, validation.jsonl and so on. Or it is a data set of
@@ -51,14 +53,28 @@ def find_files(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   has train-00000-of-00002.parquet, perhaps in a folder "data".
 
   Raises:
-    ConfigError: there are none, or several for a split.
+    ConfigError: there are none, or several for a split; or all are .txt, and the
+      config names columns.
   """
   if path.is_file():
-    return {"train": [path]}
-  if not path.is_dir():  # a pipe would wait for ever
+    found = {"train": [path]}
+  elif path.is_dir():
+    found = _files_in(path)
+  else:  # a pipe would wait for ever
     raise ConfigError(
       f"data.path {path.absolute()} is neither a file nor a folder"
     )
+  endings = {file.suffix for part in found.values() for file in part}
+  if endings == {".txt"} and _named_columns(data):
+    raise ConfigError(
+      f"{path} is plain text without columns; leave out data.text_field and "
+      "data.label_field, or give .tsv, .csv or .jsonl"
+    )
+  return found
+
+
+def _files_in(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """Returns the files of each split in a folder; see `find_files`."""
   found = {}
   for split, stems in rows_lib.STEMS.items():
     parts = [

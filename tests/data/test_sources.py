@@ -358,6 +358,7 @@ def test_wrong_paths_and_columns_are_refused(tmp_path):
   (tmp_path / "a.pdf").write_text("text")
   (tmp_path / "a.csv").write_text("text,label\na,0\n")
   (tmp_path / "a.tsv").write_text("0\ta\n1\tb\n")  # without a header
+  (tmp_path / "a.txt").write_text("text")
   os.mkfifo(tmp_path / "pipe.csv")
   for fields, match in (
     ({"path": "none"}, "neither a file"),
@@ -368,6 +369,8 @@ def test_wrong_paths_and_columns_are_refused(tmp_path):
     ({"path": "a.tsv", "text_field": "x"}, "no header.*'x'"),
     ({"path": "a.tsv", "text_field": ("x", "y")}, "no header.*'x', 'y'"),
     ({"path": "a.tsv", "label_field": "x"}, "no header.*'x'"),
+    ({"path": "a.txt", "text_field": "x"}, "without columns"),
+    ({"path": "a.txt", "label_field": "x"}, "without columns"),
   ):
     data = DataConfig(**fields)
     data.path = str(tmp_path / data.path)
