@@ -48,7 +48,7 @@ class State(NamedTuple):
   num_new: Int[Array, ""]
 
   def is_outside(self) -> bool:
-    """Returns whether a constant state has left its range (waits for it)."""
+    """Returns whether a constant state has left its range. Blocks."""
     flags = [x.is_outside_B for x in self.caches if isinstance(x, PastState)]
     return any(bool(x.any()) for x in jax.device_get(flags))
 
@@ -189,13 +189,25 @@ class Generator:
     )
 
   def __call__(
-    self, params: Any, prompts: Sequence[np.ndarray], **options: Any
+    self,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = _GREEDY,
+    end_id: int | Sequence[int] | None = None,
   ) -> list[np.ndarray]:
     """Returns int32 ids of the new tokens of each prompt.
 
     The arguments are those of `stream`.
     """
-    parts = self.stream(params, prompts, **options)
+    parts = self.stream(
+      params,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      sampling=sampling,
+      end_id=end_id,
+    )
     return [np.concatenate(ids) for ids in zip(*parts, strict=True)]
 
   def stream(
