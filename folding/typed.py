@@ -91,16 +91,17 @@ def parse(hint: Any, text: str, where: str) -> Any:
   Raises:
     ConfigError: the text does not fit the annotation.
   """
-  values: list[Any] = [text, tuple(text.split(","))]
+  value: Any = tuple(text.split(","))
   unreadable = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
   with contextlib.suppress(*unreadable):
     value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    values = [None, text] if value is None else [text, value, (value,)]
-  # "a,b" is a name only if there may not be two.
-  values.sort(key=lambda x: not (isinstance(x, tuple) and len(x) > 1))
-  for value in values:
+  candidates = [text, value, (value,)]
+  # "None" and "a,b" are names only if the field takes neither None nor two names.
+  if value is None or (isinstance(value, tuple) and len(value) > 1):
+    candidates = [value, text, (value,)]
+  for candidate in candidates:
     with contextlib.suppress(ValueError):
-      return _fit(hint, value)
+      return _fit(hint, candidate)
   raise _misfit(hint, text, where)
 
 
