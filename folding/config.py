@@ -197,12 +197,12 @@ class ModelConfig:
       raise ConfigError(
         f"model.num_heads {H} is not divisible by model.num_kv_heads {J}"
       )
-    if self.rope_scaling is not None:
-      _, *limits = self.rope_scaling or (0, 0)
-      if limits and not (len(limits) == 3 and limits[0] < limits[1]):
+    scaling = self.rope_scaling
+    if scaling is not None and len(scaling) != 1:
+      if len(scaling) != 4 or scaling[1] >= scaling[2]:
         raise ConfigError(
           "model.rope_scaling is (factor,) or (factor, low, high, length) with "
-          f"low < high; it is {self.rope_scaling}"
+          f"low < high; it is {scaling}"
         )
     if self.positions == "rope" and self.head_dim % 2:
       raise ConfigError(
@@ -732,33 +732,33 @@ class Layer:
 
 def gpt2(**fields: Any) -> ModelConfig:
   """Returns a GPT-2 style decoder: pre-norm, learned positions, GELU."""
-  family: dict[str, Any] = {"positions": "learned", "activation": "gelu_tanh"}
-  return ModelConfig(**(family | fields))
+  model = ModelConfig(positions="learned", activation="gelu_tanh")
+  return dataclasses.replace(model, **fields)
 
 
 def bert(**fields: Any) -> ModelConfig:
   """Returns a BERT style encoder: post-norm, learned positions, GELU."""
-  family: dict[str, Any] = {
-    "causal": False,
-    "norm_position": "post",
-    "norm_epsilon": 1e-12,
-    "positions": "learned",
-    "pooling": "first",
-  }
-  return ModelConfig(**(family | fields))
+  model = ModelConfig(
+    causal=False,
+    norm_position="post",
+    norm_epsilon=1e-12,
+    positions="learned",
+    pooling="first",
+  )
+  return dataclasses.replace(model, **fields)
 
 
 def llama(**fields: Any) -> ModelConfig:
   """Returns a Llama style decoder: RMSNorm, RoPE, gated SiLU, no biases."""
-  family: dict[str, Any] = {
-    "norm": "rmsnorm",
-    "positions": "rope",
-    "activation": "silu",
-    "gated": True,
-    "use_bias": False,
-    "tie_embeddings": False,
-  }
-  return ModelConfig(**(family | fields))
+  model = ModelConfig(
+    norm="rmsnorm",
+    positions="rope",
+    activation="silu",
+    gated=True,
+    use_bias=False,
+    tie_embeddings=False,
+  )
+  return dataclasses.replace(model, **fields)
 
 
 # What a preset decides for fields of `fold` and `fpp` that are None. `overall`
