@@ -18,9 +18,9 @@ from folding.typed import Range
 # Endings of the local files that are read.
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet", ".arrow")
 
-# "lm": the next token. "embed": the vector of a sentence. Of a text or a pair of
-# texts: "classify", one of several classes; "multilabel", any number of them;
-# "regress", a score.
+# "lm" predicts the next token, "embed" makes the vector of a sentence. The other
+# tasks read a text or a pair of texts: "classify" chooses one class, "multilabel"
+# any number of classes, and "regress" predicts a score.
 Task = Literal["lm", "embed", "classify", "regress", "multilabel"]
 UNLABELLED: tuple[Task, ...] = ("lm", "embed")
 Metric = Literal[
@@ -52,7 +52,7 @@ Score = Literal[
   "random",
 ]
 
-# Numbers and their ranges, which every config is checked for.
+# Numbers with their ranges. `resolve` checks every field.
 Count = Annotated[int, Range(1, 2**31)]
 Natural = Annotated[int, Range(0, 2**31)]
 Few = Annotated[int, Range(1, 2**10)]  # each is listed or compiled
@@ -69,14 +69,14 @@ class DataConfig:
 
   name: str = "python_stdlib"  # "python_stdlib" or a TFDS name ("glue/sst2")
   path: str | None = None  # a local file or folder; overrides `name`
-  # Folder of data that TFDS prepares, and of the tokens of large text. None: the
-  # folder of TFDS, and beside the text.
+  # Folder for prepared TFDS data and for the tokens of large text. None: the
+  # default of TFDS, and the folder of the text.
   dir: str | None = None
-  # A column, or two of pairs. None: "text", a usual pair such as
-  # ("sentence1", "sentence2"), "sentence", or the only one.
+  # Column of the text, or the two columns of pairs. None: "text", a usual pair
+  # such as ("sentence1", "sentence2"), "sentence", or the only column of text.
   text_field: str | tuple[str, str] | None = None
-  # None: "label" ("score" of task "regress", "labels" of "multilabel"), or the
-  # only TFDS class label.
+  # Column of the labels. None: "label" ("score" for task "regress", "labels" for
+  # "multilabel"), or the only TFDS class label.
   label_field: str | None = None
   valid_fraction: Fraction = 0.1  # for sources without a validation split
   test_fraction: Fraction = 0.1  # for sources without a test split
@@ -86,10 +86,10 @@ class DataConfig:
   length: Count = 128  # L, tokens per example; longer texts are cut or packed
   batch_size: Count = 32  # B, examples over all processes
   eval_batch_size: Count = 64
-  # Bytes of text to train on; an eighth for valid and for test. None: all.
+  # Most bytes of training text; valid and test get an eighth each. None: all.
   max_bytes: Natural | None = None
-  # Pairs with scores, on which task "embed" is evaluated too: a .tsv with the
-  # columns "score", "sentence1" and "sentence2".
+  # Scored pairs for a further evaluation of task "embed": a .tsv with the columns
+  # "score", "sentence1" and "sentence2".
   sts: str | None = None
   first_batch: Natural = 0  # batches to skip, e.g. those of an earlier run
 
@@ -104,7 +104,7 @@ class DataConfig:
       if size * self.length > 2**28:
         raise ConfigError(
           f"data.{name} {size:,} of data.length {self.length:,} is more than "
-          "2^28 tokens, which no memory holds"
+          "the 2^28 tokens that a batch may have"
         )
 
 
@@ -148,9 +148,9 @@ class ModelConfig:
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
   # Base of the rotations; for all layers, or one per layer.
   rope_base: Positive | tuple[Positive, ...] = 10000.0
-  # Slows rotations by a factor. (factor,): all of them. (factor, low, high,
-  # length), as in Llama 3: those with fewer than `low` turns in `length` tokens;
-  # those between `low` and `high` in proportion. None: none.
+  # Slows rotations. (factor,): all of them. (factor, low, high, length), as in
+  # Llama 3: those with fewer than `low` turns in `length` tokens, and less and less
+  # up to `high` turns. None: no scaling.
   rope_scaling: tuple[Positive, ...] | None = None
   rope_share: Share = 1.0  # fraction of a head's channels that rotate
   # Number of last tokens to attend to; None: all. Per layer, 0 is all.
@@ -172,7 +172,7 @@ class ModelConfig:
   scale_embeddings: bool = False  # multiply token embeddings by sqrt(D)
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
   segments: Literal[0, 2] = 0  # rows of a segment embedding; pairs set it
-  pooling: Pooling = "mean"  # from tokens to a text; not for task "lm"
+  pooling: Pooling = "mean"  # of tokens into a vector; unused by task "lm"
   normalize: bool = False  # vectors of task "embed" have length 1
   pooler: bool = False  # a dense layer and activation between pooling and head
   pooler_activation: Literal["tanh", "relu", "gelu"] = "tanh"
@@ -180,7 +180,7 @@ class ModelConfig:
   pooler_norm: bool = False
   dropout: Fraction = 0.0
   remat: bool = False  # recompute blocks in the backward pass
-  # Compile consecutive layers that are alike once, as a loop. Dropout then draws
+  # Compile consecutive layers of one shape once, as a loop. Dropout then draws
   # other masks.
   scan_layers: bool = False
   # dtype of the computation; parameters are float32.
@@ -240,10 +240,10 @@ class ModelConfig:
         )
 
   def by_layer(self, value: Any, name: str) -> tuple[Any, ...]:
-    """Returns the value of each layer.
+    """Returns one value per layer.
 
     Raises:
-      ConfigError: there are too many or too few.
+      ConfigError: there are too many or too few values.
     """
     values = value if isinstance(value, tuple) else (value,) * self.num_layers
     if len(values) != self.num_layers:
@@ -279,11 +279,10 @@ class FoldConfig:
   # W_V: "dense", "diagonal" (DWC), or "identity", a diagonal that W_O has
   # absorbed; for all layers, or one per layer.
   values: Values | tuple[Values, ...] | None = None
-  # r, numbers per head of a dense W_V and of the W_O that reads them: a head has
-  # W_V W_O of rank r; 0: all K.
+  # r, rank of W_V W_O per head, if W_V is dense; 0: K, the full rank.
   value_rank: PerLayer = 0
-  # r, numbers per token of an embedding that a matrix makes as wide as the
-  # model; 0: all of them.
+  # r, rank of the embedding, which a matrix expands to the width of the model; 0:
+  # the full rank.
   embedding_rank: Natural = 0
 
 
@@ -291,8 +290,9 @@ class FoldConfig:
 class FPPConfig:
   """Forward Propagation Pruning. None: the preset decides.
 
-  `overall` replaces `linear` and `embedding`: linear layers keep the fraction k,
-  and embeddings k**embedding_share, that makes the whole model that much smaller.
+  `overall` replaces `linear` and `embedding`: linear layers keep a fraction k of
+  their weights and embeddings k**embedding_share, with the k that saves `overall`
+  of the whole model.
   """
 
   # Fraction of W_O, MLP and output head to zero.
@@ -309,13 +309,13 @@ class FPPConfig:
   # What to prune of attention: W_O, all four matrices (by weight), whole heads,
   # or nothing.
   attention: Literal["output", "all", "heads", "none"] = "output"
-  # How an embedding shrinks that is not the output layer too. "row": rows of tokens
-  # become zero. "trim": tokens leave the tokenizer of a trained model, which splits
-  # their words further. "rank": all tokens stay, with fewer numbers each.
+  # How an embedding shrinks that is not tied to the output layer. "row": rows of
+  # tokens become zero. "trim": tokens leave the tokenizer of a trained model, which
+  # splits their words further. "rank": all tokens stay, and the rank is low.
   embedding_granularity: Literal["weight", "row", "trim", "rank"] = "weight"
   begin: Fraction = 0.45  # first mask update, as a fraction of the steps
   end: Share = 0.9  # last mask update, as a fraction of the steps
-  checks: Count = 30  # mask updates at most, after a first one at begin
+  checks: Count = 30  # most mask updates after the first one at `begin`
   patience: Natural = 1  # mask updates between freezing and zeroing a weight
   decay: Fraction = 0.9  # decay of the moving averages of the scores
   # Largest relative increase of the loss at a mask update; None: not measured.
@@ -361,9 +361,9 @@ class CompressConfig:
 
 @dataclasses.dataclass(slots=True)
 class DistillConfig:
-  """Learning from a dense teacher; a weight of 0 leaves that term out."""
+  """Distillation from a dense teacher. A weight of 0 leaves its term out."""
 
-  # A run or a checkpoint. None: the model of `pretrained`, unless `dense`.
+  # A run or a checkpoint. None: the model of `pretrained`, or none if `dense`.
   teacher: str | None = None
   logits: Share = 0.0  # share of the teacher's logits in the loss
   temperature: Positive = 2.0  # temperature of both softmaxes
@@ -373,7 +373,7 @@ class DistillConfig:
 
   @property
   def is_used(self) -> bool:
-    """Whether a teacher has any part in the loss; task "embed" has no other."""
+    """Whether the loss has a term of the teacher."""
     return bool(self.logits or self.hidden or self.pairs)
 
 
@@ -701,7 +701,7 @@ class Layer:
 
   Attributes:
     heads: Indices of the heads that are left, in increasing order.
-    num_kv_heads: J, of those that are kept.
+    num_kv_heads: J, the number of key and value heads that are left.
     head_dim: K.
     value_dim: r, numbers per head of the values; K unless W_V has low rank.
     mlp_width: F.
@@ -712,7 +712,7 @@ class Layer:
     values: Kind of W_V, see `FoldConfig.values`.
     window: Number of last tokens that a token attends to; None: all.
     rope_base: As `ModelConfig.rope_base`.
-    has_norm_attn: Whether there is a norm beside attention.
+    has_norm_attn: False if `ModelConfig.embed_norm` replaces the norm of attention.
   """
 
   heads: tuple[int, ...]
@@ -804,7 +804,7 @@ def resolve(config: Config) -> Config:
   m.mlp_width = m.mlp_width or 4 * m.width
   if m.qkv_bias is None:
     m.qkv_bias = m.use_bias
-  # One value for all layers is written as one.
+  # Equal values of all layers become one value.
   if isinstance(m.window, tuple) and len(set(m.window)) == 1:
     m.window = m.window[0] or None
   if isinstance(m.rope_base, tuple) and len(set(m.rope_base)) == 1:
