@@ -27,7 +27,6 @@ from folding import files
 from folding.config import DataConfig
 from folding.data import (
   local_files,
-  pieces,
   python_stdlib,
   rows,
   sources,
@@ -136,16 +135,11 @@ def _tokenizer(
   path = folder / f"{data.tokenizer}-{data.vocab_size}" / "tokenizer.json"
   if path.is_file():
     return tokenizers.load_tokenizer(path)
-  made = tokenizers.train_tokenizer(data, _training_pieces(splits))
+  texts = (slices for _, slices in splits()["train"].documents())
+  made = tokenizers.train_tokenizer(data, texts)
   with _writing(path), files.becoming(str(path.parent)) as part:
     made.save(os.path.join(part, path.name))
   return made
-
-
-def _training_pieces(splits: Callable[[], Any]) -> Iterator[str]:
-  """Yields the training text in pieces that no token of ours crosses."""
-  for _, slices in splits()["train"].documents():
-    yield from pieces.of_slices(slices, pieces.END_OF_LINE)
 
 
 def _write(

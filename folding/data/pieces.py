@@ -11,18 +11,17 @@ import tokenizers
 
 _PIECE = 1 << 16  # characters, about
 _TRAINING_PIECE = 1 << 13  # training keeps the tokens of 256 pieces at once
-# Characters without an end of a piece, after which a text that is read in slices
-# is cut at a line end all the same.
+# Most characters of a piece of a text in slices. See `of_text`.
 _LONGEST = 1 << 21
 _GROUP = 1 << 22  # characters that are encoded together, about
-# No match of our pattern has the end of a word and the space after it.
-_END_OF_WORD = re.compile(r"[A-Za-z](?= [A-Za-z])")
 # No match of our pattern, of GPT-2's or of a later one crosses a line break
 # between two texts.
-END_OF_LINE = re.compile(r"\S\n(?=\S)")
+_END_OF_LINE = re.compile(r"\S\n(?=\S)")
 # After a word, no match of ours or of GPT-2's has the last of several line
 # breaks, as of blank lines or of Windows. A match of Llama 3's has.
 _END_OF_LINES = re.compile(r"\S\n(?=\S)|[^\W_][\r\n]+(?=\n\S)")
+# Nor has a match of ours the end of a word and the space after it.
+_END_IN_TRAINING = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
 
 
 def find_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
@@ -40,15 +39,19 @@ def find_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     several = (("a\n", "\na"), ("a\r\n\r", "\na"))
     if all(ids(a + b) == ids(a) + ids(b) for a, b in several):
       return _END_OF_LINES
-    return END_OF_LINE
+    return _END_OF_LINE
   except Exception:  # it cannot encode one of these; no class of its own
     return None
 
 
-def for_training(texts: Iterable[str]) -> Iterator[str]:
-  """Yields the pieces of texts from which a tokenizer of ours is trained."""
+def for_training(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
+  """Yields the pieces of texts from which a tokenizer of ours is trained.
+
+  Args:
+    texts: Strings, or texts in slices.
+  """
   for text in texts:
-    yield from _cut(text, _END_OF_WORD, _TRAINING_PIECE)
+    yield from of_text(text, _END_IN_TRAINING, _TRAINING_PIECE)
 
 
 def groups(
@@ -62,8 +65,7 @@ def groups(
   """
   group, size = [], 0
   for index, text in enumerate(texts):
-    cut = _cut(text, end) if isinstance(text, str) else of_slices(text, end)
-    for piece in cut:
+    for piece in of_text(text, end, _PIECE):
       group.append((index, piece))
       size += len(piece)
       if size > _GROUP:
@@ -72,17 +74,26 @@ def groups(
   yield group
 
 
-def of_slices(
-  slices: Iterable[str], end: re.Pattern[str] | None
+def of_text(
+  text: str | Iterable[str], end: re.Pattern[str] | None, size: int
 ) -> Iterator[str]:
-  """Yields the pieces of a text that is given in slices.
+  """Yields the pieces of a text.
 
-  A piece longer than `_LONGEST` would take much memory. It is cut at a line end,
-  or else at the end of a slice, where a token might have crossed.
+  A text in slices is not held in memory. If more than `_LONGEST` characters of it
+  have no end of a piece, it is cut at a line end, or else at the end of a slice,
+  where a token might have crossed.
+
+  Args:
+    text: A string, or a text in slices.
+    end: From `find_end`.
+    size: Characters per piece, about.
   """
+  if isinstance(text, str):
+    yield from _cut(text, end, size)
+    return
   left = ""
-  for text in slices:
-    *whole, left = _cut(left + text, end)
+  for part in text:
+    *whole, left = _cut(left + part, end, size)
     yield from whole
     if end is not None and len(left) > _LONGEST:
       stop = left.rfind("\n") + 1 or len(left)
@@ -91,10 +102,7 @@ def of_slices(
   yield left
 
 
-def _cut(
-  text: str, end: re.Pattern[str] | None, size: int = _PIECE
-) -> Iterator[str]:
-  """Yields the pieces of a text."""
+def _cut(text: str, end: re.Pattern[str] | None, size: int) -> Iterator[str]:
   start = 0
   while end is not None and len(text) - start > size:
     match = end.search(text, start + size)

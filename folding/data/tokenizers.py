@@ -9,7 +9,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tokenizers
@@ -333,7 +333,9 @@ def _second_segment(type_ids: Sequence[int]) -> int:
   return second
 
 
-def train_tokenizer(data: DataConfig, texts: Iterable[Text]) -> Tokenizer:
+def train_tokenizer(
+  data: DataConfig, texts: Iterable[Text | Iterable[str]]
+) -> Tokenizer:
   """Trains or loads a tokenizer.
 
   "bytes" has the 256 bytes and two special tokens. "bpe" merges frequent pairs
@@ -343,7 +345,7 @@ def train_tokenizer(data: DataConfig, texts: Iterable[Text]) -> Tokenizer:
 
   Args:
     data: Only `tokenizer` and `vocab_size` are read.
-    texts: The training split; pairs in a sequence.
+    texts: The training split: strings, texts in slices, or a sequence of pairs.
 
   Raises:
     ConfigError: the vocabulary cannot hold the bytes, or the file is missing or
@@ -402,10 +404,10 @@ def vocab_size(data: DataConfig) -> int:
   return load_tokenizer(data.tokenizer).vocab_size
 
 
-def flat(texts: Iterable[Text]) -> Iterator[str]:
+def flat(texts: Iterable[Text | Iterable[str]]) -> Iterator[Any]:
   """Yields all texts, the two of a pair one after the other."""
   for text in texts:
-    yield from (text,) if isinstance(text, str) else text
+    yield from text if isinstance(text, tuple) else (text,)
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:

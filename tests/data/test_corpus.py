@@ -103,6 +103,7 @@ SOURCES = {
 def small(monkeypatch):
   """Everything is large, slices and pieces are short."""
   monkeypatch.setattr(pieces, "_PIECE", 64)
+  monkeypatch.setattr(pieces, "_TRAINING_PIECE", 64)
   monkeypatch.setattr(pieces, "_GROUP", 256)
   monkeypatch.setattr(corpus, "_BLOCK", 37)
   monkeypatch.setattr(corpus, "LARGE", 0)
@@ -137,7 +138,7 @@ def test_text_without_a_safe_end_is_cut_at_a_line_end(small, monkeypatch):
   monkeypatch.setattr(pieces, "_LONGEST", 100)
   text = "".join(f" word {i} \n" for i in range(99))
   slices = [text[i : i + 37] for i in range(0, len(text), 37)]
-  found = list(pieces.of_slices(slices, pieces.END_OF_LINE))
+  found = list(pieces.of_text(slices, pieces._END_OF_LINE, 64))
   assert "".join(found) == text
   assert max(map(len, found)) <= 137
   assert all(piece.endswith("\n") for piece in found[:-1])

@@ -460,6 +460,11 @@ def test_training_on_pieces_of_a_text_equals_training_on_the_whole(monkeypatch):
   assert trained(5) == trained(len(text))
 
 
+def test_training_pieces_of_a_text_without_spaces_end_with_its_lines():
+  found = list(pieces.for_training(["漢字。\n" * 9000]))
+  assert max(map(len, found)) < 9000
+
+
 def test_a_space_before_a_text_is_not_put_before_pieces(tmp_path):
   inner = hf.Tokenizer(models.WordLevel({"a": 0, "\u2581a": 1, "\n": 2}, "a"))
   space = pre_tokenizers.Metaspace(prepend_scheme="first")
