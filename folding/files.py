@@ -65,8 +65,6 @@ def sync_tree(folder: str, skip: Callable[[str], bool] | None = None) -> None:
 
 
 def _sync(path: str) -> None:
-  if os.name == "nt":  # it flushes only what was opened to be written
-    return
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)

@@ -371,9 +371,9 @@ def _require_memory(state: State, num_new: int) -> None:
   """
   needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.caches))
   room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-  if room is None and hasattr(os, "sysconf"):
+  if room is None:
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  if room is not None and needed >= room:
+  if needed >= room:
     raise ConfigError(
       f"{num_new:,} new tokens would need {needed / 2**30:,.1f} GiB of keys "
       "and values; ask for fewer"
