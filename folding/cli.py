@@ -642,7 +642,3 @@ def _comments(section: type) -> dict[str, str]:
 
 def _print_error(message: str) -> None:
   print(f"folding: error: {' '.join(message.split())}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-  sys.exit(main())
