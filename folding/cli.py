@@ -1,7 +1,7 @@
 """The command line: `folding VERB`; most verbs take a run directory.
 
-A mistake of the user is one line on stderr and exit status 2. A verb imports
-what it needs when it is called, so that `folding --help` is quick.
+A mistake of the user is one line on stderr and exit status 2. Verbs import their
+modules when they are called, so that `folding --help` is quick.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class _Verb(NamedTuple):
 
 _VERBS: dict[str, _Verb] = {}
 
-# Formats of `folding export`: dtypes that each can store, and its size in words.
+# Formats of `folding export`: the dtypes of each, and the line about its size.
 _FORMATS = {
   "safetensors": (
     ("float32", "bfloat16"),
@@ -55,7 +55,7 @@ _FORMATS = {
 
 
 def _verb(help: str, *arguments: _Argument) -> Callable[..., Any]:
-  """Makes a verb of a function, which is called with the parsed arguments."""
+  """Registers a function as a verb. It is called with the parsed arguments."""
 
   def add(function):
     _VERBS[function.__name__] = _Verb(function, help, arguments)
@@ -65,7 +65,7 @@ def _verb(help: str, *arguments: _Argument) -> Callable[..., Any]:
 
 
 def _argument(name: str, help: str, **options: Any) -> _Argument:
-  """Returns an argument, whose help ends with its default if it has one."""
+  """Returns an argument. Its help ends with the default, if it has one."""
   if options.get("default") is not None:
     help += " (default: %(default)s)"
   return name, {"help": help, **options}
@@ -121,7 +121,7 @@ def train(args: argparse.Namespace) -> None:
   _argument("--json", "print JSON", action="store_true"),
 )
 def plan(args: argparse.Namespace) -> None:
-  """Prints what a training step takes on each device, and whether it fits."""
+  """Prints the memory and time of a training step, and whether it fits."""
   config = config_lib.resolve(config_lib.read(args.config, args.edits))
   from folding.training import plan as plan_lib
 
@@ -160,7 +160,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 @_verb("resume the training of a run", _RUN)
 def resume(args: argparse.Namespace) -> None:
-  """Goes on training a run, as its own config says."""
+  """Continues the training of a run with its own config."""
   from folding.training import loop
 
   loop.resume_run(args.run)
@@ -246,9 +246,9 @@ def compare(args: argparse.Namespace) -> None:
   ),
 )
 def study(args: argparse.Namespace) -> None:
-  """Trains what is not finished, and writes what the study shows."""
+  """Trains the unfinished runs of a study, and writes its results."""
   files.require_workdir(args.workdir)
-  # Runs that differ in the seed share their compiled programs.
+  # Runs that differ only in the seed share their compiled programs.
   compiled = os.path.abspath(os.path.join(args.workdir, "compiled"))
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
   import jax
@@ -342,7 +342,7 @@ def export(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--batch-size",
-    "texts per batch; standard input is answered after so many lines",
+    "texts per batch; standard input is answered batch by batch",
     metavar="N",
     type=int,
     default=64,
@@ -469,7 +469,7 @@ def encode(args: argparse.Namespace) -> None:
   ),
 )
 def generate(args: argparse.Namespace) -> None:
-  """Prints prompts and what follows them: one as it comes, several in order."""
+  """Prints prompts and their continuations; a single one is streamed."""
   from folding.serving import generate as generate_lib
   from folding.serving import lines as lines_lib
   from folding.serving.loaded import load
@@ -543,7 +543,7 @@ def split_edits(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def exit_status(call: Callable[[], Any]) -> int:
   """Makes a call and returns the exit status; prints an error in one line.
 
-  0: success. 1: training cannot go on. 2: a mistake of the user. 130: Ctrl-C.
+  0: success. 1: training cannot continue. 2: a mistake of the user. 130: Ctrl-C.
   """
   if sys.stdout is None:  # the result would go nowhere
     _print_error("standard output is closed; /dev/null may take it")
@@ -554,7 +554,7 @@ def exit_status(call: Callable[[], Any]) -> int:
   except UnicodeEncodeError as error:
     _print_error(f"cannot print: {error} (PYTHONIOENCODING=utf-8 may help)")
     return 2
-  except BrokenPipeError:  # as by `| head`; nobody is left to tell
+  except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (ConfigError, OSError) as error:
     _print_error(str(error))
@@ -563,8 +563,8 @@ def exit_status(call: Callable[[], Any]) -> int:
     _print_error(str(error))
     return 1
   except KeyboardInterrupt:
-    return 130  # as a shell says it
-  except Exception:  # without a backend JAX raises many kinds
+    return 130  # 128 + SIGINT, as in a shell
+  except Exception:  # JAX raises many types if it has no backend
     reason = _no_backend()
     if reason is None:
       raise
@@ -581,10 +581,10 @@ def _no_backend() -> str | None:
     jax.devices()
   except (RuntimeError, AssertionError) as error:
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    # An NVIDIA GPU that is missing is an assertion without a message.
-    said = one_line(error) or "it found no such device"
+    # Without an NVIDIA GPU, JAX raises an AssertionError without a message.
+    message = one_line(error) or "it found no such device"
     return (
-      f"JAX cannot start with JAX_PLATFORMS={platforms}: {said}; unset "
+      f"JAX cannot start with JAX_PLATFORMS={platforms}: {message}; unset "
       "JAX_PLATFORMS, or install 'folding-jax[cuda]' or 'folding-jax[tpu]' on a "
       "machine with such a device"
     )
@@ -635,7 +635,7 @@ def describe_fields() -> str:
   return "\n".join(lines) + "\n"
 
 
-@functools.cache  # a lookup parses the whole file of the class
+@functools.cache  # getsource parses the whole file of a class
 def _comments(section: type) -> dict[str, str]:
   return typed.comments(inspect.getsource(section).splitlines())
 

@@ -22,7 +22,7 @@ _SHIPPED = (os.path.join(_PACKAGE, "shipped"), os.path.dirname(_PACKAGE))
 
 
 def write_file(path: str, content: str | bytes) -> None:
-  """Writes a whole file, or nothing if it fails, even if the power does."""
+  """Writes a file atomically: all of it or nothing, even if the power fails."""
   if isinstance(content, str):
     content = content.encode("utf-8")
   # A random name: on a disk that containers share, process ids repeat.
@@ -51,7 +51,7 @@ def sync_tree(folder: str, skip: Callable[[str], bool] | None = None) -> None:
 
   Args:
     folder: The folder.
-    skip: Whether a file of a path is flushed already; None: none is.
+    skip: Returns whether a file is flushed already; None: no file is.
 
   Raises:
     OSError: a file cannot be flushed.
@@ -97,7 +97,7 @@ def write_checksums(
   Args:
     folder: The folder.
     names: The files. One that does not exist must not exist later either.
-    texts: {name: text} of files that are still to be written.
+    texts: {name: text} of files that will be written later.
   """
   found = {name: file_checksum(os.path.join(folder, name)) for name in names}
   for name, text in (texts or {}).items():
@@ -107,7 +107,7 @@ def write_checksums(
 
 
 def read_checksums(folder: str) -> dict[str, str | None] | None:
-  """Returns what `write_checksums` wrote; None if it was not called.
+  """Returns the checksums of `write_checksums`; None if there are none.
 
   Raises:
     ConfigError: it is damaged, or names files outside of the folder.
@@ -176,10 +176,9 @@ def folder_bytes(path: str) -> int:
 
 
 def require_local(path: str) -> None:
-  """Raises `ConfigError` for a path that is not a local one.
+  """Raises `ConfigError` for a path that is not local, such as gs://bucket/folder.
 
-  Such as gs://bucket/folder, or a ~ that no shell has expanded (none does after
-  "=").
+  A path that begins with ~ is refused too: shells do not expand ~ after "=".
   """
   if "://" in path:
     raise ConfigError(
@@ -268,8 +267,8 @@ def write_json(path: str, content: Any, *, ensure_ascii: bool = True) -> None:
 
   Args:
     path: The file.
-    content: What `json.dumps` takes.
-    ensure_ascii: Whether to escape all that is not ASCII.
+    content: Anything that `json.dumps` accepts.
+    ensure_ascii: Whether to escape characters that are not ASCII.
   """
   text = json.dumps(content, indent=2, ensure_ascii=ensure_ascii)
   write_file(path, text + "\n")
@@ -291,8 +290,8 @@ def _find(path: str) -> tuple[str, str]:
 def call_in_file(where: str, function: str) -> Any:
   """Calls a function of a Python file and returns its result.
 
-  A path under configs/ that is not in the current folder is looked up among the
-  files that come with the library; a line on stderr names the one that is used.
+  If a path under configs/ is not in the current folder, the file of that name that
+  comes with the library is used, and a line on stderr names it.
 
   Args:
     where: "FILE.py", or "FILE.py:ARGUMENT" to call it with that text.
@@ -316,7 +315,7 @@ def call_in_file(where: str, function: str) -> Any:
     return getattr(module, function)(*([argument] if colon else []))
   except ConfigError:
     raise
-  except (Exception, SystemExit) as error:  # of the user's program
+  except (Exception, SystemExit) as error:  # any error of the user's code
     raise ConfigError(
       f"{function}() of {path!r} fails: {reason(error)}"
     ) from error

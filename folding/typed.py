@@ -140,7 +140,7 @@ def differences(a: Any, b: Any) -> list[str]:
 
 
 def _rounded(value: Any) -> Any:
-  """Returns a value, or a tuple of values, with six digits of its numbers."""
+  """Returns a value, or a tuple of values, rounded to six digits."""
   if isinstance(value, tuple):
     return tuple(map(_rounded, value))
   return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -167,7 +167,7 @@ def value_at(config: Any, name: str) -> Any:
 def comments(lines: Iterable[str]) -> dict[str, str]:
   """Returns {field: comment} of the source of a dataclass.
 
-  A comment stands above the field, beside it, or both.
+  A comment may be above the field, beside it, or both.
   """
   found: dict[str, str] = {}
   above: list[str] = []
@@ -233,7 +233,7 @@ def _misfit(hint: Any, shown: Any, where: str) -> ConfigError:
 
 
 def _fit(hint: Any, value: Any) -> Any:
-  """Returns the value as the annotation has it; JSON has no tuples.
+  """Returns the value in the type of the annotation; lists become tuples.
 
   Raises:
     ValueError: it does not fit.
@@ -243,8 +243,8 @@ def _fit(hint: Any, value: Any) -> Any:
     number = _fit(options[0], value)
     if number in options[1]:
       return number
-  elif origin in (types.UnionType, typing.Union):
-    for option in options if value != "" else ():  # no name, and not None
+  elif origin in (types.UnionType, typing.Union) and value != "":
+    for option in options:
       with contextlib.suppress(ValueError):
         return _fit(option, value)
   elif origin is Literal:
