@@ -154,29 +154,43 @@ def _write(
     console=console, transient=True, disable=not console.is_terminal
   ) as bar:
     for split in sources.SPLITS:
-      num_bytes[split] = 0
-      job = bar.add_task(f"tokenising {split}", total=splits[split].num_bytes)
-
-      def hashed(slices, job=job):
-        for text in slices:
-          encoded = text.encode("utf-8")
-          sha.update(encoded)
-          bar.advance(job, len(encoded))
-          yield text
-
-      def documents(split=split, hashed=hashed):
-        for size, slices in splits[split].documents():
-          sha.update(size.to_bytes(8, "little"))
-          num_bytes[split] += size
-          yield hashed(slices)
-
+      part = splits[split]
+      job = bar.add_task(f"tokenising {split}", total=part.num_bytes)
+      advance = functools.partial(bar.advance, job)
       with open(folder / f"{split}.bin", "wb") as file:
-        if splits[split].num_bytes:
-          for ids in tokenizer.stream(documents()):
-            file.write(ids.astype(tokenizer.dtype).tobytes())
+        num_bytes[split] = _write_split(file, part, tokenizer, sha, advance)
       sha.update(b"end")
   meta = {"digest": sha.hexdigest(), "num_bytes": num_bytes}
   (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _write_split(
+  file: BinaryIO,
+  part: "_Region | _Rows",
+  tokenizer: Tokenizer,
+  sha: Any,
+  advance: Callable[[int], None],
+) -> int:
+  """Writes the ids of a split, hashes its text, and returns its UTF-8 bytes."""
+  num_bytes = 0
+
+  def hashed(text: str) -> str:
+    encoded = text.encode("utf-8")
+    sha.update(encoded)
+    advance(len(encoded))
+    return text
+
+  def documents() -> Iterator[Iterable[str]]:
+    nonlocal num_bytes
+    for size, slices in part.documents():
+      num_bytes += size
+      sha.update(size.to_bytes(8, "little"))
+      yield map(hashed, slices)
+
+  if part.num_bytes:
+    for ids in tokenizer.stream(documents()):
+      file.write(ids.astype(tokenizer.dtype).tobytes())
+  return num_bytes
 
 
 def _read(folder: pathlib.Path, dtype: Any) -> Tokens:
