@@ -30,7 +30,7 @@ from folding.errors import ConfigError
 Batch: TypeAlias = dict[str, np.ndarray]
 
 STS = "sts"  # split of `DataConfig.sts`
-_NUM_STEPS = 1 << 40  # without end, but Grain needs a number
+_NUM_STEPS = 1 << 40  # endless; Grain needs a number
 _COUNTED = 1 << 20  # tokens that are counted together
 
 
@@ -166,7 +166,7 @@ def make_data(
     texts: Texts of data that was made before; None: read them.
 
   Raises:
-    ConfigError: the source or the tokenizer is at fault, the train split does
+    ConfigError: the source or the tokenizer is not valid, the train split does
       not fill one batch, or processes cannot share a batch evenly.
   """
   data = dataclasses.replace(config.data)  # the caller's may change
@@ -227,7 +227,7 @@ def _data_of_rows(
   if tokenizer is None:
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
     kept = texts if config.fpp.embedding_granularity == "trim" else None
-  whole = None  # as the teacher of sentence vectors reads
+  whole = None  # tokenizer of the teacher of sentence vectors
   if config.task == "embed" and isinstance(tokenizer, MappedTokenizer):
     whole = tokenizers.load_tokenizer(data.tokenizer)
   examples = _Rows(texts, tokenizer, data, seed=seed, share=share, whole=whole)
@@ -383,7 +383,7 @@ class _Rows:
     self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
   def _lengths(self, split: str, index: np.ndarray) -> list[int]:
-    """Returns the tokens of rows, by the tokenizer that makes more of them."""
+    """Returns the tokens per row, by the tokenizer that makes more of them."""
     parts = [x[split] for x in (self._ids, self._whole) if x]
     return [max(part[i].size for part in parts) for i in index]
 

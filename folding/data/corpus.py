@@ -40,7 +40,7 @@ FOLDER = ".folding-tokens"
 _FORMAT = 1  # raised if the same text would get other splits, tokenizers or ids
 _ENDINGS = (".txt", ".csv", ".jsonl", *local_files.COLUMNAR)
 _BLOCK = 1 << 20  # bytes
-_FIRST_ROWS = 1000  # by which the column of text is chosen
+_FIRST_ROWS = 1000  # rows that the column of text is chosen by
 _FIELDS = ("text_field", "valid_fraction", "test_fraction", "max_bytes")
 
 # Size in UTF-8 bytes, and the text in slices.
@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
   """The ids of a text.
 
   Attributes:
-    streams: Ids of each split, as of `Tokenizer.stream`; mapped into memory.
+    streams: Ids of each split, from `Tokenizer.stream`; mapped into memory.
     num_bytes: UTF-8 bytes of text of each split.
     digest: As in `batches.Data`.
   """
@@ -71,8 +71,8 @@ def tokenised(
     tokenizer: None: that of the config, trained if need be.
 
   Raises:
-    ConfigError: the text or the tokenizer is at fault, or there is no place for
-      the ids.
+    ConfigError: the text or the tokenizer is not valid, or the ids cannot be
+      written.
   """
   if data.path is None or not os.path.exists(data.path):
     return None
@@ -104,7 +104,7 @@ def tokenised(
 
 @contextlib.contextmanager
 def _writing(result: pathlib.Path) -> Iterator[None]:
-  """Names what is to be done if a file or folder cannot be written."""
+  """Raises `ConfigError`, with advice, if a file or folder cannot be written."""
   try:
     yield
   except OSError as error:
@@ -199,7 +199,7 @@ def _read(folder: pathlib.Path, dtype: Any) -> Tokens:
   for split in sources.SPLITS:
     path = folder / f"{split}.bin"
     streams[split] = np.zeros(0, dtype)
-    if path.stat().st_size:  # nothing cannot be mapped
+    if path.stat().st_size:  # an empty file cannot be mapped
       streams[split] = np.memmap(path, dtype, "r")
   return Tokens(streams, meta["num_bytes"], meta["digest"])
 
@@ -321,7 +321,7 @@ def _blocks(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
 
 
 class _Index:
-  """Characters of a part of a file by number, which are cut by number.
+  """Finds the characters of a part of a file by their index.
 
   Attributes:
     length: Number of characters.
@@ -355,7 +355,7 @@ class _Index:
 
 
 def _begins(block: bytes) -> np.ndarray:
-  """Returns which bytes begin a character."""
+  """Returns bool[bytes], whether each byte begins a character."""
   return np.frombuffer(block, np.uint8) & 0xC0 != 0x80
 
 
@@ -364,11 +364,11 @@ class _Rows:
   """Rows of files, each a document.
 
   Attributes:
-    files: In this order.
-    column: Of the text.
+    files: Files of the rows, in order.
+    column: Column of the text.
     digests: uint64 hash of each row of the files.
     sizes: UTF-8 bytes of each row of the files.
-    chosen: Whether each row of the files is one of these.
+    chosen: Whether each row of the files belongs to the split.
     limit: Most bytes; None: all.
   """
 
@@ -394,7 +394,7 @@ class _Rows:
 
   def set_aside(self, fractions: dict[str, Any]) -> dict[str, "_Rows"]:
     """Returns the splits set aside, and the rest as "train"."""
-    # As bytes the hashes have the order of these numbers.
+    # As numbers, hashes have the order of their bytes, by which `sources` sorts.
     _, group, counts = np.unique(
       self.digests, return_inverse=True, return_counts=True
     )

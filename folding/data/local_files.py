@@ -60,7 +60,7 @@ def find_files(
     found = {"train": [path]}
   elif path.is_dir():
     found = _files_in(path)
-  else:  # a pipe would wait for ever
+  else:  # opening a pipe would block
     raise ConfigError(
       f"data.path {path.absolute()} is neither a file nor a folder"
     )
@@ -185,7 +185,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
   """Yields the number and the text of each line that is not empty."""
   if "\n" not in text:  # the line ends of old Macs
     text = text.replace("\r", "\n")
-  # Not splitlines: a text may hold other characters that it would split at.
+  # str.splitlines would also split at other characters.
   for number, line in enumerate(text.split("\n"), 1):
     if line.removesuffix("\r"):
       yield number, line.removesuffix("\r")

@@ -109,7 +109,7 @@ def prepare(
   Raises:
     ConfigError: the folder cannot be written.
   """
-  tfds.disable_progress_bar()  # it takes a second
+  tfds.disable_progress_bar()  # drawing it takes a second
   try:
     try:
       return _prepared(config, data_dir)

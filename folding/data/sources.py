@@ -255,10 +255,10 @@ def cuts(
   """Returns where train and the fractions of a text begin and end.
 
   Args:
-    length: Of the text, in characters.
-    fractions: Of the text, by split.
-    find: Returns the first line end from a character on and before another; -1
-      if there is none.
+    length: Characters of the text.
+    fractions: Fraction of each split other than train.
+    find: Returns the first line end between two characters, the second excluded;
+      -1 if there is none.
   """
   shares = {"train": 1 - sum(fractions.values()), **fractions}
   # A line end beyond this would take too much of the next split.

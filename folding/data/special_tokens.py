@@ -18,7 +18,7 @@ from folding import files, typed
 PAD, END = "<pad>", "<end>"  # of our own tokenizers
 SPECIAL_TOKENS = "special_tokens.json"  # ours
 OPTIONS = "tokenizer_config.json"  # of a checkpoint, as the next two
-GENERATION = "generation_config.json"  # before its config
+GENERATION = "generation_config.json"  # overrides its config
 CHAT = "chat_template.jinja"  # or a field of OPTIONS
 
 # Usual names, best first, if no file names the token.

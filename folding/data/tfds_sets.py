@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow_datasets as tfds
 
-# Registers the text builders; without it TFDS finds "glue" only by luck.
+# Registers the text builders. TFDS may not find "glue" without it.
 import tensorflow_datasets.text
 
 from folding import config as config_lib

@@ -44,8 +44,8 @@ class Encoded(NamedTuple):
 
   Attributes:
     ids: int32 ids of each row.
-    seconds: int64[rows], where segment 1 of each pair begins: its token and all
-      after it; None for single texts.
+    seconds: int64[rows], index of the first token of segment 1; None for single
+      texts.
   """
 
   ids: list[np.ndarray]
@@ -324,7 +324,7 @@ class MappedTokenizer(Tokenizer):
 
 
 def _second_segment(type_ids: Sequence[int]) -> int:
-  """Returns the index of the first token of segment 1, the length if none is."""
+  """Returns the index of the first token of segment 1; the length without one."""
   second = type_ids.index(1) if 1 in type_ids else len(type_ids)
   if any(type_ids[:second]) or any(x != 1 for x in type_ids[second:]):
     raise ConfigError(
@@ -444,7 +444,12 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 
 def _begin_ids(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:
-  """Returns the ids before a text, by the first word that has an id."""
+  """Returns the ids that a tokenizer puts before a text.
+
+  Args:
+    inner: The tokenizer.
+    words: Texts to try until one is encoded.
+  """
   for word in words:
     with contextlib.suppress(Exception):  # the tokenizer cannot encode it
       framed = inner.encode(word)
