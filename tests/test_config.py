@@ -142,7 +142,7 @@ def test_edited_and_differences_are_by_dotted_name():
     (0.25000001, (), ["0.25000001 -> 0.25"]),
   ],
 )
-def test_differences_have_as_many_digits_as_tell(rate, shares, expected):
+def test_differences_show_more_digits_if_six_are_equal(rate, shares, expected):
   a = Outer(inner=Inner(rate=rate), shares=shares)
   found = typed.differences(a, Outer(inner=Inner(rate=0.25)))
   assert [line.partition(": ")[2] for line in found] == expected

@@ -48,7 +48,7 @@ def test_flatten_equals_a_recursive_walk(tree):
   assert list(paths.flatten(tree).items()) == list(_walk(tree).items())
 
 
-def test_two_leaves_of_one_path_are_told():
+def test_flatten_refuses_two_leaves_of_one_path():
   with pytest.raises(ValueError, match="two leaves .* have the same path: a/b"):
     paths.flatten({"a/b": 1, "a": {"b": 2}})
 

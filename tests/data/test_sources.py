@@ -262,7 +262,7 @@ def test_lm_reads_txt_whole_and_rows_without_labels(tmp_path):
     ),
   ],
 )  # fmt: skip
-def test_what_is_passed_over_is_told_in_one_line(tmp_path, files, line, caplog):
+def test_ignored_text_is_reported_in_one_line(tmp_path, files, line, caplog):
   load(tmp_path, **files)
   [found] = caplog.messages
   assert found.endswith(line)

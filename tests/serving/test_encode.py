@@ -104,7 +104,7 @@ def test_encode_verb_writes_a_row_per_line(bert, tmp_path, capsys):
   assert "no text" in capsys.readouterr().err
 
 
-def test_what_makes_no_vectors_is_refused(tmp_path):
+def test_encode_refuses_models_without_vectors(tmp_path):
   with pytest.raises(ConfigError, match="language model"):
     models.make("lm").encode(["the cat"])
   with pytest.raises(ConfigError, match="predict"):

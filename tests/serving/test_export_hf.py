@@ -169,7 +169,7 @@ def test_load_reads_it_back_and_predicts_the_same(make, name, tmp_path):
   )
 
 
-def test_bfloat16_halves_the_arrays_and_tells_their_size_first(make, tmp_path):
+def test_export_hf_in_bfloat16_reports_and_halves_the_size(make, tmp_path):
   model, out = make("bert-shrunk"), tmp_path / "out"
   told = []
 

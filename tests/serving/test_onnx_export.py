@@ -208,7 +208,7 @@ def test_sentence_encoder_has_states_and_vectors(start, tmp_path):
   np.testing.assert_allclose(vectors, unit, rtol=1e-4, atol=1e-5)
 
 
-def test_what_has_no_program_is_refused(start, tmp_path, monkeypatch):
+def test_onnx_program_and_export_refuse_mistakes(start, tmp_path, monkeypatch):
   model = models.make(model=_BERT, length=8)
   onnx_export.export_onnx(tmp_path / "out", model)
   with pytest.raises(ConfigError, match="program for onnxruntime"):

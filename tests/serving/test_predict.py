@@ -140,7 +140,7 @@ def test_predict_refuses_what_it_cannot_do(model):
 
 
 @pytest.mark.parametrize("mark", ["\t", " "])
-def test_lines_with_their_labels_are_told_once(model, caplog, mark):
+def test_predict_of_lines_with_labels_warns_once(model, caplog, mark):
   texts = [f"{label}{mark}the cat" for label in model.labels] * 2
   list(predict_lib.predict(model, texts, batch_size=2, at_once=True))
   assert len(caplog.messages) == (mark == "\t")

@@ -89,7 +89,7 @@ def test_spaces_between_words_are_those_of_the_whole_text():
   assert pieces == [" sat", " on", " cat"]
 
 
-def test_one_text_goes_on_as_it_comes(loaded, expected):
+def test_single_text_is_streamed(loaded, expected):
   pieces = list(
     continue_texts(loaded, TEXTS[:1], max_new_tokens=NEW, sampling=Sampling())
   )
@@ -127,7 +127,7 @@ def test_generate_begins_a_document_where_there_is_no_prompt(
   assert capsys.readouterr().out == expected[1] + "\n"
 
 
-def test_generate_draws_anew_for_another_seed(folder, capsys):
+def test_generate_depends_on_the_seed(folder, capsys):
   texts = set()
   for seed in (0, 0, 1):
     argv = ["generate", folder, "--prompt=a", "--max-new-tokens=9"]
@@ -146,7 +146,7 @@ def test_generate_draws_anew_for_another_seed(folder, capsys):
     (["--cache=linear"], "constant state"),
   ],
 )
-def test_generate_tells_a_mistake_in_one_line(
+def test_generate_reports_a_mistake_in_one_line(
   folder, capsys, monkeypatch, argv, message
 ):
   monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
@@ -158,7 +158,7 @@ def test_generate_tells_a_mistake_in_one_line(
   assert message in line
 
 
-def test_a_story_begins_as_its_model_was_taught(shared_data, capsys):
+def test_generate_continues_as_llama2_c_does(shared_data, capsys):
   folder = shared_data / "stories260K" / "hf"
   argv = ["generate", str(folder), "--temperature=0", "--max-new-tokens=60"]
   assert cli.main(argv) == 0
