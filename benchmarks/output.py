@@ -1,7 +1,6 @@
 """What a benchmark leaves: tables, one JSON object, files in `results/`."""
 
 import argparse
-import io
 import json
 import math
 import pathlib
@@ -127,15 +126,14 @@ def show(
 
 
 def _page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) -> str:
-  text = io.StringIO()
-  text.write(
-    f"# benchmarks.{name}\n\nDevice: {result['device']}; commit: "
-    f"{result['commit']}. All figures: [{name}.json]({name}.json).\n"
-  )
+  parts = [
+    f"# benchmarks.{name}",
+    f"Device: {result['device']}; commit: {result['commit']}. All figures: "
+    f"[{name}.json]({name}.json).",
+  ]
   for each in tables:
-    text.write(f"\n{each.title}\n\n{table(each.header, each.rows)}")
-  text.write(f"\n![{name}]({name}.png)\n")
-  return text.getvalue()
+    parts += [each.title, table(each.header, each.rows).strip()]
+  return "\n\n".join([*parts, f"![{name}]({name}.png)"]) + "\n"
 
 
 def _draw(plot: Plot) -> Any:
