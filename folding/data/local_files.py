@@ -83,7 +83,7 @@ def _files_in(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
       for part in (
         *([path / f"{stem}{end}"] for end in config_lib.TEXT_ENDINGS),
         *(sorted(x.glob(f"{stem}-*.parquet")) for x in (path, path / "data")),
-        sorted((path / stem).glob("*.arrow")),
+        sorted((path / stem).glob("data*.arrow")),  # not cache-*.arrow
       )
       if part and all(file.is_file() for file in part)
     ]
@@ -92,7 +92,7 @@ def _files_in(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
       raise ConfigError(f"{path} has several {split} files ({names}); keep one")
     if parts:
       found[split] = parts[0]
-  if not found and (single := sorted(path.glob("data-*.arrow"))):
+  if not found and (single := sorted(path.glob("data*.arrow"))):
     found["train"] = single
   if "train" not in found:
     raise ConfigError(
