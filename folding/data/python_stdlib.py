@@ -111,11 +111,9 @@ def prepare(
   """
   tfds.disable_progress_bar()  # drawing it takes a second
   try:
-    try:
+    with contextlib.suppress(OSError):  # another process may finish first
       return _prepared(config, data_dir)
-    except OSError:
-      # Another process may have finished first; then its data is there now.
-      return _prepared(config, data_dir)
+    return _prepared(config, data_dir)
   except OSError as error:
     raise ConfigError(
       f"cannot write prepared data under {data_dir or 'the TFDS folder'} "

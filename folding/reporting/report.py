@@ -245,7 +245,7 @@ def _size(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _test(result: Mapping[str, Any]) -> dict[str, Any] | None:
   """Returns the test metrics of `result.json`; see `Run`."""
-  # A value from before the end is not the metric of this run.
+  # Metrics of an unfinished run are not those of its end.
   if not result["finished"]:
     return None
   test = {"checkpoint_step": None, **result["test"]}

@@ -28,7 +28,7 @@ Cache: TypeAlias = Literal["keys", "linear"]
 
 _ROUND = 32  # prompts and caches are padded to its multiples: fewer programs
 _GREEDY = Sampling()
-_GROWTH = 1.25  # of the margin, after a query or key was outside the range
+_GROWTH = 1.25  # factor of the margin after a query or key left the range
 _UNFINISHED = "\ufffd"  # the first bytes of a character decode to it
 
 

@@ -64,12 +64,12 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   }
   if loaded.config.model.segments:
     inputs["segments"] = "int32[b, l]: 1 at the second text of a pair, else 0"
-  exported = jax_export.export(_forward_of(loaded), platforms=PLATFORMS)(
-    *(
-      jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32)
-      for name in inputs
-    )
-  )
+  arguments = [
+    jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32)
+    for name in inputs
+  ]
+  export = jax_export.export(_forward_of(loaded), platforms=PLATFORMS)
+  exported = export(*arguments)
   program = bytes(exported.serialize())
   meta = {
     "program": STABLEHLO,

@@ -362,7 +362,7 @@ def train(config: Config, workdir: str, log: str) -> str:
 
 
 def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
-  """Trains what is not finished, with one line per run on standard output.
+  """Trains the unfinished runs of a study, and prints one line per run.
 
   Args:
     study: The runs.
