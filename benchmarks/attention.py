@@ -17,7 +17,7 @@ difference of linear time to exact attention, of about 1e-6 rounding, and `bound
 its proved bound.
 
 `forward` is one call, `training` a forward and backward pass, and `decode` one
-new token after so many. A cache holds the keys and values of all tokens so far;
+new token after that many. A cache holds the keys and values of earlier tokens;
 linear time has a state of constant size instead. The programs of a length are
 timed in turn, in CPU time: the sum over all cores, which other work on the machine
 hardly changes. `times as fast` compares dense in blocks and linear time.
@@ -206,7 +206,7 @@ def _run(program, inputs) -> None:
 
 
 def main() -> None:
-  """Measures, and shows what came out."""
+  """Measures, and shows the results."""
   parser = output.make_parser(__doc__, rounds=5)
   parser.add_argument("--longest", type=int, default=16384)
   args = parser.parse_args()

@@ -163,7 +163,7 @@ def _train(config: config_lib.Config, workdir: str) -> dict[str, float]:
 
 
 def main() -> None:
-  """Measures, and shows what came out."""
+  """Measures, and shows the results."""
   parser = output.make_parser(__doc__, rounds=1)
   parser.add_argument("--steps", type=int, default=300)
   parser.add_argument("--compact", type=float, default=0.9)

@@ -111,7 +111,7 @@ class _Decoder:
 
 
 def main() -> None:
-  """Measures, and shows what came out."""
+  """Measures, and shows the results."""
   parser = output.make_parser(__doc__, rounds=20)
   parser.add_argument("--batch-size", type=int, default=8)
   args = parser.parse_args()

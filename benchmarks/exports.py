@@ -63,7 +63,7 @@ def from_transformers(folder: str, kind: str, **options: Any) -> Any:
   Args:
     folder: The checkpoint.
     kind: Name of an Auto class.
-    **options: Of its `from_pretrained`.
+    **options: Options of its `from_pretrained`.
   """
   import transformers
 

@@ -88,7 +88,7 @@ def _stepper(program: Program, batch, *, is_mask_update: bool):
 
 
 def main() -> None:
-  """Measures, and shows what came out."""
+  """Measures, and shows the results."""
   parser = output.make_parser(__doc__, rounds=40)
   parser.add_argument("--devices", type=int, default=1)
   args = parser.parse_args()

@@ -15,7 +15,7 @@ allocated and nonzero parameters, bytes of the files of weights (`folding export
 and with --format=hf, onnx and onnx in int8), peak memory of the compiled JAX
 program, and the time of a forward pass over random tokens in JAX, ONNX Runtime and,
 for the dense run and the peers, `transformers` on PyTorch. All are timed in turn;
-times are medians. Learned positions are extended by zeros where a shape is longer
+times are medians. Learned positions are extended by zeros if a shape is longer
 than what the runs read; time does not depend on values.
 """
 

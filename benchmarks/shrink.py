@@ -182,7 +182,7 @@ def _cost(compiled: Any, name: str) -> float:
 
 
 def main() -> None:
-  """Measures, and shows what came out."""
+  """Measures, and shows the results."""
   parser = output.make_parser(__doc__, rounds=20)
   parser.add_argument("--multiple", type=int, default=64)
   args = parser.parse_args()

@@ -110,7 +110,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 @_verb(
-  "show what a training step takes on devices",
+  "show the memory and time of a training step on devices",
   _CONFIG,
   _argument(
     "--devices",

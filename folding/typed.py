@@ -79,7 +79,7 @@ def build(kind: type, values: Any, where: str) -> Any:
 
 
 def parse(hint: Any, text: str, where: str) -> Any:
-  """Returns the value that the text of a flag stands for.
+  """Returns the value of a flag from its text.
 
   Numbers, booleans, None and tuples such as "4,2,1" read as in Python.
 

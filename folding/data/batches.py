@@ -52,7 +52,7 @@ class Data:
   - `tokens`: int32[B, Lb].
   - `mask`: bool[B, Lb], False at padding.
   - `segments`: int32[B, Lb], 1 at the second text of a pair; left out if the
-    tokenizer does not tell the two apart.
+    tokenizer does not distinguish the two.
   - `labels`: int32[B] classes ("classify"), float32[B] scores ("regress"), or
     float32[B, C], 1 at the classes of a row ("multilabel").
   - `weights`: float32[B], 1 for a row, 0 for padding.
@@ -339,7 +339,7 @@ class _Rows:
   Attributes:
     sizes: Number of rows of each split.
     train_ids: Ids of each training row.
-    has_segments: Whether the tokenizer tells the texts of a pair apart.
+    has_segments: Whether the tokenizer distinguishes the texts of a pair.
   """
 
   unit = "texts"

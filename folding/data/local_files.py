@@ -215,7 +215,7 @@ def _tsv_rows(
   for number, line in lines:
     label, tab, rest = line.partition("\t")
     if not tab:
-      raise ConfigError(f"{file}:{number}: no tab; want label<TAB>text")
+      raise ConfigError(f"{file}:{number}: no tab; expected label<TAB>text")
     table.append((number, {"label": label, "text": rest}))
   return table, False
 

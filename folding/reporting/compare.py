@@ -136,8 +136,7 @@ def notes(variants: Sequence[Variant]) -> list[str]:
   runs = [run for variant in variants for run in variant.runs]
   if len({run.digest for run in runs}) > 1:
     notes.append(
-      "these runs had different data, so their test metrics do not tell which "
-      "is better."
+      "these runs had different data, so their test metrics cannot be compared."
     )
   elif len({_tokenizer(run) for run in runs}) > 1:
     notes.append("these runs have different tokenizers, so the loss differs.")

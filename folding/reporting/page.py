@@ -16,7 +16,7 @@ def write(folder: str, name: str, text: str) -> None:
   """Writes a page as NAME.md and as a self-contained NAME.html.
 
   Args:
-    folder: Where the page goes and its pictures are, PNG files.
+    folder: Folder of the page and of its pictures, PNG files.
     name: Name of both files, without an ending.
     text: Markdown that begins with a heading.
   """

@@ -257,8 +257,8 @@ class Generator:
       low, high = int(np.min(ids)), int(np.max(ids))
       if low < 0 or high >= V:
         raise ConfigError(
-          f"prompt {number} has the token id {low if low < 0 else high}; the "
-          f"model knows 0 to {V - 1}"
+          f"prompt {number} has the token id {low if low < 0 else high}; "
+          f"those of the model are 0 to {V - 1}"
         )
       most = self.model.max_length - len(ids)
       if self.model.config.positions == "learned" and max_new_tokens > most:

@@ -90,9 +90,8 @@ class Loaded:
     task = self.config.task
     if task == "lm":
       raise ConfigError(
-        "this is a language model, and nothing says how it makes a vector of a "
-        "text; give an encoder, or a checkpoint with the modules.json of "
-        "sentence-transformers"
+        "this is a language model without a pooling of its tokens; give an "
+        "encoder, or a checkpoint with the modules.json of sentence-transformers"
       )
     if task != "embed":
       raise ConfigError(
@@ -127,7 +126,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
     path: A folder: what `folding export` or `export` wrote, a run (its best
       checkpoint, or the newest), or a Hugging Face checkpoint. Or a name on
       the Hugging Face hub, such as "org/model".
-    pairs: Whether a Hugging Face checkpoint reads pairs; its files do not tell.
+    pairs: Whether a Hugging Face checkpoint reads pairs; its files do not record it.
 
   Raises:
     ConfigError: it is none of them, has another schema, is truncated, or

@@ -269,7 +269,7 @@ def test_learned_positions_are_used_up_to_the_last():
   [
     ([], 1, "no prompt"),
     ([[1], []], 1, "prompt 2 is empty"),
-    ([[1, 21]], 1, "token id 21; the model knows 0 to 20"),
+    ([[1, 21]], 1, "token id 21; those of the model are 0 to 20"),
     ([[-1]], 1, "token id -1"),
     ([[1]], 0, "at least 1; it is 0"),
   ],
