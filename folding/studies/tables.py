@@ -47,7 +47,7 @@ class Row:
   metric: str
   quality: float
   change: float | None
-  compression: float | None
+  compression: float
   parameters: int
   bytes: int
   steps: int
@@ -96,7 +96,7 @@ def _row(trial: Trial, results: dict[str, dict[str, Any]]) -> Row:
     metric=metric,
     quality=quality,
     change=change,
-    compression=1 - stored / full if full else None,
+    compression=1 - stored / full,
     parameters=stored,
     bytes=size["stored"] + size["masks"],
     steps=sum(part["steps"] for part in parts),
@@ -128,16 +128,16 @@ def dataset_table(rows: Sequence[Row]) -> str:
   is_accuracy = metric == "accuracy"
   lines = []
   for (method, level), group in _grouped(rows).items():
-    quality = _mean(group, "quality") or 0.0
+    quality = _mean(group, "quality")
     lines.append(
       [
         method,
         _level(level),
         f"{100 * quality:.1f}%" if is_accuracy else f"{quality:.3f}",
-        _signed(_mean(group, "change")),
+        _signed(_change(group)),
         percent(_mean(group, "compression")),
-        f"{_mean(group, 'bytes') or 0:,.0f}",
-        duration(_mean(group, "seconds") or 0),
+        f"{_mean(group, 'bytes'):,.0f}",
+        duration(_mean(group, "seconds")),
         str(len(group)),
       ]
     )
@@ -179,7 +179,7 @@ def summary_table(rows: Sequence[Row]) -> str:
         [
           method,
           _level(level),
-          _signed(_mean(group, "change")),
+          _signed(_change(group)),
           percent(_mean(group, "compression")),
           _signed(test.difference if test else None),
           "–" if p is None else f"{p:.2g}",
@@ -274,9 +274,10 @@ def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
   """
   found: dict[str, list[tuple[float, float]]] = {}
   for (method, _), group in _grouped(rows).items():
-    size, change = _mean(group, "compression"), _mean(group, "change")
-    if method != DENSE and size is not None and change is not None:
-      found.setdefault(method, []).append((100 * size, change))
+    change = _change(group)
+    if method != DENSE and change is not None:
+      size = 100 * _mean(group, "compression")
+      found.setdefault(method, []).append((size, change))
   order = sorted(found, key=lambda m: (m != OURS, -max(found[m])[1]))
   return {method: sorted(found[method]) for method in order}
 
@@ -307,10 +308,14 @@ def _level(level: float | None) -> str:
   return "" if level is None else f"{100 * level:g}%"
 
 
-def _mean(rows: Sequence[Row], name: str) -> float | None:
-  """Returns the mean of a column, None if any row lacks it."""
-  values = [getattr(row, name) for row in rows]
-  return None if None in values else statistics.fmean(values)
+def _mean(rows: Sequence[Row], name: str) -> float:
+  return statistics.fmean(getattr(row, name) for row in rows)
+
+
+def _change(rows: Sequence[Row]) -> float | None:
+  """Returns the mean change to dense; None if any row has no dense run."""
+  found = [row.change for row in rows if row.change is not None]
+  return statistics.fmean(found) if len(found) == len(rows) else None
 
 
 def _signed(value: float | None) -> str:
