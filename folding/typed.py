@@ -243,7 +243,9 @@ def _fit(hint: Any, value: Any) -> Any:
     number = _fit(options[0], value)
     if number in options[1]:
       return number
-  elif origin in (types.UnionType, typing.Union) and value != "":
+  elif origin in (types.UnionType, typing.Union):
+    if value == "":  # neither a name nor None
+      options = ()
     for option in options:
       with contextlib.suppress(ValueError):
         return _fit(option, value)
