@@ -126,7 +126,12 @@ def _remove(values: dict[str, Any], keep_V) -> list[int]:
     model["merges"] = _close_merges(model, keep)
   ids = {vocab[token] for token in keep}
   ids |= {added["id"] for added in values["added_tokens"]}
-  _map_ids(values.get("post_processor"), lambda i: ids.add(i) or i)
+
+  def keep_id(token_id: int) -> int:
+    ids.add(token_id)
+    return token_id
+
+  _map_ids(values.get("post_processor"), keep_id)
   model["vocab"] = {token: i for token, i in vocab.items() if i in ids}
   values["padding"] = None  # unused, and its pad_id is an old one
   return sorted(ids)
