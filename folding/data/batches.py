@@ -223,7 +223,8 @@ def _data_of_rows(
   texts = texts or sources.load_texts(data, config.task)
   if data.sts is not None:
     firsts, seconds, scores = sources.load_scored_pairs(data.sts)
-    texts.texts[STS] = firsts + seconds
+    every = texts.texts | {STS: firsts + seconds}
+    texts = dataclasses.replace(texts, texts=every)
   if tokenizer is None:
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
     kept = texts if config.fpp.embedding_granularity == "trim" else None
