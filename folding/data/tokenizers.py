@@ -323,10 +323,10 @@ class MappedTokenizer(Tokenizer):
     files.write_file(str(map_path), json.dumps(self.token_map.tolist()))
 
 
-def _second_segment(type_ids: Sequence[int]) -> int:
+def _second_segment(type_ids: list[int]) -> int:
   """Returns the index of the first token of segment 1; the length without one."""
-  second = type_ids.index(1) if 1 in type_ids else len(type_ids)
-  if any(type_ids[:second]) or any(x != 1 for x in type_ids[second:]):
+  second = type_ids.count(0)
+  if type_ids != [0] * second + [1] * (len(type_ids) - second):
     raise ConfigError(
       "the tokenizer numbers the segments of a pair otherwise than 0 and then 1"
     )
