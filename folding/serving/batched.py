@@ -41,8 +41,8 @@ def require_finite(is_finite: np.ndarray, dtype: str) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def forward(model, task, params, tokens_BL, mask_BL, segments_BL):
+@functools.partial(jax.jit, static_argnames=("model", "task"))
+def forward(params, tokens_BL, mask_BL, segments_BL, *, model, task):
   """Returns probabilities or scores [B, C], or vectors [B, D] ("embed")."""
   out = model.apply({"params": params}, tokens_BL, mask_BL, True, segments_BL)
   if task == "classify":
@@ -87,7 +87,7 @@ def outputs(
     segments = None  # a model without a segment embedding ignores them
     if seconds is not None:
       segments = segments_of(seconds[members], mask)
-    out = forward(model, config.task, params, tokens, mask, segments)
+    out = forward(params, tokens, mask, segments, model=model, task=config.task)
     found[members] = np.asarray(out)[: len(members)]
     report(len(members))
   require_finite(np.isfinite(found), config.model.dtype)
