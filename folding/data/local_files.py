@@ -115,9 +115,8 @@ def read_file(
   if file.suffix == ".txt":
     return _read_txt(file, task)
   if file.suffix == ".tsv":
-    table, has_header = _tsv_rows(file, data, task)
+    table = _tsv_rows(file, data, task)
   else:
-    has_header = True
     table = list(rows_of(part, labelled=task not in config_lib.UNLABELLED))
   if not table:
     raise ConfigError(f"{file} is empty")
@@ -138,14 +137,6 @@ def read_file(
           f"{place}: the label {label!r} is a {type(label).__name__}, unlike that "
           "of the first row; use one kind"
         )
-  if not has_header and rows.labels:
-    first, second = str(rows.labels[0]), str(rows.texts[0]).strip()
-    is_header = first.lower() == "label" and first not in rows.labels[1:]
-    if is_header or second.lower() == "label":
-      raise ConfigError(
-        f"{rows.place(0)}: this looks like a header without a column of text; "
-        "name the columns label and text, or leave the header out"
-      )
   return rows
 
 
@@ -193,10 +184,10 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _tsv_rows(
   file: pathlib.Path, data: DataConfig, task: config_lib.Task
-) -> tuple[Table, bool]:
-  """Returns the rows, and whether the first line is a header.
+) -> Table:
+  """Returns the rows of a .tsv, in which quotes are plain characters.
 
-  Without one, a line is `label<TAB>text`. Quotes are plain characters.
+  Without a header, a line is `label<TAB>text`.
   """
   lines = list(_lines(_text(file)))
   first, others = lines[0][1], [line for _, line in lines[1:]]
@@ -205,7 +196,7 @@ def _tsv_rows(
   is_row = len(columns) == 2 and first in others
   if _is_header(columns, data, task) and not is_row:
     cells = [(number, line.split("\t")) for number, line in lines[1:]]
-    return list(_with_columns(file, columns, cells)), True
+    return list(_with_columns(file, columns, cells))
   if named := _named_columns(data):
     raise ConfigError(
       f"{file} has no header with the columns {', '.join(map(repr, named))} "
@@ -217,7 +208,16 @@ def _tsv_rows(
     if not tab:
       raise ConfigError(f"{file}:{number}: no tab; expected label<TAB>text")
     table.append((number, {"label": label, "text": rest}))
-  return table, False
+  label, text = (table[0][1][name].strip() for name in ("label", "text"))
+  labels = {row["label"].strip() for _, row in table[1:]}
+  is_header = label.lower() == "label" and label not in labels
+  is_labelled = task not in config_lib.UNLABELLED
+  if is_labelled and (is_header or text.lower() == "label"):
+    raise ConfigError(
+      f"{file}:{table[0][0]}: this looks like a header without a column of text; "
+      "name the columns label and text, or leave the header out"
+    )
+  return table
 
 
 def _is_header(
