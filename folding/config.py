@@ -149,8 +149,8 @@ class ModelConfig:
   # Base of the rotations; for all layers, or one per layer.
   rope_base: Positive | tuple[Positive, ...] = 10000.0
   # Slows rotations. (factor,): all of them. (factor, low, high, length), as in
-  # Llama 3: those with fewer than `low` turns in `length` tokens, and less and less
-  # up to `high` turns. None: no scaling.
+  # Llama 3: those with fewer than `low` turns in `length` tokens, and in proportion
+  # those between `low` and `high`. None: no scaling.
   rope_scaling: tuple[Positive, ...] | None = None
   rope_share: Share = 1.0  # fraction of a head's channels that rotate
   # Number of last tokens to attend to; None: all. Per layer, 0 is all.
@@ -311,7 +311,8 @@ class FPPConfig:
   attention: Literal["output", "all", "heads", "none"] = "output"
   # How an embedding shrinks that is not tied to the output layer. "row": rows of
   # tokens become zero. "trim": tokens leave the tokenizer of a trained model, which
-  # splits their words further. "rank": all tokens stay, and the rank is low.
+  # splits their words further. "rank": all tokens stay, and the embedding gets a low
+  # rank.
   embedding_granularity: Literal["weight", "row", "trim", "rank"] = "weight"
   begin: Fraction = 0.45  # first mask update, as a fraction of the steps
   end: Share = 0.9  # last mask update, as a fraction of the steps
