@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -131,7 +132,8 @@ def differences(a: Any, b: Any) -> list[str]:
   """
   found = []
   for name in fields(type(a)):
-    exact = value_at(a, name), value_at(b, name)
+    value_of = operator.attrgetter(name)
+    exact = value_of(a), value_of(b)
     if exact[0] != exact[1]:
       rounded = _rounded(exact)
       x, y = exact if rounded[0] == rounded[1] else rounded
@@ -155,13 +157,6 @@ def fields(kind: type, prefix: str = "") -> dict[str, Any]:
     else:
       found[prefix + name] = hint
   return found
-
-
-def value_at(config: Any, name: str) -> Any:
-  """Returns the value of a field by its dotted name."""
-  for part in name.split("."):
-    config = getattr(config, part)
-  return config
 
 
 def comments(lines: Iterable[str]) -> dict[str, str]:
