@@ -128,10 +128,9 @@ def read_file(
     place = rows.place(-1)
     texts = [rows_lib.checked(row.get(name), name, place) for name in columns]
     rows.texts.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
-    if rows.labels is not None:
-      label = None if label_field is None else row.get(label_field)
+    if rows.labels is not None and label_field is not None:
+      label, first = row.get(label_field), table[0][1].get(label_field)
       rows.labels.append(labels_lib.read_label(label, task, place))
-      first = table[0][1].get(label_field or "")
       if task == "classify" and type(label) is not type(first):
         raise ConfigError(
           f"{place}: the label {label!r} is a {type(label).__name__}, unlike that "
