@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from folding.config import Config
+from folding.data.batches import Data
 from folding.errors import ConfigError
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
@@ -70,6 +71,18 @@ def from_transformers(folder: str, kind: str, **options: Any) -> Any:
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
   return getattr(transformers, kind).from_pretrained(folder, **options).eval()
+
+
+def accuracy(
+  forward: Callable[..., Any], data: Data, split: str = "test"
+) -> float:
+  """Returns the accuracy on a split of (tokens, mask) -> logits."""
+  right = count = 0.0
+  for batch in data.eval_batches(split):
+    found = np.argmax(forward(batch["tokens"], batch["mask"]), axis=-1)
+    right += float(np.sum((found == batch["labels"]) * batch["weights"]))
+    count += float(np.sum(batch["weights"]))
+  return right / count
 
 
 def onnx_forward(folder: str, output: str) -> Callable[..., np.ndarray]:

@@ -192,9 +192,9 @@ def _exported(name: str, path: str, config: Config) -> Model:
         exports.onnx_forward(os.path.join(scratch, dtype + which), "logits")
         for which in ("short", "long")
       ]
-      accuracy[runtime] = _accuracy(runs[0], plain)
+      accuracy[runtime] = exports.accuracy(runs[0], plain)
       forwards[runtime] = runs[1]
-  accuracy["JAX"] = _accuracy(_jax_forward(loaded), data)
+  accuracy["JAX"] = exports.accuracy(_jax_forward(loaded), data)
   forwards["JAX"] = _jax_forward(long)
   leaves = jax.tree.leaves(loaded.params)
   return Model(
@@ -238,15 +238,6 @@ def _peak_bytes(loaded: export_lib.Loaded, shape: tuple[int, int]) -> int:
   program = jax.jit(loaded.model.apply).lower({"params": loaded.params}, tokens)
   memory: Any = program.compile().memory_analysis()
   return memory.argument_size_in_bytes + memory.temp_size_in_bytes
-
-
-def _accuracy(forward: Callable[..., Any], data: Data) -> float:
-  right = count = 0.0
-  for batch in data.eval_batches("test"):
-    found = np.argmax(forward(batch["tokens"], batch["mask"]), axis=-1)
-    right += float(np.sum((found == batch["labels"]) * batch["weights"]))
-    count += float(np.sum(batch["weights"]))
-  return right / count
 
 
 def _timed(models: Sequence[Model], rounds: int) -> list[dict[str, Any]]:

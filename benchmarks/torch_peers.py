@@ -14,11 +14,12 @@ They are pruned in `STAGES` stages while our run pruned.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import exports
 from folding import config as config_lib
 from folding.data.batches import Data
 from folding.training.optimizer import make_schedule, mask_updates
@@ -196,7 +197,9 @@ def _recover(
 
   optimizer = make_optimizer()
   for step in range(t.steps):
-    inputs, labels, _ = _tensors(data.train_batch(step))
+    batch = data.train_batch(step)
+    inputs = _inputs(batch["tokens"], batch["mask"])
+    labels = torch.as_tensor(batch["labels"], dtype=torch.long)
     for _ in range(stages.count(step)):  # several, in a short run
       pruned.advance()
       if not pruned.is_same_shape:
@@ -229,24 +232,16 @@ def accuracy(model: Any, data: Data, split: str = "test") -> float:
   """Returns the accuracy of a model of `transformers` on a split."""
   import torch
 
-  right = count = 0.0
-  with torch.inference_mode():
-    for batch in data.eval_batches(split):
-      inputs, labels, weights = _tensors(batch)
-      hits = (model(**inputs).logits.argmax(-1) == labels) * weights
-      right, count = right + float(hits.sum()), count + float(weights.sum())
-  return right / count
+  @torch.inference_mode()
+  def forward(tokens, mask):
+    return model(**_inputs(tokens, mask)).logits.numpy()
+
+  return exports.accuracy(forward, data, split)
 
 
-def _tensors(
-  batch: Mapping[str, np.ndarray],
-) -> tuple[dict[str, Any], Any, Any]:
-  """Returns (inputs, labels, weights) of a batch, for PyTorch."""
+def _inputs(tokens: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+  """Returns the arguments of a model of `transformers`."""
   import torch
 
-  inputs = {
-    "input_ids": torch.as_tensor(batch["tokens"], dtype=torch.long),
-    "attention_mask": torch.as_tensor(batch["mask"], dtype=torch.long),
-  }
-  labels = torch.as_tensor(batch["labels"], dtype=torch.long)
-  return inputs, labels, torch.as_tensor(batch["weights"])
+  arrays = {"input_ids": tokens, "attention_mask": mask}
+  return {k: torch.as_tensor(x, dtype=torch.long) for k, x in arrays.items()}
