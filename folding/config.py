@@ -268,6 +268,38 @@ class ModelConfig:
         )
 
 
+# Fields of `ModelConfig` that models must share if one takes the arrays of the
+# other, and those of their classifiers. The arrays show the rest, such as biases
+# and the width of MLPs.
+SHAPE = (
+  "num_layers",
+  "width",
+  "embed_width",
+  "num_heads",
+  "num_kv_heads",
+  "head_dim",
+  "norm",
+  "norm_position",
+  "parallel",
+  "embed_norm",
+  "norm_epsilon",
+  "positions",
+  "rope_base",
+  "rope_scaling",
+  "rope_share",
+  "window",
+  "relative_buckets",
+  "qk_norm",
+  "attention_cap",
+  "logit_cap",
+  "scale_embeddings",
+  "activation",
+  "gated",
+  "causal",
+)
+HEAD = ("pooling", "pooler", "pooler_activation", "pooler_norm")
+
+
 @dataclasses.dataclass(slots=True, unsafe_hash=True)
 class FoldConfig:
   """How W_Q, W_K, W_V and the embedding are folded. None: the preset decides."""

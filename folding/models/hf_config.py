@@ -6,12 +6,12 @@ of their own, add these to `folding.models.hf_weights`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from folding import config as config_lib
 from folding import typed
-from folding.config import ModelConfig, Pooling, Task
+from folding.config import ModelConfig, Task
 from folding.errors import ConfigError
 
 
@@ -32,21 +32,20 @@ class Family:
     prefix: Start of its class names in transformers.
     lm: Name of its next-token model; "": `prefix` and "ForCausalLM".
     layout: Entry of `hf_weights.LAYOUTS` that has its tensors.
-    fields: {field of ModelConfig: field of config.json}, same value.
+    fields: {field of ModelConfig: field of config.json}. Values are the same,
+      except those in `VALUES`.
     positions: Field of config.json with the number of positions.
     first_position: Row of the position embedding of the first token; None: the
       one after the pad id.
     counts_first: Whether `positions` counts the rows before that one.
     defaults: What transformers assumes for fields missing in config.json.
-    computes: Fields of ModelConfig that the architecture fixes.
-    classifier: Fields of ModelConfig that its sequence classifier fixes.
-    poolings: {classifier_pooling of config.json: ours}; {}: `classifier` has
-      the only one.
+    computes: Fields of ModelConfig that the architecture fixes. All others that
+      are neither in `fields` nor in `rules` have their defaults.
+    classifier: The same of its sequence classifier.
     only: Fields of config.json with one supported value.
+    equal: Fields of config.json that must equal another one.
     rules: Fields that correspond by more than their names.
     writes: Constant fields of config.json for the export.
-    bases: Fields of config.json with the rope_base of layers without a window
-      and with one; (): all layers have one.
   """
 
   prefix: str
@@ -59,11 +58,10 @@ class Family:
   defaults: dict[str, Any]
   computes: dict[str, Any]
   classifier: dict[str, Any]
-  poolings: dict[str, Pooling] = dataclasses.field(default_factory=dict)
   only: dict[str, Any] = dataclasses.field(default_factory=dict)
+  equal: dict[str, str] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
   writes: dict[str, Any] = dataclasses.field(default_factory=dict)
-  bases: tuple[str, ...] = ()
 
   def offset(self, pad_id: int) -> int:
     """Returns the row of the position embedding of the first token."""
@@ -78,15 +76,19 @@ _PROBLEMS: dict[str, Task] = {  # problem_type of config.json: task
   "regression": "regress",
 }
 
-# Name in config.json: ours. Of several names for one, the first is written.
-ACTIVATIONS = {
-  "gelu": "gelu",
-  "gelu_new": "gelu_tanh",
-  "gelu_pytorch_tanh": "gelu_tanh",
-  "gelu_fast": "gelu_tanh",
-  "silu": "silu",
-  "swish": "silu",
-  "relu": "relu",
+# Field of ModelConfig: {value in config.json: ours}. Of several values for one
+# of ours, the first is written.
+VALUES: dict[str, dict[str, str]] = {
+  "activation": {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+  },
+  "pooling": {"cls": "first", "mean": "mean"},
 }
 
 _SHARE = "partial_rotary_factor"
@@ -110,7 +112,6 @@ SUPPORTED: dict[str, Any] = {
   "quantization_config": None,
 }
 
-
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _CAPS = {  # field of ModelConfig: of config.json
   "attention_cap": "attn_logit_softcapping",
@@ -120,238 +121,126 @@ _CAPS = {  # field of ModelConfig: of config.json
 _NULLABLE = {"sliding_window", *_CAPS.values()}
 
 
-def _read_biases(values: dict[str, Any]) -> dict[str, Any]:
-  bias = values["attention_bias"]
-  if values["mlp_bias"] != bias:
-    raise ConfigError(
-      f"config.json: attention_bias={bias} with mlp_bias={not bias} is not "
-      "supported; both or neither are"
-    )
-  return {"use_bias": bias}
-
-
-def _write_biases(config: ModelConfig) -> dict[str, Any]:
-  return {"attention_bias": config.use_bias, "mlp_bias": config.use_bias}
-
-
-def _read_windows(
-  values: dict[str, Any],
-  size: int,
-  is_sliding: Callable[[int], bool],
-  bases: tuple[str, ...] = (),
-) -> dict[str, Any]:
-  """Returns the window of each layer, and its rope_base if these differ.
+def _windows(
+  is_sliding: Callable[[dict[str, Any], int], bool],
+  *,
+  field: str = "sliding_window",
+  both_sides: bool = False,
+  bases: Mapping[str, str] | None = None,
+) -> Rule:
+  """Returns the rule of a family in which only some layers have a window.
 
   Args:
-    values: Fields of config.json.
-    size: The window of the layers that have one.
-    is_sliding: Whether layer n has one, if layer_types does not say.
-    bases: As `Family.bases`; transformers 5 writes a dict per kind instead.
+    is_sliding: Whether layer n has one, from config.json without layer_types.
+    field: Field of config.json with the size of the windows.
+    both_sides: Whether that counts the tokens before and after, without the one
+      between them; otherwise the last tokens.
+    bases: {kind of layer: field of config.json with its rope_base}; None: all
+      layers have the same.
   """
-  kinds = values.get("layer_types") or [
-    _SLIDING if is_sliding(n) else _FULL
-    for n in range(values["num_hidden_layers"])
-  ]
-  if not {*kinds} <= {_SLIDING, _FULL}:
-    raise ConfigError(
-      f"config.json: layer_types {sorted({*kinds})} is not supported; supported "
-      f"are {_FULL} and {_SLIDING}"
-    )
-  fields = {"window": [size if x == _SLIDING else 0 for x in kinds]}
-  if not bases:
-    return fields
-  scaling = values.get("rope_scaling") or {}
-  nested, base_of = values.get("rope_parameters") or {}, {}
-  for kind, name in zip((_FULL, _SLIDING), bases, strict=True):
-    rope = nested.get(kind) or {}
-    used = scaling.get("rope_type", scaling.get("type"))
-    used = used or rope.get("rope_type", "default")
-    if used != "default":
+
+  def read(values):
+    kinds = values.get("layer_types") or [
+      _SLIDING if is_sliding(values, n) else _FULL
+      for n in range(values["num_hidden_layers"])
+    ]
+    if not {*kinds} <= {_SLIDING, _FULL}:
       raise ConfigError(
-        f"config.json: rope_type {used!r} beside windows in some layers is "
-        "not supported; only 'default' is"
+        f"config.json: layer_types {sorted({*kinds})} is not supported; supported "
+        f"are {_FULL} and {_SLIDING}"
       )
-    base_of[kind] = rope.get("rope_theta", values[name])
-  return fields | {"rope_base": [base_of[x] for x in kinds]}
+    size = values[field] or 0
+    size = size // 2 + 1 if both_sides else size
+    fields = {"window": [size if x == _SLIDING else 0 for x in kinds]}
+    if bases:
+      base_of = {
+        kind: _read_base(values, kind, name) for kind, name in bases.items()
+      }
+      fields["rope_base"] = [base_of[x] for x in kinds]
+    return fields
+
+  def write(config):
+    sizes = config.by_layer(config.window or 0, "model.window")
+    kinds = [_SLIDING if x else _FULL for x in sizes]
+    values: dict[str, Any] = {"layer_types": kinds}
+    if size := max(sizes):
+      values[field] = 2 * (size - 1) if both_sides else size
+    if bases:
+      used = config.by_layer(config.rope_base, "model.rope_base")
+      values |= {bases[x]: base for x, base in zip(kinds, used, strict=True)}
+    return values
+
+  return Rule(read, write)
 
 
-def _write_windows(
-  config: ModelConfig, bases: tuple[str, ...] = ()
-) -> dict[str, Any]:
-  """Returns which layers have a window, and the bases of both kinds."""
-  has_window = [x > 0 for x in _windows(config)]
-  values: dict[str, Any] = {
-    "layer_types": [_SLIDING if x else _FULL for x in has_window]
-  }
-  if bases:
-    used = config.by_layer(config.rope_base, "model.rope_base")
-    # False and True are the indices of the names.
-    values |= {bases[x]: b for x, b in zip(has_window, used, strict=True)}
-  return values
-
-
-def _windows(config: ModelConfig) -> tuple[int, ...]:
-  """Returns the window of each layer; 0: it has none."""
-  return config.by_layer(config.window or 0, "model.window")
-
-
-def _read_qwen_window(values: dict[str, Any]) -> dict[str, Any]:
-  if not values["use_sliding_window"]:
-    return {}
-  first = values["max_window_layers"]
-  return _read_windows(values, values["sliding_window"], lambda n: n >= first)
-
-
-def _write_qwen_window(config: ModelConfig) -> dict[str, Any]:
-  is_used = config.window is not None
-  return {
-    "sliding_window": max(_windows(config)) or None,
-    "use_sliding_window": is_used,
-    "max_window_layers": 0,
-  } | (_write_windows(config) if is_used else {})
-
-
-def _read_rope(values: dict[str, Any]) -> dict[str, Any]:
-  read = _read_partial_rope(values)
-  _check_supported(_SHARE, read["rope_share"], SUPPORTED[_SHARE])
-  return read
-
-
-def _read_partial_rope(values: dict[str, Any]) -> dict[str, Any]:
-  # transformers 5 writes one dict, earlier versions rope_theta and a dict or
-  # null. It reads the older one if there are both.
-  given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-  rope = {"rope_theta": values.get("rope_theta", 10000.0), _SHARE: 1.0} | given
-  if _LENGTH in values:
-    rope[_LENGTH] = values[_LENGTH]
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind not in ROPE_SCALINGS:
+def _read_base(values: dict[str, Any], kind: str, name: str) -> float:
+  """Returns the rope_base of the layers of a kind, which may not be scaled."""
+  scaling = values.get("rope_scaling") or {}
+  # transformers 5 writes a dict per kind.
+  rope = (values.get("rope_parameters") or {}).get(kind) or {}
+  used = scaling.get("rope_type", scaling.get("type"))
+  used = used or rope.get("rope_type", "default")
+  if used != "default":
     raise ConfigError(
-      f"config.json: rope_type {kind!r} is not supported; supported are "
-      f"{', '.join(ROPE_SCALINGS)}"
+      f"config.json: rope_type {used!r} beside windows in some layers is "
+      "not supported; only 'default' is"
     )
-  names = ROPE_SCALINGS[kind]
-  missing = [name for name in names if name not in rope]
-  if missing:
-    raise ConfigError(f"config.json: rope_type {kind} needs {missing}")
-  scaling = [rope[name] for name in names] or None
-  return {
-    "rope_base": rope["rope_theta"],
-    "rope_scaling": scaling,
-    "rope_share": rope[_SHARE],
-  }
+  return rope.get("rope_theta", values[name])
 
 
-def _write_rope(config: ModelConfig) -> dict[str, Any]:
-  values: dict[str, Any] = {"rope_theta": config.rope_base}
-  for kind, names in ROPE_SCALINGS.items():
-    if config.rope_scaling and len(config.rope_scaling) == len(names):
-      scaling = dict(zip(names, config.rope_scaling, strict=True))
-      if _LENGTH in scaling:
-        scaling[_LENGTH] = int(scaling[_LENGTH])
-      values["rope_scaling"] = {"rope_type": kind, **scaling}
-  return values
+def _rope(base: str = "rope_theta", share: str | None = None) -> Rule:
+  """Returns the rule of rotary positions that are the same in all layers.
+
+  Args:
+    base: Field of config.json with the rope_base, before transformers 5.
+    share: Field of config.json with the rope_share, before transformers 5;
+      None: all channels rotate.
+  """
+
+  def read(values):
+    # transformers 5 writes one dict, earlier versions the base and a dict or
+    # null. It reads the older one if there are both.
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    rope = {"rope_theta": values[base], _SHARE: values.get(share, 1.0)} | given
+    if share is None:
+      _check_supported(_SHARE, rope[_SHARE], SUPPORTED[_SHARE])
+    if _LENGTH in values:
+      rope[_LENGTH] = values[_LENGTH]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_SCALINGS:
+      raise ConfigError(
+        f"config.json: rope_type {kind!r} is not supported; supported are "
+        f"{', '.join(ROPE_SCALINGS)}"
+      )
+    names = ROPE_SCALINGS[kind]
+    missing = [name for name in names if name not in rope]
+    if missing:
+      raise ConfigError(f"config.json: rope_type {kind} needs {missing}")
+    return {
+      "rope_base": rope["rope_theta"],
+      "rope_scaling": [rope[name] for name in names] or None,
+      "rope_share": rope[_SHARE],
+    }
+
+  def write(config):
+    values = {base: _first(config.rope_base)}
+    if share is not None:
+      values[share] = config.rope_share
+    for kind, names in ROPE_SCALINGS.items():
+      if config.rope_scaling and len(config.rope_scaling) == len(names):
+        scaling = dict(zip(names, config.rope_scaling, strict=True))
+        if _LENGTH in scaling:
+          scaling[_LENGTH] = int(scaling[_LENGTH])
+        values["rope_scaling"] = {"rope_type": kind, **scaling}
+    return values
+
+  return Rule(read, write)
 
 
-def _read_neox_rope(values: dict[str, Any]) -> dict[str, Any]:
-  # It had names of its own before transformers 5.
-  base, share = values["rotary_emb_base"], values["rotary_pct"]
-  given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-  older = {"rope_theta": base, _SHARE: share}
-  return _read_partial_rope({"rope_parameters": older | given})
+def _first(value: Any) -> Any:
+  """Returns the value of the first layer."""
+  return value[0] if isinstance(value, tuple) else value
 
-
-def _write_neox_rope(config: ModelConfig) -> dict[str, Any]:
-  values = _write_rope(config)
-  values["rotary_emb_base"] = values.pop("rope_theta")
-  return values | {"rotary_pct": config.rope_share}
-
-
-_GEMMA3_BASES = ("rope_theta", "rope_local_base_freq")
-
-
-def _check_query_scale(values: dict[str, Any]) -> None:
-  if values["query_pre_attn_scalar"] != values["head_dim"]:
-    raise ConfigError(
-      f"config.json: query_pre_attn_scalar={values['query_pre_attn_scalar']} is "
-      "not supported; only head_dim is"
-    )
-
-
-def _read_gemma2(values: dict[str, Any]) -> dict[str, Any]:
-  _check_query_scale(values)
-  return _read_windows(values, values["sliding_window"], lambda n: n % 2 == 0)
-
-
-def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
-  return {
-    "query_pre_attn_scalar": config.head_dim,
-    "sliding_window": max(_windows(config)) or None,
-    **_write_windows(config),
-  }
-
-
-def _read_gemma3(values: dict[str, Any]) -> dict[str, Any]:
-  _check_query_scale(values)
-  pattern = values["sliding_window_pattern"]
-  return _read_windows(
-    values,
-    values["sliding_window"],
-    lambda n: bool((n + 1) % pattern),
-    _GEMMA3_BASES,
-  )
-
-
-def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
-  return _write_gemma2(config) | _write_windows(config, _GEMMA3_BASES)
-
-
-_MODERNBERT_BASES = ("global_rope_theta", "local_rope_theta")
-_MODERNBERT_POOLINGS: dict[str, Pooling] = {"cls": "first", "mean": "mean"}
-
-
-def _read_modernbert(values: dict[str, Any]) -> dict[str, Any]:
-  every = values["global_attn_every_n_layers"]
-  # Of an even number of tokens around each, half are before it.
-  size = values["local_attention"] // 2 + 1
-  pooling = _MODERNBERT_POOLINGS[values["classifier_pooling"]]
-  windows = _read_windows(
-    values, size, lambda n: bool(n % every), _MODERNBERT_BASES
-  )
-  return {"pooling": pooling, **windows}
-
-
-def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
-  size = max(_windows(config))
-  is_mean = config.pooling == "mean"
-  return {
-    "classifier_pooling": "mean" if is_mean else "cls",
-    **({"local_attention": 2 * (size - 1)} if size else {}),
-    **_write_windows(config, _MODERNBERT_BASES),
-  }
-
-
-def _read_embed_width(values: dict[str, Any]) -> dict[str, Any]:
-  size = values["embedding_size"]
-  return {"embed_width": 0 if size == values["hidden_size"] else size}
-
-
-def _write_embed_width(config: ModelConfig) -> dict[str, Any]:
-  return {"embedding_size": config.embed_width or config.width}
-
-
-def _read_no_projection(values: dict[str, Any]) -> dict[str, Any]:
-  size = values.get("word_embed_proj_dim", values["hidden_size"])
-  if size != values["hidden_size"]:
-    raise ConfigError(
-      f"config.json: word_embed_proj_dim={size} is not supported; only "
-      "hidden_size is"
-    )
-  return {}
-
-
-_BIASES = Rule(_read_biases, _write_biases)
-_ROPE = Rule(_read_rope, _write_rope)
 
 _FIELDS = {
   "num_layers": "num_hidden_layers",
@@ -360,50 +249,24 @@ _FIELDS = {
   "mlp_width": "intermediate_size",
   "activation": "hidden_act",
 }
-# What a family has only if its entry says so.
-_PLAIN: dict[str, Any] = {
-  "parallel": False,
-  "rope_share": 1.0,
-  "embed_norm": False,
-  "embed_width": 0,
-  "relative_buckets": 0,
-  "qk_norm": False,
-  "attention_cap": None,
-  "logit_cap": None,
-  "scale_embeddings": False,
-}
-
-
-def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
-  return {name: x for name, x in fields.items() if name not in names}
-
-
-_DECODER: dict[str, Any] = _PLAIN | {
-  "causal": True,
-  "norm": "layernorm",
-  "norm_position": "pre",
-  "positions": "learned",
-  "window": None,
-  "gated": False,
-}
+_DECODER: dict[str, Any] = {"positions": "learned"}
 _ENCODER = _DECODER | {"causal": False, "norm_position": "post"}
-_POOLER = {"pooler": True, "pooler_activation": "tanh", "pooler_norm": False}
-_FIRST = {"pooling": "first", **_POOLER}
-_LAST = {"pooling": "last", "pooler": False}
+_FIRST: dict[str, Any] = {"pooling": "first", "pooler": True}
+_LAST: dict[str, Any] = {"pooling": "last"}
 
+_BERT_DEFAULTS = {
+  "hidden_act": "gelu",
+  "layer_norm_eps": 1e-12,
+  "hidden_dropout_prob": 0.1,
+  "max_position_embeddings": 512,
+  "pad_token_id": 0,
+}
 _BERT = Family(
   prefix="Bert",
   layout="bert",
   fields=_FIELDS
   | {"norm_epsilon": "layer_norm_eps", "dropout": "hidden_dropout_prob"},
-  defaults={
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "hidden_dropout_prob": 0.1,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "pad_token_id": 0,
-  },
+  defaults=_BERT_DEFAULTS | {"type_vocab_size": 2},
   computes=_ENCODER,
   classifier=_FIRST,
   writes={"attention_probs_dropout_prob": 0.0},
@@ -420,7 +283,7 @@ _MPNET = dataclasses.replace(
   prefix="MPNet",
   layout="mpnet",
   first_position=2,
-  defaults=_without(_ROBERTA.defaults, "type_vocab_size"),
+  defaults=_BERT_DEFAULTS | {"pad_token_id": 1},
   computes=_ENCODER | {"relative_buckets": 32},
   # Its positions count the tokens that are not 1, whatever the pad token is.
   only={"relative_attention_num_buckets": 32, "pad_token_id": 1},
@@ -431,9 +294,17 @@ _ELECTRA = dataclasses.replace(
   prefix="Electra",
   layout="electra",
   defaults=_BERT.defaults | {"embedding_size": 128},
-  computes=_without(_ENCODER, "embed_width"),
   classifier=_FIRST | {"pooler_activation": "gelu"},
-  rules=(Rule(_read_embed_width, _write_embed_width),),
+  rules=(
+    Rule(
+      lambda values: {
+        "embed_width": values["embedding_size"]
+        if values["embedding_size"] != values["hidden_size"]
+        else 0
+      },
+      lambda config: {"embedding_size": config.embed_width or config.width},
+    ),
+  ),
 )
 _DISTILBERT = Family(
   prefix="DistilBert",
@@ -460,7 +331,11 @@ _MODERNBERT = Family(
   prefix="ModernBert",
   layout="modernbert",
   fields=_FIELDS
-  | {"activation": "hidden_activation", "norm_epsilon": "norm_eps"},
+  | {
+    "activation": "hidden_activation",
+    "norm_epsilon": "norm_eps",
+    "pooling": "classifier_pooling",
+  },
   defaults={
     "hidden_activation": "gelu",
     "norm_eps": 1e-5,
@@ -472,18 +347,18 @@ _MODERNBERT = Family(
     "pad_token_id": 50283,
     "classifier_pooling": "cls",
   },
-  computes=_without(_ENCODER, "window")
-  | {
-    "norm_position": "pre",
+  computes={
+    "causal": False,
     "embed_norm": True,
     "positions": "rope",
-    "rope_scaling": None,
     "gated": True,
     "use_bias": False,
-    "qkv_bias": False,
   },
-  classifier=_POOLER | {"pooler_activation": "gelu", "pooler_norm": True},
-  poolings=_MODERNBERT_POOLINGS,
+  classifier={
+    "pooler": True,
+    "pooler_activation": "gelu",
+    "pooler_norm": True,
+  },
   only={
     "attention_bias": False,
     "mlp_bias": False,
@@ -491,8 +366,14 @@ _MODERNBERT = Family(
     "classifier_bias": False,
     "classifier_activation": "gelu",
   },
-  rules=(Rule(_read_modernbert, _write_modernbert),),
-  bases=_MODERNBERT_BASES,
+  rules=(
+    _windows(
+      lambda values, n: n % values["global_attn_every_n_layers"] > 0,
+      field="local_attention",
+      both_sides=True,
+      bases={_FULL: "global_rope_theta", _SLIDING: "local_rope_theta"},
+    ),
+  ),
 )
 _GPT2 = Family(
   prefix="GPT2",
@@ -548,7 +429,7 @@ _OPT = Family(
     "enable_bias": True,
     "layer_norm_elementwise_affine": True,
   },
-  rules=(Rule(read=_read_no_projection),),
+  equal={"word_embed_proj_dim": "hidden_size"},
   writes={"attention_dropout": 0.0},
 )
 _GPT_NEOX = Family(
@@ -571,57 +452,58 @@ _GPT_NEOX = Family(
     "rotary_emb_base": 10000.0,
     "rotary_pct": 0.25,
   },
-  computes=_without(_DECODER, "parallel", "rope_share") | {"positions": "rope"},
+  computes={"positions": "rope"},
   classifier=_LAST,
   only={"attention_bias": True},
-  rules=(Rule(_read_neox_rope, _write_neox_rope),),
+  rules=(_rope("rotary_emb_base", "rotary_pct"),),
   writes={"attention_dropout": 0.0},
 )
-_LLAMA_COMPUTES: dict[str, Any] = _PLAIN | {
-  "causal": True,
+_LLAMA_FIELDS = _FIELDS | {
+  "num_kv_heads": "num_key_value_heads",
+  "head_dim": "head_dim",
+  "norm_epsilon": "rms_norm_eps",
+  "tie_embeddings": "tie_word_embeddings",
+}
+_LLAMA_COMPUTES: dict[str, Any] = {
   "norm": "rmsnorm",
-  "norm_position": "pre",
   "positions": "rope",
   "gated": True,
 }
 _LLAMA = Family(
   prefix="Llama",
   layout="llama",
-  fields=_FIELDS
-  | {
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "norm_epsilon": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-  },
+  fields=_LLAMA_FIELDS | {"use_bias": "mlp_bias"},
   defaults={
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
     "max_position_embeddings": 2048,
   },
-  computes=_LLAMA_COMPUTES | {"window": None},
+  computes=_LLAMA_COMPUTES,
   classifier=_LAST,
-  rules=(_BIASES, _ROPE),
+  equal={"attention_bias": "mlp_bias"},
+  rules=(_rope(),),
 )
 _MISTRAL = dataclasses.replace(
   _LLAMA,
   prefix="Mistral",
-  fields=_LLAMA.fields | {"window": "sliding_window"},
+  fields=_LLAMA_FIELDS | {"window": "sliding_window"},
   defaults=_LLAMA.defaults
   | {
     "max_position_embeddings": 131072,
     "num_key_value_heads": 8,
     "sliding_window": 4096,
   },
-  computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": False},
-  rules=(_ROPE,),
+  computes=_LLAMA_COMPUTES | {"use_bias": False},
+  equal={},
 )
 _QWEN2 = dataclasses.replace(
   _LLAMA,
   prefix="Qwen2",
+  fields=_LLAMA_FIELDS,
   defaults=_LLAMA.defaults
   | {
     "max_position_embeddings": 32768,
@@ -631,26 +513,40 @@ _QWEN2 = dataclasses.replace(
     "max_window_layers": 28,
   },
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": True},
-  rules=(Rule(_read_qwen_window, _write_qwen_window), _ROPE),
+  equal={},
+  rules=(
+    _windows(
+      lambda values, n: (
+        values["use_sliding_window"] and n >= values["max_window_layers"]
+      )
+    ),
+    Rule(
+      write=lambda config: {
+        "use_sliding_window": config.window is not None,
+        "max_window_layers": 0,
+      }
+    ),
+    _rope(),
+  ),
 )
 _QWEN3 = dataclasses.replace(
   _QWEN2,
   prefix="Qwen3",
   layout="qwen3",
   defaults=_QWEN2.defaults | {"head_dim": 128},
-  computes=_LLAMA_COMPUTES
-  | {"use_bias": False, "qkv_bias": False, "qk_norm": True},
+  computes=_LLAMA_COMPUTES | {"use_bias": False, "qk_norm": True},
   only={"attention_bias": False},
 )
 _GEMMA2 = Family(
   prefix="Gemma2",
   layout="gemma2",
-  fields=_LLAMA.fields | {"activation": "hidden_activation"} | _CAPS,
+  fields=_LLAMA_FIELDS | {"activation": "hidden_activation"} | _CAPS,
   defaults={
     "hidden_activation": "gelu_pytorch_tanh",
     "num_key_value_heads": 4,
     "head_dim": 256,
     "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
     "query_pre_attn_scalar": 256,
@@ -658,36 +554,35 @@ _GEMMA2 = Family(
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
   },
-  computes=_without(_LLAMA_COMPUTES, *_CAPS)
-  | {
-    "norm_position": "both",
-    "use_bias": False,
-    "qkv_bias": False,
-    "scale_embeddings": True,
-  },
+  computes=_LLAMA_COMPUTES
+  | {"norm_position": "both", "use_bias": False, "scale_embeddings": True},
   classifier=_LAST,
   only={"attention_bias": False, "use_bidirectional_attention": False},
-  rules=(Rule(_read_gemma2, _write_gemma2), _ROPE),
+  equal={"query_pre_attn_scalar": "head_dim"},
+  rules=(_windows(lambda _, n: n % 2 == 0), _rope()),
 )
 _GEMMA3 = dataclasses.replace(
   _GEMMA2,
   prefix="Gemma3Text",
   lm="Gemma3ForCausalLM",
   layout="gemma3",
-  fields=_without(_GEMMA2.fields, *_CAPS),
-  defaults=_without(_GEMMA2.defaults, *_CAPS.values())
+  fields=_LLAMA_FIELDS | {"activation": "hidden_activation"},
+  defaults=_GEMMA2.defaults
   | {
     "max_position_embeddings": 131072,
     "sliding_window_pattern": 6,
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
-  },
-  computes=_LLAMA_COMPUTES
-  | _GEMMA2.computes
-  | {"qk_norm": True, "rope_scaling": None},
+  }
+  | dict.fromkeys(_CAPS.values()),
+  computes=_GEMMA2.computes | {"qk_norm": True},
   only=_GEMMA2.only | dict.fromkeys(_CAPS.values()),
-  rules=(Rule(_read_gemma3, _write_gemma3),),
-  bases=_GEMMA3_BASES,
+  rules=(
+    _windows(
+      lambda values, n: (n + 1) % values["sliding_window_pattern"] > 0,
+      bases={_FULL: "rope_theta", _SLIDING: "rope_local_base_freq"},
+    ),
+  ),
 )
 
 # In the order in which `family_of` tries them.
@@ -780,10 +675,7 @@ def describe(values: dict[str, Any]) -> Description:
   values = family.defaults | _given(values)
   for field, only in (SUPPORTED | family.only).items():
     _check_supported(field, values.get(field), only)
-  fields = _model_fields(family, values)
-  model = typed.build(ModelConfig, fields, "config.json")
-  task = "lm" if model.causal else "classify"
-  run = config_lib.Config(task=task, preset="none", model=model)
+  config = _read(family, values)
   has_segments = "type_vocab_size" in family.defaults
   problem, label_names = _read_labels(values)
   pad_id = values.get("pad_token_id", 0)
@@ -791,7 +683,6 @@ def describe(values: dict[str, Any]) -> Description:
     raise ConfigError(
       f"config.json: pad_token_id must be an integer; it is {pad_id!r}"
     )
-  config = config_lib.resolve(run).model
   vocab_size = _count(values, "vocab_size")
   max_length = _count(values, family.positions)
   if family.counts_first:
@@ -826,24 +717,54 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
   return given
 
 
-def _model_fields(family: Family, values: dict[str, Any]) -> dict[str, Any]:
-  """Returns the fields of ModelConfig."""
+def _read(family: Family, values: dict[str, Any]) -> ModelConfig:
+  """Returns the resolved config of a config.json with its defaults."""
   for field in ("num_layers", "width", "num_heads"):
     if family.fields[field] not in values:
       raise ConfigError(f"config.json: {family.fields[field]} is missing")
+  for field, other in family.equal.items():
+    value, needed = values.get(field, values[other]), values[other]
+    if value != needed:
+      raise ConfigError(
+        f"config.json: {field}={value!r} with {other}={needed!r} is not "
+        "supported; they must be equal"
+      )
   fields: dict[str, Any] = {**family.computes, **family.classifier}
   for ours, theirs in family.fields.items():
-    if theirs in values:
-      fields[ours] = values[theirs]
-  if fields["activation"] not in ACTIVATIONS:
-    raise ConfigError(
-      f"config.json: activation {fields['activation']!r} is not supported; "
-      f"supported are {', '.join(ACTIVATIONS)}"
-    )
-  fields["activation"] = ACTIVATIONS[fields["activation"]]
+    if theirs not in values:
+      continue
+    value, known = values[theirs], VALUES.get(ours)
+    if known and value not in known:
+      raise ConfigError(
+        f"config.json: {theirs} {value!r} is not supported; supported are "
+        f"{', '.join(known)}"
+      )
+    fields[ours] = known[value] if known else value
   for rule in family.rules:
     fields |= rule.read(values)
-  return fields
+  model = typed.build(ModelConfig, fields, "config.json")
+  task = "lm" if model.causal else "classify"
+  run = config_lib.Config(task=task, preset="none", model=model)
+  return config_lib.resolve(run).model
+
+
+def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
+  """Returns config.json without sizes and labels, for any resolved config.
+
+  What it cannot express is replaced or left out, so `_read` returns the same
+  config only if the family computes it.
+  """
+  values: dict[str, Any] = {}
+  for ours, theirs in family.fields.items():
+    value = _first(getattr(config, ours))
+    if known := VALUES.get(ours):
+      names = {x: name for name, x in reversed(known.items())}
+      value = names.get(value, next(iter(known)))
+    values[theirs] = value
+  values |= {field: values[other] for field, other in family.equal.items()}
+  for rule in family.rules:
+    values |= rule.write(config)
+  return values | family.writes
 
 
 def _check_supported(name: str, value: Any, only: Any) -> None:
@@ -867,24 +788,20 @@ def _read_labels(values: dict[str, Any]) -> tuple[Task, tuple[str, ...]]:
   if not str(architectures[0]).endswith(_CLASSIFIER):
     return "classify", ()
   labels = values.get("id2label")
-  if labels:
-    num_labels = len(labels)
-  else:
-    num_labels = _count({"num_labels": 2} | values, "num_labels")
+  if not labels:
+    count = _count({"num_labels": 2} | values, "num_labels")
+    labels = {i: f"LABEL_{i}" for i in range(count)}
   # One output is a score, if nothing else is said, as in transformers.
   kind = values.get("problem_type") or (
-    "regression" if num_labels == 1 else "single_label_classification"
+    "regression" if len(labels) == 1 else "single_label_classification"
   )
-  if kind not in _PROBLEMS or (kind == "regression") != (num_labels == 1):
+  if kind not in _PROBLEMS or (kind == "regression") != (len(labels) == 1):
     raise ConfigError(
-      f"config.json: problem_type={kind!r} with {num_labels} labels is not "
+      f"config.json: problem_type={kind!r} with {len(labels)} labels is not "
       f"supported; supported are {', '.join(_PROBLEMS)}, regression with one "
       "label and the others with two or more (to train another head, take the "
       "old one's name out of architectures)"
     )
-  task = _PROBLEMS[kind]
-  if not labels:
-    return task, tuple(f"LABEL_{i}" for i in range(num_labels))
   names = [label for label in labels.values() if isinstance(label, str)]
   ids = sorted(map(str, range(len(labels))))
   if sorted(map(str, labels)) != ids or len({*names}) != len(labels):
@@ -892,7 +809,7 @@ def _read_labels(values: dict[str, Any]) -> tuple[Task, tuple[str, ...]]:
       "config.json: id2label must give the classes 0, 1, 2, ... a name each; "
       f"it is {labels!r}"
     )
-  return task, tuple(labels[i] for i in sorted(labels, key=int))
+  return _PROBLEMS[kind], tuple(labels[i] for i in sorted(labels, key=int))
 
 
 def to_hf(described: Description) -> dict[str, Any]:
@@ -907,13 +824,7 @@ def to_hf(described: Description) -> dict[str, Any]:
   if reason is not None:
     raise ConfigError(f"no export as {name}: {reason}")
   family = FAMILIES[name]
-  values: dict[str, Any] = {"model_type": name}
-  for ours, theirs in family.fields.items():
-    values[theirs] = getattr(config, ours)
-  names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-  values[family.fields["activation"]] = names[config.activation]
-  if isinstance(config.mlp_width, tuple):  # all equal; see `misfit`
-    values[family.fields["mlp_width"]] = config.mlp_width[0]
+  values = {"model_type": name} | _write(family, config)
   values["vocab_size"] = described.vocab_size
   values[family.positions] = described.max_length
   if family.counts_first:
@@ -926,9 +837,7 @@ def to_hf(described: Description) -> dict[str, Any]:
       raise ConfigError(
         f"no export as {name}: {field} must be {only}; it is {values[field]}"
       )
-  for rule in family.rules:
-    values |= rule.write(config)
-  return values | family.writes | _write_head(described)
+  return values | _write_head(described)
 
 
 def _write_head(described: Description) -> dict[str, Any]:
@@ -961,22 +870,10 @@ def misfit(
     num_classes: C; above 0, its sequence classifier must fit too.
 
   Example:
-    >>> misfit(config_lib.ModelConfig(), "gpt2")
+    >>> misfit(config_lib.resolve(config_lib.Config()).model, "gpt2")
     "gpt2 needs model.positions='learned'; it is 'alibi'"
   """
   entry = FAMILIES[family]
-  classifier = entry.classifier if num_classes else {}
-  for name, needed in (entry.computes | classifier).items():
-    value = getattr(config, name)
-    if value != needed:
-      part = "'s sequence classifier" if name in classifier else ""
-      return f"{family}{part} needs model.{name}={needed!r}; it is {value!r}"
-  poolings = entry.poolings.values()
-  if num_classes and poolings and config.pooling not in poolings:
-    return (
-      f"{family}'s sequence classifier needs model.pooling in "
-      f"{', '.join(poolings)}; it is {config.pooling!r}"
-    )
   if config.segments and "type_vocab_size" not in entry.defaults:
     return f"{family} has no segment embedding, which this model has"
   if config.heads is not None:
@@ -984,24 +881,25 @@ def misfit(
   if isinstance(config.mlp_width, tuple) and len(set(config.mlp_width)) > 1:
     return (
       f"{family} has one model.mlp_width for all layers; it is "
-      f"{config.mlp_width}; fill up with zeros"
+      f"{config.mlp_width}; pad with zeros"
     )
-  windows = _windows(config)
-  is_mixed = len({*windows}) > 1
-  if len({*windows} - {0}) > 1 or (is_mixed and "window" in entry.fields):
-    return f"{family} does not have the windows {config.window}"
-  bases = config.by_layer(config.rope_base, "model.rope_base")
-  # With two names, each of the two kinds of layers has one.
-  kinds = [(x > 0 if entry.bases else None) for x in windows]
-  if len({*zip(kinds, bases, strict=True)}) > len({*kinds}):
-    return f"{family} has one model.rope_base for all layers"
-  if _BIASES in entry.rules and config.qkv_bias != config.use_bias:
-    return f"{family} needs model.qkv_bias={config.use_bias}"
-  H, given = config.num_heads, entry.fields
-  if "num_kv_heads" not in given and config.num_kv_heads != H:
-    return f"{family} needs as many model.num_kv_heads as model.num_heads"
-  if "head_dim" not in given and config.head_dim != config.width // H:
-    return f"{family} needs model.head_dim = model.width / model.num_heads"
+  try:
+    nearest = _read(entry, entry.defaults | _write(entry, config))
+  except ConfigError as error:
+    return f"{family} does not have this shape: {error}"
+  free = set() if config.positions == "rope" else {"rope_base"}
+  # Families that norm by LayerNorm have all biases or none; those that a model
+  # lacks are written as zeros.
+  if nearest.norm == "layernorm" and nearest.use_bias:
+    free |= {"use_bias", "qkv_bias"}
+  head: tuple[str, ...] = ()
+  if num_classes:
+    head = config_lib.HEAD if config.pooler else ("pooling", "pooler")
+  for name in (*config_lib.SHAPE, "use_bias", "qkv_bias", *head):
+    value, needed = getattr(config, name), getattr(nearest, name)
+    if name not in free and value != needed:
+      part = "'s sequence classifier" if name in head else ""
+      return f"{family}{part} needs model.{name}={needed!r}; it is {value!r}"
   return None
 
 

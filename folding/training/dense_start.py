@@ -24,36 +24,6 @@ from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_config, load_labels
 from folding.typed import edited
 
-# Fields of the model that a source must share, or its arrays mean something
-# else; the second tuple only if its classifier is kept.
-_SHAPE = (
-  "num_layers",
-  "width",
-  "embed_width",
-  "num_heads",
-  "num_kv_heads",
-  "head_dim",
-  "norm",
-  "norm_position",
-  "parallel",
-  "embed_norm",
-  "norm_epsilon",
-  "positions",
-  "rope_base",
-  "rope_scaling",
-  "rope_share",
-  "window",
-  "relative_buckets",
-  "qk_norm",
-  "attention_cap",
-  "logit_cap",
-  "scale_embeddings",
-  "activation",
-  "gated",
-  "causal",
-)
-_HEAD = ("pooling", "pooler", "pooler_activation", "pooler_norm")
-
 
 class DenseStart(NamedTuple):
   """A dense model to start from.
@@ -179,7 +149,7 @@ def read_source(
     params = _with_classes(params, classes, data.label_names)
   shape = np.shape(params.get("head", {}).get("kernel"))
   keeps_head = config.task != "lm" and shape[-1:] == (data.num_classes,)
-  for name in (*_SHAPE, *(_HEAD if keeps_head else ())):
+  for name in (*config_lib.SHAPE, *(config_lib.HEAD if keeps_head else ())):
     theirs, ours = getattr(model, name), getattr(config.model, name)
     if theirs != ours:
       raise ConfigError(

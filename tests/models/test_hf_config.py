@@ -139,7 +139,7 @@ REFUSED = [
   ("bert", {"model_type": None}, "model_type None"),
   ("bert", {"position_embedding_type": "relative_key"}, "only 'absolute' is"),
   ("bert", {"is_decoder": True}, "is_decoder=True"),
-  ("gpt2", {"activation_function": "quick_gelu"}, "activation 'quick_gelu'"),
+  ("gpt2", {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
   ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True"),
   ("llama", YARN, "rope_type 'yarn'"),
   ("llama", {"rope_scaling": {"type": "linear"}}, r"needs \['factor'\]"),
@@ -153,7 +153,7 @@ REFUSED = [
   ("gpt_neox", {"attention_bias": False}, "attention_bias=False"),
   ("gpt_neox", {"rotary_pct": 0.1}, "rotates 0 of 8"),
   ("modernbert", CLASSES | {"classifier_bias": True}, "classifier_bias=True"),
-  ("gemma3_text", {"query_pre_attn_scalar": 5}, "only head_dim is"),
+  ("gemma3_text", {"query_pre_attn_scalar": 5}, "with head_dim=6"),
   ("gemma3_text", {"final_logit_softcapping": 30.0}, "softcapping=30.0"),
   ("gemma3_text", {"rope_scaling": LINEAR}, "'linear' beside windows"),
   ("qwen3", {"attention_bias": True}, "attention_bias=True"),
@@ -275,7 +275,9 @@ def test_family_of_unknown_architecture_is_refused(config, message):
 @pytest.mark.parametrize(("name", "fields", "message"), [
   ("bert", {"pooler": False}, "needs model.pooler=True"),
   ("bert", {"pooler_norm": True}, "needs model.pooler_norm=False"),
-  ("modernbert", {"pooling": "last"}, "first, mean; it is 'last'"),
+  # transformers has no projection of embeddings as wide as the model.
+  ("electra", {"embed_width": 16}, "needs model.embed_width=0"),
+  ("modernbert", {"pooling": "last"}, "pooling='first'; it is 'last'"),
   ("distilbert", {"pooler_activation": "tanh"}, "pooler_activation='relu'"),
   ("distilbert", {"norm_epsilon": 1e-5}, "needs model.norm_epsilon=1e-12"),
   ("llama", {"pooling": "mean"}, "needs model.pooling='last'"),
