@@ -1,10 +1,9 @@
-"""Hugging Face checkpoints <-> our parameters, by one table of tensors.
+"""Hugging Face checkpoints <-> our parameters, by one table of modules.
 
-`LAYOUTS` names the tensors of each family and their axes. A layout such as
-"HK D -> D H K" says that their axes are (H times K) and D, ours D, H and K:
-read from left to right it is the import, from right to left the export, and the
-sizes of the letters give both shapes. Letters as in `folding.models.params`, and
-t for the number of our arrays in one of their tensors.
+`LAYOUTS` names the modules of each family. The axes of our arrays are in
+`params.TABLE`. Theirs follow from these: they store kernels as [out, in], with
+the heads and channels of an axis joined. Letters as in `params`, and t for the
+number of our arrays in one of their tensors.
 
 Rotary positions pair channel i of a head with i + K/2 on both sides, so queries
 and keys need no reordering unless some channels do not rotate (`_channels`).
@@ -32,6 +31,7 @@ from folding import errors, files, paths
 from folding.config import Task
 from folding.errors import ConfigError
 from folding.models import hf_config
+from folding.models import params as params_lib
 from folding.models.hf_config import Description
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -42,157 +42,118 @@ _HINT = (
   "tokenizer"
 )
 
-
-class Kind(NamedTuple):
-  """Layouts of a module's weight and bias; bias "": it has none."""
-
-  weight: str
-  bias: str = ""
-  leaf: str = "kernel"  # our name of the weight
-  shift: float = 0.0  # added to theirs
-
-
-_HEADS = Kind("HK D -> D H K", "HK -> H K")
-_KEY_HEADS = Kind("JK D -> D J K", "JK -> J K")
-_FROM_HEADS = Kind("D HK -> H K D", "D -> D")
-_UP = Kind("F D -> D F", "F -> F")
-_DOWN = Kind("D F -> F D", "D -> D")
-_NORM = Kind("D -> D", "D -> D", leaf="scale")
-_RMS_NORM = Kind("D -> D", leaf="scale")
-_HEAD_NORM = Kind("K -> K", leaf="scale")
-# Gemma scales by one more than it stores.
-_SHIFTED_NORM = _RMS_NORM._replace(shift=1.0)
-_SHIFTED_HEAD_NORM = _HEAD_NORM._replace(shift=1.0)
-_EMBED = Kind("V e -> V e", leaf="embedding")
-_POSITIONS = Kind("P e -> P e", leaf="embedding")
-_SEGMENTS = Kind("S e -> S e", leaf="embedding")
-_EMBED_NORM = Kind("e -> e", "e -> e", leaf="scale")
-_EMBED_PROJECT = Kind("D e -> e D", "D -> D")
-_POOLER = Kind("E D -> D E", "E -> E")
-_CLASSES = Kind("C D -> D C", "C -> C")
-_BARE_CLASSES = Kind("C D -> D C")
-_LM_HEAD = Kind("V D -> D V")
-_FUSED_QKV = Kind("tHK D -> t D H K")
-_FUSED_QKV_BY_HEAD = Kind("HtK D -> t D H K", "HtK -> t H K")
-_FUSED_UP = Kind("tF D -> t D F")
-# GPT-2's Conv1D kernels are [in, out], as ours.
-_CONV_QKV = Kind("D tHK -> t D H K", "tHK -> t H K")
-_CONV_FROM_HEADS = Kind("HK D -> H K D", "D -> D")
-_CONV_UP = Kind("D F -> D F", "F -> F")
-_CONV_DOWN = Kind("F D -> F D", "D -> D")
-
 _QUERY_OR_KEY = re.compile("/attn/[qk]/")
-
-Row = tuple[str, str, Kind]  # module of ours (or several), of theirs, its kind
-_DENSE_CLASSIFIER: tuple[Row, ...] = (
-  ("pooler", "classifier.dense", _POOLER),
-  ("head", "classifier.out_proj", _CLASSES),
+# Buffers, and heads for other tasks, without the prefix of a layout.
+_UNUSED = re.compile(
+  r"embeddings\.position_ids|(.*\.)?rotary_emb\.inv_freq"
+  r"|.*\.(attn|attention)\.(masked_)?bias"
+  r"|(pooler|cls|(pre_)?classifier|score|qa_outputs|lm_head|embed_out|head"
+  r"|vocab_\w+|discriminator_predictions|generator_\w+|sequence_summary"
+  r"|multiple_choice_head)\..*|decoder\.(weight|bias)"
 )
-_SCORE: tuple[Row, ...] = (("head", "score", _BARE_CLASSES),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-  """Names of the tensors of one or more families.
+  """Modules of one or more families, as {ours: theirs}.
+
+  Several of ours, such as "attn/q attn/k attn/v", are stacked along the output
+  axis of one of theirs.
 
   Attributes:
-    prefix: Of the model without its head; a checkpoint may lack it.
-    outer: Rows around the blocks. BERT's segment embedding and ELECTRA's
-      projection of narrow embeddings are for models that have one; a model of
-      single texts has the first segment in its positions.
+    prefix: Start of the names of the model without its head; a checkpoint may
+      lack it.
+    outer: Modules around the blocks; a model may lack some.
     blocks: Where the blocks are.
-    block: Rows of a block.
-    classifier: Rows of the sequence classifier, with whole names.
+    block: Modules of a block.
+    classifier: Modules of the sequence classifier, with whole names.
     lm_head: Output layer of a language model, with its whole name.
     relative: A relative bias that all layers share.
-    may_have_pooler: A checkpoint without head may have the classifier's pooler.
-    unused: Pattern of tensors that ours does not need: buffers, and heads for
-      other tasks. Names without the prefix.
+    has_biases: Whether all norms and linear layers have biases, except the heads
+      of causal models. If not, norms have none, and linear layers as the config
+      says.
+    is_transposed: Whether kernels of blocks are [in, out], as ours.
+    is_stacked_by_head: Whether stacked modules are stacked within each head.
+    norm_shift: Ours is the scale of theirs plus this, in norms.
   """
 
   prefix: str
-  outer: tuple[Row, ...]
+  outer: dict[str, str]
   blocks: str
-  block: tuple[Row, ...]
-  classifier: tuple[Row, ...]
+  block: dict[str, str]
+  classifier: dict[str, str]
   lm_head: str = "lm_head"
   relative: str = ""
-  may_have_pooler: bool = False
-  unused: str
+  has_biases: bool = False
+  is_transposed: bool = False
+  is_stacked_by_head: bool = False
+  norm_shift: float = 0.0
 
 
-_EMBEDDINGS: tuple[Row, ...] = (
-  ("embed", "embeddings.word_embeddings", _EMBED),
-  ("position_embed", "embeddings.position_embeddings", _POSITIONS),
-  ("norm_embed", "embeddings.LayerNorm", _EMBED_NORM),
-)
+_DENSE_CLASSIFIER = {
+  "pooler": "classifier.dense",
+  "head": "classifier.out_proj",
+}
+_SCORE = {"head": "score"}
+_EMBEDDINGS = {
+  "embed": "embeddings.word_embeddings",
+  "position_embed": "embeddings.position_embeddings",
+  "norm_embed": "embeddings.LayerNorm",
+}
+_SEGMENTS = {"segment_embed": "embeddings.token_type_embeddings"}
 _BERT = Layout(
   prefix="bert.",
-  outer=(
-    *_EMBEDDINGS,
-    ("segment_embed", "embeddings.token_type_embeddings", _SEGMENTS),
-  ),
+  outer=_EMBEDDINGS | _SEGMENTS | {"pooler": "pooler.dense"},
   blocks="encoder.layer",
-  block=(
-    ("attn/q", "attention.self.query", _HEADS),
-    ("attn/k", "attention.self.key", _HEADS),
-    ("attn/v", "attention.self.value", _HEADS),
-    ("attn/o", "attention.output.dense", _FROM_HEADS),
-    ("norm_attn", "attention.output.LayerNorm", _NORM),
-    ("mlp/up", "intermediate.dense", _UP),
-    ("mlp/down", "output.dense", _DOWN),
-    ("norm_mlp", "output.LayerNorm", _NORM),
-  ),
-  classifier=(
-    ("pooler", "bert.pooler.dense", _POOLER),
-    ("head", "classifier", _CLASSES),
-  ),
-  may_have_pooler=True,
-  unused=r"embeddings\.position_ids|(pooler|cls|classifier|qa_outputs)\..*",
+  block={
+    "attn/q": "attention.self.query",
+    "attn/k": "attention.self.key",
+    "attn/v": "attention.self.value",
+    "attn/o": "attention.output.dense",
+    "norm_attn": "attention.output.LayerNorm",
+    "mlp/up": "intermediate.dense",
+    "mlp/down": "output.dense",
+    "norm_mlp": "output.LayerNorm",
+  },
+  classifier={"head": "classifier"},
+  has_biases=True,
 )
 _ROBERTA = dataclasses.replace(
   _BERT,
   prefix="roberta.",
+  outer=_EMBEDDINGS | _SEGMENTS,  # its classifier does not read its pooler
   classifier=_DENSE_CLASSIFIER,
-  may_have_pooler=False,  # its classifier does not read that one
-  unused=(
-    r"embeddings\.position_ids|(pooler|lm_head|classifier|qa_outputs)\..*"
-  ),
 )
 _LLAMA = Layout(
   prefix="model.",
-  outer=(
-    ("embed", "embed_tokens", _EMBED),
-    ("norm_final", "norm", _RMS_NORM),
-  ),
+  outer={"embed": "embed_tokens", "norm_final": "norm"},
   blocks="layers",
-  block=(
-    ("norm_attn", "input_layernorm", _RMS_NORM),
-    ("attn/q", "self_attn.q_proj", _HEADS),
-    ("attn/k", "self_attn.k_proj", _KEY_HEADS),
-    ("attn/v", "self_attn.v_proj", _KEY_HEADS),
-    ("attn/o", "self_attn.o_proj", _FROM_HEADS),
-    ("norm_mlp", "post_attention_layernorm", _RMS_NORM),
-    ("mlp/gate", "mlp.gate_proj", _UP),
-    ("mlp/up", "mlp.up_proj", _UP),
-    ("mlp/down", "mlp.down_proj", _DOWN),
-  ),
+  block={
+    "norm_attn": "input_layernorm",
+    "attn/q": "self_attn.q_proj",
+    "attn/k": "self_attn.k_proj",
+    "attn/v": "self_attn.v_proj",
+    "attn/o": "self_attn.o_proj",
+    "norm_mlp": "post_attention_layernorm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+  },
   classifier=_SCORE,
-  unused=(
-    r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-    r"|(lm_head|score|qa_outputs)\..*"
-  ),
 )
+_QK_NORMS = {
+  "attn/q_norm": "self_attn.q_norm",
+  "attn/k_norm": "self_attn.k_norm",
+}
 _GEMMA2 = dataclasses.replace(
   _LLAMA,
-  outer=(_LLAMA.outer[0], ("norm_final", "norm", _SHIFTED_NORM)),
-  block=(
-    ("norm_attn", "input_layernorm", _SHIFTED_NORM),
-    *(row for row in _LLAMA.block if not row[0].startswith("norm_")),
-    ("norm_attn_out", "post_attention_layernorm", _SHIFTED_NORM),
-    ("norm_mlp", "pre_feedforward_layernorm", _SHIFTED_NORM),
-    ("norm_mlp_out", "post_feedforward_layernorm", _SHIFTED_NORM),
-  ),
+  block=_LLAMA.block
+  | {
+    "norm_attn_out": "post_attention_layernorm",
+    "norm_mlp": "pre_feedforward_layernorm",
+    "norm_mlp_out": "post_feedforward_layernorm",
+  },
+  norm_shift=1.0,
 )
 LAYOUTS: dict[str, Layout] = {
   "bert": _BERT,
@@ -201,159 +162,118 @@ LAYOUTS: dict[str, Layout] = {
     _ROBERTA,
     prefix="mpnet.",
     outer=_EMBEDDINGS,
-    block=(
-      ("attn/q", "attention.attn.q", _HEADS),
-      ("attn/k", "attention.attn.k", _HEADS),
-      ("attn/v", "attention.attn.v", _HEADS),
-      ("attn/o", "attention.attn.o", _FROM_HEADS),
-      ("norm_attn", "attention.LayerNorm", _NORM),
-      *_BERT.block[5:],
-    ),
+    block=_BERT.block
+    | {
+      "attn/q": "attention.attn.q",
+      "attn/k": "attention.attn.k",
+      "attn/v": "attention.attn.v",
+      "attn/o": "attention.attn.o",
+      "norm_attn": "attention.LayerNorm",
+    },
     relative="encoder.relative_attention_bias",
   ),
   "electra": dataclasses.replace(
-    _BERT,
+    _ROBERTA,
     prefix="electra.",
-    outer=(
-      *_BERT.outer,
-      ("embed_project", "embeddings_project", _EMBED_PROJECT),
-    ),
-    classifier=_DENSE_CLASSIFIER,
-    may_have_pooler=False,
-    unused=(
-      r"embeddings\.position_ids|(discriminator_predictions|sequence_summary"
-      r"|generator_predictions|generator_lm_head|classifier|qa_outputs)\..*"
-    ),
+    outer=_ROBERTA.outer | {"embed_project": "embeddings_project"},
   ),
   "distilbert": Layout(
     prefix="distilbert.",
     outer=_EMBEDDINGS,
     blocks="transformer.layer",
-    block=(
-      ("attn/q", "attention.q_lin", _HEADS),
-      ("attn/k", "attention.k_lin", _HEADS),
-      ("attn/v", "attention.v_lin", _HEADS),
-      ("attn/o", "attention.out_lin", _FROM_HEADS),
-      ("norm_attn", "sa_layer_norm", _NORM),
-      ("mlp/up", "ffn.lin1", _UP),
-      ("mlp/down", "ffn.lin2", _DOWN),
-      ("norm_mlp", "output_layer_norm", _NORM),
-    ),
-    classifier=(
-      ("pooler", "pre_classifier", _POOLER),
-      ("head", "classifier", _CLASSES),
-    ),
-    unused=(
-      r"embeddings\.position_ids"
-      r"|(vocab_\w+|pre_classifier|classifier|qa_outputs)\..*"
-    ),
+    block={
+      "attn/q": "attention.q_lin",
+      "attn/k": "attention.k_lin",
+      "attn/v": "attention.v_lin",
+      "attn/o": "attention.out_lin",
+      "norm_attn": "sa_layer_norm",
+      "mlp/up": "ffn.lin1",
+      "mlp/down": "ffn.lin2",
+      "norm_mlp": "output_layer_norm",
+    },
+    classifier={"pooler": "pre_classifier", "head": "classifier"},
+    has_biases=True,
   ),
   "gpt2": Layout(
     prefix="transformer.",
-    outer=(
-      ("embed", "wte", _EMBED),
-      ("position_embed", "wpe", _POSITIONS),
-      ("norm_final", "ln_f", _NORM),
-    ),
+    outer={"embed": "wte", "position_embed": "wpe", "norm_final": "ln_f"},
     blocks="h",
-    block=(
-      ("norm_attn", "ln_1", _NORM),
-      ("attn/q attn/k attn/v", "attn.c_attn", _CONV_QKV),
-      ("attn/o", "attn.c_proj", _CONV_FROM_HEADS),
-      ("norm_mlp", "ln_2", _NORM),
-      ("mlp/up", "mlp.c_fc", _CONV_UP),
-      ("mlp/down", "mlp.c_proj", _CONV_DOWN),
-    ),
+    block={
+      "norm_attn": "ln_1",
+      "attn/q attn/k attn/v": "attn.c_attn",
+      "attn/o": "attn.c_proj",
+      "norm_mlp": "ln_2",
+      "mlp/up": "mlp.c_fc",
+      "mlp/down": "mlp.c_proj",
+    },
     classifier=_SCORE,
-    unused=(
-      r"h\.\d+\.attn\.(masked_)?bias"
-      r"|(lm_head|score|classifier|qa_outputs|multiple_choice_head)\..*"
-    ),
+    has_biases=True,
+    is_transposed=True,
   ),
   "modernbert": Layout(
     prefix="model.",
-    outer=(
-      ("embed", "embeddings.tok_embeddings", _EMBED),
-      ("norm_embed", "embeddings.norm", _EMBED_NORM._replace(bias="")),
-      ("norm_final", "final_norm", _RMS_NORM),
-    ),
+    outer={
+      "embed": "embeddings.tok_embeddings",
+      "norm_embed": "embeddings.norm",
+      "norm_final": "final_norm",
+    },
     blocks="layers",
-    block=(
-      ("norm_attn", "attn_norm", _RMS_NORM),
-      ("attn/q attn/k attn/v", "attn.Wqkv", _FUSED_QKV),
-      ("attn/o", "attn.Wo", _FROM_HEADS._replace(bias="")),
-      ("norm_mlp", "mlp_norm", _RMS_NORM),
-      ("mlp/gate mlp/up", "mlp.Wi", _FUSED_UP),
-      ("mlp/down", "mlp.Wo", _DOWN._replace(bias="")),
-    ),
-    classifier=(
-      ("pooler", "head.dense", _POOLER._replace(bias="")),
-      ("norm_pooler", "head.norm", _RMS_NORM),
-      ("head", "classifier", _CLASSES),
-    ),
-    unused=r"(head|decoder|classifier)\..*",
+    block={
+      "norm_attn": "attn_norm",
+      "attn/q attn/k attn/v": "attn.Wqkv",
+      "attn/o": "attn.Wo",
+      "norm_mlp": "mlp_norm",
+      "mlp/gate mlp/up": "mlp.Wi",
+      "mlp/down": "mlp.Wo",
+    },
+    classifier={
+      "pooler": "head.dense",
+      "norm_pooler": "head.norm",
+      "head": "classifier",
+    },
   ),
   "opt": Layout(
     prefix="model.",
-    outer=(
-      ("embed", "decoder.embed_tokens", _EMBED),
-      ("position_embed", "decoder.embed_positions", _POSITIONS),
-      ("norm_final", "decoder.final_layer_norm", _NORM),
-    ),
+    outer={
+      "embed": "decoder.embed_tokens",
+      "position_embed": "decoder.embed_positions",
+      "norm_final": "decoder.final_layer_norm",
+    },
     blocks="decoder.layers",
-    block=(
-      ("norm_attn", "self_attn_layer_norm", _NORM),
-      ("attn/q", "self_attn.q_proj", _HEADS),
-      ("attn/k", "self_attn.k_proj", _HEADS),
-      ("attn/v", "self_attn.v_proj", _HEADS),
-      ("attn/o", "self_attn.out_proj", _FROM_HEADS),
-      ("norm_mlp", "final_layer_norm", _NORM),
-      ("mlp/up", "fc1", _UP),
-      ("mlp/down", "fc2", _DOWN),
-    ),
+    block={
+      "norm_attn": "self_attn_layer_norm",
+      "attn/q": "self_attn.q_proj",
+      "attn/k": "self_attn.k_proj",
+      "attn/v": "self_attn.v_proj",
+      "attn/o": "self_attn.out_proj",
+      "norm_mlp": "final_layer_norm",
+      "mlp/up": "fc1",
+      "mlp/down": "fc2",
+    },
     classifier=_SCORE,
-    unused=r"(lm_head|score|qa_outputs)\..*",
+    has_biases=True,
   ),
   "gpt_neox": Layout(
     prefix="gpt_neox.",
-    outer=(
-      ("embed", "embed_in", _EMBED),
-      ("norm_final", "final_layer_norm", _NORM),
-    ),
+    outer={"embed": "embed_in", "norm_final": "final_layer_norm"},
     blocks="layers",
-    block=(
-      ("norm_attn", "input_layernorm", _NORM),
-      ("attn/q attn/k attn/v", "attention.query_key_value", _FUSED_QKV_BY_HEAD),
-      ("attn/o", "attention.dense", _FROM_HEADS),
-      ("norm_mlp", "post_attention_layernorm", _NORM),
-      ("mlp/up", "mlp.dense_h_to_4h", _UP),
-      ("mlp/down", "mlp.dense_4h_to_h", _DOWN),
-    ),
+    block={
+      "norm_attn": "input_layernorm",
+      "attn/q attn/k attn/v": "attention.query_key_value",
+      "attn/o": "attention.dense",
+      "norm_mlp": "post_attention_layernorm",
+      "mlp/up": "mlp.dense_h_to_4h",
+      "mlp/down": "mlp.dense_4h_to_h",
+    },
     classifier=_SCORE,
     lm_head="embed_out",
-    unused=(
-      r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
-      r"|(embed_out|score|classifier|qa_outputs)\..*"
-    ),
+    has_biases=True,
+    is_stacked_by_head=True,
   ),
   "llama": _LLAMA,
-  "qwen3": dataclasses.replace(
-    _LLAMA,
-    block=(
-      *_LLAMA.block,
-      ("attn/q_norm", "self_attn.q_norm", _HEAD_NORM),
-      ("attn/k_norm", "self_attn.k_norm", _HEAD_NORM),
-    ),
-  ),
+  "qwen3": dataclasses.replace(_LLAMA, block=_LLAMA.block | _QK_NORMS),
   "gemma2": _GEMMA2,
-  "gemma3": dataclasses.replace(
-    _GEMMA2,
-    block=(
-      *_GEMMA2.block,
-      ("attn/q_norm", "self_attn.q_norm", _SHIFTED_HEAD_NORM),
-      ("attn/k_norm", "self_attn.k_norm", _SHIFTED_HEAD_NORM),
-    ),
-  ),
+  "gemma3": dataclasses.replace(_GEMMA2, block=_GEMMA2.block | _QK_NORMS),
 }
 
 
@@ -361,9 +281,11 @@ class Tensor(NamedTuple):
   """One tensor of theirs and the arrays of ours that it holds."""
 
   name: str
-  layout: str
-  paths: tuple[str, ...]  # several: their leading axis in ours is t
-  is_shared: bool = False  # or each of them is a copy
+  paths: tuple[str, ...]
+  shape: tuple[int, ...]
+  axes: tuple[int, ...]  # sizes of theirs before axes were joined
+  order: tuple[int, ...]  # of `axes` in ours; the first one stacks the arrays
+  is_shared: bool = False  # each of our arrays is a copy
   shift: float = 0.0  # added to theirs
   skip: int = 0  # rows that theirs has before ours
   plus: str = ""  # another tensor of theirs, whose first row ours includes
@@ -377,64 +299,119 @@ def tensors(
   Args:
     described: Its family and sizes.
     head: "lm", "classify", or "none" for hidden states alone.
-    has_pooler: Whether a checkpoint without head has the classifier's pooler.
+    has_pooler: Whether a checkpoint without head has the pooler of BERT.
   """
   layout, config = LAYOUTS[described.layout], described.config
-  has = {"segment_embed": config.segments, "embed_project": config.embed_width}
-  rows, segments = [], ""
-  for ours, theirs, kind in layout.outer:
-    if has.get(ours, True):
-      rows.append((ours, layout.prefix + theirs, kind))
-    elif ours == "segment_embed":
-      segments = f"{layout.prefix}{theirs}.weight"
+  has = {
+    "segment_embed": config.segments,
+    "embed_project": config.embed_width,
+    "pooler": has_pooler or head == "classify",
+  }
+  modules = {
+    ours: layout.prefix + theirs
+    for ours, theirs in layout.outer.items()
+    if has.get(ours, True)
+  }
   for n in range(config.num_layers):
-    for modules, theirs, kind in layout.block:
-      if n == 0 and modules == "norm_attn" and config.embed_norm:
+    for names, theirs in layout.block.items():
+      if n == 0 and names == "norm_attn" and config.embed_norm:
         continue  # an identity
-      ours = " ".join(f"blocks_{n}/{module}" for module in modules.split())
-      rows.append((ours, f"{layout.prefix}{layout.blocks}.{n}.{theirs}", kind))
+      ours = " ".join(f"blocks_{n}/{name}" for name in names.split())
+      modules[ours] = f"{layout.prefix}{layout.blocks}.{n}.{theirs}"
   if head == "classify":
-    rows += layout.classifier
+    modules |= layout.classifier
   elif head == "lm" and not config.tie_embeddings:
-    rows.append(("head", layout.lm_head, _LM_HEAD))
-  elif layout.may_have_pooler and has_pooler:
-    rows += [row for row in layout.classifier if row[0] == "pooler"]
+    modules["head"] = layout.lm_head
   table = []
-  for ours, theirs, kind in rows:
-    modules = ours.split()
-    names = tuple(f"{module}/{kind.leaf}" for module in modules)
-    tensor = Tensor(f"{theirs}.weight", kind.weight, names, shift=kind.shift)
-    if kind == _POSITIONS:
-      skip = described.position_offset
-      tensor = tensor._replace(skip=skip, plus=segments)
-    table.append(tensor)
-    if kind.bias and _has_bias(described, ours):
-      names = tuple(f"{module}/bias" for module in modules)
-      table.append(Tensor(f"{theirs}.bias", kind.bias, names))
+  for ours, theirs in modules.items():
+    names = ours.split()
+    for leaf in ("embedding", "kernel", "scale", "bias"):
+      row = params_lib.find(f"{names[0]}/{leaf}")
+      if row and (leaf != "bias" or _has_bias(described, names[0])):
+        held = tuple(f"{name}/{leaf}" for name in names)
+        end = "bias" if leaf == "bias" else "weight"
+        table.append(_tensor(described, f"{theirs}.{end}", held, row.axes))
   if config.relative_buckets:
-    names = tuple(
-      f"blocks_{n}/attn/relative_bias" for n in range(config.num_layers)
+    shape = (config.relative_buckets, config.num_heads)
+    table.append(
+      Tensor(
+        f"{layout.prefix}{layout.relative}.weight",
+        tuple(
+          f"blocks_{n}/attn/relative_bias" for n in range(config.num_layers)
+        ),
+        shape=shape,
+        axes=(1, *shape),
+        order=(0, 1, 2),
+        is_shared=True,
+      )
     )
-    theirs = f"{layout.prefix}{layout.relative}.weight"
-    table.append(Tensor(theirs, "R H -> R H", names, is_shared=True))
   return table
 
 
-def _has_bias(described: Description, ours: str) -> bool:
-  """Biases are optional in families that norm by RMS; others have all."""
-  config = described.config
-  if config.norm != "rmsnorm":
+def _has_bias(described: Description, module: str) -> bool:
+  """Returns whether a module of ours has a bias in transformers."""
+  config, name = described.config, module.rpartition("/")[2]
+  if name == "head":
+    return not config.causal
+  if LAYOUTS[described.layout].has_biases:
     return True
-  is_qkv = ours.endswith(("attn/q", "attn/k", "attn/v"))
-  return bool(config.qkv_bias if is_qkv else config.use_bias)
+  if name in ("q", "k", "v"):
+    return bool(config.qkv_bias)
+  return config.use_bias and not name.startswith("norm_")
+
+
+def _tensor(
+  described: Description, name: str, paths: tuple[str, ...], axes: str
+) -> Tensor:
+  """Returns the tensor of theirs that stacks arrays of ours.
+
+  A kernel [D, J, K] of keys, for example, is [JK, D] in theirs. The sizes of J,
+  K and D are then `Tensor.axes`.
+
+  Args:
+    described: Family and sizes.
+    name: Of the tensor.
+    paths: Of our arrays.
+    axes: Letters of each of these, as in `params.TABLE`.
+  """
+  layout, config = LAYOUTS[described.layout], described.config
+  path, leaf, ours = paths[0], paths[0].rpartition("/")[2], axes.split()
+  inputs, outputs = [], ours[:]
+  if leaf in ("kernel", "embedding"):
+    count = 2 if path.endswith("attn/o/kernel") else 1
+    inputs, outputs = ours[:count], ours[count:]
+  outputs.insert(1 if layout.is_stacked_by_head else 0, "t")
+  is_in_block = path.startswith("blocks_")
+  if leaf == "embedding" or (layout.is_transposed and is_in_block):
+    theirs = [inputs, outputs]
+  else:
+    theirs = [outputs, inputs]
+  sizes = _sizes(described) | {"t": len(paths)}
+  first, *rest = [math.prod(sizes[x] for x in y) for y in theirs if y]
+  skip, plus = 0, ""
+  if path == "position_embed/embedding":
+    skip = described.position_offset
+    if "segment_embed" in layout.outer and not config.segments:
+      plus = f"{layout.prefix}{layout.outer['segment_embed']}.weight"
+  letters = [x for joined in theirs for x in joined]
+  return Tensor(
+    name,
+    paths,
+    shape=(first + skip, *rest),
+    axes=tuple(sizes[x] for x in letters),
+    order=tuple(letters.index(x) for x in ("t", *ours)),
+    shift=layout.norm_shift if leaf == "scale" else 0.0,
+    skip=skip,
+    plus=plus,
+  )
 
 
 def _sizes(described: Description) -> dict[str, int]:
-  """Returns {letter of a layout: size of the axis}."""
+  """Returns {letter of an axis: its size}."""
   c = described.config
   width = c.mlp_width[0] if isinstance(c.mlp_width, tuple) else c.mlp_width
   return {
-    "C": described.num_classes,
+    "C": described.num_classes or described.vocab_size,
     "D": c.width,
     "E": c.width,
     "F": width,
@@ -442,41 +419,19 @@ def _sizes(described: Description) -> dict[str, int]:
     "J": c.num_kv_heads,
     "K": c.head_dim,
     "P": described.max_length,
-    "R": c.relative_buckets,
     "S": c.segments,
     "V": described.vocab_size,
     "e": c.embed_width or c.width,
   }
 
 
-def _their_shape(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
-  axes = tensor.layout.split(" -> ")[0].split()
-  sizes = {**sizes, "t": len(tensor.paths)}
-  first, *rest = [math.prod(sizes[x] for x in letters) for letters in axes]
-  return (first + tensor.skip, *rest)
-
-
-def _our_shape(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
-  letters = tensor.layout.split(" -> ")[1].split()
-  return tuple(sizes[x] for x in letters if x != "t")
-
-
-def _split(
-  theirs: np.ndarray, tensor: Tensor, sizes: Mapping[str, int]
-) -> list[np.ndarray]:
+def _split(theirs: np.ndarray, tensor: Tensor) -> list[np.ndarray]:
   """Returns our arrays in one of theirs, as views."""
-  left, right = tensor.layout.split(" -> ")
-  letters = left.replace(" ", "")
-  whole = theirs.reshape([sizes.get(x, -1) for x in letters])  # t is inferred
-  ours = whole.transpose([letters.index(x) for x in right.split()])
-  if tensor.is_shared:
-    return [ours] * len(tensor.paths)
-  return list(ours) if len(tensor.paths) > 1 else [ours]
+  ours = list(theirs.reshape(tensor.axes).transpose(tensor.order))
+  return ours * len(tensor.paths) if tensor.is_shared else ours
 
 
-def _join(
-  ours: list[np.ndarray], tensor: Tensor, sizes: Mapping[str, int]
-) -> np.ndarray:
+def _join(ours: list[np.ndarray], tensor: Tensor) -> np.ndarray:
   """The inverse of `_split`; rows that ours lacks are zero."""
   if tensor.is_shared:
     if any(not np.array_equal(x, ours[0]) for x in ours):
@@ -485,13 +440,11 @@ def _join(
         "each other layer"
       )
     ours = ours[:1]
-  left, right = tensor.layout.split(" -> ")
-  letters = right.split()
-  whole = np.stack(ours) if len(ours) > 1 else ours[0]
-  order = [letters.index(x) for x in left.replace(" ", "")]
-  theirs = np.zeros(_their_shape(tensor, sizes), np.float32)
+  theirs = np.zeros(tensor.shape, np.float32)
   rows = theirs[tensor.skip :]
-  rows[...] = whole.transpose(order).reshape(rows.shape)
+  rows[...] = (
+    np.stack(ours).transpose(np.argsort(tensor.order)).reshape(rows.shape)
+  )
   rows -= np.float32(tensor.shift)
   return theirs
 
@@ -533,7 +486,7 @@ def import_params(
   Raises:
     ConfigError: a tensor is missing, left over, or of another shape; names it.
   """
-  sizes, prefix = _sizes(described), LAYOUTS[described.layout].prefix
+  prefix = LAYOUTS[described.layout].prefix
   has_prefix = any(name.startswith(prefix) for name in shapes)
 
   def find(name: str) -> str:
@@ -544,9 +497,10 @@ def import_params(
 
   has_pooler = find(f"{prefix}pooler.dense.weight") in shapes
   table = tensors(described, head, has_pooler)
-  needed = {find(t.name): _their_shape(t, sizes) for t in table}
-  segments = (described.token_types, sizes["e"])
-  needed |= {find(t.plus): segments for t in table if t.plus}
+  needed = {find(t.name): t.shape for t in table}
+  needed |= {
+    find(t.plus): (described.token_types, t.shape[1]) for t in table if t.plus
+  }
   others = _check_tensors(described, shapes, needed)
   if head == "lm" and described.config.tie_embeddings:
     output = f"{LAYOUTS[described.layout].lm_head}.weight"
@@ -558,15 +512,13 @@ def import_params(
       theirs = theirs + read(find(tensor.plus))[:1]
     if tensor.shift:
       theirs = theirs + np.float32(tensor.shift)
-    for path, ours in zip(
-      tensor.paths, _split(theirs, tensor, sizes), strict=True
-    ):
+    for path, ours in zip(tensor.paths, _split(theirs, tensor), strict=True):
       if channels is not None and _QUERY_OR_KEY.search(path):
         ours = ours[..., channels]
       flat[path] = np.ascontiguousarray(ours)
   is_bare = head == "classify" and "head/bias" not in flat
   if is_bare and described.config.use_bias:
-    flat["head/bias"] = np.zeros(sizes["C"], np.float32)
+    flat["head/bias"] = np.zeros(described.num_classes, np.float32)
   return traverse_util.unflatten_dict(flat, sep="/"), others
 
 
@@ -585,10 +537,9 @@ def _check_tensors(
         f"tensor {name} is of shape {list(shapes[name])}; config.json asks for "
         f"{list(shape)}"
       )
-  layout = LAYOUTS[described.layout]
+  prefix = LAYOUTS[described.layout].prefix
   others = [name for name in shapes if name not in needed]
-  bare = {name: name.removeprefix(layout.prefix) for name in others}
-  left = [x for x in others if not re.fullmatch(layout.unused, bare[x])]
+  left = [x for x in others if not _UNUSED.fullmatch(x.removeprefix(prefix))]
   if left:
     raise ConfigError(
       f"tensor {_first(left)} has no place in a {described.family} model with "
@@ -634,19 +585,19 @@ def export_tensors(
     ConfigError: a parameter is missing, left over, or of another shape; names
       it. Or the head has a bias that the family cannot express.
   """
-  sizes, layout = _sizes(described), LAYOUTS[described.layout]
   # The model without a head is saved without the prefix.
-  prefix = layout.prefix if head == "none" else ""
+  prefix = LAYOUTS[described.layout].prefix if head == "none" else ""
   arrays = {
     path: np.asarray(leaf, np.float32)
     for path, leaf in paths.flatten(params).items()
   }
-  if head == "classify" and layout.classifier[-1][-1] == _BARE_CLASSES:
+  if head == "classify" and described.config.causal:
     _move_head_bias(arrays, described)
   theirs: dict[str, np.ndarray] = {}
   channels = _channels(described)
   for tensor in tensors(described, head, "pooler/kernel" in arrays):
-    shape, ours = _our_shape(tensor, sizes), []
+    shape = tuple(tensor.axes[i] for i in tensor.order[1:])
+    ours = []
     for path in tensor.paths:
       array = arrays.pop(path, None)
       if array is None and path.endswith("/bias"):
@@ -663,9 +614,9 @@ def export_tensors(
       if channels is not None and _QUERY_OR_KEY.search(path):
         array = array[..., np.argsort(channels)]
       ours.append(array)
-    theirs[tensor.name.removeprefix(prefix)] = _join(ours, tensor, sizes)
+    theirs[tensor.name.removeprefix(prefix)] = _join(ours, tensor)
     if tensor.plus:
-      segments = np.zeros((described.token_types, sizes["e"]), np.float32)
+      segments = np.zeros((described.token_types, shape[1]), np.float32)
       theirs[tensor.plus.removeprefix(prefix)] = segments
   if arrays:
     raise ConfigError(

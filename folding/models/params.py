@@ -1,10 +1,11 @@
 """The parameters of our models: one table of paths, groups and axes.
 
-Letters as in `folding.models`, and: P positions, S segments, E width again, e
-width of the embeddings (D unless these are projected), r rank of the embedding of
-tokens. Key/value heads are J, also where J = H. Paths are those of an array in its
-layer ("attn/q/kernel"); a full path has "blocks_<n>/" before it. The tensors
-of Hugging Face checkpoints are in `hf_weights.LAYOUTS`, with these axes.
+Letters as in `folding.models`, and: P positions, S segments, R buckets of
+distances, E width again, e width of the embeddings (D unless these are projected),
+r rank of the embedding of tokens. Outputs of the head are C, also if they are the
+vocabulary; key/value heads are J, also if J = H. Paths are those of an array in its
+layer ("attn/q/kernel"); a full path has "blocks_<n>/" before it. The modules of
+Hugging Face checkpoints are in `hf_weights.LAYOUTS`.
 """
 
 import re
@@ -52,8 +53,8 @@ TABLE: tuple[Param, ...] = (
   Param("mlp/down/kernel", "linear", "F D", "F"),
   Param("mlp/(up|gate)/bias", "other", "F"),
   Param("mlp/down/bias", "other", "D"),
-  Param("head/kernel", "linear", "D V", "V"),
-  Param("head/bias", "other", "V"),
+  Param("head/kernel", "linear", "D C", "C"),
+  Param("head/bias", "other", "C"),
   Param("pooler/kernel", "other", "D E"),
   Param("pooler/bias", "other", "E"),
   Param("norm_embed/(scale|bias)", "other", "e"),
