@@ -370,9 +370,9 @@ def _tensor(
 
   Args:
     described: Family and sizes.
-    name: Of the tensor.
-    paths: Of our arrays.
-    axes: Letters of each of these, as in `params.TABLE`.
+    name: Name of the tensor.
+    paths: Paths of our arrays.
+    axes: Letters of an array, as in `params.TABLE`.
   """
   layout, config = LAYOUTS[described.layout], described.config
   path, leaf, ours = paths[0], paths[0].rpartition("/")[2], axes.split()
@@ -573,7 +573,7 @@ def export_tensors(
   """Returns the tensors of a checkpoint, the inverse of `import_params`.
 
   Biases that the family has and the model lacks are zero, and so is a segment
-  embedding. GPT-2's score layer has no bias: ours moves into that of
+  embedding. Classifiers of causal models have no bias; ours moves into the bias of
   the last norm, which nothing else reads.
 
   Args:
@@ -684,21 +684,18 @@ def load_pretrained(
   """
   folder = find_pretrained(path_or_hub_id)
   described = describe_pretrained(folder)
-  if task == "lm":
-    if not described.config.causal:
-      raise ConfigError(
-        f"{folder}: a {described.family} model does not predict the next token; "
-        "use task 'classify'"
-      )
-    described = dataclasses.replace(described, label_names=())
+  if task == "lm" and not described.config.causal:
+    raise ConfigError(
+      f"{folder}: a {described.family} model does not predict the next token; "
+      "use task 'classify'"
+    )
+  if task in ("lm", "embed"):
+    problem = "embed" if task == "embed" else described.problem
+    described = dataclasses.replace(described, label_names=(), problem=problem)
   if segments and described.token_types == 2:
     model = dataclasses.replace(described.config, segments=2)
     described = dataclasses.replace(described, config=model)
-  if task == "embed":
-    described = dataclasses.replace(described, label_names=(), problem="embed")
-  head = described.head
-  if task not in (None, "lm") and task != described.task:
-    head = "none"
+  head = described.head if task in (None, described.task) else "none"
   tokenizer_path = folder / TOKENIZER
   if not tokenizer_path.is_file():
     raise ConfigError(f"{folder} has no {TOKENIZER}; {_HINT}")
