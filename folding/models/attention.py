@@ -81,7 +81,7 @@ def rotate(
   Args:
     x_BLHK: Queries or keys.
     frequency: Radians per token of the K/2 pairs, for all heads or per head.
-    position_L: Of the tokens.
+    position_L: Positions of the tokens.
   """
   position_L = position_L.astype(jnp.float32)
   angle = jnp.einsum("L,Hk->LHk", position_L, frequency)[None]
@@ -100,10 +100,10 @@ class Attention(nn.Module):
   relative bias relative_bias [R, H].
 
   Attributes:
-    config: Of the model.
+    config: Shape of the model.
     layer: Shape of this layer.
     out_init: Initializer of W_O.
-    dtype: Of the computation.
+    dtype: Type of the computation.
   """
 
   config: ModelConfig
@@ -125,7 +125,8 @@ class Attention(nn.Module):
         dtype=self.dtype,
       )
 
-    self.q, self.k = (heads(count, K, layer.groups) for count in (H, J))
+    self.q = heads(H, K, layer.groups)
+    self.k = heads(J, K, layer.groups)
     if layer.values == "dense":
       self.v = heads(J, layer.value_dim)
     else:
@@ -140,9 +141,8 @@ class Attention(nn.Module):
       dtype=self.dtype,
     )
     if c.qk_norm:
-      self.q_norm, self.k_norm = (
-        nn.RMSNorm(c.norm_epsilon, dtype=self.dtype) for _ in range(2)
-      )
+      self.q_norm = nn.RMSNorm(c.norm_epsilon, dtype=self.dtype)
+      self.k_norm = nn.RMSNorm(c.norm_epsilon, dtype=self.dtype)
     if c.positions == "alibi":
       slopes_H = alibi_slopes(c.num_heads)[list(layer.heads)]
       self.log_slopes = self.param(
@@ -179,7 +179,7 @@ class Attention(nn.Module):
     mask_BL: Bool[Array, "B L"],
     state: PastState | None,
   ) -> tuple[Float[Array, "B L D"], Cache]:
-    """Attends within prompts, and returns what decoding needs of them.
+    """Attends within prompts, and returns the cache for decoding.
 
     Args:
       x_BLD: Input of the layer for left-padded prompts.
@@ -316,10 +316,10 @@ def rank_1_inputs(
   slopes_H: Float[Array, " H"] | None = None,
   mask_BL: Bool[Array, "B L"] | None = None,
 ) -> linear_attention.Inputs:
-  """Returns what linear attention reads of `Attention.project` with G = 1.
+  """Returns the inputs of linear attention from `Attention.project`, with G = 1.
 
-  It scales logits by the root of the size of the values, so queries beside
-  values of low rank are scaled by (K/r)^(1/2).
+  Linear attention scales logits by the square root of the size of the values,
+  r. Queries are scaled by (K/r)^(1/2), so that the scale is that of K.
 
   Args:
     layer: Shape of the layer.

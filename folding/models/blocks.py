@@ -272,8 +272,8 @@ def _gradients(
     )
     return tuple(total), d_q
 
-  # The sum over rows is left to the end: where devices hold rows, a sum in the
-  # loop would move [H, L, M] numbers between them for each pair of blocks.
+  # The sum over rows is left to the end. If rows are on several devices, a sum in
+  # the loop would move [H, L, M] numbers between them for each pair of blocks.
   rows = jax.tree.map(
     lambda x: jnp.broadcast_to(x, (q_NBHLG.shape[1], *x.shape)), biases
   )

@@ -1,4 +1,4 @@
-"""Decoding in constant size: the layers that can, and their first states.
+"""Empty states for decoding in constant size.
 
 A `linear_attention.PastState` covers a range of queries and keys, which is
 measured on random tokens. If a query or key leaves it, the state is made again

@@ -1,7 +1,7 @@
-"""What decoding keeps of the earlier tokens of each layer.
+"""Caches of the earlier tokens, for decoding.
 
-Either a KV cache, which grows with the sequence, or, for logits of rank 1, the
-constant-size `PastState` of `linear_attention`.
+A KV cache grows with the sequence. Layers with logits of rank 1 may have the
+`PastState` of `linear_attention` instead, whose size is constant.
 
 Prompts are left-padded, so the newest tokens of all rows share one position.
 Positions count from the start of the padded row; their differences are the

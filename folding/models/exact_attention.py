@@ -1,4 +1,4 @@
-"""Exact attention of dense or folded heads, at once or in blocks."""
+"""Exact attention of dense or folded heads, in one step or in blocks."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ _FARTHEST = 128  # distances from here on share a bucket
 
 
 class Biases(NamedTuple):
-  """Learned numbers of a layer behind its `position_bias`; None: it has none.
+  """Learned parameters of the `position_bias` of a layer; None: it has none.
 
   Attributes:
     slopes_H: Slopes of ALiBi.
@@ -80,7 +80,7 @@ def attend_whole(
     q_BLHG: Queries.
     k_BLJG: Keys.
     v_BLIr: Values.
-    biases: Learned numbers of the `position_bias`.
+    biases: Learned parameters of the `position_bias`.
     mask_BL: False at pad tokens; None: no padding.
     causal: Whether later keys are hidden.
     window: Keys at this distance and beyond are hidden; None: none are.
@@ -169,7 +169,7 @@ def position_bias(
   Args:
     query_L: Positions of the queries.
     key_M: Positions of the keys.
-    biases: Learned numbers.
+    biases: Learned parameters.
     causal: Whether later keys are hidden.
     window: Keys at this distance and beyond are hidden; None: none are.
   """

@@ -26,7 +26,7 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """What is known of one `model_type`.
+  """The entry of one `model_type`.
 
   Attributes:
     prefix: Start of its class names in transformers.
@@ -622,7 +622,7 @@ class Description:
   # Rows of BERT's segment embedding. Without `config.segments`, ours has row 0
   # in its positions.
   token_types: int = 0
-  # Of a sequence classifier, by problem_type; "embed": an encoder of sentences.
+  # Task of a sequence classifier, by problem_type; "embed": sentence vectors.
   problem: Task = "classify"
   label_names: tuple[str, ...] = ()  # outputs of a sequence classifier
 
@@ -817,7 +817,7 @@ def to_hf(described: Description) -> dict[str, Any]:
 
   Raises:
     ConfigError: the family does not compute this model, or its sequence
-      classifier has another head; says what would fit.
+      classifier has another head; names what would fit.
   """
   config, name = described.config, described.family
   reason = misfit(config, name, described.num_classes)

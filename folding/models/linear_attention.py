@@ -49,7 +49,7 @@ class Span(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What linear attention is computed from.
+  """Queries, keys and values of linear attention, with slopes and a mask.
 
   Attributes:
     q_BLH: Queries, one number each; the unfolded query has K copies of it.
@@ -539,8 +539,8 @@ def _scan_chunks(
 ) -> tuple[Sums, Sums]:
   """Returns the past after all positions, and their causal sums.
 
-  A length that is no multiple of the chunk is padded at its end, where the
-  mask is False.
+  If the chunk does not divide the length, padding is appended, with a mask of
+  False.
 
   Args:
     past: Sums at the nodes, [B, H, N]; its top is [B, H, P].

@@ -19,7 +19,7 @@ class Param(NamedTuple):
 
   Attributes:
     path: Pattern of the end of its path.
-    group: What it counts as in the accounts of a model.
+    group: Group in which `compression.accounting` counts it.
     axes: Letters of its dense shape. Folding makes some of them smaller.
     split: Letter of the axis that the mesh axis "tensor" splits; "": none.
   """
@@ -72,7 +72,8 @@ def find(path: str) -> Param | None:
   """Returns the row of a path, None if it is not a parameter of ours.
 
   Args:
-    path: Of a parameter, or of anything whose path ends like it (a moment).
+    path: Path of a parameter, or of an array that belongs to one, such as a
+      moment.
 
   Example:
     >>> find("blocks_0/attn/q/kernel").axes
@@ -85,7 +86,7 @@ def find(path: str) -> Param | None:
 
 
 def group_of(path: str) -> Group:
-  """Returns the group of a path: "other" for whatever is not in the table."""
+  """Returns the group of a path; "other" if it is not in the table."""
   row = find(path)
   return "other" if row is None else row.group
 
@@ -94,7 +95,7 @@ def axis_of(path: str, letters: str) -> int | None:
   """Returns the first axis of a parameter that has one of these letters.
 
   Args:
-    path: Of the parameter.
+    path: Path of the parameter.
     letters: Such as "F", or "HJ" for either kind of heads.
 
   Example:

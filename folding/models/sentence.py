@@ -42,7 +42,7 @@ class Sentence(NamedTuple):
 
 
 def read(path: str | os.PathLike) -> Sentence | None:
-  """Returns what the files in a folder say; None: there are none.
+  """Returns how a folder makes sentence vectors; None: no files say so.
 
   Raises:
     ConfigError: the files are damaged, or name another step or pooling.

@@ -85,7 +85,7 @@ def shrunk_config(
   Args:
     config: Resolved, of the parameters before.
     params: The smaller parameters, or their shapes.
-    cut: What they were cut by.
+    cut: The selection that made them.
   """
   m, fold = config.model, config.fold
   layers = layers_of(m, fold)

@@ -138,7 +138,7 @@ class Block(nn.Module):
     attend: Callable[[Array], tuple[Array, Any]],
     deterministic: bool = True,
   ) -> tuple[Float[Array, "B L D"], Any]:
-    """Returns the output of the layer, and what `attend` returns beside it."""
+    """Returns the output of the layer, and the cache from `attend`."""
 
     def drop(x_BLD):
       return self.dropout(x_BLD, deterministic=deterministic)
@@ -158,7 +158,7 @@ class Block(nn.Module):
     return x_BLD + drop(out_BLD), cache
 
   def attention_input(self, x_BLD: Float[Array, "B L D"]) -> Array:
-    """Returns what attention reads of the input of the layer."""
+    """Returns the input of attention, which is normed unless "post"."""
     is_post = self.config.norm_position == "post"
     if is_post or not self.layer.has_norm_attn:
       return x_BLD
@@ -238,8 +238,8 @@ class Transformer(nn.Module):
       tokens_BL: Token ids, right-padded.
       mask_BL: False or 0 at pad tokens; None: no padding.
       deterministic: No dropout.
-      segments_BL: Text of a pair that each token is of, 0 or 1; None: 0. A
-        model without a segment embedding ignores it.
+      segments_BL: Text of a pair that each token belongs to, 0 or 1; None: 0.
+        A model without a segment embedding ignores it.
 
     Raises:
       ValueError: the sequences exceed the learned positions.
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
     deterministic: bool = True,
     segments_BL: Int[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    """Returns the output of the last block, from which `read_out` has logits.
+    """Returns the output of the last block, the input of `read_out`.
 
     Arguments and errors are those of `__call__`.
     """
@@ -366,8 +366,8 @@ class Transformer(nn.Module):
     Args:
       tokens_BL: Token ids.
       deterministic: No dropout.
-      position_BL: Of the tokens; None: 0, 1, ...
-      segments_BL: Of the tokens; None: 0.
+      position_BL: Positions of the tokens; None: 0, 1, ...
+      segments_BL: As for `__call__`.
 
     Raises:
       ValueError: the sequences exceed the learned positions.
