@@ -168,6 +168,7 @@ def _by_platform(function, options: _Options, q_BHLG, keys: Keys, *args):
     size = -(-length // count)
 
     def call(q_BHLG, keys, *args):
+      # Padded keys have to be hidden, which a causal mask does already.
       if count * size > length and keys.mask_B1M is None and not options.causal:
         keys = keys._replace(mask_B1M=jnp.ones((1, 1, length), bool))
       return function(_Blocks(options, size, count), q_BHLG, keys, *args)

@@ -116,7 +116,7 @@ def _amplification(a: Float[Array, "*A"]) -> Float[Array, "*A"]:
 
 
 def panels(num_nodes: int) -> int:
-  """Returns P.
+  """Returns P, the number of panels.
 
   Raises:
     ValueError: `num_nodes` is not a multiple of the nodes of a panel.

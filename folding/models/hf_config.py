@@ -824,7 +824,7 @@ def to_hf(described: Description) -> dict[str, Any]:
   if reason is not None:
     raise ConfigError(f"no export as {name}: {reason}")
   family = FAMILIES[name]
-  values = {"model_type": name} | _write(family, config)
+  values: dict[str, Any] = {"model_type": name, **_write(family, config)}
   values["vocab_size"] = described.vocab_size
   values[family.positions] = described.max_length
   if family.counts_first:

@@ -150,6 +150,7 @@ REFUSED = [
   ("opt", {"do_layer_norm_before": False}, "only True is"),
   ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim=8"),
   ("modernbert", {"mlp_bias": True}, "mlp_bias=True"),
+  ("modernbert", {"classifier_pooling": "max"}, "'max' .* are cls, mean"),
   ("gpt_neox", {"attention_bias": False}, "attention_bias=False"),
   ("gpt_neox", {"rotary_pct": 0.1}, "rotates 0 of 8"),
   ("modernbert", CLASSES | {"classifier_bias": True}, "classifier_bias=True"),
