@@ -1,8 +1,8 @@
 """config.json of Hugging Face models <-> `ModelConfig`, by one table.
 
 `FAMILIES` has one entry per supported `model_type`; `describe` and `to_hf` read
-it in both directions. To add a family, add an entry. If its tensors have names
-of their own, add these to `folding.models.hf_weights`.
+it in both directions. To add a family, add an entry here and in `LAYOUTS` of
+`folding.models.hf_weights`, which names its tensors.
 """
 
 import dataclasses
@@ -31,7 +31,6 @@ class Family:
   Attributes:
     prefix: Start of its class names in transformers.
     lm: Name of its next-token model; "": `prefix` and "ForCausalLM".
-    layout: Entry of `hf_weights.LAYOUTS` that has its tensors.
     fields: {field of ModelConfig: field of config.json}. Values are the same,
       except those in `VALUES`.
     positions: Field of config.json with the number of positions.
@@ -41,7 +40,8 @@ class Family:
     defaults: What transformers assumes for fields missing in config.json.
     computes: Fields of ModelConfig that the architecture fixes. All others that
       are neither in `fields` nor in `rules` have their defaults.
-    classifier: The same of its sequence classifier.
+    classifier: The same of its sequence classifier; by default a linear layer
+      on the last token.
     only: Fields of config.json with one supported value.
     equal: Fields of config.json that must equal another one.
     rules: Fields that correspond by more than their names.
@@ -50,14 +50,15 @@ class Family:
 
   prefix: str
   lm: str = ""
-  layout: str
   fields: dict[str, str]
   positions: str = "max_position_embeddings"
   first_position: int | None = 0
   counts_first: bool = True
   defaults: dict[str, Any]
   computes: dict[str, Any]
-  classifier: dict[str, Any]
+  classifier: dict[str, Any] = dataclasses.field(
+    default_factory=lambda: {"pooling": "last"}
+  )
   only: dict[str, Any] = dataclasses.field(default_factory=dict)
   equal: dict[str, str] = dataclasses.field(default_factory=dict)
   rules: tuple[Rule, ...] = ()
@@ -252,7 +253,6 @@ _FIELDS = {
 _DECODER: dict[str, Any] = {"positions": "learned"}
 _ENCODER = _DECODER | {"causal": False, "norm_position": "post"}
 _FIRST: dict[str, Any] = {"pooling": "first", "pooler": True}
-_LAST: dict[str, Any] = {"pooling": "last"}
 
 _BERT_DEFAULTS = {
   "hidden_act": "gelu",
@@ -263,7 +263,6 @@ _BERT_DEFAULTS = {
 }
 _BERT = Family(
   prefix="Bert",
-  layout="bert",
   fields=_FIELDS
   | {"norm_epsilon": "layer_norm_eps", "dropout": "hidden_dropout_prob"},
   defaults=_BERT_DEFAULTS | {"type_vocab_size": 2},
@@ -274,14 +273,12 @@ _BERT = Family(
 _ROBERTA = dataclasses.replace(
   _BERT,
   prefix="Roberta",
-  layout="roberta",
   first_position=None,
   defaults=_BERT.defaults | {"pad_token_id": 1},
 )
 _MPNET = dataclasses.replace(
   _BERT,
   prefix="MPNet",
-  layout="mpnet",
   first_position=2,
   defaults=_BERT_DEFAULTS | {"pad_token_id": 1},
   computes=_ENCODER | {"relative_buckets": 32},
@@ -292,7 +289,6 @@ _MPNET = dataclasses.replace(
 _ELECTRA = dataclasses.replace(
   _BERT,
   prefix="Electra",
-  layout="electra",
   defaults=_BERT.defaults | {"embedding_size": 128},
   classifier=_FIRST | {"pooler_activation": "gelu"},
   rules=(
@@ -308,7 +304,6 @@ _ELECTRA = dataclasses.replace(
 )
 _DISTILBERT = Family(
   prefix="DistilBert",
-  layout="distilbert",
   fields={
     "num_layers": "n_layers",
     "width": "dim",
@@ -329,7 +324,6 @@ _DISTILBERT = Family(
 )
 _MODERNBERT = Family(
   prefix="ModernBert",
-  layout="modernbert",
   fields=_FIELDS
   | {
     "activation": "hidden_activation",
@@ -378,7 +372,6 @@ _MODERNBERT = Family(
 _GPT2 = Family(
   prefix="GPT2",
   lm="GPT2LMHeadModel",
-  layout="gpt2",
   fields={
     "num_layers": "n_layer",
     "width": "n_embd",
@@ -398,13 +391,11 @@ _GPT2 = Family(
     "n_positions": 1024,
   },
   computes=_DECODER,
-  classifier=_LAST,
   rules=(Rule(write=lambda config: {"embd_pdrop": config.dropout}),),
   writes={"attn_pdrop": 0.0},
 )
 _OPT = Family(
   prefix="OPT",
-  layout="opt",
   fields=_FIELDS
   | {
     "mlp_width": "ffn_dim",
@@ -422,7 +413,6 @@ _OPT = Family(
     "pad_token_id": 1,
   },
   computes=_DECODER | {"norm_epsilon": 1e-5},
-  classifier=_LAST,
   only={
     "do_layer_norm_before": True,
     "_remove_final_layer_norm": False,
@@ -434,7 +424,6 @@ _OPT = Family(
 )
 _GPT_NEOX = Family(
   prefix="GPTNeoX",
-  layout="gpt_neox",
   fields=_FIELDS
   | {
     "norm_epsilon": "layer_norm_eps",
@@ -453,7 +442,6 @@ _GPT_NEOX = Family(
     "rotary_pct": 0.25,
   },
   computes={"positions": "rope"},
-  classifier=_LAST,
   only={"attention_bias": True},
   rules=(_rope("rotary_emb_base", "rotary_pct"),),
   writes={"attention_dropout": 0.0},
@@ -471,7 +459,6 @@ _LLAMA_COMPUTES: dict[str, Any] = {
 }
 _LLAMA = Family(
   prefix="Llama",
-  layout="llama",
   fields=_LLAMA_FIELDS | {"use_bias": "mlp_bias"},
   defaults={
     "hidden_act": "silu",
@@ -483,7 +470,6 @@ _LLAMA = Family(
     "max_position_embeddings": 2048,
   },
   computes=_LLAMA_COMPUTES,
-  classifier=_LAST,
   equal={"attention_bias": "mlp_bias"},
   rules=(_rope(),),
 )
@@ -532,14 +518,12 @@ _QWEN2 = dataclasses.replace(
 _QWEN3 = dataclasses.replace(
   _QWEN2,
   prefix="Qwen3",
-  layout="qwen3",
   defaults=_QWEN2.defaults | {"head_dim": 128},
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qk_norm": True},
   only={"attention_bias": False},
 )
 _GEMMA2 = Family(
   prefix="Gemma2",
-  layout="gemma2",
   fields=_LLAMA_FIELDS | {"activation": "hidden_activation"} | _CAPS,
   defaults={
     "hidden_activation": "gelu_pytorch_tanh",
@@ -556,7 +540,6 @@ _GEMMA2 = Family(
   },
   computes=_LLAMA_COMPUTES
   | {"norm_position": "both", "use_bias": False, "scale_embeddings": True},
-  classifier=_LAST,
   only={"attention_bias": False, "use_bidirectional_attention": False},
   equal={"query_pre_attn_scalar": "head_dim"},
   rules=(_windows(lambda _, n: n % 2 == 0), _rope()),
@@ -565,7 +548,6 @@ _GEMMA3 = dataclasses.replace(
   _GEMMA2,
   prefix="Gemma3Text",
   lm="Gemma3ForCausalLM",
-  layout="gemma3",
   fields=_LLAMA_FIELDS | {"activation": "hidden_activation"},
   defaults=_GEMMA2.defaults
   | {
@@ -614,7 +596,7 @@ class Description:
   even if the checkpoint has none.
   """
 
-  family: str  # key of FAMILIES
+  family: str  # key of FAMILIES and of `hf_weights.LAYOUTS`
   config: ModelConfig  # resolved
   vocab_size: int  # V, rows of the embedding; may exceed the tokenizer's
   max_length: int  # P, positions
@@ -625,11 +607,6 @@ class Description:
   # Task of a sequence classifier, by problem_type; "embed": sentence vectors.
   problem: Task = "classify"
   label_names: tuple[str, ...] = ()  # outputs of a sequence classifier
-
-  @property
-  def layout(self) -> str:
-    """Entry of `hf_weights.LAYOUTS`."""
-    return FAMILIES[self.family].layout
 
   @property
   def num_classes(self) -> int:

@@ -55,7 +55,7 @@ _UNUSED = re.compile(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-  """Modules of one or more families, as {ours: theirs}.
+  """Modules of a family, as {ours: theirs}.
 
   Several of ours, such as "attn/q attn/k attn/v", are stacked along the output
   axis of one of theirs.
@@ -81,7 +81,9 @@ class Layout:
   outer: dict[str, str]
   blocks: str
   block: dict[str, str]
-  classifier: dict[str, str]
+  classifier: dict[str, str] = dataclasses.field(
+    default_factory=lambda: {"head": "score"}
+  )
   lm_head: str = "lm_head"
   relative: str = ""
   has_biases: bool = False
@@ -94,7 +96,6 @@ _DENSE_CLASSIFIER = {
   "pooler": "classifier.dense",
   "head": "classifier.out_proj",
 }
-_SCORE = {"head": "score"}
 _EMBEDDINGS = {
   "embed": "embeddings.word_embeddings",
   "position_embed": "embeddings.position_embeddings",
@@ -139,7 +140,6 @@ _LLAMA = Layout(
     "mlp/up": "mlp.up_proj",
     "mlp/down": "mlp.down_proj",
   },
-  classifier=_SCORE,
 )
 _QK_NORMS = {
   "attn/q_norm": "self_attn.q_norm",
@@ -155,9 +155,11 @@ _GEMMA2 = dataclasses.replace(
   },
   norm_shift=1.0,
 )
+# The keys are those of `hf_config.FAMILIES`.
 LAYOUTS: dict[str, Layout] = {
   "bert": _BERT,
   "roberta": _ROBERTA,
+  "xlm-roberta": _ROBERTA,
   "mpnet": dataclasses.replace(
     _ROBERTA,
     prefix="mpnet.",
@@ -206,7 +208,6 @@ LAYOUTS: dict[str, Layout] = {
       "mlp/up": "mlp.c_fc",
       "mlp/down": "mlp.c_proj",
     },
-    classifier=_SCORE,
     has_biases=True,
     is_transposed=True,
   ),
@@ -250,7 +251,6 @@ LAYOUTS: dict[str, Layout] = {
       "mlp/up": "fc1",
       "mlp/down": "fc2",
     },
-    classifier=_SCORE,
     has_biases=True,
   ),
   "gpt_neox": Layout(
@@ -265,15 +265,16 @@ LAYOUTS: dict[str, Layout] = {
       "mlp/up": "mlp.dense_h_to_4h",
       "mlp/down": "mlp.dense_4h_to_h",
     },
-    classifier=_SCORE,
     lm_head="embed_out",
     has_biases=True,
     is_stacked_by_head=True,
   ),
   "llama": _LLAMA,
+  "mistral": _LLAMA,
+  "qwen2": _LLAMA,
   "qwen3": dataclasses.replace(_LLAMA, block=_LLAMA.block | _QK_NORMS),
   "gemma2": _GEMMA2,
-  "gemma3": dataclasses.replace(_GEMMA2, block=_GEMMA2.block | _QK_NORMS),
+  "gemma3_text": dataclasses.replace(_GEMMA2, block=_GEMMA2.block | _QK_NORMS),
 }
 
 
@@ -301,7 +302,7 @@ def tensors(
     head: "lm", "classify", or "none" for hidden states alone.
     has_pooler: Whether a checkpoint without head has the pooler of BERT.
   """
-  layout, config = LAYOUTS[described.layout], described.config
+  layout, config = LAYOUTS[described.family], described.config
   has = {
     "segment_embed": config.segments,
     "embed_project": config.embed_width,
@@ -353,7 +354,7 @@ def _has_bias(described: Description, module: str) -> bool:
   config, name = described.config, module.rpartition("/")[2]
   if name == "head":
     return not config.causal
-  if LAYOUTS[described.layout].has_biases:
+  if LAYOUTS[described.family].has_biases:
     return True
   if name in ("q", "k", "v"):
     return bool(config.qkv_bias)
@@ -374,7 +375,7 @@ def _tensor(
     paths: Paths of our arrays.
     axes: Letters of an array, as in `params.TABLE`.
   """
-  layout, config = LAYOUTS[described.layout], described.config
+  layout, config = LAYOUTS[described.family], described.config
   path, leaf, ours = paths[0], paths[0].rpartition("/")[2], axes.split()
   inputs, outputs = [], ours[:]
   if leaf in ("kernel", "embedding"):
@@ -486,7 +487,7 @@ def import_params(
   Raises:
     ConfigError: a tensor is missing, left over, or of another shape; names it.
   """
-  prefix = LAYOUTS[described.layout].prefix
+  prefix = LAYOUTS[described.family].prefix
   has_prefix = any(name.startswith(prefix) for name in shapes)
 
   def find(name: str) -> str:
@@ -503,7 +504,7 @@ def import_params(
   }
   others = _check_tensors(described, shapes, needed)
   if head == "lm" and described.config.tie_embeddings:
-    output = f"{LAYOUTS[described.layout].lm_head}.weight"
+    output = f"{LAYOUTS[described.family].lm_head}.weight"
     _check_tied(output, find(table[0].name), shapes, read)
   flat, channels = {}, _channels(described)
   for tensor in table:
@@ -537,7 +538,7 @@ def _check_tensors(
         f"tensor {name} is of shape {list(shapes[name])}; config.json asks for "
         f"{list(shape)}"
       )
-  prefix = LAYOUTS[described.layout].prefix
+  prefix = LAYOUTS[described.family].prefix
   others = [name for name in shapes if name not in needed]
   left = [x for x in others if not _UNUSED.fullmatch(x.removeprefix(prefix))]
   if left:
@@ -586,7 +587,7 @@ def export_tensors(
       it. Or the head has a bias that the family cannot express.
   """
   # The model without a head is saved without the prefix.
-  prefix = LAYOUTS[described.layout].prefix if head == "none" else ""
+  prefix = LAYOUTS[described.family].prefix if head == "none" else ""
   arrays = {
     path: np.asarray(leaf, np.float32)
     for path, leaf in paths.flatten(params).items()

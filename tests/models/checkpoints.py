@@ -116,7 +116,7 @@ DECODERS = (
   "gemma3_text",
 )
 # One case per risk: each entry with the head that it has without classes, and
-# one classifier per layout of tensors.
+# one classifier per kind of tensor names.
 CASES = [
   (name, "lm" if values["model_type"] in DECODERS else "none")
   for name, values in FAMILIES.items()

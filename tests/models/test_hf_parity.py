@@ -161,7 +161,7 @@ def test_model_equals_transformers_in_both_directions(name, head, tmp_path):
   assert type(again) is type(model)
   # Classifiers of RoBERTa and MPNet do not read this pooler, so we have none.
   no_pooler = {"pooler.dense.weight", "pooler.dense.bias"}
-  is_encoder = loaded.layout in ("roberta", "mpnet") and head == "none"
+  is_encoder = loaded.family in ("roberta", "mpnet") and head == "none"
   assert set(info.pop("missing_keys")) == (no_pooler if is_encoder else set())
   assert not any(info.values()), info
   expected, got = (_theirs(m, tokens, keep) for m in (model, again.eval()))

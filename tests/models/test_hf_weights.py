@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from folding import paths
 from folding.errors import ConfigError
-from folding.models import hf_weights
+from folding.models import hf_config, hf_weights
 from tests.models import checkpoints
 from tests.models.checkpoints import FAMILIES, assert_same
 
@@ -30,7 +30,7 @@ def _case(name, head=None):
   head = head or dict(checkpoints.CASES[: len(FAMILIES)])[name]
   described = checkpoints.description(name, head)
   params = checkpoints.random_params(described)
-  if head == "none" and described.layout == "bert":  # BertModel has a pooler
+  if head == "none" and described.family == "bert":  # BertModel has a pooler
     rng, width = np.random.default_rng(1), described.config.width
     pooler = {"kernel": rng.normal(size=(width, width)), "bias": np.ones(width)}
     params["pooler"] = {k: x.astype(np.float32) for k, x in pooler.items()}
@@ -54,7 +54,11 @@ def test_import_inverts_export_bit_for_bit(name, head):
   assert left_out == []
 
 
-def test_layout_transposes_axes_as_written():
+def test_every_family_has_a_layout():
+  assert hf_weights.LAYOUTS.keys() == hf_config.FAMILIES.keys()
+
+
+def test_kernels_are_transposed_and_their_heads_joined():
   _, _, params, tensors = _case("llama")
   kernel = params["blocks_1"]["attn"]["k"]["kernel"]
   weight = tensors["model.layers.1.self_attn.k_proj.weight"]
@@ -94,7 +98,7 @@ def test_positions_of_roberta_begin_after_those_of_padding():
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_import_accepts_names_with_and_without_the_prefix(name):
   described, head, params, tensors = _case(name)
-  prefix = hf_weights.LAYOUTS[described.layout].prefix
+  prefix = hf_weights.LAYOUTS[described.family].prefix
   other = {
     prefix + key if head == "none" else key.removeprefix(prefix): tensor
     for key, tensor in tensors.items()
