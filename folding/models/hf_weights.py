@@ -334,12 +334,11 @@ def tensors(
         table.append(_tensor(described, f"{theirs}.{end}", held, row.axes))
   if config.relative_buckets:
     shape = (config.relative_buckets, config.num_heads)
+    held = [f"blocks_{n}/attn/relative_bias" for n in range(config.num_layers)]
     table.append(
       Tensor(
         f"{layout.prefix}{layout.relative}.weight",
-        tuple(
-          f"blocks_{n}/attn/relative_bias" for n in range(config.num_layers)
-        ),
+        tuple(held),
         shape=shape,
         axes=(1, *shape),
         order=(0, 1, 2),
@@ -377,10 +376,11 @@ def _tensor(
   """
   layout, config = LAYOUTS[described.family], described.config
   path, leaf, ours = paths[0], paths[0].rpartition("/")[2], axes.split()
-  inputs, outputs = [], ours[:]
-  if leaf in ("kernel", "embedding"):
-    count = 2 if path.endswith("attn/o/kernel") else 1
-    inputs, outputs = ours[:count], ours[count:]
+  # Ours are [in, out]. W_O reads heads and channels; norms and biases read none.
+  count = 1 if leaf in ("kernel", "embedding") else 0
+  if path.endswith("attn/o/kernel"):
+    count = 2
+  inputs, outputs = ours[:count], ours[count:]
   outputs.insert(1 if layout.is_stacked_by_head else 0, "t")
   is_in_block = path.startswith("blocks_")
   if leaf == "embedding" or (layout.is_transposed and is_in_block):
