@@ -308,9 +308,7 @@ class _FPP:
       )
     else:
       suspected, zero, zeroed = update_masks() if is_due else keep_masks()
-    is_held = member_masks(
-      sites, {n: b[0] for n, b in suspected.items()}, leaves
-    )
+    is_held = held_masks(sites, suspected, leaves)
     is_cleared = member_masks(sites, zero, leaves)
 
     def stop(name, g):
@@ -436,9 +434,7 @@ def fpp_counts(
   def count(state, params):
     leaves = paths.flatten(params)
     sites = make_sites(rules, params)
-    is_held = member_masks(
-      sites, {n: b[0] for n, b in state.suspected.items()}, leaves
-    )
+    is_held = held_masks(sites, state.suspected, leaves)
     zero = held = jnp.float32(0)
     for name, bits in is_held.items():
       bits = jnp.broadcast_to(bits, leaves[name].shape)
@@ -456,6 +452,22 @@ def fpp_counts(
   names = ("selected", "frozen", "zero", "undone")
   scalars = dict.fromkeys(names, state.step)
   return _on_auto_axes(count, (state, params), out=scalars)
+
+
+def held_masks(
+  sites: Sequence[Site],
+  suspected: Mapping[str, jax.Array],
+  leaves: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+  """Returns `member_masks`, True at elements that are not trainable.
+
+  Args:
+    sites: From `make_sites`; there may be more in `suspected`.
+    suspected: See `FPPState`.
+    leaves: {path: parameter}.
+  """
+  packed = {site.name: suspected[site.name][0] for site in sites}
+  return member_masks(sites, packed, leaves)
 
 
 def member_masks(
