@@ -74,27 +74,28 @@ def shrink(
     tokens=config.task != "lm",
     is_zero=is_zero,
   )
-  return Shrunk(shrunk_config(config, small, cut), small, cut)
+  return Shrunk(shrunk_config(config, cut), small, cut)
 
 
-def shrunk_config(
-  config: Config, params: Mapping[str, Any], cut: Cut
-) -> Config:
+def shrunk_config(config: Config, cut: Cut) -> Config:
   """Returns the config of smaller parameters; equal values stay as they are.
 
   Args:
     config: Resolved, of the parameters before.
-    params: The smaller parameters, or their shapes.
-    cut: The selection that made them.
+    cut: The cut that makes them smaller.
   """
   m, fold = config.model, config.fold
   layers = layers_of(m, fold)
   widths, heads, values = [], [], []
+
+  def kept(kernel, count):
+    return cut.kept.get(kernel, {}).get(0, range(count))
+
   for n, layer in enumerate(layers):
-    attn = f"blocks_{n}/attn"
-    widths.append(params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0])
-    kept = cut.kept.get(f"{attn}/o/kernel", {}).get(0, range(len(layer.heads)))
-    heads.append(tuple(layer.heads[h] for h in kept))
+    mlp, attn = f"blocks_{n}/mlp", f"blocks_{n}/attn"
+    widths.append(len(kept(f"{mlp}/down/kernel", layer.mlp_width)))
+    of_layer = kept(f"{attn}/o/kernel", len(layer.heads))
+    heads.append(tuple(layer.heads[h] for h in of_layer))
     is_absorbed = f"{attn}/v" in cut.dropped
     values.append("identity" if is_absorbed else layer.values)
   if widths != [layer.mlp_width for layer in layers]:

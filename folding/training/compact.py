@@ -136,7 +136,7 @@ class Compactor:
     least = program.config.train.compact
     if share < (min(least, _LAST) if is_over else least):
       return None
-    return shrunk_config(program.config, after, cut), cut
+    return shrunk_config(program.config, cut), cut
 
   def cut(self, state: TrainState, cut: Cut, smaller: Program) -> TrainState:
     """Returns the state of the smaller program."""
