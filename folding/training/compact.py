@@ -59,10 +59,10 @@ def shrink_state(
   config: Config,
   rules: Sequence[Rule],
   state: TrainState,
+  is_zero: Any,
   *,
   multiple: int = 1,
   absorb: bool = False,
-  is_zero: Any = None,
 ) -> tuple[Config, TrainState, Cut]:
   """Returns the config and state of a smaller model that trains the same.
 
@@ -74,16 +74,14 @@ def shrink_state(
     config: Resolved.
     rules: From `make_rules`.
     state: The state before; its arrays do not change.
+    is_zero: Elements that may be removed, from `held_zero`. After the last step
+      all zeros may be.
     multiple: See `folding.shrink`.
     absorb: See `folding.shrink`; only after the last step.
-    is_zero: Parameters that may be removed; None: `held_zero`.
 
   Raises:
     ValueError: see `folding.shrink`.
   """
-  if is_zero is None:
-    is_over = is_pruning_over(config, int(state.step))
-    is_zero = held_zero(rules, state, is_over)
   small = shrink(
     config, state.params, multiple=multiple, absorb=absorb, is_zero=is_zero
   )

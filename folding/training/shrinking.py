@@ -42,8 +42,8 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   this, states, losses = _read(workdir)
   before = run_dir.read_result(workdir)
   step = max(states)
-  is_over = step == this.config.train.steps
-  shrunk = _shrink_alike(this, states, multiple, is_over)
+  is_finished = step == this.config.train.steps
+  shrunk = _shrink_alike(this, states, multiple, is_finished)
   config, _, cut = shrunk[step]
   if cut.is_empty:
     raise ConfigError(
@@ -73,7 +73,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
       checkpoints.wait()
       best = checkpoints.best_step()
     state, test = states[step], None
-    if is_over:
+    if is_finished:
       state = states[step if best is None else best]
       test = that.evaluate(state.params, "test")
       test["checkpoint_step"] = best
@@ -94,26 +94,26 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
 
 
 def _shrink_alike(
-  run: Run, states: dict[int, TrainState], multiple: int, is_over: bool
+  run: Run, states: dict[int, TrainState], multiple: int, is_finished: bool
 ) -> dict[int, tuple[Config, TrainState, Cut]]:
   """Returns the states without the units that are zero in all of them."""
   zeros = [
     jax.tree.map(lambda w: np.asarray(w) == 0, state.params)
-    if is_over
+    if is_finished
     else held_zero(run.rules, state, is_pruning_over(run.config, step))
     for step, state in states.items()
   ]
   is_zero = jax.tree.map(lambda *z: np.logical_and.reduce(z), *zeros)
-  if not is_over and run.config.distill.is_used:
+  if not is_finished and run.config.distill.is_used:
     is_zero["embed"]["embedding"][:] = False  # the teacher reads all tokens
   return {
     step: shrink_state(
       run.config,
       run.rules,
       state,
+      is_zero,
       multiple=multiple,
-      absorb=is_over,
-      is_zero=is_zero,
+      absorb=is_finished,
     )
     for step, state in states.items()
   }

@@ -60,6 +60,14 @@ def _trainer(run):
   return train
 
 
+def _shrink(run, state, multiple=1):
+  is_over = shrinking.is_pruning_over(run.config, int(state.step))
+  is_zero = shrinking.held_zero(run.rules, state, is_over)
+  return shrinking.shrink_state(
+    run.config, run.rules, state, is_zero, multiple=multiple
+  )
+
+
 def _smaller(run, config, params):
   """Returns the run of what a shrink left."""
   removed = optimizer.removed_units(run.rules, tiny.shapes(run.config), params)
@@ -88,9 +96,7 @@ def _assert_same(run, cut, before, after):
 )
 def test_training_continues_as_without_a_shrink(run, trained, at, multiple):
   states, losses = trained
-  config, state, cut = shrinking.shrink_state(
-    run.config, run.rules, states[at], multiple=multiple
-  )
+  config, state, cut = _shrink(run, states[at], multiple)
   dead = (states[at].params["blocks_0"]["mlp"]["down"]["kernel"] == 0).all(1)
   width = 128 - int(dead.sum())
   assert 10 < width < 128 - 10
@@ -112,9 +118,8 @@ def test_shrink_removes_only_held_units(run, trained):
   alive = int(jnp.argmax((mlp["down"]["kernel"] != 0).any(1)))
   down = mlp["down"]["kernel"].at[alive].set(0.0)
   mlp["down"] = {**mlp["down"], "kernel": down}
-  config, _, _ = shrinking.shrink_state(run.config, run.rules, state)
-  zeroed = state._replace(params=params)
-  again, _, _ = shrinking.shrink_state(run.config, run.rules, zeroed)
+  config, _, _ = _shrink(run, state)
+  again, _, _ = _shrink(run, state._replace(params=params))
   assert again.model == config.model
 
 
@@ -131,7 +136,7 @@ def test_head_leaves_after_the_last_mask_update(run, train, trained, at, heads):
   held = state._replace(
     params=params, opt_state=state.opt_state._replace(suspected=suspected)
   )
-  config, small, cut = shrinking.shrink_state(run.config, run.rules, held)
+  config, small, cut = _shrink(run, held)
   assert config.model.heads == heads
   if heads is None:
     return
