@@ -268,36 +268,29 @@ class ModelConfig:
         )
 
 
-# Fields of `ModelConfig` that models must share if one takes the arrays of the
-# other, and those of their classifiers. The arrays show the rest, such as biases
-# and the width of MLPs.
-SHAPE = (
-  "num_layers",
-  "width",
-  "embed_width",
-  "num_heads",
-  "num_kv_heads",
-  "head_dim",
-  "norm",
-  "norm_position",
-  "parallel",
-  "embed_norm",
-  "norm_epsilon",
-  "positions",
-  "rope_base",
-  "rope_scaling",
-  "rope_share",
-  "window",
-  "relative_buckets",
-  "qk_norm",
-  "attention_cap",
-  "logit_cap",
-  "scale_embeddings",
-  "activation",
-  "gated",
-  "causal",
-)
+# Fields of `ModelConfig` of a classifier.
 HEAD = ("pooling", "pooler", "pooler_activation", "pooler_norm")
+# Fields that do not change what the arrays of a model mean. Their shapes show
+# widths and biases.
+_FREE = (
+  "mlp_width",
+  "dense_mlp_width",
+  "heads",
+  "attention",
+  "use_bias",
+  "qkv_bias",
+  "tie_embeddings",
+  "segments",
+  "normalize",
+  "dropout",
+  "remat",
+  "scan_layers",
+  "dtype",
+)
+# The others, which models must share if one takes the arrays of the other.
+SHAPE = tuple(
+  name for name in typed.fields(ModelConfig) if name not in (*_FREE, *HEAD)
+)
 
 
 @dataclasses.dataclass(slots=True, unsafe_hash=True)

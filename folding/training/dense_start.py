@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
-from folding import paths
+from folding import paths, typed
 from folding.config import Config
 from folding.data.batches import Data
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
@@ -22,7 +22,6 @@ from folding.models.hf_weights import (
 from folding.models.transformer import Transformer, make_model
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_config, load_labels
-from folding.typed import edited
 
 
 class DenseStart(NamedTuple):
@@ -219,7 +218,7 @@ def with_pairs(config: Config, data: Data) -> Config:
   elif path is not None:
     described = describe_pretrained(find_pretrained(path))
     segments = segments if described.token_types == 2 else 0
-  return edited(
+  return typed.edited(
     config, {"data.text_field": data.pair, "model.segments": segments}
   )
 
