@@ -64,27 +64,34 @@ def dense_start(
   tokens = np.zeros((1, config.data.length), np.int32)
   drawn = jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
   found, note = read_source(path, config, data)
-  source = paths.flatten(found)
+  known, source = paths.flatten(drawn), paths.flatten(found)
 
   def is_head(name):
     is_of_head = name.startswith(("head/", "pooler/", "norm_pooler/"))
     return config.task != "lm" and is_of_head
 
+  missing = [
+    name
+    for name, w in known.items()
+    if is_head(name) and (name not in source or source[name].shape != w.shape)
+  ]
+  if missing:
+    names = ", ".join(data.label_names[:8])
+    reason = f"{path} has no {missing[0].split('/')[0]} for {names}{note}"
+    if needs_head:
+      raise ConfigError(
+        f"{reason}, so it cannot teach these classes; train it with "
+        "dense=True, and give distill.teacher that run"
+      )
+    if "head/kernel" in missing and jax.process_index() == 0:
+      print(f"{reason}; it is learned from scratch", flush=True)
+
   def value(name, fresh):
-    w = source.get(name)
-    if is_head(name) and (w is None or w.shape != fresh.shape):
-      names = ", ".join(data.label_names[:8])
-      missing = f"{path} has no {name.split('/')[0]} for {names}{note}"
-      if needs_head:
-        raise ConfigError(
-          f"{missing}, so it cannot teach these classes; train it with "
-          "dense=True, and give distill.teacher that run"
-        )
-      if name == "head/kernel" and jax.process_index() == 0:
-        print(f"{missing}; it is learned from scratch", flush=True)
+    if name in missing:
       return np.asarray(fresh)
-    if w is None:
+    if name not in source:
       raise ConfigError(f"{path} has no {name}, which this model needs")
+    w = source[name]
     if name.endswith("embed/embedding"):
       w = w[: fresh.shape[0]]
     elif name == "head/kernel":
@@ -96,15 +103,10 @@ def dense_start(
     return np.asarray(w, np.float32)
 
   params = paths.map_named(value, drawn)
-  known = paths.flatten(drawn)
   for name in source:
     if name not in known and not is_head(name):
       raise ConfigError(f"{path} has {name}, which this model has no place for")
-  is_head_drawn = any(
-    is_head(name) and np.shape(source.get(name, 0)) != w.shape
-    for name, w in known.items()
-  )
-  return DenseStart(model, params, is_head_drawn)
+  return DenseStart(model, params, is_head_drawn=bool(missing))
 
 
 def _is_run(path: str) -> bool:
