@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -135,18 +135,12 @@ def score(
     scores or the labels are all the same.
   """
   if task == "regress":
-    from scipy import stats  # slow to import, as scikit-learn is
-
     scores = logits[:, 0].astype(np.float64)
-    if np.ptp(scores) == 0 or np.ptp(labels) == 0:
-      return {"pearson": 0.0, "spearman": 0.0}
-    linear: Any = stats.pearsonr(scores, labels)
-    rank: Any = stats.spearmanr(scores, labels)
     return {
-      "pearson": float(linear.statistic),
-      "spearman": float(rank.statistic),
+      "pearson": _correlation("pearsonr", scores, labels),
+      "spearman": _correlation("spearmanr", scores, labels),
     }
-  from sklearn import metrics
+  from sklearn import metrics  # slow to import
 
   found = logits > 0 if task == "multilabel" else logits.argmax(axis=-1)
   options: dict[str, Any] = {"average": "macro", "zero_division": 0}
@@ -167,14 +161,21 @@ def spearman_of_pairs(vectors: np.ndarray, scores: np.ndarray) -> float:
     scores: float[pairs].
 
   Returns:
-    From -1 to 1; 0 if all cosines are the same.
+    From -1 to 1; 0 if all cosines or all scores are the same.
   """
-  from scipy import stats  # slow to import
-
   first, second = np.split(vectors.astype(np.float64), 2)
   sizes = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
   cosines = (first * second).sum(axis=1) / np.maximum(sizes, 1e-24)
-  if np.ptp(cosines) == 0:
+  return _correlation("spearmanr", cosines, scores)
+
+
+def _correlation(
+  kind: Literal["pearsonr", "spearmanr"], x: np.ndarray, y: np.ndarray
+) -> float:
+  """Returns a correlation of `scipy.stats`; 0 if all x or all y are the same."""
+  from scipy import stats  # slow to import
+
+  if np.ptp(x) == 0 or np.ptp(y) == 0:
     return 0.0
-  rank: Any = stats.spearmanr(cosines, scores)
-  return float(rank.statistic)
+  found: Any = getattr(stats, kind)(x, y)
+  return float(found.statistic)
