@@ -20,7 +20,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -317,13 +317,17 @@ def _first_readable(
   if not steps:
     raise ConfigError(f"{folder} has no checkpoint yet")
   found, reasons = None, {}
-  with _quiet(reasons):
+  with _quiet():
     for step in steps:
       try:
         found = step, read(step)
         break
       except Exception as error:  # Orbax and TensorStore raise many types
         reasons[step] = first_line(error)[:200]
+    if (
+      reasons
+    ):  # see `_quiet`; this takes a second beside the programs of a run
+      gc.collect()
   if found is None:
     raise failure(
       f"none of the checkpoints in {folder} can be read; "
@@ -432,15 +436,12 @@ def _mend_metrics(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(reasons: Mapping[int, str] | None = None) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
   """Hides what Orbax prints of a damaged checkpoint beside its exception.
 
   It logs an error per file. Reads that are pending when the first one fails each
   raise in a thread of TensorStore, where nothing can catch it, and asyncio logs
-  their results when it collects them.
-
-  Args:
-    reasons: Filled in while this is open, if reads failed.
+  their results when they are collected as garbage.
   """
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
@@ -450,8 +451,6 @@ def _quiet(reasons: Mapping[int, str] | None = None) -> Iterator[None]:
   sys.unraisablehook = lambda _: None
   try:
     yield
-    if reasons:
-      gc.collect()  # takes a second beside the programs of a run
   finally:
     sys.unraisablehook = hook
     for logger, level in zip(loggers, levels, strict=True):
