@@ -225,17 +225,17 @@ def _attention_options(trial: _Trial) -> list[Option]:
   pairs = itertools.product(_logits_options(trial), _values_options(trial))
   options = [
     Option(
-      Attention(logits.value, values.value, heads),
-      logits.stored * len(heads) / H + values.stored,
+      values.value._replace(groups=logits.value),
+      logits.stored * len(values.value.heads) / H + values.stored,
       logits.error + values.error,
     )
-    for logits, (heads, values) in pairs
+    for logits, values in pairs
   ]
   return sorted(options, key=lambda option: -option.stored)
 
 
 def _logits_options(trial: _Trial) -> list[Option]:
-  """Returns the options of W_Q and W_K, unfitted.
+  """Returns the options of W_Q and W_K: numbers of groups, unfitted.
 
   A fit makes few groups look better than training can make them.
   """
@@ -258,8 +258,8 @@ def _logits_options(trial: _Trial) -> list[Option]:
   return options
 
 
-def _values_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
-  """Returns the options of W_V and of the heads that stay, as pairs."""
+def _values_options(trial: _Trial) -> list[Option]:
+  """Returns the options of W_V and of the heads that stay, without groups."""
   config, attn = trial.config, trial.old["attn"]
   m, is_structured = config.model, config.fpp.granularity == "neuron"
   arrays = ("v", "o") if is_structured else ("v",)
@@ -267,21 +267,22 @@ def _values_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
   if is_structured:
     options = _rank_options(trial)
   else:
-    options = [(every, Option("dense", num_weights(attn, arrays), 0.0))]
+    size = num_weights(attn, arrays)
+    options = [Option(Attention(0, "dense", every), size, 0.0)]
   asked = config_lib.layers_of(m, config.fold)[trial.n].values
   if asked != "dense":
     alone = {"fold.groups": 0, "fold.values": asked, "fold.value_rank": 0}
-    folded = edited(config, {**alone, "compress.fit_steps": 0})
+    folded = edited(config, alone)
     new, _ = fold_layer(
       folded, trial.n, trial.old, trial.stream, target=trial.target
     )
     error = trial.error(make_block(folded, trial.n), new, ("o",))
     size = num_weights(new["attn"], arrays)
-    options.append((every, Option(asked, size, error)))
+    options.append(Option(Attention(0, asked, every), size, error))
   return options
 
 
-def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
+def _rank_options(trial: _Trial) -> list[Option]:
   """Returns the options of W_V and W_O: some of the heads, each of rank r."""
   attn, m = trial.old["attn"], trial.config.model
   fitted, held_out = trial.moments("o")
@@ -304,7 +305,7 @@ def _rank_options(trial: _Trial) -> list[tuple[tuple[int, ...], Option]]:
       size = num_weights({"v": low.v, "o": low.o}, ("v", "o"))
       value = rank if rank < m.head_dim else "dense"
       error = trial.square(wrong, held_out, "o")
-      options.append((heads, Option(value, size, error)))
+      options.append(Option(Attention(0, value, heads), size, error))
   return options
 
 
