@@ -111,15 +111,13 @@ def measure(
       embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
     )
   for n in layers_with_bar(config, "measuring"):
-    old = params[f"blocks_{n}"]
-    target = capture_all(
-      make_block(dense, n), old, stream, STREAMS, outputs=OUTPUTS
-    )
+    block, old = make_block(dense, n), params[f"blocks_{n}"]
+    target = capture_all(block, old, stream, STREAMS, outputs=OUTPUTS)
     sensitivity_n = {
       role: sensitivity[f"blocks_{n}/{module}"]
       for role, module in MODULES.items()
     }
-    trial = _Trial(config, n, old, stream, target, sensitivity_n)
+    trial = _Trial(config, n, block, old, stream, target, sensitivity_n)
     options |= {
       (n, "attn"): _attention_options(trial),
       (n, "mlp"): _mlp_options(trial),
@@ -134,7 +132,8 @@ class _Trial(NamedTuple):
   Attributes:
     config: Resolved.
     n: Number of the layer.
-    old: Its dense parameters.
+    dense: The dense layer.
+    old: Its parameters.
     stream: Its input.
     target: `capture_all` of it, with `STREAMS` and the outputs of W_O and W_down.
     sensitivity: Sensitivities to errors of "o" and "down".
@@ -142,15 +141,11 @@ class _Trial(NamedTuple):
 
   config: Config
   n: int
+  dense: Block
   old: Mapping[str, Any]
   stream: Stream
   target: Sequence[Mapping[str, jax.Array]]
   sensitivity: Mapping[str, np.ndarray]
-
-  @property
-  def dense(self) -> Block:
-    """The dense layer."""
-    return make_block(config_lib.dense_baseline(self.config), self.n)
 
   def error(self, block: Block, params: Any, roles: Sequence[str]) -> float:
     """Returns the error of another layer on the same input.
