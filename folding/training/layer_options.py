@@ -19,11 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folding import config as config_lib
 from folding import paths
 from folding.compression import lowrank, oneshot
 from folding.compression.lowrank import Moments
-from folding.config import Config
+from folding.config import (
+  Config,
+  Layer,
+  ModelConfig,
+  dense_baseline,
+  layers_of,
+)
 from folding.models.transformer import Block
 from folding.training.fold_layer import (
   fold_layer,
@@ -103,7 +108,7 @@ def measure(
     batches: Calibration text.
     sensitivity: From `sensitivities`.
   """
-  dense = config_lib.dense_baseline(config)
+  dense = dense_baseline(config)
   stream, options = embed_batches(dense, params, batches), {}
   if config.has_open_rank and config.compress.embedding == "errors":
     embedding_VD = np.asarray(params["embed"]["embedding"])
@@ -117,7 +122,15 @@ def measure(
       role: sensitivity[f"blocks_{n}/{module}"]
       for role, module in MODULES.items()
     }
-    trial = _Trial(config, n, block, old, stream, target, sensitivity_n)
+    trial = _Trial(
+      config=config,
+      n=n,
+      dense=block,
+      old=old,
+      stream=stream,
+      target=target,
+      sensitivity=sensitivity_n,
+    )
     options |= {
       (n, "attn"): _attention_options(trial),
       (n, "mlp"): _mlp_options(trial),
@@ -147,7 +160,12 @@ class _Trial(NamedTuple):
   target: Sequence[Mapping[str, jax.Array]]
   sensitivity: Mapping[str, np.ndarray]
 
-  def error(self, block: Block, params: Any, roles: Sequence[str]) -> float:
+  @property
+  def asked(self) -> Layer:
+    """Shape of the layer that the config asks for."""
+    return layers_of(self.config.model, self.config.fold)[self.n]
+
+  def error(self, block: Block, params: Any, roles: tuple[str, ...]) -> float:
     """Returns the error of another layer on the same input.
 
     Args:
@@ -155,12 +173,9 @@ class _Trial(NamedTuple):
       params: Its parameters.
       roles: Modules whose output counts, "o" or "down".
     """
-    part = functools.partial(
-      _errors, block, tuple(roles), params, self.sensitivity
-    )
-    return (
-      float(total(part, *self.stream, self.target)) / self.stream.num_tokens
-    )
+    part = functools.partial(_errors, block, roles, params, self.sensitivity)
+    found = total(part, *self.stream, self.target)
+    return float(found) / self.stream.num_tokens
 
   def moments(self, role: str) -> list[Moments]:
     """Returns the moments of the input of a module, of each half of the text.
@@ -234,18 +249,16 @@ def _logits_options(trial: _Trial) -> list[Option]:
 
   A fit makes few groups look better than training can make them.
   """
-  config, old = trial.config, trial.old
-  layer = config_lib.layers_of(config.model, config.fold)[trial.n]
+  m, layer, old = trial.config.model, trial.asked, trial.old
   moments, options = head_moments(trial.dense, old, trial.stream), []
-  for groups in _groups(config, trial.n):
-    block = trial.dense
-    tried = dataclasses.replace(
-      block.layer, groups=groups, axis=layer.axis, rope=layer.rope
-    )
+  for groups in _groups(m, layer):
     attn, error = old["attn"], 0.0
     if groups:
-      attn, _ = fold_logits(config.model, tried, attn, moments)
-      block = block.clone(layer=tried)
+      tried = dataclasses.replace(
+        trial.dense.layer, groups=groups, axis=layer.axis, rope=layer.rope
+      )
+      attn, _ = fold_logits(m, tried, attn, moments)
+      block = trial.dense.clone(layer=tried)
       error = trial.error(block, {**old, "attn": attn}, ("o",))
     options.append(
       Option(groups, num_weights(attn, ("q", "k", "frequency")), error)
@@ -264,8 +277,7 @@ def _values_options(trial: _Trial) -> list[Option]:
   else:
     size = num_weights(attn, arrays)
     options = [Option(Attention(0, "dense", every), size, 0.0)]
-  asked = config_lib.layers_of(m, config.fold)[trial.n].values
-  if asked != "dense":
+  if (asked := trial.asked.values) != "dense":
     alone = {"fold.groups": 0, "fold.values": asked, "fold.value_rank": 0}
     folded = edited(config, alone)
     new, _ = fold_layer(
@@ -392,18 +404,17 @@ def num_weights(params: Mapping[str, Any], names: Sequence[str]) -> float:
   )
 
 
-def _groups(config: Config, n: int) -> list[int]:
+def _groups(m: ModelConfig, layer: Layer) -> list[int]:
   """Returns the groups to try: dense (0), then from many to few."""
-  m, f = config.model, config.fold
-  if config_lib.layers_of(m, f)[n].groups == 0:
+  if layer.groups == 0:
     return [0]  # as the config asks
-  if f.axis == "output" and m.positions == "rope":
+  if layer.axis == "output" and m.positions == "rope":
     # In eighths of a head, by whole pairs, and a single pair.
     step = max(2, m.head_dim // 16 * 2)
     return [0, *range(m.head_dim - step, 2, -step), 2]
-  size = m.head_dim if f.axis == "output" else m.width
+  size = m.head_dim if layer.axis == "output" else m.width
   # The sum over all channels of a LayerNorm is constant.
-  least = 1 + (f.axis == "input" and m.norm == "layernorm")
+  least = 1 + (layer.axis == "input" and m.norm == "layernorm")
   return [0, *(g for g in range(size - 1, least - 1, -1) if size % g == 0)]
 
 
