@@ -13,13 +13,7 @@ import numpy as np
 from folding import config as config_lib
 from folding.config import Config
 from folding.models.transformer import model_for
-from folding.training.stream import (
-  Batch,
-  Stream,
-  masks_of,
-  second_moment,
-  total,
-)
+from folding.training.stream import Batch, masks_of, second_moment, total
 
 Sensitivities = Mapping[str, np.ndarray]  # see `sensitivities`
 
@@ -63,7 +57,7 @@ def sensitivities(
     [batch.get("segments") for batch in batches],
     [jax.random.key(number) for number in range(len(batches))],
   )
-  num_tokens = Stream([], masks).num_tokens
+  num_tokens = sum(int(mask.sum()) for mask in masks)
 
   def mean(sum_DD):
     f_DD, D = sum_DD / num_tokens, len(sum_DD)

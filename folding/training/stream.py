@@ -61,14 +61,6 @@ def embed_batches(
   Raises:
     ConfigError: there is too little text.
   """
-  D, masks = config.model.width, masks_of(batches)
-  num_tokens = Stream([], masks).num_tokens
-  num_texts = sum(map(len, masks))
-  if num_tokens <= 2 * D or num_texts < 2:
-    raise ConfigError(
-      f"calibration has {num_tokens:,} tokens in {num_texts:,} texts; the "
-      f"moments of {D} channels need more than {2 * D:,} tokens and two texts"
-    )
   stem = {name: w for name, w in params.items() if "embed" in name}
   vocabulary, positions = (
     len(stem[name]["embedding"]) if name in stem else 0
@@ -80,7 +72,14 @@ def embed_batches(
     embed({"params": stem}, b["tokens"], segments_BL=b.get("segments"))
     for b in batches
   ]
-  return Stream(x, masks)
+  stream, D = Stream(x, masks_of(batches)), config.model.width
+  num_tokens, num_texts = stream.num_tokens, sum(map(len, x))
+  if num_tokens <= 2 * D or num_texts < 2:
+    raise ConfigError(
+      f"calibration has {num_tokens:,} tokens in {num_texts:,} texts; the "
+      f"moments of {D} channels need more than {2 * D:,} tokens and two texts"
+    )
+  return stream
 
 
 def masks_of(batches: Sequence[Batch]) -> list[jax.Array]:
