@@ -1,8 +1,8 @@
-"""Shrinking: units that are zero as a whole leave the arrays.
+"""Shrinking: removes units that are zero as a whole from the arrays.
 
-`shrink_layers` finds them in trees with attention and feed-forward layers as
-`folding` names them; `folding.shrink` does that for a configured model.
-`remove_neurons` finds the neurons that rules tie together, in any tree.
+`shrink_layers` works on attention and feed-forward layers with the parameter
+names of `folding`; `folding.shrink` calls it for a configured model.
+`remove_neurons` works on any tree: rules say which arrays share neurons.
 """
 
 import dataclasses
@@ -81,8 +81,8 @@ class Cut:
     """Returns the state of `folding.fpp`, cut the same way.
 
     The remaining units keep their mask bits, averages and moments, so the same
-    units stay frozen or zero. If there are mask updates to come, give
-    `folding.fpp` the removed units (`removed`).
+    units stay frozen or zero. If mask updates follow, pass the number of removed
+    units to `folding.fpp` (`removed`).
 
     Args:
       state: State of the parameters before.
@@ -98,7 +98,7 @@ class Cut:
       planes = {axis + 1: indices for axis, indices in kept.items()}
       taken = _take(units, planes)
       suspected[site.name] = pack(taken)
-      # Of the units that may not train, only zeros are removed.
+      # Removed units with a mask bit were zero, so they leave the count.
       zeroed += jnp.sum(taken[0], dtype=jnp.int32)
       zeroed -= jnp.sum(units[0], dtype=jnp.int32)
     return state._replace(
@@ -119,7 +119,8 @@ def dead_units(zeros: Zeros) -> dict[str, Any]:
   of an attention layer, under its W_O: one bool for all heads that share a key.
 
   Args:
-    zeros: {path: bools, True at what is and stays 0}; NumPy or JAX arrays.
+    zeros: {path: bools, True at elements that are and stay 0}; NumPy or JAX
+      arrays.
   """
   dead = {}
   for name in zeros:
@@ -138,9 +139,9 @@ def make_cut(
   Args:
     params: Tree of parameters, or of their shapes.
     dead: From `dead_units`, perhaps with removable tokens of the embedding.
-    neurons: Neurons of a layer are rounded up to a multiple of this, heads of a
-      layer to a multiple of `heads`, never above what they were.
-    heads: See `neurons`. Heads that share a key count as one.
+    neurons: The number of neurons of a layer is rounded up to a multiple of this,
+      but never above what it was.
+    heads: The same for the heads of a layer. Heads that share a key count as one.
   """
   leaves = paths.flatten(params)
   kept: Kept = {}
@@ -188,7 +189,7 @@ def shrink_layers(
       follow that.
     tokens: Whether rows of the embedding may be removed; False if it is the
       output layer, too.
-    is_zero: Bools shaped like params, True if an element may be removed. None:
+    is_zero: Bools shaped like params, True at elements that may be removed. None:
       True at zeros.
 
   Raises:
@@ -236,10 +237,10 @@ def remove_neurons(
 ) -> tuple[Any, dict[str, np.ndarray]]:
   """Returns parameters of any model without the neurons that are zero.
 
-  A neuron is all that a rule of granularity "neuron" ties together: its columns
-  and biases, and the rows that read it. If all of it is 0, the function stays
-  the same up to float rounding, unless a norm counts the neurons. Build the
-  smaller model with the widths of the arrays.
+  A rule of granularity "neuron" ties the parameters of a neuron together: its
+  columns and biases, and the rows that read it. If all of them are 0, the
+  function stays the same up to float rounding, except under a norm over the
+  neurons. Build the smaller model with the widths of the arrays.
 
   Args:
     rules: As given to `folding.fpp`; other granularities are ignored.
@@ -294,10 +295,10 @@ def remove_neurons(
 
 
 def _reads(name: str, axis: int | None, ndim: int) -> bool:
-  """Returns whether a tied array reads neurons, which are its rows then.
+  """Returns whether a tied array reads the neurons, as its rows.
 
-  A gate writes neurons, as its last axis. A vector is all rows, except for a
-  bias or a scale.
+  A gate writes them, as its last axis. A vector reads them unless it is a bias or
+  a scale.
   """
   if ndim == 1:
     return not name.endswith(("bias", "scale"))
@@ -334,7 +335,7 @@ def _dead_heads(attn: str, zeros: Zeros) -> Any:
 def _stays(is_dead: Any, multiple: int) -> np.ndarray:
   """Returns the indices of the units that stay, at least one.
 
-  Some dead ones are among them if the count has to be a multiple.
+  Dead units fill their number up to a multiple.
   """
   is_dead = np.asarray(is_dead)
   alive = np.flatnonzero(~is_dead)
@@ -354,13 +355,13 @@ def _keep_neurons(mlp: str, neurons: np.ndarray) -> Kept:
 
 
 def _keep_heads(attn: str, key_heads: np.ndarray, shape: tuple, J: int) -> Kept:
-  """Returns what the heads of an attention layer that stay index.
+  """Returns the indices that stay in each array of an attention layer.
 
   Args:
     attn: Path of the layer.
-    key_heads: The keys that stay.
+    key_heads: The key heads that stay.
     shape: Shape of W_O.
-    J: Number of keys before.
+    J: Number of key heads before.
   """
   H, K, _ = shape
   heads = _members(key_heads, H // J)

@@ -36,9 +36,9 @@ def shrink(
   """Removes the units that are zero, so that the arrays become smaller.
 
   See `folding.compression.shrink.shrink_layers` for what is removed. The
-  function stays the same up to float rounding. A next-token model keeps its
-  tokens: without a row a token has the logit 0, and so a share of the
-  probability. To shrink again changes nothing.
+  function stays the same up to float rounding. A next-token model keeps all
+  tokens: a token with a zero row has the logit 0, so it still has a probability.
+  Shrinking twice changes nothing more.
 
   Args:
     config: Resolved.
@@ -47,8 +47,8 @@ def shrink(
       (never above what they were) by keeping some zero neurons.
     absorb: Whether W_O absorbs a diagonal W_V. The moments of an optimizer do
       not follow that, so use False if training continues.
-    is_zero: Bools shaped like params, True if an element is and stays 0. None:
-      True at zeros. In training, only elements that FPP holds at 0 qualify.
+    is_zero: Bools shaped like params, True at elements that are and stay 0. None:
+      True at zeros. While training, only those that FPP holds at 0 qualify.
 
   Raises:
     ValueError: the config is not resolved, or an option is out of range.

@@ -1,7 +1,7 @@
-"""Compaction: neurons and heads that FPP holds at 0 leave the training state.
+"""Compaction: removes neurons and heads that FPP holds at 0 from a training state.
 
-`folding shrink` does it to the checkpoints of a run, and `train.compact` to a
-run that goes on. Losses and updates stay equal up to rounding.
+`folding shrink` compacts the checkpoints of a run, `train.compact` a run while it
+trains. Losses and updates stay equal up to rounding.
 """
 
 import math
@@ -22,20 +22,20 @@ from folding.training import sharding
 from folding.training.step import Program, TrainState
 
 _MULTIPLE = 8  # of neurons: a byte of mask bits, and a width of vector units
-# Least share after the last mask update, since nothing more will leave.
+# Smallest share after the last mask update, since nothing is removed later.
 _LAST = 0.1
 
 
 def held_zero(rules: Sequence[Rule], state: TrainState, is_over: bool) -> Any:
   """Returns which parameters FPP holds at 0, as bools shaped like params.
 
-  Before the last mask update these are units only. Single weights stay, as the
-  next update ranks them among all weights of their array.
+  Before the last mask update these are whole units only. Single weights stay,
+  because the next update ranks them among all weights of their array.
 
   Args:
     rules: From `make_rules`.
     state: The training state.
-    is_over: Whether the last mask update is over.
+    is_over: See `is_pruning_over`.
   """
   leaves = paths.flatten(state.params)
   sites = [
@@ -51,7 +51,7 @@ def held_zero(rules: Sequence[Rule], state: TrainState, is_over: bool) -> Any:
 
 
 def is_pruning_over(config: Config, step: int) -> bool:
-  """Returns whether no mask update follows after so many steps."""
+  """Returns whether the last mask update is one of the first `step` updates."""
   return step > optimizer_lib.mask_updates(config)[-1]
 
 
@@ -67,8 +67,8 @@ def shrink_state(
   """Returns the config and state of a smaller model that trains the same.
 
   Losses and updates are equal up to rounding: only units that FPP holds at 0
-  leave, and moments, averages and mask bits are cut alike. (The score "random"
-  draws other numbers at later mask updates.)
+  are removed, and moments, averages and mask bits are cut alike. (The score
+  "random" draws other numbers at later mask updates.)
 
   Args:
     config: Resolved.
@@ -112,16 +112,16 @@ class Compactor:
   def find(self, state: TrainState, step: int) -> tuple[Config, Cut] | None:
     """Returns the config of a smaller model and the cut that leads to it.
 
-    None if less of the parameters of the layers would leave than `train.compact`
-    says: compilation of the smaller program would not pay yet.
+    None if the cut would remove a smaller share of the layers' parameters than
+    `train.compact`: compiling the smaller program would not pay yet.
 
     Args:
-      state: After a mask update; it is waited for.
+      state: After a mask update; this blocks until it is computed.
       step: Updates applied so far.
     """
     program = self._program
     is_over = is_pruning_over(program.config, step)
-    tensor = program.mesh.shape["tensor"]  # it splits neurons and heads
+    tensor = program.mesh.shape["tensor"]  # splits neurons and heads
     before = program.like.params
     cut = make_cut(
       before,
@@ -130,9 +130,9 @@ class Compactor:
       heads=tensor,
     )
     after = jax.eval_shape(cut, before)
-    share = 1 - _layer_size(after) / _layer_size(before)
+    removed = 1 - _layer_size(after) / _layer_size(before)
     least = program.config.train.compact
-    if share < (min(least, _LAST) if is_over else least):
+    if removed < (min(least, _LAST) if is_over else least):
       return None
     return shrunk_config(program.config, cut), cut
 

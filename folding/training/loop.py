@@ -119,7 +119,7 @@ class Run(Program):
     None if that does not pay yet, see `Compactor.find`.
 
     Args:
-      state: After a mask update; it is waited for.
+      state: After a mask update; this blocks until it is computed.
       step: Updates applied so far.
     """
     found = self._compactor.find(state, step)

@@ -20,8 +20,8 @@ from folding.training.step import TrainState
 def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   """Writes a run directory with the newest and best checkpoints, shrunk.
 
-  An unfinished run can be resumed there. A finished run also loses zeros that
-  FPP does not hold and the diagonals of W_V, and is tested again.
+  An unfinished run can be resumed there. Of a finished run, zeros that FPP does
+  not hold and the diagonals of W_V are removed too, and it is tested again.
 
   Args:
     workdir: A run with a checkpoint.
