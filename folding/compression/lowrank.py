@@ -162,28 +162,23 @@ def fold_heads(
   """
   a_EHK, b_EJK = _augmented(q), _augmented(k)
   E, H, K = a_EHK.shape
-  J = b_EJK.shape[1]
+  J, R = b_EJK.shape[1], H // b_EJK.shape[1]
   _require_groups(groups, K)
-  (root_q, unroot_q), (root_k, unroot_k) = map(
-    _root, (query_moment, key_moment)
-  )
+  root_q, unroot_q = _root(query_moment)
+  root_k, unroot_k = _root(key_moment)
   new_q, new_k = np.zeros((E, H, groups)), np.zeros((E, J, groups))
   kept = total = 0.0
   for j in range(J):
-    of_j = slice(j * H // J, (j + 1) * H // J)
-    a_ERK = a_EHK[:, of_j]
-    left = np.concatenate([root_q.T @ a_ERK[:, r] for r in range(H // J)])
+    of_j = slice(j * R, (j + 1) * R)
+    left = np.concatenate([root_q.T @ a_EHK[:, j * R + r] for r in range(R)])
     u, s, v = _svd_of_product(left, root_k.T @ b_EJK[:, j])
-    u, s, v = (  # there may be fewer input channels than groups
-      np.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, max(0, groups - len(s)))])
-      for x in (u, s, v)
-    )
     kept, total = kept + np.sum(s[:groups] ** 2), total + np.sum(s**2)
     # Each side takes the root of a singular value.
     scale = (groups / K) ** 0.5 * np.sqrt(s[:groups])
-    u_REG = (u[:, :groups] * scale).reshape(H // J, E, groups)
-    new_q[:, of_j] = (unroot_q @ u_REG).transpose(1, 0, 2)
-    new_k[:, j] = unroot_k @ (v[:, :groups] * scale)
+    G = len(scale)  # fewer than groups if there are fewer input channels
+    u_REG = (u[:, :groups] * scale).reshape(R, E, G)
+    new_q[:, of_j, :G] = (unroot_q @ u_REG).transpose(1, 0, 2)
+    new_k[:, j, :G] = unroot_k @ (v[:, :groups] * scale)
   D = len(q["kernel"])
   return FoldedHeads(_split(new_q, D), _split(new_k, D), _share(kept, total))
 
