@@ -441,7 +441,11 @@ def fpp_counts(
       held += jnp.sum(bits, dtype=jnp.float32)
       zero += jnp.sum(bits & (leaves[name] == 0), dtype=jnp.float32)
     selected = removed + sum(leaves[name].size for name in is_held)
-    undone = state.zeroed - _count_pruned(sites, state.suspected, leaves)
+    undone = state.zeroed
+    for site in sites:
+      pruned = functools.partial(_pruned, site)
+      packed = state.suspected[site.name][0]
+      undone -= site.per_layer(pruned, packed, site.pick(leaves)).sum()
     return {
       "selected": jnp.float32(selected),
       "frozen": held - zero,
@@ -491,23 +495,6 @@ def member_masks(
 
     masks |= site.per_layer(expand, packed[site.name], site.pick(leaves))
   return masks
-
-
-def _count_pruned(
-  sites: Sequence[Site],
-  suspected: Mapping[str, jax.Array],
-  leaves: Mapping[str, jax.Array],
-) -> jax.Array:
-  """Returns int32[], how many units are not trainable and zero, modulo 2^32."""
-  count = jnp.int32(0)
-  for site in sites:
-    counts = site.per_layer(
-      functools.partial(_pruned, site),
-      suspected[site.name][0],
-      site.pick(leaves),
-    )
-    count += counts.sum()
-  return count
 
 
 def _pruned(
