@@ -1,9 +1,9 @@
 """Exact conversion of parameters between the folded and the dense form.
 
-An attention layer is a dict with entries q, k, v and o, where o/kernel is
-[H, r, D], r = K unless W_V has low rank. The form of q, k and v follows from K
-and their shapes; `folding.models.projections` has the table. Layers may be
-anywhere in a tree of dicts and lists.
+An attention layer is a dict with entries q, k, v and o. The shape of o/kernel is
+[H, r, D]; r = K unless W_V has low rank. The form of q, k and v follows from K and
+their shapes; `folding.models.projections` has the table. Layers may be anywhere in
+a tree of dicts and lists.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,8 +32,8 @@ def unfold(
   - Low-rank values: K - r columns of zeros are added to each head of W_V, and
     rows of zeros to W_O.
   - Embedding of low rank: the product with its matrix "embed_expand".
-  - Rotary pairs: the channels of a pair, times (K/G)^(1/2), go to the channels
-    of the dense head that turn by the same angle. The others are zero.
+  - Rotary pairs: the channels of a pair, times (K/G)^(1/2), become the channels
+    of the dense head that rotate by the same angle. The others are zero.
 
   Dense layers stay as they are. Heads that share keys have separate values in a
   diagonal W_V. The dense model then has separate keys, too, so keys and values
@@ -42,8 +42,8 @@ def unfold(
   Args:
     params: Tree with attention layers.
     frequencies: [K/2], radians per token of the pairs of the dense model, or
-      {path of an attention layer: its}. They are needed if a layer has a
-      `frequency` of its own.
+      {path of an attention layer: [K/2]}. Needed if a layer has a `frequency` of
+      its own.
     head_dim: K, on which the scale of the logits depends; None: D / H, the size
       of the heads of W_O.
 
@@ -276,7 +276,7 @@ def _channels(
 def _unfold_pairs(
   projection: Params, channels_JG: np.ndarray, K: int
 ) -> Params:
-  """Spreads G channels per head over K, as the shared key head does."""
+  """Spreads G channels per head over K, like those of the shared key head."""
 
   def spread(w):
     heads, G = w.shape[-2:]

@@ -1,7 +1,7 @@
-"""Folding of trained arrays: the nearest folded ones, from second moments.
+"""Folding of trained arrays: finds the nearest folded ones from second moments.
 
-The caller measures second moments of a layer's input on calibration text, in
-float64, and gets the folded arrays. Nothing here runs a model.
+The caller measures the second moments of a layer's input on calibration text, in
+float64. Nothing here runs a model.
 
 Axes: D width, H heads, J key heads, R = H / J, K head size, G row groups. E is D,
 plus 1 if the projections have a bias (a constant input of 1).
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
   mean_I: Any
 
   def around(self, projection: Mapping[str, Any]) -> Any:
-    """Returns the second moment, around a mean that a bias takes up."""
+    """Returns the covariance; without a bias for the mean, the second moment."""
     if "bias" not in projection:
       return self.second_II
     return self.second_II - np.outer(self.mean_I, self.mean_I)
@@ -146,15 +146,15 @@ def fold_heads(
   leading terms of the singular value decomposition of L' M L~. Query heads that
   share a key head are stacked and decomposed together.
 
-  Softmax ignores a constant that is added to a row of logits. So measure keys
-  from the mean of their own text; their moment is then a covariance.
+  Softmax ignores a constant that is added to a row of logits. So subtract from
+  each key the mean of its own text; the moment of keys is then a covariance.
 
   Args:
     q: Dense, H heads.
     k: Dense, J heads; J divides H.
     query_moment: [E, E], E[x x'] over query tokens.
-    key_moment: [E, E], over key tokens. With biases, its last row and column
-      are 0 if keys are measured from a mean.
+    key_moment: [E, E], over key tokens. With biases, the last row and column of
+      a covariance are 0.
     groups: G, at most K.
 
   Raises:
@@ -193,12 +193,13 @@ def fold_rotary_heads(
 ) -> FoldedHeads:
   """Returns the G channels per head that carry the logits under RoPE best.
 
-  Let q_f and k_f be complex, one per pair of channels that turns by theta_f. The
-  logits are sum_f Re(q_f conj(k_f) e^(i theta_f (i - j))). As functions of the
-  distance, these terms are nearly orthogonal for different theta_f. So the
-  number of pairs matters, not the rank of W_Q W_K'. G/2 pairs are kept; the
-  error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2 of the others. Channels
-  that do not turn have the logits of `fold_heads`, whose terms become pairs.
+  Let q_f and k_f be complex numbers, one per pair of channels that rotates by
+  theta_f. The logits are sum_f Re(q_f conj(k_f) e^(i theta_f (i - j))). As
+  functions of the distance, these terms are nearly orthogonal for different
+  theta_f. So the number of pairs matters, not the rank of W_Q W_K'. G/2 pairs are
+  kept; the error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2 of the others.
+  Channels that do not rotate are first replaced by the terms of `fold_heads`, two
+  per pair.
 
   Args:
     q: Dense, H heads.
@@ -266,8 +267,8 @@ class FoldedValues(NamedTuple):
   Attributes:
     v: "kernel" [D, J, r] and maybe "bias" [J, r].
     o: "kernel" [H, r, D] and maybe "bias" [D].
-    wrong: [HK, D]; for an input c of the dense W_O, the output of attention is
-      off by c @ wrong, apart from a constant.
+    wrong: [HK, D]; c @ wrong is the error of the output of attention for an input
+      c of the dense W_O, apart from a constant.
   """
 
   v: dict[str, np.ndarray]
@@ -285,17 +286,17 @@ def fold_values(
 ) -> Iterator[FoldedValues]:
   """Yields, per rank r, the projections with the nearest output of attention.
 
-  Head h writes c_h W_O^h, where c_h = z_h W_V mixes the values of all tokens.
-  Let S_h = E[c_h c_h'] = L L', and F = R R' tell how errors count. The nearest
-  c_h T O, with T [K, r], spans the r leading left singular vectors U of L' W_O^h R,
-  so T = L'^-1 U, scaled so that values and rows of W_O have the same size. T is
-  absorbed into W_V. Heads that share values are stacked and decomposed together,
-  with the mean of their S_h. Then W_O of all heads is the least-squares fit to the
-  output of the layer, so that heads compensate for each other.
+  Head h adds c_h W_O^h to the output, where c_h = z_h W_V mixes the values of all
+  tokens. Let S_h = E[c_h c_h'] = L L', and let F = R R' weigh the errors. The
+  nearest c_h T O, with T [K, r], spans the r leading left singular vectors U of
+  L' W_O^h R, so T = L'^-1 U, scaled so that values and rows of W_O have the same
+  size. T is absorbed into W_V. Heads that share values are stacked and decomposed
+  together, with the mean of their S_h. Then W_O of all heads is the least-squares
+  fit to the output of the layer, so that heads compensate for each other.
 
   Args:
     v: Dense, J heads; J divides H.
-    o: "kernel" [H, K, D] and maybe "bias" [D], which takes up the means.
+    o: "kernel" [H, K, D] and maybe "bias" [D], which absorbs the means.
     moments: E[c c'] [HK, HK] and E[c] [HK] of the inputs of W_O.
     ranks: r, at most K each.
     sensitivity_DD: F; an error e of the output counts as e F e'. None: the identity.
@@ -421,28 +422,28 @@ def regress(
   """Returns the coefficients that map features to targets.
 
   Each ridge is fitted on one half of the data and evaluated on the other; the
-  best is fitted on both. The ridge shrinks towards the prior, so with little
-  data the weights stay near it.
+  best is fitted on both. The ridge shrinks the weights towards the prior, so they
+  stay near it if there is little data.
 
   Args:
     gram_2nn: Sums of products of the n features, per half.
     cross_2nm: Sums of products of features and residuals of the prior, per
-      half. Subtract the prior per token: a difference of sums would cancel.
+      half. Compute residuals per token: a difference of sums would cancel.
     square_2: Sums of squares of the residuals, per half.
     variance: Sum of squares of the targets around their mean, for r2.
     prior_nm: Weights without data; None: zero.
   """
   # Features that are always 0, such as removed neurons, only cost time.
-  lives_n = np.diagonal(gram_2nn, axis1=1, axis2=2).any(0)
-  if lives_n.any() and not lives_n.all():
+  is_live_n = np.diagonal(gram_2nn, axis1=1, axis2=2).any(0)
+  if is_live_n.any() and not is_live_n.all():
     live = regress(
-      gram_2nn[:, lives_n][:, :, lives_n],
-      cross_2nm[:, lives_n],
+      gram_2nn[:, is_live_n][:, :, is_live_n],
+      cross_2nm[:, is_live_n],
       square_2,
       variance,
     )
     weights = np.zeros(cross_2nm.shape[1:])
-    weights[lives_n] = live.weights
+    weights[is_live_n] = live.weights
     return Regression(weights + (0 if prior_nm is None else prior_nm), live.r2)
   error = np.zeros(len(_RIDGES))
   for half in range(2):
@@ -470,15 +471,15 @@ def solve_ridge(
 def _spectrum(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns eigenvalues and eigenvectors of a matrix of sums of products.
 
-  Sums in float32 may have eigenvalues below 0, larger than a ridge, and so no
-  Cholesky factor. Here they become 0.
+  Rounding of sums in float32 can make eigenvalues negative, by more than a ridge,
+  so a Cholesky factor may not exist. They become 0 here.
   """
   size, basis = np.linalg.eigh(np.asarray(gram, np.float64))
   return size.clip(0), basis
 
 
 def _added(size: np.ndarray, ridge: float) -> np.ndarray:
-  # If no channel varies, any ridge will do.
+  # Without any variance the ridge only has to be positive.
   return size + ridge * (size.mean() or 1.0)
 
 

@@ -1,7 +1,7 @@
 """Forward statistics: mean squares of the inputs of each layer.
 
 This works on any Linen model with `Dense`, `DenseGeneral` and `Embed` layers, and
-with layers of one's own that are like `DenseGeneral`.
+with custom layers like `DenseGeneral`.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,15 +28,15 @@ def observe(
   of both. The statistics are ordinary outputs, so jit, remat and sharding work.
 
   Layers inside `nn.scan` or `nn.vmap` have statistics if its `variable_axes`
-  have `"observed": 0`. These are float32[layers, I...], as `folding.fpp` takes
+  include `"observed": 0`. These are float32[layers, I...], as `folding.fpp` takes
   them for `Rule.layers`. Layers with `batch_dims` have none. Models with layers
   inside `nn.cond` or `nn.switch` are unsupported.
 
   Args:
     apply: `model.apply` of a Linen module.
     dense: Further classes of layers that multiply their input by a parameter
-      `kernel`. Their attribute `axis`, if they have one, names the axes of the
-      input as in `nn.DenseGeneral`; otherwise it is the last.
+      `kernel`. Their attribute `axis`, if any, names the axes of the input as in
+      `nn.DenseGeneral`; the default is the last axis.
 
   Returns:
     Function with the arguments of `apply` and an optional keyword `keep`: bool

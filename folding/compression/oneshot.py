@@ -52,13 +52,13 @@ def sparsegpt(
   inputs = len(w_IO)
   moment_II = _damped(w_IO, moment_II, damping)
   u_II = _root_of_inverse(moment_II)
-  w_IO, gone = np.array(w_IO, np.float64), 0
+  w_IO, removed = np.array(w_IO, np.float64), 0
   for begin in range(0, inputs, block):
     end = min(begin + block, inputs)
     scale_B1 = np.diag(u_II)[begin:end, None]
     wanted = _count(fraction, end * w_IO.shape[1])
-    drop_BO = _lowest(np.square(w_IO[begin:end] / scale_B1), wanted - gone)
-    gone = wanted
+    drop_BO = _lowest(np.square(w_IO[begin:end] / scale_B1), wanted - removed)
+    removed = wanted
     for i in range(begin, end):
       error_O = np.where(drop_BO[i - begin], w_IO[i] / u_II[i, i], 0)
       w_IO[i:] -= np.outer(u_II[i, i:], error_O)
@@ -77,11 +77,10 @@ def remove_inputs(
 ) -> Matrix:
   """Returns the weights with whole rows, a fraction of the inputs, at zero.
 
-  The remaining rows are the least-squares fit to the output of all rows. Input i
-  costs w_i F w_i' / (C^-1)_ii, what removing it alone adds to E e F e', where e is
-  the error of the output.
-  Each round removes the inputs that cost least, refits the other rows, and
-  updates C^-1 to that of the remaining inputs.
+  The remaining rows are the least-squares fit to the output of all rows. Removing
+  input i alone costs w_i F w_i' / (C^-1)_ii: it adds that to E e F e', where e is
+  the error of the output. Each round removes the inputs that cost least, refits
+  the other rows, and updates C^-1 to that of the remaining inputs.
 
   Args:
     w_IO: Weights.
@@ -127,9 +126,9 @@ def removals(
   Args:
     w_IO: Weights.
     moment_II: As for `remove_inputs`.
-    goals: Numbers of units that are left, in decreasing order.
-    unit: Neighbouring inputs that leave together. They cost the trace of w' P w F,
-      for their rows w and the inverse P of their block of C^-1.
+    goals: Numbers of units that remain, in decreasing order.
+    unit: Number of neighbouring inputs that are removed together. They cost the
+      trace of w' P w F, for their rows w and the inverse P of their block of C^-1.
     damping: As for `remove_inputs`.
     sensitivity_OO: As for `remove_inputs`.
 
@@ -150,18 +149,17 @@ def removals(
     if sensitivity_OO is not None:
       w_NUO = w_NUO @ sensitivity_OO
     cost_N = np.sum(solved_NUO * w_NUO, axis=(1, 2))
-    goes = np.repeat(_lowest(cost_N, count - goal), unit)
-    gone, stay = left[goes], left[~goes]
-    # Rows of the inverse for what stays, by way of what goes.
+    drop = np.repeat(_lowest(cost_N, count - goal), unit)
+    # Block elimination: from C^-1 of all inputs to that of the remaining ones.
     moved = np.linalg.solve(
-      inverse_II[goes][:, goes], inverse_II[goes][:, ~goes]
+      inverse_II[drop][:, drop], inverse_II[drop][:, ~drop]
     )
-    w_IO[stay] -= moved.T @ w_IO[gone]
-    w_IO[gone] = 0.0
+    w_IO[left[~drop]] -= moved.T @ w_IO[left[drop]]
+    w_IO[left[drop]] = 0.0
     inverse_II = (
-      inverse_II[~goes][:, ~goes] - inverse_II[~goes][:, goes] @ moved
+      inverse_II[~drop][:, ~drop] - inverse_II[~drop][:, drop] @ moved
     )
-    left = stay
+    left = left[~drop]
     yield w_IO.copy()
 
 

@@ -130,7 +130,7 @@ class Site:
     return jax.tree.map(self.layers_placed, out)
 
   def layers_placed(self, x: Any) -> Any:
-    """Moves the first axis, of stacked layers, to where `per_layer` has it."""
+    """Moves the axis of stacked layers from the front to where it belongs."""
     if self.layers is None:
       return x
     return jnp.moveaxis(x, 0, _layer_axis(self.layers, x))
@@ -142,7 +142,7 @@ class Site:
     return jnp.moveaxis(x, _layer_axis(self.layers, x), 0)
 
   def pick(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the members that a mapping of paths has."""
+    """Returns the entries of a mapping of paths that are members."""
     return {name: leaves[name] for name in self.members if name in leaves}
 
   @property
@@ -293,7 +293,7 @@ def _unit_axis(rule: Rule, name: str, shape: tuple[int, ...]) -> int:
 def _tied_path(
   rule: Rule, template: str, name: str, leaves: Mapping[str, Any]
 ) -> str:
-  """Returns the path that a template of `Rule.tied` stands for."""
+  """Returns the path of a template of `Rule.tied`."""
   match = re.fullmatch(rule.pattern, name)
   assert match is not None  # `make_sites` has matched it
   try:

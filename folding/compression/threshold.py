@@ -1,8 +1,8 @@
 """The k lowest of many scores, exactly and without sorting.
 
-The threshold is found by bisection on the bits of the scores: 32 passes that
-count. Only counts leave a device, so sharded scores stay where they are. Ties
-are broken by position, so the choice does not depend on the sharding.
+The threshold is found by bisection on the bits of the scores: 32 counting passes.
+Only counts leave a device, so sharded scores stay where they are. Ties are broken
+by position, so the choice does not depend on the sharding.
 """
 
 from collections.abc import Callable
@@ -66,10 +66,10 @@ def _positions(x: jax.Array) -> jax.Array:
 def _count(chosen: jax.Array) -> jax.Array:
   """Returns int32[], how many are True.
 
-  On one device, eight neighbours are added up first, as int8. XLA:CPU stores an
-  int32 per element otherwise: 4096 x 4096 scores take 1.8 s, not 0.5 s, and 256
-  MiB of scratch memory, not 144 MiB. On several devices neighbours may have to
-  move, so there the sum is plain.
+  On one device, eight neighbours are first summed as int8. Otherwise XLA:CPU stores
+  an int32 per element: 4096 x 4096 scores then take 1.8 s instead of 0.5 s, and 256
+  MiB of scratch memory instead of 144 MiB. On several devices neighbours may lie on
+  different ones, so the sum is plain.
   """
   if chosen.ndim > 1 and jax.device_count() == 1:
     rows = chosen.shape[-2]
@@ -92,8 +92,8 @@ def _bisect(
     reached: Monotone predicate that holds at high.
     low: uint32[].
     high: uint32[].
-    turns: Number of halvings, if it is known: compilers count the work of a loop
-      that turns so often. None: until low is high.
+    turns: Number of iterations, if known: compilers then count the work of the
+      loop. None: until low is high.
   """
 
   def halve(bounds):
