@@ -1,14 +1,14 @@
 """Chooses how small each part of each layer of a trained model becomes.
 
-`layer_options` measures the options. The option with the least added error per
-parameter saved is taken, again and again, until the model is small enough. The
-MLP gets back what the last one saved too much. Errors are assumed to add up.
-Recovery by training is not modelled.
+`layer_options` measures the options. Each move takes the option with the least
+added error per parameter saved, until the model is small enough. What the last
+move saves beyond the target is given back to the MLP. Errors are assumed to add
+up. Recovery by training is not modelled.
 
 With `fpp.embedding_granularity` "rank" the embedding gets the highest rank that
 saves its share (`compress.embedding` "share"), or its rank is one more decision
-("errors"). By errors it loses more and the MLP less. That model is slower, as a
-lookup takes almost no time.
+("errors"). With "errors" the embedding loses more and the MLP less. That model is
+slower, as a lookup takes almost no time.
 """
 
 import math
@@ -69,12 +69,12 @@ def allocate(
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
-  if EMBEDDING in options:  # counted like the other options
+  if EMBEDDING in options:  # its options count its parameters
     embedding = 0.0
     sizes["embedding"] -= math.prod(shape)
   elif config.has_open_rank:
     rank = _embedding_rank(shape, embedding)
-  if rank:  # the embedding loses nothing else
+  if rank:  # nothing else of the embedding is pruned
     embedding = 0.0
     sizes["embedding"] += embedding_size(shape, rank) - math.prod(shape)
   budget = _budget(config, sizes, linear, embedding)
@@ -122,8 +122,8 @@ def _linear_layers(
 ) -> tuple[float, ...]:
   """Returns the fraction to prune of the linear layers of each layer.
 
-  They can be pruned by any fraction, so they get back what the chosen options
-  save below the budget.
+  Any fraction of them can be pruned, so they take up what the chosen options save
+  beyond the budget.
   """
   spare = budget - _stored(options, chosen, _KINDS)
   whole = _stored(options, dict.fromkeys(options, 0), ("mlp",))
@@ -191,7 +191,7 @@ def cheapest(
 def _sizes(config: Config, params: Mapping[str, Any]) -> dict[str, int]:
   """Returns the number of parameters per group, with the head as a group.
 
-  Positions are no part of an embedding that is pruned by rows.
+  If embeddings are pruned by rows, that of positions counts as "other".
   """
   by_rows = config.fpp.embedding_granularity != "weight"
   sizes = {"qkv": 0, "linear": 0, "embedding": 0, "other": 0, "head": 0}
@@ -214,7 +214,7 @@ def outer_fractions(config: Config) -> tuple[float, float]:
 
 
 def _embedding_rank(shape: tuple[int, int], fraction: float) -> int:
-  """Returns the rank with which [V, D] lose a fraction; 0 if that is nothing.
+  """Returns the rank that saves a fraction of an embedding [V, D]; 0: none.
 
   It is a multiple of 8.
   """

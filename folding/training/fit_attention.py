@@ -1,6 +1,6 @@
 """Fits the attention weights of a folded layer to those of the dense one.
 
-The nearest logits, which moments give, do not have the nearest weights, as a
+`lowrank` finds the nearest logits, but their weights are not the nearest: a
 softmax depends on the large logits.
 """
 

@@ -59,8 +59,8 @@ def fold_layer(
   block = make_block(config, n)
   attn, report = _fold_attention(config, n, old, stream, sensitivity_DD)
   new = {**old, "attn": attn}
-  # Beside other values W_O has no prior, and does not correct the layers below:
-  # it is fitted to the output of the dense layer on the same input.
+  # If W_V is not dense, W_O has no prior and does not correct the layers below: it
+  # is fitted to the output of the dense layer on the same input.
   has_prior = layer.values == "dense"
   wanted = target
   if not has_prior:
@@ -109,7 +109,7 @@ def _fold_attention(
     attn["v"] = {"diagonal": np.ones((m.width, 1, 1), np.float32)}
   # The layer with all of W_V, from which that of low rank follows.
   whole = Block(m, dataclasses.replace(layer, value_dim=m.head_dim))
-  if layer.groups:  # reads no values, but the block has to have its arrays
+  if layer.groups:  # the fit ignores values, but the block needs their arrays
     attn, report["divergence"] = fit_attention(
       (whole, {**old, "attn": attn}),
       (dense, old),
@@ -172,7 +172,7 @@ def _fit_data(
   is_post = m.norm_position == "post"
 
   def middle(one):
-    """Returns the stream between the branches; of parallel ones, its value."""
+    """Returns the stream after attention, even if the branches are parallel."""
     if m.parallel:
       return one["norm_mlp"] + one["o"]
     return one["norm_attn" if is_post else "norm_mlp"]
@@ -283,7 +283,7 @@ def _refit(
   )
   square = square.sum()
   variance = square - np.square(target.sum(0)).sum() / count.sum()
-  # The variance of a constant target is rounding alone.
+  # The variance of a constant target is only rounding.
   variance = max(variance, 1e-6 * square)
   fit = lowrank.regress(gram, cross, left, variance, prior)
   weights = fit.weights.astype(np.float32)

@@ -1,8 +1,8 @@
 """Folds a trained model, layer by layer, on calibration text.
 
 Each layer is folded on top of the folded layers below it, and its output
-projections are refitted so that the residual stream is that of the dense model
-again. A layer so corrects the errors of the layers below.
+projections are refitted so that the residual stream matches that of the dense
+model. So a layer corrects the errors of the layers below.
 """
 
 from collections.abc import Iterable
@@ -50,8 +50,8 @@ def fold_pretrained(
      (`fit_attention`). W_V becomes a diagonal of ones, or W_V and W_O those of
      rank r whose output is nearest.
   3. W_O and the second feed-forward matrix, with their biases, are refitted by
-     least squares, so that the residual stream equals that of the dense model.
-     Beside a diagonal W_V, W_O is fitted to the output of the dense layer on the
+     least squares, so that the residual stream is near that of the dense model.
+     With a diagonal W_V, W_O is fitted to the output of the dense layer on the
      same input.
 
   Before all layers the embedding becomes one of rank `fold.embedding_rank`, if
@@ -83,7 +83,7 @@ def fold_pretrained(
 
   Raises:
     ConfigError: there is too little text, or trained weights cannot be folded
-      so.
+      this way.
   """
   require_pairs(config)
   sensitivity = sensitivity or {}
@@ -126,13 +126,13 @@ def fold_pretrained(
 
 
 def require_pairs(config: Config) -> None:
-  """Raises `ConfigError` if rotary heads would be folded across pairs.
+  """Checks that rotary heads are folded by pairs.
 
   Args:
     config: Resolved.
 
   Raises:
-    ConfigError: so they would.
+    ConfigError: they would be folded across pairs.
     ValueError: the config is not resolved.
   """
   layers = layers_of(config.model, config.fold)

@@ -1,7 +1,7 @@
-"""Work of a compiled program and what it moves between devices, from its HLO.
+"""Work of a compiled program and its traffic between devices, from its HLO.
 
-XLA's own cost analysis counts the body of a loop once. Here it is counted once
-per turn.
+XLA's own cost analysis counts the body of a loop once. Here it counts once per
+iteration.
 """
 
 import math
@@ -36,16 +36,16 @@ class Work(NamedTuple):
   """What a program does, per device.
 
   Attributes:
-    cycles: The compiler's estimate for all that is not a collective; 0 if it
-      makes none, as for CPUs.
-    moved: {kind of collective: how many, how much}.
+    cycles: The compiler's estimate for everything but collectives; 0 if it makes
+      none, as for CPUs.
+    moved: {kind of collective: its runs and bytes}.
   """
 
   cycles: float
   moved: Mapping[str, Moved]
 
   def plus(self, other: "Work", times: float = 1) -> "Work":
-    """Returns the sum of this and of another, done several times."""
+    """Returns the sum of this work and several times another."""
     moved = dict(self.moved)
     for kind, (number, size) in other.moved.items():
       old = moved.get(kind, Moved(0, 0))
@@ -56,12 +56,12 @@ class Work(NamedTuple):
 def read(text: str) -> Work:
   """Returns the work of a program.
 
-  - A loop counts as often as it turns. The number may be decided at run time.
-    Then a loop inside a loop of N turns counts (N + 1) / 2 times: those of
-    causal attention, over the blocks of keys that a block of queries sees. Any
-    other loop counts once.
+  - A loop counts once per iteration. If their number is decided at run time, a
+    loop inside a loop of N iterations counts (N + 1) / 2 times: causal attention
+    loops over the blocks of keys that a block of queries attends to. Any other
+    such loop counts once.
   - Of two branches, the more expensive one counts.
-  - Of more branches, the cheapest counts: `attention=linear` has some for
+  - Of more branches, the cheapest counts: `attention=linear` has branches for
     different errors, and exact attention as a fallback.
 
   Args:
@@ -82,7 +82,7 @@ def read(text: str) -> Work:
 def _read(
   name: str, computations: Mapping[str, Sequence[str]], turns: float
 ) -> Work:
-  """Returns the work of one turn of a computation, in a loop of many turns."""
+  """Returns the work of a computation, in a loop of so many iterations."""
   work = Work(0, {})
   for line in computations.get(name, ()):
     if found := _CYCLES.search(line):
@@ -120,7 +120,7 @@ def _called(attribute: str, line: str) -> list[str]:
 
 
 def _turns(line: str, condition: Sequence[str]) -> float | None:
-  """Returns how often a loop from 0 turns; None: the program decides."""
+  """Returns the iterations of a loop from 0; None: decided at run time."""
   if found := _TURNS.search(line):
     return float(found[1])
   bounds = [m[1] for each in condition if (m := _BOUND.search(each))]

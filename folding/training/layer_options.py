@@ -98,7 +98,7 @@ def measure(
   batches: Sequence[Batch],
   sensitivity: Sensitivities,
 ) -> dict[Decision, list[Option]]:
-  """Returns the options of each layer and kind: "attn" and "mlp".
+  """Returns the options of "attn" and "mlp" of each layer, from large to small.
 
   If the rank of the embedding is a decision, its key is (0, "embed").
 
@@ -178,10 +178,10 @@ class _Trial(NamedTuple):
     return float(found) / self.stream.num_tokens
 
   def moments(self, role: str) -> list[Moments]:
-    """Returns the moments of the input of a module, of each half of the text.
+    """Returns the moments of the input of a module on each half of the text.
 
-    A fit to one half is evaluated on the other, as its error on its own text is
-    too low.
+    A fit to one half is evaluated on the other, because its error on its own half
+    is too low.
     """
     return [
       input_moments(
@@ -319,9 +319,10 @@ def _rank_options(trial: _Trial) -> list[Option]:
 def _head_choices(
   attn: Mapping[str, Any], moments: Moments, sensitivity: np.ndarray
 ) -> Iterator[tuple[int, ...]]:
-  """Yields the remaining heads: all, then without those that others replace best.
+  """Yields the remaining heads: first all, then ever fewer.
 
-  Heads that share a key are removed together.
+  The heads that the others replace best are removed first. Heads that share a key
+  are removed together.
 
   Args:
     attn: Dense.
@@ -350,7 +351,7 @@ def _eighths(count: int) -> list[int]:
 
 
 def _mlp_options(trial: _Trial) -> list[Option]:
-  """Returns the options of the MLP: neurons, or weights and those of W_O."""
+  """Returns the options of the MLP: of neurons, or of weights with those of W_O."""
   if trial.config.fpp.granularity == "neuron":
     return _neuron_options(trial)
   old = trial.old
@@ -368,7 +369,7 @@ def _mlp_options(trial: _Trial) -> list[Option]:
 
 
 def _neuron_options(trial: _Trial) -> list[Option]:
-  """Returns the options of an MLP without neurons, W_down refitted."""
+  """Returns the options of an MLP with fewer neurons and W_down refitted."""
   mlp = trial.old["mlp"]
   w_FD = np.asarray(mlp["down"]["kernel"], np.float64)
   fitted, held_out = trial.moments("down")

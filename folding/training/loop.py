@@ -163,8 +163,8 @@ class Run(Program):
     Args:
       params: Parameters of the model.
       split: "valid" or "test".
-      limit: Number of batches, from the first. Their share of the bytes of the
-        split is taken to be their share of its examples. None: all batches.
+      limit: Number of first batches to evaluate; None: all. The bytes of their
+        text are estimated by their share of the examples.
       teacher: Model and parameters; task "embed" is compared to it.
 
     Raises:
@@ -401,7 +401,7 @@ def _start(config: Config, data: Data, workdir: str) -> Start:
 
 
 def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
-  """Returns where the newest or the best checkpoint of a run stands.
+  """Returns the newest or the best checkpoint of a run as a start.
 
   Args:
     run: The run of the config in the run directory.
@@ -473,7 +473,7 @@ def _train(
           metrics = run.evaluate(state.params, "valid", t.eval_batches, teacher)
           writer.write({"split": "valid", "step": step, **metrics})
           writer.say(_line(step, "valid", metrics))
-          # Only a model that is pruned to its end can be the best.
+          # Only a fully pruned model can be the best.
           loss = _rank(metrics, config) if step >= mask_updates.stop else None
         checkpoints.save(step, state, loss, run.config.model)
         run.write_result(

@@ -41,7 +41,7 @@ from folding.version import __version__
 
 _log = logging.getLogger(__name__)
 
-# What `checksums.json` lists, if only as absent, beside config.json.
+# Files that `checksums.json` lists beside config.json, missing ones as absent.
 _FIXED = (
   "tokenizer.json",
   special_tokens.SPECIAL_TOKENS,
@@ -150,7 +150,7 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
 
 
 def _computed_as(config: Config, other: Config) -> Config:
-  """Returns a config with the fields of another that leave the outcome alone."""
+  """Returns a config with the fields of another that do not change the outcome."""
   train = dataclasses.replace(
     config.train,
     accumulate=other.train.accumulate,

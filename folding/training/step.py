@@ -82,9 +82,9 @@ class _Aux(NamedTuple):
   """One micro-batch's share of the metrics of the whole batch.
 
   Attributes:
-    loss: float32[], the loss on the labels, a share of all weights.
-    label_loss: float32[], the same as FPP's value, without the teacher's part
-      if there are labels.
+    loss: float32[], share of the loss on the labels.
+    label_loss: float32[], share of the `value` that FPP gets: the loss on the
+      labels, or of the teacher if there are none.
     stats: {parameter path: forward statistics}; {} if there is no mask update.
   """
 
@@ -326,7 +326,7 @@ def train_step(
 
 
 class _Totals(NamedTuple):
-  """Sums over the whole batch that a micro-batch is a share of."""
+  """Sums over the whole batch: target weights and tokens."""
 
   weight: jax.Array
   tokens: jax.Array
@@ -438,8 +438,8 @@ class _Objective(NamedTuple):
   """What a model learns from.
 
   Attributes:
-    summed: (options, weights, block) -> sums over the targets of a block, as of
-      `losses.summed_loss`; with a teacher perhaps "soft" too.
+    summed: (options, weights, block) -> sums over the targets of a block, like
+      those of `losses.summed_loss`; with a teacher perhaps also "soft".
     hidden_loss: (hidden, taught, batch) -> distance of hidden states.
     has_labels: Whether there is a loss without a teacher.
   """
@@ -542,7 +542,7 @@ def _sum_micro_batches(
 ) -> Any:
   """Returns the sum of function(micro-batch, key) over `count` micro-batches.
 
-  Each has a key of its own, except that a single one has `key` itself.
+  Each has its own key; a single one has `key` itself.
   """
   if count == 1:
     return function(batch, key)
