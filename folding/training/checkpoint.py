@@ -182,8 +182,9 @@ class Checkpoints:
     return steps[0] if steps and self.loss(steps[0]) is not None else None
 
   def loss(self, step: int) -> float | None:
-    """Returns the loss given to `save`."""
-    return _saved_loss(self._folder, step)
+    """Returns the loss given to `save`; None if it is damaged."""
+    loss = _saved_loss(self._folder, step)
+    return loss if math.isfinite(loss) else None
 
   def model(self, step: int) -> ModelConfig | None:
     """Returns the model given to `save`.
@@ -361,7 +362,7 @@ def _best_first(folder: str, steps: list[int]) -> list[int]:
   Of equal losses the oldest step is the best; without losses the newest is.
   """
   losses = {step: _saved_loss(folder, step) for step in sorted(steps)}
-  known = {step: loss for step, loss in losses.items() if loss is not None}
+  known = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
   best = min(known, key=known.__getitem__, default=None)
   return sorted(steps, key=lambda step: (step != best, -step))
 
@@ -379,33 +380,23 @@ def _require_intact(folder: str, step: int) -> None:
     )
 
 
-def _saved_loss(folder: str, step: int) -> float | None:
-  """Returns the loss of a saved step; None if it has none."""
-  try:
-    loss = _read_loss(folder, step)
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError, TypeError, KeyError) as error:
-    _log.warning("the loss of checkpoint %d is damaged: %s", step, error)
-    return None
-  return loss if math.isfinite(loss) else None
-
-
-def _read_loss(folder: str, step: int) -> float:
-  """Returns the loss of a saved step; not finite if it has none.
-
-  Raises:
-    OSError, ValueError, TypeError, KeyError: it is missing or damaged.
-  """
+def _saved_loss(folder: str, step: int) -> float:
+  """Returns the loss of a saved step; inf without one, NaN if it is damaged."""
   checkpoint = os.path.join(folder, str(step))
   path = os.path.join(checkpoint, _METRICS)
-  with open(path, encoding="utf-8") as file:
-    loss = float(json.load(file)["loss"])
-  expected = files.read_checksums(checkpoint)
-  # What `_mend_metrics` writes is not finite.
-  if expected is not None and math.isfinite(loss):
-    if files.file_checksum(path) != expected.get(_METRICS):
-      raise ValueError(f"{path} differs from its checksum")
+  try:
+    with open(path, encoding="utf-8") as file:
+      loss = float(json.load(file)["loss"])
+    expected = files.read_checksums(checkpoint)
+    # What `_mend_metrics` writes is not finite.
+    if expected is not None and math.isfinite(loss):
+      if files.file_checksum(path) != expected.get(_METRICS):
+        raise ValueError("it differs from its checksum")
+  except FileNotFoundError:
+    return math.inf
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    _log.warning("%s is damaged: %s", path, error)
+    return math.nan
   return loss
 
 
@@ -424,13 +415,8 @@ def _mend_metrics(folder: str) -> None:
   file even though the states may be intact.
   """
   for step in saved_steps(folder):
-    try:
-      _read_loss(folder, step)
-    except FileNotFoundError:
-      continue
-    except (ValueError, TypeError, KeyError) as error:
+    if math.isnan(_saved_loss(folder, step)):
       path = os.path.join(folder, str(step), _METRICS)
-      _log.warning("%s is damaged (%s)", path, error)
       with open(path, "w", encoding="utf-8") as file:
         json.dump({"loss": math.inf}, file)
 
