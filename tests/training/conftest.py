@@ -86,6 +86,16 @@ def text_file(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def labelled(text_file, tmp_path_factory) -> pathlib.Path:
+  """Returns a file of texts of two classes."""
+  path = tmp_path_factory.mktemp("labelled") / "labelled.tsv"
+  lines = text_file.read_text().splitlines()
+  rows = [f"{'odd' if i % 2 else 'even'}\t{x}\n" for i, x in enumerate(lines)]
+  path.write_text("".join(rows))
+  return path
+
+
+@pytest.fixture(scope="session")
 def tiny_run(text_file, tmp_path_factory):
   """Returns (config, run directory, result) of an uninterrupted run.
 

@@ -19,16 +19,6 @@ from tests.training.conftest import tiny_config
 STEPS, EVERY = 16, 4
 
 
-@pytest.fixture(scope="module")
-def labelled(text_file, tmp_path_factory):
-  """Returns a file of texts of two classes."""
-  path = tmp_path_factory.mktemp("compact") / "labelled.tsv"
-  lines = text_file.read_text().splitlines()
-  rows = [f"{'odd' if i % 2 else 'even'}\t{x}\n" for i, x in enumerate(lines)]
-  path.write_text("".join(rows))
-  return path
-
-
 def _config(path, **train):
   """Returns a classifier that loses 70% of its neurons and heads."""
   config = tiny_config(path, steps=STEPS, eval_every=EVERY, **train)

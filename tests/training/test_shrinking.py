@@ -151,14 +151,9 @@ def test_head_leaves_after_the_last_mask_update(run, train, trained, at, heads):
 
 
 @pytest.fixture(scope="module")
-def whole(text_file, tmp_path_factory):
+def whole(labelled, tmp_path_factory):
   """Returns a finished run, with mask updates at 2, 4, 6 that zero at once."""
-  folder = tmp_path_factory.mktemp("shrinking")
-  path = folder / "labelled.tsv"
-  lines = text_file.read_text().splitlines()
-  rows = [f"{'odd' if i % 2 else 'even'}\t{x}\n" for i, x in enumerate(lines)]
-  path.write_text("".join(rows))
-  config = tiny_config(path)
+  config = tiny_config(labelled)
   config.task, config.model.causal = "classify", False
   config.model.num_layers = 1
   config.model.qkv_bias = False  # see above
@@ -168,7 +163,7 @@ def whole(text_file, tmp_path_factory):
     embedding_granularity="row",
     patience=0,
   )
-  workdir = str(folder / "whole")
+  workdir = str(tmp_path_factory.mktemp("shrinking") / "whole")
   loop.run(config, workdir)
   return workdir
 
