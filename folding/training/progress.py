@@ -8,7 +8,6 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -72,12 +71,7 @@ class MetricsWriter:
     self._progress.start()
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *_: Any) -> None:
     self._progress.stop()
     if self._file is not None:
       self._file.close()
