@@ -350,27 +350,25 @@ def measure(
   return {"fits": found["missing"] == 0, **found}
 
 
+_NO_MOVES = {"times": 0, "bytes": 0}  # of a kind of collective
+
+
 def _extrapolated(few: Sequence[Any], counts: Sequence[int], count: int) -> Any:
-  """Returns the figures of many layers from those of two numbers of layers."""
+  """Returns the report on many layers from those on two numbers of layers."""
   low, high = few
-  if low is None or isinstance(low, dict):
-    return low and {
-      key: _extrapolated(
-        [one.get(key, _NO_MOVES) for one in few], counts, count
-      )
-      for key in {**low, **high}
-    }
+  if low is None:  # the compiler makes no estimate
+    return None
+  if isinstance(low, dict):
+    pairs = {k: [one.get(k, _NO_MOVES) for one in few] for k in {**low, **high}}
+    return {k: _extrapolated(pair, counts, count) for k, pair in pairs.items()}
   turns = (count - counts[0]) / (counts[1] - counts[0])
   return low + turns * max(high - low, 0)
-
-
-_NO_MOVES = {"times": 0, "bytes": 0}  # of a kind of collective
 
 
 def _compiled(
   program: Program, devices: Devices, is_mask_update: bool
 ) -> dict[str, Any]:
-  """Returns the figures of `measure`, without "fits", of a whole program."""
+  """Returns the report of `measure` on a whole program, without "fits"."""
   config, teacher = program.config, None
   if config.distill.is_used or config.task == "embed":
     dense = config_lib.dense_baseline(config)
@@ -436,18 +434,9 @@ def table(found: dict[str, Any]) -> str:
     values = [one.get(key) for one in programs.values()]
     if any(value is not None for value in values):
       rows.append([label, *(_shown(value, unit) for value in values)])
-  for kind in sorted(
-    {kind for one in programs.values() for kind in one.get("collectives", {})}
-  ):
-    rows.append([f"{kind}, GiB"])
-    for one in programs.values():
-      moved = one.get("collectives", {}).get(kind)
-      shown = (
-        f"{_shown(moved['bytes'], GIB)} ({moved['times']:,.0f})"
-        if moved
-        else "-"
-      )
-      rows[-1].append(shown)
+  moved = [one.get("collectives", {}) for one in programs.values()]
+  for kind in sorted({kind for kinds in moved for kind in kinds}):
+    rows.append([f"{kind}, GiB", *(_shown_moves(x.get(kind)) for x in moved)])
   devices = found["devices"]
   verdicts = [_verdict(one) for one in programs.values()]
   rows.append([f"fits in {devices['gib']:.1f} GiB", *verdicts])
@@ -478,6 +467,12 @@ def table(found: dict[str, Any]) -> str:
 
 def _shown(value: Any, unit: float | int) -> str:
   return "-" if value is None else f"{value / unit:,.3f}"
+
+
+def _shown_moves(moves: dict[str, Any] | None) -> str:
+  if moves is None:
+    return "-"
+  return f"{_shown(moves['bytes'], GIB)} ({moves['times']:,.0f})"
 
 
 def _verdict(one: dict[str, Any]) -> str:

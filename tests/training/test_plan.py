@@ -276,6 +276,21 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
   assert [count for count, _ in compiled] == [2, 4, 8, 8]
 
 
+def test_collectives_that_few_layers_lack_are_extrapolated(config, monkeypatch):
+  def report(program, devices, is_mask_update):
+    moves = {"all-to-all": {"times": 1, "bytes": 2}}
+    is_few = program.config.model.num_layers == 2
+    sizes = {"arguments": 1, "scratch": 1}
+    return sizes | {"collectives": {} if is_few else moves}
+
+  monkeypatch.setattr(plan_lib, "_compiled", report)
+  config = alike(config, 8)
+  mesh = sharding.make_mesh(config.mesh)
+  program = Program(config, mesh, vocab_size=128, num_classes=0)
+  found = plan_lib.measure(program, plan_lib.find_devices("cpu-8"))
+  assert found["collectives"] == {"all-to-all": {"times": 3, "bytes": 6}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("is_mask_update", "scans"), [(False, False), (True, False), (True, True)]
