@@ -31,7 +31,7 @@ def lowest(scores: jax.Array, k: ArrayLike) -> jax.Array:
     lambda t: _count(keys <= t) >= k,
     jnp.uint32(0),
     jnp.uint32(2**32 - 1),
-    turns=32,
+    iterations=32,
   )
   is_tied = keys == t
   wanted = k - _count(keys < t)
@@ -84,7 +84,7 @@ def _bisect(
   reached: Callable[[jax.Array], jax.Array],
   low: jax.Array,
   high: jax.Array,
-  turns: int | None = None,
+  iterations: int | None = None,
 ) -> jax.Array:
   """Returns the least uint32 in [low, high] at which a predicate holds.
 
@@ -92,8 +92,8 @@ def _bisect(
     reached: Monotone predicate that holds at high.
     low: uint32[].
     high: uint32[].
-    turns: Number of iterations, if known: compilers then count the work of the
-      loop. None: until low is high.
+    iterations: Their number, if known: compilers then count the work of the loop.
+      None: until low is high.
   """
 
   def halve(bounds):
@@ -103,8 +103,8 @@ def _bisect(
     return jnp.where(holds, low, middle + 1), jnp.where(holds, middle, high)
 
   bounds = low, high
-  if turns is None:
+  if iterations is None:
     bounds = jax.lax.while_loop(lambda b: b[0] < b[1], halve, bounds)
   else:
-    bounds = jax.lax.fori_loop(0, turns, lambda _, b: halve(b), bounds)
+    bounds = jax.lax.fori_loop(0, iterations, lambda _, b: halve(b), bounds)
   return bounds[1]

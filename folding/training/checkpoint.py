@@ -2,8 +2,8 @@
 
 Schema 1: one Orbax item, the training state (step, params, opt_state), in
 RUN/checkpoints/<step>. Renaming a parameter path bumps the schema. `model.json`
-beside it has the section `model` of the config that the state belongs to, as
-arrays may become smaller in training. Without it, that of config.json counts.
+beside it is the section `model` of the config of this state, as arrays may become
+smaller while training. Without it, that of config.json applies.
 
 Neither Orbax nor OCDBT keeps checksums of the arrays, so `checksums.json` of a
 checkpoint has one for each of its files. It is written before the temporary
@@ -35,8 +35,8 @@ from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, TrainingError, first_line
 from folding.training import distributed, run_dir
 
-# Disk space that a save needs beside the arrays: for metrics and reports, and
-# for the index entries of each array.
+# Disk space that a save needs in addition to the arrays: for metrics and reports,
+# and for the index entries of each array.
 _RESERVE_BYTES = 1 << 20
 _ARRAY_BYTES = 1 << 13
 
@@ -325,9 +325,7 @@ def _first_readable(
         break
       except Exception as error:  # Orbax and TensorStore raise many types
         reasons[step] = first_line(error)[:200]
-    if (
-      reasons
-    ):  # see `_quiet`; this takes a second beside the programs of a run
+    if reasons:  # it takes a second, so only if there is something to hide
       gc.collect()
   if found is None:
     raise failure(
@@ -423,7 +421,7 @@ def _mend_metrics(folder: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Hides what Orbax prints of a damaged checkpoint beside its exception.
+  """Hides what Orbax prints about a damaged checkpoint, apart from its exception.
 
   It logs an error per file. Reads that are pending when the first one fails each
   raise in a thread of TensorStore, where nothing can catch it, and asyncio logs

@@ -19,11 +19,11 @@ from folding.training.sharding import put_batch
 def make_eval_step(
   model: Any, mesh: Mesh | None = None
 ) -> Callable[..., dict[str, jax.Array]]:
-  """Returns the jitted function (params, batch) -> sums, and rows.
+  """Returns a jitted function (params, batch) -> sums of `losses.summed_loss`.
 
-  Sums are those of `losses.summed_loss`. For tasks with labels it also returns
-  "logits", "labels" and "weights" of the rows. Of task "embed" sums are those of
-  `losses.summed_vector_loss` beside batch["taught"].
+  For tasks with labels it also returns "logits", "labels" and "weights" of the
+  rows. For task "embed" the sums are those of `losses.summed_vector_loss`, with
+  the teacher's vectors in batch["taught"].
 
   Args:
     model: The Linen model.
@@ -73,8 +73,6 @@ def evaluate(
 ) -> dict[str, Any]:
   """Returns the metrics of a split.
 
-  Those of task "embed" are means over texts of "loss" and "cosine".
-
   Args:
     eval_step: From `make_eval_step`.
     params: Parameters of the model.
@@ -84,8 +82,9 @@ def evaluate(
       another task.
 
   Returns:
-    {"loss": per token or example, "num_tokens", "perplexity" and
-    "bits_per_byte", or "num_examples" and the metrics of `score`}.
+    {"loss": mean over tokens or examples}, and "num_tokens", "perplexity" and
+    "bits_per_byte" for next-token models, "num_examples" and the mean "cosine" for
+    task "embed", or "num_examples" and the metrics of `score`.
 
   Raises:
     TrainingError: the loss is not finite.
@@ -122,12 +121,12 @@ def evaluate(
 def score(
   logits: np.ndarray, labels: np.ndarray, task: Task
 ) -> dict[str, float]:
-  """Returns the metrics of a split that its task has.
+  """Returns the metrics of a task with labels.
 
   Args:
     logits: float[rows, C], of finite numbers.
     labels: Label of each row, see `labels.to_array`.
-    task: One with labels.
+    task: The task.
 
   Returns:
     "classify": {"accuracy", "macro_f1", "matthews"}. "multilabel": {"accuracy" of

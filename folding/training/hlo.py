@@ -16,7 +16,7 @@ _COLLECTIVE = re.compile(
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ITERATIONS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BOUND = re.compile(r" = [su]\d+\[\]\S* constant\((\d+)\)")
 
 
@@ -76,13 +76,13 @@ def read(text: str) -> Work:
       entry = found[2] if found[1] else entry
     elif line.startswith("  "):
       lines.append(line)
-  return _read(entry, computations, turns=1.0)
+  return _read(entry, computations, iterations=1.0)
 
 
 def _read(
-  name: str, computations: Mapping[str, Sequence[str]], turns: float
+  name: str, computations: Mapping[str, Sequence[str]], iterations: float
 ) -> Work:
-  """Returns the work of a computation, in a loop of so many iterations."""
+  """Returns the work of one run of a computation, in a loop of iterations."""
   work = Work(0, {})
   for line in computations.get(name, ()):
     if found := _CYCLES.search(line):
@@ -92,24 +92,24 @@ def _read(
       work = work.plus(Work(0, {kind: Moved(1, size)}))
     elif " while(" in line:
       body, condition = _called("body", line)[0], _called("condition", line)[0]
-      known = _turns(line, computations.get(condition, ()))
-      count = (turns + 1) / 2 if known is None else known
+      known = _iterations(line, computations.get(condition, ()))
+      count = (iterations + 1) / 2 if known is None else known
       inside = _read(body, computations, 1.0 if known is None else known)
       work = work.plus(inside, count)
     elif " conditional(" in line:
       branches = _called("branch_computations", line)
       branches += _called("true_computation", line)
       branches += _called("false_computation", line)
-      each = [_read(branch, computations, turns) for branch in branches]
+      each = [_read(branch, computations, iterations) for branch in branches]
       pick = max if len(each) == 2 else min
       work = work.plus(pick(each, key=lambda w: w.cycles))
     elif " fusion(" in line or "-start(" in line:  # its cycles are on the line
       for called in _called("calls", line):
-        inside = _read(called, computations, turns)
+        inside = _read(called, computations, iterations)
         work = work.plus(inside._replace(cycles=0))
     elif " call(" in line:
       for called in _called("to_apply", line):
-        work = work.plus(_read(called, computations, turns))
+        work = work.plus(_read(called, computations, iterations))
   return work
 
 
@@ -119,9 +119,9 @@ def _called(attribute: str, line: str) -> list[str]:
   return re.findall(r"[\w.\-]+", found[1]) if found else []
 
 
-def _turns(line: str, condition: Sequence[str]) -> float | None:
+def _iterations(line: str, condition: Sequence[str]) -> float | None:
   """Returns the iterations of a loop from 0; None: decided at run time."""
-  if found := _TURNS.search(line):
+  if found := _ITERATIONS.search(line):
     return float(found[1])
   bounds = [m[1] for each in condition if (m := _BOUND.search(each))]
   is_below = any("ROOT" in x and "direction=LT" in x for x in condition)

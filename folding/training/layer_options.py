@@ -228,8 +228,8 @@ def _embedding_options(
 def _attention_options(trial: _Trial) -> list[Option]:
   """Returns the options of attention, from large to small.
 
-  Errors of the logits and of the values add up. Those of the logits are measured
-  with all heads.
+  The errors of logits and values are added. Those of logits are measured with all
+  heads.
   """
   H = trial.config.model.num_heads
   pairs = itertools.product(_logits_options(trial), _values_options(trial))

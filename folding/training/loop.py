@@ -575,7 +575,7 @@ def resume_run(workdir: str) -> dict[str, Any]:
 
 
 def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
-  """Returns the metrics of the best checkpoint, else of the newest.
+  """Returns the metrics of the best checkpoint; without a best, of the newest.
 
   Raises:
     ConfigError: it is not a run, has no checkpoint yet, or its text changed.

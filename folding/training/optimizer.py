@@ -62,7 +62,7 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
   """Returns a rule per array (or array of units) with a target above 0."""
   f = config.fpp
   names = list(paths.flatten(params))
-  # (pattern of a layer's arrays, unit, arrays that a unit has beside these)
+  # (pattern of a layer's arrays, granularity, other arrays of a unit)
   mlp = ("mlp/(up|gate|down)/kernel", "weight", None)
   if f.granularity == "neuron":
     mlp = ("mlp/up/kernel", "neuron", _NEURON)

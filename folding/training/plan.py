@@ -1,4 +1,4 @@
-"""What a training step takes on each device, by the compiler's own account.
+"""Memory and work of a training step per device, as the compiler reports them.
 
 The step of a run, plain and with a mask update, is compiled for devices that
 need not exist: CPU devices that XLA simulates, or a TPU slice that the compiler
@@ -55,9 +55,9 @@ _TPUS = {
   "v6e": _Tpu(32, 2, 1, 1.75e9),
 }
 
-# {layers are scanned: (fewest layers to extrapolate, numbers of layers to compile)}
-# of a model whose layers are alike. One layer would not do: beside it the TPU
-# compiler has no other layer to overlap.
+# {model.scan_layers: (fewest layers to extrapolate, numbers of layers to compile)},
+# if all layers are alike. A single layer is not enough: the TPU compiler has no
+# other layer to overlap it with.
 _MANY = {False: (7, (2, 4)), True: (40, (8, 16))}
 _PER_LAYER = {
   "model": ("mlp_width", "dense_mlp_width", "heads"),

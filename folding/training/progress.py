@@ -154,8 +154,7 @@ class StepLog:
 
     Args:
       config: Resolved.
-      whole_size: Parameters of the model, with zeros and with those that have
-        left the arrays.
+      whole_size: Parameters of the model before any shrink, zeros included.
       writer: Takes the records.
       clock: Of the run.
       counts: `fpp_counts` of the first state; {} if nothing is pruned.

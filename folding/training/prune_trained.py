@@ -86,7 +86,7 @@ def neuron_pruner(
 
   It removes the neurons whose rows of W_down the others replace best
   (`oneshot.remove_inputs`); the bias of W_down takes up their mean output.
-  Arrays that are pruned by weight beside them go by SparseGPT.
+  Attention matrices that are pruned by weight are pruned by SparseGPT.
 
   Args:
     config: Resolved; its `fpp.granularity` is "neuron".

@@ -30,7 +30,7 @@ def recipe(config: Config, saving: float | None = None) -> Config:
     groups = max(2, K // 8 * 2)
   if m.qk_norm:  # cannot be folded
     groups = 0
-  # Beside single weights a plan may choose a diagonal W_V, if heads share out
+  # A plan that prunes single weights may choose a diagonal W_V, if heads share out
   # the width and a bias of W_O can replace that of W_V.
   shares_width = m.num_heads * K == m.width
   has_place = bool(m.use_bias) or not m.qkv_bias
@@ -47,7 +47,7 @@ def recipe(config: Config, saving: float | None = None) -> Config:
     # For language models too: with 0.2 stories260K has perplexity 9.8.
     embedding_share=1.0,
     overall=saving,
-    # While training, early, so that most of it recovers from pruning.
+    # Early, so that most of the training is recovery from pruning.
     begin=0.02,
     end=0.3,
   )

@@ -99,7 +99,7 @@ def init_state(
   length: int,
   seed: ArrayLike,
 ) -> TrainState:
-  """Returns the state before the first step; a function of the seed alone."""
+  """Returns the state before the first step, which only depends on the seed."""
   tokens = jnp.zeros((1, length), jnp.int32)
   params = model.init(jax.random.key(seed), tokens)["params"]
   return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
@@ -391,7 +391,7 @@ def _encode(
 ) -> tuple[jax.Array, Any, dict[str, Any]]:
   """Returns the output of the last block, hidden states and statistics.
 
-  Hidden states are {} if no loss reads them, statistics without `has_stats`.
+  Hidden states are {} if no loss needs them, statistics are {} without `has_stats`.
   """
   variables, apply = {"params": params}, options.model.apply
   mask, capture = batch.get("mask"), _capture(options)
