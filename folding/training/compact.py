@@ -85,17 +85,22 @@ def shrink_state(
   small = shrink(
     config, state.params, multiple=multiple, absorb=absorb, is_zero=is_zero
   )
-  sites = make_sites(rules, state.params)
-  opt_state = small.cut.fpp_state(state.opt_state, sites)
-  new = TrainState(state.step, small.params, opt_state)
+  new = cut_state(small.cut, rules, state)._replace(params=small.params)
   return small.config, new, small.cut
 
 
-class Compactor:
-  """Removes zero neurons and heads from the state of one program.
+def cut_state(cut: Cut, rules: Sequence[Rule], state: TrainState) -> TrainState:
+  """Returns the state without what a cut removes."""
+  sites = make_sites(rules, state.params)
+  opt_state = cut.fpp_state(state.opt_state, sites)
+  return TrainState(state.step, cut(state.params), opt_state)
 
-  Neither parameters nor moments leave their devices, so this works on any mesh
-  and in several processes.
+
+class Compactor:
+  """Finds zero neurons and heads that may leave the state of one program.
+
+  Only one flag per unit leaves the devices, so this works on any mesh and in
+  several processes.
   """
 
   def __init__(self, program: Program):
@@ -135,16 +140,6 @@ class Compactor:
     if removed < (min(least, _LAST) if is_over else least):
       return None
     return shrunk_config(program.config, cut), cut
-
-  def cut(self, state: TrainState, cut: Cut, smaller: Program) -> TrainState:
-    """Returns the state of the smaller program."""
-    sites = make_sites(self._program.rules, self._program.like.params)
-
-    def take(state):
-      opt_state = cut.fpp_state(state.opt_state, sites)
-      return TrainState(state.step, cut(state.params), opt_state)
-
-    return jax.jit(take, out_shardings=smaller.state_shardings)(state)
 
 
 def _layer_size(params: Any) -> int:

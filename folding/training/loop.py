@@ -31,7 +31,7 @@ from folding.models.transformer import Transformer
 from folding.training import distributed, energy, run_dir, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
-from folding.training.compact import Compactor
+from folding.training.compact import Compactor, cut_state
 from folding.training.compress import (
   compress_trained,
   require_whole,
@@ -127,7 +127,11 @@ class Run(Program):
       return None
     config, cut = found
     smaller = Run(config, self.data)
-    return smaller, self._compactor.cut(state, cut, smaller)
+    take = jax.jit(
+      functools.partial(cut_state, cut, self.rules),
+      out_shardings=smaller.state_shardings,
+    )
+    return smaller, take(state)
 
   def usage(self) -> jax.Array | None:
     """Returns float32[V] of `token_usage`; None if no rule prunes by it."""
