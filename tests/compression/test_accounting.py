@@ -33,7 +33,7 @@ def test_account_groups_by_pattern():
 @pytest.mark.parametrize(
   ("w", "expected"),
   [
-    # 64 floats of 4 bytes, as they are; any mask would cost more.
+    # 64 floats of 4 bytes; a mask would cost more.
     (_zeroed((8, 8), []), (64, 256, 0)),
     # One zero saves 4 bytes and the bits would cost 8: not worth it.
     (_zeroed((8, 8), [(0, 0)]), (63, 256, 0)),
@@ -43,13 +43,13 @@ def test_account_groups_by_pattern():
     (_zeroed((8, 8), [(1,), (5,)]), (48, 192, 1)),
     # Nine columns of which three are zero: 6 * 4 * 4, and 9 bits in 2 bytes.
     (_zeroed((4, 9), [(slice(None), slice(0, 3))]), (24, 96, 2)),
-    # A row that is kept may hold zeros: stored, but not among the values.
+    # A kept row may contain zeros, which are stored too.
     (_zeroed((8, 8), [(1,), (5,), (0, 0)]), (47, 192, 1)),
-    # Middle axes are no slices: values and bits, 2 * 2 * 4 * 4 + 4 bytes.
+    # Middle axes are not sliced: values and bits, 2 * 2 * 4 * 4 + 4 bytes.
     (_zeroed((2, 4, 4), [(slice(None), slice(2, 4))]), (16, 64, 4)),
     # Vectors: values and bits.
     (_zeroed(16, [slice(0, 8)]), (8, 32, 2)),
-    # Two bytes a value.
+    # Two bytes per value.
     (_zeroed((8, 8), [(1,)], jnp.bfloat16), (56, 112, 1)),
     (
       _zeroed((8, 8), [(i, i) for i in range(8)], jnp.bfloat16),

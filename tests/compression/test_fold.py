@@ -177,7 +177,7 @@ def test_unfold_of_missing_values_is_the_identity():
 
 
 def _pairs(**fields):
-  """Returns a model of 2 of 4 rotary pairs, others in each of 2 key heads."""
+  """Returns a model with 2 of 4 rotary pairs, different ones per key head."""
   shape = _SHAPE | {"width": 32, "num_kv_heads": 2}
   model_config = llama(**(shape | fields))
   options = {"groups": 4, "rope": "pairs"}

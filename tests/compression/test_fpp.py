@@ -43,7 +43,7 @@ class Loop:
     for rule in rules:
       for name in sorted(rule.pattern.split("|")):  # the tree's order
         self.sites.append((rule, name, list(self._units(rule, name))))
-    self.age = {}  # checks in a row at which a unit was suspected
+    self.age = {}  # consecutive mask updates that chose a unit
     self.zero = set()
 
   def _units(self, rule, name):
@@ -93,7 +93,7 @@ class Loop:
         row = np.abs(self.p[name])
       else:
         column = np.abs(self.p[name][:, index[1]])
-      # The means as they are in the library: all-zero lines score 0.
+      # As in the library: rows and columns of zeros score 0.
       terms = [np.mean(line) + 1e-12 for line in (row, column)]
       return sum(w / mean for mean in terms) * square**0.25
     return self.gradients[name][index]
@@ -172,7 +172,7 @@ def _sgd():
 
 _DEFAULTS = {
   "begin": 1,
-  "end": 12,  # the last check falls on step 11
+  "end": 12,  # the last mask update is at step 11
   "every": 2,
   "patience": 1,
   "score": "magnitude",
@@ -237,8 +237,8 @@ def test_fpp_equals_a_loop_over_units(name):
       "zero": num_zero,
       "undone": 0,
     }
-  # The case means something: units came back to life (where scores move, and
-  # checks do not zero at once).
+  # The case is not trivial: frozen units were released, except if scores do not
+  # change or updates zero immediately.
   fixed = {"random-2", "one-update", "magnitude-0"}
   assert num_thawed > 0 or name in fixed or "neuron" in name or name == "row"
 
@@ -251,7 +251,7 @@ def test_fpp_with_static_is_due_equals_the_step_counter():
   update = jax.jit(
     tx.update,
     static_argnames="is_due",
-    # Two programs that are equal bit for bit need the default emitters.
+    # With the default emitters, two programs agree bit for bit.
     compiler_options={"xla_cpu_use_fusion_emitters": True},
   )
   (found, state), (told, told_state) = [(params, tx.init(params))] * 2
@@ -316,7 +316,7 @@ def test_fpp_counts_a_trainable_zero_as_trainable():
 
 @pytest.mark.parametrize("score", ["movement", "random"])
 def test_fpp_does_not_prefer_trainable_zeros(score):
-  """A layer that starts at zero is not pruned yet, so it is ranked as any."""
+  """A layer that starts at zero is not pruned yet, so it is ranked like others."""
   params = {"w": jnp.concatenate([jnp.zeros(50), jnp.ones(50)])}
   tx = fpp(
     optax.sgd(0.0), [Rule("w", 0.5)], begin=1, end=1, every=1, score=score

@@ -57,7 +57,7 @@ def test_fpp_on_eight_devices_has_the_masks_of_one(granularity):
   rng = np.random.default_rng(0)
   shapes = {"mlp/up": (64, 128), "mlp/down": (128, 64), "embed": (72, 64)}
   params = {
-    # Rounded: ties that lie on all devices.
+    # Rounded, so that ties lie on all devices.
     n: jnp.asarray(np.round(rng.normal(size=s), 2), jnp.float32)
     for n, s in shapes.items()
   }
@@ -123,7 +123,7 @@ _BATTERY = {
   ),
   "neurons": (
     _battery_case(
-      optax.sgd(0.1),  # its updates are as narrow as gradients
+      optax.sgd(0.1),  # its updates have the dtype of the gradients
       Rule("(mlp)/up/kernel", 0.5, "neuron", {r"\1/down/kernel": 0}),
       score="movement",
       patience=2,

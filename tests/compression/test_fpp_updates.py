@@ -36,7 +36,7 @@ def _history(tx, params, steps=14, outside=None):
 
 
 def _units(state, name, shape):
-  """Which elements are not trainable, read from the packed bits."""
+  """Returns which elements are not trainable, from the packed bits."""
   bits = np.unpackbits(np.asarray(state.suspected[name][0]), axis=-1)
   return bits[..., : shape[-1]].astype(bool)
 
@@ -78,7 +78,7 @@ def test_frozen_elements_keep_their_bits_and_zeros_stay_zero(inner, dtype):
 
 def test_masks_come_from_float32_parameters_of_a_bfloat16_model():
   rng = np.random.default_rng(0)
-  # All equal as bfloat16, of 8 bits.
+  # All equal in bfloat16, which has 8 bits.
   w = 1 + rng.permutation(64).astype(np.float32).reshape(8, 8) / 2**16
   params = {"w": jnp.asarray(w)}
   assert len(np.unique(params["w"].astype(jnp.bfloat16))) == 1
@@ -136,8 +136,8 @@ def _clipped_update(clip_inside):
   inner = optax.chain(clip, optax.sgd(1.0)) if clip_inside else optax.sgd(1.0)
   tx = fpp(inner, [Rule("w", 0.5)], **options)
   update, state = battery.jit(tx.update), tx.init(params)
-  # Two steps of no gradient: at the second check floor(0.29 * 4) = 1 unit is
-  # frozen, at the third 2, which are those of the large gradients.
+  # Two steps without a gradient. The second mask update freezes
+  # floor(0.29 * 4) = 1 unit, the third 2, which have the large gradients.
   for _ in range(2):
     _, state = update(jax.tree.map(jnp.zeros_like, grads), state, params)
   if not clip_inside:
@@ -182,7 +182,7 @@ def _zeroed(value_fn, *, tolerance, value=None, size=17):
   new = optax.apply_updates(params, updates)["w"]
   counts = fpp_counts(rules, state, {"w": new})
   assert (counts["zero"], counts["undone"]) == (np.sum(new == 0), 0)
-  # What is not zeroed is trainable again.
+  # Candidates that are not zeroed train again.
   np.testing.assert_array_equal(_units(state, "w", (size,)), new == 0)
   return np.flatnonzero(new == 0).tolist()
 
@@ -215,12 +215,12 @@ def test_verification_zeroes_nothing_if_every_share_hurts(rise):
   def value_fn(params):
     return jnp.where(jnp.any(params["w"] == 0), 1 + rise, 1.0)
 
-  # Of 61 candidates even a thirty-second would be one.
+  # There are 61 candidates, so a thirty-second of them would be one.
   assert _zeroed(value_fn, tolerance=0.5, size=65) == []
 
 
 def test_verification_halves_only_the_candidates():
-  """The pruned units of earlier mask updates are not among them."""
+  """Units that earlier mask updates pruned are not candidates."""
   params = {"w": jnp.arange(1.0, 17.0)}
   tx = fpp(
     optax.sgd(0.0),
@@ -234,7 +234,7 @@ def test_verification_halves_only_the_candidates():
   )
 
   def value_fn(params):
-    # Without harm at the first zeros; later, only one half of the new ones.
+    # The first zeros do no harm; of the later ones only one half do not.
     return jnp.sum(params["w"][11:] == 0).astype(jnp.float32)
 
   update = battery.jit(tx.update, static_argnames="value_fn")
@@ -267,7 +267,7 @@ def test_fpp_inside_fpp_gets_the_statistics():
       separable(params, step), state, params, stats={"up": size}
     )
     params = optax.apply_updates(params, updates)
-  # By their inputs: |w| alone would not take just the last four rows.
+  # Inputs decide: |w| would not choose exactly the last four rows.
   np.testing.assert_array_equal(params["up"][4:], 0)
   assert (params["up"][:4] != 0).all()
   assert (params["embed"] == 0).sum() == 30
@@ -308,7 +308,7 @@ def test_gradients_of_a_skipped_step_change_no_average(where):
   ],
 )
 def test_a_site_without_evidence_is_not_pruned(score, evidence):
-  """Beside it, one with evidence is."""
+  """Another site, with evidence, is pruned."""
   params = {"w": jnp.ones((4, 2)), "v": jnp.ones((4, 2))}
   rules = [Rule("w", 0.5, score=score), Rule("v", 0.5, score="magnitude")]
   tx, debug = (
@@ -356,7 +356,7 @@ def test_a_site_whose_gradients_end_keeps_its_masks():
     params = optax.apply_updates(params, updates)
     masks.append(np.asarray(state.suspected["w"]))
     zeros = np.flatnonzero(params["w"] == 0).tolist()
-  assert zeros == [0, 1]  # of those chosen at the second update
+  assert zeros == [0, 1]  # chosen by the second update
   assert masks[2].any()
   np.testing.assert_array_equal(masks[4], masks[2])
   assert state.zeroed == 2

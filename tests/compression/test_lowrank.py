@@ -1,4 +1,4 @@
-"""Folding from moments, against optima found in other ways in float64."""
+"""Folding from moments, against optima from other algorithms in float64."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def _projection(rng, heads, bias, K=K):
 
 
 def make_inputs(rng, bias, count=200):
-  """Returns correlated inputs of unequal scale and mean, 1 behind them."""
+  """Returns correlated inputs of unequal scale and mean, then 1 for a bias."""
   x = rng.normal(size=(count, D)) @ rng.normal(size=(D, D))
   x = x * np.geomspace(1, 0.1, D) + rng.normal(size=D)
   return np.concatenate([x, np.ones((count, 1))], 1) if bias else x
@@ -38,7 +38,7 @@ def moment_of(x):
 
 
 def project_heads(x, projection, H):
-  """Returns [H, n, K] of inputs; heads that are shared are repeated."""
+  """Returns projected inputs, [H, n, K]; shared heads are repeated."""
   w = np.asarray(projection["kernel"], np.float64)
   out = np.einsum("nd,dhk->hnk", x[:, :D], w)
   if "bias" in projection:
@@ -61,7 +61,7 @@ def _logits(q, k, x, y):
 
 
 def _root(moment):
-  """Returns the symmetric root, which no triangular factor is."""
+  """Returns the symmetric root, unlike a triangular factor."""
   size, basis = np.linalg.eigh(moment)
   return (basis * np.sqrt(size.clip(0))) @ basis.T
 
@@ -103,7 +103,7 @@ def test_fold_heads_gives_the_nearest_logits_of_their_rank(G, H, J, bias):
   expected = np.einsum("ne,hef,mf->hnm", x, best, y) / K**0.5
   spread = np.abs(expected).mean()
   np.testing.assert_allclose(logits, expected, atol=1e-3 * spread)
-  # The mean over all pairs of a query and a key is what the tail sums up to.
+  # The mean over all pairs of a query and a key equals the sum of the tail.
   error = np.square(_logits(q, k, x, y) - logits).mean((1, 2)).sum()
   tail, total = np.sum(values[:, G:] ** 2), np.sum(values**2)
   assert error == pytest.approx(tail / K, rel=1e-3)
@@ -117,7 +117,7 @@ def test_fold_heads_with_all_channels_loses_nothing(H, J, bias):
   x, y = (make_inputs(np.random.default_rng(seed), bias) for seed in (7, 8))
   expected = _logits(q, k, x, y)
   logits = _logits(folded.q, folded.k, x, y)
-  # Of any other text too; float32 rounds sums of K products.
+  # On any other text too; float32 rounds sums of K products.
   np.testing.assert_allclose(logits, expected, atol=1e-5 * expected.std())
   assert folded.kept == pytest.approx(1)
 
@@ -152,12 +152,12 @@ def test_fold_heads_of_zeros_loses_nothing():
 
 def test_fold_heads_takes_rounded_moments():
   q, k, x, y = make_case(6, 2, 2, False)
-  x[:] = x[:, :1] + 1e-5 * x  # as where one direction is all there is
+  x[:] = x[:, :1] + 1e-5 * x  # nearly a single direction
   moment = np.zeros((D, D), np.float32)
   for row in np.tile(x, (20, 1)).astype(np.float32):
     moment += np.outer(row, row)
   least = np.linalg.eigvalsh(moment.astype(np.float64)).min()
-  assert least < -2e-6 * np.trace(moment) / D  # no ridge of 1e-6 mends it
+  assert least < -2e-6 * np.trace(moment) / D  # a ridge of 1e-6 is too small
   folded = lowrank.fold_heads(q, k, moment, moment_of(y), K)
   x, y = make_inputs(np.random.default_rng(7), False), y
   dense = _logits(q, k, x, y)
@@ -222,7 +222,7 @@ def test_fold_embedding_is_the_nearest_in_the_mean_over_uses(rank, is_weighted):
   numbers = small["embed"]["embedding"]
   assert (numbers.shape, kernel.shape) == ((30, rank), (rank, D))
   wrong = np.repeat(numbers @ kernel + bias - rows, uses, axis=0) @ root
-  # Of the text, a row per use: the singular values that are left out.
+  # One row per use of a token: the singular values that are left out.
   text = np.repeat(rows, uses, axis=0) @ root
   left_out = np.linalg.svd(text - text.mean(0), compute_uv=False)[rank:]
   expected = np.sum(left_out**2)
@@ -230,7 +230,7 @@ def test_fold_embedding_is_the_nearest_in_the_mean_over_uses(rank, is_weighted):
 
 
 @pytest.mark.parametrize(("heads", "bias"), [(4, True), (2, True), (1, False)])
-def test_fold_values_states_what_it_writes_wrong(heads, bias):
+def test_fold_values_states_its_error(heads, bias):
   v, o, mixed = _mixed(0, heads, bias)
   dense = _written(v, o, mixed)
   c = _contexts(v, mixed).reshape(len(mixed), -1)
@@ -246,7 +246,7 @@ def test_fold_values_states_what_it_writes_wrong(heads, bias):
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_fold_values_of_one_head_is_the_nearest_of_its_rank(is_weighted):
   v, o, mixed = _mixed(1, 4, False)
-  o["kernel"][1:] = 0  # the other heads write nothing
+  o["kernel"][1:] = 0  # the other heads have no output
   dense = _written(v, o, mixed)
   root = np.eye(dense.shape[1])
   if is_weighted:
@@ -255,7 +255,7 @@ def test_fold_values_of_one_head_is_the_nearest_of_its_rank(is_weighted):
   low = _fold_values(v, o, mixed, 2, root @ root.T)
   wrong = dense - _written(low.v, low.o, mixed)
   error = np.square(wrong @ root).sum()
-  # Contexts of other heads may still help a little to fit it.
+  # Inputs of other heads may improve the fit a little.
   assert 0.9 * sizes[2:].sum() < error < 1.0001 * sizes[2:].sum()
 
 
@@ -265,7 +265,7 @@ def test_fold_values_lets_heads_make_up_for_each_other():
   low = _fold_values(v, o, mixed, 2)
   kept = _contexts(low.v, mixed).reshape(len(mixed), -1)
   wrong = _written(low.v, low.o, mixed) - dense
-  # Least squares: what is wrong has no part along what could be written.
+  # Least squares: the error is orthogonal to all inputs.
   around = kept - kept.mean(0)
   overlap = np.abs(around.T @ wrong).max() / len(mixed)
   assert overlap < 1e-4 * around.std() * dense.std()
@@ -338,12 +338,12 @@ def test_regress_chooses_the_ridge_on_held_out_halves():
       for a, b in (halves, halves[::-1])
     )
   best = min(error, key=error.__getitem__)
-  assert 1e-6 < best < 1e2  # neither end: it had to choose
+  assert 1e-6 < best < 1e2  # not an end of the range
   np.testing.assert_allclose(fit.weights, solve(np.arange(60), best))
   variance = np.square(targets - targets.mean(0)).sum()
   assert fit.r2 == pytest.approx(1 - error[best] / variance)
   seen = np.square(targets - features @ fit.weights).sum()
-  assert fit.r2 < 1 - seen / variance - 0.1  # of text that it was made on
+  assert fit.r2 < 1 - seen / variance - 0.1  # on the text that was fitted
 
 
 def test_regress_keeps_the_prior_without_data():
@@ -366,8 +366,8 @@ def _by_pair(q, k, x, y, frequencies):
   Args:
     q: Queries of H heads.
     k: Keys of J heads.
-    x: What queries are made of.
-    y: What keys are made of.
+    x: Inputs of queries.
+    y: Inputs of keys.
     frequencies: [pairs], or [J, pairs].
   """
   H, width = q["kernel"].shape[1:]
@@ -406,9 +406,9 @@ def test_fold_rotary_heads_keeps_the_best_pairs(H, J):
       folded.frequency[j], FREQUENCIES[list(best)], rtol=1e-6
     )
   total = _square(dense.sum(-1))
-  # Products of two pairs do not quite vanish over so many distances.
+  # Products of two pairs do not quite vanish over these distances.
   assert folded.kept == pytest.approx(1 - error / total, abs=0.03)
-  # What is kept is kept as it was.
+  # Kept pairs do not change.
   logits = _by_pair(folded.q, folded.k, x, y, folded.frequency) * 8 / 4
   for h in range(H):
     own = folded.frequency[h * J // H]

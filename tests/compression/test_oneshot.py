@@ -1,4 +1,4 @@
-"""SparseGPT against least squares solved anew at every input, in float64."""
+"""SparseGPT against least squares solved again at each input, in float64."""
 
 import numpy as np
 import pytest
@@ -19,10 +19,10 @@ def _moment(x):
 
 
 def _in_order(x, w, keep):
-  """Fixes inputs one after the other, the rest by least squares.
+  """Fixes the weights of one input after another, the later ones by least squares.
 
-  What is to be removed is set to 0, what is kept stays at what the problem
-  solved so far gives it; those after it are solved for again.
+  A removed weight becomes 0. A kept weight gets its value in the least-squares
+  solution for itself and all later inputs, given the weights fixed so far.
   """
   out = np.zeros_like(w)
   for o in range(w.shape[1]):
@@ -47,7 +47,7 @@ def test_sparsegpt_equals_least_squares_in_order(layer, block, fraction):
 
 def test_sparsegpt_refits_all_after_the_first_inputs(layer):
   x, w = layer
-  w[:6] *= 1e-6  # so that these go, all of them and nothing else
+  w[:6] *= 1e-6  # so that exactly these are removed
   pruned = oneshot.sparsegpt(w, _moment(x), 6 / 24, damping=0.0)
   assert (pruned[:6] == 0).all()
   best = np.linalg.lstsq(x[:, 6:], x @ w, rcond=None)[0]
@@ -58,7 +58,7 @@ def test_sparsegpt_removes_the_weight_of_least_loss(layer):
   x, w = layer
   w = w[:, :1]
   pruned = oneshot.sparsegpt(w, _moment(x), 1 / 24, damping=0.0)
-  # Removed alone, those before an input stay and those after it adapt.
+  # If one weight is removed, those before it stay and those after it adapt.
   losses = []
   for i in range(24):
     rest = x @ w[:, 0] - x[:, :i] @ w[:i, 0]
@@ -116,7 +116,7 @@ def test_remove_inputs_removes_the_inputs_of_least_loss(layer, is_weighted):
   root = np.eye(w.shape[1])
   if is_weighted:
     root[:, 1:] = 0.1 * np.random.default_rng(4).normal(size=root[:, 1:].shape)
-  w[0] = 100 * w[0]  # large, and of an input that the others tell
+  w[0] = 100 * w[0]  # large, but its input follows from the others
   x[:, 0] = x[:, 1] - x[:, 2] + 1e-3 * x[:, 0]
 
   def loss(stays):
@@ -177,7 +177,7 @@ def test_wanda_prunes_the_weights_of_an_input_that_is_always_zero():
   x = np.random.default_rng(3).normal(size=(50, 8))
   x[:, 3] = 0
   w = np.ones((8, 4))
-  w[3] = 1000  # its score is 0 all the same
+  w[3] = 1000  # its score is still 0
   pruned = oneshot.wanda(w, _moment(x), 1 / 8)
   np.testing.assert_array_equal(np.flatnonzero(~pruned.any(1)), [3])
 

@@ -16,11 +16,11 @@ from folding import paths
 from folding.compression.shrink import remove_neurons
 
 STEPS = {"begin": 4, "end": 16, "every": 4}
-UP = r"(up)/kernel"  # of the NNX model, of which half is to go
+UP = r"(up)/kernel"  # of the NNX model; half of its neurons are removed
 
 
 class CNN(nn.Module):
-  """As in `examples/mnist/train.py`, smaller; `hidden` is what shrinks."""
+  """A smaller model of `examples/mnist/train.py`; its width `hidden` shrinks."""
 
   hidden: int = 32
 
@@ -91,7 +91,7 @@ def test_remove_neurons_of_a_linen_model_keeps_the_function():
   # Sums of 8 terms instead of 32, of which 24 are zero.
   whole = jax.jit(CNN().apply)({"params": params}, x)
   np.testing.assert_allclose(before, whole, rtol=1e-5, atol=1e-6)
-  # Control: without one more neuron it is another function.
+  # Control: without one more neuron the function changes.
   less = jax.tree.map(lambda w: w, small)
   less["Dense_1"]["kernel"] = less["Dense_1"]["kernel"].at[0].set(0)
   after = apply({"params": less}, x)

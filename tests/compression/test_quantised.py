@@ -11,7 +11,7 @@ from folding import paths
 
 qwix = pytest.importorskip("qwix", reason="needs the package qwix (extra test)")
 
-# qwix 0.1.8 asks Flax for a name that is an alias by now.
+# qwix 0.1.8 imports a name that is now an alias in Flax.
 pytestmark = pytest.mark.filterwarnings(
   "ignore:.VariableState. was removed:DeprecationWarning"
 )
@@ -82,7 +82,7 @@ def test_folded_heads_compute_with_the_rounded_weights(model):
   # Products of up to 128 float32 terms, the scale before or after the sum.
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
   exact = apply({"params": params}, tokens)
-  assert np.abs(exact - expected).max() > 1e-3  # control: rounding is seen
+  assert np.abs(exact - expected).max() > 1e-3  # control: rounding is visible
 
 
 def test_no_weight_moves_by_more_than_half_a_step_and_zeros_stay(model):
@@ -99,12 +99,12 @@ def test_no_weight_moves_by_more_than_half_a_step_and_zeros_stay(model):
     assert (rounded[name][np.asarray(w) == 0] == 0).all(), name
 
 
-def test_account_counts_a_byte_a_value_and_a_bit_a_place(model):
+def test_account_counts_a_byte_per_value_and_a_bit_per_element(model):
   module, params, tokens = model
   _, small = _quantised(module, params, tokens)
   kernel = small["blocks_0"]["mlp"]["up"]["kernel"]
   size = folding.account({"w": kernel}, {"w": kernel})["bytes"]["overall"]
   values = np.count_nonzero(kernel.array.qvalue)
   assert 0 < values < 0.32 * 32 * 128
-  assert size["stored"] == values + 4 * 128  # and a float32 scale a column
+  assert size["stored"] == values + 4 * 128  # and a float32 scale per column
   assert size["masks"] == 32 * 128 // 8

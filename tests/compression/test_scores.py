@@ -156,8 +156,8 @@ def test_get_score_refuses_an_unknown_name():
     get_score("size")
 
 
-def test_fpp_takes_a_score_of_its_own():
-  """Here the largest weights are pruned, in one rule by its own score."""
+def test_fpp_takes_a_custom_score():
+  """It prunes the largest weights; one rule has another score."""
   largest = Score(score=lambda w, average, key: -jnp.abs(w))
   tx = fpp(
     optax.sgd(0.0),

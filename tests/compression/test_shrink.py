@@ -34,12 +34,12 @@ from tests.compression.shrink_cases import (
 )
 
 ABSENT = [2, 5, 6]  # tokens with a row of zeros
-# Neurons that do nothing, by layer and by what of them is zero.
+# Neurons without effect, by layer and by the kernel where they are zero.
 SILENT = [{"down": [0, 1, 20], "up": [5], "gate": [7]}, {"down": [3, 9]}]
 
 
 def _silence(params, config):
-  """Zeroes what SILENT and ABSENT say, and in each layer one group of heads."""
+  """Zeroes SILENT neurons, ABSENT tokens, and one group of heads per layer."""
   params = jax.tree.map(np.copy, params)
   shared = config.model.num_heads // config.model.num_kv_heads
   for n, neurons in enumerate(SILENT):
@@ -64,7 +64,7 @@ def _silence(params, config):
 
 @functools.cache
 def _case(name):
-  """Returns config, silenced parameters, and what they shrink to."""
+  """Returns config, silenced parameters, and their `Shrunk`."""
   config = make_config(*MODELS[name])
   params = _silence(random_params(config), config)
   return config, params, shrink(config, params)
@@ -73,7 +73,7 @@ def _case(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_shrink_keeps_the_function_of_the_oracle(name):
   config, params, small = _case(name)
-  is_new = small.config.fold.rope == "pairs"  # which the oracle does not know
+  is_new = small.config.fold.rope == "pairs"  # the oracle has no pairs
   expected = (logits if is_new else oracle_logits)(config, params, TOKENS)
   found = logits(small.config, small.params, small.cut.token_map[TOKENS])
   # float32 through two layers of weights near 0.5: rounding of about 1e-6.
@@ -101,7 +101,7 @@ def test_shrink_removes_silent_units_and_nothing_else(name):
     "v/diagonal" in n and w.shape[-1] == 1
     for n, w in paths.flatten(small.params).items()
   )
-  # The model takes these parameters and no others.
+  # The model has exactly these parameters.
   model = make_model(small.config, rows, C)
   tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -178,10 +178,10 @@ def test_cut_refuses_a_state_of_other_shapes():
 @pytest.mark.parametrize(
   ("change", "heads"),
   [
-    # A constant, as attention weights add up to 1.
+    # The output is a constant, as attention weights add up to 1.
     ({"v/kernel": 0, "v/bias": 1}, ((0, 1, 2, 3), (0, 1, 2, 3))),
     ({"v/kernel": 0, "v/bias": 0}, ((0,), (0, 1, 2, 3))),
-    # Not dead: they attend to all alike.
+    # Not dead: they attend to all tokens equally.
     ({"q/kernel": 0, "k/kernel": 0}, ((0, 1, 2, 3), (0, 1, 2, 3))),
     ({"o/kernel": 0}, ((0,), (0, 1, 2, 3))),  # one stays
   ],

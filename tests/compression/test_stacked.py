@@ -1,4 +1,4 @@
-"""FPP of layers in one array, as `nn.scan` stacks them, against separate ones."""
+"""FPP of stacked layers, as `nn.scan` makes them, against separate layers."""
 
 import flax.linen as nn
 import jax
@@ -67,7 +67,7 @@ def _frozen(rules, state, params):
 )
 def test_fpp_prunes_stacked_layers_as_separate_ones(case):
   axis, rule, options = _CASES[case]
-  # Of different scale: one threshold for both would prune the first alone.
+  # Layers differ in scale: a common threshold would prune only the first.
   separate = {
     str(i): {n: (i + 1) * (w + i) for n, w in random_params().items()}
     for i in range(_COUNT)

@@ -55,7 +55,7 @@ def test_lowest_of_bfloat16_equals_a_stable_sort():
 
 
 def test_lowest_on_one_device_equals_a_stable_sort(monkeypatch):
-  """One device counts by eights; the simulated eight of the tests do not."""
+  """One device sums eight neighbours first; eight simulated devices do not."""
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   scores = np.round(np.random.default_rng(6).normal(size=(2, 13, 20)), 1)
   lowest = jax.jit(lambda x, k: threshold.lowest(x, k))  # traced here
@@ -84,7 +84,7 @@ def test_lowest_on_eight_devices_equals_one(spec):
   np.testing.assert_array_equal(_jit_lowest(placed, k), _oracle(x, k))
 
 
-# The second size has no whole number of eights on a device.
+# The rows of the second size on a device are not a multiple of eight.
 @pytest.mark.parametrize("size", [(8192, 1024), (8200, 1000)], ids=str)
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
 def test_lowest_of_sharded_scores_moves_only_counts(axis, size):
