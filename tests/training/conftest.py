@@ -1,4 +1,4 @@
-"""Runs small enough to train in seconds, on text that the test writes."""
+"""Runs that train in seconds, on text that the tests write."""
 
 import gc
 import json
@@ -71,7 +71,7 @@ def set_loss(workdir: pathlib.Path, step: int, text: str) -> None:
 
 
 def warnings_of(caplog) -> list[str]:
-  """Returns what our loggers warned of; other libraries log as well."""
+  """Returns the warnings of our loggers; other libraries log as well."""
   return [
     record.getMessage()
     for record in caplog.records
@@ -137,7 +137,7 @@ def recovery_config(source, topics, **fields) -> c.Config:
   config.compress.calibration, config.compress.fit_steps = 96, 50
   config.train.steps, config.train.eval_every = 6, 3
   config.train.tensorboard = False
-  # Single weights by FPP and a diagonal W_V: nothing that costs a plan.
+  # Single weights by FPP and a diagonal W_V, which need no plan.
   config.compress.plan, config.compress.prune = "same", "none"
   config.fpp.granularity, config.fpp.attention = "weight", "output"
   config.fold.values = "diagonal"

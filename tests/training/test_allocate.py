@@ -1,4 +1,4 @@
-"""Plans by layer: what they save, and what they lose against the same fold."""
+"""Plans per layer: their sizes, and their errors against equal layers."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def _config(kind="bert", **fpp):
 
 
 def _trained(config, flat_layers=()):
-  """Returns parameters; layers in `flat_layers` hardly write anything."""
+  """Returns parameters; the output of layers in `flat_layers` is nearly zero."""
   model = make_model(c.dense_baseline(config), V, num_classes=3)
   rng = np.random.default_rng(0)
 
@@ -95,7 +95,7 @@ def _batches():
 
 
 def _stored(config, params):
-  """Returns parameters that a planned config leaves, by shapes and targets."""
+  """Returns the shares of all and of W_Q, W_K, W_V that a planned config stores."""
   model = make_model(config, V, num_classes=3)
   tree = jax.eval_shape(
     model.init, jax.random.key(0), jnp.zeros((1, L), jnp.int32)
@@ -133,7 +133,7 @@ def test_allocation_reaches_the_target_size(kind, fpp, measured):
   planned = _allocate(config, params)
   stored, _ = _stored(planned, params)
   assert stored <= 1 - fpp["overall"] + 1e-6
-  # Biases of folded heads are smaller too, which no plan counts.
+  # Biases of folded heads are smaller too, but plans do not count them.
   assert stored > 1 - fpp["overall"] - 0.012
   assert planned.compress.plan == "same"
 
@@ -158,7 +158,7 @@ def test_structured_plan_makes_the_arrays_as_small_as_asked(kind):
   tree = param_shapes(make_model(planned, V, num_classes=3))
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
-  # Biases shrink too, which no plan counts, and neurons go by eights.
+  # Plans do not count biases, and keep neurons in multiples of eight.
   step = 8 * 3 * D * N
   assert 0.5 * dense - step - 8 * D * N < kept <= 0.5 * dense
 
@@ -174,7 +174,7 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given, decided):
   if decided == "errors":
     params["embed"]["embedding"][:, 8:] = 1.0  # of rank 8 around the mean
   planned = _allocate(config, params)
-  # 0.6 * 40 * 32 numbers: 72 a rank and a bias of 32.
+  # 0.6 * 40 * 32 numbers: 72 per rank and a bias of 32.
   assert planned.fold.embedding_rank == (given or 8)
   assert not planned.fpp.embedding
   widths = [48 - round(48 * part) for part in planned.fpp.linear_layers]
@@ -186,7 +186,7 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given, decided):
   assert 0.6 * dense - 8 * 3 * D * N - 8 * D * N < kept <= 0.6 * dense
 
 
-def test_options_of_the_embedding_foretell_what_a_rank_loses():
+def test_options_of_the_embedding_predict_the_error_of_a_rank():
   config = _structured("bert", embedding_granularity="rank")
   config.compress.embedding = "errors"
   params, batches = _trained(config), _batches()
@@ -268,7 +268,7 @@ def test_heads_that_others_repeat_are_the_first_to_leave():
     ("embed", "classify"),
   ],
 )
-def test_sensitivities_foretell_the_change_of_the_output(name, task):
+def test_sensitivities_predict_the_change_of_the_output(name, task):
   config = _config()
   config.task = task
   params = _trained(config)
@@ -288,7 +288,7 @@ def test_sensitivities_foretell_the_change_of_the_output(name, task):
   for _ in range(3):
     error = 1e-2 * rng.normal(size=D).astype(np.float32)
     found = np.square(output(error) - output(0 * error)).sum(1).mean()
-    # Directions are sampled: some percent off with 400 texts.
+    # Directions are sampled, so 400 texts leave an error of some percent.
     assert error @ sensitivity @ error == pytest.approx(found, rel=0.25)
 
 
@@ -311,7 +311,7 @@ def test_options_do_not_depend_on_fit_steps():
 def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
   config = _config(kind, overall=0.3, linear=None, embedding=None)
   config.compress.qkv = 0.3
-  config.fold.rope = "copy"  # of dense heads it is of no matter
+  config.fold.rope = "copy"  # irrelevant for dense heads
   dense = {"groups": 0, "values": "dense"}
   setattr(config.fold, asked, dense[asked])
   found = _allocate(config, _trained(config)).fold
@@ -349,7 +349,7 @@ def test_options_lose_more_as_they_store_less():
     assert found[0].error == 0
     assert all(option.error > 0 for option in found[1:])
   for n in range(N):
-    # Up to half; what is worse than nothing need not be in order.
+    # Only up to half: options that are worse than none need no order.
     errors = [option.error for option in options[n, "mlp"][:4]]
     assert errors == sorted(errors)
 
@@ -373,7 +373,7 @@ def test_allocation_loses_less_than_equal_layers():
   params, batches = _trained(config, flat_layers=[0]), _batches()
 
   def error(folded_config):
-    """Returns the error of what is folded, on other text; nothing pruned."""
+    """Returns the error of folding, on other text; nothing is pruned."""
     folded, _ = fold_pretrained(folded_config, params, batches)
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, V, (32, L)))
     ours, dense = (

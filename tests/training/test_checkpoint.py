@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def like(state, mesh=None):
-  """Returns shapes and places of a state, on one device unless on a mesh."""
+  """Returns shapes and shardings of a state, by default on one device."""
   mesh = mesh or sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -153,7 +153,7 @@ def test_save_keeps_the_last_two_and_the_best(tmp_path, losses, kept, best):
     assert checkpoints.steps() == kept
     assert checkpoints.best_step() == best
     assert checkpoints.restore(best, LIKE)["w"][0] == best
-  with Checkpoints(str(tmp_path)) as checkpoints:  # what the disk says
+  with Checkpoints(str(tmp_path)) as checkpoints:  # read from disk
     assert checkpoints.steps() == kept
     assert checkpoints.best_step() == best
 
@@ -183,7 +183,7 @@ def test_save_ignores_a_step_that_is_saved(tmp_path):
 def test_restore_latest_moves_a_damaged_checkpoint_aside(
   damage, tmp_path, caplog, capfd
 ):
-  for _ in range(2):  # the second time over what was moved aside before
+  for _ in range(2):  # the second time replaces the folder moved aside
     with Checkpoints(str(tmp_path)) as checkpoints:
       checkpoints.save(1, small(1.0), None)
       checkpoints.save(2, small(2.0), None)
@@ -324,9 +324,9 @@ def test_failed_save_leaves_the_checkpoints_before(tmp_path):
     checkpoints.save(step, {"w": jnp.full(1 << 18, step, jnp.float32)}, None)
   checkpoints.wait()
   random = np.random.default_rng(0).random(1 << 18, np.float32)
-  try:  # a file of this size stands for a full disk
+  try:  # a limit on file sizes simulates a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
-    with contextlib.suppress(OSError):  # now, or when it is waited for
+    with contextlib.suppress(OSError):  # here or in `wait`
       checkpoints.save(3, {"w": jnp.asarray(random)}, None)
       checkpoints.wait()
     assert checkpoints.steps() == [1, 2]
@@ -356,7 +356,8 @@ def test_process_killed_in_a_save_leaves_the_checkpoint_before(tmp_path):
   )
   folder = tmp_path / "checkpoints"
   deadline = time.monotonic() + 240
-  while time.monotonic() < deadline:  # until one is whole, and one is not
+  # Until one save is finished and another is not.
+  while time.monotonic() < deadline:
     names = os.listdir(folder) if folder.is_dir() else []
     if any(n.isdecimal() for n in names) and any("tmp" in n for n in names):
       break

@@ -1,4 +1,4 @@
-"""What moves between devices, read off the compiled programs."""
+"""Traffic between devices, read from compiled programs."""
 
 import re
 
@@ -84,7 +84,7 @@ def test_mask_update_gathers_no_parameter(mesh, score, granularity):
   # has 4,096 elements.
   assert max(size for _, size in moves) <= 128, moves
   kinds = {kind for kind, _ in moves}
-  gathered = {"all-gather"} if granularity == "neuron" else set()  # decisions
+  gathered = {"all-gather"} if granularity == "neuron" else set()  # mask bits
   assert kinds <= {"all-reduce"} | gathered, moves
 
 
@@ -163,7 +163,7 @@ def test_attention_in_blocks_moves_no_more_than_the_whole(monkeypatch):
     for text in (whole, cut)
   )
   assert gathers_cut == gathers
-  # None in a loop over blocks.
+  # No all-reduce in a loop over blocks.
   reduced, reduced_cut = (
     hlo.read(text).moved["all-reduce"] for text in (whole, cut)
   )
@@ -202,7 +202,7 @@ def test_scanned_layers_move_what_others_do():
     for scans in (False, True)
   )
   assert scanned.count(" while(") == plain.count(" while(") + 2
-  # No stack is gathered, and each layer moves as much as on its own.
+  # No stack is gathered, and each layer moves as much as an unscanned one.
   largest, largest_scanned = (
     max(size for _, size in moved(text)) for text in (plain, scanned)
   )

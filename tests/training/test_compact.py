@@ -1,4 +1,4 @@
-"""Runs whose arrays shrink in training, against the same runs whose do not."""
+"""Runs whose arrays shrink while training, against runs whose arrays do not."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def test_older_checkpoint_of_larger_arrays_resumes_bit_for_bit(
   result = run_dir.read_result(str(copy)) | {"finished": False, "test": None}
   run_dir.write_result(str(copy), result)
   newest = copy / "checkpoints" / str(STEPS)
-  (newest / "model.json").write_text("{}")  # a damaged one is passed over
+  (newest / "model.json").write_text("{}")  # damaged, so it is skipped
   loop.resume_run(str(copy))
   assert (copy / "checkpoints" / f"damaged-{STEPS}").is_dir()
   assert _sizes(copy)[STEPS] == _sizes(compact)[STEPS]

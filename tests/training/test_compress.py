@@ -40,7 +40,7 @@ def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
   found, expected = paths.flatten(params), paths.flatten(written)
   assert report == []
   assert {name: w.shape for name, w in found.items()} == config_shapes(config)
-  # Rows past the tokenizer's ids are no token's.
+  # Rows past the tokenizer's ids belong to no token.
   known = make_data(config).tokenizer.plain_size
   for name, w in found.items():
     if name.startswith(("head/", "pooler/")):
@@ -146,7 +146,7 @@ def test_run_folds_recovers_and_loads(folded_run):
   workdir, result = folded_run
   assert result["finished"]
   assert _saved(result, "qkv") > 0.3
-  # Whole rows, and whole elements: a few of this few are a share.
+  # Rounding to whole rows and elements matters at this size.
   assert _saved(result, "overall") == pytest.approx(0.5, abs=0.05)
   linear = _saved(result, "linear")
   assert 0.4 < linear < 0.8
@@ -175,7 +175,7 @@ def test_calibration_has_no_text_twice(dense_run, topics, first_batch):
     config.compress.calibration = count
     found = compress.calibration(config, data)
     assert len(found) == batches
-    # Of one epoch, and not what is left of one and some of the next.
+    # From one epoch, not from the rest of one and the start of the next.
     for batch, first in zip(found, data.first_epoch(), strict=False):
       np.testing.assert_array_equal(batch["tokens"], first["tokens"])
 
@@ -273,7 +273,7 @@ def test_allocation_is_saved_and_reused(dense_run, topics, tmp_path):
   assert planned.compress.plan == "same"
   assert isinstance(planned.fold.groups, tuple)
   before = (workdir / "metrics.jsonl").stat().st_mtime_ns
-  loop.run(config, str(workdir))  # the same question has its answer
+  loop.run(config, str(workdir))  # the same config is finished
   assert c.load(str(workdir / "config.json")) == planned
   assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
   config.compress.plan = "same"
@@ -359,7 +359,7 @@ def test_language_model_is_folded_and_taught(text_file, tmp_path):
   dense.dense = True
   loop.run(dense, str(tmp_path / "dense"))
   config = pretrained_config.get_config(str(tmp_path / "dense"))
-  assert config.distill.logits > 0  # it has learnt its task
+  assert config.distill.logits > 0  # the dense run is the teacher
   config.train.steps, config.train.eval_every = 6, 3
   config.train.tensorboard = False
   result = loop.run(config, str(tmp_path / "run"))
@@ -371,7 +371,7 @@ def test_language_model_is_folded_and_taught(text_file, tmp_path):
 
 
 def test_last_of_the_unused_tokens_ranks_lowest(checkpoint, tmp_path):
-  # Texts that differ, all of the words a, b and c.
+  # Different texts of the words a, b and c.
   words = [
     ["abc"[i % 3], *("ab"[int(bit)] for bit in f"{i:08b}")] for i in range(160)
   ]

@@ -90,6 +90,6 @@ def test_no_flipped_bit_changes_what_is_read(workdir, tmp_path, caplog):
       path.write_bytes(content)
   print(dict(counts), "of", counts.total(), "flips in", len(paths), "files")
   assert read(workdir) == intact
-  # As it was found: the files of the run, and those of its best checkpoint.
+  # Files of the run are refused; those of its best checkpoint are replaced.
   assert counts["refused"] >= FLIPS * 5
   assert counts["fell back"] >= FLIPS_OF_LARGEST + FLIPS * 5

@@ -83,7 +83,7 @@ def short(folder, **fields):
   config.data.batch_size = config.data.eval_batch_size = 8
   config.data.valid_fraction = config.data.test_fraction = 0.1
   config.compress.calibration, config.compress.fit_steps = 96, 20
-  # Nothing that costs a plan, which has tests of its own.
+  # Settings that need no plan, which has its own tests.
   config.compress.plan, config.compress.prune = "same", "none"
   config.fpp.granularity, config.fpp.attention = "weight", "output"
   config.fpp.embedding_granularity = "trim"
@@ -136,7 +136,7 @@ def test_report_and_export_of_a_run(source, run, tmp_path):
   texts = ["a b c d", "f f", "e"]
   expected = model.encode(texts)
   np.testing.assert_allclose(again.encode(texts), expected, atol=1e-5)
-  # The program reads ids of the whole tokenizer in its folder.
+  # The program takes ids of the whole tokenizer in its folder.
   onnx_export.export_onnx(tmp_path / "onnx", model)
   session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
   tokenizer = tokenizers.load_tokenizer(tmp_path / "onnx" / "tokenizer.json")

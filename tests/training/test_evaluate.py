@@ -56,8 +56,8 @@ def test_evaluate_of_padded_batches_equals_one_batch_in_float64(
   nats = np.log(np.exp(z).sum(-1)) - z[np.arange(10), whole["labels"]]
   accuracy = float((z.argmax(-1) == whole["labels"]).mean())
 
-  # The same ten rows in batches of four: wider, with another pad token, the last
-  # batch filled up with rows of weight 0.
+  # The same ten rows in batches of four: longer, with another pad token, and with
+  # rows of weight 0 in the last batch.
   wide = rows(10, 8, pad_id=7)
   parts = []
   for start in (0, 4, 8):

@@ -1,4 +1,4 @@
-"""The fit of attention weights, beside weights of NumPy in float64."""
+"""The fit of attention weights, against weights from NumPy in float64."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def _block(model, groups):
 
 
 def _params(block, seed, scale=2.0):
-  """Returns parameters with attention that is not even."""
+  """Returns parameters whose attention is not uniform."""
   x = jnp.zeros((1, L, D))
   init = jax.jit(lambda key: block.init(key, x, None, True))
   params = init(jax.random.key(seed))["params"]
@@ -40,7 +40,7 @@ def _params(block, seed, scale=2.0):
 def _texts(seed, count=8, rows=6):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(count, rows, L, D)).astype(np.float32)
-  # Two directions stand out, as they do in what is trained.
+  # Two directions are large, as in trained models.
   x[..., :2] *= 3
   kept = np.arange(L) < rng.integers(4, L + 1, (count, rows, 1))
   return Stream(list(map(jnp.asarray, x)), list(map(jnp.asarray, kept)))
@@ -85,7 +85,7 @@ def test_divergence_equals_numpy_and_falls_on_new_text():
     fit_attention((block, params), (dense_block, dense), Stream(x, kept), steps)
     for steps in (0, 200)
   )
-  # Of batches 0, 2, ... the rows 1, 3, ... are not fitted, of others the rest.
+  # Held-out rows: 1, 3, ... of batches 0, 2, ..., and 0, 2, ... of the others.
   others = [[a[(1 + n) % 2 :: 2] for n, a in enumerate(b)] for b in (x, kept)]
   for fit in (begin, end):
     expected = _divergence(fit.params, dense["attn"], *others)
@@ -113,7 +113,7 @@ def test_fit_is_never_worse_than_its_start():
   model = c.bert(**_SIZES)
   block, dense_block = _block(model, K), _block(model, 0)
   dense = _params(dense_block, 0)
-  # Whole heads are there already, and the texts to fit are few.
+  # The start is exact, and the texts to fit are few.
   x, kept = _texts(0, count=1, rows=2)
   fit = fit_attention((block, dense), (dense_block, dense), Stream(x, kept), 30)
   assert fit.divergence <= 1e-6

@@ -1,4 +1,4 @@
-"""Folding of trained models, small and random ones of every kind."""
+"""Folding of trained models: small random models of every kind."""
 
 import functools
 import re
@@ -38,7 +38,7 @@ each_kind = pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "alibi"])
 
 
 def _config(kind, **fold):
-  """Returns a resolved config; nothing is folded but what is said."""
+  """Returns a resolved config that folds only what `fold` sets."""
   model = MODELS[kind]
   rope = "pairs" if model.positions == "rope" else "copy"
   values = {"groups": 0, "values": "dense", "rope": rope} | fold
@@ -55,7 +55,7 @@ def _config(kind, **fold):
 
 
 def _batches(count, seed=0, rows=16):
-  """Returns texts of several lengths, as classification has them."""
+  """Returns texts of several lengths, as for classification."""
   rng = np.random.default_rng(seed)
   return [
     {
@@ -68,7 +68,7 @@ def _batches(count, seed=0, rows=16):
 
 @functools.cache
 def _dense(kind):
-  """Returns parameters none of which has a value that hides it."""
+  """Returns parameters without trivial values such as 0 or 1."""
   model = make_model(c.dense_baseline(_config(kind)), V, num_classes=3)
   tokens = jnp.zeros((1, L), jnp.int32)
   params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
@@ -87,13 +87,13 @@ def _dense(kind):
   return paths.map_named(value, params)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # of all models that are equal
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for equal models
 def _apply(model, params, tokens, mask):
   return model.apply({"params": params}, tokens, mask)
 
 
 def _logits(config, params, seed=9):
-  """Returns logits of other text than that of calibration."""
+  """Returns logits of text that is not used for calibration."""
   [batch] = _batches(1, seed, rows=48)
   model = make_model(config, V, num_classes=3)
   logits = _apply(model, params, batch["tokens"], batch["mask"])
@@ -209,7 +209,7 @@ def test_each_layer_is_folded_by_its_own_config():
   old = paths.flatten(_dense("gpt2"))
   for name, w in paths.flatten(params).items():
     if not name.startswith("blocks_1/"):
-      assert w is old[name], name  # below what is folded nothing changes
+      assert w is old[name], name  # layers below the folded one do not change
   whole = {"logits_kept": 1.0, "divergence": 0.0}
   whole |= {"attention_r2": 1.0, "mlp_r2": 1.0}
   whole |= {"layer": 0, "heads": D // K, "groups": 0, "values": "dense"}
@@ -231,7 +231,7 @@ def test_fold_layer_fits_w_o_beside_folded_values_to_its_own_input(
     target = stream_lib.capture_all(block, old, other, stream_lib.STREAMS)
     new, _ = fold_layer(config, 0, old, stream, target=target)
     kernels.append(new["attn"]["o"]["kernel"])
-  # The dense W_O is refitted to the dense stream, to make up for layers below.
+  # A dense W_O is fitted to the dense stream, to correct the layers below.
   assert np.array_equal(*kernels) == fits
 
 
@@ -274,7 +274,7 @@ def test_input_axis_folds_rows():
   config = _config(kind, groups=D, axis="input", rope="copy")
   params, report = _fold(config, kind)
   _assert_fits(config, params)
-  # Rows by themselves lose nothing but a ridge of 1e-6 of the variance.
+  # With one group per row the only error is a ridge of 1e-6 of the variance.
   assert _error(config, params, kind) < 1e-6
   assert [row["logits_kept"] for row in report] == [None, None]
   config = _config(kind, groups=D // 2, axis="input", rope="copy")
@@ -284,7 +284,7 @@ def test_input_axis_folds_rows():
 
 
 def _streams(config, params, batches):
-  """Returns tokens of the stream before, after attention, and at the end."""
+  """Returns the stream before layer 0, after its attention, and after it."""
   x, kept = stream_lib.embed_batches(config, params, batches)
   parts = []
   for at in zip(x, kept, strict=True):
@@ -306,7 +306,7 @@ def test_refit_is_the_least_error_and_holds_on_new_text():
   dense = c.dense_baseline(config)
 
   def errors(params, batches):
-    """Returns the shares that are wrong after attention and at the end."""
+    """Returns the relative errors after attention and at the end."""
     x, middle, out = _streams(config, params, batches)
     _, dense_middle, dense_out = _streams(dense, _dense("gpt2"), batches)
     return [

@@ -1,10 +1,10 @@
-"""Reading of compiled programs: loops count once per turn."""
+"""Reading of compiled programs: loops count once per iteration."""
 
 import pytest
 
 from folding.training import hlo
 
-# As the TPU compiler writes it, shortened.
+# Output of the TPU compiler, shortened.
 COMPUTATIONS = """HloModule jit_step
 
 %fused (p: f32[8]) -> f32[64] {

@@ -130,7 +130,7 @@ def test_finished_run_is_not_trained_again(tiny_run, tmp_path):
   copy = shutil.copytree(workdir, tmp_path / "copy")
   shutil.rmtree(copy / "checkpoints")
   before = modified(copy)
-  # How a run is computed is no difference.
+  # Mesh and micro-batches may differ.
   other = config_lib.from_dict(config_lib.to_dict(config))
   other.mesh = config_lib.MeshConfig(data=2, fsdp=2, tensor=2)
   other.train.accumulate = 2
@@ -366,7 +366,7 @@ def get_config(path):
 
 
 def start(workdir, text_file, *flags):
-  """Starts train.py in a process of its own, with this test's devices."""
+  """Starts train.py in another process, with the devices of this test."""
   config_file = workdir.parent / "tiny.py"
   config_file.write_text(_CONFIG_FILE, encoding="utf-8")
   return subprocess.Popen(
@@ -386,10 +386,10 @@ def start(workdir, text_file, *flags):
 
 
 def wait_for(is_there, process):
-  """Waits for another process, which must not end before."""
+  """Waits for a condition while another process runs."""
   deadline = time.monotonic() + 240
   while not is_there() and time.monotonic() < deadline:
-    time.sleep(0.01)  # no event tells of another process's file
+    time.sleep(0.01)  # no event reports a file of another process
     assert process.poll() is None, process.stderr.read()
 
 

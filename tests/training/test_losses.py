@@ -37,7 +37,7 @@ def test_sums_are_those_of_float64(name, shape):
   expected = oracle(logits, labels, weights)
   assert sums.keys() == expected.keys()
   for key, value in expected.items():
-    # A few roundings of float32 a term.
+    # A few float32 roundings per term.
     np.testing.assert_allclose(sums[key], value, rtol=2e-6, err_msg=key)
 
 

@@ -1,4 +1,4 @@
-"""The rows of the benchmark are of one dense model, at equal stored size."""
+"""The rows of the benchmark come from one dense model, at equal stored size."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_dense_row_has_the_accuracy_of_the_run_in_every_runtime(
   assert found == pytest.approx(
     dict.fromkeys(["JAX", "ONNX", "PyTorch"], expected), abs=1e-6
   )
-  # Without the tokens that its embedding has lost.
+  # The tokens that were removed from its embedding are missing.
   folded = rows["folded"]["accuracy"]
   assert folded["ONNX"] == pytest.approx(folded["JAX"], abs=1e-6)
 

@@ -101,7 +101,7 @@ GATED = c.llama(num_layers=1, width=32, num_heads=4)
       {
         "blocks_0/attn/o/kernel": (0.7, "weight"),
         **dict.fromkeys(MLP, (0.7, "weight")),
-        "embed/embedding": (0.7, "row"),  # positions are no tokens
+        "embed/embedding": (0.7, "row"),  # positions are not tokens
       },
     ),
   ],
@@ -236,7 +236,7 @@ def test_frozen_gradients_do_not_count_in_the_clip():
 
   plain = with_huge(False)
   chex.assert_trees_all_equal(with_huge(is_frozen), plain)
-  # Had they counted, the norm would be dominated by them, as it is here:
+  # If frozen elements counted, they would dominate the norm, as this one does:
   first = jnp.argmax(~is_frozen.reshape(-1))
   is_one = jnp.arange(is_frozen.size).reshape(is_frozen.shape) == first
   counted, _ = with_huge(is_one & ~is_frozen)

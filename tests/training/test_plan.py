@@ -1,4 +1,4 @@
-"""`folding plan`: what the compiler reports, beside what is really allocated."""
+"""`folding plan`: the compiler's report against real allocations."""
 
 import dataclasses
 import importlib.util
@@ -116,7 +116,7 @@ def test_teacher_adds_two_bytes_per_dense_parameter(config, found):
 
 
 class _Compiled:
-  """A program as the compiler reports it."""
+  """A compiled program with a report."""
 
   def memory_analysis(self):
     return types.SimpleNamespace(

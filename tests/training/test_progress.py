@@ -92,7 +92,7 @@ def test_tensorboard_has_the_records_after_the_restored_step(tmp_path):
     for name, value in r.items()
     if name not in ("split", "step")
   }
-  # It hides events of this step and later from files of before.
+  # It hides events of this step and later in earlier files.
   assert [e.step for e in events(file) if e.HasField("session_log")] == [3]
 
 
@@ -196,12 +196,11 @@ def test_tokens_per_second_count_all_steps_since_the_last_record(tmp_path):
         begin = clock.seconds()
         log.restart()
       log.step(step, losses(1)[0], BATCH)
-    time.sleep(0.2)  # the time that the record is to count
+    time.sleep(0.2)  # the time that the record counts
     log.flush()
     elapsed = clock.seconds() - begin
   record = read_metrics(str(tmp_path / "metrics.jsonl"))[-1]
-  # Four batches of 16 tokens, in no less than the sleep and no more than the
-  # time around them.
+  # Four batches of 16 tokens, in at least the sleep and at most the elapsed time.
   assert record["step"] == 8
   assert 4 * 16 / elapsed <= record["tokens_per_second"] <= 4 * 16 / 0.2
 
@@ -225,7 +224,7 @@ def test_stop_signal_second_ctrl_c_interrupts(request):
     os.kill(os.getpid(), signal.SIGINT)
     assert stopped(0)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)  # which the second signal interrupts
+    time.sleep(1)  # the second signal interrupts it
   assert signal.getsignal(signal.SIGINT) == before
 
 

@@ -1,4 +1,4 @@
-"""Pruning of trained weights: counts, moments by hand, and a run that holds."""
+"""Pruning of trained weights: counts, moments, and a run that keeps the zeros."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def _prune(method, trained):
 
 
 def _reads(params, batches):
-  """Returns what the Q of the first layer reads, in float64: [tokens, D]."""
+  """Returns the input of W_Q of the first layer, float64[tokens, D]."""
   rows = []
   for batch in batches:
     x = params["embed"]["embedding"].astype(np.float64)[batch["tokens"]]
@@ -144,7 +144,7 @@ def test_remaining_neurons_replace_the_removed_ones(trained, use_bias):
       assert not value[..., ~stays].any()
       expected = old[role][part][..., stays]
       np.testing.assert_array_equal(value[..., stays], expected)
-  # A ridge of 1% of the mean variance, as rows of their own.
+  # A ridge of 1% of the mean variance, as additional rows.
   mean = a.mean(0) if use_bias else 0.0
   centred = a - mean
   ridge = 0.01 * np.square(centred).mean() * len(a)
@@ -170,7 +170,7 @@ def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
     assert not found[f"blocks_{n}/mlp/up/kernel"][:, gone].any()
 
   def stream(prunes, weights):
-    """Returns what the last layer writes, of layers pruned as they come."""
+    """Returns the output of the last layer, perhaps with each layer pruned."""
     stream = stream_lib.embed_batches(config, params, batches)
     for n in range(2):
       layer = weights[f"blocks_{n}"]
@@ -189,8 +189,8 @@ def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
 def test_layer_is_pruned_on_the_stream_of_pruned_layers(trained):
   params, batches = trained
   pruned = _prune("sparsegpt", trained)
-  # The first layer as it came out, pruned again by nothing: the second must
-  # come out the same.
+  # With the first layer already pruned and kept as it is, the second must become
+  # the same.
   mixed = {**params, "blocks_0": pruned["blocks_0"]}
   mixed["embed"] = pruned["embed"]
   config = _config("sparsegpt")
@@ -208,7 +208,7 @@ def test_layer_is_pruned_on_the_stream_of_pruned_layers(trained):
     other["blocks_1"]["mlp"]["up"]["kernel"]
     - pruned["blocks_1"]["mlp"]["up"]["kernel"]
   )
-  assert gap.max() > 0.01  # dense layers below would give another
+  assert gap.max() > 0.01  # a dense layer below gives another result
 
 
 @pytest.mark.slow
@@ -228,10 +228,10 @@ def test_run_keeps_its_initial_zeros(text_file, tmp_path):
   _, end, _ = load_run(str(tmp_path / "pruned"))
   moved = paths.flatten(end)
   for name, w in paths.flatten(start).items():
-    assert (moved[name] != w).any(), name  # what is left trains
+    assert (moved[name] != w).any(), name  # the remaining weights train
   lines = (tmp_path / "pruned" / "metrics.jsonl").read_text().splitlines()
   records = [r for r in map(json.loads, lines) if r["split"] == "train"]
-  # From the first step on, and no more later.
+  # From the first step on, and constant.
   assert len({r["sparsity"] for r in records}) == 1
   assert {r["frozen"] for r in records} == {0.0}
 
@@ -250,7 +250,7 @@ def test_neurons_are_removed_before_the_first_step(
   result = loop.run(config, str(workdir))
   found = result["parameters"]["overall"]
   saved = 1 - found["stored"] / found["dense"]
-  # A plan keeps neurons in multiples of 8, of 24.
+  # A plan keeps multiples of 8 of the 24 neurons.
   assert overall - 0.02 < saved < overall + (0.08 if plan == "auto" else 0.02)
   small = c.load(str(workdir / "config.json"))
   assert small.model.dense_mlp_width == 24
@@ -262,11 +262,11 @@ def test_neurons_are_removed_before_the_first_step(
   for n, width in enumerate(widths):
     kernel = params[f"blocks_{n}"]["mlp"]["up"]["kernel"]
     assert kernel.shape == (16, width)
-    # In multiples of 8: what does not divide is held at zero.
+    # Arrays keep multiples of 8 neurons, with fewer than 8 held at zero.
     zero = ~kernel.any(axis=0)
     assert zero.sum() < 8
-  # Stopped before its first checkpoint it begins again, by the same command or by
-  # its own config, which has the plan.
+  # A run that stopped before its first checkpoint starts again, by the same config
+  # or by its own, which has the plan.
   for again in (config, small):
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "result.json").unlink()

@@ -154,7 +154,8 @@ def test_held_refuses_a_second_process(tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()
   handle = os.open(workdir, os.O_RDONLY)
-  fcntl.flock(handle, fcntl.LOCK_EX)  # per handle, as of another process
+  # Locks are per handle, so this one is like that of another process.
+  fcntl.flock(handle, fcntl.LOCK_EX)
   with (
     pytest.raises(ConfigError, match="another process"),
     run_dir.held(str(workdir)),

@@ -1,4 +1,4 @@
-"""Training goes on after a shrink as it would have without."""
+"""Training continues after a shrink as it would without one."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def _shrink(run, state, multiple=1):
 
 
 def _smaller(run, config, params):
-  """Returns the run of what a shrink left."""
+  """Returns the run of shrunk parameters."""
   removed = optimizer.removed_units(run.rules, tiny.shapes(run.config), params)
   tx = optimizer.make_optimizer(config, run.rules, removed)
   model = make_model(config, tiny.VOCAB)
@@ -77,7 +77,7 @@ def _smaller(run, config, params):
 
 
 def _assert_same(run, cut, before, after):
-  """Asserts that a state is what a shrink leaves of another, to rounding."""
+  """Asserts that a state equals another one cut, up to rounding."""
   for name, w in paths.flatten(cut(before.params)).items():
     found = paths.flatten(after.params)[name]
     np.testing.assert_array_equal(found == 0, w == 0, err_msg=name)
@@ -170,7 +170,7 @@ def whole(labelled, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shrunk(whole, tmp_path_factory):
-  """Returns what shrinking it says, and the smaller run."""
+  """Returns the result of `shrink_run`, and the smaller run."""
   output = str(tmp_path_factory.mktemp("shrunk") / "small")
   return shrinking.shrink_run(whole, output, multiple=4), output
 
@@ -225,7 +225,7 @@ def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
 def test_best_checkpoint_loses_only_its_own_zeros(whole, tmp_path):
   other, output = str(tmp_path / "other"), str(tmp_path / "small")
   shutil.copytree(whole, other)
-  # As if the one at step 5, with a part of the zeros of the last, were best.
+  # Makes the one at step 5 the best, which has a part of the zeros of the last.
   path = tmp_path / "other" / "checkpoints" / "5"
   (path / "metrics" / "metrics").write_text('{"loss": 0.01}')
   names = [name for name in files.read_checksums(str(path)) or () if name]

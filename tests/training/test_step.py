@@ -71,7 +71,7 @@ def test_step_gradient_equals_finite_differences(run, start, gradient):
   assert metrics["loss"] == pytest.approx(float(mean(state.params)), rel=1e-6)
   for name, g in paths.flatten(grads).items():
     if name.endswith("attn/k/bias"):
-      continue  # it shifts all logits of a query alike: its gradient is 0
+      continue  # it shifts all logits of a query equally: its gradient is 0
     # Along the gradient, where the difference is well above rounding.
     direction = g / jnp.linalg.norm(g)
     h = 0.02
@@ -110,7 +110,7 @@ def test_step_ignores_targets_of_weight_0(start, gradient):
 
 
 def told_value():
-  """Returns a transform without updates that keeps the value it is given."""
+  """Returns a transform without updates whose state is the last `value`."""
 
   def update(updates, state, params=None, *, value, **extra_args):
     return jax.tree.map(jnp.zeros_like, updates), value

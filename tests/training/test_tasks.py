@@ -117,8 +117,8 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
   rank = scipy.stats.spearmanr(found, labels).statistic
   assert result["test"]["spearman"] == pytest.approx(rank)
 
-  # Calibration and the plan read them, and a teacher that is the student teaches
-  # nothing.
+  # Calibration and the plan read segments; a teacher that equals the student has no
+  # loss.
   [x] = embed_batches(saved, start, [batch] * 2).x[:1]
   expected = jax.jit(run.model.apply, static_argnames="method")(
     {"params": start},

@@ -36,7 +36,7 @@ def config(**fields: Any) -> c.Config:
 
 
 class Tiny(NamedTuple):
-  """What a run is made of, without its data."""
+  """The parts of a run, without its data."""
 
   config: c.Config
   model: Any
@@ -86,7 +86,7 @@ def rules_of(values: c.Config) -> dict[str, tuple[float, str]]:
 
 
 def noise(tree: Any, seed: int = 0) -> Any:
-  """Returns an array of numbers, none of them 0, for each shape of a tree."""
+  """Returns an array of nonzero numbers for each shape of a tree."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda x: jnp.asarray(rng.uniform(0.1, 1, x.shape), jnp.float32), tree
