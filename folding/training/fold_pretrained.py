@@ -11,20 +11,16 @@ from typing import Any
 import numpy as np
 
 from folding.compression import lowrank
-from folding.config import Config, dense_baseline, layers_of
+from folding.config import Config, layers_of
 from folding.errors import ConfigError
 from folding.training.fold_layer import Prune, fold_layer, initial_report
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (
-  OUTPUTS,
-  STREAMS,
   Batch,
   Params,
-  Stream,
   advance,
-  capture_all,
+  dense_layers,
   embed_batches,
-  layers_with_bar,
   make_block,
   usage_of,
 )
@@ -86,11 +82,9 @@ def fold_pretrained(
       this way.
   """
   require_pairs(config)
-  sensitivity = sensitivity or {}
-  folded, report, dense = dict(params), [], dense_baseline(config)
-  batches = list(batches)
-  dense_stream = embed_batches(dense, params, batches)
-  stream = dense_stream  # the same object until something is folded
+  batches, sensitivity = list(batches), sensitivity or {}
+  folded, report = dict(params), []
+  stream = None  # that of the dense model until something is folded
   if rank := config.fold.embedding_rank:
     embedding_VD = params["embed"]["embedding"]
     if usage_V is None:
@@ -99,17 +93,14 @@ def fold_pretrained(
       embedding_VD, usage_V, rank, sensitivity.get("embed")
     )
     stream = embed_batches(config, folded, batches)
-  for n in layers_with_bar(config, "folding"):
-    name, layer = f"blocks_{n}", layers_of(config.model, config.fold)[n]
-    block = make_block(dense, n)
-    target = capture_all(
-      block, params[name], dense_stream, STREAMS, outputs=OUTPUTS
-    )
-    out = Stream([seen["out"] for seen in target], stream.masks)
-    if stream is dense_stream and layer == block.layer and prune is None:
-      stream = dense_stream = out
-      report.append({"layer": n, **initial_report(layer)})
-      continue
+  layers = dense_layers(config, params, batches, "folding")
+  for n, dense_block, dense_stream, target in layers:
+    name, block = f"blocks_{n}", make_block(config, n)
+    if stream is None:
+      if prune is None and block.layer == dense_block.layer:
+        report.append({"layer": n, **initial_report(block.layer)})
+        continue
+      stream = dense_stream
     folded[name], row = fold_layer(
       config,
       n,
@@ -120,8 +111,7 @@ def fold_pretrained(
       sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
     )
     report.append({"layer": n, **row})
-    dense_stream = out
-    stream = advance(make_block(config, n), folded[name], stream)
+    stream = advance(block, folded[name], stream)
   return folded, report
 
 

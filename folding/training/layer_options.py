@@ -22,13 +22,7 @@ import numpy as np
 from folding import paths
 from folding.compression import lowrank, oneshot
 from folding.compression.lowrank import Moments
-from folding.config import (
-  Config,
-  Layer,
-  ModelConfig,
-  dense_baseline,
-  layers_of,
-)
+from folding.config import Config, Layer, ModelConfig, layers_of
 from folding.models.transformer import Block
 from folding.training.fold_layer import (
   fold_layer,
@@ -38,17 +32,13 @@ from folding.training.fold_layer import (
 )
 from folding.training.sensitivity import MODULES, Sensitivities
 from folding.training.stream import (
-  OUTPUTS,
   READS,
-  STREAMS,
   Batch,
   Stream,
   capture,
-  capture_all,
-  embed_batches,
+  dense_layers,
   halves,
   input_moments,
-  layers_with_bar,
   make_block,
   total,
   usage_of,
@@ -108,16 +98,14 @@ def measure(
     batches: Calibration text.
     sensitivity: From `sensitivities`.
   """
-  dense = dense_baseline(config)
-  stream, options = embed_batches(dense, params, batches), {}
+  options: dict[Decision, list[Option]] = {}
   if config.has_open_rank and config.compress.embedding == "errors":
     embedding_VD = np.asarray(params["embed"]["embedding"])
     options[EMBEDDING] = _embedding_options(
       embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
     )
-  for n in layers_with_bar(config, "measuring"):
-    block, old = make_block(dense, n), params[f"blocks_{n}"]
-    target = capture_all(block, old, stream, STREAMS, outputs=OUTPUTS)
+  layers = dense_layers(config, params, batches, "measuring")
+  for n, block, stream, target in layers:
     sensitivity_n = {
       role: sensitivity[f"blocks_{n}/{module}"]
       for role, module in MODULES.items()
@@ -126,7 +114,7 @@ def measure(
       config=config,
       n=n,
       dense=block,
-      old=old,
+      old=params[f"blocks_{n}"],
       stream=stream,
       target=target,
       sensitivity=sensitivity_n,
@@ -135,7 +123,6 @@ def measure(
       (n, "attn"): _attention_options(trial),
       (n, "mlp"): _mlp_options(trial),
     }
-    stream = Stream([seen["out"] for seen in target], stream.masks)
   return options
 
 
@@ -148,7 +135,7 @@ class _Trial(NamedTuple):
     dense: The dense layer.
     old: Its parameters.
     stream: Its input.
-    target: `capture_all` of it, with `STREAMS` and the outputs of W_O and W_down.
+    target: Values inside of it, from `dense_layers`.
     sensitivity: Sensitivities to errors of "o" and "down".
   """
 

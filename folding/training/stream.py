@@ -1,7 +1,7 @@
 """Streams calibration text through the layers of a model, and measures it."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import rich.console
 import rich.progress
 
 from folding.compression.lowrank import Moments
-from folding.config import Config, layers_of
+from folding.config import Config, dense_baseline, layers_of
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.models.transformer import Block, Transformer
@@ -96,18 +96,6 @@ def usage_of(batches: Sequence[Batch], size: int) -> np.ndarray:
   return token_usage(np.bincount(np.concatenate(tokens)), size)
 
 
-def layers_with_bar(config: Config, doing: str) -> Iterable[int]:
-  """Returns the layer indices, with a progress bar on a terminal."""
-  console = rich.console.Console()
-  return rich.progress.track(
-    range(config.model.num_layers),
-    description=f"{doing} layers",
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  )
-
-
 def make_block(config: Config, n: int) -> Block:
   """Returns the module of layer n."""
   return Block(config.model, layers_of(config.model, config.fold)[n])
@@ -154,6 +142,38 @@ def capture_all(
     capture(block, params, x, mask, names=names, outputs=outputs)
     for x, mask in zip(*stream, strict=True)
   ]
+
+
+def dense_layers(
+  config: Config, params: Params, batches: Sequence[Batch], doing: str
+) -> Iterator[tuple[int, Block, Stream, list[dict[str, Any]]]]:
+  """Yields the layers of the dense baseline: number, block, input, values inside.
+
+  The values are `capture_all` with `STREAMS` and `OUTPUTS`. A terminal shows a
+  progress bar.
+
+  Args:
+    config: Resolved.
+    params: Parameters of its dense baseline.
+    batches: Calibration text.
+    doing: Description of the progress bar, such as "folding".
+
+  Raises:
+    ConfigError: there is too little text.
+  """
+  dense, console = dense_baseline(config), rich.console.Console()
+  stream = embed_batches(dense, params, batches)
+  for n in rich.progress.track(
+    range(config.model.num_layers),
+    description=f"{doing} layers",
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  ):
+    block, layer = make_block(dense, n), params[f"blocks_{n}"]
+    seen = capture_all(block, layer, stream, STREAMS, outputs=OUTPUTS)
+    yield n, block, stream, seen
+    stream = Stream([one["out"] for one in seen], stream.masks)
 
 
 def advance(block: Block, params: Params, stream: Stream) -> Stream:
