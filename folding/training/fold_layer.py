@@ -12,7 +12,7 @@ import numpy as np
 from folding.compression import lowrank
 from folding.compression.lowrank import Moments
 from folding.compression.shrink import make_cut
-from folding.config import Config, Layer, ModelConfig, dense_baseline, layers_of
+from folding.config import Layer, ModelConfig
 from folding.models.attention import layer_frequencies
 from folding.models.transformer import Block
 from folding.training.fit_attention import fit_attention
@@ -25,53 +25,57 @@ from folding.training.stream import (
   capture_all,
   halves,
   input_moments,
-  make_block,
   second_moment,
   total,
 )
 
-Prune = Callable[[int, dict[str, Any], Stream], dict[str, Any]]
-
 
 def fold_layer(
-  config: Config,
-  n: int,
+  block: Block,
+  dense: Block,
   old: Params,
   stream: Stream,
   *,
   target: Sequence[Mapping[str, jax.Array]],
-  prune: Prune | None = None,
+  fit_steps: int = 0,
+  prune: Callable[[dict[str, Any], Stream], dict[str, Any]] | None = None,
   sensitivity_DD: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the parameters of a folded layer, and its row of the report.
 
   Args:
-    config: Resolved.
-    n: Number of the layer.
-    old: Its dense parameters.
+    block: The folded layer.
+    dense: The dense layer.
+    old: Its parameters.
     stream: Input of the folded layer.
     target: `capture_all` of the dense layer on the dense stream, with `STREAMS` and
       `OUTPUTS`.
-    prune: As for `fold_pretrained`.
+    fit_steps: As for `fit_attention`.
+    prune: As for `fold_pretrained`, without the number of the layer.
     sensitivity_DD: How errors of the output of W_O count; None: all alike.
   """
-  m, layer = config.model, layers_of(config.model, config.fold)[n]
-  block = make_block(config, n)
-  attn, report = _fold_attention(config, n, old, stream, sensitivity_DD)
+  m = block.config
+  attn, report = _fold_attention(
+    block,
+    dense,
+    old,
+    stream,
+    fit_steps=fit_steps,
+    sensitivity_DD=sensitivity_DD,
+  )
   new = {**old, "attn": attn}
   # If W_V is not dense, W_O has no prior and does not correct the layers below: it
   # is fitted to the output of the dense layer on the same input.
-  has_prior = layer.values == "dense"
+  has_prior = block.layer.values == "dense"
   wanted = target
   if not has_prior:
-    dense = make_block(dense_baseline(config), n)
     wanted = capture_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
   data = (*stream, *_fit_data(m, "o", stream, wanted))
   attn["o"], report["attention_r2"] = _refit(
     block, new, "o", data, has_prior=has_prior
   )
   if prune is not None:
-    new = prune(n, new, stream)
+    new = prune(new, stream)
   seen = capture_all(block, new, stream, ("up", "norm_mlp"), outputs=OUTPUTS)
   data = (*stream, *_fit_data(m, "down", stream, target, seen))
   down, report["mlp_r2"] = _refit(block, new, "down", data, has_prior=True)
@@ -82,18 +86,19 @@ def fold_layer(
 
 
 def _fold_attention(
-  config: Config,
-  n: int,
+  block: Block,
+  dense: Block,
   old: Params,
   stream: Stream,
+  *,
+  fit_steps: int,
   sensitivity_DD: np.ndarray | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the attention of a folded layer, and the layer's report so far.
 
   W_O still has to be fitted. The arguments are those of `fold_layer`.
   """
-  m, layer = config.model, layers_of(config.model, config.fold)[n]
-  dense = make_block(dense_baseline(config), n)
+  m, layer = block.config, block.layer
   if layer.heads != dense.layer.heads:
     seen = input_moments(dense, old, stream, ("o",))["o"]
     old = {**old, "attn": keep_heads(old["attn"], seen, layer.heads)[0]}
@@ -108,13 +113,10 @@ def _fold_attention(
   if layer.values == "diagonal":  # the fitted W_O can express any other
     attn["v"] = {"diagonal": np.ones((m.width, 1, 1), np.float32)}
   # The layer with all of W_V, from which that of low rank follows.
-  whole = Block(m, dataclasses.replace(layer, value_dim=m.head_dim))
+  whole = block.clone(layer=dataclasses.replace(layer, value_dim=m.head_dim))
   if layer.groups:  # the fit ignores values, but the block needs their arrays
     attn, report["divergence"] = fit_attention(
-      (whole, {**old, "attn": attn}),
-      (dense, old),
-      stream,
-      config.compress.fit_steps,
+      (whole, {**old, "attn": attn}), (dense, old), stream, fit_steps
     )
   if layer.value_dim < m.head_dim:
     seen = input_moments(whole, {**old, "attn": attn}, stream, ("o",))["o"]

@@ -5,7 +5,8 @@ projections are refitted so that the residual stream matches that of the dense
 model. So a layer corrects the errors of the layers below.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,20 @@ import numpy as np
 from folding.compression import lowrank
 from folding.config import Config, layers_of
 from folding.errors import ConfigError
-from folding.training.fold_layer import Prune, fold_layer, initial_report
+from folding.training.fold_layer import fold_layer, initial_report
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (
   Batch,
   Params,
+  Stream,
   advance,
   dense_layers,
   embed_batches,
   make_block,
   usage_of,
 )
+
+Prune = Callable[[int, dict[str, Any], Stream], dict[str, Any]]
 
 
 def fold_pretrained(
@@ -102,12 +106,13 @@ def fold_pretrained(
         continue
       stream = dense_stream
     folded[name], row = fold_layer(
-      config,
-      n,
+      block,
+      dense_block,
       params[name],
       stream,
       target=target,
-      prune=prune,
+      fit_steps=config.compress.fit_steps,
+      prune=None if prune is None else functools.partial(prune, n),
       sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
     )
     report.append({"layer": n, **row})

@@ -266,11 +266,11 @@ def _values_options(trial: _Trial) -> list[Option]:
     options = [Option(Attention(0, "dense", every), size, 0.0)]
   if (asked := trial.asked.values) != "dense":
     alone = {"fold.groups": 0, "fold.values": asked, "fold.value_rank": 0}
-    folded = edited(config, alone)
+    block = make_block(edited(config, alone), trial.n)
     new, _ = fold_layer(
-      folded, trial.n, trial.old, trial.stream, target=trial.target
+      block, trial.dense, trial.old, trial.stream, target=trial.target
     )
-    error = trial.error(make_block(folded, trial.n), new, ("o",))
+    error = trial.error(block, new, ("o",))
     size = num_weights(new["attn"], arrays)
     options.append(Option(Attention(0, asked, every), size, error))
   return options

@@ -15,7 +15,7 @@ from folding.compression.lowrank import Moments
 from folding.compression.sites import Site, make_sites
 from folding.config import Config
 from folding.models.shrink import shrink
-from folding.training.fold_layer import Prune
+from folding.training.fold_pretrained import Prune
 from folding.training.optimizer import make_rules
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (

@@ -225,11 +225,14 @@ def test_fold_layer_fits_w_o_beside_folded_values_to_its_own_input(
   old = _dense("gpt2")["blocks_0"]
   stream = stream_lib.embed_batches(config, _dense("gpt2"), _batches(4))
   dense_stream = stream._replace(x=[-2 * x for x in stream.x])
-  block = stream_lib.make_block(c.dense_baseline(config), 0)
+  block, folded = (
+    stream_lib.make_block(each, 0)
+    for each in (c.dense_baseline(config), config)
+  )
   kernels = []
   for other in (stream, dense_stream):
     target = stream_lib.capture_all(block, old, other, stream_lib.STREAMS)
-    new, _ = fold_layer(config, 0, old, stream, target=target)
+    new, _ = fold_layer(folded, block, old, stream, target=target)
     kernels.append(new["attn"]["o"]["kernel"])
   # A dense W_O is fitted to the dense stream, to correct the layers below.
   assert np.array_equal(*kernels) == fits
