@@ -370,7 +370,7 @@ def _require_intact(folder: str, step: int) -> None:
   checkpoint = os.path.join(folder, str(step))
   if not files.require_intact(checkpoint, skip=[_METRICS]):
     _log.warning(
-      "nothing vouches for checkpoint %d of %s: it has no %s, as runs of "
+      "checkpoint %d of %s cannot be verified: it has no %s, like those of "
       "earlier versions",
       step,
       folder,

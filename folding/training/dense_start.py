@@ -105,7 +105,7 @@ def dense_start(
   params = paths.map_named(value, drawn)
   for name in source:
     if name not in known and not is_head(name):
-      raise ConfigError(f"{path} has {name}, which this model has no place for")
+      raise ConfigError(f"{path} has {name}, which this model does not have")
   return DenseStart(model, params, is_head_drawn=bool(missing))
 
 

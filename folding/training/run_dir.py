@@ -221,7 +221,7 @@ def require_same_text(workdir: str, digest: str) -> None:
   """
   path = _path(workdir, "text.sha256")
   if not os.path.exists(path):
-    _log.warning("nothing vouches for the text: %s is missing", path)
+    _log.warning("the text cannot be verified: %s is missing", path)
     return
   if pathlib.Path(path).read_text("utf-8", "replace").strip() != digest:
     raise ConfigError(

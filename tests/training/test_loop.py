@@ -262,7 +262,7 @@ def test_evaluate_of_a_run_without_a_digest_says_so(tiny_run, tmp_path, caplog):
   (copy / "checksums.json").unlink()  # a run of an earlier version
   loop.evaluate_run(str(copy))
   (line,) = warnings_of(caplog)
-  assert "nothing vouches for the text" in line
+  assert "the text cannot be verified" in line
 
 
 def test_evaluate_verb_refuses_parameters_that_are_nan(
