@@ -63,8 +63,8 @@ def compress_trained(config: Config, data: Data) -> Compressed:
   """
   if jax.process_count() > 1 and not config.dense:
     raise ConfigError(
-      "each process would fold on texts of its own; fold in one process, and "
-      "resume that run in several"
+      "each process would fold on its own texts; fold in one process, and resume "
+      "that run in several"
     )
   _, dense, is_head_drawn = dense_start(config.pretrained or "", config, data)
   if config.dense:

@@ -132,7 +132,7 @@ def read_source(
       raise ConfigError(f"{path} is folded or shrunk; start from a dense run")
     if isinstance(tokenizer, MappedTokenizer):
       raise ConfigError(
-        f"the tokenizer of {path} was trimmed; start from the dense run before"
+        f"the tokenizer of {path} was trimmed; start from an earlier dense run"
       )
   else:
     source = load_pretrained(

@@ -350,8 +350,8 @@ def _read_data(config: Config, workdir: str, is_new: bool) -> Data:
         f"there is no text for the {split} split: train has "
         f"{data.num_examples['train']} texts in {data.num_classes} classes, and "
         "each class gives up its own share, rounded; raise "
-        f"data.{split}_fraction, give more text, or see whether labels and texts "
-        "are swapped"
+        f"data.{split}_fraction, give more text, or check whether labels and "
+        "texts are swapped"
       )
   if not is_new:
     run_dir.require_same_text(workdir, data.digest)
