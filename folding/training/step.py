@@ -274,33 +274,19 @@ def train_step(
   if options.objective.has_labels:
     labels_only = dataclasses.replace(options, teacher=None)
 
-  def gradient(micro_batch, key):
-    def loss_fn(params):
-      return _loss(
-        params,
-        micro_batch,
-        key,
-        totals=totals,
-        options=options,
-        teacher_params=teacher_params,
-        has_stats=is_mask_update,
-      )
+  loss_fn = functools.partial(
+    _loss, totals=totals, teacher_params=teacher_params
+  )
 
-    return jax.grad(loss_fn, has_aux=True)(state.params)
+  def gradient(micro_batch, key):
+    loss = functools.partial(loss_fn, options=options, has_stats=is_mask_update)
+    return jax.grad(loss, has_aux=True)(state.params, micro_batch, key)
 
   def value_fn(params):
     """Returns the loss on the labels at other parameters."""
 
     def value(micro_batch, key):
-      loss, _ = _loss(
-        params,
-        micro_batch,
-        key,
-        totals=totals,
-        options=labels_only,
-        teacher_params=teacher_params,
-      )
-      return loss
+      return loss_fn(params, micro_batch, key, options=labels_only)[0]
 
     return _sum_micro_batches(value, batch, key, options.accumulate)
 
@@ -343,7 +329,7 @@ def _loss(
   *,
   totals: _Totals,
   options: StepOptions,
-  teacher_params: Any = None,
+  teacher_params: Any,
   has_stats: bool = False,
 ) -> tuple[jax.Array, _Aux]:
   """Returns a micro-batch's share of the loss of the whole batch."""
