@@ -188,7 +188,7 @@ def test_loss_in_blocks_moves_the_output_layer_and_its_gradient_once():
 
   program = jax.jit(jax.grad(loss)).lower(weights, batch).compile()
   size, moves = 4 * 64 * 256, hlo.read(program.as_text()).moved
-  # In both passes, of four turns each.
+  # Both passes have four iterations.
   assert moves["all-gather"].bytes == size
   sums = [m.bytes for kind, m in moves.items() if kind != "all-gather"]
   assert sums == [size], moves
