@@ -379,7 +379,10 @@ def _require_intact(folder: str, step: int) -> None:
 
 
 def _saved_loss(folder: str, step: int) -> float:
-  """Returns the loss of a saved step; inf without one, NaN if it is damaged."""
+  """Returns the loss of a saved step; inf without one, NaN if it is damaged.
+
+  A file that cannot be read now is not damaged: its step has no loss.
+  """
   checkpoint = os.path.join(folder, str(step))
   path = os.path.join(checkpoint, _METRICS)
   try:
@@ -392,7 +395,10 @@ def _saved_loss(folder: str, step: int) -> float:
         raise ValueError("it differs from its checksum")
   except FileNotFoundError:
     return math.inf
-  except (OSError, ValueError, TypeError, KeyError) as error:
+  except OSError as error:
+    _log.warning("%s cannot be read: %s", path, error)
+    return math.inf
+  except (ValueError, TypeError, KeyError) as error:
     _log.warning("%s is damaged: %s", path, error)
     return math.nan
   return loss
