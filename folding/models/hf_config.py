@@ -501,16 +501,13 @@ _QWEN2 = dataclasses.replace(
   computes=_LLAMA_COMPUTES | {"use_bias": False, "qkv_bias": True},
   equal={},
   rules=(
-    _windows(
-      lambda values, n: (
-        values["use_sliding_window"] and n >= values["max_window_layers"]
-      )
-    ),
+    _windows(lambda values, n: n >= values["max_window_layers"]),
     Rule(
-      write=lambda config: {
+      lambda values: {} if values["use_sliding_window"] else {"window": None},
+      lambda config: {
         "use_sliding_window": config.window is not None,
         "max_window_layers": 0,
-      }
+      },
     ),
     _rope(),
   ),

@@ -117,6 +117,7 @@ READ = [
   ("gemma2", {"attn_logit_softcapping": None}, "attention_cap", None),
   # The first 28 layers have none.
   ("qwen2", {"use_sliding_window": True}, "window", None),
+  ("qwen2", {"sliding_window": 5, "layer_types": ["sliding_attention"] * N}, "window", None),
   ("qwen2", SLIDING | {"max_window_layers": 0}, "window", 5),
   ("qwen2", SLIDING | {"max_window_layers": 1}, "window", (0, 5)),
   ("qwen2", SLIDING | {"layer_types": ["sliding_attention"] * N}, "window", 5),
