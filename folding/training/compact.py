@@ -85,15 +85,23 @@ def shrink_state(
   small = shrink(
     config, state.params, multiple=multiple, absorb=absorb, is_zero=is_zero
   )
-  new = cut_state(small.cut, rules, state)._replace(params=small.params)
+  new = cut_state(small.cut, rules, state, small.params)
   return small.config, new, small.cut
 
 
-def cut_state(cut: Cut, rules: Sequence[Rule], state: TrainState) -> TrainState:
-  """Returns the state without what a cut removes."""
+def cut_state(
+  cut: Cut, rules: Sequence[Rule], state: TrainState, params: Any
+) -> TrainState:
+  """Returns the state of smaller parameters.
+
+  Args:
+    cut: The cut that makes them smaller.
+    rules: From `make_rules`.
+    state: The state before.
+    params: The smaller parameters.
+  """
   sites = make_sites(rules, state.params)
-  opt_state = cut.fpp_state(state.opt_state, sites)
-  return TrainState(state.step, cut(state.params), opt_state)
+  return TrainState(state.step, params, cut.fpp_state(state.opt_state, sites))
 
 
 class Compactor:

@@ -127,11 +127,11 @@ class Run(Program):
       return None
     config, cut = found
     smaller = Run(config, self.data)
-    take = jax.jit(
-      functools.partial(cut_state, cut, self.rules),
-      out_shardings=smaller.state_shardings,
-    )
-    return smaller, take(state)
+
+    def take(state):
+      return cut_state(cut, self.rules, state, cut(state.params))
+
+    return smaller, jax.jit(take, out_shardings=smaller.state_shardings)(state)
 
   def usage(self) -> jax.Array | None:
     """Returns float32[V] of `token_usage`; None if no rule prunes by it."""
