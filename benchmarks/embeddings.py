@@ -248,8 +248,8 @@ def main() -> None:
         f"{row['parameters'] / 1e6:.1f}",
         f"{row['file_bytes'] / 1e6:.1f}",
         *(f"{row['spearman'][name]:.3f}" for name in sts),
-        "{1:,.0f}".format(*row["texts_per_second"]),
-        "{0:,.0f}-{2:,.0f}".format(*row["texts_per_second"]),
+        f"{row['texts_per_second'][1]:,.0f}",
+        f"{row['texts_per_second'][0]:,.0f}-{row['texts_per_second'][2]:,.0f}",
         f"{row['speed']['ratio']:.2f}",
       ]
       for row in rows

@@ -3,8 +3,8 @@
 NAME is python_stdlib, trec, ag_news_subset, imdb_reviews,
 yelp_polarity_reviews, glue/sst2, glue/cola, sentiment140, clinc_oos, any other
 TFDS name with a text and a label, or the path of a .tsv, .csv, .jsonl or .parquet
-file or of a folder with {train,valid,test} of these. TFDS needs `pip install tensorflow`
-to prepare any data set but python_stdlib.
+file or of a folder with {train,valid,test} of these. TFDS needs
+`pip install tensorflow` to prepare any data set but python_stdlib.
 
 Run:     folding train --config=configs/classify.py:FOLDER --workdir=RUN
 Result:  70% smaller than its dense baseline

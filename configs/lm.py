@@ -28,7 +28,7 @@ def get_config(name: str = "python_stdlib") -> c.Config:
       steps=2000,
       eval_every=200,
       eval_batches=20,
-      # Ablation: docs/experiments.md, "Learning rates of what is folded".
+      # Ablation: docs/experiments.md, "Learning rates of folded weights".
       qk_rate=0.3,
       v_rate=5.0,
       slope_rate=30.0,

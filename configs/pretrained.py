@@ -11,9 +11,9 @@ Fine-tune:  folding train --config=configs/pretrained.py:PATH --workdir=DENSE \
             for scores add --config.task=regress, for several labels multilabel
 Compress:   folding train --config=configs/pretrained.py:DENSE --workdir=RUN
             the dense run is the teacher (figures: README)
-In one run: the first command without --config.dense=True. For a language model,
-            whose teacher is the checkpoint. A classifier has no teacher then, and
-            is less accurate
+In one run: the first command without --config.dense=True. Use it for a language
+            model: its teacher is the checkpoint. A classifier then has no teacher
+            and is less accurate
 """
 
 import os

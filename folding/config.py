@@ -268,10 +268,10 @@ class ModelConfig:
         )
 
 
-# Fields of `ModelConfig` of a classifier.
+# Fields of `ModelConfig` that describe a classifier.
 HEAD = ("pooling", "pooler", "pooler_activation", "pooler_norm")
-# Fields that do not change what the arrays of a model mean. Their shapes show
-# widths and biases.
+# Fields that do not change the meaning of the arrays. Widths and biases follow
+# from their shapes.
 _FREE = (
   "mlp_width",
   "dense_mlp_width",

@@ -12,8 +12,8 @@ Command: folding study \
            --workdir=DIR
 Time:    66 runs per data set; MiniLM takes two to six minutes per run on two
          cores
-Expect:  at 70% `magnitude` loses about four points, and `ours` two, as it did
-         before the plan (docs/experiments.md)
+Expect:  at 70% `magnitude` loses about four points. `ours` lost two before it
+         had the plan (docs/experiments.md), and was not measured since
 """
 
 import dataclasses

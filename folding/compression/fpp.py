@@ -463,7 +463,7 @@ def held_masks(
   suspected: Mapping[str, jax.Array],
   leaves: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-  """Returns `member_masks`, True at elements that are not trainable.
+  """Returns {parameter: bools that broadcast against it}, True if not trainable.
 
   Args:
     sites: From `make_sites`; there may be more in `suspected`.

@@ -162,7 +162,8 @@ def fold_heads(
   """
   a_EHK, b_EJK = _augmented(q), _augmented(k)
   E, H, K = a_EHK.shape
-  J, R = b_EJK.shape[1], H // b_EJK.shape[1]
+  J = b_EJK.shape[1]
+  R = H // J
   _require_groups(groups, K)
   root_q, unroot_q = _root(query_moment)
   root_k, unroot_k = _root(key_moment)
@@ -214,7 +215,8 @@ def fold_rotary_heads(
   """
   a_EHK, b_EJK = _augmented(q), _augmented(k)
   E, H, K = a_EHK.shape
-  J, R = b_EJK.shape[1], H // b_EJK.shape[1]
+  J = b_EJK.shape[1]
+  R = H // J
   _require_groups(groups, K)
   if groups % 2:
     raise ValueError(

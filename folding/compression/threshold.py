@@ -92,8 +92,8 @@ def _bisect(
     reached: Monotone predicate that holds at high.
     low: uint32[].
     high: uint32[].
-    iterations: Their number, if known: compilers then count the work of the loop.
-      None: until low is high.
+    iterations: Number of halvings, if known: compilers then count the work of the
+      loop. None: until low is high.
   """
 
   def halve(bounds):

@@ -77,8 +77,7 @@ def fine_bucket_lengths(length: int) -> list[int]:
     >>> fine_bucket_lengths(64)
     [8, 12, 16, 24, 32, 48, 64]
   """
-  halves = bucket_lengths(length, 8), bucket_lengths(length, 12)
-  return sorted({*halves[0], *halves[1]})
+  return sorted({*bucket_lengths(length, 8), *bucket_lengths(length, 12)})
 
 
 def by_length(
@@ -88,7 +87,7 @@ def by_length(
 
   Args:
     rows: Ids of each row, at most the last bucket length.
-    buckets: From `bucket_lengths`.
+    buckets: From `bucket_lengths` or `fine_bucket_lengths`.
     batch_size: Rows per batch; the last may have fewer.
 
   Example:

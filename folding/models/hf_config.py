@@ -869,7 +869,7 @@ def misfit(
   head: tuple[str, ...] = ()
   if num_classes:
     head = config_lib.HEAD if config.pooler else ("pooling", "pooler")
-  for name in (*config_lib.SHAPE, "use_bias", "qkv_bias", *head):
+  for name in config_lib.SHAPE + ("use_bias", "qkv_bias") + head:
     value, needed = getattr(config, name), getattr(nearest, name)
     if name not in free and value != needed:
       part = "'s sequence classifier" if name in head else ""

@@ -150,7 +150,10 @@ def read_source(
     params = _with_classes(params, classes, data.label_names)
   shape = np.shape(params.get("head", {}).get("kernel"))
   keeps_head = config.task != "lm" and shape[-1:] == (data.num_classes,)
-  for name in (*config_lib.SHAPE, *(config_lib.HEAD if keeps_head else ())):
+  shared = config_lib.SHAPE
+  if keeps_head:
+    shared += config_lib.HEAD
+  for name in shared:
     theirs, ours = getattr(model, name), getattr(config.model, name)
     if theirs != ours:
       raise ConfigError(

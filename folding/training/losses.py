@@ -88,8 +88,8 @@ def sum_over_blocks(
   """Returns the sum of summed(weights, block) over blocks of positions.
 
   The backward pass computes the logits of a block again, so those of one block
-  exist at a time. Devices with different rows of the batch meet twice: the
-  weights are gathered before the first block, and their gradient is summed after
+  exist at a time. Over devices that split the rows of the batch, the weights are
+  gathered once, before the first block, and their gradient is summed once, after
   the last.
 
   Args:

@@ -100,10 +100,10 @@ def tree_shardings(
 
   A parameter lies as the first rule that matches it says. Without a rule
   "tensor" splits the axis of heads, neurons or tokens, and "fsdp" the longest
-  other axis that it divides. The last axis comes last if the mask bits would not
-  split into whole bytes. Small arrays are whole on every device. A leaf whose
-  path ends with the path of a parameter lies as the parameter does: moments,
-  moving averages and mask bits. All other leaves are whole.
+  other axis that it divides. It splits the last axis only if its mask bits split
+  into whole bytes, or if it divides no other axis. Small arrays are whole on every
+  device. A leaf whose path ends with the path of a parameter lies as the parameter
+  does: moments, moving averages and mask bits. All other leaves are whole.
 
   Args:
     mesh: Has the axes "data", "fsdp" and "tensor".
@@ -236,10 +236,9 @@ def _default(mesh: Mesh, name: str, shape: tuple[int, ...]) -> _Placement:
   if not free:
     return dataclasses.replace(placed, missed=(*placed.missed, "fsdp"))
   # Mask bits have eight elements of the last axis per byte.
-  has_whole_bytes = shape[-1] % (8 * parts) == 0
-  last = len(shape) - 1
-  best = max(free, key=lambda a: (a != last or has_whole_bytes, shape[a]))
-  axes[best] = "fsdp"
+  whole_bytes = shape[-1] % (8 * parts) == 0
+  rank = {a: (a < len(shape) - 1 or whole_bytes, shape[a]) for a in free}
+  axes[max(free, key=rank.__getitem__)] = "fsdp"
   return dataclasses.replace(placed, axes=tuple(axes))
 
 
@@ -315,8 +314,8 @@ def sum_over_rows(
 ) -> Any:
   """Returns the sum of function(whole, its rows) over devices.
 
-  Each device calls the function on its own rows, so loops inside of it move
-  nothing between "data" and "fsdp". "tensor" still splits what it does.
+  Each device calls the function on its own rows, so loops inside it move nothing
+  along "data" and "fsdp". "tensor" still splits its products.
 
   Args:
     mesh: None: returns function(whole, rows).
