@@ -27,9 +27,36 @@ from folding.models import chebyshev
 from folding.models.exact_attention import MASKED, Biases, attend_whole
 
 _FLOOR = -1e29  # smallest running maximum: e^(MASKED - _FLOOR) is 0
-# Positions per chunk, and positions times heads per scan step, by platform: these
-# fit the cache of a CPU.
-_SIZES = {"cpu": (64, 4096), "default": (256, 16384)}
+
+
+class _Layout(NamedTuple):
+  """How a sequence is cut.
+
+  Attributes:
+    chunk: L, positions per chunk.
+    block: Positions times heads per step of the scan.
+    is_turned: Whether the values of whole sequences have their positions as the
+      last axis. TPUs pad that axis to 128, and K may be small.
+  """
+
+  chunk: int
+  block: int
+  is_turned: bool
+
+  def store(self, values: Array) -> Array:
+    """Returns values [B, H, ..., K], as [B, H, K, ...] if they are turned."""
+    return jnp.moveaxis(values, -1, 2) if self.is_turned else values
+
+  def load(self, stored: Array) -> Array:
+    """Returns stored values as [B, H, ..., K]."""
+    return jnp.moveaxis(stored, 2, -1) if self.is_turned else stored
+
+
+# By platform. The sizes for CPUs fit their cache.
+_LAYOUTS = {
+  "cpu": _Layout(64, 4096, is_turned=False),
+  "default": _Layout(256, 16384, is_turned=True),
+}
 
 _stop = jax.lax.stop_gradient
 
@@ -516,14 +543,12 @@ def _scan(
   is_strict: bool = False,
 ) -> tuple[Sums, Sums]:
   """Returns `_scan_chunks` with chunks of a size for the platform."""
-  sizes = _SIZES
+  layouts = _LAYOUTS
   if chunk is not None:
-    sizes = {"default": (chunk, _SIZES["cpu"][1])}
+    layouts = {"default": _Layout(chunk, _LAYOUTS["cpu"].block, is_turned=True)}
   scans = {
-    name: functools.partial(
-      _scan_chunks, chunk=each, block=block, is_strict=is_strict
-    )
-    for name, (each, block) in sizes.items()
+    name: functools.partial(_scan_chunks, layout=layout, is_strict=is_strict)
+    for name, layout in layouts.items()
   }
   return jax.lax.platform_dependent(past, x, grid, **scans)
 
@@ -533,8 +558,7 @@ def _scan_chunks(
   x: _Scaled,
   grid: _Grid,
   *,
-  chunk: int,
-  block: int,
+  layout: _Layout,
   is_strict: bool,
 ) -> tuple[Sums, Sums]:
   """Returns the past after all positions, and their causal sums.
@@ -546,35 +570,40 @@ def _scan_chunks(
     past: Sums at the nodes, [B, H, N]; its top is [B, H, P].
     x: The sequences.
     grid: The nodes.
-    chunk: Positions per chunk.
-    block: Positions times heads per step of the scan.
+    layout: How the sequences are cut.
     is_strict: Whether a position is hidden from itself.
   """
   B, H, length = x.s_BHL.shape
-  chunk = min(chunk, length)
+  chunk = min(layout.chunk, length)
   num_chunks = -(-length // chunk)
-  num_blocks = -(-num_chunks // max(1, block // (B * H * chunk)))
+  num_blocks = -(-num_chunks // max(1, layout.block // (B * H * chunk)))
   C = -(-num_chunks // num_blocks)
+  v_axis = 2 + layout.is_turned  # of positions
   steps = (
     # Padded queries repeat the last one: 0 may be outside the nodes' range,
     # where gradients overflow.
     _cut(x.s_BHL, 2, num_blocks, C, chunk, mode="edge"),
     _cut(x.t_BHL, 2, num_blocks, C, chunk),
-    _cut(x.v_BHLK, 2, num_blocks, C, chunk),
+    _cut(layout.store(x.v_BHLK), v_axis, num_blocks, C, chunk),
     _cut(x.mask_BL, 1, num_blocks, C, chunk),
   )
-  step = functools.partial(_block, x.slopes_BH, grid, is_strict)
+  step = functools.partial(_block, x.slopes_BH, grid, layout, is_strict)
   past, sums = jax.lax.scan(step, past, steps)
   # The padding has decayed the past too far.
   added = num_blocks * C * chunk - length
   past = past._replace(top=past.top + (added * x.slopes_BH)[..., None])
-  return past, Sums(*(_whole(a, length) for a in sums))
+  values = layout.load(_whole(sums.values, v_axis, length))
+  norm, top = (_whole(a, 2, length) for a in (sums.norm, sums.top))
+  return past, Sums(values, norm, top)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2,))
-def _block(slopes_BH, grid: _Grid, is_strict: bool, past: Sums, block):
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def _block(
+  slopes_BH, grid, layout: _Layout, is_strict: bool, past: Sums, block
+):
   """Returns the past after a block of chunks, and the sums of its queries."""
-  s_BHCL, t_BHCM, v_BHCMK, mask_BCM = block
+  s_BHCL, t_BHCM, stored, mask_BCM = block
+  v_BHCMK = layout.load(stored)
   L = s_BHCL.shape[3]
   at_L = jnp.arange(L, dtype=jnp.float32)
   distance_LM = at_L[:, None] - at_L[None]
@@ -600,7 +629,8 @@ def _block(slopes_BH, grid: _Grid, is_strict: bool, past: Sums, block):
   from_start_BHL = jnp.einsum("BH,L->BHL", slopes_BH, at_L)
   top_BHCL -= from_start_BHL[:, :, None]
   far = _read(_weights(x_BHCL, hot_BHCLP), pasts, top_BHCL)
-  return past, _join(near, far)
+  sums = _join(near, far)
+  return past, sums._replace(values=layout.store(sums.values))
 
 
 def _cut(
@@ -621,7 +651,8 @@ def _cut(
   return jnp.moveaxis(jnp.pad(x, width, mode=mode).reshape(shape), axis, 0)
 
 
-def _whole(x: Array, length: int) -> Array:
-  """Returns [blocks, B, H, C, L, ...] as [B, H, length, ...]."""
-  x = jnp.moveaxis(x, 0, 2)
-  return x.reshape(*x.shape[:2], -1, *x.shape[5:])[:, :, :length]
+def _whole(x: Array, axis: int, length: int) -> Array:
+  """Returns [blocks, ..., C, L, ...] as [..., length, ...]."""
+  x = jnp.moveaxis(x, 0, axis)
+  x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 3 :])
+  return jax.lax.slice_in_dim(x, 0, length, axis=axis)
