@@ -439,5 +439,5 @@ def _texts(
 ) -> Iterator[str]:
   """Yields the texts of the chosen rows."""
   found = itertools.compress(local_files.rows_of(part, column), chosen)
-  for line, row in found:
-    yield rows.checked(row.get(column), column, f"{part[0]}:{line}")
+  for place, row in found:
+    yield rows.checked(row.get(column), column, place)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -147,7 +147,7 @@ def to_array(
   task: Task,
   names: Sequence[str],
   *,
-  place: Callable[[int], str],
+  places: Sequence[str],
   allow_ids: bool,
 ) -> np.ndarray:
   """Returns the labels of a split, by row.
@@ -156,7 +156,7 @@ def to_array(
     labels: Label of each row.
     task: Not "lm".
     names: From `output_names`.
-    place: Returns the place of a row, for messages.
+    places: Where each row is, for messages.
     allow_ids: Whether a label may be the id of a class.
 
   Returns:
@@ -176,7 +176,7 @@ def to_array(
     for name in _classes(label):
       if name not in ids:
         raise ConfigError(
-          f"{place(row)}: label {name!r} is not one of the {len(names)} of "
+          f"{places[row]}: label {name!r} is not one of the {len(names)} of "
           f"{'labels.txt' if allow_ids else 'train'}: {', '.join(names[:20])}"
         )
   if task == "classify":

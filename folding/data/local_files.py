@@ -121,22 +121,25 @@ def read_file(
   if not table:
     raise ConfigError(f"{file} is empty")
   columns, label_field = rows_lib.choose_columns(file, table, data, task)
-  labels = None if task in config_lib.UNLABELLED else []
-  rows = Rows(str(file), [], labels, [], columns)
-  for line, row in table:
-    rows.lines.append(line)
-    place = rows.place(-1)
-    texts = [rows_lib.checked(row.get(name), name, place) for name in columns]
-    rows.texts.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
-    if rows.labels is not None and label_field is not None:
+  texts, labels = [], []
+  for place, row in table:
+    found = [rows_lib.checked(row.get(name), name, place) for name in columns]
+    texts.append(found[0] if len(found) == 1 else (found[0], found[1]))
+    if label_field is not None:
       label, first = row.get(label_field), table[0][1].get(label_field)
-      rows.labels.append(labels_lib.read_label(label, task, place))
+      labels.append(labels_lib.read_label(label, task, place))
       if task == "classify" and type(label) is not type(first):
         raise ConfigError(
           f"{place}: the label {label!r} is a {type(label).__name__}, unlike that "
           "of the first row; use one kind"
         )
-  return rows
+  return Rows(
+    source=str(file),
+    texts=texts,
+    labels=None if label_field is None else labels,
+    places=[place for place, _ in table],
+    columns=columns,
+  )
 
 
 def _read_txt(file: pathlib.Path, task: config_lib.Task) -> Rows:
@@ -147,10 +150,12 @@ def _read_txt(file: pathlib.Path, task: config_lib.Task) -> Rows:
     )
   text = _text(file)
   if task == "lm":
-    return Rows(str(file), [text], None, [0])
+    return Rows(str(file), [text], None, [str(file)])
   lines = [(n, line) for n, line in _lines(text) if line.strip()]
-  numbers, found = zip(*lines, strict=True)
-  return Rows(str(file), [*found], None, [*numbers], ("text",))
+  places = [f"{file}:{number}" for number, _ in lines]
+  return Rows(
+    str(file), [line for _, line in lines], None, places, ("text",)
+  )
 
 
 def _text(file: pathlib.Path) -> str:
@@ -206,14 +211,14 @@ def _tsv_rows(
     label, tab, rest = line.partition("\t")
     if not tab:
       raise ConfigError(f"{file}:{number}: no tab; expected label<TAB>text")
-    table.append((number, {"label": label, "text": rest}))
+    table.append((f"{file}:{number}", {"label": label, "text": rest}))
   label, text = (table[0][1][name].strip() for name in ("label", "text"))
   labels = {row["label"].strip() for _, row in table[1:]}
   is_header = label.lower() == "label" and label not in labels
   is_labelled = task not in config_lib.UNLABELLED
   if is_labelled and (is_header or text.lower() == "label"):
     raise ConfigError(
-      f"{file}:{table[0][0]}: this looks like a header without a column of text; "
+      f"{table[0][0]}: this looks like a header without a column of text; "
       "name the columns label and text, or leave the header out"
     )
   return table
@@ -260,7 +265,7 @@ def _with_columns(
       )
     if row == columns:
       raise ConfigError(f"{file}:{number}: the header is repeated; remove it")
-    yield number, dict(zip(columns, row, strict=True))
+    yield f"{file}:{number}", dict(zip(columns, row, strict=True))
   if number is None:
     raise ConfigError(f"{file} has a header and no rows")
 
@@ -327,7 +332,7 @@ def _jsonl_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
       raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
     if not isinstance(row, dict):
       raise ConfigError(f"{file}:{number}: not a JSON object")
-    yield number, row
+    yield f"{file}:{number}", row
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -362,7 +367,7 @@ def _columnar_rows(
           number += 1
           named = {x: _named(row[x], names) for x, names in classes.items()}
           if not labelled or None not in named.values():
-            yield number, row | named
+            yield f"{file}:{number}", row | named
   except (pa.ArrowException, OSError) as error:
     raise ConfigError(
       f"cannot read {file}: {errors.first_line(error)}"

@@ -16,7 +16,7 @@ from folding.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-Row: TypeAlias = tuple[int, dict[str, Any]]  # line of a file, and its row
+Row: TypeAlias = tuple[str, dict[str, Any]]  # its "file:line", and its cells
 Table: TypeAlias = list[Row]
 
 STEMS = {  # file names, and beginnings of the names of TFDS splits
@@ -49,20 +49,15 @@ class Rows:
     source: File or TFDS split, for messages.
     texts: One for each row.
     labels: One for each row; None for a task without labels.
-    lines: Line of each row in the file; 0 for other sources.
+    places: "file:line" of each row, or another name of its source, for messages.
     columns: Column of the texts, or two of pairs; () for plain text.
   """
 
   source: str
   texts: list[Text]
   labels: list[Label] | None
-  lines: list[int]
+  places: list[str]
   columns: tuple[str, ...] = ()
-
-  def place(self, index: int) -> str:
-    """Returns "file:line" of a row."""
-    line = self.lines[index]
-    return f"{self.source}:{line}" if line else self.source
 
   def take(self, indices: Sequence[int]) -> "Rows":
     """Returns the rows at these indices, in this order."""
@@ -71,7 +66,7 @@ class Rows:
       self,
       texts=[self.texts[i] for i in indices],
       labels=None if labels is None else [labels[i] for i in indices],
-      lines=[self.lines[i] for i in indices],
+      places=[self.places[i] for i in indices],
     )
 
 
@@ -80,7 +75,7 @@ def choose_columns(
 ) -> tuple[tuple[str, ...], str | None]:
   """Returns the columns of texts and label, and warns of other texts.
 
-  The first row names the columns.
+  The first row names the columns. The label is None for a task without labels.
   """
   place, columns = str(file), list(table[0][1])
   label_field = _label_column(place, columns, data, task)
@@ -102,7 +97,7 @@ def choose_columns(
       " and ".join(chosen),
       ignored,
     )
-  return chosen, label_field
+  return chosen, None if task in config_lib.UNLABELLED else label_field
 
 
 def _label_column(

@@ -103,7 +103,7 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
       splits[split].labels or (),
       task,
       known,
-      place=splits[split].place,
+      places=splits[split].places,
       allow_ids=names is not None,
     )
     for split in SPLITS
@@ -243,7 +243,7 @@ def _cut(rows: Rows, fractions: dict[str, int | float]) -> dict[str, Rows]:
   found = cuts(len(text), fractions, functools.partial(text.find, "\n"))
   for name, (start, stop) in found.items():
     texts: list[Text] = [text[start:stop]] if stop > start else []
-    parts[name] = Rows(rows.source, texts, None, [0] * len(texts))
+    parts[name] = Rows(rows.source, texts, None, [rows.source] * len(texts))
   return parts
 
 
@@ -278,7 +278,7 @@ def cuts(
 
 def _cut_to(rows: Rows, limit: int) -> Rows:
   texts: list[Text] = [*first_bytes(map(_joined, rows.texts), limit)]
-  return Rows(rows.source, texts, None, [0] * len(texts))
+  return Rows(rows.source, texts, None, [rows.source] * len(texts))
 
 
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:

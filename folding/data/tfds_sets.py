@@ -94,7 +94,7 @@ def _fill(
     encoded = [example[name] for name in rows.columns]
     texts = [text.decode("utf-8", errors="replace") for text in encoded]
     rows.texts.append(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
-    rows.lines.append(0)
+    rows.places.append(rows.source)
     num_bytes += sum(map(len, encoded))
     if num_bytes >= limit:
       return

@@ -7,8 +7,10 @@ import pathlib
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tensorflow_datasets as tfds
+from pyarrow import parquet
 
 from folding.config import DataConfig
 from folding.data import sources
@@ -352,6 +354,16 @@ def test_malformed_files_are_refused(tmp_path, files, match):
   with pytest.raises(ConfigError, match=match) as caught:
     sources.load_texts(text_files.write(tmp_path, **files), "classify")
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["classify", "lm"])
+def test_mistake_in_a_later_file_names_that_file(tmp_path, task):
+  for number, text in enumerate(("a", None)):
+    table = pa.table({"text": ["b", text], "label": ["x", "y"]})
+    path = tmp_path / f"train-0000{number}-of-00002.parquet"
+    parquet.write_table(table, path)
+  with pytest.raises(ConfigError, match="train-00001-of-00002.parquet:2 has no"):
+    sources.load_texts(DataConfig(path=str(tmp_path)), task)
 
 
 def test_wrong_paths_and_columns_are_refused(tmp_path):
