@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -94,6 +95,13 @@ def _files_in(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
       found[split] = parts[0]
   if not found and (single := sorted(path.glob("data*.arrow"))):
     found["train"] = single
+  for part in found.values():
+    count = re.search(r"-of-(\d+)", part[0].name)
+    if count and int(count[1]) != len(part):
+      raise ConfigError(
+        f"{part[0]} is one of {int(count[1])} files, and its folder has "
+        f"{len(part)}; get all files of one download"
+      )
   if "train" not in found:
     raise ConfigError(
       f"{path} has no training text; name it train, with one of "
@@ -153,9 +161,7 @@ def _read_txt(file: pathlib.Path, task: config_lib.Task) -> Rows:
     return Rows(str(file), [text], None, [str(file)])
   lines = [(n, line) for n, line in _lines(text) if line.strip()]
   places = [f"{file}:{number}" for number, _ in lines]
-  return Rows(
-    str(file), [line for _, line in lines], None, places, ("text",)
-  )
+  return Rows(str(file), [line for _, line in lines], None, places, ("text",))
 
 
 def _text(file: pathlib.Path) -> str:
@@ -365,10 +371,14 @@ def _columnar_rows(
       for batch in batches:
         for row in batch.select(wanted).to_pylist():
           number += 1
-          named = {x: _named(row[x], names) for x, names in classes.items()}
+          place = f"{file}:{number}"
+          named = {
+            x: _named(row[x], names, place) for x, names in classes.items()
+          }
           if not labelled or None not in named.values():
-            yield f"{file}:{number}", row | named
-  except (pa.ArrowException, OSError) as error:
+            yield place, row | named
+  # Two columns of one name are a KeyError.
+  except (pa.ArrowException, KeyError, OSError) as error:
     raise ConfigError(
       f"cannot read {file}: {errors.first_line(error)}"
     ) from error
@@ -389,11 +399,18 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
   return found
 
 
-def _named(value: Any, names: list[str]) -> Any:
+def _named(value: Any, names: list[str], place: str) -> Any:
   """Returns the name of a class, or those of several; None: it has none."""
   if isinstance(value, list):
-    return [names[i] for i in value]
-  return names[value] if value is not None and value >= 0 else None
+    return [_named(x, names, place) for x in value]
+  if value is None or value == -1:
+    return None
+  if type(value) is not int or not 0 <= value < len(names):
+    raise ConfigError(
+      f"{place}: the class {value!r} is not the index of one of the "
+      f"{len(names)} names that the file has"
+    )
+  return names[value]
 
 
 _READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows}

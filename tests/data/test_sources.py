@@ -356,13 +356,53 @@ def test_malformed_files_are_refused(tmp_path, files, match):
   assert "\n" not in str(caught.value)
 
 
+def _classes(kind, **columns):
+  """Returns a table whose classes Hugging Face has named "x" and "y"."""
+  label = {"_type": "ClassLabel", "names": ["x", "y"]}
+  if kind == "labels":
+    label = {"_type": "Sequence", "feature": label}
+  info = json.dumps({"info": {"features": {kind: label}}})
+  return pa.table(columns).replace_schema_metadata({"huggingface": info})
+
+
+@pytest.mark.parametrize(
+  ("table", "task", "match"),
+  [
+    (_classes("label", text=["a", "b"], label=[0, 2]), "classify", ":2: .* 2 is"),
+    (_classes("label", text=["a"], label=["x"]), "classify", "'x' is not the"),
+    (_classes("label", text=["a"], label=[1.0]), "classify", "1.0 is not the"),
+    (_classes("labels", text=["a"], labels=[[0, 2]]), "multilabel", "2 is not"),
+    # -1 is not the last class.
+    (_classes("labels", text=["a"], labels=[[-1]]), "multilabel", ":1: .*None"),
+    (pa.table([["a"], ["x"], ["b"]], ["text", "label", "text"]), "lm", "2 times"),
+  ],
+)  # fmt: skip
+def test_malformed_parquet_is_refused(tmp_path, table, task, match):
+  parquet.write_table(table, tmp_path / "train.parquet")
+  with pytest.raises(ConfigError, match=match) as caught:
+    sources.load_texts(DataConfig(path=str(tmp_path)), task)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "name", ["train-00001-of-00002.parquet", "train/data-00000-of-00002.arrow"]
+)
+def test_incomplete_download_is_refused(tmp_path, name):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).touch()
+  with pytest.raises(ConfigError, match="is one of 2 files, .* has 1"):
+    sources.load_texts(DataConfig(path=str(tmp_path)), "lm")
+
+
 @pytest.mark.parametrize("task", ["classify", "lm"])
 def test_mistake_in_a_later_file_names_that_file(tmp_path, task):
   for number, text in enumerate(("a", None)):
     table = pa.table({"text": ["b", text], "label": ["x", "y"]})
     path = tmp_path / f"train-0000{number}-of-00002.parquet"
     parquet.write_table(table, path)
-  with pytest.raises(ConfigError, match="train-00001-of-00002.parquet:2 has no"):
+  with pytest.raises(
+    ConfigError, match="train-00001-of-00002.parquet:2 has no"
+  ):
     sources.load_texts(DataConfig(path=str(tmp_path)), task)
 
 
