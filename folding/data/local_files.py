@@ -4,6 +4,7 @@ import contextlib
 import csv
 import itertools
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,10 @@ from folding.data import rows as rows_lib
 from folding.data.rows import Row, Rows, Table
 from folding.errors import ConfigError
 
+_log = logging.getLogger(__name__)
+
 COLUMNAR = (".parquet", ".arrow")  # files that pyarrow reads
+_LABELS = "labels.txt"  # names of the classes, beside the files
 _BATCH = 1024  # rows of columnar files that are read together
 
 
@@ -30,11 +34,10 @@ def read_path(
     Rows by split: "train", and "valid" and "test" if there is a file; and the
     class names of a `labels.txt` beside them, None without one.
   """
-  splits = {
-    split: read_file(part, data, task)
-    for split, part in find_files(path, data).items()
-  }
-  listed = (path if path.is_dir() else path.parent) / "labels.txt"
+  found = find_files(path, data)
+  warn_of_ignored(path, found)
+  splits = {split: read_file(part, data, task) for split, part in found.items()}
+  listed = (path if path.is_dir() else path.parent) / _LABELS
   if task in config_lib.UNLABELLED or not listed.is_file():
     return splits, None
   names = [x.strip() for x in _decode(listed).split("\n") if x.strip()]
@@ -108,6 +111,24 @@ def _files_in(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
       f"{', '.join(config_lib.TEXT_ENDINGS)}"
     )
   return found
+
+
+def warn_of_ignored(
+  path: pathlib.Path, found: dict[str, list[pathlib.Path]]
+) -> None:
+  """Warns of files of text in a folder that belong to no split."""
+  used = {_LABELS, *(file.name for part in found.values() for file in part)}
+  names = [x.name for x in path.glob("*") if x.name not in used and x.is_file()]
+  ignored = sorted(
+    x for x in names if x.lower().endswith(config_lib.TEXT_ENDINGS)
+  )
+  if ignored:
+    _log.warning(
+      "%s: ignored: %s; the splits are called train, valid (or validation, val, "
+      "dev) and test",
+      path,
+      ", ".join(ignored),
+    )
 
 
 def read_file(

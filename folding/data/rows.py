@@ -21,7 +21,7 @@ Table: TypeAlias = list[Row]
 
 STEMS = {  # file names, and beginnings of the names of TFDS splits
   "train": ("train",),
-  "valid": ("valid", "validation", "dev"),
+  "valid": ("valid", "validation", "val", "dev"),
   "test": ("test",),
 }
 TEXT_NAMES = (  # the first whose columns are all there is chosen

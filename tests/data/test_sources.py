@@ -34,7 +34,7 @@ def test_tsv_folder_is_read_as_written(tmp_path):
   texts = load(
     tmp_path,
     train__tsv="0\t\"an open quote\n1\tit 's\u2028one line\x85still\n",
-    dev__tsv="0\tv\r\n\r\n1\tw\n\n",
+    val__tsv="0\tv\r\n\r\n1\tw\n\n",
     test__tsv="0\tt\r\n1\tu",
   )
   assert texts.texts == {
@@ -231,7 +231,7 @@ def test_lm_reads_txt_whole_and_rows_without_labels(tmp_path):
     tmp_path,
     "lm",
     train__txt="one\r\n\n two\n",
-    valid__jsonl=_jsonl({"text": "three", "label": 1.5}, {"text": "four"}),
+    dev__jsonl=_jsonl({"text": "three", "label": 1.5}, {"text": "four"}),
     test__tsv="0\tfive\n",
     labels__txt="a\na\n",
   )
@@ -261,6 +261,11 @@ def test_lm_reads_txt_whole_and_rows_without_labels(tmp_path):
     (
       {"train__tsv": "0\ta\n1\tb\n", "test__tsv": "0\tb\n0\tc\n1\tb\n"},
       "2 of 3 texts (66.7%) of the test split are in train too",
+    ),
+    (
+      {"train__tsv": "0\ta\n1\tb\n", "Test__tsv": "0\tc\n", "all__CSV": "", "notes__md": ""},
+      "ignored: Test.tsv, all.CSV; the splits are called train, valid (or "
+      "validation, val, dev) and test",
     ),
   ],
 )  # fmt: skip
