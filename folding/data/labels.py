@@ -1,7 +1,7 @@
 """Labels of rows -> arrays, by task: classes, sets of classes and scores."""
 
 import itertools
-import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from folding.errors import ConfigError
 Label: TypeAlias = str | float | tuple[str, ...]
 
 SCORE = "score"  # name of the only output of a regression
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def read_label(label: Any, task: Task, place: str) -> Label:
@@ -30,9 +31,17 @@ def read_label(label: Any, task: Task, place: str) -> Label:
     ConfigError: there is no label, or it is of another kind.
   """
   if task == "multilabel" and isinstance(label, str | list):
+    # pandas writes lists to .csv like this.
+    if isinstance(label, str) and re.fullmatch(
+      r"\[(['\"\d].*)?\]", label.strip()
+    ):
+      raise ConfigError(
+        f"{place}: the labels {label!r} are a list as text; write the classes "
+        "with commas between them, or lists in a .jsonl"
+      )
     names = label if isinstance(label, list) else label.split(",")
     classes = [_class(x, place) for x in names if x != "" or len(names) > 1]
-    if len(classes) > 2 and {*classes} <= {"0", "1"}:
+    if len(classes) > len({*classes}) and {*classes} <= {"0", "1"}:
       raise ConfigError(
         f"{place}: the labels {label!r} look like a 0 or 1 for each class; list "
         "the classes that apply instead, such as [2, 5]"
@@ -51,10 +60,11 @@ def read_label(label: Any, task: Task, place: str) -> Label:
 def _score(label: Any, place: str) -> float:
   if is_number(label) and not isinstance(label, bool):
     score = float(label)
-    if math.isfinite(score):
+    if abs(score) <= _LARGEST:
       return score
   raise ConfigError(
-    f"{place}: the label {label!r} is not a number, which task 'regress' needs"
+    f"{place}: the label {label!r} is not a number of float32, which task "
+    "'regress' needs"
   )
 
 

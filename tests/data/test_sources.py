@@ -196,12 +196,16 @@ def test_several_labels_are_lists_or_have_commas(tmp_path):
   [
     ("regress", {"train__tsv": "1.5\ta\nhigh\tb\n"}, "tsv:2: .*'high'"),
     ("regress", {"train__tsv": "1.5\ta\nnan\tb\n"}, "tsv:2: .*not a number"),
+    ("regress", {"train__tsv": "1.5\ta\n1e39\tb\n"}, "tsv:2: .*float32"),
     ("regress", {"train__txt": "a"}, "task 'regress' needs"),
     ("regress", {"train__tsv": PAIRS, "valid__tsv": "1\ta\n"}, "sentence1 and"),
     ("regress", {"train__tsv": PAIRS.replace("b c", " ")}, "sentence2 is empty"),
     ("multilabel", {"train__tsv": "a,,b\ta\n"}, "tsv:1: .*''"),
     ("multilabel", {"train__tsv": "a\ta\n"}, "one class, a"),
     ("multilabel", {"train__tsv": "0,1,1\ta\n"}, "tsv:1: .*for each class"),
+    ("multilabel", {"train__tsv": "a,b\ta\n1,1\tb\n"}, "tsv:2: .*for each class"),
+    ("multilabel", {"train__tsv": "['a', 'b']\ta\n"}, "tsv:1: .*list as text"),
+    ("multilabel", {"train__tsv": "a,b\ta\n[]\tb\n"}, "tsv:2: .*list as text"),
     ("lm", {"train__tsv": PAIRS}, "several columns of text"),
   ],
 )  # fmt: skip
