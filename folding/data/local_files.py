@@ -245,7 +245,7 @@ def _tsv_rows(
   is_labelled = task not in config_lib.UNLABELLED
   if is_labelled and (is_header or text.lower() == "label"):
     raise ConfigError(
-      f"{table[0][0]}: this looks like a header without a column of text; "
+      f"{table[0][0]}: {first!r:.60} looks like a header without a column of text; "
       "name the columns label and text, or leave the header out"
     )
   return table
@@ -356,7 +356,9 @@ def _jsonl_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
     try:
       row = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-      raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
+      raise ConfigError(
+        f"{file}:{number}: not JSON, an object per line ({error})"
+      ) from error
     if not isinstance(row, dict):
       raise ConfigError(f"{file}:{number}: not a JSON object")
     yield f"{file}:{number}", row

@@ -120,7 +120,7 @@ def _label_column(
     f"{place} has no column {' or '.join(map(repr, LABEL_NAMES[task]))}"
     f"{f' ({others})' if others else ''}; name the column of "
     "labels with data.label_field (and that of texts with data.text_field); "
-    f"the columns are {', '.join(columns)}"
+    f"the columns are {', '.join(map(repr, columns))}"
   )
 
 
@@ -154,7 +154,10 @@ def choose_texts(
   if chosen:
     return chosen
   if not texts:
-    raise ConfigError(f"{place} has no text column; set data.text_field")
+    raise ConfigError(
+      f"{place} has no text column; set data.text_field to one of "
+      f"{', '.join(map(repr, columns)) or 'its columns'}"
+    )
   if len(texts) > 1:
     raise ConfigError(
       f"{place} has several columns of text ({', '.join(texts)}); choose one"
@@ -170,7 +173,7 @@ def _require_column(
   if wanted not in columns:
     raise ConfigError(
       f"{place} has no {role} column {wanted!r} (data.{role}_field); its "
-      f"columns are: {', '.join(columns) or 'none'}"
+      f"columns are: {', '.join(map(repr, columns)) or 'none'}"
     )
 
 

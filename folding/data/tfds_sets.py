@@ -170,8 +170,8 @@ def _prepared(
         raise
   except tfds.core.DatasetNotFoundError as error:
     raise ConfigError(
-      f"TFDS has no data set {data.name!r} (data.name); see the names in its "
-      f"catalog, or {instead}"
+      f"TFDS has no data set {data.name!r} (data.name), and there is no such file "
+      f"or folder; see the names in its catalog, or {instead}"
     ) from error
   # A builder may fail in any way: no network, a missing library, a moved page.
   except Exception as error:
