@@ -58,6 +58,8 @@ def datasets(where: str) -> dict[str, c.Config]:
       found[name] = language_model(path)
     elif names:
       raise ConfigError(f"{path!r} has neither train.tsv nor train.txt")
+  if not found:
+    raise ConfigError(f"no folder in {folder!r} has train.tsv or train.txt")
   return found
 
 

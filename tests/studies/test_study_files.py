@@ -85,6 +85,7 @@ def test_folders_become_data_sets_in_the_order_of_their_names(data):
   [
     (from_scratch, "{data}/nowhere", "no folder"),
     (from_scratch, "{data},no-data", "neither"),
+    (from_scratch, "{data}/words", "no folder in '.*words' has train.tsv"),
     (pretrained, "{run},{data},words", "no data of"),
     (pretrained, "{run}", "CHECKPOINT"),
   ],
