@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
@@ -196,6 +197,8 @@ def require_workdir(path: str) -> None:
   wildcards, because Orbax finds its files by a glob pattern.
   """
   require_local(path)
+  if not path:
+    raise ConfigError("the name of a folder is empty")
   whole = os.path.abspath(path)
   if os.path.lexists(whole) and not os.path.isdir(whole):
     raise ConfigError(f"{path} is there already and not a folder")
@@ -316,8 +319,10 @@ def call_in_file(where: str, function: str) -> Any:
   except ConfigError:
     raise
   except (Exception, SystemExit) as error:  # any error of the user's code
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f":{x.lineno}" for x in frames if x.filename == path]
     raise ConfigError(
-      f"{function}() of {path!r} fails: {reason(error)}"
+      f"{function}() of {path}{lines[-1] if lines else ''} fails: {reason(error)}"
     ) from error
   finally:
     sys.path.remove(root)

@@ -188,7 +188,7 @@ def unknown_field(where: str, name: str, names: Iterable[str]) -> str:
   """
   names = list(names)
   found = f"{where} has no field {name!r}"
-  near = difflib.get_close_matches(name, names)
+  near = difflib.get_close_matches(name, names, n=1)
   if not near:
     lasts = [n.split(".")[-1] for n in names]
     likely = difflib.get_close_matches(name.split(".")[-1], lasts)

@@ -70,7 +70,12 @@ def test_train_runs_the_config_that_the_flags_ask_for(monkeypatch, capsys):
     ([*QUICKSTART, "--workdir=W", "--config.pretrained="], "it is empty"),
     ([*QUICKSTART, "--workdir=W", "--config.data.path="], "it is empty"),
     ([*QUICKSTART, "--workdir=W", "--config.model.num_layers=9999"], "1024"),
+    (
+      [*QUICKSTART, "--workdir=W", "--config.trian.steps=1"],
+      "mean train.steps?",
+    ),
     ([*QUICKSTART, "--workdir=x\udcff"], "UTF-8"),
+    ([*QUICKSTART, "--workdir="], "empty"),
     (
       [*QUICKSTART, "--workdir=README.md"],
       "README.md is there already and not a folder",

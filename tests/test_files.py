@@ -77,7 +77,9 @@ def test_damaged_json_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("import sys\nsys.exit(7)\n", "SystemExit: 7"),
+    ("import sys\nsys.exit(7)\n", "a.py:2 fails: SystemExit: 7"),
+    ("def get_config():\n  return {}[1]\n", "a.py:2 fails: KeyError: 1"),
+    ("def get_config(:\n", "a.py fails: SyntaxError: .*line 1"),
     ("def get_study(): ...\n", r"a.py' has no get_config\(\)"),
   ],
 )
