@@ -200,5 +200,5 @@ def _finish(axes: Any, x_label: str, y_label: str) -> None:
   axes.grid(True)
   axes.set_xlabel(x_label)
   axes.set_ylabel(y_label)
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
   axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.12g}"))

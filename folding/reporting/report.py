@@ -188,13 +188,17 @@ def describe(run: Run) -> str:
   if not result["finished"]:
     steps += f" of {result['total_steps']:,}"
   return (
-    f"A {kind} with {model.num_layers} layers, width {model.width} and "
-    f"{model.num_heads} heads, trained for {steps} steps in "
+    f"A {kind} with {_counted(model.num_layers, 'layer')}, width {model.width} "
+    f"and {_counted(model.num_heads, 'head')}, trained for {steps} steps in "
     f"{duration(result['seconds'])} on {result['device']}. It stores "
     f"{overall['stored']:,} parameters; its dense baseline has "
     f"{overall['dense']:,} (compression {percent(overall['compression'])}). "
     f"Test: {_test_metric(run.test)}."
   )
+
+
+def _counted(number: int, noun: str) -> str:
+  return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def percent(fraction: int | float | None) -> str:

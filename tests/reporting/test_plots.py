@@ -31,6 +31,13 @@ def test_draw_lines_names_the_first_seven_series():
   assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats)")
 
 
+def test_steps_of_a_short_run_are_whole_numbers():
+  with plots.figure() as drawing:
+    axes = drawing.subplots()
+    plots.draw_lines(axes, {"a": [(1, 1), (4, 2)]}, x_label="step", y_label="")
+  assert [x for x in axes.get_xticks() if 1 <= x <= 4] == [1, 2, 3, 4]
+
+
 def test_draw_points_keeps_the_color_of_a_missing_point():
   points = {"a": None, "b": plots.Point(4, 2, 0.5, 0.25)}
   with plots.figure() as drawing:

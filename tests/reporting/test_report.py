@@ -120,6 +120,17 @@ def test_plots_show_the_records_and_when_fpp_prunes(tmp_path, monkeypatch):
   assert widths == [counts[group]["stored"] for group in report.GROUPS]
 
 
+def test_one_layer_is_in_the_singular(tmp_path):
+  model = config_lib.ModelConfig(num_layers=1)
+  workdir = synthetic_run.write(
+    tmp_path / "a", synthetic_run.config(model=model)
+  )
+  text = report.describe(report.load_run(workdir))
+  assert text.startswith(
+    "A language model with 1 layer, width 128 and 16 heads,"
+  )
+
+
 def test_settings_are_the_fields_that_differ_from_the_default_run(tmp_path):
   config = synthetic_run.config(
     model=config_lib.ModelConfig(width=256), seed=3, preset="moderate"
