@@ -221,11 +221,9 @@ def _tsv_rows(
   Without a header, a line is `label<TAB>text`.
   """
   lines = list(_lines(_text(file)))
-  first, others = lines[0][1], [line for _, line in lines[1:]]
+  first = lines[0][1]
   columns = first.split("\t")
-  # A header does not occur again; label<TAB>text that looks like one may.
-  is_row = len(columns) == 2 and first in others
-  if _is_header(columns, data, task) and not is_row:
+  if _is_header(columns, data, task):
     cells = [(number, line.split("\t")) for number, line in lines[1:]]
     return list(_with_columns(file, columns, cells))
   if named := _named_columns(data):
@@ -320,9 +318,8 @@ def rows_of(
       yield from _columnar_rows(file, column, labelled)
       continue
     try:
-      # The csv module finds the line ends itself, some of which are in quotes.
-      newline = "" if file.suffix == ".csv" else None
-      with open(file, encoding="utf-8-sig", newline=newline) as lines:
+      # As they are: the csv module needs the line ends in quotes.
+      with open(file, encoding="utf-8-sig", newline="") as lines:
         yield from _READERS[file.suffix](file, lines)
     except UnicodeDecodeError as error:
       raise ConfigError(f"{file} is not UTF-8; save it as UTF-8") from error

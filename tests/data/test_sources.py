@@ -65,7 +65,7 @@ def test_labels_txt_orders_the_classes(tmp_path, rows):
   ],
 )
 def test_labels_are_sorted_as_numbers_or_words(tmp_path, labels, names):
-  texts = load(tmp_path, train__tsv=_tsv((x, "text") for x in labels))
+  texts = load(tmp_path, train__tsv=_tsv((x, "a text") for x in labels))
   assert texts.label_names == names
   assert texts.labels["train"].tolist() == [names.index(x) for x in labels]
 
@@ -332,6 +332,7 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     ({"train__csv": 'text,label\n"a"b,1\n'}, "csv:2: not valid CSV"),
     ({"train__csv": "body,kind\na,0\n"}, "'label'.*'body', 'kind'"),
     ({"train__csv": "text,label\na,0\ntext,label\nb,1\n"}, "csv:3: .*repeated"),
+    ({"train__tsv": "label\ttext\nx\ta\nlabel\ttext\n"}, "tsv:3: .*repeated"),
     ({"train__csv": "text,label\na,1e0\n"}, "csv:2: .*whole number"),
     ({"train__jsonl": '{"text": "a"\n'}, "jsonl:1: not JSON"),
     ({"train__jsonl": '{"text": "a", "text": "b"}\n'}, "jsonl:1: .*twice"),
