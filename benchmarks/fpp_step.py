@@ -13,7 +13,6 @@ every nine steps. With --devices, CPU devices are simulated, and parameters,
 optimizer state and masks are split over all of them.
 """
 
-import dataclasses
 import statistics
 
 import jax
@@ -29,10 +28,18 @@ from folding.training.step import Program
 NAMES = {"held": "between mask updates", "check": "at a mask update"}
 
 
+def get_config(devices: int, *, prunes: bool) -> config_lib.Config:
+  """Returns the resolved config of the quickstart, with or without FPP."""
+  config = quickstart.get_config()
+  config.mesh = config_lib.MeshConfig(data=1, fsdp=devices)
+  if not prunes:
+    config.fpp = config_lib.FPPConfig(linear=0.0, embedding=0.0)
+  return config_lib.resolve(config)
+
+
 def measure(rounds: int, devices: int = 1) -> dict:
   """Returns seconds and ratios."""
-  config = config_lib.resolve(quickstart.get_config())
-  config.mesh = config_lib.MeshConfig(data=1, fsdp=devices)
+  config = get_config(devices, prunes=True)
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
   vocab_size, d = config.data.vocab_size, config.data
   tokens = np.random.default_rng(0).integers(
@@ -44,15 +51,14 @@ def measure(rounds: int, devices: int = 1) -> dict:
     "weights": np.ones((d.batch_size, d.length), np.float32),
   }
   batch = sharding.put_batch(mesh, batch)
-  unpruned = dataclasses.replace(config.fpp, linear=0.0, embedding=0.0)
   bare, pruned = (
     Program(
-      dataclasses.replace(config, fpp=fpp),
+      get_config(devices, prunes=prunes),
       mesh,
       vocab_size=vocab_size,
       num_classes=0,
     )
-    for fpp in (unpruned, config.fpp)
+    for prunes in (False, True)
   )
   calls = {
     "bare": _stepper(bare, batch, is_mask_update=False),
