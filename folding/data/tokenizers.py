@@ -9,7 +9,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import tokenizers
@@ -22,6 +22,7 @@ from folding.data.special_tokens import END, PAD, SpecialTokens
 from folding.errors import ConfigError
 
 Text: TypeAlias = str | tuple[str, str]  # or a pair of texts
+_Single = TypeVar("_Single", bound=str | Iterable[str])  # a string, or slices
 
 NUM_BYTES = 256
 _GROUP = 4096  # rows that are encoded together
@@ -404,10 +405,13 @@ def vocab_size(data: DataConfig) -> int:
   return load_tokenizer(data.tokenizer).vocab_size
 
 
-def flat(texts: Iterable[Text | Iterable[str]]) -> Iterator[Any]:
+def flat(texts: Iterable[_Single | tuple[str, str]]) -> Iterator[_Single | str]:
   """Yields all texts, the two of a pair one after the other."""
   for text in texts:
-    yield from text if isinstance(text, tuple) else (text,)
+    if isinstance(text, tuple):
+      yield from text
+    else:
+      yield text
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
