@@ -183,14 +183,15 @@ def make_data(
   share = slice(process_index, None, process_count)
   if config.task == "lm":
     made = _data_of_windows(data, tokenizer, seed=seed, share=share)
+    unit, lower = f"windows of {data.length} tokens", "data.length or "
   else:
     made = _data_of_rows(config, tokenizer, texts, seed=seed, share=share)
+    unit, lower = "texts", ""
   count = made.num_examples["train"]
   if count < data.batch_size:
     raise ConfigError(
-      f"the train split has {count} {made.examples.unit} of {data.length} "
-      f"tokens, fewer than one batch of {data.batch_size}; lower "
-      "data.batch_size or give more text"
+      f"the train split has {count} {unit}, fewer than one batch of "
+      f"{data.batch_size}; lower {lower}data.batch_size, or give more text"
     )
   return made
 
@@ -287,7 +288,6 @@ class _Windows:
     train_ids: The training stream, as a list of one.
   """
 
-  unit = "windows"
   has_segments = False
 
   def __init__(
@@ -342,8 +342,6 @@ class _Rows:
     train_ids: Ids of each training row.
     has_segments: Whether the tokenizer distinguishes the texts of a pair.
   """
-
-  unit = "texts"
 
   def __init__(
     self,

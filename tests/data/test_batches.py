@@ -216,9 +216,14 @@ def test_a_batch_that_does_not_divide_is_refused(config, field):
     batches.make_data(config, process_count=4)
 
 
-def test_a_train_split_below_one_batch_is_refused(config):
-  config.data.batch_size = 5000
-  with pytest.raises(ConfigError, match="5000"):
+def test_a_train_split_below_one_batch_is_refused(tmp_path):
+  _, config = labelled_rows.write(tmp_path, batch_size=5000)
+  with pytest.raises(
+    ConfigError, match="has 203 texts, .* lower data.batch_size"
+  ):
+    batches.make_data(config)
+  config = _lm(tmp_path, length=5000)
+  with pytest.raises(ConfigError, match="has 0 windows of 5000 .* data.length"):
     batches.make_data(config)
 
 
