@@ -188,6 +188,10 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
   whole, decimals = "{:,.0f}".format, "{:.3f}".format
   quality = variant.spread(_quality).mean
   base = reference.spread(_quality).mean
+  change = "–"
+  # Of a negative correlation the sign would be wrong.
+  if quality is not None and base is not None and base > 0:
+    change = f"{quality / base - 1:+.1%}"
   steps = sorted({run.result["steps"] for run in variant.runs})
 
   def cell(metric: Callable[[Run], Any], form: Callable[..., str]) -> str:
@@ -197,7 +201,7 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
     variant.name,
     ", ".join(str(run.config.seed) for run in variant.runs),
     cell(_quality, report.percent if metric == "accuracy" else decimals),
-    f"{quality / base - 1:+.1%}" if quality is not None and base else "–",
+    change,
     cell(lambda run: run.parameters["overall"]["compression"], report.percent),
     cell(_stored, whole),
     cell(lambda run: run.allocated, whole),

@@ -29,6 +29,22 @@ def three_kinds(tmp_path) -> list[str]:
   ]
 
 
+@pytest.mark.parametrize(
+  ("reference", "change"), [(0.4, "-25.0%"), (-0.4, "–"), (0.0, "–")]
+)
+def test_change_of_a_negative_correlation_is_left_out(
+  tmp_path, reference, change
+):
+  runs = []
+  for seed, value in enumerate((reference, 0.3)):
+    test = {"loss": 1.0, "spearman": value, "num_examples": 9}
+    config = synthetic_run.config(task="regress", seed=seed, dense=seed == 0)
+    runs.append(synthetic_run.write(tmp_path / f"{seed}", config, test=test))
+  text = compare.compare(runs, str(tmp_path / "out"))
+  [row] = [line for line in text.splitlines() if line.startswith("| 1 ")]
+  assert row.split("|")[4].strip() == change
+
+
 def test_compare_shows_the_measured_values(three_kinds, tmp_path, monkeypatch):
   drawings, save = [], plots.save
   monkeypatch.setattr(
