@@ -1,7 +1,6 @@
 """The report of one run: `report.json`, `report.md`, `report.html`, plots."""
 
 import dataclasses
-import datetime
 import math
 import os
 import pathlib
@@ -208,7 +207,8 @@ def percent(fraction: int | float | None) -> str:
 
 def duration(seconds: int | float) -> str:
   """Returns a time as hours, minutes and seconds, such as "0:03:51"."""
-  return str(datetime.timedelta(seconds=round(seconds)))
+  minutes, rest = divmod(round(seconds), 60)
+  return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def table(

@@ -120,6 +120,13 @@ def test_plots_show_the_records_and_when_fpp_prunes(tmp_path, monkeypatch):
   assert widths == [counts[group]["stored"] for group in report.GROUPS]
 
 
+@pytest.mark.parametrize(
+  ("seconds", "text"), [(230.6, "0:03:51"), (90_061, "25:01:01")]
+)
+def test_duration_is_in_hours(seconds, text):
+  assert report.duration(seconds) == text  # pages sort by three numbers
+
+
 def test_one_layer_is_in_the_singular(tmp_path):
   model = config_lib.ModelConfig(num_layers=1)
   workdir = synthetic_run.write(
