@@ -420,6 +420,8 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
         done, _ = futures.wait(
           running, timeout=_POLL_SECONDS, return_when=futures.FIRST_COMPLETED
         )
+        if stopped(0):  # the runs may have had the signal too
+          break
         for future in done:
           trial = running.pop(future)
           try:

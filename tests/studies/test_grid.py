@@ -207,18 +207,22 @@ def test_run_study_refuses_finished_runs_of_another_config(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_run_study_stops_at_a_signal(number, tmp_path):
+def test_run_study_stops_at_a_signal(number, tmp_path, capsys):
   class Engine(FakeEngine):
     def submit(self, config, trial):
       signal.raise_signal(number)
       return super().submit(config, trial)
 
-  study, engine = make_study(), Engine()
+  study = make_study()
+  # The run stops by the same signal.
+  first = study.trials(str(tmp_path))[0]
+  engine = Engine({first.name: "unfinished"})
   before = signal.getsignal(number)
   with pytest.raises(KeyboardInterrupt):
     grid.run_study(study, str(tmp_path), engine)
-  assert (len(engine.names), engine.stopped) == (1, True)
+  assert (engine.names, engine.stopped) == ([first.name], True)
   assert signal.getsignal(number) == before
+  assert "failed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
