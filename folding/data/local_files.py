@@ -118,16 +118,20 @@ def warn_of_ignored(
 ) -> None:
   """Warns of files of text in a folder that belong to no split."""
   used = {_LABELS, *(file.name for part in found.values() for file in part)}
-  names = [x.name for x in path.glob("*") if x.name not in used and x.is_file()]
   ignored = sorted(
-    x for x in names if x.lower().endswith(config_lib.TEXT_ENDINGS)
+    file.name
+    for file in path.glob("*")
+    if file.name not in used
+    and file.name.lower().endswith(config_lib.TEXT_ENDINGS)
+    and file.is_file()
   )
   if ignored:
+    more = ", ..." if len(ignored) > 5 else ""
     _log.warning(
       "%s: ignored: %s; the splits are called train, valid (or validation, val, "
       "dev) and test",
       path,
-      ", ".join(ignored),
+      ", ".join(ignored[:5]) + more,
     )
 
 
