@@ -346,13 +346,14 @@ def _read_data(config: Config, workdir: str, is_new: bool) -> Data:
   data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
   for split in ("valid", "test"):
     if not data.num_examples[split]:
-      raise ConfigError(
-        f"there is no text for the {split} split: train has "
-        f"{data.num_examples['train']} texts in {data.num_classes} classes, and "
-        "each class gives up its own share, rounded; raise "
-        f"data.{split}_fraction, give more text, or check whether labels and "
-        "texts are swapped"
-      )
+      advice = f"raise data.{split}_fraction or give more text"
+      if config.task == "classify":
+        advice += (
+          f" (train has {data.num_examples['train']} texts in {data.num_classes} "
+          "classes, and each gives up its own share, rounded; perhaps labels and "
+          "texts are swapped)"
+        )
+      raise ConfigError(f"there is no text for the {split} split; {advice}")
   if not is_new:
     run_dir.require_same_text(workdir, data.digest)
   if is_new and config.fpp.embedding_granularity == "trim":

@@ -312,7 +312,7 @@ _OVERALL = {"overall": 0.99, "linear": None, "embedding": None}
   [
     ({"data": {"path": "nowhere.txt"}}, "nowhere.txt"),
     ({"data": {"batch_size": 100_000}}, "fewer than one batch"),
-    ({"data": {"valid_fraction": 1e-9}}, "no text for the valid split"),
+    ({"data": {"valid_fraction": 1e-9}}, "valid split; raise .* text$"),
     ({"mesh": {"data": 3}}, "does not multiply"),
     ({"fpp": _OVERALL}, "cannot be reached"),
     ({"pretrained": "nowhere/to/be/found"}, "nowhere/to/be/found"),
