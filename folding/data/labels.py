@@ -63,7 +63,7 @@ def _score(label: Any, place: str) -> float:
     if abs(score) <= _LARGEST:
       return score
   raise ConfigError(
-    f"{place}: the label {label!r} is not a number of float32, which task "
+    f"{place}: the label {label!r} is not a number that fits float32, which task "
     "'regress' needs"
   )
 
