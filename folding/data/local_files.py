@@ -390,9 +390,11 @@ def _columnar_rows(
         batches = stack.enter_context(pa.ipc.open_stream(opened))
         schema = batches.schema
       wanted = [column] if column else schema.names
-      classes = {k: v for k, v in _class_names(schema).items() if k in wanted}
+      names_of = _class_names(file, schema)
+      classes = {k: v for k, v in names_of.items() if k in wanted}
       number = 0
       for batch in batches:
+        batch.validate(full=True)  # damaged arrays may crash the interpreter
         for row in batch.select(wanted).to_pylist():
           number += 1
           place = f"{file}:{number}"
@@ -402,24 +404,31 @@ def _columnar_rows(
           if not labelled or None not in named.values():
             yield place, row | named
   # Two columns of one name are a KeyError.
-  except (pa.ArrowException, KeyError, OSError) as error:
+  except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
     raise ConfigError(
       f"cannot read {file}: {errors.first_line(error)}"
     ) from error
 
 
-def _class_names(schema: Any) -> dict[str, list[str]]:
+def _class_names(file: pathlib.Path, schema: Any) -> dict[str, list[str]]:
   """Returns {column: names of its classes} that Hugging Face has stored."""
   metadata = (schema.metadata or {}).get(b"huggingface")
   if metadata is None:
     return {}
-  features = json.loads(metadata).get("info", {}).get("features") or {}
   found = {}
-  for name, feature in features.items():
-    # A list of classes has them one level further inside.
-    inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
-    if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
-      found[name] = inner["names"]
+  try:
+    features = json.loads(metadata).get("info", {}).get("features") or {}
+    for name, feature in features.items():
+      # A list of classes has them one level further inside.
+      if isinstance(feature, dict):
+        feature = feature.get("feature", feature)
+      if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+        found[name] = list(feature["names"])
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConfigError(
+      f"{file}: the description of its columns by Hugging Face is damaged "
+      f"({errors.reason(error)})"
+    ) from error
   return found
 
 

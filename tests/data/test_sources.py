@@ -381,6 +381,11 @@ def _classes(kind, **columns):
   return pa.table(columns).replace_schema_metadata({"huggingface": info})
 
 
+def _described(text):
+  table = pa.table({"text": ["a"]})
+  return table.replace_schema_metadata({"huggingface": text})
+
+
 @pytest.mark.parametrize(
   ("table", "task", "match"),
   [
@@ -391,6 +396,8 @@ def _classes(kind, **columns):
     # -1 is not the last class.
     (_classes("labels", text=["a"], labels=[[-1]]), "multilabel", ":1: .*None"),
     (pa.table([["a"], ["x"], ["b"]], ["text", "label", "text"]), "lm", "2 times"),
+    (_described("{"), "lm", "by Hugging Face is damaged"),
+    (_described('{"info": {"features": [1]}}'), "lm", "by Hugging Face is damaged"),
   ],
 )  # fmt: skip
 def test_malformed_parquet_is_refused(tmp_path, table, task, match):
@@ -398,6 +405,32 @@ def test_malformed_parquet_is_refused(tmp_path, table, task, match):
   with pytest.raises(ConfigError, match=match) as caught:
     sources.load_texts(DataConfig(path=str(tmp_path)), task)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_damaged_text_is_refused(tmp_path, ending):
+  path = tmp_path / f"train{ending}"
+  table = pa.table({"text": ["abcdefgh"] * 9})
+  if ending == ".parquet":
+    parquet.write_table(table, path, use_dictionary=False, compression="none")
+  else:
+    with pa.ipc.new_stream(path, table.schema) as writer:
+      writer.write_table(table)
+  path.write_bytes(path.read_bytes().replace(b"abcd", b"a\xffcd"))
+  with pytest.raises(ConfigError, match="cannot read .*UTF"):
+    sources.load_texts(DataConfig(path=str(path)), "lm")
+
+
+def test_damaged_offsets_are_refused(tmp_path):
+  table = pa.table({"text": ["a" * 1000, "b" * 1000]})
+  with pa.ipc.new_stream(tmp_path / "train.arrow", table.schema) as writer:
+    writer.write_table(table)
+  content = (tmp_path / "train.arrow").read_bytes()
+  ends = [size.to_bytes(4, "little") for size in (1000, 2000, 1 << 30)]
+  content = content.replace(b"".join(ends[:2]), ends[0] + ends[2])
+  (tmp_path / "train.arrow").write_bytes(content)
+  with pytest.raises(ConfigError, match="cannot read"):
+    sources.load_texts(DataConfig(path=str(tmp_path)), "lm")
 
 
 @pytest.mark.parametrize(
