@@ -650,6 +650,8 @@ def describe(values: dict[str, Any]) -> Description:
   for field, only in (SUPPORTED | family.only).items():
     _check_supported(field, values.get(field), only)
   config = _read(family, values)
+  if config.causal:  # transformers since 5.2 makes any decoder bidirectional
+    _check_supported("is_causal", values.get("is_causal"), True)
   has_segments = "type_vocab_size" in family.defaults
   problem, label_names = _read_labels(values)
   pad_id = values.get("pad_token_id", 0)

@@ -145,6 +145,7 @@ REFUSED = [
   ("llama", YARN, "rope_type 'yarn'"),
   ("llama", {"rope_scaling": {"type": "linear"}}, r"needs \['factor'\]"),
   ("llama", PARTIAL, "partial_rotary_factor=0.25"),
+  ("llama", {"is_causal": False}, "is_causal=False .*; only True is"),
   ("llama", {"attention_bias": True}, "with mlp_bias=False"),
   ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
   ("qwen2", SLIDING | {"layer_types": ["chunked"] * N}, "layer_types"),
