@@ -1,23 +1,38 @@
 """The files by which sentence-transformers makes vectors of a checkpoint.
 
 modules.json lists the steps: the model, 1_Pooling and perhaps 2_Normalize.
-sentence_bert_config.json limits the length of texts.
+sentence_bert_config.json limits the length of texts; without that,
+tokenizer_config.json does. Pooling is written with a flag per kind, as before
+version 5.4 of the library, because all versions read that.
 """
 
+import contextlib
 import dataclasses
 import os
 from typing import Any, NamedTuple
 
+import tokenizers
+
 from folding import files
 from folding.config import ModelConfig, Pooling
 from folding.errors import ConfigError, reason
+from folding.models.hf_weights import TOKENIZER
 
 MODULES, LIMITS = "modules.json", "sentence_bert_config.json"
-_POOLING = "pooling_mode_"
-_POOLINGS: dict[Pooling, str] = {
-  "first": "cls_token",
-  "mean": "mean_tokens",
-  "last": "lasttoken",
+_PROMPTS, _OPTIONS = (
+  "config_sentence_transformers.json",
+  "tokenizer_config.json",
+)
+_MODE = "pooling_mode"
+_FLAGS: dict[Pooling, str] = {
+  "first": f"{_MODE}_cls_token",
+  "mean": f"{_MODE}_mean_tokens",
+  "last": f"{_MODE}_lasttoken",
+}
+_MODES: dict[str, Pooling] = {
+  "cls": "first",
+  "mean": "mean",
+  "lasttoken": "last",
 }
 
 
@@ -45,7 +60,8 @@ def read(path: str | os.PathLike) -> Sentence | None:
   """Returns how a folder makes sentence vectors; None: no files say so.
 
   Raises:
-    ConfigError: the files are damaged, or name another step or pooling.
+    ConfigError: the files are damaged, or name another step or pooling, a prompt
+      before each text, or lower case that the tokenizer does not make.
   """
   modules_path = os.path.join(path, MODULES)
   if not os.path.isfile(modules_path):
@@ -56,22 +72,60 @@ def read(path: str | os.PathLike) -> Sentence | None:
     pooling = files.read_json(
       os.path.join(path, steps["Pooling"], "config.json"), dict
     )
+    modes = _pooling_modes(pooling)
   except (LookupError, TypeError, AttributeError, OSError) as error:
     raise ConfigError(f"{modules_path} is damaged: {reason(error)}") from None
   left = sorted(steps.keys() - {"Transformer", "Pooling", "Normalize"})
-  used = [x for x in pooling if x.startswith(_POOLING) and pooling[x] is True]
-  names: dict[str, Pooling] = {_POOLING + y: x for x, y in _POOLINGS.items()}
-  if left or len(used) != 1 or used[0] not in names:
+  if left or len(modes) != 1 or modes[0] not in _MODES:
     raise ConfigError(
-      f"{path} makes sentence vectors by {', '.join(left or used) or 'nothing'}; "
-      f"only one of {', '.join(names)} is supported"
+      f"{path} makes sentence vectors by {', '.join(left or modes) or 'nothing'}; "
+      f"only one of {', '.join(_MODES)} is supported"
     )
-  length, limits_path = None, os.path.join(path, LIMITS)
-  if os.path.isfile(limits_path):
-    length = files.read_json(limits_path, dict).get("max_seq_length")
+  prompts = _read_options(path, _PROMPTS)
+  if name := prompts.get("default_prompt_name"):
+    raise ConfigError(
+      f"{os.path.join(path, _PROMPTS)} puts the prompt {name!r} before each text, "
+      "which is not supported; set default_prompt_name to null there, and write "
+      "the prompt into your texts"
+    )
+  limits, limits_path = _read_options(path, LIMITS), os.path.join(path, LIMITS)
+  if limits.get("do_lower_case") is True and not _lowers(path):
+    raise ConfigError(
+      f"{limits_path} lowers the case of texts (do_lower_case), and {TOKENIZER} "
+      "does not; add a Lowercase normalizer to that"
+    )
+  length = limits.get("max_seq_length")
+  if length is None:
+    length = _read_options(path, _OPTIONS).get("model_max_length")
+    length = length if type(length) is int else None
   if length is not None and not (type(length) is int and length > 0):
     raise ConfigError(f"{limits_path}: max_seq_length is {length!r}")
-  return Sentence(names[used[0]], "Normalize" in steps, length)
+  return Sentence(_MODES[modes[0]], "Normalize" in steps, length)
+
+
+def _pooling_modes(pooling: dict[str, Any]) -> list[str]:
+  """Returns the kinds of pooling that a 1_Pooling/config.json combines."""
+  if _MODE in pooling:
+    modes = pooling[_MODE]
+    return [modes] if isinstance(modes, str) else list(map(str, modes))
+  # Before version 5.4, such as "pooling_mode_mean_tokens": true.
+  flags = (x for x in pooling if x.startswith(_MODE) and pooling[x] is True)
+  return [x[len(_MODE) + 1 :].split("_token")[0] for x in flags]
+
+
+def _read_options(path: str | os.PathLike, name: str) -> dict[str, Any]:
+  file = os.path.join(path, name)
+  return files.read_json(file, dict) if os.path.isfile(file) else {}
+
+
+def _lowers(path: str | os.PathLike) -> bool:
+  """Returns whether the tokenizer of a folder ignores case."""
+  # The library raises plain Exception if the file is missing or damaged.
+  with contextlib.suppress(Exception):
+    file = os.path.join(path, TOKENIZER)
+    normalizer = tokenizers.Tokenizer.from_file(file).normalizer
+    return normalizer is not None and normalizer.normalize_str("A") == "a"
+  return False
 
 
 def write(path: str | os.PathLike, model: ModelConfig, max_length: int) -> None:
@@ -93,8 +147,7 @@ def write(path: str | os.PathLike, model: ModelConfig, max_length: int) -> None:
     for n, kind in enumerate(kinds)
   ]
   pooling: dict[str, Any] = {"word_embedding_dimension": model.width}
-  for ours, theirs in _POOLINGS.items():
-    pooling[_POOLING + theirs] = model.pooling == ours
+  pooling |= {flag: model.pooling == x for x, flag in _FLAGS.items()}
   limits = {"max_seq_length": max_length, "do_lower_case": False}
   for name, content in (
     ("1_Pooling/config.json", pooling),

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 
 from folding.config import ModelConfig
 from folding.errors import ConfigError
@@ -32,6 +33,55 @@ def test_written_files_are_read_back(tmp_path, pooling, normalize):
   assert [m["type"].rsplit(".", 1)[-1] for m in modules] == kinds
 
 
+@pytest.mark.parametrize(
+  ("mode", "pooling"),
+  [
+    ("cls", "first"),
+    ("mean", "mean"),
+    ("lasttoken", "last"),
+    (["cls"], "first"),
+  ],
+)
+def test_pooling_of_sentence_transformers_5_4_is_read(tmp_path, mode, pooling):
+  sentence.write(tmp_path, ModelConfig(), 9)
+  config = {"embedding_dimension": 12, "pooling_mode": mode}
+  (tmp_path / "1_Pooling/config.json").write_text(json.dumps(config))
+  # The length of texts is then in the options of the tokenizer.
+  (tmp_path / "sentence_bert_config.json").write_text(
+    json.dumps({"transformer_task": "feature-extraction"})
+  )
+  assert sentence.read(tmp_path) == (pooling, False, None)
+  options = tmp_path / "tokenizer_config.json"
+  options.write_text(json.dumps({"model_max_length": 7}))
+  assert sentence.read(tmp_path) == (pooling, False, 7)
+
+
+def test_prompt_before_each_text_is_refused(tmp_path):
+  sentence.write(tmp_path, ModelConfig(), 9)
+  path = tmp_path / "config_sentence_transformers.json"
+  values = {"prompts": {"query": "query: "}, "default_prompt_name": None}
+  path.write_text(json.dumps(values))
+  assert sentence.read(tmp_path) == ("mean", False, 9)
+  values["default_prompt_name"] = "query"
+  path.write_text(json.dumps(values))
+  with pytest.raises(ConfigError, match="'query'.*default_prompt_name to null"):
+    sentence.read(tmp_path)
+
+
+def test_lower_case_needs_a_tokenizer_that_makes_it(tmp_path):
+  sentence.write(tmp_path, ModelConfig(), 9)
+  limits = {"max_seq_length": 9, "do_lower_case": True}
+  (tmp_path / "sentence_bert_config.json").write_text(json.dumps(limits))
+  inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a"))
+  path = tmp_path / "tokenizer.json"
+  inner.save(str(path))
+  with pytest.raises(ConfigError, match="Lowercase normalizer"):
+    sentence.read(tmp_path)
+  inner.normalizer = tokenizers.normalizers.Lowercase()
+  inner.save(str(path))
+  assert sentence.read(tmp_path) == ("mean", False, 9)
+
+
 def test_folder_without_the_files_says_nothing(tmp_path):
   assert sentence.read(tmp_path) is None
 
@@ -44,9 +94,12 @@ def test_folder_without_the_files_says_nothing(tmp_path):
     ("modules.json", [{"type": 3, "path": ""}], "damaged"),
     ("modules.json", [{"type": "x.Pooling", "path": "none"}], "none"),
     ("modules.json", {}, "list"),
-    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "max_tokens"),
+    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "by max;"),
     ("1_Pooling/config.json", dict.fromkeys(POOLINGS.values(), True), "cls"),
     ("1_Pooling/config.json", {}, "nothing"),
+    ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "weighted"),
+    ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, "cls, mean;"),
+    ("1_Pooling/config.json", {"pooling_mode": 3}, "damaged"),
     ("sentence_bert_config.json", {"max_seq_length": 0}, "0"),
     ("sentence_bert_config.json", {"max_seq_length": True}, "True"),
     ("sentence_bert_config.json", {"max_seq_length": "9"}, "'9'"),
