@@ -167,9 +167,14 @@ class Generator:
     margin: float = 1.6,
   ):
     if model.num_classes:
-      raise ConfigError("this model is a classifier and predicts no next token")
-    if not model.config.causal:
-      raise ConfigError("a model that sees later tokens cannot predict them")
+      raise ConfigError(
+        "this model is a classifier and predicts no next token; use folding predict"
+      )
+    if model.embeds or not model.config.causal:
+      raise ConfigError(
+        "this model makes vectors of texts and predicts no next token; use "
+        "folding encode"
+      )
     if cache == "linear" and not constant_state.layers(model):
       raise ConfigError(
         "no layer has a constant state: that takes fold.groups=1, and neither "

@@ -297,11 +297,13 @@ def test_model_with_nan_is_refused(one, generator, temperature):
 
 @pytest.mark.parametrize(
   ("task", "causal", "message"),
-  [("classify", True, "is a classifier"), ("lm", False, "sees later tokens")],
+  [
+    ("classify", True, "is a classifier"),
+    ("embed", True, "makes vectors"),
+    ("embed", False, "makes vectors"),
+  ],
 )
 def test_model_without_next_token_is_refused(task, causal, message):
-  model = models.make(task, c.ModelConfig(**SHAPE, causal=True)).model
-  if not causal:
-    model = model.clone(config=c.ModelConfig(**SHAPE, causal=False))
+  model = models.make(task, c.ModelConfig(**SHAPE, causal=causal)).model
   with pytest.raises(ConfigError, match=message):
     Generator(model)
