@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -83,7 +83,7 @@ def _predict(
   labelled = tuple(f"{label}\t" for label in loaded.labels)
   while group := list(itertools.islice(texts, size)):
     for text in group:
-      if isinstance(text, str) == bool(pair):
+      if not _is_text(text, bool(pair)):
         kind = f"pairs ({' and '.join(pair)})" if pair else "single texts"
         raise ConfigError(
           f"this model reads {kind}, and {text!r:.80} is not one"
@@ -108,3 +108,11 @@ def _predict(
         yield Prediction(text, tuple(x for x, is_in in chosen if is_in), row)
       else:
         yield Prediction(text, loaded.labels[int(row.argmax())], row)
+
+
+def _is_text(text: Any, is_pair: bool) -> bool:
+  """Returns whether a text is a string or, for pairs, two strings."""
+  if not is_pair:
+    return isinstance(text, str)
+  is_two = isinstance(text, tuple | list) and len(text) == 2
+  return is_two and all(isinstance(part, str) for part in text)

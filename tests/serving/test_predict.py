@@ -74,8 +74,10 @@ def test_pairs_are_read_with_their_segments():
   logits = apply({"params": model.params}, joined, None, True, types)
   expected = np.exp(logits[0]) / np.exp(logits[0]).sum()
   np.testing.assert_allclose(one.probabilities, expected, atol=2e-6)
-  with pytest.raises(ConfigError, match="reads pairs .a and b."):
-    list(predict_lib.predict(model, ["the cat"]))
+  for wrong in ("the cat", None, (), ("the cat",), ("a", None), (None, "a")):
+    with pytest.raises(ConfigError, match="reads pairs .a and b.") as caught:
+      list(predict_lib.predict(model, iter([wrong])))
+    assert repr(wrong) in str(caught.value)
   for wrong in (pair, None):  # None: a missing value, which types exclude
     with pytest.raises(ConfigError, match=re.escape(f"{wrong!r} is not")):
       list(predict_lib.predict(models.make(), iter(["the cat", wrong])))
