@@ -69,6 +69,8 @@ def read(path: str | os.PathLike) -> Sentence | None:
   try:
     modules = files.read_json(modules_path, list)
     steps = {m["type"].rsplit(".", 1)[-1]: m["path"] for m in modules}
+    if [*steps] == ["Transformer"]:  # a cross-encoder, since version 5.4
+      return None
     pooling = files.read_json(
       os.path.join(path, steps["Pooling"], "config.json"), dict
     )

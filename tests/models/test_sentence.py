@@ -56,6 +56,12 @@ def test_pooling_of_sentence_transformers_5_4_is_read(tmp_path, mode, pooling):
   assert sentence.read(tmp_path) == (pooling, False, 7)
 
 
+def test_cross_encoder_makes_no_vectors(tmp_path):
+  module = {"idx": 0, "type": "x.transformer.Transformer", "path": ""}
+  (tmp_path / "modules.json").write_text(json.dumps([module]))
+  assert sentence.read(tmp_path) is None
+
+
 def test_prompt_before_each_text_is_refused(tmp_path):
   sentence.write(tmp_path, ModelConfig(), 9)
   path = tmp_path / "config_sentence_transformers.json"
