@@ -875,7 +875,11 @@ def misfit(
     value, needed = getattr(config, name), getattr(nearest, name)
     if name not in free and value != needed:
       part = "'s sequence classifier" if name in head else ""
-      return f"{family}{part} needs model.{name}={needed!r}; it is {value!r}"
+      fits = [needed]
+      if name in entry.fields and name in VALUES:
+        fits = dict.fromkeys(VALUES[name].values())
+      needs = " or ".join(map(repr, fits))
+      return f"{family}{part} needs model.{name}={needs}; it is {value!r}"
   return None
 
 

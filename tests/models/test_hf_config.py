@@ -280,7 +280,7 @@ def test_family_of_unknown_architecture_is_refused(config, message):
   ("bert", {"pooler_norm": True}, "needs model.pooler_norm=False"),
   # transformers has no projection of embeddings as wide as the model.
   ("electra", {"embed_width": 16}, "needs model.embed_width=0"),
-  ("modernbert", {"pooling": "last"}, "pooling='first'; it is 'last'"),
+  ("modernbert", {"pooling": "last"}, "pooling='first' or 'mean'; it is 'last'"),
   ("distilbert", {"pooler_activation": "tanh"}, "pooler_activation='relu'"),
   ("distilbert", {"norm_epsilon": 1e-5}, "needs model.norm_epsilon=1e-12"),
   ("llama", {"pooling": "mean"}, "needs model.pooling='last'"),
