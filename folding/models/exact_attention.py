@@ -54,8 +54,9 @@ def attend(
     cap: Limit of the logits before the bias, see `soft_cap`.
   """
   B, L, H, _ = q_BLHG.shape
+  q_BHLG = q_BLHG.swapaxes(1, 2)
   logits_BHLM = attention_logits(
-    q_BLHG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim, cap=cap
+    q_BHLG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim, cap=cap
   )
   att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMr.dtype)
   out = att.reshape(*v_IMr.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMr
@@ -104,7 +105,7 @@ def attend_whole(
 
   def logits(q_BHLG, query_L, keys: blocks.Keys, key_M, biases):
     return attention_logits(
-      q_BHLG.swapaxes(1, 2),
+      q_BHLG,
       keys.k_BJMG.swapaxes(-1, -2),
       bias(query_L, key_M, biases),
       None if keys.mask_B1M is None else keys.mask_B1M[:, 0],
@@ -123,7 +124,7 @@ def attend_whole(
 
 
 def attention_logits(
-  q_BLHG: Float[Array, "B L H G"],
+  q_BHLG: Float[Array, "B H L G"],
   k_JGM: Float[Array, "*J G M"],
   bias_HLM: Float[Array, "#H L M"],
   mask_BM: Bool[Array, "#B M"] | None,
@@ -132,9 +133,9 @@ def attention_logits(
   cap: float | None = None,
 ) -> Float[Array, "B H L M"]:
   """Returns the attention logits of `attend`, before the softmax."""
-  B, L, H, G = q_BLHG.shape
+  B, H, L, G = q_BHLG.shape
   # The L queries of the R heads that share a key head are N rows of one matrix.
-  q_JNG = q_BLHG.transpose(0, 2, 1, 3).reshape(*k_JGM.shape[:-2], -1, G)
+  q_JNG = q_BHLG.reshape(*k_JGM.shape[:-2], -1, G)
   # In float32: sums in bfloat16 would lose small terms.
   logits = jnp.matmul(q_JNG, k_JGM, preferred_element_type=jnp.float32)
   scale = head_dim**0.5 / G  # = (K / G) / sqrt(K)

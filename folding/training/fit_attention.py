@@ -115,7 +115,7 @@ def _logits(block, params, x, mask):
     position_L = jnp.arange(x.shape[1])
     q, k, _ = block.attn.project(block.attention_input(x), position_L)
     return attention_logits(
-      q,
+      q.swapaxes(1, 2),
       k.transpose(0, 2, 3, 1),
       block.attn.bias(position_L, position_L),
       mask,

@@ -209,7 +209,7 @@ def test_logits_of_bfloat16_are_summed_in_float32():
   bias = jnp.zeros((1, L, L))
   logits = jax.jit(
     exact_attention.attention_logits, static_argnames="head_dim"
-  )(q, k.transpose(0, 2, 3, 1), bias, None, head_dim=size)
+  )(q.swapaxes(1, 2), k.transpose(0, 2, 3, 1), bias, None, head_dim=size)
   q, k = oracle.wide(q, k)
   expected = np.einsum("blhk,bmhk->bhlm", q, k) / size**0.5
   # Products of bfloat16 numbers are exact in float32; in bfloat16, sums of up
