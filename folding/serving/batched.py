@@ -32,6 +32,21 @@ def require_several(texts: Iterable[Text]) -> None:
     raise ConfigError("give a list of texts; this is one text")
 
 
+def require_texts(
+  texts: Iterable[Any], pair: tuple[str, str] | None = None
+) -> None:
+  """Raises `ConfigError` unless all texts are strings or, for pairs, two each."""
+  for text in texts:
+    if pair:
+      is_two = isinstance(text, tuple | list) and len(text) == 2
+      is_right = is_two and all(isinstance(part, str) for part in text)
+    else:
+      is_right = isinstance(text, str)
+    if not is_right:
+      kind = f"pairs ({' and '.join(pair)})" if pair else "single texts"
+      raise ConfigError(f"this model reads {kind}, and {text!r:.80} is not one")
+
+
 def require_finite(is_finite: np.ndarray, dtype: str) -> None:
   """Raises `ConfigError` unless all outputs of a model are finite."""
   if not is_finite.all():

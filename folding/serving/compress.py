@@ -12,10 +12,12 @@ from folding.data.padding import (
   by_length,
   encode_rows,
   padded,
+  segments_of,
 )
+from folding.data.tokenizers import Encoded, Text
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
-from folding.serving.batched import require_several
+from folding.serving.batched import require_several, require_texts
 from folding.serving.loaded import Loaded, load
 from folding.training.compress import compress_params
 from folding.training.recipe import recipe
@@ -25,7 +27,7 @@ _ROWS = 64  # texts per batch
 
 def compress(
   model: str | os.PathLike | Loaded,
-  texts: Sequence[str],
+  texts: Sequence[Text],
   *,
   saving: float = 0.7,
   max_texts: int = 512,
@@ -39,13 +41,14 @@ def compress(
 
   Args:
     model: A dense model, or a path or hub id that `folding.load` reads.
-    texts: Single texts like those that the model will read.
+    texts: Texts, or pairs of texts, like those that the model will read.
     saving: Fraction of the parameters to save.
     max_texts: Number of texts to fit to. The embedding is fitted to all texts.
 
   Raises:
-    ConfigError: the model is folded or shrunk already, `texts` is one string or
-      too short, a number is out of range, or no plan saves as much.
+    ConfigError: the model is folded or shrunk already, `texts` is one string, too
+      short, or not of the model's kind, a number is out of range, or no plan
+      saves as much.
 
   Example:
     from folding.serving.predict import predict
@@ -62,6 +65,8 @@ def compress(
   loaded = model if isinstance(model, Loaded) else load(model)
   if not config_lib.is_whole(loaded.config):
     raise ConfigError("this model is folded or shrunk; give the dense one")
+  texts = list(texts)
+  require_texts(texts, loaded.pair)
   config = dataclasses.replace(
     config_lib.dense_baseline(loaded.config), dense=False
   )
@@ -70,24 +75,27 @@ def compress(
   config.compress.prune = "sparsegpt"
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
-  rows = encode_rows(loaded.tokenizer, list(texts), config.data.length).ids
-  counts = np.bincount(np.concatenate([[0], *rows]))
+  encoded = encode_rows(loaded.tokenizer, texts, config.data.length)
+  counts = np.bincount(np.concatenate([[0], *encoded.ids]))
   small = compress_params(
     config,
     loaded.params,
-    _batches(rows[:max_texts], config.data.length, loaded.tokenizer.pad_id),
+    _batches(encoded, max_texts, config.data.length, loaded.tokenizer.pad_id),
     token_usage(counts, loaded.num_rows),
   )
   return Loaded(small.config, small.params, loaded.tokenizer, loaded.labels)
 
 
 def _batches(
-  rows: list[np.ndarray], length: int, pad_id: int
+  encoded: Encoded, max_texts: int, length: int, pad_id: int
 ) -> list[dict[str, np.ndarray]]:
   """Returns texts of similar length in batches, padded to few lengths."""
-  batches = []
+  rows, batches = encoded.ids[:max_texts], []
   for members, bucket in by_length(rows, bucket_lengths(length), _ROWS):
     chosen = [rows[i] for i in members]
     tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)
-    batches.append({"tokens": tokens, "mask": mask})
+    batch = {"tokens": tokens, "mask": mask}
+    if encoded.seconds is not None:
+      batch["segments"] = segments_of(encoded.seconds[members], mask)
+    batches.append(batch)
   return batches

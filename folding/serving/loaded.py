@@ -25,7 +25,12 @@ from folding.models import hf_weights, sentence
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
-from folding.serving.batched import outputs, require_several, require_size
+from folding.serving.batched import (
+  outputs,
+  require_several,
+  require_size,
+  require_texts,
+)
 from folding.serving.packed import load_packed
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
@@ -72,9 +77,7 @@ class Loaded:
     self.require_encoder()
     require_several(texts)
     texts = list(texts)
-    for number, text in enumerate(texts):
-      if not isinstance(text, str):
-        raise ConfigError(f"text {number} is not a string: {text!r:.60}")
+    require_texts(texts)
     return outputs(
       self.config,
       self.tokenizer,

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +12,12 @@ from folding.config import UNLABELLED
 from folding.data.labels import Label
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
-from folding.serving.batched import outputs, require_several, require_size
+from folding.serving.batched import (
+  outputs,
+  require_several,
+  require_size,
+  require_texts,
+)
 from folding.serving.loaded import Loaded
 
 _log = logging.getLogger(__name__)
@@ -82,12 +87,7 @@ def _predict(
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
   labelled = tuple(f"{label}\t" for label in loaded.labels)
   while group := list(itertools.islice(texts, size)):
-    for text in group:
-      if not _is_text(text, bool(pair)):
-        kind = f"pairs ({' and '.join(pair)})" if pair else "single texts"
-        raise ConfigError(
-          f"this model reads {kind}, and {text!r:.80} is not one"
-        )
+    require_texts(group, pair)
     firsts = (text if isinstance(text, str) else text[0] for text in group)
     if labelled and all(text.startswith(labelled) for text in firsts):
       _log.warning("each line begins with a label, which is read as its text")
@@ -108,11 +108,3 @@ def _predict(
         yield Prediction(text, tuple(x for x, is_in in chosen if is_in), row)
       else:
         yield Prediction(text, loaded.labels[int(row.argmax())], row)
-
-
-def _is_text(text: Any, is_pair: bool) -> bool:
-  """Returns whether a text is a string or, for pairs, two strings."""
-  if not is_pair:
-    return isinstance(text, str)
-  is_two = isinstance(text, tuple | list) and len(text) == 2
-  return is_two and all(isinstance(part, str) for part in text)

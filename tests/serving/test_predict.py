@@ -8,7 +8,9 @@ import pytest
 import folding
 from folding import config as c
 from folding.errors import ConfigError
+from folding.serving import compress as compress_lib
 from folding.serving import predict as predict_lib
+from folding.training.compress import Compressed
 from tests.serving import models
 
 
@@ -146,3 +148,30 @@ def test_predict_of_lines_with_labels_warns_once(model, caplog, mark):
   texts = [f"{label}{mark}the cat" for label in model.labels] * 2
   list(predict_lib.predict(model, texts, batch_size=2, at_once=True))
   assert len(caplog.messages) == (mark == "\t")
+
+
+def test_compress_fits_pairs_with_their_segments(monkeypatch):
+  shape = c.bert(**models.SHAPE, segments=2)
+  dense = c.FoldConfig(groups=0, values="dense")
+  model = models.make(model=shape, fold=dense)
+  model.config.data.text_field = ("a", "b")
+  pairs = [("the cat", "a dog ran to the barn"), ("a", "a"), ("cat", "old")]
+  seen = []
+
+  def compress_params(config, params, batches, usage_V):
+    seen.extend(batches)
+    return Compressed(config, params, [])
+
+  monkeypatch.setattr(compress_lib, "compress_params", compress_params)
+  folding.compress(model, pairs, max_texts=2)
+  rows = model.tokenizer.encode_rows(pairs[:2], 40)
+  [batch] = seen
+  sizes = [row.size for row in rows.ids]
+  # The shorter pair comes first.
+  assert batch["mask"].sum(1).tolist() == sorted(sizes)
+  seconds = [
+    row.size - n for row, n in zip(rows.ids, rows.seconds, strict=True)
+  ]
+  assert batch["segments"].sum(1).tolist() == sorted(seconds)
+  with pytest.raises(ConfigError, match="reads pairs"):
+    folding.compress(model, ["the cat", "a dog"])
