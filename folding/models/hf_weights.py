@@ -758,8 +758,14 @@ def describe_pretrained(folder: pathlib.Path) -> Description:
     return hf_config.describe(values)
   except ConfigError as error:
     raise ConfigError(f"{folder}: {error}") from None
-  except (AttributeError, LookupError, TypeError, ValueError) as error:
-    # Some value is of another type than in transformers.
+  except (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+  ) as error:
+    # Some value is of another type or range than in transformers.
     raise ConfigError(
       f"{folder}: {CONFIG} is broken: {errors.reason(error)}"
     ) from error

@@ -382,6 +382,10 @@ BROKEN = {
   "list": (_written("config.json", "[]"), "config.json is damaged"),
   "model": (_configured(model_type="t5"), "llama: config.json: .*'t5'"),
   "type": (_configured(rope_scaling="linear"), "config.json is broken"),
+  "zero": (
+    _configured(model_type="modernbert", global_attn_every_n_layers=0),
+    "config.json is broken: ZeroDivision",
+  ),
   "pickle": (_pickled, r"pickles are not read; .*save_pretrained\(\)"),
   "truncated": (_cut("model.safetensors"), "model.safetensors is truncated"),
   "quantized": (_quantized, "model.norm.weight is stored as I8"),
