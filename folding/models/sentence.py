@@ -60,8 +60,8 @@ def read(path: str | os.PathLike) -> Sentence | None:
   """Returns how a folder makes sentence vectors; None: no files say so.
 
   Raises:
-    ConfigError: the files are damaged, or name another step or pooling, a prompt
-      before each text, or lower case that the tokenizer does not make.
+    ConfigError: the files are damaged, or ask for another step or pooling, for a
+      prompt before each text, or for lowercase that the tokenizer does not make.
   """
   modules_path = os.path.join(path, MODULES)
   if not os.path.isfile(modules_path):
@@ -71,17 +71,16 @@ def read(path: str | os.PathLike) -> Sentence | None:
     steps = {m["type"].rsplit(".", 1)[-1]: m["path"] for m in modules}
     if [*steps] == ["Transformer"]:  # a cross-encoder, since version 5.4
       return None
-    pooling = files.read_json(
-      os.path.join(path, steps["Pooling"], "config.json"), dict
-    )
-    modes = _pooling_modes(pooling)
+    used = sorted(steps.keys() - {"Transformer", "Pooling", "Normalize"})
+    if not used:
+      file = os.path.join(path, steps["Pooling"], "config.json")
+      used = _pooling_modes(files.read_json(file, dict))
   except (LookupError, TypeError, AttributeError, OSError) as error:
     raise ConfigError(f"{modules_path} is damaged: {reason(error)}") from None
-  left = sorted(steps.keys() - {"Transformer", "Pooling", "Normalize"})
-  if left or len(modes) != 1 or modes[0] not in _MODES:
+  if len(used) != 1 or used[0] not in _MODES:
     raise ConfigError(
-      f"{path} makes sentence vectors by {', '.join(left or modes) or 'nothing'}; "
-      f"only one of {', '.join(_MODES)} is supported"
+      f"{path} makes sentence vectors by {', '.join(used) or 'nothing'}; only "
+      f"one of {', '.join(_MODES)} is supported"
     )
   prompts = _read_options(path, _PROMPTS)
   if name := prompts.get("default_prompt_name"):
@@ -93,16 +92,16 @@ def read(path: str | os.PathLike) -> Sentence | None:
   limits, limits_path = _read_options(path, LIMITS), os.path.join(path, LIMITS)
   if limits.get("do_lower_case") is True and not _lowers(path):
     raise ConfigError(
-      f"{limits_path} lowers the case of texts (do_lower_case), and {TOKENIZER} "
-      "does not; add a Lowercase normalizer to that"
+      f"{limits_path} sets do_lower_case, and {TOKENIZER} has no Lowercase "
+      "normalizer; add one to it"
     )
   length = limits.get("max_seq_length")
-  if length is None:
-    length = _read_options(path, _OPTIONS).get("model_max_length")
-    length = length if type(length) is int else None
   if length is not None and not (type(length) is int and length > 0):
     raise ConfigError(f"{limits_path}: max_seq_length is {length!r}")
-  return Sentence(_MODES[modes[0]], "Normalize" in steps, length)
+  if length is None:
+    most = _read_options(path, _OPTIONS).get("model_max_length")
+    length = most if type(most) is int else None
+  return Sentence(_MODES[used[0]], "Normalize" in steps, length)
 
 
 def _pooling_modes(pooling: dict[str, Any]) -> list[str]:
@@ -121,7 +120,7 @@ def _read_options(path: str | os.PathLike, name: str) -> dict[str, Any]:
 
 
 def _lowers(path: str | os.PathLike) -> bool:
-  """Returns whether the tokenizer of a folder ignores case."""
+  """Returns whether the tokenizer of a folder makes lowercase."""
   # The library raises plain Exception if the file is missing or damaged.
   with contextlib.suppress(Exception):
     file = os.path.join(path, TOKENIZER)

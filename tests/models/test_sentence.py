@@ -100,6 +100,7 @@ def test_folder_without_the_files_says_nothing(tmp_path):
     ("modules.json", [{"type": 3, "path": ""}], "damaged"),
     ("modules.json", [{"type": "x.Pooling", "path": "none"}], "none"),
     ("modules.json", {}, "list"),
+    ("modules.json", [{"type": "x.SpladePooling", "path": ""}], "by Splade"),
     ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "by max;"),
     ("1_Pooling/config.json", dict.fromkeys(POOLINGS.values(), True), "cls"),
     ("1_Pooling/config.json", {}, "nothing"),
