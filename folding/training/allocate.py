@@ -181,7 +181,7 @@ def cheapest(
           moves.append((price, key, j))
     if not moves:
       raise ConfigError(
-        "no plan reaches the target; lower fpp.overall (or compress.qkv)"
+        "no plan reaches the target; save less (fpp.overall, compress.qkv)"
       )
     _, key, j = min(moves)
     chosen[key] = j

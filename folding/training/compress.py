@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from folding import config as config_lib
-from folding import files
+from folding import files, paths
 from folding.config import Config
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
@@ -103,12 +103,17 @@ def compress_params(
   Raises:
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
+  source = f"{config.pretrained}: " if config.pretrained else ""
+  for name, w in paths.flatten(dense).items():
+    if not np.isfinite(w).all():
+      raise ConfigError(
+        f"{source}{name} is not finite; the weights are damaged"
+      )
   try:
     return _compress(config, dense, batches, usage_V, is_head_drawn)
   except ConfigError:
     raise
-  except ValueError as error:  # weights are not finite, or moments singular
-    source = f"{config.pretrained}: " if config.pretrained else ""
+  except ValueError as error:  # moments are singular
     raise ConfigError(f"{source}{error}") from error
 
 

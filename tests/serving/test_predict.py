@@ -175,3 +175,11 @@ def test_compress_fits_pairs_with_their_segments(monkeypatch):
   assert batch["segments"].sum(1).tolist() == sorted(seconds)
   with pytest.raises(ConfigError, match="reads pairs"):
     folding.compress(model, ["the cat", "a dog"])
+
+
+def test_compress_names_weights_that_are_not_finite():
+  dense = c.FoldConfig(groups=0, values="dense")
+  damaged = models.make(model=c.bert(**models.SHAPE), fold=dense)
+  damaged.params["blocks_1"]["mlp"]["up"]["kernel"][0, 0] = np.nan
+  with pytest.raises(ConfigError, match="blocks_1/mlp/up/kernel is not finite"):
+    folding.compress(damaged, ["the cat", "a dog"])
