@@ -4,6 +4,7 @@ This works on any pytree of dicts, sequences or attributes. Patterns are regular
 expressions that must match a whole path.
 """
 
+import collections
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,15 +12,24 @@ from typing import Any
 import jax
 
 
-def path_name(key_path: tuple[Any, ...]) -> str:
-  """Returns a key path of `jax.tree_util` as "a/b/0".
+def _names(tree: Any) -> list[str]:
+  """Returns the paths of the leaves, such as "a/b/0".
 
   The attribute `value` of a Flax NNX variable is left out: some states hold
-  variables, others their arrays.
+  variables, others their arrays. It is an only child, unlike the `value` of a
+  dataclass with other fields.
   """
-  if key_path[-1:] == (jax.tree_util.GetAttrKey("value"),):
-    key_path = key_path[:-1]
-  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+  key_paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  prefixes = (path[:n] for path in key_paths for n in range(len(path)))
+  num_leaves = collections.Counter(prefixes)
+
+  def name(path):
+    is_value = path[-1:] == (jax.tree_util.GetAttrKey("value"),)
+    if is_value and num_leaves[path[:-1]] == 1:
+      path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+  return [name(path) for path in key_paths]
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -32,8 +42,8 @@ def flatten(tree: Any) -> dict[str, Any]:
     >>> flatten({"mlp": {"up": 1, "down": 2}})
     {'mlp/down': 2, 'mlp/up': 1}
   """
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  found = {path_name(key_path): leaf for key_path, leaf in leaves}
+  leaves = jax.tree.leaves(tree)
+  found = dict(zip(_names(tree), leaves, strict=True))
   if len(found) < len(leaves):
     raise ValueError(
       f"two leaves of a tree have the same path: {', '.join(found)}"
@@ -43,11 +53,9 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   """Maps function(path, leaf, *leaves of the other trees) over a tree."""
-  return jax.tree_util.tree_map_with_path(
-    lambda key_path, *leaves: function(path_name(key_path), *leaves),
-    tree,
-    *rest,
-  )
+  leaves, structure = jax.tree.flatten(tree)
+  others = [structure.flatten_up_to(other) for other in rest]
+  return structure.unflatten(map(function, _names(tree), leaves, *others))
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:

@@ -111,6 +111,33 @@ def test_a_pattern_that_does_not_parse_is_named():
     paths.matching("(", ["a"])
 
 
-def test_path_name_of_arrays_in_a_list():
-  (key_path, _), *_ = jax.tree_util.tree_leaves_with_path([{"w": np.ones(1)}])
-  assert paths.path_name(key_path) == "0/w"
+def test_flatten_names_arrays_in_a_list():
+  assert list(paths.flatten([{"w": np.ones(1)}])) == ["0/w"]
+
+
+class Attention(NamedTuple):
+  query: object
+  value: object
+
+
+class Variable(NamedTuple):
+  value: object
+
+
+def test_flatten_leaves_out_value_only_of_an_only_child():
+  tree = {
+    "array": Attention(1, 2),
+    "module": Attention({"kernel": 3}, 4),
+    "nnx": Variable(5),
+  }
+  expected = {
+    "array/query": 1,
+    "array/value": 2,
+    "module/query/kernel": 3,
+    "module/value": 4,
+    "nnx": 5,
+  }
+  assert paths.flatten(tree) == expected
+  named = paths.map_named(lambda name, x: (name, x), tree)
+  is_pair = lambda x: type(x) is tuple
+  assert jax.tree.leaves(named, is_leaf=is_pair) == list(expected.items())
