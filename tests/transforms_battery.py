@@ -125,14 +125,15 @@ def one_trace(make, extra, folder):
 
 def keeps_tree_and_dtypes(make, extra, folder):
   del folder
-  for dtype in (jnp.float32, jnp.bfloat16):
-    params, tx = make_params(dtype), make()
-    before = jax.eval_shape(tx.init, params)
-    after, state = jax.eval_shape(
-      make_step(tx, extra), params, before, jnp.float32(0)
-    )
-    assert after == jax.eval_shape(lambda: make_params(dtype))  # noqa: B023
-    assert state == before
+  for dtype in (jnp.float32, jnp.bfloat16, jnp.float64):
+    with jax.enable_x64(dtype == jnp.float64):
+      params, tx = make_params(dtype), make()
+      before = jax.eval_shape(tx.init, params)
+      after, state = jax.eval_shape(
+        make_step(tx, extra), params, before, jnp.float32(0)
+      )
+      assert after == jax.eval_shape(lambda: params)  # noqa: B023
+      assert state == before
 
 
 def inside_a_chain(make, extra, folder):

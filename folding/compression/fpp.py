@@ -386,7 +386,7 @@ class _FPP:
           f"fpp: nothing finite but 0 was observed for {site.name!r}",
         )
       planes[site.name] = jnp.stack(new)
-      pruned += count.sum()
+      pruned += count.sum(dtype=jnp.int32)
     if self.debug:
       checkify.check(
         pruned >= state.zeroed,
