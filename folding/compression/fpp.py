@@ -203,7 +203,7 @@ class _FPP:
       )
     for name, least in (("every", 1), ("patience", 0), ("tolerance", 0)):
       value = getattr(self, name)
-      if value is not None and value < least:
+      if value is not None and not value >= least:
         raise ValueError(f"fpp: {name} must be at least {least}; it is {value}")
     if not 0 <= self.decay < 1:
       raise ValueError(f"fpp: decay must be in [0, 1); it is {self.decay}")

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import chex
 import flax.linen as nn
@@ -158,6 +159,7 @@ def test_fpp_passes_the_battery(case, check, tmp_path):
     ({"score": "size"}, "score must be one of .*'size'"),
     ({"decay": 1.0}, "decay must be in"),
     ({"tolerance": -0.1}, "tolerance must be at least 0"),
+    ({"tolerance": math.nan}, "tolerance must be at least 0"),
   ],
   ids=lambda x: None if isinstance(x, str) else next(iter(x)),
 )
