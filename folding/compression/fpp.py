@@ -13,7 +13,7 @@ One mask update does this for every site:
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,7 @@ class FPPState(NamedTuple):
 
 def fpp(
   inner: optax.GradientTransformation,
-  rules: Sequence[Rule],
+  rules: Iterable[Rule],
   *,
   begin: int,
   end: int,
@@ -149,6 +149,7 @@ def fpp(
   References: Belhaouari and Kraidia 2025, doi 10.1038/s41598-025-92586-5; this
     is our reading of their method. The ramp is that of Zhu and Gupta 2017.
   """
+  rules = tuple(rules)
   try:
     score = get_score(score)
     scores = [get_score(rule.score or score) for rule in rules]
