@@ -239,6 +239,20 @@ class _FPP:
     leaves = paths.flatten(params)
     sites = make_sites(self.rules, params)
     _check_sites(sites, self.removed)
+    suspected, averages = self.init_sites(sites, leaves)
+    return FPPState(
+      step=jnp.zeros([], jnp.int32),
+      observed=jnp.zeros([], jnp.int32),
+      suspected=suspected,
+      zeroed=jnp.zeros([], jnp.int32),
+      averages=averages,
+      inner=self.inner.init(params),
+    )
+
+  def init_sites(
+    self, sites: Sequence[Site], leaves: Mapping[str, Any]
+  ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns `suspected` and `averages` of the first state."""
     suspected, averages = {}, {}
     for site in sites:
       init = self.scores[site.rule].init
@@ -250,14 +264,7 @@ class _FPP:
       bits, first = site.per_layer(start, site.pick(leaves))
       suspected[site.name] = jnp.stack([bits] * max(self.patience, 1))
       averages |= first
-    return FPPState(
-      step=jnp.zeros([], jnp.int32),
-      observed=jnp.zeros([], jnp.int32),
-      suspected=suspected,
-      zeroed=jnp.zeros([], jnp.int32),
-      averages=averages,
-      inner=self.inner.init(params),
-    )
+    return suspected, averages
 
   def update(
     self, updates, state, params=None, *, stats=None, value=None, **options
@@ -290,6 +297,8 @@ class _FPP:
     leaves, grads = paths.flatten(params), paths.flatten(updates)
     if set(grads) != set(leaves):
       raise ValueError("updates and params are trees of different structure")
+    like = jax.eval_shape(functools.partial(self.init_sites, sites), leaves)
+    _check_state(state, *like)
     scored = [(site, self.scores[site.rule]) for site in sites]
     if stats or is_due is None or is_due:
       _check_statistics(scored, leaves, stats or {})
@@ -583,6 +592,22 @@ def _check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:
         f"{site.name!r} has {size:,} units; fewer than 2^31 can be ranked: use "
         "rows or neurons"
       )
+
+
+def _check_state(
+  state: FPPState, suspected: Mapping[str, Any], averages: Mapping[str, Any]
+) -> None:
+  """Raises ValueError if arrays of a state have other shapes than `init` makes."""
+  for kind, like in (("suspected", suspected), ("averages", averages)):
+    found = {n: jnp.shape(x) for n, x in getattr(state, kind).items()}
+    for name in sorted(set(found) | set(like)):
+      expected = like[name].shape if name in like else None
+      if found.get(name) != expected:
+        raise ValueError(
+          f"fpp: the state was made for other parameters, rules or options: its "
+          f"{kind}[{name!r}] has the shape {found.get(name)} instead of "
+          f"{expected}; call init() again, or restore the state that fits"
+        )
 
 
 def _on_auto_axes(

@@ -247,6 +247,40 @@ def test_fpp_names_the_parameter_of_a_scalar_statistic():
     tx.update(params, tx.init(params), params, stats={"w": jnp.ones(())})
 
 
+@pytest.mark.parametrize(
+  ("before", "message"),
+  [
+    (
+      {"w": jnp.ones((4, 40))},
+      r"suspected\['w'\] has the shape \(2, 4, 5\) .* \(2, 4, 1\)",
+    ),
+    ({"patience": 1}, r"suspected\['w'\] has the shape \(1, 4, 1\)"),
+    ({"score": "magnitude"}, r"averages\['w'\] has the shape None"),
+    ({"pattern": "v"}, r"suspected\['v'\] .* \(2, 1\) instead of None"),
+  ],
+  ids=["shape", "patience", "score", "rule"],
+)
+def test_fpp_refuses_a_state_of_other_settings(before, message):
+  params = {"w": jnp.ones((4, 4)), "v": jnp.ones(4)}
+
+  def make(pattern="w", **options):
+    options = {"patience": 2, "score": "saliency"} | options
+    rules = [Rule(pattern, 0.5)]
+    return fpp(optax.sgd(0.1), rules, begin=0, end=4, every=1, **options)
+
+  if "w" in before:
+    state = make().init(params | before)
+  else:
+    state = make(**before).init(params)
+  with pytest.raises(ValueError, match=message):
+    make().update(params, state, params)
+
+
+def test_fpp_reads_rules_from_an_iterator():
+  tx = fpp(optax.sgd(0.1), iter([Rule("w", 0.5)]), begin=0, end=4, every=1)
+  assert list(tx.init({"w": jnp.ones(4)}).suspected) == ["w"]
+
+
 def test_explicit_axes_of_a_mesh_change_no_mask():
   rules, axes = [Rule("w", 0.5)], ("data", "fsdp", "tensor")
   tx = fpp(optax.adam(0.1), rules, begin=0, end=4, every=2)
