@@ -68,7 +68,7 @@ def account(
     "zeros" a fraction.
 
   Raises:
-    ValueError: the paths of the trees differ.
+    ValueError: the paths of the trees differ, or `params` has no arrays.
 
   Example:
     >>> w = {"up": {"kernel": np.array([[0.0, 1.0], [0.0, 2.0]])}}
@@ -89,6 +89,11 @@ def account(
       sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
   for name, leaf in leaves.items():
     w = np.asarray(leaf)
+    if w.dtype == object:
+      raise ValueError(
+        f"account: {name!r} of `params` is a {type(leaf).__name__}, which has "
+        "no values to count; give arrays"
+      )
     values = int(np.count_nonzero(w))
     _, value_bytes, mask_bytes = storage(w)
     group = _group_of(name, groups)

@@ -175,6 +175,12 @@ def test_account_takes_shapes_of_a_bfloat16_baseline():
     assert size["stored"] == expected["bytes"][group]["stored"]
 
 
+def test_account_refuses_shapes_without_values():
+  shapes = jax.eval_shape(_dense)
+  with pytest.raises(ValueError, match="'attn/.*' of `params` is a ShapeDtype"):
+    accounting.account(shapes, _dense())
+
+
 def test_account_of_an_empty_array_has_no_zeros():
   tree = {"w": np.zeros((0, 3), np.float32)}
   (layer,) = accounting.account(tree, tree)["layers"]
