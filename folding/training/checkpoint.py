@@ -91,6 +91,7 @@ class Checkpoints:
       return ocp.CheckpointManager(self._folder, options=options)
 
   def __enter__(self) -> "Checkpoints":
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -100,6 +101,8 @@ class Checkpoints:
       if kind is None:
         raise
       return  # the error that ends the run already reports it
+    finally:
+      logging.getLogger("absl").removeFilter(_is_not_of_orbax)
     self._manager.close()
 
   def save(
@@ -423,6 +426,14 @@ def _mend_metrics(folder: str) -> None:
       path = os.path.join(folder, str(step), _METRICS)
       with open(path, "w", encoding="utf-8") as file:
         json.dump({"loss": math.inf}, file)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  """Returns False for what Orbax logs: each failed write, in several threads.
+
+  It raises the error as well.
+  """
+  return "orbax" not in record.pathname
 
 
 @contextlib.contextmanager

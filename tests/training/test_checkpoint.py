@@ -1,4 +1,3 @@
-import contextlib
 import json
 import os
 import pathlib
@@ -316,22 +315,23 @@ def test_unfinished_save_is_not_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_failed_save_leaves_the_checkpoints_before(tmp_path):
+def test_failed_save_leaves_the_checkpoints_before(tmp_path, caplog):
   resource = pytest.importorskip("resource", reason="POSIX alone")
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  checkpoints = Checkpoints(str(tmp_path))
-  for step in (1, 2):
-    checkpoints.save(step, {"w": jnp.full(1 << 18, step, jnp.float32)}, None)
-  checkpoints.wait()
   random = np.random.default_rng(0).random(1 << 18, np.float32)
-  try:  # a limit on file sizes simulates a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
-    with contextlib.suppress(OSError):  # here or in `wait`
-      checkpoints.save(3, {"w": jnp.asarray(random)}, None)
-      checkpoints.wait()
-    assert checkpoints.steps() == [1, 2]
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {"w": jnp.full(1 << 18, step, jnp.float32)}, None)
+    checkpoints.wait()
+    try:  # a limit on file sizes simulates a full disk
+      resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limits[1]))
+      with pytest.raises(OSError, match="File too large"):
+        checkpoints.save(3, {"w": jnp.asarray(random)}, None)
+        checkpoints.wait()
+      assert checkpoints.steps() == [1, 2]
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not caplog.records  # no tracebacks of Orbax
   with Checkpoints(str(tmp_path)) as again:
     assert again.steps() == [1, 2]
 
