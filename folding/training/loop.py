@@ -333,7 +333,9 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       except (OSError, TrainingError) as error:
         reason = str(error)
         if isinstance(error, OSError):
-          reason = f"cannot write to {workdir}: {reason.splitlines()[0][:300]}"
+          # TensorStore names its files before the cause, as in `"a": "b": cause`.
+          reason = reason.splitlines()[0].rpartition('": ')[2][:300]
+          reason = f"cannot write to {workdir}: {reason}"
         with contextlib.suppress(OSError):
           checkpoints.wait()
         kept = ", ".join(map(str, checkpoints.steps())) or "none"

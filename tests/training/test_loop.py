@@ -217,6 +217,22 @@ def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
   assert not (tmp_path / "run" / "result.json").exists()
 
 
+def test_failed_save_stops_with_its_cause(tiny_run, tmp_path, monkeypatch):
+  config, _, _ = tiny_run
+  path = "/quota/" + "long/" * 60
+
+  def save(*args):
+    raise OSError(
+      f'Error writing "{path}": "{path}": Disk quota exceeded [122]'
+    )
+
+  monkeypatch.setattr(Checkpoints, "save", save)
+  with pytest.raises(
+    TrainingError, match=r"cannot write to \S+: Disk quota exceeded \[122\]; "
+  ):
+    loop.run(config, str(tmp_path / "run"))
+
+
 def test_other_config_is_refused_with_its_field(tiny_run):
   config, workdir, _ = tiny_run
   other = config_lib.from_dict(config_lib.to_dict(config))
