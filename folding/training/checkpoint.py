@@ -12,7 +12,6 @@ folder of the save gets its name, and verified whenever the checkpoint is read.
 
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import math
@@ -328,8 +327,6 @@ def _first_readable(
         break
       except Exception as error:  # Orbax and TensorStore raise many types
         reasons[step] = first_line(error)[:200]
-    if reasons:  # it takes a second, so only if there is something to hide
-      gc.collect()
   if found is None:
     raise failure(
       f"none of the checkpoints in {folder} can be read; "
@@ -442,7 +439,7 @@ def _quiet() -> Iterator[None]:
 
   It logs an error per file. Reads that are pending when the first one fails each
   raise in a thread of TensorStore, where nothing can catch it, and asyncio logs
-  their results when they are collected as garbage.
+  their results.
   """
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]

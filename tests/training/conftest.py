@@ -1,6 +1,5 @@
 """Runs that train in seconds, on text that the tests write."""
 
-import gc
 import json
 import pathlib
 
@@ -15,18 +14,6 @@ from tests.models import checkpoints
 
 CLASS_WORDS = "a b c d e f".split()
 WORDS = "the cat sat on a mat and a dog ran to the old red barn".split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-  """Keeps objects of earlier modules out of searches for garbage.
-
-  Reading a damaged checkpoint starts such a search. Hypothesis does not find
-  references to its generators in frozen objects, so its tests must not use this.
-  """
-  gc.freeze()
-  yield
-  gc.unfreeze()
 
 
 def write_text(path: pathlib.Path, lines: int = 400) -> pathlib.Path:
