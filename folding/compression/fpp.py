@@ -53,6 +53,11 @@ class FPPState(NamedTuple):
   averages: dict[str, jax.Array]
   inner: optax.OptState
 
+  @property
+  def mask_bits(self) -> dict[str, jax.Array]:
+    """{site: uint8[..., units / 8]}, bits of units that are not trainable."""
+    return {name: planes[0] for name, planes in self.suspected.items()}
+
 
 def fpp(
   inner: optax.GradientTransformation,
@@ -309,7 +314,7 @@ class _FPP:
       return self._update_masks(sites, state, params, value, value_fn)
 
     def keep_masks():
-      zero = {n: jnp.zeros_like(b[0]) for n, b in state.suspected.items()}
+      zero = jax.tree.map(jnp.zeros_like, state.mask_bits)
       return state.suspected, zero, state.zeroed
 
     if is_due is None:
@@ -318,7 +323,8 @@ class _FPP:
       )
     else:
       suspected, zero, zeroed = update_masks() if is_due else keep_masks()
-    is_held = held_masks(sites, suspected, leaves)
+    state = state._replace(suspected=suspected, zeroed=zeroed)
+    is_held = member_masks(sites, state.mask_bits, leaves)
     is_cleared = member_masks(sites, zero, leaves)
 
     def stop(name, g):
@@ -343,12 +349,8 @@ class _FPP:
       **kw,
     )
     updates = paths.map_named(hold, updates, params)
-    return updates, state._replace(
-      step=jnp.asarray(optax.safe_increment(state.step)),
-      suspected=suspected,
-      zeroed=zeroed,
-      inner=inner_state,
-    )
+    step = jnp.asarray(optax.safe_increment(state.step))
+    return updates, state._replace(step=step, inner=inner_state)
 
   def _update_masks(self, sites, state, params, value, value_fn):
     """Returns new masks, units to zero, and how many units are zero then."""
@@ -444,7 +446,7 @@ def fpp_counts(
   def count(state, params):
     leaves = paths.flatten(params)
     sites = make_sites(rules, params)
-    is_held = held_masks(sites, state.suspected, leaves)
+    is_held = member_masks(sites, state.mask_bits, leaves)
     zero = held = jnp.float32(0)
     for name, bits in is_held.items():
       bits = jnp.broadcast_to(bits, leaves[name].shape)
@@ -454,7 +456,7 @@ def fpp_counts(
     undone = state.zeroed
     for site in sites:
       pruned = functools.partial(_pruned, site)
-      packed = state.suspected[site.name][0]
+      packed = state.mask_bits[site.name]
       undone -= site.per_layer(pruned, packed, site.pick(leaves)).sum()
     return {
       "selected": jnp.float32(selected),
@@ -468,22 +470,6 @@ def fpp_counts(
   return _on_auto_axes(count, (state, params), out=scalars)
 
 
-def held_masks(
-  sites: Sequence[Site],
-  suspected: Mapping[str, jax.Array],
-  leaves: Mapping[str, jax.Array],
-) -> dict[str, jax.Array]:
-  """Returns {parameter: bools that broadcast against it}, True if not trainable.
-
-  Args:
-    sites: From `make_sites`; there may be more in `suspected`.
-    suspected: See `FPPState`.
-    leaves: {path: parameter}.
-  """
-  packed = {site.name: suspected[site.name][0] for site in sites}
-  return member_masks(sites, packed, leaves)
-
-
 def member_masks(
   sites: Sequence[Site],
   packed: Mapping[str, jax.Array],
@@ -493,7 +479,7 @@ def member_masks(
 
   Args:
     sites: From `make_sites`.
-    packed: {site: packed bits, one per unit}.
+    packed: {site: packed bits, one per unit}; there may be more sites.
     leaves: {path: parameter}.
   """
   masks = {}

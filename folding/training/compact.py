@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from folding import paths
-from folding.compression.fpp import held_masks
+from folding.compression.fpp import member_masks
 from folding.compression.shrink import Cut, dead_units, make_cut
 from folding.compression.sites import Rule, make_sites
 from folding.config import Config
@@ -43,7 +43,7 @@ def held_zero(rules: Sequence[Rule], state: TrainState, is_over: bool) -> Any:
     for site in make_sites(rules, state.params)
     if is_over or not site.is_by_weight
   ]
-  is_held = held_masks(sites, state.opt_state.suspected, leaves)
+  is_held = member_masks(sites, state.opt_state.mask_bits, leaves)
   return paths.map_named(
     lambda name, w: jnp.logical_and(is_held.get(name, False), w == 0),
     state.params,

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from folding import paths
-from folding.compression.fpp import fpp, fpp_counts, held_masks
+from folding.compression.fpp import fpp, fpp_counts, member_masks
 from folding.compression.observe import observe
 from folding.compression.shrink import remove_neurons
 from folding.compression.sites import Rule, make_sites
@@ -51,7 +51,7 @@ def _unstack(tree, axis):
 def _frozen(rules, state, params):
   """Returns which elements FPP freezes or has zeroed."""
   leaves = paths.flatten(params)
-  masks = held_masks(make_sites(rules, params), state.suspected, leaves)
+  masks = member_masks(make_sites(rules, params), state.mask_bits, leaves)
   return {n: jnp.broadcast_to(m, leaves[n].shape) for n, m in masks.items()}
 
 
