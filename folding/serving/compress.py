@@ -76,7 +76,7 @@ def compress(
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   encoded = encode_rows(loaded.tokenizer, texts, config.data.length)
-  counts = np.bincount(np.concatenate([[0], *encoded.ids]))
+  counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *encoded.ids]))
   small = compress_params(
     config,
     loaded.params,

@@ -1,6 +1,7 @@
 """Runs that start from a checkpoint or a run, and learn from a teacher."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from configs import pretrained as pretrained_config
 from folding import config as c
 from folding import errors, paths
 from folding.data.batches import make_data
+from folding.data.trim import token_usage
 from folding.models.transformer import make_model
 from folding.serving.export import export, export_hf
 from folding.serving.predict import predict
@@ -254,6 +256,22 @@ def test_one_call_compresses_a_model_that_exports_and_predicts(
   assert np.mean([a == b for a, b in zip(*answers, strict=True)]) > 0.6
   with pytest.raises(errors.ConfigError, match="folded or shrunk"):
     folding.compress(small, texts)
+
+
+def test_one_call_counts_each_token_once(dense_run, monkeypatch):
+  def compress_params(config, dense, batches, usage_V):
+    del dense, batches
+    nonlocal found_V
+    found_V = usage_V
+    return compress.Compressed(config, {}, [])
+
+  found_V, dense = None, folding.load(dense_run)
+  compress_module = importlib.import_module("folding.serving.compress")
+  monkeypatch.setattr(compress_module, "compress_params", compress_params)
+  folding.compress(dense, texts := ["good film", "bad film"])
+  ids = np.concatenate(dense.tokenizer.encode_batch(texts, 99))
+  expected_V = token_usage(np.bincount(ids), dense.num_rows)
+  np.testing.assert_array_equal(found_V, expected_V)
 
 
 @pytest.mark.parametrize("wrong", [{"saving": 1.0}, {"max_texts": -3}])
