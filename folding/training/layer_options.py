@@ -161,8 +161,7 @@ class _Trial(NamedTuple):
       roles: Modules whose output counts, "o" or "down".
     """
     part = functools.partial(_errors, block, roles, params, self.sensitivity)
-    found = total(part, *self.stream, self.target)
-    return float(found) / self.stream.num_tokens
+    return float(np.divide(*total(part, *self.stream, self.target)))
 
   def moments(self, role: str) -> list[Moments]:
     """Returns the moments of the input of a module on each half of the text.
@@ -408,14 +407,17 @@ def _groups(m: ModelConfig, layer: Layer) -> list[int]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _errors(block, roles, params, sensitivity, x, mask, target):
-  """Returns the sum over tokens of e' F e, for errors e of some outputs."""
+  """Returns the sum over tokens of e' F e, and the number of tokens.
+
+  e is the error of an output; those of several outputs are added.
+  """
   seen = capture(block, params, x, mask, outputs=roles)
   weight = mask.astype(jnp.float32)[..., None]
   found = 0.0
   for role in roles:
     e_BLD = (seen[role] - target[role]) * weight
     found += jnp.einsum("BLD,DE,BLE->", e_BLD, sensitivity[role], e_BLD)
-  return found
+  return found, weight.sum()
 
 
 @functools.partial(jax.jit, static_argnums=0)
