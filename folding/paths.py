@@ -77,6 +77,6 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
   if not found:
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     raise ValueError(
-      f"pattern {pattern!r} matches no parameter; there are {shown}"
+      f"pattern {pattern!r} matches no parameter; there are {shown or 'none'}"
     )
   return found

@@ -106,6 +106,11 @@ def test_a_pattern_that_matches_nothing_lists_the_names():
     paths.matching("up", names)
 
 
+def test_a_pattern_among_no_names_says_so():
+  with pytest.raises(ValueError, match="matches no parameter; there are none"):
+    paths.matching("up", [])
+
+
 def test_a_pattern_that_does_not_parse_is_named():
   with pytest.raises(ValueError, match=r"'\(' does not parse"):
     paths.matching("(", ["a"])
