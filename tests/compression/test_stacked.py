@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from folding import paths
 from folding.compression.fpp import fpp, fpp_counts, member_masks
 from folding.compression.observe import observe
 from folding.compression.shrink import remove_neurons
 from folding.compression.sites import Rule, make_sites
+from folding.training.sharding import shardings_like
 from tests import transforms_battery as battery
 from tests.compression.fpp_cases import random_params
 
@@ -199,3 +201,33 @@ def test_remove_neurons_of_stacked_layers_keeps_each_its_own():
     np.testing.assert_array_equal(small["bias"][:, i], layer["bias"][stays])
     np.testing.assert_array_equal(small["down"][:, i], layer["down"][stays])
     np.testing.assert_array_equal(small["embed"][:, i], layer["embed"])
+
+
+def test_fpp_on_devices_that_split_the_layers_has_the_masks_of_one():
+  tx = fpp(
+    optax.sgd(0.1),
+    [Rule("w", 0.5, layers=0)],
+    begin=0,
+    end=2,
+    every=1,
+    score="magnitude",
+  )
+  mesh = jax.make_mesh((8,), ("stage",), (AxisType.Auto,))
+
+  def run(spec):
+    w = jax.random.normal(jax.random.key(0), (8, 16, 32))
+    params = {"w": jax.device_put(w, NamedSharding(mesh, spec))}
+    state = jax.eval_shape(tx.init, params)
+    placed = shardings_like(state, params)
+    state = jax.jit(tx.init, out_shardings=placed)(params)
+    step = battery.jit(lambda state, p: tx.update(p, state, p))
+    for _ in range(3):
+      updates, state = step(state, params)
+      params = optax.apply_updates(params, updates)
+    return params["w"], state.suspected["w"]
+
+  split, whole = run(PartitionSpec("stage")), run(PartitionSpec())
+  assert not split[1].sharding.is_fully_replicated
+  np.testing.assert_array_equal(np.mean(whole[0] == 0, axis=(1, 2)), 0.5)
+  for found, expected in zip(split, whole, strict=True):
+    np.testing.assert_array_equal(found, expected)
