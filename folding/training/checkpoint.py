@@ -63,6 +63,8 @@ class Checkpoints:
     self._damaged: set[int] = set()
     self._saving: int | None = None
     self._model: ModelConfig | None = None  # of the save under way
+    for name in ("absl", "asyncio"):  # some log when the process ends
+      logging.getLogger(name).addFilter(_is_not_of_orbax)
     if distributed.is_main():
       _mend_metrics(self._folder)
     distributed.barrier("mended")
@@ -90,7 +92,6 @@ class Checkpoints:
       return ocp.CheckpointManager(self._folder, options=options)
 
   def __enter__(self) -> "Checkpoints":
-    logging.getLogger("absl").addFilter(_is_not_of_orbax)
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -100,8 +101,6 @@ class Checkpoints:
       if kind is None:
         raise
       return  # the error that ends the run already reports it
-    finally:
-      logging.getLogger("absl").removeFilter(_is_not_of_orbax)
     self._manager.close()
 
   def save(
@@ -426,11 +425,11 @@ def _mend_metrics(folder: str) -> None:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-  """Returns False for what Orbax logs: each failed write, in several threads.
+  """Returns False for what Orbax logs of a failed write, which it also raises.
 
-  It raises the error as well.
+  Each of its threads and tasks logs a traceback.
   """
-  return "orbax" not in record.pathname
+  return "orbax" not in record.pathname + record.getMessage()
 
 
 @contextlib.contextmanager
