@@ -35,9 +35,11 @@ def write_file(path: str, content: str | bytes) -> None:
       os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(os.path.dirname(path))
-  except BaseException:
+  except BaseException as error:
     if os.path.exists(temporary):
       os.remove(temporary)
+    if isinstance(error, OSError) and error.errno and not error.filename:
+      error.filename = path  # a full disk or quota names no file
     raise
 
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import pathlib
 
@@ -22,6 +23,15 @@ def test_write_file_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
     files.write_file(str(path), "new")
   assert path.read_text() == "old"
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_file_on_a_full_disk_names_the_file(tmp_path, monkeypatch):
+  def fail(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr("os.fsync", fail)
+  with pytest.raises(OSError, match=r"No space left on device: '.*/page'"):
+    files.write_file(str(tmp_path / "page"), "text")
 
 
 def test_write_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
