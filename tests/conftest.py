@@ -35,7 +35,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # for each device and shape. This excludes arrays that are small even for a test.
 ocp.type_handlers.get_type_handler(
   jax.Array
-)._min_slice_bytes_for_replica_parallel = 2048
+)._min_slice_bytes_for_replica_parallel = 1 << 20
 
 # Compiled programs stay reachable, and are too many objects to search often.
 gc.set_threshold(20_000, 20, 20)
