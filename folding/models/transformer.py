@@ -3,6 +3,7 @@
 Paths of its parameters, which are a contract on disk, are in `params`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -504,6 +505,7 @@ def model_for(config: Config, params: Mapping[str, Any]) -> Transformer:
   return make_model(config, len(params["embed"]["embedding"]), num_classes)
 
 
+@functools.cache  # a run asks several times, and each call traces the model
 def param_shapes(model: Transformer) -> Any:
   """Returns the shapes of the parameters, without computing them."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

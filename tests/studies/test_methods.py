@@ -1,6 +1,5 @@
 """Each method prunes to its level, by the shapes of its model and its rules."""
 
-import functools
 import math
 
 import jax
@@ -36,12 +35,8 @@ def make_config(name, task, level):
   return c.resolve(edited(base, method.edits(base, level)))
 
 
-_shapes_of = functools.cache(param_shapes)  # many methods have the same model
-
-
 def shapes(config):
-  model = make_model(config, config.data.vocab_size, num_classes=2)
-  return _shapes_of(model)
+  return param_shapes(make_model(config, config.data.vocab_size, num_classes=2))
 
 
 def count(tree):
