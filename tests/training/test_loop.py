@@ -33,6 +33,14 @@ def last_state(workdir):
   return step, jax.device_get(state)
 
 
+@pytest.fixture(scope="module")
+def tiny_state(tiny_run):
+  """Returns the state of the last checkpoint of `tiny_run`."""
+  step, state = last_state(tiny_run[1])
+  assert step == 10
+  return state
+
+
 def records(workdir):
   """Returns the records of a run without its speeds and times."""
   found = run_dir.read_metrics(str(workdir / "metrics.jsonl"))
@@ -54,15 +62,14 @@ def modified(workdir):
   return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
 
 
-def test_run_lowers_the_loss_and_prunes_to_the_target(tiny_run):
+def test_run_lowers_the_loss_and_prunes_to_the_target(tiny_run, tiny_state):
   _, workdir, _ = tiny_run
   losses = [r["loss"] for r in records(workdir) if r["split"] == "train"]
   assert len(losses) == 10
   assert losses[-1] < losses[0] - 0.3
-  _, state = last_state(workdir)
   pruned = {
     name: w
-    for name, w in paths.flatten(state.params).items()
+    for name, w in paths.flatten(tiny_state.params).items()
     if re.fullmatch(r"blocks.*(o|up|down)/kernel|embed/embedding", name)
   }
   assert len(pruned) == 7
@@ -70,10 +77,9 @@ def test_run_lowers_the_loss_and_prunes_to_the_target(tiny_run):
     assert np.count_nonzero(w == 0) == int(0.7 * w.size), name
 
 
-def test_result_counts_stored_parameters(tiny_run):
-  _, workdir, result = tiny_run
-  _, state = last_state(workdir)
-  leaves = paths.flatten(state.params)
+def test_result_counts_stored_parameters(tiny_run, tiny_state):
+  _, _, result = tiny_run
+  leaves = paths.flatten(tiny_state.params)
   nonzero = sum(np.count_nonzero(w) for w in leaves.values())
   assert result["parameters"]["overall"]["stored"] == nonzero
   # D=16, H=4: two kernels [16, 4, 1] and a diagonal [16] per layer.
@@ -138,23 +144,36 @@ def test_finished_run_is_not_trained_again(tiny_run, tmp_path):
   assert modified(copy) == before
 
 
-def test_run_resumes_before_a_damaged_checkpoint_bit_for_bit(
-  tiny_run, tmp_path, caplog, capfd
+def test_run_resumes_bit_for_bit_after_a_damaged_checkpoint_and_a_stop(
+  tiny_run, tiny_state, tmp_path, caplog, capfd, monkeypatch
 ):
   config, workdir, result = tiny_run
   copy = unfinished(workdir, tmp_path / "copy")
   for file in (copy / "checkpoints" / "10").rglob("*"):
     if file.parent.name == "d":  # the arrays
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-  found = loop.run(config, str(copy))
-  assert found["test"] == result["test"]
-  chex.assert_trees_all_equal(last_state(copy), last_state(workdir))
-  assert records(copy) == records(workdir)  # also what was pruned at step 6
+  take = loop.StepLog.step
+
+  def stop_at_8(self, step, metrics, batch):
+    take(self, step, metrics, batch)
+    if step == 8:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.StepLog, "step", stop_at_8)
+    stopped = loop.run(config, str(copy))
+  assert (stopped["finished"], stopped["test"]) == (False, None)
+  assert stopped["steps"] == 8
   (line,) = warnings_of(caplog)
   assert "damaged checkpoint 10" in line
   out, err = capfd.readouterr()
   assert "resumed at step 5 of 10" in out
   assert "Traceback" not in err
+  found = loop.resume_run(str(copy))
+  assert found["finished"]
+  assert found["test"] == result["test"]
+  chex.assert_trees_all_equal(last_state(copy), (10, tiny_state))
+  assert records(copy) == records(workdir)  # also what was pruned at step 8
 
 
 def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
@@ -169,32 +188,13 @@ def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
   assert test["loss"] == this.evaluate(state.params, "test")["loss"]
 
 
-def test_compact_run_of_single_weights_keeps_its_arrays(tiny_run, tmp_path):
-  config, _, result = tiny_run
-  config = config_lib.from_dict(config_lib.to_dict(config))
-  config.train.compact = 0.35
-  same = loop.run(config, str(tmp_path / "run"))
-  assert same["test"] == result["test"]
-  assert same["layers"] == result["layers"]
-
-
-def test_stopped_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch):
-  config, workdir, _ = tiny_run
-  take = loop.StepLog.step
-
-  def stop_at_3(self, step, metrics, batch):
-    take(self, step, metrics, batch)
-    if step == 3:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop.StepLog, "step", stop_at_3)
-    stopped = loop.run(config, str(tmp_path / "run"))
-  assert (stopped["finished"], stopped["test"]) == (False, None)
-  assert stopped["steps"] == 3
-  assert loop.resume_run(str(tmp_path / "run"))["finished"]
-  chex.assert_trees_all_equal(last_state(tmp_path / "run"), last_state(workdir))
-  assert records(tmp_path / "run") == records(workdir)
+def test_compacted_keeps_the_arrays_of_single_weights(tiny_run):
+  _, workdir, _ = tiny_run
+  this, checkpoints = loop.open_run(str(workdir))
+  this.config.train.compact = 0.35
+  with checkpoints:
+    step, state = checkpoints.restore_latest(this.like)
+  assert this.compacted(state, step) is None
 
 
 def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
@@ -288,7 +288,10 @@ def test_evaluate_verb_refuses_parameters_that_are_nan(
   this, checkpoints = loop.open_run(str(copy))
   with checkpoints:
     _, state = checkpoints.restore_latest(this.like)
-    nan = jax.tree.map(lambda x: x * np.nan, state.params)
+    nan = jax.tree.map(
+      lambda x: jax.device_put(np.full_like(x, np.nan), x.sharding),
+      state.params,
+    )
     checkpoints.save(11, state._replace(params=nan), -1.0)
   assert cli.main(["evaluate", str(copy)]) == 1
   out, err = capsys.readouterr()
