@@ -15,6 +15,8 @@ from folding.training import loop, run_dir, shrinking
 from folding.training.checkpoint import load_run
 from tests.training.conftest import tiny_config
 
+pytestmark = pytest.mark.slow  # test_shrinking.py compacts one state
+
 # Mask updates at 0, 3, 6, 9 and 12, so that the last arrays leave at step 13.
 STEPS, EVERY = 16, 4
 
@@ -88,7 +90,6 @@ def test_compact_run_trains_as_one_whose_arrays_stay(whole, compact):
   assert sizes[12] > sizes[STEPS]
 
 
-@pytest.mark.slow
 def test_older_checkpoint_of_larger_arrays_resumes_bit_for_bit(
   compact, tmp_path
 ):
@@ -107,7 +108,6 @@ def test_older_checkpoint_of_larger_arrays_resumes_bit_for_bit(
   )
 
 
-@pytest.mark.slow
 def test_resume_without_the_option_keeps_the_arrays(
   labelled, compact, tmp_path
 ):
@@ -121,7 +121,6 @@ def test_resume_without_the_option_keeps_the_arrays(
   assert _sizes(copy)[STEPS] == _sizes(compact)[12]
 
 
-@pytest.mark.slow
 def test_readers_take_the_shapes_of_the_checkpoint(compact, tmp_path):
   result = run_dir.read_result(str(compact))
   metrics = loop.evaluate_run(str(compact))
@@ -137,7 +136,6 @@ def test_readers_take_the_shapes_of_the_checkpoint(compact, tmp_path):
   assert small["test"]["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_compact_run_on_a_mesh_trains_as_on_one_device(
   labelled, compact, tmp_path
 ):

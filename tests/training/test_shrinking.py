@@ -221,6 +221,24 @@ def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
     shrinking.shrink_run(output, str(tmp_path / "smaller"), multiple=4)
 
 
+def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
+  this, checkpoints = loop.open_run(whole)
+  this.config.train.compact = 0.1
+  with checkpoints:
+    step, state = checkpoints.restore_latest(this.like)
+  small, compacted = this.compacted(state, step)
+  # Of 32 neurons 10 are not zero, rounded up to a multiple of 8.
+  assert small.config.model.mlp_width == 16
+  chex.assert_trees_all_equal_shapes_and_dtypes(compacted, small.like)
+  before, after = (
+    run.evaluate(each.params, "valid")
+    for run, each in ((this, state), (small, compacted))
+  )
+  assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+  this.config.train.compact = 0.9
+  assert this.compacted(state, step) is not None  # the last removal
+
+
 @pytest.mark.slow
 def test_best_checkpoint_loses_only_its_own_zeros(whole, tmp_path):
   other, output = str(tmp_path / "other"), str(tmp_path / "small")
