@@ -42,7 +42,7 @@ def gradient(run):
   def gradient(state, batch, is_mask_update=False):
     start = state._replace(opt_state=SGD.init(state.params))
     new, metrics = steps[is_mask_update](start, batch)
-    return jax.tree.map(jnp.subtract, state.params, new.params), metrics
+    return jax.tree.map(np.subtract, state.params, new.params), metrics
 
   return gradient
 
@@ -69,23 +69,23 @@ def test_step_gradient_equals_finite_differences(run, start, gradient):
     return (nats * batch["weights"]).sum() / batch["weights"].sum()
 
   assert metrics["loss"] == pytest.approx(float(mean(state.params)), rel=1e-6)
-  for name, g in paths.flatten(grads).items():
+  params = jax.tree.map(np.asarray, state.params)
+  for name, g in paths.flatten(jax.tree.map(np.asarray, grads)).items():
     if name.endswith("attn/k/bias"):
       continue  # it shifts all logits of a query equally: its gradient is 0
     # Along the gradient, where the difference is well above rounding.
-    direction = g / jnp.linalg.norm(g)
+    size = np.linalg.norm(g)
+    direction = g / size
     h = 0.02
 
     def moved(by, name=name, direction=direction):
       return paths.map_named(
-        lambda n, p: p + by * direction if n == name else p, state.params
+        lambda n, p: p + by * direction if n == name else p, params
       )
 
     slope = (mean(moved(h)) - mean(moved(-h))) / (2 * h)
     # Errors: the third derivative, and rounding of a loss of 5 by 5e-7.
-    np.testing.assert_allclose(
-      slope, jnp.linalg.norm(g), rtol=0.02, atol=5e-5, err_msg=name
-    )
+    np.testing.assert_allclose(slope, size, rtol=0.02, atol=5e-5, err_msg=name)
 
 
 def test_step_statistics_leave_the_gradient_alone(start, gradient):
@@ -161,7 +161,9 @@ def test_step_with_itself_as_teacher_does_not_move(run, start):
   new, _ = step(state, tiny.batch(0), teacher_params=start.params)
   chex.assert_trees_all_close(new.params, start.params, atol=1e-6)
   new, _ = step(state, tiny.batch(0), teacher_params=run.init(1).params)
-  moved = jax.tree.map(lambda a, b: abs(a - b).max(), new.params, start.params)
+  moved = jax.tree.map(
+    lambda a, b: np.abs(np.asarray(a) - b).max(), new.params, start.params
+  )
   assert max(jax.tree.leaves(moved)) > 1e-3
 
 
@@ -198,7 +200,7 @@ def test_step_weighs_labels_and_teacher(run, start):
     )
     return (0.3 * sums["loss"] + 0.7 * soft) / sums["weight"]
 
-  expected = jax.tree.map(jnp.subtract, start.params, gradient(start.params))
+  expected = jax.tree.map(np.subtract, start.params, gradient(start.params))
   chex.assert_trees_all_close(new.params, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -210,10 +212,9 @@ UNTIED = dataclasses.replace(TIED, tie_embeddings=False)
   ("model", "mesh_config", "options"),
   [
     (TIED, None, {}),
-    (UNTIED, MeshConfig(2, 2, 2), {"accumulate": 2}),
-    (TIED, MeshConfig(1, 4, 2), {"logits": 0.7}),
+    (UNTIED, MeshConfig(2, 2, 2), {"accumulate": 2, "logits": 0.7}),
   ],
-  ids=["tied", "head_mesh_micro_batches", "taught_mesh"],
+  ids=["tied", "head_mesh_micro_batches_taught"],
 )
 def test_step_over_blocks_of_tokens_equals_the_whole(
   model, mesh_config, options, monkeypatch
@@ -376,23 +377,18 @@ def test_zeros_stay_and_other_weights_train_on(one_device):
   assert (healed != w)[w != 0].mean() > 0.99
 
 
-@pytest.mark.parametrize("task", ["lm", "classify"])
-def test_micro_batches_add_up_to_the_whole_batch(task):
+def test_micro_batches_add_up_to_the_whole_batch():
   # Texts of a classifier differ in length, so micro-batches differ in weight.
-  model = c.ModelConfig(
-    num_layers=1, width=32, num_heads=4, causal=task == "lm"
-  )
-  run = tiny.make(tiny.config(task=task, model=model))
-  state, batch = run.init(), tiny.batch(0)
-  if task == "classify":
-    rng = np.random.default_rng(1)
-    lengths = rng.integers(1, tiny.LENGTH + 1, 16)
-    batch = {
-      "tokens": batch["tokens"],
-      "mask": np.arange(tiny.LENGTH) < lengths[:, None],
-      "labels": rng.integers(0, 3, 16).astype(np.int32),
-      "weights": (np.arange(16) < 13).astype(np.float32),
-    }
+  model = c.ModelConfig(num_layers=1, width=32, num_heads=4, causal=False)
+  run = tiny.make(tiny.config(task="classify", model=model))
+  state, rng = run.init(), np.random.default_rng(1)
+  lengths = rng.integers(1, tiny.LENGTH + 1, 16)
+  batch = {
+    "tokens": tiny.batch(0)["tokens"],
+    "mask": np.arange(tiny.LENGTH) < lengths[:, None],
+    "labels": rng.integers(0, 3, 16).astype(np.int32),
+    "weights": (np.arange(16) < 13).astype(np.float32),
+  }
   # Gradient descent, so that an update is a gradient.
   tx = told_statistics()
   state = state._replace(opt_state=tx.init(state.params))
