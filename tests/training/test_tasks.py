@@ -20,6 +20,7 @@ from folding.reporting import report
 from folding.serving import predict
 from folding.training import compress, loop, run_dir, step
 from folding.training.checkpoint import load_run
+from folding.training.dense_start import dense_start
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
 from tests.training.conftest import recovery_config, tiny_config
@@ -179,7 +180,7 @@ def test_head_of_another_task_is_named(scored, similar, tmp_path, capsys):
   assert "\n" not in str(error.value)
   config.distill = config_lib.DistillConfig()
   config = config_lib.resolve(config)
-  compress.compress_trained(config, make_data(config))
+  dense_start(scored[1], config, make_data(config))
   assert "is for task 'regress': score)" in capsys.readouterr().out
 
 
