@@ -71,11 +71,19 @@ def interrupt_after_checkpoint(trial):
   os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(
-  "names",
-  [("dense",), pytest.param(("dense", "wanda"), marks=pytest.mark.slow)],
-)
-def test_pool_resumes_what_ctrl_c_stopped(tmp_path, names):
+def test_pool_returns_the_error_of_a_run_in_another_process(tmp_path):
+  (trial,) = make_study(tmp_path, "dense").trials(str(tmp_path))
+  config = trial.config()
+  config.data.path = "nowhere.txt"
+  os.makedirs(tmp_path / "logs")
+  future = grid.Pool(1).submit(config, trial)
+  assert "nowhere.txt" in future.result()
+  assert "nowhere.txt" in read_log(trial)
+
+
+@pytest.mark.slow
+def test_pool_resumes_what_ctrl_c_stopped(tmp_path):
+  names = ("dense", "wanda")
   study = make_study(tmp_path, *names)
   workdir = str(tmp_path / "study")
   first, *others = study.trials(workdir)
@@ -90,8 +98,7 @@ def test_pool_resumes_what_ctrl_c_stopped(tmp_path, names):
   found = {row.method: row for row in collect(study, workdir)}
   assert tuple(found) == names
   assert {row.steps for row in found.values()} == {60}
-  if "wanda" in found:
-    assert found["wanda"].compression == pytest.approx(0.5, abs=2e-3)
+  assert found["wanda"].compression == pytest.approx(0.5, abs=2e-3)
 
 
 @pytest.mark.slow
