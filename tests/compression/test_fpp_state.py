@@ -330,7 +330,7 @@ def _train_regressor(score):
   y = jnp.asarray(np.sin(x[:, 0]) + x[:, 1] * 0.5)[:, None]
   x = jnp.asarray(x)
   model = Regressor()
-  params = model.init(jax.random.key(0), x)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), x)["params"]
   # Unused inputs start with the larger weights: magnitude is misled.
   kernel = params["hidden"]["kernel"]
   params["hidden"]["kernel"] = kernel.at[4:].multiply(3.0)

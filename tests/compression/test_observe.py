@@ -130,7 +130,7 @@ class ByKeyword(nn.Module):
 
 def test_observe_counts_inputs_by_keyword():
   x = jnp.array([[1.0, -2.0], [3.0, 0.0]])
-  variables = ByKeyword().init(jax.random.key(0), x)
+  variables = jax.jit(ByKeyword().init)(jax.random.key(0), x)
   _, stats = observe(ByKeyword().apply)(variables, x)
   np.testing.assert_allclose(stats["dense/kernel"], [5.0, 2.0], rtol=1e-6)
 
@@ -139,7 +139,7 @@ def test_observe_counts_inputs_by_keyword():
 def test_observe_orders_input_axes_as_the_kernel(axis):
   x = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
   layer = nn.DenseGeneral(2, axis=axis)
-  variables = layer.init(jax.random.key(0), x)
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
   _, stats = observe(layer.apply)(variables, jnp.asarray(x))
   rest = tuple(a for a in range(3) if a not in {i % 3 for i in axis})
   expected = np.mean(np.float64(x) ** 2, axis=rest)
@@ -150,7 +150,7 @@ def test_observe_orders_input_axes_as_the_kernel(axis):
 def test_observe_skips_layers_with_batch_dims():
   x = jnp.ones((5, 3, 4))
   layer = nn.DenseGeneral(2, axis=-1, batch_dims=0)
-  variables = layer.init(jax.random.key(0), x)
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
   _, stats = observe(layer.apply)(variables, x)
   assert stats == {}
 
@@ -158,7 +158,7 @@ def test_observe_skips_layers_with_batch_dims():
 def test_observe_averages_bfloat16_in_float32():
   x = jnp.full((300, 2), 1.5, jnp.bfloat16)
   layer = nn.Dense(2, dtype=jnp.bfloat16)
-  variables = layer.init(jax.random.key(0), x)
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
   _, stats = observe(layer.apply)(variables, x)
   # A sum of 300 terms would not be exact in bfloat16 (8 bits).
   np.testing.assert_array_equal(stats["kernel"], np.float32([2.25, 2.25]))
@@ -175,7 +175,7 @@ def test_observe_on_eight_devices_equals_one():
   mesh = Mesh(np.array(jax.devices()), ("data",))
   x = np.random.default_rng(0).normal(size=(16, 3, 8)).astype(np.float32)
   layer = nn.Dense(4)
-  variables = layer.init(jax.random.key(0), x)
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
   placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
   _, stats = jax.jit(observe(layer.apply))(variables, placed)
   expected = np.mean(np.float64(x) ** 2, axis=(0, 1))

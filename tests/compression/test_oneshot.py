@@ -112,7 +112,7 @@ def test_remove_inputs_refits_the_rest_by_least_squares(layer, rounds):
 
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_remove_inputs_removes_the_inputs_of_least_loss(layer, is_weighted):
-  x, w = layer
+  x, w = layer[0][:100], layer[1]
   root = np.eye(w.shape[1])
   if is_weighted:
     root[:, 1:] = 0.1 * np.random.default_rng(4).normal(size=root[:, 1:].shape)

@@ -170,7 +170,7 @@ def test_observe_returns_statistics_of_scanned_layers():
   x = jax.random.normal(jax.random.key(0), (2, 5, 4))
   keep = jnp.array([[True] * 5, [True, True, True, False, False]])
   scanned, unrolled = Stack(True), Stack(False)
-  stacked = scanned.init(jax.random.key(1), x)["params"]
+  stacked = jax.jit(scanned.init)(jax.random.key(1), x)["params"]
   out, stats = jax.jit(observe(scanned.apply))(
     {"params": stacked}, x, keep=keep
   )
