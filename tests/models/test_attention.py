@@ -34,9 +34,10 @@ def attend(q, k, v, bias, keep):
   return exact_attention.attend(q, k, v, bias, keep, head_dim=K)
 
 
-@pytest.mark.parametrize("groups", [1, 2, K])
 @pytest.mark.parametrize(
-  ("key_heads", "value_heads"), [(4, 4), (2, 2), (2, 4), (1, 4)], ids=str
+  ("groups", "key_heads", "value_heads"),
+  [(K, 4, 4), (2, 4, 4), (1, 2, 2), (K, 2, 4), (2, 1, 4)],
+  ids=str,
 )
 def test_attend_equals_attention_on_unfolded_rows(
   groups, key_heads, value_heads

@@ -195,11 +195,12 @@ def test_slots_hold_the_newest_positions(num_slots):
   )
   cache = decode_lib.resize(cache, num_slots)
   write = jax.jit(decode_lib.write)
+  slot_positions = jax.jit(decode_lib.slot_positions, static_argnums=0)
+  sizes = ((2, 3, 1), (2, 1, 3))
   for index in range(length, length + 9):
-    new = KVCache(jnp.full((2, 3, 1), 1.0 * index), jnp.full((2, 1, 3), index))
-    new = jax.tree.map(lambda x: x.astype(jnp.float32), new)
-    cache = write(cache, new, jnp.int32(index))
-    held = np.asarray(decode_lib.slot_positions(num_slots, jnp.int32(index)))
+    new = KVCache(*(np.full(s, index, np.float32) for s in sizes))
+    cache = jax.device_get(write(cache, new, jnp.int32(index)))
+    held = np.asarray(slot_positions(num_slots, jnp.int32(index)))
     seen = {i for i in range(index + 1) if i > index - num_slots}
     assert {i for i in held if i >= 0} == seen
     for slot, i in enumerate(held):
