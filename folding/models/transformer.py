@@ -6,7 +6,7 @@ Paths of its parameters, which are a contract on disk, are in `params`.
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -505,7 +505,9 @@ def model_for(config: Config, params: Mapping[str, Any]) -> Transformer:
   return make_model(config, len(params["embed"]["embedding"]), num_classes)
 
 
-@functools.cache  # a run asks several times, and each call traces the model
+# A run asks several times, and each call would trace the model. The cast: pyright
+# does not see that Flax modules are hashable.
+@cast(Any, functools.cache)
 def param_shapes(model: Transformer) -> Any:
   """Returns the shapes of the parameters, without computing them."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
