@@ -81,7 +81,7 @@ def tokenised(
   size = sum(file.stat().st_size for file in every)
   if size < LARGE or any(file.suffix not in _ENDINGS for file in every):
     return None
-  local_files.warn_of_ignored(pathlib.Path(data.path), found)
+  local_files.warn_of_ignored(pathlib.Path(data.path), found, data)
   sources.require_room(data)
   known = [
     (split, file.name, file.stat().st_size, file.stat().st_mtime_ns)

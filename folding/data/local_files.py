@@ -35,7 +35,7 @@ def read_path(
     class names of a `labels.txt` beside them, None without one.
   """
   found = find_files(path, data)
-  warn_of_ignored(path, found)
+  warn_of_ignored(path, found, data)
   splits = {split: read_file(part, data, task) for split, part in found.items()}
   listed = (path if path.is_dir() else path.parent) / _LABELS
   if task in config_lib.UNLABELLED or not listed.is_file():
@@ -114,15 +114,25 @@ def _files_in(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 
 
 def warn_of_ignored(
-  path: pathlib.Path, found: dict[str, list[pathlib.Path]]
+  path: pathlib.Path, found: dict[str, list[pathlib.Path]], data: DataConfig
 ) -> None:
-  """Warns of files of text in a folder that belong to no split."""
-  used = {_LABELS, *(file.name for part in found.values() for file in part)}
+  """Warns of files in a folder that look like text and belong to no split.
+
+  No warning is given for:
+    - `labels.txt` and the file of `data.sts`, which are read;
+    - cache-*.arrow, which Hugging Face writes beside a data set;
+    - .txt beside splits of other kinds, such as README.txt.
+  """
+  every = [file for part in found.values() for file in part]
+  used = {_LABELS, pathlib.Path(data.sts or "").name, *(x.name for x in every)}
+  has_txt = any(file.suffix == ".txt" for file in every)
+  endings = [x for x in config_lib.TEXT_ENDINGS if x != ".txt" or has_txt]
   ignored = sorted(
     file.name
     for file in path.glob("*")
     if file.name not in used
-    and file.name.lower().endswith(config_lib.TEXT_ENDINGS)
+    and file.name.lower().endswith(tuple(endings))
+    and not file.match("cache-*.arrow")
     and file.is_file()
   )
   if ignored:

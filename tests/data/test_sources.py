@@ -279,6 +279,16 @@ def test_ignored_text_is_reported_in_one_line(tmp_path, files, line, caplog):
   assert found.endswith(line)
 
 
+def test_notes_caches_and_scored_pairs_are_not_reported_as_ignored(
+  tmp_path, caplog
+):
+  for name in ("README.txt", "vocab.txt", "cache-1f.arrow", "sts.tsv"):
+    (tmp_path / name).write_text("text")
+  (tmp_path / "train.csv").write_text("text\na\nb\n")
+  sources.load_texts(DataConfig(path=str(tmp_path), sts="sts.tsv"), "embed")
+  assert not caplog.messages
+
+
 def test_lines_may_end_as_on_old_macs(tmp_path):
   texts = load(tmp_path, train__tsv="0\ta\r1\tb\r")
   assert pairs(texts) == [("0", "a"), ("1", "b")]
