@@ -404,8 +404,9 @@ def _columnar_rows(
       classes = {k: v for k, v in names_of.items() if k in wanted}
       number = 0
       for batch in batches:
-        batch.validate(full=True)  # damaged arrays may crash the interpreter
-        for row in batch.select(wanted).to_pylist():
+        chosen = batch.select(wanted)
+        chosen.validate(full=True)  # damaged arrays may crash the interpreter
+        for row in chosen.to_pylist():
           number += 1
           place = f"{file}:{number}"
           named = {

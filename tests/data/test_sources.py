@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from pyarrow import parquet
 
 from folding.config import DataConfig
-from folding.data import sources
+from folding.data import local_files, sources
 from folding.errors import ConfigError
 from tests.data import text_files
 from tests.data.text_files import load, pairs
@@ -429,6 +429,16 @@ def test_damaged_text_is_refused(tmp_path, ending):
   path.write_bytes(path.read_bytes().replace(b"abcd", b"a\xffcd"))
   with pytest.raises(ConfigError, match="cannot read .*UTF"):
     sources.load_texts(DataConfig(path=str(path)), "lm")
+
+
+def test_only_the_chosen_column_is_checked(tmp_path):
+  path = tmp_path / "train.arrow"
+  table = pa.table({"text": ["a", "b"], "other": ["abcdefgh"] * 2})
+  with pa.ipc.new_stream(path, table.schema) as writer:
+    writer.write_table(table)
+  path.write_bytes(path.read_bytes().replace(b"abcd", b"a\xffcd"))
+  found = [row for _, row in local_files.rows_of([path], "text")]
+  assert found == [{"text": "a"}, {"text": "b"}]
 
 
 def test_damaged_offsets_are_refused(tmp_path):
