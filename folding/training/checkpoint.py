@@ -425,11 +425,14 @@ def _mend_metrics(folder: str) -> None:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-  """Returns False for what Orbax logs of a failed write, which it also raises.
+  """Returns False for errors that Orbax logs: it also raises them.
 
-  Each of its threads and tasks logs a traceback.
+  Each thread and task of a failed write logs a traceback.
   """
-  return "orbax" not in record.pathname + record.getMessage()
+  if record.levelno < logging.ERROR:
+    return True
+  text = record.pathname + record.getMessage()
+  return not any(x in text for x in ("orbax/checkpoint/", ".orbax-checkpoint-"))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -312,6 +313,24 @@ def test_unfinished_save_is_not_a_checkpoint(tmp_path):
     assert checkpoints.restore_latest(LIKE)[0] == 1
     checkpoints.save(3, small(3.0), None)  # waits for the removal
   assert not folder.exists()
+
+
+def test_warnings_of_orbax_and_errors_of_others_are_shown(tmp_path, caplog):
+  with Checkpoints(str(tmp_path)):
+    pass
+  orbax, ours = "/orbax/checkpoint/manager.py", "/my-orbax-project/train.py"
+  for logger, place, level, text in (
+    ("absl", orbax, logging.WARNING, "text"),
+    ("absl", orbax, logging.ERROR, "text"),
+    ("absl", ours, logging.ERROR, "text"),
+    ("asyncio", "events.py", logging.ERROR, "at 3.orbax-checkpoint-tmp"),
+  ):
+    record = logging.LogRecord(logger, level, place, 1, text, (), None)
+    logging.getLogger(logger).handle(record)
+  assert [(x.levelname, x.filename) for x in caplog.records] == [
+    ("WARNING", "manager.py"),
+    ("ERROR", "train.py"),
+  ]
 
 
 @pytest.mark.slow
