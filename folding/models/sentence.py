@@ -83,7 +83,9 @@ def read(path: str | os.PathLike) -> Sentence | None:
       f"one of {', '.join(_MODES)} is supported"
     )
   prompts = _read_options(path, _PROMPTS)
-  if name := prompts.get("default_prompt_name"):
+  name = prompts.get("default_prompt_name")
+  texts = prompts.get("prompts")
+  if name and not (isinstance(texts, dict) and texts.get(name) == ""):
     raise ConfigError(
       f"{os.path.join(path, _PROMPTS)} puts the prompt {name!r} before each text, "
       "which is not supported; set default_prompt_name to null there, and write "
