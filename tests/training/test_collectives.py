@@ -214,7 +214,8 @@ def test_scanned_layers_move_what_others_do():
 
 
 def test_linear_attention_moves_nothing_in_its_loop(monkeypatch):
-  monkeypatch.setattr(linear_attention, "_SIZES", {"default": (8, 8)})
+  layout = linear_attention._Layout(chunk=8, block=8, is_turned=True)
+  monkeypatch.setattr(linear_attention, "_LAYOUTS", {"default": layout})
   mesh = sharding.make_mesh(MESHES["fsdp=8"])
   rows = sharding.batch_sharding(mesh, 8)
 
