@@ -85,10 +85,10 @@ def _class(label: Any, place: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-  """Returns whether a value is a number or the text of one."""
+  """Returns whether a value is a number that fits a float, or its text."""
   try:
     float(value)
-  except (TypeError, ValueError):
+  except (OverflowError, TypeError, ValueError):
     return False
   return True
 
