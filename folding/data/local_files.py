@@ -124,7 +124,8 @@ def warn_of_ignored(
     - .txt beside splits of other kinds, such as README.txt.
   """
   every = [file for part in found.values() for file in part]
-  used = {_LABELS, pathlib.Path(data.sts or "").name, *(x.name for x in every)}
+  used = {file.name for file in every}
+  used |= {_LABELS, pathlib.Path(data.sts or "").name}
   has_txt = any(file.suffix == ".txt" for file in every)
   endings = [x for x in config_lib.TEXT_ENDINGS if x != ".txt" or has_txt]
   ignored = sorted(

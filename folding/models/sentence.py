@@ -19,10 +19,8 @@ from folding.errors import ConfigError, reason
 from folding.models.hf_weights import TOKENIZER
 
 MODULES, LIMITS = "modules.json", "sentence_bert_config.json"
-_PROMPTS, _OPTIONS = (
-  "config_sentence_transformers.json",
-  "tokenizer_config.json",
-)
+_PROMPTS = "config_sentence_transformers.json"
+_OPTIONS = "tokenizer_config.json"
 _MODE = "pooling_mode"
 _FLAGS: dict[Pooling, str] = {
   "first": f"{_MODE}_cls_token",
