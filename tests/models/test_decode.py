@@ -196,9 +196,11 @@ def test_slots_hold_the_newest_positions(num_slots):
   cache = decode_lib.resize(cache, num_slots)
   write = jax.jit(decode_lib.write)
   slot_positions = jax.jit(decode_lib.slot_positions, static_argnums=0)
-  sizes = ((2, 3, 1), (2, 1, 3))
   for index in range(length, length + 9):
-    new = KVCache(*(np.full(s, index, np.float32) for s in sizes))
+    new = KVCache(
+      np.full((2, 3, 1), index, np.float32),
+      np.full((2, 1, 3), index, np.float32),
+    )
     cache = jax.device_get(write(cache, new, jnp.int32(index)))
     held = np.asarray(slot_positions(num_slots, jnp.int32(index)))
     seen = {i for i in range(index + 1) if i > index - num_slots}

@@ -173,7 +173,7 @@ def test_run_resumes_bit_for_bit_after_a_damaged_checkpoint_and_a_stop(
   assert found["finished"]
   assert found["test"] == result["test"]
   chex.assert_trees_all_equal(last_state(copy), (10, tiny_state))
-  assert records(copy) == records(workdir)  # also what was pruned at step 8
+  assert records(copy) == records(workdir)  # also the counts of the stop
 
 
 def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
