@@ -169,7 +169,8 @@ class Run(Program):
       split: "valid" or "test".
       limit: Number of first batches to evaluate; None: all. The bytes of their
         text are estimated by their share of the examples.
-      teacher: Model and parameters; task "embed" is compared to it.
+      teacher: Model and parameters; task "embed" is compared to it. None: it is
+        read.
 
     Raises:
       TrainingError: the loss is not finite.
@@ -184,6 +185,7 @@ class Run(Program):
     if self.config.task == "lm":
       num_bytes = share * data.num_bytes[split]
     if self.config.task == "embed":
+      teacher = teacher or self.placed(teacher_of(self.config, data))
       batches = self._with_taught(batches, split, teacher)
     metrics = evaluate(
       self._eval_step, params, batches, self.mesh, num_bytes=num_bytes
@@ -591,10 +593,7 @@ def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
   this, checkpoints = open_run(workdir)
   with checkpoints:
     this, step, state = restore(this, checkpoints, best=True)
-  teacher = None
-  if this.config.task == "embed":
-    teacher = this.placed(teacher_of(this.config, this.data))
-  metrics = this.evaluate(state.params, split, teacher=teacher)
+  metrics = this.evaluate(state.params, split)
   return {"split": split, "checkpoint_step": step, **metrics}
 
 

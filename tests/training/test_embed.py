@@ -20,7 +20,7 @@ from folding.errors import ConfigError
 from folding.reporting import report
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
-from folding.training import evaluate, loop, losses
+from folding.training import evaluate, loop, losses, run_dir, shrinking
 from tests.models import checkpoints
 from tests.training.test_distributed import free_address, start
 
@@ -86,7 +86,7 @@ def short(folder, **fields):
   config.compress.calibration, config.compress.fit_steps = 96, 20
   # Settings that need no plan, which has its own tests.
   config.compress.plan, config.compress.prune = "same", "none"
-  config.fpp.granularity, config.fpp.attention = "weight", "output"
+  config.fpp.granularity, config.fpp.attention = "neuron", "output"
   config.fpp.embedding_granularity = "trim"
   config.train = c.TrainConfig(
     steps=6, eval_every=3, learning_rate=3e-3, tensorboard=False
@@ -147,6 +147,13 @@ def test_report_and_export_of_a_run(source, run, tmp_path):
     feed["attention_mask"] = np.ones_like(feed["input_ids"])
     [found] = session.run(["sentence_embedding"], feed)
     np.testing.assert_allclose(np.asarray(found)[0], vector, atol=1e-5)
+
+
+def test_shrunk_run_has_the_cosine_of_the_run(run, tmp_path):
+  done = shrinking.shrink_run(str(run[0]), str(tmp_path / "small"))
+  assert done["after"] < done["before"]
+  test = run_dir.read_result(str(tmp_path / "small"))["test"]
+  assert test["cosine"] == pytest.approx(run[1]["test"]["cosine"], abs=1e-5)
 
 
 @pytest.mark.slow
