@@ -551,9 +551,11 @@ def _notes(start: Start) -> list[str]:
 def _rank(metrics: dict[str, Any], config: Config) -> float:
   """Returns the rank of a checkpoint, lower is better; see `train.metric`."""
   name = config.train.metric or config_lib.METRICS[config.task][0]
+  loss = metrics["loss"]
   if name == "loss":
-    return metrics["loss"]
-  return 1 - metrics[name] + 1e-6 * metrics["loss"]  # breaks ties
+    return loss
+  # The second term breaks ties. It is bounded, as a squared error is not.
+  return 1 - metrics[name] + 1e-6 * loss / (1 + loss)
 
 
 def _line(step: int, name: str, metrics: dict[str, Any]) -> str:

@@ -223,4 +223,4 @@ def test_metric_ranks_checkpoints(metric):
   found = {"loss": 2.0, "accuracy": 0.75, "matthews": -0.5}
   expected = {None: 0.25, "matthews": 1.5, "loss": 2.0}[metric]
   rank = loop._rank(found, config)
-  assert rank == pytest.approx(expected + 2e-6 * (metric != "loss"), rel=1e-9)
+  assert expected <= rank < expected + 1e-6  # the loss breaks ties
