@@ -133,7 +133,7 @@ def topology_of(generation: str, number: int) -> list[int] | None:
     return None
   _, axes, cores, _ = _TPUS[generation]
   power = (number // cores).bit_length() - 1
-  if number != 2**power * cores:
+  if power < 0 or number != 2**power * cores:
     return None
   return [2 ** ((power + axis) // axes) for axis in range(axes)][::-1]
 

@@ -332,6 +332,7 @@ def test_cpus_share_the_memory_of_the_machine():
     ("v5e-1", [1, 1]),
     ("v5e-8", [4, 2]),
     ("v6e-256", [16, 16]),
+    ("v5p-1", None),  # a chip has two cores
     ("v5p-3", None),
     ("v5e-12", None),
   ],
