@@ -184,14 +184,13 @@ def _page(variants: Sequence[Variant]) -> str:
 
 def _row(variant: Variant, reference: Variant) -> list[str]:
   """Returns the cells of a variant in the table of `compare.md`."""
-  metric = config_lib.quality(variant.runs[0].config)
+  metric = config_lib.quality(reference.runs[0].config)
   whole, decimals = "{:,.0f}".format, "{:.3f}".format
-  quality = variant.spread(_quality).mean
-  base = reference.spread(_quality).mean
+  quality, base = (_quality(v, metric) for v in (variant, reference))
   change = "–"
   # Of a negative correlation the sign would be wrong.
-  if quality is not None and base is not None and base > 0:
-    change = f"{quality / base - 1:+.1%}"
+  if quality.mean is not None and base.mean is not None and base.mean > 0:
+    change = f"{quality.mean / base.mean - 1:+.1%}"
   steps = sorted({run.result["steps"] for run in variant.runs})
 
   def cell(metric: Callable[[Run], Any], form: Callable[..., str]) -> str:
@@ -200,7 +199,7 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
   return [
     variant.name,
     ", ".join(str(run.config.seed) for run in variant.runs),
-    cell(_quality, report.percent if metric == "accuracy" else decimals),
+    quality.text(report.percent if metric == "accuracy" else decimals),
     change,
     cell(lambda run: run.parameters["overall"]["compression"], report.percent),
     cell(_stored, whole),
@@ -212,8 +211,9 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
   ]
 
 
-def _quality(run: Run) -> float | None:
-  return run.quality
+def _quality(variant: Variant, metric: str) -> Spread:
+  """Returns a test metric of a variant."""
+  return variant.spread(lambda run: (run.test or {}).get(metric))
 
 
 def _stored(run: Run) -> int:
@@ -230,13 +230,13 @@ def _draw(variants: Sequence[Variant], path: str) -> None:
   from folding.reporting import plots
 
   run = variants[0].runs[0]
-  is_lm = run.config.task == "lm"
+  is_lm, metric = run.config.task == "lm", config_lib.quality(run.config)
   # Tokenizers may differ, and with them the loss of a token.
   key = "bits_per_byte" if is_lm else "loss"
   label = "bits per byte" if is_lm else f"loss, {run.loss_unit}"
   points = {}
   for variant in variants:
-    size, test = variant.spread(_stored), variant.spread(_quality)
+    size, test = variant.spread(_stored), _quality(variant, metric)
     points[variant.name] = None
     if size.mean is not None and test.mean is not None:
       points[variant.name] = plots.Point(size.mean, test.mean, size.sd, test.sd)
@@ -251,7 +251,7 @@ def _draw(variants: Sequence[Variant], path: str) -> None:
       right,
       points,
       x_label="stored parameters",
-      y_label=f"test {report.metric_name(config_lib.quality(run.config))}",
+      y_label=f"test {report.metric_name(metric)}",
     )
 
 

@@ -76,12 +76,6 @@ class Run:
   digest: str | None
 
   @property
-  def quality(self) -> int | float | None:
-    """Test metric of `config.quality`; None before the end."""
-    name = config_lib.quality(self.config)
-    return None if self.test is None else self.test[name]
-
-  @property
   def loss_unit(self) -> str:
     """Unit of the loss."""
     if self.config.task == "regress":

@@ -45,6 +45,18 @@ def test_change_of_a_negative_correlation_is_left_out(
   assert row.split("|")[4].strip() == change
 
 
+def test_compare_shows_the_metric_of_the_reference(tmp_path):
+  runs = []
+  for name, metric in (("a", "macro_f1"), ("b", "accuracy")):
+    test = {"loss": 1.0, "accuracy": 0.9, "macro_f1": 0.5, "num_examples": 9}
+    train = config_lib.TrainConfig(metric=metric)
+    config = synthetic_run.config(task="classify", train=train)
+    runs.append(synthetic_run.write(tmp_path / name, config, test=test))
+  text = compare.compare(runs, str(tmp_path / "out"))
+  cells = [line.split("|") for line in text.splitlines() if line[0:1] == "|"]
+  assert [c.strip() for c in cells[3][3:5]] == ["0.500", "+0.0%"]
+
+
 def test_compare_shows_the_measured_values(three_kinds, tmp_path, monkeypatch):
   drawings, save = [], plots.save
   monkeypatch.setattr(

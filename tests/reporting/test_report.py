@@ -156,7 +156,7 @@ def test_load_run_reads_the_files_of_a_run(tmp_path):
   assert (run.name, run.config, run.digest) == ("a", config, "ab12")
   assert [r["step"] for r in run.train] == list(range(20, 601, 20))
   assert [r["step"] for r in run.valid] == list(range(100, 601, 100))
-  assert run.quality == synthetic_run.LM_TEST["bits_per_byte"]
+  assert run.test == synthetic_run.LM_TEST
 
 
 @pytest.mark.parametrize(
