@@ -126,8 +126,9 @@ def _name(members: Sequence[Run]) -> str:
   if len(members) == 1:
     return members[0].name
   common = os.path.commonprefix([run.name for run in members])
-  # "lm-seed1" and "lm-seed2" are "lm".
-  return re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", common) or members[0].name
+  # "lm-seed1" and "lm-seed2" are "lm", but "class1" and "class2" are "class".
+  seed = r"[-_. ]*(seed|(?<![a-z])s)?[-_. ]*\d*$"
+  return re.sub(seed, "", common) or members[0].name
 
 
 def notes(variants: Sequence[Variant]) -> list[str]:

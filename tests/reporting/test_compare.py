@@ -127,6 +127,23 @@ def test_group_joins_finished_runs_of_one_config_and_text(
   assert sorted((len(v.runs) for v in found), reverse=True) == sizes
 
 
+@pytest.mark.parametrize(
+  ("first", "second", "name"),
+  [
+    ("lm-seed1", "lm-seed2", "lm"),
+    ("lm--70--s0", "lm--70--s1", "lm--70"),
+    ("ours-1", "ours-2", "ours"),
+    ("s1", "s2", "s1"),
+  ],
+)
+def test_group_names_seeds_by_what_they_share(tmp_path, first, second, name):
+  runs = [
+    synthetic_run.write(tmp_path / folder, synthetic_run.config(seed=seed))
+    for seed, folder in enumerate((first, second))
+  ]
+  assert [variant.name for variant in compare.group(runs)] == [name]
+
+
 def test_group_names_runs_of_one_name_by_their_folders(tmp_path):
   workdirs = [
     synthetic_run.write(tmp_path / place / "run", synthetic_run.config(dense=d))
