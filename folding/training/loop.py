@@ -452,8 +452,10 @@ def _train(
   mask_updates = optimizer_lib.mask_updates(config) if run.rules else range(0)
 
   with (
-    MetricsWriter(workdir, config, first_step, distributed.is_main()) as writer,
+    # First: JAX's callback of the garbage collector swallows a KeyboardInterrupt
+    # that arrives while the writer imports TensorBoard.
     stop_signal() as stopped,
+    MetricsWriter(workdir, config, first_step, distributed.is_main()) as writer,
   ):
     clock = Clock(workdir, first_step)
     counts = run.counts(state)

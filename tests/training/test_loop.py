@@ -197,6 +197,19 @@ def test_compacted_keeps_the_arrays_of_single_weights(tiny_run):
   assert this.compacted(state, step) is None
 
 
+def test_ctrl_c_while_the_log_opens_stops_at_the_first_step(
+  tiny_run, tmp_path, monkeypatch
+):
+  class Interrupted(loop.MetricsWriter):
+    def __init__(self, *args):
+      os.kill(os.getpid(), signal.SIGINT)
+      super().__init__(*args)
+
+  monkeypatch.setattr(loop, "MetricsWriter", Interrupted)
+  stopped = loop.run(tiny_run[0], str(tmp_path / "run"))
+  assert (stopped["finished"], stopped["steps"]) == (False, 0)
+
+
 def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
   config, _, _ = tiny_run
   init = loop.Run.init
