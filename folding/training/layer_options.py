@@ -361,9 +361,8 @@ def _neuron_options(trial: _Trial) -> list[Option]:
   fitted, held_out = trial.moments("down")
   c_FF = fitted.around(mlp["down"])
   F = len(w_FD)
-  kept = sorted({round_neurons(F * i / 16, F) for i in range(1, 16)} - {F})[
-    ::-1
-  ]
+  fewer = {round_neurons(F * i / 16, F) for i in range(1, 16)} - {F}
+  kept = sorted(fewer, reverse=True)
   size = num_weights(mlp, ("up", "gate", "down"))
   options = [Option(0.0, size, 0.0)]
   steps = oneshot.removals(
