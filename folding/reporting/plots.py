@@ -192,7 +192,9 @@ def _say_empty(axes: Any) -> None:
 def _style(index: int, name: str) -> dict[str, Any]:
   """Returns the color and the label of a series."""
   if index < MAX_NAMED:
-    return {"color": CYCLE[index], "label": name.replace("$", r"\$")}
+    # A legend leaves out labels that begin with "_".
+    label = name.lstrip("_").replace("$", r"\$")
+    return {"color": CYCLE[index], "label": label}
   return {"color": LIGHT, "label": "_" if index > MAX_NAMED else "others"}
 
 

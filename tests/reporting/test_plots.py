@@ -11,7 +11,7 @@ from folding.reporting import plots
 
 
 def test_draw_lines_names_the_first_seven_series():
-  series = {f"s{i} $x_{{$": [(0, i), (10, i + 1)] for i in range(10)}
+  series = {f"_s{i} $x_{{$": [(0, i), (10, i + 1)] for i in range(10)}
   before = dict(matplotlib.rcParams)
   with plots.figure() as drawing:
     axes = drawing.subplots()
