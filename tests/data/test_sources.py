@@ -62,6 +62,7 @@ def test_labels_txt_orders_the_classes(tmp_path, rows):
     (("1", "001", "2", "01", "0"), ("0", "001", "01", "1", "2")),
     (("1" * 5000, "2"), ("1" * 5000, "2")),  # too long for an int
     (("label", "a", "label"), ("a", "label")),  # and is not a header
+    (("1_1", "1_0"), ("1_0", "1_1")),  # for Python, 11 and 10
   ],
 )
 def test_labels_are_sorted_as_numbers_or_words(tmp_path, labels, names):
@@ -197,6 +198,7 @@ def test_several_labels_are_lists_or_have_commas(tmp_path):
     ("regress", {"train__tsv": "1.5\ta\nhigh\tb\n"}, "tsv:2: .*'high'"),
     ("regress", {"train__tsv": "1.5\ta\nnan\tb\n"}, "tsv:2: .*not a number"),
     ("regress", {"train__tsv": "1.5\ta\n1e39\tb\n"}, "tsv:2: .*float32"),
+    ("regress", {"train__tsv": "1.5\ta\n1_0\tb\n"}, "tsv:2: .*not a number"),
     ("regress", {"train__jsonl": _jsonl({"text": "a", "score": 10**400})}, "float32"),
     ("regress", {"train__txt": "a"}, "task 'regress' needs"),
     ("regress", {"train__tsv": PAIRS, "valid__tsv": "1\ta\n"}, "sentence1 and"),
