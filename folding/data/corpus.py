@@ -41,7 +41,10 @@ _FORMAT = 1  # raised if the same text would get other splits, tokenizers or ids
 _ENDINGS = (".txt", ".csv", ".jsonl", *local_files.COLUMNAR)
 _BLOCK = 1 << 20  # bytes
 _FIRST_ROWS = 1000  # rows that the column of text is chosen by
-_FIELDS = ("text_field", "valid_fraction", "test_fraction", "max_bytes")
+_FIELDS = (
+  *("text_field", "label_field"),
+  *("valid_fraction", "test_fraction", "max_bytes"),
+)
 
 # Size in UTF-8 bytes, and the text in slices.
 Document: TypeAlias = tuple[int, Iterable[str]]

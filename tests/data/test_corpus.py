@@ -161,6 +161,17 @@ def test_later_runs_do_not_read_the_text(small, tmp_path, monkeypatch):
     batches.make_data(_config(path))
 
 
+def test_another_column_is_another_text(small, tmp_path):
+  path = tmp_path / "a.jsonl"
+  row = json.dumps({"first": "one text", "second": "another text"})
+  path.write_text(f"{row}\n" * 60)
+  digests = {
+    batches.make_data(_config(path, label_field=name, tokenizer="bytes")).digest
+    for name in ("first", "second")
+  }
+  assert len(digests) == 2
+
+
 def test_folder_that_cannot_be_written_is_named(small, tmp_path):
   path = _txt(tmp_path)
   (tmp_path / "file").write_text("")
