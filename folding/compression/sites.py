@@ -201,8 +201,8 @@ def make_sites(rules: Sequence[Rule], params: Any) -> list[Site]:
     params: Tree of arrays, or of their shapes and dtypes.
 
   Raises:
-    ValueError: a pattern or a tied path matches nothing, two rules match one
-      parameter, or a granularity does not fit a shape.
+    ValueError: a pattern or a tied path matches nothing, a parameter is matched
+      or tied twice, or a granularity does not fit a shape.
   """
   leaves = paths.flatten(params)
   sites: list[Site] = []
@@ -243,6 +243,11 @@ def _make_site(
   members: dict[str, int | None] = {name: own}
   for template, axis in rule.tied.items():
     other = _tied_path(rule, template, name, leaves)
+    if other in members:
+      raise ValueError(
+        f"rule {rule.pattern!r} ties {other!r} to itself or twice; only one axis "
+        f"of an array can index {rule.granularity}s"
+      )
     stack = tuple(leaves[other].shape)
     sizes = _layer_shape(rule, other, stack)
     if not -len(sizes) <= axis < len(sizes) or sizes[axis] != shape[own]:

@@ -21,6 +21,7 @@ def _params():
     "b": {"mlp": _layer(hidden=8)},
     "embed": np.ones((9, 4)),
     "scale": np.ones(()),
+    "square": np.ones((6, 6)),  # of a recurrent layer
     "pair": np.ones((2, 16)),
     "stack": np.ones((4, 8, 16)),  # of nn.scan, or a kernel [D, H, K]
   }
@@ -102,6 +103,14 @@ def _neuron(tied):
       r"axis 1 of 'a/mlp/down/kernel' \(6, 4\) does not index the 6 neurons",
     ),
     (_neuron({r"\1/up/bias": 1}), r"axis 1 of 'a/mlp/up/bias' \(6,\) does not"),
+    (
+      [Rule("square", 0.5, "neuron", {"square": 0})],
+      "ties 'square' to itself .* one axis of an array can index neurons",
+    ),
+    (
+      _neuron({r"\1/up/bias": 0, "a/mlp/up/bias": -1}),
+      "ties 'a/mlp/up/bias' to itself or twice",
+    ),
     (_neuron({r"\2/up/bias": 0}), r"ties '.*2/up/bias', which does not expand"),
     ([Rule("a/mlp/up/bias", 0.5, "row")], r"'row' needs a matrix; .*bias"),
     ([Rule("scale", 0.5)], r"'weight' needs a vector; 'scale' has shape \(\)"),
@@ -130,6 +139,8 @@ def _neuron(tied):
     "no-tied",
     "tied-size",
     "tied-axis",
+    "tied-to-itself",
+    "tied-twice",
     "tied-group",
     "row-of-vector",
     "scalar",
