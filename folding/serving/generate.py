@@ -143,7 +143,7 @@ class Generator:
 
   Raises:
     ConfigError: the model does not predict next tokens, or has no layer for
-      cache "linear".
+      cache "linear"; or the margin is not above 0.
 
   Example:
     >>> from folding.config import Config, ModelConfig, resolve
@@ -180,6 +180,8 @@ class Generator:
         "no layer has a constant state: that takes fold.groups=1, and neither "
         "rotary positions nor a window"
       )
+    if not margin > 0:  # widening would never end
+      raise ConfigError(f"the margin must be above 0; it is {margin}")
     self.model = model
     self._cache, self._chunk, self._margin = cache, chunk, margin
     self._measure = jax.jit(

@@ -215,6 +215,12 @@ def test_model_without_constant_state_is_refused(name):
     Generator(_make(name).model, "linear")
 
 
+@pytest.mark.parametrize("margin", [0.0, -1.0, np.nan])
+def test_margin_that_never_covers_a_range_is_refused(one, margin):
+  with pytest.raises(ConfigError, match="margin must be above 0; it is"):
+    Generator(one.model, "linear", margin=margin)
+
+
 class Counted(Transformer):
   """Counts how often it is traced."""
 
