@@ -119,7 +119,7 @@ _CAPS = {  # field of ModelConfig: of config.json
   "logit_cap": "final_logit_softcapping",
 }
 # Fields in which null means "none" rather than the default.
-_NULLABLE = {"sliding_window", *_CAPS.values()}
+_NULLABLE = {"sliding_window", "local_rope_theta", *_CAPS.values()}
 
 
 def _windows(
@@ -157,7 +157,8 @@ def _windows(
       base_of = {
         kind: _read_base(values, kind, name) for kind, name in bases.items()
       }
-      fields["rope_base"] = [base_of[x] for x in kinds]
+      # Layers with windows may have no base of their own.
+      fields["rope_base"] = [base_of[x] or base_of[_FULL] for x in kinds]
     return fields
 
   def write(config):
@@ -174,8 +175,11 @@ def _windows(
   return Rule(read, write)
 
 
-def _read_base(values: dict[str, Any], kind: str, name: str) -> float:
-  """Returns the rope_base of the layers of a kind, which may not be scaled."""
+def _read_base(values: dict[str, Any], kind: str, name: str) -> float | None:
+  """Returns the rope_base of a kind of layer, which may not be scaled.
+
+  None: this kind has none of its own.
+  """
   scaling = values.get("rope_scaling") or {}
   # transformers 5 writes a dict per kind.
   rope = (values.get("rope_parameters") or {}).get(kind) or {}

@@ -113,6 +113,8 @@ READ = [
   ("mistral", {"layer_types": ["full_attention"] * N}, "window", 3),
   ("qwen2", {"sliding_window": 5}, "window", None),
   ("modernbert", {"classifier_pooling": "cls"}, "pooling", "first"),
+  # In transformers 4; transformers 5 fails.
+  ("modernbert", {"local_rope_theta": None}, "rope_base", 100.0),
   ("gpt_neox", PARTIAL, "rope_share", 0.25),
   ("gemma2", {"attn_logit_softcapping": None}, "attention_cap", None),
   # The first 28 layers have none.
