@@ -19,6 +19,11 @@ from folding.errors import ConfigError, reason
 from folding.models.hf_weights import TOKENIZER
 
 MODULES, LIMITS = "modules.json", "sentence_bert_config.json"
+# Some older checkpoints name it by another family. The first that exists counts.
+_LIMITS_NAMES = tuple(
+  f"sentence_{family}_config.json"
+  for family in ("bert", "roberta", "distilbert", "xlm-roberta")
+)
 _PROMPTS = "config_sentence_transformers.json"
 _OPTIONS = "tokenizer_config.json"
 _MODE = "pooling_mode"
@@ -89,7 +94,9 @@ def read(path: str | os.PathLike) -> Sentence | None:
       "which is not supported; set default_prompt_name to null there, and write "
       "the prompt into your texts"
     )
-  limits, limits_path = _read_options(path, LIMITS), os.path.join(path, LIMITS)
+  known = (os.path.join(path, name) for name in _LIMITS_NAMES)
+  limits_path = next(filter(os.path.isfile, known), None)
+  limits = files.read_json(limits_path, dict) if limits_path else {}
   if limits.get("do_lower_case") is True and not _lowers(path):
     raise ConfigError(
       f"{limits_path} sets do_lower_case, and {TOKENIZER} has no Lowercase "

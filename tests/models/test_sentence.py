@@ -91,6 +91,14 @@ def test_lower_case_needs_a_tokenizer_that_makes_it(tmp_path):
   assert sentence.read(tmp_path) == ("mean", False, 9)
 
 
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "xlm-roberta"])
+def test_limits_are_read_under_their_former_names(tmp_path, family):
+  sentence.write(tmp_path, ModelConfig(), 9)
+  limits = tmp_path / "sentence_bert_config.json"
+  limits.rename(tmp_path / f"sentence_{family}_config.json")
+  assert sentence.read(tmp_path) == ("mean", False, 9)
+
+
 def test_folder_without_the_files_says_nothing(tmp_path):
   assert sentence.read(tmp_path) is None
 
