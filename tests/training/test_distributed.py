@@ -1,6 +1,5 @@
 """Real processes on loopback, four simulated CPU devices each."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -52,32 +51,25 @@ def start(command, devices=4):
   )
 
 
-def train_in_two(workdir, text_file, *flags, other=None, second=()):
-  """Starts train.py in two processes.
-
-  Args:
-    workdir: The run directory.
-    text_file: The data.
-    *flags: Of both processes.
-    other: Data of the second process; None: the same.
-    second: More flags of the second process.
-  """
+def train_words(workdir, text_file, *flags):
+  """Returns the arguments of train.py for one of two processes."""
   config_file = workdir.parent / "mesh.py"
   config_file.write_text(_CONFIG_FILE, encoding="utf-8")
+  return [f"--config={config_file}:{text_file}", f"--workdir={workdir}", *flags]
+
+
+def distributed_flags():
+  """Returns the flag of each of two processes."""
   address = free_address()
+  return [f"--config.distributed={address},{process},2" for process in range(2)]
+
+
+def train_in_two(workdir, text_file, *flags):
+  """Starts train.py in two processes."""
+  words = train_words(workdir, text_file, *flags)
   return [
-    start(
-      [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"--config={config_file}:{other if process and other else text_file}",
-        f"--workdir={workdir}",
-        f"--config.distributed={address},{process},2",
-        *flags,
-        *(second if process else ()),
-      ]
-    )
-    for process in range(2)
+    start([sys.executable, str(ROOT / "train.py"), *words, flag])
+    for flag in distributed_flags()
   ]
 
 
@@ -173,31 +165,54 @@ def test_signal_to_one_process_stops_both_at_the_same_step(text_file, tmp_path):
   assert last_state(workdir)[0] == int(saved[1])
 
 
+# Trains by several commands in one process, and prints statuses and errors.
+_COMMANDS = """
+import contextlib, io, json, sys
+from folding import cli
+found = []
+for words in json.loads(sys.argv[1]):
+  with contextlib.redirect_stderr(io.StringIO()) as err:
+    status = cli.main(["train", *words])
+  found.append([status, err.getvalue()])
+print(json.dumps(found))
+sys.exit(status)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["another", "none", "held", "config"])
-def test_mistake_of_one_process_ends_both(text_file, tmp_path, kind):
-  workdir, other, second = tmp_path / "run", None, ()
-  told = ["another process failed"] * 2
-  if kind == "another":
-    other = write_text(tmp_path / "other.txt", 399)
-    told = ["process 1 has another text or tokenizer than process 0"] * 2
-  if kind == "config":
-    second = ("--config.train.learning_rate=0.5",)
-    told = ["process 1 has another config than process 0"] * 2
-  if kind == "none":
-    other = tmp_path / "missing.txt"
-    told[1] = "missing.txt"
-  with contextlib.ExitStack() as stack:
-    if kind == "held":
-      stack.enter_context(run_dir.held(str(workdir)))
-      told[0] = "another process trains in"
-    processes = train_in_two(workdir, text_file, other=other, second=second)
+def test_mistake_of_one_process_ends_both(text_file, tmp_path):
+  other = write_text(tmp_path / "other.txt", 399)
+  missing, rate = tmp_path / "missing.txt", "--config.train.learning_rate=0.5"
+  failed = "another process failed"
+  cases = {  # data and flags of process 1, messages of both
+    "text": (other, [], ["process 1 has another text or tokenizer"] * 2),
+    "config": (text_file, [rate], ["process 1 has another config"] * 2),
+    "missing": (missing, [], [failed, "missing.txt"]),
+    "held": (text_file, [], ["another process trains in", failed]),
+  }
+  commands = [[], []]
+  addresses = distributed_flags()
+  for name, (path, flags, _) in cases.items():
+    workdir = tmp_path / name
+    commands[0].append(train_words(workdir, text_file, addresses[0]))
+    commands[1].append(train_words(workdir, path, addresses[1], *flags))
+  with run_dir.held(str(tmp_path / "held")):
+    processes = [
+      start([sys.executable, "-c", _COMMANDS, json.dumps(words)])
+      for words in commands
+    ]
     outputs = [process.communicate(timeout=200) for process in processes]
-  for process, (_, err), message in zip(processes, outputs, told, strict=True):
-    assert process.returncode == 2, err
-    assert message in err
-    assert err.count("folding: error:") == err.count("\n") == 1
-  assert not (workdir / "config.json").exists()
+  for rank, (process, (out, err)) in enumerate(
+    zip(processes, outputs, strict=True)
+  ):
+    assert (process.returncode, err) == (2, "")
+    found = dict(zip(cases, json.loads(out.splitlines()[-1]), strict=True))
+    for name, (status, err) in found.items():
+      assert status == 2, (name, err)
+      assert cases[name][2][rank] in err
+      assert err.count("folding: error:") == err.count("\n") == 1
+  for name in cases:
+    assert not (tmp_path / name / "config.json").exists()
 
 
 @pytest.mark.parametrize(
