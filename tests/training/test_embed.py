@@ -1,6 +1,4 @@
-import os
 import shutil
-import signal
 import sys
 
 import chex
@@ -156,12 +154,17 @@ def test_shrunk_run_has_the_cosine_of_the_run(run, tmp_path):
   assert test["cosine"] == pytest.approx(run[1]["test"]["cosine"], abs=1e-5)
 
 
-@pytest.mark.slow
-def test_run_resumes_bit_for_bit(run, tmp_path):
-  workdir, result = tmp_path / "run", run[1]
+def _unfinished(run, workdir):
+  """Copies a run without its last three steps."""
   shutil.copytree(run[0], workdir)
   shutil.rmtree(workdir / "checkpoints" / "6")
   (workdir / "result.json").unlink()
+
+
+@pytest.mark.slow
+def test_run_resumes_bit_for_bit(run, tmp_path):
+  workdir, result = tmp_path / "run", run[1]
+  _unfinished(run, workdir)
   again = loop.resume_run(str(workdir))
   assert again["test"] == result["test"]
   states = []
@@ -214,28 +217,19 @@ def test_benchmark_measures_the_same_vectors_in_every_runtime(source, run):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_vectors_as_one(source, tmp_path, monkeypatch):
-  config = short(source, mesh=c.MeshConfig(data=2, fsdp=4))
-  one, two = tmp_path / "one", tmp_path / "two"
-  take = loop.StepLog.step
-
-  def stop_at_3(self, step, metrics, batch):
-    take(self, step, metrics, batch)
-    if step == 3:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with monkeypatch.context() as patch:  # only one process can fold
-    patch.setattr(loop.StepLog, "step", stop_at_3)
-    assert loop.run(config, str(one))["steps"] == 3
-  shutil.copytree(one, two)
+def test_two_processes_learn_vectors_as_one(run, tmp_path):
+  workdir, theirs = tmp_path / "run", run[1]["test"]
+  _unfinished(run, workdir)  # only one process can fold
   address = free_address()
   processes = [
     start(
       [
         sys.executable,
         "train.py",
-        f"--config={two / 'config.json'}",
-        f"--workdir={two}",
+        f"--config={workdir / 'config.json'}",
+        f"--workdir={workdir}",
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=4",
         f"--config.distributed={address},{process},2",
       ]
     )
@@ -244,8 +238,7 @@ def test_two_processes_learn_vectors_as_one(source, tmp_path, monkeypatch):
   for process in processes:
     _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
-  theirs = loop.resume_run(str(one))["test"]
-  ours = files.read_json(str(two / "result.json"), dict)["test"]
+  ours = files.read_json(str(workdir / "result.json"), dict)["test"]
   assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
   assert ours["cosine"] == pytest.approx(theirs["cosine"], rel=1e-5)
   assert ours["spearman"] == pytest.approx(theirs["spearman"], abs=1e-6)
