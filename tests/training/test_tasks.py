@@ -223,4 +223,16 @@ def test_metric_ranks_checkpoints(metric):
   found = {"loss": 2.0, "accuracy": 0.75, "matthews": -0.5}
   expected = {None: 0.25, "matthews": 1.5, "loss": 2.0}[metric]
   rank = loop._rank(found, config)
-  assert expected <= rank < expected + 1e-6  # the loss breaks ties
+  tie_break = 0 if metric == "loss" else 1e-6 * 2 / 3
+  assert rank == pytest.approx(expected + tie_break, rel=1e-9)
+
+
+def test_rank_prefers_the_metric_then_the_loss():
+  train = config_lib.TrainConfig(metric="spearman")
+  config = config_lib.Config(task="regress", train=train)
+  ranked = [(0.9, 4e6), (0.8, 2.0), (0.8, 3.0), (0.8, 1e6)]
+  ranks = [
+    loop._rank({"spearman": score, "loss": loss}, config)
+    for score, loss in ranked
+  ]
+  assert ranks == sorted(set(ranks))
