@@ -42,8 +42,11 @@ _ENDINGS = (".txt", ".csv", ".jsonl", *local_files.COLUMNAR)
 _BLOCK = 1 << 20  # bytes
 _FIRST_ROWS = 1000  # rows that the column of text is chosen by
 _FIELDS = (
-  *("text_field", "label_field"),
-  *("valid_fraction", "test_fraction", "max_bytes"),
+  "text_field",
+  "label_field",
+  "valid_fraction",
+  "test_fraction",
+  "max_bytes",
 )
 
 # Size in UTF-8 bytes, and the text in slices.

@@ -58,8 +58,7 @@ def read_label(label: Any, task: Task, place: str) -> Label:
 
 
 def _score(label: Any, place: str) -> float:
-  is_plain = not isinstance(label, bool) and "_" not in str(label)  # 1_0 is 10
-  if is_plain and is_number(label):
+  if _is_plain_number(label) and not isinstance(label, bool):
     score = float(label)
     if abs(score) <= _LARGEST:
       return score
@@ -72,14 +71,22 @@ def _score(label: Any, place: str) -> float:
 def _class(label: Any, place: str) -> str:
   """Returns the name of a class: a text or a whole number."""
   name = str(label).strip()
-  is_text = "_" in name or not is_number(name)  # for Python, 1_0 is a number
   is_whole = name.lstrip("+-").isdecimal()
-  if type(label) not in (int, str) or not name or not (is_text or is_whole):
+  if (
+    type(label) not in (int, str)
+    or not name
+    or (_is_plain_number(name) and not is_whole)
+  ):
     raise ConfigError(
       f"{place}: the label {label!r} is neither a text nor a whole number; a "
       "score needs task 'regress'"
     )
   return require_utf8(name, place)
+
+
+def _is_plain_number(label: Any) -> bool:
+  """Returns whether a label is a number; not 1_0, which is 10 for Python."""
+  return is_number(label) and "_" not in str(label)
 
 
 def is_number(value: Any) -> bool:

@@ -94,9 +94,10 @@ def read(path: str | os.PathLike) -> Sentence | None:
       "which is not supported; set default_prompt_name to null there, and write "
       "the prompt into your texts"
     )
-  known = (os.path.join(path, name) for name in _LIMITS_NAMES)
-  limits_path = next(filter(os.path.isfile, known), None)
-  limits = files.read_json(limits_path, dict) if limits_path else {}
+  known = (n for n in _LIMITS_NAMES if os.path.isfile(os.path.join(path, n)))
+  limits_name = next(known, LIMITS)
+  limits = _read_options(path, limits_name)
+  limits_path = os.path.join(path, limits_name)
   if limits.get("do_lower_case") is True and not _lowers(path):
     raise ConfigError(
       f"{limits_path} sets do_lower_case, and {TOKENIZER} has no Lowercase "

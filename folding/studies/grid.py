@@ -204,7 +204,7 @@ def load_study(where: str) -> Study:
   return study
 
 
-@runtime_checkable  # type checks at run time ask it of a protocol
+@runtime_checkable  # type checks at run time need it
 class Engine(Protocol):
   """Trains runs somewhere.
 
