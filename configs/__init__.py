@@ -1,1 +1,1 @@
-"""Configurations: one experiment a file."""
+"""Configurations: one experiment per file."""

@@ -1,6 +1,6 @@
 """Shapes of Llama 3: `--config=configs/shapes/llama3.py:SIZE`, 8b or 70b.
 
-To plan with. To train one, give `--config.data.path` and a tokenizer as well.
+For `folding plan`. To train one, set `--config.data.path` and a tokenizer, too.
 
 Plan:    folding plan --config=configs/shapes/llama3.py:8b --devices=v5p:4x4x2
 """

@@ -1,1 +1,1 @@
-"""Studies: a grid of runs a file."""
+"""Studies: one grid of runs per file."""
