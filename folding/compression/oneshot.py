@@ -45,7 +45,8 @@ def sparsegpt(
     float64[I, O].
 
   Raises:
-    ValueError: C does not fit the inputs, or is not positive definite.
+    ValueError: the fraction is out of range, or C does not fit the inputs or is
+      not positive definite.
 
   References: Frantar and Alistarh, "SparseGPT", 2023, algorithm 1.
   """
@@ -94,7 +95,8 @@ def remove_inputs(
     float64[I, O].
 
   Raises:
-    ValueError: C does not fit the inputs, or is not positive definite.
+    ValueError: the fraction is out of range, or C does not fit the inputs or is
+      not positive definite.
 
   References: Hassibi and Stork, "Second order derivatives for network pruning:
     optimal brain surgeon", 1993; for neurons of transformers Kurtic et al.,
@@ -172,7 +174,7 @@ def wanda(w_IO: Matrix, moment_II: Moment, fraction: float) -> Matrix:
     fraction: Fraction of each output's weights to remove, in [0, 1).
 
   Raises:
-    ValueError: C does not fit the inputs.
+    ValueError: the fraction is out of range, or C does not fit the inputs.
 
   References: Sun et al., "A simple and effective pruning approach for large
     language models", 2024.
@@ -189,6 +191,9 @@ def wanda(w_IO: Matrix, moment_II: Moment, fraction: float) -> Matrix:
 
 def magnitude(w: np.ndarray, fraction: float) -> np.ndarray:
   """Returns an array of any shape with a fraction, the lowest |w|, at zero.
+
+  Raises:
+    ValueError: the fraction is not in [0, 1).
 
   Example:
     >>> magnitude(np.array([[3.0, -1.0], [0.5, 2.0]]), 0.5).tolist()
@@ -222,6 +227,8 @@ def _root_of_inverse(moment_II: Moment) -> Moment:
 
 
 def _count(fraction: float, size: int) -> int:
+  if not 0 <= fraction < 1:
+    raise ValueError(f"the fraction must be in [0, 1); it is {fraction}")
   return int(fraction * size + 1e-6)  # as FPP counts
 
 

@@ -188,6 +188,14 @@ def test_wanda_refuses_a_moment_of_other_inputs(layer):
     oneshot.wanda(w, _moment(x)[1:, 1:], 0.5)
 
 
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("prune", [oneshot.sparsegpt, oneshot.remove_inputs])
+def test_fraction_out_of_range_is_refused(layer, prune, fraction):
+  x, w = layer
+  with pytest.raises(ValueError, match="fraction"):
+    prune(w, _moment(x), fraction)
+
+
 def test_magnitude_counts_a_fraction_that_rounds_down_as_whole():
   assert 0.29 * 100 < 29
   pruned = oneshot.magnitude(np.arange(1.0, 101.0), 0.29)
