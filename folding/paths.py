@@ -58,6 +58,18 @@ def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   return structure.unflatten(map(function, _names(tree), leaves, *others))
 
 
+def compiled(pattern: str) -> re.Pattern[str]:
+  """Returns a compiled pattern.
+
+  Raises:
+    ValueError: it is not a regular expression.
+  """
+  try:
+    return re.compile(pattern)
+  except re.error as error:
+    raise ValueError(f"pattern {pattern!r} does not parse: {error}") from None
+
+
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
   """Returns the names that a pattern matches as a whole.
 
@@ -68,11 +80,7 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     >>> matching(r"blocks_.*/up", ["blocks_0/up", "blocks_0/down", "up"])
     ['blocks_0/up']
   """
-  names = list(names)
-  try:
-    regex = re.compile(pattern)
-  except re.error as error:
-    raise ValueError(f"pattern {pattern!r} does not parse: {error}") from None
+  names, regex = list(names), compiled(pattern)
   found = [name for name in names if regex.fullmatch(name)]
   if not found:
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -68,7 +68,8 @@ def account(
     "zeros" a fraction.
 
   Raises:
-    ValueError: the paths of the trees differ, or `params` has no arrays.
+    ValueError: the paths of the trees differ, `params` has no arrays, or a
+      pattern is not a regular expression.
 
   Example:
     >>> w = {"up": {"kernel": np.array([[0.0, 1.0], [0.0, 2.0]])}}
@@ -77,14 +78,14 @@ def account(
   """
   leaves, dense_leaves = paths.flatten(params), paths.flatten(dense)
   _check_paths(leaves, dense_leaves)
-  groups = groups or {}
-  names = [*groups, "other", "overall"]
+  patterns = {g: paths.compiled(x) for g, x in (groups or {}).items()}
+  names = [*patterns, "other", "overall"]
   parameters = {g: {"dense": 0, "stored": 0} for g in names}
   sizes = {g: {"dense": 0, "stored": 0, "masks": 0} for g in names}
   layers = []
   roles = {_role(name): leaf for name, leaf in dense_leaves.items()}
   for name, leaf in dense_leaves.items():
-    for group in (_group_of(name, groups), "overall"):
+    for group in (_group_of(name, patterns), "overall"):
       parameters[group]["dense"] += int(leaf.size)
       sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
   for name, leaf in leaves.items():
@@ -96,7 +97,7 @@ def account(
       )
     values = int(np.count_nonzero(w))
     _, value_bytes, mask_bytes = storage(w)
-    group = _group_of(name, groups)
+    group = _group_of(name, patterns)
     for g in (group, "overall"):
       parameters[g]["stored"] += values
       sizes[g]["stored"] += value_bytes
@@ -132,6 +133,6 @@ def _role(name: str) -> str:
   return re.sub(r"/v/diagonal$", "/v/kernel", name)
 
 
-def _group_of(name: str, groups: Mapping[str, str]) -> str:
-  found = (g for g, pattern in groups.items() if re.fullmatch(pattern, name))
+def _group_of(name: str, patterns: Mapping[str, re.Pattern[str]]) -> str:
+  found = (g for g, pattern in patterns.items() if pattern.fullmatch(name))
   return next(found, "other")

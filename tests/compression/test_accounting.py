@@ -163,6 +163,11 @@ def test_account_refuses_trees_of_other_paths(params, dense, message):
     accounting.account(params, dense)
 
 
+def test_account_names_a_group_pattern_that_does_not_parse():
+  with pytest.raises(ValueError, match=r"'\(' does not parse"):
+    accounting.account(_dense(), _dense(), {"conv": "("})
+
+
 def test_account_takes_shapes_of_a_bfloat16_baseline():
   def make():
     return jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), _dense())
