@@ -70,7 +70,9 @@ class Tokens(NamedTuple):
 def tokenised(
   data: DataConfig, tokenizer: Tokenizer | None
 ) -> tuple[Tokenizer, Tokens] | None:
-  """Returns the tokenizer and the ids of large text; None: it is not large.
+  """Returns the tokenizer and the ids of large text.
+
+  None: it is not large, or the training split is a table of one row.
 
   Args:
     data: The source. Only local files may be large, and no .tsv.
@@ -86,6 +88,12 @@ def tokenised(
   every = [file for part in found.values() for file in part]
   size = sum(file.stat().st_size for file in every)
   if size < LARGE or any(file.suffix not in _ENDINGS for file in every):
+    return None
+  train = found["train"]
+  # A single text is cut into splits, which `sources` does in memory.
+  if train[0].suffix != ".txt" and not any(
+    itertools.islice(local_files.rows_of(train), 1, 2)
+  ):
     return None
   local_files.warn_of_ignored(pathlib.Path(data.path), found, data)
   sources.require_room(data)

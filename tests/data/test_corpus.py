@@ -134,6 +134,15 @@ def test_tokens_are_those_of_the_text_in_memory(
   assert isinstance(found[1].examples._streams["train"], np.memmap)
 
 
+def test_table_of_one_row_is_cut_as_in_memory(small, monkeypatch, tmp_path):
+  _jsonl(tmp_path / "a.jsonl", [TEXT])
+  config = _config(tmp_path / "a.jsonl", tokenizer="bytes")
+  found = batches.make_data(config)
+  monkeypatch.setattr(corpus, "LARGE", 1 << 40)
+  assert found.num_bytes == batches.make_data(config).num_bytes
+  assert all(found.num_bytes.values())
+
+
 def test_text_without_a_safe_end_is_cut_at_a_line_end(small, monkeypatch):
   monkeypatch.setattr(pieces, "_LONGEST", 100)
   text = "".join(f" word {i} \n" for i in range(99))
