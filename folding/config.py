@@ -431,7 +431,7 @@ class TrainConfig:
   # last one if they have a tenth. Each time the step is compiled again. 0: never.
   compact: Fraction = 0.0
   tensorboard: bool = True
-  energy: str = ""  # estimate energy in this country (ISO 3166, three letters)
+  energy: str = ""  # estimate energy in this country (ISO 3166, such as DEU)
 
 
 @dataclasses.dataclass(slots=True)

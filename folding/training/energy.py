@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,12 +26,12 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
     country: ISO 3166 code of three letters; "": no estimate.
 
   Raises:
-    ConfigError: CodeCarbon is not installed.
+    ConfigError: the code is not valid, or CodeCarbon is not installed.
   """
   if not country:
     yield
     return
-  codecarbon = require_codecarbon()
+  codecarbon = require_codecarbon(country)
   tracker = codecarbon.OfflineEmissionsTracker(
     country_iso_code=country,
     save_to_file=False,
@@ -56,12 +57,17 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
     files.write_file(path, json.dumps(total))
 
 
-def require_codecarbon() -> Any:
+def require_codecarbon(country: str) -> Any:
   """Returns the package `codecarbon`.
 
   Raises:
-    ConfigError: it is not installed.
+    ConfigError: it is not installed, or the country is not a code of three letters.
   """
+  if not re.fullmatch("[A-Z]{3}", country):
+    raise ConfigError(
+      "train.energy is the ISO 3166 code of a country, three capital letters such "
+      f"as DEU; it is {country!r}"
+    )
   try:
     import codecarbon  # pyright: ignore[reportMissingImports]
   except ImportError as error:

@@ -289,7 +289,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   config = config_lib.resolve(config)
   files.require_workdir(workdir)
   if config.train.energy:
-    energy.require_codecarbon()
+    energy.require_codecarbon(config.train.energy)
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # not part of a run
   with contextlib.ExitStack() as stack:

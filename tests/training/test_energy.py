@@ -45,8 +45,14 @@ def test_energy_is_summed_over_resumptions(codecarbon, text_file, tmp_path):
   assert _used(tmp_path) == second
 
 
-def test_energy_without_codecarbon_is_refused(text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("country", "message"),
+  [("SWE", "install"), ("Sweden", "such as DEU"), ("swe", "such as DEU")],
+)
+def test_energy_without_codecarbon_or_a_code_is_refused(
+  text_file, tmp_path, monkeypatch, country, message
+):
   monkeypatch.setitem(sys.modules, "codecarbon", None)
-  with pytest.raises(ConfigError, match="install"):
-    loop.run(tiny_config(text_file, energy="SWE"), str(tmp_path / "run"))
+  with pytest.raises(ConfigError, match=message):
+    loop.run(tiny_config(text_file, energy=country), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
