@@ -123,8 +123,9 @@ def save(
 def config_to_continue(workdir: str, config: Config) -> Config | None:
   """Returns the config of the run that a directory holds; None: no run.
 
-  The mesh, `distributed`, `train.accumulate`, `train.compact` and `train.energy`
-  do not change the outcome, and may differ; the given values are returned.
+  The mesh, `distributed`, `train.accumulate`, `train.compact`, `train.energy` and
+  the spelling of `data.path` do not change the outcome, and may differ; the given
+  values are returned.
 
   Args:
     workdir: The run directory, which may not exist.
@@ -151,6 +152,12 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
 
 def _computed_as(config: Config, other: Config) -> Config:
   """Returns a config with the fields of another that do not change the outcome."""
+  data = config.data
+  named = [
+    c.data.path and os.path.abspath(c.data.path) for c in (config, other)
+  ]
+  if named[0] == named[1]:
+    data = dataclasses.replace(data, path=other.data.path)
   train = dataclasses.replace(
     config.train,
     accumulate=other.train.accumulate,
@@ -158,7 +165,11 @@ def _computed_as(config: Config, other: Config) -> Config:
     energy=other.train.energy,
   )
   return dataclasses.replace(
-    config, mesh=other.mesh, distributed=other.distributed, train=train
+    config,
+    mesh=other.mesh,
+    distributed=other.distributed,
+    data=data,
+    train=train,
   )
 
 

@@ -44,12 +44,18 @@ def test_language_model_has_no_labels(tmp_path):
 
 def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
   saved = tiny.config()
+  saved.data.path = "a.txt"
   assert run_dir.config_to_continue(str(tmp_path / "new"), saved) is None
   save(tmp_path, saved)
   now = tiny.config(mesh=c.MeshConfig(data=2, fsdp=4))
   now.train.accumulate, now.train.energy = 2, "SWE"
   now.train.compact, now.distributed = 0.5, "auto"
-  assert run_dir.config_to_continue(str(tmp_path), now) == now
+  for now.data.path in ("./a.txt", os.path.abspath("a.txt")):
+    assert run_dir.config_to_continue(str(tmp_path), now) == now
+  now.data.path = None
+  with pytest.raises(ConfigError, match=r"data\.path: 'a.txt' -> None"):
+    run_dir.config_to_continue(str(tmp_path), now)
+  now.data.path = "a.txt"
   now.train.steps += 1
   with pytest.raises(ConfigError, match=r"train\.steps: 8 -> 9"):
     run_dir.config_to_continue(str(tmp_path), now)
