@@ -754,6 +754,11 @@ def describe_pretrained(folder: pathlib.Path) -> Description:
     ConfigError: it is missing, damaged, or of an unsupported model.
   """
   values = _read_json(folder / CONFIG)
+  if "model_type" not in values:
+    raise ConfigError(
+      f"{folder} is not a Hugging Face checkpoint (its {CONFIG} has no "
+      "model_type); give one or a dense run, not an export in folding's own format"
+    )
   try:
     return hf_config.describe(values)
   except ConfigError as error:

@@ -381,6 +381,7 @@ BROKEN = {
   "no_config": (_unlinked("config.json"), "there is no .*config.json"),
   "list": (_written("config.json", "[]"), "config.json is damaged"),
   "model": (_configured(model_type="t5"), "llama: config.json: .*'t5'"),
+  "export": (_written("config.json", '{"format": "folding"}'), "dense run"),
   "type": (_configured(rope_scaling="linear"), "config.json is broken"),
   "zero": (
     _configured(model_type="modernbert", global_attn_every_n_layers=0),
