@@ -25,6 +25,9 @@ def _folder(path, family):
   values = checkpoints.FAMILIES[family]
   described = hf_config.describe(values)
   params = checkpoints.random_params(described)
+  if described.config.causal and "position_embed" in params:
+    # Large, so that the next token depends on it.
+    params["position_embed"]["embedding"] *= 8
   hf_weights.save_pretrained(path, params, described)
   text = models.word_pieces()
   if described.pad_id == 1:
