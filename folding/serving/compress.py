@@ -58,8 +58,8 @@ def compress(
     print(found.label, found.probabilities)
   """
   require_several(texts)
-  if not 0 < saving < 1:
-    raise ConfigError(f"saving is a fraction between 0 and 1; it is {saving}")
+  if not (isinstance(saving, float | np.floating) and 0 < saving < 1):
+    raise ConfigError(f"saving is a fraction between 0 and 1; it is {saving!r}")
   if max_texts < 1:
     raise ConfigError(f"max_texts is 1 or more; it is {max_texts}")
   loaded = model if isinstance(model, Loaded) else load(model)

@@ -274,7 +274,9 @@ def test_one_call_counts_each_token_once(dense_run, monkeypatch):
   np.testing.assert_array_equal(found_V, expected_V)
 
 
-@pytest.mark.parametrize("wrong", [{"saving": 1.0}, {"max_texts": -3}])
+@pytest.mark.parametrize(
+  "wrong", [{"saving": 1.0}, {"saving": "0.5"}, {"max_texts": -3}]
+)
 def test_one_call_refuses_numbers_out_of_range(wrong):
   with pytest.raises(errors.ConfigError, match=next(iter(wrong))):
     folding.compress("never-read", ["a text", "another"], **wrong)
