@@ -70,7 +70,7 @@ def compress(
   config = dataclasses.replace(
     config_lib.dense_baseline(loaded.config), dense=False
   )
-  config = recipe(config, saving)
+  config = recipe(config, float(saving))
   # No training follows in which FPP could prune.
   config.compress.prune = "sparsegpt"
   source = "a model in memory" if isinstance(model, Loaded) else str(model)

@@ -268,7 +268,8 @@ def test_one_call_counts_each_token_once(dense_run, monkeypatch):
   found_V, dense = None, folding.load(dense_run)
   compress_module = importlib.import_module("folding.serving.compress")
   monkeypatch.setattr(compress_module, "compress_params", compress_params)
-  folding.compress(dense, texts := ["good film", "bad film"])
+  texts = ["good film", "bad film"]
+  folding.compress(dense, texts, saving=np.float64(0.5))
   ids = np.concatenate(dense.tokenizer.encode_batch(texts, 99))
   expected_V = token_usage(np.bincount(ids), dense.num_rows)
   np.testing.assert_array_equal(found_V, expected_V)
