@@ -91,6 +91,7 @@ def allocate(
     for n in range(config.model.num_layers)
   ]
   groups, kinds, heads = zip(*attention, strict=True)
+  layers = _linear_layers(config, params, options, chosen, budget)
   edits = {
     "fold.groups": groups,
     "fold.values": tuple(v if isinstance(v, str) else "dense" for v in kinds),
@@ -99,13 +100,13 @@ def allocate(
     "fpp.overall": None,
     "fpp.linear": linear,
     "fpp.embedding": embedding,
-    "fpp.linear_layers": _linear_layers(
-      config, params, options, chosen, budget
-    ),
+    "fpp.linear_layers": layers,
     "compress.plan": "same",
     "compress.qkv": None,
     "compress.embedding": "share",
   }
+  if not any((linear, embedding, *layers)):  # folding alone saves as much
+    edits["compress.prune"] = "none"
   if any(len(kept) < config.model.num_heads for kept in heads):
     edits["model.heads"] = heads
   if config.fpp.embedding_granularity == "rank":
@@ -181,7 +182,8 @@ def cheapest(
           moves.append((price, key, j))
     if not moves:
       raise ConfigError(
-        "no plan reaches the target; save less (fpp.overall, compress.qkv)"
+        "no plan reaches the target; lower the saving (in a config: fpp.overall, "
+        "compress.qkv)"
       )
     _, key, j = min(moves)
     chosen[key] = j

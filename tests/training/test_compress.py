@@ -23,6 +23,7 @@ from folding.training import compress, loop
 from folding.training.checkpoint import load_run
 from folding.training.dense_start import dense_start, read_source, teacher_of
 from folding.training.loop import Run
+from tests.serving import models
 from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
 
 
@@ -273,6 +274,14 @@ def test_one_call_counts_each_token_once(dense_run, monkeypatch):
   ids = np.concatenate(dense.tokenizer.encode_batch(texts, 99))
   expected_V = token_usage(np.bincount(ids), dense.num_rows)
   np.testing.assert_array_equal(found_V, expected_V)
+
+
+def test_one_call_with_a_small_saving_folds_without_pruning():
+  shape = c.ModelConfig(**models.SHAPE, causal=False)
+  dense = models.make("classify", shape, c.FoldConfig(groups=0, values="dense"))
+  small = folding.compress(dense, models.random_texts(64), saving=1e-3)
+  assert small.config.compress.prune == "none"
+  assert small.config.fold.embedding_rank
 
 
 @pytest.mark.parametrize(
