@@ -397,7 +397,7 @@ def test_allocation_loses_less_than_equal_layers():
 
 def test_unreachable_target_is_refused(measured):
   config = _config(overall=0.97, linear=None, embedding=None)
-  with pytest.raises(errors.ConfigError, match="saving"):
+  with pytest.raises(errors.ConfigError, match="no plan reaches"):
     _allocate(config, _trained(config))
 
 
