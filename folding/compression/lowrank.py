@@ -177,9 +177,9 @@ def fold_heads(
     # Each side takes the root of a singular value.
     scale = (groups / K) ** 0.5 * np.sqrt(s[:groups])
     G = len(scale)  # fewer than groups if there are fewer input channels
-    u_REG = (u[:, :groups] * scale).reshape(R, E, G)
+    u_REG = (u[:, :G] * scale).reshape(R, E, G)
     new_q[:, of_j, :G] = (unroot_q @ u_REG).transpose(1, 0, 2)
-    new_k[:, j, :G] = unroot_k @ (v[:, :groups] * scale)
+    new_k[:, j, :G] = unroot_k @ (v[:, :G] * scale)
   D = len(q["kernel"])
   return FoldedHeads(_split(new_q, D), _split(new_k, D), _share(kept, total))
 

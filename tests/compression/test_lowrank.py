@@ -122,6 +122,16 @@ def test_fold_heads_with_all_channels_loses_nothing(H, J, bias):
   assert folded.kept == pytest.approx(1)
 
 
+def test_fold_heads_larger_than_the_width_has_no_more_terms():
+  q, k, x, y = make_case(6, 4, 2, False, K=16)  # heads share keys, and K > D
+  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), D + 2)
+  expected = _logits(q, k, x, y)
+  logits = _logits(folded.q, folded.k, x, y)
+  np.testing.assert_allclose(logits, expected, atol=1e-5 * expected.std())
+  assert folded.kept == pytest.approx(1)
+  assert not folded.k["kernel"][..., D:].any()
+
+
 def test_fold_heads_with_covariances_serves_the_softmax():
   q, k, x, y = make_case(4, 4, 2, True)
   y[:, :D] += 3  # which moves all logits of a query alike
