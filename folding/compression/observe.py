@@ -75,7 +75,8 @@ def observe(
         is_leaf=lambda x: isinstance(x, tuple),
       )
     )
-    return (out if mutable is False else (out, mutated)), stats
+    has_collections = mutable is not False or mutated  # e.g. intermediates
+    return ((out, mutated) if has_collections else out), stats
 
   return observed
 

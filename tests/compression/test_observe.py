@@ -122,6 +122,19 @@ def test_observe_returns_mutable_collections_as_apply_does(mutable):
   assert set(stats) == set(_expected(variables))
 
 
+def test_observe_returns_captured_intermediates_as_apply_does():
+  variables = _variables()
+  (out, new), stats = observe(Net().apply)(
+    variables, _TOKENS, capture_intermediates=True
+  )
+  plain_out, plain_new = Net().apply(
+    variables, _TOKENS, capture_intermediates=True
+  )
+  np.testing.assert_array_equal(out, plain_out)
+  jax.tree.map(np.testing.assert_array_equal, new, plain_new)
+  assert set(stats) == set(_expected(variables))
+
+
 class ByKeyword(nn.Module):
   @nn.compact
   def __call__(self, x):
