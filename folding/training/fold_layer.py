@@ -111,7 +111,8 @@ def _fold_attention(
   if layer.values != "dense":
     del attn["v"]
   if layer.values == "diagonal":  # the fitted W_O can express any other
-    attn["v"] = {"diagonal": np.ones((m.width, 1, 1), np.float32)}
+    size = len(layer.heads) * layer.head_dim
+    attn["v"] = {"diagonal": np.ones((size, 1, 1), np.float32)}
   # The layer with all of W_V, from which that of low rank follows.
   whole = block.clone(layer=dataclasses.replace(layer, value_dim=m.head_dim))
   if layer.groups:  # the fit ignores values, but the block needs their arrays

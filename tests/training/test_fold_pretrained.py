@@ -183,6 +183,14 @@ def test_heads_that_others_repeat_leave_without_loss(kind, monkeypatch):
   assert _error(config, params, kind) < 1e-6
 
 
+def test_layer_with_fewer_heads_and_a_diagonal_fits_its_model():
+  config = _config("bert", values=("diagonal", "dense"))
+  config.model.heads = ((2, 3), (0, 1, 2, 3))
+  params, report = _fold(config, "bert")
+  _assert_fits(config, params)
+  assert (report[0]["heads"], report[0]["values"]) == (2, "diagonal")
+
+
 @pytest.mark.parametrize("kind", ["bert", "norms"])
 def test_values_lose_nothing_at_the_rank_that_they_have(kind, monkeypatch):
   def value(name, w):
