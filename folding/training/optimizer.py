@@ -73,6 +73,8 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
     "heads": [("attn/o/kernel", "row", _HEAD)],
   }[f.attention]
   unit, score = _embedding_rule(config)
+  # A plan that has yet to choose the rank prunes rows in place of it.
+  keeps_tokens = f.embedding_granularity == "rank" and not config.has_open_rank
   rules = []
   for name in names:
     if in_layer := re.fullmatch(r"(blocks_(\d+)/)(.*)", name):
@@ -88,6 +90,8 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
           )
     elif name == "head/kernel" and config.task == "lm":
       rules.append(Rule(re.escape(name), targets.head))
+    elif keeps_tokens:
+      continue
     elif name == _TOKENS or (name == _POSITIONS and unit == "weight"):
       target = targets.embedding
       rules.append(Rule(re.escape(name), target, unit, score=score))

@@ -119,6 +119,33 @@ def test_rules_of_a_config(fields, expected):
   assert tiny.rules_of(tiny.config(**fields)) == expected
 
 
+@pytest.mark.parametrize("prune", ["none", "sparsegpt"])
+def test_embedding_of_a_set_rank_keeps_all_tokens(prune):
+  fields = {
+    "task": "classify",
+    "preset": "none",
+    "pretrained": "RUN",
+    "model": c.bert(num_layers=1, width=32, num_heads=4),
+    "fpp": c.FPPConfig(
+      overall=0.5,
+      granularity="neuron",
+      attention="none",
+      embedding_granularity="rank",
+    ),
+    "compress": c.CompressConfig(prune=prune),
+  }
+  fold = c.FoldConfig(groups=4, value_rank=4, embedding_rank=8)
+  config = tiny.config(**fields, fold=fold)
+  [(name, (neurons, _))] = tiny.rules_of(config).items()
+  assert name == "blocks_0/mlp/up/kernel"  # which saves all the rest
+  size, dense = (
+    sum(x.size for x in jax.tree.leaves(tiny.shapes(each)))
+    for each in (config, c.dense_baseline(config))
+  )
+  saved = neurons * (2 * 32 + 1) * 128  # a row, a column and a bias each
+  assert size - saved == pytest.approx(0.5 * dense)
+
+
 @pytest.mark.parametrize(
   ("fields", "expected"),
   [
