@@ -75,7 +75,10 @@ def compress_trained(config: Config, data: Data) -> Compressed:
   batches, size = calibration(config, data), data.tokenizer.plain_size
   usage_V = None  # only an embedding of low rank is weighted by it
   if config.has_open_rank or config.fold.embedding_rank:
-    usage_V = token_usage(data.token_counts(), size)
+    count_V = data.token_counts()
+    if isinstance(data.tokenizer, MappedTokenizer):  # rows have the plain ids
+      count_V = np.bincount(data.tokenizer.plain_ids, count_V, size)
+    usage_V = token_usage(count_V, size)
   compressed = compress_params(
     config, dense, batches, usage_V, is_head_drawn=is_head_drawn
   )

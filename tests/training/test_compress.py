@@ -439,6 +439,29 @@ def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, tmp_path):
   assert found.texts is None
 
 
+def test_usage_of_a_trimmed_vocabulary_has_the_ids_of_the_source(
+  checkpoint, topics, monkeypatch
+):
+  config = recovery_config(checkpoint[0], topics, fpp__overall=None)
+  config.fpp.linear, config.fpp.embedding = 0.5, 0.4
+  config.fold.embedding_rank = 4
+  config = c.resolve(config)
+  data = compress.trim_vocabulary(config, make_data(config))
+  given = []
+
+  def compress_params(config, dense, batches, usage_V, **_):
+    given.append((usage_V, batches))
+    return compress.Compressed(config, dense, [])
+
+  monkeypatch.setattr(compress, "compress_params", compress_params)
+  compress.compress_trained(config, data)
+  [(usage_V, batches)] = given
+  used = np.unique(np.concatenate([b["tokens"][b["mask"]] for b in batches]))
+  is_removed_V = data.tokenizer.token_map < 0
+  assert len(usage_V) == len(is_removed_V)
+  assert usage_V[is_removed_V].max() < usage_V[used].min()
+
+
 def _logits(model, params, data, text):
   tokens = data.tokenizer.encode_batch([text], 12)[0]
   return np.asarray(jax.jit(model.apply)({"params": params}, tokens[None]))
