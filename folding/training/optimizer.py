@@ -211,7 +211,9 @@ def make_optimizer(
 
   The clip is inside FPP, so that frozen parameters do not count in the norm.
   FPP is outside, so that weight decay and momentum do not move them. Weight
-  decay acts on matrices, not on norms, biases, slopes and a BERT's pooler.
+  decay acts on the groups "qkv", "linear" and "embedding" of `models.params`,
+  not on "other": norms, biases, slopes, the projection of an embedding and a
+  BERT's pooler.
 
   Args:
     config: The resolved configuration.
