@@ -22,7 +22,7 @@ from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
-from folding.serving.loaded import Loaded, sizes
+from folding.serving.loaded import Loaded, require_float, sizes
 
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
 _ENCODER_TOKENS = {
@@ -56,12 +56,14 @@ def export_hf(
     {"files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, no family computes this model, or its
-      classifier would ignore the end of a text.
+    ConfigError: the folder is not empty, no family computes this model, its
+      classifier would ignore the end of a text, or the dtype is not a
+      floating-point one.
     OSError: it cannot be written.
   """
   path = os.fspath(path)
   files.require_empty(path)
+  require_float(dtype)
   width = int(np.max(loaded.config.model.mlp_width))
   m = dataclasses.replace(loaded.config.model, mlp_width=width, heads=None)
   family = hf_config.family_of(m, len(loaded.labels))

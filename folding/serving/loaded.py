@@ -297,7 +297,11 @@ def cast(loaded: Loaded, dtype: str) -> Loaded:
   """Returns the model with its floating-point arrays in another dtype.
 
   Rotary frequencies keep theirs: their rounding error grows with the position.
+
+  Raises:
+    ConfigError: the dtype is not a floating-point one.
   """
+  require_float(dtype)
 
   def cast_one(name, x):
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
@@ -307,6 +311,15 @@ def cast(loaded: Loaded, dtype: str) -> Loaded:
 
   params = paths.map_named(cast_one, loaded.params)
   return dataclasses.replace(loaded, params=params)
+
+
+def require_float(dtype: str) -> None:
+  """Raises `ConfigError` unless a dtype is a floating-point one."""
+  if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+    raise ConfigError(
+      f"{dtype} would round parameters to whole numbers; use float32 or "
+      "bfloat16 (int8 is for --format=onnx)"
+    )
 
 
 def sizes(loaded: Loaded) -> dict[str, int]:

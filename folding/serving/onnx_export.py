@@ -17,7 +17,7 @@ of a value head.
 import contextlib
 import math
 import os
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -68,13 +68,17 @@ def export_onnx(
     {"parameters": bytes of the arrays, "files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, the package onnx is missing, or the
-      arrays exceed 2 GiB.
+    ConfigError: the folder is not empty, the package onnx is missing, the dtype
+      is another one, or the arrays exceed 2 GiB.
     OSError: it cannot be written.
   """
   path = os.fspath(path)
   files.require_empty(path)
   require_onnx()
+  if dtype not in get_args(Dtype):
+    raise ConfigError(
+      f"an ONNX program has dtype {' or '.join(get_args(Dtype))}, not {dtype}"
+    )
   size = sum(x.size for x in paths.flatten(loaded.params).values())
   if size * np.dtype(dtype).itemsize >= _LIMIT:
     raise ConfigError(

@@ -257,6 +257,11 @@ def test_cast_leaves_rotary_frequencies_as_they_are():
   assert {x.dtype.name for n, x in after.items() if n != name} >= {"bfloat16"}
 
 
+def test_cast_refuses_a_dtype_of_whole_numbers():
+  with pytest.raises(ConfigError, match="int8 would round"):
+    export_lib.cast(models.make(), "int8")
+
+
 def _set(section=None, **fields):
   def change(values):
     (values["config"][section] if section else values).update(fields)

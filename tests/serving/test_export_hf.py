@@ -193,6 +193,12 @@ def test_export_hf_in_bfloat16_reports_and_halves_the_size(make, tmp_path):
   )
 
 
+def test_export_hf_refuses_a_dtype_of_whole_numbers(make, tmp_path):
+  with pytest.raises(ConfigError, match="int8 would round"):
+    export_lib.export_hf(tmp_path / "out", make("bert-shrunk"), "int8")
+  assert not (tmp_path / "out").exists()
+
+
 def test_load_of_a_name_asks_the_hub(make, tmp_path, monkeypatch):
   model = make("gpt2")
   export_lib.export_hf(tmp_path / "out", model)

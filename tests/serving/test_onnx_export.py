@@ -215,6 +215,9 @@ def test_onnx_program_and_export_refuse_mistakes(start, tmp_path, monkeypatch):
   onnx_export.export_onnx(tmp_path / "out", model)
   with pytest.raises(ConfigError, match="program for onnxruntime"):
     folding.load(tmp_path / "out")
+  # It would be written in int8.
+  with pytest.raises(ConfigError, match="float32 or int8, not float16"):
+    onnx_export.export_onnx(tmp_path / "other", model, "float16")
   # More tokens than learned positions.
   with pytest.raises(Exception, match="by 9|bounds"):
     start(tmp_path / "out")(*_batch(21, 9))
