@@ -30,6 +30,7 @@ from folding.serving.loaded import (
   SCHEMA,
   Loaded,
   file_sha256,
+  require_names,
   require_shapes,
   sizes,
 )
@@ -63,14 +64,15 @@ def export(
     as `folding.account` counts them, "files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, or the parameters do not fit the config
-      and the labels.
+    ConfigError: the folder is not empty, the parameters do not fit the config
+      and the labels, or the labels are not different strings.
     OSError: it cannot be written.
   """
   path = os.fspath(path)
   files.require_empty(path)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
   require_shapes(path, config, len(labels), shapes)
+  require_names(labels)
   os.makedirs(path, exist_ok=True)
   save_packed(params, os.path.join(path, WEIGHTS))
   tokenizer.save(os.path.join(path, TOKENIZER))

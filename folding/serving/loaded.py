@@ -179,12 +179,7 @@ def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
     checksums = {WEIGHTS: "", TOKENIZER: ""} | values["sha256"]
   except (KeyError, TypeError) as error:
     raise ConfigError(f"{path}/{CONFIG} is damaged: {reason(error)}") from None
-  names = {label for label in labels if isinstance(label, str)}
-  if len(names) != len(labels):
-    raise ConfigError(
-      f"{path}/{CONFIG} is damaged: labels must be different names; they are "
-      f"{labels!r}"
-    )
+  require_names(labels, f"{path}/{CONFIG} is damaged: ")
   for name, expected in checksums.items():
     if os.path.basename(name) != name:
       raise ConfigError(f"{path}/{CONFIG} is damaged: sha256 names {name!r}")
@@ -202,6 +197,20 @@ def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
   )
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
   return Loaded(config, params, tokenizer, labels)
+
+
+def require_names(labels: Sequence[str], start: str = "") -> None:
+  """Raises `ConfigError` unless labels are different strings.
+
+  Args:
+    labels: Names of the outputs of a head.
+    start: Start of the message.
+  """
+  names = {label for label in labels if isinstance(label, str)}
+  if len(names) != len(labels):
+    raise ConfigError(
+      f"{start}labels must be different names; they are {labels!r}"
+    )
 
 
 def _load_hf(path: str, pairs: bool) -> Loaded:

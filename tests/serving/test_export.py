@@ -161,6 +161,15 @@ def test_export_without_a_name_per_class_writes_nothing(model, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("labels", [(0, 1, 2), ("a", "a", "b")])
+def test_export_with_labels_that_load_refuses_writes_nothing(
+  model, tmp_path, labels
+):
+  with pytest.raises(ConfigError, match="labels must be different names"):
+    write(tmp_path / "out", dataclasses.replace(model, labels=labels))
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def folder(exported, tmp_path):
   return shutil.copytree(exported[0], tmp_path / "out")
