@@ -245,7 +245,8 @@ def _fit(hint: Any, value: Any) -> Any:
       with contextlib.suppress(ValueError):
         return _fit(option, value)
   elif origin is Literal:
-    if value in options:
+    # 2.0 and False equal 2 and 0, and are not these.
+    if (type(value), value) in [(type(x), x) for x in options]:
       return value
   elif origin is tuple and isinstance(value, list | tuple):
     kinds = options

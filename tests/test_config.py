@@ -36,6 +36,7 @@ class Outer:
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # beside.
   inner: Inner = dataclasses.field(default_factory=Inner)
   shares: tuple[float, ...] = ()
+  rows: typing.Literal[0, 2] = 0
 
 
 def test_build_inverts_json():
@@ -65,6 +66,8 @@ def test_build_inverts_json():
     ({"inner": {"rate": "1"}}, "it is '1'"),
     ({"inner": {"size": 0}}, r"config\.inner\.size must be int in \[1, 9\)"),
     ({"inner": {"size": 9}}, "it is 9"),
+    ({"rows": 2.0}, r"one of 0, 2; it is 2\.0"),
+    ({"rows": False}, "it is False"),
     ({"inner": {"kind": "c"}}, "one of 'a', 'b'; it is 'c'"),
   ],
   ids=lambda x: x if isinstance(x, str) else "",
@@ -96,6 +99,7 @@ def test_range_holds_its_closed_ends():
     ("shares", "8", (8.0,)),
     ("rules", "('a/b', (None, 'x')),", (("a/b", (None, "x")),)),
     ("inner.rate", "1e-3", 0.001),
+    ("rows", "2", 2),
     ("inner.kind", "b", "b"),
   ],
 )
