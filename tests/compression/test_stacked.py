@@ -175,7 +175,9 @@ def test_observe_returns_statistics_of_scanned_layers():
     {"params": stacked}, x, keep=keep
   )
   separate = _unstack(stacked["layers"], 1)
-  expected, each = observe(unrolled.apply)({"params": separate}, x, keep=keep)
+  expected, each = jax.jit(observe(unrolled.apply))(
+    {"params": separate}, x, keep=keep
+  )
   np.testing.assert_allclose(out, expected, rtol=1e-5)
   assert len(stats) == 2
   for name, value in stats.items():
