@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,25 +42,31 @@ PROMPTS = [
 ]
 
 
+@functools.cache
 def _make(name):
   shape, fold = MODELS[name]
   fold = c.FoldConfig(**({"groups": 0, "values": "dense"} | fold))
   return models.make("lm", shape, fold, length=48)
 
 
-@pytest.fixture(scope="module")
+@functools.cache  # it compiles
+def _generator(name):
+  return Generator(_make(name).model)
+
+
+@functools.cache
+def _uncached(name):
+  return Uncached(_make(name))
+
+
+@pytest.fixture
 def one():
   return _make("alibi_1")
 
 
-@pytest.fixture(scope="module")
-def generator(one):
-  return Generator(one.model)
-
-
-@pytest.fixture(scope="module")
-def uncached(one):
-  return Uncached(one)
+@pytest.fixture
+def generator():
+  return _generator("alibi_1")
 
 
 class Uncached:
@@ -98,10 +106,8 @@ def _lists(rows):
 
 @pytest.mark.parametrize("name", ["alibi_1", "rope_window"])
 def test_greedy_tokens_equal_whole_passes(name):
-  loaded = _make(name)
-  uncached = Uncached(loaded)
+  loaded, uncached, generator = _make(name), _uncached(name), _generator(name)
   free = [uncached(prompt, _greedy) for prompt in PROMPTS]
-  generator = Generator(loaded.model)
   found = generator(loaded.params, PROMPTS, max_new_tokens=NEW)
   assert {row.dtype for row in found} == {np.dtype("int32")}
   assert _lists(found) == free
@@ -119,8 +125,9 @@ def test_greedy_tokens_equal_whole_passes(name):
   ids=str,
 )
 def test_sampled_tokens_equal_the_oracle(
-  one, generator, uncached, temperature, top_k, top_p
+  one, generator, temperature, top_k, top_p
 ):
+  uncached = _uncached("alibi_1")
   sampling, V = Sampling(temperature, top_k, top_p, 7), one.model.vocab_size
   key = jax.random.key(7)
   noise = [
@@ -191,20 +198,21 @@ def test_constant_state_gives_the_same_tokens(name, margin, sampling):
     patch.setattr(constant_state, "empty_states", counted)
     found = linear(loaded.params, prompts, **options)
   assert (len(states) > 1) == (margin < 1)
-  expected = Generator(loaded.model)(loaded.params, prompts, **options)
+  expected = _generator(name)(loaded.params, prompts, **options)
   assert _lists(found) == _lists(expected)
 
 
-def test_state_remade_after_9_tokens_continues_the_draws(monkeypatch):
-  loaded = _make("alibi_1")
+def test_state_remade_after_9_tokens_continues_the_draws(
+  one, generator, monkeypatch
+):
   # So warm that tokens follow the noise of their number.
   options = {"max_new_tokens": 20, "sampling": Sampling(30.0, seed=2)}
-  expected = Generator(loaded.model)(loaded.params, PROMPTS, **options)
+  expected = generator(one.params, PROMPTS, **options)
   # After the prompts, the first chunk and, outside, the second.
   flags = iter([False, False, True, False, False, False])
   monkeypatch.setattr(generate.State, "is_outside", lambda _: next(flags))
-  linear = Generator(loaded.model, "linear")
-  found = linear(loaded.params, PROMPTS, **options)
+  linear = Generator(one.model, "linear")
+  found = linear(one.params, PROMPTS, **options)
   assert next(flags, None) is None
   assert _lists(found) == _lists(expected)
 
@@ -259,11 +267,10 @@ def test_relative_positions_exceed_the_training_length(one, generator):
 
 
 def test_learned_positions_are_used_up_to_the_last():
-  loaded = _make("learned")
-  generator = Generator(loaded.model)
+  loaded, generator = _make("learned"), _generator("learned")
   prompt = PROMPTS[1][:30]
   (found,) = generator(loaded.params, [prompt], max_new_tokens=18)
-  assert found.tolist() == Uncached(loaded)(prompt, _greedy, count=18)
+  assert found.tolist() == _uncached("learned")(prompt, _greedy, count=18)
   with pytest.raises(ConfigError, match="prompt 2 .* ask for 18 or fewer"):
     generator(loaded.params, [prompt[:1], prompt], max_new_tokens=19)
   with pytest.raises(ConfigError, match="48 positions .*; shorten it"):
