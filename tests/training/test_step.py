@@ -32,6 +32,12 @@ def start(run):
 
 
 @pytest.fixture(scope="module")
+def teacher(run):
+  """Returns parameters of another seed."""
+  return run.init(1).params
+
+
+@pytest.fixture(scope="module")
 def gradient(run):
   """Returns a function that returns the gradient and metrics of a step."""
   steps = {
@@ -47,11 +53,11 @@ def gradient(run):
   return gradient
 
 
-def test_init_state_is_a_function_of_the_seed(run, start):
-  first, again, other = start, run.init(0), run.init(1)
+def test_init_state_is_a_function_of_the_seed(run, start, teacher):
+  first, again = start, run.init(0)
   chex.assert_trees_all_equal(first, again)
   name = "embedding"
-  assert (first.params["embed"][name] != other.params["embed"][name]).all()
+  assert (first.params["embed"][name] != teacher["embed"][name]).all()
   assert first.step == 0
 
 
@@ -155,24 +161,26 @@ def distilled(run, logits, hidden=0.0):
   return {"teacher": run.model, "distill": distill}
 
 
-def test_step_with_itself_as_teacher_does_not_move(run, start):
+def test_step_with_itself_as_teacher_does_not_move(run, start, teacher):
   step = run.step(False, tx=SGD, rules=[], **distilled(run, 1.0, hidden=1.0))
   state = start._replace(opt_state=SGD.init(start.params))
   new, _ = step(state, tiny.batch(0), teacher_params=start.params)
   chex.assert_trees_all_close(new.params, start.params, atol=1e-6)
-  new, _ = step(state, tiny.batch(0), teacher_params=run.init(1).params)
+  new, _ = step(state, tiny.batch(0), teacher_params=teacher)
   moved = jax.tree.map(
     lambda a, b: np.abs(np.asarray(a) - b).max(), new.params, start.params
   )
   assert max(jax.tree.leaves(moved)) > 1e-3
 
 
-def test_step_with_teacher_tells_optimizer_the_loss_on_labels(run, start):
+def test_step_with_teacher_tells_optimizer_the_loss_on_labels(
+  run, start, teacher
+):
   tx = told_statistics()
   state = start._replace(opt_state={})
   plain, _ = run.step(False, tx=tx, rules=[])(state, tiny.batch(0))
   taught, metrics = run.step(False, tx=tx, rules=[], **distilled(run, 0.9))(
-    state, tiny.batch(0), teacher_params=run.init(1).params
+    state, tiny.batch(0), teacher_params=teacher
   )
   loss = plain.opt_state["value"]
   np.testing.assert_allclose(taught.opt_state["value"], loss, rtol=1e-6)
@@ -182,10 +190,9 @@ def test_step_with_teacher_tells_optimizer_the_loss_on_labels(run, start):
     chex.assert_trees_all_close(taught.params, plain.params, atol=1e-3)
 
 
-def test_step_weighs_labels_and_teacher(run, start):
+def test_step_weighs_labels_and_teacher(run, start, teacher):
   step = run.step(False, tx=SGD, rules=[], **distilled(run, 0.7))
   state = start._replace(opt_state=SGD.init(start.params))
-  teacher = run.init(1).params
   new, _ = step(state, tiny.batch(0), teacher_params=teacher)
   batch = jax.tree.map(jnp.asarray, tiny.batch(0))
 

@@ -44,8 +44,8 @@ class Tiny(NamedTuple):
   tx: Any
 
   def init(self, seed: int = 0) -> TrainState:
-    init = functools.partial(init_state, self.model, self.tx, LENGTH, seed)
-    return jax.jit(init)()
+    init = functools.partial(init_state, self.model, self.tx, LENGTH)
+    return jax.jit(init)(seed)  # all seeds share the program
 
   def step(self, is_mask_update: bool, **options: Any):
     """Returns the jitted training step."""
