@@ -385,7 +385,7 @@ def test_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
 
 @pytest.mark.slow
 def test_language_model_is_folded_and_taught(text_file, tmp_path):
-  dense = tiny_config(text_file, steps=30)
+  dense = tiny_config(text_file, steps=2, eval_every=2)
   dense.dense = True
   loop.run(dense, str(tmp_path / "dense"))
   config = pretrained_config.get_config(str(tmp_path / "dense"))
