@@ -292,25 +292,6 @@ def test_one_call_refuses_numbers_out_of_range(wrong):
     folding.compress("never-read", ["a text", "another"], **wrong)
 
 
-@pytest.mark.slow
-def test_allocation_is_saved_and_reused(dense_run, topics, tmp_path):
-  workdir = tmp_path / "run"
-  config = recovery_config(dense_run, topics, compress__plan="auto")
-  config.fold.groups = 1
-  loop.run(config, str(workdir))
-  planned = c.load(str(workdir / "config.json"))
-  assert c.load(str(workdir / "asked.json")).compress.plan == "auto"
-  assert planned.compress.plan == "same"
-  assert isinstance(planned.fold.groups, tuple)
-  before = (workdir / "metrics.jsonl").stat().st_mtime_ns
-  loop.run(config, str(workdir))  # the same config is finished
-  assert c.load(str(workdir / "config.json")) == planned
-  assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
-  config.compress.plan = "same"
-  with pytest.raises(errors.ConfigError, match="another config"):
-    loop.run(config, str(workdir))
-
-
 def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
   found = teacher_of(config, make_data(config))

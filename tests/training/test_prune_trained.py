@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from folding import config as c
-from folding import paths
+from folding import errors, paths
 from folding.compression import oneshot
 from folding.models.transformer import make_model
 from folding.training import loop, prune_trained
@@ -265,15 +265,25 @@ def test_neurons_are_removed_before_the_first_step(
     # Arrays keep multiples of 8 neurons, with fewer than 8 held at zero.
     zero = ~kernel.any(axis=0)
     assert zero.sum() < 8
-  # A run that stopped before its first checkpoint starts again, by the same config
-  # or by its own, which has the plan.
-  for again in (config, small):
-    shutil.rmtree(workdir / "checkpoints")
-    (workdir / "result.json").unlink()
-    loop.run(again, str(workdir))
-    jax.tree.map(
-      np.testing.assert_array_equal, load_run(str(workdir))[1], params
-    )
+  # A run that stopped before its first checkpoint starts again, by its own config
+  # or by the one asked for, which has no plan yet.
+  shutil.rmtree(workdir / "checkpoints")
+  (workdir / "result.json").unlink()
+  loop.run(small if plan == "same" else config, str(workdir))
+  jax.tree.map(np.testing.assert_array_equal, load_run(str(workdir))[1], params)
+  if plan == "same":
+    return
+  # The plan is saved, beside the config asked for.
+  assert c.load(str(workdir / "asked.json")).compress.plan == "auto"
+  assert small.compress.plan == "same"
+  assert isinstance(small.fold.groups, tuple)
+  assert c.load(str(workdir / "config.json")) == small
+  before = (workdir / "metrics.jsonl").stat().st_mtime_ns
+  loop.run(config, str(workdir))  # the same config is finished
+  assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
+  config.compress.plan = "same"
+  with pytest.raises(errors.ConfigError, match="another config"):
+    loop.run(config, str(workdir))
 
 
 def test_removing_zero_neurons_keeps_the_function(trained):
