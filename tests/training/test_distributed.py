@@ -30,7 +30,22 @@ from tests.training.conftest import tiny_config
 def get_config(path):
   config = tiny_config(path)
   config.mesh = c.MeshConfig(data=2, fsdp=4)
+  config.model.num_layers = 1
   return config
+"""
+# Runs several commands in one process, and prints statuses, outputs and errors.
+COMMANDS = """
+import contextlib, io, json, sys
+from folding import cli
+found = []
+for words in json.loads(sys.argv[1]):
+  with (
+    contextlib.redirect_stdout(io.StringIO()) as out,
+    contextlib.redirect_stderr(io.StringIO()) as err,
+  ):
+    status = cli.main(words)
+  found.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
 """
 
 
@@ -52,10 +67,11 @@ def start(command, devices=4):
 
 
 def train_words(workdir, text_file, *flags):
-  """Returns the arguments of train.py for one of two processes."""
+  """Returns a command that trains in one of two processes."""
   config_file = workdir.parent / "mesh.py"
   config_file.write_text(_CONFIG_FILE, encoding="utf-8")
-  return [f"--config={config_file}:{text_file}", f"--workdir={workdir}", *flags]
+  path = f"{config_file}:{text_file}"
+  return ["train", f"--config={path}", f"--workdir={workdir}", *flags]
 
 
 def distributed_flags():
@@ -64,13 +80,17 @@ def distributed_flags():
   return [f"--config.distributed={address},{process},2" for process in range(2)]
 
 
-def train_in_two(workdir, text_file, *flags):
-  """Starts train.py in two processes."""
-  words = train_words(workdir, text_file, *flags)
-  return [
-    start([sys.executable, str(ROOT / "train.py"), *words, flag])
-    for flag in distributed_flags()
+def run_in_two(commands):
+  """Returns [status, output, errors] of commands, and stderr, of two processes."""
+  processes = [
+    start([sys.executable, "-c", COMMANDS, json.dumps(words)])
+    for words in commands
   ]
+  outputs = [process.communicate(timeout=500) for process in processes]
+  for process, (_, err) in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, err
+  found = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+  return found, [err for _, err in outputs]
 
 
 def records(workdir):
@@ -85,19 +105,46 @@ def last_state(workdir):
   return step, jax.device_get(state)
 
 
+def config_of_one(text_file, **train):
+  """Returns the config of the same training in one process."""
+  config = tiny_config(text_file, **train)
+  config.mesh, config.model.num_layers = MESH, 1
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, tmp_path_factory):
+  """Returns {run: (directory, output of each process)} of two processes."""
+  folder = tmp_path_factory.mktemp("two")
+  flags = {
+    "plain": [],
+    "compact": [
+      "--config.train.compact=0.1",
+      "--config.fpp.granularity=neuron",
+      "--config.model.mlp_width=64",
+    ],
+  }
+  found, _ = run_in_two(
+    [
+      [train_words(folder / n, text_file, flag, *flags[n]) for n in flags]
+      for flag in distributed_flags()
+    ]
+  )
+  runs = {}
+  for name, results in zip(flags, zip(*found, strict=True), strict=True):
+    for status, _, err in results:
+      assert status == 0, err
+    runs[name] = folder / name, [out for _, out, _ in results]
+  return runs
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(text_file, tmp_path):
-  two = tmp_path / "two"
-  processes = train_in_two(two, text_file)
-  outputs = [process.communicate(timeout=500) for process in processes]
-  for process, (_, err) in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, err
-  assert "test" in outputs[0][0]
-  assert "step" not in outputs[1][0]  # only process 0 prints
-  config = tiny_config(text_file)
-  config.mesh = MESH
+def test_two_processes_train_as_one(trained, text_file, tmp_path):
+  two, outputs = trained["plain"]
+  assert "test" in outputs[0]
+  assert "step" not in outputs[1]  # only process 0 prints
   one = tmp_path / "one"
-  loop.run(config, str(one))
+  loop.run(config_of_one(text_file), str(one))
   assert len(records(two)) == len(records(one))
   for ours, theirs in zip(records(two), records(one), strict=True):
     assert (ours["split"], ours["step"]) == (theirs["split"], theirs["step"])
@@ -120,21 +167,10 @@ def test_two_processes_train_as_one(text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_compact_as_one(text_file, tmp_path):
-  two, one = tmp_path / "two", tmp_path / "one"
-  processes = train_in_two(
-    two,
-    text_file,
-    "--config.train.compact=0.1",
-    "--config.fpp.granularity=neuron",
-    "--config.model.mlp_width=64",
-  )
-  config = tiny_config(text_file, compact=0.1)
-  config.mesh, config.model.mlp_width = MESH, 64
-  config.fpp.granularity = "neuron"
-  for process in processes:
-    _, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
+def test_two_processes_compact_as_one(trained, text_file, tmp_path):
+  two, one = trained["compact"][0], tmp_path / "one"
+  config = config_of_one(text_file, compact=0.1)
+  config.model.mlp_width, config.fpp.granularity = 64, "neuron"
   loop.run(config, str(one))
   for ours, theirs in zip(records(two), records(one), strict=True):
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -142,13 +178,17 @@ def test_two_processes_compact_as_one(text_file, tmp_path):
   (ours, params, _), (theirs, *_) = (load_run(str(w)) for w in (two, one))
   assert ours.model == theirs.model
   # Of 64 neurons 44 are zero, rounded up to a multiple of 8.
-  assert params["blocks_1"]["mlp"]["down"]["kernel"].shape == (24, 16)
+  assert params["blocks_0"]["mlp"]["down"]["kernel"].shape == (24, 16)
 
 
 @pytest.mark.slow
 def test_signal_to_one_process_stops_both_at_the_same_step(text_file, tmp_path):
   workdir = tmp_path / "run"
-  processes = train_in_two(workdir, text_file, "--config.train.steps=1000000")
+  words = train_words(workdir, text_file, "--config.train.steps=1000000")
+  processes = [
+    start([sys.executable, "-m", "folding", *words, flag])
+    for flag in distributed_flags()
+  ]
   metrics = workdir / "metrics.jsonl"
   deadline = time.monotonic() + 400
   while time.monotonic() < deadline and not (
@@ -163,20 +203,6 @@ def test_signal_to_one_process_stops_both_at_the_same_step(text_file, tmp_path):
   saved = re.search(r"saved at step (\d+) of 1000000", outputs[0][0])
   assert saved, outputs[0][0]
   assert last_state(workdir)[0] == int(saved[1])
-
-
-# Trains by several commands in one process, and prints statuses and errors.
-_COMMANDS = """
-import contextlib, io, json, sys
-from folding import cli
-found = []
-for words in json.loads(sys.argv[1]):
-  with contextlib.redirect_stderr(io.StringIO()) as err:
-    status = cli.main(["train", *words])
-  found.append([status, err.getvalue()])
-print(json.dumps(found))
-sys.exit(status)
-"""
 
 
 @pytest.mark.slow
@@ -197,17 +223,10 @@ def test_mistake_of_one_process_ends_both(text_file, tmp_path):
     commands[0].append(train_words(workdir, text_file, addresses[0]))
     commands[1].append(train_words(workdir, path, addresses[1], *flags))
   with run_dir.held(str(tmp_path / "held")):
-    processes = [
-      start([sys.executable, "-c", _COMMANDS, json.dumps(words)])
-      for words in commands
-    ]
-    outputs = [process.communicate(timeout=200) for process in processes]
-  for rank, (process, (out, err)) in enumerate(
-    zip(processes, outputs, strict=True)
-  ):
-    assert (process.returncode, err) == (2, "")
-    found = dict(zip(cases, json.loads(out.splitlines()[-1]), strict=True))
-    for name, (status, err) in found.items():
+    found, errors = run_in_two(commands)
+  assert errors == ["", ""]  # all were caught by the commands
+  for rank, results in enumerate(found):
+    for name, (status, _, err) in zip(cases, results, strict=True):
       assert status == 2, (name, err)
       assert cases[name][2][rank] in err
       assert err.count("folding: error:") == err.count("\n") == 1
