@@ -1,5 +1,6 @@
 """The wheel holds the package and its config files, and works without a clone."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import zipfile
 
 import pytest
+
+from tests.training.test_distributed import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -43,7 +46,7 @@ def test_wheel_trains_and_studies_in_an_empty_folder(wheel, tmp_path):
   zipfile.ZipFile(wheel).extractall(package)
   (work / "data").mkdir(parents=True)
   (work / "data" / "train.txt").write_text("Some text of a file.\n" * 200)
-  for arguments in (
+  commands = [
     ["train", "--config=configs/lm.py:data/train.txt", "--workdir=run"]
     + ["--config.data.tokenizer=bytes", "--config.data.length=16"]
     + ["--config.train.steps=2", "--config.train.eval_every=2"]
@@ -51,18 +54,18 @@ def test_wheel_trains_and_studies_in_an_empty_folder(wheel, tmp_path):
     ["study", "configs/studies/smoke.py:data/train.txt", "--workdir=smoke"],
     # It imports another file of configs/.
     ["study", "configs/studies/short.py:no_such_folder", "--workdir=short"],
-  ):
-    done = subprocess.run(
-      [sys.executable, "-m", "folding", *arguments],
-      cwd=work,
-      env={**os.environ, "PYTHONPATH": str(package)},
-      capture_output=True,
-      text=True,
-      timeout=300,
-    )
-    assert f"{package}/folding/shipped/configs" in done.stderr, done.stderr
-    if "no_such_folder" in arguments[1]:
-      assert done.returncode == 2
-      assert "no folder 'no_such_folder'" in done.stderr
-    else:
-      assert done.returncode == 0, done.stderr
+  ]
+  done = subprocess.run(
+    [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+    cwd=work,
+    env={**os.environ, "PYTHONPATH": str(package)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  for _, _, err in found:
+    assert f"{package}/folding/shipped/configs" in err, err
+  assert [status for status, _, _ in found] == [0, 0, 2], found
+  assert "no folder 'no_such_folder'" in found[-1][2]
