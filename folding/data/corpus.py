@@ -89,14 +89,6 @@ def tokenised(
   size = sum(file.stat().st_size for file in every)
   if size < LARGE or any(file.suffix not in _ENDINGS for file in every):
     return None
-  train = found["train"]
-  # A single text is cut into splits, which `sources` does in memory.
-  if train[0].suffix != ".txt" and not any(
-    itertools.islice(local_files.rows_of(train), 1, 2)
-  ):
-    return None
-  local_files.warn_of_ignored(pathlib.Path(data.path), found, data)
-  sources.require_room(data)
   known = [
     (split, file.name, file.stat().st_size, file.stat().st_mtime_ns)
     for split, part in found.items()
@@ -105,6 +97,11 @@ def tokenised(
   fields = {name: getattr(data, name) for name in _FIELDS}
   place = pathlib.Path(data.dir) if data.dir else every[0].parent
   folder = place / FOLDER / _hash(json.dumps([_FORMAT, known, fields]))
+  # A single text is cut into splits, which `sources` does in memory.
+  if not folder.is_dir() and _has_one_row(found["train"]):
+    return None
+  local_files.warn_of_ignored(pathlib.Path(data.path), found, data)
+  sources.require_room(data)
   with _writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
   splits = functools.cache(lambda: _splits(data, found))
@@ -115,6 +112,12 @@ def tokenised(
     with _writing(target / "meta.json"), files.becoming(str(target)) as part:
       _write(pathlib.Path(part), splits(), tokenizer)
   return tokenizer, _read(target, tokenizer.dtype)
+
+
+def _has_one_row(train: Sequence[pathlib.Path]) -> bool:
+  """Returns whether files are a table of at most one row."""
+  rows_after_first = itertools.islice(local_files.rows_of(train), 1, 2)
+  return train[0].suffix != ".txt" and not any(rows_after_first)
 
 
 @contextlib.contextmanager

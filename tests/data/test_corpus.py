@@ -153,14 +153,16 @@ def test_text_without_a_safe_end_is_cut_at_a_line_end(small, monkeypatch):
   assert all(piece.endswith("\n") for piece in found[:-1])
 
 
-def test_later_runs_do_not_read_the_text(small, tmp_path, monkeypatch):
-  path = _txt(tmp_path)
+@pytest.mark.parametrize("make", [_txt, _rows])
+def test_later_runs_do_not_read_the_text(small, tmp_path, monkeypatch, make):
+  path = make(tmp_path)
   first = batches.make_data(_config(path))
 
   def fail(*_):
     raise AssertionError("the text is read again")
 
   monkeypatch.setattr(corpus, "_splits", fail)
+  monkeypatch.setattr(corpus.local_files, "rows_of", fail)
   again = batches.make_data(_config(path, length=9))
   resumed = batches.make_data(_config(path), first.tokenizer)
   assert first.digest == again.digest == resumed.digest
