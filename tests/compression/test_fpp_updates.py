@@ -368,9 +368,10 @@ def test_a_site_whose_gradients_end_keeps_its_masks():
   ("after", "undone"),
   [
     (optax.scale(0.5), 6),  # 4 weights and 2 rows
+    (optax.clip_by_global_norm(0.01), 6),
     (optax.identity(), 0),
   ],
-  ids=["scale", "nothing"],
+  ids=["scale", "clip", "nothing"],
 )
 def test_zeros_that_a_later_transform_undoes_are_counted(
   after, undone, patience

@@ -295,8 +295,12 @@ def test_collectives_that_few_layers_lack_are_extrapolated(config, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scans", [False, True])
-def test_extrapolation_agrees_with_the_whole_model(scans, config, monkeypatch):
+@pytest.mark.parametrize(
+  ("is_mask_update", "scans"), [(False, False), (True, False), (True, True)]
+)
+def test_extrapolation_agrees_with_the_whole_model(
+  is_mask_update, scans, config, monkeypatch
+):
   data = c.DataConfig(length=16, batch_size=16, vocab_size=128)
   config = alike(config, 7, data=data)
   config.model.scan_layers = scans
@@ -306,7 +310,9 @@ def test_extrapolation_agrees_with_the_whole_model(scans, config, monkeypatch):
   found = []
   for many in (7, 8):
     monkeypatch.setitem(plan_lib._MANY, scans, (many, (2, 4)))
-    found.append(plan_lib.measure(program, devices, is_mask_update=True))
+    found.append(
+      plan_lib.measure(program, devices, is_mask_update=is_mask_update)
+    )
   few, whole = (jax.tree.leaves_with_path(one) for one in found)
   assert len(few) > 8
   for (name, value), (_, expected) in zip(few, whole, strict=True):

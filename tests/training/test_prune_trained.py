@@ -265,12 +265,15 @@ def test_neurons_are_removed_before_the_first_step(
     # Arrays keep multiples of 8 neurons, with fewer than 8 held at zero.
     zero = ~kernel.any(axis=0)
     assert zero.sum() < 8
-  # A run that stopped before its first checkpoint starts again, by its own config
-  # or by the one asked for, which has no plan yet.
-  shutil.rmtree(workdir / "checkpoints")
-  (workdir / "result.json").unlink()
-  loop.run(small if plan == "same" else config, str(workdir))
-  jax.tree.map(np.testing.assert_array_equal, load_run(str(workdir))[1], params)
+  # A run that stopped before its first checkpoint starts again, by the same config
+  # or by its own, which has the plan.
+  for again in (config, small):
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "result.json").unlink()
+    loop.run(again, str(workdir))
+    jax.tree.map(
+      np.testing.assert_array_equal, load_run(str(workdir))[1], params
+    )
   if plan == "same":
     return
   # The plan is saved, beside the config asked for.
