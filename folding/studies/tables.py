@@ -149,44 +149,43 @@ def dataset_table(rows: Sequence[Row]) -> str:
 def summary_table(rows: Sequence[Row]) -> str:
   """Returns a Markdown table of means over data sets and seeds, with a test.
 
-  Each method is compared with `ours` at the same level, over the pairs (data
-  set, seed) that both have. The table shows the mean difference of their changes
-  to dense, and the p value of a two-sided paired t-test. p is corrected for the
-  number of methods of that level (false discovery rate, Benjamini and Hochberg
-  1995).
+  Each method is compared with dense, and with `ours` at the same level. The table
+  shows the mean difference of changes to dense, and the p value of `paired`,
+  corrected for the number of methods of that level (false discovery rate,
+  Benjamini and Hochberg 1995).
 
   Args:
     rows: Rows of one metric.
   """
   lines = []
+  grouped = _grouped(rows)
+  dense = grouped.get((DENSE, None), [])
   for level in sorted({row.level for row in rows}, key=lambda x: x or 0.0):
     groups = {
       method: group
-      for (method, at), group in _grouped(rows).items()
+      for (method, at), group in grouped.items()
       if at == level and method != DENSE
     }
-    tests = {
-      method: paired(group, groups.get(OURS, []))
-      for method, group in groups.items()
-      if method != OURS
-    }
-    known = {m: test.p for m, test in tests.items() if test.p is not None}
-    corrected = scipy.stats.false_discovery_control([*known.values()])
-    adjusted = dict(zip(known, corrected, strict=True))
+    ours = groups.get(OURS, [])
+    to_dense = _corrected({m: paired(g, dense) for m, g in groups.items()})
+    to_ours = _corrected(
+      {m: paired(g, ours) for m, g in groups.items() if m != OURS}
+    )
     for method, group in groups.items():
-      test, p = tests.get(method), adjusted.get(method)
+      test = to_ours.get(method, Paired(None, None, 0))
       lines.append(
         [
           method,
           _level(level),
-          _signed(_change(group)),
           percent(_mean(group, "compression")),
-          _signed(test.difference if test else None),
-          "–" if p is None else f"{p:.2g}",
-          str(test.pairs if test else len(group)),
+          _signed(_change(group)),
+          _p(to_dense[method].p),
+          _signed(test.difference),
+          _p(test.p),
+          str(len(group)),
         ]
       )
-  header = ["", "level", "to dense", "smaller", f"to {OURS}", "p", "pairs"]
+  header = ["", "level", "smaller", "to dense", "p", f"to {OURS}", "p", "runs"]
   return table(header, lines)
 
 
@@ -207,22 +206,41 @@ class Paired:
 
 
 def paired(a: Sequence[Row], b: Sequence[Row]) -> Paired:
-  """Compares two methods over the data sets and seeds that both have."""
+  """Compares two methods over the runs (data set, seed) that both have.
+
+  Runs of one data set share its texts, so a pair is a data set, with means over
+  seeds (Demšar 2006). If there is only one data set, a pair is a seed.
+  """
   here, there = (
     {(r.dataset, r.seed): r.change for r in rows if r.change is not None}
     for rows in (a, b)
   )
-  keys = [key for key in here if key in there]
-  first, second = [here[k] for k in keys], [there[k] for k in keys]
-  differences = [x - y for x, y in zip(first, second, strict=True)]
-  if not keys:
+  found: dict[str, list[float]] = {}
+  for key, change in here.items():
+    if key in there:
+      found.setdefault(key[0], []).append(change - there[key])
+  differences = [statistics.fmean(values) for values in found.values()]
+  if len(found) == 1:
+    (differences,) = found.values()
+  if not differences:
     return Paired(None, None, 0)
-  mean = statistics.fmean(differences)
+  mean, count = statistics.fmean(differences), len(differences)
   # Rounding alone gives a spread of about 1e-14; scipy warns of that.
-  if len(keys) < 2 or statistics.stdev(differences) < 1e-9:
-    return Paired(mean, None, len(keys))
-  test: Any = scipy.stats.ttest_rel(first, second)
-  return Paired(mean, float(test.pvalue), len(keys))
+  if count < 2 or statistics.stdev(differences) < 1e-9:
+    return Paired(mean, None, count)
+  test: Any = scipy.stats.ttest_1samp(differences, 0.0)
+  return Paired(mean, float(test.pvalue), count)
+
+
+def _corrected(tests: dict[str, Paired]) -> dict[str, Paired]:
+  """Returns tests whose p values are corrected for their number."""
+  known = {name: test.p for name, test in tests.items() if test.p is not None}
+  values = scipy.stats.false_discovery_control([*known.values()])
+  corrected = dict(zip(known, values, strict=True))
+  return {
+    name: dataclasses.replace(test, p=corrected.get(name))
+    for name, test in tests.items()
+  }
 
 
 def write(study: Study, workdir: str) -> str:
@@ -246,7 +264,7 @@ def write(study: Study, workdir: str) -> str:
     _draw(chosen, unit, os.path.join(workdir, f"{metric}.png"))
     parts += [
       f"## {title}: means over data sets",
-      f"Changes in {unit}; negative is worse. p: paired t-test against `{OURS}`, "
+      f"Changes in {unit}; negative is worse. p: paired t-test over data sets, "
       "corrected for the false discovery rate.",
       f"![Change to dense against size]({metric}.png)",
       summary_table(chosen),
@@ -306,6 +324,10 @@ def _grouped(
 
 def _level(level: float | None) -> str:
   return "" if level is None else f"{100 * level:g}%"
+
+
+def _p(value: float | None) -> str:
+  return "–" if value is None else f"{value:.2g}"
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
