@@ -22,8 +22,11 @@ from folding.models.transformer import Transformer
 
 def require_size(batch_size: int) -> None:
   """Raises `ConfigError` if a batch size is out of range."""
-  if not 1 <= batch_size <= 65_536:
-    raise ConfigError(f"the batch size must be 1 to 65,536; it is {batch_size}")
+  is_whole = isinstance(batch_size, int | np.integer)
+  if not (is_whole and 1 <= batch_size <= 65_536):
+    raise ConfigError(
+      f"the batch size must be a whole number, 1 to 65,536; it is {batch_size!r}"
+    )
 
 
 def require_several(texts: Iterable[Text]) -> None:

@@ -60,8 +60,10 @@ def compress(
   require_several(texts)
   if not (isinstance(saving, float | np.floating) and 0 < saving < 1):
     raise ConfigError(f"saving is a fraction between 0 and 1; it is {saving!r}")
-  if max_texts < 1:
-    raise ConfigError(f"max_texts is 1 or more; it is {max_texts}")
+  if not (isinstance(max_texts, int | np.integer) and max_texts >= 1):
+    raise ConfigError(
+      f"max_texts is a whole number, at least 1; it is {max_texts!r}"
+    )
   loaded = model if isinstance(model, Loaded) else load(model)
   if not config_lib.is_whole(loaded.config):
     raise ConfigError("this model is folded or shrunk; give the dense one")

@@ -133,8 +133,8 @@ def test_damaged_weights_are_refused():
 
 
 def test_predict_refuses_what_it_cannot_do(model):
-  for size in (0, 10**12):
-    with pytest.raises(ConfigError, match=f"1 to 65,536; it is {size}"):
+  for size in (0, 10**12, "3"):
+    with pytest.raises(ConfigError, match=f"1 to 65,536; it is {size!r}"):
       predict_lib.predict(model, ["a"], batch_size=size)
   for call in (predict_lib.predict, folding.compress):
     with pytest.raises(ConfigError, match="one text"):

@@ -285,7 +285,8 @@ def test_one_call_with_a_small_saving_folds_without_pruning():
 
 
 @pytest.mark.parametrize(
-  "wrong", [{"saving": 1.0}, {"saving": "0.5"}, {"max_texts": -3}]
+  "wrong",
+  [{"saving": 1.0}, {"saving": "0.5"}, {"max_texts": -3}, {"max_texts": "3"}],
 )
 def test_one_call_refuses_numbers_out_of_range(wrong):
   with pytest.raises(errors.ConfigError, match=next(iter(wrong))):
