@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,8 @@ class Generator:
 
   Raises:
     ConfigError: the model does not predict next tokens, or has no layer for
-      cache "linear"; or the margin is not above 0.
+      cache "linear"; the cache is neither of the two; or the margin is not
+      above 0.
 
   Example:
     >>> from folding.config import Config, ModelConfig, resolve
@@ -175,6 +176,8 @@ class Generator:
         "this model makes vectors of texts and predicts no next token; use "
         "folding encode"
       )
+    if cache not in (names := get_args(Cache)):
+      raise ConfigError(f"cache is {' or '.join(names)}; it is {cache!r}")
     if cache == "linear" and not constant_state.layers(model):
       raise ConfigError(
         "no layer has a constant state: that takes fold.groups=1, and neither "

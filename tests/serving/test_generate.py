@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,12 @@ def test_state_remade_after_9_tokens_continues_the_draws(
 def test_model_without_constant_state_is_refused(name):
   with pytest.raises(ConfigError, match="no layer has a constant state"):
     Generator(_make(name).model, "linear")
+
+
+def test_unknown_cache_is_refused(one):
+  init = inspect.unwrap(Generator.__init__)  # without the type checker of tests
+  with pytest.raises(ConfigError, match="keys or linear; it is 'kv'"):
+    init(object.__new__(Generator), one.model, "kv")
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, np.nan])
