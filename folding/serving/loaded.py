@@ -305,7 +305,8 @@ def shrunk(loaded: Loaded) -> Loaded:
 def cast(loaded: Loaded, dtype: str) -> Loaded:
   """Returns the model with its floating-point arrays in another dtype.
 
-  Rotary frequencies keep theirs: their rounding error grows with the position.
+  Rotary frequencies and ALiBi slopes keep theirs: their rounding error grows with
+  the position.
 
   Raises:
     ConfigError: the dtype is not a floating-point one.
@@ -314,7 +315,7 @@ def cast(loaded: Loaded, dtype: str) -> Loaded:
 
   def cast_one(name, x):
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    if not is_float or name.endswith("/frequency"):
+    if not is_float or name.endswith(("/frequency", "/log_slopes")):
       return x
     return np.asarray(x).astype(jnp.dtype(dtype))
 

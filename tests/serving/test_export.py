@@ -237,7 +237,7 @@ def test_shrunk_model_computes_the_same(model, tmp_path):
 
 
 def test_cast_halves_the_values_and_loads_again(tmp_path):
-  model = models.make()
+  model = models.make(model=c.bert(**models.SHAPE))
   half = export_lib.cast(model, "bfloat16")
   whole = write(tmp_path / "whole", model)
   size = write(tmp_path / "half", half)
@@ -254,11 +254,15 @@ def test_cast_halves_the_values_and_loads_again(tmp_path):
   assert np.abs(models.logits(model, TEXT) - expected).max() > 1e-3
 
 
-def test_cast_leaves_rotary_frequencies_as_they_are():
-  shape = models.SHAPE | {"positions": "rope", "causal": True}
-  fold = c.FoldConfig(groups=2, rope="pairs")
+@pytest.mark.parametrize(
+  ("positions", "rope", "name"),
+  [("rope", "pairs", "frequency"), ("alibi", "copy", "log_slopes")],
+)
+def test_cast_leaves_factors_of_positions_as_they_are(positions, rope, name):
+  shape = models.SHAPE | {"positions": positions, "causal": True}
+  fold = c.FoldConfig(groups=2, rope=rope)
   model = models.make("lm", c.ModelConfig(**shape), fold)
-  name = "blocks_0/attn/frequency"
+  name = f"blocks_0/attn/{name}"
   before = paths.flatten(model.params)[name]
   after = paths.flatten(export_lib.cast(model, "bfloat16").params)
   assert (before.astype(ml_dtypes.bfloat16) != before).any()
