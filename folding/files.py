@@ -192,12 +192,8 @@ def require_local(path: str) -> None:
     raise ConfigError(f"{path} would be a folder called ~; write $HOME instead")
 
 
-def require_workdir(path: str) -> None:
-  """Raises `ConfigError` for a path that cannot hold a run.
-
-  The path must be local and free or a folder, and its absolute form free of
-  wildcards, because Orbax finds its files by a glob pattern.
-  """
+def require_folder(path: str) -> None:
+  """Raises `ConfigError` unless a path is local, and free or a folder."""
   require_local(path)
   if not path:
     raise ConfigError("the name of a folder is empty")
@@ -208,6 +204,16 @@ def require_workdir(path: str) -> None:
     whole.encode()
   except UnicodeEncodeError:
     raise ConfigError(f"the name {whole!r} is not UTF-8; rename it") from None
+
+
+def require_workdir(path: str) -> None:
+  """Raises `ConfigError` for a path that cannot hold a run.
+
+  Beyond `require_folder`, its absolute form must be free of wildcards, because
+  Orbax finds its files by a glob pattern.
+  """
+  require_folder(path)
+  whole = os.path.abspath(path)
   for character in "[*?":
     if character in whole:
       raise ConfigError(
@@ -218,7 +224,7 @@ def require_workdir(path: str) -> None:
 
 def require_empty(path: str) -> None:
   """Raises `ConfigError` unless a path is free or a replaceable empty folder."""
-  require_workdir(path)
+  require_folder(path)
   whole = os.path.abspath(path)
   if whole == os.getcwd() or os.path.ismount(whole):
     raise ConfigError(f"{path!r} cannot be replaced; name a new folder")

@@ -77,6 +77,12 @@ def test_empty_folder_is_replaced_whatever_its_spelling(tmp_path):
   assert (tmp_path / "new" / "a").is_file()
 
 
+def test_wildcards_are_for_exports_and_not_for_runs(tmp_path):
+  files.require_empty(f"{tmp_path}/a[1]*?")
+  with pytest.raises(ConfigError, match=r"checkpoints .* because of the \["):
+    files.require_workdir(f"{tmp_path}/a[1]")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
 def test_damaged_json_is_refused(tmp_path, text):
   (tmp_path / "a.json").write_text(text)

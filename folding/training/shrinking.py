@@ -38,6 +38,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   """
   if multiple < 1:
     raise ConfigError(f"--multiple must be at least 1; it is {multiple}")
+  files.require_workdir(output)
   files.require_empty(output)
   this, states, losses = _read(workdir)
   before = run_dir.read_result(workdir)

@@ -317,6 +317,7 @@ def test_removed_tokens_share_one_row(whole, shrunk):
     ("empty", "it has no config.json"),
     ("multiple", "at least 1"),
     ("address", "gs://b/small is an address"),
+    ("wildcard", r"because of the \["),
   ],
 )
 def test_mistake_is_reported_and_nothing_written(
@@ -327,6 +328,8 @@ def test_mistake_is_reported_and_nothing_written(
     output = tmp_path
   if change == "address":
     output = "gs://b/small"
+  if change == "wildcard":
+    output = tmp_path / "[1]"
   if change in ("bare", "empty"):
     workdir = str(tmp_path / "run")
     shutil.copytree(whole, workdir)
