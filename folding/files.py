@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 import traceback
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -250,6 +251,11 @@ def require_new_file(path: str, ending: str) -> None:
     raise ConfigError(f"there is no folder {folder} for {path}")
   if os.path.lexists(path):
     raise ConfigError(f"{path} is there already; choose another name")
+  start = f"{os.path.basename(path)}."  # as long a name as `write_file` needs
+  try:
+    tempfile.NamedTemporaryFile(prefix=start, suffix=".tmp", dir=folder).close()
+  except OSError as error:
+    raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_json(path: str, kind: type[Any]) -> Any:

@@ -77,6 +77,14 @@ def test_empty_folder_is_replaced_whatever_its_spelling(tmp_path):
   assert (tmp_path / "new" / "a").is_file()
 
 
+def test_file_that_cannot_be_written_is_refused(tmp_path):
+  name = f"{tmp_path}/{'a' * 245}.npy"  # too long with the ending of a part
+  with pytest.raises(ConfigError, match="cannot write .*: File name too long"):
+    files.require_new_file(name, ".npy")
+  files.require_new_file(f"{tmp_path}/a.npy", ".npy")
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_wildcards_are_for_exports_and_not_for_runs(tmp_path):
   files.require_empty(f"{tmp_path}/a[1]*?")
   with pytest.raises(ConfigError, match=r"checkpoints .* because of the \["):
