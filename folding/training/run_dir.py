@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import operator
 import os
 import pathlib
 import platform
@@ -36,7 +37,7 @@ from folding import files
 from folding.config import Config
 from folding.data import special_tokens, tokenizers
 from folding.errors import ConfigError
-from folding.typed import differences
+from folding.typed import differences, edited
 from folding.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,15 @@ _FIXED = (
   "labels.json",
   "text.sha256",
   "asked.json",
+)
+
+# Fields of a config that are paths, unless they name something else.
+_PATHS = (
+  "pretrained",
+  "data.path",
+  "data.tokenizer",
+  "data.sts",
+  "distill.teacher",
 )
 
 
@@ -124,8 +134,8 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
   """Returns the config of the run that a directory holds; None: no run.
 
   The mesh, `distributed`, `train.accumulate`, `train.compact`, `train.energy` and
-  the spelling of `data.path` do not change the outcome, and may differ; the given
-  values are returned.
+  the spelling of paths do not change the outcome, and may differ; the given values
+  are returned.
 
   Args:
     workdir: The run directory, which may not exist.
@@ -152,12 +162,13 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
 
 def _computed_as(config: Config, other: Config) -> Config:
   """Returns a config with the fields of another that do not change the outcome."""
-  data = config.data
-  named = [
-    c.data.path and os.path.abspath(c.data.path) for c in (config, other)
-  ]
-  if named[0] == named[1]:
-    data = dataclasses.replace(data, path=other.data.path)
+  spelt = {}
+  for name in _PATHS:
+    a, b = map(operator.attrgetter(name), (config, other))
+    is_path = a and b and not {a, b} & {"bytes", "bpe"}  # tokenizers
+    if is_path and os.path.abspath(a) == os.path.abspath(b):
+      spelt[name] = b
+  config = edited(config, spelt)
   train = dataclasses.replace(
     config.train,
     accumulate=other.train.accumulate,
@@ -168,7 +179,6 @@ def _computed_as(config: Config, other: Config) -> Config:
     config,
     mesh=other.mesh,
     distributed=other.distributed,
-    data=data,
     train=train,
   )
 

@@ -15,6 +15,7 @@ from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
 from folding.training import run_dir
+from folding.typed import edited
 from folding.version import __version__
 from tests.training import tiny
 
@@ -44,20 +45,45 @@ def test_language_model_has_no_labels(tmp_path):
 
 def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
   saved = tiny.config()
-  saved.data.path = "a.txt"
   assert run_dir.config_to_continue(str(tmp_path / "new"), saved) is None
   save(tmp_path, saved)
   now = tiny.config(mesh=c.MeshConfig(data=2, fsdp=4))
   now.train.accumulate, now.train.energy = 2, "SWE"
   now.train.compact, now.distributed = 0.5, "auto"
-  for now.data.path in ("./a.txt", os.path.abspath("a.txt")):
-    assert run_dir.config_to_continue(str(tmp_path), now) == now
-  now.data.path = None
-  with pytest.raises(ConfigError, match=r"data\.path: 'a.txt' -> None"):
-    run_dir.config_to_continue(str(tmp_path), now)
-  now.data.path = "a.txt"
+  assert run_dir.config_to_continue(str(tmp_path), now) == now
   now.train.steps += 1
   with pytest.raises(ConfigError, match=r"train\.steps: 8 -> 9"):
+    run_dir.config_to_continue(str(tmp_path), now)
+
+
+@pytest.mark.parametrize(
+  ("field", "other"),
+  [
+    ("pretrained", None),
+    ("data.path", None),
+    ("data.tokenizer", "bytes"),
+    ("data.sts", None),
+    ("distill.teacher", "b"),
+  ],
+)
+def test_config_to_continue_compares_paths_in_any_spelling(
+  tmp_path, field, other
+):
+  def config(path):
+    return edited(tiny.config(), {field: path})
+
+  save(tmp_path, config("a"))
+  for path in ("./a", os.path.abspath("a")):
+    found = run_dir.config_to_continue(str(tmp_path), config(path))
+    assert found == config(path)
+  with pytest.raises(ConfigError, match=f"{field}: 'a' -> {other!r}"):
+    run_dir.config_to_continue(str(tmp_path), config(other))
+
+
+def test_config_to_continue_refuses_a_file_called_as_a_tokenizer(tmp_path):
+  save(tmp_path, edited(tiny.config(), {"data.tokenizer": "bytes"}))
+  now = edited(tiny.config(), {"data.tokenizer": "./bytes"})
+  with pytest.raises(ConfigError, match="'bytes' -> './bytes'"):
     run_dir.config_to_continue(str(tmp_path), now)
 
 
