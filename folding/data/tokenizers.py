@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import pathlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -27,6 +28,9 @@ _Single = TypeVar("_Single", bound=str | Iterable[str])  # a string, or slices
 NUM_BYTES = 256
 _GROUP = 4096  # rows that are encoded together
 _MAX_IDS = 1 << 24  # beyond any vocabulary; the library counts to the last id
+# Truncation is a state of the library's tokenizer, so one thread encodes at a time.
+# The lock is global, so that a tokenizer can be pickled.
+_ENCODING = threading.Lock()
 TOKEN_MAP = "token_map.json"  # beside tokenizer.json, if ids are mapped
 
 # What may become one token: a word with the character before it, up to three
@@ -188,7 +192,7 @@ class Tokenizer:
       texts_of_group = [piece for _, piece in group]
       found = [
         np.array(encoding.ids, np.int32)
-        for encoding in self._encode(texts_of_group, add_special_tokens=False)
+        for encoding in self._encode(texts_of_group)
       ]
       for (index, _), ids in zip(group, found, strict=True):
         yield index, ids
@@ -215,26 +219,32 @@ class Tokenizer:
         "special tokens that the tokenizer puts around it"
       )
     ids, seconds = [], []
-    self._inner.enable_truncation(max_length)
-    try:
-      # In groups: the library keeps the truncated ids too.
-      for start in range(0, len(texts), _GROUP):
-        group = list(texts[start : start + _GROUP])
-        encodings = self._encode(group)
-        ids += [np.array(e.ids, np.int32) for e in encodings]
-        if is_pair:
-          seconds += [_second_segment(e.type_ids) for e in encodings]
-    finally:
-      self._inner.no_truncation()
+    # In groups: the library keeps the truncated ids too.
+    for start in range(0, len(texts), _GROUP):
+      encodings = self._encode(texts[start : start + _GROUP], max_length)
+      ids += [np.array(e.ids, np.int32) for e in encodings]
+      if is_pair:
+        seconds += [_second_segment(e.type_ids) for e in encodings]
     return Encoded(ids, np.array(seconds) if is_pair else None)
 
   def _encode(
-    self, texts: Sequence[Text], **options: bool
+    self, texts: Sequence[Text], max_length: int | None = None
   ) -> list[tokenizers.Encoding]:
-    try:
-      return self._inner.encode_batch_fast(list(texts), **options)
-    except Exception as error:  # the library raises plain Exception
-      raise ConfigError(f"the tokenizer cannot read a text: {error}") from error
+    """Returns the encodings, with special tokens if they have a `max_length`."""
+    is_row = max_length is not None
+    with _ENCODING:
+      try:
+        if is_row:
+          self._inner.enable_truncation(max_length)
+        return self._inner.encode_batch_fast(
+          list(texts), add_special_tokens=is_row
+        )
+      except Exception as error:  # the library raises plain Exception
+        raise ConfigError(
+          f"the tokenizer cannot read a text: {error}"
+        ) from error
+      finally:
+        self._inner.no_truncation()
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids, without special tokens."""

@@ -1,4 +1,5 @@
 import json
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -87,6 +88,18 @@ def test_a_saved_tokenizer_encodes_the_same(tmp_path):
   [ids] = loaded.encode_batch([text])
   np.testing.assert_array_equal(ids, BPE.encode_batch([text])[0])
   assert loaded.decode(ids) == text
+
+
+def test_threads_that_share_a_tokenizer_encode_as_one_does():
+  texts, lengths = [CODE] * 20, [2, 3, None] * 30
+
+  def sizes(length):
+    return {row.size for row in BPE.encode_batch(texts, length)}
+
+  with futures.ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(sizes, lengths))
+  [whole] = sizes(None)
+  assert found == [{length or whole} for length in lengths]
 
 
 def test_encode_batch_is_each_text_by_itself():
