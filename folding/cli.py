@@ -508,6 +508,10 @@ def _call(argv: Sequence[str]) -> None:
   except UnicodeEncodeError as error:
     raise ConfigError(f"an argument is not UTF-8: {error.reason}") from None
   rest, edits = split_edits(argv)
+  fields = {f"--{x}" for x in typed.fields(config_lib.Config) if "." in x}
+  for flag in (argument.partition("=")[0] for argument in rest):
+    if flag in fields:
+      raise ConfigError(f"write --config.{flag[2:]}=VALUE to set this field")
   args = make_parser().parse_args(rest)
   if edits and not hasattr(args, "config"):
     raise ConfigError(f"{args.verb} takes no --config.{next(iter(edits))}")

@@ -80,6 +80,7 @@ def test_train_runs_the_config_that_the_flags_ask_for(monkeypatch, capsys):
       [*QUICKSTART, "--workdir=README.md"],
       "README.md is there already and not a folder",
     ),
+    ([*QUICKSTART, "--workdir=W", "--data.path=x"], "--config.data.path"),
     (["train", "--config=nowhere.py", "--workdir=W"], "nowhere.py"),
     (["train", "--config=nowhere.json", "--workdir=W"], "nowhere.json"),
     (["train", "--config=README.md", "--workdir=W"], "README.md"),
