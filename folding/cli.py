@@ -79,8 +79,8 @@ _MODEL = _argument(
 )
 _CONFIG = _argument(
   "--config",
-  "a file with get_config(), or the config.json of a run; configs/*.py come "
-  "with the library; --config.FIELD=VALUE sets a field",
+  "a file with get_config(), or the config.json of a run; the library has "
+  f"{', '.join(files.shipped('configs'))}; --config.FIELD=VALUE sets a field",
   metavar="FILE[:ARGUMENT]",
   required=True,
 )
@@ -598,7 +598,10 @@ def _no_backend() -> str | None:
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of all verbs."""
   parser = _Parser(
-    prog="folding", description="Trains, compresses and serves transformers."
+    prog="folding",
+    description="Trains, compresses and serves transformers.",
+    epilog="Example: folding train --config=configs/quickstart.py "
+    "--workdir=runs/quickstart. `folding VERB --help` has the options of a verb.",
   )
   parser.add_argument(
     "--version", action="version", version=f"folding {__version__}"

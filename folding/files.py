@@ -1,6 +1,7 @@
 """Atomic writes, checksums, output folders, JSON files, and Python files."""
 
 import contextlib
+import glob
 import importlib.util
 import json
 import os
@@ -297,11 +298,27 @@ def _find(path: str) -> tuple[str, str]:
     return os.getcwd(), path
   if path.startswith("configs/"):
     for root in _SHIPPED:
-      shipped = os.path.join(root, path)
-      if os.path.isfile(shipped):
-        print(f"{path} is {shipped}", file=sys.stderr)
-        return root, shipped
-  raise ConfigError(f"there is no file {path!r}")
+      found = os.path.join(root, path)
+      if os.path.isfile(found):
+        print(f"{path} is {found}", file=sys.stderr)
+        return root, found
+  names = [*shipped("configs"), *shipped("configs/studies")]
+  raise ConfigError(
+    f"there is no file {path!r}; the library has {', '.join(names)}"
+  )
+
+
+def shipped(folder: str) -> list[str]:
+  """Returns the config files of the library, such as "configs/lm.py".
+
+  Args:
+    folder: "configs", or "configs/studies".
+  """
+  return sorted(
+    f"{folder}/{name}"
+    for root in _SHIPPED
+    for name in glob.glob("[!_]*.py", root_dir=os.path.join(root, folder))
+  )
 
 
 def call_in_file(where: str, function: str) -> Any:

@@ -82,6 +82,8 @@ def test_train_runs_the_config_that_the_flags_ask_for(monkeypatch, capsys):
     ),
     ([*QUICKSTART, "--workdir=W", "--data.path=x"], "--config.data.path"),
     (["train", "--config=nowhere.py", "--workdir=W"], "nowhere.py"),
+    (["train", "--config=classify", "--workdir=W"], "configs/classify.py"),
+    (["study", "short", "--workdir=W"], "configs/studies/short.py"),
     (["train", "--config=nowhere.json", "--workdir=W"], "nowhere.json"),
     (["train", "--config=README.md", "--workdir=W"], "README.md"),
     (["compare", "nowhere"], "nowhere"),
