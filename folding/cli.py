@@ -8,6 +8,7 @@ import argparse
 import functools
 import inspect
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -499,6 +500,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   Args:
     argv: The arguments after the program's name; None: those of the process.
   """
+  # The default also names the logger, with a colon before the file of a warning.
+  logging.basicConfig(format="%(levelname)s: %(message)s")
   return exit_status(lambda: _call(sys.argv[1:] if argv is None else argv))
 
 

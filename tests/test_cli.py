@@ -192,6 +192,16 @@ def test_character_that_cannot_be_printed_is_one_line():
   assert "PYTHONIOENCODING=utf-8" in line
 
 
+def test_warning_begins_with_its_level_and_names_no_logger():
+  program = "import logging; from folding import cli; "
+  program += "cli.main(['train', '--config=no.py', '--workdir=W']); "
+  program += "logging.getLogger('folding.data').warning('a.csv: b')"
+  found = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True
+  )
+  assert found.stderr.splitlines()[1:] == ["WARNING: a.csv: b"]
+
+
 def test_closed_pipe_is_no_error():
   reader, writer = os.pipe()
   os.close(reader)
