@@ -318,6 +318,8 @@ def _page(
     describe(run),
     "## Size",
     _size_table(run),
+    "qkv: W_Q, W_K and W_V. linear: W_O, the feed-forward layers and the head. "
+    "other: biases, norms and further small parameters. "
     "Dense: the same model, neither folded nor pruned. Stored: nonzero values. "
     "Masks: bytes that locate the stored values. Compression: 1 - stored / "
     f"dense. The arrays hold {run.allocated:,} parameters, zeros included.",
