@@ -354,8 +354,9 @@ def _read_data(config: Config, workdir: str, is_new: bool) -> Data:
       if config.task == "classify":
         advice += (
           f" (train has {data.num_examples['train']} texts in {data.num_classes} "
-          "classes, and each gives up its own share, rounded; perhaps labels and "
-          "texts are swapped)"
+          "classes, and each gives up its own share, rounded; perhaps "
+          "data.label_field is not the column of the labels, or labels and texts "
+          "are swapped)"
         )
       raise ConfigError(f"there is no text for the {split} split; {advice}")
   if not is_new:

@@ -361,6 +361,15 @@ def test_mistakes_leave_nothing_behind(text_file, tmp_path, change, message):
   assert not workdir.exists()
 
 
+def test_labels_that_are_ids_are_refused(text_file, tmp_path):
+  file = tmp_path / "reviews.tsv"
+  file.write_text("".join(f"{i}\ta good film\n" for i in range(40)))
+  config = tiny_config(text_file)
+  config.task, config.data.path = "classify", str(file)
+  with pytest.raises(ConfigError, match="perhaps data.label_field is not"):
+    loop.run(config, str(tmp_path / "run"))
+
+
 def test_classifier_learns_and_reports_accuracy(text_file, tmp_path, capsys):
   rows = [
     f"{i % 2}\t{'good fine nice' if i % 2 else 'bad poor sad'} film {i}"
