@@ -64,7 +64,10 @@ class MetricsWriter:
       disable=not self._console.is_terminal,
     )
     self._task = self._progress.add_task(
-      "train", total=config.train.steps, completed=first_step, text=""
+      "train",
+      total=config.train.steps,
+      completed=first_step,
+      text="compiling first",
     )
 
   def __enter__(self) -> "MetricsWriter":
