@@ -497,7 +497,10 @@ def _train(
         )
         if is_stopped:
           checkpoints.wait()
-          writer.say(f"stopped by a signal; saved at step {step} of {t.steps}")
+          writer.say(
+            f"stopped by a signal; saved at step {step} of {t.steps}; go on with: "
+            f"folding resume {workdir}"
+          )
           return run_dir.read_result(workdir)
         log.restart()
       if is_last:

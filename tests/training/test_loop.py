@@ -168,6 +168,7 @@ def test_run_resumes_bit_for_bit_after_a_damaged_checkpoint_and_a_stop(
   assert "damaged checkpoint 10" in line
   out, err = capfd.readouterr()
   assert "resumed at step 5 of 10" in out
+  assert f"folding resume {copy}" in out
   assert "Traceback" not in err
   found = loop.resume_run(str(copy))
   assert found["finished"]
