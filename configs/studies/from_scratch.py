@@ -2,8 +2,8 @@ r"""Fourteen methods from scratch, at four levels, with three seeds.
 
 ARGUMENT is FOLDER, whose data sets are the folders in it with train.tsv
 (classification) or train.txt (language modelling), or FOLDER,NAME,... for those
-named. Without it they are the three and eight TFDS names of lm.py and
-classify.py, which TFDS downloads and prepares.
+named; python_stdlib needs no data in it. Without ARGUMENT they are the three and
+eight TFDS names of lm.py and classify.py, which TFDS downloads and prepares.
 
 Command: folding study configs/studies/from_scratch.py:FOLDER --workdir=DIR
 Time:    153 runs per data set, about a minute each on two cores
@@ -56,6 +56,8 @@ def datasets(where: str) -> dict[str, c.Config]:
       found[name] = classifier(path)
     elif os.path.isfile(os.path.join(path, "train.txt")):
       found[name] = language_model(path)
+    elif name == "python_stdlib":
+      found[name] = language_model(name)
     elif names:
       raise ConfigError(f"{path!r} has neither train.tsv nor train.txt")
   if not found:

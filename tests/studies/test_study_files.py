@@ -2,7 +2,14 @@
 
 import pytest
 
-from configs.studies import ablations, from_scratch, pretrained, short, smoke
+from configs.studies import (
+  ablations,
+  budgets,
+  from_scratch,
+  pretrained,
+  short,
+  smoke,
+)
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
@@ -52,6 +59,8 @@ def resolved(study, level=None):
     (from_scratch, "{data},words", 153),
     (from_scratch, "{data},topics", 153),
     (short, "{data},words", 78),
+    (short, "{data},python_stdlib", 78),
+    (budgets, "{data},words,topics", 63),
     (smoke, "{data}", 4),
     (ablations, "{data},topics", 120),
     (pretrained, "{run},{data}", 66),

@@ -1,0 +1,31 @@
+r"""Ours at 70% against dense, with budgets that double.
+
+Classifiers have 200, 400 and 800 steps, language models 1,600 steps too.
+ARGUMENT is as in from_scratch.py. Models are those of short.py.
+
+Command: folding study configs/studies/budgets.py:FOLDER,trec,wikitext2 \
+           --workdir=DIR
+Time:    per seed 10 minutes for a classifier and half an hour for a language
+         model, on one core
+Expect:  docs/measured.md, "Longer runs"
+"""
+
+import copy
+
+from configs.studies import short
+from folding.studies import methods
+from folding.studies.grid import Study
+
+
+def get_study(where: str = "") -> Study:
+  """Returns the study; see `from_scratch.datasets` for `where`."""
+  found = {}
+  for steps in (200, 400, 800, 1600):
+    for name, base in short.datasets(where).items():
+      if steps <= 800 or base.task == "lm":
+        changed = found[f"{name}-{steps}"] = copy.deepcopy(base)
+        changed.train.steps = steps
+        changed.train.eval_every = steps // (4 if base.task == "lm" else 10)
+  return Study(
+    datasets=found, methods=methods.pick("dense", "ours", "fold"), levels=(0.7,)
+  )
