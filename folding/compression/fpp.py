@@ -128,7 +128,8 @@ def fpp(
       the loss by at most this fraction. The others train again.
     seed: Seed of the score "random".
     removed: {parameter that a rule matches: pruned units that are no longer in
-      it, as after `folding.shrink`}. They count towards the target.
+      it, as after `folding.shrink`}. They count towards the target. Of stacked
+      layers (`Rule.layers`) it is their number in each layer.
     debug: If set, a mask update fails a `checkify.check` if a site has no ranking
       or zeros were undone. The step must then be inside `checkify.checkify` or
       `chex.chexify`.
