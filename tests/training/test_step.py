@@ -190,6 +190,17 @@ def test_step_with_teacher_tells_optimizer_the_loss_on_labels(
     chex.assert_trees_all_close(taught.params, plain.params, atol=1e-3)
 
 
+def test_step_without_weight_of_logits_does_not_read_them(run, start, teacher):
+  step = run.step(False, tx=SGD, rules=[], **distilled(run, 0.0, hidden=1.0))
+  state = start._replace(opt_state=SGD.init(start.params))
+  new, _ = step(state, tiny.batch(0), teacher_params=teacher)
+  # Logits that are not finite would make the loss NaN even with a weight of 0.
+  teacher = {**teacher, "norm_final": {"scale": np.full(32, np.nan)}}
+  teacher["norm_final"]["bias"] = np.zeros(32)
+  other, _ = step(state, tiny.batch(0), teacher_params=teacher)
+  chex.assert_trees_all_equal(new.params, other.params)
+
+
 def test_step_weighs_labels_and_teacher(run, start, teacher):
   step = run.step(False, tx=SGD, rules=[], **distilled(run, 0.7))
   state = start._replace(opt_state=SGD.init(start.params))
