@@ -28,7 +28,6 @@ from folding.training.layer_options import (
   EMBEDDING,
   Decision,
   Options,
-  embedding_size,
   measure,
   num_weights,
   round_neurons,
@@ -74,9 +73,12 @@ def allocate(
     sizes["embedding"] -= math.prod(shape)
   elif config.has_open_rank:
     rank = _embedding_rank(shape, embedding)
-  if rank:  # nothing else of the embedding is pruned
-    embedding = 0.0
-    sizes["embedding"] += embedding_size(shape, rank) - math.prod(shape)
+  if rank:
+    V, D = shape
+    sizes["embedding"] += V * (rank - D)
+    sizes["other"] += (rank + 1) * D  # back to the width
+    if config.fpp.embedding_granularity != "trim":
+      embedding = 0.0  # all tokens stay
   budget = _budget(config, sizes, linear, embedding)
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:

@@ -187,6 +187,19 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given, decided):
   assert 0.6 * dense - 8 * 3 * D * N - 8 * D * N < kept <= 0.6 * dense
 
 
+def test_plan_counts_the_trimmed_rows_of_an_embedding_of_low_rank(measured):
+  config = _config(
+    overall=0.6, linear=None, embedding=None, embedding_granularity="trim"
+  )
+  config.fold.embedding_rank = 24
+  params = _trained(config)
+  planned = _allocate(config, params)
+  # What `trim_vocabulary` removes before.
+  assert planned.fpp.embedding == allocate.outer_fractions(config)[1] > 0
+  stored, _ = _stored(planned, params)
+  assert 0.4 - 0.012 < stored <= 0.4 + 1e-6
+
+
 def test_options_of_the_embedding_predict_the_error_of_a_rank():
   config = _structured("bert", embedding_granularity="rank")
   config.compress.embedding = "errors"
