@@ -49,7 +49,7 @@ def get_config(where: str = "") -> c.Config:
     task = "lm" if is_lm else described.task
     data = c.DataConfig(
       name="",  # the user has to set the data
-      tokenizer=str(folder / "tokenizer.json"),
+      tokenizer=str(hf_weights.find_tokenizer(folder)),
       length=min(described.max_length, 128 if is_lm else 64),
       batch_size=16,
     )

@@ -708,6 +708,13 @@ def test_pretrained_follows_the_checkpoint(tmp_path, family, task):
   assert (config.distill.logits > 0) == (task == "lm")
 
 
+def test_pretrained_without_a_tokenizer_is_refused(tmp_path):
+  checkpoints.write(tmp_path / "model", "llama", "lm")
+  (tmp_path / "model" / "tokenizer.json").unlink()
+  with pytest.raises(ConfigError, match="save_pretrained"):
+    pretrained.get_config(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize("where", ["x,0", "x,1", "x,30", ""])
 def test_pretrained_refuses_no_path_and_no_fraction(where):
   with pytest.raises(ConfigError, match="fraction|give"):

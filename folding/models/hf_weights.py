@@ -697,9 +697,7 @@ def load_pretrained(
     model = dataclasses.replace(described.config, segments=2)
     described = dataclasses.replace(described, config=model)
   head = described.head if task in (None, described.task) else "none"
-  tokenizer_path = folder / TOKENIZER
-  if not tokenizer_path.is_file():
-    raise ConfigError(f"{folder} has no {TOKENIZER}; {_HINT}")
+  tokenizer_path = find_tokenizer(folder)
   with contextlib.ExitStack() as stack:
     where = _open_weights(folder, stack)
     shapes = {
@@ -745,6 +743,18 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
       f"({errors.first_line(error)})"
     ) from error
   return pathlib.Path(found)
+
+
+def find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+  """Returns the tokenizer.json of a checkpoint.
+
+  Raises:
+    ConfigError: it is missing.
+  """
+  path = folder / TOKENIZER
+  if not path.is_file():
+    raise ConfigError(f"{folder} has no {TOKENIZER}; {_HINT}")
+  return path
 
 
 def describe_pretrained(folder: pathlib.Path) -> Description:
