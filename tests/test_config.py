@@ -715,7 +715,7 @@ def test_pretrained_without_a_tokenizer_is_refused(tmp_path):
     pretrained.get_config(str(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("where", ["x,0", "x,1", "x,30", ""])
+@pytest.mark.parametrize("where", ["x,0", "x,1", "x,30", "x,30%", ""])
 def test_pretrained_refuses_no_path_and_no_fraction(where):
   with pytest.raises(ConfigError, match="fraction|give"):
     pretrained.get_config(where)

@@ -78,9 +78,9 @@ def path_and_level(where: str) -> tuple[str, float | None]:
   Raises:
     ConfigError: the level is not a fraction between 0 and 1.
   """
-  found = re.fullmatch(r"(.*),(\d*\.?\d+)", where)
+  found = re.fullmatch(r"(.*),(\d*\.?\d+)%?", where)
   path, level = (found[1], float(found[2])) if found else (where, None)
-  if level is not None and not 0 < level < 1:
+  if level is not None and (where.endswith("%") or not 0 < level < 1):
     raise ConfigError(
       f"{where!r}: the saving is a fraction between 0 and 1, such as PATH,0.3"
     )
