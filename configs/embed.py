@@ -42,7 +42,7 @@ def get_config(where: str = "") -> c.Config:
   if how is None and described.config.causal:
     raise ConfigError(
       f"{path} is a language model, and no {sentence.MODULES} says how it makes a "
-      "vector of a text"
+      f"vector of a text; configs/pretrained.py:{path} makes it smaller"
     )
   how = how or sentence.Sentence()
   model = how.applied(described.config)

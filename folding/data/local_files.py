@@ -190,7 +190,8 @@ def _read_txt(file: pathlib.Path, task: config_lib.Task) -> Rows:
   """Returns the lines of a file for "embed", and all of it for "lm"."""
   if task not in config_lib.UNLABELLED:
     raise ConfigError(
-      f"{file} has no labels, which task {task!r} needs; use .tsv, .csv or .jsonl"
+      f"{file} has no labels, which task {task!r} needs; use .tsv, .csv or "
+      ".jsonl, or task 'embed' or 'lm' (configs/embed.py, configs/lm.py)"
     )
   text = _text(file)
   if task == "lm":
