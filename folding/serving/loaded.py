@@ -51,7 +51,7 @@ class Loaded:
   """
 
   config: Config
-  params: dict[str, Any]
+  params: dict[str, Any] = dataclasses.field(repr=False)  # a notebook shows it
   tokenizer: Tokenizer
   labels: tuple[str, ...] = ()
 
