@@ -155,7 +155,7 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
   if changed:
     raise ConfigError(
       f"{workdir} holds a run of another config ({'; '.join(changed)}); "
-      "choose another --workdir"
+      f"choose another --workdir, or continue it with: folding resume {workdir}"
     )
   return saved
 
