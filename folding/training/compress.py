@@ -73,6 +73,12 @@ def compress_trained(config: Config, data: Data) -> Compressed:
   heads, config = config.model.heads, config_lib.unshrunk(config)
   config.model.heads = heads
   batches, size = calibration(config, data), data.tokenizer.plain_size
+  num_texts = sum(len(batch["tokens"]) for batch in batches)
+  print(  # it takes minutes for some models
+    f"compressing {config.pretrained} on {num_texts:,} training texts, before "
+    "the first step",
+    flush=True,
+  )
   usage_V = None  # only an embedding of low rank is weighted by it
   if config.has_open_rank or config.fold.embedding_rank:
     count_V = data.token_counts()

@@ -209,13 +209,14 @@ def test_resumed_fold_equals_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_default_recipe_makes_arrays_small(dense_run, topics):
+def test_default_recipe_makes_arrays_small(dense_run, topics, capsys):
   config = pretrained_config.get_config(f"{dense_run},0.4")
   config.data.path, config.compress.fit_steps = str(topics), 5
   config.compress.calibration = 96
   config = c.resolve(config)
   data = make_data(config)
   small, params, report = compress.compress_trained(config, data)
+  assert " on 96 training texts" in capsys.readouterr().out
   kept = sum(w.size for w in jax.tree.leaves(params))
   dense = dense_start(str(dense_run), config, data).params
   assert kept <= 0.6 * sum(w.size for w in jax.tree.leaves(dense))
