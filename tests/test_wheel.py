@@ -58,7 +58,7 @@ def test_wheel_trains_and_studies_in_an_empty_folder(wheel, tmp_path):
   done = subprocess.run(
     [sys.executable, "-c", COMMANDS, json.dumps(commands)],
     cwd=work,
-    env={**os.environ, "PYTHONPATH": str(package)},
+    env=os.environ | {"PYTHONPATH": str(package), "JAX_NUM_CPU_DEVICES": "1"},
     capture_output=True,
     text=True,
     timeout=300,
