@@ -251,7 +251,9 @@ def test_other_config_is_refused_with_its_field(tiny_run):
   config, workdir, _ = tiny_run
   other = config_lib.from_dict(config_lib.to_dict(config))
   other.train.learning_rate = 0.5
-  with pytest.raises(ConfigError, match=r"train.learning_rate: 0.01.*folding resume"):
+  with pytest.raises(
+    ConfigError, match=r"train.learning_rate: 0.01.*folding resume"
+  ):
     loop.run(other, str(workdir))
 
 
