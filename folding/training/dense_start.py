@@ -19,7 +19,7 @@ from folding.models.hf_weights import (
   find_pretrained,
   load_pretrained,
 )
-from folding.models.transformer import Transformer, make_model
+from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_config, load_labels
 
@@ -61,10 +61,9 @@ def dense_start(
     data.tokenizer.plain_size,
     data.num_classes,
   )
-  tokens = np.zeros((1, config.data.length), np.int32)
-  drawn = jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
+  shapes = param_shapes(model)
   found, note = read_source(path, config, data)
-  known, source = paths.flatten(drawn), paths.flatten(found)
+  known, source = paths.flatten(shapes), paths.flatten(found)
 
   def is_head(name):
     is_of_head = name.startswith(("head/", "pooler/", "norm_pooler/"))
@@ -75,6 +74,7 @@ def dense_start(
     for name, w in known.items()
     if is_head(name) and (name not in source or source[name].shape != w.shape)
   ]
+  drawn = {}
   if missing:
     names = ", ".join(data.label_names[:8])
     reason = f"{path} has no {missing[0].split('/')[0]} for {names}{note}"
@@ -85,24 +85,27 @@ def dense_start(
       )
     if "head/kernel" in missing and jax.process_index() == 0:
       print(f"{reason}; it is learned from scratch", flush=True)
+    tokens = np.zeros((1, config.data.length), np.int32)
+    init = jax.jit(model.init)(jax.random.key(config.seed), tokens)
+    drawn = paths.flatten(init["params"])
 
-  def value(name, fresh):
+  def value(name, like):
     if name in missing:
-      return np.asarray(fresh)
+      return np.asarray(drawn[name])
     if name not in source:
       raise ConfigError(f"{path} has no {name}, which this model needs")
     w = source[name]
     if name.endswith("embed/embedding"):
-      w = w[: fresh.shape[0]]
+      w = w[: like.shape[0]]
     elif name == "head/kernel":
-      w = w[:, : fresh.shape[1]]
-    if w.shape != fresh.shape:
+      w = w[:, : like.shape[1]]
+    if w.shape != like.shape:
       raise ConfigError(
-        f"{path}: {name} is {w.shape}, and this model's is {fresh.shape}"
+        f"{path}: {name} is {w.shape}, and this model's is {like.shape}"
       )
     return np.asarray(w, np.float32)
 
-  params = paths.map_named(value, drawn)
+  params = paths.map_named(value, shapes)
   for name in source:
     if name not in known and not is_head(name):
       raise ConfigError(f"{path} has {name}, which this model does not have")
