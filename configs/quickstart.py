@@ -1,7 +1,7 @@
 """Folds and prunes while training on the source of Python's own library.
 
 Run:     folding train --config=configs/quickstart.py --workdir=runs/quickstart
-Time:    four to seven minutes on two CPU cores
+Time:    four to nine minutes on two CPU cores
 Result:  218,344 stored parameters, 1.901 bits per byte
 Dense:   add --config.dense=True (and another --workdir): the baseline
 Small:   add --config.dense=True --config.model.width=64: a dense model of about
