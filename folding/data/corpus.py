@@ -148,7 +148,7 @@ def _tokenizer(
   data: DataConfig, folder: pathlib.Path, splits: Callable[[], Any]
 ) -> Tokenizer:
   """Returns the tokenizer of the config, trained once."""
-  if data.tokenizer not in ("bytes", "bpe"):
+  if data.tokenizer not in tokenizers.BUILT_IN:
     return tokenizers.load_tokenizer(data.tokenizer)
   path = folder / f"{data.tokenizer}-{data.vocab_size}" / "tokenizer.json"
   if path.is_file():

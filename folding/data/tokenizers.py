@@ -26,6 +26,7 @@ Text: TypeAlias = str | tuple[str, str]  # or a pair of texts
 _Single = TypeVar("_Single", bound=str | Iterable[str])  # a string, or slices
 
 NUM_BYTES = 256
+BUILT_IN = ("bytes", "bpe")  # values of `data.tokenizer` that are no path
 _GROUP = 4096  # rows that are encoded together
 _MAX_IDS = 1 << 24  # beyond any vocabulary; the library counts to the last id
 # Truncation is a state of the library's tokenizer, so one thread encodes at a time.
@@ -230,7 +231,7 @@ class Tokenizer:
   def _encode(
     self, texts: Sequence[Text], max_length: int | None = None
   ) -> list[tokenizers.Encoding]:
-    """Returns the encodings, with special tokens if they have a `max_length`."""
+    """Returns the encodings. `max_length` truncates and adds special tokens."""
     is_row = max_length is not None
     with _ENCODING:
       try:
@@ -362,7 +363,7 @@ def train_tokenizer(
     ConfigError: the vocabulary cannot hold the bytes, or the file is missing or
       damaged.
   """
-  if data.tokenizer not in ("bytes", "bpe"):
+  if data.tokenizer not in BUILT_IN:
     return load_tokenizer(data.tokenizer)
   # Special tokens, then bytes by code point: the same on every machine.
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -52,7 +52,7 @@ _FIXED = (
   "asked.json",
 )
 
-# Fields of a config that are paths, unless they name something else.
+# Fields of a config that may be paths; some also take a hub id or "bytes".
 _PATHS = (
   "pretrained",
   "data.path",
@@ -165,8 +165,8 @@ def _computed_as(config: Config, other: Config) -> Config:
   spelt = {}
   for name in _PATHS:
     a, b = map(operator.attrgetter(name), (config, other))
-    is_path = a and b and not {a, b} & {"bytes", "bpe"}  # tokenizers
-    if is_path and os.path.abspath(a) == os.path.abspath(b):
+    may_be_paths = a and b and not {a, b} & set(tokenizers.BUILT_IN)
+    if may_be_paths and os.path.abspath(a) == os.path.abspath(b):
       spelt[name] = b
   config = edited(config, spelt)
   train = dataclasses.replace(
