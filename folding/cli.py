@@ -80,8 +80,9 @@ _MODEL = _argument(
 )
 _CONFIG = _argument(
   "--config",
-  "a file with get_config(), or the config.json of a run; the library has "
-  f"{', '.join(files.shipped('configs'))}; --config.FIELD=VALUE sets a field",
+  "a file with get_config(), or the config.json of a run; "
+  f"files of the library: {', '.join(files.shipped('configs'))}; "
+  "--config.FIELD=VALUE sets a field",
   metavar="FILE[:ARGUMENT]",
   required=True,
 )
@@ -511,10 +512,6 @@ def _call(argv: Sequence[str]) -> None:
   except UnicodeEncodeError as error:
     raise ConfigError(f"an argument is not UTF-8: {error.reason}") from None
   rest, edits = split_edits(argv)
-  fields = {f"--{x}" for x in typed.fields(config_lib.Config) if "." in x}
-  for flag in (argument.partition("=")[0] for argument in rest):
-    if flag in fields:
-      raise ConfigError(f"write --config.{flag[2:]}=VALUE to set this field")
   args = make_parser().parse_args(rest)
   if edits and not hasattr(args, "config"):
     raise ConfigError(f"{args.verb} takes no --config.{next(iter(edits))}")
@@ -529,13 +526,16 @@ def split_edits(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     The other arguments, and {field: text}; the last of a repeated field counts.
 
   Raises:
-    ConfigError: a field has no value.
+    ConfigError: a field has no value, or lacks the prefix "--config.".
   """
   rest: list[str] = []
   edits: dict[str, str] = {}
   arguments = iter(argv)
   for argument in arguments:
     if not argument.startswith("--config."):
+      name = argument.removeprefix("--").partition("=")[0]
+      if "." in name and name in typed.fields(config_lib.Config):
+        raise ConfigError(f"write --config.{name}=VALUE to set this field")
       rest.append(argument)
       continue
     name, equals, text = argument.removeprefix("--config.").partition("=")
