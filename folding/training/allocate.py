@@ -28,6 +28,7 @@ from folding.training.layer_options import (
   EMBEDDING,
   Decision,
   Options,
+  embedding_size,
   measure,
   num_weights,
   round_neurons,
@@ -74,9 +75,9 @@ def allocate(
   elif config.has_open_rank:
     rank = _embedding_rank(shape, embedding)
   if rank:
-    V, D = shape
-    sizes["embedding"] += V * (rank - D)
-    sizes["other"] += (rank + 1) * D  # back to the width
+    rows = shape[0] * rank  # the rest, back to the width, is not pruned
+    sizes["embedding"] += rows - math.prod(shape)
+    sizes["other"] += embedding_size(shape, rank) - rows
     if config.fpp.embedding_granularity != "trim":
       embedding = 0.0  # all tokens stay
   budget = _budget(config, sizes, linear, embedding)
