@@ -304,7 +304,7 @@ def _find(path: str) -> tuple[str, str]:
         return root, found
   names = [*shipped("configs"), *shipped("configs/studies")]
   raise ConfigError(
-    f"there is no file {path!r}; the library has {', '.join(names)}"
+    f"there is no file {path!r}; files of the library: {', '.join(names)}"
   )
 
 

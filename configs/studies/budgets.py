@@ -1,6 +1,6 @@
 r"""Ours at 70% against dense, with budgets that double.
 
-Classifiers have 200, 400 and 800 steps, language models 1,600 steps too.
+Runs have 200, 400 and 800 steps; those of language models also 1,600.
 ARGUMENT is as in from_scratch.py. Models are those of short.py.
 
 Command: folding study configs/studies/budgets.py:FOLDER,trec,wikitext2 \

@@ -51,7 +51,7 @@ class Loaded:
   """
 
   config: Config
-  params: dict[str, Any] = dataclasses.field(repr=False)  # a notebook shows it
+  params: dict[str, Any] = dataclasses.field(repr=False)  # too long to show
   tokenizer: Tokenizer
   labels: tuple[str, ...] = ()
 

@@ -264,8 +264,9 @@ def write(study: Study, workdir: str) -> str:
     _draw(chosen, unit, os.path.join(workdir, f"{metric}.png"))
     parts += [
       f"## {title}: means over data sets",
-      f"Changes in {unit}; negative is worse. p: paired t-test over data sets, "
-      "corrected for the false discovery rate.",
+      f"Changes in {unit}; negative is worse. p: paired t-test over data sets "
+      "(over seeds, if there is only one), corrected for the false discovery "
+      "rate.",
       f"![Change to dense against size]({metric}.png)",
       summary_table(chosen),
     ]

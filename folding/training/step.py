@@ -456,6 +456,7 @@ def _read_out(options: StepOptions, weights, block) -> tuple[Any, Any]:
 def _summed_logits(options: StepOptions, weights, block) -> dict[str, Any]:
   logits, taught = _read_out(options, weights, block)
   sums = losses.summed_loss(logits, block)
+  # XLA removes the teacher's head if nothing reads its logits.
   if options.teacher is not None and options.distill.logits:
     labels = block.get("labels")
     sums["soft"] = losses.summed_soft_loss(

@@ -188,9 +188,9 @@ def test_summary_table_tests_each_level_against_dense_and_ours():
   assert found["ours"][4:] == ["–", "–", "3"]
   assert found["random"][4] == "-2.0"
 
-  def corrected(*pairs):
+  def corrected(groups, other):
     """Returns p values after Benjamini and Hochberg, from the definition."""
-    p = np.array([tables.paired(*pair).p for pair in pairs])
+    p = np.array([tables.paired(group, other).p for group in groups])
     order = np.argsort(p)
     scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
     least = np.minimum.accumulate(scaled[::-1])[::-1]
@@ -198,8 +198,8 @@ def test_summary_table_tests_each_level_against_dense_and_ours():
 
   rows_a, *others = (make_rows(x) for x in (a, worse, other))
   names = ("ours", "random", "fpp")
-  p_dense = corrected(*((group, dense) for group in (rows_a, *others)))
-  p_ours = corrected(*((group, rows_a) for group in others))
+  p_dense = corrected([rows_a, *others], dense)
+  p_ours = corrected(others, rows_a)
   for name, p in zip(names, p_dense, strict=True):
     assert float(found[name][3]) == pytest.approx(p, rel=0.05)
   for name, p in zip(names[1:], p_ours, strict=True):
