@@ -13,6 +13,7 @@ every nine steps. With --devices, CPU devices are simulated, and parameters,
 optimizer state and masks are split over all of them.
 """
 
+import dataclasses
 import statistics
 
 import jax
@@ -30,10 +31,13 @@ NAMES = {"held": "between mask updates", "check": "at a mask update"}
 
 def get_config(devices: int, *, prunes: bool) -> config_lib.Config:
   """Returns the resolved config of the quickstart, with or without FPP."""
-  config = quickstart.get_config()
-  config.mesh = config_lib.MeshConfig(data=1, fsdp=devices)
+  config = dataclasses.replace(
+    quickstart.get_config(), mesh=config_lib.MeshConfig(data=1, fsdp=devices)
+  )
   if not prunes:
-    config.fpp = config_lib.FPPConfig(linear=0.0, embedding=0.0)
+    config = dataclasses.replace(
+      config, fpp=config_lib.FPPConfig(linear=0.0, embedding=0.0)
+    )
   return config_lib.resolve(config)
 
 

@@ -15,6 +15,7 @@ to return the vectors of the checkpoint on the text.
 correlation of cosines and scores to the metrics. Figures: docs/how-to/embed.md.
 """
 
+import dataclasses
 import os
 
 from folding import config as c
@@ -45,8 +46,7 @@ def get_config(where: str = "") -> c.Config:
       f"vector of a text; configs/pretrained.py:{path} makes it smaller"
     )
   how = how or sentence.Sentence()
-  model = how.applied(described.config)
-  model.dropout = 0.0
+  model = dataclasses.replace(how.applied(described.config), dropout=0.0)
   data = c.DataConfig(
     name="",  # the user has to set the data
     tokenizer=str(hf_weights.find_tokenizer(folder)),

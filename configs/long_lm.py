@@ -15,11 +15,14 @@ from folding import config as c
 
 def get_config() -> c.Config:
   """Returns the configuration."""
-  config = quickstart.get_config()
-  config.data.length = 8192
-  config.data.batch_size = 2
-  config.data.eval_batch_size = 2
-  config.model.attention = "linear"
-  config.train.steps = 600
-  config.train.eval_every = 150
-  return config
+  return c.edited(
+    quickstart.get_config(),
+    {
+      "data.length": 8192,
+      "data.batch_size": 2,
+      "data.eval_batch_size": 2,
+      "model.attention": "linear",
+      "train.steps": 600,
+      "train.eval_every": 150,
+    },
+  )

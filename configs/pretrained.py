@@ -16,6 +16,7 @@ In one run: the first command without --config.dense=True. Use it for a language
             and is less accurate
 """
 
+import dataclasses
 import os
 
 from folding import config as c
@@ -38,9 +39,13 @@ def get_config(where: str = "") -> c.Config:
   is_run = os.path.isdir(os.path.join(path, "checkpoints"))
   if is_run:
     found = c.load(os.path.join(path, "config.json"))
-    task, model, data = found.task, found.model, found.data
-    data.tokenizer = os.path.join(path, "tokenizer.json")
-    data.first_batch += found.train.steps  # reads on where the run stopped
+    task, model = found.task, found.model
+    data = dataclasses.replace(
+      found.data,
+      tokenizer=os.path.join(path, "tokenizer.json"),
+      # Reads on where the run stopped.
+      first_batch=found.data.first_batch + found.train.steps,
+    )
   else:
     folder = hf_weights.find_pretrained(path)
     described = hf_weights.describe_pretrained(folder)
@@ -56,7 +61,7 @@ def get_config(where: str = "") -> c.Config:
   # A run knows its task and is its own teacher, without dropout. An encoder
   # learns the task, as its head may be for other classes.
   knows_task = is_run or task == "lm"
-  model.dropout = 0.0 if knows_task else 0.1
+  model = dataclasses.replace(model, dropout=0.0 if knows_task else 0.1)
   # Up to half of a classifier there is less to recover (docs/experiments.md).
   is_mild = task != "lm" and level is not None and level <= 0.5
   config = c.Config(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from folding import files, typed
 from folding.errors import ConfigError
 from folding.typed import Range
+from folding.typed import edited as edited
 
 # Endings of the local files that are read.
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet", ".arrow")
@@ -63,7 +64,7 @@ Positive = Annotated[float, Range(0, ends="()")]
 PerLayer = Natural | tuple[Natural, ...]  # for all layers, or one per layer
 
 
-@dataclasses.dataclass(slots=True)  # slots: a misspelt field is an error
+@dataclasses.dataclass(frozen=True, slots=True)
 class DataConfig:
   """Where text comes from and how it becomes batches."""
 
@@ -119,7 +120,7 @@ def data_at(name: str, **fields: Any) -> DataConfig:
   return DataConfig(name=name, **fields)
 
 
-@dataclasses.dataclass(slots=True, unsafe_hash=True)  # static in jit
+@dataclasses.dataclass(frozen=True, slots=True)  # static in jit
 class ModelConfig:
   """Shape of the transformer. Letters as in `folding.models`."""
 
@@ -293,7 +294,7 @@ SHAPE = tuple(
 )
 
 
-@dataclasses.dataclass(slots=True, unsafe_hash=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class FoldConfig:
   """How W_Q, W_K, W_V and the embedding are folded. None: the preset decides."""
 
@@ -311,7 +312,7 @@ class FoldConfig:
   embedding_rank: Natural = 0
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class FPPConfig:
   """Forward Propagation Pruning. None: the preset decides.
 
@@ -368,7 +369,7 @@ class FPPConfig:
       )
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class CompressConfig:
   """How trained weights are folded; only for a run with `pretrained`."""
 
@@ -385,7 +386,7 @@ class CompressConfig:
   fit_steps: Natural = 300  # steps per layer to fit folded attention to dense
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class DistillConfig:
   """Distillation from a dense teacher. A weight of 0 leaves its term out."""
 
@@ -403,7 +404,7 @@ class DistillConfig:
     return bool(self.logits or self.hidden or self.pairs)
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TrainConfig:
   """Optimizer, schedule, logs and checkpoints."""
 
@@ -434,7 +435,7 @@ class TrainConfig:
   energy: str = ""  # estimate energy in this country (ISO 3166, such as DEU)
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MeshConfig:
   """Devices along each mesh axis; -1 takes the remaining ones."""
 
@@ -446,7 +447,7 @@ class MeshConfig:
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Config:
   """A run. `resolve` it before use."""
 
@@ -459,14 +460,14 @@ class Config:
   dense: bool = False  # the dense baseline: nothing folded, nothing pruned
   # Checkpoint folder, hub id or run to start from.
   pretrained: str | None = None
-  data: DataConfig = dataclasses.field(default_factory=DataConfig)
-  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-  fold: FoldConfig = dataclasses.field(default_factory=FoldConfig)
-  fpp: FPPConfig = dataclasses.field(default_factory=FPPConfig)
-  compress: CompressConfig = dataclasses.field(default_factory=CompressConfig)
-  distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
-  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  fold: FoldConfig = FoldConfig()
+  fpp: FPPConfig = FPPConfig()
+  compress: CompressConfig = CompressConfig()
+  distill: DistillConfig = DistillConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
 
   @property
   def has_open_rank(self) -> bool:
@@ -806,37 +807,47 @@ def resolve(config: Config) -> Config:
   """
   c = from_dict(to_dict(config))
   if c.dense:
-    c.preset, c.fold, c.fpp = "none", FoldConfig(), FPPConfig(score=c.fpp.score)
-    c.compress = CompressConfig()
-    if c.distill.teacher is None:  # it would be the untrained model
-      c.distill = DistillConfig()
+    c = dataclasses.replace(
+      c,
+      preset="none",
+      fold=FoldConfig(),
+      fpp=FPPConfig(score=c.fpp.score),
+      compress=CompressConfig(),
+      # The teacher of `pretrained` would be the untrained model.
+      distill=c.distill if c.distill.teacher else DistillConfig(),
+    )
   m, f = c.model, c.fpp
   preset = dict(zip(_DECIDED, PRESETS[c.preset], strict=True))
 
-  def fill(section, *names):
-    for name in names:
-      if getattr(section, name) is None:
-        setattr(section, name, preset[name])
+  def filled(section, *names):
+    missing = [name for name in names if getattr(section, name) is None]
+    return dataclasses.replace(section, **{n: preset[n] for n in missing})
 
-  fill(c.fold, "groups", "values")
   if f.linear is None and f.linear_layers is None and f.embedding is None:
-    fill(f, "overall")
+    f = filled(f, "overall")
   if f.overall is None:
-    fill(f, "linear", "embedding")
+    f = filled(f, "linear", "embedding")
   if f.embedding_share is None:
-    f.embedding_share = 0.2 if c.task == "lm" else 1.0
-  m.num_kv_heads = m.num_kv_heads or m.num_heads
-  m.head_dim = m.head_dim or max(1, m.width // m.num_heads)
-  m.mlp_width = m.mlp_width or 4 * m.width
-  if m.qkv_bias is None:
-    m.qkv_bias = m.use_bias
-  # Equal values of all layers become one value.
-  if isinstance(m.window, tuple) and len(set(m.window)) == 1:
-    m.window = m.window[0] or None
-  if isinstance(m.rope_base, tuple) and len(set(m.rope_base)) == 1:
-    m.rope_base = m.rope_base[0]
+    f = dataclasses.replace(f, embedding_share=0.2 if c.task == "lm" else 1.0)
+  m = dataclasses.replace(
+    m,
+    num_kv_heads=m.num_kv_heads or m.num_heads,
+    head_dim=m.head_dim or max(1, m.width // m.num_heads),
+    mlp_width=m.mlp_width or 4 * m.width,
+    qkv_bias=m.use_bias if m.qkv_bias is None else m.qkv_bias,
+    window=joined(m.window) or None,
+    rope_base=joined(m.rope_base),
+  )
+  fold = filled(c.fold, "groups", "values")
+  c = dataclasses.replace(c, model=m, fold=fold, fpp=f)
   c.check()
   return c
+
+
+def joined(value: Any) -> Any:
+  """Returns one value if a tuple holds equal ones, otherwise the value itself."""
+  is_equal = isinstance(value, tuple) and len(set(value)) == 1
+  return value[0] if is_equal else value
 
 
 def layers_of(model: ModelConfig, fold: FoldConfig) -> tuple[Layer, ...]:

@@ -1,6 +1,7 @@
 """Atomic writes, checksums, output folders, JSON files, and Python files."""
 
 import contextlib
+import dataclasses
 import glob
 import importlib.util
 import json
@@ -349,6 +350,11 @@ def call_in_file(where: str, function: str) -> Any:
     return getattr(module, function)(*([argument] if colon else []))
   except ConfigError:
     raise
+  except dataclasses.FrozenInstanceError as error:
+    raise ConfigError(
+      f"{function}() of {path} changes a config, which is frozen: {error}; return "
+      'folding.config.edited(config, {"section.field": value})'
+    ) from error
   except (Exception, SystemExit) as error:  # any error of the user's code
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f":{x.lineno}" for x in frames if x.filename == path]

@@ -1,16 +1,19 @@
 """Configs from dotted names, for the tests of configs."""
 
+import dataclasses
+
 from folding import config as c
 
 
 def make_config(**fields):
-  """Returns a config from dotted names: `make_config(model__width=32)`."""
+  """Returns a config from dotted names: `make_config(model__width=32)`.
+
+  Values are put in as they are, so that `resolve` can be shown wrong ones.
+  """
   config = c.Config()
   for dotted, value in fields.items():
-    *sections, name = dotted.split("__")
-    holder = config
-    for section in sections:
-      holder = getattr(holder, section)
-    assert hasattr(holder, name), dotted
-    setattr(holder, name, value)
+    section, _, name = dotted.rpartition("__")
+    if section:
+      value = dataclasses.replace(getattr(config, section), **{name: value})
+    config = dataclasses.replace(config, **{section or name: value})
   return config

@@ -12,6 +12,7 @@ from configs import pretrained
 from folding import config as c
 from folding import typed
 from folding.errors import ConfigError
+from folding.typed import edited
 from tests.config_cases import make_config
 from tests.models import checkpoints
 
@@ -627,10 +628,17 @@ def test_resolve_refuses_and_accepts_what_it_advises(name):
   c.resolve(make_config(**(fields | advice)))
 
 
-@pytest.mark.parametrize("section", ["train", "model", "fold"])
-def test_misspelt_attribute_of_a_section_is_an_error(section):
-  with pytest.raises(AttributeError, match="widht"):
-    getattr(c.Config(), section).widht = 64
+def test_a_config_file_that_assigns_to_a_field_is_told_how_to_edit(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from folding.config import Config\n"
+    "def get_config():\n"
+    "  config = Config()\n"
+    "  config.model.width = 64\n"
+    "  return config\n"
+  )
+  with pytest.raises(ConfigError, match=r"'width'.*edited\(config"):
+    c.read(str(file))
 
 
 def test_read_reports_a_file_that_gives_no_config(tmp_path):
@@ -669,7 +677,7 @@ def test_config_file_takes_a_path_as_its_argument(tmp_path):
 
 def _recovery(folder, argument=""):
   config = pretrained.get_config(f"{folder}{argument}")
-  config.data.path = "a.txt"
+  config = edited(config, {"data.path": "a.txt"})
   return c.resolve(config)
 
 

@@ -1,5 +1,7 @@
 """Files of configs/ that read TFDS data sets: the right columns, and a run."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -11,6 +13,7 @@ from configs import classify, lm, long_lm
 from folding import config as config_lib
 from folding.data import python_stdlib, sources
 from folding.training import loop
+from folding.typed import edited
 
 LM_NAMES = ("tiny_shakespeare", "lm1b", "wiki40b")
 COLUMNS = {  # by the description of each data set in the catalog of TFDS
@@ -85,7 +88,7 @@ def test_columns_are_the_text_and_its_class(
     data_dir=str(tmp_path), file_format="array_record"
   )
   builder.download_and_prepare()
-  data.name, data.dir = builder.name, str(tmp_path)
+  data = dataclasses.replace(data, name=builder.name, dir=str(tmp_path))
   texts = sources.load_texts(data, task)
   rows = texts.texts["train"]
   assert {row.split()[0] for row in rows} == {text}
@@ -100,15 +103,23 @@ def test_columns_are_the_text_and_its_class(
 )
 def test_config_file_trains(module, topic, guess, tmp_path):
   config = module.get_config()
-  config.data.dir = str(tmp_path / "tfds")
+  config = edited(config, {"data.dir": str(tmp_path / "tfds")})
   python_stdlib.prepare(topic, config.data.dir)
-  config.data.max_bytes = 60_000
-  config.data.vocab_size, config.data.length = 300, 16
-  config.data.batch_size = 8
-  config.model.num_layers, config.model.width = 1, 32
-  config.model.num_heads = 4
-  config.train.steps = config.train.eval_every = 2
-  config.train.eval_batches = 1
+  config = edited(
+    config,
+    {
+      "data.max_bytes": 60_000,
+      "data.vocab_size": 300,
+      "data.length": 16,
+      "data.batch_size": 8,
+      "model.num_layers": 1,
+      "model.width": 32,
+      "model.num_heads": 4,
+      "train.steps": 2,
+      "train.eval_every": 2,
+      "train.eval_batches": 1,
+    },
+  )
   result = loop.run(config, str(tmp_path / "run"))
   assert result["finished"]
   # An untrained model guesses among all tokens or classes.
@@ -121,7 +132,7 @@ def test_config_file_trains(module, topic, guess, tmp_path):
 def test_long_config_is_valid_with_and_without_compression():
   for dense, groups in ((False, 1), (True, 0)):
     config = long_lm.get_config()
-    config.dense = dense
+    config = edited(config, {"dense": dense})
     config = config_lib.resolve(config)
     layers = config_lib.layers_of(config.model, config.fold)
     assert {layer.groups for layer in layers} == {groups}

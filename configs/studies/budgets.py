@@ -10,9 +10,8 @@ Time:    per seed 10 minutes for a classifier and half an hour for a language
 Expect:  docs/measured.md, "Longer runs"
 """
 
-import copy
-
 from configs.studies import short
+from folding.config import edited
 from folding.studies import methods
 from folding.studies.grid import Study
 
@@ -23,9 +22,10 @@ def get_study(where: str = "") -> Study:
   for steps in (200, 400, 800, 1600):
     for name, base in short.datasets(where).items():
       if steps <= 800 or base.task == "lm":
-        changed = found[f"{name}-{steps}"] = copy.deepcopy(base)
-        changed.train.steps = steps
-        changed.train.eval_every = steps // (4 if base.task == "lm" else 10)
+        every = steps // (4 if base.task == "lm" else 10)
+        found[f"{name}-{steps}"] = edited(
+          base, {"train.steps": steps, "train.eval_every": every}
+        )
   return Study(
     datasets=found, methods=methods.pick("dense", "ours", "fold"), levels=(0.7,)
   )

@@ -69,22 +69,31 @@ def classifier(name: str) -> c.Config:
   """Returns a classifier of two layers: configs/classify.py with fewer steps."""
   from configs import classify
 
-  base = classify.get_config(name)
-  base.train.steps, base.train.eval_every = 300, 50
-  base.train.learning_rate = 1.5e-3
-  base.train.tensorboard = False
-  return base
+  return c.edited(
+    classify.get_config(name),
+    {
+      "train.steps": 300,
+      "train.eval_every": 50,
+      "train.learning_rate": 1.5e-3,
+      "train.tensorboard": False,
+    },
+  )
 
 
 def language_model(name: str) -> c.Config:
   """Returns a language model of three layers: configs/lm.py, shorter."""
   from configs import lm
 
-  base = lm.get_config(name)
-  base.data.batch_size, base.model.num_layers = 16, 3
-  base.data.max_bytes = 2_000_000
-  base.train.steps, base.train.eval_every = 400, 100
-  base.train.learning_rate = 6e-3
-  base.train.eval_batches = 10
-  base.train.tensorboard = False
-  return base
+  return c.edited(
+    lm.get_config(name),
+    {
+      "data.batch_size": 16,
+      "model.num_layers": 3,
+      "data.max_bytes": 2_000_000,
+      "train.steps": 400,
+      "train.eval_every": 100,
+      "train.learning_rate": 6e-3,
+      "train.eval_batches": 10,
+      "train.tensorboard": False,
+    },
+  )

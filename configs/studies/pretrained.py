@@ -76,17 +76,24 @@ def get_study(where: str = "") -> Study:
 
 
 def _base(base: Config, scratch: Config) -> Config:
-  base.data.path = scratch.data.path
-  base.distill = c.DistillConfig()  # only recovery has a teacher
-  base.compress = c.CompressConfig()  # only ours has a plan
-  base.fpp.granularity, base.fpp.attention = "weight", "output"
+  base = dataclasses.replace(
+    base,
+    distill=c.DistillConfig(),  # only recovery has a teacher
+    compress=c.CompressConfig(),  # only ours has a plan
+  )
+  edits = {
+    "data.path": scratch.data.path,
+    "data.length": min(base.data.length, 48),
+    "fpp.granularity": "weight",
+    "fpp.attention": "output",
+    "train.learning_rate": 1e-4,
+    "train.steps": 400,
+    "train.eval_every": 80,
+    "train.tensorboard": False,
+  }
   if base.task != "lm":  # only a plan chooses a rank
-    base.fpp.embedding_granularity = "trim"
-  base.train.learning_rate = 1e-4
-  base.data.length = min(base.data.length, 48)
-  base.train.steps, base.train.eval_every = 400, 80
-  base.train.tensorboard = False
-  return base
+    edits["fpp.embedding_granularity"] = "trim"
+  return c.edited(base, edits)
 
 
 def _recovered(name: str, method: Method) -> Method:

@@ -9,7 +9,7 @@ Expect:  the first tables of docs/measured.md
 """
 
 from configs.studies import from_scratch
-from folding.config import Config
+from folding.config import Config, edited
 from folding.studies import methods
 from folding.studies.grid import Study
 
@@ -31,9 +31,15 @@ def get_study(where: str = "") -> Study:
 
 def datasets(where: str) -> dict[str, Config]:
   """Returns the data sets of from_scratch.py with shorter texts and fewer steps."""
-  found = from_scratch.datasets(where)
-  for base in found.values():
-    base.data.length //= 2
-    base.data.batch_size = min(base.data.batch_size, 32)
-    base.train.steps, base.train.eval_every = 200, 40
-  return found
+  return {
+    name: edited(
+      base,
+      {
+        "data.length": base.data.length // 2,
+        "data.batch_size": min(base.data.batch_size, 32),
+        "train.steps": 200,
+        "train.eval_every": 40,
+      },
+    )
+    for name, base in from_scratch.datasets(where).items()
+  }

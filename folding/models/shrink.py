@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from folding.compression.shrink import Cut, shrink_layers
-from folding.config import Config, layers_of, unshrunk
+from folding.config import Config, joined, layers_of, unshrunk
 
 
 class Shrunk(NamedTuple):
@@ -101,16 +101,11 @@ def shrunk_config(config: Config, cut: Cut) -> Config:
   if widths != [layer.mlp_width for layer in layers]:
     m = dataclasses.replace(
       m,
-      mlp_width=_joined(widths),
+      mlp_width=joined(tuple(widths)),
       dense_mlp_width=unshrunk(config).model.mlp_width,
     )
   if heads != [layer.heads for layer in layers]:
     m = dataclasses.replace(m, heads=tuple(heads))
   if values != [layer.values for layer in layers]:
-    fold = dataclasses.replace(fold, values=_joined(values))
+    fold = dataclasses.replace(fold, values=joined(tuple(values)))
   return dataclasses.replace(config, model=m, fold=fold)
-
-
-def _joined(values: list[Any]) -> Any:
-  """Returns one value if all layers have it, otherwise one per layer."""
-  return values[0] if len(set(values)) == 1 else tuple(values)

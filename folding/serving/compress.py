@@ -21,6 +21,7 @@ from folding.serving.batched import require_several, require_texts
 from folding.serving.loaded import Loaded, load
 from folding.training.compress import compress_params
 from folding.training.recipe import recipe
+from folding.typed import edited
 
 _ROWS = 64  # texts per batch
 
@@ -74,7 +75,7 @@ def compress(
   )
   config = recipe(config, float(saving))
   # No training follows in which FPP could prune.
-  config.compress.prune = "sparsegpt"
+  config = edited(config, {"compress.prune": "sparsegpt"})
   source = "a model in memory" if isinstance(model, Loaded) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   encoded = encode_rows(loaded.tokenizer, texts, config.data.length)

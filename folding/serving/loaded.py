@@ -34,6 +34,7 @@ from folding.serving.batched import (
 from folding.serving.packed import load_packed
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
+from folding.typed import edited
 
 FORMAT, SCHEMA = "folding", 1
 
@@ -173,8 +174,10 @@ def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
     config = config_lib.from_dict(values["config"])
     labels = tuple(values["labels"])
     if config.task not in UNLABELLED and not labels:  # an earlier export
-      config.task = "embed"
-      config.model.normalize = values.get("is_normalized") is True
+      is_normalized = values.get("is_normalized") is True
+      config = edited(
+        config, {"task": "embed", "model.normalize": is_normalized}
+      )
     config = config_lib.resolve(config)
     checksums = {WEIGHTS: "", TOKENIZER: ""} | values["sha256"]
   except (KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from folding import config as config_lib
-from folding.config import Config, ModelConfig
+from folding.config import Config, DataConfig, ModelConfig
 from folding.data.tokenizers import vocab_size
 from folding.errors import ConfigError
 from folding.models.transformer import make_model, param_shapes
@@ -138,8 +138,8 @@ def narrower(base: Config, level: float) -> Edits:
 
 @functools.cache
 def _count(task: Any, vocabulary: int, length: int, model: ModelConfig) -> int:
-  config = Config(task=task, dense=True, model=model)
-  config.data.length = length
+  data = DataConfig(length=length)
+  config = Config(task=task, dense=True, model=model, data=data)
   made = make_model(config_lib.resolve(config), vocabulary, num_classes=2)
   return sum(x.size for x in jax.tree.leaves(param_shapes(made)))
 

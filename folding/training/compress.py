@@ -33,6 +33,7 @@ from folding.training.prune_trained import (
   without_neurons,
 )
 from folding.training.sensitivity import sensitivities
+from folding.typed import edited
 
 
 class Compressed(NamedTuple):
@@ -71,7 +72,7 @@ def compress_trained(config: Config, data: Data) -> Compressed:
     return Compressed(config, dense, [])
   # A stopped run that begins again has its plan, with heads.
   heads, config = config.model.heads, config_lib.unshrunk(config)
-  config.model.heads = heads
+  config = edited(config, {"model.heads": heads})
   batches, size = calibration(config, data), data.tokenizer.plain_size
   num_texts = sum(len(batch["tokens"]) for batch in batches)
   print(  # it takes minutes for some models

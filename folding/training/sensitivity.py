@@ -14,6 +14,7 @@ from folding import config as config_lib
 from folding.config import Config
 from folding.models.transformer import model_for
 from folding.training.stream import Batch, masks_of, second_moment, total
+from folding.typed import edited
 
 Sensitivities = Mapping[str, np.ndarray]  # see `sensitivities`
 
@@ -43,10 +44,12 @@ def sensitivities(
   Returns:
     {path of W_O, W_down or the embedding of tokens: float64[D, D]}.
   """
-  dense = config_lib.dense_baseline(config)
+  # Errors are added by the path of a layer.
+  dense = edited(
+    config_lib.dense_baseline(config), {"model.scan_layers": False}
+  )
   if "head" not in params and config.task != "lm":
     dense = dataclasses.replace(dense, task="embed")
-  dense.model.scan_layers = False  # errors are added by the path of a layer
   model = model_for(dense, params)
   part = functools.partial(_sensitivity_sums, model, jax.device_put(params))
   masks = masks_of(batches)

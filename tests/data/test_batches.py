@@ -10,6 +10,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from folding import config as c
 from folding.data import batches, tokenizers
 from folding.errors import ConfigError
+from folding.typed import edited
 from tests.data import labelled_rows, text_files
 
 DOCS = [f"document {i} " + "ab é " * (i * 7 % 23) for i in range(50)]
@@ -181,14 +182,15 @@ def test_a_batch_is_a_function_of_config_seed_and_step(config):
 
 def test_prefetching_from_a_step_changes_no_batch(config):
   fresh = batches.make_data(config)
-  config.data.first_batch = 9  # of a run that goes on from another's step 9
+  # Of a run that goes on from another's step 9.
+  config = edited(config, {"data.first_batch": 9})
   stream = batches.make_data(config).train_batches(first_step=12)
   for step in range(21, 60):
     _equal(next(stream), fresh.train_batch(step))
 
 
 def test_processes_share_each_batch_by_rows(config):
-  config.data.eval_batch_size = 12
+  config = edited(config, {"data.eval_batch_size": 12})
   whole = batches.make_data(config)
   parts = [batches.make_data(config, None, p, 4) for p in range(4)]
   for step in range(30):
@@ -210,8 +212,8 @@ def test_processes_share_each_batch_by_rows(config):
 
 @pytest.mark.parametrize("field", ["batch_size", "eval_batch_size"])
 def test_a_batch_that_does_not_divide_is_refused(config, field):
-  config.data.batch_size = config.data.eval_batch_size = 8
-  setattr(config.data, field, 10)
+  config = edited(config, {"data.batch_size": 8, "data.eval_batch_size": 8})
+  config = edited(config, {f"data.{field}": 10})
   with pytest.raises(ConfigError, match=f"data.{field} 10 "):
     batches.make_data(config, process_count=4)
 
@@ -229,7 +231,7 @@ def test_a_train_split_below_one_batch_is_refused(tmp_path):
 
 def test_evaluating_an_empty_split_is_refused(config, tmp_path):
   (tmp_path / "test.tsv").unlink()
-  config.data.test_fraction = 0.0
+  config = edited(config, {"data.test_fraction": 0.0})
   data = batches.make_data(config)
   assert data.num_examples["test"] == 0
   with pytest.raises(ConfigError, match="no test split"):
@@ -332,8 +334,9 @@ ROWS = {
 
 def _digest(folder, **rows):
   folder.mkdir()
-  data = text_files.write(folder, **(ROWS | rows))
-  data.tokenizer, data.batch_size = "bytes", 2
+  data = dataclasses.replace(
+    text_files.write(folder, **(ROWS | rows)), tokenizer="bytes", batch_size=2
+  )
   config = c.Config(task="classify", data=data)
   return batches.make_data(c.resolve(config)).digest
 

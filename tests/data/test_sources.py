@@ -1,5 +1,6 @@
 import collections
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -173,7 +174,7 @@ def test_equal_pairs_stay_in_one_split_and_scores_are_no_classes(tmp_path):
   parts = [set(texts.texts[split]) for split in sources.SPLITS]
   assert [2 * len(part) for part in parts] == [160, 20, 20]
   assert len(set.union(*parts)) == 100
-  data.max_bytes = 320  # 4 or 5 bytes a pair
+  data = dataclasses.replace(data, max_bytes=320)  # 4 or 5 bytes a pair
   few = sources.load_texts(data, "regress").texts["train"]
   assert 300 < sum(len(f"{a}\t{b}") for a, b in few) <= 320
 
@@ -497,7 +498,7 @@ def test_wrong_paths_and_columns_are_refused(tmp_path):
     ({"path": "a.txt", "label_field": "x"}, "without columns"),
   ):
     data = DataConfig(**fields)
-    data.path = str(tmp_path / data.path)
+    data = dataclasses.replace(data, path=str(tmp_path / data.path))
     with pytest.raises(ConfigError, match=match):
       sources.load_texts(data, "classify")
 
@@ -577,7 +578,7 @@ def test_a_text_that_is_most_of_a_class_stays_in_train(tmp_path, often):
 
 def test_setting_aside_everything_is_refused(tmp_path):
   data = text_files.write(tmp_path, train__tsv="0\tonly\n1\tonly\n")
-  data.valid_fraction = 0.9
+  data = dataclasses.replace(data, valid_fraction=0.9)
   with pytest.raises(ConfigError, match="no text is left"):
     sources.load_texts(data, "classify")
 
@@ -600,7 +601,7 @@ def test_max_bytes_keeps_whole_texts_of_every_class(tmp_path):
   rows = sorted((i % 3, f"{i:02} word é") for i in range(90))  # 10 bytes each
   data = text_files.write(tmp_path, train__tsv=_tsv(rows))
   full = sources.load_texts(data, "classify")
-  data.max_bytes = 300
+  data = dataclasses.replace(data, max_bytes=300)
   texts = sources.load_texts(data, "classify")
   sizes = {
     s: sum(len(t.encode()) for t in texts.texts[s]) for s in sources.SPLITS
@@ -785,7 +786,7 @@ def test_tfds_takes_text_and_the_coarsest_class(tfds_dir):
 
 def test_tfds_takes_the_configured_columns(tfds_dir):
   data = DataConfig(name="tiny_reviews", dir=tfds_dir)
-  data.text_field, data.label_field = "title", "fine"
+  data = dataclasses.replace(data, text_field="title", label_field="fine")
   texts = sources.load_texts(data, "classify")
   assert texts.label_names == tuple("abcdef")
   assert {t.split()[0] for t in texts.texts["train"]} == {"title"}
@@ -816,7 +817,7 @@ def test_tfds_has_pairs_with_scores_or_lists_of_classes(tfds_dir):
       texts.texts[split], texts.labels[split], strict=True
     ):
       assert premise[1:] == hypothesis[1:] == f"{4 * score:.0f}"
-  data.label_field, data.text_field = "kinds", "premise"
+  data = dataclasses.replace(data, label_field="kinds", text_field="premise")
   texts = sources.load_texts(data, "multilabel")
   assert texts.label_names == tuple("abcdef")
   for text, row in zip(

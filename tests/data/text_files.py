@@ -1,5 +1,7 @@
 """Small files of text, and the rows that were read from them."""
 
+import dataclasses
+
 from folding.config import DataConfig
 from folding.data import sources
 
@@ -16,10 +18,8 @@ def write(folder, **files) -> DataConfig:
 
 def load(folder, task="classify", fields=None, **files) -> sources.Texts:
   """Returns the texts of files, with no split set aside."""
-  data = write(folder, **files)
-  data.valid_fraction = data.test_fraction = 0.0
-  for name, value in (fields or {}).items():
-    setattr(data, name, value)
+  whole = {"valid_fraction": 0.0, "test_fraction": 0.0}
+  data = dataclasses.replace(write(folder, **files), **(whole | (fields or {})))
   return sources.load_texts(data, task)
 
 

@@ -18,6 +18,7 @@ from folding.errors import ConfigError
 from folding.models.attention import rope_frequencies
 from folding.serving import export as export_lib
 from folding.serving import predict
+from folding.typed import edited
 from tests.models import checkpoints
 from tests.serving import models
 
@@ -135,7 +136,8 @@ def test_transformers_scores_the_same_pairs(transformers, tmp_path):
 
   shape = dataclasses.replace(_ENCODER, segments=2)
   model = models.make("regress", shape)
-  model.config.data.text_field = ("a", "b")
+  config = edited(model.config, {"data.text_field": ("a", "b")})
+  model = dataclasses.replace(model, config=config)
   export_lib.export_hf(tmp_path / "out", model)
   kind = transformers.AutoModelForSequenceClassification
   theirs = kind.from_pretrained(tmp_path / "out").eval()

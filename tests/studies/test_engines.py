@@ -16,6 +16,7 @@ from folding.studies import grid, methods
 from folding.studies.tables import collect
 from folding.training import loop
 from folding.training.checkpoint import has_checkpoint
+from folding.typed import edited
 from tests.training.conftest import write_text
 
 
@@ -74,7 +75,7 @@ def interrupt_after_checkpoint(trial):
 def test_pool_returns_the_error_of_a_run_in_another_process(tmp_path):
   (trial,) = make_study(tmp_path, "dense").trials(str(tmp_path))
   config = trial.config()
-  config.data.path = "nowhere.txt"
+  config = edited(config, {"data.path": "nowhere.txt"})
   os.makedirs(tmp_path / "logs")
   future = grid.Pool(1).submit(config, trial)
   assert "nowhere.txt" in future.result()

@@ -28,9 +28,7 @@ def make_study(**fields):
 
 def write_result(trial, **changes):
   """Leaves what a finished run leaves."""
-  config = c.resolve(trial.config())
-  for name, value in changes.items():
-    setattr(config, name, value)
+  config = dataclasses.replace(c.resolve(trial.config()), **changes)
   os.makedirs(trial.run, exist_ok=True)
   c.save(config, os.path.join(trial.run, "config.json"))
   result = {

@@ -10,6 +10,7 @@ from configs import pretrained as pretrained_config
 from folding import config as c
 from folding import files
 from folding.training import loop
+from folding.typed import edited
 from tests.models import checkpoints
 
 CLASS_WORDS = "a b c d e f".split()
@@ -119,21 +120,28 @@ def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, dict]:
 
 def recovery_config(source, topics, **fields) -> c.Config:
   """Returns the config of a short training from a checkpoint or a run."""
-  config = pretrained_config.get_config(str(source))
-  config.data.path, config.data.batch_size = str(topics), 8
-  config.compress.calibration, config.compress.fit_steps = 96, 50
-  config.train.steps, config.train.eval_every = 6, 3
-  config.train.tensorboard = False
-  # Single weights by FPP and a diagonal W_V, which need no plan.
-  config.compress.plan, config.compress.prune = "same", "none"
-  config.fpp.granularity, config.fpp.attention = "weight", "output"
-  config.fold.values = "diagonal"
-  config.fpp.embedding_granularity = "trim"
-  config.fpp.checks, config.fpp.overall = 2, 0.5
-  for name, value in fields.items():
-    section, _, field = name.rpartition("__")
-    setattr(getattr(config, section) if section else config, field, value)
-  return config
+  return edited(
+    pretrained_config.get_config(str(source)),
+    {
+      "data.path": str(topics),
+      "data.batch_size": 8,
+      "compress.calibration": 96,
+      "compress.fit_steps": 50,
+      "train.steps": 6,
+      "train.eval_every": 3,
+      "train.tensorboard": False,
+      # Single weights by FPP and a diagonal W_V, which need no plan.
+      "compress.plan": "same",
+      "compress.prune": "none",
+      "fpp.granularity": "weight",
+      "fpp.attention": "output",
+      "fold.values": "diagonal",
+      "fpp.embedding_granularity": "trim",
+      "fpp.checks": 2,
+      "fpp.overall": 0.5,
+    }
+    | {name.replace("__", "."): x for name, x in fields.items()},
+  )
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +151,7 @@ def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
   config = recovery_config(
     checkpoint[0], topics, dense=True, train__steps=120, train__eval_every=60
   )
-  config.train.learning_rate = 3e-3
+  config = edited(config, {"train.learning_rate": 3e-3})
   result = loop.run(config, str(workdir))
   assert result["test"]["accuracy"] > 0.6  # it has something to teach
   return workdir

@@ -19,6 +19,7 @@ from folding.training.fold_pretrained import fold_pretrained
 from folding.training.layer_options import Option, measure
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import usage_of
+from folding.typed import edited
 
 V, L, D, H, N = 40, 16, 32, 4, 3
 
@@ -143,7 +144,7 @@ def test_allocation_reaches_the_target_size(kind, fpp, measured):
 def _structured(kind, **fpp):
   fpp = {"granularity": "neuron", "attention": "none", "overall": 0.5} | fpp
   config = _config(kind, linear=None, embedding=None, **fpp)
-  config.fold.values = "dense"
+  config = edited(config, {"fold.values": "dense"})
   return config
 
 
@@ -154,8 +155,9 @@ def test_structured_plan_makes_the_arrays_as_small_as_asked():
   widths = [48 - round(48 * part) for part in planned.fpp.linear_layers]
   assert all(width % 8 == 0 and width > 0 for width in widths)
   assert any(planned.fold.value_rank)
-  planned.model.mlp_width = tuple(widths)
-  planned.model.dense_mlp_width = 48
+  planned = edited(
+    planned, {"model.mlp_width": widths, "model.dense_mlp_width": 48}
+  )
   tree = param_shapes(make_model(planned, V, num_classes=3))
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
@@ -169,8 +171,9 @@ def test_structured_plan_makes_the_arrays_as_small_as_asked():
 )
 def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given, decided):
   config = _structured("bert", embedding_granularity="rank", overall=0.4)
-  config.fold.embedding_rank = given
-  config.compress.embedding = decided
+  config = edited(
+    config, {"fold.embedding_rank": given, "compress.embedding": decided}
+  )
   params = _trained(config)
   if decided == "errors":
     params["embed"]["embedding"][:, 8:] = 1.0  # of rank 8 around the mean
@@ -179,8 +182,9 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(given, decided):
   assert planned.fold.embedding_rank == (given or 8)
   assert not planned.fpp.embedding
   widths = [48 - round(48 * part) for part in planned.fpp.linear_layers]
-  planned.model.mlp_width = tuple(widths)
-  planned.model.dense_mlp_width = 48
+  planned = edited(
+    planned, {"model.mlp_width": widths, "model.dense_mlp_width": 48}
+  )
   tree = param_shapes(make_model(planned, V, num_classes=3))
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
@@ -191,7 +195,7 @@ def test_plan_counts_the_trimmed_rows_of_an_embedding_of_low_rank(measured):
   config = _config(
     overall=0.6, linear=None, embedding=None, embedding_granularity="trim"
   )
-  config.fold.embedding_rank = 24
+  config = edited(config, {"fold.embedding_rank": 24})
   params = _trained(config)
   planned = _allocate(config, params)
   # What `trim_vocabulary` removes before.
@@ -202,7 +206,7 @@ def test_plan_counts_the_trimmed_rows_of_an_embedding_of_low_rank(measured):
 
 def test_options_of_the_embedding_predict_the_error_of_a_rank():
   config = _structured("bert", embedding_granularity="rank")
-  config.compress.embedding = "errors"
+  config = edited(config, {"compress.embedding": "errors"})
   params, batches = _trained(config), _batches()
   options = _measure(config, params)[0, "embed"]
   assert [option.value for option in options] == [0, 32, 24, 16, 8]
@@ -238,13 +242,13 @@ def test_options_of_heads_and_ranks_count_the_arrays():
   found = options[1, "attn"]
   assert len({len(option.value.heads) for option in found}) == H
   for value, stored, _ in found[::7]:
-    one = dataclasses.replace(config)
     rank = 0 if value.values == "dense" else value.values
-    one.fold = c.FoldConfig(
-      groups=value.groups, values="dense", value_rank=rank
-    )
-    one.model = dataclasses.replace(
-      config.model, num_layers=1, heads=(value.heads,)
+    one = dataclasses.replace(
+      config,
+      fold=c.FoldConfig(groups=value.groups, values="dense", value_rank=rank),
+      model=dataclasses.replace(
+        config.model, num_layers=1, heads=(value.heads,)
+      ),
     )
     attn = param_shapes(make_model(one, V))["blocks_0"]["attn"]
     assert stored == sum(attn[role]["kernel"].size for role in "qkvo")
@@ -286,7 +290,7 @@ def test_heads_that_others_repeat_are_the_first_to_leave():
 )
 def test_sensitivities_predict_the_change_of_the_output(name, task):
   config = _config()
-  config.task = task
+  config = edited(config, {"task": task})
   params = _trained(config)
   rng = np.random.default_rng(2)
   batches = [{"tokens": rng.integers(0, V, (400, 1)).astype(np.int32)}]
@@ -310,7 +314,7 @@ def test_sensitivities_predict_the_change_of_the_output(name, task):
 def test_options_do_not_depend_on_fit_steps():
   config = _config()
   assert config.compress.fit_steps > 0
-  config.compress.fit_steps = 0
+  config = edited(config, {"compress.fit_steps": 0})
   found = _measure(config, _trained(config))
   assert found == _options("bert")
 
@@ -324,10 +328,15 @@ def test_options_do_not_depend_on_fit_steps():
 )
 def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
   config = _config(kind, overall=0.3, linear=None, embedding=None)
-  config.compress.qkv = 0.3
-  config.fold.rope = "copy"  # irrelevant for dense heads
   dense = {"groups": 0, "values": "dense"}
-  setattr(config.fold, asked, dense[asked])
+  config = edited(
+    config,
+    {
+      "compress.qkv": 0.3,
+      "fold.rope": "copy",  # irrelevant for dense heads
+      f"fold.{asked}": dense[asked],
+    },
+  )
   found = _allocate(config, _trained(config)).fold
   assert getattr(found, asked) == (dense[asked],) * N
   assert set(getattr(found, other)) != {dense[other]}
@@ -335,7 +344,7 @@ def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
 
 def test_qkv_target_is_reached_by_folding(measured):
   config = _config(overall=0.3, linear=None, embedding=None)
-  config.compress.qkv = 0.9
+  config = edited(config, {"compress.qkv": 0.9})
   params = _trained(config)
   planned = _allocate(config, params)
   assert _stored(planned, params)[1] <= 0.1 + 1e-6

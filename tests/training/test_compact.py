@@ -13,6 +13,7 @@ from folding import config as c
 from folding.models.transformer import make_model, param_shapes
 from folding.training import loop, run_dir, shrinking
 from folding.training.checkpoint import load_run
+from folding.typed import edited
 from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.slow  # test_shrinking.py compacts one state
@@ -24,19 +25,22 @@ STEPS, EVERY = 16, 4
 def _config(path, **train):
   """Returns a classifier that loses 70% of its neurons and heads."""
   config = tiny_config(path, steps=STEPS, eval_every=EVERY, **train)
-  config.task = "classify"
+  config = edited(config, {"task": "classify"})
   # A bias of keys adds the same to all logits, so what moves it is rounding.
-  config.model = dataclasses.replace(
-    config.model, num_layers=1, causal=False, mlp_width=64, qkv_bias=False
-  )
-  config.fold = c.FoldConfig(groups=1, values="dense")
-  config.fpp = c.FPPConfig(
-    linear=0.7,
-    begin=0.0,
-    end=0.8,
-    checks=4,
-    granularity="neuron",
-    attention="heads",
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      config.model, num_layers=1, causal=False, mlp_width=64, qkv_bias=False
+    ),
+    fold=c.FoldConfig(groups=1, values="dense"),
+    fpp=c.FPPConfig(
+      linear=0.7,
+      begin=0.0,
+      end=0.8,
+      checks=4,
+      granularity="neuron",
+      attention="heads",
+    ),
   )
   return config
 
@@ -140,14 +144,17 @@ def test_compact_run_on_a_mesh_trains_as_on_one_device(
   labelled, compact, tmp_path
 ):
   config = _config(labelled, compact=0.35)
-  config.mesh = c.MeshConfig(
-    data=2,
-    fsdp=2,
-    tensor=2,
-    rules=(
-      ("blocks_.*/mlp/up/kernel", ("fsdp", "tensor")),
-      ("blocks_.*/mlp/down/kernel", ("tensor", "fsdp")),
-      ("blocks_.*/attn/[qk]/kernel", ("fsdp", "tensor")),
+  config = dataclasses.replace(
+    config,
+    mesh=c.MeshConfig(
+      data=2,
+      fsdp=2,
+      tensor=2,
+      rules=(
+        ("blocks_.*/mlp/up/kernel", ("fsdp", "tensor")),
+        ("blocks_.*/mlp/down/kernel", ("tensor", "fsdp")),
+        ("blocks_.*/attn/[qk]/kernel", ("fsdp", "tensor")),
+      ),
     ),
   )
   workdir = tmp_path / "mesh"

@@ -23,6 +23,7 @@ from folding.training import compress, loop
 from folding.training.checkpoint import load_run
 from folding.training.dense_start import dense_start, read_source, teacher_of
 from folding.training.loop import Run
+from folding.typed import edited
 from tests.serving import models
 from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
 
@@ -170,12 +171,12 @@ def test_run_folds_recovers_and_loads(folded_run):
 @pytest.mark.parametrize("first_batch", [0, 5])
 def test_calibration_has_no_text_twice(dense_run, topics, first_batch):
   config = recovery_config(dense_run, topics)
-  config.data.first_batch = first_batch
+  config = edited(config, {"data.first_batch": first_batch})
   data = make_data(config)
   size = config.data.batch_size
   epoch = data.num_examples["train"] // size
   for count, batches in ((10_000, epoch), (size * 2, 2), (size + 1, 2)):
-    config.compress.calibration = count
+    config = edited(config, {"compress.calibration": count})
     found = compress.calibration(config, data)
     assert len(found) == batches
     # From one epoch, not from the rest of one and the start of the next.
@@ -211,8 +212,14 @@ def test_resumed_fold_equals_an_uninterrupted_one(
 @pytest.mark.slow
 def test_default_recipe_makes_arrays_small(dense_run, topics, capsys):
   config = pretrained_config.get_config(f"{dense_run},0.4")
-  config.data.path, config.compress.fit_steps = str(topics), 5
-  config.compress.calibration = 96
+  config = edited(
+    config,
+    {
+      "data.path": str(topics),
+      "compress.fit_steps": 5,
+      "compress.calibration": 96,
+    },
+  )
   config = c.resolve(config)
   data = make_data(config)
   small, params, report = compress.compress_trained(config, data)
@@ -307,7 +314,7 @@ def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
     np.testing.assert_allclose(
       np.asarray(w, np.float32), theirs[name], rtol=2**-8
     )
-  config.distill = c.DistillConfig()
+  config = dataclasses.replace(config, distill=c.DistillConfig())
   assert teacher_of(config, make_data(config)) is None
 
 
@@ -338,7 +345,7 @@ def test_source_that_does_not_fit_is_refused(
 
 def test_teacher_with_other_pooling_is_refused(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
-  config.model.pooling = "mean"
+  config = edited(config, {"model.pooling": "mean"})
   with pytest.raises(
     errors.ConfigError, match="has pooling 'first', and model"
   ):
@@ -357,7 +364,7 @@ def test_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
   workdir, result = folded_run
   copy = shutil.copytree(workdir, tmp_path / "copy")
   config = c.load(str(copy / "config.json"))
-  config.pretrained = str(tmp_path / "gone")
+  config = edited(config, {"pretrained": str(tmp_path / "gone")})
   c.save(config, str(copy / "config.json"))
   (copy / "asked.json").unlink(missing_ok=True)
   (copy / "checksums.json").unlink()
@@ -368,13 +375,16 @@ def test_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
 
 @pytest.mark.slow
 def test_language_model_is_folded_and_taught(text_file, tmp_path):
-  dense = tiny_config(text_file, steps=2, eval_every=2)
-  dense.dense = True
+  dense = dataclasses.replace(
+    tiny_config(text_file, steps=2, eval_every=2), dense=True
+  )
   loop.run(dense, str(tmp_path / "dense"))
   config = pretrained_config.get_config(str(tmp_path / "dense"))
   assert config.distill.logits > 0  # the dense run is the teacher
-  config.train.steps, config.train.eval_every = 6, 3
-  config.train.tensorboard = False
+  config = edited(
+    config,
+    {"train.steps": 6, "train.eval_every": 3, "train.tensorboard": False},
+  )
   result = loop.run(config, str(tmp_path / "run"))
   assert _saved(result, "qkv") > 0.5
 
@@ -405,7 +415,7 @@ def test_last_of_the_unused_tokens_ranks_lowest(checkpoint, tmp_path):
 
 def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
   config = recovery_config(checkpoint[0], topics, fpp__overall=None)
-  config.fpp.linear, config.fpp.embedding = 0.5, 0.0
+  config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.0})
   data = make_data(config := c.resolve(config))
   assert compress.trim_vocabulary(config, data) is data
 
@@ -413,7 +423,7 @@ def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
 def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, tmp_path):
   folder = shutil.copytree(topics, tmp_path / "topics")
   config = recovery_config(dense_run, folder, fpp__overall=None)
-  config.fpp.linear, config.fpp.embedding = 0.5, 0.4
+  config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.4})
   data = make_data(config := c.resolve(config))
   shutil.rmtree(folder)  # the text is read once
   found = compress.trim_vocabulary(config, data)
@@ -426,8 +436,9 @@ def test_usage_of_a_trimmed_vocabulary_has_the_ids_of_the_source(
   checkpoint, topics, monkeypatch
 ):
   config = recovery_config(checkpoint[0], topics, fpp__overall=None)
-  config.fpp.linear, config.fpp.embedding = 0.5, 0.4
-  config.fold.embedding_rank = 4
+  config = edited(
+    config, {"fpp.linear": 0.5, "fpp.embedding": 0.4, "fold.embedding_rank": 4}
+  )
   config = c.resolve(config)
   data = compress.trim_vocabulary(config, make_data(config))
   given = []
@@ -453,7 +464,7 @@ def _logits(model, params, data, text):
 def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   unfolded = {"fold__groups": 0, "fold__values": "dense"}
   config = recovery_config(dense_run, topics, fpp__overall=None, **unfolded)
-  config.fpp.linear, config.fpp.embedding = 0.5, 0.4
+  config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.4})
   config = c.resolve(config)
   plain = make_data(config)
   data = compress.trim_vocabulary(config, plain)

@@ -1,5 +1,6 @@
 """Real processes on loopback, four simulated CPU devices each."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from folding import config as config_lib
 from folding import paths
 from folding.training import loop, run_dir
 from folding.training.checkpoint import load_run
+from folding.typed import edited
 from tests.training.conftest import tiny_config, write_text
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -28,10 +30,10 @@ from folding import config as c
 from tests.training.conftest import tiny_config
 
 def get_config(path):
-  config = tiny_config(path)
-  config.mesh = c.MeshConfig(data=2, fsdp=4)
-  config.model.num_layers = 1
-  return config
+  return c.edited(
+    tiny_config(path),
+    {"mesh.data": 2, "mesh.fsdp": 4, "model.num_layers": 1},
+  )
 """
 # Runs several commands in one process, and prints statuses, outputs and errors.
 COMMANDS = """
@@ -107,9 +109,8 @@ def last_state(workdir):
 
 def config_of_one(text_file, **train):
   """Returns the config of the same training in one process."""
-  config = tiny_config(text_file, **train)
-  config.mesh, config.model.num_layers = MESH, 1
-  return config
+  config = dataclasses.replace(tiny_config(text_file, **train), mesh=MESH)
+  return edited(config, {"model.num_layers": 1})
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_two_processes_train_as_one(trained, text_file, tmp_path):
 def test_two_processes_compact_as_one(trained, text_file, tmp_path):
   two, one = trained["compact"][0], tmp_path / "one"
   config = config_of_one(text_file, compact=0.1)
-  config.model.mlp_width, config.fpp.granularity = 64, "neuron"
+  config = edited(config, {"model.mlp_width": 64, "fpp.granularity": "neuron"})
   loop.run(config, str(one))
   for ours, theirs in zip(records(two), records(one), strict=True):
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 import sys
 
@@ -19,6 +20,7 @@ from folding.reporting import report
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.training import evaluate, loop, losses, run_dir, shrinking
+from folding.typed import edited
 from tests.models import checkpoints
 from tests.training.test_distributed import free_address, start
 
@@ -77,21 +79,37 @@ def source(tmp_path_factory):
 def short(folder, **fields):
   """Returns the config of a short recovery."""
   config = embed_config.get_config(f"{folder / 'bert'},0.3")
-  config.data.path = str(folder / "texts.txt")
-  config.data.sts = str(folder / "sts.tsv")
-  config.data.batch_size = config.data.eval_batch_size = 8
-  config.data.valid_fraction = config.data.test_fraction = 0.1
-  config.compress.calibration, config.compress.fit_steps = 96, 20
-  # Settings that need no plan, which has its own tests.
-  config.compress.plan, config.compress.prune = "same", "none"
-  config.fpp.granularity, config.fpp.attention = "neuron", "output"
-  config.fpp.embedding_granularity = "trim"
-  config.train = c.TrainConfig(
-    steps=6, eval_every=3, learning_rate=3e-3, tensorboard=False
+  config = edited(
+    config,
+    {
+      "data.path": str(folder / "texts.txt"),
+      "data.sts": str(folder / "sts.tsv"),
+      "data.batch_size": 8,
+      "data.eval_batch_size": 8,
+      "data.valid_fraction": 0.1,
+      "data.test_fraction": 0.1,
+      "compress.calibration": 96,
+      "compress.fit_steps": 20,
+    },
   )
-  for name, value in fields.items():
-    setattr(config, name, value)
-  return config
+  # Settings that need no plan, which has its own tests.
+  config = dataclasses.replace(
+    config,
+    train=c.TrainConfig(
+      steps=6, eval_every=3, learning_rate=3e-3, tensorboard=False
+    ),
+  )
+  config = edited(
+    config,
+    {
+      "compress.plan": "same",
+      "compress.prune": "none",
+      "fpp.granularity": "neuron",
+      "fpp.attention": "output",
+      "fpp.embedding_granularity": "trim",
+    },
+  )
+  return dataclasses.replace(config, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +205,7 @@ def test_what_cannot_be_learned_is_refused(source, tmp_path):
     with pytest.raises(ConfigError, match=words):
       loop.run(short(source, **fields), str(tmp_path / "run"))
   config = short(source)
-  config.data.path = str(empty)
+  config = edited(config, {"data.path": str(empty)})
   with pytest.raises(ConfigError, match="is empty"):
     loop.run(config, str(tmp_path / "run"))
   checkpoints.write(tmp_path / "gpt2", "gpt2")

@@ -14,6 +14,7 @@ from folding.models.transformer import make_model
 from folding.training import stream as stream_lib
 from folding.training.fold_layer import fold_layer
 from folding.training.fold_pretrained import fold_pretrained
+from folding.typed import edited
 
 N, D, K, V, L = 2, 16, 4, 30, 12
 _SIZES = {"num_layers": N, "width": D, "num_heads": D // K, "mlp_width": 24}
@@ -176,7 +177,7 @@ def test_heads_that_others_repeat_leave_without_loss(kind, monkeypatch):
   trained = paths.map_named(value, _dense(kind))
   monkeypatch.setattr(f"{__name__}._dense", lambda _: trained)
   config = _config(kind)
-  config.model.heads = ((2, 3), (0, 1, 2, 3))
+  config = edited(config, {"model.heads": ((2, 3), (0, 1, 2, 3))})
   params, report = _fold(config, kind)
   _assert_fits(config, params)
   assert report[0]["heads"] == 2
@@ -185,7 +186,7 @@ def test_heads_that_others_repeat_leave_without_loss(kind, monkeypatch):
 
 def test_layer_with_fewer_heads_and_a_diagonal_fits_its_model():
   config = _config("bert", values=("diagonal", "dense"))
-  config.model.heads = ((2, 3), (0, 1, 2, 3))
+  config = edited(config, {"model.heads": ((2, 3), (0, 1, 2, 3))})
   params, report = _fold(config, "bert")
   _assert_fits(config, params)
   assert (report[0]["heads"], report[0]["values"]) == (2, "diagonal")

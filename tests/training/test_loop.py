@@ -1,5 +1,6 @@
 """Whole runs: train, stop, kill, damage, resume."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from folding import config as config_lib
 from folding.errors import ConfigError, TrainingError
 from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
+from folding.typed import edited
 from tests.training.conftest import set_loss, tiny_config, warnings_of
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -138,8 +140,10 @@ def test_finished_run_is_not_trained_again(tiny_run, tmp_path):
   before = modified(copy)
   # Mesh and micro-batches may differ.
   other = config_lib.from_dict(config_lib.to_dict(config))
-  other.mesh = config_lib.MeshConfig(data=2, fsdp=2, tensor=2)
-  other.train.accumulate = 2
+  other = dataclasses.replace(
+    other, mesh=config_lib.MeshConfig(data=2, fsdp=2, tensor=2)
+  )
+  other = edited(other, {"train.accumulate": 2})
   assert loop.run(other, str(copy)) == result
   assert modified(copy) == before
 
@@ -192,7 +196,7 @@ def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
 def test_compacted_keeps_the_arrays_of_single_weights(tiny_run):
   _, workdir, _ = tiny_run
   this, checkpoints = loop.open_run(str(workdir))
-  this.config.train.compact = 0.35
+  this.config = edited(this.config, {"train.compact": 0.35})
   with checkpoints:
     step, state = checkpoints.restore_latest(this.like)
   assert this.compacted(state, step) is None
@@ -250,7 +254,7 @@ def test_failed_save_stops_with_its_cause(tiny_run, tmp_path, monkeypatch):
 def test_other_config_is_refused_with_its_field(tiny_run):
   config, workdir, _ = tiny_run
   other = config_lib.from_dict(config_lib.to_dict(config))
-  other.train.learning_rate = 0.5
+  other = edited(other, {"train.learning_rate": 0.5})
   with pytest.raises(
     ConfigError, match=r"train.learning_rate: 0.01.*folding resume"
   ):
@@ -321,8 +325,14 @@ def test_run_that_is_read_back_prepares_no_data(
 ):
   copy = unfinished(tiny_run[1], tmp_path / "copy")
   config = run_dir.load_config(str(copy))
-  config.data.path, config.data.name = None, name
-  config.data.dir = str(tmp_path / "elsewhere")
+  config = edited(
+    config,
+    {
+      "data.path": None,
+      "data.name": name,
+      "data.dir": str(tmp_path / "elsewhere"),
+    },
+  )
   tokenizer = run_dir.load_tokenizer(str(copy))
   run_dir.save(str(copy), config, tokenizer, labels=(), digest="a1")
   for verb in (["evaluate"], ["resume"], ["shrink", f"--output={tmp_path}/x"]):
@@ -368,7 +378,7 @@ def test_labels_that_are_ids_are_refused(text_file, tmp_path):
   file = tmp_path / "reviews.tsv"
   file.write_text("".join(f"{i}\ta good film\n" for i in range(40)))
   config = tiny_config(text_file)
-  config.task, config.data.path = "classify", str(file)
+  config = edited(config, {"task": "classify", "data.path": str(file)})
   with pytest.raises(ConfigError, match="perhaps data.label_field is not"):
     loop.run(config, str(tmp_path / "run"))
 
@@ -381,8 +391,16 @@ def test_classifier_learns_and_reports_accuracy(text_file, tmp_path, capsys):
   file = tmp_path / "reviews.tsv"
   file.write_text("\n".join(rows) + "\n", encoding="utf-8")
   config = tiny_config(text_file, steps=20)
-  config.task, config.data.path = "classify", str(file)
-  config.dense, config.model.causal, config.model.num_layers = True, False, 1
+  config = edited(
+    config,
+    {
+      "task": "classify",
+      "data.path": str(file),
+      "dense": True,
+      "model.causal": False,
+      "model.num_layers": 1,
+    },
+  )
   result = loop.run(config, str(tmp_path / "run"))
   assert "100% of the training texts fill data" in capsys.readouterr().out
   assert result["test"]["num_examples"] == 40

@@ -14,6 +14,7 @@ from folding import config as c
 from folding.training import plan as plan_lib
 from folding.training import sharding
 from folding.training.step import Program
+from folding.typed import edited
 from tests.models import checkpoints
 from tests.training import tiny
 
@@ -141,12 +142,14 @@ def compiled(monkeypatch):
 
 def test_classifier_with_rows_to_prune_has_a_plan(config, compiled):
   classifier = dataclasses.replace(
-    config, task="classify", model=c.bert(num_layers=1, width=32, num_heads=4)
+    config,
+    task="classify",
+    model=c.bert(num_layers=1, width=32, num_heads=4),
+    fpp=dataclasses.replace(
+      config.fpp, embedding_granularity="row", score="magnitude"
+    ),
+    train=dataclasses.replace(config.train, accumulate=4),
   )
-  classifier.fpp = dataclasses.replace(
-    config.fpp, embedding_granularity="row", score="magnitude"
-  )
-  classifier.train = dataclasses.replace(config.train, accumulate=4)
   found = plan_lib.plan(c.resolve(classifier), plan_lib.find_devices("cpu-8"))
   assert found["compressed"]["mask update"]["fits"]
   assert "4 rows" in found["unsplit"][-1]  # of a micro-batch, over 8 devices
@@ -271,10 +274,9 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
       for name, target in whole.items()
       if not any(f"blocks_{n}" in name for n in range(count, 8))
     }
-  config.fpp.linear_layers = (0.5,) * 7 + (0.6,)
+  program.config = edited(config, {"fpp.linear_layers": (0.5,) * 7 + (0.6,)})
   assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
-  config.fpp.linear_layers = None
-  config.model.scan_layers = True
+  program.config = edited(config, {"model.scan_layers": True})
   assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
   assert [count for count, _ in compiled] == [2, 4, 8, 8]
 
@@ -303,7 +305,7 @@ def test_extrapolation_agrees_with_the_whole_model(
 ):
   data = c.DataConfig(length=16, batch_size=16, vocab_size=128)
   config = alike(config, 7, data=data)
-  config.model.scan_layers = scans
+  config = edited(config, {"model.scan_layers": scans})
   mesh = sharding.make_mesh(config.mesh)
   program = Program(config, mesh, vocab_size=128, num_classes=0)
   devices = plan_lib.find_devices("cpu-8")

@@ -1,5 +1,6 @@
 """Pruning of trained weights: counts, moments, and a run that keeps the zeros."""
 
+import dataclasses
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from folding.training import loop, prune_trained
 from folding.training import stream as stream_lib
 from folding.training.checkpoint import load_run
 from folding.training.fold_pretrained import fold_pretrained
+from folding.typed import edited
 from tests.training import tiny
 from tests.training.conftest import recovery_config, tiny_config
 
@@ -94,11 +96,11 @@ def test_kernel_is_pruned_by_the_moment_of_its_input(trained, method, role):
 
 
 def _by_neuron(**model):
-  config = _config("sparsegpt")
-  config.fpp.granularity, config.fpp.attention = "neuron", "output"
-  for name, value in model.items():
-    setattr(config.model, name, value)
-  return config
+  return edited(
+    _config("sparsegpt"),
+    {"fpp.granularity": "neuron", "fpp.attention": "output"}
+    | {f"model.{name}": value for name, value in model.items()},
+  )
 
 
 def _without_biases(params):
@@ -194,8 +196,8 @@ def test_layer_is_pruned_on_the_stream_of_pruned_layers(trained):
   mixed = {**params, "blocks_0": pruned["blocks_0"]}
   mixed["embed"] = pruned["embed"]
   config = _config("sparsegpt")
-  config.fpp.embedding = 0.0
-  config.fpp.linear_layers = (0.0, config.fpp.linear)
+  config = edited(config, {"fpp.embedding": 0.0})
+  config = edited(config, {"fpp.linear_layers": (0.0, config.fpp.linear)})
   again = prune_trained.prune_trained(config, mixed, mixed, batches)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -213,13 +215,19 @@ def test_layer_is_pruned_on_the_stream_of_pruned_layers(trained):
 
 @pytest.mark.slow
 def test_run_keeps_its_initial_zeros(text_file, tmp_path):
-  dense = tiny_config(text_file, steps=4, eval_every=4)
-  dense.dense = True
+  dense = dataclasses.replace(
+    tiny_config(text_file, steps=4, eval_every=4), dense=True
+  )
   loop.run(dense, str(tmp_path / "dense"))
   config = tiny_config(text_file, steps=6, eval_every=6)
-  config.preset, config.pretrained = "none", str(tmp_path / "dense")
-  config.fpp = c.FPPConfig(overall=0.6, attention="all")
-  config.compress = c.CompressConfig(prune="sparsegpt", calibration=64)
+  config = dataclasses.replace(
+    config,
+    fpp=c.FPPConfig(overall=0.6, attention="all"),
+    compress=c.CompressConfig(prune="sparsegpt", calibration=64),
+  )
+  config = edited(
+    config, {"preset": "none", "pretrained": str(tmp_path / "dense")}
+  )
   result = loop.run(config, str(tmp_path / "pruned"))
   found = result["parameters"]["overall"]
   assert found["stored"] / found["dense"] == pytest.approx(0.4, abs=2e-3)
@@ -242,11 +250,18 @@ def test_neurons_are_removed_before_the_first_step(
   dense_run, topics, tmp_path, plan, overall
 ):
   config = recovery_config(dense_run, topics, compress__plan=plan)
-  config.compress.prune, config.fpp.granularity = "sparsegpt", "neuron"
-  config.fpp.overall, workdir = overall, tmp_path / "run"
-  config.compress.fit_steps = 0
+  workdir = tmp_path / "run"
+  config = edited(
+    config,
+    {
+      "compress.prune": "sparsegpt",
+      "fpp.granularity": "neuron",
+      "fpp.overall": overall,
+      "compress.fit_steps": 0,
+    },
+  )
   if plan == "auto":
-    config.fpp.attention, config.fold.values = "none", "dense"
+    config = edited(config, {"fpp.attention": "none", "fold.values": "dense"})
   result = loop.run(config, str(workdir))
   found = result["parameters"]["overall"]
   saved = 1 - found["stored"] / found["dense"]
@@ -284,14 +299,14 @@ def test_neurons_are_removed_before_the_first_step(
   before = (workdir / "metrics.jsonl").stat().st_mtime_ns
   loop.run(config, str(workdir))  # the same config is finished
   assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
-  config.compress.plan = "same"
+  config = edited(config, {"compress.plan": "same"})
   with pytest.raises(errors.ConfigError, match="another config"):
     loop.run(config, str(workdir))
 
 
 def test_removing_zero_neurons_keeps_the_function(trained):
   config, (params, batches) = _by_neuron(), trained
-  config.fpp.linear_layers = (0.0, config.fpp.linear)
+  config = edited(config, {"fpp.linear_layers": (0.0, config.fpp.linear)})
   prune = prune_trained.neuron_pruner(config, params, params)
   whole, _ = fold_pretrained(config, params, batches, prune=prune)
   small, less = prune_trained.without_neurons(config, whole)

@@ -47,11 +47,17 @@ def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
   saved = tiny.config()
   assert run_dir.config_to_continue(str(tmp_path / "new"), saved) is None
   save(tmp_path, saved)
-  now = tiny.config(mesh=c.MeshConfig(data=2, fsdp=4))
-  now.train.accumulate, now.train.energy = 2, "SWE"
-  now.train.compact, now.distributed = 0.5, "auto"
+  now = edited(
+    tiny.config(mesh=c.MeshConfig(data=2, fsdp=4)),
+    {
+      "train.accumulate": 2,
+      "train.energy": "SWE",
+      "train.compact": 0.5,
+      "distributed": "auto",
+    },
+  )
   assert run_dir.config_to_continue(str(tmp_path), now) == now
-  now.train.steps += 1
+  now = edited(now, {"train.steps": saved.train.steps + 1})
   with pytest.raises(ConfigError, match=r"train\.steps: 8 -> 9"):
     run_dir.config_to_continue(str(tmp_path), now)
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,7 +257,7 @@ def test_batch_is_split_over_data_and_fsdp(config, rows, rows_a_device):
 
 def test_teacher_is_placed_by_its_own_shapes(text_file):
   config = tiny_config(text_file)
-  config.mesh = MeshConfig(data=2, fsdp=4)
+  config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4))
   config = resolve(config)
   this = Run(config, make_data(config))
   kernel = np.ones((64, 8, 16), np.float32)  # of W_Q; the student's is folded

@@ -18,6 +18,7 @@ from folding.compression.sites import make_sites
 from folding.data.tokenizers import load_tokenizer
 from folding.models.transformer import make_model
 from folding.training import loop, optimizer, run_dir, shrinking
+from folding.typed import edited
 from tests.training import tiny
 from tests.training.conftest import tiny_config
 
@@ -154,14 +155,23 @@ def test_head_leaves_after_the_last_mask_update(run, train, trained, at, heads):
 def whole(labelled, tmp_path_factory):
   """Returns a finished run, with mask updates at 2, 4, 6 that zero at once."""
   config = tiny_config(labelled)
-  config.task, config.model.causal = "classify", False
-  config.model.num_layers = 1
-  config.model.qkv_bias = False  # see above
-  config.fpp = dataclasses.replace(
-    config.fpp,
-    granularity="neuron",
-    embedding_granularity="row",
-    patience=0,
+  config = edited(
+    config,
+    {
+      "task": "classify",
+      "model.causal": False,
+      "model.num_layers": 1,
+      "model.qkv_bias": False,  # see above
+    },
+  )
+  config = dataclasses.replace(
+    config,
+    fpp=dataclasses.replace(
+      config.fpp,
+      granularity="neuron",
+      embedding_granularity="row",
+      patience=0,
+    ),
   )
   workdir = str(tmp_path_factory.mktemp("shrinking") / "whole")
   loop.run(config, workdir)
@@ -223,7 +233,7 @@ def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
 
 def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
   this, checkpoints = loop.open_run(whole)
-  this.config.train.compact = 0.1
+  this.config = edited(this.config, {"train.compact": 0.1})
   with checkpoints:
     step, state = checkpoints.restore_latest(this.like)
   small, compacted = this.compacted(state, step)
@@ -235,7 +245,7 @@ def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
     for run, each in ((this, state), (small, compacted))
   )
   assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
-  this.config.train.compact = 0.9
+  this.config = edited(this.config, {"train.compact": 0.9})
   assert this.compacted(state, step) is not None  # the last removal
 
 

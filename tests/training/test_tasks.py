@@ -23,6 +23,7 @@ from folding.training.checkpoint import load_run
 from folding.training.dense_start import dense_start
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
+from folding.typed import edited
 from tests.training.conftest import recovery_config, tiny_config
 
 WORDS = np.array("a b c d e f".split())
@@ -178,7 +179,7 @@ def test_head_of_another_task_is_named(scored, similar, tmp_path, capsys):
   ) as error:
     loop.run(config, str(tmp_path / "run"))
   assert "\n" not in str(error.value)
-  config.distill = config_lib.DistillConfig()
+  config = dataclasses.replace(config, distill=config_lib.DistillConfig())
   config = config_lib.resolve(config)
   dense_start(scored[1], config, make_data(config))
   assert "is for task 'regress': score)" in capsys.readouterr().out
@@ -209,8 +210,16 @@ def test_several_labels_are_trained_from_scratch(text_file, tmp_path):
   file = tmp_path / "rows.jsonl"
   file.write_text("\n".join(map(json.dumps, rows)))
   config = tiny_config(text_file, steps=4, eval_every=2, metric="accuracy")
-  config.task, config.data.path = "multilabel", str(file)
-  config.dense, config.model.causal, config.model.num_layers = True, False, 1
+  config = edited(
+    config,
+    {
+      "task": "multilabel",
+      "data.path": str(file),
+      "dense": True,
+      "model.causal": False,
+      "model.num_layers": 1,
+    },
+  )
   result = loop.run(config, str(tmp_path / "run"))
   assert result["test"].keys() >= {"accuracy", "macro_f1"}
   assert run_dir.load_labels(str(tmp_path / "run")) == tuple(WORDS)
