@@ -114,7 +114,7 @@ def measure(
   return {"rows": rows, "rounds": rounds, "texts": len(texts)}
 
 
-def _on_pytorch(folder: str, dense: export_lib.Loaded) -> list[Encoder]:
+def _on_pytorch(folder: str, dense: export_lib.Model) -> list[Encoder]:
   """Returns an encoder in `transformers`; its files stay in the folder."""
   import torch
 
@@ -150,9 +150,7 @@ def _on_pytorch(folder: str, dense: export_lib.Loaded) -> list[Encoder]:
   ]
 
 
-def _exported(
-  name: str, folder: str, found: export_lib.Loaded
-) -> list[Encoder]:
+def _exported(name: str, folder: str, found: export_lib.Model) -> list[Encoder]:
   """Returns an encoder after `folding export`, in each of our formats."""
   ours = os.path.join(folder, "folding")
   loaded = exports.reloaded(ours, found)
@@ -199,12 +197,12 @@ def _static(folder: str) -> list[Encoder]:
   ]
 
 
-def _count(loaded: export_lib.Loaded) -> int:
+def _count(loaded: export_lib.Model) -> int:
   return sum(w.size for w in jax.tree.leaves(loaded.params))
 
 
 def _encode(
-  loaded: export_lib.Loaded,
+  loaded: export_lib.Model,
   forward: Callable[[np.ndarray, np.ndarray], np.ndarray],
   texts: Sequence[str],
 ) -> np.ndarray:

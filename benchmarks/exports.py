@@ -49,7 +49,7 @@ def size(*parts: str) -> int:
   return os.path.getsize(os.path.join(*parts))
 
 
-def reloaded(folder: str, found: export_lib.Loaded) -> export_lib.Loaded:
+def reloaded(folder: str, found: export_lib.Model) -> export_lib.Model:
   """Exports a shrunk model to a new folder and loads it from there."""
   small = export_lib.shrunk(found)
   export_lib.export(

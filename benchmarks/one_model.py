@@ -209,7 +209,7 @@ def _exported(name: str, path: str, config: Config) -> Model:
   )
 
 
-def _extended(loaded: export_lib.Loaded) -> export_lib.Loaded:
+def _extended(loaded: export_lib.Model) -> export_lib.Model:
   """Returns a model that reads the longest shape: more positions, of zeros."""
   length = max(loaded.config.data.length, *(size for _, size in SHAPES))
   data = dataclasses.replace(loaded.config.data, length=length)
@@ -222,7 +222,7 @@ def _extended(loaded: export_lib.Loaded) -> export_lib.Loaded:
   return dataclasses.replace(loaded, config=config, params=params)
 
 
-def _jax_forward(loaded: export_lib.Loaded) -> Callable[..., Any]:
+def _jax_forward(loaded: export_lib.Model) -> Callable[..., Any]:
   params = jax.device_put(loaded.params)
   apply = jax.jit(loaded.model.apply)
 
@@ -233,7 +233,7 @@ def _jax_forward(loaded: export_lib.Loaded) -> Callable[..., Any]:
   return forward
 
 
-def _peak_bytes(loaded: export_lib.Loaded, shape: tuple[int, int]) -> int:
+def _peak_bytes(loaded: export_lib.Model, shape: tuple[int, int]) -> int:
   tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
   program = jax.jit(loaded.model.apply).lower({"params": loaded.params}, tokens)
   memory: Any = program.compile().memory_analysis()

@@ -23,14 +23,20 @@ if TYPE_CHECKING:
   from folding.models.transformer import Transformer as Transformer
   from folding.models.transformer import make_model as make_model
   from folding.serving.compress import compress as compress
+  from folding.serving.generate import generate as generate
+  from folding.serving.loaded import Model as Model
   from folding.serving.loaded import load as load
+  from folding.serving.predict import predict as predict
+  from folding.serving.sampling import Sampling as Sampling
   from folding.training.fold_pretrained import (
     fold_pretrained as fold_pretrained,
   )
 
 _MODULES = {
   "FPPState": "folding.compression.fpp",
+  "Model": "folding.serving.loaded",
   "Rule": "folding.compression.sites",
+  "Sampling": "folding.serving.sampling",
   "Transformer": "folding.models.transformer",
   "account": "folding.compression.accounting",
   "compress": "folding.serving.compress",
@@ -38,9 +44,11 @@ _MODULES = {
   "fold_pretrained": "folding.training.fold_pretrained",
   "fpp": "folding.compression.fpp",
   "fpp_counts": "folding.compression.fpp",
+  "generate": "folding.serving.generate",
   "load": "folding.serving.loaded",
   "make_model": "folding.models.transformer",
   "observe": "folding.compression.observe",
+  "predict": "folding.serving.predict",
   "shrink": "folding.models.shrink",
   "unfold": "folding.compression.fold",
 }

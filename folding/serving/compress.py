@@ -18,7 +18,7 @@ from folding.data.tokenizers import Encoded, Text
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.serving.batched import require_several, require_texts
-from folding.serving.loaded import Loaded, load
+from folding.serving.loaded import Model, load
 from folding.training.compress import compress_params
 from folding.training.recipe import recipe
 from folding.typed import edited
@@ -27,12 +27,12 @@ _ROWS = 64  # texts per batch
 
 
 def compress(
-  model: str | os.PathLike | Loaded,
+  model: str | os.PathLike | Model,
   texts: Sequence[Text],
   *,
   saving: float = 0.7,
   max_texts: int = 512,
-) -> Loaded:
+) -> Model:
   """Returns a model with fewer parameters, fitted to texts without labels.
 
   A plan per layer folds projections and removes neurons. The embedding gets a
@@ -65,7 +65,7 @@ def compress(
     raise ConfigError(
       f"max_texts is a whole number, at least 1; it is {max_texts!r}"
     )
-  loaded = model if isinstance(model, Loaded) else load(model)
+  loaded = model if isinstance(model, Model) else load(model)
   if not config_lib.is_whole(loaded.config):
     raise ConfigError("this model is folded or shrunk; give the dense one")
   texts = list(texts)
@@ -76,7 +76,7 @@ def compress(
   config = recipe(config, float(saving))
   # No training follows in which FPP could prune.
   config = edited(config, {"compress.prune": "sparsegpt"})
-  source = "a model in memory" if isinstance(model, Loaded) else str(model)
+  source = "a model in memory" if isinstance(model, Model) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   encoded = encode_rows(loaded.tokenizer, texts, config.data.length)
   counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *encoded.ids]))
@@ -86,7 +86,7 @@ def compress(
     _batches(encoded, max_texts, config.data.length, loaded.tokenizer.pad_id),
     token_usage(counts, loaded.num_rows),
   )
-  return Loaded(small.config, small.params, loaded.tokenizer, loaded.labels)
+  return Model(small.config, small.params, loaded.tokenizer, loaded.labels)
 
 
 def _batches(

@@ -28,7 +28,7 @@ from folding.serving.hf_export import export_hf as export_hf
 from folding.serving.loaded import (
   FORMAT,
   SCHEMA,
-  Loaded,
+  Model,
   file_sha256,
   require_names,
   require_shapes,
@@ -88,5 +88,5 @@ def export(
   }
   # Written last: it marks the folder as complete.
   files.write_json(os.path.join(path, CONFIG), values, ensure_ascii=False)
-  size = sizes(Loaded(config, params, tokenizer, tuple(labels)))
+  size = sizes(Model(config, params, tokenizer, tuple(labels)))
   return size | {"files": files.folder_bytes(path)}

@@ -19,7 +19,7 @@ from folding.models.linear_attention import PastState
 from folding.models.transformer import Transformer
 from folding.serving import sampling as sampling_lib
 from folding.serving.batched import require_finite, require_several
-from folding.serving.loaded import Loaded
+from folding.serving.loaded import Model
 from folding.serving.sampling import Draw, Sampling
 
 # "keys": a KV cache. "linear": layers whose logits have rank 1 keep a state of
@@ -394,8 +394,23 @@ def _round_up(count: int, multiple: int) -> int:
   return -(-count // multiple) * multiple
 
 
+def generate(
+  loaded: Model,
+  texts: Sequence[str],
+  *,
+  max_new_tokens: int,
+  sampling: Sampling = _GREEDY,
+) -> list[str]:
+  """Returns the continuation of each text, generated as one batch.
+
+  Arguments and errors are those of `continue_texts`.
+  """
+  prompts, parts = _generated(loaded, texts, max_new_tokens, sampling, "keys")
+  return _continuations(loaded.tokenizer, prompts, parts)
+
+
 def continue_texts(
-  loaded: Loaded,
+  loaded: Model,
   texts: Sequence[str],
   *,
   max_new_tokens: int,
@@ -418,6 +433,18 @@ def continue_texts(
     ConfigError: see `Generator` and `Generator.stream`, or one text is given in
       place of several.
   """
+  prompts, parts = _generated(loaded, texts, max_new_tokens, sampling, cache)
+  return _printed(loaded.tokenizer, texts, prompts, parts)
+
+
+def _generated(
+  loaded: Model,
+  texts: Sequence[str],
+  max_new_tokens: int,
+  sampling: Sampling,
+  cache: Cache,
+) -> tuple[list[np.ndarray], Iterator[list[np.ndarray]]]:
+  """Returns the ids of prompts, and a stream of new ids."""
   require_several(texts)
   tokenizer = loaded.tokenizer
   prompts = [tokenizer.prompt(x) for x in tokenizer.encode_batch(list(texts))]
@@ -429,7 +456,19 @@ def continue_texts(
     # The beginning of a new document ends this one.
     end_id=[*tokenizer.end_ids.tolist(), *tokenizer.begin_ids.tolist()],
   )
-  return _printed(tokenizer, texts, prompts, parts)
+  return prompts, parts
+
+
+def _continuations(
+  tokenizer: Tokenizer,
+  prompts: Sequence[np.ndarray],
+  parts: Iterator[list[np.ndarray]],
+) -> list[str]:
+  rows = (np.concatenate(ids) for ids in zip(*parts, strict=True))
+  return [
+    "".join(decode_parts(tokenizer, prompt, [ids]))
+    for prompt, ids in zip(prompts, rows, strict=True)
+  ]
 
 
 def _printed(
@@ -443,11 +482,8 @@ def _printed(
     yield from decode_parts(tokenizer, prompts[0], (ids for [ids] in parts))
     yield "\n"
     return
-  rows = [np.concatenate(ids) for ids in zip(*parts, strict=True)]
-  for number, (text, prompt, ids) in enumerate(
-    zip(texts, prompts, rows, strict=True), 1
-  ):
-    new = "".join(decode_parts(tokenizer, prompt, [ids]))
+  found = _continuations(tokenizer, prompts, parts)
+  for number, (text, new) in enumerate(zip(texts, found, strict=True), 1):
     yield f"== {number} of {len(texts)} ==\n{text}{new}\n"
 
 

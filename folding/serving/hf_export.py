@@ -22,7 +22,7 @@ from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
-from folding.serving.loaded import Loaded, require_float, sizes
+from folding.serving.loaded import Model, require_float, sizes
 
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
 _ENCODER_TOKENS = {
@@ -35,7 +35,7 @@ _ENCODER_TOKENS = {
 
 def export_hf(
   path: str | os.PathLike,
-  loaded: Loaded,
+  loaded: Model,
   dtype: str = "float32",
   *,
   report: Callable[[str], None] = lambda _: None,
@@ -115,7 +115,7 @@ def export_hf(
   return {"files": files.folder_bytes(path)}
 
 
-def _dense_params(loaded: Loaded, m: ModelConfig) -> dict[str, Any]:
+def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
   """Returns the unfolded parameters, with zeros as removed heads and neurons.
 
   Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
-from folding.serving.loaded import Loaded
+from folding.serving.loaded import Model
 from folding.serving.predict import Prediction
 
 _TABLES = (".csv", ".jsonl", ".parquet", ".arrow")
@@ -71,7 +71,7 @@ def pairs(lines: Iterable[str], columns: tuple[str, str]) -> Iterator[Text]:
 
 
 def of_predictions(
-  loaded: Loaded, predictions: Iterable[Prediction], form: str
+  loaded: Model, predictions: Iterable[Prediction], form: str
 ) -> Iterator[str]:
   """Yields predictions as lines.
 

@@ -8,18 +8,25 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import folding
 from folding import config as config_lib
 from folding import files, paths
 from folding.compression.accounting import account
 from folding.config import UNLABELLED, Config
-from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
+from folding.data.labels import Label
+from folding.data.tokenizers import (
+  MappedTokenizer,
+  Text,
+  Tokenizer,
+  load_tokenizer,
+)
 from folding.errors import ConfigError, reason
 from folding.models import hf_weights, sentence
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
@@ -39,9 +46,28 @@ from folding.typed import edited
 FORMAT, SCHEMA = "folding", 1
 
 
+class Prediction(NamedTuple):
+  """Output of a model for a text.
+
+  Attributes:
+    text: As given; the model reads at most `data.length` tokens of it.
+    label: The most probable class (task "classify"), the classes with a
+      probability above 0.5 ("multilabel"), or the score ("regress").
+    probabilities: float32[C], in the order of `Model.labels`; float32[0] beside
+      a score.
+  """
+
+  text: Text
+  label: Label
+  probabilities: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A model ready for use.
+class Model:
+  """A model: its shape, arrays, tokenizer and labels.
+
+  `folding.load` and `folding.compress` return one. `predict`, `encode` and
+  `generate` answer texts, and `save` writes it.
 
   Attributes:
     config: Resolved.
@@ -89,6 +115,40 @@ class Loaded:
       report=report,
     )
 
+  def predict(
+    self, texts: Iterable[Text], *, batch_size: int = 64
+  ) -> list[Prediction]:
+    """Returns a prediction per text; see `folding.serving.predict`."""
+    return list(folding.predict(self, texts, batch_size=batch_size))
+
+  def generate(
+    self,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+  ) -> list[str]:
+    """Returns the continuation of each text.
+
+    Args:
+      texts: Prompts; an empty one begins a new document.
+      max_new_tokens: Tokens per text, at most.
+      temperature: 0: always the likeliest token; higher: more random.
+      top_k: Draw from the likeliest tokens, so many; None: from all.
+      top_p: Draw from the likeliest tokens whose probabilities sum to this.
+      seed: Seed of sampling.
+
+    Raises:
+      ConfigError: this is not a language model, or an option is out of range.
+    """
+    sampling = folding.Sampling(temperature, top_k, top_p, seed)
+    return folding.generate(
+      self, texts, max_new_tokens=max_new_tokens, sampling=sampling
+    )
+
   def require_encoder(self) -> None:
     """Raises `ConfigError` unless the model makes vectors of texts."""
     task = self.config.task
@@ -123,7 +183,10 @@ class Loaded:
     return self.params["embed"]["embedding"].shape[0]
 
 
-def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
+Loaded = Model  # its name in 0.1; it leaves with 0.3
+
+
+def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
   """Reads a model for use.
 
   Args:
@@ -160,10 +223,10 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Loaded:
       raise ConfigError(
         f"{path}/labels.json has {len(labels)} names for {count} classes"
       )
-  return Loaded(config, params, tokenizer, labels)
+  return Model(config, params, tokenizer, labels)
 
 
-def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
+def _load_compact(path: str, values: dict[str, Any]) -> Model:
   schema = values.get("schema")
   if type(schema) is not int or schema != SCHEMA:
     raise ConfigError(
@@ -199,7 +262,7 @@ def _load_compact(path: str, values: dict[str, Any]) -> Loaded:
     functools.partial(require_shapes, path, config, len(labels)),
   )
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  return Loaded(config, params, tokenizer, labels)
+  return Model(config, params, tokenizer, labels)
 
 
 def require_names(labels: Sequence[str], start: str = "") -> None:
@@ -216,7 +279,7 @@ def require_names(labels: Sequence[str], start: str = "") -> None:
     )
 
 
-def _load_hf(path: str, pairs: bool) -> Loaded:
+def _load_hf(path: str, pairs: bool) -> Model:
   how = sentence.read(path)
   found = hf_weights.load_pretrained(
     path, task="embed" if how else None, segments=pairs
@@ -260,7 +323,7 @@ def _load_hf(path: str, pairs: bool) -> Loaded:
   config = config_lib.resolve(config)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
   require_shapes(path, config, len(labels), shapes)
-  return Loaded(config, params, tokenizer, labels)
+  return Model(config, params, tokenizer, labels)
 
 
 def require_shapes(
@@ -287,7 +350,7 @@ def file_sha256(path: str) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def shrunk(loaded: Loaded) -> Loaded:
+def shrunk(loaded: Model) -> Model:
   """Returns the model after `folding.shrink`, with its tokenizer mapped.
 
   The function stays the same, to float rounding: tokens of a classifier with a
@@ -305,7 +368,7 @@ def shrunk(loaded: Loaded) -> Loaded:
   )
 
 
-def cast(loaded: Loaded, dtype: str) -> Loaded:
+def cast(loaded: Model, dtype: str) -> Model:
   """Returns the model with its floating-point arrays in another dtype.
 
   Rotary frequencies and ALiBi slopes keep theirs: their rounding error grows with
@@ -335,7 +398,7 @@ def require_float(dtype: str) -> None:
     )
 
 
-def sizes(loaded: Loaded) -> dict[str, int]:
+def sizes(loaded: Model) -> dict[str, int]:
   """Returns bytes: "dense" of the dense baseline, "values" and "masks" stored."""
   rows = loaded.num_rows
   if isinstance(loaded.tokenizer, MappedTokenizer):

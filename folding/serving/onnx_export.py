@@ -33,7 +33,7 @@ from folding.models.attention import layer_frequencies
 from folding.models.exact_attention import MASKED, relative_buckets
 from folding.models.hf_weights import CONFIG, TOKENIZER
 from folding.serving.hf_export import tokenizer_options
-from folding.serving.loaded import Loaded
+from folding.serving.loaded import Model
 from folding.version import __version__
 
 MODEL = "model.onnx"
@@ -47,7 +47,7 @@ _NORMS = {"rmsnorm": "RMSNormalization", "layernorm": "LayerNormalization"}
 
 
 def export_onnx(
-  path: str | os.PathLike, loaded: Loaded, dtype: Dtype = "float32"
+  path: str | os.PathLike, loaded: Model, dtype: Dtype = "float32"
 ) -> dict[str, int]:
   """Writes an ONNX program and its tokenizer to a new folder.
 
@@ -121,7 +121,7 @@ def require_onnx() -> None:
     ) from None
 
 
-def _description(loaded: Loaded, tokenizer: Tokenizer) -> hf_config.Description:
+def _description(loaded: Model, tokenizer: Tokenizer) -> hf_config.Description:
   """Returns the content of config.json, with sizes of the dense baseline."""
   m = config_lib.dense_baseline(loaded.config).model
   try:
@@ -330,7 +330,7 @@ def _quantise(w: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _make_graph(
-  loaded: Loaded, token_map: np.ndarray | None, dtype: Dtype
+  loaded: Model, token_map: np.ndarray | None, dtype: Dtype
 ) -> _Graph:
   """Returns the graph of a model.
 
@@ -573,7 +573,7 @@ def _activate(g: _Graph, x: str, name: str) -> str:
   return g.add({"relu": "Relu", "tanh": "Tanh"}[name], x)
 
 
-def _read_out(g: _Graph, loaded: Loaded, x: str) -> None:
+def _read_out(g: _Graph, loaded: Model, x: str) -> None:
   """Adds the outputs of the program, from the last block's [N, D]."""
   m = g.config
   if loaded.config.task == "lm":

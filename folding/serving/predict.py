@@ -3,13 +3,10 @@
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from folding.config import UNLABELLED
-from folding.data.labels import Label
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.serving.batched import (
@@ -18,31 +15,16 @@ from folding.serving.batched import (
   require_size,
   require_texts,
 )
-from folding.serving.loaded import Loaded
+from folding.serving.loaded import Model
+from folding.serving.loaded import Prediction as Prediction
 
 _log = logging.getLogger(__name__)
 
 _BATCHES_SORTED = 32  # texts are sorted by length among so many batches
 
 
-class Prediction(NamedTuple):
-  """Output of a model for a text.
-
-  Attributes:
-    text: As given; the model reads at most `data.length` tokens of it.
-    label: The most probable class (task "classify"), the classes with a
-      probability above 0.5 ("multilabel"), or the score ("regress").
-    probabilities: float32[C], in the order of `Loaded.labels`; float32[0] beside
-      a score.
-  """
-
-  text: Text
-  label: Label
-  probabilities: np.ndarray
-
-
 def predict(
-  loaded: Loaded,
+  model: Model,
   texts: Iterable[Text],
   *,
   batch_size: int = 64,
@@ -55,7 +37,7 @@ def predict(
   its batch, to float rounding.
 
   Args:
-    loaded: From `folding.load`; not a language model.
+    model: From `folding.load`; not a language model.
     texts: Any number; about 32 batches of them are held at a time. Pairs if the
       model was trained on pairs.
     batch_size: Texts per batch.
@@ -69,23 +51,23 @@ def predict(
   """
   require_size(batch_size)
   require_several(texts)
-  task = loaded.config.task
+  task = model.config.task
   if task in UNLABELLED:
     verb = {"lm": "generate", "embed": "encode"}[task]
     raise ConfigError(
       f"this model is of task {task!r} and has no classes to predict; use "
       f"folding {verb}, or a model of task 'classify', 'multilabel' or 'regress'"
     )
-  return _predict(loaded, iter(texts), batch_size, at_once)
+  return _predict(model, iter(texts), batch_size, at_once)
 
 
 def _predict(
-  loaded: Loaded, texts: Iterator[Text], batch_size: int, at_once: bool
+  model: Model, texts: Iterator[Text], batch_size: int, at_once: bool
 ) -> Iterator[Prediction]:
-  params = jax.device_put(loaded.params)
-  task, pair = loaded.config.task, loaded.pair
+  params = jax.device_put(model.params)
+  task, pair = model.config.task, model.pair
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
-  labelled = tuple(f"{label}\t" for label in loaded.labels)
+  labelled = tuple(f"{label}\t" for label in model.labels)
   while group := list(itertools.islice(texts, size)):
     require_texts(group, pair)
     firsts = (text if isinstance(text, str) else text[0] for text in group)
@@ -93,9 +75,9 @@ def _predict(
       _log.warning("each line begins with a label, which is read as its text")
       labelled = ()
     found = outputs(
-      loaded.config,
-      loaded.tokenizer,
-      loaded.model,
+      model.config,
+      model.tokenizer,
+      model.model,
       params,
       group,
       batch_size=batch_size,
@@ -104,7 +86,7 @@ def _predict(
       if task == "regress":
         yield Prediction(text, float(row[0]), row[:0])
       elif task == "multilabel":
-        chosen = zip(loaded.labels, row > 0.5, strict=True)
+        chosen = zip(model.labels, row > 0.5, strict=True)
         yield Prediction(text, tuple(x for x, is_in in chosen if is_in), row)
       else:
-        yield Prediction(text, loaded.labels[int(row.argmax())], row)
+        yield Prediction(text, model.labels[int(row.argmax())], row)

@@ -11,7 +11,7 @@ from folding import files
 from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
 from folding.models.hf_weights import TOKENIZER
-from folding.serving.loaded import Loaded
+from folding.serving.loaded import Model
 
 STABLEHLO, META = "model.stablehlo", "meta.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -21,7 +21,7 @@ _OUTPUTS = {
 }
 
 
-def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
+def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
   """Writes a program of `jax.export` to a new folder.
 
   It maps (tokens int32[b, l], mask bool[b, l]), of any batch and length, to
@@ -89,7 +89,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Loaded) -> dict[str, int]:
   return {"parameters": size, "program": len(program)}
 
 
-def _forward_of(loaded: Loaded) -> Any:
+def _forward_of(loaded: Model) -> Any:
   """Returns the function (tokens, mask, segments or None) -> outputs."""
   model, tokenizer = loaded.model, loaded.tokenizer
 

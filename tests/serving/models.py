@@ -11,7 +11,7 @@ import tokenizers
 from folding import config as c
 from folding.data.tokenizers import Tokenizer
 from folding.models.transformer import make_model
-from folding.serving.loaded import Loaded
+from folding.serving.loaded import Model
 
 WORDS = "the cat sat on a mat and dog ran to old red barn".split()
 LABELS = ("bad", "so so", "gut äh")
@@ -44,7 +44,7 @@ def make(
   fold: c.FoldConfig | None = None,
   seed: int = 0,
   length: int = 40,
-) -> Loaded:
+) -> Model:
   """Returns a model with random values everywhere."""
   config = c.resolve(
     c.Config(
@@ -64,16 +64,16 @@ def make(
   params = jax.tree.map(
     lambda x: rng.normal(scale=0.5, size=x.shape).astype(x.dtype), shapes
   )
-  return Loaded(config, params, tokenizer, labels)
+  return Model(config, params, tokenizer, labels)
 
 
-def with_tokenizer(loaded: Loaded, tokenizer_json: str) -> Loaded:
+def with_tokenizer(loaded: Model, tokenizer_json: str) -> Model:
   """Returns the model with another tokenizer."""
   tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json))
-  return Loaded(loaded.config, loaded.params, tokenizer, loaded.labels)
+  return Model(loaded.config, loaded.params, tokenizer, loaded.labels)
 
 
-def with_zeros(loaded: Loaded, tokens: list[int], seed: int = 1) -> Loaded:
+def with_zeros(loaded: Model, tokens: list[int], seed: int = 1) -> Model:
   """Returns a copy with some tokens, neurons and weights at zero."""
   rng = np.random.default_rng(seed)
   params: Any = jax.tree.map(np.array, loaded.params)
@@ -83,10 +83,10 @@ def with_zeros(loaded: Loaded, tokens: list[int], seed: int = 1) -> Loaded:
     o = block["attn"]["o"]["kernel"]
     o[rng.uniform(size=o.shape) < 0.7] = 0
     block["mlp"]["down"]["kernel"][5 : 15 + n] = 0
-  return Loaded(loaded.config, params, loaded.tokenizer, loaded.labels)
+  return Model(loaded.config, params, loaded.tokenizer, loaded.labels)
 
 
-def logits(loaded: Loaded, text: str) -> np.ndarray:
+def logits(loaded: Model, text: str) -> np.ndarray:
   """Returns the logits of one text by itself, without padding."""
   [ids] = loaded.tokenizer.encode_batch([text], loaded.config.data.length)
   if not ids.size:

@@ -48,6 +48,14 @@ def test_prediction_is_that_of_the_text_alone(model, batch_size, at_once):
   assert {one.label for one in found} == set(model.labels)
 
 
+def test_model_predicts_what_the_function_yields(model):
+  texts = models.random_texts(5)
+  found = model.predict(texts, batch_size=4)
+  assert [one.label for one in found] == [
+    model.labels[int(_alone(model, text).argmax())] for text in texts
+  ]
+
+
 @pytest.mark.parametrize("task", ["regress", "multilabel"])
 def test_scores_and_several_labels_of_a_text(task):
   model = models.make(task)

@@ -15,7 +15,7 @@ from folding.models import hf_weights
 from folding.models.transformer import make_model
 from folding.serving import export as export_lib
 from folding.serving.generate import Generator, continue_texts, decode_parts
-from folding.serving.loaded import Loaded
+from folding.serving.loaded import Model
 from folding.serving.sampling import Sampling
 from tests.models import checkpoints
 from tests.serving import models
@@ -42,7 +42,7 @@ def loaded():
   params = jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes
   )
-  return Loaded(config, params, tokenizer)
+  return Model(config, params, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,11 @@ def test_single_text_is_streamed(loaded, expected):
   assert pieces[0] == TEXTS[0]
   assert len(pieces) > 2
   assert "".join(pieces) == TEXTS[0] + expected[0] + "\n"
+
+
+def test_model_generates_the_continuations_alone(loaded, expected):
+  found = loaded.generate(TEXTS, max_new_tokens=NEW)
+  assert found == expected
 
 
 def test_one_text_is_not_a_list_of_prompts(loaded):
