@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import secrets
@@ -116,12 +117,14 @@ def read_checksums(folder: str) -> dict[str, str | None] | None:
   """Returns the checksums of `write_checksums`; None if there are none.
 
   Raises:
-    ConfigError: it is damaged, or names files outside of the folder.
+    ConfigError: it is damaged, empty, or names files outside of the folder.
   """
   path = os.path.join(folder, CHECKSUMS)
   if not os.path.exists(path):
     return None
   found = read_json(path, dict)
+  if not found:
+    raise ConfigError(f"{path} is damaged: it is empty")
   for name in found:
     if os.path.isabs(name) or ".." in name.split("/"):
       raise ConfigError(f"{path} is damaged: it names {name!r}")
@@ -154,6 +157,31 @@ def require_intact(folder: str, skip: Collection[str] = ()) -> bool:
         "edited or is damaged"
       )
   return True
+
+
+def require_inside(folder: str, names: Iterable[str]) -> None:
+  """Checks that a folder from elsewhere has no links to other places.
+
+  Args:
+    folder: The folder, which may itself be a link.
+    names: Files and folders in it; folders are checked with all that is below.
+
+  Raises:
+    ConfigError: one is a link that leaves the folder.
+  """
+  root = os.path.realpath(folder)
+  for top in (os.path.join(folder, name) for name in names):
+    walked = os.walk(top)  # reads a folder when it comes to it
+    below = (os.path.join(at, x) for at, a, b in walked for x in (*a, *b))
+    for path in itertools.chain([top], below):
+      if not os.path.islink(path):
+        continue
+      target = os.path.realpath(path)
+      if os.path.commonpath([root, target]) != root:
+        raise ConfigError(
+          f"{path} is a link to {target}, outside of {folder}; put a copy of "
+          "that there instead"
+        )
 
 
 @contextlib.contextmanager

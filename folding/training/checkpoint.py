@@ -19,7 +19,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -53,24 +53,26 @@ class Checkpoints:
   Leaving the context waits for a save under way.
 
   Attributes:
-    cleans: Whether it may remove unfinished saves and move damaged checkpoints
-      aside. False for readers: another process may be training there.
+    cleans: Whether it may move damaged checkpoints aside. False for readers:
+      another process may be training there.
   """
 
   def __init__(self, workdir: str, cleans: bool = True):
     self._folder = _folder(workdir)
     self.cleans = cleans
     self._damaged: set[int] = set()
+    self._losses: dict[int, float] = {}
     self._saving: int | None = None
     self._model: ModelConfig | None = None  # of the save under way
+    # Made by the first save: it writes into the folder when it opens it.
+    self._manager: ocp.CheckpointManager | None = None
     for name in ("absl", "asyncio"):  # some log when the process ends
       logging.getLogger(name).addFilter(_is_not_of_orbax)
-    if distributed.is_main():
-      _mend_metrics(self._folder)
-    distributed.barrier("mended")
-    self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
+    if distributed.is_main():
+      self._remove_damaged_metrics()
+    distributed.barrier("removed")
     kept = preservation_policy.AnyPreservationPolicy(
       [
         preservation_policy.LatestN(2),
@@ -85,11 +87,22 @@ class Checkpoints:
       # Without these two, Orbax does not write metrics at all.
       best_fn=lambda metrics: metrics["loss"],
       best_mode="min",
-      cleanup_tmp_directories=self.cleans,
+      cleanup_tmp_directories=True,
       async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
     )
     with _quiet():
       return ocp.CheckpointManager(self._folder, options=options)
+
+  def _remove_damaged_metrics(self) -> None:
+    """Removes damaged metrics, at which Orbax fails when it opens a folder.
+
+    Orbax keeps a step without metrics.
+    """
+    for step in self.steps():
+      self.loss(step)
+      if math.isnan(self._losses[step]):
+        path = pathlib.Path(self._folder, str(step), _METRICS)
+        path.unlink(missing_ok=True)
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -101,7 +114,8 @@ class Checkpoints:
       if kind is None:
         raise
       return  # the error that ends the run already reports it
-    self._manager.close()
+    if self._manager is not None:
+      self._manager.close()
 
   def save(
     self,
@@ -122,6 +136,7 @@ class Checkpoints:
       OSError: the disk is full, or this save or the one before failed. Earlier
         checkpoints are intact.
     """
+    self._manager = self._manager or self._open()
     if step in self._manager.all_steps():
       return
     self.wait()  # a save under way has not taken its disk space yet
@@ -168,6 +183,8 @@ class Checkpoints:
     Raises:
       OSError: it failed.
     """
+    if self._manager is None:
+      return
     try:
       self._manager.wait_until_finished()
     except ValueError as error:
@@ -179,13 +196,19 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """Returns the step of the lowest loss; None if no save had a loss."""
-    steps = _best_first(self._folder, self.steps())
+    steps = self._best_first()
     return steps[0] if steps and self.loss(steps[0]) is not None else None
 
   def loss(self, step: int) -> float | None:
     """Returns the loss given to `save`; None if it is damaged."""
-    loss = _saved_loss(self._folder, step)
+    if step not in self._losses:  # warns of damage once
+      self._losses[step] = _saved_loss(self._folder, step)
+    loss = self._losses[step]
     return loss if math.isfinite(loss) else None
+
+  def _best_first(self) -> list[int]:
+    losses = {step: self.loss(step) for step in self.steps()}
+    return _best_first(self._folder, losses)
 
   def model(self, step: int) -> ModelConfig | None:
     """Returns the model given to `save`.
@@ -208,7 +231,9 @@ class Checkpoints:
     with distributed.together("another process found damage"):
       if distributed.is_main():
         _require_intact(self._folder, step)
-    state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+    path: Any = pathlib.Path(self._folder, str(step), "default")
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+      state = handler.restore(path, args=ocp.args.StandardRestore(like))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
     return jax.block_until_ready(state)
 
@@ -234,7 +259,7 @@ class Checkpoints:
         os.replace(folder, aside)
       distributed.barrier("moved aside")
       self._damaged.clear()
-      self._manager.reload()
+      self._losses.clear()
     return found
 
   def restore_best(self, like: Any) -> tuple[int, Any]:
@@ -244,7 +269,7 @@ class Checkpoints:
     be read. Damaged checkpoints stay where they are. Arguments and errors are
     those of `restore_latest`.
     """
-    return self._restore_first(_best_first(self._folder, self.steps()), like)
+    return self._restore_first(self._best_first(), like)
 
   def _restore_first(self, steps: list[int], like: Any) -> tuple[int, Any]:
     """Returns the first of the steps that can be read, and its state."""
@@ -260,9 +285,6 @@ class Checkpoints:
       if not distributed.any_process(error is not None):
         return state
       self._damaged.add(step)
-      # Orbax infers the items of all steps from the first that it reads.
-      self._manager.close()
-      self._manager = self._open()
       raise error or OSError("another process cannot read it")
 
     return _first_readable(self._folder, steps, read, TrainingError)
@@ -293,7 +315,8 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
     params = _read_params(os.path.join(folder, str(step)))
     return dataclasses.replace(config, model=model), params
 
-  steps = _best_first(folder, saved_steps(folder))
+  losses = {step: _saved_loss(folder, step) for step in saved_steps(folder)}
+  steps = _best_first(folder, losses)
   _, (found, params) = _first_readable(folder, steps, read, ConfigError)
   if (last := max(steps)) < config.train.steps:
     _log.warning(
@@ -353,15 +376,38 @@ def _folder(workdir: str) -> str:
   return os.path.abspath(os.path.join(workdir, "checkpoints"))
 
 
-def _best_first(folder: str, steps: list[int]) -> list[int]:
+def _best_first(folder: str, losses: Mapping[int, float | None]) -> list[int]:
   """Returns the step of the lowest loss, then the others, newest first.
 
   Of equal losses the oldest step is the best; without losses the newest is.
+  Warns if the run was tested at another step than the best, which is then lost.
   """
-  losses = {step: _saved_loss(folder, step) for step in sorted(steps)}
-  known = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+  known = {
+    step: loss
+    for step, loss in sorted(losses.items())
+    if loss is not None and math.isfinite(loss)
+  }
   best = min(known, key=known.__getitem__, default=None)
-  return sorted(steps, key=lambda step: (step != best, -step))
+  tested = _tested_step(os.path.dirname(folder))
+  if losses and tested not in (None, best):
+    _log.warning(
+      "%s was tested at its best checkpoint, %s; that checkpoint or its loss is "
+      "lost, so another one is the best now",
+      os.path.dirname(folder),
+      tested,
+    )
+  return sorted(losses, key=lambda step: (step != best, -step))
+
+
+def _tested_step(workdir: str) -> int | None:
+  """Returns the best step of a finished run; None if it had no best."""
+  try:
+    result = run_dir.finished_result(workdir) or {}
+  except ConfigError as error:
+    _log.warning("%s; its best checkpoint cannot be verified", error)
+    return None
+  test = result.get("test")
+  return test.get("checkpoint_step") if isinstance(test, dict) else None
 
 
 def _require_intact(folder: str, step: int) -> None:
@@ -385,22 +431,17 @@ def _saved_loss(folder: str, step: int) -> float:
   checkpoint = os.path.join(folder, str(step))
   path = os.path.join(checkpoint, _METRICS)
   try:
-    with open(path, encoding="utf-8") as file:
-      loss = float(json.load(file)["loss"])
     expected = files.read_checksums(checkpoint)
-    # What `_mend_metrics` writes is not finite.
-    if expected is not None and math.isfinite(loss):
-      if files.file_checksum(path) != expected.get(_METRICS):
-        raise ValueError("it differs from its checksum")
-  except FileNotFoundError:
-    return math.inf
+    if expected and files.file_checksum(path) != expected.get(_METRICS):
+      raise ValueError("it is missing or differs from its checksum")
+    with open(path, encoding="utf-8") as file:
+      return float(json.load(file)["loss"])
   except OSError as error:
-    _log.warning("%s cannot be read: %s", path, error)
+    _log.warning("%s cannot be read: %s", path, error.strerror)
     return math.inf
   except (ValueError, TypeError, KeyError) as error:
     _log.warning("%s is damaged: %s", path, error)
     return math.nan
-  return loss
 
 
 def _saved_model(folder: str, step: int) -> ModelConfig | None:
@@ -409,19 +450,6 @@ def _saved_model(folder: str, step: int) -> ModelConfig | None:
   if not os.path.exists(path):
     return None
   return typed.build(ModelConfig, files.read_json(path, dict), _MODEL)
-
-
-def _mend_metrics(folder: str) -> None:
-  """Replaces damaged metrics, so that their step is never the best.
-
-  Orbax reads all metrics when it opens a folder, and fails at an unreadable
-  file even though the states may be intact.
-  """
-  for step in saved_steps(folder):
-    if math.isnan(_saved_loss(folder, step)):
-      path = os.path.join(folder, str(step), _METRICS)
-      with open(path, "w", encoding="utf-8") as file:
-        json.dump({"loss": math.inf}, file)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

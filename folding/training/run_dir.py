@@ -11,7 +11,7 @@ result.json     outcome and provenance, with its own checksum
 
 The files above `checksums.json` never change. They are verified whenever the
 config is read. A run of an earlier version has no checksums, and is read as it
-is.
+is. None of the files may be a link out of the directory.
 
 Every file is written whole or not at all, except that a killed process may
 leave the last line of `metrics.jsonl` half-written.
@@ -51,6 +51,11 @@ _FIXED = (
   "text.sha256",
   "asked.json",
 )
+
+_ALL = (
+  *_FIXED, "config.json", files.CHECKSUMS, "metrics.jsonl", "result.json",
+  "fold.json", "energy.json", "checkpoints", "tensorboard",
+)  # fmt: skip
 
 # Fields of a config that may be paths; some also take a hub id or "bytes".
 _PATHS = (
@@ -142,8 +147,10 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
     config: Resolved; the config asked for now.
 
   Raises:
-    ConfigError: the run is of another config; the message names the fields.
+    ConfigError: the run is of another config; the message names the fields. Or
+      see `require_own_files`.
   """
+  require_own_files(workdir)
   if not os.path.exists(_path(workdir, "config.json")):
     return None
   saved = _computed_as(load_config(workdir), config)
@@ -183,13 +190,23 @@ def _computed_as(config: Config, other: Config) -> Config:
   )
 
 
+def require_own_files(workdir: str) -> None:
+  """Raises `ConfigError` if a file of a run is a link out of its directory.
+
+  Whoever made the directory could otherwise choose what its user reads and
+  replaces.
+  """
+  files.require_inside(workdir, _ALL)
+
+
 def load_config(workdir: str) -> Config:
   """Returns the config of a run directory.
 
   Raises:
     ConfigError: it is not a run, or one of an earlier version; or a file of it
-      differs from its checksum.
+      differs from its checksum, or is a link out of it.
   """
+  require_own_files(workdir)
   path = _path(workdir, "config.json")
   if not os.path.exists(path):
     raise ConfigError(f"{workdir} is not a run: it has no config.json")

@@ -12,6 +12,7 @@ from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
 from folding.training import energy, run_dir
+from folding.training.checkpoint import Checkpoints
 from folding.training.compact import held_zero, is_pruning_over, shrink_state
 from folding.training.loop import Run, open_run, restore
 from folding.training.step import TrainState
@@ -66,8 +67,8 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
     for name in ("metrics.jsonl", "fold.json", energy.FILE):
       if os.path.exists(os.path.join(workdir, name)):
         shutil.copy(os.path.join(workdir, name), part)
-    that, checkpoints = open_run(part)
-    with checkpoints:
+    that, _ = open_run(part)
+    with Checkpoints(part) as checkpoints:
       for at in sorted(states):
         states[at] = jax.device_put(shrunk[at][1], that.state_shardings)
         checkpoints.save(at, states[at], losses[at], config.model)

@@ -245,20 +245,56 @@ def test_step_with_damaged_metrics_is_not_the_best(tmp_path):
     assert checkpoints.restore(2, LIKE)["w"][0] == 2
 
 
-def test_step_with_another_loss_than_was_saved_is_not_the_best(
-  tmp_path, caplog
+def files_of(folder):
+  """Returns {path: content} of the files of a folder."""
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("content", ['{"loss": 0.5}', '{"lo', None])
+def test_reader_warns_of_damaged_metrics_each_time_and_leaves_them(
+  content, tmp_path, caplog
 ):
   with Checkpoints(str(tmp_path)) as checkpoints:
     for step, loss in enumerate([3.0, 1.0, 2.0], 1):
       checkpoints.save(step, small(step), loss)
   path = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
-  path.write_text('{"loss": 0.5}')
+  path.unlink() if content is None else path.write_text(content)
+  before = files_of(tmp_path)
   for _ in range(2):
-    with Checkpoints(str(tmp_path)) as checkpoints:
+    caplog.clear()
+    with Checkpoints(str(tmp_path), cleans=False) as checkpoints:
       assert checkpoints.best_step() == 3
       assert checkpoints.restore(2, LIKE)["w"][0] == 2
+    (line,) = warnings_of(caplog)
+    assert "metrics is damaged" in line
+  assert files_of(tmp_path) == before
+
+
+def test_writer_keeps_a_checkpoint_with_damaged_metrics(tmp_path, caplog):
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    for step, loss in enumerate([3.0, 1.0, 2.0], 1):
+      checkpoints.save(step, small(step), loss)
+  path = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
+  victim = tmp_path / "victim"
+  victim.write_text("precious")
+  path.unlink()
+  path.symlink_to(victim)
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    for step in (4, 5):
+      checkpoints.save(step, small(step), 4.0)
+  assert victim.read_text() == "precious"
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    caplog.clear()
+    assert checkpoints.best_step() == 3
+    assert checkpoints.steps() == [2, 3, 4, 5]
   (line,) = warnings_of(caplog)
-  assert "metrics is damaged" in line
+  assert "2/metrics/metrics is damaged" in line
+
+
+def test_reader_makes_no_folder(tmp_path):
+  with Checkpoints(str(tmp_path), cleans=False) as checkpoints:
+    assert checkpoints.best_step() is None
+  assert not list(tmp_path.iterdir())
 
 
 def test_checkpoint_without_checksums_is_read_with_a_line(tmp_path, caplog):
@@ -461,6 +497,46 @@ def test_load_run_warns_of_a_run_that_has_not_finished(copy, caplog):
   assert "step 5 of 8" in line
 
 
+def lose_checkpoint(folder):
+  shutil.rmtree(folder)
+
+
+def lose_metrics(folder):
+  (folder / "metrics" / "metrics").unlink()
+
+
+def empty_checksums(folder):
+  (folder / "checksums.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+  "harm", [lose_checkpoint, lose_metrics, empty_checksums]
+)
+def test_load_run_warns_each_time_of_another_than_the_tested_checkpoint(
+  harm, run, copy, caplog
+):
+  result = {"finished": True, "test": {"loss": 1.5, "checkpoint_step": 5}}
+  run_dir.write_result(str(copy), result)
+  load_run(str(copy))
+  assert not warnings_of(caplog)
+  harm(copy / "checkpoints" / "5")
+  for _ in range(2):
+    caplog.clear()
+    _, params, _ = load_run(str(copy))
+    assert_is_step(params, run, 10)
+    assert "tested at its best checkpoint, 5" in warnings_of(caplog)[-1]
+    with Checkpoints(str(copy), cleans=False) as checkpoints:
+      assert checkpoints.best_step() == 10
+    assert "tested at its best checkpoint, 5" in warnings_of(caplog)[-1]
+
+
+def test_load_run_warns_of_a_damaged_result(copy, caplog):
+  (copy / "result.json").write_text("{")
+  load_run(str(copy))
+  (line,) = warnings_of(caplog)
+  assert "result.json is damaged" in line
+
+
 def test_load_run_without_a_readable_checkpoint_is_one_line(copy):
   for step in (5, 10):
     lose(copy, step)
@@ -469,3 +545,26 @@ def test_load_run_without_a_readable_checkpoint_is_one_line(copy):
   shutil.rmtree(copy / "checkpoints")
   with pytest.raises(ConfigError, match="no checkpoint yet"):
     load_run(str(copy))
+
+
+@pytest.mark.parametrize(
+  "name", ["checkpoints", "checkpoints/5/metrics/metrics", "text.sha256"]
+)
+def test_run_with_a_link_to_another_place_is_refused(name, copy, tmp_path):
+  path, elsewhere = copy / name, tmp_path / "elsewhere"
+  path.rename(elsewhere)
+  path.symlink_to(elsewhere)
+  for read in (load_run, run_dir.load_config):
+    with pytest.raises(ConfigError, match=f"{name} is a link"):
+      read(str(copy))
+  with pytest.raises(ConfigError, match=f"{name} is a link"):
+    run_dir.config_to_continue(str(copy), tiny.config())
+
+
+def test_run_may_be_a_link_and_have_links_to_itself(run, copy, tmp_path):
+  path = copy / "checkpoints" / "5" / "metrics" / "metrics"
+  path.rename(copy / "kept")
+  path.symlink_to("../../../kept")
+  (tmp_path / "link").symlink_to(copy)
+  _, params, _ = load_run(str(tmp_path / "link"))
+  assert_is_step(params, run, 5)
