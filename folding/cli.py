@@ -502,8 +502,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: The arguments after the program's name; None: those of the process.
   """
   # The default also names the logger, with a colon before the file of a warning.
-  logging.basicConfig(format="%(levelname)s: %(message)s")
+  handler = logging.StreamHandler()
+  handler.addFilter(_OnceEach())
+  logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[handler])
   return exit_status(lambda: _call(sys.argv[1:] if argv is None else argv))
+
+
+class _OnceEach(logging.Filter):
+  """Drops lines that were shown: some verbs read a run twice."""
+
+  def __init__(self):
+    super().__init__()
+    self._shown: set[str] = set()
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    line = record.getMessage()
+    is_new = line not in self._shown
+    self._shown.add(line)
+    return is_new
 
 
 def _call(argv: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The command line: its grammar, its errors, and what a verb prints."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -136,6 +137,16 @@ def test_report_writes_the_page_and_prints_the_summary(tmp_path, capsys):
   assert "1.903 bits per byte" in out
   assert f"{workdir}/report.html" in out
   assert (tmp_path / "a" / "report.md").is_file()
+
+
+def test_line_about_a_run_is_shown_once_per_command(
+  tmp_path, capsys, monkeypatch
+):
+  workdir = synthetic_run.write(tmp_path / "a")  # without checksums
+  for _ in range(2):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert cli.main(["report", workdir]) == 0
+    assert capsys.readouterr().err.count("cannot be verified") == 1
 
 
 def test_compare_prints_the_table(tmp_path, capsys):

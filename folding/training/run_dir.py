@@ -10,8 +10,8 @@ metrics.jsonl   one record per line
 result.json     outcome and provenance, with its own checksum
 
 The files above `checksums.json` never change. They are verified whenever the
-config is read. A run of an earlier version has no checksums, and is read as it
-is. None of the files may be a link out of the directory.
+config is read. A run of an earlier version has no checksums, and is read with a
+warning. None of the files may be a link out of the directory.
 
 Every file is written whole or not at all, except that a killed process may
 leave the last line of `metrics.jsonl` half-written.
@@ -216,12 +216,19 @@ def load_config(workdir: str) -> Config:
       f"{workdir} is an export or another library's checkpoint, not a run"
     )
   try:
-    files.require_intact(workdir)
+    is_checked = files.require_intact(workdir)
   except ConfigError as error:
     raise ConfigError(
       f"{error}; a run keeps its files: put the one back that it began with, or "
       "start another run"
     ) from None
+  if not is_checked:
+    _log.warning(
+      "the files of %s cannot be verified: it has no %s, like runs of earlier "
+      "versions",
+      workdir,
+      files.CHECKSUMS,
+    )
   return config_lib.load(path)
 
 

@@ -568,3 +568,12 @@ def test_run_may_be_a_link_and_have_links_to_itself(run, copy, tmp_path):
   (tmp_path / "link").symlink_to(copy)
   _, params, _ = load_run(str(tmp_path / "link"))
   assert_is_step(params, run, 5)
+
+
+def test_load_run_warns_each_time_of_a_run_without_checksums(copy, caplog):
+  (copy / "checksums.json").unlink()
+  for _ in range(2):
+    caplog.clear()
+    load_run(str(copy))
+    (line,) = warnings_of(caplog)
+    assert "cannot be verified: it has no checksums.json" in line
