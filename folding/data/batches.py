@@ -155,6 +155,8 @@ def make_data(
   process_index: int = 0,
   process_count: int = 1,
   texts: sources.Texts | None = None,
+  *,
+  keep_tokens: bool = True,
 ) -> Data:
   """Reads the text, trains or loads the tokenizer, and plans the batches.
 
@@ -164,6 +166,7 @@ def make_data(
     process_index: Index of this process.
     process_count: Number of processes that share each batch.
     texts: Texts of data that was made before; None: read them.
+    keep_tokens: Whether to keep the ids of large text on disk, for later runs.
 
   Raises:
     ConfigError: the source or the tokenizer is not valid, the train split does
@@ -182,7 +185,8 @@ def make_data(
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
   if config.task == "lm":
-    made = _data_of_windows(data, tokenizer, seed=seed, share=share)
+    tokenizer, tokens = _tokens(data, tokenizer, keep_tokens)
+    made = _data_of_windows(data, tokenizer, tokens, seed=seed, share=share)
     unit, lower = f"windows of {data.length} tokens", "data.length or "
   else:
     made = _data_of_rows(config, tokenizer, texts, seed=seed, share=share)
@@ -197,10 +201,14 @@ def make_data(
 
 
 def _data_of_windows(
-  data: DataConfig, tokenizer: Tokenizer | None, *, seed: int, share: slice
+  data: DataConfig,
+  tokenizer: Tokenizer,
+  tokens: corpus.Tokens,
+  *,
+  seed: int,
+  share: slice,
 ) -> Data:
   """Returns the batches of a language model; see `make_data`."""
-  tokenizer, tokens = _tokens(data, tokenizer)
   examples = _Windows(tokens.streams, tokenizer, data, seed=seed, share=share)
   return Data(
     tokenizer=tokenizer,
@@ -246,10 +254,10 @@ def _data_of_rows(
 
 
 def _tokens(
-  data: DataConfig, tokenizer: Tokenizer | None
+  data: DataConfig, tokenizer: Tokenizer | None, keep: bool
 ) -> tuple[Tokenizer, corpus.Tokens]:
   """Returns the tokenizer and the ids of a language model's text."""
-  large = corpus.tokenised(data, tokenizer)
+  large = corpus.tokenised(data, tokenizer, keep)
   if large is not None:
     return large
   texts = sources.load_texts(data, "lm")

@@ -3,19 +3,23 @@
 Files of `LARGE` bytes and more are not held in memory. Their splits, ids and
 digests are those that `sources` and `batches` make of the same text in memory.
 The ids are in a folder beside the text (or in `data.dir`), named by the text and
-the tokenizer, and later runs map them into memory. Files are known by name,
-size and time of change, so that a later run need not read them.
+the tokenizer, and later runs map them into memory. Files of text are known by
+name, size and time of change, so that a later run need not read them. What it
+reads instead has checksums, and is made again if it is damaged.
 """
 
+import atexit
 import codecs
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
@@ -34,6 +38,8 @@ from folding.data import (
 )
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, first_line
+
+_log = logging.getLogger(__name__)
 
 LARGE = 1 << 27  # bytes of all files
 FOLDER = ".folding-tokens"
@@ -68,7 +74,7 @@ class Tokens(NamedTuple):
 
 
 def tokenised(
-  data: DataConfig, tokenizer: Tokenizer | None
+  data: DataConfig, tokenizer: Tokenizer | None, keep: bool = True
 ) -> tuple[Tokenizer, Tokens] | None:
   """Returns the tokenizer and the ids of large text.
 
@@ -77,6 +83,8 @@ def tokenised(
   Args:
     data: The source. Only local files may be large, and no .tsv.
     tokenizer: None: that of the config, trained if need be.
+    keep: Whether to keep the ids for later runs. False: those that are not there
+      are written to a temporary folder.
 
   Raises:
     ConfigError: the text or the tokenizer is not valid, or the ids cannot be
@@ -102,15 +110,14 @@ def tokenised(
     return None
   local_files.warn_of_ignored(pathlib.Path(data.path), found, data)
   sources.require_room(data)
-  with _writing(folder):
-    folder.mkdir(parents=True, exist_ok=True)
   splits = functools.cache(lambda: _splits(data, found))
   if tokenizer is None:
-    tokenizer = _tokenizer(data, folder, splits)
-  target = folder / _hash(_identity(tokenizer))
-  if not (target / "meta.json").is_file():
-    with _writing(target / "meta.json"), files.becoming(str(target)) as part:
-      _write(pathlib.Path(part), splits(), tokenizer)
+    tokenizer = _tokenizer(data, folder, splits, keep)
+  target = _made(
+    folder / _hash(_identity(tokenizer)),
+    lambda part: _write(part, splits(), tokenizer),
+    keep,
+  )
   return tokenizer, _read(target, tokenizer.dtype)
 
 
@@ -120,18 +127,47 @@ def _has_one_row(train: Sequence[pathlib.Path]) -> bool:
   return train[0].suffix != ".txt" and not any(rows_after_first)
 
 
-@contextlib.contextmanager
-def _writing(result: pathlib.Path) -> Iterator[None]:
-  """Raises `ConfigError`, with advice, if a file or folder cannot be written."""
+def _made(
+  folder: pathlib.Path, write: Callable[[pathlib.Path], None], keep: bool
+) -> pathlib.Path:
+  """Returns a folder whose files are intact, written if they are not.
+
+  Args:
+    folder: The folder.
+    write: Writes the files into the folder given.
+    keep: See `tokenised`.
+  """
+  if folder.exists():
+    reason = _damage(folder)
+    if not reason:
+      return folder
+    _log.warning("%s; it is made again from the text", reason)
+  if not keep:
+    folder = pathlib.Path(tempfile.mkdtemp(), folder.name)
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
   try:
-    yield
+    if folder.exists():
+      shutil.rmtree(folder)
+    with files.becoming(str(folder)) as part:
+      write(pathlib.Path(part))
+      files.write_checksums(part, sorted(os.listdir(part)))
   except OSError as error:
-    if result.exists():  # another process was first
-      return
-    raise ConfigError(
-      f"cannot write the tokens of large text to {result.parent} "
-      f"({first_line(error)}); set data.dir to another folder"
-    ) from error
+    if _damage(folder):  # otherwise another process was first
+      raise ConfigError(
+        f"cannot write the tokens of large text to {folder.parent} "
+        f"({first_line(error)}); set data.dir to another folder"
+      ) from error
+  return folder
+
+
+def _damage(folder: pathlib.Path) -> str:
+  """Returns why the files of a folder cannot be used; "": they are intact."""
+  try:
+    if files.require_intact(str(folder)):
+      return ""
+  except (ConfigError, OSError) as error:
+    return first_line(error)
+  return f"{folder} has no {files.CHECKSUMS}"
 
 
 def _hash(text: str) -> str:
@@ -145,19 +181,24 @@ def _identity(tokenizer: Tokenizer) -> str:
 
 
 def _tokenizer(
-  data: DataConfig, folder: pathlib.Path, splits: Callable[[], Any]
+  data: DataConfig,
+  folder: pathlib.Path,
+  splits: Callable[[], Any],
+  keep: bool,
 ) -> Tokenizer:
   """Returns the tokenizer of the config, trained once."""
   if data.tokenizer not in tokenizers.BUILT_IN:
     return tokenizers.load_tokenizer(data.tokenizer)
-  path = folder / f"{data.tokenizer}-{data.vocab_size}" / "tokenizer.json"
-  if path.is_file():
-    return tokenizers.load_tokenizer(path)
-  texts = (slices for _, slices in splits()["train"].documents())
-  made = tokenizers.train_tokenizer(data, texts)
-  with _writing(path), files.becoming(str(path.parent)) as part:
-    made.save(os.path.join(part, path.name))
-  return made
+
+  def write(part):
+    texts = (slices for _, slices in splits()["train"].documents())
+    made = tokenizers.train_tokenizer(data, texts)
+    made.save(os.path.join(part, "tokenizer.json"))
+
+  target = folder / f"{data.tokenizer}-{data.vocab_size}"
+  return tokenizers.load_tokenizer(
+    _made(target, write, keep) / "tokenizer.json"
+  )
 
 
 def _write(

@@ -612,7 +612,9 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
     ConfigError: it is not a run.
   """
   config = _config_here(workdir)
-  data = make_data(config, run_dir.load_tokenizer(workdir))
+  tokenizer = run_dir.load_tokenizer(workdir)
+  # data.dir comes from the run, not from the user who reads it.
+  data = make_data(config, tokenizer, keep_tokens=False)
   run_dir.require_same_text(workdir, data.digest)
   # Another process may be training there, with a save under way.
   return Run(config, data), Checkpoints(workdir, cleans=False)

@@ -172,6 +172,71 @@ def test_later_runs_do_not_read_the_text(small, tmp_path, monkeypatch, make):
     batches.make_data(_config(path))
 
 
+def _streams(data):
+  return {k: np.array(x) for k, x in data.examples._streams.items()}
+
+
+@pytest.mark.parametrize(
+  "name", ["train.bin", "valid.bin", "meta.json", "checksums.json"]
+)
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
+def test_damaged_tokens_are_made_again_with_a_line(
+  small, tmp_path, caplog, name, harm
+):
+  config = _config(_txt(tmp_path))
+  first = batches.make_data(config)
+  streams = _streams(first)
+  [meta] = (tmp_path / corpus.FOLDER).rglob("meta.json")
+  path = meta.with_name(name)
+  content = path.read_bytes()
+  middle = len(content) // 2
+  flipped = bytearray(content)
+  flipped[middle] ^= 1
+  changed = {"flip": flipped, "cut": content[:middle], "empty": b""}
+  if harm == "remove":
+    path.unlink()
+  else:
+    path.write_bytes(changed[harm])
+  for lines in (1, 0):
+    caplog.clear()
+    again = batches.make_data(config)
+    assert len(caplog.records) == lines
+    assert again.digest == first.digest
+    for split, stream in _streams(again).items():
+      np.testing.assert_array_equal(stream, streams[split])
+  assert path.read_bytes() == content
+
+
+def test_damaged_trained_tokenizer_is_made_again(small, tmp_path, caplog):
+  config = _config(_txt(tmp_path))
+  first = batches.make_data(config)
+  [path] = (tmp_path / corpus.FOLDER).rglob("tokenizer.json")
+  content = path.read_text()
+  path.write_text(content.replace("a", "b", 1))
+  again = batches.make_data(config)
+  assert again.tokenizer.to_json() == first.tokenizer.to_json()
+  assert path.read_text() == content
+  assert "made again" in caplog.text
+
+
+def test_tokens_that_are_not_kept_leave_the_folders_as_they_are(
+  small, tmp_path, caplog
+):
+  config = _config(_txt(tmp_path))
+  found = batches.make_data(config, keep_tokens=False)
+  assert not (tmp_path / corpus.FOLDER).exists()
+  kept = batches.make_data(config)
+  assert kept.digest == found.digest
+  [meta] = (tmp_path / corpus.FOLDER).rglob("meta.json")
+  meta.write_text("{}")
+  again = batches.make_data(config, keep_tokens=False)
+  assert again.digest == kept.digest
+  assert meta.read_text() == "{}"
+  np.testing.assert_array_equal(
+    _streams(again)["train"], _streams(kept)["train"]
+  )
+
+
 def test_another_column_is_another_text(small, tmp_path):
   path = tmp_path / "a.jsonl"
   row = json.dumps({"first": "one text", "second": "another text"})

@@ -18,6 +18,7 @@ import pytest
 
 from folding import cli, paths
 from folding import config as config_lib
+from folding.data import corpus
 from folding.errors import ConfigError, TrainingError
 from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
@@ -288,6 +289,16 @@ def test_changed_text_is_refused(text_file, tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="text or the labels changed"):
       call(str(copy))
   assert modified(copy) == before
+
+
+def test_evaluate_writes_no_tokens_of_large_text(
+  tiny_run, text_file, monkeypatch
+):
+  _, workdir, result = tiny_run
+  monkeypatch.setattr(corpus, "LARGE", 0)
+  found = loop.evaluate_run(str(workdir))
+  assert found["loss"] == result["test"]["loss"]
+  assert not (text_file.parent / corpus.FOLDER).exists()
 
 
 def test_evaluate_of_a_run_without_a_digest_says_so(tiny_run, tmp_path, caplog):
