@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -159,6 +160,33 @@ def require_intact(folder: str, skip: Collection[str] = ()) -> bool:
   return True
 
 
+def require_as_exported(folder: str, skip: Collection[str] = ()) -> None:
+  """Checks an exported folder against its checksums, if it has any.
+
+  Folders of other programs have none, or a file of that name in another format.
+
+  Args:
+    folder: The folder.
+    skip: Files that are not checked.
+
+  Raises:
+    ConfigError: a file was edited, is missing or is damaged.
+  """
+  path = os.path.join(folder, CHECKSUMS)
+  if not os.path.exists(path):
+    return
+  with open(path, "rb") as file:
+    if not re.search(rb': ("[0-9a-f]{8}"|null)', file.read()):
+      return
+  try:
+    require_intact(folder, skip)
+  except ConfigError as error:
+    raise ConfigError(
+      f"{error}; put back what was exported, or, if you edited it on purpose, "
+      f"remove {path}"
+    ) from None
+
+
 def require_inside(folder: str, names: Iterable[str]) -> None:
   """Checks that a folder from elsewhere has no links to other places.
 
@@ -200,13 +228,18 @@ def becoming(folder: str) -> Iterator[str]:
     raise
 
 
-def folder_bytes(path: str) -> int:
-  """Returns the bytes of the files in a folder and those below it."""
-  return sum(
-    os.path.getsize(os.path.join(folder, name))
-    for folder, _, names in os.walk(path)
+def all_files(folder: str) -> list[str]:
+  """Returns the files of a folder and those below it, such as "a/b", sorted."""
+  return sorted(
+    os.path.relpath(os.path.join(at, name), folder).replace(os.sep, "/")
+    for at, _, names in os.walk(folder)
     for name in names
   )
+
+
+def folder_bytes(path: str) -> int:
+  """Returns the bytes of the files in a folder and those below it."""
+  return sum(os.path.getsize(os.path.join(path, x)) for x in all_files(path))
 
 
 def require_local(path: str) -> None:

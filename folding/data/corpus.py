@@ -150,7 +150,7 @@ def _made(
       shutil.rmtree(folder)
     with files.becoming(str(folder)) as part:
       write(pathlib.Path(part))
-      files.write_checksums(part, sorted(os.listdir(part)))
+      files.write_checksums(part, files.all_files(part))
   except OSError as error:
     if _damage(folder):  # otherwise another process was first
       raise ConfigError(

@@ -684,6 +684,7 @@ def load_pretrained(
       of an unsupported kind; names it.
   """
   folder = find_pretrained(path_or_hub_id)
+  files.require_as_exported(str(folder))
   described = describe_pretrained(folder)
   if task == "lm" and not described.config.causal:
     raise ConfigError(

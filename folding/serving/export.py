@@ -11,6 +11,7 @@ special_tokens.json  if pad and end tokens are known by more than their names
 
 `export_hf` writes a dense folder for `transformers`, `export_stablehlo` a
 program for `jax.export`, and `onnx_export.export_onnx` one for onnxruntime.
+Every export also has a checksums.json, see `files.write_checksums`.
 """
 
 import os
@@ -30,6 +31,7 @@ from folding.serving.loaded import (
   SCHEMA,
   Model,
   file_sha256,
+  require_exportable,
   require_names,
   require_shapes,
   sizes,
@@ -64,12 +66,11 @@ def export(
     as `folding.account` counts them, "files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, the parameters do not fit the config
-      and the labels, or the labels are not different strings.
+    ConfigError: the folder is not empty, a parameter is NaN, the parameters do
+      not fit the config and the labels, or the labels are not different strings.
     OSError: it cannot be written.
   """
-  path = os.fspath(path)
-  files.require_empty(path)
+  path = require_exportable(path, params)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
   require_shapes(path, config, len(labels), shapes)
   require_names(labels)
@@ -86,7 +87,8 @@ def export(
     },
     "config": config_lib.to_dict(config),
   }
-  # Written last: it marks the folder as complete.
+  # The last file of the model: it marks the folder as complete.
   files.write_json(os.path.join(path, CONFIG), values, ensure_ascii=False)
+  files.write_checksums(path, files.all_files(path))
   size = sizes(Model(config, params, tokenizer, tuple(labels)))
   return size | {"files": files.folder_bytes(path)}

@@ -22,7 +22,12 @@ from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
-from folding.serving.loaded import Model, require_float, sizes
+from folding.serving.loaded import (
+  Model,
+  require_exportable,
+  require_float,
+  sizes,
+)
 
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
 _ENCODER_TOKENS = {
@@ -56,13 +61,12 @@ def export_hf(
     {"files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, no family computes this model, its
+    ConfigError: the folder is not empty, a parameter is NaN, no family computes this model, its
       classifier would ignore the end of a text, or the dtype is not a
       floating-point one.
     OSError: it cannot be written.
   """
-  path = os.fspath(path)
-  files.require_empty(path)
+  path = require_exportable(path, loaded.params)
   require_float(dtype)
   width = int(np.max(loaded.config.model.mlp_width))
   m = dataclasses.replace(loaded.config.model, mlp_width=width, heads=None)
@@ -112,6 +116,7 @@ def export_hf(
   files.write_json(os.path.join(path, OPTIONS), options)
   if loaded.config.task == "embed":
     sentence.write(path, loaded.config.model, loaded.config.data.length)
+  files.write_checksums(path, files.all_files(path))
   return {"files": files.folder_bytes(path)}
 
 

@@ -257,6 +257,7 @@ def _load_compact(path: str, values: dict[str, Any]) -> Model:
         f"{file} is not the file that was exported: its checksum differs from "
         f"that in {CONFIG}; copy it again"
       )
+  files.require_as_exported(path, skip=checksums)
   params = load_packed(
     os.path.join(path, WEIGHTS),
     functools.partial(require_shapes, path, config, len(labels)),
@@ -342,6 +343,17 @@ def require_shapes(
         f"the parameters in {path} are not of its config and labels: {name} is "
         f"{shapes.get(name)}, not {expected.get(name)}"
       )
+
+
+def require_exportable(path: str | os.PathLike, params: Any) -> str:
+  """Returns the path of a folder that a model can be exported to.
+
+  Raises:
+    ConfigError: the folder is not empty, or a parameter is NaN or infinite: some
+      formats would turn it into an ordinary number.
+  """
+  files.require_empty(os.fspath(path))
+  return os.fspath(path)
 
 
 def file_sha256(path: str) -> str:

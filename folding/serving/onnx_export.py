@@ -33,7 +33,7 @@ from folding.models.attention import layer_frequencies
 from folding.models.exact_attention import MASKED, relative_buckets
 from folding.models.hf_weights import CONFIG, TOKENIZER
 from folding.serving.hf_export import tokenizer_options
-from folding.serving.loaded import Model
+from folding.serving.loaded import Model, require_exportable
 from folding.version import __version__
 
 MODEL = "model.onnx"
@@ -68,12 +68,11 @@ def export_onnx(
     {"parameters": bytes of the arrays, "files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, the package onnx is missing, the dtype
+    ConfigError: the folder is not empty, a parameter is NaN, the package onnx is missing, the dtype
       is another one, or the arrays exceed 2 GiB.
     OSError: it cannot be written.
   """
-  path = os.fspath(path)
-  files.require_empty(path)
+  path = require_exportable(path, loaded.params)
   require_onnx()
   if dtype not in get_args(Dtype):
     raise ConfigError(
@@ -108,6 +107,7 @@ def export_onnx(
     files.write_json(os.path.join(path, name), content, ensure_ascii=False)
   if loaded.config.task == "embed":
     sentence.write(path, loaded.config.model, loaded.config.data.length)
+  files.write_checksums(path, files.all_files(path))
   return {"parameters": graph.num_bytes, "files": files.folder_bytes(path)}
 
 

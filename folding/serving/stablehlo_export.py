@@ -11,7 +11,7 @@ from folding import files
 from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
 from folding.models.hf_weights import TOKENIZER
-from folding.serving.loaded import Model
+from folding.serving.loaded import Model, require_exportable
 
 STABLEHLO, META = "model.stablehlo", "meta.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -41,11 +41,10 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
     {"parameters": bytes of the arrays, "program": bytes of the file}.
 
   Raises:
-    ConfigError: the folder is not empty, or the program is too large.
+    ConfigError: the folder is not empty, a parameter is NaN, or the program is too large.
     OSError: it cannot be written.
   """
-  path = os.fspath(path)
-  files.require_empty(path)
+  path = require_exportable(path, loaded.params)
   size = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
   if size >= 1 << 31:  # a limit of flatbuffers
     raise ConfigError(
@@ -86,6 +85,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
   files.write_file(os.path.join(path, STABLEHLO), program)
   files.write_file(os.path.join(path, TOKENIZER), loaded.tokenizer.to_json())
   files.write_json(os.path.join(path, META), meta, ensure_ascii=False)
+  files.write_checksums(path, files.all_files(path))
   return {"parameters": size, "program": len(program)}
 
 

@@ -167,9 +167,9 @@ class Checkpoints:
     if self._model is not None:
       files.write_json(str(part / _MODEL), dataclasses.asdict(self._model))
     names = [
-      path.relative_to(part).as_posix()
-      for path in sorted(part.rglob("*"))
-      if path.is_file() and path.name not in _WRITTEN_LAST
+      name
+      for name in files.all_files(str(part))
+      if pathlib.Path(name).name not in _WRITTEN_LAST
     ]
     files.write_checksums(str(part), names)
     # TensorStore flushes the arrays itself; they lie in folders called d.

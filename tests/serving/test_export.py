@@ -1,6 +1,7 @@
 """Compact exports: arrays, folders, and what `load` refuses."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -14,11 +15,12 @@ import safetensors.numpy
 
 import folding
 from folding import config as c
-from folding import paths
+from folding import files, paths
 from folding.compression import accounting
 from folding.errors import ConfigError
 from folding.serving import export as export_lib
 from folding.serving import loaded as loaded_lib
+from folding.serving import onnx_export
 from folding.serving import packed as packed_lib
 from tests.serving import models
 
@@ -307,6 +309,7 @@ def test_load_refuses_a_changed_config(folder, change, message):
   values = json.loads(path.read_text("utf-8"))
   change(values)
   path.write_text(json.dumps(values))
+  (folder / "checksums.json").unlink()
   with pytest.raises(ConfigError, match=message) as error:
     folding.load(folder)
   assert "\n" not in str(error.value)
@@ -323,6 +326,7 @@ def test_earlier_export_of_an_encoder_is_of_task_embed(tmp_path, normalize):
   del values["config"]["model"]["normalize"]
   values["is_normalized"] = normalize
   path.write_text(json.dumps(values))
+  (tmp_path / "out" / "checksums.json").unlink()
   assert folding.load(tmp_path / "out").config == model.config
 
 
@@ -337,8 +341,51 @@ def test_load_compares_shapes_before_it_allocates(folder):
   digest = hashlib.sha256(path.read_bytes()).hexdigest()
   values["sha256"]["model.safetensors"] = digest
   (folder / "config.json").write_text(json.dumps(values))
+  (folder / "checksums.json").unlink()
   with pytest.raises(ConfigError, match="not of its config"):
     folding.load(folder)
+
+
+FORMATS = {
+  "compact": write,
+  "hf": export_lib.export_hf,
+  "onnx": onnx_export.export_onnx,
+  "onnx-int8": functools.partial(onnx_export.export_onnx, dtype="int8"),
+  "stablehlo": export_lib.export_stablehlo,
+}
+
+
+def _of_bert():
+  return models.make(model=c.bert(**models.SHAPE, pooler=True))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_export_has_checksums_of_all_its_files(name, tmp_path):
+  FORMATS[name](tmp_path, _of_bert())
+  found = files.read_checksums(str(tmp_path))
+  assert found is not None
+  assert {*found, "checksums.json"} == {p.name for p in tmp_path.iterdir()}
+  assert files.require_intact(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["compact", "hf"])
+def test_load_refuses_an_edited_config_until_its_checksum_is_removed(
+  name, tmp_path
+):
+  FORMATS[name](tmp_path, _of_bert())
+  path = tmp_path / "config.json"
+  path.write_text(path.read_text("utf-8").replace("so so", "so"), "utf-8")
+  with pytest.raises(ConfigError, match=r"config\.json differs.* remove"):
+    folding.load(tmp_path)
+  (tmp_path / "checksums.json").unlink()
+  assert folding.load(tmp_path).labels[1] == "so"
+
+
+def test_checksums_of_another_program_are_not_read(tmp_path):
+  export_lib.export_hf(tmp_path, _of_bert())
+  for other in ({"config.json": "0" * 64}, ["config.json"]):
+    (tmp_path / "checksums.json").write_text(json.dumps(other))
+    assert folding.load(tmp_path).labels == models.LABELS
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
