@@ -353,6 +353,13 @@ def require_exportable(path: str | os.PathLike, params: Any) -> str:
       formats would turn it into an ordinary number.
   """
   files.require_empty(os.fspath(path))
+  for name, w in paths.flatten(params).items():
+    is_float = jnp.issubdtype(w.dtype, jnp.floating)
+    if is_float and not np.isfinite(np.asarray(w)).all():
+      raise ConfigError(
+        f"the parameter {name} has values that are NaN or infinite, so the model "
+        "is not exported"
+      )
   return os.fspath(path)
 
 

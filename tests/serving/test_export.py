@@ -368,6 +368,16 @@ def test_every_export_has_checksums_of_all_its_files(name, tmp_path):
   assert files.require_intact(str(tmp_path))
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_export_writes_parameters_that_are_not_finite(name, value, tmp_path):
+  model = _of_bert()
+  model.params["blocks_1"]["mlp"]["up"]["kernel"][2, 3] = value
+  with pytest.raises(ConfigError, match="blocks_1/mlp/up/kernel has values"):
+    FORMATS[name](tmp_path / "out", model)
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["compact", "hf"])
 def test_load_refuses_an_edited_config_until_its_checksum_is_removed(
   name, tmp_path
