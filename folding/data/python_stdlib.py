@@ -1,25 +1,22 @@
-"""A TFDS data set without a download: the source of Python's library.
+"""The source of Python's library: text that each machine has.
 
-It is a few megabytes of code and prose. Its version is the interpreter's, so
-two interpreters never share prepared data. No TensorFlow is imported.
+It is a few megabytes of code and prose, read from the interpreter. So it depends
+on the interpreter's version.
 """
 
 import ast
 import collections
-import contextlib
 import hashlib
-import io
 import pathlib
-import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TypeAlias
 
-import tensorflow_datasets as tfds
-
+from folding.config import DataConfig, Task
+from folding.data.rows import Rows, choose_texts
 from folding.errors import ConfigError
 
+NAME = "python_stdlib"  # as `DataConfig.name`
 NUM_TOPICS = 8
 MIN_WORDS = 6  # a shorter docstring says too little about its package
 
@@ -37,104 +34,77 @@ _DOCUMENTED = (
 )
 
 
-class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-  """The standard library as text (`source`) and as a topic task (`topic`).
+_Example: TypeAlias = tuple[str, str | None]  # text, topic
 
-  `source`: one example per file, split 80/10/10 by a hash of the file's path.
-  `topic`: one example per docstring, labelled with its package. It has the 8
-  packages with the most docstrings, equally many of each. Texts are distinct,
+
+def read(
+  data: DataConfig, task: Task
+) -> tuple[dict[str, Rows], list[str] | None]:
+  """Returns the rows of each split, and the names of the topics.
+
+  A text of task "lm" is a file. Files are split 80/10/10 by a hash of their path.
+  Texts of "classify" and "embed" are docstrings, labelled with their package: of
+  the 8 packages with the most docstrings, equally many of each. They are distinct,
   so no two splits share one.
-  """
-
-  VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
-  BUILDER_CONFIGS = [
-    tfds.core.BuilderConfig(name="source", description="Whole files."),
-    tfds.core.BuilderConfig(name="topic", description="Docstring to package."),
-  ]
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    features: dict[str, tfds.features.FeatureConnector] = {
-      "text": tfds.features.Text(),
-      "path": tfds.features.Text(),
-    }
-    if self._config_name == "topic":
-      # The names are set in `_split_generators`, and stored with the data.
-      features["label"] = tfds.features.ClassLabel(num_classes=NUM_TOPICS)
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="Python's standard library, read from the interpreter.",
-      features=tfds.features.FeaturesDict(features),
-    )
-
-  @property
-  def _config_name(self) -> str:
-    config = self.builder_config
-    assert config is not None
-    return config.name
-
-  def _split_generators(self, dl_manager):
-    del dl_manager
-    splits = {"train": [], "validation": [], "test": []}
-    if self._config_name == "source":
-      for path, text in library_files().items():
-        splits[_split_of(path)].append({"text": text, "path": path})
-    else:
-      topics = choose_topics(library_docstrings(library_files()))
-      features: Any = self.info.features
-      features["label"].names = list(topics)
-      for topic, docstrings in topics.items():
-        # A tenth of each class: every split has the same balance.
-        tenth = round(len(docstrings) / 10)
-        for index, (text, path) in enumerate(docstrings):
-          split = {0: "validation", 1: "test"}.get(index // tenth, "train")
-          splits[split].append({"text": text, "path": path, "label": topic})
-    return {
-      name: self._generate_examples(examples)
-      for name, examples in splits.items()
-    }
-
-  def _generate_examples(self, examples) -> Iterator[tuple[int, dict]]:
-    yield from enumerate(examples)
-
-
-def prepare(
-  config: Literal["source", "topic"], data_dir: str | None = None
-) -> PythonStdlib:
-  """Returns the builder with its data on disk; prepares it if needed.
 
   Args:
-    config: Name of the builder config.
-    data_dir: Where TFDS keeps prepared data; None: its default.
+    data: Its section of the config.
+    task: Task of the run.
 
   Raises:
-    ConfigError: the folder cannot be written.
+    ConfigError: the library has no source files or too few docstrings, or no
+      labels for the task.
   """
-  tfds.disable_progress_bar()  # drawing it takes a second
-  try:
-    with contextlib.suppress(OSError):  # another process may finish first
-      return _prepared(config, data_dir)
-    return _prepared(config, data_dir)
-  except OSError as error:
+  place, columns, names = "Python's library", ["text"], None
+  if task in ("regress", "multilabel"):
     raise ConfigError(
-      f"cannot write prepared data under {data_dir or 'the TFDS folder'} "
-      f"({error}); set data.dir to a folder that can be written"
-    ) from error
-  finally:
-    tfds.enable_progress_bar()
+      f"{place} has packages as classes, and no labels for task {task!r}; set "
+      "data.path or another data.name"
+    )
+  splits: dict[str, list[_Example]] = {"train": [], "valid": [], "test": []}
+  if task == "lm":
+    for path, text in library_files().items():
+      splits[_split_of(path)].append((text, None))
+  else:
+    topics = choose_topics(library_docstrings(library_files()))
+    names = list(topics) if task == "classify" else None
+    for topic, docstrings in topics.items():
+      # A tenth of each class: every split has the same balance.
+      tenth = round(len(docstrings) / 10)
+      for index, (text, _) in enumerate(docstrings):
+        split = {0: "valid", 1: "test"}.get(index // tenth, "train")
+        splits[split].append((text, topic))
+  chosen = choose_texts(place, columns, columns, data, task)
+  return {
+    split: _rows(f"{place}[{split}]", _shuffled(split, examples), task, chosen)
+    for split, examples in splits.items()
+  }, names
 
 
-def _prepared(config: str, data_dir: str | None) -> PythonStdlib:
-  with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what it does
-    builder(config, data_dir).download_and_prepare()
-  # The first builder has no splits if another process prepared the data meanwhile.
-  return builder(config, data_dir)
-
-
-def builder(config: str, data_dir: str | None) -> PythonStdlib:
-  """Returns the builder, whether or not its data is on disk."""
-  return PythonStdlib(
-    config=config, data_dir=data_dir, file_format="array_record"
+def _rows(
+  source: str, examples: list[_Example], task: Task, columns: tuple[str, ...]
+) -> Rows:
+  return Rows(
+    source,
+    [text for text, _ in examples],
+    [topic or "" for _, topic in examples] if task == "classify" else None,
+    [source] * len(examples),
+    columns,
   )
+
+
+def _shuffled(split: str, examples: list[_Example]) -> list[_Example]:
+  """Returns examples in the order in which TFDS would keep them.
+
+  Earlier versions read this text through TFDS, and the digest of a run's text
+  depends on the order.
+  """
+  salt = {"valid": "validation"}.get(split, split)
+
+  def key(numbered):
+    return hashlib.md5(f"{salt}{numbered[0]}".encode()).digest()
+
+  return [example for _, example in sorted(enumerate(examples), key=key)]
 
 
 def library_files() -> dict[str, str]:
@@ -219,7 +189,7 @@ def choose_topics(
 def _split_of(path: str) -> str:
   """Returns the split of a file: the same on every machine."""
   tenth = int.from_bytes(digest(path)[:4], "big") % 10
-  return {0: "validation", 1: "test"}.get(tenth, "train")
+  return {0: "valid", 1: "test"}.get(tenth, "train")
 
 
 def digest(text: str) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from folding import config as config_lib
 from folding.config import DataConfig
 from folding.data import labels as labels_lib
-from folding.data import local_files, python_stdlib, tfds_sets
+from folding.data import local_files, python_stdlib
 from folding.data.rows import Rows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
@@ -70,8 +70,12 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   require_room(data)
   if data.path is not None:
     splits, names = local_files.read_path(pathlib.Path(data.path), data, task)
-  else:
+  elif is_tfds(data):
+    from folding.data import tfds_sets  # imports TFDS, which takes seconds
+
     splits, names = tfds_sets.read(data, task)
+  else:
+    splits, names = python_stdlib.read(data, task)
   train = splits["train"]
   for rows in splits.values():
     if len(rows.columns) + len(train.columns) == 3:
@@ -120,6 +124,11 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   if len(train.columns) == 2:
     pair = train.columns[0], train.columns[1]
   return Texts(texts, labels, known, pair)
+
+
+def is_tfds(data: DataConfig) -> bool:
+  """Returns whether the source is a TFDS data set."""
+  return data.path is None and data.name != python_stdlib.NAME
 
 
 def require_room(data: DataConfig) -> None:

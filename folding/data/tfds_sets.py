@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -19,7 +19,6 @@ import tensorflow_datasets.text
 from folding import config as config_lib
 from folding import errors
 from folding.config import DataConfig
-from folding.data import python_stdlib
 from folding.data import rows as rows_lib
 from folding.data.labels import Label
 from folding.data.rows import Rows
@@ -119,26 +118,19 @@ def _without_unknown_classes(splits: dict[str, Rows]) -> dict[str, Rows]:
   return found
 
 
-def require_prepared(
-  data: DataConfig, task: config_lib.Task, workdir: str
-) -> None:
+def require_prepared(data: DataConfig, workdir: str) -> None:
   """Checks that reading the data of a run will neither fetch nor write any.
 
   Args:
     data: Data section of the config.
-    task: Task of the run.
     workdir: The run directory, for the message.
 
   Raises:
     ConfigError: the TFDS data set is not prepared.
   """
-  if data.path:
-    return
   builder = None
   with contextlib.suppress(Exception):  # it may fail in any way
-    if data.name == "python_stdlib":
-      builder = python_stdlib.builder(_stdlib_config(task), data.dir)
-    elif ":" not in data.name:  # a name that TFDS would look up in the network
+    if ":" not in data.name:  # a name that TFDS would look up in the network
       builder = _builder(data)
   if builder is None or not builder.is_prepared():
     raise ConfigError(
@@ -157,8 +149,6 @@ def _prepared(
     raise ConfigError(
       "set data.path, a file or folder, or data.name, a TFDS data set"
     )
-  if data.name == "python_stdlib":
-    return python_stdlib.prepare(_stdlib_config(task), data.dir)
   instead = "put text in a local file and set data.path"
   try:
     builder = _builder(data)
@@ -183,10 +173,6 @@ def _prepared(
       f"{errors.first_line(error)}; {check}, or {instead}"
     ) from error
   return builder
-
-
-def _stdlib_config(task: config_lib.Task) -> Literal["source", "topic"]:
-  return "source" if task == "lm" else "topic"
 
 
 def _builder(data: DataConfig) -> tfds.core.DatasetBuilder:

@@ -22,7 +22,7 @@ from folding import files
 from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
 from folding.config import Config
-from folding.data import tfds_sets
+from folding.data import sources
 from folding.data.batches import STS, Data, make_data
 from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError
@@ -623,7 +623,10 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
 def _config_here(workdir: str) -> Config:
   """Returns the config of a run, with a mesh that fits the devices."""
   config = run_dir.load_config(workdir)
-  # A config that came with a run must not fetch data, nor choose where to write.
-  tfds_sets.require_prepared(config.data, config.task, workdir)
+  if sources.is_tfds(config.data):
+    from folding.data import tfds_sets  # imports TFDS, which takes seconds
+
+    # A config that came with a run must not fetch data, nor choose where to write.
+    tfds_sets.require_prepared(config.data, workdir)
   mesh = sharding.fitting(config.mesh, jax.device_count())
   return dataclasses.replace(config, mesh=mesh)

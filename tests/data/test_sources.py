@@ -655,8 +655,8 @@ def test_tiny_shakespeare_has_the_documented_sizes(shared_data):
   assert sizes == {"train": 1_003_854, "valid": 55_770, "test": 55_770}
 
 
-def test_python_stdlib_is_source_or_topics(stdlib_dir):
-  data = DataConfig(dir=stdlib_dir)
+def test_python_stdlib_is_source_or_topics():
+  data = DataConfig()
   lm = sources.load_texts(data, "lm")
   assert any("def " in text for text in lm.texts["test"])
   assert lm.labels is None

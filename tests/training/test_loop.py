@@ -330,7 +330,7 @@ def test_evaluate_verb_refuses_parameters_that_are_nan(
   assert "nan" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["glue", "python_stdlib", "a:b"])
+@pytest.mark.parametrize("name", ["glue", "a:b"])
 def test_run_that_is_read_back_prepares_no_data(
   tiny_run, tmp_path, name, capsys
 ):
