@@ -31,7 +31,7 @@ def read(
   data: DataConfig, task: config_lib.Task
 ) -> tuple[dict[str, Rows], list[str] | None]:
   """Reads a TFDS data set; the names are those of a `ClassLabel`."""
-  builder: Any = _prepared(data, task)
+  builder: Any = _prepared(data)
   table: Any = builder.info.features
   features: dict[str, Any] = dict(table.items())
   label_field = ""
@@ -141,9 +141,7 @@ def require_prepared(data: DataConfig, workdir: str) -> None:
     )
 
 
-def _prepared(
-  data: DataConfig, task: config_lib.Task
-) -> tfds.core.DatasetBuilder:
+def _prepared(data: DataConfig) -> tfds.core.DatasetBuilder:
   """Returns a builder whose data is on this machine."""
   if not data.name:
     raise ConfigError(
