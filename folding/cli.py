@@ -116,7 +116,8 @@ def train(args: argparse.Namespace) -> None:
   _CONFIG,
   _argument(
     "--devices",
-    "cpu-8 (simulated, an estimate), or TPUs: v5p:4x4x2, v5e:2x2, v5p-64",
+    "cpu-8 (simulated, an estimate), TPUs: v5p:4x4x2, v5e:2x2, v5p-64, or GPUs: "
+    "h100:8, h100:4x8 (four hosts)",
     metavar="DEVICES",
     required=True,
   ),

@@ -1,59 +1,30 @@
 """Memory and work of a training step per device, as the compiler reports them.
 
 The step of a run, plain and with a mask update, is compiled for devices that
-need not exist: CPU devices that XLA simulates, or a TPU slice that the compiler
-in libtpu knows. No data is read and no array is allocated.
+need not exist, see `devices`. No data is read and no array is allocated.
 """
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from folding import config as config_lib
 from folding import paths
 from folding.compression.sites import make_sites
-from folding.config import Config
+from folding.config import Config, MeshConfig
 from folding.data.tokenizers import vocab_size
-from folding.errors import ConfigError
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.training import hlo, sharding
+from folding.training.devices import GIB, Devices
+from folding.training.devices import find_devices as find_devices
 from folding.training.progress import aligned
 from folding.training.step import Program
-
-GIB = 2**30
-
-
-class _Tpu(NamedTuple):
-  """A generation of TPUs.
-
-  Attributes:
-    gib: GiB of memory per chip.
-    axes: Axes of a topology.
-    cores: Cores per chip that the name of a slice counts: Google names a v5p
-      slice of 32 chips v5p-64.
-    hertz: Cycles per second.
-  """
-
-  gib: int
-  axes: int
-  cores: int
-  hertz: float
-
-
-# The clock is peak FLOP/s over FLOP per cycle of the matrix units.
-_TPUS = {
-  "v5e": _Tpu(16, 2, 1, 1.5e9),
-  "v5p": _Tpu(95, 3, 2, 1.75e9),
-  "v6e": _Tpu(32, 2, 1, 1.75e9),
-}
 
 # {model.scan_layers: (fewest layers to extrapolate, numbers of layers to compile)},
 # if all layers are alike. A single layer is not enough: the TPU compiler has no
@@ -63,101 +34,6 @@ _PER_LAYER = {
   "model": ("mlp_width", "dense_mlp_width", "heads"),
   "fold": ("groups", "values", "value_rank"),
 }
-
-# libtpu without a TPU: it asks no metadata server, and several may run at once.
-_OFFLINE = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-class Devices(NamedTuple):
-  """Devices to compile for.
-
-  Attributes:
-    name: As the user gave it, such as "cpu-8" or "v5p:4x4x2".
-    devices: JAX devices; those of a TPU topology cannot run anything.
-    gib: Memory of each device in GiB.
-    hertz: Cycles per second; None: the compiler counts none.
-  """
-
-  name: str
-  devices: Sequence[Any]
-  gib: float
-  hertz: float | None = None
-
-
-def find_devices(text: str) -> Devices:
-  """Returns the devices of a name: "cpu-8", "v5e:2x2" or "v5p-64".
-
-  Raises:
-    ConfigError: the name is not valid, libtpu is not installed, or JAX has
-      started with fewer CPU devices.
-  """
-  if found := re.fullmatch(r"cpu-([1-9]\d{0,3})", text):
-    return _cpus(text, int(found[1]))
-  if found := re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", text):
-    generation, shape = found[1], [int(size) for size in found[2].split("x")]
-  elif found := re.fullmatch(r"(\w+)-([1-9]\d*)", text):
-    generation, shape = found[1], topology_of(found[1], int(found[2]))
-  else:
-    generation, shape = "", None
-  if generation not in _TPUS or shape is None:
-    raise ConfigError(
-      f"--devices={text} is not valid; use cpu-N, a TPU topology such as "
-      f"v5p:4x4x2 or v5e:2x2, or a slice such as v5p-64 ({', '.join(_TPUS)})"
-    )
-  return _tpus(text, generation, shape)
-
-
-def _cpus(name: str, count: int) -> Devices:
-  try:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
-  except RuntimeError:
-    pass  # JAX has started
-  devices = jax.devices("cpu")
-  if len(devices) < count:
-    raise ConfigError(
-      f"--devices={name}: JAX has started with {len(devices)} CPU devices"
-    )
-  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return Devices(name, devices[:count], memory / GIB / count)
-
-
-def topology_of(generation: str, number: int) -> list[int] | None:
-  """Returns the topology of a slice such as v5p-64; None: there is none."""
-  if generation not in _TPUS:
-    return None
-  _, axes, cores, _ = _TPUS[generation]
-  power = (number // cores).bit_length() - 1
-  if power < 0 or number != 2**power * cores:
-    return None
-  return [2 ** ((power + axis) // axes) for axis in range(axes)][::-1]
-
-
-def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
-  for variable, value in _OFFLINE.items():
-    os.environ.setdefault(variable, value)
-  jax.config.update("jax_platforms", "cpu")  # starts no real device
-  topology = f"{generation}:{'x'.join(map(str, shape))}"
-  options = {}
-  if math.prod(shape) < 4:  # by default a host has 2 x 2 chips
-    options["chips_per_host_bounds"] = [*shape, *(1,) * (3 - len(shape))]
-  try:
-    found = topologies.get_topology_desc(topology, "tpu", **options)
-  except RuntimeError as error:
-    if "not installed" in str(error):
-      raise ConfigError(
-        "the compiler for TPUs is not installed; pip install "
-        "'folding-jax[tpu]', or use --devices=cpu-N for an estimate"
-      ) from error
-    raise ConfigError(f"--devices={name} is not valid: {error}") from error
-  tpu = _TPUS[generation]
-  total = tpu.gib * math.prod(shape)
-  return Devices(name, found.devices, total / len(found.devices), tpu.hertz)
 
 
 def plan(config: Config, devices: Devices) -> dict[str, Any]:
@@ -369,10 +245,7 @@ def _compiled(
   program: Program, devices: Devices, is_mask_update: bool
 ) -> dict[str, Any]:
   """Returns the report of `measure` on a whole program, without "fits"."""
-  config, teacher = program.config, None
-  if config.distill.is_used or config.task == "embed":
-    dense = config_lib.dense_baseline(config)
-    teacher = make_model(dense, config.data.vocab_size, _num_outputs(config))
+  teacher = _teacher(program.config)
   step = program.step(is_mask_update=is_mask_update, teacher=teacher)
   batch, constants = _inputs(program, teacher)
   lowered = step.lower(program.like, batch, **constants)
@@ -385,7 +258,8 @@ def _compiled(
     reason = reason.splitlines()[0]
     return {"missing": _missing(reason, devices.gib), "error": reason}
   memory: Any = compiled.memory_analysis()
-  cost: Any = compiled.cost_analysis()
+  # The compiler for GPUs makes none.
+  cost: Any = compiled.cost_analysis() or _global_cost(program, is_mask_update)
   work = hlo.read(compiled.as_text())
   scratch = memory.temp_size_in_bytes + memory.output_size_in_bytes
   scratch -= memory.alias_size_in_bytes
@@ -393,10 +267,29 @@ def _compiled(
     "arguments": memory.argument_size_in_bytes,
     "scratch": scratch,
     "flops": cost["flops"],
-    "bytes": cost["bytes accessed"],
+    "bytes": cost.get("bytes accessed"),
     "seconds": work.cycles / devices.hertz if devices.hertz else None,
     "collectives": {kind: m._asdict() for kind, m in work.moved.items()},
   }
+
+
+def _global_cost(program: Program, is_mask_update: bool) -> dict[str, float]:
+  """Returns the "flops" per device of the program before it is split."""
+  config = dataclasses.replace(program.config, mesh=MeshConfig())
+  mesh = sharding.make_mesh(config.mesh, jax.devices("cpu")[:1])
+  whole, teacher = make_program(config, mesh), _teacher(config)
+  step = whole.step(is_mask_update=is_mask_update, teacher=teacher)
+  batch, constants = _inputs(whole, teacher)
+  cost: Any = step.lower(whole.like, batch, **constants).cost_analysis()
+  return {"flops": cost["flops"] / program.mesh.size}
+
+
+def _teacher(config: Config) -> Transformer | None:
+  """Returns the teacher of a run, as far as it is known without the data."""
+  if not (config.distill.is_used or config.task == "embed"):
+    return None
+  dense = config_lib.dense_baseline(config)
+  return make_model(dense, config.data.vocab_size, _num_outputs(config))
 
 
 def _missing(reason: str, gib: float) -> float | None:

@@ -11,6 +11,7 @@ import pytest
 
 from folding import cli, errors, files, paths
 from folding import config as c
+from folding.training import devices as devices_lib
 from folding.training import plan as plan_lib
 from folding.training import sharding
 from folding.training.step import Program
@@ -31,6 +32,7 @@ def get_config(width="32"):
   )
 """
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
+HAS_GPU_COMPILER = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +343,7 @@ def test_cpus_share_the_memory_of_the_machine():
 )
 def test_topology_of_a_slice_is_the_most_even_one(slice_name, topology):
   generation, number = slice_name.split("-")
-  assert plan_lib.topology_of(generation, int(number)) == topology
+  assert devices_lib.topology_of(generation, int(number)) == topology
 
 
 @pytest.mark.skipif(not HAS_TPU_COMPILER, reason="libtpu is not installed")
@@ -357,6 +359,36 @@ def test_tpu_compiler_plans_a_slice(config):
 def test_missing_tpu_compiler_is_one_line():
   with pytest.raises(errors.ConfigError, match=r"pip install .*\[tpu\]"):
     plan_lib.find_devices("v5p-64")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not HAS_GPU_COMPILER, reason="jax-cuda12-plugin is not installed"
+)
+def test_gpu_compiler_plans_two_hosts(config):
+  devices = plan_lib.find_devices("h100:2x4")
+  assert (len(devices.devices), round(devices.gib, 1)) == (8, 79.1)
+  gpu = plan_lib.plan(config, devices)["compressed"]["step"]
+  cpu = plan_lib.plan(config, plan_lib.find_devices("cpu-8"))
+  cpu = cpu["compressed"]["step"]
+  assert gpu["fits"]
+  # Parameters, optimizer state and batch are the same arrays.
+  assert gpu["arguments"] == pytest.approx(cpu["arguments"], rel=0.1)
+  # Counted before and after the compiler splits the program.
+  assert gpu["flops"] == pytest.approx(cpu["flops"], rel=0.3)
+  assert gpu["collectives"].keys() & {"all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.skipif(HAS_GPU_COMPILER, reason="jax-cuda12-plugin is installed")
+def test_missing_gpu_compiler_is_one_line():
+  with pytest.raises(errors.ConfigError, match=r"pip install .*\[gpu-plan\]"):
+    plan_lib.find_devices("h100:8")
+
+
+@pytest.mark.parametrize("name", ["h100:1x2x3", "h100", "gtx:8", "h100:0"])
+def test_names_of_gpus_that_are_not_valid_are_refused(name):
+  with pytest.raises(errors.ConfigError, match="h100:4x8"):
+    plan_lib.find_devices(name)
 
 
 def test_verb_prints_a_table_or_json(config_file, capsys, compiled):
