@@ -40,6 +40,12 @@ def test_report_json_holds_the_measured_values(tmp_path):
   with_masks = written["bytes"]["linear"]["compression_with_masks"]
   assert with_masks == pytest.approx(1 - 250 / 800)
   assert written["allocated_parameters"] == 40 * 100 + 1
+  page = (tmp_path / "a" / "report.md").read_text()
+  (row,) = re.findall(r"^\|? *linear .*", page, re.MULTILINE)
+  assert re.findall(r"[\d.,%]+", row) == [
+    *("4,000", "1,000", "75.0%"),
+    *("800", "200", "50", "68.8%"),
+  ]
   assert written["test"] == synthetic_run.LM_TEST
   assert written["sparsity"] == pytest.approx(0.7)
   expected = synthetic_run.result(synthetic_run.config())

@@ -127,7 +127,8 @@ def test_write_leaves_a_csv_a_page_and_a_plot_per_metric(study, tmp_path):
 def test_dataset_table_has_means_over_seeds():
   rows = make_rows({("a", 0): 1.0, ("a", 1): 2.0})
   rows[1] = dataclasses.replace(rows[1], quality=0.9, bytes=400)
-  *_, line = cells(tables.dataset_table(rows))
+  header, _, line = cells(tables.dataset_table(rows))
+  assert header[3] == "to dense, points"
   assert line == [
     "ours",
     "50%",
@@ -138,6 +139,16 @@ def test_dataset_table_has_means_over_seeds():
     "0:00:03",
     "2",
   ]
+  rows = [dataclasses.replace(row, metric="bits_per_byte") for row in rows]
+  header, *_ = cells(tables.dataset_table(rows))
+  assert header[3] == "to dense, % of perplexity"
+
+
+def test_mean_change_needs_a_dense_run_of_each_seed():
+  rows = make_rows({("a", 0): 1.0, ("a", 1): None})
+  *_, line = cells(tables.dataset_table(rows))
+  assert line[3] == "–"
+  assert tables.curves(rows) == {}
 
 
 @pytest.mark.parametrize("names", ["a", "abc"])
