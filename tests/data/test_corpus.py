@@ -47,7 +47,7 @@ def _txt(folder):
 
 
 def _one_line(folder):
-  (folder / "a.txt").write_text("é" * 500, encoding="utf-8")
+  (folder / "a.txt").write_text("🙂" * 250, encoding="utf-8")
   return folder / "a.txt"
 
 
@@ -85,9 +85,9 @@ def _shards(folder):
 SOURCES = {
   "txt": (_txt, {}),
   "txt_bytes": (_txt, {"tokenizer": "bytes", "max_bytes": 900}),
-  "one_line": (
+  "one_line": (  # cut before the last byte of a character
     _one_line,
-    {"tokenizer": "bytes", "max_bytes": 301, "valid_fraction": 0.25},
+    {"tokenizer": "bytes", "max_bytes": 303, "valid_fraction": 0.25},
   ),
   "jsonl": (_rows, {}),
   "jsonl_limited": (_rows, {"max_bytes": 1001, "test_fraction": 0.3}),
@@ -234,6 +234,15 @@ def test_tokens_that_are_not_kept_leave_the_folders_as_they_are(
   assert meta.read_text() == "{}"
   np.testing.assert_array_equal(
     _streams(again)["train"], _streams(kept)["train"]
+  )
+
+
+def test_a_given_tokenizer_reads_large_text(small, tmp_path):
+  path = _txt(tmp_path)
+  given = batches.make_data(_config(path, tokenizer="bytes"))
+  found = batches.make_data(_config(path), given.tokenizer)
+  np.testing.assert_array_equal(
+    found.examples._streams["train"], given.examples._streams["train"]
   )
 
 
