@@ -213,6 +213,13 @@ def test_problem_type_is_the_task_in_both_directions(
   assert hf_config.describe(hf_config.to_hf(described)) == described
 
 
+def test_decoder_that_makes_vectors_has_no_head():
+  described = hf_config.describe(FAMILIES["llama"])
+  assert (described.head, described.task) == ("lm", "lm")
+  described = dataclasses.replace(described, problem="embed")
+  assert (described.head, described.task) == ("none", "embed")
+
+
 def _resolved(config):
   task = "lm" if config.causal else "classify"
   run = config_lib.Config(task=task, preset="none", model=config)

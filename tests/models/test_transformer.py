@@ -102,6 +102,15 @@ def test_forward_pass_equals_the_oracle(build, task, fold, fields):
   )
 
 
+def test_mean_over_no_tokens_is_zero():
+  model, _ = _make(bert, "classify", pooling="mean")
+  params = _randomized(model)
+  logits = jax.jit(model.apply)(
+    {"params": params}, _tokens(), KEEP.at[1].set(False)
+  )
+  np.testing.assert_array_equal(logits[1], params["head"]["bias"])
+
+
 @pytest.mark.parametrize(
   ("build", "fold", "fields"),
   [
