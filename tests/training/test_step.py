@@ -190,6 +190,19 @@ def test_step_with_teacher_tells_optimizer_the_loss_on_labels(
     chex.assert_trees_all_close(taught.params, plain.params, atol=1e-3)
 
 
+def test_step_of_vectors_tells_optimizer_the_loss_of_hidden_states():
+  model = c.ModelConfig(num_layers=1, width=32, num_heads=4, causal=False)
+  run = tiny.make(tiny.config(task="embed", model=model))
+  step = run.step(
+    False, tx=told_statistics(), rules=[], **distilled(run, 0.0, hidden=1.0)
+  )
+  tokens = tiny.batch(0)["tokens"]
+  batch = {"tokens": tokens, "mask": tokens >= 0, "weights": np.ones(16, "f4")}
+  state = run.init()._replace(opt_state={})
+  told = step(state, batch, teacher_params=run.init(1).params)[0].opt_state
+  np.testing.assert_allclose(told["value"], told["again"], rtol=1e-6)
+
+
 def test_step_without_weight_of_logits_does_not_read_them(run, start, teacher):
   step = run.step(False, tx=SGD, rules=[], **distilled(run, 0.0, hidden=1.0))
   state = start._replace(opt_state=SGD.init(start.params))
