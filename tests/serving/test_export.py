@@ -129,6 +129,7 @@ def _bits_of_others(path):
   (lambda path: safetensors.numpy.save_file({}, path), "not packed"),
   (_bits_of_others, "not packed"),
   (lambda path: _repack(path, [100, 3], 1), "not packed"),
+  (lambda path: _repack(path, [4, 3], 2), "not packed"),
   (lambda path: _repack(path, "abc", 1), "not packed"),
   (lambda path: _repack(path, [10**7, 10**7], 1_250_000), "not packed"),
 ])

@@ -50,6 +50,13 @@ def test_likeliest_token_stays_if_top_p_rounds_to_zero():
   np.testing.assert_array_equal(found, best_BV)
 
 
+def test_top_p_that_is_reached_exactly_needs_no_more():
+  halves = jnp.log(jnp.asarray([[2.0, 1.0, 1.0]]))
+  assert jax.nn.softmax(halves)[0, 0] == 0.5
+  found = sampling_lib.kept(halves, jnp.int32(3), jnp.float32(0.5))
+  np.testing.assert_array_equal(found, [[True, False, False]])
+
+
 def test_ties_stay_and_top_p_of_1_keeps_all():
   tied = jnp.asarray([[1.0, 3.0, 1.0, 0.0]])
   found = sampling_lib.kept(tied, jnp.int32(2), jnp.float32(1))
