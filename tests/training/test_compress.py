@@ -132,7 +132,8 @@ def test_head_for_other_classes_is_left_out(
     dense_start(str(dense_run), config, make_data(config))
     told = capsys.readouterr().out
     assert ("theme 0" in told and "from scratch" in told) != has_head
-  config.distill.logits = 0.0  # its hidden states can teach
+  # Its hidden states can teach.
+  config = edited(config, {"distill.logits": 0.0})
   assert teacher_of(config, make_data(config)) is not None
 
 
