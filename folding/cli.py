@@ -141,6 +141,50 @@ def show_report(workdir: str) -> None:
   print(f"The report is in {os.path.join(workdir, 'report.html')}")
 
 
+@_verb(
+  "make a trained model smaller",
+  _MODEL,
+  _argument(
+    "--texts",
+    "a file or folder of texts like those that the model will read; labels are "
+    "ignored (with --steps, a classifier learns from them)",
+    metavar="FILE",
+    required=True,
+  ),
+  _argument(
+    "--saving",
+    "fraction of the parameters to save; several, such as 0.3,0.5, write a folder "
+    "each",
+    metavar="X",
+    default="0.5",
+  ),
+  _argument(
+    "--steps",
+    "steps of training that recover quality, with the dense model as teacher; the "
+    "same command resumes them",
+    metavar="N",
+    type=int,
+    default=0,
+  ),
+  _NEW_FOLDER,
+)
+def compress(args: argparse.Namespace) -> None:
+  """Writes smaller models, and prints their size and what was lost."""
+  savings = typed.parse(tuple[float, ...], args.saving, "--saving")
+  from folding.serving import compressing
+
+  if args.steps:
+    if len(savings) > 1:
+      raise ConfigError("--steps trains one model; give one --saving")
+    compressing.train_smaller(
+      args.path, args.texts, savings[0], args.output, args.steps
+    )
+    show_report(args.output)
+  else:
+    compressing.compress_file(args.path, args.texts, savings, args.output)
+  print(f"Next: folding export {args.output} --output=NEW --format=onnx")
+
+
 @_verb("write the report of a run", _RUN)
 def report(args: argparse.Namespace) -> None:
   """Writes the report of a run, and prints its summary."""

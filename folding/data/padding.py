@@ -4,7 +4,7 @@ A program is compiled once per shape, so rows of similar length share a batch,
 and its length is rounded up to that of a bucket.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +19,27 @@ def encode_rows(
   found = tokenizer.encode_rows(texts, length)
   # A tokenizer may find no token in a text; a model needs one.
   return found._replace(ids=[x if x.size else end for x in found.ids])
+
+
+def windows(
+  tokenizer: Tokenizer, texts: Iterable[str], length: int, count: int
+) -> np.ndarray:
+  """Returns the first windows of the stream of texts, int32[W, length].
+
+  Args:
+    tokenizer: Its `stream` has the texts in a row.
+    texts: Documents; no more are read than the windows take.
+    length: Tokens per window.
+    count: Most windows. There are fewer if the texts are shorter.
+  """
+  parts, size = [np.zeros(0, np.int32)], 0
+  for ids in tokenizer.stream(texts):
+    parts.append(ids)
+    size += ids.size
+    if size >= length * count:
+      break
+  rows = min(count, size // length)
+  return np.concatenate(parts)[: rows * length].reshape(rows, length)
 
 
 def padded(

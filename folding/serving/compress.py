@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from folding.data.padding import (
   encode_rows,
   padded,
   segments_of,
+  windows,
 )
 from folding.data.tokenizers import Encoded, Text
 from folding.data.trim import token_usage
@@ -24,6 +26,7 @@ from folding.training.recipe import recipe
 from folding.typed import edited
 
 _ROWS = 64  # texts per batch
+WINDOW = 128  # most tokens per window of a language model
 
 
 def compress(
@@ -44,7 +47,9 @@ def compress(
     model: A dense model, or a path or hub id that `folding.load` reads.
     texts: Texts, or pairs of texts, like those that the model will read.
     saving: Fraction of the parameters to save.
-    max_texts: Number of texts to fit to. The embedding is fitted to all texts.
+    max_texts: Number of texts to fit to; of a language model, whose texts are read
+      as one stream, the number of windows of 128 tokens. A low-rank embedding is
+      fitted to all texts.
 
   Raises:
     ConfigError: the model is folded or shrunk already, `texts` is one string, too
@@ -78,15 +83,29 @@ def compress(
   config = edited(config, {"compress.prune": "sparsegpt"})
   source = "a model in memory" if isinstance(model, Model) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
-  encoded = encode_rows(loaded.tokenizer, texts, config.data.length)
-  counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *encoded.ids]))
-  small = compress_params(
-    config,
-    loaded.params,
-    _batches(encoded, max_texts, config.data.length, loaded.tokenizer.pad_id),
-    token_usage(counts, loaded.num_rows),
-  )
+  if config.task == "lm":
+    length = min(config.data.length, WINDOW)
+    batches = _windows(
+      windows(loaded.tokenizer, cast(list[str], texts), length, max_texts)
+    )
+    usage_V = None
+  else:
+    encoded = encode_rows(loaded.tokenizer, texts, config.data.length)
+    counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *encoded.ids]))
+    batches = _batches(
+      encoded, max_texts, config.data.length, loaded.tokenizer.pad_id
+    )
+    usage_V = token_usage(counts, loaded.num_rows)
+  small = compress_params(config, loaded.params, batches, usage_V)
   return Model(small.config, small.params, loaded.tokenizer, loaded.labels)
+
+
+def _windows(ids_WL: np.ndarray) -> list[dict[str, np.ndarray]]:
+  """Returns the windows of a language model in batches."""
+  return [
+    {"tokens": ids_BL, "mask": np.ones_like(ids_BL, bool)}
+    for ids_BL in np.split(ids_WL, range(_ROWS, len(ids_WL), _ROWS))
+  ]
 
 
 def _batches(

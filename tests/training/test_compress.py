@@ -12,12 +12,12 @@ import safetensors.numpy
 
 import folding
 from configs import pretrained as pretrained_config
+from folding import cli, errors, paths
 from folding import config as c
-from folding import errors, paths
 from folding.data.batches import make_data
 from folding.data.trim import token_usage
 from folding.models.transformer import make_model
-from folding.serving.export import export, export_hf
+from folding.serving.export import export_hf
 from folding.serving.predict import predict
 from folding.training import compress, loop
 from folding.training.checkpoint import load_run
@@ -239,35 +239,41 @@ def test_default_recipe_makes_arrays_small(dense_run, topics, capsys):
   assert theirs["accuracy"] > 0.5  # as the dense run has it
 
 
-def test_one_call_compresses_a_model_that_exports_and_predicts(
-  dense_run, topics, tmp_path
+def test_verb_writes_a_smaller_model_and_says_what_was_lost(
+  dense_run, topics, tmp_path, capsys
 ):
-  lines = (topics / "train.tsv").read_text().splitlines()[1:65]
-  texts = [line.partition("\t")[2] for line in lines]  # one batch: one shape
-  small = folding.compress(dense_run, texts, saving=0.4)
-  dense = folding.load(dense_run)
+  texts = tmp_path / "texts"
+  texts.mkdir()
+  for split, rows in (("train", 65), ("valid", 33)):  # and a header
+    lines = (topics / f"{split}.tsv").read_text().splitlines()[:rows]
+    (texts / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+  output = tmp_path / "small"
+  argv = ["compress", str(dense_run), f"--texts={texts}", "--saving=0.4"]
+  assert cli.main([*argv, f"--output={output}"]) == 0
+  out = capsys.readouterr().out
+  small, dense = map(folding.load, (output, dense_run))
   sizes = [
     sum(w.size for w in jax.tree.leaves(x.params)) for x in (small, dense)
   ]
   assert sizes[0] <= 0.6 * sizes[1]
+  assert f"stores {sizes[0]:,} parameters" in out
+  assert f"dense model has {sizes[1]:,}" in out
   assert any(small.config.fold.value_rank)
   for name, w in paths.flatten(small.params).items():
     if name.endswith("kernel"):
       assert np.count_nonzero(w) == w.size, name
-  export(
-    tmp_path / "small",
-    small.config,
-    small.params,
-    small.tokenizer,
-    small.labels,
-  )
+  held = [line.partition("\t")[2] for line in lines[1:]]
   answers = [
-    [found.label for found in predict(x, texts)]
-    for x in (folding.load(tmp_path / "small"), dense)
+    [found.label for found in predict(x, held)] for x in (small, dense)
   ]
-  assert np.mean([a == b for a, b in zip(*answers, strict=True)]) > 0.6
-  with pytest.raises(errors.ConfigError, match="folded or shrunk"):
-    folding.compress(small, texts)
+  same = np.mean([a == b for a, b in zip(*answers, strict=True)])
+  assert same > 0.6
+  assert f"{same:.1%} of the predictions" in out
+  assert cli.main([*argv, f"--output={output}"]) == 2
+  assert "not an empty folder" in capsys.readouterr().err
+  argv[1] = str(output)
+  assert cli.main([*argv, f"--output={tmp_path / 'smaller'}"]) == 2
+  assert "folded or shrunk" in capsys.readouterr().err
 
 
 def test_one_call_counts_each_token_once(dense_run, monkeypatch):

@@ -1,0 +1,168 @@
+"""The verb `folding compress`: smaller models from a file of texts."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from folding import config as config_lib
+from folding import files
+from folding.config import DataConfig, MeshConfig
+from folding.data import sources
+from folding.data.padding import windows
+from folding.data.tokenizers import Text
+from folding.errors import ConfigError
+from folding.serving import lines as lines_lib
+from folding.serving.compress import WINDOW, compress
+from folding.serving.export import export
+from folding.serving.loaded import Model, load
+from folding.training import loop, sharding
+from folding.training.evaluate import evaluate, make_eval_step
+
+_HELD = 256  # held-out texts, or windows, that a smaller model is compared on
+_ROWS = 8  # windows per batch
+
+
+def compress_file(
+  source: str,
+  path: str,
+  savings: Sequence[float],
+  output: str,
+  *,
+  report: Callable[[str], None] = print,
+) -> list[str]:
+  """Writes a compact export per saving, and reports what was lost.
+
+  The valid split is held out, or a tenth of the texts. The smaller model is compared with the dense one
+  on it: the perplexity of a language model, the cosine of the vectors of an encoder,
+  the share of equal predictions of a classifier.
+
+  Args:
+    source: As for `folding.load`; a dense model.
+    path: A file or folder of texts, as `data.path`; labels are ignored. For a model
+      of pairs a file with two texts per line, with a tab between.
+    savings: Fractions of the parameters to save.
+    output: A new folder. Of several savings each gets a folder in it, named by the
+      percent that it saves.
+    report: Called with each line.
+
+  Returns:
+    The folders.
+
+  Raises:
+    ConfigError: see `folding.compress`, or the texts cannot be read.
+  """
+  files.require_empty(output)
+  model = load(source)
+  fit, held = _texts(path, model)
+  folders = []
+  for saving in savings:
+    small = compress(model, fit, saving=saving)
+    folder = output
+    if len(savings) > 1:
+      folder = os.path.join(output, f"{100 * saving:g}")
+      os.makedirs(output, exist_ok=True)
+    with files.becoming(folder) as part:
+      size = export(
+        part, small.config, small.params, small.tokenizer, small.labels
+      )
+    before, after = (_num_stored(one) for one in (model, small))
+    report(
+      f"It stores {after:,} parameters; the dense model has {before:,} "
+      f"(compression {1 - after / before:.1%}). The files have "
+      f"{size['files']:,} bytes. On held-out text {_lost(model, small, held)}"
+    )
+    report(f"The smaller model is in {folder}")
+    folders.append(folder)
+  return folders
+
+
+def _texts(path: str, model: Model) -> tuple[list[Text], list[Text]]:
+  """Returns the texts to fit to, and those held out."""
+  if model.pair is not None:
+    with lines_lib.open_lines(path) as lines:
+      texts = list(lines_lib.pairs(lines, model.pair))
+    held = len(texts) // 10
+    return texts[held:], texts[:held]
+  data = DataConfig(path=path, valid_fraction=0.1, test_fraction=0.0)
+  task = "lm" if model.config.task == "lm" else "embed"  # labels are ignored
+  found = sources.load_texts(data, task).texts
+  held = list(found["valid"])
+  if task != "lm":
+    held = held[:_HELD]
+  if not held:
+    raise ConfigError(
+      f"{path} has too few texts to hold a tenth of them out; give ten or more"
+    )
+  return list(found["train"]), held
+
+
+def _num_stored(model: Model) -> int:
+  """Returns the number of parameters that are not zero."""
+  return sum(int(np.count_nonzero(w)) for w in jax.tree.leaves(model.params))
+
+
+def _lost(model: Model, small: Model, texts: Sequence[Any]) -> str:
+  """Returns how the outputs of a smaller model differ, in words."""
+  task = model.config.task
+  if task == "lm":
+    before, after = (_perplexity(one, texts) for one in (model, small))
+    return f"perplexity {before:.2f} is now {after:.2f}"
+  if task == "embed":
+    a, b = (np.asarray(one.encode(texts), np.float64) for one in (model, small))
+    size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = float(np.mean((a * b).sum(axis=1) / np.maximum(size, 1e-24)))
+    return f"the mean cosine with the dense vectors is {cosine:.3f}"
+  a, b = ([x.label for x in one.predict(texts)] for one in (model, small))
+  if task == "regress":
+    gap = float(np.mean(np.abs(np.subtract(a, b))))
+    return f"scores differ by {gap:.3g} on average"
+  same = np.mean([x == y for x, y in zip(a, b, strict=True)])
+  return f"{same:.1%} of the predictions are those of the dense model"
+
+
+def _perplexity(model: Model, texts: Sequence[str]) -> float:
+  """Returns the perplexity of a language model on the first windows of texts."""
+  length = min(model.config.data.length, WINDOW)
+  ids_WL = windows(model.tokenizer, texts, length + 1, _HELD)
+  if not ids_WL.size:
+    raise ConfigError(f"the held-out texts have fewer than {length + 1} tokens")
+  batches = [
+    {
+      "tokens": x[:, :-1],
+      "targets": x[:, 1:],
+      "weights": np.ones(x[:, 1:].shape),
+    }
+    for x in np.split(ids_WL, range(_ROWS, len(ids_WL), _ROWS))
+  ]
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  params = jax.device_put(model.params)
+  step = make_eval_step(model.model, mesh)
+  return evaluate(step, params, batches, mesh, num_bytes=1.0)["perplexity"]
+
+
+def train_smaller(
+  source: str, path: str, saving: float, output: str, steps: int
+) -> None:
+  """Trains a run that starts from a smaller model, as the shipped configs do.
+
+  It is that of configs/embed.py for an encoder without a head, and otherwise that
+  of configs/pretrained.py.
+
+  Args:
+    source: As for `compress_file`.
+    path: Texts; with labels for a classifier.
+    saving: Fraction of the parameters to save.
+    output: The run directory.
+    steps: Steps of training.
+
+  Raises:
+    ConfigError: see `loop.run`.
+  """
+  name = "embed" if load(source).config.task == "embed" else "pretrained"
+  config = config_lib.read(f"configs/{name}.py:{source},{saving}")
+  edits = {"data.path": path, "train.steps": steps}
+  edits["train.eval_every"] = max(1, steps // 4)
+  loop.run(config_lib.edited(config, edits), output)

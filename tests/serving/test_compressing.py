@@ -1,0 +1,100 @@
+"""The verb `folding compress`; tests/training/test_compress has a classifier."""
+
+import jax
+import numpy as np
+import pytest
+
+import folding
+from folding import cli
+from folding import config as c
+from folding.data.padding import windows
+from folding.serving import compressing
+from folding.serving.export import export
+from tests.serving import models
+
+
+def _written(path, task, **shape):
+  """Writes a dense model; returns it."""
+  shape = c.ModelConfig(**models.SHAPE, causal=task == "lm", **shape)
+  dense = c.FoldConfig(groups=0, values="dense")
+  model = models.make(task, shape, dense, length=8)
+  export(path, model.config, model.params, model.tokenizer, model.labels)
+  return model
+
+
+def _texts(tmp_path, count=400):
+  path = tmp_path / "texts.txt"
+  path.write_text("\n".join(models.random_texts(count)))
+  return path
+
+
+def test_language_model_reports_its_perplexity(tmp_path, capsys):
+  model = _written(tmp_path / "dense", "lm")
+  argv = ["compress", str(tmp_path / "dense"), f"--texts={_texts(tmp_path)}"]
+  argv += ["--saving=0.1,0.2", f"--output={tmp_path / 'small'}"]
+  assert cli.main(argv) == 0
+  out = capsys.readouterr().out
+  _, [held] = compressing._texts(str(tmp_path / "texts.txt"), model)
+  ids = np.concatenate([*model.tokenizer.stream([held])])
+  rows = ids[: len(ids) // 9 * 9].reshape(-1, 9)[:256]
+
+  def perplexity(model):
+    logits = jax.jit(model.model.apply)({"params": model.params}, rows[:, :-1])
+    z = np.asarray(logits, np.float64)
+    z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    right = np.take_along_axis(z, rows[:, 1:, None], axis=-1)
+    return np.exp(-right.mean())
+
+  for percent in ("10", "20"):
+    small = folding.load(tmp_path / "small" / percent)
+    found = f"{perplexity(model):.2f} is now {perplexity(small):.2f}"
+    assert f"perplexity {found}" in out
+    stored = sum((w != 0).sum() for w in jax.tree.leaves(small.params))
+    size = sum(w.size for w in jax.tree.leaves(model.params))
+    assert 1 - stored / size == pytest.approx(int(percent) / 100, abs=0.02)
+    assert f"stores {stored:,} parameters" in out
+
+
+def test_windows_are_the_start_of_the_stream():
+  tokenizer = models.make("lm").tokenizer
+  texts = models.random_texts(30)
+  ids = np.concatenate([*tokenizer.stream(texts)])
+  read = []
+
+  def documents():
+    for text in texts:
+      read.append(text)
+      yield text
+
+  found = windows(tokenizer, documents(), 7, 5)
+  np.testing.assert_array_equal(found, ids[:35].reshape(5, 7))
+  whole = windows(tokenizer, texts, 7, 10**6)
+  assert len(whole) == len(ids) // 7
+  assert windows(tokenizer, texts, 10**6, 2).shape == (0, 10**6)
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (("--saving=30%",), "--saving must be"),
+    (("--saving=1.5",), "saving is a fraction"),
+    (("--saving=0.3,0.5", "--steps=5"), "give one --saving"),
+    (("--texts=nowhere.txt",), "nowhere.txt"),
+  ],
+)
+def test_wrong_flags_are_one_line(tmp_path, flags, message, capsys):
+  _written(tmp_path / "dense", "embed")
+  argv = ["compress", str(tmp_path / "dense"), f"--texts={_texts(tmp_path)}"]
+  output = tmp_path / "small"
+  assert cli.main([*argv, f"--output={output}", *flags]) == 2
+  err = capsys.readouterr().err
+  assert message in err
+  assert err.count("\n") == 1
+  assert not output.exists()
+
+
+def test_too_few_texts_to_hold_some_out_are_refused(tmp_path, capsys):
+  _written(tmp_path / "dense", "embed")
+  argv = ["compress", str(tmp_path / "dense"), f"--output={tmp_path / 'small'}"]
+  assert cli.main([*argv, f"--texts={_texts(tmp_path, 2)}"]) == 2
+  assert "give ten or more" in capsys.readouterr().err
