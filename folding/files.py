@@ -12,6 +12,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -212,12 +213,44 @@ def require_inside(folder: str, names: Iterable[str]) -> None:
         )
 
 
+def lock(folder: str) -> int | None:
+  """Locks a folder for this process.
+
+  The folder itself is locked, so no lock file stays.
+
+  Returns:
+    A handle; closing it, or the end of the process, releases the lock. None:
+    the operating system or the file system has no locks.
+
+  Raises:
+    BlockingIOError: another process holds the lock.
+  """
+  try:
+    import fcntl
+  except ImportError:  # Windows
+    return None
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    os.close(handle)
+    if isinstance(error, BlockingIOError):
+      raise
+    return None
+  return handle
+
+
 @contextlib.contextmanager
 def becoming(folder: str) -> Iterator[str]:
-  """Yields a temporary folder that is renamed to `folder` on success."""
+  """Yields a temporary folder that is renamed to `folder` on success.
+
+  Removes those of processes that were killed here before.
+  """
   folder = os.path.normpath(folder)
+  _remove_stale(f"{glob.escape(folder)}.{'[0-9a-f]' * 8}.part")
   part = f"{folder}.{secrets.token_hex(4)}.part"
   os.makedirs(part)
+  handle = lock(part)
   try:
     yield part
     sync_tree(part)
@@ -226,6 +259,21 @@ def becoming(folder: str) -> Iterator[str]:
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
     raise
+  finally:
+    if handle is not None:
+      os.close(handle)
+
+
+def _remove_stale(pattern: str) -> None:
+  """Removes folders that no process holds, if that can be known."""
+  for folder in glob.glob(pattern):
+    with contextlib.suppress(OSError):
+      # A new one may not be locked yet.
+      is_new = time.time() - os.path.getmtime(folder) < 60
+      handle = None if is_new else lock(folder)
+      if handle is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
 
 
 def all_files(folder: str) -> list[str]:

@@ -45,6 +45,24 @@ def test_write_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
   assert calls == ["sync", "rename", "sync"]  # the folder last
 
 
+def test_becoming_removes_what_killed_processes_left(tmp_path):
+  names = ["new.0123abcd.part", "new.1123abcd.part", "new.2123abcd.part"]
+  dead, held, fresh = (tmp_path / name for name in names)
+  for folder in (dead, held, fresh):
+    folder.mkdir()
+    (folder / "a").touch()
+  for folder in (dead, held):
+    os.utime(folder, (0, 0))
+  handle = files.lock(str(held))
+  if handle is None:
+    pytest.skip("this file system has no locks")
+  with files.becoming(str(tmp_path / "new")):
+    assert not dead.exists()
+    assert held.exists()
+    assert fresh.exists()
+  os.close(handle)
+
+
 def test_becoming_leaves_a_whole_folder_or_none(tmp_path):
   with pytest.raises(OSError, match="full"):
     with files.becoming(str(tmp_path / "new")) as part:

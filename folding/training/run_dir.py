@@ -80,27 +80,19 @@ def held(workdir: str) -> Iterator[None]:
   """
   os.makedirs(workdir, exist_ok=True)
   try:
-    import fcntl
-  except ImportError:  # Windows
-    yield
-    return
-  handle = os.open(workdir, os.O_RDONLY)  # the directory, so no lock file stays
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    handle = files.lock(workdir)
   except BlockingIOError as error:
-    os.close(handle)
     raise ConfigError(
       f"another process trains in {workdir}; wait for it, or choose another "
       "--workdir"
     ) from error
-  except OSError:  # a file system without locks
-    pass
   try:
     yield
   finally:
     with contextlib.suppress(OSError):
       os.rmdir(workdir)
-    os.close(handle)
+    if handle is not None:
+      os.close(handle)
 
 
 def save(
