@@ -24,6 +24,7 @@ from folding import config as config_lib
 from folding import paths
 from folding.models.shrink import shrink
 from folding.models.transformer import make_model
+from folding.tasks import task_of
 from folding.training import optimizer as optimizer_lib
 from folding.training.step import StepOptions, init_state, train_step
 
@@ -130,9 +131,8 @@ def _programs(
   params = jax.tree.map(jax.numpy.asarray, params)
   tx = optimizer_lib.make_optimizer(config, [])
   state = init_state(model, tx, config.data.length, config.seed)
-  step = functools.partial(
-    train_step, options=StepOptions(model=model, tx=tx), is_mask_update=False
-  )
+  options = StepOptions(model=model, tx=tx, task=task_of(config))
+  step = functools.partial(train_step, options=options, is_mask_update=False)
   compiled = {
     "forward": jax.jit(lambda p, t: model.apply({"params": p}, t))
     .lower(params, batch["tokens"])

@@ -13,34 +13,13 @@ from typing import Annotated, Any, Literal
 
 from folding import files, typed
 from folding.errors import ConfigError
-from folding.typed import Range
+from folding.tasks import TASKS, task_of
+from folding.typed import OneOf, Range
 from folding.typed import edited as edited
 
 # Endings of the local files that are read.
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet", ".arrow")
 
-# "lm" predicts the next token, "embed" makes the vector of a sentence. The other
-# tasks read a text or a pair of texts: "classify" chooses one class, "multilabel"
-# any number of classes, and "regress" predicts a score.
-Task = Literal["lm", "embed", "classify", "regress", "multilabel"]
-UNLABELLED: tuple[Task, ...] = ("lm", "embed")
-Metric = Literal[
-  "loss",
-  "accuracy",
-  "macro_f1",
-  "matthews",
-  "pearson",
-  "spearman",
-  "cosine",
-]
-# Metrics that may choose the best checkpoint; the first is the default.
-METRICS: dict[Task, tuple[Metric, ...]] = {
-  "lm": ("loss",),
-  "embed": ("cosine", "spearman", "loss"),
-  "classify": ("accuracy", "macro_f1", "matthews", "loss"),
-  "regress": ("spearman", "pearson", "loss"),
-  "multilabel": ("macro_f1", "accuracy", "loss"),
-}
 Values = Literal["dense", "diagonal", "identity"]  # kinds of W_V
 Pooling = Literal["mean", "first", "last"]
 Preset = Literal["none", "moderate", "paper"]
@@ -53,6 +32,12 @@ Score = Literal[
   "random",
 ]
 
+# Rows of `tasks`, and the metrics that may choose a checkpoint of some task.
+TaskName = Annotated[str, OneOf(lambda: TASKS)]
+Metric = Annotated[
+  str,
+  OneOf(lambda: dict.fromkeys(m for t in TASKS.values() for m in t.metrics)),
+]
 # Numbers with their ranges. `resolve` checks every field.
 Count = Annotated[int, Range(1, 2**31)]
 Natural = Annotated[int, Range(0, 2**31)]
@@ -451,7 +436,10 @@ class MeshConfig:
 class Config:
   """A run. `resolve` it before use."""
 
-  task: Task = "lm"
+  # "lm" predicts the next token, "embed" makes the vector of a sentence. The others
+  # read a text or a pair of texts: "classify" chooses one class, "multilabel" any
+  # number of classes, and "regress" predicts a score.
+  task: TaskName = "lm"
   seed: Annotated[int, Range(0, 2**32)] = 0
   # Processes that train together: "auto" (a TPU pod, SLURM, Open MPI), or
   # "HOST:PORT,PROCESS,COUNT" with the address of process 0.
@@ -488,49 +476,49 @@ class Config:
     self._check_prune()
 
   def _check_task(self) -> None:
-    m = self.model
-    if self.task == "lm" and not m.causal:
+    m, task = self.model, task_of(self)
+    is_tied = task.predicts_tokens and m.tie_embeddings
+    if task.predicts_tokens and not m.causal:
       raise ConfigError(
-        "task 'lm' predicts the next token and needs model.causal=True"
+        f"task {task.name!r} predicts the next token and needs model.causal=True"
       )
-    if self.task == "lm" and m.tie_embeddings and m.embed_width:
+    if is_tied and m.embed_width:
       raise ConfigError(
         "model.embed_width makes the embedding narrower than the output layer; "
         "use model.tie_embeddings=False"
       )
-    if self.task == "lm" and m.tie_embeddings and self.fold.embedding_rank:
+    if is_tied and self.fold.embedding_rank:
       raise ConfigError(
         "fold.embedding_rank cannot make the output layer smaller; use "
         "model.tie_embeddings=False"
       )
-    if self.task == "lm" and self.data.length < 2:
-      raise ConfigError("task 'lm' needs data.length above 1")
-    if self.task != "lm" and m.causal and m.pooling == "first":
+    if task.predicts_tokens and self.data.length < 2:
+      raise ConfigError(f"task {task.name!r} needs data.length above 1")
+    if not task.predicts_tokens and m.causal and m.pooling == "first":
       raise ConfigError(
         "model.pooling='first' with model.causal=True would see only the first "
         "token; use model.causal=False, or model.pooling='mean' or 'last'"
       )
     d = self.distill
-    if self.task == "embed" and d.logits:
+    if task.makes_vectors and d.logits:
       raise ConfigError(
-        "distill.logits weighs a loss on labels, which task 'embed' does not "
-        "have; use distill.pairs and distill.hidden"
+        f"distill.logits weighs a loss on labels, which task {task.name!r} does "
+        "not have; use distill.pairs and distill.hidden"
       )
-    if self.task != "embed" and (d.pairs or self.data.sts):
+    if not task.makes_vectors and (d.pairs or self.data.sts):
       raise ConfigError("distill.pairs and data.sts are for task 'embed'")
-    if d.teacher and not d.is_used and self.task != "embed":
+    if d.teacher and not d.is_used and not task.makes_vectors:
       raise ConfigError(
         "distill.teacher does nothing while distill.logits and distill.hidden "
         "are 0"
       )
-    if self.train.metric == "spearman" and self.task == "embed":
+    if self.train.metric == "spearman" and task.makes_vectors:
       if self.data.sts is None:
         raise ConfigError("train.metric 'spearman' needs data.sts=FILE.tsv")
-    known = METRICS[self.task]
-    if self.train.metric not in (None, *known):
+    if self.train.metric not in (None, *task.metrics):
       raise ConfigError(
         f"train.metric {self.train.metric!r} is not a metric of task "
-        f"{self.task!r}; use {' or '.join(known)}"
+        f"{task.name!r}; use {' or '.join(task.metrics)}"
       )
 
   def _check_run(self) -> None:
@@ -642,8 +630,9 @@ class Config:
         "fpp.attention='heads' needs heads with keys and values of their own; "
         "use fold.values='dense' and model.num_kv_heads=0"
       )
-    is_trained_classifier = self.task != "lm" and self.pretrained is not None
-    if f.embedding_granularity == "trim" and not is_trained_classifier:
+    is_trained = self.pretrained is not None
+    is_of_texts = not task_of(self).predicts_tokens
+    if f.embedding_granularity == "trim" and not (is_of_texts and is_trained):
       raise ConfigError(
         "fpp.embedding_granularity='trim' removes tokens from the tokenizer of a "
         "trained classifier; set pretrained=PATH, or use 'row' or 'weight'"
@@ -828,7 +817,8 @@ def resolve(config: Config) -> Config:
   if f.overall is None:
     f = filled(f, "linear", "embedding")
   if f.embedding_share is None:
-    f = dataclasses.replace(f, embedding_share=0.2 if c.task == "lm" else 1.0)
+    share = 0.2 if task_of(c).predicts_tokens else 1.0
+    f = dataclasses.replace(f, embedding_share=share)
   m = dataclasses.replace(
     m,
     num_kv_heads=m.num_kv_heads or m.num_heads,
@@ -922,10 +912,10 @@ def is_whole(config: Config) -> bool:
 
 def quality(config: Config) -> str:
   """Returns the test metric that a run is judged by: "bits_per_byte", ..."""
-  if config.task == "lm":
+  task, chosen = task_of(config), config.train.metric
+  if task.predicts_tokens:
     return "bits_per_byte"
-  chosen = config.train.metric
-  return METRICS[config.task][0] if chosen in (None, "loss") else chosen
+  return task.metrics[0] if chosen in (None, "loss") else chosen
 
 
 def to_dict(config: Config) -> dict[str, Any]:

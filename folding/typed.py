@@ -1,7 +1,8 @@
 """Typed dataclasses from plain values: JSON, config files and flags.
 
 Annotations are plain types, `Literal`, unions, tuples, dataclasses, and
-`Annotated[number, Range(...)]`. Every error is one line.
+`Annotated` with a `Range` of numbers or `OneOf` some names. Every error is one
+line.
 """
 
 import ast
@@ -12,7 +13,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from folding.errors import ConfigError
@@ -47,6 +48,23 @@ class Range:
     if self.high in (2**24, 2**31, 2**32):
       high = f"2^{math.log2(self.high):.0f}"
     return f"{self.ends[0]}{self.low:g}, {high}{self.ends[1]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+  """The names that annotate a string, such as the keys of a table.
+
+  Attributes:
+    names: Returns them.
+  """
+
+  names: Callable[[], Iterable[str]]
+
+  def __contains__(self, x: str) -> bool:
+    return x in self.names()
+
+  def __str__(self) -> str:
+    return f"one of {', '.join(map(repr, self.names()))}"
 
 
 def build(kind: type, values: Any, where: str) -> Any:
@@ -209,7 +227,8 @@ def describe(hint: Any) -> str:
   """
   origin, options = typing.get_origin(hint), typing.get_args(hint)
   if origin is Annotated:
-    return f"{describe(options[0])} in {options[1]}"
+    of_names = isinstance(options[1], OneOf)
+    return f"{'' if of_names else f'{describe(options[0])} in '}{options[1]}"
   if origin in (types.UnionType, typing.Union):
     return " or ".join(map(describe, options))
   if origin is Literal:
@@ -235,9 +254,9 @@ def _fit(hint: Any, value: Any) -> Any:
   """
   origin, options = typing.get_origin(hint), typing.get_args(hint)
   if origin is Annotated:
-    number = _fit(options[0], value)
-    if number in options[1]:
-      return number
+    fitting = _fit(options[0], value)
+    if fitting in options[1]:
+      return fitting
   elif origin in (types.UnionType, typing.Union):
     if value == "":  # neither a name nor None
       options = ()

@@ -26,6 +26,7 @@ from folding.data.padding import (
 )
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, flat
 from folding.errors import ConfigError
+from folding.tasks import task_of
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
@@ -184,7 +185,7 @@ def make_data(
   # Hashed, so seeds 0 and 1 share no epoch: Grain adds the epoch to the seed.
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
-  if config.task == "lm":
+  if task_of(config).predicts_tokens:
     tokenizer, tokens = _tokens(data, tokenizer, keep_tokens)
     made = _data_of_windows(data, tokenizer, tokens, seed=seed, share=share)
     unit, lower = f"windows of {data.length} tokens", "data.length or "
@@ -238,7 +239,8 @@ def _data_of_rows(
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
     kept = texts if config.fpp.embedding_granularity == "trim" else None
   whole = None  # tokenizer of the teacher of sentence vectors
-  if config.task == "embed" and isinstance(tokenizer, MappedTokenizer):
+  makes_vectors = task_of(config).makes_vectors
+  if makes_vectors and isinstance(tokenizer, MappedTokenizer):
     whole = tokenizers.load_tokenizer(data.tokenizer)
   examples = _Rows(texts, tokenizer, data, seed=seed, share=share, whole=whole)
   return Data(

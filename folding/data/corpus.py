@@ -38,6 +38,7 @@ from folding.data import (
 )
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, first_line
+from folding.tasks import TASKS
 
 _log = logging.getLogger(__name__)
 
@@ -477,7 +478,7 @@ def _rows(part: Sequence[pathlib.Path], data: DataConfig) -> _Rows:
   first = list(itertools.islice(local_files.rows_of(part), _FIRST_ROWS))
   if not first:
     raise ConfigError(f"{part[0]} is empty")
-  (column, *_), _ = rows.choose_columns(part[0], first, data, "lm")
+  (column, *_), _ = rows.choose_columns(part[0], first, data, TASKS["lm"])
   digests, sizes = [], []
   for text in _texts(part, column):
     digests.append(int.from_bytes(python_stdlib.digest(text), "big"))

@@ -13,10 +13,10 @@ from typing import Any
 from folding import config as config_lib
 from folding import errors
 from folding.config import DataConfig
-from folding.data import labels as labels_lib
 from folding.data import rows as rows_lib
 from folding.data.rows import Row, Rows, Table
 from folding.errors import ConfigError
+from folding.tasks import Task
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _BATCH = 1024  # rows of columnar files that are read together
 
 
 def read_path(
-  path: pathlib.Path, data: DataConfig, task: config_lib.Task
+  path: pathlib.Path, data: DataConfig, task: Task
 ) -> tuple[dict[str, Rows], list[str] | None]:
   """Reads a file or a folder.
 
@@ -38,7 +38,7 @@ def read_path(
   warn_of_ignored(path, found, data)
   splits = {split: read_file(part, data, task) for split, part in found.items()}
   listed = (path if path.is_dir() else path.parent) / _LABELS
-  if task in config_lib.UNLABELLED or not listed.is_file():
+  if task.labels is None or not listed.is_file():
     return splits, None
   names = [x.strip() for x in _decode(listed).split("\n") if x.strip()]
   for i, name in enumerate(names):
@@ -147,7 +147,7 @@ def warn_of_ignored(
 
 
 def read_file(
-  part: Sequence[pathlib.Path], data: DataConfig, task: config_lib.Task
+  part: Sequence[pathlib.Path], data: DataConfig, task: Task
 ) -> Rows:
   """Reads the files of one split; every error names a file and the line."""
   file = part[0]
@@ -161,7 +161,7 @@ def read_file(
   if file.suffix == ".tsv":
     table = _tsv_rows(file, data, task)
   else:
-    table = list(rows_of(part, labelled=task not in config_lib.UNLABELLED))
+    table = list(rows_of(part, labelled=task.labels is not None))
   if not table:
     raise ConfigError(f"{file} is empty")
   columns, label_field = rows_lib.choose_columns(file, table, data, task)
@@ -169,10 +169,10 @@ def read_file(
   for place, row in table:
     found = [rows_lib.checked(row.get(name), name, place) for name in columns]
     texts.append(found[0] if len(found) == 1 else (found[0], found[1]))
-    if label_field is not None:
+    if task.labels and label_field is not None:
       label, first = row.get(label_field), table[0][1].get(label_field)
-      labels.append(labels_lib.read_label(label, task, place))
-      if task == "classify" and type(label) is not type(first):
+      labels.append(task.labels.read(label, place))
+      if task.labels.kind == "class" and type(label) is not type(first):
         raise ConfigError(
           f"{place}: the label {label!r} is a {type(label).__name__}, unlike that "
           "of the first row; use one kind"
@@ -186,15 +186,15 @@ def read_file(
   )
 
 
-def _read_txt(file: pathlib.Path, task: config_lib.Task) -> Rows:
-  """Returns the lines of a file for "embed", and all of it for "lm"."""
-  if task not in config_lib.UNLABELLED:
+def _read_txt(file: pathlib.Path, task: Task) -> Rows:
+  """Returns the lines of a file, or all of it if a task predicts tokens."""
+  if task.labels is not None:
     raise ConfigError(
-      f"{file} has no labels, which task {task!r} needs; use .tsv, .csv or "
+      f"{file} has no labels, which task {task.name!r} needs; use .tsv, .csv or "
       ".jsonl, or task 'embed' or 'lm' (configs/embed.py, configs/lm.py)"
     )
   text = _text(file)
-  if task == "lm":
+  if task.predicts_tokens:
     return Rows(str(file), [text], None, [str(file)])
   lines = [(n, line) for n, line in _lines(text) if line.strip()]
   places = [f"{file}:{number}" for number, _ in lines]
@@ -229,9 +229,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
       yield number, line.removesuffix("\r")
 
 
-def _tsv_rows(
-  file: pathlib.Path, data: DataConfig, task: config_lib.Task
-) -> Table:
+def _tsv_rows(file: pathlib.Path, data: DataConfig, task: Task) -> Table:
   """Returns the rows of a .tsv, in which quotes are plain characters.
 
   Without a header, a line is `label<TAB>text`.
@@ -256,8 +254,7 @@ def _tsv_rows(
   label, text = (table[0][1][name].strip() for name in ("label", "text"))
   labels = {row["label"].strip() for _, row in table[1:]}
   is_header = label.lower() == "label" and label not in labels
-  is_labelled = task not in config_lib.UNLABELLED
-  if is_labelled and (is_header or text.lower() == "label"):
+  if task.labels and (is_header or text.lower() == "label"):
     raise ConfigError(
       f"{table[0][0]}: {first!r:.60} looks like a header without a column of text; "
       "name the columns label and text, or leave the header out"
@@ -265,21 +262,17 @@ def _tsv_rows(
   return table
 
 
-def _is_header(
-  cells: Sequence[str], data: DataConfig, task: config_lib.Task
-) -> bool:
+def _is_header(cells: Sequence[str], data: DataConfig, task: Task) -> bool:
   """Returns whether cells have a given name, or usual ones of text and label.
 
   A task without labels needs no label, but then all cells must be names.
   """
   texts = {*itertools.chain(*rows_lib.TEXT_NAMES)}
-  labels = {*itertools.chain(*rows_lib.LABEL_NAMES.values())}
+  labels = rows_lib.label_names()
   found = {*cells, *map(str.lower, cells)}
   if found & {*_named_columns(data)}:
     return True
-  are_names = task in config_lib.UNLABELLED and all(
-    cell.isidentifier() for cell in cells
-  )
+  are_names = task.labels is None and all(cell.isidentifier() for cell in cells)
   return bool(found & texts and (found & labels or are_names))
 
 

@@ -12,9 +12,10 @@ import sysconfig
 import warnings
 from typing import TypeAlias
 
-from folding.config import DataConfig, Task
+from folding.config import DataConfig
 from folding.data.rows import Rows, choose_texts
 from folding.errors import ConfigError
+from folding.tasks import Task
 
 NAME = "python_stdlib"  # as `DataConfig.name`
 NUM_TOPICS = 8
@@ -42,32 +43,33 @@ def read(
 ) -> tuple[dict[str, Rows], list[str] | None]:
   """Returns the rows of each split, and the names of the topics.
 
-  A text of task "lm" is a file. Files are split 80/10/10 by a hash of their path.
-  Texts of "classify" and "embed" are docstrings, labelled with their package: of
+  A text of a language model is a file. Files are split 80/10/10 by a hash of their
+  path. Texts of other tasks are docstrings, labelled with their package: of
   the 8 packages with the most docstrings, equally many of each. They are distinct,
   so no two splits share one.
 
   Args:
     data: Its section of the config.
-    task: Task of the run.
+    task: The row of the task.
 
   Raises:
     ConfigError: the library has no source files or too few docstrings, or no
       labels for the task.
   """
   place, columns, names = "Python's library", ["text"], None
-  if task in ("regress", "multilabel"):
+  kind = task.labels and task.labels.kind
+  if kind not in (None, "class"):
     raise ConfigError(
-      f"{place} has packages as classes, and no labels for task {task!r}; set "
+      f"{place} has packages as classes, and no labels for task {task.name!r}; set "
       "data.path or another data.name"
     )
   splits: dict[str, list[_Example]] = {"train": [], "valid": [], "test": []}
-  if task == "lm":
+  if task.predicts_tokens:
     for path, text in library_files().items():
       splits[_split_of(path)].append((text, None))
   else:
     topics = choose_topics(library_docstrings(library_files()))
-    names = list(topics) if task == "classify" else None
+    names = list(topics) if kind else None
     for topic, docstrings in topics.items():
       # A tenth of each class: every split has the same balance.
       tenth = round(len(docstrings) / 10)
@@ -76,18 +78,21 @@ def read(
         splits[split].append((text, topic))
   chosen = choose_texts(place, columns, columns, data, task)
   return {
-    split: _rows(f"{place}[{split}]", _shuffled(split, examples), task, chosen)
+    split: _rows(f"{place}[{split}]", _shuffled(split, examples), kind, chosen)
     for split, examples in splits.items()
   }, names
 
 
 def _rows(
-  source: str, examples: list[_Example], task: Task, columns: tuple[str, ...]
+  source: str,
+  examples: list[_Example],
+  kind: str | None,
+  columns: tuple[str, ...],
 ) -> Rows:
   return Rows(
     source,
     [text for text, _ in examples],
-    [topic or "" for _, topic in examples] if task == "classify" else None,
+    [topic or "" for _, topic in examples] if kind else None,
     [source] * len(examples),
     columns,
   )

@@ -1,18 +1,15 @@
 """Rows of a source, and which of its columns are texts and labels."""
 
 import dataclasses
-import itertools
 import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from folding import config as config_lib
 from folding.config import DataConfig
-from folding.data import labels as labels_lib
-from folding.data.labels import Label
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
+from folding.tasks import TASKS, Label, Task, is_number, require_utf8
 
 _log = logging.getLogger(__name__)
 
@@ -32,13 +29,6 @@ TEXT_NAMES = (  # the first whose columns are all there is chosen
   ("question", "sentence"),
   ("sentence",),
 )
-LABEL_NAMES = {
-  "lm": ("label",),
-  "embed": ("label",),
-  "classify": ("label",),
-  "regress": ("score", "label"),
-  "multilabel": ("labels", "label"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Rows:
 
 
 def choose_columns(
-  file: pathlib.Path, table: Table, data: DataConfig, task: config_lib.Task
+  file: pathlib.Path, table: Table, data: DataConfig, task: Task
 ) -> tuple[tuple[str, ...], str | None]:
   """Returns the columns of texts and label, and warns of other texts.
 
@@ -80,13 +70,13 @@ def choose_columns(
   place, columns = str(file), list(table[0][1])
   label_field = _label_column(place, columns, data, task)
   others = [name for name in columns if name != label_field]
-  labels = {*itertools.chain(*LABEL_NAMES.values())}  # of other tasks
+  labels = label_names()  # of other tasks
   texts = [
     name
     for name in others
     if isinstance(table[0][1][name], str)
     and name.lower() not in labels
-    and not all(labels_lib.is_number(row.get(name) or "0") for _, row in table)
+    and not all(is_number(row.get(name) or "0") for _, row in table)
   ]
   chosen = choose_texts(place, others, texts, data, task)
   ignored = ", ".join(name for name in texts if name not in chosen)
@@ -97,27 +87,34 @@ def choose_columns(
       " and ".join(chosen),
       ignored,
     )
-  return chosen, None if task in config_lib.UNLABELLED else label_field
+  return chosen, None if task.labels is None else label_field
+
+
+def label_names() -> set[str]:
+  """Returns the usual names of columns of labels, of all tasks."""
+  labels = (task.labels for task in TASKS.values())
+  return {name for found in labels if found for name in found.columns}
 
 
 def _label_column(
-  place: str, columns: Sequence[str], data: DataConfig, task: config_lib.Task
+  place: str, columns: Sequence[str], data: DataConfig, task: Task
 ) -> str | None:
   """Returns the configured or the usual column of labels; None: none is needed."""
   if data.label_field is not None:
     _require_column(place, columns, "label", data.label_field)
     return data.label_field
-  if found := _usual(columns, [(name,) for name in LABEL_NAMES[task]]):
+  usual = task.labels.columns if task.labels else ("label",)
+  if found := _usual(columns, [(name,) for name in usual]):
     return found[0]
-  if task in config_lib.UNLABELLED:
+  if task.labels is None:
     return None
   others = "; ".join(
-    f"task {other!r} reads {names[0]!r}"
-    for other, names in LABEL_NAMES.items()
-    if _usual(columns, [names[:1]])
+    f"task {other.name!r} reads {other.labels.columns[0]!r}"
+    for other in TASKS.values()
+    if other.labels and _usual(columns, [other.labels.columns[:1]])
   )
   raise ConfigError(
-    f"{place} has no column {' or '.join(map(repr, LABEL_NAMES[task]))}"
+    f"{place} has no column {' or '.join(map(repr, usual))}"
     f"{f' ({others})' if others else ''}; name the column of "
     "labels with data.label_field (and that of texts with data.text_field); "
     f"the columns are {', '.join(map(repr, columns))}"
@@ -129,7 +126,7 @@ def choose_texts(
   columns: Sequence[str],
   texts: Sequence[str],
   data: DataConfig,
-  task: config_lib.Task,
+  task: Task,
 ) -> tuple[str, ...]:
   """Returns the column of texts, or the two of pairs.
 
@@ -138,13 +135,13 @@ def choose_texts(
     columns: Columns that may be configured or have a usual name.
     texts: The columns that look like text.
     data: May configure them.
-    task: "lm" and "embed" have no pairs.
+    task: Without labels there are no pairs.
   """
   wanted = data.text_field
-  is_single = task in config_lib.UNLABELLED
+  is_single = task.labels is None
   if isinstance(wanted, tuple) and is_single:
     raise ConfigError(
-      f"task {task!r} reads single texts; data.text_field is a pair"
+      f"task {task.name!r} reads single texts; data.text_field is a pair"
     )
   wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
   for name in wanted:
@@ -195,4 +192,4 @@ def checked(text: Any, column: str, place: str) -> str:
     raise ConfigError(f"{place} has no text in the column {column!r}")
   if not text.strip():
     raise ConfigError(f"{place}: the {column} is empty")
-  return labels_lib.require_utf8(text, place)
+  return require_utf8(text, place)

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from folding import config as config_lib
 from folding.config import DataConfig
 from folding.data import labels as labels_lib
 from folding.data import local_files, python_stdlib
 from folding.data.rows import Rows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
+from folding.tasks import TASKS
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Texts:
   pair: tuple[str, str] | None = None
 
 
-def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
+def load_texts(data: DataConfig, task: str) -> Texts:
   """Reads the text of a run.
 
   `data.path` wins over `data.name`. A split that the source lacks is set aside
@@ -67,15 +67,17 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
   Raises:
     ConfigError: the source is missing, malformed or cannot be fetched.
   """
+  row = TASKS[task]
+  form = row.labels
   require_room(data)
   if data.path is not None:
-    splits, names = local_files.read_path(pathlib.Path(data.path), data, task)
+    splits, names = local_files.read_path(pathlib.Path(data.path), data, row)
   elif is_tfds(data):
     from folding.data import tfds_sets  # imports TFDS, which takes seconds
 
-    splits, names = tfds_sets.read(data, task)
+    splits, names = tfds_sets.read(data, row)
   else:
-    splits, names = python_stdlib.read(data, task)
+    splits, names = python_stdlib.read(data, row)
   train = splits["train"]
   for rows in splits.values():
     if len(rows.columns) + len(train.columns) == 3:
@@ -84,35 +86,38 @@ def load_texts(data: DataConfig, task: config_lib.Task) -> Texts:
         f"{train.source} {' and '.join(train.columns)}; set data.text_field"
       )
   known: tuple[str, ...] = ()
-  if train.labels is not None:
+  if form is not None and train.labels is not None:
     # Before `max_bytes`, which may drop all rows of a class.
-    known = labels_lib.output_names(train.labels, task, train.source, names)
+    known = labels_lib.output_names(train.labels, form, train.source, names)
   fractions = fractions_of_train(data, splits)
   if fractions:
-    splits |= _set_aside(train, fractions, by_class=task == "classify")
+    by_class = form is not None and form.kind == "class"
+    splits |= _set_aside(train, fractions, by_class=by_class)
   if data.max_bytes is not None:
     for split in SPLITS:
       rows, limit = splits[split], limit_of(split, data.max_bytes)
       splits[split] = (
-        _cut_to(rows, limit) if task == "lm" else _limited(rows, limit, split)
+        _cut_to(rows, limit)
+        if row.predicts_tokens
+        else _limited(rows, limit, split)
       )
   if not splits["train"].texts:
     raise no_text_left(train.source)
   _warn_of_repeats(splits)
   texts: dict[str, Sequence[Text]] = {s: splits[s].texts for s in SPLITS}
-  if task in config_lib.UNLABELLED:
+  if form is None:
     return Texts(texts, None, ())
   labels = {
     split: labels_lib.to_array(
       splits[split].labels or (),
-      task,
+      form,
       known,
       places=splits[split].places,
       allow_ids=names is not None,
     )
     for split in SPLITS
   }
-  empty = labels_lib.unused(labels["train"], task, known)
+  empty = labels_lib.unused(labels["train"], form, known)
   if empty:
     _log.warning(
       "%d of %d classes have no text to train on: %s",
@@ -165,7 +170,7 @@ def load_scored_pairs(path: str) -> ScoredPairs:
   columns = DataConfig(
     text_field=("sentence1", "sentence2"), label_field="score"
   )
-  rows = local_files.read_file([file], columns, "regress")
+  rows = local_files.read_file([file], columns, TASKS["regress"])
   firsts, seconds = zip(*rows.texts, strict=True)
   scores = np.array(rows.labels, np.float32)
   if np.ptp(scores) == 0:

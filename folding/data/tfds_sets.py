@@ -16,27 +16,26 @@ import tensorflow_datasets as tfds
 # Registers the text builders. TFDS may not find "glue" without it.
 import tensorflow_datasets.text
 
-from folding import config as config_lib
 from folding import errors
 from folding.config import DataConfig
 from folding.data import rows as rows_lib
-from folding.data.labels import Label
 from folding.data.rows import Rows
 from folding.errors import ConfigError
+from folding.tasks import Label, Labels, Task
 
 _log = logging.getLogger(__name__)
 
 
 def read(
-  data: DataConfig, task: config_lib.Task
+  data: DataConfig, task: Task
 ) -> tuple[dict[str, Rows], list[str] | None]:
   """Reads a TFDS data set; the names are those of a `ClassLabel`."""
   builder: Any = _prepared(data)
   table: Any = builder.info.features
   features: dict[str, Any] = dict(table.items())
-  label_field = ""
-  if task not in config_lib.UNLABELLED:
-    label_field = _label_feature(data, features, task)
+  label_field, form = "", task.labels
+  if form:
+    label_field = _label_feature(data, features, form)
   texts = [
     name
     for name, kind in features.items()
@@ -60,7 +59,7 @@ def read(
     _fill(
       rows,
       builder.as_data_source(found[0]),
-      lambda example: _tfds_label(example[label_field], names, task),
+      lambda example: form and _tfds_label(example[label_field], names, form),
       limit,
     )
     # The test split of STS-B has no scores.
@@ -71,7 +70,7 @@ def read(
       f"{place} has no labelled train split; its splits are "
       f"{', '.join(builder.info.splits)}"
     )
-  if task == "classify" and not names:
+  if form and form.kind == "class" and not names:
     splits = _without_unknown_classes(splits)
   return splits, names
 
@@ -178,28 +177,27 @@ def _builder(data: DataConfig) -> tfds.core.DatasetBuilder:
 
 
 def _tfds_label(
-  value: Any, names: Sequence[str] | None, task: config_lib.Task
+  value: Any, names: Sequence[str] | None, form: Labels
 ) -> Label | None:
   """Returns a label of TFDS; None: the row is unlabelled."""
-  if task == "regress":
+  if form.kind == "score":
     return float(value)
   ids = [int(x) for x in np.atleast_1d(value)]
   if any(i < 0 for i in ids):
     return None
   classes = tuple(names[i] if names else str(i) for i in ids)
-  return classes if task == "multilabel" else classes[0]
+  return classes if form.kind == "classes" else classes[0]
 
 
 def _label_feature(
-  data: DataConfig, features: dict[str, Any], task: config_lib.Task
+  data: DataConfig, features: dict[str, Any], form: Labels
 ) -> str:
   """Returns the label's name: configured, usual, or the coarsest class."""
-  kinds = {
-    "classify": (0, np.integer),
-    "regress": (0, np.number),
-    "multilabel": (1, np.integer),
-  }
-  rank, number = kinds[task]
+  words, rank, number = {
+    "class": ("class", 0, np.integer),
+    "score": ("score", 0, np.number),
+    "classes": ("list of classes", 1, np.integer),
+  }[form.kind]
   fitting = {
     name: feature
     for name, feature in features.items()
@@ -212,21 +210,18 @@ def _label_feature(
     for name, feature in fitting.items()
     if isinstance(feature, tfds.features.ClassLabel)
   }
-  usual = [name for name in rows_lib.LABEL_NAMES[task] if name in features]
+  usual = [name for name in form.columns if name in features]
   if data.label_field:
     wanted = data.label_field
   elif usual:
     wanted = usual[0]
-  elif classes and task == "classify":
+  elif classes and form.kind == "class":
     wanted = min(classes, key=lambda name: classes[name])
   else:
     wanted = next(iter(fitting)) if len(fitting) == 1 else None
   if wanted is None or wanted not in fitting:
-    kind = {"regress": "score", "classify": "class"}.get(
-      task, "list of classes"
-    )
     raise ConfigError(
-      f"the TFDS data set {data.name} has no {kind} column "
+      f"the TFDS data set {data.name} has no {words} column "
       f"{wanted or 'that can be guessed'} (data.label_field); its columns are: "
       f"{', '.join(features)}"
     )

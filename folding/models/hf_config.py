@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from folding import config as config_lib
 from folding import typed
-from folding.config import ModelConfig, Task
+from folding.config import ModelConfig
 from folding.errors import ConfigError
+from folding.tasks import TASKS
 
 
 class Rule(NamedTuple):
@@ -71,11 +72,7 @@ class Family:
 
 
 _CLASSIFIER = "ForSequenceClassification"
-_PROBLEMS: dict[str, Task] = {  # problem_type of config.json: task
-  "single_label_classification": "classify",
-  "multi_label_classification": "multilabel",
-  "regression": "regress",
-}
+_ONE_CLASS = "single_label_classification"  # the default problem_type
 
 # Field of ModelConfig: {value in config.json: ours}. Of several values for one
 # of ours, the first is written.
@@ -606,7 +603,7 @@ class Description:
   # in its positions.
   token_types: int = 0
   # Task of a sequence classifier, by problem_type; "embed": sentence vectors.
-  problem: Task = "classify"
+  problem: str = "classify"
   label_names: tuple[str, ...] = ()  # outputs of a sequence classifier
 
   @property
@@ -619,11 +616,11 @@ class Description:
     """Output layer of the checkpoint: "classify", "lm" or "none"."""
     if self.num_classes:
       return "classify"
-    is_lm = self.config.causal and self.problem != "embed"
-    return "lm" if is_lm else "none"
+    makes_vectors = TASKS[self.problem].makes_vectors
+    return "lm" if self.config.causal and not makes_vectors else "none"
 
   @property
-  def task(self) -> Task:
+  def task(self) -> str:
     """Task of its output layer; without one, the task to fine-tune it for."""
     return "lm" if self.head == "lm" else self.problem
 
@@ -762,7 +759,7 @@ def _count(values: dict[str, Any], name: str) -> int:
   return value
 
 
-def _read_labels(values: dict[str, Any]) -> tuple[Task, tuple[str, ...]]:
+def _read_labels(values: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
   """Returns task and names of a sequence classifier, () for other models."""
   architectures = values.get("architectures") or [""]
   if not str(architectures[0]).endswith(_CLASSIFIER):
@@ -773,12 +770,13 @@ def _read_labels(values: dict[str, Any]) -> tuple[Task, tuple[str, ...]]:
     labels = {i: f"LABEL_{i}" for i in range(count)}
   # One output is a score, if nothing else is said, as in transformers.
   kind = values.get("problem_type") or (
-    "regression" if len(labels) == 1 else "single_label_classification"
+    "regression" if len(labels) == 1 else _ONE_CLASS
   )
-  if kind not in _PROBLEMS or (kind == "regression") != (len(labels) == 1):
+  known = _problems()
+  if kind not in known or (kind == "regression") != (len(labels) == 1):
     raise ConfigError(
       f"config.json: problem_type={kind!r} with {len(labels)} labels is not "
-      f"supported; supported are {', '.join(_PROBLEMS)}, regression with one "
+      f"supported; supported are {', '.join(known)}, regression with one "
       "label and the others with two or more (to train another head, take the "
       "old one's name out of architectures)"
     )
@@ -789,7 +787,12 @@ def _read_labels(values: dict[str, Any]) -> tuple[Task, tuple[str, ...]]:
       "config.json: id2label must give the classes 0, 1, 2, ... a name each; "
       f"it is {labels!r}"
     )
-  return _PROBLEMS[kind], tuple(labels[i] for i in sorted(labels, key=int))
+  return known[kind], tuple(labels[i] for i in sorted(labels, key=int))
+
+
+def _problems() -> dict[str, str]:
+  """Returns {problem_type of config.json: name of the task}."""
+  return {t.labels.problem_type: t.name for t in TASKS.values() if t.labels}
 
 
 def to_hf(described: Description) -> dict[str, Any]:
@@ -833,9 +836,9 @@ def _write_head(described: Description) -> dict[str, Any]:
   labels = described.label_names
   values["id2label"] = {str(i): label for i, label in enumerate(labels)}
   values["label2id"] = {label: i for i, label in enumerate(labels)}
-  if described.problem != "classify":
-    kinds = {task: kind for kind, task in _PROBLEMS.items()}
-    values["problem_type"] = kinds[described.problem]
+  form = TASKS[described.problem].labels
+  if form and form.problem_type != _ONE_CLASS:
+    values["problem_type"] = form.problem_type
   return values
 
 

@@ -28,11 +28,11 @@ import safetensors.numpy
 from flax import traverse_util
 
 from folding import errors, files, paths
-from folding.config import Task
 from folding.errors import ConfigError
 from folding.models import hf_config
 from folding.models import params as params_lib
 from folding.models.hf_config import Description
+from folding.tasks import TASKS
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -665,7 +665,7 @@ class Pretrained(Description):
 def load_pretrained(
   path_or_hub_id: str | pathlib.Path,
   *,
-  task: Task | None = None,
+  task: str | None = None,
   segments: bool = False,
 ) -> Pretrained:
   """Returns a checkpoint as our configuration and parameters.
@@ -674,9 +674,9 @@ def load_pretrained(
 
   Args:
     path_or_hub_id: A folder, or a name on the Hugging Face hub.
-    task: "lm" reads the output layer, "embed" no head, another task the head of
-      a sequence classifier if there is one for it. None: the head that the
-      checkpoint has.
+    task: Name of a task. "lm" reads the output layer, "embed" no head, another
+      task the head of a sequence classifier if there is one for it. None: the
+      head that the checkpoint has.
     segments: Whether to keep a segment embedding of two rows apart, for pairs.
 
   Raises:
@@ -686,13 +686,14 @@ def load_pretrained(
   folder = find_pretrained(path_or_hub_id)
   files.require_as_exported(str(folder))
   described = describe_pretrained(folder)
-  if task == "lm" and not described.config.causal:
+  row = TASKS[task] if task else None
+  if row and row.predicts_tokens and not described.config.causal:
     raise ConfigError(
       f"{folder}: a {described.family} model does not predict the next token; "
       "use task 'classify'"
     )
-  if task in ("lm", "embed"):
-    problem = "embed" if task == "embed" else described.problem
+  if row and row.labels is None:
+    problem = row.name if row.makes_vectors else described.problem
     described = dataclasses.replace(described, label_names=(), problem=problem)
   if segments and described.token_types == 2:
     model = dataclasses.replace(described.config, segments=2)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from folding.compression.shrink import Cut, shrink_layers
 from folding.config import Config, joined, layers_of, unshrunk
+from folding.tasks import task_of
 
 
 class Shrunk(NamedTuple):
@@ -71,7 +72,7 @@ def shrink(
     params,
     multiple=multiple,
     absorb=absorb,
-    tokens=config.task != "lm",
+    tokens=not task_of(config).predicts_tokens,
     is_zero=is_zero,
   )
   return Shrunk(shrunk_config(config, cut), small, cut)

@@ -14,18 +14,12 @@ import jax.numpy as jnp
 from flax import core
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.config import (
-  UNLABELLED,
-  Config,
-  FoldConfig,
-  Layer,
-  ModelConfig,
-  layers_of,
-)
+from folding.config import Config, FoldConfig, Layer, ModelConfig, layers_of
 from folding.models.attention import Attention
 from folding.models.decode import Cache, Step
 from folding.models.exact_attention import soft_cap
 from folding.models.linear_attention import PastState
+from folding.tasks import task_of
 
 _ACTIVATIONS = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -484,13 +478,14 @@ def make_model(
     ValueError: the config is not resolved.
   """
   layers_of(config.model, config.fold)  # raises
+  task = task_of(config)
   return Transformer(
     config.model,
     config.fold,
     vocab_size,
     config.data.length,
-    0 if config.task in UNLABELLED else num_classes,
-    config.task == "embed",
+    num_classes if task.labels else 0,
+    task.makes_vectors,
   )
 
 

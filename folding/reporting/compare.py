@@ -16,6 +16,7 @@ from folding import files, typed
 from folding.errors import ConfigError
 from folding.reporting import page, report
 from folding.reporting.report import Run
+from folding.tasks import METRICS, task_of
 
 
 class Spread(NamedTuple):
@@ -151,7 +152,7 @@ def notes(variants: Sequence[Variant]) -> list[str]:
 def _tokenizer(run: Run) -> str | None:
   """Returns the tokenizer of a language model; None for a classifier."""
   path = pathlib.Path(run.workdir, "tokenizer.json")
-  if run.config.task != "lm" or not path.is_file():
+  if not task_of(run.config).predicts_tokens or not path.is_file():
     return None
   return path.read_text(encoding="utf-8")
 
@@ -160,9 +161,9 @@ def _page(variants: Sequence[Variant]) -> str:
   """Returns the text of `compare.md`."""
   reference = variants[0]
   config = reference.runs[0].config
-  is_lm, metric = config.task == "lm", config_lib.quality(config)
+  metric = config_lib.quality(config)
   header = (
-    "Run", "Seeds", f"Test {report.metric_name(metric)}", "Difference",
+    "Run", "Seeds", f"Test {METRICS[metric].words}", "Difference",
     "Compression", "Parameters, stored", "allocated", "Bytes, with masks",
     "Steps", "Time", "Tokens per second",
   )  # fmt: skip
@@ -170,9 +171,9 @@ def _page(variants: Sequence[Variant]) -> str:
     "# Comparison of runs\n",
     report.table(header, [_row(v, reference) for v in variants], 2),
     f"Difference: of the test metric, relative to {reference.name} "
-    f"({'less' if is_lm else 'more'} is better). Compression: 1 - stored / "
-    "dense of all parameters. Allocated: parameters in arrays, zeros included. "
-    "±: sample standard deviation over seeds.",
+    f"({'less' if metric == 'bits_per_byte' else 'more'} is better). "
+    "Compression: 1 - stored / dense of all parameters. Allocated: parameters in "
+    "arrays, zeros included. ±: sample standard deviation over seeds.",
     *(f"\n**Note:** {note}" for note in notes(variants)),
     "\n![Validation over steps; test metric against size](compare.png)",
   ]
@@ -231,10 +232,11 @@ def _draw(variants: Sequence[Variant], path: str) -> None:
   from folding.reporting import plots
 
   run = variants[0].runs[0]
-  is_lm, metric = run.config.task == "lm", config_lib.quality(run.config)
+  metric = config_lib.quality(run.config)
+  is_bits = metric == "bits_per_byte"
   # Tokenizers may differ, and with them the loss of a token.
-  key = "bits_per_byte" if is_lm else "loss"
-  label = "bits per byte" if is_lm else f"loss, {run.loss_unit}"
+  key = metric if is_bits else "loss"
+  label = "bits per byte" if is_bits else f"loss, {run.loss_unit}"
   points = {}
   for variant in variants:
     size, test = variant.spread(_stored), _quality(variant, metric)
@@ -252,7 +254,7 @@ def _draw(variants: Sequence[Variant], path: str) -> None:
       right,
       points,
       x_label="stored parameters",
-      y_label=f"test {report.metric_name(metric)}",
+      y_label=f"test {METRICS[metric].words}",
     )
 
 

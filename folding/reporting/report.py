@@ -11,23 +11,9 @@ from folding import config as config_lib
 from folding import errors, files, typed
 from folding.errors import ConfigError
 from folding.reporting import page
+from folding.tasks import METRICS, task_of
 from folding.training import run_dir
 
-KINDS = {
-  "lm": "language model",
-  "embed": "sentence encoder",
-  "classify": "classifier",
-  "multilabel": "classifier of several labels",
-  "regress": "regression model",
-}
-# Metrics other than accuracy and those of language models, and their names.
-METRICS = {
-  "macro_f1": "macro F1",
-  "matthews": "Matthews correlation",
-  "pearson": "Pearson correlation",
-  "spearman": "Spearman correlation",
-  "cosine": "cosine to the teacher",
-}
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
 
@@ -78,11 +64,7 @@ class Run:
   @property
   def loss_unit(self) -> str:
     """Unit of the loss."""
-    if self.config.task == "regress":
-      return "squared error"
-    if self.config.task == "embed":
-      return "squared distance to the teacher, relative"
-    return f"nats per {'token' if self.config.task == 'lm' else 'example'}"
+    return task_of(self.config).loss_unit
 
 
 def load_run(workdir: str) -> Run:
@@ -176,7 +158,7 @@ def summarize(run: Run) -> dict[str, Any]:
 def describe(run: Run) -> str:
   """Returns a run and its metrics as one paragraph."""
   model, result = run.config.model, run.result
-  kind = KINDS[run.config.task]
+  kind = task_of(run.config).words
   steps, overall = f"{result['steps']:,}", run.parameters["overall"]
   if not result["finished"]:
     steps += f" of {result['total_steps']:,}"
@@ -391,9 +373,9 @@ def _test_metric(test: Mapping[str, Any] | None) -> str:
       f"{test['perplexity']:,.2f} over {test['num_tokens']:,} tokens){at}"
     )
   others = ", ".join(
-    f"{name} {test[metric]:.3f}"
-    for metric, name in METRICS.items()
-    if metric in test
+    f"{shown.words} {test[metric]:.3f}"
+    for metric, shown in METRICS.items()
+    if metric in test and metric not in ("loss", "accuracy")
   )
   if "accuracy" not in test:
     return f"{others} ({test['num_examples']:,} examples){at}"
@@ -403,8 +385,3 @@ def _test_metric(test: Mapping[str, Any] | None) -> str:
     f"{percent(test['accuracy_low'])} to {percent(test['accuracy_high'])}, "
     f"{test['num_examples']:,} examples){', ' if others else ''}{others}{at}"
   )
-
-
-def metric_name(metric: str) -> str:
-  """Returns a test metric in words, such as "bits per byte"."""
-  return METRICS.get(metric, metric.replace("_", " "))

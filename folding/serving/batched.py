@@ -18,6 +18,7 @@ from folding.data.padding import (
 from folding.data.tokenizers import Text, Tokenizer
 from folding.errors import ConfigError
 from folding.models.transformer import Transformer
+from folding.tasks import task_of
 
 
 def require_size(batch_size: int) -> None:
@@ -59,13 +60,12 @@ def require_finite(is_finite: np.ndarray, dtype: str) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "task"))
-def forward(params, tokens_BL, mask_BL, segments_BL, *, model, task):
-  """Returns probabilities or scores [B, C], or vectors [B, D] ("embed")."""
-  out = model.apply({"params": params}, tokens_BL, mask_BL, True, segments_BL)
-  if task == "classify":
-    return jax.nn.softmax(out, axis=-1)
-  return jax.nn.sigmoid(out) if task == "multilabel" else out
+@functools.partial(jax.jit, static_argnames=("model", "activate"))
+def forward(params, tokens_BL, mask_BL, segments_BL, *, model, activate):
+  """Returns probabilities or scores [B, C], or vectors [B, D]."""
+  return activate(
+    model.apply({"params": params}, tokens_BL, mask_BL, True, segments_BL)
+  )
 
 
 def outputs(
@@ -95,6 +95,7 @@ def outputs(
   length = config.data.length
   rows, seconds = encode_rows(tokenizer, texts, length)
   width = model.num_classes or config.model.width
+  activate = task_of(config).activate
   found = np.zeros((len(rows), width), np.float32)
   buckets = fine_bucket_lengths(length)
   for members, bucket in by_length(rows, buckets, batch_size):
@@ -105,7 +106,9 @@ def outputs(
     segments = None  # a model without a segment embedding ignores them
     if seconds is not None:
       segments = segments_of(seconds[members], mask)
-    out = forward(params, tokens, mask, segments, model=model, task=config.task)
+    out = forward(
+      params, tokens, mask, segments, model=model, activate=activate
+    )
     found[members] = np.asarray(out)[: len(members)]
     report(len(members))
   require_finite(np.isfinite(found), config.model.dtype)

@@ -21,6 +21,7 @@ from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.serving.batched import require_several, require_texts
 from folding.serving.loaded import Model, load
+from folding.tasks import task_of
 from folding.training.compress import compress_params
 from folding.training.recipe import recipe
 from folding.typed import edited
@@ -83,7 +84,7 @@ def compress(
   config = edited(config, {"compress.prune": "sparsegpt"})
   source = "a model in memory" if isinstance(model, Model) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
-  if config.task == "lm":
+  if task_of(config).predicts_tokens:
     length = min(config.data.length, WINDOW)
     batches = _windows(
       windows(loaded.tokenizer, cast(list[str], texts), length, max_texts)

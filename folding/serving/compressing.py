@@ -18,6 +18,7 @@ from folding.serving import lines as lines_lib
 from folding.serving.compress import WINDOW, compress
 from folding.serving.export import export
 from folding.serving.loaded import Model, load
+from folding.tasks import task_of
 from folding.training import loop, sharding
 from folding.training.evaluate import evaluate, make_eval_step
 
@@ -87,10 +88,10 @@ def _texts(path: str, model: Model) -> tuple[list[Text], list[Text]]:
     held = len(texts) // 10
     return texts[held:], texts[:held]
   data = DataConfig(path=path, valid_fraction=0.1, test_fraction=0.0)
-  task = "lm" if model.config.task == "lm" else "embed"  # labels are ignored
-  found = sources.load_texts(data, task).texts
+  is_stream = task_of(model.config).predicts_tokens
+  found = sources.load_texts(data, "lm" if is_stream else "embed").texts
   held = list(found["valid"])
-  if task != "lm":
+  if not is_stream:
     held = held[:_HELD]
   if not held:
     raise ConfigError(
@@ -106,17 +107,17 @@ def _num_stored(model: Model) -> int:
 
 def _lost(model: Model, small: Model, texts: Sequence[Any]) -> str:
   """Returns how the outputs of a smaller model differ, in words."""
-  task = model.config.task
-  if task == "lm":
+  task = task_of(model.config)
+  if task.predicts_tokens:
     before, after = (_perplexity(one, texts) for one in (model, small))
     return f"perplexity {before:.2f} is now {after:.2f}"
-  if task == "embed":
+  if task.makes_vectors:
     a, b = (np.asarray(one.encode(texts), np.float64) for one in (model, small))
     size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = float(np.mean((a * b).sum(axis=1) / np.maximum(size, 1e-24)))
     return f"the mean cosine with the dense vectors is {cosine:.3f}"
   a, b = ([x.label for x in one.predict(texts)] for one in (model, small))
-  if task == "regress":
+  if task.labels and task.labels.kind == "score":
     gap = float(np.mean(np.abs(np.subtract(a, b))))
     return f"scores differ by {gap:.3g} on average"
   same = np.mean([x == y for x, y in zip(a, b, strict=True)])
@@ -139,7 +140,7 @@ def _perplexity(model: Model, texts: Sequence[str]) -> float:
   ]
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   params = jax.device_put(model.params)
-  step = make_eval_step(model.model, mesh)
+  step = make_eval_step(model.model, task_of(model.config), mesh)
   return evaluate(step, params, batches, mesh, num_bytes=1.0)["perplexity"]
 
 
@@ -161,7 +162,8 @@ def train_smaller(
   Raises:
     ConfigError: see `loop.run`.
   """
-  name = "embed" if load(source).config.task == "embed" else "pretrained"
+  makes_vectors = task_of(load(source).config).makes_vectors
+  name = "embed" if makes_vectors else "pretrained"
   config = config_lib.read(f"configs/{name}.py:{source},{saving}")
   edits = {"data.path": path, "train.steps": steps}
   edits["train.eval_every"] = max(1, steps // 4)

@@ -28,6 +28,7 @@ from folding.serving.loaded import (
   require_float,
   sizes,
 )
+from folding.tasks import task_of
 
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
 _ENCODER_TOKENS = {
@@ -114,7 +115,7 @@ def export_hf(
   options = tokenizer_options(tokenizer, described)
   files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
   files.write_json(os.path.join(path, OPTIONS), options)
-  if loaded.config.task == "embed":
+  if task_of(loaded.config).makes_vectors:
     sentence.write(path, loaded.config.model, loaded.config.data.length)
   files.write_checksums(path, files.all_files(path))
   return {"files": files.folder_bytes(path)}

@@ -10,9 +10,9 @@ from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.serving.loaded import Model
 from folding.serving.predict import Prediction
+from folding.tasks import task_of
 
 _TABLES = (".csv", ".jsonl", ".parquet", ".arrow")
-_ROLES = {"classify": "label", "multilabel": "labels", "regress": "score"}
 
 
 @contextlib.contextmanager
@@ -81,21 +81,21 @@ def of_predictions(
     form: "tsv": a header, then label and probabilities (or the score) of each
       text. "jsonl": an object per text, with the text too.
   """
-  role = _ROLES[loaded.config.task]
+  kinds = task_of(loaded.config).labels
+  assert kinds is not None  # `predict` refuses other tasks
+  role, labels = kinds.columns[0], loaded.labels
+  if kinds.kind == "score":  # it has no probabilities
+    labels = ()
   if form == "tsv":
-    return _tsv_lines(predictions, role, loaded.labels)
-  names = loaded.pair or ("text",)
-  return _jsonl_lines(predictions, role, loaded.labels, names)
+    return _tsv_lines(predictions, role, labels)
+  return _jsonl_lines(predictions, role, labels, loaded.pair or ("text",))
 
 
 def _tsv_lines(
   predictions: Iterable[Prediction], role: str, labels: Sequence[str]
 ) -> Iterator[str]:
   names = {label: " ".join(label.split()) for label in labels}
-  header = [role]
-  if role != "score":
-    header += names.values()
-  yield "\t".join(header)
+  yield "\t".join([role, *names.values()])
   for one in predictions:
     numbers = [f"{p:.6f}" for p in one.probabilities]
     if isinstance(one.label, str):
@@ -117,7 +117,7 @@ def _jsonl_lines(
     texts = (one.text,) if isinstance(one.text, str) else one.text
     record: dict[str, Any] = dict(zip(names, texts, strict=True))
     record[role] = one.label
-    if role == "score":
+    if not labels:
       record[role] = round(float(record[role]), 6)
     else:
       numbers = [round(float(p), 6) for p in one.probabilities]

@@ -19,8 +19,7 @@ import folding
 from folding import config as config_lib
 from folding import files, paths
 from folding.compression.accounting import account
-from folding.config import UNLABELLED, Config
-from folding.data.labels import Label
+from folding.config import Config
 from folding.data.tokenizers import (
   MappedTokenizer,
   Text,
@@ -39,6 +38,7 @@ from folding.serving.batched import (
   require_texts,
 )
 from folding.serving.packed import load_packed
+from folding.tasks import Label, task_of
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
 from folding.typed import edited
@@ -151,16 +151,16 @@ class Model:
 
   def require_encoder(self) -> None:
     """Raises `ConfigError` unless the model makes vectors of texts."""
-    task = self.config.task
-    if task == "lm":
+    task = task_of(self.config)
+    if task.predicts_tokens:
       raise ConfigError(
         "this is a language model without a pooling of its tokens; give an "
         "encoder, or a checkpoint with the modules.json of sentence-transformers"
       )
-    if task != "embed":
+    if not task.makes_vectors:
       raise ConfigError(
-        f"this model is of task {task!r} and makes no vectors; use folding "
-        "predict"
+        f"this model is of task {task.name!r} and makes no vectors; use folding "
+        f"{task.verb}"
       )
 
   @property
@@ -216,7 +216,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
     return _load_hf(path, pairs)
   config, params, tokenizer = load_run(path)
   labels: tuple[str, ...] = ()
-  if config.task not in UNLABELLED:
+  if task_of(config).labels:
     count = params["head"]["kernel"].shape[1]
     labels = load_labels(path) or tuple(map(str, range(count)))
     if len(labels) != count:
@@ -236,7 +236,7 @@ def _load_compact(path: str, values: dict[str, Any]) -> Model:
   try:
     config = config_lib.from_dict(values["config"])
     labels = tuple(values["labels"])
-    if config.task not in UNLABELLED and not labels:  # an earlier export
+    if task_of(config).labels and not labels:  # an earlier export
       is_normalized = values.get("is_normalized") is True
       config = edited(
         config, {"task": "embed", "model.normalize": is_normalized}

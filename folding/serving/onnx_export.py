@@ -34,6 +34,7 @@ from folding.models.exact_attention import MASKED, relative_buckets
 from folding.models.hf_weights import CONFIG, TOKENIZER
 from folding.serving.hf_export import tokenizer_options
 from folding.serving.loaded import Model, require_exportable
+from folding.tasks import task_of
 from folding.version import __version__
 
 MODEL = "model.onnx"
@@ -105,7 +106,7 @@ def export_onnx(
   }
   for name, content in ((OPTIONS, options), (CONFIG, values)):
     files.write_json(os.path.join(path, name), content, ensure_ascii=False)
-  if loaded.config.task == "embed":
+  if task_of(loaded.config).makes_vectors:
     sentence.write(path, loaded.config.model, loaded.config.data.length)
   files.write_checksums(path, files.all_files(path))
   return {"parameters": graph.num_bytes, "files": files.folder_bytes(path)}
@@ -575,8 +576,8 @@ def _activate(g: _Graph, x: str, name: str) -> str:
 
 def _read_out(g: _Graph, loaded: Model, x: str) -> None:
   """Adds the outputs of the program, from the last block's [N, D]."""
-  m = g.config
-  if loaded.config.task == "lm":
+  m, task = g.config, task_of(loaded.config)
+  if task.predicts_tokens:
     rows = loaded.num_rows
     if m.tie_embeddings:
       x = g.unembed(x, "embed/embedding")
@@ -590,7 +591,7 @@ def _read_out(g: _Graph, loaded: Model, x: str) -> None:
     return
   x = g.unflatten(x, m.width)
   pooled = _pool(g, x, m.pooling)
-  if loaded.config.task == "embed":
+  if task.makes_vectors:
     g.output("last_hidden_state", x, ["batch", "length", m.width])
     if m.normalize:
       pooled = g.add("LpNormalization", pooled, axis=1, p=2)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
-from folding.config import UNLABELLED
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.serving.batched import (
@@ -17,6 +16,7 @@ from folding.serving.batched import (
 )
 from folding.serving.loaded import Model
 from folding.serving.loaded import Prediction as Prediction
+from folding.tasks import Labels, task_of
 
 _log = logging.getLogger(__name__)
 
@@ -51,21 +51,24 @@ def predict(
   """
   require_size(batch_size)
   require_several(texts)
-  task = model.config.task
-  if task in UNLABELLED:
-    verb = {"lm": "generate", "embed": "encode"}[task]
+  task = task_of(model.config)
+  if task.labels is None:
     raise ConfigError(
-      f"this model is of task {task!r} and has no classes to predict; use "
-      f"folding {verb}, or a model of task 'classify', 'multilabel' or 'regress'"
+      f"this model is of task {task.name!r} and has no classes to predict; use "
+      f"folding {task.verb}, or a model of task 'classify', 'multilabel' or "
+      "'regress'"
     )
-  return _predict(model, iter(texts), batch_size, at_once)
+  return _predict(model, iter(texts), task.labels, batch_size, at_once)
 
 
 def _predict(
-  model: Model, texts: Iterator[Text], batch_size: int, at_once: bool
+  model: Model,
+  texts: Iterator[Text],
+  form: Labels,
+  batch_size: int,
+  at_once: bool,
 ) -> Iterator[Prediction]:
-  params = jax.device_put(model.params)
-  task, pair = model.config.task, model.pair
+  params, pair = jax.device_put(model.params), model.pair
   size = batch_size if at_once else batch_size * _BATCHES_SORTED
   labelled = tuple(f"{label}\t" for label in model.labels)
   while group := list(itertools.islice(texts, size)):
@@ -83,10 +86,5 @@ def _predict(
       batch_size=batch_size,
     )
     for text, row in zip(group, found, strict=True):
-      if task == "regress":
-        yield Prediction(text, float(row[0]), row[:0])
-      elif task == "multilabel":
-        chosen = zip(model.labels, row > 0.5, strict=True)
-        yield Prediction(text, tuple(x for x, is_in in chosen if is_in), row)
-      else:
-        yield Prediction(text, model.labels[int(row.argmax())], row)
+      probabilities = row[:0] if form.kind == "score" else row
+      yield Prediction(text, form.answer(row, model.labels), probabilities)

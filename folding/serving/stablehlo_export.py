@@ -12,13 +12,10 @@ from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
 from folding.models.hf_weights import TOKENIZER
 from folding.serving.loaded import Model, require_exportable
+from folding.tasks import task_of
 
 STABLEHLO, META = "model.stablehlo", "meta.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
-_OUTPUTS = {
-  "lm": "float32[b, l, V]: logits",
-  "embed": "float32[b, D]: vectors",
-}
 
 
 def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
@@ -73,7 +70,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
   meta = {
     "program": STABLEHLO,
     "inputs": inputs,
-    "output": _OUTPUTS.get(loaded.config.task, "float32[b, C]: logits"),
+    "output": task_of(loaded.config).output,
     "labels": list(loaded.labels),
     "trained_length": length,
     "longest": longest,

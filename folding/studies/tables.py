@@ -13,8 +13,9 @@ import scipy.stats
 from folding import config as config_lib
 from folding import files
 from folding.reporting import plots
-from folding.reporting.report import duration, metric_name, percent, table
+from folding.reporting.report import duration, percent, table
 from folding.studies.grid import DENSE, OURS, Study, Trial
+from folding.tasks import METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def dataset_table(rows: Sequence[Row]) -> str:
         str(len(group)),
       ]
     )
-  header = ["", "level", metric_name(metric)]
+  header = ["", "level", METRICS[metric].words]
   header += [f"to dense, {_unit(metric)}", "smaller"]
   return table(header + ["bytes", "time", "seeds"], lines)
 
@@ -259,7 +260,7 @@ def write(study: Study, workdir: str) -> str:
   found = dict.fromkeys(row.metric for row in rows)
   for metric in sorted(found, key=lambda x: x != "accuracy"):
     chosen = [row for row in rows if row.metric == metric]
-    name, unit = metric_name(metric), _unit(metric)
+    name, unit = METRICS[metric].words, _unit(metric)
     title = "Text" if metric == "bits_per_byte" else name[0].upper() + name[1:]
     _draw(chosen, unit, os.path.join(workdir, f"{metric}.png"))
     parts += [

@@ -23,6 +23,7 @@ from folding.config import Config
 from folding.errors import ConfigError
 from folding.models.params import group_of
 from folding.models.transformer import make_model, param_shapes
+from folding.tasks import task_of
 from folding.training.fold_pretrained import require_pairs
 from folding.training.layer_options import (
   EMBEDDING,
@@ -234,7 +235,8 @@ def _budget(
   """Returns how many parameters W_Q, W_K, W_V and linear layers may store."""
   if config.fpp.overall is not None:
     # The head of a classifier is never pruned.
-    head = (1 - linear if config.task == "lm" else 1) * sizes["head"]
+    is_pruned = task_of(config).predicts_tokens
+    head = (1 - linear if is_pruned else 1) * sizes["head"]
     outside = (1 - embedding) * sizes["embedding"] + sizes["other"] + head
     return (1 - config.fpp.overall) * sizes["all"] - outside
   shapes = param_shapes(make_model(config, vocab_size=1, num_classes=1))

@@ -20,6 +20,7 @@ from folding.models.hf_weights import (
   load_pretrained,
 )
 from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.tasks import task_of
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_config, load_labels
 
@@ -64,10 +65,12 @@ def dense_start(
   shapes = param_shapes(model)
   found, note = read_source(path, config, data)
   known, source = paths.flatten(shapes), paths.flatten(found)
+  heads = ("head/", "pooler/", "norm_pooler/")
+  if task_of(config).predicts_tokens:
+    heads = ()  # the output layer must be there
 
   def is_head(name):
-    is_of_head = name.startswith(("head/", "pooler/", "norm_pooler/"))
-    return config.task != "lm" and is_of_head
+    return name.startswith(heads)
 
   missing = [
     name
@@ -145,14 +148,14 @@ def read_source(
     classes = _class_names(source.label_names, data.label_names)
     tokenizer_path = str(source.tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
-  note = ""
-  if task != config.task and classes:
+  note, row = "", task_of(config)
+  if task != row.name and classes:
     note = f" (its head is for task {task!r}: {', '.join(classes[:8])})"
     params = {name: w for name, w in params.items() if name != "head"}
-  elif config.task != "regress":
+  elif row.labels and row.labels.kind != "score":
     params = _with_classes(params, classes, data.label_names)
   shape = np.shape(params.get("head", {}).get("kernel"))
-  keeps_head = config.task != "lm" and shape[-1:] == (data.num_classes,)
+  keeps_head = not row.predicts_tokens and shape[-1:] == (data.num_classes,)
   shared = config_lib.SHAPE
   if keeps_head:
     shared += config_lib.HEAD
@@ -242,22 +245,22 @@ def teacher_of(
   Raises:
     ConfigError: task "embed" has no teacher, or nothing to train.
   """
-  d, is_embed = config.distill, config.task == "embed"
-  if not (d.is_used or is_embed):
+  d, task = config.distill, task_of(config)
+  if not (d.is_used or task.makes_vectors):
     return None
-  if is_embed and config.dense:
+  if task.makes_vectors and config.dense:
     raise ConfigError(
-      "task 'embed' learns from its dense checkpoint; dense=True would train "
-      "nothing"
+      f"task {task.name!r} learns from its dense checkpoint; dense=True would "
+      "train nothing"
     )
   path = d.teacher or config.pretrained
   if path is None:
     raise ConfigError(
-      "task 'embed' learns from a trained encoder; set pretrained=PATH, as "
-      "configs/embed.py does"
+      f"task {task.name!r} learns from a trained encoder; set pretrained=PATH, "
+      "as configs/embed.py does"
     )
   model, params, _ = dense_start(path, config, data, needs_head=d.logits > 0)
-  if is_embed:
+  if task.makes_vectors:
     return model, params
   params = without_trimmed(data.tokenizer, params)
   half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)

@@ -28,6 +28,7 @@ from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError
 from folding.models.params import GROUPS
 from folding.models.transformer import Transformer
+from folding.tasks import METRICS, task_of
 from folding.training import distributed, energy, run_dir, sharding
 from folding.training import optimizer as optimizer_lib
 from folding.training.checkpoint import Checkpoints, has_checkpoint
@@ -74,7 +75,7 @@ class Run(Program):
       plain_size=data.tokenizer.plain_size,
     )
     self.data = data
-    self._eval_step = make_eval_step(self.model, self.mesh)
+    self._eval_step = make_eval_step(self.model, self.task, self.mesh)
     self._taught: dict[str, list[np.ndarray]] = {}
     self._compactor = Compactor(self)
 
@@ -182,13 +183,18 @@ class Run(Program):
       seen = limit * self.config.data.eval_batch_size
       share = min(1.0, seen / data.num_examples[split])
     num_bytes = None
-    if self.config.task == "lm":
+    if self.task.predicts_tokens:
       num_bytes = share * data.num_bytes[split]
-    if self.config.task == "embed":
+    if self.task.makes_vectors:
       teacher = teacher or self.placed(teacher_of(self.config, data))
       batches = self._with_taught(batches, split, teacher)
     metrics = evaluate(
-      self._eval_step, params, batches, self.mesh, num_bytes=num_bytes
+      self._eval_step,
+      params,
+      batches,
+      self.mesh,
+      task=self.task,
+      num_bytes=num_bytes,
     )
     if data.scores is not None:
       parts = self._vectors(self.model, params, data.eval_batches(STS))
@@ -351,7 +357,8 @@ def _read_data(config: Config, workdir: str, is_new: bool) -> Data:
   for split in ("valid", "test"):
     if not data.num_examples[split]:
       advice = f"raise data.{split}_fraction or give more text"
-      if config.task == "classify":
+      form = task_of(config).labels
+      if form and form.kind == "class":
         advice += (
           f" (train has {data.num_examples['train']} texts in {data.num_classes} "
           "classes, and each gives up its own share, rounded; perhaps "
@@ -533,7 +540,7 @@ def _notes(start: Start) -> list[str]:
   """Returns the lines that a run prints before its first step."""
   run, config = start.run, start.run.config
   notes = [f"mesh: {line}" for line in run.unsplit]
-  if config.task != "lm":
+  if not run.task.predicts_tokens:
     share = run.data.full_share(config.data.length)
     if share >= 0.01:
       notes.append(
@@ -556,7 +563,7 @@ def _notes(start: Start) -> list[str]:
 
 def _rank(metrics: dict[str, Any], config: Config) -> float:
   """Returns the rank of a checkpoint, lower is better; see `train.metric`."""
-  name = config.train.metric or config_lib.METRICS[config.task][0]
+  name = config.train.metric or task_of(config).metrics[0]
   loss = metrics["loss"]
   if name == "loss":
     return loss
@@ -565,20 +572,12 @@ def _rank(metrics: dict[str, Any], config: Config) -> float:
 
 
 def _line(step: int, name: str, metrics: dict[str, Any]) -> str:
-  text = f"step {step:>6,}  {name}  loss {metrics['loss']:.4f}"
-  for metric, label in (
-    ("cosine", "cosine {:.4f}"),
-    ("accuracy", "accuracy {:.2%}"),
-    ("macro_f1", "macro F1 {:.4f}"),
-    ("matthews", "Matthews {:.4f}"),
-    ("pearson", "Pearson {:.4f}"),
-    ("spearman", "Spearman {:.4f}"),
-    ("perplexity", "perplexity {:.2f}"),
-    ("bits_per_byte", "bits per byte {:.4f}"),
-  ):
-    if metric in metrics:
-      text += f"  {label.format(metrics[metric])}"
-  return text
+  shown = [
+    METRICS[metric].line.format(value)
+    for metric, value in metrics.items()
+    if metric in METRICS
+  ]
+  return "  ".join([f"step {step:>6,}", name, *shown])
 
 
 def resume_run(workdir: str) -> dict[str, Any]:

@@ -1,12 +1,4 @@
-"""Losses per token (next token) or per example (other tasks).
-
-The labels of a batch say which loss it has:
-  targets int32[B, L], or labels int32[B]: cross-entropy with a class, nats.
-  labels float32[B]: squared error of a score.
-  labels float32[B, C]: cross-entropy with each of C labels, yes or no, summed
-    over labels, nats.
-Sentence vectors have no labels: a teacher's vectors are their targets.
-"""
+"""Sums of losses over the tokens or texts of a batch; the task has the loss."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,14 +7,13 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from folding.config import Task
 from folding.models import blocks
 from folding.models.transformer import unit
+from folding.tasks import Task, squared_error
 from folding.training import sharding
 
 LOGITS = 2**27  # most next-token logits of a block per device: 512 MiB
@@ -30,51 +21,36 @@ LOGITS = 2**27  # most next-token logits of a block per device: 512 MiB
 Batch = Mapping[str, jax.Array]
 
 
-def token_losses(
-  logits: Float[Array, "*batch C"], labels: Int[Array, "*batch"]
-) -> Float[Array, "*batch"]:
-  """Returns -log softmax(logits)[label] in float32, nats."""
-  return optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), labels
-  )
-
-
-def task_of(labels: jax.Array | np.ndarray) -> Task:
-  """Returns the task that targets or labels are for, see the module."""
-  if jnp.issubdtype(labels.dtype, jnp.integer):
-    return "lm" if labels.ndim == 2 else "classify"
-  return "multilabel" if labels.ndim == 2 else "regress"
-
-
-def summed_loss(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def summed_loss(
+  task: Task, out: jax.Array, batch: Batch
+) -> dict[str, jax.Array]:
   """Returns the weighted sum of the loss over a batch.
 
   Args:
-    logits: [B, L, V] with batch["targets"], or [B, C] with batch["labels"].
+    task: Has the loss, and names the entry of the batch that it is about.
+    out: [B, L, V] logits of tokens, [B, C] of texts, or [B, D] vectors.
     batch: Also "weights", one per target or row; 0 leaves it out.
 
   Returns:
-    {"loss", "weight"}: float32[] sums over the batch.
+    {"loss", "weight", and "cosine" of vectors}: float32[] sums over the batch.
 
   Raises:
-    AssertionError: logits, labels and weights do not fit in shape.
+    AssertionError: output, labels and weights do not fit in shape.
   """
-  labels = batch["targets"] if "targets" in batch else batch["labels"]
-  weights, task = batch["weights"], task_of(labels)
-  width = labels.shape[-1] if task == "multilabel" else None
-  chex.assert_shape(logits, (*weights.shape, 1 if task == "regress" else width))
-  chex.assert_shape(
-    labels, logits.shape if task == "multilabel" else weights.shape
-  )
-  if task == "regress":
-    each = jnp.square(logits[..., 0].astype(jnp.float32) - labels)
-  elif task == "multilabel":
-    each = optax.sigmoid_binary_cross_entropy(
-      logits.astype(jnp.float32), labels
-    ).sum(axis=-1)
-  else:
-    each = token_losses(logits, labels)
-  return {"loss": jnp.sum(each * weights), "weight": jnp.sum(weights)}
+  out, aim = out.astype(jnp.float32), batch[task.aim]
+  weights, width = batch["weights"], None
+  if task.labels and task.labels.kind == "score":
+    width = 1
+  chex.assert_shape(out, (*weights.shape, width))
+  chex.assert_shape(aim, out.shape if aim.ndim == out.ndim else weights.shape)
+  sums = {
+    "loss": jnp.sum(task.loss(out, aim) * weights),
+    "weight": jnp.sum(weights),
+  }
+  if task.makes_vectors:
+    cosine_B = optax.cosine_similarity(out, aim, epsilon=1e-12)
+    sums["cosine"] = jnp.sum(cosine_B * weights)
+  return sums
 
 
 def sum_over_blocks(
@@ -129,64 +105,31 @@ def num_blocks(batch: Batch, vocab_size: int, mesh: Mesh | None) -> int:
 
 
 def summed_soft_loss(
+  task: Task,
   logits: Float[Array, "*batch C"],
   taught: Float[Array, "*batch C"],
   weights: Float[Array, "*batch"],
   temperature: float,
-  task: Task = "classify",
 ) -> Float[Array, ""]:
-  """Returns the sum of T^2 KL(teacher || student), softened by T, nats.
+  """Returns the sum of T^2 times the distance to a teacher, softened by T.
 
-  T^2 keeps the gradient as large as it is at T = 1. Of scores, it is their
-  squared distance instead.
+  T^2 keeps the gradient as large as it is at T = 1.
 
   Args:
+    task: Has the distance.
     logits: The student's.
     taught: The teacher's.
     weights: 0 leaves a target out.
     temperature: T.
-    task: From `task_of`.
 
   References: Hinton et al., "Distilling the Knowledge in a Neural Network",
     2015.
   """
   student, teacher = logits.astype(jnp.float32), taught.astype(jnp.float32)
-  if task == "regress":
-    each = jnp.square(student - teacher)[..., 0]
-    return jnp.sum(each * weights)
-  student, teacher = student / temperature, teacher / temperature
-  if task == "multilabel":
-    share = jax.nn.sigmoid(teacher)
-    each = optax.sigmoid_binary_cross_entropy(student, share)
-    each -= optax.sigmoid_binary_cross_entropy(teacher, share)
-    nats = jnp.sum(each, axis=-1)
-  else:
-    student, teacher = (jax.nn.log_softmax(x) for x in (student, teacher))
-    nats = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-  return temperature**2 * jnp.sum(nats * weights)
-
-
-def summed_vector_loss(
-  vectors: Float[Array, "B D"],
-  taught: Float[Array, "B D"],
-  weights: Float[Array, " B"],
-) -> dict[str, jax.Array]:
-  """Returns how far sentence vectors are from those of a teacher.
-
-  Returns:
-    {"loss": |v - u|^2 / |u|^2, "cosine": of v and u, "weight"}: float32[] sums
-    over the batch, v the student's and u the teacher's.
-  """
-  chex.assert_equal_shape([vectors, taught])
-  v_BD, u_BD = vectors.astype(jnp.float32), taught.astype(jnp.float32)
-  size_B = jnp.maximum(jnp.sum(jnp.square(u_BD), axis=-1), 1e-12)
-  error_B = jnp.sum(jnp.square(v_BD - u_BD), axis=-1) / size_B
-  cosine_B = optax.cosine_similarity(v_BD, u_BD, epsilon=1e-12)
-  return {
-    "loss": jnp.sum(error_B * weights),
-    "cosine": jnp.sum(cosine_B * weights),
-    "weight": jnp.sum(weights),
-  }
+  if task.soft_loss is None:
+    return jnp.sum(squared_error(student, teacher[..., 0]) * weights)
+  each = task.soft_loss(student / temperature, teacher / temperature)
+  return temperature**2 * jnp.sum(each * weights)
 
 
 def pairs_loss(

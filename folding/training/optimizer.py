@@ -16,6 +16,7 @@ from folding.compression.sites import Rule, make_sites
 from folding.config import Config, layers_of
 from folding.errors import ConfigError
 from folding.models.params import axis_of, group_of
+from folding.tasks import task_of
 
 _TOKENS, _POSITIONS = "embed/embedding", "position_embed/embedding"
 
@@ -88,7 +89,7 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
           rules.append(
             Rule(re.escape(name), target, granularity, tied, axis=axis)
           )
-    elif name == "head/kernel" and config.task == "lm":
+    elif name == "head/kernel" and task_of(config).predicts_tokens:
       rules.append(Rule(re.escape(name), targets.head))
     elif keeps_tokens:
       continue
@@ -118,7 +119,7 @@ def _embedding_rule(config: Config) -> tuple[str, str | None]:
     return "row", "activation"  # how common a token is
   # A score that depends on how common a token is would empty rare ones. The
   # gradient of an embedding that is the output layer too does not.
-  is_output = config.task == "lm" and config.model.tie_embeddings
+  is_output = task_of(config).predicts_tokens and config.model.tie_embeddings
   is_usage = bool(SCORES[f.score].evidence) and not (
     f.score == "saliency" and is_output
   )

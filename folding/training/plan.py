@@ -18,8 +18,10 @@ from folding import config as config_lib
 from folding import paths
 from folding.compression.sites import make_sites
 from folding.config import Config, MeshConfig
+from folding.data.labels import blank
 from folding.data.tokenizers import vocab_size
 from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.tasks import task_of
 from folding.training import hlo, sharding
 from folding.training.devices import GIB, Devices
 from folding.training.devices import find_devices as find_devices
@@ -140,7 +142,8 @@ def _shortened(program: Program, count: int) -> Program:
 
 def _num_outputs(config: Config) -> int:
   """Returns the width of a head, as far as it is known without the data."""
-  return 1 if config.task == "regress" else 2
+  form = task_of(config).labels
+  return 1 if form and form.kind == "score" else 2
 
 
 def _zeros(program: Program) -> int:
@@ -166,19 +169,15 @@ def _inputs(
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
   batch = {"tokens": array((B, L), jnp.int32, rows)}
-  if config.task == "lm":
+  task = task_of(config)
+  if task.predicts_tokens:
     batch["targets"] = array((B, L), jnp.int32, rows)
     batch["weights"] = array((B, L), jnp.float32, rows)
   else:
-    shape, kind = {
-      "classify": ((B,), jnp.int32),
-      "regress": ((B,), jnp.float32),
-      "multilabel": ((B, _num_outputs(config)), jnp.float32),
-      "embed": (None, jnp.float32),
-    }[config.task]
     batch["mask"] = array((B, L), jnp.bool_, rows)
-    if shape is not None:
-      batch["labels"] = array(shape, kind, rows)
+    if task.labels:
+      labels = blank(task.labels, B, _num_outputs(config))
+      batch["labels"] = array(labels.shape, labels.dtype, rows)
     if config.model.segments:
       batch["segments"] = array((B, L), jnp.int32, rows)
     batch["weights"] = array((B,), jnp.float32, rows)
@@ -286,7 +285,7 @@ def _global_cost(program: Program, is_mask_update: bool) -> dict[str, float]:
 
 def _teacher(config: Config) -> Transformer | None:
   """Returns the teacher of a run, as far as it is known without the data."""
-  if not (config.distill.is_used or config.task == "embed"):
+  if not (config.distill.is_used or task_of(config).makes_vectors):
     return None
   dense = config_lib.dense_baseline(config)
   return make_model(dense, config.data.vocab_size, _num_outputs(config))

@@ -5,6 +5,7 @@ import re
 
 from folding.config import CompressConfig, Config, FoldConfig, FPPConfig
 from folding.errors import ConfigError
+from folding.tasks import task_of
 
 
 def recipe(config: Config, saving: float | None = None) -> Config:
@@ -20,8 +21,8 @@ def recipe(config: Config, saving: float | None = None) -> Config:
       are replaced.
     saving: Fraction of the parameters to save; None: that of the preset.
   """
-  is_lm = config.task == "lm"
-  m = config.model
+  task, m = task_of(config), config.model
+  by_weight = task.predicts_tokens
   is_rotary = m.positions == "rope"
   # A quarter of a head, for plans that fold all layers alike.
   K = m.head_dim or max(1, m.width // m.num_heads)
@@ -34,16 +35,16 @@ def recipe(config: Config, saving: float | None = None) -> Config:
   # the width and a bias of W_O can replace that of W_V.
   shares_width = m.num_heads * K == m.width
   has_place = bool(m.use_bias) or not m.qkv_bias
-  is_free = is_lm and shares_width and has_place
+  is_free = by_weight and shares_width and has_place
   fold = FoldConfig(
     groups=groups,
     rope="pairs" if is_rotary else "copy",
     values="diagonal" if is_free else "dense",
   )
   fpp = FPPConfig(
-    granularity="weight" if is_lm else "neuron",
-    attention="output" if is_lm else "none",  # of low rank instead
-    embedding_granularity="weight" if is_lm else "rank",
+    granularity="weight" if by_weight else "neuron",
+    attention="output" if by_weight else "none",  # of low rank instead
+    embedding_granularity="weight" if by_weight else "rank",
     # For language models too: with 0.2 stories260K has perplexity 9.8.
     embedding_share=1.0,
     overall=saving,
@@ -53,10 +54,10 @@ def recipe(config: Config, saving: float | None = None) -> Config:
   )
   compress = CompressConfig(
     plan="auto",
-    prune="none" if is_lm else "sparsegpt",
+    prune="none" if by_weight else "sparsegpt",
     # Vectors of MiniLM at 70% keep 0.95 of Spearman's correlation on SICK by
     # errors, 0.93 by share. Classifiers are as accurate by share, and faster.
-    embedding="errors" if config.task == "embed" else "share",
+    embedding="errors" if task.makes_vectors else "share",
   )
   return dataclasses.replace(
     config, preset="paper", fold=fold, fpp=fpp, compress=compress

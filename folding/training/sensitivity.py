@@ -13,6 +13,7 @@ import numpy as np
 from folding import config as config_lib
 from folding.config import Config
 from folding.models.transformer import model_for
+from folding.tasks import task_of
 from folding.training.stream import Batch, masks_of, second_moment, total
 from folding.typed import edited
 
@@ -48,7 +49,7 @@ def sensitivities(
   dense = edited(
     config_lib.dense_baseline(config), {"model.scan_layers": False}
   )
-  if "head" not in params and config.task != "lm":
+  if "head" not in params and not task_of(config).predicts_tokens:
     dense = dataclasses.replace(dense, task="embed")
   model = model_for(dense, params)
   part = functools.partial(_sensitivity_sums, model, jax.device_put(params))

@@ -24,6 +24,7 @@ from folding.models.transformer import (
   make_model,
   param_shapes,
 )
+from folding.tasks import Task, task_of
 from folding.training import losses, sharding
 from folding.training.optimizer import (
   make_optimizer,
@@ -53,6 +54,7 @@ class StepOptions:
   Attributes:
     model: The Linen model.
     tx: From `make_optimizer`.
+    task: What the model is trained for.
     rules: The rules of FPP.
     removed: Pruned elements that have left the parameters.
     accumulate: Number of micro-batches, computed one after another to save
@@ -65,17 +67,13 @@ class StepOptions:
 
   model: Any
   tx: optax.GradientTransformationExtraArgs
+  task: Task
   rules: Sequence[Rule] = ()
   removed: int = 0
   accumulate: int = 1
   mesh: Mesh | None = None
   teacher: Any = None
   distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
-
-  @property
-  def objective(self) -> "_Objective":
-    """What the model learns from."""
-    return _VECTORS if self.model.embeds else _LOGITS
 
 
 class _Aux(NamedTuple):
@@ -110,6 +108,7 @@ class Program:
 
   Attributes:
     config: Resolved.
+    task: Its row.
     mesh: The devices.
     model: The Linen model.
     tx: The optimizer, FPP included.
@@ -143,7 +142,7 @@ class Program:
     Raises:
       ConfigError: a rule of FPP or of the mesh does not fit the parameters.
     """
-    self.config, self.mesh = config, mesh
+    self.config, self.task, self.mesh = config, task_of(config), mesh
     plain_size = plain_size or vocab_size
     make = functools.partial(make_model, num_classes=num_classes)
     self.model = make(config, vocab_size)
@@ -193,6 +192,7 @@ class Program:
     return StepOptions(
       model=self.model,
       tx=self.tx,
+      task=self.task,
       rules=self.rules,
       removed=self.removed,
       accumulate=self.config.train.accumulate,
@@ -271,7 +271,7 @@ def train_step(
     tokens=jnp.maximum(_num_tokens(batch), 1),
   )
   labels_only = options
-  if options.objective.has_labels:
+  if not options.task.makes_vectors:
     labels_only = dataclasses.replace(options, teacher=None)
 
   loss_fn = functools.partial(
@@ -334,7 +334,6 @@ def _loss(
 ) -> tuple[jax.Array, _Aux]:
   """Returns a micro-batch's share of the loss of the whole batch."""
   teacher, distill = options.teacher, options.distill
-  objective = options.objective
   x, hidden, stats = _encode(params, batch, key, options, has_stats)
   encodings, aims = {"x": x}, None
   weights = {"params": options.model.read_out_params(params)}
@@ -342,7 +341,7 @@ def _loss(
     encodings["taught"], aims = _encode_taught(options, teacher_params, batch)
     weights["teacher"] = teacher.read_out_params(teacher_params)
   sums = losses.sum_over_blocks(
-    functools.partial(objective.summed, options),
+    functools.partial(_summed, options),
     weights,
     {**batch, **encodings},
     count=losses.num_blocks(batch, options.model.vocab_size, options.mesh),
@@ -355,9 +354,9 @@ def _loss(
       soft = sums["soft"] / weight
       loss = (1 - distill.logits) * loss + distill.logits * soft
     if distill.hidden:
-      distance = objective.hidden_loss(hidden, aims, batch)
+      distance = _hidden_loss(options, hidden, aims, batch)
       loss += distill.hidden * distance
-  if not objective.has_labels:
+  if options.task.makes_vectors:
     label_loss = loss
   share = sums["weight"] / totals.weight
   seen = _num_tokens(batch) / totals.tokens
@@ -420,21 +419,6 @@ def _capture(options: StepOptions) -> dict[str, Any]:
   return {"mutable": ["intermediates"], "capture_intermediates": _is_block}
 
 
-class _Objective(NamedTuple):
-  """What a model learns from.
-
-  Attributes:
-    summed: (options, weights, block) -> sums over the targets of a block, like
-      those of `losses.summed_loss`; with a teacher perhaps also "soft".
-    hidden_loss: (hidden, taught, batch) -> distance of hidden states.
-    has_labels: Whether there is a loss without a teacher.
-  """
-
-  summed: Callable[..., dict[str, jax.Array]]
-  hidden_loss: Callable[..., jax.Array]
-  has_labels: bool
-
-
 def _read_out(options: StepOptions, weights, block) -> tuple[Any, Any]:
   """Returns the output of the model, and of its teacher if there is one."""
   mask, teacher = block.get("mask"), options.teacher
@@ -453,51 +437,36 @@ def _read_out(options: StepOptions, weights, block) -> tuple[Any, Any]:
   return out, jax.lax.stop_gradient(taught)
 
 
-def _summed_logits(options: StepOptions, weights, block) -> dict[str, Any]:
-  logits, taught = _read_out(options, weights, block)
-  sums = losses.summed_loss(logits, block)
+def _summed(options: StepOptions, weights, block) -> dict[str, Any]:
+  """Returns `losses.summed_loss` of a block; with a teacher perhaps "soft"."""
+  out, taught = _read_out(options, weights, block)
+  task, distill = options.task, options.distill
+  sums = losses.summed_loss(task, out, {**block, "taught": taught})
   # XLA removes the teacher's head if nothing reads its logits.
-  if options.teacher is not None and options.distill.logits:
-    labels = block.get("labels")
+  if taught is not None and distill.logits:
     sums["soft"] = losses.summed_soft_loss(
-      logits,
-      taught,
-      block["weights"],
-      options.distill.temperature,
-      "lm" if labels is None else losses.task_of(labels),
+      task, out, taught, block["weights"], distill.temperature
     )
+  if taught is not None and distill.pairs:
+    pairs = losses.pairs_loss(out, taught, block["weights"])
+    sums["loss"] += sums["weight"] * (distill.pairs * pairs)
   return sums
 
 
-def _summed_vectors(options: StepOptions, weights, block) -> dict[str, Any]:
-  vectors, taught = _read_out(options, weights, block)
-  if options.teacher is None:
-    raise ValueError("sentence vectors are learned from a teacher alone")
-  rows = vectors, taught, block["weights"]
-  sums = losses.summed_vector_loss(*rows)
-  if options.distill.pairs:
-    pairs = options.distill.pairs * losses.pairs_loss(*rows)
-    sums["loss"] += sums["weight"] * pairs
-  return sums
-
-
-def _token_distance(hidden: Any, taught: Any, batch: losses.Batch) -> jax.Array:
-  return losses.hidden_loss(hidden, taught, batch.get("mask"))
-
-
-def _text_distance(hidden: Any, taught: Any, batch: losses.Batch) -> jax.Array:
-  """Returns the distance of means over tokens, as tokenizers may differ."""
-  mask = batch["mask"]
+def _hidden_loss(
+  options: StepOptions, hidden: Any, taught: Any, batch: losses.Batch
+) -> jax.Array:
+  """Returns the distance of hidden states, per token or of means over tokens."""
+  mask = batch.get("mask")
+  if not options.task.makes_vectors:
+    return losses.hidden_loss(hidden, taught, mask)
+  # The teacher of vectors may have another tokenizer.
   hidden = _text_means(hidden, mask)
   taught = _text_means(taught, batch.get("whole_mask", mask))
   return losses.hidden_loss(hidden, taught, None)
 
 
-_LOGITS = _Objective(_summed_logits, _token_distance, has_labels=True)
-_VECTORS = _Objective(_summed_vectors, _text_distance, has_labels=False)
-
-
-def _text_means(hidden: Any, mask: jax.Array) -> Any:
+def _text_means(hidden: Any, mask: Any) -> Any:
   """Returns the means over tokens, [B, D], of trees of [B, L, D]."""
   weight_BL1 = mask[..., None].astype(jnp.float32)
   count_B1 = jnp.maximum(weight_BL1.sum(1), 1)

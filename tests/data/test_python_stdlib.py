@@ -7,6 +7,7 @@ import pytest
 from folding.config import DataConfig
 from folding.data import python_stdlib
 from folding.errors import ConfigError
+from folding.tasks import TASKS
 
 STDLIB = pathlib.Path(sysconfig.get_paths()["stdlib"])
 
@@ -14,7 +15,7 @@ STDLIB = pathlib.Path(sysconfig.get_paths()["stdlib"])
 @pytest.fixture(scope="module")
 def source():
   """Returns the files of each split as read for a language model."""
-  splits, names = python_stdlib.read(DataConfig(), "lm")
+  splits, names = python_stdlib.read(DataConfig(), TASKS["lm"])
   assert names is None
   return splits
 
@@ -22,7 +23,7 @@ def source():
 @pytest.fixture(scope="module")
 def topic():
   """Returns the docstrings of each split and the names of their packages."""
-  return python_stdlib.read(DataConfig(), "classify")
+  return python_stdlib.read(DataConfig(), TASKS["classify"])
 
 
 def test_source_has_each_plain_file_once(source):
@@ -81,7 +82,7 @@ def test_examples_are_in_the_order_of_tfds(monkeypatch):
 
   files = {f"{i}.py": f"text {i}" for i in range(100)}
   monkeypatch.setattr(python_stdlib, "library_files", lambda: files)
-  splits, _ = python_stdlib.read(DataConfig(), "lm")
+  splits, _ = python_stdlib.read(DataConfig(), TASKS["lm"])
   for split, salt in (("train", "train"), ("valid", "validation")):
     found = splits[split].texts
     hasher = hashing.Hasher(salt)
@@ -94,7 +95,7 @@ def test_examples_are_in_the_order_of_tfds(monkeypatch):
 @pytest.mark.parametrize("task", ["regress", "multilabel"])
 def test_a_task_without_labels_here_is_refused(task):
   with pytest.raises(ConfigError, match="packages as classes"):
-    python_stdlib.read(DataConfig(), task)
+    python_stdlib.read(DataConfig(), TASKS[task])
 
 
 def test_docstrings_are_distinct_and_of_one_package():

@@ -39,7 +39,7 @@ def word_pieces() -> str:
 
 
 def make(
-  task: c.Task = "classify",
+  task: str = "classify",
   model: c.ModelConfig | None = None,
   fold: c.FoldConfig | None = None,
   seed: int = 0,

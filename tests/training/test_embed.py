@@ -19,6 +19,7 @@ from folding.errors import ConfigError
 from folding.reporting import report
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
+from folding.tasks import TASKS
 from folding.training import evaluate, loop, losses, run_dir, shrinking
 from folding.typed import edited
 from tests.models import checkpoints
@@ -29,7 +30,8 @@ def test_vector_loss_and_cosine_follow_their_definition():
   rng = np.random.default_rng(0)
   v, u = rng.normal(size=(2, 5, 3))
   rows = [jnp.asarray(x, jnp.float32) for x in (v, u, [1, 1, 1, 1, 0])]
-  found = jax.jit(losses.summed_vector_loss)(*rows)
+  batch = {"taught": rows[1], "weights": rows[2]}
+  found = losses.summed_loss(TASKS["embed"], rows[0], batch)
   sizes = [np.linalg.norm(x, axis=1) for x in (v, u)]
   cosine = (v * u).sum(1) / (sizes[0] * sizes[1])
   error = ((v - u) ** 2).sum(1) / sizes[1] ** 2

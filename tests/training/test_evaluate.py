@@ -9,10 +9,13 @@ import pytest
 from folding import config as c
 from folding.config import MeshConfig
 from folding.errors import TrainingError
+from folding.tasks import TASKS
 from folding.training import losses, sharding
-from folding.training.evaluate import evaluate, make_eval_step, score
+from folding.training.evaluate import evaluate, make_eval_step
 from tests import jaxprs
 from tests.training import tiny
+
+LM, CLASSIFY = TASKS["lm"], TASKS["classify"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,8 @@ def test_evaluate_of_padded_batches_equals_one_batch_in_float64(
       extra = fill((missing, *x.shape[1:]), x.dtype)
       part[name] = np.concatenate([x, extra])
     parts.append(part)
-  figures = evaluate(make_eval_step(model), params, parts, mesh)
+  step = make_eval_step(model, CLASSIFY)
+  figures = evaluate(step, params, parts, mesh, task=CLASSIFY)
   kinds = {"accuracy", "macro_f1", "matthews"}
   assert figures.keys() == {"loss", "num_examples", *kinds}
   assert figures["loss"] == pytest.approx(nats.mean(), rel=1e-5)
@@ -80,7 +84,7 @@ def test_evaluate_of_padded_batches_equals_one_batch_in_float64(
 def test_metrics_are_those_of_their_definitions():
   labels = np.array([0, 0, 0, 1, 1, 2], np.int32)
   found = np.array([0, 0, 1, 1, 2, 2])
-  metrics = score(np.eye(3)[found], labels, "classify")
+  metrics = TASKS["classify"].labels.measure(np.eye(3)[found], labels)
   # F1 of a class is 2 hits / (its rows + its predictions).
   f1 = np.mean([4 / 5, 2 / 4, 2 / 3])
   # The correlation of the one-hot labels and predictions (Gorodkin 2004).
@@ -92,15 +96,17 @@ def test_metrics_are_those_of_their_definitions():
 
   hot = np.array([[1, 0], [1, 1], [0, 0]], np.float32)
   logits = np.array([[2.0, -1], [3, -2], [-1, -1]])
-  metrics = score(logits, hot, "multilabel")
+  metrics = TASKS["multilabel"].labels.measure(logits, hot)
   assert metrics == pytest.approx({"accuracy": 2 / 3, "macro_f1": 0.5})
 
   scores = np.array([1, 2, 4, 8], np.float32)
-  metrics = score(np.array([[1.0], [4], [2], [9]]), scores, "regress")
+  metrics = TASKS["regress"].labels.measure(
+    np.array([[1.0], [4], [2], [9]]), scores
+  )
   x, y = np.array([1, 4, 2, 9]), scores
   pearson = np.corrcoef(x, y)[0, 1]
   assert metrics == pytest.approx({"pearson": pearson, "spearman": 0.8})
-  same = score(np.ones((4, 1)), scores, "regress")
+  same = TASKS["regress"].labels.measure(np.ones((4, 1)), scores)
   assert same == {"pearson": 0.0, "spearman": 0.0}
 
 
@@ -110,7 +116,12 @@ def test_evaluate_of_a_uniform_model_has_its_closed_form(mesh):
   batches = [tiny.batch(seed) for seed in range(2)]
   count = sum(b["weights"].sum() for b in batches)
   figures = evaluate(
-    make_eval_step(run.model), params, batches, mesh, num_bytes=300.0
+    make_eval_step(run.model, LM),
+    params,
+    batches,
+    mesh,
+    task=LM,
+    num_bytes=300.0,
   )
   assert figures == {
     "loss": pytest.approx(math.log(tiny.VOCAB), rel=1e-6),
@@ -123,11 +134,11 @@ def test_evaluate_of_a_uniform_model_has_its_closed_form(mesh):
 
 def test_evaluate_on_eight_devices_equals_one(mesh, classifier):
   model, params = classifier
-  step, batch = make_eval_step(model), rows(16, 5)
+  step, batch = make_eval_step(model, CLASSIFY), rows(16, 5)
   eight = sharding.make_mesh(MeshConfig(2, 4))
   placed = jax.device_put(params, sharding.tree_shardings(eight, params))
-  one = evaluate(step, params, [batch], mesh)
-  assert evaluate(step, placed, [batch], eight) == {
+  one = evaluate(step, params, [batch], mesh, task=CLASSIFY)
+  assert evaluate(step, placed, [batch], eight, task=CLASSIFY) == {
     **one,
     "loss": pytest.approx(one["loss"], rel=1e-6),
   }
@@ -137,9 +148,9 @@ def test_evaluate_over_blocks_of_tokens_equals_the_whole(mesh, monkeypatch):
   model = c.ModelConfig(num_layers=1, width=32, num_heads=4, mlp_width=64)
   run = tiny.make(tiny.config(model=model))
   params, batch = run.init().params, tiny.batch(0)
-  whole = make_eval_step(run.model, mesh)(params, batch)
+  whole = make_eval_step(run.model, LM, mesh)(params, batch)
   monkeypatch.setattr(losses, "LOGITS", 16 * tiny.VOCAB * 3)  # of 8 positions
-  eval_step = make_eval_step(run.model, mesh)
+  eval_step = make_eval_step(run.model, LM, mesh)
   program = eval_step.trace(params, batch).jaxpr.jaxpr
   assert 16 * tiny.VOCAB * 3 in jaxprs.sizes(program)
   assert 16 * tiny.VOCAB * tiny.LENGTH not in jaxprs.sizes(program)
@@ -152,7 +163,8 @@ def evaluate_nats(mesh, nats):
   def eval_step(params, batch):
     return {"loss": params, "weight": 1.0}
 
-  return evaluate(eval_step, nats, [tiny.batch(0)], mesh, num_bytes=1.0)
+  batches = [tiny.batch(0)]
+  return evaluate(eval_step, nats, batches, mesh, task=LM, num_bytes=1.0)
 
 
 def test_evaluate_of_a_huge_loss_has_a_finite_perplexity(mesh):

@@ -126,7 +126,7 @@ def test_evaluate_with_limit_takes_its_share_of_bytes(tiny_run):
   part = this.evaluate(state.params, "valid", limit=1)
   assert part["num_tokens"] == 8 * 16  # one batch
   batch = next(this.data.eval_batches("valid"))
-  eval_step = evaluate.make_eval_step(this.model)
+  eval_step = evaluate.make_eval_step(this.model, this.task)
   nats = float(eval_step(state.params, batch)["loss"])
   assert part["loss"] == pytest.approx(nats / 128, rel=1e-6)
   size = this.data.num_bytes["valid"] * 8 / this.data.num_examples["valid"]

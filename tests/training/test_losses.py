@@ -2,6 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from folding import tasks
+from folding.tasks import TASKS
 from folding.training import losses
 
 
@@ -26,14 +28,13 @@ def example(shape, num_classes):
 
 
 @pytest.mark.parametrize(
-  ("name", "shape"),
-  [("targets", (3, 5)), ("labels", (6,))],
-  ids=["lm", "classify"],
+  ("task", "name", "shape"),
+  [("lm", "targets", (3, 5)), ("classify", "labels", (6,))],
 )
-def test_sums_are_those_of_float64(name, shape):
+def test_sums_are_those_of_float64(task, name, shape):
   logits, labels, weights = example(shape, 7)
   batch = {name: jnp.asarray(labels), "weights": jnp.asarray(weights)}
-  sums = losses.summed_loss(jnp.asarray(logits), batch)
+  sums = losses.summed_loss(TASKS[task], jnp.asarray(logits), batch)
   expected = oracle(logits, labels, weights)
   assert sums.keys() == expected.keys()
   for key, value in expected.items():
@@ -49,23 +50,23 @@ def test_scores_and_several_labels_have_the_losses_of_float64():
   z, w = np.asarray(logits, np.float64), np.asarray(weights, np.float64)
   p = 1 / (1 + np.exp(-z))
   nats = -(hot * np.log(p) + (1 - hot) * np.log(1 - p)).sum(-1)
-  for labels, out, each in (
-    (hot, logits, nats),
-    (scores, logits[:, :1], np.square(z[:, 0] - scores)),
+  for task, labels, out, each in (
+    ("multilabel", hot, logits, nats),
+    ("regress", scores, logits[:, :1], np.square(z[:, 0] - scores)),
   ):
     batch = {"labels": jnp.asarray(labels), "weights": jnp.asarray(weights)}
-    sums = losses.summed_loss(jnp.asarray(out), batch)
+    sums = losses.summed_loss(TASKS[task], jnp.asarray(out), batch)
     np.testing.assert_allclose(sums["loss"], w @ each, rtol=2e-6)
     assert sums["weight"] == w.sum()
   with pytest.raises(AssertionError):  # would broadcast to [6, 3]
-    losses.summed_loss(jnp.asarray(logits), batch)
+    losses.summed_loss(TASKS["regress"], jnp.asarray(logits), batch)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
   logits, labels, weights = example((6,), 7)
   narrow = jnp.asarray(logits, jnp.bfloat16)
   batch = {"labels": jnp.asarray(labels), "weights": jnp.asarray(weights)}
-  sums = losses.summed_loss(narrow, batch)
+  sums = losses.summed_loss(TASKS["classify"], narrow, batch)
   expected = oracle(narrow.astype(jnp.float32), labels, weights)
   for key, value in expected.items():
     np.testing.assert_allclose(sums[key], value, rtol=2e-6, err_msg=key)
@@ -74,7 +75,7 @@ def test_bfloat16_logits_are_summed_in_float32():
 
 def test_large_logits_do_not_overflow():
   logits = jnp.array([[1e4, 0.0], [0.0, -3e4]])
-  found = losses.token_losses(logits, jnp.array([1, 0]))
+  found = tasks.cross_entropy(logits, jnp.array([1, 0]))
   np.testing.assert_array_equal(found, [1e4, 0.0])
 
 
@@ -90,13 +91,10 @@ def test_soft_loss_is_the_divergence_of_float64():
   p, q = softmax(taught), softmax(logits)
   nats = (p * np.log(p / q)).sum(-1)
   expected = T**2 * (nats * weights).sum()
-  found = losses.summed_soft_loss(
-    jnp.asarray(logits), jnp.asarray(taught), jnp.asarray(weights), T
-  )
+  z, t, w = (jnp.asarray(x) for x in (logits, taught, weights))
+  found = losses.summed_soft_loss(TASKS["lm"], z, t, w, T)
   np.testing.assert_allclose(found, expected, rtol=2e-6)
-  same = losses.summed_soft_loss(
-    jnp.asarray(logits), jnp.asarray(logits), jnp.asarray(weights), T
-  )
+  same = losses.summed_soft_loss(TASKS["lm"], z, z, w, T)
   np.testing.assert_allclose(same, 0, atol=1e-6)
 
 
@@ -113,7 +111,7 @@ def test_soft_loss_of_scores_and_several_labels_is_that_of_float64():
   for task, value in expected.items():
     width = 1 if task == "regress" else 3
     given = (jnp.asarray(x[:, :width]) for x in (logits, taught))
-    found = losses.summed_soft_loss(*given, jnp.asarray(weights), T, task)
+    found = losses.summed_soft_loss(TASKS[task], *given, jnp.asarray(w), T)
     np.testing.assert_allclose(found, value, rtol=2e-6)
 
 

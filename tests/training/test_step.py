@@ -10,6 +10,7 @@ import pytest
 from folding import config as c
 from folding import paths
 from folding.config import MeshConfig
+from folding.tasks import TASKS
 from folding.training import losses, sharding
 from folding.training import step as step_lib
 from tests import jaxprs
@@ -225,9 +226,9 @@ def test_step_weighs_labels_and_teacher(run, start, teacher):
   def gradient(params):
     logits = run.model.apply({"params": params}, batch["tokens"])
     taught = run.model.apply({"params": teacher}, batch["tokens"])
-    sums = losses.summed_loss(logits, batch)
+    sums = losses.summed_loss(TASKS["lm"], logits, batch)
     soft = losses.summed_soft_loss(
-      logits, taught, batch["weights"], TEMPERATURE
+      TASKS["lm"], logits, taught, batch["weights"], TEMPERATURE
     )
     return (0.3 * sums["loss"] + 0.7 * soft) / sums["weight"]
 
@@ -308,7 +309,7 @@ def test_micro_batches_draw_dropout_of_their_own():
     logits = run.model.apply(
       {"params": state.params}, half["tokens"], None, False, rngs=rngs
     )
-    sums = losses.summed_loss(logits, half)
+    sums = losses.summed_loss(TASKS["lm"], logits, half)
     return sums["loss"] / sums["weight"]
 
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))

@@ -10,6 +10,7 @@ import numpy as np
 from folding import config as c
 from folding.compression.sites import make_sites
 from folding.models.transformer import make_model, param_shapes
+from folding.tasks import task_of
 from folding.training import optimizer
 from folding.training.step import (
   StepOptions,
@@ -49,8 +50,9 @@ class Tiny(NamedTuple):
 
   def step(self, is_mask_update: bool, **options: Any):
     """Returns the jitted training step."""
-    values = {"model": self.model, "tx": self.tx, "rules": self.rules}
-    static = StepOptions(**(values | options))
+    task = task_of(self.config)
+    values = {"model": self.model, "tx": self.tx, "task": task}
+    static = StepOptions(**(values | {"rules": self.rules} | options))
     return jax.jit(
       functools.partial(
         train_step, options=static, is_mask_update=is_mask_update
