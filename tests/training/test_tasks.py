@@ -1,4 +1,4 @@
-"""Whole runs of pairs, scores and several labels."""
+"""Whole runs of pairs, scores, several labels, and a task of this file."""
 
 import dataclasses
 import json
@@ -6,14 +6,16 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import scipy.stats
 
 import folding
-from folding import cli
+from folding import cli, tasks
 from folding import config as config_lib
+from folding.data import sources
 from folding.data.batches import make_data
 from folding.errors import ConfigError
 from folding.reporting import report
@@ -223,6 +225,71 @@ def test_several_labels_are_trained_from_scratch(text_file, tmp_path):
   result = loop.run(config, str(tmp_path / "run"))
   assert result["test"].keys() >= {"accuracy", "macro_f1"}
   assert run_dir.load_labels(str(tmp_path / "run")) == tuple(WORDS)
+
+
+def _read_count(label, place):
+  count = tasks.read_score(label, place)
+  if count < 0 or count % 1:
+    raise ConfigError(f"{place}: the label {label!r} is not a count")
+  return count
+
+
+COUNT = tasks.Task(
+  name="count",
+  words="counter",
+  # Poisson: the output is the logarithm of the rate.
+  loss=lambda out, count: jnp.exp(out[..., 0]) - count * out[..., 0],
+  activate=jnp.exp,
+  metrics=("spearman", "loss"),
+  labels=tasks.Labels(
+    kind="score",
+    columns=("count",),
+    read=_read_count,
+    measure=tasks.measure_score,
+    answer=lambda outputs, names: float(outputs[0]),
+    problem_type="regression",
+  ),
+)
+
+
+def test_row_of_a_new_task_is_trained_and_predicts(
+  text_file, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setitem(tasks.TASKS, "count", COUNT)
+  rng, rows = np.random.default_rng(0), {}
+  for split, size in (("train", 96), ("valid", 16), ("test", 16)):
+    words = rng.choice(WORDS, (size, 6))
+    rows[split] = [(" ".join(x), int((x == "a").sum())) for x in words]
+    lines = (json.dumps({"text": x, "count": n}) for x, n in rows[split])
+    (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+  config = tiny_config(text_file, steps=12, eval_every=6)
+  config.task, config.data.path = "count", str(tmp_path)
+  config.dense, config.model.causal = True, False
+  dense, small = str(tmp_path / "dense"), str(tmp_path / "small")
+  loop.run(config, dense)
+  config = dataclasses.replace(config, dense=False, pretrained=dense)
+  config.distill = config_lib.DistillConfig(logits=0.5)
+  result = loop.run(config, small)
+
+  texts, counts = zip(*rows["test"], strict=True)
+  rates = [x.label for x in predict.predict(folding.load(small), texts)]
+  nats = np.mean(rates - np.array(counts) * np.log(rates))
+  assert result["test"]["loss"] == pytest.approx(nats, rel=1e-5)
+  rank = scipy.stats.spearmanr(rates, counts).statistic
+  assert result["test"]["spearman"] == pytest.approx(rank)
+  assert "A counter with 2 layers" in report.describe(report.load_run(small))
+  capsys.readouterr()
+  (tmp_path / "text.txt").write_text(texts[0])
+  assert cli.main(["predict", small, str(tmp_path / "text.txt")]) == 0
+  assert capsys.readouterr().out == f"count\n{rates[0]:.6f}\n"
+
+
+def test_row_of_a_new_task_reads_its_labels(tmp_path, monkeypatch):
+  monkeypatch.setitem(tasks.TASKS, "count", COUNT)
+  data = config_lib.DataConfig(path=str(tmp_path))
+  (tmp_path / "train.tsv").write_text("count\ttext\n2\ta a\n-1\tb\n")
+  with pytest.raises(ConfigError, match="train.tsv:3: .*-1.* is not a count"):
+    sources.load_texts(data, "count")
 
 
 @pytest.mark.parametrize("metric", [None, "matthews", "loss"])
