@@ -72,6 +72,16 @@ def _argument(name: str, help: str, **options: Any) -> _Argument:
   return name, {"help": help, **options}
 
 
+class _Config(argparse.Action):
+  """Keeps where the config is; a help that is asked for after it shows it."""
+
+  def __call__(
+    self, parser: Any, namespace: Any, values: Any, option: Any = None
+  ) -> None:
+    setattr(namespace, self.dest, values)
+    parser.shown = values
+
+
 _RUN = _argument("run", "a run directory", metavar="RUN")
 _MODEL = _argument(
   "path",
@@ -85,6 +95,7 @@ _CONFIG = _argument(
   "--config.FIELD=VALUE sets a field",
   metavar="FILE[:ARGUMENT]",
   required=True,
+  action=_Config,
 )
 _NEW_FOLDER = _argument(
   "--output", "a new folder", metavar="DIR", required=True
@@ -680,7 +691,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-  """Reports a wrong argument in one line, and lists fields in the help."""
+  """Reports a wrong argument in one line, and lists fields in the help.
+
+  Attributes:
+    shown: Config whose values the fields have, see `config.read`; None: defaults.
+  """
+
+  shown: str | None = None
 
   def error(self, message: str) -> NoReturn:
     _print_error(f"{message} (see {self.prog} --help)")
@@ -689,14 +706,16 @@ class _Parser(argparse.ArgumentParser):
   def format_help(self) -> str:
     found = super().format_help()
     if "--config" in self._option_string_actions:
-      found += "\nfields, set by --config.FIELD=VALUE:\n" + describe_fields()
+      found += "\nfields, set by --config.FIELD=VALUE:\n"
+      found += describe_fields(
+        config_lib.read(self.shown) if self.shown else config_lib.Config()
+      )
     return found
 
 
-def describe_fields() -> str:
-  """Returns each field of `Config` with its default, values and comment."""
+def describe_fields(config: config_lib.Config) -> str:
+  """Returns each field of a config with its value, values and comment."""
   lines = []
-  config = config_lib.Config()
   for name, hint in typed.fields(config_lib.Config).items():
     section, _, last = name.rpartition(".")
     holder = getattr(config, section) if section else config

@@ -130,6 +130,15 @@ def test_help_of_train_lists_every_field(capsys):
   assert "mesh axis or None" in out  # a comment
 
 
+def test_help_after_a_config_shows_its_values(tmp_path, capsys):
+  with pytest.raises(SystemExit, match="0"):
+    cli.main(["train", "--config=configs/classify.py", "--help"])
+  out = capsys.readouterr().out
+  assert "\n  task=classify  (one of 'lm', 'embed'" in out
+  assert cli.main(["train", f"--config={tmp_path}/no.py", "--help"]) == 2
+  assert "no.py" in _error(capsys)
+
+
 def test_report_writes_the_page_and_prints_the_summary(tmp_path, capsys):
   workdir = synthetic_run.write(tmp_path / "a")
   assert cli.main(["report", workdir]) == 0
