@@ -140,8 +140,10 @@ def _perplexity(model: Model, texts: Sequence[str]) -> float:
   ]
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   params = jax.device_put(model.params)
-  step = make_eval_step(model.model, task_of(model.config), mesh)
-  return evaluate(step, params, batches, mesh, num_bytes=1.0)["perplexity"]
+  task = task_of(model.config)
+  step = make_eval_step(model.model, task, mesh)
+  found = evaluate(step, params, batches, mesh, task=task, num_bytes=1.0)
+  return found["perplexity"]
 
 
 def train_smaller(
