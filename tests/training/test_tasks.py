@@ -262,13 +262,20 @@ def test_row_of_a_new_task_is_trained_and_predicts(
     rows[split] = [(" ".join(x), int((x == "a").sum())) for x in words]
     lines = (json.dumps({"text": x, "count": n}) for x, n in rows[split])
     (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-  config = tiny_config(text_file, steps=12, eval_every=6)
-  config.task, config.data.path = "count", str(tmp_path)
-  config.dense, config.model.causal = True, False
+  config = edited(
+    tiny_config(text_file, steps=12, eval_every=6),
+    {
+      "task": "count",
+      "data.path": str(tmp_path),
+      "dense": True,
+      "model.causal": False,
+    },
+  )
   dense, small = str(tmp_path / "dense"), str(tmp_path / "small")
   loop.run(config, dense)
-  config = dataclasses.replace(config, dense=False, pretrained=dense)
-  config.distill = config_lib.DistillConfig(logits=0.5)
+  config = edited(
+    config, {"dense": False, "pretrained": dense, "distill.logits": 0.5}
+  )
   result = loop.run(config, small)
 
   texts, counts = zip(*rows["test"], strict=True)
