@@ -8,4 +8,5 @@ import sys
 from folding import cli
 
 if __name__ == "__main__":
+  cli.leave_first_folder()
   sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -2,7 +2,8 @@
 
 import sys
 
-from folding.cli import main
+from folding import cli
 
 if __name__ == "__main__":
-  sys.exit(main())
+  cli.leave_first_folder()
+  sys.exit(cli.main())

@@ -551,6 +551,19 @@ def generate(args: argparse.Namespace) -> None:
     print(piece, end="", flush=True)
 
 
+def leave_first_folder() -> None:
+  """Takes the folder that Python put first on `sys.path` out of it.
+
+  It is the current folder, or that of a script, and may hold any module. If
+  `folding` itself is imported from there, the folder becomes the last one.
+  """
+  if sys.flags.safe_path:  # Python has put none there
+    return
+  folder = os.path.realpath(sys.path.pop(0))
+  if folder == os.path.realpath(os.path.join(os.path.dirname(__file__), "..")):
+    sys.path.append(folder)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a verb and returns the exit status.
 

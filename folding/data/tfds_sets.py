@@ -7,7 +7,8 @@ archives need TensorFlow.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import tensorflow_datasets as tfds
 
 # Registers the text builders. TFDS may not find "glue" without it.
 import tensorflow_datasets.text
+from tensorflow_datasets.core import constants
 
 from folding import errors
 from folding.config import DataConfig
@@ -120,14 +122,24 @@ def _without_unknown_classes(splits: dict[str, Rows]) -> dict[str, Rows]:
 def require_prepared(data: DataConfig, workdir: str) -> None:
   """Checks that reading the data of a run will neither fetch nor write any.
 
+  TFDS is asked only for data in its default folder. Files
+  of a data set can name code, and a run may come from someone else.
+
   Args:
     data: Data section of the config.
     workdir: The run directory, for the message.
 
   Raises:
-    ConfigError: the TFDS data set is not prepared.
+    ConfigError: the TFDS data set is not prepared, or is in another folder.
   """
-  builder = None
+  builder, default = None, str(constants.DATA_DIR)
+  is_default = not data.dir or _whole(data.dir) == _whole(default)
+  if not is_default:
+    raise ConfigError(
+      f"the config of {workdir} chooses the folder {data.dir} for the TFDS data "
+      f"set {data.name!r}, and a run that is read back may not; if you trust that "
+      f"folder, set the environment variable TFDS_DATA_DIR={data.dir}"
+    )
   with contextlib.suppress(Exception):  # it may fail in any way
     if ":" not in data.name:  # a name that TFDS would look up in the network
       builder = _builder(data)
@@ -138,6 +150,10 @@ def require_prepared(data: DataConfig, workdir: str) -> None:
       "none; if you trust its config, prepare it with folding train "
       f"--config={workdir}/config.json --workdir=NEW"
     )
+
+
+def _whole(folder: str) -> str:
+  return os.path.realpath(os.path.expanduser(folder))
 
 
 def _prepared(data: DataConfig) -> tfds.core.DatasetBuilder:
@@ -155,6 +171,8 @@ def _prepared(data: DataConfig) -> tfds.core.DatasetBuilder:
       builder = _builder(data)
       if not builder.is_prepared():  # nor by another process
         raise
+  except ConfigError:
+    raise
   except tfds.core.DatasetNotFoundError as error:
     raise ConfigError(
       f"TFDS has no data set {data.name!r} (data.name), and there is no such file "
@@ -173,7 +191,31 @@ def _prepared(data: DataConfig) -> tfds.core.DatasetBuilder:
 
 
 def _builder(data: DataConfig) -> tfds.core.DatasetBuilder:
-  return tfds.builder(data.name, data_dir=data.dir, file_format="array_record")
+  with _no_foreign_features():
+    return tfds.builder(
+      data.name, data_dir=data.dir, file_format="array_record"
+    )
+
+
+@contextlib.contextmanager
+def _no_foreign_features() -> Iterator[None]:
+  """Keeps TFDS from importing modules that the files of a data set name."""
+  connector: Any = tfds.features.FeatureConnector
+  original = vars(connector)["cls_from_name"]
+
+  def find(cls, name):
+    if not name.startswith("tensorflow_datasets."):
+      raise ConfigError(
+        f"the files of the data set name the feature class {name!r}, and only "
+        "those of tensorflow_datasets are read; prepare it without that feature"
+      )
+    return original.__func__(cls, name)
+
+  connector.cls_from_name = classmethod(find)
+  try:
+    yield
+  finally:
+    connector.cls_from_name = original
 
 
 def _tfds_label(

@@ -15,6 +15,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from folding import cli, paths
 from folding import config as config_lib
@@ -332,7 +333,7 @@ def test_evaluate_verb_refuses_parameters_that_are_nan(
 
 @pytest.mark.parametrize("name", ["glue", "a:b"])
 def test_run_that_is_read_back_prepares_no_data(
-  tiny_run, tmp_path, name, capsys
+  tiny_run, tmp_path, name, capsys, monkeypatch
 ):
   copy = unfinished(tiny_run[1], tmp_path / "copy")
   config = run_dir.load_config(str(copy))
@@ -344,6 +345,7 @@ def test_run_that_is_read_back_prepares_no_data(
       "data.dir": str(tmp_path / "elsewhere"),
     },
   )
+  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", config.data.dir)
   tokenizer = run_dir.load_tokenizer(str(copy))
   run_dir.save(str(copy), config, tokenizer, labels=(), digest="a1")
   for verb in (["evaluate"], ["resume"], ["shrink", f"--output={tmp_path}/x"]):

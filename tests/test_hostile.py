@@ -1,0 +1,101 @@
+"""Files from elsewhere that lie, and mistakes that would pass in silence.
+
+A row of `REFUSED` is a call that must end with one line, and a row of `SAID`
+one that warns. A call takes an empty folder, writes its files there, and reads
+them.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jaxtyping
+import pytest
+from huggingface_hub import constants
+
+from folding.config import DataConfig
+from folding.data import sources, tfds_sets
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def write(folder: pathlib.Path, **contents) -> pathlib.Path:
+  """Writes {"name__ending": text or JSON}, and returns the folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, content in contents.items():
+    text = content if isinstance(content, str) else json.dumps(content)
+    path = folder / name.replace("__", ".")
+    path.write_text(text, encoding="utf-8")
+  return folder
+
+
+# Code.
+
+
+def evil_set(tmp_path):
+  """Returns the fields of a TFDS data set whose feature is a class of ours."""
+  write(
+    tmp_path, evil_payload__py="import pathlib; pathlib.Path('RAN').touch()"
+  )
+  write(
+    tmp_path / "evilset" / "1.0.0",
+    features__json={"pythonClassName": "evil_payload.Evil"},
+    dataset_info__json={
+      "name": "evilset",
+      "version": "1.0.0",
+      "fileFormat": "array_record",
+    },
+  )
+  sys.path.insert(0, str(tmp_path))
+  sys.modules.pop("evil_payload", None)
+  return DataConfig(name="evilset", dir=str(tmp_path))
+
+
+def tfds_set_of_a_run(tmp_path):
+  tfds_sets.require_prepared(evil_set(tmp_path), "lm", "RUN")
+
+
+def tfds_set_of_the_user(tmp_path):
+  sources.load_texts(evil_set(tmp_path), "lm")
+
+
+# {name: (call, a part of its only line)}
+REFUSED = {
+  "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
+  "tfds_of_the_user": (tfds_set_of_the_user, "evil_payload.Evil"),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+  """Runs each call in its folder, and without the type checks of the tests."""
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  monkeypatch.chdir(tmp_path)
+  yield
+  assert not pathlib.Path("RAN").exists(), "code of the attacker ran"
+
+
+@pytest.mark.parametrize(("call", "line"), REFUSED.values(), ids=REFUSED)
+def test_hostile_input_is_refused_in_one_line(call, line, tmp_path):
+  with pytest.raises(ValueError, match=re.escape(line)) as caught:
+    call(tmp_path)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", [["-m", "folding"], ["train.py"]])
+def test_command_imports_nothing_from_the_current_folder(tmp_path, command):
+  # gettext imports it when it translates the first message.
+  write(tmp_path, locale__py="import pathlib; pathlib.Path('RAN').touch()")
+  write(tmp_path, train__py=(ROOT / "train.py").read_text("utf-8"))
+  found = subprocess.run(
+    [sys.executable, *command, "--help"],
+    env={**os.environ, "PYTHONPATH": str(ROOT), "LANG": "de_DE.UTF-8"},
+    capture_output=True,
+    text=True,
+  )
+  assert (found.returncode, found.stderr) == (0, "")
