@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,9 @@ import pytest
 from huggingface_hub import constants
 
 from folding.config import DataConfig
-from folding.data import sources, tfds_sets
+from folding.data import corpus, sources, tfds_sets
+from folding.training import loop
+from tests.training.conftest import tiny_config, write_text
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -99,3 +102,17 @@ def test_command_imports_nothing_from_the_current_folder(tmp_path, command):
     text=True,
   )
   assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_evaluate_writes_no_tokens_where_the_run_says(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus, "LARGE", 0)
+  path = write_text(tmp_path / "text.txt")
+  config = tiny_config(path)
+  loop.run(config, str(tmp_path / "run"))
+  expected = loop.evaluate_run(str(tmp_path / "run"))
+  for folder in tmp_path.glob(corpus.FOLDER):
+    shutil.rmtree(folder)
+  before = {*tmp_path.rglob("*")}
+  assert loop.evaluate_run(str(tmp_path / "run")) == expected
+  assert {*tmp_path.rglob("*")} == before
