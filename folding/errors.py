@@ -1,4 +1,9 @@
-"""The errors that the command line reports, and errors in one line."""
+"""The errors that the command line reports, and text that is safe to print."""
+
+import re
+
+# Control characters, line ends, and those that turn the direction of text.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class ConfigError(ValueError):
@@ -7,6 +12,19 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
   """Training cannot continue: a loss is not finite, or a save failed. Exit 1."""
+
+
+def printable(text: str) -> str:
+  r"""Returns a text with its control characters escaped, as in JSON.
+
+  A terminal obeys some of them: they change its colors, its title, or what was
+  printed before.
+
+  Example:
+    >>> printable("a\x1b[31mred")
+    'a\\u001b[31mred'
+  """
+  return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def one_line(error: BaseException) -> str:

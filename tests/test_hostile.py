@@ -19,7 +19,9 @@ from huggingface_hub import constants
 
 from folding.config import DataConfig
 from folding.data import corpus, sources, tfds_sets
+from folding.reporting import compare, report
 from folding.training import loop
+from tests.reporting import synthetic_run
 from tests.training.conftest import tiny_config, write_text
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -102,6 +104,35 @@ def test_command_imports_nothing_from_the_current_folder(tmp_path, command):
     text=True,
   )
   assert (found.returncode, found.stderr) == (0, "")
+
+
+SECRET = "precious ssh keys"
+MARKUP = "![x](SECRET) [y](http://evil.test) <b>`z`</b>\n\n[w]: q \x1b[31m"
+
+
+@pytest.mark.parametrize("make", ["report", "compare"])
+def test_page_shows_what_a_run_says_as_text(make, tmp_path):
+  (tmp_path / "SECRET").write_text(SECRET, encoding="utf-8")
+  markup = MARKUP.replace("SECRET", str(tmp_path / "SECRET"))
+  config = synthetic_run.config()
+  config.data.path = markup
+  changes = {"device": markup, "commit": markup, "versions": {markup: markup}}
+  workdirs = [
+    synthetic_run.write(tmp_path / "a", synthetic_run.config()),
+    synthetic_run.write(tmp_path / "b [l](http:evil)", config, **changes),
+  ]
+  if make == "report":
+    report.write_report(workdirs[1])
+    page, figures = pathlib.Path(workdirs[1], "report.html"), 3
+  else:
+    compare.compare(workdirs, str(tmp_path / "out"))
+    page, figures = tmp_path / "out" / "compare.html", 1
+  html = page.read_text("utf-8")
+  assert html.count("<img") == html.count('src="data:image/png') == figures
+  assert "href" not in html.split("<body", 1)[-1]
+  assert "<b>" not in html
+  assert "\x1b" not in html
+  assert html.count("![x](") >= 1
 
 
 @pytest.mark.slow

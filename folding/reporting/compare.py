@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from folding import config as config_lib
-from folding import files, typed
+from folding import errors, files, typed
 from folding.errors import ConfigError
 from folding.reporting import page, report
 from folding.reporting.report import Run
@@ -72,7 +72,7 @@ def compare(workdirs: Sequence[str], output: str = "comparison") -> str:
   text = _page(variants)
   os.makedirs(output, exist_ok=True)
   _draw(variants, os.path.join(output, "compare.png"))
-  page.write(output, "compare", text)
+  page.write(output, "compare", text, ["compare.png"])
   return text
 
 
@@ -101,7 +101,7 @@ def group(workdirs: Sequence[str]) -> list[Variant]:
         break
     else:
       grouped.append([run])
-  names = [_name(members) for members in grouped]
+  names = [errors.printable(_name(members)) for members in grouped]
   if len(set(names)) < len(names):
     names = [os.path.normpath(members[0].workdir) for members in grouped]
   return [Variant(n, m) for n, m in zip(names, grouped, strict=True)]
@@ -170,7 +170,7 @@ def _page(variants: Sequence[Variant]) -> str:
   lines = [
     "# Comparison of runs\n",
     report.table(header, [_row(v, reference) for v in variants], 2),
-    f"Difference: of the test metric, relative to {reference.name} "
+    f"Difference: of the test metric, relative to {page.escaped(reference.name)} "
     f"({'less' if metric == 'bits_per_byte' else 'more'} is better). "
     "Compression: 1 - stored / dense of all parameters. Allocated: parameters in "
     "arrays, zeros included. ±: sample standard deviation over seeds.",
@@ -178,9 +178,9 @@ def _page(variants: Sequence[Variant]) -> str:
     "\n![Validation over steps; test metric against size](compare.png)",
   ]
   for variant in variants[1:]:
-    lines.append(f"\nFields of {variant.name} that differ:\n")
+    lines.append(f"\nFields of {page.escaped(variant.name)} that differ:\n")
     changes = _differences(reference.runs[0], variant.runs[0])
-    lines += [f"- `{change}`" for change in changes or ["none"]]
+    lines += [f"- {page.code(change)}" for change in changes or ["none"]]
   return "\n".join(lines) + "\n"
 
 
@@ -199,7 +199,7 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
     return variant.spread(metric).text(form)
 
   return [
-    variant.name,
+    page.escaped(variant.name),
     ", ".join(str(run.config.seed) for run in variant.runs),
     quality.text(report.percent if metric == "accuracy" else decimals),
     change,

@@ -6,25 +6,49 @@ import os
 import pathlib
 import re
 import string
+from collections.abc import Collection
 
 import markdown_it
 
-from folding import files
+from folding import errors, files
 
 
-def write(folder: str, name: str, text: str) -> None:
+def write(folder: str, name: str, text: str, figures: Collection[str]) -> None:
   """Writes a page as NAME.md and as a self-contained NAME.html.
 
   Args:
-    folder: Folder of the page and of its pictures, PNG files.
+    folder: Folder of the page and of its figures.
     name: Name of both files, without an ending.
-    text: Markdown that begins with a heading.
+    text: Markdown that begins with a heading. Text of a run is in it as `escaped`
+      or `code`.
+    figures: Names of PNG files in the folder. No other picture is read, and no
+      link is made.
   """
   files.write_file(os.path.join(folder, f"{name}.md"), text)
-  files.write_file(os.path.join(folder, f"{name}.html"), to_html(text, folder))
+  page = to_html(text, folder, figures)
+  files.write_file(os.path.join(folder, f"{name}.html"), page)
 
 
-def to_html(text: str, folder: str) -> str:
+def escaped(text: str) -> str:
+  r"""Returns Markdown that shows a text as it is, in one line.
+
+  Example:
+    >>> escaped("![x](/etc/passwd) <b>")
+    '!\\[x\\](/etc/passwd) \\<b>'
+  """
+  return re.sub(r"([\\`*<&\[\]]|\b_|_\b)", r"\\\1", errors.printable(text))
+
+
+def code(text: str) -> str:
+  """Returns Markdown that shows a text as code, in one line."""
+  text = errors.printable(text)
+  if "`" not in text:
+    return f"`{text}`"
+  ticks = "`" * (1 + max(map(len, re.findall("`+", text))))
+  return f"{ticks} {text} {ticks}"
+
+
+def to_html(text: str, folder: str, figures: Collection[str]) -> str:
   """Returns the HTML of a Markdown page; see `write`."""
 
   def figure(found: re.Match[str]) -> str:
@@ -36,6 +60,7 @@ def to_html(text: str, folder: str) -> str:
     )
 
   parser = markdown_it.MarkdownIt("commonmark", {"html": False}).enable("table")
+  parser.validateLink = lambda url: url in figures
   body = parser.render(text)
   body = re.sub(r'<p><img src="(.*?)" alt="(.*?)" /></p>', figure, body)
   body = body.replace("<table>", '<div class="table"><table>')

@@ -126,7 +126,7 @@ def write_report(workdir: str) -> dict[str, Any]:
   plots = _draw(run)
   files.write_json(os.path.join(workdir, "report.json"), metrics)
   # The page comes last: all plots that it embeds exist.
-  page.write(workdir, "report", _page(run, metrics, plots))
+  page.write(workdir, "report", _page(run, metrics, plots), plots)
   return metrics
 
 
@@ -165,7 +165,8 @@ def describe(run: Run) -> str:
   return (
     f"A {kind} with {_counted(model.num_layers, 'layer')}, width {model.width} "
     f"and {_counted(model.num_heads, 'head')}, trained for {steps} steps in "
-    f"{duration(result['seconds'])} on {result['device']}. It stores "
+    f"{duration(result['seconds'])} on {errors.printable(str(result['device']))}. "
+    "It stores "
     f"{overall['stored']:,} parameters; its dense baseline has "
     f"{overall['dense']:,} (compression {percent(overall['compression'])}). "
     f"Test: {_test_metric(run.test)}."
@@ -294,10 +295,11 @@ def _page(
   settings = []
   for line in metrics["settings"]:
     field, _, change = line.partition(": ")
-    settings.append([f"`{field}`", *change.split(" -> ", 1)])
+    values = map(page.escaped, change.split(" -> ", 1))
+    settings.append([page.code(field), *values])
   parts = [
-    f"# {run.name}",
-    describe(run),
+    f"# {page.escaped(run.name)}",
+    page.escaped(describe(run)),
     "## Size",
     _size_table(run),
     "qkv: W_Q, W_K and W_V. linear: W_O, the feed-forward layers and the head. "
@@ -358,7 +360,7 @@ def _origin(run: Run) -> list[tuple[str, str]]:
     by = f"estimated by {run.energy['by']}; {run.energy['country']}"
     found["electricity"] = f"{run.energy['kwh']:.3g} kWh ({by})"
     found["emissions"] = f"{run.energy['kg_co2e']:.3g} kg CO2e ({by})"
-  return list(found.items())
+  return [(page.escaped(k), page.escaped(str(v))) for k, v in found.items()]
 
 
 def _test_metric(test: Mapping[str, Any] | None) -> str:

@@ -215,6 +215,6 @@ def test_report_leaves_pyplot_alone(tmp_path, monkeypatch):
 
 
 def test_html_of_a_page_escapes_what_a_run_says():
-  html = page.to_html("# a<b>&\n\n| x<i> |\n| --- |\n| <script> |\n", "")
+  html = page.to_html("# a<b>&\n\n| x<i> |\n| --- |\n| <script> |\n", "", [])
   assert "<title>a&lt;b&gt;&amp;</title>" in html
   assert "<td>&lt;script&gt;</td>" in html
