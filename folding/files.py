@@ -115,6 +115,11 @@ def write_checksums(
   write_file(os.path.join(folder, CHECKSUMS), text)
 
 
+def leads_out(name: str) -> bool:
+  """Returns whether the name of a file in a folder leads out of the folder."""
+  return os.path.isabs(name) or ".." in re.split(r"[/\\]", name)
+
+
 def read_checksums(folder: str) -> dict[str, str | None] | None:
   """Returns the checksums of `write_checksums`; None if there are none.
 
@@ -128,7 +133,7 @@ def read_checksums(folder: str) -> dict[str, str | None] | None:
   if not found:
     raise ConfigError(f"{path} is damaged: it is empty")
   for name in found:
-    if os.path.isabs(name) or ".." in name.split("/"):
+    if leads_out(name):
       raise ConfigError(f"{path} is damaged: it names {name!r}")
   return found
 

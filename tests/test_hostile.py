@@ -19,8 +19,10 @@ from huggingface_hub import constants
 
 from folding.config import DataConfig
 from folding.data import corpus, sources, tfds_sets
+from folding.models import hf_weights, sentence
 from folding.reporting import compare, report
 from folding.training import loop
+from tests.models import checkpoints
 from tests.reporting import synthetic_run
 from tests.training.conftest import tiny_config, write_text
 
@@ -67,10 +69,42 @@ def tfds_set_of_the_user(tmp_path):
   sources.load_texts(evil_set(tmp_path), "lm")
 
 
+# Files outside.
+
+
+def weights_index(*names):
+  """Returns the call that reads an index of these files."""
+
+  def index(tmp_path):
+    folder = tmp_path / "model"
+    checkpoints.write(folder, "bert")
+    (folder / hf_weights.WEIGHTS).rename(tmp_path / "other.safetensors")
+    where = {f"tensor {n}": name for n, name in enumerate(names)}
+    write(folder, **{"model__safetensors__index__json": {"weight_map": where}})
+    hf_weights.load_pretrained(folder)
+
+  return index
+
+
+def pooling_outside(tmp_path):
+  folder = tmp_path / "model"
+  write(
+    folder,
+    modules__json=[{"type": "a.Pooling", "path": "../elsewhere"}],
+  )
+  write(tmp_path / "elsewhere", config__json={"pooling_mode": "cls"})
+  sentence.read(folder)
+
+
 # {name: (call, a part of its only line)}
 REFUSED = {
   "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
   "tfds_of_the_user": (tfds_set_of_the_user, "evil_payload.Evil"),
+  "index_number": (weights_index(5), "weight_map"),
+  "index_list": (weights_index(["a.safetensors"]), "weight_map"),
+  "index_above": (weights_index("../other.safetensors"), "weight_map"),
+  "index_absolute": (weights_index("/etc/hosts"), "weight_map"),
+  "pooling_outside": (pooling_outside, "outside of its own"),
 }
 
 

@@ -808,8 +808,13 @@ def _open_weights(
       f"{_HINT}"
     )
   where = _read_json(index).get("weight_map")
-  if not isinstance(where, dict):
-    raise ConfigError(f"{index} must have a weight_map of names and files")
+  if not isinstance(where, dict) or not all(
+    isinstance(name, str) and not files.leads_out(name)
+    for name in where.values()
+  ):
+    raise ConfigError(
+      f"{index} must have a weight_map of tensors to files in its folder"
+    )
   opened = [_open_file(folder / x, stack) for x in sorted({*where.values()})]
   return {name: file for file in opened for name in file.keys()}
 

@@ -75,6 +75,8 @@ def read(path: str | os.PathLike) -> Sentence | None:
     if [*steps] == ["Transformer"]:  # a cross-encoder, since version 5.4
       return None
     used = sorted(steps.keys() - {"Transformer", "Pooling", "Normalize"})
+    if files.leads_out(steps.get("Pooling", "")):
+      raise ConfigError(f"{modules_path} names a folder outside of its own")
     if not used:
       file = os.path.join(path, steps["Pooling"], "config.json")
       used = _pooling_modes(files.read_json(file, dict))
