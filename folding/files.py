@@ -290,6 +290,24 @@ def all_files(folder: str) -> list[str]:
   )
 
 
+def require_inside(folder: str) -> None:
+  """Checks that no symbolic link in a folder leads out of it.
+
+  The folder itself may be a link.
+
+  Raises:
+    ConfigError: a link does; names it.
+  """
+  root = os.path.join(os.path.realpath(folder), "")
+  for parent, folders, names in os.walk(folder):
+    for path in (os.path.join(parent, name) for name in (*folders, *names)):
+      if os.path.islink(path) and not os.path.realpath(path).startswith(root):
+        raise ConfigError(
+          f"{path} is a link out of {folder}, and files of a run are read and "
+          "written in its own folder only; put the file itself there"
+        )
+
+
 def folder_bytes(path: str) -> int:
   """Returns the bytes of the files in a folder and those below it."""
   return sum(os.path.getsize(os.path.join(path, x)) for x in all_files(path))

@@ -21,7 +21,7 @@ from folding.config import DataConfig
 from folding.data import corpus, sources, tfds_sets
 from folding.models import hf_weights, sentence
 from folding.reporting import compare, report
-from folding.training import loop
+from folding.training import loop, run_dir
 from tests.models import checkpoints
 from tests.reporting import synthetic_run
 from tests.training.conftest import tiny_config, write_text
@@ -96,6 +96,21 @@ def pooling_outside(tmp_path):
   sentence.read(folder)
 
 
+def link(name):
+  """Returns the call that reads a run of which a file is a link out of it."""
+
+  def read(tmp_path):
+    workdir = synthetic_run.write(tmp_path / "run")
+    target = tmp_path / "target"
+    target.write_text("{}", encoding="utf-8")
+    path = pathlib.Path(workdir, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+    run_dir.load_config(workdir)
+
+  return read
+
+
 # {name: (call, a part of its only line)}
 REFUSED = {
   "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
@@ -105,6 +120,8 @@ REFUSED = {
   "index_above": (weights_index("../other.safetensors"), "weight_map"),
   "index_absolute": (weights_index("/etc/hosts"), "weight_map"),
   "pooling_outside": (pooling_outside, "outside of its own"),
+  "link_config": (link("text.sha256"), "is a link out of"),
+  "link_metrics": (link("checkpoints/5/metrics/metrics"), "is a link out of"),
 }
 
 

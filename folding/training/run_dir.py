@@ -202,6 +202,7 @@ def load_config(workdir: str) -> Config:
   path = _path(workdir, "config.json")
   if not os.path.exists(path):
     raise ConfigError(f"{workdir} is not a run: it has no config.json")
+  files.require_inside(workdir)
   values = files.read_json(path, dict)
   if {"model_type", "format"} & values.keys():
     raise ConfigError(
