@@ -17,6 +17,7 @@ import jaxtyping
 import pytest
 from huggingface_hub import constants
 
+import folding
 from folding.config import DataConfig
 from folding.data import corpus, sources, tfds_sets
 from folding.models import hf_weights, sentence
@@ -111,6 +112,15 @@ def link(name):
   return read
 
 
+def missing_folder(tmp_path):
+  (tmp_path / "runs").mkdir()
+  folding.load("runs/tuned")
+
+
+def missing_folder_of_three(tmp_path):
+  folding.load("a/b/c")
+
+
 # {name: (call, a part of its only line)}
 REFUSED = {
   "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
@@ -122,6 +132,8 @@ REFUSED = {
   "pooling_outside": (pooling_outside, "outside of its own"),
   "link_config": (link("text.sha256"), "is a link out of"),
   "link_metrics": (link("checkpoints/5/metrics/metrics"), "is a link out of"),
+  "folder_of_runs": (missing_folder, "hub is named ORG/MODEL"),
+  "folder_deep": (missing_folder_of_three, "hub is named ORG/MODEL"),
 }
 
 

@@ -42,6 +42,7 @@ _HINT = (
   "tokenizer"
 )
 
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _QUERY_OR_KEY = re.compile("/attn/[qk]/")
 # Buffers, and heads for other tasks, without the prefix of a layout.
 _UNUSED = re.compile(
@@ -731,8 +732,13 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
     return folder
   if folder.exists():
     raise ConfigError(f"{folder} is a file; name the folder that holds it")
-  if name.startswith((".", "/", "~")):
-    raise ConfigError(f"there is no folder {name}")
+  # "runs/tuned" is a folder that is missing if there is a folder "runs".
+  is_path = folder.parent != pathlib.Path() and folder.parent.exists()
+  if is_path or not _HUB_ID.fullmatch(name):
+    raise ConfigError(
+      f"there is no folder {name}, and a model on the Hugging Face hub is named "
+      "ORG/MODEL"
+    )
   import huggingface_hub  # only needed for a download
 
   patterns = ["*.json", "*.jinja", "model*.safetensors"]
