@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from folding import config as config_lib
 from folding import files, typed
-from folding.errors import ConfigError, TrainingError, one_line
+from folding.errors import ConfigError, TrainingError, one_line, printable
 from folding.version import __version__
 
 _Argument = tuple[str, dict[str, Any]]
@@ -744,4 +744,5 @@ def _comments(section: type) -> dict[str, str]:
 
 
 def _print_error(message: str) -> None:
-  print(f"folding: error: {' '.join(message.split())}", file=sys.stderr)
+  line = printable(" ".join(message.split()))
+  print(f"folding: error: {line}", file=sys.stderr)

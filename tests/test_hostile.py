@@ -5,6 +5,7 @@ one that warns. A call takes an empty folder, writes its files there, and reads
 them.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,9 +23,11 @@ from folding.config import DataConfig
 from folding.data import corpus, sources, tfds_sets
 from folding.models import hf_weights, sentence
 from folding.reporting import compare, report
+from folding.serving import lines, predict
 from folding.training import loop, run_dir
 from tests.models import checkpoints
 from tests.reporting import synthetic_run
+from tests.serving import models
 from tests.training.conftest import tiny_config, write_text
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -121,6 +124,27 @@ def missing_folder_of_three(tmp_path):
   folding.load("a/b/c")
 
 
+# Checkpoints.
+
+
+def checkpoint(head="none", config=None, **contents):
+  """Returns the call that loads a BERT with changed or added files."""
+
+  def load(tmp_path):
+    folder = tmp_path / "model"
+    checkpoints.write(folder, "bert", head)
+    values = json.loads((folder / "config.json").read_text("utf-8"))
+    write(folder, config__json=values | (config or {}), **contents)
+    return folding.load(folder)
+
+  return load
+
+
+def labels_of_a_run(tmp_path):
+  write(tmp_path, labels__json=["good", " "])
+  run_dir.load_labels(str(tmp_path))
+
+
 # {name: (call, a part of its only line)}
 REFUSED = {
   "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
@@ -134,6 +158,11 @@ REFUSED = {
   "link_metrics": (link("checkpoints/5/metrics/metrics"), "is a link out of"),
   "folder_of_runs": (missing_folder, "hub is named ORG/MODEL"),
   "folder_deep": (missing_folder_of_three, "hub is named ORG/MODEL"),
+  "empty_class": (
+    checkpoint("classify", {"id2label": {"0": "a", "1": "", "2": "c"}}),
+    "id2label",
+  ),
+  "empty_label": (labels_of_a_run, "labels.json"),
 }
 
 
@@ -196,6 +225,19 @@ def test_page_shows_what_a_run_says_as_text(make, tmp_path):
   assert "<b>" not in html
   assert "\x1b" not in html
   assert html.count("![x](") >= 1
+
+
+def test_labels_are_printed_without_their_control_characters():
+  model = models.make()
+  names = ("\x1b[31mred", "so so", "\x9b2J")
+  model = dataclasses.replace(model, labels=names)
+  found = list(predict.predict(model, ["the cat", "a mat\x9b"]))
+  for form in ("tsv", "jsonl"):
+    shown = list(lines.of_predictions(model, found, form))
+    assert not {"\x1b", "\x9b"} & {*"".join(shown)}
+  for line, one in zip(shown, found, strict=True):
+    record = json.loads(line)
+    assert (record["text"], record["label"]) == (one.text, one.label)
 
 
 @pytest.mark.slow

@@ -780,7 +780,7 @@ def _read_labels(values: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
       "label and the others with two or more (to train another head, take the "
       "old one's name out of architectures)"
     )
-  names = [label for label in labels.values() if isinstance(label, str)]
+  names = [x for x in labels.values() if isinstance(x, str) and x.strip()]
   ids = sorted(map(str, range(len(labels))))
   if sorted(map(str, labels)) != ids or len({*names}) != len(labels):
     raise ConfigError(

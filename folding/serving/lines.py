@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from folding.data.tokenizers import Text
-from folding.errors import ConfigError
+from folding.errors import ConfigError, printable
 from folding.serving.loaded import Model
 from folding.serving.predict import Prediction
 from folding.tasks import task_of
@@ -94,7 +94,7 @@ def of_predictions(
 def _tsv_lines(
   predictions: Iterable[Prediction], role: str, labels: Sequence[str]
 ) -> Iterator[str]:
-  names = {label: " ".join(label.split()) for label in labels}
+  names = {label: printable(" ".join(label.split())) for label in labels}
   yield "\t".join([role, *names.values()])
   for one in predictions:
     numbers = [f"{p:.6f}" for p in one.probabilities]
@@ -122,4 +122,5 @@ def _jsonl_lines(
     else:
       numbers = [round(float(p), 6) for p in one.probabilities]
       record["probabilities"] = dict(zip(labels, numbers, strict=True))
-    yield json.dumps(record, ensure_ascii=False)
+    # JSON escapes the other control characters itself.
+    yield printable(json.dumps(record, ensure_ascii=False))

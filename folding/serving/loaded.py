@@ -267,13 +267,13 @@ def _load_compact(path: str, values: dict[str, Any]) -> Model:
 
 
 def require_names(labels: Sequence[str], start: str = "") -> None:
-  """Raises `ConfigError` unless labels are different strings.
+  """Raises `ConfigError` unless labels are different strings, none of them empty.
 
   Args:
     labels: Names of the outputs of a head.
     start: Start of the message.
   """
-  names = {label for label in labels if isinstance(label, str)}
+  names = {x for x in labels if isinstance(x, str) and x.strip()}
   if len(names) != len(labels):
     raise ConfigError(
       f"{start}labels must be different names; they are {labels!r}"

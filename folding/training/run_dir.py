@@ -240,10 +240,11 @@ def load_labels(workdir: str) -> tuple[str, ...]:
   if not os.path.exists(path):
     return ()
   labels = files.read_json(path, list)
-  if not all(isinstance(label, str) for label in labels) or len(
-    set(labels)
-  ) < len(labels):
-    raise ConfigError(f"{path} is damaged: labels must be different strings")
+  names = {x for x in labels if isinstance(x, str) and x.strip()}
+  if len(names) < len(labels):
+    raise ConfigError(
+      f"{path} is damaged: labels must be different strings, none of them empty"
+    )
   return tuple(labels)
 
 

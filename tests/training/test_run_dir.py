@@ -30,7 +30,7 @@ def save(workdir, config, labels=(), asked=None):
 
 
 def test_saved_files_are_read_back(tmp_path):
-  config, labels = tiny.config(), ("a\nb", "é", "")
+  config, labels = tiny.config(), ("a\nb", "é", "c d")
   save(tmp_path, config, labels)
   assert run_dir.load_config(str(tmp_path)) == config
   tokenizer = run_dir.load_tokenizer(str(tmp_path))
