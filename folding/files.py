@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -191,31 +190,6 @@ def require_as_exported(folder: str, skip: Collection[str] = ()) -> None:
       f"{error}; put back what was exported, or, if you edited it on purpose, "
       f"remove {path}"
     ) from None
-
-
-def require_inside(folder: str, names: Iterable[str]) -> None:
-  """Checks that a folder from elsewhere has no links to other places.
-
-  Args:
-    folder: The folder, which may itself be a link.
-    names: Files and folders in it; folders are checked with all that is below.
-
-  Raises:
-    ConfigError: one is a link that leaves the folder.
-  """
-  root = os.path.realpath(folder)
-  for top in (os.path.join(folder, name) for name in names):
-    walked = os.walk(top)  # reads a folder when it comes to it
-    below = (os.path.join(at, x) for at, a, b in walked for x in (*a, *b))
-    for path in itertools.chain([top], below):
-      if not os.path.islink(path):
-        continue
-      target = os.path.realpath(path)
-      if os.path.commonpath([root, target]) != root:
-        raise ConfigError(
-          f"{path} is a link to {target}, outside of {folder}; put a copy of "
-          "that there instead"
-        )
 
 
 def lock(folder: str) -> int | None:

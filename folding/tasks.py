@@ -6,6 +6,7 @@ rows, so the functions of a row import what is slow to import.
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -169,7 +170,7 @@ def _class(label: Any, place: str) -> str:
   is_whole = name.lstrip("+-").isdecimal()
   if (
     type(label) not in (int, str)
-    or not name
+    or not any(map(is_visible, name))
     or (_is_plain_number(name) and not is_whole)
   ):
     raise ConfigError(
@@ -177,6 +178,11 @@ def _class(label: Any, place: str) -> str:
       "score needs task 'regress'"
     )
   return require_utf8(name, place)
+
+
+def is_visible(character: str) -> bool:
+  """Returns whether a character is not of those that only format others."""
+  return unicodedata.category(character) not in ("Cf", "Cc")
 
 
 def _is_plain_number(label: Any) -> bool:

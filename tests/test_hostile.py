@@ -7,6 +7,7 @@ them.
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import re
@@ -15,8 +16,10 @@ import subprocess
 import sys
 
 import jaxtyping
+import pyarrow as pa
 import pytest
 from huggingface_hub import constants
+from pyarrow import parquet
 
 import folding
 from folding.config import DataConfig
@@ -145,6 +148,35 @@ def labels_of_a_run(tmp_path):
   run_dir.load_labels(str(tmp_path))
 
 
+# Texts and labels.
+
+
+def texts(task, fields=None, **contents):
+  """Returns the call that reads training text."""
+
+  def load(tmp_path):
+    write(tmp_path, **contents)
+    data = DataConfig(path=str(tmp_path), **(fields or {}))
+    return sources.load_texts(data, task)
+
+  return load
+
+
+def tsv(*labels):
+  rows = [f"{label}\ttext {i}" for i, label in enumerate(labels * 12)]
+  return "\n".join(["label\ttext", *rows, ""])
+
+
+def jsonl(*rows):
+  return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def class_minus_one(tmp_path):
+  table = {"text": [f"text {i}" for i in range(30)], "label": [-1, 0, 1] * 10}
+  parquet.write_table(pa.table(table), tmp_path / "train.parquet")
+  sources.load_texts(DataConfig(path=str(tmp_path)), "classify")
+
+
 # {name: (call, a part of its only line)}
 REFUSED = {
   "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
@@ -163,6 +195,43 @@ REFUSED = {
     "id2label",
   ),
   "empty_label": (labels_of_a_run, "labels.json"),
+  "one_number": (texts("classify", train__tsv=tsv("1", "+1")), "'+1' and '1'"),
+  "leading_zero": (
+    texts("classify", train__tsv=tsv("1", "01")),
+    "'01' and '1'",
+  ),
+  "fullwidth": (texts("classify", train__tsv=tsv("1", "\uff11")), "\\uff11"),
+  "invisible_part": (
+    texts("classify", train__tsv=tsv("a", "a\u200b")),
+    "\\u200b",
+  ),
+  "invisible": (
+    texts("classify", train__tsv=tsv("a", "\u200b")),
+    "neither a text",
+  ),
+  "indicators": (texts("multilabel", train__tsv=tsv("0,1", "1,0")), "0 or 1"),
+  "equal_scores": (texts("regress", train__tsv=tsv("2.5")), "all 2.5"),
+  "text_twice": (
+    texts(
+      "classify", {"text_field": ("text", "text")}, train__tsv=tsv("a", "b")
+    ),
+    "'text' twice",
+  ),
+  "later_text": (
+    texts(
+      "classify",
+      train__jsonl=jsonl(
+        {"label": "a", "sentence1": "x"},
+        {"label": "b", "sentence1": "x", "sentence2": "y"},
+      ),
+    ),
+    "jsonl:2: the text 'sentence2'",
+  ),
+}
+
+# {name: (call, a part of the warning)}
+SAID = {
+  "minus_one": (class_minus_one, "-1 is read as a class"),
 }
 
 
@@ -182,6 +251,13 @@ def test_hostile_input_is_refused_in_one_line(call, line, tmp_path):
   with pytest.raises(ValueError, match=re.escape(line)) as caught:
     call(tmp_path)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("call", "line"), SAID.values(), ids=SAID)
+def test_doubtful_input_is_warned_of_in_one_line(call, line, tmp_path, caplog):
+  caplog.set_level(logging.WARNING)
+  call(tmp_path)
+  assert [x for x in caplog.messages if line in x and "\n" not in x]
 
 
 @pytest.mark.parametrize("command", [["-m", "folding"], ["train.py"]])

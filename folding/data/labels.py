@@ -1,12 +1,17 @@
 """Labels of rows -> arrays: classes, sets of classes and scores."""
 
 import itertools
+import logging
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from folding.errors import ConfigError
-from folding.tasks import Label, Labels
+from folding.tasks import Label, Labels, is_visible
+
+_log = logging.getLogger(__name__)
 
 
 def output_names(
@@ -25,9 +30,12 @@ def output_names(
       numbers by value, words in order.
 
   Raises:
-    ConfigError: there is one class, or ids do not start at 0.
+    ConfigError: there is one class, two spellings of one, all classes in every
+      text, or one score; or ids do not start at 0.
   """
   if form.kind == "score":
+    if len({*labels}) == 1:
+      raise ConfigError(f"{source}: the scores are all {labels[0]}")
     return form.columns[:1]
   found = set(itertools.chain(*map(_classes, labels)))
   known = tuple(given or _in_order(found))
@@ -35,11 +43,38 @@ def output_names(
     raise ConfigError(
       f"{source} has one class, {', '.join(known)}; a classifier needs two"
     )
+  _require_distinct(found, source)
+  if form.kind == "classes" and all(
+    len(_classes(x)) == len(known) for x in labels
+  ):
+    raise ConfigError(
+      f"{source}: every text has all classes, {', '.join(known)}; if the labels are "
+      "a 0 or 1 for each class, list the classes that apply instead, such as 2,5"
+    )
+  if given is None and {"-1", "0"} <= found:
+    _log.warning(
+      "%s: -1 is read as a class; leave these rows out if it means no label",
+      source,
+    )
   if all(map(str.isdecimal, found)) and found.isdisjoint({*known, "0"}):
     raise ConfigError(
       f"{source}: ids of labels.txt start at 0, and no label is 0 ({known[0]})"
     )
   return known
+
+
+def _require_distinct(names: Iterable[str], source: str) -> None:
+  """Refuses classes that differ in nothing that a reader sees."""
+  known: dict[str | int, str] = {}
+  for name in sorted(names):
+    seen = "".join(filter(is_visible, unicodedata.normalize("NFC", name)))
+    is_whole = re.fullmatch(r"[+-]?\d{1,20}", seen)
+    other = known.setdefault(int(seen) if is_whole else seen, name)
+    if other != name:
+      raise ConfigError(
+        f"{source}: the labels {other!a} and {name!a} look like one class; spell it "
+        "in one way"
+      )
 
 
 def _classes(label: Label) -> tuple[str, ...]:

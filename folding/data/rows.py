@@ -79,6 +79,8 @@ def choose_columns(
     and not all(is_number(row.get(name) or "0") for _, row in table)
   ]
   chosen = choose_texts(place, others, texts, data, task)
+  if data.text_field is None:
+    _require_same_texts(table, chosen, label_field, task)
   ignored = ", ".join(name for name in texts if name not in chosen)
   if ignored:
     _log.warning(
@@ -94,6 +96,25 @@ def label_names() -> set[str]:
   """Returns the usual names of columns of labels, of all tasks."""
   labels = (task.labels for task in TASKS.values())
   return {name for found in labels if found for name in found.columns}
+
+
+def _require_same_texts(
+  table: Table,
+  chosen: tuple[str, ...],
+  label_field: str | None,
+  task: config_lib.Task,
+) -> None:
+  """Refuses texts of later rows that would change the choice of columns."""
+  keys = itertools.chain.from_iterable(row for _, row in table)
+  columns = [name for name in dict.fromkeys(keys) if name != label_field]
+  wider = _usual(columns, _usual_texts(task))
+  for name in wider if wider != chosen else ():
+    for place, row in table:
+      if name in row and name not in table[0][1]:
+        raise ConfigError(
+          f"{place}: the text {name!r} has no column in the first row; give it to "
+          "all rows, or set data.text_field"
+        )
 
 
 def _label_column(
@@ -143,11 +164,15 @@ def choose_texts(
     raise ConfigError(
       f"task {task.name!r} reads single texts; data.text_field is a pair"
     )
+  if isinstance(wanted, tuple) and wanted[0] == wanted[1]:
+    raise ConfigError(
+      f"data.text_field names {wanted[0]!r} twice; name the two texts of a pair, or "
+      "one text"
+    )
   wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
   for name in wanted:
     _require_column(place, columns, "text", name)
-  usual = [x for x in TEXT_NAMES if len(x) == 1 or not is_single]
-  chosen = wanted or _usual(columns, usual)
+  chosen = wanted or _usual(columns, _usual_texts(task))
   if chosen:
     return chosen
   if not texts:
@@ -161,6 +186,12 @@ def choose_texts(
       f"{'' if is_single else ', or two of pairs,'} with data.text_field"
     )
   return (texts[0],)
+
+
+def _usual_texts(task: config_lib.Task) -> list[tuple[str, ...]]:
+  """Returns the usual names of texts, without pairs if the task has none."""
+  is_single = task in config_lib.UNLABELLED
+  return [x for x in TEXT_NAMES if len(x) == 1 or not is_single]
 
 
 def _require_column(

@@ -52,11 +52,6 @@ _FIXED = (
   "asked.json",
 )
 
-_ALL = (
-  *_FIXED, "config.json", files.CHECKSUMS, "metrics.jsonl", "result.json",
-  "fold.json", "energy.json", "checkpoints", "tensorboard",
-)  # fmt: skip
-
 # Fields of a config that may be paths; some also take a hub id or "bytes".
 _PATHS = (
   "pretrained",
@@ -140,9 +135,9 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
 
   Raises:
     ConfigError: the run is of another config; the message names the fields. Or
-      see `require_own_files`.
+      see `files.require_inside`.
   """
-  require_own_files(workdir)
+  files.require_inside(workdir)
   if not os.path.exists(_path(workdir, "config.json")):
     return None
   saved = _computed_as(load_config(workdir), config)
@@ -182,15 +177,6 @@ def _computed_as(config: Config, other: Config) -> Config:
   )
 
 
-def require_own_files(workdir: str) -> None:
-  """Raises `ConfigError` if a file of a run is a link out of its directory.
-
-  Whoever made the directory could otherwise choose what its user reads and
-  replaces.
-  """
-  files.require_inside(workdir, _ALL)
-
-
 def load_config(workdir: str) -> Config:
   """Returns the config of a run directory.
 
@@ -198,11 +184,10 @@ def load_config(workdir: str) -> Config:
     ConfigError: it is not a run, or one of an earlier version; or a file of it
       differs from its checksum, or is a link out of it.
   """
-  require_own_files(workdir)
+  files.require_inside(workdir)
   path = _path(workdir, "config.json")
   if not os.path.exists(path):
     raise ConfigError(f"{workdir} is not a run: it has no config.json")
-  files.require_inside(workdir)
   values = files.read_json(path, dict)
   if {"model_type", "format"} & values.keys():
     raise ConfigError(
