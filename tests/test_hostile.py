@@ -23,7 +23,7 @@ from pyarrow import parquet
 
 import folding
 from folding.config import DataConfig
-from folding.data import corpus, sources, tfds_sets
+from folding.data import corpus, sources, tfds_sets, tokenizers
 from folding.models import hf_weights, sentence
 from folding.reporting import compare, report
 from folding.serving import lines, predict
@@ -148,6 +148,21 @@ def labels_of_a_run(tmp_path):
   run_dir.load_labels(str(tmp_path))
 
 
+def token_map(tmp_path):
+  checkpoints.write_tokenizer(tmp_path / "tokenizer.json")
+  write(tmp_path, token_map__json=[0.5] * len(checkpoints.WORDS))
+  tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def emptied_tokenizer(tmp_path):
+  path = checkpoints.write_tokenizer(
+    tmp_path / "tokenizer.json", checkpoints.WORDS[:4]
+  )
+  found = tokenizers.load_tokenizer(path)
+  found.encode_batch(["", " "], 8)
+  found.encode_batch(["some text", "another"], 8)
+
+
 # Texts and labels.
 
 
@@ -190,11 +205,16 @@ REFUSED = {
   "link_metrics": (link("checkpoints/5/metrics/metrics"), "is a link out of"),
   "folder_of_runs": (missing_folder, "hub is named ORG/MODEL"),
   "folder_deep": (missing_folder_of_three, "hub is named ORG/MODEL"),
+  "adapter": (checkpoint(adapter_config__json={}), "adapter_config.json"),
+  "options": (checkpoint(tokenizer_config__json="{"), "tokenizer_config.json"),
+  "generation": (checkpoint(generation_config__json="["), "is damaged"),
+  "pad_token": (checkpoint(config={"pad_token_id": 30}), "pad_token_id 30"),
   "empty_class": (
     checkpoint("classify", {"id2label": {"0": "a", "1": "", "2": "c"}}),
     "id2label",
   ),
   "empty_label": (labels_of_a_run, "labels.json"),
+  "token_map": (token_map, "token_map.json"),
   "one_number": (texts("classify", train__tsv=tsv("1", "+1")), "'+1' and '1'"),
   "leading_zero": (
     texts("classify", train__tsv=tsv("1", "01")),
@@ -232,6 +252,7 @@ REFUSED = {
 # {name: (call, a part of the warning)}
 SAID = {
   "minus_one": (class_minus_one, "-1 is read as a class"),
+  "no_token": (emptied_tokenizer, "no known token in any of 2 texts"),
 }
 
 

@@ -84,7 +84,7 @@ def find(
   options name what the config does not.
 
   Raises:
-    ConfigError: our own file is damaged.
+    ConfigError: a file is damaged.
   """
   path = tokenizer_path.with_name(SPECIAL_TOKENS)
   if path.is_file():
@@ -117,9 +117,6 @@ def find(
 
 
 def _read_options(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the fields of a JSON file; {} if there is none or it is damaged."""
-  unreadable = (OSError, ValueError, AttributeError, RecursionError)
-  with contextlib.suppress(*unreadable):
-    values = json.loads(path.read_text("utf-8"))
-    return {k: v for k, v in values.items() if v is not None}
-  return {}
+  """Returns the fields of a JSON file that are not null; {} if there is none."""
+  values = files.read_json(str(path), dict) if path.is_file() else {}
+  return {k: v for k, v in values.items() if v is not None}

@@ -7,6 +7,7 @@ exactly.
 import contextlib
 import itertools
 import json
+import logging
 import pathlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from folding.errors import ConfigError
 
 Text: TypeAlias = str | tuple[str, str]  # or a pair of texts
 _Single = TypeVar("_Single", bound=str | Iterable[str])  # a string, or slices
+
+_log = logging.getLogger(__name__)
 
 NUM_BYTES = 256
 BUILT_IN = ("bytes", "bpe")  # values of `data.tokenizer` that are no path
@@ -100,6 +103,7 @@ class Tokenizer:
     if not vocabulary:
       raise ConfigError("the tokenizer has no tokens")
     self._inner = inner
+    self._is_checked = False  # whether it was seen to find tokens in texts
     self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
     if self.vocab_size > _MAX_IDS:
       raise ConfigError(
@@ -237,7 +241,7 @@ class Tokenizer:
       try:
         if is_row:
           self._inner.enable_truncation(max_length)
-        return self._inner.encode_batch_fast(
+        found = self._inner.encode_batch_fast(
           list(texts), add_special_tokens=is_row
         )
       except Exception as error:  # the library raises plain Exception
@@ -246,6 +250,28 @@ class Tokenizer:
         ) from error
       finally:
         self._inner.no_truncation()
+    if not self._is_checked:
+      self._warn_of_unknown(texts, found)
+    return found
+
+  def _warn_of_unknown(
+    self, texts: Sequence[Text], found: Sequence[tokenizers.Encoding]
+  ) -> None:
+    """Warns once if no text has a known token, special ones aside."""
+    if not any(map(str.strip, flat(texts))):
+      return
+    unknown = getattr(self._inner.model, "unk_token", None)
+    unknown_id = None if unknown is None else self._inner.token_to_id(unknown)
+    self._is_checked = True
+    for encoding in found:
+      pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+      if any(not special and i != unknown_id for i, special in pairs):
+        return
+    _log.warning(
+      "the tokenizer finds no known token in any of %d texts; is it the tokenizer "
+      "of this model and language?",
+      len(texts),
+    )
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids, without special tokens."""
@@ -449,13 +475,12 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
   map_path = path.with_name(TOKEN_MAP)
   if not map_path.exists():
     return plain
-  try:
-    token_map = np.array(json.loads(map_path.read_text("utf-8")), np.int32)
-  except (ValueError, TypeError, OverflowError, RecursionError):
-    token_map = np.array([], np.int32)
-  if token_map.ndim != 1 or not token_map.size or token_map.min() < -1:
+  new_ids = files.read_json(str(map_path), list)
+  if not new_ids or not all(
+    type(i) is int and -1 <= i < _MAX_IDS for i in new_ids
+  ):
     raise ConfigError(f"{map_path} is not a list of token ids")
-  return MappedTokenizer(plain, token_map)
+  return MappedTokenizer(plain, np.array(new_ids, np.int32))
 
 
 def _begin_ids(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:

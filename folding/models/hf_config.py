@@ -647,7 +647,8 @@ def describe(values: dict[str, Any]) -> Description:
       f"{', '.join(FAMILIES)}"
     )
   family = FAMILIES[name]
-  values = family.defaults | _given(values)
+  given = _given(values)
+  values = family.defaults | given
   for field, only in (SUPPORTED | family.only).items():
     _check_supported(field, values.get(field), only)
   config = _read(family, values)
@@ -661,6 +662,10 @@ def describe(values: dict[str, Any]) -> Description:
       f"config.json: pad_token_id must be an integer; it is {pad_id!r}"
     )
   vocab_size = _count(values, "vocab_size")
+  if "pad_token_id" in given and pad_id >= vocab_size:
+    raise ConfigError(
+      f"config.json: pad_token_id {pad_id} is not one of the {vocab_size} tokens"
+    )
   max_length = _count(values, family.positions)
   if family.counts_first:
     max_length -= family.offset(pad_id)

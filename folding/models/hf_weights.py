@@ -36,6 +36,7 @@ from folding.tasks import TASKS
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"  # of peft
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HINT = (
   "load it with transformers and write it again by save_pretrained(), model and "
@@ -772,6 +773,11 @@ def describe_pretrained(folder: pathlib.Path) -> Description:
     ConfigError: it is missing, damaged, or of an unsupported model.
   """
   values = _read_json(folder / CONFIG)
+  if (folder / _ADAPTER).exists():
+    raise ConfigError(
+      f"{folder} has an {_ADAPTER}: a LoRA adapter that is not part of the weights; "
+      "merge it with merge_and_unload() of peft, and save the result"
+    )
   if "model_type" not in values:
     raise ConfigError(
       f"{folder} is not a Hugging Face checkpoint (its {CONFIG} has no "

@@ -265,7 +265,8 @@ def test_a_mapped_tokenizer_is_loaded_with_its_map(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("[0, 1", "not a list"),
+    ("[0, 1", "damaged"),
+    ("[0, 1.0, 0, 2, 3, 4]", "not a list"),
     ("[[0], [1]]", "not a list"),
     ("[]", "not a list"),
     ('["a"]', "not a list"),
@@ -408,11 +409,11 @@ def test_an_id_beyond_any_vocabulary_is_refused(tmp_path, id):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff", "3", "[" * 100_000])
-def test_damaged_configs_of_checkpoints_are_ignored(tmp_path, text):
+def test_damaged_configs_of_checkpoints_are_refused(tmp_path, text):
   _load(tmp_path, generation={"eos_token_id": 4})
   (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-  found = load_tokenizer(tmp_path / "tokenizer.json")
-  assert found.end_ids.tolist() == [4]
+  with pytest.raises(ConfigError, match="config.json is damaged"):
+    load_tokenizer(tmp_path / "tokenizer.json")
 
 
 # Long texts.

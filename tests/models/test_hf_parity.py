@@ -141,7 +141,7 @@ def test_defaults_are_those_of_transformers(family):
   names = hf_config.FAMILIES[family].fields
   fields = ("num_layers", "width", "num_heads")
   sizes = {names[x]: n for x, n in zip(fields, (32, 256, 32), strict=True)}
-  sizes |= {"vocab_size": 99, "model_type": family}
+  sizes |= {"vocab_size": 99_999, "model_type": family}  # has all pad ids
   if family != "gpt2":  # whose MLP is 4 D wide by default
     sizes[names["mlp_width"]] = 100
   full = transformers.AutoConfig.for_model(**sizes).to_dict()
