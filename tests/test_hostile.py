@@ -22,11 +22,13 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 import folding
+from folding import config as config_lib
 from folding.config import DataConfig
 from folding.data import corpus, sources, tfds_sets, tokenizers
 from folding.models import hf_weights, sentence
 from folding.reporting import compare, report
 from folding.serving import lines, predict
+from folding.studies import grid, methods
 from folding.training import loop, run_dir
 from tests.models import checkpoints
 from tests.reporting import synthetic_run
@@ -192,6 +194,26 @@ def class_minus_one(tmp_path):
   sources.load_texts(DataConfig(path=str(tmp_path)), "classify")
 
 
+# Studies.
+
+
+def seeds(*seeds):
+  def study(tmp_path):
+    grid.Study({"a": config_lib.Config()}, methods.pick("dense"), (), seeds)
+
+  return study
+
+
+def edits(edit):
+  def study(tmp_path):
+    bad = {"bad": methods.Method("", lambda base, level: edit(), False)}
+    found = methods.pick("dense") | bad
+    made = grid.Study({"a": config_lib.Config()}, found, (), (0,))
+    grid.run_study(made, str(tmp_path / "w"), None)
+
+  return study
+
+
 # {name: (call, a part of its only line)}
 REFUSED = {
   "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
@@ -247,6 +269,10 @@ REFUSED = {
     ),
     "jsonl:2: the text 'sentence2'",
   ),
+  "seed_below_0": (seeds(0, -1), "not -1"),
+  "seed_fraction": (seeds(0.5), "not 0.5"),
+  "edits_raise": (edits(lambda: 1 // 0), "a--bad--s0: ZeroDivisionError"),
+  "edits_no_field": (edits(lambda: {"x": 1}), "a--bad--s0: ConfigError"),
 }
 
 # {name: (call, a part of the warning)}

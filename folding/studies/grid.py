@@ -86,6 +86,11 @@ class Study:
           raise ConfigError(
             f"{name!r} must be a {kind.__name__}: {value!r:.60}"
           )
+    for seed in self.seeds:
+      if not (type(seed) is int and 0 <= seed < 2**32):
+        raise ConfigError(
+          f"a seed is a whole number, 0 to 2^32 - 1; not {seed!r}"
+        )
     for values in (self.seeds, self.levels):
       if len(set(values)) < len(values):
         raise ConfigError(f"a seed or a level is given twice: {values}")
@@ -187,6 +192,13 @@ class Trial:
       base = edited(base, edits)
     edits = self.study.methods[self.method].edits(base, self.level or 0.0)
     return edited(base, {**edits, "seed": self.seed})
+
+  def check(self) -> None:
+    """Raises `ConfigError` if the run cannot have its config."""
+    try:
+      config_lib.resolve(self.config())
+    except Exception as error:  # edits are the user's code
+      raise ConfigError(f"the run {self.name}: {reason(error)}") from error
 
 
 def load_study(where: str) -> Study:
@@ -373,11 +385,15 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
     {name of a failed run: its error in one line}.
 
   Raises:
-    ConfigError: the directory holds finished runs of other configs.
+    ConfigError: the config of a run is not valid, or the directory holds finished
+      runs of other configs. Nothing was trained.
     KeyboardInterrupt: SIGINT or SIGTERM arrived. Runs have saved; the next call
       resumes them.
   """
   trials = study.trials(workdir)
+  for trial in trials:
+    if trial.seed == study.seeds[0]:  # the others differ in that alone
+      trial.check()
   failed: dict[str, str] = {}
   todo = [trial for trial in trials if not _is_finished(trial)]
   total, over = len(trials), len(trials) - len(todo)
@@ -398,10 +414,8 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
 
   def submit(trial: Trial) -> None:
     try:
-      config = trial.config()
-      config_lib.resolve(config)  # raises before a process starts
-      running[engine.submit(config, trial)] = trial
-    except Exception as error:  # edits are the user's code
+      running[engine.submit(trial.config(), trial)] = trial
+    except Exception as error:  # an engine may fail in any way
       close(trial, reason(error))
 
   with stop_signal() as stopped:

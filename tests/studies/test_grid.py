@@ -150,12 +150,7 @@ def test_run_study_trains_starts_first_and_skips_what_is_finished(
 
 
 def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
-  def fail(base, level):
-    return {"fold.groups": 1 // 0}
-
   methods = pick("dense", "ours", "wanda", "random", "movement")
-  methods |= {"bad": Method("its edits fail", fail)}
-  methods |= {"worse": Method("no such field", lambda base, level: {"x": 1})}
   study = make_study(
     datasets={"a": c.Config()}, methods=methods, levels=(0.5,), seeds=(0,)
   )
@@ -175,19 +170,35 @@ def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
       "wanda--50",
       "random--50",
       "movement--50",
-      "bad--50",
-      "worse--50",
     )
   }
   assert "dense-part" in failed["a--wanda--50--s0"]
   assert "killed" in failed["a--random--50--s0"]
   assert "stopped" in failed["a--movement--50--s0"]
-  assert "ZeroDivisionError" in failed["a--bad--50--s0"]
-  assert "ConfigError" in failed["a--worse--50--s0"]
   assert "a--wanda--50--s0" not in engine.names
   lines = capsys.readouterr().out.splitlines()
-  assert sum("failed: " in line for line in lines) == 6
+  assert sum("failed: " in line for line in lines) == 4
   assert sum("bits_per_byte" in line for line in lines) == 2  # dense, ours
+
+
+@pytest.mark.parametrize(
+  ("edits", "message"),
+  [
+    (lambda base, level: {"x": 1 // 0}, "a--bad--50--s0: ZeroDivisionError"),
+    (lambda base, level: {"x": 1}, "a--bad--50--s0: ConfigError"),
+  ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_run_study_refuses_edits_before_it_trains(
+  tmp_path, edits, message, after
+):
+  methods = pick("dense") | {"bad": Method("fails", edits, after=after)}
+  study = make_study(methods=methods, levels=(0.5,))
+  engine = FakeEngine()
+  with pytest.raises(ConfigError, match=message):
+    grid.run_study(study, str(tmp_path / "w"), engine)
+  assert engine.names == []
+  assert not (tmp_path / "w").exists()
 
 
 def test_run_study_refuses_finished_runs_of_another_config(tmp_path):
