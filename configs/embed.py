@@ -21,7 +21,12 @@ import os
 from folding import config as c
 from folding.errors import ConfigError
 from folding.models import hf_weights, sentence
-from folding.training.recipe import path_and_level, recipe, recovery_rate
+from folding.training.recipe import (
+  length_of,
+  path_and_level,
+  recipe,
+  recovery_rate,
+)
 
 
 def get_config(where: str = "") -> c.Config:
@@ -50,7 +55,9 @@ def get_config(where: str = "") -> c.Config:
   data = c.DataConfig(
     name="",  # the user has to set the data
     tokenizer=str(hf_weights.find_tokenizer(folder)),
-    length=min(described.max_length, how.max_length or 128, 128),
+    length=length_of(
+      min(described.max_length, how.max_length or described.max_length), 128
+    ),
     batch_size=32,
     valid_fraction=0.02,
     test_fraction=0.02,

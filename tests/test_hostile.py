@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 import folding
+from configs import embed, pretrained
 from folding import config as config_lib
 from folding.config import DataConfig
 from folding.data import corpus, sources, tfds_sets, tokenizers
@@ -319,6 +320,28 @@ def test_command_imports_nothing_from_the_current_folder(tmp_path, command):
     text=True,
   )
   assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_recipe_says_that_it_reads_fewer_tokens(tmp_path, capsys):
+  config = {"max_position_embeddings": 300}
+  folder = tmp_path / "model"
+  checkpoints.write(folder, "bert")
+  values = json.loads((folder / "config.json").read_text("utf-8"))
+  write(
+    folder,
+    config__json=values | config,
+    modules__json=[
+      {"type": f"sentence_transformers.models.{kind}", "path": path}
+      for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"))
+    ],
+    sentence_bert_config__json={"max_seq_length": 256},
+  )
+  write(folder / "1_Pooling", config__json={"pooling_mode_mean_tokens": True})
+  for module, reads, length in ((embed, 256, 128), (pretrained, 300, 64)):
+    assert module.get_config(str(folder)).data.length == length
+    line = capsys.readouterr().err
+    assert f"data.length is {length}" in line
+    assert f"reads {reads} tokens" in line
 
 
 SECRET = "precious ssh keys"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 from folding.config import CompressConfig, Config, FoldConfig, FPPConfig
 from folding.errors import ConfigError
@@ -71,6 +72,22 @@ def recovery_rate(width: int) -> float:
   5e-4 for MiniLM, 3e-3 for stories260K (docs/experiments.md).
   """
   return min(3e-3, 0.192 / width)
+
+
+def length_of(reads: int, most: int) -> int:
+  """Returns the `data.length` of an encoder, and says if it shortens texts.
+
+  Args:
+    reads: Tokens that the checkpoint reads.
+    most: Tokens that the recipe reads.
+  """
+  if reads > most:
+    print(
+      f"data.length is {most} unless you set it; the checkpoint reads {reads} "
+      "tokens",
+      file=sys.stderr,
+    )
+  return min(reads, most)
 
 
 def path_and_level(where: str) -> tuple[str, float | None]:
