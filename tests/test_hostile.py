@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pyarrow as pa
 import pytest
 from huggingface_hub import constants
@@ -215,6 +217,13 @@ def edits(edit):
   return study
 
 
+def mask_of_no_layer(tmp_path):
+  model = models.make("lm")
+  tokens = jnp.zeros((2, 4), jnp.int32)
+  apply = folding.observe(model.model.apply)
+  apply({"params": model.params}, tokens, keep=np.ones(7, bool))
+
+
 # {name: (call, a part of its only line)}
 REFUSED = {
   "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
@@ -274,6 +283,7 @@ REFUSED = {
   "seed_fraction": (seeds(0.5), "not 0.5"),
   "edits_raise": (edits(lambda: 1 // 0), "a--bad--s0: ZeroDivisionError"),
   "edits_no_field": (edits(lambda: {"x": 1}), "a--bad--s0: ConfigError"),
+  "mask": (mask_of_no_layer, "keep has the shape (7,)"),
 }
 
 # {name: (call, a part of the warning)}

@@ -42,7 +42,8 @@ def observe(
     Function with the arguments of `apply` and an optional keyword `keep`: bool
     array, False at tokens that do not count. It applies to layers whose input
     shape starts with the shape of `keep`. The function returns (output of
-    `apply`, {parameter path: statistic}).
+    `apply`, {parameter path: statistic}). It raises a `ValueError` if the sizes
+    of `keep` are those of no layer.
 
   Example:
     >>> model = nn.Dense(3)
@@ -54,10 +55,15 @@ def observe(
   """
 
   def observed(variables, *args, keep=None, mutable=False, **kwargs):
+    shapes: list[tuple[int, ...]] = []  # of the tokens of each layer
+
     def intercept(next_fun, args_in, kwargs_in, context):
       inputs = args_in[0] if args_in else kwargs_in.get("inputs")
       if inputs is not None:
-        _record(context, inputs, keep, (nn.Dense, nn.DenseGeneral, *dense))
+        kinds = (nn.Dense, nn.DenseGeneral, *dense)
+        shape = _record(context, inputs, keep, kinds)
+        if shape is not None:
+          shapes.append(shape)
       return next_fun(*args_in, **kwargs_in)
 
     with nn.intercept_methods(intercept):
@@ -67,6 +73,8 @@ def observe(
         mutable=scope.union_filters(mutable, _COLLECTION),
         **kwargs,
       )
+    if keep is not None:
+      _require_fit(keep, shapes)
     mutated = dict(mutated)
     stats = paths.flatten(
       jax.tree.map(
@@ -83,15 +91,20 @@ def observe(
 
 def _record(
   context: Any, inputs: Any, keep: Any, dense: tuple[type[nn.Module], ...]
-) -> None:
-  """Sows the mean square of a layer's input under its parameter's name."""
+) -> tuple[int, ...] | None:
+  """Sows the mean square of a layer's input under its parameter's name.
+
+  Returns:
+    The shape of the input without the axes of the kernel; None: not a layer.
+  """
   module = context.module
   if context.method_name != "__call__":
-    return
+    return None
   if getattr(module, "batch_dims", ()) != ():
-    return
+    return None
   if isinstance(module, nn.Embed):
-    weight = _token_weight(inputs.shape, keep)
+    shape = inputs.shape
+    weight = _token_weight(shape, keep)
     count_V = jnp.zeros(module.num_embeddings, jnp.float32)
     count_V = count_V.at[inputs.reshape(-1)].add(weight.reshape(-1))
     name, value = "embedding", count_V / jnp.maximum(weight.sum(), 1)
@@ -102,15 +115,32 @@ def _record(
     axes = sorted(a % x.ndim for a in axes)  # as the kernel has them
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     tokens = x.ndim - len(axes)
-    weight = _token_weight(x.shape[:tokens], keep)
+    shape: tuple[int, ...] = x.shape[:tokens]
+    weight = _token_weight(shape, keep)
     weighted = jnp.expand_dims(weight, range(tokens, x.ndim)) * jnp.square(x)
     # Not a product of matrices, which would store the squares: on 32 TPUs it
     # took 5 GiB of scratch memory per device for a layer of Llama 3 8B.
     total = jnp.sum(weighted, axis=range(tokens))
     name, value = "kernel", total / jnp.maximum(weight.sum(), 1)
   else:
-    return
+    return None
   module.sow(_COLLECTION, name, value)
+  return shape
+
+
+def _require_fit(keep: Any, shapes: Sequence[tuple[int, ...]]) -> None:
+  """Raises `ValueError` if a mask has other sizes than the tokens of all layers.
+
+  A layer after pooling has the first sizes only.
+  """
+  for shape in shapes:
+    if all(a == b for a, b in zip(keep.shape, shape, strict=False)):
+      return
+  if shapes:
+    raise ValueError(
+      f"observe: keep has the shape {keep.shape}, and no layer has such tokens; "
+      f"the first has {shapes[0]}"
+    )
 
 
 def _token_weight(shape: tuple[int, ...], keep: Any) -> jax.Array:
