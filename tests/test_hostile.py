@@ -31,6 +31,8 @@ from folding.data import corpus, sources, tfds_sets, tokenizers
 from folding.models import hf_weights, sentence
 from folding.reporting import compare, report
 from folding.serving import lines, predict
+from folding.serving.generate import Generator
+from folding.serving.sampling import Sampling
 from folding.studies import grid, methods
 from folding.training import loop, run_dir
 from tests.models import checkpoints
@@ -217,6 +219,34 @@ def edits(edit):
   return study
 
 
+# Arrays.
+
+
+def call(function, **options):
+  """Returns a call of the public interface, which needs no folder."""
+  return lambda tmp_path: function(**options)
+
+
+def generator(chunk=8, **options):
+  def generate(tmp_path):
+    model = models.make("lm")
+    values = {"prompts": [np.array([3])], "max_new_tokens": 1} | options
+    return Generator(model.model, chunk=chunk)(model.params, **values)
+
+  return generate
+
+
+def few_labels(tmp_path):
+  model = models.make()
+  model = dataclasses.replace(model, labels=model.labels[:2])
+  list(predict.predict(model, ["the cat"]))
+
+
+def empty_batch(tmp_path):
+  model = models.make("lm")
+  model.model.apply({"params": model.params}, jnp.zeros((0, 4), jnp.int32))
+
+
 def mask_of_no_layer(tmp_path):
   model = models.make("lm")
   tokens = jnp.zeros((2, 4), jnp.int32)
@@ -284,6 +314,25 @@ REFUSED = {
   "edits_raise": (edits(lambda: 1 // 0), "a--bad--s0: ZeroDivisionError"),
   "edits_no_field": (edits(lambda: {"x": 1}), "a--bad--s0: ConfigError"),
   "mask": (mask_of_no_layer, "keep has the shape (7,)"),
+  "empty_batch": (empty_batch, "tokens have the shape (0, 4)"),
+  "chunk_0": (generator(0), "chunk"),
+  "chunk_below_0": (generator(-8), "chunk"),
+  "prompt_of_text": (generator(prompts=["text"]), "prompt 1"),
+  "end_of_text": (generator(end_id="x"), "end_id"),
+  "top_k": (call(Sampling, top_k=1.5), "top-k"),
+  "few_labels": (few_labels, "2 labels for the 3 outputs"),
+  "no_params": (
+    call(
+      folding.shrink,
+      config=config_lib.resolve(config_lib.Config()),
+      params=None,
+    ),
+    "no arrays",
+  ),
+  "overall": (
+    call(folding.account, params={}, dense={}, groups={"overall": ".*"}),
+    '"overall"',
+  ),
 }
 
 # {name: (call, a part of the warning)}

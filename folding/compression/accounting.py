@@ -68,8 +68,8 @@ def account(
     "zeros" a fraction.
 
   Raises:
-    ValueError: the paths of the trees differ, `params` has no arrays, or a
-      pattern is not a regular expression.
+    ValueError: the paths of the trees differ, `params` has no arrays, a
+      pattern is not a regular expression, or a group is called "overall".
 
   Example:
     >>> w = {"up": {"kernel": np.array([[0.0, 1.0], [0.0, 2.0]])}}
@@ -78,6 +78,10 @@ def account(
   """
   leaves, dense_leaves = paths.flatten(params), paths.flatten(dense)
   _check_paths(leaves, dense_leaves)
+  if "overall" in (groups or {}):
+    raise ValueError(
+      'account: "overall" is the sum of all groups; rename yours'
+    )
   patterns = {g: paths.compiled(x) for g, x in (groups or {}).items()}
   names = [*patterns, "other", "overall"]
   parameters = {g: {"dense": 0, "stored": 0} for g in names}

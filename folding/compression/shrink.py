@@ -193,7 +193,8 @@ def shrink_layers(
       True at zeros.
 
   Raises:
-    ValueError: an option is out of range, or `is_zero` has another structure.
+    ValueError: an option is out of range, `params` has no arrays, or `is_zero`
+      has another structure.
 
   Example:
     >>> mlp = {"up": {"kernel": np.ones((2, 3))},
@@ -205,6 +206,8 @@ def shrink_layers(
   if multiple < 1:
     raise ValueError(f"multiple must be at least 1; it is {multiple}")
   leaves = paths.flatten(params)
+  if not leaves:
+    raise ValueError("shrink: params has no arrays")
   zeros = {name: np.asarray(w) == 0 for name, w in leaves.items()}
   if is_zero is not None:
     try:

@@ -1,6 +1,7 @@
 """Rows of a source, and which of its columns are texts and labels."""
 
 import dataclasses
+import itertools
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -102,7 +103,7 @@ def _require_same_texts(
   table: Table,
   chosen: tuple[str, ...],
   label_field: str | None,
-  task: config_lib.Task,
+  task: Task,
 ) -> None:
   """Refuses texts of later rows that would change the choice of columns."""
   keys = itertools.chain.from_iterable(row for _, row in table)
@@ -188,9 +189,9 @@ def choose_texts(
   return (texts[0],)
 
 
-def _usual_texts(task: config_lib.Task) -> list[tuple[str, ...]]:
+def _usual_texts(task: Task) -> list[tuple[str, ...]]:
   """Returns the usual names of texts, without pairs if the task has none."""
-  is_single = task in config_lib.UNLABELLED
+  is_single = task.labels is None
   return [x for x in TEXT_NAMES if len(x) == 1 or not is_single]
 
 

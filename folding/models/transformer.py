@@ -237,7 +237,8 @@ class Transformer(nn.Module):
         A model without a segment embedding ignores it.
 
     Raises:
-      ValueError: the sequences exceed the learned positions.
+      ValueError: there is no token, or the sequences exceed the learned
+        positions.
     """
     x_BLD = self.encode(tokens_BL, mask_BL, deterministic, segments_BL)
     return self.read_out(x_BLD, mask_BL)
@@ -253,6 +254,10 @@ class Transformer(nn.Module):
 
     Arguments and errors are those of `__call__`.
     """
+    if not tokens_BL.size:
+      raise ValueError(
+        f"tokens have the shape {tokens_BL.shape}; a batch has a row and a token"
+      )
     x_BLD = self.embed_tokens(tokens_BL, deterministic, segments_BL=segments_BL)
     for _, group in itertools.groupby(self.blocks, lambda block: block.layer):
       blocks = list(group)

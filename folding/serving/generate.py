@@ -183,6 +183,10 @@ class Generator:
         "no layer has a constant state: that takes fold.groups=1, and neither "
         "rotary positions nor a window"
       )
+    if not (isinstance(chunk, int) and chunk >= 1):
+      raise ConfigError(
+        f"chunk must be a whole number, at least 1; it is {chunk!r}"
+      )
     if not margin > 0:  # widening would never end
       raise ConfigError(f"the margin must be above 0; it is {margin}")
     self.model = model
@@ -248,7 +252,11 @@ class Generator:
     self._check(prompts, max_new_tokens)
     draw = sampling_lib.make_draw(sampling, self.model.vocab_size)
     blocks = self._blocks(params, prompts, draw, max_new_tokens)
-    end_ids = np.atleast_1d([] if end_id is None else end_id)
+    end_ids = np.atleast_1d(np.array(() if end_id is None else end_id))
+    if end_ids.size and not np.issubdtype(end_ids.dtype, np.integer):
+      raise ConfigError(
+        f"end_id is the id of a token, or several; it is {end_id!r}"
+      )
     return _until_end(blocks, end_ids, max_new_tokens)
 
   def _check(self, prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
@@ -263,6 +271,11 @@ class Generator:
       if not len(ids):
         raise ConfigError(
           f"prompt {number} is empty; begin with the token that ends a text"
+        )
+      if not np.issubdtype(np.asarray(ids).dtype, np.integer):
+        raise ConfigError(
+          f"prompt {number} is not an array of token ids; encode texts with the "
+          "tokenizer"
         )
       low, high = int(np.min(ids)), int(np.max(ids))
       if low < 0 or high >= V:

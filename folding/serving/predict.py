@@ -58,6 +58,11 @@ def predict(
       f"folding {task.verb}, or a model of task 'classify', 'multilabel' or "
       "'regress'"
     )
+  count = model.params["head"]["kernel"].shape[-1]
+  if len(model.labels) != count:
+    raise ConfigError(
+      f"there are {len(model.labels)} labels for the {count} outputs of the model"
+    )
   return _predict(model, iter(texts), task.labels, batch_size, at_once)
 
 

@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from folding.errors import ConfigError
@@ -41,8 +42,11 @@ class Sampling:
         "the temperature must be 0 (always the likeliest token), or from 1e-6 to "
         f"1e6; it is {self.temperature}"
       )
-    if self.top_k is not None and self.top_k < 1:
-      raise ConfigError(f"top-k must be at least 1; it is {self.top_k}")
+    is_whole = isinstance(self.top_k, int | np.integer)
+    if self.top_k is not None and not (is_whole and self.top_k >= 1):
+      raise ConfigError(
+        f"top-k must be a whole number, at least 1; it is {self.top_k!r}"
+      )
     if self.top_p is not None and not 0 < self.top_p <= 1:
       raise ConfigError(f"top-p must be in (0, 1]; it is {self.top_p}")
     if not 0 <= self.seed < 2**32:  # JAX would truncate it

@@ -294,7 +294,6 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   """
   config = config_lib.resolve(config)
   files.require_workdir(workdir)
-  files.require_inside(workdir)
   if config.train.energy:
     energy.require_codecarbon(config.train.energy)
   distributed.join(config.distributed)
