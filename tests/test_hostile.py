@@ -35,6 +35,7 @@ from folding.serving.generate import Generator
 from folding.serving.sampling import Sampling
 from folding.studies import grid, methods
 from folding.training import loop, run_dir
+from folding.typed import edited
 from tests.models import checkpoints
 from tests.reporting import synthetic_run
 from tests.serving import models
@@ -76,7 +77,7 @@ def evil_set(tmp_path):
 
 
 def tfds_set_of_a_run(tmp_path):
-  tfds_sets.require_prepared(evil_set(tmp_path), "lm", "RUN")
+  tfds_sets.require_prepared(evil_set(tmp_path), "RUN")
 
 
 def tfds_set_of_the_user(tmp_path):
@@ -412,7 +413,7 @@ def test_page_shows_what_a_run_says_as_text(make, tmp_path):
   (tmp_path / "SECRET").write_text(SECRET, encoding="utf-8")
   markup = MARKUP.replace("SECRET", str(tmp_path / "SECRET"))
   config = synthetic_run.config()
-  config.data.path = markup
+  config = edited(config, {"data.path": markup})
   changes = {"device": markup, "commit": markup, "versions": {markup: markup}}
   workdirs = [
     synthetic_run.write(tmp_path / "a", synthetic_run.config()),
