@@ -305,7 +305,7 @@ def _reads(name: str, axis: int | None, ndim: int) -> bool:
   """
   if ndim == 1:
     return not name.endswith(("bias", "scale"))
-  return axis not in (ndim - 1, -1)
+  return axis != ndim - 1
 
 
 def _dead_neurons(mlp: str, zeros: Zeros) -> Any:

@@ -161,7 +161,7 @@ class Site:
     axis = self.members[name]
     if axis is None:
       return units
-    return units.reshape([-1 if a == axis % ndim else 1 for a in range(ndim)])
+    return units.reshape([-1 if a == axis else 1 for a in range(ndim)])
 
   def reduce(
     self,
@@ -179,7 +179,7 @@ class Site:
     parts = []
     for name, axis in self.members.items():
       x = per_member[name]
-      others = tuple(a for a in range(x.ndim) if a != (axis or 0) % x.ndim)
+      others = tuple(a for a in range(x.ndim) if a != (axis or 0))
       parts.append(how(x, axis=others))
     return how(jnp.stack(parts), axis=0)
 
@@ -260,7 +260,7 @@ def _make_site(
         f"{other!r} {stack} and {name!r} {whole} stack different numbers of "
         f"layers along axis {rule.layers}"
       )
-    members[other] = axis
+    members[other] = axis % len(sizes)
   return Site(name, index, (shape[own],), members, rule.layers)
 
 

@@ -54,13 +54,13 @@ def test_make_sites_keeps_the_order_of_rules_and_parameters():
       "a/mlp/up/kernel",
       0,
       (6,),
-      {"a/mlp/up/kernel": 1, "a/mlp/down/kernel": 0, "a/mlp/up/bias": -1},
+      {"a/mlp/up/kernel": 1, "a/mlp/down/kernel": 0, "a/mlp/up/bias": 0},
     ),
     (
       "b/mlp/up/kernel",
       0,
       (8,),
-      {"b/mlp/up/kernel": 1, "b/mlp/down/kernel": 0, "b/mlp/up/bias": -1},
+      {"b/mlp/up/kernel": 1, "b/mlp/down/kernel": 0, "b/mlp/up/bias": 0},
     ),
     ("embed", 1, (9, 4), {"embed": None}),
   ]
@@ -162,7 +162,7 @@ def test_make_sites_refuses_empty_and_complex_arrays(w):
     sites_lib.make_sites([Rule("w", 0.5)], {"w": w})
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
+@pytest.mark.parametrize("axis", [0, 1, 2])
 def test_expand_puts_units_along_their_axis(axis):
   w = np.random.default_rng(0).normal(size=(3, 3, 3))
   site = sites_lib.Site("w", 0, (3,), {"w": axis})
@@ -185,7 +185,7 @@ def test_reduce_equals_a_loop_over_the_arrays_of_a_neuron():
     "bias": rng.normal(size=6),
     "down": rng.normal(size=(6, 2, 3)),
   }
-  site = sites_lib.Site("up", 0, (6,), {"up": 1, "bias": 0, "down": -3})
+  site = sites_lib.Site("up", 0, (6,), {"up": 1, "bias": 0, "down": 0})
   expected = [
     sum(arrays["up"][d, f] for d in range(4))
     + arrays["bias"][f]
