@@ -174,6 +174,8 @@ def test_unfold_of_missing_values_is_the_identity():
   _assert_same_logits(folded, params, _model(model_config), baseline)
   _assert_bit_equal(fold(baseline, groups=2, values="identity"), params)
   _assert_bit_equal(fold(params, groups=2, values="diagonal"), params)
+  half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+  assert all(w.dtype == jnp.bfloat16 for w in jax.tree.leaves(unfold(half)))
 
 
 def _pairs(**fields):

@@ -357,11 +357,12 @@ def test_regress_chooses_the_ridge_on_held_out_halves():
 
 
 def test_regress_keeps_the_prior_without_data():
-  features = np.zeros((40, 3))
-  features[:, 0] = np.random.default_rng(3).normal(size=40)
+  rng, features = np.random.default_rng(3), np.zeros((40, 3))
+  features[:20, 0] = rng.normal(size=20)
+  features[21::2, 1] = rng.normal(size=10)  # live in one half
   truth, prior = np.array([[2.0], [5.0], [5.0]]), np.array([[1.0], [3], [4]])
   fit = _regress(features, features @ truth, prior)
-  np.testing.assert_allclose(fit.weights, [[2], [3], [4]], atol=1e-5)
+  np.testing.assert_allclose(fit.weights, [[2], [5], [4]], atol=1e-5)
   nothing = _regress(0 * features, features @ truth, prior)
   np.testing.assert_array_equal(nothing.weights, prior)
 
