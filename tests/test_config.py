@@ -426,6 +426,11 @@ REFUSED = {
     "even number",
     {"fold__groups": 2},
   ),
+  "more_pairs_than_channels": (
+    {"fold__rope": "pairs", "model__positions": "rope", "fold__groups": 10},
+    "even number",
+    {"fold__groups": 8},
+  ),
   "odd_rope": (
     {"model__width": 48, "model__positions": "rope"},
     "even head size",
@@ -488,6 +493,11 @@ REFUSED = {
     {"distill__teacher": "RUN"},
     "does nothing",
     {"distill__hidden": 1.0},
+  ),
+  "idle_teacher_of_classes": (
+    {"task": "classify", "distill__teacher": "RUN"},
+    "does nothing",
+    {"task": "embed"},  # which compares with it
   ),
   "metric": (
     {"task": "classify", "train__metric": "spearman"},
