@@ -175,6 +175,20 @@ def test_generate_continues_as_llama2_c_does(shared_data, capsys):
   )
 
 
+def test_the_beginning_of_a_document_ends_a_text():
+  loaded = models.make("lm")
+  begin = models.vocabulary(models.word_pieces())["cat"]
+  loaded.tokenizer.begin_ids = np.array([begin], np.int32)
+  # Whatever the text, this token has the largest logit.
+  rows = loaded.params["embed"]["embedding"]
+  rows[begin] *= 10
+  loaded.params["norm_final"] = {"scale": 0 * rows[0], "bias": rows[begin]}
+  parts = continue_texts(
+    loaded, ["the dog"], max_new_tokens=3, sampling=Sampling()
+  )
+  assert "".join(parts) == "the dog cat\n"
+
+
 @pytest.mark.filterwarnings("ignore")  # those of torch
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
 def test_a_text_ends_where_transformers_ends_it(tmp_path, place):
