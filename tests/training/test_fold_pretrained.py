@@ -12,7 +12,7 @@ from folding import config as c
 from folding import errors, paths
 from folding.models.transformer import make_model
 from folding.training import stream as stream_lib
-from folding.training.fold_layer import fold_layer
+from folding.training.fold_layer import HeadMoments, fold_layer, fold_logits
 from folding.training.fold_pretrained import fold_pretrained
 from folding.typed import edited
 
@@ -384,6 +384,17 @@ def test_unresolved_config_is_refused():
   config = c.Config(data=c.DataConfig(length=L), model=MODELS["alibi"])
   with pytest.raises(ValueError, match=r"use folding\.config\.resolve"):
     fold_pretrained(config, _dense("alibi"), _batches(2))
+
+
+def test_rotary_heads_are_not_folded_by_centred_moments():
+  """The mean of keys turns with the position: softmax does not cancel it."""
+  config = _config("llama", groups=2)
+  layer, *_ = c.layers_of(config.model, config.fold)
+  attn = _dense("llama")["blocks_0"]["attn"]
+  moments = HeadMoments(np.eye(D), np.full((D, D), np.nan))
+  folded, kept = fold_logits(config.model, layer, attn, moments)
+  assert 0 < kept < 1
+  assert all(np.isfinite(w).all() for w in jax.tree.leaves(folded))
 
 
 def test_rotary_heads_need_pairs():
