@@ -31,13 +31,18 @@ def write_file(path: str, content: str | bytes) -> None:
   """Writes a file atomically: all of it or nothing, even if the power fails."""
   if isinstance(content, str):
     content = content.encode("utf-8")
+  with replacing(path) as temporary, open(temporary, "wb") as file:
+    file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+  """Yields the name of a temporary file that becomes `path` on success."""
   # A random name: on a disk that containers share, process ids repeat.
   temporary = f"{path}.{secrets.token_hex(4)}.tmp"
   try:
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
+    yield temporary
+    _sync(temporary)
     os.replace(temporary, path)
     sync_folder(os.path.dirname(path))
   except BaseException as error:
