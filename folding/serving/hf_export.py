@@ -22,12 +22,7 @@ from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
-from folding.serving.loaded import (
-  Model,
-  require_exportable,
-  require_float,
-  sizes,
-)
+from folding.serving.loaded import Model, require_exportable, require_float
 from folding.tasks import task_of
 
 # Special tokens of BERT and of RoBERTa, by their names in transformers.
@@ -49,8 +44,8 @@ def export_hf(
   """Writes a Hugging Face checkpoint to a new folder.
 
   The Auto classes of `transformers` load it. Folded projections are written
-  dense, removed heads as zeros. Every MLP is padded to the widest one. Trimmed
-  tokens stay removed.
+  dense. If layers differ, removed heads are written as zeros, and every MLP is
+  padded to the widest one. Trimmed tokens stay removed.
 
   Args:
     path: Created if it does not exist; must be empty.
@@ -69,15 +64,15 @@ def export_hf(
   """
   path = require_exportable(path, loaded.params)
   require_float(dtype)
-  width = int(np.max(loaded.config.model.mlp_width))
-  m = dataclasses.replace(loaded.config.model, mlp_width=width, heads=None)
+  m = _uniform(loaded)
   family = hf_config.family_of(m, len(loaded.labels))
   params = _dense_params(loaded, m)
   # Heads that share keys have values of their own beside a diagonal W_V; the
   # dense form then repeats the keys.
   m = dataclasses.replace(
     config_lib.dense_baseline(loaded.config).model,
-    mlp_width=width,
+    mlp_width=m.mlp_width,
+    num_heads=m.num_heads,
     num_kv_heads=params["blocks_0"]["attn"]["k"]["kernel"].shape[1],
   )
   tokenizer, token_map = plain_tokenizer(loaded.tokenizer)
@@ -93,13 +88,17 @@ def export_hf(
     problem=loaded.config.task,
     label_names=loaded.labels,
   )
-  size = sum(w.size for w in paths.flatten(params).values())
-  size *= jnp.dtype(dtype).itemsize
-  stored = sizes(loaded)
+  count, before = (
+    sum(w.size for w in paths.flatten(tree).values())
+    for tree in (params, loaded.params)
+  )
+  grown = (
+    f"; {count - before:,} of {count:,} parameters undo folding, or are zeros in "
+    "place of removed heads and neurons, so that all layers have one shape"
+  )
   report(
-    f"About {size:,} bytes of arrays will be written, {stored['values']:,} are "
-    "stored now: transformers reads dense arrays, so folding is undone, pruned "
-    "weights and removed heads are zeros, and every MLP is padded to the widest"
+    f"About {count * jnp.dtype(dtype).itemsize:,} bytes of arrays will be "
+    f"written{grown if count > before else ''}"
   )
   begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
   if m.causal and not begins:  # a decoder generates from the end of a text
@@ -121,27 +120,59 @@ def export_hf(
   return {"files": files.folder_bytes(path)}
 
 
-def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
-  """Returns the unfolded parameters, with zeros as removed heads and neurons.
+def _uniform(loaded: Model) -> ModelConfig:
+  """Returns the shape that all layers get: the widest MLP, and all heads.
 
-  Args:
-    loaded: The model.
-    m: Has all heads, and one width of the MLP.
+  If as many heads are left in every layer, and a family has heads of their size, the
+  others are left out.
+  """
+  m = loaded.config.model
+  whole = dataclasses.replace(m, mlp_width=int(np.max(m.mlp_width)), heads=None)
+  counts = {len(heads) for heads in m.heads or ()}
+  if len(counts) != 1:
+    return whole
+  [H] = counts
+  J = H * m.num_kv_heads // m.num_heads
+  small = dataclasses.replace(whole, num_heads=H, num_kv_heads=J)
+  reasons = (
+    hf_config.misfit(small, name, len(loaded.labels))
+    for name in hf_config.FAMILIES
+  )
+  return small if None in reasons else whole
+
+
+def unfolded(loaded: Model) -> dict[str, Any]:
+  """Returns the unfolded parameters of the heads and neurons that are left.
 
   Raises:
     ConfigError: the parameters have no dense form.
   """
-  layers = config_lib.layers_of(loaded.config.model, loaded.config.fold)
+  m = loaded.config.model
   frequencies = None
   if m.positions == "rope":
+    layers = config_lib.layers_of(m, loaded.config.fold)
     frequencies = {
       f"blocks_{n}/attn": layer_frequencies(m, layer)
       for n, layer in enumerate(layers)
     }
   try:
-    params = unfold(loaded.params, frequencies, m.head_dim)
+    return unfold(loaded.params, frequencies, m.head_dim)
   except ValueError as error:
     raise ConfigError(f"this model has no dense form: {error}") from None
+
+
+def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
+  """Returns the unfolded parameters, with zeros as removed heads and neurons.
+
+  Args:
+    loaded: The model.
+    m: From `_uniform`.
+
+  Raises:
+    ConfigError: the parameters have no dense form.
+  """
+  params = unfolded(loaded)
+  layers = config_lib.layers_of(loaded.config.model, loaded.config.fold)
   table_RH = np.zeros((m.relative_buckets, m.num_heads), np.float32)
   for n, layer in enumerate(layers):
     fill = functools.partial(_filled, m, layer)
@@ -157,7 +188,7 @@ def _filled(m: ModelConfig, layer: Layer, name: str, w: Any) -> np.ndarray:
   """Returns an array of a dense layer with zeros as removed heads and neurons.
 
   Args:
-    m: Has all heads, and one width of the MLP.
+    m: From `_uniform`.
     layer: Lists the heads that are left.
     name: Path in the layer.
     w: The array.
@@ -165,6 +196,8 @@ def _filled(m: ModelConfig, layer: Layer, name: str, w: Any) -> np.ndarray:
   w = np.asarray(w)
   if (axis := axis_of(name, "F")) is not None:
     size, stay = int(np.max(m.mlp_width)), range(w.shape[axis])
+  elif len(layer.heads) == m.num_heads:
+    return w
   elif (axis := axis_of(name, "HJ")) is not None:
     size = w.shape[axis] * m.num_heads // len(layer.heads)
     stay = sorted({h * size // m.num_heads for h in layer.heads})

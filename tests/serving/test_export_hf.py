@@ -153,6 +153,35 @@ def test_transformers_scores_the_same_pairs(transformers, tmp_path):
     np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-4)
 
 
+def test_heads_that_all_layers_lost_are_left_out(transformers, tmp_path):
+  model = models.make(
+    "lm",
+    c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2),
+    c.FoldConfig(groups=0, values="dense"),
+  )
+  for n, heads in enumerate([slice(0, 2), slice(2, 4)]):
+    model.params[f"blocks_{n}"]["attn"]["o"]["kernel"][heads] = 0
+  small = export_lib.shrunk(model)
+  assert small.config.model.heads == ((2, 3), (0, 1))
+  told = []
+  export_lib.export_hf(tmp_path / "out", small, report=told.append)
+  fields = _fields(tmp_path / "out")
+  found = [
+    fields[f"num_{kind}"] for kind in ("attention_heads", "key_value_heads")
+  ]
+  assert (*found, fields["head_dim"]) == (2, 1, 8)
+  assert "zeros" not in told[0]
+  import torch
+
+  kind = transformers.AutoModelForCausalLM
+  theirs = kind.from_pretrained(tmp_path / "out").eval()
+  [ids] = small.tokenizer.encode_batch(["the cats sat on a mat"], 40)
+  with torch.no_grad():
+    logits = theirs(torch.tensor(ids[None], dtype=torch.long)).logits[0].numpy()
+  expected = models.logits(small, "the cats sat on a mat")
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", _CASES)
 def test_load_reads_it_back_and_predicts_the_same(make, name, tmp_path):
   model = make(name)
