@@ -47,6 +47,11 @@ _FORMATS = {
     "{files:,} bytes of files, for onnxruntime; {parameters:,} of them are "
     "parameters",
   ),
+  "gguf": (
+    ("float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    "{file:,} bytes of file, for llama.cpp; {parameters:,} of them are "
+    "parameters",
+  ),
   "stablehlo": (
     ("float32", "bfloat16"),
     "{program:,} bytes of program; {parameters:,} of them are parameters, "
@@ -99,6 +104,9 @@ _CONFIG = _argument(
 )
 _NEW_FOLDER = _argument(
   "--output", "a new folder", metavar="DIR", required=True
+)
+_DTYPES = tuple(
+  dict.fromkeys(x for names, _ in _FORMATS.values() for x in names)
 )
 
 
@@ -339,52 +347,73 @@ def study(args: argparse.Namespace) -> None:
 @_verb(
   "write a model for use elsewhere",
   _MODEL,
-  _NEW_FOLDER,
+  _argument(
+    "--output",
+    "a new folder; gguf: a new file, NAME.gguf",
+    metavar="PATH",
+    required=True,
+  ),
   _argument(
     "--format",
     "compact for folding.load, dense for transformers, a program for "
-    "onnxruntime, or one that needs only jax",
+    "onnxruntime, a file for llama.cpp, or a program that needs only jax",
     choices=tuple(_FORMATS),
     default="safetensors",
   ),
   _argument(
     "--dtype",
-    "dtype of the stored arrays (default: as they are; hf, onnx: float32); int8 "
-    "is for onnx",
-    choices=("float32", "bfloat16", "int8"),
+    "dtype of the stored arrays (default: as they are; hf, onnx, gguf: float32); "
+    "int8 is for onnx, float16 and quantised types for gguf",
+    choices=_DTYPES,
   ),
 )
 def export(args: argparse.Namespace) -> None:
   """Writes a model in a form that others load, and prints its size."""
   from folding.serving import export as export_lib
-  from folding.serving import onnx_export
+  from folding.serving import gguf_export, onnx_export
 
   dtypes, in_words = _FORMATS[args.format]
   if args.dtype not in (None, *dtypes):
     raise ConfigError(f"--format={args.format} writes {' or '.join(dtypes)}")
   if args.format == "onnx":
     onnx_export.require_onnx()
-  files.require_empty(args.output)
+  if args.format == "gguf":
+    gguf_export.require_gguf()
+    files.require_new_file(args.output, gguf_export.ENDING)
+  else:
+    files.require_empty(args.output)
   model = export_lib.load(args.path)
   if args.format != "hf":
     model = export_lib.shrunk(model)
   dtype = args.dtype or "float32"
   if args.dtype and args.format in ("safetensors", "stablehlo"):
     model = export_lib.cast(model, dtype)
-  with files.becoming(args.output) as part:
-    if args.format == "hf":
-      size = export_lib.export_hf(part, model, dtype, report=print)
-    elif args.format == "onnx":
-      size = onnx_export.export_onnx(part, model, dtype)
-    elif args.format == "stablehlo":
-      size = export_lib.export_stablehlo(part, model)
-    else:
-      size = export_lib.export(
-        part, model.config, model.params, model.tokenizer, model.labels
-      )
-      size["stored"] = size["values"] + size["masks"]
+  if args.format == "gguf":
+    size = gguf_export.export_gguf(args.output, model, dtype, report=print)
+  else:
+    with files.becoming(args.output) as part:
+      size = _write_folder(part, args.format, model, dtype)
   print(in_words.format(**size))
   print(f"The exported model is in {args.output}")
+
+
+def _write_folder(
+  path: str, kind: str, model: Any, dtype: Any
+) -> dict[str, int]:
+  """Writes a model in a format that is a folder, and returns sizes."""
+  from folding.serving import export as export_lib
+  from folding.serving import onnx_export
+
+  if kind == "hf":
+    return export_lib.export_hf(path, model, dtype, report=print)
+  if kind == "onnx":
+    return onnx_export.export_onnx(path, model, dtype)
+  if kind == "stablehlo":
+    return export_lib.export_stablehlo(path, model)
+  size = export_lib.export(
+    path, model.config, model.params, model.tokenizer, model.labels
+  )
+  return size | {"stored": size["values"] + size["masks"]}
 
 
 @_verb(

@@ -10,8 +10,9 @@ token_map.json       if the tokenizer's ids are mapped to fewer rows
 special_tokens.json  if pad and end tokens are known by more than their names
 
 `export_hf` writes a dense folder for `transformers`, `export_stablehlo` a
-program for `jax.export`, and `onnx_export.export_onnx` one for onnxruntime.
-Every export also has a checksums.json, see `files.write_checksums`.
+program for `jax.export`, `onnx_export.export_onnx` one for onnxruntime, and
+`gguf_export.export_gguf` a file for llama.cpp. Every folder also has a
+checksums.json, see `files.write_checksums`.
 """
 
 import os

@@ -44,6 +44,7 @@ def make(
   fold: c.FoldConfig | None = None,
   seed: int = 0,
   length: int = 40,
+  tokenizer_json: str | None = None,
 ) -> Model:
   """Returns a model with random values everywhere."""
   config = c.resolve(
@@ -54,7 +55,9 @@ def make(
       fold=fold or c.FoldConfig(),
     )
   )
-  tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(word_pieces()))
+  tokenizer = Tokenizer(
+    tokenizers.Tokenizer.from_str(tokenizer_json or word_pieces())
+  )
   labels = OUTPUTS.get(task, ())
   rows = tokenizer.vocab_size
   net = make_model(config, rows, len(labels))

@@ -122,6 +122,8 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   ("export RUN --output O --format=hf --dtype=int8", "float32 or bfloat16"),
   ("export RUN --output O --format=onnx --dtype=bfloat16", "int8"),
   ("export RUN --output O --dtype=int8", "bfloat16"),
+  ("export RUN --output O --format=gguf", "not the name of a .gguf file"),
+  ("export RUN --output TMP/o.gguf --format=gguf", "writes language models"),
   ("predict RUN TMP/none.txt", "No such file"),
   ("predict RUN TMP/a.txt --pairs", "single texts"),
 ])
