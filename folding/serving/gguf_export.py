@@ -22,7 +22,8 @@ from folding.models.attention import rope_frequencies
 from folding.models.params import axis_of
 from folding.serving.gguf_tokenizer import add_tokenizer
 from folding.serving.hf_export import unfolded
-from folding.serving.loaded import Model
+from folding.serving.loaded import Model, require_finite_weights
+from folding.tasks import task_of
 
 ENDING = ".gguf"
 Dtype = Literal[
@@ -106,6 +107,7 @@ def export_gguf(
   """
   path = os.fspath(path)
   files.require_new_file(path, ENDING)
+  require_finite_weights(loaded.params)
   require_gguf()
   import gguf
 
@@ -198,7 +200,7 @@ def _architecture_of(m: ModelConfig, loaded: Model) -> _Architecture:
   Raises:
     ConfigError: there is none; says why.
   """
-  if loaded.config.task != "lm":
+  if not task_of(loaded.config).predicts_tokens:
     raise ConfigError(
       "--format=gguf writes language models; this model is of task "
       f"{loaded.config.task!r}"

@@ -349,10 +349,18 @@ def require_exportable(path: str | os.PathLike, params: Any) -> str:
   """Returns the path of a folder that a model can be exported to.
 
   Raises:
-    ConfigError: the folder is not empty, or a parameter is NaN or infinite: some
-      formats would turn it into an ordinary number.
+    ConfigError: the folder is not empty, or see `require_finite_weights`.
   """
   files.require_empty(os.fspath(path))
+  require_finite_weights(params)
+  return os.fspath(path)
+
+
+def require_finite_weights(params: Any) -> None:
+  """Raises `ConfigError` if a parameter is NaN or infinite.
+
+  Some formats would turn it into an ordinary number.
+  """
   for name, w in paths.flatten(params).items():
     is_float = jnp.issubdtype(w.dtype, jnp.floating)
     if is_float and not np.isfinite(np.asarray(w)).all():
@@ -360,7 +368,6 @@ def require_exportable(path: str | os.PathLike, params: Any) -> str:
         f"the parameter {name} has values that are NaN or infinite, so the model "
         "is not exported"
       )
-  return os.fspath(path)
 
 
 def file_sha256(path: str) -> str:
