@@ -93,7 +93,7 @@ def trimmed(
     )
   stays_V = np.zeros(tokenizer.vocab_size, bool)
   stays_V[: len(keep_V)] = keep_V[: len(stays_V)]
-  special = [tokenizer.pad_id, *tokenizer.end_ids, *tokenizer.begin_ids]
+  special = [tokenizer.pad_id, *tokenizer.end_ids]
   stays_V[special] = True
   values = json.loads(tokenizer.to_json())
   ids = _remove(values, stays_V)
