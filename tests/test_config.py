@@ -160,6 +160,8 @@ def test_comments_stand_beside_and_above_a_field():
   assert (found["rate"], found["kind"], found["size"]) == (
     ("beside", "above", "")
   )
+  found = typed.comments(["# above", "a: int", "b: int"])
+  assert found == {"a": "above", "b": ""}
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,10 @@ def _shards(folder):
 
 SOURCES = {
   "txt": (_txt, {}),
-  "txt_bytes": (_txt, {"tokenizer": "bytes", "max_bytes": 900}),
+  "txt_bytes": (
+    _txt,
+    {"tokenizer": "bytes", "max_bytes": 740},
+  ),  # a block of two lines
   "one_line": (  # cut before the last byte of a character
     _one_line,
     {"tokenizer": "bytes", "max_bytes": 303, "valid_fraction": 0.25},

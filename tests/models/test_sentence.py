@@ -75,6 +75,10 @@ def test_prompt_before_each_text_is_refused(tmp_path):
   values["prompts"]["query"] = ""
   path.write_text(json.dumps(values))
   assert sentence.read(tmp_path) == ("mean", False, 9)
+  values["prompts"] = {}
+  path.write_text(json.dumps(values))
+  with pytest.raises(ConfigError, match="'query'"):
+    sentence.read(tmp_path)
 
 
 def test_lower_case_needs_a_tokenizer_that_makes_it(tmp_path):

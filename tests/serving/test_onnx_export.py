@@ -59,7 +59,9 @@ _CASES = {
   ),
   # Norms of queries and keys.
   "last-by-input-axis": lambda: models.make(
-    model=dataclasses.replace(_GPT2, qk_norm=True, norm_epsilon=0.1),
+    model=dataclasses.replace(
+      _GPT2, qk_norm=True, norm_epsilon=0.1, num_kv_heads=2
+    ),
     fold=c.FoldConfig(groups=4, axis="input", values="dense"),
   ),
   "gpt2-diagonal": lambda: models.make("lm", _GPT2, c.FoldConfig(groups=2)),
