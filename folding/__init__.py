@@ -23,6 +23,7 @@ if TYPE_CHECKING:
   from folding.models.transformer import Transformer as Transformer
   from folding.models.transformer import make_model as make_model
   from folding.serving.compress import compress as compress
+  from folding.serving.formats import save as save
   from folding.serving.generate import generate as generate
   from folding.serving.loaded import Model as Model
   from folding.serving.loaded import load as load
@@ -49,6 +50,7 @@ _MODULES = {
   "make_model": "folding.models.transformer",
   "observe": "folding.compression.observe",
   "predict": "folding.serving.predict",
+  "save": "folding.serving.formats",
   "shrink": "folding.models.shrink",
   "unfold": "folding.compression.fold",
 }

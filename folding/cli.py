@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from folding import config as config_lib
 from folding import files, typed
 from folding.errors import ConfigError, TrainingError, one_line, printable
+from folding.serving import formats
 from folding.version import __version__
 
 _Argument = tuple[str, dict[str, Any]]
@@ -30,34 +31,6 @@ class _Verb(NamedTuple):
 
 
 _VERBS: dict[str, _Verb] = {}
-
-# Formats of `folding export`: the dtypes of each, and the line about its size.
-_FORMATS = {
-  "safetensors": (
-    ("float32", "bfloat16"),
-    "{stored:,} bytes stored ({values:,} of values, {masks:,} of masks), "
-    "{dense:,} in the dense baseline; {files:,} bytes of files",
-  ),
-  "hf": (
-    ("float32", "bfloat16"),
-    "{files:,} bytes of files, for transformers",
-  ),
-  "onnx": (
-    ("float32", "int8"),
-    "{files:,} bytes of files, for onnxruntime; {parameters:,} of them are "
-    "parameters",
-  ),
-  "gguf": (
-    ("float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
-    "{file:,} bytes of file, for llama.cpp; {parameters:,} of them are "
-    "parameters",
-  ),
-  "stablehlo": (
-    ("float32", "bfloat16"),
-    "{program:,} bytes of program; {parameters:,} of them are parameters, "
-    "stored dense",
-  ),
-}
 
 
 def _verb(help: str, *arguments: _Argument) -> Callable[..., Any]:
@@ -106,7 +79,7 @@ _NEW_FOLDER = _argument(
   "--output", "a new folder", metavar="DIR", required=True
 )
 _DTYPES = tuple(
-  dict.fromkeys(x for names, _ in _FORMATS.values() for x in names)
+  dict.fromkeys(x for row in formats.FORMATS.values() for x in row.dtypes)
 )
 
 
@@ -357,7 +330,7 @@ def study(args: argparse.Namespace) -> None:
     "--format",
     "compact for folding.load, dense for transformers, a program for "
     "onnxruntime, a file for llama.cpp, or a program that needs only jax",
-    choices=tuple(_FORMATS),
+    choices=tuple(formats.FORMATS),
     default="safetensors",
   ),
   _argument(
@@ -369,51 +342,14 @@ def study(args: argparse.Namespace) -> None:
 )
 def export(args: argparse.Namespace) -> None:
   """Writes a model in a form that others load, and prints its size."""
-  from folding.serving import export as export_lib
-  from folding.serving import gguf_export, onnx_export
+  formats.require_writable(args.output, args.format, args.dtype)
+  from folding.serving.loaded import load
 
-  dtypes, in_words = _FORMATS[args.format]
-  if args.dtype not in (None, *dtypes):
-    raise ConfigError(f"--format={args.format} writes {' or '.join(dtypes)}")
-  if args.format == "onnx":
-    onnx_export.require_onnx()
-  if args.format == "gguf":
-    gguf_export.require_gguf()
-    files.require_new_file(args.output, gguf_export.ENDING)
-  else:
-    files.require_empty(args.output)
-  model = export_lib.load(args.path)
-  if args.format != "hf":
-    model = export_lib.shrunk(model)
-  dtype = args.dtype or "float32"
-  if args.dtype and args.format in ("safetensors", "stablehlo"):
-    model = export_lib.cast(model, dtype)
-  if args.format == "gguf":
-    size = gguf_export.export_gguf(args.output, model, dtype, report=print)
-  else:
-    with files.becoming(args.output) as part:
-      size = _write_folder(part, args.format, model, dtype)
-  print(in_words.format(**size))
-  print(f"The exported model is in {args.output}")
-
-
-def _write_folder(
-  path: str, kind: str, model: Any, dtype: Any
-) -> dict[str, int]:
-  """Writes a model in a format that is a folder, and returns sizes."""
-  from folding.serving import export as export_lib
-  from folding.serving import onnx_export
-
-  if kind == "hf":
-    return export_lib.export_hf(path, model, dtype, report=print)
-  if kind == "onnx":
-    return onnx_export.export_onnx(path, model, dtype)
-  if kind == "stablehlo":
-    return export_lib.export_stablehlo(path, model)
-  size = export_lib.export(
-    path, model.config, model.params, model.tokenizer, model.labels
+  size = formats.save(
+    load(args.path), args.output, args.format, args.dtype, report=print
   )
-  return size | {"stored": size["values"] + size["masks"]}
+  print(formats.FORMATS[args.format].size.format(**size))
+  print(f"The exported model is in {args.output}")
 
 
 @_verb(

@@ -16,8 +16,7 @@ from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.serving import lines as lines_lib
 from folding.serving.compress import WINDOW, compress
-from folding.serving.export import export
-from folding.serving.loaded import Model, load
+from folding.serving.loaded import Model, load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, sharding
 from folding.training.evaluate import evaluate, make_eval_step
@@ -60,15 +59,12 @@ def compress_file(
   fit, held = _texts(path, model)
   folders = []
   for saving in savings:
-    small = compress(model, fit, saving=saving)
+    small = shrunk(compress(model, fit, saving=saving))
     folder = output
     if len(savings) > 1:
       folder = os.path.join(output, f"{100 * saving:g}")
       os.makedirs(output, exist_ok=True)
-    with files.becoming(folder) as part:
-      size = export(
-        part, small.config, small.params, small.tokenizer, small.labels
-      )
+    size = small.save(folder)
     before, after = (_num_stored(one) for one in (model, small))
     report(
       f"It stores {after:,} parameters; the dense model has {before:,} "

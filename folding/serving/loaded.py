@@ -149,6 +149,15 @@ class Model:
       self, texts, max_new_tokens=max_new_tokens, sampling=sampling
     )
 
+  def save(
+    self,
+    path: str | os.PathLike,
+    format: str = "safetensors",
+    dtype: str | None = None,
+  ) -> dict[str, int]:
+    """Writes the model; see `folding.serving.formats.save`."""
+    return folding.save(self, path, format, dtype)
+
   def require_encoder(self) -> None:
     """Raises `ConfigError` unless the model makes vectors of texts."""
     task = task_of(self.config)

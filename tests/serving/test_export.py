@@ -427,3 +427,23 @@ def test_load_refuses_a_folder_of_another_kind(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
   with pytest.raises(ConfigError, match=message):
     folding.load(tmp_path)
+
+
+def test_model_saves_itself_in_a_format(tmp_path):
+  model = models.with_zeros(models.make(), [5, 6])
+  size = model.save(tmp_path / "small")
+  small = folding.load(tmp_path / "small")
+  assert small.num_rows < model.num_rows
+  text = "the cat sat"
+  np.testing.assert_allclose(
+    models.logits(small, text), models.logits(model, text), atol=1e-5
+  )
+  assert size["files"] == files.folder_bytes(str(tmp_path / "small"))
+  for wrong, message in (
+    ({"format": "pickle"}, "format is one of safetensors, hf"),
+    ({"dtype": "int8"}, "writes float32 or bfloat16"),
+    ({"format": "gguf"}, "not the name of a .gguf file"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      model.save(tmp_path / "other", **wrong)
+  assert not (tmp_path / "other").exists()

@@ -1,0 +1,175 @@
+"""The formats that a model is written in, as rows of a table.
+
+The modules of a format are imported when it is written, so that the command line
+can list the formats quickly.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from folding import files
+from folding.errors import ConfigError
+
+Report = Callable[[str], None]
+
+
+class Format(NamedTuple):
+  """A row of `FORMATS`.
+
+  Attributes:
+    dtypes: Types of stored arrays; the first is the default, except that
+      "safetensors" and "stablehlo" keep those of the model.
+    size: The line about what was written, with the sizes that `write` returns.
+    write: (path, model, dtype or None, report) -> sizes in bytes. `report` gets
+      lines about the model while it is written.
+    ending: Ending of the file; "": a folder is written.
+  """
+
+  dtypes: tuple[str, ...]
+  size: str
+  write: Callable[[str, Any, Any, Report], dict[str, int]]
+  ending: str = ""
+
+
+def _safetensors(
+  path: str, model: Any, dtype: Any, report: Report
+) -> dict[str, int]:
+  del report
+  from folding.serving import export
+
+  model = export.shrunk(model)
+  if dtype:
+    model = export.cast(model, dtype)
+  size = export.export(
+    path, model.config, model.params, model.tokenizer, model.labels
+  )
+  return size | {"stored": size["values"] + size["masks"]}
+
+
+def _hf(path: str, model: Any, dtype: Any, report: Report) -> dict[str, int]:
+  from folding.serving.export import export_hf
+
+  return export_hf(path, model, dtype or "float32", report=report)
+
+
+def _onnx(path: str, model: Any, dtype: Any, report: Report) -> dict[str, int]:
+  del report
+  from folding.serving.loaded import shrunk
+  from folding.serving.onnx_export import export_onnx
+
+  return export_onnx(path, shrunk(model), dtype or "float32")
+
+
+def _gguf(path: str, model: Any, dtype: Any, report: Report) -> dict[str, int]:
+  from folding.serving.gguf_export import export_gguf
+  from folding.serving.loaded import shrunk
+
+  return export_gguf(path, shrunk(model), dtype or "float32", report=report)
+
+
+def _stablehlo(
+  path: str, model: Any, dtype: Any, report: Report
+) -> dict[str, int]:
+  del report
+  from folding.serving import export
+
+  model = export.shrunk(model)
+  if dtype:
+    model = export.cast(model, dtype)
+  return export.export_stablehlo(path, model)
+
+
+FORMATS = {
+  "safetensors": Format(
+    ("float32", "bfloat16"),
+    "{stored:,} bytes stored ({values:,} of values, {masks:,} of masks), "
+    "{dense:,} in the dense baseline; {files:,} bytes of files",
+    _safetensors,
+  ),
+  "hf": Format(
+    ("float32", "bfloat16"), "{files:,} bytes of files, for transformers", _hf
+  ),
+  "onnx": Format(
+    ("float32", "int8"),
+    "{files:,} bytes of files, for onnxruntime; {parameters:,} of them are "
+    "parameters",
+    _onnx,
+  ),
+  "gguf": Format(
+    ("float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    "{file:,} bytes of file, for llama.cpp; {parameters:,} of them are "
+    "parameters",
+    _gguf,
+    ending=".gguf",
+  ),
+  "stablehlo": Format(
+    ("float32", "bfloat16"),
+    "{program:,} bytes of program; {parameters:,} of them are parameters, "
+    "stored dense",
+    _stablehlo,
+  ),
+}
+
+
+def require_writable(
+  path: str | os.PathLike, format: str, dtype: str | None
+) -> None:
+  """Checks what can be checked before a model is read.
+
+  Raises:
+    ConfigError: there is no such format, it has no such dtype, the path is taken or
+      of the wrong kind, or a package is missing.
+  """
+  if format not in FORMATS:
+    raise ConfigError(
+      f"format is one of {', '.join(FORMATS)}; it is {format!r}"
+    )
+  row = FORMATS[format]
+  if dtype not in (None, *row.dtypes):
+    raise ConfigError(f"--format={format} writes {' or '.join(row.dtypes)}")
+  if format == "onnx":
+    from folding.serving.onnx_export import require_onnx
+
+    require_onnx()
+  if format == "gguf":
+    from folding.serving.gguf_export import require_gguf
+
+    require_gguf()
+  if row.ending:
+    files.require_new_file(os.fspath(path), row.ending)
+  else:
+    files.require_empty(os.fspath(path))
+
+
+def save(
+  model: Any,
+  path: str | os.PathLike,
+  format: str = "safetensors",
+  dtype: str | None = None,
+  *,
+  report: Report = lambda _: None,
+) -> dict[str, int]:
+  """Writes a model, whole or not at all; units that are zero are left out.
+
+  Args:
+    model: A `folding.Model`.
+    path: A new folder, or a new file for "gguf".
+    format: "safetensors" (for `folding.load`), "hf" (transformers), "onnx"
+      (onnxruntime), "gguf" (llama.cpp) or "stablehlo" (a program for jax).
+    dtype: Type of the stored arrays; None: the default of the format.
+    report: Called with lines about the model while it is written.
+
+  Returns:
+    Sizes in bytes, by name.
+
+  Raises:
+    ConfigError: see `require_writable`, or the format cannot express the model.
+    OSError: it cannot be written.
+  """
+  require_writable(path, format, dtype)
+  row, path = FORMATS[format], os.fspath(path)
+  if row.ending:
+    return row.write(path, model, dtype, report)
+  with files.becoming(path) as part:
+    return row.write(part, model, dtype, report)
