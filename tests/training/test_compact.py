@@ -16,7 +16,7 @@ from folding.training.checkpoint import load_run
 from folding.typed import edited
 from tests.training.conftest import tiny_config
 
-pytestmark = pytest.mark.slow  # test_shrinking.py compacts one state
+pytestmark = pytest.mark.slow  # test_shrinking.py has a short run
 
 # Mask updates at 0, 3, 6, 9 and 12, so that the last arrays leave at step 13.
 STEPS, EVERY = 16, 4

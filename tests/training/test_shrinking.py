@@ -1,6 +1,5 @@
 """Training continues after a shrink as it would without one."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -159,30 +158,27 @@ def test_head_leaves_after_the_last_mask_update(run, train, trained, at, heads):
 # Run directories.
 
 
-@pytest.fixture(scope="module")
-def whole(labelled, tmp_path_factory):
-  """Returns a finished run, with mask updates at 2, 4, 6 that zero at once."""
-  config = tiny_config(labelled)
-  config = edited(
-    config,
+def _config(labelled, **train):
+  """Returns the config of a run with mask updates at 2, 4, 6 that zero at once."""
+  return edited(
+    tiny_config(labelled, **train),
     {
       "task": "classify",
       "model.causal": False,
       "model.num_layers": 1,
       "model.qkv_bias": False,  # see above
+      "fpp.granularity": "neuron",
+      "fpp.embedding_granularity": "row",
+      "fpp.patience": 0,
     },
   )
-  config = dataclasses.replace(
-    config,
-    fpp=dataclasses.replace(
-      config.fpp,
-      granularity="neuron",
-      embedding_granularity="row",
-      patience=0,
-    ),
-  )
+
+
+@pytest.fixture(scope="module")
+def whole(labelled, tmp_path_factory):
+  """Returns a finished run."""
   workdir = str(tmp_path_factory.mktemp("shrinking") / "whole")
-  loop.run(config, workdir)
+  loop.run(_config(labelled), workdir)
   return workdir
 
 
@@ -255,6 +251,20 @@ def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
   assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
   this.config = edited(this.config, {"train.compact": 0.9})
   assert this.compacted(state, step) is not None  # the last removal
+
+
+def test_run_that_compacts_trains_as_one_whose_arrays_stay(
+  whole, labelled, tmp_path
+):
+  workdir = str(tmp_path / "compact")
+  result = loop.run(_config(labelled, compact=0.1), workdir)
+  assert _read(workdir, "checkpoints/10/model.json")["mlp_width"] == 16
+  assert result["parameters"] == run_dir.read_result(whole)["parameters"]
+  losses, found = _losses(whole), _losses(workdir)
+  assert found.keys() == losses.keys()
+  np.testing.assert_allclose(
+    list(found.values()), list(losses.values()), rtol=1e-4
+  )
 
 
 @pytest.mark.slow
