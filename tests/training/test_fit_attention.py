@@ -10,7 +10,7 @@ import pytest
 from folding import config as c
 from folding.models.transformer import Block
 from folding.training.fit_attention import fit_attention
-from folding.training.stream import Stream
+from folding.training.stream import Stream, total
 
 D, K, H, L = 16, 8, 2, 10
 _SIZES = {"num_layers": 1, "width": D, "num_heads": H, "mlp_width": 8}
@@ -99,6 +99,11 @@ def test_divergence_equals_numpy_and_falls_on_new_text():
     _divergence(fit.params, dense["attn"], *new) for fit in (begin, end)
   )
   assert after < 0.7 * before
+
+
+def test_total_is_in_float64():
+  parts = [np.float32(1), np.float32(2**-30)]
+  assert float(total(lambda x: x, parts)) == 1 + 2**-30
 
 
 def test_fit_changes_only_arrays_behind_the_logits():
