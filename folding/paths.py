@@ -66,7 +66,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
   """
   try:
     return re.compile(pattern)
-  except re.error as error:
+  except (re.error, TypeError) as error:
     raise ValueError(f"pattern {pattern!r} does not parse: {error}") from None
 
 

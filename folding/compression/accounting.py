@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from folding import paths
+from folding.compression import checks
 
 # What folding a layer may add or remove; all else has the same path.
 _FOLDED = (
@@ -57,8 +58,8 @@ def account(
     dense: Tree of the dense baseline; shapes and dtypes are enough
       (`jax.eval_shape`). Apart from what folding changes, both trees have the
       same paths.
-    groups: {group: pattern of whole parameter paths}; the rest is "other". For
-      our models: `folding.models.params.GROUPS`. None: all is "other".
+    groups: {group: pattern of whole parameter paths}; the rest is "other". No
+      group may be named "overall". For our models: `folding.models.params.GROUPS`. None: all is "other".
 
   Returns:
     {"parameters": {group: {"dense", "stored"}}, "bytes": {group: {"dense",
@@ -68,21 +69,23 @@ def account(
     "zeros" a fraction.
 
   Raises:
-    ValueError: the paths of the trees differ, `params` has no arrays, a
-      pattern is not a regular expression, or a group is called "overall".
+    ValueError: the paths of the trees differ, a leaf is not an array, `groups`
+      is not as above, or a pattern is not a regular expression.
 
   Example:
     >>> w = {"up": {"kernel": np.array([[0.0, 1.0], [0.0, 2.0]])}}
     >>> account(w, w)["parameters"]["overall"]
     {'dense': 4, 'stored': 2}
   """
+  groups = {} if groups is None else groups
+  is_groups = isinstance(groups, Mapping) and "overall" not in groups
+  what = "a dict of {group: pattern} without 'overall', the sum of all"
+  checks.check("account", [("groups", groups, is_groups, what)])
   leaves, dense_leaves = paths.flatten(params), paths.flatten(dense)
   _check_paths(leaves, dense_leaves)
-  if "overall" in (groups or {}):
-    raise ValueError(
-      'account: "overall" is the sum of all groups; rename yours'
-    )
-  patterns = {g: paths.compiled(x) for g, x in (groups or {}).items()}
+  for side, tree in (("params", leaves), ("dense", dense_leaves)):
+    _check_arrays(side, tree)
+  patterns = {g: paths.compiled(x) for g, x in groups.items()}
   names = [*patterns, "other", "overall"]
   parameters = {g: {"dense": 0, "stored": 0} for g in names}
   sizes = {g: {"dense": 0, "stored": 0, "masks": 0} for g in names}
@@ -94,11 +97,6 @@ def account(
       sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
   for name, leaf in leaves.items():
     w = np.asarray(leaf)
-    if w.dtype == object:
-      raise ValueError(
-        f"account: {name!r} of `params` is a {type(leaf).__name__}, which has "
-        "no values to count; give arrays"
-      )
     values = int(np.count_nonzero(w))
     _, value_bytes, mask_bytes = storage(w)
     group = _group_of(name, patterns)
@@ -129,6 +127,17 @@ def _check_paths(params: Collection[str], dense: Collection[str]) -> None:
       raise ValueError(
         f"account: {name!r} is in `{here}` and not in `{there}`; give two trees "
         "of the same model"
+      )
+
+
+def _check_arrays(side: str, leaves: Mapping[str, Any]) -> None:
+  for name, leaf in leaves.items():
+    is_array = hasattr(leaf, "dtype") and hasattr(leaf, "size")
+    has_values = side == "dense" or hasattr(leaf, "__array__")
+    if not (is_array and has_values):
+      raise ValueError(
+        f"account: {name!r} of `{side}` is a {type(leaf).__name__}, which has "
+        "no values to count; give arrays"
       )
 
 

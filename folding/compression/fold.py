@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from folding.compression import checks
+
 Params = Mapping[str, Any]
 
 
@@ -60,6 +62,9 @@ def unfold(
     >>> dense["q"]["kernel"].shape, dense["v"]["kernel"].shape
     ((4, 2, 2), (4, 2, 2))
   """
+  is_size = head_dim is None or checks.is_whole(head_dim, 1)
+  what = "None or a whole number of at least 1"
+  checks.check("unfold", [("head_dim", head_dim, is_size, what)])
   has_separate_values = False
 
   def unfold_layer(layer, name):
@@ -105,14 +110,15 @@ def fold(
     ValueError: an argument is out of range, there is no attention layer, or a
       kernel does not have the structure.
   """
-  if groups < 0:
-    raise ValueError(f"groups must be 0 or more; it is {groups}")
-  if axis not in ("output", "input"):
-    raise ValueError(f"axis must be 'output' or 'input'; it is {axis!r}")
-  if values not in ("dense", "diagonal", "identity"):
-    raise ValueError(
-      f"values must be 'dense', 'diagonal' or 'identity'; it is {values!r}"
-    )
+  # fmt: off
+  checks.check("fold", (
+    ("groups", groups, checks.is_whole(groups, 0),
+     "a whole number of at least 0"),
+    ("axis", axis, axis in ("output", "input"), "'output' or 'input'"),
+    ("values", values, values in ("dense", "diagonal", "identity"),
+     "'dense', 'diagonal' or 'identity'"),
+  ))
+  # fmt: on
 
   def fold_layer(layer, name):
     folded = dict(layer)
@@ -156,22 +162,27 @@ def _map_layers(
 
   mapped = walk(params, "")
   if not count:
+    names = params if isinstance(params, Mapping) else ()
     raise ValueError(
       "there is no attention layer (a dict with q, k and o) among "
-      f"{', '.join(map(str, params)) or 'no parameters'}"
+      f"{', '.join(map(str, names)) or 'no parameters'}"
     )
   return mapped
 
 
 def _sizes(layer: Params, name: str) -> tuple[int, int, int]:
-  """Returns (H, K, D)."""
-  shape = layer["o"]["kernel"].shape
-  if len(shape) != 3:
-    raise ValueError(
-      f"{name}/o/kernel has the shape {shape} and not [H, K, D]; split layers "
-      "that nn.scan has stacked first"
-    )
-  return shape
+  """Returns (H, K, D), after a check of what a layer holds."""
+  for role in [role for role in "oqkv" if role in layer]:
+    held = layer[role] if isinstance(layer[role], Mapping) else {}
+    found = {n: jnp.shape(x) for n, x in held.items()}
+    kind = "diagonal" if role == "v" and "diagonal" in found else "kernel"
+    if len(found.get(kind, ())) != 3:
+      raise ValueError(
+        f"{name}/{role} must have a {kind} of three axes; it has "
+        f"{found or type(layer[role]).__name__}. Split layers that nn.scan has "
+        "stacked first"
+      )
+  return layer["o"]["kernel"].shape
 
 
 def _separate_keys(layer: Params) -> dict[str, Any]:

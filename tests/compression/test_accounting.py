@@ -163,9 +163,10 @@ def test_account_refuses_trees_of_other_paths(params, dense, message):
     accounting.account(params, dense)
 
 
-def test_account_names_a_group_pattern_that_does_not_parse():
-  with pytest.raises(ValueError, match=r"'\(' does not parse"):
-    accounting.account(_dense(), _dense(), {"conv": "("})
+@pytest.mark.parametrize("pattern", ["(", 3])
+def test_account_names_a_group_pattern_that_does_not_parse(pattern):
+  with pytest.raises(ValueError, match=r"pattern .* does not parse"):
+    accounting.account(_dense(), _dense(), {"conv": pattern})
 
 
 def test_account_takes_shapes_of_a_bfloat16_baseline():
@@ -184,6 +185,25 @@ def test_account_refuses_shapes_without_values():
   shapes = jax.eval_shape(_dense)
   with pytest.raises(ValueError, match="'attn/.*' of `params` is a ShapeDtype"):
     accounting.account(shapes, _dense())
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("abc", "abc"), "'' of `params` is a str"),
+    (({"w": 1}, {"w": 1}), "'w' of `params` is a int"),
+    (({"w": np.ones(3)}, {"w": "x"}), "'w' of `dense` is a str"),
+    (
+      ({"w": np.ones(3)},) * 2 + ({"overall": ".*"},),
+      "groups .* without 'overall'",
+    ),
+    (({"w": np.ones(3)},) * 2 + (["w"],), r"groups .* it is \['w'\]"),
+  ],
+  ids=["text", "number", "dense", "overall", "list"],
+)
+def test_account_refuses_other_types(arguments, message):
+  with pytest.raises(ValueError, match=f"account: {message}"):
+    accounting.account(*arguments)
 
 
 def test_account_of_an_empty_array_has_no_zeros():

@@ -272,17 +272,42 @@ def test_fold_refuses_what_would_change_the_function(
   [
     (_layer(), {"groups": 1}, "q: rows of a group differ"),
     (_layer(), {"groups": 3}, "3 groups do not divide an axis of 4"),
-    (_layer(), {"groups": -1}, "groups must be 0 or more"),
+    (_layer(), {"groups": -1}, "groups must be .* it is -1"),
+    (_layer(), {"groups": True}, "groups must be .* it is True"),
     (_layer(), {"groups": 2, "axis": "input"}, "q: rows of a group differ"),
     (_layer(), {"groups": 2, "values": "identity"}, "v is not the identity"),
     (jax.tree.map(lambda w: w[None], _layer()), {}, "nn.scan"),
     ({"a": {"kernel": 0}}, {}, "no attention layer"),
+    (3, {}, "no attention layer"),
   ],
-  ids=["few", "divisor", "negative", "axis", "identity", "stacked", "none"],
 )
 def test_fold_refuses_what_does_not_fit(tree, options, message):
   with pytest.raises(ValueError, match=message):
     fold(tree, **options)
+
+
+@pytest.mark.parametrize("head_dim", [0, True, 2.0])
+def test_unfold_refuses_heads_of_no_size(head_dim):
+  with pytest.raises(ValueError, match="unfold: head_dim must be"):
+    unfold(_layer(), head_dim=head_dim)
+
+
+@pytest.mark.parametrize("convert", [fold, unfold])
+@pytest.mark.parametrize(
+  ("role", "held", "message"),
+  [
+    ("q", {"kernel": jnp.ones((8, 8))}, r"a/q .* it has {'kernel': \(8, 8\)}"),
+    ("q", jnp.ones((8, 2, 4)), "a/q must have a kernel of three axes"),
+    ("o", {"bias": jnp.ones(8)}, r"a/o .* it has {'bias': \(8,\)}"),
+    ("v", {}, "a/v must have a kernel of three axes"),
+  ],
+  ids=["axes", "array", "missing", "empty"],
+)
+def test_conversion_refuses_a_layer_of_another_form(
+  convert, role, held, message
+):
+  with pytest.raises(ValueError, match=message):
+    convert({"a": _layer()["enc"]["attn"] | {role: held}})
 
 
 @pytest.mark.parametrize(
