@@ -1,20 +1,22 @@
 """Checks of arguments: a table for each function, and one error."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 
-def is_whole(value: object, least: int = -(2**31), below: int = 2**31) -> bool:
+def is_whole(value: Any, least: int = -(2**31), below: int = 2**31) -> bool:
   """Returns whether a value is a whole number in [least, below), and no bool."""
   is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-  return is_int and least <= value < below
+  return is_int and bool(least <= value < below)
 
 
-def is_between(value: object, low: float, high: float) -> bool:
-  """Returns whether a value is a number in [low, high)."""
-  is_number = isinstance(value, int | float | np.number)
-  return is_number and not isinstance(value, bool) and low <= value < high
+def is_between(value: Any, low: float, high: float) -> bool:
+  """Returns whether a value is a number in [low, high), and no bool."""
+  is_number = isinstance(value, int | float | np.integer | np.floating)
+  is_number &= not isinstance(value, bool)
+  return is_number and bool(low <= value < high)
 
 
 def check(where: str, table: Iterable[tuple[str, object, bool, str]]) -> None:

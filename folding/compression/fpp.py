@@ -26,7 +26,14 @@ from jax.sharding import AxisType, NamedSharding
 from folding import paths
 from folding.compression import threshold
 from folding.compression.scores import Score, get_score
-from folding.compression.sites import Rule, Site, make_sites, pack, unpack
+from folding.compression.sites import (
+  Rule,
+  Site,
+  as_rules,
+  make_sites,
+  pack,
+  unpack,
+)
 
 _TRIALS = 5  # of verification: all candidates, a half, ... a sixteenth
 
@@ -61,7 +68,7 @@ class FPPState(NamedTuple):
 
 def fpp(
   inner: optax.GradientTransformation,
-  rules: Iterable[Rule],
+  rules: Rule | Iterable[Rule],
   *,
   begin: int,
   end: int,
@@ -112,7 +119,8 @@ def fpp(
 
   Args:
     inner: The optimizer to wrap.
-    rules: What to prune. Parameters without a rule train as usual.
+    rules: What to prune, one rule or several. Parameters without a rule train
+      as usual.
     begin: First step with a mask update. Its share is 0, unless it is the only
       one.
     end: Last step that may update the masks.
@@ -155,8 +163,8 @@ def fpp(
   References: Belhaouari and Kraidia 2025, doi 10.1038/s41598-025-92586-5; this
     is our reading of their method. The ramp is that of Zhu and Gupta 2017.
   """
-  rules = tuple(rules)
   try:
+    rules = as_rules(rules)
     score = get_score(score)
     scores = [get_score(rule.score or score) for rule in rules]
   except ValueError as error:
@@ -261,11 +269,14 @@ class _FPP:
     """Returns `suspected` and `averages` of the first state."""
     suspected, averages = {}, {}
     for site in sites:
-      init = self.scores[site.rule].init
+      score = self.scores[site.rule]
 
-      def start(own, site=site, init=init):
-        bits = pack(jnp.zeros(site.shape, bool))
-        return bits, {n: init(w) for n, w in own.items()} if init else {}
+      def start(own, site=site, score=score):
+        first = {}
+        if score.init is not None:
+          own = score.oriented(site, own)
+          first = {name: score.init(w) for name, w in own.items()}
+        return pack(jnp.zeros(site.shape, bool)), first
 
       bits, first = site.per_layer(start, site.pick(leaves))
       suspected[site.name] = jnp.stack([bits] * max(self.patience, 1))
@@ -370,7 +381,7 @@ class _FPP:
       score = self.scores[site.rule]
 
       def choose(old, own, own_averages, key, site=site, score=score):
-        is_ranked = _has_ranking(score, own, own_averages)
+        is_ranked = _has_ranking(site, score, own, own_averages)
         # This `cond`, whose condition XLA does not know, frees the temporaries of
         # a site before the next one: four matrices of 16 MiB take 51 MiB of
         # scratch memory on XLA:CPU, and 113 MiB without it.
@@ -526,6 +537,7 @@ def _needs_evidence(score: Score, name: str, ndim: int) -> bool:
 
 
 def _has_ranking(
+  site: Site,
   score: Score,
   own: Mapping[str, jax.Array],
   averages: Mapping[str, jax.Array],
@@ -533,10 +545,12 @@ def _has_ranking(
   """Returns bool[], whether there is evidence if a score needs it.
 
   Args:
-    score: The score.
+    site: The site.
+    score: Its score.
     own: {path: parameter}, the members of one layer.
     averages: {path: moving average}.
   """
+  own = score.oriented(site, own)
   needed = [n for n, w in own.items() if _needs_evidence(score, n, w.ndim)]
   if score.init is None or not needed:
     return jnp.array(True)
@@ -664,8 +678,9 @@ def _observe(
     if score.init is None or update is None or kind is None:
       continue
 
-    def move(average, w, x, update=update, weight=weights[kind]):
-      return update(average, w, x, weight)
+    def move(average, w, x, site=site, score=score, update=update, kind=kind):
+      (w,) = score.oriented(site, {"": w}).values()
+      return update(average, w, x, weights[kind])
 
     for name, x in site.pick(evidence[kind]).items():
       try:

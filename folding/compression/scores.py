@@ -36,7 +36,8 @@ class Score:
   Attributes:
     score: (w, average, key) -> float32 scores of the shape of w. `average` is
       the parameter's moving average, None if there is none; `key` is a PRNG key
-      that is the same at every mask update.
+      that is the same at every mask update. With "statistics" as evidence, the
+      inputs are the leading axes of w, see `Rule.inputs`.
     evidence: What `update` gets at each step: "statistics", the mean square of
       each input of the layer; "gradients"; or None, without a moving average.
     init: (w) -> moving average at the start; w may be a shape and dtype.
@@ -55,6 +56,17 @@ class Score:
   is_signed: bool = False
   for_units: "Score | None" = None
 
+  def oriented(
+    self, site: Any, leaves: Mapping[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    """Returns {path: parameter} as this score takes them.
+
+    A score by statistics takes the inputs as the leading axes.
+    """
+    if self.evidence != "statistics":
+      return dict(leaves)
+    return {name: site.inputs_first(w) for name, w in leaves.items()}
+
   def score_site(
     self,
     site: Any,
@@ -71,10 +83,12 @@ class Score:
       key: PRNG key of this site.
     """
     by = self if site.is_by_weight else self.for_units or self
+    own = by.oriented(site, site.pick(leaves))
     elements = {
-      name: by.score(leaves[name], averages.get(name), key)
-      for name in site.members
+      name: by.score(w, averages.get(name), key) for name, w in own.items()
     }
+    if by.evidence == "statistics":
+      elements = {n: site.inputs_placed(x) for n, x in elements.items()}
     if site.is_by_weight or by.is_signed:
       return site.reduce(elements)
     squares = {name: jnp.square(x) for name, x in elements.items()}
@@ -89,7 +103,7 @@ def get_score(score: str | Score) -> Score:
   """
   if isinstance(score, Score):
     return score
-  if score not in SCORES:
+  if not isinstance(score, str) or score not in SCORES:
     raise ValueError(
       f"score must be one of {', '.join(SCORES)}; it is {score!r}"
     )
@@ -123,7 +137,8 @@ def _update_statistics(average, w, statistic, weight):
   if not is_prefix or (average.ndim and not shape):
     raise ValueError(
       f"a statistic of shape {shape} does not fit the inputs of a parameter, "
-      f"{average.shape}: it is the mean square of each input"
+      f"{average.shape}: it is the mean square of each input. For a kernel [out, "
+      "in] set Rule(..., inputs=1)"
     )
   statistic = statistic.reshape(shape + (1,) * (average.ndim - len(shape)))
   statistic = jnp.broadcast_to(statistic, average.shape).astype(jnp.float32)

@@ -16,7 +16,14 @@ import numpy as np
 
 from folding import paths
 from folding.compression.fpp import FPPState
-from folding.compression.sites import Rule, Site, make_sites, pack, unpack
+from folding.compression.sites import (
+  Rule,
+  Site,
+  as_rules,
+  make_sites,
+  pack,
+  unpack,
+)
 
 Kept = dict[str, dict[int, np.ndarray]]  # {path: {axis: indices that stay}}
 Zeros = Mapping[str, Any]  # {path: bool array, True at zero}
@@ -236,7 +243,7 @@ def shrink_layers(
 
 
 def remove_neurons(
-  rules: Sequence[Rule], params: Any
+  rules: Rule | Sequence[Rule], params: Any
 ) -> tuple[Any, dict[str, np.ndarray]]:
   """Returns parameters of any model without the neurons that are zero.
 
@@ -269,12 +276,13 @@ def remove_neurons(
   leaves = paths.flatten(params)
   small = dict(leaves)
   kept = {}
+  rules = as_rules(rules)
   for site in make_sites(rules, params):
     if rules[site.rule].granularity != "neuron":
       continue
     if not any(
-      _reads(n, axis, leaves[n].ndim - (site.layers is not None))
-      for n, axis in site.members.items()
+      _reads(site, n, leaves[n].ndim - (site.layers is not None))
+      for n in site.members
       if n != site.name
     ):
       raise ValueError(
@@ -297,15 +305,18 @@ def remove_neurons(
   return paths.map_named(lambda name, _: small[name], params), kept
 
 
-def _reads(name: str, axis: int | None, ndim: int) -> bool:
-  """Returns whether a tied array reads the neurons, as its rows.
+def _reads(site: Site, name: str, ndim: int) -> bool:
+  """Returns whether a tied array reads the neurons, as its inputs.
 
   A gate writes them, as its last axis. A vector reads them unless it is a bias or
   a scale.
   """
   if ndim == 1:
     return not name.endswith(("bias", "scale"))
-  return axis != ndim - 1
+  axis = site.members[name] or 0
+  if site.inputs is None:
+    return axis != ndim - 1
+  return axis == site.inputs % ndim
 
 
 def _dead_neurons(mlp: str, zeros: Zeros) -> Any:

@@ -6,14 +6,16 @@ of an embedding, or a neuron with all arrays that belong to it.
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from folding import paths
+from folding.compression import checks
 from folding.compression.scores import Score
 
 
@@ -21,12 +23,17 @@ from folding.compression.scores import Score
 class Rule:
   r"""Prunes a fraction of the parameters that a pattern matches.
 
+  Kernels are expected as [inputs..., outputs], as JAX libraries other than
+  Equinox store them. For kernels [out, in], as Equinox and PyTorch store them,
+  set `inputs=1`.
+
   Attributes:
     pattern: Regular expression that matches whole parameter paths.
     target: Fraction of the units to zero in the end, in [0, 1).
     granularity: The unit: "weight"; "row", an index of the first axis (a token
       of an embedding [V, D]); or "neuron", an index of the last axis (of a
-      kernel [D, F]). Rows and neurons include the arrays in `tied`.
+      kernel [D, F]), or with `inputs` of the other one. Rows and neurons
+      include the arrays in `tied`.
     tied: {path of another array: its axis that indexes the same units}. Paths
       may refer to groups of the pattern, for example "\1/down/kernel".
     score: Score of these parameters: a name in `scores.SCORES` or a `Score`.
@@ -38,9 +45,13 @@ class Rule:
       makes it: 0 for kernels [layers, D, F], 1 for [D, layers, F]. Each layer is
       pruned as an array of its own, and `axis` and `tied` count the axes of one
       layer. None: no axis is special, so stacked layers share one choice.
+    inputs: Axis of the matched and tied arrays (except vectors) that indexes
+      the inputs of the layer. The scores "relative" and "activation" need it
+      if the statistics belong to another axis than the first. None: all axes
+      but the last.
 
   Raises:
-    ValueError: a value is out of range.
+    ValueError: a value is out of range or of another type.
 
   Example:
     >>> Rule(r"(.*mlp)/up/kernel", 0.5, "neuron",
@@ -55,29 +66,53 @@ class Rule:
   score: str | Score | None = None
   axis: int | None = None
   layers: int | None = None
+  inputs: int | None = None
 
   def __post_init__(self):
-    if not 0 <= self.target < 1:
+    def is_axis(value, least=-(2**31)):
+      return value is None or checks.is_whole(value, least)
+
+    is_tied = isinstance(self.tied, Mapping) and all(
+      isinstance(name, str) and checks.is_whole(axis)
+      for name, axis in self.tied.items()
+    )
+    has_units = self.granularity != "weight"
+    # fmt: off
+    checks.check(f"rule {self.pattern!r}", (
+      ("pattern", self.pattern, isinstance(self.pattern, str),
+       "a regular expression"),
+      ("target", self.target, checks.is_between(self.target, 0, 1),
+       "in [0, 1)"),
+      ("granularity", self.granularity,
+       self.granularity in ("weight", "row", "neuron"),
+       "'weight', 'row' or 'neuron'"),
+      ("tied", self.tied, is_tied, "a dict of {path: axis}"),
+      ("tied", self.tied, has_units or not self.tied,
+       "empty unless the granularity is 'row' or 'neuron'"),
+      ("axis", self.axis, is_axis(self.axis), "a whole number"),
+      ("axis", self.axis, has_units or self.axis is None,
+       "None unless the granularity is 'row' or 'neuron'"),
+      ("layers", self.layers, is_axis(self.layers, 0),
+       "an axis counted from the first, at least 0"),
+      ("inputs", self.inputs, is_axis(self.inputs), "a whole number"),
+    ))
+    # fmt: on
+
+
+def as_rules(rules: Any) -> tuple[Rule, ...]:
+  """Returns one rule or several as a tuple.
+
+  Raises:
+    ValueError: something is not a rule.
+  """
+  found = tuple(rules) if isinstance(rules, Iterable) else (rules,)
+  for rule in found:
+    if not isinstance(rule, Rule):
       raise ValueError(
-        f"target of rule {self.pattern!r} must be in [0, 1); it is "
-        f"{self.target}"
+        "rules must be folding.Rule objects, such as "
+        f"Rule('.*/kernel', 0.5); one is {rule!r}"
       )
-    if self.granularity not in ("weight", "row", "neuron"):
-      raise ValueError(
-        f"granularity of rule {self.pattern!r} must be 'weight', 'row' or "
-        f"'neuron'; it is {self.granularity!r}"
-      )
-    has_units = self.tied or self.axis is not None
-    if has_units and self.granularity == "weight":
-      raise ValueError(
-        f"rule {self.pattern!r} ties other arrays or names an axis; this needs "
-        "granularity 'row' or 'neuron'"
-      )
-    if self.layers is not None and self.layers < 0:
-      raise ValueError(
-        f"layers of rule {self.pattern!r} must be an axis counted from the "
-        f"first, at least 0; it is {self.layers}"
-      )
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +128,7 @@ class Site:
     members: {path: axis that the bits index}; the axis is None if there is one
       bit per element.
     layers: Axis that stacks layers, see `Rule`; None: they are not stacked.
+    inputs: See `Rule`.
   """
 
   name: str
@@ -100,6 +136,7 @@ class Site:
   shape: tuple[int, ...]
   members: Mapping[str, int | None]
   layers: int | None = None
+  inputs: int | None = None
 
   def per_layer(
     self, function: Callable[..., Any], *args: Any, in_turn: bool = False
@@ -144,6 +181,18 @@ class Site:
   def pick(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of a mapping of paths that are members."""
     return {name: leaves[name] for name in self.members if name in leaves}
+
+  def inputs_first(self, w: jax.Array) -> jax.Array:
+    """Moves the axis of the inputs of a member to the front."""
+    if self.inputs is None or w.ndim < 2:
+      return w
+    return jnp.moveaxis(w, self.inputs, 0)
+
+  def inputs_placed(self, w: jax.Array) -> jax.Array:
+    """Moves the axis of the inputs back to where it belongs."""
+    if self.inputs is None or w.ndim < 2:
+      return w
+    return jnp.moveaxis(w, 0, self.inputs)
 
   @property
   def is_by_weight(self) -> bool:
@@ -193,11 +242,11 @@ def _layer_axis(layers: int, x: Any) -> int:
   return min(layers, x.ndim - 1)
 
 
-def make_sites(rules: Sequence[Rule], params: Any) -> list[Site]:
+def make_sites(rules: Rule | Iterable[Rule], params: Any) -> list[Site]:
   """Returns the sites of all rules, in the order of rules and parameters.
 
   Args:
-    rules: The rules.
+    rules: One rule or several.
     params: Tree of arrays, or of their shapes and dtypes.
 
   Raises:
@@ -207,7 +256,7 @@ def make_sites(rules: Sequence[Rule], params: Any) -> list[Site]:
   leaves = paths.flatten(params)
   sites: list[Site] = []
   claimed: dict[str, str] = {}
-  for index, rule in enumerate(rules):
+  for index, rule in enumerate(as_rules(rules)):
     for name in paths.matching(rule.pattern, leaves):
       site = _make_site(rule, index, name, leaves)
       for member in site.members:
@@ -237,8 +286,13 @@ def _make_site(
       f"granularity {rule.granularity!r} needs "
       f"{'a vector' if is_by_weight else 'a matrix'}; {name!r} has shape {shape}"
     )
+  if rule.inputs is not None and not -len(shape) <= rule.inputs < len(shape):
+    raise ValueError(
+      f"inputs {rule.inputs} of rule {rule.pattern!r} is not an axis of {name!r} "
+      f"{shape}"
+    )
   if is_by_weight:
-    return Site(name, index, shape, {name: None}, rule.layers)
+    return Site(name, index, shape, {name: None}, rule.layers, rule.inputs)
   own = _unit_axis(rule, name, shape)
   members: dict[str, int | None] = {name: own}
   for template, axis in rule.tied.items():
@@ -261,7 +315,64 @@ def _make_site(
         f"layers along axis {rule.layers}"
       )
     members[other] = axis % len(sizes)
-  return Site(name, index, (shape[own],), members, rule.layers)
+  return Site(name, index, (shape[own],), members, rule.layers, rule.inputs)
+
+
+def stacking_axis(name: str, leaves: Mapping[str, Any]) -> int | None:
+  """Returns the axis of an array that seems to stack layers; None: none does.
+
+  The arrays around it tell: those of the innermost module that also has arrays
+  of fewer axes, such as a bias or the scale of a norm. If they are stacked, all
+  have the same size along that axis. The axes of a bias [H, K] are those of its
+  kernel [D, H, K], so it shows nothing.
+
+  Args:
+    name: Path of the array.
+    leaves: {path: parameter}.
+  """
+  shape, module = leaves[name].shape, name
+  while module:
+    module = module.rpartition("/")[0]
+    start = module and f"{module}/"
+    near = [x.shape for n, x in leaves.items() if n.startswith(start)]
+    if any(len(other) < len(shape) for other in near):
+      for axis in (0, 1):
+        if all(
+          len(other) > 1 and other != shape[1:] and other[axis] == shape[axis]
+          for other in near
+        ):
+          return axis
+      return None
+  return None
+
+
+def axes_like(
+  shape: tuple[int, ...],
+  owner: tuple[int, ...],
+  axes: tuple[Any, ...],
+  sizes: Mapping[str, int],
+) -> tuple[Any, ...]:
+  """Returns the mesh axes of an array that belongs to a parameter.
+
+  Args:
+    shape: Shape of the array: a moment, moving average or mask bits.
+    owner: Shape of the parameter.
+    axes: For each axis of the parameter the mesh axis that splits it, several,
+      or None.
+    sizes: {mesh axis: its size}.
+  """
+  if shape == owner:
+    return axes
+  if shape == owner[:-1]:  # averages, one per input
+    return axes[:-1]
+  size = owner[-1] if owner else 0
+  if shape[1:] == (*owner[:-1], -(-size // 8)):  # bits, eight per byte
+    *first, last = axes
+    names = (last,) if isinstance(last, str) else last or ()
+    if size % (8 * math.prod(sizes[name] for name in names)):
+      last = None
+    return (None, *first, last)
+  return ()  # small, such as the bits of rows and neurons
 
 
 def _layer_shape(
@@ -287,7 +398,9 @@ def _unit_axis(rule: Rule, name: str, shape: tuple[int, ...]) -> int:
         f"{name!r} has shape {shape}: name the axis of its {rule.granularity}s, "
         "as in Rule(..., axis=0), or that of stacked layers, layers=0"
       )
-    return 0 if rule.granularity == "row" else 1
+    if rule.granularity == "row":
+      return 0
+    return 1 if rule.inputs is None else 1 - rule.inputs % 2
   if not -ndim <= rule.axis < ndim:
     raise ValueError(
       f"axis {rule.axis} of rule {rule.pattern!r} is none of {name!r} {shape}"

@@ -98,6 +98,38 @@ def test_remove_neurons_of_a_linen_model_keeps_the_function():
   assert np.abs(np.asarray(after - before)).max() > 1e-3
 
 
+def _equinox_layer():
+  equinox = pytest.importorskip("equinox", reason="it is in no extra")
+  layer = equinox.nn.Linear(8, 8, key=jax.random.key(0))
+  return equinox.filter(layer, equinox.is_array), jax.vmap(layer)
+
+
+def _torch_layer():
+  torch = pytest.importorskip("torch", reason="it is in the extra parity")
+  layer = torch.nn.Linear(8, 8, dtype=torch.float32)
+  weights = {n: jnp.asarray(w.numpy()) for n, w in layer.state_dict().items()}
+
+  def apply(x):
+    return jnp.asarray(layer(torch.tensor(np.asarray(x))).detach().numpy())
+
+  return weights, apply
+
+
+@pytest.mark.parametrize("make", [_equinox_layer, _torch_layer])
+def test_inputs_of_equinox_and_torch_layers_are_on_axis_1(make):
+  """Half of the inputs are zero; their weights are pruned, outputs stay."""
+  params, apply = make()
+  x = jax.random.normal(jax.random.key(1), (32, 8)).at[:, ::2].set(0)
+  rule = folding.Rule("weight", 0.5, inputs=1)
+  tx = folding.fpp(optax.sgd(0.0), rule, begin=0, end=0, every=1)
+  stats = {"weight": jnp.mean(x**2, axis=0)}
+  updates, _ = tx.update(params, tx.init(params), params, stats=stats)
+  pruned = paths.flatten(optax.apply_updates(params, updates))
+  assert (pruned["weight"][:, ::2] == 0).all()
+  found = x @ pruned["weight"].T + pruned["bias"][None]
+  np.testing.assert_allclose(found, apply(x), rtol=1e-5, atol=1e-6)
+
+
 def _nnx_rules(granularity):
   tied = {r"\1/bias": 0, "down/kernel": 0}
   return [
@@ -178,6 +210,23 @@ def test_remove_neurons_refuses_rules_without_the_reading_rows():
       ValueError, match="ties no array that reads its neurons"
     ):
       remove_neurons([rule], params)
+
+
+@pytest.mark.parametrize("inputs", [None, 1])
+def test_remove_neurons_knows_the_reading_axis_of_kernels_out_in(inputs):
+  params = {"up": np.ones((4, 4)), "down": np.ones((4, 4))}
+  params["up"][1], params["down"][:, 1] = 0, 0
+  rule = folding.Rule("up", 0.5, "neuron", {"down": 1}, axis=0, inputs=inputs)
+  if inputs is None:
+    with pytest.raises(ValueError, match="ties no array"):
+      remove_neurons(rule, params)
+    return
+  small, kept = remove_neurons(rule, params)
+  assert kept["up"].tolist() == [0, 2, 3]
+  assert {n: w.shape for n, w in small.items()} == {
+    "up": (3, 4),
+    "down": (4, 3),
+  }
 
 
 def test_remove_neurons_keeps_one_and_ignores_other_rules():

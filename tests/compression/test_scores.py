@@ -151,6 +151,43 @@ def test_score_of_a_neuron_is_the_root_of_the_sum_of_squares(name):
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layers", [None, 0], ids=["plain", "stacked"])
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("name", ["relative", "saliency"])
+def test_kernels_out_in_have_the_masks_of_their_transpose(
+  name, granularity, layers
+):
+  """Square kernels, as Equinox and PyTorch store them."""
+  shape = (4, 4) if layers is None else (2, 4, 4)
+  is_neuron = granularity == "neuron"
+  params = {n: jnp.asarray(_normal(shape, i)) for i, n in enumerate("vw")}
+  stats = {
+    n: jnp.asarray(_normal(shape[:-1], i) ** 2) for i, n in enumerate("vw")
+  }
+
+  def pruned(params, reads, **options):
+    tied = {"v": reads} if is_neuron else {}
+    rule = Rule(
+      "w" if is_neuron else "[vw]",
+      0.5,
+      granularity,
+      tied,
+      layers=layers,
+      **options,
+    )
+    tx = fpp(optax.sgd(0.0), rule, begin=0, end=0, every=1, score=name)
+    grads = jax.tree.map(jnp.sin, params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, stats=stats)
+    return optax.apply_updates(params, updates)
+
+  transposed = jax.tree.map(lambda w: jnp.swapaxes(w, -1, -2), params)
+  expected = pruned(params, reads=0)
+  found = pruned(transposed, reads=1, inputs=1)
+  for n, w in expected.items():
+    assert (w == 0).any()
+    np.testing.assert_array_equal(found[n], jnp.swapaxes(w, -1, -2))
+
+
 def test_get_score_refuses_an_unknown_name():
   with pytest.raises(ValueError, match="'size'"):
     get_score("size")

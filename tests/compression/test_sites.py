@@ -30,18 +30,25 @@ def _params():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ((1.0,), r"target of rule 'w' must be in \[0, 1\); it is 1\.0"),
-    ((-0.1,), r"target of rule 'w' .* it is -0\.1"),
-    ((0.5, "column"), "granularity of rule 'w' must be .* it is 'column'"),
-    ((0.5, "weight", {"x": 0}), "rule 'w' ties other arrays"),
-    ((0.5, "weight", {}, None, 0), "rule 'w' .* names an axis"),
-    ((0.5, "weight", {}, None, None, -1), "layers of rule 'w' .* it is -1"),
+    ({"target": 1.0}, r"target must be in \[0, 1\); it is 1\.0"),
+    ({"target": -0.1}, "target .* it is -0.1"),
+    ({"target": "0.5"}, "target .* it is '0.5'"),
+    ({"pattern": None}, "pattern .* it is None"),
+    ({"granularity": "column"}, "granularity .* it is 'column'"),
+    ({"tied": {"x": 0}}, "tied must be empty"),
+    ({"granularity": "row", "tied": ["x"]}, r"tied .* it is \['x'\]"),
+    ({"granularity": "row", "tied": {"x": "0"}}, "tied .* it is {'x': '0'}"),
+    ({"axis": 0}, "axis must be None"),
+    ({"granularity": "row", "axis": 1.0}, "axis .* it is 1.0"),
+    ({"layers": -1}, "layers .* it is -1"),
+    ({"inputs": "1"}, "inputs .* it is '1'"),
   ],
-  ids=["one", "negative", "unknown", "tied", "axis", "layers"],
 )
 def test_rule_refuses_impossible_values(options, message):
-  with pytest.raises(ValueError, match=message):
-    Rule("w", *options)
+  options = {"pattern": "w", "target": 0.5} | options
+  name = options["pattern"]
+  with pytest.raises(ValueError, match=f"rule {name!r}: {message}"):
+    Rule(**options)
 
 
 def test_make_sites_keeps_the_order_of_rules_and_parameters():
@@ -72,6 +79,34 @@ def test_make_sites_takes_rows_from_the_first_axis_and_neurons_from_the_last():
   (neuron,) = sites_lib.make_sites([Rule("w", 0.5, "neuron")], params)
   assert (row.shape, dict(row.members)) == ((5,), {"w": 0})
   assert (neuron.shape, dict(neuron.members)) == ((3,), {"w": 1})
+
+
+@pytest.mark.parametrize(
+  ("inputs", "axis"), [(None, 1), (0, 1), (1, 0), (-1, 0)]
+)
+def test_neurons_are_on_the_axis_that_has_no_inputs(inputs, axis):
+  rule = Rule("w", 0.5, "neuron", inputs=inputs)
+  (site,) = sites_lib.make_sites([rule], {"w": np.ones((3, 3))})
+  assert dict(site.members) == {"w": axis}
+
+
+# Layers of nn.scan along axis 0 and 1; then layers that are not stacked.
+@pytest.mark.parametrize(
+  ("shapes", "axis"),
+  [
+    ({"up/kernel": (3, 8, 6), "up/bias": (3, 6)}, 0),
+    ({"up/kernel": (3, 8, 6), "norm/scale": (3, 8)}, 0),
+    ({"up/kernel": (8, 3, 6), "up/bias": (6, 3)}, 1),
+    ({"o/kernel": (8, 3, 6), "i/kernel": (6, 3, 8), "n/scale": (8, 3)}, 1),
+    ({"up/kernel": (8, 3, 6)}, None),
+    ({"q/kernel": (8, 4, 4), "q/bias": (4, 4)}, None),
+    ({"q/kernel": (8, 4, 2), "o/kernel": (4, 2, 8), "norm/scale": (8,)}, None),
+    ({"conv/kernel": (3, 3, 8, 3), "conv/bias": (3,)}, None),
+  ],
+)
+def test_stacking_axis_is_seen_by_the_vectors_of_layers(shapes, axis):
+  leaves = {f"layers/{n}": np.ones(shape) for n, shape in shapes.items()}
+  assert sites_lib.stacking_axis(next(iter(leaves)), leaves) == axis
 
 
 @pytest.mark.parametrize(("axis", "size"), [(0, 5), (1, 2), (-1, 3)])
@@ -128,6 +163,10 @@ def _neuron(tied):
       r"layers along axis 2, which 'embed' \(9, 4\) does not have",
     ),
     (
+      [Rule("embed", 0.5, inputs=2)],
+      r"inputs 2 .* not an axis of 'embed' \(9, 4\)",
+    ),
+    (
       [Rule("stack", 0.5, "neuron", {"pair": 0}, layers=0)],
       r"'pair' \(2, 16\) and 'stack' \(4, 8, 16\) stack different",
     ),
@@ -148,6 +187,7 @@ def _neuron(tied):
     "stacked-rows",
     "axis",
     "no-layers",
+    "inputs",
     "other-layers",
   ],
 )
