@@ -13,6 +13,7 @@ One mask update does this for every site:
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,22 +21,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.experimental import checkify
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from folding import paths
-from folding.compression import threshold
+from folding.compression import checks, threshold
 from folding.compression.scores import Score, get_score
 from folding.compression.sites import (
   Rule,
   Site,
   as_rules,
+  axes_like,
   make_sites,
   pack,
+  stacking_axis,
   unpack,
 )
 
 _TRIALS = 5  # of verification: all candidates, a half, ... a sixteenth
+_UNDONE = (
+  "fpp: pruned units are not zero any more. Nothing may follow fpp in a chain, "
+  "or change the parameters after it: write fpp(optax.chain(...)), not "
+  "optax.chain(fpp(...), ...)"
+)
+_NO_STATE = (
+  "fpp: the state must be an FPPState; it is a {}. That of a chain has one as an "
+  "entry"
+)
+_UNRANKED = (
+  "fpp: nothing is pruned in {}, where no score could be computed so far: "
+  "statistics were negative or not finite, or gradients were 0 or not finite"
+)
 
 
 class FPPState(NamedTuple):
@@ -79,13 +96,14 @@ def fpp(
   tolerance: float | None = None,
   seed: int = 0,
   removed: Mapping[str, int] | None = None,
+  warn: bool = True,
   debug: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer so that it freezes, then zeroes parameters.
 
   Nothing may follow this transform in a chain: `optax.chain(fpp(...), clip)`
-  undoes the zeros. Clip, scale and decay inside `inner`. `fpp_counts` counts the
-  zeros that were undone.
+  undoes the zeros. Clip, scale and decay inside `inner`. The first mask update
+  that finds undone zeros warns, and `fpp_counts` counts them.
 
   The masks are updated at the steps begin, begin + every, ... up to end, counted
   from 0. Update t of T chooses the lowest share target (1 - (1 - t/T)^3) of the
@@ -102,7 +120,8 @@ def fpp(
 
   Gradients that are not finite, and statistics that are negative or not finite,
   change no score. A site without any valid evidence so far, or whose averaged
-  gradients are all 0, has no ranking: its masks stay as they are.
+  gradients are all 0, has no ranking: its masks stay as they are, and the first
+  mask update that should choose some of its units warns.
 
   `update` needs `params`. It also takes:
 
@@ -138,6 +157,10 @@ def fpp(
     removed: {parameter that a rule matches: pruned units that are no longer in
       it, as after `folding.shrink`}. They count towards the target. Of stacked
       layers (`Rule.layers`) it is their number in each layer.
+    warn: Whether a mask update warns, once, if zeros were undone or if a site
+      has no ranking. It does so by a callback to the host, which only runs in
+      these cases. JAX keeps no program with callbacks in its compilation cache
+      on disk, and exports none: then set False, and look at `fpp_counts`.
     debug: If set, a mask update fails a `checkify.check` if a site has no ranking
       or zeros were undone. The step must then be inside `checkify.checkify` or
       `chex.chexify`.
@@ -146,8 +169,9 @@ def fpp(
     A transform with the state `FPPState`.
 
   Raises:
-    ValueError: an option is out of range; from `init`: a rule does not fit the
-      parameters; from `update`: an argument is missing or does not fit.
+    ValueError: an option is out of range or of another type; from `init`: a
+      rule does not fit the parameters; from `update`: an argument is missing or
+      does not fit.
 
   Example:
     >>> params = {"w": jnp.array([[0.1, -2.0], [3.0, 0.2]])}
@@ -170,7 +194,7 @@ def fpp(
   except ValueError as error:
     raise ValueError(f"fpp: {error}") from None
   made = _FPP(
-    inner=optax.with_extra_args_support(inner),
+    inner=inner,
     rules=rules,
     scores=scores,
     begin=begin,
@@ -180,7 +204,8 @@ def fpp(
     decay=decay,
     tolerance=tolerance,
     seed=seed,
-    removed=removed or {},
+    removed={} if removed is None else removed,
+    warn=warn,
     debug=debug,
   )
   return optax.GradientTransformationExtraArgs(made.init, made.update)
@@ -193,7 +218,7 @@ class _FPP:
   `scores` has the score of each rule.
   """
 
-  inner: optax.GradientTransformationExtraArgs
+  inner: optax.GradientTransformation
   rules: Sequence[Rule]
   scores: Sequence[Score]
   begin: int
@@ -204,24 +229,43 @@ class _FPP:
   tolerance: float | None
   seed: int
   removed: Mapping[str, int]
+  warn: bool
   debug: bool
+  told: set[str] = dataclasses.field(default_factory=set)
 
   def __post_init__(self):
-    for name in ("begin", "end", "every", "patience"):
-      value = getattr(self, name)
-      is_whole = isinstance(value, int | np.integer)
-      if isinstance(value, bool) or not is_whole:
-        raise ValueError(f"fpp: {name} must be a whole number; it is {value!r}")
-    if not 0 <= self.begin <= self.end:
-      raise ValueError(
-        f"fpp: begin {self.begin} to end {self.end} is not a range of steps"
-      )
-    for name, least in (("every", 1), ("patience", 0), ("tolerance", 0)):
-      value = getattr(self, name)
-      if value is not None and not value >= least:
-        raise ValueError(f"fpp: {name} must be at least {least}; it is {value}")
-    if not 0 <= self.decay < 1:
-      raise ValueError(f"fpp: decay must be in [0, 1); it is {self.decay}")
+    is_whole = checks.is_whole
+    is_optimizer = all(
+      callable(getattr(self.inner, name, None)) for name in ("init", "update")
+    )
+    are_removed = isinstance(self.removed, Mapping) and all(
+      is_whole(count, 0) for count in self.removed.values()
+    )
+    is_range = is_whole(self.begin, 0) and is_whole(self.end, self.begin)
+    is_every = is_whole(self.every, 1)
+    # fmt: off
+    checks.check("fpp", (
+      ("inner", self.inner, is_optimizer,
+       "an optimizer, such as optax.adamw(1e-3)"),
+      ("begin", self.begin, is_whole(self.begin, 0),
+       "a whole number of at least 0"),
+      ("end", self.end, is_range,
+       f"a whole number from begin {self.begin} on, below 2^31"),
+      ("every", self.every, is_every, "a whole number of at least 1"),
+      ("every", self.every, is_range and is_every and self.last < 10**6,
+       "larger: there are more than 10^6 mask updates"),
+      ("patience", self.patience, is_whole(self.patience, 0),
+       "a whole number of at least 0"),
+      ("decay", self.decay, checks.is_between(self.decay, 0, 1), "in [0, 1)"),
+      ("tolerance", self.tolerance,
+       self.tolerance is None or checks.is_between(self.tolerance, 0, math.inf),
+       "None or at least 0"),
+      ("seed", self.seed, is_whole(self.seed, 0, 2**32),
+       "a whole number in [0, 2^32)"),
+      ("removed", self.removed, are_removed,
+       "a dict of {parameter: units, at least 0}"),
+    ))
+    # fmt: on
 
   @property
   def last(self) -> int:
@@ -236,24 +280,22 @@ class _FPP:
   def count(self, site: Site, index: jax.Array) -> jax.Array:
     """Returns int32[], how many units of a site a mask update chooses.
 
-    Removed units count as chosen. The cubic ramp ends at the target. It is
-    computed in float64 on the host, so the count is exact and never above the
-    target; the 1e-6 is for products such as 0.29 * 100 = 28.999999999999996.
+    Removed units count as chosen. The cubic ramp ends at the target.
     """
-    removed = self.removed.get(site.name, 0)
     ramp = 1 - (1 - np.arange(self.last + 1) / max(self.last, 1)) ** 3
     ramp[-1] = 1.0
-    size = removed + math.prod(site.shape)
-    target = self.rules[site.rule].target
-    table = np.floor(ramp * target * size + 1e-6).astype(np.int32)
-    return jnp.asarray(np.maximum(table - removed, 0))[index]
+    return jnp.asarray(_counts(site, self.rules, self.removed, ramp))[index]
 
   def init(self, params: Any) -> FPPState:
     """Returns the first state."""
     leaves = paths.flatten(params)
     sites = make_sites(self.rules, params)
     _check_sites(sites, self.removed)
-    suspected, averages = self.init_sites(sites, leaves)
+    if self.warn:
+      _warn_of_stacks(sites, leaves)
+    suspected, averages = _placed_like(
+      functools.partial(self.init_sites, sites), leaves
+    )
     return FPPState(
       step=jnp.zeros([], jnp.int32),
       observed=jnp.zeros([], jnp.int32),
@@ -289,6 +331,8 @@ class _FPP:
     """Returns updates and the new state; see `fpp` for the arguments."""
     if params is None:
       raise ValueError("fpp needs `params`; pass them to update()")
+    if not isinstance(state, FPPState):
+      raise ValueError(_NO_STATE.format(type(state).__name__))
     return _on_auto_axes(
       functools.partial(self._update, **options),
       (updates, state, params, stats, value),
@@ -333,6 +377,14 @@ class _FPP:
       suspected, zero, zeroed = jax.lax.cond(
         self.is_due(state.step), update_masks, keep_masks
       )
+      if self.warn:  # no later mask update would find these zeros
+        after_last = self.begin + self.last * self.every + 1
+        pruned = functools.partial(_num_pruned, sites, state.mask_bits, leaves)
+        jax.lax.cond(
+          state.step == after_last,
+          lambda: self.tell(pruned() < state.zeroed),
+          lambda: None,
+        )
     else:
       suspected, zero, zeroed = update_masks() if is_due else keep_masks()
     state = state._replace(suspected=suspected, zeroed=zeroed)
@@ -350,9 +402,10 @@ class _FPP:
       pinned = jnp.where(is_cleared[name], -p, jnp.zeros_like(p))
       return jnp.where(is_held[name], pinned, u)
 
-    if stats is not None:  # line searches refuse unknown arguments
+    if _has_fpp(state.inner):  # line searches refuse unknown arguments
       kw["stats"] = stats
-    updates, inner_state = self.inner.update(
+    inner = optax.with_extra_args_support(self.inner)
+    updates, inner_state = inner.update(
       paths.map_named(stop, updates),
       state.inner,
       params,
@@ -368,7 +421,7 @@ class _FPP:
     """Returns new masks, units to zero, and how many units are zero then."""
     leaves = paths.flatten(params)
     index = (state.step - self.begin) // self.every
-    planes, zero, pruned = {}, {}, jnp.int32(0)
+    planes, zero, pruned, is_ranked = {}, {}, jnp.int32(0), {}
 
     def evidence(n):
       """Returns the arguments of the scores of site n, for `per_layer`."""
@@ -399,18 +452,25 @@ class _FPP:
         )
         return *new, is_ranked
 
-      old = list(state.suspected[site.name])
+      old = list(jnp.unstack(state.suspected[site.name]))
       # Computing all layers at once would take five times the scratch memory.
-      new, zero[site.name], count, is_ranked = site.per_layer(
+      new, zero[site.name], count, each = site.per_layer(
         choose, old, *evidence(n), in_turn=True
       )
+      is_ranked[site.name] = each.all()
       if self.debug:
         checkify.check(
-          is_ranked.all(),
+          is_ranked[site.name],
           f"fpp: nothing finite but 0 was observed for {site.name!r}",
         )
       planes[site.name] = jnp.stack(new)
       pruned += count.sum(dtype=jnp.int32)
+    if self.warn:
+      missing = {
+        site.name: (self.count(site, index) > 0) & ~is_ranked[site.name]
+        for site in sites
+      }
+      self.tell(pruned < state.zeroed, missing)
     if self.debug:
       checkify.check(
         pruned >= state.zeroed,
@@ -434,9 +494,39 @@ class _FPP:
       zero = kept
     return planes, zero, pruned + _count_bits(zero)
 
+  def tell(
+    self, is_undone: jax.Array, missing: Mapping[str, jax.Array] | None = None
+  ) -> None:
+    """Warns, once each, of undone zeros and of sites without a ranking.
+
+    Args:
+      is_undone: bool[].
+      missing: {site: bool[], whether it has no ranking but should}.
+    """
+    flags = is_undone, missing or {}
+
+    def warn(is_undone, missing):
+      names = [name for name, is_missing in missing.items() if is_missing]
+      for holds, kind, message in (
+        (is_undone, "undone", _UNDONE),
+        (names, "unranked", _UNRANKED.format(", ".join(names))),
+      ):
+        if holds and kind not in self.told:  # `vmap` runs both sides of `cond`
+          self.told.add(kind)
+          warnings.warn(message, stacklevel=2)
+
+    jax.lax.cond(
+      jnp.stack(jax.tree.leaves(flags)).any(),
+      lambda: jax.debug.callback(warn, *flags),
+      lambda: None,
+    )
+
 
 def fpp_counts(
-  rules: Sequence[Rule], state: FPPState, params: Any, removed: int = 0
+  rules: Rule | Sequence[Rule],
+  state: FPPState,
+  params: Any,
+  removed: Mapping[str, int] | None = None,
 ) -> dict[str, jax.Array]:
   """Counts elements of the parameters that the rules select.
 
@@ -444,40 +534,65 @@ def fpp_counts(
     rules: The rules that `fpp` was given.
     state: Its state.
     params: The parameters.
-    removed: Pruned elements that are no longer in the parameters, as after
-      `folding.shrink`. They count as selected and zero.
+    removed: As given to `fpp`. Removed units count as selected and zero.
 
   Returns:
-    {"selected", "frozen", "zero", "undone"}, float32[] each; counts above 2^24
-    are rounded. "zero" counts pruned elements only, "frozen" those that are held
-    at another value. The rest of the selected elements are trainable. "undone"
-    counts pruned units that are not zero any more, because something follows
-    `fpp` in a chain or changes the parameters after it. It should be 0.
+    {"selected", "frozen", "zero", "undone", "target", "done"}, float32[] each;
+    counts above 2^24 are rounded.
+
+    - "zero" counts pruned elements only, "frozen" those that are held at another
+      value. The rest of the selected elements are trainable.
+    - "undone" counts pruned units that are not zero any more, because something
+      follows `fpp` in a chain or changes the parameters after it. It should be 0.
+    - "target" is "zero" after the last mask update, if nothing goes wrong.
+    - "done" is 1 if each parameter has reached its target, otherwise 0. A loop
+      that ends before the last mask update does not reach it; nor may a run with
+      a tolerance.
+
+  Raises:
+    ValueError: the state is not that of `fpp`, or of other rules or parameters.
   """
+  if not isinstance(state, FPPState):
+    raise ValueError(_NO_STATE.format(type(state).__name__))
+  rules, removed = as_rules(rules), {} if removed is None else removed
+  is_dict, what = isinstance(removed, Mapping), "a dict of {parameter: units}"
+  checks.check("fpp_counts", [("removed", removed, is_dict, what)])
 
   def count(state, params):
     leaves = paths.flatten(params)
     sites = make_sites(rules, params)
+    _check_masks(state, sites, leaves)
     is_held = member_masks(sites, state.mask_bits, leaves)
     zero = held = jnp.float32(0)
     for name, bits in is_held.items():
       bits = jnp.broadcast_to(bits, leaves[name].shape)
       held += jnp.sum(bits, dtype=jnp.float32)
       zero += jnp.sum(bits & (leaves[name] == 0), dtype=jnp.float32)
-    selected = removed + sum(leaves[name].size for name in is_held)
-    undone = state.zeroed
+    selected = sum(leaves[name].size for name in is_held)
+    gone = target = pruned = 0
+    is_done = jnp.array(True)
     for site in sites:
-      pruned = functools.partial(_pruned, site)
-      packed = state.mask_bits[site.name]
-      undone -= site.per_layer(pruned, packed, site.pick(leaves)).sum()
+      own = site.pick(leaves)
+      units = site.per_layer(
+        functools.partial(_pruned, site), state.mask_bits[site.name], own
+      )
+      wanted = int(_counts(site, rules, removed, 1.0))
+      # Elements of a unit; of stacked layers, in all of them.
+      size = sum(w.size for w in own.values()) // math.prod(site.shape)
+      gone += removed.get(site.name, 0) * size
+      target += wanted * size
+      is_done &= jnp.all(units >= wanted)
+      pruned += units.sum()
     return {
-      "selected": jnp.float32(selected),
+      "selected": jnp.float32(selected + gone),
       "frozen": held - zero,
-      "zero": zero + removed,
-      "undone": jnp.maximum(undone, 0).astype(jnp.float32),
+      "zero": zero + gone,
+      "undone": jnp.maximum(state.zeroed - pruned, 0).astype(jnp.float32),
+      "target": jnp.float32(target + gone),
+      "done": is_done.astype(jnp.float32),
     }
 
-  names = ("selected", "frozen", "zero", "undone")
+  names = ("selected", "frozen", "zero", "undone", "target", "done")
   scalars = dict.fromkeys(names, state.step)
   return _on_auto_axes(count, (state, params), out=scalars)
 
@@ -505,12 +620,40 @@ def member_masks(
   return masks
 
 
+def _counts(
+  site: Site, rules: Sequence[Rule], removed: Mapping[str, int], ramp: Any
+) -> np.ndarray:
+  """Returns int32, how many units of a site are chosen at shares of its target.
+
+  They are computed in float64 on the host, so they are exact and never above the
+  target; the 1e-6 is for products such as 0.29 * 100 = 28.999999999999996.
+  """
+  gone = removed.get(site.name, 0)
+  units = ramp * rules[site.rule].target * (gone + math.prod(site.shape))
+  return np.maximum(np.floor(units + 1e-6) - gone, 0).astype(np.int32)
+
+
 def _pruned(
   site: Site, packed: jax.Array, own: Mapping[str, jax.Array]
 ) -> jax.Array:
   """Returns int32[], how many units of one layer are frozen at zero."""
   is_pruned = unpack(packed, site.shape[-1]) & site.is_zero(own)
   return jnp.sum(is_pruned, dtype=jnp.int32)
+
+
+def _num_pruned(
+  sites: Sequence[Site],
+  packed: Mapping[str, jax.Array],
+  leaves: Mapping[str, jax.Array],
+) -> jax.Array:
+  """Returns int32[], how many units of all sites are frozen at zero."""
+  counts = (
+    site.per_layer(
+      functools.partial(_pruned, site), packed[site.name], site.pick(leaves)
+    )
+    for site in sites
+  )
+  return sum((jnp.sum(count) for count in counts), jnp.int32(0))
 
 
 def _count_bits(packed: Mapping[str, jax.Array]) -> jax.Array:
@@ -534,6 +677,15 @@ def _needs_evidence(score: Score, name: str, ndim: int) -> bool:
   if score.evidence != "statistics":
     return score.evidence is not None
   return ndim > 1 and name.rpartition("/")[2] != "bias"
+
+
+def _has_fpp(state: Any) -> bool:
+  """Returns whether a state of optimizers contains one of `fpp`."""
+
+  def is_state(x):
+    return isinstance(x, FPPState)
+
+  return any(map(is_state, jax.tree.leaves(state, is_leaf=is_state)))
 
 
 def _has_ranking(
@@ -595,6 +747,42 @@ def _check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:
       )
 
 
+def _warn_of_stacks(sites: Sequence[Site], leaves: Mapping[str, Any]) -> None:
+  """Warns of rules that rank the weights of several layers together."""
+  for site in sites:
+    shape = tuple(leaves[site.name].shape)
+    if site.layers is None and site.is_by_weight and len(shape) > 2:
+      axis = stacking_axis(site.name, leaves)
+      if axis is not None:
+        warnings.warn(
+          f"fpp: axis {axis} of {site.name!r} {shape} seems to stack "
+          f"{shape[axis]} layers, as nn.scan does. Its rule ranks all of them "
+          "together, so that one layer may lose all of its weights; "
+          f"Rule(..., layers={axis}) prunes each layer to the target",
+          stacklevel=3,
+        )
+
+
+def _check_masks(
+  state: FPPState, sites: Sequence[Site], leaves: Mapping[str, Any]
+) -> None:
+  """Raises ValueError if the mask bits of a state are not those of the sites."""
+  found = {name: jnp.shape(x) for name, x in state.mask_bits.items()}
+  for site in sites:
+
+    def start(own, site=site):
+      return pack(jnp.zeros(site.shape, bool))
+
+    own = site.pick(leaves)
+    like = jax.eval_shape(functools.partial(site.per_layer, start), own)
+    if found.get(site.name) != like.shape:
+      raise ValueError(
+        f"fpp_counts: the state was made for other parameters or rules: "
+        f"its mask of {site.name!r} has the shape {found.get(site.name)} "
+        f"instead of {like.shape}"
+      )
+
+
 def _check_state(
   state: FPPState, suspected: Mapping[str, Any], averages: Mapping[str, Any]
 ) -> None:
@@ -619,11 +807,12 @@ def _on_auto_axes(
   Args:
     function: Function of trees of arrays.
     args: Trees of arrays, perhaps on a mesh with explicit axes.
-    out: Tree of arrays with the structure and the shardings of the result.
+    out: Tree of arrays, or of shardings, with the structure and the shardings of
+      the result.
   """
 
   def sharding_of(x):
-    return jax.typeof(x).sharding
+    return x if isinstance(x, NamedSharding) else jax.typeof(x).sharding
 
   meshes = [sharding_of(x).mesh for x in jax.tree.leaves(args)]
   mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
@@ -631,6 +820,43 @@ def _on_auto_axes(
     return function(*args)
   placed = jax.tree.map(lambda x: NamedSharding(mesh, sharding_of(x).spec), out)
   return jax.sharding.auto_axes(function, out_sharding=placed)(*args)
+
+
+def _placed_like(
+  make: Callable[[Mapping[str, Any]], Any], leaves: Mapping[str, Any]
+) -> Any:
+  """Returns make(leaves), each array with the sharding of its parameter.
+
+  Args:
+    make: Function of `leaves`; the result is a tree of dicts with their names.
+    leaves: {path: parameter}. On a mesh with automatic axes, a parameter that is
+      traced does not show its sharding; then the compiler decides.
+  """
+
+  def sharding_of(x):
+    if not isinstance(x, Tracer):
+      return getattr(x, "sharding", None)
+    explicit = jax.typeof(x).sharding
+    is_explicit = AxisType.Explicit in explicit.mesh.axis_types
+    return explicit if is_explicit else None
+
+  def place(path, x):
+    w = leaves[path[-1].key]
+    sharding = sharding_of(w)
+    if not isinstance(sharding, NamedSharding):
+      return None
+    spec, mesh = sharding.spec, sharding.mesh
+    axes = (*spec, *(None,) * (w.ndim - len(spec)))
+    axes = axes_like(x.shape, w.shape, axes, mesh.shape)
+    axes = (*axes, *(None,) * (x.ndim - len(axes)))
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+  like = jax.eval_shape(make, leaves)
+  placed = jax.tree_util.tree_map_with_path(place, like)
+  if None in jax.tree.leaves(placed, is_leaf=lambda x: x is None):
+    return make(leaves)
+  make = jax.jit(make, out_shardings=placed)
+  return _on_auto_axes(make, (leaves,), out=placed)
 
 
 def _observe(

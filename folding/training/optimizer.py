@@ -253,6 +253,7 @@ def make_optimizer(
     tolerance=f.tolerance if rules else None,
     seed=config.seed,
     removed=removed,
+    warn=False,  # a run reads `fpp_counts`, and keeps its compiled programs
   )
 
 

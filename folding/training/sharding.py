@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from folding import paths
+from folding.compression.sites import axes_like
 from folding.config import MeshConfig
 from folding.errors import ConfigError
 from folding.models import params as params_lib
@@ -155,7 +156,9 @@ def _place(mesh: Mesh, tree: Any, placed: Mapping[str, _Placement]) -> Any:
     parts = name.split("/")
     owners = ("/".join(parts[start:]) for start in range(len(parts)))
     owner = next((placed[name] for name in owners if name in placed), None)
-    axes = _axes_like(leaf.shape, owner, mesh) if owner else ()
+    axes = ()
+    if owner:
+      axes = axes_like(leaf.shape, owner.shape, owner.axes, mesh.shape)
     # Name all axes: otherwise equal shardings would not compare as equal.
     axes = (*axes, *(None,) * (len(leaf.shape) - len(axes)))
     return NamedSharding(mesh, PartitionSpec(*axes))
@@ -240,22 +243,6 @@ def _default(mesh: Mesh, name: str, shape: tuple[int, ...]) -> _Placement:
   rank = {a: (a < len(shape) - 1 or whole_bytes, shape[a]) for a in free}
   axes[max(free, key=rank.__getitem__)] = "fsdp"
   return dataclasses.replace(placed, axes=tuple(axes))
-
-
-def _axes_like(shape: tuple[int, ...], owner: _Placement, mesh: Mesh) -> Axes:
-  """Returns the placement of an array that belongs to a parameter."""
-  if shape == owner.shape:
-    return owner.axes
-  if shape == owner.shape[:-1]:  # averages, one per input
-    return owner.axes[:-1]
-  size = owner.shape[-1] if owner.shape else 0
-  if shape[1:] == (*owner.shape[:-1], -(-size // 8)):  # bits, eight per byte
-    *axes, last = owner.axes
-    names = (last,) if isinstance(last, str) else last or ()
-    if size % (8 * math.prod(mesh.shape[name] for name in names)):
-      last = None
-    return (None, *axes, last)
-  return ()  # small, such as the bits of rows and neurons
 
 
 def whole(mesh: Mesh) -> NamedSharding:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -12,10 +12,9 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from folding import paths
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
-from folding.compression.sites import Rule, make_sites
+from folding.compression.sites import Rule
 from folding.config import Config, DistillConfig, dense_baseline, unshrunk
 from folding.errors import ConfigError
 from folding.models.transformer import (
@@ -56,7 +55,7 @@ class StepOptions:
     tx: From `make_optimizer`.
     task: What the model is trained for.
     rules: The rules of FPP.
-    removed: Pruned elements that have left the parameters.
+    removed: From `removed_units`.
     accumulate: Number of micro-batches, computed one after another to save
       memory. Apart from dropout, the update equals that of the whole batch up
       to rounding.
@@ -69,7 +68,7 @@ class StepOptions:
   tx: optax.GradientTransformationExtraArgs
   task: Task
   rules: Sequence[Rule] = ()
-  removed: int = 0
+  removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
   accumulate: int = 1
   mesh: Mesh | None = None
   teacher: Any = None
@@ -118,7 +117,7 @@ class Program:
       not divide.
     dense_params: Shapes of the parameters of the dense baseline.
     whole_size: Number of parameters before any shrink.
-    removed: Pruned elements that have left the parameters.
+    removed: From `removed_units`: pruned units that have left the parameters.
   """
 
   def __init__(
@@ -150,11 +149,9 @@ class Program:
     before = param_shapes(make(unshrunk(config), plain_size))
     self.rules = make_rules(config, before, self.dense_params)
     after = param_shapes(self.model)
-    removed = removed_units(self.rules, before, after)
+    self.removed = removed_units(self.rules, before, after)
     self.whole_size = _size(before)
-    selected = [_selected_size(self.rules, tree) for tree in (before, after)]
-    self.removed = selected[0] - selected[1]
-    self.tx = make_optimizer(config, self.rules, removed)
+    self.tx = make_optimizer(config, self.rules, self.removed)
     self.draw = functools.partial(
       init_state, self.model, self.tx, config.data.length
     )
@@ -228,13 +225,6 @@ class Program:
 
 def _size(params: Any) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
-
-
-def _selected_size(rules: Sequence[Rule], params: Any) -> int:
-  """Returns the number of elements of the parameters that rules select."""
-  leaves = paths.flatten(params)
-  names = [name for site in make_sites(rules, params) for name in site.members]
-  return sum(leaves[name].size for name in names)
 
 
 def train_step(

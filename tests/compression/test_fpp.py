@@ -231,11 +231,18 @@ def test_fpp_equals_a_loop_over_units(name):
     selected = {n for _, _, units in loop.sites for u in units for n, _ in u}
     num_frozen = sum(loop.frozen(n).sum() for n in selected)
     num_zero = sum(np.sum(loop.p[n] == 0) for n in selected)
+    wanted = sum(
+      math.floor(fractions.Fraction(str(rule.target)) * len(units))
+      * len(units[0])
+      for rule, _, units in loop.sites
+    )
     assert {k: int(v) for k, v in counts.items()} == {
       "selected": sum(params[n].size for n in selected),
       "frozen": num_frozen - num_zero,
       "zero": num_zero,
       "undone": 0,
+      "target": wanted,
+      "done": num_zero == wanted,
     }
   # The case is not trivial: frozen units were released, except if scores do not
   # change or updates zero immediately.
@@ -311,7 +318,29 @@ def test_fpp_counts_a_trainable_zero_as_trainable():
   rules = [Rule("w", 0.5)]
   tx = fpp(optax.sgd(0.1), rules, begin=5, end=9, every=1)
   counts = fpp_counts(rules, tx.init(params), params)
-  assert counts == {"selected": 4, "frozen": 0, "zero": 0, "undone": 0}
+  assert counts == {
+    "selected": 4,
+    "frozen": 0,
+    "zero": 0,
+    "undone": 0,
+    "target": 2,
+    "done": 0,
+  }
+
+
+def test_fpp_counts_of_micro_batches_that_end_early_are_not_done():
+  """`MultiSteps` calls `update` once in four steps: 10 of 21 times."""
+  params, rules = {"w": jnp.arange(1.0, 101.0)}, Rule("w", 0.7)
+  tx = optax.MultiSteps(
+    fpp(optax.sgd(0.0), rules, begin=0, end=20, every=5, score="magnitude"), 4
+  )
+  update, state = battery.jit(tx.update), tx.init(params)
+  for _ in range(40):
+    updates, state = update(params, state, params)
+    params = optax.apply_updates(params, updates)
+  counts = fpp_counts(rules, state.inner_opt_state, params)
+  assert (counts["target"], counts["done"]) == (70, 0)
+  assert counts["zero"] < 70
 
 
 @pytest.mark.parametrize("score", ["movement", "random"])
@@ -338,18 +367,24 @@ def test_fpp_counts_removed_units_towards_the_target():
   is_removed = np.zeros(20, bool)
   is_removed[np.argsort(np.abs(whole["a"]))[:3]] = True
 
+  rules = [Rule("a|b", 0.6)]
+
   def kept(params, removed):
     tx = fpp(
       optax.sgd(0.0),
-      [Rule("a|b", 0.6)],
+      rules,
       begin=0,
       end=0,
       every=1,
       score="magnitude",
       removed=removed,
     )
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    return optax.apply_updates(params, updates)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    counts = fpp_counts(rules, state, new, removed)
+    expected = {"selected": 29, "zero": 17, "target": 17, "done": 1}
+    assert {name: counts[name] for name in expected} == expected
+    return new
 
   before = kept(whole, {})
   after = kept({"a": whole["a"][~is_removed], "b": whole["b"]}, {"a": 3})

@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import jax
@@ -99,7 +100,7 @@ def test_masks_come_from_float32_parameters_of_a_bfloat16_model():
 
 def test_weight_decay_after_fpp_moves_frozen_elements():
   """Negative control of the test above."""
-  tx = fpp(_INNER["adamw"](), WEIGHTS, score="magnitude", **_SLOW)
+  tx = fpp(_INNER["adamw"](), WEIGHTS, score="magnitude", warn=False, **_SLOW)
   decay = optax.add_decayed_weights(-0.1)
   history, states = _history(tx, random_params(), outside=decay)
   stop = _units(states[7], "up", (8, 6))
@@ -298,6 +299,19 @@ def test_gradients_of_a_skipped_step_change_no_average(where):
   np.testing.assert_array_equal(params["w"], [0, 0, 1, 1])
 
 
+@contextlib.contextmanager
+def _warned(message):
+  """Asserts that callbacks give one warning; no message: none."""
+  if message is None:  # pytest makes warnings errors
+    yield
+    jax.effects_barrier()
+    return
+  with pytest.warns(UserWarning, match=message) as found:
+    yield
+    jax.effects_barrier()
+  assert len(found) == 1
+
+
 @pytest.mark.parametrize(
   ("score", "evidence"),
   [
@@ -312,7 +326,15 @@ def test_a_site_without_evidence_is_not_pruned(score, evidence):
   params = {"w": jnp.ones((4, 2)), "v": jnp.ones((4, 2))}
   rules = [Rule("w", 0.5, score=score), Rule("v", 0.5, score="magnitude")]
   tx, debug = (
-    fpp(optax.sgd(0.0), rules, begin=1, end=3, every=1, debug=debug)
+    fpp(
+      optax.sgd(0.0),
+      rules,
+      begin=1,
+      end=3,
+      every=1,
+      warn=not debug,
+      debug=debug,
+    )
     for debug in (False, True)
   )
   grads = {"w": jnp.full((4, 2), min(evidence, 0.0)), "v": jnp.zeros((4, 2))}
@@ -329,10 +351,12 @@ def test_a_site_without_evidence_is_not_pruned(score, evidence):
 
   update, checked = battery.jit(step), battery.jit(checkify.checkify(check))
   state = tx.init(params)
-  for _ in range(4):
-    error, _ = checked(params, state)
-    params, state = update(params, state)
+  with _warned("nothing is pruned in w,"):
+    for _ in range(4):
+      error, _ = checked(params, state)
+      params, state = update(params, state)
   assert fpp_counts(rules, state, params)["zero"] == 4
+  assert not fpp_counts(rules, state, params)["done"]
   assert (params["w"] == 1).all()
   with pytest.raises(ValueError, match="observed for 'w'"):
     error.throw()
@@ -348,6 +372,7 @@ def test_a_site_whose_gradients_end_keeps_its_masks():
     every=1,
     score="saliency",
     decay=0.0,  # the average is the last product
+    warn=False,
   )
   state, update, masks = tx.init(params), battery.jit(tx.update), []
   for scale in (1.0, 1.0, 1.0, 0.0, 0.0):
@@ -368,10 +393,12 @@ def test_a_site_whose_gradients_end_keeps_its_masks():
   ("after", "undone"),
   [
     (optax.scale(0.5), 6),  # 4 weights and 2 rows
+    (optax.scale_by_learning_rate(0.1), 6),
+    (optax.add_decayed_weights(0.1), 6),
     (optax.clip_by_global_norm(0.01), 6),
     (optax.identity(), 0),
   ],
-  ids=["scale", "clip", "nothing"],
+  ids=["scale", "rate", "decay", "clip", "nothing"],
 )
 def test_zeros_that_a_later_transform_undoes_are_counted(
   after, undone, patience
@@ -388,6 +415,7 @@ def test_zeros_that_a_later_transform_undoes_are_counted(
         every=1,
         patience=patience,
         score="magnitude",
+        warn=not debug,
         debug=debug,
       ),
       after,
@@ -404,15 +432,60 @@ def test_zeros_that_a_later_transform_undoes_are_counted(
 
   update, checked = battery.jit(step), battery.jit(checkify.checkify(check))
   state, messages = tx.init(params), []
-  for _ in range(5):
-    error, _ = checked(params, state)
-    messages.append(error.get())
-    params, state = update(params, state)
+  with _warned("fpp: pruned units are not zero any more" if undone else None):
+    for _ in range(5):
+      error, _ = checked(params, state)
+      messages.append(error.get())
+      params, state = update(params, state)
   counts = fpp_counts(rules, state[0], params)
   assert counts["undone"] == undone
   assert counts["zero"] == (0 if undone else 10)
   found = ["not zero any more" in (message or "") for message in messages]
   assert any(found) == bool(undone)
+
+
+def test_zeros_of_the_last_mask_update_that_are_undone_give_a_warning():
+  tx = optax.chain(
+    fpp(
+      optax.sgd(0.1), Rule("w", 0.5), begin=2, end=3, every=5, score="magnitude"
+    ),
+    optax.scale_by_learning_rate(0.1),
+  )
+  params = {"w": jnp.arange(1.0, 9.0)}
+  update, state = battery.jit(tx.update), tx.init(params)
+
+  def step(params, state):
+    updates, state = update(params, state, params)
+    return optax.apply_updates(params, updates), state
+
+  for _ in range(3):
+    params, state = step(params, state)
+  with _warned("not zero any more"):
+    params, state = step(params, state)
+
+
+def test_warnings_under_vmap_are_those_of_the_single_runs():
+  """`vmap` turns a `cond` into a select, which runs both branches."""
+  tx = fpp(
+    optax.sgd(0.1), Rule("w", 0.5), begin=0, end=2, every=1, score="saliency"
+  )
+
+  def run(params, scale):
+    state = tx.init(params)
+    for _ in range(4):
+      grads = jax.tree.map(lambda w: scale * w, params)
+      updates, state = tx.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  params = {"w": jnp.arange(1.0, 17.0).reshape(2, 8)}
+  runs = battery.jit(jax.vmap(run))
+  with _warned(None):
+    pruned = runs(params, jnp.ones(2))
+  np.testing.assert_array_equal(np.sum(pruned["w"] == 0, axis=1), [4, 4])
+  with _warned("nothing is pruned in w,"):
+    pruned = runs(params, jnp.array([1.0, 0.0]))
+  np.testing.assert_array_equal(np.sum(pruned["w"] == 0, axis=1), [4, 0])
 
 
 @pytest.mark.parametrize("bad", ["gradient", "statistic", "negative"])
@@ -444,24 +517,41 @@ def test_statistics_of_a_skipped_step_change_no_average(bad):
   np.testing.assert_array_equal(params["w"][:, 0] == 0, [1, 1, 0, 0])
 
 
-def test_fpp_passes_a_line_search_its_arguments():
+def test_fpp_passes_a_line_search_its_arguments_without_statistics():
   def loss(p):
-    return jnp.sum((p["w"] - jnp.arange(1.0, 5.0)) ** 2)
+    return jnp.sum((p["w"] - jnp.arange(1.0, 5.0)[:, None]) ** 2)
 
-  tx = fpp(
-    optax.lbfgs(), [Rule("w", 0.5)], begin=4, end=4, every=1, score="magnitude"
-  )
+  tx = fpp(optax.lbfgs(), Rule("w", 0.5), begin=4, end=4, every=1)
+  stats = {"w": jnp.array([1.0, 1.0, 1e-4, 1e-4])}
 
   @jax.jit
   def step(params, state):
     value, grad = jax.value_and_grad(loss)(params)
     updates, state = tx.update(
-      grad, state, params, value=value, grad=grad, value_fn=loss
+      grad, state, params, value=value, grad=grad, value_fn=loss, stats=stats
     )
     return optax.apply_updates(params, updates), state
 
-  params = {"w": jnp.array([0.1, 0.2, 0.3, 0.4])}
+  params = {"w": jnp.array([[0.1], [0.2], [0.3], [0.4]])}
   state = tx.init(params)
   for _ in range(8):
     params, state = step(params, state)
-  np.testing.assert_allclose(params["w"], [0, 0, 3, 4], atol=1e-5)
+  np.testing.assert_allclose(params["w"][:, 0], [1, 2, 0, 0], atol=1e-5)
+
+
+def test_fpp_takes_a_patience_beyond_its_mask_updates():
+  params = {"w": jnp.arange(1.0, 9.0)}
+  tx = fpp(
+    optax.sgd(0.0),
+    Rule("w", 0.5),
+    begin=0,
+    end=2,
+    every=1,
+    patience=100,
+    score="magnitude",
+  )
+  state = tx.init(params)
+  for step in range(3):  # not jitted, so the state is not traced
+    updates, state = tx.update(params, state, params)
+    params = optax.apply_updates(params, updates)
+    assert np.sum(params["w"] == 0) == (4 if step == 2 else 0)

@@ -1,5 +1,7 @@
 """FPP of stacked layers, as `nn.scan` makes them, against separate layers."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -134,6 +136,21 @@ def test_fpp_prunes_stacked_layers_as_separate_ones(case):
   counts = [fpp_counts(*x) for x in zip(rules, states, params, strict=True)]
   assert counts[0] == counts[1]
   assert counts[0]["zero"] > 0
+
+
+@pytest.mark.parametrize("layers", [None, 0])
+def test_a_rule_that_ranks_stacked_layers_together_gives_a_warning(layers):
+  """Without `layers`, one layer loses all of its weights."""
+  params = {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))}
+  params["kernel"] = params["kernel"].at[0].multiply(0.1)
+  rule = Rule("kernel", 0.5, layers=layers)
+  tx = fpp(optax.sgd(0.0), rule, begin=0, end=0, every=1, score="magnitude")
+  message = pytest.warns(UserWarning, match=r"stack 2 layers.*layers=0\)")
+  with contextlib.nullcontext() if layers == 0 else message:
+    state = tx.init(params)
+  updates, _ = battery.jit(tx.update)(params, state, params)
+  zeros = np.sum(updates["kernel"] == -params["kernel"], axis=(1, 2))
+  assert zeros.tolist() == ([8, 8] if layers == 0 else [16, 0])
 
 
 class Layer(nn.Module):
