@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -148,7 +148,7 @@ class Run(Program):
     if not self.rules:
       return {}
     if not int(state.step):  # no mask update yet
-      return {"selected": 1.0, "frozen": 0.0, "zero": 0.0, "undone": 0.0}
+      return {"selected": 1.0, "frozen": 0.0, "zero": 0.0, "done": 0.0}
     count = jax.jit(
       functools.partial(fpp_counts, self.rules, removed=self.removed),
       out_shardings=sharding.whole(self.mesh),
@@ -245,6 +245,7 @@ class Run(Program):
     seconds: float,
     speed: float | None,
     test: dict[str, Any] | None = None,
+    is_at_target: bool | None = None,
   ) -> None:
     """Counts the parameters and writes `result.json`.
 
@@ -255,6 +256,7 @@ class Run(Program):
       seconds: Training time so far.
       speed: Tokens per second.
       test: Metrics of the test split; None: the run is not finished.
+      is_at_target: Whether a finished run is as sparse as FPP should make it.
     """
     params = distributed.to_host(state.params)
     result = {
@@ -264,6 +266,7 @@ class Run(Program):
       "seconds": seconds,
       "tokens_per_second": speed,
       "test": test,
+      "is_at_target": is_at_target,
       **account(params, self.dense_params, GROUPS),
     }
     with distributed.together("another process failed to write"):
@@ -531,7 +534,10 @@ def _train(
       seconds=clock.seconds(),
       speed=log.speed(),
       test=test,
+      is_at_target=not run.rules or bool(log.counts["done"]),
     )
+    if run.rules and not log.counts["done"]:
+      writer.say(_missed(log.counts, config))
     writer.say(_line(t.steps, "test ", test))
   return run_dir.read_result(workdir)
 
@@ -559,6 +565,18 @@ def _notes(start: Start) -> list[str]:
   if start.step:
     notes.append(f"resumed at step {start.step} of {config.train.steps}")
   return notes
+
+
+def _missed(counts: Mapping[str, float], config: Config) -> str:
+  """Returns a line about a run that is less sparse than FPP should make it."""
+  zero, target = (counts[n] / counts["selected"] for n in ("zero", "target"))
+  reason = "a layer had no finite statistics or no gradients"
+  if config.fpp.tolerance is not None:
+    reason = f"fpp.tolerance={config.fpp.tolerance} kept the others"
+  return (
+    f"fpp: {zero:.2%} of the selected parameters are zero and not {target:.2%}: "
+    f"{reason}"
+  )
 
 
 def _rank(metrics: dict[str, Any], config: Config) -> float:

@@ -167,7 +167,7 @@ class StepLog:
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._tokens = 0
     self._since = time.monotonic()
-    self._counts = dict(counts)  # of the last mask update
+    self.counts = dict(counts)  # of the last mask update
     self._speeds = list(writer.speeds)
 
   def restart(self) -> None:
@@ -198,7 +198,7 @@ class StepLog:
     if not math.isfinite(values["loss"]):
       raise TrainingError(f"the loss is {values['loss']} at step {step}")
     if "zero" in values:
-      self._counts = values
+      self.counts = values
     elif step % self._config.train.log_every and step > 1:
       return
     speed = self._tokens / max(time.monotonic() - self._since, 1e-9)
@@ -212,11 +212,11 @@ class StepLog:
       "tokens_per_second": speed,
       "seconds": self._clock.seconds(),
     }
-    if self._counts:
-      selected = self._counts["selected"]
-      idle = self._counts["frozen"] + self._counts["zero"]
-      record["sparsity"] = self._counts["zero"] / selected
-      record["frozen"] = self._counts["frozen"] / selected
+    if self.counts:
+      selected = self.counts["selected"]
+      idle = self.counts["frozen"] + self.counts["zero"]
+      record["sparsity"] = self.counts["zero"] / selected
+      record["frozen"] = self.counts["frozen"] / selected
       record["trainable"] = int(self._size - idle)
     self._writer.write(record)
 

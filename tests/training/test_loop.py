@@ -67,7 +67,8 @@ def modified(workdir):
 
 
 def test_run_lowers_the_loss_and_prunes_to_the_target(tiny_run, tiny_state):
-  _, workdir, _ = tiny_run
+  _, workdir, result = tiny_run
+  assert result["is_at_target"]
   losses = [r["loss"] for r in records(workdir) if r["split"] == "train"]
   assert len(losses) == 10
   assert losses[-1] < losses[0] - 0.3
@@ -193,6 +194,16 @@ def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
   with checkpoints:
     state = checkpoints.restore(5, this.like)
   assert test["loss"] == this.evaluate(state.params, "test")["loss"]
+
+
+def test_run_that_misses_its_target_says_so(text_file, tmp_path, capsys):
+  config = tiny_config(text_file, eval_every=10)
+  fpp = config.fpp
+  fpp.begin, fpp.end, fpp.checks, fpp.score = 0.7, 0.8, 1, "random"
+  fpp.tolerance = 0.0
+  result = loop.run(config, str(tmp_path / "run"))
+  assert result["is_at_target"] is False
+  assert "zero and not 69.96%: fpp.tolerance" in capsys.readouterr().out
 
 
 def test_compacted_keeps_the_arrays_of_single_weights(tiny_run):
