@@ -32,7 +32,8 @@ class Labels:
     measure: (float[rows, C] logits, labels as `labels.to_array` returns them) ->
       {metric: value}.
     answer: (float[C] outputs of a text, names of the outputs) -> predicted label.
-    problem_type: Name of the task in a config.json of transformers.
+    problem_type: Name of the task in a config.json of transformers. Of several rows
+      with one name, a checkpoint of that name is read as the first.
   """
 
   kind: Literal["class", "classes", "score"]

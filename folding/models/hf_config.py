@@ -796,8 +796,12 @@ def _read_labels(values: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 
 def _problems() -> dict[str, str]:
-  """Returns {problem_type of config.json: name of the task}."""
-  return {t.labels.problem_type: t.name for t in TASKS.values() if t.labels}
+  """Returns {problem_type of config.json: name of the first task with it}."""
+  found: dict[str, str] = {}
+  for task in TASKS.values():
+    if task.labels:
+      found.setdefault(task.labels.problem_type, task.name)
+  return found
 
 
 def to_hf(described: Description) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import math
-import typing
 
 import chex
 import jax
@@ -13,6 +12,7 @@ import pytest
 from folding import config as c
 from folding import paths
 from folding.compression.sites import Rule, make_sites, unpack
+from folding.tasks import TASKS
 from folding.training import optimizer
 from tests.training import tiny
 
@@ -362,7 +362,7 @@ def test_extreme_share_leaves_a_target_below_1(overall, share, emptied):
   assert 0.999999 < found[emptied][0] < 1
 
 
-@pytest.mark.parametrize("task", typing.get_args(c.Task))
+@pytest.mark.parametrize("task", TASKS)
 def test_share_of_embeddings_depends_on_the_task(task):
   share = c.resolve(c.Config(task=task)).fpp.embedding_share
   assert share == (0.2 if task == "lm" else 1.0)

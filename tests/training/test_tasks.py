@@ -18,6 +18,7 @@ from folding import config as config_lib
 from folding.data import sources
 from folding.data.batches import make_data
 from folding.errors import ConfigError
+from folding.models import hf_config
 from folding.reporting import report
 from folding.serving import predict
 from folding.training import compress, loop, run_dir, step
@@ -26,6 +27,7 @@ from folding.training.dense_start import dense_start
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
 from folding.typed import edited
+from tests.models import checkpoints
 from tests.training.conftest import recovery_config, tiny_config
 
 WORDS = np.array("a b c d e f".split())
@@ -289,6 +291,15 @@ def test_row_of_a_new_task_is_trained_and_predicts(
   (tmp_path / "text.txt").write_text(texts[0])
   assert cli.main(["predict", small, str(tmp_path / "text.txt")]) == 0
   assert capsys.readouterr().out == f"count\n{rates[0]:.6f}\n"
+
+
+def test_row_with_the_problem_type_of_another_leaves_it_its_checkpoints(
+  monkeypatch,
+):
+  monkeypatch.setitem(tasks.TASKS, "count", COUNT)
+  values = hf_config.to_hf(checkpoints.description("bert", "classify"))
+  values |= {"problem_type": "regression", "id2label": {"0": "x"}}
+  assert hf_config.describe(values).task == "regress"
 
 
 def test_row_of_a_new_task_reads_its_labels(tmp_path, monkeypatch):
