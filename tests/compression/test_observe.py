@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -208,8 +210,9 @@ _MODELS = {
 @pytest.mark.parametrize("name", _MODELS)
 def test_observe_sees_every_kernel_and_embedding_of_ours(name):
   model_config, fold = _MODELS[name]
-  model_config.num_layers, model_config.width = 2, 16
-  model_config.num_heads = 4
+  model_config = dataclasses.replace(
+    model_config, num_layers=2, width=16, num_heads=4
+  )
   config = resolve(Config(model=model_config, fold=fold))
   model = make_model(config, vocab_size=11)
   tokens = jnp.arange(12).reshape(2, 6) % 11

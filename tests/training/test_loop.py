@@ -197,10 +197,16 @@ def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
 
 
 def test_run_that_misses_its_target_says_so(text_file, tmp_path, capsys):
-  config = tiny_config(text_file, eval_every=10)
-  fpp = config.fpp
-  fpp.begin, fpp.end, fpp.checks, fpp.score = 0.7, 0.8, 1, "random"
-  fpp.tolerance = 0.0
+  config = edited(
+    tiny_config(text_file, eval_every=10),
+    {
+      "fpp.begin": 0.7,
+      "fpp.end": 0.8,
+      "fpp.checks": 1,
+      "fpp.score": "random",
+      "fpp.tolerance": 0.0,
+    },
+  )
   result = loop.run(config, str(tmp_path / "run"))
   assert result["is_at_target"] is False
   assert "zero and not 69.96%: fpp.tolerance" in capsys.readouterr().out
