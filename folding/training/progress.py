@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import rich.console
@@ -20,6 +20,37 @@ from folding.config import Config
 from folding.errors import ConfigError, TrainingError, reason
 from folding.training import run_dir
 from folding.training.optimizer import current_rate
+
+_Item = TypeVar("_Item")
+_LOG_SECONDS = 10  # between lines of `track` in a log
+
+
+def track(items: Sequence[_Item], doing: str) -> Iterator[_Item]:
+  """Yields items, and shows on stderr how many are done and the time left.
+
+  A terminal shows a bar, and a log a line every ten seconds.
+
+  Args:
+    items: Units of about equal work.
+    doing: Description, such as "folding layers".
+  """
+  console = rich.console.Console(stderr=True, highlight=False)
+  if console.is_terminal:
+    yield from rich.progress.track(
+      items, description=doing, console=console, transient=True
+    )
+    return
+  start = last = time.monotonic()
+  for count, item in enumerate(items):
+    now = time.monotonic()
+    if count and now - last > _LOG_SECONDS:
+      left = (now - start) / count * (len(items) - count)
+      console.print(
+        f"{doing}: {count} of {len(items)}, about {left:.0f} s left",
+        soft_wrap=True,
+      )
+      last = now
+    yield item
 
 
 class MetricsWriter:

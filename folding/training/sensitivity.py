@@ -5,23 +5,35 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
 from folding.config import Config
+from folding.models import blocks
 from folding.models.transformer import model_for
 from folding.tasks import task_of
-from folding.training.stream import Batch, masks_of, second_moment, total
-from folding.typed import edited
+from folding.training.progress import track
+from folding.training.stream import (
+  Batch,
+  capture,
+  changed_outputs,
+  make_block,
+  masks_of,
+  second_moment,
+  some_batches,
+  total,
+)
 
 Sensitivities = Mapping[str, np.ndarray]  # see `sensitivities`
 
 # Fraction of the mean eigenvalue of F that is added in all directions, as the first
 # order misses some. MiniLM at 70% is equally accurate with 0.01, 0.1 and 1.
 _REST = 0.1
+_LOGITS = 2**24  # most next-token logits that exist at a time: 64 MiB
+# Tokens of a language model to draw from; each token is a sample of its own.
+_TOKENS = 8192
 MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `stream.OUTPUTS`
 
 
@@ -45,22 +57,16 @@ def sensitivities(
   Returns:
     {path of W_O, W_down or the embedding of tokens: float64[D, D]}.
   """
-  # Errors are added by the path of a layer.
-  dense = edited(
-    config_lib.dense_baseline(config), {"model.scan_layers": False}
-  )
+  dense = config_lib.dense_baseline(config)
   if "head" not in params and not task_of(config).predicts_tokens:
     dense = dataclasses.replace(dense, task="embed")
   model = model_for(dense, params)
-  part = functools.partial(_sensitivity_sums, model, jax.device_put(params))
+  if task_of(config).predicts_tokens:
+    batches = some_batches(batches, _TOKENS)
+  part = functools.partial(_batch_sums, dense, model, params)
+  keys = [jax.random.key(number) for number in range(len(batches))]
+  sums = total(part, track(batches, "measuring sensitivities"), keys)
   masks = masks_of(batches)
-  sums = total(
-    part,
-    [batch["tokens"] for batch in batches],
-    masks,
-    [batch.get("segments") for batch in batches],
-    [jax.random.key(number) for number in range(len(batches))],
-  )
   num_tokens = sum(int(mask.sum()) for mask in masks)
 
   def mean(sum_DD):
@@ -70,27 +76,91 @@ def sensitivities(
   return jax.tree.map(mean, sums)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sensitivity_sums(model, params, tokens, mask, segments, key):
-  def output(errors):
-    def add(next_fun, args, kwargs, context):
-      out, name = next_fun(*args, **kwargs), "/".join(context.module.path)
-      is_call = context.method_name == "__call__"
-      return out + errors[name] if is_call and name in errors else out
+def _batch_sums(config, model, params, batch, key) -> dict[str, jax.Array]:
+  """Returns sums of J' J over the tokens of a batch.
 
-    with nn.intercept_methods(add):
-      out = model.apply({"params": params}, tokens, mask, True, segments)
+  Only the input of each layer is stored. The backward pass computes the values
+  inside a layer again.
+  """
+  tokens, segments = batch["tokens"], batch.get("segments")
+  [mask] = masks_of([batch])
+  stem = {name: w for name, w in params.items() if "embed" in name}
+  x = [_embed(model, stem, tokens, segments)]
+  layers = [make_block(config, n) for n in range(config.model.num_layers)]
+  for n, layer in enumerate(layers):
+    seen = capture(layer, params[f"blocks_{n}"], x[-1], mask, outputs=("out",))
+    x.append(seen["out"])
+  top = model.read_out_params(params)
+  grad, sums = _output_gradient(model, top, x.pop(), mask, key), {}
+  for n, layer in reversed(list(enumerate(layers))):
+    grad, found = _layer_sums(layer, params[f"blocks_{n}"], x.pop(), mask, grad)
+    sums |= {f"blocks_{n}/{path}": found[m] for m, path in MODULES.items()}
+  sums["embed"] = _embed_sums(model, stem, tokens, segments, mask, grad)
+  return sums
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model, params, tokens, segments):
+  return model.apply(
+    {"params": params}, tokens, segments_BL=segments, method="embed_tokens"
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _output_gradient(model, params, x_BLD, mask_BL, key):
+  """Returns the gradient of the sampled output by the output of the layers."""
+
+  def output(x_BLD, mask_BL, key):
+    out = model.apply({"params": params}, x_BLD, mask_BL, method="read_out")
     if model.num_classes or model.embeds:
       return jnp.sum(out * jax.random.rademacher(key, out.shape, out.dtype))
     drawn = jax.lax.stop_gradient(jax.random.categorical(key, out))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(out), drawn[..., None], -1)
-    return jnp.sum(chosen[..., 0] * mask)
+    return jnp.sum(chosen[..., 0] * mask_BL)
 
-  zero = jnp.zeros((*tokens.shape, model.config.width), jnp.float32)
-  layers = range(model.config.num_layers)
-  modules = [f"blocks_{n}/{m}" for n in layers for m in MODULES.values()]
-  width = params["embed"]["embedding"].shape[1]
-  zeros = {"embed": zero[..., :width], **dict.fromkeys(modules, zero)}
-  grads = jax.grad(output)(zeros)
-  weight = mask.astype(jnp.float32)[..., None]
-  return jax.tree.map(lambda g: second_moment(g * weight, g), grads)
+  if model.num_classes or model.embeds:
+    return jax.grad(output)(x_BLD, mask_BL, key)
+  # The logits of one block of positions exist at a time.
+  B, L, _ = x_BLD.shape
+  count = min(L, -(-B * L * model.vocab_size // _LOGITS))
+  parts = (*blocks.cut((x_BLD, mask_BL), count), jax.random.split(key, count))
+  grad_NBLD = jax.lax.map(lambda part: jax.grad(output)(*part), parts)
+  return jnp.moveaxis(grad_NBLD, 0, 1).reshape(B, -1, x_BLD.shape[2])[:, :L]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer_sums(block, params, x, mask, grad):
+  """Returns the gradient by the input of a layer, and sums of J' J inside."""
+
+  def run(x, errors):
+    def add(out, name):
+      return out + errors[name] if name in errors else out
+
+    with changed_outputs(add):
+      return block.apply({"params": params}, x, mask, True)
+
+  errors = dict.fromkeys(MODULES, jnp.zeros(x.shape, jnp.float32))
+  _, pull = jax.vjp(run, x, errors)
+  grad, grads = pull(grad)
+  return grad, jax.tree.map(functools.partial(_weighted_moment, mask), grads)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_sums(model, params, tokens, segments, mask, grad):
+  """Returns sums of J' J for the embedding of tokens."""
+
+  def run(error):
+    with changed_outputs(
+      lambda out, name: out + error if name == "embed" else out
+    ):
+      return model.apply(
+        {"params": params}, tokens, segments_BL=segments, method="embed_tokens"
+      )
+
+  width = model.config.embed_width or model.config.width
+  _, pull = jax.vjp(run, jnp.zeros((*tokens.shape, width), grad.dtype))
+  return _weighted_moment(mask, *pull(grad))
+
+
+def _weighted_moment(mask_BL, g_BLD):
+  return second_moment(g_BLD * mask_BL[..., None], g_BLD)

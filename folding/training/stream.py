@@ -1,5 +1,6 @@
 """Streams calibration text through the layers of a model, and measures it."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,14 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 
 from folding.compression.lowrank import Moments
 from folding.config import Config, dense_baseline, layers_of
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.models.transformer import Block, Transformer
+from folding.training.progress import track
 
 # "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]
 Batch = Mapping[str, Any]
@@ -101,11 +101,30 @@ def make_block(config: Config, n: int) -> Block:
   return Block(config.model, layers_of(config.model, config.fold)[n])
 
 
+@contextlib.contextmanager
+def changed_outputs(change: Callable[[Any, str], Any]) -> Iterator[None]:
+  """Replaces the output of each module that is called by change(output, name)."""
+
+  def call(next_fun, args, kwargs, context):
+    out = next_fun(*args, **kwargs)
+    is_call = context.method_name == "__call__"
+    return change(out, context.module.name) if is_call else out
+
+  with nn.intercept_methods(call):
+    yield
+
+
 @functools.partial(jax.jit, static_argnames=("block", "names", "outputs"))
 def capture(
-  block: Block, params, x, mask, names=(), outputs=()
-) -> dict[str, Any]:
-  """Returns inputs and outputs of modules of a block, and its output as "out".
+  block: Block,
+  params: Params,
+  x: jax.Array,
+  mask: jax.Array,
+  names: tuple[str, ...] = (),
+  outputs: tuple[str, ...] = (),
+  given: Mapping[str, jax.Array] | None = None,
+) -> dict[str, jax.Array]:
+  """Returns inputs and outputs of modules of a block.
 
   Args:
     block: The layer.
@@ -113,21 +132,25 @@ def capture(
     x: float[B, L, D], its input.
     mask: bool[B, L], False at padding.
     names: Modules whose input is returned.
-    outputs: Modules whose output is returned.
+    outputs: Modules whose output is returned; "out" is that of the block.
+    given: Outputs of modules that are not computed again, such as "attn".
   """
-  seen = {}
+  seen, given = {}, given or {}
 
   def watch(next_fun, args, kwargs, context):
-    out, name = next_fun(*args, **kwargs), context.module.name
-    if context.method_name == "__call__" and name in names:
+    name = context.module.name
+    if context.method_name != "__call__":
+      return next_fun(*args, **kwargs)
+    if name in names:
       seen[name] = args[0]
-    elif context.method_name == "__call__" and name in outputs:
+    out = given[name] if name in given else next_fun(*args, **kwargs)
+    if name in outputs:
       seen[name] = out
     return out
 
   with nn.intercept_methods(watch):
     out = block.apply({"params": params}, x, mask, True)
-  return {**seen, "out": out}
+  return {**seen, "out": out} if "out" in outputs else seen
 
 
 def capture_all(
@@ -144,13 +167,19 @@ def capture_all(
   ]
 
 
+def some_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
+  """Returns every n-th batch, so that about a number of tokens is left."""
+  total = sum(np.size(batch["tokens"]) for batch in batches)
+  return batches[:: max(1, total // tokens)]
+
+
 def dense_layers(
   config: Config, params: Params, batches: Sequence[Batch], doing: str
 ) -> Iterator[tuple[int, Block, Stream, list[dict[str, Any]]]]:
   """Yields the layers of the dense baseline: number, block, input, values inside.
 
-  The values are `capture_all` with `STREAMS` and `OUTPUTS`. A terminal shows a
-  progress bar.
+  The values are `capture_all` with `STREAMS`, `OUTPUTS` and "out". Progress is
+  shown, see `track`.
 
   Args:
     config: Resolved.
@@ -161,24 +190,18 @@ def dense_layers(
   Raises:
     ConfigError: there is too little text.
   """
-  dense, console = dense_baseline(config), rich.console.Console()
+  dense = dense_baseline(config)
   stream = embed_batches(dense, params, batches)
-  for n in rich.progress.track(
-    range(config.model.num_layers),
-    description=f"{doing} layers",
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  ):
+  for n in track(range(config.model.num_layers), f"{doing} layers"):
     block, layer = make_block(dense, n), params[f"blocks_{n}"]
-    seen = capture_all(block, layer, stream, STREAMS, outputs=OUTPUTS)
+    seen = capture_all(block, layer, stream, STREAMS, outputs=(*OUTPUTS, "out"))
     yield n, block, stream, seen
     stream = Stream([one["out"] for one in seen], stream.masks)
 
 
 def advance(block: Block, params: Params, stream: Stream) -> Stream:
   """Returns the stream after a layer."""
-  seen = capture_all(block, params, stream)
+  seen = capture_all(block, params, stream, outputs=("out",))
   return Stream([one["out"] for one in seen], stream.masks)
 
 

@@ -239,7 +239,9 @@ def test_fold_layer_fits_w_o_beside_folded_values_to_its_own_input(
   )
   kernels = []
   for other in (stream, dense_stream):
-    target = stream_lib.capture_all(block, old, other, stream_lib.STREAMS)
+    target = stream_lib.capture_all(
+      block, old, other, stream_lib.STREAMS, outputs=("out",)
+    )
     new, _ = fold_layer(folded, block, old, stream, target=target)
     kernels.append(new["attn"]["o"]["kernel"])
   # A dense W_O is fitted to the dense stream, to correct the layers below.
@@ -298,6 +300,7 @@ def _streams(config, params, batches):
       params["blocks_0"],
       *at,
       names=("norm_mlp",),
+      outputs=("out",),
     )
     keep = np.asarray(at[1])
     rows = (at[0], seen["norm_mlp"], seen["out"])
