@@ -131,14 +131,80 @@ def fold_embedding(
   }
 
 
-def fold_heads(
+class LogitTerms(NamedTuple):
+  """The logits of dense heads as a sum over K channels, of which some can stay.
+
+  Attributes:
+    q_EHK: Queries.
+    k_EJK: Keys. The logits are the products over channels of both.
+    variance_JK: Variance of the logits of each channel, over the heads that share
+      its key. Rotary channels stay in pairs, and both have half of that of the pair.
+    width: D; rows of the projections from D on are the bias.
+    frequencies: [K/2], radians per token; None without rotary positions.
+  """
+
+  q_EHK: np.ndarray
+  k_EJK: np.ndarray
+  variance_JK: np.ndarray
+  width: int
+  frequencies: np.ndarray | None = None
+
+  def channels(self, groups: int) -> np.ndarray:
+    """Returns [J, G], the channels of largest variance, in order.
+
+    Raises:
+      ValueError: G is 0 or above K, or odd with rotary positions.
+    """
+    J, K = self.variance_JK.shape
+    if not 0 < groups <= K:
+      raise ValueError(f"G must be 1 to {K}, the head size; it is {groups}")
+    if self.frequencies is None:
+      return np.tile(np.arange(groups), (J, 1))  # they are sorted
+    if groups % 2:
+      raise ValueError(
+        f"rotary channels come in pairs, so G must be even; it is {groups}"
+      )
+    best = np.argsort(-self.variance_JK[:, : K // 2], axis=1, kind="stable")
+    # Keep the order of the dense head: all pairs give that head again.
+    pairs = np.sort(best[:, : groups // 2], axis=1)
+    return np.concatenate([pairs, pairs + K // 2], axis=1)
+
+  def fold(self, groups: int) -> FoldedHeads:
+    """Returns the projections to the G channels of largest variance.
+
+    Raises:
+      ValueError: as in `channels`.
+    """
+    chosen_JG = self.channels(groups)
+    J, K = self.variance_JK.shape
+    scale = (groups / K) ** 0.5
+
+    def cut(w_EHK):
+      per_head = np.repeat(chosen_JG, w_EHK.shape[1] // J, axis=0)
+      return _split(
+        scale * np.take_along_axis(w_EHK, per_head[None], axis=2), self.width
+      )
+
+    kept = np.take_along_axis(self.variance_JK, chosen_JG, axis=1).sum()
+    frequency = None
+    if self.frequencies is not None:
+      pairs = chosen_JG[:, : groups // 2]
+      frequency = self.frequencies[pairs].astype(np.float32)
+    return FoldedHeads(
+      cut(self.q_EHK),
+      cut(self.k_EJK),
+      _share(kept, self.variance_JK.sum()),
+      frequency,
+    )
+
+
+def head_terms(
   q: Projection,
   k: Projection,
   query_moment: np.ndarray,
   key_moment: np.ndarray,
-  groups: int,
-) -> FoldedHeads:
-  """Returns the projections of rank G with the nearest logits (output axis).
+) -> LogitTerms:
+  """Returns terms of which the first G are the nearest logits of rank G.
 
   The logits of a head are x_i' M x_j with M = W_Q W_K', biases included. Let
   C = E[x x'] = L L' over queries, and C~ = L~ L~' over keys. For independent i
@@ -155,51 +221,42 @@ def fold_heads(
     query_moment: [E, E], E[x x'] over query tokens.
     key_moment: [E, E], over key tokens. With biases, the last row and column of
       a covariance are 0.
-    groups: G, at most K.
-
-  Raises:
-    ValueError: G is 0 or above K.
   """
   a_EHK, b_EJK = _augmented(q), _augmented(k)
-  E, H, K = a_EHK.shape
-  J = b_EJK.shape[1]
+  (E, H, K), J = a_EHK.shape, b_EJK.shape[1]
   R = H // J
-  _require_groups(groups, K)
   root_q, unroot_q = _root(query_moment)
   root_k, unroot_k = _root(key_moment)
-  new_q, new_k = np.zeros((E, H, groups)), np.zeros((E, J, groups))
-  kept = total = 0.0
+  new_q, new_k = np.zeros((E, H, K)), np.zeros((E, J, K))
+  variance_JK = np.zeros((J, K))
   for j in range(J):
     of_j = slice(j * R, (j + 1) * R)
     left = np.concatenate([root_q.T @ a_EHK[:, j * R + r] for r in range(R)])
     u, s, v = _svd_of_product(left, root_k.T @ b_EJK[:, j])
-    kept, total = kept + np.sum(s[:groups] ** 2), total + np.sum(s**2)
+    n = len(s)  # below K if there are fewer input channels
+    variance_JK[j, :n] = s**2
     # Each side takes the root of a singular value.
-    scale = (groups / K) ** 0.5 * np.sqrt(s[:groups])
-    G = len(scale)  # fewer than groups if there are fewer input channels
-    u_REG = (u[:, :G] * scale).reshape(R, E, G)
-    new_q[:, of_j, :G] = (unroot_q @ u_REG).transpose(1, 0, 2)
-    new_k[:, j, :G] = unroot_k @ (v[:, :G] * scale)
-  D = len(q["kernel"])
-  return FoldedHeads(_split(new_q, D), _split(new_k, D), _share(kept, total))
+    u_REn = (u[:, :n] * np.sqrt(s)).reshape(R, E, n)
+    new_q[:, of_j, :n] = (unroot_q @ u_REn).transpose(1, 0, 2)
+    new_k[:, j, :n] = unroot_k @ (v[:, :n] * np.sqrt(s))
+  return LogitTerms(new_q, new_k, variance_JK, len(q["kernel"]))
 
 
-def fold_rotary_heads(
+def rotary_terms(
   q: Projection,
   k: Projection,
   query_moment: np.ndarray,
   key_moment: np.ndarray,
-  groups: int,
   frequencies: np.ndarray,
-) -> FoldedHeads:
-  """Returns the G channels per head that carry the logits under RoPE best.
+) -> LogitTerms:
+  """Returns the channels of heads under RoPE, which carry the logits by pairs.
 
   Let q_f and k_f be complex numbers, one per pair of channels that rotates by
   theta_f. The logits are sum_f Re(q_f conj(k_f) e^(i theta_f (i - j))). As
   functions of the distance, these terms are nearly orthogonal for different
-  theta_f. So the number of pairs matters, not the rank of W_Q W_K'. G/2 pairs are
-  kept; the error is the sum of the variances E|q_f|^2 E|k_f|^2 / 2 of the others.
-  Channels that do not rotate are first replaced by the terms of `fold_heads`, two
+  theta_f. So the number of pairs matters, not the rank of W_Q W_K'. The error of
+  G/2 pairs is the sum of the variances E|q_f|^2 E|k_f|^2 / 2 of the others.
+  Channels that do not rotate are first replaced by the terms of `head_terms`, two
   per pair.
 
   Args:
@@ -207,59 +264,32 @@ def fold_rotary_heads(
     k: Dense, J heads; J divides H.
     query_moment: [E, E], E[x x'] over query tokens.
     key_moment: [E, E], over key tokens.
-    groups: G, an even number up to K.
     frequencies: [K/2], radians per token; channel i is paired with i + K/2.
-
-  Raises:
-    ValueError: G is odd, 0 or above K.
   """
   a_EHK, b_EJK = _augmented(q), _augmented(k)
-  E, H, K = a_EHK.shape
-  J = b_EJK.shape[1]
-  R = H // J
-  _require_groups(groups, K)
-  if groups % 2:
-    raise ValueError(
-      f"rotary channels come in pairs, so G must be even; it is {groups}"
-    )
-  half, pairs = K // 2, groups // 2
+  J, K = b_EJK.shape[1:]
   still = np.flatnonzero(np.tile(np.asarray(frequencies) == 0, 2))
   if still.size:
-    terms = fold_heads(
+    terms = head_terms(
       {"kernel": a_EHK[..., still]},
       {"kernel": b_EJK[..., still]},
       query_moment,
       key_moment,
-      still.size,
     )
     # Terms 0 and 1, the largest, are the first pair.
     order = np.arange(still.size).reshape(-1, 2).T.reshape(-1)
-    a_EHK[..., still] = terms.q["kernel"][..., order]
-    b_EJK[..., still] = terms.k["kernel"][..., order]
-  root_q, root_k = _root(query_moment)[0], _root(key_moment)[0]
-  new_q, new_k = np.zeros((E, H, groups)), np.zeros((E, J, groups))
-  new_frequency = np.zeros((J, pairs))
-  kept = total = 0.0
-  for j in range(J):
-    of_j = slice(j * R, (j + 1) * R)
-    left_rEK = [root_q.T @ a_EHK[:, j * R + r] for r in range(R)]
-    energy_q = np.square(left_rEK).sum((0, 1))
-    energy_k = np.square(root_k.T @ b_EJK[:, j]).sum(0)
-    by_pair = (energy_q[:half] + energy_q[half:]) / 2
-    by_pair = by_pair * (energy_k[:half] + energy_k[half:])
-    # Keep the order of the dense head: all pairs give that head again.
-    chosen = np.sort(np.argsort(-by_pair, kind="stable")[:pairs])
-    kept, total = kept + by_pair[chosen].sum(), total + by_pair.sum()
-    new_frequency[j] = frequencies[chosen]
-    both = np.concatenate([chosen, chosen + half])
-    new_q[:, of_j] = a_EHK[:, of_j][:, :, both]
-    new_k[:, j] = b_EJK[:, j][:, both]
-  scale, D = (groups / K) ** 0.5, len(q["kernel"])
-  return FoldedHeads(
-    _split(new_q * scale, D),
-    _split(new_k * scale, D),
-    _share(kept, total),
-    new_frequency.astype(np.float32),
+    a_EHK[..., still] = terms.q_EHK[..., order]
+    b_EJK[..., still] = terms.k_EJK[..., order]
+
+  def energies(w_EHK, moment):
+    """Returns [J, K], the energy of each pair, at both of its channels."""
+    projected = np.tensordot(_root(moment)[0].T, w_EHK, axes=1)
+    each_JK = np.square(projected).sum(0).reshape(J, -1, K).sum(1)
+    return each_JK + np.roll(each_JK, K // 2, axis=1)
+
+  variance_JK = energies(a_EHK, query_moment) * energies(b_EJK, key_moment) / 4
+  return LogitTerms(
+    a_EHK, b_EJK, variance_JK, len(q["kernel"]), np.asarray(frequencies)
   )
 
 
@@ -271,11 +301,13 @@ class FoldedValues(NamedTuple):
     o: "kernel" [H, r, D] and maybe "bias" [D].
     wrong: [HK, D]; c @ wrong is the error of the output of attention for an input
       c of the dense W_O, apart from a constant.
+    mix: [HK, Hr]; the input of the new W_O is c @ mix.
   """
 
   v: dict[str, np.ndarray]
   o: dict[str, np.ndarray]
   wrong: np.ndarray
+  mix: np.ndarray
 
 
 def fold_values(
@@ -329,7 +361,7 @@ def fold_values(
     new_v = np.einsum("EJK,JKr->EJr", a_EJK, t_JKr)
     mix = np.asarray(scipy.linalg.block_diag(*np.repeat(t_JKr, R, axis=0)))
     new_o, wrong = _fit_output(o, moments, mix, rank)
-    yield FoldedValues(_split(new_v, len(v["kernel"])), new_o, wrong)
+    yield FoldedValues(_split(new_v, len(v["kernel"])), new_o, wrong, mix)
 
 
 def fit_heads(
@@ -519,8 +551,3 @@ def _svd_of_product(a: np.ndarray, b: np.ndarray):
 def _share(kept: float, total: float) -> float:
   """Returns kept / total, 1 if the total is 0."""
   return float(kept / total) if total else 1.0
-
-
-def _require_groups(groups: int, K: int) -> None:
-  if not 0 < groups <= K:
-    raise ValueError(f"G must be 1 to {K}, the head size; it is {groups}")

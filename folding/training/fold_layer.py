@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 from folding.compression import lowrank
 from folding.compression.lowrank import Moments
@@ -17,17 +18,45 @@ from folding.models.attention import layer_frequencies
 from folding.models.transformer import Block
 from folding.training.fit_attention import fit_attention
 from folding.training.stream import (
-  OUTPUTS,
-  STREAMS,
+  Gram,
   Params,
+  Reading,
   Stream,
   capture,
   capture_all,
-  halves,
-  input_moments,
+  half_totals,
+  reading,
   second_moment,
   total,
 )
+
+
+class Folded(NamedTuple):
+  """A folded layer.
+
+  Attributes:
+    params: Its parameters.
+    report: Its row of the report.
+    stream: Its output on calibration text.
+  """
+
+  params: dict[str, Any]
+  report: dict[str, Any]
+  stream: Stream
+
+
+class Prune(NamedTuple):
+  """How a layer is pruned while it is folded.
+
+  Attributes:
+    attention: (parameters, the stream that the layer reads) -> parameters with
+      zeros in attention; None: attention is not pruned.
+    neurons: (parameters, moments of the input of W_down) -> parameters with
+      neurons of zeros.
+  """
+
+  attention: Callable[[dict[str, Any], Stream], dict[str, Any]] | None
+  neurons: Callable[[dict[str, Any], Moments], dict[str, Any]]
 
 
 def fold_layer(
@@ -38,98 +67,171 @@ def fold_layer(
   *,
   target: Sequence[Mapping[str, jax.Array]],
   fit_steps: int = 0,
-  prune: Callable[[dict[str, Any], Stream], dict[str, Any]] | None = None,
+  prune: Prune | None = None,
   sensitivity_DD: np.ndarray | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the parameters of a folded layer, and its row of the report.
+) -> Folded:
+  """Returns a folded layer.
+
+  Each of its matrices is applied to the text once: what W_O and W_down read is
+  kept while the layer is folded.
 
   Args:
     block: The folded layer.
     dense: The dense layer.
     old: Its parameters.
     stream: Input of the folded layer.
-    target: `capture_all` of the dense layer on the dense stream, with `STREAMS` and
-      `OUTPUTS`.
+    target: `target_of` the dense layer on the dense stream.
     fit_steps: As for `fit_attention`.
-    prune: As for `fold_pretrained`, without the number of the layer.
+    prune: Pruning before W_down is fitted; None: nothing is pruned.
     sensitivity_DD: How errors of the output of W_O count; None: all alike.
   """
-  m = block.config
-  attn, report = _fold_attention(
+  attn, report, outputs = fold_attention(
     block,
     dense,
     old,
     stream,
+    target=target,
     fit_steps=fit_steps,
     sensitivity_DD=sensitivity_DD,
   )
   new = {**old, "attn": attn}
-  # If W_V is not dense, W_O has no prior and does not correct the layers below: it
-  # is fitted to the output of the dense layer on the same input.
-  has_prior = block.layer.values == "dense"
-  wanted = target
-  if not has_prior:
-    wanted = capture_all(dense, old, stream, STREAMS, outputs=OUTPUTS)
-  data = (*stream, *_fit_data(m, "o", stream, wanted))
-  attn["o"], report["attention_r2"] = _refit(
-    block, new, "o", data, has_prior=has_prior
-  )
+  if prune is not None and prune.attention is not None:
+    new = prune.attention(new, stream)
+    seen = capture_all(block, new, stream, outputs=("o",))
+    outputs = [one["o"] for one in seen]
+  seen = [
+    {"o": o} | capture(block, new, x, mask, _MIDDLE, given={"attn": o})
+    for x, mask, o in zip(*stream, outputs, strict=True)
+  ]
+  read = reading([one.pop("down") for one in seen], stream.masks)
   if prune is not None:
-    new = prune(new, stream)
-  seen = capture_all(block, new, stream, ("up", "norm_mlp"), outputs=OUTPUTS)
-  data = (*stream, *_fit_data(m, "down", stream, target, seen))
-  down, report["mlp_r2"] = _refit(block, new, "down", data, has_prior=True)
-  if prune is not None:  # exactly 0, as the fit is rounded
-    stays = np.any(new["mlp"]["down"]["kernel"], axis=1, keepdims=True)
-    down["kernel"] = np.where(stays, down["kernel"], 0)
-  return {**new, "mlp": {**new["mlp"], "down": down}}, report
+    new = prune.neurons(new, read.moments)
+    stays_F = np.any(new["mlp"]["down"]["kernel"], axis=1)
+    read = read._replace(halves=[half.only(stays_F) for half in read.halves])
+  data = _fit_data(block.config, "down", stream, target, seen)
+  down, report["mlp_r2"] = _refit(new["mlp"]["down"], read, data)
+  new = {**new, "mlp": {**new["mlp"], "down": down}}
+  given = [
+    {"attn": o, "mlp": _project(down, a)}
+    for o, a in zip(outputs, read.a, strict=True)
+  ]
+  x = [
+    capture(block, new, x, mask, outputs=("out",), given=out)["out"]
+    for x, mask, out in zip(*stream, given, strict=True)
+  ]
+  return Folded(new, report, Stream(x, stream.masks))
 
 
-def _fold_attention(
+# Modules whose inputs a fit of W_down needs, and of a whole layer.
+_MIDDLE = ("down", "up", "norm_mlp")
+_STREAMS = ("norm_attn", "norm_mlp")
+
+
+def target_of(
+  block: Block, params: Params, stream: Stream
+) -> list[dict[str, jax.Array]]:
+  """Returns what the fits of a layer need of the dense one, and "out"."""
+  is_hidden = block.config.norm_position == "both"
+  outputs = ("o", "down") if is_hidden or block.config.parallel else ()
+  names = () if is_hidden else _STREAMS
+  return capture_all(block, params, stream, names, (*outputs, "out"))
+
+
+@jax.jit
+def _project(projection, a_BLx):
+  """Returns the output of a projection whose input has any shape [B, L, ...]."""
+  a_BLF = a_BLx.reshape(*a_BLx.shape[:2], -1)
+  kernel = projection["kernel"]
+  out = a_BLF @ kernel.reshape(-1, kernel.shape[-1])
+  return out + projection["bias"][None, None] if "bias" in projection else out
+
+
+def fold_attention(
   block: Block,
   dense: Block,
   old: Params,
   stream: Stream,
   *,
-  fit_steps: int,
-  sensitivity_DD: np.ndarray | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the attention of a folded layer, and the layer's report so far.
+  target: Sequence[Mapping[str, jax.Array]] = (),
+  fit_steps: int = 0,
+  sensitivity_DD: np.ndarray | None = None,
+) -> tuple[dict[str, Any], dict[str, Any], list[jax.Array]]:
+  """Returns the attention of a folded layer.
 
-  W_O still has to be fitted. The arguments are those of `fold_layer`.
+  Args:
+    block: As for `fold_layer`, like the others.
+    dense: The dense layer.
+    old: Its parameters.
+    stream: Input of the folded layer.
+    target: Of the dense layer; not needed if W_V is not dense.
+    fit_steps: As for `fit_attention`.
+    sensitivity_DD: How errors of the output of W_O count.
+
+  Returns:
+    (its parameters, the report of the layer so far, its output on each batch).
   """
   m, layer = block.config, block.layer
-  if layer.heads != dense.layer.heads:
-    seen = input_moments(dense, old, stream, ("o",))["o"]
-    old = {**old, "attn": keep_heads(old["attn"], seen, layer.heads)[0]}
-    kept = {name: getattr(layer, name) for name in ("heads", "num_kv_heads")}
-    dense = dense.clone(layer=dataclasses.replace(dense.layer, **kept))
   attn, report = dict(old["attn"]), initial_report(layer)
+  # The layer with all of W_V, from which that of low rank follows.
+  whole = block.clone(layer=dataclasses.replace(layer, value_dim=m.head_dim))
+  has_prior = layer.values == "dense"
+  is_fewer = layer.heads != dense.layer.heads
+  # What W_O reads changes with W_Q and W_K, or with a W_V of another kind.
+  changes = bool(layer.groups) or not has_prior
+  aim, read, rows = dense, None, slice(None)
+  if is_fewer or not changes:
+    read = _reads_of_output(dense, old, stream)
+  if is_fewer and read is not None:
+    attn, _ = keep_heads(attn, read.moments, layer.heads)
+    rows = np.repeat(np.isin(dense.layer.heads, layer.heads), m.head_dim)
+    kept = {name: getattr(layer, name) for name in ("heads", "num_kv_heads")}
+    aim = dense.clone(layer=dataclasses.replace(dense.layer, **kept))
+  start = {**old, "attn": attn}
   if layer.groups:
-    moments = head_moments(dense, old, stream)
+    moments = head_moments(aim, start, stream)
     attn, report["logits_kept"] = fold_logits(m, layer, attn, moments)
   if layer.values != "dense":
     del attn["v"]
   if layer.values == "diagonal":  # the fitted W_O can express any other
     size = len(layer.heads) * layer.head_dim
     attn["v"] = {"diagonal": np.ones((size, 1, 1), np.float32)}
-  # The layer with all of W_V, from which that of low rank follows.
-  whole = block.clone(layer=dataclasses.replace(layer, value_dim=m.head_dim))
   if layer.groups:  # the fit ignores values, but the block needs their arrays
     attn, report["divergence"] = fit_attention(
-      (whole, {**old, "attn": attn}), (dense, old), stream, fit_steps
+      (whole, {**old, "attn": attn}), (aim, start), stream, fit_steps
     )
+  if read is None or changes:
+    read, rows = (
+      _reads_of_output(whole, {**old, "attn": attn}, stream),
+      slice(None),
+    )
+  mix = np.eye(len(read.halves[0].sum_F))[:, rows]
   if layer.value_dim < m.head_dim:
-    seen = input_moments(whole, {**old, "attn": attn}, stream, ("o",))["o"]
+    second_II, mean_I = read.moments
     [low] = lowrank.fold_values(
       attn["v"],
       attn["o"],
-      seen,
+      Moments(second_II[rows][:, rows], mean_I[rows]),
       [layer.value_dim],
       sensitivity_DD=sensitivity_DD,
     )
-    attn |= {"v": low.v, "o": low.o}
-  return attn, report
+    attn, mix = attn | {"v": low.v, "o": low.o}, mix @ low.mix
+  # If W_V is not dense, W_O has no prior and does not correct the layers below: it
+  # is fitted to the output of the dense layer on the same input.
+  wanted = target if has_prior else target_of(dense, old, stream)
+  data = _fit_data(m, "o", stream, wanted)
+  attn["o"], report["attention_r2"] = _refit(
+    attn["o"], read, data, mix=mix, has_prior=has_prior
+  )
+  new_o = dict(attn["o"])
+  kernel = new_o["kernel"].reshape(mix.shape[1], -1)
+  new_o["kernel"] = (mix @ kernel).astype(np.float32)
+  return attn, report, [_project(new_o, a) for a in read.a]
+
+
+def _reads_of_output(block: Block, params: Params, stream: Stream) -> Reading:
+  """Returns what W_O reads."""
+  seen = capture_all(block, params, stream, ("o",))
+  return reading([one["o"] for one in seen], stream.masks)
 
 
 def keep_heads(
@@ -166,8 +268,8 @@ def _fit_data(
     m: Resolved.
     role: "o" or "down".
     stream: Input of the layer.
-    target: `capture_all` of the layer whose output is fitted.
-    seen: `capture_all` of the folded layer, for "down".
+    target: `target_of` the layer whose output is fitted.
+    seen: The same of the folded layer so far, and "up", for "down".
   """
   if m.norm_position == "both":
     # A norm after a branch hides its output from the stream.
@@ -237,40 +339,54 @@ def fold_logits(
     attn: Parameters of the dense layer.
     moments: Moments of its input.
   """
-  q, k, (second, centred) = attn["q"], attn["k"], moments
   if layer.axis == "input":
-    rows = [lowrank.fold_input_rows(w, second, layer.groups) for w in (q, k)]
-    return {**attn, "q": rows[0], "k": rows[1]}, None
-  if m.positions != "rope":
-    heads = lowrank.fold_heads(q, k, second, centred, layer.groups)
-    return {**attn, "q": heads.q, "k": heads.k}, heads.kept
-  heads = lowrank.fold_rotary_heads(
-    q, k, second, second, layer.groups, layer_frequencies(m, layer)
-  )
+    q, k = (
+      lowrank.fold_input_rows(attn[role], moments.second, layer.groups)
+      for role in ("q", "k")
+    )
+    return {**attn, "q": q, "k": k}, None
+  heads = logit_terms(m, layer, attn, moments).fold(layer.groups)
   folded = {**attn, "q": heads.q, "k": heads.k}
-  if layer.groups != m.head_dim:
+  if heads.frequency is not None and layer.groups != m.head_dim:
     folded["frequency"] = heads.frequency
   return folded, heads.kept
 
 
-def _refit(
-  block: Block,
-  params: Params,
-  role: str,
-  data: tuple[Sequence[Any], ...],
-  *,
-  has_prior: bool,
-) -> tuple[dict[str, np.ndarray], float]:
-  """Returns an output projection for which base + output = stream, and its R2.
+def logit_terms(
+  m: ModelConfig, layer: Layer, attn: Params, moments: HeadMoments
+) -> lowrank.LogitTerms:
+  """Returns the terms of the logits of a dense layer (output axis).
 
   Args:
-    block: The folded block.
-    params: Its parameters.
-    role: "o" or "down".
-    data: Lists of x, masks, base and stream, one array per batch.
+    m: Resolved.
+    layer: The layer.
+    attn: Parameters of the dense layer.
+    moments: Moments of its input.
+  """
+  q, k, (second, centred) = attn["q"], attn["k"], moments
+  if m.positions != "rope":
+    return lowrank.head_terms(q, k, second, centred)
+  frequencies = layer_frequencies(m, layer)
+  return lowrank.rotary_terms(q, k, second, second, frequencies)
+
+
+def _refit(
+  old: Mapping[str, Any],
+  read: Reading,
+  data: tuple[Sequence[jax.Array], Sequence[jax.Array]],
+  *,
+  mix: Any = None,
+  has_prior: bool = True,
+) -> tuple[dict[str, np.ndarray], float]:
+  """Returns an output projection for which base + output = target, and its R2.
+
+  Args:
+    old: The projection.
+    read: What it reads, or what `mix` turns into that.
+    data: (base, target) of each batch, from `_fit_data`.
+    mix: [F, inputs]; the projection reads a @ mix. None: it reads a.
     has_prior: Whether the fit stays near the present projection.
   """
-  old = params["attn" if role == "o" else "mlp"][role]
   kernel = np.asarray(old["kernel"], np.float64)
   width = kernel.shape[-1]
   size = kernel.size // width
@@ -279,16 +395,27 @@ def _refit(
     prior[:size] = kernel.reshape(-1, width)
     if "bias" in old:
       prior[size] = old["bias"]
-  part = functools.partial(_fit_sums, block, role, params, prior)
-  sums = [total(part, *zip(*half, strict=True)) for half in halves(*data)]
-  gram, cross, left, square, target, count = (
+  grams = [_with_ones(gram) for gram in read.halves]
+  if mix is not None:
+    mix = scipy.linalg.block_diag(mix, 1.0)
+  if "bias" not in old:  # without the constant input
+    grams = [gram[:-1, :-1] for gram in grams]
+    mix = None if mix is None else mix[:-1, :-1]
+  expected = (prior if mix is None else mix @ prior).astype(np.float32)
+  sums = half_totals(
+    functools.partial(_residual_sums, expected), read.a, read.masks, *data
+  )
+  cross, left, square, target, count = (
     np.stack(pair) for pair in zip(*sums, strict=True)
   )
+  if mix is not None:
+    grams = [mix.T @ gram @ mix for gram in grams]
+    cross = mix.T @ cross
   square = square.sum()
   variance = square - np.square(target.sum(0)).sum() / count.sum()
   # The variance of a constant target is only rounding.
   variance = max(variance, 1e-6 * square)
-  fit = lowrank.regress(gram, cross, left, variance, prior)
+  fit = lowrank.regress(np.stack(grams), cross, left, variance, prior)
   weights = fit.weights.astype(np.float32)
   new = {"kernel": weights[:size].reshape(kernel.shape)}
   if "bias" in old:
@@ -296,22 +423,26 @@ def _refit(
   return new, fit.r2
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _fit_sums(block, role, params, prior, x, mask, base, stream):
-  """Returns sums over tokens, see `lowrank.regress`."""
-  features = capture(block, params, x, mask, (role,))[role].astype(jnp.float32)
-  features = features.reshape(*x.shape[:2], -1)
-  if len(prior) > features.shape[-1]:  # there is a bias
-    one = jnp.ones((*x.shape[:2], 1), features.dtype)
-    features = jnp.concatenate([features, one], axis=-1)
+def _with_ones(gram: Gram) -> np.ndarray:
+  """Returns the sums of products of inputs and a constant input of 1."""
+  sum_F1 = gram.sum_F[:, None]
+  return np.block([[gram.square_FF, sum_F1], [sum_F1.T, gram.count]])
+
+
+@jax.jit
+def _residual_sums(prior, a, mask, base, target):
+  """Returns the sums of `lowrank.regress` over tokens, apart from the Gram.
+
+  A last row of the prior, beyond the inputs, is that of a constant input of 1.
+  """
+  a = a.astype(jnp.float32).reshape(*mask.shape, -1)
+  if len(prior) > a.shape[-1]:
+    a = jnp.concatenate([a, jnp.ones((*mask.shape, 1), a.dtype)], axis=-1)
   weight = mask.astype(jnp.float32)[..., None]
-  features, target = features * weight, (stream - base) * weight
-  left = target - jnp.einsum(
-    "BLF,FD->BLD", features, prior.astype(jnp.float32), precision="highest"
-  )
+  a, target = a * weight, (target - base) * weight
+  left = target - jnp.einsum("BLF,FD->BLD", a, prior, precision="highest")
   return (
-    second_moment(features, features),
-    second_moment(features, left),
+    second_moment(a, left),
     jnp.sum(jnp.square(left)),
     jnp.sum(jnp.square(target)),
     target.sum((0, 1)),

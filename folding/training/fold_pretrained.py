@@ -5,29 +5,31 @@ projections are refitted so that the residual stream matches that of the dense
 model. So a layer corrects the errors of the layers below.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from folding.compression import lowrank
-from folding.config import Config, layers_of
+from folding.config import Config, dense_baseline, layers_of
 from folding.errors import ConfigError
-from folding.training.fold_layer import fold_layer, initial_report
+from folding.training.fold_layer import (
+  Prune,
+  fold_layer,
+  initial_report,
+  target_of,
+)
+from folding.training.progress import track
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (
   Batch,
   Params,
   Stream,
-  advance,
-  dense_layers,
   embed_batches,
   make_block,
+  require_text,
   usage_of,
 )
-
-Prune = Callable[[int, dict[str, Any], Stream], dict[str, Any]]
 
 
 def fold_pretrained(
@@ -35,7 +37,7 @@ def fold_pretrained(
   params: Params,
   batches: Iterable[Batch],
   *,
-  prune: Prune | None = None,
+  prune: Callable[[int], Prune] | None = None,
   usage_V: np.ndarray | None = None,
   sensitivity: Sensitivities | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -57,7 +59,7 @@ def fold_pretrained(
   Before all layers the embedding becomes one of rank `fold.embedding_rank`, if
   set; the layers then compensate for part of its error.
 
-  A terminal shows a progress bar.
+  Progress is shown, see `track`.
 
   Args:
     config: Resolved; `config.fold` sets the folding of each layer, and
@@ -67,9 +69,8 @@ def fold_pretrained(
     batches: {"tokens": int[B, L], optionally "mask": bool[B, L], True at
       tokens, and "segments" of pairs}. Some thousands of tokens, more than twice
       the width.
-    prune: (number of a layer, its folded parameters, the stream that it reads)
-      -> pruned parameters. Called before the second feed-forward matrix is
-      fitted, which then makes up for the pruned weights.
+    prune: Returns how a layer of a number is pruned. The second feed-forward
+      matrix is fitted after that, so that it makes up for the pruned weights.
     usage_V: Frequency of each token, above 0; None: as in the batches.
     sensitivity: How errors count when ranks are chosen, from
       `sensitivity.sensitivities`; None: all alike.
@@ -87,6 +88,7 @@ def fold_pretrained(
   """
   require_pairs(config)
   batches, sensitivity = list(batches), sensitivity or {}
+  require_text(config, batches)
   folded, report = dict(params), []
   stream = None  # that of the dense model until something is folded
   if rank := config.fold.embedding_rank:
@@ -97,26 +99,30 @@ def fold_pretrained(
       embedding_VD, usage_V, rank, sensitivity.get("embed")
     )
     stream = embed_batches(config, folded, batches)
-  layers = dense_layers(config, params, batches, "folding")
-  for n, dense_block, dense_stream, target in layers:
-    name, block = f"blocks_{n}", make_block(config, n)
+  dense = dense_baseline(config)
+  dense_stream = embed_batches(dense, params, batches)
+  for n in track(range(config.model.num_layers), "folding layers"):
+    name = f"blocks_{n}"
+    block, dense_block = make_block(config, n), make_block(dense, n)
+    target = target_of(dense_block, params[name], dense_stream)
+    below = dense_stream
+    dense_stream = Stream([one["out"] for one in target], below.masks)
     if stream is None:
       if prune is None and block.layer == dense_block.layer:
         report.append({"layer": n, **initial_report(block.layer)})
         continue
-      stream = dense_stream
-    folded[name], row = fold_layer(
+      stream = below
+    folded[name], row, stream = fold_layer(
       block,
       dense_block,
       params[name],
       stream,
       target=target,
       fit_steps=config.compress.fit_steps,
-      prune=None if prune is None else functools.partial(prune, n),
+      prune=None if prune is None else prune(n),
       sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
     )
     report.append({"layer": n, **row})
-    stream = advance(block, folded[name], stream)
   return folded, report
 
 

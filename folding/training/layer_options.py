@@ -20,26 +20,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import paths
-from folding.compression import lowrank, oneshot
+from folding.compression import fold, lowrank, oneshot
 from folding.compression.lowrank import Moments
-from folding.config import Config, Layer, ModelConfig, layers_of
+from folding.config import (
+  Config,
+  Layer,
+  ModelConfig,
+  dense_baseline,
+  layers_of,
+)
+from folding.models import exact_attention
 from folding.models.transformer import Block
 from folding.training.fold_layer import (
-  fold_layer,
+  fold_attention,
   fold_logits,
   head_moments,
   keep_heads,
+  logit_terms,
 )
+from folding.training.progress import track
 from folding.training.sensitivity import MODULES, Sensitivities
 from folding.training.stream import (
   READS,
   Batch,
   Stream,
+  add_halves,
   capture,
-  dense_layers,
-  halves,
-  input_moments,
+  embed_batches,
+  grams,
   make_block,
+  spread,
   total,
   usage_of,
 )
@@ -47,6 +57,7 @@ from folding.typed import edited
 
 EMBEDDING = (0, "embed")  # the decision about the rank of the embedding
 _FRACTIONS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
+_TOKENS = 8192  # about as many, for errors that need a pass per option
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
 
@@ -104,26 +115,90 @@ def measure(
     options[EMBEDDING] = _embedding_options(
       embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
     )
-  layers = dense_layers(config, params, batches, "measuring")
-  for n, block, stream, target in layers:
-    sensitivity_n = {
-      role: sensitivity[f"blocks_{n}/{module}"]
-      for role, module in MODULES.items()
-    }
+  dense = dense_baseline(config)
+  stream = embed_batches(dense, params, batches)
+  for n in track(range(config.model.num_layers), "measuring layers"):
+    block, layer = make_block(dense, n), params[f"blocks_{n}"]
+    names = ("o", "down") if config.fpp.granularity == "neuron" else ()
+    out, halves = _read_layer(block, layer, stream, names)
     trial = _Trial(
       config=config,
       n=n,
       dense=block,
-      old=params[f"blocks_{n}"],
+      old=layer,
       stream=stream,
-      target=target,
-      sensitivity=sensitivity_n,
+      halves=halves,
+      sensitivity={
+        role: sensitivity[f"blocks_{n}/{module}"]
+        for role, module in MODULES.items()
+      },
     )
     options |= {
       (n, "attn"): _attention_options(trial),
       (n, "mlp"): _mlp_options(trial),
     }
+    stream = out
   return options
+
+
+def _read_layer(
+  block: Block, params: Mapping[str, Any], stream: Stream, names: Sequence[str]
+) -> tuple[Stream, dict[str, list[Moments]]]:
+  """Returns the output of a layer and the moments of what modules read.
+
+  The moments are those of each half of the text. A fit to one half is evaluated
+  on the other, because its error on its own half is too low.
+  """
+  out: list[jax.Array] = []
+  sums: list[Any] = [None, None]
+  for number, (x, mask) in enumerate(zip(*stream, strict=True)):
+    seen = capture(block, params, x, mask, tuple(names), ("out",))
+    out.append(seen.pop("out"))
+    if names:
+      sums = add_halves(grams, sums, number, (seen, mask))
+  return Stream(out, stream.masks), {
+    name: [half[name].moments for half in sums] for name in names
+  }
+
+
+def smallest(
+  config: Config, params: Mapping[str, Any]
+) -> dict[Decision, float]:
+  """Returns the parameters that the smallest option of each decision stores.
+
+  Args:
+    config: Resolved.
+    params: Parameters of its dense baseline, or shapes.
+  """
+  m, is_structured = config.model, config.fpp.granularity == "neuron"
+  found: dict[Decision, float] = {}
+  if config.has_open_rank and config.compress.embedding == "errors":
+    found[EMBEDDING] = embedding_size(params["embed"]["embedding"].shape, 8)
+  for n, layer in enumerate(layers_of(m, config.fold)):
+    attn, mlp = (params[f"blocks_{n}"][part] for part in ("attn", "mlp"))
+    J, K = m.num_kv_heads, m.head_dim
+    logits = num_weights(attn, ("q", "k"))
+    if groups := _groups(m, layer)[-1]:
+      logits *= groups / (K if layer.axis == "output" else m.width)
+      if m.positions == "rope" and layer.axis == "output":
+        logits += J * groups // 2
+    arrays = ("v", "o") if is_structured else ("v",)
+    whole = num_weights(attn, arrays)
+    heads, rank = (_eighths(size)[-1] / size for size in (J, K))
+    attention = (
+      [heads * (logits + rank * whole)] if is_structured else [logits + whole]
+    )
+    if layer.values != "dense":
+      kind = m.num_heads * K if layer.values == "diagonal" else 0
+      attention.append(logits + kind + num_weights(attn, arrays[1:]))
+    size = num_weights(mlp, ("up", "gate", "down"))
+    if is_structured:
+      kept = _neurons(layer.mlp_width)[-1] / layer.mlp_width
+    else:
+      size += num_weights(attn, ("o",))
+      kept = 1 - _FRACTIONS[-1]
+    found |= {(n, "attn"): min(attention), (n, "mlp"): kept * size}
+  return found
 
 
 class _Trial(NamedTuple):
@@ -135,7 +210,7 @@ class _Trial(NamedTuple):
     dense: The dense layer.
     old: Its parameters.
     stream: Its input.
-    target: Values inside of it, from `dense_layers`.
+    halves: Moments of the inputs of "o" and "down" on each half of the text.
     sensitivity: Sensitivities to errors of "o" and "down".
   """
 
@@ -144,7 +219,7 @@ class _Trial(NamedTuple):
   dense: Block
   old: Mapping[str, Any]
   stream: Stream
-  target: Sequence[Mapping[str, jax.Array]]
+  halves: Mapping[str, Sequence[Moments]]
   sensitivity: Mapping[str, np.ndarray]
 
   @property
@@ -152,29 +227,30 @@ class _Trial(NamedTuple):
     """Shape of the layer that the config asks for."""
     return layers_of(self.config.model, self.config.fold)[self.n]
 
-  def error(self, block: Block, params: Any, roles: tuple[str, ...]) -> float:
-    """Returns the error of another layer on the same input.
+  def errors(
+    self, block: Block, params: Sequence[Any], roles: tuple[str, ...]
+  ) -> list[float]:
+    """Returns the errors of other layers on the same input.
 
     Args:
-      block: The layer.
-      params: Its parameters.
+      block: The module of all of them.
+      params: The parameters of each.
       roles: Modules whose output counts, "o" or "down".
     """
-    part = functools.partial(_errors, block, roles, params, self.sensitivity)
-    return float(np.divide(*total(part, *self.stream, self.target)))
+    stacked = jax.tree.map(lambda *ws: np.stack(ws), *params)
+    layers = (self.old, stacked)
+    part = functools.partial(
+      _errors, (self.dense, block), roles, layers, self.sensitivity
+    )
+    sums, count = total(part, *self.few)
+    return (sums / count).tolist()
 
-  def moments(self, role: str) -> list[Moments]:
-    """Returns the moments of the input of a module on each half of the text.
-
-    A fit to one half is evaluated on the other, because its error on its own half
-    is too low.
-    """
-    return [
-      input_moments(
-        self.dense, self.old, Stream(*zip(*half, strict=True)), (role,)
-      )[role]
-      for half in halves(*self.stream)
-    ]
+  @property
+  def few(self) -> Stream:
+    """Part of the texts, for errors that need a pass per option."""
+    x, masks = self.stream
+    sizes = [mask.size for mask in masks]
+    return Stream(*(spread(part, sizes, _TOKENS) for part in (x, masks)))
 
   def square(self, wrong: np.ndarray, moments: Moments, role: str) -> float:
     """Returns the error of a module whose output is off by `a @ wrong`.
@@ -235,21 +311,87 @@ def _logits_options(trial: _Trial) -> list[Option]:
 
   A fit makes few groups look better than training can make them.
   """
-  m, layer, old = trial.config.model, trial.asked, trial.old
-  moments, options = head_moments(trial.dense, old, trial.stream), []
-  for groups in _groups(m, layer):
-    attn, error = old["attn"], 0.0
-    if groups:
-      tried = dataclasses.replace(
-        trial.dense.layer, groups=groups, axis=layer.axis, rope=layer.rope
-      )
-      attn, _ = fold_logits(m, tried, attn, moments)
-      block = trial.dense.clone(layer=tried)
-      error = trial.error(block, {**old, "attn": attn}, ("o",))
-    options.append(
-      Option(groups, num_weights(attn, ("q", "k", "frequency")), error)
-    )
+  m, layer, attn = trial.config.model, trial.asked, trial.old["attn"]
+  options = [Option(0, num_weights(attn, ("q", "k")), 0.0)]
+  groups = _groups(m, layer)[1:]
+  if not groups:
+    return options
+  moments = head_moments(trial.dense, trial.old, trial.stream)
+  if layer.axis == "input":
+    tried = [dataclasses.replace(layer, groups=G) for G in groups]
+    folded = [fold_logits(m, one, attn, moments)[0] for one in tried]
+    heads = [
+      fold.unfold({"attn": one}, head_dim=m.head_dim)["attn"] for one in folded
+    ]
+    stays = np.ones((1, attn["k"]["kernel"].shape[1], m.head_dim), bool)
+    errors = [_logit_errors(trial, one, stays)[0] for one in heads]
+  else:
+    terms = logit_terms(m, trial.dense.layer, attn, moments)
+    folded = [{"q": f.q, "k": f.k} for f in map(terms.fold, groups)]
+    whole = terms.fold(m.head_dim)
+    stays = np.zeros((len(groups), *terms.variance_JK.shape), bool)
+    for one_JK, G in zip(stays, groups, strict=True):
+      np.put_along_axis(one_JK, terms.channels(G), True, axis=1)
+    errors = _logit_errors(trial, {**attn, "q": whole.q, "k": whole.k}, stays)
+  for G, arrays, error in zip(groups, folded, errors, strict=True):
+    size = num_weights(arrays, ("q", "k"))
+    if m.positions == "rope" and layer.axis == "output":
+      size += G // 2 * attn["k"]["kernel"].shape[1]  # frequencies
+    options.append(Option(G, size, error))
   return options
+
+
+def _logit_errors(
+  trial: _Trial, attn: Mapping[str, Any], stays_NJK: np.ndarray
+) -> list[float]:
+  """Returns the error of each of N sets of channels that stay.
+
+  Args:
+    trial: The layer.
+    attn: Dense attention whose logits are sums over these channels.
+    stays_NJK: True at channels of keys that stay.
+  """
+  o_ID = np.asarray(trial.old["attn"]["o"]["kernel"], np.float64)
+  o_ID = o_ID.reshape(-1, o_ID.shape[-1])
+  weight_II = (o_ID @ trial.sensitivity["o"] @ o_ID.T).astype(np.float32)
+  layers = (trial.old, {**trial.old, "attn": attn})
+  part = functools.partial(
+    _logit_error_sums, trial.dense, layers, stays_NJK, weight_II
+  )
+  sums, count = total(part, *trial.few)
+  return (sums / count).tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logit_error_sums(block, layers, stays_NJK, weight_II, x, mask):
+  """Returns the sums over tokens of e' F e for the output e, and their number."""
+  position_L = jnp.arange(x.shape[1])
+
+  def project(block: Block):
+    return block.attn.project(block.attention_input(x), position_L)
+
+  def mixed(block: Block, q, k, v):
+    return exact_attention.attend(
+      q,
+      k.transpose(0, 2, 3, 1),
+      v.swapaxes(1, 2),
+      block.attn.bias(position_L, position_L),
+      mask,
+      **block.attn.logit_options,
+    )
+
+  def run(method, *args):
+    return block.apply({"params": layers[0]}, *args, method=method)
+
+  aim_BLHK = run(mixed, *run(project))
+  q, k, v = block.apply({"params": layers[1]}, method=project)
+
+  def error(stays_JK):
+    e_BLHK = run(mixed, q, k * stays_JK[None, None], v) - aim_BLHK
+    e_BLI = e_BLHK.reshape(*x.shape[:2], -1) * mask[..., None]
+    return jnp.einsum("BLI,IJ,BLJ->", e_BLI, weight_II, e_BLI)
+
+  return jax.lax.map(error, stays_NJK), mask.sum()
 
 
 def _values_options(trial: _Trial) -> list[Option]:
@@ -266,11 +408,9 @@ def _values_options(trial: _Trial) -> list[Option]:
   if (asked := trial.asked.values) != "dense":
     alone = {"fold.groups": 0, "fold.values": asked, "fold.value_rank": 0}
     block = make_block(edited(config, alone), trial.n)
-    new, _ = fold_layer(
-      block, trial.dense, trial.old, trial.stream, target=trial.target
-    )
-    error = trial.error(block, new, ("o",))
-    size = num_weights(new["attn"], arrays)
+    new, *_ = fold_attention(block, trial.dense, trial.old, trial.stream)
+    [error] = trial.errors(block, [{**trial.old, "attn": new}], ("o",))
+    size = num_weights(new, arrays)
     options.append(Option(Attention(0, asked, every), size, error))
   return options
 
@@ -278,7 +418,7 @@ def _values_options(trial: _Trial) -> list[Option]:
 def _rank_options(trial: _Trial) -> list[Option]:
   """Returns the options of W_V and W_O: some of the heads, each of rank r."""
   attn, m = trial.old["attn"], trial.config.model
-  fitted, held_out = trial.moments("o")
+  fitted, held_out = trial.halves["o"]
   options = []
   for heads in _head_choices(attn, fitted, trial.sensitivity["o"]):
     kept, lost = keep_heads(attn, fitted, heads)
@@ -346,23 +486,22 @@ def _mlp_options(trial: _Trial) -> list[Option]:
   )
   size = num_weights(old["attn"], ("o",))
   size += num_weights(old["mlp"], ("up", "gate", "down"))
-  options = [Option(0.0, size, 0.0)]
-  for fraction in _FRACTIONS:
-    new = _pruned(old, squares, fraction)
-    error = trial.error(trial.dense, new, ("o", "down"))
-    options.append(Option(fraction, (1 - fraction) * size, error))
-  return options
+  pruned = [_pruned(old, squares, fraction) for fraction in _FRACTIONS]
+  errors = trial.errors(trial.dense, pruned, ("o", "down"))
+  return [
+    Option(fraction, (1 - fraction) * size, error)
+    for fraction, error in zip((0.0, *_FRACTIONS), (0.0, *errors), strict=True)
+  ]
 
 
 def _neuron_options(trial: _Trial) -> list[Option]:
   """Returns the options of an MLP with fewer neurons and W_down refitted."""
   mlp = trial.old["mlp"]
   w_FD = np.asarray(mlp["down"]["kernel"], np.float64)
-  fitted, held_out = trial.moments("down")
+  fitted, held_out = trial.halves["down"]
   c_FF = fitted.around(mlp["down"])
   F = len(w_FD)
-  fewer = {round_neurons(F * i / 16, F) for i in range(1, 16)} - {F}
-  kept = sorted(fewer, reverse=True)
+  kept = _neurons(F)[1:]
   size = num_weights(mlp, ("up", "gate", "down"))
   options = [Option(0.0, size, 0.0)]
   steps = oneshot.removals(
@@ -372,6 +511,13 @@ def _neuron_options(trial: _Trial) -> list[Option]:
     error = trial.square(w_FD - new_FD, held_out, "down")
     options.append(Option(1 - count / F, count / F * size, error))
   return options
+
+
+def _neurons(F: int) -> list[int]:
+  """Returns the numbers of neurons to try, from all to the least."""
+  return sorted(
+    {round_neurons(F * i / 16, F) for i in range(1, 17)}, reverse=True
+  )
 
 
 def round_neurons(count: float, F: int) -> int:
@@ -405,18 +551,31 @@ def _groups(m: ModelConfig, layer: Layer) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _errors(block, roles, params, sensitivity, x, mask, target):
-  """Returns the sum over tokens of e' F e, and the number of tokens.
+def _errors(blocks, roles, layers, sensitivity, x, mask):
+  """Returns the sums over tokens of e' F e, and the number of tokens.
 
   e is the error of an output; those of several outputs are added.
+
+  Args:
+    blocks: The dense layer and the other ones, which are alike.
+    roles: As for `_Trial.errors`.
+    layers: Parameters of the dense layer, and stacked those of the others.
+    sensitivity: As in `_Trial`.
+    x: Input.
+    mask: False at padding.
   """
-  seen = capture(block, params, x, mask, outputs=roles)
+  (dense, block), (old, stacked) = blocks, layers
+  aim = capture(dense, old, x, mask, outputs=roles)
   weight = mask.astype(jnp.float32)[..., None]
-  found = 0.0
-  for role in roles:
-    e_BLD = (seen[role] - target[role]) * weight
-    found += jnp.einsum("BLD,DE,BLE->", e_BLD, sensitivity[role], e_BLD)
-  return found, weight.sum()
+
+  def error(params):
+    seen, found = capture(block, params, x, mask, outputs=roles), 0.0
+    for role in roles:
+      e_BLD = (seen[role] - aim[role]) * weight
+      found += jnp.einsum("BLD,DE,BLE->", e_BLD, sensitivity[role], e_BLD)
+    return found
+
+  return jax.lax.map(error, stacked), weight.sum()
 
 
 @functools.partial(jax.jit, static_argnums=0)

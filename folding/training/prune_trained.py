@@ -4,6 +4,7 @@ Layer by layer, on top of the pruned layers below. `fpp` sets how much each arra
 loses; training then continues with the rest, and FPP holds the zeros.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from folding.compression.lowrank import Moments
 from folding.compression.sites import Site, make_sites
 from folding.config import Config
 from folding.models.shrink import shrink
-from folding.training.fold_pretrained import Prune
+from folding.training.fold_layer import Prune
 from folding.training.optimizer import make_rules
+from folding.training.progress import track
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (
   READS,
@@ -26,6 +28,7 @@ from folding.training.stream import (
   embed_batches,
   input_moments,
   make_block,
+  require_text,
 )
 
 
@@ -66,9 +69,10 @@ def prune_trained(
   pruned = paths.map_named(prune, dict(params))
   if not by_moments or config.fpp.granularity == "neuron":
     return pruned
+  require_text(config, batches)
   solve = getattr(oneshot, method)
   stream = embed_batches(config, pruned, batches)
-  for n in range(config.model.num_layers):
+  for n in track(range(config.model.num_layers), "pruning layers"):
     name, block = f"blocks_{n}", make_block(config, n)
     moments = input_moments(block, pruned[name], stream)
     pruned[name] = _weights(name, pruned[name], moments, solve, weights)
@@ -81,10 +85,10 @@ def neuron_pruner(
   params: Params,
   dense: Params,
   sensitivity: Sensitivities | None = None,
-) -> Prune:
-  """Returns a function that removes neurons of a layer while a model is folded.
+) -> Callable[[int], Prune]:
+  """Returns a function of the number of a layer: how it is pruned.
 
-  It removes the neurons whose rows of W_down the others replace best
+  While the model is folded, it removes the neurons whose rows of W_down the others replace best
   (`oneshot.remove_inputs`); the bias of W_down takes up their mean output.
   Attention matrices that are pruned by weight are pruned by SparseGPT.
 
@@ -98,23 +102,30 @@ def neuron_pruner(
   weights, units = _targets(config, params, dense)
   sensitivity = sensitivity or {}
 
-  def prune(n, layer, stream):
+  def prune_attention(n, layer, stream):
     name, block = f"blocks_{n}", make_block(config, n)
-    if any(weight.startswith(f"{name}/attn/") for weight in weights):
-      moments = input_moments(block, layer, stream, ("q", "o"))
-      layer = _weights(name, layer, moments, oneshot.sparsegpt, weights)
+    moments = input_moments(block, layer, stream, ("q", "o"))
+    return _weights(name, layer, moments, oneshot.sparsegpt, weights)
+
+  def prune_neurons(n, layer, moments):
+    name = f"blocks_{n}"
     if (up := f"{name}/mlp/up/kernel") not in units:
       return layer
-    moment = input_moments(block, layer, stream, ("down",))["down"]
     site, fraction = units[up]
     w_FD = np.asarray(layer["mlp"]["down"]["kernel"], np.float64)
     new_FD = oneshot.remove_inputs(
       w_FD,
-      moment.around(layer["mlp"]["down"]),
+      moments.around(layer["mlp"]["down"]),
       fraction,
       sensitivity_OO=sensitivity.get(f"{name}/mlp/down"),
     )
-    return _without_inputs(site, layer, new_FD, moment.mean_I)
+    return _without_inputs(site, layer, new_FD, moments.mean_I)
+
+  def prune(n):
+    attention = functools.partial(prune_attention, n)
+    if not any(name.startswith(f"blocks_{n}/attn/") for name in weights):
+      attention = None
+    return Prune(attention, functools.partial(prune_neurons, n))
 
   return prune
 

@@ -22,7 +22,7 @@ from folding.training.stream import (
   make_block,
   masks_of,
   second_moment,
-  some_batches,
+  spread,
   total,
 )
 
@@ -62,7 +62,8 @@ def sensitivities(
     dense = dataclasses.replace(dense, task="embed")
   model = model_for(dense, params)
   if task_of(config).predicts_tokens:
-    batches = some_batches(batches, _TOKENS)
+    sizes = [np.size(batch["tokens"]) for batch in batches]
+    batches = spread(batches, sizes, _TOKENS)
   part = functools.partial(_batch_sums, dense, model, params)
   keys = [jax.random.key(number) for number in range(len(batches))]
   sums = total(part, track(batches, "measuring sensitivities"), keys)

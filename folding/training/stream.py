@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding.compression.lowrank import Moments
-from folding.config import Config, dense_baseline, layers_of
+from folding.config import Config, layers_of
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.models.transformer import Block, Transformer
-from folding.training.progress import track
 
 # "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]
 Batch = Mapping[str, Any]
@@ -31,9 +31,6 @@ READS = {
   "mlp/gate": "up",
   "mlp/down": "down",
 }
-# Modules of a block whose inputs are the residual stream.
-STREAMS = ("norm_attn", "norm_mlp")
-OUTPUTS = ("o", "down")  # the last modules of its branches
 
 
 class Stream(NamedTuple):
@@ -56,11 +53,7 @@ class Stream(NamedTuple):
 def embed_batches(
   config: Config, params: Params, batches: Sequence[Batch]
 ) -> Stream:
-  """Returns the input of the first layer.
-
-  Raises:
-    ConfigError: there is too little text.
-  """
+  """Returns the input of the first layer."""
   stem = {name: w for name, w in params.items() if "embed" in name}
   vocabulary, positions = (
     len(stem[name]["embedding"]) if name in stem else 0
@@ -72,14 +65,33 @@ def embed_batches(
     embed({"params": stem}, b["tokens"], segments_BL=b.get("segments"))
     for b in batches
   ]
-  stream, D = Stream(x, masks_of(batches)), config.model.width
-  num_tokens, num_texts = stream.num_tokens, sum(map(len, x))
+  return Stream(x, masks_of(batches))
+
+
+def require_text(config: Config, batches: Sequence[Batch]) -> None:
+  """Raises `ConfigError` if a model cannot be measured on these texts."""
+  D, masks = config.model.width, masks_of(batches)
+  num_tokens, num_texts = sum(int(m.sum()) for m in masks), sum(map(len, masks))
   if num_tokens <= 2 * D or num_texts < 2:
     raise ConfigError(
       f"calibration has {num_tokens:,} tokens in {num_texts:,} texts; the "
       f"moments of {D} channels need more than {2 * D:,} tokens and two texts"
     )
-  return stream
+  texts = {
+    tokens[mask].tobytes()
+    for batch, mask in zip(batches, map(np.asarray, masks), strict=True)
+    for tokens, mask in zip(np.asarray(batch["tokens"]), mask, strict=True)
+    if mask.any()
+  }
+  if len(texts) < 2:
+    raise ConfigError(
+      "the calibration texts are all equal; give different ones"
+    )
+  if max(int(mask.sum(1).max()) for mask in masks) < 2:
+    raise ConfigError(
+      "each calibration text is a single token, on which attention cannot be "
+      "measured; give longer texts"
+    )
 
 
 def masks_of(batches: Sequence[Batch]) -> list[jax.Array]:
@@ -123,7 +135,7 @@ def capture(
   names: tuple[str, ...] = (),
   outputs: tuple[str, ...] = (),
   given: Mapping[str, jax.Array] | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
   """Returns inputs and outputs of modules of a block.
 
   Args:
@@ -167,36 +179,9 @@ def capture_all(
   ]
 
 
-def some_batches(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
-  """Returns every n-th batch, so that about a number of tokens is left."""
-  total = sum(np.size(batch["tokens"]) for batch in batches)
-  return batches[:: max(1, total // tokens)]
-
-
-def dense_layers(
-  config: Config, params: Params, batches: Sequence[Batch], doing: str
-) -> Iterator[tuple[int, Block, Stream, list[dict[str, Any]]]]:
-  """Yields the layers of the dense baseline: number, block, input, values inside.
-
-  The values are `capture_all` with `STREAMS`, `OUTPUTS` and "out". Progress is
-  shown, see `track`.
-
-  Args:
-    config: Resolved.
-    params: Parameters of its dense baseline.
-    batches: Calibration text.
-    doing: Description of the progress bar, such as "folding".
-
-  Raises:
-    ConfigError: there is too little text.
-  """
-  dense = dense_baseline(config)
-  stream = embed_batches(dense, params, batches)
-  for n in track(range(config.model.num_layers), f"{doing} layers"):
-    block, layer = make_block(dense, n), params[f"blocks_{n}"]
-    seen = capture_all(block, layer, stream, STREAMS, outputs=(*OUTPUTS, "out"))
-    yield n, block, stream, seen
-    stream = Stream([one["out"] for one in seen], stream.masks)
+def spread(items: Sequence[Any], sizes: Sequence[int], most: int) -> list[Any]:
+  """Returns every n-th item, so that the sum of their sizes is about `most`."""
+  return list(items)[:: max(1, sum(sizes) // most)]
 
 
 def advance(block: Block, params: Params, stream: Stream) -> Stream:
@@ -223,7 +208,7 @@ def halves(*data: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
   return found
 
 
-def total(function: Callable[..., Any], *data: Sequence[Any]) -> Any:
+def total(function: Callable[..., Any], *data: Iterable[Any]) -> Any:
   """Returns the sum of function(batch) over batches, in float64.
 
   Args:
@@ -232,9 +217,103 @@ def total(function: Callable[..., Any], *data: Sequence[Any]) -> Any:
   """
   sums = None
   for batch in zip(*data, strict=True):
-    more = jax.tree.map(np.float64, function(*batch))
-    sums = more if sums is None else jax.tree.map(np.add, sums, more)
+    sums = _added(sums, function(*batch))
   return sums
+
+
+def _added(sums: Any, more: Any) -> Any:
+  """Returns the sum of two trees in float64; None is 0."""
+  if sums is None:
+    return jax.tree.map(np.float64, more)
+  return jax.tree.map(lambda a, b: a + np.asarray(b), sums, more)
+
+
+class Gram(NamedTuple):
+  """Sums over tokens: of a a', of a, and the number of tokens."""
+
+  square_FF: Any
+  sum_F: Any
+  count: Any
+
+  @property
+  def moments(self) -> Moments:
+    """The means of a a' and a."""
+    return Moments(self.square_FF / self.count, self.sum_F / self.count)
+
+  def only(self, stays_F: np.ndarray) -> "Gram":
+    """Returns the sums of inputs of which the others are always 0."""
+    square_FF = self.square_FF * np.outer(stays_F, stays_F)
+    return Gram(square_FF, self.sum_F * stays_F, self.count)
+
+
+class Reading(NamedTuple):
+  """What a module reads on calibration text.
+
+  Attributes:
+    a: float[B, L, ...] of each batch.
+    masks: As in `Stream`.
+    halves: The `Gram` of each half of the texts, see `halves`.
+  """
+
+  a: Sequence[jax.Array]
+  masks: Sequence[jax.Array]
+  halves: Sequence[Gram]
+
+  @property
+  def moments(self) -> Moments:
+    """The moments over all texts."""
+    return Gram(*map(np.add, *self.halves)).moments
+
+
+def reading(a: Sequence[jax.Array], masks: Sequence[jax.Array]) -> Reading:
+  """Returns inputs of a module with their sums."""
+  return Reading(a, masks, half_totals(grams, a, masks))
+
+
+def half_totals(
+  function: Callable[..., Any], *data: Iterable[Any]
+) -> list[Any]:
+  """Returns `total` over each half of the texts, see `halves`.
+
+  Args:
+    function: As for `total`; called with the rows of a half.
+    data: As for `halves`.
+  """
+  sums: list[Any] = [None, None]
+  for number, batch in enumerate(zip(*data, strict=True)):
+    sums = add_halves(function, sums, number, batch)
+  return sums
+
+
+def add_halves(
+  function: Callable[..., Any], sums: Sequence[Any], number: int, batch: Any
+) -> list[Any]:
+  """Returns the sums of `half_totals` after a batch.
+
+  Args:
+    function: As for `half_totals`.
+    sums: Those before it.
+    number: Number of the batch.
+    batch: Trees of arrays, with texts as rows.
+  """
+  found = list(sums)
+  for half in range(2):
+    rows = slice((half + number) % 2, None, 2)
+    part = jax.tree.map(operator.itemgetter(rows), batch)
+    if len(jax.tree.leaves(part)[0]):
+      found[half] = _added(sums[half], function(*part))
+  return found
+
+
+@jax.jit
+def grams(tree: Any, mask: jax.Array) -> Any:
+  """Returns the `Gram` of each array [B, L, ...] of a tree."""
+  return jax.tree.map(lambda a: _gram(a, mask), tree)
+
+
+def _gram(a, mask) -> Gram:
+  a = a.astype(jnp.float32).reshape(*mask.shape, -1) * mask[..., None]
+  return Gram(second_moment(a, a), a.sum((0, 1)), mask.sum())
 
 
 def second_moment(a_BLF: jax.Array, b_BLE: jax.Array) -> jax.Array:

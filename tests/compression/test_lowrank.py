@@ -91,9 +91,9 @@ def _optimum(q, k, query_moment, key_moment, G):
 
 @shapes
 @pytest.mark.parametrize("G", [1, 3])
-def test_fold_heads_gives_the_nearest_logits_of_their_rank(G, H, J, bias):
+def test_head_terms_gives_the_nearest_logits_of_their_rank(G, H, J, bias):
   q, k, x, y = make_case(0, H, J, bias)
-  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), G)
+  folded = lowrank.head_terms(q, k, moment_of(x), moment_of(y)).fold(G)
   best, values = _optimum(q, k, moment_of(x), moment_of(y), G)
   assert folded.q["kernel"].shape == (D, H, G)
   assert folded.k["kernel"].shape == (D, J, G)
@@ -111,9 +111,9 @@ def test_fold_heads_gives_the_nearest_logits_of_their_rank(G, H, J, bias):
 
 
 @shapes
-def test_fold_heads_with_all_channels_loses_nothing(H, J, bias):
+def test_head_terms_with_all_channels_loses_nothing(H, J, bias):
   q, k, x, y = make_case(1, H, J, bias)
-  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), K)
+  folded = lowrank.head_terms(q, k, moment_of(x), moment_of(y)).fold(K)
   x, y = (make_inputs(np.random.default_rng(seed), bias) for seed in (7, 8))
   expected = _logits(q, k, x, y)
   logits = _logits(folded.q, folded.k, x, y)
@@ -122,9 +122,9 @@ def test_fold_heads_with_all_channels_loses_nothing(H, J, bias):
   assert folded.kept == pytest.approx(1)
 
 
-def test_fold_heads_larger_than_the_width_has_no_more_terms():
+def test_head_terms_larger_than_the_width_has_no_more_terms():
   q, k, x, y = make_case(6, 4, 2, False, K=16)  # heads share keys, and K > D
-  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), D + 2)
+  folded = lowrank.head_terms(q, k, moment_of(x), moment_of(y)).fold(D + 2)
   expected = _logits(q, k, x, y)
   logits = _logits(folded.q, folded.k, x, y)
   np.testing.assert_allclose(logits, expected, atol=1e-5 * expected.std())
@@ -132,7 +132,7 @@ def test_fold_heads_larger_than_the_width_has_no_more_terms():
   assert not folded.k["kernel"][..., D:].any()
 
 
-def test_fold_heads_with_covariances_serves_the_softmax():
+def test_head_terms_with_covariances_serves_the_softmax():
   q, k, x, y = make_case(4, 4, 2, True)
   y[:, :D] += 3  # which moves all logits of a query alike
   centred = y - y.mean(0)
@@ -144,23 +144,23 @@ def test_fold_heads_with_covariances_serves_the_softmax():
     wrong = _logits(folded.q, folded.k, x, y) - dense
     return np.square(wrong - wrong.mean(-1, keepdims=True)).mean()
 
-  folded = lowrank.fold_heads(q, k, moment_of(x), covariance, 2)
+  folded = lowrank.head_terms(q, k, moment_of(x), covariance).fold(2)
   size = np.square(dense - dense.mean(-1, keepdims=True)).mean()
   assert error(folded) / size == pytest.approx(1 - folded.kept, rel=1e-3)
-  second = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), 2)
+  second = lowrank.head_terms(q, k, moment_of(x), moment_of(y)).fold(2)
   assert error(folded) < 0.9 * error(second)
 
 
-def test_fold_heads_of_zeros_loses_nothing():
+def test_head_terms_of_zeros_loses_nothing():
   q, k, x, y = make_case(5, 2, 2, False)
   q = {"kernel": np.zeros_like(q["kernel"])}
-  folded = lowrank.fold_heads(q, k, moment_of(x), moment_of(y), 1)
+  folded = lowrank.head_terms(q, k, moment_of(x), moment_of(y)).fold(1)
   assert folded.kept == 1
   assert not folded.q["kernel"].any()
   assert not folded.k["kernel"].any()
 
 
-def test_fold_heads_takes_rounded_moments():
+def test_head_terms_takes_rounded_moments():
   q, k, x, y = make_case(6, 2, 2, False)
   x[:] = x[:, :1] + 1e-5 * x  # nearly a single direction
   moment = np.zeros((D, D), np.float32)
@@ -168,7 +168,7 @@ def test_fold_heads_takes_rounded_moments():
     moment += np.outer(row, row)
   least = np.linalg.eigvalsh(moment.astype(np.float64)).min()
   assert least < -2e-6 * np.trace(moment) / D  # a ridge of 1e-6 is too small
-  folded = lowrank.fold_heads(q, k, moment, moment_of(y), K)
+  folded = lowrank.head_terms(q, k, moment, moment_of(y)).fold(K)
   x, y = make_inputs(np.random.default_rng(7), False), y
   dense = _logits(q, k, x, y)
   np.testing.assert_allclose(
@@ -177,14 +177,14 @@ def test_fold_heads_takes_rounded_moments():
 
 
 @pytest.mark.parametrize("G", [0, K + 1])
-def test_fold_heads_refuses_more_groups_than_channels(G):
+def test_head_terms_refuses_more_groups_than_channels(G):
   q, k, x, y = make_case(0, 2, 2, False)
   message = f"G must be 1 to {K}"
   with pytest.raises(ValueError, match=message):
-    lowrank.fold_heads(q, k, moment_of(x), moment_of(y), G)
+    lowrank.head_terms(q, k, moment_of(x), moment_of(y)).fold(G)
   frequencies = np.ones(K // 2)
   with pytest.raises(ValueError, match=message):
-    lowrank.fold_rotary_heads(q, k, moment_of(x), moment_of(y), G, frequencies)
+    lowrank.rotary_terms(q, k, moment_of(x), moment_of(y), frequencies).fold(G)
 
 
 def _mixed(seed, heads, bias):
@@ -397,12 +397,12 @@ def _square(logits):
 
 
 @pytest.mark.parametrize(("H", "J"), [(3, 3), (4, 2)], ids=["own", "shared"])
-def test_fold_rotary_heads_keeps_the_best_pairs(H, J):
+def test_rotary_terms_keeps_the_best_pairs(H, J):
   q, k, x, y = make_case(0, H, J, True, K=8)
   x, y = x[:30], y[:30]
-  folded = lowrank.fold_rotary_heads(
-    q, k, moment_of(x), moment_of(y), 4, FREQUENCIES
-  )
+  folded = lowrank.rotary_terms(
+    q, k, moment_of(x), moment_of(y), FREQUENCIES
+  ).fold(4)
   dense = _by_pair(q, k, x, y, FREQUENCIES)
   error = 0.0
   for j in range(J):
@@ -431,13 +431,13 @@ def test_fold_rotary_heads_keeps_the_best_pairs(H, J):
 
 @pytest.mark.parametrize("unused", [[], [1, 5]])
 @pytest.mark.parametrize(("H", "J"), [(3, 3), (4, 2)], ids=["own", "shared"])
-def test_fold_rotary_heads_with_all_pairs_is_the_dense_head(H, J, unused):
+def test_rotary_terms_with_all_pairs_is_the_dense_head(H, J, unused):
   q, k, x, y = make_case(0, H, J, True, K=8)
   for array in q.values():
     array[..., 0, unused] = 0  # channels of the first head
-  folded = lowrank.fold_rotary_heads(
-    q, k, moment_of(x), moment_of(y), 8, FREQUENCIES
-  )
+  folded = lowrank.rotary_terms(
+    q, k, moment_of(x), moment_of(y), FREQUENCIES
+  ).fold(8)
   for new, old in ((folded.q, q), (folded.k, k)):
     np.testing.assert_array_equal(new["kernel"], old["kernel"])
     np.testing.assert_array_equal(new["bias"], old["bias"])
@@ -446,7 +446,7 @@ def test_fold_rotary_heads_with_all_pairs_is_the_dense_head(H, J, unused):
   assert folded.kept == pytest.approx(1)
 
 
-def test_fold_rotary_heads_joins_channels_that_do_not_turn():
+def test_rotary_terms_joins_channels_that_do_not_turn():
   q, k, x, y = make_case(0, 4, 2, True, K=8)
   x, y = x[:30], y[:30]
   still = [1, 2, 3, 5, 6, 7]
@@ -454,16 +454,16 @@ def test_fold_rotary_heads_joins_channels_that_do_not_turn():
   for w in q.values():  # six channels with logits of rank 2
     w[..., still] = w[..., still[:2]] @ mixed
   frequencies = np.array([0.7, 0, 0, 0])
-  folded = lowrank.fold_rotary_heads(
-    q, k, moment_of(x), moment_of(y), 4, frequencies
-  )
+  folded = lowrank.rotary_terms(
+    q, k, moment_of(x), moment_of(y), frequencies
+  ).fold(4)
   dense = _by_pair(q, k, x, y, frequencies).sum(-1)
   logits = _by_pair(folded.q, folded.k, x, y, folded.frequency).sum(-1) * 8 / 4
   np.testing.assert_allclose(logits, dense, atol=1e-4 * dense.std())
   np.testing.assert_allclose(folded.frequency, [[0.7, 0]] * 2, rtol=1e-6)
 
 
-def test_fold_rotary_heads_refuses_half_a_pair():
+def test_rotary_terms_refuses_half_a_pair():
   q, k, x, y = make_case(0, 2, 2, False)
   with pytest.raises(ValueError, match="come in pairs"):
-    lowrank.fold_rotary_heads(q, k, moment_of(x), moment_of(y), 3, np.ones(2))
+    lowrank.rotary_terms(q, k, moment_of(x), moment_of(y), np.ones(2)).fold(3)

@@ -12,7 +12,12 @@ from folding import config as c
 from folding import errors, paths
 from folding.models.transformer import make_model
 from folding.training import stream as stream_lib
-from folding.training.fold_layer import HeadMoments, fold_layer, fold_logits
+from folding.training.fold_layer import (
+  HeadMoments,
+  fold_layer,
+  fold_logits,
+  target_of,
+)
 from folding.training.fold_pretrained import fold_pretrained
 from folding.typed import edited
 
@@ -239,10 +244,8 @@ def test_fold_layer_fits_w_o_beside_folded_values_to_its_own_input(
   )
   kernels = []
   for other in (stream, dense_stream):
-    target = stream_lib.capture_all(
-      block, old, other, stream_lib.STREAMS, outputs=("out",)
-    )
-    new, _ = fold_layer(folded, block, old, stream, target=target)
+    target = target_of(block, old, other)
+    new = fold_layer(folded, block, old, stream, target=target).params
     kernels.append(new["attn"]["o"]["kernel"])
   # A dense W_O is fitted to the dense stream, to correct the layers below.
   assert np.array_equal(*kernels) == fits
@@ -374,10 +377,14 @@ def test_fold_accepts_batches_of_one_text():
   [
     (2, 5, "has 10 tokens in 2 texts"),
     (1, 40, "has 40 tokens in 1 texts"),
+    (4, 10, "are all equal"),
+    (40, 1, "a single token"),
   ],
 )
-def test_too_little_text_is_refused(rows, tokens, message):
+def test_text_that_cannot_be_measured_is_refused(rows, tokens, message):
   batch = {"tokens": np.zeros((rows, tokens), np.int32)}
+  if tokens == 1:
+    batch["tokens"] += np.arange(rows)[:, None] % V
   with pytest.raises(errors.ConfigError, match=message) as caught:
     fold_pretrained(_config("alibi", groups=1), _dense("alibi"), [batch])
   assert "\n" not in str(caught.value)

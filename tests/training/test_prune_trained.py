@@ -119,6 +119,14 @@ def _without_biases(params):
   return {**params, **blocks}
 
 
+def _pruned_layer(config, params, n, layer, stream):
+  prune = prune_trained.neuron_pruner(config, params, params)(n)
+  layer = prune.attention(layer, stream)
+  block = stream_lib.make_block(config, n)
+  [moments] = stream_lib.input_moments(block, layer, stream, ("down",)).values()
+  return prune.neurons(layer, moments)
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_remaining_neurons_replace_the_removed_ones(trained, use_bias):
   params, batches = trained
@@ -127,8 +135,7 @@ def test_remaining_neurons_replace_the_removed_ones(trained, use_bias):
     params = _without_biases(params)
   layer = params["blocks_0"]
   stream = stream_lib.embed_batches(config, params, batches)
-  prune = prune_trained.neuron_pruner(config, params, params)
-  pruned = prune(0, layer, stream)
+  pruned = _pruned_layer(config, params, 0, layer, stream)
   old, new = layer["mlp"], pruned["mlp"]
   below = {**layer, "attn": pruned["attn"]}
 
@@ -177,7 +184,7 @@ def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
     for n in range(2):
       layer = weights[f"blocks_{n}"]
       if prunes:
-        layer = prune(n, layer, stream)
+        layer = _pruned_layer(config, params, n, layer, stream)
       block = stream_lib.make_block(config, n)
       stream = stream_lib.advance(block, layer, stream)
     pairs = zip(*stream, strict=True)
