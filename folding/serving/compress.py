@@ -26,7 +26,7 @@ from folding.training.compress import compress_params
 from folding.training.recipe import recipe
 from folding.typed import edited
 
-_ROWS = 64  # texts per batch
+_ROWS, _TOKENS = 64, 8192  # most texts and tokens per batch
 WINDOW = 128  # most tokens per window of a language model
 
 
@@ -75,6 +75,8 @@ def compress(
   if not config_lib.is_whole(loaded.config):
     raise ConfigError("this model is folded or shrunk; give the dense one")
   texts = list(texts)
+  if not texts:
+    raise ConfigError("give texts like those that the model will read")
   require_texts(texts, loaded.pair)
   config = dataclasses.replace(
     config_lib.dense_baseline(loaded.config), dense=False
@@ -114,7 +116,9 @@ def _batches(
 ) -> list[dict[str, np.ndarray]]:
   """Returns texts of similar length in batches, padded to few lengths."""
   rows, batches = encoded.ids[:max_texts], []
-  for members, bucket in by_length(rows, bucket_lengths(length), _ROWS):
+  longest = max(row.size for row in rows)
+  size = min(_ROWS, max(1, _TOKENS // longest))
+  for members, bucket in by_length(rows, bucket_lengths(length), size):
     chosen = [rows[i] for i in members]
     tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)
     batch = {"tokens": tokens, "mask": mask}

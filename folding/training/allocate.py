@@ -13,7 +13,7 @@ slower, as a lookup takes almost no time.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from folding.training.layer_options import (
   measure,
   num_weights,
   round_neurons,
+  smallest,
 )
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import Batch
@@ -67,21 +68,7 @@ def allocate(
   """
   require_pairs(config)
   options = measure(config, params, batches, sensitivity)
-  sizes = _sizes(config, params)
-  linear, embedding = outer_fractions(config)
-  rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
-  if EMBEDDING in options:  # its options count its parameters
-    embedding = 0.0
-    sizes["embedding"] -= math.prod(shape)
-  elif config.has_open_rank:
-    rank = _embedding_rank(shape, embedding)
-  if rank:
-    rows = shape[0] * rank  # the rest, back to the width, is not pruned
-    sizes["embedding"] += rows - math.prod(shape)
-    sizes["other"] += embedding_size(shape, rank) - rows
-    if config.fpp.embedding_granularity != "trim":
-      embedding = 0.0  # all tokens stay
-  budget = _budget(config, sizes, linear, embedding)
+  sizes, linear, embedding, rank, budget = _target(config, params)
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:
     limit = (1 - config.compress.qkv) * sizes["qkv"]
@@ -116,6 +103,72 @@ def allocate(
   if config.fpp.embedding_granularity == "rank":
     edits["fpp.embedding_granularity"] = "weight"
   return config_lib.resolve(edited(config, edits))
+
+
+class _Target(NamedTuple):
+  """What a plan has to reach.
+
+  Attributes:
+    sizes: From `_sizes`, with an embedding of low rank as "other".
+    linear: Fraction to prune of the output layer.
+    embedding: Fraction to prune of the embedding.
+    rank: Rank of the embedding; 0: not low, or decided by its error.
+    budget: Most parameters that the decisions may store.
+  """
+
+  sizes: dict[str, int]
+  linear: float
+  embedding: float
+  rank: int
+  budget: float
+
+
+def _target(config: Config, params: Mapping[str, Any]) -> _Target:
+  """Returns what the plan of a config has to reach, from shapes alone."""
+  sizes = _sizes(config, params)
+  linear, embedding = outer_fractions(config)
+  rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
+  if config.has_open_rank and config.compress.embedding == "errors":
+    embedding = 0.0  # the options of its rank count its parameters
+    sizes["embedding"] -= math.prod(shape)
+  elif config.has_open_rank:
+    rank = _embedding_rank(shape, embedding)
+  if rank:
+    rows = shape[0] * rank  # the rest, back to the width, is not pruned
+    sizes["embedding"] += rows - math.prod(shape)
+    sizes["other"] += embedding_size(shape, rank) - rows
+    if config.fpp.embedding_granularity != "trim":
+      embedding = 0.0  # all tokens stay
+  budget = _budget(config, sizes, linear, embedding)
+  return _Target(sizes, linear, embedding, rank, budget)
+
+
+def require_reachable(config: Config, params: Mapping[str, Any]) -> None:
+  """Checks that the smallest options of a plan save enough, before measuring.
+
+  Args:
+    config: Resolved; a config without `fpp.overall` passes.
+    params: Parameters of its dense baseline, or shapes.
+
+  Raises:
+    ConfigError: they do not; it has the largest saving in reach.
+  """
+  if (asked := config.fpp.overall) is None:
+    return
+  least = sum(smallest(config, params).values())
+
+  def is_reachable(overall: float) -> bool:
+    tried = edited(config, {"fpp.overall": overall})
+    return _target(tried, params).budget >= least
+
+  if is_reachable(asked):
+    return
+  reachable = [p for p in range(1, 100) if is_reachable(p / 100)]
+  most = f"at most {max(reachable)}%" if reachable else "less than 1%"
+  raise ConfigError(
+    f"no plan saves {asked:.0%} of this model: its parts can be made smaller by "
+    f"{most}; lower the saving (in a config: fpp.overall)"
+  )
 
 
 def _linear_layers(

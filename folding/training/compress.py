@@ -22,7 +22,11 @@ from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import token_usage, trimmed
 from folding.errors import ConfigError
 from folding.models.transformer import make_model, model_for, param_shapes
-from folding.training.allocate import allocate, outer_fractions
+from folding.training.allocate import (
+  allocate,
+  outer_fractions,
+  require_reachable,
+)
 from folding.training.dense_start import dense_start, without_trimmed
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.optimizer import embedding_fraction, make_rules
@@ -33,6 +37,7 @@ from folding.training.prune_trained import (
   without_neurons,
 )
 from folding.training.sensitivity import sensitivities
+from folding.training.stream import require_text
 from folding.typed import edited
 
 
@@ -131,7 +136,10 @@ def _compress(config, dense, batches, usage_V, is_head_drawn) -> Compressed:
   params, report, sensitivity = dense, [], {}
   has_ranks = config.fold.embedding_rank or np.any(config.fold.value_rank)
   is_auto = config.compress.plan == "auto"
+  if is_auto:
+    require_reachable(config, dense)
   if is_auto or has_ranks or config.fpp.granularity == "neuron":
+    require_text(config, batches)
     trained = dict(dense)
     if is_head_drawn:
       trained.pop("head", None)

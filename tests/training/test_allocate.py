@@ -16,8 +16,9 @@ from folding import errors, paths
 from folding.compression import fold, lowrank
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate
+from folding.training.compress import compress_params
 from folding.training.fold_pretrained import fold_pretrained
-from folding.training.layer_options import Option, measure
+from folding.training.layer_options import Option, measure, smallest
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import usage_of
 from folding.typed import edited
@@ -440,6 +441,37 @@ def test_allocation_loses_less_than_equal_layers():
   )
   planned = _allocate(config, params)
   assert error(c.resolve(planned)) < error(c.resolve(same))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_smallest_options_are_those_that_are_measured(kind, granularity):
+  config = _config(kind)
+  if granularity == "neuron":
+    config = _structured(kind, embedding_granularity="rank")
+    config = edited(config, {"compress.embedding": "errors"})
+  params = _trained(config)
+  found = smallest(
+    config, param_shapes(make_model(c.dense_baseline(config), V, num_classes=3))
+  )
+  options = _measure(config, params)
+  assert found.keys() == options.keys()
+  for key, each in options.items():
+    assert found[key] == pytest.approx(min(one.stored for one in each)), key
+
+
+def test_target_out_of_reach_is_refused_before_measuring():
+  config = _structured("bert")
+  config = edited(config, {"fpp.overall": 0.97})
+  with pytest.raises(errors.ConfigError, match="at most") as caught:
+    compress_params(config, _trained(config), [])
+  [most] = re.findall(r"at most (\d+)%", str(caught.value))
+  config = edited(config, {"fpp.overall": int(most) / 100})
+  planned = _allocate(config, _trained(config))
+  assert planned.compress.plan == "same"
+  config = edited(config, {"fpp.overall": int(most) / 100 + 0.01})
+  with pytest.raises(errors.ConfigError, match=f"at most {most}%"):
+    compress_params(config, _trained(config), [])
 
 
 def test_unreachable_target_is_refused(measured):

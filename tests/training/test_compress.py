@@ -311,6 +311,13 @@ def test_one_call_refuses_numbers_out_of_range(wrong):
     folding.compress("never-read", ["a text", "another"], **wrong)
 
 
+def test_one_call_without_texts_is_refused():
+  shape = c.ModelConfig(**models.SHAPE, causal=False)
+  dense = models.make("classify", shape, c.FoldConfig(groups=0, values="dense"))
+  with pytest.raises(errors.ConfigError, match="give texts"):
+    folding.compress(dense, [])
+
+
 def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
   found = teacher_of(config, make_data(config))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import struct
 import threading
@@ -15,7 +16,7 @@ from tensorboardX.proto import event_pb2
 
 from folding import config as c
 from folding.errors import TrainingError
-from folding.training import optimizer
+from folding.training import optimizer, progress
 from folding.training.progress import (
   Clock,
   MetricsWriter,
@@ -243,3 +244,13 @@ def test_stop_signal_outside_the_main_thread_is_never_set():
   thread.start()
   thread.join()
   assert found == [False]
+
+
+def test_track_counts_the_items_in_a_log(monkeypatch, capsys):
+  monkeypatch.setattr(progress, "_LOG_SECONDS", -1)
+  assert list(progress.track("abc", "reading")) == ["a", "b", "c"]
+  lines = capsys.readouterr().err.splitlines()
+  assert [re.findall(r"\d+ of 3", line) for line in lines] == [
+    ["1 of 3"],
+    ["2 of 3"],
+  ]
