@@ -24,22 +24,19 @@ def encode_rows(
 def windows(
   tokenizer: Tokenizer, texts: Iterable[str], length: int, count: int
 ) -> np.ndarray:
-  """Returns the first windows of the stream of texts, int32[W, length].
+  """Returns windows of the stream of texts, int32[W, length], evenly spaced.
 
   Args:
     tokenizer: Its `stream` has the texts in a row.
-    texts: Documents; no more are read than the windows take.
+    texts: Documents.
     length: Tokens per window.
     count: Most windows. There are fewer if the texts are shorter.
   """
-  parts, size = [np.zeros(0, np.int32)], 0
-  for ids in tokenizer.stream(texts):
-    parts.append(ids)
-    size += ids.size
-    if size >= length * count:
-      break
-  rows = min(count, size // length)
-  return np.concatenate(parts)[: rows * length].reshape(rows, length)
+  ids = np.concatenate([np.zeros(0, np.int32), *tokenizer.stream(texts)])
+  whole = ids.size // length
+  count = min(count, whole)
+  chosen = np.arange(count) * whole // max(count, 1)
+  return ids[: whole * length].reshape(whole, length)[chosen]
 
 
 def padded(
