@@ -118,12 +118,11 @@ def export_gguf(
   m = _whole(loaded)
   architecture = _architecture_of(m, loaded)
   tokenizer, token_map = plain_tokenizer(loaded.tokenizer)
+  if token_map is not None and not np.array_equal(
+    token_map, np.arange(loaded.num_rows)
+  ):
+    raise ConfigError("llama.cpp has a row per token; here tokens share rows")
   params = unfolded(loaded)
-  if token_map is not None:
-    params["embed"] = {"embedding": params["embed"]["embedding"][token_map]}
-    if "head" in params:
-      kernel_DV = params["head"]["kernel"][:, token_map]
-      params["head"] = {**params["head"], "kernel": kernel_DV}
   count = sum(w.size for w in paths.flatten(params).values())
   if dtype not in _FLOATS:
     params = paths.map_named(_whole_blocks, params)
