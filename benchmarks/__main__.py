@@ -3,7 +3,7 @@
     python -m benchmarks [NAME...]
 
 Each runs in a process of its own, because each configures JAX differently.
-`one_model` and `embeddings` need runs and are called directly:
+`one_model`, `embeddings` and `generation` need models and are called directly:
 `python -m benchmarks.one_model RUN...`.
 """
 
