@@ -32,7 +32,7 @@ DTYPES = ("float32", "float16", "q8_0")
 Continue = Callable[[np.ndarray, int], Any]
 
 
-def _in_jax(loaded: export_lib.Loaded) -> Continue:
+def _in_jax(loaded: export_lib.Model) -> Continue:
   generator = Generator(loaded.model)
   params = jax.device_put(loaded.params)
   return lambda ids, count: generator(params, [ids], max_new_tokens=count)
@@ -79,7 +79,7 @@ def _in_llama_cpp(path: str) -> Continue:
   return call
 
 
-def _cache_bytes(loaded: export_lib.Loaded) -> int:
+def _cache_bytes(loaded: export_lib.Model) -> int:
   """Returns the bytes of the KV cache per token, in float32."""
   prefill = functools.partial(loaded.model.apply, method="prefill")
   tokens, start = jnp.zeros((1, READ), jnp.int32), jnp.zeros(1, jnp.int32)
