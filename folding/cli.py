@@ -151,6 +151,13 @@ def show_report(workdir: str) -> None:
     default="0.5",
   ),
   _argument(
+    "--structured",
+    "of a language model, remove neurons, heads and ranks, so that its arrays get "
+    "smaller (default: zero single weights)",
+    action="store_true",
+    default=None,
+  ),
+  _argument(
     "--steps",
     "steps of training that recover quality, with the dense model as teacher; the "
     "same command resumes them",
@@ -169,11 +176,22 @@ def compress(args: argparse.Namespace) -> None:
     if len(savings) > 1:
       raise ConfigError("--steps trains one model; give one --saving")
     compressing.train_smaller(
-      args.path, args.texts, savings[0], args.output, args.steps
+      args.path,
+      args.texts,
+      savings[0],
+      args.output,
+      steps=args.steps,
+      structured=args.structured,
     )
     show_report(args.output)
   else:
-    compressing.compress_file(args.path, args.texts, savings, args.output)
+    compressing.compress_file(
+      args.path,
+      args.texts,
+      savings,
+      args.output,
+      structured=args.structured,
+    )
   print(f"Next: folding export {args.output} --output=NEW --format=onnx")
 
 

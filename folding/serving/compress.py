@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -22,7 +22,7 @@ from folding.errors import ConfigError
 from folding.serving.batched import require_several, require_texts
 from folding.serving.loaded import Model, load
 from folding.tasks import task_of
-from folding.training.compress import compress_params
+from folding.training.compress import compress_params, fold_table
 from folding.training.recipe import recipe
 from folding.typed import edited
 
@@ -36,12 +36,14 @@ def compress(
   *,
   saving: float = 0.7,
   max_texts: int = 512,
+  structured: bool | None = None,
+  report: Callable[[str], None] = lambda _: None,
 ) -> Model:
   """Returns a model with fewer parameters, fitted to texts without labels.
 
   A plan per layer folds projections and removes neurons. The embedding gets a
-  low rank. For a language model SparseGPT zeroes single weights, and the arrays
-  keep their size. Runs of configs/pretrained.py start from such a model.
+  low rank. For a language model SparseGPT by default zeroes single weights, and the
+  arrays keep their size. Runs of configs/pretrained.py start from such a model.
   Training recovers most of the lost quality.
 
   Args:
@@ -51,6 +53,9 @@ def compress(
     max_texts: Number of texts to fit to; of a language model, whose texts are read
       as one stream, the number of windows of 128 tokens. A low-rank embedding is
       fitted to all texts.
+    structured: Whether the arrays of a language model get smaller too: neurons,
+      heads and ranks leave its layers. A tied embedding stays. None: no.
+    report: Called with the plan, a table with a line per layer.
 
   Raises:
     ConfigError: the model is folded or shrunk already, `texts` is one string, too
@@ -81,7 +86,7 @@ def compress(
   config = dataclasses.replace(
     config_lib.dense_baseline(loaded.config), dense=False
   )
-  config = recipe(config, float(saving))
+  config = recipe(config, float(saving), structured=structured)
   # No training follows in which FPP could prune.
   config = edited(config, {"compress.prune": "sparsegpt"})
   source = "a model in memory" if isinstance(model, Model) else str(model)
@@ -100,6 +105,8 @@ def compress(
     )
     usage_V = token_usage(counts, loaded.num_rows)
   small = compress_params(config, loaded.params, batches, usage_V)
+  if small.report:
+    report(fold_table(small.report, small.config.fpp.linear_layers))
   return Model(small.config, small.params, loaded.tokenizer, loaded.labels)
 
 

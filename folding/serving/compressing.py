@@ -20,6 +20,7 @@ from folding.serving.loaded import Model, load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, sharding
 from folding.training.evaluate import evaluate, make_eval_step
+from folding.training.recipe import recipe
 
 _HELD = 256  # held-out texts, or windows, that a smaller model is compared on
 _ROWS = 8  # windows per batch
@@ -31,6 +32,7 @@ def compress_file(
   savings: Sequence[float],
   output: str,
   *,
+  structured: bool | None = None,
   report: Callable[[str], None] = print,
 ) -> list[str]:
   """Writes a compact export per saving, and reports what was lost.
@@ -46,6 +48,7 @@ def compress_file(
     savings: Fractions of the parameters to save.
     output: A new folder. Of several savings each gets a folder in it, named by the
       percent that it saves.
+    structured: As for `folding.compress`.
     report: Called with each line.
 
   Returns:
@@ -59,7 +62,10 @@ def compress_file(
   fit, held = _texts(path, model)
   folders = []
   for saving in savings:
-    small = shrunk(compress(model, fit, saving=saving))
+    small = compress(
+      model, fit, saving=saving, structured=structured, report=report
+    )
+    small = shrunk(small)
     folder = output
     if len(savings) > 1:
       folder = os.path.join(output, f"{100 * saving:g}")
@@ -143,7 +149,13 @@ def _perplexity(model: Model, texts: Sequence[str]) -> float:
 
 
 def train_smaller(
-  source: str, path: str, saving: float, output: str, steps: int
+  source: str,
+  path: str,
+  saving: float,
+  output: str,
+  *,
+  steps: int,
+  structured: bool | None = None,
 ) -> None:
   """Trains a run that starts from a smaller model, as the shipped configs do.
 
@@ -156,6 +168,7 @@ def train_smaller(
     saving: Fraction of the parameters to save.
     output: The run directory.
     steps: Steps of training.
+    structured: As for `folding.compress`.
 
   Raises:
     ConfigError: see `loop.run`.
@@ -163,6 +176,8 @@ def train_smaller(
   makes_vectors = task_of(load(source).config).makes_vectors
   name = "embed" if makes_vectors else "pretrained"
   config = config_lib.read(f"configs/{name}.py:{source},{saving}")
+  if structured:
+    config = recipe(config, saving, structured=True)
   edits = {"data.path": path, "train.steps": steps}
   edits["train.eval_every"] = max(1, steps // 4)
   loop.run(config_lib.edited(config, edits), output)

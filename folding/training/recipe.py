@@ -9,21 +9,29 @@ from folding.errors import ConfigError
 from folding.tasks import task_of
 
 
-def recipe(config: Config, saving: float | None = None) -> Config:
+def recipe(
+  config: Config,
+  saving: float | None = None,
+  *,
+  structured: bool | None = None,
+) -> Config:
   """Returns the config that compresses a trained model.
 
   Arrays of an encoder are small before training begins. For a language model
-  FPP zeroes single weights while training: stories260K at half its size has
-  perplexity 8.1, and 10.7 with smaller ranks and fewer neurons (one seed, the
-  same 300 steps).
+  FPP by default zeroes single weights while training: stories260K at half its size
+  has perplexity 8.1, and 10.7 if it is structured (one seed, the same 300 steps).
 
   Args:
     config: Config of a dense model; its sections `fold`, `fpp` and `compress`
       are replaced.
     saving: Fraction of the parameters to save; None: that of the preset.
+    structured: Whether neurons, heads and ranks leave the arrays, not single
+      weights; None: unless it is a language model.
   """
   task, m = task_of(config), config.model
-  by_weight = task.predicts_tokens
+  by_weight = task.predicts_tokens if structured is None else not structured
+  # A low rank would not make an output layer smaller.
+  keeps_embedding = not by_weight and task.predicts_tokens and m.tie_embeddings
   is_rotary = m.positions == "rope"
   # A quarter of a head, for plans that fold all layers alike.
   K = m.head_dim or max(1, m.width // m.num_heads)
@@ -45,9 +53,9 @@ def recipe(config: Config, saving: float | None = None) -> Config:
   fpp = FPPConfig(
     granularity="weight" if by_weight else "neuron",
     attention="output" if by_weight else "none",  # of low rank instead
-    embedding_granularity="weight" if by_weight else "rank",
+    embedding_granularity="weight" if by_weight or keeps_embedding else "rank",
     # For language models too: with 0.2 stories260K has perplexity 9.8.
-    embedding_share=1.0,
+    embedding_share=0.0 if keeps_embedding else 1.0,
     overall=saving,
     # Early, so that most of the training is recovery from pruning.
     begin=0.02,

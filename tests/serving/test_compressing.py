@@ -56,6 +56,21 @@ def test_language_model_reports_its_perplexity(tmp_path, capsys):
     assert f"stores {stored:,} parameters" in out
 
 
+def test_structured_language_model_has_smaller_arrays(tmp_path, capsys):
+  model = _written(tmp_path / "dense", "lm")
+  argv = ["compress", str(tmp_path / "dense"), f"--texts={_texts(tmp_path)}"]
+  argv += ["--saving=0.3", "--structured", f"--output={tmp_path / 'small'}"]
+  assert cli.main(argv) == 0
+  assert "to prune" in capsys.readouterr().out  # the plan
+  small = folding.load(tmp_path / "small")
+  sizes = [
+    sum(w.size for w in jax.tree.leaves(x.params)) for x in (small, model)
+  ]
+  assert sizes[0] <= 0.7 * sizes[1]
+  embedding = model.params["embed"]["embedding"]
+  assert small.params["embed"]["embedding"].shape == embedding.shape
+
+
 def test_windows_are_spread_over_the_stream():
   tokenizer = models.make("lm").tokenizer
   texts = models.random_texts(30)
