@@ -1,17 +1,26 @@
-"""Draws the diagrams of the docs: `python docs/diagrams.py`.
+"""Draws the diagrams of the docs: `python docs/diagrams.py [DENSE SMALL]`.
 
 Each is one SVG file in docs/diagrams/, which follows the light or dark theme of
-its reader. Text, rectangles and lines only, so that a diff can be read.
+its reader. Text, rectangles and lines only, so that a diff can be read. Given a
+dense model and a smaller one, `block.svg` shows these two from then on.
 """
 
 import json
+import math
 import pathlib
+import re
+import sys
 
 import numpy as np
 
+import folding
+from folding import paths
+
 WIDTH, HEIGHT = 410, 236
 CELL = 11  # pixels, with a gap of 1
+FOLDER = pathlib.Path(__file__).parent / "diagrams"
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
+SHAPES = FOLDER / "block.json"  # of the arrays that `block` shows
 
 _STYLE = """
 svg { --page: #fff; --line: #d0d7de; --text: #1d2328; --soft: #5c6770;
@@ -88,20 +97,26 @@ def brace(x: float, top: float, bottom: float, name: str) -> str:
   )
 
 
-def diagram(title: str, about: list[str], parts: list[str]) -> str:
+def diagram(
+  title: str,
+  about: list[str],
+  parts: list[str],
+  size: tuple[int, int] = (WIDTH, HEIGHT),
+) -> str:
   """Returns an SVG file with a title above and lines of text below."""
+  width, height = size
   lines = [
-    text(16, HEIGHT - 14 - 17 * (len(about) - 1 - i), line, "soft")
+    text(16, height - 14 - 17 * (len(about) - 1 - i), line, "soft")
     for i, line in enumerate(about)
   ]
   plain = title.replace("_", "")
   return "\n".join(
     [
-      f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-      f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{plain}">',
+      f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+      f'width="{width}" height="{height}" role="img" aria-label="{plain}">',
       f"<style>{_STYLE}</style>",
-      f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" '
-      f'height="{HEIGHT - 1}" rx="8"/>',
+      f'<rect class="page" x=".5" y=".5" width="{width - 1}" '
+      f'height="{height - 1}" rx="8"/>',
       text(16, 27, title, "title"),
       *parts,
       *lines,
@@ -356,15 +371,109 @@ def lengths() -> str:
   )
 
 
+def block() -> str:
+  """Returns the matrices of a block before and after compression."""
+  shapes = json.loads(SHAPES.read_text(encoding="utf-8"))
+
+  def found(name: str, path: str) -> list[list[int]]:
+    return [w for key, w in shapes[name].items() if re.search(path, key)]
+
+  def count(name: str, path: str) -> int:
+    return sum(map(math.prod, found(name, path)))
+
+  def span(name: str, path: str, axis: int) -> str:
+    lengths = [shape[axis] for shape in found(name, path)]
+    low, high = f"{min(lengths):,}", f"{max(lengths):,}"
+    return low if low == high else f"{low} to {high}"
+
+  side, top = 44, 112  # of a matrix [D, D]; the upper edge of all
+  bottom = top + 4 * side
+  matrices = [  # path, left end, height, color, name
+    ("^embed", 36, 4 * side, "green", ""),
+    ("attn/q", 118, side, "blue", "W_Q"),
+    ("attn/k", 170, side, "blue", "W_K"),
+    ("attn/v", 222, side, "green", "W_V"),
+    ("attn/o", 274, side, "green", "W_O"),
+    ("mlp/up", 348, 4 * side, "orange", "up"),
+    ("mlp/down", 400, 4 * side, "orange", "down"),
+  ]
+  labels = [  # path, middle, upper edge, path and axis of a length, unit, method
+    ("^embed", 58, bottom, "^embed/", 1, "rank {}", "low rank"),
+    ("attn/[qk]", 166, top + side, "attn/q", 2, "{} rows", "IRC"),
+    ("attn/[vo]", 270, top + side, "attn/v", 2, "rank {}", "low rank"),
+    ("mlp", 396, bottom, "mlp/up", 1, "{} neurons", "pruning"),
+  ]
+  parts = []
+  for name, shift in (("dense", 0), ("small", 448)):
+    heads = f"attention: {span(name, 'attn/q', 1)} heads"
+    drawn = [
+      text(36, 56, "after" if shift else "before", "title"),
+      text(58, top - 26, "embedding", "mid"),
+      text(218, top - 26, heads, "mid"),
+      text(396, top - 26, "MLP", "mid"),
+      arrow(88, top + side / 2, 22),
+      arrow(326, top + side / 2, 14),
+    ]
+    for path, x, height, color, title in matrices:
+      kept = count(name, path) / count("dense", path)
+      # The embedding loses columns, the others rows.
+      width, high = (kept, 1) if path == "^embed" else (1, kept)
+      drawn += [
+        text(x + side / 2, top - 8, title, "mid soft"),
+        f'<rect class="rule dash" x="{x}" y="{top}" width="{side}" '
+        f'height="{height}"/>',
+        f'<rect class="{color if shift else "grey"}" x="{x}" y="{top}" '
+        f'width="{side * width:.1f}" height="{height * high:.1f}"/>',
+      ]
+    for path, x, y, one, axis, unit, method in labels:
+      after, before = count(name, path), count("dense", path)
+      length = unit.format(span(name, one, axis))
+      lines = [(length, ""), (f"{before / 1e6:.1f} million", "soft")]
+      if shift:
+        share = f"−{1 - after / before:.0%}"
+        lines = [(method, ""), (length, "soft"), (share, "title")]
+      drawn += [
+        text(x, y + 19 + 18 * i, line, f"mid {kind}")
+        for i, (line, kind) in enumerate(lines)
+      ]
+    parts.append(f'<g transform="translate({shift})">{"".join(drawn)}</g>')
+  before, after = (count(name, "") for name in ("dense", "small"))
+  layers = len(found("dense", "attn/q"))
+  line = f'<path class="rule" d="M454 48V{bottom + 60}" opacity=".4"/>'
+  return diagram(
+    f"MiniLM from {before / 1e6:.1f} to {after / 1e6:.1f} million parameters",
+    [
+      f"Shares are of all {layers} layers, removed heads included. Areas are to "
+      "scale, but the embedding is cut off below. A plan chose the sizes per layer.",
+      "From scratch: IRC keeps one row per head, DWC the diagonal of W_V, and FPP "
+      "removes neurons during training.",
+    ],
+    [*parts, line],
+    (924, 406),
+  )
+
+
+def save_shapes(dense: str, small: str) -> None:
+  """Writes the shapes that `block` shows, of what `folding.load` reads."""
+  shapes = {}
+  for name, source in (("dense", dense), ("small", small)):
+    left = paths.flatten(folding.load(source).params)
+    drawn = [path for path in left if re.search("^embed|kernel", path)]
+    shapes[name] = {path: left.pop(path).shape for path in drawn}
+    shapes[name]["others"] = [sum(w.size for w in left.values())]
+  SHAPES.write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
   """Writes the files."""
-  folder = pathlib.Path(__file__).parent / "diagrams"
+  if sys.argv[1:]:
+    save_shapes(*sys.argv[1:])
   for function in DIAGRAMS:
-    path = folder / f"{function.__name__}.svg"
+    path = FOLDER / f"{function.__name__}.svg"
     path.write_text(function(), encoding="utf-8")
 
 
-DIAGRAMS = (irc, dwc, low_rank, fpp, sizes, lengths)
+DIAGRAMS = (block, irc, dwc, low_rank, fpp, sizes, lengths)
 
 if __name__ == "__main__":
   main()
