@@ -184,15 +184,16 @@ def compress(args: argparse.Namespace) -> None:
       structured=args.structured,
     )
     show_report(args.output)
+    folder = args.output
   else:
-    compressing.compress_file(
+    *_, folder = compressing.compress_file(
       args.path,
       args.texts,
       savings,
       args.output,
       structured=args.structured,
     )
-  print(f"Next: folding export {args.output} --output=NEW --format=onnx")
+  print(f"Next: folding export {folder} --output=NEW --format=onnx")
 
 
 @_verb("write the report of a run", _RUN)
