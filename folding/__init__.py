@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   from folding.compression.fpp import fpp as fpp
   from folding.compression.fpp import fpp_counts as fpp_counts
   from folding.compression.observe import observe as observe
+  from folding.compression.observe import statistics as statistics
   from folding.compression.sites import Rule as Rule
   from folding.models.shrink import shrink as shrink
   from folding.models.transformer import Transformer as Transformer
@@ -52,6 +53,7 @@ _MODULES = {
   "predict": "folding.serving.predict",
   "save": "folding.serving.formats",
   "shrink": "folding.models.shrink",
+  "statistics": "folding.compression.observe",
   "unfold": "folding.compression.fold",
 }
 

@@ -723,10 +723,12 @@ def _check_statistics(
       ndim = leaves[name].ndim - (site.layers is not None)
       if name not in stats and _needs_evidence(score, name, ndim):
         raise ValueError(
-          f"fpp: nothing observed for {name!r} (of {len(stats)} statistics); "
-          "wrap apply in folding.observe (nn.scan needs 'observed': 0 in its "
-          "variable_axes) or choose score='magnitude'; a step without "
-          "statistics has is_due=False"
+          f"fpp: nothing observed for {name!r} (of {len(stats)} statistics). "
+          "Either give its statistics: by folding.observe, with the class of the "
+          f"layer {name.rpartition('/')[0]!r} in `dense` if it is your own and "
+          "'observed': 0 in the variable_axes of nn.scan, or by "
+          "folding.statistics; or choose score='magnitude' for its rule. A step "
+          "without statistics has is_due=False"
         )
 
 
