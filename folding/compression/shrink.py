@@ -6,6 +6,7 @@ names of `folding`; `folding.shrink` calls it for a configured model.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from folding import paths
 from folding.compression.fpp import FPPState
+from folding.compression.nnx_sizes import set_sizes
 from folding.compression.sites import (
   Rule,
   Site,
@@ -250,15 +253,16 @@ def remove_neurons(
   A rule of granularity "neuron" ties the parameters of a neuron together: its
   columns and biases, and the rows that read it. If all of them are 0, the
   function stays the same up to float rounding, except under a norm over the
-  neurons. Build the smaller model with the widths of the arrays.
+  neurons. Build the smaller model with the widths of the arrays. Of an NNX
+  module, the layers of Flax get the new widths as well.
 
   Args:
     rules: As given to `folding.fpp`; other granularities are ignored.
-    params: Any tree of concrete arrays.
+    params: Any tree of concrete arrays, or an NNX module.
 
   Returns:
-    (tree of the same structure, {parameter that a rule matches: neurons that
-    stay, increasing}). One neuron always stays. Of stacked layers
+    (tree of the same structure or new module, {parameter that a rule matches:
+    neurons that stay, increasing}). One neuron always stays. Of stacked layers
     (`Rule.layers`) the neurons are int[layers, n], and each layer keeps as many
     as the one with the most.
 
@@ -273,9 +277,33 @@ def remove_neurons(
     >>> small["up"].tolist(), small["down"].tolist(), kept["up"].tolist()
     ([[1.0, 2.0]], [5.0, 6.0], [0, 2])
   """
+  if not isinstance(params, nnx.Module):
+    small, kept, _ = _remove_neurons(rules, params, {})
+    return paths.map_named(lambda name, _: small[name], params), kept
+  graphdef, state, others = nnx.split(params, nnx.Param, ...)
+  small, kept, shapes = _remove_neurons(rules, state, paths.flatten(others))
+  state, others = (
+    paths.map_named(lambda name, _: small[name], tree)
+    for tree in (state, others)
+  )
+  module = nnx.merge(graphdef, state, others)
+  set_sizes(module, shapes)
+  return module, kept
+
+
+def _remove_neurons(
+  rules: Sequence[Rule], params: Any, others: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
+  """Returns ({path: smaller array}, kept neurons, {path: shape of one layer}).
+
+  Args:
+    rules: See `remove_neurons`.
+    params: The tree that the rules select from.
+    others: {path: array}. The mean and the variance of a batch norm follow its
+      scale.
+  """
   leaves = paths.flatten(params)
-  small = dict(leaves)
-  kept = {}
+  small, kept, shapes = {**leaves, **others}, {}, {}
   rules = as_rules(rules)
   for site in make_sites(rules, params):
     if rules[site.rule].granularity != "neuron":
@@ -296,13 +324,19 @@ def remove_neurons(
     # Neurons that are not zero come first, in their own order.
     order = np.argsort(is_zero, axis=-1, kind="stable")
     stays = kept[site.name] = np.sort(order[..., :count], axis=-1)
-    for name, axis in site.members.items():
+    members = dict(site.members)
+    for name in site.members:
+      beside = (re.sub("/scale$", f"/{x}", name) for x in ("mean", "var"))
+      members |= dict.fromkeys(others.keys() & set(beside), 0)
+    for name, axis in members.items():
       small[name] = site.per_layer(
         lambda w, stays, axis=axis: w.take(stays, axis=axis),
-        leaves[name],
+        small[name],
         site.layers_placed(stays),
       )
-  return paths.map_named(lambda name, _: small[name], params), kept
+      first = jax.eval_shape(site.layers_first, small[name]).shape
+      shapes[name] = first if site.layers is None else first[1:]
+  return small, kept, shapes
 
 
 def _reads(site: Site, name: str, ndim: int) -> bool:
