@@ -292,7 +292,7 @@ def remove_neurons(
 
 
 def _remove_neurons(
-  rules: Sequence[Rule], params: Any, others: Mapping[str, Any]
+  rules: Rule | Sequence[Rule], params: Any, others: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
   """Returns ({path: smaller array}, kept neurons, {path: shape of one layer}).
 
