@@ -593,7 +593,8 @@ def fpp_counts(
     }
 
   names = ("selected", "frozen", "zero", "undone", "target", "done")
-  scalars = dict.fromkeys(names, state.step)
+  # Indexed, as an `nnx.Optimizer` holds variables.
+  scalars = dict.fromkeys(names, state.step[...])
   return _on_auto_axes(count, (state, params), out=scalars)
 
 
