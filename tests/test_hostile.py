@@ -332,7 +332,7 @@ REFUSED = {
   ),
   "overall": (
     call(folding.account, params={}, dense={}, groups={"overall": ".*"}),
-    '"overall"',
+    "without 'overall'",
   ),
 }
 

@@ -101,12 +101,11 @@ def test_training_continues_as_without_a_shrink(run, trained, at, multiple):
   width = 128 - int(dead.sum())
   assert 10 < width < 128 - 10
   assert config.model.mlp_width == -(-width // multiple) * multiple
-  # Elements that have left count as selected and zero.
-  gone = sum(x.size for x in jax.tree.leaves(states[at].params))
-  gone -= sum(x.size for x in jax.tree.leaves(state.params))
+  # Units that have left count as selected and zero.
+  gone = optimizer.removed_units(run.rules, states[at].params, state.params)
   counts = [
     fpp_counts(run.rules, s.opt_state, s.params, removed)
-    for s, removed in ((states[at], 0), (state, gone))
+    for s, removed in ((states[at], {}), (state, gone))
   ]
   assert counts[0] == counts[1]
   small = _smaller(run, config, state.params)
