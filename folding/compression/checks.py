@@ -12,7 +12,7 @@ def is_whole(value: Any, least: int = -(2**31), below: int = 2**31) -> bool:
   return is_int and bool(least <= value < below)
 
 
-def is_between(value: Any, low: float, high: float) -> bool:
+def is_between(value: Any, low: int | float, high: int | float) -> bool:
   """Returns whether a value is a number in [low, high), and no bool."""
   is_number = isinstance(value, int | float | np.integer | np.floating)
   is_number &= not isinstance(value, bool)

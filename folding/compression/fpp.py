@@ -623,7 +623,7 @@ def member_masks(
 
 def _counts(
   site: Site, rules: Sequence[Rule], removed: Mapping[str, int], ramp: Any
-) -> np.ndarray:
+) -> np.ndarray | np.int32:
   """Returns int32, how many units of a site are chosen at shares of its target.
 
   They are computed in float64 on the host, so they are exact and never above the
