@@ -173,7 +173,8 @@ def smallest(
   m, is_structured = config.model, config.fpp.granularity == "neuron"
   found: dict[Decision, float] = {}
   if config.has_open_rank and config.compress.embedding == "errors":
-    found[EMBEDDING] = embedding_size(params["embed"]["embedding"].shape, 8)
+    shape = params["embed"]["embedding"].shape
+    found[EMBEDDING] = float(embedding_size(shape, 8))
   for n, layer in enumerate(layers_of(m, config.fold)):
     attn, mlp = (params[f"blocks_{n}"][part] for part in ("attn", "mlp"))
     J, K = m.num_kv_heads, m.head_dim
@@ -197,7 +198,7 @@ def smallest(
     else:
       size += num_weights(attn, ("o",))
       kept = 1 - _FRACTIONS[-1]
-    found |= {(n, "attn"): min(attention), (n, "mlp"): kept * size}
+    found |= {(n, "attn"): float(min(attention)), (n, "mlp"): kept * size}
   return found
 
 
