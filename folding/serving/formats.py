@@ -38,9 +38,7 @@ def _safetensors(
   del report
   from folding.serving import export
 
-  model = export.shrunk(model)
-  if dtype:
-    model = export.cast(model, dtype)
+  model = _smaller(model, dtype)
   size = export.export(
     path, model.config, model.params, model.tokenizer, model.labels
   )
@@ -72,12 +70,17 @@ def _stablehlo(
   path: str, model: Any, dtype: Any, report: Report
 ) -> dict[str, int]:
   del report
-  from folding.serving import export
+  from folding.serving.export import export_stablehlo
 
-  model = export.shrunk(model)
-  if dtype:
-    model = export.cast(model, dtype)
-  return export.export_stablehlo(path, model)
+  return export_stablehlo(path, _smaller(model, dtype))
+
+
+def _smaller(model: Any, dtype: Any) -> Any:
+  """Returns a model without units that are zero, in a dtype if one is given."""
+  from folding.serving import loaded
+
+  model = loaded.shrunk(model)
+  return loaded.cast(model, dtype) if dtype else model
 
 
 FORMATS = {
