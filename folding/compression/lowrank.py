@@ -8,6 +8,7 @@ plus 1 if the projections have a bias (a constant input of 1).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -354,14 +355,17 @@ def fold_values(
     u, _, _ = np.linalg.svd(counted, full_matrices=False)
     size = np.linalg.norm(u.T @ outputs_RKD, axis=(0, 2))
     t_JKK[j, :, : len(size)] = unroot @ (u * np.sqrt(size))
+  # A lower rank keeps the first channels of a head.
+  mix = np.asarray(scipy.linalg.block_diag(*np.repeat(t_JKK, R, axis=0)))
+  fit = _OutputFit(o, moments, mix)
   for rank in ranks:
     if not 0 < rank <= K:
       raise ValueError(f"r must be 1 to {K}, the head size; it is {rank}")
-    t_JKr = t_JKK[:, :, :rank]
-    new_v = np.einsum("EJK,JKr->EJr", a_EJK, t_JKr)
-    mix = np.asarray(scipy.linalg.block_diag(*np.repeat(t_JKr, R, axis=0)))
-    new_o, wrong = _fit_output(o, moments, mix, rank)
-    yield FoldedValues(_split(new_v, len(v["kernel"])), new_o, wrong, mix)
+    stays = np.tile(np.arange(K) < rank, H)
+    new_v = np.einsum("EJK,JKr->EJr", a_EJK, t_JKK[:, :, :rank])
+    new_o, wrong = fit(stays, rank)
+    new_v = _split(new_v, len(v["kernel"]))
+    yield FoldedValues(new_v, new_o, wrong, mix[:, stays])
 
 
 def fit_heads(
@@ -378,30 +382,52 @@ def fit_heads(
     ({"kernel": [heads, K, D] and maybe "bias" [D]}, `wrong` as in `FoldedValues`).
   """
   H, K, _ = o["kernel"].shape
-  mix = np.eye(H * K).reshape(H * K, H, K)[:, list(heads)]
-  return _fit_output(o, moments, mix.reshape(H * K, -1), K)
+  stays = np.repeat(np.isin(np.arange(H), heads), K)
+  return _OutputFit(o, moments)(stays, K)
 
 
-def _fit_output(
-  o: Mapping[str, Any], moments: Moments, mix: np.ndarray, size: int
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Returns W_O for inputs c @ mix in place of c, and `wrong`.
+class _OutputFit:
+  """W_O for some of the inputs c @ mix in place of all c."""
 
-  Args:
-    o: W_O for inputs c.
-    moments: Moments of c.
-    mix: [HK, heads * size].
-    size: New inputs per head.
-  """
-  moment = moments.around(o)
-  old = np.asarray(o["kernel"], np.float64).reshape(len(mix), -1)
-  new = solve_ridge(mix.T @ moment @ mix, mix.T @ moment @ old)
-  wrong = old - mix @ new
-  kernel = new.reshape(-1, size, old.shape[1])
-  new_o = {"kernel": kernel.astype(np.float32)}
-  if "bias" in o:
-    new_o["bias"] = (o["bias"] + moments.mean_I @ wrong).astype(np.float32)
-  return new_o, wrong
+  def __init__(
+    self, o: Mapping[str, Any], moments: Moments, mix: np.ndarray | None = None
+  ):
+    """Computes what fits to different inputs share.
+
+    Args:
+      o: W_O for inputs c.
+      moments: Moments of c.
+      mix: [HK, HK]; None: the identity.
+    """
+    gram = moments.around(o)
+    self._o, self._mean_I, self._mix = o, moments.mean_I, mix
+    self._old = np.asarray(o["kernel"], np.float64).reshape(len(gram), -1)
+    cross = gram @ self._old
+    if mix is not None:
+      gram, cross = mix.T @ gram @ mix, mix.T @ cross
+    self._gram, self._cross = gram, cross
+
+  def __call__(
+    self, stays: np.ndarray, size: int
+  ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns W_O and `wrong` of `FoldedValues`.
+
+    Args:
+      stays: bool[HK], True at inputs that stay.
+      size: Number of them per remaining head.
+    """
+    new = solve_ridge(self._gram[np.ix_(stays, stays)], self._cross[stays])
+    wrong = self._old.copy()
+    if self._mix is None:
+      wrong[stays] -= new
+    else:
+      wrong -= self._mix[:, stays] @ new
+    kernel = new.reshape(-1, size, new.shape[1])
+    new_o = {"kernel": kernel.astype(np.float32)}
+    if "bias" in self._o:
+      bias_D = self._o["bias"] + self._mean_I @ wrong
+      new_o["bias"] = bias_D.astype(np.float32)
+    return new_o, wrong
 
 
 def fold_input_rows(
@@ -480,8 +506,10 @@ def regress(
     weights[is_live_n] = live.weights
     return Regression(weights + (0 if prior_nm is None else prior_nm), live.r2)
   error = np.zeros(len(_RIDGES))
-  for half in range(2):
-    other, (size, basis) = 1 - half, _spectrum(gram_2nn[half])
+  with futures.ThreadPoolExecutor(2) as pool:
+    spectra = list(pool.map(_spectrum, gram_2nn))
+  for half, (size, basis) in enumerate(spectra):
+    other = 1 - half
     projected = basis.T @ cross_2nm[half]
     for i, ridge in enumerate(_RIDGES):
       delta = basis @ (projected / _added(size, ridge)[:, None])
@@ -498,8 +526,13 @@ def solve_ridge(
   gram: np.ndarray, cross: np.ndarray, ridge: float = _RIDGE
 ) -> np.ndarray:
   """Returns (gram + ridge mean(diag) I)^-1 cross."""
-  size, basis = _spectrum(gram)
-  return basis @ ((basis.T @ cross) / _added(size, ridge)[:, None])
+  damped = np.array(gram, np.float64)
+  np.fill_diagonal(damped, _added(np.diag(damped), ridge))
+  try:
+    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(damped), cross)
+  except np.linalg.LinAlgError:  # by rounding, see `_spectrum`
+    size, basis = _spectrum(gram)
+    return basis @ ((basis.T @ cross) / _added(size, ridge)[:, None])
 
 
 def _spectrum(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -51,8 +51,8 @@ def sparsegpt(
   References: Frantar and Alistarh, "SparseGPT", 2023, algorithm 1.
   """
   inputs = len(w_IO)
-  moment_II = _damped(w_IO, moment_II, damping)
-  u_II = _root_of_inverse(moment_II)
+  inverse_II = _inverse(_damped(w_IO, moment_II, damping))
+  u_II = scipy.linalg.cholesky(inverse_II)  # U' U = C^-1
   w_IO, removed = np.array(w_IO, np.float64), 0
   for begin in range(0, inputs, block):
     end = min(begin + block, inputs)
@@ -137,8 +137,7 @@ def removals(
   Yields:
     float64[I, O].
   """
-  u_II = _root_of_inverse(_damped(w_IO, moment_II, damping))
-  inverse_II = u_II.T @ u_II
+  inverse_II = _inverse(_damped(w_IO, moment_II, damping))
   w_IO = np.array(w_IO, np.float64)
   left = np.arange(len(w_IO))
   for goal in goals:
@@ -149,18 +148,16 @@ def removals(
     ]
     solved_NUO = np.linalg.solve(block_NUU, w_NUO)
     if sensitivity_OO is not None:
-      w_NUO = w_NUO @ sensitivity_OO
+      w_NUO = (w_IO[left] @ sensitivity_OO).reshape(w_NUO.shape)
     cost_N = np.sum(solved_NUO * w_NUO, axis=(1, 2))
     drop = np.repeat(_lowest(cost_N, count - goal), unit)
     # Block elimination: from C^-1 of all inputs to that of the remaining ones.
-    moved = np.linalg.solve(
-      inverse_II[drop][:, drop], inverse_II[drop][:, ~drop]
-    )
+    cross = inverse_II[np.ix_(drop, ~drop)]
+    moved = np.linalg.solve(inverse_II[np.ix_(drop, drop)], cross)
     w_IO[left[~drop]] -= moved.T @ w_IO[left[drop]]
     w_IO[left[drop]] = 0.0
-    inverse_II = (
-      inverse_II[~drop][:, ~drop] - inverse_II[~drop][:, drop] @ moved
-    )
+    inverse_II = inverse_II[np.ix_(~drop, ~drop)]
+    inverse_II -= cross.T @ moved
     left = left[~drop]
     yield w_IO.copy()
 
@@ -215,10 +212,11 @@ def _damped(w_IO: Matrix, moment_II: Moment, damping: float) -> Moment:
   return moment_II
 
 
-def _root_of_inverse(moment_II: Moment) -> Moment:
-  """Returns the upper U with U' U = C^-1."""
+def _inverse(moment_II: Moment) -> Moment:
+  """Returns the inverse of a positive definite matrix."""
   try:
-    return scipy.linalg.cholesky(np.linalg.inv(moment_II))
+    factor = scipy.linalg.cho_factor(moment_II)
+    return scipy.linalg.cho_solve(factor, np.eye(len(moment_II)))
   except np.linalg.LinAlgError as error:
     raise ValueError(
       "the moment of a layer's input cannot be inverted; use more calibration "
