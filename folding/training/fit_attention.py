@@ -17,6 +17,7 @@ from folding.models.transformer import Block
 from folding.training.stream import Params, Stream, halves, total
 
 _FIT_RATE = 0.03  # first learning rate of a fit, relative to an array's RMS
+_FIT_TOKENS = 1024  # about as many per step
 _FIT_CHECKS = 10  # evaluations of a fit on the held-out half
 
 
@@ -41,7 +42,7 @@ def fit_attention(
   """Returns a layer whose attention weights are near those of a dense one.
 
   Adam on the mean of KL(dense weights || folded weights) over half of the
-  texts moves W_Q, W_K, their biases and ALiBi's slopes. The best of the start
+  texts, some at a step, moves W_Q, W_K, their biases and ALiBi's slopes. The best of the start
   and ten later points on the other half is returned, so the fit is never worse
   there than its start.
 
@@ -49,7 +50,7 @@ def fit_attention(
     folded: Block and parameters, where the descent starts.
     dense: The same layer, dense.
     stream: Input of both layers.
-    steps: Number of steps, a batch each; 0 only measures the layer.
+    steps: Number of steps, of some texts each; 0 only measures the layer.
   """
   (block, params), (dense_block, aim) = folded, dense
   blocks, attn = (block, dense_block), dict(params["attn"])
@@ -57,6 +58,7 @@ def fit_attention(
   names = [name for name in ("q", "k", "log_slopes") if name in attn]
   fitted = {name: layers[0]["attn"][name] for name in names}
   seen, held_out = halves(*stream)
+  seen = [part for batch in seen for part in _parts(*batch)]
 
   def measured(fitted):
     part = functools.partial(_divergence, blocks, fitted, layers)
@@ -73,6 +75,16 @@ def fit_attention(
       if now < best.divergence:
         best = Fit(fitted, now)
   return Fit(attn | jax.tree.map(np.asarray, best.params), best.divergence)
+
+
+def _parts(x: Any, mask: Any) -> list[tuple[Any, Any]]:
+  """Returns a batch as parts of equally many texts, of `_FIT_TOKENS` tokens."""
+  count = min(len(x), -(-mask.size // _FIT_TOKENS))
+  rows = len(x) // count
+  return [
+    (x[begin : begin + rows], mask[begin : begin + rows])
+    for begin in range(0, count * rows, rows)
+  ]
 
 
 def _fit_optimizer(steps: int) -> optax.GradientTransformation:
