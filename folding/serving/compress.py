@@ -123,8 +123,9 @@ def _batches(
 ) -> list[dict[str, np.ndarray]]:
   """Returns texts of similar length in batches, padded to few lengths."""
   rows, batches = encoded.ids[:max_texts], []
-  longest = max(row.size for row in rows)
-  size = min(_ROWS, max(1, _TOKENS // longest))
+  size, longest = _ROWS, max(row.size for row in rows)
+  while size > 1 and size * longest > _TOKENS:
+    size //= 2
   for members, bucket in by_length(rows, bucket_lengths(length), size):
     chosen = [rows[i] for i in members]
     tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)

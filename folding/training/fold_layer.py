@@ -24,6 +24,7 @@ from folding.training.stream import (
   Stream,
   capture,
   capture_all,
+  flat,
   half_totals,
   reading,
   second_moment,
@@ -99,8 +100,9 @@ def fold_layer(
     new = prune.attention(new, stream)
     seen = capture_all(block, new, stream, outputs=("o",))
     outputs = [one["o"] for one in seen]
+  names = ("down", *_MIDDLE[block.config.norm_position])
   seen = [
-    {"o": o} | capture(block, new, x, mask, _MIDDLE, given={"attn": o})
+    {"o": o} | capture(block, new, x, mask, names, given={"attn": o})
     for x, mask, o in zip(*stream, outputs, strict=True)
   ]
   read = reading([one.pop("down") for one in seen], stream.masks)
@@ -122,25 +124,24 @@ def fold_layer(
   return Folded(new, report, Stream(x, stream.masks))
 
 
-# Modules whose inputs a fit of W_down needs, and of a whole layer.
-_MIDDLE = ("down", "up", "norm_mlp")
-_STREAMS = ("norm_attn", "norm_mlp")
+# {norm_position: modules whose inputs a fit needs}: of W_down, and of a layer.
+_MIDDLE = {"pre": ("norm_mlp",), "post": ("up",), "both": ()}
+_STREAMS = {"pre": ("norm_mlp",), "post": ("norm_attn", "norm_mlp"), "both": ()}
 
 
 def target_of(
   block: Block, params: Params, stream: Stream
 ) -> list[dict[str, jax.Array]]:
   """Returns what the fits of a layer need of the dense one, and "out"."""
-  is_hidden = block.config.norm_position == "both"
-  outputs = ("o", "down") if is_hidden or block.config.parallel else ()
-  names = () if is_hidden else _STREAMS
-  return capture_all(block, params, stream, names, (*outputs, "out"))
+  norms = block.config.norm_position
+  outputs = ("o", "down") if norms == "both" or block.config.parallel else ()
+  return capture_all(block, params, stream, _STREAMS[norms], (*outputs, "out"))
 
 
 @jax.jit
 def _project(projection, a_BLx):
   """Returns the output of a projection whose input has any shape [B, L, ...]."""
-  a_BLF = a_BLx.reshape(*a_BLx.shape[:2], -1)
+  a_BLF = flat(a_BLx)
   kernel = projection["kernel"]
   out = a_BLF @ kernel.reshape(-1, kernel.shape[-1])
   return out + projection["bias"][None, None] if "bias" in projection else out
@@ -170,62 +171,75 @@ def fold_attention(
   Returns:
     (its parameters, the report of the layer so far, its output on each batch).
   """
-  m, layer = block.config, block.layer
-  attn, report = dict(old["attn"]), initial_report(layer)
-  # The layer with all of W_V, from which that of low rank follows.
-  whole = block.clone(layer=dataclasses.replace(layer, value_dim=m.head_dim))
-  has_prior = layer.values == "dense"
-  is_fewer = layer.heads != dense.layer.heads
-  # What W_O reads changes with W_Q and W_K, or with a W_V of another kind.
-  changes = bool(layer.groups) or not has_prior
-  aim, read, rows = dense, None, slice(None)
-  if is_fewer or not changes:
-    read = _reads_of_output(dense, old, stream)
-  if is_fewer and read is not None:
-    attn, _ = keep_heads(attn, read.moments, layer.heads)
-    rows = np.repeat(np.isin(dense.layer.heads, layer.heads), m.head_dim)
-    kept = {name: getattr(layer, name) for name in ("heads", "num_kv_heads")}
-    aim = dense.clone(layer=dataclasses.replace(dense.layer, **kept))
-  start = {**old, "attn": attn}
-  if layer.groups:
-    moments = head_moments(aim, start, stream)
-    attn, report["logits_kept"] = fold_logits(m, layer, attn, moments)
-  if layer.values != "dense":
-    del attn["v"]
-  if layer.values == "diagonal":  # the fitted W_O can express any other
-    size = len(layer.heads) * layer.head_dim
-    attn["v"] = {"diagonal": np.ones((size, 1, 1), np.float32)}
-  if layer.groups:  # the fit ignores values, but the block needs their arrays
-    attn, report["divergence"] = fit_attention(
-      (whole, {**old, "attn": attn}), (aim, start), stream, fit_steps
-    )
-  if read is None or changes:
-    read, rows = (
-      _reads_of_output(whole, {**old, "attn": attn}, stream),
-      slice(None),
-    )
-  mix = np.eye(len(read.halves[0].sum_F))[:, rows]
-  if layer.value_dim < m.head_dim:
+  layer, K = block.layer, block.config.head_dim
+  attn, report, read = _fold_logits(block, dense, old, stream, fit_steps)
+  mix = np.eye(len(read.halves[0].sum_F))
+  if len(mix) > len(layer.heads) * K:  # of the dense heads, which are more
+    mix = mix[:, np.repeat(np.isin(dense.layer.heads, layer.heads), K)]
+  if layer.value_dim < K:
     second_II, mean_I = read.moments
     [low] = lowrank.fold_values(
       attn["v"],
       attn["o"],
-      Moments(second_II[rows][:, rows], mean_I[rows]),
+      Moments(mix.T @ second_II @ mix, mean_I @ mix),
       [layer.value_dim],
       sensitivity_DD=sensitivity_DD,
     )
     attn, mix = attn | {"v": low.v, "o": low.o}, mix @ low.mix
   # If W_V is not dense, W_O has no prior and does not correct the layers below: it
   # is fitted to the output of the dense layer on the same input.
+  has_prior = layer.values == "dense"
   wanted = target if has_prior else target_of(dense, old, stream)
-  data = _fit_data(m, "o", stream, wanted)
+  data = _fit_data(block.config, "o", stream, wanted)
   attn["o"], report["attention_r2"] = _refit(
     attn["o"], read, data, mix=mix, has_prior=has_prior
   )
-  new_o = dict(attn["o"])
-  kernel = new_o["kernel"].reshape(mix.shape[1], -1)
-  new_o["kernel"] = (mix @ kernel).astype(np.float32)
-  return attn, report, [_project(new_o, a) for a in read.a]
+  kernel_xD = attn["o"]["kernel"].reshape(mix.shape[1], -1)
+  mixed = {**attn["o"], "kernel": (mix @ kernel_xD).astype(np.float32)}
+  return attn, report, [_project(mixed, a) for a in read.a]
+
+
+def _fold_logits(
+  block: Block, dense: Block, old: Params, stream: Stream, fit_steps: int
+) -> tuple[dict[str, Any], dict[str, Any], Reading]:
+  """Returns attention with fewer heads, folded W_Q and W_K and the kind of W_V.
+
+  W_V has all of its rank, and W_O is not fitted yet. The arguments are those of
+  `fold_attention`.
+
+  Returns:
+    (its parameters, the report of the layer so far, what its W_O reads: of all
+    dense heads, if neither W_Q and W_K nor the kind of W_V changes).
+  """
+  m, layer = block.config, block.layer
+  attn, report = dict(old["attn"]), initial_report(layer)
+  is_fewer = layer.heads != dense.layer.heads
+  changes = bool(layer.groups) or layer.values != "dense"
+  read = None
+  if is_fewer or not changes:
+    read = _reads_of_output(dense, old, stream)
+  if is_fewer and read is not None:
+    attn, _ = keep_heads(attn, read.moments, layer.heads)
+    kept = {name: getattr(layer, name) for name in ("heads", "num_kv_heads")}
+    dense = dense.clone(layer=dataclasses.replace(dense.layer, **kept))
+    old = {**old, "attn": attn}
+  if layer.groups:
+    moments = head_moments(dense, old, stream)
+    attn, report["logits_kept"] = fold_logits(m, layer, attn, moments)
+  if layer.values != "dense":
+    attn = {name: w for name, w in attn.items() if name != "v"}
+  if layer.values == "diagonal":  # the fitted W_O can express any other
+    size = len(layer.heads) * layer.head_dim
+    attn["v"] = {"diagonal": np.ones((size, 1, 1), np.float32)}
+  # The layer with all of W_V, from which that of low rank follows.
+  whole = block.clone(layer=dataclasses.replace(layer, value_dim=m.head_dim))
+  if layer.groups:  # the fit ignores values, but the block needs their arrays
+    attn, report["divergence"] = fit_attention(
+      (whole, {**old, "attn": attn}), (dense, old), stream, fit_steps
+    )
+  if read is None or changes:
+    read = _reads_of_output(whole, {**old, "attn": attn}, stream)
+  return attn, report, read
 
 
 def _reads_of_output(block: Block, params: Params, stream: Stream) -> Reading:
@@ -402,9 +416,7 @@ def _refit(
     grams = [gram[:-1, :-1] for gram in grams]
     mix = None if mix is None else mix[:-1, :-1]
   expected = (prior if mix is None else mix @ prior).astype(np.float32)
-  sums = half_totals(
-    functools.partial(_residual_sums, expected), read.a, read.masks, *data
-  )
+  sums = half_totals(_residual_sums, expected, read.a, read.masks, *data)
   cross, left, square, target, count = (
     np.stack(pair) for pair in zip(*sums, strict=True)
   )
@@ -429,13 +441,12 @@ def _with_ones(gram: Gram) -> np.ndarray:
   return np.block([[gram.square_FF, sum_F1], [sum_F1.T, gram.count]])
 
 
-@jax.jit
 def _residual_sums(prior, a, mask, base, target):
   """Returns the sums of `lowrank.regress` over tokens, apart from the Gram.
 
   A last row of the prior, beyond the inputs, is that of a constant input of 1.
   """
-  a = a.astype(jnp.float32).reshape(*mask.shape, -1)
+  a = flat(a)
   if len(prior) > a.shape[-1]:
     a = jnp.concatenate([a, jnp.ones((*mask.shape, 1), a.dtype)], axis=-1)
   weight = mask.astype(jnp.float32)[..., None]

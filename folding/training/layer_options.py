@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,8 @@ from folding.typed import edited
 
 EMBEDDING = (0, "embed")  # the decision about the rank of the embedding
 _FRACTIONS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
-_TOKENS = 8192  # about as many, for errors that need a pass per option
+# About as many tokens, and for errors that need a pass per option.
+_TOKENS, _FEW = 16_384, 8192
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
 
@@ -116,29 +118,33 @@ def measure(
       embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
     )
   dense = dense_baseline(config)
-  stream = embed_batches(dense, params, batches)
-  for n in track(range(config.model.num_layers), "measuring layers"):
-    block, layer = make_block(dense, n), params[f"blocks_{n}"]
-    names = ("o", "down") if config.fpp.granularity == "neuron" else ()
-    out, halves = _read_layer(block, layer, stream, names)
-    trial = _Trial(
-      config=config,
-      n=n,
-      dense=block,
-      old=layer,
-      stream=stream,
-      halves=halves,
-      sensitivity={
-        role: sensitivity[f"blocks_{n}/{module}"]
-        for role, module in MODULES.items()
-      },
-    )
-    options |= {
-      (n, "attn"): _attention_options(trial),
-      (n, "mlp"): _mlp_options(trial),
-    }
-    stream = out
-  return options
+  sizes = [np.size(batch["tokens"]) for batch in batches]
+  stream = embed_batches(dense, params, spread(batches, sizes, _TOKENS))
+  found: dict[Decision, futures.Future[list[Option]]] = {}
+  names = ("o", "down") if config.fpp.granularity == "neuron" else ()
+  with futures.ThreadPoolExecutor(2) as pool:
+    for n in track(range(config.model.num_layers), "measuring layers"):
+      block, layer = make_block(dense, n), params[f"blocks_{n}"]
+      out, halves = _read_layer(block, layer, stream, names)
+      for future in found.values():  # the sums of one layer wait at a time
+        future.result()
+      trial = _Trial(
+        config=config,
+        n=n,
+        dense=block,
+        old=layer,
+        stream=stream,
+        halves=halves,
+        sensitivity={
+          role: sensitivity[f"blocks_{n}/{module}"]
+          for role, module in MODULES.items()
+        },
+      )
+      # On the host, while the device reads the next layer.
+      found[n, "attn"] = pool.submit(_attention_options, trial)
+      found[n, "mlp"] = pool.submit(_mlp_options, trial)
+      stream = out
+  return options | {key: future.result() for key, future in found.items()}
 
 
 def _read_layer(
@@ -155,7 +161,7 @@ def _read_layer(
     seen = capture(block, params, x, mask, tuple(names), ("out",))
     out.append(seen.pop("out"))
     if names:
-      sums = add_halves(grams, sums, number, (seen, mask))
+      sums = add_halves(sums, grams, None, number, (seen, mask))
   return Stream(out, stream.masks), {
     name: [half[name].moments for half in sums] for name in names
   }
@@ -251,7 +257,7 @@ class _Trial(NamedTuple):
     """Part of the texts, for errors that need a pass per option."""
     x, masks = self.stream
     sizes = [mask.size for mask in masks]
-    return Stream(*(spread(part, sizes, _TOKENS) for part in (x, masks)))
+    return Stream(*(spread(part, sizes, _FEW) for part in (x, masks)))
 
   def square(self, wrong: np.ndarray, moments: Moments, role: str) -> float:
     """Returns the error of a module whose output is off by `a @ wrong`.

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -267,52 +268,62 @@ class Reading(NamedTuple):
 
 def reading(a: Sequence[jax.Array], masks: Sequence[jax.Array]) -> Reading:
   """Returns inputs of a module with their sums."""
-  return Reading(a, masks, half_totals(grams, a, masks))
+  return Reading(a, masks, half_totals(grams, None, a, masks))
 
 
 def half_totals(
-  function: Callable[..., Any], *data: Iterable[Any]
+  function: Callable[..., Any], shared: Any, *data: Iterable[Any]
 ) -> list[Any]:
-  """Returns `total` over each half of the texts, see `halves`.
+  """Returns the sums over each half of the texts, in float64, see `halves`.
 
   Args:
-    function: As for `total`; called with the rows of a half.
+    function: (shared, *rows of a half) -> a tree of sums. Not a new one each time,
+      as it is compiled.
+    shared: A tree of arrays.
     data: As for `halves`.
   """
   sums: list[Any] = [None, None]
   for number, batch in enumerate(zip(*data, strict=True)):
-    sums = add_halves(function, sums, number, batch)
+    sums = add_halves(sums, function, shared, number, batch)
   return sums
 
 
 def add_halves(
-  function: Callable[..., Any], sums: Sequence[Any], number: int, batch: Any
+  sums: Sequence[Any],
+  function: Callable[..., Any],
+  shared: Any,
+  number: int,
+  batch: Any,
 ) -> list[Any]:
-  """Returns the sums of `half_totals` after a batch.
-
-  Args:
-    function: As for `half_totals`.
-    sums: Those before it.
-    number: Number of the batch.
-    batch: Trees of arrays, with texts as rows.
-  """
-  found = list(sums)
-  for half in range(2):
-    rows = slice((half + number) % 2, None, 2)
-    part = jax.tree.map(operator.itemgetter(rows), batch)
-    if len(jax.tree.leaves(part)[0]):
-      found[half] = _added(sums[half], function(*part))
-  return found
+  """Returns the sums of `half_totals` after a batch of that number."""
+  found = _of_both(function, shared, batch)
+  return [_added(sums[half], found[(half + number) % 2]) for half in range(2)]
 
 
-@jax.jit
-def grams(tree: Any, mask: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _of_both(function, shared, batch):
+  """Returns function(shared, *rows) for the even rows and the odd ones."""
+  return [
+    function(
+      shared, *jax.tree.map(operator.itemgetter(slice(n, None, 2)), batch)
+    )
+    for n in range(2)
+  ]
+
+
+def grams(_: None, tree: Any, mask: jax.Array) -> Any:
   """Returns the `Gram` of each array [B, L, ...] of a tree."""
   return jax.tree.map(lambda a: _gram(a, mask), tree)
 
 
+def flat(a: jax.Array) -> jax.Array:
+  """Returns an array [B, L, ...] as float32[B, L, F]; it may have no rows."""
+  size = math.prod(a.shape[2:])
+  return a.astype(jnp.float32).reshape(*a.shape[:2], size)
+
+
 def _gram(a, mask) -> Gram:
-  a = a.astype(jnp.float32).reshape(*mask.shape, -1) * mask[..., None]
+  a = flat(a) * mask[..., None]
   return Gram(second_moment(a, a), a.sum((0, 1)), mask.sum())
 
 
