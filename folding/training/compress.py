@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import threadpoolctl
 
 from folding import config as config_lib
 from folding import files, paths
@@ -124,8 +125,11 @@ def compress_params(
       raise ConfigError(
         f"{source}{name} is not finite; the weights are damaged"
       )
+  # On a busy machine, several threads wait for each other for minutes.
+  limits = threadpoolctl.threadpool_limits(1, user_api="blas")
   try:
-    return _compress(config, dense, batches, usage_V, is_head_drawn)
+    with limits:
+      return _compress(config, dense, batches, usage_V, is_head_drawn)
   except ConfigError:
     raise
   except ValueError as error:  # moments are singular
