@@ -16,12 +16,14 @@ from folding import errors, paths
 from folding.compression import fold, lowrank
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate
+from folding.training import sensitivity as sensitivity_lib
 from folding.training.compress import compress_params
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.layer_options import Option, measure, smallest
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import usage_of
 from folding.typed import edited
+from tests import jaxprs
 
 V, L, D, H, N = 40, 16, 32, 4, 3
 
@@ -335,6 +337,20 @@ def test_sensitivities_predict_the_change_of_the_output(name, task):
     found = found.reshape(len(found), -1).sum(1).mean()
     # Directions are sampled, so 400 texts leave an error of some percent.
     assert error @ sensitivity @ error == pytest.approx(found, rel=0.25)
+
+
+def test_sensitivities_hold_the_logits_of_some_positions(monkeypatch):
+  monkeypatch.setattr(sensitivity_lib, "_LOGITS", 16 * L * V // 4)
+  config = _config("gpt2")
+  params = param_shapes(make_model(c.dense_baseline(config), V))
+  model = make_model(c.dense_baseline(config), V)
+  x_BLD = jnp.zeros((16, L, D))
+  program = jax.make_jaxpr(sensitivity_lib._output_gradient, 0)(
+    model, params, x_BLD, jnp.ones((16, L), bool), jax.random.key(0)
+  )
+  found = list(jaxprs.sizes(program.jaxpr))
+  assert 16 * L * V // 4 in found
+  assert 16 * L * V not in found
 
 
 def test_options_do_not_depend_on_fit_steps():
