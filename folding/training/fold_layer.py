@@ -113,10 +113,10 @@ def fold_layer(
   data = _fit_data(block.config, "down", stream, target, seen)
   down, report["mlp_r2"] = _refit(new["mlp"]["down"], read, data)
   new = {**new, "mlp": {**new["mlp"], "down": down}}
-  given = [
+  given = (  # of one batch at a time
     {"attn": o, "mlp": _project(down, a)}
     for o, a in zip(outputs, read.a, strict=True)
-  ]
+  )
   x = [
     capture(block, new, x, mask, outputs=("out",), given=out)["out"]
     for x, mask, out in zip(*stream, given, strict=True)
