@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints <-> our parameters, by one table of modules.
+"""Hugging Face checkpoints <-> our parameters.
 
-`LAYOUTS` names the modules of each family. The axes of our arrays are in
+A `Layout` names the modules of each family. The axes of our arrays are in
 `params.TABLE`. Theirs follow from these: they store kernels as [out, in], with
 the heads and channels of an axis joined. Letters as in `params`, and t for the
 number of our arrays in one of their tensors.
@@ -31,6 +31,7 @@ from folding import errors, files, paths
 from folding.errors import ConfigError
 from folding.models import hf_config
 from folding.models import params as params_lib
+from folding.models.families import FAMILIES
 from folding.models.hf_config import Description
 from folding.tasks import TASKS
 
@@ -53,231 +54,6 @@ _UNUSED = re.compile(
   r"|vocab_\w+|discriminator_predictions|generator_\w+|sequence_summary"
   r"|multiple_choice_head)\..*|decoder\.(weight|bias)"
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-  """Modules of a family, as {ours: theirs}.
-
-  Several of ours, such as "attn/q attn/k attn/v", are stacked along the output
-  axis of one of theirs.
-
-  Attributes:
-    prefix: Start of the names of the model without its head; a checkpoint may
-      lack it.
-    outer: Modules around the blocks; a model may lack some.
-    blocks: Where the blocks are.
-    block: Modules of a block.
-    classifier: Modules of the sequence classifier, with whole names.
-    lm_head: Output layer of a language model, with its whole name.
-    relative: A relative bias that all layers share.
-    has_biases: Whether all norms and linear layers have biases, except the heads
-      of causal models. If not, norms have none, and linear layers as the config
-      says.
-    is_transposed: Whether kernels of blocks are [in, out], as ours.
-    is_stacked_by_head: Whether stacked modules are stacked within each head.
-    norm_shift: Ours is the scale of theirs plus this, in norms.
-  """
-
-  prefix: str
-  outer: dict[str, str]
-  blocks: str
-  block: dict[str, str]
-  classifier: dict[str, str] = dataclasses.field(
-    default_factory=lambda: {"head": "score"}
-  )
-  lm_head: str = "lm_head"
-  relative: str = ""
-  has_biases: bool = False
-  is_transposed: bool = False
-  is_stacked_by_head: bool = False
-  norm_shift: float = 0.0
-
-
-_DENSE_CLASSIFIER = {
-  "pooler": "classifier.dense",
-  "head": "classifier.out_proj",
-}
-_EMBEDDINGS = {
-  "embed": "embeddings.word_embeddings",
-  "position_embed": "embeddings.position_embeddings",
-  "norm_embed": "embeddings.LayerNorm",
-}
-_SEGMENTS = {"segment_embed": "embeddings.token_type_embeddings"}
-_BERT = Layout(
-  prefix="bert.",
-  outer=_EMBEDDINGS | _SEGMENTS | {"pooler": "pooler.dense"},
-  blocks="encoder.layer",
-  block={
-    "attn/q": "attention.self.query",
-    "attn/k": "attention.self.key",
-    "attn/v": "attention.self.value",
-    "attn/o": "attention.output.dense",
-    "norm_attn": "attention.output.LayerNorm",
-    "mlp/up": "intermediate.dense",
-    "mlp/down": "output.dense",
-    "norm_mlp": "output.LayerNorm",
-  },
-  classifier={"head": "classifier"},
-  has_biases=True,
-)
-_ROBERTA = dataclasses.replace(
-  _BERT,
-  prefix="roberta.",
-  outer=_EMBEDDINGS | _SEGMENTS,  # its classifier does not read its pooler
-  classifier=_DENSE_CLASSIFIER,
-)
-_LLAMA = Layout(
-  prefix="model.",
-  outer={"embed": "embed_tokens", "norm_final": "norm"},
-  blocks="layers",
-  block={
-    "norm_attn": "input_layernorm",
-    "attn/q": "self_attn.q_proj",
-    "attn/k": "self_attn.k_proj",
-    "attn/v": "self_attn.v_proj",
-    "attn/o": "self_attn.o_proj",
-    "norm_mlp": "post_attention_layernorm",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-  },
-)
-_QK_NORMS = {
-  "attn/q_norm": "self_attn.q_norm",
-  "attn/k_norm": "self_attn.k_norm",
-}
-_GEMMA2 = dataclasses.replace(
-  _LLAMA,
-  block=_LLAMA.block
-  | {
-    "norm_attn_out": "post_attention_layernorm",
-    "norm_mlp": "pre_feedforward_layernorm",
-    "norm_mlp_out": "post_feedforward_layernorm",
-  },
-  norm_shift=1.0,
-)
-# The keys are those of `hf_config.FAMILIES`.
-LAYOUTS: dict[str, Layout] = {
-  "bert": _BERT,
-  "roberta": _ROBERTA,
-  "xlm-roberta": _ROBERTA,
-  "mpnet": dataclasses.replace(
-    _ROBERTA,
-    prefix="mpnet.",
-    outer=_EMBEDDINGS,
-    block=_BERT.block
-    | {
-      "attn/q": "attention.attn.q",
-      "attn/k": "attention.attn.k",
-      "attn/v": "attention.attn.v",
-      "attn/o": "attention.attn.o",
-      "norm_attn": "attention.LayerNorm",
-    },
-    relative="encoder.relative_attention_bias",
-  ),
-  "electra": dataclasses.replace(
-    _ROBERTA,
-    prefix="electra.",
-    outer=_ROBERTA.outer | {"embed_project": "embeddings_project"},
-  ),
-  "distilbert": Layout(
-    prefix="distilbert.",
-    outer=_EMBEDDINGS,
-    blocks="transformer.layer",
-    block={
-      "attn/q": "attention.q_lin",
-      "attn/k": "attention.k_lin",
-      "attn/v": "attention.v_lin",
-      "attn/o": "attention.out_lin",
-      "norm_attn": "sa_layer_norm",
-      "mlp/up": "ffn.lin1",
-      "mlp/down": "ffn.lin2",
-      "norm_mlp": "output_layer_norm",
-    },
-    classifier={"pooler": "pre_classifier", "head": "classifier"},
-    has_biases=True,
-  ),
-  "gpt2": Layout(
-    prefix="transformer.",
-    outer={"embed": "wte", "position_embed": "wpe", "norm_final": "ln_f"},
-    blocks="h",
-    block={
-      "norm_attn": "ln_1",
-      "attn/q attn/k attn/v": "attn.c_attn",
-      "attn/o": "attn.c_proj",
-      "norm_mlp": "ln_2",
-      "mlp/up": "mlp.c_fc",
-      "mlp/down": "mlp.c_proj",
-    },
-    has_biases=True,
-    is_transposed=True,
-  ),
-  "modernbert": Layout(
-    prefix="model.",
-    outer={
-      "embed": "embeddings.tok_embeddings",
-      "norm_embed": "embeddings.norm",
-      "norm_final": "final_norm",
-    },
-    blocks="layers",
-    block={
-      "norm_attn": "attn_norm",
-      "attn/q attn/k attn/v": "attn.Wqkv",
-      "attn/o": "attn.Wo",
-      "norm_mlp": "mlp_norm",
-      "mlp/gate mlp/up": "mlp.Wi",
-      "mlp/down": "mlp.Wo",
-    },
-    classifier={
-      "pooler": "head.dense",
-      "norm_pooler": "head.norm",
-      "head": "classifier",
-    },
-  ),
-  "opt": Layout(
-    prefix="model.",
-    outer={
-      "embed": "decoder.embed_tokens",
-      "position_embed": "decoder.embed_positions",
-      "norm_final": "decoder.final_layer_norm",
-    },
-    blocks="decoder.layers",
-    block={
-      "norm_attn": "self_attn_layer_norm",
-      "attn/q": "self_attn.q_proj",
-      "attn/k": "self_attn.k_proj",
-      "attn/v": "self_attn.v_proj",
-      "attn/o": "self_attn.out_proj",
-      "norm_mlp": "final_layer_norm",
-      "mlp/up": "fc1",
-      "mlp/down": "fc2",
-    },
-    has_biases=True,
-  ),
-  "gpt_neox": Layout(
-    prefix="gpt_neox.",
-    outer={"embed": "embed_in", "norm_final": "final_layer_norm"},
-    blocks="layers",
-    block={
-      "norm_attn": "input_layernorm",
-      "attn/q attn/k attn/v": "attention.query_key_value",
-      "attn/o": "attention.dense",
-      "norm_mlp": "post_attention_layernorm",
-      "mlp/up": "mlp.dense_h_to_4h",
-      "mlp/down": "mlp.dense_4h_to_h",
-    },
-    lm_head="embed_out",
-    has_biases=True,
-    is_stacked_by_head=True,
-  ),
-  "llama": _LLAMA,
-  "mistral": _LLAMA,
-  "qwen2": _LLAMA,
-  "qwen3": dataclasses.replace(_LLAMA, block=_LLAMA.block | _QK_NORMS),
-  "gemma2": _GEMMA2,
-  "gemma3_text": dataclasses.replace(_GEMMA2, block=_GEMMA2.block | _QK_NORMS),
-}
 
 
 class Tensor(NamedTuple):
@@ -304,7 +80,7 @@ def tensors(
     head: "lm", "classify", or "none" for hidden states alone.
     has_pooler: Whether a checkpoint without head has the pooler of BERT.
   """
-  layout, config = LAYOUTS[described.family], described.config
+  layout, config = FAMILIES[described.family].layout, described.config
   has = {
     "segment_embed": config.segments,
     "embed_project": config.embed_width,
@@ -355,7 +131,7 @@ def _has_bias(described: Description, module: str) -> bool:
   config, name = described.config, module.rpartition("/")[2]
   if name == "head":
     return not config.causal
-  if LAYOUTS[described.family].has_biases:
+  if FAMILIES[described.family].layout.has_biases:
     return True
   if name in ("q", "k", "v"):
     return bool(config.qkv_bias)
@@ -368,15 +144,9 @@ def _tensor(
   """Returns the tensor of theirs that stacks arrays of ours.
 
   A kernel [D, J, K] of keys, for example, is [JK, D] in theirs. The sizes of J,
-  K and D are then `Tensor.axes`.
-
-  Args:
-    described: Family and sizes.
-    name: Name of the tensor.
-    paths: Paths of our arrays.
-    axes: Letters of an array, as in `params.TABLE`.
+  K and D are then `Tensor.axes`. The letters `axes` are as in `params.TABLE`.
   """
-  layout, config = LAYOUTS[described.family], described.config
+  layout, config = FAMILIES[described.family].layout, described.config
   path, leaf, ours = paths[0], paths[0].rpartition("/")[2], axes.split()
   # Ours are [in, out]. W_O reads heads and channels; norms and biases read none.
   count = 1 if leaf in ("kernel", "embedding") else 0
@@ -489,7 +259,7 @@ def import_params(
   Raises:
     ConfigError: a tensor is missing, left over, or of another shape; names it.
   """
-  prefix = LAYOUTS[described.family].prefix
+  prefix = FAMILIES[described.family].layout.prefix
   has_prefix = any(name.startswith(prefix) for name in shapes)
 
   def find(name: str) -> str:
@@ -506,7 +276,7 @@ def import_params(
   }
   others = _check_tensors(described, shapes, needed)
   if head == "lm" and described.config.tie_embeddings:
-    output = f"{LAYOUTS[described.family].lm_head}.weight"
+    output = f"{FAMILIES[described.family].layout.lm_head}.weight"
     _check_tied(output, find(table[0].name), shapes, read)
   flat, channels = {}, _channels(described)
   for tensor in table:
@@ -540,7 +310,7 @@ def _check_tensors(
         f"tensor {name} is of shape {list(shapes[name])}; config.json asks for "
         f"{list(shape)}"
       )
-  prefix = LAYOUTS[described.family].prefix
+  prefix = FAMILIES[described.family].layout.prefix
   others = [name for name in shapes if name not in needed]
   left = [x for x in others if not _UNUSED.fullmatch(x.removeprefix(prefix))]
   if left:
@@ -589,7 +359,7 @@ def export_tensors(
       it. Or the head has a bias that the family cannot express.
   """
   # The model without a head is saved without the prefix.
-  prefix = LAYOUTS[described.family].prefix if head == "none" else ""
+  prefix = FAMILIES[described.family].layout.prefix if head == "none" else ""
   arrays = {
     path: np.asarray(leaf, np.float32)
     for path, leaf in paths.flatten(params).items()
@@ -755,11 +525,7 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
 
 
 def find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-  """Returns the tokenizer.json of a checkpoint.
-
-  Raises:
-    ConfigError: it is missing.
-  """
+  """Returns the tokenizer.json of a checkpoint, or raises `ConfigError`."""
   path = folder / TOKENIZER
   if not path.is_file():
     raise ConfigError(f"{folder} has no {TOKENIZER}; {_HINT}")

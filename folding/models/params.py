@@ -5,7 +5,7 @@ distances, E width again, e width of the embeddings (D unless these are projecte
 r rank of the embedding of tokens. Outputs of the head are C, also if they are the
 vocabulary; key/value heads are J, also if J = H. Paths are those of an array in its
 layer ("attn/q/kernel"); a full path has "blocks_<n>/" before it. The modules of
-Hugging Face checkpoints are in `hf_weights.LAYOUTS`.
+Hugging Face checkpoints are in `families.FAMILIES`.
 """
 
 import re

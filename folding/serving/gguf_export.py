@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config
 from folding.models.attention import rope_frequencies
+from folding.models.families import FAMILIES
+from folding.models.hf_family import Architecture
 from folding.models.params import axis_of
 from folding.serving.gguf_tokenizer import add_tokenizer
 from folding.serving.hf_export import unfolded
@@ -31,35 +33,6 @@ Dtype = Literal[
 ]
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCK_SIZE = 32  # numbers of a row that are quantised together
-
-
-class _Architecture(NamedTuple):
-  """An architecture of llama.cpp.
-
-  Attributes:
-    name: For layers of one shape.
-    per_layer: For layers of several shapes; "": there is none.
-    activation: Of its MLP.
-    rotates_neighbours: Whether rotary positions pair channels 2i and 2i + 1, not
-      i and i + K/2.
-    scales_rotations: Whether it reads a factor per rotation.
-  """
-
-  name: str
-  per_layer: str = ""
-  activation: str = "silu"
-  rotates_neighbours: bool = False
-  scales_rotations: bool = False
-
-
-_LLAMA = _Architecture("llama", "deci", "silu", True, True)
-# {family of `hf_config.FAMILIES`: architecture}
-_ARCHITECTURES = {
-  "llama": _LLAMA,
-  "mistral": _LLAMA,
-  "qwen2": _LLAMA,  # biases of queries, keys and values are optional in it
-  "qwen3": _Architecture("qwen3"),
-}
 
 # {module of ours: of theirs}
 _OUTER = {"embed": "token_embd", "norm_final": "output_norm", "head": "output"}
@@ -193,7 +166,7 @@ def _whole(loaded: Model) -> ModelConfig:
   )
 
 
-def _architecture_of(m: ModelConfig, loaded: Model) -> _Architecture:
+def _architecture_of(m: ModelConfig, loaded: Model) -> Architecture:
   """Returns the architecture that computes a model.
 
   Raises:
@@ -204,11 +177,12 @@ def _architecture_of(m: ModelConfig, loaded: Model) -> _Architecture:
       "--format=gguf writes language models; this model is of task "
       f"{loaded.config.task!r}"
     )
-  reasons = {name: hf_config.misfit(m, name) for name in _ARCHITECTURES}
+  known = {name: x.gguf for name, x in FAMILIES.items() if x.gguf}
+  reasons = {name: hf_config.misfit(m, name) for name in known}
   fits = [name for name, reason in reasons.items() if reason is None]
   if not fits:
     raise ConfigError(f"--format=gguf cannot express this: {reasons['llama']}")
-  found = _ARCHITECTURES[fits[0]]
+  found = known[fits[0]]
   if m.activation != found.activation:
     raise ConfigError(
       f"llama.cpp's {found.name} needs model.activation={found.activation!r}; "
@@ -268,7 +242,7 @@ def _add_fields(
 
 
 def _arrays(
-  m: ModelConfig, architecture: _Architecture, params: dict[str, Any]
+  m: ModelConfig, architecture: Architecture, params: dict[str, Any]
 ) -> dict[str, np.ndarray]:
   """Returns the float32 arrays, with matrices as [out, in]."""
   channels = np.arange(m.head_dim)

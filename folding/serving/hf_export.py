@@ -20,6 +20,7 @@ from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
+from folding.models.families import FAMILIES
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
 from folding.serving.loaded import Model, require_exportable, require_float
@@ -84,7 +85,7 @@ def export_hf(
     vocab_size=params["embed"]["embedding"].shape[0],
     max_length=loaded.config.data.length,
     pad_id=_hf_pad_id(tokenizer, m.causal and bool(loaded.labels)),
-    token_types=hf_config.FAMILIES[family].defaults.get("type_vocab_size", 0),
+    token_types=FAMILIES[family].defaults.get("type_vocab_size", 0),
     problem=loaded.config.task,
     label_names=loaded.labels,
   )
@@ -135,8 +136,7 @@ def _uniform(loaded: Model) -> ModelConfig:
   J = H * m.num_kv_heads // m.num_heads
   small = dataclasses.replace(whole, num_heads=H, num_kv_heads=J)
   reasons = (
-    hf_config.misfit(small, name, len(loaded.labels))
-    for name in hf_config.FAMILIES
+    hf_config.misfit(small, name, len(loaded.labels)) for name in FAMILIES
   )
   return small if None in reasons else whole
 

@@ -12,7 +12,7 @@ import tokenizers
 
 from folding.data import padding
 from folding.data import tokenizers as tokenizers_lib
-from folding.models import exact_attention, hf_config, hf_weights
+from folding.models import exact_attention, families, hf_config, hf_weights
 from tests.models import checkpoints
 from tests.models.checkpoints import FAMILIES
 
@@ -136,9 +136,9 @@ def test_relative_buckets_are_those_of_transformers_at_every_distance():
   np.testing.assert_array_equal(ours, theirs.numpy())
 
 
-@pytest.mark.parametrize("family", hf_config.FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_defaults_are_those_of_transformers(family):
-  names = hf_config.FAMILIES[family].fields
+  names = families.FAMILIES[family].fields
   fields = ("num_layers", "width", "num_heads")
   sizes = {names[x]: n for x, n in zip(fields, (32, 256, 32), strict=True)}
   sizes |= {"vocab_size": 99_999, "model_type": family}  # has all pad ids

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from folding import paths
 from folding.errors import ConfigError
-from folding.models import hf_config, hf_weights
+from folding.models import families, hf_weights
 from tests.models import checkpoints
 from tests.models.checkpoints import FAMILIES, assert_same
 
@@ -52,10 +52,6 @@ def test_import_inverts_export_bit_for_bit(name, head):
   again, left_out = _import(described, head, tensors)
   assert_same(again, params)
   assert left_out == []
-
-
-def test_every_family_has_a_layout():
-  assert hf_weights.LAYOUTS.keys() == hf_config.FAMILIES.keys()
 
 
 def test_kernels_are_transposed_and_their_heads_joined():
@@ -98,7 +94,7 @@ def test_positions_of_roberta_begin_after_those_of_padding():
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_import_accepts_names_with_and_without_the_prefix(name):
   described, head, params, tensors = _case(name)
-  prefix = hf_weights.LAYOUTS[described.family].prefix
+  prefix = families.FAMILIES[described.family].layout.prefix
   other = {
     prefix + key if head == "none" else key.removeprefix(prefix): tensor
     for key, tensor in tensors.items()

@@ -6,7 +6,7 @@ import pytest
 
 from folding import config as c
 from folding import paths
-from folding.models import hf_weights, params
+from folding.models import families, params
 from folding.models.transformer import make_model, param_shapes
 
 # All sizes differ, so that a wrong letter shows.
@@ -90,9 +90,9 @@ def test_every_parameter_has_one_row_with_its_axes(name):
         assert sizes[letter] == size, path
 
 
-@pytest.mark.parametrize("family", hf_weights.LAYOUTS)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_modules_of_hugging_face_layouts_have_rows(family):
-  layout = hf_weights.LAYOUTS[family]
+  layout = families.FAMILIES[family].layout
   for modules in (layout.outer | layout.block | layout.classifier).keys():
     for module in modules.split():
       leaves = ("embedding", "kernel", "scale")

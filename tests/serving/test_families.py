@@ -10,7 +10,7 @@ import pytest
 import folding
 from folding import config as c
 from folding.data.trim import plain_tokenizer
-from folding.models import hf_config, hf_weights
+from folding.models import families, hf_config, hf_weights
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.serving.generate import Generator
@@ -57,7 +57,7 @@ def _transformers(folder, task):
 
 
 @pytest.mark.filterwarnings("ignore")  # those of torch
-@pytest.mark.parametrize("family", hf_config.FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_family_is_folded_exported_and_generates(family, tmp_path):
   if family == "xlm-roberta":
     pytest.skip("is RoBERTa by another name")
