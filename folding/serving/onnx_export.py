@@ -1,10 +1,12 @@
 """ONNX programs, written operator by operator from the parameters.
 
-All operators are standard ones of opset 23, the first with `Attention`. In
-onnxruntime on CPUs this form was faster than its fused operators of the domain
-com.microsoft: `SkipLayerNormalization` alone took a quarter of the time of a
-small encoder. So tokens are rows of one matrix [N, D], N = B L, which
-`Gemm`, `Add` and `LayerNormalization` read, and which no fusion matches.
+All operators are standard ones of opset 17, the first with `LayerNormalization`.
+Programs with `Attention`, `RMSNormalization` and `Gelu` of later opsets take as
+long in onnxruntime on CPUs, and fewer runtimes read them. This form is also
+faster there than its fused operators of the domain com.microsoft:
+`SkipLayerNormalization` alone took a quarter of the time of a small encoder. So
+tokens are rows of one matrix [N, D], N = B L, which `Gemm`, `Add` and
+`LayerNormalization` read, and which no fusion matches.
 
 In int8, matrices have one scale per output, embeddings one per token. The
 inputs of a product are quantised while it runs ("dynamic"), and onnxruntime
@@ -38,13 +40,12 @@ from folding.tasks import task_of
 from folding.version import __version__
 
 MODEL = "model.onnx"
-OPSET, IR_VERSION = 23, 10
+OPSET, IR_VERSION = 17, 8
 # As transformers names them.
 TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 Dtype = Literal["float32", "int8"]
 
 _LIMIT = 1 << 31  # bytes of a protobuf
-_NORMS = {"rmsnorm": "RMSNormalization", "layernorm": "LayerNormalization"}
 
 
 def export_onnx(
@@ -294,8 +295,26 @@ class _Graph:
     """Returns the last axis of x normed, as by `ModelConfig.norm`."""
     leaves = [f"{name}/{leaf}" for leaf in ("scale", "bias")]
     arrays = [self.array(y, self.params[y]) for y in leaves if y in self.params]
-    kind = _NORMS[kind or self.config.norm]
-    return self.add(kind, x, *arrays, axis=-1, epsilon=self.config.norm_epsilon)
+    epsilon = self.config.norm_epsilon
+    if (kind or self.config.norm) == "layernorm":
+      return self.add(
+        "LayerNormalization", x, *arrays, axis=-1, epsilon=epsilon
+      )
+    square = self.add("ReduceMean", self.add("Mul", x, x), axes=(-1,))
+    size = self.add("Sqrt", self.add("Add", square, self.number(epsilon)))
+    return self.add("Mul", self.add("Div", x, size), *arrays)
+
+  def number(self, value: float) -> str:
+    """Returns the name of a constant float32."""
+    return self.const(value, np.float32)
+
+  def capped(self, x: str, cap: float | None) -> str:
+    """Returns cap tanh(x / cap); x if there is no cap."""
+    if not cap:
+      return x
+    cap_name = self.number(cap)
+    x = self.add("Tanh", self.add("Div", x, cap_name))
+    return self.add("Mul", x, cap_name)
 
   def model(self) -> Any:
     """Returns the ModelProto."""
@@ -350,7 +369,7 @@ def _make_graph(
     x = g.add("Reshape", x, g.ints(-1, rank))
     x = g.unflatten(g.dense(x, "embed_expand"), width)
   if m.scale_embeddings:
-    x = g.add("Mul", x, g.const(m.width**0.5, np.float32))
+    x = g.add("Mul", x, g.number(m.width**0.5))
   if m.positions == "learned":
     x = g.add("Add", x, g.embed("position_embed/embedding", _positions(g)))
   if m.segments:
@@ -392,7 +411,7 @@ def _offsets(g: _Graph) -> str:
 
 
 def _mask(g: _Graph, window: int | None) -> str:
-  """Returns float [B, 1, L, L], 0 or -1e30, which is added to the logits."""
+  """Returns float [B, 1, 1 or L, L], 0 or -1e30, to add to the logits."""
   from onnx import TensorProto
 
   seen = g.add("Cast", MASK, to=TensorProto.BOOL)
@@ -404,11 +423,7 @@ def _mask(g: _Graph, window: int | None) -> str:
     distance_LL = g.add("Abs", _offsets(g))
     near_LL = g.add("Less", distance_LL, g.const(window, np.int64))
     seen = g.add("And", seen, near_LL)
-  # Attention does not broadcast the axis of the queries.
-  batch, length = (g.add("Gather", g.shape, g.ints(axis)) for axis in range(2))
-  full = g.add("Concat", batch, g.ints(1), length, length, axis=0)
-  values = [g.const(x, np.float32) for x in (0, MASKED)]
-  return g.add("Expand", g.add("Where", seen, *values), full)
+  return g.add("Where", seen, g.number(0), g.number(MASKED))
 
 
 def _relative_bias(g: _Graph, table_RH: np.ndarray) -> str:
@@ -450,19 +465,23 @@ class _Block:
       q = self._rotate(self._repeat(q, H * size, copies), H)
       k = self._rotate(self._repeat(k, J * size, copies), J)
       size *= copies
-    if num_values != J:  # values per query head beside shared keys
-      k = self._repeat(k, J, num_values // J, size)
-    out = g.add(
-      "Attention",
-      q,
-      k,
-      v,
-      self._biased_mask(),
-      q_num_heads=H,
-      kv_num_heads=num_values,
-      scale=layer.head_dim**0.5 / size,  # = (K / G) / sqrt(K)
-      softcap=m.attention_cap or 0.0,
+    k = self._repeat(k, J, H // J, size)
+    v = self._repeat(v, num_values, H // num_values, r)
+    scale = layer.head_dim**0.5 / size  # = (K / G) / sqrt(K)
+    q = g.add("Mul", q, g.number(scale))
+    q_BHLs, k_BHsL, v_BHLr = (
+      g.add("Transpose", g.unflatten(x, H, channels), perm=axes)
+      for x, channels, axes in (
+        (q, size, (0, 2, 1, 3)),
+        (k, size, (0, 2, 3, 1)),
+        (v, r, (0, 2, 1, 3)),
+      )
     )
+    logits_BHLL = g.capped(g.add("MatMul", q_BHLs, k_BHsL), m.attention_cap)
+    logits_BHLL = g.add("Add", logits_BHLL, self._biased_mask())
+    weights_BHLL = g.add("Softmax", logits_BHLL, axis=-1)
+    out = g.add("MatMul", weights_BHLL, v_BHLr)
+    out = g.add("Transpose", out, perm=(0, 2, 1, 3))
     out = g.add("Reshape", out, g.ints(-1, H * r))
     return g.dense(out, f"{self._name}/attn/o", num_inputs=2)
 
@@ -544,7 +563,7 @@ class _Block:
     angle_LHk = g.add("Mul", at_L11, g.const(frequency_Jk, np.float32))
     cos, sin = g.add("Cos", angle_LHk), g.add("Sin", angle_LHk)
     x = g.unflatten(x, heads, 2 * half)
-    a, b = g.add_many("Split", 2, x, axis=-1, num_outputs=2)
+    a, b = g.add_many("Split", 2, x, g.ints(half, half), axis=-1)
     turned = (
       g.add("Sub", g.add("Mul", a, cos), g.add("Mul", b, sin)),
       g.add("Add", g.add("Mul", b, cos), g.add("Mul", a, sin)),
@@ -568,10 +587,20 @@ class _Block:
 def _activate(g: _Graph, x: str, name: str) -> str:
   if name == "silu":
     return g.add("Mul", x, g.add("Sigmoid", x))
-  if name.startswith("gelu"):
-    kind = "tanh" if name == "gelu_tanh" else "none"
-    return g.add("Gelu", x, approximate=kind)
+  if name == "gelu_tanh":
+    cube = g.add("Mul", g.add("Mul", x, x), x)
+    y = g.add("Add", x, g.add("Mul", cube, g.number(0.044715)))
+    y = g.add("Tanh", g.add("Mul", y, g.number((2 / math.pi) ** 0.5)))
+    return _halved(g, x, y)
+  if name == "gelu":
+    return _halved(g, x, g.add("Erf", g.add("Div", x, g.number(2**0.5))))
   return g.add({"relu": "Relu", "tanh": "Tanh"}[name], x)
+
+
+def _halved(g: _Graph, x: str, gate: str) -> str:
+  """Returns x (gate + 1) / 2, in the order in which onnxruntime fuses Gelu."""
+  y = g.add("Mul", x, g.add("Add", gate, g.number(1)))
+  return g.add("Mul", y, g.number(0.5))
 
 
 def _read_out(g: _Graph, loaded: Model, x: str) -> None:
@@ -583,10 +612,7 @@ def _read_out(g: _Graph, loaded: Model, x: str) -> None:
       x = g.unembed(x, "embed/embedding")
     else:
       x = g.dense(x, "head")
-    if m.logit_cap:
-      cap = g.const(m.logit_cap, np.float32)
-      x = g.add("Mul", g.add("Tanh", g.add("Div", x, cap)), cap)
-    x = g.unflatten(x, rows)
+    x = g.unflatten(g.capped(x, m.logit_cap), rows)
     g.output("logits", x, ["batch", "length", rows])
     return
   x = g.unflatten(x, m.width)
@@ -616,4 +642,4 @@ def _pool(g: _Graph, x_BLD: str, pooling: str) -> str:
   mask = g.add("Unsqueeze", g.cast(MASK), g.ints(2))
   sums = g.add("ReduceSum", g.add("Mul", x_BLD, mask), g.ints(1), keepdims=0)
   count = g.add("ReduceSum", mask, g.ints(1), keepdims=0)
-  return g.add("Div", sums, g.add("Max", count, g.const(1, np.float32)))
+  return g.add("Div", sums, g.add("Max", count, g.number(1)))

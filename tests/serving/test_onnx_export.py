@@ -114,6 +114,11 @@ def start():
   return session
 
 
+@pytest.fixture(scope="module")
+def openvino():
+  return pytest.importorskip("openvino", reason="needs the extra `parity`")
+
+
 def _batch(num_tokens, length=17):
   """Returns ids of three texts, and a mask with padding at the end."""
   rng = np.random.default_rng(0)
@@ -147,6 +152,23 @@ def test_program_computes_the_model_in_any_shape(start, name, tmp_path):
     np.testing.assert_allclose(
       one[0], rest[: len(one[0])], rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_openvino_computes_the_program(openvino, name, tmp_path):
+  model = _CASES[name]()
+  onnx_export.export_onnx(tmp_path / "out", model)
+  read = openvino.Core().compile_model(
+    tmp_path / "out" / "model.onnx",
+    "CPU",
+    {"INFERENCE_PRECISION_HINT": "f32"},
+  )
+  tokens, mask = _batch(model.tokenizer.plain_size)
+  inputs = {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
+  found, expected = read(inputs)["logits"], _logits(model, tokens, mask)
+  if not model.labels:
+    found, expected = found[mask], expected[mask]
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_pairs_have_segments(start, tmp_path):
