@@ -118,14 +118,16 @@ def show(
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(result, indent=1) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
-    page = _page(name, result, tables)
+    page = _page(name, result, tables, plot.title)
     (RESULTS / f"{name}.md").write_text(page, encoding="utf-8")
     plots.save(_DRAW[type(plot)](plot), str(RESULTS / f"{name}.png"))
   if args.json:
     print(json.dumps(result))
 
 
-def _page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) -> str:
+def _page(
+  name: str, result: Mapping[str, Any], tables: Sequence[Table], title: str
+) -> str:
   parts = [
     f"# benchmarks.{name}",
     f"Device: {result['device']}; commit: {result['commit']}. All figures: "
@@ -133,7 +135,7 @@ def _page(name: str, result: Mapping[str, Any], tables: Sequence[Table]) -> str:
   ]
   for each in tables:
     parts += [each.title, table(each.header, each.rows).strip()]
-  return "\n\n".join([*parts, f"![{name}]({name}.png)"]) + "\n"
+  return "\n\n".join([*parts, f"![{title}]({name}.png)"]) + "\n"
 
 
 def _draw(plot: Plot) -> Any:
@@ -219,40 +221,8 @@ def _draw_points(plot: Scatter) -> Any:
     axes.set_title(plot.title)
     drawing.legend(loc="outside lower center", ncols=4)
     drawing.draw_without_rendering()
-    _place(texts, axes.transData.transform(marks))
+    plots.place_names(texts, axes.transData.transform(marks))
   return drawing
-
-
-def _place(texts: Sequence[Any], marks: Any) -> None:
-  """Moves each text beside its mark, off other marks and texts if it can.
-
-  Args:
-    texts: Annotations of marks.
-    marks: Positions of all marks in pixels, [marks, 2].
-  """
-  sides = [  # in points, and how the text is aligned with that
-    ((0, 8), "center", "bottom"),
-    ((0, -8), "center", "top"),
-    ((9, 0), "left", "center"),
-    ((-9, 0), "right", "center"),
-    ((6, 6), "left", "bottom"),
-    ((-6, 6), "right", "bottom"),
-    ((6, -6), "left", "top"),
-    ((-6, -6), "right", "top"),
-  ]
-  taken: list[Any] = []
-
-  def move(text: Any, side: Any) -> int:
-    """Moves a text to a side of its mark; returns how much it hides there."""
-    offset, horizontal, vertical = side
-    text.set(position=offset, ha=horizontal, va=vertical)
-    box = text.get_window_extent().padded(3)
-    on_marks = sum(box.padded(4).contains(*mark) for mark in marks)
-    return on_marks + 2 * sum(box.overlaps(other) for other in taken)
-
-  for text in texts:
-    move(text, min(sides, key=lambda side: move(text, side)))
-    taken.append(text.get_window_extent())
 
 
 def _draw_lines(plot: Lines) -> Any:

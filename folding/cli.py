@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -96,10 +97,14 @@ _DTYPES = tuple(
 def train(args: argparse.Namespace) -> None:
   """Trains a run, or resumes it, and writes its report."""
   config = config_lib.read(args.config, args.edits)
-  from folding.training import distributed, loop
+  from folding.training import distributed, loop, run_dir
 
   loop.run(config, args.workdir)
   if distributed.is_main():
+    edits = []
+    if args.edits:
+      edits = typed.differences(config_lib.read(args.config), config)
+    run_dir.write_command(args.workdir, args.command, edits)
     show_report(args.workdir)
 
 
@@ -171,6 +176,7 @@ def compress(args: argparse.Namespace) -> None:
   """Writes smaller models, and prints their size and what was lost."""
   savings = typed.parse(tuple[float, ...], args.saving, "--saving")
   from folding.serving import compressing
+  from folding.training import run_dir
 
   if args.steps:
     if len(savings) > 1:
@@ -183,6 +189,7 @@ def compress(args: argparse.Namespace) -> None:
       steps=args.steps,
       structured=args.structured,
     )
+    run_dir.write_command(args.output, args.command, ())
     show_report(args.output)
     folder = args.output
   else:
@@ -584,7 +591,7 @@ def _call(argv: Sequence[str]) -> None:
   args = make_parser().parse_args(rest)
   if edits and not hasattr(args, "config"):
     raise ConfigError(f"{args.verb} takes no --config.{next(iter(edits))}")
-  args.edits = edits
+  args.edits, args.command = edits, shlex.join(["folding", *argv])
   args.call(args)
 
 

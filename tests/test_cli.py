@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from folding import __version__, cli, typed
 from folding import config as config_lib
 from folding.errors import ConfigError, TrainingError
-from folding.training import loop
+from folding.training import loop, run_dir
 from tests.reporting import synthetic_run
 
 QUICKSTART = ("train", "--config=configs/quickstart.py")
@@ -33,20 +34,23 @@ def test_split_edits_takes_both_forms_and_the_last_value():
   assert edits == {"a": "None", "b.c": "-2", "d": "x=y"}
 
 
-def test_train_runs_the_config_that_the_flags_ask_for(monkeypatch, capsys):
-  calls = []
+def test_train_runs_the_config_that_the_flags_ask_for(
+  monkeypatch, capsys, tmp_path
+):
+  calls, folder = [], str(tmp_path)
   monkeypatch.setattr(loop, "run", lambda *args: calls.append(args))
   monkeypatch.setattr(cli, "show_report", lambda workdir: print(workdir))
   flags = ["--config.model.width=64", "--config.data.path", "None"]
   flags += ["--config.fold.groups=2,1,0", "--config.dense=False"]
-  assert cli.main([*QUICKSTART, "--workdir=W", *flags]) == 0
+  assert cli.main([*QUICKSTART, f"--workdir={folder}", *flags]) == 0
   [(config, workdir)] = calls
-  assert (workdir, capsys.readouterr().out) == ("W", "W\n")
+  assert (workdir, capsys.readouterr().out) == (folder, f"{folder}\n")
   whole = config_lib.read("configs/quickstart.py")
-  assert typed.differences(whole, config) == [
-    "model.width: 128 -> 64",
-    "fold.groups: None -> (2, 1, 0)",
-  ]
+  edits = ["model.width: 128 -> 64", "fold.groups: None -> (2, 1, 0)"]
+  assert typed.differences(whole, config) == edits
+  command = run_dir.read_command(folder)
+  assert shlex.split(command["command"])[-5:] == flags
+  assert command["edits"] == edits
 
 
 @pytest.mark.parametrize(

@@ -421,7 +421,7 @@ def test_page_shows_what_a_run_says_as_text(make, tmp_path):
   ]
   if make == "report":
     report.write_report(workdirs[1])
-    page, figures = pathlib.Path(workdirs[1], "report.html"), 3
+    page, figures = pathlib.Path(workdirs[1], "report.html"), 4
   else:
     compare.compare(workdirs, str(tmp_path / "out"))
     page, figures = tmp_path / "out" / "compare.html", 1

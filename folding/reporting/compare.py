@@ -171,11 +171,13 @@ def _page(variants: Sequence[Variant]) -> str:
     "# Comparison of runs\n",
     report.table(header, [_row(v, reference) for v in variants], 2),
     f"Difference: of the test metric, relative to {page.escaped(reference.name)} "
-    f"({'less' if metric == 'bits_per_byte' else 'more'} is better). "
-    "Compression: 1 - stored / dense of all parameters. Allocated: parameters in "
-    "arrays, zeros included. ±: sample standard deviation over seeds.",
+    f"({'less' if metric == 'bits_per_byte' else 'more'} is better), if both had "
+    "the same data. Compression: 1 - stored / dense of all parameters. Allocated: "
+    "parameters in arrays, zeros included. ±: sample standard deviation over "
+    "seeds. Parentheses: 95% interval of one run, from its number of examples.",
     *(f"\n**Note:** {note}" for note in notes(variants)),
-    "\n![Validation over steps; test metric against size](compare.png)",
+    f"\n![{_about(variants)}]"
+    '(compare.png "Validation over steps; test metric against size")',
   ]
   for variant in variants[1:]:
     lines.append(f"\nFields of {page.escaped(variant.name)} that differ:\n")
@@ -184,15 +186,30 @@ def _page(variants: Sequence[Variant]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def _about(variants: Sequence[Variant]) -> str:
+  """Returns the picture in words, for those who cannot see it."""
+  metric = config_lib.quality(variants[0].runs[0].config)
+  points = []
+  for variant in variants:
+    quality = _quality(variant, metric).text("{:.3f}".format)
+    size = variant.spread(_stored).text("{:,.0f}".format)
+    points.append(f"{page.escaped(variant.name)} has {quality} at {size}")
+  return (
+    f"Test {METRICS[metric].words} and stored parameters: {'; '.join(points)}."
+  )
+
+
 def _row(variant: Variant, reference: Variant) -> list[str]:
   """Returns the cells of a variant in the table of `compare.md`."""
   metric = config_lib.quality(reference.runs[0].config)
-  whole, decimals = "{:,.0f}".format, "{:.3f}".format
+  whole = "{:,.0f}".format
   quality, base = (_quality(v, metric) for v in (variant, reference))
   change = "–"
   # Of a negative correlation the sign would be wrong.
-  if quality.mean is not None and base.mean is not None and base.mean > 0:
-    change = f"{quality.mean / base.mean - 1:+.1%}"
+  is_same_data = variant.runs[0].digest == reference.runs[0].digest
+  old, new = base.mean or 0.0, quality.mean
+  if is_same_data and new is not None and old > 0:
+    change = f"{new / old - 1:+.1%}"
   steps = sorted({run.result["steps"] for run in variant.runs})
 
   def cell(metric: Callable[[Run], Any], form: Callable[..., str]) -> str:
@@ -201,7 +218,7 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
   return [
     page.escaped(variant.name),
     ", ".join(str(run.config.seed) for run in variant.runs),
-    quality.text(report.percent if metric == "accuracy" else decimals),
+    _with_interval(variant, metric, quality),
     change,
     cell(lambda run: run.parameters["overall"]["compression"], report.percent),
     cell(_stored, whole),
@@ -216,6 +233,24 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
 def _quality(variant: Variant, metric: str) -> Spread:
   """Returns a test metric of a variant."""
   return variant.spread(lambda run: (run.test or {}).get(metric))
+
+
+def _interval(variant: Variant, metric: str) -> tuple[float, float] | None:
+  """Returns the 95% interval of the accuracy of a single run."""
+  [test, *more] = [run.test or {} for run in variant.runs]
+  if metric != "accuracy" or more or "accuracy_low" not in test:
+    return None
+  return test["accuracy_low"], test["accuracy_high"]
+
+
+def _with_interval(variant: Variant, metric: str, quality: Spread) -> str:
+  """Returns a test metric with its spread over seeds or its interval."""
+  form = report.percent if metric == "accuracy" else "{:.3f}".format
+  interval = _interval(variant, metric)
+  if interval is None:
+    return quality.text(form)
+  low, high = interval
+  return f"{quality.text(form)} ({100 * low:.1f} to {high:.1%})"
 
 
 def _stored(run: Run) -> int:
@@ -242,7 +277,10 @@ def _draw(variants: Sequence[Variant], path: str) -> None:
     size, test = variant.spread(_stored), _quality(variant, metric)
     points[variant.name] = None
     if size.mean is not None and test.mean is not None:
-      points[variant.name] = plots.Point(size.mean, test.mean, size.sd, test.sd)
+      low, high = test.mean - test.sd, test.mean + test.sd
+      low, high = _interval(variant, metric) or (low, high)
+      error = test.mean - low, high - test.mean
+      points[variant.name] = plots.Point(size.mean, test.mean, size.sd, error)
   with plots.saved(path, num_axes=2) as (left, right):
     plots.draw_lines(
       left,

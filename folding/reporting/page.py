@@ -22,7 +22,7 @@ def write(folder: str, name: str, text: str, figures: Collection[str]) -> None:
     text: Markdown that begins with a heading. Text of a run is in it as `escaped`
       or `code`.
     figures: Names of PNG files in the folder. No other picture is read, and no
-      link is made.
+      link is made. Each is a paragraph, `![description](name "caption")`.
   """
   files.write_file(os.path.join(folder, f"{name}.md"), text)
   page = to_html(text, folder, figures)
@@ -52,17 +52,21 @@ def to_html(text: str, folder: str, figures: Collection[str]) -> str:
   """Returns the HTML of a Markdown page; see `write`."""
 
   def figure(found: re.Match[str]) -> str:
-    path, caption = pathlib.Path(folder, html.unescape(found[1])), found[2]
+    name, about, caption = found.groups()
+    path = pathlib.Path(folder, html.unescape(name))
     picture = base64.b64encode(path.read_bytes()).decode()
     return (
-      f'<figure><img src="data:image/png;base64,{picture}" alt="{caption}">'
+      f'<figure><img src="data:image/png;base64,{picture}" alt="{about}">'
       f"<figcaption>{caption}</figcaption></figure>"
     )
 
   parser = markdown_it.MarkdownIt("commonmark", {"html": False}).enable("table")
   parser.validateLink = lambda url: url in figures
   body = parser.render(text)
-  body = re.sub(r'<p><img src="(.*?)" alt="(.*?)" /></p>', figure, body)
+  # In the text, not in a tag.
+  body = re.sub(r"\bW_([QKVO])\b(?![^<]*>)", r"W<sub>\1</sub>", body)
+  picture = r'<p><img src="(.*?)" alt="(.*?)" title="(.*?)" /></p>'
+  body = re.sub(picture, figure, body)
   body = body.replace("<table>", '<div class="table"><table>')
   body = body.replace("</table>", "</table></div>")
   title = html.escape(text.partition("\n")[0].lstrip("# "))

@@ -23,7 +23,8 @@ except ValueError as error:  # MPLBACKEND names no backend
 # Okabe and Ito, "Color universal design", 2008: safe for color blindness.
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
-GREY, LIGHT = "#666666", "#D5D8DC"
+# Visible on white and, with light and dark exchanged, on black.
+GREY, LIGHT = "#666666", "#A5AEB6"
 CYCLE = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK)
 MAX_NAMED = len(CYCLE)  # further lines are grey and share one name
 
@@ -49,33 +50,34 @@ class Point(NamedTuple):
     x: Position.
     y: Position.
     x_error: Half the length of the horizontal bar.
-    y_error: Half the length of the vertical bar.
+    y_error: Lengths of the vertical bar below and above.
   """
 
   x: Number
   y: Number
   x_error: Number = 0
-  y_error: Number = 0
+  y_error: tuple[Number, Number] = (0, 0)
 
 
 @contextlib.contextmanager
-def figure() -> Iterator[matplotlib.figure.Figure]:
+def figure(height: float = 4.5) -> Iterator[matplotlib.figure.Figure]:
   """Yields an empty figure; what is drawn inside has the shared style."""
   with matplotlib.rc_context(_STYLE):
     yield matplotlib.figure.Figure(
-      figsize=(8, 4.5), dpi=120, layout="constrained"
+      figsize=(8, height), dpi=120, layout="constrained"
     )
 
 
 @contextlib.contextmanager
-def saved(path: str, num_axes: int = 1) -> Iterator[Any]:
+def saved(path: str, num_axes: int = 1, height: float = 4.5) -> Iterator[Any]:
   """Yields the axes of a new figure, which is written with a legend.
 
   Args:
     path: The PNG file.
     num_axes: Number of axes, side by side; an array of them if above 1.
+    height: Height in inches; the width is 8.
   """
-  with figure() as drawing:
+  with figure(height) as drawing:
     yield drawing.subplots(1, num_axes)
     handles, labels = drawing.axes[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -111,6 +113,7 @@ def draw_lines(
     axes.plot(
       [x for x, _ in points],
       [y for _, y in points],
+      marker="o" if len(points) == 1 else None,
       zorder=3 if index < MAX_NAMED else 2,
       **_style(index, name),
     )
@@ -133,7 +136,7 @@ def draw_lines(
 def draw_points(
   axes: Any, points: Mapping[str, Point | None], *, x_label: str, y_label: str
 ) -> None:
-  """Draws points with error bars, in the colors of `draw_lines`.
+  """Draws named points with error bars, in the colors of `draw_lines`.
 
   Args:
     axes: The matplotlib axes.
@@ -141,43 +144,100 @@ def draw_points(
     x_label: Name and unit of the horizontal axis.
     y_label: Name and unit of the vertical axis.
   """
+  texts, marks = [], []
   for index, (name, point) in enumerate(points.items()):
     if point is not None:
+      style = _style(index, name)
       axes.errorbar(
         [point.x],
         [point.y],
         xerr=point.x_error,
-        yerr=point.y_error,
+        yerr=[[error] for error in point.y_error],
         marker="o",
         capsize=3,
-        **_style(index, name),
+        **style,
       )
-  if not any(points.values()):
+      marks.append((point.x, point.y))
+      if index < MAX_NAMED:
+        text = axes.annotate(
+          style["label"], marks[-1], (0, 0), textcoords="offset points",
+          fontsize=9,
+        )  # fmt: skip
+        texts.append(text)
+  if not marks:
     _say_empty(axes)
   _finish(axes, x_label, y_label)
+  axes.margins(x=0.2, y=0.2)
   axes.set_xlim(left=0)
+  if texts:
+    axes.figure.draw_without_rendering()
+    place_names(texts, axes.transData.transform(marks))
+
+
+def place_names(texts: Sequence[Any], marks: Any) -> None:
+  """Moves each text beside its mark, off marks, texts and edges if it can.
+
+  Args:
+    texts: Annotations of marks.
+    marks: Positions of all marks in pixels, [marks, 2]; the figure has been laid
+      out.
+  """
+  sides = [  # in points, and how the text is aligned with that
+    ((9, 0), "left", "center"),  # first: error bars are above and below
+    ((-9, 0), "right", "center"),
+    ((0, 8), "center", "bottom"),
+    ((0, -8), "center", "top"),
+    ((6, 6), "left", "bottom"),
+    ((-6, 6), "right", "bottom"),
+    ((6, -6), "left", "top"),
+    ((-6, -6), "right", "top"),
+  ]
+  taken: list[Any] = []
+
+  def move(text: Any, side: Any) -> int:
+    """Moves a text to a side of its mark; returns how much it hides there."""
+    offset, horizontal, vertical = side
+    text.set(position=offset, ha=horizontal, va=vertical)
+    box = text.get_window_extent().padded(3)
+    on_marks = sum(box.padded(4).contains(*mark) for mark in marks)
+    inside = map(text.axes.bbox.containsx, (box.x0, box.x1))
+    on_texts = sum(box.overlaps(other) for other in taken)
+    return on_marks + 2 * (on_texts + (not all(inside)))
+
+  for text in texts:
+    move(text, min(sides, key=lambda side: move(text, side)))
+    taken.append(text.get_window_extent())
 
 
 def draw_bars(
-  axes: Any, bars: Mapping[str, Mapping[str, Number]], *, x_label: str
+  axes: Any,
+  bars: Mapping[str, Mapping[str, Number]],
+  *,
+  x_label: str,
+  notes: Sequence[str] = (),
 ) -> None:
-  """Draws horizontal bars, several for each row.
+  """Draws horizontal bars, for each row one in front of the other.
 
   Args:
     axes: The matplotlib axes.
-    bars: Length by row and by name of bar; all rows have the same names.
+    bars: Length by row and by name of bar, the longest first; all rows have the
+      same names.
     x_label: Name and unit of the horizontal axis.
+    notes: A text at the left end of each row; none by default.
   """
-  names = list(next(iter(bars.values()), {}))
-  height = 0.8 / max(1, len(names))
-  for index, name in enumerate(names):
+  for index, name in enumerate(next(iter(bars.values()), {})):
     axes.barh(
-      [row + (index + 0.5) * height - 0.4 for row in range(len(bars))],
+      range(len(bars)),
       [lengths[name] for lengths in bars.values()],
-      height,
+      0.8 - 0.4 * index,
       color=(LIGHT, *CYCLE)[index],
       label=name,
     )
+  for row, note in enumerate(notes):
+    axes.annotate(
+      note, (0, row), (4, 0), textcoords="offset points", va="center",
+      fontsize=9, bbox={"boxstyle": "round,pad=0.15", "fc": "w", "ec": "none"},
+    )  # fmt: skip
   axes.set_yticks(range(len(bars)), list(bars))
   axes.invert_yaxis()
   _finish(axes, x_label, "")

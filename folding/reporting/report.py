@@ -1,11 +1,14 @@
 """The report of one run: `report.json`, `report.md`, `report.html`, plots."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import pathlib
+import re
+import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from folding import config as config_lib
 from folding import errors, files, typed
@@ -40,12 +43,14 @@ class Run:
     parameters: Number of parameters by group of `GROUPS`.
     bytes: Number of bytes by group of `GROUPS`.
     allocated: Number of parameters in arrays, zeros included.
+    layers: The arrays, as `accounting.account` lists them.
     train: Training records of `metrics.jsonl` by rising step.
     valid: Validation records by rising step.
     test: Test metrics; None before the end. An accuracy has a 95% interval,
       "accuracy_low" and "accuracy_high".
     energy: `energy.json`, an estimate; None without it.
     digest: SHA-256 of all text and labels; None if unknown.
+    command: `command.json`, see `run_dir.write_command`; {} without it.
   """
 
   name: str
@@ -55,11 +60,13 @@ class Run:
   parameters: dict[str, dict[str, Any]]
   bytes: dict[str, dict[str, Any]]
   allocated: int
+  layers: list[dict[str, Any]]
   train: list[dict[str, Any]]
   valid: list[dict[str, Any]]
   test: dict[str, Any] | None
   energy: dict[str, Any] | None
   digest: str | None
+  command: dict[str, Any]
 
   @property
   def loss_unit(self) -> str:
@@ -97,6 +104,7 @@ def load_run(workdir: str) -> Run:
       parameters={g: _size(values["parameters"][g]) for g in GROUPS},
       bytes={g: _size(values["bytes"][g]) for g in GROUPS},
       allocated=sum(math.prod(layer["shape"]) for layer in values["layers"]),
+      layers=values["layers"],
       train=[r for r in records if r["split"] == "train"],
       valid=[r for r in records if r["split"] == "valid"],
       test=_test(values),
@@ -104,6 +112,7 @@ def load_run(workdir: str) -> Run:
       digest=digest.read_text("utf-8", "replace").strip()
       if digest.is_file()
       else None,
+      command=run_dir.read_command(workdir),
     )
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(f"{path!r} is damaged: {errors.reason(error)}") from error
@@ -150,15 +159,77 @@ def summarize(run: Run) -> dict[str, Any]:
       (r["sparsity"] for r in run.train[::-1] if "sparsity" in r), None
     ),
     "test": run.test,
+    "dense_test": dense_test(run),
     "energy": run.energy,
     "settings": typed.differences(default, config),
   }
 
 
+def dense_test(run: Run) -> dict[str, Any] | None:
+  """Returns the test metrics of the dense run that a run made smaller.
+
+  None if it did not start from a dense run on the same data, or if that run is
+  no longer there.
+  """
+  with contextlib.suppress(ConfigError, OSError):
+    dense = load_run(run.config.pretrained or "")
+    if dense.config.dense and run.digest and dense.digest == run.digest:
+      return dense.test
+  return None
+
+
+class Kept(NamedTuple):
+  """What is left of one dimension of a layer.
+
+  Attributes:
+    dense: Its size in the dense baseline.
+    size: Its size in the run; units that are zero do not count.
+    text: The size in words.
+  """
+
+  dense: int
+  size: int
+  text: str
+
+
+def plan(run: Run) -> dict[str, list[Kept]]:
+  """Returns what each layer keeps, by name; {} if all layers are dense."""
+  config = run.config
+  dense, ours = (
+    config_lib.layers_of(c.model, c.fold)
+    for c in (config_lib.dense_baseline(config), config)
+  )
+  arrays = {array["path"]: array for array in run.layers}
+
+  def nonzero(layer: int, path: str, is_pruned: bool) -> float:
+    array = arrays.get(f"blocks_{layer}/{path}/kernel")
+    if array is None or not is_pruned:
+      return 1.0
+    return array["stored"] / math.prod(array["shape"])
+
+  has_heads = config.fpp.attention == "heads"
+  has_neurons = config.fpp.granularity == "neuron"
+  found: dict[str, list[Kept]] = {}
+  for n, (a, b) in enumerate(zip(dense, ours, strict=True)):
+    is_dense = b.values == "dense"
+    heads = round(len(b.heads) * nonzero(n, "attn/o", has_heads))
+    neurons = round(b.mlp_width * nonzero(n, "mlp/down", has_neurons))
+    groups, rank = b.groups or b.head_dim, b.value_dim if is_dense else 0
+    for name, was, now, text in (
+      ("heads", len(a.heads), heads, f"{heads}"),
+      ("rows of W_Q, W_K", a.head_dim, groups, f"{groups}"),
+      ("rank of W_V", a.value_dim, rank, f"{rank}" if is_dense else "diagonal"),
+      ("neurons", a.mlp_width, neurons, f"{neurons:,}"),
+    ):
+      found.setdefault(name, []).append(Kept(was, now, text))
+  is_smaller = any(x.size < x.dense for rows in found.values() for x in rows)
+  return found if is_smaller else {}
+
+
 def describe(run: Run) -> str:
   """Returns a run and its metrics as one paragraph."""
   model, result = run.config.model, run.result
-  kind = task_of(run.config).words
+  kind, dense = task_of(run.config).words, dense_test(run)
   steps, overall = f"{result['steps']:,}", run.parameters["overall"]
   if not result["finished"]:
     steps += f" of {result['total_steps']:,}"
@@ -170,6 +241,7 @@ def describe(run: Run) -> str:
     f"{overall['stored']:,} parameters; its dense baseline has "
     f"{overall['dense']:,} (compression {percent(overall['compression'])}). "
     f"Test: {_test_metric(run.test)}."
+    + (f" The dense run has {_test_metric(dense)}." if dense else "")
   )
 
 
@@ -241,28 +313,57 @@ def _test(result: Mapping[str, Any]) -> dict[str, Any] | None:
   return test
 
 
-def _draw(run: Run) -> dict[str, str]:
-  """Writes the plots and returns their captions by file name."""
+def _draw(run: Run) -> dict[str, tuple[str, str]]:
+  """Writes the plots; returns their titles and descriptions by file name."""
   # Importing matplotlib is slow, and reading a run does not need it.
   from folding.reporting import plots
 
   fpp, total = run.config.fpp, run.result["total_steps"]
   pruning = [record for record in run.train if "sparsity" in record]
-  marks = {}
+  stored = run.parameters["overall"]["stored"]
+  marks, found = {}, {}
   if pruning and run.config.compress.prune == "none":
     marks = {"FPP begins": fpp.begin * total, "FPP ends": fpp.end * total}
-  with plots.saved(os.path.join(run.workdir, "curves.png")) as axes:
+
+  def path(name: str) -> str:
+    return os.path.join(run.workdir, name)
+
+  if layers := plan(run):
+    height = 1.6 + 0.3 * run.config.model.num_layers
+    with plots.saved(path("plan.png"), len(layers), height) as all_axes:
+      for axes, (name, rows) in zip(all_axes, layers.items(), strict=True):
+        bars = {
+          str(n): {"dense baseline": row.dense, "kept": row.size}
+          for n, row in enumerate(rows)
+        }
+        label = re.sub(r"W_\w", r"$\g<0>$", name)  # a formula
+        notes = [row.text for row in rows]
+        plots.draw_bars(axes, bars, x_label=label, notes=notes)
+      all_axes[0].set_ylabel("layer")
+    about = " ".join(
+      f"{name} by layer: {', '.join(row.text for row in rows)}; "
+      f"dense {rows[0].dense:,}."
+      for name, rows in layers.items()
+    )
+    found["plan.png"] = (
+      "What each layer keeps; rows and ranks are per head",
+      about,
+    )
+  with plots.saved(path("curves.png")) as axes:
+    curves = {
+      "training": [(r["step"], r["loss"]) for r in run.train],
+      "validation": [(r["step"], r["loss"]) for r in run.valid],
+    }
     plots.draw_lines(
       axes,
-      {
-        "training": [(r["step"], r["loss"]) for r in run.train],
-        "validation": [(r["step"], r["loss"]) for r in run.valid],
-      },
+      curves,
       x_label="step",
       y_label=f"loss ({run.loss_unit})",
       marks=marks,
     )
-  with plots.saved(os.path.join(run.workdir, "parameters.png")) as axes:
+  ends = [f"{n} loss ends at {x[-1][1]:.3f}" for n, x in curves.items() if x]
+  found["curves.png"] = "Loss", f"{'; '.join(ends) or 'no values yet'}."
+  with plots.saved(path("parameters.png")) as axes:
     plots.draw_bars(
       axes,
       {
@@ -271,35 +372,38 @@ def _draw(run: Run) -> dict[str, str]:
       },
       x_label="number of parameters",
     )
-  captions = {"curves.png": "Loss", "parameters.png": "Size by group"}
-  if pruning:
-    captions["sparsity.png"] = "Sparsity"
-    with plots.saved(os.path.join(run.workdir, "sparsity.png")) as axes:
+  sizes = [
+    f"{group} {size['stored']:,} of {size['dense']:,}"
+    for group, size in run.parameters.items()
+  ]
+  found["parameters.png"] = "Stored parameters by group", f"{', '.join(sizes)}."
+  # A model that was made small before its first step has nothing to show here.
+  if len({record["sparsity"] for record in pruning}) > 1:
+    gone = "zero" if stored < run.allocated else "removed"
+    with plots.saved(path("sparsity.png")) as axes:
       plots.draw_lines(
         axes,
         {
-          "zero": [(r["step"], 100 * r["sparsity"]) for r in pruning],
+          gone: [(r["step"], 100 * r["sparsity"]) for r in pruning],
           "frozen": [(r["step"], 100 * r.get("frozen", 0)) for r in pruning],
         },
         x_label="step",
         y_label="share of the prunable parameters (%)",
         marks=marks,
       )
-  return captions
+    last = percent(pruning[-1]["sparsity"])
+    found["sparsity.png"] = "Sparsity", f"In the end {last} are {gone}."
+  return found
 
 
 def _page(
-  run: Run, metrics: Mapping[str, Any], captions: Mapping[str, str]
+  run: Run, metrics: Mapping[str, Any], plots: Mapping[str, tuple[str, str]]
 ) -> str:
   """Returns the text of `report.md`."""
-  settings = []
-  for line in metrics["settings"]:
-    field, _, change = line.partition(": ")
-    values = map(page.escaped, change.split(" -> ", 1))
-    settings.append([page.code(field), *values])
   parts = [
     f"# {page.escaped(run.name)}",
     page.escaped(describe(run)),
+    *(_figure(name, *plots[name]) for name in plots if name == "plan.png"),
     "## Size",
     _size_table(run),
     "qkv: W_Q, W_K and W_V. linear: W_O, the feed-forward layers and the head. "
@@ -308,11 +412,11 @@ def _page(
     "Masks: bytes that locate the stored values. Compression: 1 - stored / "
     f"dense. The arrays hold {run.allocated:,} parameters, zeros included.",
     "## Plots",
-    *(f"![{caption}]({name})" for name, caption in captions.items()),
+    *(_figure(name, *plots[name]) for name in plots if name != "plan.png"),
+    "## Next",
+    _next(run),
     "## How to reproduce",
-    "`config.json` is the whole configuration. These fields differ from the "
-    "default run:",
-    table(("Field", "Default", "This run"), settings, 3),
+    *_settings(run, metrics["settings"]),
     table(("", "This run"), _origin(run), 2),
   ]
   if not run.result["finished"]:
@@ -322,6 +426,50 @@ def _page(
       "are no test metrics yet.",
     )
   return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _figure(name: str, title: str, about: str) -> str:
+  return f'![{about}]({name} "{title}")'
+
+
+def _next(run: Run) -> str:
+  """Returns the command that most users of a run need next, with its purpose."""
+  has_zeros = run.parameters["overall"]["stored"] < run.allocated
+  if not run.result["finished"]:
+    purpose, words = "finish the run", ["resume", run.workdir]
+  elif run.config.dense:
+    config = f"--config=configs/pretrained.py:{run.workdir}"
+    words = ["train", config, "--workdir=NEW"]
+    purpose = "make the model 70% smaller and recover it"
+  elif has_zeros and {run.config.fpp.granularity, run.config.fpp.attention} & {
+    "neuron",
+    "heads",
+  }:
+    purpose = "remove zero neurons, heads and tokens from the arrays"
+    words = ["shrink", run.workdir, "--output=NEW"]
+  else:
+    purpose = "write a model that runs elsewhere"
+    words = ["export", run.workdir, "--output=NEW", "--format=onnx"]
+  return f"To {purpose}: {page.code(shlex.join(['folding', *words]))}"
+
+
+def _settings(run: Run, from_default: Sequence[str]) -> list[str]:
+  """Returns the command of a run, and a table of the fields that differ."""
+  parts = ["`config.json` is the whole configuration."]
+  if run.command:
+    parts = [f"{page.code(run.command['command'])}\n\n{parts[0]}"]
+    base, lines = "Config file", run.command["edits"]
+    about = "These fields differ from the config file:"
+  else:
+    base, lines = "Default", from_default
+    about = "These fields differ from the default run:"
+  rows = []
+  for line in lines:
+    field, _, change = line.partition(": ")
+    rows.append([page.code(field), *map(page.escaped, change.split(" -> ", 1))])
+  if rows:
+    parts += [about, table(("Field", base, "This run"), rows, 3)]
+  return parts
 
 
 def _size_table(run: Run) -> str:

@@ -8,6 +8,7 @@ text.sha256     digest of all text and labels
 checksums.json  checksums of the files above
 metrics.jsonl   one record per line
 result.json     outcome and provenance, with its own checksum
+command.json    the last command that trained the run, for its report
 
 The files above `checksums.json` never change. They are verified whenever the
 config is read. A run of an earlier version has no checksums, and is read with a
@@ -26,7 +27,7 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -343,6 +344,36 @@ def finished_result(workdir: str) -> dict[str, Any] | None:
     return None
   result = read_result(workdir)
   return result if result.get("finished") else None
+
+
+def write_command(workdir: str, command: str, edits: Sequence[str]) -> None:
+  """Writes `command.json`.
+
+  Args:
+    workdir: The run directory.
+    command: The command line that trained the run.
+    edits: The fields that it changes in its config file, as
+      `typed.differences` returns them.
+  """
+  record = {"command": command, "edits": list(edits)}
+  files.write_json(_path(workdir, "command.json"), record)
+
+
+def read_command(workdir: str) -> dict[str, Any]:
+  """Returns the content of `command.json`; {} without it.
+
+  Raises:
+    ConfigError: it is damaged.
+  """
+  path = _path(workdir, "command.json")
+  if not os.path.exists(path):
+    return {}
+  record = files.read_json(path, dict)
+  edits = record.get("edits")
+  texts = [record.get("command"), *(edits if isinstance(edits, list) else [0])]
+  if not all(isinstance(text, str) for text in texts):
+    raise ConfigError(f"{path} is damaged: command and edits are not texts")
+  return record
 
 
 def source_commit() -> str | None:

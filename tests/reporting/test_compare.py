@@ -6,7 +6,7 @@ import pytest
 
 from folding import config as config_lib
 from folding.errors import ConfigError
-from folding.reporting import compare, plots
+from folding.reporting import compare, plots, report
 from tests.reporting import synthetic_run
 
 
@@ -43,6 +43,39 @@ def test_change_of_a_negative_correlation_is_left_out(
   text = compare.compare(runs, str(tmp_path / "out"))
   [row] = [line for line in text.splitlines() if line.startswith("| 1 ")]
   assert row.split("|")[4].strip() == change
+
+
+@pytest.mark.parametrize(("digest", "change"), [("a", "+25.0%"), ("b", "–")])
+def test_change_between_different_data_is_left_out(tmp_path, digest, change):
+  runs = []
+  for name, bits in (("a", 2.0), (digest, 2.5)):
+    folder = tmp_path / f"{len(runs)}"
+    config = synthetic_run.config(dense=not runs)
+    test = {**synthetic_run.LM_TEST, "bits_per_byte": bits}
+    runs.append(synthetic_run.write(folder, config, test=test))
+    (folder / "text.sha256").write_text(name)
+  text = compare.compare(runs, str(tmp_path / "out"))
+  [row] = [line for line in text.splitlines() if line.startswith("| 1 ")]
+  assert row.split("|")[4].strip() == change
+
+
+def test_accuracy_of_one_run_has_its_interval(tmp_path, monkeypatch):
+  drawings, save = [], plots.save
+  monkeypatch.setattr(
+    plots,
+    "save",
+    lambda figure, path: save(drawings.append(figure) or figure, path),
+  )
+  workdir = synthetic_run.write(
+    tmp_path / "a", synthetic_run.config(task="classify")
+  )
+  text = compare.compare([workdir], str(tmp_path / "out"))
+  test = report.load_run(workdir).test or {}
+  low, high = test["accuracy_low"], test["accuracy_high"]
+  assert f"86.8% ({100 * low:.1f} to {high:.1%})" in text
+  _, _, (_, bar) = drawings[0].axes[1].containers[0]
+  [[_, bottom], [_, top]] = bar.get_segments()[0]
+  assert (bottom, top) == pytest.approx((low, high))
 
 
 def test_compare_shows_the_metric_of_the_reference(tmp_path):

@@ -39,7 +39,7 @@ def test_steps_of_a_short_run_are_whole_numbers():
 
 
 def test_draw_points_keeps_the_color_of_a_missing_point():
-  points = {"a": None, "b": plots.Point(4, 2, 0.5, 0.25)}
+  points = {"a": None, "b": plots.Point(4, 2, 0.5, (0.25, 0.5))}
   with plots.figure() as drawing:
     axes = drawing.subplots()
     plots.draw_points(axes, points, x_label="size", y_label="accuracy")
@@ -48,8 +48,17 @@ def test_draw_points_keeps_the_color_of_a_missing_point():
   np.testing.assert_array_equal(mark.get_xydata(), [(4, 2)])
   assert mark.get_color() == plots.CYCLE[1]
   ends = [bar.get_segments()[0] for bar in bars]
+  assert [text.get_text() for text in axes.texts] == ["b"]
   np.testing.assert_array_equal(ends[0], [(3.5, 2), (4.5, 2)])
-  np.testing.assert_array_equal(ends[1], [(4, 1.75), (4, 2.25)])
+  np.testing.assert_array_equal(ends[1], [(4, 1.75), (4, 2.5)])
+
+
+def test_curve_of_one_point_has_a_marker():
+  with plots.figure() as drawing:
+    axes = drawing.subplots()
+    curves = {"a": [(1, 2)], "b": [(1, 2), (2, 3)]}
+    plots.draw_lines(axes, curves, x_label="step", y_label="")
+  assert [line.get_marker() for line in axes.lines] == ["o", "None"]
 
 
 def test_draw_bars_has_a_bar_for_each_value():

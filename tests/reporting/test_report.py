@@ -2,6 +2,7 @@ import base64
 import json
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from folding import config as config_lib
 from folding.errors import ConfigError
 from folding.reporting import page, plots, report
+from folding.training import run_dir
 from tests.reporting import synthetic_run
 
 
@@ -85,7 +87,7 @@ def test_page_embeds_the_plots_that_exist(tmp_path, dense):
   report.write_report(workdir)
   page = (tmp_path / "a" / "report.md").read_text()
   drawn = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
-  assert sorted(re.findall(r"\]\((.*?)\)", page)) == drawn
+  assert sorted(re.findall(r"\]\((\S*) \".*\"\)", page)) == drawn
   assert ("sparsity.png" in drawn) == (not dense)
   result = synthetic_run.result(synthetic_run.config(dense=dense))
   assert f"{result['parameters']['overall']['stored']:,}" in page
@@ -109,7 +111,10 @@ def test_plots_show_the_records_and_when_fpp_prunes(tmp_path, monkeypatch):
     lambda drawing, path: save(drawings.setdefault(path, drawing), path),
   )
   report.write_report(synthetic_run.write(tmp_path / "a"))
-  curves, sizes, sparsity = (drawing.axes[0] for drawing in drawings.values())
+  curves, sizes, sparsity = (
+    drawings[str(tmp_path / "a" / f"{name}.png")].axes[0]
+    for name in ("curves", "parameters", "sparsity")
+  )
   # See `synthetic_run`; FPP prunes from 0.1 to 0.7 of 600 steps.
   found = {line.get_label(): line.get_ydata() for line in curves.lines[:2]}
   train, valid = np.arange(20, 601, 20), np.arange(100, 601, 100)
@@ -218,3 +223,116 @@ def test_html_of_a_page_escapes_what_a_run_says():
   html = page.to_html("# a<b>&\n\n| x<i> |\n| --- |\n| <script> |\n", "", [])
   assert "<title>a&lt;b&gt;&amp;</title>" in html
   assert "<td>&lt;script&gt;</td>" in html
+
+
+def test_plan_has_the_heads_rows_ranks_and_nonzero_neurons_of_a_layer(tmp_path):
+  config = synthetic_run.config(
+    model=config_lib.ModelConfig(
+      num_layers=2, width=64, num_heads=4, mlp_width=80, heads=((0, 1, 3), (2,))
+    ),
+    fold=config_lib.FoldConfig(
+      groups=(8, 0), values=("dense", "diagonal"), value_rank=(6, 0)
+    ),
+    fpp=config_lib.FPPConfig(overall=0.5, granularity="neuron"),
+  )
+  arrays = [
+    {"path": f"blocks_{n}/mlp/down/kernel", "shape": [80, 64], "stored": stored}
+    for n, stored in enumerate((64 * 20, 64 * 80))
+  ]
+  run = report.load_run(
+    synthetic_run.write(tmp_path / "a", config, layers=arrays)
+  )
+  found = {
+    name: [(row.dense, row.size) for row in rows]
+    for name, rows in report.plan(run).items()
+  }
+  assert found == {
+    "heads": [(4, 3), (4, 1)],
+    "rows of W_Q, W_K": [(16, 8), (16, 16)],
+    "rank of W_V": [(16, 6), (16, 0)],
+    "neurons": [(80, 20), (80, 80)],
+  }
+
+
+def test_plan_of_a_dense_run_is_empty(tmp_path):
+  workdir = synthetic_run.write(
+    tmp_path / "a", synthetic_run.config(dense=True)
+  )
+  assert not report.plan(report.load_run(workdir))
+
+
+@pytest.mark.parametrize(
+  ("digest", "found"), [("ab", synthetic_run.LM_TEST), ("cd", None)]
+)
+def test_dense_result_is_that_of_a_run_on_the_same_data(
+  tmp_path, digest, found
+):
+  dense = synthetic_run.write(
+    tmp_path / "dense", synthetic_run.config(dense=True)
+  )
+  small = synthetic_run.write(
+    tmp_path / "small", synthetic_run.config(pretrained=dense)
+  )
+  (tmp_path / "dense" / "text.sha256").write_text(digest)
+  (tmp_path / "small" / "text.sha256").write_text("ab")
+  assert report.write_report(small)["dense_test"] == found
+  shutil.rmtree(dense)
+  assert report.write_report(small)["dense_test"] is None
+
+
+def test_page_has_the_command_and_its_edits_instead_of_all_fields(tmp_path):
+  workdir = synthetic_run.write(
+    tmp_path / "a", synthetic_run.config(preset="moderate")
+  )
+  report.write_report(workdir)
+  page = (tmp_path / "a" / "report.md").read_text()
+  assert "| `preset` " in page
+  run_dir.write_command(workdir, "folding train a`b", ["seed: 0 -> 3"])
+  report.write_report(workdir)
+  page = (tmp_path / "a" / "report.md").read_text()
+  assert "`` folding train a`b ``" in page
+  assert re.findall(
+    r"^\| `(.*?)` .*\| (\d) .*\| (\d) ", page, re.MULTILINE
+  ) == [("seed", "0", "3")]
+
+
+@pytest.mark.parametrize(
+  "content", ["[]", "{}", '{"command": "a", "edits": [1]}']
+)
+def test_damaged_command_is_reported(tmp_path, content):
+  workdir = synthetic_run.write(tmp_path / "a")
+  (tmp_path / "a" / "command.json").write_text(content)
+  with pytest.raises(ConfigError, match="command.json"):
+    report.load_run(workdir)
+
+
+@pytest.mark.parametrize(
+  ("fields", "steps", "verb"),
+  [
+    ({}, 300, "resume"),
+    ({"dense": True}, None, "train"),
+    ({"fpp": config_lib.FPPConfig(granularity="neuron")}, None, "shrink"),
+    ({"fpp": config_lib.FPPConfig(granularity="weight")}, None, "export"),
+  ],
+)
+def test_next_command_fits_the_run(tmp_path, fields, steps, verb):
+  workdir = synthetic_run.write(
+    tmp_path / "a", synthetic_run.config(**fields), steps
+  )
+  report.write_report(workdir)
+  page = (tmp_path / "a" / "report.md").read_text()
+  assert f"`folding {verb} " in page
+
+
+def test_share_is_of_removed_parameters_where_none_is_zero(tmp_path):
+  for name, zeros in (("a", 0.0), ("b", 0.7)):
+    c = synthetic_run.config()
+    arrays = synthetic_run.layers(c)
+    size = sum(math.prod(array["shape"]) for array in arrays)
+    counts = {g: {"dense": size, "stored": 0} for g in report.GROUPS}
+    counts["overall"]["stored"] = size - round(zeros * size)
+    workdir = synthetic_run.write(tmp_path / name, c, parameters=counts)
+    report.write_report(workdir)
+  pages = [(tmp_path / x / "report.md").read_text() for x in "ab"]
+  assert ["are removed" in x for x in pages] == [True, False]
+  assert ["are zero" in x for x in pages] == [False, True]
