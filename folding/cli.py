@@ -362,7 +362,7 @@ def study(args: argparse.Namespace) -> None:
   _argument(
     "--dtype",
     "dtype of the stored arrays (default: as they are; hf, onnx, gguf: float32); "
-    "int8 is for onnx, float16 and quantised types for gguf",
+    "float16 is for onnx and gguf, int8 for onnx, other quantised types for gguf",
     choices=_DTYPES,
   ),
 )

@@ -8,6 +8,8 @@ faster there than its fused operators of the domain com.microsoft:
 tokens are rows of one matrix [N, D], N = B L, which `Gemm`, `Add` and
 `LayerNormalization` read, and which no fusion matches.
 
+In float16, matrices and embeddings are stored so, and computed with in float32:
+onnxruntime converts matrices while it loads a program, and embeddings row by row.
 In int8, matrices have one scale per output, embeddings one per token. The
 inputs of a product are quantised while it runs ("dynamic"), and onnxruntime
 fuses the operators of a product into one.
@@ -43,7 +45,7 @@ MODEL = "model.onnx"
 OPSET, IR_VERSION = 17, 8
 # As transformers names them.
 TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
-Dtype = Literal["float32", "int8"]
+Dtype = Literal["float32", "float16", "int8"]
 
 _LIMIT = 1 << 31  # bytes of a protobuf
 
@@ -64,21 +66,22 @@ def export_onnx(
   Args:
     path: Created if it does not exist; must be empty.
     loaded: From `folding.load`.
-    dtype: "int8" stores matrices and embeddings in 8 bits.
+    dtype: Type of the stored matrices and embeddings. Vectors are float32.
 
   Returns:
     {"parameters": bytes of the arrays, "files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, a parameter is NaN, the package onnx is missing, the dtype
-      is another one, or the arrays exceed 2 GiB.
+    ConfigError: the folder is not empty, a parameter is NaN or too large for
+      float16, the package onnx is missing, the dtype is another one, or the
+      arrays exceed 2 GiB.
     OSError: it cannot be written.
   """
   path = require_exportable(path, loaded.params)
   require_onnx()
   if dtype not in get_args(Dtype):
     raise ConfigError(
-      f"an ONNX program has dtype {' or '.join(get_args(Dtype))}, not {dtype}"
+      f"an ONNX program has dtype {', '.join(get_args(Dtype))}, not {dtype}"
     )
   size = sum(x.size for x in paths.flatten(loaded.params).values())
   if size * np.dtype(dtype).itemsize >= _LIMIT:
@@ -195,6 +198,21 @@ class _Graph:
     self._arrays[name] = array
     return name
 
+  def weights(self, name: str, array: np.ndarray) -> str:
+    """Adds a matrix or an embedding in the dtype of the program.
+
+    Raises:
+      ConfigError: a value is too large for it.
+    """
+    with np.errstate(over="ignore"):
+      stored = array.astype(self.dtype)
+    if not np.isfinite(stored).all():
+      raise ConfigError(
+        f"{name} has values up to {np.abs(array).max():.3g}, and {self.dtype} "
+        f"ends at {np.finfo(stored.dtype).max:.0f}; write float32"
+      )
+    return self.array(name, stored)
+
   def const(self, value: Any, dtype: Any) -> str:
     """Returns the name of a small constant; equal constants share one array."""
     array = np.asarray(value, dtype)
@@ -231,6 +249,9 @@ class _Graph:
     """Returns x as float32."""
     from onnx import TensorProto
 
+    stored = self._arrays.get(x)
+    if stored is not None and stored.dtype == np.float32:
+      return x
     return self.add("Cast", x, to=TensorProto.FLOAT)
 
   def unflatten(self, x: str, *axes: int) -> str:
@@ -259,8 +280,9 @@ class _Graph:
     biases = [f"{name}/bias" for name in names]
     bias = [self.params[x].ravel() for x in biases if x in self.params]
     add = [self.array(f"{name}/bias", np.concatenate(bias))] if bias else []
-    if self.dtype == "float32":
-      return self.add("Gemm", x, self.array(f"{name}/kernel", kernel), *add)
+    if self.dtype != "int8":
+      kernel_name = self.cast(self.weights(f"{name}/kernel", kernel))
+      return self.add("Gemm", x, kernel_name, *add)
     values, scale = _quantise(kernel, axis=0)
     weights = self.array(f"{name}/kernel", values)
     scale = self.array(f"{name}/scale", scale)
@@ -268,8 +290,8 @@ class _Graph:
 
   def unembed(self, x: str, name: str) -> str:
     """Returns x @ embedding^T with the embedding that `embed` added."""
-    if self.dtype == "float32":
-      return self.add("Gemm", x, name, transB=1)
+    if self.dtype != "int8":
+      return self.add("Gemm", x, self.cast(name), transB=1)
     kernel = self.add("Transpose", name)
     scale = self.add("Reshape", f"{name}/scale", self.ints(-1))
     return self._int8_product(x, kernel, scale)
@@ -284,8 +306,9 @@ class _Graph:
   def embed(self, name: str, ids: str) -> str:
     """Returns the rows of these ids, [..., D]."""
     rows = self.params[name]
-    if self.dtype == "float32":
-      return self.add("Gather", self.array(name, rows), ids)
+    if self.dtype != "int8":
+      found = self.add("Gather", self.weights(name, rows), ids)
+      return found if self.dtype == "float32" else self.cast(found)
     values, scale = _quantise(rows, axis=1)
     found = self.cast(self.add("Gather", self.array(name, values), ids))
     scale = self.array(f"{name}/scale", scale[:, None])
