@@ -126,6 +126,11 @@ def _batches(
   size, longest = _ROWS, max(row.size for row in rows)
   while size > 1 and size * longest > _TOKENS:
     size //= 2
+  count = -(-len(rows) // size)
+  if count > 1 and len(rows) >= 32 * count:
+    # Of one even size, as each shape is compiled, and each half of it.
+    size = len(rows) // count // 2 * 2
+    rows = rows[: size * count]
   for members, bucket in by_length(rows, bucket_lengths(length), size):
     chosen = [rows[i] for i in members]
     tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)

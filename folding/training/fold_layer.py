@@ -101,8 +101,10 @@ def fold_layer(
     seen = capture_all(block, new, stream, outputs=("o",))
     outputs = [one["o"] for one in seen]
   names = ("down", *_MIDDLE[block.config.norm_position])
+  # The output of attention is given, so layers of any plan run the same program.
+  rest = {**new, "attn": old["attn"]}
   seen = [
-    {"o": o} | capture(block, new, x, mask, names, given={"attn": o})
+    {"o": o} | capture(dense, rest, x, mask, names, given={"attn": o})
     for x, mask, o in zip(*stream, outputs, strict=True)
   ]
   read = reading([one.pop("down") for one in seen], stream.masks)
@@ -118,7 +120,7 @@ def fold_layer(
     for o, a in zip(outputs, read.a, strict=True)
   )
   x = [
-    capture(block, new, x, mask, outputs=("out",), given=out)["out"]
+    capture(dense, rest, x, mask, outputs=("out",), given=out)["out"]
     for x, mask, out in zip(*stream, given, strict=True)
   ]
   return Folded(new, report, Stream(x, stream.masks))
@@ -208,37 +210,30 @@ def _fold_logits(
   `fold_attention`.
 
   Returns:
-    (its parameters, the report of the layer so far, what its W_O reads: of all
-    dense heads, if neither W_Q and W_K nor the kind of W_V changes).
+    (its parameters, the report of the layer so far, what W_O of all heads of the
+    dense layer reads).
   """
   m, layer = block.config, block.layer
   attn, report = dict(old["attn"]), initial_report(layer)
-  is_fewer = layer.heads != dense.layer.heads
-  changes = bool(layer.groups) or layer.values != "dense"
-  read = None
-  if is_fewer or not changes:
-    read = _reads_of_output(dense, old, stream)
-  if is_fewer and read is not None:
-    attn, _ = keep_heads(attn, read.moments, layer.heads)
-    kept = {name: getattr(layer, name) for name in ("heads", "num_kv_heads")}
-    dense = dense.clone(layer=dataclasses.replace(dense.layer, **kept))
-    old = {**old, "attn": attn}
+  # All heads and all of W_V stay until the end, so that layers of other sizes run
+  # the same programs.
+  names = ("groups", "axis", "rope", "values")
+  form = {name: getattr(layer, name) for name in names}
+  whole = dense.clone(layer=dataclasses.replace(dense.layer, **form))
   if layer.groups:
     moments = head_moments(dense, old, stream)
     attn, report["logits_kept"] = fold_logits(m, layer, attn, moments)
   if layer.values != "dense":
     attn = {name: w for name, w in attn.items() if name != "v"}
   if layer.values == "diagonal":  # the fitted W_O can express any other
-    size = len(layer.heads) * layer.head_dim
-    attn["v"] = {"diagonal": np.ones((size, 1, 1), np.float32)}
-  # The layer with all of W_V, from which that of low rank follows.
-  whole = block.clone(layer=dataclasses.replace(layer, value_dim=m.head_dim))
+    attn["v"] = {"diagonal": np.ones((m.width, 1, 1), np.float32)}
   if layer.groups:  # the fit ignores values, but the block needs their arrays
     attn, report["divergence"] = fit_attention(
       (whole, {**old, "attn": attn}), (dense, old), stream, fit_steps
     )
-  if read is None or changes:
-    read = _reads_of_output(whole, {**old, "attn": attn}, stream)
+  read = _reads_of_output(whole, {**old, "attn": attn}, stream)
+  if layer.heads != dense.layer.heads:
+    attn, _ = keep_heads(attn, read.moments, layer.heads)
   return attn, report, read
 
 
