@@ -163,6 +163,12 @@ def show_report(workdir: str) -> None:
     default=None,
   ),
   _argument(
+    "--uniform",
+    "one number of neurons and heads for all layers and nothing folded, so that "
+    "--format=hf writes a small folder (a plan per layer loses less)",
+    action="store_true",
+  ),
+  _argument(
     "--steps",
     "steps of training that recover quality, with the dense model as teacher; the "
     "same command resumes them",
@@ -188,6 +194,7 @@ def compress(args: argparse.Namespace) -> None:
       args.output,
       steps=args.steps,
       structured=args.structured,
+      uniform=args.uniform,
     )
     run_dir.write_command(args.output, args.command, ())
     show_report(args.output)
@@ -199,6 +206,7 @@ def compress(args: argparse.Namespace) -> None:
       savings,
       args.output,
       structured=args.structured,
+      uniform=args.uniform,
     )
   print(f"Next: folding export {folder} --output=NEW --format=onnx")
 

@@ -360,6 +360,9 @@ class CompressConfig:
 
   # "same": as `fold` and `fpp` say. "auto": chosen per layer by measured error.
   plan: Literal["same", "auto"] = "same"
+  # One size for all layers, by neurons and heads alone, so that a plain Hugging Face
+  # folder holds the model; needs plan="auto".
+  uniform: bool = False
   # Smallest fraction of W_Q, W_K and W_V that a plan may save; None: any.
   qkv: Fraction | None = None
   # How a plan chooses the rank of an embedding. "share": the highest that saves the
@@ -652,6 +655,8 @@ class Config:
           "compress.qkv is for compress.plan='auto'; without it use fold.groups "
           "and fold.values"
         )
+      if compress.uniform:
+        raise ConfigError("compress.uniform needs compress.plan='auto'")
       return
     if self.pretrained is None:
       raise ConfigError(
@@ -669,6 +674,15 @@ class Config:
         "compress.plan='auto' decides how W_O and the MLP are pruned; use "
         f"fpp.attention={attention!r} beside fpp.granularity={f.granularity!r}, "
         "and leave out fpp.linear_layers"
+      )
+    is_dense = {self.fold.groups, self.fold.values, self.fold.value_rank} <= {
+      0,
+      "dense",
+    }
+    if compress.uniform and not (f.granularity == "neuron" and is_dense):
+      raise ConfigError(
+        "compress.uniform keeps projections dense; use fpp.granularity='neuron', "
+        "fold.groups=0 and fold.values='dense'"
       )
     if f.granularity == "neuron" and compress.qkv is not None:
       raise ConfigError(

@@ -605,6 +605,18 @@ REFUSED = {
     "auto",
     {"compress__plan": "auto"},
   ),
+  "uniform_without_plan": (
+    TRAINED | {"compress__uniform": True},
+    "compress.plan='auto'",
+    {"compress__uniform": False},
+  ),
+  "uniform_and_folded": (
+    TRAINED
+    | {"compress__plan": "auto", "compress__uniform": True}
+    | {"fpp__granularity": "neuron", "fpp__attention": "none"},
+    "keeps projections dense",
+    {"fold__groups": 0, "fold__values": "dense"},
+  ),
   "prune_no_model": ({"compress__prune": "wanda"}, "pretrained", TRAINED),
   "prune_nothing": (
     TRAINED | {"compress__prune": "wanda", "preset": "none"},

@@ -318,6 +318,11 @@ def misfit(
   return None
 
 
+def is_known(config: ModelConfig, num_classes: int = 0) -> bool:
+  """Returns whether a family computes this model; arguments as for `misfit`."""
+  return any(misfit(config, name, num_classes) is None for name in FAMILIES)
+
+
 def family_of(config: ModelConfig, num_classes: int = 0) -> str:
   """Returns the first family that computes this model.
 

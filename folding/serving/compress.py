@@ -37,6 +37,7 @@ def compress(
   saving: float = 0.7,
   max_texts: int = 512,
   structured: bool | None = None,
+  uniform: bool = False,
   report: Callable[[str], None] = lambda _: None,
 ) -> Model:
   """Returns a model with fewer parameters, fitted to texts without labels.
@@ -55,6 +56,9 @@ def compress(
       fitted to all texts.
     structured: Whether the arrays of a language model get smaller too: neurons,
       heads and ranks leave its layers. A tied embedding stays. None: no.
+    uniform: Whether all layers get one number of neurons and of heads, and nothing
+      is folded, so that `save(..., "hf")` writes a folder that transformers loads
+      and that is as small as the model. A plan per layer loses less.
     report: Called with the plan, a table with a line per layer.
 
   Raises:
@@ -86,7 +90,7 @@ def compress(
   config = dataclasses.replace(
     config_lib.dense_baseline(loaded.config), dense=False
   )
-  config = recipe(config, float(saving), structured=structured)
+  config = recipe(config, float(saving), structured=structured, uniform=uniform)
   # No training follows in which FPP could prune.
   config = edited(config, {"compress.prune": "sparsegpt"})
   source = "a model in memory" if isinstance(model, Model) else str(model)

@@ -33,6 +33,7 @@ def compress_file(
   output: str,
   *,
   structured: bool | None = None,
+  uniform: bool = False,
   report: Callable[[str], None] = print,
 ) -> list[str]:
   """Writes a compact export per saving, and reports what was lost.
@@ -49,6 +50,7 @@ def compress_file(
     output: A new folder. Of several savings each gets a folder in it, named by the
       percent that it saves.
     structured: As for `folding.compress`.
+    uniform: As for `folding.compress`.
     report: Called with each line.
 
   Returns:
@@ -63,7 +65,12 @@ def compress_file(
   folders = []
   for saving in savings:
     small = compress(
-      model, fit, saving=saving, structured=structured, report=report
+      model,
+      fit,
+      saving=saving,
+      structured=structured,
+      uniform=uniform,
+      report=report,
     )
     small = shrunk(small)
     folder = output
@@ -156,6 +163,7 @@ def train_smaller(
   *,
   steps: int,
   structured: bool | None = None,
+  uniform: bool = False,
 ) -> None:
   """Trains a run that starts from a smaller model, as the shipped configs do.
 
@@ -169,6 +177,7 @@ def train_smaller(
     output: The run directory.
     steps: Steps of training.
     structured: As for `folding.compress`.
+    uniform: As for `folding.compress`.
 
   Raises:
     ConfigError: see `loop.run`.
@@ -176,8 +185,8 @@ def train_smaller(
   makes_vectors = task_of(load(source).config).makes_vectors
   name = "embed" if makes_vectors else "pretrained"
   config = config_lib.read(f"configs/{name}.py:{source},{saving}")
-  if structured:
-    config = recipe(config, saving, structured=True)
+  if structured or uniform:
+    config = recipe(config, saving, structured=True, uniform=uniform)
   edits = {"data.path": path, "train.steps": steps}
   edits["train.eval_every"] = max(1, steps // 4)
   loop.run(config_lib.edited(config, edits), output)

@@ -135,10 +135,7 @@ def _uniform(loaded: Model) -> ModelConfig:
   [H] = counts
   J = H * m.num_kv_heads // m.num_heads
   small = dataclasses.replace(whole, num_heads=H, num_kv_heads=J)
-  reasons = (
-    hf_config.misfit(small, name, len(loaded.labels)) for name in FAMILIES
-  )
-  return small if None in reasons else whole
+  return small if hf_config.is_known(small, len(loaded.labels)) else whole
 
 
 def unfolded(loaded: Model) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from folding.training.layer_options import (
   embedding_size,
   measure,
   num_weights,
+  of_all_layers,
   round_neurons,
   smallest,
 )
@@ -67,13 +68,18 @@ def allocate(
     ConfigError: the target is out of reach, or there is too little text.
   """
   require_pairs(config)
-  options = measure(config, params, batches, sensitivity)
+  measured = measure(config, params, batches, sensitivity)
+  is_uniform = config.compress.uniform
+  options = of_all_layers(measured) if is_uniform else measured
   sizes, linear, embedding, rank, budget = _target(config, params)
   chosen = dict.fromkeys(options, 0)
   if config.compress.qkv is not None:
     limit = (1 - config.compress.qkv) * sizes["qkv"]
     chosen = cheapest(options, chosen, ("attn",), limit)
   chosen = cheapest(options, chosen, _KINDS, budget)
+  if is_uniform:
+    chosen = {key: chosen[0, key[1]] for key in measured}
+    options = measured
   if EMBEDDING in options:
     rank = options[EMBEDDING][chosen[EMBEDDING]].value
 
@@ -93,6 +99,7 @@ def allocate(
     "fpp.embedding": embedding,
     "fpp.linear_layers": layers,
     "compress.plan": "same",
+    "compress.uniform": False,
     "compress.qkv": None,
     "compress.embedding": "share",
   }

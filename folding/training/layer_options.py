@@ -30,7 +30,7 @@ from folding.config import (
   dense_baseline,
   layers_of,
 )
-from folding.models import exact_attention
+from folding.models import exact_attention, hf_config
 from folding.models.transformer import Block
 from folding.training.fold_layer import (
   fold_attention,
@@ -147,6 +147,20 @@ def measure(
   return options | {key: future.result() for key, future in found.items()}
 
 
+def of_all_layers(options: Options) -> dict[Decision, list[Option]]:
+  """Returns options that all layers take together, as decisions of layer 0."""
+  layers: dict[Decision, list[Sequence[Option]]] = {}
+  for (_, kind), found in options.items():
+    layers.setdefault((0, kind), []).append(found)
+  return {
+    key: [
+      Option(None, sum(x.stored for x in alike), sum(x.error for x in alike))
+      for alike in zip(*found, strict=True)
+    ]
+    for key, found in layers.items()
+  }
+
+
 def _read_layer(
   block: Block, params: Mapping[str, Any], stream: Stream, names: Sequence[str]
 ) -> tuple[Stream, dict[str, list[Moments]]]:
@@ -192,6 +206,8 @@ def smallest(
     arrays = ("v", "o") if is_structured else ("v",)
     whole = num_weights(attn, arrays)
     heads, rank = (_eighths(size)[-1] / size for size in (J, K))
+    if config.compress.uniform:
+      heads, rank = heads if _may_lose_heads(config) else 1, 1
     attention = (
       [heads * (logits + rank * whole)] if is_structured else [logits + whole]
     )
@@ -428,10 +444,12 @@ def _rank_options(trial: _Trial) -> list[Option]:
   fitted, held_out = trial.halves["o"]
   options = []
   for heads in _head_choices(attn, fitted, trial.sensitivity["o"]):
+    if len(heads) < m.num_heads and not _may_lose_heads(trial.config):
+      break
     kept, lost = keep_heads(attn, fitted, heads)
     rows = np.repeat(np.isin(range(m.num_heads), heads), m.head_dim)
     of_kept = Moments(fitted.second_II[rows][:, rows], fitted.mean_I[rows])
-    ranks = _eighths(m.head_dim)
+    ranks = _eighths(m.head_dim)[: 1 if trial.config.compress.uniform else None]
     folded = lowrank.fold_values(
       kept["v"],
       kept["o"],
@@ -447,6 +465,15 @@ def _rank_options(trial: _Trial) -> list[Option]:
       error = trial.square(wrong, held_out, "o")
       options.append(Option(Attention(0, value, heads), size, error))
   return options
+
+
+def _may_lose_heads(config: Config) -> bool:
+  """Returns whether heads may leave, which not all families can express."""
+  m = config.model
+  fewer = dataclasses.replace(
+    m, num_heads=m.num_heads // m.num_kv_heads, num_kv_heads=1
+  )
+  return not config.compress.uniform or hf_config.is_known(fewer)
 
 
 def _head_choices(

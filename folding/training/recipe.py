@@ -14,6 +14,7 @@ def recipe(
   saving: float | None = None,
   *,
   structured: bool | None = None,
+  uniform: bool = False,
 ) -> Config:
   """Returns the config that compresses a trained model.
 
@@ -27,9 +28,11 @@ def recipe(
     saving: Fraction of the parameters to save; None: that of the preset.
     structured: Whether neurons, heads and ranks leave the arrays, not single
       weights; None: unless it is a language model.
+    uniform: As `CompressConfig.uniform`; implies `structured`.
   """
   task, m = task_of(config), config.model
   by_weight = task.predicts_tokens if structured is None else not structured
+  by_weight = by_weight and not uniform
   # A low rank would not make an output layer smaller.
   keeps_embedding = not by_weight and task.predicts_tokens and m.tie_embeddings
   is_rotary = m.positions == "rope"
@@ -38,7 +41,7 @@ def recipe(
   groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
   if is_rotary:  # by whole pairs, which need not divide it
     groups = max(2, K // 8 * 2)
-  if m.qk_norm:  # cannot be folded
+  if m.qk_norm or uniform:  # cannot be folded
     groups = 0
   # A plan that prunes single weights may choose a diagonal W_V, if heads share out
   # the width and a bias of W_O can replace that of W_V.
@@ -63,6 +66,7 @@ def recipe(
   )
   compress = CompressConfig(
     plan="auto",
+    uniform=uniform,
     prune="none" if by_weight else "sparsegpt",
     # Vectors of MiniLM at 70% keep 0.95 of Spearman's correlation on SICK by
     # errors, 0.93 by share. Classifiers are as accurate by share, and faster.

@@ -71,6 +71,16 @@ def test_structured_language_model_has_smaller_arrays(tmp_path, capsys):
   assert small.params["embed"]["embedding"].shape == embedding.shape
 
 
+def test_uniform_flag_gives_all_layers_one_size(tmp_path):
+  _written(tmp_path / "dense", "lm")
+  argv = ["compress", str(tmp_path / "dense"), f"--texts={_texts(tmp_path)}"]
+  argv += ["--saving=0.1", "--uniform", f"--output={tmp_path / 'small'}"]
+  assert cli.main(argv) == 0
+  config = folding.load(tmp_path / "small").config
+  assert config.model.mlp_width == 16
+  assert set(config.fold.groups) == {0}
+
+
 def test_windows_are_spread_over_the_stream():
   tokenizer = models.make("lm").tokenizer
   texts = models.random_texts(30)

@@ -283,6 +283,19 @@ def test_layers_keep_their_sizes(gguf, llama_cpp, tmp_path):
   assert fields["deci.feed_forward_length"] == [14, 13]
 
 
+def test_layers_that_lost_as_many_heads_are_a_llama(gguf, llama_cpp, tmp_path):
+  model = _model()
+  for n, heads in enumerate([slice(0, 2), slice(2, 4)]):
+    model.params[f"blocks_{n}"]["attn"]["o"]["kernel"][heads] = 0
+  model = export_lib.shrunk(model)
+  assert model.config.model.heads == ((2, 3), (0, 1))
+  path = _export(tmp_path, model)
+  _assert_same_logits(llama_cpp, path, model)
+  fields = _fields(gguf, path)
+  assert fields["general.architecture"] == "llama"
+  assert fields["llama.attention.head_count"] == 2
+
+
 def test_quantised_rows_have_whole_blocks(gguf, llama_cpp, tmp_path):
   model = _shrunk()
   path = _export(tmp_path, model, "q8_0")
