@@ -36,6 +36,7 @@ from folding.serving.sampling import Sampling
 from folding.studies import grid, methods
 from folding.training import loop, run_dir
 from folding.typed import edited
+from tests.data import text_files
 from tests.models import checkpoints
 from tests.reporting import synthetic_run
 from tests.serving import models
@@ -81,7 +82,7 @@ def tfds_set_of_a_run(tmp_path):
 
 
 def tfds_set_of_the_user(tmp_path):
-  sources.load_texts(evil_set(tmp_path), "lm")
+  corpus.load_documents(evil_set(tmp_path))
 
 
 # Files outside.
@@ -180,7 +181,7 @@ def texts(task, fields=None, **contents):
   def load(tmp_path):
     write(tmp_path, **contents)
     data = DataConfig(path=str(tmp_path), **(fields or {}))
-    return sources.load_texts(data, task)
+    return text_files.read(data, task)
 
   return load
 

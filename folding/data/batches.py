@@ -186,8 +186,16 @@ def make_data(
   seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
   if task_of(config).predicts_tokens:
-    tokenizer, tokens = _tokens(data, tokenizer, keep_tokens)
-    made = _data_of_windows(data, tokenizer, tokens, seed=seed, share=share)
+    tokenizer, tokens = corpus.tokenised(data, tokenizer, keep_tokens)
+    made = Data(
+      tokenizer=tokenizer,
+      digest=tokens.digest,
+      config=data,
+      examples=_Windows(
+        tokens.streams, tokenizer, data, seed=seed, share=share
+      ),
+      num_bytes=tokens.num_bytes,
+    )
     unit, lower = f"windows of {data.length} tokens", "data.length or "
   else:
     made = _data_of_rows(config, tokenizer, texts, seed=seed, share=share)
@@ -199,25 +207,6 @@ def make_data(
       f"{data.batch_size}; lower {lower}data.batch_size, or give more text"
     )
   return made
-
-
-def _data_of_windows(
-  data: DataConfig,
-  tokenizer: Tokenizer,
-  tokens: corpus.Tokens,
-  *,
-  seed: int,
-  share: slice,
-) -> Data:
-  """Returns the batches of a language model; see `make_data`."""
-  examples = _Windows(tokens.streams, tokenizer, data, seed=seed, share=share)
-  return Data(
-    tokenizer=tokenizer,
-    digest=tokens.digest,
-    config=data,
-    examples=examples,
-    num_bytes=tokens.num_bytes,
-  )
 
 
 def _data_of_rows(
@@ -253,27 +242,6 @@ def _data_of_rows(
     scores=scores,
     texts=kept,
   )
-
-
-def _tokens(
-  data: DataConfig, tokenizer: Tokenizer | None, keep: bool
-) -> tuple[Tokenizer, corpus.Tokens]:
-  """Returns the tokenizer and the ids of a language model's text."""
-  large = corpus.tokenised(data, tokenizer, keep)
-  if large is not None:
-    return large
-  texts = sources.load_texts(data, "lm")
-  if tokenizer is None:
-    tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
-  streams, num_bytes = {}, {}
-  for split in sources.SPLITS:
-    found = list(flat(texts.texts[split]))
-    streams[split] = np.zeros(0, tokenizer.dtype)
-    if found:
-      ids = [x.astype(tokenizer.dtype) for x in tokenizer.stream(found)]
-      streams[split] = np.concatenate(ids)
-    num_bytes[split] = sum(len(x.encode("utf-8")) for x in found)
-  return tokenizer, corpus.Tokens(streams, num_bytes, _digest(texts, None))
 
 
 def _digest(texts: sources.Texts, scores: np.ndarray | None) -> str:

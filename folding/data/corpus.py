@@ -1,18 +1,24 @@
-"""Text of any size for language models: read in slices, tokenised once.
+"""Text of language models, from its source to documents and ids.
 
-Files of `LARGE` bytes and more are not held in memory. Their splits, ids and
-digests are those that `sources` and `batches` make of the same text in memory.
-The ids are in a folder beside the text (or in `data.dir`), named by the text and
-the tokenizer, and later runs map them into memory. Files of text are known by
-name, size and time of change, so that a later run need not read them. What it
-reads instead has checksums, and is made again if it is damaged.
+A split that the source lacks is set aside from train. A single text is cut at
+line ends, in the order train, valid, test. Several are distributed by a hash;
+equal texts stay in one split. `data.max_bytes` cuts at the last line end that
+fits.
+
+Files of `LARGE` bytes and more are not held in memory. Their ids are in a folder
+beside the text (or in `data.dir`), named by the text and the tokenizer, and later
+runs map them into memory. Files of text are known by name, size and time of
+change, so that a later run need not read them. What it reads instead has
+checksums, and is made again if it is damaged.
 """
 
 import atexit
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -20,7 +26,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
@@ -31,7 +37,6 @@ from folding import files
 from folding.config import DataConfig
 from folding.data import (
   local_files,
-  python_stdlib,
   rows,
   sources,
   tokenizers,
@@ -56,15 +61,16 @@ _FIELDS = (
   "max_bytes",
 )
 
-# Size in UTF-8 bytes, and the text in slices.
-Document: TypeAlias = tuple[int, Iterable[str]]
+# Size in UTF-8 bytes, and the text, perhaps in slices.
+Document: TypeAlias = tuple[int, str | Iterable[str]]
+_Splits: TypeAlias = "dict[str, _Region | _Rows]"
 
 
 class Tokens(NamedTuple):
   """The ids of a text.
 
   Attributes:
-    streams: Ids of each split, from `Tokenizer.stream`; mapped into memory.
+    streams: Ids of each split, from `Tokenizer.stream`.
     num_bytes: UTF-8 bytes of text of each split.
     digest: As in `batches.Data`.
   """
@@ -74,30 +80,42 @@ class Tokens(NamedTuple):
   digest: str
 
 
+def load_documents(data: DataConfig) -> dict[str, list[str]]:
+  """Returns the documents of each split, in memory.
+
+  Raises:
+    ConfigError: the source is missing, malformed or cannot be fetched.
+  """
+  splits = _splits(data, {})
+  return {
+    split: [str(text) for _, text in splits[split].documents()]
+    for split in sources.SPLITS
+  }
+
+
 def tokenised(
   data: DataConfig, tokenizer: Tokenizer | None, keep: bool = True
-) -> tuple[Tokenizer, Tokens] | None:
-  """Returns the tokenizer and the ids of large text.
-
-  None: it is not large, or the training split is a table of one row.
+) -> tuple[Tokenizer, Tokens]:
+  """Returns the tokenizer and the ids of the text.
 
   Args:
-    data: The source. Only local files may be large, and no .tsv.
+    data: The source.
     tokenizer: None: that of the config, trained if need be.
-    keep: Whether to keep the ids for later runs. False: those that are not there
-      are written to a temporary folder.
+    keep: Whether to keep the ids of large text for later runs. False: those that
+      are not there are written to a temporary folder.
 
   Raises:
     ConfigError: the text or the tokenizer is not valid, or the ids cannot be
       written.
   """
-  if data.path is None or not os.path.exists(data.path):
-    return None
-  found = local_files.find_files(pathlib.Path(data.path), data)
+  found = _large_files(data)
+  splits = functools.cache(lambda: _splits(data, found))
+  if not found:
+    if tokenizer is None:
+      train = (text for _, text in splits()["train"].documents())
+      tokenizer = tokenizers.train_tokenizer(data, train)
+    return tokenizer, _held_tokens(splits(), tokenizer)
   every = [file for part in found.values() for file in part]
-  size = sum(file.stat().st_size for file in every)
-  if size < LARGE or any(file.suffix not in _ENDINGS for file in every):
-    return None
   known = [
     (split, file.name, file.stat().st_size, file.stat().st_mtime_ns)
     for split, part in found.items()
@@ -106,12 +124,8 @@ def tokenised(
   fields = {name: getattr(data, name) for name in _FIELDS}
   place = pathlib.Path(data.dir) if data.dir else every[0].parent
   folder = place / FOLDER / _hash(json.dumps([_FORMAT, known, fields]))
-  # A single text is cut into splits, which `sources` does in memory.
-  if not folder.is_dir() and _has_one_row(found["train"]):
-    return None
-  local_files.warn_of_ignored(pathlib.Path(data.path), found, data)
+  local_files.warn_of_ignored(pathlib.Path(data.path or ""), found, data)
   sources.require_room(data)
-  splits = functools.cache(lambda: _splits(data, found))
   if tokenizer is None:
     tokenizer = _tokenizer(data, folder, splits, keep)
   target = _made(
@@ -122,10 +136,15 @@ def tokenised(
   return tokenizer, _read(target, tokenizer.dtype)
 
 
-def _has_one_row(train: Sequence[pathlib.Path]) -> bool:
-  """Returns whether files are a table of at most one row."""
-  rows_after_first = itertools.islice(local_files.rows_of(train), 1, 2)
-  return train[0].suffix != ".txt" and not any(rows_after_first)
+def _large_files(data: DataConfig) -> dict[str, list[pathlib.Path]]:
+  """Returns the files of each split; {} if the text is held in memory."""
+  if data.path is None or not os.path.exists(data.path):
+    return {}
+  found = local_files.find_files(pathlib.Path(data.path), data)
+  every = [file for part in found.values() for file in part]
+  size = sum(file.stat().st_size for file in every)
+  is_large = size >= LARGE and all(x.suffix in _ENDINGS for x in every)
+  return found if is_large else {}
 
 
 def _made(
@@ -192,7 +211,7 @@ def _tokenizer(
     return tokenizers.load_tokenizer(data.tokenizer)
 
   def write(part):
-    texts = (slices for _, slices in splits()["train"].documents())
+    texts = (text for _, text in splits()["train"].documents())
     made = tokenizers.train_tokenizer(data, texts)
     made.save(os.path.join(part, "tokenizer.json"))
 
@@ -202,37 +221,50 @@ def _tokenizer(
   )
 
 
-def _write(
-  folder: pathlib.Path,
-  splits: dict[str, "_Region | _Rows"],
-  tokenizer: Tokenizer,
-) -> None:
+def _held_tokens(splits: _Splits, tokenizer: Tokenizer) -> Tokens:
+  """Returns the ids of all splits, in memory."""
+  held = {split: io.BytesIO() for split in sources.SPLITS}
+  num_bytes, digest = _encode(splits, tokenizer, held)
+  streams = {
+    split: np.frombuffer(file.getbuffer(), tokenizer.dtype)
+    for split, file in held.items()
+  }
+  return Tokens(streams, num_bytes, digest)
+
+
+def _write(folder: pathlib.Path, splits: _Splits, tokenizer: Tokenizer) -> None:
   """Writes the ids of all splits."""
-  sha, num_bytes = hashlib.sha256(), {}
   console = rich.console.Console()
-  with rich.progress.Progress(
-    console=console, transient=True, disable=not console.is_terminal
-  ) as bar:
-    for split in sources.SPLITS:
-      part = splits[split]
-      job = bar.add_task(f"tokenising {split}", total=part.num_bytes)
-      advance = functools.partial(bar.advance, job)
-      with open(folder / f"{split}.bin", "wb") as file:
-        num_bytes[split] = _write_split(file, part, tokenizer, sha, advance)
-      sha.update(b"end")
-  meta = {"digest": sha.hexdigest(), "num_bytes": num_bytes}
+  with contextlib.ExitStack() as stack:
+    opened = {
+      split: stack.enter_context(open(folder / f"{split}.bin", "wb"))
+      for split in sources.SPLITS
+    }
+    bar = rich.progress.Progress(
+      console=console, transient=True, disable=not console.is_terminal
+    )
+    total = sum(part.num_bytes for part in splits.values())
+    advance = functools.partial(
+      stack.enter_context(bar).advance, bar.add_task("tokenising", total=total)
+    )
+    num_bytes, digest = _encode(splits, tokenizer, opened, advance)
+  meta = {"digest": digest, "num_bytes": num_bytes}
   (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _write_split(
-  file: BinaryIO,
-  part: "_Region | _Rows",
+def _encode(
+  splits: _Splits,
   tokenizer: Tokenizer,
-  sha: Any,
-  advance: Callable[[int], None],
-) -> int:
-  """Writes the ids of a split, hashes its text, and returns its UTF-8 bytes."""
-  num_bytes = 0
+  to: Mapping[str, BinaryIO],
+  advance: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[str, int], str]:
+  """Writes the ids of each split to its file, and reports the bytes of text.
+
+  Returns:
+    The UTF-8 bytes of each split, and the digest of the text.
+  """
+  sha = hashlib.sha256()
+  num_bytes: dict[str, int] = dict.fromkeys(sources.SPLITS, 0)
 
   def hashed(text: str) -> str:
     encoded = text.encode("utf-8")
@@ -240,17 +272,19 @@ def _write_split(
     advance(len(encoded))
     return text
 
-  def documents() -> Iterator[Iterable[str]]:
-    nonlocal num_bytes
-    for size, slices in part.documents():
-      num_bytes += size
+  def documents(split: str) -> Iterator[str | Iterable[str]]:
+    for size, text in splits[split].documents():
+      num_bytes[split] += size
       sha.update(size.to_bytes(8, "little"))
-      yield map(hashed, slices)
+      yield hashed(text) if isinstance(text, str) else map(hashed, text)
 
-  if part.num_bytes:
-    for ids in tokenizer.stream(documents()):
-      file.write(ids.astype(tokenizer.dtype).tobytes())
-  return num_bytes
+  for split in sources.SPLITS:
+    texts = documents(split)
+    for first in texts:  # without a document, a stream would still begin
+      for ids in tokenizer.stream(itertools.chain([first], texts)):
+        to[split].write(ids.astype(tokenizer.dtype).tobytes())
+    sha.update(b"end")
+  return num_bytes, sha.hexdigest()
 
 
 def _read(folder: pathlib.Path, dtype: Any) -> Tokens:
@@ -264,34 +298,67 @@ def _read(folder: pathlib.Path, dtype: Any) -> Tokens:
   return Tokens(streams, meta["num_bytes"], meta["digest"])
 
 
-# Splits, as `sources` makes them.
+# Splits.
 
 
-def _splits(
-  data: DataConfig, found: dict[str, list[pathlib.Path]]
-) -> dict[str, "_Region | _Rows"]:
-  splits: dict[str, _Region | _Rows] = {
-    split: _region(part[0]) if part[0].suffix == ".txt" else _rows(part, data)
-    for split, part in found.items()
-  }
-  train = splits["train"]
-  for split, part in splits.items():
-    if (
-      split != "train" and isinstance(part, _Rows) and isinstance(train, _Rows)
-    ):
-      seen = np.isin(part.digests, train.digests)
-      sources.warn_of_repeats(split, int(seen.sum()), seen.size)
+def _splits(data: DataConfig, large: dict[str, list[pathlib.Path]]) -> _Splits:
+  """Returns all splits, from large files or from text in memory."""
+  splits: dict[str, _Region | _Rows]
+  if large:
+    place = large["train"][0]
+    splits = {
+      split: _region(part[0]) if part[0].suffix == ".txt" else _rows(part, data)
+      for split, part in large.items()
+    }
+  else:
+    read, _ = sources.read(data, TASKS["lm"])
+    place = read["train"].source
+    splits = {split: _held(found.texts) for split, found in read.items()}
   fractions = sources.fractions_of_train(data, splits)
   if fractions:
-    splits |= train.set_aside(fractions)
+    splits |= splits["train"].set_aside(fractions)
   if data.max_bytes is not None:
     splits = {
       split: part.limited(sources.limit_of(split, data.max_bytes))
       for split, part in splits.items()
     }
   if not splits["train"].num_bytes:
-    raise sources.no_text_left(found["train"][0])
+    raise sources.no_text_left(place)
+  tables = {x: part for x, part in splits.items() if isinstance(part, _Rows)}
+  if train := tables.pop("train", None):
+    for split, part in tables.items():
+      seen = np.isin(part.digests[part.chosen], train.digests[train.chosen])
+      sources.warn_of_repeats(split, int(seen.sum()), seen.size)
   return splits
+
+
+def _cuts(
+  length: int,
+  fractions: dict[str, int | float],
+  find: Callable[[int, int], int],
+) -> dict[str, tuple[int, int]]:
+  """Returns where train and the fractions of a text begin and end.
+
+  Args:
+    length: Characters of the text.
+    fractions: Fraction of each split other than train.
+    find: Returns the first line end between two characters, the second excluded;
+      -1 if there is none.
+  """
+  shares = {"train": 1 - sum(fractions.values()), **fractions}
+  # A line end beyond this would take too much of the next split.
+  reach = round(min(s for s in shares.values() if s > 0) * length) // 2
+  bounds = np.cumsum(list(shares.values()))
+  parts, start = {}, 0
+  for (name, share), bound in zip(shares.items(), bounds, strict=True):
+    stop = start
+    if share > 0:
+      stop = round(bound * length)
+      # Without a line end within reach, cut at the character.
+      stop = find(max(stop - 1, 0), stop + reach) + 1 or stop
+    parts[name] = start, stop
+    start = stop
+  return parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +400,7 @@ class _Region:
     """Returns the splits cut off, and the rest as "train"."""
     with open(self.file, "rb") as file:
       index = _Index(file, self.start, self.stop)
-      parts = sources.cuts(index.length, fractions, index.find)
+      parts = _cuts(index.length, fractions, index.find)
       return {
         split: _Region(self.file, index.byte(start), index.byte(stop))
         for split, (start, stop) in parts.items()
@@ -421,19 +488,19 @@ def _begins(block: bytes) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  """Rows of files, each a document.
+  """Rows, each a document.
 
   Attributes:
-    files: Files of the rows, in order.
-    column: Column of the text.
-    digests: uint64 hash of each row of the files.
-    sizes: UTF-8 bytes of each row of the files.
-    chosen: Whether each row of the files belongs to the split.
-    limit: Most bytes; None: all.
+    read: Returns the texts of the rows whose flags are true.
+    is_held: Whether they are in memory.
+    digests: uint64 hash of each row.
+    sizes: UTF-8 bytes of each row.
+    chosen: Whether each row belongs to the split.
+    limit: Most bytes of them; None: all.
   """
 
-  files: tuple[pathlib.Path, ...]
-  column: str
+  read: Callable[[Iterable[Any]], Iterator[str]]
+  is_held: bool
   digests: np.ndarray
   sizes: np.ndarray
   chosen: np.ndarray
@@ -441,36 +508,42 @@ class _Rows:
 
   @property
   def num_bytes(self) -> int:
-    """UTF-8 bytes of the chosen rows, before a limit."""
+    """UTF-8 bytes of the chosen rows, before the last is cut to the limit."""
     return int(self.sizes[self.chosen].sum())
 
   def documents(self) -> Iterator[Document]:
     """Yields the chosen rows, up to the limit."""
-    texts = _texts(self.files, self.column, self.chosen)
+    texts = self.read(self.chosen)
     if self.limit is not None:
-      texts = sources.first_bytes(texts, self.limit)
+      texts = _first_bytes(texts, self.limit)
     for text in texts:
-      yield len(text.encode("utf-8")), [text]
+      yield len(text.encode("utf-8")), text if self.is_held else [text]
 
   def set_aside(self, fractions: dict[str, Any]) -> dict[str, "_Rows"]:
     """Returns the splits set aside, and the rest as "train"."""
-    # As numbers, hashes have the order of their bytes, by which `sources` sorts.
-    _, group, counts = np.unique(
-      self.digests, return_inverse=True, return_counts=True
-    )
-    runs, part = list(enumerate(counts.tolist())), np.zeros(len(counts), int)
-    for number, fraction in enumerate(fractions.values(), 1):
-      count = round(fraction * len(self.digests))
-      taken, runs = sources.take(runs, count, lambda run: run[1])
-      part[[run for run, _ in taken]] = number
+    if len(self.digests) == 1:
+      [text] = self.read([True])
+      found = _cuts(len(text), fractions, functools.partial(text.find, "\n"))
+      return {
+        split: _held([text[start:stop]] if stop > start else [])
+        for split, (start, stop) in found.items()
+      }
+    parts = sources.set_aside(self.digests, fractions)
     return {
-      split: dataclasses.replace(self, chosen=part[group] == number)
-      for number, split in enumerate(("train", *fractions))
+      split: dataclasses.replace(self, chosen=chosen)
+      for split, chosen in parts.items()
     }
 
   def limited(self, limit: int) -> "_Rows":
     """Returns the first bytes of the rows."""
-    return dataclasses.replace(self, limit=limit)
+    before = np.cumsum(self.sizes * self.chosen) - self.sizes
+    chosen = self.chosen & (before < limit)
+    return dataclasses.replace(self, chosen=chosen, limit=limit)
+
+
+def _held(texts: Sequence[Any]) -> _Rows:
+  """Returns all rows of texts in memory."""
+  return _all_rows(functools.partial(itertools.compress, texts), is_held=True)
 
 
 def _rows(part: Sequence[pathlib.Path], data: DataConfig) -> _Rows:
@@ -479,25 +552,43 @@ def _rows(part: Sequence[pathlib.Path], data: DataConfig) -> _Rows:
   if not first:
     raise ConfigError(f"{part[0]} is empty")
   (column, *_), _ = rows.choose_columns(part[0], first, data, TASKS["lm"])
-  digests, sizes = [], []
-  for text in _texts(part, column):
-    digests.append(int.from_bytes(python_stdlib.digest(text), "big"))
-    sizes.append(len(text.encode("utf-8")))
-  return _Rows(
-    files=tuple(part),
-    column=column,
-    digests=np.array(digests, np.uint64),
-    sizes=np.array(sizes, np.int64),
-    chosen=np.ones(len(sizes), bool),
-  )
+  return _all_rows(functools.partial(_texts, part, column), is_held=False)
+
+
+def _all_rows(
+  read: Callable[[Iterable[Any]], Iterator[str]], *, is_held: bool
+) -> _Rows:
+  found = [
+    (sources.digest(text), len(text.encode("utf-8")))
+    for text in read(itertools.repeat(True))
+  ]
+  digests, sizes = np.array(found, np.uint64).reshape(-1, 2).T
+  chosen = np.ones(len(found), bool)
+  return _Rows(read, is_held, digests, sizes.astype(np.int64), chosen)
 
 
 def _texts(
-  part: Sequence[pathlib.Path],
-  column: str,
-  chosen: Iterable[Any] = itertools.repeat(True),
+  part: Sequence[pathlib.Path], column: str, chosen: Iterable[Any]
 ) -> Iterator[str]:
   """Yields the texts of the chosen rows."""
   found = itertools.compress(local_files.rows_of(part, column), chosen)
   for place, row in found:
     yield rows.checked(row.get(column), column, place)
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+  """Yields the first `limit` UTF-8 bytes of texts, or less.
+
+  The last text is cut at a line end; without one that fits, at a character.
+  """
+  for text in texts:
+    encoded = text.encode("utf-8")
+    left = limit - len(encoded)
+    if left < 0:
+      encoded = encoded[: encoded.rfind(b"\n", 0, limit) + 1] or encoded[:limit]
+      text = encoded.decode("utf-8", errors="ignore")
+    if text:
+      yield text
+    if left <= 0:
+      return
+    limit = left

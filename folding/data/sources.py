@@ -1,15 +1,14 @@
 """Text sources: local files, TFDS data sets and Python's standard library.
 
-Every source ends as `Texts`: strings in memory, by split.
+`load_texts` returns strings in memory, by split. The text of language models
+goes on in `corpus`.
 """
 
 import dataclasses
-import functools
-import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,12 +18,11 @@ from folding.data import local_files, python_stdlib
 from folding.data.rows import Rows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
-from folding.tasks import TASKS
+from folding.tasks import TASKS, Task
 
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-_Run = TypeVar("_Run")  # rows of equal text, which stay in one split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,56 +49,40 @@ def load_texts(data: DataConfig, task: str) -> Texts:
 
   `data.path` wins over `data.name`. A split that the source lacks is set aside
   from train by `valid_fraction` and `test_fraction`, the same way on every
-  machine and for every seed. A single text is cut at line ends, in the order
-  train, valid, test. Several are distributed by a hash of the text, within each
-  class; equal texts stay in one split.
+  machine and for every seed. Texts are distributed by a hash of the text, within
+  each class; equal texts stay in one split.
 
   `data.max_bytes` limits the training text; valid and test get an eighth of it
-  each. A language model's text is cut at the last line end that fits. Other
-  texts are kept or dropped whole, chosen by the same hash.
+  each. Texts are kept or dropped whole, chosen by the same hash.
 
   Args:
     data: The source and its fields.
-    task: Decides what labels are; "lm" and "embed" ignore them. A line of a
-      .txt is a text of "embed"; for "lm" the file is one text.
+    task: Decides what labels are; "embed" ignores them, and a line of a .txt is
+      a text of it. Text of "lm" is read by `corpus`.
 
   Raises:
     ConfigError: the source is missing, malformed or cannot be fetched.
   """
-  row = TASKS[task]
-  form = row.labels
-  require_room(data)
-  if data.path is not None:
-    splits, names = local_files.read_path(pathlib.Path(data.path), data, row)
-  elif is_tfds(data):
-    from folding.data import tfds_sets  # imports TFDS, which takes seconds
-
-    splits, names = tfds_sets.read(data, row)
-  else:
-    splits, names = python_stdlib.read(data, row)
+  form = TASKS[task].labels
+  splits, names = read(data, TASKS[task])
   train = splits["train"]
-  for rows in splits.values():
-    if len(rows.columns) + len(train.columns) == 3:
-      raise ConfigError(
-        f"{rows.source} has the texts {' and '.join(rows.columns)}, and "
-        f"{train.source} {' and '.join(train.columns)}; set data.text_field"
-      )
   known: tuple[str, ...] = ()
   if form is not None and train.labels is not None:
     # Before `max_bytes`, which may drop all rows of a class.
     known = labels_lib.output_names(train.labels, form, train.source, names)
   fractions = fractions_of_train(data, splits)
   if fractions:
+    digests = np.array([digest(text) for text in train.texts], np.uint64)
     by_class = form is not None and form.kind == "class"
-    splits |= _set_aside(train, fractions, by_class=by_class)
+    classes = [str(x) for x in train.labels or ()] if by_class else None
+    found = set_aside(digests, fractions, classes)
+    splits |= {
+      x: train.take(np.flatnonzero(i).tolist()) for x, i in found.items()
+    }
   if data.max_bytes is not None:
     for split in SPLITS:
-      rows, limit = splits[split], limit_of(split, data.max_bytes)
-      splits[split] = (
-        _cut_to(rows, limit)
-        if row.predicts_tokens
-        else _limited(rows, limit, split)
-      )
+      limit = limit_of(split, data.max_bytes)
+      splits[split] = _limited(splits[split], limit, split)
   if not splits["train"].texts:
     raise no_text_left(train.source)
   _warn_of_repeats(splits)
@@ -129,6 +111,29 @@ def load_texts(data: DataConfig, task: str) -> Texts:
   if len(train.columns) == 2:
     pair = train.columns[0], train.columns[1]
   return Texts(texts, labels, known, pair)
+
+
+def read(
+  data: DataConfig, task: Task
+) -> tuple[dict[str, Rows], list[str] | None]:
+  """Returns the rows of the splits that a source has, and names of classes."""
+  require_room(data)
+  if data.path is not None:
+    splits, names = local_files.read_path(pathlib.Path(data.path), data, task)
+  elif is_tfds(data):
+    from folding.data import tfds_sets  # imports TFDS, which takes seconds
+
+    splits, names = tfds_sets.read(data, task)
+  else:
+    splits, names = python_stdlib.read(data, task)
+  train = splits["train"]
+  for rows in splits.values():
+    if len(rows.columns) + len(train.columns) == 3:
+      raise ConfigError(
+        f"{rows.source} has the texts {' and '.join(rows.columns)}, and "
+        f"{train.source} {' and '.join(train.columns)}; set data.text_field"
+      )
+  return splits, names
 
 
 def is_tfds(data: DataConfig) -> bool:
@@ -202,121 +207,56 @@ def no_text_left(place: Any) -> ConfigError:
   )
 
 
-def _set_aside(
-  rows: Rows, fractions: dict[str, int | float], *, by_class: bool
-) -> dict[str, Rows]:
-  """Returns the splits set aside from train, and the rest of train."""
-  if rows.labels is None and len(rows.texts) == 1:
-    return _cut(rows, fractions)
-  same: dict[Text, list[int]] = {}  # equal texts, of different classes too
-  for index, text in enumerate(rows.texts):
-    same.setdefault(text, []).append(index)
-  classes: dict[str, list[list[int]]] = {}
-  for text in sorted(same, key=_digest):
-    label = ""
-    if rows.labels and by_class:
-      label = min(str(rows.labels[i]) for i in same[text])
-    classes.setdefault(label, []).append(same[text])
-  parts: dict[str, list[int]] = {name: [] for name in (*fractions, "train")}
-  for runs in classes.values():
-    size = sum(map(len, runs))
-    for name, fraction in fractions.items():
-      taken, runs = take(runs, round(fraction * size), len)
-      parts[name] += itertools.chain(*taken)
-    parts["train"] += itertools.chain(*runs)
-  # In the order of the source, so no split is sorted by class or hash.
-  return {name: rows.take(sorted(part)) for name, part in parts.items()}
+def set_aside(
+  digests: np.ndarray,
+  fractions: dict[str, float],
+  classes: Sequence[str] | None = None,
+) -> dict[str, np.ndarray]:
+  """Returns {split: bool[rows]} of train and of the splits set aside from it.
 
-
-def take(
-  runs: Iterable[_Run], count: int, size: Callable[[_Run], int]
-) -> tuple[list[_Run], list[_Run]]:
-  """Returns runs of about `count` rows in all, and the other runs."""
-  taken, rest = [], []
-  for run in runs:
-    if size(run) <= 2 * count:  # nearer to the count with it than without
-      taken.append(run)
-      count -= size(run)
-    else:
-      rest.append(run)
-  return taken, rest
+  Args:
+    digests: uint64 hash of each row. Equal rows stay in one split.
+    fractions: Fraction of each split other than train.
+    classes: Class of each row, to set aside equally much of each; None: one.
+  """
+  # As numbers, hashes have the order of their bytes.
+  _, group, counts = np.unique(digests, return_inverse=True, return_counts=True)
+  class_of: dict[int, str] = {}  # of equal rows, the first class
+  names = classes or [""] * len(digests)
+  for run, name in zip(group.tolist(), names, strict=True):
+    class_of[run] = min(name, class_of.get(run, name))
+  runs_of: dict[str, list[int]] = {}
+  for run in range(len(counts)):
+    runs_of.setdefault(class_of[run], []).append(run)
+  part = np.zeros(len(counts), int)
+  for runs in runs_of.values():
+    size = int(counts[runs].sum())
+    for number, fraction in enumerate(fractions.values(), 1):
+      left = round(fraction * size)
+      for run in runs:
+        # Nearer to the fraction with it than without.
+        if part[run] == 0 and counts[run] <= 2 * left:
+          part[run] = number
+          left -= counts[run]
+  return {
+    split: part[group] == number
+    for number, split in enumerate(("train", *fractions))
+  }
 
 
 def _joined(text: Text) -> str:
   return text if isinstance(text, str) else "\t".join(text)
 
 
-def _digest(text: Text) -> Any:
-  return python_stdlib.digest(_joined(text))
-
-
-def _cut(rows: Rows, fractions: dict[str, int | float]) -> dict[str, Rows]:
-  """Cuts the only text into train and the fractions, at line ends."""
-  [text] = map(_joined, rows.texts)
-  parts = {}
-  found = cuts(len(text), fractions, functools.partial(text.find, "\n"))
-  for name, (start, stop) in found.items():
-    texts: list[Text] = [text[start:stop]] if stop > start else []
-    parts[name] = Rows(rows.source, texts, None, [rows.source] * len(texts))
-  return parts
-
-
-def cuts(
-  length: int,
-  fractions: dict[str, int | float],
-  find: Callable[[int, int], int],
-) -> dict[str, tuple[int, int]]:
-  """Returns where train and the fractions of a text begin and end.
-
-  Args:
-    length: Characters of the text.
-    fractions: Fraction of each split other than train.
-    find: Returns the first line end between two characters, the second excluded;
-      -1 if there is none.
-  """
-  shares = {"train": 1 - sum(fractions.values()), **fractions}
-  # A line end beyond this would take too much of the next split.
-  reach = round(min(s for s in shares.values() if s > 0) * length) // 2
-  bounds = np.cumsum(list(shares.values()))
-  parts, start = {}, 0
-  for (name, share), bound in zip(shares.items(), bounds, strict=True):
-    stop = start
-    if share > 0:
-      stop = round(bound * length)
-      # Without a line end within reach, cut at the character.
-      stop = find(max(stop - 1, 0), stop + reach) + 1 or stop
-    parts[name] = start, stop
-    start = stop
-  return parts
-
-
-def _cut_to(rows: Rows, limit: int) -> Rows:
-  texts: list[Text] = [*first_bytes(map(_joined, rows.texts), limit)]
-  return Rows(rows.source, texts, None, [rows.source] * len(texts))
-
-
-def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-  """Yields the first `limit` UTF-8 bytes of texts, or less.
-
-  The last text is cut at a line end; without one that fits, at a character.
-  """
-  for text in texts:
-    encoded = text.encode("utf-8")
-    left = limit - len(encoded)
-    if left < 0:
-      encoded = encoded[: encoded.rfind(b"\n", 0, limit) + 1] or encoded[:limit]
-      text = encoded.decode("utf-8", errors="ignore")
-    if text:
-      yield text
-    if left <= 0:
-      return
-    limit = left
+def digest(text: Text) -> int:
+  """Returns a hash of 64 bits, the same on every machine."""
+  return int.from_bytes(python_stdlib.digest(_joined(text)), "big")
 
 
 def _limited(rows: Rows, limit: int, split: str) -> Rows:
   """Returns whole rows of at most `limit` bytes."""
   sizes = [len(_joined(text).encode("utf-8")) for text in rows.texts]
-  order = sorted(range(len(sizes)), key=lambda i: (_digest(rows.texts[i]), i))
+  order = sorted(range(len(sizes)), key=lambda i: (digest(rows.texts[i]), i))
   kept, left = [], limit
   for i in order:
     if sizes[i] <= left:

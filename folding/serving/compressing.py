@@ -10,7 +10,7 @@ import numpy as np
 from folding import config as config_lib
 from folding import files
 from folding.config import DataConfig, MeshConfig
-from folding.data import sources
+from folding.data import corpus, sources
 from folding.data.padding import windows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
@@ -98,7 +98,11 @@ def _texts(path: str, model: Model) -> tuple[list[Text], list[Text]]:
     return texts[held:], texts[:held]
   data = DataConfig(path=path, valid_fraction=0.1, test_fraction=0.0)
   is_stream = task_of(model.config).predicts_tokens
-  found = sources.load_texts(data, "lm" if is_stream else "embed").texts
+  found = (
+    corpus.load_documents(data)
+    if is_stream
+    else sources.load_texts(data, "embed").texts
+  )
   held = list(found["valid"])
   if not is_stream:
     held = held[:_HELD]

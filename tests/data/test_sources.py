@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from pyarrow import parquet
 
 from folding.config import DataConfig
-from folding.data import local_files, sources
+from folding.data import corpus, local_files, sources
 from folding.errors import ConfigError
 from tests.data import text_files
 from tests.data.text_files import load, pairs
@@ -417,7 +417,7 @@ def _described(text):
 def test_malformed_parquet_is_refused(tmp_path, table, task, match):
   parquet.write_table(table, tmp_path / "train.parquet")
   with pytest.raises(ConfigError, match=match) as caught:
-    sources.load_texts(DataConfig(path=str(tmp_path)), task)
+    text_files.read(DataConfig(path=str(tmp_path)), task)
   assert "\n" not in str(caught.value)
 
 
@@ -432,7 +432,7 @@ def test_damaged_text_is_refused(tmp_path, ending):
       writer.write_table(table)
   path.write_bytes(path.read_bytes().replace(b"abcd", b"a\xffcd"))
   with pytest.raises(ConfigError, match="cannot read .*UTF"):
-    sources.load_texts(DataConfig(path=str(path)), "lm")
+    corpus.load_documents(DataConfig(path=str(path)))
 
 
 def test_only_the_chosen_column_is_checked(tmp_path):
@@ -454,7 +454,7 @@ def test_damaged_offsets_are_refused(tmp_path):
   content = content.replace(b"".join(ends[:2]), ends[0] + ends[2])
   (tmp_path / "train.arrow").write_bytes(content)
   with pytest.raises(ConfigError, match="cannot read"):
-    sources.load_texts(DataConfig(path=str(tmp_path)), "lm")
+    corpus.load_documents(DataConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_incomplete_download_is_refused(tmp_path, name):
   (tmp_path / name).parent.mkdir(exist_ok=True)
   (tmp_path / name).touch()
   with pytest.raises(ConfigError, match="is one of 2 files, .* has 1"):
-    sources.load_texts(DataConfig(path=str(tmp_path)), "lm")
+    corpus.load_documents(DataConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("task", ["classify", "lm"])
@@ -476,7 +476,7 @@ def test_mistake_in_a_later_file_names_that_file(tmp_path, task):
   with pytest.raises(
     ConfigError, match="train-00001-of-00002.parquet:2 has no"
   ):
-    sources.load_texts(DataConfig(path=str(tmp_path)), task)
+    text_files.read(DataConfig(path=str(tmp_path)), task)
 
 
 def test_wrong_paths_and_columns_are_refused(tmp_path):
@@ -510,7 +510,7 @@ def test_one_text_is_cut_in_order_at_line_ends(tmp_path):
   lines = [f"line {i} " + "x" * (i % 7) + "\n" for i in range(1000)]
   (tmp_path / "book.txt").write_text("".join(lines))
   data = DataConfig(path=str(tmp_path / "book.txt"), test_fraction=0.2)
-  [train], [valid], [test] = sources.load_texts(data, "lm").texts.values()
+  [train], [valid], [test] = corpus.load_documents(data).values()
   assert train + valid + test == "".join(lines)
   assert train.endswith("\n") and valid.endswith("\n")
   total = sum(map(len, lines))
@@ -523,14 +523,14 @@ def test_one_text_is_cut_in_order_at_line_ends(tmp_path):
 def test_long_lines_are_cut_within(tmp_path, lines):
   text = ("x" * (60_000 // lines - 1) + "\n") * lines
   data = text_files.write(tmp_path, train__txt=text)
-  parts = [p for [p] in sources.load_texts(data, "lm").texts.values()]
+  parts = [p for [p] in corpus.load_documents(data).values()]
   assert "".join(parts) == text
   assert [round(len(p) / 60_000, 2) for p in parts] == [0.8, 0.1, 0.1]
 
 
 def test_a_missing_split_alone_is_set_aside(tmp_path):
   data = text_files.write(tmp_path, train__txt="ab\n" * 100, valid__txt="v\n")
-  texts = sources.load_texts(data, "lm").texts
+  texts = corpus.load_documents(data)
   expected = {"train": "ab\n" * 90, "valid": "v\n", "test": "ab\n" * 10}
   assert texts == {split: [text] for split, text in expected.items()}
 
@@ -650,16 +650,15 @@ def test_trec_has_the_documented_counts(shared_data):
 
 def test_tiny_shakespeare_has_the_documented_sizes(shared_data):
   data = DataConfig(path=str(shared_data / "tiny_shakespeare"))
-  texts = sources.load_texts(data, "lm").texts
+  texts = corpus.load_documents(data)
   sizes = {split: sum(map(len, texts[split])) for split in texts}
   assert sizes == {"train": 1_003_854, "valid": 55_770, "test": 55_770}
 
 
 def test_python_stdlib_is_source_or_topics():
   data = DataConfig()
-  lm = sources.load_texts(data, "lm")
-  assert any("def " in text for text in lm.texts["test"])
-  assert lm.labels is None
+  documents = corpus.load_documents(data)
+  assert any("def " in text for text in documents["test"])
   topics = sources.load_texts(data, "classify")
   assert len(topics.label_names) == 8
   assert np.ptp(np.bincount(topics.labels["valid"], minlength=8)) == 0
@@ -796,7 +795,7 @@ def test_tfds_takes_the_configured_columns(tfds_dir):
 
 def test_tfds_for_lm_has_the_unlabelled_split(tfds_dir):
   data = DataConfig(name="tiny_reviews", dir=tfds_dir)
-  texts = sources.load_texts(data, "lm").texts
+  texts = corpus.load_documents(data)
   assert sorted(texts["test"]) == [f"text {i} é -1" for i in range(6)]
 
 
@@ -829,7 +828,7 @@ def test_tfds_has_pairs_with_scores_or_lists_of_classes(tfds_dir):
 @pytest.mark.parametrize("task", ["lm", "classify"])
 def test_tfds_reads_max_bytes_beside_the_splits_set_aside(tfds_dir, task):
   data = DataConfig(name="tiny_reviews", dir=tfds_dir, max_bytes=200)
-  texts = sources.load_texts(data, task).texts
+  texts = text_files.read(data, task).texts
   # A text is at most 12 bytes.
   assert 188 < sum(len(t.encode()) for t in texts["train"]) <= 200
 
@@ -854,7 +853,7 @@ def test_tfds_reads_max_bytes_beside_the_splits_set_aside(tfds_dir, task):
 def test_tfds_mistakes_are_refused(tfds_dir, task, change, match):
   fields = {"name": "tiny_reviews", "dir": tfds_dir} | change
   with pytest.raises(ConfigError, match=match) as caught:
-    sources.load_texts(DataConfig(**fields), task)
+    text_files.read(DataConfig(**fields), task)
   assert "\n" not in str(caught.value)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from folding.config import DataConfig
-from folding.data import sources
+from folding.data import corpus, sources
 
 
 def write(folder, **files) -> DataConfig:
@@ -16,11 +16,18 @@ def write(folder, **files) -> DataConfig:
   return DataConfig(path=str(folder))
 
 
+def read(data, task) -> sources.Texts:
+  """Returns the texts of a task; those of a language model are its documents."""
+  if task == "lm":
+    return sources.Texts(corpus.load_documents(data), None, ())
+  return sources.load_texts(data, task)
+
+
 def load(folder, task="classify", fields=None, **files) -> sources.Texts:
   """Returns the texts of files, with no split set aside."""
   whole = {"valid_fraction": 0.0, "test_fraction": 0.0}
   data = dataclasses.replace(write(folder, **files), **(whole | (fields or {})))
-  return sources.load_texts(data, task)
+  return read(data, task)
 
 
 def pairs(texts, split="train"):
