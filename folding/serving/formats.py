@@ -94,7 +94,7 @@ FORMATS = {
     ("float32", "bfloat16"), "{files:,} bytes of files, for transformers", _hf
   ),
   "onnx": Format(
-    ("float32", "float16", "int8"),
+    ("float32", "float16", "int8", "int7"),
     "{files:,} bytes of files, for onnxruntime; {parameters:,} of them are "
     "parameters",
     _onnx,

@@ -12,7 +12,9 @@ In float16, matrices and embeddings are stored so, and computed with in float32:
 onnxruntime converts matrices while it loads a program, and embeddings row by row.
 In int8, matrices have one scale per output, embeddings one per token. The
 inputs of a product are quantised while it runs ("dynamic"), and onnxruntime
-fuses the operators of a product into one.
+fuses the operators of a product into one. x86 processors without VNNI add two
+products at a time in 16 bits. Integers of "int7" are so small that these sums
+fit: 2 x 255 x 64 < 2^15. Others call this `reduce_range`.
 
 Letters as in `folding.models`, and N for the tokens of a batch, r for the size
 of a value head.
@@ -45,7 +47,8 @@ MODEL = "model.onnx"
 OPSET, IR_VERSION = 17, 8
 # As transformers names them.
 TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
-Dtype = Literal["float32", "float16", "int8"]
+Dtype = Literal["float32", "float16", "int8", "int7"]
+_INTEGERS = {"int8": 127, "int7": 64}  # the largest stored integer
 
 _LIMIT = 1 << 31  # bytes of a protobuf
 
@@ -84,7 +87,8 @@ def export_onnx(
       f"an ONNX program has dtype {', '.join(get_args(Dtype))}, not {dtype}"
     )
   size = sum(x.size for x in paths.flatten(loaded.params).values())
-  if size * np.dtype(dtype).itemsize >= _LIMIT:
+  stored = "int8" if dtype in _INTEGERS else dtype
+  if size * np.dtype(stored).itemsize >= _LIMIT:
     raise ConfigError(
       f"an ONNX file holds less than 2 GiB; these are {size:,} parameters"
     )
@@ -171,12 +175,14 @@ class _Graph:
 
   Attributes:
     config: Shape of the model.
+    largest: Largest integer of matrices and embeddings; None: they are floats.
     params: {path: float32 array}.
     shape: int64[2], B and L.
   """
 
   def __init__(self, config: ModelConfig, params: Any, dtype: Dtype):
     self.config, self.dtype = config, dtype
+    self.largest = _INTEGERS.get(dtype)
     self.params = {
       path: np.asarray(leaf, np.float32)
       for path, leaf in paths.flatten(params).items()
@@ -280,17 +286,17 @@ class _Graph:
     biases = [f"{name}/bias" for name in names]
     bias = [self.params[x].ravel() for x in biases if x in self.params]
     add = [self.array(f"{name}/bias", np.concatenate(bias))] if bias else []
-    if self.dtype != "int8":
+    if self.largest is None:
       kernel_name = self.cast(self.weights(f"{name}/kernel", kernel))
       return self.add("Gemm", x, kernel_name, *add)
-    values, scale = _quantise(kernel, axis=0)
+    values, scale = _quantise(kernel, 0, self.largest)
     weights = self.array(f"{name}/kernel", values)
     scale = self.array(f"{name}/scale", scale)
     return self._int8_product(x, weights, scale, *add)
 
   def unembed(self, x: str, name: str) -> str:
     """Returns x @ embedding^T with the embedding that `embed` added."""
-    if self.dtype != "int8":
+    if self.largest is None:
       return self.add("Gemm", x, self.cast(name), transB=1)
     kernel = self.add("Transpose", name)
     scale = self.add("Reshape", f"{name}/scale", self.ints(-1))
@@ -306,10 +312,10 @@ class _Graph:
   def embed(self, name: str, ids: str) -> str:
     """Returns the rows of these ids, [..., D]."""
     rows = self.params[name]
-    if self.dtype != "int8":
+    if self.largest is None:
       found = self.add("Gather", self.weights(name, rows), ids)
       return found if self.dtype == "float32" else self.cast(found)
-    values, scale = _quantise(rows, axis=1)
+    values, scale = _quantise(rows, 1, self.largest)
     found = self.cast(self.add("Gather", self.array(name, values), ids))
     scale = self.array(f"{name}/scale", scale[:, None])
     return self.add("Mul", found, self.add("Gather", scale, ids))
@@ -365,10 +371,12 @@ class _Graph:
     )
 
 
-def _quantise(w: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def _quantise(
+  w: np.ndarray, axis: int, largest: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Returns int8 values and float32 scales, one per slice across an axis."""
-  largest = np.abs(w).max(axis=axis, initial=0.0)
-  scale = (np.where(largest == 0, 1, largest) / 127).astype(np.float32)
+  size = np.abs(w).max(axis=axis, initial=0.0)
+  scale = (np.where(size == 0, 1, size) / largest).astype(np.float32)
   return np.rint(w / np.expand_dims(scale, axis)).astype(np.int8), scale
 
 

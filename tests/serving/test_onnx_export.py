@@ -188,7 +188,8 @@ def test_pairs_have_segments(start, tmp_path):
 
 @pytest.mark.parametrize("task", ["classify", "lm"])
 @pytest.mark.parametrize(
-  ("dtype", "ratio", "most"), [("float16", 0.5, 5e-3), ("int8", 0.25, 0.25)]
+  ("dtype", "ratio", "most"),
+  [("float16", 0.5, 5e-3), ("int8", 0.25, 0.25), ("int7", 0.25, 0.25)],
 )
 def test_smaller_dtypes_are_near(start, task, dtype, ratio, most, tmp_path):
   shape = {"num_layers": 1, "width": 64, "num_heads": 4}
@@ -209,6 +210,17 @@ def test_smaller_dtypes_are_near(start, task, dtype, ratio, most, tmp_path):
   assert 0.8 * ratio < sizes[1] / sizes[0] < ratio + 0.1
   error = np.abs(found[1] - found[0]).mean(0) / np.abs(found[0]).mean(0)
   assert 0 < error.min() <= error.max() < most, error
+
+
+def test_int7_sums_fit_16_bits(tmp_path):
+  onnx = pytest.importorskip("onnx", reason="needs the extra `onnx`")
+  onnx_export.export_onnx(tmp_path, models.make("lm", _GPT2), "int7")
+  graph = onnx.load(tmp_path / "model.onnx").graph
+  arrays = map(onnx.numpy_helper.to_array, graph.initializer)
+  largest = [np.abs(w).max() for w in arrays if w.dtype == np.int8]
+  # Without VNNI, x86 adds two products with inputs of at most 255.
+  assert largest
+  assert 2 * 255 * max(map(int, largest)) < 2**15
 
 
 def test_float16_refuses_weights_beyond_its_range(tmp_path):
