@@ -374,6 +374,19 @@ def study(args: argparse.Namespace) -> None:
     "without VNNI, other quantised types for gguf",
     choices=_DTYPES,
   ),
+  _argument(
+    "--max-drop",
+    "onnx: write nothing if the program loses more points than this on --data, "
+    "compared with float32",
+    metavar="X",
+    type=float,
+  ),
+  _argument(
+    "--data",
+    "a held-out file with labels, or with the columns score, sentence1 and "
+    "sentence2 for an encoder",
+    metavar="FILE",
+  ),
 )
 def export(args: argparse.Namespace) -> None:
   """Writes a model in a form that others load, and prints its size."""
@@ -381,7 +394,13 @@ def export(args: argparse.Namespace) -> None:
   from folding.serving.loaded import load
 
   size = formats.save(
-    load(args.path), args.output, args.format, args.dtype, report=print
+    load(args.path),
+    args.output,
+    args.format,
+    args.dtype,
+    max_drop=args.max_drop,
+    data=args.data,
+    report=print,
   )
   print(formats.FORMATS[args.format].size.format(**size))
   print(f"The exported model is in {args.output}")

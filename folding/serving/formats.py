@@ -151,6 +151,8 @@ def save(
   format: str = "safetensors",
   dtype: str | None = None,
   *,
+  max_drop: float | None = None,
+  data: str | None = None,
   report: Report = lambda _: None,
 ) -> dict[str, int]:
   """Writes a model, whole or not at all; units that are zero are left out.
@@ -161,18 +163,31 @@ def save(
     format: "safetensors" (for `folding.load`), "hf" (transformers), "onnx"
       (onnxruntime), "gguf" (llama.cpp) or "stablehlo" (a program for jax).
     dtype: Type of the stored arrays; None: the default of the format.
+    max_drop: Points that an ONNX program may lose on `data`, otherwise nothing is
+      written; see `held_out.require_drop`.
+    data: A held-out file with labels, or with scores of pairs.
     report: Called with lines about the model while it is written.
 
   Returns:
     Sizes in bytes, by name.
 
   Raises:
-    ConfigError: see `require_writable`, or the format cannot express the model.
+    ConfigError: see `require_writable`, the format cannot express the model, or
+      the program loses more than `max_drop`.
     OSError: it cannot be written.
   """
   require_writable(path, format, dtype)
+  if (max_drop is None) != (data is None):
+    raise ConfigError("--max-drop needs --data, a held-out file, and --data it")
+  if data is not None and format != "onnx":
+    raise ConfigError("--max-drop and --data are for --format=onnx")
   row, path = FORMATS[format], os.fspath(path)
   if row.ending:
     return row.write(path, model, dtype, report)
   with files.becoming(path) as part:
-    return row.write(part, model, dtype, report)
+    size = row.write(part, model, dtype, report)
+    if max_drop is not None and data is not None:
+      from folding.serving import held_out
+
+      report(held_out.require_drop(part, model, data, max_drop))
+    return size

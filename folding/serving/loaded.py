@@ -154,9 +154,12 @@ class Model:
     path: str | os.PathLike,
     format: str = "safetensors",
     dtype: str | None = None,
+    *,
+    max_drop: float | None = None,
+    data: str | None = None,
   ) -> dict[str, int]:
     """Writes the model; see `folding.serving.formats.save`."""
-    return folding.save(self, path, format, dtype)
+    return folding.save(self, path, format, dtype, max_drop=max_drop, data=data)
 
   def require_encoder(self) -> None:
     """Raises `ConfigError` unless the model makes vectors of texts."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import folding
 from folding import config as c
@@ -210,6 +211,42 @@ def test_smaller_dtypes_are_near(start, task, dtype, ratio, most, tmp_path):
   assert 0.8 * ratio < sizes[1] / sizes[0] < ratio + 0.1
   error = np.abs(found[1] - found[0]).mean(0) / np.abs(found[0]).mean(0)
   assert 0 < error.min() <= error.max() < most, error
+
+
+@pytest.mark.parametrize("task", ["regress", "embed"])
+def test_max_drop_refuses_what_loses_more(start, task, tmp_path):
+  shape = dataclasses.replace(_BERT, pooler=task == "regress")
+  model = export_lib.shrunk(models.make(task, shape))
+  rng = np.random.default_rng(0)
+  texts = [" ".join(rng.choice(models.WORDS, 6)) for _ in range(24)]
+  tokens = np.array(model.tokenizer.encode_batch(texts, 40))
+  scores = []
+  for dtype in ("float32", "int7"):
+    onnx_export.export_onnx(tmp_path / dtype, model, dtype)
+    found = start(tmp_path / dtype)(tokens, np.ones_like(tokens))[-1]
+    if task == "embed":
+      found /= np.linalg.norm(found, axis=1, keepdims=True)
+      scores.append((found[:12] * found[12:]).sum(1))
+    else:
+      scores.append(found[:, 0])
+  drop = 100 * (1 - stats.spearmanr(*scores).statistic)
+  assert drop > 0
+  rows, header = zip(scores[0], texts, strict=False), "score\ttext"
+  if task == "embed":
+    rows = zip(scores[0], texts[:12], texts[12:], strict=True)
+    header = "score\tsentence1\tsentence2"
+  lines = [header, *("\t".join(map(str, row)) for row in rows)]
+  (tmp_path / "held.tsv").write_text("\n".join(lines))
+
+  def save(max_drop):
+    data = str(tmp_path / "held.tsv")
+    model.save(tmp_path / "out", "onnx", "int7", max_drop=max_drop, data=data)
+
+  with pytest.raises(ConfigError, match=f" {drop:.2f} points less"):
+    save(drop - 0.01)
+  assert not list(tmp_path.glob("out*"))
+  save(drop + 0.01)
+  assert (tmp_path / "out" / "model.onnx").is_file()
 
 
 def test_int7_sums_fit_16_bits(tmp_path):

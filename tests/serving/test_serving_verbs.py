@@ -122,6 +122,10 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   ("export RUN --output O --format=hf --dtype=int8", "float32 or bfloat16"),
   ("export RUN --output O --format=onnx --dtype=bfloat16", "int8"),
   ("export RUN --output O --dtype=int8", "bfloat16"),
+  ("export RUN --output TMP/o --max-drop=1", "--data"),
+  ("export RUN --output TMP/o --max-drop=1 --data=F", "--format=onnx"),
+  ("export RUN --output TMP/o --format=onnx --max-drop=-1 --data=DATA",
+   "0.00 points less; --max-drop=-1"),
   ("export RUN --output O --format=gguf", "not the name of a .gguf file"),
   ("export RUN --output TMP/o.gguf --format=gguf", "writes language models"),
   ("predict RUN TMP/none.txt", "No such file"),
@@ -130,7 +134,9 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
 # fmt: on
 def test_mistake_is_one_line(run, tmp_path, capsys, argv, message):
   (tmp_path / "a.txt").write_text("a\n")
-  argv = argv.replace("RUN", str(run)).replace("TMP", str(tmp_path)).split()
+  argv = argv.replace("RUN", str(run)).replace("TMP", str(tmp_path))
+  data = run.parent / "data" / "test.tsv"
+  argv = argv.replace("DATA", str(data)).split()
   assert message in _error(capsys, *argv)
 
 

@@ -1,0 +1,125 @@
+"""What an ONNX program loses on held-out data, before it is published."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from folding.config import DataConfig
+from folding.data import labels as labels_lib
+from folding.data import local_files, sources
+from folding.data.padding import (
+  by_length,
+  encode_rows,
+  fine_bucket_lengths,
+  padded,
+  segments_of,
+)
+from folding.data.tokenizers import Text, load_tokenizer
+from folding.errors import ConfigError
+from folding.models.hf_weights import TOKENIZER
+from folding.serving.loaded import Model, shrunk
+from folding.serving.onnx_export import (
+  MASK,
+  MODEL,
+  SEGMENTS,
+  TOKENS,
+  export_onnx,
+)
+from folding.tasks import METRICS, task_of
+from folding.training.evaluate import spearman_of_pairs
+
+_BATCH = 32  # texts
+
+
+def require_drop(folder: str, model: Model, path: str, max_drop: float) -> str:
+  """Returns what an ONNX program loses of a metric, in words.
+
+  The metric is the first one of the task: the accuracy of classes, the rank
+  correlation of scores, or that of the cosines of sentence vectors. onnxruntime
+  computes it here, of the program and of one in float32.
+
+  Args:
+    folder: The program.
+    model: What it was written from.
+    path: A held-out file with labels. For an encoder it has the columns "score",
+      "sentence1" and "sentence2".
+    max_drop: Points that the program may lose, each a hundredth of the metric.
+
+  Raises:
+    ConfigError: it loses more, the file cannot be read, or the model is a language
+      model.
+  """
+  task = task_of(model.config)
+  if task.predicts_tokens:
+    raise ConfigError(
+      "--max-drop compares labels or scores, and a language model has none"
+    )
+  with tempfile.TemporaryDirectory() as scratch:
+    whole = os.path.join(scratch, "float32")
+    export_onnx(whole, shrunk(model))
+    name, before, after = _measured(model, path, [whole, folder])
+  drop = 100 * (before - after)
+  line = (
+    f"{METRICS[name].words} on {path}: {before:.4f} in float32, {after:.4f} as "
+    f"written, {drop:.2f} points less"
+  )
+  if not drop <= max_drop:  # NaN is refused, too
+    raise ConfigError(f"{line}; --max-drop={max_drop:g} refuses that")
+  return line
+
+
+def _measured(
+  model: Model, path: str, folders: Sequence[str]
+) -> tuple[str, float, float]:
+  """Returns the name of a metric, and its values for two programs."""
+  form = task_of(model.config).labels
+  if form is None:
+    pairs = sources.load_scored_pairs(path)
+    texts = pairs.firsts + pairs.seconds
+    vectors = (_outputs(folder, model, texts) for folder in folders)
+    before, after = (spearman_of_pairs(x, pairs.scores) for x in vectors)
+    return "spearman", before, after
+  task, columns = task_of(model.config), DataConfig(text_field=model.pair)
+  rows = local_files.read_file([pathlib.Path(path)], columns, task)
+  labels = labels_lib.to_array(
+    rows.labels or (),
+    form,
+    model.labels,
+    places=rows.places,
+    allow_ids=True,
+  )
+  name = task.metrics[0]
+  before, after = (
+    form.measure(_outputs(folder, model, rows.texts), labels)[name]
+    for folder in folders
+  )
+  return name, before, after
+
+
+def _outputs(folder: str, model: Model, texts: Sequence[Text]) -> np.ndarray:
+  """Returns the outputs of a program, [texts, C or D]."""
+  import onnxruntime
+
+  session = onnxruntime.InferenceSession(
+    os.path.join(folder, MODEL), providers=["CPUExecutionProvider"]
+  )
+  output = session.get_outputs()[-1]  # sentence vectors follow the states
+  tokenizer = load_tokenizer(os.path.join(folder, TOKENIZER))
+  length = model.config.data.length
+  rows, seconds = encode_rows(tokenizer, texts, length)
+  found: Any = np.zeros((len(rows), output.shape[-1]), np.float32)
+  for members, bucket in by_length(rows, fine_bucket_lengths(length), _BATCH):
+    tokens, mask = padded(
+      [rows[i] for i in members], (len(members), bucket), tokenizer.pad_id
+    )
+    inputs = {TOKENS: tokens, MASK: mask}
+    if model.config.model.segments:
+      assert seconds is not None  # it reads pairs
+      inputs[SEGMENTS] = segments_of(seconds[members], mask)
+    inputs = {name: x.astype(np.int64) for name, x in inputs.items()}
+    [found[members]] = session.run([output.name], inputs)
+  return found
