@@ -7,10 +7,16 @@ import math
 import types
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from folding import cli, errors, files, paths
 from folding import config as c
+from folding.compression.fpp import fpp
+from folding.compression.sites import Rule
 from folding.training import devices as devices_lib
 from folding.training import plan as plan_lib
 from folding.training import sharding
@@ -353,6 +359,56 @@ def test_tpu_compiler_plans_a_slice(config):
   found = plan_lib.plan(config, devices)
   assert found["compressed"]["mask update"]["fits"]
   assert not found["devices"]["is_estimate"]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("cpu-8", id="cpu"),
+    pytest.param(
+      "v5e:4x2",
+      id="tpu_compiler",
+      marks=pytest.mark.skipif(
+        not HAS_TPU_COMPILER, reason="libtpu is not installed"
+      ),
+    ),
+    pytest.param(
+      "h100:8",
+      id="gpu_compiler",
+      marks=pytest.mark.skipif(
+        not HAS_GPU_COMPILER, reason="jax-cuda12-plugin is not installed"
+      ),
+    ),
+  ],
+)
+def test_compiled_state_of_fpp_lies_like_parameters_on_explicit_axes(name):
+  devices = plan_lib.find_devices(name).devices
+  kinds = (AxisType.Explicit,) * 2
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), kinds, devices=devices)
+  rules = [Rule("w", 0.5), Rule("v", 0.5, score="saliency")]
+  tx = fpp(optax.adam(0.1), rules, begin=0, end=4, every=2, warn=False)
+
+  def update(params):
+    stats = {"w": jnp.ones(256)}
+    return tx.update(params, tx.init(params), params, stats=stats)[1]
+
+  with jax.set_mesh(mesh):
+    spec = P("fsdp", "tensor")
+    param = jax.ShapeDtypeStruct(
+      (256, 512), jnp.float32, sharding=NamedSharding(mesh, spec)
+    )
+    program = jax.jit(update).lower({"w": param, "v": param}).compile()
+  state = program.output_shardings
+  # float32 averages and moments, and one bit per weight
+  for found, expected in (
+    (state.averages["w"], P("fsdp")),
+    (state.averages["v"], spec),
+    (state.suspected["w"], P(None, *spec)),
+    (state.suspected["v"], P(None, *spec)),
+    (state.inner[0].mu["v"], spec),
+  ):
+    where = NamedSharding(mesh, expected)
+    assert found.is_equivalent_to(where, len(expected))
 
 
 @pytest.mark.skipif(HAS_TPU_COMPILER, reason="libtpu is installed")
