@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
 
+import hatch_build
 from tests.training.test_distributed import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,6 +31,33 @@ def test_wheel_holds_the_package_and_configs(wheel):
   wanted = {f"folding/{x}" for x in _files(ROOT / "folding")}
   wanted |= {f"folding/shipped/configs/{x}" for x in _files(ROOT / "configs")}
   assert {name for name in names if ".dist-info/" not in name} == wanted
+
+
+@pytest.mark.slow
+def test_readme_of_the_wheel_has_no_relative_link(wheel):
+  archive = zipfile.ZipFile(wheel)
+  (name,) = (x for x in archive.namelist() if x.endswith("/METADATA"))
+  readme = archive.read(name).decode().partition("\n\n")[2]
+  assert "# folding" in readme
+  links = re.findall(r"\]\((.*?)\)", readme)
+  assert links
+  assert all(re.match("https://|#", link) for link in links)
+
+
+@pytest.mark.parametrize(
+  ("address", "expected"),
+  [
+    (None, "a b  [c](https://c) [d](#d)"),
+    (
+      "https://e/f",
+      "[a b](https://e/f/blob/main/docs/a.md#b) "
+      "![p](https://e/f/raw/main/p.svg) [c](https://c) [d](#d)",
+    ),
+  ],
+)
+def test_links_of_the_readme_begin_with_the_address(address, expected):
+  text = "[a b](docs/a.md#b) ![p](p.svg) [c](https://c) [d](#d)"
+  assert hatch_build.with_address(text, address) == expected
 
 
 def _files(folder):
