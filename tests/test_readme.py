@@ -18,25 +18,20 @@ README = ROOT / "README.md"
 EXPORT = ROOT / "docs" / "how-to" / "export.md"
 
 
-def test_readme_loops_prune_unused_inputs():
+def test_readme_loop_prunes_unused_inputs():
   text, names = README.read_text(), {}
-  printed = re.findall(r"^It prints `(\S+) ({.*})`", text, re.M)
-  blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-  linen, nnx = ("layers_0", "layers_2"), (0, 2)
-  for code, layers, (_, numbers) in zip(
-    blocks, (linen, nnx), printed, strict=True
-  ):
-    exec(compile(code, str(README), "exec"), names)
-    params = names["params"]
-    found = folding.account(params, params)["parameters"]["overall"]
-    assert str(found) == numbers
-    params = params["layers"] if layers == nnx else params
-    kernels = [np.asarray(params[layer]["kernel"]) for layer in layers]
-    for w in kernels:
-      assert np.count_nonzero(w == 0) == int(0.7 * w.size)
-    # Inputs 8 to 15 are always 0, so all of their weights are pruned first.
-    assert not kernels[0][8:].any()
-    assert float(names["loss"]) < 0.25 * float(np.var(names["y"]))
+  (numbers,) = re.findall(r"^It prints `\S+ ({.*})`", text, re.M)
+  (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+  exec(compile(code, str(README), "exec"), names)
+  params = names["params"]
+  found = folding.account(params, params)["parameters"]["overall"]
+  assert str(found) == numbers
+  kernels = [np.asarray(params[f"layers_{n}"]["kernel"]) for n in (0, 2)]
+  for w in kernels:
+    assert np.count_nonzero(w == 0) == int(0.7 * w.size)
+  # Inputs 8 to 15 are always 0, so all of their weights are pruned first.
+  assert not kernels[0][8:].any()
+  assert float(names["loss"]) < 0.25 * float(np.var(names["y"]))
 
 
 def test_logits_of_a_loaded_export_are_those_of_predict(tmp_path):
