@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks import output, timing
 from folding import config as config_lib
 from folding.models import constant_state
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.serving import generate
 from folding.serving.sampling import Sampling, make_draw
@@ -79,7 +80,7 @@ class _Decoder:
         ),
       )
     )
-    model = make_model(config, VOCAB_SIZE)
+    model = make_model(shape_of(config), VOCAB_SIZE)
     tokens = np.random.default_rng(0).integers(
       0, VOCAB_SIZE, (batch_size, PROMPT), dtype=np.int32
     )

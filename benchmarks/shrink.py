@@ -22,6 +22,7 @@ import safetensors.numpy
 from benchmarks import output, timing
 from folding import config as config_lib
 from folding import paths
+from folding.models.shape import shape_of
 from folding.models.shrink import shrink
 from folding.models.transformer import make_model
 from folding.tasks import task_of
@@ -104,7 +105,7 @@ def _compare(models: dict[str, _Programs], rounds: int) -> dict[str, Any]:
 
 
 def _init(config: config_lib.Config, vocab_size: int) -> Any:
-  model = make_model(config, vocab_size, CLASSES)
+  model = make_model(shape_of(config), vocab_size, CLASSES)
   tokens = jax.numpy.zeros((1, config.data.length), jax.numpy.int32)
   return jax.jit(model.init)(jax.random.key(0), tokens)["params"]
 
@@ -121,7 +122,9 @@ def _pruned(params: Any, rng: np.random.Generator) -> Any:
 def _programs(
   config: config_lib.Config, params: Any, tokens: np.ndarray
 ) -> _Programs:
-  model = make_model(config, len(params["embed"]["embedding"]), CLASSES)
+  model = make_model(
+    shape_of(config), len(params["embed"]["embedding"]), CLASSES
+  )
   rows = len(tokens)
   batch = {
     "tokens": jax.numpy.asarray(tokens),

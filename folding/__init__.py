@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from folding.compression.observe import observe as observe
   from folding.compression.observe import statistics as statistics
   from folding.compression.sites import Rule as Rule
+  from folding.models.shape import shape_of as shape_of
   from folding.models.shrink import shrink as shrink
   from folding.models.transformer import Transformer as Transformer
   from folding.models.transformer import make_model as make_model
@@ -52,6 +53,7 @@ _MODULES = {
   "observe": "folding.compression.observe",
   "predict": "folding.serving.predict",
   "save": "folding.serving.formats",
+  "shape_of": "folding.models.shape",
   "shrink": "folding.models.shrink",
   "statistics": "folding.compression.observe",
   "unfold": "folding.compression.fold",

@@ -105,22 +105,13 @@ def data_at(name: str, **fields: Any) -> DataConfig:
   return DataConfig(name=name, **fields)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)  # static in jit
-class ModelConfig:
-  """Shape of the transformer. Letters as in `folding.models`."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Design:
+  """What all layers of a transformer share; `models.shape.Shape` has the rest."""
 
-  num_layers: Few = 4  # N, layers
   width: Count = 128  # D, channels per token
   # Width of embeddings that are projected to D; 0: D, without a projection.
   embed_width: Natural = 0
-  num_heads: Few = 16  # H, attention heads
-  num_kv_heads: Natural = 0  # J, heads of keys and values; 0: as many as H
-  head_dim: Natural = 0  # K, channels per head; 0: width / num_heads
-  mlp_width: PerLayer = 0  # F, neurons of the MLP; 0: 4 D
-  # F before a shrink; None: mlp_width.
-  dense_mlp_width: PerLayer | None = None
-  # Heads that a shrink has kept, per layer; None: all.
-  heads: tuple[tuple[Natural, ...], ...] | None = None
   causal: bool = True
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
   # Where the norms are: before each branch, after each sum, or before and after
@@ -132,15 +123,11 @@ class ModelConfig:
   embed_norm: bool = False
   norm_epsilon: Positive = 1e-5
   positions: Literal["alibi", "learned", "rope", "none"] = "alibi"
-  # Base of the rotations; for all layers, or one per layer.
-  rope_base: Positive | tuple[Positive, ...] = 10000.0
   # Slows rotations. (factor,): all of them. (factor, low, high, length), as in
   # Llama 3: those with fewer than `low` turns in `length` tokens, and in proportion
   # those between `low` and `high`. None: no scaling.
   rope_scaling: tuple[Positive, ...] | None = None
   rope_share: Share = 1.0  # fraction of a head's channels that rotate
-  # Number of last tokens to attend to; None: all. Per layer, 0 is all.
-  window: Count | tuple[Natural, ...] | None = None
   # Number of buckets of distances, each with a bias per head, as in T5 and MPNet.
   # The bias starts at 0 and is not trained, so that the layers of a checkpoint
   # keep sharing one. 0: no bias.
@@ -154,7 +141,6 @@ class ModelConfig:
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
   gated: bool = False  # multiply the MLP's hidden state by a gate
   use_bias: bool = True
-  qkv_bias: bool | None = None  # biases of W_Q, W_K, W_V; None: as use_bias
   scale_embeddings: bool = False  # multiply token embeddings by sqrt(D)
   tie_embeddings: bool = True  # the output layer is the embedding, transposed
   segments: Literal[0, 2] = 0  # rows of a segment embedding; pairs set it
@@ -171,6 +157,26 @@ class ModelConfig:
   scan_layers: bool = False
   # dtype of the computation; parameters are float32.
   dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelConfig(Design):
+  """A transformer to draw or to read. Letters as in `folding.models`."""
+
+  num_layers: Few = 4  # N, layers
+  num_heads: Few = 16  # H, attention heads
+  num_kv_heads: Natural = 0  # J, heads of keys and values; 0: as many as H
+  head_dim: Natural = 0  # K, channels per head; 0: width / num_heads
+  mlp_width: PerLayer = 0  # F, neurons of the MLP; 0: 4 D
+  # F before a shrink; None: mlp_width.
+  dense_mlp_width: PerLayer | None = None
+  # Heads that a shrink has kept, per layer; None: all.
+  heads: tuple[tuple[Natural, ...], ...] | None = None
+  # Base of the rotations; for all layers, or one per layer.
+  rope_base: Positive | tuple[Positive, ...] = 10000.0
+  # Number of last tokens to attend to; None: all. Per layer, 0 is all.
+  window: Count | tuple[Natural, ...] | None = None
+  qkv_bias: bool | None = None  # biases of W_Q, W_K, W_V; None: as use_bias
 
   def check(self) -> None:
     """Raises `ConfigError` if two fields of a resolved config do not fit."""
@@ -363,8 +369,6 @@ class CompressConfig:
   # One size for all layers, by neurons and heads alone, so that a plain Hugging Face
   # folder holds the model; needs plan="auto".
   uniform: bool = False
-  # Smallest fraction of W_Q, W_K and W_V that a plan may save; None: any.
-  qkv: Fraction | None = None
   # How a plan chooses the rank of an embedding. "share": the highest that saves the
   # embedding's share. "errors": by measured error, like ranks of layers.
   embedding: Literal["share", "errors"] = "share"
@@ -650,11 +654,6 @@ class Config:
           "chooses the rank, or fold.embedding_rank; 'trim' and 'weight' need "
           "neither"
         )
-      if compress.qkv is not None:
-        raise ConfigError(
-          "compress.qkv is for compress.plan='auto'; without it use fold.groups "
-          "and fold.values"
-        )
       if compress.uniform:
         raise ConfigError("compress.uniform needs compress.plan='auto'")
       return
@@ -683,11 +682,6 @@ class Config:
       raise ConfigError(
         "compress.uniform keeps projections dense; use fpp.granularity='neuron', "
         "fold.groups=0 and fold.values='dense'"
-      )
-    if f.granularity == "neuron" and compress.qkv is not None:
-      raise ConfigError(
-        "compress.qkv counts W_V apart from W_O, which fpp.granularity='neuron' "
-        "makes smaller together; use fpp.overall"
       )
 
   def _check_prune(self) -> None:
@@ -723,41 +717,6 @@ class Config:
         f"compress.prune={prune!r} has no moments of the sums that "
         "fold.axis='input' makes; use fpp.attention='output'"
       )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Layer:
-  """The shape of one layer of a resolved config; `layers_of` returns these.
-
-  Attributes:
-    heads: Indices of the heads that are left, in increasing order.
-    num_kv_heads: J, the number of key and value heads that are left.
-    head_dim: K.
-    value_dim: r, numbers per head of the values; K unless W_V has low rank.
-    mlp_width: F.
-    qkv_bias: Whether W_Q, W_K and W_V have a bias.
-    groups: G, row groups of W_Q and W_K; 0: dense.
-    axis: As `FoldConfig.axis`.
-    rope: As `FoldConfig.rope`.
-    values: Kind of W_V, see `FoldConfig.values`.
-    window: Number of last tokens that a token attends to; None: all.
-    rope_base: As `ModelConfig.rope_base`.
-    has_norm_attn: False if `ModelConfig.embed_norm` replaces the norm of attention.
-  """
-
-  heads: tuple[int, ...]
-  num_kv_heads: int
-  head_dim: int
-  value_dim: int
-  mlp_width: int
-  qkv_bias: bool
-  groups: int
-  axis: Literal["output", "input"]
-  rope: Literal["copy", "pairs"]
-  values: Values
-  window: int | None
-  rope_base: float
-  has_norm_attn: bool
 
 
 def gpt2(**fields: Any) -> ModelConfig:
@@ -808,7 +767,14 @@ def resolve(config: Config) -> Config:
   Raises:
     ConfigError: a value is of the wrong type or range, or two do not fit.
   """
-  c = from_dict(to_dict(config))
+  found = filled(from_dict(to_dict(config)))
+  found.check()
+  return found
+
+
+def filled(config: Config) -> Config:
+  """Returns a copy with presets and shapes filled in."""
+  c = config
   if c.dense:
     c = dataclasses.replace(
       c,
@@ -843,57 +809,13 @@ def resolve(config: Config) -> Config:
     rope_base=joined(m.rope_base),
   )
   fold = filled(c.fold, "groups", "values")
-  c = dataclasses.replace(c, model=m, fold=fold, fpp=f)
-  c.check()
-  return c
+  return dataclasses.replace(c, model=m, fold=fold, fpp=f)
 
 
 def joined(value: Any) -> Any:
   """Returns one value if a tuple holds equal ones, otherwise the value itself."""
   is_equal = isinstance(value, tuple) and len(set(value)) == 1
   return value[0] if is_equal else value
-
-
-def layers_of(model: ModelConfig, fold: FoldConfig) -> tuple[Layer, ...]:
-  """Returns the shape of each layer.
-
-  Args:
-    model: Resolved.
-    fold: Resolved.
-
-  Raises:
-    ValueError: the config is not resolved.
-  """
-  m, f = model, fold
-  if m.qkv_bias is None or f.groups is None or f.values is None:
-    raise ValueError(
-      "the config is not resolved; use folding.config.resolve(config)"
-    )
-
-  def at(value: Any, n: int) -> Any:
-    return value[n] if isinstance(value, tuple) else value
-
-  layers = []
-  for n in range(m.num_layers):
-    heads = m.heads[n] if m.heads else tuple(range(m.num_heads))
-    layers.append(
-      Layer(
-        heads=heads,
-        num_kv_heads=len(heads) * m.num_kv_heads // m.num_heads,
-        head_dim=m.head_dim,
-        value_dim=at(f.value_rank, n) or m.head_dim,
-        mlp_width=at(m.mlp_width, n),
-        qkv_bias=m.qkv_bias,
-        groups=at(f.groups, n),
-        axis=f.axis,
-        rope=f.rope,
-        values=at(f.values, n),
-        window=at(m.window, n) or None,
-        rope_base=at(m.rope_base, n),
-        has_norm_attn=n > 0 or not m.embed_norm,
-      )
-    )
-  return tuple(layers)
 
 
 def unshrunk(config: Config) -> Config:
@@ -915,13 +837,6 @@ def unshrunk(config: Config) -> Config:
 def dense_baseline(config: Config) -> Config:
   """Returns the resolved config of the dense baseline of a run."""
   return resolve(dataclasses.replace(unshrunk(config), dense=True))
-
-
-def is_whole(config: Config) -> bool:
-  """Returns whether the arrays of a resolved config are those of its baseline."""
-  dense = dense_baseline(config)
-  ours, whole = (layers_of(c.model, c.fold) for c in (config, dense))
-  return ours == whole and not config.fold.embedding_rank
 
 
 def quality(config: Config) -> str:
@@ -946,6 +861,17 @@ def from_dict(values: dict[str, Any]) -> Config:
   return typed.build(Config, values, "config")
 
 
+def from_saved(values: dict[str, Any]) -> Config:
+  """Builds the `Config` that a run or an export saved, also of earlier versions.
+
+  Raises:
+    ConfigError: see `from_dict`.
+  """
+  compress = dict(values.get("compress", {}))
+  compress.pop("qkv", None)  # until 0.2
+  return from_dict({**values, "compress": compress})
+
+
 def load(path: str) -> Config:
   """Reads a config that `save` wrote.
 
@@ -954,7 +880,7 @@ def load(path: str) -> Config:
   """
   values = files.read_json(path, dict)
   try:
-    return from_dict(values)
+    return from_saved(values)
   except ConfigError as error:
     raise ConfigError(
       f"{path} is not a config of this version: {error}; commit c6086e3 reads "

@@ -12,6 +12,7 @@ from configs import pretrained
 from folding import config as c
 from folding import typed
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
 from folding.typed import edited
 from tests.config_cases import make_config
 from tests.models import checkpoints
@@ -252,10 +253,7 @@ def test_layers_have_their_own_shapes():
     fold__groups=(0, 2),
     fold__values="dense",
   )
-  with pytest.raises(ValueError, match="resolve"):
-    c.layers_of(config.model, config.fold)
-  config = c.resolve(config)
-  first, last = c.layers_of(config.model, config.fold)
+  first, last = shape_of(config).layers
   assert (first.heads, first.num_kv_heads, last.num_kv_heads) == ((0, 1), 1, 8)
   assert [(x.mlp_width, x.groups) for x in (first, last)] == [(3, 0), (4, 2)]
   assert hash(first) != hash(last)
@@ -592,18 +590,6 @@ REFUSED = {
     TRAINED | {"compress__plan": "auto", "fpp__attention": "all"},
     "decides how W_O",
     {"fpp__attention": "output"},
-  ),
-  "neurons_and_qkv": (
-    TRAINED
-    | {"compress__plan": "auto", "compress__qkv": 0.5}
-    | {"fpp__granularity": "neuron", "fpp__attention": "none"},
-    "use fpp.overall",
-    {"compress__qkv": None},
-  ),
-  "qkv_without_plan": (
-    TRAINED | {"compress__qkv": 0.5},
-    "auto",
-    {"compress__plan": "auto"},
   ),
   "uniform_without_plan": (
     TRAINED | {"compress__uniform": True},

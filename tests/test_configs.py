@@ -12,6 +12,7 @@ import tensorflow_datasets.text
 from configs import classify, lm, long_lm
 from folding import config as config_lib
 from folding.data import sources
+from folding.models.shape import shape_of
 from folding.training import loop
 from folding.typed import edited
 
@@ -130,5 +131,5 @@ def test_long_config_is_valid_with_and_without_compression():
     config = long_lm.get_config()
     config = edited(config, {"dense": dense})
     config = config_lib.resolve(config)
-    layers = config_lib.layers_of(config.model, config.fold)
+    layers = shape_of(config).layers
     assert {layer.groups for layer in layers} == {groups}

@@ -107,7 +107,9 @@ def _checkpoint(folder, task):
   )
   labels = ["a", "b"] if has_classes else []
   tokenizer = train_tokenizer(config.data, [pathlib.Path(__file__).read_text()])
-  model = folding.make_model(config, tokenizer.vocab_size, len(labels))
+  model = folding.make_model(
+    folding.shape_of(config), tokenizer.vocab_size, len(labels)
+  )
   tokens = jnp.zeros((1, 64), jnp.int32)
   params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
   export_lib.export(folder / "a", config, params, tokenizer, labels)

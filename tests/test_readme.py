@@ -43,7 +43,9 @@ def test_logits_of_a_loaded_export_are_those_of_predict(tmp_path):
     )
   )
   tokenizer = train_tokenizer(config.data, [])
-  model = folding.make_model(config, tokenizer.vocab_size, num_classes=2)
+  model = folding.make_model(
+    folding.shape_of(config), tokenizer.vocab_size, num_classes=2
+  )
   tokens = jnp.zeros((1, 16), jnp.int32)
   params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
   params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 2))

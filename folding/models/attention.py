@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.config import Layer, ModelConfig
 from folding.models import decode as decode_lib
 from folding.models import linear_attention
 from folding.models.decode import Cache, Step
@@ -21,25 +20,26 @@ from folding.models.exact_attention import (
 )
 from folding.models.linear_attention import PastState
 from folding.models.projections import DiagonalProjection, HeadProjection
+from folding.models.shape import Layer, Shape
 
 TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
 
 
 def layer_frequencies(
-  config: ModelConfig, layer: Layer, size: int | None = None
+  shape: Shape, layer: Layer, size: int | None = None
 ) -> Float[np.ndarray, " half"]:
   """Returns the `rope_frequencies` of a layer.
 
   Args:
-    config: Shape of the model.
+    shape: Shape of the model.
     layer: Shape of the layer.
     size: Number of channels of a head; None: all K.
   """
   return rope_frequencies(
     size or layer.head_dim,
     layer.rope_base,
-    config.rope_scaling,
-    config.rope_share,
+    shape.rope_scaling,
+    shape.rope_share,
   )
 
 
@@ -54,7 +54,7 @@ def rope_frequencies(
   Args:
     size: Number of channels of a head.
     base: The slowest pair turns by about 1 / base per token.
-    scaling: As in `folding.config.ModelConfig.rope_scaling`.
+    scaling: As in `folding.config.Design.rope_scaling`.
     share: Fraction of the channels that turn; the last pairs have angle 0.
   """
   half, turning = size // 2, int(size * share) // 2
@@ -100,19 +100,19 @@ class Attention(nn.Module):
   relative bias relative_bias [R, H].
 
   Attributes:
-    config: Shape of the model.
+    shape: Shape of the model.
     layer: Shape of this layer.
     out_init: Initializer of W_O.
     dtype: Type of the computation.
   """
 
-  config: ModelConfig
+  shape: Shape
   layer: Layer
   out_init: nn.initializers.Initializer
   dtype: Any = jnp.float32
 
   def setup(self):
-    c, layer = self.config, self.layer
+    c, layer = self.shape, self.layer
     H, J, K = len(layer.heads), layer.num_kv_heads, layer.head_dim
 
     def heads(count: int, size: int, groups: int = 0):
@@ -230,7 +230,7 @@ class Attention(nn.Module):
     Returns:
       q_BLHG, k_BLJG and v_BLIr, with K numbers for G unless logits are folded.
     """
-    c, layer = self.config, self.layer
+    c, layer = self.shape, self.layer
     q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
     if c.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -254,7 +254,7 @@ class Attention(nn.Module):
     self, query_L: Int[Array, " L"], key_M: Int[Array, " M"]
   ) -> Float[Array, "#H L M"]:
     """Returns the `position_bias` of this layer."""
-    c = self.config
+    c = self.shape
     return position_bias(
       query_L, key_M, self._biases(), causal=c.causal, window=self.layer.window
     )
@@ -262,11 +262,11 @@ class Attention(nn.Module):
   @property
   def logit_options(self) -> dict[str, Any]:
     """Options of `attention_logits`."""
-    return {"head_dim": self.layer.head_dim, "cap": self.config.attention_cap}
+    return {"head_dim": self.layer.head_dim, "cap": self.shape.attention_cap}
 
   def _attend(self, q, k, v, mask_BL) -> Float[Array, "B L H r"]:
     """Attends within whole sequences."""
-    c = self.config
+    c = self.shape
     if mask_BL is not None:
       mask_BL = mask_BL.astype(bool)
     # Linear time needs known sizes, which an exported program may leave open.
@@ -293,19 +293,19 @@ class Attention(nn.Module):
   @property
   def _has_pairs(self) -> bool:
     """Whether G numbers per head are rotated as G/2 pairs."""
-    c, layer = self.config, self.layer
+    c, layer = self.shape, self.layer
     is_folded = 0 < layer.groups < layer.head_dim and layer.axis == "output"
     return c.positions == "rope" and layer.rope == "pairs" and is_folded
 
   def _slopes(self) -> Float[Array, " H"] | None:
     """Returns the ALiBi slope per head; None without ALiBi."""
-    if self.config.positions != "alibi":
+    if self.shape.positions != "alibi":
       return None
     return jnp.exp(self.log_slopes.astype(jnp.float32))
 
   def _biases(self) -> Biases:
     relative_RH = None
-    if self.config.relative_buckets:
+    if self.shape.relative_buckets:
       relative_RH = jax.lax.stop_gradient(self.relative_bias)
     return Biases(self._slopes(), relative_RH)
 
@@ -333,13 +333,13 @@ def rank_1_inputs(
   return linear_attention.Inputs(q[..., 0], k[..., 0], v, slopes_H, mask_BL)
 
 
-def has_rank_1(config: ModelConfig, layer: Layer) -> bool:
+def has_rank_1(shape: Shape, layer: Layer) -> bool:
   """Returns whether logits are products of two numbers, apart from ALiBi."""
   return (
     layer.groups == 1
     and layer.axis == "output"
-    and config.positions != "rope"
+    and shape.positions != "rope"
     and layer.window is None
-    and not config.relative_buckets
-    and config.attention_cap is None
+    and not shape.relative_buckets
+    and shape.attention_cap is None
   )

@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from folding.config import Layer, layers_of
 from folding.errors import ConfigError
 from folding.models.attention import (
   TOLERANCE,
@@ -26,6 +25,7 @@ from folding.models.linear_attention import (
   measure_span,
   span_bound,
 )
+from folding.models.shape import Layer
 from folding.models.transformer import Transformer
 
 _CALIBRATION = 1024  # random tokens that the first ranges are measured on
@@ -34,8 +34,8 @@ _NODES_STEP, _MOST_NODES = 64, 4096
 
 def layers(model: Transformer) -> dict[int, Layer]:
   """Returns the layers that can decode in constant size."""
-  every = enumerate(layers_of(model.config, model.fold))
-  return {n: x for n, x in every if has_rank_1(model.config, x)}
+  every = enumerate(model.shape.layers)
+  return {n: x for n, x in every if has_rank_1(model.shape, x)}
 
 
 def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
@@ -48,8 +48,8 @@ def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
   Returns:
     {n: ranges of layer n}, for layers that can decode in constant size.
   """
-  length = model.max_length
-  if model.config.positions != "learned":
+  length = model.shape.max_length
+  if model.shape.positions != "learned":
     length = min(length, 128)
   size = max(1, _CALIBRATION // length), length
   tokens_BL = np.random.default_rng(0).integers(0, model.vocab_size, size)
@@ -97,7 +97,7 @@ def empty_states(
       "the queries and keys of this model range too far for a constant state; "
       "use a KV cache (--cache=keys)"
     )
-  states: list[PastState | None] = [None] * model.config.num_layers
+  states: list[PastState | None] = [None] * model.shape.num_layers
   for n, layer in layers(model).items():
     states[n] = init_state(
       spans[n], batch_size, len(layer.heads), layer.value_dim, num_nodes

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from folding.compression.shrink import Cut, shrink_layers
-from folding.config import Config, joined, layers_of, unshrunk
+from folding.config import Config, joined, unshrunk
+from folding.models.shape import shape_of
 from folding.tasks import task_of
 
 
@@ -56,16 +57,17 @@ def shrink(
 
   Example:
     >>> import jax, jax.numpy as jnp
-    >>> from folding import config, make_model
+    >>> from folding import config, make_model, shape_of
     >>> c = config.resolve(config.Config(model=config.ModelConfig(num_layers=1)))
     >>> tokens = jnp.zeros((1, 8), jnp.int32)
-    >>> variables = make_model(c, 100).init(jax.random.key(0), tokens)
+    >>> variables = make_model(shape_of(c), 100).init(jax.random.key(0), tokens)
     >>> down = variables["params"]["blocks_0"]["mlp"]["down"]
     >>> down["kernel"] = down["kernel"].at[100:].set(0)
     >>> small = shrink(c, variables["params"], multiple=64)
     >>> small.config.model.mlp_width, small.config.fold.values
     (128, 'identity')
-    >>> make_model(small.config, 100).apply({"params": small.params}, tokens).shape
+    >>> model = make_model(shape_of(small.config), 100)
+    >>> model.apply({"params": small.params}, tokens).shape
     (1, 8, 100)
   """
   small, cut = shrink_layers(
@@ -86,7 +88,7 @@ def shrunk_config(config: Config, cut: Cut) -> Config:
     cut: The cut that makes them smaller.
   """
   m, fold = config.model, config.fold
-  layers = layers_of(m, fold)
+  layers = shape_of(config).layers
   widths, heads, values = [], [], []
 
   def kept(kernel, count):

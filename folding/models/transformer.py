@@ -1,4 +1,4 @@
-"""A transformer that its config makes a BERT, a GPT-2 or a Llama.
+"""A transformer that its shape makes a BERT, a GPT-2 or a Llama.
 
 Paths of its parameters, which are a contract on disk, are in `params`.
 """
@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from flax import core
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.config import Config, FoldConfig, Layer, ModelConfig, layers_of
 from folding.models.attention import Attention
 from folding.models.decode import Cache, Step
 from folding.models.exact_attention import soft_cap
 from folding.models.linear_attention import PastState
-from folding.tasks import task_of
+from folding.models.shape import Layer, Shape
 
 _ACTIVATIONS = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -30,31 +29,29 @@ _ACTIVATIONS = {
 }
 
 
-def _norm(config: ModelConfig, dtype: Any) -> nn.Module:
-  if config.norm == "rmsnorm":
-    return nn.RMSNorm(config.norm_epsilon, dtype=dtype)
-  return nn.LayerNorm(
-    config.norm_epsilon, dtype=dtype, use_bias=config.use_bias
-  )
+def _norm(shape: Shape, dtype: Any) -> nn.Module:
+  if shape.norm == "rmsnorm":
+    return nn.RMSNorm(shape.norm_epsilon, dtype=dtype)
+  return nn.LayerNorm(shape.norm_epsilon, dtype=dtype, use_bias=shape.use_bias)
 
 
-def _residual_init(config: ModelConfig) -> nn.initializers.Initializer:
+def _residual_init(shape: Shape) -> nn.initializers.Initializer:
   """Initializer of W_O and W_down, scaled by (2 N)^(-1/2) (Radford et al. 2019)."""
   return nn.initializers.variance_scaling(
-    1 / (2 * config.num_layers), "fan_in", "truncated_normal"
+    1 / (2 * shape.num_layers), "fan_in", "truncated_normal"
   )
 
 
 class MLP(nn.Module):
   """Feed-forward layer: down(activation(up(x)) [* gate(x)])."""
 
-  config: ModelConfig
+  shape: Shape
   features: int  # F
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    c, F = self.config, self.features
+    c, F = self.shape, self.features
 
     def dense(name: str, features: int, **options: Any):
       return nn.Dense(
@@ -77,12 +74,12 @@ class Block(nn.Module):
   after each branch ("both"). Parallel branches read the same stream.
   """
 
-  config: ModelConfig
+  shape: Shape
   layer: Layer
   dtype: Any = jnp.float32
 
   def setup(self):
-    c = self.config
+    c = self.shape
     self.attn = Attention(c, self.layer, _residual_init(c), self.dtype)
     self.mlp = MLP(c, self.layer.mlp_width, self.dtype)
     if self.layer.has_norm_attn:
@@ -138,7 +135,7 @@ class Block(nn.Module):
     def drop(x_BLD):
       return self.dropout(x_BLD, deterministic=deterministic)
 
-    norms, before_BLD = self.config.norm_position, x_BLD
+    norms, before_BLD = self.shape.norm_position, x_BLD
     out_BLD, cache = attend(self.attention_input(x_BLD))
     if norms == "post":
       x_BLD = self.norm_attn(x_BLD + drop(out_BLD))
@@ -146,7 +143,7 @@ class Block(nn.Module):
     if norms == "both":
       out_BLD = self.norm_attn_out(out_BLD)
     x_BLD += drop(out_BLD)
-    read_BLD = before_BLD if self.config.parallel else x_BLD
+    read_BLD = before_BLD if self.shape.parallel else x_BLD
     out_BLD = self.mlp(self.norm_mlp(read_BLD))
     if norms == "both":
       out_BLD = self.norm_mlp_out(out_BLD)
@@ -154,7 +151,7 @@ class Block(nn.Module):
 
   def attention_input(self, x_BLD: Float[Array, "B L D"]) -> Array:
     """Returns the input of attention, which is normed unless "post"."""
-    is_post = self.config.norm_position == "post"
+    is_post = self.shape.norm_position == "post"
     if is_post or not self.layer.has_norm_attn:
       return x_BLD
     return self.norm_attn(x_BLD)
@@ -166,8 +163,9 @@ class Transformer(nn.Module):
   A model of task "embed" has no head; it maps a text to a vector.
 
   Example:
-    >>> from folding.config import Config, resolve
-    >>> model = make_model(resolve(Config()), vocab_size=100)
+    >>> from folding.config import Config
+    >>> from folding.models.shape import shape_of
+    >>> model = make_model(shape_of(Config()), vocab_size=100)
     >>> tokens = jnp.zeros((2, 8), jnp.int32)
     >>> params = model.init(jax.random.key(0), tokens)["params"]
     >>> params["blocks_0"]["attn"]["q"]["kernel"].shape  # D, H, G
@@ -176,15 +174,12 @@ class Transformer(nn.Module):
     (2, 8, 100)
   """
 
-  config: ModelConfig
-  fold: FoldConfig
+  shape: Shape
   vocab_size: int  # V
-  max_length: int  # most L, for learned positions
-  num_classes: int = 0  # C, outputs of the head; 0: next-token logits
-  embeds: bool = False  # the output is the pooled vector of a text
+  num_classes: int = 0  # C, outputs of the head, if it gives scores
 
   def setup(self):
-    c = self.config
+    c = self.shape
     dtype = jnp.dtype(c.dtype)
 
     width = c.embed_width or c.width
@@ -193,12 +188,12 @@ class Transformer(nn.Module):
       init = nn.initializers.normal(0.02)
       return nn.Embed(size, width, embedding_init=init, dtype=dtype)
 
-    rank = self.fold.embedding_rank
+    rank = c.embedding_rank
     self.embed = embed(self.vocab_size, rank or width)
     if rank:
       self.embed_expand = nn.Dense(width, dtype=dtype)
     if c.positions == "learned":
-      self.position_embed = embed(self.max_length)
+      self.position_embed = embed(c.max_length)
     if c.segments:
       self.segment_embed = embed(c.segments)
     if c.norm_position == "post" or c.embed_norm:
@@ -207,17 +202,17 @@ class Transformer(nn.Module):
       self.embed_project = nn.Dense(c.width, dtype=dtype)
     self.dropout = nn.Dropout(c.dropout)
     block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
-    self.blocks = [block(c, layer, dtype) for layer in layers_of(c, self.fold)]
+    self.blocks = [block(c, layer, dtype) for layer in c.layers]
     if c.norm_position != "post":
       self.norm_final = _norm(c, dtype)
-    if self.num_classes:
+    if c.output == "scores":
       has_norm = c.pooler and c.pooler_norm
       if c.pooler:
         self.pooler = nn.Dense(c.width, use_bias=not has_norm)
       if has_norm:
         self.norm_pooler = _norm(c, jnp.float32)
       self.head = nn.Dense(self.num_classes, use_bias=c.use_bias or has_norm)
-    elif not (c.tie_embeddings or self.embeds):
+    elif c.output == "tokens" and not c.tie_embeddings:
       self.head = nn.Dense(self.vocab_size, use_bias=False, dtype=dtype)
 
   def __call__(
@@ -261,7 +256,7 @@ class Transformer(nn.Module):
     x_BLD = self.embed_tokens(tokens_BL, deterministic, segments_BL=segments_BL)
     for _, group in itertools.groupby(self.blocks, lambda block: block.layer):
       blocks = list(group)
-      scans = self.config.scan_layers and len(blocks) > 1
+      scans = self.shape.scan_layers and len(blocks) > 1
       if scans and not self.is_initializing():
         x_BLD = self._scan(blocks, x_BLD, mask_BL, deterministic)
         continue
@@ -281,7 +276,7 @@ class Transformer(nn.Module):
     Variables that a layer stores, such as observed statistics, are stored under
     its own path. Interceptors see a layer once, without its name.
     """
-    c, first = self.config, blocks[0]
+    c, first = self.shape, blocks[0]
     block = Block(c, first.layer, first.dtype, parent=None)
     params = jax.tree.map(
       lambda *ws: jnp.stack(ws), *(b.variables["params"] for b in blocks)
@@ -346,7 +341,7 @@ class Transformer(nn.Module):
     """
     position_B1 = (step.position - step.start_B)[:, None]
     # `generate` discards what is computed past the last learned position.
-    position_B1 = jnp.minimum(position_B1, self.max_length - 1)
+    position_B1 = jnp.minimum(position_B1, self.shape.max_length - 1)
     x_B1D = self.embed_tokens(tokens_B[:, None], True, position_B1)
     updated = []
     for block, cache in zip(self.blocks, caches, strict=True):
@@ -372,18 +367,18 @@ class Transformer(nn.Module):
     Raises:
       ValueError: the sequences exceed the learned positions.
     """
-    c = self.config
+    c = self.shape
     x_BLD = self.embed(tokens_BL)
-    if self.fold.embedding_rank:
+    if c.embedding_rank:
       x_BLD = self.embed_expand(x_BLD)
     if c.scale_embeddings:
       x_BLD *= jnp.asarray(c.width**0.5, x_BLD.dtype)
     if c.positions == "learned":
       if position_BL is None:
         length = tokens_BL.shape[1]
-        if length > self.max_length:  # the logits would be NaN
+        if length > self.shape.max_length:  # the logits would be NaN
           raise ValueError(
-            f"a sequence of {length} tokens exceeds the {self.max_length} "
+            f"a sequence of {length} tokens exceeds the {self.shape.max_length} "
             "learned positions"
           )
         position_BL = jnp.arange(length)[None]
@@ -409,12 +404,12 @@ class Transformer(nn.Module):
       x_BLD: Output of the last block.
       mask_BL: False or 0 at pad tokens; None: no padding.
     """
-    c = self.config
+    c = self.shape
     if c.norm_position != "post":
       x_BLD = self.norm_final(x_BLD)
-    if self.num_classes or self.embeds:
+    if c.output != "tokens":
       pooled_BD = _pool(x_BLD, mask_BL, c.pooling)
-      if self.embeds:
+      if c.output == "vector":
         return unit(pooled_BD) if c.normalize else pooled_BD
       if c.pooler:
         activation = _ACTIVATIONS[c.pooler_activation]
@@ -432,7 +427,7 @@ class Transformer(nn.Module):
 
   def read_out_params(self, params: Any) -> Any:
     """Returns the part of the parameters that `read_out` reads."""
-    is_tied = self.config.tie_embeddings and not self.num_classes
+    is_tied = self.shape.tie_embeddings and not self.num_classes
     output = {"embed", "embed_project"} if is_tied else {"head"}
     names = {"norm_final", "pooler", "norm_pooler"} | output
     return {name: w for name, w in params.items() if name in names}
@@ -469,40 +464,30 @@ def unit(x_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
 
 
 def make_model(
-  config: Config, vocab_size: int, num_classes: int = 0
+  shape: Shape, vocab_size: int, num_classes: int = 0
 ) -> Transformer:
-  """Returns the model of a resolved config.
+  """Returns the model of a shape.
 
   Args:
-    config: Resolved by `folding.config.resolve`.
+    shape: From `shape_of`.
     vocab_size: V, from the tokenizer.
     num_classes: C, outputs of the head, from the data; ignored for models
       without one.
-
-  Raises:
-    ValueError: the config is not resolved.
   """
-  layers_of(config.model, config.fold)  # raises
-  task = task_of(config)
-  return Transformer(
-    config.model,
-    config.fold,
-    vocab_size,
-    config.data.length,
-    num_classes if task.labels else 0,
-    task.makes_vectors,
-  )
+  if shape.output != "scores":
+    num_classes = 0
+  return Transformer(shape, vocab_size, num_classes)
 
 
-def model_for(config: Config, params: Mapping[str, Any]) -> Transformer:
-  """Returns the model of a resolved config, sized by its parameters.
+def model_for(shape: Shape, params: Mapping[str, Any]) -> Transformer:
+  """Returns the model of a shape, sized by its parameters.
 
   Args:
-    config: Resolved.
+    shape: Shape of the model.
     params: Parameters of the model or of its dense baseline.
   """
   num_classes = params["head"]["kernel"].shape[1] if "head" in params else 0
-  return make_model(config, len(params["embed"]["embedding"]), num_classes)
+  return make_model(shape, len(params["embed"]["embedding"]), num_classes)
 
 
 # A run asks several times, and each call would trace the model. The cast: pyright

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from folding import config as config_lib
 from folding import errors, files, typed
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
 from folding.reporting import page
 from folding.tasks import METRICS, task_of
 from folding.training import run_dir
@@ -195,10 +196,7 @@ class Kept(NamedTuple):
 def plan(run: Run) -> dict[str, list[Kept]]:
   """Returns what each layer keeps, by name; {} if all layers are dense."""
   config = run.config
-  dense, ours = (
-    config_lib.layers_of(c.model, c.fold)
-    for c in (config_lib.dense_baseline(config), config)
-  )
+  shape = shape_of(config)
   arrays = {array["path"]: array for array in run.layers}
 
   def nonzero(layer: int, path: str, is_pruned: bool) -> float:
@@ -210,7 +208,9 @@ def plan(run: Run) -> dict[str, list[Kept]]:
   has_heads = config.fpp.attention == "heads"
   has_neurons = config.fpp.granularity == "neuron"
   found: dict[str, list[Kept]] = {}
-  for n, (a, b) in enumerate(zip(dense, ours, strict=True)):
+  for n, (a, b) in enumerate(
+    zip(shape.dense().layers, shape.layers, strict=True)
+  ):
     is_dense = b.values == "dense"
     heads = round(len(b.heads) * nonzero(n, "attn/o", has_heads))
     neurons = round(b.mlp_width * nonzero(n, "mlp/down", has_neurons))

@@ -19,6 +19,7 @@ from folding.data.padding import (
 from folding.data.tokenizers import Encoded, Text
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
 from folding.serving.batched import require_several, require_texts
 from folding.serving.loaded import Model, load
 from folding.tasks import task_of
@@ -81,7 +82,7 @@ def compress(
       f"max_texts is a whole number, at least 1; it is {max_texts!r}"
     )
   loaded = model if isinstance(model, Model) else load(model)
-  if not config_lib.is_whole(loaded.config):
+  if not shape_of(loaded.config).is_dense:
     raise ConfigError("this model is folded or shrunk; give the dense one")
   texts = list(texts)
   if not texts:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from folding.config import layers_of
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError
 from folding.models import constant_state
@@ -82,12 +81,11 @@ def prefill(
   )
   logits_BV, caches = found
   token_B = sampling_lib.choose(draw, logits_BV, num_new)
-  layers = layers_of(model.config, model.fold)
   caches = [
     x
     if isinstance(x, PastState)
     else decode_lib.resize(x, min(num_slots, layer.window or num_slots))
-    for x, layer in zip(caches, layers, strict=True)
+    for x, layer in zip(caches, model.shape.layers, strict=True)
   ]
   return State(caches, token_B, jnp.int32(tokens_BL.shape[1]), num_new + 1)
 
@@ -147,10 +145,11 @@ class Generator:
       above 0.
 
   Example:
-    >>> from folding.config import Config, ModelConfig, resolve
+    >>> from folding.config import Config, ModelConfig
+    >>> from folding.models.shape import shape_of
     >>> from folding.models.transformer import make_model
-    >>> shape = ModelConfig(num_layers=1, width=16, num_heads=2)
-    >>> model = make_model(resolve(Config(model=shape)), vocab_size=9)
+    >>> small = ModelConfig(num_layers=1, width=16, num_heads=2)
+    >>> model = make_model(shape_of(Config(model=small)), vocab_size=9)
     >>> tokens = jnp.zeros((1, 4), jnp.int32)
     >>> params = model.init(jax.random.key(0), tokens)["params"]
     >>> prompts = [np.array([1, 2, 3]), np.array([4])]
@@ -171,7 +170,7 @@ class Generator:
       raise ConfigError(
         "this model is a classifier and predicts no next token; use folding predict"
       )
-    if model.embeds or not model.config.causal:
+    if model.shape.output != "tokens" or not model.shape.causal:
       raise ConfigError(
         "this model makes vectors of texts and predicts no next token; use "
         "folding encode"
@@ -283,12 +282,12 @@ class Generator:
           f"prompt {number} has the token id {low if low < 0 else high}; "
           f"those of the model are 0 to {V - 1}"
         )
-      most = self.model.max_length - len(ids)
-      if self.model.config.positions == "learned" and max_new_tokens > most:
+      most = self.model.shape.max_length - len(ids)
+      if self.model.shape.positions == "learned" and max_new_tokens > most:
         advice = f"ask for {most} or fewer" if most > 0 else "shorten it"
         raise ConfigError(
           f"prompt {number} has {len(ids)} tokens, which with {max_new_tokens} "
-          f"new ones exceed the {self.model.max_length} positions of the "
+          f"new ones exceed the {self.model.shape.max_length} positions of the "
           f"model; {advice}"
         )
 
@@ -328,7 +327,7 @@ class Generator:
       while not state.is_outside():
         # A copy, because the next call donates the memory of the state.
         block_BT = np.array(block_BT)
-        require_finite(block_BT >= 0, self.model.config.dtype)
+        require_finite(block_BT >= 0, self.model.shape.dtype)
         new_BT = np.concatenate([new_BT, block_BT], axis=1)
         yield block_BT
         state, block_BT = self._decode(params, state, start_B, draw=draw)

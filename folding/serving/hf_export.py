@@ -13,7 +13,7 @@ import tokenizers
 from folding import config as config_lib
 from folding import files, paths
 from folding.compression.fold import unfold
-from folding.config import Layer, ModelConfig
+from folding.config import ModelConfig
 from folding.data.special_tokens import OPTIONS
 from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
@@ -23,6 +23,7 @@ from folding.models.attention import layer_frequencies
 from folding.models.families import FAMILIES
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
+from folding.models.shape import Layer, shape_of
 from folding.serving.loaded import Model, require_exportable, require_float
 from folding.tasks import task_of
 
@@ -147,10 +148,10 @@ def unfolded(loaded: Model) -> dict[str, Any]:
   m = loaded.config.model
   frequencies = None
   if m.positions == "rope":
-    layers = config_lib.layers_of(m, loaded.config.fold)
+    shape = shape_of(loaded.config)
     frequencies = {
-      f"blocks_{n}/attn": layer_frequencies(m, layer)
-      for n, layer in enumerate(layers)
+      f"blocks_{n}/attn": layer_frequencies(shape, layer)
+      for n, layer in enumerate(shape.layers)
     }
   try:
     return unfold(loaded.params, frequencies, m.head_dim)
@@ -169,7 +170,7 @@ def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
     ConfigError: the parameters have no dense form.
   """
   params = unfolded(loaded)
-  layers = config_lib.layers_of(loaded.config.model, loaded.config.fold)
+  layers = shape_of(loaded.config).layers
   table_RH = np.zeros((m.relative_buckets, m.num_heads), np.float32)
   for n, layer in enumerate(layers):
     fill = functools.partial(_filled, m, layer)

@@ -29,6 +29,7 @@ from folding.data.tokenizers import (
 from folding.errors import ConfigError, reason
 from folding.models import hf_weights, sentence
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
+from folding.models.shape import shape_of
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.serving.batched import (
@@ -179,9 +180,8 @@ class Model:
   def model(self) -> Transformer:
     """The Linen module: `model.apply({"params": params}, tokens, mask)`."""
     # A loop over layers would stack, and so copy, the weights at each call.
-    model = dataclasses.replace(self.config.model, scan_layers=False)
-    config = dataclasses.replace(self.config, model=model)
-    return make_model(config, self.num_rows, len(self.labels))
+    shape = dataclasses.replace(shape_of(self.config), scan_layers=False)
+    return make_model(shape, self.num_rows, len(self.labels))
 
   @property
   def pair(self) -> tuple[str, str] | None:
@@ -246,7 +246,7 @@ def _load_compact(path: str, values: dict[str, Any]) -> Model:
       f"reads schema {SCHEMA}"
     )
   try:
-    config = config_lib.from_dict(values["config"])
+    config = config_lib.from_saved(values["config"])
     labels = tuple(values["labels"])
     if task_of(config).labels and not labels:  # an earlier export
       is_normalized = values.get("is_normalized") is True
@@ -347,7 +347,7 @@ def require_shapes(
 ) -> None:
   """Raises `ConfigError` unless these are the shapes of the config's model."""
   rows = shapes.get("embed/embedding", (0,))[0]
-  made = param_shapes(make_model(config, rows, num_classes))
+  made = param_shapes(make_model(shape_of(config), rows, num_classes))
   expected = {name: x.shape for name, x in paths.flatten(made).items()}
   for name in sorted(expected.keys() | shapes.keys()):
     if expected.get(name) != shapes.get(name):
@@ -441,9 +441,7 @@ def sizes(loaded: Model) -> dict[str, int]:
   rows = loaded.num_rows
   if isinstance(loaded.tokenizer, MappedTokenizer):
     rows = loaded.tokenizer.plain_size
-  dense = make_model(
-    config_lib.dense_baseline(loaded.config), rows, len(loaded.labels)
-  )
+  dense = make_model(shape_of(loaded.config).dense(), rows, len(loaded.labels))
   found = account(loaded.params, param_shapes(dense))["bytes"]["overall"]
   return {
     "dense": found["dense"],

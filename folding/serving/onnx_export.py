@@ -29,7 +29,6 @@ import numpy as np
 
 from folding import config as config_lib
 from folding import files, paths
-from folding.config import Layer, ModelConfig, layers_of
 from folding.data.special_tokens import OPTIONS
 from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
@@ -38,6 +37,7 @@ from folding.models import hf_config, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.exact_attention import MASKED, relative_buckets
 from folding.models.hf_weights import CONFIG, TOKENIZER
+from folding.models.shape import Layer, Shape, shape_of
 from folding.serving.hf_export import tokenizer_options
 from folding.serving.loaded import Model, require_exportable
 from folding.tasks import task_of
@@ -180,7 +180,7 @@ class _Graph:
     shape: int64[2], B and L.
   """
 
-  def __init__(self, config: ModelConfig, params: Any, dtype: Dtype):
+  def __init__(self, config: Shape, params: Any, dtype: Dtype):
     self.config, self.dtype = config, dtype
     self.largest = _INTEGERS.get(dtype)
     self.params = {
@@ -321,7 +321,7 @@ class _Graph:
     return self.add("Mul", found, self.add("Gather", scale, ids))
 
   def norm(self, x: str, name: str, kind: str = "") -> str:
-    """Returns the last axis of x normed, as by `ModelConfig.norm`."""
+    """Returns the last axis of x normed, as by `Design.norm`."""
     leaves = [f"{name}/{leaf}" for leaf in ("scale", "bias")]
     arrays = [self.array(y, self.params[y]) for y in leaves if y in self.params]
     epsilon = self.config.norm_epsilon
@@ -390,13 +390,13 @@ def _make_graph(
     token_map: The row of each id of the tokenizer; None: the id.
     dtype: Type of matrices and embeddings.
   """
-  m = loaded.config.model
+  m = shape_of(loaded.config)
   g = _Graph(m, loaded.params, dtype)
   width, ids = m.embed_width or m.width, TOKENS
   if token_map is not None:
     ids = g.add("Gather", g.array("token_map", token_map.astype(np.int32)), ids)
   x = g.embed("embed/embedding", ids)
-  if rank := loaded.config.fold.embedding_rank:
+  if rank := m.embedding_rank:
     x = g.add("Reshape", x, g.ints(-1, rank))
     x = g.unflatten(g.dense(x, "embed_expand"), width)
   if m.scale_embeddings:
@@ -411,7 +411,7 @@ def _make_graph(
   if m.embed_width:
     x = g.dense(x, "embed_project")
   is_both = m.norm_position == "both"
-  for n, layer in enumerate(layers_of(m, loaded.config.fold)):
+  for n, layer in enumerate(m.layers):
     name = f"blocks_{n}"
     block = _Block(g, layer, name)
     if m.norm_position == "post":

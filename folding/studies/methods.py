@@ -16,6 +16,7 @@ from folding import config as config_lib
 from folding.config import Config, DataConfig, ModelConfig
 from folding.data.tokenizers import vocab_size
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 
 Edits = dict[str, Any]  # {dotted field of `Config`: value}
@@ -140,7 +141,7 @@ def narrower(base: Config, level: float) -> Edits:
 def _count(task: Any, vocabulary: int, length: int, model: ModelConfig) -> int:
   data = DataConfig(length=length)
   config = Config(task=task, dense=True, model=model, data=data)
-  made = make_model(config_lib.resolve(config), vocabulary, num_classes=2)
+  made = make_model(shape_of(config), vocabulary, num_classes=2)
   return sum(x.size for x in jax.tree.leaves(param_shapes(made)))
 
 

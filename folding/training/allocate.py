@@ -11,6 +11,7 @@ saves its share (`compress.embedding` "share"), or its rank is one more decision
 slower, as a lookup takes almost no time.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ from folding import config as config_lib
 from folding import paths
 from folding.config import Config
 from folding.errors import ConfigError
+from folding.models import hf_config
 from folding.models.params import group_of
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.tasks import task_of
 from folding.training.fold_pretrained import require_pairs
@@ -29,6 +32,7 @@ from folding.training.layer_options import (
   EMBEDDING,
   Decision,
   Options,
+  Tried,
   embedding_size,
   measure,
   num_weights,
@@ -52,8 +56,7 @@ def allocate(
   """Returns the config with heads, `fold` and `fpp.linear_layers` per layer.
 
   The model becomes as small as the config asks: by `fpp.overall`, or as small
-  as the same folding and pruning in all layers would make it. Folding alone
-  reaches `compress.qkv`, if set, before anything is pruned. The output layer
+  as the same folding and pruning in all layers would make it. The output layer
   and the embedding keep their targets; with `fpp.overall` these are `overall`
   and 1 - (1 - overall)**embedding_share. The returned config states all of
   this, and its `compress.plan` is "same".
@@ -67,15 +70,13 @@ def allocate(
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
   """
-  require_pairs(config)
-  measured = measure(config, params, batches, sensitivity)
+  asked, tried = shape_of(config), _tried(config)
+  require_pairs(asked)
+  measured = measure(asked, params, batches, sensitivity, tried)
   is_uniform = config.compress.uniform
   options = of_all_layers(measured) if is_uniform else measured
   sizes, linear, embedding, rank, budget = _target(config, params)
   chosen = dict.fromkeys(options, 0)
-  if config.compress.qkv is not None:
-    limit = (1 - config.compress.qkv) * sizes["qkv"]
-    chosen = cheapest(options, chosen, ("attn",), limit)
   chosen = cheapest(options, chosen, _KINDS, budget)
   if is_uniform:
     chosen = {key: chosen[0, key[1]] for key in measured}
@@ -100,7 +101,6 @@ def allocate(
     "fpp.linear_layers": layers,
     "compress.plan": "same",
     "compress.uniform": False,
-    "compress.qkv": None,
     "compress.embedding": "share",
   }
   if not any((linear, embedding, *layers)):  # folding alone saves as much
@@ -110,6 +110,21 @@ def allocate(
   if config.fpp.embedding_granularity == "rank":
     edits["fpp.embedding_granularity"] = "weight"
   return config_lib.resolve(edited(config, edits))
+
+
+def _tried(config: Config) -> Tried:
+  """Returns which options a plan has to choose from."""
+  m, compress = config.model, config.compress
+  fewer = dataclasses.replace(
+    m, num_heads=m.num_heads // m.num_kv_heads, num_kv_heads=1
+  )
+  return Tried(
+    by_neuron=config.fpp.granularity == "neuron",
+    embedding=config.has_open_rank and compress.embedding == "errors",
+    # Not all families can express fewer heads.
+    heads=not compress.uniform or hf_config.is_known(fewer),
+    ranks=not compress.uniform,
+  )
 
 
 class _Target(NamedTuple):
@@ -135,7 +150,7 @@ def _target(config: Config, params: Mapping[str, Any]) -> _Target:
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
   rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
-  if config.has_open_rank and config.compress.embedding == "errors":
+  if _tried(config).embedding:
     embedding = 0.0  # the options of its rank count its parameters
     sizes["embedding"] -= math.prod(shape)
   elif config.has_open_rank:
@@ -162,7 +177,7 @@ def require_reachable(config: Config, params: Mapping[str, Any]) -> None:
   """
   if (asked := config.fpp.overall) is None:
     return
-  least = sum(smallest(config, params).values())
+  least = sum(smallest(shape_of(config), params, _tried(config)).values())
 
   def is_reachable(overall: float) -> bool:
     tried = edited(config, {"fpp.overall": overall})
@@ -246,8 +261,7 @@ def cheapest(
           moves.append((price, key, j))
     if not moves:
       raise ConfigError(
-        "no plan reaches the target; lower the saving (in a config: fpp.overall, "
-        "compress.qkv)"
+        "no plan reaches the target; lower the saving (in a config: fpp.overall)"
       )
     _, key, j = min(moves)
     chosen[key] = j
@@ -299,7 +313,7 @@ def _budget(
     head = (1 - linear if is_pruned else 1) * sizes["head"]
     outside = (1 - embedding) * sizes["embedding"] + sizes["other"] + head
     return (1 - config.fpp.overall) * sizes["all"] - outside
-  shapes = param_shapes(make_model(config, vocab_size=1, num_classes=1))
+  shapes = param_shapes(make_model(shape_of(config), 1, num_classes=1))
   qkv = sum(
     num_weights(block["attn"], ("q", "k", "v", "frequency"))
     for name, block in shapes.items()

@@ -22,6 +22,8 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import token_usage, trimmed
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
+from folding.models.shrink import shrink
 from folding.models.transformer import make_model, model_for, param_shapes
 from folding.training.allocate import (
   allocate,
@@ -35,7 +37,7 @@ from folding.training.progress import aligned
 from folding.training.prune_trained import (
   neuron_pruner,
   prune_trained,
-  without_neurons,
+  zero_neurons,
 )
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import require_text
@@ -143,31 +145,44 @@ def _compress(config, dense, batches, usage_V, is_head_drawn) -> Compressed:
   if is_auto:
     require_reachable(config, dense)
   if is_auto or has_ranks or config.fpp.granularity == "neuron":
-    require_text(config, batches)
+    require_text(shape_of(config), batches)
     trained = dict(dense)
     if is_head_drawn:
       trained.pop("head", None)
-    sensitivity = sensitivities(config, trained, batches)
+    sensitivity = sensitivities(shape_of(config), trained, batches)
   if is_auto:
     config = allocate(config, dense, batches, sensitivity)
-  is_pruned = config.compress.prune != "none"
-  prune_layer = None
-  if is_pruned and config.fpp.granularity == "neuron":
-    shapes = param_shapes(model_for(config, dense))
-    prune_layer = neuron_pruner(config, shapes, dense, sensitivity)
-  if prune_layer or config.fold != config_lib.dense_baseline(config).fold:
+  shape, method = shape_of(config), config.compress.prune
+  prune_layer, rules = None, []
+  if method != "none":
+    shapes = param_shapes(model_for(shape, dense))
+    rules = make_rules(config, shapes, dense)
+    if config.fpp.granularity == "neuron":
+      prune_layer = neuron_pruner(shape, shapes, rules, sensitivity)
+  if prune_layer or is_auto or not shape.is_dense:
     params, report = fold_pretrained(
-      config,
+      shape,
       dense,
       batches,
+      fit_steps=config.compress.fit_steps,
       prune=prune_layer,
       usage_V=usage_V,
       sensitivity=sensitivity,
     )
-  if is_pruned:
-    params = prune_trained(config, params, dense, batches)
-  if prune_layer:
-    config, params = without_neurons(config, params)
+  if method != "none":
+    params = prune_trained(
+      shape,
+      params,
+      batches,
+      rules,
+      method,
+      keeps_blocks=prune_layer is not None,
+    )
+  if prune_layer:  # multiples of 8; FPP holds all other zeros
+    zeros = zero_neurons(params)
+    config, params, _ = shrink(
+      config, params, multiple=8, absorb=False, is_zero=zeros
+    )
   return Compressed(config, params, report)
 
 
@@ -271,7 +286,7 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   else:
     params, dense = (
       param_shapes(make_model(each, size, data.num_classes))
-      for each in (config, config_lib.dense_baseline(config))
+      for each in (shape_of(config), shape_of(config).dense())
     )
     fraction = embedding_fraction(make_rules(config, params, dense))
   if not fraction:

@@ -19,6 +19,7 @@ from folding.models.hf_weights import (
   find_pretrained,
   load_pretrained,
 )
+from folding.models.shape import shape_of
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.tasks import task_of
 from folding.training.checkpoint import load_run
@@ -58,7 +59,7 @@ def dense_start(
     ConfigError: see `read_source`; or an array does not fit.
   """
   model = make_model(
-    config_lib.dense_baseline(config),
+    shape_of(config).dense(),
     data.tokenizer.plain_size,
     data.num_classes,
   )
@@ -134,7 +135,7 @@ def read_source(
     found, params, tokenizer = load_run(path)
     model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
     classes, task = load_labels(path), found.task
-    if not config_lib.is_whole(found):
+    if not shape_of(found).is_dense:
       raise ConfigError(f"{path} is folded or shrunk; start from a dense run")
     if isinstance(tokenizer, MappedTokenizer):
       raise ConfigError(

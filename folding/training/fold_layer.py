@@ -13,8 +13,8 @@ import scipy.linalg
 from folding.compression import lowrank
 from folding.compression.lowrank import Moments
 from folding.compression.shrink import make_cut
-from folding.config import Layer, ModelConfig
 from folding.models.attention import layer_frequencies
+from folding.models.shape import Layer, Shape
 from folding.models.transformer import Block
 from folding.training.fit_attention import fit_attention
 from folding.training.stream import (
@@ -100,7 +100,7 @@ def fold_layer(
     new = prune.attention(new, stream)
     seen = capture_all(block, new, stream, outputs=("o",))
     outputs = [one["o"] for one in seen]
-  names = ("down", *_MIDDLE[block.config.norm_position])
+  names = ("down", *_MIDDLE[block.shape.norm_position])
   # The output of attention is given, so layers of any plan run the same program.
   rest = {**new, "attn": old["attn"]}
   seen = [
@@ -112,7 +112,7 @@ def fold_layer(
     new = prune.neurons(new, read.moments)
     stays_F = np.any(new["mlp"]["down"]["kernel"], axis=1)
     read = read._replace(halves=[half.only(stays_F) for half in read.halves])
-  data = _fit_data(block.config, "down", stream, target, seen)
+  data = _fit_data(block.shape, "down", stream, target, seen)
   down, report["mlp_r2"] = _refit(new["mlp"]["down"], read, data)
   new = {**new, "mlp": {**new["mlp"], "down": down}}
   given = (  # of one batch at a time
@@ -135,8 +135,8 @@ def target_of(
   block: Block, params: Params, stream: Stream
 ) -> list[dict[str, jax.Array]]:
   """Returns what the fits of a layer need of the dense one, and "out"."""
-  norms = block.config.norm_position
-  outputs = ("o", "down") if norms == "both" or block.config.parallel else ()
+  norms = block.shape.norm_position
+  outputs = ("o", "down") if norms == "both" or block.shape.parallel else ()
   return capture_all(block, params, stream, _STREAMS[norms], (*outputs, "out"))
 
 
@@ -173,7 +173,7 @@ def fold_attention(
   Returns:
     (its parameters, the report of the layer so far, its output on each batch).
   """
-  layer, K = block.layer, block.config.head_dim
+  layer, K = block.layer, block.shape.head_dim
   attn, report, read = _fold_logits(block, dense, old, stream, fit_steps)
   mix = np.eye(len(read.halves[0].sum_F))
   if len(mix) > len(layer.heads) * K:  # of the dense heads, which are more
@@ -192,7 +192,7 @@ def fold_attention(
   # is fitted to the output of the dense layer on the same input.
   has_prior = layer.values == "dense"
   wanted = target if has_prior else target_of(dense, old, stream)
-  data = _fit_data(block.config, "o", stream, wanted)
+  data = _fit_data(block.shape, "o", stream, wanted)
   attn["o"], report["attention_r2"] = _refit(
     attn["o"], read, data, mix=mix, has_prior=has_prior
   )
@@ -213,7 +213,7 @@ def _fold_logits(
     (its parameters, the report of the layer so far, what W_O of all heads of the
     dense layer reads).
   """
-  m, layer = block.config, block.layer
+  m, layer = block.shape, block.layer
   attn, report = dict(old["attn"]), initial_report(layer)
   # All heads and all of W_V stay until the end, so that layers of other sizes run
   # the same programs.
@@ -265,7 +265,7 @@ def keep_heads(
 
 
 def _fit_data(
-  m: ModelConfig,
+  m: Shape,
   role: str,
   stream: Stream,
   target: Sequence[Mapping[str, jax.Array]],
@@ -274,7 +274,7 @@ def _fit_data(
   """Returns (base, target) of the fit of a projection: base + output = target.
 
   Args:
-    m: Resolved.
+    m: Shape of the model.
     role: "o" or "down".
     stream: Input of the layer.
     target: `target_of` the layer whose output is fitted.
@@ -338,12 +338,12 @@ def _moment_sums(block, params, x, mask) -> HeadMoments:
 
 
 def fold_logits(
-  m: ModelConfig, layer: Layer, attn: Params, moments: HeadMoments
+  m: Shape, layer: Layer, attn: Params, moments: HeadMoments
 ) -> tuple[dict[str, Any], float | None]:
   """Returns an attention layer with folded W_Q and W_K, and their `kept`.
 
   Args:
-    m: Resolved.
+    m: Shape of the model.
     layer: Has the groups, at least one.
     attn: Parameters of the dense layer.
     moments: Moments of its input.
@@ -362,12 +362,12 @@ def fold_logits(
 
 
 def logit_terms(
-  m: ModelConfig, layer: Layer, attn: Params, moments: HeadMoments
+  m: Shape, layer: Layer, attn: Params, moments: HeadMoments
 ) -> lowrank.LogitTerms:
   """Returns the terms of the logits of a dense layer (output axis).
 
   Args:
-    m: Resolved.
+    m: Shape of the model.
     layer: The layer.
     attn: Parameters of the dense layer.
     moments: Moments of its input.

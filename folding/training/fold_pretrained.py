@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from folding.compression import lowrank
-from folding.config import Config, dense_baseline, layers_of
 from folding.errors import ConfigError
+from folding.models.shape import Shape
 from folding.training.fold_layer import (
   Prune,
   fold_layer,
@@ -33,10 +33,11 @@ from folding.training.stream import (
 
 
 def fold_pretrained(
-  config: Config,
+  shape: Shape,
   params: Params,
   batches: Iterable[Batch],
   *,
+  fit_steps: int = 300,
   prune: Callable[[int], Prune] | None = None,
   usage_V: np.ndarray | None = None,
   sensitivity: Sensitivities | None = None,
@@ -45,7 +46,7 @@ def fold_pretrained(
 
   From the first layer to the last:
 
-  1. Heads that `model.heads` leaves out are removed, and W_O is refitted to the
+  1. Heads that the shape leaves out are removed, and W_O is refitted to the
      output of all (`keep_heads`).
   2. W_Q and W_K become the projections of G channels whose logits are nearest
      to the dense ones (`lowrank`), fitted to the dense attention weights
@@ -56,19 +57,19 @@ def fold_pretrained(
      With a diagonal W_V, W_O is fitted to the output of the dense layer on the
      same input.
 
-  Before all layers the embedding becomes one of rank `fold.embedding_rank`, if
+  Before all layers the embedding becomes one of rank `shape.embedding_rank`, if
   set; the layers then compensate for part of its error.
 
   Progress is shown, see `track`.
 
   Args:
-    config: Resolved; `config.fold` sets the folding of each layer, and
-      `config.model.heads` its heads.
-    params: Parameters of `dense_baseline(config)`, NumPy or JAX arrays. Entries
-      other than blocks are passed through.
+    shape: Shape of the folded model.
+    params: Parameters of `shape.dense()`, NumPy or JAX arrays. Entries other than
+      blocks are passed through.
     batches: {"tokens": int[B, L], optionally "mask": bool[B, L], True at
       tokens, and "segments" of pairs}. Some thousands of tokens, more than twice
       the width.
+    fit_steps: Steps per layer to fit folded attention to dense.
     prune: Returns how a layer of a number is pruned. The second feed-forward
       matrix is fitted after that, so that it makes up for the pruned weights.
     usage_V: Frequency of each token, above 0; None: as in the batches.
@@ -76,7 +77,7 @@ def fold_pretrained(
       `sensitivity.sensitivities`; None: all alike.
 
   Returns:
-    (params of `config`, [{"layer", "heads": their number, "groups", "values":
+    (params of `shape`, [{"layer", "heads": their number, "groups", "values":
     kind or rank of W_V, "logits_kept": share of the variance of the logits before
     the fit (None on the input axis), "divergence": of the attention weights in
     nats, "attention_r2", "mlp_r2": share of the variance that the two
@@ -86,24 +87,24 @@ def fold_pretrained(
     ConfigError: there is too little text, or trained weights cannot be folded
       this way.
   """
-  require_pairs(config)
+  require_pairs(shape)
   batches, sensitivity = list(batches), sensitivity or {}
-  require_text(config, batches)
+  require_text(shape, batches)
   folded, report = dict(params), []
   stream = None  # that of the dense model until something is folded
-  if rank := config.fold.embedding_rank:
+  if rank := shape.embedding_rank:
     embedding_VD = params["embed"]["embedding"]
     if usage_V is None:
       usage_V = usage_of(batches, len(embedding_VD))
     folded |= lowrank.fold_embedding(
       embedding_VD, usage_V, rank, sensitivity.get("embed")
     )
-    stream = embed_batches(config, folded, batches)
-  dense = dense_baseline(config)
+    stream = embed_batches(shape, folded, batches)
+  dense = shape.dense()
   dense_stream = embed_batches(dense, params, batches)
-  for n in track(range(config.model.num_layers), "folding layers"):
+  for n in track(range(shape.num_layers), "folding layers"):
     name = f"blocks_{n}"
-    block, dense_block = make_block(config, n), make_block(dense, n)
+    block, dense_block = make_block(shape, n), make_block(dense, n)
     target = target_of(dense_block, params[name], dense_stream)
     below = dense_stream
     dense_stream = Stream([one["out"] for one in target], below.masks)
@@ -118,7 +119,7 @@ def fold_pretrained(
       params[name],
       stream,
       target=target,
-      fit_steps=config.compress.fit_steps,
+      fit_steps=fit_steps,
       prune=None if prune is None else prune(n),
       sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
     )
@@ -126,22 +127,11 @@ def fold_pretrained(
   return folded, report
 
 
-def require_pairs(config: Config) -> None:
-  """Checks that rotary heads are folded by pairs.
-
-  Args:
-    config: Resolved.
-
-  Raises:
-    ConfigError: they would be folded across pairs.
-    ValueError: the config is not resolved.
-  """
-  layers = layers_of(config.model, config.fold)
-  is_rotary = config.model.positions == "rope" and config.fold.axis == "output"
-  if (
-    is_rotary
-    and config.fold.rope != "pairs"
-    and any(layer.groups for layer in layers)
+def require_pairs(shape: Shape) -> None:
+  """Raises `ConfigError` if rotary heads would be folded across pairs."""
+  if shape.positions == "rope" and any(
+    layer.groups and layer.axis == "output" and layer.rope != "pairs"
+    for layer in shape.layers
   ):
     raise ConfigError(
       "trained rotary heads are folded by pairs; use fold.rope='pairs' (and "

@@ -5,8 +5,8 @@ rank of W_V and W_O or a diagonal W_V) and the neurons of the MLP. Each option i
 tried alone on the dense model. Its error is the first-order change of the model's
 output (`sensitivities`). `allocate` chooses among the options.
 
-If `fpp.granularity` is "weight", single weights of W_O and the MLP are pruned
-instead of neurons, and W_V is dense or as `fold.values` asks.
+If single weights of W_O and the MLP are pruned instead of neurons, W_V is dense or
+as asked.
 """
 
 import dataclasses
@@ -23,14 +23,8 @@ import numpy as np
 from folding import paths
 from folding.compression import fold, lowrank, oneshot
 from folding.compression.lowrank import Moments
-from folding.config import (
-  Config,
-  Layer,
-  ModelConfig,
-  dense_baseline,
-  layers_of,
-)
-from folding.models import exact_attention, hf_config
+from folding.models import exact_attention
+from folding.models.shape import Layer, Shape
 from folding.models.transformer import Block
 from folding.training.fold_layer import (
   fold_attention,
@@ -54,7 +48,6 @@ from folding.training.stream import (
   total,
   usage_of,
 )
-from folding.typed import edited
 
 EMBEDDING = (0, "embed")  # the decision about the rank of the embedding
 _FRACTIONS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
@@ -91,46 +84,64 @@ class Option(NamedTuple):
   error: float
 
 
+class Tried(NamedTuple):
+  """Which options are tried.
+
+  Attributes:
+    by_neuron: Whether neurons, heads and ranks leave, not single weights.
+    embedding: Whether the rank of the embedding is a decision.
+    heads: Whether heads may leave.
+    ranks: Whether W_V and W_O may get a low rank.
+  """
+
+  by_neuron: bool
+  embedding: bool
+  heads: bool = True
+  ranks: bool = True
+
+
 Decision = tuple[int, str]  # layer and kind
 Options = Mapping[Decision, Sequence[Option]]
 
 
 def measure(
-  config: Config,
+  asked: Shape,
   params: Mapping[str, Any],
   batches: Sequence[Batch],
   sensitivity: Sensitivities,
+  tried: Tried,
 ) -> dict[Decision, list[Option]]:
   """Returns the options of "attn" and "mlp" of each layer, from large to small.
 
   If the rank of the embedding is a decision, its key is (0, "embed").
 
   Args:
-    config: Resolved.
+    asked: Its layers have the axis of groups, and what may be folded at all.
     params: Parameters of its dense baseline.
     batches: Calibration text.
     sensitivity: From `sensitivities`.
+    tried: Which options there are.
   """
   options: dict[Decision, list[Option]] = {}
-  if config.has_open_rank and config.compress.embedding == "errors":
+  if tried.embedding:
     embedding_VD = np.asarray(params["embed"]["embedding"])
     options[EMBEDDING] = _embedding_options(
       embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
     )
-  dense = dense_baseline(config)
+  dense = asked.dense()
   sizes = [np.size(batch["tokens"]) for batch in batches]
   stream = embed_batches(dense, params, spread(batches, sizes, _TOKENS))
   found: dict[Decision, futures.Future[list[Option]]] = {}
-  names = ("o", "down") if config.fpp.granularity == "neuron" else ()
+  names = ("o", "down") if tried.by_neuron else ()
   with futures.ThreadPoolExecutor(2) as pool:
-    for n in track(range(config.model.num_layers), "measuring layers"):
+    for n in track(range(asked.num_layers), "measuring layers"):
       block, layer = make_block(dense, n), params[f"blocks_{n}"]
       out, halves = _read_layer(block, layer, stream, names)
       for future in found.values():  # the sums of one layer wait at a time
         future.result()
       trial = _Trial(
-        config=config,
-        n=n,
+        asked=asked.layers[n],
+        tried=tried,
         dense=block,
         old=layer,
         stream=stream,
@@ -182,40 +193,39 @@ def _read_layer(
 
 
 def smallest(
-  config: Config, params: Mapping[str, Any]
+  asked: Shape, params: Mapping[str, Any], tried: Tried
 ) -> dict[Decision, float]:
   """Returns the parameters that the smallest option of each decision stores.
 
   Args:
-    config: Resolved.
+    asked: As for `measure`.
     params: Parameters of its dense baseline, or shapes.
+    tried: As for `measure`.
   """
-  m, is_structured = config.model, config.fpp.granularity == "neuron"
   found: dict[Decision, float] = {}
-  if config.has_open_rank and config.compress.embedding == "errors":
+  if tried.embedding:
     shape = params["embed"]["embedding"].shape
     found[EMBEDDING] = float(embedding_size(shape, 8))
-  for n, layer in enumerate(layers_of(m, config.fold)):
+  for n, layer in enumerate(asked.layers):
     attn, mlp = (params[f"blocks_{n}"][part] for part in ("attn", "mlp"))
-    J, K = m.num_kv_heads, m.head_dim
+    J, K = asked.num_kv_heads, asked.head_dim
     logits = num_weights(attn, ("q", "k"))
-    if groups := _groups(m, layer)[-1]:
-      logits *= groups / (K if layer.axis == "output" else m.width)
-      if m.positions == "rope" and layer.axis == "output":
+    if groups := _groups(asked, layer)[-1]:
+      logits *= groups / (K if layer.axis == "output" else asked.width)
+      if asked.positions == "rope" and layer.axis == "output":
         logits += J * groups // 2
-    arrays = ("v", "o") if is_structured else ("v",)
+    arrays = ("v", "o") if tried.by_neuron else ("v",)
     whole = num_weights(attn, arrays)
     heads, rank = (_eighths(size)[-1] / size for size in (J, K))
-    if config.compress.uniform:
-      heads, rank = heads if _may_lose_heads(config) else 1, 1
+    heads, rank = heads if tried.heads else 1, rank if tried.ranks else 1
     attention = (
-      [heads * (logits + rank * whole)] if is_structured else [logits + whole]
+      [heads * (logits + rank * whole)] if tried.by_neuron else [logits + whole]
     )
     if layer.values != "dense":
-      kind = m.num_heads * K if layer.values == "diagonal" else 0
+      kind = asked.num_heads * K if layer.values == "diagonal" else 0
       attention.append(logits + kind + num_weights(attn, arrays[1:]))
     size = num_weights(mlp, ("up", "gate", "down"))
-    if is_structured:
+    if tried.by_neuron:
       kept = _neurons(layer.mlp_width)[-1] / layer.mlp_width
     else:
       size += num_weights(attn, ("o",))
@@ -228,8 +238,8 @@ class _Trial(NamedTuple):
   """A layer to try options on.
 
   Attributes:
-    config: Resolved.
-    n: Number of the layer.
+    asked: Shape of the layer that is asked for.
+    tried: As for `measure`.
     dense: The dense layer.
     old: Its parameters.
     stream: Its input.
@@ -237,18 +247,13 @@ class _Trial(NamedTuple):
     sensitivity: Sensitivities to errors of "o" and "down".
   """
 
-  config: Config
-  n: int
+  asked: Layer
+  tried: Tried
   dense: Block
   old: Mapping[str, Any]
   stream: Stream
   halves: Mapping[str, Sequence[Moments]]
   sensitivity: Mapping[str, np.ndarray]
-
-  @property
-  def asked(self) -> Layer:
-    """Shape of the layer that the config asks for."""
-    return layers_of(self.config.model, self.config.fold)[self.n]
 
   def errors(
     self, block: Block, params: Sequence[Any], roles: tuple[str, ...]
@@ -316,7 +321,7 @@ def _attention_options(trial: _Trial) -> list[Option]:
   The errors of logits and values are added. Those of logits are measured with all
   heads.
   """
-  H = trial.config.model.num_heads
+  H = trial.dense.shape.num_heads
   pairs = itertools.product(_logits_options(trial), _values_options(trial))
   options = [
     Option(
@@ -334,7 +339,7 @@ def _logits_options(trial: _Trial) -> list[Option]:
 
   A fit makes few groups look better than training can make them.
   """
-  m, layer, attn = trial.config.model, trial.asked, trial.old["attn"]
+  m, layer, attn = trial.dense.shape, trial.asked, trial.old["attn"]
   options = [Option(0, num_weights(attn, ("q", "k")), 0.0)]
   groups = _groups(m, layer)[1:]
   if not groups:
@@ -419,37 +424,36 @@ def _logit_error_sums(block, layers, stays_NJK, weight_II, x, mask):
 
 def _values_options(trial: _Trial) -> list[Option]:
   """Returns the options of W_V and of the heads that stay, without groups."""
-  config, attn = trial.config, trial.old["attn"]
-  m, is_structured = config.model, config.fpp.granularity == "neuron"
-  arrays = ("v", "o") if is_structured else ("v",)
-  every = tuple(range(m.num_heads))
-  if is_structured:
+  attn, asked = trial.old["attn"], trial.asked
+  arrays = ("v", "o") if trial.tried.by_neuron else ("v",)
+  every = trial.dense.layer.heads
+  if trial.tried.by_neuron:
     options = _rank_options(trial)
   else:
     size = num_weights(attn, arrays)
     options = [Option(Attention(0, "dense", every), size, 0.0)]
-  if (asked := trial.asked.values) != "dense":
-    alone = {"fold.groups": 0, "fold.values": asked, "fold.value_rank": 0}
-    block = make_block(edited(config, alone), trial.n)
+  if asked.values != "dense":
+    alone = dataclasses.replace(asked, groups=0, value_dim=asked.head_dim)
+    block = trial.dense.clone(layer=alone)
     new, *_ = fold_attention(block, trial.dense, trial.old, trial.stream)
     [error] = trial.errors(block, [{**trial.old, "attn": new}], ("o",))
     size = num_weights(new, arrays)
-    options.append(Option(Attention(0, asked, every), size, error))
+    options.append(Option(Attention(0, asked.values, every), size, error))
   return options
 
 
 def _rank_options(trial: _Trial) -> list[Option]:
   """Returns the options of W_V and W_O: some of the heads, each of rank r."""
-  attn, m = trial.old["attn"], trial.config.model
+  attn, m = trial.old["attn"], trial.dense.shape
   fitted, held_out = trial.halves["o"]
   options = []
   for heads in _head_choices(attn, fitted, trial.sensitivity["o"]):
-    if len(heads) < m.num_heads and not _may_lose_heads(trial.config):
+    if len(heads) < m.num_heads and not trial.tried.heads:
       break
     kept, lost = keep_heads(attn, fitted, heads)
     rows = np.repeat(np.isin(range(m.num_heads), heads), m.head_dim)
     of_kept = Moments(fitted.second_II[rows][:, rows], fitted.mean_I[rows])
-    ranks = _eighths(m.head_dim)[: 1 if trial.config.compress.uniform else None]
+    ranks = _eighths(m.head_dim)[: None if trial.tried.ranks else 1]
     folded = lowrank.fold_values(
       kept["v"],
       kept["o"],
@@ -465,15 +469,6 @@ def _rank_options(trial: _Trial) -> list[Option]:
       error = trial.square(wrong, held_out, "o")
       options.append(Option(Attention(0, value, heads), size, error))
   return options
-
-
-def _may_lose_heads(config: Config) -> bool:
-  """Returns whether heads may leave, which not all families can express."""
-  m = config.model
-  fewer = dataclasses.replace(
-    m, num_heads=m.num_heads // m.num_kv_heads, num_kv_heads=1
-  )
-  return not config.compress.uniform or hf_config.is_known(fewer)
 
 
 def _head_choices(
@@ -512,7 +507,7 @@ def _eighths(count: int) -> list[int]:
 
 def _mlp_options(trial: _Trial) -> list[Option]:
   """Returns the options of the MLP: of neurons, or of weights with those of W_O."""
-  if trial.config.fpp.granularity == "neuron":
+  if trial.tried.by_neuron:
     return _neuron_options(trial)
   old = trial.old
   squares = total(
@@ -570,7 +565,7 @@ def num_weights(params: Mapping[str, Any], names: Sequence[str]) -> float:
   )
 
 
-def _groups(m: ModelConfig, layer: Layer) -> list[int]:
+def _groups(m: Shape, layer: Layer) -> list[int]:
   """Returns the groups to try: dense (0), then from many to few."""
   if layer.groups == 0:
     return [0]  # as the config asks

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,10 @@ from folding import paths
 from folding.compression.fpp import fpp
 from folding.compression.scores import SCORES
 from folding.compression.sites import Rule, make_sites
-from folding.config import Config, layers_of
+from folding.config import Config, TrainConfig
 from folding.errors import ConfigError
 from folding.models.params import axis_of, group_of
+from folding.models.shape import Layer, shape_of
 from folding.tasks import task_of
 
 _TOKENS, _POSITIONS = "embed/embedding", "position_embed/embedding"
@@ -221,7 +222,7 @@ def make_optimizer(
     rules: From `make_rules`.
     removed: From `removed_units`; None: nothing was removed.
   """
-  t, f = config.train, config.fpp
+  t, f, layers = config.train, config.fpp, shape_of(config).layers
   inner = optax.chain(
     optax.clip_by_global_norm(t.clip_norm),
     optax.adamw(
@@ -233,7 +234,7 @@ def make_optimizer(
     ),
     optax.stateless(
       lambda updates, _: paths.map_named(
-        lambda name, update: rate(config, name) * update, updates
+        lambda name, update: rate(t, layers, name) * update, updates
       )
     ),
   )
@@ -274,18 +275,18 @@ def make_schedule(config: Config) -> optax.Schedule:
   )
 
 
-def rate(config: Config, name: str) -> float:
+def rate(t: TrainConfig, layers: Sequence[Layer], name: str) -> float:
   """Returns the factor of a parameter's learning rate.
 
   Args:
-    config: The resolved configuration.
+    t: Has the rates.
+    layers: Layers of the model.
     name: Path of the parameter.
   """
   found = re.match(r"blocks_(\d+)/attn/(q|k|v|log_slopes)\b", name)
   if not found:
     return 1.0
-  t = config.train
-  layer = layers_of(config.model, config.fold)[int(found[1])]
+  layer = layers[int(found[1])]
   qk = t.qk_rate if layer.groups else 1.0
   v = 1.0 if layer.values == "dense" else t.v_rate
   return {"q": qk, "k": qk, "v": v, "log_slopes": t.slope_rate}[found[2]]

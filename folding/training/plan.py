@@ -20,6 +20,7 @@ from folding.compression.sites import make_sites
 from folding.config import Config, MeshConfig
 from folding.data.labels import blank
 from folding.data.tokenizers import vocab_size
+from folding.models.shape import shape_of
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.tasks import task_of
 from folding.training import hlo, sharding
@@ -102,7 +103,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 
 def _counts(config: Config) -> list[int]:
   """Returns the numbers of layers to compile; none if all layers are."""
-  layers = config_lib.layers_of(config.model, config.fold)
+  layers = shape_of(config).layers
   many, few = _MANY[config.model.scan_layers]
   targets = set(config.fpp.linear_layers or ())
   is_alike = len(set(layers)) == 1 and len(targets) <= 1
@@ -287,8 +288,9 @@ def _teacher(config: Config) -> Transformer | None:
   """Returns the teacher of a run, as far as it is known without the data."""
   if not (config.distill.is_used or task_of(config).makes_vectors):
     return None
-  dense = config_lib.dense_baseline(config)
-  return make_model(dense, config.data.vocab_size, _num_outputs(config))
+  return make_model(
+    shape_of(config).dense(), config.data.vocab_size, _num_outputs(config)
+  )
 
 
 def _missing(reason: str, gib: float) -> float | None:

@@ -13,11 +13,9 @@ import numpy as np
 from folding import paths
 from folding.compression import oneshot
 from folding.compression.lowrank import Moments
-from folding.compression.sites import Site, make_sites
-from folding.config import Config
-from folding.models.shrink import shrink
+from folding.compression.sites import Rule, Site, make_sites
+from folding.models.shape import Shape
 from folding.training.fold_layer import Prune
-from folding.training.optimizer import make_rules
 from folding.training.progress import track
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (
@@ -33,30 +31,33 @@ from folding.training.stream import (
 
 
 def prune_trained(
-  config: Config,
+  shape: Shape,
   params: Params,
-  dense: Params,
   batches: Sequence[Batch],
+  rules: Sequence[Rule],
+  method: str,
+  *,
+  keeps_blocks: bool = False,
 ) -> dict[str, Any]:
-  """Returns trained parameters with as many zeros as `fpp` asks for.
+  """Returns trained parameters with as many zeros as the rules ask for.
 
-  Kernels of blocks are pruned by the method of `compress.prune`. Embeddings and
-  the output layer, whose inputs are single tokens or whose outputs are many, are
-  pruned by magnitude. If `fpp.granularity` is "neuron", blocks stay as they are:
-  `neuron_pruner` has removed their neurons.
+  Embeddings and the output layer, whose inputs are single tokens or whose outputs
+  are many, are pruned by magnitude.
 
   Args:
-    config: Resolved; `compress.prune` is not "none".
-    params: The parameters to prune, of the config's own shapes.
-    dense: Those of the dense baseline, or shapes; `fpp.overall` refers to them.
+    shape: Shape of the model.
+    params: Its parameters.
     batches: Calibration text, as for `fold_pretrained`.
+    rules: From `make_rules`.
+    method: As `CompressConfig.prune`, for the kernels of blocks.
+    keeps_blocks: Whether blocks stay as they are, since `neuron_pruner` has removed
+      their neurons.
 
   Raises:
     ConfigError: there is too little text.
     ValueError: the moments of a layer's input cannot be inverted.
   """
-  method = config.compress.prune
-  weights, _ = _targets(config, params, dense)
+  weights, _ = _targets(rules, params)
   by_moments = method in ("wanda", "sparsegpt")
 
   def prune(name, w):
@@ -67,13 +68,13 @@ def prune_trained(
     return oneshot.magnitude(w, weights[name]).astype(np.float32)
 
   pruned = paths.map_named(prune, dict(params))
-  if not by_moments or config.fpp.granularity == "neuron":
+  if not by_moments or keeps_blocks:
     return pruned
-  require_text(config, batches)
+  require_text(shape, batches)
   solve = getattr(oneshot, method)
-  stream = embed_batches(config, pruned, batches)
-  for n in track(range(config.model.num_layers), "pruning layers"):
-    name, block = f"blocks_{n}", make_block(config, n)
+  stream = embed_batches(shape, pruned, batches)
+  for n in track(range(shape.num_layers), "pruning layers"):
+    name, block = f"blocks_{n}", make_block(shape, n)
     moments = input_moments(block, pruned[name], stream)
     pruned[name] = _weights(name, pruned[name], moments, solve, weights)
     stream = advance(block, pruned[name], stream)
@@ -81,9 +82,9 @@ def prune_trained(
 
 
 def neuron_pruner(
-  config: Config,
+  shape: Shape,
   params: Params,
-  dense: Params,
+  rules: Sequence[Rule],
   sensitivity: Sensitivities | None = None,
 ) -> Callable[[int], Prune]:
   """Returns a function of the number of a layer: how it is pruned.
@@ -93,17 +94,17 @@ def neuron_pruner(
   Attention matrices that are pruned by weight are pruned by SparseGPT.
 
   Args:
-    config: Resolved; its `fpp.granularity` is "neuron".
-    params: Shapes of the folded parameters.
-    dense: As in `prune_trained`.
+    shape: Shape of the folded model.
+    params: Shapes of its parameters.
+    rules: From `make_rules`; they prune neurons.
     sensitivity: How errors count, from `sensitivity.sensitivities`; None: all
       alike.
   """
-  weights, units = _targets(config, params, dense)
+  weights, units = _targets(rules, params)
   sensitivity = sensitivity or {}
 
   def prune_attention(n, layer, stream):
-    name, block = f"blocks_{n}", make_block(config, n)
+    name, block = f"blocks_{n}", make_block(shape, n)
     moments = input_moments(block, layer, stream, ("q", "o"))
     return _weights(name, layer, moments, oneshot.sparsegpt, weights)
 
@@ -131,10 +132,9 @@ def neuron_pruner(
 
 
 def _targets(
-  config: Config, params: Params, dense: Params
+  rules: Sequence[Rule], params: Params
 ) -> tuple[dict[str, float], dict[str, tuple[Site, float]]]:
   """Returns {name: fraction} of arrays pruned by weight, and of units."""
-  rules = make_rules(config, params, dense)
   weights, units = {}, {}
   for site in make_sites(rules, params):
     fraction = rules[site.rule].target
@@ -145,18 +145,11 @@ def _targets(
   return weights, units
 
 
-def without_neurons(
-  config: Config, params: dict[str, Any]
-) -> tuple[Config, dict[str, Any]]:
-  """Returns both without the neurons that are zero, in multiples of 8.
-
-  FPP holds all other zeros.
-  """
-  is_zero = paths.map_named(
+def zero_neurons(params: Params) -> Any:
+  """Returns bools shaped like params, True at zeros of neurons."""
+  return paths.map_named(
     lambda name, w: ("/mlp/" in name) & (np.asarray(w) == 0), params
   )
-  small = shrink(config, params, multiple=8, absorb=False, is_zero=is_zero)
-  return small.config, small.params
 
 
 def _weights(

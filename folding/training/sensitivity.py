@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folding import config as config_lib
-from folding.config import Config
 from folding.models import blocks
+from folding.models.shape import Shape
 from folding.models.transformer import model_for
-from folding.tasks import task_of
 from folding.training.progress import track
 from folding.training.stream import (
   Batch,
@@ -38,7 +36,7 @@ MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `stream.OUTPUTS`
 
 
 def sensitivities(
-  config: Config, params: Mapping[str, Any], batches: Sequence[Batch]
+  shape: Shape, params: Mapping[str, Any], batches: Sequence[Batch]
 ) -> dict[str, np.ndarray]:
   """Returns the sensitivity of the model to errors of each layer's outputs.
 
@@ -50,21 +48,21 @@ def sensitivities(
   tenth of the mean eigenvalue of F is added in all directions.
 
   Args:
-    config: Resolved.
+    shape: Shape of the model.
     params: Parameters of its dense baseline. Leave out an untrained head.
     batches: Calibration text.
 
   Returns:
     {path of W_O, W_down or the embedding of tokens: float64[D, D]}.
   """
-  dense = config_lib.dense_baseline(config)
-  if "head" not in params and not task_of(config).predicts_tokens:
-    dense = dataclasses.replace(dense, task="embed")
+  dense = shape.dense()
+  if "head" not in params and shape.output != "tokens":
+    dense = dataclasses.replace(dense, output="vector")
   model = model_for(dense, params)
-  if task_of(config).predicts_tokens:
+  if shape.output == "tokens":
     sizes = [np.size(batch["tokens"]) for batch in batches]
     batches = spread(batches, sizes, _TOKENS)
-  part = functools.partial(_batch_sums, dense, model, params)
+  part = functools.partial(_batch_sums, model, params)
   keys = [jax.random.key(number) for number in range(len(batches))]
   sums = total(part, track(batches, "measuring sensitivities"), keys)
   masks = masks_of(batches)
@@ -77,7 +75,7 @@ def sensitivities(
   return jax.tree.map(mean, sums)
 
 
-def _batch_sums(config, model, params, batch, key) -> dict[str, jax.Array]:
+def _batch_sums(model, params, batch, key) -> dict[str, jax.Array]:
   """Returns sums of J' J over the tokens of a batch.
 
   Only the input of each layer is stored. The backward pass computes the values
@@ -87,7 +85,7 @@ def _batch_sums(config, model, params, batch, key) -> dict[str, jax.Array]:
   [mask] = masks_of([batch])
   stem = {name: w for name, w in params.items() if "embed" in name}
   x = [_embed(model, stem, tokens, segments)]
-  layers = [make_block(config, n) for n in range(config.model.num_layers)]
+  layers = [make_block(model.shape, n) for n in range(model.shape.num_layers)]
   for n, layer in enumerate(layers):
     seen = capture(layer, params[f"blocks_{n}"], x[-1], mask, outputs=("out",))
     x.append(seen["out"])
@@ -113,13 +111,13 @@ def _output_gradient(model, params, x_BLD, mask_BL, key):
 
   def output(x_BLD, mask_BL, key):
     out = model.apply({"params": params}, x_BLD, mask_BL, method="read_out")
-    if model.num_classes or model.embeds:
+    if model.shape.output != "tokens":
       return jnp.sum(out * jax.random.rademacher(key, out.shape, out.dtype))
     drawn = jax.lax.stop_gradient(jax.random.categorical(key, out))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(out), drawn[..., None], -1)
     return jnp.sum(chosen[..., 0] * mask_BL)
 
-  if model.num_classes or model.embeds:
+  if model.shape.output != "tokens":
     return jax.grad(output)(x_BLD, mask_BL, key)
   # The logits of one block of positions exist at a time.
   B, L, _ = x_BLD.shape
@@ -158,7 +156,7 @@ def _embed_sums(model, params, tokens, segments, mask, grad):
         {"params": params}, tokens, segments_BL=segments, method="embed_tokens"
       )
 
-  width = model.config.embed_width or model.config.width
+  width = model.shape.embed_width or model.shape.width
   _, pull = jax.vjp(run, jnp.zeros((*tokens.shape, width), grad.dtype))
   return _weighted_moment(mask, *pull(grad))
 

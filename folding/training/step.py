@@ -15,8 +15,9 @@ from jax.typing import ArrayLike
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.sites import Rule
-from folding.config import Config, DistillConfig, dense_baseline, unshrunk
+from folding.config import Config, DistillConfig
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
 from folding.models.transformer import (
   Block,
   Transformer,
@@ -144,9 +145,10 @@ class Program:
     self.config, self.task, self.mesh = config, task_of(config), mesh
     plain_size = plain_size or vocab_size
     make = functools.partial(make_model, num_classes=num_classes)
-    self.model = make(config, vocab_size)
-    self.dense_params = param_shapes(make(dense_baseline(config), plain_size))
-    before = param_shapes(make(unshrunk(config), plain_size))
+    shape = shape_of(config)
+    self.model = make(shape, vocab_size)
+    self.dense_params = param_shapes(make(shape.dense(), plain_size))
+    before = param_shapes(make(shape.whole(), plain_size))
     self.rules = make_rules(config, before, self.dense_params)
     after = param_shapes(self.model)
     self.removed = removed_units(self.rules, before, after)

@@ -1,6 +1,7 @@
 """Streams calibration text through the layers of a model, and measures it."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import operator
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding.compression.lowrank import Moments
-from folding.config import Config, layers_of
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
+from folding.models.shape import Shape
 from folding.models.transformer import Block, Transformer
 
 # "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]
@@ -52,7 +53,7 @@ class Stream(NamedTuple):
 
 
 def embed_batches(
-  config: Config, params: Params, batches: Sequence[Batch]
+  shape: Shape, params: Params, batches: Sequence[Batch]
 ) -> Stream:
   """Returns the input of the first layer."""
   stem = {name: w for name, w in params.items() if "embed" in name}
@@ -60,7 +61,9 @@ def embed_batches(
     len(stem[name]["embedding"]) if name in stem else 0
     for name in ("embed", "position_embed")
   )
-  model = Transformer(config.model, config.fold, vocabulary, positions)
+  model = Transformer(
+    dataclasses.replace(shape, max_length=positions), vocabulary
+  )
   embed = jax.jit(functools.partial(model.apply, method="embed_tokens"))
   x = [
     embed({"params": stem}, b["tokens"], segments_BL=b.get("segments"))
@@ -69,9 +72,9 @@ def embed_batches(
   return Stream(x, masks_of(batches))
 
 
-def require_text(config: Config, batches: Sequence[Batch]) -> None:
+def require_text(shape: Shape, batches: Sequence[Batch]) -> None:
   """Raises `ConfigError` if a model cannot be measured on these texts."""
-  D, masks = config.model.width, masks_of(batches)
+  D, masks = shape.width, masks_of(batches)
   num_tokens, num_texts = sum(int(m.sum()) for m in masks), sum(map(len, masks))
   if num_tokens <= 2 * D or num_texts < 2:
     raise ConfigError(
@@ -109,9 +112,9 @@ def usage_of(batches: Sequence[Batch], size: int) -> np.ndarray:
   return token_usage(np.bincount(np.concatenate(tokens)), size)
 
 
-def make_block(config: Config, n: int) -> Block:
+def make_block(shape: Shape, n: int) -> Block:
   """Returns the module of layer n."""
-  return Block(config.model, layers_of(config.model, config.fold)[n])
+  return Block(shape, shape.layers[n])
 
 
 @contextlib.contextmanager

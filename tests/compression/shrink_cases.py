@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from folding import config as c
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from tests.models import oracle
 
@@ -54,7 +55,7 @@ def make_config(build, task, fold, fields):
 
 def random_params(config, seed=0):
   """Returns parameters none of which is zero."""
-  model = make_model(config, V, C)
+  model = make_model(shape_of(config), V, C)
   tokens = jax.ShapeDtypeStruct((1, L), np.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   rng = np.random.default_rng(seed)
@@ -66,7 +67,7 @@ def random_params(config, seed=0):
 
 
 def logits(config, params, tokens):
-  model = make_model(config, len(params["embed"]["embedding"]), C)
+  model = make_model(shape_of(config), len(params["embed"]["embedding"]), C)
   return jax.jit(model.apply)({"params": params}, tokens, KEEP)
 
 

@@ -13,6 +13,7 @@ from folding.compression.fold import fold, unfold
 from folding.config import Config, FoldConfig, ModelConfig, llama, resolve
 from folding.config import gpt2 as gpt2_config
 from folding.models.attention import rope_frequencies
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from tests import transforms_battery as battery
 
@@ -32,7 +33,7 @@ def _random_like(shapes, seed=0):
 def _model(model_config, **fold_options):
   options = {"groups": 0, "values": "dense"} | fold_options
   config = resolve(Config(model=model_config, fold=FoldConfig(**options)))
-  return make_model(config, vocab_size=11)
+  return make_model(shape_of(config), vocab_size=11)
 
 
 def _params(model, seed=0):

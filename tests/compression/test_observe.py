@@ -11,6 +11,7 @@ from folding import paths
 from folding.compression.observe import observe
 from folding.config import Config, FoldConfig, ModelConfig, resolve
 from folding.config import llama as llama_config
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 
 _TOKENS = np.array([[0, 1, 1, 4], [4, 4, 2, 0]])
@@ -214,7 +215,7 @@ def test_observe_sees_every_kernel_and_embedding_of_ours(name):
     model_config, num_layers=2, width=16, num_heads=4
   )
   config = resolve(Config(model=model_config, fold=fold))
-  model = make_model(config, vocab_size=11)
+  model = make_model(shape_of(config), vocab_size=11)
   tokens = jnp.arange(12).reshape(2, 6) % 11
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
   _, stats = jax.eval_shape(observe(model.apply), shapes, tokens)

@@ -31,7 +31,7 @@ def model():
       fold=c.FoldConfig(groups=2, values="diagonal"),
     )
   )
-  module = folding.make_model(config, vocab_size=50)
+  module = folding.make_model(folding.shape_of(config), vocab_size=50)
   tokens = jax.random.randint(jax.random.key(0), (4, 16), 0, 50)
   params = jax.jit(module.init)(jax.random.key(1), tokens)["params"]
   rng = np.random.default_rng(2)

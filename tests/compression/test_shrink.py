@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from folding import config as c
 from folding import paths
+from folding.models.shape import shape_of
 from folding.models.shrink import shrink
 from folding.models.transformer import make_model
 from tests.compression.shrink_cases import (
@@ -83,7 +84,7 @@ def test_shrink_keeps_the_function_of_the_oracle(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_shrink_removes_silent_units_and_nothing_else(name):
   config, params, small = _case(name)
-  before = c.layers_of(config.model, config.fold)
+  before = shape_of(config).layers
   is_gated = config.model.gated
   assert small.config.model.mlp_width == tuple(
     layer.mlp_width - sum(len(SILENT[n].get(r, ())) for r in roles)
@@ -102,7 +103,7 @@ def test_shrink_removes_silent_units_and_nothing_else(name):
     for n, w in paths.flatten(small.params).items()
   )
   # The model has exactly these parameters.
-  model = make_model(small.config, rows, C)
+  model = make_model(shape_of(small.config), rows, C)
   tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   chex.assert_trees_all_equal_shapes_and_dtypes(small.params, shapes)
@@ -251,7 +252,7 @@ def test_shrink_sizes_follow_from_the_zeros(dead, tokens, heads, multiple):
   params["blocks_0"]["attn"]["o"]["kernel"][sorted(heads)] = 0
   params["embed"]["embedding"][sorted(tokens)] = 0
   small = shrink(config, params, multiple=multiple)
-  layer = c.layers_of(small.config.model, small.config.fold)[0]
+  layer = shape_of(small.config).layers[0]
   least = max(F - len(dead), 1)
   width = next(
     w for w in range(F + 1) if w == F or w >= least and not w % multiple
@@ -304,10 +305,9 @@ def _clipped(params):
   ("change", "message"),
   [
     ({"multiple": 0}, "multiple must be at least 1; it is 0"),
-    ({"config": c.Config()}, "the config is not resolved"),
     ({"is_zero": {"embed": np.zeros(3, bool)}}, "one shape"),
   ],
-  ids=["multiple", "unresolved", "is_zero"],
+  ids=["multiple", "is_zero"],
 )
 def test_shrink_refuses_what_does_not_fit(change, message):
   config = make_config(*MODELS["gpt2"])

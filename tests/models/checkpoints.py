@@ -6,9 +6,10 @@ from flax import traverse_util
 from tokenizers import models, pre_tokenizers, processors
 
 from folding import paths
-from folding.config import FoldConfig
+from folding.config import Config, DataConfig
 from folding.models import hf_config, hf_weights
-from folding.models.transformer import Transformer, param_shapes
+from folding.models.shape import shape_of
+from folding.models.transformer import make_model, param_shapes
 
 N, D, H, F, V, P, C = 2, 16, 4, 24, 30, 12, 3
 WORDS = "<pad> <s> </s> <unk> a b c d e f".split()
@@ -147,12 +148,14 @@ def description(name, head):
 
 def model_of(described):
   """Returns our model of a description, unfolded."""
-  return Transformer(
-    described.config,
-    FoldConfig(groups=0, values="dense"),
-    described.vocab_size,
-    described.max_length,
-    described.num_classes,
+  config = Config(
+    task="embed" if described.head == "none" else described.task,
+    preset="none",
+    model=described.config,
+    data=DataConfig(length=described.max_length),
+  )
+  return make_model(
+    shape_of(config), described.vocab_size, described.num_classes
   )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from folding import config as config_lib
 from folding.models.attention import Attention
+from folding.models.shape import shape_of
 
 H, K = 4, 4
 D = H * K
@@ -29,9 +30,9 @@ def make_layer(fold=None, **fields):
       fold=config_lib.FoldConfig(**(fold or {})),
     )
   )
-  [layer] = config_lib.layers_of(config.model, config.fold)
+  shape = shape_of(config)
   init = nn.initializers.lecun_normal()
-  return Attention(config.model, layer, init), config
+  return Attention(shape, shape.layers[0], init), config
 
 
 def randomized(module, scale=1.0):

@@ -266,7 +266,7 @@ def test_slopes_of_kept_heads_are_their_own():
 def test_linear_layer_equals_dense_layer(causal, rank):
   dense, _ = make_layer({"groups": 1, "value_rank": rank}, causal=causal)
   linear = dense.clone(
-    config=dataclasses.replace(dense.config, attention="linear")
+    shape=dataclasses.replace(dense.shape, attention="linear")
   )
   params = {"params": randomized(dense)}
   x = normal(9, B, L, D)

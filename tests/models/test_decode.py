@@ -12,6 +12,7 @@ from folding.models import constant_state
 from folding.models import decode as decode_lib
 from folding.models.decode import KVCache, Step
 from folding.models.linear_attention import Span
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 
 D, H, K, V, MOST = 16, 4, 4, 11, 24
@@ -81,7 +82,7 @@ def _make(build, fold, fields):
       fold=c.FoldConfig(**fold),
     )
   )
-  model = make_model(config, V)
+  model = make_model(shape_of(config), V)
   tokens = jnp.zeros((1, 4), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   rng = np.random.default_rng(0)
@@ -112,12 +113,11 @@ def _decoded(model, params, num_slots, states=None):
   def run(params):
     apply = functools.partial(model.apply, {"params": params})
     first_BV, caches = apply(prompts_BL, start_B, states, method="prefill")
-    layers = c.layers_of(model.config, model.fold)
     caches = [
       decode_lib.resize(x, layer.window or num_slots)
       if isinstance(x, KVCache)
       else x
-      for x, layer in zip(caches, layers, strict=True)
+      for x, layer in zip(caches, model.shape.layers, strict=True)
     ]
 
     def step(carry, tokens_B):

@@ -7,6 +7,7 @@ import pytest
 from folding import config as c
 from folding import paths
 from folding.models import families, params
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 
 # All sizes differ, so that a wrong letter shows.
@@ -77,7 +78,7 @@ def test_every_parameter_has_one_row_with_its_axes(name):
   sizes = SIZES | {"J": config.model.num_kv_heads, "K": config.model.head_dim}
   sizes["e"] = config.model.embed_width or config.model.width
   sizes |= {"r": config.fold.embedding_rank, "V": 11, "C": num_outputs}
-  leaves = paths.flatten(param_shapes(make_model(config, 11, 3)))
+  leaves = paths.flatten(param_shapes(make_model(shape_of(config), 11, 3)))
   for path, leaf in leaves.items():
     rows = [x for x in params.TABLE if re.fullmatch(f"(.*/)?{x.path}", path)]
     assert [params.find(path)] == rows

@@ -10,6 +10,7 @@ import pytest
 from folding import config as config_lib
 from folding import paths
 from folding.models import transformer
+from folding.models.shape import shape_of
 from tests.models import oracle
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than threefry
@@ -28,7 +29,7 @@ def _make(build=config_lib.ModelConfig, task="lm", fold=None, **fields):
       fold=config_lib.FoldConfig(**(fold or {})),
     )
   )
-  return transformer.make_model(config, V, C), config
+  return transformer.make_model(shape_of(config), V, C), config
 
 
 def _tokens(seed=0, batch=B, length=L):

@@ -10,6 +10,7 @@ import tokenizers
 
 from folding import config as c
 from folding.data.tokenizers import Tokenizer
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.serving.loaded import Model
 
@@ -60,7 +61,7 @@ def make(
   )
   labels = OUTPUTS.get(task, ())
   rows = tokenizer.vocab_size
-  net = make_model(config, rows, len(labels))
+  net = make_model(shape_of(config), rows, len(labels))
   tokens = jnp.zeros((1, 4), jnp.int32)
   shapes = jax.eval_shape(net.init, jax.random.key(0), tokens)["params"]
   rng = np.random.default_rng(seed)

@@ -11,6 +11,7 @@ import folding
 from folding import config as c
 from folding.data.trim import plain_tokenizer
 from folding.models import families, hf_config, hf_weights
+from folding.models.shape import shape_of
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.serving.generate import Generator
@@ -66,7 +67,7 @@ def test_family_is_folded_exported_and_generates(family, tmp_path):
   dense = _folder(tmp_path / "dense", family)
   small = folding.compress(dense, texts, saving=0.25)
   layers, whole = (
-    c.layers_of(one.model, one.fold)
+    shape_of(one).layers
     for one in (small.config, c.dense_baseline(small.config))
   )
   assert layers != whole

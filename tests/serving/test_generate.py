@@ -253,7 +253,7 @@ TRACES: list[str] = []
 
 def test_other_numbers_share_a_program(one):
   m = one.model
-  model = Counted(m.config, m.fold, m.vocab_size, m.max_length)
+  model = Counted(m.shape, m.vocab_size)
   generator = Generator(model)
 
   def run(prompts, count, sampling):

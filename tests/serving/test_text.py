@@ -12,6 +12,7 @@ from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
 from folding.models import hf_weights
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.serving import export as export_lib
 from folding.serving.generate import Generator, continue_texts, decode_parts
@@ -35,7 +36,7 @@ def loaded():
     )
   )
   tokenizer = train_tokenizer(config.data, [])
-  model = make_model(config, tokenizer.vocab_size)
+  model = make_model(shape_of(config), tokenizer.vocab_size)
   tokens = jnp.zeros((1, 4), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ from folding import config as c
 from folding import paths
 from folding.compression.sites import make_sites
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.studies import methods
 from folding.training.optimizer import make_rules
@@ -36,7 +37,9 @@ def make_config(name, task, level):
 
 
 def shapes(config):
-  return param_shapes(make_model(config, config.data.vocab_size, num_classes=2))
+  return param_shapes(
+    make_model(shape_of(config), config.data.vocab_size, num_classes=2)
+  )
 
 
 def count(tree):

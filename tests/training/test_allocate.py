@@ -14,12 +14,13 @@ import scipy.special
 from folding import config as c
 from folding import errors, paths
 from folding.compression import fold, lowrank
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate
 from folding.training import sensitivity as sensitivity_lib
 from folding.training.compress import compress_params
 from folding.training.fold_pretrained import fold_pretrained
-from folding.training.layer_options import Option, measure, smallest
+from folding.training.layer_options import Option, Tried, measure, smallest
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import usage_of
 from folding.typed import edited
@@ -47,7 +48,7 @@ def _config(kind="bert", **fpp):
 
 def _trained(config, flat_layers=()):
   """Returns parameters; the output of layers in `flat_layers` is nearly zero."""
-  model = make_model(c.dense_baseline(config), V, num_classes=3)
+  model = make_model(shape_of(config).dense(), V, num_classes=3)
   rng = np.random.default_rng(0)
 
   def value(name, w):
@@ -69,12 +70,19 @@ def _apply(model, params, tokens):
 
 
 def _measure(config, params):
-  sensitivity = sensitivities(config, params, _batches())
-  return measure(config, params, _batches(), sensitivity)
+  asked = shape_of(config)
+  sensitivity = sensitivities(asked, params, _batches())
+  tried = _tried(config)
+  return measure(asked, params, _batches(), sensitivity, tried)
+
+
+def _tried(config):
+  by_neuron = config.fpp.granularity == "neuron"
+  return Tried(by_neuron, config.compress.embedding == "errors")
 
 
 def _allocate(config, params):
-  sensitivity = sensitivities(config, params, _batches())
+  sensitivity = sensitivities(shape_of(config), params, _batches())
   return allocate.allocate(config, params, _batches(), sensitivity)
 
 
@@ -82,8 +90,8 @@ def _allocate(config, params):
 def measured(monkeypatch):
   """Measures the options of each kind once for all tests that allocate."""
 
-  def cached(config, *_):
-    return _options("llama" if config.model.positions == "rope" else "bert")
+  def cached(asked, *_, **__):
+    return _options("llama" if asked.positions == "rope" else "bert")
 
   monkeypatch.setattr(allocate, "measure", cached)
 
@@ -103,7 +111,7 @@ def _batches():
 
 def _stored(config, params):
   """Returns the shares of all and of W_Q, W_K, W_V that a planned config stores."""
-  model = make_model(config, V, num_classes=3)
+  model = make_model(shape_of(config), V, num_classes=3)
   tree = jax.eval_shape(
     model.init, jax.random.key(0), jnp.zeros((1, L), jnp.int32)
   )["params"]
@@ -162,7 +170,7 @@ def test_structured_plan_makes_the_arrays_as_small_as_asked():
   planned = edited(
     planned, {"model.mlp_width": widths, "model.dense_mlp_width": 48}
   )
-  tree = param_shapes(make_model(planned, V, num_classes=3))
+  tree = param_shapes(make_model(shape_of(planned), V, num_classes=3))
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
   # Plans do not count biases, and keep neurons in multiples of eight.
@@ -197,7 +205,7 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(
   planned = edited(
     planned, {"model.mlp_width": widths, "model.dense_mlp_width": 48}
   )
-  tree = param_shapes(make_model(planned, V, num_classes=3))
+  tree = param_shapes(make_model(shape_of(planned), V, num_classes=3))
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
   most = (1 - overall) * dense
@@ -224,7 +232,7 @@ def test_options_of_the_embedding_predict_the_error_of_a_rank():
   options = _measure(config, params)[0, "embed"]
   assert [option.value for option in options] == [0, 32, 24, 16, 8]
   usage_V = usage_of(batches, V)
-  sensitivity = sensitivities(config, params, batches)["embed"]
+  sensitivity = sensitivities(shape_of(config), params, batches)["embed"]
   whole_VD = params["embed"]["embedding"]
   for rank, stored, error in options[1:]:
     rows = lowrank.fold_embedding(whole_VD, usage_V, rank, sensitivity)
@@ -263,7 +271,7 @@ def test_options_of_heads_and_ranks_count_the_arrays():
         config.model, num_layers=1, heads=(value.heads,)
       ),
     )
-    attn = param_shapes(make_model(one, V))["blocks_0"]["attn"]
+    attn = param_shapes(make_model(shape_of(one), V))["blocks_0"]["attn"]
     assert stored == sum(attn[role]["kernel"].size for role in "qkvo")
 
 
@@ -317,8 +325,8 @@ def test_sensitivities_predict_the_change_of_the_output(name, task):
   params = _trained(config)
   rng = np.random.default_rng(2)
   batches = [{"tokens": rng.integers(0, V, (400, 1)).astype(np.int32)}]
-  sensitivity = sensitivities(config, params, batches)[name]
-  model = make_model(c.dense_baseline(config), V, num_classes=3)
+  sensitivity = sensitivities(shape_of(config), params, batches)[name]
+  model = make_model(shape_of(config).dense(), V, num_classes=3)
 
   def output(error):
     moved = (f"{name}/bias", f"{name}/embedding")
@@ -342,8 +350,8 @@ def test_sensitivities_predict_the_change_of_the_output(name, task):
 def test_sensitivities_hold_the_logits_of_some_positions(monkeypatch):
   monkeypatch.setattr(sensitivity_lib, "_LOGITS", 16 * L * V // 4)
   config = _config("gpt2")
-  params = param_shapes(make_model(c.dense_baseline(config), V))
-  model = make_model(c.dense_baseline(config), V)
+  params = param_shapes(make_model(shape_of(config).dense(), V))
+  model = make_model(shape_of(config).dense(), V)
   x_BLD = jnp.zeros((16, L, D))
   program = jax.make_jaxpr(sensitivity_lib._output_gradient, 0)(
     model, params, x_BLD, jnp.ones((16, L), bool), jax.random.key(0)
@@ -369,12 +377,11 @@ def test_options_do_not_depend_on_fit_steps():
   ],
 )
 def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
-  config = _config(kind, overall=0.3, linear=None, embedding=None)
+  config = _config(kind, overall=0.5, linear=None, embedding=None)
   dense = {"groups": 0, "values": "dense"}
   config = edited(
     config,
     {
-      "compress.qkv": 0.3,
       "fold.rope": "copy",  # irrelevant for dense heads
       f"fold.{asked}": dense[asked],
     },
@@ -382,14 +389,6 @@ def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
   found = _allocate(config, _trained(config)).fold
   assert getattr(found, asked) == (dense[asked],) * N
   assert set(getattr(found, other)) != {dense[other]}
-
-
-def test_qkv_target_is_reached_by_folding(measured):
-  config = _config(overall=0.3, linear=None, embedding=None)
-  config = edited(config, {"compress.qkv": 0.9})
-  params = _trained(config)
-  planned = _allocate(config, params)
-  assert _stored(planned, params)[1] <= 0.1 + 1e-6
 
 
 def test_layers_that_matter_least_are_compressed_most():
@@ -439,10 +438,10 @@ def test_allocation_loses_less_than_equal_layers():
 
   def error(folded_config):
     """Returns the error of folding, on other text; nothing is pruned."""
-    folded, _ = fold_pretrained(folded_config, params, batches)
+    folded, _ = fold_pretrained(shape_of(folded_config), params, batches)
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, V, (32, L)))
     ours, dense = (
-      np.asarray(make_model(cfg, V, 3).apply({"params": p}, tokens))
+      np.asarray(make_model(shape_of(cfg), V, 3).apply({"params": p}, tokens))
       for cfg, p in (
         (folded_config, folded),
         (c.dense_baseline(config), params),
@@ -467,9 +466,9 @@ def test_smallest_options_are_those_that_are_measured(kind, granularity):
     config = _structured(kind, embedding_granularity="rank")
     config = edited(config, {"compress.embedding": "errors"})
   params = _trained(config)
-  found = smallest(
-    config, param_shapes(make_model(c.dense_baseline(config), V, num_classes=3))
-  )
+  asked = shape_of(config)
+  shapes = param_shapes(make_model(asked.dense(), V, num_classes=3))
+  found = smallest(asked, shapes, _tried(config))
   options = _measure(config, params)
   assert found.keys() == options.keys()
   for key, each in options.items():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from folding import config as c
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training import loop, run_dir, shrinking
 from folding.training.checkpoint import load_run
@@ -131,7 +132,7 @@ def test_readers_take_the_shapes_of_the_checkpoint(compact, tmp_path):
   assert metrics["loss"] == result["test"]["loss"]
   config, params, tokenizer = load_run(str(compact))
   assert (config.model.mlp_width, config.model.dense_mlp_width) == (24, 64)
-  model = make_model(config, tokenizer.vocab_size, 2)
+  model = make_model(shape_of(config), tokenizer.vocab_size, 2)
   chex.assert_trees_all_equal_shapes(params, param_shapes(model))
   output = tmp_path / "small"
   shrinking.shrink_run(str(compact), str(output))

@@ -16,6 +16,7 @@ from folding import cli, errors, paths
 from folding import config as c
 from folding.data.batches import make_data
 from folding.data.trim import token_usage
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.serving.export import export_hf
 from folding.serving.predict import predict
@@ -31,7 +32,9 @@ from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
 def config_shapes(config):
   """Returns {path: shape} of the parameters of a run."""
   data = make_data(config)
-  model = make_model(config, data.tokenizer.vocab_size, data.num_classes)
+  model = make_model(
+    shape_of(config), data.tokenizer.vocab_size, data.num_classes
+  )
   tokens = jax.ShapeDtypeStruct((1, config.data.length), np.int32)
   tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   return {name: w.shape for name, w in paths.flatten(tree).items()}
@@ -323,8 +326,7 @@ def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
   found = teacher_of(config, make_data(config))
   assert found is not None
   model, params = found
-  assert model.fold.groups == 0
-  assert model.fold.values == "dense"
+  assert model.shape.is_dense
   theirs = paths.flatten(load_run(str(dense_run))[1])
   for name, w in paths.flatten(params).items():
     assert w.dtype == jax.numpy.bfloat16
@@ -489,7 +491,9 @@ def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   assert 0 < len(set(CLASS_WORDS) & set(known)) < len(CLASS_WORDS)
   _, params, _ = compress.compress_trained(config, data)
   dense, expected, _ = dense_start(str(dense_run), config, plain)
-  model = make_model(config, data.tokenizer.vocab_size, data.num_classes)
+  model = make_model(
+    shape_of(config), data.tokenizer.vocab_size, data.num_classes
+  )
   taught = teacher_of(config, data)
   assert taught is not None
   text = " ".join(word for word in CLASS_WORDS if word in known)

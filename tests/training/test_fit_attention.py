@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from folding import config as c
+from folding.models.shape import shape_of
 from folding.models.transformer import Block
 from folding.training.fit_attention import fit_attention
 from folding.training.stream import Stream, total
@@ -20,9 +21,8 @@ def _block(model, groups):
   rope = "pairs" if model.positions == "rope" else "copy"
   fold = c.FoldConfig(groups=groups, values="dense", rope=rope)
   config = c.Config(preset="none", model=model, fold=fold)
-  config = c.resolve(dataclasses.replace(config, task="classify"))
-  m = config.model
-  return Block(m, c.layers_of(m, config.fold)[0])
+  shape = shape_of(dataclasses.replace(config, task="classify"))
+  return Block(shape, shape.layers[0])
 
 
 def _params(block, seed, scale=2.0):

@@ -10,6 +10,7 @@ import pytest
 
 from folding import config as c
 from folding import errors, paths
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.training import stream as stream_lib
 from folding.training.fold_layer import (
@@ -74,7 +75,7 @@ def _batches(count, seed=0, rows=16):
 @functools.cache
 def _dense(kind):
   """Returns parameters without trivial values such as 0 or 1."""
-  model = make_model(c.dense_baseline(_config(kind)), V, num_classes=3)
+  model = make_model(shape_of(_config(kind)).dense(), V, num_classes=3)
   tokens = jnp.zeros((1, L), jnp.int32)
   params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
   rng = np.random.default_rng(0)
@@ -100,7 +101,7 @@ def _apply(model, params, tokens, mask):
 def _logits(config, params, seed=9):
   """Returns logits of text that is not used for calibration."""
   [batch] = _batches(1, seed, rows=48)
-  model = make_model(config, V, num_classes=3)
+  model = make_model(shape_of(config), V, num_classes=3)
   logits = _apply(model, params, batch["tokens"], batch["mask"])
   return np.asarray(logits[batch["mask"]] if logits.ndim == 3 else logits)
 
@@ -112,12 +113,12 @@ def _error(config, params, kind):
 
 def _fold(config, kind, batches=4, **options):
   batches = _batches(batches, **options)
-  return fold_pretrained(config, _dense(kind), batches)
+  return fold_pretrained(shape_of(config), _dense(kind), batches)
 
 
 def _shapes(config):
   """Returns {path: shape} of the model of a config."""
-  model = make_model(config, V, num_classes=3)
+  model = make_model(shape_of(config), V, num_classes=3)
   tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
   tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
   return {name: w.shape for name, w in paths.flatten(tree).items()}
@@ -236,11 +237,13 @@ def test_fold_layer_fits_w_o_beside_folded_values_to_its_own_input(
 ):
   config = _config("gpt2", groups=0, values=values)
   old = _dense("gpt2")["blocks_0"]
-  stream = stream_lib.embed_batches(config, _dense("gpt2"), _batches(4))
+  stream = stream_lib.embed_batches(
+    shape_of(config), _dense("gpt2"), _batches(4)
+  )
   dense_stream = stream._replace(x=[-2 * x for x in stream.x])
   block, folded = (
     stream_lib.make_block(each, 0)
-    for each in (c.dense_baseline(config), config)
+    for each in (shape_of(config).dense(), shape_of(config))
   )
   kernels = []
   for other in (stream, dense_stream):
@@ -295,11 +298,11 @@ def test_input_axis_folds_rows():
 
 def _streams(config, params, batches):
   """Returns the stream before layer 0, after its attention, and after it."""
-  x, kept = stream_lib.embed_batches(config, params, batches)
+  x, kept = stream_lib.embed_batches(shape_of(config), params, batches)
   parts = []
   for at in zip(x, kept, strict=True):
     seen = stream_lib.capture(
-      stream_lib.make_block(config, 0),
+      stream_lib.make_block(shape_of(config), 0),
       params["blocks_0"],
       *at,
       names=("norm_mlp",),
@@ -350,7 +353,7 @@ def test_fold_ignores_padding():
   batches = _batches(4)
   for batch in batches:
     batch["tokens"] = np.where(batch["mask"], batch["tokens"], 7)
-  again, told = fold_pretrained(config, _dense("bert"), batches)
+  again, told = fold_pretrained(shape_of(config), _dense("bert"), batches)
   assert told == report
   for name, w in paths.flatten(params).items():
     np.testing.assert_array_equal(paths.flatten(again)[name], w, name)
@@ -363,7 +366,7 @@ def test_fold_accepts_batches_of_one_text():
     for batch in _batches(4)
     for i in range(16)
   ]
-  params, report = fold_pretrained(config, _dense("gpt2"), texts)
+  params, report = fold_pretrained(shape_of(config), _dense("gpt2"), texts)
   together, told = _fold(config, "gpt2")
   for name in ("logits_kept", "attention_r2", "mlp_r2"):
     found, expected = ([row[name] for row in r] for r in (report, told))
@@ -386,23 +389,19 @@ def test_text_that_cannot_be_measured_is_refused(rows, tokens, message):
   if tokens == 1:
     batch["tokens"] += np.arange(rows)[:, None] % V
   with pytest.raises(errors.ConfigError, match=message) as caught:
-    fold_pretrained(_config("alibi", groups=1), _dense("alibi"), [batch])
+    fold_pretrained(
+      shape_of(_config("alibi", groups=1)), _dense("alibi"), [batch]
+    )
   assert "\n" not in str(caught.value)
-
-
-def test_unresolved_config_is_refused():
-  config = c.Config(data=c.DataConfig(length=L), model=MODELS["alibi"])
-  with pytest.raises(ValueError, match=r"use folding\.config\.resolve"):
-    fold_pretrained(config, _dense("alibi"), _batches(2))
 
 
 def test_rotary_heads_are_not_folded_by_centred_moments():
   """The mean of keys turns with the position: softmax does not cancel it."""
   config = _config("llama", groups=2)
-  layer, *_ = c.layers_of(config.model, config.fold)
+  shape = shape_of(config)
   attn = _dense("llama")["blocks_0"]["attn"]
   moments = HeadMoments(np.eye(D), np.full((D, D), np.nan))
-  folded, kept = fold_logits(config.model, layer, attn, moments)
+  folded, kept = fold_logits(shape, shape.layers[0], attn, moments)
   assert 0 < kept < 1
   assert all(np.isfinite(w).all() for w in jax.tree.leaves(folded))
 

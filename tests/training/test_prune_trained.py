@@ -12,11 +12,14 @@ import pytest
 from folding import config as c
 from folding import errors, paths
 from folding.compression import oneshot
+from folding.models.shape import shape_of
+from folding.models.shrink import shrink
 from folding.models.transformer import make_model
 from folding.training import loop, prune_trained
 from folding.training import stream as stream_lib
 from folding.training.checkpoint import load_run
 from folding.training.fold_pretrained import fold_pretrained
+from folding.training.optimizer import make_rules
 from folding.typed import edited
 from tests.training import tiny
 from tests.training.conftest import recovery_config, tiny_config
@@ -51,7 +54,19 @@ def trained():
 
 def _prune(method, trained):
   params, batches = trained
-  return prune_trained.prune_trained(_config(method), params, params, batches)
+  return _pruned(_config(method), params, batches)
+
+
+def _pruned(config, params, batches):
+  rules = make_rules(config, params, params)
+  method = config.compress.prune
+  shape = shape_of(config)
+  return prune_trained.prune_trained(shape, params, batches, rules, method)
+
+
+def _pruner(config, params):
+  rules = make_rules(config, params, params)
+  return prune_trained.neuron_pruner(shape_of(config), params, rules)
 
 
 def _reads(params, batches):
@@ -120,9 +135,9 @@ def _without_biases(params):
 
 
 def _pruned_layer(config, params, n, layer, stream):
-  prune = prune_trained.neuron_pruner(config, params, params)(n)
+  prune = _pruner(config, params)(n)
   layer = prune.attention(layer, stream)
-  block = stream_lib.make_block(config, n)
+  block = stream_lib.make_block(shape_of(config), n)
   [moments] = stream_lib.input_moments(block, layer, stream, ("down",)).values()
   return prune.neurons(layer, moments)
 
@@ -134,12 +149,12 @@ def test_remaining_neurons_replace_the_removed_ones(trained, use_bias):
   if not use_bias:
     params = _without_biases(params)
   layer = params["blocks_0"]
-  stream = stream_lib.embed_batches(config, params, batches)
+  stream = stream_lib.embed_batches(shape_of(config), params, batches)
   pruned = _pruned_layer(config, params, 0, layer, stream)
   old, new = layer["mlp"], pruned["mlp"]
   below = {**layer, "attn": pruned["attn"]}
 
-  block = stream_lib.make_block(config, 0)
+  block = stream_lib.make_block(shape_of(config), 0)
   seen = [
     stream_lib.capture(block, below, *at, ("down",))["down"][at[1]]
     for at in zip(*stream, strict=True)
@@ -169,8 +184,8 @@ def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
   params, _ = trained
   batches = [{"tokens": tiny.batch(seed)["tokens"]} for seed in range(30)]
   config = _by_neuron()
-  prune = prune_trained.neuron_pruner(config, params, params)
-  fitted, _ = fold_pretrained(config, params, batches, prune=prune)
+  prune = _pruner(config, params)
+  fitted, _ = fold_pretrained(shape_of(config), params, batches, prune=prune)
   found = paths.flatten(fitted)
   for n in range(2):
     down = found[f"blocks_{n}/mlp/down/kernel"]
@@ -180,12 +195,12 @@ def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
 
   def stream(prunes, weights):
     """Returns the output of the last layer, perhaps with each layer pruned."""
-    stream = stream_lib.embed_batches(config, params, batches)
+    stream = stream_lib.embed_batches(shape_of(config), params, batches)
     for n in range(2):
       layer = weights[f"blocks_{n}"]
       if prunes:
         layer = _pruned_layer(config, params, n, layer, stream)
-      block = stream_lib.make_block(config, n)
+      block = stream_lib.make_block(shape_of(config), n)
       stream = stream_lib.advance(block, layer, stream)
     pairs = zip(*stream, strict=True)
     return np.concatenate([np.asarray(w)[keep] for w, keep in pairs])
@@ -205,14 +220,14 @@ def test_layer_is_pruned_on_the_stream_of_pruned_layers(trained):
   config = _config("sparsegpt")
   config = edited(config, {"fpp.embedding": 0.0})
   config = edited(config, {"fpp.linear_layers": (0.0, config.fpp.linear)})
-  again = prune_trained.prune_trained(config, mixed, mixed, batches)
+  again = _pruned(config, mixed, batches)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
     again["blocks_1"],
     pruned["blocks_1"],
   )
   alone = {**mixed, "blocks_0": params["blocks_0"]}
-  other = prune_trained.prune_trained(config, alone, alone, batches)
+  other = _pruned(config, alone, batches)
   gap = np.abs(
     other["blocks_1"]["mlp"]["up"]["kernel"]
     - pruned["blocks_1"]["mlp"]["up"]["kernel"]
@@ -277,7 +292,7 @@ def test_neurons_are_removed_before_the_first_step(
   small = c.load(str(workdir / "config.json"))
   assert small.model.dense_mlp_width == 24
   assert (small.model.heads is None) == (plan == "same")
-  layers = c.layers_of(small.model, small.fold)
+  layers = shape_of(small).layers
   widths = [layer.mlp_width for layer in layers]
   assert sum(widths) < 2 * 24
   _, params, _ = load_run(str(workdir))
@@ -314,18 +329,19 @@ def test_neurons_are_removed_before_the_first_step(
 def test_removing_zero_neurons_keeps_the_function(trained):
   config, (params, batches) = _by_neuron(), trained
   config = edited(config, {"fpp.linear_layers": (0.0, config.fpp.linear)})
-  prune = prune_trained.neuron_pruner(config, params, params)
-  whole, _ = fold_pretrained(config, params, batches, prune=prune)
-  small, less = prune_trained.without_neurons(config, whole)
+  prune = _pruner(config, params)
+  whole, _ = fold_pretrained(shape_of(config), params, batches, prune=prune)
+  zeros = prune_trained.zero_neurons(whole)
+  small, less, _ = shrink(config, whole, absorb=False, is_zero=zeros)
   width = config.model.mlp_width
   assert small.model.mlp_width == (width, width // 2)
   size = less["blocks_1"]["mlp"]["gate"]["kernel"].shape
   assert size == (32, width // 2)
   tokens = jnp.asarray(batches[0]["tokens"])
   outputs = [
-    jax.jit(make_model(each, params["embed"]["embedding"].shape[0]).apply)(
-      {"params": tree}, tokens
-    )
+    jax.jit(
+      make_model(shape_of(each), params["embed"]["embedding"].shape[0]).apply
+    )({"params": tree}, tokens)
     for each, tree in ((config, whole), (small, less))
   ]
   np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from folding import config as c
 from folding.compression.fpp import fpp_counts
 from folding.compression.sites import make_sites
 from folding.data.tokenizers import load_tokenizer
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.training import loop, optimizer, run_dir, shrinking
 from folding.typed import edited
@@ -72,7 +73,7 @@ def _smaller(run, config, params):
   """Returns the run of shrunk parameters."""
   removed = optimizer.removed_units(run.rules, tiny.shapes(run.config), params)
   tx = optimizer.make_optimizer(config, run.rules, removed)
-  model = make_model(config, tiny.VOCAB)
+  model = make_model(shape_of(config), tiny.VOCAB)
   return tiny.Tiny(config, model, run.rules, tx)
 
 

@@ -19,6 +19,7 @@ from folding.data import sources
 from folding.data.batches import make_data
 from folding.errors import ConfigError
 from folding.models import hf_config
+from folding.models.shape import shape_of
 from folding.reporting import report
 from folding.serving import predict
 from folding.training import compress, loop, run_dir, step
@@ -125,7 +126,7 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
 
   # Calibration and the plan read segments; a teacher that equals the student has no
   # loss.
-  [x] = embed_batches(saved, start, [batch] * 2).x[:1]
+  [x] = embed_batches(shape_of(saved), start, [batch] * 2).x[:1]
   expected = jax.jit(run.model.apply, static_argnames="method")(
     {"params": start},
     batch["tokens"],
@@ -135,7 +136,7 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
   np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
   bare = {name: w for name, w in batch.items() if name != "segments"}
   one, other = (
-    sensitivities(saved, start, [each])["blocks_0/attn/o"]
+    sensitivities(shape_of(saved), start, [each])["blocks_0/attn/o"]
     for each in (batch, bare)
   )
   assert np.abs(one / other - 1).max() > 1e-3

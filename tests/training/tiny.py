@@ -9,6 +9,7 @@ import numpy as np
 
 from folding import config as c
 from folding.compression.sites import make_sites
+from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.tasks import task_of
 from folding.training import optimizer
@@ -62,7 +63,7 @@ class Tiny(NamedTuple):
 
 def make(values: c.Config) -> Tiny:
   """Builds the model, the rules and the optimizer of a config."""
-  model = make_model(values, VOCAB, num_classes=3)
+  model = make_model(shape_of(values), VOCAB, num_classes=3)
   params, dense = shapes(values), shapes(c.dense_baseline(values))
   rules = optimizer.make_rules(values, params, dense)
   return Tiny(values, model, rules, optimizer.make_optimizer(values, rules))
@@ -70,7 +71,7 @@ def make(values: c.Config) -> Tiny:
 
 def shapes(values: c.Config) -> Any:
   """Returns the shapes of a model's parameters."""
-  return param_shapes(make_model(values, VOCAB, num_classes=3))
+  return param_shapes(make_model(shape_of(values), VOCAB, num_classes=3))
 
 
 def rules_of(values: c.Config) -> dict[str, tuple[float, str]]:

@@ -1,0 +1,151 @@
+"""The shape of a model: which arrays it has, and how they compute."""
+
+import dataclasses
+from typing import Any, Literal
+
+from folding import config as config_lib
+from folding.config import Config, Design, Values
+from folding.tasks import task_of
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+  """The shape of one layer.
+
+  Attributes:
+    heads: Indices of the heads that are left, in increasing order.
+    num_kv_heads: J, the number of key and value heads that are left.
+    head_dim: K.
+    value_dim: r, numbers per head of the values; K unless W_V has low rank.
+    mlp_width: F.
+    whole_mlp_width: F before any shrink.
+    qkv_bias: Whether W_Q, W_K and W_V have a bias.
+    groups: G, row groups of W_Q and W_K; 0: dense.
+    axis: As `FoldConfig.axis`.
+    rope: As `FoldConfig.rope`.
+    values: Kind of W_V, see `FoldConfig.values`.
+    window: Number of last tokens that a token attends to; None: all.
+    rope_base: As `ModelConfig.rope_base`.
+    has_norm_attn: False if `Design.embed_norm` replaces the norm of attention.
+  """
+
+  heads: tuple[int, ...]
+  num_kv_heads: int
+  head_dim: int
+  value_dim: int
+  mlp_width: int
+  whole_mlp_width: int
+  qkv_bias: bool
+  groups: int
+  axis: Literal["output", "input"]
+  rope: Literal["copy", "pairs"]
+  values: Values
+  window: int | None
+  rope_base: float
+  has_norm_attn: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)  # static in jit
+class Shape(Design):
+  """The shape of a model, apart from the sizes of its vocabulary and head.
+
+  Attributes:
+    layers: From the first to the last.
+    num_heads: H of a layer with all of its heads.
+    num_kv_heads: J of such a layer.
+    head_dim: K.
+    embedding_rank: r, rank of the embedding; 0: the full rank.
+    max_length: Most tokens, and rows of learned positions.
+    output: Next-token logits, scores of a text, or the vector of a text.
+  """
+
+  layers: tuple[Layer, ...]
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  embedding_rank: int
+  max_length: int
+  output: Literal["tokens", "scores", "vector"]
+
+  @property
+  def num_layers(self) -> int:
+    """N."""
+    return len(self.layers)
+
+  def whole(self) -> "Shape":
+    """Returns the shape before any shrink: with all heads and neurons."""
+
+    def whole(layer: Layer) -> Layer:
+      return dataclasses.replace(
+        layer,
+        heads=tuple(range(self.num_heads)),
+        num_kv_heads=self.num_kv_heads,
+        mlp_width=layer.whole_mlp_width,
+        values="diagonal" if layer.values == "identity" else layer.values,
+      )
+
+    return dataclasses.replace(self, layers=tuple(map(whole, self.layers)))
+
+  def dense(self) -> "Shape":
+    """Returns the shape of the dense baseline."""
+
+    def dense(layer: Layer) -> Layer:
+      return dataclasses.replace(
+        layer,
+        value_dim=layer.head_dim,
+        groups=0,
+        axis="output",
+        rope="copy",
+        values="dense",
+      )
+
+    layers = tuple(map(dense, self.whole().layers))
+    return dataclasses.replace(self, layers=layers, embedding_rank=0)
+
+  @property
+  def is_dense(self) -> bool:
+    """Whether nothing is folded or removed."""
+    return self == self.dense()
+
+
+def shape_of(config: Config) -> Shape:
+  """Returns the shape that a config describes."""
+  config = config_lib.filled(config)
+  m, f, task = config.model, config.fold, task_of(config)
+  output = "vector" if task.makes_vectors else "scores"
+  return Shape(
+    **{x.name: getattr(m, x.name) for x in dataclasses.fields(Design)},
+    layers=tuple(_layer(config, n) for n in range(m.num_layers)),
+    num_heads=m.num_heads,
+    num_kv_heads=m.num_kv_heads,
+    head_dim=m.head_dim,
+    embedding_rank=f.embedding_rank,
+    max_length=config.data.length,
+    output="tokens" if task.predicts_tokens else output,
+  )
+
+
+def _layer(config: Config, n: int) -> Layer:
+  m, f = config.model, config.fold
+
+  def at(value: Any) -> Any:
+    return value[n] if isinstance(value, tuple) else value
+
+  heads = m.heads[n] if m.heads else tuple(range(m.num_heads))
+  before = m.mlp_width if m.dense_mlp_width is None else m.dense_mlp_width
+  return Layer(
+    heads=heads,
+    num_kv_heads=len(heads) * m.num_kv_heads // m.num_heads,
+    head_dim=m.head_dim,
+    value_dim=at(f.value_rank) or m.head_dim,
+    mlp_width=at(m.mlp_width),
+    whole_mlp_width=at(before),
+    qkv_bias=bool(m.qkv_bias),
+    groups=at(f.groups),
+    axis=f.axis,
+    rope=f.rope,
+    values=at(f.values),
+    window=at(m.window) or None,
+    rope_base=at(m.rope_base),
+    has_norm_attn=n > 0 or not m.embed_norm,
+  )
