@@ -52,9 +52,7 @@ def size(*parts: str) -> int:
 def reloaded(folder: str, found: export_lib.Model) -> export_lib.Model:
   """Exports a shrunk model to a new folder and loads it from there."""
   small = export_lib.shrunk(found)
-  export_lib.export(
-    folder, small.config, small.params, small.tokenizer, small.labels
-  )
+  export_lib.export(folder, small)
   return export_lib.load(folder)
 
 

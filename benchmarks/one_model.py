@@ -211,15 +211,14 @@ def _exported(name: str, path: str, config: Config) -> Model:
 
 def _extended(loaded: export_lib.Model) -> export_lib.Model:
   """Returns a model that reads the longest shape: more positions, of zeros."""
-  length = max(loaded.config.data.length, *(size for _, size in SHAPES))
-  data = dataclasses.replace(loaded.config.data, length=length)
+  length = max(loaded.shape.max_length, *(size for _, size in SHAPES))
   params = dict(loaded.params)
   if "position_embed" in params:
     w_PD = np.asarray(params["position_embed"]["embedding"])
     more = np.zeros((length - len(w_PD), w_PD.shape[1]), w_PD.dtype)
     params["position_embed"] = {"embedding": np.concatenate([w_PD, more])}
-  config = dataclasses.replace(loaded.config, data=data)
-  return dataclasses.replace(loaded, config=config, params=params)
+  shape = dataclasses.replace(loaded.shape, max_length=length)
+  return dataclasses.replace(loaded, shape=shape, params=params)
 
 
 def _jax_forward(loaded: export_lib.Model) -> Callable[..., Any]:

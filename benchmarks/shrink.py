@@ -22,7 +22,7 @@ import safetensors.numpy
 from benchmarks import output, timing
 from folding import config as config_lib
 from folding import paths
-from folding.models.shape import shape_of
+from folding.models.shape import shape_of, with_shape
 from folding.models.shrink import shrink
 from folding.models.transformer import make_model
 from folding.tasks import task_of
@@ -60,7 +60,8 @@ def measure(rounds: int, multiple: int) -> dict:
   """Returns figures of both models, and shrunk over dense."""
   config = get_config()
   params = _pruned(_init(config, VOCAB), np.random.default_rng(0))
-  small = shrink(config, params, multiple=multiple)
+  small = shrink(shape_of(config), params, multiple=multiple)
+  smaller = with_shape(config, small.shape)
   baseline = config_lib.dense_baseline(config)
   dense = _init(baseline, VOCAB)
   arrays = {"dense": dense, "shrunk": small.params}
@@ -71,7 +72,7 @@ def measure(rounds: int, multiple: int) -> dict:
     models = {
       "dense": _programs(baseline, dense, tokens),
       "shrunk": _programs(
-        small.config, small.params, np.asarray(small.cut.token_map)[tokens]
+        smaller, small.params, np.asarray(small.cut.token_map)[tokens]
       ),
     }
     by_shape.append({"shape": list(shape), **_compare(models, rounds)})
@@ -79,7 +80,7 @@ def measure(rounds: int, multiple: int) -> dict:
     "parameters": _pair(arrays, _size),
     "file_bytes": _pair(arrays, _file_bytes),
     "by_shape": by_shape,
-    "mlp_width": small.config.model.mlp_width,
+    "mlp_width": smaller.model.mlp_width,
     "rounds": rounds,
   }
 

@@ -112,7 +112,9 @@ def _checkpoint(folder, task):
   )
   tokens = jnp.zeros((1, 64), jnp.int32)
   params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-  export_lib.export(folder / "a", config, params, tokenizer, labels)
+  export_lib.export(
+    folder / "a", folding.Model.of(config, params, tokenizer, labels)
+  )
   export_lib.export_hf(folder / "b", folding.load(folder / "a"))
   return folder / "b"
 

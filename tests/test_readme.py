@@ -50,7 +50,8 @@ def test_logits_of_a_loaded_export_are_those_of_predict(tmp_path):
   params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
   params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 2))
   path = tmp_path / "small"
-  export(str(path), config, params, tokenizer, labels=["bad", "good"])
+  made = folding.Model.of(config, params, tokenizer, ["bad", "good"])
+  export(str(path), made)
   section = EXPORT.read_text().split("### In your own program")[1]
   code = re.search(r"```python\n(.*?)```", section, re.S)[1]
   names = {"jax": jax, "jnp": jnp, "loaded": folding.load(str(path))}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from folding import files
-from folding.config import ModelConfig, Pooling
+from folding.config import Design, ModelConfig, Pooling
 from folding.errors import ConfigError, reason
 from folding.models.hf_weights import TOKENIZER
 
@@ -139,7 +139,7 @@ def _lowers(path: str | os.PathLike) -> bool:
   return False
 
 
-def write(path: str | os.PathLike, model: ModelConfig, max_length: int) -> None:
+def write(path: str | os.PathLike, model: Design, max_length: int) -> None:
   """Writes the files beside an encoder.
 
   Args:

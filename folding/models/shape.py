@@ -1,10 +1,21 @@
-"""The shape of a model: which arrays it has, and how they compute."""
+"""The shape of a model: which arrays it has, and how they compute.
+
+`shape_of` reads the sections `model` and `fold` of a config, and `with_shape` writes
+them, which is the form of a shape on disk.
+"""
 
 import dataclasses
 from typing import Any, Literal
 
 from folding import config as config_lib
-from folding.config import Config, Design, Values
+from folding.config import (
+  Config,
+  Design,
+  FoldConfig,
+  ModelConfig,
+  Values,
+  joined,
+)
 from folding.tasks import task_of
 
 
@@ -149,3 +160,36 @@ def _layer(config: Config, n: int) -> Layer:
     rope_base=at(m.rope_base),
     has_norm_attn=n > 0 or not m.embed_norm,
   )
+
+
+def with_shape(config: Config, shape: Shape) -> Config:
+  """Returns a config whose sections `model` and `fold` describe a shape."""
+  layers, K = shape.layers, shape.head_dim
+
+  def each(name: str) -> Any:
+    return joined(tuple(getattr(layer, name) for layer in layers))
+
+  is_whole = all(len(x.heads) == shape.num_heads for x in layers)
+  is_cut = any(x.mlp_width != x.whole_mlp_width for x in layers)
+  model = ModelConfig(
+    **{x.name: getattr(shape, x.name) for x in dataclasses.fields(Design)},
+    num_layers=shape.num_layers,
+    num_heads=shape.num_heads,
+    num_kv_heads=shape.num_kv_heads,
+    head_dim=K,
+    mlp_width=each("mlp_width"),
+    dense_mlp_width=each("whole_mlp_width") if is_cut else None,
+    heads=None if is_whole else tuple(x.heads for x in layers),
+    window=joined(tuple(x.window or 0 for x in layers)) or None,
+    rope_base=each("rope_base"),
+    qkv_bias=layers[0].qkv_bias,
+  )
+  fold = FoldConfig(
+    groups=each("groups"),
+    axis=layers[0].axis,
+    rope=layers[0].rope,
+    values=each("values"),
+    value_rank=joined(tuple(x.value_dim % K for x in layers)),
+    embedding_rank=shape.embedding_rank,
+  )
+  return dataclasses.replace(config, model=model, fold=fold)

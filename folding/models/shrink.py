@@ -1,34 +1,30 @@
-"""Shrinking of a configured model: smaller parameters and their config."""
+"""Shrinks a model: smaller parameters and their shape."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from folding.compression.shrink import Cut, shrink_layers
-from folding.config import Config, joined, unshrunk
-from folding.models.shape import shape_of
-from folding.tasks import task_of
+from folding.models.shape import Shape
 
 
 class Shrunk(NamedTuple):
   """Result of `shrink`.
 
   Attributes:
-    config: Config of the smaller model: `model.mlp_width` and `model.heads` per
-      layer, `fold.values`. The width of the dense baseline is in
-      `model.dense_mlp_width`.
+    shape: Shape of the smaller model; it knows its widths before.
     params: The smaller parameters. The vocabulary has the rows of the
       embedding.
     cut: Selection of indices, and the map of tokens.
   """
 
-  config: Config
+  shape: Shape
   params: dict[str, Any]
   cut: Cut
 
 
 def shrink(
-  config: Config,
+  shape: Shape,
   params: Mapping[str, Any],
   *,
   multiple: int = 1,
@@ -43,7 +39,7 @@ def shrink(
   Shrinking twice changes nothing more.
 
   Args:
-    config: Resolved.
+    shape: Shape of the model.
     params: Its parameters, concrete; their shapes are not checked.
     multiple: Widths of feed-forward layers are rounded up to a multiple of this
       (never above what they were) by keeping some zero neurons.
@@ -53,20 +49,20 @@ def shrink(
       True at zeros. While training, only those that FPP holds at 0 qualify.
 
   Raises:
-    ValueError: the config is not resolved, or an option is out of range.
+    ValueError: an option is out of range.
 
   Example:
     >>> import jax, jax.numpy as jnp
     >>> from folding import config, make_model, shape_of
-    >>> c = config.resolve(config.Config(model=config.ModelConfig(num_layers=1)))
+    >>> shape = shape_of(config.Config(model=config.ModelConfig(num_layers=1)))
     >>> tokens = jnp.zeros((1, 8), jnp.int32)
-    >>> variables = make_model(shape_of(c), 100).init(jax.random.key(0), tokens)
+    >>> variables = make_model(shape, 100).init(jax.random.key(0), tokens)
     >>> down = variables["params"]["blocks_0"]["mlp"]["down"]
     >>> down["kernel"] = down["kernel"].at[100:].set(0)
-    >>> small = shrink(c, variables["params"], multiple=64)
-    >>> small.config.model.mlp_width, small.config.fold.values
+    >>> small = shrink(shape, variables["params"], multiple=64)
+    >>> small.shape.layers[0].mlp_width, small.shape.layers[0].values
     (128, 'identity')
-    >>> model = make_model(shape_of(small.config), 100)
+    >>> model = make_model(small.shape, 100)
     >>> model.apply({"params": small.params}, tokens).shape
     (1, 8, 100)
   """
@@ -74,41 +70,36 @@ def shrink(
     params,
     multiple=multiple,
     absorb=absorb,
-    tokens=not task_of(config).predicts_tokens,
+    tokens=shape.output != "tokens",
     is_zero=is_zero,
   )
-  return Shrunk(shrunk_config(config, cut), small, cut)
+  return Shrunk(shrunk_shape(shape, cut), small, cut)
 
 
-def shrunk_config(config: Config, cut: Cut) -> Config:
-  """Returns the config of smaller parameters; equal values stay as they are.
+def shrunk_shape(shape: Shape, cut: Cut) -> Shape:
+  """Returns the shape of smaller parameters.
 
   Args:
-    config: Resolved, of the parameters before.
+    shape: Shape of the parameters before.
     cut: The cut that makes them smaller.
   """
-  m, fold = config.model, config.fold
-  layers = shape_of(config).layers
-  widths, heads, values = [], [], []
 
   def kept(kernel, count):
     return cut.kept.get(kernel, {}).get(0, range(count))
 
-  for n, layer in enumerate(layers):
+  layers = []
+  for n, layer in enumerate(shape.layers):
     mlp, attn = f"blocks_{n}/mlp", f"blocks_{n}/attn"
-    widths.append(len(kept(f"{mlp}/down/kernel", layer.mlp_width)))
     of_layer = kept(f"{attn}/o/kernel", len(layer.heads))
-    heads.append(tuple(layer.heads[h] for h in of_layer))
+    heads = tuple(layer.heads[h] for h in of_layer)
     is_absorbed = f"{attn}/v" in cut.dropped
-    values.append("identity" if is_absorbed else layer.values)
-  if widths != [layer.mlp_width for layer in layers]:
-    m = dataclasses.replace(
-      m,
-      mlp_width=joined(tuple(widths)),
-      dense_mlp_width=unshrunk(config).model.mlp_width,
+    layers.append(
+      dataclasses.replace(
+        layer,
+        heads=heads,
+        num_kv_heads=len(heads) * shape.num_kv_heads // shape.num_heads,
+        mlp_width=len(kept(f"{mlp}/down/kernel", layer.mlp_width)),
+        values="identity" if is_absorbed else layer.values,
+      )
     )
-  if heads != [layer.heads for layer in layers]:
-    m = dataclasses.replace(m, heads=tuple(heads))
-  if values != [layer.values for layer in layers]:
-    fold = dataclasses.replace(fold, values=joined(tuple(values)))
-  return dataclasses.replace(config, model=m, fold=fold)
+  return dataclasses.replace(shape, layers=tuple(layers))

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from folding.config import Config
 from folding.data.padding import (
   by_length,
   encode_rows,
@@ -18,7 +17,6 @@ from folding.data.padding import (
 from folding.data.tokenizers import Text, Tokenizer
 from folding.errors import ConfigError
 from folding.models.transformer import Transformer
-from folding.tasks import task_of
 
 
 def require_size(batch_size: int) -> None:
@@ -69,33 +67,32 @@ def forward(params, tokens_BL, mask_BL, segments_BL, *, model, activate):
 
 
 def outputs(
-  config: Config,
-  tokenizer: Tokenizer,
   model: Transformer,
+  tokenizer: Tokenizer,
   params: Any,
   texts: Sequence[Text],
   *,
   batch_size: int,
+  activate: Callable[[Any], Any],
   report: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
   """Returns the outputs of `forward` in the order of the texts, as float32.
 
   Args:
-    config: Resolved config of the model.
-    tokenizer: Tokenizer of the model.
     model: The Linen module.
+    tokenizer: Tokenizer of the model.
     params: Its parameters, on the device.
     texts: All single, or all pairs.
     batch_size: Texts per batch; those of a batch are of similar length.
+    activate: Turns outputs of the model into those of `forward`.
     report: Called after each batch with its number of texts.
 
   Raises:
     ConfigError: the model returns NaN.
   """
-  length = config.data.length
+  length = model.shape.max_length
   rows, seconds = encode_rows(tokenizer, texts, length)
-  width = model.num_classes or config.model.width
-  activate = task_of(config).activate
+  width = model.num_classes or model.shape.width
   found = np.zeros((len(rows), width), np.float32)
   buckets = fine_bucket_lengths(length)
   for members, bucket in by_length(rows, buckets, batch_size):
@@ -111,5 +108,5 @@ def outputs(
     )
     found[members] = np.asarray(out)[: len(members)]
     report(len(members))
-  require_finite(np.isfinite(found), config.model.dtype)
+  require_finite(np.isfinite(found), model.shape.dtype)
   return found

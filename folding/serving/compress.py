@@ -82,37 +82,37 @@ def compress(
       f"max_texts is a whole number, at least 1; it is {max_texts!r}"
     )
   loaded = model if isinstance(model, Model) else load(model)
-  if not shape_of(loaded.config).is_dense:
+  if not loaded.shape.is_dense:
     raise ConfigError("this model is folded or shrunk; give the dense one")
   texts = list(texts)
   if not texts:
     raise ConfigError("give texts like those that the model will read")
   require_texts(texts, loaded.pair)
-  config = dataclasses.replace(
-    config_lib.dense_baseline(loaded.config), dense=False
+  config = recipe(
+    loaded.config, float(saving), structured=structured, uniform=uniform
   )
-  config = recipe(config, float(saving), structured=structured, uniform=uniform)
   # No training follows in which FPP could prune.
   config = edited(config, {"compress.prune": "sparsegpt"})
   source = "a model in memory" if isinstance(model, Model) else str(model)
   config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
   if task_of(config).predicts_tokens:
-    length = min(config.data.length, WINDOW)
+    length = min(loaded.shape.max_length, WINDOW)
     batches = _windows(
       windows(loaded.tokenizer, cast(list[str], texts), length, max_texts)
     )
     usage_V = None
   else:
-    encoded = encode_rows(loaded.tokenizer, texts, config.data.length)
+    encoded = encode_rows(loaded.tokenizer, texts, loaded.shape.max_length)
     counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *encoded.ids]))
     batches = _batches(
-      encoded, max_texts, config.data.length, loaded.tokenizer.pad_id
+      encoded, max_texts, loaded.shape.max_length, loaded.tokenizer.pad_id
     )
     usage_V = token_usage(counts, loaded.num_rows)
   small = compress_params(config, loaded.params, batches, usage_V)
   if small.report:
     report(fold_table(small.report, small.config.fpp.linear_layers))
-  return Model(small.config, small.params, loaded.tokenizer, loaded.labels)
+  shape, params = shape_of(small.config), small.params
+  return dataclasses.replace(loaded, shape=shape, params=params)
 
 
 def _windows(ids_WL: np.ndarray) -> list[dict[str, np.ndarray]]:

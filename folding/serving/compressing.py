@@ -97,7 +97,7 @@ def _texts(path: str, model: Model) -> tuple[list[Text], list[Text]]:
     held = len(texts) // 10
     return texts[held:], texts[:held]
   data = DataConfig(path=path, valid_fraction=0.1, test_fraction=0.0)
-  is_stream = task_of(model.config).predicts_tokens
+  is_stream = task_of(model).predicts_tokens
   found = (
     corpus.load_documents(data)
     if is_stream
@@ -120,7 +120,7 @@ def _num_stored(model: Model) -> int:
 
 def _lost(model: Model, small: Model, texts: Sequence[Any]) -> str:
   """Returns how the outputs of a smaller model differ, in words."""
-  task = task_of(model.config)
+  task = task_of(model)
   if task.predicts_tokens:
     before, after = (_perplexity(one, texts) for one in (model, small))
     return f"perplexity {before:.2f} is now {after:.2f}"
@@ -139,7 +139,7 @@ def _lost(model: Model, small: Model, texts: Sequence[Any]) -> str:
 
 def _perplexity(model: Model, texts: Sequence[str]) -> float:
   """Returns the perplexity of a language model on the first windows of texts."""
-  length = min(model.config.data.length, WINDOW)
+  length = min(model.shape.max_length, WINDOW)
   ids_WL = windows(model.tokenizer, texts, length + 1, _HELD)
   if not ids_WL.size:
     raise ConfigError(f"the held-out texts have fewer than {length + 1} tokens")
@@ -153,7 +153,7 @@ def _perplexity(model: Model, texts: Sequence[str]) -> float:
   ]
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   params = jax.device_put(model.params)
-  task = task_of(model.config)
+  task = task_of(model)
   step = make_eval_step(model.model, task, mesh)
   found = evaluate(step, params, batches, mesh, task=task, num_bytes=1.0)
   return found["perplexity"]
@@ -186,7 +186,7 @@ def train_smaller(
   Raises:
     ConfigError: see `loop.run`.
   """
-  makes_vectors = task_of(load(source).config).makes_vectors
+  makes_vectors = task_of(load(source)).makes_vectors
   name = "embed" if makes_vectors else "pretrained"
   config = config_lib.read(f"configs/{name}.py:{source},{saving}")
   if structured or uniform:

@@ -16,15 +16,11 @@ checksums.json, see `files.write_checksums`.
 """
 
 import os
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from folding import config as config_lib
 from folding import files, paths
-from folding.config import Config
-from folding.data.tokenizers import Tokenizer
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
 from folding.serving.hf_export import export_hf as export_hf
 from folding.serving.loaded import (
@@ -46,21 +42,12 @@ from folding.serving.stablehlo_export import (
 )
 
 
-def export(
-  path: str | os.PathLike,
-  config: Config,
-  params: dict[str, Any],
-  tokenizer: Tokenizer,
-  labels: Sequence[str] = (),
-) -> dict[str, int]:
+def export(path: str | os.PathLike, model: Model) -> dict[str, int]:
   """Writes a compact model to a new folder.
 
   Args:
     path: Created if it does not exist; must be empty.
-    config: Resolved.
-    params: Its parameters; zeros take no room, and the dtype is kept.
-    tokenizer: Text to the ids that the parameters are for.
-    labels: One name per class; () for a model without a head.
+    model: The model; zeros take no room, and the dtype is kept.
 
   Returns:
     {"dense": bytes of the dense baseline, "values" and "masks": bytes stored,
@@ -68,16 +55,17 @@ def export(
 
   Raises:
     ConfigError: the folder is not empty, a parameter is NaN, the parameters do
-      not fit the config and the labels, or the labels are not different strings.
+      not fit the shape and the labels, or the labels are not different strings.
     OSError: it cannot be written.
   """
+  params, labels = model.params, model.labels
   path = require_exportable(path, params)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
-  require_shapes(path, config, len(labels), shapes)
+  require_shapes(path, model.shape, len(labels), shapes)
   require_names(labels)
   os.makedirs(path, exist_ok=True)
   save_packed(params, os.path.join(path, WEIGHTS))
-  tokenizer.save(os.path.join(path, TOKENIZER))
+  model.tokenizer.save(os.path.join(path, TOKENIZER))
   values = {
     "format": FORMAT,
     "schema": SCHEMA,
@@ -86,10 +74,9 @@ def export(
       name: file_sha256(os.path.join(path, name))
       for name in sorted(os.listdir(path))
     },
-    "config": config_lib.to_dict(config),
+    "config": config_lib.to_dict(model.config),
   }
   # The last file of the model: it marks the folder as complete.
   files.write_json(os.path.join(path, CONFIG), values, ensure_ascii=False)
   files.write_checksums(path, files.all_files(path))
-  size = sizes(Model(config, params, tokenizer, tuple(labels)))
-  return size | {"files": files.folder_bytes(path)}
+  return sizes(model) | {"files": files.folder_bytes(path)}

@@ -39,9 +39,7 @@ def _safetensors(
   from folding.serving import export
 
   model = _smaller(model, dtype)
-  size = export.export(
-    path, model.config, model.params, model.tokenizer, model.labels
-  )
+  size = export.export(path, model)
   return size | {"stored": size["values"] + size["masks"]}
 
 

@@ -110,7 +110,7 @@ def export_gguf(
     )
   arrays = _arrays(m, architecture, params)
   writer = gguf.GGUFWriter(None, name)
-  _add_fields(writer, m, shape, loaded.config.data.length)
+  _add_fields(writer, m, shape, loaded.shape.max_length)
   add_tokenizer(writer, tokenizer, len(params["embed"]["embedding"]))
   kind = gguf.GGMLQuantizationType[_FLOATS.get(dtype, dtype.upper())]
   writer.add_file_type(
@@ -157,7 +157,7 @@ def _whole(loaded: Model) -> ModelConfig:
   """
   m = loaded.config.model
   windows = m.by_layer(m.window or 0, "model.window")
-  is_full = all(not w or w >= loaded.config.data.length for w in windows)
+  is_full = all(not w or w >= loaded.shape.max_length for w in windows)
   return dataclasses.replace(
     m,
     mlp_width=int(np.max(m.mlp_width)),
@@ -172,10 +172,10 @@ def _architecture_of(m: ModelConfig, loaded: Model) -> Architecture:
   Raises:
     ConfigError: there is none; says why.
   """
-  if not task_of(loaded.config).predicts_tokens:
+  if not task_of(loaded).predicts_tokens:
     raise ConfigError(
       "--format=gguf writes language models; this model is of task "
-      f"{loaded.config.task!r}"
+      f"{loaded.task!r}"
     )
   known = {name: x.gguf for name, x in FAMILIES.items() if x.gguf}
   reasons = {name: hf_config.misfit(m, name) for name in known}
@@ -191,7 +191,7 @@ def _architecture_of(m: ModelConfig, loaded: Model) -> Architecture:
   if m.window is not None:
     raise ConfigError(
       f"llama.cpp's {found.name} has no sliding window, and this model attends to "
-      f"{m.window} of {loaded.config.data.length} tokens"
+      f"{m.window} of {loaded.shape.max_length} tokens"
     )
   if m.rope_scaling and not found.scales_rotations:
     raise ConfigError(

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from folding import config as config_lib
 from folding import files, paths
 from folding.compression.fold import unfold
 from folding.config import ModelConfig
@@ -23,7 +22,7 @@ from folding.models.attention import layer_frequencies
 from folding.models.families import FAMILIES
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
-from folding.models.shape import Layer, shape_of
+from folding.models.shape import Layer, with_shape
 from folding.serving.loaded import Model, require_exportable, require_float
 from folding.tasks import task_of
 
@@ -72,7 +71,7 @@ def export_hf(
   # Heads that share keys have values of their own beside a diagonal W_V; the
   # dense form then repeats the keys.
   m = dataclasses.replace(
-    config_lib.dense_baseline(loaded.config).model,
+    with_shape(loaded.config, loaded.shape.dense()).model,
     mlp_width=m.mlp_width,
     num_heads=m.num_heads,
     num_kv_heads=params["blocks_0"]["attn"]["k"]["kernel"].shape[1],
@@ -84,10 +83,10 @@ def export_hf(
     family=family,
     config=m,
     vocab_size=params["embed"]["embedding"].shape[0],
-    max_length=loaded.config.data.length,
+    max_length=loaded.shape.max_length,
     pad_id=_hf_pad_id(tokenizer, m.causal and bool(loaded.labels)),
     token_types=FAMILIES[family].defaults.get("type_vocab_size", 0),
-    problem=loaded.config.task,
+    problem=loaded.task,
     label_names=loaded.labels,
   )
   count, before = (
@@ -116,8 +115,8 @@ def export_hf(
   options = tokenizer_options(tokenizer, described)
   files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
   files.write_json(os.path.join(path, OPTIONS), options)
-  if task_of(loaded.config).makes_vectors:
-    sentence.write(path, loaded.config.model, loaded.config.data.length)
+  if task_of(loaded).makes_vectors:
+    sentence.write(path, loaded.shape, loaded.shape.max_length)
   files.write_checksums(path, files.all_files(path))
   return {"files": files.folder_bytes(path)}
 
@@ -145,16 +144,14 @@ def unfolded(loaded: Model) -> dict[str, Any]:
   Raises:
     ConfigError: the parameters have no dense form.
   """
-  m = loaded.config.model
-  frequencies = None
-  if m.positions == "rope":
-    shape = shape_of(loaded.config)
+  shape, frequencies = loaded.shape, None
+  if shape.positions == "rope":
     frequencies = {
       f"blocks_{n}/attn": layer_frequencies(shape, layer)
       for n, layer in enumerate(shape.layers)
     }
   try:
-    return unfold(loaded.params, frequencies, m.head_dim)
+    return unfold(loaded.params, frequencies, shape.head_dim)
   except ValueError as error:
     raise ConfigError(f"this model has no dense form: {error}") from None
 
@@ -170,7 +167,7 @@ def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
     ConfigError: the parameters have no dense form.
   """
   params = unfolded(loaded)
-  layers = shape_of(loaded.config).layers
+  layers = loaded.shape.layers
   table_RH = np.zeros((m.relative_buckets, m.num_heads), np.float32)
   for n, layer in enumerate(layers):
     fill = functools.partial(_filled, m, layer)

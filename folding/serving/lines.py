@@ -81,7 +81,7 @@ def of_predictions(
     form: "tsv": a header, then label and probabilities (or the score) of each
       text. "jsonl": an object per text, with the text too.
   """
-  kinds = task_of(loaded.config).labels
+  kinds = task_of(loaded).labels
   assert kinds is not None  # `predict` refuses other tasks
   role, labels = kinds.columns[0], loaded.labels
   if kinds.kind == "score":  # it has no probabilities

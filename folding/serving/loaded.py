@@ -29,7 +29,7 @@ from folding.data.tokenizers import (
 from folding.errors import ConfigError, reason
 from folding.models import hf_weights, sentence
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
-from folding.models.shape import shape_of
+from folding.models.shape import Shape, shape_of, with_shape
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.serving.batched import (
@@ -51,7 +51,7 @@ class Prediction(NamedTuple):
   """Output of a model for a text.
 
   Attributes:
-    text: As given; the model reads at most `data.length` tokens of it.
+    text: As given; the model reads at most `shape.max_length` tokens of it.
     label: The most probable class (task "classify"), the classes with a
       probability above 0.5 ("multilabel"), or the score ("regress").
     probabilities: float32[C], in the order of `Model.labels`; float32[0] beside
@@ -71,17 +71,44 @@ class Model:
   `generate` answer texts, and `save` writes it.
 
   Attributes:
-    config: Resolved.
+    shape: Which arrays it has.
+    task: Name of its row in `folding.tasks`.
     params: Nested dicts of arrays.
     tokenizer: Text to the ids that the model reads.
     labels: Names of the head's outputs, classes in id order; () for a next-token
       model, and for an encoder of sentences.
+    pair: Names of the two texts of a pair; None: the model reads single texts.
   """
 
-  config: Config
+  shape: Shape
+  task: str
   params: dict[str, Any] = dataclasses.field(repr=False)  # too long to show
   tokenizer: Tokenizer
   labels: tuple[str, ...] = ()
+  pair: tuple[str, str] | None = None
+
+  @classmethod
+  def of(
+    cls,
+    config: Config,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    labels: Sequence[str] = (),
+  ) -> "Model":
+    """Returns the model of a config with these parameters."""
+    names = config.data.text_field
+    pair = names if isinstance(names, tuple) else None
+    shape = shape_of(config)
+    return cls(shape, config.task, params, tokenizer, tuple(labels), pair)
+
+  @property
+  def config(self) -> Config:
+    """A config of this model, which `of` reads."""
+    data = config_lib.DataConfig(
+      length=self.shape.max_length, text_field=self.pair
+    )
+    config = Config(task=self.task, preset="none", data=data)
+    return config_lib.resolve(with_shape(config, self.shape))
 
   def encode(
     self,
@@ -93,7 +120,7 @@ class Model:
     """Returns the vectors of texts, float32[texts, D].
 
     Args:
-      texts: Any number. The model reads at most `data.length` tokens of each.
+      texts: Any number. The model reads at most `shape.max_length` tokens of each.
       batch_size: Texts per batch; those of a batch are of similar length.
       report: Called after each batch with its number of texts.
 
@@ -107,12 +134,12 @@ class Model:
     texts = list(texts)
     require_texts(texts)
     return outputs(
-      self.config,
-      self.tokenizer,
       self.model,
+      self.tokenizer,
       jax.device_put(self.params),
       texts,
       batch_size=batch_size,
+      activate=task_of(self).activate,
       report=report,
     )
 
@@ -164,7 +191,7 @@ class Model:
 
   def require_encoder(self) -> None:
     """Raises `ConfigError` unless the model makes vectors of texts."""
-    task = task_of(self.config)
+    task = task_of(self)
     if task.predicts_tokens:
       raise ConfigError(
         "this is a language model without a pooling of its tokens; give an "
@@ -180,14 +207,8 @@ class Model:
   def model(self) -> Transformer:
     """The Linen module: `model.apply({"params": params}, tokens, mask)`."""
     # A loop over layers would stack, and so copy, the weights at each call.
-    shape = dataclasses.replace(shape_of(self.config), scan_layers=False)
+    shape = dataclasses.replace(self.shape, scan_layers=False)
     return make_model(shape, self.num_rows, len(self.labels))
-
-  @property
-  def pair(self) -> tuple[str, str] | None:
-    """Names of the two texts of a pair; None: the model reads single texts."""
-    names = self.config.data.text_field
-    return names if isinstance(names, tuple) else None
 
   @property
   def num_rows(self) -> int:
@@ -235,7 +256,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
       raise ConfigError(
         f"{path}/labels.json has {len(labels)} names for {count} classes"
       )
-  return Model(config, params, tokenizer, labels)
+  return Model.of(config, params, tokenizer, labels)
 
 
 def _load_compact(path: str, values: dict[str, Any]) -> Model:
@@ -272,10 +293,10 @@ def _load_compact(path: str, values: dict[str, Any]) -> Model:
   files.require_as_exported(path, skip=checksums)
   params = load_packed(
     os.path.join(path, WEIGHTS),
-    functools.partial(require_shapes, path, config, len(labels)),
+    functools.partial(require_shapes, path, shape_of(config), len(labels)),
   )
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  return Model(config, params, tokenizer, labels)
+  return Model.of(config, params, tokenizer, labels)
 
 
 def require_names(labels: Sequence[str], start: str = "") -> None:
@@ -335,19 +356,19 @@ def _load_hf(path: str, pairs: bool) -> Model:
   )
   config = config_lib.resolve(config)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
-  require_shapes(path, config, len(labels), shapes)
-  return Model(config, params, tokenizer, labels)
+  require_shapes(path, shape_of(config), len(labels), shapes)
+  return Model.of(config, params, tokenizer, labels)
 
 
 def require_shapes(
   path: str,
-  config: Config,
+  shape: Shape,
   num_classes: int,
   shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-  """Raises `ConfigError` unless these are the shapes of the config's model."""
+  """Raises `ConfigError` unless arrays have the shapes of a model."""
   rows = shapes.get("embed/embedding", (0,))[0]
-  made = param_shapes(make_model(shape_of(config), rows, num_classes))
+  made = param_shapes(make_model(shape, rows, max(1, num_classes)))
   expected = {name: x.shape for name, x in paths.flatten(made).items()}
   for name in sorted(expected.keys() | shapes.keys()):
     if expected.get(name) != shapes.get(name):
@@ -394,13 +415,13 @@ def shrunk(loaded: Model) -> Model:
   The function stays the same, to float rounding: tokens of a classifier with a
   zero embedding share one row of zeros.
   """
-  config, params, cut = shrink(loaded.config, loaded.params)
+  shape, params, cut = shrink(loaded.shape, loaded.params)
   tokenizer = loaded.tokenizer
   if "embed/embedding" in cut.kept:
     tokenizer = MappedTokenizer(tokenizer, cut.token_map)
   return dataclasses.replace(
     loaded,
-    config=config,
+    shape=shape,
     params=jax.tree.map(np.asarray, params),
     tokenizer=tokenizer,
   )
@@ -441,7 +462,7 @@ def sizes(loaded: Model) -> dict[str, int]:
   rows = loaded.num_rows
   if isinstance(loaded.tokenizer, MappedTokenizer):
     rows = loaded.tokenizer.plain_size
-  dense = make_model(shape_of(loaded.config).dense(), rows, len(loaded.labels))
+  dense = make_model(loaded.shape.dense(), rows, len(loaded.labels))
   found = account(loaded.params, param_shapes(dense))["bytes"]["overall"]
   return {
     "dense": found["dense"],

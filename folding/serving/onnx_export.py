@@ -37,7 +37,7 @@ from folding.models import hf_config, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.exact_attention import MASKED, relative_buckets
 from folding.models.hf_weights import CONFIG, TOKENIZER
-from folding.models.shape import Layer, Shape, shape_of
+from folding.models.shape import Layer, Shape, with_shape
 from folding.serving.hf_export import tokenizer_options
 from folding.serving.loaded import Model, require_exportable
 from folding.tasks import task_of
@@ -114,8 +114,8 @@ def export_onnx(
   }
   for name, content in ((OPTIONS, options), (CONFIG, values)):
     files.write_json(os.path.join(path, name), content, ensure_ascii=False)
-  if task_of(loaded.config).makes_vectors:
-    sentence.write(path, loaded.config.model, loaded.config.data.length)
+  if task_of(loaded).makes_vectors:
+    sentence.write(path, loaded.shape, loaded.shape.max_length)
   files.write_checksums(path, files.all_files(path))
   return {"parameters": graph.num_bytes, "files": files.folder_bytes(path)}
 
@@ -132,7 +132,7 @@ def require_onnx() -> None:
 
 def _description(loaded: Model, tokenizer: Tokenizer) -> hf_config.Description:
   """Returns the content of config.json, with sizes of the dense baseline."""
-  m = config_lib.dense_baseline(loaded.config).model
+  m = with_shape(loaded.config, loaded.shape.dense()).model
   try:
     family = hf_config.family_of(m, len(loaded.labels))
   except ConfigError:
@@ -141,11 +141,11 @@ def _description(loaded: Model, tokenizer: Tokenizer) -> hf_config.Description:
     family=family,
     config=m,
     vocab_size=tokenizer.vocab_size,
-    max_length=loaded.config.data.length,
+    max_length=loaded.shape.max_length,
     pad_id=tokenizer.pad_id,
     token_types=m.segments,
     label_names=loaded.labels,
-    problem=loaded.config.task,
+    problem=loaded.task,
   )
 
 
@@ -390,7 +390,7 @@ def _make_graph(
     token_map: The row of each id of the tokenizer; None: the id.
     dtype: Type of matrices and embeddings.
   """
-  m = shape_of(loaded.config)
+  m = loaded.shape
   g = _Graph(m, loaded.params, dtype)
   width, ids = m.embed_width or m.width, TOKENS
   if token_map is not None:
@@ -636,7 +636,7 @@ def _halved(g: _Graph, x: str, gate: str) -> str:
 
 def _read_out(g: _Graph, loaded: Model, x: str) -> None:
   """Adds the outputs of the program, from the last block's [N, D]."""
-  m, task = g.config, task_of(loaded.config)
+  m, task = g.config, task_of(loaded)
   if task.predicts_tokens:
     rows = loaded.num_rows
     if m.tie_embeddings:

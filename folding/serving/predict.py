@@ -51,7 +51,7 @@ def predict(
   """
   require_size(batch_size)
   require_several(texts)
-  task = task_of(model.config)
+  task = task_of(model)
   if task.labels is None:
     raise ConfigError(
       f"this model is of task {task.name!r} and has no classes to predict; use "
@@ -83,12 +83,12 @@ def _predict(
       _log.warning("each line begins with a label, which is read as its text")
       labelled = ()
     found = outputs(
-      model.config,
-      model.tokenizer,
       model.model,
+      model.tokenizer,
       params,
       group,
       batch_size=batch_size,
+      activate=task_of(model).activate,
     )
     for text, row in zip(group, found, strict=True):
       probabilities = row[:0] if form.kind == "score" else row

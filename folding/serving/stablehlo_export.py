@@ -48,8 +48,8 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
       f"a program holds less than 2 GiB of parameters; these are {size:,} bytes"
     )
   # Learned positions are limited; the others continue beyond data.length.
-  length = loaded.config.data.length
-  longest = length if loaded.config.model.positions == "learned" else None
+  length = loaded.shape.max_length
+  longest = length if loaded.shape.positions == "learned" else None
   bounds = ["b >= 1", "l >= 1"]
   if longest:
     bounds.append(f"l <= {longest}")
@@ -58,7 +58,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
     "tokens": "int32[b, l]: ids of tokenizer.json; any where mask is false",
     "mask": "bool[b, l]: true at tokens, false at padding, which comes last",
   }
-  if loaded.config.model.segments:
+  if loaded.shape.segments:
     inputs["segments"] = "int32[b, l]: 1 at the second text of a pair, else 0"
   arguments = [
     jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "mask" else jnp.int32)
@@ -70,7 +70,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
   meta = {
     "program": STABLEHLO,
     "inputs": inputs,
-    "output": task_of(loaded.config).output,
+    "output": task_of(loaded).output,
     "labels": list(loaded.labels),
     "trained_length": length,
     "longest": longest,

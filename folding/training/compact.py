@@ -16,7 +16,8 @@ from folding.compression.fpp import member_masks
 from folding.compression.shrink import Cut, dead_units, make_cut
 from folding.compression.sites import Rule, make_sites
 from folding.config import Config
-from folding.models.shrink import shrink, shrunk_config
+from folding.models.shape import Shape
+from folding.models.shrink import shrink, shrunk_shape
 from folding.training import optimizer as optimizer_lib
 from folding.training import sharding
 from folding.training.step import Program, TrainState
@@ -56,22 +57,22 @@ def is_pruning_over(config: Config, step: int) -> bool:
 
 
 def shrink_state(
-  config: Config,
+  shape: Shape,
   rules: Sequence[Rule],
   state: TrainState,
   is_zero: Any,
   *,
   multiple: int = 1,
   absorb: bool = False,
-) -> tuple[Config, TrainState, Cut]:
-  """Returns the config and state of a smaller model that trains the same.
+) -> tuple[Shape, TrainState, Cut]:
+  """Returns the shape and state of a smaller model that trains the same.
 
   Losses and updates are equal up to rounding: only units that FPP holds at 0
   are removed, and moments, averages and mask bits are cut alike. (The score
   "random" draws other numbers at later mask updates.)
 
   Args:
-    config: Resolved.
+    shape: Shape of the model.
     rules: From `make_rules`.
     state: The state before; its arrays do not change.
     is_zero: Elements that may be removed, from `held_zero`. After the last step
@@ -83,10 +84,10 @@ def shrink_state(
     ValueError: see `folding.shrink`.
   """
   small = shrink(
-    config, state.params, multiple=multiple, absorb=absorb, is_zero=is_zero
+    shape, state.params, multiple=multiple, absorb=absorb, is_zero=is_zero
   )
   new = cut_state(small.cut, rules, state, small.params)
-  return small.config, new, small.cut
+  return small.shape, new, small.cut
 
 
 def cut_state(
@@ -122,8 +123,8 @@ class Compactor:
       dead, static_argnums=1, out_shardings=sharding.whole(program.mesh)
     )
 
-  def find(self, state: TrainState, step: int) -> tuple[Config, Cut] | None:
-    """Returns the config of a smaller model and the cut that leads to it.
+  def find(self, state: TrainState, step: int) -> tuple[Shape, Cut] | None:
+    """Returns the shape of a smaller model and the cut that leads to it.
 
     None if the cut would remove a smaller share of the layers' parameters than
     `train.compact`: compiling the smaller program would not pay yet.
@@ -147,7 +148,7 @@ class Compactor:
     least = program.config.train.compact
     if removed < (min(least, _LAST) if is_over else least):
       return None
-    return shrunk_config(program.config, cut), cut
+    return shrunk_shape(program.model.shape, cut), cut
 
 
 def _layer_size(params: Any) -> int:

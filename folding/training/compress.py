@@ -22,7 +22,7 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import token_usage, trimmed
 from folding.errors import ConfigError
-from folding.models.shape import shape_of
+from folding.models.shape import shape_of, with_shape
 from folding.models.shrink import shrink
 from folding.models.transformer import make_model, model_for, param_shapes
 from folding.training.allocate import (
@@ -180,9 +180,10 @@ def _compress(config, dense, batches, usage_V, is_head_drawn) -> Compressed:
     )
   if prune_layer:  # multiples of 8; FPP holds all other zeros
     zeros = zero_neurons(params)
-    config, params, _ = shrink(
-      config, params, multiple=8, absorb=False, is_zero=zeros
+    shape, params, _ = shrink(
+      shape, params, multiple=8, absorb=False, is_zero=zeros
     )
+    config = with_shape(config, shape)
   return Compressed(config, params, report)
 
 

@@ -27,6 +27,7 @@ from folding.data.batches import STS, Data, make_data
 from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError
 from folding.models.params import GROUPS
+from folding.models.shape import with_shape
 from folding.models.transformer import Transformer
 from folding.tasks import METRICS, task_of
 from folding.training import distributed, energy, run_dir, sharding
@@ -126,8 +127,8 @@ class Run(Program):
     found = self._compactor.find(state, step)
     if found is None:
       return None
-    config, cut = found
-    smaller = Run(config, self.data)
+    shape, cut = found
+    smaller = Run(with_shape(self.config, shape), self.data)
 
     def take(state):
       return cut_state(cut, self.rules, state, cut(state.params))

@@ -8,9 +8,9 @@ import numpy as np
 
 from folding import files
 from folding.compression.shrink import Cut
-from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
+from folding.models.shape import Shape, with_shape
 from folding.training import energy, run_dir
 from folding.training.checkpoint import Checkpoints
 from folding.training.compact import held_zero, is_pruning_over, shrink_state
@@ -46,7 +46,8 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   step = max(states)
   is_finished = step == this.config.train.steps
   shrunk = _shrink_alike(this, states, multiple, is_finished)
-  config, _, cut = shrunk[step]
+  shape, _, cut = shrunk[step]
+  config = with_shape(this.config, shape)
   if cut.is_empty:
     raise ConfigError(
       f"{workdir} has nothing to remove at step {step}: no neuron, head or token "
@@ -97,7 +98,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
 
 def _shrink_alike(
   run: Run, states: dict[int, TrainState], multiple: int, is_finished: bool
-) -> dict[int, tuple[Config, TrainState, Cut]]:
+) -> dict[int, tuple[Shape, TrainState, Cut]]:
   """Returns the states without the units that are zero in all of them."""
   zeros = [
     jax.tree.map(lambda w: np.asarray(w) == 0, state.params)
@@ -110,7 +111,7 @@ def _shrink_alike(
     is_zero["embed"]["embedding"][:] = False  # the teacher reads all tokens
   return {
     step: shrink_state(
-      run.config,
+      run.model.shape,
       run.rules,
       state,
       is_zero,

@@ -1,10 +1,14 @@
 """Small models and parameters for the tests of shrinking."""
 
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 
 from folding import config as c
-from folding.models.shape import shape_of
+from folding.config import Config
+from folding.models import shrink as shrink_lib
+from folding.models.shape import shape_of, with_shape
 from folding.models.transformer import make_model
 from tests.models import oracle
 
@@ -73,3 +77,17 @@ def logits(config, params, tokens):
 
 def oracle_logits(config, params, tokens):
   return oracle.Model(config, params)(tokens, KEEP)
+
+
+class Small(NamedTuple):
+  """`Shrunk`, with its shape as a config."""
+
+  config: Config
+  params: Any
+  cut: Any
+
+
+def shrink(config, params, **options):
+  """Returns the shrunk model of a config."""
+  small = shrink_lib.shrink(shape_of(config), params, **options)
+  return Small(with_shape(config, small.shape), small.params, small.cut)

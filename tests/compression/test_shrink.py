@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from folding import config as c
 from folding import paths
 from folding.models.shape import shape_of
-from folding.models.shrink import shrink
 from folding.models.transformer import make_model
 from tests.compression.shrink_cases import (
   MODELS,
@@ -32,6 +31,7 @@ from tests.compression.shrink_cases import (
   make_config,
   oracle_logits,
   random_params,
+  shrink,
 )
 
 ABSENT = [2, 5, 6]  # tokens with a row of zeros

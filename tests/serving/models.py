@@ -1,5 +1,6 @@
 """Small models ready for use, with random parameters and no training."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -68,13 +69,13 @@ def make(
   params = jax.tree.map(
     lambda x: rng.normal(scale=0.5, size=x.shape).astype(x.dtype), shapes
   )
-  return Model(config, params, tokenizer, labels)
+  return Model.of(config, params, tokenizer, labels)
 
 
 def with_tokenizer(loaded: Model, tokenizer_json: str) -> Model:
   """Returns the model with another tokenizer."""
   tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json))
-  return Model(loaded.config, loaded.params, tokenizer, loaded.labels)
+  return dataclasses.replace(loaded, tokenizer=tokenizer)
 
 
 def with_zeros(loaded: Model, tokens: list[int], seed: int = 1) -> Model:
@@ -87,7 +88,7 @@ def with_zeros(loaded: Model, tokens: list[int], seed: int = 1) -> Model:
     o = block["attn"]["o"]["kernel"]
     o[rng.uniform(size=o.shape) < 0.7] = 0
     block["mlp"]["down"]["kernel"][5 : 15 + n] = 0
-  return Model(loaded.config, params, loaded.tokenizer, loaded.labels)
+  return dataclasses.replace(loaded, params=params)
 
 
 def logits(loaded: Model, text: str) -> np.ndarray:

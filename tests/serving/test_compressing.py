@@ -18,7 +18,7 @@ def _written(path, task, **shape):
   shape = c.ModelConfig(**models.SHAPE, causal=task == "lm", **shape)
   dense = c.FoldConfig(groups=0, values="dense")
   model = models.make(task, shape, dense, length=8)
-  export(path, model.config, model.params, model.tokenizer, model.labels)
+  export(path, model)
   return model
 
 

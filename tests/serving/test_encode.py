@@ -79,9 +79,7 @@ def test_exports_of_an_encoder_make_its_vectors(bert, tmp_path):
   model = folding.load(make_encoder(bert, tmp_path / "bert"))
   expected = model.encode(TEXTS, batch_size=8)
   export_lib.export_hf(tmp_path / "hf", model)
-  export_lib.export(
-    tmp_path / "own", model.config, model.params, model.tokenizer
-  )
+  export_lib.export(tmp_path / "own", model)
   for name in ("hf", "own"):
     found = folding.load(tmp_path / name).encode(TEXTS, batch_size=8)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -141,9 +141,7 @@ def test_load_packed_refuses_damaged_files(packed, damage, message):
 
 
 def write(folder, model):
-  return export_lib.export(
-    folder, model.config, model.params, model.tokenizer, model.labels
-  )
+  return export_lib.export(folder, model)
 
 
 @pytest.fixture(scope="module")

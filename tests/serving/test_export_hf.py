@@ -18,7 +18,6 @@ from folding.errors import ConfigError
 from folding.models.attention import rope_frequencies
 from folding.serving import export as export_lib
 from folding.serving import predict
-from folding.typed import edited
 from tests.models import checkpoints
 from tests.serving import models
 
@@ -136,8 +135,7 @@ def test_transformers_scores_the_same_pairs(transformers, tmp_path):
 
   shape = dataclasses.replace(_ENCODER, segments=2)
   model = models.make("regress", shape)
-  config = edited(model.config, {"data.text_field": ("a", "b")})
-  model = dataclasses.replace(model, config=config)
+  model = dataclasses.replace(model, pair=("a", "b"))
   export_lib.export_hf(tmp_path / "out", model)
   kind = transformers.AutoModelForSequenceClassification
   theirs = kind.from_pretrained(tmp_path / "out").eval()
@@ -372,7 +370,7 @@ def test_chat_is_written_as_before_the_export(transformers, tmp_path):
   _edit(source / "config.json", eos_token_id=[2, 3])
   # Through an export, which has no tokenizer_config.json.
   loaded = folding.load(source)
-  export_lib.export(kept, loaded.config, loaded.params, loaded.tokenizer)
+  export_lib.export(kept, loaded)
   export_lib.export_hf(out, folding.load(kept))
   chat = [{"role": "user", "content": "a b"}, {"role": "user", "content": "c"}]
   before, after = (

@@ -11,7 +11,6 @@ import pytest
 from folding.errors import ConfigError
 from folding.serving import lines as lines_lib
 from folding.serving.predict import Prediction
-from folding.typed import edited
 from tests.serving import models
 
 
@@ -60,9 +59,8 @@ _ANSWERS = [
 def _lines(form, answers=_ANSWERS, labels=("bad", "so\tso"), **fields):
   """Returns the lines of answers of a model with these fields."""
   made = models.make()
-  config = dataclasses.replace(made.config, task=fields.get("task", "classify"))
-  config = edited(config, {"data.text_field": fields.get("text_field")})
-  loaded = dataclasses.replace(made, config=config, labels=labels)
+  task, pair = fields.get("task", "classify"), fields.get("text_field")
+  loaded = dataclasses.replace(made, task=task, pair=pair, labels=labels)
   return list(lines_lib.of_predictions(loaded, answers, form))
 
 

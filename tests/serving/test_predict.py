@@ -12,7 +12,6 @@ from folding.errors import ConfigError
 from folding.serving import compress as compress_lib
 from folding.serving import predict as predict_lib
 from folding.training.compress import Compressed
-from folding.typed import edited
 from tests.serving import models
 
 
@@ -74,8 +73,7 @@ def test_scores_and_several_labels_of_a_text(task):
 def test_pairs_are_read_with_their_segments():
   shape = c.bert(**models.SHAPE, segments=2)
   model = models.make(model=shape)
-  config = edited(model.config, {"data.text_field": ("a", "b")})
-  model = dataclasses.replace(model, config=config)
+  model = dataclasses.replace(model, pair=("a", "b"))
   pair = ("the cat", "a dog ran")
   # The shorter pair comes first in the batch.
   [one, _] = predict_lib.predict(model, [pair, ("a", "a")], batch_size=2)
@@ -165,8 +163,7 @@ def test_compress_fits_pairs_with_their_segments(monkeypatch):
   shape = c.bert(**models.SHAPE, segments=2)
   dense = c.FoldConfig(groups=0, values="dense")
   model = models.make(model=shape, fold=dense)
-  config = edited(model.config, {"data.text_field": ("a", "b")})
-  model = dataclasses.replace(model, config=config)
+  model = dataclasses.replace(model, pair=("a", "b"))
   pairs = [("the cat", "a dog ran to the barn"), ("a", "a"), ("cat", "old")]
   seen = []
 

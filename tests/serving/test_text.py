@@ -43,7 +43,7 @@ def loaded():
   params = jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes
   )
-  return Model(config, params, tokenizer)
+  return Model.of(config, params, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def expected(loaded):
 @pytest.fixture(scope="module")
 def folder(loaded, tmp_path_factory):
   path = tmp_path_factory.mktemp("export") / "out"
-  export_lib.export(path, loaded.config, loaded.params, loaded.tokenizer)
+  export_lib.export(path, loaded)
   return str(path)
 
 

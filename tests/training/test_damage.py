@@ -121,9 +121,7 @@ def exported(write, folder):
 
 def compact(folder):
   def write(path, model):
-    export_lib.export(
-      path, model.config, model.params, model.tokenizer, model.labels
-    )
+    export_lib.export(path, model)
 
   return exported(write, folder)
 

@@ -332,16 +332,17 @@ def test_removing_zero_neurons_keeps_the_function(trained):
   prune = _pruner(config, params)
   whole, _ = fold_pretrained(shape_of(config), params, batches, prune=prune)
   zeros = prune_trained.zero_neurons(whole)
-  small, less, _ = shrink(config, whole, absorb=False, is_zero=zeros)
+  shape = shape_of(config)
+  small, less, _ = shrink(shape, whole, absorb=False, is_zero=zeros)
   width = config.model.mlp_width
-  assert small.model.mlp_width == (width, width // 2)
+  assert [layer.mlp_width for layer in small.layers] == [width, width // 2]
   size = less["blocks_1"]["mlp"]["gate"]["kernel"].shape
   assert size == (32, width // 2)
   tokens = jnp.asarray(batches[0]["tokens"])
   outputs = [
-    jax.jit(
-      make_model(shape_of(each), params["embed"]["embedding"].shape[0]).apply
-    )({"params": tree}, tokens)
-    for each, tree in ((config, whole), (small, less))
+    jax.jit(make_model(each, params["embed"]["embedding"].shape[0]).apply)(
+      {"params": tree}, tokens
+    )
+    for each, tree in ((shape, whole), (small, less))
   ]
   np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from folding import config as c
 from folding.compression.fpp import fpp_counts
 from folding.compression.sites import make_sites
 from folding.data.tokenizers import load_tokenizer
-from folding.models.shape import shape_of
+from folding.models.shape import shape_of, with_shape
 from folding.models.transformer import make_model
 from folding.training import loop, optimizer, run_dir, shrinking
 from folding.typed import edited
@@ -64,9 +64,10 @@ def _trainer(run):
 def _shrink(run, state, multiple=1):
   is_over = shrinking.is_pruning_over(run.config, int(state.step))
   is_zero = shrinking.held_zero(run.rules, state, is_over)
-  return shrinking.shrink_state(
-    run.config, run.rules, state, is_zero, multiple=multiple
+  shape, state, cut = shrinking.shrink_state(
+    shape_of(run.config), run.rules, state, is_zero, multiple=multiple
   )
+  return with_shape(run.config, shape), state, cut
 
 
 def _smaller(run, config, params):
