@@ -1,5 +1,6 @@
 """The errors that the command line reports, and text that is safe to print."""
 
+import importlib
 import re
 
 # Control characters, line ends, and those that turn the direction of text.
@@ -12,6 +13,17 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
   """Training cannot continue: a loss is not finite, or a save failed. Exit 1."""
+
+
+def require_package(name: str) -> None:
+  """Raises `ConfigError` without the package of an export format and extra."""
+  try:
+    importlib.import_module(name)
+  except ImportError:
+    raise ConfigError(
+      f"--format={name} needs the package {name}: "
+      f"pip install 'folding-jax[{name}]'"
+    ) from None
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from folding import files
-from folding.errors import ConfigError
+from folding.errors import ConfigError, require_package
 
 Report = Callable[[str], None]
 
@@ -24,12 +24,14 @@ class Format(NamedTuple):
     write: (path, model, dtype or None, report) -> sizes in bytes. `report` gets
       lines about the model while it is written.
     ending: Ending of the file; "": a folder is written.
+    package: Optional package that writes it, and the extra of that name.
   """
 
   dtypes: tuple[str, ...]
   size: str
   write: Callable[[str, Any, Any, Report], dict[str, int]]
   ending: str = ""
+  package: str = ""
 
 
 def _safetensors(
@@ -96,6 +98,7 @@ FORMATS = {
     "{files:,} bytes of files, for onnxruntime; {parameters:,} of them are "
     "parameters",
     _onnx,
+    package="onnx",
   ),
   "gguf": Format(
     ("float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
@@ -103,6 +106,7 @@ FORMATS = {
     "parameters",
     _gguf,
     ending=".gguf",
+    package="gguf",
   ),
   "stablehlo": Format(
     ("float32", "bfloat16"),
@@ -129,14 +133,8 @@ def require_writable(
   row = FORMATS[format]
   if dtype not in (None, *row.dtypes):
     raise ConfigError(f"--format={format} writes {' or '.join(row.dtypes)}")
-  if format == "onnx":
-    from folding.serving.onnx_export import require_onnx
-
-    require_onnx()
-  if format == "gguf":
-    from folding.serving.gguf_export import require_gguf
-
-    require_gguf()
+  if row.package:
+    require_package(row.package)
   if row.ending:
     files.require_new_file(os.fspath(path), row.ending)
   else:

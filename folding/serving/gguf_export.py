@@ -16,7 +16,7 @@ import numpy as np
 from folding import files, paths
 from folding.config import ModelConfig
 from folding.data.trim import plain_tokenizer
-from folding.errors import ConfigError
+from folding.errors import ConfigError, require_package
 from folding.models import hf_config
 from folding.models.attention import rope_frequencies
 from folding.models.families import FAMILIES
@@ -81,7 +81,7 @@ def export_gguf(
   path = os.fspath(path)
   files.require_new_file(path, ENDING)
   require_finite_weights(loaded.params)
-  require_gguf()
+  require_package("gguf")
   import gguf
 
   if dtype not in get_args(Dtype):
@@ -138,16 +138,6 @@ def export_gguf(
     writer.write_tensors_to_file()
     writer.close()
   return {"parameters": size, "file": os.path.getsize(path)}
-
-
-def require_gguf() -> None:
-  """Raises `ConfigError` if the package gguf is not installed."""
-  try:
-    import gguf  # noqa: F401
-  except ImportError:
-    raise ConfigError(
-      "--format=gguf needs the package gguf: pip install 'folding-jax[gguf]'"
-    ) from None
 
 
 def _whole(loaded: Model) -> ModelConfig:

@@ -32,7 +32,7 @@ from folding import files, paths
 from folding.data.special_tokens import OPTIONS
 from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
-from folding.errors import ConfigError
+from folding.errors import ConfigError, require_package
 from folding.models import hf_config, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.exact_attention import MASKED, relative_buckets
@@ -81,7 +81,7 @@ def export_onnx(
     OSError: it cannot be written.
   """
   path = require_exportable(path, loaded.params)
-  require_onnx()
+  require_package("onnx")
   if dtype not in get_args(Dtype):
     raise ConfigError(
       f"an ONNX program has dtype {', '.join(get_args(Dtype))}, not {dtype}"
@@ -118,16 +118,6 @@ def export_onnx(
     sentence.write(path, loaded.shape, loaded.shape.max_length)
   files.write_checksums(path, files.all_files(path))
   return {"parameters": graph.num_bytes, "files": files.folder_bytes(path)}
-
-
-def require_onnx() -> None:
-  """Raises `ConfigError` if the package onnx is not installed."""
-  try:
-    import onnx  # noqa: F401
-  except ImportError:
-    raise ConfigError(
-      "--format=onnx needs the package onnx: pip install 'folding-jax[onnx]'"
-    ) from None
 
 
 def _description(loaded: Model, tokenizer: Tokenizer) -> hf_config.Description:

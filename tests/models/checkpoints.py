@@ -7,7 +7,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from folding import paths
 from folding.config import Config, DataConfig
-from folding.models import hf_config, hf_weights
+from folding.models import families, hf_config, hf_weights
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 
@@ -105,22 +105,18 @@ FAMILIES = {
   "qwen3": _LLAMA | {"model_type": "qwen3", "head_dim": 6},
 }
 # fmt: on
-DECODERS = (
-  "gpt2",
-  "opt",
-  "gpt_neox",
-  "llama",
-  "mistral",
-  "qwen2",
-  "qwen3",
-  "gemma2",
-  "gemma3_text",
-)
+
+
+def _head(model_type):
+  """Returns the head that a family has without classes."""
+  is_causal = families.FAMILIES[model_type].computes.get("causal", True)
+  return "lm" if is_causal else "none"
+
+
 # One case per risk: each entry with the head that it has without classes, and
 # one classifier per kind of tensor names.
 CASES = [
-  (name, "lm" if values["model_type"] in DECODERS else "none")
-  for name, values in FAMILIES.items()
+  (name, _head(values["model_type"])) for name, values in FAMILIES.items()
 ] + [
   (name, "classify")
   for name in (

@@ -1,7 +1,6 @@
 """Compact exports: arrays, folders, and what `load` refuses."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import shutil
@@ -19,7 +18,7 @@ from folding import files, paths
 from folding.compression import accounting
 from folding.errors import ConfigError
 from folding.serving import export as export_lib
-from folding.serving import gguf_export, onnx_export
+from folding.serving import formats
 from folding.serving import loaded as loaded_lib
 from folding.serving import packed as packed_lib
 from tests.serving import models
@@ -345,48 +344,42 @@ def test_load_compares_shapes_before_it_allocates(folder):
     folding.load(folder)
 
 
-FORMATS = {
-  "compact": write,
-  "hf": export_lib.export_hf,
-  "onnx": onnx_export.export_onnx,
-  "onnx-int8": functools.partial(onnx_export.export_onnx, dtype="int8"),
-  "stablehlo": export_lib.export_stablehlo,
-}
+FOLDERS = [
+  (name, dtype)
+  for name, row in formats.FORMATS.items()
+  for dtype in row.dtypes
+  if not row.ending
+]
 
 
 def _of_bert():
   return models.make(model=c.bert(**models.SHAPE, pooler=True))
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_export_has_checksums_of_all_its_files(name, tmp_path):
-  FORMATS[name](tmp_path, _of_bert())
+@pytest.mark.parametrize(("name", "dtype"), FOLDERS)
+def test_every_export_has_checksums_of_all_its_files(name, dtype, tmp_path):
+  _of_bert().save(tmp_path, name, dtype)
   found = files.read_checksums(str(tmp_path))
   assert found is not None
   assert {*found, "checksums.json"} == {p.name for p in tmp_path.iterdir()}
   assert files.require_intact(str(tmp_path))
 
 
-WRITERS = FORMATS | {
-  "gguf": lambda path, model: gguf_export.export_gguf(f"{path}.gguf", model)
-}
-
-
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", formats.FORMATS)
 def test_no_export_writes_parameters_that_are_not_finite(name, value, tmp_path):
   model = _of_bert()
   model.params["blocks_1"]["mlp"]["up"]["kernel"][2, 3] = value
   with pytest.raises(ConfigError, match="blocks_1/mlp/up/kernel has values"):
-    WRITERS[name](tmp_path / "out", model)
+    model.save(tmp_path / f"out{formats.FORMATS[name].ending}", name)
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["compact", "hf"])
+@pytest.mark.parametrize("name", ["safetensors", "hf"])
 def test_load_refuses_an_edited_config_until_its_checksum_is_removed(
   name, tmp_path
 ):
-  FORMATS[name](tmp_path, _of_bert())
+  _of_bert().save(tmp_path, name)
   path = tmp_path / "config.json"
   path.write_text(path.read_text("utf-8").replace("so so", "so"), "utf-8")
   with pytest.raises(ConfigError, match=r"config\.json differs.* remove"):
