@@ -23,19 +23,19 @@ from folding.errors import ConfigError
 from folding.models import hf_weights, sentence
 from folding.training.recipe import (
   length_of,
-  path_and_level,
+  path_and_saving,
   recipe,
   recovery_rate,
 )
 
 
 def get_config(where: str = "") -> c.Config:
-  """Returns the configuration for "PATH", or "PATH,LEVEL" with a fraction.
+  """Returns the configuration for "PATH", or "PATH,SAVING" with a fraction.
 
   Raises:
     ConfigError: no path is given, or no encoder is there.
   """
-  path, level = path_and_level(where)
+  path, saving = path_and_saving(where)
   if not path:
     raise ConfigError("give configs/embed.py:PATH, a checkpoint or hub id")
   if os.path.isdir(os.path.join(path, "checkpoints")):
@@ -76,4 +76,4 @@ def get_config(where: str = "") -> c.Config:
       eval_every=250,
     ),
   )
-  return recipe(config, level)
+  return recipe(config, saving)

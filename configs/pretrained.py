@@ -24,19 +24,19 @@ from folding.errors import ConfigError
 from folding.models import hf_weights
 from folding.training.recipe import (
   length_of,
-  path_and_level,
+  path_and_saving,
   recipe,
   recovery_rate,
 )
 
 
 def get_config(where: str = "") -> c.Config:
-  """Returns the configuration for "PATH", or "PATH,LEVEL" with a fraction.
+  """Returns the configuration for "PATH", or "PATH,SAVING" with a fraction.
 
   Raises:
     ConfigError: no path is given, or no model is there.
   """
-  path, level = path_and_level(where)
+  path, saving = path_and_saving(where)
   if not path:
     raise ConfigError(
       "give configs/pretrained.py:PATH, a checkpoint folder, hub id or dense run"
@@ -70,7 +70,7 @@ def get_config(where: str = "") -> c.Config:
   knows_task = is_run or task == "lm"
   model = dataclasses.replace(model, dropout=0.0 if knows_task else 0.1)
   # Up to half of a classifier there is less to recover (docs/experiments.md).
-  is_mild = task != "lm" and level is not None and level <= 0.5
+  is_mild = task != "lm" and saving is not None and saving <= 0.5
   config = c.Config(
     task=task,
     preset="paper",
@@ -89,4 +89,4 @@ def get_config(where: str = "") -> c.Config:
       eval_every=250,
     ),
   )
-  return recipe(config, level)
+  return recipe(config, saving)

@@ -102,16 +102,16 @@ def length_of(reads: int, most: int) -> int:
   return min(reads, most)
 
 
-def path_and_level(where: str) -> tuple[str, float | None]:
-  """Returns the parts of "PATH,LEVEL"; the level is None in "PATH".
+def path_and_saving(where: str) -> tuple[str, float | None]:
+  """Returns the parts of "PATH,SAVING"; the saving is None in "PATH".
 
   Raises:
-    ConfigError: the level is not a fraction between 0 and 1.
+    ConfigError: the saving is not a fraction between 0 and 1.
   """
   found = re.fullmatch(r"(.*),(\d*\.?\d+)%?", where)
-  path, level = (found[1], float(found[2])) if found else (where, None)
-  if level is not None and (where.endswith("%") or not 0 < level < 1):
+  path, saving = (found[1], float(found[2])) if found else (where, None)
+  if saving is not None and (where.endswith("%") or not 0 < saving < 1):
     raise ConfigError(
       f"{where!r}: the saving is a fraction between 0 and 1, such as PATH,0.3"
     )
-  return path, level
+  return path, saving
