@@ -181,13 +181,13 @@ def show_report(workdir: str) -> None:
 def compress(args: argparse.Namespace) -> None:
   """Writes smaller models, and prints their size and what was lost."""
   savings = typed.parse(tuple[float, ...], args.saving, "--saving")
-  from folding.serving import compressing
+  from folding.serving import compress_file
   from folding.training import run_dir
 
   if args.steps:
     if len(savings) > 1:
       raise ConfigError("--steps trains one model; give one --saving")
-    compressing.train_smaller(
+    compress_file.train_smaller(
       args.path,
       args.texts,
       savings[0],
@@ -200,7 +200,7 @@ def compress(args: argparse.Namespace) -> None:
     show_report(args.output)
     folder = args.output
   else:
-    *_, folder = compressing.compress_file(
+    *_, folder = compress_file.compress_file(
       args.path,
       args.texts,
       savings,

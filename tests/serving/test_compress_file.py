@@ -8,7 +8,7 @@ import folding
 from folding import cli
 from folding import config as c
 from folding.data.padding import windows
-from folding.serving import compressing
+from folding.serving import compress_file
 from folding.serving.export import export
 from tests.serving import models
 
@@ -34,7 +34,7 @@ def test_language_model_reports_its_perplexity(tmp_path, capsys):
   argv += ["--saving=0.1,0.2", f"--output={tmp_path / 'small'}"]
   assert cli.main(argv) == 0
   out = capsys.readouterr().out
-  _, [held] = compressing._texts(str(tmp_path / "texts.txt"), model)
+  _, [held] = compress_file._texts(str(tmp_path / "texts.txt"), model)
   ids = np.concatenate([*model.tokenizer.stream([held])])
   rows = ids[: len(ids) // 9 * 9].reshape(-1, 9)
   assert len(rows) < 256  # so all are used
