@@ -89,7 +89,9 @@ def test_stale_command_is_seen(command):
     _check(command.split())
 
 
-@pytest.mark.parametrize("page", WITH_README, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+  "page", [ROOT / "CONTRIBUTING.md", *WITH_README], ids=lambda page: page.stem
+)
 def test_names_in_page_exist(page):
   text = page.read_text(encoding="utf-8")
   sections = {name.partition(".")[0] for name in FIELDS}

@@ -146,9 +146,8 @@ def fpp(
     every: Steps between mask updates.
     patience: Further mask updates that a unit stays frozen before it is zeroed.
       0 zeroes immediately: gradual pruning without freezing.
-    score: Score of rules without one of their own: "relative", "activation",
-      "magnitude", "saliency", "movement", "random", or a
-      `folding.compression.scores.Score`.
+    score: Score of rules without one of their own: a name in
+      `folding.compression.scores.SCORES`, such as "saliency", or a `Score`.
     decay: Decay of the moving averages per update, in [0, 1).
     tolerance: If set, zeros are verified by forward propagation: of the
       candidates, only as many are zeroed (all, a half, a quarter, ...) as raise

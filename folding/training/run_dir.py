@@ -1,4 +1,4 @@
-"""The files of a run directory, except its checkpoints.
+"""The files of a run directory.
 
 config.json     the resolved config of the training
 asked.json      the config as asked for; only if the start of the run changed it
@@ -9,6 +9,12 @@ checksums.json  checksums of the files above
 metrics.jsonl   one record per line
 result.json     outcome and provenance, with its own checksum
 command.json    the last command that trained the run, for its report
+fold.json       how a trained model was folded, see `folding.training.compress`
+checkpoints/    see `folding.training.checkpoint`
+report.*        see `folding.reporting.report`
+
+A run that a signal stops has saved a checkpoint, and a result of which
+"finished" is false. `resume` continues it from there.
 
 The files above `checksums.json` never change. They are verified whenever the
 config is read. A run of an earlier version has no checksums, and is read with a
