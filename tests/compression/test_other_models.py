@@ -187,6 +187,9 @@ def _wrapped(fpp, bias, wrapper):
     "apply-if-finite": lambda: optax.apply_if_finite(fpp(adamw), 2),
     "apply-if-finite-inside": lambda: fpp(optax.apply_if_finite(adamw, 2)),
     "inject-hyperparams": lambda: fpp(schedule(learning_rate=1e-2)),
+    "muon": lambda: fpp(optax.contrib.muon(1e-2)),
+    "adafactor": lambda: fpp(optax.adafactor(1e-2, min_dim_size_to_factor=8)),
+    "bfloat16-moments": lambda: fpp(optax.adamw(1e-2, mu_dtype=jnp.bfloat16)),
     "schedule-free": lambda: fpp(optax.contrib.schedule_free_adamw(1e-2)),
   }[wrapper]()
 
@@ -228,16 +231,22 @@ def _train(library, tx, place, folder):
   """
   params, (x, y) = _placed(library.params, _data(), place)
 
-  @jax.jit
   def step(params, state, x, y):
     def loss_fn(params):
       prediction, stats = library.apply(params, x)
       return _loss(prediction, y), stats
 
     grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+    if place == "shard-map":
+      grads, stats = jax.lax.pmean((grads, stats), "devices")
     updates, state = tx.update(grads, state, params, stats=stats)
     return optax.apply_updates(params, updates), state
 
+  if place == "shard-map":
+    whole, split = PartitionSpec(), PartitionSpec("devices")
+    specs = (whole, whole, split, split)
+    step = jax.shard_map(step, in_specs=specs, out_specs=whole, check_vma=False)
+  step = jax.jit(step)
   state = tx.init(params)
   for n in range(20):
     params, state = jax.block_until_ready(step(params, state, x, y))
@@ -355,6 +364,7 @@ _PLACES = [
   for loop in LOOPS
   for place in ("one", "data", "fsdp", "explicit", "orbax")
 ]
+_PLACES.append(_case("linen", "shard-map"))
 
 
 @pytest.mark.parametrize(("loop", "place"), _PLACES)
@@ -371,7 +381,8 @@ def test_fpp_in_any_loop_has_the_masks_of_the_plain_one(loop, place, tmp_path):
 
 _WRAPPERS = (
   "chain-before chain-inside masked masked-inside multi-transform multi-steps "
-  "apply-if-finite apply-if-finite-inside inject-hyperparams schedule-free"
+  "apply-if-finite apply-if-finite-inside inject-hyperparams schedule-free "
+  "muon adafactor bfloat16-moments"
 )
 
 
