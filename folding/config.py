@@ -401,6 +401,8 @@ class TrainConfig:
   """Optimizer, schedule, logs and checkpoints."""
 
   steps: Count = 1000
+  # "muon" updates the kernels of the layers, and Adam all other arrays.
+  optimizer: Literal["adamw", "muon"] = "adamw"
   accumulate: Count = 1  # micro-batches per step
   learning_rate: Positive = 3e-3  # peak of the schedule
   warmup: Fraction = 0.05  # of the learning rate, as a fraction of the steps

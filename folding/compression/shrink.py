@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from folding import paths
@@ -67,8 +68,11 @@ class Cut:
       ValueError: a leaf has another shape than its parameter (Adafactor).
     """
 
+    def is_masked(x):  # `optax.masked` leaves parameters out
+      return isinstance(x, optax.MaskedNode)
+
     def is_copy(x):
-      return jax.tree.structure(x) == self.structure
+      return jax.tree.structure(x, is_leaf=is_masked) == self.structure
 
     def take(name, w):
       kept = self.kept.get(name, {}) if np.ndim(w) else {}

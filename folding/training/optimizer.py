@@ -1,6 +1,7 @@
 """The optimizer chain and the pruning rules of a configuration."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -209,7 +210,7 @@ def make_optimizer(
   rules: list[Rule],
   removed: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns FPP around a chain: clip by norm, AdamW, learning rates.
+  """Returns FPP around a chain: clip by norm, AdamW or Muon, learning rates.
 
   The clip is inside FPP, so that frozen parameters do not count in the norm.
   FPP is outside, so that weight decay and momentum do not move them. Weight
@@ -223,15 +224,15 @@ def make_optimizer(
     removed: From `removed_units`; None: nothing was removed.
   """
   t, f, layers = config.train, config.fpp, shape_of(config).layers
+  adam = optax.scale_by_adam(t.b1, t.b2)
+  optimizer = optax.chain(
+    adam if t.optimizer == "adamw" else _muon(adam),
+    optax.add_decayed_weights(t.weight_decay, _is_matrix),
+    optax.scale_by_learning_rate(make_schedule(config)),
+  )
   inner = optax.chain(
     optax.clip_by_global_norm(t.clip_norm),
-    optax.adamw(
-      make_schedule(config),
-      b1=t.b1,
-      b2=t.b2,
-      weight_decay=t.weight_decay,
-      mask=_is_matrix,
-    ),
+    optimizer,
     optax.stateless(
       lambda updates, _: paths.map_named(
         lambda name, update: rate(t, layers, name) * update, updates
@@ -255,6 +256,38 @@ def make_optimizer(
     seed=config.seed,
     removed=removed,
     warn=False,  # a run reads `fpp_counts`, and keeps its compiled programs
+  )
+
+
+def _muon(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns Muon for the kernels of layers, and Adam for all other arrays.
+
+  The updates of Muon get a root mean square of 0.2, about that of Adam, so both
+  have the same learning rate and weight decay (Liu et al. 2025, "Muon is Scalable
+  for LLM Training").
+  """
+
+  def axes(name, _):
+    """Returns the axes of a matrix: W_Q, W_K and W_V have one per head."""
+    inputs = (0, 1) if name.endswith("attn/o/kernel") else (0,)
+    return optax.contrib.MuonDimensionNumbers(inputs, (-1,))
+
+  def scale(name, update):
+    inputs = math.prod(update.shape[a] for a in axes(name, update)[0])
+    return 0.2 * math.sqrt(max(inputs, update.shape[-1])) * update
+
+  def label(name, _):
+    is_kernel = re.fullmatch(r"blocks_\d+/(attn|mlp)/\w+/kernel", name)
+    return "muon" if is_kernel else "adam"
+
+  muon = optax.chain(
+    optax.contrib.scale_by_muon(
+      weight_dimension_numbers=functools.partial(paths.map_named, axes)
+    ),
+    optax.stateless(lambda updates, _: paths.map_named(scale, updates)),
+  )
+  return optax.partition(
+    {"muon": muon, "adam": adam}, functools.partial(paths.map_named, label)
   )
 
 

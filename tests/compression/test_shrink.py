@@ -294,6 +294,18 @@ def test_cut_of_an_optimizer_state_cuts_every_moment():
   assert adam.count == 1
 
 
+def test_cut_of_an_optimizer_of_some_parameters_cuts_its_moments():
+  config, params, _ = _case("llama_shared_keys")
+  small = shrink(config, params)
+
+  def is_of_layers(params):
+    return paths.map_named(lambda n, _: n.startswith("blocks_"), params)
+
+  tx = optax.masked(optax.sgd(0.1, momentum=0.9), is_of_layers)
+  cut = small.cut(tx.init(params))
+  chex.assert_trees_all_equal(cut, tx.init(small.params))
+
+
 def _clipped(params):
   norm = np.sqrt(
     sum((w.astype(float) ** 2).sum() for w in jax.tree.leaves(params))

@@ -184,6 +184,22 @@ def test_run_resumes_bit_for_bit_after_a_damaged_checkpoint_and_a_stop(
   assert records(copy) == records(workdir)  # also the counts of the stop
 
 
+@pytest.mark.slow
+def test_run_by_muon_on_a_mesh_prunes_and_resumes_bit_for_bit(
+  text_file, tmp_path
+):
+  config = edited(tiny_config(text_file), {"train.optimizer": "muon"})
+  mesh = config_lib.MeshConfig(data=2, fsdp=2, tensor=2)
+  config = dataclasses.replace(config, mesh=mesh)
+  whole = tmp_path / "whole"
+  result = loop.run(config, str(whole))
+  assert result["is_at_target"]
+  copy = unfinished(whole, tmp_path / "copy")
+  shutil.rmtree(copy / "checkpoints" / "10")
+  assert loop.resume_run(str(copy))["test"] == result["test"]
+  chex.assert_trees_all_equal(last_state(copy), last_state(whole))
+
+
 def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
   config, workdir, _ = tiny_run
   copy = unfinished(workdir, tmp_path / "copy")

@@ -239,6 +239,50 @@ def test_without_rules_it_is_adamw_after_a_clip():
   chex.assert_trees_all_close(params, expected, rtol=1e-6)
 
 
+def test_muon_orthogonalises_kernels_of_layers_and_leaves_the_rest_to_adam():
+  def first_update(name):
+    train = c.TrainConfig(
+      optimizer=name, learning_rate=0.1, warmup=0.0, weight_decay=0.0
+    )
+    fold = c.FoldConfig(groups=4)
+    run = tiny.make(
+      tiny.config(preset="none", fpp=c.FPPConfig(), fold=fold, train=train)
+    )
+    params = tiny.noise(tiny.shapes(run.config))
+    grads = tiny.noise(params, 1)
+    state = jax.jit(run.tx.init)(params)
+    updates, _ = jax.jit(run.tx.update)(grads, state, params)
+    return paths.flatten(grads), paths.flatten(updates)
+
+  (grads, muon), (_, adamw) = first_update("muon"), first_update("adamw")
+  kernels = {
+    "attn/q": lambda w: np.moveaxis(w, 1, 0),  # a matrix for each head
+    "attn/k": lambda w: np.moveaxis(w, 1, 0),
+    "attn/v": lambda w: np.moveaxis(w, 1, 0),
+    "attn/o": lambda w: w.reshape(1, -1, w.shape[-1]),
+    "mlp/up": lambda w: w[None],
+    "mlp/down": lambda w: w[None],
+  }
+  kernels = {f"blocks_0/{n}/kernel": each for n, each in kernels.items()}
+  for name, update in muon.items():
+    if name not in kernels:
+      np.testing.assert_allclose(update, adamw[name], 1e-5, err_msg=name)
+      continue
+    grad, update = (
+      kernels[name](np.asarray(x, np.float64)) for x in (grads[name], update)
+    )
+    u, s, vh = np.linalg.svd(grad, full_matrices=False)
+    scale = 0.1 * 0.2 * math.sqrt(max(grad.shape[1:]))
+    found = np.einsum("hdr,hde,hse->hrs", u, -update / scale, vh)
+    values = np.einsum("hrr->hr", found)
+    # Newton-Schulz brings singular values near 1, except the smallest.
+    is_large = s > 0.02 * s.max()
+    assert is_large.mean() > 0.5, name
+    assert (abs(values[is_large] - 1) < 0.45).all(), (name, values)
+    rest = found - values[..., None] * np.eye(values.shape[-1])
+    np.testing.assert_allclose(rest, 0, atol=2e-3, err_msg=name)
+
+
 def test_frozen_gradients_do_not_count_in_the_clip():
   config = tiny.config(
     fpp=c.FPPConfig(

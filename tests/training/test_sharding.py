@@ -201,6 +201,22 @@ def test_state_has_the_shardings_of_its_parameters(score):
   assert placed["step"].spec == P()
 
 
+def test_muon_has_the_shardings_of_its_parameters():
+  train = tiny.c.TrainConfig(steps=8, optimizer="muon")
+  run = tiny.make(tiny.config(train=train))
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  state = jax.eval_shape(run.init)
+  placed = paths.flatten(sharding.tree_shardings(mesh, state))
+  moments = {
+    name.partition("inner_state/")[2]: where.spec
+    for name, where in placed.items()
+    if "inner_state" in name
+  }
+  assert moments["0/mu/blocks_0/mlp/up/kernel"] == P("fsdp", "tensor")
+  assert moments["mu/embed/embedding"] == P("tensor", "fsdp")
+  assert "nu/blocks_0/mlp/up/kernel" not in moments  # Muon has one moment
+
+
 def test_bits_are_whole_if_two_devices_would_share_a_byte():
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   params = {"up/kernel": shape(16, 264)}  # 132 a device, or 16.5 bytes
