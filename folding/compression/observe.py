@@ -226,8 +226,11 @@ class _Observer:
 
     return call
 
-  def statistic(self, layer, inputs=None, *args, **kwargs) -> jax.Array | None:
+  def statistic(
+    self, layer, inputs=None, einsum_str=None, *args, **kwargs
+  ) -> jax.Array | None:
     """Returns the mean square of the input of a call; None if unknown."""
+    del args, kwargs
     known = (*_LINEN, *_NNX, *self.dense)
     has_batch_axes = getattr(layer, "batch_dims", ()) != () or getattr(
       layer, "batch_axis", ()
@@ -241,7 +244,7 @@ class _Observer:
     if is_embedding:
       return _frequency(inputs, layer.num_embeddings, self.keep)
     if isinstance(layer, nn.Einsum | nnx.Einsum):
-      equation = layer.einsum_str or kwargs.get("einsum_str") or args[0]
+      equation = einsum_str or layer.einsum_str
       shape = (
         layer.shape if isinstance(layer, nn.Einsum) else layer.kernel_shape
       )

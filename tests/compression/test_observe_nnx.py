@@ -154,6 +154,64 @@ def test_observe_of_nnx_takes_further_classes():
   np.testing.assert_allclose(stats["kernel"], np.mean(x**2, (0, 2)), rtol=1e-6)
 
 
+class Inheriting(Scaled):
+  """It has no `__call__` of its own."""
+
+
+def test_observe_of_nnx_takes_a_class_that_inherits_its_call():
+  layer, x = Inheriting(nnx.Rngs(0)), jnp.arange(24.0).reshape(4, 3, 2)
+  _, stats = observe(layer, dense=[Inheriting])(x)
+  np.testing.assert_allclose(stats["kernel"], np.mean(x**2, (0, 2)), rtol=1e-6)
+
+
+def test_observe_takes_a_method_of_an_nnx_module():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.up = nnx.Linear(4, 6, rngs=rngs)
+      self.down = nnx.Linear(6, 4, rngs=rngs)
+
+    def encode(self, x):
+      return self.up(x)
+
+  model, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (5, 4))
+  out, stats = observe(model.encode)(x)
+  np.testing.assert_array_equal(out, model.up(x))
+  assert set(stats) == {"up/kernel"}  # `down` was not called
+  np.testing.assert_allclose(stats["up/kernel"], np.mean(x**2, 0), rtol=1e-6)
+  assert not hasattr(model.up, "observed")
+
+
+def test_observe_of_nnx_skips_layers_with_batch_axes():
+  layer = nnx.LinearGeneral(4, 3, batch_axis={0: 2}, rngs=nnx.Rngs(0))
+  assert observe(layer)(jnp.ones((2, 5, 4)))[1] == {}
+
+
+@pytest.mark.parametrize("how", ["position", "keyword"])
+def test_observe_prefers_the_equation_of_a_call(how):
+  x = jax.random.normal(jax.random.key(0), (4, 4))
+  turned = "db,df->bf"
+  layer = nnx.Einsum("bd,df->bf", (4, 3), rngs=nnx.Rngs(0))
+  if how == "position":
+    _, stats = observe(layer)(x, turned)
+  else:
+    _, stats = observe(layer)(x, einsum_str=turned)
+  np.testing.assert_allclose(stats["kernel"], np.mean(x**2, 1), rtol=1e-6)
+
+
+def test_observe_reads_the_equation_of_a_linen_call():
+  layer, x = nn.Einsum((2, 8, 4)), jnp.ones((3, 8))
+  variables = layer.init(jax.random.key(1), x, _HEADS)
+  for args, kwargs in (((_HEADS,), {}), ((), {"einsum_str": _HEADS})):
+    _, stats = observe(layer.apply)(variables, x, *args, **kwargs)
+    assert stats["kernel"].shape == (2, 8)
+
+
+def test_observe_takes_a_linen_convolution_with_an_int_as_size():
+  layer, x = nn.Conv(4, 3), jax.random.normal(jax.random.key(0), (2, 5, 6))
+  _, stats = observe(layer.apply)(layer.init(jax.random.key(1), x), x)
+  assert stats["kernel"].shape == (3, 6)
+
+
 class Closing(nnx.Module):
   def __init__(self, rngs):
     self.layer = nnx.Linear(3, 3, rngs=rngs)

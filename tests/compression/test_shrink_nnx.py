@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from folding.compression.nnx_sizes import set_sizes
 from folding.compression.shrink import remove_neurons, shrink_layers
 from folding.compression.sites import Rule
 from tests.compression.test_observe_nnx import Stack
@@ -134,6 +135,60 @@ def test_remove_neurons_of_scanned_nnx_layers_keeps_the_function():
   assert small.layers.up.kernel.shape == (3, 4, 4)
   assert small.layers.up.out_features == small.layers.down.in_features == 4
   np.testing.assert_allclose(small(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_remove_neurons_of_unequal_layers_keeps_their_order():
+  tied = {"layers/up/bias": 0, "layers/down/kernel": 0}
+  rule = Rule("layers/up/kernel", 0.3, "neuron", tied, layers=0)
+  module = Stack(0, nnx.Rngs(0))
+  for layer, dead in enumerate(([1], [0, 1, 2], [5])):
+    _kill(module, rule, np.array(dead), layer)
+  _, kept = remove_neurons([rule], module)
+  assert kept[rule.pattern].tolist() == [
+    [0, 2, 3, 4, 5],
+    [0, 1, 3, 4, 5],  # two more than it has to keep
+    [0, 1, 2, 3, 4],
+  ]
+
+
+_LAYERS = {
+  "linear": lambda n, rngs: nnx.Linear(n, 2 * n, rngs=rngs),
+  "general": lambda n, rngs: nnx.LinearGeneral(
+    (2, n), (n, 3), axis=(-2, -1), rngs=rngs
+  ),
+  "batched": lambda n, rngs: nnx.LinearGeneral(
+    n, 2 * n, batch_axis={0: 3}, rngs=rngs
+  ),
+  "conv": lambda n, rngs: nnx.Conv(
+    2 * n, 2 * n, (3,), feature_group_count=2, rngs=rngs
+  ),
+  "einsum": lambda n, rngs: nnx.Einsum(_EQUATION, (n, 3), (3,), rngs=rngs),
+  "embed": lambda n, rngs: nnx.Embed(n, 2 * n, rngs=rngs),
+  "batch_norm": lambda n, rngs: nnx.BatchNorm(n, rngs=rngs),
+  "layer_norm": lambda n, rngs: nnx.LayerNorm(n, rngs=rngs),
+  "rms_norm": lambda n, rngs: nnx.RMSNorm(n, rngs=rngs),
+  "attention": lambda n, rngs: nnx.MultiHeadAttention(
+    n, 8, qkv_features=2 * n, num_kv_heads=n // 2, rngs=rngs
+  ),
+}
+_EQUATION = "bd,df->bf"
+
+
+@pytest.mark.parametrize("name", _LAYERS)
+def test_set_sizes_makes_the_attributes_of_a_smaller_layer(name):
+  def sizes(layer):
+    return {
+      (*path, attribute): value
+      for path, each in nnx.iter_modules(layer)
+      for attribute, value in vars(each).items()
+      if isinstance(value, int | tuple)
+    }
+
+  whole, small = (_LAYERS[name](n, nnx.Rngs(0)) for n in (8, 4))
+  assert sizes(whole) != sizes(small)
+  params = nnx.to_flat_state(nnx.state(small, nnx.Param))
+  set_sizes(whole, {"/".join(path): w.shape for path, w in params})
+  assert sizes(whole) == sizes(small)
 
 
 def test_shrink_layers_takes_an_nnx_state():
