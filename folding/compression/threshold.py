@@ -1,11 +1,11 @@
 """The k lowest of many scores, exactly and without sorting.
 
-The threshold is found one byte after the other, by bisection: eight counting
-passes over bytes for each of the four. Only counts leave a device, so sharded
-scores stay where they are. Ties are broken by position, so the choice does not
-depend on the sharding.
+The threshold is found one byte after the other, by counting passes over bytes.
+Only counts leave a device, so sharded scores stay where they are. Ties are broken
+by position, so the choice does not depend on the sharding.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -34,8 +34,8 @@ def lowest(scores: jax.Array, k: ArrayLike) -> jax.Array:
     is_open = (n == 0) | (keys >> (shift + 8) == prefix)
     # No count includes 255, so closed keys do not count.
     bytes_ = jnp.where(is_open, (keys >> shift).astype(jnp.uint8), 255)
-    byte, below = _bisect(
-      lambda t: _count(bytes_ <= t.astype(jnp.uint8)), k, 255, iterations=8
+    byte, below = _search(
+      lambda t: _count(bytes_ <= t.astype(jnp.uint8)), k, bits=8
     )
     return (prefix << 8) | byte, k - below
 
@@ -47,9 +47,11 @@ def lowest(scores: jax.Array, k: ArrayLike) -> jax.Array:
     return is_tied & (_positions(scores) < p)
 
   # If all tied elements are wanted, there is nothing to search.
-  least = jnp.where(_count(is_tied) == wanted, scores.size, 0)
-  end, _ = _bisect(lambda p: _count(is_before(p)), wanted, scores.size, least)
-  return (keys < t) | is_before(end)
+  has_all = _count(is_tied) == wanted
+  end, _ = _search(
+    lambda p: _count(is_before(p)), wanted, bits=jnp.where(has_all, 0, 32)
+  )
+  return (keys < t) | is_tied & (has_all | is_before(end))
 
 
 def _sortable(scores: jax.Array) -> jax.Array:
@@ -93,39 +95,35 @@ def _count(chosen: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(chosen, cpu=by_eights, default=plain)
 
 
-def _bisect(
-  count: Callable[[jax.Array], jax.Array],
-  k: jax.Array,
-  high: int,
-  low: ArrayLike = 0,
-  iterations: int | None = None,
+def _search(
+  count: Callable[[jax.Array], jax.Array], k: jax.Array, bits: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the least t in [low, high] with count(t) >= k, and count(t - 1).
+  """Returns the least t of `bits` bits with count(t) >= k, and count(t - 1).
 
   Args:
-    count: Monotone function of uint32[], 0 below `low`. It is at least k at
-      `high`, where it is not called.
+    count: Monotone function of uint32[]. It is at least k at the largest t, where
+      it is not called.
     k: int32[].
-    high: The largest t.
-    low: The least t.
-    iterations: Number of halvings, if known: compilers then count the work of the
-      loop. None: until one t is left.
+    bits: 8, or one of 0 and 32. A constant lets compilers count the work.
   """
 
-  def halve(bounds):
-    low, high, below = bounds
-    middle = low + (high - low) // 2
-    found = count(middle)
-    is_enough = found >= k
-    return (
-      jnp.where(is_enough, low, middle + 1),
-      jnp.where(is_enough, middle, high),
-      jnp.where(is_enough, below, found),
-    )
+  def by_passes_of(each):
+    """Each pass makes 2^each - 1 counts at once, and finds so many bits."""
 
-  bounds = jnp.uint32(low), jnp.uint32(high), jnp.int32(0)
-  if iterations is None:
-    bounds = jax.lax.while_loop(lambda b: b[0] < b[1], halve, bounds)
-  else:
-    bounds = jax.lax.fori_loop(0, iterations, lambda _, b: halve(b), bounds)
-  return bounds[1], bounds[2]
+    def one_pass(n, found):
+      t, below = found
+      step = jnp.uint32(1) << jnp.uint32(bits - each * (n + 1))
+      parts = (step * jnp.uint32(j) for j in range(1, 2**each))
+      counts = jnp.stack([count(t + part - 1) for part in parts])
+      is_below = counts < k
+      t += step * jnp.sum(is_below, dtype=jnp.uint32)
+      return t, jnp.maximum(below, jnp.max(jnp.where(is_below, counts, 0)))
+
+    start = jnp.uint32(0), jnp.int32(0)
+    return jax.lax.fori_loop(0, bits // each, one_pass, start)
+
+  several = functools.partial(by_passes_of, 4)  # devices wait for each pass
+  if jax.device_count() > 1:
+    return several()
+  one = functools.partial(by_passes_of, 1)  # XLA:CPU does not fuse the counts
+  return jax.lax.platform_dependent(cpu=one, default=several)
