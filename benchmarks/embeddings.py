@@ -213,10 +213,10 @@ def _encode(
     forward: (tokens, mask) of shape [B, L] -> float[B, D], for any B and L.
     texts: Any number.
   """
-  length = loaded.config.data.length
+  length = loaded.shape.max_length
   tokenizer, _ = plain_tokenizer(loaded.tokenizer)
   rows = encode_rows(tokenizer, texts, length).ids
-  found = np.zeros((len(rows), loaded.config.model.width), np.float32)
+  found = np.zeros((len(rows), loaded.shape.width), np.float32)
   for members, _ in by_length(rows, [length], BATCH_SIZE):
     shape = len(members), rows[members[-1]].size
     batch = padded([rows[i] for i in members], shape, tokenizer.pad_id)

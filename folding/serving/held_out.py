@@ -53,7 +53,7 @@ def require_drop(folder: str, model: Model, path: str, max_drop: float) -> str:
     ConfigError: it loses more, the file cannot be read, or the model is a language
       model.
   """
-  task = task_of(model.config)
+  task = task_of(model)
   if task.predicts_tokens:
     raise ConfigError(
       "--max-drop compares labels or scores, and a language model has none"
@@ -76,14 +76,14 @@ def _measured(
   model: Model, path: str, folders: Sequence[str]
 ) -> tuple[str, float, float]:
   """Returns the name of a metric, and its values for two programs."""
-  form = task_of(model.config).labels
+  form = task_of(model).labels
   if form is None:
     pairs = sources.load_scored_pairs(path)
     texts = pairs.firsts + pairs.seconds
     vectors = (_outputs(folder, model, texts) for folder in folders)
     before, after = (spearman_of_pairs(x, pairs.scores) for x in vectors)
     return "spearman", before, after
-  task, columns = task_of(model.config), DataConfig(text_field=model.pair)
+  task, columns = task_of(model), DataConfig(text_field=model.pair)
   rows = local_files.read_file([pathlib.Path(path)], columns, task)
   labels = labels_lib.to_array(
     rows.labels or (),
@@ -109,7 +109,7 @@ def _outputs(folder: str, model: Model, texts: Sequence[Text]) -> np.ndarray:
   )
   output = session.get_outputs()[-1]  # sentence vectors follow the states
   tokenizer = load_tokenizer(os.path.join(folder, TOKENIZER))
-  length = model.config.data.length
+  length = model.shape.max_length
   rows, seconds = encode_rows(tokenizer, texts, length)
   found: Any = np.zeros((len(rows), output.shape[-1]), np.float32)
   for members, bucket in by_length(rows, fine_bucket_lengths(length), _BATCH):
@@ -117,7 +117,7 @@ def _outputs(folder: str, model: Model, texts: Sequence[Text]) -> np.ndarray:
       [rows[i] for i in members], (len(members), bucket), tokenizer.pad_id
     )
     inputs = {TOKENS: tokens, MASK: mask}
-    if model.config.model.segments:
+    if model.shape.segments:
       assert seconds is not None  # it reads pairs
       inputs[SEGMENTS] = segments_of(seconds[members], mask)
     inputs = {name: x.astype(np.int64) for name, x in inputs.items()}
