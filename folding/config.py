@@ -112,6 +112,8 @@ class Design:
   width: Count = 128  # D, channels per token
   # Width of embeddings that are projected to D; 0: D, without a projection.
   embed_width: Natural = 0
+  # Project them before their norm and without a bias, as in DeBERTa-v2.
+  project_first: bool = False
   causal: bool = True
   norm: Literal["layernorm", "rmsnorm"] = "layernorm"
   # Where the norms are: before each branch, after each sum, or before and after
@@ -301,6 +303,8 @@ class FoldConfig:
   # r, rank of the embedding, which a matrix expands to the width of the model; 0:
   # the full rank.
   embedding_rank: Natural = 0
+  # Positions and segments have that rank too, and are expanded by the same matrix.
+  embedding_shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -582,6 +586,11 @@ class Config:
       raise ConfigError(
         f"fold.embedding_rank {f.embedding_rank} exceeds the width {size} of the "
         "embedding; use 0 for all of it"
+      )
+    if f.embedding_shared and (m.positions != "learned" or m.embed_width):
+      raise ConfigError(
+        "fold.embedding_shared needs model.positions='learned' and "
+        "model.embed_width=0"
       )
     values = m.by_layer(f.values, "fold.values")
     if set(values) != {"dense"} and m.num_heads * m.head_dim != m.width:

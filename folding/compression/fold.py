@@ -79,8 +79,14 @@ def unfold(
 
   dense = _map_layers(unfold_layer, params)
   if expand := dense.pop("embed_expand", None):
-    rows_VD = dense["embed"]["embedding"] @ expand["kernel"]
-    dense["embed"] = {"embedding": rows_VD + expand["bias"][None]}
+    names = {"embed"}
+    if "bias" not in expand:  # all share it
+      names |= dense.keys() & {"position_embed", "segment_embed"}
+    for name in names:
+      rows = dense[name]["embedding"] @ expand["kernel"]
+      if "bias" in expand:
+        rows += expand["bias"][None]
+      dense[name] = {"embedding": rows}
   if not has_separate_values:
     return dense
   return _map_layers(lambda layer, _: _separate_keys(layer), dense)

@@ -132,6 +132,58 @@ def fold_embedding(
   }
 
 
+Tables = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def centred(tables: Tables) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the rows of several embeddings around the mean of each.
+
+  Args:
+    tables: {module: (float[rows, D], frequency of each row)}.
+
+  Returns:
+    (rows of all, frequencies with the sum 1 per embedding, sum of the means).
+  """
+  rows, usage, mean_D = [], [], 0.0
+  for table, used in tables.values():
+    share = np.asarray(used, np.float64) / np.sum(used, dtype=np.float64)
+    mean = share @ np.asarray(table, np.float64)
+    rows.append(table - mean)
+    usage.append(share)
+    mean_D = mean_D + mean
+  return np.concatenate(rows), np.concatenate(usage), np.asarray(mean_D)
+
+
+def fold_embeddings(
+  tables: Tables, rank: int, sensitivity_DD: np.ndarray | None = None
+) -> dict[str, Any]:
+  """Returns embeddings that are added, all of low rank and with one matrix.
+
+  The last channel of the last one has the mean of the sum; the matrix needs no bias.
+
+  Args:
+    tables: As for `centred`.
+    rank: r, above 1.
+    sensitivity_DD: As for `components`.
+
+  Returns:
+    {module: {"embedding": [rows, r]}, "embed_expand": {"kernel": [r, D]}}, float32.
+  """
+  rows, usage, mean_D = centred(tables)
+  low = fold_embedding(rows, usage, rank - 1, sensitivity_DD)
+  size = np.linalg.norm(mean_D) or 1.0
+  kernel = np.concatenate([low["embed_expand"]["kernel"], mean_D[None] / size])
+  folded: dict[str, Any] = {
+    "embed_expand": {"kernel": kernel.astype(np.float32)}
+  }
+  codes = np.pad(low["embed"]["embedding"], ((0, 0), (0, 1)))
+  ends = np.cumsum([len(table) for table, _ in tables.values()])[:-1]
+  for name, part in zip(tables, np.split(codes, ends), strict=True):
+    folded[name] = {"embedding": part}
+  part[:, -1] = size
+  return folded
+
+
 class LogitTerms(NamedTuple):
   """The logits of dense heads as a sum over K channels, of which some can stay.
 

@@ -101,25 +101,54 @@ _MPNET = dataclasses.replace(
     relative="encoder.relative_attention_bias",
   ),
 )
+_EMBEDDING_SIZE = Rule(
+  lambda values: {
+    "embed_width": values["embedding_size"]
+    if values.get("embedding_size", values["hidden_size"])
+    != values["hidden_size"]
+    else 0
+  },
+  lambda config: {"embedding_size": config.embed_width or config.width},
+)
 _ELECTRA = dataclasses.replace(
   _BERT,
   prefix="Electra",
   defaults=_BERT.defaults | {"embedding_size": 128},
   classifier=_FIRST | {"pooler_activation": "gelu"},
-  rules=(
-    Rule(
-      lambda values: {
-        "embed_width": values["embedding_size"]
-        if values["embedding_size"] != values["hidden_size"]
-        else 0
-      },
-      lambda config: {"embedding_size": config.embed_width or config.width},
-    ),
-  ),
+  rules=(_EMBEDDING_SIZE,),
   layout=dataclasses.replace(
     _ROBERTA.layout,
     prefix="electra.",
     outer=_ROBERTA.layout.outer | {"embed_project": "embeddings_project"},
+  ),
+)
+# Without relative attention it has BERT's layers, and embeddings of any width.
+_DEBERTA = dataclasses.replace(
+  _BERT,
+  prefix="DebertaV2",
+  fields=_BERT.fields | {"pooler_activation": "pooler_hidden_act"},
+  defaults=_BERT.defaults
+  | {
+    "layer_norm_eps": 1e-7,
+    "pooler_hidden_act": "gelu",
+    "type_vocab_size": 0,
+  },
+  computes=_ENCODER | {"project_first": True},
+  only={"relative_attention": False, "position_biased_input": True},
+  rules=(_EMBEDDING_SIZE,),
+  writes=_BERT.writes
+  | {"relative_attention": False, "position_biased_input": True}
+  | {"pooler_dropout": 0.0},
+  layout=dataclasses.replace(
+    _BERT.layout,
+    prefix="deberta.",
+    outer=_EMBEDDINGS | _SEGMENTS | {"embed_project": "embeddings.embed_proj"},
+    block=_BERT.layout.block
+    | {
+      f"attn/{x}": f"attention.self.{name}_proj"
+      for x, name in zip("qkv", ("query", "key", "value"), strict=True)
+    },
+    classifier={"pooler": "pooler.dense", "head": "classifier"},
   ),
 )
 _DISTILBERT = Family(
@@ -520,6 +549,7 @@ FAMILIES: dict[str, Family] = {
   "xlm-roberta": dataclasses.replace(_ROBERTA, prefix="XLMRoberta"),
   "distilbert": _DISTILBERT,
   "electra": _ELECTRA,
+  "deberta-v2": _DEBERTA,
   "mpnet": _MPNET,
   "modernbert": _MODERNBERT,
   "gpt2": _GPT2,

@@ -80,7 +80,6 @@ def describe(values: dict[str, Any]) -> Description:
   config = _read(family, values)
   if config.causal:  # transformers since 5.2 makes any decoder bidirectional
     hf.check_supported("is_causal", values.get("is_causal"), True)
-  has_segments = "type_vocab_size" in family.defaults
   problem, label_names = _read_labels(values)
   pad_id = values.get("pad_token_id", 0)
   if type(pad_id) is not int:
@@ -103,7 +102,9 @@ def describe(values: dict[str, Any]) -> Description:
     vocab_size=vocab_size,
     max_length=max_length,
     pad_id=pad_id,
-    token_types=_count(values, "type_vocab_size") if has_segments else 0,
+    token_types=_count(values, "type_vocab_size")
+    if values.get("type_vocab_size")
+    else 0,
     problem=problem,
     label_names=label_names,
   )

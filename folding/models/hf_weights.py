@@ -109,7 +109,10 @@ def tensors(
       if row and (leaf != "bias" or _has_bias(described, names[0])):
         held = tuple(f"{name}/{leaf}" for name in names)
         end = "bias" if leaf == "bias" else "weight"
-        table.append(_tensor(described, f"{theirs}.{end}", held, row.axes))
+        axes = row.axes
+        if names == ["norm_embed"] and config.project_first:
+          axes = "D"
+        table.append(_tensor(described, f"{theirs}.{end}", held, axes))
   if config.relative_buckets:
     shape = (config.relative_buckets, config.num_heads)
     held = [f"blocks_{n}/attn/relative_bias" for n in range(config.num_layers)]
@@ -131,6 +134,8 @@ def _has_bias(described: Description, module: str) -> bool:
   config, name = described.config, module.rpartition("/")[2]
   if name == "head":
     return not config.causal
+  if name == "embed_project":
+    return not config.project_first
   if FAMILIES[described.family].layout.has_biases:
     return True
   if name in ("q", "k", "v"):
@@ -164,7 +169,7 @@ def _tensor(
   skip, plus = 0, ""
   if path == "position_embed/embedding":
     skip = described.position_offset
-    if "segment_embed" in layout.outer and not config.segments:
+    if described.token_types and not config.segments:
       plus = f"{layout.prefix}{layout.outer['segment_embed']}.weight"
   letters = [x for joined in theirs for x in joined]
   return Tensor(

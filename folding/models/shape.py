@@ -66,6 +66,7 @@ class Shape(Design):
     num_kv_heads: J of such a layer.
     head_dim: K.
     embedding_rank: r, rank of the embedding; 0: the full rank.
+    embedding_shared: Whether positions and segments have that rank too.
     max_length: Most tokens, and rows of learned positions.
     output: Next-token logits, scores of a text, or the vector of a text.
   """
@@ -75,6 +76,7 @@ class Shape(Design):
   num_kv_heads: int
   head_dim: int
   embedding_rank: int
+  embedding_shared: bool
   max_length: int
   output: Literal["tokens", "scores", "vector"]
 
@@ -111,7 +113,9 @@ class Shape(Design):
       )
 
     layers = tuple(map(dense, self.whole().layers))
-    return dataclasses.replace(self, layers=layers, embedding_rank=0)
+    return dataclasses.replace(
+      self, layers=layers, embedding_rank=0, embedding_shared=False
+    )
 
   @property
   def is_dense(self) -> bool:
@@ -131,6 +135,7 @@ def shape_of(config: Config) -> Shape:
     num_kv_heads=m.num_kv_heads,
     head_dim=m.head_dim,
     embedding_rank=f.embedding_rank,
+    embedding_shared=f.embedding_shared,
     max_length=config.data.length,
     output="tokens" if task.predicts_tokens else output,
   )
@@ -191,5 +196,6 @@ def with_shape(config: Config, shape: Shape) -> Config:
     values=each("values"),
     value_rank=joined(tuple(x.value_dim % K for x in layers)),
     embedding_rank=shape.embedding_rank,
+    embedding_shared=shape.embedding_shared,
   )
   return dataclasses.replace(config, model=model, fold=fold)

@@ -188,18 +188,21 @@ class Transformer(nn.Module):
       init = nn.initializers.normal(0.02)
       return nn.Embed(size, width, embedding_init=init, dtype=dtype)
 
-    rank = c.embedding_rank
+    rank, is_shared = c.embedding_rank, c.embedding_shared
     self.embed = embed(self.vocab_size, rank or width)
+    added_width = (is_shared and rank) or width
     if rank:
-      self.embed_expand = nn.Dense(width, dtype=dtype)
+      self.embed_expand = nn.Dense(width, use_bias=not is_shared, dtype=dtype)
     if c.positions == "learned":
-      self.position_embed = embed(c.max_length)
+      self.position_embed = embed(c.max_length, added_width)
     if c.segments:
-      self.segment_embed = embed(c.segments)
+      self.segment_embed = embed(c.segments, added_width)
     if c.norm_position == "post" or c.embed_norm:
       self.norm_embed = _norm(c, dtype)
     if c.embed_width:
-      self.embed_project = nn.Dense(c.width, dtype=dtype)
+      self.embed_project = nn.Dense(
+        c.width, use_bias=not c.project_first, dtype=dtype
+      )
     self.dropout = nn.Dropout(c.dropout)
     block = nn.remat(Block, static_argnums=(3,)) if c.remat else Block
     self.blocks = [block(c, layer, dtype) for layer in c.layers]
@@ -369,7 +372,8 @@ class Transformer(nn.Module):
     """
     c = self.shape
     x_BLD = self.embed(tokens_BL)
-    if c.embedding_rank:
+    is_low, is_shared = c.embedding_rank, c.embedding_shared
+    if is_low and not is_shared:
       x_BLD = self.embed_expand(x_BLD)
     if c.scale_embeddings:
       x_BLD *= jnp.asarray(c.width**0.5, x_BLD.dtype)
@@ -387,9 +391,13 @@ class Transformer(nn.Module):
       if segments_BL is None:
         segments_BL = jnp.zeros((1, 1), jnp.int32)
       x_BLD += self.segment_embed(segments_BL)
+    if is_low and is_shared:
+      x_BLD = self.embed_expand(x_BLD)
+    if c.embed_width and c.project_first:
+      x_BLD = self.embed_project(x_BLD)
     if c.norm_position == "post" or c.embed_norm:
       x_BLD = self.norm_embed(x_BLD)
-    if c.embed_width:
+    if c.embed_width and not c.project_first:
       x_BLD = self.embed_project(x_BLD)
     return self.dropout(x_BLD, deterministic=deterministic)
 

@@ -65,6 +65,7 @@ def export_hf(
   """
   path = require_exportable(path, loaded.params)
   require_float(dtype)
+  loaded = _projected(loaded)
   m = _uniform(loaded)
   family = hf_config.family_of(m, len(loaded.labels))
   params = _dense_params(loaded, m)
@@ -85,7 +86,9 @@ def export_hf(
     vocab_size=params["embed"]["embedding"].shape[0],
     max_length=loaded.shape.max_length,
     pad_id=_hf_pad_id(tokenizer, m.causal and bool(loaded.labels)),
-    token_types=FAMILIES[family].defaults.get("type_vocab_size", 0),
+    token_types=max(
+      m.segments, FAMILIES[family].defaults.get("type_vocab_size", 0)
+    ),
     problem=loaded.task,
     label_names=loaded.labels,
   )
@@ -95,7 +98,8 @@ def export_hf(
   )
   grown = (
     f"; {count - before:,} of {count:,} parameters undo folding, or are zeros in "
-    "place of removed heads and neurons, so that all layers have one shape"
+    "place of removed heads and neurons, so that all layers have one shape; a "
+    "plan of folding compress --uniform needs none"
   )
   report(
     f"About {count * jnp.dtype(dtype).itemsize:,} bytes of arrays will be "
@@ -119,6 +123,28 @@ def export_hf(
     sentence.write(path, loaded.shape, loaded.shape.max_length)
   files.write_checksums(path, files.all_files(path))
   return {"files": files.folder_bytes(path)}
+
+
+def _projected(loaded: Model) -> Model:
+  """Returns a model whose embeddings of one low rank are those of DeBERTa-v2.
+
+  A model that no family computes this way is returned as it is.
+  """
+  shape = loaded.shape
+  if not (shape.embedding_rank and shape.embedding_shared):
+    return loaded
+  params = dict(loaded.params)
+  params["embed_project"] = params.pop("embed_expand")
+  shape = dataclasses.replace(
+    shape,
+    embed_width=shape.embedding_rank,
+    project_first=True,
+    embedding_rank=0,
+    embedding_shared=False,
+  )
+  low = dataclasses.replace(loaded, shape=shape, params=params)
+  is_known = hf_config.is_known(_uniform(low), len(low.labels))
+  return low if is_known else loaded
 
 
 def _uniform(loaded: Model) -> ModelConfig:

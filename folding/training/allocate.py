@@ -33,6 +33,7 @@ from folding.training.layer_options import (
   Decision,
   Options,
   Tried,
+  embedding_shape,
   embedding_size,
   measure,
   num_weights,
@@ -95,6 +96,7 @@ def allocate(
     "fold.values": tuple(v if isinstance(v, str) else "dense" for v in kinds),
     "fold.value_rank": tuple(0 if isinstance(v, str) else v for v in kinds),
     "fold.embedding_rank": rank,
+    "fold.embedding_shared": asked.embedding_shared and rank > 0,
     "fpp.overall": None,
     "fpp.linear": linear,
     "fpp.embedding": embedding,
@@ -149,7 +151,8 @@ def _target(config: Config, params: Mapping[str, Any]) -> _Target:
   """Returns what the plan of a config has to reach, from shapes alone."""
   sizes = _sizes(config, params)
   linear, embedding = outer_fractions(config)
-  rank, shape = config.fold.embedding_rank, params["embed"]["embedding"].shape
+  shape = embedding_shape(shape_of(config), params)
+  rank = config.fold.embedding_rank
   if _tried(config).embedding:
     embedding = 0.0  # the options of its rank count its parameters
     sizes["embedding"] -= math.prod(shape)
@@ -271,13 +274,15 @@ def cheapest(
 def _sizes(config: Config, params: Mapping[str, Any]) -> dict[str, int]:
   """Returns the number of parameters per group, with the head as a group.
 
-  If embeddings are pruned by rows, that of positions counts as "other".
+  If embeddings are pruned by rows, that of positions counts as "other", unless it
+  has the rank of the tokens.
   """
   by_rows = config.fpp.embedding_granularity != "weight"
   sizes = {"qkv": 0, "linear": 0, "embedding": 0, "other": 0, "head": 0}
   for name, leaf in paths.flatten(params).items():
     group = "head" if name == "head/kernel" else group_of(name)
-    if by_rows and name == "position_embed/embedding":
+    is_apart = by_rows and not config.fold.embedding_shared
+    if is_apart and name == "position_embed/embedding":
       group = "other"
     sizes[group] += int(np.prod(leaf.shape))
   return sizes | {"all": sum(sizes.values())}

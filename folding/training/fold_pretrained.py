@@ -26,9 +26,9 @@ from folding.training.stream import (
   Params,
   Stream,
   embed_batches,
+  embedding_tables,
   make_block,
   require_text,
-  usage_of,
 )
 
 
@@ -93,12 +93,12 @@ def fold_pretrained(
   folded, report = dict(params), []
   stream = None  # that of the dense model until something is folded
   if rank := shape.embedding_rank:
-    embedding_VD = params["embed"]["embedding"]
-    if usage_V is None:
-      usage_V = usage_of(batches, len(embedding_VD))
-    folded |= lowrank.fold_embedding(
-      embedding_VD, usage_V, rank, sensitivity.get("embed")
-    )
+    tables = embedding_tables(shape, params, batches, usage_V)
+    weight = sensitivity.get("embed")
+    if shape.embedding_shared:
+      folded |= lowrank.fold_embeddings(tables, rank, weight)
+    else:
+      folded |= lowrank.fold_embedding(*tables["embed"], rank, weight)
     stream = embed_batches(shape, folded, batches)
   dense = shape.dense()
   dense_stream = embed_batches(dense, params, batches)

@@ -42,11 +42,11 @@ from folding.training.stream import (
   add_halves,
   capture,
   embed_batches,
+  embedding_tables,
   grams,
   make_block,
   spread,
   total,
-  usage_of,
 )
 
 EMBEDDING = (0, "embed")  # the decision about the rank of the embedding
@@ -124,10 +124,8 @@ def measure(
   """
   options: dict[Decision, list[Option]] = {}
   if tried.embedding:
-    embedding_VD = np.asarray(params["embed"]["embedding"])
-    options[EMBEDDING] = _embedding_options(
-      embedding_VD, usage_of(batches, len(embedding_VD)), sensitivity["embed"]
-    )
+    tables = embedding_tables(asked, params, batches)
+    options[EMBEDDING] = _embedding_options(tables, sensitivity["embed"])
   dense = asked.dense()
   sizes = [np.size(batch["tokens"]) for batch in batches]
   stream = embed_batches(dense, params, spread(batches, sizes, _TOKENS))
@@ -204,7 +202,7 @@ def smallest(
   """
   found: dict[Decision, float] = {}
   if tried.embedding:
-    shape = params["embed"]["embedding"].shape
+    shape = embedding_shape(asked, params)
     found[EMBEDDING] = float(embedding_size(shape, 8))
   for n, layer in enumerate(asked.layers):
     attn, mlp = (params[f"blocks_{n}"][part] for part in ("attn", "mlp"))
@@ -293,24 +291,37 @@ class _Trial(NamedTuple):
     return float(np.sum(wrong * (product @ self.sensitivity[role])))
 
 
+def embedding_shape(asked: Shape, params: Mapping[str, Any]) -> tuple[int, int]:
+  """Returns the rows and the width of the embeddings that get one low rank."""
+  V, D = params["embed"]["embedding"].shape
+  if asked.embedding_shared:
+    V += asked.max_length + asked.segments
+  return V, D
+
+
 def embedding_size(shape: tuple[int, int], rank: int) -> int:
-  """Returns the number of parameters of an embedding [V, D] of lower rank."""
+  """Returns the number of parameters of an embedding [V, D] of lower rank.
+
+  Several with one matrix have no bias, so they are smaller by D.
+  """
   V, D = shape
   return rank * (V + D) + D
 
 
 def _embedding_options(
-  embedding_VD: np.ndarray, usage_V: np.ndarray, sensitivity: np.ndarray
+  tables: lowrank.Tables, sensitivity: np.ndarray
 ) -> list[Option]:
-  """Returns the options of the rank of the embedding; 0 is all of it."""
-  shape = V, D = embedding_VD.shape
-  found = lowrank.components(embedding_VD, usage_V, sensitivity)
+  """Returns the options of the rank of embeddings; 0 is all of it."""
+  rows, usage, _ = lowrank.centred(tables)
+  shape = V, D = rows.shape
+  found = lowrank.components(rows, usage, sensitivity)
   # Error that leaving out each component adds.
   weight_D = np.sum(found.decode_DD @ sensitivity * found.decode_DD, axis=1)
-  added_D = found.variances_D * weight_D
+  added_D = len(tables) * found.variances_D * weight_D
+  for_mean = int(len(tables) > 1)  # it takes one of the channels
   options = [Option(0, V * D, 0.0)]
   for rank in range(D // 8 * 8, 0, -8):
-    error = float(added_D[rank:].sum())
+    error = float(added_D[rank - for_mean :].sum())
     options.append(Option(rank, embedding_size(shape, rank), error))
   return options
 

@@ -6,6 +6,7 @@ import sys
 
 from folding.config import CompressConfig, Config, FoldConfig, FPPConfig
 from folding.errors import ConfigError
+from folding.models import hf_config
 from folding.tasks import task_of
 
 
@@ -35,6 +36,10 @@ def recipe(
   by_weight = by_weight and not uniform
   # A low rank would not make an output layer smaller.
   keeps_embedding = not by_weight and task.predicts_tokens and m.tie_embeddings
+  # DeBERTa-v2 is a BERT with an embedding of low rank.
+  low = dataclasses.replace(m, embed_width=1, project_first=True)
+  is_shared = uniform and hf_config.misfit(low, "deberta-v2") is None
+  keeps_embedding |= uniform and not is_shared
   is_rotary = m.positions == "rope"
   # A quarter of a head, for plans that fold all layers alike.
   K = m.head_dim or max(1, m.width // m.num_heads)
@@ -52,6 +57,7 @@ def recipe(
     groups=groups,
     rope="pairs" if is_rotary else "copy",
     values="diagonal" if is_free else "dense",
+    embedding_shared=is_shared,
   )
   fpp = FPPConfig(
     granularity="weight" if by_weight else "neuron",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folding.compression.lowrank import Moments
+from folding.compression.lowrank import Moments, Tables
 from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.models.shape import Shape
@@ -110,6 +110,40 @@ def usage_of(batches: Sequence[Batch], size: int) -> np.ndarray:
     for batch, mask in zip(batches, masks_of(batches), strict=True)
   ]
   return token_usage(np.bincount(np.concatenate(tokens)), size)
+
+
+def embedding_tables(
+  asked: Shape,
+  params: Params,
+  batches: Sequence[Batch],
+  usage_V: np.ndarray | None = None,
+) -> Tables:
+  """Returns {module: (embedding, frequency of each row)} of one low rank.
+
+  These are tokens, and with `embedding_shared` segments and positions too.
+  Half of the frequency of a position is that of all positions, so that texts longer
+  than these keep their order.
+
+  Args:
+    asked: Has `embedding_shared`.
+    params: Dense.
+    batches: Texts.
+    usage_V: Frequency of each token; None: as in the batches.
+  """
+  embedding_VD = np.asarray(params["embed"]["embedding"])
+  if usage_V is None:
+    usage_V = usage_of(batches, len(embedding_VD))
+  tables = {"embed": (embedding_VD, usage_V)}
+  if asked.embedding_shared:
+    if "segment_embed" in params:
+      rows = np.asarray(params["segment_embed"]["embedding"])
+      tables["segment_embed"] = rows, np.ones(len(rows))
+    rows = np.asarray(params["position_embed"]["embedding"])
+    usage_P = np.zeros(len(rows))
+    for mask in map(np.asarray, masks_of(batches)):
+      usage_P[: mask.shape[1]] += mask.sum(axis=0)
+    tables["position_embed"] = rows, usage_P / usage_P.sum() + 1 / len(rows)
+  return tables
 
 
 def make_block(shape: Shape, n: int) -> Block:

@@ -126,6 +126,14 @@ def test_unfold_multiplies_an_embedding_of_low_rank(embed_width):
   _assert_same_logits(folded, params, _model(shape), unfold(params))
 
 
+def test_unfold_multiplies_embeddings_that_share_a_matrix():
+  shape = ModelConfig(**_SHAPE, tie_embeddings=False, positions="learned")
+  folded = _model(shape, groups=2, embedding_rank=5, embedding_shared=True)
+  params = _params(folded)
+  assert params["position_embed"]["embedding"].shape[1] == 5
+  _assert_same_logits(folded, params, _model(shape), unfold(params))
+
+
 def test_unfold_finds_layers_in_lists():
   params = _params(_model(_CASES["paper"][0], groups=1, values="diagonal"))
   layer = params["blocks_0"]["attn"]

@@ -45,6 +45,7 @@ FAMILIES = {
     "model_type": "mpnet", "pad_token_id": 1, "max_position_embeddings": P + 2,
   },
   "electra": _BERT | {"model_type": "electra", "embedding_size": 10},
+  "deberta-v2": _BERT | {"model_type": "deberta-v2", "embedding_size": 10},
   # Only the second layer has a window.
   "modernbert": {
     "model_type": "modernbert", "vocab_size": V, "hidden_size": D,

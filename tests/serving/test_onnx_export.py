@@ -44,6 +44,17 @@ _CASES = {
     value_rank=(2, 3),
     embedding_rank=5,
   ),
+  # Tokens and positions of one low rank.
+  "bert-one-rank": lambda: models.make(
+    model=_BERT,
+    fold=c.FoldConfig(
+      groups=0, values="dense", embedding_rank=5, embedding_shared=True
+    ),
+  ),
+  "deberta": lambda: models.make(
+    model=dataclasses.replace(_BERT, embed_width=5, project_first=True),
+    fold=c.FoldConfig(groups=0, values="dense"),
+  ),
   # Projected embeddings, ALiBi, pre-norm, mean over tokens, a pooler with a norm;
   # the identity for W_V.
   "alibi-identity": lambda: _shrunk(

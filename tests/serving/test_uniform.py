@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -19,6 +20,9 @@ _TEXT = "the cats sat on a mat"
 def _compressed(task, shape, saving):
   """Returns a random dense model and a uniform smaller one."""
   model = models.make(task, shape, c.FoldConfig(groups=0, values="dense"))
+  if task == "embed":  # which chooses a rank by errors
+    for name in ("embed", "position_embed"):
+      model.params[name]["embedding"][:, 6:] *= 0.1
   texts = [text for text in models.random_texts(300) if text]
   return model, folding.compress(model, texts, saving=saving, uniform=True)
 
@@ -59,7 +63,7 @@ def test_all_layers_of_a_decoder_have_one_size(decoder):
   m, fold = small.config.model, small.config.fold
   assert m.mlp_width == 16
   assert [len(heads) for heads in m.heads] == [4, 4]
-  assert (set(fold.groups), set(fold.value_rank)) == ({0}, {0})
+  assert (fold.groups, fold.value_rank) == (0, 0)
   # In steps of eight neurons, a tenth of the parameters.
   assert 0.6 < _size(small.params) / _size(model.params) <= 0.7
 
@@ -80,3 +84,64 @@ def test_transformers_computes_the_same_decoder(
   with torch.no_grad():
     logits = theirs(torch.tensor(ids[None], dtype=torch.long)).logits[0]
   np.testing.assert_allclose(logits, models.logits(small, _TEXT), atol=1e-5)
+
+
+def _bert(**fields):
+  shape = {"num_layers": 2, "width": 16, "num_heads": 4, "mlp_width": 32}
+  return c.bert(**shape | fields)
+
+
+def test_embeddings_of_an_encoder_share_one_matrix():
+  model, small = _compressed("embed", _bert(mlp_width=8), 0.05)
+  shapes = {name: w.shape for name, w in paths.flatten(small.params).items()}
+  assert small.config.fold.embedding_rank == 8
+  assert shapes["embed/embedding"] == (21, 8)
+  assert shapes["position_embed/embedding"] == (40, 8)
+  assert shapes["embed_expand/kernel"] == (8, 16)
+  assert "embed_expand/bias" not in shapes
+  assert small.config.model.heads is None  # BERT has heads of width / heads
+  assert _size(small.params) <= 0.95 * _size(model.params)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of torch
+@pytest.mark.parametrize("task", ["embed", "classify", "regress"])
+def test_transformers_computes_the_same_encoder(transformers, task, tmp_path):
+  import torch
+
+  is_pair = task == "regress"
+  # The plan of the vectors takes neurons before ranks.
+  F, saving = (8, 0.05) if task == "embed" else (32, 0.25)
+  shape = _bert(
+    pooler=task != "embed", segments=2 if is_pair else 0, mlp_width=F
+  )
+  _, small = _compressed(task, shape, saving)
+  export_hf(tmp_path / "out", small)
+  fields = _config(tmp_path / "out")
+  assert fields["model_type"] == "deberta-v2"
+  assert fields["embedding_size"] == small.config.fold.embedding_rank
+  assert fields["intermediate_size"] == small.config.model.mlp_width
+  kind = transformers.AutoModelForSequenceClassification
+  kind = transformers.AutoModel if task == "embed" else kind
+  theirs, told = kind.from_pretrained(
+    tmp_path / "out", output_loading_info=True
+  )
+  assert not any(told.values())  # such as newly initialized weights
+  ids = [small.tokenizer.encode_batch([text], 40)[0] for text in (_TEXT, "a")]
+  tokens = np.zeros((2, len(ids[0])), int)
+  for row, one in zip(tokens, ids, strict=True):
+    row[: len(one)] = one
+  mask = tokens > 0
+  with torch.no_grad():
+    found = theirs.eval()(
+      input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask)
+    )
+  found = found.last_hidden_state[mask] if task == "embed" else found.logits
+  for each in (small, folding.load(tmp_path / "out")):
+    expected = each.model.apply(
+      {"params": each.params},
+      jnp.array(tokens),
+      jnp.array(mask),
+      method="encode" if task == "embed" else None,
+    )
+    expected = expected[mask] if task == "embed" else expected
+    np.testing.assert_allclose(found, expected, atol=1e-5)

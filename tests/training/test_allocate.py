@@ -22,7 +22,7 @@ from folding.training.compress import compress_params
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.layer_options import Option, Tried, measure, smallest
 from folding.training.sensitivity import sensitivities
-from folding.training.stream import usage_of
+from folding.training.stream import embedding_tables, usage_of
 from folding.typed import edited
 from tests import jaxprs
 
@@ -240,6 +240,33 @@ def test_options_of_the_embedding_predict_the_error_of_a_rank():
     dense = fold.unfold({**params, **rows})["embed"]["embedding"]
     e_VD = np.asarray(dense - whole_VD, np.float64)
     expected = np.sum(usage_V[:, None] * e_VD * (e_VD @ sensitivity))
+    assert error == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_options_of_shared_embeddings_predict_the_error_of_a_rank():
+  config = _structured("bert", embedding_granularity="rank")
+  config = edited(
+    config, {"compress.embedding": "errors", "fold.embedding_shared": True}
+  )
+  params, batches = _trained(config), _batches()
+  options = _measure(config, params)[0, "embed"]
+  tables = embedding_tables(shape_of(config), params, batches)
+  weight_VP = np.outer(*(usage / usage.sum() for _, usage in tables.values()))
+  sensitivity = sensitivities(shape_of(config), params, batches)["embed"]
+
+  def sums(params):
+    tokens, positions = (
+      np.asarray(params[name]["embedding"], np.float64)
+      for name in ("embed", "position_embed")
+    )
+    return tokens[:, None] + positions
+
+  for rank, stored, error in options[1:]:
+    rows = lowrank.fold_embeddings(tables, rank, sensitivity)
+    assert stored == sum(w.size for w in jax.tree.leaves(rows)) + D
+    e_VPD = sums(fold.unfold({**params, **rows})) - sums(params)
+    squares_VP = np.sum(e_VPD * (e_VPD @ sensitivity), axis=-1)
+    expected = np.sum(weight_VP * squares_VP)
     assert error == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
