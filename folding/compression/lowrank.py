@@ -177,10 +177,10 @@ def fold_embeddings(
     "embed_expand": {"kernel": kernel.astype(np.float32)}
   }
   codes = np.pad(low["embed"]["embedding"], ((0, 0), (0, 1)))
-  ends = np.cumsum([len(table) for table, _ in tables.values()])[:-1]
+  *ends, count = np.cumsum([len(table) for table, _ in tables.values()])
+  codes[ends[-1] : count, -1] = size
   for name, part in zip(tables, np.split(codes, ends), strict=True):
     folded[name] = {"embedding": part}
-  part[:, -1] = size
   return folded
 
 
