@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 import sys
 
@@ -21,6 +22,7 @@ from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.tasks import TASKS
 from folding.training import evaluate, loop, losses, run_dir, shrinking
+from folding.training.recipe import recipe
 from folding.typed import edited
 from tests.models import checkpoints
 from tests.training.test_distributed import free_address, start
@@ -165,6 +167,26 @@ def test_report_and_export_of_a_run(source, run, tmp_path):
     feed["attention_mask"] = np.ones_like(feed["input_ids"])
     [found] = session.run(["sentence_embedding"], feed)
     np.testing.assert_allclose(np.asarray(found)[0], vector, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_uniform_run_trains_and_is_written_as_a_small_deberta(source, tmp_path):
+  config = recipe(short(source), 0.2, uniform=True)
+  config = edited(
+    config,
+    {"compress.calibration": 96, "compress.embedding": "share"},
+  )
+  loop.run(config, str(tmp_path / "run"))
+  model = folding.load(tmp_path / "run")
+  assert model.shape.embedding_shared
+  export_lib.export_hf(tmp_path / "hf", model)
+  written = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert written["model_type"] == "deberta-v2"
+  assert written["embedding_size"] == model.shape.embedding_rank
+  again, texts = folding.load(tmp_path / "hf"), ["a b c d", "f f", "e"]
+  np.testing.assert_allclose(
+    again.encode(texts), model.encode(texts), atol=1e-5
+  )
 
 
 def test_shrunk_run_has_the_cosine_of_the_run(run, tmp_path):
