@@ -35,6 +35,7 @@ from benchmarks import exports, output, timing
 from folding.data.padding import by_length, encode_rows, padded
 from folding.data.sources import load_scored_pairs
 from folding.data.trim import plain_tokenizer
+from folding.reporting import plots
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.training.evaluate import spearman_of_pairs
@@ -224,6 +225,34 @@ def _encode(
   return found
 
 
+def _plot(rows: Sequence[dict[str, Any]]) -> output.Scatter:
+  """Returns the correlation on each test against speed, by runtime."""
+  names = {
+    "ONNX": "ONNX Runtime, float32",
+    "ONNX int8": "ONNX Runtime, int8",
+    "PyTorch": "PyTorch",
+    "JAX": "JAX",
+    "model2vec": "NumPy",
+  }
+  return output.Scatter(
+    "Accuracy against speed of exported files; up and to the right is better",
+    "texts per second",
+    {
+      f"Spearman's correlation, {test}": {
+        name: {
+          row["name"]: plots.Point(
+            row["texts_per_second"][1], row["spearman"][test]
+          )
+          for row in rows
+          if row["runtime"] == runtime
+        }
+        for runtime, name in names.items()
+      }
+      for test in rows[0]["spearman"]
+    },
+  )
+
+
 def main() -> None:
   """Measures, and shows the table."""
   parser = output.make_parser(__doc__, rounds=3)
@@ -253,21 +282,7 @@ def main() -> None:
       for row in rows
     ],
   )
-  first = next(iter(sts))
-  plot = output.Scatter(
-    "Accuracy against speed of exported files; up and to the right is better",
-    "texts per second",
-    f"Spearman's correlation, {first}",
-    {
-      runtime: {
-        row["name"]: (row["texts_per_second"][1], row["spearman"][first])
-        for row in rows
-        if row["runtime"] == runtime
-      }
-      for runtime in dict.fromkeys(row["runtime"] for row in rows)
-    },
-  )
-  output.show("embeddings", args, result, [table], plot)
+  output.show("embeddings", args, result, [table], _plot(rows))
 
 
 if __name__ == "__main__":

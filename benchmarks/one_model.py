@@ -38,6 +38,7 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
+from folding.reporting import plots, report
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 
@@ -106,7 +107,11 @@ def measure(
       rates=rates,
     )
     models.append(_on_pytorch(name, pruned, dense_data))
-  return {"rows": _timed(models, rounds), "rounds": rounds}
+  return {
+    "rows": _timed(models, rounds),
+    "rounds": rounds,
+    "num_examples": dense_data.num_examples["test"],
+  }
 
 
 def _transformers(path: str) -> Any:
@@ -274,28 +279,36 @@ def _timed(models: Sequence[Model], rounds: int) -> list[dict[str, Any]]:
   return rows
 
 
-def _plot(rows: Sequence[dict[str, Any]]) -> output.Scatter:
-  """Returns accuracy against time, a series for each runtime."""
+def _plot(rows: Sequence[dict[str, Any]], num_examples: int) -> output.Scatter:
+  """Returns accuracy, with its 95% interval, against time by runtime."""
   shape = "{} x {}".format(*SHAPES[1])
   names = {
     "ONNX": "ONNX Runtime, float32",
     "ONNX int8": "ONNX Runtime, int8",
-    "PyTorch": "PyTorch, float32",
+    "PyTorch": "PyTorch",
   }
+
+  def point(row: dict[str, Any], runtime: str) -> plots.Point:
+    accuracy = row["accuracy"][runtime]
+    low, high = report.accuracy_interval(accuracy, num_examples)
+    return plots.Point(
+      1e3 * row["seconds"][runtime][shape],
+      100 * accuracy,
+      y_error=(100 * (accuracy - low), 100 * (high - accuracy)),
+    )
+
   return output.Scatter(
     "Accuracy against time of exported files; up and to the left is better",
     "ms for {} texts of {} tokens".format(*SHAPES[1]),
-    "test accuracy, %",
     {
-      name: {
-        row["name"]: (
-          1e3 * row["seconds"][runtime][shape],
-          100 * row["accuracy"][runtime],
-        )
-        for row in rows
-        if runtime in row["seconds"]
+      "test accuracy, %, with 95% intervals": {
+        name: {
+          row["name"]: point(row, runtime)
+          for row in rows
+          if runtime in row["seconds"]
+        }
+        for runtime, name in names.items()
       }
-      for runtime, name in names.items()
     },
   )
 
@@ -360,7 +373,13 @@ def main() -> None:
       if runtime in row["seconds"]
     ],
   )
-  output.show("one_model", args, result, [sizes, times], _plot(rows))
+  output.show(
+    "one_model",
+    args,
+    result,
+    [sizes, times],
+    _plot(rows, result["num_examples"]),
+  )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ from folding.training.run_dir import source_commit
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 MARKS = "os^Dv"
+# Runtimes have the same color and mark in all pictures.
+RUNTIMES = (
+  "ONNX Runtime, float32", "ONNX Runtime, int8", "PyTorch", "JAX", "NumPy",
+)  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -43,19 +47,18 @@ class Plot(NamedTuple):
 
 
 class Scatter(NamedTuple):
-  """Named points, one color and mark per series, on a logarithmic x axis.
+  """Named points on a logarithmic x axis, one plot per quantity.
 
   Attributes:
     title: Title, which names the good corner.
-    x_label: Name and unit of the horizontal axis.
-    y_label: Name and unit of the vertical axis.
-    series: {series: {name of a point: (x, y)}}.
+    x_label: Name and unit of the horizontal axes.
+    series: {name and unit of a quantity: {name of `RUNTIMES`: {name of a point:
+      point}}}.
   """
 
   title: str
   x_label: str
-  y_label: str
-  series: Mapping[str, Mapping[str, tuple[float, float]]]
+  series: Mapping[str, Mapping[str, Mapping[str, plots.Point]]]
 
 
 class Lines(NamedTuple):
@@ -194,34 +197,50 @@ def _draw(plot: Plot) -> Any:
 def _draw_points(plot: Scatter) -> Any:
   """Returns a figure; a line joins the points of one name, which has it once."""
   with plots.figure() as drawing:
-    axes = drawing.subplots()
-    axes.set_xscale("log")
-    marks, texts = [], []
-    for index, (series, points) in enumerate(plot.series.items()):
-      xs, ys = zip(*points.values(), strict=True)
-      axes.plot(
-        xs, ys, MARKS[index], color=plots.CYCLE[index], label=series, ms=8
+    all_axes = drawing.subplots(1, len(plot.series), squeeze=False)[0]
+    shown, texts = {}, []
+    for axes, (y_label, series) in zip(
+      all_axes, plot.series.items(), strict=True
+    ):
+      axes.set_xscale("log")
+      for runtime, points in series.items():
+        index = RUNTIMES.index(runtime)
+        for point in points.values():
+          shown[runtime] = axes.errorbar(
+            point.x,
+            point.y,
+            yerr=[[error] for error in point.y_error],
+            color=plots.CYCLE[index],
+            fmt=MARKS[index],
+            elinewidth=0.8,
+            ms=8,
+          )
+      for name in dict.fromkeys(
+        n for points in series.values() for n in points
+      ):
+        places = [p[name][:2] for p in series.values() if name in p]
+        axes.plot(*zip(*places, strict=True), color=plots.LIGHT, zorder=0)
+        texts.append(
+          axes.annotate(name, places[0], (0, 0), textcoords="offset points")
+        )
+      axes.grid(True, which="both")
+      axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+      labelled = "235" if len(all_axes) == 1 else ""
+      axes.xaxis.set_minor_formatter(
+        lambda x, _, first=labelled: f"{x:g}" if f"{x:e}"[0] in first else ""
       )
-      marks += points.values()
-    names = dict.fromkeys(n for points in plot.series.values() for n in points)
-    for name in names:
-      places = [p[name] for p in plot.series.values() if name in p]
-      axes.plot(*zip(*places, strict=True), color=plots.LIGHT, zorder=0)
-      texts.append(
-        axes.annotate(name, places[0], (0, 0), textcoords="offset points")
-      )
-    axes.grid(True, which="both")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.xaxis.set_minor_formatter(
-      lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else ""
+      axes.set_xlabel(plot.x_label)
+      axes.set_ylabel(y_label)
+      axes.margins(x=0.15, y=0.15)
+    drawing.suptitle(plot.title)
+    drawing.legend(
+      shown.values(), shown.keys(), loc="outside lower center", ncols=4
     )
-    axes.set_xlabel(plot.x_label)
-    axes.set_ylabel(plot.y_label)
-    axes.margins(x=0.1, y=0.2)
-    axes.set_title(plot.title)
-    drawing.legend(loc="outside lower center", ncols=4)
     drawing.draw_without_rendering()
-    plots.place_names(texts, axes.transData.transform(marks))
+    for axes, series in zip(all_axes, plot.series.values(), strict=True):
+      marks = [p[:2] for points in series.values() for p in points.values()]
+      own = [text for text in texts if text.axes is axes]
+      plots.place_names(own, axes.transData.transform(marks))
   return drawing
 
 

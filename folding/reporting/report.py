@@ -303,14 +303,21 @@ def _test(result: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
   test = {"checkpoint_step": None, **result["test"]}
   if "accuracy" in test:
-    # Importing scipy.stats is slow.
-    from scipy import stats
-
-    num = test["num_examples"]
-    correct = stats.binomtest(round(test["accuracy"] * num), num)
-    interval = correct.proportion_ci(method="wilson")
-    test |= {"accuracy_low": interval.low, "accuracy_high": interval.high}
+    low, high = accuracy_interval(test["accuracy"], test["num_examples"])
+    test |= {"accuracy_low": low, "accuracy_high": high}
   return test
+
+
+def accuracy_interval(
+  accuracy: float, num_examples: int
+) -> tuple[float, float]:
+  """Returns both ends of the 95% interval of an accuracy (Wilson's)."""
+  # Importing scipy.stats is slow.
+  from scipy import stats
+
+  correct = stats.binomtest(round(accuracy * num_examples), num_examples)
+  interval = correct.proportion_ci(method="wilson")
+  return float(interval.low), float(interval.high)
 
 
 def _draw(run: Run) -> dict[str, tuple[str, str]]:
