@@ -97,14 +97,14 @@ _DTYPES = tuple(
 def train(args: argparse.Namespace) -> None:
   """Trains a run, or resumes it, and writes its report."""
   config = config_lib.read(args.config, args.edits)
-  from folding.training import distributed, loop, run_dir
+  from folding.training import distributed, loop
 
   loop.run(config, args.workdir)
   if distributed.is_main():
     edits = []
     if args.edits:
       edits = typed.differences(config_lib.read(args.config), config)
-    run_dir.write_command(args.workdir, args.command, edits)
+    _keep_command(args, args.workdir, edits)
     show_report(args.workdir)
 
 
@@ -127,6 +127,17 @@ def plan(args: argparse.Namespace) -> None:
 
   found = plan_lib.plan(config, plan_lib.find_devices(args.devices))
   print(json.dumps(found) if args.json else plan_lib.table(found))
+
+
+def _keep_command(
+  args: argparse.Namespace, workdir: str, edits: Sequence[str] = ()
+) -> None:
+  """Writes the command that trained a run into it, for the report."""
+  from folding.reporting import report as report_lib
+  from folding.training import run_dir
+
+  dense = report_lib.dense_test(workdir)
+  run_dir.write_command(workdir, args.command, edits, dense)
 
 
 def show_report(workdir: str) -> None:
@@ -182,7 +193,6 @@ def compress(args: argparse.Namespace) -> None:
   """Writes smaller models, and prints their size and what was lost."""
   savings = typed.parse(tuple[float, ...], args.saving, "--saving")
   from folding.serving import compress_file
-  from folding.training import run_dir
 
   if args.steps:
     if len(savings) > 1:
@@ -196,7 +206,7 @@ def compress(args: argparse.Namespace) -> None:
       structured=args.structured,
       uniform=args.uniform,
     )
-    run_dir.write_command(args.output, args.command, ())
+    _keep_command(args, args.output)
     show_report(args.output)
     folder = args.output
   else:

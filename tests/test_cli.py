@@ -37,7 +37,7 @@ def test_split_edits_takes_both_forms_and_the_last_value():
 def test_train_runs_the_config_that_the_flags_ask_for(
   monkeypatch, capsys, tmp_path
 ):
-  calls, folder = [], str(tmp_path)
+  calls, folder = [], synthetic_run.write(tmp_path / "a")
   monkeypatch.setattr(loop, "run", lambda *args: calls.append(args))
   monkeypatch.setattr(cli, "show_report", lambda workdir: print(workdir))
   flags = ["--config.model.width=64", "--config.data.path", "None"]

@@ -113,10 +113,23 @@ def load_run(workdir: str) -> Run:
       digest=digest.read_text("utf-8", "replace").strip()
       if digest.is_file()
       else None,
-      command=run_dir.read_command(workdir),
+      command=_command(workdir),
     )
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(f"{path!r} is damaged: {errors.reason(error)}") from error
+
+
+def _command(workdir: str) -> dict[str, Any]:
+  """Returns `command.json`, if its metrics can be shown; see `Run`."""
+  found = run_dir.read_command(workdir)
+  try:
+    _test_metric(found.get("dense_test"))
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f"the dense_test of {os.path.join(workdir, 'command.json')} is damaged: "
+      f"{errors.reason(error)}"
+    ) from error
+  return found
 
 
 def write_report(workdir: str) -> dict[str, Any]:
@@ -160,18 +173,19 @@ def summarize(run: Run) -> dict[str, Any]:
       (r["sparsity"] for r in run.train[::-1] if "sparsity" in r), None
     ),
     "test": run.test,
-    "dense_test": dense_test(run),
+    "dense_test": run.command.get("dense_test"),
     "energy": run.energy,
     "settings": typed.differences(default, config),
   }
 
 
-def dense_test(run: Run) -> dict[str, Any] | None:
+def dense_test(workdir: str) -> dict[str, Any] | None:
   """Returns the test metrics of the dense run that a run made smaller.
 
-  None if it did not start from a dense run on the same data, or if that run is
-  no longer there.
+  It reads the run that the config names, so the config has to be trusted. None if
+  the run did not start from a finished dense run on the same data.
   """
+  run = load_run(workdir)
   with contextlib.suppress(ConfigError, OSError):
     dense = load_run(run.config.pretrained or "")
     if dense.config.dense and run.digest and dense.digest == run.digest:
@@ -229,7 +243,7 @@ def plan(run: Run) -> dict[str, list[Kept]]:
 def describe(run: Run) -> str:
   """Returns a run and its metrics as one paragraph."""
   model, result = run.config.model, run.result
-  kind, dense = task_of(run.config).words, dense_test(run)
+  kind, dense = task_of(run.config).words, run.command.get("dense_test")
   steps, overall = f"{result['steps']:,}", run.parameters["overall"]
   if not result["finished"]:
     steps += f" of {result['total_steps']:,}"

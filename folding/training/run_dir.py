@@ -352,7 +352,12 @@ def finished_result(workdir: str) -> dict[str, Any] | None:
   return result if result.get("finished") else None
 
 
-def write_command(workdir: str, command: str, edits: Sequence[str]) -> None:
+def write_command(
+  workdir: str,
+  command: str,
+  edits: Sequence[str],
+  dense_test: dict[str, Any] | None,
+) -> None:
   """Writes `command.json`.
 
   Args:
@@ -360,8 +365,14 @@ def write_command(workdir: str, command: str, edits: Sequence[str]) -> None:
     command: The command line that trained the run.
     edits: The fields that it changes in its config file, as
       `typed.differences` returns them.
+    dense_test: Test metrics of the dense run that it made smaller, if known. They
+      are kept here because a report reads nothing outside its run.
   """
-  record = {"command": command, "edits": list(edits)}
+  record = {
+    "command": command,
+    "edits": list(edits),
+    "dense_test": dense_test,
+  }
   files.write_json(_path(workdir, "command.json"), record)
 
 
@@ -375,10 +386,12 @@ def read_command(workdir: str) -> dict[str, Any]:
   if not os.path.exists(path):
     return {}
   record = files.read_json(path, dict)
-  edits = record.get("edits")
+  edits, dense = record.get("edits"), record.get("dense_test")
   texts = [record.get("command"), *(edits if isinstance(edits, list) else [0])]
   if not all(isinstance(text, str) for text in texts):
     raise ConfigError(f"{path} is damaged: command and edits are not texts")
+  if not isinstance(dense, dict | None):
+    raise ConfigError(f"{path} is damaged: dense_test is {dense!r}")
   return record
 
 

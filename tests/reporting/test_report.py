@@ -275,9 +275,20 @@ def test_dense_result_is_that_of_a_run_on_the_same_data(
   )
   (tmp_path / "dense" / "text.sha256").write_text(digest)
   (tmp_path / "small" / "text.sha256").write_text("ab")
-  assert report.write_report(small)["dense_test"] == found
+  assert report.dense_test(small) == found
   shutil.rmtree(dense)
-  assert report.write_report(small)["dense_test"] is None
+  assert report.dense_test(small) is None
+
+
+def test_report_has_the_dense_result_that_training_kept(tmp_path):
+  workdir = synthetic_run.write(tmp_path / "a")
+  test = {**synthetic_run.LM_TEST, "bits_per_byte": 1.75}
+  run_dir.write_command(workdir, "folding train", [], test)
+  assert report.write_report(workdir)["dense_test"] == test
+  assert (
+    "dense run has 1.750 bits per byte"
+    in (tmp_path / "a" / "report.md").read_text()
+  )
 
 
 def test_page_has_the_command_and_its_edits_instead_of_all_fields(tmp_path):
@@ -287,7 +298,7 @@ def test_page_has_the_command_and_its_edits_instead_of_all_fields(tmp_path):
   report.write_report(workdir)
   page = (tmp_path / "a" / "report.md").read_text()
   assert "| `preset` " in page
-  run_dir.write_command(workdir, "folding train a`b", ["seed: 0 -> 3"])
+  run_dir.write_command(workdir, "folding train a`b", ["seed: 0 -> 3"], None)
   report.write_report(workdir)
   page = (tmp_path / "a" / "report.md").read_text()
   assert "`` folding train a`b ``" in page
@@ -297,7 +308,14 @@ def test_page_has_the_command_and_its_edits_instead_of_all_fields(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "content", ["[]", "{}", '{"command": "a", "edits": [1]}']
+  "content",
+  [
+    "[]",
+    "{}",
+    '{"command": "a", "edits": [1]}',
+    '{"command": "a", "edits": [], "dense_test": []}',
+    '{"command": "a", "edits": [], "dense_test": {}}',
+  ],
 )
 def test_damaged_command_is_reported(tmp_path, content):
   workdir = synthetic_run.write(tmp_path / "a")
