@@ -558,13 +558,13 @@ def _rows(part: Sequence[pathlib.Path], data: DataConfig) -> _Rows:
 def _all_rows(
   read: Callable[[Iterable[Any]], Iterator[str]], *, is_held: bool
 ) -> _Rows:
-  found = [
-    (sources.digest(text), len(text.encode("utf-8")))
-    for text in read(itertools.repeat(True))
-  ]
-  digests, sizes = np.array(found, np.uint64).reshape(-1, 2).T
+  texts = read(itertools.repeat(True))
+  found = np.fromiter(
+    ((sources.digest(text), len(text.encode("utf-8"))) for text in texts),
+    [("digest", np.uint64), ("size", np.int64)],
+  )
   chosen = np.ones(len(found), bool)
-  return _Rows(read, is_held, digests, sizes.astype(np.int64), chosen)
+  return _Rows(read, is_held, found["digest"], found["size"], chosen)
 
 
 def _texts(

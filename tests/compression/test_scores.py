@@ -1,4 +1,5 @@
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from folding import config
 from folding.compression.fpp import fpp
 from folding.compression.scores import SCORES, Score, get_score
 from folding.compression.sites import Rule, make_sites
@@ -28,6 +30,10 @@ def _update(name, average, w, evidence, weight):
   assert update is not None
   arrays = (jnp.asarray(x, jnp.float32) for x in (average, w, evidence))
   return update(*arrays, jnp.float32(weight))
+
+
+def test_every_score_is_an_option_of_a_config():
+  assert set(get_args(config.Score)) == SCORES.keys()
 
 
 def test_activation_is_the_magnitude_times_the_rms_of_the_input():

@@ -62,6 +62,11 @@ def _twice(folder):
   return folder / "a.jsonl"
 
 
+def _long_characters(folder):
+  _jsonl(folder / "a.jsonl", [f"{'🙂' * 9}{i}" for i in range(60)])
+  return folder / "a.jsonl"
+
+
 def _csv(folder):
   with open(folder / "a.csv", "w", encoding="utf-8", newline="") as file:
     csv.writer(file).writerows([["text"], *([x] for x in ROWS if x)])
@@ -96,6 +101,8 @@ SOURCES = {
   "jsonl_limited": (_rows, {"max_bytes": 1001, "test_fraction": 0.3}),
   # One row is to be set aside: two equal ones are as near to it as none.
   "jsonl_twice": (_twice, {"tokenizer": "bytes", "valid_fraction": 0.05}),
+  # Two bytes for valid and test hold no character.
+  "no_documents": (_long_characters, {"tokenizer": "bytes", "max_bytes": 17}),
   "csv": (_csv, {"tokenizer": "bytes"}),
   "split_files": (_split_files, {}),
   "shards": (_shards, {}),

@@ -519,6 +519,12 @@ def test_one_text_is_cut_in_order_at_line_ends(tmp_path):
   assert abs(len(valid) - 0.1 * total) < 17
 
 
+def test_a_single_text_of_an_encoder_stays_whole(tmp_path):
+  data = text_files.write(tmp_path, train__txt="one line " * 9)
+  texts = sources.load_texts(data, "embed").texts
+  assert texts == {"train": ["one line " * 9], "valid": [], "test": []}
+
+
 @pytest.mark.parametrize("lines", [1, 5])
 def test_long_lines_are_cut_within(tmp_path, lines):
   text = ("x" * (60_000 // lines - 1) + "\n") * lines
