@@ -44,7 +44,7 @@ _HINT = (
   "tokenizer"
 )
 
-_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(@\w[\w./-]*)?")
 _QUERY_OR_KEY = re.compile("/attn/[qk]/")
 # Buffers, and heads for other tasks, without the prefix of a layout.
 _UNUSED = re.compile(
@@ -513,13 +513,22 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
   if is_path or not _HUB_ID.fullmatch(name):
     raise ConfigError(
       f"there is no folder {name}, and a model on the Hugging Face hub is named "
-      "ORG/MODEL"
+      "ORG/MODEL or ORG/MODEL@REVISION"
     )
   import huggingface_hub  # only needed for a download
 
-  patterns = ["*.json", "*.jinja", "model*.safetensors"]
+  patterns = [
+    "*.json",
+    "*.jinja",
+    "model*.safetensors",
+    "README.md",
+    "LICENSE*",
+  ]
+  hub_id, _, revision = name.partition("@")
   try:
-    found = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+    found = huggingface_hub.snapshot_download(
+      hub_id, revision=revision or None, allow_patterns=patterns
+    )
   # Offline, no such name, no permission: each raises another exception.
   except Exception as error:
     raise ConfigError(

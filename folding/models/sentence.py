@@ -160,7 +160,10 @@ def write(path: str | os.PathLike, model: Design, max_length: int) -> None:
   pooling: dict[str, Any] = {"word_embedding_dimension": model.width}
   pooling |= {flag: model.pooling == x for x, flag in _FLAGS.items()}
   limits = {"max_seq_length": max_length, "do_lower_case": False}
+  prompts = {"prompts": {}, "default_prompt_name": None}
+  prompts["similarity_fn_name"] = "cosine"
   for name, content in (
+    (_PROMPTS, prompts),
     ("1_Pooling/config.json", pooling),
     (LIMITS, limits),
     (MODULES, modules),

@@ -1,5 +1,6 @@
 """The verb `folding compress`: smaller models from a file of texts."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +74,10 @@ def compress_file(
       report=report,
     )
     small = shrunk(small)
+    lost = f"On held-out text {_lost(model, small, held)}"
+    small = dataclasses.replace(
+      small, origin=small.origin._replace(notes=(f"{lost}.",))
+    )
     folder = output
     if len(savings) > 1:
       folder = os.path.join(output, f"{100 * saving:g}")
@@ -82,7 +87,7 @@ def compress_file(
     report(
       f"It stores {after:,} parameters; the dense model has {before:,} "
       f"(compression {1 - after / before:.1%}). The files have "
-      f"{size['files']:,} bytes. On held-out text {_lost(model, small, held)}"
+      f"{size['files']:,} bytes. {lost}"
     )
     report(f"The smaller model is in {folder}")
     folders.append(folder)

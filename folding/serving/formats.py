@@ -4,6 +4,7 @@ The modules of a format are imported when it is written, so that the command lin
 can list the formats quickly.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -180,8 +181,15 @@ def save(
   row, path = FORMATS[format], os.fspath(path)
   if row.ending:
     return row.write(path, model, dtype, report)
+  from folding.serving import card
+  from folding.serving.loaded import sizes
+
   with files.becoming(path) as part:
     size = row.write(part, model, dtype, report)
+    name = os.path.basename(os.path.abspath(path))
+    card.write(part, model, format, name, sizes(model))
+    if "files" in size:
+      size["files"] = files.folder_bytes(part)
     if max_drop is not None and data is not None:
       from folding.serving import held_out
 

@@ -32,6 +32,7 @@ from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
 from folding.models.shape import Shape, shape_of, with_shape
 from folding.models.shrink import shrink
 from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.serving import card
 from folding.serving.batched import (
   outputs,
   require_several,
@@ -78,6 +79,7 @@ class Model:
     labels: Names of the head's outputs, classes in id order; () for a next-token
       model, and for an encoder of sentences.
     pair: Names of the two texts of a pair; None: the model reads single texts.
+    origin: The checkpoint that the model was made from, for the model card.
   """
 
   shape: Shape
@@ -86,6 +88,7 @@ class Model:
   tokenizer: Tokenizer
   labels: tuple[str, ...] = ()
   pair: tuple[str, str] | None = None
+  origin: card.Origin = dataclasses.field(default=card.Origin(), repr=False)
 
   @classmethod
   def of(
@@ -94,12 +97,14 @@ class Model:
     params: dict[str, Any],
     tokenizer: Tokenizer,
     labels: Sequence[str] = (),
+    origin: card.Origin | None = None,
   ) -> "Model":
     """Returns the model of a config with these parameters."""
-    names = config.data.text_field
-    pair = names if isinstance(names, tuple) else None
+    fields = config.data.text_field
+    pair = fields if isinstance(fields, tuple) else None
     shape = shape_of(config)
-    return cls(shape, config.task, params, tokenizer, tuple(labels), pair)
+    names, origin = tuple(labels), origin or card.Origin()
+    return cls(shape, config.task, params, tokenizer, names, pair, origin)
 
   @property
   def config(self) -> Config:
@@ -256,7 +261,8 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
       raise ConfigError(
         f"{path}/labels.json has {len(labels)} names for {count} classes"
       )
-  return Model.of(config, params, tokenizer, labels)
+  origin = card.origin_of_run(path, config)
+  return Model.of(config, params, tokenizer, labels, origin)
 
 
 def _load_compact(path: str, values: dict[str, Any]) -> Model:
@@ -296,7 +302,8 @@ def _load_compact(path: str, values: dict[str, Any]) -> Model:
     functools.partial(require_shapes, path, shape_of(config), len(labels)),
   )
   tokenizer = load_tokenizer(os.path.join(path, TOKENIZER))
-  return Model.of(config, params, tokenizer, labels)
+  origin = card.origin_of_folder(path)
+  return Model.of(config, params, tokenizer, labels, origin)
 
 
 def require_names(labels: Sequence[str], start: str = "") -> None:
@@ -357,7 +364,8 @@ def _load_hf(path: str, pairs: bool) -> Model:
   config = config_lib.resolve(config)
   shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
   require_shapes(path, shape_of(config), len(labels), shapes)
-  return Model.of(config, params, tokenizer, labels)
+  origin = card.origin_of_folder(path)
+  return Model.of(config, params, tokenizer, labels, origin)
 
 
 def require_shapes(

@@ -1,0 +1,196 @@
+"""README.md of an exported folder: the model card that a hub shows."""
+
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from folding import files
+from folding.config import Config
+from folding.tasks import METRICS, Task, task_of
+
+README, LICENSE = "README.md", "LICENSE"
+_TAG = "folding"
+_PAPER = "https://doi.org/10.1038/s41598-025-92586-5"
+# {verb of a task: name of a pipeline of transformers}
+_PIPELINES = {
+  "encode": "feature-extraction",
+  "generate": "text-generation",
+  "predict": "text-classification",
+}
+
+
+_HUB_FOLDER = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # of its cache
+_LIBRARIES = {
+  "safetensors": "folding",
+  "hf": "transformers",
+  "onnx": "onnxruntime",
+  "stablehlo": "jax",
+}
+_ARGUMENTS = {
+  "encode": '["a text", "another"]',
+  "generate": '["Once upon a time"]',
+  "predict": '["a text", "another"]',
+}
+
+
+class Origin(NamedTuple):
+  """Where a model comes from, as its card says.
+
+  Attributes:
+    base: Name of the checkpoint: its hub id, or that of its folder; "": none.
+    license: Name of its licence, as on the hub.
+    license_text: Its LICENSE.
+    notes: Lines about the quality of the model.
+  """
+
+  base: str = ""
+  license: str = ""
+  license_text: str = ""
+  notes: tuple[str, ...] = ()
+
+
+def origin_of_folder(path: str) -> Origin:
+  """Returns the origin of a model that is read from a folder of arrays.
+
+  It is the folder, or what the card says if this library has written it.
+  """
+  metadata = _metadata(path)
+  base = metadata.get("made_from") or ""
+  notes = metadata.get("notes") or ()
+  if _TAG not in (metadata.get("tags") or ()):
+    notes, base = (), _hub_id(path) or os.path.basename(os.path.abspath(path))
+  texts = sorted(pathlib.Path(path).glob(f"{LICENSE}*"))
+  return Origin(
+    str(base),
+    str(metadata.get("license") or ""),
+    texts[0].read_text("utf-8", "replace") if texts else "",
+    tuple(map(str, notes)),
+  )
+
+
+def origin_of_run(path: str, config: Config) -> Origin:
+  """Returns the origin of a run: the checkpoint that it started from."""
+  origin, start = Origin(), config.pretrained
+  if start and os.path.isdir(start):
+    origin = origin_of_folder(start)
+  elif start:
+    origin = Origin(os.path.basename(start) if os.path.isabs(start) else start)
+  result = os.path.join(path, "result.json")
+  test = {}
+  if os.path.isfile(result):
+    test = files.read_json(result, dict).get("test") or {}
+  found = [
+    METRICS[name].line.format(test[name]) for name in METRICS if name in test
+  ]
+  notes = (f"Test split: {', '.join(found)}",) * bool(found)
+  return origin._replace(notes=notes)
+
+
+def _metadata(path: str) -> dict[str, Any]:
+  """Returns the head of a README.md; {} if there is none that can be read."""
+  import huggingface_hub  # slow to import
+
+  file = os.path.join(path, README)
+  if not os.path.isfile(file):
+    return {}
+  try:
+    return huggingface_hub.metadata_load(file) or {}
+  except Exception:  # YAML errors of several kinds: only information is lost
+    return {}
+
+
+def _hub_id(path: str) -> str:
+  """Returns the hub id of a folder in the cache of the hub; "": another one."""
+  found = _HUB_FOLDER.search(os.path.abspath(path))
+  return "/".join(found.groups()) if found else ""
+
+
+def write(
+  path: str, model: Any, format: str, name: str, sizes: Mapping[str, int]
+) -> None:
+  """Writes README.md, and LICENSE if the origin has one.
+
+  Args:
+    path: The exported folder.
+    model: A `folding.Model`.
+    format: Name of the format.
+    name: Title: name of the folder, or on the hub.
+    sizes: From `loaded.sizes`.
+  """
+  from huggingface_hub import ModelCardData  # slow to import
+
+  origin, task = model.origin, task_of(model)
+  is_hub_id = "/" in origin.base
+  library = _LIBRARIES[format]
+  if task.makes_vectors and format in ("hf", "onnx"):
+    library = "sentence-transformers"
+  metadata = ModelCardData(
+    license=origin.license or None,
+    base_model=origin.base if is_hub_id else None,
+    library_name=library,
+    pipeline_tag=_PIPELINES[task.verb],
+    tags=[_TAG],
+    # For folders that are written from this one.
+    made_from=origin.base or None,
+    notes=[*origin.notes] or None,
+    ignore_metadata_errors=True,
+  )
+  stored = sizes["values"] + sizes["masks"]
+  source = f", made from {origin.base}" if origin.base else ""
+  facts = [
+    f"The files have {files.folder_bytes(path):,} bytes.",
+    f"It reads at most {model.shape.max_length} tokens of a text.",
+    *origin.notes,
+  ]
+  if stored < sizes["dense"]:
+    facts.insert(
+      0,
+      f"Its parameters take {stored:,} bytes without zeros, and those of the "
+      f"dense model {sizes['dense']:,} ({1 - stored / sizes['dense']:.1%} less).",
+    )
+  lines = [
+    f"# {name}",
+    f"A {task.words}{source} with [folding]({_PAPER}).",
+    "\n".join(f"- {fact}" for fact in facts),
+    f"```python\n{_usage(task, format, library, name)}\n```",
+  ]
+  content = f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
+  files.write_file(os.path.join(path, README), content)
+  if origin.license_text:
+    files.write_file(os.path.join(path, LICENSE), origin.license_text)
+
+
+def _usage(task: Task, format: str, library: str, name: str) -> str:
+  """Returns a program that loads the folder in its runtime."""
+  if format == "safetensors":
+    return (
+      f'import folding\n\nmodel = folding.load("{name}")\n'
+      f"model.{task.verb}({_ARGUMENTS[task.verb]})"
+    )
+  if library == "sentence-transformers":
+    backend = ', backend="onnx"' if format == "onnx" else ""
+    return (
+      "from sentence_transformers import SentenceTransformer\n\n"
+      f'model = SentenceTransformer("{name}"{backend})\n'
+      f"model.encode({_ARGUMENTS[task.verb]})"
+    )
+  if format == "hf":
+    return (
+      "from transformers import pipeline\n\n"
+      f'model = pipeline("{_PIPELINES[task.verb]}", model="{name}")\n'
+      f"model({_ARGUMENTS[task.verb]})"
+    )
+  if format == "onnx":
+    return (
+      "import onnxruntime\nimport tokenizers\n\n"
+      f'tokenizer = tokenizers.Tokenizer.from_file("{name}/tokenizer.json")\n'
+      f'session = onnxruntime.InferenceSession("{name}/model.onnx")\n'
+      "print([x.name for x in session.get_inputs()])"
+    )
+  return (
+    "import pathlib\n\nimport jax.export\n\n"
+    f'data = pathlib.Path("{name}/model.stablehlo").read_bytes()\n'
+    "program = jax.export.deserialize(bytearray(data))"
+  )
