@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from folding.models import blocks
 
 MASKED = -1e30  # finite, so that a row without any key has no NaN
+QUERIES = 32  # per block of a short causal sequence
 _FARTHEST = 128  # distances from here on share a bucket
 
 
@@ -58,9 +59,19 @@ def attend(
   logits_BHLM = attention_logits(
     q_BHLG, k_JGM, bias_HLM, mask_BM, head_dim=head_dim, cap=cap
   )
-  att = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_IMr.dtype)
-  out = att.reshape(*v_IMr.shape[:-2], -1, k_JGM.shape[-1]) @ v_IMr
-  return out.reshape(B, H, L, -1).transpose(0, 2, 1, 3)
+  # The norm divides the output, which is smaller than the weights. So neither
+  # pass has a second array of weights, nor the backward pass sums over them.
+  top_BHL1 = jax.lax.stop_gradient(logits_BHLM.max(-1, keepdims=True))
+  att_BHLM = jnp.exp(logits_BHLM - top_BHL1)
+  out = jnp.matmul(
+    att_BHLM.astype(v_IMr.dtype).reshape(
+      *v_IMr.shape[:-2], -1, k_JGM.shape[-1]
+    ),
+    v_IMr,
+    preferred_element_type=jnp.float32,
+  )
+  out_BHLr = out.reshape(B, H, L, -1) / att_BHLM.sum(-1, keepdims=True)
+  return out_BHLr.astype(v_IMr.dtype).swapaxes(1, 2)
 
 
 def attend_whole(
@@ -95,8 +106,19 @@ def attend_whole(
   if not isinstance(length, int) or length <= min(blocks.SIZES.values()):
     k_BJGL, v_BILr = k_BLJG.transpose(0, 2, 3, 1), v_BLIr.swapaxes(1, 2)
     position_L = jnp.arange(length)
-    bias_HLL = bias(position_L, position_L, biases)
-    return attend(q_BLHG, k_BJGL, v_BILr, bias_HLL, mask_BL, **options)
+    outs = []
+    for queries, keys in _seen(length, causal=causal, window=window):
+      outs.append(
+        attend(
+          q_BLHG[:, queries],
+          k_BJGL[..., keys],
+          v_BILr[:, :, keys],
+          bias(position_L[queries], position_L[keys], biases),
+          None if mask_BL is None else mask_BL[:, keys],
+          **options,
+        )
+      )
+    return jnp.concatenate(outs, axis=1)
 
   if G == 1:
     # The logits are the same. XLA turns a product with G = 1 into elementwise
@@ -121,6 +143,26 @@ def attend_whole(
     logits, q_BLHG.swapaxes(1, 2), keys, biases, causal=causal, window=window
   )
   return out_BHLr.swapaxes(1, 2)
+
+
+def _seen(
+  length: Any, *, causal: bool, window: int | None
+) -> list[tuple[slice, slice]]:
+  """Returns blocks of queries, each with the range of keys that it sees.
+
+  Args:
+    length: Of the sequence; if it is not known, there is one block.
+    causal: Whether later keys are hidden.
+    window: Keys at this distance and beyond are hidden; None: none are.
+  """
+  if not causal or not isinstance(length, int):
+    return [(slice(None), slice(None))]
+  pairs = []
+  for start in range(0, length, QUERIES):
+    stop = min(start + QUERIES, length)
+    first = 0 if window is None else max(start - window + 1, 0)
+    pairs.append((slice(start, stop), slice(first, stop)))
+  return pairs
 
 
 def attention_logits(

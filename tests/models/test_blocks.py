@@ -21,8 +21,13 @@ SIZE = 8  # so that 29 positions are four blocks, the last one padded
 TOLERANCE = 1e-5
 
 
-def results(module, params, x, keep, size):
-  """Returns the output and its gradients with blocks of at most `size`."""
+def results(module, params, x, keep, size, queries=L):
+  """Returns the output and its gradients in loops over blocks, or unrolled.
+
+  Args:
+    size: Most positions of a block of the loops; with L there are none.
+    queries: Most queries of an unrolled block.
+  """
   cotangent = normal(8, B, L, D)
   if keep is not None:  # no other row has an effect on a model's loss
     cotangent = jnp.where(keep[..., None], cotangent, 0)
@@ -34,6 +39,7 @@ def results(module, params, x, keep, size):
   function = jax.jit(jax.value_and_grad(output, argnums=(0, 1), has_aux=True))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(blocks, "SIZES", {"default": size})
+    patch.setattr(exact_attention, "QUERIES", queries)
     program = function.trace(params, x)
     (_, out), gradients = program.lower().compile()(params, x)
   loops = str(program.jaxpr).count("scan[")
@@ -75,9 +81,16 @@ def test_layer_in_blocks_equals_the_whole(fold, kind, padded):
     keep = jnp.asarray(at >= np.array([[0], [SIZE + 3]]))
   if padded == "right":
     keep = jnp.asarray(at < np.array([[L], [SIZE + 3]]))
-  whole, cut = (results(module, params, x, keep, n) for n in (L, SIZE))
+  whole = results(module, params, x, keep, L)
+  looped = results(module, params, x, keep, SIZE)
+  assert_near(looped, whole)
+  if module.config.causal:
+    assert_near(results(module, params, x, keep, L, SIZE), whole)
+
+
+def assert_near(found, expected):
   for (path, a), b in zip(
-    jax.tree.leaves_with_path(whole), jax.tree.leaves(cut), strict=True
+    jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True
   ):
     name, scale = jax.tree_util.keystr(path), float(np.abs(a).max())
     np.testing.assert_allclose(
@@ -99,9 +112,12 @@ def attend(q, k, v, keep, config, slopes=None):
   )
 
 
-@pytest.fixture
-def small(monkeypatch):
-  monkeypatch.setattr(blocks, "SIZES", {"default": SIZE})
+@pytest.fixture(params=["looped", "unrolled"])
+def small(monkeypatch, request):
+  if request.param == "looped":
+    monkeypatch.setattr(blocks, "SIZES", {"default": SIZE})
+  monkeypatch.setattr(exact_attention, "QUERIES", SIZE)
+  attend.clear_cache()
 
 
 def test_blocks_equal_loops_in_float64(small):
@@ -177,6 +193,7 @@ def test_long_sequences_have_no_array_of_all_logits():
   with pytest.MonkeyPatch.context() as patch:
     # All at once: the test can see it.
     patch.setattr(blocks, "SIZES", {"default": length})
+    patch.setattr(exact_attention, "QUERIES", length)
     assert largest() == B * H * length**2
 
 
