@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -246,3 +247,30 @@ def test_module_and_script_are_the_command():
     )
     assert found.returncode == 0
     assert found.stdout.startswith((version, "usage: folding train"))
+
+
+MEMORY = """
+import resource
+import numpy as np
+from folding import cli
+
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  for _ in range(4):
+    np.ones(1 << 23)
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+cli._keep_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_kept_memory_is_not_mapped_again():
+  found = subprocess.run(
+    [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+  )
+  before, after = map(int, found.stdout.split())
+  assert after < before / 4
