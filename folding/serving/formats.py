@@ -4,7 +4,6 @@ The modules of a format are imported when it is written, so that the command lin
 can list the formats quickly.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
