@@ -323,8 +323,3 @@ def rate(t: TrainConfig, layers: Sequence[Layer], name: str) -> float:
   qk = t.qk_rate if layer.groups else 1.0
   v = 1.0 if layer.values == "dense" else t.v_rate
   return {"q": qk, "k": qk, "v": v, "log_slopes": t.slope_rate}[found[2]]
-
-
-def current_rate(config: Config, step: int) -> float:
-  """Returns the learning rate of a step, counted from 0, for logs."""
-  return float(jax.device_get(make_schedule(config)(step)))

@@ -19,7 +19,7 @@ from folding import files
 from folding.config import Config
 from folding.errors import ConfigError, TrainingError, reason
 from folding.training import run_dir
-from folding.training.optimizer import current_rate
+from folding.training.optimizer import make_schedule
 
 _Item = TypeVar("_Item")
 _LOG_SECONDS = 10  # between lines of `track` in a log
@@ -194,6 +194,7 @@ class StepLog:
       counts: `fpp_counts` of the first state; {} if nothing is pruned.
     """
     self._config, self._writer, self._clock = config, writer, clock
+    self._rate = jax.jit(make_schedule(config))  # one program, not ten
     self._size = whole_size
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._tokens = 0
@@ -239,7 +240,7 @@ class StepLog:
       "split": "train",
       "step": step,
       "loss": values["loss"],
-      "learning_rate": current_rate(self._config, step - 1),
+      "learning_rate": float(self._rate(step - 1)),
       "tokens_per_second": speed,
       "seconds": self._clock.seconds(),
     }
