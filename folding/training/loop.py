@@ -52,7 +52,7 @@ from folding.training.progress import (
   StepLog,
   stop_signal,
 )
-from folding.training.step import Program, TrainState
+from folding.training.step import Program, Steps, TrainState
 
 Teacher = tuple[Transformer, Any]  # model and parameters
 
@@ -84,13 +84,6 @@ class Run(Program):
   def seed(self) -> np.uint32:
     """The seed as the compiled programs take it."""
     return np.uint32(self.config.seed)
-
-  def steps(self, teacher: Transformer | None) -> dict[bool, Any]:
-    """Returns {whether it updates the masks: jitted `train_step`}."""
-    return {
-      is_update: self.step(is_mask_update=is_update, teacher=teacher)
-      for is_update in (False, True)
-    }
 
   def init(self) -> TrainState:
     """Returns the first state, with parameters drawn by the seed."""
@@ -458,10 +451,10 @@ def _train(
   config, t = run.config, run.config.train
   teacher = run.placed(teacher)
   teacher_model, teacher_params = teacher or (None, None)
-  steps = run.steps(teacher_model)
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
   usage = run.usage()
   mask_updates = optimizer_lib.mask_updates(config) if run.rules else range(0)
+  train_step = Steps(run, mask_updates, teacher_model)
 
   with (
     # First: JAX's callback of the garbage collector swallows a KeyboardInterrupt
@@ -480,7 +473,7 @@ def _train(
       if t.compact and is_updated and (found := run.compacted(state, step)):
         log.flush()
         run, state = found
-        steps = run.steps(teacher_model)
+        train_step = Steps(run, mask_updates, teacher_model)
         writer.say(
           f"step {step:>6,}  compact  {run.num_parameters:,} of "
           f"{run.whole_size:,} parameters stay"
@@ -517,8 +510,13 @@ def _train(
       if is_last:
         break
       batch = sharding.put_batch(run.mesh, next(batches))
-      state, step_metrics = steps[step in mask_updates](
-        state, batch, seed=seed, usage=usage, teacher_params=teacher_params
+      state, step_metrics = train_step(
+        step,
+        state,
+        batch,
+        seed=seed,
+        usage=usage,
+        teacher_params=teacher_params,
       )
       log.step(step + 1, step_metrics, batch)
 

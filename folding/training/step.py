@@ -1,5 +1,6 @@
 """The training step: pure, jitted, with donated state."""
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -223,6 +224,56 @@ class Program:
       donate_argnums=0 if donates else (),
       out_shardings=(self.state_shardings, sharding.whole(self.mesh)),
     )
+
+
+class Steps:
+  """Calls `train_step`, compiled once without and once with a mask update.
+
+  The program with one compiles in a thread, beside the first steps without.
+  """
+
+  def __init__(
+    self, program: Program, mask_updates: range, teacher: Transformer | None
+  ):
+    """Initializes the steps.
+
+    Args:
+      program: Model, optimizer and state.
+      mask_updates: The steps that update the masks.
+      teacher: See `Program.options`.
+    """
+    self._mask_updates = mask_updates
+    self._plain, self._update = (
+      program.step(is_mask_update=is_update, teacher=teacher)
+      for is_update in (False, True)
+    )
+    self._ahead: concurrent.futures.Future | None = None
+
+  def __call__(self, step: int, *args: Any, **options: Any) -> Any:
+    """Returns the results of `train_step`.
+
+    Args:
+      step: Updates applied so far.
+      *args: State and batch, of the same shapes in each call.
+      **options: Other arrays.
+    """
+    if step in self._mask_updates:
+      update = self._ahead.result() if self._ahead else self._update
+      return update(*args, **options)
+    if self._ahead or step >= self._mask_updates.stop:
+      return self._plain(*args, **options)
+    args_like, options_like = jax.tree.map(_like, (args, options))
+    results = self._plain(*args, **options)
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    self._ahead = pool.submit(
+      lambda: self._update.lower(*args_like, **options_like).compile()
+    )
+    pool.shutdown(wait=False)
+    return results
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _size(params: Any) -> int:

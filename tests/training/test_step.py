@@ -381,6 +381,22 @@ def test_step_on_eight_devices_prunes_as_on_one(
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)
 
 
+def test_steps_compile_a_mask_update_ahead_and_equal_train_step():
+  config = tiny.config()
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  program = step_lib.Program(config, mesh, vocab_size=tiny.VOCAB, num_classes=0)
+  init = jax.jit(program.draw, out_shardings=program.state_shardings)
+  steps = step_lib.Steps(program, range(1, 4, 2), None)
+  state, expected = init(0), init(0)
+  for step in range(4):
+    batch = sharding.put_batch(mesh, tiny.batch(step))
+    single = program.step(is_mask_update=step in (1, 3), donates=False)
+    expected, metrics = single(expected, batch)
+    state, found = steps(step, state, batch)
+    chex.assert_trees_all_equal((state, found), (expected, metrics))
+  assert steps._ahead.result().input_shardings  # it was compiled, and fits
+
+
 def test_mask_updates_follow_the_ramp(one_device):
   # The ramp 0.7 (1 - (1 - t)^3) at t = 0, 1/3, 2/3, 1. A mask update freezes
   # weights, the next one zeroes them; the last one does both.
