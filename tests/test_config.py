@@ -591,6 +591,11 @@ REFUSED = {
     "decides how W_O",
     {"fpp__attention": "output"},
   ),
+  "positions_of_no_rank": (
+    {"fold__embedding_shared": True},
+    "fold.embedding_shared needs model.positions='learned'",
+    {"model__positions": "learned"},
+  ),
   "uniform_without_plan": (
     TRAINED | {"compress__uniform": True},
     "compress.plan='auto'",
