@@ -244,7 +244,7 @@ class _Observer:
     if is_embedding:
       return _frequency(inputs, layer.num_embeddings, self.keep)
     if isinstance(layer, nn.Einsum | nnx.Einsum):
-      equation = einsum_str or layer.einsum_str
+      equation: Any = einsum_str or layer.einsum_str
       shape = (
         layer.shape if isinstance(layer, nn.Einsum) else layer.kernel_shape
       )

@@ -267,13 +267,15 @@ def _muon(adam: optax.GradientTransformation) -> optax.GradientTransformation:
   for LLM Training").
   """
 
+  def inputs_of(name):
+    """Returns the axes of the inputs. W_Q, W_K and W_V have a matrix per head."""
+    return (0, 1) if name.endswith("attn/o/kernel") else (0,)
+
   def axes(name, _):
-    """Returns the axes of a matrix: W_Q, W_K and W_V have one per head."""
-    inputs = (0, 1) if name.endswith("attn/o/kernel") else (0,)
-    return optax.contrib.MuonDimensionNumbers(inputs, (-1,))
+    return optax.contrib.MuonDimensionNumbers(inputs_of(name), (-1,))
 
   def scale(name, update):
-    inputs = math.prod(update.shape[a] for a in axes(name, update)[0])
+    inputs = math.prod(update.shape[axis] for axis in inputs_of(name))
     return 0.2 * math.sqrt(max(inputs, update.shape[-1])) * update
 
   def label(name, _):
