@@ -326,7 +326,7 @@ REFUSED = {
   "no_params": (
     call(
       folding.shrink,
-      config=config_lib.resolve(config_lib.Config()),
+      shape=folding.shape_of(config_lib.resolve(config_lib.Config())),
       params=None,
     ),
     "no arrays",

@@ -313,7 +313,7 @@ def test_onnx_program_and_export_refuse_mistakes(start, tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match="program for onnxruntime"):
     folding.load(tmp_path / "out")
   # It would be written in int8.
-  with pytest.raises(ConfigError, match="int8, not bfloat16"):
+  with pytest.raises(ConfigError, match="int7, not bfloat16"):
     onnx_export.export_onnx(tmp_path / "other", model, "bfloat16")
   # More tokens than learned positions.
   with pytest.raises(Exception, match="by 9|bounds"):
