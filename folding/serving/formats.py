@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from folding import files
 from folding.errors import ConfigError, require_package
+from folding.serving import hub
 
 Report = Callable[[str], None]
 
@@ -149,6 +150,7 @@ def save(
   *,
   max_drop: float | None = None,
   data: str | None = None,
+  push_to_hub: str | None = None,
   report: Report = lambda _: None,
 ) -> dict[str, int]:
   """Writes a model, whole or not at all; units that are zero are left out.
@@ -162,14 +164,16 @@ def save(
     max_drop: Points that an ONNX program may lose on `data`, otherwise nothing is
       written; see `held_out.require_drop`.
     data: A held-out file with labels, or with scores of pairs.
+    push_to_hub: Name of a repository, "user/name", that the folder is uploaded to.
+      It is created if it does not exist.
     report: Called with lines about the model while it is written.
 
   Returns:
     Sizes in bytes, by name.
 
   Raises:
-    ConfigError: see `require_writable`, the format cannot express the model, or
-      the program loses more than `max_drop`.
+    ConfigError: see `require_writable`, the format cannot express the model,
+      the program loses more than `max_drop`, or the hub refuses the folder.
     OSError: it cannot be written.
   """
   require_writable(path, format, dtype)
@@ -178,6 +182,8 @@ def save(
   if data is not None and format != "onnx":
     raise ConfigError("--max-drop and --data are for --format=onnx")
   row, path = FORMATS[format], os.fspath(path)
+  if push_to_hub is not None:
+    hub.require_pushable(push_to_hub, is_folder=not row.ending)
   if row.ending:
     return row.write(path, model, dtype, report)
   from folding.serving import card
@@ -185,7 +191,7 @@ def save(
 
   with files.becoming(path) as part:
     size = row.write(part, model, dtype, report)
-    name = os.path.basename(os.path.abspath(path))
+    name = push_to_hub or os.path.basename(os.path.abspath(path))
     card.write(part, model, format, name, sizes(model))
     if "files" in size:
       size["files"] = files.folder_bytes(part)
@@ -193,4 +199,6 @@ def save(
       from folding.serving import held_out
 
       report(held_out.require_drop(part, model, data, max_drop))
-    return size
+  if push_to_hub is not None:
+    hub.push(path, push_to_hub)
+  return size

@@ -190,9 +190,18 @@ class Model:
     *,
     max_drop: float | None = None,
     data: str | None = None,
+    push_to_hub: str | None = None,
   ) -> dict[str, int]:
     """Writes the model; see `folding.serving.formats.save`."""
-    return folding.save(self, path, format, dtype, max_drop=max_drop, data=data)
+    return folding.save(
+      self,
+      path,
+      format,
+      dtype,
+      max_drop=max_drop,
+      data=data,
+      push_to_hub=push_to_hub,
+    )
 
   def require_encoder(self) -> None:
     """Raises `ConfigError` unless the model makes vectors of texts."""

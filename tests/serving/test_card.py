@@ -37,9 +37,15 @@ def exported(request, source, tmp_path_factory):
   return model, request.param, folder
 
 
+def _metadata(folder):
+  found = huggingface_hub.metadata_load(folder / "README.md")
+  assert found is not None
+  return found
+
+
 def test_card_names_checkpoint_licence_and_length(exported):
   model, _, folder = exported
-  metadata = huggingface_hub.metadata_load(folder / "README.md")
+  metadata = _metadata(folder)
   assert metadata["base_model"] == "lab/net"
   assert metadata["license"] == "mit"
   assert metadata["pipeline_tag"] == "text-classification"
@@ -91,6 +97,6 @@ def test_card_of_a_run_has_its_test_metrics(run, tmp_path):
 def test_checkpoint_may_have_no_card(tmp_path):
   model = models.make(model=c.bert(**models.SHAPE))
   model.save(tmp_path / "out")
-  metadata = huggingface_hub.metadata_load(tmp_path / "out" / "README.md")
+  metadata = _metadata(tmp_path / "out")
   assert "license" not in metadata
   assert "base_model" not in metadata
