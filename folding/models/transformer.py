@@ -20,8 +20,17 @@ from folding.models.exact_attention import soft_cap
 from folding.models.linear_attention import PastState
 from folding.models.shape import Layer, Shape
 
+
+def _gelu(x: Array) -> Array:
+  """Returns x P(X < x) for a normal X."""
+  if x.dtype != jnp.float32:  # 1 + erf would lose bits
+    return jax.nn.gelu(x, approximate=False)
+  # JAX calls erfc, which takes longer on a CPU.
+  return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 _ACTIVATIONS = {
-  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu": _gelu,
   "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
   "silu": jax.nn.silu,
   "relu": jax.nn.relu,
@@ -55,7 +64,12 @@ class MLP(nn.Module):
 
     def dense(name: str, features: int, **options: Any):
       return nn.Dense(
-        features, use_bias=c.use_bias, dtype=self.dtype, name=name, **options
+        features,
+        use_bias=c.use_bias,
+        dtype=self.dtype,
+        name=name,
+        dot_general=_dot_rows,
+        **options,
       )
 
     activation = _ACTIVATIONS[c.activation]
@@ -65,6 +79,15 @@ class MLP(nn.Module):
     else:
       h_BLF = activation(dense("up", F)(x_BLD))
     return dense("down", c.width, kernel_init=_residual_init(c))(h_BLF)
+
+
+def _dot_rows(x: Array, kernel: Array, _: Any, **options: Any) -> Array:
+  """Returns x @ kernel, as a product of two matrices.
+
+  With more axes XLA transposes large arrays for the gradients on a CPU.
+  """
+  rows = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options)
+  return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Block(nn.Module):
@@ -216,7 +239,9 @@ class Transformer(nn.Module):
         self.norm_pooler = _norm(c, jnp.float32)
       self.head = nn.Dense(self.num_classes, use_bias=c.use_bias or has_norm)
     elif c.output == "tokens" and not c.tie_embeddings:
-      self.head = nn.Dense(self.vocab_size, use_bias=False, dtype=dtype)
+      self.head = nn.Dense(
+        self.vocab_size, use_bias=False, dtype=dtype, dot_general=_dot_rows
+      )
 
   def __call__(
     self,
@@ -428,7 +453,8 @@ class Transformer(nn.Module):
     if c.tie_embeddings:
       if c.embed_width:
         x_BLD = x_BLD @ self.embed_project.variables["params"]["kernel"].T
-      logits_BLV = self.embed.attend(x_BLD)
+      rows = self.embed.attend(x_BLD.reshape(-1, x_BLD.shape[-1]))
+      logits_BLV = rows.reshape(*x_BLD.shape[:-1], self.vocab_size)
     else:
       logits_BLV = self.head(x_BLD)
     return soft_cap(logits_BLV.astype(jnp.float32), c.logit_cap)
