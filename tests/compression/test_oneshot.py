@@ -150,6 +150,17 @@ def test_remove_inputs_removes_the_inputs_of_least_loss(layer, is_weighted):
     np.testing.assert_array_equal(gone, sorted(oracle[:count]))
 
 
+def test_an_input_of_large_energy_hides_no_other(layer):
+  x, w = layer
+  usual = oneshot.remove_inputs(w, _moment(x), 0.5)
+  sign = np.resize([1.0, -1.0], len(x)) - np.resize([1.0, -1.0], len(x)).mean()
+  sign -= x @ np.linalg.lstsq(x, sign, rcond=None)[0]  # tells nothing of others
+  large = np.concatenate([x, 1e4 * sign[:, None]], 1)
+  w_large = np.concatenate([w, np.ones((1, w.shape[1]))])
+  beside = oneshot.remove_inputs(w_large, _moment(large), 0.5)
+  np.testing.assert_allclose(beside[:-1], usual, atol=0.01)
+
+
 def test_removals_of_units_remove_those_of_least_loss(layer):
   x, w = layer
   units = np.arange(len(w)).reshape(-1, 4)
