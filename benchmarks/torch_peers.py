@@ -186,7 +186,7 @@ def _recover(
     .astype(int)
     .tolist()
   )
-  schedule = make_schedule(dataclasses.replace(config, train=t))
+  schedule = make_schedule(t)
 
   def make_optimizer():
     return torch.optim.AdamW(

@@ -85,14 +85,22 @@ class Shape(Design):
     """N."""
     return len(self.layers)
 
-  def whole(self) -> "Shape":
-    """Returns the shape before any shrink: with all heads and neurons."""
+  def whole(self, *, keeps_heads: bool = False) -> "Shape":
+    """Returns the shape before any shrink: with all neurons, and all heads.
+
+    Args:
+      keeps_heads: Whether heads stay removed.
+    """
 
     def whole(layer: Layer) -> Layer:
+      if not keeps_heads:
+        layer = dataclasses.replace(
+          layer,
+          heads=tuple(range(self.num_heads)),
+          num_kv_heads=self.num_kv_heads,
+        )
       return dataclasses.replace(
         layer,
-        heads=tuple(range(self.num_heads)),
-        num_kv_heads=self.num_kv_heads,
         mlp_width=layer.whole_mlp_width,
         values="diagonal" if layer.values == "identity" else layer.values,
       )

@@ -23,6 +23,7 @@ from folding.models.shape import shape_of
 from folding.serving.batched import require_several, require_texts
 from folding.serving.loaded import Model, load
 from folding.tasks import task_of
+from folding.training.allocate import Asked
 from folding.training.compress import compress_params, fold_table
 from folding.training.recipe import recipe
 from folding.typed import edited
@@ -108,11 +109,12 @@ def compress(
       encoded, max_texts, loaded.shape.max_length, loaded.tokenizer.pad_id
     )
     usage_V = token_usage(counts, loaded.num_rows)
-  small = compress_params(config, loaded.params, batches, usage_V)
+  asked = Asked(shape_of(config), config.fpp, config.compress)
+  small = compress_params(asked, loaded.params, batches, usage_V, source=source)
   if small.report:
-    report(fold_table(small.report, small.config.fpp.linear_layers))
-  shape, params = shape_of(small.config), small.params
-  return dataclasses.replace(loaded, shape=shape, params=params)
+    targets = small.targets
+    report(fold_table(small.report, targets.layers if targets else None))
+  return dataclasses.replace(loaded, shape=small.shape, params=small.params)
 
 
 def _windows(ids_WL: np.ndarray) -> list[dict[str, np.ndarray]]:

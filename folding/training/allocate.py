@@ -18,18 +18,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from folding import config as config_lib
 from folding import paths
-from folding.config import Config
+from folding.config import CompressConfig, Config, FPPConfig
 from folding.errors import ConfigError
 from folding.models import hf_config
 from folding.models.params import group_of
-from folding.models.shape import shape_of
+from folding.models.shape import Layer, Shape, with_shape
 from folding.models.transformer import make_model, param_shapes
-from folding.tasks import task_of
 from folding.training.fold_pretrained import require_pairs
 from folding.training.layer_options import (
   EMBEDDING,
+  Attention,
   Decision,
   Options,
   Tried,
@@ -41,29 +40,77 @@ from folding.training.layer_options import (
   round_neurons,
   smallest,
 )
+from folding.training.optimizer import Targets
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import Batch
-from folding.typed import edited
 
 _KINDS = ("attn", "mlp", "embed")
 
 
+class Asked(NamedTuple):
+  """What a trained model is compressed to.
+
+  Attributes:
+    shape: Its layers have the axis of groups, and what may be folded at all.
+    fpp: How much smaller, and by which units.
+    compress: How the options are chosen.
+  """
+
+  shape: Shape
+  fpp: FPPConfig
+  compress: CompressConfig
+
+  @property
+  def has_open_rank(self) -> bool:
+    """Whether a plan has yet to choose the rank of the embedding."""
+    is_by_rank = self.fpp.embedding_granularity == "rank"
+    return is_by_rank and not self.shape.embedding_rank
+
+  @property
+  def tried(self) -> Tried:
+    """The options that a plan has to choose from."""
+    m, is_uniform = (
+      with_shape(Config(), self.shape).model,
+      self.compress.uniform,
+    )
+    fewer = dataclasses.replace(
+      m, num_heads=m.num_heads // m.num_kv_heads, num_kv_heads=1
+    )
+    return Tried(
+      by_neuron=self.fpp.granularity == "neuron",
+      embedding=self.has_open_rank and self.compress.embedding == "errors",
+      # Not all families can express fewer heads.
+      heads=not is_uniform or hf_config.is_known(fewer),
+      ranks=not is_uniform,
+    )
+
+
+class Plan(NamedTuple):
+  """What each part of a model becomes.
+
+  Attributes:
+    shape: Heads and folding of each layer, and the rank of the embedding.
+    targets: Fractions to prune.
+  """
+
+  shape: Shape
+  targets: Targets
+
+
 def allocate(
-  config: Config,
+  asked: Asked,
   params: Mapping[str, Any],
   batches: Sequence[Batch],
   sensitivity: Sensitivities,
-) -> Config:
-  """Returns the config with heads, `fold` and `fpp.linear_layers` per layer.
+) -> Plan:
+  """Returns what each layer becomes, so that the model is as small as asked.
 
-  The model becomes as small as the config asks: by `fpp.overall`, or as small
-  as the same folding and pruning in all layers would make it. The output layer
-  and the embedding keep their targets; with `fpp.overall` these are `overall`
-  and 1 - (1 - overall)**embedding_share. The returned config states all of
-  this, and its `compress.plan` is "same".
+  That is by `fpp.overall`, or as small as the same folding and pruning in all layers
+  would make it. The output layer and the embedding keep their targets; with
+  `fpp.overall` these are `overall` and 1 - (1 - overall)**embedding_share.
 
   Args:
-    config: Resolved.
+    asked: What the model is compressed to.
     params: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
     sensitivity: From `sensitivities`.
@@ -71,61 +118,44 @@ def allocate(
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
   """
-  asked, tried = shape_of(config), _tried(config)
-  require_pairs(asked)
-  measured = measure(asked, params, batches, sensitivity, tried)
-  is_uniform = config.compress.uniform
+  require_pairs(asked.shape)
+  measured = measure(asked.shape, params, batches, sensitivity, asked.tried)
+  is_uniform = asked.compress.uniform
   options = of_all_layers(measured) if is_uniform else measured
-  sizes, linear, embedding, rank, budget = _target(config, params)
+  target = _target(asked, params)
   chosen = dict.fromkeys(options, 0)
-  chosen = cheapest(options, chosen, _KINDS, budget)
+  chosen = cheapest(options, chosen, _KINDS, target.budget)
   if is_uniform:
     chosen = {key: chosen[0, key[1]] for key in measured}
     options = measured
+  rank = target.rank
   if EMBEDDING in options:
     rank = options[EMBEDDING][chosen[EMBEDDING]].value
-
-  attention = [
-    options[n, "attn"][chosen[n, "attn"]].value
-    for n in range(config.model.num_layers)
-  ]
-  groups, kinds, heads = zip(*attention, strict=True)
-  layers = _linear_layers(config, params, options, chosen, budget)
-  edits = {
-    "fold.groups": groups,
-    "fold.values": tuple(v if isinstance(v, str) else "dense" for v in kinds),
-    "fold.value_rank": tuple(0 if isinstance(v, str) else v for v in kinds),
-    "fold.embedding_rank": rank,
-    "fold.embedding_shared": asked.embedding_shared and rank > 0,
-    "fpp.overall": None,
-    "fpp.linear": linear,
-    "fpp.embedding": embedding,
-    "fpp.linear_layers": layers,
-    "compress.plan": "same",
-    "compress.uniform": False,
-    "compress.embedding": "share",
-  }
-  if not any((linear, embedding, *layers)):  # folding alone saves as much
-    edits["compress.prune"] = "none"
-  if any(len(kept) < config.model.num_heads for kept in heads):
-    edits["model.heads"] = heads
-  if config.fpp.embedding_granularity == "rank":
-    edits["fpp.embedding_granularity"] = "weight"
-  return config_lib.resolve(edited(config, edits))
-
-
-def _tried(config: Config) -> Tried:
-  """Returns which options a plan has to choose from."""
-  m, compress = config.model, config.compress
-  fewer = dataclasses.replace(
-    m, num_heads=m.num_heads // m.num_kv_heads, num_kv_heads=1
+  layers = tuple(
+    _chosen_layer(layer, options[n, "attn"][chosen[n, "attn"]].value)
+    for n, layer in enumerate(asked.shape.layers)
   )
-  return Tried(
-    by_neuron=config.fpp.granularity == "neuron",
-    embedding=config.has_open_rank and compress.embedding == "errors",
-    # Not all families can express fewer heads.
-    heads=not compress.uniform or hf_config.is_known(fewer),
-    ranks=not compress.uniform,
+  shape = dataclasses.replace(
+    asked.shape,
+    layers=layers,
+    embedding_rank=rank,
+    embedding_shared=asked.shape.embedding_shared and rank > 0,
+  )
+  linear = _linear_layers(asked.fpp, params, options, chosen, target.budget)
+  return Plan(shape, Targets(linear, target.linear, target.embedding))
+
+
+def _chosen_layer(asked: Layer, option: Attention) -> Layer:
+  """Returns a layer with the chosen form of attention."""
+  J, H = asked.num_kv_heads, len(asked.heads)
+  is_kind = isinstance(option.values, str)
+  return dataclasses.replace(
+    asked,
+    heads=option.heads,
+    num_kv_heads=len(option.heads) * J // H,
+    groups=option.groups,
+    values=option.values if is_kind else "dense",
+    value_dim=asked.head_dim if is_kind else option.values,
   )
 
 
@@ -147,57 +177,56 @@ class _Target(NamedTuple):
   budget: float
 
 
-def _target(config: Config, params: Mapping[str, Any]) -> _Target:
-  """Returns what the plan of a config has to reach, from shapes alone."""
-  sizes = _sizes(config, params)
-  linear, embedding = outer_fractions(config)
-  shape = embedding_shape(shape_of(config), params)
-  rank = config.fold.embedding_rank
-  if _tried(config).embedding:
+def _target(asked: Asked, params: Mapping[str, Any]) -> _Target:
+  """Returns what a plan has to reach, from shapes alone."""
+  sizes = _sizes(asked, params)
+  linear, embedding = outer_fractions(asked.fpp)
+  rank, shape = asked.shape.embedding_rank, embedding_shape(asked.shape, params)
+  if asked.tried.embedding:
     embedding = 0.0  # the options of its rank count its parameters
     sizes["embedding"] -= math.prod(shape)
-  elif config.has_open_rank:
+  elif asked.has_open_rank:
     rank = _embedding_rank(shape, embedding)
   if rank:
     rows = shape[0] * rank  # the rest, back to the width, is not pruned
     sizes["embedding"] += rows - math.prod(shape)
     sizes["other"] += embedding_size(shape, rank) - rows
-    if config.fpp.embedding_granularity != "trim":
+    if asked.fpp.embedding_granularity != "trim":
       embedding = 0.0  # all tokens stay
-  budget = _budget(config, sizes, linear, embedding)
+  budget = _budget(asked, sizes, linear, embedding)
   return _Target(sizes, linear, embedding, rank, budget)
 
 
-def require_reachable(config: Config, params: Mapping[str, Any]) -> None:
+def require_reachable(asked: Asked, params: Mapping[str, Any]) -> None:
   """Checks that the smallest options of a plan save enough, before measuring.
 
   Args:
-    config: Resolved; a config without `fpp.overall` passes.
+    asked: What the model is compressed to; without `fpp.overall` it passes.
     params: Parameters of its dense baseline, or shapes.
 
   Raises:
     ConfigError: they do not; it has the largest saving in reach.
   """
-  if (asked := config.fpp.overall) is None:
+  if (saving := asked.fpp.overall) is None:
     return
-  least = sum(smallest(shape_of(config), params, _tried(config)).values())
+  least = sum(smallest(asked.shape, params, asked.tried).values())
 
   def is_reachable(overall: float) -> bool:
-    tried = edited(config, {"fpp.overall": overall})
-    return _target(tried, params).budget >= least
+    fpp = dataclasses.replace(asked.fpp, overall=overall)
+    return _target(asked._replace(fpp=fpp), params).budget >= least
 
-  if is_reachable(asked):
+  if is_reachable(saving):
     return
   reachable = [p for p in range(1, 100) if is_reachable(p / 100)]
   most = f"at most {max(reachable)}%" if reachable else "less than 1%"
   raise ConfigError(
-    f"no plan saves {asked:.0%} of this model: its parts can be made smaller by "
+    f"no plan saves {saving:.0%} of this model: its parts can be made smaller by "
     f"{most}; lower the saving (in a config: fpp.overall)"
   )
 
 
 def _linear_layers(
-  config: Config,
+  fpp: FPPConfig,
   params: Mapping[str, Any],
   options: Options,
   chosen: Mapping[Decision, int],
@@ -213,9 +242,9 @@ def _linear_layers(
   pruned = whole - _stored(options, chosen, ("mlp",))
   part = max(0.0, 1 - spare / pruned) if pruned else 0.0
   fractions = []
-  for n in range(config.model.num_layers):
+  for n in sorted({n for n, kind in options if kind == "mlp"}):
     fraction = part * options[n, "mlp"][chosen[n, "mlp"]].value
-    if config.fpp.granularity == "weight":
+    if fpp.granularity == "weight":
       fractions.append(math.ceil(fraction * 1e4) / 1e4)
     else:
       F = params[f"blocks_{n}"]["mlp"]["down"]["kernel"].shape[0]
@@ -271,26 +300,25 @@ def cheapest(
   return chosen
 
 
-def _sizes(config: Config, params: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(asked: Asked, params: Mapping[str, Any]) -> dict[str, int]:
   """Returns the number of parameters per group, with the head as a group.
 
   If embeddings are pruned by rows, that of positions counts as "other", unless it
   has the rank of the tokens.
   """
-  by_rows = config.fpp.embedding_granularity != "weight"
+  by_rows = asked.fpp.embedding_granularity != "weight"
   sizes = {"qkv": 0, "linear": 0, "embedding": 0, "other": 0, "head": 0}
   for name, leaf in paths.flatten(params).items():
     group = "head" if name == "head/kernel" else group_of(name)
-    is_apart = by_rows and not config.fold.embedding_shared
+    is_apart = by_rows and not asked.shape.embedding_shared
     if is_apart and name == "position_embed/embedding":
       group = "other"
     sizes[group] += int(np.prod(leaf.shape))
   return sizes | {"all": sum(sizes.values())}
 
 
-def outer_fractions(config: Config) -> tuple[float, float]:
+def outer_fractions(f: FPPConfig) -> tuple[float, float]:
   """Returns the fractions to prune of the output layer and the embedding."""
-  f = config.fpp
   if f.overall is not None:
     embedding = 1 - (1 - f.overall) ** (f.embedding_share or 0.0)
     head = f.overall if f.granularity == "weight" else 0.0
@@ -309,16 +337,16 @@ def _embedding_rank(shape: tuple[int, int], fraction: float) -> int:
 
 
 def _budget(
-  config: Config, sizes: Mapping[str, int], linear: float, embedding: float
+  asked: Asked, sizes: Mapping[str, int], linear: float, embedding: float
 ) -> float:
   """Returns how many parameters W_Q, W_K, W_V and linear layers may store."""
-  if config.fpp.overall is not None:
+  if asked.fpp.overall is not None:
     # The head of a classifier is never pruned.
-    is_pruned = task_of(config).predicts_tokens
+    is_pruned = asked.shape.output == "tokens"
     head = (1 - linear if is_pruned else 1) * sizes["head"]
     outside = (1 - embedding) * sizes["embedding"] + sizes["other"] + head
-    return (1 - config.fpp.overall) * sizes["all"] - outside
-  shapes = param_shapes(make_model(shape_of(config), 1, num_classes=1))
+    return (1 - asked.fpp.overall) * sizes["all"] - outside
+  shapes = param_shapes(make_model(asked.shape, 1, num_classes=1))
   qkv = sum(
     num_weights(block["attn"], ("q", "k", "v", "frequency"))
     for name, block in shapes.items()

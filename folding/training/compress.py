@@ -15,24 +15,29 @@ import jax
 import numpy as np
 import threadpoolctl
 
-from folding import config as config_lib
 from folding import files, paths
 from folding.config import Config
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import token_usage, trimmed
 from folding.errors import ConfigError
-from folding.models.shape import shape_of, with_shape
+from folding.models.shape import Shape, shape_of
 from folding.models.shrink import shrink
 from folding.models.transformer import make_model, model_for, param_shapes
 from folding.training.allocate import (
+  Asked,
   allocate,
   outer_fractions,
   require_reachable,
 )
 from folding.training.dense_start import dense_start, without_trimmed
 from folding.training.fold_pretrained import fold_pretrained
-from folding.training.optimizer import embedding_fraction, make_rules
+from folding.training.optimizer import (
+  Targets,
+  embedding_fraction,
+  make_rules,
+  planned,
+)
 from folding.training.progress import aligned
 from folding.training.prune_trained import (
   neuron_pruner,
@@ -41,27 +46,30 @@ from folding.training.prune_trained import (
 )
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import require_text
-from folding.typed import edited
 
 
 class Compressed(NamedTuple):
-  """The start of a run.
+  """A compressed model.
 
   Attributes:
-    config: The config of the run. It differs from the given one if
-      `compress.plan` is "auto" (it states the choice of each layer), and if
-      neurons were removed (it has the remaining widths).
-    params: Parameters of the folded model.
+    shape: Its shape.
+    params: Its parameters.
     report: One row per layer, see `fold_pretrained`; [] if nothing was folded.
+    targets: Fractions to prune that a plan chose; None: there was none.
   """
 
-  config: Config
+  shape: Shape
   params: dict[str, Any]
   report: list[dict[str, Any]]
+  targets: Targets | None = None
 
 
-def compress_trained(config: Config, data: Data) -> Compressed:
-  """Returns the start of a run with `pretrained`.
+def compress_trained(
+  config: Config, data: Data
+) -> tuple[Config, dict[str, Any], list[dict[str, Any]]]:
+  """Returns the start of a run with `pretrained`: its config, parameters, report.
+
+  The config states what a plan chose, and the widths that are left.
 
   Args:
     config: Resolved.
@@ -77,11 +85,12 @@ def compress_trained(config: Config, data: Data) -> Compressed:
     )
   _, dense, is_head_drawn = dense_start(config.pretrained or "", config, data)
   if config.dense:
-    return Compressed(config, dense, [])
+    return config, dense, []
   # A stopped run that begins again has its plan, with heads.
-  heads, config = config.model.heads, config_lib.unshrunk(config)
-  config = edited(config, {"model.heads": heads})
-  batches, size = calibration(config, data), data.tokenizer.plain_size
+  shape = shape_of(config).whole(keeps_heads=True)
+  asked = Asked(shape, config.fpp, config.compress)
+  batches = calibration(config.compress.calibration, data)
+  size = data.tokenizer.plain_size
   num_texts = sum(len(batch["tokens"]) for batch in batches)
   print(  # it takes minutes for some models
     f"compressing {config.pretrained} on {num_texts:,} training texts, before "
@@ -89,39 +98,47 @@ def compress_trained(config: Config, data: Data) -> Compressed:
     flush=True,
   )
   usage_V = None  # only an embedding of low rank is weighted by it
-  if config.has_open_rank or config.fold.embedding_rank:
+  if asked.has_open_rank or shape.embedding_rank:
     count_V = data.token_counts()
     if isinstance(data.tokenizer, MappedTokenizer):  # rows have the plain ids
       count_V = np.bincount(data.tokenizer.plain_ids, count_V, size)
     usage_V = token_usage(count_V, size)
-  compressed = compress_params(
-    config, dense, batches, usage_V, is_head_drawn=is_head_drawn
+  found = compress_params(
+    asked,
+    dense,
+    batches,
+    usage_V,
+    source=config.pretrained or "",
+    is_head_drawn=is_head_drawn,
   )
-  params = without_trimmed(data.tokenizer, compressed.params)
-  return compressed._replace(params=params)
+  params = without_trimmed(data.tokenizer, found.params)
+  config = planned(config, found.shape, found.targets)
+  return config, params, found.report
 
 
 def compress_params(
-  config: Config,
+  asked: Asked,
   dense: dict[str, Any],
   batches: Sequence[Mapping[str, Any]],
   usage_V: np.ndarray | None = None,
   *,
+  source: str = "",
   is_head_drawn: bool = False,
 ) -> Compressed:
   """Returns a dense model compressed: allocate, fold, prune.
 
   Args:
-    config: Resolved.
-    dense: Parameters of its dense baseline.
+    asked: What it is compressed to.
+    dense: Its parameters.
     batches: Calibration text, as for `fold_pretrained`.
     usage_V: As for `fold_pretrained`.
+    source: Where the parameters come from, for messages.
     is_head_drawn: Whether the head is untrained; sensitivities ignore it.
 
   Raises:
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
-  source = f"{config.pretrained}: " if config.pretrained else ""
+  source = f"{source}: " if source else ""
   for name, w in paths.flatten(dense).items():
     if not np.isfinite(w).all():
       raise ConfigError(
@@ -131,40 +148,45 @@ def compress_params(
   limits = threadpoolctl.threadpool_limits(1, user_api="blas")
   try:
     with limits:
-      return _compress(config, dense, batches, usage_V, is_head_drawn)
+      return _compress(asked, dense, batches, usage_V, is_head_drawn)
   except ConfigError:
     raise
   except ValueError as error:  # moments are singular
     raise ConfigError(f"{source}{error}") from error
 
 
-def _compress(config, dense, batches, usage_V, is_head_drawn) -> Compressed:
+def _compress(asked, dense, batches, usage_V, is_head_drawn) -> Compressed:
   params, report, sensitivity = dense, [], {}
-  has_ranks = config.fold.embedding_rank or np.any(config.fold.value_rank)
-  is_auto = config.compress.plan == "auto"
+  shape, targets = asked.shape, None
+  has_ranks = shape.embedding_rank or any(
+    layer.value_dim < layer.head_dim for layer in shape.layers
+  )
+  is_auto = asked.compress.plan == "auto"
   if is_auto:
-    require_reachable(config, dense)
-  if is_auto or has_ranks or config.fpp.granularity == "neuron":
-    require_text(shape_of(config), batches)
+    require_reachable(asked, dense)
+  if is_auto or has_ranks or asked.fpp.granularity == "neuron":
+    require_text(shape, batches)
     trained = dict(dense)
     if is_head_drawn:
       trained.pop("head", None)
-    sensitivity = sensitivities(shape_of(config), trained, batches)
+    sensitivity = sensitivities(shape, trained, batches)
   if is_auto:
-    config = allocate(config, dense, batches, sensitivity)
-  shape, method = shape_of(config), config.compress.prune
+    shape, targets = allocate(asked, dense, batches, sensitivity)
+  method = asked.compress.prune
+  if targets is not None and not targets.prune:
+    method = "none"  # folding alone saves as much
   prune_layer, rules = None, []
   if method != "none":
     shapes = param_shapes(model_for(shape, dense))
-    rules = make_rules(config, shapes, dense)
-    if config.fpp.granularity == "neuron":
+    rules = make_rules(shape, asked.fpp, shapes, dense, targets)
+    if asked.fpp.granularity == "neuron":
       prune_layer = neuron_pruner(shape, shapes, rules, sensitivity)
   if prune_layer or is_auto or not shape.is_dense:
     params, report = fold_pretrained(
       shape,
       dense,
       batches,
-      fit_steps=config.compress.fit_steps,
+      fit_steps=asked.compress.fit_steps,
       prune=prune_layer,
       usage_V=usage_V,
       sensitivity=sensitivity,
@@ -183,8 +205,7 @@ def _compress(config, dense, batches, usage_V, is_head_drawn) -> Compressed:
     shape, params, _ = shrink(
       shape, params, multiple=8, absorb=False, is_zero=zeros
     )
-    config = with_shape(config, shape)
-  return Compressed(config, params, report)
+  return Compressed(shape, params, report, targets)
 
 
 def require_whole(config: Config) -> None:
@@ -197,15 +218,14 @@ def require_whole(config: Config) -> None:
     )
 
 
-def calibration(config: Config, data: Data) -> list[dict[str, Any]]:
-  """Returns the calibration batches: `compress.calibration` training texts.
+def calibration(count: int, data: Data) -> list[dict[str, Any]]:
+  """Returns the first training texts, in batches.
 
   They come from the first epoch, so no text comes twice. Ids are those before
   the tokenizer was trimmed.
   """
-  size = config.data.batch_size
-  count = -(-config.compress.calibration // size)
-  batches = list(itertools.islice(data.first_epoch(), count))
+  number = -(-count // data.config.batch_size)
+  batches = list(itertools.islice(data.first_epoch(), number))
   if isinstance(data.tokenizer, MappedTokenizer):
     for batch in batches:
       batch["tokens"] = data.tokenizer.plain_ids[batch["tokens"]]
@@ -283,13 +303,15 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
   """
   size = data.tokenizer.vocab_size
   if config.compress.plan == "auto":
-    _, fraction = outer_fractions(config)
+    _, fraction = outer_fractions(config.fpp)
   else:
+    shape = shape_of(config)
     params, dense = (
       param_shapes(make_model(each, size, data.num_classes))
-      for each in (shape_of(config), shape_of(config).dense())
+      for each in (shape, shape.dense())
     )
-    fraction = embedding_fraction(make_rules(config, params, dense))
+    rules = make_rules(shape, config.fpp, params, dense)
+    fraction = embedding_fraction(rules)
   if not fraction:
     return data
   usage_V = token_usage(data.token_counts(), size)

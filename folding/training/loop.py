@@ -21,7 +21,7 @@ from folding import config as config_lib
 from folding import files
 from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
-from folding.config import Config
+from folding.config import Config, FPPConfig
 from folding.data import sources
 from folding.data.batches import STS, Data, make_data
 from folding.data.trim import token_usage
@@ -324,11 +324,11 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
       if saved is None and distributed.is_main():
         run_dir.save(
           workdir,
-          start.run.config,
+          config,
           data.tokenizer,
           labels=data.label_names,
           digest=data.digest,
-          asked=None if start.run.config == config else config,
+          became=start.run.config,
         )
     with Checkpoints(workdir) as checkpoints:
       try:
@@ -449,6 +449,7 @@ def _train(
   """Trains to the last step, tests the best checkpoint, returns the result."""
   run, first_step, state = start
   config, t = run.config, run.config.train
+  metric = t.metric or run.task.metrics[0]
   teacher = run.placed(teacher)
   teacher_model, teacher_params = teacher or (None, None)
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
@@ -460,11 +461,11 @@ def _train(
     # First: JAX's callback of the garbage collector swallows a KeyboardInterrupt
     # that arrives while the writer imports TensorBoard.
     stop_signal() as stopped,
-    MetricsWriter(workdir, config, first_step, distributed.is_main()) as writer,
+    MetricsWriter(workdir, t, first_step, distributed.is_main()) as writer,
   ):
     clock = Clock(workdir, first_step)
     counts = run.counts(state)
-    log = StepLog(config, run.whole_size, writer, clock, counts)
+    log = StepLog(t, run.whole_size, writer, clock, counts)
     for line in _notes(start):
       writer.say(line)
     batches = run.data.train_batches(first_step)
@@ -490,7 +491,7 @@ def _train(
           writer.write({"split": "valid", "step": step, **metrics})
           writer.say(_line(step, "valid", metrics))
           # Only a fully pruned model can be the best.
-          loss = _rank(metrics, config) if step >= mask_updates.stop else None
+          loss = _rank(metrics, metric) if step >= mask_updates.stop else None
         checkpoints.save(step, state, loss, run.config.model)
         run.write_result(
           workdir,
@@ -536,7 +537,7 @@ def _train(
       is_at_target=not run.rules or bool(log.counts["done"]),
     )
     if run.rules and not log.counts["done"]:
-      writer.say(_missed(log.counts, config))
+      writer.say(_missed(log.counts, config.fpp))
     writer.say(_line(t.steps, "test ", test))
   return run_dir.read_result(workdir)
 
@@ -566,21 +567,20 @@ def _notes(start: Start) -> list[str]:
   return notes
 
 
-def _missed(counts: Mapping[str, float], config: Config) -> str:
+def _missed(counts: Mapping[str, float], fpp: FPPConfig) -> str:
   """Returns a line about a run that is less sparse than FPP should make it."""
   zero, target = (counts[n] / counts["selected"] for n in ("zero", "target"))
   reason = "a layer had no finite statistics or no gradients"
-  if config.fpp.tolerance is not None:
-    reason = f"fpp.tolerance={config.fpp.tolerance} kept the others"
+  if fpp.tolerance is not None:
+    reason = f"fpp.tolerance={fpp.tolerance} kept the others"
   return (
     f"fpp: {zero:.2%} of the selected parameters are zero and not {target:.2%}: "
     f"{reason}"
   )
 
 
-def _rank(metrics: dict[str, Any], config: Config) -> float:
-  """Returns the rank of a checkpoint, lower is better; see `train.metric`."""
-  name = config.train.metric or task_of(config).metrics[0]
+def _rank(metrics: dict[str, Any], name: str) -> float:
+  """Returns the rank of a checkpoint by a metric, lower is better."""
   loss = metrics["loss"]
   if name == "loss":
     return loss
@@ -604,7 +604,8 @@ def resume_run(workdir: str) -> dict[str, Any]:
     ConfigError: it is not a run.
     TrainingError: see `run`.
   """
-  return run(_config_here(workdir), workdir)
+  order = run_dir.load_order(workdir)
+  return run(_here(order, workdir), workdir)
 
 
 def evaluate_run(workdir: str, split: str = "test") -> dict[str, Any]:
@@ -627,7 +628,7 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   Raises:
     ConfigError: it is not a run.
   """
-  config = _config_here(workdir)
+  config = _here(run_dir.load_config(workdir), workdir)
   tokenizer = run_dir.load_tokenizer(workdir)
   # data.dir comes from the run, not from the user who reads it.
   data = make_data(config, tokenizer, keep_tokens=False)
@@ -636,9 +637,8 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   return Run(config, data), Checkpoints(workdir, cleans=False)
 
 
-def _config_here(workdir: str) -> Config:
+def _here(config: Config, workdir: str) -> Config:
   """Returns the config of a run, with a mesh that fits the devices."""
-  config = run_dir.load_config(workdir)
   if sources.is_tfds(config.data):
     from folding.data import tfds_sets  # imports TFDS, which takes seconds
 

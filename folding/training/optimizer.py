@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from folding import config as config_lib
 from folding import paths
 from folding.compression.fpp import fpp
 from folding.compression.scores import SCORES
 from folding.compression.sites import Rule, make_sites
-from folding.config import Config, TrainConfig
+from folding.config import Config, FPPConfig, TrainConfig
 from folding.errors import ConfigError
 from folding.models.params import axis_of, group_of
-from folding.models.shape import Layer, shape_of
-from folding.tasks import task_of
+from folding.models.shape import Layer, Shape, shape_of, with_shape
+from folding.typed import edited
 
 _TOKENS, _POSITIONS = "embed/embedding", "position_embed/embedding"
 
@@ -27,7 +28,7 @@ _NEURON = "mlp/(up|gate|down)/(kernel|bias)", "F"
 _HEAD = "attn/[qkv]/(kernel|bias)", "HJ"
 
 
-class _Targets(NamedTuple):
+class Targets(NamedTuple):
   """Fractions to zero.
 
   Attributes:
@@ -41,29 +42,72 @@ class _Targets(NamedTuple):
   head: float
   embedding: float
 
+  @property
+  def prune(self) -> bool:
+    """Whether anything is zeroed; folding alone may save as much."""
+    return any((self.head, self.embedding, *self.layers))
 
-def make_rules(config: Config, params: Any, dense: Any) -> list[Rule]:
-  """Returns the pruning rules of a resolved config; none if it prunes nothing.
+
+def planned(config: Config, shape: Shape, targets: Targets | None) -> Config:
+  """Returns the config of a run whose model has become another than asked for.
 
   Args:
-    config: The resolved configuration.
+    config: What was asked for.
+    shape: Shape of the model.
+    targets: What a plan prunes; None: there was no plan.
+  """
+  if shape != shape_of(config):
+    config = with_shape(config, shape)
+  if targets is None:
+    return config
+  edits: dict[str, Any] = {
+    "fpp.overall": None,
+    "fpp.linear": targets.head,
+    "fpp.embedding": targets.embedding,
+    "fpp.linear_layers": targets.layers,
+    "compress.plan": "same",
+    "compress.uniform": False,
+    "compress.embedding": "share",
+  }
+  if not targets.prune:
+    edits["compress.prune"] = "none"
+  if config.fpp.embedding_granularity == "rank":
+    edits["fpp.embedding_granularity"] = "weight"
+  return config_lib.resolve(edited(config, edits))
+
+
+def make_rules(
+  shape: Shape,
+  f: FPPConfig,
+  params: Any,
+  dense: Any,
+  targets: Targets | None = None,
+) -> list[Rule]:
+  """Returns the pruning rules of a model; none if nothing is pruned.
+
+  Args:
+    shape: Shape of the model.
+    f: What FPP is asked for.
     params: Tree of parameters, or of their shapes, before any shrink.
     dense: The same for the dense baseline, which `overall` refers to.
+    targets: Of a plan; None: those of `f`.
 
   Raises:
     ConfigError: no fraction of the prunable parameters reaches `overall`.
   """
-  f, count = config.fpp, config.model.num_layers
-  linear, embedding = f.linear or 0.0, f.embedding or 0.0
-  if f.overall is not None:
-    linear, embedding = _fractions_for(f.overall, config, params, dense)
-  layers = f.linear_layers or (linear,) * count
-  return _rules(config, params, _Targets(layers, linear, embedding))
+  if targets is None:
+    linear, embedding = f.linear or 0.0, f.embedding or 0.0
+    if f.overall is not None:
+      linear, embedding = _fractions_for(f.overall, (shape, f), params, dense)
+    layers = f.linear_layers or (linear,) * shape.num_layers
+    targets = Targets(layers, linear, embedding)
+  return _rules(shape, f, params, targets)
 
 
-def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
+def _rules(
+  shape: Shape, f: FPPConfig, params: Any, targets: Targets
+) -> list[Rule]:
   """Returns a rule per array (or array of units) with a target above 0."""
-  f = config.fpp
   names = list(paths.flatten(params))
   # (pattern of a layer's arrays, granularity, other arrays of a unit)
   mlp = ("mlp/(up|gate|down)/kernel", "weight", None)
@@ -75,9 +119,9 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
     "all": [("attn/[qkvo]/kernel", "weight", None)],
     "heads": [("attn/o/kernel", "row", _HEAD)],
   }[f.attention]
-  unit, score = _embedding_rule(config)
+  unit, score = _embedding_rule(shape, f)
   # A plan that has yet to choose the rank prunes rows in place of it.
-  keeps_tokens = f.embedding_granularity == "rank" and not config.has_open_rank
+  keeps_tokens = f.embedding_granularity == "rank" and shape.embedding_rank > 0
   rules = []
   for name in names:
     if in_layer := re.fullmatch(r"(blocks_(\d+)/)(.*)", name):
@@ -91,7 +135,7 @@ def _rules(config: Config, params: Any, targets: _Targets) -> list[Rule]:
           rules.append(
             Rule(re.escape(name), target, granularity, tied, axis=axis)
           )
-    elif name == "head/kernel" and task_of(config).predicts_tokens:
+    elif name == "head/kernel" and shape.output == "tokens":
       rules.append(Rule(re.escape(name), targets.head))
     elif keeps_tokens:
       continue
@@ -114,14 +158,13 @@ def _members(
   return {name: axis for name, axis in axes.items() if axis is not None}
 
 
-def _embedding_rule(config: Config) -> tuple[str, str | None]:
+def _embedding_rule(shape: Shape, f: FPPConfig) -> tuple[str, str | None]:
   """Returns (granularity, score) of the rules of embeddings."""
-  f = config.fpp
   if f.embedding_granularity != "weight":
     return "row", "activation"  # how common a token is
   # A score that depends on how common a token is would empty rare ones. The
   # gradient of an embedding that is the output layer too does not.
-  is_output = task_of(config).predicts_tokens and config.model.tie_embeddings
+  is_output = shape.output == "tokens" and shape.tie_embeddings
   is_usage = bool(SCORES[f.score].evidence) and not (
     f.score == "saliency" and is_output
   )
@@ -135,7 +178,7 @@ def embedding_fraction(rules: list[Rule]) -> float:
 
 
 def _fractions_for(
-  overall: float, config: Config, params: Any, dense: Any
+  overall: float, asked: tuple[Shape, FPPConfig], params: Any, dense: Any
 ) -> tuple[float, float]:
   """Returns the fractions that make the whole model `overall` smaller.
 
@@ -143,12 +186,13 @@ def _fractions_for(
   pruned, and T in the dense baseline, linear layers keep k and embeddings
   k**s, s their share: P - (1 - k) L - (1 - k**s) E = (1 - overall) T.
   """
-  share = config.fpp.embedding_share or 0.0
+  shape, f = asked
+  share = f.embedding_share or 0.0
   sizes = {n: x.size for n, x in paths.flatten(params).items()}
   total = sum(x.size for x in jax.tree.leaves(dense))
-  layers = (0.5,) * config.model.num_layers
+  layers = (0.5,) * shape.num_layers
   # Which arrays are pruned does not depend on the fractions.
-  rules = _rules(config, params, _Targets(layers, 0.5, 0.5 * (share > 0)))
+  rules = _rules(shape, f, params, Targets(layers, 0.5, 0.5 * (share > 0)))
   prunable = {"linear": 0, "embedding": 0}
   for site in make_sites(rules, params):
     for name in site.members:
@@ -228,7 +272,7 @@ def make_optimizer(
   optimizer = optax.chain(
     adam if t.optimizer == "adamw" else _muon(adam),
     optax.add_decayed_weights(t.weight_decay, _is_matrix),
-    optax.scale_by_learning_rate(make_schedule(config)),
+    optax.scale_by_learning_rate(make_schedule(t)),
   )
   inner = optax.chain(
     optax.clip_by_global_norm(t.clip_norm),
@@ -297,9 +341,8 @@ def _is_matrix(params: Any) -> Any:
   return paths.map_named(lambda name, _: group_of(name) != "other", params)
 
 
-def make_schedule(config: Config) -> optax.Schedule:
+def make_schedule(t: TrainConfig) -> optax.Schedule:
   """Returns a linear warm-up, then a cosine to a fraction of the peak."""
-  t = config.train
   warmup = max(1, round(t.warmup * t.steps)) if t.warmup else 0
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,

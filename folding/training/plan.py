@@ -22,7 +22,7 @@ from folding.data.labels import blank
 from folding.data.tokenizers import vocab_size
 from folding.models.shape import shape_of
 from folding.models.transformer import Transformer, make_model, param_shapes
-from folding.tasks import task_of
+from folding.tasks import Task, task_of
 from folding.training import hlo, sharding
 from folding.training.devices import GIB, Devices
 from folding.training.devices import find_devices as find_devices
@@ -97,7 +97,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     config,
     mesh,
     vocab_size=config.data.vocab_size,
-    num_classes=_num_outputs(config),
+    num_classes=_num_outputs(task_of(config)),
   )
 
 
@@ -141,9 +141,9 @@ def _shortened(program: Program, count: int) -> Program:
   return make_program(short, program.mesh)
 
 
-def _num_outputs(config: Config) -> int:
+def _num_outputs(task: Task) -> int:
   """Returns the width of a head, as far as it is known without the data."""
-  form = task_of(config).labels
+  form = task.labels
   return 1 if form and form.kind == "score" else 2
 
 
@@ -177,7 +177,7 @@ def _inputs(
   else:
     batch["mask"] = array((B, L), jnp.bool_, rows)
     if task.labels:
-      labels = blank(task.labels, B, _num_outputs(config))
+      labels = blank(task.labels, B, _num_outputs(task))
       batch["labels"] = array(labels.shape, labels.dtype, rows)
     if config.model.segments:
       batch["segments"] = array((B, L), jnp.int32, rows)
@@ -289,7 +289,9 @@ def _teacher(config: Config) -> Transformer | None:
   if not (config.distill.is_used or task_of(config).makes_vectors):
     return None
   return make_model(
-    shape_of(config).dense(), config.data.vocab_size, _num_outputs(config)
+    shape_of(config).dense(),
+    config.data.vocab_size,
+    _num_outputs(task_of(config)),
   )
 
 

@@ -16,7 +16,7 @@ import rich.progress
 from jax.experimental import multihost_utils
 
 from folding import files
-from folding.config import Config
+from folding.config import TrainConfig
 from folding.errors import ConfigError, TrainingError, reason
 from folding.training import run_dir
 from folding.training.optimizer import make_schedule
@@ -62,7 +62,11 @@ class MetricsWriter:
   """
 
   def __init__(
-    self, workdir: str, config: Config, first_step: int, is_main: bool = True
+    self,
+    workdir: str,
+    train: TrainConfig,
+    first_step: int,
+    is_main: bool = True,
   ):
     self._file = self._board = None
     self.speeds: list[float] = []  # tokens per second, of the records kept
@@ -77,7 +81,7 @@ class MetricsWriter:
         raise ConfigError(f"{path} is damaged: {reason(error)}") from error
       files.write_file(path, "".join(json.dumps(r) + "\n" for r in kept))
       self._file = open(path, "a", encoding="utf-8")
-    if is_main and config.train.tensorboard:
+    if is_main and train.tensorboard:
       import tensorboardX  # here, because it is slow to import
 
       self._board = tensorboardX.SummaryWriter(
@@ -96,7 +100,7 @@ class MetricsWriter:
     )
     self._task = self._progress.add_task(
       "train",
-      total=config.train.steps,
+      total=train.steps,
       completed=first_step,
       text="compiling first",
     )
@@ -178,7 +182,7 @@ class StepLog:
 
   def __init__(
     self,
-    config: Config,
+    train: TrainConfig,
     whole_size: int,
     writer: MetricsWriter,
     clock: Clock,
@@ -187,14 +191,14 @@ class StepLog:
     """Initializes the log.
 
     Args:
-      config: Resolved.
+      train: Its section of the config.
       whole_size: Parameters of the model before any shrink, zeros included.
       writer: Takes the records.
       clock: Of the run.
       counts: `fpp_counts` of the first state; {} if nothing is pruned.
     """
-    self._config, self._writer, self._clock = config, writer, clock
-    self._rate = jax.jit(make_schedule(config))  # one program, not ten
+    self._train, self._writer, self._clock = train, writer, clock
+    self._rate = jax.jit(make_schedule(train))  # one program, not ten
     self._size = whole_size
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._tokens = 0
@@ -231,7 +235,7 @@ class StepLog:
       raise TrainingError(f"the loss is {values['loss']} at step {step}")
     if "zero" in values:
       self.counts = values
-    elif step % self._config.train.log_every and step > 1:
+    elif step % self._train.log_every and step > 1:
       return
     speed = self._tokens / max(time.monotonic() - self._since, 1e-9)
     self._speeds.append(speed)

@@ -1,7 +1,8 @@
 """The files of a run directory.
 
-config.json     the resolved config of the training
-asked.json      the config as asked for; only if the start of the run changed it
+config.json     the config as it was given, with its presets resolved
+model.json      the model that training began with: its shape, the fractions that a
+                plan prunes, and the names of a pair
 tokenizer.json  the tokenizer, see `folding.data.tokenizers`
 labels.json     class names in id order; only of a classifier
 text.sha256     digest of all text and labels
@@ -43,11 +44,16 @@ from folding import config as config_lib
 from folding import files
 from folding.config import Config
 from folding.data import special_tokens, tokenizers
-from folding.errors import ConfigError
+from folding.errors import ConfigError, reason
+from folding.models.shape import shape_of, with_shape
+from folding.training.optimizer import Targets, planned
 from folding.typed import differences, edited
 from folding.version import __version__
 
 _log = logging.getLogger(__name__)
+
+_MODEL = "model.json"
+_ASKED = "asked.json"  # of earlier versions, whose config.json was as it became
 
 # Files that `checksums.json` lists beside config.json, missing ones as absent.
 _FIXED = (
@@ -56,7 +62,7 @@ _FIXED = (
   tokenizers.TOKEN_MAP,
   "labels.json",
   "text.sha256",
-  "asked.json",
+  _MODEL,
 )
 
 # Fields of a config that may be paths; some also take a hub id or "bytes".
@@ -104,25 +110,24 @@ def save(
   *,
   labels: tuple[str, ...],
   digest: str,
-  asked: Config | None = None,
+  became: Config | None = None,
 ) -> None:
   """Writes the files that a run begins with.
 
   Args:
     workdir: The run directory.
-    config: Resolved.
+    config: The config as it was given, resolved.
     tokenizer: Tokenizer of the model.
     labels: Class names in id order; () for a language model.
     digest: `Data.digest`.
-    asked: The config as asked for, if the start of the run changed it.
+    became: As the start of the run left it; None: as it was given.
   """
   tokenizer.save(_path(workdir, "tokenizer.json"))
   if labels:
     text = json.dumps(labels, ensure_ascii=False)
     files.write_file(_path(workdir, "labels.json"), text)
   files.write_file(_path(workdir, "text.sha256"), digest)
-  if asked is not None:
-    config_lib.save(asked, _path(workdir, "asked.json"))
+  files.write_json(_path(workdir, _MODEL), _model_values(config, became))
   text = config_lib.to_json(config)
   files.write_checksums(workdir, _FIXED, {"config.json": text})
   # Last: with it the run has begun.
@@ -130,7 +135,7 @@ def save(
 
 
 def config_to_continue(workdir: str, config: Config) -> Config | None:
-  """Returns the config of the run that a directory holds; None: no run.
+  """Returns the config of the run that a directory holds, as it became; None: no run.
 
   The mesh, `distributed`, `train.accumulate`, `train.compact`, `train.energy` and
   the spelling of paths do not change the outcome, and may differ; the given values
@@ -147,18 +152,13 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
   files.require_inside(workdir)
   if not os.path.exists(_path(workdir, "config.json")):
     return None
-  saved = _computed_as(load_config(workdir), config)
-  changed = differences(saved, config)
-  asked_path = _path(workdir, "asked.json")
-  if changed and os.path.exists(asked_path):
-    asked = _computed_as(config_lib.load(asked_path), config)
-    changed = differences(asked, config)
-  if changed:
+  order = load_order(workdir)
+  if changed := differences(_computed_as(order, config), config):
     raise ConfigError(
       f"{workdir} holds a run of another config ({'; '.join(changed)}); "
       f"choose another --workdir, or continue it with: folding resume {workdir}"
     )
-  return saved
+  return _computed_as(_became(order, workdir), config)
 
 
 def _computed_as(config: Config, other: Config) -> Config:
@@ -184,8 +184,52 @@ def _computed_as(config: Config, other: Config) -> Config:
   )
 
 
+def _model_values(config: Config, became: Config | None) -> dict[str, Any]:
+  """Returns the content of `model.json`."""
+  became, targets = became or config, None
+  if became.fpp != config.fpp:
+    f = became.fpp
+    targets = Targets(f.linear_layers or (), f.linear or 0, f.embedding or 0)
+  names = became.data.text_field
+  sections = dataclasses.asdict(with_shape(became, shape_of(became)))
+  return {
+    "model": sections["model"],
+    "fold": sections["fold"],
+    "targets": targets and targets._asdict(),
+    "pair": names if isinstance(names, tuple) else None,
+  }
+
+
 def load_config(workdir: str) -> Config:
-  """Returns the config of a run directory.
+  """Returns the config of a run directory, as the start of the run left it.
+
+  Raises:
+    ConfigError: see `load_order`; or model.json is damaged.
+  """
+  return _became(load_order(workdir), workdir)
+
+
+def _became(order: Config, workdir: str) -> Config:
+  path = _path(workdir, _MODEL)
+  if not os.path.exists(path):  # of an earlier version
+    return config_lib.load(_path(workdir, "config.json"))
+  values = files.read_json(path, dict)
+  try:
+    model, fold = values["model"], values["fold"]
+    pair, targets = values["pair"], values["targets"]
+    if pair is not None:
+      order = edited(order, {"data.text_field": tuple(pair)})
+    if targets is not None:
+      targets = Targets(**targets)._replace(layers=tuple(targets["layers"]))
+    sections = {"model": model, "fold": fold}
+    described = config_lib.from_dict(config_lib.to_dict(order) | sections)
+    return planned(order, shape_of(described), targets)
+  except (LookupError, TypeError, ValueError) as error:
+    raise ConfigError(f"{path} is damaged: {reason(error)}") from None
+
+
+def load_order(workdir: str) -> Config:
+  """Returns the config of a run directory, as it was given.
 
   Raises:
     ConfigError: it is not a run, or one of an earlier version; or a file of it
@@ -214,7 +258,10 @@ def load_config(workdir: str) -> Config:
       workdir,
       files.CHECKSUMS,
     )
-  return config_lib.load(path)
+  asked = _path(workdir, _ASKED)
+  has_order = os.path.exists(_path(workdir, _MODEL))
+  is_changed = not has_order and os.path.exists(asked)
+  return config_lib.load(asked if is_changed else path)
 
 
 def load_tokenizer(workdir: str) -> tokenizers.Tokenizer:

@@ -60,10 +60,11 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
       tokenizer = MappedTokenizer(tokenizer, cut.token_map)
     run_dir.save(
       part,
-      config,
+      run_dir.load_order(workdir),
       tokenizer,
       labels=this.data.label_names,
       digest=this.data.digest,
+      became=config,
     )
     for name in ("metrics.jsonl", "fold.json", energy.FILE):
       if os.path.exists(os.path.join(workdir, name)):

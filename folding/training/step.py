@@ -150,7 +150,7 @@ class Program:
     self.model = make(shape, vocab_size)
     self.dense_params = param_shapes(make(shape.dense(), plain_size))
     before = param_shapes(make(shape.whole(), plain_size))
-    self.rules = make_rules(config, before, self.dense_params)
+    self.rules = make_rules(shape, config.fpp, before, self.dense_params)
     after = param_shapes(self.model)
     self.removed = removed_units(self.rules, before, after)
     self.whole_size = _size(before)

@@ -167,9 +167,9 @@ def test_compress_fits_pairs_with_their_segments(monkeypatch):
   pairs = [("the cat", "a dog ran to the barn"), ("a", "a"), ("cat", "old")]
   seen = []
 
-  def compress_params(config, params, batches, usage_V):
+  def compress_params(asked, params, batches, usage_V, **_):
     seen.extend(batches)
-    return Compressed(config, params, [])
+    return Compressed(asked.shape, params, [])
 
   monkeypatch.setattr(compress_lib, "compress_params", compress_params)
   folding.compress(model, pairs, max_texts=2)

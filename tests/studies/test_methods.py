@@ -53,7 +53,8 @@ def saved(config, base):
     shapes(c.dense_baseline(config)),
     shapes(c.dense_baseline(base)),
   )
-  rules, leaves = make_rules(config, found, own_dense), paths.flatten(found)
+  rules = make_rules(shape_of(config), config.fpp, found, own_dense)
+  leaves = paths.flatten(found)
   zeros = 0
   for site in make_sites(rules, found):
     units = math.prod(site.shape)

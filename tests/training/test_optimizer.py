@@ -24,7 +24,7 @@ def test_schedule_warms_up_then_follows_a_cosine(steps, warmup):
   train = c.TrainConfig(
     steps=steps, warmup=warmup, learning_rate=0.2, final_learning_rate=0.1
   )
-  schedule = optimizer.make_schedule(c.Config(train=train))
+  schedule = optimizer.make_schedule(train)
   top = max(1, round(warmup * steps)) if warmup else 0
   for step in range(steps):
     if step < top:
@@ -224,7 +224,7 @@ def test_without_rules_it_is_adamw_after_a_clip():
         lambda n, _: n.endswith(("/kernel", "/embedding", "/diagonal")), p
       ),
     ),
-    optax.scale_by_learning_rate(optimizer.make_schedule(config)),
+    optax.scale_by_learning_rate(optimizer.make_schedule(config.train)),
   )
   params = expected = tiny.noise(tiny.shapes(config))
   state, hand_state = jax.jit(run.tx.init)(params), by_hand.init(params)

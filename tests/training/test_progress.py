@@ -25,7 +25,7 @@ from folding.training.progress import (
 )
 from folding.training.run_dir import read_metrics, write_result
 
-CONFIG = c.Config(train=c.TrainConfig(steps=20, log_every=4, tensorboard=False))
+CONFIG = c.TrainConfig(steps=20, log_every=4, tensorboard=False)
 BATCH = {"tokens": np.zeros((2, 8), np.int32)}
 RECORDS = [
   {"split": "train", "step": 1, "loss": 2.5, "tokens_per_second": 10.0},
@@ -36,7 +36,7 @@ RECORDS = [
 
 
 def write(workdir, records, first_step=0, tensorboard=False):
-  config = c.Config(train=c.TrainConfig(tensorboard=tensorboard))
+  config = c.TrainConfig(tensorboard=tensorboard)
   with MetricsWriter(str(workdir), config, first_step) as writer:
     for record in records:
       writer.write(record)

@@ -1,3 +1,4 @@
+import dataclasses
 import fcntl
 import json
 import math
@@ -14,7 +15,9 @@ import pytest
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
 from folding.training import run_dir
+from folding.training.optimizer import Targets, planned
 from folding.typed import edited
 from folding.version import __version__
 from tests.training import tiny
@@ -23,9 +26,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
 
 
-def save(workdir, config, labels=(), asked=None):
+def save(workdir, config, labels=(), became=None):
   run_dir.save(
-    str(workdir), config, TOKENIZER, labels=labels, digest="a1", asked=asked
+    str(workdir), config, TOKENIZER, labels=labels, digest="a1", became=became
   )
 
 
@@ -93,11 +96,32 @@ def test_config_to_continue_refuses_a_file_called_as_a_tokenizer(tmp_path):
     run_dir.config_to_continue(str(tmp_path), now)
 
 
-def test_config_to_continue_accepts_the_config_that_was_asked_for(tmp_path):
-  asked, planned, other = (tiny.config(seed=seed) for seed in range(3))
-  save(tmp_path, planned, asked=asked)
-  for config in (asked, planned):
-    assert run_dir.config_to_continue(str(tmp_path), config) == planned
+def test_run_is_continued_by_its_order_with_the_model_as_it_became(tmp_path):
+  order = edited(tiny.config(), {"data.text_field": None})
+  shape = shape_of(order)
+  layers = [
+    dataclasses.replace(layer, mlp_width=8 + n, groups=0)
+    for n, layer in enumerate(shape.layers)
+  ]
+  shape = dataclasses.replace(shape, layers=tuple(layers))
+  targets = Targets((0.5,) * shape.num_layers, 0.25, 0.125)
+  became = edited(
+    planned(order, shape, targets), {"data.text_field": ("a", "b")}
+  )
+  save(tmp_path, order, became=became)
+  assert run_dir.config_to_continue(str(tmp_path), order) == became
+  assert run_dir.load_order(str(tmp_path)) == order
+  with pytest.raises(ConfigError, match="another config"):
+    run_dir.config_to_continue(str(tmp_path), became)
+
+
+def test_run_of_an_earlier_version_keeps_its_order_beside_its_config(tmp_path):
+  asked, became, other = (tiny.config(seed=seed) for seed in range(3))
+  save(tmp_path, became)
+  (tmp_path / "model.json").unlink()
+  (tmp_path / "checksums.json").unlink()
+  c.save(asked, str(tmp_path / "asked.json"))
+  assert run_dir.config_to_continue(str(tmp_path), asked) == became
   with pytest.raises(ConfigError, match="another config"):
     run_dir.config_to_continue(str(tmp_path), other)
 
@@ -139,6 +163,7 @@ def change(path, text):
     ("checksums.json", b'{"labels.json": "00000000"}'),
     ("checksums.json", b"["),
     ("config.json", b"edited"),
+    ("model.json", b"edited"),
   ],
 )
 def test_load_config_refuses_a_changed_file_by_its_name(tmp_path, name, text):
@@ -146,7 +171,7 @@ def test_load_config_refuses_a_changed_file_by_its_name(tmp_path, name, text):
   assert run_dir.load_config(str(tmp_path)) == tiny.config()
   if text == b"edited":
     values = json.loads((tmp_path / name).read_text())
-    values["seed"] = 5
+    values["seed" if name == "config.json" else "pair"] = 5
     text = json.dumps(values).encode()
   change(tmp_path / name, text)
   state = " is missing" if text is None else ""

@@ -65,7 +65,7 @@ def make(values: c.Config) -> Tiny:
   """Builds the model, the rules and the optimizer of a config."""
   model = make_model(shape_of(values), VOCAB, num_classes=3)
   params, dense = shapes(values), shapes(c.dense_baseline(values))
-  rules = optimizer.make_rules(values, params, dense)
+  rules = optimizer.make_rules(shape_of(values), values.fpp, params, dense)
   return Tiny(values, model, rules, optimizer.make_optimizer(values, rules))
 
 
@@ -78,7 +78,7 @@ def rules_of(values: c.Config) -> dict[str, tuple[float, str]]:
   """Returns {matched parameter: (target, granularity)}."""
   params = shapes(values)
   dense = shapes(c.dense_baseline(values))
-  rules = optimizer.make_rules(values, params, dense)
+  rules = optimizer.make_rules(shape_of(values), values.fpp, params, dense)
   return {
     site.name: (rules[site.rule].target, rules[site.rule].granularity)
     for site in make_sites(rules, params)
