@@ -379,7 +379,7 @@ class CompressConfig:
   # Prune by `fpp` before the first step, then train the remaining weights.
   prune: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
   calibration: Count = 512  # calibration texts (or windows)
-  fit_steps: Natural = 300  # steps per layer to fit folded attention to dense
+  fit_steps: Natural = 100  # steps per layer to fit folded attention to dense
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ import optax
 
 from folding.models.exact_attention import attention_logits
 from folding.models.transformer import Block
-from folding.training.stream import Params, Stream, halves, total
+from folding.training.stream import Params, Stream, halves, spread, total
 
 _FIT_RATE = 0.03  # first learning rate of a fit, relative to an array's RMS
 _FIT_TOKENS = 1024  # about as many per step
 _FIT_CHECKS = 10  # evaluations of a fit on the held-out half
+_FIT_HELD_OUT = 4096  # about as many tokens per evaluation
 
 
 class Fit(NamedTuple):
@@ -41,10 +42,10 @@ def fit_attention(
 ) -> Fit:
   """Returns a layer whose attention weights are near those of a dense one.
 
-  Adam on the mean of KL(dense weights || folded weights) over half of the
-  texts, some at a step, moves W_Q, W_K, their biases and ALiBi's slopes. The best of the start
-  and ten later points on the other half is returned, so the fit is never worse
-  there than its start.
+  Adam on the mean of KL(dense weights || folded weights) over half of the texts,
+  some at a step, moves W_Q, W_K, their biases and ALiBi's slopes. Of the start and
+  ten later points the best on texts of the other half is returned, so the fit is
+  never worse there than its start.
 
   Args:
     folded: Block and parameters, where the descent starts.
@@ -59,6 +60,8 @@ def fit_attention(
   fitted = {name: layers[0]["attn"][name] for name in names}
   seen, held_out = halves(*stream)
   seen = [part for batch in seen for part in _parts(*batch)]
+  sizes = [mask.size for _, mask in held_out]
+  held_out = spread(held_out, sizes, _FIT_HELD_OUT)
 
   def measured(fitted):
     part = functools.partial(_divergence, blocks, fitted, layers)
