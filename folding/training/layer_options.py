@@ -52,7 +52,7 @@ from folding.training.stream import (
 EMBEDDING = (0, "embed")  # the decision about the rank of the embedding
 _FRACTIONS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to prune, tried
 # About as many tokens, and for errors that need a pass per option.
-_TOKENS, _FEW = 16_384, 8192
+_TOKENS, _FEW = 16_384, 4096
 _LINEAR = ("attn/o", "mlp/up", "mlp/gate", "mlp/down")
 
 

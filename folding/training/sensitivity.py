@@ -29,7 +29,7 @@ Sensitivities = Mapping[str, np.ndarray]  # see `sensitivities`
 # Fraction of the mean eigenvalue of F that is added in all directions, as the first
 # order misses some. MiniLM at 70% is equally accurate with 0.01, 0.1 and 1.
 _REST = 0.1
-_LOGITS = 2**24  # most next-token logits that exist at a time: 64 MiB
+_LOGITS = 2**22  # most next-token logits that exist at a time: 16 MiB
 # Tokens of a language model to draw from; each token is a sample of its own.
 _TOKENS = 8192
 MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `stream.OUTPUTS`
