@@ -33,7 +33,7 @@ Continue = Callable[[np.ndarray, int], Any]
 
 
 def _in_jax(loaded: export_lib.Model) -> Continue:
-  generator = Generator(loaded.model)
+  generator = Generator(loaded.module)
   params = jax.device_put(loaded.params)
   return lambda ids, count: generator(params, [ids], max_new_tokens=count)
 
@@ -81,7 +81,7 @@ def _in_llama_cpp(path: str) -> Continue:
 
 def _cache_bytes(loaded: export_lib.Model) -> int:
   """Returns the bytes of the KV cache per token, in float32."""
-  prefill = functools.partial(loaded.model.apply, method="prefill")
+  prefill = functools.partial(loaded.module.apply, method="prefill")
   tokens, start = jnp.zeros((1, READ), jnp.int32), jnp.zeros(1, jnp.int32)
   _, caches = jax.eval_shape(
     prefill, {"params": loaded.params}, tokens, start, None

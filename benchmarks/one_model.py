@@ -228,7 +228,7 @@ def _extended(loaded: export_lib.Model) -> export_lib.Model:
 
 def _jax_forward(loaded: export_lib.Model) -> Callable[..., Any]:
   params = jax.device_put(loaded.params)
-  apply = jax.jit(loaded.model.apply)
+  apply = jax.jit(loaded.module.apply)
 
   def forward(tokens, mask=None):
     logits = apply({"params": params}, jnp.asarray(tokens), mask)
@@ -239,7 +239,9 @@ def _jax_forward(loaded: export_lib.Model) -> Callable[..., Any]:
 
 def _peak_bytes(loaded: export_lib.Model, shape: tuple[int, int]) -> int:
   tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-  program = jax.jit(loaded.model.apply).lower({"params": loaded.params}, tokens)
+  program = jax.jit(loaded.module.apply).lower(
+    {"params": loaded.params}, tokens
+  )
   memory: Any = program.compile().memory_analysis()
   return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 

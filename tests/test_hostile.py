@@ -233,7 +233,7 @@ def generator(chunk=8, **options):
   def generate(tmp_path):
     model = models.make("lm")
     values = {"prompts": [np.array([3])], "max_new_tokens": 1} | options
-    return Generator(model.model, chunk=chunk)(model.params, **values)
+    return Generator(model.module, chunk=chunk)(model.params, **values)
 
   return generate
 
@@ -246,13 +246,13 @@ def few_labels(tmp_path):
 
 def empty_batch(tmp_path):
   model = models.make("lm")
-  model.model.apply({"params": model.params}, jnp.zeros((0, 4), jnp.int32))
+  model.module.apply({"params": model.params}, jnp.zeros((0, 4), jnp.int32))
 
 
 def mask_of_no_layer(tmp_path):
   model = models.make("lm")
   tokens = jnp.zeros((2, 4), jnp.int32)
-  apply = folding.observe(model.model.apply)
+  apply = folding.observe(model.module.apply)
   apply({"params": model.params}, tokens, keep=np.ones(7, bool))
 
 

@@ -159,7 +159,7 @@ def _perplexity(model: Model, texts: Sequence[str]) -> float:
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   params = jax.device_put(model.params)
   task = task_of(model)
-  step = make_eval_step(model.model, task, mesh)
+  step = make_eval_step(model.module, task, mesh)
   found = evaluate(step, params, batches, mesh, task=task, num_bytes=1.0)
   return found["perplexity"]
 

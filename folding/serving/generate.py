@@ -460,7 +460,7 @@ def _generated(
   require_several(texts)
   tokenizer = loaded.tokenizer
   prompts = [tokenizer.prompt(x) for x in tokenizer.encode_batch(list(texts))]
-  parts = Generator(loaded.model, cache).stream(
+  parts = Generator(loaded.module, cache).stream(
     jax.device_put(loaded.params),
     prompts,
     max_new_tokens=max_new_tokens,

@@ -139,7 +139,7 @@ class Model:
     texts = list(texts)
     require_texts(texts)
     return outputs(
-      self.model,
+      self.module,
       self.tokenizer,
       jax.device_put(self.params),
       texts,
@@ -218,11 +218,13 @@ class Model:
       )
 
   @property
-  def model(self) -> Transformer:
+  def module(self) -> Transformer:
     """The Linen module: `model.apply({"params": params}, tokens, mask)`."""
     # A loop over layers would stack, and so copy, the weights at each call.
     shape = dataclasses.replace(self.shape, scan_layers=False)
     return make_model(shape, self.num_rows, len(self.labels))
+
+  model = module  # its name before 0.2
 
   @property
   def num_rows(self) -> int:

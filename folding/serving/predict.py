@@ -83,7 +83,7 @@ def _predict(
       _log.warning("each line begins with a label, which is read as its text")
       labelled = ()
     found = outputs(
-      model.model,
+      model.module,
       model.tokenizer,
       params,
       group,

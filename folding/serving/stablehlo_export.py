@@ -88,7 +88,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
 
 def _forward_of(loaded: Model) -> Any:
   """Returns the function (tokens, mask, segments or None) -> outputs."""
-  model, tokenizer = loaded.model, loaded.tokenizer
+  model, tokenizer = loaded.module, loaded.tokenizer
 
   @jax.jit
   def forward(tokens_BL, mask_BL, segments_BL=None):

@@ -96,7 +96,7 @@ def logits(loaded: Model, text: str) -> np.ndarray:
   [ids] = loaded.tokenizer.encode_batch([text], loaded.config.data.length)
   if not ids.size:
     ids = np.array([loaded.tokenizer.end_id])
-  model = loaded.model
+  model = loaded.module
   apply = _JITTED.setdefault(repr(model), jax.jit(model.apply))
   return np.asarray(apply({"params": loaded.params}, jnp.asarray(ids[None])))[0]
 

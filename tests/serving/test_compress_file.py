@@ -40,7 +40,7 @@ def test_language_model_reports_its_perplexity(tmp_path, capsys):
   assert len(rows) < 256  # so all are used
 
   def perplexity(model):
-    logits = jax.jit(model.model.apply)({"params": model.params}, rows[:, :-1])
+    logits = jax.jit(model.module.apply)({"params": model.params}, rows[:, :-1])
     z = np.asarray(logits, np.float64)
     z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
     right = np.take_along_axis(z, rows[:, 1:, None], axis=-1)

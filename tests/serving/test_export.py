@@ -178,7 +178,7 @@ def folder(exported, tmp_path):
 def test_load_returns_what_was_exported(model, exported, tmp_path):
   found = folding.load(exported[0])
   assert (found.config, found.labels) == (model.config, model.labels)
-  assert found.model == model.model
+  assert found.module == model.module
   assert "params" not in repr(found)  # arrays would fill the screen
   _assert_same(found.params, model.params)
   assert found.tokenizer.to_json() == model.tokenizer.to_json()

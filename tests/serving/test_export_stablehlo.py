@@ -36,7 +36,7 @@ def _batch(model, length):
 
 def _apply(model, tokens, keep):
   tokens = getattr(model.tokenizer, "token_map", np.arange(21))[tokens]
-  apply = jax.jit(model.model.apply)
+  apply = jax.jit(model.module.apply)
   return np.asarray(apply({"params": model.params}, tokens, keep))
 
 
@@ -45,7 +45,7 @@ def test_program_of_pairs_reads_segments(tmp_path):
   export_lib.export_stablehlo(tmp_path / "out", model)
   tokens, keep = _batch(model, 9)
   segments = (keep & (np.arange(9) > 4)).astype(np.int32)
-  apply = jax.jit(model.model.apply, static_argnums=3)
+  apply = jax.jit(model.module.apply, static_argnums=3)
   expected = apply({"params": model.params}, tokens, keep, True, segments)
   found = _load(tmp_path / "out").call(tokens, keep, segments)
   np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)

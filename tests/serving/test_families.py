@@ -74,7 +74,7 @@ def test_family_is_folded_exported_and_generates(family, tmp_path):
 
   tokens = np.concatenate(small.tokenizer.encode_batch(texts[:1], 9))[None]
   mask = np.ones_like(tokens, bool)
-  model, params = small.model, {"params": small.params}
+  model, params = small.module, {"params": small.params}
   is_lm = small.config.task == "lm"
 
   @jax.jit

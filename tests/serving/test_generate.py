@@ -75,7 +75,7 @@ class Uncached:
 
   def __init__(self, loaded):
     self._params = {"params": loaded.params}
-    self._apply = jax.jit(loaded.model.apply)
+    self._apply = jax.jit(loaded.module.apply)
 
   def logits(self, ids):
     # In one shape; later tokens are not seen.
@@ -129,7 +129,7 @@ def test_sampled_tokens_equal_the_oracle(
   one, generator, temperature, top_k, top_p
 ):
   uncached = _uncached("alibi_1")
-  sampling, V = Sampling(temperature, top_k, top_p, 7), one.model.vocab_size
+  sampling, V = Sampling(temperature, top_k, top_p, 7), one.module.vocab_size
   key = jax.random.key(7)
   noise = [
     np.asarray(sampling_lib.noise(key, jnp.int32(step), len(PROMPTS), V))
@@ -156,7 +156,7 @@ def test_stream_yields_the_same_tokens(one, generator, chunk):
   whole = generator(one.params, PROMPTS, **options)
   options["end_id"] = int(whole[1][2])
   whole = generator(one.params, PROMPTS, **options)
-  streaming = generator if chunk == 8 else Generator(one.model, chunk=chunk)
+  streaming = generator if chunk == 8 else Generator(one.module, chunk=chunk)
   stream = streaming.stream(one.params, PROMPTS, **options)
   parts = list(stream)
   for row, expected in enumerate(whole):
@@ -187,7 +187,7 @@ def test_constant_state_gives_the_same_tokens(name, margin, sampling):
   loaded = _make(name)
   prompts = [ids[:28] for ids in PROMPTS]
   options = {"max_new_tokens": 20, "sampling": sampling}
-  linear = Generator(loaded.model, "linear", margin=margin)
+  linear = Generator(loaded.module, "linear", margin=margin)
   states = []
   empty_states = constant_state.empty_states
 
@@ -212,7 +212,7 @@ def test_state_remade_after_9_tokens_continues_the_draws(
   # After the prompts, the first chunk and, outside, the second.
   flags = iter([False, False, True, False, False, False])
   monkeypatch.setattr(generate.State, "is_outside", lambda _: next(flags))
-  linear = Generator(one.model, "linear")
+  linear = Generator(one.module, "linear")
   found = linear(one.params, PROMPTS, **options)
   assert next(flags, None) is None
   assert _lists(found) == _lists(expected)
@@ -227,13 +227,13 @@ def test_model_without_constant_state_is_refused(name):
 def test_unknown_cache_is_refused(one):
   init = inspect.unwrap(Generator.__init__)  # without the type checker of tests
   with pytest.raises(ConfigError, match="keys or linear; it is 'kv'"):
-    init(object.__new__(Generator), one.model, "kv")
+    init(object.__new__(Generator), one.module, "kv")
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, np.nan])
 def test_margin_that_never_covers_a_range_is_refused(one, margin):
   with pytest.raises(ConfigError, match="margin must be above 0; it is"):
-    Generator(one.model, "linear", margin=margin)
+    Generator(one.module, "linear", margin=margin)
 
 
 class Counted(Transformer):
@@ -252,7 +252,7 @@ TRACES: list[str] = []
 
 
 def test_other_numbers_share_a_program(one):
-  m = one.model
+  m = one.module
   model = Counted(m.shape, m.vocab_size)
   generator = Generator(model)
 
@@ -295,7 +295,7 @@ def test_learned_positions_are_used_up_to_the_last():
   ],
 )
 def test_invalid_prompt_is_refused(one, generator, prompts, count, message):
-  assert one.model.vocab_size == 21
+  assert one.module.vocab_size == 21
   prompts = [np.array(ids, int) for ids in prompts]
   with pytest.raises(ConfigError, match=message):
     generator.stream(one.params, prompts, max_new_tokens=count)

@@ -370,7 +370,7 @@ def test_llama_cpp_continues_stories_alike(llama_cpp, shared_data, tmp_path):
   assert [server.encode(x, begin=True) for x in prompts] == [
     row.tolist() for row in ids
   ]
-  generator = Generator(loaded.model)
+  generator = Generator(loaded.module)
   expected = generator(
     loaded.params,
     ids,

@@ -140,7 +140,7 @@ def _batch(num_tokens, length=17):
 
 def _logits(model, tokens, mask):
   tokens = getattr(model.tokenizer, "token_map", np.arange(21))[tokens]
-  apply = jax.jit(model.model.apply)
+  apply = jax.jit(model.module.apply)
   return np.asarray(apply({"params": model.params}, tokens, mask))
 
 
@@ -190,7 +190,7 @@ def test_pairs_have_segments(start, tmp_path):
   tokens, mask = _batch(21)
   segments = np.arange(17) >= np.array([[9], [1], [17]])
   inputs = [jnp.asarray(x) for x in (tokens, mask, segments.astype(np.int32))]
-  expected = jax.jit(model.model.apply)(
+  expected = jax.jit(model.module.apply)(
     {"params": model.params}, *inputs[:2], segments_BL=inputs[2]
   )
   [found] = start(tmp_path / "out")(tokens, mask, segments)
@@ -297,7 +297,7 @@ def test_sentence_encoder_has_states_and_vectors(start, tmp_path):
 
   variables = {"params": model.params}
   inputs = (jnp.asarray(tokens), jnp.asarray(mask))
-  apply = jax.jit(functools.partial(model.model.apply, method=blocks))
+  apply = jax.jit(functools.partial(model.module.apply, method=blocks))
   expected = apply(variables, *inputs)
   np.testing.assert_allclose(
     hidden[mask], np.asarray(expected)[mask], rtol=1e-4, atol=1e-4

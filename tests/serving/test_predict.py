@@ -81,7 +81,7 @@ def test_pairs_are_read_with_their_segments():
   ids = [tokenizer.encode_batch([text], 9)[0].tolist() for text in pair]
   joined = np.array([[*ids[0], *ids[1][1:]]])
   types = (np.arange(joined.size) >= len(ids[0]))[None].astype(int)
-  apply = jax.jit(model.model.apply, static_argnums=3)
+  apply = jax.jit(model.module.apply, static_argnums=3)
   logits = apply({"params": model.params}, joined, None, True, types)
   expected = np.exp(logits[0]) / np.exp(logits[0]).sum()
   np.testing.assert_allclose(one.probabilities, expected, atol=2e-6)

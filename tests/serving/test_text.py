@@ -52,7 +52,7 @@ def expected(loaded):
   tokenizer = loaded.tokenizer
   prompts = [ids for ids in tokenizer.encode_batch(TEXTS)]
   prompts[1] = np.array([tokenizer.end_id])
-  generator = Generator(loaded.model)
+  generator = Generator(loaded.module)
   found = [
     generator(
       loaded.params, [ids], max_new_tokens=NEW, end_id=tokenizer.end_id
