@@ -12,6 +12,7 @@ from folding.tasks import METRICS, Task, task_of
 
 README, LICENSE = "README.md", "LICENSE"
 _TAG = "folding"
+_HUB_FOLDER = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # in its cache
 _PAPER = "https://doi.org/10.1038/s41598-025-92586-5"
 # {verb of a task: name of a pipeline of transformers}
 _PIPELINES = {
@@ -19,9 +20,6 @@ _PIPELINES = {
   "generate": "text-generation",
   "predict": "text-classification",
 }
-
-
-_HUB_FOLDER = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # of its cache
 _LIBRARIES = {
   "safetensors": "folding",
   "hf": "transformers",
@@ -61,7 +59,8 @@ def origin_of_folder(path: str) -> Origin:
   notes = metadata.get("notes") or ()
   if _TAG not in (metadata.get("tags") or ()):
     notes, base = (), _hub_id(path) or os.path.basename(os.path.abspath(path))
-  texts = sorted(pathlib.Path(path).glob(f"{LICENSE}*"))
+  found = sorted(pathlib.Path(path).glob(f"{LICENSE}*"))
+  texts = [file for file in found if file.is_file()]
   return Origin(
     str(base),
     str(metadata.get("license") or ""),
@@ -90,11 +89,11 @@ def origin_of_run(path: str, config: Config) -> Origin:
 
 def _metadata(path: str) -> dict[str, Any]:
   """Returns the head of a README.md; {} if there is none that can be read."""
-  import huggingface_hub  # slow to import
-
   file = os.path.join(path, README)
   if not os.path.isfile(file):
     return {}
+  import huggingface_hub  # slow to import
+
   try:
     return huggingface_hub.metadata_load(file) or {}
   except Exception:  # YAML errors of several kinds: only information is lost
@@ -139,16 +138,16 @@ def write(
   )
   stored = sizes["values"] + sizes["masks"]
   source = f", made from {origin.base}" if origin.base else ""
+  dense = sizes["dense"]
   facts = [
     f"The files have {files.folder_bytes(path):,} bytes.",
     f"It reads at most {model.shape.max_length} tokens of a text.",
     *origin.notes,
   ]
-  if stored < sizes["dense"]:
-    facts.insert(
-      0,
+  if stored < dense:
+    facts.append(
       f"Its parameters take {stored:,} bytes without zeros, and those of the "
-      f"dense model {sizes['dense']:,} ({1 - stored / sizes['dense']:.1%} less).",
+      f"dense model {dense:,} ({1 - stored / dense:.1%} less)."
     )
   lines = [
     f"# {name}",
