@@ -81,13 +81,16 @@ class MLP(nn.Module):
     return dense("down", c.width, kernel_init=_residual_init(c))(h_BLF)
 
 
-def _dot_rows(x: Array, kernel: Array, _: Any, **options: Any) -> Array:
+def _dot_rows(x: Array, kernel: Any, _: Any, **options: Any) -> Array:
   """Returns x @ kernel, as a product of two matrices.
 
-  With more axes XLA transposes large arrays for the gradients on a CPU.
+  With more axes XLA transposes large arrays for the gradients on a CPU. The
+  kernel may be quantised by another library, which replaces `lax.dot_general`.
   """
-  rows = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options)
-  return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+  rows = jax.lax.dot_general(
+    x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options
+  )
+  return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 class Block(nn.Module):
