@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -23,13 +23,14 @@ from folding.models.shape import shape_of
 from folding.serving.batched import require_several, require_texts
 from folding.serving.loaded import Model, load
 from folding.tasks import task_of
+from folding.training import compress as pipeline
 from folding.training.allocate import Asked
-from folding.training.compress import compress_params, fold_table
 from folding.training.recipe import recipe
 from folding.typed import edited
 
 _ROWS, _TOKENS = 64, 8192  # most texts and tokens per batch
 WINDOW = 128  # most tokens per window of a language model
+_WINDOWS = 16  # per batch, as a language model is wide
 
 
 def compress(
@@ -75,9 +76,48 @@ def compress(
     (found,) = predict(small, ["a text"])
     print(found.label, found.probabilities)
   """
+  [small] = compress_sizes(
+    model,
+    texts,
+    [saving],
+    max_texts=max_texts,
+    structured=structured,
+    uniform=uniform,
+    report=report,
+  )
+  return small
+
+
+def compress_sizes(
+  model: str | os.PathLike | Model,
+  texts: Sequence[Text],
+  savings: Sequence[float],
+  *,
+  max_texts: int = 512,
+  structured: bool | None = None,
+  uniform: bool = False,
+  report: Callable[[str], None] = lambda _: None,
+) -> Iterator[Model]:
+  """Yields a model compressed to several sizes, which is measured once.
+
+  Args:
+    model: As for `compress`, like the others.
+    texts: What the model will read.
+    savings: Fractions of the parameters to save.
+    max_texts: Number of texts to fit to.
+    structured: Whether the arrays of a language model get smaller too.
+    uniform: Whether all layers get one size.
+    report: Called with each plan.
+
+  Raises:
+    ConfigError: see `compress`.
+  """
   require_several(texts)
-  if not (isinstance(saving, float | np.floating) and 0 < saving < 1):
-    raise ConfigError(f"saving is a fraction between 0 and 1; it is {saving!r}")
+  for saving in savings:
+    if not (isinstance(saving, float | np.floating) and 0 < saving < 1):
+      raise ConfigError(
+        f"saving is a fraction between 0 and 1; it is {saving!r}"
+      )
   if not (isinstance(max_texts, int | np.integer) and max_texts >= 1):
     raise ConfigError(
       f"max_texts is a whole number, at least 1; it is {max_texts!r}"
@@ -89,14 +129,17 @@ def compress(
   if not texts:
     raise ConfigError("give texts like those that the model will read")
   require_texts(texts, loaded.pair)
-  config = recipe(
-    loaded.config, float(saving), structured=structured, uniform=uniform
-  )
-  # No training follows in which FPP could prune.
-  config = edited(config, {"compress.prune": "sparsegpt"})
   source = "a model in memory" if isinstance(model, Model) else str(model)
-  config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
-  if task_of(config).predicts_tokens:
+  sizes = []
+  for saving in savings:
+    config = recipe(
+      loaded.config, float(saving), structured=structured, uniform=uniform
+    )
+    # No training follows in which FPP could prune.
+    config = edited(config, {"compress.prune": "sparsegpt"})
+    config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
+    sizes.append(Asked(shape_of(config), config.fpp, config.compress))
+  if task_of(loaded).predicts_tokens:
     length = min(loaded.shape.max_length, WINDOW)
     batches = _windows(
       windows(loaded.tokenizer, cast(list[str], texts), length, max_texts)
@@ -109,19 +152,21 @@ def compress(
       encoded, max_texts, loaded.shape.max_length, loaded.tokenizer.pad_id
     )
     usage_V = token_usage(counts, loaded.num_rows)
-  asked = Asked(shape_of(config), config.fpp, config.compress)
-  small = compress_params(asked, loaded.params, batches, usage_V, source=source)
-  if small.report:
-    targets = small.targets
-    report(fold_table(small.report, targets.layers if targets else None))
-  return dataclasses.replace(loaded, shape=small.shape, params=small.params)
+  for small in pipeline.compress_sizes(
+    sizes, loaded.params, batches, usage_V, source=source
+  ):
+    if small.report:
+      targets = small.targets
+      layers = targets.layers if targets else None
+      report(pipeline.fold_table(small.report, layers))
+    yield dataclasses.replace(loaded, shape=small.shape, params=small.params)
 
 
 def _windows(ids_WL: np.ndarray) -> list[dict[str, np.ndarray]]:
   """Returns the windows of a language model in batches."""
   return [
     {"tokens": ids_BL, "mask": np.ones_like(ids_BL, bool)}
-    for ids_BL in np.split(ids_WL, range(_ROWS, len(ids_WL), _ROWS))
+    for ids_BL in np.split(ids_WL, range(_WINDOWS, len(ids_WL), _WINDOWS))
   ]
 
 

@@ -16,7 +16,7 @@ from folding.data.padding import windows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.serving import lines as lines_lib
-from folding.serving.compress import WINDOW, compress
+from folding.serving.compress import WINDOW, compress_sizes
 from folding.serving.loaded import Model, load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, sharding
@@ -39,9 +39,10 @@ def compress_file(
 ) -> list[str]:
   """Writes a compact export per saving, and reports what was lost.
 
-  The valid split is held out, or a tenth of the texts. The smaller model is compared with the dense one
-  on it: the perplexity of a language model, the cosine of the vectors of an encoder,
-  the share of equal predictions of a classifier.
+  The valid split is held out, or a tenth of the texts. On it the smaller model is
+  compared with the dense one by the perplexity of a language model, the cosine of
+  the vectors of an encoder, or the share of equal predictions of a classifier.
+  Several sizes are measured once.
 
   Args:
     source: As for `folding.load`; a dense model.
@@ -64,16 +65,15 @@ def compress_file(
   model = load(source)
   fit, held = _texts(path, model)
   folders = []
-  for saving in savings:
-    small = compress(
-      model,
-      fit,
-      saving=saving,
-      structured=structured,
-      uniform=uniform,
-      report=report,
-    )
-    small = shrunk(small)
+  smaller = compress_sizes(
+    model,
+    fit,
+    savings,
+    structured=structured,
+    uniform=uniform,
+    report=report,
+  )
+  for saving, small in zip(savings, map(shrunk, smaller), strict=True):
     lost = f"On held-out text {_lost(model, small, held)}"
     small = dataclasses.replace(
       small, origin=small.origin._replace(notes=(f"{lost}.",))
@@ -96,26 +96,30 @@ def compress_file(
 
 def _texts(path: str, model: Model) -> tuple[list[Text], list[Text]]:
   """Returns the texts to fit to, and those held out."""
-  if model.pair is not None:
-    with lines_lib.open_lines(path) as lines:
-      texts = list(lines_lib.pairs(lines, model.pair))
-    held = len(texts) // 10
-    return texts[held:], texts[:held]
   data = DataConfig(path=path, valid_fraction=0.1, test_fraction=0.0)
   is_stream = task_of(model).predicts_tokens
-  found = (
-    corpus.load_documents(data)
-    if is_stream
-    else sources.load_texts(data, "embed").texts
-  )
-  held = list(found["valid"])
+  if model.pair is not None:
+    with lines_lib.open_lines(path) as lines:
+      fit = list(lines_lib.pairs(lines, model.pair))
+    count = len(fit) // 10
+    fit, held = fit[count:], fit[:count]
+  else:
+    found = (
+      corpus.load_documents(data)
+      if is_stream
+      else sources.load_texts(data, "embed").texts
+    )
+    fit, held = list(found["train"]), list(found["valid"])
   if not is_stream:
     held = held[:_HELD]
   if not held:
     raise ConfigError(
-      f"{path} has too few texts to hold a tenth of them out; give ten or more"
+      f"{path} has too few different texts to hold a tenth of them out; give ten "
+      "or more"
     )
-  return list(found["train"]), held
+  if is_stream:
+    _held_out(model, held)  # before minutes of work
+  return fit, held
 
 
 def _num_stored(model: Model) -> int:
@@ -142,12 +146,21 @@ def _lost(model: Model, small: Model, texts: Sequence[Any]) -> str:
   return f"{same:.1%} of the predictions are those of the dense model"
 
 
-def _perplexity(model: Model, texts: Sequence[str]) -> float:
-  """Returns the perplexity of a language model on the first windows of texts."""
+def _held_out(model: Model, texts: Sequence[Any]) -> np.ndarray:
+  """Returns windows of held-out texts, each with the token after it."""
   length = min(model.shape.max_length, WINDOW)
   ids_WL = windows(model.tokenizer, texts, length + 1, _HELD)
   if not ids_WL.size:
-    raise ConfigError(f"the held-out texts have fewer than {length + 1} tokens")
+    raise ConfigError(
+      f"a tenth of the texts, held out, has fewer than {length + 1} tokens; give "
+      "more text"
+    )
+  return ids_WL
+
+
+def _perplexity(model: Model, texts: Sequence[str]) -> float:
+  """Returns the perplexity of a language model on windows of texts."""
+  ids_WL = _held_out(model, texts)
   batches = [
     {
       "tokens": x[:, :-1],

@@ -90,11 +90,11 @@ class Plan(NamedTuple):
 
   Attributes:
     shape: Heads and folding of each layer, and the rank of the embedding.
-    targets: Fractions to prune.
+    targets: Fractions to prune; None: those that were asked for.
   """
 
   shape: Shape
-  targets: Targets
+  targets: Targets | None
 
 
 def allocate(
@@ -102,6 +102,7 @@ def allocate(
   params: Mapping[str, Any],
   batches: Sequence[Batch],
   sensitivity: Sensitivities,
+  measured: Options | None = None,
 ) -> Plan:
   """Returns what each layer becomes, so that the model is as small as asked.
 
@@ -114,12 +115,13 @@ def allocate(
     params: Parameters of its dense baseline.
     batches: Calibration text, as for `fold_pretrained`.
     sensitivity: From `sensitivities`.
+    measured: From `measured_options`; None: they are measured here.
 
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
   """
-  require_pairs(asked.shape)
-  measured = measure(asked.shape, params, batches, sensitivity, asked.tried)
+  if measured is None:
+    measured = measured_options(asked, params, batches, sensitivity)
   is_uniform = asked.compress.uniform
   options = of_all_layers(measured) if is_uniform else measured
   target = _target(asked, params)
@@ -143,6 +145,20 @@ def allocate(
   )
   linear = _linear_layers(asked.fpp, params, options, chosen, target.budget)
   return Plan(shape, Targets(linear, target.linear, target.embedding))
+
+
+def measured_options(
+  asked: Asked,
+  params: Mapping[str, Any],
+  batches: Sequence[Batch],
+  sensitivity: Sensitivities,
+) -> Options:
+  """Returns the options of a plan; they do not depend on `fpp.overall`.
+
+  The arguments are those of `allocate`.
+  """
+  require_pairs(asked.shape)
+  return measure(asked.shape, params, batches, sensitivity, asked.tried)
 
 
 def _chosen_layer(asked: Layer, option: Attention) -> Layer:

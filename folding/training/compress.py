@@ -5,10 +5,11 @@ pruning, folds layer by layer and, with `compress.prune`, prunes before the firs
 step. Training then recovers the quality.
 """
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,9 @@ from folding.models.shrink import shrink
 from folding.models.transformer import make_model, model_for, param_shapes
 from folding.training.allocate import (
   Asked,
+  Plan,
   allocate,
+  measured_options,
   outer_fractions,
   require_reachable,
 )
@@ -138,40 +141,87 @@ def compress_params(
   Raises:
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
+  [compressed] = compress_sizes(
+    [asked],
+    dense,
+    batches,
+    usage_V,
+    source=source,
+    is_head_drawn=is_head_drawn,
+  )
+  return compressed
+
+
+def compress_sizes(
+  sizes: Sequence[Asked],
+  dense: dict[str, Any],
+  batches: Sequence[Mapping[str, Any]],
+  usage_V: np.ndarray | None = None,
+  *,
+  source: str = "",
+  is_head_drawn: bool = False,
+) -> Iterator[Compressed]:
+  """Yields a dense model compressed to several sizes, measured once.
+
+  Args:
+    sizes: What it is compressed to; they differ in `fpp.overall`.
+    dense: As for `compress_params`, like the others.
+    batches: Calibration text.
+    usage_V: Frequency of each token.
+    source: Where the parameters come from.
+    is_head_drawn: Whether the head is untrained.
+
+  Raises:
+    ConfigError: see `compress_params`.
+  """
   source = f"{source}: " if source else ""
   for name, w in paths.flatten(dense).items():
     if not np.isfinite(w).all():
       raise ConfigError(
         f"{source}{name} is not finite; the weights are damaged"
       )
-  # On a busy machine, several threads wait for each other for minutes.
-  limits = threadpoolctl.threadpool_limits(1, user_api="blas")
-  try:
-    with limits:
-      return _compress(asked, dense, batches, usage_V, is_head_drawn)
-  except ConfigError:
-    raise
-  except ValueError as error:  # moments are singular
-    raise ConfigError(f"{source}{error}") from error
-
-
-def _compress(asked, dense, batches, usage_V, is_head_drawn) -> Compressed:
-  params, report, sensitivity = dense, [], {}
-  shape, targets = asked.shape, None
-  has_ranks = shape.embedding_rank or any(
-    layer.value_dim < layer.head_dim for layer in shape.layers
+  asked, options, sensitivity = sizes[0], None, {}
+  has_ranks = asked.shape.embedding_rank or any(
+    layer.value_dim < layer.head_dim for layer in asked.shape.layers
   )
   is_auto = asked.compress.plan == "auto"
-  if is_auto:
-    require_reachable(asked, dense)
-  if is_auto or has_ranks or asked.fpp.granularity == "neuron":
-    require_text(shape, batches)
-    trained = dict(dense)
-    if is_head_drawn:
-      trained.pop("head", None)
-    sensitivity = sensitivities(shape, trained, batches)
-  if is_auto:
-    shape, targets = allocate(asked, dense, batches, sensitivity)
+  for each in sizes if is_auto else ():
+    require_reachable(each, dense)
+  with _on_text(source):
+    if is_auto or has_ranks or asked.fpp.granularity == "neuron":
+      require_text(asked.shape, batches)
+      trained = dict(dense)
+      if is_head_drawn:
+        trained.pop("head", None)
+      sensitivity = sensitivities(asked.shape, trained, batches)
+    if is_auto:
+      options = measured_options(asked, dense, batches, sensitivity)
+  for each in sizes:
+    with _on_text(source):
+      plan = Plan(each.shape, None)
+      if is_auto:
+        plan = allocate(each, dense, batches, sensitivity, options)
+      found = _compress(each, plan, dense, batches, usage_V, sensitivity)
+    yield found
+
+
+@contextlib.contextmanager
+def _on_text(source: str) -> Iterator[None]:
+  """Limits BLAS to one thread, and names the model if moments are singular."""
+  # On a busy machine, several threads wait for each other for minutes.
+  with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    try:
+      yield
+    except ConfigError:
+      raise
+    except ValueError as error:
+      raise ConfigError(f"{source}{error}") from error
+
+
+def _compress(asked, plan, dense, batches, usage_V, sensitivity) -> Compressed:
+  """Returns a dense model folded and pruned by a plan."""
+  params, report = dense, []
+  shape, targets = plan
   method = asked.compress.prune
   if targets is not None and not targets.prune:
     method = "none"  # folding alone saves as much
@@ -181,6 +231,7 @@ def _compress(asked, dense, batches, usage_V, is_head_drawn) -> Compressed:
     rules = make_rules(shape, asked.fpp, shapes, dense, targets)
     if asked.fpp.granularity == "neuron":
       prune_layer = neuron_pruner(shape, shapes, rules, sensitivity)
+  is_auto = targets is not None
   if prune_layer or is_auto or not shape.is_dense:
     params, report = fold_pretrained(
       shape,

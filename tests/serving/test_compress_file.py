@@ -9,6 +9,7 @@ from folding import cli
 from folding import config as c
 from folding.data.padding import windows
 from folding.serving import compress_file
+from folding.serving.compress import compress_sizes
 from folding.serving.export import export
 from tests.serving import models
 
@@ -81,6 +82,19 @@ def test_uniform_flag_gives_all_layers_one_size(tmp_path):
   assert config.fold.groups == 0
 
 
+def test_sizes_measured_once_equal_single_calls():
+  shape = c.ModelConfig(**models.SHAPE, causal=False)
+  dense = c.FoldConfig(groups=0, values="dense")
+  model = models.make("embed", shape, dense, length=8)
+  texts, savings = models.random_texts(200), [0.2, 0.4]
+  for saving, one in zip(
+    savings, compress_sizes(model, texts, savings), strict=True
+  ):
+    alone = folding.compress(model, texts, saving=saving)
+    assert one.shape == alone.shape
+    jax.tree.map(np.testing.assert_array_equal, one.params, alone.params)
+
+
 def test_windows_are_spread_over_the_stream():
   tokenizer = models.make("lm").tokenizer
   texts = models.random_texts(30)
@@ -113,8 +127,22 @@ def test_wrong_flags_are_one_line(tmp_path, flags, message, capsys):
   assert not output.exists()
 
 
-def test_too_few_texts_to_hold_some_out_are_refused(tmp_path, capsys):
-  _written(tmp_path / "dense", "embed")
+@pytest.mark.parametrize(
+  ("task", "texts", "message"),
+  [
+    ("embed", ["a text", "another"], "give ten or more"),
+    ("embed", ["a text"] * 50, "too few different texts"),
+    ("lm", ["a text of few tokens"], "give more text"),
+  ],
+)
+def test_texts_that_leave_none_to_hold_out_are_refused(
+  tmp_path, task, texts, message, capsys
+):
+  _written(tmp_path / "dense", task)
+  (tmp_path / "texts.txt").write_text("\n".join(texts))
   argv = ["compress", str(tmp_path / "dense"), f"--output={tmp_path / 'small'}"]
-  assert cli.main([*argv, f"--texts={_texts(tmp_path, 2)}"]) == 2
-  assert "give ten or more" in capsys.readouterr().err
+  assert cli.main([*argv, f"--texts={tmp_path / 'texts.txt'}"]) == 2
+  err = capsys.readouterr().err
+  assert message in err
+  assert err.count("\n") == 1
+  assert not (tmp_path / "small").exists()

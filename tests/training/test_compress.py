@@ -1,7 +1,6 @@
 """Runs that start from a checkpoint or a run, and learn from a teacher."""
 
 import dataclasses
-import importlib
 import json
 import shutil
 
@@ -281,15 +280,14 @@ def test_verb_writes_a_smaller_model_and_says_what_was_lost(
 
 
 def test_one_call_counts_each_token_once(dense_run, monkeypatch):
-  def compress_params(asked, dense, batches, usage_V, **_):
+  def compress_sizes(sizes, dense, batches, usage_V, **_):
     del dense, batches
     nonlocal found_V
     found_V = usage_V
-    return compress.Compressed(asked.shape, {}, [])
+    return [compress.Compressed(sizes[0].shape, {}, [])]
 
   found_V, dense = None, folding.load(dense_run)
-  compress_module = importlib.import_module("folding.serving.compress")
-  monkeypatch.setattr(compress_module, "compress_params", compress_params)
+  monkeypatch.setattr(compress, "compress_sizes", compress_sizes)
   texts = ["good film", "bad film"]
   folding.compress(dense, texts, saving=np.float64(0.5))
   ids = np.concatenate(dense.tokenizer.encode_batch(texts, 99))
