@@ -106,13 +106,13 @@ def fold_pretrained(
     name = f"blocks_{n}"
     block, dense_block = make_block(shape, n), make_block(dense, n)
     target = target_of(dense_block, params[name], dense_stream)
-    below = dense_stream
-    dense_stream = Stream([one["out"] for one in target], below.masks)
+    is_changed = prune is not None or block.layer != dense_block.layer
+    if stream is None and is_changed:
+      stream = dense_stream
+    dense_stream = Stream([one["out"] for one in target], dense_stream.masks)
     if stream is None:
-      if prune is None and block.layer == dense_block.layer:
-        report.append({"layer": n, **initial_report(block.layer)})
-        continue
-      stream = below
+      report.append({"layer": n, **initial_report(block.layer)})
+      continue
     folded[name], row, stream = fold_layer(
       block,
       dense_block,

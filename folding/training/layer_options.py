@@ -180,6 +180,7 @@ def _read_layer(
   """
   out: list[jax.Array] = []
   sums: list[Any] = [None, None]
+  params = jax.device_put(params)
   for number, (x, mask) in enumerate(zip(*stream, strict=True)):
     seen = capture(block, params, x, mask, tuple(names), ("out",))
     out.append(seen.pop("out"))
@@ -264,7 +265,7 @@ class _Trial(NamedTuple):
       roles: Modules whose output counts, "o" or "down".
     """
     stacked = jax.tree.map(lambda *ws: np.stack(ws), *params)
-    layers = (self.old, stacked)
+    layers = jax.device_put((self.old, stacked))  # once, not for each batch
     part = functools.partial(
       _errors, (self.dense, block), roles, layers, self.sensitivity
     )
@@ -522,7 +523,8 @@ def _mlp_options(trial: _Trial) -> list[Option]:
     return _neuron_options(trial)
   old = trial.old
   squares = total(
-    functools.partial(_square_sums, trial.dense, old), *trial.stream
+    functools.partial(_square_sums, trial.dense, jax.device_put(old)),
+    *trial.stream,
   )
   size = num_weights(old["attn"], ("o",))
   size += num_weights(old["mlp"], ("up", "gate", "down"))

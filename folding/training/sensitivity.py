@@ -86,13 +86,16 @@ def _batch_sums(model, params, batch, key) -> dict[str, jax.Array]:
   stem = {name: w for name, w in params.items() if "embed" in name}
   x = [_embed(model, stem, tokens, segments)]
   layers = [make_block(model.shape, n) for n in range(model.shape.num_layers)]
+  # Waits for each layer: a call that is queued holds a copy of its parameters.
   for n, layer in enumerate(layers):
     seen = capture(layer, params[f"blocks_{n}"], x[-1], mask, outputs=("out",))
-    x.append(seen["out"])
+    x.append(jax.block_until_ready(seen["out"]))
   top = model.read_out_params(params)
   grad, sums = _output_gradient(model, top, x.pop(), mask, key), {}
   for n, layer in reversed(list(enumerate(layers))):
-    grad, found = _layer_sums(layer, params[f"blocks_{n}"], x.pop(), mask, grad)
+    grad, found = jax.block_until_ready(
+      _layer_sums(layer, params[f"blocks_{n}"], x.pop(), mask, grad)
+    )
     sums |= {f"blocks_{n}/{path}": found[m] for m, path in MODULES.items()}
   sums["embed"] = _embed_sums(model, stem, tokens, segments, mask, grad)
   return sums

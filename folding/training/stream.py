@@ -211,6 +211,7 @@ def capture_all(
   outputs: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
   """Returns `capture` of each batch."""
+  params = jax.device_put(params)  # once, not for each batch
   return [
     capture(block, params, x, mask, names=names, outputs=outputs)
     for x, mask in zip(*stream, strict=True)
@@ -377,7 +378,8 @@ def input_moments(
   names: tuple[str, ...] = ("down", "o", "q", "up"),
 ) -> dict[str, Moments]:
   """Returns {module of a block: moments of its input}."""
-  sums = total(functools.partial(_input_sums, block, names, params), *stream)
+  part = functools.partial(_input_sums, block, names, jax.device_put(params))
+  sums = total(part, *stream)
   return jax.tree.map(lambda a: a / stream.num_tokens, sums)
 
 
