@@ -14,6 +14,7 @@ import sys
 CALLS = {
   "attention": ["--rounds=10"],
   "compact": ["--steps=1000"],
+  "compress": [],
   "decode": [],
   "fpp_step": ["--rounds=30"],
   "fpp_step_8": ["--rounds=30", "--devices=8"],
