@@ -183,11 +183,17 @@ def _batches(
     # Of one even size, as each shape is compiled, and each half of it.
     size = len(rows) // count // 2 * 2
     rows = rows[: size * count]
-  for members, bucket in by_length(rows, bucket_lengths(length), size):
-    chosen = [rows[i] for i in members]
+  members, lengths = map(
+    list, zip(*by_length(rows, bucket_lengths(length), size), strict=True)
+  )
+  for n, bucket in enumerate(lengths[:-1]):  # a single batch joins the next
+    if lengths.count(bucket) == 1 and lengths[n + 1] <= 2 * bucket:
+      lengths[n] = lengths[n + 1]
+  for at, bucket in zip(members, lengths, strict=True):
+    chosen = [rows[i] for i in at]
     tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)
     batch = {"tokens": tokens, "mask": mask}
     if encoded.seconds is not None:
-      batch["segments"] = segments_of(encoded.seconds[members], mask)
+      batch["segments"] = segments_of(encoded.seconds[at], mask)
     batches.append(batch)
   return batches
