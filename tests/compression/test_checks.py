@@ -11,9 +11,9 @@ from folding.compression import checks
     (np.int64(3), True, True),
     (3.0, False, True),
     (np.float32(3), False, True),
-    (2, True, True),
+    (0, True, True),
     (9, False, False),
-    (1, False, False),
+    (-1, False, False),
     (True, False, False),
     (np.bool_(True), False, False),
     ("3", False, False),
@@ -22,5 +22,5 @@ from folding.compression import checks
   ],
 )
 def test_checks_take_numbers_of_python_and_numpy(value, is_whole, is_between):
-  assert checks.is_whole(value, 2, 9) is is_whole
-  assert checks.is_between(value, 2, 9) is is_between
+  assert checks.is_whole(value, 0, 9) is is_whole
+  assert checks.is_between(value, 0, 9) is is_between

@@ -135,6 +135,28 @@ def test_observe_sees_the_base_of_lora_and_a_tied_layer_once():
   assert stats.keys() <= paths.flatten(nnx.state(model, nnx.Param)).keys()
 
 
+def test_observe_applies_keep_to_layers_with_its_tokens():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.up = nnx.Linear(4, 6, rngs=rngs)
+      self.down = nnx.Linear(6, 4, rngs=rngs)
+
+    def __call__(self, x):
+      return self.down(
+        self.up(x).reshape(2, 3, 2, 6).mean(2)
+      )  # half the tokens
+
+  model, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 6, 4))
+  keep = np.array([[True] * 6, [True] * 2 + [False] * 4])
+  _, stats = observe(model)(x, keep=keep)
+  pooled = np.float64(model.up(x)).reshape(2, 3, 2, 6).mean(2)
+  up, down = np.mean(x[keep] ** 2, 0), np.mean(pooled**2, (0, 1))
+  np.testing.assert_allclose(stats["up/kernel"], up, rtol=1e-5)
+  np.testing.assert_allclose(stats["down/kernel"], down, rtol=1e-5)
+  with pytest.raises(ValueError, match=r"keep has the shape \(2, 5\)"):
+    observe(model)(x, keep=keep[:, :5])
+
+
 class Scaled(nnx.Module):
   """A layer of a user: the axis of its input is its last but one."""
 
