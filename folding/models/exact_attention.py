@@ -86,7 +86,7 @@ def attend_whole(
   head_dim: int,
   cap: float | None = None,
 ) -> Float[Array, "B L H r"]:
-  """Returns `attend` within whole sequences, in blocks if they are long.
+  """Returns `attend` within whole sequences, in blocks if causal or long.
 
   Args:
     q_BLHG: Queries.
