@@ -25,6 +25,7 @@ from folding import config as config_lib
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.training import compress as pipeline
+from folding.training.allocate import Asked
 from folding.training.recipe import recipe
 
 LENGTH, ROWS, SAVING = 128, 16, 0.3
@@ -81,7 +82,8 @@ def measure(sizes: Mapping[str, int], texts: int) -> dict[str, Any]:
 
   for part in PARTS:
     setattr(pipeline, part, timed(part))
-  pipeline.compress_params(config, params, batches)
+  asked = Asked(shape_of(config), config.fpp, config.compress)
+  pipeline.compress_params(asked, params, batches)
   return {
     **sizes,
     "parameters": sum(w.size for w in jax.tree.leaves(params)),
