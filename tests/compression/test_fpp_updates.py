@@ -123,7 +123,8 @@ def test_elements_never_frozen_train_as_with_the_inner_optimizer():
       if n in state.suspected:
         touched |= _units(state, n, w.shape)
       a, b = np.asarray(found[n]), np.asarray(expected[n])
-      np.testing.assert_array_equal(a[~touched], b[~touched])
+      # A few roundings: the programs may fuse products with sums differently.
+      np.testing.assert_allclose(a[~touched], b[~touched], rtol=1e-5, atol=1e-6)
     assert touched.any() == (n in ("up", "embed"))
     assert not touched.all()
 
