@@ -97,7 +97,9 @@ def test_fpp_on_eight_devices_has_the_masks_of_one(granularity):
     assert np.any(packed)
     np.testing.assert_array_equal(state.suspected[n], packed)
   for n, w in expected.items():
-    np.testing.assert_array_equal(found[n], w)
+    np.testing.assert_array_equal(found[n] == 0, w == 0)
+    # A few roundings: the programs may fuse products with sums differently.
+    np.testing.assert_allclose(found[n], w, rtol=1e-5, atol=1e-6)
 
 
 def _battery_case(inner, rule, **options):
