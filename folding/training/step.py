@@ -248,20 +248,24 @@ class Steps:
       for is_update in (False, True)
     )
     self._ahead: concurrent.futures.Future | None = None
+    self._shapes: list[tuple[int, ...]] = []  # of the arguments compiled ahead
 
   def __call__(self, step: int, *args: Any, **options: Any) -> Any:
     """Returns the results of `train_step`.
 
     Args:
       step: Updates applied so far.
-      *args: State and batch, of the same shapes in each call.
+      *args: State and batch. Batches of texts may differ in length.
       **options: Other arrays.
     """
+    shapes = [x.shape for x in jax.tree.leaves((args, options))]
     if step in self._mask_updates:
-      update = self._ahead.result() if self._ahead else self._update
-      return update(*args, **options)
+      if self._ahead and shapes == self._shapes:
+        return self._ahead.result()(*args, **options)
+      return self._update(*args, **options)
     if self._ahead or step >= self._mask_updates.stop:
       return self._plain(*args, **options)
+    self._shapes = shapes
     args_like, options_like = jax.tree.map(_like, (args, options))
     results = self._plain(*args, **options)
     pool = concurrent.futures.ThreadPoolExecutor(1)

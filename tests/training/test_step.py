@@ -397,6 +397,20 @@ def test_steps_compile_a_mask_update_ahead_and_equal_train_step():
   assert steps._ahead.result().input_shardings  # it was compiled, and fits
 
 
+def test_steps_take_batches_of_other_lengths_than_compiled_ahead():
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  program = step_lib.Program(
+    tiny.config(), mesh, vocab_size=tiny.VOCAB, num_classes=0
+  )
+  state = jax.jit(program.draw, out_shardings=program.state_shardings)(0)
+  steps = step_lib.Steps(program, range(1, 2), None)
+  long = sharding.put_batch(mesh, tiny.batch(0))
+  state, _ = steps(0, state, long)
+  short = {name: x[:, :4] for name, x in long.items()}
+  state, metrics = steps(1, state, short)
+  assert metrics["selected"] > 0
+
+
 def test_mask_updates_follow_the_ramp(one_device):
   # The ramp 0.7 (1 - (1 - t)^3) at t = 0, 1/3, 2/3, 1. A mask update freezes
   # weights, the next one zeroes them; the last one does both.
