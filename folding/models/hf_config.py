@@ -103,7 +103,7 @@ def describe(values: dict[str, Any]) -> Description:
     max_length=max_length,
     pad_id=pad_id,
     token_types=_count(values, "type_vocab_size")
-    if values.get("type_vocab_size")
+    if "type_vocab_size" in family.defaults and values.get("type_vocab_size")
     else 0,
     problem=problem,
     label_names=label_names,

@@ -88,6 +88,13 @@ def test_describe_llama_3_is_llama_with_scaled_rotations():
   assert hf_config.describe(newer | {"rope_parameters": rope}) == described
 
 
+def test_describe_ignores_segments_that_a_family_does_not_have():
+  values = FAMILIES["distilbert"]
+  assert hf_config.describe(
+    values | {"type_vocab_size": 2}
+  ) == hf_config.describe(values)
+
+
 def test_describe_orders_labels_by_their_ids():
   labels = {str(i): f"class {i}" for i in range(11, -1, -1)}
   values = FAMILIES["bert"] | CLASSES | {"id2label": labels}
