@@ -38,7 +38,8 @@ def recipe(
   keeps_embedding = not by_weight and task.predicts_tokens and m.tie_embeddings
   # DeBERTa-v2 is a BERT with an embedding of low rank.
   low = dataclasses.replace(m, embed_width=1, project_first=True)
-  is_shared = uniform and hf_config.misfit(low, "deberta-v2") is None
+  is_fit = hf_config.misfit(low, "deberta-v2") is None
+  is_shared = uniform and is_fit and not m.embed_width
   keeps_embedding |= uniform and not is_shared
   is_rotary = m.positions == "rope"
   # A quarter of a head, for plans that fold all layers alike.

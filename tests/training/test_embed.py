@@ -169,6 +169,13 @@ def test_report_and_export_of_a_run(source, run, tmp_path):
     np.testing.assert_allclose(np.asarray(found)[0], vector, atol=1e-5)
 
 
+def test_uniform_recipe_keeps_embeddings_that_are_projected(tmp_path):
+  model = c.bert(width=32, num_heads=4, embed_width=16)
+  given = c.Config(task="classify", model=model, pretrained=str(tmp_path))
+  config = c.resolve(recipe(c.resolve(given), 0.3, uniform=True))
+  assert not config.fold.embedding_shared
+
+
 @pytest.mark.slow
 def test_uniform_run_trains_and_is_written_as_a_small_deberta(source, tmp_path):
   config = recipe(short(source), 0.2, uniform=True)
