@@ -44,7 +44,7 @@ class Run:
     parameters: Number of parameters by group of `GROUPS`.
     bytes: Number of bytes by group of `GROUPS`.
     allocated: Number of parameters in arrays, zeros included.
-    layers: The arrays, as `accounting.account` lists them.
+    layers: "path", "shape" and "stored" of the arrays, see `accounting.account`.
     train: Training records of `metrics.jsonl` by rising step.
     valid: Validation records by rising step.
     test: Test metrics; None before the end. An accuracy has a 95% interval,
@@ -105,7 +105,10 @@ def load_run(workdir: str) -> Run:
       parameters={g: _size(values["parameters"][g]) for g in GROUPS},
       bytes={g: _size(values["bytes"][g]) for g in GROUPS},
       allocated=sum(math.prod(layer["shape"]) for layer in values["layers"]),
-      layers=values["layers"],
+      layers=[
+        {"path": x["path"], "shape": x["shape"], "stored": int(x["stored"])}
+        for x in values["layers"]
+      ],
       train=[r for r in records if r["split"] == "train"],
       valid=[r for r in records if r["split"] == "valid"],
       test=_test(values),
@@ -217,7 +220,7 @@ def plan(run: Run) -> dict[str, list[Kept]]:
     array = arrays.get(f"blocks_{layer}/{path}/kernel")
     if array is None or not is_pruned:
       return 1.0
-    return array["stored"] / math.prod(array["shape"])
+    return array["stored"] / max(1, math.prod(array["shape"]))
 
   has_heads = config.fpp.attention == "heads"
   has_neurons = config.fpp.granularity == "neuron"

@@ -199,6 +199,7 @@ def test_load_run_refuses_a_missing_or_damaged_file(
     ({"schema": 2}, "schema 2"),
     ({"parameters": {}}, "qkv"),
     ({"layers": [{"path": "x"}]}, "shape"),
+    ({"layers": [{"path": "x", "shape": [1]}]}, "stored"),
     ({"test": "?"}, "damaged"),
   ],
 )
