@@ -39,6 +39,16 @@ def printable(text: str) -> str:
   return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def escaped(text: str) -> str:
+  r"""Returns Markdown that shows a text as it is, in one line.
+
+  Example:
+    >>> escaped("![x](/etc/passwd) <b>")
+    '!\\[x\\](/etc/passwd) \\<b>'
+  """
+  return re.sub(r"([\\`*<&\[\]]|\b_|_\b)", r"\\\1", printable(text))
+
+
 def one_line(error: BaseException) -> str:
   """Returns the message of an error without line breaks."""
   return " ".join(str(error).split())

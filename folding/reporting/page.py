@@ -11,6 +11,7 @@ from collections.abc import Collection
 import markdown_it
 
 from folding import errors, files
+from folding.errors import escaped as escaped
 
 
 def write(folder: str, name: str, text: str, figures: Collection[str]) -> None:
@@ -27,16 +28,6 @@ def write(folder: str, name: str, text: str, figures: Collection[str]) -> None:
   files.write_file(os.path.join(folder, f"{name}.md"), text)
   page = to_html(text, folder, figures)
   files.write_file(os.path.join(folder, f"{name}.html"), page)
-
-
-def escaped(text: str) -> str:
-  r"""Returns Markdown that shows a text as it is, in one line.
-
-  Example:
-    >>> escaped("![x](/etc/passwd) <b>")
-    '!\\[x\\](/etc/passwd) \\<b>'
-  """
-  return re.sub(r"([\\`*<&\[\]]|\b_|_\b)", r"\\\1", errors.printable(text))
 
 
 def code(text: str) -> str:

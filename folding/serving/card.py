@@ -1,5 +1,6 @@
 """README.md of an exported folder: the model card that a hub shows."""
 
+import json
 import os
 import pathlib
 import re
@@ -8,11 +9,13 @@ from typing import Any, NamedTuple
 
 from folding import files
 from folding.config import Config
+from folding.errors import escaped, printable
 from folding.tasks import METRICS, Task, task_of
 
 README, LICENSE = "README.md", "LICENSE"
 _TAG = "folding"
 _HUB_FOLDER = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # in its cache
+_HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@.+)?")  # and a revision
 _PAPER = "https://doi.org/10.1038/s41598-025-92586-5"
 # {verb of a task: name of a pipeline of transformers}
 _PIPELINES = {
@@ -55,17 +58,22 @@ def origin_of_folder(path: str) -> Origin:
   It is the folder, or what the card says if this library has written it.
   """
   metadata = _metadata(path)
-  base = metadata.get("made_from") or ""
-  notes = metadata.get("notes") or ()
-  if _TAG not in (metadata.get("tags") or ()):
+
+  def lines(name: str) -> tuple[str, ...]:
+    found = metadata.get(name)
+    found = found if isinstance(found, list) else [found]
+    return tuple(printable(x) for x in found if isinstance(x, str))
+
+  base, notes = "".join(lines("made_from")[:1]), lines("notes")
+  if _TAG not in lines("tags"):
     notes, base = (), _hub_id(path) or os.path.basename(os.path.abspath(path))
   found = sorted(pathlib.Path(path).glob(f"{LICENSE}*"))
-  texts = [file for file in found if file.is_file()]
+  texts = [file for file in found if _is_own(file)]
   return Origin(
-    str(base),
-    str(metadata.get("license") or ""),
+    base,
+    "".join(lines("license")[:1]),
     texts[0].read_text("utf-8", "replace") if texts else "",
-    tuple(map(str, notes)),
+    notes,
   )
 
 
@@ -75,7 +83,8 @@ def origin_of_run(path: str, config: Config) -> Origin:
   if start and os.path.isdir(start):
     origin = origin_of_folder(start)
   elif start:
-    origin = Origin(os.path.basename(start) if os.path.isabs(start) else start)
+    hub_id = _HUB_ID.fullmatch(start)
+    origin = Origin(hub_id[1] if hub_id else os.path.basename(start))
   result = os.path.join(path, "result.json")
   test = {}
   if os.path.isfile(result):
@@ -89,8 +98,8 @@ def origin_of_run(path: str, config: Config) -> Origin:
 
 def _metadata(path: str) -> dict[str, Any]:
   """Returns the head of a README.md; {} if there is none that can be read."""
-  file = os.path.join(path, README)
-  if not os.path.isfile(file):
+  file = pathlib.Path(path, README)
+  if not _is_own(file):
     return {}
   import huggingface_hub  # slow to import
 
@@ -98,6 +107,18 @@ def _metadata(path: str) -> dict[str, Any]:
     return huggingface_hub.metadata_load(file) or {}
   except Exception:  # YAML errors of several kinds: only information is lost
     return {}
+
+
+def _is_own(file: pathlib.Path) -> bool:
+  """Returns whether a file of a checkpoint is one, and lies in its folder.
+
+  Files in the cache of the hub are links to another folder of the same model. A link
+  to anywhere else could publish a private file in the card.
+  """
+  folder = file.parent.resolve()
+  models = (x for x in folder.parents if _HUB_FOLDER.fullmatch(x.name))
+  own = next(models, folder)
+  return file.is_file() and file.resolve().is_relative_to(own)
 
 
 def _hub_id(path: str) -> str:
@@ -137,12 +158,12 @@ def write(
     ignore_metadata_errors=True,
   )
   stored = sizes["values"] + sizes["masks"]
-  source = f", made from {origin.base}" if origin.base else ""
+  source = f", made from {escaped(origin.base)}" if origin.base else ""
   dense = sizes["dense"]
   facts = [
     f"The files have {files.folder_bytes(path):,} bytes.",
     f"It reads at most {model.shape.max_length} tokens of a text.",
-    *origin.notes,
+    *map(escaped, origin.notes),
   ]
   if stored < dense:
     facts.append(
@@ -150,7 +171,7 @@ def write(
       f"dense model {dense:,} ({1 - stored / dense:.1%} less)."
     )
   lines = [
-    f"# {name}",
+    f"# {escaped(name)}",
     f"A {task.words}{source} with [folding]({_PAPER}).",
     "\n".join(f"- {fact}" for fact in facts),
     f"```python\n{_usage(task, format, library, name)}\n```",
@@ -163,33 +184,39 @@ def write(
 
 def _usage(task: Task, format: str, library: str, name: str) -> str:
   """Returns a program that loads the folder in its runtime."""
+
+  def quoted(path: str) -> str:
+    return printable(json.dumps(path, ensure_ascii=False))
+
   if format == "safetensors":
     return (
-      f'import folding\n\nmodel = folding.load("{name}")\n'
+      f"import folding\n\nmodel = folding.load({quoted(name)})\n"
       f"model.{task.verb}({_ARGUMENTS[task.verb]})"
     )
   if library == "sentence-transformers":
     backend = ', backend="onnx"' if format == "onnx" else ""
     return (
       "from sentence_transformers import SentenceTransformer\n\n"
-      f'model = SentenceTransformer("{name}"{backend})\n'
+      f"model = SentenceTransformer({quoted(name)}{backend})\n"
       f"model.encode({_ARGUMENTS[task.verb]})"
     )
   if format == "hf":
     return (
       "from transformers import pipeline\n\n"
-      f'model = pipeline("{_PIPELINES[task.verb]}", model="{name}")\n'
+      f'model = pipeline("{_PIPELINES[task.verb]}", model={quoted(name)})\n'
       f"model({_ARGUMENTS[task.verb]})"
     )
   if format == "onnx":
     return (
       "import onnxruntime\nimport tokenizers\n\n"
-      f'tokenizer = tokenizers.Tokenizer.from_file("{name}/tokenizer.json")\n'
-      f'session = onnxruntime.InferenceSession("{name}/model.onnx")\n'
+      "tokenizer = tokenizers.Tokenizer.from_file("
+      f"{quoted(f'{name}/tokenizer.json')})\n"
+      "session = onnxruntime.InferenceSession("
+      f"{quoted(f'{name}/model.onnx')})\n"
       "print([x.name for x in session.get_inputs()])"
     )
   return (
     "import pathlib\n\nimport jax.export\n\n"
-    f'data = pathlib.Path("{name}/model.stablehlo").read_bytes()\n'
+    f"data = pathlib.Path({quoted(f'{name}/model.stablehlo')}).read_bytes()\n"
     "program = jax.export.deserialize(bytearray(data))"
   )

@@ -9,7 +9,7 @@ import pytest
 import folding
 from folding import config as c
 from folding import files
-from folding.serving import formats
+from folding.serving import card, formats
 from tests.models import checkpoints
 from tests.serving import models
 
@@ -100,3 +100,66 @@ def test_checkpoint_may_have_no_card(tmp_path):
   metadata = _metadata(tmp_path / "out")
   assert "license" not in metadata
   assert "base_model" not in metadata
+
+
+@pytest.mark.parametrize(
+  ("folder", "blob", "is_read"),
+  [
+    ("net", "private", False),
+    ("models--lab--net/snapshots/1", "models--lab--net/blobs/2", True),
+    ("models--lab--net/snapshots/1", "models--lab--other/blobs/2", False),
+  ],
+)
+def test_card_follows_links_within_a_hub_cache_alone(
+  tmp_path, folder, blob, is_read
+):
+  folder, blob = tmp_path / folder, tmp_path / blob
+  folder.mkdir(parents=True)
+  blob.parent.mkdir(parents=True, exist_ok=True)
+  blob.write_text("---\nlicense: mit\n---\n")
+  for name in ("LICENSE", "README.md"):
+    (folder / name).symlink_to(blob)
+  origin = card.origin_of_folder(str(folder))
+  assert (bool(origin.license_text), origin.license) == (
+    (True, "mit") if is_read else (False, "")
+  )
+
+
+@pytest.mark.parametrize("field", ["tags", "notes", "license", "made_from"])
+@pytest.mark.parametrize("value", ["5", "{a: b}", "[[1], 2]"])
+def test_card_ignores_metadata_that_is_no_text(tmp_path, field, value):
+  text = f"---\ntags: [folding]\n{field}: {value}\n---\n"
+  if field == "tags":
+    text = f"---\n{field}: {value}\n---\n"
+  (tmp_path / "README.md").write_text(text)
+  base = tmp_path.name if field == "tags" else ""
+  assert card.origin_of_folder(str(tmp_path)) == card.Origin(base)
+
+
+@pytest.mark.parametrize(
+  ("start", "base"),
+  [
+    ("lab/net", "lab/net"),
+    ("lab/net@refs/pr/1", "lab/net"),
+    ("../gone/net", "net"),
+    ("/gone/net", "net"),
+  ],
+)
+def test_card_names_the_start_of_a_run_without_its_place(tmp_path, start, base):
+  config = c.Config(pretrained=start)
+  assert card.origin_of_run(str(tmp_path), config).base == base
+
+
+def test_card_shows_hostile_words_as_text(tmp_path, monkeypatch):
+  model = models.make(model=c.bert(**models.SHAPE))
+  origin = card.Origin("[x](y)", notes=("one\n# two <b>",))
+  model = dataclasses.replace(model, origin=origin)
+  folder = tmp_path / 'a"`\n```'
+  model.save(folder)
+  text = (folder / "README.md").read_text("utf-8")
+  body = text.split("---\n")[2]
+  assert "made from \\[x\\](y)" in body
+  assert "\n# two" not in body
+  [program] = re.findall(r"```python\n(.*?)\n```", body, re.S)
+  monkeypatch.chdir(tmp_path)
+  exec(program, {})
