@@ -616,7 +616,8 @@ def _keep_memory() -> None:
   the system to clear and map all its memory again. Other libraries of C have no
   such options. JAX must not have started, because threads keep their heaps.
   """
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  library = ctypes.CDLL(None) if os.name == "posix" else None
+  mallopt = getattr(library, "mallopt", None)
   if mallopt is None:
     return
   # From malloc.h: one heap (M_ARENA_MAX), from which arrays of all sizes come
