@@ -189,8 +189,10 @@ def dense_test(workdir: str) -> dict[str, Any] | None:
   the run did not start from a finished dense run on the same data.
   """
   run = load_run(workdir)
+  if not run.config.pretrained:
+    return None
   with contextlib.suppress(ConfigError, OSError):
-    dense = load_run(run.config.pretrained or "")
+    dense = load_run(run.config.pretrained)
     if dense.config.dense and run.digest and dense.digest == run.digest:
       return dense.test
   return None

@@ -355,3 +355,13 @@ def test_share_is_of_removed_parameters_where_none_is_zero(tmp_path):
   pages = [(tmp_path / x / "report.md").read_text() for x in "ab"]
   assert ["are removed" in x for x in pages] == [True, False]
   assert ["are zero" in x for x in pages] == [False, True]
+
+
+def test_dense_test_of_a_run_from_scratch_is_not_that_of_the_current_folder(
+  tmp_path, monkeypatch
+):
+  config = synthetic_run.config(dense=True)
+  workdir = synthetic_run.write(tmp_path / "a", config)
+  (tmp_path / "a" / "text.sha256").write_text("0")
+  monkeypatch.chdir(workdir)
+  assert report.dense_test(workdir) is None
