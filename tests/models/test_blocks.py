@@ -84,7 +84,7 @@ def test_layer_in_blocks_equals_the_whole(fold, kind, padded):
   whole = results(module, params, x, keep, L)
   looped = results(module, params, x, keep, SIZE)
   assert_near(looped, whole)
-  if module.config.causal:
+  if module.shape.causal:
     assert_near(results(module, params, x, keep, L, SIZE), whole)
 
 

@@ -9,8 +9,8 @@ import pytest
 import folding
 from folding import config as c
 from folding.errors import ConfigError
-from folding.serving import compress as compress_lib
 from folding.serving import predict as predict_lib
+from folding.training import compress as pipeline
 from folding.training.compress import Compressed
 from tests.serving import models
 
@@ -167,11 +167,11 @@ def test_compress_fits_pairs_with_their_segments(monkeypatch):
   pairs = [("the cat", "a dog ran to the barn"), ("a", "a"), ("cat", "old")]
   seen = []
 
-  def compress_params(asked, params, batches, usage_V, **_):
+  def compress_sizes(sizes, params, batches, usage_V, **_):
     seen.extend(batches)
-    return Compressed(asked.shape, params, [])
+    yield Compressed(sizes[0].shape, params, [])
 
-  monkeypatch.setattr(compress_lib, "compress_params", compress_params)
+  monkeypatch.setattr(pipeline, "compress_sizes", compress_sizes)
   folding.compress(model, pairs, max_texts=2)
   rows = model.tokenizer.encode_rows(pairs[:2], 40)
   [batch] = seen

@@ -24,7 +24,7 @@ from folding.reporting import report
 from folding.serving import predict
 from folding.training import compress, loop, run_dir, step
 from folding.training.checkpoint import load_run
-from folding.training.dense_start import dense_start
+from folding.training.dense_start import dense_start, with_pairs
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
 from folding.typed import edited
@@ -186,7 +186,8 @@ def test_head_of_another_task_is_named(scored, similar, tmp_path, capsys):
   assert "\n" not in str(error.value)
   config = dataclasses.replace(config, distill=config_lib.DistillConfig())
   config = config_lib.resolve(config)
-  dense_start(scored[1], config, make_data(config))
+  data = make_data(config)
+  dense_start(scored[1], with_pairs(config, data), data)
   assert "is for task 'regress': score)" in capsys.readouterr().out
 
 
@@ -311,23 +312,19 @@ def test_row_of_a_new_task_reads_its_labels(tmp_path, monkeypatch):
     sources.load_texts(data, "count")
 
 
-@pytest.mark.parametrize("metric", [None, "matthews", "loss"])
+@pytest.mark.parametrize("metric", ["accuracy", "matthews", "loss"])
 def test_metric_ranks_checkpoints(metric):
-  train = config_lib.TrainConfig(metric=metric)
-  config = config_lib.Config(task="classify", train=train)
   found = {"loss": 2.0, "accuracy": 0.75, "matthews": -0.5}
-  expected = {None: 0.25, "matthews": 1.5, "loss": 2.0}[metric]
-  rank = loop._rank(found, config)
+  expected = {"accuracy": 0.25, "matthews": 1.5, "loss": 2.0}[metric]
+  rank = loop._rank(found, metric)
   tie_break = 0 if metric == "loss" else 1e-6 * 2 / 3
   assert rank == pytest.approx(expected + tie_break, rel=1e-9)
 
 
 def test_rank_prefers_the_metric_then_the_loss():
-  train = config_lib.TrainConfig(metric="spearman")
-  config = config_lib.Config(task="regress", train=train)
   ranked = [(0.9, 4e6), (0.8, 2.0), (0.8, 3.0), (0.8, 1e6)]
   ranks = [
-    loop._rank({"spearman": score, "loss": loss}, config)
+    loop._rank({"spearman": score, "loss": loss}, "spearman")
     for score, loss in ranked
   ]
   assert ranks == sorted(set(ranks))
