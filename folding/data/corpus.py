@@ -255,7 +255,7 @@ def _write(folder: pathlib.Path, splits: _Splits, tokenizer: Tokenizer) -> None:
 def _encode(
   splits: _Splits,
   tokenizer: Tokenizer,
-  to: Mapping[str, BinaryIO],
+  to: Mapping[str, io.BufferedIOBase],
   advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, int], str]:
   """Writes the ids of each split to its file, and reports the bytes of text.

@@ -449,7 +449,7 @@ def _mask(g: _Graph, window: int | None) -> str:
     distance_LL = g.add("Abs", _offsets(g))
     near_LL = g.add("Less", distance_LL, g.const(window, np.int64))
     seen = g.add("And", seen, near_LL)
-  return g.add("Where", seen, g.number(0), g.number(MASKED))
+  return g.add("Where", seen, g.number(0.0), g.number(MASKED))
 
 
 def _relative_bias(g: _Graph, table_RH: np.ndarray) -> str:
@@ -625,7 +625,7 @@ def _activate(g: _Graph, x: str, name: str) -> str:
 
 def _halved(g: _Graph, x: str, gate: str) -> str:
   """Returns x (gate + 1) / 2, in the order in which onnxruntime fuses Gelu."""
-  y = g.add("Mul", x, g.add("Add", gate, g.number(1)))
+  y = g.add("Mul", x, g.add("Add", gate, g.number(1.0)))
   return g.add("Mul", y, g.number(0.5))
 
 
@@ -668,4 +668,4 @@ def _pool(g: _Graph, x_BLD: str, pooling: str) -> str:
   mask = g.add("Unsqueeze", g.cast(MASK), g.ints(2))
   sums = g.add("ReduceSum", g.add("Mul", x_BLD, mask), g.ints(1), keepdims=0)
   count = g.add("ReduceSum", mask, g.ints(1), keepdims=0)
-  return g.add("Div", sums, g.add("Max", count, g.number(1)))
+  return g.add("Div", sums, g.add("Max", count, g.number(1.0)))

@@ -37,7 +37,7 @@ def fold_pretrained(
   params: Params,
   batches: Iterable[Batch],
   *,
-  fit_steps: int = 300,
+  fit_steps: int = 100,
   prune: Callable[[int], Prune] | None = None,
   usage_V: np.ndarray | None = None,
   sensitivity: Sensitivities | None = None,
