@@ -327,7 +327,9 @@ def _splits(data: DataConfig, large: dict[str, list[pathlib.Path]]) -> _Splits:
   tables = {x: part for x, part in splits.items() if isinstance(part, _Rows)}
   if train := tables.pop("train", None):
     for split, part in tables.items():
-      seen = np.isin(part.digests[part.chosen], train.digests[train.chosen])
+      seen = np.isin(
+        part.digests[part.chosen], train.digests[train.chosen], kind="sort"
+      )
       sources.warn_of_repeats(split, int(seen.sum()), seen.size)
   return splits
 
