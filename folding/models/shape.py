@@ -85,6 +85,11 @@ class Shape(Design):
     """N."""
     return len(self.layers)
 
+  @property
+  def shared_rank(self) -> int:
+    """Rank of the embeddings of positions and segments; 0: the full rank."""
+    return self.embedding_rank if self.embedding_shared else 0
+
   def whole(self, *, keeps_heads: bool = False) -> "Shape":
     """Returns the shape before any shrink: with all neurons, and all heads.
 

@@ -214,11 +214,12 @@ class Transformer(nn.Module):
       init = nn.initializers.normal(0.02)
       return nn.Embed(size, width, embedding_init=init, dtype=dtype)
 
-    rank, is_shared = c.embedding_rank, c.embedding_shared
+    rank, added_width = c.embedding_rank, c.shared_rank or width
     self.embed = embed(self.vocab_size, rank or width)
-    added_width = (is_shared and rank) or width
     if rank:
-      self.embed_expand = nn.Dense(width, use_bias=not is_shared, dtype=dtype)
+      self.embed_expand = nn.Dense(
+        width, use_bias=not c.shared_rank, dtype=dtype
+      )
     if c.positions == "learned":
       self.position_embed = embed(c.max_length, added_width)
     if c.segments:
@@ -400,8 +401,7 @@ class Transformer(nn.Module):
     """
     c = self.shape
     x_BLD = self.embed(tokens_BL)
-    is_low, is_shared = c.embedding_rank, c.embedding_shared
-    if is_low and not is_shared:
+    if c.embedding_rank and not c.shared_rank:
       x_BLD = self.embed_expand(x_BLD)
     if c.scale_embeddings:
       x_BLD *= jnp.asarray(c.width**0.5, x_BLD.dtype)
@@ -419,7 +419,7 @@ class Transformer(nn.Module):
       if segments_BL is None:
         segments_BL = jnp.zeros((1, 1), jnp.int32)
       x_BLD += self.segment_embed(segments_BL)
-    if is_low and is_shared:
+    if c.shared_rank:
       x_BLD = self.embed_expand(x_BLD)
     if c.embed_width and c.project_first:
       x_BLD = self.embed_project(x_BLD)

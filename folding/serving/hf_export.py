@@ -131,13 +131,13 @@ def _projected(loaded: Model) -> Model:
   A model that no family computes this way is returned as it is.
   """
   shape = loaded.shape
-  if not (shape.embedding_rank and shape.embedding_shared):
+  if not shape.shared_rank:
     return loaded
   params = dict(loaded.params)
   params["embed_project"] = params.pop("embed_expand")
   shape = dataclasses.replace(
     shape,
-    embed_width=shape.embedding_rank,
+    embed_width=shape.shared_rank,
     project_first=True,
     embedding_rank=0,
     embedding_shared=False,

@@ -386,8 +386,7 @@ def _make_graph(
   if token_map is not None:
     ids = g.add("Gather", g.array("token_map", token_map.astype(np.int32)), ids)
   x = g.embed("embed/embedding", ids)
-  rank, is_shared = m.embedding_rank, m.embedding_shared
-  if rank and not is_shared:
+  if (rank := m.embedding_rank) and not m.shared_rank:
     x = g.add("Reshape", x, g.ints(-1, rank))
     x = g.unflatten(g.dense(x, "embed_expand"), width)
   if m.scale_embeddings:
@@ -396,8 +395,8 @@ def _make_graph(
     x = g.add("Add", x, g.embed("position_embed/embedding", _positions(g)))
   if m.segments:
     x = g.add("Add", x, g.embed("segment_embed/embedding", SEGMENTS))
-  x = g.add("Reshape", x, g.ints(-1, (is_shared and rank) or width))
-  if rank and is_shared:
+  x = g.add("Reshape", x, g.ints(-1, m.shared_rank or width))
+  if m.shared_rank:
     x = g.dense(x, "embed_expand")
   if m.embed_width and m.project_first:
     x = g.dense(x, "embed_project")
