@@ -258,14 +258,13 @@ class Steps:
       *args: State and batch. Batches of texts may differ in length.
       **options: Other arrays.
     """
-    shapes = [x.shape for x in jax.tree.leaves((args, options))]
     if step in self._mask_updates:
-      if self._ahead and shapes == self._shapes:
+      if self._ahead and _shapes(args, options) == self._shapes:
         return self._ahead.result()(*args, **options)
       return self._update(*args, **options)
     if self._ahead or step >= self._mask_updates.stop:
       return self._plain(*args, **options)
-    self._shapes = shapes
+    self._shapes = _shapes(args, options)
     args_like, options_like = jax.tree.map(_like, (args, options))
     results = self._plain(*args, **options)
     pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -274,6 +273,10 @@ class Steps:
     )
     pool.shutdown(wait=False)
     return results
+
+
+def _shapes(args: Any, options: Any) -> list[tuple[int, ...]]:
+  return [x.shape for x in jax.tree.leaves((args, options))]
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
