@@ -1,6 +1,7 @@
 """A classifier that was trained for a few steps, in its run directory."""
 
 import pathlib
+import warnings
 
 import numpy as np
 import pytest
@@ -56,3 +57,16 @@ def run(tmp_path_factory) -> pathlib.Path:
   )
   loop.run(config, str(folder / "run"))
   return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def transformers():
+  """Returns the package, which says nothing; skips without it."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    reason = "needs the extra `parity` (PyTorch and transformers)"
+    pytest.importorskip("torch", reason=reason)
+    found = pytest.importorskip("transformers", reason=reason)
+  found.logging.set_verbosity_error()
+  found.logging.disable_progress_bar()
+  return found

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 
 import ml_dtypes
 import numpy as np
@@ -80,18 +79,6 @@ def _model(name):
     model = export_lib.shrunk(model)
     assert model.config.model.heads == ((0, 1, 2, 3), (2, 3))
   return model
-
-
-@pytest.fixture(scope="module")
-def transformers():
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    reason = "needs the extra `parity` (PyTorch and transformers)"
-    pytest.importorskip("torch", reason=reason)
-    found = pytest.importorskip("transformers", reason=reason)
-  found.logging.set_verbosity_error()
-  found.logging.disable_progress_bar()
-  return found
 
 
 @pytest.mark.filterwarnings("ignore")  # those of torch

@@ -1,7 +1,6 @@
 """Uniform plans: plain folders for transformers, as small as their arrays."""
 
 import json
-import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,15 +46,6 @@ def decoder():
     tie_embeddings=True,
   )
   return _compressed("lm", shape, 0.3)
-
-
-@pytest.fixture(scope="module")
-def transformers():
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    reason = "needs the extra `parity` (PyTorch and transformers)"
-    pytest.importorskip("torch", reason=reason)
-    return pytest.importorskip("transformers", reason=reason)
 
 
 def test_all_layers_of_a_decoder_have_one_size(decoder):
