@@ -355,26 +355,8 @@ def _draw(run: Run) -> dict[str, tuple[str, str]]:
     return os.path.join(run.workdir, name)
 
   if layers := plan(run):
-    height = 1.6 + 0.3 * run.config.model.num_layers
-    with plots.saved(path("plan.png"), len(layers), height) as all_axes:
-      for axes, (name, rows) in zip(all_axes, layers.items(), strict=True):
-        bars = {
-          str(n): {"dense baseline": row.dense, "kept": row.size}
-          for n, row in enumerate(rows)
-        }
-        label = re.sub(r"W_\w", r"$\g<0>$", name)  # a formula
-        notes = [row.text for row in rows]
-        plots.draw_bars(axes, bars, x_label=label, notes=notes)
-      all_axes[0].set_ylabel("layer")
-    about = " ".join(
-      f"{name} by layer: {', '.join(row.text for row in rows)}; "
-      f"dense {rows[0].dense:,}."
-      for name, rows in layers.items()
-    )
-    found["plan.png"] = (
-      "What each layer keeps; rows and ranks are per head",
-      about,
-    )
+    title = "What each layer keeps; rows and ranks are per head"
+    found["plan.png"] = title, _draw_plan(layers, path("plan.png"))
   with plots.saved(path("curves.png")) as axes:
     curves = {
       "training": [(r["step"], r["loss"]) for r in run.train],
@@ -420,6 +402,28 @@ def _draw(run: Run) -> dict[str, tuple[str, str]]:
     last = percent(pruning[-1]["sparsity"])
     found["sparsity.png"] = "Sparsity", f"In the end {last} are {gone}."
   return found
+
+
+def _draw_plan(layers: Mapping[str, Sequence[Kept]], path: str) -> str:
+  """Writes the picture of a plan, and returns its description."""
+  from folding.reporting import plots
+
+  height = 1.6 + 0.3 * len(next(iter(layers.values())))
+  with plots.saved(path, len(layers), height) as all_axes:
+    for axes, (name, rows) in zip(all_axes, layers.items(), strict=True):
+      bars = {
+        str(n): {"dense baseline": row.dense, "kept": row.size}
+        for n, row in enumerate(rows)
+      }
+      label = re.sub(r"W_\w", r"$\g<0>$", name)  # a formula
+      notes = [row.text for row in rows]
+      plots.draw_bars(axes, bars, x_label=label, notes=notes)
+    all_axes[0].set_ylabel("layer")
+  return " ".join(
+    f"{name} by layer: {', '.join(row.text for row in rows)}; "
+    f"dense {rows[0].dense:,}."
+    for name, rows in layers.items()
+  )
 
 
 def _page(
