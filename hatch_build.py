@@ -21,7 +21,8 @@ def with_address(text: str, address: str | None) -> str:
 
   Args:
     text: Markdown.
-    address: Of the repository; None: words of links stay, pictures do not.
+    address: Address of the repository. None keeps the words of links, and drops
+      pictures.
   """
 
   def link(found: re.Match[str]) -> str:

@@ -879,7 +879,7 @@ def from_saved(values: dict[str, Any]) -> Config:
     ConfigError: see `from_dict`.
   """
   compress = dict(values.get("compress", {}))
-  compress.pop("qkv", None)  # until 0.2
+  compress.pop("qkv", None)  # a field of earlier versions
   return from_dict({**values, "compress": compress})
 
 

@@ -151,7 +151,7 @@ def _seen(
   """Returns blocks of queries, each with the range of keys that it sees.
 
   Args:
-    length: Of the sequence; if it is not known, there is one block.
+    length: Number of tokens; one block holds them all if it is unknown.
     causal: Whether later keys are hidden.
     window: Keys at this distance and beyond are hidden; None: none are.
   """

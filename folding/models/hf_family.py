@@ -108,7 +108,7 @@ class Architecture(NamedTuple):
   Attributes:
     name: For layers of one shape.
     per_layer: For layers of several shapes; "": there is none.
-    activation: Of its MLP.
+    activation: Activation of the MLP.
     rotates_neighbours: Whether rotary positions pair channels 2i and 2i + 1, not
       i and i + K/2.
     scales_rotations: Whether it reads a factor per rotation.

@@ -199,11 +199,11 @@ def dense_test(workdir: str) -> dict[str, Any] | None:
 
 
 class Kept(NamedTuple):
-  """What is left of one dimension of a layer.
+  """A dimension of a layer, such as its neurons, before and after.
 
   Attributes:
-    dense: Its size in the dense baseline.
-    size: Its size in the run; units that are zero do not count.
+    dense: Size in the dense baseline.
+    size: Size in the run; units that are zero do not count.
     text: The size in words.
   """
 
@@ -213,7 +213,7 @@ class Kept(NamedTuple):
 
 
 def plan(run: Run) -> dict[str, list[Kept]]:
-  """Returns what each layer keeps, by name; {} if all layers are dense."""
+  """Returns the dimensions of all layers by name; {} if all are dense."""
   config = run.config
   shape = shape_of(config)
   arrays = {array["path"]: array for array in run.layers}

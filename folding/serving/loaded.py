@@ -224,7 +224,7 @@ class Model:
     shape = dataclasses.replace(self.shape, scan_layers=False)
     return make_model(shape, self.num_rows, len(self.labels))
 
-  model = module  # its name before 0.2
+  model = module  # its earlier name
 
   @property
   def num_rows(self) -> int:

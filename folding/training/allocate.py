@@ -69,10 +69,8 @@ class Asked(NamedTuple):
   @property
   def tried(self) -> Tried:
     """The options that a plan has to choose from."""
-    m, is_uniform = (
-      with_shape(Config(), self.shape).model,
-      self.compress.uniform,
-    )
+    m = with_shape(Config(), self.shape).model
+    is_uniform = self.compress.uniform
     fewer = dataclasses.replace(
       m, num_heads=m.num_heads // m.num_kv_heads, num_kv_heads=1
     )
@@ -86,11 +84,11 @@ class Asked(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What each part of a model becomes.
+  """The chosen form of each layer and of the embedding.
 
   Attributes:
     shape: Heads and folding of each layer, and the rank of the embedding.
-    targets: Fractions to prune; None: those that were asked for.
+    targets: Fractions to prune; None: those of `Asked.fpp`.
   """
 
   shape: Shape

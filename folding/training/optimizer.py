@@ -52,9 +52,9 @@ def planned(config: Config, shape: Shape, targets: Targets | None) -> Config:
   """Returns the config of a run whose model has become another than asked for.
 
   Args:
-    config: What was asked for.
+    config: The config as it was given.
     shape: Shape of the model.
-    targets: What a plan prunes; None: there was no plan.
+    targets: Fractions that a plan prunes; None: there was no plan.
   """
   if shape != shape_of(config):
     config = with_shape(config, shape)
@@ -87,10 +87,10 @@ def make_rules(
 
   Args:
     shape: Shape of the model.
-    f: What FPP is asked for.
+    f: The section of FPP.
     params: Tree of parameters, or of their shapes, before any shrink.
     dense: The same for the dense baseline, which `overall` refers to.
-    targets: Of a plan; None: those of `f`.
+    targets: Fractions that a plan chose; None: those of `f`.
 
   Raises:
     ConfigError: no fraction of the prunable parameters reaches `overall`.

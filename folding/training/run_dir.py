@@ -434,8 +434,8 @@ def read_command(workdir: str) -> dict[str, Any]:
     return {}
   record = files.read_json(path, dict)
   edits, dense = record.get("edits"), record.get("dense_test")
-  texts = [record.get("command"), *(edits if isinstance(edits, list) else [0])]
-  if not all(isinstance(text, str) for text in texts):
+  has_edits = isinstance(edits, list) and all(isinstance(x, str) for x in edits)
+  if not (has_edits and isinstance(record.get("command"), str)):
     raise ConfigError(f"{path} is damaged: command and edits are not texts")
   if not isinstance(dense, dict | None):
     raise ConfigError(f"{path} is damaged: dense_test is {dense!r}")

@@ -246,7 +246,7 @@ def test_max_drop_refuses_what_loses_more(start, task, tmp_path):
   if task == "embed":
     rows = zip(scores[0], texts[:12], texts[12:], strict=True)
     header = "score\tsentence1\tsentence2"
-  lines = [header, *("\t".join(map(str, row)) for row in rows)]
+  lines = [header] + ["\t".join(map(str, row)) for row in rows]
   (tmp_path / "held.tsv").write_text("\n".join(lines))
 
   def save(max_drop):

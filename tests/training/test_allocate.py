@@ -256,7 +256,8 @@ def test_options_of_shared_embeddings_predict_the_error_of_a_rank():
   params, batches = _trained(config), _batches()
   options = _measure(config, params)[0, "embed"]
   tables = embedding_tables(shape_of(config), params, batches)
-  weight_VP = np.outer(*(usage / usage.sum() for _, usage in tables.values()))
+  tokens_V, positions_P = (usage / usage.sum() for _, usage in tables.values())
+  weight_VP = np.outer(tokens_V, positions_P)
   sensitivity = sensitivities(shape_of(config), params, batches)["embed"]
 
   def sums(params):
