@@ -182,6 +182,13 @@ def show_report(workdir: str) -> None:
     action="store_true",
   ),
   _argument(
+    "--vocabulary",
+    "of a language model with smaller arrays, keep the N tokens that the texts use "
+    "most (default: all)",
+    metavar="N",
+    type=int,
+  ),
+  _argument(
     "--steps",
     "steps of training that recover quality, with the dense model as teacher; the "
     "same command resumes them",
@@ -207,6 +214,7 @@ def compress(args: argparse.Namespace) -> None:
       steps=args.steps,
       structured=args.structured,
       uniform=args.uniform,
+      vocabulary=args.vocabulary,
     )
     _keep_command(args, args.output)
     show_report(args.output)
@@ -219,6 +227,7 @@ def compress(args: argparse.Namespace) -> None:
       args.output,
       structured=args.structured,
       uniform=args.uniform,
+      vocabulary=args.vocabulary,
     )
   print(f"Next: folding export {folder} --output=NEW --format=onnx")
 

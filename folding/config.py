@@ -311,9 +311,9 @@ class FoldConfig:
 class FPPConfig:
   """Forward Propagation Pruning. None: the preset decides.
 
-  `overall` replaces `linear` and `embedding`: linear layers keep a fraction k of
-  their weights and embeddings k**embedding_share, with the k that saves `overall`
-  of the whole model.
+  `overall` replaces `linear`: linear layers keep a fraction k of their weights and
+  embeddings k**embedding_share, or what `embedding` leaves, with the k that saves
+  `overall` of the whole model.
   """
 
   # Fraction of W_O, MLP and output head to zero.
@@ -330,10 +330,10 @@ class FPPConfig:
   # What to prune of attention: W_O, all four matrices (by weight), whole heads,
   # or nothing.
   attention: Literal["output", "all", "heads", "none"] = "output"
-  # How an embedding shrinks that is not tied to the output layer. "row": rows of
-  # tokens become zero. "trim": tokens leave the tokenizer of a trained model, which
-  # splits their words further. "rank": all tokens stay, and the embedding gets a low
-  # rank.
+  # How an embedding shrinks. "trim": tokens leave the tokenizer of a trained model,
+  # which splits their words further. Not of one that is tied to the output layer:
+  # "row": rows of tokens become zero. "rank": all tokens stay, and the embedding
+  # gets a low rank.
   embedding_granularity: Literal["weight", "row", "trim", "rank"] = "weight"
   begin: Fraction = 0.45  # first mask update, as a fraction of the steps
   end: Share = 0.9  # last mask update, as a fraction of the steps
@@ -356,11 +356,11 @@ class FPPConfig:
         "fpp.begin and fpp.end are fractions of the steps, begin < end; they are "
         f"{self.begin} and {self.end}"
       )
-    parts = (self.linear, self.embedding, self.linear_layers)
+    parts = (self.linear, self.linear_layers)
     if self.overall is not None and any(p is not None for p in parts):
       raise ConfigError(
-        "fpp.overall sets the sparsity of every group; set fpp.overall or "
-        "fpp.linear, fpp.linear_layers and fpp.embedding, not both"
+        "fpp.overall sets the sparsity of linear layers; set fpp.overall, or "
+        "fpp.linear or fpp.linear_layers, not both"
       )
 
 
@@ -649,11 +649,10 @@ class Config:
         "use fold.values='dense' and model.num_kv_heads=0"
       )
     is_trained = self.pretrained is not None
-    is_of_texts = not task_of(self).predicts_tokens
-    if f.embedding_granularity == "trim" and not (is_of_texts and is_trained):
+    if f.embedding_granularity == "trim" and not is_trained:
       raise ConfigError(
         "fpp.embedding_granularity='trim' removes tokens from the tokenizer of a "
-        "trained classifier; set pretrained=PATH, or use 'row' or 'weight'"
+        "trained model; set pretrained=PATH, or use 'row' or 'weight'"
       )
 
   def _check_plan(self) -> None:

@@ -577,13 +577,8 @@ REFUSED = {
   ),
   "trim_of_no_model": (
     {"task": "classify", "fpp__embedding_granularity": "trim"},
-    "trained classifier",
+    "trained model",
     TRAINED,
-  ),
-  "trim_of_an_lm": (
-    TRAINED | {"fpp__embedding_granularity": "trim"},
-    "trained classifier",
-    {"task": "classify"},
   ),
   "plan_of_no_model": ({"compress__plan": "auto"}, "pretrained", TRAINED),
   "pruned_beside_a_plan": (

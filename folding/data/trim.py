@@ -104,6 +104,37 @@ def trimmed(
   return MappedTokenizer(Tokenizer(inner, tokenizer.special), token_map)
 
 
+def most_used(
+  tokenizer: Tokenizer, count_V: np.ndarray, number: int
+) -> MappedTokenizer:
+  """Returns a tokenizer with the tokens that a text uses most, see `trimmed`.
+
+  A token of a BPE counts as used as often as any that is merged from it.
+
+  Args:
+    tokenizer: A tokenizer whose ids are not mapped.
+    count_V: Uses of each token; may be shorter than V.
+    number: Tokens to keep, as long as fewer have to stay.
+
+  Raises:
+    ConfigError: see `trimmed`.
+  """
+  size = tokenizer.vocab_size
+  usage_V = token_usage(count_V, size)
+  model = json.loads(tokenizer.to_json())["model"]
+  if model.get("type") == "BPE":
+    ids = model["vocab"]
+    for a, b, whole in reversed(_merges(model)):
+      for part in (a, b):
+        usage_V[ids[part]] = max(usage_V[ids[part]], usage_V[ids[whole]])
+  # Tokens that have to stay rank first, so that the right number leaves.
+  stays_V = trimmed(tokenizer, np.zeros(size, bool)).token_map >= 0
+  order = np.argsort(-(usage_V + stays_V), kind="stable")
+  keep_V = np.zeros(size, bool)
+  keep_V[order[:number]] = True
+  return trimmed(tokenizer, keep_V)
+
+
 def _remove(values: dict[str, Any], keep_V) -> list[int]:
   """Removes tokens from a tokenizer.json; returns the remaining ids, sorted."""
   model = values["model"]
@@ -139,19 +170,26 @@ def _remove(values: dict[str, Any], keep_V) -> list[int]:
 
 def _close_merges(model: dict[str, Any], keep: set[str]) -> list[Any]:
   """Adds to `keep` the parts of its tokens; returns the merges of `keep`."""
-  prefix = model.get("continuing_subword_prefix") or ""
-  made = {}  # by index of the merge
-  for index, merge in enumerate(model["merges"]):
-    a, b = merge.split(" ", 1) if isinstance(merge, str) else merge
-    made[index] = (a, b, a + b.removeprefix(prefix))
-  keep |= set(model["vocab"]) - {whole for _, _, whole in made.values()}
+  made = _merges(model)
+  keep |= set(model["vocab"]) - {whole for _, _, whole in made}
   size = 0
   while size < len(keep):  # again if a part is merged after its whole
     size = len(keep)
-    for a, b, whole in reversed(made.values()):
+    for a, b, whole in reversed(made):
       if whole in keep:
         keep |= {a, b}
-  return [model["merges"][i] for i, merge in made.items() if merge[2] in keep]
+  pairs = zip(model["merges"], made, strict=True)
+  return [merge for merge, (_, _, whole) in pairs if whole in keep]
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, str, str]]:
+  """Returns the merges of a BPE in order: two parts and their whole."""
+  prefix = model.get("continuing_subword_prefix") or ""
+  made = []
+  for merge in model["merges"]:
+    a, b = merge.split(" ", 1) if isinstance(merge, str) else merge
+    made.append((a, b, a + b.removeprefix(prefix)))
+  return made
 
 
 def _map_ids(processor: Any, function: Callable[[int], int]) -> None:

@@ -16,8 +16,8 @@ from folding.data.padding import (
   segments_of,
   windows,
 )
-from folding.data.tokenizers import Encoded, Text
-from folding.data.trim import token_usage
+from folding.data.tokenizers import Encoded, MappedTokenizer, Text
+from folding.data.trim import most_used, token_usage
 from folding.errors import ConfigError
 from folding.models.shape import shape_of
 from folding.serving.batched import require_several, require_texts
@@ -25,6 +25,7 @@ from folding.serving.loaded import Model, load
 from folding.tasks import task_of
 from folding.training import compress as pipeline
 from folding.training.allocate import Asked
+from folding.training.dense_start import without_trimmed
 from folding.training.recipe import recipe
 from folding.typed import edited
 
@@ -41,6 +42,7 @@ def compress(
   max_texts: int = 512,
   structured: bool | None = None,
   uniform: bool = False,
+  vocabulary: int | None = None,
   report: Callable[[str], None] = lambda _: None,
 ) -> Model:
   """Returns a model with fewer parameters, fitted to texts without labels.
@@ -62,6 +64,8 @@ def compress(
     uniform: Whether all layers get one number of neurons and of heads, and nothing
       is folded, so that `save(..., "hf")` writes a folder that transformers loads
       and that is as small as the model. A plan per layer loses less.
+    vocabulary: Number of tokens to keep of a structured language model, those that
+      `texts` use most; the tokenizer splits other words further. None: all.
     report: Called with the plan, a table with a line per layer.
 
   Raises:
@@ -83,6 +87,7 @@ def compress(
     max_texts=max_texts,
     structured=structured,
     uniform=uniform,
+    vocabulary=vocabulary,
     report=report,
   )
   return small
@@ -96,6 +101,7 @@ def compress_sizes(
   max_texts: int = 512,
   structured: bool | None = None,
   uniform: bool = False,
+  vocabulary: int | None = None,
   report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Model]:
   """Yields a model compressed to several sizes, which is measured once.
@@ -107,6 +113,7 @@ def compress_sizes(
     max_texts: Number of texts to fit to.
     structured: Whether the arrays of a language model get smaller too.
     uniform: Whether all layers get one size.
+    vocabulary: Number of tokens to keep; None: all.
     report: Called with each plan.
 
   Raises:
@@ -130,10 +137,21 @@ def compress_sizes(
     raise ConfigError("give texts like those that the model will read")
   require_texts(texts, loaded.pair)
   source = "a model in memory" if isinstance(model, Model) else str(model)
+  tokenizer, kept = loaded.tokenizer, kept_of(loaded, vocabulary)
+  if vocabulary is not None:
+    counts = np.zeros(loaded.num_rows, np.int64)
+    for ids in tokenizer.stream(cast(list[str], texts)):
+      counts += np.bincount(ids, minlength=len(counts))
+    tokenizer = most_used(tokenizer, counts, vocabulary)
+    kept = tokenizer.vocab_size / loaded.num_rows
   sizes = []
   for saving in savings:
     config = recipe(
-      loaded.config, float(saving), structured=structured, uniform=uniform
+      loaded.config,
+      float(saving),
+      structured=structured,
+      uniform=uniform,
+      kept=kept,
     )
     # No training follows in which FPP could prune.
     config = edited(config, {"compress.prune": "sparsegpt"})
@@ -141,9 +159,10 @@ def compress_sizes(
     sizes.append(Asked(shape_of(config), config.fpp, config.compress))
   if task_of(loaded).predicts_tokens:
     length = min(loaded.shape.max_length, WINDOW)
-    batches = _windows(
-      windows(loaded.tokenizer, cast(list[str], texts), length, max_texts)
-    )
+    ids_WL = windows(tokenizer, cast(list[str], texts), length, max_texts)
+    if isinstance(tokenizer, MappedTokenizer):  # it is fitted as it was trained
+      ids_WL = tokenizer.plain_ids[ids_WL]
+    batches = _windows(ids_WL)
     usage_V = None
   else:
     encoded = encode_rows(loaded.tokenizer, texts, loaded.shape.max_length)
@@ -159,7 +178,33 @@ def compress_sizes(
       targets = small.targets
       layers = targets.layers if targets else None
       report(pipeline.fold_table(small.report, layers))
-    yield dataclasses.replace(loaded, shape=small.shape, params=small.params)
+    params = small.params
+    if vocabulary is not None:
+      params = without_trimmed(tokenizer, params, has_logits=True)
+    yield dataclasses.replace(
+      loaded, shape=small.shape, params=params, tokenizer=tokenizer
+    )
+
+
+def kept_of(model: Model, vocabulary: int | None) -> float | None:
+  """Returns the fraction of a model's tokens that `vocabulary` keeps.
+
+  Raises:
+    ConfigError: it does not make this model smaller.
+  """
+  if vocabulary is None:
+    return None
+  if not task_of(model).predicts_tokens:
+    raise ConfigError(
+      "vocabulary is for language models; the embedding of an encoder gets a low "
+      "rank"
+    )
+  if not 1 <= vocabulary < model.num_rows:
+    raise ConfigError(
+      f"vocabulary is the number of tokens to keep, fewer than {model.num_rows}; "
+      f"it is {vocabulary}"
+    )
+  return vocabulary / model.num_rows
 
 
 def _windows(ids_WL: np.ndarray) -> list[dict[str, np.ndarray]]:

@@ -12,11 +12,11 @@ from folding import config as config_lib
 from folding import files
 from folding.config import DataConfig, MeshConfig
 from folding.data import corpus, sources
-from folding.data.padding import windows
+from folding.data.padding import padded, windows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.serving import lines as lines_lib
-from folding.serving.compress import WINDOW, compress_sizes
+from folding.serving.compress import WINDOW, compress_sizes, kept_of
 from folding.serving.loaded import Model, load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, sharding
@@ -35,6 +35,7 @@ def compress_file(
   *,
   structured: bool | None = None,
   uniform: bool = False,
+  vocabulary: int | None = None,
   report: Callable[[str], None] = print,
 ) -> list[str]:
   """Writes a compact export per saving, and reports what was lost.
@@ -53,6 +54,7 @@ def compress_file(
       percent that it saves.
     structured: As for `folding.compress`.
     uniform: As for `folding.compress`.
+    vocabulary: As for `folding.compress`.
     report: Called with each line.
 
   Returns:
@@ -71,6 +73,7 @@ def compress_file(
     savings,
     structured=structured,
     uniform=uniform,
+    vocabulary=vocabulary,
     report=report,
   )
   for saving, small in zip(savings, map(shrunk, smaller), strict=True):
@@ -131,7 +134,7 @@ def _lost(model: Model, small: Model, texts: Sequence[Any]) -> str:
   """Returns how the outputs of a smaller model differ, in words."""
   task = task_of(model)
   if task.predicts_tokens:
-    before, after = (_perplexity(one, texts) for one in (model, small))
+    before, after = _perplexities(model, small, texts)
     return f"perplexity {before:.2f} is now {after:.2f}"
   if task.makes_vectors:
     a, b = (np.asarray(one.encode(texts), np.float64) for one in (model, small))
@@ -158,23 +161,37 @@ def _held_out(model: Model, texts: Sequence[Any]) -> np.ndarray:
   return ids_WL
 
 
-def _perplexity(model: Model, texts: Sequence[str]) -> float:
-  """Returns the perplexity of a language model on windows of texts."""
-  ids_WL = _held_out(model, texts)
-  batches = [
-    {
-      "tokens": x[:, :-1],
-      "targets": x[:, 1:],
-      "weights": np.ones(x[:, 1:].shape),
-    }
-    for x in np.split(ids_WL, range(_ROWS, len(ids_WL), _ROWS))
-  ]
+def _perplexities(
+  model: Model, small: Model, texts: Sequence[str]
+) -> tuple[float, float]:
+  """Returns the perplexities of two language models, per token of the first."""
+  rows = list(_held_out(model, texts))
+  count = sum(row.size - 1 for row in rows)
+  before = _perplexity(model, rows, count)
+  if small.tokenizer is not model.tokenizer:
+    read = [model.tokenizer.decode(row) for row in rows]
+    rows = small.tokenizer.encode_batch(read)
+  return before, _perplexity(small, rows, count)
+
+
+def _perplexity(model: Model, rows: Sequence[np.ndarray], count: int) -> float:
+  """Returns the perplexity of rows of ids, as if they were `count` tokens."""
+  most = model.shape.max_length  # a smaller vocabulary makes longer rows
+  starts = [(row, n) for row in rows for n in range(0, row.size - 1, most)]
+  rows = [row[n : n + most + 1] for row, n in starts]
+  longest = max(row.size for row in rows) - 1
+  length = min(most, -(-longest // _ROWS) * _ROWS) + 1
+  batches = []
+  for n in range(0, len(rows), _ROWS):
+    ids_BL, mask_BL = padded(rows[n : n + _ROWS], (_ROWS, length), 0)
+    batch = {"tokens": ids_BL[:, :-1], "targets": ids_BL[:, 1:]}
+    batches.append({**batch, "weights": mask_BL[:, 1:].astype(np.float32)})
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   params = jax.device_put(model.params)
   task = task_of(model)
   step = make_eval_step(model.module, task, mesh)
-  found = evaluate(step, params, batches, mesh, task=task, num_bytes=1.0)
-  return found["perplexity"]
+  found = evaluate(step, params, batches, mesh, task=task, num_bytes=count)
+  return 2.0 ** found["bits_per_byte"]
 
 
 def train_smaller(
@@ -186,6 +203,7 @@ def train_smaller(
   steps: int,
   structured: bool | None = None,
   uniform: bool = False,
+  vocabulary: int | None = None,
 ) -> None:
   """Trains a run that starts from a smaller model, as the shipped configs do.
 
@@ -200,15 +218,19 @@ def train_smaller(
     steps: Steps of training.
     structured: As for `folding.compress`.
     uniform: As for `folding.compress`.
+    vocabulary: As for `folding.compress`.
 
   Raises:
     ConfigError: see `loop.run`.
   """
-  makes_vectors = task_of(load(source)).makes_vectors
-  name = "embed" if makes_vectors else "pretrained"
+  model = load(source)
+  name = "embed" if task_of(model).makes_vectors else "pretrained"
   config = config_lib.read(f"configs/{name}.py:{source},{saving}")
-  if structured or uniform:
-    config = recipe(config, saving, structured=True, uniform=uniform)
+  kept = kept_of(model, vocabulary)
+  if structured or uniform or kept:
+    config = recipe(
+      config, saving, structured=structured, uniform=uniform, kept=kept
+    )
   edits = {"data.path": path, "train.steps": steps}
   edits["train.eval_every"] = max(1, steps // 4)
   loop.run(config_lib.edited(config, edits), output)

@@ -106,7 +106,8 @@ def allocate(
 
   That is by `fpp.overall`, or as small as the same folding and pruning in all layers
   would make it. The output layer and the embedding keep their targets; with
-  `fpp.overall` these are `overall` and 1 - (1 - overall)**embedding_share.
+  `fpp.overall` these are `overall` and `fpp.embedding`, or, if that is None,
+  1 - (1 - overall)**embedding_share.
 
   Args:
     asked: What the model is compressed to.
@@ -334,7 +335,9 @@ def _sizes(asked: Asked, params: Mapping[str, Any]) -> dict[str, int]:
 def outer_fractions(f: FPPConfig) -> tuple[float, float]:
   """Returns the fractions to prune of the output layer and the embedding."""
   if f.overall is not None:
-    embedding = 1 - (1 - f.overall) ** (f.embedding_share or 0.0)
+    embedding = f.embedding
+    if embedding is None:
+      embedding = 1 - (1 - f.overall) ** (f.embedding_share or 0.0)
     head = f.overall if f.granularity == "weight" else 0.0
     return head, min(embedding, math.nextafter(1, 0))  # rounding gives 1
   return f.linear or 0.0, f.embedding or 0.0
@@ -355,9 +358,11 @@ def _budget(
 ) -> float:
   """Returns how many parameters W_Q, W_K, W_V and linear layers may store."""
   if asked.fpp.overall is not None:
-    # The head of a classifier is never pruned.
-    is_pruned = asked.shape.output == "tokens"
-    head = (1 - linear if is_pruned else 1) * sizes["head"]
+    part = 0.0  # the head of a classifier is never pruned
+    if asked.shape.output == "tokens":
+      is_trimmed = asked.fpp.embedding_granularity == "trim"
+      part = embedding if is_trimmed else linear
+    head = (1 - part) * sizes["head"]
     outside = (1 - embedding) * sizes["embedding"] + sizes["other"] + head
     return (1 - asked.fpp.overall) * sizes["all"] - outside
   shapes = param_shapes(make_model(asked.shape, 1, num_classes=1))

@@ -20,7 +20,7 @@ from folding import files, paths
 from folding.config import Config
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
-from folding.data.trim import token_usage, trimmed
+from folding.data.trim import most_used, token_usage
 from folding.errors import ConfigError
 from folding.models.shape import Shape, shape_of
 from folding.models.shrink import shrink
@@ -114,7 +114,8 @@ def compress_trained(
     source=config.pretrained or "",
     is_head_drawn=is_head_drawn,
   )
-  params = without_trimmed(data.tokenizer, found.params)
+  has_logits = shape.output == "tokens"
+  params = without_trimmed(data.tokenizer, found.params, has_logits)
   config = planned(config, found.shape, found.targets)
   return config, params, found.report
 
@@ -365,15 +366,10 @@ def trim_vocabulary(config: Config, data: Data) -> Data:
     fraction = embedding_fraction(rules)
   if not fraction:
     return data
-  usage_V = token_usage(data.token_counts(), size)
-  # Tokens that have to stay rank first, so that the right number leaves.
-  stays_V = trimmed(data.tokenizer, np.zeros(size, bool)).token_map >= 0
-  order = np.argsort(-(usage_V + stays_V), kind="stable")
-  keep_V = np.zeros(size, bool)
-  keep_V[order[: round((1 - fraction) * size)]] = True
+  number = round((1 - fraction) * size)
   return make_data(
     config,
-    trimmed(data.tokenizer, keep_V),
+    most_used(data.tokenizer, data.token_counts(), number),
     jax.process_index(),
     jax.process_count(),
     data.texts,

@@ -263,16 +263,26 @@ def teacher_of(
   model, params, _ = dense_start(path, config, data, needs_head=d.logits > 0)
   if task.makes_vectors:
     return model, params
-  params = without_trimmed(data.tokenizer, params)
+  params = without_trimmed(data.tokenizer, params, task.predicts_tokens)
   half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
   return model.clone(vocab_size=data.tokenizer.vocab_size), half
 
 
 def without_trimmed(
-  tokenizer: Tokenizer, params: dict[str, Any]
+  tokenizer: Tokenizer, params: dict[str, Any], has_logits: bool
 ) -> dict[str, Any]:
-  """Returns the parameters without tokens that the tokenizer lost."""
+  """Returns the parameters without tokens that the tokenizer lost.
+
+  Args:
+    tokenizer: Of the smaller model.
+    params: Of the model before.
+    has_logits: Whether the head, if there is one, has an output per token.
+  """
   if not isinstance(tokenizer, MappedTokenizer):
     return params
-  embedding_VD = params["embed"]["embedding"][tokenizer.plain_ids]
-  return {**params, "embed": {"embedding": embedding_VD}}
+  ids = tokenizer.plain_ids
+  params = {**params, "embed": {"embedding": params["embed"]["embedding"][ids]}}
+  if has_logits and "head" in params:
+    head = {name: w[..., ids] for name, w in params["head"].items()}
+    params["head"] = head
+  return params

@@ -184,15 +184,21 @@ def _fractions_for(
 
   With P parameters, of which L in linear layers and E in embeddings can be
   pruned, and T in the dense baseline, linear layers keep k and embeddings
-  k**s, s their share: P - (1 - k) L - (1 - k**s) E = (1 - overall) T.
+  k**s, s their share: P - (1 - k) L - (1 - k**s) E = (1 - overall) T. Instead of
+  k**s it is what `fpp.embedding` leaves, if that is given.
   """
   shape, f = asked
   share = f.embedding_share or 0.0
+
+  def kept_embedding(kept: float) -> float:
+    return kept**share if f.embedding is None else 1 - f.embedding
+
   sizes = {n: x.size for n, x in paths.flatten(params).items()}
   total = sum(x.size for x in jax.tree.leaves(dense))
   layers = (0.5,) * shape.num_layers
   # Which arrays are pruned does not depend on the fractions.
-  rules = _rules(shape, f, params, Targets(layers, 0.5, 0.5 * (share > 0)))
+  is_pruned = kept_embedding(0.5) < 1
+  rules = _rules(shape, f, params, Targets(layers, 0.5, 0.5 * is_pruned))
   prunable = {"linear": 0, "embedding": 0}
   for site in make_sites(rules, params):
     for name in site.members:
@@ -201,17 +207,18 @@ def _fractions_for(
   linear, embedding = prunable.values()
   stored = sum(sizes.values())
   needed = stored - (1 - overall) * total
-  if needed >= linear + embedding and needed > 0:
+  most = linear + round((1 - kept_embedding(0.0)) * embedding)
+  if needed >= most and needed > 0:
     raise ConfigError(
-      f"fpp.overall {overall} cannot be reached: only {linear + embedding:,} "
+      f"fpp.overall {overall} cannot be reached: only {most:,} "
       f"of {stored:,} parameters can be pruned; fold more or ask for less"
     )
   low, high = 0.0, 1.0
   while low < (kept := (low + high) / 2) < high:
-    pruned = (1 - kept) * linear + (1 - kept**share) * embedding
+    pruned = (1 - kept) * linear + (1 - kept_embedding(kept)) * embedding
     low, high = (kept, high) if pruned > needed else (low, kept)
-  most = math.nextafter(1, 0)  # rounding may give 1, which prunes everything
-  return min(1 - high, most), min(1 - high**share, most)
+  limit = math.nextafter(1, 0)  # rounding may give 1, which prunes everything
+  return min(1 - high, limit), min(1 - kept_embedding(high), limit)
 
 
 def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:

@@ -16,6 +16,7 @@ def recipe(
   *,
   structured: bool | None = None,
   uniform: bool = False,
+  kept: float | None = None,
 ) -> Config:
   """Returns the config that compresses a trained model.
 
@@ -30,6 +31,10 @@ def recipe(
     structured: Whether neurons, heads and ranks leave the arrays, not single
       weights; None: unless it is a language model.
     uniform: As `CompressConfig.uniform`; implies `structured`.
+    kept: Fraction of the tokens to keep, those that the text uses most; None: all.
+
+  Raises:
+    ConfigError: tokens would leave arrays that keep their size.
   """
   task, m = task_of(config), config.model
   by_weight = task.predicts_tokens if structured is None else not structured
@@ -41,6 +46,14 @@ def recipe(
   is_fit = hf_config.misfit(low, "deberta-v2") is None
   is_shared = uniform and is_fit and not m.embed_width
   keeps_embedding |= uniform and not is_shared
+  granularity = "weight" if by_weight or keeps_embedding else "rank"
+  if kept is not None:
+    if by_weight:
+      raise ConfigError(
+        "a smaller vocabulary needs smaller arrays; add --structured or --uniform "
+        "(in Python structured=True)"
+      )
+    granularity = "trim"
   is_rotary = m.positions == "rope"
   # A quarter of a head, for plans that fold all layers alike.
   K = m.head_dim or max(1, m.width // m.num_heads)
@@ -63,9 +76,10 @@ def recipe(
   fpp = FPPConfig(
     granularity="weight" if by_weight else "neuron",
     attention="output" if by_weight else "none",  # of low rank instead
-    embedding_granularity="weight" if by_weight or keeps_embedding else "rank",
+    embedding_granularity=granularity,
     # For language models too: with 0.2 stories260K has perplexity 9.8.
     embedding_share=0.0 if keeps_embedding else 1.0,
+    embedding=None if kept is None else 1 - kept,
     overall=saving,
     # Early, so that most of the training is recovery from pruning.
     begin=0.02,

@@ -110,6 +110,26 @@ def test_trim_of_a_bpe_keeps_bytes_and_parts():
     assert again.decode(encoded) == sentence
 
 
+def test_as_many_tokens_of_a_bpe_are_kept_as_asked_with_their_parts():
+  texts = ["the cat sat on the mat. the cats sat, then the hat"] * 20
+  data = DataConfig(tokenizer="bpe", vocab_size=280)
+  plain = train_tokenizer(data, texts)
+  ids = models.vocabulary(plain.to_json())
+  count_V = np.zeros(plain.vocab_size, np.int64)
+  count_V[ids["Ġcat"]] = 9  # its parts are not used alone
+  count_V[ids["Ġthe"]] = 5
+  has_the = []
+  for number in range(262, plain.vocab_size):
+    found = trim.most_used(plain, count_V, number)
+    assert found.vocab_size == number
+    has_cat = found.token_map[ids["Ġcat"]] >= 0
+    has_the.append(found.token_map[ids["Ġthe"]] >= 0)
+    assert has_cat >= has_the[-1]
+    [encoded] = found.encode_batch([" the cats"])
+    assert found.decode(encoded) == " the cats"
+  assert sorted(set(has_the)) == [False, True]
+
+
 @pytest.mark.parametrize("form", [str, list])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
 def test_trim_of_a_bpe_keeps_parts_of_parts(form, order):

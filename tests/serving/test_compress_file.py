@@ -1,16 +1,21 @@
 """The verb `folding compress`; tests/training/test_compress has a classifier."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import folding
 from folding import cli
 from folding import config as c
+from folding.data import trim
 from folding.data.padding import windows
 from folding.serving import compress_file
 from folding.serving.compress import compress_sizes
 from folding.serving.export import export
+from folding.training.dense_start import without_trimmed
 from tests.serving import models
 
 
@@ -70,6 +75,61 @@ def test_structured_language_model_has_smaller_arrays(tmp_path, capsys):
   assert sizes[0] <= 0.7 * sizes[1]
   embedding = model.params["embed"]["embedding"]
   assert small.params["embed"]["embedding"].shape == embedding.shape
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_smaller_vocabulary_leaves_arrays_and_tokenizer(
+  tmp_path, is_tied, capsys
+):
+  model = _written(tmp_path / "dense", "lm", tie_embeddings=is_tied)
+  argv = ["compress", str(tmp_path / "dense"), f"--texts={_texts(tmp_path)}"]
+  argv += ["--saving=0.2", "--structured", "--vocabulary=18"]
+  assert cli.main([*argv, f"--output={tmp_path / 'small'}"]) == 0
+  small = folding.load(tmp_path / "small")
+  rows = {small.num_rows, small.module.vocab_size, small.tokenizer.vocab_size}
+  assert rows == {18}
+  old = small.tokenizer.plain_ids
+  sizes = [
+    sum(w.size for w in jax.tree.leaves(x.params)) for x in (small, model)
+  ]
+  assert 0.7 < sizes[0] / sizes[1] <= 0.8
+  before = model.params["embed"]["embedding"]
+  np.testing.assert_array_equal(small.params["embed"]["embedding"], before[old])
+  if not is_tied:
+    kernel = model.params["head"]["kernel"][:, old]
+    np.testing.assert_array_equal(small.params["head"]["kernel"], kernel)
+  texts = (tmp_path / "texts.txt").read_text()
+  [ids] = model.tokenizer.encode_batch([texts])
+  uses = np.bincount(ids, minlength=21)
+  assert uses[old].sum() >= np.sort(uses)[3:].sum()
+
+
+def test_perplexity_of_another_vocabulary_is_per_token_of_the_first():
+  model = models.make("lm", length=8)
+  keep = np.ones(21, bool)
+  keep[[5, 9]] = False  # "cat" and "mat" become three pieces and unknown
+  tokenizer = trim.trimmed(model.tokenizer, keep)
+  params = without_trimmed(tokenizer, model.params, has_logits=True)
+  small = dataclasses.replace(model, tokenizer=tokenizer, params=params)
+  text = " ".join(models.random_texts(20))
+  _, found = compress_file._perplexities(model, small, [text])
+  rows = compress_file._held_out(model, [text])
+  lost = 0.0
+  for row in rows:
+    words = model.tokenizer.decode(row)
+    [ids] = tokenizer.encode_batch([words])
+    assert len(ids) <= 40
+    for part in ids[:9], ids[8:17], ids[16:25], ids[24:33], ids[32:41]:
+      if len(part) > 1:
+        z = small.module.apply({"params": params}, jnp.array(part[None, :-1]))[
+          0
+        ]
+        z = np.asarray(z, np.float64)
+        z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
+        lost -= z[np.arange(len(part) - 1), part[1:]].sum()
+  assert found == pytest.approx(
+    np.exp(lost / (rows.size - len(rows))), rel=1e-5
+  )
 
 
 def test_uniform_flag_gives_all_layers_one_size(tmp_path):

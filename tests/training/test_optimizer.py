@@ -356,8 +356,9 @@ def test_mask_updates_are_those_of_fpp(steps, begin, end, checks):
     ({"tie_embeddings": False}, {}),
     ({"gated": True}, {"granularity": "neuron"}),
     ({}, {"embedding_granularity": "row"}),
+    ({}, {"embedding": 0.6}),
   ],
-  ids=["plain", "untied", "neuron", "row"],
+  ids=["plain", "untied", "neuron", "row", "embedding"],
 )
 def test_overall_is_the_fraction_saved_at_the_end(model, fpp):
   config = tiny.config(
@@ -393,6 +394,11 @@ def test_embeddings_keep_a_power_of_the_share_of_linear_layers(share):
   embedding = targets.pop("embed/embedding", 0.0)
   (linear,) = set(targets.values())
   assert 1 - embedding == pytest.approx((1 - linear) ** share, abs=1e-12)
+
+
+def test_embedding_given_beside_overall_is_pruned_so_far():
+  config = tiny.config(fpp=c.FPPConfig(overall=0.6, embedding=0.3))
+  assert tiny.rules_of(config)["embed/embedding"][0] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
