@@ -2,7 +2,8 @@
 
 Each is one SVG file in docs/diagrams/, which follows the light or dark theme of
 its reader. Text, rectangles and lines only, so that a diff can be read. Given a
-dense model and a smaller one, `block.svg` shows these two from then on.
+dense model and a smaller one, `block.svg` shows these two from then on. Charts
+show saved benchmarks or tables of docs/measured.md.
 """
 
 import json
@@ -10,6 +11,8 @@ import math
 import pathlib
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,16 +21,24 @@ from folding import paths
 
 WIDTH, HEIGHT = 410, 236
 CELL = 11  # pixels, with a gap of 1
+# Marks of charts, around a point.
+CIRCLE = "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z"
+SQUARE = "m-3.5-3.5h7v7h-7z"
+TRIANGLE = "m0-4.5l4.5 8h-9z"
+DOWN = "m0 4.5l-4.5-8h9z"
+DIAMOND = "m0-5l4.5 5l-4.5 5l-4.5-5z"
 FOLDER = pathlib.Path(__file__).parent / "diagrams"
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 SHAPES = FOLDER / "block.json"  # of the arrays that `block` shows
+MEASURED = FOLDER.parent / "measured.md"
 
 _STYLE = """
 svg { --page: #fff; --line: #d0d7de; --text: #1d2328; --soft: #5c6770;
-  --grey: #6b7680; --blue: #0072b2; --orange: #d55e00; --green: #00785a }
+  --grey: #6b7680; --blue: #0072b2; --orange: #d55e00; --green: #00785a;
+  --pink: #b0578f }
 @media (prefers-color-scheme: dark) { svg { --page: #15191d; --line: #3a424a;
   --text: #e6eaed; --soft: #a3adb6; --grey: #9aa5ae; --blue: #56b4e9;
-  --orange: #ffa64d; --green: #35c79c } }
+  --orange: #ffa64d; --green: #35c79c; --pink: #e39cc8 } }
 text { font: 13px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif;
   fill: var(--text) }
 .title { font-size: 15px; font-weight: 600 }
@@ -36,11 +47,16 @@ text { font: 13px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-seri
 .page { fill: var(--page); stroke: var(--line) }
 .grey { fill: var(--grey) } .blue { fill: var(--blue) }
 .orange { fill: var(--orange) } .green { fill: var(--green) }
+.pink { fill: var(--pink) }
 .none { fill: none; stroke: var(--line) }
 .rule { stroke: var(--soft); fill: none } .dash { stroke-dasharray: 4 3 }
 .curve { fill: none; stroke-width: 2.5; stroke-linejoin: round }
 .curve.blue { stroke: var(--blue); fill: none }
 .curve.grey { stroke: var(--grey); fill: none }
+.curve.orange { stroke: var(--orange); fill: none }
+.curve.green { stroke: var(--green); fill: none }
+.curve.pink { stroke: var(--pink); fill: none }
+.thin { stroke-width: 1.2; opacity: .55 }
 .band { opacity: .13 }
 """
 
@@ -123,6 +139,89 @@ def diagram(
       "</svg>\n",
     ]
   )
+
+
+class Axis(NamedTuple):
+  """Where values are on one axis of a chart.
+
+  Attributes:
+    start: Pixel of the value `low`.
+    end: Pixel of the value `high`.
+    low: Value at one end.
+    high: Value at the other end.
+    scale: Such as `math.log2`.
+  """
+
+  start: float
+  end: float
+  low: float
+  high: float
+  scale: Callable[[float], float] = float
+
+  def __call__(self, value: float) -> float:
+    low, high, at = map(self.scale, (self.low, self.high, value))
+    return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+
+def chart(
+  x: Axis, y: Axis, x_ticks: Mapping[float, str], y_ticks: Mapping[float, str]
+) -> list[str]:
+  """Returns horizontal lines, and the labels of both axes."""
+  parts = []
+  for value, name in y_ticks.items():
+    at = y(value)
+    parts.append(f'<path class="none" d="M{x.start} {at:.1f}H{x.end}"/>')
+    parts.append(text(x.start - 8, round(at) + 4, name, "end soft"))
+  for value, name in x_ticks.items():
+    parts.append(text(round(x(value)), y.start + 18, name, "mid soft"))
+  return parts
+
+
+def curve(
+  points: Sequence[tuple[float, float]], kind: str, mark: str = ""
+) -> str:
+  """Returns a line through points in pixels, with a mark at each."""
+  line = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+  color = kind.split()[0]
+  marks = [
+    f'<path class="{color}" d="M{x:.1f} {y:.1f}{mark}"/>' for x, y in points
+  ]
+  return f'<path class="curve {kind}" d="M{line}"/>' + "".join(
+    marks * bool(mark)
+  )
+
+
+def level(x: Axis, y: float) -> str:
+  """Returns the line of the dense model."""
+  return f'<path class="rule" d="M{x.start} {y:.1f}H{x.end}"/>'
+
+
+def bar(x: float, y: float, width: float, color: str) -> str:
+  """Returns a horizontal bar beside the text at its height."""
+  return (
+    f'<rect class="{color}" x="{x:g}" y="{y - 10:g}" width="{round(width)}" '
+    'height="12" rx="1.5"/>'
+  )
+
+
+def measured(header: str) -> list[list[str]]:
+  """Returns the cells of the table of docs/measured.md with this header."""
+  page = MEASURED.read_text(encoding="utf-8")
+  body = page.split(f"{header} |\n", 1)[1].split("\n\n", 1)[0]
+  return [
+    [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in body.splitlines()[1:]
+  ]
+
+
+def signed(number: int) -> str:
+  """Returns a number with its sign."""
+  return f"{number:+d}".replace("-", "−")
+
+
+def numbers(cell: str) -> list[float]:
+  """Returns the numbers of a cell, with their signs."""
+  return [float(x) for x in re.findall(r"[-+]?\d+(?:\.\d+)?", cell)]
 
 
 def irc() -> str:
@@ -231,21 +330,18 @@ def fpp() -> str:
     noise = np.cumsum(rng.normal(0, 3.2, 24))
     noise -= np.linspace(noise[0], noise[-1], 24)  # a bridge between both ends
     ys = np.linspace(y_from, y_to, 24) + noise
-    return [f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys, strict=True)]
-
-  def curve(points, color):
-    return f'<path class="curve {color}" d="M{" L".join(points)}"/>'
+    return list(zip(xs, ys, strict=True))
 
   held, spared = 126, 104
   pruned = [
     *wander(left, first, 88, held),
-    f"{second} {held}",
-    f"{second} {zero}",
-    f"{right} {zero}",
+    (second, held),
+    (second, zero),
+    (right, zero),
   ]
   kept = [
     *wander(left, first, 124, spared),
-    f"{second} {spared}",
+    (second, spared),
     *wander(second, right, spared, 84),
   ]
   return diagram(
@@ -300,8 +396,7 @@ def sizes() -> str:
       width = round(longest * value / values[0])
       color, y = "blue" if i else "grey", top + step * i
       parts += [
-        f'<rect class="{color}" x="{x}" y="{y - 10}" width="{width}" '
-        'height="12" rx="1.5"/>',
+        bar(x, y, width, color),
         text(x + width + 5, y, format(value, style)),
       ]
   for i, (name, row, kind) in enumerate(shown):
@@ -321,46 +416,26 @@ def sizes() -> str:
 def lengths() -> str:
   """Returns lines of the training times of `benchmarks.attention`."""
   found = json.loads((RESULTS / "attention.json").read_text(encoding="utf-8"))
-  names = {  # of the benchmark: color and label
-    "dense, all logits": ("grey dash", "all logits"),
-    "dense": ("grey", "in blocks"),
-    "linear time, G = 1": ("blue", "linear time"),
+  names = {  # of the benchmark: kind of line, mark and label
+    "dense, all logits": ("grey dash", CIRCLE, "all logits"),
+    "dense": ("grey", SQUARE, "in blocks"),
+    "linear time, G = 1": ("blue", DIAMOND, "linear time"),
   }
-  left, right, top, bottom = 60, 296, 44, 170
   rows = found["lengths"]
-  shortest, longest = (np.log2(rows[n]["length"]) for n in (0, -1))
-  low, high = -3, 1.4  # powers of 10, in seconds
-
-  def at(length: float, seconds: float) -> tuple[float, float]:
-    x = (np.log2(length) - shortest) / (longest - shortest)
-    y = (np.log10(seconds) - low) / (high - low)
-    return left + x * (right - left), bottom - y * (bottom - top)
-
-  parts = []
-  for power, name in (
-    (-3, "1 ms"),
-    (-2, "10 ms"),
-    (-1, "0.1 s"),
-    (0, "1 s"),
-    (1, "10 s"),
-  ):
-    y = at(rows[0]["length"], 10**power)[1]
-    parts.append(f'<path class="none" d="M{left} {y:.1f}H{right}"/>')
-    parts.append(text(left - 8, round(y) + 4, name, "end soft"))
-  for row in rows:
-    x = at(row["length"], 1)[0]
-    parts.append(text(round(x), bottom + 17, f"{row['length']:,}", "mid soft"))
-  parts.append(text(394, bottom + 17, "tokens", "end soft"))
-  for name, (color, label) in names.items():
+  tokens = [row["length"] for row in rows]
+  x = Axis(60, 296, tokens[0], tokens[-1], math.log2)
+  y = Axis(170, 44, 1e-3, 25, math.log10)
+  seconds = {1e-3: "1 ms", 1e-2: "10 ms", 0.1: "0.1 s", 1: "1 s", 10: "10 s"}
+  parts = chart(x, y, {n: f"{n:,}" for n in tokens}, seconds)
+  parts.append(text(394, 188, "tokens", "end soft"))
+  for name, (kind, mark, label) in names.items():
     points = [
-      at(row["length"], row["training"]["seconds"][name])
+      (x(row["length"]), y(row["training"]["seconds"][name]))
       for row in rows
       if name in row["training"]["seconds"]
     ]
-    line = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    parts.append(f'<path class="curve {color}" d="M{line}"/>')
-    x, y = points[-1]
-    parts.append(text(round(x) + 7, round(y) + 4, label))
+    end = [round(at) for at in points[-1]]
+    parts += [curve(points, kind, mark), text(end[0] + 9, end[1] + 4, label)]
   return diagram(
     "Training: time against sequence length",
     [
@@ -368,6 +443,267 @@ def lengths() -> str:
       "backward, 8 heads of 32 channels. Linear time needs G = 1.",
     ],
     parts,
+  )
+
+
+def ranks() -> str:
+  """Returns what a rank keeps of each layer, from `docs/ranks.py`."""
+  found = json.loads((FOLDER / "ranks.json").read_text(encoding="utf-8"))
+  parts = []
+  for left, name, title, x_title, color in (
+    (64, "logits", "logits: W_Q and W_K", "groups G per head", "blue"),
+    (474, "values", "output: W_V and W_O", "rank r per head", "green"),
+  ):
+    layers = found[name]
+    x = Axis(left, left + 320, 1, len(layers[0]), math.log2)
+    y = Axis(226, 76, 0, 1)
+    powers = [2**n for n in range(len(layers[0]).bit_length())]
+    shares = {n / 4: f"{n / 4:.0%}" for n in range(5)}
+    parts += chart(x, y, {n: str(n) for n in powers}, shares)
+    parts += [
+      text(left, 56, title),
+      text(left + 160, 262, x_title, "mid soft"),
+    ]
+    for n, kept in reversed(list(enumerate(layers))):
+      points = [(x(1 + i), y(share)) for i, share in enumerate(kept)]
+      first, last = n == 0, n == len(layers) - 1
+      kind = "dash" if first else "" if last else "thin"
+      parts.append(curve(points, f"{color} {kind}".strip()))
+    for i, (kind, label) in enumerate(
+      (("dash", "first layer"), ("", "last layer"), ("thin", "layers between"))
+    ):
+      at = 172 + 19 * i
+      line = [(left + 192, at - 4), (left + 216, at - 4)]
+      parts.append(curve(line, f"{color} {kind}".strip()))
+      parts.append(text(left + 224, at, label))
+  return diagram(
+    "What a rank keeps of each layer of MiniLM",
+    [
+      "Share of the variance of the logits (left) and of the output of attention "
+      "on held-out text (right), before any fit.",
+    ],
+    parts,
+    (820, 300),
+  )
+
+
+def shares() -> str:
+  """Returns the shares that groups of parameters lose, beside the claims."""
+  rows = measured("| | dense baseline | quickstart | small dense model")
+  found = {row[0]: numbers(row[2])[-1:] for row in rows}
+  page = MEASURED.read_text(encoding="utf-8")
+  [sentence] = re.findall(r"^At (\d.*?) of the embedding", page, re.S | re.M)
+  all_of, *ranges = (numbers(part) for part in sentence.split("%"))
+  groups = (  # name, claimed, percent from scratch, percent of MiniLM
+    ("W_Q, W_K, W_V", 99, found["W_Q, W_K, W_V"], ranges[0]),
+    (
+      "linear layers",
+      70,
+      found["linear layers (W_O, feed-forward)"],
+      ranges[1],
+    ),
+    ("embedding", None, found["embedding"], ranges[2]),
+    ("all", 70, found["stored parameters"], all_of),
+  )
+  x, y, parts = Axis(150, 450, 0, 100), 74, []
+  for name, claim, *kinds in groups:
+    parts.append(text(16, y + 10, name))
+    for label, percent in zip(("from scratch", "MiniLM"), kinds, strict=True):
+      low, high = abs(percent[0]), abs(percent[-1])
+      shown = f"{low:.0f} to {high:.0f}%" if low < high else f"{low:.0f}%"
+      parts += [
+        bar(x(0), y, x(low) - x(0), "blue"),
+        f'<g opacity=".5">{bar(x(low), y, x(high) - x(low), "blue")}</g>',
+        text(464, y, f"{shown} {label}"),
+      ]
+      y += 19
+    if claim:
+      at = round(x(claim))
+      parts.append(f'<path class="rule dash" d="M{at} {y - 51}V{y - 14}"/>')
+    y += 14
+  parts.append(text(round(x(99)), 54, "claimed", "mid soft"))
+  return diagram(
+    "Parameters that leave, and what the abstract claims",
+    [
+      "From scratch: the quickstart, whose pruned weights are zeros. MiniLM: "
+      "classifiers after",
+      "fine-tuning, 70% smaller by the plan. The light part is the range over tasks.",
+    ],
+    parts,
+    (620, y + 34),
+  )
+
+
+def scratch() -> str:
+  """Returns the change to dense by method and size, of models from scratch."""
+  names = {  # first cell: color, mark and label
+    "ours": ("blue", CIRCLE, "ours"),
+    "FPP alone, single weights": ("orange", TRIANGLE, "FPP alone"),
+    "gradual magnitude, single weights": (
+      "green",
+      DIAMOND,
+      "gradual magnitude",
+    ),
+    "SparseGPT after training, single weights": ("pink", DOWN, "SparseGPT"),
+    "a narrower dense model": ("grey", SQUARE, "a narrower dense model"),
+  }
+  rows = measured("| | smaller arrays | 30% | 50% | 70% | 80%")
+  found = {row[0]: [numbers(cell) for cell in row[2:]] for row in rows}
+  sizes, parts = (30, 50, 70, 80), []
+  for panel, (left, title, unit, worst, best, step) in enumerate(
+    (
+      (64, "classifiers: points of accuracy", "", -3, 1, 1),
+      (474, "language models: perplexity", "%", 20, -5, -5),
+    )
+  ):
+    x, y = Axis(left, left + 320, 25, 85), Axis(256, 76, worst, best)
+    ticks = range(worst, best + step, step)
+    parts += chart(
+      x,
+      y,
+      {n: f"−{n}%" for n in sizes},
+      {n: signed(n) + unit if n else "dense" for n in ticks},
+    )
+    parts += [text(left, 56, title), level(x, y(0))]
+    for name, (color, mark, _) in reversed(names.items()):
+      points = [
+        (x(n), y(cell[panel]))
+        for n, cell in zip(sizes, found[name], strict=True)
+        if len(cell) > panel
+      ]
+      parts.append(curve(points, color, mark))
+  at = 64
+  for color, mark, label in names.values():
+    parts += [curve([(at, 300)], color, mark), text(at + 10, 304, label)]
+    at += 42 + 7 * len(label)
+  return diagram(
+    "From scratch, 200 steps: change to dense",
+    [
+      "Means of four classifiers and of two language models, three seeds each. "
+      "Up is better in both.",
+    ],
+    parts,
+    (820, 344),
+  )
+
+
+def longer() -> str:
+  """Returns the change to dense after more steps, of models from scratch."""
+  header = "| | | 200 steps | 400 | 800 | 1,600"
+  x, y = Axis(64, 264, 200, 1600, math.log2), Axis(256, 76, 15, -10)
+  steps = (200, 400, 800, 1600)
+  parts = chart(
+    x,
+    y,
+    {n: f"{n:,}" for n in steps},
+    {n: f"{signed(n)}%" if n else "dense" for n in range(15, -15, -5)},
+  )
+  parts += [
+    text(64, 56, "language models: perplexity"),
+    text(164, 294, "steps", "mid soft"),
+    level(x, y(0)),
+  ]
+  name = ""
+  for row in measured(header):
+    name = row[0] or name
+    if row[1] == "perplexity to dense":
+      change = [numbers(cell)[0] for cell in row[2:]]
+      points = [(x(n), y(at)) for n, at in zip(steps, change, strict=True)]
+      parts.append(curve(points, "blue", CIRCLE))
+      parts.append(text(274, round(points[-1][1]) + 4, name))
+  header = "| | TREC | Subj | MR | SST-2 | CR | MPQA | AG News | SST-5 | mean"
+  sets = [cell.strip() for cell in header.split("|")[2:]]
+  dense, small = ([numbers(c)[0] for c in row[1:]] for row in measured(header))
+  x, top, bottom = Axis(500, 790, -3, 3), 76, 256
+  parts.append(text(500, 56, "classifiers after 800 steps: points of accuracy"))
+  for n in range(-3, 4):
+    at = round(x(n))
+    kind = "none" if n else "rule"
+    parts += [
+      f'<path class="{kind}" d="M{at} {top}V{bottom}"/>',
+      text(at, 274, signed(n) if n else "dense", "mid soft"),
+    ]
+  for i, (name, before, after) in enumerate(
+    zip(sets, dense, small, strict=True)
+  ):
+    at = top + 10 + 20 * i
+    parts += [
+      text(490, at + 4, name, "end"),
+      curve([(x(0), at), (x(after - before), at)], "blue"),
+      curve([(x(after - before), at)], "blue", CIRCLE),
+    ]
+  return diagram(
+    "From scratch, more steps: change to dense of a 70% smaller model",
+    ["One seed. Up (left) and to the right (right) is better."],
+    parts,
+    (820, 330),
+  )
+
+
+def trained() -> str:
+  """Returns the accuracy of MiniLM on four tasks as it gets smaller."""
+  header = "| | allocated parameters | TREC | Subj | MR | SST-2 | change"
+  tasks = [cell.strip() for cell in header.split("|")[3:-1]]
+  rows = [row[2:-1] for row in measured(header)[:4]]
+  saved = [0, *(numbers(row[0])[0] for row in measured(header)[1:4])]
+  x, y = Axis(64, 440, -6, 84), Axis(286, 54, 82, 98)
+  parts = chart(
+    x,
+    y,
+    {n: f"−{n:.0f}%" if n else "dense" for n in saved},
+    {n: f"{n}%" for n in range(82, 100, 4)},
+  )
+  for i, task in enumerate(tasks):
+    cells = [numbers(row[i]) for row in rows]
+    points = [
+      (x(n), y(mean)) for n, (mean, _) in zip(saved, cells, strict=True)
+    ]
+    for (at, _), (mean, error) in zip(points, cells, strict=True):
+      ends = f"M{at:.1f} {y(mean - error):.1f}V{y(mean + error):.1f}"
+      parts.append(f'<path class="rule" d="{ends}"/>')
+    parts += [
+      curve(points, "blue"),
+      curve(points[1:], "blue", CIRCLE),
+      curve(points[:1], "grey", SQUARE),
+      text(452, round(points[-1][1]) + 4, task),
+    ]
+  return diagram(
+    "Fine-tuned MiniLM: test accuracy",
+    ["Three seeds. Bars: one standard deviation on either side."],
+    parts,
+    (520, 340),
+  )
+
+
+def compact() -> str:
+  """Returns bars of the training costs of `benchmarks.compact`."""
+  found = json.loads((RESULTS / "compact.json").read_text(encoding="utf-8"))
+  runs, parts, y = found["runs"], [], 66
+  for name, unit, label in (
+    ("seconds", "s", "wall-clock"),
+    ("cpu_seconds", "s", "CPU time"),
+    ("watt_hours", "Wh", "energy"),
+  ):
+    parts.append(text(16, y + 9, label))
+    for run, color in (("dense", "grey"), ("compact", "blue")):
+      value = runs[run][name]
+      width = 220 * value / runs["dense"][name]
+      parts += [
+        bar(104, y, width, color),
+        text(round(110 + width), y, f"{value:.3g} {unit}"),
+      ]
+      y += 19
+    y += 10
+  accuracies = [f"{100 * runs[run]['test_accuracy']:.1f}%" for run in runs]
+  return diagram(
+    "Training with train.compact",
+    [
+      f"{found['steps']:,} steps, 70% smaller. Grey: dense, test accuracy "
+      f"{accuracies[0]}.",
+      f"Blue: compact, {accuracies[1]}. Energy is CodeCarbon's estimate.",
+    ],
+    parts,
+    (WIDTH, y + 38),
   )
 
 
@@ -473,7 +809,10 @@ def main() -> None:
     path.write_text(function(), encoding="utf-8")
 
 
-DIAGRAMS = (block, irc, dwc, low_rank, fpp, sizes, lengths)
+DIAGRAMS = (
+  block, irc, dwc, low_rank, fpp, sizes, lengths, ranks, shares, scratch,
+  longer, trained, compact,
+)  # fmt: skip
 
 if __name__ == "__main__":
   main()
