@@ -7,7 +7,7 @@ Four models of one shape, timed in turn:
 - dense;
 - folded, G = 4: four numbers per key, a diagonal W_V;
 - folded, G = 1: one number per key, a diagonal W_V;
-- linear, G = 1: a state of constant size in place of keys. It has as many nodes as
+- linear time, G = 1: a state of constant size in place of keys. It has as many nodes as
   `folding generate --cache=linear` takes for this model.
 
 Parameters are random. The number of nodes depends on the ranges of queries and
@@ -38,7 +38,7 @@ GROUPS = {
   "dense": 0,
   "folded, G = 4": 4,
   "folded, G = 1": 1,
-  "linear, G = 1": 1,
+  "linear time, G = 1": 1,
 }
 
 
@@ -86,7 +86,7 @@ class _Decoder:
     )
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     states = None
-    if name == "linear, G = 1":
+    if name == "linear time, G = 1":
       spans = constant_state.measure_spans(model, params)
       states = constant_state.empty_states(model, spans, batch_size, 1.6)
     start = np.zeros(batch_size, np.int32)

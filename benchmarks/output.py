@@ -18,7 +18,14 @@ from folding.training.run_dir import source_commit
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 MARKS = "os^Dv"
-# Runtimes have the same color and mark in all pictures.
+# Methods and runtimes have the same color and mark in all pictures.
+METHODS = {
+  "dense, all logits": (plots.LIGHT, "o"),
+  "dense": (plots.GREY, "s"),
+  "folded, G = 4": (plots.GREEN, "v"),
+  "folded, G = 1": (plots.RED, "^"),
+  "linear time, G = 1": (plots.BLUE, "D"),
+}
 RUNTIMES = (
   "ONNX Runtime, float32", "ONNX Runtime, int8", "PyTorch", "JAX", "NumPy",
 )  # fmt: skip
@@ -141,6 +148,11 @@ def _page(
   return "\n\n".join([*parts, f"![{title}]({name}.png)"]) + "\n"
 
 
+def _look(name: str, index: int) -> tuple[str, str]:
+  """Returns the color and the mark of a series."""
+  return METHODS.get(name, (plots.CYCLE[index], MARKS[index]))
+
+
 def _draw(plot: Plot) -> Any:
   """Returns a figure: a row per label, a mark per series, bars of quartiles."""
   labels = list(dict.fromkeys(x for s in plot.series.values() for x in s))
@@ -158,9 +170,9 @@ def _draw(plot: Plot) -> Any:
         shift = 0.6 * ((there.index(name) + 0.5) / len(there) - 0.5)
         y, x = labels.index(label) + shift, point["ratio"]
         low, high = point.get("ratio_low", x), point.get("ratio_high", x)
-        color = plots.CYCLE[index]
+        color, mark = _look(name, index)
         axes.plot([low, high], [y, y], color=color, linewidth=3, alpha=0.4)
-        axes.plot(x, y, "o", color=color, markersize=7)
+        axes.plot(x, y, mark, color=color, markersize=7)
         axes.annotate(
           f"{x:#.3g}",
           (high, y),
@@ -171,7 +183,8 @@ def _draw(plot: Plot) -> Any:
           bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
         ends += [low, high]
-      axes.plot([], [], "o", color=plots.CYCLE[index], label=name)
+      color, mark = _look(name, index)
+      axes.plot([], [], mark, color=color, label=name)
     lowest, highest = min([*ends, 1]), max([*ends, 1])
     room = 10 ** (0.12 * max(0.3, math.log10(highest / lowest)))
     axes.set_xlim(lowest / room, highest * room**1.6)
@@ -255,9 +268,8 @@ def _draw_lines(plot: Lines) -> Any:
     ):
       for name, points in series.items():
         xs, ys = zip(*points.items(), strict=True)
-        index = names.index(name)
-        style = {"color": plots.CYCLE[index], "marker": MARKS[index]}
-        [shown[name]] = axes.plot(xs, ys, **style)
+        color, mark = _look(name, names.index(name))
+        [shown[name]] = axes.plot(xs, ys, color=color, marker=mark)
       axes.set_xscale("log", base=2)
       axes.set_yscale("log")
       axes.grid(True)

@@ -27,6 +27,7 @@ from folding.training.run_dir import source_commit
 
 GIB = plan.GIB
 STEP, UPDATE = "step", "mask update"
+LABELS = {"folded": "folded, G = 1", "linear": "linear time, G = 1"}
 
 
 class Case(NamedTuple):
@@ -174,7 +175,8 @@ def main() -> None:
   ):
     for one in rows:
       if one["model"] == "quickstart" and one["program"] == STEP and key in one:
-        points = series.setdefault(label, {}).setdefault(one["variant"], {})
+        name = LABELS.get(one["variant"], one["variant"])
+        points = series.setdefault(label, {}).setdefault(name, {})
         points[one["length"]] = one[key] / unit
   lines = output.Lines(
     "The quickstart on 4 x v5e, one text per device, as compiled",

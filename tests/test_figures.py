@@ -118,7 +118,7 @@ def _speed():
     [shrink["parameters"]["ratio"]],
   )
   decode = _saved("decode")["lengths"]
-  kinds = "folded, G = 4", "folded, G = 1", "linear, G = 1"
+  kinds = "folded, G = 4", "folded, G = 1", "linear time, G = 1"
   for before, length, value in (
     (
       "constant state, over a dense KV cache | 4,096 tokens |",
