@@ -62,6 +62,7 @@ _BERT = Family(
       "norm_mlp": "output.LayerNorm",
     },
     classifier={"head": "classifier"},
+    idle_pooler="pooler.dense",
     has_biases=True,
   ),
 )
@@ -120,6 +121,7 @@ _ELECTRA = dataclasses.replace(
     _ROBERTA.layout,
     prefix="electra.",
     outer=_ROBERTA.layout.outer | {"embed_project": "embeddings_project"},
+    idle_pooler="",
   ),
 )
 # Without relative attention it has BERT's layers, and embeddings of any width.
@@ -149,6 +151,7 @@ _DEBERTA = dataclasses.replace(
       for x, name in zip("qkv", ("query", "key", "value"), strict=True)
     },
     classifier={"pooler": "pooler.dense", "head": "classifier"},
+    idle_pooler="",
   ),
 )
 _DISTILBERT = Family(

@@ -78,6 +78,8 @@ class Layout:
     block: Modules of a block.
     classifier: Modules of the sequence classifier, with whole names.
     lm_head: Output layer of a language model, with its whole name.
+    idle_pooler: A dense layer of the model without a head, which no vector of ours
+      reads. transformers draws it at random, with a warning, if it is missing.
     relative: A relative bias that all layers share.
     has_biases: Whether all norms and linear layers have biases, except the heads
       of causal models. If not, norms have none, and linear layers as the config
@@ -95,6 +97,7 @@ class Layout:
     default_factory=lambda: {"head": "score"}
   )
   lm_head: str = "lm_head"
+  idle_pooler: str = ""
   relative: str = ""
   has_biases: bool = False
   is_transposed: bool = False

@@ -404,6 +404,19 @@ def export_tensors(
   return theirs
 
 
+def idle_pooler(described: Description) -> dict[str, np.ndarray]:
+  """Returns tensors that transformers would draw at random; {}: there are none.
+
+  They are a pooler that computes tanh of the first hidden state.
+  """
+  name = FAMILIES[described.family].layout.idle_pooler
+  if described.head != "none" or not name:
+    return {}
+  D = described.config.width
+  kernel_DD = np.eye(D, dtype=np.float32)
+  return {f"{name}.weight": kernel_DD, f"{name}.bias": np.zeros(D, np.float32)}
+
+
 def _move_head_bias(
   arrays: dict[str, np.ndarray], described: Description
 ) -> None:
@@ -637,6 +650,7 @@ def save_pretrained(
   described: Description,
   *,
   dtype: str = "float32",
+  more: Mapping[str, np.ndarray] | None = None,
   **fields: Any,
 ) -> None:
   """Writes config.json and model.safetensors of a checkpoint.
@@ -647,6 +661,7 @@ def save_pretrained(
     described: Its family and sizes. The head is a sequence classifier if it
       has classes, else the output layer of a causal model.
     dtype: Type of the stored arrays.
+    more: Further tensors by their names, such as those of `idle_pooler`.
     **fields: More fields of config.json.
 
   Raises:
@@ -655,9 +670,10 @@ def save_pretrained(
     OSError: a file cannot be written.
   """
   values = hf_config.to_hf(described) | fields | {"torch_dtype": dtype}
+  theirs = export_tensors(described, described.head, params)
   arrays = {
     name: array.astype(dtype, copy=False)
-    for name, array in export_tensors(described, described.head, params).items()
+    for name, array in (theirs | dict(more or {})).items()
   }
   folder = pathlib.Path(path)
   folder.mkdir(parents=True, exist_ok=True)

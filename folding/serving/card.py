@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from folding import files
 from folding.config import Config
 from folding.errors import escaped, printable
+from folding.models import hf_weights
 from folding.tasks import METRICS, Task, task_of
 
 README, LICENSE = "README.md", "LICENSE"
@@ -165,6 +166,13 @@ def write(
     f"It reads at most {model.shape.max_length} tokens of a text.",
     *map(escaped, origin.notes),
   ]
+  if format == "hf" and hf_weights.idle_pooler(
+    hf_weights.describe_pretrained(pathlib.Path(path))
+  ):
+    facts.append(
+      "It has no trained pooler: `pooler_output` of transformers is tanh of the "
+      "first hidden state, and the program below does not read it."
+    )
   if stored < dense:
     facts.append(
       f"Its parameters take {stored:,} bytes without zeros, and those of the "

@@ -101,8 +101,10 @@ def export_hf(
     "place of removed heads and neurons, so that all layers have one shape; a "
     "plan of folding compress --uniform needs none"
   )
+  pooler = hf_weights.idle_pooler(described)
+  size = count + sum(w.size for w in pooler.values())
   report(
-    f"About {count * jnp.dtype(dtype).itemsize:,} bytes of arrays will be "
+    f"About {size * jnp.dtype(dtype).itemsize:,} bytes of arrays will be "
     f"written{grown if count > before else ''}"
   )
   begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
@@ -113,6 +115,7 @@ def export_hf(
     params,
     described,
     dtype=dtype,
+    more=pooler,
     eos_token_id=ends[0] if len(ends) == 1 else ends,
     bos_token_id=begins[0] if begins else None,
   )

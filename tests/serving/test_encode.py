@@ -87,6 +87,20 @@ def test_exports_of_an_encoder_make_its_vectors(bert, tmp_path):
   assert limits["max_seq_length"] == 9
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
+def test_auto_model_of_an_exported_encoder_draws_no_weights(family, tmp_path):
+  checkpoints.write(tmp_path / "source", family)
+  folding.load(tmp_path / "source").save(tmp_path / "out", "hf")
+  theirs, told = transformers.AutoModel.from_pretrained(
+    tmp_path / "out", output_loading_info=True
+  )
+  assert not any(told.values())  # such as missing_keys
+  with torch.no_grad():
+    out = theirs.eval()(input_ids=torch.tensor([[4, 5, 6]]))
+  first = out.last_hidden_state[:, 0]
+  torch.testing.assert_close(out.pooler_output, torch.tanh(first))
+
+
 def test_encode_verb_writes_a_row_per_line(bert, tmp_path, capsys):
   (tmp_path / "texts.txt").write_text("a b c\n\nf e\n", encoding="utf-8")
   command = ["encode", str(bert), str(tmp_path / "texts.txt")]
