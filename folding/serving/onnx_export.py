@@ -16,8 +16,12 @@ fuses the operators of a product into one. x86 processors without VNNI add two
 products at a time in 16 bits. Integers of "int7" are so small that these sums
 fit: 2 x 255 x 64 < 2^15. Others call this `reduce_range`.
 
+The program of a language model has a KV cache: inputs and outputs that hold the
+arrays of `models.decode.KVCache`, named and laid out as by `optimum`. Layers
+with a window keep all positions.
+
 Letters as in `folding.models`, and N for the tokens of a batch, r for the size
-of a value head.
+of a value head, M for past and new tokens. Without a KV cache, M is L.
 """
 
 import contextlib
@@ -47,6 +51,7 @@ MODEL = "model.onnx"
 OPSET, IR_VERSION = 17, 8
 # As transformers names them.
 TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
+PAST, PRESENT = "past_key_values", "present"
 Dtype = Literal["float32", "float16", "int8", "int7"]
 _INTEGERS = {"int8": 127, "int7": 64}  # the largest stored integer
 
@@ -59,12 +64,16 @@ def export_onnx(
   """Writes an ONNX program and its tokenizer to a new folder.
 
   model.onnx maps (input_ids int64[b, l], attention_mask int64[b, l]), of any
-  batch and length, to float32 "logits": [b, C] of a text, [b, l, V] of a
-  next-token model, which has no KV cache. A model with a segment embedding has
-  a third input, token_type_ids int64[b, l]. A model of task "embed" has the
-  outputs "last_hidden_state" [b, l, D] and "sentence_embedding" [b, D]; its
-  folder can be read by sentence-transformers. Ids are those of tokenizer.json
-  in the folder, and padding comes last.
+  batch and length, to float32 "logits" [b, C] of a text. A model with a segment
+  embedding has a third input, token_type_ids int64[b, l]. A model of task
+  "embed" has the outputs "last_hidden_state" [b, l, D] and "sentence_embedding"
+  [b, D]; its folder can be read by sentence-transformers. Ids are those of
+  tokenizer.json in the folder, and padding comes last.
+
+  A next-token model has the output "logits" [b, l, V], and per layer the inputs
+  "past_key_values.N.key" [b, J, p, G] and ".value" [b, I, p, r], p = 0 at first.
+  Its outputs "present.N.key" and ".value" of p + l positions are the next past.
+  Its attention_mask has p + l columns, with padding anywhere.
 
   Args:
     path: Created if it does not exist; must be empty.
@@ -165,6 +174,7 @@ class _Graph:
 
   Attributes:
     config: Shape of the model.
+    has_cache: Whether keys and values are inputs and outputs.
     largest: Largest integer of matrices and embeddings; None: they are floats.
     params: {path: float32 array}.
     shape: int64[2], B and L.
@@ -172,12 +182,16 @@ class _Graph:
 
   def __init__(self, config: Shape, params: Any, dtype: Dtype):
     self.config, self.dtype = config, dtype
+    self.has_cache = config.output == "tokens"
     self.largest = _INTEGERS.get(dtype)
     self.params = {
       path: np.asarray(leaf, np.float32)
       for path, leaf in paths.flatten(params).items()
     }
-    self._outputs: dict[str, list[str | int]] = {}  # name: shape
+    # {name: shape}, the last two of the KV cache
+    self._outputs: dict[str, list[str | int]] = {}
+    self._past: dict[str, list[str | int]] = {}
+    self._present: dict[str, list[str | int]] = {}
     self._nodes: list[Any] = []
     self._known: dict[Any, list[str]] = {}  # outputs of a node
     self._arrays: dict[str, np.ndarray] = {}
@@ -262,6 +276,27 @@ class _Graph:
     self._nodes.append(helper.make_node("Identity", [value], [name], name))
     self._outputs[name] = shape
 
+  def remember(self, name: str, new: str, heads: int, size: int) -> str:
+    """Returns all keys or values: those of the KV cache, if any, and new ones.
+
+    Args:
+      name: Layer and role, as in "0.key".
+      new: [B, heads, L, size].
+      heads: J or I.
+      size: Numbers per head.
+    """
+    if not self.has_cache:
+      return new
+    from onnx import helper
+
+    past, present = f"{PAST}.{name}", f"{PRESENT}.{name}"
+    self._past[past] = ["batch", heads, "past_length", size]
+    self._present[present] = ["batch", heads, "total_length", size]
+    # Not by `output`, whose node would copy them.
+    node = helper.make_node("Concat", [past, new], [present], present, axis=2)
+    self._nodes.append(node)
+    return present
+
   def dense(self, x: str, *names: str, num_inputs: int = 1) -> str:
     """Returns x @ kernel + bias of several modules, side by side.
 
@@ -339,14 +374,20 @@ class _Graph:
     """Returns the ModelProto."""
     from onnx import TensorProto, helper, numpy_helper
 
-    inputs = [
-      helper.make_tensor_value_info(x, TensorProto.INT64, ["batch", "length"])
-      for x in (TOKENS, MASK, *[SEGMENTS] * bool(self.config.segments))
-    ]
-    outputs = [
-      helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-      for name, shape in self._outputs.items()
-    ]
+    total = "total_length" if self.has_cache else "length"
+    integers = {TOKENS: ["batch", "length"], MASK: ["batch", total]}
+    if self.config.segments:
+      integers[SEGMENTS] = ["batch", "length"]
+
+    def infos(dtype: int, shapes: dict[str, list[Any]]) -> list[Any]:
+      return [
+        helper.make_tensor_value_info(name, dtype, shape)
+        for name, shape in shapes.items()
+      ]
+
+    inputs = infos(TensorProto.INT64, integers)
+    inputs += infos(TensorProto.FLOAT, self._past)
+    outputs = infos(TensorProto.FLOAT, self._outputs | self._present)
     arrays = [
       numpy_helper.from_array(np.asarray(array, order="C"), name)
       for name, array in self._arrays.items()
@@ -392,7 +433,8 @@ def _make_graph(
   if m.scale_embeddings:
     x = g.add("Mul", x, g.number(m.width**0.5))
   if m.positions == "learned":
-    x = g.add("Add", x, g.embed("position_embed/embedding", _positions(g)))
+    at_BL, _ = _positions(g)
+    x = g.add("Add", x, g.embed("position_embed/embedding", at_BL))
   if m.segments:
     x = g.add("Add", x, g.embed("segment_embed/embedding", SEGMENTS))
   x = g.add("Reshape", x, g.ints(-1, m.shared_rank or width))
@@ -407,7 +449,7 @@ def _make_graph(
   is_both = m.norm_position == "both"
   for n, layer in enumerate(m.layers):
     name = f"blocks_{n}"
-    block = _Block(g, layer, name)
+    block = _Block(g, layer, n)
     if m.norm_position == "post":
       x = g.norm(g.add("Add", block.attend(x), x), f"{name}/norm_attn")
       x = g.norm(g.add("Add", block.mlp(x), x), f"{name}/norm_mlp")
@@ -423,51 +465,72 @@ def _make_graph(
   return g
 
 
-def _positions(g: _Graph) -> str:
-  """Returns int64[L], 0, 1, ..."""
+def _positions(g: _Graph) -> tuple[str, str]:
+  """Returns int64 positions of queries, [B, L], and of keys, [B, M].
+
+  With a KV cache a position is the number of earlier tokens in the mask, so
+  that padding may be anywhere. Otherwise padding comes last, and B is 1.
+  """
   zero, one = (g.const(i, np.int64) for i in (0, 1))
-  return g.add("Range", zero, g.add("Gather", g.shape, one), one)
+  if not g.has_cache:
+    at_L = g.add("Range", zero, g.add("Gather", g.shape, one), one)
+    at_1L = g.add("Unsqueeze", at_L, g.ints(0))
+    return at_1L, at_1L
+  key_BM = g.add("Sub", g.add("CumSum", MASK, one), one)
+  key_BM = g.add("Max", key_BM, zero)
+  first = g.add("Neg", _length(g, TOKENS))
+  end = g.ints(np.iinfo(np.int64).max)
+  return g.add("Slice", key_BM, first, end, g.ints(1)), key_BM
+
+
+def _length(g: _Graph, x: str) -> str:
+  """Returns int64[1], the size of the second axis."""
+  return g.add("Gather", g.add("Shape", x), g.ints(1))
 
 
 def _offsets(g: _Graph) -> str:
-  """Returns int64[L, L], the position of the query less that of the key."""
-  at_L = _positions(g)
-  return g.add("Sub", g.add("Unsqueeze", at_L, g.ints(1)), at_L)
+  """Returns int64[B, L, M], the position of the query less that of the key."""
+  query_BL, key_BM = _positions(g)
+  query_BL1 = g.add("Unsqueeze", query_BL, g.ints(2))
+  return g.add("Sub", query_BL1, g.add("Unsqueeze", key_BM, g.ints(1)))
 
 
 def _mask(g: _Graph, window: int | None) -> str:
-  """Returns float [B, 1, 1 or L, L], 0 or -1e30, to add to the logits."""
+  """Returns float [B, 1, 1 or L, M], 0 or -1e30, to add to the logits."""
   from onnx import TensorProto
 
   seen = g.add("Cast", MASK, to=TensorProto.BOOL)
-  seen = g.add("Unsqueeze", seen, g.ints(1, 2))  # [B, 1, 1, L]
+  seen = g.add("Unsqueeze", seen, g.ints(1))  # [B, 1, M]
   if g.config.causal:
-    past_LL = g.add("GreaterOrEqual", _offsets(g), g.const(0, np.int64))
-    seen = g.add("And", seen, past_LL)
+    past_BLM = g.add("GreaterOrEqual", _offsets(g), g.const(0, np.int64))
+    seen = g.add("And", seen, past_BLM)
   if window is not None:
-    distance_LL = g.add("Abs", _offsets(g))
-    near_LL = g.add("Less", distance_LL, g.const(window, np.int64))
-    seen = g.add("And", seen, near_LL)
-  return g.add("Where", seen, g.number(0.0), g.number(MASKED))
+    distance_BLM = g.add("Abs", _offsets(g))
+    near_BLM = g.add("Less", distance_BLM, g.const(window, np.int64))
+    seen = g.add("And", seen, near_BLM)
+  mask = g.add("Where", seen, g.number(0.0), g.number(MASKED))
+  return g.add("Unsqueeze", mask, g.ints(1))
 
 
 def _relative_bias(g: _Graph, table_RH: np.ndarray) -> str:
-  """Returns [H, L, L], the bias of each distance."""
+  """Returns [B, H, L, M], the bias of each distance."""
   bucket_of = relative_buckets(g.config.relative_buckets)
   farthest = len(bucket_of) // 2
   low, high = (g.const(x, np.int64) for x in (-farthest, farthest))
-  offset_LL = g.add("Clip", _offsets(g), low, high)
-  index_LL = g.add("Add", offset_LL, high)
-  bucket_LL = g.add("Gather", g.const(bucket_of, np.int64), index_LL)
+  offset_BLM = g.add("Clip", _offsets(g), low, high)
+  index_BLM = g.add("Add", offset_BLM, high)
+  bucket_BLM = g.add("Gather", g.const(bucket_of, np.int64), index_BLM)
   # A constant: layers that share a table share the bias.
-  return g.add("Gather", g.const(table_RH.T, np.float32), bucket_LL, axis=1)
+  bias_BLMH = g.add("Gather", g.const(table_RH, np.float32), bucket_BLM)
+  return g.add("Transpose", bias_BLMH, perm=(0, 3, 1, 2))
 
 
 class _Block:
   """One layer. Sizes are read from its arrays, kinds from the config."""
 
-  def __init__(self, g: _Graph, layer: Layer, name: str):
-    self._g, self._layer, self._name = g, layer, name
+  def __init__(self, g: _Graph, layer: Layer, number: int):
+    self._g, self._layer, self._number = g, layer, number
+    self._name = name = f"blocks_{number}"
     self._params = {
       path.removeprefix(f"{name}/"): w
       for path, w in g.params.items()
@@ -480,7 +543,7 @@ class _Block:
     H, r, _ = w["attn/o/kernel"].shape
     J, size = w["attn/k/kernel"].shape[1:]
     v_kernel = w.get("attn/v/kernel")
-    num_values = len(layer.heads) if v_kernel is None else v_kernel.shape[1]
+    I = len(layer.heads) if v_kernel is None else v_kernel.shape[1]  # noqa: E741
     q, k, v = self._project(x)
     if m.qk_norm:
       q, k = self._norm_heads(q, "q", H), self._norm_heads(k, "k", J)
@@ -490,22 +553,20 @@ class _Block:
       q = self._rotate(self._repeat(q, H * size, copies), H)
       k = self._rotate(self._repeat(k, J * size, copies), J)
       size *= copies
-    k = self._repeat(k, J, H // J, size)
-    v = self._repeat(v, num_values, H // num_values, r)
     scale = layer.head_dim**0.5 / size  # = (K / G) / sqrt(K)
     q = g.add("Mul", q, g.number(scale))
-    q_BHLs, k_BHsL, v_BHLr = (
-      g.add("Transpose", g.unflatten(x, H, channels), perm=axes)
-      for x, channels, axes in (
-        (q, size, (0, 2, 1, 3)),
-        (k, size, (0, 2, 3, 1)),
-        (v, r, (0, 2, 1, 3)),
-      )
-    )
-    logits_BHLL = g.capped(g.add("MatMul", q_BHLs, k_BHsL), m.attention_cap)
-    logits_BHLL = g.add("Add", logits_BHLL, self._biased_mask())
-    weights_BHLL = g.add("Softmax", logits_BHLL, axis=-1)
-    out = g.add("MatMul", weights_BHLL, v_BHLr)
+    q = self._split(q, H, size)
+    k = g.remember(f"{self._number}.key", self._split(k, J, size), J, size)
+    v = g.remember(f"{self._number}.value", self._split(v, I, r), I, r)
+    k_BJsM = g.add("Transpose", k, perm=(0, 1, 3, 2))
+    logits = g.add("MatMul", self._regroup(q, H, J, g.ints(size)), k_BJsM)
+    total = _length(g, MASK)  # M; a mask of another length is an error here
+    shape = g.add("Concat", g.ints(0, H), _length(g, TOKENS), total, axis=0)
+    logits_BHLM = g.capped(g.add("Reshape", logits, shape), m.attention_cap)
+    logits_BHLM = g.add("Add", logits_BHLM, self._biased_mask())
+    weights_BHLM = g.add("Softmax", logits_BHLM, axis=-1)
+    weights = self._regroup(weights_BHLM, H, I, total)
+    out = self._regroup(g.add("MatMul", weights, v), I, H, g.ints(r))
     out = g.add("Transpose", out, perm=(0, 2, 1, 3))
     out = g.add("Reshape", out, g.ints(-1, H * r))
     return g.dense(out, f"{self._name}/attn/o", num_inputs=2)
@@ -559,6 +620,22 @@ class _Block:
       x = g.add("Mul", x, g.array(f"{self._name}/{name}", diagonal))
     return g.unflatten(x, len(channels))
 
+  def _split(self, x: str, heads: int, size: int) -> str:
+    """Returns [B, L, heads size] as [B, heads, L, size]."""
+    g = self._g
+    return g.add("Transpose", g.unflatten(x, heads, size), perm=(0, 2, 1, 3))
+
+  def _regroup(self, x: str, heads: int, new: int, size: str) -> str:
+    """Returns [B, heads, n, size] as [B, new, n heads / new, size].
+
+    So the queries of heads that share keys are rows of one matrix.
+    """
+    if new == heads:
+      return x
+    g = self._g
+    shape = g.add("Concat", g.ints(0, new, -1), size, axis=0)
+    return g.add("Reshape", x, shape)
+
   def _norm_heads(self, x: str, role: str, heads: int) -> str:
     """Returns queries or keys, [B, L, heads K], normed per head."""
     g, K = self._g, self._layer.head_dim
@@ -566,14 +643,14 @@ class _Block:
     x = g.norm(x, f"{self._name}/attn/{role}_norm", "rmsnorm")
     return g.unflatten(x, heads * K)
 
-  def _repeat(self, x: str, count: int, copies: int, size: int = 1) -> str:
-    """Returns [B, L, count size] with each run of `size` elements repeated."""
+  def _repeat(self, x: str, count: int, copies: int) -> str:
+    """Returns [B, L, count] with copies of each number side by side."""
     if copies == 1:
       return x
     g = self._g
-    x = g.add("Reshape", x, g.ints(-1, count, 1, size))
-    x = g.add("Tile", x, g.ints(1, 1, copies, 1))
-    return g.unflatten(x, count * copies * size)
+    x = g.add("Reshape", x, g.ints(-1, count, 1))
+    x = g.add("Tile", x, g.ints(1, 1, copies))
+    return g.unflatten(x, count * copies)
 
   def _rotate(self, x: str, heads: int) -> str:
     """Returns queries or keys, [B, L, heads K], with rotary positions."""
@@ -584,9 +661,10 @@ class _Block:
     J, half = frequency_Jk.shape
     if J > 1:
       frequency_Jk = np.repeat(frequency_Jk, heads // J, axis=0)
-    at_L11 = g.add("Unsqueeze", g.cast(_positions(g)), g.ints(1, 2))
-    angle_LHk = g.add("Mul", at_L11, g.const(frequency_Jk, np.float32))
-    cos, sin = g.add("Cos", angle_LHk), g.add("Sin", angle_LHk)
+    at_BL, _ = _positions(g)
+    at_BL11 = g.add("Unsqueeze", g.cast(at_BL), g.ints(2, 3))
+    angle_BLHk = g.add("Mul", at_BL11, g.const(frequency_Jk, np.float32))
+    cos, sin = g.add("Cos", angle_BLHk), g.add("Sin", angle_BLHk)
     x = g.unflatten(x, heads, 2 * half)
     a, b = g.add_many("Split", 2, x, g.ints(half, half), axis=-1)
     turned = (
@@ -605,8 +683,9 @@ class _Block:
       return mask
     slopes_H = -np.exp(self._params["attn/log_slopes"])
     slopes = g.array(f"{self._name}/attn/slopes", slopes_H[:, None, None])
-    distance_LL = g.cast(g.add("Abs", _offsets(g)))
-    return g.add("Add", mask, g.add("Mul", slopes, distance_LL))
+    distance_BLM = g.cast(g.add("Abs", _offsets(g)))
+    distance_B1LM = g.add("Unsqueeze", distance_BLM, g.ints(1))
+    return g.add("Add", mask, g.add("Mul", slopes, distance_B1LM))
 
 
 def _activate(g: _Graph, x: str, name: str) -> str:

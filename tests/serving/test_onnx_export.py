@@ -15,7 +15,7 @@ from folding import config as c
 from folding.errors import ConfigError
 from folding.models import sentence
 from folding.serving import export as export_lib
-from folding.serving import onnx_export
+from folding.serving import generate, onnx_export
 from tests.models import checkpoints
 from tests.serving import models
 
@@ -24,9 +24,9 @@ _GPT2 = c.gpt2(**models.SHAPE, pooling="last")
 _LLAMA = c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2)
 
 
-def _shrunk(shape, **fold):
+def _shrunk(shape, task="classify", **fold):
   """Returns a model without some neurons, tokens and heads."""
-  model = models.make(model=shape, fold=c.FoldConfig(**fold))
+  model = models.make(task, shape, c.FoldConfig(**fold))
   model = models.with_zeros(model, [7, 9, 10])
   model.params["blocks_1"]["attn"]["o"]["kernel"][1:3] = 0
   small = export_lib.shrunk(model)
@@ -99,7 +99,12 @@ _CASES = {
     ),
     c.FoldConfig(groups=4, rope="pairs", values=("dense", "diagonal")),
   ),
+  # A layer without some heads has a smaller cache.
+  "alibi-window": lambda: _shrunk(
+    c.ModelConfig(**models.SHAPE, window=(0, 5)), "lm", groups=1
+  ),
 }
+_DECODERS = ["gpt2-diagonal", "llama-window", "llama-pairs", "alibi-window"]
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +121,17 @@ def start():
       str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
 
-    def run(*inputs):
-      names = [x.name for x in made.get_inputs()]
+    def run(*inputs, past=None):
+      """Returns the outputs; a language model has those of its cache, too."""
       feed = [x.astype(np.int64) for x in inputs]
-      return made.run(None, dict(zip(names, feed, strict=True)))
+      caches = made.get_inputs()[len(inputs) :]
+      if past is None:
+        past = [
+          np.zeros((len(feed[0]), x.shape[1], 0, x.shape[3]), np.float32)
+          for x in caches
+        ]
+      names = [x.name for x in made.get_inputs()]
+      return made.run(None, dict(zip(names, feed + past, strict=True)))
 
     return run
 
@@ -151,7 +163,7 @@ def test_program_computes_the_model_in_any_shape(start, name, tmp_path):
   run = start(tmp_path / "out")
   tokens, mask = _batch(model.tokenizer.plain_size)
   expected = _logits(model, tokens, mask)
-  [found] = run(tokens, mask)
+  found, *_ = run(tokens, mask)
   assert found.shape == expected.shape
   if not model.labels:
     found, expected = found[mask], expected[mask]
@@ -159,7 +171,7 @@ def test_program_computes_the_model_in_any_shape(start, name, tmp_path):
   # Each text by itself, without padding, and so in other shapes.
   for row in range(3):
     keep = mask[row]
-    [one] = run(tokens[row : row + 1, keep], mask[row : row + 1, keep])
+    one, *_ = run(tokens[row : row + 1, keep], mask[row : row + 1, keep])
     rest = expected[row] if model.labels else expected[mask[:row].sum() :]
     np.testing.assert_allclose(
       one[0], rest[: len(one[0])], rtol=1e-4, atol=1e-4
@@ -177,10 +189,91 @@ def test_openvino_computes_the_program(openvino, name, tmp_path):
   )
   tokens, mask = _batch(model.tokenizer.plain_size)
   inputs = {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
+  for x in read.inputs[2:]:
+    _, heads, _, size = x.partial_shape
+    shape = (len(tokens), heads.get_length(), 0, size.get_length())
+    inputs[x.any_name] = np.zeros(shape, np.float32)
   found, expected = read(inputs)["logits"], _logits(model, tokens, mask)
   if not model.labels:
     found, expected = found[mask], expected[mask]
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", _DECODERS)
+def test_cache_continues_padded_prompts(start, name, side, tmp_path):
+  model = _CASES[name]()
+  onnx_export.export_onnx(tmp_path / "out", model)
+  run = start(tmp_path / "out")
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, model.num_rows, size) for size in (9, 1, 6)]
+  tokens, start_B = generate.pad_left(prompts, 9)
+  if side == "right":
+    tokens = np.stack(list(map(np.roll, tokens, -start_B)))
+  at, size = np.arange(9), 9 - start_B[:, None]
+  mask = at >= 9 - size if side == "left" else at < size
+  # In two pieces.
+  first, *past = run(tokens[:, :4], mask[:, :4])
+  second, *past = run(tokens[:, 4:], mask, past=past)
+  last = -1 if side == "left" else size[:, 0] - 1
+  logits_BV = np.concatenate([first, second], axis=1)[range(3), last]
+  found = []
+  for _ in range(7):
+    found.append(logits_BV)
+    mask = np.pad(mask, [(0, 0), (0, 1)], constant_values=True)
+    step, *past = run(logits_BV.argmax(-1)[:, None], mask, past=past)
+    logits_BV = step[:, 0]
+  found = np.stack(found, axis=1)
+  decode = generate.Generator(model.module)
+  new = decode(model.params, prompts, max_new_tokens=7)
+  assert found.argmax(-1).tolist() == [ids.tolist() for ids in new]
+  rows = list(map(np.concatenate, zip(prompts, new, strict=True)))
+  whole = np.stack([np.pad(ids, (0, 16 - len(ids))) for ids in rows])
+  expected = _logits(model, whole, np.ones_like(whole, bool))
+  after = size - 1 + np.arange(7)
+  np.testing.assert_allclose(
+    found, expected[np.arange(3)[:, None], after], rtol=1e-4, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize("name", _DECODERS)
+def test_cache_is_as_large_as_here(start, name, tmp_path):
+  model = _CASES[name]()
+  onnx_export.export_onnx(tmp_path / "out", model)
+  _, *past = start(tmp_path / "out")(*_batch(model.num_rows))
+  prefill = functools.partial(model.module.apply, method="prefill")
+  inputs = jnp.zeros((3, 17), jnp.int32), jnp.zeros(3, jnp.int32)
+  _, caches = jax.eval_shape(prefill, {"params": model.params}, *inputs)
+  sizes = [sum(x.size for x in cache) for cache in caches]
+  assert [
+    k.size + v.size for k, v in zip(past[::2], past[1::2], strict=True)
+  ] == sizes
+
+
+@pytest.mark.parametrize(
+  ("dtype", "most"), [("float16", 1e-4), ("int8", 0.25), ("int7", 0.25)]
+)
+def test_cache_of_smaller_dtypes_is_near_whole_passes(
+  start, dtype, most, tmp_path
+):
+  model = models.make("lm", c.gpt2(num_layers=1, width=64, num_heads=4))
+  onnx_export.export_onnx(tmp_path / "out", model, dtype)
+  run = start(tmp_path / "out")
+  tokens, mask = _batch(21)[0], np.ones((3, 17))
+  whole, *_ = run(tokens, mask)
+  _, *past = run(tokens[:, :-1], mask[:, :-1])
+  found, *_ = run(tokens[:, -1:], mask, past=past)
+  error = np.abs(found - whole[:, -1:]).mean() / np.abs(whole).mean()
+  assert error < most
+
+
+def test_cache_refuses_a_mask_without_the_past(start, tmp_path):
+  onnx_export.export_onnx(tmp_path / "out", models.make("lm", _LLAMA))
+  run = start(tmp_path / "out")
+  tokens, mask = _batch(21)
+  _, *past = run(tokens, mask)
+  with pytest.raises(Exception, match="cannot be reshaped"):
+    run(tokens[:, :1], mask[:, :1], past=past)
 
 
 def test_pairs_have_segments(start, tmp_path):
@@ -217,7 +310,7 @@ def test_smaller_dtypes_are_near(start, task, dtype, ratio, most, tmp_path):
     folder = tmp_path / one
     onnx_export.export_onnx(folder, model, one)
     sizes.append((folder / "model.onnx").stat().st_size)
-    [logits] = start(folder)(tokens, mask)
+    logits, *_ = start(folder)(tokens, mask)
     found.append(logits[mask] if task == "lm" else logits)
   assert 0.8 * ratio < sizes[1] / sizes[0] < ratio + 0.1
   error = np.abs(found[1] - found[0]).mean(0) / np.abs(found[0]).mean(0)
