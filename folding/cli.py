@@ -229,7 +229,8 @@ def compress(args: argparse.Namespace) -> None:
       uniform=args.uniform,
       vocabulary=args.vocabulary,
     )
-  print(f"Next: folding export {folder} --output=NEW --format=onnx")
+  kind = "hf" if args.uniform else "onnx"
+  print(f"Next: folding export {folder} --output=NEW --format={kind}")
 
 
 @_verb("write the report of a run", _RUN)
