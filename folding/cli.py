@@ -799,7 +799,10 @@ def describe_fields(config: config_lib.Config) -> str:
 
 @functools.cache  # getsource parses the whole file of a class
 def _comments(section: type) -> dict[str, str]:
-  return typed.comments(inspect.getsource(section).splitlines())
+  found = {}
+  for kind in reversed(section.__mro__[:-1]):  # all but object
+    found |= typed.comments(inspect.getsource(kind).splitlines())
+  return found
 
 
 def _print_error(message: str) -> None:

@@ -133,6 +133,7 @@ def test_help_of_train_lists_every_field(capsys):
     assert f"\n  {name}=" in out
   assert "train.steps=1000  (int in [1, 2^31))" in out
   assert "mesh axis or None" in out  # a comment
+  assert "D, channels per token" in out  # of a field that `model` inherits
 
 
 def test_help_after_a_config_shows_its_values(tmp_path, capsys):
