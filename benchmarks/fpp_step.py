@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks import output, timing
 from configs import quickstart
 from folding import config as config_lib
+from folding.models.shape import shape_of
 from folding.training import optimizer as optimizer_lib
 from folding.training import sharding
 from folding.training.step import Program
@@ -57,7 +58,8 @@ def measure(rounds: int, devices: int = 1) -> dict:
   batch = sharding.put_batch(mesh, batch)
   bare, pruned = (
     Program(
-      get_config(devices, prunes=prunes),
+      shape_of(each := get_config(devices, prunes=prunes)),
+      each,
       mesh,
       vocab_size=vocab_size,
       num_classes=0,
@@ -86,11 +88,11 @@ def measure(rounds: int, devices: int = 1) -> dict:
 
 def _stepper(program: Program, batch, *, is_mask_update: bool):
   """Returns a call that takes one step in the middle of the ramp."""
-  updates = optimizer_lib.mask_updates(program.config)
+  updates = optimizer_lib.mask_updates(program.order)
   middle = updates[(len(updates) - 1) // 2]
   # Held steps come right after a mask update; each call repeats the same step.
   at = middle if is_mask_update else middle + 1
-  state = program.draw(program.config.seed)
+  state = program.draw(program.order.seed)
   state = state._replace(opt_state=state.opt_state._replace(step=np.int32(at)))
   state = jax.device_put(state, program.state_shardings)
   step = program.step(is_mask_update=is_mask_update, donates=False)

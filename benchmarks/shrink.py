@@ -133,7 +133,7 @@ def _programs(
     "weights": jax.numpy.ones(rows),
   }
   params = jax.tree.map(jax.numpy.asarray, params)
-  tx = optimizer_lib.make_optimizer(config, [])
+  tx = optimizer_lib.make_optimizer(config, model.shape.layers, [])
   state = init_state(model, tx, config.data.length, config.seed)
   options = StepOptions(model=model, tx=tx, task=task_of(config))
   step = functools.partial(train_step, options=options, is_mask_update=False)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from benchmarks import output
 from folding import config as config_lib
 from folding import files
+from folding.models.shape import shape_of
 from folding.training import plan, sharding
 from folding.training.run_dir import source_commit
 
@@ -92,7 +93,7 @@ def measure(case: Case) -> dict[str, Any]:
   devices = plan.find_devices(case.devices)
   config = case.config()
   mesh = sharding.make_mesh(config.mesh, devices.devices)
-  program = plan.make_program(config, mesh)
+  program = plan.make_program(shape_of(config), config, mesh)
   found = plan.measure(program, devices, is_mask_update=case.program == UPDATE)
   return {
     **case._asdict(),

@@ -125,9 +125,11 @@ def train(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
   """Prints the memory and time of a training step, and whether it fits."""
   config = config_lib.resolve(config_lib.read(args.config, args.edits))
+  from folding.models.shape import shape_of
   from folding.training import plan as plan_lib
 
-  found = plan_lib.plan(config, plan_lib.find_devices(args.devices))
+  devices = plan_lib.find_devices(args.devices)
+  found = plan_lib.plan(shape_of(config), config, devices)
   print(json.dumps(found) if args.json else plan_lib.table(found))
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from folding import files, typed
 from folding.errors import ConfigError
@@ -349,6 +349,10 @@ class FPPConfig:
     parts = self.overall, self.linear, self.embedding
     return any(parts) or any(self.linear_layers or ())
 
+  def leaves_open(self, embedding_rank: int) -> bool:
+    """Whether a plan has yet to choose the rank of the embedding."""
+    return self.embedding_granularity == "rank" and not embedding_rank
+
   def check(self) -> None:
     """Raises `ConfigError` if two fields do not fit each other."""
     if self.begin >= self.end:
@@ -446,8 +450,8 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Config:
-  """A run. `resolve` it before use."""
+class Order:
+  """What a run asks for, apart from the shape of its model."""
 
   # "lm" predicts the next token, "embed" makes the vector of a sentence. The others
   # read a text or a pair of texts: "classify" chooses one class, "multilabel" any
@@ -462,19 +466,31 @@ class Config:
   # Checkpoint folder, hub id or run to start from.
   pretrained: str | None = None
   data: DataConfig = DataConfig()
-  model: ModelConfig = ModelConfig()
-  fold: FoldConfig = FoldConfig()
   fpp: FPPConfig = FPPConfig()
   compress: CompressConfig = CompressConfig()
   distill: DistillConfig = DistillConfig()
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
 
-  @property
-  def has_open_rank(self) -> bool:
-    """Whether a plan has yet to choose the rank of the embedding."""
-    is_by_rank = self.fpp.embedding_granularity == "rank"
-    return is_by_rank and not self.fold.embedding_rank
+  def uncompressed(self) -> Self:
+    """Returns the order of the dense baseline."""
+    return dataclasses.replace(
+      self,
+      dense=True,
+      preset="none",
+      fpp=FPPConfig(score=self.fpp.score),
+      compress=CompressConfig(),
+      # The teacher of `pretrained` would be the untrained model.
+      distill=self.distill if self.distill.teacher else DistillConfig(),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config(Order):
+  """A run: its order and the shape of its model. `resolve` it before use."""
+
+  model: ModelConfig = ModelConfig()
+  fold: FoldConfig = FoldConfig()
 
   def check(self) -> None:
     """Raises `ConfigError` if values of a resolved config do not fit."""
@@ -657,8 +673,9 @@ class Config:
 
   def _check_plan(self) -> None:
     f, compress = self.fpp, self.compress
+    is_open = f.leaves_open(self.fold.embedding_rank)
     if compress.plan == "same":
-      if self.has_open_rank:
+      if is_open:
         raise ConfigError(
           "fpp.embedding_granularity='rank' needs compress.plan='auto', which "
           "chooses the rank, or fold.embedding_rank; 'trim' and 'weight' need "
@@ -671,7 +688,7 @@ class Config:
       raise ConfigError(
         "compress.plan='auto' measures a trained model; set pretrained=PATH"
       )
-    by_errors = self.has_open_rank and compress.embedding == "errors"
+    by_errors = is_open and compress.embedding == "errors"
     if by_errors and f.overall is None:
       raise ConfigError(
         "compress.embedding='errors' needs fpp.overall; use 'share' beside "
@@ -786,15 +803,7 @@ def filled(config: Config) -> Config:
   """Returns a copy with presets and shapes filled in."""
   c = config
   if c.dense:
-    c = dataclasses.replace(
-      c,
-      preset="none",
-      fold=FoldConfig(),
-      fpp=FPPConfig(score=c.fpp.score),
-      compress=CompressConfig(),
-      # The teacher of `pretrained` would be the untrained model.
-      distill=c.distill if c.distill.teacher else DistillConfig(),
-    )
+    c = dataclasses.replace(c.uncompressed(), fold=FoldConfig())
   m, f = c.model, c.fpp
   preset = dict(zip(_DECIDED, PRESETS[c.preset], strict=True))
 
@@ -828,30 +837,14 @@ def joined(value: Any) -> Any:
   return value[0] if is_equal else value
 
 
-def unshrunk(config: Config) -> Config:
-  """Returns the config with all heads and neurons, as before any shrink."""
-  m = config.model
-  width = m.mlp_width if m.dense_mlp_width is None else m.dense_mlp_width
-  model = dataclasses.replace(
-    m, mlp_width=width, dense_mlp_width=None, heads=None
-  )
-  values = config.fold.values
-  if isinstance(values, tuple):
-    values = tuple("diagonal" if v == "identity" else v for v in values)
-  elif values == "identity":
-    values = "diagonal"
-  fold = dataclasses.replace(config.fold, values=values)
-  return dataclasses.replace(config, model=model, fold=fold)
-
-
 def dense_baseline(config: Config) -> Config:
   """Returns the resolved config of the dense baseline of a run."""
-  return resolve(dataclasses.replace(unshrunk(config), dense=True))
+  return resolve(dataclasses.replace(config, dense=True))
 
 
-def quality(config: Config) -> str:
+def quality(order: Order) -> str:
   """Returns the test metric that a run is judged by: "bits_per_byte", ..."""
-  task, chosen = task_of(config), config.train.metric
+  task, chosen = task_of(order), order.train.metric
   if task.predicts_tokens:
     return "bits_per_byte"
   return task.metrics[0] if chosen in (None, "loss") else chosen

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from folding.errors import ConfigError
 
+Output = Literal["tokens", "scores", "vector"]  # of a model
+
 Array: TypeAlias = Any  # of JAX in a training step, of NumPy elsewhere
 Label: TypeAlias = str | float | tuple[str, ...]  # a class, a score, classes
 
@@ -86,6 +88,12 @@ class Task:
   def makes_vectors(self) -> bool:
     """Whether the output is the vector of a text, learned from a teacher."""
     return self.aim == "taught"
+
+  @property
+  def output_kind(self) -> Output:
+    """Next-token logits, the vector of a text, or its scores."""
+    outputs: dict[str, Output] = {"targets": "tokens", "taught": "vector"}
+    return outputs.get(self.aim, "scores")
 
 
 class Metric(NamedTuple):

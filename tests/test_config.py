@@ -312,21 +312,6 @@ def test_dense_baseline_is_the_same_run_without_compression():
   assert c.dense_baseline(dense) == dense == c.dense_baseline(resolved)
 
 
-def test_dense_baseline_has_the_heads_and_neurons_before_a_shrink():
-  config = make_config(
-    model__heads=((0, 1),) * 4,
-    model__mlp_width=(7, 8, 8, 8),
-    model__dense_mlp_width=9,
-    fold__values="dense",
-  )
-  model = c.dense_baseline(config).model
-  assert (model.heads, model.mlp_width, model.dense_mlp_width) == (
-    None,
-    9,
-    None,
-  )
-
-
 def test_dense_run_has_a_teacher_only_if_it_is_named():
   distill = c.DistillConfig(logits=0.7, hidden=10.0)
   config = c.Config(dense=True, pretrained="CHECKPOINT", distill=distill)

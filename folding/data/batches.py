@@ -16,7 +16,7 @@ from typing import TypeAlias
 import grain
 import numpy as np
 
-from folding.config import Config, DataConfig
+from folding.config import DataConfig, Order
 from folding.data import corpus, sources, tokenizers
 from folding.data.padding import (
   bucket_lengths,
@@ -151,7 +151,7 @@ class Data:
 
 
 def make_data(
-  config: Config,
+  order: Order,
   tokenizer: Tokenizer | None = None,
   process_index: int = 0,
   process_count: int = 1,
@@ -162,7 +162,7 @@ def make_data(
   """Reads the text, trains or loads the tokenizer, and plans the batches.
 
   Args:
-    config: A resolved config; its seed decides the order of training.
+    order: Resolved; its seed decides the order of training.
     tokenizer: The tokenizer of a trained model; None: that of the config.
     process_index: Index of this process.
     process_count: Number of processes that share each batch.
@@ -173,8 +173,7 @@ def make_data(
     ConfigError: the source or the tokenizer is not valid, the train split does
       not fill one batch, or processes cannot share a batch evenly.
   """
-  data = dataclasses.replace(config.data)  # the caller's may change
-  config = dataclasses.replace(config, data=data)
+  data = order.data
   for name in ("batch_size", "eval_batch_size"):
     size = getattr(data, name)
     if size % process_count:
@@ -183,9 +182,9 @@ def make_data(
         "use a multiple"
       )
   # Hashed, so seeds 0 and 1 share no epoch: Grain adds the epoch to the seed.
-  seed = int(np.random.SeedSequence(config.seed % 2**64).generate_state(1)[0])
+  seed = int(np.random.SeedSequence(order.seed % 2**64).generate_state(1)[0])
   share = slice(process_index, None, process_count)
-  if task_of(config).predicts_tokens:
+  if task_of(order).predicts_tokens:
     tokenizer, tokens = corpus.tokenised(data, tokenizer, keep_tokens)
     made = Data(
       tokenizer=tokenizer,
@@ -198,7 +197,7 @@ def make_data(
     )
     unit, lower = f"windows of {data.length} tokens", "data.length or "
   else:
-    made = _data_of_rows(config, tokenizer, texts, seed=seed, share=share)
+    made = _data_of_rows(order, tokenizer, texts, seed=seed, share=share)
     unit, lower = "texts", ""
   count = made.num_examples["train"]
   if count < data.batch_size:
@@ -210,7 +209,7 @@ def make_data(
 
 
 def _data_of_rows(
-  config: Config,
+  order: Order,
   tokenizer: Tokenizer | None,
   texts: sources.Texts | None,
   *,
@@ -218,17 +217,17 @@ def _data_of_rows(
   share: slice,
 ) -> Data:
   """Returns the batches of the other tasks; see `make_data`."""
-  data, scores, kept = config.data, None, None
-  texts = texts or sources.load_texts(data, config.task)
+  data, scores, kept = order.data, None, None
+  texts = texts or sources.load_texts(data, order.task)
   if data.sts is not None:
     firsts, seconds, scores = sources.load_scored_pairs(data.sts)
     every = texts.texts | {STS: firsts + seconds}
     texts = dataclasses.replace(texts, texts=every)
   if tokenizer is None:
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
-    kept = texts if config.fpp.embedding_granularity == "trim" else None
+    kept = texts if order.fpp.embedding_granularity == "trim" else None
   whole = None  # tokenizer of the teacher of sentence vectors
-  makes_vectors = task_of(config).makes_vectors
+  makes_vectors = task_of(order).makes_vectors
   if makes_vectors and isinstance(tokenizer, MappedTokenizer):
     whole = tokenizers.load_tokenizer(data.tokenizer)
   examples = _Rows(texts, tokenizer, data, seed=seed, share=share, whole=whole)

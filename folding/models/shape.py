@@ -16,7 +16,7 @@ from folding.config import (
   Values,
   joined,
 )
-from folding.tasks import task_of
+from folding.tasks import Output, task_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Shape(Design):
   embedding_rank: int
   embedding_shared: bool
   max_length: int
-  output: Literal["tokens", "scores", "vector"]
+  output: Output
 
   @property
   def num_layers(self) -> int:
@@ -139,24 +139,28 @@ class Shape(Design):
 def shape_of(config: Config) -> Shape:
   """Returns the shape that a config describes."""
   config = config_lib.filled(config)
-  m, f, task = config.model, config.fold, task_of(config)
-  output = "vector" if task.makes_vectors else "scores"
+  output = task_of(config).output_kind
+  return make_shape(config.model, config.fold, output, config.data.length)
+
+
+def make_shape(
+  m: ModelConfig, f: FoldConfig, output: Output, max_length: int
+) -> Shape:
+  """Returns the shape that sections of a resolved config describe."""
   return Shape(
     **{x.name: getattr(m, x.name) for x in dataclasses.fields(Design)},
-    layers=tuple(_layer(config, n) for n in range(m.num_layers)),
+    layers=tuple(_layer(m, f, n) for n in range(m.num_layers)),
     num_heads=m.num_heads,
     num_kv_heads=m.num_kv_heads,
     head_dim=m.head_dim,
     embedding_rank=f.embedding_rank,
     embedding_shared=f.embedding_shared,
-    max_length=config.data.length,
-    output="tokens" if task.predicts_tokens else output,
+    max_length=max_length,
+    output=output,
   )
 
 
-def _layer(config: Config, n: int) -> Layer:
-  m, f = config.model, config.fold
-
+def _layer(m: ModelConfig, f: FoldConfig, n: int) -> Layer:
   def at(value: Any) -> Any:
     return value[n] if isinstance(value, tuple) else value
 
@@ -182,33 +186,42 @@ def _layer(config: Config, n: int) -> Layer:
 
 def with_shape(config: Config, shape: Shape) -> Config:
   """Returns a config whose sections `model` and `fold` describe a shape."""
-  layers, K = shape.layers, shape.head_dim
+  return dataclasses.replace(config, model=model_of(shape), fold=fold_of(shape))
 
-  def each(name: str) -> Any:
-    return joined(tuple(getattr(layer, name) for layer in layers))
 
+def model_of(shape: Shape) -> ModelConfig:
+  """Returns the section `model` of a shape."""
+  layers = shape.layers
   is_whole = all(len(x.heads) == shape.num_heads for x in layers)
   is_cut = any(x.mlp_width != x.whole_mlp_width for x in layers)
-  model = ModelConfig(
+  return ModelConfig(
     **{x.name: getattr(shape, x.name) for x in dataclasses.fields(Design)},
     num_layers=shape.num_layers,
     num_heads=shape.num_heads,
     num_kv_heads=shape.num_kv_heads,
-    head_dim=K,
-    mlp_width=each("mlp_width"),
-    dense_mlp_width=each("whole_mlp_width") if is_cut else None,
+    head_dim=shape.head_dim,
+    mlp_width=_each(shape, "mlp_width"),
+    dense_mlp_width=_each(shape, "whole_mlp_width") if is_cut else None,
     heads=None if is_whole else tuple(x.heads for x in layers),
     window=joined(tuple(x.window or 0 for x in layers)) or None,
-    rope_base=each("rope_base"),
+    rope_base=_each(shape, "rope_base"),
     qkv_bias=layers[0].qkv_bias,
   )
-  fold = FoldConfig(
-    groups=each("groups"),
+
+
+def fold_of(shape: Shape) -> FoldConfig:
+  """Returns the section `fold` of a shape."""
+  layers = shape.layers
+  return FoldConfig(
+    groups=_each(shape, "groups"),
     axis=layers[0].axis,
     rope=layers[0].rope,
-    values=each("values"),
-    value_rank=joined(tuple(x.value_dim % K for x in layers)),
+    values=_each(shape, "values"),
+    value_rank=joined(tuple(x.value_dim % shape.head_dim for x in layers)),
     embedding_rank=shape.embedding_rank,
     embedding_shared=shape.embedding_shared,
   )
-  return dataclasses.replace(config, model=model, fold=fold)
+
+
+def _each(shape: Shape, name: str) -> Any:
+  return joined(tuple(getattr(layer, name) for layer in shape.layers))

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from folding import files
-from folding.config import Config
 from folding.errors import escaped, printable
 from folding.models import hf_weights
 from folding.tasks import METRICS, Task, task_of
@@ -78,9 +77,9 @@ def origin_of_folder(path: str) -> Origin:
   )
 
 
-def origin_of_run(path: str, config: Config) -> Origin:
+def origin_of_run(path: str, start: str | None) -> Origin:
   """Returns the origin of a run: the checkpoint that it started from."""
-  origin, start = Origin(), config.pretrained
+  origin = Origin()
   if start and os.path.isdir(start):
     origin = origin_of_folder(start)
   elif start:

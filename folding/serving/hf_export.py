@@ -22,7 +22,7 @@ from folding.models.attention import layer_frequencies
 from folding.models.families import FAMILIES
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
-from folding.models.shape import Layer, with_shape
+from folding.models.shape import Layer, model_of
 from folding.serving.loaded import Model, require_exportable, require_float
 from folding.tasks import task_of
 
@@ -72,7 +72,7 @@ def export_hf(
   # Heads that share keys have values of their own beside a diagonal W_V; the
   # dense form then repeats the keys.
   m = dataclasses.replace(
-    with_shape(loaded.config, loaded.shape.dense()).model,
+    model_of(loaded.shape.dense()),
     mlp_width=m.mlp_width,
     num_heads=m.num_heads,
     num_kv_heads=params["blocks_0"]["attn"]["k"]["kernel"].shape[1],

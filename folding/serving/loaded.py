@@ -272,7 +272,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
       raise ConfigError(
         f"{path}/labels.json has {len(labels)} names for {count} classes"
       )
-  origin = card.origin_of_run(path, config)
+  origin = card.origin_of_run(path, config.pretrained)
   return Model.of(config, params, tokenizer, labels, origin)
 
 

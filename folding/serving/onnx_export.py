@@ -41,7 +41,7 @@ from folding.models import hf_config, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.exact_attention import MASKED, relative_buckets
 from folding.models.hf_weights import CONFIG, TOKENIZER
-from folding.models.shape import Layer, Shape, with_shape
+from folding.models.shape import Layer, Shape, model_of
 from folding.serving.hf_export import tokenizer_options
 from folding.serving.loaded import Model, require_exportable
 from folding.tasks import task_of
@@ -131,7 +131,7 @@ def export_onnx(
 
 def _description(loaded: Model, tokenizer: Tokenizer) -> hf_config.Description:
   """Returns the content of config.json, with sizes of the dense baseline."""
-  m = with_shape(loaded.config, loaded.shape.dense()).model
+  m = model_of(loaded.shape.dense())
   try:
     family = hf_config.family_of(m, len(loaded.labels))
   except ConfigError:

@@ -457,7 +457,7 @@ def _is_finished(trial: Trial) -> bool:
   """
   if trial.result is None:
     return False
-  run_dir.config_to_continue(trial.run, config_lib.resolve(trial.config()))
+  run_dir.is_begun(trial.run, config_lib.resolve(trial.config()))
   return True
 
 

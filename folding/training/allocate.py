@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from folding import paths
-from folding.config import CompressConfig, Config, FPPConfig
+from folding.config import CompressConfig, FPPConfig
 from folding.errors import ConfigError
 from folding.models import hf_config
 from folding.models.params import group_of
-from folding.models.shape import Layer, Shape, with_shape
+from folding.models.shape import Layer, Shape, model_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training.fold_pretrained import require_pairs
 from folding.training.layer_options import (
@@ -54,22 +54,23 @@ class Asked(NamedTuple):
     shape: Its layers have the axis of groups, and what may be folded at all.
     fpp: How much smaller, and by which units.
     compress: How the options are chosen.
+    targets: Fractions of the plan that gave the shape; None: there was none yet.
   """
 
   shape: Shape
   fpp: FPPConfig
   compress: CompressConfig
+  targets: Targets | None = None
 
   @property
   def has_open_rank(self) -> bool:
     """Whether a plan has yet to choose the rank of the embedding."""
-    is_by_rank = self.fpp.embedding_granularity == "rank"
-    return is_by_rank and not self.shape.embedding_rank
+    return self.fpp.leaves_open(self.shape.embedding_rank)
 
   @property
   def tried(self) -> Tried:
     """The options that a plan has to choose from."""
-    m = with_shape(Config(), self.shape).model
+    m = model_of(self.shape)
     is_uniform = self.compress.uniform
     fewer = dataclasses.replace(
       m, num_heads=m.num_heads // m.num_kv_heads, num_kv_heads=1

@@ -32,6 +32,13 @@ from folding import files, typed
 from folding.config import Config, ModelConfig
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, TrainingError, first_line
+from folding.models.shape import (
+  Shape,
+  fold_of,
+  make_shape,
+  model_of,
+  shape_of,
+)
 from folding.training import distributed, run_dir
 
 # Disk space that a save needs in addition to the arrays: for metrics and reports,
@@ -63,7 +70,7 @@ class Checkpoints:
     self._damaged: set[int] = set()
     self._losses: dict[int, float] = {}
     self._saving: int | None = None
-    self._model: ModelConfig | None = None  # of the save under way
+    self._shape: Shape | None = None  # of the save under way
     # Made by the first save: it writes into the folder when it opens it.
     self._manager: ocp.CheckpointManager | None = None
     for name in ("absl", "asyncio"):  # some log when the process ends
@@ -122,7 +129,7 @@ class Checkpoints:
     step: int,
     state: Any,
     loss: float | None,
-    model: ModelConfig | None = None,
+    shape: Shape | None = None,
   ) -> None:
     """Starts to save a state; waits only for the save before it.
 
@@ -130,7 +137,7 @@ class Checkpoints:
       step: Updates applied so far.
       state: The training state.
       loss: Ranks checkpoints, lower is better; None: no candidate for the best.
-      model: Shape of the model; None: that in the config of the run.
+      shape: Shape of the model; None: that which its run began with.
 
     Raises:
       OSError: the disk is full, or this save or the one before failed. Earlier
@@ -149,7 +156,7 @@ class Checkpoints:
         f"a checkpoint needs {needed / 1e6:,.1f} MB and the disk has "
         f"{free / 1e6:,.1f} MB left"
       )
-    self._saving, self._model = step, model
+    self._saving, self._shape = step, shape
     try:
       self._manager.save(
         step,
@@ -164,8 +171,9 @@ class Checkpoints:
   def _seal(self) -> None:
     """Writes model and checksums of a save; in its thread, the main process."""
     (part,) = pathlib.Path(self._folder).glob(f"{self._saving}.*")
-    if self._model is not None:
-      files.write_json(str(part / _MODEL), dataclasses.asdict(self._model))
+    if self._shape is not None:
+      model = dataclasses.asdict(model_of(self._shape))
+      files.write_json(str(part / _MODEL), model)
     names = [
       name
       for name in files.all_files(str(part))
@@ -210,13 +218,13 @@ class Checkpoints:
     losses = {step: self.loss(step) for step in self.steps()}
     return _best_first(self._folder, losses)
 
-  def model(self, step: int) -> ModelConfig | None:
-    """Returns the model given to `save`.
+  def shape(self, step: int, began: Shape) -> Shape:
+    """Returns the shape given to `save`; without one, that of the run's start.
 
     Raises:
       ConfigError: it is damaged.
     """
-    return _saved_model(self._folder, step)
+    return _saved_shape(self._folder, step, began)
 
   def restore(self, step: int, like: Any) -> Any:
     """Returns the state saved at a step.
@@ -311,9 +319,9 @@ def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
 
   def read(step):
     _require_intact(folder, step)
-    model = _saved_model(folder, step) or config.model
+    shape = _saved_shape(folder, step, shape_of(config))
     params = _read_params(os.path.join(folder, str(step)))
-    return dataclasses.replace(config, model=model), params
+    return dataclasses.replace(config, model=model_of(shape)), params
 
   losses = {step: _saved_loss(folder, step) for step in saved_steps(folder)}
   steps = _best_first(folder, losses)
@@ -444,12 +452,13 @@ def _saved_loss(folder: str, step: int) -> float:
     return math.nan
 
 
-def _saved_model(folder: str, step: int) -> ModelConfig | None:
-  """Returns the model of a saved step; None if it has none."""
+def _saved_shape(folder: str, step: int, began: Shape) -> Shape:
+  """Returns the shape of a saved step; without one, that of the run's start."""
   path = os.path.join(folder, str(step), _MODEL)
   if not os.path.exists(path):
-    return None
-  return typed.build(ModelConfig, files.read_json(path, dict), _MODEL)
+    return began
+  model = typed.build(ModelConfig, files.read_json(path, dict), _MODEL)
+  return make_shape(model, fold_of(began), began.output, began.max_length)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

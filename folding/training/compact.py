@@ -15,10 +15,8 @@ from folding import paths
 from folding.compression.fpp import member_masks
 from folding.compression.shrink import Cut, dead_units, make_cut
 from folding.compression.sites import Rule, make_sites
-from folding.config import Config
 from folding.models.shape import Shape
 from folding.models.shrink import shrink, shrunk_shape
-from folding.training import optimizer as optimizer_lib
 from folding.training import sharding
 from folding.training.step import Program, TrainState
 
@@ -51,9 +49,9 @@ def held_zero(rules: Sequence[Rule], state: TrainState, is_over: bool) -> Any:
   )
 
 
-def is_pruning_over(config: Config, step: int) -> bool:
+def is_pruning_over(mask_updates: range, step: int) -> bool:
   """Returns whether the last mask update is one of the first `step` updates."""
-  return step > optimizer_lib.mask_updates(config)[-1]
+  return step > max(mask_updates, default=-1)
 
 
 def shrink_state(
@@ -134,7 +132,7 @@ class Compactor:
       step: Updates applied so far.
     """
     program = self._program
-    is_over = is_pruning_over(program.config, step)
+    is_over = is_pruning_over(program.mask_updates, step)
     tensor = program.mesh.shape["tensor"]  # splits neurons and heads
     before = program.like.params
     cut = make_cut(
@@ -145,7 +143,7 @@ class Compactor:
     )
     after = jax.eval_shape(cut, before)
     removed = 1 - _layer_size(after) / _layer_size(before)
-    least = program.config.train.compact
+    least = program.order.train.compact
     if removed < (min(least, _LAST) if is_over else least):
       return None
     return shrunk_shape(program.model.shape, cut), cut

@@ -17,29 +17,30 @@ import numpy as np
 import threadpoolctl
 
 from folding import files, paths
-from folding.config import Config
+from folding.config import Order
 from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import most_used, token_usage
 from folding.errors import ConfigError
-from folding.models.shape import Shape, shape_of
+from folding.models.shape import Shape
 from folding.models.shrink import shrink
-from folding.models.transformer import make_model, model_for, param_shapes
+from folding.models.transformer import model_for, param_shapes
 from folding.training.allocate import (
   Asked,
   Plan,
   allocate,
   measured_options,
-  outer_fractions,
   require_reachable,
 )
-from folding.training.dense_start import dense_start, without_trimmed
+from folding.training.dense_start import (
+  Source,
+  dense_start,
+  without_trimmed,
+)
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.optimizer import (
   Targets,
-  embedding_fraction,
   make_rules,
-  planned,
 )
 from folding.training.progress import aligned
 from folding.training.prune_trained import (
@@ -68,35 +69,40 @@ class Compressed(NamedTuple):
 
 
 def compress_trained(
-  config: Config, data: Data
-) -> tuple[Config, dict[str, Any], list[dict[str, Any]]]:
-  """Returns the start of a run with `pretrained`: its config, parameters, report.
-
-  The config states what a plan chose, and the widths that are left.
+  source: Source,
+  shape: Shape,
+  data: Data,
+  order: Order,
+  targets: Targets | None = None,
+) -> Compressed:
+  """Returns the start of a run with `pretrained`.
 
   Args:
-    config: Resolved.
+    source: The dense model.
+    shape: As the config describes it.
     data: Calibration text comes from its training split.
+    order: Resolved.
+    targets: Fractions of the plan that gave the shape; None: there was none yet.
 
   Raises:
     ConfigError: see `dense_start`, `allocate` and `fold_pretrained`.
   """
-  if jax.process_count() > 1 and not config.dense:
+  if jax.process_count() > 1 and not order.dense:
     raise ConfigError(
       "each process would fold on its own texts; fold in one process, and resume "
       "that run in several"
     )
-  _, dense, is_head_drawn = dense_start(config.pretrained or "", config, data)
-  if config.dense:
-    return config, dense, []
+  _, dense, is_head_drawn = dense_start(source, shape, data, order)
+  if order.dense:
+    return Compressed(shape, dense, [])
   # A stopped run that begins again has its plan, with heads.
-  shape = shape_of(config).whole(keeps_heads=True)
-  asked = Asked(shape, config.fpp, config.compress)
-  batches = calibration(config.compress.calibration, data)
+  shape = shape.whole(keeps_heads=True)
+  asked = Asked(shape, order.fpp, order.compress, targets)
+  batches = calibration(order.compress.calibration, data)
   size = data.tokenizer.plain_size
   num_texts = sum(len(batch["tokens"]) for batch in batches)
   print(  # it takes minutes for some models
-    f"compressing {config.pretrained} on {num_texts:,} training texts, before "
+    f"compressing {source.path} on {num_texts:,} training texts, before "
     "the first step",
     flush=True,
   )
@@ -111,13 +117,12 @@ def compress_trained(
     dense,
     batches,
     usage_V,
-    source=config.pretrained or "",
+    source=source.path,
     is_head_drawn=is_head_drawn,
   )
   has_logits = shape.output == "tokens"
   params = without_trimmed(data.tokenizer, found.params, has_logits)
-  config = planned(config, found.shape, found.targets)
-  return config, params, found.report
+  return found._replace(params=params)
 
 
 def compress_params(
@@ -185,11 +190,12 @@ def compress_sizes(
   has_ranks = asked.shape.embedding_rank or any(
     layer.value_dim < layer.head_dim for layer in asked.shape.layers
   )
-  is_auto = asked.compress.plan == "auto"
+  is_auto = asked.compress.plan == "auto" and asked.targets is None
   for each in sizes if is_auto else ():
     require_reachable(each, dense)
   with _on_text(source):
-    if is_auto or has_ranks or asked.fpp.granularity == "neuron":
+    is_planned = asked.compress.plan == "auto"
+    if is_planned or has_ranks or asked.fpp.granularity == "neuron":
       require_text(asked.shape, batches)
       trained = dict(dense)
       if is_head_drawn:
@@ -199,7 +205,7 @@ def compress_sizes(
       options = measured_options(asked, dense, batches, sensitivity)
   for each in sizes:
     with _on_text(source):
-      plan = Plan(each.shape, None)
+      plan = Plan(each.shape, each.targets)
       if is_auto:
         plan = allocate(each, dense, batches, sensitivity, options)
       found = _compress(each, plan, dense, batches, usage_V, sensitivity)
@@ -260,16 +266,6 @@ def _compress(asked, plan, dense, batches, usage_V, sensitivity) -> Compressed:
   return Compressed(shape, params, report, targets)
 
 
-def require_whole(config: Config) -> None:
-  """Raises `ConfigError` if a new run asks for a shrunk shape of a source."""
-  m = config.model
-  if config.pretrained and (m.heads or m.dense_mlp_width is not None):
-    raise ConfigError(
-      "model.heads and model.dense_mlp_width describe a shrunk model, and "
-      "training starts from a whole one; leave them out with pretrained"
-    )
-
-
 def calibration(count: int, data: Data) -> list[dict[str, Any]]:
   """Returns the first training texts, in batches.
 
@@ -285,20 +281,20 @@ def calibration(count: int, data: Data) -> list[dict[str, Any]]:
 
 
 def write_fold(
-  workdir: str, report: list[dict[str, Any]], config: Config
+  workdir: str, found: Compressed, layers: tuple[float, ...] | None
 ) -> None:
   """Writes `fold.json`, the report of folding, and prints it.
 
   Args:
     workdir: The run directory.
-    report: From `fold_pretrained`.
-    config: Resolved; has the fraction to prune of each layer.
+    found: The compressed model.
+    layers: Fraction to prune of each layer; None: the same of all.
   """
   path = os.path.join(workdir, "fold.json")
-  files.write_file(path, json.dumps(report, indent=1))
-  print(fold_table(report, config.fpp.linear_layers), flush=True)
-  if rank := config.fold.embedding_rank:
-    width = config.model.embed_width or config.model.width
+  files.write_file(path, json.dumps(found.report, indent=1))
+  print(fold_table(found.report, layers), flush=True)
+  if rank := found.shape.embedding_rank:
+    width = found.shape.embed_width or found.shape.width
     print(f"The embedding has rank {rank} of {width}", flush=True)
 
 
@@ -339,36 +335,26 @@ def fold_table(
 # Tokens removed from the tokenizer before training.
 
 
-def trim_vocabulary(config: Config, data: Data) -> Data:
+def trim_vocabulary(fraction: float, data: Data, order: Order) -> Data:
   """Returns the same data, tokenized without the tokens that it uses least.
 
-  The tokenizer loses as many tokens as the config prunes rows of the embedding;
-  it cuts words that had them into other tokens. Special tokens stay, and in a
-  BPE the parts of other tokens, so fewer may be removed. FPP then zeroes rows.
+  The tokenizer cuts words that had them into other tokens. Special tokens stay,
+  and in a BPE the parts of other tokens, so fewer may be removed. FPP then zeroes
+  rows of the embedding.
 
   Args:
-    config: Resolved; `fpp.embedding_granularity` is "trim".
+    fraction: Fraction of the tokens to remove.
     data: Has the tokenizer of the model to start from.
+    order: That of the data.
 
   Raises:
     ConfigError: tokens of this kind of tokenizer cannot be removed.
   """
-  size = data.tokenizer.vocab_size
-  if config.compress.plan == "auto":
-    _, fraction = outer_fractions(config.fpp)
-  else:
-    shape = shape_of(config)
-    params, dense = (
-      param_shapes(make_model(each, size, data.num_classes))
-      for each in (shape, shape.dense())
-    )
-    rules = make_rules(shape, config.fpp, params, dense)
-    fraction = embedding_fraction(rules)
   if not fraction:
     return data
-  number = round((1 - fraction) * size)
+  number = round((1 - fraction) * data.tokenizer.vocab_size)
   return make_data(
-    config,
+    order,
     most_used(data.tokenizer, data.token_counts(), number),
     jax.process_index(),
     jax.process_count(),

@@ -1,5 +1,6 @@
 """Reads a trained dense model, which a run starts from or learns from."""
 
+import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -7,23 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folding import config as config_lib
-from folding import paths, typed
-from folding.config import Config
+from folding import paths
+from folding.config import HEAD, SHAPE, ModelConfig, Order
 from folding.data.batches import Data
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
 from folding.data.trim import trimmed
 from folding.errors import ConfigError
 from folding.models.hf_weights import (
-  describe_pretrained,
-  find_pretrained,
   load_pretrained,
 )
-from folding.models.shape import shape_of
+from folding.models.shape import Shape, model_of, shape_of
 from folding.models.transformer import Transformer, make_model, param_shapes
-from folding.tasks import task_of
+from folding.tasks import Task, task_of
 from folding.training.checkpoint import load_run
-from folding.training.run_dir import load_config, load_labels
+from folding.training.run_dir import load_labels
+
+
+class Source(NamedTuple):
+  """A trained dense model that fits the data of a run.
+
+  Attributes:
+    path: Checkpoint folder, hub id or run.
+    model: Its shape.
+    params: Its parameters; a head has the order of the data's classes.
+    note: For messages: the task of a head that is for another one.
+  """
+
+  path: str
+  model: ModelConfig
+  params: dict[str, Any]
+  note: str
 
 
 class DenseStart(NamedTuple):
@@ -41,33 +55,40 @@ class DenseStart(NamedTuple):
 
 
 def dense_start(
-  path: str, config: Config, data: Data, *, needs_head: bool = False
+  source: Source,
+  shape: Shape,
+  data: Data,
+  order: Order,
+  *,
+  needs_head: bool = False,
 ) -> DenseStart:
-  """Returns the dense baseline with the parameters of a source.
+  """Returns the dense baseline of a shape with the parameters of a source.
 
   Rows of the embedding and of the output layer past the tokenizer's ids, and
   positions past `data.length`, are left out. A classifier for other classes is
   drawn by the seed.
 
   Args:
-    path: Checkpoint folder, hub id or run.
-    config: Resolved.
+    source: From `read_source`.
+    shape: Shape of the model.
     data: The tokenizer and classes of the model.
+    order: Has the task, and the seed of a classifier.
     needs_head: Whether a missing classifier is an error.
 
   Raises:
-    ConfigError: see `read_source`; or an array does not fit.
+    ConfigError: the source has another shape, or an array does not fit.
   """
+  path, task = source.path, task_of(order)
+  _require_shape(source, shape, data, task)
   model = make_model(
-    shape_of(config).dense(),
+    shape.dense(),
     data.tokenizer.plain_size,
     data.num_classes,
   )
   shapes = param_shapes(model)
-  found, note = read_source(path, config, data)
-  known, source = paths.flatten(shapes), paths.flatten(found)
+  known, given = paths.flatten(shapes), paths.flatten(source.params)
   heads = ("head/", "pooler/", "norm_pooler/")
-  if task_of(config).predicts_tokens:
+  if task.predicts_tokens:
     heads = ()  # the output layer must be there
 
   def is_head(name):
@@ -76,12 +97,14 @@ def dense_start(
   missing = [
     name
     for name, w in known.items()
-    if is_head(name) and (name not in source or source[name].shape != w.shape)
+    if is_head(name) and (name not in given or given[name].shape != w.shape)
   ]
   drawn = {}
   if missing:
     names = ", ".join(data.label_names[:8])
-    reason = f"{path} has no {missing[0].split('/')[0]} for {names}{note}"
+    reason = (
+      f"{path} has no {missing[0].split('/')[0]} for {names}{source.note}"
+    )
     if needs_head:
       raise ConfigError(
         f"{reason}, so it cannot teach these classes; train it with "
@@ -89,16 +112,16 @@ def dense_start(
       )
     if "head/kernel" in missing and jax.process_index() == 0:
       print(f"{reason}; it is learned from scratch", flush=True)
-    tokens = np.zeros((1, config.data.length), np.int32)
-    init = jax.jit(model.init)(jax.random.key(config.seed), tokens)
+    tokens = np.zeros((1, shape.max_length), np.int32)
+    init = jax.jit(model.init)(jax.random.key(order.seed), tokens)
     drawn = paths.flatten(init["params"])
 
   def value(name, like):
     if name in missing:
       return np.asarray(drawn[name])
-    if name not in source:
+    if name not in given:
       raise ConfigError(f"{path} has no {name}, which this model needs")
-    w = source[name]
+    w = given[name]
     if name.endswith("embed/embedding"):
       w = w[: like.shape[0]]
     elif name == "head/kernel":
@@ -110,7 +133,7 @@ def dense_start(
     return np.asarray(w, np.float32)
 
   params = paths.map_named(value, shapes)
-  for name in source:
+  for name in given:
     if name not in known and not is_head(name):
       raise ConfigError(f"{path} has {name}, which this model does not have")
   return DenseStart(model, params, is_head_drawn=bool(missing))
@@ -120,16 +143,17 @@ def _is_run(path: str) -> bool:
   return os.path.isdir(os.path.join(path, "checkpoints"))
 
 
-def read_source(
-  path: str, config: Config, data: Data
-) -> tuple[dict[str, Any], str]:
-  """Returns the parameters of a checkpoint folder, hub id or run, and a note.
+def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Source:
+  """Reads a trained dense model to start from or to learn from.
 
-  The note, for messages, names the task of a head that is for another one.
+  Args:
+    path: Checkpoint folder, hub id or run.
+    data: The tokenizer and classes that the model is for.
+    row: The task that it is for.
+    segments: Whether a checkpoint keeps its segment embedding.
 
   Raises:
-    ConfigError: it cannot be read, its model has another shape, or it has
-      another tokenizer.
+    ConfigError: it cannot be read, is not dense, or has another tokenizer.
   """
   if _is_run(path):
     found, params, tokenizer = load_run(path)
@@ -142,40 +166,40 @@ def read_source(
         f"the tokenizer of {path} was trimmed; start from an earlier dense run"
       )
   else:
-    source = load_pretrained(
-      path, task=config.task, segments=config.model.segments > 0
-    )
-    model, params, task = source.config, source.params, source.task
-    classes = _class_names(source.label_names, data.label_names)
-    tokenizer_path = str(source.tokenizer_path)
+    found = load_pretrained(path, task=row.name, segments=segments)
+    model, params, task = found.config, found.params, found.task
+    classes = _class_names(found.label_names, data.label_names)
+    tokenizer_path = str(found.tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
-  note, row = "", task_of(config)
+  ours = data.tokenizer
+  if isinstance(ours, MappedTokenizer) and (ours.token_map < 0).any():
+    tokenizer = trimmed(tokenizer, ours.token_map >= 0)
+  if tokenizer.to_json() != ours.to_json():
+    raise ConfigError(
+      f"{path} has another tokenizer than data.tokenizer="
+      f"{data.config.tokenizer!r}; use data.tokenizer={tokenizer_path!r}"
+    )
+  note = ""
   if task != row.name and classes:
     note = f" (its head is for task {task!r}: {', '.join(classes[:8])})"
     params = {name: w for name, w in params.items() if name != "head"}
   elif row.labels and row.labels.kind != "score":
     params = _with_classes(params, classes, data.label_names)
-  shape = np.shape(params.get("head", {}).get("kernel"))
-  keeps_head = not row.predicts_tokens and shape[-1:] == (data.num_classes,)
-  shared = config_lib.SHAPE
-  if keeps_head:
-    shared += config_lib.HEAD
-  for name in shared:
-    theirs, ours = getattr(model, name), getattr(config.model, name)
+  return Source(path, model, params, note)
+
+
+def _require_shape(source: Source, shape: Shape, data: Data, row: Task) -> None:
+  """Raises `ConfigError` unless arrays mean the same in source and shape."""
+  size = np.shape(source.params.get("head", {}).get("kernel"))
+  keeps_head = not row.predicts_tokens and size[-1:] == (data.num_classes,)
+  model = model_of(shape)
+  for name in SHAPE + HEAD * keeps_head:
+    theirs, ours = getattr(source.model, name), getattr(model, name)
     if theirs != ours:
       raise ConfigError(
-        f"{path} has {name} {theirs!r}, and model.{name} is {ours!r}; "
+        f"{source.path} has {name} {theirs!r}, and model.{name} is {ours!r}; "
         "configs/pretrained.py takes the shape from the checkpoint"
       )
-  wanted = data.tokenizer
-  if isinstance(wanted, MappedTokenizer) and (wanted.token_map < 0).any():
-    tokenizer = trimmed(tokenizer, wanted.token_map >= 0)
-  if tokenizer.to_json() != wanted.to_json():
-    raise ConfigError(
-      f"{path} has another tokenizer than data.tokenizer="
-      f"{config.data.tokenizer!r}; use data.tokenizer={tokenizer_path!r}"
-    )
-  return params, note
 
 
 def _class_names(
@@ -208,59 +232,59 @@ def _with_classes(
   return params
 
 
-def with_pairs(config: Config, data: Data) -> Config:
-  """Returns the config of a new run with the pairs that its data has.
+def with_segments(shape: Shape, data: Data, source: Source | None) -> Shape:
+  """Returns the shape of a new run for the pairs that its data has.
 
-  It names their columns and, if the tokenizer and the model to start from tell
-  the two texts apart, gives the model a segment embedding.
+  The model has a segment embedding if the tokenizer and the model to start from
+  distinguish the two texts of a pair.
 
   Args:
-    config: Resolved.
+    shape: As the config describes it.
     data: Data of the run.
-
-  Raises:
-    ConfigError: the model to start from cannot be read.
+    source: The model to start from; None: it is drawn.
   """
   if data.pair is None:
-    return config
-  segments = 2 if data.has_segments else 0
-  path = config.pretrained
-  if path is not None and _is_run(path):
-    segments = load_config(path).model.segments
-  elif path is not None:
-    described = describe_pretrained(find_pretrained(path))
-    segments = segments if described.token_types == 2 else 0
-  return typed.edited(
-    config, {"data.text_field": data.pair, "model.segments": segments}
-  )
+    return shape
+  segments = source.model.segments if source else 2 * data.has_segments
+  return dataclasses.replace(shape, segments=segments)
 
 
 def teacher_of(
-  config: Config, data: Data
+  shape: Shape, data: Data, order: Order, source: Source | None = None
 ) -> tuple[Transformer, dict[str, Any]] | None:
   """Returns the dense teacher of a run, None without distillation.
 
   Its parameters are bfloat16; each layer computes in `model.dtype`. That of task
   "embed", which metrics too compare with, is exact and keeps all tokens.
 
+  Args:
+    shape: Shape of the model that it teaches.
+    data: Data of the run.
+    order: Names the teacher.
+    source: A model that was read before.
+
   Raises:
     ConfigError: task "embed" has no teacher, or nothing to train.
   """
-  d, task = config.distill, task_of(config)
+  d, task = order.distill, task_of(order)
   if not (d.is_used or task.makes_vectors):
     return None
-  if task.makes_vectors and config.dense:
+  if task.makes_vectors and order.dense:
     raise ConfigError(
       f"task {task.name!r} learns from its dense checkpoint; dense=True would "
       "train nothing"
     )
-  path = d.teacher or config.pretrained
+  path = d.teacher or order.pretrained
   if path is None:
     raise ConfigError(
       f"task {task.name!r} learns from a trained encoder; set pretrained=PATH, "
       "as configs/embed.py does"
     )
-  model, params, _ = dense_start(path, config, data, needs_head=d.logits > 0)
+  if source is None or source.path != path:
+    source = read_source(path, data, task, segments=shape.segments > 0)
+  model, params, _ = dense_start(
+    source, shape, data, order, needs_head=d.logits > 0
+  )
   if task.makes_vectors:
     return model, params
   params = without_trimmed(data.tokenizer, params, task.predicts_tokens)

@@ -21,31 +21,35 @@ from folding import config as config_lib
 from folding import files
 from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
-from folding.config import Config, FPPConfig
+from folding.config import Config, FPPConfig, Order
 from folding.data import sources
 from folding.data.batches import STS, Data, make_data
 from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError
 from folding.models.params import GROUPS
-from folding.models.shape import with_shape
+from folding.models.shape import Shape, shape_of
 from folding.models.transformer import Transformer
 from folding.tasks import METRICS, task_of
 from folding.training import distributed, energy, run_dir, sharding
-from folding.training import optimizer as optimizer_lib
+from folding.training.allocate import outer_fractions
 from folding.training.checkpoint import Checkpoints, has_checkpoint
 from folding.training.compact import Compactor, cut_state
 from folding.training.compress import (
   compress_trained,
-  require_whole,
   trim_vocabulary,
   write_fold,
 )
-from folding.training.dense_start import teacher_of, with_pairs
+from folding.training.dense_start import (
+  read_source,
+  teacher_of,
+  with_segments,
+)
 from folding.training.evaluate import (
   evaluate,
   make_eval_step,
   spearman_of_pairs,
 )
+from folding.training.optimizer import Targets, embedding_fraction
 from folding.training.progress import (
   Clock,
   MetricsWriter,
@@ -58,22 +62,30 @@ Teacher = tuple[Transformer, Any]  # model and parameters
 
 
 class Run(Program):
-  """A `Program` with its data: all functions of config and data.
+  """A `Program` with its data: all functions of model, order and data.
 
   Attributes:
     data: Batches, tokenizer, labels.
   """
 
-  def __init__(self, config: Config, data: Data):
-    mesh = sharding.make_mesh(config.mesh)
-    for rows in (config.data.batch_size, config.data.eval_batch_size):
+  def __init__(
+    self,
+    shape: Shape,
+    data: Data,
+    order: Order,
+    targets: Targets | None = None,
+  ):
+    mesh = sharding.make_mesh(order.mesh)
+    for rows in (order.data.batch_size, order.data.eval_batch_size):
       sharding.require_divides(mesh, rows)
     super().__init__(
-      config,
+      shape,
+      order,
       mesh,
       vocab_size=data.tokenizer.vocab_size,
       num_classes=data.num_classes,
       plain_size=data.tokenizer.plain_size,
+      targets=targets,
     )
     self.data = data
     self._eval_step = make_eval_step(self.model, self.task, self.mesh)
@@ -83,7 +95,7 @@ class Run(Program):
   @property
   def seed(self) -> np.uint32:
     """The seed as the compiled programs take it."""
-    return np.uint32(self.config.seed)
+    return np.uint32(self.order.seed)
 
   def init(self) -> TrainState:
     """Returns the first state, with parameters drawn by the seed."""
@@ -106,6 +118,10 @@ class Run(Program):
     shardings = sharding.tree_shardings(self.mesh, params)
     return model, jax.device_put(params, shardings)
 
+  def reshaped(self, shape: Shape) -> "Run":
+    """Returns the same run of a model with another shape."""
+    return Run(shape, self.data, self.order, self.targets)
+
   def compacted(
     self, state: TrainState, step: int
   ) -> "tuple[Run, TrainState] | None":
@@ -121,7 +137,7 @@ class Run(Program):
     if found is None:
       return None
     shape, cut = found
-    smaller = Run(with_shape(self.config, shape), self.data)
+    smaller = self.reshaped(shape)
 
     def take(state):
       return cut_state(cut, self.rules, state, cut(state.params))
@@ -130,7 +146,7 @@ class Run(Program):
 
   def usage(self) -> jax.Array | None:
     """Returns float32[V] of `token_usage`; None if no rule prunes by it."""
-    if not self.rules or self.config.fpp.embedding_granularity == "weight":
+    if not self.prunes_tokens:
       return None
     size = self.like.params["embed"]["embedding"].shape[0]
     return jax.device_put(
@@ -174,13 +190,14 @@ class Run(Program):
     batches, share = data.eval_batches(split), 1.0
     if limit is not None:
       batches = itertools.islice(batches, limit)
-      seen = limit * self.config.data.eval_batch_size
+      seen = limit * self.order.data.eval_batch_size
       share = min(1.0, seen / data.num_examples[split])
     num_bytes = None
     if self.task.predicts_tokens:
       num_bytes = share * data.num_bytes[split]
     if self.task.makes_vectors:
-      teacher = teacher or self.placed(teacher_of(self.config, data))
+      shape = self.model.shape
+      teacher = teacher or self.placed(teacher_of(shape, data, self.order))
       batches = self._with_taught(batches, split, teacher)
     metrics = evaluate(
       self._eval_step,
@@ -256,7 +273,7 @@ class Run(Program):
     result = {
       "finished": test is not None,
       "steps": step,
-      "total_steps": self.config.train.steps,
+      "total_steps": self.order.train.steps,
       "seconds": seconds,
       "tokens_per_second": speed,
       "test": test,
@@ -299,36 +316,32 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     with distributed.together():
       if distributed.is_main():
         stack.enter_context(run_dir.held(workdir))
-      saved = run_dir.config_to_continue(workdir, config)
-      if saved is None:
-        require_whole(config)
-        if has_checkpoint(workdir):
-          raise ConfigError(
-            f"{workdir} has checkpoints of another config; choose another "
-            "--workdir"
-          )
+      is_new = not run_dir.is_begun(workdir, config)
+      if is_new:
+        _require_new(config, workdir)
+        model = run_dir.Became(shape_of(config))
       elif result := run_dir.finished_result(workdir):
         return result
-      data = _read_data(config, workdir, is_new=saved is None)
+      else:
+        model = run_dir.load_model(workdir, config)
+      data = _read_data(model.shape, config, workdir, is_new)
     distributed.require_same(
       data.digest + data.tokenizer.to_json(), "another text or tokenizer"
     )
     distributed.require_same(
       json.dumps(config_lib.to_dict(config)), "another config"
     )
+    start, teacher = _start(model, data, config, workdir, is_new=is_new)
     with distributed.together():
-      chosen = saved or with_pairs(config, data)
-      teacher = teacher_of(chosen, data)
-    start = _start(chosen, data, workdir)
-    with distributed.together():
-      if saved is None and distributed.is_main():
+      if is_new and distributed.is_main():
+        run = start.run
         run_dir.save(
           workdir,
           config,
           data.tokenizer,
           labels=data.label_names,
           digest=data.digest,
-          became=start.run.config,
+          became=run_dir.Became(run.model.shape, run.targets, data.pair),
         )
     with Checkpoints(workdir) as checkpoints:
       try:
@@ -347,14 +360,28 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
 
 
-def _read_data(config: Config, workdir: str, is_new: bool) -> Data:
+def _require_new(config: Config, workdir: str) -> None:
+  """Raises `ConfigError` if a new run cannot start in a directory."""
+  m = config.model
+  if config.pretrained and (m.heads or m.dense_mlp_width is not None):
+    raise ConfigError(
+      "model.heads and model.dense_mlp_width describe a shrunk model, and "
+      "training starts from a whole one; leave them out with pretrained"
+    )
+  if has_checkpoint(workdir):
+    raise ConfigError(
+      f"{workdir} has checkpoints of another config; choose another --workdir"
+    )
+
+
+def _read_data(shape: Shape, order: Order, workdir: str, is_new: bool) -> Data:
   """Returns the data of a run, with the tokenizer that it began with."""
   tokenizer = None if is_new else run_dir.load_tokenizer(workdir)
-  data = make_data(config, tokenizer, jax.process_index(), jax.process_count())
+  data = make_data(order, tokenizer, jax.process_index(), jax.process_count())
   for split in ("valid", "test"):
     if not data.num_examples[split]:
       advice = f"raise data.{split}_fraction or give more text"
-      form = task_of(config).labels
+      form = task_of(order).labels
       if form and form.kind == "class":
         advice += (
           f" (train has {data.num_examples['train']} texts in {data.num_classes} "
@@ -365,8 +392,13 @@ def _read_data(config: Config, workdir: str, is_new: bool) -> Data:
       raise ConfigError(f"there is no text for the {split} split; {advice}")
   if not is_new:
     run_dir.require_same_text(workdir, data.digest)
-  if is_new and config.fpp.embedding_granularity == "trim":
-    return trim_vocabulary(config, data)
+  if is_new and order.fpp.embedding_granularity == "trim":
+    if order.compress.plan == "auto":
+      _, fraction = outer_fractions(order.fpp)
+    else:
+      run = Run(shape, data, order)
+      fraction = embedding_fraction(run.rules)
+    return trim_vocabulary(fraction, data, order)
   return data
 
 
@@ -374,7 +406,7 @@ class Start(NamedTuple):
   """Where training starts.
 
   Attributes:
-    run: Its config includes the decisions of a plan and removed neurons.
+    run: Model, order and data.
     step: Updates applied so far.
     state: The training state, on the mesh.
   """
@@ -384,34 +416,54 @@ class Start(NamedTuple):
   state: TrainState
 
 
-def _start(config: Config, data: Data, workdir: str) -> Start:
-  """Returns where training starts.
+def _start(
+  model: run_dir.Became,
+  data: Data,
+  order: Order,
+  workdir: str,
+  *,
+  is_new: bool,
+) -> tuple[Start, Teacher | None]:
+  """Returns where training starts, and the teacher.
 
   1. At the newest checkpoint of this run that can be read.
   2. Otherwise, if `pretrained` is set: at that model, folded.
   3. Otherwise: at parameters drawn by the seed.
 
   Args:
-    config: Resolved; of a run that has begun, the saved one.
+    model: As the config describes it, or as the run in the directory began.
     data: Of the run.
+    order: Resolved.
     workdir: The run directory. `fold.json` is written here by 2.
+    is_new: Whether the directory holds no run yet.
 
   Raises:
-    ConfigError: config, data and model to start from do not fit.
+    ConfigError: order, data and model to start from do not fit.
     TrainingError: there are checkpoints, but none can be read.
   """
-  if has_checkpoint(workdir):
+  shape, targets, _ = model
+  begins, source = not has_checkpoint(workdir), None
+  with distributed.together():
+    if begins and order.pretrained is not None:
+      segments = data.has_segments or shape.segments > 0
+      task, path = task_of(order), order.pretrained
+      source = read_source(path, data, task, segments=segments)
+    if is_new:
+      shape = with_segments(shape, data, source)
+    teacher = teacher_of(shape, data, order, source)
+  if source is None:
+    run = Run(shape, data, order, targets)
+    if begins:
+      return Start(run, 0, run.init()), teacher
     with Checkpoints(workdir) as checkpoints:
-      return restore(Run(config, data), checkpoints)
-  if config.pretrained is not None:
-    with distributed.together():
-      config, params, report = compress_trained(config, data)
-      run = Run(config, data)
-      if report and distributed.is_main():
-        write_fold(workdir, report, config)
-    return Start(run, 0, run.init_from(params))
-  run = Run(config, data)
-  return Start(run, 0, run.init())
+      return restore(run, checkpoints), teacher
+  with distributed.together():
+    found = compress_trained(source, shape, data, order, targets)
+    run = Run(found.shape, data, order, found.targets)
+    if found.report and distributed.is_main():
+      layers = order.fpp.linear_layers
+      write_fold(workdir, found, run.targets.layers if run.targets else layers)
+  return Start(run, 0, run.init_from(found.params)), teacher
 
 
 def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
@@ -426,13 +478,11 @@ def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
     ConfigError: there is no checkpoint yet.
     TrainingError: there are checkpoints, but none can be read.
   """
-  runs = {}
+  runs, shape = {}, run.model.shape
 
   def like(step):
-    model = checkpoints.model(step) or run.config.model
-    smaller = dataclasses.replace(run.config, model=model)
-    is_same = smaller == run.config
-    runs[step] = run if is_same else Run(smaller, run.data)
+    smaller = checkpoints.shape(step, shape)
+    runs[step] = run if smaller == shape else run.reshaped(smaller)
     return runs[step].like
 
   read = checkpoints.restore_best if best else checkpoints.restore_latest
@@ -448,14 +498,14 @@ def _train(
 ) -> dict[str, Any]:
   """Trains to the last step, tests the best checkpoint, returns the result."""
   run, first_step, state = start
-  config, t = run.config, run.config.train
+  order, t = run.order, run.order.train
   metric = t.metric or run.task.metrics[0]
   teacher = run.placed(teacher)
   teacher_model, teacher_params = teacher or (None, None)
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
   usage = run.usage()
-  mask_updates = optimizer_lib.mask_updates(config) if run.rules else range(0)
-  train_step = Steps(run, mask_updates, teacher_model)
+  mask_updates = run.mask_updates
+  train_step = Steps(run, teacher_model)
 
   with (
     # First: JAX's callback of the garbage collector swallows a KeyboardInterrupt
@@ -474,7 +524,7 @@ def _train(
       if t.compact and is_updated and (found := run.compacted(state, step)):
         log.flush()
         run, state = found
-        train_step = Steps(run, mask_updates, teacher_model)
+        train_step = Steps(run, teacher_model)
         writer.say(
           f"step {step:>6,}  compact  {run.num_parameters:,} of "
           f"{run.whole_size:,} parameters stay"
@@ -492,7 +542,7 @@ def _train(
           writer.say(_line(step, "valid", metrics))
           # Only a fully pruned model can be the best.
           loss = _rank(metrics, metric) if step >= mask_updates.stop else None
-        checkpoints.save(step, state, loss, run.config.model)
+        checkpoints.save(step, state, loss, run.model.shape)
         run.write_result(
           workdir,
           state,
@@ -537,33 +587,33 @@ def _train(
       is_at_target=not run.rules or bool(log.counts["done"]),
     )
     if run.rules and not log.counts["done"]:
-      writer.say(_missed(log.counts, config.fpp))
+      writer.say(_missed(log.counts, order.fpp))
     writer.say(_line(t.steps, "test ", test))
   return run_dir.read_result(workdir)
 
 
 def _notes(start: Start) -> list[str]:
   """Returns the lines that a run prints before its first step."""
-  run, config = start.run, start.run.config
+  run, order = start.run, start.run.order
   notes = [f"mesh: {line}" for line in run.unsplit]
   if not run.task.predicts_tokens:
-    share = run.data.full_share(config.data.length)
+    share = run.data.full_share(order.data.length)
     if share >= 0.01:
       notes.append(
         f"text: {share:.0%} of the training texts fill data.length="
-        f"{config.data.length} tokens; longer ones are cut"
+        f"{order.data.length} tokens; longer ones are cut"
       )
   granularities = {
     rule.granularity for rule in run.rules if rule.pattern.startswith("blocks_")
   }
-  if config.train.compact and granularities == {"weight"}:
+  if order.train.compact and granularities == {"weight"}:
     notes.append(
       "compact: fpp prunes single weights here, so nothing leaves the arrays "
       "before its last mask update; fpp.granularity='neuron' and "
       "fpp.attention='heads' prune whole units"
     )
   if start.step:
-    notes.append(f"resumed at step {start.step} of {config.train.steps}")
+    notes.append(f"resumed at step {start.step} of {order.train.steps}")
   return notes
 
 
@@ -628,13 +678,15 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
   Raises:
     ConfigError: it is not a run.
   """
-  config = _here(run_dir.load_config(workdir), workdir)
+  order = _here(run_dir.load_order(workdir), workdir)
+  shape, targets, _ = run_dir.load_model(workdir, order)
   tokenizer = run_dir.load_tokenizer(workdir)
   # data.dir comes from the run, not from the user who reads it.
-  data = make_data(config, tokenizer, keep_tokens=False)
+  data = make_data(order, tokenizer, keep_tokens=False)
   run_dir.require_same_text(workdir, data.digest)
   # Another process may be training there, with a save under way.
-  return Run(config, data), Checkpoints(workdir, cleans=False)
+  run = Run(shape, data, order, targets)
+  return run, Checkpoints(workdir, cleans=False)
 
 
 def _here(config: Config, workdir: str) -> Config:

@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from folding import config as config_lib
 from folding import paths
 from folding.compression.fpp import fpp
 from folding.compression.scores import SCORES
 from folding.compression.sites import Rule, make_sites
-from folding.config import Config, FPPConfig, TrainConfig
+from folding.config import FPPConfig, Order, TrainConfig
 from folding.errors import ConfigError
 from folding.models.params import axis_of, group_of
-from folding.models.shape import Layer, Shape, shape_of, with_shape
-from folding.typed import edited
+from folding.models.shape import Layer, Shape
 
 _TOKENS, _POSITIONS = "embed/embedding", "position_embed/embedding"
 
@@ -46,34 +44,6 @@ class Targets(NamedTuple):
   def prune(self) -> bool:
     """Whether anything is zeroed; folding alone may save as much."""
     return any((self.head, self.embedding, *self.layers))
-
-
-def planned(config: Config, shape: Shape, targets: Targets | None) -> Config:
-  """Returns the config of a run whose model has become another than asked for.
-
-  Args:
-    config: The config as it was given.
-    shape: Shape of the model.
-    targets: Fractions that a plan prunes; None: there was no plan.
-  """
-  if shape != shape_of(config):
-    config = with_shape(config, shape)
-  if targets is None:
-    return config
-  edits: dict[str, Any] = {
-    "fpp.overall": None,
-    "fpp.linear": targets.head,
-    "fpp.embedding": targets.embedding,
-    "fpp.linear_layers": targets.layers,
-    "compress.plan": "same",
-    "compress.uniform": False,
-    "compress.embedding": "share",
-  }
-  if not targets.prune:
-    edits["compress.prune"] = "none"
-  if config.fpp.embedding_granularity == "rank":
-    edits["fpp.embedding_granularity"] = "weight"
-  return config_lib.resolve(edited(config, edits))
 
 
 def make_rules(
@@ -236,28 +206,29 @@ def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:
   }
 
 
-def mask_updates(config: Config) -> range:
+def mask_updates(order: Order) -> range:
   """Returns the steps, counted from 0, in which FPP updates its masks."""
-  if is_pruned_before(config):
+  if is_pruned_before(order):
     return range(1)
-  f, steps = config.fpp, config.train.steps
+  f, steps = order.fpp, order.train.steps
   begin = int(f.begin * steps)
   end = max(begin, min(int(f.end * steps), steps - 1))
   return range(begin, end + 1, max(1, math.ceil((end - begin) / f.checks)))
 
 
-def is_pruned_before(config: Config) -> bool:
+def is_pruned_before(order: Order) -> bool:
   """Returns whether training starts from pruned weights.
 
   Then FPP has one mask update, in the first step. It holds the zeros that it
   finds, and if these are fewer than its target (Wanda rounds down per output)
   the next weights by magnitude.
   """
-  return config.compress.prune != "none"
+  return order.compress.prune != "none"
 
 
 def make_optimizer(
-  config: Config,
+  order: Order,
+  layers: Sequence[Layer],
   rules: list[Rule],
   removed: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -270,11 +241,12 @@ def make_optimizer(
   BERT's pooler.
 
   Args:
-    config: The resolved configuration.
+    order: Resolved.
+    layers: Layers of the model.
     rules: From `make_rules`.
     removed: From `removed_units`; None: nothing was removed.
   """
-  t, f, layers = config.train, config.fpp, shape_of(config).layers
+  t, f = order.train, order.fpp
   adam = optax.scale_by_adam(t.b1, t.b2)
   optimizer = optax.chain(
     adam if t.optimizer == "adamw" else _muon(adam),
@@ -290,8 +262,8 @@ def make_optimizer(
       )
     ),
   )
-  updates = mask_updates(config)
-  if is_pruned_before(config):
+  updates = mask_updates(order)
+  if is_pruned_before(order):
     f = dataclasses.replace(f, score="magnitude", patience=0, tolerance=None)
     rules = [dataclasses.replace(rule, score=None) for rule in rules]
   return fpp(
@@ -304,7 +276,7 @@ def make_optimizer(
     score=f.score,
     decay=f.decay,
     tolerance=f.tolerance if rules else None,
-    seed=config.seed,
+    seed=order.seed,
     removed=removed,
     warn=False,  # a run reads `fpp_counts`, and keeps its compiled programs
   )

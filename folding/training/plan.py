@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from folding import config as config_lib
 from folding import paths
 from folding.compression.sites import make_sites
-from folding.config import Config, MeshConfig
+from folding.config import MeshConfig, Order
 from folding.data.labels import blank
 from folding.data.tokenizers import vocab_size
-from folding.models.shape import shape_of
+from folding.models.shape import Shape
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.tasks import Task, task_of
 from folding.training import hlo, sharding
 from folding.training.devices import GIB, Devices
 from folding.training.devices import find_devices as find_devices
+from folding.training.optimizer import Targets
 from folding.training.progress import aligned
 from folding.training.step import Program
 
@@ -33,20 +33,17 @@ from folding.training.step import Program
 # if all layers are alike. A single layer is not enough: the TPU compiler has no
 # other layer to overlap it with.
 _MANY = {False: (7, (2, 4)), True: (40, (8, 16))}
-_PER_LAYER = {
-  "model": ("mlp_width", "dense_mlp_width", "heads"),
-  "fold": ("groups", "values", "value_rank"),
-}
 
 
-def plan(config: Config, devices: Devices) -> dict[str, Any]:
+def plan(shape: Shape, order: Order, devices: Devices) -> dict[str, Any]:
   """Returns the memory, work and traffic of a training step on each device.
 
   Seven layers or more that are alike are extrapolated from two and four layers.
   Scanned layers are extrapolated from eight and 16, if they are 40 or more.
 
   Args:
-    config: Resolved.
+    shape: Shape of the model.
+    order: Resolved.
     devices: What to compile for.
 
   Returns:
@@ -59,9 +56,9 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
   Raises:
     ConfigError: the mesh does not fit the devices or the parameters.
   """
-  data = dataclasses.replace(config.data, vocab_size=vocab_size(config.data))
-  config = dataclasses.replace(config, data=data)
-  mesh = sharding.make_mesh(config.mesh, devices.devices)
+  data = dataclasses.replace(order.data, vocab_size=vocab_size(order.data))
+  order = dataclasses.replace(order, data=data)
+  mesh = sharding.make_mesh(order.mesh, devices.devices)
   found: dict[str, Any] = {
     "devices": {
       "name": devices.name,
@@ -71,15 +68,15 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
     },
     "mesh": dict(mesh.shape),
     "layers": {
-      "model": config.model.num_layers,
-      "compiled": _counts(config) or [config.model.num_layers],
+      "model": shape.num_layers,
+      "compiled": _counts(shape, order.fpp.linear_layers) or [shape.num_layers],
     },
   }
-  for name, each in (
-    ("dense", config_lib.dense_baseline(config)),
-    ("compressed", config),
+  for name, model, asked in (
+    ("dense", shape.dense(), order.uncompressed()),
+    ("compressed", shape, order),
   ):
-    program = make_program(each, mesh)
+    program = make_program(model, asked, mesh)
     total = program.num_parameters
     found[name] = {"parameters": total, "stored": total - _zeros(program)}
     found[name]["step"] = measure(program, devices)
@@ -91,54 +88,41 @@ def plan(config: Config, devices: Devices) -> dict[str, Any]:
   return found
 
 
-def make_program(config: Config, mesh: Mesh) -> Program:
-  """Returns the program of a config whose vocabulary size is stated."""
+def make_program(
+  shape: Shape, order: Order, mesh: Mesh, targets: Targets | None = None
+) -> Program:
+  """Returns the program of an order whose vocabulary size is stated."""
   return Program(
-    config,
+    shape,
+    order,
     mesh,
-    vocab_size=config.data.vocab_size,
-    num_classes=_num_outputs(task_of(config)),
+    vocab_size=order.data.vocab_size,
+    num_classes=_num_outputs(task_of(order)),
+    targets=targets,
   )
 
 
-def _counts(config: Config) -> list[int]:
+def _counts(shape: Shape, targets: Sequence[float] | None) -> list[int]:
   """Returns the numbers of layers to compile; none if all layers are."""
-  layers = shape_of(config).layers
-  many, few = _MANY[config.model.scan_layers]
-  targets = set(config.fpp.linear_layers or ())
-  is_alike = len(set(layers)) == 1 and len(targets) <= 1
-  return list(few) if is_alike and len(layers) >= many else []
+  many, few = _MANY[shape.scan_layers]
+  is_alike = len(set(shape.layers)) == 1 and len(set(targets or ())) <= 1
+  return list(few) if is_alike and shape.num_layers >= many else []
 
 
 def _shortened(program: Program, count: int) -> Program:
   """Returns the program of the first layers, pruned to the same targets."""
-  config = program.config
-
-  def first(section: str, **fields: Any) -> Any:
-    whole = getattr(config, section)
-    for field in _PER_LAYER.get(section, ()):
-      if isinstance(value := getattr(whole, field), tuple):
-        fields[field] = value[:count]
-    return dataclasses.replace(whole, **fields)
-
+  shape = program.model.shape
   target = {"blocks_0": 0.0, "head": 0.0, "embed": 0.0}
   for site in make_sites(program.rules, program.like.params):
     part = site.name.split("/")[0]
     if part in target:
       target[part] = program.rules[site.rule].target
-  short = dataclasses.replace(
-    config,
-    model=first("model", num_layers=count),
-    fold=first("fold"),
-    fpp=first(
-      "fpp",
-      overall=None,
-      linear=target["head"],
-      linear_layers=(target["blocks_0"],) * count,
-      embedding=target["embed"],
-    ),
+  return make_program(
+    dataclasses.replace(shape, layers=shape.layers[:count]),
+    program.order,
+    program.mesh,
+    Targets((target["blocks_0"],) * count, target["head"], target["embed"]),
   )
-  return make_program(short, program.mesh)
 
 
 def _num_outputs(task: Task) -> int:
@@ -162,15 +146,15 @@ def _inputs(
   program: Program, teacher: Transformer | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the shapes of a batch and of the keyword arguments of a step."""
-  config, mesh = program.config, program.mesh
-  B, L = config.data.batch_size, config.data.length
+  shape, mesh = program.model.shape, program.mesh
+  B, L = program.order.data.batch_size, shape.max_length
   rows, whole = sharding.batch_sharding(mesh, B), sharding.whole(mesh)
 
   def array(shape, dtype, where):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
   batch = {"tokens": array((B, L), jnp.int32, rows)}
-  task = task_of(config)
+  task = program.task
   if task.predicts_tokens:
     batch["targets"] = array((B, L), jnp.int32, rows)
     batch["weights"] = array((B, L), jnp.float32, rows)
@@ -179,11 +163,11 @@ def _inputs(
     if task.labels:
       labels = blank(task.labels, B, _num_outputs(task))
       batch["labels"] = array(labels.shape, labels.dtype, rows)
-    if config.model.segments:
+    if shape.segments:
       batch["segments"] = array((B, L), jnp.int32, rows)
     batch["weights"] = array((B,), jnp.float32, rows)
   constants = {"seed": array((), jnp.uint32, whole)}
-  if config.fpp.embedding_granularity != "weight" and program.rules:
+  if program.prunes_tokens:
     size = program.like.params["embed"]["embedding"].shape[0]
     constants["usage"] = array((size,), jnp.float32, whole)
   if teacher is not None:
@@ -213,13 +197,14 @@ def measure(
     out of memory: {"fits": False, "missing": bytes, at least, "error": the
     reason}.
   """
-  counts = _counts(program.config)
+  shape = program.model.shape
+  counts = _counts(shape, program.order.fpp.linear_layers)
   few = [
     _compiled(_shortened(program, n), devices, is_mask_update) for n in counts
   ] or [_compiled(program, devices, is_mask_update)]
   found = next((one for one in few if "error" in one), few[0])
   if "error" not in found and counts:
-    found = _extrapolated(few, counts, program.config.model.num_layers)
+    found = _extrapolated(few, counts, shape.num_layers)
   if "error" not in found:
     needed = found["arguments"] + found["scratch"]
     found["missing"] = max(needed - devices.gib * GIB, 0)
@@ -245,7 +230,7 @@ def _compiled(
   program: Program, devices: Devices, is_mask_update: bool
 ) -> dict[str, Any]:
   """Returns the report of `measure` on a whole program, without "fits"."""
-  teacher = _teacher(program.config)
+  teacher = _teacher(program)
   step = program.step(is_mask_update=is_mask_update, teacher=teacher)
   batch, constants = _inputs(program, teacher)
   lowered = step.lower(program.like, batch, **constants)
@@ -275,23 +260,24 @@ def _compiled(
 
 def _global_cost(program: Program, is_mask_update: bool) -> dict[str, float]:
   """Returns the "flops" per device of the program before it is split."""
-  config = dataclasses.replace(program.config, mesh=MeshConfig())
-  mesh = sharding.make_mesh(config.mesh, jax.devices("cpu")[:1])
-  whole, teacher = make_program(config, mesh), _teacher(config)
+  order = dataclasses.replace(program.order, mesh=MeshConfig())
+  mesh = sharding.make_mesh(order.mesh, jax.devices("cpu")[:1])
+  shape, targets = program.model.shape, program.targets
+  whole, teacher = make_program(shape, order, mesh, targets), _teacher(program)
   step = whole.step(is_mask_update=is_mask_update, teacher=teacher)
   batch, constants = _inputs(whole, teacher)
   cost: Any = step.lower(whole.like, batch, **constants).cost_analysis()
   return {"flops": cost["flops"] / program.mesh.size}
 
 
-def _teacher(config: Config) -> Transformer | None:
+def _teacher(program: Program) -> Transformer | None:
   """Returns the teacher of a run, as far as it is known without the data."""
-  if not (config.distill.is_used or task_of(config).makes_vectors):
+  if not (program.order.distill.is_used or program.task.makes_vectors):
     return None
   return make_model(
-    shape_of(config).dense(),
-    config.data.vocab_size,
-    _num_outputs(task_of(config)),
+    program.model.shape.dense(),
+    program.order.data.vocab_size,
+    _num_outputs(program.task),
   )
 
 

@@ -36,17 +36,25 @@ import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from folding import config as config_lib
-from folding import files
-from folding.config import Config
+from folding import files, typed
+from folding.config import Config, FoldConfig, ModelConfig, Order
 from folding.data import special_tokens, tokenizers
 from folding.errors import ConfigError, reason
-from folding.models.shape import shape_of, with_shape
-from folding.training.optimizer import Targets, planned
+from folding.models.shape import (
+  Shape,
+  fold_of,
+  make_shape,
+  model_of,
+  shape_of,
+  with_shape,
+)
+from folding.tasks import task_of
+from folding.training.optimizer import Targets
 from folding.typed import differences, edited
 from folding.version import __version__
 
@@ -73,6 +81,20 @@ _PATHS = (
   "data.sts",
   "distill.teacher",
 )
+
+
+class Became(NamedTuple):
+  """The model that the training of a run begins with.
+
+  Attributes:
+    shape: Its shape.
+    targets: Fractions that a plan chose to prune; None: those of the config.
+    pair: Names of the two texts of a pair; None: it reads single texts.
+  """
+
+  shape: Shape
+  targets: Targets | None = None
+  pair: tuple[str, str] | None = None
 
 
 @contextlib.contextmanager
@@ -110,7 +132,7 @@ def save(
   *,
   labels: tuple[str, ...],
   digest: str,
-  became: Config | None = None,
+  became: Became,
 ) -> None:
   """Writes the files that a run begins with.
 
@@ -120,26 +142,31 @@ def save(
     tokenizer: Tokenizer of the model.
     labels: Class names in id order; () for a language model.
     digest: `Data.digest`.
-    became: As the start of the run left it; None: as it was given.
+    became: The model that training begins with.
   """
   tokenizer.save(_path(workdir, "tokenizer.json"))
   if labels:
     text = json.dumps(labels, ensure_ascii=False)
     files.write_file(_path(workdir, "labels.json"), text)
   files.write_file(_path(workdir, "text.sha256"), digest)
-  files.write_json(_path(workdir, _MODEL), _model_values(config, became))
+  values = {
+    "model": dataclasses.asdict(model_of(became.shape)),
+    "fold": dataclasses.asdict(fold_of(became.shape)),
+    "targets": became.targets and became.targets._asdict(),
+    "pair": became.pair,
+  }
+  files.write_json(_path(workdir, _MODEL), values)
   text = config_lib.to_json(config)
   files.write_checksums(workdir, _FIXED, {"config.json": text})
   # Last: with it the run has begun.
   files.write_file(_path(workdir, "config.json"), text)
 
 
-def config_to_continue(workdir: str, config: Config) -> Config | None:
-  """Returns the config of the run that a directory holds, as it became; None: no run.
+def is_begun(workdir: str, config: Config) -> bool:
+  """Returns whether a directory holds the run of a config.
 
   The mesh, `distributed`, `train.accumulate`, `train.compact`, `train.energy` and
-  the spelling of paths do not change the outcome, and may differ; the given values
-  are returned.
+  the spelling of paths do not change the outcome, and may differ.
 
   Args:
     workdir: The run directory, which may not exist.
@@ -151,14 +178,14 @@ def config_to_continue(workdir: str, config: Config) -> Config | None:
   """
   files.require_inside(workdir)
   if not os.path.exists(_path(workdir, "config.json")):
-    return None
+    return False
   order = load_order(workdir)
   if changed := differences(_computed_as(order, config), config):
     raise ConfigError(
       f"{workdir} holds a run of another config ({'; '.join(changed)}); "
       f"choose another --workdir, or continue it with: folding resume {workdir}"
     )
-  return _computed_as(_became(order, workdir), config)
+  return True
 
 
 def _computed_as(config: Config, other: Config) -> Config:
@@ -184,46 +211,79 @@ def _computed_as(config: Config, other: Config) -> Config:
   )
 
 
-def _model_values(config: Config, became: Config | None) -> dict[str, Any]:
-  """Returns the content of `model.json`."""
-  became, targets = became or config, None
-  if became.fpp != config.fpp:
-    f = became.fpp
-    targets = Targets(f.linear_layers or (), f.linear or 0, f.embedding or 0)
-  names = became.data.text_field
-  sections = dataclasses.asdict(with_shape(became, shape_of(became)))
-  return {
-    "model": sections["model"],
-    "fold": sections["fold"],
-    "targets": targets and targets._asdict(),
-    "pair": names if isinstance(names, tuple) else None,
-  }
-
-
 def load_config(workdir: str) -> Config:
   """Returns the config of a run directory, as the start of the run left it.
 
+  Its sections describe the model that training began with: its shape, and the
+  fractions that a plan chose to prune.
+
   Raises:
-    ConfigError: see `load_order`; or model.json is damaged.
+    ConfigError: see `load_order` and `load_model`.
   """
-  return _became(load_order(workdir), workdir)
+  order = load_order(workdir)
+  shape, targets, pair = load_model(workdir, order)
+  config = planned(order, shape, targets)
+  return edited(config, {"data.text_field": pair}) if pair else config
 
 
-def _became(order: Config, workdir: str) -> Config:
+def planned(config: Config, shape: Shape, targets: Targets | None) -> Config:
+  """Returns the config of a run whose model has become another than asked for.
+
+  Args:
+    config: The config as it was given.
+    shape: Shape of the model.
+    targets: Fractions that a plan prunes; None: there was no plan.
+  """
+  if shape != shape_of(config):
+    config = with_shape(config, shape)
+  if targets is None:
+    return config
+  edits: dict[str, Any] = {
+    "fpp.overall": None,
+    "fpp.linear": targets.head,
+    "fpp.embedding": targets.embedding,
+    "fpp.linear_layers": targets.layers,
+    "compress.plan": "same",
+    "compress.uniform": False,
+    "compress.embedding": "share",
+  }
+  if not targets.prune:
+    edits["compress.prune"] = "none"
+  if config.fpp.embedding_granularity == "rank":
+    edits["fpp.embedding_granularity"] = "weight"
+  return config_lib.resolve(edited(config, edits))
+
+
+def load_model(workdir: str, order: Order) -> Became:
+  """Returns the model that the training of a run began with.
+
+  Args:
+    workdir: The run directory.
+    order: From `load_order`.
+
+  Raises:
+    ConfigError: model.json is damaged.
+  """
   path = _path(workdir, _MODEL)
   if not os.path.exists(path):  # of an earlier version
-    return config_lib.load(_path(workdir, "config.json"))
+    config = config_lib.load(_path(workdir, "config.json"))
+    f, names, targets = config.fpp, config.data.text_field, None
+    if f != order.fpp and f.linear_layers is not None:  # a plan chose them
+      targets = Targets(f.linear_layers, f.linear or 0, f.embedding or 0)
+    pair = names if isinstance(names, tuple) else None
+    return Became(shape_of(config), targets, pair)
   values = files.read_json(path, dict)
   try:
-    model, fold = values["model"], values["fold"]
+    model, fold = (
+      typed.build(kind, values[name], name)
+      for name, kind in (("model", ModelConfig), ("fold", FoldConfig))
+    )
     pair, targets = values["pair"], values["targets"]
-    if pair is not None:
-      order = edited(order, {"data.text_field": tuple(pair)})
     if targets is not None:
       targets = Targets(**targets)._replace(layers=tuple(targets["layers"]))
-    sections = {"model": model, "fold": fold}
-    described = config_lib.from_dict(config_lib.to_dict(order) | sections)
-    return planned(order, shape_of(described), targets)
+    output = task_of(order).output_kind
+    shape = make_shape(model, fold, output, order.data.length)
+    return Became(shape, targets, pair and tuple(pair))
   except (LookupError, TypeError, ValueError) as error:
     raise ConfigError(f"{path} is damaged: {reason(error)}") from None
 

@@ -10,7 +10,7 @@ from folding import files
 from folding.compression.shrink import Cut
 from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
-from folding.models.shape import Shape, with_shape
+from folding.models.shape import Shape
 from folding.training import energy, run_dir
 from folding.training.checkpoint import Checkpoints
 from folding.training.compact import held_zero, is_pruning_over, shrink_state
@@ -44,10 +44,10 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
   this, states, losses = _read(workdir)
   before = run_dir.read_result(workdir)
   step = max(states)
-  is_finished = step == this.config.train.steps
+  steps = this.order.train.steps
+  is_finished = step == steps
   shrunk = _shrink_alike(this, states, multiple, is_finished)
   shape, _, cut = shrunk[step]
-  config = with_shape(this.config, shape)
   if cut.is_empty:
     raise ConfigError(
       f"{workdir} has nothing to remove at step {step}: no neuron, head or token "
@@ -64,7 +64,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
       tokenizer,
       labels=this.data.label_names,
       digest=this.data.digest,
-      became=config,
+      became=run_dir.Became(shape, this.targets, this.data.pair),
     )
     for name in ("metrics.jsonl", "fold.json", energy.FILE):
       if os.path.exists(os.path.join(workdir, name)):
@@ -73,7 +73,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
     with Checkpoints(part) as checkpoints:
       for at in sorted(states):
         states[at] = jax.device_put(shrunk[at][1], that.state_shardings)
-        checkpoints.save(at, states[at], losses[at], config.model)
+        checkpoints.save(at, states[at], losses[at], shape)
       checkpoints.wait()
       best = checkpoints.best_step()
     state, test = states[step], None
@@ -91,7 +91,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
     )
   return {
     "step": step,
-    "steps": config.train.steps,
+    "steps": steps,
     "before": this.num_parameters,
     "after": that.num_parameters,
   }
@@ -104,11 +104,11 @@ def _shrink_alike(
   zeros = [
     jax.tree.map(lambda w: np.asarray(w) == 0, state.params)
     if is_finished
-    else held_zero(run.rules, state, is_pruning_over(run.config, step))
+    else held_zero(run.rules, state, is_pruning_over(run.mask_updates, step))
     for step, state in states.items()
   ]
   is_zero = jax.tree.map(lambda *z: np.logical_and.reduce(z), *zeros)
-  if not is_finished and run.config.distill.is_used:
+  if not is_finished and run.order.distill.is_used:
     is_zero["embed"]["embedding"][:] = False  # the teacher reads all tokens
   return {
     step: shrink_state(

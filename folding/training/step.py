@@ -16,9 +16,9 @@ from jax.typing import ArrayLike
 from folding.compression.fpp import FPPState, fpp_counts
 from folding.compression.observe import observe
 from folding.compression.sites import Rule
-from folding.config import Config, DistillConfig
+from folding.config import DistillConfig, Order
 from folding.errors import ConfigError
-from folding.models.shape import shape_of
+from folding.models.shape import Shape
 from folding.models.transformer import (
   Block,
   Transformer,
@@ -28,8 +28,11 @@ from folding.models.transformer import (
 from folding.tasks import Task, task_of
 from folding.training import losses, sharding
 from folding.training.optimizer import (
+  Targets,
+  embedding_fraction,
   make_optimizer,
   make_rules,
+  mask_updates,
   removed_units,
 )
 
@@ -108,12 +111,14 @@ class Program:
   """Model, optimizer and state of a run, without its data.
 
   Attributes:
-    config: Resolved.
-    task: Its row.
+    order: Resolved.
+    targets: Fractions that a plan chose to prune; None: those of `order.fpp`.
+    task: The row of its task.
     mesh: The devices.
     model: The Linen model.
     tx: The optimizer, FPP included.
     rules: The rules of FPP.
+    mask_updates: The steps, counted from 0, that update its masks.
     like: Shapes and shardings of the training state.
     unsplit: One line per parameter (and one for the batch) that the mesh does
       not divide.
@@ -124,54 +129,67 @@ class Program:
 
   def __init__(
     self,
-    config: Config,
+    shape: Shape,
+    order: Order,
     mesh: Mesh,
     *,
     vocab_size: int,
     num_classes: int,
     plain_size: int | None = None,
+    targets: Targets | None = None,
   ):
     """Initializes the program.
 
     Args:
-      config: Resolved.
+      shape: Shape of the model.
+      order: Resolved.
       mesh: From `sharding.make_mesh`.
       vocab_size: V, tokens of the model.
       num_classes: Ignored by language models.
       plain_size: V before tokens left the tokenizer; None: none did.
+      targets: Fractions that a plan chose to prune.
 
     Raises:
       ConfigError: a rule of FPP or of the mesh does not fit the parameters.
     """
-    self.config, self.task, self.mesh = config, task_of(config), mesh
+    self.order, self.targets, self.mesh = order, targets, mesh
+    self.task = task_of(order)
     plain_size = plain_size or vocab_size
     make = functools.partial(make_model, num_classes=num_classes)
-    shape = shape_of(config)
     self.model = make(shape, vocab_size)
     self.dense_params = param_shapes(make(shape.dense(), plain_size))
     before = param_shapes(make(shape.whole(), plain_size))
-    self.rules = make_rules(shape, config.fpp, before, self.dense_params)
+    self.rules = make_rules(
+      shape, order.fpp, before, self.dense_params, targets
+    )
+    self.mask_updates = mask_updates(order) if self.rules else range(0)
     after = param_shapes(self.model)
     self.removed = removed_units(self.rules, before, after)
     self.whole_size = _size(before)
-    self.tx = make_optimizer(config, self.rules, self.removed)
+    self.tx = make_optimizer(order, shape.layers, self.rules, self.removed)
     self.draw = functools.partial(
-      init_state, self.model, self.tx, config.data.length
+      init_state, self.model, self.tx, shape.max_length
     )
     try:
       state = jax.eval_shape(self.draw, jax.ShapeDtypeStruct((), jnp.uint32))
     except ValueError as error:
       raise ConfigError(str(error)) from error
-    rows = config.data.batch_size // config.train.accumulate
+    rows = order.data.batch_size // order.train.accumulate
     self.unsplit = [
-      *sharding.unsplit(mesh, state.params, config.mesh.rules),
+      *sharding.unsplit(mesh, state.params, order.mesh.rules),
       *sharding.undivided(mesh, rows),
     ]
     self.like = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state,
-      sharding.tree_shardings(mesh, state, rules=config.mesh.rules),
+      sharding.tree_shardings(mesh, state, rules=order.mesh.rules),
     )
+
+  @property
+  def prunes_tokens(self) -> bool:
+    """Whether rows of the embedding are pruned by how common their tokens are."""
+    is_by_weight = self.order.fpp.embedding_granularity == "weight"
+    return not is_by_weight and embedding_fraction(self.rules) > 0
 
   @property
   def num_parameters(self) -> int:
@@ -195,10 +213,10 @@ class Program:
       task=self.task,
       rules=self.rules,
       removed=self.removed,
-      accumulate=self.config.train.accumulate,
+      accumulate=self.order.train.accumulate,
       mesh=self.mesh,
       teacher=teacher,
-      distill=self.config.distill,
+      distill=self.order.distill,
     )
 
   def step(
@@ -232,17 +250,14 @@ class Steps:
   The program with one compiles in a thread, beside the first steps without.
   """
 
-  def __init__(
-    self, program: Program, mask_updates: range, teacher: Transformer | None
-  ):
+  def __init__(self, program: Program, teacher: Transformer | None):
     """Initializes the steps.
 
     Args:
       program: Model, optimizer and state.
-      mask_updates: The steps that update the masks.
       teacher: See `Program.options`.
     """
-    self._mask_updates = mask_updates
+    self._mask_updates = program.mask_updates
     self._plain, self._update = (
       program.step(is_mask_update=is_update, teacher=teacher)
       for is_update in (False, True)

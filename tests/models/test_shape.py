@@ -43,11 +43,26 @@ def test_with_shape_describes_what_shape_of_reads(config):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_dense_and_whole_are_the_shapes_of_such_configs(config):
-  shape, whole = shape_of(config), c.unshrunk(c.filled(config))
+  shape, whole = shape_of(config), _whole(c.filled(config))
   assert shape.whole() == shape_of(whole)
   assert shape.dense() == shape_of(dataclasses.replace(whole, dense=True))
   assert shape.dense().is_dense
   assert shape.is_dense == (config.dense is True)
+
+
+def _whole(config):
+  """Returns the config with all heads and neurons, and no absorbed W_V."""
+  m, values = config.model, config.fold.values
+  width = m.dense_mlp_width or m.mlp_width
+  kinds = (values,) if isinstance(values, str) else values
+  values = tuple("diagonal" if x == "identity" else x for x in kinds)
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(
+      m, mlp_width=width, dense_mlp_width=None, heads=None
+    ),
+    fold=dataclasses.replace(config.fold, values=c.joined(values)),
+  )
 
 
 def test_layers_of_a_shape_have_their_own_sizes():

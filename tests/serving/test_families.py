@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 import folding
-from folding import config as c
 from folding.data.trim import plain_tokenizer
 from folding.models import families, hf_config, hf_weights
-from folding.models.shape import shape_of
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.serving.generate import Generator
@@ -66,10 +64,7 @@ def test_family_is_folded_exported_and_generates(family, tmp_path):
   texts = [" ".join(rng.choice(models.WORDS, 7)) for _ in range(64)]
   dense = _folder(tmp_path / "dense", family)
   small = folding.compress(dense, texts, saving=0.25)
-  layers, whole = (
-    shape_of(one).layers
-    for one in (small.config, c.dense_baseline(small.config))
-  )
+  layers, whole = small.shape.layers, small.shape.dense().layers
   assert layers != whole
 
   tokens = np.concatenate(small.tokenizer.encode_batch(texts[:1], 9))[None]

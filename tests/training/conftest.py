@@ -9,7 +9,8 @@ import pytest
 from configs import pretrained as pretrained_config
 from folding import config as c
 from folding import files
-from folding.training import loop
+from folding.models.shape import shape_of
+from folding.training import loop, run_dir
 from folding.typed import edited
 from tests.models import checkpoints
 
@@ -47,6 +48,20 @@ def tiny_config(path: pathlib.Path, **train) -> c.Config:
     model=c.ModelConfig(num_layers=2, width=16, num_heads=4, mlp_width=32),
     fpp=c.FPPConfig(linear=0.7, embedding=0.7, begin=0.2, end=0.7, checks=3),
     train=c.TrainConfig(**(options | train)),
+  )
+
+
+def save_run(
+  workdir, config, tokenizer, *, labels=(), digest="a1", became=None
+):
+  """Writes the files that a run begins with."""
+  run_dir.save(
+    str(workdir),
+    config,
+    tokenizer,
+    labels=labels,
+    digest=digest,
+    became=became or run_dir.Became(shape_of(config)),
   )
 
 

@@ -16,7 +16,7 @@ from folding import errors, paths
 from folding.compression import fold, lowrank
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
-from folding.training import allocate, optimizer
+from folding.training import allocate, run_dir
 from folding.training import sensitivity as sensitivity_lib
 from folding.training.compress import compress_params
 from folding.training.fold_pretrained import fold_pretrained
@@ -84,7 +84,7 @@ def _tried(config):
 def _allocate(config, params):
   sensitivity = sensitivities(shape_of(config), params, _batches())
   plan = allocate.allocate(_asked(config), params, _batches(), sensitivity)
-  return optimizer.planned(config, plan.shape, plan.targets)
+  return run_dir.planned(config, plan.shape, plan.targets)
 
 
 def _asked(config):

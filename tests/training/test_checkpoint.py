@@ -20,7 +20,7 @@ from folding.errors import ConfigError, TrainingError
 from folding.training import run_dir, sharding
 from folding.training.checkpoint import Checkpoints, load_run
 from tests.training import tiny
-from tests.training.conftest import set_loss, warnings_of
+from tests.training.conftest import save_run, set_loss, warnings_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -439,7 +439,7 @@ def run(tmp_path_factory):
     for step, loss in ((5, 1.0), (10, 2.0)):
       checkpoints.save(step, states[step], loss)
   tokenizer = train_tokenizer(config.data, [])
-  run_dir.save(str(workdir), config, tokenizer, labels=(), digest="a1")
+  save_run(workdir, config, tokenizer)
   return workdir, config, jax.device_get(states)
 
 
@@ -558,7 +558,7 @@ def test_run_with_a_link_to_another_place_is_refused(name, copy, tmp_path):
     with pytest.raises(ConfigError, match=f"{name} is a link"):
       read(str(copy))
   with pytest.raises(ConfigError, match=f"{name} is a link"):
-    run_dir.config_to_continue(str(copy), tiny.config())
+    run_dir.is_begun(str(copy), tiny.config())
 
 
 def test_run_may_be_a_link_and_have_links_to_itself(run, copy, tmp_path):

@@ -19,10 +19,12 @@ from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.serving.export import export_hf
 from folding.serving.predict import predict
+from folding.tasks import task_of
 from folding.training import compress, loop
 from folding.training.checkpoint import load_run
 from folding.training.dense_start import dense_start, read_source, teacher_of
 from folding.training.loop import Run
+from folding.training.optimizer import embedding_fraction
 from folding.typed import edited
 from tests.serving import models
 from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
@@ -39,10 +41,32 @@ def config_shapes(config):
   return {name: w.shape for name, w in paths.flatten(tree).items()}
 
 
+def _read(path, data, config):
+  return read_source(str(path), data, task_of(config), segments=False)
+
+
+def _dense(data, config):
+  """Returns the dense model that a run would start from."""
+  source = _read(config.pretrained, data, config)
+  return dense_start(source, shape_of(config), data, config)
+
+
+def _compressed(data, config):
+  """Returns the model that a run would start from."""
+  source = _read(config.pretrained, data, config)
+  return compress.compress_trained(source, shape_of(config), data, config)
+
+
+def _trimmed(data, config):
+  """Returns the data without the tokens that a run would remove."""
+  rules = Run(shape_of(config), data, config).rules
+  return compress.trim_vocabulary(embedding_fraction(rules), data, config)
+
+
 def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
   folder, written = checkpoint
   config = c.resolve(recovery_config(folder, topics, dense=True))
-  _, params, report = compress.compress_trained(config, make_data(config))
+  _, params, report, _ = _compressed(make_data(config), config)
   found, expected = paths.flatten(params), paths.flatten(written)
   assert report == []
   assert {name: w.shape for name, w in found.items()} == config_shapes(config)
@@ -59,7 +83,7 @@ def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
       theirs = theirs[: config.data.length]
     np.testing.assert_array_equal(w, theirs, err_msg=name)
   drawn = c.resolve(recovery_config(folder, topics, dense=True, seed=1))
-  _, other, _ = compress.compress_trained(drawn, make_data(drawn))
+  _, other, _, _ = _compressed(make_data(drawn), drawn)
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
 
@@ -84,7 +108,7 @@ def test_head_follows_the_class_names_of_a_checkpoint(
     values["label2id"] = {name: i for i, name in enumerate(labels)}
     path.write_text(json.dumps(values))
     (tmp_path / "hf" / "checksums.json").unlink(missing_ok=True)  # on purpose
-    read, _ = read_source(str(tmp_path / "hf"), config, data)
+    read = _read(tmp_path / "hf", data, config).params
     if expected is None:
       assert "head" not in read
     else:
@@ -101,7 +125,7 @@ def test_class_names_that_differ_by_case_are_two(
   workdir = shutil.copytree(dense_run, tmp_path / "run")
   (workdir / "labels.json").write_text(json.dumps(["a", second, "b", "c"]))
   (workdir / "checksums.json").unlink()
-  found, _ = read_source(str(workdir), config, data)
+  found = _read(workdir, data, config).params
   assert ("head" in found) == kept
 
 
@@ -115,7 +139,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, topics, tmp_path):
   safetensors.numpy.save_file(tensors, path)
   config = c.resolve(recovery_config(tmp_path / "nan", topics))
   with pytest.raises(errors.ConfigError, match="nan: "):
-    compress.compress_trained(config, make_data(config))
+    _compressed(make_data(config), config)
 
 
 def test_head_for_other_classes_is_left_out(
@@ -126,18 +150,18 @@ def test_head_for_other_classes_is_left_out(
     (tmp_path / f"{split}.tsv").write_text(text)
   for folder, has_head in ((topics, True), (tmp_path, False)):
     config = c.resolve(recovery_config(dense_run, folder))
-    found, _ = read_source(str(dense_run), config, make_data(config))
+    found = _read(dense_run, make_data(config), config).params
     assert ("head" in found) == has_head
   with pytest.raises(errors.ConfigError, match="so it cannot teach these"):
-    teacher_of(config, make_data(config))
+    teacher_of(shape_of(config), make_data(config), config)
   for folder, has_head in ((topics, True), (tmp_path, False)):
     config = c.resolve(recovery_config(dense_run, folder))
-    dense_start(str(dense_run), config, make_data(config))
+    _dense(make_data(config), config)
     told = capsys.readouterr().out
     assert ("theme 0" in told and "from scratch" in told) != has_head
   # Its hidden states can teach.
   config = edited(config, {"distill.logits": 0.0})
-  assert teacher_of(config, make_data(config)) is not None
+  assert teacher_of(shape_of(config), make_data(config), config) is not None
 
 
 @pytest.fixture(scope="module")
@@ -228,16 +252,16 @@ def test_default_recipe_makes_arrays_small(dense_run, topics, capsys):
   )
   config = c.resolve(config)
   data = make_data(config)
-  small, params, report = compress.compress_trained(config, data)
+  small, params, report, targets = _compressed(data, config)
   assert " on 96 training texts" in capsys.readouterr().out
   kept = sum(w.size for w in jax.tree.leaves(params))
-  dense = dense_start(str(dense_run), config, data).params
+  dense = _dense(data, config).params
   assert kept <= 0.6 * sum(w.size for w in jax.tree.leaves(dense))
   assert any(row["values"].startswith("rank") for row in report)
   for name, w in paths.flatten(params).items():
     if name.endswith("kernel"):
       assert np.count_nonzero(w) == w.size, name
-  run = Run(small, data)
+  run = Run(small, data, config, targets)
   theirs = run.evaluate(run.init_from(params).params, "valid")
   assert theirs["accuracy"] > 0.5  # as the dense run has it
 
@@ -321,7 +345,7 @@ def test_one_call_without_texts_is_refused():
 
 def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
-  found = teacher_of(config, make_data(config))
+  found = teacher_of(shape_of(config), make_data(config), config)
   assert found is not None
   model, params = found
   assert model.shape.is_dense
@@ -332,7 +356,7 @@ def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
       np.asarray(w, np.float32), theirs[name], rtol=2**-8
     )
   config = dataclasses.replace(config, distill=c.DistillConfig())
-  assert teacher_of(config, make_data(config)) is None
+  assert teacher_of(shape_of(config), make_data(config), config) is None
 
 
 @pytest.mark.parametrize(
@@ -366,7 +390,7 @@ def test_teacher_with_other_pooling_is_refused(dense_run, topics):
   with pytest.raises(
     errors.ConfigError, match="has pooling 'first', and model"
   ):
-    teacher_of(config, make_data(config))
+    teacher_of(shape_of(config), make_data(config), config)
 
 
 def test_folded_run_is_refused_as_a_start(
@@ -418,7 +442,7 @@ def test_last_of_the_unused_tokens_ranks_lowest(checkpoint, tmp_path):
   (tmp_path / "rows.tsv").write_text("\n".join(rows) + "\n")
   config = c.resolve(recovery_config(checkpoint[0], tmp_path / "rows.tsv"))
   data = make_data(config)
-  usage = np.asarray(Run(config, data).usage())
+  usage = np.asarray(Run(shape_of(config), data, config).usage())
   size = data.num_examples["train"] // 8
   epoch = [data.train_batch(i) for i in range(size)]
   used = np.unique(np.concatenate([b["tokens"][b["mask"]] for b in epoch]))
@@ -433,7 +457,7 @@ def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
   config = recovery_config(checkpoint[0], topics, fpp__overall=None)
   config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.0})
   data = make_data(config := c.resolve(config))
-  assert compress.trim_vocabulary(config, data) is data
+  assert _trimmed(data, config) is data
 
 
 def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, tmp_path):
@@ -442,7 +466,7 @@ def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, tmp_path):
   config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.4})
   data = make_data(config := c.resolve(config))
   shutil.rmtree(folder)  # the text is read once
-  found = compress.trim_vocabulary(config, data)
+  found = _trimmed(data, config)
   sizes = data.tokenizer.vocab_size, found.tokenizer.vocab_size
   assert sizes == (10, 6)
   assert found.texts is None
@@ -456,7 +480,7 @@ def test_usage_of_a_trimmed_vocabulary_has_the_ids_of_the_source(
     config, {"fpp.linear": 0.5, "fpp.embedding": 0.4, "fold.embedding_rank": 4}
   )
   config = c.resolve(config)
-  data = compress.trim_vocabulary(config, make_data(config))
+  data = _trimmed(make_data(config), config)
   given = []
 
   def compress_params(asked, dense, batches, usage_V, **_):
@@ -464,7 +488,7 @@ def test_usage_of_a_trimmed_vocabulary_has_the_ids_of_the_source(
     return compress.Compressed(asked.shape, dense, [])
 
   monkeypatch.setattr(compress, "compress_params", compress_params)
-  compress.compress_trained(config, data)
+  _compressed(data, config)
   [(usage_V, batches)] = given
   used = np.unique(np.concatenate([b["tokens"][b["mask"]] for b in batches]))
   is_removed_V = data.tokenizer.token_map < 0
@@ -483,15 +507,15 @@ def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.4})
   config = c.resolve(config)
   plain = make_data(config)
-  data = compress.trim_vocabulary(config, plain)
+  data = _trimmed(plain, config)
   known = json.loads(data.tokenizer.to_json())["model"]["vocab"]
   assert 0 < len(set(CLASS_WORDS) & set(known)) < len(CLASS_WORDS)
-  _, params, _ = compress.compress_trained(config, data)
-  dense, expected, _ = dense_start(str(dense_run), config, plain)
+  _, params, _, _ = _compressed(data, config)
+  dense, expected, _ = _dense(plain, config)
   model = make_model(
     shape_of(config), data.tokenizer.vocab_size, data.num_classes
   )
-  taught = teacher_of(config, data)
+  taught = teacher_of(shape_of(config), data, config)
   assert taught is not None
   text = " ".join(word for word in CLASS_WORDS if word in known)
   before = _logits(dense, expected, plain, text)

@@ -21,13 +21,14 @@ from folding import files
 from folding.data import batches, corpus
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
+from folding.models.shape import shape_of
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.training import run_dir
 from folding.training.checkpoint import Checkpoints, load_run
 from tests.serving import models
 from tests.training import tiny
-from tests.training.conftest import warnings_of, write_text
+from tests.training.conftest import save_run, warnings_of, write_text
 
 FLIPS, CUTS, FLIPS_OF_LARGEST = 6, 3, 60
 
@@ -57,11 +58,9 @@ def write_run(folder):
     for step, loss in ((5, 1.0), (10, 2.0)):
       params = tiny.noise(tiny.shapes(config), seed=step)
       state = {"params": params, "step": jnp.ones(1)}
-      checkpoints.save(step, state, loss, config.model)
+      checkpoints.save(step, state, loss, shape_of(config))
   tokenizer = train_tokenizer(config.data, ["a text to merge, a text"] * 9)
-  run_dir.save(
-    str(folder), config, tokenizer, labels=("a", "b", "c"), digest="a1"
-  )
+  save_run(folder, config, tokenizer, labels=("a", "b", "c"))
   test = {"loss": 1.5, "checkpoint_step": 5}
   run_dir.write_result(str(folder), {"finished": True, "test": test})
 
@@ -93,10 +92,10 @@ def checkpoints(folder):
   def read():
     with Checkpoints(str(folder), cleans=False) as saved:
       step, state = saved.restore_best(like)
-      return step, saved.model(step), arrays(state)
+      return step, saved.shape(step, None), arrays(state)
 
   state = {"params": tiny.noise(shapes, seed=10), "step": jnp.ones(1)}
-  other = 10, tiny.config().model, arrays(state)
+  other = 10, shape_of(tiny.config()), arrays(state)
   return Place(folder / "checkpoints", read, other)
 
 

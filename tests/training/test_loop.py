@@ -24,7 +24,7 @@ from folding.errors import ConfigError, TrainingError
 from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
 from folding.typed import edited
-from tests.training.conftest import set_loss, tiny_config, warnings_of
+from tests.training.conftest import save_run, set_loss, tiny_config, warnings_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -231,7 +231,7 @@ def test_run_that_misses_its_target_says_so(text_file, tmp_path, capsys):
 def test_compacted_keeps_the_arrays_of_single_weights(tiny_run):
   _, workdir, _ = tiny_run
   this, checkpoints = loop.open_run(str(workdir))
-  this.config = edited(this.config, {"train.compact": 0.35})
+  this.order = edited(this.order, {"train.compact": 0.35})
   with checkpoints:
     step, state = checkpoints.restore_latest(this.like)
   assert this.compacted(state, step) is None
@@ -313,8 +313,8 @@ def test_changed_text_is_refused(text_file, tiny_run, tmp_path):
   copy = unfinished(workdir, tmp_path / "copy")
   digest = (copy / "text.sha256").read_text()
   tokenizer = run_dir.load_tokenizer(str(copy))
-  saved = {"config": config_lib.resolve(config), "tokenizer": tokenizer}
-  run_dir.save(str(copy), **saved, labels=(), digest=digest)
+  config = config_lib.resolve(config)
+  save_run(copy, config, tokenizer, digest=digest)
   loop.evaluate_run(str(copy))
   with open(tmp_path / "text.txt", "a", encoding="utf-8") as file:
     file.write("one line more\n")
@@ -380,7 +380,7 @@ def test_run_that_is_read_back_prepares_no_data(
   )
   monkeypatch.setattr(tfds.core.constants, "DATA_DIR", config.data.dir)
   tokenizer = run_dir.load_tokenizer(str(copy))
-  run_dir.save(str(copy), config, tokenizer, labels=(), digest="a1")
+  save_run(copy, config, tokenizer)
   for verb in (["evaluate"], ["resume"], ["shrink", f"--output={tmp_path}/x"]):
     assert cli.main([verb[0], str(copy), *verb[1:]]) == 2
     assert "is not prepared" in capsys.readouterr().err

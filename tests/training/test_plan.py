@@ -17,6 +17,7 @@ from folding import cli, errors, files, paths
 from folding import config as c
 from folding.compression.fpp import fpp
 from folding.compression.sites import Rule
+from folding.models.shape import shape_of
 from folding.training import devices as devices_lib
 from folding.training import plan as plan_lib
 from folding.training import sharding
@@ -56,7 +57,7 @@ def config(config_file):
 @pytest.fixture(scope="module")
 def found(config):
   """Returns the plan of eight simulated devices."""
-  return plan_lib.plan(config, plan_lib.find_devices("cpu-8"))
+  return plan_lib.plan(shape_of(config), config, plan_lib.find_devices("cpu-8"))
 
 
 def _on_device(tree):
@@ -108,7 +109,7 @@ def test_teacher_adds_two_bytes_per_dense_parameter(config, found):
     config, pretrained="DENSE", distill=c.DistillConfig(logits=0.5)
   )
   mesh = sharding.make_mesh(config.mesh)
-  program = plan_lib.make_program(taught, mesh)
+  program = plan_lib.make_program(shape_of(taught), taught, mesh)
   step = plan_lib.measure(program, plan_lib.find_devices("cpu-8"))
   params = tiny.shapes(c.dense_baseline(config))
   places = sharding.tree_shardings(mesh, params)
@@ -158,7 +159,10 @@ def test_classifier_with_rows_to_prune_has_a_plan(config, compiled):
     ),
     train=dataclasses.replace(config.train, accumulate=4),
   )
-  found = plan_lib.plan(c.resolve(classifier), plan_lib.find_devices("cpu-8"))
+  classifier = c.resolve(classifier)
+  found = plan_lib.plan(
+    shape_of(classifier), classifier, plan_lib.find_devices("cpu-8")
+  )
   assert found["compressed"]["mask update"]["fits"]
   assert "4 rows" in found["unsplit"][-1]  # of a micro-batch, over 8 devices
   compressed = found["compressed"]
@@ -175,7 +179,9 @@ def test_encoder_of_sentences_has_a_plan(config, compiled):
     "distill": c.DistillConfig(pairs=1.0, hidden=1.0),
   }
   encoder = c.resolve(dataclasses.replace(config, **fields))
-  found = plan_lib.plan(encoder, plan_lib.find_devices("cpu-8"))
+  found = plan_lib.plan(
+    shape_of(encoder), encoder, plan_lib.find_devices("cpu-8")
+  )
   assert found["dense"]["step"]["fits"]
   assert found["compressed"]["mask update"]["fits"]
   shapes = tiny.shapes(encoder)
@@ -188,7 +194,8 @@ def test_scratch_memory_leaves_out_the_donated_state(config, compiled):
   devices = plan_lib.find_devices("cpu-8")
   for size, missing in ((112, 0), (111, 1)):
     here = devices._replace(gib=size / plan_lib.GIB)
-    found = plan_lib.plan(c.dense_baseline(config), here)["dense"]["step"]
+    dense = c.dense_baseline(config)
+    found = plan_lib.plan(shape_of(dense), dense, here)["dense"]["step"]
     assert found == {
       "fits": not missing,
       "missing": missing,
@@ -226,7 +233,8 @@ def test_compiler_out_of_memory_is_an_answer(config, monkeypatch):
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
   devices = plan_lib.find_devices("cpu-8")._replace(gib=1.0)
-  found = plan_lib.plan(c.dense_baseline(config), devices)
+  dense = c.dense_baseline(config)
+  found = plan_lib.plan(shape_of(dense), dense, devices)
   step = found["dense"]["step"]
   assert (step["fits"], step["error"]) == (False, reason)
   assert step["missing"] == pytest.approx(1.25 * plan_lib.GIB, rel=1e-3)
@@ -245,7 +253,7 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
   compiled = []
 
   def figures(program, devices, is_mask_update):
-    count = program.config.model.num_layers
+    count = program.model.shape.num_layers
     targets = {r.pattern: r.target for r in program.rules}
     compiled.append((count, targets))
     return {
@@ -260,7 +268,9 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
   monkeypatch.setattr(plan_lib, "_compiled", figures)
   config = alike(config, 8)
   mesh = sharding.make_mesh(config.mesh)
-  program = Program(config, mesh, vocab_size=128, num_classes=0)
+  program = Program(
+    shape_of(config), config, mesh, vocab_size=128, num_classes=0
+  )
   devices = plan_lib.find_devices("cpu-8")
   assert plan_lib.measure(program, devices) == {
     "fits": True,
@@ -282,9 +292,12 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
       for name, target in whole.items()
       if not any(f"blocks_{n}" in name for n in range(count, 8))
     }
-  program.config = edited(config, {"fpp.linear_layers": (0.5,) * 7 + (0.6,)})
+  program.order = edited(config, {"fpp.linear_layers": (0.5,) * 7 + (0.6,)})
   assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
-  program.config = edited(config, {"model.scan_layers": True})
+  config = edited(config, {"model.scan_layers": True})
+  program = Program(
+    shape_of(config), config, mesh, vocab_size=128, num_classes=0
+  )
   assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
   assert [count for count, _ in compiled] == [2, 4, 8, 8]
 
@@ -292,14 +305,16 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
 def test_collectives_that_few_layers_lack_are_extrapolated(config, monkeypatch):
   def report(program, devices, is_mask_update):
     moves = {"all-to-all": {"times": 1, "bytes": 2}}
-    is_few = program.config.model.num_layers == 2
+    is_few = program.model.shape.num_layers == 2
     sizes = {"arguments": 1, "scratch": 1}
     return sizes | {"collectives": {} if is_few else moves}
 
   monkeypatch.setattr(plan_lib, "_compiled", report)
   config = alike(config, 8)
   mesh = sharding.make_mesh(config.mesh)
-  program = Program(config, mesh, vocab_size=128, num_classes=0)
+  program = Program(
+    shape_of(config), config, mesh, vocab_size=128, num_classes=0
+  )
   found = plan_lib.measure(program, plan_lib.find_devices("cpu-8"))
   assert found["collectives"] == {"all-to-all": {"times": 3, "bytes": 6}}
 
@@ -315,7 +330,9 @@ def test_extrapolation_agrees_with_the_whole_model(
   config = alike(config, 7, data=data)
   config = edited(config, {"model.scan_layers": scans})
   mesh = sharding.make_mesh(config.mesh)
-  program = Program(config, mesh, vocab_size=128, num_classes=0)
+  program = Program(
+    shape_of(config), config, mesh, vocab_size=128, num_classes=0
+  )
   devices = plan_lib.find_devices("cpu-8")
   found = []
   for many in (7, 8):
@@ -356,7 +373,7 @@ def test_topology_of_a_slice_is_the_most_even_one(slice_name, topology):
 def test_tpu_compiler_plans_a_slice(config):
   devices = plan_lib.find_devices("v5e:4x2")
   assert (len(devices.devices), devices.gib) == (8, 16)
-  found = plan_lib.plan(config, devices)
+  found = plan_lib.plan(shape_of(config), config, devices)
   assert found["compressed"]["mask update"]["fits"]
   assert not found["devices"]["is_estimate"]
 
@@ -424,8 +441,8 @@ def test_missing_tpu_compiler_is_one_line():
 def test_gpu_compiler_plans_two_hosts(config):
   devices = plan_lib.find_devices("h100:2x4")
   assert (len(devices.devices), round(devices.gib, 1)) == (8, 79.1)
-  gpu = plan_lib.plan(config, devices)["compressed"]["step"]
-  cpu = plan_lib.plan(config, plan_lib.find_devices("cpu-8"))
+  gpu = plan_lib.plan(shape_of(config), config, devices)["compressed"]["step"]
+  cpu = plan_lib.plan(shape_of(config), config, plan_lib.find_devices("cpu-8"))
   cpu = cpu["compressed"]["step"]
   assert gpu["fits"]
   # Parameters, optimizer state and batch are the same arrays.
@@ -491,7 +508,7 @@ def test_vocabulary_is_that_of_the_tokenizer(config, tmp_path, compiled):
     config, data=dataclasses.replace(config.data, tokenizer=str(path))
   )
   named = c.dense_baseline(named)
-  found = plan_lib.plan(named, plan_lib.find_devices("cpu-8"))
+  found = plan_lib.plan(shape_of(named), named, plan_lib.find_devices("cpu-8"))
   without = sum(
     w.size
     for name, w in paths.flatten(tiny.shapes(c.dense_baseline(config))).items()

@@ -17,19 +17,19 @@ from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
 from folding.models.shape import shape_of
 from folding.training import run_dir
-from folding.training.optimizer import Targets, planned
+from folding.training.optimizer import Targets
+from folding.training.run_dir import Became, planned
 from folding.typed import edited
 from folding.version import __version__
 from tests.training import tiny
+from tests.training.conftest import save_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
 
 
 def save(workdir, config, labels=(), became=None):
-  run_dir.save(
-    str(workdir), config, TOKENIZER, labels=labels, digest="a1", became=became
-  )
+  save_run(workdir, config, TOKENIZER, labels=labels, became=became)
 
 
 def test_saved_files_are_read_back(tmp_path):
@@ -46,9 +46,9 @@ def test_language_model_has_no_labels(tmp_path):
   assert run_dir.load_labels(str(tmp_path)) == ()
 
 
-def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
+def test_is_begun_ignores_how_a_run_is_computed(tmp_path):
   saved = tiny.config()
-  assert run_dir.config_to_continue(str(tmp_path / "new"), saved) is None
+  assert not run_dir.is_begun(str(tmp_path / "new"), saved)
   save(tmp_path, saved)
   now = edited(
     tiny.config(mesh=c.MeshConfig(data=2, fsdp=4)),
@@ -59,10 +59,10 @@ def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
       "distributed": "auto",
     },
   )
-  assert run_dir.config_to_continue(str(tmp_path), now) == now
+  assert run_dir.is_begun(str(tmp_path), now)
   now = edited(now, {"train.steps": saved.train.steps + 1})
   with pytest.raises(ConfigError, match=r"train\.steps: 8 -> 9"):
-    run_dir.config_to_continue(str(tmp_path), now)
+    run_dir.is_begun(str(tmp_path), now)
 
 
 @pytest.mark.parametrize(
@@ -75,25 +75,22 @@ def test_config_to_continue_is_the_saved_one_computed_as_asked(tmp_path):
     ("distill.teacher", "b"),
   ],
 )
-def test_config_to_continue_compares_paths_in_any_spelling(
-  tmp_path, field, other
-):
+def test_is_begun_compares_paths_in_any_spelling(tmp_path, field, other):
   def config(path):
     return edited(tiny.config(), {field: path})
 
   save(tmp_path, config("a"))
   for path in ("./a", os.path.abspath("a")):
-    found = run_dir.config_to_continue(str(tmp_path), config(path))
-    assert found == config(path)
+    assert run_dir.is_begun(str(tmp_path), config(path))
   with pytest.raises(ConfigError, match=f"{field}: 'a' -> {other!r}"):
-    run_dir.config_to_continue(str(tmp_path), config(other))
+    run_dir.is_begun(str(tmp_path), config(other))
 
 
-def test_config_to_continue_refuses_a_file_called_as_a_tokenizer(tmp_path):
+def test_is_begun_refuses_a_file_called_as_a_tokenizer(tmp_path):
   save(tmp_path, edited(tiny.config(), {"data.tokenizer": "bytes"}))
   now = edited(tiny.config(), {"data.tokenizer": "./bytes"})
   with pytest.raises(ConfigError, match="'bytes' -> './bytes'"):
-    run_dir.config_to_continue(str(tmp_path), now)
+    run_dir.is_begun(str(tmp_path), now)
 
 
 def test_run_is_continued_by_its_order_with_the_model_as_it_became(tmp_path):
@@ -105,25 +102,31 @@ def test_run_is_continued_by_its_order_with_the_model_as_it_became(tmp_path):
   ]
   shape = dataclasses.replace(shape, layers=tuple(layers))
   targets = Targets((0.5,) * shape.num_layers, 0.25, 0.125)
-  became = edited(
+  became = Became(shape, targets, ("a", "b"))
+  save(tmp_path, order, became=became)
+  assert run_dir.is_begun(str(tmp_path), order)
+  assert run_dir.load_order(str(tmp_path)) == order
+  assert run_dir.load_model(str(tmp_path), order) == became
+  config = edited(
     planned(order, shape, targets), {"data.text_field": ("a", "b")}
   )
-  save(tmp_path, order, became=became)
-  assert run_dir.config_to_continue(str(tmp_path), order) == became
-  assert run_dir.load_order(str(tmp_path)) == order
+  assert run_dir.load_config(str(tmp_path)) == config
   with pytest.raises(ConfigError, match="another config"):
-    run_dir.config_to_continue(str(tmp_path), became)
+    run_dir.is_begun(str(tmp_path), config)
 
 
 def test_run_of_an_earlier_version_keeps_its_order_beside_its_config(tmp_path):
-  asked, became, other = (tiny.config(seed=seed) for seed in range(3))
-  save(tmp_path, became)
+  asked, other = tiny.config(), tiny.config(seed=1)
+  shape, targets = shape_of(asked), Targets((0.5,), 0.25, 0.125)
+  shape = dataclasses.replace(shape, segments=2)
+  save(tmp_path, planned(asked, shape, targets))
   (tmp_path / "model.json").unlink()
   (tmp_path / "checksums.json").unlink()
   c.save(asked, str(tmp_path / "asked.json"))
-  assert run_dir.config_to_continue(str(tmp_path), asked) == became
+  assert run_dir.is_begun(str(tmp_path), asked)
+  assert run_dir.load_model(str(tmp_path), asked) == Became(shape, targets)
   with pytest.raises(ConfigError, match="another config"):
-    run_dir.config_to_continue(str(tmp_path), other)
+    run_dir.is_begun(str(tmp_path), other)
 
 
 @pytest.mark.parametrize(

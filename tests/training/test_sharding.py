@@ -13,6 +13,7 @@ from folding.compression.fpp import fpp
 from folding.compression.sites import Rule
 from folding.config import MeshConfig, resolve
 from folding.data.batches import make_data
+from folding.models.shape import shape_of
 from folding.training import sharding
 from folding.training.loop import Run
 from tests.training import tiny
@@ -275,7 +276,7 @@ def test_teacher_is_placed_by_its_own_shapes(text_file):
   config = tiny_config(text_file)
   config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4))
   config = resolve(config)
-  this = Run(config, make_data(config))
+  this = Run(shape_of(config), make_data(config), config)
   kernel = np.ones((64, 8, 16), np.float32)  # of W_Q; the student's is folded
   attn = {"q": {"kernel": kernel}}
   placed = this.placed((this.model, {"blocks_0": {"attn": attn}}))

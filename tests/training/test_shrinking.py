@@ -62,7 +62,9 @@ def _trainer(run):
 
 
 def _shrink(run, state, multiple=1):
-  is_over = shrinking.is_pruning_over(run.config, int(state.step))
+  is_over = shrinking.is_pruning_over(
+    optimizer.mask_updates(run.config), int(state.step)
+  )
   is_zero = shrinking.held_zero(run.rules, state, is_over)
   shape, state, cut = shrinking.shrink_state(
     shape_of(run.config), run.rules, state, is_zero, multiple=multiple
@@ -73,7 +75,8 @@ def _shrink(run, state, multiple=1):
 def _smaller(run, config, params):
   """Returns the run of shrunk parameters."""
   removed = optimizer.removed_units(run.rules, tiny.shapes(run.config), params)
-  tx = optimizer.make_optimizer(config, run.rules, removed)
+  layers = shape_of(config).layers
+  tx = optimizer.make_optimizer(config, layers, run.rules, removed)
   model = make_model(shape_of(config), tiny.VOCAB)
   return tiny.Tiny(config, model, run.rules, tx)
 
@@ -216,10 +219,10 @@ def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
     that.num_parameters,
   )
   # Of 32 neurons 22 are zero, of 258 tokens 180.
-  assert that.config.model.mlp_width == 12
+  assert that.model.shape.layers[0].mlp_width == 12
   embedding = that.like.params["embed"]["embedding"]
   assert embedding.shape == (258 - 180 + 1, 16)
-  assert that.config.fold.values == "identity"
+  assert that.model.shape.layers[0].values == "identity"
   # Both are measured against the same dense baseline and store the same
   # parameters, except the 16 of the diagonal of W_V.
   for group, counts in before["parameters"].items():
@@ -238,19 +241,19 @@ def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
 
 def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
   this, checkpoints = loop.open_run(whole)
-  this.config = edited(this.config, {"train.compact": 0.1})
+  this.order = edited(this.order, {"train.compact": 0.1})
   with checkpoints:
     step, state = checkpoints.restore_latest(this.like)
   small, compacted = this.compacted(state, step)
   # Of 32 neurons 10 are not zero, rounded up to a multiple of 8.
-  assert small.config.model.mlp_width == 16
+  assert small.model.shape.layers[0].mlp_width == 16
   chex.assert_trees_all_equal_shapes_and_dtypes(compacted, small.like)
   before, after = (
     run.evaluate(each.params, "valid")
     for run, each in ((this, state), (small, compacted))
   )
   assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
-  this.config = edited(this.config, {"train.compact": 0.9})
+  this.order = edited(this.order, {"train.compact": 0.9})
   assert this.compacted(state, step) is not None  # the last removal
 
 
@@ -281,7 +284,9 @@ def test_best_checkpoint_loses_only_its_own_zeros(whole, tmp_path):
   assert loop.evaluate_run(output)["checkpoint_step"] == 5
   before, after = loop.evaluate_run(other), loop.evaluate_run(output)
   assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
-  widths = [loop.open_run(w)[0].config.model.mlp_width for w in (other, output)]
+  widths = [
+    loop.open_run(w)[0].model.shape.layers[0].mlp_width for w in (other, output)
+  ]
   assert 12 < widths[1] < widths[0] == 32
 
 
@@ -299,7 +304,7 @@ def test_unfinished_run_continues_as_without_a_shrink(whole, tmp_path, capsys):
   assert text[0] == text[1]
   this, that = loop.open_run(stopped)[0], loop.open_run(output)[0]
   assert that.num_parameters < 0.8 * this.num_parameters
-  assert that.config.fold.values == "diagonal"
+  assert that.model.shape.layers[0].values == "diagonal"
   assert cli.main(["resume", output]) == 0
   assert (tmp_path / "small" / "report.md").is_file()
   losses, found = _losses(whole), _losses(output)

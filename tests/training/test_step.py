@@ -10,6 +10,7 @@ import pytest
 from folding import config as c
 from folding import paths
 from folding.config import MeshConfig
+from folding.models.shape import shape_of
 from folding.tasks import TASKS
 from folding.training import losses, sharding
 from folding.training import step as step_lib
@@ -324,12 +325,16 @@ def test_program_takes_the_options_of_a_step_from_its_config(run):
     pretrained="DENSE", distill=distill, train=c.TrainConfig(steps=8)
   )
   mesh = sharding.make_mesh(config.mesh)
-  program = step_lib.Program(config, mesh, vocab_size=tiny.VOCAB, num_classes=0)
+  program = step_lib.Program(
+    shape_of(config), config, mesh, vocab_size=tiny.VOCAB, num_classes=0
+  )
   found = program.options(run.model)
   assert (found.teacher, found.distill) == (run.model, distill)
   assert found.accumulate == 1
   config = tiny.config(train=c.TrainConfig(steps=8, accumulate=4))
-  program = step_lib.Program(config, mesh, vocab_size=tiny.VOCAB, num_classes=0)
+  program = step_lib.Program(
+    shape_of(config), config, mesh, vocab_size=tiny.VOCAB, num_classes=0
+  )
   assert program.options().accumulate == 4
 
 
@@ -384,9 +389,12 @@ def test_step_on_eight_devices_prunes_as_on_one(
 def test_steps_compile_a_mask_update_ahead_and_equal_train_step():
   config = tiny.config()
   mesh = sharding.make_mesh(MeshConfig(2), jax.devices()[:2])
-  program = step_lib.Program(config, mesh, vocab_size=tiny.VOCAB, num_classes=0)
+  program = step_lib.Program(
+    shape_of(config), config, mesh, vocab_size=tiny.VOCAB, num_classes=0
+  )
   init = jax.jit(program.draw, out_shardings=program.state_shardings)
-  steps = step_lib.Steps(program, range(1, 4, 2), None)
+  program.mask_updates = range(1, 4, 2)
+  steps = step_lib.Steps(program, None)
   state, expected = init(0), init(0)
   for step in range(4):
     batch = sharding.put_batch(mesh, tiny.batch(step))
@@ -399,11 +407,13 @@ def test_steps_compile_a_mask_update_ahead_and_equal_train_step():
 
 def test_steps_take_batches_of_other_lengths_than_compiled_ahead():
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  config = tiny.config()
   program = step_lib.Program(
-    tiny.config(), mesh, vocab_size=tiny.VOCAB, num_classes=0
+    shape_of(config), config, mesh, vocab_size=tiny.VOCAB, num_classes=0
   )
+  program.mask_updates = range(1, 2)
   state = jax.jit(program.draw, out_shardings=program.state_shardings)(0)
-  steps = step_lib.Steps(program, range(1, 2), None)
+  steps = step_lib.Steps(program, None)
   long = sharding.put_batch(mesh, tiny.batch(0))
   state, _ = steps(0, state, long)
   short = {name: x[:, :4] for name, x in long.items()}

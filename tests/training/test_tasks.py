@@ -22,9 +22,10 @@ from folding.models import hf_config
 from folding.models.shape import shape_of
 from folding.reporting import report
 from folding.serving import predict
+from folding.tasks import task_of
 from folding.training import compress, loop, run_dir, step
 from folding.training.checkpoint import load_run
-from folding.training.dense_start import dense_start, with_pairs
+from folding.training.dense_start import dense_start, read_source, with_segments
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
 from folding.typed import edited
@@ -90,14 +91,18 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
   _, workdir, result = scored
   saved, _, tokenizer = load_run(workdir)
   data = make_data(saved, tokenizer)
-  _, start, _ = compress.compress_trained(saved, data)
+  source = read_source(
+    saved.pretrained, data, task_of(saved), segments=data.has_segments
+  )
+  shape = shape_of(saved)
+  start = compress.compress_trained(source, shape, data, saved).params
   segments = start["segment_embed"]["embedding"]
   np.testing.assert_array_equal(segments, two_segments[1])
   np.testing.assert_array_equal(
     start["position_embed"]["embedding"],
     checkpoint[1]["position_embed"]["embedding"],
   )
-  run = loop.Run(saved, data)
+  run = loop.Run(shape_of(saved), data, saved)
   batch = data.train_batch(0)
   assert batch["segments"].sum(axis=1).min() > 0
   apply = jax.jit(run.model.apply, static_argnums=3)
@@ -187,7 +192,9 @@ def test_head_of_another_task_is_named(scored, similar, tmp_path, capsys):
   config = dataclasses.replace(config, distill=config_lib.DistillConfig())
   config = config_lib.resolve(config)
   data = make_data(config)
-  dense_start(scored[1], with_pairs(config, data), data)
+  source = read_source(scored[1], data, task_of(config), segments=True)
+  shape = with_segments(shape_of(config), data, source)
+  dense_start(source, shape, data, config)
   assert "is for task 'regress': score)" in capsys.readouterr().out
 
 

@@ -66,7 +66,9 @@ def make(values: c.Config) -> Tiny:
   model = make_model(shape_of(values), VOCAB, num_classes=3)
   params, dense = shapes(values), shapes(c.dense_baseline(values))
   rules = optimizer.make_rules(shape_of(values), values.fpp, params, dense)
-  return Tiny(values, model, rules, optimizer.make_optimizer(values, rules))
+  layers = shape_of(values).layers
+  tx = optimizer.make_optimizer(values, layers, rules)
+  return Tiny(values, model, rules, tx)
 
 
 def shapes(values: c.Config) -> Any:
