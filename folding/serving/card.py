@@ -137,7 +137,8 @@ def write(
     model: A `folding.Model`.
     format: Name of the format.
     name: Title: name of the folder, or on the hub.
-    sizes: From `loaded.sizes`.
+    sizes: Bytes of the "parameters" in the folder, and of the "dense" baseline
+      in float32.
   """
   from huggingface_hub import ModelCardData  # slow to import
 
@@ -157,9 +158,8 @@ def write(
     notes=[*origin.notes] or None,
     ignore_metadata_errors=True,
   )
-  stored = sizes["values"] + sizes["masks"]
   source = f", made from {escaped(origin.base)}" if origin.base else ""
-  dense = sizes["dense"]
+  stored, dense = sizes["parameters"], sizes["dense"]
   facts = [
     f"The files have {files.folder_bytes(path):,} bytes.",
     f"It reads at most {model.shape.max_length} tokens of a text.",
@@ -174,8 +174,8 @@ def write(
     )
   if stored < dense:
     facts.append(
-      f"Its parameters take {stored:,} bytes without zeros, and those of the "
-      f"dense model {dense:,} ({1 - stored / dense:.1%} less)."
+      f"Its parameters take {stored:,} bytes, and those of the dense model in "
+      f"float32 {dense:,} ({1 - stored / dense:.1%} less)."
     )
   lines = [
     f"# {escaped(name)}",

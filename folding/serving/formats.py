@@ -22,8 +22,9 @@ class Format(NamedTuple):
     dtypes: Types of stored arrays; the first is the default, except that
       "safetensors" and "stablehlo" keep those of the model.
     size: The line about what was written, with the sizes that `write` returns.
-    write: (path, model, dtype or None, report) -> sizes in bytes. `report` gets
-      lines about the model while it is written.
+    write: (path, model, dtype or None, report) -> sizes in bytes, "parameters"
+      of the stored arrays. `report` gets lines about the model while it is
+      written.
     ending: Ending of the file; "": a folder is written.
     package: Optional package that writes it, and the extra of that name.
   """
@@ -43,7 +44,7 @@ def _safetensors(
 
   model = _smaller(model, dtype)
   size = export.export(path, model)
-  return size | {"stored": size["values"] + size["masks"]}
+  return size | {"parameters": size["values"] + size["masks"]}
 
 
 def _hf(path: str, model: Any, dtype: Any, report: Report) -> dict[str, int]:
@@ -87,7 +88,7 @@ def _smaller(model: Any, dtype: Any) -> Any:
 FORMATS = {
   "safetensors": Format(
     ("float32", "bfloat16"),
-    "{stored:,} bytes stored ({values:,} of values, {masks:,} of masks), "
+    "{parameters:,} bytes stored ({values:,} of values, {masks:,} of masks), "
     "{dense:,} in the dense baseline; {files:,} bytes of files",
     _safetensors,
   ),
@@ -187,12 +188,12 @@ def save(
   if row.ending:
     return row.write(path, model, dtype, report)
   from folding.serving import card
-  from folding.serving.loaded import sizes
+  from folding.serving.loaded import dense_bytes
 
   with files.becoming(path) as part:
     size = row.write(part, model, dtype, report)
     name = push_to_hub or os.path.basename(os.path.abspath(path))
-    card.write(part, model, format, name, sizes(model))
+    card.write(part, model, format, name, size | {"dense": dense_bytes(model)})
     if "files" in size:
       size["files"] = files.folder_bytes(part)
     if max_drop is not None and data is not None:

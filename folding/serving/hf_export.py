@@ -55,7 +55,7 @@ def export_hf(
     report: Called with the size of the arrays before they are written.
 
   Returns:
-    {"files": bytes of the folder}.
+    {"parameters": bytes of the arrays, "files": bytes of the folder}.
 
   Raises:
     ConfigError: the folder is not empty, a parameter is NaN, no family computes this model, its
@@ -103,8 +103,9 @@ def export_hf(
   )
   pooler = hf_weights.idle_pooler(described)
   size = count + sum(w.size for w in pooler.values())
+  size *= jnp.dtype(dtype).itemsize
   report(
-    f"About {size * jnp.dtype(dtype).itemsize:,} bytes of arrays will be "
+    f"About {size:,} bytes of arrays will be "
     f"written{grown if count > before else ''}"
   )
   begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
@@ -125,7 +126,7 @@ def export_hf(
   if task_of(loaded).makes_vectors:
     sentence.write(path, loaded.shape, loaded.shape.max_length)
   files.write_checksums(path, files.all_files(path))
-  return {"files": files.folder_bytes(path)}
+  return {"parameters": size, "files": files.folder_bytes(path)}
 
 
 def _projected(loaded: Model) -> Model:

@@ -476,13 +476,28 @@ def require_float(dtype: str) -> None:
     )
 
 
-def sizes(loaded: Model) -> dict[str, int]:
-  """Returns bytes: "dense" of the dense baseline, "values" and "masks" stored."""
+def _dense_shapes(loaded: Model) -> Any:
+  """Returns the parameters of the dense baseline, as shapes."""
   rows = loaded.num_rows
   if isinstance(loaded.tokenizer, MappedTokenizer):
     rows = loaded.tokenizer.plain_size
-  dense = make_model(loaded.shape.dense(), rows, len(loaded.labels))
-  found = account(loaded.params, param_shapes(dense))["bytes"]["overall"]
+  return param_shapes(
+    make_model(loaded.shape.dense(), rows, len(loaded.labels))
+  )
+
+
+def dense_bytes(loaded: Model) -> int:
+  """Returns the bytes of the parameters of the dense baseline, in float32."""
+  leaves = jax.tree.leaves(_dense_shapes(loaded))
+  return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def sizes(loaded: Model) -> dict[str, int]:
+  """Returns bytes: "dense" of the dense baseline, "values" and "masks" stored.
+
+  It counts the zeros of all parameters.
+  """
+  found = account(loaded.params, _dense_shapes(loaded))["bytes"]["overall"]
   return {
     "dense": found["dense"],
     "values": found["stored"],

@@ -54,6 +54,23 @@ def test_card_names_checkpoint_licence_and_length(exported):
   assert (folder / "LICENSE").read_text() == "As is."
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_card_counts_the_bytes_of_the_folder(dtype, tmp_path):
+  shape = c.bert(**models.SHAPE)
+  model = models.make(model=shape, fold=c.FoldConfig(groups=1))
+  if dtype == "int8":
+    onnx = pytest.importorskip("onnx", reason="needs the extra `onnx`")
+    model.save(tmp_path / "out", "onnx", dtype)
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    stored = sum(len(x.raw_data) for x in graph.initializer)
+  else:
+    model.save(tmp_path / "out", dtype=dtype)
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    stored = len(data) - 8 - int.from_bytes(data[:8], "little")  # its head
+  text = (tmp_path / "out" / "README.md").read_text("utf-8")
+  assert f"Its parameters take {stored:,} bytes" in text
+
+
 def test_exported_folder_names_no_local_path(exported, source):
   *_, folder = exported
   for file in folder.rglob("*"):
