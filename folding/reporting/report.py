@@ -16,7 +16,7 @@ from folding.errors import ConfigError
 from folding.models.shape import shape_of
 from folding.reporting import page
 from folding.tasks import METRICS, task_of
-from folding.training import run_dir
+from folding.training import energy, run_dir
 
 GROUPS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
@@ -95,9 +95,10 @@ def load_run(workdir: str) -> Run:
       f"{path!r} has schema {values.get('schema')!r}; this version reads "
       f"schema {SCHEMA}"
     )
-  energy, digest = folder / "energy.json", folder / "text.sha256"
+  used, command = energy.read(workdir), _command(workdir)
+  digest = folder / "text.sha256"
   try:
-    return Run(
+    run = Run(
       name=os.path.basename(os.path.abspath(workdir)),
       workdir=workdir,
       config=config,
@@ -112,14 +113,17 @@ def load_run(workdir: str) -> Run:
       train=[r for r in records if r["split"] == "train"],
       valid=[r for r in records if r["split"] == "valid"],
       test=_test(values),
-      energy=files.read_json(str(energy), dict) if energy.is_file() else None,
+      energy=used,
       digest=digest.read_text("utf-8", "replace").strip()
       if digest.is_file()
       else None,
-      command=_command(workdir),
+      command=command,
     )
-  except (KeyError, TypeError, ValueError) as error:
+    for show in (describe, plan, _size_table, _origin):
+      show(run)  # a value of another type fails here
+  except (ArithmeticError, LookupError, TypeError, ValueError) as error:
     raise ConfigError(f"{path!r} is damaged: {errors.reason(error)}") from error
+  return run
 
 
 def _command(workdir: str) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def _command(workdir: str) -> dict[str, Any]:
   found = run_dir.read_command(workdir)
   try:
     _test_metric(found.get("dense_test"))
-  except (KeyError, TypeError, ValueError) as error:
+  except (ArithmeticError, LookupError, TypeError, ValueError) as error:
     raise ConfigError(
       f"the dense_test of {os.path.join(workdir, 'command.json')} is damaged: "
       f"{errors.reason(error)}"
@@ -496,7 +500,8 @@ def _settings(run: Run, from_default: Sequence[str]) -> list[str]:
   rows = []
   for line in lines:
     field, _, change = line.partition(": ")
-    rows.append([page.code(field), *map(page.escaped, change.split(" -> ", 1))])
+    values = change.partition(" -> ")[::2]
+    rows.append([page.code(field), *map(page.escaped, values)])
   if rows:
     parts += [about, table(("Field", base, "This run"), rows, 3)]
   return parts

@@ -26,12 +26,14 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
     country: ISO 3166 code of three letters; "": no estimate.
 
   Raises:
-    ConfigError: the code is not valid, or CodeCarbon is not installed.
+    ConfigError: the code is not valid, CodeCarbon is not installed, or the file is
+      damaged.
   """
   if not country:
     yield
     return
   codecarbon = require_codecarbon(country)
+  before = read(workdir) or {"kwh": 0.0, "kg_co2e": 0.0}
   tracker = codecarbon.OfflineEmissionsTracker(
     country_iso_code=country,
     save_to_file=False,
@@ -44,17 +46,30 @@ def tracked(workdir: str, country: str) -> Iterator[None]:
   finally:
     kg = tracker.stop() or 0.0
     data = tracker.final_emissions_data
-    path = os.path.join(workdir, FILE)
-    before = {"kwh": 0.0, "kg_co2e": 0.0}
-    if os.path.exists(path):
-      before = files.read_json(path, dict)
     total = {
       "kwh": before["kwh"] + data.energy_consumed,
       "kg_co2e": before["kg_co2e"] + kg,
       "country": data.country_name or "unknown: world average",
       "by": f"codecarbon {codecarbon.__version__}",
     }
-    files.write_file(path, json.dumps(total))
+    files.write_file(os.path.join(workdir, FILE), json.dumps(total))
+
+
+def read(workdir: str) -> dict[str, Any] | None:
+  """Returns the content of `energy.json`; None without it.
+
+  Raises:
+    ConfigError: it is damaged.
+  """
+  path = os.path.join(workdir, FILE)
+  if not os.path.exists(path):
+    return None
+  found = files.read_json(path, dict)
+  kinds = {"kwh": float, "kg_co2e": float, "country": str, "by": str}
+  for name, kind in kinds.items():
+    if not isinstance(found.get(name), kind):
+      raise ConfigError(f"{path} is damaged: {name} is {found.get(name)!r}")
+  return found
 
 
 def require_codecarbon(country: str) -> Any:

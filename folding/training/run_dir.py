@@ -442,6 +442,12 @@ def read_result(workdir: str) -> dict[str, Any]:
   seconds = result.get("seconds", 0.0)
   if type(seconds) not in (int, float):
     raise ConfigError(f"{path} is damaged: seconds is {seconds!r}")
+  test = result.get("test") or {}
+  if not isinstance(test, dict) or any(
+    type(x) not in (int, float) and (x, name) != (None, "checkpoint_step")
+    for name, x in test.items()
+  ):
+    raise ConfigError(f"{path} is damaged: test is {test!r}")
   return result
 
 

@@ -201,11 +201,28 @@ def test_load_run_refuses_a_missing_or_damaged_file(
     ({"layers": [{"path": "x"}]}, "shape"),
     ({"layers": [{"path": "x", "shape": [1]}]}, "stored"),
     ({"test": "?"}, "damaged"),
+    ({"test": {"accuracy": "?"}}, "test is"),
+    ({"test": {"loss": 1.0}}, "damaged"),
+    ({"seconds": math.inf}, "damaged"),
+    ({"versions": []}, "damaged"),
+    ({"layers": [{"path": [], "shape": [1], "stored": 1}]}, "damaged"),
   ],
 )
 def test_load_run_refuses_a_damaged_result(tmp_path, change, word):
   workdir = synthetic_run.write(tmp_path / "a", **change)
   with pytest.raises(ConfigError, match=word):
+    report.load_run(workdir)
+
+
+@pytest.mark.parametrize("name", ["kwh", "kg_co2e", "country", "by"])
+def test_load_run_refuses_damaged_energy(tmp_path, name):
+  workdir = synthetic_run.write(tmp_path / "a")
+  energy = {"kwh": 1.5, "kg_co2e": 0.2, "country": "Sweden", "by": "?"}
+  path = tmp_path / "a" / "energy.json"
+  path.write_text(json.dumps(energy))
+  assert report.load_run(workdir).energy == energy
+  path.write_text(json.dumps(energy | {name: None}))
+  with pytest.raises(ConfigError, match=f"energy.json is damaged: {name}"):
     report.load_run(workdir)
 
 
@@ -299,7 +316,8 @@ def test_page_has_the_command_and_its_edits_instead_of_all_fields(tmp_path):
   report.write_report(workdir)
   page = (tmp_path / "a" / "report.md").read_text()
   assert "| `preset` " in page
-  run_dir.write_command(workdir, "folding train a`b", ["seed: 0 -> 3"], None)
+  edits = ["seed: 0 -> 3", "no edit"]
+  run_dir.write_command(workdir, "folding train a`b", edits, None)
   report.write_report(workdir)
   page = (tmp_path / "a" / "report.md").read_text()
   assert "`` folding train a`b ``" in page
