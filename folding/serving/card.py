@@ -1,5 +1,6 @@
 """README.md of an exported folder: the model card that a hub shows."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -8,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from folding import files
-from folding.errors import escaped, printable
+from folding.errors import ConfigError, escaped, printable
 from folding.models import hf_weights
 from folding.tasks import METRICS, Task, task_of
+from folding.training import run_dir
 
 README, LICENSE = "README.md", "LICENSE"
 _TAG = "folding"
@@ -79,21 +81,31 @@ def origin_of_folder(path: str) -> Origin:
 
 def origin_of_run(path: str, start: str | None) -> Origin:
   """Returns the origin of a run: the checkpoint that it started from."""
-  origin = Origin()
+  origin, start = Origin(), _first_start(start)
   if start and os.path.isdir(start):
     origin = origin_of_folder(start)
   elif start:
     hub_id = _HUB_ID.fullmatch(start)
     origin = Origin(hub_id[1] if hub_id else os.path.basename(start))
-  result = os.path.join(path, "result.json")
   test = {}
-  if os.path.isfile(result):
-    test = files.read_json(result, dict).get("test") or {}
+  if os.path.isfile(os.path.join(path, "result.json")):
+    test = run_dir.read_result(path).get("test") or {}
   found = [
     METRICS[name].line.format(test[name]) for name in METRICS if name in test
   ]
   notes = (f"Test split: {', '.join(found)}",) * bool(found)
   return origin._replace(notes=notes)
+
+
+def _first_start(start: str | None) -> str | None:
+  """Returns what a run started from, or the first of the runs in between."""
+  seen = set()
+  while start and start not in seen:
+    seen.add(start)
+    if os.path.isdir(os.path.join(start, "checkpoints")):
+      with contextlib.suppress(ConfigError, OSError):
+        start = run_dir.load_order(start).pretrained or start
+  return start
 
 
 def _metadata(path: str) -> dict[str, Any]:

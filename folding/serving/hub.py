@@ -1,14 +1,18 @@
 """Uploads of exported folders to the Hugging Face hub."""
 
+import re
+
 from folding.errors import ConfigError, first_line
 
 
 def require_pushable(name: str, *, is_folder: bool) -> None:
   """Raises `ConfigError` unless there is a folder to push, and a token."""
-  import huggingface_hub  # slow to import
-
   if not is_folder:
     raise ConfigError("push_to_hub uploads a folder, and this format is a file")
+  if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    raise ConfigError(f"push_to_hub is USER/NAME on the hub; it is {name!r}")
+  import huggingface_hub  # slow to import
+
   if huggingface_hub.get_token() is None:
     raise ConfigError(
       f"{name} cannot be pushed: there is no token of the Hugging Face hub; run "

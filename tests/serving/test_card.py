@@ -1,7 +1,9 @@
 """README.md of exported folders, and folders of the hub."""
 
 import dataclasses
+import json
 import re
+import shutil
 
 import huggingface_hub
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import folding
 from folding import config as c
 from folding import files
+from folding.errors import ConfigError
 from folding.serving import card, formats
 from tests.models import checkpoints
 from tests.serving import models
@@ -163,8 +166,45 @@ def test_card_ignores_metadata_that_is_no_text(tmp_path, field, value):
   ],
 )
 def test_card_names_the_start_of_a_run_without_its_place(tmp_path, start, base):
-  config = c.Config(pretrained=start)
-  assert card.origin_of_run(str(tmp_path), config).base == base
+  assert card.origin_of_run(str(tmp_path), start).base == base
+
+
+def test_card_names_the_checkpoint_behind_a_dense_run(tmp_path):
+  dense, ring = tmp_path / "dense", tmp_path / "ring"
+  for folder, start in ((dense, "lab/net"), (ring, str(ring))):
+    (folder / "checkpoints").mkdir(parents=True)
+    c.save(c.resolve(c.Config(pretrained=start)), str(folder / "config.json"))
+  for folder, base in ((dense, "lab/net"), (ring, "ring")):
+    assert card.origin_of_run(str(tmp_path), str(folder)).base == base
+
+
+@pytest.mark.parametrize("accuracy", ["0.9", None, [1]])
+def test_load_refuses_a_run_of_damaged_metrics(run, tmp_path, accuracy):
+  folder = shutil.copytree(run, tmp_path / "run")
+  result = files.read_json(str(folder / "result.json"), dict)
+  result["test"]["accuracy"] = accuracy
+  (folder / "result.json").write_text(json.dumps(result))
+  with pytest.raises(ConfigError, match=r"result\.json differs"):
+    folding.load(folder)
+  del result["checksum"]  # as of an earlier version
+  (folder / "result.json").write_text(json.dumps(result))
+  with pytest.raises(ConfigError, match="test is"):
+    folding.load(folder)
+
+
+@pytest.mark.parametrize(
+  ("name", "format", "message"),
+  [
+    ("net", "safetensors", "USER/NAME"),
+    ("https://huggingface.co/lab/net", "safetensors", "USER/NAME"),
+    ("lab/net", "gguf", "is a file"),
+  ],
+)
+def test_push_to_hub_needs_a_folder_and_a_user(tmp_path, name, format, message):
+  output = tmp_path / ("out.gguf" if format == "gguf" else "out")
+  with pytest.raises(ConfigError, match=message):
+    models.make("lm").save(output, format, push_to_hub=name)
+  assert not output.exists()
 
 
 def test_card_shows_hostile_words_as_text(tmp_path, monkeypatch):
