@@ -64,9 +64,13 @@ def compress_file(
     ConfigError: see `folding.compress`, or the texts cannot be read.
   """
   files.require_empty(output)
+  folders = [output]
+  if len(savings) != 1:
+    folders = [os.path.join(output, f"{100 * x:g}") for x in savings]
+  if len({*folders}) < max(1, len(savings)):
+    raise ConfigError(f"give one saving, or different ones; they are {savings}")
   model = load(source)
   fit, held = _texts(path, model)
-  folders = []
   smaller = compress_sizes(
     model,
     fit,
@@ -76,15 +80,11 @@ def compress_file(
     vocabulary=vocabulary,
     report=report,
   )
-  for saving, small in zip(savings, map(shrunk, smaller), strict=True):
+  for folder, small in zip(folders, map(shrunk, smaller), strict=True):
     lost = f"On held-out text {_lost(model, small, held)}"
     small = dataclasses.replace(
       small, origin=small.origin._replace(notes=(f"{lost}.",))
     )
-    folder = output
-    if len(savings) > 1:
-      folder = os.path.join(output, f"{100 * saving:g}")
-      os.makedirs(output, exist_ok=True)
     size = small.save(folder)
     before, after = (_num_stored(one) for one in (model, small))
     report(
@@ -93,7 +93,6 @@ def compress_file(
       f"{size['files']:,} bytes. {lost}"
     )
     report(f"The smaller model is in {folder}")
-    folders.append(folder)
   return folders
 
 

@@ -172,6 +172,8 @@ def test_windows_are_spread_over_the_stream():
   [
     (("--saving=30%",), "--saving must be"),
     (("--saving=1.5",), "saving is a fraction"),
+    (("--saving=()",), "give one saving"),
+    (("--saving=0.3,0.5,0.3",), "or different ones"),
     (("--saving=0.3,0.5", "--steps=5"), "give one --saving"),
     (("--texts=nowhere.txt",), "nowhere.txt"),
   ],
