@@ -56,14 +56,15 @@ def shrink(
     >>> from folding import config, make_model, shape_of
     >>> shape = shape_of(config.Config(model=config.ModelConfig(num_layers=1)))
     >>> tokens = jnp.zeros((1, 8), jnp.int32)
-    >>> variables = make_model(shape, 100).init(jax.random.key(0), tokens)
+    >>> init = jax.jit(make_model(shape, 100).init)
+    >>> variables = init(jax.random.key(0), tokens)
     >>> down = variables["params"]["blocks_0"]["mlp"]["down"]
     >>> down["kernel"] = down["kernel"].at[100:].set(0)
     >>> small = shrink(shape, variables["params"], multiple=64)
     >>> small.shape.layers[0].mlp_width, small.shape.layers[0].values
     (128, 'identity')
-    >>> model = make_model(small.shape, 100)
-    >>> model.apply({"params": small.params}, tokens).shape
+    >>> apply = jax.jit(make_model(small.shape, 100).apply)
+    >>> apply({"params": small.params}, tokens).shape
     (1, 8, 100)
   """
   small, cut = shrink_layers(

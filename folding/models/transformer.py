@@ -193,10 +193,10 @@ class Transformer(nn.Module):
     >>> from folding.models.shape import shape_of
     >>> model = make_model(shape_of(Config()), vocab_size=100)
     >>> tokens = jnp.zeros((2, 8), jnp.int32)
-    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     >>> params["blocks_0"]["attn"]["q"]["kernel"].shape  # D, H, G
     (128, 16, 1)
-    >>> model.apply({"params": params}, tokens).shape
+    >>> jax.jit(model.apply)({"params": params}, tokens).shape
     (2, 8, 100)
   """
 

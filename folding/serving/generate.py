@@ -151,7 +151,7 @@ class Generator:
     >>> small = ModelConfig(num_layers=1, width=16, num_heads=2)
     >>> model = make_model(shape_of(Config(model=small)), vocab_size=9)
     >>> tokens = jnp.zeros((1, 4), jnp.int32)
-    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     >>> prompts = [np.array([1, 2, 3]), np.array([4])]
     >>> generator = Generator(model)
     >>> [len(ids) for ids in generator(params, prompts, max_new_tokens=5)]
