@@ -154,8 +154,10 @@ _BATTERY = {
     (case, check)
     for case in _BATTERY
     for check in battery.CHECKS
-    # Its products round in another way if the program donates its inputs.
-    if (case, check) != ("muon", battery.donated_state)
+    # Its products round in another way if the program donates its inputs. Without
+    # jit it is an optimizer of optax as any other, and slow.
+    if case != "muon"
+    or check not in (battery.donated_state, battery.jit_equals_eager)
   ],
 )
 def test_fpp_passes_the_battery(case, check, tmp_path):

@@ -389,17 +389,17 @@ def test_a_site_whose_gradients_end_keeps_its_masks():
   assert fpp_counts(rules, state, params)["undone"] == 0
 
 
-@pytest.mark.parametrize("patience", [0, 2])
 @pytest.mark.parametrize(
-  ("after", "undone"),
+  ("after", "undone", "patience"),
   [
-    (optax.scale(0.5), 6),  # 4 weights and 2 rows
-    (optax.scale_by_learning_rate(0.1), 6),
-    (optax.add_decayed_weights(0.1), 6),
-    (optax.clip_by_global_norm(0.01), 6),
-    (optax.identity(), 0),
+    (optax.scale(0.5), 6, 0),  # 4 weights and 2 rows
+    (optax.scale_by_learning_rate(0.1), 6, 2),
+    (optax.add_decayed_weights(0.1), 6, 2),
+    (optax.clip_by_global_norm(0.01), 6, 2),
+    (optax.identity(), 0, 0),
+    (optax.identity(), 0, 2),
   ],
-  ids=["scale", "rate", "decay", "clip", "nothing"],
+  ids=["scale", "rate", "decay", "clip", "nothing", "nothing-patient"],
 )
 def test_zeros_that_a_later_transform_undoes_are_counted(
   after, undone, patience
