@@ -25,7 +25,7 @@ from folding.config import Config, FPPConfig, Order
 from folding.data import sources
 from folding.data.batches import STS, Data, make_data
 from folding.data.trim import token_usage
-from folding.errors import ConfigError, TrainingError
+from folding.errors import ConfigError, TrainingError, first_line
 from folding.models.params import GROUPS
 from folding.models.shape import Shape, shape_of
 from folding.models.transformer import Transformer
@@ -352,7 +352,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         reason = str(error)
         if isinstance(error, OSError):
           # TensorStore names its files before the cause, as in `"a": "b": cause`.
-          reason = reason.splitlines()[0].rpartition('": ')[2][:300]
+          reason = first_line(error).rpartition('": ')[2][:300]
           reason = f"cannot write to {workdir}: {reason}"
         with contextlib.suppress(OSError):
           checkpoints.wait()

@@ -250,6 +250,16 @@ def test_ctrl_c_while_the_log_opens_stops_at_the_first_step(
   assert (stopped["finished"], stopped["steps"]) == (False, 0)
 
 
+def test_error_without_a_message_is_named(tiny_run, tmp_path, monkeypatch):
+  class Late(loop.MetricsWriter):
+    def write(self, record):
+      raise TimeoutError
+
+  monkeypatch.setattr(loop, "MetricsWriter", Late)
+  with pytest.raises(TrainingError, match="TimeoutError; intact"):
+    loop.run(tiny_run[0], str(tmp_path / "run"))
+
+
 def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
   config, _, _ = tiny_run
   init = loop.Run.init
@@ -444,7 +454,6 @@ def test_classifier_learns_and_reports_accuracy(text_file, tmp_path, capsys):
       "data.path": str(file),
       "dense": True,
       "model.causal": False,
-      "model.num_layers": 1,
     },
   )
   result = loop.run(config, str(tmp_path / "run"))
