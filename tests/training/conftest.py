@@ -29,7 +29,7 @@ def write_text(path: pathlib.Path, lines: int = 400) -> pathlib.Path:
 
 
 def tiny_config(path: pathlib.Path, **train) -> c.Config:
-  """Returns a language model of two layers over a file of bytes."""
+  """Returns a language model of one layer over a file of bytes."""
   options = {
     "steps": 10,
     "eval_every": 5,
@@ -45,7 +45,7 @@ def tiny_config(path: pathlib.Path, **train) -> c.Config:
       batch_size=8,
       eval_batch_size=8,
     ),
-    model=c.ModelConfig(num_layers=2, width=16, num_heads=4, mlp_width=32),
+    model=c.ModelConfig(num_layers=1, width=16, num_heads=4, mlp_width=32),
     fpp=c.FPPConfig(linear=0.7, embedding=0.7, begin=0.2, end=0.7, checks=3),
     train=c.TrainConfig(**(options | train)),
   )

@@ -169,7 +169,6 @@ def _config(labelled, **train):
     {
       "task": "classify",
       "model.causal": False,
-      "model.num_layers": 1,
       "model.qkv_bias": False,  # see above
       "fpp.granularity": "neuron",
       "fpp.embedding_granularity": "row",

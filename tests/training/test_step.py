@@ -395,10 +395,14 @@ def test_steps_compile_a_mask_update_ahead_and_equal_train_step():
   init = jax.jit(program.draw, out_shardings=program.state_shardings)
   program.mask_updates = range(1, 4, 2)
   steps = step_lib.Steps(program, None)
+  plain, update = (
+    program.step(is_mask_update=is_update, donates=False)
+    for is_update in (False, True)
+  )
   state, expected = init(0), init(0)
   for step in range(4):
     batch = sharding.put_batch(mesh, tiny.batch(step))
-    single = program.step(is_mask_update=step in (1, 3), donates=False)
+    single = update if step in (1, 3) else plain
     expected, metrics = single(expected, batch)
     state, found = steps(step, state, batch)
     chex.assert_trees_all_equal((state, found), (expected, metrics))

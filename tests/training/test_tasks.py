@@ -230,7 +230,6 @@ def test_several_labels_are_trained_from_scratch(text_file, tmp_path):
       "data.path": str(file),
       "dense": True,
       "model.causal": False,
-      "model.num_layers": 1,
     },
   )
   result = loop.run(config, str(tmp_path / "run"))
@@ -274,7 +273,7 @@ def test_row_of_a_new_task_is_trained_and_predicts(
     lines = (json.dumps({"text": x, "count": n}) for x, n in rows[split])
     (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
   config = edited(
-    tiny_config(text_file, steps=12, eval_every=6),
+    tiny_config(text_file, steps=4, eval_every=2),
     {
       "task": "count",
       "data.path": str(tmp_path),
@@ -295,7 +294,7 @@ def test_row_of_a_new_task_is_trained_and_predicts(
   assert result["test"]["loss"] == pytest.approx(nats, rel=1e-5)
   rank = scipy.stats.spearmanr(rates, counts).statistic
   assert result["test"]["spearman"] == pytest.approx(rank)
-  assert "A counter with 2 layers" in report.describe(report.load_run(small))
+  assert "A counter with 1 layer" in report.describe(report.load_run(small))
   capsys.readouterr()
   (tmp_path / "text.txt").write_text(texts[0])
   assert cli.main(["predict", small, str(tmp_path / "text.txt")]) == 0
