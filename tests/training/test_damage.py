@@ -6,6 +6,7 @@ or change nothing that is read. The first three give a line, each time.
 """
 
 import collections
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -82,6 +83,8 @@ def run(folder):
 def checkpoints(folder):
   """Returns the checkpoints of a run as `evaluate` and `shrink` read them."""
   write_run(folder)
+  shape = shape_of(tiny.config())
+  began = dataclasses.replace(shape, segments=2)  # unlike that of its state
   shapes = tiny.shapes(tiny.config())
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(
@@ -92,10 +95,10 @@ def checkpoints(folder):
   def read():
     with Checkpoints(str(folder), cleans=False) as saved:
       step, state = saved.restore_best(like)
-      return step, saved.shape(step, None), arrays(state)
+      return step, saved.shape(step, began), arrays(state)
 
   state = {"params": tiny.noise(shapes, seed=10), "step": jnp.ones(1)}
-  other = 10, shape_of(tiny.config()), arrays(state)
+  other = 10, shape, arrays(state)
   return Place(folder / "checkpoints", read, other)
 
 
