@@ -23,10 +23,10 @@ from benchmarks import output
 from folding import config as config_lib
 from folding import files
 from folding.models.shape import shape_of
-from folding.training import plan, sharding
+from folding.training import estimate, sharding
 from folding.training.run_dir import source_commit
 
-GIB = plan.GIB
+GIB = estimate.GIB
 STEP, UPDATE = "step", "mask update"
 LABELS = {"folded": "folded, G = 1", "linear": "linear time, G = 1"}
 
@@ -88,13 +88,15 @@ CASES = (
 
 
 def measure(case: Case) -> dict[str, Any]:
-  """Returns the figures of `folding.training.plan.measure`, and more."""
+  """Returns the figures of `folding.training.estimate.measure`, and more."""
   start = time.monotonic()
-  devices = plan.find_devices(case.devices)
+  devices = estimate.find_devices(case.devices)
   config = case.config()
   mesh = sharding.make_mesh(config.mesh, devices.devices)
-  program = plan.make_program(shape_of(config), config, mesh)
-  found = plan.measure(program, devices, is_mask_update=case.program == UPDATE)
+  program = estimate.make_program(shape_of(config), config, mesh)
+  found = estimate.measure(
+    program, devices, is_mask_update=case.program == UPDATE
+  )
   return {
     **case._asdict(),
     "devices": case.devices,

@@ -126,11 +126,11 @@ def plan(args: argparse.Namespace) -> None:
   """Prints the memory and time of a training step, and whether it fits."""
   config = config_lib.resolve(config_lib.read(args.config, args.edits))
   from folding.models.shape import shape_of
-  from folding.training import plan as plan_lib
+  from folding.training import estimate
 
-  devices = plan_lib.find_devices(args.devices)
-  found = plan_lib.plan(shape_of(config), config, devices)
-  print(json.dumps(found) if args.json else plan_lib.table(found))
+  devices = estimate.find_devices(args.devices)
+  found = estimate.estimate(shape_of(config), config, devices)
+  print(json.dumps(found) if args.json else estimate.table(found))
 
 
 def _keep_command(
@@ -279,9 +279,9 @@ def resume(args: argparse.Namespace) -> None:
 )
 def shrink(args: argparse.Namespace) -> None:
   """Writes a run with smaller arrays, and prints how much smaller."""
-  from folding.training import shrinking
+  from folding.training import shrink_run
 
-  done = shrinking.shrink_run(args.run, args.output, args.multiple)
+  done = shrink_run.shrink_run(args.run, args.output, args.multiple)
   print(
     f"{done['before']:,} parameters, zeros included, are now "
     f"{done['after']:,} ({done['after'] / done['before']:.1%})"

@@ -25,8 +25,8 @@ from folding.serving.loaded import Model, load
 from folding.tasks import task_of
 from folding.training import compress as pipeline
 from folding.training.allocate import Asked
-from folding.training.dense_start import without_trimmed
 from folding.training.recipe import recipe
+from folding.training.trained import without_trimmed
 from folding.typed import edited
 
 _ROWS, _TOKENS = 64, 8192  # most texts and tokens per batch

@@ -32,11 +32,6 @@ from folding.training.allocate import (
   measured_options,
   require_reachable,
 )
-from folding.training.dense_start import (
-  Source,
-  dense_start,
-  without_trimmed,
-)
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.optimizer import (
   Targets,
@@ -50,6 +45,11 @@ from folding.training.prune_trained import (
 )
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import require_text
+from folding.training.trained import (
+  Source,
+  dense_start,
+  without_trimmed,
+)
 
 
 class Compressed(NamedTuple):

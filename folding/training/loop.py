@@ -39,11 +39,6 @@ from folding.training.compress import (
   trim_vocabulary,
   write_fold,
 )
-from folding.training.dense_start import (
-  read_source,
-  teacher_of,
-  with_segments,
-)
 from folding.training.evaluate import (
   evaluate,
   make_eval_step,
@@ -57,6 +52,11 @@ from folding.training.progress import (
   stop_signal,
 )
 from folding.training.step import Program, Steps, TrainState
+from folding.training.trained import (
+  read_source,
+  teacher_of,
+  with_segments,
+)
 
 Teacher = tuple[Transformer, Any]  # model and parameters
 

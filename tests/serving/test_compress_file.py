@@ -15,7 +15,7 @@ from folding.data.padding import windows
 from folding.serving import compress_file
 from folding.serving.compress import compress_sizes
 from folding.serving.export import export
-from folding.training.dense_start import without_trimmed
+from folding.training.trained import without_trimmed
 from tests.serving import models
 
 

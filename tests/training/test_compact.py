@@ -12,12 +12,12 @@ import pytest
 from folding import config as c
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
-from folding.training import loop, run_dir, shrinking
+from folding.training import loop, run_dir, shrink_run
 from folding.training.checkpoint import load_run
 from folding.typed import edited
 from tests.training.conftest import tiny_config
 
-pytestmark = pytest.mark.slow  # test_shrinking.py has a short run
+pytestmark = pytest.mark.slow  # test_shrink_run.py has a short run
 
 # Mask updates at 0, 3, 6, 9 and 12, so that the last arrays leave at step 13.
 STEPS, EVERY = 16, 4
@@ -135,7 +135,7 @@ def test_readers_take_the_shapes_of_the_checkpoint(compact, tmp_path):
   model = make_model(shape_of(config), tokenizer.vocab_size, 2)
   chex.assert_trees_all_equal_shapes(params, param_shapes(model))
   output = tmp_path / "small"
-  shrinking.shrink_run(str(compact), str(output))
+  shrink_run.shrink_run(str(compact), str(output))
   assert load_run(str(output))[0].model.mlp_width == 20
   small = run_dir.read_result(str(output))
   assert small["test"]["loss"] == pytest.approx(metrics["loss"], rel=1e-5)

@@ -22,9 +22,9 @@ from folding.serving.predict import predict
 from folding.tasks import task_of
 from folding.training import compress, loop
 from folding.training.checkpoint import load_run
-from folding.training.dense_start import dense_start, read_source, teacher_of
 from folding.training.loop import Run
 from folding.training.optimizer import embedding_fraction
+from folding.training.trained import dense_start, read_source, teacher_of
 from folding.typed import edited
 from tests.serving import models
 from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config

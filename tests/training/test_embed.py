@@ -21,7 +21,7 @@ from folding.reporting import report
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.tasks import TASKS
-from folding.training import evaluate, loop, losses, run_dir, shrinking
+from folding.training import evaluate, loop, losses, run_dir, shrink_run
 from folding.training.recipe import recipe
 from folding.typed import edited
 from tests.models import checkpoints
@@ -197,7 +197,7 @@ def test_uniform_run_trains_and_is_written_as_a_small_deberta(source, tmp_path):
 
 
 def test_shrunk_run_has_the_cosine_of_the_run(run, tmp_path):
-  done = shrinking.shrink_run(str(run[0]), str(tmp_path / "small"))
+  done = shrink_run.shrink_run(str(run[0]), str(tmp_path / "small"))
   assert done["after"] < done["before"]
   test = run_dir.read_result(str(tmp_path / "small"))["test"]
   assert test["cosine"] == pytest.approx(run[1]["test"]["cosine"], abs=1e-5)

@@ -25,9 +25,9 @@ from folding.serving import predict
 from folding.tasks import task_of
 from folding.training import compress, loop, run_dir, step
 from folding.training.checkpoint import load_run
-from folding.training.dense_start import dense_start, read_source, with_segments
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
+from folding.training.trained import dense_start, read_source, with_segments
 from folding.typed import edited
 from tests.models import checkpoints
 from tests.training.conftest import recovery_config, tiny_config

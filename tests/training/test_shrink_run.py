@@ -17,7 +17,7 @@ from folding.compression.sites import make_sites
 from folding.data.tokenizers import load_tokenizer
 from folding.models.shape import shape_of, with_shape
 from folding.models.transformer import make_model
-from folding.training import loop, optimizer, run_dir, shrinking
+from folding.training import loop, optimizer, run_dir, shrink_run
 from folding.typed import edited
 from tests.training import tiny
 from tests.training.conftest import tiny_config
@@ -62,11 +62,11 @@ def _trainer(run):
 
 
 def _shrink(run, state, multiple=1):
-  is_over = shrinking.is_pruning_over(
+  is_over = shrink_run.is_pruning_over(
     optimizer.mask_updates(run.config), int(state.step)
   )
-  is_zero = shrinking.held_zero(run.rules, state, is_over)
-  shape, state, cut = shrinking.shrink_state(
+  is_zero = shrink_run.held_zero(run.rules, state, is_over)
+  shape, state, cut = shrink_run.shrink_state(
     shape_of(run.config), run.rules, state, is_zero, multiple=multiple
   )
   return with_shape(run.config, shape), state, cut
@@ -189,7 +189,7 @@ def whole(labelled, tmp_path_factory):
 def shrunk(whole, tmp_path_factory):
   """Returns the result of `shrink_run`, and the smaller run."""
   output = str(tmp_path_factory.mktemp("shrunk") / "small")
-  return shrinking.shrink_run(whole, output, multiple=4), output
+  return shrink_run.shrink_run(whole, output, multiple=4), output
 
 
 def _read(workdir, name):
@@ -235,7 +235,7 @@ def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
   assert loop.evaluate_run(output)["loss"] == after["test"]["loss"]
   assert loop.resume_run(output) == after  # nothing is left to train
   with pytest.raises(errors.ConfigError, match="nothing to remove at step 10"):
-    shrinking.shrink_run(output, str(tmp_path / "smaller"), multiple=4)
+    shrink_run.shrink_run(output, str(tmp_path / "smaller"), multiple=4)
 
 
 def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
@@ -279,7 +279,7 @@ def test_best_checkpoint_loses_only_its_own_zeros(whole, tmp_path):
   (path / "metrics" / "metrics").write_text('{"loss": 0.01}')
   names = [name for name in files.read_checksums(str(path)) or () if name]
   files.write_checksums(str(path), names)
-  shrinking.shrink_run(other, output)
+  shrink_run.shrink_run(other, output)
   assert loop.evaluate_run(output)["checkpoint_step"] == 5
   before, after = loop.evaluate_run(other), loop.evaluate_run(output)
   assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
@@ -372,5 +372,7 @@ def test_mistake_is_reported_and_nothing_written(
   (tmp_path / "there").write_text("")
   before = sorted(tmp_path.iterdir())
   with pytest.raises(errors.ConfigError, match=message):
-    shrinking.shrink_run(workdir, str(output), 0 if change == "multiple" else 1)
+    shrink_run.shrink_run(
+      workdir, str(output), 0 if change == "multiple" else 1
+    )
   assert sorted(tmp_path.iterdir()) == before

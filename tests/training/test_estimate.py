@@ -19,8 +19,7 @@ from folding.compression.fpp import fpp
 from folding.compression.sites import Rule
 from folding.models.shape import shape_of
 from folding.training import devices as devices_lib
-from folding.training import plan as plan_lib
-from folding.training import sharding
+from folding.training import estimate, sharding
 from folding.training.step import Program
 from folding.typed import edited
 from tests.models import checkpoints
@@ -57,7 +56,9 @@ def config(config_file):
 @pytest.fixture(scope="module")
 def found(config):
   """Returns the plan of eight simulated devices."""
-  return plan_lib.plan(shape_of(config), config, plan_lib.find_devices("cpu-8"))
+  return estimate.estimate(
+    shape_of(config), config, estimate.find_devices("cpu-8")
+  )
 
 
 def _on_device(tree):
@@ -109,8 +110,8 @@ def test_teacher_adds_two_bytes_per_dense_parameter(config, found):
     config, pretrained="DENSE", distill=c.DistillConfig(logits=0.5)
   )
   mesh = sharding.make_mesh(config.mesh)
-  program = plan_lib.make_program(shape_of(taught), taught, mesh)
-  step = plan_lib.measure(program, plan_lib.find_devices("cpu-8"))
+  program = estimate.make_program(shape_of(taught), taught, mesh)
+  step = estimate.measure(program, estimate.find_devices("cpu-8"))
   params = tiny.shapes(c.dense_baseline(config))
   places = sharding.tree_shardings(mesh, params)
   shapes = [
@@ -160,8 +161,8 @@ def test_classifier_with_rows_to_prune_has_a_plan(config, compiled):
     train=dataclasses.replace(config.train, accumulate=4),
   )
   classifier = c.resolve(classifier)
-  found = plan_lib.plan(
-    shape_of(classifier), classifier, plan_lib.find_devices("cpu-8")
+  found = estimate.estimate(
+    shape_of(classifier), classifier, estimate.find_devices("cpu-8")
   )
   assert found["compressed"]["mask update"]["fits"]
   assert "4 rows" in found["unsplit"][-1]  # of a micro-batch, over 8 devices
@@ -179,8 +180,8 @@ def test_encoder_of_sentences_has_a_plan(config, compiled):
     "distill": c.DistillConfig(pairs=1.0, hidden=1.0),
   }
   encoder = c.resolve(dataclasses.replace(config, **fields))
-  found = plan_lib.plan(
-    shape_of(encoder), encoder, plan_lib.find_devices("cpu-8")
+  found = estimate.estimate(
+    shape_of(encoder), encoder, estimate.find_devices("cpu-8")
   )
   assert found["dense"]["step"]["fits"]
   assert found["compressed"]["mask update"]["fits"]
@@ -191,11 +192,11 @@ def test_encoder_of_sentences_has_a_plan(config, compiled):
 
 
 def test_scratch_memory_leaves_out_the_donated_state(config, compiled):
-  devices = plan_lib.find_devices("cpu-8")
+  devices = estimate.find_devices("cpu-8")
   for size, missing in ((112, 0), (111, 1)):
-    here = devices._replace(gib=size / plan_lib.GIB)
+    here = devices._replace(gib=size / estimate.GIB)
     dense = c.dense_baseline(config)
-    found = plan_lib.plan(shape_of(dense), dense, here)["dense"]["step"]
+    found = estimate.estimate(shape_of(dense), dense, here)["dense"]["step"]
     assert found == {
       "fits": not missing,
       "missing": missing,
@@ -217,9 +218,9 @@ def test_scratch_memory_leaves_out_the_donated_state(config, compiled):
   ],
 )
 def test_missing_memory_is_read_from_the_reason(reason, missing):
-  found = plan_lib._missing(reason, 1.0)
+  found = estimate._missing(reason, 1.0)
   if missing is not None:
-    missing = pytest.approx(missing * plan_lib.GIB, rel=1e-3)
+    missing = pytest.approx(missing * estimate.GIB, rel=1e-3)
   assert found == missing
 
 
@@ -232,13 +233,13 @@ def test_compiler_out_of_memory_is_an_answer(config, monkeypatch):
     )
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
-  devices = plan_lib.find_devices("cpu-8")._replace(gib=1.0)
+  devices = estimate.find_devices("cpu-8")._replace(gib=1.0)
   dense = c.dense_baseline(config)
-  found = plan_lib.plan(shape_of(dense), dense, devices)
+  found = estimate.estimate(shape_of(dense), dense, devices)
   step = found["dense"]["step"]
   assert (step["fits"], step["error"]) == (False, reason)
-  assert step["missing"] == pytest.approx(1.25 * plan_lib.GIB, rel=1e-3)
-  assert "1.2 GiB missing" in plan_lib.table(found)
+  assert step["missing"] == pytest.approx(1.25 * estimate.GIB, rel=1e-3)
+  assert "1.2 GiB missing" in estimate.table(found)
 
 
 def alike(config, num_layers, **fields):
@@ -265,14 +266,14 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
       | ({"all-to-all": {"times": 1, "bytes": 2}} if count > 2 else {}),
     }
 
-  monkeypatch.setattr(plan_lib, "_compiled", figures)
+  monkeypatch.setattr(estimate, "_compiled", figures)
   config = alike(config, 8)
   mesh = sharding.make_mesh(config.mesh)
   program = Program(
     shape_of(config), config, mesh, vocab_size=128, num_classes=0
   )
-  devices = plan_lib.find_devices("cpu-8")
-  assert plan_lib.measure(program, devices) == {
+  devices = estimate.find_devices("cpu-8")
+  assert estimate.measure(program, devices) == {
     "fits": True,
     "missing": 0,
     "arguments": 5 + 2 * 8,
@@ -293,12 +294,12 @@ def test_layers_that_are_alike_are_extrapolated(config, monkeypatch):
       if not any(f"blocks_{n}" in name for n in range(count, 8))
     }
   program.order = edited(config, {"fpp.linear_layers": (0.5,) * 7 + (0.6,)})
-  assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
+  assert estimate.measure(program, devices)["arguments"] == 5 + 2 * 8
   config = edited(config, {"model.scan_layers": True})
   program = Program(
     shape_of(config), config, mesh, vocab_size=128, num_classes=0
   )
-  assert plan_lib.measure(program, devices)["arguments"] == 5 + 2 * 8
+  assert estimate.measure(program, devices)["arguments"] == 5 + 2 * 8
   assert [count for count, _ in compiled] == [2, 4, 8, 8]
 
 
@@ -309,13 +310,13 @@ def test_collectives_that_few_layers_lack_are_extrapolated(config, monkeypatch):
     sizes = {"arguments": 1, "scratch": 1}
     return sizes | {"collectives": {} if is_few else moves}
 
-  monkeypatch.setattr(plan_lib, "_compiled", report)
+  monkeypatch.setattr(estimate, "_compiled", report)
   config = alike(config, 8)
   mesh = sharding.make_mesh(config.mesh)
   program = Program(
     shape_of(config), config, mesh, vocab_size=128, num_classes=0
   )
-  found = plan_lib.measure(program, plan_lib.find_devices("cpu-8"))
+  found = estimate.measure(program, estimate.find_devices("cpu-8"))
   assert found["collectives"] == {"all-to-all": {"times": 3, "bytes": 6}}
 
 
@@ -333,12 +334,12 @@ def test_extrapolation_agrees_with_the_whole_model(
   program = Program(
     shape_of(config), config, mesh, vocab_size=128, num_classes=0
   )
-  devices = plan_lib.find_devices("cpu-8")
+  devices = estimate.find_devices("cpu-8")
   found = []
   for many in (7, 8):
-    monkeypatch.setitem(plan_lib._MANY, scans, (many, (2, 4)))
+    monkeypatch.setitem(estimate._MANY, scans, (many, (2, 4)))
     found.append(
-      plan_lib.measure(program, devices, is_mask_update=is_mask_update)
+      estimate.measure(program, devices, is_mask_update=is_mask_update)
     )
   few, whole = (jax.tree.leaves_with_path(one) for one in found)
   assert len(few) > 8
@@ -347,7 +348,7 @@ def test_extrapolation_agrees_with_the_whole_model(
 
 
 def test_cpus_share_the_memory_of_the_machine():
-  one, eight = (plan_lib.find_devices(f"cpu-{n}").gib for n in (1, 8))
+  one, eight = (estimate.find_devices(f"cpu-{n}").gib for n in (1, 8))
   assert one == pytest.approx(8 * eight)
 
 
@@ -371,9 +372,9 @@ def test_topology_of_a_slice_is_the_most_even_one(slice_name, topology):
 
 @pytest.mark.skipif(not HAS_TPU_COMPILER, reason="libtpu is not installed")
 def test_tpu_compiler_plans_a_slice(config):
-  devices = plan_lib.find_devices("v5e:4x2")
+  devices = estimate.find_devices("v5e:4x2")
   assert (len(devices.devices), devices.gib) == (8, 16)
-  found = plan_lib.plan(shape_of(config), config, devices)
+  found = estimate.estimate(shape_of(config), config, devices)
   assert found["compressed"]["mask update"]["fits"]
   assert not found["devices"]["is_estimate"]
 
@@ -399,7 +400,7 @@ def test_tpu_compiler_plans_a_slice(config):
   ],
 )
 def test_compiled_state_of_fpp_lies_like_parameters_on_explicit_axes(name):
-  devices = plan_lib.find_devices(name).devices
+  devices = estimate.find_devices(name).devices
   kinds = (AxisType.Explicit,) * 2
   mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), kinds, devices=devices)
   rules = [Rule("w", 0.5), Rule("v", 0.5, score="saliency")]
@@ -431,7 +432,7 @@ def test_compiled_state_of_fpp_lies_like_parameters_on_explicit_axes(name):
 @pytest.mark.skipif(HAS_TPU_COMPILER, reason="libtpu is installed")
 def test_missing_tpu_compiler_is_one_line():
   with pytest.raises(errors.ConfigError, match=r"pip install .*\[tpu\]"):
-    plan_lib.find_devices("v5p-64")
+    estimate.find_devices("v5p-64")
 
 
 @pytest.mark.slow
@@ -439,10 +440,14 @@ def test_missing_tpu_compiler_is_one_line():
   not HAS_GPU_COMPILER, reason="jax-cuda12-plugin is not installed"
 )
 def test_gpu_compiler_plans_two_hosts(config):
-  devices = plan_lib.find_devices("h100:2x4")
+  devices = estimate.find_devices("h100:2x4")
   assert (len(devices.devices), round(devices.gib, 1)) == (8, 79.1)
-  gpu = plan_lib.plan(shape_of(config), config, devices)["compressed"]["step"]
-  cpu = plan_lib.plan(shape_of(config), config, plan_lib.find_devices("cpu-8"))
+  gpu = estimate.estimate(shape_of(config), config, devices)["compressed"][
+    "step"
+  ]
+  cpu = estimate.estimate(
+    shape_of(config), config, estimate.find_devices("cpu-8")
+  )
   cpu = cpu["compressed"]["step"]
   assert gpu["fits"]
   # Parameters, optimizer state and batch are the same arrays.
@@ -455,13 +460,13 @@ def test_gpu_compiler_plans_two_hosts(config):
 @pytest.mark.skipif(HAS_GPU_COMPILER, reason="jax-cuda12-plugin is installed")
 def test_missing_gpu_compiler_is_one_line():
   with pytest.raises(errors.ConfigError, match=r"pip install .*\[gpu-plan\]"):
-    plan_lib.find_devices("h100:8")
+    estimate.find_devices("h100:8")
 
 
 @pytest.mark.parametrize("name", ["h100:1x2x3", "h100", "gtx:8", "h100:0"])
 def test_names_of_gpus_that_are_not_valid_are_refused(name):
   with pytest.raises(errors.ConfigError, match="h100:4x8"):
-    plan_lib.find_devices(name)
+    estimate.find_devices(name)
 
 
 def test_verb_prints_a_table_or_json(config_file, capsys, compiled):
@@ -508,7 +513,9 @@ def test_vocabulary_is_that_of_the_tokenizer(config, tmp_path, compiled):
     config, data=dataclasses.replace(config.data, tokenizer=str(path))
   )
   named = c.dense_baseline(named)
-  found = plan_lib.plan(shape_of(named), named, plan_lib.find_devices("cpu-8"))
+  found = estimate.estimate(
+    shape_of(named), named, estimate.find_devices("cpu-8")
+  )
   without = sum(
     w.size
     for name, w in paths.flatten(tiny.shapes(c.dense_baseline(config))).items()

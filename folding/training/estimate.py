@@ -35,7 +35,7 @@ from folding.training.step import Program
 _MANY = {False: (7, (2, 4)), True: (40, (8, 16))}
 
 
-def plan(shape: Shape, order: Order, devices: Devices) -> dict[str, Any]:
+def estimate(shape: Shape, order: Order, devices: Devices) -> dict[str, Any]:
   """Returns the memory, work and traffic of a training step on each device.
 
   Seven layers or more that are alike are extrapolated from two and four layers.
@@ -294,10 +294,10 @@ def _missing(reason: str, gib: float) -> float | None:
 
 
 def table(found: dict[str, Any]) -> str:
-  """Returns a plan as text.
+  """Returns an estimate as text.
 
   Args:
-    found: From `plan`.
+    found: From `estimate`.
   """
   programs = {
     f"{name} {program}": found[name][program]
