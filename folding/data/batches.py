@@ -106,12 +106,16 @@ class Data:
 
   def train_batch(self, step: int) -> Batch:
     """Returns the batch of a step, a function of (config, seed, step)."""
-    return self.examples.train_batch(self.config.first_batch + step)
+    step += self.config.first_batch
+    return self.examples.train_batch(step, self.examples.share)
 
   def first_epoch(self) -> Iterator[Batch]:
-    """Yields the batches of the first epoch, whatever `first_batch` is."""
+    """Yields the batches of the first epoch, whatever `first_batch` is.
+
+    Each process gets all rows.
+    """
     for step in range(self.num_examples["train"] // self.config.batch_size):
-      yield self.examples.train_batch(step)
+      yield self.examples.train_batch(step, slice(None))
 
   def token_counts(self) -> np.ndarray:
     """Returns int64[V], the number of each token in the training split."""
@@ -261,6 +265,7 @@ class _Windows:
   """Windows of a stream of documents, for a language model.
 
   Attributes:
+    share: Rows of a batch that this process gets.
     sizes: Number of windows of each split.
     train_ids: The training stream, as a list of one.
   """
@@ -276,7 +281,7 @@ class _Windows:
     seed: int,
     share: slice,
   ):
-    self._data, self._share, self._pad_id = data, share, tokenizer.pad_id
+    self._data, self.share, self._pad_id = data, share, tokenizer.pad_id
     self._streams = streams
     self.train_ids = [streams["train"]]
     self.sizes = {
@@ -286,18 +291,18 @@ class _Windows:
     # Training has whole windows only.
     self.sizes["train"] = (len(streams["train"]) - 1) // data.length
     order = grain.MapDataset.range(self.sizes["train"])
-    order = order.shuffle(seed=seed).repeat()[share]
-    self._order = order.batch(data.batch_size // (share.step or 1))
+    order = order.shuffle(seed=seed).repeat()
+    self._order = order.batch(data.batch_size)
 
-  def train_batch(self, step: int) -> Batch:
-    """Returns this process's share of the batch of a step."""
-    return self._windows("train", np.asarray(self._order[step]))
+  def train_batch(self, step: int, share: slice) -> Batch:
+    """Returns some rows of the batch of a step."""
+    return self._windows("train", np.asarray(self._order[step])[share])
 
   def eval_batch(self, split: str, index: int) -> Batch:
     """Returns this process's share of a batch of an evaluation."""
     size = self._data.eval_batch_size
     windows = np.arange(index * size, (index + 1) * size)
-    return self._windows(split, windows[self._share])
+    return self._windows(split, windows[self.share])
 
   def _windows(self, split: str, index: np.ndarray) -> Batch:
     stream, length = self._streams[split], self._data.length
@@ -315,6 +320,7 @@ class _Rows:
   """Rows of text and perhaps label, in batches of similar length.
 
   Attributes:
+    share: Rows of a batch that this process gets.
     sizes: Number of rows of each split.
     train_ids: Ids of each training row.
     has_segments: Whether the tokenizer distinguishes the texts of a pair.
@@ -330,7 +336,7 @@ class _Rows:
     share: slice,
     whole: Tokenizer | None = None,
   ):
-    self._data, self._seed, self._share = data, seed, share
+    self._data, self._seed, self.share = data, seed, share
     self._pad_id, self._labels = tokenizer.pad_id, texts.labels
     rows = {
       split: encode_rows(tokenizer, found, data.length)
@@ -363,12 +369,12 @@ class _Rows:
     parts = [x[split] for x in (self._ids, self._whole) if x]
     return [max(part[i].size for part in parts) for i in index]
 
-  def train_batch(self, step: int) -> Batch:
-    """Returns this process's share of the batch of a step."""
+  def train_batch(self, step: int, share: slice) -> Batch:
+    """Returns some rows of the batch of a step."""
     size = self._data.batch_size
     epoch, index = divmod(step, self.sizes["train"] // size)
     bucket, members = self._epoch(epoch)[index]
-    return self._rows("train", members, bucket=bucket, size=size)
+    return self._rows("train", members, (size, bucket), share)
 
   def eval_batch(self, split: str, index: int) -> Batch:
     """Returns this process's share of a batch of an evaluation."""
@@ -377,7 +383,7 @@ class _Rows:
     members = np.arange(index * size, stop)
     longest = max(self._lengths(split, members))
     bucket = self._buckets[int(np.searchsorted(self._buckets, longest))]
-    return self._rows(split, members, bucket=bucket, size=size)
+    return self._rows(split, members, (size, bucket), self.share)
 
   def _plan_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
     """Returns an epoch's batches as (bucket length, rows), in random order.
@@ -400,11 +406,12 @@ class _Rows:
     return [batches[i] for i in rng.permutation(len(batches))]
 
   def _rows(
-    self, split: str, index: np.ndarray, *, bucket: int, size: int
+    self, split: str, index: np.ndarray, shape: tuple[int, int], share: slice
   ) -> Batch:
-    """Returns the share of a batch of these rows, padded to the bucket."""
+    """Returns a share of a batch of these rows, padded to its shape."""
+    size = shape[0]
     rows = [self._ids[split][i] for i in index]
-    tokens, mask = padded(rows, (size, bucket), self._pad_id)
+    tokens, mask = padded(rows, shape, self._pad_id)
     batch = {
       "tokens": tokens,
       "mask": mask,
@@ -418,9 +425,9 @@ class _Rows:
     if self._whole:
       rows = [self._whole[split][i] for i in index]
       batch["whole_tokens"], batch["whole_mask"] = padded(
-        rows, (size, bucket), self._whole_pad_id
+        rows, shape, self._whole_pad_id
       )
     seconds = self._seconds[split]
     if self.has_segments and seconds is not None:
       batch["segments"] = segments_of(seconds[index], mask)
-    return {name: array[self._share] for name, array in batch.items()}
+    return {name: array[share] for name, array in batch.items()}

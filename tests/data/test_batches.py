@@ -201,6 +201,11 @@ def test_processes_share_each_batch_by_rows(config):
     for name, array in expected.items():
       for p, share in enumerate(shares):
         np.testing.assert_array_equal(share[name], array[p::4])
+  for expected, *same in zip(
+    whole.first_epoch(), *(part.first_epoch() for part in parts), strict=True
+  ):
+    for batch in same:  # calibration text, which all read
+      _equal(batch, expected)
   evaluations = zip(
     whole.eval_batches("valid"),
     *(part.eval_batches("valid") for part in parts),
