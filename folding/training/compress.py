@@ -25,6 +25,7 @@ from folding.errors import ConfigError
 from folding.models.shape import Shape
 from folding.models.shrink import shrink
 from folding.models.transformer import model_for, param_shapes
+from folding.training import distributed, sharding
 from folding.training.allocate import (
   Asked,
   Plan,
@@ -87,25 +88,22 @@ def compress_trained(
   Raises:
     ConfigError: see `dense_start`, `allocate` and `fold_pretrained`.
   """
-  if jax.process_count() > 1 and not order.dense:
-    raise ConfigError(
-      "each process would fold on its own texts; fold in one process, and resume "
-      "that run in several"
-    )
   _, dense, is_head_drawn = dense_start(source, shape, data, order)
   if order.dense:
     return Compressed(shape, dense, [])
+  mesh = sharding.make_mesh(order.mesh)
   # A stopped run that begins again has its plan, with heads.
   shape = shape.whole(keeps_heads=True)
   asked = Asked(shape, order.fpp, order.compress, targets)
   batches = calibration(order.compress.calibration, data)
   size = data.tokenizer.plain_size
   num_texts = sum(len(batch["tokens"]) for batch in batches)
-  print(  # it takes minutes for some models
-    f"compressing {source.path} on {num_texts:,} training texts, before "
-    "the first step",
-    flush=True,
-  )
+  if distributed.is_main():
+    print(  # it takes minutes for some models
+      f"compressing {source.path} on {num_texts:,} training texts, before "
+      "the first step",
+      flush=True,
+    )
   usage_V = None  # only an embedding of low rank is weighted by it
   if asked.has_open_rank or shape.embedding_rank:
     count_V = data.token_counts()
@@ -115,7 +113,7 @@ def compress_trained(
   found = compress_params(
     asked,
     dense,
-    batches,
+    [sharding.put_rows(mesh, batch) for batch in batches],
     usage_V,
     source=source.path,
     is_head_drawn=is_head_drawn,
@@ -269,8 +267,8 @@ def _compress(asked, plan, dense, batches, usage_V, sensitivity) -> Compressed:
 def calibration(count: int, data: Data) -> list[dict[str, Any]]:
   """Returns the first training texts, in batches.
 
-  They come from the first epoch, so no text comes twice. Ids are those before
-  the tokenizer was trimmed.
+  They come from the first epoch, so no text comes twice, and are the same in all
+  processes. Ids are those before the tokenizer was trimmed.
   """
   number = -(-count // data.config.batch_size)
   batches = list(itertools.islice(data.first_epoch(), number))

@@ -55,7 +55,7 @@ def fit_attention(
   """
   (block, params), (dense_block, aim) = folded, dense
   blocks, attn = (block, dense_block), dict(params["attn"])
-  layers = jax.device_put((params, aim))  # once, not at each step
+  layers = stream.put((params, aim))  # once, not at each step
   names = [name for name in ("q", "k", "log_slopes") if name in attn]
   fitted = {name: layers[0]["attn"][name] for name in names}
   seen, held_out = halves(*stream)

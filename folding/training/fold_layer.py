@@ -102,7 +102,7 @@ def fold_layer(
     outputs = [one["o"] for one in seen]
   names = ("down", *_MIDDLE[block.shape.norm_position])
   # The output of attention is given, so layers of any plan run the same program.
-  rest = jax.device_put({**new, "attn": old["attn"]})
+  rest = stream.put({**new, "attn": old["attn"]})
   seen = [
     {"o": o} | capture(dense, rest, x, mask, names, given={"attn": o})
     for x, mask, o in zip(*stream, outputs, strict=True)
@@ -115,7 +115,7 @@ def fold_layer(
   data = _fit_data(block.shape, "down", stream, target, seen)
   down, report["mlp_r2"] = _refit(new["mlp"]["down"], read, data)
   new = {**new, "mlp": {**new["mlp"], "down": down}}
-  on_device = jax.device_put(down)
+  on_device = stream.put(down)
   given = (  # of one batch at a time
     {"attn": o, "mlp": _project(on_device, a)}
     for o, a in zip(outputs, read.a, strict=True)
@@ -199,7 +199,7 @@ def fold_attention(
   )
   kernel_xD = attn["o"]["kernel"].reshape(mix.shape[1], -1)
   mixed = {**attn["o"], "kernel": (mix @ kernel_xD).astype(np.float32)}
-  mixed = jax.device_put(mixed)
+  mixed = stream.put(mixed)
   return attn, report, [_project(mixed, a) for a in read.a]
 
 

@@ -149,9 +149,13 @@ def measure(
           for role, module in MODULES.items()
         },
       )
-      # On the host, while the device reads the next layer.
-      found[n, "attn"] = pool.submit(_attention_options, trial)
-      found[n, "mlp"] = pool.submit(_mlp_options, trial)
+      # On the host, while the device reads the next layer. Several devices
+      # have to start their programs in one order.
+      parts = ("attn", _attention_options), ("mlp", _mlp_options)
+      for kind, function in parts:
+        found[n, kind] = pool.submit(function, trial)
+        if len(out.x[0].sharding.device_set) > 1:
+          found[n, kind].result()
       stream = out
   return options | {key: future.result() for key, future in found.items()}
 
@@ -180,7 +184,7 @@ def _read_layer(
   """
   out: list[jax.Array] = []
   sums: list[Any] = [None, None]
-  params = jax.device_put(params)
+  params = stream.put(params)
   for number, (x, mask) in enumerate(zip(*stream, strict=True)):
     seen = capture(block, params, x, mask, tuple(names), ("out",))
     out.append(seen.pop("out"))
@@ -265,7 +269,7 @@ class _Trial(NamedTuple):
       roles: Modules whose output counts, "o" or "down".
     """
     stacked = jax.tree.map(lambda *ws: np.stack(ws), *params)
-    layers = jax.device_put((self.old, stacked))  # once, not for each batch
+    layers = self.stream.put((self.old, stacked))  # once, not for each batch
     part = functools.partial(
       _errors, (self.dense, block), roles, layers, self.sensitivity
     )
@@ -523,7 +527,7 @@ def _mlp_options(trial: _Trial) -> list[Option]:
     return _neuron_options(trial)
   old = trial.old
   squares = total(
-    functools.partial(_square_sums, trial.dense, jax.device_put(old)),
+    functools.partial(_square_sums, trial.dense, trial.stream.put(old)),
     *trial.stream,
   )
   size = num_weights(old["attn"], ("o",))

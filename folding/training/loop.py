@@ -457,8 +457,9 @@ def _start(
       return Start(run, 0, run.init()), teacher
     with Checkpoints(workdir) as checkpoints:
       return restore(run, checkpoints), teacher
+  found = compress_trained(source, shape, data, order, targets)
+  distributed.require_same(repr((found.shape, found.targets)), "another plan")
   with distributed.together():
-    found = compress_trained(source, shape, data, order, targets)
     run = Run(found.shape, data, order, found.targets)
     if found.report and distributed.is_main():
       layers = order.fpp.linear_layers

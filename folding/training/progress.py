@@ -28,12 +28,16 @@ _LOG_SECONDS = 10  # between lines of `track` in a log
 def track(items: Sequence[_Item], doing: str) -> Iterator[_Item]:
   """Yields items, and shows on stderr how many are done and the time left.
 
-  A terminal shows a bar, and a log a line every ten seconds.
+  A terminal shows a bar, and a log a line every ten seconds. Of several processes
+  the main one shows them.
 
   Args:
     items: Units of about equal work.
     doing: Description, such as "folding layers".
   """
+  if jax.process_index():
+    yield from items
+    return
   console = rich.console.Console(stderr=True, highlight=False)
   if console.is_terminal:
     yield from rich.progress.track(

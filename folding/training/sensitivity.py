@@ -63,8 +63,8 @@ def sensitivities(
     sizes = [np.size(batch["tokens"]) for batch in batches]
     batches = spread(batches, sizes, _TOKENS)
   part = functools.partial(_batch_sums, model, params)
-  keys = [jax.random.key(number) for number in range(len(batches))]
-  sums = total(part, track(batches, "measuring sensitivities"), keys)
+  seeds = range(len(batches))
+  sums = total(part, track(batches, "measuring sensitivities"), seeds)
   masks = masks_of(batches)
   num_tokens = sum(int(mask.sum()) for mask in masks)
 
@@ -75,7 +75,7 @@ def sensitivities(
   return jax.tree.map(mean, sums)
 
 
-def _batch_sums(model, params, batch, key) -> dict[str, jax.Array]:
+def _batch_sums(model, params, batch, seed) -> dict[str, jax.Array]:
   """Returns sums of J' J over the tokens of a batch.
 
   Only the input of each layer is stored. The backward pass computes the values
@@ -91,7 +91,7 @@ def _batch_sums(model, params, batch, key) -> dict[str, jax.Array]:
     seen = capture(layer, params[f"blocks_{n}"], x[-1], mask, outputs=("out",))
     x.append(jax.block_until_ready(seen["out"]))
   top = model.read_out_params(params)
-  grad, sums = _output_gradient(model, top, x.pop(), mask, key), {}
+  grad, sums = _output_gradient(model, top, x.pop(), mask, seed), {}
   for n, layer in reversed(list(enumerate(layers))):
     grad, found = jax.block_until_ready(
       _layer_sums(layer, params[f"blocks_{n}"], x.pop(), mask, grad)
@@ -109,8 +109,9 @@ def _embed(model, params, tokens, segments):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _output_gradient(model, params, x_BLD, mask_BL, key):
+def _output_gradient(model, params, x_BLD, mask_BL, seed):
   """Returns the gradient of the sampled output by the output of the layers."""
+  key = jax.random.key(seed)
 
   def output(x_BLD, mask_BL, key):
     out = model.apply({"params": params}, x_BLD, mask_BL, method="read_out")

@@ -341,6 +341,33 @@ def require_divides(mesh: Mesh, rows: int) -> None:
     )
 
 
+def put_rows(
+  mesh: Mesh, batch: Mapping[str, np.ndarray]
+) -> dict[str, jax.Array]:
+  """Places a batch that each process has whole, split as by `put_batch`."""
+  found = batch_sharding(mesh, len(next(iter(batch.values()))))
+  return {name: _put(array, found) for name, array in batch.items()}
+
+
+def put_whole(tree: Any, like: Any) -> Any:
+  """Returns arrays, whole on each device that has part of another array.
+
+  Args:
+    tree: Arrays that each process has whole.
+    like: An array; unless it is on a mesh, they go to the default device.
+  """
+  where = getattr(like, "sharding", None)
+  if not isinstance(where, NamedSharding):
+    return jax.device_put(tree)
+  return jax.tree.map(lambda x: _put(x, whole(where.mesh)), tree)
+
+
+def _put(array: Any, where: NamedSharding) -> jax.Array:
+  """Places an array that each process has; several do not compare theirs."""
+  array = np.asarray(array)
+  return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """Places this process's rows of a batch, split over "data" and "fsdp".
 

@@ -18,8 +18,11 @@ from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.models.shape import Shape
 from folding.models.transformer import Block, Transformer
+from folding.training.distributed import to_host
+from folding.training.sharding import put_whole
 
-# "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]
+# "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]. NumPy
+# arrays, or on a mesh, see `put_rows`; all arrays of a layer then follow them.
 Batch = Mapping[str, Any]
 Params = Mapping[str, Any]
 
@@ -51,6 +54,10 @@ class Stream(NamedTuple):
     """Number of tokens, without padding."""
     return sum(int(mask.sum()) for mask in self.masks)
 
+  def put(self, tree: Any) -> Any:
+    """Returns arrays of this process, whole on each device of the stream."""
+    return put_whole(tree, self.x[0])
+
 
 def embed_batches(
   shape: Shape, params: Params, batches: Sequence[Batch]
@@ -64,16 +71,16 @@ def embed_batches(
   model = Transformer(
     dataclasses.replace(shape, max_length=positions), vocabulary
   )
+  masks = masks_of(batches)
+  stem = put_whole({"params": stem}, masks[0])
   embed = jax.jit(functools.partial(model.apply, method="embed_tokens"))
-  x = [
-    embed({"params": stem}, b["tokens"], segments_BL=b.get("segments"))
-    for b in batches
-  ]
-  return Stream(x, masks_of(batches))
+  x = [embed(stem, b["tokens"], segments_BL=b.get("segments")) for b in batches]
+  return Stream(x, masks)
 
 
 def require_text(shape: Shape, batches: Sequence[Batch]) -> None:
   """Raises `ConfigError` if a model cannot be measured on these texts."""
+  batches = to_host(list(batches))
   D, masks = shape.width, masks_of(batches)
   num_tokens, num_texts = sum(int(m.sum()) for m in masks), sum(map(len, masks))
   if num_tokens <= 2 * D or num_texts < 2:
@@ -105,6 +112,7 @@ def masks_of(batches: Sequence[Batch]) -> list[jax.Array]:
 
 def usage_of(batches: Sequence[Batch], size: int) -> np.ndarray:
   """Returns float32[size], `token_usage` of calibration text."""
+  batches = to_host(list(batches))
   tokens = [
     np.asarray(batch["tokens"])[np.asarray(mask)]
     for batch, mask in zip(batches, masks_of(batches), strict=True)
@@ -140,7 +148,7 @@ def embedding_tables(
       tables["segment_embed"] = rows, np.ones(len(rows))
     rows = np.asarray(params["position_embed"]["embedding"])
     usage_P = np.zeros(len(rows))
-    for mask in map(np.asarray, masks_of(batches)):
+    for mask in map(np.asarray, masks_of(to_host(list(batches)))):
       usage_P[: mask.shape[1]] += mask.sum(axis=0)
     tables["position_embed"] = rows, usage_P / usage_P.sum() + 1 / len(rows)
   return tables
@@ -211,7 +219,7 @@ def capture_all(
   outputs: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
   """Returns `capture` of each batch."""
-  params = jax.device_put(params)  # once, not for each batch
+  params = stream.put(params)  # once, not for each batch
   return [
     capture(block, params, x, mask, names=names, outputs=outputs)
     for x, mask in zip(*stream, strict=True)
@@ -378,7 +386,7 @@ def input_moments(
   names: tuple[str, ...] = ("down", "o", "q", "up"),
 ) -> dict[str, Moments]:
   """Returns {module of a block: moments of its input}."""
-  part = functools.partial(_input_sums, block, names, jax.device_put(params))
+  part = functools.partial(_input_sums, block, names, stream.put(params))
   sums = total(part, *stream)
   return jax.tree.map(lambda a: a / stream.num_tokens, sums)
 
