@@ -22,7 +22,7 @@ from folding.data.tokenizers import vocab_size
 from folding.models.shape import Shape
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.tasks import Task, task_of
-from folding.training import hlo, sharding
+from folding.training import hlo, sensitivity, sharding, stream
 from folding.training.devices import GIB, Devices
 from folding.training.devices import find_devices as find_devices
 from folding.training.optimizer import Targets
@@ -50,8 +50,10 @@ def estimate(shape: Shape, order: Order, devices: Devices) -> dict[str, Any]:
     {"devices": {"name", "count", "gib", "is_estimate"}, "mesh": {axis: size},
     "layers": {"model", "compiled": [numbers of layers]}, "dense" and
     "compressed": {"parameters": allocated, "stored": nonzero after the last mask
-    update, "step" and, if anything is pruned, "mask update": see `measure`},
-    "unsplit": lines about arrays that the mesh does not split}.
+    update, "step" and, if anything is pruned, "mask update": see `measure`; with
+    `pretrained` also "calibration", the same of the compression program that
+    needs most memory}, "unsplit": lines about arrays that the mesh does not
+    split}.
 
   Raises:
     ConfigError: the mesh does not fit the devices or the parameters.
@@ -85,6 +87,10 @@ def estimate(shape: Shape, order: Order, devices: Devices) -> dict[str, Any]:
         program, devices, is_mask_update=True
       )
     found["unsplit"] = program.unsplit
+  if order.pretrained and not order.dense:
+    found["compressed"]["calibration"] = _calibration(
+      shape.dense(), order, mesh, devices
+    )
   return found
 
 
@@ -205,6 +211,11 @@ def measure(
   found = next((one for one in few if "error" in one), few[0])
   if "error" not in found and counts:
     found = _extrapolated(few, counts, shape.num_layers)
+  return _fits(found, devices)
+
+
+def _fits(found: dict[str, Any], devices: Devices) -> dict[str, Any]:
+  """Returns a report with "fits" and "missing"."""
   if "error" not in found:
     needed = found["arguments"] + found["scratch"]
     found["missing"] = max(needed - devices.gib * GIB, 0)
@@ -233,7 +244,14 @@ def _compiled(
   teacher = _teacher(program)
   step = program.step(is_mask_update=is_mask_update, teacher=teacher)
   batch, constants = _inputs(program, teacher)
-  lowered = step.lower(program.like, batch, **constants)
+  found = _report(step.lower(program.like, batch, **constants), devices)
+  if found.get("flops", 0) is None:
+    found |= _global_cost(program, is_mask_update)
+  return found
+
+
+def _report(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
+  """Returns the compiler's report on a program, with "flops" of None without."""
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -244,18 +262,56 @@ def _compiled(
     return {"missing": _missing(reason, devices.gib), "error": reason}
   memory: Any = compiled.memory_analysis()
   # The compiler for GPUs makes none.
-  cost: Any = compiled.cost_analysis() or _global_cost(program, is_mask_update)
+  cost: Any = compiled.cost_analysis() or {}
   work = hlo.read(compiled.as_text())
   scratch = memory.temp_size_in_bytes + memory.output_size_in_bytes
   scratch -= memory.alias_size_in_bytes
   return {
     "arguments": memory.argument_size_in_bytes,
     "scratch": scratch,
-    "flops": cost["flops"],
+    "flops": cost.get("flops"),
     "bytes": cost.get("bytes accessed"),
     "seconds": work.cycles / devices.hertz if devices.hertz else None,
     "collectives": {kind: m._asdict() for kind, m in work.moved.items()},
   }
+
+
+def _calibration(
+  shape: Shape, order: Order, mesh: Mesh, devices: Devices
+) -> dict[str, Any]:
+  """Returns the report on the program of compression that needs most memory.
+
+  A layer of the dense model is whole on each device while it is measured, and the
+  calibration texts are split. Arrays that wait for other programs are counted as
+  arguments.
+  """
+  model = make_model(shape, order.data.vocab_size, _num_outputs(task_of(order)))
+  whole = sharding.whole(mesh)
+  params = jax.tree.map(
+    lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=whole),
+    param_shapes(model),
+  )
+  B, L, D = order.data.batch_size, order.data.length, shape.width
+  rows = sharding.batch_sharding(mesh, B)
+  x = jax.ShapeDtypeStruct((B, L, D), jnp.float32, sharding=rows)
+  mask = jax.ShapeDtypeStruct((B, L), jnp.bool_, sharding=rows)
+  channel = 4 * math.prod(rows.shard_shape((B, L)))  # bytes of a batch
+  # Of all texts: the dense stream before and after a layer and its middle, the
+  # stream of the folded layer and its middle, and what W_down reads.
+  num_batches = -(-order.compress.calibration // B)
+  texts = num_batches * (5 * D + shape.layers[0].mlp_width) * channel
+  block, layer = stream.make_block(shape, 0), params["blocks_0"]
+  programs = [(stream.lowered_grams(block, layer, x, mask), texts)]
+  for program in sensitivity.lowered(model, params, x, mask):
+    programs.append((program, shape.num_layers * D * channel))
+  found = []
+  for program, waits in programs:
+    report = _report(program, devices)
+    if "error" in report:
+      return _fits(report, devices)
+    report["arguments"] += waits
+    found.append(_fits(report, devices))
+  return max(found, key=lambda one: one["arguments"] + one["scratch"])
 
 
 def _global_cost(program: Program, is_mask_update: bool) -> dict[str, float]:
@@ -302,7 +358,7 @@ def table(found: dict[str, Any]) -> str:
   programs = {
     f"{name} {program}": found[name][program]
     for name in ("dense", "compressed")
-    for program in ("step", "mask update")
+    for program in ("step", "mask update", "calibration")
     if program in found[name]
   }
   rows = [["per device", *programs]]

@@ -11,7 +11,7 @@ import numpy as np
 
 from folding.models import blocks
 from folding.models.shape import Shape
-from folding.models.transformer import model_for
+from folding.models.transformer import Transformer, model_for
 from folding.training.progress import track
 from folding.training.stream import (
   Batch,
@@ -73,6 +73,24 @@ def sensitivities(
     return f_DD + _REST * np.trace(f_DD) / D * np.eye(D)
 
   return jax.tree.map(mean, sums)
+
+
+def lowered(
+  model: Transformer, params: Any, x: Any, mask: Any
+) -> list[jax.stages.Lowered]:
+  """Returns the programs of `sensitivities` that need most memory.
+
+  Args:
+    model: Dense.
+    params: Shapes and shardings of its parameters.
+    x: Shape and sharding of a batch of the stream.
+    mask: The same of its mask.
+  """
+  block, top = make_block(model.shape, 0), model.read_out_params(params)
+  return [
+    _layer_sums.lower(block, params["blocks_0"], x, mask, x),
+    _output_gradient.lower(model, top, x, mask, 0),
+  ]
 
 
 def _batch_sums(model, params, batch, seed) -> dict[str, jax.Array]:

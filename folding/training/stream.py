@@ -362,6 +362,25 @@ def grams(_: None, tree: Any, mask: jax.Array) -> Any:
   return jax.tree.map(lambda a: _gram(a, mask), tree)
 
 
+def lowered_grams(
+  block: Block, params: Any, x: Any, mask: Any
+) -> jax.stages.Lowered:
+  """Returns the program of the largest moments of a layer, that of W_down.
+
+  Args:
+    block: The layer.
+    params: Shapes and shardings of its parameters.
+    x: Shape and sharding of a batch of its input.
+    mask: The same of its mask.
+  """
+
+  def run(params, x, mask):
+    seen = capture(block, params, x, mask, ("down",), ("out",))
+    return seen, _of_both(grams, None, (seen["down"], mask))
+
+  return jax.jit(run).lower(params, x, mask)
+
+
 def flat(a: jax.Array) -> jax.Array:
   """Returns an array [B, L, ...] as float32[B, L, F]; it may have no rows."""
   size = math.prod(a.shape[2:])
