@@ -33,6 +33,10 @@ class Moments(NamedTuple):
       return self.second_II
     return self.second_II - np.outer(self.mean_I, self.mean_I)
 
+  def mixed(self, mix: np.ndarray) -> "Moments":
+    """Returns the moments of a @ mix."""
+    return Moments(mix.T @ self.second_II @ mix, self.mean_I @ mix)
+
 
 class FoldedHeads(NamedTuple):
   """Folded query and key projections.
@@ -562,11 +566,14 @@ def regress(
     spectra = list(pool.map(_spectrum, gram_2nn))
   for half, (size, basis) in enumerate(spectra):
     other = 1 - half
-    projected = basis.T @ cross_2nm[half]
+    # In the basis of one half, so that ridges cost no products of matrices.
+    ours_nm, theirs_nm = (basis.T @ cross_2nm[at] for at in (half, other))
+    linear_n = np.sum(ours_nm * theirs_nm, axis=1)
+    square_nn = (basis.T @ gram_2nn[other] @ basis) * (ours_nm @ ours_nm.T)
     for i, ridge in enumerate(_RIDGES):
-      delta = basis @ (projected / _added(size, ridge)[:, None])
-      error[i] += square_2[other] - 2 * np.sum(delta * cross_2nm[other])
-      error[i] += np.sum(delta * (gram_2nn[other] @ delta))
+      scale_n = 1 / _added(size, ridge)
+      error[i] += square_2[other] - 2 * scale_n @ linear_n
+      error[i] += scale_n @ square_nn @ scale_n
   best = int(np.argmin(error))
   weights = solve_ridge(gram_2nn.sum(0), cross_2nm.sum(0), _RIDGES[best])
   if prior_nm is not None:

@@ -52,19 +52,23 @@ def sparsegpt(
   References: Frantar and Alistarh, "SparseGPT", 2023, algorithm 1.
   """
   inputs = len(w_IO)
-  inverse_II = _inverse(_damped(w_IO, moment_II, damping))
-  u_II = scipy.linalg.cholesky(inverse_II)  # U' U = C^-1
+  # Of C = R R', R upper, found from the last input to the first: U = R^-1.
+  c_II = _damped(w_IO, moment_II, damping)[::-1, ::-1]
+  u_II = _triangle_inverse(_factor(c_II))[::-1, ::-1]  # U' U = C^-1
   w_IO, removed = np.array(w_IO, np.float64), 0
   for begin in range(0, inputs, block):
     end = min(begin + block, inputs)
-    scale_B1 = np.diag(u_II)[begin:end, None]
+    w_BO, u_BB = w_IO[begin:end], u_II[begin:end, begin:end]
     wanted = _count(fraction, end * w_IO.shape[1])
-    drop_BO = _lowest(np.square(w_IO[begin:end] / scale_B1), wanted - removed)
+    scale_B1 = np.diag(u_BB)[:, None]
+    drop_BO = _lowest(np.square(w_BO / scale_B1), wanted - removed)
     removed = wanted
-    for i in range(begin, end):
-      error_O = np.where(drop_BO[i - begin], w_IO[i] / u_II[i, i], 0)
-      w_IO[i:] -= np.outer(u_II[i, i:], error_O)
-      w_IO[i][drop_BO[i - begin]] = 0.0  # exactly
+    error_BO = np.zeros_like(w_BO)
+    for i in range(end - begin):
+      error_BO[i] = np.where(drop_BO[i], w_BO[i] / u_BB[i, i], 0)
+      w_BO[i:] -= np.outer(u_BB[i, i:], error_BO[i])
+    w_BO[drop_BO] = 0.0  # exactly
+    w_IO[end:] -= u_II[begin:end, end:].T @ error_BO
   return w_IO
 
 
@@ -140,29 +144,31 @@ def removals(
   Yields:
     float64[I, O].
   """
-  inverse_II = _inverse(_damped(w_IO, moment_II, damping, np.median))
+  root_II = _triangle_inverse(
+    _factor(_damped(w_IO, moment_II, damping, np.median))
+  )
+  inverse_II = root_II.T @ root_II
+  count = len(w_IO) // unit
+  blocks = inverse_II.reshape(count, unit, count, unit)  # a view
   w_IO = np.array(w_IO, np.float64)
-  left = np.arange(len(w_IO))
+  weighted = w_IO if sensitivity_OO is None else w_IO @ sensitivity_OO
+  both = np.concatenate([w_IO, weighted], axis=1)  # they change alike
+  left = np.arange(count)
   for goal in goals:
-    count = len(left) // unit
-    w_NUO = w_IO[left].reshape(count, unit, -1)
-    block_NUU = inverse_II.reshape(count, unit, count, unit)[
-      range(count), :, range(count)
-    ]
-    solved_NUO = np.linalg.solve(block_NUU, w_NUO)
-    if sensitivity_OO is not None:
-      w_NUO = (w_IO[left] @ sensitivity_OO).reshape(w_NUO.shape)
-    cost_N = np.sum(solved_NUO * w_NUO, axis=(1, 2))
-    drop = np.repeat(_lowest(cost_N, count - goal), unit)
+    inverse_NUU = np.linalg.inv(blocks[left, :, left])
+    w_NUO, f_NUO = np.split(both.reshape(count, unit, -1)[left], 2, axis=2)
+    cost_N = np.sum(inverse_NUU @ w_NUO * f_NUO, axis=(1, 2))
+    is_gone = _lowest(cost_N, len(left) - goal)
+    drop = (left[is_gone, None] * unit + np.arange(unit)).reshape(-1)
+    left = left[~is_gone]
     # Block elimination: from C^-1 of all inputs to that of the remaining ones.
-    cross = inverse_II[np.ix_(drop, ~drop)]
-    moved = np.linalg.solve(inverse_II[np.ix_(drop, drop)], cross)
-    w_IO[left[~drop]] -= moved.T @ w_IO[left[drop]]
-    w_IO[left[drop]] = 0.0
-    inverse_II = inverse_II[np.ix_(~drop, ~drop)]
-    inverse_II -= cross.T @ moved
-    left = left[~drop]
-    yield w_IO.copy()
+    cross = inverse_II[drop]
+    root = _triangle_inverse(_factor(cross[:, drop]))
+    moved = root @ cross
+    both -= moved.T @ (root @ both[drop])
+    inverse_II -= moved.T @ moved
+    both[drop] = inverse_II[drop] = inverse_II[:, drop] = 0.0  # exactly
+    yield both[:, : w_IO.shape[1]].copy()
 
 
 def wanda(w_IO: Matrix, moment_II: Moment, fraction: float) -> Matrix:
@@ -199,8 +205,9 @@ def magnitude(w: np.ndarray, fraction: float) -> np.ndarray:
     >>> magnitude(np.array([[3.0, -1.0], [0.5, 2.0]]), 0.5).tolist()
     [[3.0, 0.0], [0.0, 2.0]]
   """
-  drop = _lowest(np.abs(w), _count(fraction, w.size))
-  return np.where(drop, 0.0, np.asarray(w, np.float64))
+  w = np.array(w)
+  w[_lowest(np.abs(w), _count(fraction, w.size))] = 0
+  return w
 
 
 def _damped(
@@ -221,16 +228,21 @@ def _damped(
   return moment_II
 
 
-def _inverse(moment_II: Moment) -> Moment:
-  """Returns the inverse of a positive definite matrix."""
+def _factor(moment_II: Moment) -> Moment:
+  """Returns the lower Cholesky factor of a positive definite matrix."""
   try:
-    factor = scipy.linalg.cho_factor(moment_II)
-    return scipy.linalg.cho_solve(factor, np.eye(len(moment_II)))
+    return np.linalg.cholesky(moment_II)
   except np.linalg.LinAlgError as error:
     raise ValueError(
       "the moment of a layer's input cannot be inverted; use more calibration "
       "text or damping"
     ) from error
+
+
+def _triangle_inverse(lower_II: Moment) -> Moment:
+  """Returns the inverse of a lower triangular matrix."""
+  [invert] = scipy.linalg.get_lapack_funcs(["trtri"], [lower_II])
+  return invert(lower_II, lower=1)[0]
 
 
 def _count(fraction: float, size: int) -> int:
@@ -241,6 +253,10 @@ def _count(fraction: float, size: int) -> int:
 
 def _lowest(score: np.ndarray, count: int) -> np.ndarray:
   """Returns True at the `count` lowest scores; the first of equal ones."""
-  drop = np.zeros(score.size, bool)
-  drop[np.argsort(score, axis=None, kind="stable")[:count]] = True
+  if not count:
+    return np.zeros(score.shape, bool)
+  flat = score.reshape(-1)
+  limit = np.partition(flat, count - 1)[count - 1]
+  drop = flat < limit
+  drop[np.flatnonzero(flat == limit)[: count - np.count_nonzero(drop)]] = True
   return drop.reshape(score.shape)

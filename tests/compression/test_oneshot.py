@@ -219,3 +219,10 @@ def test_magnitude_counts_a_fraction_that_rounds_down_as_whole():
   assert 0.29 * 100 < 29
   pruned = oneshot.magnitude(np.arange(1.0, 101.0), 0.29)
   assert np.flatnonzero(pruned == 0).tolist() == list(range(29))
+
+
+def test_magnitude_removes_the_first_of_equal_weights():
+  w = np.float32([[2, -1], [1, 1], [-2, 1]])
+  pruned = oneshot.magnitude(w, 0.5)
+  np.testing.assert_array_equal(pruned, [[2, 0], [0, 0], [-2, 1]])
+  assert pruned.dtype == w.dtype
