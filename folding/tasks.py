@@ -111,6 +111,9 @@ METRICS = {
   "pearson": Metric("Pearson {:.4f}", "Pearson correlation"),
   "spearman": Metric("Spearman {:.4f}", "Spearman correlation"),
   "cosine": Metric("cosine {:.4f}", "cosine to the teacher"),
+  "similarity": Metric(
+    "similarity {:.4f}", "correlation of similarities with the teacher's"
+  ),
   "perplexity": Metric("perplexity {:.2f}", "perplexity"),
   "bits_per_byte": Metric("bits per byte {:.4f}", "bits per byte"),
 }
@@ -330,7 +333,7 @@ def measure_score(outputs: Array, labels: Array) -> dict[str, float]:
 
 def correlation(of: Callable[..., Any], x: Array, y: Array) -> float:
   """Returns a correlation of `scipy.stats`; 0 if all x or all y are the same."""
-  if x.max() == x.min() or y.max() == y.min():
+  if not x.size or x.max() == x.min() or y.max() == y.min():
     return 0.0
   return float(of(x, y).statistic)
 
@@ -354,8 +357,8 @@ _ROWS = (
     output="float32[b, D]: vectors",
     aim="taught",
     loss=relative_distance,
-    loss_unit="squared distance to the teacher, relative",
-    metrics=("cosine", "spearman", "loss"),
+    loss_unit="distance to the teacher",
+    metrics=("cosine", "similarity", "spearman", "loss"),
   ),
   Task(
     name="classify",

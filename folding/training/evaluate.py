@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ def make_eval_step(
   """Returns a jitted function (params, batch) -> sums of `losses.summed_loss`.
 
   For tasks with labels it also returns "logits", "labels" and "weights" of the
-  rows. Sentence vectors are compared with those of the teacher, batch["taught"].
+  rows. For sentence vectors it returns "vectors", "taught" (those of the teacher,
+  from the batch) and "weights".
 
   Args:
     model: The Linen model.
@@ -40,10 +41,9 @@ def make_eval_step(
     if not task.predicts_tokens:
       out = read_out(variables, x, mask)
       sums = losses.summed_loss(task, out, batch)
-      if task.labels is None:
-        return sums
-      rows = {name: batch[name] for name in ("labels", "weights")}
-      return sums | {"logits": out.astype(np.float32), **rows}
+      name = "vectors" if task.makes_vectors else "logits"
+      rows = {x: batch[x] for x in (task.aim, "weights")}
+      return sums | {name: out.astype(np.float32), **rows}
 
     def summed(weights, block):
       logits = read_out({"params": weights}, block["x"])
@@ -82,22 +82,23 @@ def evaluate(
 
   Returns:
     {"loss": mean over tokens or examples}, and "num_tokens", "perplexity" and
-    "bits_per_byte" for next-token models. For others "num_examples", and the mean
-    "cosine" of vectors or the metrics of labels.
+    "bits_per_byte" for next-token models. For others "num_examples", and the metrics
+    of labels or of vectors: "similarity", from `similarity_to_teacher`, and the mean
+    "cosine" if the teacher's have the same width.
 
   Raises:
     TrainingError: the loss is not finite.
   """
   sums: dict[str, float] = collections.defaultdict(float)
-  rows: dict[str, list[np.ndarray]] = {"logits": [], "labels": []}
+  rows: dict[str, list[np.ndarray]] = collections.defaultdict(list)
   for batch in batches:
     found = distributed.to_host(eval_step(params, put_batch(mesh, batch)))
     for name in found.keys() & {"loss", "weight", "cosine"}:
       sums[name] += float(found[name])
-    if "logits" in found:
+    if "weights" in found:
       is_row = np.asarray(found["weights"]) > 0
-      for name, parts in rows.items():
-        parts.append(np.asarray(found[name])[is_row])
+      for name in found.keys() & {"logits", "labels", "vectors", "taught"}:
+        rows[name].append(np.asarray(found[name])[is_row])
   total, count = sums["loss"], sums["weight"]
   loss = total / count
   if not math.isfinite(loss):
@@ -105,7 +106,12 @@ def evaluate(
   if num_bytes is None:
     metrics = {"cosine": sums["cosine"] / count} if "cosine" in sums else {}
     if task.labels:
-      metrics = task.labels.measure(*map(np.concatenate, rows.values()))
+      logits, labels = (np.concatenate(rows[x]) for x in ("logits", "labels"))
+      metrics = task.labels.measure(logits, labels)
+    else:
+      metrics["similarity"] = similarity_to_teacher(
+        rows["vectors"], rows["taught"]
+      )
     return {"loss": loss, **metrics, "num_examples": round(count)}
   return {
     "loss": loss,
@@ -113,6 +119,32 @@ def evaluate(
     "bits_per_byte": total / math.log(2) / num_bytes,
     "num_tokens": round(count),
   }
+
+
+def similarity_to_teacher(
+  vectors: Sequence[np.ndarray], taught: Sequence[np.ndarray]
+) -> float:
+  """Returns the correlation of the cosines of all pairs of texts in a batch.
+
+  Args:
+    vectors: The student's, float[texts, D] of each batch.
+    taught: The teacher's, float[texts, E].
+
+  Returns:
+    Pearson's correlation over the pairs of all batches, from -1 to 1; 0 without
+    pairs.
+  """
+  from scipy import stats  # slow to import
+
+  def cosines(batches):
+    found = []
+    for batch in batches:
+      rows = batch.astype(np.float64)
+      rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-24)
+      found.append((rows @ rows.T)[np.triu_indices(len(rows), 1)])
+    return np.concatenate(found)
+
+  return correlation(stats.pearsonr, cosines(vectors), cosines(taught))
 
 
 def spearman_of_pairs(vectors: np.ndarray, scores: np.ndarray) -> float:

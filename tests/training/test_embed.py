@@ -128,6 +128,23 @@ def _cosines(a, b):
   return (a * b).sum(axis=1) / sizes
 
 
+def _units(vectors):
+  rows = np.asarray(vectors, np.float64)
+  return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _similarity(one, other, texts):
+  """Returns the correlation of two encoders' cosines, in batches of 8 texts."""
+  pairs = []
+  for model in (one, other):
+    found = []
+    for i in range(0, len(texts), 8):
+      v = _units(model.encode(texts[i : i + 8]))
+      found.append((v @ v.T)[np.tri(len(v), k=-1, dtype=bool)])
+    pairs.append(np.concatenate(found))
+  return np.corrcoef(*pairs)[0, 1]
+
+
 def test_metrics_of_a_run_are_those_of_its_encoder(source, run):
   workdir, result = run
   overall = result["parameters"]["overall"]
@@ -140,6 +157,8 @@ def test_metrics_of_a_run_are_those_of_its_encoder(source, run):
   texts = [text for text in split if isinstance(text, str)]
   cosines = _cosines(model.encode(texts), dense.encode(texts))
   assert result["test"]["cosine"] == pytest.approx(cosines.mean(), abs=1e-5)
+  expected = _similarity(model, dense, texts)
+  assert result["test"]["similarity"] == pytest.approx(expected, abs=1e-5)
   firsts, seconds, scores = sources.load_scored_pairs(str(source / "sts.tsv"))
   found = _cosines(model.encode(firsts), model.encode(seconds))
   spearman = stats.spearmanr(found, scores)[0]
