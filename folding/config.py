@@ -391,6 +391,7 @@ class DistillConfig:
   """Distillation from a dense teacher. A weight of 0 leaves its term out."""
 
   # A run or a checkpoint. None: the model of `pretrained`, or none if `dense`.
+  # Task "embed": of any shape and tokenizer; `pairs` needs no equal width.
   teacher: str | None = None
   logits: Share = 0.0  # share of the teacher's logits in the loss
   temperature: Positive = 2.0  # temperature of both softmaxes

@@ -26,6 +26,7 @@ from folding.data.padding import (
 )
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, flat
 from folding.errors import ConfigError
+from folding.models.hf_weights import find_pretrained, find_tokenizer
 from folding.tasks import task_of
 
 Batch: TypeAlias = dict[str, np.ndarray]
@@ -58,8 +59,8 @@ class Data:
     float32[B, C], 1 at the classes of a row ("multilabel").
   - `weights`: float32[B], 1 for a row, 0 for padding.
 
-  Task "embed" has no labels. If tokens have left the tokenizer, its batches also
-  have the texts as the teacher reads them: `whole_tokens`, `whole_mask`.
+  Task "embed" has no labels. If its teacher has another tokenizer, batches also
+  have the texts as the teacher reads them: `teacher_tokens`, `teacher_mask`.
 
   With several processes, each gets its share of the rows: B / count.
 
@@ -230,11 +231,14 @@ def _data_of_rows(
   if tokenizer is None:
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
     kept = texts if order.fpp.embedding_granularity == "trim" else None
-  whole = None  # tokenizer of the teacher of sentence vectors
-  makes_vectors = task_of(order).makes_vectors
-  if makes_vectors and isinstance(tokenizer, MappedTokenizer):
-    whole = tokenizers.load_tokenizer(data.tokenizer)
-  examples = _Rows(texts, tokenizer, data, seed=seed, share=share, whole=whole)
+  examples = _Rows(
+    texts,
+    tokenizer,
+    data,
+    seed=seed,
+    share=share,
+    teacher=_teacher_tokenizer(order, tokenizer),
+  )
   return Data(
     tokenizer=tokenizer,
     digest=_digest(texts, scores),
@@ -245,6 +249,20 @@ def _data_of_rows(
     scores=scores,
     texts=kept,
   )
+
+
+def _teacher_tokenizer(order: Order, tokenizer: Tokenizer) -> Tokenizer | None:
+  """Returns the tokenizer of the teacher of vectors; None: it is the same."""
+  if not task_of(order).makes_vectors:
+    return None
+  if order.distill.teacher is not None:
+    path = find_tokenizer(find_pretrained(order.distill.teacher))
+  elif isinstance(tokenizer, MappedTokenizer):
+    path = order.data.tokenizer
+  else:
+    return None
+  theirs = tokenizers.load_tokenizer(path)
+  return None if theirs.to_json() == tokenizer.to_json() else theirs
 
 
 def _digest(texts: sources.Texts, scores: np.ndarray | None) -> str:
@@ -334,7 +352,7 @@ class _Rows:
     *,
     seed: int,
     share: slice,
-    whole: Tokenizer | None = None,
+    teacher: Tokenizer | None = None,
   ):
     self._data, self._seed, self.share = data, seed, share
     self._pad_id, self._labels = tokenizer.pad_id, texts.labels
@@ -346,12 +364,11 @@ class _Rows:
       split: [row.astype(tokenizer.dtype) for row in found.ids]
       for split, found in rows.items()
     }
-    # The ids of a teacher, with another tokenizer.
-    self._whole: dict[str, list[np.ndarray]] = {}
-    if whole is not None:
-      self._whole_pad_id = whole.pad_id
-      self._whole = {
-        split: encode_rows(whole, found, data.length).ids
+    self._teacher_ids: dict[str, list[np.ndarray]] = {}
+    if teacher is not None:
+      self._teacher_pad_id = teacher.pad_id
+      self._teacher_ids = {
+        split: encode_rows(teacher, found, data.length).ids
         for split, found in texts.texts.items()
       }
     self._seconds = {split: found.seconds for split, found in rows.items()}
@@ -366,7 +383,7 @@ class _Rows:
 
   def _lengths(self, split: str, index: np.ndarray) -> list[int]:
     """Returns the tokens per row, by the tokenizer that makes more of them."""
-    parts = [x[split] for x in (self._ids, self._whole) if x]
+    parts = [x[split] for x in (self._ids, self._teacher_ids) if x]
     return [max(part[i].size for part in parts) for i in index]
 
   def train_batch(self, step: int, share: slice) -> Batch:
@@ -422,10 +439,10 @@ class _Rows:
       labels = np.zeros((size, *found.shape[1:]), found.dtype)
       labels[: len(index)] = found[index]
       batch["labels"] = labels
-    if self._whole:
-      rows = [self._whole[split][i] for i in index]
-      batch["whole_tokens"], batch["whole_mask"] = padded(
-        rows, shape, self._whole_pad_id
+    if self._teacher_ids:
+      rows = [self._teacher_ids[split][i] for i in index]
+      batch["teacher_tokens"], batch["teacher_mask"] = padded(
+        rows, shape, self._teacher_pad_id
       )
     seconds = self._seconds[split]
     if self.has_segments and seconds is not None:

@@ -241,7 +241,7 @@ class Run(Program):
     for number, batch in enumerate(batches):
       if number == len(known):
         read = {
-          name: batch.get(f"whole_{name}", batch[name])
+          name: batch.get(f"teacher_{name}", batch[name])
           for name in ("tokens", "mask")
         }
         known += (rows[own].copy() for rows in self._vectors(*teacher, [read]))

@@ -32,7 +32,9 @@ def summed_loss(
     batch: Also "weights", one per target or row; 0 leaves it out.
 
   Returns:
-    {"loss", "weight", and "cosine" of vectors}: float32[] sums over the batch.
+    {"loss", "weight", and "cosine" of vectors}: float32[] sums over the batch. If
+    the teacher's vectors have another width, there is no "cosine", and the loss is
+    that of `pairs_loss`.
 
   Raises:
     AssertionError: output, labels and weights do not fit in shape.
@@ -42,6 +44,9 @@ def summed_loss(
   if task.labels and task.labels.kind == "score":
     width = 1
   chex.assert_shape(out, (*weights.shape, width))
+  if task.makes_vectors and aim.shape != out.shape:
+    weight = jnp.sum(weights)
+    return {"loss": weight * pairs_loss(out, aim, weights), "weight": weight}
   chex.assert_shape(aim, out.shape if aim.ndim == out.ndim else weights.shape)
   sums = {
     "loss": jnp.sum(task.loss(out, aim) * weights),
@@ -134,14 +139,14 @@ def summed_soft_loss(
 
 def pairs_loss(
   vectors: Float[Array, "B D"],
-  taught: Float[Array, "B D"],
+  taught: Float[Array, "B E"],
   weights: Float[Array, " B"],
 ) -> Float[Array, ""]:
   """Returns the mean squared error of the cosines of all pairs of texts.
 
   Args:
     vectors: The student's.
-    taught: The teacher's.
+    taught: The teacher's, perhaps of another width.
     weights: 0 leaves a text out.
   """
 

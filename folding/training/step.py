@@ -467,8 +467,8 @@ def _encode_taught(
   capture = _capture(options)
   out = options.teacher.apply(
     {"params": teacher_params},
-    batch.get("whole_tokens", batch["tokens"]),
-    batch.get("whole_mask", batch.get("mask")),
+    batch.get("teacher_tokens", batch["tokens"]),
+    batch.get("teacher_mask", batch.get("mask")),
     True,
     batch.get("segments"),
     method="encode",
@@ -496,7 +496,7 @@ def _read_out(options: StepOptions, weights, block) -> tuple[Any, Any]:
   taught = teacher.apply(
     {"params": weights["teacher"]},
     block["taught"],
-    block.get("whole_mask", mask),
+    block.get("teacher_mask", mask),
     method="read_out",
   )
   return out, jax.lax.stop_gradient(taught)
@@ -514,7 +514,9 @@ def _summed(options: StepOptions, weights, block) -> dict[str, Any]:
     )
   if taught is not None and distill.pairs:
     pairs = losses.pairs_loss(out, taught, block["weights"])
-    sums["loss"] += sums["weight"] * (distill.pairs * pairs)
+    # With a teacher of another width, pairs are all that `summed_loss` compares.
+    own = sums["loss"] if out.shape == taught.shape else 0.0
+    sums["loss"] = own + sums["weight"] * (distill.pairs * pairs)
   return sums
 
 
@@ -527,7 +529,7 @@ def _hidden_loss(
     return losses.hidden_loss(hidden, taught, mask)
   # The teacher of vectors may have another tokenizer.
   hidden = _text_means(hidden, mask)
-  taught = _text_means(taught, batch.get("whole_mask", mask))
+  taught = _text_means(taught, batch.get("teacher_mask", mask))
   return losses.hidden_loss(hidden, taught, None)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -9,16 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import paths
-from folding.config import HEAD, SHAPE, ModelConfig, Order
+from folding.config import (
+  HEAD,
+  SHAPE,
+  Config,
+  DataConfig,
+  ModelConfig,
+  Order,
+  resolve,
+)
 from folding.data.batches import Data
 from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
 from folding.data.trim import trimmed
 from folding.errors import ConfigError
-from folding.models.hf_weights import (
-  load_pretrained,
-)
+from folding.models import sentence
+from folding.models.hf_weights import find_pretrained, load_pretrained
 from folding.models.shape import Shape, model_of, shape_of
-from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.models.transformer import (
+  Transformer,
+  make_model,
+  model_for,
+  param_shapes,
+)
 from folding.tasks import Task, task_of
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
@@ -255,7 +268,8 @@ def teacher_of(
   """Returns the dense teacher of a run, None without distillation.
 
   Its parameters are bfloat16; each layer computes in `model.dtype`. That of task
-  "embed", which metrics too compare with, is exact and keeps all tokens.
+  "embed", which metrics too compare with, is exact and keeps all tokens. If
+  `distill.teacher` names it, its shape and tokenizer are its own.
 
   Args:
     shape: Shape of the model that it teaches.
@@ -264,7 +278,8 @@ def teacher_of(
     source: A model that was read before.
 
   Raises:
-    ConfigError: task "embed" has no teacher, or nothing to train.
+    ConfigError: task "embed" has no teacher, or nothing to train; or see
+      `_encoder`.
   """
   d, task = order.distill, task_of(order)
   if not (d.is_used or task.makes_vectors):
@@ -280,6 +295,8 @@ def teacher_of(
       f"task {task.name!r} learns from a trained encoder; set pretrained=PATH, "
       "as configs/embed.py does"
     )
+  if task.makes_vectors and d.teacher:
+    return _encoder(d.teacher, shape, order)
   if source is None or source.path != path:
     source = read_source(path, data, task, segments=shape.segments > 0)
   model, params, _ = dense_start(
@@ -290,6 +307,70 @@ def teacher_of(
   params = without_trimmed(data.tokenizer, params, task.predicts_tokens)
   half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
   return model.clone(vocab_size=data.tokenizer.vocab_size), half
+
+
+def _encoder(
+  path: str, ours: Shape, order: Order
+) -> tuple[Transformer, dict[str, Any]]:
+  """Returns a teacher of vectors, of its own shape and tokenizer.
+
+  Args:
+    path: Checkpoint folder, hub id or run of task "embed".
+    ours: Shape of the model that it teaches.
+    order: Has the losses and the metric that compare the two.
+
+  Raises:
+    ConfigError: the teacher cannot be read, makes no vectors or reads fewer
+      tokens, or a loss or metric needs a teacher of another shape.
+  """
+  if _is_run(path):
+    config, params, _ = load_run(path)
+    shape = shape_of(config)
+    if shape.output != "vector":
+      raise ConfigError(f"{path} makes no vectors; give a sentence encoder")
+  else:
+    shape, params = _encoder_of_folder(find_pretrained(path))
+  if shape.max_length < ours.max_length:
+    raise ConfigError(
+      f"{path} reads at most {shape.max_length} tokens; lower data.length"
+    )
+  edits = []
+  is_wide = shape.width != ours.width
+  if order.distill.hidden and (is_wide or shape.num_layers != ours.num_layers):
+    edits.append("distill.hidden=0")
+  if is_wide and not order.distill.pairs:
+    edits.append("distill.pairs=1")
+  if is_wide and order.train.metric in (None, "cosine"):
+    edits.append("train.metric=similarity")
+  if edits:
+    raise ConfigError(
+      f"{path} has {shape.num_layers} layers of width {shape.width}, and the model "
+      f"{ours.num_layers} of {ours.width}; set {', '.join(edits)}"
+    )
+  return model_for(shape, params), params
+
+
+def _encoder_of_folder(folder: pathlib.Path) -> tuple[Shape, dict[str, Any]]:
+  """Returns shape and parameters of a Hugging Face sentence encoder."""
+  found, how = load_pretrained(folder, task="embed"), sentence.read(folder)
+  if how is None and found.config.causal:
+    raise ConfigError(
+      f"{folder} is a language model, and no {sentence.MODULES} says how it makes "
+      "a vector of a text"
+    )
+  how = how or sentence.Sentence()
+  length = min(found.max_length, how.max_length or found.max_length)
+  params = {name: w for name, w in found.params.items() if name != "pooler"}
+  if "position_embed" in params:
+    w = params["position_embed"]["embedding"]
+    params["position_embed"] = {"embedding": w[:length]}
+  config = Config(
+    task="embed",
+    preset="none",
+    data=DataConfig(length=length),
+    model=how.applied(found.config),
+  )
+  return shape_of(resolve(config)), params
 
 
 def without_trimmed(

@@ -134,9 +134,9 @@ CASES = [
 ]
 
 
-def description(name, head):
+def description(name, head, **fields):
   """Returns the description of a tiny checkpoint with this head."""
-  values = dict(FAMILIES[name])
+  values = FAMILIES[name] | fields
   if head == "classify":
     values["architectures"] = ["AnyForSequenceClassification"]
     values["id2label"] = {str(i): f"class {i}" for i in range(C)}
@@ -182,9 +182,16 @@ def random_params(described, seed=0):
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def write(folder, name, head="none"):
-  """Writes a checkpoint by our own export, and returns its parameters."""
-  described = description(name, head)
+def write(folder, name, head="none", **fields):
+  """Writes a checkpoint by our own export, and returns its parameters.
+
+  Args:
+    folder: A new folder.
+    name: Key of `FAMILIES`.
+    head: As for `description`.
+    **fields: Other values of config.json.
+  """
+  described = description(name, head, **fields)
   params = random_params(described)
   hf_weights.save_pretrained(
     folder, params, described, bos_token_id=1, eos_token_id=2

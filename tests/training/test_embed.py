@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import onnxruntime
+import optax
 import pytest
 from scipy import stats
 
@@ -16,13 +18,18 @@ from configs import embed as embed_config
 from folding import config as c
 from folding import files
 from folding.data import sources, tokenizers
+from folding.data.batches import make_data
 from folding.errors import ConfigError
+from folding.models import sentence
+from folding.models.shape import shape_of
 from folding.reporting import report
 from folding.serving import export as export_lib
 from folding.serving import onnx_export
 from folding.tasks import TASKS
 from folding.training import evaluate, loop, losses, run_dir, shrink_run
 from folding.training.recipe import recipe
+from folding.training.step import train_step
+from folding.training.trained import teacher_of
 from folding.typed import edited
 from tests.models import checkpoints
 from tests.training.test_distributed import free_address, start
@@ -78,6 +85,29 @@ def source(tmp_path_factory):
   header = "score\tsentence1\tsentence2"
   (folder / "sts.tsv").write_text("\n".join([header, *rows]) + "\n")
   return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(source):
+  """Returns the folder of an encoder of another width, depth and tokenizer."""
+  folder = source / "teacher"
+  checkpoints.write(folder, "mpnet", hidden_size=24, num_hidden_layers=1)
+  path = folder / "tokenizer.json"
+  # Other ids, "f" is unknown, and a text has no <s> and </s>.
+  checkpoints.write_tokenizer(path, [*checkpoints.WORDS[:4], *"edcba"])
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps(values | {"post_processor": None}))
+  return folder
+
+
+def taught(source, teacher, **fields):
+  """Returns the config of a short recovery by that teacher."""
+  edits = {
+    "distill.teacher": str(teacher),
+    "distill.hidden": 0.0,
+    "train.metric": "similarity",
+  }
+  return edited(short(source), edits | fields)
 
 
 def short(folder, **fields):
@@ -166,6 +196,88 @@ def test_metrics_of_a_run_are_those_of_its_encoder(source, run):
   assert loop.evaluate_run(str(workdir))["cosine"] == result["test"]["cosine"]
 
 
+def test_gradient_by_a_teacher_of_another_width_is_that_of_float64(
+  source, teacher
+):
+  config = c.resolve(taught(source, teacher))
+  data, shape = make_data(config), shape_of(config)
+  run = loop.Run(shape, data, config)
+  found = teacher_of(shape, data, config)
+  assert found is not None
+  model, teacher_params = found
+  batch = jax.tree.map(jnp.asarray, data.train_batch(0))
+  texts = [data.tokenizer.decode(row) for row in batch["tokens"]]
+  target_BB = (u := _units(folding.load(teacher).encode(texts))) @ u.T
+  state = run.init()
+
+  @jax.jit
+  def encode(params):
+    return run.model.apply({"params": params}, batch["tokens"], batch["mask"])
+
+  out, pullback = jax.vjp(encode, state.params)
+  sizes = np.linalg.norm(np.asarray(out, np.float64), axis=1, keepdims=True)
+  v = _units(out)
+  cosines = v @ v.T
+  error = cosines - target_BB
+  np.fill_diagonal(error, 0)
+  count = len(v) * (len(v) - 1)
+  grad = 4 / count * (error @ v - (error * cosines).sum(1)[:, None] * v) / sizes
+  [expected] = pullback(jnp.asarray(grad, jnp.float32))
+
+  sgd = optax.with_extra_args_support(optax.sgd(1.0))
+  options = dataclasses.replace(run.options(model), tx=sgd, rules=[])
+  before = state._replace(opt_state=sgd.init(state.params))
+  step = functools.partial(train_step, options=options, is_mask_update=False)
+  after, metrics = jax.jit(step)(
+    before, batch, seed=run.seed, teacher_params=teacher_params
+  )
+  assert metrics["loss"] == pytest.approx((error**2).sum() / count, rel=1e-5)
+  found = jax.tree.map(np.subtract, before.params, after.params)
+  chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def taught_run(source, teacher, tmp_path_factory):
+  """Returns the directory of a run by that teacher, and its result."""
+  workdir = tmp_path_factory.mktemp("taught_run") / "run"
+  return workdir, loop.run(taught(source, teacher), str(workdir))
+
+
+@pytest.mark.slow
+def test_similarity_of_a_run_is_that_of_its_encoders(
+  source, teacher, taught_run
+):
+  workdir, result = taught_run
+  texts = sources.load_texts(short(source).data, "embed").texts["test"]
+  expected = _similarity(folding.load(workdir), folding.load(teacher), texts)
+  assert result["test"]["similarity"] == pytest.approx(expected, abs=1e-5)
+  assert "cosine" not in result["test"]
+  page = report.describe(report.load_run(str(workdir)))
+  assert "similarities" in page
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"distill.hidden": 1.0}, "set distill.hidden=0"),
+    ({"distill.pairs": 0.0}, "set distill.pairs=1"),
+    ({"train.metric": None}, "set train.metric=similarity"),
+    ({"data.length": 10}, "reads at most 9 tokens"),
+  ],
+)
+def test_comparison_that_needs_equal_widths_is_refused(
+  source, teacher, tmp_path, fields, words
+):
+  if "data.length" in fields:
+    teacher = shutil.copytree(teacher, tmp_path / "short")
+    sentence.write(teacher, c.ModelConfig(), 9)
+  config = taught(source, teacher, **fields)
+  with pytest.raises(ConfigError, match=words) as error:
+    loop.run(config, str(tmp_path / "run"))
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
 def test_report_and_export_of_a_run(source, run, tmp_path):
   report.write_report(str(run[0]))
   text = (run[0] / "report.md").read_text("utf-8")
@@ -230,7 +342,9 @@ def _unfinished(run, workdir):
 
 
 @pytest.mark.slow
-def test_run_resumes_bit_for_bit(run, tmp_path):
+@pytest.mark.parametrize("fixture", ["run", "taught_run"])
+def test_run_resumes_bit_for_bit(fixture, request, tmp_path):
+  run = request.getfixturevalue(fixture)
   workdir, result = tmp_path / "run", run[1]
   _unfinished(run, workdir)
   again = loop.resume_run(str(workdir))
