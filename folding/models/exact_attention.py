@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.models import blocks
+from folding.models import attention_kernel, blocks
 
 MASKED = -1e30  # finite, so that a row without any key has no NaN
 QUERIES = 32  # per block of a short causal sequence
@@ -88,6 +88,9 @@ def attend_whole(
 ) -> Float[Array, "B L H r"]:
   """Returns `attend` within whole sequences, in blocks if causal or long.
 
+  A kernel for TPUs attends in long sequences without a learned bias, if the mesh
+  of the context is known, see `attention_kernel`.
+
   Args:
     q_BLHG: Queries.
     k_BLJG: Keys.
@@ -120,6 +123,20 @@ def attend_whole(
       )
     return jnp.concatenate(outs, axis=1)
 
+  mesh = attention_kernel.find_mesh()
+  is_long = length > blocks.SIZES["default"]
+  has_bias = any(bias is not None for bias in biases)
+  if mesh is not None and is_long and not has_bias:
+    return attention_kernel.attend(
+      q_BLHG,
+      k_BLJG,
+      v_BLIr,
+      mask_BL,
+      causal=causal,
+      window=window,
+      mesh=mesh,
+      **options,
+    )
   if G == 1:
     # The logits are the same. XLA turns a product with G = 1 into elementwise
     # work, which is slow on TPUs.

@@ -13,11 +13,14 @@ from jax.sharding import Mesh
 from folding.errors import TrainingError
 from folding.tasks import Task, correlation
 from folding.training import distributed, losses
-from folding.training.sharding import put_batch
+from folding.training.sharding import kernels_on, put_batch
 
 
 def make_eval_step(
-  model: Any, task: Task, mesh: Mesh | None = None
+  model: Any,
+  task: Task,
+  mesh: Mesh | None = None,
+  kernel_mesh: Mesh | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
   """Returns a jitted function (params, batch) -> sums of `losses.summed_loss`.
 
@@ -29,14 +32,16 @@ def make_eval_step(
     model: The Linen model.
     task: What it is trained for.
     mesh: Where batches are placed; None: on one device.
+    kernel_mesh: Devices that kernels are split over; None: no kernels.
   """
 
   def eval_step(params, batch):
     variables, mask = {"params": params}, batch.get("mask")
     segments = batch.get("segments")
-    x = model.apply(
-      variables, batch["tokens"], mask, True, segments, method="encode"
-    )
+    with kernels_on(kernel_mesh):
+      x = model.apply(
+        variables, batch["tokens"], mask, True, segments, method="encode"
+      )
     read_out = functools.partial(model.apply, method="read_out")
     if not task.predicts_tokens:
       out = read_out(variables, x, mask)

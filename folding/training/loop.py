@@ -88,7 +88,9 @@ class Run(Program):
       targets=targets,
     )
     self.data = data
-    self._eval_step = make_eval_step(self.model, self.task, self.mesh)
+    self._eval_step = make_eval_step(
+      self.model, self.task, self.mesh, self.kernel_mesh
+    )
     self._taught: dict[str, list[np.ndarray]] = {}
     self._compactor = Compactor(self)
 

@@ -6,6 +6,7 @@ batches, parameters and all arrays shaped like parameters. "tensor" splits
 heads, neurons and the vocabulary, and the activations that belong to them.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -294,6 +295,13 @@ def pin_rows(mesh: Mesh | None, x: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
   return jax.tree.map(pin, x)
+
+
+def kernels_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+  """Lets models use kernels, split over this mesh; None: they use none."""
+  if mesh is None:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def sum_over_rows(

@@ -65,6 +65,7 @@ class StepOptions:
       memory. Apart from dropout, the update equals that of the whole batch up
       to rounding.
     mesh: Pins activations to the sharding of the batch rows; None: no mesh.
+    kernel_mesh: Devices that kernels are split over; None: no kernels.
     teacher: The teacher's Linen model; None: train on the labels only.
     distill: Weights of the teacher's losses.
   """
@@ -76,6 +77,7 @@ class StepOptions:
   removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
   accumulate: int = 1
   mesh: Mesh | None = None
+  kernel_mesh: Mesh | None = None
   teacher: Any = None
   distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
 
@@ -115,6 +117,7 @@ class Program:
     targets: Fractions that a plan chose to prune; None: those of `order.fpp`.
     task: The row of its task.
     mesh: The devices.
+    kernel_mesh: The same; None: no kernels.
     model: The Linen model.
     tx: The optimizer, FPP included.
     rules: The rules of FPP.
@@ -153,6 +156,7 @@ class Program:
       ConfigError: a rule of FPP or of the mesh does not fit the parameters.
     """
     self.order, self.targets, self.mesh = order, targets, mesh
+    self.kernel_mesh = mesh if order.mesh.attention_kernel else None
     self.task = task_of(order)
     plain_size = plain_size or vocab_size
     make = functools.partial(make_model, num_classes=num_classes)
@@ -215,6 +219,7 @@ class Program:
       removed=self.removed,
       accumulate=self.order.train.accumulate,
       mesh=self.mesh,
+      kernel_mesh=self.kernel_mesh,
       teacher=teacher,
       distill=self.order.distill,
     )
@@ -448,7 +453,8 @@ def _encode(
   inputs = batch["tokens"], mask, False, batch.get("segments")
   how = {"method": "encode", "rngs": {"dropout": key}, **capture}
   stats = {}
-  with nn.intercept_methods(_pin_blocks(options.mesh)):
+  pin = nn.intercept_methods(_pin_blocks(options.mesh))
+  with sharding.kernels_on(options.kernel_mesh), pin:
     if has_stats:
       out, stats = observe(apply)(variables, *inputs, keep=mask, **how)
     else:
@@ -465,15 +471,16 @@ def _encode_taught(
 ) -> tuple[jax.Array, Any]:
   """Returns the output of the teacher's last block, and its hidden states."""
   capture = _capture(options)
-  out = options.teacher.apply(
-    {"params": teacher_params},
-    batch.get("teacher_tokens", batch["tokens"]),
-    batch.get("teacher_mask", batch.get("mask")),
-    True,
-    batch.get("segments"),
-    method="encode",
-    **capture,
-  )
+  with sharding.kernels_on(options.kernel_mesh):
+    out = options.teacher.apply(
+      {"params": teacher_params},
+      batch.get("teacher_tokens", batch["tokens"]),
+      batch.get("teacher_mask", batch.get("mask")),
+      True,
+      batch.get("segments"),
+      method="encode",
+      **capture,
+    )
   return jax.lax.stop_gradient(out if capture else (out, {}))
 
 

@@ -26,7 +26,7 @@ def unfolded(x, K):
   return np.stack([x[..., k // (K // G)] for k in range(K)], -1)
 
 
-def attend(q, k, v, bias, keep):
+def attend(q, k, v, bias, keep, cap=math.inf):
   """Softmax attention by loops, on unfolded queries and keys."""
   K = v.shape[-1]
   q, k, v, bias = wide(unfolded(q, K), unfolded(k, K), v, bias)
@@ -39,6 +39,8 @@ def attend(q, k, v, bias, keep):
     for j in range(num_keys):
       if keep is None or keep[b, j]:
         logits[j] = q[b, i, h] @ k[b, j, key_head] / np.sqrt(K)
+        if cap < math.inf:
+          logits[j] = cap * np.tanh(logits[j] / cap)
         logits[j] += bias[h % len(bias), i, j]
     weight = np.exp(logits - logits.max())
     for j in range(num_keys):

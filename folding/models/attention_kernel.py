@@ -1,0 +1,201 @@
+"""Exact attention by splash attention, JAX's kernel for TPUs.
+
+The logits of a block stay in the memory of the chip's cores, where XLA writes
+those of `blocks` to the main memory.
+
+The compiler cannot split a kernel over devices. `shard_map` splits it, over the
+mesh of the context (`jax.set_mesh`): heads over "tensor", rows over the other
+axes. Without such a mesh there is no kernel.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+SIZE = 1024  # most positions of a block
+_LANES = 128  # a block is a multiple of this
+# Sides of the blocks of queries and of keys, forward and in both backward kernels.
+_BLOCKS = (
+  *("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"),
+  *("block_q_dq", "block_kv_dq"),
+)
+
+# Products with the size of the logits: of queries and keys or their gradients, and
+# of values or their gradients.
+_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+_CALL = re.compile(
+  r'custom_call_target="tpu_custom_call".*\bop_name="[^"]*\bproducts_(\d+)_(\d+)\b'
+  r'[^"]*\bsplash_mha_([a-z]+)_'
+)
+
+
+def find_mesh() -> AbstractMesh | None:
+  """Returns the mesh of the context if its devices are TPUs, otherwise None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kind = getattr(mesh.abstract_device, "device_kind", "")
+  is_splittable = set(mesh.axis_types) == {AxisType.Auto}
+  return mesh if kind.startswith("TPU") and is_splittable else None
+
+
+def attend(
+  q_BLHG: Float[Array, "B L H G"],
+  k_BLJG: Float[Array, "B L J G"],
+  v_BLIr: Float[Array, "B L I r"],
+  mask_BL: Bool[Array, "B L"] | None,
+  *,
+  causal: bool,
+  window: int | None = None,
+  head_dim: int,
+  cap: float | None = None,
+  mesh: Mesh | AbstractMesh,
+  interpret: bool = False,
+) -> Float[Array, "B L H r"]:
+  """Returns `exact_attention.attend_whole` without a position bias.
+
+  The outputs of pad tokens are other numbers: they attend to pad tokens.
+
+  Args:
+    q_BLHG: Queries.
+    k_BLJG: Keys.
+    v_BLIr: Values.
+    mask_BL: False at pad tokens; None: no padding.
+    causal: Whether later keys are hidden.
+    window: Keys at this distance and beyond are hidden; None: none are.
+    head_dim: K.
+    cap: Limit of the logits, see `exact_attention.soft_cap`.
+    mesh: Devices that share the work.
+    interpret: Runs the kernel on a CPU, slowly.
+  """
+  B, L, _, G = q_BLHG.shape
+  value_heads = v_BLIr.shape[2]
+  count = -(-L // SIZE)
+  size = -(-L // (count * _LANES)) * _LANES
+  padding = count * size - L
+  if padding and mask_BL is None and not causal:
+    mask_BL = jnp.ones((B, L), bool)  # hides the keys that are added below
+  q_BLHG *= jnp.asarray(head_dim**0.5 / G, q_BLHG.dtype)  # = (K / G) / sqrt(K)
+  # The kernel has as many heads of keys as of values.
+  k_BLIG = jnp.repeat(k_BLJG, value_heads // k_BLJG.shape[2], axis=2)
+  heads = [
+    jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    for x in (q_BLHG, k_BLIG, v_BLIr)
+  ]
+  if mask_BL is not None:
+    mask_BL = jnp.pad(mask_BL.astype(jnp.int32), ((0, 0), (0, padding)))
+
+  def attend_shard(mask_BL, q_BHLG, *keys):
+    call = _kernel(
+      q_BHLG.shape[1],
+      (count, size),
+      causal=causal,
+      window=window,
+      attn_logits_soft_cap=cap,
+      interpret=interpret,
+    )
+    # `flops_of` reads the scope.
+    blocks_LM = _seen_blocks(count, size, causal=causal, window=window)
+    logits = 2 * math.prod(q_BHLG.shape[:2]) * size**2 * int(blocks_LM.sum())
+    key, value = (
+      logits * -(-n // _LANES) * _LANES for n in (G, v_BLIr.shape[3])
+    )
+    with jax.named_scope(f"products_{key}_{value}"):
+      return jax.vmap(call)(mask_BL, q_BHLG, *keys)
+
+  rows, tensor = _split(mesh, B, value_heads)
+  spec = PartitionSpec(rows, tensor)
+  out_BHLr = jax.shard_map(
+    attend_shard,
+    mesh=mesh,
+    in_specs=(PartitionSpec(rows), *[spec] * 3),
+    out_specs=spec,
+    check_vma=False,
+  )(mask_BL, *heads)
+  return out_BHLr[:, :, :L].swapaxes(1, 2)
+
+
+def flops_of(instruction: str) -> int:
+  """Returns the FLOP of an instruction in HLO; 0 if it is not the kernel.
+
+  Hidden keys in the blocks that it computes count, and heads of fewer channels than
+  the 128 that a TPU multiplies.
+
+  Args:
+    instruction: In one line.
+  """
+  found = _CALL.search(instruction)
+  if not found:
+    return 0
+  keys, values = _PRODUCTS[found[3]]
+  return keys * int(found[1]) + values * int(found[2])
+
+
+def _seen_blocks(
+  count: int, size: int, *, causal: bool, window: int | None
+) -> Bool[np.ndarray, "N N"]:
+  """Returns which blocks of keys each block of queries meets."""
+  apart = np.arange(count)[:, None] - np.arange(count)
+  # The nearest positions of blocks d apart are (d - 1) L + 1 apart.
+  far = count if window is None else (window - 2) // size + 1
+  return (apart <= far) & (apart >= (0 if causal else -far))
+
+
+def _split(
+  mesh: Mesh | AbstractMesh, rows: int, heads: int
+) -> tuple[tuple[str, ...] | None, str | None]:
+  """Returns the mesh axes that split the rows and the heads, None: none do."""
+  tensor = "tensor" if heads % mesh.shape.get("tensor", 1) == 0 else None
+  others = tuple(name for name in mesh.axis_names if name != "tensor")
+  is_split = rows % math.prod(mesh.shape[name] for name in others) == 0
+  return others if is_split else None, tensor
+
+
+def _kernel(
+  num_heads: int,
+  blocks: tuple[int, int],
+  *,
+  causal: bool,
+  window: int | None,
+  **options: Any,
+) -> Callable[..., Array]:
+  """Returns a function of one row's heads.
+
+  It maps (is_token_L, q_HLG, k_IMG, v_IMr) to the output; `is_token_L` is 1, or 0
+  at pad tokens, or None.
+
+  Args:
+    num_heads: H.
+    blocks: Number of blocks, and positions of each.
+    causal: As `attend`.
+    window: As `attend`.
+    **options: Of the kernel.
+  """
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow
+
+  count, size = blocks
+  square = (count * size, count * size)
+  mask = splash.FullMask(square)
+  if causal or window is not None:
+    far = None if window is None else window - 1
+    mask = splash.LocalMask(square, (far, 0 if causal else far), offset=0)
+  call = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * num_heads),
+    block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCKS, size)),
+    head_shards=1,
+    q_seq_shards=1,
+    **options,
+  )
+
+  def attend(is_token_L, *heads):
+    segments = None
+    if is_token_L is not None:
+      segments = splash.SegmentIds(is_token_L, is_token_L)
+    return call(*heads, segments)
+
+  return attend

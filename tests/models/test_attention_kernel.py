@@ -1,0 +1,136 @@
+"""The attention kernel for TPUs, interpreted on CPUs, against loops in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from folding.models import attention_kernel, exact_attention
+from tests.models import oracle
+from tests.models.layers import K, normal
+
+L = 130  # two blocks of 128 positions, the second one padded
+TOLERANCE = 1e-5  # sums of a hundred float32 products
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+  monkeypatch.setattr(attention_kernel, "SIZE", 128)
+
+
+def make_mesh(*sizes):
+  kinds = (AxisType.Auto,) * 3
+  return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), kinds)
+
+
+def results(q, k, v, keep, cotangent, **options):
+  """Returns the output, and the gradients of its product with a cotangent."""
+  options = {"causal": True, "mesh": make_mesh(1, 1, 1)} | options
+  attend = functools.partial(
+    attention_kernel.attend, head_dim=K, interpret=True, **options
+  )
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+  def run(q, k, v):
+    out = attend(q, k, v, keep)
+    return (out * cotangent).sum(), out
+
+  (_, out), gradients = run(q, k, v)
+  return out, gradients
+
+
+# Groups, heads of keys and of values, numbers per value, options, padding.
+WINDOW_TWO_WAYS = {"window": 7, "causal": False}
+CASES = {
+  "causal": (K, 2, 2, K, {}, None),
+  "both_ways": (K, 2, 2, K, {"causal": False}, None),
+  "shared_keys_window": (K, 1, 1, K, {"window": 20}, None),
+  "capped_padded": (K, 2, 2, K, {"cap": 0.5}, "right"),
+  "folded_left_padded": (1, 2, 2, K, {}, "left"),
+  "folded_low_rank_window": (2, 1, 2, 3, WINDOW_TWO_WAYS, "right"),
+}
+
+
+@pytest.mark.parametrize(
+  ("groups", "key_heads", "value_heads", "r", "options", "padded"),
+  CASES.values(),
+  ids=CASES,
+)
+def test_kernel_equals_loops_in_float64(
+  groups, key_heads, value_heads, r, options, padded
+):
+  inputs = (
+    normal(0, 1, L, 2, groups),
+    normal(1, 1, L, key_heads, groups),
+    normal(2, 1, L, value_heads, r),
+  )
+  at, keep = np.arange(L), np.ones((1, L), bool)
+  if padded:
+    keep[0] = at >= 40 if padded == "left" else at < 99
+  cotangent = np.asarray(normal(3, 1, L, 2, r)) * keep[..., None, None]
+  mask = jnp.asarray(keep) if padded else None
+  out, gradients = results(*inputs, mask, cotangent, **options)
+
+  distance = at[:, None] - at
+  is_seen = np.abs(distance) < options.get("window", L)
+  if options.get("causal", True):
+    is_seen &= distance >= 0
+  bias = np.where(is_seen | ~keep[0, :, None], 0, -np.inf)[None]
+  cap = options.get("cap", np.inf)
+
+  def attend(q, k, v):
+    v = np.pad(v, [(0, 0)] * 3 + [(0, K - r)])
+    return oracle.attend(q, k, v, bias, keep, cap)[..., :r]
+
+  inputs = oracle.wide(*inputs)
+  expected = attend(*inputs)
+  np.testing.assert_allclose(
+    *(np.asarray(x)[keep] for x in (out, expected)), rtol=0, atol=TOLERANCE
+  )
+  # The derivative in a random direction.
+  directions = oracle.wide(*(normal(4, *x.shape) for x in inputs))
+  ahead, behind = (
+    attend(*(x + e * d for x, d in zip(inputs, directions, strict=True)))
+    for e in (1e-5, -1e-5)
+  )
+  slope = ((ahead - behind) * cotangent).sum() / 2e-5
+  found = sum(
+    (np.asarray(g) * d).sum()
+    for g, d in zip(gradients, directions, strict=True)
+  )
+  assert found == pytest.approx(slope, rel=1e-4, abs=1e-4)
+
+
+# Three rows and one head do not divide.
+@pytest.mark.parametrize(("rows", "key_heads"), [(4, 2), (3, 1)])
+def test_kernel_on_a_mesh_equals_blocks(rows, key_heads):
+  q, k = normal(0, rows, L, 4, K), normal(1, rows, L, key_heads, K)
+  v, cotangent = normal(2, rows, L, key_heads, K), normal(3, rows, L, 4, K)
+  at = np.arange(L)
+  keep = jnp.asarray(at < np.array([[L], [50], [60], [L]])[:rows])
+  cotangent *= keep[..., None, None]
+  mesh = make_mesh(2, 2, 2)
+  out, gradients = results(q, k, v, keep, cotangent, mesh=mesh)
+
+  def attend(q, k, v):
+    out = exact_attention.attend_whole(
+      q, k, v, exact_attention.Biases(), keep, causal=True, head_dim=K
+    )
+    return (out * cotangent).sum(), out
+
+  _, pull, expected = jax.vjp(attend, q, k, v, has_aux=True)
+  pairs = [(out[keep], expected[keep])]
+  pairs += zip(gradients, pull(jnp.float32(1)), strict=True)
+  for a, b in pairs:
+    np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_kernel_is_for_tpus_in_the_context():
+  mesh = make_mesh(2, 2, 2).abstract_mesh
+  assert attention_kernel.find_mesh() is None
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert attention_kernel.find_mesh() is None
