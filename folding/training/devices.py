@@ -27,19 +27,21 @@ class _Tpu(NamedTuple):
     cores: Cores per chip that the name of a slice counts: Google names a v5p
       slice of 32 chips v5p-64.
     hertz: Cycles per second.
+    peak: FLOP per second of products of bfloat16 matrices.
   """
 
   gib: int
   axes: int
   cores: int
   hertz: float
+  peak: float
 
 
 # The clock is peak FLOP/s over FLOP per cycle of the matrix units.
 _TPUS = {
-  "v5e": _Tpu(16, 2, 1, 1.5e9),
-  "v5p": _Tpu(95, 3, 2, 1.75e9),
-  "v6e": _Tpu(32, 2, 1, 1.75e9),
+  "v5e": _Tpu(16, 2, 1, 1.5e9, 197e12),
+  "v5p": _Tpu(95, 3, 2, 1.75e9, 459e12),
+  "v6e": _Tpu(32, 2, 1, 1.75e9, 918e12),
 }
 
 
@@ -124,12 +126,14 @@ class Devices(NamedTuple):
     devices: JAX devices; those of a TPU topology cannot run anything.
     gib: Memory of each device in GiB.
     hertz: Cycles per second; None: the compiler counts none.
+    peak: FLOP per second of TPUs, in bfloat16.
   """
 
   name: str
   devices: Sequence[Any]
   gib: float
   hertz: float | None = None
+  peak: float | None = None
 
 
 def find_devices(text: str) -> Devices:
@@ -224,7 +228,7 @@ def topology_of(generation: str, number: int) -> list[int] | None:
   """Returns the topology of a slice such as v5p-64; None: there is none."""
   if generation not in _TPUS:
     return None
-  _, axes, cores, _ = _TPUS[generation]
+  _, axes, cores, *_ = _TPUS[generation]
   power = (number // cores).bit_length() - 1
   if power < 0 or number != 2**power * cores:
     return None
@@ -249,5 +253,5 @@ def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
       ) from error
     raise ConfigError(f"--devices={name} is not valid: {error}") from error
   tpu = _TPUS[generation]
-  total = tpu.gib * math.prod(shape)
-  return Devices(name, found.devices, total / len(found.devices), tpu.hertz)
+  gib = tpu.gib * math.prod(shape) / len(found.devices)
+  return Devices(name, found.devices, gib, tpu.hertz, tpu.peak)

@@ -33,6 +33,7 @@ from folding.training.step import Program
 # if all layers are alike. A single layer is not enough: the TPU compiler has no
 # other layer to overlap it with.
 _MANY = {False: (7, (2, 4)), True: (40, (8, 16))}
+KERNEL_SHARE = 0.6  # of peak, at which an attention kernel is taken to run
 
 
 def estimate(shape: Shape, order: Order, devices: Devices) -> dict[str, Any]:
@@ -199,7 +200,8 @@ def measure(
   Returns:
     {"fits", "missing", "arguments" and "scratch": bytes, "flops", "bytes":
     accessed, "seconds": the compiler's estimate without communication, None if
-    it makes none, "collectives": {kind: {"times", "bytes"}}}. If the step runs
+    it makes none, "kernel_seconds": of these, attention kernels by their FLOP,
+    "collectives": {kind: {"times", "bytes"}}}. If the step runs
     out of memory: {"fits": False, "missing": bytes, at least, "error": the
     reason}.
   """
@@ -266,12 +268,18 @@ def _report(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
   work = hlo.read(compiled.as_text())
   scratch = memory.temp_size_in_bytes + memory.output_size_in_bytes
   scratch -= memory.alias_size_in_bytes
+  seconds = kernels = None
+  if devices.hertz and devices.peak:
+    # A kernel meets too few bytes per FLOP for the memory to matter.
+    kernels = work.kernel_flops / (KERNEL_SHARE * devices.peak)
+    seconds = work.cycles / devices.hertz + kernels
   return {
     "arguments": memory.argument_size_in_bytes,
     "scratch": scratch,
     "flops": cost.get("flops"),
     "bytes": cost.get("bytes accessed"),
-    "seconds": work.cycles / devices.hertz if devices.hertz else None,
+    "seconds": seconds,
+    "kernel_seconds": kernels,
     "collectives": {kind: m._asdict() for kind, m in work.moved.items()},
   }
 
@@ -368,9 +376,10 @@ def table(found: dict[str, Any]) -> str:
     ("computed, GFLOP", "flops", 1e9),
     ("moved, GiB", "bytes", GIB),
     ("estimate, ms", "seconds", 1e-3),
+    ("of it kernels, ms", "kernel_seconds", 1e-3),
   ):
     values = [one.get(key) for one in programs.values()]
-    if any(value is not None for value in values):
+    if any(values):
       rows.append([label, *(_shown(value, unit) for value in values)])
   moved = [one.get("collectives", {}) for one in programs.values()]
   for kind in sorted({kind for kinds in moved for kind in kinds}):
@@ -389,6 +398,8 @@ def table(found: dict[str, Any]) -> str:
   if layers["compiled"] != [layers["model"]]:
     few = " and ".join(map(str, layers["compiled"]))
     notes.append(f"{layers['model']} layers, extrapolated from {few}")
+  if any(one.get("kernel_seconds") for one in programs.values()):
+    notes.append(f"attention kernels: their FLOP at {KERNEL_SHARE:.0%} of peak")
   if devices["is_estimate"]:
     notes.append("compiled for CPU; an estimate for other devices")
   return "\n".join(

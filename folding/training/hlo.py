@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from folding.models import attention_kernel
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
   r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|"
@@ -17,6 +19,8 @@ _COLLECTIVE = re.compile(
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ITERATIONS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# Spans three lines.
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n.*\n\}")
 _BOUND = re.compile(r" = [su]\d+\[\]\S* constant\((\d+)\)")
 
 
@@ -39,10 +43,12 @@ class Work(NamedTuple):
     cycles: The compiler's estimate for everything but collectives; 0 if it makes
       none, as for CPUs.
     moved: {kind of collective: its runs and bytes}.
+    kernel_flops: FLOP of attention kernels, whose cycles the compiler leaves out.
   """
 
   cycles: float
   moved: Mapping[str, Moved]
+  kernel_flops: float = 0
 
   def plus(self, other: "Work", times: float = 1) -> "Work":
     """Returns the sum of this work and several times another."""
@@ -50,7 +56,11 @@ class Work(NamedTuple):
     for kind, (number, size) in other.moved.items():
       old = moved.get(kind, Moved(0, 0))
       moved[kind] = Moved(old.times + times * number, old.bytes + times * size)
-    return Work(self.cycles + times * other.cycles, moved)
+    return Work(
+      self.cycles + times * other.cycles,
+      moved,
+      self.kernel_flops + times * other.kernel_flops,
+    )
 
 
 def read(text: str) -> Work:
@@ -70,7 +80,7 @@ def read(text: str) -> Work:
   computations: dict[str, list[str]] = {}
   lines: list[str] = []
   entry = ""
-  for line in text.splitlines():
+  for line in _KERNEL_METADATA.sub("kernel_metadata={}", text).splitlines():
     if found := _COMPUTATION.match(line):
       lines = computations[found[2]] = []
       entry = found[2] if found[1] else entry
@@ -87,6 +97,8 @@ def _read(
   for line in computations.get(name, ()):
     if found := _CYCLES.search(line):
       work = work._replace(cycles=work.cycles + int(found[1]))
+    if flops := attention_kernel.flops_of(line):
+      work = work._replace(kernel_flops=work.kernel_flops + flops)
     if found := _COLLECTIVE.search(line):
       kind, size = found[2], _size(found[1], is_start=bool(found[3]))
       work = work.plus(Work(0, {kind: Moved(1, size)}))

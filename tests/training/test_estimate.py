@@ -19,7 +19,7 @@ from folding.compression.fpp import fpp
 from folding.compression.sites import Rule
 from folding.models.shape import shape_of
 from folding.training import devices as devices_lib
-from folding.training import estimate, sharding
+from folding.training import estimate, hlo, sharding
 from folding.training.step import Program
 from folding.typed import edited
 from tests.models import checkpoints
@@ -205,6 +205,7 @@ def test_scratch_memory_leaves_out_the_donated_state(config, compiled):
       "flops": 7.0,
       "bytes": 8.0,
       "seconds": None,  # no estimate for CPUs
+      "kernel_seconds": None,
       "collectives": {},
     }
 
@@ -393,6 +394,39 @@ def test_tpu_compiler_plans_a_slice(config):
   found = estimate.estimate(shape_of(config), config, devices)
   assert found["compressed"]["mask update"]["fits"]
   assert not found["devices"]["is_estimate"]
+
+
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="libtpu is not installed")
+@pytest.mark.parametrize("scans", [False, True])
+def test_tpu_compiler_stores_no_logits_of_a_kernel(scans, config):
+  length = 1024
+  config = alike(
+    config,
+    2,
+    data=c.DataConfig(length=length, batch_size=4, vocab_size=128),
+    mesh=c.MeshConfig(data=1, fsdp=2, tensor=2),
+  )
+  config = edited(config, {"model.scan_layers": scans, "model.remat": scans})
+  devices = estimate.find_devices("v5e:2x2")
+
+  def compiled(config):
+    """Returns kernels, whether an array has all logits, and the kernels' FLOP."""
+    mesh = sharding.make_mesh(config.mesh, devices.devices)
+    program = estimate.make_program(shape_of(config), config, mesh)
+    batch, constants = estimate._inputs(program, None)
+    step = program.step(is_mask_update=False)
+    text = step.lower(program.like, batch, **constants).compile().as_text()
+    square = f"{length},{length}]"
+    count = text.count('custom_call_target="tpu_custom_call"')
+    return count, square in text, hlo.read(text).kernel_flops
+
+  # Of two texts and two heads per device, whose channels are padded to 128.
+  product = 2 * (2 * 2) * length**2 * 128
+  # Forward two products, twice with remat, and backward three and four.
+  products = 2 * (2 + 3 + 4) + scans * 2 * 2
+  assert compiled(config) == (4 if scans else 6, False, products * product)
+  off = edited(config, {"mesh.attention_kernel": False})
+  assert compiled(off) == (0, False, 0)
 
 
 @pytest.mark.parametrize(

@@ -109,4 +109,31 @@ def test_instruction_counts_what_it_calls(instruction, cycles, moved):
   entry = (
     f"ENTRY %main (p: f32[8]) -> f32[64] {{\n  %x = pred[5] {instruction}\n}}"
   )
-  assert hlo.read(f"{COMPUTATIONS}\n{entry}\n") == (cycles, moved)
+  assert hlo.read(f"{COMPUTATIONS}\n{entry}\n") == (cycles, moved, 0)
+
+
+KERNEL = """
+%body (p: (s32[])) -> (s32[]) {
+  %k = (bf16[2]{0}) custom-call(%q), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 1024}"
+}}, metadata={op_name="jit(f)/transpose(jvp(products_8_2))/shard_map/\
+splash_mha_KIND_residuals/pallas_call"}
+  %g = bf16[2]{0} copy(%k), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 1024}"
+}}, metadata={op_name="products_8_2/splash_mha_KIND_residuals"}, \
+backend_config={"estimated_cycles":"3"}
+}
+
+ENTRY %main (p: f32[8]) -> f32[64] {
+  %w = (s32[]) while(%t), condition=%more_queries, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("kind", "flops"), [("fwd", 8 + 2), ("dq", 16 + 2), ("dkv", 16 + 4)]
+)
+def test_kernel_counts_its_products(kind, flops):
+  text = COMPUTATIONS + KERNEL.replace("KIND", kind)
+  assert hlo.read(text) == (7 * 3, {}, 7 * flops)
