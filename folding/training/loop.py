@@ -521,6 +521,11 @@ def _train(
     log = StepLog(t, run.whole_size, writer, clock, counts)
     for line in _notes(start):
       writer.say(line)
+    # Before its first step it is evaluated, which shows what compression lost, and
+    # saved, as compression took minutes.
+    is_compressed = not checkpoints.steps() and (
+      order.pretrained is not None and not order.dense
+    )
     batches = run.data.train_batches(first_step)
     for step in range(first_step, t.steps + 1):
       is_updated = step > first_step and step - 1 in mask_updates
@@ -534,7 +539,8 @@ def _train(
         )
         log.restart()
       is_last = step == t.steps
-      is_due = step > first_step and (is_last or step % t.eval_every == 0)
+      is_new = step > first_step or is_compressed
+      is_due = is_new and (is_last or step % t.eval_every == 0)
       is_stopped = stopped(step)
       if is_due or is_stopped:
         log.flush()

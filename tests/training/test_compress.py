@@ -24,6 +24,7 @@ from folding.training import compress, loop
 from folding.training.checkpoint import load_run
 from folding.training.loop import Run
 from folding.training.optimizer import embedding_fraction
+from folding.training.run_dir import read_metrics
 from folding.training.trained import dense_start, read_source, teacher_of
 from folding.typed import edited
 from tests.serving import models
@@ -237,6 +238,27 @@ def test_resumed_fold_equals_an_uninterrupted_one(
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
+
+
+def test_run_killed_in_its_first_step_is_not_compressed_again(
+  dense_run, topics, tmp_path, monkeypatch
+):
+  config = c.resolve(recovery_config(dense_run, topics))
+  data = _trimmed(make_data(config), config)
+  small, params, *_ = _compressed(data, config)
+
+  def kill(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop.StepLog, "step", kill)
+  for _ in range(2):
+    with pytest.raises(KeyboardInterrupt):
+      loop.run(config, str(tmp_path))
+    monkeypatch.setattr(loop, "compress_trained", None)  # not called
+  [found] = read_metrics(str(tmp_path / "metrics.jsonl"))
+  assert (found["split"], found["step"]) == ("valid", 0)
+  alone = Run(small, data, config).evaluate(params, "valid")
+  assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
 @pytest.mark.slow
