@@ -184,15 +184,16 @@ def _kernel(
   if causal or window is not None:
     far = None if window is None else window - 1
     mask = splash.LocalMask(square, (far, 0 if causal else far), offset=0)
+  sizes: dict[str, Any] = dict.fromkeys(_BLOCKS, size)
   call = splash.make_splash_mha(
     splash.MultiHeadMask([mask] * num_heads),
-    block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCKS, size)),
+    block_sizes=splash.BlockSizes(**sizes),
     head_shards=1,
     q_seq_shards=1,
     **options,
   )
 
-  def attend(is_token_L, *heads):
+  def attend(is_token_L: Any, *heads: Any) -> Any:
     segments = None
     if is_token_L is not None:
       segments = splash.SegmentIds(is_token_L, is_token_L)

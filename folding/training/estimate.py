@@ -265,7 +265,7 @@ def _report(lowered: jax.stages.Lowered, devices: Devices) -> dict[str, Any]:
   memory: Any = compiled.memory_analysis()
   # The compiler for GPUs makes none.
   cost: Any = compiled.cost_analysis() or {}
-  work = hlo.read(compiled.as_text())
+  work = hlo.read(compiled.as_text() or "")
   scratch = memory.temp_size_in_bytes + memory.output_size_in_bytes
   scratch -= memory.alias_size_in_bytes
   seconds = kernels = None

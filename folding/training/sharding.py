@@ -367,7 +367,8 @@ def put_whole(tree: Any, like: Any) -> Any:
   where = getattr(like, "sharding", None)
   if not isinstance(where, NamedSharding):
     return jax.device_put(tree)
-  return jax.tree.map(lambda x: _put(x, whole(where.mesh)), tree)
+  everywhere = NamedSharding(where.mesh, PartitionSpec())
+  return jax.tree.map(lambda x: _put(x, everywhere), tree)
 
 
 def _put(array: Any, where: NamedSharding) -> jax.Array:

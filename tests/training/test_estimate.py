@@ -254,16 +254,16 @@ def alike(config, num_layers, **fields):
 def test_calibration_holds_a_layer_its_moments_and_the_texts(config):
   config = alike(config, 2, pretrained="DENSE")
   config = edited(config, {"compress.calibration": 160})
-  devices = plan_lib.find_devices("cpu-8")
-  found = plan_lib.plan(shape_of(config), config, devices)
+  devices = estimate.find_devices("cpu-8")
+  found = estimate.estimate(shape_of(config), config, devices)
   calibration = found["compressed"]["calibration"]
   size = 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)  # a dense layer
   texts = 160 * 8 // 8 * 4 * (5 * 32 + 64)  # per device
   assert size + texts <= calibration["arguments"] <= 1.2 * (size + texts)
   assert calibration["scratch"] >= 2 * 4 * 64 * 64  # moments of each half
-  assert "compressed calibration" in plan_lib.table(found)
+  assert "compressed calibration" in estimate.table(found)
   plain = edited(config, {"pretrained": None})
-  plain = plan_lib.plan(shape_of(plain), plain, devices)
+  plain = estimate.estimate(shape_of(plain), plain, devices)
   assert "calibration" not in plain["compressed"]
 
 
