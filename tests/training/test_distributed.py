@@ -30,10 +30,7 @@ from folding import config as c
 from tests.training.conftest import tiny_config
 
 def get_config(path):
-  return c.edited(
-    tiny_config(path),
-    {"mesh.data": 2, "mesh.fsdp": 4, "model.num_layers": 1},
-  )
+  return c.edited(tiny_config(path), {"mesh.data": 2, "mesh.fsdp": 4})
 """
 # Runs several commands in one process, and prints statuses, outputs and errors.
 COMMANDS = """
@@ -109,8 +106,7 @@ def last_state(workdir):
 
 def config_of_one(text_file, **train):
   """Returns the config of the same training in one process."""
-  config = dataclasses.replace(tiny_config(text_file, **train), mesh=MESH)
-  return edited(config, {"model.num_layers": 1})
+  return dataclasses.replace(tiny_config(text_file, **train), mesh=MESH)
 
 
 @pytest.fixture(scope="module")
