@@ -5,7 +5,6 @@ modules when they are called, so that `folding --help` is quick.
 """
 
 import argparse
-import ctypes
 import functools
 import inspect
 import json
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from folding import config as config_lib
-from folding import files, typed
+from folding import files, memory, typed
 from folding.errors import ConfigError, TrainingError, one_line, printable
 from folding.serving import formats
 from folding.version import __version__
@@ -97,7 +96,7 @@ _DTYPES = tuple(
 )
 def train(args: argparse.Namespace) -> None:
   """Trains a run, or resumes it, and writes its report."""
-  _keep_memory()
+  memory.keep_freed()
   config = config_lib.read(args.config, args.edits)
   from folding.training import distributed, loop
 
@@ -206,6 +205,7 @@ def compress(args: argparse.Namespace) -> None:
   from folding.serving import compress_file
 
   if args.steps:
+    memory.keep_freed()
     if len(savings) > 1:
       raise ConfigError("--steps trains one model; give one --saving")
     compress_file.train_smaller(
@@ -258,7 +258,7 @@ def evaluate(args: argparse.Namespace) -> None:
 @_verb("resume the training of a run", _RUN)
 def resume(args: argparse.Namespace) -> None:
   """Continues the training of a run with its own config."""
-  _keep_memory()
+  memory.keep_freed()
   from folding.training import loop
 
   loop.resume_run(args.run)
@@ -619,23 +619,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   handler.addFilter(_OnceEach())
   logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[handler])
   return exit_status(lambda: _call(sys.argv[1:] if argv is None else argv))
-
-
-def _keep_memory() -> None:
-  """Lets the C library keep freed memory for the next step, if it is glibc.
-
-  By default it returns large arrays to the system, and each step then waits for
-  the system to clear and map all its memory again. Other libraries of C have no
-  such options. JAX must not have started, because threads keep their heaps.
-  """
-  library = ctypes.CDLL(None) if os.name == "posix" else None
-  mallopt = getattr(library, "mallopt", None)
-  if mallopt is None:
-    return
-  # From malloc.h: one heap (M_ARENA_MAX), from which arrays of all sizes come
-  # (M_MMAP_MAX), and which never shrinks (M_TRIM_THRESHOLD).
-  for option, value in ((-8, 1), (-4, 0), (-1, -1)):
-    mallopt(option, value)
 
 
 class _OnceEach(logging.Filter):

@@ -253,7 +253,7 @@ def test_module_and_script_are_the_command():
 MEMORY = """
 import resource
 import numpy as np
-from folding import cli
+from folding import memory
 
 def faults():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -262,7 +262,7 @@ def faults():
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 before = faults()
-cli._keep_memory()
+memory.keep_freed()
 faults()
 print(before, faults())
 """

@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, runtime_checkable
 
 from folding import config as config_lib
-from folding import files
+from folding import files, memory
 from folding.config import Config
 from folding.errors import ConfigError, reason
 from folding.studies.methods import Method
@@ -366,6 +366,7 @@ def train(config: Config, workdir: str, log: str) -> str:
   ):
     try:
       _wait_until_free(workdir)
+      memory.keep_freed()
       loop.run(config, workdir)
     except Exception as error:
       traceback.print_exc()

@@ -1,0 +1,21 @@
+"""How the C library manages the memory of a process that trains."""
+
+import ctypes
+import os
+
+
+def keep_freed() -> None:
+  """Lets the C library keep freed memory for the next step, if it is glibc.
+
+  By default it returns large arrays to the system, and each step then waits for
+  the system to clear and map all its memory again. Other libraries of C have no
+  such options. JAX must not have started, because threads keep their heaps.
+  """
+  library = ctypes.CDLL(None) if os.name == "posix" else None
+  mallopt = getattr(library, "mallopt", None)
+  if mallopt is None:
+    return
+  # From malloc.h: one heap (M_ARENA_MAX), from which arrays of all sizes come
+  # (M_MMAP_MAX), and which never shrinks (M_TRIM_THRESHOLD).
+  for option, value in ((-8, 1), (-4, 0), (-1, -1)):
+    mallopt(option, value)
