@@ -16,6 +16,7 @@ from folding.training.compress import compress_params
 from folding.training.recipe import recipe
 from tests.training.test_distributed import free_address, start
 
+pytestmark = pytest.mark.slow
 V, L = 32, 8
 MODELS = {"bert": ("classify", c.bert), "llama": ("lm", c.llama)}
 
@@ -83,14 +84,24 @@ def one():
   return {kind: compressed(kind) for kind in MODELS}
 
 
+def require_close(found, expected):
+  """Checks that two models are equal, without the biases of keys.
+
+  These change no attention weight, so that their gradients are rounding errors.
+  """
+  trees = [
+    {n: w for n, w in paths.flatten(x).items() if not n.endswith("k/bias")}
+    for x in (found, expected)
+  ]
+  chex.assert_trees_all_close(*trees, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_mesh_compresses_as_one_device(kind, one):
   mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=4))
   found = compressed(kind, mesh)
   assert described(found) == described(one[kind])
-  chex.assert_trees_all_close(
-    found.params, one[kind].params, rtol=1e-3, atol=1e-4
-  )
+  require_close(found.params, one[kind].params)
 
 
 # Compresses as one of two processes, and writes what it found.
@@ -110,7 +121,6 @@ for kind in t.MODELS:
 """
 
 
-@pytest.mark.slow
 def test_two_processes_compress_as_one_device(one, tmp_path):
   address = free_address()
   processes = [
@@ -132,6 +142,4 @@ def test_two_processes_compress_as_one_device(one, tmp_path):
     both = [dict(np.load(tmp_path / f"{n}-{kind}.npz")) for n in range(2)]
     chex.assert_trees_all_equal(*both)  # without communication
     assert both[0].pop("described") == described(expected)
-    chex.assert_trees_all_close(
-      both[0], paths.flatten(expected.params), rtol=1e-3, atol=1e-4
-    )
+    require_close(both[0], expected.params)

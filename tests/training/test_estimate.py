@@ -251,6 +251,7 @@ def alike(config, num_layers, **fields):
   return c.resolve(dataclasses.replace(config, **values))
 
 
+@pytest.mark.slow
 def test_calibration_holds_a_layer_its_moments_and_the_texts(config):
   config = alike(config, 2, pretrained="DENSE")
   config = edited(config, {"compress.calibration": 160})
