@@ -387,7 +387,7 @@ def test_sensitivities_hold_the_logits_of_some_positions(monkeypatch):
   model = make_model(shape_of(config).dense(), V)
   x_BLD = jnp.zeros((16, L, D))
   program = jax.make_jaxpr(sensitivity_lib._output_gradient, 0)(
-    model, params, x_BLD, jnp.ones((16, L), bool), jax.random.key(0)
+    model, params, x_BLD, jnp.ones((16, L), bool), 0
   )
   found = list(jaxprs.sizes(program.jaxpr))
   assert 16 * L * V // 4 in found

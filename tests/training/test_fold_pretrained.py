@@ -107,7 +107,7 @@ def _logits(config, params, seed=9):
 
 
 def _error(config, params, kind):
-  dense = _logits(c.dense_baseline(config), _dense(kind))
+  dense = _logits(_config(kind), _dense(kind))
   return np.square(_logits(config, params) - dense).mean() / dense.var()
 
 
