@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar
 
 from folding import files, typed
 from folding.errors import ConfigError
@@ -38,6 +38,7 @@ Metric = Annotated[
   str,
   OneOf(lambda: dict.fromkeys(m for t in TASKS.values() for m in t.metrics)),
 ]
+_AnOrder = TypeVar("_AnOrder", bound="Order")
 # Numbers with their ranges. `resolve` checks every field.
 Count = Annotated[int, Range(1, 2**31)]
 Natural = Annotated[int, Range(0, 2**31)]
@@ -475,7 +476,7 @@ class Order:
   train: TrainConfig = TrainConfig()
   mesh: MeshConfig = MeshConfig()
 
-  def uncompressed(self) -> Self:
+  def uncompressed(self: _AnOrder) -> _AnOrder:
     """Returns the order of the dense baseline."""
     return dataclasses.replace(
       self,
