@@ -56,19 +56,12 @@ def fit_attention(
   (block, params), (dense_block, aim) = folded, dense
   blocks, attn = (block, dense_block), dict(params["attn"])
   layers = stream.put((params, aim))  # once, not at each step
-
-  def with_aim(x, mask):
-    """Returns a batch with its dense queries and keys, which stay the same."""
-    return x, mask, _projected(dense_block, layers[1], x)
-
   names = [name for name in ("q", "k", "log_slopes") if name in attn]
   fitted = {name: layers[0]["attn"][name] for name in names}
   seen, held_out = halves(*stream)
-  parts = [part for batch in seen for part in _parts(*batch)]
-  seen = [with_aim(*part) for part in parts[:steps]]
+  seen = [part for batch in seen for part in _parts(*batch)]
   sizes = [mask.size for _, mask in held_out]
   held_out = spread(held_out, sizes, _FIT_HELD_OUT)
-  held_out = [with_aim(*batch) for batch in held_out]
 
   def measured(fitted):
     part = functools.partial(_divergence, blocks, fitted, layers)
@@ -117,35 +110,25 @@ def _descend(fitted, state, layers, batch, *, blocks, steps):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _divergence(blocks, fitted, layers, x, mask, dense_qk):
+def _divergence(blocks, fitted, layers, x, mask):
   """Returns the summed divergence of the weights, and the number of rows."""
   (block, dense_block), (params, dense) = blocks, layers
   # Computed at each step, as those of all texts would take much memory.
-  aim = _logits(dense_block, dense, mask, dense_qk)
-  params = {**params, "attn": {**params["attn"], **fitted}}
-  ours = _logits(block, params, mask, _projected(block, params, x))
+  aim = jax.lax.stop_gradient(_logits(dense_block, dense, x, mask))
+  attn = {**params["attn"], **fitted}
+  ours = _logits(block, {**params, "attn": attn}, x, mask)
   log_aim = jax.nn.log_softmax(aim)
   far = jnp.exp(log_aim) * (log_aim - jax.nn.log_softmax(ours))
   rows = jnp.broadcast_to(mask[:, None], far.shape[:-1]).astype(jnp.float32)
   return jnp.sum(far.sum(-1) * rows), jnp.sum(rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _projected(block, params, x):
-  """Returns the queries and keys of a layer, [B, L, H, K] and [B, L, J, K]."""
-
-  def project(block: Block):
-    q, k, _ = block.attn.project(block.attention_input(x), _positions(x))
-    return q, k
-
-  return block.apply({"params": params}, method=project)
-
-
-def _logits(block, params, mask, projected):
+def _logits(block, params, x, mask):
   """Returns the attention logits of a layer, [B, H, L, L]."""
-  (q, k), position_L = projected, _positions(mask)
 
   def logits(block: Block) -> jax.Array:
+    position_L = jnp.arange(x.shape[1])
+    q, k, _ = block.attn.project(block.attention_input(x), position_L)
     return attention_logits(
       q.swapaxes(1, 2),
       k.transpose(0, 2, 3, 1),
@@ -155,7 +138,3 @@ def _logits(block, params, mask, projected):
     )
 
   return block.apply({"params": params}, method=logits)
-
-
-def _positions(rows) -> jax.Array:
-  return jnp.arange(rows.shape[1])
