@@ -422,6 +422,7 @@ def test_two_processes_learn_vectors_as_one(run, tmp_path):
     _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
   ours = files.read_json(str(workdir / "result.json"), dict)["test"]
-  assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+  # Fitting attention makes steps of rounding errors.
+  assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
   assert ours["cosine"] == pytest.approx(theirs["cosine"], rel=1e-5)
   assert ours["spearman"] == pytest.approx(theirs["spearman"], abs=1e-6)
