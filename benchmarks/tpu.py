@@ -28,7 +28,10 @@ from folding.training.run_dir import source_commit
 
 GIB = estimate.GIB
 STEP, UPDATE = "step", "mask update"
-LABELS = {"folded": "folded, G = 1", "linear": "linear time, G = 1"}
+LABELS: dict[Any, str] = {
+  "folded": "folded, G = 1",
+  "linear": "linear time, G = 1",
+}
 
 
 class Case(NamedTuple):
@@ -178,7 +181,7 @@ def main() -> None:
   ):
     for one in rows:
       if one["model"] == "quickstart" and one["program"] == STEP and key in one:
-        name = LABELS.get(one["variant"], one["variant"])
+        name = LABELS.get(one["variant"], str(one["variant"]))
         points = series.setdefault(label, {}).setdefault(name, {})
         points[one["length"]] = one[key] / unit
   lines = output.Lines(
