@@ -332,9 +332,9 @@ class FPPConfig:
   # or nothing.
   attention: Literal["output", "all", "heads", "none"] = "output"
   # How an embedding shrinks. "trim": tokens leave the tokenizer of a trained model,
-  # which splits their words further. Not of one that is tied to the output layer:
-  # "row": rows of tokens become zero. "rank": all tokens stay, and the embedding
-  # gets a low rank.
+  # which splits their words further. "row": rows of tokens become zero. "rank": all
+  # tokens stay, and the embedding gets a low rank. Rows and ranks are for an embedding
+  # that is not tied to the output layer.
   embedding_granularity: Literal["weight", "row", "trim", "rank"] = "weight"
   begin: Fraction = 0.45  # first mask update, as a fraction of the steps
   end: Share = 0.9  # last mask update, as a fraction of the steps

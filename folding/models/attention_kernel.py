@@ -3,9 +3,9 @@
 The logits of a block stay in the memory of the chip's cores, where XLA writes
 those of `blocks` to the main memory.
 
-The compiler cannot split a kernel over devices. `shard_map` splits it, over the
-mesh of the context (`jax.set_mesh`): heads over "tensor", rows over the other
-axes. Without such a mesh there is no kernel.
+The compiler cannot split a kernel over devices, so `shard_map` does. It splits heads
+over the mesh axis "tensor" and rows over the others. The mesh is that of the context
+(`jax.set_mesh`); outside such a context attention runs in blocks.
 """
 
 import math
@@ -23,9 +23,8 @@ SIZE = 1024  # most positions of a block
 _LANES = 128  # a block is a multiple of this
 # Sides of the blocks of queries and of keys, forward and in both backward kernels.
 _BLOCKS = (
-  *("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"),
-  *("block_q_dq", "block_kv_dq"),
-)
+  "block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq",
+)  # fmt: skip
 
 # Products with the size of the logits: of queries and keys or their gradients, and
 # of values or their gradients.
@@ -59,7 +58,7 @@ def attend(
 ) -> Float[Array, "B L H r"]:
   """Returns `exact_attention.attend_whole` without a position bias.
 
-  The outputs of pad tokens are other numbers: they attend to pad tokens.
+  The outputs of pad tokens differ, because these attend to other pad tokens.
 
   Args:
     q_BLHG: Queries.

@@ -304,8 +304,8 @@ def _calibration(
   x = jax.ShapeDtypeStruct((B, L, D), jnp.float32, sharding=rows)
   mask = jax.ShapeDtypeStruct((B, L), jnp.bool_, sharding=rows)
   channel = 4 * math.prod(rows.shard_shape((B, L)))  # bytes of a batch
-  # Of all texts: the dense stream before and after a layer and its middle, the
-  # stream of the folded layer and its middle, and what W_down reads.
+  # Each text has five streams of width D (before, inside and after the dense layer,
+  # and before and inside the folded one) and the input of W_down.
   num_batches = -(-order.compress.calibration // B)
   texts = num_batches * (5 * D + shape.layers[0].mlp_width) * channel
   block, layer = stream.make_block(shape, 0), params["blocks_0"]

@@ -379,8 +379,8 @@ def without_trimmed(
   """Returns the parameters without tokens that the tokenizer lost.
 
   Args:
-    tokenizer: Of the smaller model.
-    params: Of the model before.
+    tokenizer: Tokenizer of the smaller model.
+    params: Parameters with a row per token of the whole tokenizer.
     has_logits: Whether the head, if there is one, has an output per token.
   """
   if not isinstance(tokenizer, MappedTokenizer):
