@@ -56,15 +56,16 @@ def measure(rounds: int, devices: int = 1) -> dict:
     "weights": np.ones((d.batch_size, d.length), np.float32),
   }
   batch = sharding.put_batch(mesh, batch)
+  configs = [get_config(devices, prunes=prunes) for prunes in (False, True)]
   bare, pruned = (
     Program(
-      shape_of(each := get_config(devices, prunes=prunes)),
+      shape_of(each),
       each,
       mesh,
       vocab_size=vocab_size,
       num_classes=0,
     )
-    for prunes in (False, True)
+    for each in configs
   )
   calls = {
     "bare": _stepper(bare, batch, is_mask_update=False),

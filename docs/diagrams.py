@@ -644,8 +644,9 @@ def trained() -> str:
   """Returns the accuracy of MiniLM on four tasks as it gets smaller."""
   header = "| | allocated parameters | TREC | Subj | MR | SST-2 | change"
   tasks = [cell.strip() for cell in header.split("|")[3:-1]]
-  rows = [row[2:-1] for row in measured(header)[:4]]
-  saved = [0, *(numbers(row[0])[0] for row in measured(header)[1:4])]
+  dense, *small = measured(header)[:4]
+  rows = [row[2:-1] for row in (dense, *small)]
+  saved = [0] + [numbers(row[0])[0] for row in small]
   x, y = Axis(64, 440, -6, 84), Axis(286, 54, 82, 98)
   parts = chart(
     x,

@@ -201,9 +201,8 @@ def test_processes_share_each_batch_by_rows(config):
     for name, array in expected.items():
       for p, share in enumerate(shares):
         np.testing.assert_array_equal(share[name], array[p::4])
-  for expected, *same in zip(
-    whole.first_epoch(), *(part.first_epoch() for part in parts), strict=True
-  ):
+  epochs = [each.first_epoch() for each in (whole, *parts)]
+  for expected, *same in zip(*epochs, strict=True):
     for batch in same:  # calibration text, which all read
       _equal(batch, expected)
   evaluations = zip(

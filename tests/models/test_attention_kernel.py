@@ -92,9 +92,10 @@ def test_kernel_equals_loops_in_float64(
     *(np.asarray(x)[keep] for x in (out, expected)), rtol=0, atol=TOLERANCE
   )
   # The derivative in a random direction.
-  directions = oracle.wide(*(normal(4, *x.shape) for x in inputs))
+  noise = [normal(4, *x.shape) for x in inputs]
+  directions = oracle.wide(*noise)
   ahead, behind = (
-    attend(*(x + e * d for x, d in zip(inputs, directions, strict=True)))
+    attend(*map(lambda x, d: x + e * d, inputs, directions))
     for e in (1e-5, -1e-5)
   )
   slope = ((ahead - behind) * cotangent).sum() / 2e-5
