@@ -410,7 +410,7 @@ def write_result(workdir: str, result: dict[str, Any]) -> None:
   device = jax.devices()[0]
   versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
   record = {
-    "schema": 1,
+    "schema": 2,
     "device": f"{device.device_kind} x{len(jax.devices())} "
     f"({platform.machine()}, {os.cpu_count()} cores)",
     "versions": {
@@ -434,8 +434,10 @@ def read_result(workdir: str) -> dict[str, Any]:
   """
   path = _path(workdir, "result.json")
   result = files.read_json(path, dict)
-  expected = result.pop("checksum", None)  # None: of an earlier version
-  if expected is not None and expected != _result_checksum(result):
+  expected = result.pop("checksum", None)
+  # Results of schema 1 may have none.
+  is_old = expected is None and result.get("schema", 1) == 1
+  if not is_old and expected != _result_checksum(result):
     raise ConfigError(
       f"{path} differs from its checksum: it was edited or is damaged"
     )

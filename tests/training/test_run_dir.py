@@ -198,7 +198,12 @@ def test_load_labels_refuses_what_are_not_different_names(tmp_path, labels):
 
 
 @pytest.mark.parametrize(
-  ("old", "new"), [('"seconds": 2.5', '"seconds": 3.5'), ("seconds", "second")]
+  ("old", "new"),
+  [
+    ('"seconds": 2.5', '"seconds": 3.5'),
+    ("seconds", "second"),
+    ("checksum", "cxecksum"),  # one bit of its name
+  ],
 )
 def test_read_result_refuses_a_changed_file(tmp_path, old, new):
   result = {"seconds": 2.5, "shape": (1, 2), "test": None}
@@ -252,7 +257,7 @@ def test_result_is_read_back_with_its_provenance(tmp_path):
   assert {name: found[name] for name in ("test", "layers")} == {
     name: result[name] for name in ("test", "layers")
   }
-  assert found["schema"] == 1
+  assert found["schema"] == 2
   assert found["versions"]["jax"] == jax.__version__
   assert found["versions"]["folding"] == __version__
   assert re.fullmatch(r"cpu x8 \(.+, \d+ cores\)", found["device"])
