@@ -88,13 +88,7 @@ def load_run(workdir: str) -> Run:
         f"{workdir} has no {name} yet; the first evaluation writes it"
       )
   records = run_dir.read_metrics(str(folder / "metrics.jsonl"))
-  path = str(folder / "result.json")
   values = run_dir.read_result(workdir)
-  if values.get("schema") != SCHEMA:
-    raise ConfigError(
-      f"{path!r} has schema {values.get('schema')!r}; this version reads "
-      f"schema {SCHEMA}"
-    )
   used, command = energy.read(workdir), _command(workdir)
   digest = folder / "text.sha256"
   try:
@@ -122,7 +116,9 @@ def load_run(workdir: str) -> Run:
     for show in (describe, plan, _size_table, _origin):
       show(run)  # a value of another type fails here
   except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-    raise ConfigError(f"{path!r} is damaged: {errors.reason(error)}") from error
+    raise ConfigError(
+      f"{folder / 'result.json'} is damaged: {errors.reason(error)}"
+    ) from error
   return run
 
 

@@ -430,13 +430,18 @@ def read_result(workdir: str) -> dict[str, Any]:
   """Returns the content of `result.json`, without its checksum.
 
   Raises:
-    ConfigError: it was edited or is damaged.
+    ConfigError: it was edited, is damaged or is of a later version.
   """
   path = _path(workdir, "result.json")
   result = files.read_json(path, dict)
+  schema = result.get("schema", 1)
+  if schema not in (1, 2):
+    raise ConfigError(
+      f"{path} has schema {schema!r}; this version reads schemas 1 and 2"
+    )
   expected = result.pop("checksum", None)
   # Results of schema 1 may have none.
-  is_old = expected is None and result.get("schema", 1) == 1
+  is_old = expected is None and schema == 1
   if not is_old and expected != _result_checksum(result):
     raise ConfigError(
       f"{path} differs from its checksum: it was edited or is damaged"

@@ -196,7 +196,7 @@ def test_load_run_refuses_a_missing_or_damaged_file(
 @pytest.mark.parametrize(
   ("change", "word"),
   [
-    ({"schema": 2}, "schema 2"),
+    ({"schema": 3}, "schema 3"),
     ({"parameters": {}}, "qkv"),
     ({"layers": [{"path": "x"}]}, "shape"),
     ({"layers": [{"path": "x", "shape": [1]}]}, "stored"),
