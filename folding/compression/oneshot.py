@@ -161,6 +161,9 @@ def removals(
     is_gone = _lowest(cost_N, len(left) - goal)
     drop = (left[is_gone, None] * unit + np.arange(unit)).reshape(-1)
     left = left[~is_gone]
+    if not drop.size:  # of an empty matrix, LAPACK prints an error
+      yield both[:, : w_IO.shape[1]].copy()
+      continue
     # Block elimination: from C^-1 of all inputs to that of the remaining ones.
     cross = inverse_II[drop]
     root = _triangle_inverse(_factor(cross[:, drop]))

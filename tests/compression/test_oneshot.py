@@ -150,6 +150,15 @@ def test_remove_inputs_removes_the_inputs_of_least_loss(layer, is_weighted):
     np.testing.assert_array_equal(gone, sorted(oracle[:count]))
 
 
+def test_round_that_removes_nothing_keeps_the_weights(layer, capfd):
+  x, w = layer
+  found = oneshot.removals(w, _moment(x), [24, 20, 20])
+  first, second, third = found
+  np.testing.assert_array_equal(first, w)
+  np.testing.assert_array_equal(second, third)
+  assert capfd.readouterr() == ("", "")  # not of LAPACK
+
+
 def test_an_input_of_large_energy_hides_no_other(layer):
   x, w = layer
   usual = oneshot.remove_inputs(w, _moment(x), 0.5)
