@@ -21,8 +21,8 @@ def open_lines(path: str) -> Iterator[Iterator[str]]:
 
   Raises:
     OSError: the file cannot be read.
-    ConfigError: the file is a table, standard input is closed, or a line is not
-      UTF-8 (raised at that line).
+    ConfigError: the file is a table, standard input is closed, or, raised as the
+      lines are read, there is no line or one is not UTF-8.
   """
   if path.endswith(_TABLES):
     raise ConfigError(
@@ -39,6 +39,7 @@ def open_lines(path: str) -> Iterator[Iterator[str]]:
 
 
 def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
+  number = 0
   for number, line in enumerate(file, 1):
     # A byte order mark is not text, at the start of the file only.
     encoding = "utf-8-sig" if number == 1 else "utf-8"
@@ -52,6 +53,8 @@ def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
       yield from text.split("\r")  # all of it, with the line ends of old Macs
     else:
       yield text
+  if not number:
+    raise ConfigError(f"there is no text in {name}")
 
 
 def pairs(lines: Iterable[str], columns: tuple[str, str]) -> Iterator[Text]:
@@ -95,8 +98,9 @@ def _tsv_lines(
   predictions: Iterable[Prediction], role: str, labels: Sequence[str]
 ) -> Iterator[str]:
   names = {label: printable(" ".join(label.split())) for label in labels}
-  yield "\t".join([role, *names.values()])
-  for one in predictions:
+  for number, one in enumerate(predictions):
+    if number == 0:  # not before a first text was read
+      yield "\t".join([role, *names.values()])
     numbers = [f"{p:.6f}" for p in one.probabilities]
     if isinstance(one.label, str):
       shown = names[one.label]

@@ -41,6 +41,10 @@ def test_open_lines_names_what_it_cannot_read(tmp_path, monkeypatch):
     assert next(lines) == "one"
     with pytest.raises(ConfigError, match="t.txt, line 2, is not UTF-8"):
       next(lines)
+  (tmp_path / "t.txt").write_bytes(b"")
+  with lines_lib.open_lines(str(tmp_path / "t.txt")) as lines:
+    with pytest.raises(ConfigError, match="no text in .*t.txt"):
+      next(lines)
   monkeypatch.setattr("sys.stdin", None)  # as in a daemon
   for path, message in (("-", "no standard input"), ("t.csv", "t.csv: a text")):
     with (

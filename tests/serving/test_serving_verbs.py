@@ -129,6 +129,7 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   ("export RUN --output O --format=gguf", "not the name of a .gguf file"),
   ("export RUN --output TMP/o.gguf --format=gguf", "writes language models"),
   ("predict RUN TMP/none.txt", "No such file"),
+  ("predict RUN /dev/null", "no text in /dev/null"),
   ("predict RUN TMP/a.txt --pairs", "single texts"),
 ])
 # fmt: on

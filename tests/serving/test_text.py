@@ -148,7 +148,7 @@ def test_generate_depends_on_the_seed(folder, capsys):
     (["--prompt=" + 33 * "x"], "33 tokens"),
     (["--temperature=-1"], "temperature"),
     (["--file=nowhere"], "No such file"),
-    (["--file=-"], "no prompt"),
+    (["--file=-"], "no text in standard input"),
     (["--cache=linear"], "constant state"),
   ],
 )
