@@ -151,6 +151,8 @@ def read_file(
 ) -> Rows:
   """Reads the files of one split; every error names a file and the line."""
   file = part[0]
+  if not file.is_file():
+    raise ConfigError(f"there is no file {file}")
   if file.suffix not in config_lib.TEXT_ENDINGS:
     raise ConfigError(
       f"{file} has an unknown extension; use one of "

@@ -169,13 +169,10 @@ def load_scored_pairs(path: str) -> ScoredPairs:
   Raises:
     ConfigError: it is missing or malformed, or its scores are all the same.
   """
-  file = pathlib.Path(path)
-  if not file.is_file():
-    raise ConfigError(f"data.sts: there is no file {path}")
   columns = DataConfig(
     text_field=("sentence1", "sentence2"), label_field="score"
   )
-  rows = local_files.read_file([file], columns, TASKS["regress"])
+  rows = local_files.read_file([pathlib.Path(path)], columns, TASKS["regress"])
   firsts, seconds = zip(*rows.texts, strict=True)
   scores = np.array(rows.labels, np.float32)
   if np.ptp(scores) == 0:

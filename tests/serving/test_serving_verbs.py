@@ -126,6 +126,8 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   ("export RUN --output TMP/o --max-drop=1 --data=F", "--format=onnx"),
   ("export RUN --output TMP/o --format=onnx --max-drop=-1 --data=DATA",
    "0.00 points less; --max-drop=-1"),
+  ("export RUN --output TMP/o --format=onnx --max-drop=1 --data=TMP/none.txt",
+   "there is no file"),
   ("export RUN --output O --format=gguf", "not the name of a .gguf file"),
   ("export RUN --output TMP/o.gguf --format=gguf", "writes language models"),
   ("predict RUN TMP/none.txt", "No such file"),
