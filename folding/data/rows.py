@@ -183,8 +183,8 @@ def choose_texts(
     )
   if len(texts) > 1:
     raise ConfigError(
-      f"{place} has several columns of text ({', '.join(texts)}); choose one"
-      f"{'' if is_single else ', or two of pairs,'} with data.text_field"
+      f"{place} has several columns of text ({', '.join(texts)}); keep one, or "
+      f"choose one{'' if is_single else ' or two of pairs'} with data.text_field"
     )
   return (texts[0],)
 
