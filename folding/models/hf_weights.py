@@ -246,8 +246,8 @@ def import_params(
   head: str,
   shapes: Mapping[str, tuple[int, ...]],
   read: Callable[[str], np.ndarray],
-) -> tuple[dict[str, Any], list[str]]:
-  """Returns our parameters, and the names of the tensors left out.
+) -> dict[str, Any]:
+  """Returns our parameters, without tensors that our model does not need.
 
   Names and shapes are checked before the first tensor is read. Each tensor is
   read once. Without `config.segments`, BERT's segment 0 is added to every
@@ -279,7 +279,7 @@ def import_params(
   needed |= {
     find(t.plus): (described.token_types, t.shape[1]) for t in table if t.plus
   }
-  others = _check_tensors(described, shapes, needed)
+  _check_tensors(described, shapes, needed)
   if head == "lm" and described.config.tie_embeddings:
     output = f"{FAMILIES[described.family].layout.lm_head}.weight"
     _check_tied(output, find(table[0].name), shapes, read)
@@ -297,15 +297,15 @@ def import_params(
   is_bare = head == "classify" and "head/bias" not in flat
   if is_bare and described.config.use_bias:
     flat["head/bias"] = np.zeros(described.num_classes, np.float32)
-  return traverse_util.unflatten_dict(flat, sep="/"), others
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _check_tensors(
   described: Description,
   shapes: Mapping[str, tuple[int, ...]],
   needed: Mapping[str, tuple[int, ...]],
-) -> list[str]:
-  """Returns the names of the tensors that ours does not need."""
+) -> None:
+  """Refuses tensors that are missing, unknown, or of another shape."""
   missing = [name for name in needed if name not in shapes]
   if missing:
     raise ConfigError(f"tensor {_first(missing)} is missing")
@@ -316,14 +316,16 @@ def _check_tensors(
         f"{list(shape)}"
       )
   prefix = FAMILIES[described.family].layout.prefix
-  others = [name for name in shapes if name not in needed]
-  left = [x for x in others if not _UNUSED.fullmatch(x.removeprefix(prefix))]
+  left = [
+    name
+    for name in shapes
+    if name not in needed and not _UNUSED.fullmatch(name.removeprefix(prefix))
+  ]
   if left:
     raise ConfigError(
       f"tensor {_first(left)} has no place in a {described.family} model with "
       "this config.json"
     )
-  return others
 
 
 def _check_tied(
@@ -444,12 +446,10 @@ class Pretrained(Description):
     params: Our parameters, NumPy float32. A checkpoint without a classifier
       has no "head" and may have no "pooler".
     tokenizer_path: Its tokenizer.json.
-    left_out: Names of tensors that our model does not need.
   """
 
   params: dict[str, Any]
   tokenizer_path: pathlib.Path
-  left_out: tuple[str, ...] = ()
 
 
 def load_pretrained(
@@ -497,16 +497,13 @@ def load_pretrained(
       for name, file in where.items()
     }
     try:
-      params, left_out = import_params(
+      params = import_params(
         described, head, shapes, lambda name: _read(where[name], name)
       )
     except ConfigError as error:
       raise ConfigError(f"{folder}: {error}") from None
   return Pretrained(
-    **vars(described),
-    params=params,
-    tokenizer_path=tokenizer_path,
-    left_out=tuple(left_out),
+    **vars(described), params=params, tokenizer_path=tokenizer_path
   )
 
 
