@@ -104,20 +104,9 @@ def compress_sizes(
   vocabulary: int | None = None,
   report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Model]:
-  """Yields a model compressed to several sizes, which is measured once.
+  """Yields a model compressed by each saving, and measures it once.
 
-  Args:
-    model: As for `compress`, like the others.
-    texts: What the model will read.
-    savings: Fractions of the parameters to save.
-    max_texts: Number of texts to fit to.
-    structured: Whether the arrays of a language model get smaller too.
-    uniform: Whether all layers get one size.
-    vocabulary: Number of tokens to keep; None: all.
-    report: Called with each plan.
-
-  Raises:
-    ConfigError: see `compress`.
+  The other arguments and the errors are those of `compress`.
   """
   require_several(texts)
   for saving in savings:

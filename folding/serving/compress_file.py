@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,9 +36,8 @@ def compress_file(
   structured: bool | None = None,
   uniform: bool = False,
   vocabulary: int | None = None,
-  report: Callable[[str], None] = print,
 ) -> list[str]:
-  """Writes a compact export per saving, and reports what was lost.
+  """Writes a compact export per saving, and prints what was lost.
 
   The valid split is held out, or a tenth of the texts. On it the smaller model is
   compared with the dense one by the perplexity of a language model, the cosine of
@@ -52,10 +51,9 @@ def compress_file(
     savings: Fractions of the parameters to save.
     output: A new folder. Of several savings each gets a folder in it, named by the
       percent that it saves.
-    structured: As for `folding.compress`.
-    uniform: As for `folding.compress`.
-    vocabulary: As for `folding.compress`.
-    report: Called with each line.
+    structured: As for `folding.compress`, like the next two.
+    uniform: Whether all layers get one size.
+    vocabulary: Number of tokens to keep.
 
   Returns:
     The folders.
@@ -78,7 +76,7 @@ def compress_file(
     structured=structured,
     uniform=uniform,
     vocabulary=vocabulary,
-    report=report,
+    report=print,
   )
   for folder, small in zip(folders, map(shrunk, smaller), strict=True):
     lost = f"On held-out text {_lost(model, small, held)}"
@@ -87,12 +85,12 @@ def compress_file(
     )
     size = small.save(folder)
     before, after = (_num_stored(one) for one in (model, small))
-    report(
+    print(
       f"It stores {after:,} parameters; the dense model has {before:,} "
       f"(compression {1 - after / before:.1%}). The files have "
       f"{size['files']:,} bytes. {lost}"
     )
-    report(f"The smaller model is in {folder}")
+    print(f"The smaller model is in {folder}")
   return folders
 
 
@@ -210,14 +208,14 @@ def train_smaller(
   of configs/pretrained.py.
 
   Args:
-    source: As for `compress_file`.
+    source: As for `compress_file`, like the options.
     path: Texts; with labels for a classifier.
     saving: Fraction of the parameters to save.
     output: The run directory.
     steps: Steps of training.
-    structured: As for `folding.compress`.
-    uniform: As for `folding.compress`.
-    vocabulary: As for `folding.compress`.
+    structured: Whether the arrays of a language model get smaller too.
+    uniform: Whether all layers get one size.
+    vocabulary: Number of tokens to keep.
 
   Raises:
     ConfigError: see `loop.run`.
