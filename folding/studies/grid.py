@@ -472,10 +472,9 @@ def _outcome(trial: Trial) -> str:
   )
 
 
-def _wait_until_free(workdir: str, seconds: float = 60.0) -> None:
-  """Waits until the process of a failed node releases a run directory."""
-  end = time.monotonic() + seconds
-  while time.monotonic() < end:
+def _wait_until_free(workdir: str) -> None:
+  """Waits a minute for the process of a failed node to release a run directory."""
+  for _ in range(60):
     with contextlib.suppress(ConfigError), run_dir.held(workdir):
       return
     time.sleep(1.0)  # no event reports that another host releases a lock
