@@ -15,7 +15,6 @@ keys, so a trained model may need others. Each call decodes the last 8 tokens
 per row that fit into a cache of the given length.
 """
 
-import dataclasses
 import functools
 import statistics
 
@@ -74,7 +73,7 @@ class _Decoder:
     config = config_lib.resolve(
       config_lib.Config(
         preset="none",
-        model=dataclasses.replace(MODEL),
+        model=MODEL,
         fold=config_lib.FoldConfig(
           groups=groups, values="diagonal" if groups else "dense"
         ),
