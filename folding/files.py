@@ -62,9 +62,7 @@ def sync_folder(folder: str) -> None:
 def sync_tree(folder: str, skip: Callable[[str], bool] | None = None) -> None:
   """Flushes the files and folders of a folder to disk.
 
-  Args:
-    folder: The folder.
-    skip: Returns whether a file is flushed already; None: no file is.
+  `skip` returns whether a file is flushed already.
 
   Raises:
     OSError: a file cannot be flushed.
@@ -143,11 +141,7 @@ def read_checksums(folder: str) -> dict[str, str | None] | None:
 
 
 def require_intact(folder: str, skip: Collection[str] = ()) -> bool:
-  """Checks the files of a folder against its checksums.
-
-  Args:
-    folder: The folder.
-    skip: Files that are not checked.
+  """Checks the files of a folder, except for `skip`, against its checksums.
 
   Returns:
     Whether the folder has checksums.
@@ -174,10 +168,7 @@ def require_as_exported(folder: str, skip: Collection[str] = ()) -> None:
   """Checks an exported folder against its checksums, if it has any.
 
   Folders of other programs have none, or a file of that name in another format.
-
-  Args:
-    folder: The folder.
-    skip: Files that are not checked.
+  Files in `skip` are not checked.
 
   Raises:
     ConfigError: a file was edited, is missing or is damaged.
@@ -352,9 +343,7 @@ def require_empty(path: str) -> None:
 def require_new_file(path: str, ending: str) -> None:
   """Raises `ConfigError` unless a file can be written without loss.
 
-  Args:
-    path: The file; its folder exists.
-    ending: End of its name, such as ".npy".
+  Its name must have this ending, such as ".npy", and its folder must exist.
   """
   require_local(path)
   folder = os.path.dirname(path) or "."
@@ -372,11 +361,7 @@ def require_new_file(path: str, ending: str) -> None:
 
 
 def read_json(path: str, kind: type[Any]) -> Any:
-  """Returns the content of a JSON file.
-
-  Args:
-    path: The file.
-    kind: dict or list.
+  """Returns the dict or the list that a JSON file holds.
 
   Raises:
     ConfigError: it is damaged, or not of this kind.
@@ -393,13 +378,7 @@ def read_json(path: str, kind: type[Any]) -> Any:
 
 
 def write_json(path: str, content: Any, *, ensure_ascii: bool = True) -> None:
-  """Writes indented JSON and a line end, as `write_file` does.
-
-  Args:
-    path: The file.
-    content: Anything that `json.dumps` accepts.
-    ensure_ascii: Whether to escape characters that are not ASCII.
-  """
+  """Writes indented JSON and a line end, as `write_file` does."""
   text = json.dumps(content, indent=2, ensure_ascii=ensure_ascii)
   write_file(path, text + "\n")
 
@@ -421,11 +400,7 @@ def _find(path: str) -> tuple[str, str]:
 
 
 def shipped(folder: str) -> list[str]:
-  """Returns the config files of the library, such as "configs/lm.py".
-
-  Args:
-    folder: "configs", or "configs/studies".
-  """
+  """Returns the config files of the library, such as "configs/lm.py"."""
   return sorted(
     f"{folder}/{name}"
     for root in _SHIPPED

@@ -152,10 +152,7 @@ def _made(
 ) -> pathlib.Path:
   """Returns a folder whose files are intact, written if they are not.
 
-  Args:
-    folder: The folder.
-    write: Writes the files into the folder given.
-    keep: See `tokenised`.
+  `write` writes the files into the folder given. `keep` is that of `tokenised`.
   """
   if folder.exists():
     reason = _damage(folder)

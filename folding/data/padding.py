@@ -26,11 +26,7 @@ def windows(
 ) -> np.ndarray:
   """Returns windows of the stream of texts, int32[W, length], evenly spaced.
 
-  Args:
-    tokenizer: Its `stream` has the texts in a row.
-    texts: Documents.
-    length: Tokens per window.
-    count: Most windows. There are fewer if the texts are shorter.
+  There are fewer than `count` windows if the texts are shorter.
   """
   ids = np.concatenate([np.zeros(0, np.int32), *tokenizer.stream(texts)])
   whole = ids.size // length
@@ -64,9 +60,8 @@ def padded(
 def segments_of(seconds: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
   """Returns int32[B, L], the segment of each token; 0 at padding.
 
-  Args:
-    seconds: As in `tokenizers.Encoded`; may have fewer rows than the mask.
-    mask_BL: False at padding.
+  `seconds` is that of `tokenizers.Encoded`, and may have fewer rows than the
+  mask.
   """
   rows, length = mask_BL.shape
   second_B1 = np.full((rows, 1), length)
@@ -103,10 +98,7 @@ def by_length(
 ) -> Iterator[tuple[np.ndarray, int]]:
   """Yields batches of rows of similar length, each with its bucket length.
 
-  Args:
-    rows: Ids of each row, at most the last bucket length.
-    buckets: From `bucket_lengths` or `fine_bucket_lengths`.
-    batch_size: Rows per batch; the last may have fewer.
+  The last batch may have fewer rows.
 
   Example:
     >>> rows = [np.zeros(size) for size in (40, 3, 20)]

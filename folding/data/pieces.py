@@ -45,11 +45,7 @@ def find_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
 
 
 def for_training(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
-  """Yields the pieces of texts from which a tokenizer of ours is trained.
-
-  Args:
-    texts: Strings, or texts in slices.
-  """
+  """Yields the pieces of texts from which a tokenizer of ours is trained."""
   for text in texts:
     yield from of_text(text, _END_IN_TRAINING, _TRAINING_PIECE)
 
@@ -57,12 +53,7 @@ def for_training(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
 def groups(
   texts: Iterable[str | Iterable[str]], end: re.Pattern[str] | None
 ) -> Iterator[list[tuple[int, str]]]:
-  """Yields (index of text, piece) in groups that are encoded together.
-
-  Args:
-    texts: Strings, or texts in slices.
-    end: From `find_end`.
-  """
+  """Yields (index of text, piece) in groups that are encoded together."""
   group, size = [], 0
   for index, text in enumerate(texts):
     for piece in of_text(text, end, _PIECE):
@@ -77,16 +68,11 @@ def groups(
 def of_text(
   text: str | Iterable[str], end: re.Pattern[str] | None, size: int
 ) -> Iterator[str]:
-  """Yields the pieces of a text.
+  """Yields pieces of a text of about `size` characters.
 
   A text in slices is not held in memory. If more than `_LONGEST` characters of it
   have no end of a piece, it is cut at a line end, or else at the end of a slice,
   where a token might have crossed.
-
-  Args:
-    text: A string, or a text in slices.
-    end: From `find_end`.
-    size: Characters per piece, about.
   """
   if isinstance(text, str):
     yield from _cut(text, end, size)

@@ -51,10 +51,6 @@ class SpecialTokens:
     An unknown token is the first usual name in the vocabulary. Without one, a
     text ends with the token that begins a text (or id 0), and the end token is
     the pad token.
-
-    Args:
-      vocabulary: Ids by token, special tokens included.
-      begin: Ids that the tokenizer puts before a text.
     """
     ends = [vocabulary[token] for token in self.ends if token in vocabulary]
     if not ends:

@@ -122,12 +122,8 @@ def _without_unknown_classes(splits: dict[str, Rows]) -> dict[str, Rows]:
 def require_prepared(data: DataConfig, workdir: str) -> None:
   """Checks that reading the data of a run will neither fetch nor write any.
 
-  TFDS is asked only for data in its default folder. Files
-  of a data set can name code, and a run may come from someone else.
-
-  Args:
-    data: Data section of the config.
-    workdir: The run directory, for the message.
+  TFDS is asked only for data in its default folder. Files of a data set can name
+  code, and a run may come from someone else.
 
   Raises:
     ConfigError: the TFDS data set is not prepared, or is in another folder.

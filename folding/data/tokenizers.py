@@ -143,9 +143,6 @@ class Tokenizer:
 
     Without `begin_ids`, the first document follows an end token, as the others
     do.
-
-    Args:
-      texts: Documents, as strings or in slices.
     """
     end, last = np.array([self.end_id], np.int32), -1
     yield self.prompt(end[:0])
@@ -205,12 +202,8 @@ class Tokenizer:
   def encode_rows(self, texts: Sequence[Text], max_length: int) -> Encoded:
     """Returns texts or pairs with the special tokens of the tokenizer.
 
-    A pair that is too long loses tokens of its longer text first, as in
-    `transformers`.
-
-    Args:
-      texts: All single, or all pairs.
-      max_length: Most tokens per row, special ones included.
+    Rows have at most `max_length` tokens, special ones included. A pair that is
+    too long loses tokens of its longer text first, as in `transformers`.
 
     Raises:
       ConfigError: as `encode_batch`; or the tokenizer has other segments than 0
@@ -484,12 +477,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 
 def _begin_ids(inner: tokenizers.Tokenizer, words: Sequence[str]) -> list[int]:
-  """Returns the ids that a tokenizer puts before a text.
-
-  Args:
-    inner: The tokenizer.
-    words: Texts to try until one is encoded.
-  """
+  """Returns the ids that a tokenizer puts before a text, found by trying words."""
   for word in words:
     with contextlib.suppress(Exception):  # the tokenizer cannot encode it
       framed = inner.encode(word)

@@ -28,13 +28,7 @@ TOLERANCE = 1e-4  # of linear attention, relative to the range of the values
 def layer_frequencies(
   shape: Shape, layer: Layer, size: int | None = None
 ) -> Float[np.ndarray, " half"]:
-  """Returns the `rope_frequencies` of a layer.
-
-  Args:
-    shape: Shape of the model.
-    layer: Shape of the layer.
-    size: Number of channels of a head; None: all K.
-  """
+  """Returns the `rope_frequencies` of a layer; size None: of all K channels."""
   return rope_frequencies(
     size or layer.head_dim,
     layer.rope_base,
@@ -164,12 +158,7 @@ class Attention(nn.Module):
     x_BLD: Float[Array, "B L D"],
     mask_BL: Bool[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    """Attends within whole sequences.
-
-    Args:
-      x_BLD: Input of the layer.
-      mask_BL: False or 0 at pad tokens; None: no padding.
-    """
+    """Attends within whole sequences. The mask is False or 0 at pad tokens."""
     q, k, v = self.project(x_BLD, jnp.arange(x_BLD.shape[1]))
     return self.o(self._attend(q, k, v, mask_BL))
 
@@ -179,12 +168,9 @@ class Attention(nn.Module):
     mask_BL: Bool[Array, "B L"],
     state: PastState | None,
   ) -> tuple[Float[Array, "B L D"], Cache]:
-    """Attends within prompts, and returns the cache for decoding.
+    """Attends within left-padded prompts; returns the cache for decoding.
 
-    Args:
-      x_BLD: Input of the layer for left-padded prompts.
-      mask_BL: False at pad tokens.
-      state: The empty state to extend; None: make a KV cache of L slots.
+    Without an empty state to extend, it makes a KV cache of L slots.
     """
     q, k, v = self.project(x_BLD, jnp.arange(x_BLD.shape[1]))
     if state is None:
@@ -197,13 +183,7 @@ class Attention(nn.Module):
   def decode(
     self, x_B1D: Float[Array, "B 1 D"], cache: Cache, step: Step
   ) -> tuple[Float[Array, "B 1 D"], Cache]:
-    """Attends from one new token per row to all tokens so far.
-
-    Args:
-      x_B1D: Input of the layer for the new tokens.
-      cache: From `prefill`, or from here.
-      step: Position of the new tokens.
-    """
+    """Attends from one new token per row to all tokens so far."""
     q, k, v = self.project(x_B1D, step.position[None])
     if isinstance(cache, PastState):
       x = self._rank_1(q, k, v, None)
@@ -222,10 +202,6 @@ class Attention(nn.Module):
     self, x_BLD: Float[Array, "B L D"], position_L: Int[Array, " L"]
   ) -> tuple[Array, Array, Array]:
     """Returns queries, keys and values, normed and rotated as configured.
-
-    Args:
-      x_BLD: Input of the layer.
-      position_L: Positions of the tokens.
 
     Returns:
       q_BLHG, k_BLJG and v_BLIr, with K numbers for G unless logits are folded.
@@ -321,11 +297,7 @@ def rank_1_inputs(
   Linear attention scales logits by the square root of the size of the values,
   r. Queries are scaled by (K/r)^(1/2), so that the scale is that of K.
 
-  Args:
-    layer: Shape of the layer.
-    heads: q_BLH1, k_BLJ1 and v_BLIr.
-    slopes_H: ALiBi slopes.
-    mask_BL: False at pad tokens; None: no padding.
+  `heads` are q_BLH1, k_BLJ1 and v_BLIr.
   """
   q, k, v = heads
   if layer.value_dim != layer.head_dim:

@@ -60,17 +60,8 @@ def attend(
 
   The outputs of pad tokens differ, because these attend to other pad tokens.
 
-  Args:
-    q_BLHG: Queries.
-    k_BLJG: Keys.
-    v_BLIr: Values.
-    mask_BL: False at pad tokens; None: no padding.
-    causal: Whether later keys are hidden.
-    window: Keys at this distance and beyond are hidden; None: none are.
-    head_dim: K.
-    cap: Limit of the logits, see `exact_attention.soft_cap`.
-    mesh: Devices that share the work.
-    interpret: Runs the kernel on a CPU, slowly.
+  The devices of `mesh` share the work. `interpret` runs the kernel on a CPU,
+  slowly. The other arguments are those of `attend_whole`.
   """
   B, L, _, G = q_BLHG.shape
   value_heads = v_BLIr.shape[2]
@@ -120,13 +111,10 @@ def attend(
 
 
 def flops_of(instruction: str) -> int:
-  """Returns the FLOP of an instruction in HLO; 0 if it is not the kernel.
+  """Returns the FLOP of a line of HLO; 0 if it is not the kernel.
 
   Hidden keys in the blocks that it computes count, and heads of fewer channels than
   the 128 that a TPU multiplies.
-
-  Args:
-    instruction: In one line.
   """
   found = _CALL.search(instruction)
   if not found:
@@ -168,12 +156,7 @@ def _kernel(
   It maps (is_token_L, q_HLG, k_IMG, v_IMr) to the output; `is_token_L` is 1, or 0
   at pad tokens, or None.
 
-  Args:
-    num_heads: H.
-    blocks: Number of blocks, and positions of each.
-    causal: As `attend`.
-    window: As `attend`.
-    **options: Of the kernel.
+  `blocks` has the number of blocks and the positions of each.
   """
   from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow
 

@@ -41,10 +41,6 @@ def layers(model: Transformer) -> dict[int, Layer]:
 def measure_spans(model: Transformer, params: Any) -> dict[int, Span]:
   """Returns the ranges of queries and keys over random tokens, [1, H] each.
 
-  Args:
-    model: A next-token model.
-    params: Parameters of the model.
-
   Returns:
     {n: ranges of layer n}, for layers that can decode in constant size.
   """
@@ -81,11 +77,7 @@ def empty_states(
 ) -> list[PastState | None]:
   """Returns the state of each layer before any token; None: it has none.
 
-  Args:
-    model: A next-token model.
-    spans: From `measure_spans`.
-    batch_size: B.
-    margin: Factor on the ranges.
+  The ranges are made wider by the factor `margin`.
 
   Raises:
     ConfigError: the ranges need too many nodes.

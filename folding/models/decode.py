@@ -56,13 +56,7 @@ def make_cache(
 
 
 def write(cache: KVCache, new: KVCache, position: Int[Array, ""]) -> KVCache:
-  """Returns the cache with one more position, in place of the oldest if full.
-
-  Args:
-    cache: M slots.
-    new: One slot.
-    position: The new position.
-  """
+  """Returns the cache with one more position, in place of the oldest if full."""
   slot = position % cache.k.shape[2]
   update = jax.lax.dynamic_update_slice_in_dim
   return KVCache(
@@ -78,9 +72,7 @@ def slot_positions(num_slots: int, newest: Int[Array, ""]) -> Int[Array, " M"]:
 def resize(cache: KVCache, num_slots: int) -> KVCache:
   """Returns a full cache with more slots, or with its newest positions.
 
-  Args:
-    cache: Position p is in slot p, as from `make_cache`.
-    num_slots: M of the result.
+  Position p is in slot p, as from `make_cache`.
   """
 
   def resized(x, axis):

@@ -91,16 +91,8 @@ def attend_whole(
   A kernel for TPUs attends in long sequences without a learned bias, if the mesh
   of the context is known, see `attention_kernel`.
 
-  Args:
-    q_BLHG: Queries.
-    k_BLJG: Keys.
-    v_BLIr: Values.
-    biases: Learned parameters of the `position_bias`.
-    mask_BL: False at pad tokens; None: no padding.
-    causal: Whether later keys are hidden.
-    window: Keys at this distance and beyond are hidden; None: none are.
-    head_dim: K.
-    cap: Limit of the logits before the bias, see `soft_cap`.
+  Keys at the distance `window` and beyond are hidden. The other arguments are
+  those of `attend` and `position_bias`.
   """
   length, G = q_BLHG.shape[1], q_BLHG.shape[-1]
   bias = functools.partial(position_bias, causal=causal, window=window)
@@ -167,10 +159,7 @@ def _seen(
 ) -> list[tuple[slice, slice]]:
   """Returns blocks of queries, each with the range of keys that it sees.
 
-  Args:
-    length: Number of tokens; one block holds them all if it is unknown.
-    causal: Whether later keys are hidden.
-    window: Keys at this distance and beyond are hidden; None: none are.
+  If the length is unknown, one block holds all tokens.
   """
   if not causal or not isinstance(length, int):
     return [(slice(None), slice(None))]
@@ -226,12 +215,7 @@ def position_bias(
 ) -> Float[Array, "#H L M"]:
   """Returns ALiBi's -slope |i - j| or a relative bias, and -1e30 at hidden keys.
 
-  Args:
-    query_L: Positions of the queries.
-    key_M: Positions of the keys.
-    biases: Learned parameters.
-    causal: Whether later keys are hidden.
-    window: Keys at this distance and beyond are hidden; None: none are.
+  Keys at the distance `window` and beyond are hidden.
   """
   distance_LM = query_L[:, None] - key_M[None, :]
   bias_HLM = jnp.zeros((1, *distance_LM.shape), jnp.float32)
@@ -255,9 +239,6 @@ def relative_buckets(count: int) -> Int[np.ndarray, " distances"]:
   Half of the buckets are for earlier keys, half for later ones. Half of each
   hold one distance, the others grow in proportion to it (Raffel et al. 2020).
   In float32, as in transformers, which decides at the edges.
-
-  Args:
-    count: R, number of buckets.
   """
   distance = np.arange(-_FARTHEST, _FARTHEST + 1)
   half, single = count // 2, count // 4

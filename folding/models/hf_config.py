@@ -327,9 +327,7 @@ def is_known(config: ModelConfig, num_classes: int = 0) -> bool:
 def family_of(config: ModelConfig, num_classes: int = 0) -> str:
   """Returns the first family that computes this model.
 
-  Args:
-    config: Resolved.
-    num_classes: C, as for `misfit`.
+  Arguments are those of `misfit`.
 
   Raises:
     ConfigError: none does; gives the reasons of the best known ones.

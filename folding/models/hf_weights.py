@@ -356,10 +356,7 @@ def export_tensors(
   embedding. Classifiers of causal models have no bias; ours moves into the bias of
   the last norm, which nothing else reads.
 
-  Args:
-    described: Family and sizes.
-    head: As for `tensors`.
-    params: Dense parameters (see `folding.unfold`).
+  `params` are dense (see `folding.unfold`), and `head` is that of `tensors`.
 
   Raises:
     ConfigError: a parameter is missing, left over, or of another shape; names

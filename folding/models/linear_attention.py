@@ -530,10 +530,6 @@ def _slopes(x: Inputs) -> Array:
   return x.slopes_H.astype(jnp.float32)
 
 
-def _alibi(slopes_BH, distance_LM) -> Array:
-  return -jnp.einsum("BH,LM->BHLM", slopes_BH, jnp.abs(distance_LM))
-
-
 def _scan(
   past: Sums,
   x: _Scaled,
@@ -610,7 +606,7 @@ def _block(
   is_seen_LM = distance_LM > 0 if is_strict else distance_LM >= 0
   mask_BHCM = mask_BCM[:, None]
   is_seen = is_seen_LM[None, None, None] & mask_BHCM[..., None, :]
-  bias_BHLM = _alibi(slopes_BH, distance_LM)
+  bias_BHLM = -jnp.einsum("BH,LM->BHLM", slopes_BH, jnp.abs(distance_LM))
   near = _attend_near(s_BHCL, t_BHCM, v_BHCMK, bias_BHLM, is_seen)
 
   to_end_BHM = jnp.einsum("BH,M->BHM", slopes_BH, at_L - L)

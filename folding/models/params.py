@@ -94,10 +94,6 @@ def group_of(path: str) -> Group:
 def axis_of(path: str, letters: str) -> int | None:
   """Returns the first axis of a parameter that has one of these letters.
 
-  Args:
-    path: Path of the parameter.
-    letters: Such as "F", or "HJ" for either kind of heads.
-
   Example:
     >>> axis_of("blocks_0/mlp/down/kernel", "F"), axis_of("embed/embedding", "F")
     (0, None)

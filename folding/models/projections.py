@@ -26,10 +26,6 @@ def folded_init(groups: int, head_dim: int) -> nn.initializers.Initializer:
 
   Logits are (K/G) K^(-1/2) sum_g q_g k_g, with standard deviation (K/G)^(1/2)
   for unit q_g and k_g. So queries and keys are each scaled by (G/K)^(1/4).
-
-  Args:
-    groups: G.
-    head_dim: K.
   """
   return nn.initializers.variance_scaling(
     (groups / head_dim) ** 0.5, "fan_in", "truncated_normal"

@@ -93,8 +93,7 @@ class Shape(Design):
   def whole(self, *, keeps_heads: bool = False) -> "Shape":
     """Returns the shape before any shrink: with all neurons, and all heads.
 
-    Args:
-      keeps_heads: Whether heads stay removed.
+    If `keeps_heads`, removed heads stay removed.
     """
 
     def whole(layer: Layer) -> Layer:

@@ -78,12 +78,7 @@ def shrink(
 
 
 def shrunk_shape(shape: Shape, cut: Cut) -> Shape:
-  """Returns the shape of smaller parameters.
-
-  Args:
-    shape: Shape of the parameters before.
-    cut: The cut that makes them smaller.
-  """
+  """Returns the shape of smaller parameters, from that of the larger ones."""
 
   def kept(kernel, count):
     return cut.kept.get(kernel, {}).get(0, range(count))

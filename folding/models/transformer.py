@@ -517,12 +517,7 @@ def make_model(
 
 
 def model_for(shape: Shape, params: Mapping[str, Any]) -> Transformer:
-  """Returns the model of a shape, sized by its parameters.
-
-  Args:
-    shape: Shape of the model.
-    params: Parameters of the model or of its dense baseline.
-  """
+  """Returns the model of a shape, sized by its or the dense parameters."""
   num_classes = params["head"]["kernel"].shape[1] if "head" in params else 0
   return make_model(shape, len(params["embed"]["embedding"]), num_classes)
 

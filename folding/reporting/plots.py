@@ -102,12 +102,7 @@ def draw_lines(
 ) -> None:
   """Draws lines; the first `MAX_NAMED` have a name and a color.
 
-  Args:
-    axes: The matplotlib axes.
-    series: Points (x, y) by name.
-    x_label: Name and unit of the horizontal axis.
-    y_label: Name and unit of the vertical axis.
-    marks: Positions of dashed vertical lines by name.
+  `marks` are dashed vertical lines.
   """
   for index, (name, points) in enumerate(series.items()):
     axes.plot(
@@ -138,11 +133,7 @@ def draw_points(
 ) -> None:
   """Draws named points with error bars, in the colors of `draw_lines`.
 
-  Args:
-    axes: The matplotlib axes.
-    points: A point by name; None keeps the color of a missing point unused.
-    x_label: Name and unit of the horizontal axis.
-    y_label: Name and unit of the vertical axis.
+  A point that is None keeps its color unused.
   """
   texts, marks = [], []
   for index, (name, point) in enumerate(points.items()):
@@ -218,12 +209,8 @@ def draw_bars(
 ) -> None:
   """Draws horizontal bars, for each row one in front of the other.
 
-  Args:
-    axes: The matplotlib axes.
-    bars: Length by row and by name of bar, the longest first; all rows have the
-      same names.
-    x_label: Name and unit of the horizontal axis.
-    notes: A text at the left end of each row; none by default.
+  The longest bar of a row comes first, and all rows have bars of the same
+  names. `notes` are written at the left end of the rows.
   """
   for index, name in enumerate(next(iter(bars.values()), {})):
     axes.barh(

@@ -78,14 +78,9 @@ def outputs(
 ) -> np.ndarray:
   """Returns the outputs of `forward` in the order of the texts, as float32.
 
-  Args:
-    model: The Linen module.
-    tokenizer: Tokenizer of the model.
-    params: Its parameters, on the device.
-    texts: All single, or all pairs.
-    batch_size: Texts per batch; those of a batch are of similar length.
-    activate: Turns outputs of the model into those of `forward`.
-    report: Called after each batch with its number of texts.
+  Texts are all single, or all pairs. `activate` turns outputs of the model into
+  those of `forward`. `report` is called after each batch with its number of
+  texts.
 
   Raises:
     ConfigError: the model returns NaN.

@@ -65,16 +65,9 @@ def prefill(
 ) -> State:
   """Returns the state after the prompts, with the next new tokens.
 
-  Args:
-    model: A next-token model.
-    params: Parameters of the model.
-    tokens_BL: Left-padded prompts.
-    start_B: Number of pad tokens of each row.
-    states: Empty constant states, see `Transformer.prefill`.
-    draw: From `sampling.make_draw`.
-    num_new: int32[], new tokens at the end of each prompt.
-    num_slots: Slots per KV cache; a layer with a window has no more than the
-      window.
+  `num_new` counts the new tokens at the end of each prompt. The KV cache of a
+  layer with a window has no more slots than the window. For `states` see
+  `Transformer.prefill`.
   """
   found: Any = model.apply(
     {"params": params}, tokens_BL, start_B, states, method="prefill"
@@ -99,16 +92,7 @@ def decode(
   draw: Draw,
   num_tokens: int,
 ) -> tuple[State, Int[Array, "B T"]]:
-  """Returns the state after T more tokens per row, and these tokens.
-
-  Args:
-    model: A next-token model.
-    params: Parameters of the model.
-    state: From `prefill` or `decode`.
-    start_B: Number of pad tokens of each row.
-    draw: From `sampling.make_draw`.
-    num_tokens: T.
-  """
+  """Returns the state after T more tokens per row, and these tokens."""
 
   def step(state: State, _):
     found: Any = model.apply(
@@ -507,11 +491,6 @@ def decode_parts(
   The text of a token may depend on earlier tokens, and a character may take
   several. So all ids from the prompt on are decoded, and an incomplete
   character at the end is held back.
-
-  Args:
-    tokenizer: Tokenizer of the model.
-    prompt: Ids of the prompt.
-    parts: New ids, as they come.
 
   Example:
     >>> from folding.config import DataConfig

@@ -35,10 +35,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, num_rows: int) -> None:
   """Adds the fields of a tokenizer to a `gguf.GGUFWriter`.
 
-  Args:
-    writer: Of the file.
-    tokenizer: Its ids are rows of the embedding.
-    num_rows: V; rows without a token get an unused one.
+  Ids are rows of the embedding. Rows without a token get an unused one.
 
   Raises:
     ConfigError: llama.cpp has no such tokenizer.
@@ -146,10 +143,7 @@ def _scores(
 ) -> list[float]:
   """Returns the scores by which SentencePiece merges in the same order.
 
-  Args:
-    tokens: By id.
-    kinds: Their kinds.
-    merges: The parts of tokens, best first.
+  `merges` are best first.
 
   Raises:
     ConfigError: there are none, because the merges do not rank tokens, or leave

@@ -189,9 +189,7 @@ def unfolded(loaded: Model) -> dict[str, Any]:
 def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
   """Returns the unfolded parameters, with zeros as removed heads and neurons.
 
-  Args:
-    loaded: The model.
-    m: From `_uniform`.
+  `m` is from `_uniform`.
 
   Raises:
     ConfigError: the parameters have no dense form.
@@ -212,11 +210,7 @@ def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
 def _filled(m: ModelConfig, layer: Layer, name: str, w: Any) -> np.ndarray:
   """Returns an array of a dense layer with zeros as removed heads and neurons.
 
-  Args:
-    m: From `_uniform`.
-    layer: Lists the heads that are left.
-    name: Path in the layer.
-    w: The array.
+  `m` is from `_uniform`, and `name` is the path in the layer.
   """
   w = np.asarray(w)
   if (axis := axis_of(name, "F")) is not None:

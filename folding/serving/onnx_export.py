@@ -416,10 +416,7 @@ def _make_graph(
 ) -> _Graph:
   """Returns the graph of a model.
 
-  Args:
-    loaded: The model.
-    token_map: The row of each id of the tokenizer; None: the id.
-    dtype: Type of matrices and embeddings.
+  `token_map` has the row of each id of the tokenizer; None: ids are rows.
   """
   m = loaded.shape
   g = _Graph(m, loaded.params, dtype)

@@ -63,9 +63,7 @@ def load_packed(
 ) -> dict[str, Any]:
   """Returns the nested dicts of NumPy arrays that `save_packed` wrote.
 
-  Args:
-    path: The file.
-    check: Called with {path: shape} before any array is allocated.
+  `check` is called with {path: shape} before any array is allocated.
 
   Raises:
     ConfigError: the file is missing, truncated, or has another format.

@@ -119,15 +119,10 @@ def choose(
   logits_BV: Float[Array, "B V"],
   step: Int[Array, ""],
 ) -> Int[Array, " B"]:
-  """Returns the next token of each row; -1 if a logit is NaN.
+  """Returns the new token number `step` of each row; -1 if a logit is NaN.
 
   argmax(logits / temperature + Gumbel noise) is a draw from the softmax
   (Gumbel 1954).
-
-  Args:
-    draw: From `make_draw`.
-    logits_BV: Logits of the next token.
-    step: Number of the new token, from 0.
   """
   is_nan_B = jnp.isnan(logits_BV).any(axis=-1)
   if draw.kind != "greedy":

@@ -99,11 +99,7 @@ class Study:
         raise ConfigError(f"not a fraction between 0 and 1: {value}")
 
   def trials(self, workdir: str) -> list["Trial"]:
-    """Returns the runs in order: dense starts, then seed by seed.
-
-    Args:
-      workdir: The study directory.
-    """
+    """Returns the runs in order: dense starts, then seed by seed."""
     starts: dict[str, Trial] = {}
     rest: list[Trial] = []
     for seed in self.seeds:

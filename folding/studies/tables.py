@@ -121,9 +121,6 @@ def dataset_table(rows: Sequence[Row]) -> str:
   """Returns the Markdown table of one data set, a row per method and level.
 
   All values are means over seeds.
-
-  Args:
-    rows: Rows of one data set.
   """
   metric = rows[0].metric
   is_accuracy = metric == "accuracy"
@@ -148,15 +145,12 @@ def dataset_table(rows: Sequence[Row]) -> str:
 
 
 def summary_table(rows: Sequence[Row]) -> str:
-  """Returns a Markdown table of means over data sets and seeds, with a test.
+  """Returns a table of one metric: means over data sets and seeds, with a test.
 
   Each method is compared with dense, and with `ours` at the same level. The table
   shows the mean difference of changes to dense, and the p value of `paired`,
   corrected for the number of methods of that level (false discovery rate,
   Benjamini and Hochberg 1995).
-
-  Args:
-    rows: Rows of one metric.
   """
   lines = []
   grouped = _grouped(rows)
@@ -288,9 +282,6 @@ def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
   """Returns {method: points} with `ours` first, then the best at its last level.
 
   A point is (percent saved, change to dense), both means.
-
-  Args:
-    rows: Rows of one metric.
   """
   found: dict[str, list[tuple[float, float]]] = {}
   for (method, _), group in _grouped(rows).items():
