@@ -559,7 +559,10 @@ def describe_pretrained(folder: pathlib.Path) -> Description:
   Raises:
     ConfigError: it is missing, damaged, or of an unsupported model.
   """
-  values = _read_json(folder / CONFIG)
+  path = folder / CONFIG
+  if not path.is_file():
+    raise ConfigError(f"there is no {path}")
+  values = files.read_json(str(path), dict)
   if (folder / _ADAPTER).exists():
     raise ConfigError(
       f"{folder} has an {_ADAPTER}: a LoRA adapter that is not part of the weights; "
@@ -587,12 +590,6 @@ def describe_pretrained(folder: pathlib.Path) -> Description:
     ) from error
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    raise ConfigError(f"there is no {path}")
-  return files.read_json(str(path), dict)
-
-
 def _open_weights(
   folder: pathlib.Path, stack: contextlib.ExitStack
 ) -> dict[str, Any]:
@@ -606,7 +603,7 @@ def _open_weights(
       f"{folder} has no {WEIGHTS} and no {INDEX}, and pickles are not read; "
       f"{_HINT}"
     )
-  where = _read_json(index).get("weight_map")
+  where = files.read_json(str(index), dict).get("weight_map")
   if not isinstance(where, dict) or not all(
     isinstance(name, str) and not files.leads_out(name)
     for name in where.values()
