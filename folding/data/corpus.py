@@ -52,7 +52,7 @@ FOLDER = ".folding-tokens"
 _FORMAT = 1  # raised if the same text would get other splits, tokenizers or ids
 _ENDINGS = (".txt", ".csv", ".jsonl", *local_files.COLUMNAR)
 _BLOCK = 1 << 20  # bytes
-_FIRST_ROWS = 1000  # rows that the column of text is chosen by
+_FIRST_ROWS = 1000  # rows by which the column of text is chosen
 _FIELDS = (
   "text_field",
   "label_field",

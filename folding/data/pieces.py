@@ -17,10 +17,10 @@ _GROUP = 1 << 22  # characters that are encoded together, about
 # No match of our pattern, of GPT-2's or of a later one crosses a line break
 # between two texts.
 _END_OF_LINE = re.compile(r"\S\n(?=\S)")
-# After a word, no match of ours or of GPT-2's has the last of several line
-# breaks, as of blank lines or of Windows. A match of Llama 3's has.
+# After a word, no match of ours or of GPT-2's contains the last of several line
+# breaks, as of blank lines or of Windows. A match of Llama 3's does.
 _END_OF_LINES = re.compile(r"\S\n(?=\S)|[^\W_][\r\n]+(?=\n\S)")
-# Nor has a match of ours the end of a word and the space after it.
+# Nor does a match of ours contain the end of a word and the space after it.
 _END_IN_TRAINING = re.compile(r"\S\n(?=\S)|[A-Za-z](?= [A-Za-z])")
 
 

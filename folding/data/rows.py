@@ -22,7 +22,7 @@ STEMS = {  # file names, and beginnings of the names of TFDS splits
   "valid": ("valid", "validation", "val", "dev"),
   "test": ("test",),
 }
-TEXT_NAMES = (  # the first whose columns are all there is chosen
+TEXT_NAMES = (  # the first entry whose columns all exist is chosen
   ("text",),
   ("sentence1", "sentence2"),
   ("premise", "hypothesis"),

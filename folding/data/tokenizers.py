@@ -400,7 +400,7 @@ def train_tokenizer(
         "data.tokenizer='bytes'"
       )
     split = pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated")
-    # Training takes the square of the length of a word; encoding does not.
+    # The time of training grows with the square of a word's length.
     cut = pre_tokenizers.Split(tokenizers.Regex(_PART_OF_WORD), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes, cut])
     trainer = trainers.BpeTrainer(

@@ -205,7 +205,7 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
   whole = "{:,.0f}".format
   quality, base = (_quality(v, metric) for v in (variant, reference))
   change = "–"
-  # Of a negative correlation the sign would be wrong.
+  # The change of a negative correlation would have the wrong sign.
   is_same_data = variant.runs[0].digest == reference.runs[0].digest
   old, new = base.mean or 0.0, quality.mean
   if is_same_data and new is not None and old > 0:

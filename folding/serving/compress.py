@@ -214,7 +214,7 @@ def _batches(
     size //= 2
   count = -(-len(rows) // size)
   if count > 1 and len(rows) >= 32 * count:
-    # Of one even size, as each shape is compiled, and each half of it.
+    # One even size, because each shape is compiled, and each half of it.
     size = len(rows) // count // 2 * 2
     rows = rows[: size * count]
   members, lengths = map(

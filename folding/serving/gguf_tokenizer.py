@@ -107,7 +107,7 @@ def _pre_tokenizer(values: dict[str, Any]) -> str:
       splits.append(step["type"])
   normalizers = [s["type"] for s in _steps(values["normalizer"], "normalizers")]
   key = tuple(splits), values["model"]["ignore_merges"]
-  # llama.cpp does not compose characters (NFC), in Qwen's own files neither.
+  # llama.cpp does not compose characters (NFC), not even for Qwen's own files.
   if key not in _PRE_TOKENIZERS or normalizers not in ([], ["NFC"]):
     raise ConfigError(
       "llama.cpp has no name for the pre-tokenizer of this tokenizer.json; "

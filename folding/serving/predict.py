@@ -20,7 +20,7 @@ from folding.tasks import Labels, task_of
 
 _log = logging.getLogger(__name__)
 
-_BATCHES_SORTED = 32  # texts are sorted by length among so many batches
+_BATCHES_SORTED = 32  # texts are sorted by length across this many batches
 
 
 def predict(
