@@ -1,4 +1,4 @@
-"""Pruning by libraries of PyTorch, recovered exactly as a run of ours was.
+"""Pruning by libraries of PyTorch, recovered exactly as one of our runs.
 
 Both start from the dense model of the run, keep at most as many parameters, and
 train on the same batches for as many steps with the dense model as teacher:

@@ -34,8 +34,8 @@ class Labels:
     measure: (float[rows, C] logits, labels as `labels.to_array` returns them) ->
       {metric: value}.
     answer: (float[C] outputs of a text, names of the outputs) -> predicted label.
-    problem_type: Name of the task in a config.json of transformers. Of several rows
-      with one name, a checkpoint of that name is read as the first.
+    problem_type: Name of the task in a config.json of transformers. If several
+      rows share it, a checkpoint of that name is read as the first of them.
   """
 
   kind: Literal["class", "classes", "score"]

@@ -7,9 +7,9 @@ fits.
 
 Files of `LARGE` bytes and more are not held in memory. Their ids are in a folder
 beside the text (or in `data.dir`), named by the text and the tokenizer, and later
-runs map them into memory. Files of text are known by name, size and time of
-change, so that a later run need not read them. What it reads instead has
-checksums, and is made again if it is damaged.
+runs map them into memory. Text files are identified by name, size and
+modification time, so a later run need not read them. The ids have checksums, and
+damaged ones are made again.
 """
 
 import atexit

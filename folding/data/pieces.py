@@ -45,7 +45,7 @@ def find_end(inner: tokenizers.Tokenizer) -> re.Pattern[str] | None:
 
 
 def for_training(texts: Iterable[str | Iterable[str]]) -> Iterator[str]:
-  """Yields the pieces of texts from which a tokenizer of ours is trained."""
+  """Yields the pieces of texts that our tokenizers are trained on."""
   for text in texts:
     yield from of_text(text, _END_IN_TRAINING, _TRAINING_PIECE)
 

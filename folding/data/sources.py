@@ -1,7 +1,7 @@
 """Text sources: local files, TFDS data sets and Python's standard library.
 
-`load_texts` returns strings in memory, by split. The text of language models
-goes on in `corpus`.
+`load_texts` returns strings in memory, by split. `corpus` reads the text of
+language models.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ def nodes() -> Float[np.ndarray, " X"]:
 def _barycentric() -> Float[np.ndarray, " X"]:
   """Returns 1 / prod_(k != n) (x_n - x_k) / 2^(X - 1), in float64.
 
-  Of the rounded nodes; weights of the exact nodes would be off by 1e-6.
+  The nodes are rounded. Weights of the exact nodes would be off by 1e-6.
   """
   x = nodes().astype(np.float64)
   apart = 2 * (x[:, None] - x)

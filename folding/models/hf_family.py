@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from folding.config import ModelConfig
 from folding.errors import ConfigError
 
-# Field of ModelConfig: {value in config.json: ours}. Of several values for one
-# of ours, the first is written.
+# Field of ModelConfig: {value in config.json: ours}. If several values stand for
+# one of ours, the first is written.
 VALUES: dict[str, dict[str, str]] = {
   "activation": {
     "gelu": "gelu",
@@ -78,8 +78,8 @@ class Layout:
     block: Modules of a block.
     classifier: Modules of the sequence classifier, with whole names.
     lm_head: Output layer of a language model, with its whole name.
-    idle_pooler: A dense layer of the model without a head, which no vector of ours
-      reads. transformers draws it at random, with a warning, if it is missing.
+    idle_pooler: A dense layer of the model without a head, which our vectors do
+      not read. transformers draws it at random, with a warning, if it is missing.
     relative: A relative bias that all layers share.
     has_biases: Whether all norms and linear layers have biases, except the heads
       of causal models. If not, norms have none, and linear layers as the config

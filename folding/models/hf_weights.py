@@ -57,7 +57,7 @@ _UNUSED = re.compile(
 
 
 class Tensor(NamedTuple):
-  """One tensor of theirs and the arrays of ours that it holds."""
+  """One of their tensors, and our arrays in it."""
 
   name: str
   paths: tuple[str, ...]
@@ -73,7 +73,7 @@ class Tensor(NamedTuple):
 def tensors(
   described: Description, head: str, has_pooler: bool = False
 ) -> list[Tensor]:
-  """Returns the tensors of a checkpoint; each path of ours occurs once.
+  """Returns the tensors of a checkpoint; each of our paths occurs once.
 
   Args:
     described: Its family and sizes.
@@ -130,7 +130,7 @@ def tensors(
 
 
 def _has_bias(described: Description, module: str) -> bool:
-  """Returns whether a module of ours has a bias in transformers."""
+  """Returns whether one of our modules has a bias in transformers."""
   config, name = described.config, module.rpartition("/")[2]
   if name == "head":
     return not config.causal
@@ -146,7 +146,7 @@ def _has_bias(described: Description, module: str) -> bool:
 def _tensor(
   described: Description, name: str, paths: tuple[str, ...], axes: str
 ) -> Tensor:
-  """Returns the tensor of theirs that stacks arrays of ours.
+  """Returns their tensor that stacks our arrays.
 
   A kernel [D, J, K] of keys, for example, is [JK, D] in theirs. The sizes of J,
   K and D are then `Tensor.axes`. The letters `axes` are as in `params.TABLE`.
@@ -228,7 +228,7 @@ def _join(ours: list[np.ndarray], tensor: Tensor) -> np.ndarray:
 
 
 def _channels(described: Description) -> np.ndarray | None:
-  """Returns the channel of theirs for each of ours in a query or key.
+  """Returns their channel for each of ours in a query or key.
 
   The R of theirs that rotate come first, and i is paired with i + R/2. Of our
   pairs, i and i + K/2, those that rotate come first. None: the order is equal.

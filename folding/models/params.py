@@ -69,7 +69,7 @@ GROUPS = {
 
 
 def find(path: str) -> Param | None:
-  """Returns the row of a path, None if it is not a parameter of ours.
+  """Returns the row of a path, None if it is not one of our parameters.
 
   Args:
     path: Path of a parameter, or of an array that belongs to one, such as a

@@ -49,8 +49,8 @@ def compress_file(
     path: A file or folder of texts, as `data.path`; labels are ignored. For a model
       of pairs a file with two texts per line, with a tab between.
     savings: Fractions of the parameters to save.
-    output: A new folder. Of several savings each gets a folder in it, named by the
-      percent that it saves.
+    output: A new folder. With several savings, each gets a folder in it, named by
+      its percentage.
     structured: As for `folding.compress`, like the next two.
     uniform: Whether all layers get one size.
     vocabulary: Number of tokens to keep.

@@ -1,4 +1,4 @@
-"""Models as folders: the compact form, which `load` reads, and those of others.
+"""Models as folders: the compact form, which `load` reads, and other formats.
 
 A compact export, from `export`, holds
 
