@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from folding.compression.observe import observe as observe
   from folding.compression.observe import statistics as statistics
   from folding.compression.sites import Rule as Rule
+  from folding.model import Model as Model
   from folding.models.shape import shape_of as shape_of
   from folding.models.shrink import shrink as shrink
   from folding.models.transformer import Transformer as Transformer
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
   from folding.serving.compress import compress as compress
   from folding.serving.formats import save as save
   from folding.serving.generate import generate as generate
-  from folding.serving.loaded import Model as Model
   from folding.serving.loaded import load as load
+  from folding.serving.predict import encode as encode
   from folding.serving.predict import predict as predict
   from folding.serving.sampling import Sampling as Sampling
   from folding.training.fold_pretrained import (
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
 
 _MODULES = {
   "FPPState": "folding.compression.fpp",
-  "Model": "folding.serving.loaded",
+  "Model": "folding.model",
   "Rule": "folding.compression.sites",
   "Sampling": "folding.serving.sampling",
   "Transformer": "folding.models.transformer",
   "account": "folding.compression.accounting",
   "compress": "folding.serving.compress",
+  "encode": "folding.serving.predict",
   "fold": "folding.compression.fold",
   "fold_pretrained": "folding.training.fold_pretrained",
   "fpp": "folding.compression.fpp",

@@ -6,10 +6,11 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from folding import files
 from folding.errors import ConfigError, escaped, printable
+from folding.model import Origin
 from folding.models import hf_weights
 from folding.tasks import METRICS, Task, task_of
 from folding.training import run_dir
@@ -36,22 +37,6 @@ _ARGUMENTS = {
   "generate": '["Once upon a time"]',
   "predict": '["a text", "another"]',
 }
-
-
-class Origin(NamedTuple):
-  """Where a model comes from, as its card says.
-
-  Attributes:
-    base: Name of the checkpoint: its hub id, or that of its folder; "": none.
-    license: Name of its licence, as on the hub.
-    license_text: Its LICENSE.
-    notes: Lines about the quality of the model.
-  """
-
-  base: str = ""
-  license: str = ""
-  license_text: str = ""
-  notes: tuple[str, ...] = ()
 
 
 def origin_of_folder(path: str) -> Origin:

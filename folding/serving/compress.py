@@ -19,9 +19,10 @@ from folding.data.padding import (
 from folding.data.tokenizers import Encoded, MappedTokenizer, Text
 from folding.data.trim import most_used, token_usage
 from folding.errors import ConfigError
+from folding.model import Model
 from folding.models.shape import shape_of
 from folding.serving.batched import require_several, require_texts
-from folding.serving.loaded import Model, load
+from folding.serving.loaded import load
 from folding.tasks import task_of
 from folding.training import compress as pipeline
 from folding.training.allocate import Asked

@@ -15,9 +15,10 @@ from folding.data import corpus, sources
 from folding.data.padding import padded, windows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
+from folding.model import Model
 from folding.serving import lines as lines_lib
 from folding.serving.compress import WINDOW, compress_sizes, kept_of
-from folding.serving.loaded import Model, load, shrunk
+from folding.serving.loaded import load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, sharding
 from folding.training.evaluate import evaluate, make_eval_step

@@ -21,12 +21,12 @@ import numpy as np
 
 from folding import config as config_lib
 from folding import files, paths
+from folding.model import Model
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
 from folding.serving.hf_export import export_hf as export_hf
 from folding.serving.loaded import (
   FORMAT,
   SCHEMA,
-  Model,
   file_sha256,
   require_exportable,
   require_names,

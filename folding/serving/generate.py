@@ -12,13 +12,13 @@ from jaxtyping import Array, Int
 
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError
+from folding.model import Model
 from folding.models import constant_state
 from folding.models import decode as decode_lib
 from folding.models.linear_attention import PastState
 from folding.models.transformer import Transformer
 from folding.serving import sampling as sampling_lib
 from folding.serving.batched import require_finite, require_several
-from folding.serving.loaded import Model
 from folding.serving.sampling import Draw, Sampling
 
 # "keys": a KV cache. "linear": layers whose logits have rank 1 keep a state of

@@ -17,6 +17,7 @@ from folding import files, paths
 from folding.config import ModelConfig
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError, require_package
+from folding.model import Model
 from folding.models import hf_config
 from folding.models.attention import rope_frequencies
 from folding.models.families import FAMILIES
@@ -24,7 +25,7 @@ from folding.models.hf_family import Architecture
 from folding.models.params import axis_of
 from folding.serving.gguf_tokenizer import add_tokenizer
 from folding.serving.hf_export import unfolded
-from folding.serving.loaded import Model, require_finite_weights
+from folding.serving.loaded import require_finite_weights
 from folding.tasks import task_of
 
 ENDING = ".gguf"

@@ -20,8 +20,9 @@ from folding.data.padding import (
 )
 from folding.data.tokenizers import Text, load_tokenizer
 from folding.errors import ConfigError
+from folding.model import Model
 from folding.models.hf_weights import TOKENIZER
-from folding.serving.loaded import Model, shrunk
+from folding.serving.loaded import shrunk
 from folding.serving.onnx_export import (
   MASK,
   MODEL,

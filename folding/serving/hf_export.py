@@ -17,13 +17,14 @@ from folding.data.special_tokens import OPTIONS
 from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
+from folding.model import Model
 from folding.models import hf_config, hf_weights, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.families import FAMILIES
 from folding.models.hf_weights import TOKENIZER
 from folding.models.params import axis_of
 from folding.models.shape import Layer, model_of
-from folding.serving.loaded import Model, require_exportable, require_float
+from folding.serving.loaded import require_exportable, require_float
 from folding.tasks import task_of
 
 # Special tokens of BERT and of RoBERTa, by their names in transformers.

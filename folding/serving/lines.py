@@ -8,7 +8,7 @@ from typing import Any
 
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError, printable
-from folding.serving.loaded import Model
+from folding.model import Model
 from folding.serving.predict import Prediction
 from folding.tasks import task_of
 

@@ -8,228 +8,33 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import folding
 from folding import config as config_lib
 from folding import files, paths
 from folding.compression.accounting import account
 from folding.config import Config
-from folding.data.tokenizers import (
-  MappedTokenizer,
-  Text,
-  Tokenizer,
-  load_tokenizer,
-)
+from folding.data.tokenizers import MappedTokenizer, load_tokenizer
 from folding.errors import ConfigError, reason
+from folding.model import Model
 from folding.models import hf_weights, sentence
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
-from folding.models.shape import Shape, shape_of, with_shape
+from folding.models.shape import Shape, shape_of
 from folding.models.shrink import shrink
-from folding.models.transformer import Transformer, make_model, param_shapes
+from folding.models.transformer import make_model, param_shapes
 from folding.serving import card
-from folding.serving.batched import (
-  outputs,
-  require_several,
-  require_size,
-  require_texts,
-)
 from folding.serving.packed import load_packed
-from folding.tasks import Label, task_of
+from folding.tasks import task_of
 from folding.training.checkpoint import load_run
 from folding.training.run_dir import load_labels
 from folding.typed import edited
 
 FORMAT, SCHEMA = "folding", 1
-
-
-class Prediction(NamedTuple):
-  """Output of a model for a text.
-
-  Attributes:
-    text: As given; the model reads at most `shape.max_length` tokens of it.
-    label: The most probable class (task "classify"), the classes with a
-      probability above 0.5 ("multilabel"), or the score ("regress").
-    probabilities: float32[C], in the order of `Model.labels`; float32[0] beside
-      a score.
-  """
-
-  text: Text
-  label: Label
-  probabilities: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A model: its shape, arrays, tokenizer and labels.
-
-  `folding.load` and `folding.compress` return one. `predict`, `encode` and
-  `generate` answer texts, and `save` writes it.
-
-  Attributes:
-    shape: Which arrays it has.
-    task: Name of its row in `folding.tasks`.
-    params: Nested dicts of arrays.
-    tokenizer: Text to the ids that the model reads.
-    labels: Names of the head's outputs, classes in id order; () for a next-token
-      model, and for an encoder of sentences.
-    pair: Names of the two texts of a pair; None: the model reads single texts.
-    origin: The checkpoint that the model was made from, for the model card.
-  """
-
-  shape: Shape
-  task: str
-  params: dict[str, Any] = dataclasses.field(repr=False)  # too long to show
-  tokenizer: Tokenizer
-  labels: tuple[str, ...] = ()
-  pair: tuple[str, str] | None = None
-  origin: card.Origin = dataclasses.field(default=card.Origin(), repr=False)
-
-  @classmethod
-  def of(
-    cls,
-    config: Config,
-    params: dict[str, Any],
-    tokenizer: Tokenizer,
-    labels: Sequence[str] = (),
-    origin: card.Origin | None = None,
-  ) -> "Model":
-    """Returns the model of a config with these parameters."""
-    fields = config.data.text_field
-    pair = fields if isinstance(fields, tuple) else None
-    shape = shape_of(config)
-    names, origin = tuple(labels), origin or card.Origin()
-    return cls(shape, config.task, params, tokenizer, names, pair, origin)
-
-  @property
-  def config(self) -> Config:
-    """A config of this model, which `of` reads."""
-    data = config_lib.DataConfig(
-      length=self.shape.max_length, text_field=self.pair
-    )
-    config = Config(task=self.task, preset="none", data=data)
-    return config_lib.resolve(with_shape(config, self.shape))
-
-  def encode(
-    self,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 64,
-    report: Callable[[int], None] = lambda _: None,
-  ) -> np.ndarray:
-    """Returns the vectors of texts, float32[texts, D].
-
-    Args:
-      texts: Any number. The model reads at most `shape.max_length` tokens of each.
-      batch_size: Texts per batch; those of a batch are of similar length.
-      report: Called after each batch with its number of texts.
-
-    Raises:
-      ConfigError: the task of the model is not "embed", a text is not a
-        string, or the model returns NaN.
-    """
-    require_size(batch_size)
-    self.require_encoder()
-    require_several(texts)
-    texts = list(texts)
-    require_texts(texts)
-    return outputs(
-      self.module,
-      self.tokenizer,
-      jax.device_put(self.params),
-      texts,
-      batch_size=batch_size,
-      activate=task_of(self).activate,
-      report=report,
-    )
-
-  def predict(
-    self, texts: Iterable[Text], *, batch_size: int = 64
-  ) -> list[Prediction]:
-    """Returns a prediction per text; see `folding.serving.predict`."""
-    return list(folding.predict(self, texts, batch_size=batch_size))
-
-  def generate(
-    self,
-    texts: Sequence[str],
-    *,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-  ) -> list[str]:
-    """Returns the continuation of each text.
-
-    Args:
-      texts: Prompts; an empty one begins a new document.
-      max_new_tokens: Tokens per text, at most.
-      temperature: 0: always the likeliest token; higher: more random.
-      top_k: Draw from the likeliest tokens, so many; None: from all.
-      top_p: Draw from the likeliest tokens whose probabilities sum to this.
-      seed: Seed of sampling.
-
-    Raises:
-      ConfigError: this is not a language model, or an option is out of range.
-    """
-    sampling = folding.Sampling(temperature, top_k, top_p, seed)
-    return folding.generate(
-      self, texts, max_new_tokens=max_new_tokens, sampling=sampling
-    )
-
-  def save(
-    self,
-    path: str | os.PathLike,
-    format: str = "safetensors",
-    dtype: str | None = None,
-    *,
-    max_drop: float | None = None,
-    data: str | None = None,
-    push_to_hub: str | None = None,
-  ) -> dict[str, int]:
-    """Writes the model; see `folding.serving.formats.save`."""
-    return folding.save(
-      self,
-      path,
-      format,
-      dtype,
-      max_drop=max_drop,
-      data=data,
-      push_to_hub=push_to_hub,
-    )
-
-  def require_encoder(self) -> None:
-    """Raises `ConfigError` unless the model makes vectors of texts."""
-    task = task_of(self)
-    if task.predicts_tokens:
-      raise ConfigError(
-        "this is a language model without a pooling of its tokens; give an "
-        "encoder, or a checkpoint with the modules.json of sentence-transformers"
-      )
-    if not task.makes_vectors:
-      raise ConfigError(
-        f"this model is of task {task.name!r} and makes no vectors; use folding "
-        f"{task.verb}"
-      )
-
-  @property
-  def module(self) -> Transformer:
-    """The Linen module: `model.apply({"params": params}, tokens, mask)`."""
-    # A loop over layers would stack, and so copy, the weights at each call.
-    shape = dataclasses.replace(self.shape, scan_layers=False)
-    return make_model(shape, self.num_rows, len(self.labels))
-
-  model = module  # its earlier name
-
-  @property
-  def num_rows(self) -> int:
-    """V, the rows of the embedding."""
-    return self.params["embed"]["embedding"].shape[0]
 
 
 Loaded = Model  # its name in 0.1; it leaves with 0.3

@@ -37,13 +37,14 @@ from folding.data.special_tokens import OPTIONS
 from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError, require_package
+from folding.model import Model
 from folding.models import hf_config, sentence
 from folding.models.attention import layer_frequencies
 from folding.models.exact_attention import MASKED, relative_buckets
 from folding.models.hf_weights import CONFIG, TOKENIZER
 from folding.models.shape import Layer, Shape, model_of
 from folding.serving.hf_export import tokenizer_options
-from folding.serving.loaded import Model, require_exportable
+from folding.serving.loaded import require_exportable
 from folding.tasks import task_of
 from folding.version import __version__
 

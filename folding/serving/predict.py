@@ -1,21 +1,22 @@
-"""Texts or pairs of texts -> classes with probabilities, or scores."""
+"""Texts -> classes with probabilities, scores, or vectors."""
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+import numpy as np
 
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
+from folding.model import Model
+from folding.model import Prediction as Prediction
 from folding.serving.batched import (
   outputs,
   require_several,
   require_size,
   require_texts,
 )
-from folding.serving.loaded import Model
-from folding.serving.loaded import Prediction as Prediction
 from folding.tasks import Labels, task_of
 
 _log = logging.getLogger(__name__)
@@ -93,3 +94,38 @@ def _predict(
     for text, row in zip(group, found, strict=True):
       probabilities = row[:0] if form.kind == "score" else row
       yield Prediction(text, form.answer(row, model.labels), probabilities)
+
+
+def encode(
+  model: Model,
+  texts: Sequence[str],
+  *,
+  batch_size: int = 64,
+  report: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
+  """Returns the vectors of texts, float32[texts, D].
+
+  Args:
+    model: From `folding.load`; of task "embed".
+    texts: Any number. The model reads at most `shape.max_length` tokens of each.
+    batch_size: Texts per batch; those of a batch are of similar length.
+    report: Called after each batch with its number of texts.
+
+  Raises:
+    ConfigError: the task of the model is not "embed", a text is not a string,
+      or the model returns NaN.
+  """
+  require_size(batch_size)
+  model.require_encoder()
+  require_several(texts)
+  texts = list(texts)
+  require_texts(texts)
+  return outputs(
+    model.module,
+    model.tokenizer,
+    jax.device_put(model.params),
+    texts,
+    batch_size=batch_size,
+    activate=task_of(model).activate,
+    report=report,
+  )

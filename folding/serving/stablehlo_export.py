@@ -10,8 +10,9 @@ from jax import export as jax_export
 from folding import files
 from folding.data.tokenizers import MappedTokenizer
 from folding.errors import ConfigError
+from folding.model import Model
 from folding.models.hf_weights import TOKENIZER
-from folding.serving.loaded import Model, require_exportable
+from folding.serving.loaded import require_exportable
 from folding.tasks import task_of
 
 STABLEHLO, META = "model.stablehlo", "meta.json"

@@ -21,6 +21,7 @@ import numpy as np
 from folding import paths
 from folding.config import CompressConfig, FPPConfig
 from folding.errors import ConfigError
+from folding.model import Targets
 from folding.models import hf_config
 from folding.models.params import group_of
 from folding.models.shape import Layer, Shape, model_of
@@ -40,7 +41,6 @@ from folding.training.layer_options import (
   round_neurons,
   smallest,
 )
-from folding.training.optimizer import Targets
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import Batch
 

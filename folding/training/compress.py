@@ -22,6 +22,7 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import most_used, token_usage
 from folding.errors import ConfigError
+from folding.model import Targets
 from folding.models.shape import Shape
 from folding.models.shrink import shrink
 from folding.models.transformer import model_for, param_shapes
@@ -34,10 +35,7 @@ from folding.training.allocate import (
   require_reachable,
 )
 from folding.training.fold_pretrained import fold_pretrained
-from folding.training.optimizer import (
-  Targets,
-  make_rules,
-)
+from folding.training.optimizer import make_rules
 from folding.training.progress import aligned
 from folding.training.prune_trained import (
   neuron_pruner,

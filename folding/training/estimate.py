@@ -19,13 +19,13 @@ from folding.compression.sites import make_sites
 from folding.config import MeshConfig, Order
 from folding.data.labels import blank
 from folding.data.tokenizers import vocab_size
+from folding.model import Targets
 from folding.models.shape import Shape
 from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.tasks import Task, task_of
 from folding.training import hlo, sensitivity, sharding, stream
 from folding.training.devices import GIB, Devices
 from folding.training.devices import find_devices as find_devices
-from folding.training.optimizer import Targets
 from folding.training.progress import aligned
 from folding.training.step import Program
 

@@ -26,6 +26,7 @@ from folding.data import sources
 from folding.data.batches import STS, Data, make_data
 from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError, first_line
+from folding.model import Targets
 from folding.models.params import GROUPS
 from folding.models.shape import Shape, shape_of
 from folding.models.transformer import Transformer
@@ -44,7 +45,7 @@ from folding.training.evaluate import (
   make_eval_step,
   spearman_of_pairs,
 )
-from folding.training.optimizer import Targets, embedding_fraction
+from folding.training.optimizer import embedding_fraction
 from folding.training.progress import (
   Clock,
   MetricsWriter,

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -16,6 +16,7 @@ from folding.compression.scores import SCORES
 from folding.compression.sites import Rule, make_sites
 from folding.config import FPPConfig, Order, TrainConfig
 from folding.errors import ConfigError
+from folding.model import Targets
 from folding.models.params import axis_of, group_of
 from folding.models.shape import Layer, Shape
 
@@ -24,26 +25,6 @@ _TOKENS, _POSITIONS = "embed/embedding", "position_embed/embedding"
 # Arrays of a layer that belong to a unit, and letters of the axis it indexes.
 _NEURON = "mlp/(up|gate|down)/(kernel|bias)", "F"
 _HEAD = "attn/[qkv]/(kernel|bias)", "HJ"
-
-
-class Targets(NamedTuple):
-  """Fractions to zero.
-
-  Attributes:
-    layers: Per layer, of W_O and the MLP, and of W_Q, W_K and W_V if
-      `fpp.attention` includes them.
-    head: Of the output layer.
-    embedding: Of the embeddings.
-  """
-
-  layers: tuple[float, ...]
-  head: float
-  embedding: float
-
-  @property
-  def prune(self) -> bool:
-    """Whether anything is zeroed; folding alone may save as much."""
-    return any((self.head, self.embedding, *self.layers))
 
 
 def make_rules(

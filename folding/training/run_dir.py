@@ -45,6 +45,7 @@ from folding import files, typed
 from folding.config import Config, FoldConfig, ModelConfig, Order
 from folding.data import special_tokens, tokenizers
 from folding.errors import ConfigError, reason
+from folding.model import Targets
 from folding.models.shape import (
   Shape,
   fold_of,
@@ -54,7 +55,6 @@ from folding.models.shape import (
   with_shape,
 )
 from folding.tasks import task_of
-from folding.training.optimizer import Targets
 from folding.typed import differences, edited
 from folding.version import __version__
 

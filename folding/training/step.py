@@ -18,6 +18,7 @@ from folding.compression.observe import observe
 from folding.compression.sites import Rule
 from folding.config import DistillConfig, Order
 from folding.errors import ConfigError
+from folding.model import Targets
 from folding.models.shape import Shape
 from folding.models.transformer import (
   Block,
@@ -28,7 +29,6 @@ from folding.models.transformer import (
 from folding.tasks import Task, task_of
 from folding.training import losses, sharding
 from folding.training.optimizer import (
-  Targets,
   embedding_fraction,
   make_optimizer,
   make_rules,

@@ -11,9 +11,9 @@ import tokenizers
 
 from folding import config as c
 from folding.data.tokenizers import Tokenizer
+from folding.model import Model
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model
-from folding.serving.loaded import Model
 
 WORDS = "the cat sat on a mat and dog ran to old red barn".split()
 LABELS = ("bad", "so so", "gut äh")

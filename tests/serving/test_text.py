@@ -11,12 +11,12 @@ from folding import cli
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
+from folding.model import Model
 from folding.models import hf_weights
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.serving import export as export_lib
 from folding.serving.generate import Generator, continue_texts, decode_parts
-from folding.serving.loaded import Model
 from folding.serving.sampling import Sampling
 from tests.models import checkpoints
 from tests.serving import models

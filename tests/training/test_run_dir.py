@@ -15,9 +15,9 @@ import pytest
 from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
+from folding.model import Targets
 from folding.models.shape import shape_of
 from folding.training import run_dir
-from folding.training.optimizer import Targets
 from folding.training.run_dir import Became, planned
 from folding.typed import edited
 from folding.version import __version__
