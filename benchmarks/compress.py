@@ -22,6 +22,8 @@ import numpy as np
 
 from benchmarks import output
 from folding import config as config_lib
+from folding.data.tokenizers import train_tokenizer
+from folding.model import Model
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model
 from folding.training import compress as pipeline
@@ -83,7 +85,11 @@ def measure(sizes: Mapping[str, int], texts: int) -> dict[str, Any]:
   for part in PARTS:
     setattr(pipeline, part, timed(part))
   asked = Asked(shape_of(config), config.fpp, config.compress)
-  pipeline.compress_params(asked, params, batches)
+  tokenizer = train_tokenizer(
+    config_lib.DataConfig(tokenizer="bytes"), []
+  )  # not read
+  dense = Model.of(config, params, tokenizer)
+  list(pipeline.compress_sizes([asked], dense, batches))
   return {
     **sizes,
     "parameters": sum(w.size for w in jax.tree.leaves(params)),

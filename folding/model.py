@@ -79,12 +79,13 @@ class Model:
   Attributes:
     shape: Which arrays it has.
     task: Name of its row in `folding.tasks`.
-    params: Nested dicts of arrays.
+    params: Nested dicts of arrays; {} if training draws them.
     tokenizer: Text to the ids that the model reads.
     labels: Names of the head's outputs, classes in id order; () for a next-token
       model, and for an encoder of sentences.
     pair: Names of the two texts of a pair; None: the model reads single texts.
     origin: The checkpoint that the model was made from, for the model card.
+    targets: Fractions that a plan leaves to a run to prune; None: its order says.
   """
 
   shape: Shape
@@ -94,6 +95,7 @@ class Model:
   labels: tuple[str, ...] = ()
   pair: tuple[str, str] | None = None
   origin: Origin = dataclasses.field(default=Origin(), repr=False)
+  targets: Targets | None = None
 
   @classmethod
   def of(
@@ -198,6 +200,23 @@ class Model:
         f"this model is of task {task.name!r} and makes no vectors; use folding "
         f"{task.verb}"
       )
+
+  def reading(self, length: int) -> "Model":
+    """Returns the model that reads at most `length` tokens of a text.
+
+    Raises:
+      ConfigError: it has learned fewer positions.
+    """
+    params = dict(self.params)
+    if "position_embed" in params:
+      w = params["position_embed"]["embedding"]
+      if len(w) < length:
+        raise ConfigError(
+          f"the model reads at most {len(w)} tokens; lower data.length {length}"
+        )
+      params["position_embed"] = {"embedding": w[:length]}
+    shape = dataclasses.replace(self.shape, max_length=length)
+    return dataclasses.replace(self, shape=shape, params=params)
 
   @property
   def module(self) -> Transformer:

@@ -64,7 +64,7 @@ def origin_of_folder(path: str) -> Origin:
   )
 
 
-def origin_of_run(path: str, start: str | None) -> Origin:
+def origin_of_run(path: str, start: str) -> Origin:
   """Returns the origin of a run: the checkpoint that it started from."""
   origin, start = Origin(), _first_start(start)
   if start and os.path.isdir(start):
@@ -82,7 +82,7 @@ def origin_of_run(path: str, start: str | None) -> Origin:
   return origin._replace(notes=notes)
 
 
-def _first_start(start: str | None) -> str | None:
+def _first_start(start: str) -> str:
   """Returns what a run started from, or the first of the runs in between."""
   seen = set()
   while start and start not in seen:

@@ -161,19 +161,14 @@ def compress_sizes(
       encoded, max_texts, loaded.shape.max_length, loaded.tokenizer.pad_id
     )
     usage_V = token_usage(counts, loaded.num_rows)
-  for small in pipeline.compress_sizes(
-    sizes, loaded.params, batches, usage_V, source=source
+  for small, rows in pipeline.compress_sizes(
+    sizes, loaded, batches, usage_V, source=source
   ):
-    if small.report:
-      targets = small.targets
-      layers = targets.layers if targets else None
-      report(pipeline.fold_table(small.report, layers))
-    params = small.params
-    if vocabulary is not None:
-      params = without_trimmed(tokenizer, params, has_logits=True)
-    yield dataclasses.replace(
-      loaded, shape=small.shape, params=params, tokenizer=tokenizer
-    )
+    if rows:
+      layers = small.targets.layers if small.targets else None
+      report(pipeline.fold_table(rows, layers))
+    small = dataclasses.replace(small, tokenizer=tokenizer, targets=None)
+    yield small if vocabulary is None else without_trimmed(small)
 
 
 def kept_of(model: Model, vocabulary: int | None) -> float | None:

@@ -18,11 +18,10 @@ import numpy as np
 from folding import config as config_lib
 from folding import files, paths
 from folding.compression.accounting import account
-from folding.config import Config
 from folding.data.tokenizers import MappedTokenizer, load_tokenizer
 from folding.errors import ConfigError, reason
 from folding.model import Model
-from folding.models import hf_weights, sentence
+from folding.models import hf_weights
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
 from folding.models.shape import Shape, shape_of
 from folding.models.shrink import shrink
@@ -31,7 +30,7 @@ from folding.serving import card
 from folding.serving.packed import load_packed
 from folding.tasks import task_of
 from folding.training.checkpoint import load_run
-from folding.training.run_dir import load_labels
+from folding.training.trained import read_checkpoint
 from folding.typed import edited
 
 FORMAT, SCHEMA = "folding", 1
@@ -67,18 +66,25 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
       f"{path} is a program for onnxruntime; load what it was exported from"
     )
   if "model_type" in values:
-    return _load_hf(path, pairs)
-  config, params, tokenizer = load_run(path)
-  labels: tuple[str, ...] = ()
-  if task_of(config).labels:
-    count = params["head"]["kernel"].shape[1]
-    labels = load_labels(path) or tuple(map(str, range(count)))
+    model = read_checkpoint(path, segments=pairs)
+    if pairs:
+      model = dataclasses.replace(model, pair=("sentence1", "sentence2"))
+    given = {
+      name: np.shape(w) for name, w in paths.flatten(model.params).items()
+    }
+    require_shapes(path, model.shape, len(model.labels), given)
+    return dataclasses.replace(model, origin=card.origin_of_folder(path))
+  model = load_run(path)
+  labels = model.labels
+  if task_of(model).labels:
+    count = model.params["head"]["kernel"].shape[1]
+    labels = labels or tuple(map(str, range(count)))
     if len(labels) != count:
       raise ConfigError(
         f"{path}/labels.json has {len(labels)} names for {count} classes"
       )
-  origin = card.origin_of_run(path, config.pretrained)
-  return Model.of(config, params, tokenizer, labels, origin)
+  origin = card.origin_of_run(path, model.origin.base)
+  return dataclasses.replace(model, labels=labels, origin=origin, targets=None)
 
 
 def _load_compact(path: str, values: dict[str, Any]) -> Model:
@@ -134,54 +140,6 @@ def require_names(labels: Sequence[str], start: str = "") -> None:
     raise ConfigError(
       f"{start}labels must be different names; they are {labels!r}"
     )
-
-
-def _load_hf(path: str, pairs: bool) -> Model:
-  how = sentence.read(path)
-  found = hf_weights.load_pretrained(
-    path, task="embed" if how else None, segments=pairs
-  )
-  if found.head == "none":
-    how = how or sentence.Sentence()
-  tokenizer = load_tokenizer(found.tokenizer_path)
-  if tokenizer.vocab_size > found.vocab_size:
-    raise ConfigError(
-      f"{found.tokenizer_path} does not fit the model: its ids go up to "
-      f"{tokenizer.vocab_size - 1}, and there are {found.vocab_size} embeddings"
-    )
-  # transformers pools at the last token that is not the pad token.
-  is_causal_classifier = found.config.causal and bool(found.label_names)
-  if is_causal_classifier and tokenizer.ends_with_pad:
-    raise ConfigError(
-      f"{found.tokenizer_path} ends each text with the pad token "
-      f"({tokenizer.pad_id}), which this kind of classifier ignores; save the "
-      "tokenizer with add_eos_token=False, which computes the same"
-    )
-  task, length, model = found.task, found.max_length, found.config
-  params, labels = dict(found.params), found.label_names
-  if how is not None:
-    task, labels = "embed", ()
-    length = min(length, how.max_length or length)
-    model = how.applied(model)
-    params.pop("pooler", None)
-    if "position_embed" in params:
-      w = params["position_embed"]["embedding"]
-      params["position_embed"] = {"embedding": w[:length]}
-  config = Config(
-    task=task,
-    preset="none",
-    data=config_lib.DataConfig(
-      path=path,
-      length=length,
-      text_field=("sentence1", "sentence2") if pairs else None,
-    ),
-    model=model,
-  )
-  config = config_lib.resolve(config)
-  shapes = {name: np.shape(w) for name, w in paths.flatten(params).items()}
-  require_shapes(path, shape_of(config), len(labels), shapes)
-  origin = card.origin_of_folder(path)
-  return Model.of(config, params, tokenizer, labels, origin)
 
 
 def require_shapes(

@@ -84,26 +84,14 @@ class Asked(NamedTuple):
     )
 
 
-class Plan(NamedTuple):
-  """The chosen form of each layer and of the embedding.
-
-  Attributes:
-    shape: Heads and folding of each layer, and the rank of the embedding.
-    targets: Fractions to prune; None: those of `Asked.fpp`.
-  """
-
-  shape: Shape
-  targets: Targets | None
-
-
 def allocate(
   asked: Asked,
   params: Mapping[str, Any],
   batches: Sequence[Batch],
   sensitivity: Sensitivities,
   measured: Options | None = None,
-) -> Plan:
-  """Returns what each layer becomes, so that the model is as small as asked.
+) -> tuple[Shape, Targets]:
+  """Returns a plan: what each layer becomes, so that the model is as small as asked.
 
   That is by `fpp.overall`, or as small as the same folding and pruning in all layers
   would make it. The output layer and the embedding keep their targets; with
@@ -116,6 +104,10 @@ def allocate(
     batches: Calibration text, as for `fold_pretrained`.
     sensitivity: From `sensitivities`.
     measured: From `measured_options`; None: they are measured here.
+
+  Returns:
+    (heads and folding of each layer, and the rank of the embedding; fractions
+    to prune).
 
   Raises:
     ConfigError: the target is out of reach, or there is too little text.
@@ -144,7 +136,7 @@ def allocate(
     embedding_shared=asked.shape.embedding_shared and rank > 0,
   )
   linear = _linear_layers(asked.fpp, params, options, chosen, target.budget)
-  return Plan(shape, Targets(linear, target.linear, target.embedding))
+  return shape, Targets(linear, target.linear, target.embedding)
 
 
 def measured_options(

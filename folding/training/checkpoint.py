@@ -29,16 +29,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from folding import files, typed
-from folding.config import Config, ModelConfig
-from folding.data.tokenizers import Tokenizer
+from folding.config import ModelConfig
 from folding.errors import ConfigError, TrainingError, first_line
-from folding.models.shape import (
-  Shape,
-  fold_of,
-  make_shape,
-  model_of,
-  shape_of,
-)
+from folding.model import Model
+from folding.models.shape import Shape, fold_of, make_shape, model_of
 from folding.training import distributed, run_dir
 
 # Disk space that a save needs in addition to the arrays: for metrics and reports,
@@ -298,39 +292,36 @@ class Checkpoints:
     return _first_readable(self._folder, steps, read, TrainingError)
 
 
-def load_run(workdir: str) -> tuple[Config, Any, Tokenizer]:
-  """Returns the config, best parameters and tokenizer of a run directory.
+def load_run(workdir: str) -> Model:
+  """Returns the model of a run directory, with its best parameters in NumPy.
 
   The best checkpoint is that by `train.metric` on the validation split. If none
   has a loss, or the best is damaged, it takes the newest that can be read.
   Warns of a run that has not finished. Neither data nor optimizer state is read,
   and any number of devices will do.
 
-  Returns:
-    (config, tree of NumPy arrays, tokenizer).
-
   Raises:
     ConfigError: it is not a run, or no checkpoint can be read.
   """
-  config = run_dir.load_config(workdir)
-  tokenizer = run_dir.load_tokenizer(workdir)
+  order = run_dir.load_order(workdir)
+  began = run_dir.load_model(workdir, order)
   folder = _folder(workdir)
   jax.devices()  # raises without a backend, which below would look like damage
 
   def read(step):
     _require_intact(folder, step)
-    shape = _saved_shape(folder, step, shape_of(config))
+    shape = _saved_shape(folder, step, began.shape)
     params = _read_params(os.path.join(folder, str(step)))
-    return dataclasses.replace(config, model=model_of(shape)), params
+    return dataclasses.replace(began, shape=shape, params=params)
 
   losses = {step: _saved_loss(folder, step) for step in saved_steps(folder)}
   steps = _best_first(folder, losses)
-  _, (found, params) = _first_readable(folder, steps, read, ConfigError)
-  if (last := max(steps)) < config.train.steps:
+  _, found = _first_readable(folder, steps, read, ConfigError)
+  if (last := max(steps)) < order.train.steps:
     _log.warning(
-      "%s has not finished: step %d of %d", workdir, last, config.train.steps
+      "%s has not finished: step %d of %d", workdir, last, order.train.steps
     )
-  return found, params, tokenizer
+  return found
 
 
 def _first_readable(

@@ -6,11 +6,12 @@ step. Training then recovers the quality.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -22,14 +23,13 @@ from folding.data.batches import Data, make_data
 from folding.data.tokenizers import MappedTokenizer
 from folding.data.trim import most_used, token_usage
 from folding.errors import ConfigError
-from folding.model import Targets
+from folding.model import Model, Targets
 from folding.models.shape import Shape
 from folding.models.shrink import shrink
 from folding.models.transformer import model_for, param_shapes
 from folding.training import distributed, sharding
 from folding.training.allocate import (
   Asked,
-  Plan,
   allocate,
   measured_options,
   require_reachable,
@@ -44,37 +44,19 @@ from folding.training.prune_trained import (
 )
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import require_text
-from folding.training.trained import (
-  Source,
-  dense_start,
-  without_trimmed,
-)
+from folding.training.trained import dense_start, without_trimmed
 
-
-class Compressed(NamedTuple):
-  """A compressed model.
-
-  Attributes:
-    shape: Its shape.
-    params: Its parameters.
-    report: One row per layer, see `fold_pretrained`; [] if nothing was folded.
-    targets: Fractions to prune that a plan chose; None: there was none.
-  """
-
-  shape: Shape
-  params: dict[str, Any]
-  report: list[dict[str, Any]]
-  targets: Targets | None = None
+Report: TypeAlias = list[dict[str, Any]]  # a row per layer that was folded
 
 
 def compress_trained(
-  source: Source,
+  source: Model,
   shape: Shape,
   data: Data,
   order: Order,
   targets: Targets | None = None,
-) -> Compressed:
-  """Returns the start of a run with `pretrained`.
+) -> tuple[Model, Report]:
+  """Returns the start of a run with `pretrained`, and how it was folded.
 
   Args:
     source: The dense model.
@@ -86,9 +68,9 @@ def compress_trained(
   Raises:
     ConfigError: see `dense_start`, `allocate` and `fold_pretrained`.
   """
-  _, dense, is_head_drawn = dense_start(source, shape, data, order)
+  dense, is_head_drawn = dense_start(source, shape, data, order)
   if order.dense:
-    return Compressed(shape, dense, [])
+    return dense, []
   mesh = sharding.make_mesh(order.mesh)
   # A stopped run that begins again has its plan, with heads.
   shape = shape.whole(keeps_heads=True)
@@ -98,7 +80,7 @@ def compress_trained(
   num_texts = sum(len(batch["tokens"]) for batch in batches)
   if distributed.is_main():
     print(  # it takes minutes for some models
-      f"compressing {source.path} on {num_texts:,} training texts, before "
+      f"compressing {source.origin.base} on {num_texts:,} training texts, before "
       "the first step",
       flush=True,
     )
@@ -108,75 +90,42 @@ def compress_trained(
     if isinstance(data.tokenizer, MappedTokenizer):  # rows have the plain ids
       count_V = np.bincount(data.tokenizer.plain_ids, count_V, size)
     usage_V = token_usage(count_V, size)
-  found = compress_params(
-    asked,
+  [(small, report)] = compress_sizes(
+    [asked],
     dense,
     [sharding.put_rows(mesh, batch) for batch in batches],
     usage_V,
-    source=source.path,
+    source=source.origin.base,
     is_head_drawn=is_head_drawn,
   )
-  has_logits = shape.output == "tokens"
-  params = without_trimmed(data.tokenizer, found.params, has_logits)
-  return found._replace(params=params)
+  return without_trimmed(small), report
 
 
-def compress_params(
-  asked: Asked,
-  dense: dict[str, Any],
+def compress_sizes(
+  sizes: Sequence[Asked],
+  model: Model,
   batches: Sequence[Mapping[str, Any]],
   usage_V: np.ndarray | None = None,
   *,
   source: str = "",
   is_head_drawn: bool = False,
-) -> Compressed:
-  """Returns a dense model compressed: allocate, fold, prune.
+) -> Iterator[tuple[Model, Report]]:
+  """Yields a dense model compressed to several sizes, and how it was folded.
+
+  It is measured once; then each size is allocated, folded and pruned.
 
   Args:
-    asked: What it is compressed to.
-    dense: Its parameters.
+    sizes: What it is compressed to; they differ in `fpp.overall`.
+    model: The dense model.
     batches: Calibration text, as for `fold_pretrained`.
     usage_V: As for `fold_pretrained`.
-    source: Where the parameters come from, for messages.
+    source: Where the model comes from, for messages.
     is_head_drawn: Whether the head is untrained; sensitivities ignore it.
 
   Raises:
     ConfigError: see `allocate` and `fold_pretrained`; or weights are not finite.
   """
-  [compressed] = compress_sizes(
-    [asked],
-    dense,
-    batches,
-    usage_V,
-    source=source,
-    is_head_drawn=is_head_drawn,
-  )
-  return compressed
-
-
-def compress_sizes(
-  sizes: Sequence[Asked],
-  dense: dict[str, Any],
-  batches: Sequence[Mapping[str, Any]],
-  usage_V: np.ndarray | None = None,
-  *,
-  source: str = "",
-  is_head_drawn: bool = False,
-) -> Iterator[Compressed]:
-  """Yields a dense model compressed to several sizes, measured once.
-
-  Args:
-    sizes: What it is compressed to; they differ in `fpp.overall`.
-    dense: As for `compress_params`, like the others.
-    batches: Calibration text.
-    usage_V: Frequency of each token.
-    source: Where the parameters come from.
-    is_head_drawn: Whether the head is untrained.
-
-  Raises:
-    ConfigError: see `compress_params`.
-  """
-  source = f"{source}: " if source else ""
+  source, dense = f"{source}: " if source else "", model.params
   for name, w in paths.flatten(dense).items():
     if not np.isfinite(w).all():
       raise ConfigError(
@@ -201,11 +150,16 @@ def compress_sizes(
       options = measured_options(asked, dense, batches, sensitivity)
   for each in sizes:
     with _on_text(source):
-      plan = Plan(each.shape, each.targets)
+      plan = each.shape, each.targets
       if is_auto:
         plan = allocate(each, dense, batches, sensitivity, options)
-      found = _compress(each, plan, dense, batches, usage_V, sensitivity)
-    yield found
+      shape, params, report = _compress(
+        each, plan, dense, batches, usage_V, sensitivity
+      )
+    small = dataclasses.replace(
+      model, shape=shape, params=params, targets=plan[1]
+    )
+    yield small, report
 
 
 @contextlib.contextmanager
@@ -221,7 +175,9 @@ def _on_text(source: str) -> Iterator[None]:
       raise ConfigError(f"{source}{error}") from error
 
 
-def _compress(asked, plan, dense, batches, usage_V, sensitivity) -> Compressed:
+def _compress(
+  asked, plan, dense, batches, usage_V, sensitivity
+) -> tuple[Shape, dict[str, Any], Report]:
   """Returns a dense model folded and pruned by a plan."""
   params, report = dense, []
   shape, targets = plan
@@ -259,7 +215,7 @@ def _compress(asked, plan, dense, batches, usage_V, sensitivity) -> Compressed:
     shape, params, _ = shrink(
       shape, params, multiple=8, absorb=False, is_zero=zeros
     )
-  return Compressed(shape, params, report, targets)
+  return shape, params, report
 
 
 def calibration(count: int, data: Data) -> list[dict[str, Any]]:
@@ -277,26 +233,30 @@ def calibration(count: int, data: Data) -> list[dict[str, Any]]:
 
 
 def write_fold(
-  workdir: str, found: Compressed, layers: tuple[float, ...] | None
+  workdir: str,
+  model: Model,
+  report: Report,
+  layers: tuple[float, ...] | None,
 ) -> None:
   """Writes `fold.json`, the report of folding, and prints it.
 
   Args:
     workdir: The run directory.
-    found: The compressed model.
-    layers: Fraction to prune of each layer; None: the same of all.
+    model: The compressed model.
+    report: From `compress_trained`.
+    layers: Fraction to prune of each layer if no plan chose it; None: the same.
   """
+  if model.targets:
+    layers = model.targets.layers
   path = os.path.join(workdir, "fold.json")
-  files.write_file(path, json.dumps(found.report, indent=1))
-  print(fold_table(found.report, layers), flush=True)
-  if rank := found.shape.embedding_rank:
-    width = found.shape.embed_width or found.shape.width
+  files.write_file(path, json.dumps(report, indent=1))
+  print(fold_table(report, layers), flush=True)
+  if rank := model.shape.embedding_rank:
+    width = model.shape.embed_width or model.shape.width
     print(f"The embedding has rank {rank} of {width}", flush=True)
 
 
-def fold_table(
-  report: list[dict[str, Any]], prune: tuple[float, ...] | None = None
-) -> str:
+def fold_table(report: Report, prune: tuple[float, ...] | None = None) -> str:
   """Returns the report of folding as a table of aligned columns.
 
   Example:

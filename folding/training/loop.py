@@ -1,7 +1,7 @@
 """Trains a run: start, steps, evaluation, checkpoints and result.
 
 `run` is the entry point, and this file reads from top to bottom: the parts of a
-run (`Run`), its start (`_start`), its steps (`_train`), and reading a run
+run (`Run`), its start (`_start`), its steps (`_take_steps`), and reading a run
 directory back (`evaluate_run`, `open_run`).
 """
 
@@ -21,15 +21,19 @@ from folding import config as config_lib
 from folding import files
 from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
-from folding.config import Config, FPPConfig, Order
+from folding.config import (
+  Config,
+  FPPConfig,
+  Order,
+)
 from folding.data import sources
 from folding.data.batches import STS, Data, make_data
 from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError, first_line
-from folding.model import Targets
+from folding.model import Model, Targets
 from folding.models.params import GROUPS
 from folding.models.shape import Shape, shape_of
-from folding.models.transformer import Transformer
+from folding.models.transformer import Transformer, model_for
 from folding.tasks import METRICS, task_of
 from folding.training import distributed, energy, run_dir, sharding
 from folding.training.allocate import outer_fractions
@@ -58,8 +62,6 @@ from folding.training.trained import (
   teacher_of,
   with_segments,
 )
-
-Teacher = tuple[Transformer, Any]  # model and parameters
 
 
 class Run(Program):
@@ -100,12 +102,10 @@ class Run(Program):
     """The seed as the compiled programs take it."""
     return np.uint32(self.order.seed)
 
-  def init(self) -> TrainState:
-    """Returns the first state, with parameters drawn by the seed."""
-    return jax.jit(self.draw, out_shardings=self.state_shardings)(self.seed)
-
-  def init_from(self, params: Any) -> TrainState:
-    """Returns the first state with the given parameters."""
+  def init(self, params: Any = None) -> TrainState:
+    """Returns the first state; without parameters the seed draws them."""
+    if not params:
+      return jax.jit(self.draw, out_shardings=self.state_shardings)(self.seed)
 
     def init(params):
       return TrainState(jnp.zeros([], jnp.int32), params, self.tx.init(params))
@@ -113,13 +113,26 @@ class Run(Program):
     placed = jax.device_put(params, self.state_shardings.params)
     return jax.jit(init, out_shardings=self.state_shardings)(placed)
 
-  def placed(self, teacher: Teacher | None) -> Teacher | None:
+  def placed(self, teacher: Model | None) -> Model | None:
     """Returns a teacher with its parameters on the mesh, by their own shapes."""
     if teacher is None:
       return None
-    model, params = teacher
-    shardings = sharding.tree_shardings(self.mesh, params)
-    return model, jax.device_put(params, shardings)
+    shardings = sharding.tree_shardings(self.mesh, teacher.params)
+    params = jax.device_put(teacher.params, shardings)
+    return dataclasses.replace(teacher, params=params)
+
+  def described(self) -> Model:
+    """Returns the model that it trains, without parameters."""
+    data = self.data
+    return Model(
+      self.model.shape,
+      self.order.task,
+      {},
+      data.tokenizer,
+      data.label_names,
+      data.pair,
+      targets=self.targets,
+    )
 
   def reshaped(self, shape: Shape) -> "Run":
     """Returns the same run of a model with another shape."""
@@ -174,7 +187,7 @@ class Run(Program):
     params: Any,
     split: str,
     limit: int | None = None,
-    teacher: Teacher | None = None,
+    teacher: Model | None = None,
   ) -> dict[str, Any]:
     """Returns the metrics of a split.
 
@@ -183,8 +196,7 @@ class Run(Program):
       split: "valid" or "test".
       limit: Number of first batches to evaluate; None: all. The bytes of their
         text are estimated by their share of the examples.
-      teacher: Model and parameters; task "embed" is compared to it. None: it is
-        read.
+      teacher: Task "embed" is compared to it. None: it is read.
 
     Raises:
       TrainingError: the loss is not finite.
@@ -235,10 +247,11 @@ class Run(Program):
     self,
     batches: Iterable[dict[str, Any]],
     split: str,
-    teacher: Teacher | None,
+    teacher: Model | None,
   ) -> Iterator[dict[str, Any]]:
     """Yields batches with the teacher's vectors, computed once per split."""
     assert teacher is not None
+    model = model_for(teacher.shape, teacher.params)
     known = self._taught.setdefault(split, [])
     own = slice(jax.process_index(), None, jax.process_count())  # rows
     for number, batch in enumerate(batches):
@@ -247,7 +260,8 @@ class Run(Program):
           name: batch.get(f"teacher_{name}", batch[name])
           for name in ("tokens", "mask")
         }
-        known += (rows[own].copy() for rows in self._vectors(*teacher, [read]))
+        vectors = self._vectors(model, teacher.params, [read])
+        known += (rows[own].copy() for rows in vectors)
       yield {**batch, "taught": known[number]}
 
   def write_result(
@@ -310,76 +324,70 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     TrainingError: the loss is not finite, or a save failed.
   """
   config = config_lib.resolve(config)
-  files.require_workdir(workdir)
-  if config.train.energy:
-    energy.require_codecarbon(config.train.energy)
   distributed.join(config.distributed)
   config = dataclasses.replace(config, distributed="none")  # not part of a run
   with contextlib.ExitStack() as stack:
-    with distributed.together():
-      if distributed.is_main():
-        stack.enter_context(run_dir.held(workdir))
-      is_new = not run_dir.is_begun(workdir, config)
-      if is_new:
-        _require_new(config, workdir)
-        model = run_dir.Became(shape_of(config))
-      elif result := run_dir.finished_result(workdir):
-        return result
-      else:
-        model = run_dir.load_model(workdir, config)
-      data = _read_data(model.shape, config, workdir, is_new)
-    distributed.require_same(
-      data.digest + data.tokenizer.to_json(), "another text or tokenizer"
-    )
-    distributed.require_same(
-      json.dumps(config_lib.to_dict(config)), "another config"
-    )
-    start, teacher = _start(model, data, config, workdir, is_new=is_new)
-    with distributed.together():
-      if is_new and distributed.is_main():
-        run = start.run
-        run_dir.save(
-          workdir,
-          config,
-          data.tokenizer,
-          labels=data.label_names,
-          digest=data.digest,
-          became=run_dir.Became(run.model.shape, run.targets, data.pair),
-        )
-    with Checkpoints(workdir) as checkpoints:
-      try:
-        country = config.train.energy if distributed.is_main() else ""
-        with energy.tracked(workdir, country):
-          return _train(start, teacher, workdir, checkpoints)
-      except (OSError, TrainingError) as error:
-        reason = str(error)
-        if isinstance(error, OSError):
-          # TensorStore names its files before the cause, as in `"a": "b": cause`.
-          reason = first_line(error).rpartition('": ')[2][:300]
-          reason = f"cannot write to {workdir}: {reason}"
-        with contextlib.suppress(OSError):
-          checkpoints.wait()
-        kept = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
+    if result := _entered(stack, config, workdir):
+      return result
+    return _train(*_start(config, workdir), config, workdir)
 
 
-def _require_new(config: Config, workdir: str) -> None:
-  """Raises `ConfigError` if a new run cannot start in a directory."""
-  m = config.model
-  if config.pretrained and (m.heads or m.dense_mlp_width is not None):
-    raise ConfigError(
-      "model.heads and model.dense_mlp_width describe a shrunk model, and "
-      "training starts from a whole one; leave them out with pretrained"
-    )
-  if has_checkpoint(workdir):
-    raise ConfigError(
-      f"{workdir} has checkpoints of another config; choose another --workdir"
-    )
+def _entered(
+  stack: contextlib.ExitStack, config: Config, workdir: str
+) -> dict[str, Any] | None:
+  """Locks a run directory while a stack is open; returns a finished result."""
+  files.require_workdir(workdir)
+  if config.train.energy:
+    energy.require_codecarbon(config.train.energy)
+  with distributed.together():
+    if distributed.is_main():
+      stack.enter_context(run_dir.held(workdir))
+    if run_dir.is_begun(workdir, config):
+      return run_dir.finished_result(workdir)
+    if has_checkpoint(workdir):
+      raise ConfigError(
+        f"{workdir} has checkpoints of another config; choose another --workdir"
+      )
 
 
-def _read_data(shape: Shape, order: Order, workdir: str, is_new: bool) -> Data:
+def _require_same(config: Config, data: Data) -> None:
+  """Raises `ConfigError` if another process has other data or another config."""
+  distributed.require_same(
+    data.digest + data.tokenizer.to_json(), "another text or tokenizer"
+  )
+  distributed.require_same(
+    json.dumps(config_lib.to_dict(config)), "another config"
+  )
+
+
+def _train(
+  start: "Start", teacher: Model | None, config: Config, workdir: str
+) -> dict[str, Any]:
+  """Trains in a run directory, and writes its first files if it is new."""
+  with distributed.together():
+    if distributed.is_main() and run_dir.is_new(workdir):
+      run = start.run
+      run_dir.save(workdir, config, run.described(), run.data.digest)
+  with Checkpoints(workdir) as checkpoints:
+    try:
+      country = config.train.energy if distributed.is_main() else ""
+      with energy.tracked(workdir, country):
+        return _take_steps(start, teacher, workdir, checkpoints)
+    except (OSError, TrainingError) as error:
+      reason = str(error)
+      if isinstance(error, OSError):
+        # TensorStore names its files before the cause, as in `"a": "b": cause`.
+        reason = first_line(error).rpartition('": ')[2][:300]
+        reason = f"cannot write to {workdir}: {reason}"
+      with contextlib.suppress(OSError):
+        checkpoints.wait()
+      kept = ", ".join(map(str, checkpoints.steps())) or "none"
+      raise TrainingError(f"{reason}; intact checkpoints: {kept}") from error
+
+
+def _read_data(shape: Shape, order: Order, began: Model | None) -> Data:
   """Returns the data of a run, with the tokenizer that it began with."""
-  tokenizer = None if is_new else run_dir.load_tokenizer(workdir)
+  tokenizer = began and began.tokenizer
   data = make_data(order, tokenizer, jax.process_index(), jax.process_count())
   for split in ("valid", "test"):
     if not data.num_examples[split]:
@@ -393,9 +401,7 @@ def _read_data(shape: Shape, order: Order, workdir: str, is_new: bool) -> Data:
           "are swapped)"
         )
       raise ConfigError(f"there is no text for the {split} split; {advice}")
-  if not is_new:
-    run_dir.require_same_text(workdir, data.digest)
-  if is_new and order.fpp.embedding_granularity == "trim":
+  if not began and order.fpp.embedding_granularity == "trim":
     if order.compress.plan == "auto":
       _, fraction = outer_fractions(order.fpp)
     else:
@@ -419,64 +425,64 @@ class Start(NamedTuple):
   state: TrainState
 
 
-def _start(
-  model: run_dir.Became,
-  data: Data,
-  order: Order,
-  workdir: str,
-  *,
-  is_new: bool,
-) -> tuple[Start, Teacher | None]:
-  """Returns where training starts, and the teacher.
+def _start(config: Config, workdir: str) -> tuple[Start, Model | None]:
+  """Returns where the run of a config starts, and its teacher.
+
+  Writes `fold.json` if it folds a model.
 
   1. At the newest checkpoint of this run that can be read.
   2. Otherwise, if `pretrained` is set: at that model, folded.
   3. Otherwise: at parameters drawn by the seed.
 
-  Args:
-    model: As the config describes it, or as the run in the directory began.
-    data: Of the run.
-    order: Resolved.
-    workdir: The run directory. `fold.json` is written here by 2.
-    is_new: Whether the directory holds no run yet.
-
   Raises:
-    ConfigError: order, data and model to start from do not fit.
+    ConfigError: config, data and model to start from do not fit.
     TrainingError: there are checkpoints, but none can be read.
   """
-  shape, targets, _ = model
-  begins, source = not has_checkpoint(workdir), None
   with distributed.together():
-    if begins and order.pretrained is not None:
+    m, began = config.model, None
+    shape, targets = shape_of(config), None
+    if not run_dir.is_new(workdir):
+      began = run_dir.load_model(workdir, config)
+      shape, targets = began.shape, began.targets
+    elif config.pretrained and (m.heads or m.dense_mlp_width is not None):
+      raise ConfigError(
+        "model.heads and model.dense_mlp_width describe a shrunk model, and "
+        "training starts from a whole one; leave them out with pretrained"
+      )
+    data = _read_data(shape, config, began)
+    if began:
+      run_dir.require_same_text(workdir, data.digest)
+  _require_same(config, data)
+  source, path = None, config.pretrained
+  with distributed.together():
+    if path is not None and not has_checkpoint(workdir):
       segments = data.has_segments or shape.segments > 0
-      task, path = task_of(order), order.pretrained
-      source = read_source(path, data, task, segments=segments)
-    if is_new:
+      source = read_source(path, data, task_of(config), segments=segments)
+    if began is None:
       shape = with_segments(shape, data, source)
-    teacher = teacher_of(shape, data, order, source)
+    teacher = teacher_of(shape, data, config, source)
   if source is None:
-    run = Run(shape, data, order, targets)
-    if begins:
-      return Start(run, 0, run.init()), teacher
-    with Checkpoints(workdir) as checkpoints:
-      return restore(run, checkpoints), teacher
-  found = compress_trained(source, shape, data, order, targets)
-  distributed.require_same(repr((found.shape, found.targets)), "another plan")
+    run = Run(shape, data, config, targets)
+    return _first(run, {}, workdir), teacher
+  model, report = compress_trained(source, shape, data, config, targets)
+  distributed.require_same(repr((model.shape, model.targets)), "another plan")
   with distributed.together():
-    run = Run(found.shape, data, order, found.targets)
-    if found.report and distributed.is_main():
-      layers = order.fpp.linear_layers
-      write_fold(workdir, found, run.targets.layers if run.targets else layers)
-  return Start(run, 0, run.init_from(found.params)), teacher
+    run = Run(model.shape, data, config, model.targets)
+    if report and distributed.is_main():
+      write_fold(workdir, model, report, config.fpp.linear_layers)
+  return _first(run, model.params, workdir), teacher
+
+
+def _first(run: Run, params: dict[str, Any], workdir: str) -> Start:
+  """Returns the newest checkpoint of a run, or without one its start."""
+  if has_checkpoint(workdir):
+    with Checkpoints(workdir) as checkpoints:
+      return restore(run, checkpoints)
+  return Start(run, 0, run.init(params))
 
 
 def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
   """Returns the newest or the best checkpoint of a run as a start.
-
-  Args:
-    run: The run of the config in the run directory.
-    checkpoints: Checkpoints of the run.
-    best: Whether to read the best checkpoint.
 
   Raises:
     ConfigError: there is no checkpoint yet.
@@ -494,9 +500,9 @@ def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
   return Start(runs[step], step, state)
 
 
-def _train(
+def _take_steps(
   start: Start,
-  teacher: Teacher | None,
+  teacher: Model | None,
   workdir: str,
   checkpoints: Checkpoints,
 ) -> dict[str, Any]:
@@ -505,7 +511,10 @@ def _train(
   order, t = run.order, run.order.train
   metric = t.metric or run.task.metrics[0]
   teacher = run.placed(teacher)
-  teacher_model, teacher_params = teacher or (None, None)
+  teacher_model = teacher_params = None
+  if teacher is not None:
+    teacher_params = teacher.params
+    teacher_model = model_for(teacher.shape, teacher_params)
   seed = jax.device_put(run.seed, sharding.whole(run.mesh))
   usage = run.usage()
   mask_updates = run.mask_updates
@@ -689,13 +698,12 @@ def open_run(workdir: str) -> tuple[Run, Checkpoints]:
     ConfigError: it is not a run.
   """
   order = _here(run_dir.load_order(workdir), workdir)
-  shape, targets, _ = run_dir.load_model(workdir, order)
-  tokenizer = run_dir.load_tokenizer(workdir)
+  model = run_dir.load_model(workdir, order)
   # data.dir comes from the run, not from the user who reads it.
-  data = make_data(order, tokenizer, keep_tokens=False)
+  data = make_data(order, model.tokenizer, keep_tokens=False)
   run_dir.require_same_text(workdir, data.digest)
   # Another process may be training there, with a save under way.
-  run = Run(shape, data, order, targets)
+  run = Run(model.shape, data, order, model.targets)
   return run, Checkpoints(workdir, cleans=False)
 
 

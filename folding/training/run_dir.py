@@ -36,7 +36,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -45,7 +45,7 @@ from folding import files, typed
 from folding.config import Config, FoldConfig, ModelConfig, Order
 from folding.data import special_tokens, tokenizers
 from folding.errors import ConfigError, reason
-from folding.model import Targets
+from folding.model import Model, Origin, Targets
 from folding.models.shape import (
   Shape,
   fold_of,
@@ -83,20 +83,6 @@ _PATHS = (
 )
 
 
-class Became(NamedTuple):
-  """The model that the training of a run begins with.
-
-  Attributes:
-    shape: Its shape.
-    targets: Fractions that a plan chose to prune; None: those of the config.
-    pair: Names of the two texts of a pair; None: it reads single texts.
-  """
-
-  shape: Shape
-  targets: Targets | None = None
-  pair: tuple[str, str] | None = None
-
-
 @contextlib.contextmanager
 def held(workdir: str) -> Iterator[None]:
   """Locks a run directory, new or not, for one process that writes into it.
@@ -125,41 +111,36 @@ def held(workdir: str) -> Iterator[None]:
       os.close(handle)
 
 
-def save(
-  workdir: str,
-  config: Config,
-  tokenizer: tokenizers.Tokenizer,
-  *,
-  labels: tuple[str, ...],
-  digest: str,
-  became: Became,
-) -> None:
+def save(workdir: str, config: Config, model: Model, digest: str) -> None:
   """Writes the files that a run begins with.
 
   Args:
     workdir: The run directory.
-    config: The config as it was given, resolved.
-    tokenizer: Tokenizer of the model.
-    labels: Class names in id order; () for a language model.
+    config: As it was given, resolved.
+    model: As training begins with it.
     digest: `Data.digest`.
-    became: The model that training begins with.
   """
-  tokenizer.save(_path(workdir, "tokenizer.json"))
-  if labels:
-    text = json.dumps(labels, ensure_ascii=False)
+  model.tokenizer.save(_path(workdir, "tokenizer.json"))
+  if model.labels:
+    text = json.dumps(model.labels, ensure_ascii=False)
     files.write_file(_path(workdir, "labels.json"), text)
   files.write_file(_path(workdir, "text.sha256"), digest)
   values = {
-    "model": dataclasses.asdict(model_of(became.shape)),
-    "fold": dataclasses.asdict(fold_of(became.shape)),
-    "targets": became.targets and became.targets._asdict(),
-    "pair": became.pair,
+    "model": dataclasses.asdict(model_of(model.shape)),
+    "fold": dataclasses.asdict(fold_of(model.shape)),
+    "targets": model.targets and model.targets._asdict(),
+    "pair": model.pair,
   }
   files.write_json(_path(workdir, _MODEL), values)
   text = config_lib.to_json(config)
   files.write_checksums(workdir, _FIXED, {"config.json": text})
   # Last: with it the run has begun.
   files.write_file(_path(workdir, "config.json"), text)
+
+
+def is_new(workdir: str) -> bool:
+  """Returns whether no run has begun in a directory."""
+  return not os.path.exists(_path(workdir, "config.json"))
 
 
 def is_begun(workdir: str, config: Config) -> bool:
@@ -177,7 +158,7 @@ def is_begun(workdir: str, config: Config) -> bool:
       see `files.require_inside`.
   """
   files.require_inside(workdir)
-  if not os.path.exists(_path(workdir, "config.json")):
+  if is_new(workdir):
     return False
   order = load_order(workdir)
   if changed := differences(_computed_as(order, config), config):
@@ -221,7 +202,7 @@ def load_config(workdir: str) -> Config:
     ConfigError: see `load_order` and `load_model`.
   """
   order = load_order(workdir)
-  shape, targets, pair = load_model(workdir, order)
+  shape, targets, pair = _began(workdir, order)
   config = planned(order, shape, targets)
   return edited(config, {"data.text_field": pair}) if pair else config
 
@@ -254,16 +235,29 @@ def planned(config: Config, shape: Shape, targets: Targets | None) -> Config:
   return config_lib.resolve(edited(config, edits))
 
 
-def load_model(workdir: str, order: Order) -> Became:
-  """Returns the model that the training of a run began with.
-
-  Args:
-    workdir: The run directory.
-    order: From `load_order`.
+def load_model(workdir: str, order: Order) -> Model:
+  """Returns the model that the training of a run began with, without arrays.
 
   Raises:
-    ConfigError: model.json is damaged.
+    ConfigError: model.json or labels.json is damaged.
   """
+  shape, targets, pair = _began(workdir, order)
+  return Model(
+    shape,
+    order.task,
+    {},
+    load_tokenizer(workdir),
+    load_labels(workdir),
+    pair,
+    origin=Origin(order.pretrained or ""),
+    targets=targets,
+  )
+
+
+def _began(
+  workdir: str, order: Order
+) -> tuple[Shape, Targets | None, tuple[str, str] | None]:
+  """Returns shape, targets and pair of the model that a run began with."""
   path = _path(workdir, _MODEL)
   if not os.path.exists(path):  # of an earlier version
     config = config_lib.load(_path(workdir, "config.json"))
@@ -271,7 +265,7 @@ def load_model(workdir: str, order: Order) -> Became:
     if f != order.fpp and f.linear_layers is not None:  # a plan chose them
       targets = Targets(f.linear_layers, f.linear or 0, f.embedding or 0)
     pair = names if isinstance(names, tuple) else None
-    return Became(shape_of(config), targets, pair)
+    return shape_of(config), targets, pair
   values = files.read_json(path, dict)
   try:
     model, fold = (
@@ -283,7 +277,7 @@ def load_model(workdir: str, order: Order) -> Became:
       targets = Targets(**targets)._replace(layers=tuple(targets["layers"]))
     output = task_of(order).output_kind
     shape = make_shape(model, fold, output, order.data.length)
-    return Became(shape, targets, pair and tuple(pair))
+    return shape, targets, pair and tuple(pair)
   except (LookupError, TypeError, ValueError) as error:
     raise ConfigError(f"{path} is damaged: {reason(error)}") from None
 

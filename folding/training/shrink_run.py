@@ -1,5 +1,6 @@
 """Shrinks a run: training continues with smaller arrays."""
 
+import dataclasses
 import os
 import shutil
 
@@ -55,17 +56,12 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
       "fpp.embedding_granularity='row' prune whole units"
     )
   with files.becoming(output) as part:
-    tokenizer = this.data.tokenizer
+    model = dataclasses.replace(this.described(), shape=shape)
     if "embed/embedding" in cut.kept:
-      tokenizer = MappedTokenizer(tokenizer, cut.token_map)
-    run_dir.save(
-      part,
-      run_dir.load_order(workdir),
-      tokenizer,
-      labels=this.data.label_names,
-      digest=this.data.digest,
-      became=run_dir.Became(shape, this.targets, this.data.pair),
-    )
+      tokenizer = MappedTokenizer(model.tokenizer, cut.token_map)
+      model = dataclasses.replace(model, tokenizer=tokenizer)
+    order = run_dir.load_order(workdir)
+    run_dir.save(part, order, model, this.data.digest)
     for name in ("metrics.jsonl", "fold.json", energy.FILE):
       if os.path.exists(os.path.join(workdir, name)):
         shutil.copy(os.path.join(workdir, name), part)

@@ -2,79 +2,39 @@
 
 import dataclasses
 import os
-import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from folding import paths
-from folding.config import (
-  HEAD,
-  SHAPE,
-  Config,
-  DataConfig,
-  ModelConfig,
-  Order,
-  resolve,
-)
+from folding.config import HEAD, SHAPE, Config, DataConfig, Order, resolve
 from folding.data.batches import Data
-from folding.data.tokenizers import MappedTokenizer, Tokenizer, load_tokenizer
+from folding.data.tokenizers import MappedTokenizer, load_tokenizer
 from folding.data.trim import trimmed
 from folding.errors import ConfigError
+from folding.model import Model, Origin
 from folding.models import sentence
-from folding.models.hf_weights import find_pretrained, load_pretrained
-from folding.models.shape import Shape, model_of, shape_of
-from folding.models.transformer import (
-  Transformer,
-  make_model,
-  model_for,
-  param_shapes,
+from folding.models.hf_weights import (
+  TOKENIZER,
+  find_pretrained,
+  load_pretrained,
 )
+from folding.models.shape import Shape, model_of
+from folding.models.transformer import make_model, param_shapes
 from folding.tasks import Task, task_of
 from folding.training.checkpoint import load_run
-from folding.training.run_dir import load_labels
-
-
-class Source(NamedTuple):
-  """A trained dense model that fits the data of a run.
-
-  Attributes:
-    path: Checkpoint folder, hub id or run.
-    model: Its shape.
-    params: Its parameters; a head has the order of the data's classes.
-    note: For messages: the task of a head that is for another one.
-  """
-
-  path: str
-  model: ModelConfig
-  params: dict[str, Any]
-  note: str
-
-
-class DenseStart(NamedTuple):
-  """A dense model to start from.
-
-  Attributes:
-    model: The dense baseline.
-    params: Its parameters.
-    is_head_drawn: Whether the source has no head for the task.
-  """
-
-  model: Transformer
-  params: dict[str, Any]
-  is_head_drawn: bool
 
 
 def dense_start(
-  source: Source,
+  source: Model,
   shape: Shape,
   data: Data,
   order: Order,
   *,
   needs_head: bool = False,
-) -> DenseStart:
+) -> tuple[Model, bool]:
   """Returns the dense baseline of a shape with the parameters of a source.
 
   Rows of the embedding and of the output layer past the tokenizer's ids, and
@@ -88,11 +48,18 @@ def dense_start(
     order: Has the task, and the seed of a classifier.
     needs_head: Whether a missing classifier is an error.
 
+  Returns:
+    (model with all tokens of the tokenizer, whether its head is drawn).
+
   Raises:
     ConfigError: the source has another shape, or an array does not fit.
   """
-  path, task = source.path, task_of(order)
-  _require_shape(source, shape, data, task)
+  path, task = source.origin.base, task_of(order)
+  _require_shape(source, shape, data)
+  note = ""
+  if source.task != task.name and source.labels:
+    names = ", ".join(source.labels[:8])
+    note = f" (its head is for task {source.task!r}: {names})"
   model = make_model(
     shape.dense(),
     data.tokenizer.plain_size,
@@ -115,9 +82,7 @@ def dense_start(
   drawn = {}
   if missing:
     names = ", ".join(data.label_names[:8])
-    reason = (
-      f"{path} has no {missing[0].split('/')[0]} for {names}{source.note}"
-    )
+    reason = f"{path} has no {missing[0].split('/')[0]} for {names}{note}"
     if needs_head:
       raise ConfigError(
         f"{reason}, so it cannot teach these classes; train it with "
@@ -149,15 +114,25 @@ def dense_start(
   for name in given:
     if name not in known and not is_head(name):
       raise ConfigError(f"{path} has {name}, which this model does not have")
-  return DenseStart(model, params, is_head_drawn=bool(missing))
+  return dataclasses.replace(
+    source,
+    shape=shape.dense(),
+    task=order.task,
+    params=params,
+    tokenizer=data.tokenizer,
+    labels=data.label_names,
+    pair=data.pair,
+  ), bool(missing)
 
 
 def _is_run(path: str) -> bool:
   return os.path.isdir(os.path.join(path, "checkpoints"))
 
 
-def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Source:
+def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Model:
   """Reads a trained dense model to start from or to learn from.
+
+  A head for the same classes gets their order in the data.
 
   Args:
     path: Checkpoint folder, hub id or run.
@@ -169,48 +144,98 @@ def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Source:
     ConfigError: it cannot be read, is not dense, or has another tokenizer.
   """
   if _is_run(path):
-    found, params, tokenizer = load_run(path)
-    model, tokenizer_path = found.model, os.path.join(path, "tokenizer.json")
-    classes, task = load_labels(path), found.task
-    if not shape_of(found).is_dense:
+    model = load_run(path)
+    if not model.shape.is_dense:
       raise ConfigError(f"{path} is folded or shrunk; start from a dense run")
-    if isinstance(tokenizer, MappedTokenizer):
+    if isinstance(model.tokenizer, MappedTokenizer):
       raise ConfigError(
         f"the tokenizer of {path} was trimmed; start from an earlier dense run"
       )
   else:
-    found = load_pretrained(path, task=row.name, segments=segments)
-    model, params, task = found.config, found.params, found.task
-    classes = _class_names(found.label_names, data.label_names)
-    tokenizer_path = str(found.tokenizer_path)
-    tokenizer = load_tokenizer(tokenizer_path)
-  ours = data.tokenizer
+    model = read_checkpoint(path, row.name, segments=segments)
+    labels = _class_names(model.labels, data.label_names)
+    model = dataclasses.replace(model, labels=labels)
+  tokenizer, ours = model.tokenizer, data.tokenizer
   if isinstance(ours, MappedTokenizer) and (ours.token_map < 0).any():
     tokenizer = trimmed(tokenizer, ours.token_map >= 0)
   if tokenizer.to_json() != ours.to_json():
+    file = os.path.join(find_pretrained(path), TOKENIZER)
     raise ConfigError(
       f"{path} has another tokenizer than data.tokenizer="
-      f"{data.config.tokenizer!r}; use data.tokenizer={tokenizer_path!r}"
+      f"{data.config.tokenizer!r}; use data.tokenizer={file!r}"
     )
-  note = ""
-  if task != row.name and classes:
-    note = f" (its head is for task {task!r}: {', '.join(classes[:8])})"
+  params = model.params
+  if model.task != row.name and model.labels:
     params = {name: w for name, w in params.items() if name != "head"}
   elif row.labels and row.labels.kind != "score":
-    params = _with_classes(params, classes, data.label_names)
-  return Source(path, model, params, note)
+    params = _with_classes(params, model.labels, data.label_names)
+  return dataclasses.replace(
+    model, params=params, origin=Origin(path), targets=None
+  )
 
 
-def _require_shape(source: Source, shape: Shape, data: Data, row: Task) -> None:
+def read_checkpoint(
+  path: str, task: str | None = None, *, segments: bool = False
+) -> Model:
+  """Reads a Hugging Face checkpoint.
+
+  Args:
+    path: Folder or hub id.
+    task: As for `load_pretrained`. None: that of its head; without one, or if
+      files of sentence-transformers say so, it makes vectors.
+    segments: Whether it keeps a segment embedding, for pairs.
+
+  Raises:
+    ConfigError: see `load_pretrained`, or its tokenizer does not fit it.
+  """
+  folder = find_pretrained(path)
+  how = sentence.read(folder) if task is None else None
+  found = load_pretrained(
+    folder, task="embed" if how else task, segments=segments
+  )
+  if task is None and found.head == "none":
+    how = how or sentence.Sentence()
+  tokenizer = load_tokenizer(found.tokenizer_path)
+  if tokenizer.vocab_size > found.vocab_size:
+    raise ConfigError(
+      f"{found.tokenizer_path} does not fit the model: its ids go up to "
+      f"{tokenizer.vocab_size - 1}, and there are {found.vocab_size} embeddings"
+    )
+  # transformers pools at the last token that is not the pad token.
+  is_causal_classifier = found.config.causal and bool(found.label_names)
+  if is_causal_classifier and tokenizer.ends_with_pad:
+    raise ConfigError(
+      f"{found.tokenizer_path} ends each text with the pad token "
+      f"({tokenizer.pad_id}), which this kind of classifier ignores; save the "
+      "tokenizer with add_eos_token=False, which computes the same"
+    )
+  length, params = found.max_length, dict(found.params)
+  config = Config(
+    task=found.task,
+    preset="none",
+    data=DataConfig(length=length),
+    model=found.config,
+  )
+  if how is None:
+    return Model.of(resolve(config), params, tokenizer, found.label_names)
+  params.pop("pooler", None)
+  config = dataclasses.replace(
+    config, task="embed", model=how.applied(found.config)
+  )
+  encoder = Model.of(resolve(config), params, tokenizer)
+  return encoder.reading(min(length, how.max_length or length))
+
+
+def _require_shape(source: Model, shape: Shape, data: Data) -> None:
   """Raises `ConfigError` unless arrays mean the same in source and shape."""
   size = np.shape(source.params.get("head", {}).get("kernel"))
-  keeps_head = not row.predicts_tokens and size[-1:] == (data.num_classes,)
-  model = model_of(shape)
+  keeps_head = shape.output == "scores" and size[-1:] == (data.num_classes,)
+  them, us = model_of(source.shape), model_of(shape)
   for name in SHAPE + HEAD * keeps_head:
-    theirs, ours = getattr(source.model, name), getattr(model, name)
+    theirs, ours = getattr(them, name), getattr(us, name)
     if theirs != ours:
       raise ConfigError(
-        f"{source.path} has {name} {theirs!r}, and model.{name} is {ours!r}; "
+        f"{source.origin.base} has {name} {theirs!r}, and model.{name} is {ours!r}; "
         "configs/pretrained.py takes the shape from the checkpoint"
       )
 
@@ -245,26 +270,21 @@ def _with_classes(
   return params
 
 
-def with_segments(shape: Shape, data: Data, source: Source | None) -> Shape:
+def with_segments(shape: Shape, data: Data, source: Model | None) -> Shape:
   """Returns the shape of a new run for the pairs that its data has.
 
   The model has a segment embedding if the tokenizer and the model to start from
   distinguish the two texts of a pair.
-
-  Args:
-    shape: As the config describes it.
-    data: Data of the run.
-    source: The model to start from; None: it is drawn.
   """
   if data.pair is None:
     return shape
-  segments = source.model.segments if source else 2 * data.has_segments
+  segments = source.shape.segments if source else 2 * data.has_segments
   return dataclasses.replace(shape, segments=segments)
 
 
 def teacher_of(
-  shape: Shape, data: Data, order: Order, source: Source | None = None
-) -> tuple[Transformer, dict[str, Any]] | None:
+  shape: Shape, data: Data, order: Order, source: Model | None = None
+) -> Model | None:
   """Returns the dense teacher of a run, None without distillation.
 
   Its parameters are bfloat16; each layer computes in `model.dtype`. That of task
@@ -297,21 +317,17 @@ def teacher_of(
     )
   if task.makes_vectors and d.teacher:
     return _encoder(d.teacher, shape, order)
-  if source is None or source.path != path:
+  if source is None or source.origin.base != path:
     source = read_source(path, data, task, segments=shape.segments > 0)
-  model, params, _ = dense_start(
-    source, shape, data, order, needs_head=d.logits > 0
-  )
+  model, _ = dense_start(source, shape, data, order, needs_head=d.logits > 0)
   if task.makes_vectors:
-    return model, params
-  params = without_trimmed(data.tokenizer, params, task.predicts_tokens)
-  half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-  return model.clone(vocab_size=data.tokenizer.vocab_size), half
+    return model
+  model = without_trimmed(model)
+  half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params)
+  return dataclasses.replace(model, params=half)
 
 
-def _encoder(
-  path: str, ours: Shape, order: Order
-) -> tuple[Transformer, dict[str, Any]]:
+def _encoder(path: str, ours: Shape, order: Order) -> Model:
   """Returns a teacher of vectors, of its own shape and tokenizer.
 
   Args:
@@ -323,13 +339,10 @@ def _encoder(
     ConfigError: the teacher cannot be read, makes no vectors or reads fewer
       tokens, or a loss or metric needs a teacher of another shape.
   """
-  if _is_run(path):
-    config, params, _ = load_run(path)
-    shape = shape_of(config)
-    if shape.output != "vector":
-      raise ConfigError(f"{path} makes no vectors; give a sentence encoder")
-  else:
-    shape, params = _encoder_of_folder(find_pretrained(path))
+  model = load_run(path) if _is_run(path) else read_checkpoint(path)
+  shape = model.shape
+  if shape.output != "vector":
+    raise ConfigError(f"{path} makes no vectors; give a sentence encoder")
   if shape.max_length < ours.max_length:
     raise ConfigError(
       f"{path} reads at most {shape.max_length} tokens; lower data.length"
@@ -347,47 +360,20 @@ def _encoder(
       f"{path} has {shape.num_layers} layers of width {shape.width}, and the model "
       f"{ours.num_layers} of {ours.width}; set {', '.join(edits)}"
     )
-  return model_for(shape, params), params
+  return model
 
 
-def _encoder_of_folder(folder: pathlib.Path) -> tuple[Shape, dict[str, Any]]:
-  """Returns shape and parameters of a Hugging Face sentence encoder."""
-  found, how = load_pretrained(folder, task="embed"), sentence.read(folder)
-  if how is None and found.config.causal:
-    raise ConfigError(
-      f"{folder} is a language model, and no {sentence.MODULES} says how it makes "
-      "a vector of a text"
-    )
-  how = how or sentence.Sentence()
-  length = min(found.max_length, how.max_length or found.max_length)
-  params = {name: w for name, w in found.params.items() if name != "pooler"}
-  if "position_embed" in params:
-    w = params["position_embed"]["embedding"]
-    params["position_embed"] = {"embedding": w[:length]}
-  config = Config(
-    task="embed",
-    preset="none",
-    data=DataConfig(length=length),
-    model=how.applied(found.config),
-  )
-  return shape_of(resolve(config)), params
-
-
-def without_trimmed(
-  tokenizer: Tokenizer, params: dict[str, Any], has_logits: bool
-) -> dict[str, Any]:
-  """Returns the parameters without tokens that the tokenizer lost.
+def without_trimmed(model: Model) -> Model:
+  """Returns a model without the parameters of tokens that its tokenizer lost.
 
   Args:
-    tokenizer: Tokenizer of the smaller model.
-    params: Parameters with a row per token of the whole tokenizer.
-    has_logits: Whether the head, if there is one, has an output per token.
+    model: Its parameters have a row per token of the whole tokenizer.
   """
-  if not isinstance(tokenizer, MappedTokenizer):
-    return params
-  ids = tokenizer.plain_ids
-  params = {**params, "embed": {"embedding": params["embed"]["embedding"][ids]}}
-  if has_logits and "head" in params:
+  if not isinstance(model.tokenizer, MappedTokenizer):
+    return model
+  ids, params = model.tokenizer.plain_ids, dict(model.params)
+  params["embed"] = {"embedding": params["embed"]["embedding"][ids]}
+  if model.shape.output == "tokens" and "head" in params:
     head = {name: w[..., ids] for name, w in params["head"].items()}
     params["head"] = head
-  return params
+  return dataclasses.replace(model, params=params)

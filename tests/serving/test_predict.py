@@ -11,7 +11,6 @@ from folding import config as c
 from folding.errors import ConfigError
 from folding.serving import predict as predict_lib
 from folding.training import compress as pipeline
-from folding.training.compress import Compressed
 from tests.serving import models
 
 
@@ -167,9 +166,9 @@ def test_compress_fits_pairs_with_their_segments(monkeypatch):
   pairs = [("the cat", "a dog ran to the barn"), ("a", "a"), ("cat", "old")]
   seen = []
 
-  def compress_sizes(sizes, params, batches, usage_V, **_):
+  def compress_sizes(sizes, model, batches, usage_V, **_):
     seen.extend(batches)
-    yield Compressed(sizes[0].shape, params, [])
+    yield model, []
 
   monkeypatch.setattr(pipeline, "compress_sizes", compress_sizes)
   folding.compress(model, pairs, max_texts=2)

@@ -1,5 +1,6 @@
 """Runs that train in seconds, on text that the tests write."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -9,6 +10,7 @@ import pytest
 from configs import pretrained as pretrained_config
 from folding import config as c
 from folding import files
+from folding.model import Model
 from folding.models.shape import shape_of
 from folding.training import loop, run_dir
 from folding.typed import edited
@@ -51,18 +53,11 @@ def tiny_config(path: pathlib.Path, **train) -> c.Config:
   )
 
 
-def save_run(
-  workdir, config, tokenizer, *, labels=(), digest="a1", became=None
-):
-  """Writes the files that a run begins with."""
-  run_dir.save(
-    str(workdir),
-    config,
-    tokenizer,
-    labels=labels,
-    digest=digest,
-    became=became or run_dir.Became(shape_of(config)),
-  )
+def save_run(workdir, config, tokenizer, *, digest="a1", **fields):
+  """Writes the files that a run begins with; `fields` are those of its model."""
+  model = Model(shape_of(config), config.task, {}, tokenizer)
+  model = dataclasses.replace(model, **fields)
+  run_dir.save(str(workdir), config, model, digest)
 
 
 def set_loss(workdir: pathlib.Path, step: int, text: str) -> None:

@@ -14,11 +14,13 @@ import scipy.special
 from folding import config as c
 from folding import errors, paths
 from folding.compression import fold, lowrank
+from folding.data.tokenizers import train_tokenizer
+from folding.model import Model
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate, run_dir
 from folding.training import sensitivity as sensitivity_lib
-from folding.training.compress import compress_params
+from folding.training.compress import compress_sizes
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.layer_options import Option, Tried, measure, smallest
 from folding.training.sensitivity import sensitivities
@@ -84,7 +86,13 @@ def _tried(config):
 def _allocate(config, params):
   sensitivity = sensitivities(shape_of(config), params, _batches())
   plan = allocate.allocate(_asked(config), params, _batches(), sensitivity)
-  return run_dir.planned(config, plan.shape, plan.targets)
+  return run_dir.planned(config, *plan)
+
+
+def _compress(config):
+  tokenizer = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])  # not read
+  model = Model.of(config, _trained(config), tokenizer)
+  return list(compress_sizes([_asked(config)], model, []))
 
 
 def _asked(config):
@@ -512,14 +520,14 @@ def test_target_out_of_reach_is_refused_before_measuring():
   config = _structured("bert")
   config = edited(config, {"fpp.overall": 0.97})
   with pytest.raises(errors.ConfigError, match="at most") as caught:
-    compress_params(_asked(config), _trained(config), [])
+    _compress(config)
   [most] = re.findall(r"at most (\d+)%", str(caught.value))
   config = edited(config, {"fpp.overall": int(most) / 100})
   planned = _allocate(config, _trained(config))
   assert planned.compress.plan == "same"
   config = edited(config, {"fpp.overall": int(most) / 100 + 0.01})
   with pytest.raises(errors.ConfigError, match=f"at most {most}%"):
-    compress_params(_asked(config), _trained(config), [])
+    _compress(config)
 
 
 def test_unreachable_target_is_refused(measured):

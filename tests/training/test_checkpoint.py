@@ -17,6 +17,7 @@ from folding import files
 from folding.config import DataConfig, FPPConfig, MeshConfig
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError, TrainingError
+from folding.models.shape import shape_of
 from folding.training import run_dir, sharding
 from folding.training.checkpoint import Checkpoints, load_run
 from tests.training import tiny
@@ -471,17 +472,17 @@ def test_load_run_reads_the_best_parameters(run, copy, losses, step):
   for at, text in zip((5, 10), losses, strict=True):
     set_loss(copy, at, text)
   before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
-  config, params, tokenizer = load_run(str(copy))
-  assert config == run[1]
-  assert tokenizer.vocab_size == 258
-  assert_is_step(params, run, step)
+  found = load_run(str(copy))
+  assert found.shape == shape_of(run[1])
+  assert found.tokenizer.vocab_size == 258
+  assert_is_step(found.params, run, step)
   assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
 
 
 @pytest.mark.parametrize("damage", [damage, flip])
 def test_load_run_skips_a_damaged_checkpoint(damage, run, copy, caplog, capfd):
   damage(copy, 5, "default")
-  _, params, _ = load_run(str(copy))
+  params = load_run(str(copy)).params
   assert_is_step(params, run, 10)
   (line,) = warnings_of(caplog)
   assert "damaged checkpoint 5" in line
@@ -522,7 +523,7 @@ def test_load_run_warns_each_time_of_another_than_the_tested_checkpoint(
   harm(copy / "checkpoints" / "5")
   for _ in range(2):
     caplog.clear()
-    _, params, _ = load_run(str(copy))
+    params = load_run(str(copy)).params
     assert_is_step(params, run, 10)
     assert "tested at its best checkpoint, 5" in warnings_of(caplog)[-1]
     with Checkpoints(str(copy), cleans=False) as checkpoints:
@@ -566,7 +567,7 @@ def test_run_may_be_a_link_and_have_links_to_itself(run, copy, tmp_path):
   path.rename(copy / "kept")
   path.symlink_to("../../../kept")
   (tmp_path / "link").symlink_to(copy)
-  _, params, _ = load_run(str(tmp_path / "link"))
+  params = load_run(str(tmp_path / "link")).params
   assert_is_step(params, run, 5)
 
 

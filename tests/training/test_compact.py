@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from folding import config as c
-from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training import loop, run_dir, shrink_run
 from folding.training.checkpoint import load_run
@@ -109,7 +108,7 @@ def test_older_checkpoint_of_larger_arrays_resumes_bit_for_bit(
   assert _sizes(copy)[STEPS] == _sizes(compact)[STEPS]
   jax.tree.map(
     np.testing.assert_array_equal,
-    *(load_run(str(w))[1] for w in (copy, compact)),
+    *(load_run(str(w)).params for w in (copy, compact)),
   )
 
 
@@ -130,13 +129,14 @@ def test_readers_take_the_shapes_of_the_checkpoint(compact, tmp_path):
   result = run_dir.read_result(str(compact))
   metrics = loop.evaluate_run(str(compact))
   assert metrics["loss"] == result["test"]["loss"]
-  config, params, tokenizer = load_run(str(compact))
-  assert (config.model.mlp_width, config.model.dense_mlp_width) == (24, 64)
-  model = make_model(shape_of(config), tokenizer.vocab_size, 2)
-  chex.assert_trees_all_equal_shapes(params, param_shapes(model))
+  found = load_run(str(compact))
+  [layer] = found.shape.layers
+  assert (layer.mlp_width, layer.whole_mlp_width) == (24, 64)
+  model = make_model(found.shape, found.tokenizer.vocab_size, 2)
+  chex.assert_trees_all_equal_shapes(found.params, param_shapes(model))
   output = tmp_path / "small"
   shrink_run.shrink_run(str(compact), str(output))
-  assert load_run(str(output))[0].model.mlp_width == 20
+  assert load_run(str(output)).shape.layers[0].mlp_width == 20
   small = run_dir.read_result(str(output))
   assert small["test"]["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
 

@@ -20,7 +20,7 @@ from folding.models.transformer import make_model
 from folding.serving.export import export_hf
 from folding.serving.predict import predict
 from folding.tasks import task_of
-from folding.training import compress, loop
+from folding.training import compress, loop, run_dir
 from folding.training.checkpoint import load_run
 from folding.training.loop import Run
 from folding.training.optimizer import embedding_fraction
@@ -67,7 +67,8 @@ def _trimmed(data, config):
 def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
   folder, written = checkpoint
   config = c.resolve(recovery_config(folder, topics, dense=True))
-  _, params, report, _ = _compressed(make_data(config), config)
+  start, report = _compressed(make_data(config), config)
+  params = start.params
   found, expected = paths.flatten(params), paths.flatten(written)
   assert report == []
   assert {name: w.shape for name, w in found.items()} == config_shapes(config)
@@ -84,7 +85,7 @@ def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
       theirs = theirs[: config.data.length]
     np.testing.assert_array_equal(w, theirs, err_msg=name)
   drawn = c.resolve(recovery_config(folder, topics, dense=True, seed=1))
-  _, other, _, _ = _compressed(make_data(drawn), drawn)
+  other = _compressed(make_data(drawn), drawn)[0].params
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
 
@@ -94,7 +95,7 @@ def test_head_follows_the_class_names_of_a_checkpoint(
   config = c.resolve(recovery_config(dense_run, topics))
   data = make_data(config)
   names = data.label_names
-  head = load_run(str(dense_run))[1]["head"]["kernel"]
+  head = load_run(str(dense_run)).params["head"]["kernel"]
   export_hf(tmp_path / "hf", folding.load(dense_run))
   path = tmp_path / "hf" / "config.json"
   values = json.loads(path.read_text())
@@ -188,9 +189,10 @@ def test_run_folds_recovers_and_loads(folded_run):
   layers = json.loads((workdir / "fold.json").read_text())
   assert [row["layer"] for row in layers] == [0, 1]
   assert all(0 < row["logits_kept"] <= 1 for row in layers)
-  found, params, tokenizer = load_run(str(workdir))
+  found = load_run(str(workdir))
+  params, tokenizer = found.params, found.tokenizer
   shapes = {n: w.shape for n, w in paths.flatten(params).items()}
-  expected = config_shapes(found)
+  expected = config_shapes(run_dir.load_config(str(workdir)))
   rows, width = expected.pop("embed/embedding")
   assert shapes.pop("embed/embedding") == (tokenizer.vocab_size, width)
   assert shapes == expected
@@ -233,8 +235,8 @@ def test_resumed_fold_equals_an_uninterrupted_one(
       loop.run(config, str(tmp_path))
   loop.run(config, str(tmp_path))
   for a, b in zip(
-    jax.tree.leaves(load_run(str(folded_run[0]))[1]),
-    jax.tree.leaves(load_run(str(tmp_path))[1]),
+    jax.tree.leaves(load_run(str(folded_run[0])).params),
+    jax.tree.leaves(load_run(str(tmp_path)).params),
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
@@ -245,7 +247,7 @@ def test_run_killed_in_its_first_step_is_not_compressed_again(
 ):
   config = c.resolve(recovery_config(dense_run, topics))
   data = _trimmed(make_data(config), config)
-  small, params, *_ = _compressed(data, config)
+  small, _ = _compressed(data, config)
 
   def kill(*_):
     raise KeyboardInterrupt
@@ -257,7 +259,7 @@ def test_run_killed_in_its_first_step_is_not_compressed_again(
     monkeypatch.setattr(loop, "compress_trained", None)  # not called
   [found] = read_metrics(str(tmp_path / "metrics.jsonl"))
   assert (found["split"], found["step"]) == ("valid", 0)
-  alone = Run(small, data, config).evaluate(params, "valid")
+  alone = Run(small.shape, data, config).evaluate(small.params, "valid")
   assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
@@ -274,17 +276,18 @@ def test_default_recipe_makes_arrays_small(dense_run, topics, capsys):
   )
   config = c.resolve(config)
   data = make_data(config)
-  small, params, report, targets = _compressed(data, config)
+  small, report = _compressed(data, config)
+  params = small.params
   assert " on 96 training texts" in capsys.readouterr().out
   kept = sum(w.size for w in jax.tree.leaves(params))
-  dense = _dense(data, config).params
+  dense = _dense(data, config)[0].params
   assert kept <= 0.6 * sum(w.size for w in jax.tree.leaves(dense))
   assert any(row["values"].startswith("rank") for row in report)
   for name, w in paths.flatten(params).items():
     if name.endswith("kernel"):
       assert np.count_nonzero(w) == w.size, name
-  run = Run(small, data, config, targets)
-  theirs = run.evaluate(run.init_from(params).params, "valid")
+  run = Run(small.shape, data, config, small.targets)
+  theirs = run.evaluate(run.init(params).params, "valid")
   assert theirs["accuracy"] > 0.5  # as the dense run has it
 
 
@@ -326,11 +329,11 @@ def test_verb_writes_a_smaller_model_and_says_what_was_lost(
 
 
 def test_one_call_counts_each_token_once(dense_run, monkeypatch):
-  def compress_sizes(sizes, dense, batches, usage_V, **_):
-    del dense, batches
+  def compress_sizes(sizes, model, batches, usage_V, **_):
+    del batches
     nonlocal found_V
     found_V = usage_V
-    return [compress.Compressed(sizes[0].shape, {}, [])]
+    return [(dataclasses.replace(model, shape=sizes[0].shape), [])]
 
   found_V, dense = None, folding.load(dense_run)
   monkeypatch.setattr(compress, "compress_sizes", compress_sizes)
@@ -369,10 +372,9 @@ def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
   found = teacher_of(shape_of(config), make_data(config), config)
   assert found is not None
-  model, params = found
-  assert model.shape.is_dense
-  theirs = paths.flatten(load_run(str(dense_run))[1])
-  for name, w in paths.flatten(params).items():
+  assert found.shape.is_dense
+  theirs = paths.flatten(load_run(str(dense_run)).params)
+  for name, w in paths.flatten(found.params).items():
     assert w.dtype == jax.numpy.bfloat16
     np.testing.assert_allclose(
       np.asarray(w, np.float32), theirs[name], rtol=2**-8
@@ -505,11 +507,11 @@ def test_usage_of_a_trimmed_vocabulary_has_the_ids_of_the_source(
   data = _trimmed(make_data(config), config)
   given = []
 
-  def compress_params(asked, dense, batches, usage_V, **_):
+  def compress_sizes(sizes, model, batches, usage_V, **_):
     given.append((usage_V, batches))
-    return compress.Compressed(asked.shape, dense, [])
+    return [(dataclasses.replace(model, shape=sizes[0].shape), [])]
 
-  monkeypatch.setattr(compress, "compress_params", compress_params)
+  monkeypatch.setattr(compress, "compress_sizes", compress_sizes)
   _compressed(data, config)
   [(usage_V, batches)] = given
   used = np.unique(np.concatenate([b["tokens"][b["mask"]] for b in batches]))
@@ -532,21 +534,21 @@ def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   data = _trimmed(plain, config)
   known = json.loads(data.tokenizer.to_json())["model"]["vocab"]
   assert 0 < len(set(CLASS_WORDS) & set(known)) < len(CLASS_WORDS)
-  _, params, _, _ = _compressed(data, config)
-  dense, expected, _ = _dense(plain, config)
+  params = _compressed(data, config)[0].params
+  dense, _ = _dense(plain, config)
   model = make_model(
     shape_of(config), data.tokenizer.vocab_size, data.num_classes
   )
   taught = teacher_of(shape_of(config), data, config)
   assert taught is not None
   text = " ".join(word for word in CLASS_WORDS if word in known)
-  before = _logits(dense, expected, plain, text)
+  before = _logits(dense.module, dense.params, plain, text)
   after = _logits(model, params, data, text)
   np.testing.assert_array_equal(after, before)
   batch = compress.calibration(config.compress.calibration, data)[0]
   ours = next(data.first_epoch())
   for old, new in zip(batch["tokens"], ours["tokens"], strict=True):
     assert plain.tokenizer.decode(old) == data.tokenizer.decode(new)
-  half = jax.tree.map(lambda w: w.astype(np.float32), taught[1])
-  of_teacher = _logits(taught[0], half, data, text)
+  half = jax.tree.map(lambda w: w.astype(np.float32), taught.params)
+  of_teacher = _logits(taught.module, half, data, text)
   np.testing.assert_allclose(of_teacher, before, rtol=0.02, atol=0.02)

@@ -8,11 +8,13 @@ import pytest
 
 from folding import config as c
 from folding import paths
+from folding.data.tokenizers import train_tokenizer
+from folding.model import Model
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training import sharding
 from folding.training.allocate import Asked
-from folding.training.compress import compress_params
+from folding.training.compress import compress_sizes
 from folding.training.recipe import recipe
 from tests.training.test_distributed import free_address, start
 
@@ -66,16 +68,19 @@ def compressed(kind, mesh=None):
   batches = _batches()
   if mesh is not None:
     batches = [sharding.put_rows(mesh, batch) for batch in batches]
-  return compress_params(asked, _trained(config), batches)
+  tokenizer = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])  # not read
+  model = Model.of(config, _trained(config), tokenizer)
+  [found] = compress_sizes([asked], model, batches)
+  return found
 
 
-def described(found):
+def described(model, report):
   """Returns the plan of a compressed model, and its report, as text."""
   rounded = [
     {k: round(x, 3) if isinstance(x, float) else x for k, x in row.items()}
-    for row in found.report
+    for row in report
   ]
-  return repr((found.shape, found.targets, rounded))
+  return repr((model.shape, model.targets, rounded))
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +105,8 @@ def require_close(found, expected):
 def test_mesh_compresses_as_one_device(kind, one):
   mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=4))
   found = compressed(kind, mesh)
-  assert described(found) == described(one[kind])
-  require_close(found.params, one[kind].params)
+  assert described(*found) == described(*one[kind])
+  require_close(found[0].params, one[kind][0].params)
 
 
 # Compresses as one of two processes, and writes what it found.
@@ -116,8 +121,8 @@ distributed.join(address)
 mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=4))
 for kind in t.MODELS:
   found = t.compressed(kind, mesh)
-  arrays = paths.flatten(found.params)
-  np.savez(f"{out}-{kind}.npz", described=t.described(found), **arrays)
+  arrays = paths.flatten(found[0].params)
+  np.savez(f"{out}-{kind}.npz", described=t.described(*found), **arrays)
 """
 
 
@@ -141,5 +146,5 @@ def test_two_processes_compress_as_one_device(one, tmp_path):
   for kind, expected in one.items():
     both = [dict(np.load(tmp_path / f"{n}-{kind}.npz")) for n in range(2)]
     chex.assert_trees_all_equal(*both)  # without communication
-    assert both[0].pop("described") == described(expected)
-    require_close(both[0], expected.params)
+    assert both[0].pop("described") == described(*expected)
+    require_close(both[0], expected[0].params)

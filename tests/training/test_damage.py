@@ -72,9 +72,9 @@ def run(folder):
 
   def read():
     result = run_dir.read_result(str(folder))
-    config, params, tokenizer = load_run(str(folder))
-    labels = run_dir.load_labels(str(folder))
-    return result, config, tokenizer.to_json(), labels, arrays(params)
+    found = load_run(str(folder))
+    rest = found.shape, found.tokenizer.to_json(), found.labels
+    return result, *rest, arrays(found.params)
 
   params = tiny.noise(tiny.shapes(tiny.config()), seed=10)
   return Place(folder, read, (*read()[:-1], arrays(params)))

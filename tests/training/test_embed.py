@@ -204,7 +204,7 @@ def test_gradient_by_a_teacher_of_another_width_is_that_of_float64(
   run = loop.Run(shape, data, config)
   found = teacher_of(shape, data, config)
   assert found is not None
-  model, teacher_params = found
+  model, teacher_params = found.module, found.params
   batch = jax.tree.map(jnp.asarray, data.train_batch(0))
   texts = [data.tokenizer.decode(row) for row in batch["tokens"]]
   target_BB = (u := _units(folding.load(teacher).encode(texts))) @ u.T

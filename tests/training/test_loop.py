@@ -264,8 +264,8 @@ def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
   config, _, _ = tiny_run
   init = loop.Run.init
 
-  def nan_init(self):
-    state = init(self)
+  def nan_init(self, params):
+    state = init(self, params)
     params = jax.tree.map(
       lambda w: jax.device_put(np.full_like(w, np.nan), w.sharding),
       state.params,

@@ -254,8 +254,8 @@ def test_run_keeps_its_initial_zeros(text_file, tmp_path):
   found = result["parameters"]["overall"]
   assert found["stored"] / found["dense"] == pytest.approx(0.4, abs=2e-3)
 
-  _, start, _ = load_run(str(tmp_path / "dense"))
-  _, end, _ = load_run(str(tmp_path / "pruned"))
+  start = load_run(str(tmp_path / "dense")).params
+  end = load_run(str(tmp_path / "pruned")).params
   moved = paths.flatten(end)
   for name, w in paths.flatten(start).items():
     assert (moved[name] != w).any(), name  # the remaining weights train
@@ -295,7 +295,7 @@ def test_neurons_are_removed_before_the_first_step(
   layers = shape_of(small).layers
   widths = [layer.mlp_width for layer in layers]
   assert sum(widths) < 2 * 24
-  _, params, _ = load_run(str(workdir))
+  params = load_run(str(workdir)).params
   for n, width in enumerate(widths):
     kernel = params[f"blocks_{n}"]["mlp"]["up"]["kernel"]
     assert kernel.shape == (16, width)
@@ -309,7 +309,7 @@ def test_neurons_are_removed_before_the_first_step(
     (workdir / "result.json").unlink()
     loop.run(again, str(workdir))
     jax.tree.map(
-      np.testing.assert_array_equal, load_run(str(workdir))[1], params
+      np.testing.assert_array_equal, load_run(str(workdir)).params, params
     )
   if plan == "same":
     return

@@ -18,7 +18,7 @@ from folding.errors import ConfigError
 from folding.model import Targets
 from folding.models.shape import shape_of
 from folding.training import run_dir
-from folding.training.run_dir import Became, planned
+from folding.training.run_dir import planned
 from folding.typed import edited
 from folding.version import __version__
 from tests.training import tiny
@@ -28,8 +28,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
 
 
-def save(workdir, config, labels=(), became=None):
-  save_run(workdir, config, TOKENIZER, labels=labels, became=became)
+def save(workdir, config, labels=(), **fields):
+  save_run(workdir, config, TOKENIZER, labels=labels, **fields)
+
+
+def began(workdir, order):
+  """Returns what a run directory says of its model."""
+  model = run_dir.load_model(str(workdir), order)
+  return model.shape, model.targets, model.pair
 
 
 def test_saved_files_are_read_back(tmp_path):
@@ -102,14 +108,12 @@ def test_run_is_continued_by_its_order_with_the_model_as_it_became(tmp_path):
   ]
   shape = dataclasses.replace(shape, layers=tuple(layers))
   targets = Targets((0.5,) * shape.num_layers, 0.25, 0.125)
-  became = Became(shape, targets, ("a", "b"))
-  save(tmp_path, order, became=became)
+  pair = ("a", "b")
+  save(tmp_path, order, shape=shape, targets=targets, pair=pair)
   assert run_dir.is_begun(str(tmp_path), order)
   assert run_dir.load_order(str(tmp_path)) == order
-  assert run_dir.load_model(str(tmp_path), order) == became
-  config = edited(
-    planned(order, shape, targets), {"data.text_field": ("a", "b")}
-  )
+  assert began(tmp_path, order) == (shape, targets, pair)
+  config = edited(planned(order, shape, targets), {"data.text_field": pair})
   assert run_dir.load_config(str(tmp_path)) == config
   with pytest.raises(ConfigError, match="another config"):
     run_dir.is_begun(str(tmp_path), config)
@@ -124,7 +128,7 @@ def test_run_of_an_earlier_version_keeps_its_order_beside_its_config(tmp_path):
   (tmp_path / "checksums.json").unlink()
   c.save(asked, str(tmp_path / "asked.json"))
   assert run_dir.is_begun(str(tmp_path), asked)
-  assert run_dir.load_model(str(tmp_path), asked) == Became(shape, targets)
+  assert began(tmp_path, asked) == (shape, targets, None)
   with pytest.raises(ConfigError, match="another config"):
     run_dir.is_begun(str(tmp_path), other)
 

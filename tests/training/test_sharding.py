@@ -279,7 +279,8 @@ def test_teacher_is_placed_by_its_own_shapes(text_file):
   this = Run(shape_of(config), make_data(config), config)
   kernel = np.ones((64, 8, 16), np.float32)  # of W_Q; the student's is folded
   attn = {"q": {"kernel": kernel}}
-  placed = this.placed((this.model, {"blocks_0": {"attn": attn}}))
-  found = placed[1]["blocks_0"]["attn"]["q"]["kernel"]
+  params = {"blocks_0": {"attn": attn}}
+  teacher = dataclasses.replace(this.described(), params=params)
+  found = this.placed(teacher).params["blocks_0"]["attn"]["q"]["kernel"]
   assert this.like.params["blocks_0"]["attn"]["q"]["kernel"].shape[-1] == 1
   assert {s.data.size for s in found.addressable_shards} == {kernel.size // 4}

@@ -24,7 +24,6 @@ from folding.reporting import report
 from folding.serving import predict
 from folding.tasks import task_of
 from folding.training import compress, loop, run_dir, step
-from folding.training.checkpoint import load_run
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
 from folding.training.trained import dense_start, read_source, with_segments
@@ -79,7 +78,7 @@ def test_scores_of_pairs_are_trained_from_a_checkpoint(scored):
   assert result["test"].keys() == {
     *("loss", "pearson", "spearman", "num_examples", "checkpoint_step")
   }
-  saved, _, _ = load_run(workdir)
+  saved = run_dir.load_config(workdir)
   assert saved.data.text_field == ("sentence1", "sentence2")
   assert saved.model.segments == 2
   assert run_dir.load_labels(workdir) == ("score",)
@@ -89,13 +88,13 @@ def test_scores_of_pairs_are_trained_from_a_checkpoint(scored):
 
 def test_segments_reach_every_program(scored, checkpoint, two_segments):
   _, workdir, result = scored
-  saved, _, tokenizer = load_run(workdir)
-  data = make_data(saved, tokenizer)
+  saved = run_dir.load_config(workdir)
+  data = make_data(saved, run_dir.load_tokenizer(workdir))
   source = read_source(
     saved.pretrained, data, task_of(saved), segments=data.has_segments
   )
   shape = shape_of(saved)
-  start = compress.compress_trained(source, shape, data, saved).params
+  start = compress.compress_trained(source, shape, data, saved)[0].params
   segments = start["segment_embed"]["embedding"]
   np.testing.assert_array_equal(segments, two_segments[1])
   np.testing.assert_array_equal(
