@@ -19,6 +19,8 @@ from folding.typed import edited as edited
 
 # Endings of the local files that are read.
 TEXT_ENDINGS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet", ".arrow")
+# `pretrained` of a model that has no path.
+IN_MEMORY = "a model in memory"
 
 Values = Literal["dense", "diagonal", "identity"]  # kinds of W_V
 Pooling = Literal["mean", "first", "last"]

@@ -126,7 +126,7 @@ def compress_sizes(
   if not texts:
     raise ConfigError("give texts like those that the model will read")
   require_texts(texts, loaded.pair)
-  source = "a model in memory" if isinstance(model, Model) else str(model)
+  source = config_lib.IN_MEMORY if isinstance(model, Model) else str(model)
   tokenizer, kept = loaded.tokenizer, kept_of(loaded, vocabulary)
   if vocabulary is not None:
     counts = np.zeros(loaded.num_rows, np.int64)

@@ -1,8 +1,8 @@
 """Trains a run: start, steps, evaluation, checkpoints and result.
 
-`run` is the entry point, and this file reads from top to bottom: the parts of a
-run (`Run`), its start (`_start`), its steps (`_take_steps`), and reading a run
-directory back (`evaluate_run`, `open_run`).
+`run` trains what a config describes, `train` a model in memory. This file reads from
+top to bottom: the parts of a run (`Run`), its start (`_start`), its steps
+(`_take_steps`), and reading a run directory back (`evaluate_run`, `open_run`).
 """
 
 import contextlib
@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
-from folding import files
+from folding import files, paths
 from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
 from folding.config import (
+  IN_MEMORY,
+  CompressConfig,
   Config,
   FPPConfig,
   Order,
@@ -32,7 +34,7 @@ from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError, first_line
 from folding.model import Model, Targets
 from folding.models.params import GROUPS
-from folding.models.shape import Shape, shape_of
+from folding.models.shape import Shape, shape_of, with_shape
 from folding.models.transformer import Transformer, model_for
 from folding.tasks import METRICS, task_of
 from folding.training import distributed, energy, run_dir, sharding
@@ -330,6 +332,78 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
     if result := _entered(stack, config, workdir):
       return result
     return _train(*_start(config, workdir), config, workdir)
+
+
+def train(
+  model: Model,
+  data: Data,
+  order: Order,
+  workdir: str,
+  teacher: Model | None = None,
+) -> dict[str, Any]:
+  """Trains a model in memory, or continues that, in a run directory.
+
+  Args:
+    model: Its parameters are the first ones; {}: the seed draws them. They stay as
+      they are, and `folding.load(workdir)` returns the trained model.
+    data: From `make_data`, with the tokenizer of the model.
+    order: How to train. `data`, `compress` and `pretrained` are not read, as the
+      batches and the model are there.
+    workdir: New, empty, or with a run of the same order and shape. `folding resume`
+      continues it from its first checkpoint on.
+    teacher: Dense model with the same outputs; None: the one that `distill` names,
+      if it is used.
+
+  Returns:
+    As `run`.
+
+  Raises:
+    ConfigError: model, data and order do not fit; or see `run`.
+    TrainingError: see `run`.
+  """
+  model = model.reading(data.config.length)
+  config = _config_of(model, data, order)
+  with contextlib.ExitStack() as stack:
+    if result := _entered(stack, config, workdir):
+      return result
+    _require_same(config, data)
+    run = Run(model.shape, data, config, model.targets)
+    given, needed = (
+      {name: np.shape(w) for name, w in paths.flatten(tree).items()}
+      for tree in (model.params or run.like.params, run.like.params)
+    )
+    if wrong := sorted(given.items() ^ needed.items()):
+      (name, _), *_ = wrong
+      raise ConfigError(
+        "the parameters do not fit shape, tokenizer and labels of the model: "
+        f"{name} is {given.get(name)}, not {needed.get(name)}"
+      )
+    teacher = teacher or teacher_of(model.shape, data, config)
+    start = _first(run, model.params, workdir)
+    return _train(start, teacher, config, workdir)
+
+
+def _config_of(model: Model, data: Data, order: Order) -> Config:
+  """Returns the config of a run that starts from a model in memory."""
+  pairs = {
+    "task": (model.task, order.task),
+    "labels": (model.labels, data.label_names),
+    "tokenizer": (model.tokenizer.to_json(), data.tokenizer.to_json()),
+  }
+  for name, (ours, theirs) in pairs.items():
+    if ours != theirs:
+      raise ConfigError(
+        f"the {name} of the model and of the data or the order differ: "
+        f"{ours!r:.80} and {theirs!r:.80}"
+      )
+  given = {x.name: getattr(order, x.name) for x in dataclasses.fields(Order)}
+  given |= {
+    "data": data.config,
+    "compress": CompressConfig(),
+    "pretrained": IN_MEMORY if model.params else None,
+    "distributed": "none",
+  }
+  return config_lib.resolve(with_shape(Config(**given), model.shape))
 
 
 def _entered(

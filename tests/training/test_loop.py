@@ -20,7 +20,11 @@ import tensorflow_datasets as tfds
 from folding import cli, paths
 from folding import config as config_lib
 from folding.data import corpus
+from folding.data.batches import make_data
 from folding.errors import ConfigError, TrainingError
+from folding.model import Model
+from folding.models.shape import shape_of
+from folding.models.transformer import make_model
 from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
 from folding.typed import edited
@@ -105,6 +109,51 @@ def test_result_is_the_test_of_the_best_pruned_checkpoint(tiny_run):
   size = loop.open_run(str(workdir))[0].data.num_bytes["test"]
   bits = metrics["loss"] * metrics["num_tokens"] / np.log(2) / size
   assert metrics["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_run):
+  """Returns a model with the parameters that `tiny_run` drew, and its data."""
+  config = config_lib.resolve(tiny_run[0])
+  shape, data = shape_of(config), make_data(config)
+  module = make_model(shape, data.tokenizer.vocab_size)
+  tokens = np.zeros((1, config.data.length), np.int32)
+  drawn = jax.jit(module.init)(jax.random.key(config.seed), tokens)
+  return Model(shape, "lm", drawn["params"], data.tokenizer), data
+
+
+def test_model_in_memory_trains_as_the_run_of_its_config(
+  tiny_run, drawn, tmp_path
+):
+  config, workdir, result = tiny_run
+  found = loop.train(*drawn, config, str(tmp_path / "run"))
+  assert found["test"] == result["test"]
+  start, *others = records(tmp_path / "run")
+  assert (start["split"], start["step"]) == ("valid", 0)
+  assert others == records(workdir)
+  jax.tree.map(np.asarray, drawn[0].params)  # not donated
+  # It goes on from its checkpoints.
+  copy = unfinished(tmp_path / "run", tmp_path / "copy")
+  shutil.rmtree(copy / "checkpoints" / "10")
+  assert loop.resume_run(str(copy))["test"] == result["test"]
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"task": "embed"}, "the task of the model"),
+    ({"labels": ("a", "b")}, "the labels of the model"),
+    ({"params": {"x": np.zeros(2)}}, "is None, not"),
+  ],
+)
+def test_model_in_memory_that_does_not_fit_is_refused(
+  tiny_run, drawn, tmp_path, fields, message
+):
+  model, data = drawn
+  model = dataclasses.replace(model, **fields)
+  with pytest.raises(ConfigError, match=message):
+    loop.train(model, data, tiny_run[0], str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_verb_prints_what_training_wrote(tiny_run, capsys):
