@@ -26,7 +26,7 @@ from folding.data.tokenizers import train_tokenizer
 from folding.model import Model
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model
-from folding.training import compress as pipeline
+from folding.training import compress_trained as pipeline
 from folding.training.allocate import Asked
 from folding.training.recipe import recipe
 

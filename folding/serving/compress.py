@@ -24,7 +24,7 @@ from folding.models.shape import shape_of
 from folding.serving.batched import require_several, require_texts
 from folding.serving.loaded import load
 from folding.tasks import task_of
-from folding.training import compress as pipeline
+from folding.training import compress_trained as pipeline
 from folding.training.allocate import Asked
 from folding.training.recipe import recipe
 from folding.training.trained import without_trimmed

@@ -41,7 +41,7 @@ from folding.training import distributed, energy, run_dir, sharding
 from folding.training.allocate import outer_fractions
 from folding.training.checkpoint import Checkpoints, has_checkpoint
 from folding.training.compact import Compactor, cut_state
-from folding.training.compress import (
+from folding.training.compress_trained import (
   compress_trained,
   trim_vocabulary,
   write_fold,

@@ -10,7 +10,7 @@ checksums.json  checksums of the files above
 metrics.jsonl   one record per line
 result.json     outcome and provenance, with its own checksum
 command.json    the last command that trained the run, for its report
-fold.json       how a trained model was folded, see `folding.training.compress`
+fold.json       how a trained model was folded, see `folding.training.compress_trained`
 checkpoints/    see `folding.training.checkpoint`
 report.*        see `folding.reporting.report`
 

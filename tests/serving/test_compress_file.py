@@ -1,4 +1,4 @@
-"""The verb `folding compress`; tests/training/test_compress has a classifier."""
+"""The verb `folding compress`; tests/training/test_compress_trained has a classifier."""
 
 import dataclasses
 

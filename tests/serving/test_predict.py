@@ -10,7 +10,7 @@ import folding
 from folding import config as c
 from folding.errors import ConfigError
 from folding.serving import predict as predict_lib
-from folding.training import compress as pipeline
+from folding.training import compress_trained as pipeline
 from tests.serving import models
 
 

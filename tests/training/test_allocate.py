@@ -20,7 +20,7 @@ from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training import allocate, run_dir
 from folding.training import sensitivity as sensitivity_lib
-from folding.training.compress import compress_sizes
+from folding.training.compress_trained import compress_sizes
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.layer_options import Option, Tried, measure, smallest
 from folding.training.sensitivity import sensitivities

@@ -14,7 +14,7 @@ from folding.models.shape import shape_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training import sharding
 from folding.training.allocate import Asked
-from folding.training.compress import compress_sizes
+from folding.training.compress_trained import compress_sizes
 from folding.training.recipe import recipe
 from tests.training.test_distributed import free_address, start
 

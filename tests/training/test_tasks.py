@@ -23,7 +23,7 @@ from folding.models.shape import shape_of
 from folding.reporting import report
 from folding.serving import predict
 from folding.tasks import task_of
-from folding.training import compress, loop, run_dir, step
+from folding.training import compress_trained, loop, run_dir, step
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
 from folding.training.trained import dense_start, read_source, with_segments
@@ -94,7 +94,9 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
     saved.pretrained, data, task_of(saved), segments=data.has_segments
   )
   shape = shape_of(saved)
-  start = compress.compress_trained(source, shape, data, saved)[0].params
+  start = compress_trained.compress_trained(source, shape, data, saved)[
+    0
+  ].params
   segments = start["segment_embed"]["embedding"]
   np.testing.assert_array_equal(segments, two_segments[1])
   np.testing.assert_array_equal(

@@ -20,7 +20,7 @@ from folding.models.transformer import make_model
 from folding.serving.export import export_hf
 from folding.serving.predict import predict
 from folding.tasks import task_of
-from folding.training import compress, loop, run_dir
+from folding.training import compress_trained, loop, run_dir
 from folding.training.checkpoint import load_run
 from folding.training.loop import Run
 from folding.training.optimizer import embedding_fraction
@@ -55,13 +55,17 @@ def _dense(data, config):
 def _compressed(data, config):
   """Returns the model that a run would start from."""
   source = _read(config.pretrained, data, config)
-  return compress.compress_trained(source, shape_of(config), data, config)
+  return compress_trained.compress_trained(
+    source, shape_of(config), data, config
+  )
 
 
 def _trimmed(data, config):
   """Returns the data without the tokens that a run would remove."""
   rules = Run(shape_of(config), data, config).rules
-  return compress.trim_vocabulary(embedding_fraction(rules), data, config)
+  return compress_trained.trim_vocabulary(
+    embedding_fraction(rules), data, config
+  )
 
 
 def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
@@ -210,7 +214,7 @@ def test_calibration_has_no_text_twice(dense_run, topics, first_batch):
   epoch = data.num_examples["train"] // size
   for count, batches in ((10_000, epoch), (size * 2, 2), (size + 1, 2)):
     config = edited(config, {"compress.calibration": count})
-    found = compress.calibration(config.compress.calibration, data)
+    found = compress_trained.calibration(config.compress.calibration, data)
     assert len(found) == batches
     # From one epoch, not from the rest of one and the start of the next.
     for batch, first in zip(found, data.first_epoch(), strict=False):
@@ -336,7 +340,7 @@ def test_one_call_counts_each_token_once(dense_run, monkeypatch):
     return [(dataclasses.replace(model, shape=sizes[0].shape), [])]
 
   found_V, dense = None, folding.load(dense_run)
-  monkeypatch.setattr(compress, "compress_sizes", compress_sizes)
+  monkeypatch.setattr(compress_trained, "compress_sizes", compress_sizes)
   texts = ["good film", "bad film"]
   folding.compress(dense, texts, saving=np.float64(0.5))
   ids = np.concatenate(dense.tokenizer.encode_batch(texts, 99))
@@ -511,7 +515,7 @@ def test_usage_of_a_trimmed_vocabulary_has_the_ids_of_the_source(
     given.append((usage_V, batches))
     return [(dataclasses.replace(model, shape=sizes[0].shape), [])]
 
-  monkeypatch.setattr(compress, "compress_sizes", compress_sizes)
+  monkeypatch.setattr(compress_trained, "compress_sizes", compress_sizes)
   _compressed(data, config)
   [(usage_V, batches)] = given
   used = np.unique(np.concatenate([b["tokens"][b["mask"]] for b in batches]))
@@ -545,7 +549,7 @@ def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   before = _logits(dense.module, dense.params, plain, text)
   after = _logits(model, params, data, text)
   np.testing.assert_array_equal(after, before)
-  batch = compress.calibration(config.compress.calibration, data)[0]
+  batch = compress_trained.calibration(config.compress.calibration, data)[0]
   ours = next(data.first_epoch())
   for old, new in zip(batch["tokens"], ours["tokens"], strict=True):
     assert plain.tokenizer.decode(old) == data.tokenizer.decode(new)
