@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -304,6 +304,10 @@ class Run(Program):
         run_dir.write_result(workdir, result)
 
 
+# Where training starts: a run, the updates applied so far, and the state.
+Start: TypeAlias = tuple[Run, int, TrainState]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(model: Transformer, params: Any, tokens: Any, mask: Any) -> Any:
   return model.apply({"params": params}, tokens, mask)
@@ -435,12 +439,12 @@ def _require_same(config: Config, data: Data) -> None:
 
 
 def _train(
-  start: "Start", teacher: Model | None, config: Config, workdir: str
+  start: Start, teacher: Model | None, config: Config, workdir: str
 ) -> dict[str, Any]:
   """Trains in a run directory, and writes its first files if it is new."""
   with distributed.together():
     if distributed.is_main() and run_dir.is_new(workdir):
-      run = start.run
+      run, *_ = start
       run_dir.save(workdir, config, run.described(), run.data.digest)
   with Checkpoints(workdir) as checkpoints:
     try:
@@ -483,20 +487,6 @@ def _read_data(shape: Shape, order: Order, began: Model | None) -> Data:
       fraction = embedding_fraction(run.rules)
     return trim_vocabulary(fraction, data, order)
   return data
-
-
-class Start(NamedTuple):
-  """Where training starts.
-
-  Attributes:
-    run: Model, order and data.
-    step: Updates applied so far.
-    state: The training state, on the mesh.
-  """
-
-  run: Run
-  step: int
-  state: TrainState
 
 
 def _start(config: Config, workdir: str) -> tuple[Start, Model | None]:
@@ -552,7 +542,7 @@ def _first(run: Run, params: dict[str, Any], workdir: str) -> Start:
   if has_checkpoint(workdir):
     with Checkpoints(workdir) as checkpoints:
       return restore(run, checkpoints)
-  return Start(run, 0, run.init(params))
+  return run, 0, run.init(params)
 
 
 def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
@@ -571,7 +561,7 @@ def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
 
   read = checkpoints.restore_best if best else checkpoints.restore_latest
   step, state = read(like)
-  return Start(runs[step], step, state)
+  return runs[step], step, state
 
 
 def _take_steps(
@@ -603,7 +593,7 @@ def _take_steps(
     clock = Clock(workdir, first_step)
     counts = run.counts(state)
     log = StepLog(t, run.whole_size, writer, clock, counts)
-    for line in _notes(start):
+    for line in _notes(run, first_step):
       writer.say(line)
     # Before its first step it is evaluated, which shows what compression lost, and
     # saved, as compression took minutes.
@@ -685,9 +675,9 @@ def _take_steps(
   return run_dir.read_result(workdir)
 
 
-def _notes(start: Start) -> list[str]:
+def _notes(run: Run, step: int) -> list[str]:
   """Returns the lines that a run prints before its first step."""
-  run, order = start.run, start.run.order
+  order = run.order
   notes = [f"mesh: {line}" for line in run.unsplit]
   if not run.task.predicts_tokens:
     share = run.data.full_share(order.data.length)
@@ -705,8 +695,8 @@ def _notes(start: Start) -> list[str]:
       "before its last mask update; fpp.granularity='neuron' and "
       "fpp.attention='heads' prune whole units"
     )
-  if start.step:
-    notes.append(f"resumed at step {start.step} of {order.train.steps}")
+  if step:
+    notes.append(f"resumed at step {step} of {order.train.steps}")
   return notes
 
 
