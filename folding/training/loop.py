@@ -59,11 +59,7 @@ from folding.training.progress import (
   stop_signal,
 )
 from folding.training.step import Program, Steps, TrainState
-from folding.training.trained import (
-  read_source,
-  teacher_of,
-  with_segments,
-)
+from folding.training.trained import read_source, teacher_of
 
 
 class Run(Program):
@@ -522,8 +518,10 @@ def _start(config: Config, workdir: str) -> tuple[Start, Model | None]:
     if path is not None and not has_checkpoint(workdir):
       segments = data.has_segments or shape.segments > 0
       source = read_source(path, data, task_of(config), segments=segments)
-    if began is None:
-      shape = with_segments(shape, data, source)
+    if began is None and data.pair is not None:
+      # As the tokenizer and the model to start from distinguish the two texts.
+      segments = source.shape.segments if source else 2 * data.has_segments
+      shape = dataclasses.replace(shape, segments=segments)
     teacher = teacher_of(shape, data, config, source)
   if source is None:
     run = Run(shape, data, config, targets)

@@ -44,8 +44,8 @@ def dense_start(
   Args:
     source: From `read_source`.
     shape: Shape of the model.
-    data: The tokenizer and classes of the model.
-    order: Has the task, and the seed of a classifier.
+    data: Has its tokenizer and classes.
+    order: Has its task, and the seed of a classifier.
     needs_head: Whether a missing classifier is an error.
 
   Returns:
@@ -136,7 +136,7 @@ def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Model:
 
   Args:
     path: Checkpoint folder, hub id or run.
-    data: The tokenizer and classes that the model is for.
+    data: Has the tokenizer and classes that the model is for.
     row: The task that it is for.
     segments: Whether a checkpoint keeps its segment embedding.
 
@@ -270,18 +270,6 @@ def _with_classes(
   return params
 
 
-def with_segments(shape: Shape, data: Data, source: Model | None) -> Shape:
-  """Returns the shape of a new run for the pairs that its data has.
-
-  The model has a segment embedding if the tokenizer and the model to start from
-  distinguish the two texts of a pair.
-  """
-  if data.pair is None:
-    return shape
-  segments = source.shape.segments if source else 2 * data.has_segments
-  return dataclasses.replace(shape, segments=segments)
-
-
 def teacher_of(
   shape: Shape, data: Data, order: Order, source: Model | None = None
 ) -> Model | None:
@@ -290,12 +278,6 @@ def teacher_of(
   Its parameters are bfloat16; each layer computes in `model.dtype`. That of task
   "embed", which metrics too compare with, is exact and keeps all tokens. If
   `distill.teacher` names it, its shape and tokenizer are its own.
-
-  Args:
-    shape: Shape of the model that it teaches.
-    data: Data of the run.
-    order: Names the teacher.
-    source: A model that was read before.
 
   Raises:
     ConfigError: task "embed" has no teacher, or nothing to train; or see
@@ -329,11 +311,6 @@ def teacher_of(
 
 def _encoder(path: str, ours: Shape, order: Order) -> Model:
   """Returns a teacher of vectors, of its own shape and tokenizer.
-
-  Args:
-    path: Checkpoint folder, hub id or run of task "embed".
-    ours: Shape of the model that it teaches.
-    order: Has the losses and the metric that compare the two.
 
   Raises:
     ConfigError: the teacher cannot be read, makes no vectors or reads fewer

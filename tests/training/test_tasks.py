@@ -26,7 +26,7 @@ from folding.tasks import task_of
 from folding.training import compress_trained, loop, run_dir, step
 from folding.training.sensitivity import sensitivities
 from folding.training.stream import embed_batches
-from folding.training.trained import dense_start, read_source, with_segments
+from folding.training.trained import dense_start, read_source
 from folding.typed import edited
 from tests.models import checkpoints
 from tests.training.conftest import recovery_config, tiny_config
@@ -194,7 +194,7 @@ def test_head_of_another_task_is_named(scored, similar, tmp_path, capsys):
   config = config_lib.resolve(config)
   data = make_data(config)
   source = read_source(scored[1], data, task_of(config), segments=True)
-  shape = with_segments(shape_of(config), data, source)
+  shape = dataclasses.replace(shape_of(config), segments=2)
   dense_start(source, shape, data, config)
   assert "is for task 'regress': score)" in capsys.readouterr().out
 
