@@ -66,7 +66,8 @@ class FPPState(NamedTuple):
       The units of plane 0 are not trainable: pruned if their value is zero,
       otherwise frozen.
     zeroed: int32[], units that were zero after the last mask update.
-    averages: {parameter: float32}, moving averages of the scores.
+    averages: {parameter: float32}, moving averages of the scores: per input by
+      statistics; per unit by gradients, under the path that the rule matches.
     inner: State of the wrapped optimizer.
   """
 
@@ -313,11 +314,8 @@ class _FPP:
       score = self.scores[site.rule]
 
       def start(own, site=site, score=score):
-        first = {}
-        if score.init is not None:
-          own = score.oriented(site, own)
-          first = {name: score.init(w) for name, w in own.items()}
-        return pack(jnp.zeros(site.shape, bool)), first
+        bits = pack(jnp.zeros(site.shape, bool))
+        return bits, score.first_averages(site, own)
 
       bits, first = site.per_layer(start, site.pick(leaves))
       suspected[site.name] = jnp.stack([bits] * max(self.patience, 1))
@@ -702,12 +700,12 @@ def _has_ranking(
     own: {path: parameter}, the members of one layer.
     averages: {path: moving average}.
   """
-  own = score.oriented(site, own)
-  needed = [n for n, w in own.items() if _needs_evidence(score, n, w.ndim)]
-  if score.init is None or not needed:
-    return jnp.array(True)
-  moved = [jnp.any(averages[n] != score.init(own[n])) for n in needed]
-  return jnp.stack(moved).any()
+  moved = [
+    jnp.any(averages[name] != first)
+    for name, first in score.first_averages(site, own).items()
+    if _needs_evidence(score, name, own[name].ndim)
+  ]
+  return jnp.stack(moved).any() if moved else jnp.array(True)
 
 
 def _check_statistics(
@@ -902,23 +900,21 @@ def _observe(
     "gradients": 1 - decay,
   }
   for site, score in scored:
-    kind, update = score.evidence, score.update
-    if score.init is None or update is None or kind is None:
+    if score.evidence is None:
       continue
-
-    def move(average, w, x, site=site, score=score, update=update, kind=kind):
-      (w,) = score.oriented(site, {"": w}).values()
-      return update(average, w, x, weights[kind])
-
-    for name, x in site.pick(evidence[kind]).items():
-      try:
-        if kind == "statistics":
-          x = site.layers_placed(x)
-        new = site.per_layer(move, averages[name], leaves[name], x)
-      except ValueError as error:
-        raise ValueError(f"fpp: {name!r}: {error}") from error
-      is_kept = is_valid & jnp.isfinite(new)
-      averages[name] = jnp.where(is_kept, new, averages[name])
+    seen = site.pick(evidence[score.evidence])
+    move = functools.partial(
+      score.next_averages, site, weight=weights[score.evidence]
+    )
+    try:
+      if score.evidence == "statistics":
+        seen = jax.tree.map(site.layers_placed, seen)
+      new = site.per_layer(move, site.pick(averages), site.pick(leaves), seen)
+    except ValueError as error:
+      raise ValueError(f"fpp: {error}") from error
+    for name, x in new.items():
+      is_kept = is_valid & jnp.isfinite(x)
+      averages[name] = jnp.where(is_kept, x, averages[name])
   return state._replace(averages=averages, observed=observed)
 
 

@@ -17,6 +17,10 @@ the gradient:
 trained models. RIA divides by sums, so that the longer axis counts less. A row
 is the last axis, a column all other axes: in a kernel [D, H, K] each input has
 one row per head, and a column is one channel over all heads and inputs.
+
+A row or neuron has the root of the sum of its elements' squared scores; by
+`movement`, which has signs, the sum. `saliency` and `movement` reduce first, then
+average, so they keep one moving average per unit.
 """
 
 import dataclasses
@@ -36,25 +40,33 @@ class Score:
   Attributes:
     score: (w, average, key) -> float32 scores of the shape of w. `average` is
       the parameter's moving average, None if there is none; `key` is a PRNG key
-      that is the same at every mask update. With "statistics" as evidence, the
-      inputs are the leading axes of w, see `Rule.inputs`.
-    evidence: What `update` gets at each step: "statistics", the mean square of
-      each input of the layer; "gradients"; or None, without a moving average.
-    init: (w) -> moving average at the start; w may be a shape and dtype.
-    update: (average, w, evidence, weight) -> moving average after a step, where
+      that is the same at every mask update. With `init`, the inputs are the
+      leading axes of w, see `Rule.inputs`. Unused with `term`.
+    term: (w, gradient) -> float32 of the shape of w. The score of a unit is the
+      moving average of its terms, reduced over the unit at each step.
+    init: (w) -> moving average of statistics at the start; w may be a shape and
+      dtype. Statistics are the mean square of each input of the layer.
+    update: (average, statistic, weight) -> moving average after a step, where
       the new value has this weight, a float32[] in (0, 1].
-    is_signed: Whether the score of a row or neuron is the sum over its
-      elements. Otherwise it is the root of the sum of squares.
+    is_signed: Whether a row or neuron has the sum over its elements. Otherwise
+      it has the root of the sum of squares.
     for_units: Score that ranks rows and neurons; None: this score. Its moving
       average must be the same.
   """
 
-  score: Callable[[jax.Array, Any, jax.Array], jax.Array]
-  evidence: Literal["statistics", "gradients"] | None = None
+  score: Callable[[jax.Array, Any, jax.Array], jax.Array] | None = None
+  term: Callable[[jax.Array, jax.Array], jax.Array] | None = None
   init: Callable[[Any], jax.Array] | None = None
-  update: Callable[..., jax.Array] | None = None
+  update: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
   is_signed: bool = False
   for_units: "Score | None" = None
+
+  @property
+  def evidence(self) -> Literal["statistics", "gradients"] | None:
+    """What the moving averages get at each step; None: there are none."""
+    if self.term is not None:
+      return "gradients"
+    return None if self.init is None else "statistics"
 
   def oriented(
     self, site: Any, leaves: Mapping[str, jax.Array]
@@ -63,9 +75,61 @@ class Score:
 
     A score by statistics takes the inputs as the leading axes.
     """
-    if self.evidence != "statistics":
+    if self.init is None:
       return dict(leaves)
     return {name: site.inputs_first(w) for name, w in leaves.items()}
+
+  def first_averages(
+    self, site: Any, leaves: Mapping[str, Any]
+  ) -> dict[str, jax.Array]:
+    """Returns {path: moving average at the start} of one layer of a site.
+
+    Those of gradients have an entry per unit, under the path of the site. They
+    have the axes of its parameter, of size 1 where a unit has several elements.
+    """
+    if self.term is not None:
+      zeros = jnp.zeros(site.shape, jnp.float32)
+      return {site.name: site.expand(zeros, site.name, leaves[site.name].ndim)}
+    if self.init is None:
+      return {}
+    own = self.oriented(site, leaves)
+    return {name: self.init(w) for name, w in own.items()}
+
+  def next_averages(
+    self,
+    site: Any,
+    averages: Mapping[str, jax.Array],
+    leaves: Mapping[str, jax.Array],
+    evidence: Mapping[str, jax.Array],
+    weight: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Returns the moving averages of one layer of a site after a step.
+
+    Args:
+      site: `folding.compression.sites.Site`.
+      averages: {path: moving average}.
+      leaves: {path: parameter}.
+      evidence: {path: gradient or statistic}; statistics may lack members.
+      weight: Weight of the new value, a float32[] in (0, 1].
+
+    Raises:
+      ValueError: a statistic does not fit its parameter.
+    """
+    new = dict(averages)
+    if self.term is not None:
+      units = self._reduced(
+        site, {name: self.term(w, evidence[name]) for name, w in leaves.items()}
+      )
+      old = averages[site.name]
+      term = site.expand(units, site.name, old.ndim)
+      new[site.name] = (1 - weight) * old + weight * term
+    elif self.update is not None:
+      for name, statistic in evidence.items():
+        try:
+          new[name] = self.update(averages[name], statistic, weight)
+        except ValueError as error:
+          raise ValueError(f"{name!r}: {error}") from error
+    return new
 
   def score_site(
     self,
@@ -82,14 +146,21 @@ class Score:
       averages: {path: moving average}.
       key: PRNG key of this site.
     """
+    if self.term is not None:
+      return averages[site.name].reshape(site.shape)
     by = self if site.is_by_weight else self.for_units or self
+    assert by.score is not None
     own = by.oriented(site, site.pick(leaves))
     elements = {
       name: by.score(w, averages.get(name), key) for name, w in own.items()
     }
-    if by.evidence == "statistics":
+    if by.init is not None:
       elements = {n: site.inputs_placed(x) for n, x in elements.items()}
-    if site.is_by_weight or by.is_signed:
+    return by._reduced(site, elements)
+
+  def _reduced(self, site: Any, elements: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns one value per unit from {path: one per element}."""
+    if site.is_by_weight or self.is_signed:
       return site.reduce(elements)
     squares = {name: jnp.square(x) for name, x in elements.items()}
     return jnp.sqrt(site.reduce(squares))
@@ -119,19 +190,17 @@ def _init_statistics(w: Any) -> jax.Array:
   return jnp.full(w.shape[:-1], -1, jnp.float32)
 
 
-def _update_statistics(average, w, statistic, weight):
+def _update_statistics(average, statistic, weight):
   """Moves the mean square of each input; the first statistic replaces the -1.
 
   Args:
     average: [*inputs], the shape of the parameter without its last axis.
-    w: Unused.
     statistic: Mean squares. Their axes are the leading axes of `average`.
     weight: float32[].
 
   Raises:
     ValueError: the statistic has another shape than the inputs.
   """
-  del w
   shape = statistic.shape
   is_prefix = shape == average.shape[: len(shape)]
   if not is_prefix or (average.ndim and not shape):
@@ -166,30 +235,12 @@ def _relative(w, average, key):
   return share * _mean_square(average) ** 0.25
 
 
-def _init_product(w: Any) -> jax.Array:
-  return jnp.zeros(w.shape, jnp.float32)
-
-
-def _product(w: jax.Array, g: jax.Array) -> jax.Array:
-  return w.astype(jnp.float32) * g.astype(jnp.float32)
-
-
-def _update_saliency(average, w, g, weight):
-  return (1 - weight) * average + weight * jnp.abs(_product(w, g))
-
-
-def _update_movement(average, w, g, weight):
-  return (1 - weight) * average - weight * _product(w, g)
-
-
-def _average(w, average, key):
-  del w, key
-  return average
+def _movement(w: jax.Array, g: jax.Array) -> jax.Array:
+  return -w.astype(jnp.float32) * g.astype(jnp.float32)
 
 
 _ACTIVATION = Score(
   score=_activation,
-  evidence="statistics",
   init=_init_statistics,
   update=_update_statistics,
 )
@@ -201,19 +252,8 @@ SCORES: dict[str, Score] = {
   ),
   "activation": _ACTIVATION,
   "magnitude": Score(score=lambda w, average, key: _magnitude(w)),
-  "saliency": Score(
-    score=_average,
-    evidence="gradients",
-    init=_init_product,
-    update=_update_saliency,
-  ),
-  "movement": Score(
-    score=_average,
-    evidence="gradients",
-    init=_init_product,
-    update=_update_movement,
-    is_signed=True,
-  ),
+  "saliency": Score(term=lambda w, g: jnp.abs(_movement(w, g))),
+  "movement": Score(term=_movement, is_signed=True),
   "random": Score(
     score=lambda w, average, key: jax.random.uniform(key, w.shape, jnp.float32)
   ),

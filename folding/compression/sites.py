@@ -361,8 +361,9 @@ def axes_like(
       or None.
     sizes: {mesh axis: its size}.
   """
-  if shape == owner:
-    return axes
+  if len(shape) == len(owner):  # averages, one per unit, have axes of size 1
+    both = zip(shape, owner, axes, strict=True)
+    return tuple(axis if size == whole else None for size, whole, axis in both)
   if shape == owner[:-1]:  # averages, one per input
     return axes[:-1]
   size = owner[-1] if owner else 0

@@ -24,6 +24,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -235,7 +236,11 @@ class Checkpoints:
         _require_intact(self._folder, step)
     path: Any = pathlib.Path(self._folder, str(step), "default")
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-      state = handler.restore(path, args=ocp.args.StandardRestore(like))
+      averages = _same_averages(handler.metadata(path), like)
+      if averages is None:
+        state = handler.restore(path, args=ocp.args.StandardRestore(like))
+      else:
+        state = _read_older(path, like, averages)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
     return jax.block_until_ready(state)
 
@@ -483,6 +488,51 @@ def _quiet() -> Iterator[None]:
     sys.unraisablehook = hook
     for logger, level in zip(loggers, levels, strict=True):
       logger.setLevel(level)
+
+
+def _same_averages(saved: Any, like: Any) -> dict[str, Any] | None:
+  """Returns the moving averages of FPP that can be read as they are.
+
+  Up to commit 1656212 a unit ranked by gradients had an average per element.
+
+  Args:
+    saved: Metadata of a checkpoint.
+    like: As for `Checkpoints.restore`.
+
+  Returns:
+    {path: an entry of `like`}; None if all are the same.
+  """
+  if not isinstance(like, tuple):  # no training state
+    return None
+  expected = like.opt_state.averages
+  found = {
+    n: x.shape for n, x in (saved["opt_state"].get("averages") or {}).items()
+  }
+  if found == {n: x.shape for n, x in expected.items()}:
+    return None
+  return {n: x for n, x in expected.items() if found.get(n) == x.shape}
+
+
+def _read_older(path: Any, like: Any, averages: Mapping[str, Any]) -> Any:
+  """Returns a state in which other moving averages than these start at 0."""
+
+  def with_averages(state, values):
+    fpp_state = state.opt_state._replace(averages=values)
+    return state._replace(opt_state=fpp_state)
+
+  item = with_averages(like, averages or None)
+  args = ocp.args.PyTreeRestore(
+    item=item,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+    partial_restore=True,
+  )
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    state = handler.restore(path, args=args)
+  zeros = {
+    name: jnp.zeros(x.shape, x.dtype, device=x.sharding)
+    for name, x in like.opt_state.averages.items()
+  }
+  return with_averages(state, zeros | (state.opt_state.averages or {}))
 
 
 def _read_params(checkpoint: str) -> Any:

@@ -407,7 +407,7 @@ def test_state_has_the_shardings_of_its_parameters(kind, is_traced):
   for part in (jax.tree.map(lambda x: x.sharding, found), after):
     for n, spec in (
       ("w", P("fsdp", "tensor")),
-      ("u", P(None, "fsdp", "tensor")),
+      ("u", P(None, None, "tensor")),  # one average per neuron
     ):
       assert part.averages[n].is_equivalent_to(
         NamedSharding(mesh, spec), len(spec)

@@ -25,10 +25,10 @@ def _score(name, w, average=None, key=_KEY):
   return np.asarray(SCORES[name].score(jnp.asarray(w), average, key))
 
 
-def _update(name, average, w, evidence, weight):
+def _update(name, average, statistic, weight):
   update = SCORES[name].update
   assert update is not None
-  arrays = (jnp.asarray(x, jnp.float32) for x in (average, w, evidence))
+  arrays = (jnp.asarray(x, jnp.float32) for x in (average, statistic))
   return update(*arrays, jnp.float32(weight))
 
 
@@ -85,7 +85,9 @@ def test_random_is_uniform_and_fixed_by_its_key():
   assert np.abs(counts - 2000).max() < 250
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize(
+  "name", [n for n, score in SCORES.items() if score.score]
+)
 def test_score_without_evidence_ranks_equal_weights_alike(name):
   w, score = jnp.ones((4, 3, 2)), SCORES[name]
   average = None if score.init is None else score.init(w)
@@ -102,58 +104,112 @@ def test_activation_without_statistics_is_the_magnitude():
 
 def test_activation_broadcasts_statistics_over_missing_axes():
   average, stat = _normal((4, 3)) ** 2, _normal(4, 1) ** 2
-  found = _update("activation", average, np.ones((4, 3, 2)), stat, 0.25)
+  found = _update("activation", average, stat, 0.25)
   expected = 0.75 * average + 0.25 * np.stack([stat] * 3, axis=1)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_activation_starts_with_the_first_statistic():
   average = SCORES["activation"].init(jnp.zeros((2, 3)))
-  average = _update("activation", average, np.ones((2, 3)), [4.0, 2.0], 0.1)
+  average = _update("activation", average, [4.0, 2.0], 0.1)
   np.testing.assert_array_equal(average, [4.0, 2.0])
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 4), (4, 3, 1)])
 def test_activation_refuses_a_statistic_of_another_shape(shape):
   with pytest.raises(ValueError, match=r"does not fit the inputs .*\(4, 3\)"):
-    _update("activation", np.zeros((4, 3)), np.ones(1), np.zeros(shape), 1)
+    _update("activation", np.zeros((4, 3)), np.zeros(shape), 1)
 
 
+_SHAPES = {"up": (4, 6), "bias": (6,), "down": (6, 3)}
+_NEURONS = Rule("up", 0.5, "neuron", {"bias": 0, "down": 0})
+
+
+def _of_units(elements):
+  """Returns the sum over each neuron, from {member: array of its shape}."""
+  return (
+    elements["up"].sum(0) + elements["bias"] + np.sum(elements["down"], axis=1)
+  )
+
+
+@pytest.mark.parametrize("rule", [Rule("up", 0.5), _NEURONS], ids=str)
 @pytest.mark.parametrize("name", ["saliency", "movement"])
-def test_gradient_averages_equal_their_sum_over_the_past(name):
-  w, g = _normal((5, 4, 3)), _normal((5, 4, 3), 1)
-  average = np.zeros((4, 3))
+def test_gradient_averages_equal_their_sum_over_the_past(name, rule):
+  tx = fpp(optax.sgd(0.0), rule, begin=9, end=9, every=1, score=name, decay=0.8)
+  steps, terms = [], []
   for step in range(5):
-    average = _update(name, average, w[step], g[step], 0.2)
-  terms = np.abs(w * g) if name == "saliency" else -w * g
+    w, g = (
+      {n: _normal(s, 10 * step + 5 * k + i) for i, (n, s) in shapes}
+      for k, shapes in enumerate([list(enumerate(_SHAPES.items()))] * 2)
+    )
+    steps.append(jax.tree.map(jnp.float32, (w, g)))
+    each = {n: -w[n] * g[n] for n in w}
+    if rule is not _NEURONS:
+      each = each["up"]
+    elif name == "movement":
+      each = _of_units(each)
+    else:
+      each = np.sqrt(_of_units({n: x**2 for n, x in each.items()}))
+    terms.append(np.abs(each) if name == "saliency" else each)
+  state = tx.init(steps[0][0])
+  for w, g in steps:
+    _, state = jax.jit(tx.update)(g, state, w)
   expected = sum(0.2 * 0.8 ** (4 - s) * terms[s] for s in range(5))
-  np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
+  (average,) = state.averages.values()
+  np.testing.assert_allclose(
+    average.reshape(expected.shape), expected, rtol=1e-5, atol=1e-6
+  )
 
 
-@pytest.mark.parametrize("name", SCORES)
+def test_movement_of_neurons_has_the_masks_of_summed_averages_per_weight():
+  """All products and sums are exact in float32, so ties are the same, too."""
+  tx = fpp(
+    optax.sgd(0.0),
+    _NEURONS,
+    begin=6,
+    end=6,
+    every=1,
+    score="movement",
+    decay=0.5,
+  )
+  rng = np.random.default_rng(0)
+  shapes = {"up": (4, 600), "bias": (600,), "down": (600, 3)}
+  params = {n: rng.integers(1, 4, s) / 1.0 for n, s in shapes.items()}
+  averages = {n: np.zeros(s) for n, s in shapes.items()}
+  state = tx.init(jax.tree.map(jnp.float32, params))
+  for _ in range(7):
+    grads = {n: rng.integers(-2, 3, s) / 4 for n, s in shapes.items()}
+    updates, state = jax.jit(tx.update)(
+      jax.tree.map(jnp.float32, grads), state, jax.tree.map(jnp.float32, params)
+    )
+    for n, g in grads.items():
+      averages[n] = 0.5 * averages[n] - 0.5 * params[n] * g
+  scores = _of_units(averages)
+  assert len(np.unique(scores)) < 600
+  pruned = np.zeros(600, bool)
+  pruned[np.argsort(scores, kind="stable")[:300]] = True
+  np.testing.assert_array_equal(updates["bias"] != 0, pruned)
+  np.testing.assert_array_equal((updates["up"] != 0).all(0), pruned)
+
+
+@pytest.mark.parametrize(
+  "name", [n for n, score in SCORES.items() if score.score]
+)
 def test_score_of_a_neuron_is_the_root_of_the_sum_of_squares(name):
-  shapes = {"up": (4, 6), "bias": (6,), "down": (6, 3)}
   leaves = {
     n: jnp.asarray(_normal(s, i), jnp.float32)
-    for i, (n, s) in enumerate(shapes.items())
+    for i, (n, s) in enumerate(_SHAPES.items())
   }
-  (site,) = make_sites(
-    [Rule("up", 0.5, "neuron", {"bias": 0, "down": 0})], leaves
-  )
-  averages = {}
-  for n, w in leaves.items():
-    if SCORES[name].init is not None:
-      x = _normal(SCORES[name].init(w).shape, 9)
-      averages[n] = jnp.asarray(x if name == "movement" else abs(x))
+  (site,) = make_sites([_NEURONS], leaves)
+  averages = {
+    n: jnp.abs(_normal(x.shape, 9)).astype(jnp.float32)
+    for n, x in SCORES[name].first_averages(site, leaves).items()
+  }
   found = SCORES[name].score_site(site, leaves, averages, _KEY)
   # "relative" compares single weights: neurons take "activation".
   kind = "activation" if name == "relative" else name
   e = {n: _score(kind, w, averages.get(n)) for n, w in leaves.items()}
-  if name == "movement":
-    expected = e["up"].sum(0) + e["bias"] + e["down"].sum(1)
-  else:
-    e = {n: np.float64(x) ** 2 for n, x in e.items()}
-    expected = np.sqrt(e["up"].sum(0) + e["bias"] + e["down"].sum(1))
+  expected = np.sqrt(_of_units({n: np.float64(x) ** 2 for n, x in e.items()}))
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 

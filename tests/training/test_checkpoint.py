@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from folding import files
+from folding import files, paths
 from folding.config import DataConfig, FPPConfig, MeshConfig
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError, TrainingError
@@ -109,6 +109,30 @@ def test_restore_places_the_state_on_another_mesh(state, tmp_path):
       jax.tree.leaves(now), jax.tree.leaves(there), strict=True
     ):
       assert x.sharding == place.sharding
+
+
+def test_restore_of_averages_per_weight_starts_those_of_units_at_0(tmp_path):
+  fpp = FPPConfig(linear=0.7, granularity="neuron", score="saliency")
+  state = tiny.make(tiny.config(fpp=fpp)).init()
+  ones = {
+    name: jnp.ones_like(w)
+    for name, w in paths.flatten(state.params).items()
+    if "/mlp/" in name or name in state.opt_state.averages
+  }
+
+  def with_averages(averages):
+    fpp_state = state.opt_state._replace(averages=averages)
+    return state._replace(opt_state=fpp_state)
+
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    checkpoints.save(3, with_averages(ones), None)
+    checkpoints.wait()
+    found = checkpoints.restore(3, like(state))
+  up, averages = "blocks_0/mlp/up/kernel", state.opt_state.averages
+  assert averages[up].shape == (1, ones[up].shape[1])
+  of_weights = {name: ones[name] for name in averages if name != up}
+  expected = with_averages(averages | of_weights)
+  chex.assert_trees_all_equal(found, expected, strict=True)
 
 
 def test_save_keeps_the_state_of_its_call_while_training_continues(tmp_path):
