@@ -1,16 +1,33 @@
 """The k lowest of many scores, exactly and without sorting.
 
-The threshold is found one byte after the other, by counting passes over bytes.
+A range of keys that holds the threshold is split into 256 parts, and the part
+that holds it is found by counting passes over bytes, until the threshold is known.
 Only counts leave a device, so sharded scores stay where they are. Ties are broken
 by position, so the choice does not depend on the sharding.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+
+_SAMPLE = 4096  # scores that a first guess of the threshold is based on
+_TOP = np.uint32(2**32 - 1)
+
+
+class _Range(NamedTuple):
+  """Keys from `first` to `last`, the k-th lowest among them.
+
+  `until` keys are at most `last`.
+  """
+
+  first: jax.Array
+  last: jax.Array
+  until: jax.Array
 
 
 def lowest(scores: jax.Array, k: ArrayLike) -> jax.Array:
@@ -25,33 +42,70 @@ def lowest(scores: jax.Array, k: ArrayLike) -> jax.Array:
     >>> lowest(jnp.array([3.0, 1.0, 2.0, 1.0, 1.0]), 2).tolist()
     [False, True, False, True, False]
   """
-  keys = _sortable(scores)
+  keys, k = _sortable(scores), jnp.asarray(k, jnp.int32)
+  found = _Range(jnp.uint32(0), jnp.uint32(_TOP), jnp.int32(scores.size))
+  if jax.device_count() > 1:  # a constant lets compilers count the work
+    found = jax.lax.fori_loop(0, 4, lambda _, r: _narrow(keys, k, r), found)
+  else:
+    found = _until_known(keys, k, _narrow(keys, k, found, _guess(keys, k)))
 
-  def next_byte(n, found):
-    """Returns one more byte of the k-th lowest key, and its rank among equals."""
-    prefix, k = found
-    shift = jnp.uint32(24 - 8 * n)
-    is_open = (n == 0) | (keys >> (shift + 8) == prefix)
-    # No count includes 255, so closed keys do not count.
-    bytes_ = jnp.where(is_open, (keys >> shift).astype(jnp.uint8), 255)
-    byte, below = _search(
-      lambda t: _count(bytes_ <= t.astype(jnp.uint8)), k, bits=8
-    )
-    return (prefix << 8) | byte, k - below
+  def first_tied():
+    places = jnp.where(keys == found.first, 1 + _positions(scores), _TOP)
+    places = jnp.where(keys < found.first, 0, places)
+    ends = found._replace(first=jnp.uint32(0), last=jnp.uint32(scores.size))
+    return places <= _until_known(places, k, ends).last
 
-  start = jnp.uint32(0), jnp.asarray(k, jnp.int32)
-  t, wanted = jax.lax.fori_loop(0, 4, next_byte, start)
-  is_tied = keys == t
+  return jax.lax.cond(found.until == k, lambda: keys <= found.last, first_tied)
 
-  def is_before(p):  # the loop below would store positions outside it
-    return is_tied & (_positions(scores) < p)
 
-  # If all tied elements are wanted, there is nothing to search.
-  has_all = _count(is_tied) == wanted
-  end, _ = _search(
-    lambda p: _count(is_before(p)), wanted, bits=jnp.where(has_all, 0, 32)
+def _until_known(keys: jax.Array, k: jax.Array, found: _Range) -> _Range:
+  """Narrows a range to one key, or until exactly k keys are at most `last`."""
+  return jax.lax.while_loop(
+    lambda r: (r.until != k) & (r.first < r.last),
+    lambda r: _narrow(keys, k, r),
+    found,
   )
-  return (keys < t) | is_tied & (has_all | is_before(end))
+
+
+def _narrow(
+  keys: jax.Array,
+  k: jax.Array,
+  found: _Range,
+  guess: tuple[jax.Array, jax.Array] | None = None,
+) -> _Range:
+  """Returns the part of a range that the k-th lowest key is in.
+
+  Args:
+    keys: uint32 array.
+    k: int32[].
+    found: The range.
+    guess: Keys that it probably lies between, which are split most finely. None:
+      the ends of the range.
+  """
+  low, high = guess or (found.first, found.last)
+  shift = jnp.maximum(24 - jax.lax.clz(high - low).astype(jnp.int32), 0)
+  shift = shift.astype(jnp.uint32)
+  # No count includes 255, where all higher keys are.
+  parts = jnp.minimum((jnp.maximum(keys, low) - low) >> shift, 255)
+  parts = parts.astype(jnp.uint8)
+  part, until = _search(lambda t: _count(parts <= t.astype(jnp.uint8)), k)
+  first = low + (part << shift)
+  width = jnp.minimum((jnp.uint32(1) << shift) - 1, found.last - first)
+  return _Range(
+    first=jnp.where(part == 0, found.first, first),
+    last=jnp.where(part == 255, found.last, first + width),
+    until=jnp.minimum(found.until, until),
+  )
+
+
+def _guess(keys: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns keys that are likely to be below and above the k-th lowest."""
+  sample = jnp.sort(keys.ravel()[:: max(keys.size // _SAMPLE, 1)])
+  share = k / keys.size
+  deviations = 3 * jnp.sqrt(share * (1 - share) / sample.size)
+  ranks = jnp.stack([share - deviations, share + deviations]) * sample.size
+  low, high = sample[jnp.clip(ranks.astype(jnp.int32), 0, sample.size - 1)]
+  return low, high
 
 
 def _sortable(scores: jax.Array) -> jax.Array:
@@ -96,31 +150,30 @@ def _count(chosen: jax.Array) -> jax.Array:
 
 
 def _search(
-  count: Callable[[jax.Array], jax.Array], k: jax.Array, bits: ArrayLike
+  count: Callable[[jax.Array], jax.Array], k: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the least t of `bits` bits with count(t) >= k, and count(t - 1).
+  """Returns the least byte t with count(t) >= k, and count(t).
 
   Args:
-    count: Monotone function of uint32[]. It is at least k at the largest t, where
-      it is not called.
+    count: Monotone function of uint32[]. It is at least k at 255, where it is not
+      called: then the returned count is 2^31 - 1.
     k: int32[].
-    bits: 8, or one of 0 and 32. A constant lets compilers count the work.
   """
 
   def by_passes_of(each):
     """Each pass makes 2^each - 1 counts at once, and finds so many bits."""
 
     def one_pass(n, found):
-      t, below = found
-      step = jnp.uint32(1) << jnp.uint32(bits - each * (n + 1))
+      t, least = found
+      step = jnp.uint32(1) << jnp.uint32(8 - each * (n + 1))
       parts = (step * jnp.uint32(j) for j in range(1, 2**each))
       counts = jnp.stack([count(t + part - 1) for part in parts])
       is_below = counts < k
       t += step * jnp.sum(is_below, dtype=jnp.uint32)
-      return t, jnp.maximum(below, jnp.max(jnp.where(is_below, counts, 0)))
+      return t, jnp.minimum(least, jnp.min(jnp.where(is_below, most, counts)))
 
-    start = jnp.uint32(0), jnp.int32(0)
-    return jax.lax.fori_loop(0, bits // each, one_pass, start)
+    most = jnp.int32(2**31 - 1)
+    return jax.lax.fori_loop(0, 8 // each, one_pass, (jnp.uint32(0), most))
 
   several = functools.partial(by_passes_of, 4)  # devices wait for each pass
   if jax.device_count() > 1:

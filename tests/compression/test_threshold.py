@@ -54,12 +54,14 @@ def test_lowest_of_bfloat16_equals_a_stable_sort():
   np.testing.assert_array_equal(found, _oracle(scores, 1234))
 
 
-def test_lowest_on_one_device_equals_a_stable_sort(monkeypatch):
-  """One device sums eight neighbours first; eight simulated devices do not."""
+@pytest.mark.parametrize("decimals", [1, 9], ids=["tied", "distinct"])
+def test_lowest_on_one_device_equals_a_stable_sort(monkeypatch, decimals):
+  """One device guesses by a sample; eight simulated devices do not."""
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  scores = np.round(np.random.default_rng(6).normal(size=(2, 13, 20)), 1)
+  scores = np.random.default_rng(6).normal(size=(2, 130, 40)).round(decimals)
+  scores = scores.astype(np.float32)
   lowest = jax.jit(lambda x, k: threshold.lowest(x, k))  # traced here
-  for k in (0, 77, 520):
+  for k in (0, 1, 77, 5200, 10400):
     np.testing.assert_array_equal(lowest(scores, k), _oracle(scores, k))
 
 
