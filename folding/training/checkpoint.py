@@ -493,7 +493,7 @@ def _quiet() -> Iterator[None]:
 def _same_averages(saved: Any, like: Any) -> dict[str, Any] | None:
   """Returns the moving averages of FPP that can be read as they are.
 
-  Up to commit 1656212 a unit ranked by gradients had an average per element.
+  Older checkpoints have an average per element of a unit ranked by gradients.
 
   Args:
     saved: Metadata of a checkpoint.
@@ -505,12 +505,13 @@ def _same_averages(saved: Any, like: Any) -> dict[str, Any] | None:
   if not isinstance(like, tuple):  # no training state
     return None
   expected = like.opt_state.averages
-  found = {
-    n: x.shape for n, x in (saved["opt_state"].get("averages") or {}).items()
+  found = saved["opt_state"].get("averages") or {}
+  same = {
+    name: x
+    for name, x in expected.items()
+    if name in found and found[name].shape == x.shape
   }
-  if found == {n: x.shape for n, x in expected.items()}:
-    return None
-  return {n: x for n, x in expected.items() if found.get(n) == x.shape}
+  return None if len(same) == len(found) == len(expected) else same
 
 
 def _read_older(path: Any, like: Any, averages: Mapping[str, Any]) -> Any:
@@ -531,8 +532,9 @@ def _read_older(path: Any, like: Any, averages: Mapping[str, Any]) -> Any:
   zeros = {
     name: jnp.zeros(x.shape, x.dtype, device=x.sharding)
     for name, x in like.opt_state.averages.items()
+    if name not in averages
   }
-  return with_averages(state, zeros | (state.opt_state.averages or {}))
+  return with_averages(state, (state.opt_state.averages or {}) | zeros)
 
 
 def _read_params(checkpoint: str) -> Any:
