@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import paths
-from folding.config import HEAD, SHAPE, Config, DataConfig, Order, resolve
+from folding.config import (
+  HEAD,
+  IN_MEMORY,
+  SHAPE,
+  Config,
+  DataConfig,
+  Order,
+  resolve,
+)
 from folding.data.batches import Data
 from folding.data.tokenizers import MappedTokenizer, load_tokenizer
 from folding.data.trim import trimmed
@@ -143,6 +151,11 @@ def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Model:
   Raises:
     ConfigError: it cannot be read, is not dense, or has another tokenizer.
   """
+  if path == IN_MEMORY:
+    raise ConfigError(
+      "a model in memory cannot be read again; call train with it, and with its "
+      "teacher if distill is used"
+    )
   if _is_run(path):
     model = load_run(path)
     if not model.shape.is_dense:
