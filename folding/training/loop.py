@@ -331,7 +331,8 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   with contextlib.ExitStack() as stack:
     if result := _entered(stack, config, workdir):
       return result
-    return _train(*_start(config, workdir), config, workdir)
+    start, teacher = _start(config, workdir)
+    return _train(start, teacher, config, workdir)
 
 
 def train(
