@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+# How many bits a pass over bytes finds. Devices wait for each pass, but XLA:CPU
+# does not fuse the counts of one.
+BITS = {"cpu": 1, "default": 4}
 _SAMPLE = 4096  # scores that a first guess of the threshold is based on
 _TOP = np.uint32(2**32 - 1)
 
@@ -175,8 +178,6 @@ def _search(
     most = jnp.int32(2**31 - 1)
     return jax.lax.fori_loop(0, 8 // each, one_pass, (jnp.uint32(0), most))
 
-  several = functools.partial(by_passes_of, 4)  # devices wait for each pass
-  if jax.device_count() > 1:
-    return several()
-  one = functools.partial(by_passes_of, 1)  # XLA:CPU does not fuse the counts
-  return jax.lax.platform_dependent(cpu=one, default=several)
+  return jax.lax.platform_dependent(
+    **{name: functools.partial(by_passes_of, n) for name, n in BITS.items()}
+  )

@@ -8,6 +8,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from folding.compression import threshold
 
+
+def _program(bits):
+  """Returns `lowest` with passes that find so many bits."""
+
+  def lowest(scores, k):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(threshold, "BITS", {"default": bits})
+      return threshold.lowest(scores, k)
+
+  return jax.jit(lowest)
+
+
+_PROGRAMS = {name: _program(bits) for name, bits in threshold.BITS.items()}
+_on_each_platform = pytest.mark.parametrize(
+  "lowest", _PROGRAMS.values(), ids=_PROGRAMS
+)
 _jit_lowest = jax.jit(threshold.lowest)
 
 
@@ -29,13 +45,14 @@ _FLOATS = _VALUES | st.floats(
 )
 
 
+@_on_each_platform
 @hypothesis.given(
-  st.lists(_FLOATS, min_size=18, max_size=18), st.integers(0, 18)
+  values=st.lists(_FLOATS, min_size=18, max_size=18), k=st.integers(0, 18)
 )
 @hypothesis.settings(max_examples=200, derandomize=True, deadline=None)
-def test_lowest_equals_a_stable_sort(values, k):
+def test_lowest_equals_a_stable_sort(lowest, values, k):
   scores = np.array(values, np.float32).reshape(3, 6)
-  np.testing.assert_array_equal(_jit_lowest(scores, k), _oracle(scores, k))
+  np.testing.assert_array_equal(lowest(scores, k), _oracle(scores, k))
 
 
 @pytest.mark.parametrize("value", [0.0, -np.inf, np.inf])
@@ -73,17 +90,18 @@ def test_lowest_with_a_traced_count_compiles_once():
   assert lowest._cache_size() == 1
 
 
+@_on_each_platform
 @pytest.mark.parametrize(
   "spec", [PartitionSpec("x"), PartitionSpec(None, "x")], ids=str
 )
-def test_lowest_on_eight_devices_equals_one(spec):
+def test_lowest_on_eight_devices_equals_one(lowest, spec):
   mesh = Mesh(np.array(jax.devices()), ("x",))
   # Rounded, so that the threshold falls among ties on all devices.
   x = np.round(np.random.default_rng(4).normal(size=(64, 40)), 1)
   x, k = x.astype(np.float32), 1111
   assert np.sum(x == np.sort(x.ravel())[k]) > 20
   placed = jax.device_put(x, NamedSharding(mesh, spec))
-  np.testing.assert_array_equal(_jit_lowest(placed, k), _oracle(x, k))
+  np.testing.assert_array_equal(lowest(placed, k), _oracle(x, k))
 
 
 # The rows of the second size on a device are not a multiple of eight.
@@ -93,8 +111,8 @@ def test_lowest_of_sharded_scores_moves_only_counts(axis, size):
   mesh = Mesh(np.array(jax.devices()), ("x",))
   placement = NamedSharding(mesh, PartitionSpec(*[None] * axis, "x"))
   shape = jax.ShapeDtypeStruct(size, jnp.float32, sharding=placement)
-  lowest = jax.jit(lambda x: threshold.lowest(x, x.size // 3))
-  compiled = lowest.lower(shape).compile()
+  count = size[0] * size[1] // 3
+  compiled = _PROGRAMS["default"].lower(shape, count).compile()
   assert compiled.output_shardings.is_equivalent_to(placement, 2)
   text = compiled.as_text()
   assert "all-reduce" in text  # the counts
