@@ -341,9 +341,10 @@ def test_program_takes_the_options_of_a_step_from_its_config(run):
 def train(run, state, devices, mesh_config, seeds):
   """Yields the state after each step, trained on a mesh of the devices."""
   mesh = sharding.make_mesh(mesh_config, devices)
-  state = jax.device_put(state, sharding.tree_shardings(mesh, state))
+  shardings = sharding.tree_shardings(mesh, state)
   step = run.step(is_mask_update=True)
   for seed in seeds:
+    state = jax.device_put(state, shardings)  # one program for all steps
     batch = sharding.put_batch(mesh, tiny.batch(seed))
     state, metrics = step(state, batch)
     yield jax.device_get(state), metrics
@@ -396,15 +397,14 @@ def test_steps_compile_a_mask_update_ahead_and_equal_train_step():
   program.mask_updates = range(1, 4, 2)
   steps = step_lib.Steps(program, None)
   plain, update = (
-    program.step(is_mask_update=is_update, donates=False)
-    for is_update in (False, True)
+    program.step(is_mask_update=is_update) for is_update in (False, True)
   )
   state, expected = init(0), init(0)
   for step in range(4):
     batch = sharding.put_batch(mesh, tiny.batch(step))
     single = update if step in (1, 3) else plain
-    expected, metrics = single(expected, batch)
     state, found = steps(step, state, batch)
+    expected, metrics = single(expected, batch)  # compiled already
     chex.assert_trees_all_equal((state, found), (expected, metrics))
   assert steps._ahead.result().input_shardings  # it was compiled, and fits
 
