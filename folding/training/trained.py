@@ -99,8 +99,13 @@ def dense_start(
     if "head/kernel" in missing and jax.process_index() == 0:
       print(f"{reason}; it is learned from scratch", flush=True)
     tokens = np.zeros((1, shape.max_length), np.int32)
-    init = jax.jit(model.init)(jax.random.key(order.seed), tokens)
-    drawn = paths.flatten(init["params"])
+
+    @jax.jit  # other parameters are not drawn, as nothing reads them
+    def draw(key, tokens):
+      drawn = paths.flatten(model.init(key, tokens)["params"])
+      return {name: drawn[name] for name in missing}
+
+    drawn = draw(jax.random.key(order.seed), tokens)
 
   def value(name, like):
     if name in missing:
