@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -253,7 +254,9 @@ def mask_of_no_layer(tmp_path):
   model = models.make("lm")
   tokens = jnp.zeros((2, 4), jnp.int32)
   apply = folding.observe(model.module.apply)
-  apply({"params": model.params}, tokens, keep=np.ones(7, bool))
+  jax.eval_shape(
+    lambda p: apply({"params": p}, tokens, keep=np.ones(7, bool)), model.params
+  )
 
 
 # {name: (call, a part of its only line)}
