@@ -502,7 +502,7 @@ def _same_averages(saved: Any, like: Any) -> dict[str, Any] | None:
   Returns:
     {path: an entry of `like`}; None if all are the same.
   """
-  if not isinstance(like, tuple):  # no training state
+  if not hasattr(like, "opt_state"):
     return None
   expected = like.opt_state.averages
   found = saved["opt_state"].get("averages") or {}
