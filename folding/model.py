@@ -154,7 +154,7 @@ class Model:
       texts: Prompts; an empty one begins a new document.
       max_new_tokens: Tokens per text, at most.
       temperature: 0: always the likeliest token; higher: more random.
-      top_k: Draw from the likeliest tokens, so many; None: from all.
+      top_k: Draw from this many of the likeliest tokens; None: from all.
       top_p: Draw from the likeliest tokens whose probabilities sum to this.
       seed: Seed of sampling.
 
@@ -225,7 +225,7 @@ class Model:
     shape = dataclasses.replace(self.shape, scan_layers=False)
     return make_model(shape, self.num_rows, len(self.labels))
 
-  model = module  # its earlier name
+  model = module  # its earlier name, for one release
 
   @property
   def num_rows(self) -> int:

@@ -36,7 +36,7 @@ from folding.typed import edited
 FORMAT, SCHEMA = "folding", 1
 
 
-Loaded = Model  # its name in 0.1; it leaves with 0.3
+Loaded = Model  # its earlier name, for one release
 
 
 def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
