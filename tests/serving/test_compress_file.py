@@ -108,8 +108,7 @@ def test_perplexity_of_another_vocabulary_is_per_token_of_the_first():
   keep = np.ones(21, bool)
   keep[[5, 9]] = False  # "cat" and "mat" become three pieces and unknown
   tokenizer = trim.trimmed(model.tokenizer, keep)
-  params = without_trimmed(tokenizer, model.params, has_logits=True)
-  small = dataclasses.replace(model, tokenizer=tokenizer, params=params)
+  small = without_trimmed(dataclasses.replace(model, tokenizer=tokenizer))
   text = " ".join(models.random_texts(20))
   _, found = compress_file._perplexities(model, small, [text])
   rows = compress_file._held_out(model, [text])
@@ -122,7 +121,9 @@ def test_perplexity_of_another_vocabulary_is_per_token_of_the_first():
       if len(part) > 1:
         # No token sees the padding after it.
         tokens = np.pad(part[:-1], (0, 9 - len(part)))
-        z = np.asarray(apply({"params": params}, tokens[None])[0], np.float64)
+        z = np.asarray(
+          apply({"params": small.params}, tokens[None])[0], np.float64
+        )
         z = z[: len(part) - 1]
         z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
         lost -= z[np.arange(len(part) - 1), part[1:]].sum()
