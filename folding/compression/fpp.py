@@ -897,7 +897,7 @@ def _observe(
   mean = 1 / jnp.maximum(observed, 1).astype(jnp.float32)
   weights = {
     "statistics": jnp.maximum(1 - decay, mean),
-    "gradients": 1 - decay,
+    "gradients": jnp.float32(1 - decay),
   }
   for site, score in scored:
     if score.evidence is None:

@@ -110,7 +110,7 @@ class Score:
       averages: {path: moving average}.
       leaves: {path: parameter}.
       evidence: {path: gradient or statistic}; statistics may lack members.
-      weight: Weight of the new value, a float32[] in (0, 1].
+      weight: float32[] in (0, 1], of the new value.
 
     Raises:
       ValueError: a statistic does not fit its parameter.
