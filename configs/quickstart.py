@@ -1,8 +1,8 @@
 """Folds and prunes while training on the source of Python's own library.
 
 Run:     folding train --config=configs/quickstart.py --workdir=runs/quickstart
-Time:    three to four minutes on two idle CPU cores with AVX-512
-Result:  218,344 stored parameters, 1.903 bits per byte
+Time:    three minutes on two idle CPU cores with AVX-512
+Result:  218,344 stored parameters, 1.902 bits per byte
 Dense:   add --config.dense=True (and another --workdir): the baseline
 Small:   add --config.dense=True --config.model.width=64: a dense model of about
          the size that the quickstart stores
