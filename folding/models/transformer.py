@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import core
 from jaxtyping import Array, Bool, Float, Int
 
+from folding import paths
+from folding.errors import ConfigError
 from folding.models.attention import Attention
 from folding.models.decode import Cache, Step
 from folding.models.exact_attention import soft_cap
@@ -529,3 +531,20 @@ def param_shapes(model: Transformer) -> Any:
   """Returns the shapes of the parameters, without computing them."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def require_params(
+  model: Transformer, shapes: Mapping[str, tuple[int, ...]], place: str
+) -> None:
+  """Raises `ConfigError` unless {path: shape} are the parameters of a model.
+
+  `place` says in the message where the parameters are.
+  """
+  made = paths.flatten(param_shapes(model))
+  expected = {name: x.shape for name, x in made.items()}
+  for name in sorted(expected.keys() | shapes.keys()):
+    if expected.get(name) != shapes.get(name):
+      raise ConfigError(
+        f"the parameters in {place} are not of its config and labels: {name} is "
+        f"{shapes.get(name)}, not {expected.get(name)}"
+      )

@@ -25,7 +25,11 @@ from folding.models import hf_weights
 from folding.models.hf_weights import CONFIG, TOKENIZER, WEIGHTS
 from folding.models.shape import Shape, shape_of
 from folding.models.shrink import shrink
-from folding.models.transformer import make_model, param_shapes
+from folding.models.transformer import (
+  make_model,
+  param_shapes,
+  require_params,
+)
 from folding.serving import card
 from folding.serving.packed import load_packed
 from folding.tasks import task_of
@@ -150,14 +154,8 @@ def require_shapes(
 ) -> None:
   """Raises `ConfigError` unless arrays have the shapes of a model."""
   rows = shapes.get("embed/embedding", (0,))[0]
-  made = param_shapes(make_model(shape, rows, max(1, num_classes)))
-  expected = {name: x.shape for name, x in paths.flatten(made).items()}
-  for name in sorted(expected.keys() | shapes.keys()):
-    if expected.get(name) != shapes.get(name):
-      raise ConfigError(
-        f"the parameters in {path} are not of its config and labels: {name} is "
-        f"{shapes.get(name)}, not {expected.get(name)}"
-      )
+  model = make_model(shape, rows, max(1, num_classes))
+  require_params(model, shapes, path)
 
 
 def require_exportable(path: str | os.PathLike, params: Any) -> str:

@@ -35,7 +35,11 @@ from folding.errors import ConfigError, TrainingError, first_line
 from folding.model import Model, Targets
 from folding.models.params import GROUPS
 from folding.models.shape import Shape, shape_of, with_shape
-from folding.models.transformer import Transformer, model_for
+from folding.models.transformer import (
+  Transformer,
+  model_for,
+  require_params,
+)
 from folding.tasks import METRICS, task_of
 from folding.training import distributed, energy, run_dir, sharding
 from folding.training.allocate import outer_fractions
@@ -368,18 +372,12 @@ def train(
     if result := _entered(stack, config, workdir):
       return result
     _require_same(config, data)
-    run = Run(model.shape, data, config, model.targets)
-    given, needed = (
-      {name: np.shape(w) for name, w in paths.flatten(tree).items()}
-      for tree in (model.params or run.like.params, run.like.params)
-    )
-    if wrong := sorted(given.items() ^ needed.items()):
-      (name, _), *_ = wrong
-      raise ConfigError(
-        "the parameters do not fit shape, tokenizer and labels of the model: "
-        f"{name} is {given.get(name)}, not {needed.get(name)}"
-      )
-    teacher = teacher or teacher_of(model.shape, data, config)
+    with distributed.together():
+      run = Run(model.shape, data, config, model.targets)
+      if given := paths.flatten(model.params):
+        shapes = {name: np.shape(w) for name, w in given.items()}
+        require_params(run.model, shapes, "the model")
+      teacher = teacher or teacher_of(model.shape, data, config)
     start = _first(run, model.params, workdir)
     return _train(start, teacher, config, workdir)
 
