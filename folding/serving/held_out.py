@@ -118,7 +118,8 @@ def _outputs(folder: str, model: Model, texts: Sequence[Text]) -> np.ndarray:
       [rows[i] for i in members], (len(members), bucket), tokenizer.pad_id
     )
     inputs = {TOKENS: tokens, MASK: mask}
-    if model.shape.segments and seconds is not None:
+    if model.shape.segments:
+      assert seconds is not None  # it reads pairs
       inputs[SEGMENTS] = segments_of(seconds[members], mask)
     inputs = {name: x.astype(np.int64) for name, x in inputs.items()}
     [found[members]] = session.run([output.name], inputs)
