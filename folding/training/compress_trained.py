@@ -150,14 +150,14 @@ def compress_sizes(
       options = measured_options(asked, dense, batches, sensitivity)
   for each in sizes:
     with _on_text(source):
-      plan = each.shape, each.targets
+      shape, targets = each.shape, each.targets
       if is_auto:
-        plan = allocate(each, dense, batches, sensitivity, options)
+        shape, targets = allocate(each, dense, batches, sensitivity, options)
       shape, params, report = _compress(
-        each, plan, dense, batches, usage_V, sensitivity
+        each, (shape, targets), dense, batches, usage_V, sensitivity
       )
     small = dataclasses.replace(
-      model, shape=shape, params=params, targets=plan[1]
+      model, shape=shape, params=params, targets=targets
     )
     yield small, report
 
