@@ -85,9 +85,8 @@ def measure(sizes: Mapping[str, int], texts: int) -> dict[str, Any]:
   for part in PARTS:
     setattr(pipeline, part, timed(part))
   asked = Asked(shape_of(config), config.fpp, config.compress)
-  tokenizer = train_tokenizer(
-    config_lib.DataConfig(tokenizer="bytes"), []
-  )  # not read
+  # Nothing reads it.
+  tokenizer = train_tokenizer(config_lib.DataConfig(tokenizer="bytes"), [])
   dense = Model.of(config, params, tokenizer)
   list(pipeline.compress_sizes([asked], dense, batches))
   return {

@@ -53,10 +53,10 @@ class Targets(NamedTuple):
   """Fractions to zero.
 
   Attributes:
-    layers: Per layer, of W_O and the MLP, and of W_Q, W_K and W_V if
-      `fpp.attention` includes them.
-    head: Of the output layer.
-    embedding: Of the embeddings.
+    layers: For each layer, the fraction of W_O and the MLP, and of W_Q, W_K and
+      W_V if `fpp.attention` includes them.
+    head: Fraction of the output layer.
+    embedding: Fraction of the embeddings.
   """
 
   layers: tuple[float, ...]

@@ -38,7 +38,7 @@ def compress_file(
   uniform: bool = False,
   vocabulary: int | None = None,
 ) -> list[str]:
-  """Writes a compact export per saving, and prints what was lost.
+  """Writes a compact export per saving, and prints the loss of quality.
 
   The valid split is held out, or a tenth of the texts. On it the smaller model is
   compared with the dense one by the perplexity of a language model, the cosine of

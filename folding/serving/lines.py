@@ -21,8 +21,8 @@ def open_lines(path: str) -> Iterator[Iterator[str]]:
 
   Raises:
     OSError: the file cannot be read.
-    ConfigError: the file is a table, standard input is closed, or, raised as the
-      lines are read, there is no line or one is not UTF-8.
+    ConfigError: the file is a table, or standard input is closed. Reading its lines
+      raises it if the file is empty or a line is not UTF-8.
   """
   if path.endswith(_TABLES):
     raise ConfigError(
