@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from folding.models import decode as decode_lib
-from folding.models import linear_attention
+from folding.models import linear_attention, products
 from folding.models.decode import Cache, Step
 from folding.models.exact_attention import (
   Biases,
@@ -133,6 +133,7 @@ class Attention(nn.Module):
       use_bias=c.use_bias,
       kernel_init=self.out_init,
       dtype=self.dtype,
+      dot_general=products.project,
     )
     if c.qk_norm:
       self.q_norm = nn.RMSNorm(c.norm_epsilon, dtype=self.dtype)

@@ -18,6 +18,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from folding.models import products
+
 _kernel_init = nn.initializers.lecun_normal()
 
 
@@ -65,6 +67,7 @@ class HeadProjection(nn.Module):
       use_bias=self.use_bias,
       kernel_init=init,
       dtype=self.dtype,
+      dot_general=products.project,
     )
     # Without a scope of its own: q/kernel, not q/DenseGeneral_0/kernel.
     nn.share_scope(self, project)

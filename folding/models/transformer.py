@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from folding import paths
 from folding.errors import ConfigError
+from folding.models import products
 from folding.models.attention import Attention
 from folding.models.decode import Cache, Step
 from folding.models.exact_attention import soft_cap
@@ -89,7 +90,7 @@ def _dot_rows(x: Array, kernel: Any, _: Any, **options: Any) -> Array:
   With more axes XLA transposes large arrays for the gradients on a CPU. The
   kernel may be quantised by another library, which replaces `lax.dot_general`.
   """
-  rows = jax.lax.dot_general(
+  rows = products.project(
     x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options
   )
   return rows.reshape(*x.shape[:-1], rows.shape[-1])
@@ -458,8 +459,9 @@ class Transformer(nn.Module):
     if c.tie_embeddings:
       if c.embed_width:
         x_BLD = x_BLD @ self.embed_project.variables["params"]["kernel"].T
-      rows = self.embed.attend(x_BLD.reshape(-1, x_BLD.shape[-1]))
-      logits_BLV = rows.reshape(*x_BLD.shape[:-1], self.vocab_size)
+      dtype = self.embed.dtype
+      kernel_DV = self.embed.embedding.T.astype(dtype)
+      logits_BLV = _dot_rows(x_BLD.astype(dtype), kernel_DV, None)
     else:
       logits_BLV = self.head(x_BLD)
     return soft_cap(logits_BLV.astype(jnp.float32), c.logit_cap)
