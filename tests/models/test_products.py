@@ -15,7 +15,11 @@ TOLERANCE = 2**-8
 
 @pytest.mark.parametrize(
   ("x", "kernel", "axes"),
-  [((3, 5, 8), (8, 6), 1), ((3, 5, 8), (8, 2, 3), 1), ((3, 4, 2), (4, 2, 6), 2)],
+  [
+    ((3, 5, 8), (8, 6), 1),
+    ((3, 5, 8), (8, 2, 3), 1),
+    ((3, 4, 2), (4, 2, 6), 2),
+  ],
   ids=["one axis", "into heads", "from heads"],
 )
 def test_product_and_gradients_of_bfloat16_are_rounded_once(x, kernel, axes):
