@@ -130,7 +130,7 @@ def _train(config: config_lib.Config, workdir: str) -> dict[str, float]:
   result = loop.run(config, workdir)
   seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
   records = run_dir.read_metrics(str(pathlib.Path(workdir, "metrics.jsonl")))
-  config = run_dir.load_config(workdir)
+  config = run_dir.load_order(workdir)
   updates = optimizer.mask_updates(config)
   tokens = config.data.batch_size * config.data.length
 

@@ -25,7 +25,7 @@ def load_configs(
     ConfigError: a run has another task, or started from another model or none;
       or two runs have the same name.
   """
-  configs = [run_dir.load_config(path) for path in workdirs]
+  configs = [run_dir.load_order(path) for path in workdirs]
   dense = configs[0].pretrained
   for path, config in zip(workdirs, configs, strict=True):
     if config.task != task:

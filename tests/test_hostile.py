@@ -123,7 +123,7 @@ def link(name):
     path = pathlib.Path(workdir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(target)
-    run_dir.load_config(workdir)
+    run_dir.load_order(workdir)
 
   return read
 

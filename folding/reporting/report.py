@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from folding import config as config_lib
 from folding import errors, files, typed
 from folding.errors import ConfigError
-from folding.models.shape import shape_of
+from folding.models.shape import Shape
 from folding.reporting import page
 from folding.tasks import METRICS, task_of
 from folding.training import energy, run_dir
@@ -39,7 +39,8 @@ class Run:
   Attributes:
     name: Name of the directory.
     workdir: Path of the directory.
-    config: The resolved config.
+    config: The config as it was given, with its presets resolved.
+    shape: Shape of the model that training began with.
     result: Steps, seconds and provenance of `result.json`.
     parameters: Number of parameters by group of `GROUPS`.
     bytes: Number of bytes by group of `GROUPS`.
@@ -57,6 +58,7 @@ class Run:
   name: str
   workdir: str
   config: config_lib.Config
+  shape: Shape
   result: dict[str, Any]
   parameters: dict[str, dict[str, Any]]
   bytes: dict[str, dict[str, Any]]
@@ -81,7 +83,8 @@ def load_run(workdir: str) -> Run:
   Raises:
     ConfigError: the folder is not a run, or one of its files is damaged.
   """
-  config, folder = run_dir.load_config(workdir), pathlib.Path(workdir)
+  config, folder = run_dir.load_order(workdir), pathlib.Path(workdir)
+  shape, *_ = run_dir.began(workdir, config)
   for name in ("metrics.jsonl", "result.json"):
     if not (folder / name).is_file():
       raise ConfigError(
@@ -96,6 +99,7 @@ def load_run(workdir: str) -> Run:
       name=os.path.basename(os.path.abspath(workdir)),
       workdir=workdir,
       config=config,
+      shape=shape,
       result={name: values[name] for name in _RESULT},
       parameters={g: _size(values["parameters"][g]) for g in GROUPS},
       bytes={g: _size(values["bytes"][g]) for g in GROUPS},
@@ -214,8 +218,7 @@ class Kept(NamedTuple):
 
 def plan(run: Run) -> dict[str, list[Kept]]:
   """Returns the dimensions of all layers by name; {} if all are dense."""
-  config = run.config
-  shape = shape_of(config)
+  shape, fpp = run.shape, run.config.fpp
   arrays = {array["path"]: array for array in run.layers}
 
   def nonzero(layer: int, path: str, is_pruned: bool) -> float:
@@ -224,8 +227,8 @@ def plan(run: Run) -> dict[str, list[Kept]]:
       return 1.0
     return array["stored"] / max(1, math.prod(array["shape"]))
 
-  has_heads = config.fpp.attention == "heads"
-  has_neurons = config.fpp.granularity == "neuron"
+  has_heads = fpp.attention == "heads"
+  has_neurons = fpp.granularity == "neuron"
   found: dict[str, list[Kept]] = {}
   for n, (a, b) in enumerate(
     zip(shape.dense().layers, shape.layers, strict=True)
@@ -247,14 +250,14 @@ def plan(run: Run) -> dict[str, list[Kept]]:
 
 def describe(run: Run) -> str:
   """Returns a run and its metrics as one paragraph."""
-  model, result = run.config.model, run.result
+  shape, result = run.shape, run.result
   kind, dense = task_of(run.config).words, run.command.get("dense_test")
   steps, overall = f"{result['steps']:,}", run.parameters["overall"]
   if not result["finished"]:
     steps += f" of {result['total_steps']:,}"
   return (
-    f"A {kind} with {_counted(model.num_layers, 'layer')}, width {model.width} "
-    f"and {_counted(model.num_heads, 'head')}, trained for {steps} steps in "
+    f"A {kind} with {_counted(shape.num_layers, 'layer')}, width {shape.width} "
+    f"and {_counted(shape.num_heads, 'head')}, trained for {steps} steps in "
     f"{duration(result['seconds'])} on {errors.printable(str(result['device']))}. "
     "It stores "
     f"{overall['stored']:,} parameters; its dense baseline has "

@@ -52,7 +52,6 @@ from folding.models.shape import (
   make_shape,
   model_of,
   shape_of,
-  with_shape,
 )
 from folding.tasks import task_of
 from folding.typed import differences, edited
@@ -192,56 +191,13 @@ def _computed_as(config: Config, other: Config) -> Config:
   )
 
 
-def load_config(workdir: str) -> Config:
-  """Returns the config of a run directory, as the start of the run left it.
-
-  Its sections describe the model that training began with: its shape, and the
-  fractions that a plan chose to prune.
-
-  Raises:
-    ConfigError: see `load_order` and `load_model`.
-  """
-  order = load_order(workdir)
-  shape, targets, pair = _began(workdir, order)
-  config = planned(order, shape, targets)
-  return edited(config, {"data.text_field": pair}) if pair else config
-
-
-def planned(config: Config, shape: Shape, targets: Targets | None) -> Config:
-  """Returns the config of a run whose model has become another than asked for.
-
-  Args:
-    config: The config as it was given.
-    shape: Shape of the model.
-    targets: Fractions that a plan prunes; None: there was no plan.
-  """
-  if shape != shape_of(config):
-    config = with_shape(config, shape)
-  if targets is None:
-    return config
-  edits: dict[str, Any] = {
-    "fpp.overall": None,
-    "fpp.linear": targets.head,
-    "fpp.embedding": targets.embedding,
-    "fpp.linear_layers": targets.layers,
-    "compress.plan": "same",
-    "compress.uniform": False,
-    "compress.embedding": "share",
-  }
-  if not targets.prune:
-    edits["compress.prune"] = "none"
-  if config.fpp.embedding_granularity == "rank":
-    edits["fpp.embedding_granularity"] = "weight"
-  return config_lib.resolve(edited(config, edits))
-
-
 def load_model(workdir: str, order: Order) -> Model:
   """Returns the model that the training of a run began with, without arrays.
 
   Raises:
     ConfigError: model.json or labels.json is damaged.
   """
-  shape, targets, pair = _began(workdir, order)
+  shape, targets, pair = began(workdir, order)
   return Model(
     shape,
     order.task,
@@ -254,10 +210,14 @@ def load_model(workdir: str, order: Order) -> Model:
   )
 
 
-def _began(
+def began(
   workdir: str, order: Order
 ) -> tuple[Shape, Targets | None, tuple[str, str] | None]:
-  """Returns shape, targets and pair of the model that a run began with."""
+  """Returns shape, targets and pair of the model that a run began with.
+
+  Raises:
+    ConfigError: model.json is damaged.
+  """
   path = _path(workdir, _MODEL)
   if not os.path.exists(path):  # of an earlier version
     config = config_lib.load(_path(workdir, "config.json"))

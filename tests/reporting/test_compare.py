@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 import os
 
@@ -158,6 +160,33 @@ def test_group_joins_finished_runs_of_one_config_and_text(
     (folder / "text.sha256").write_text(digests[i])
   found = compare.group(workdirs)
   assert sorted((len(v.runs) for v in found), reverse=True) == sizes
+
+
+def test_group_joins_seeds_whose_plans_differ(tmp_path):
+  workdirs = []
+  for seed in range(2):
+    folder = tmp_path / f"run{seed}"
+    config = synthetic_run.config(
+      seed=seed,
+      pretrained="dense",
+      compress=config_lib.CompressConfig(plan="auto"),
+      fpp=config_lib.FPPConfig(attention="output"),
+    )
+    workdirs.append(synthetic_run.write(folder, config))
+    m = config.model
+    values = {
+      "model": dataclasses.asdict(m),
+      "fold": dataclasses.asdict(config.fold),
+      "targets": {
+        "layers": [0.1 + seed / 2] * m.num_layers,
+        "head": 0.5,
+        "embedding": 0.5,
+      },
+      "pair": None,
+    }
+    (folder / "model.json").write_text(json.dumps(values))
+  [variant] = compare.group(workdirs)
+  assert len(variant.runs) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from folding import errors, paths
 from folding.compression import fold, lowrank
 from folding.data.tokenizers import train_tokenizer
 from folding.model import Model
-from folding.models.shape import shape_of
+from folding.models.shape import fold_of, shape_of
 from folding.models.transformer import make_model, param_shapes
-from folding.training import allocate, run_dir
+from folding.training import allocate
 from folding.training import sensitivity as sensitivity_lib
 from folding.training.compress_trained import compress_sizes
 from folding.training.fold_pretrained import fold_pretrained
@@ -85,8 +85,17 @@ def _tried(config):
 
 def _allocate(config, params):
   sensitivity = sensitivities(shape_of(config), params, _batches())
-  plan = allocate.allocate(_asked(config), params, _batches(), sensitivity)
-  return run_dir.planned(config, *plan)
+  return allocate.allocate(_asked(config), params, _batches(), sensitivity)
+
+
+def _without_neurons(shape, targets):
+  """Returns the shape without the neurons that a plan removes."""
+  layers = [
+    dataclasses.replace(layer, mlp_width=48 - round(48 * part))
+    for layer, part in zip(shape.layers, targets.layers, strict=True)
+  ]
+  assert all(x.mlp_width % 8 == 0 and x.mlp_width > 0 for x in layers)
+  return dataclasses.replace(shape, layers=tuple(layers))
 
 
 def _compress(config):
@@ -122,9 +131,10 @@ def _batches():
   ]
 
 
-def _stored(config, params):
-  """Returns the shares of all and of W_Q, W_K, W_V that a planned config stores."""
-  model = make_model(shape_of(config), V, num_classes=3)
+def _stored(plan, config, params):
+  """Returns the shares of all and of W_Q, W_K, W_V that a plan stores."""
+  shape, targets = plan
+  model = make_model(shape, V, num_classes=3)
   tree = jax.eval_shape(
     model.init, jax.random.key(0), jnp.zeros((1, L), jnp.int32)
   )["params"]
@@ -134,12 +144,12 @@ def _stored(config, params):
     of_tokens = name == "embed/embedding"
     by_weight = config.fpp.embedding_granularity == "weight"
     if name.endswith("embedding") and (of_tokens or by_weight):
-      left = config.fpp.embedding
+      left = targets.embedding
     elif "/mlp/" in name and name.endswith("kernel") or "/o/kernel" in name:
       layer = int(name.split("/")[0].removeprefix("blocks_"))
-      left = config.fpp.linear_layers[layer]
+      left = targets.layers[layer]
     elif name == "head/kernel" and config.task == "lm":
-      left = config.fpp.linear
+      left = targets.head
     total += (1 - left) * w.size
     if any(f"/attn/{role}/" in name for role in "qkv"):
       qkv += w.size
@@ -158,12 +168,10 @@ def _stored(config, params):
 def test_allocation_reaches_the_target_size(kind, fpp, measured):
   config = _config(kind, linear=None, embedding=None, **fpp)
   params = _trained(config)
-  planned = _allocate(config, params)
-  stored, _ = _stored(planned, params)
+  stored, _ = _stored(_allocate(config, params), config, params)
   assert stored <= 1 - fpp["overall"] + 1e-6
   # Biases of folded heads are smaller too, but plans do not count them.
   assert stored > 1 - fpp["overall"] - 0.012
-  assert planned.compress.plan == "same"
 
 
 def _structured(kind, **fpp):
@@ -176,14 +184,10 @@ def _structured(kind, **fpp):
 def test_structured_plan_makes_the_arrays_as_small_as_asked():
   config = _structured("llama", embedding_share=0.0)
   params = _trained(config)
-  planned = _allocate(config, params)
-  widths = [48 - round(48 * part) for part in planned.fpp.linear_layers]
-  assert all(width % 8 == 0 and width > 0 for width in widths)
-  assert planned.fold.value_rank
-  planned = edited(
-    planned, {"model.mlp_width": widths, "model.dense_mlp_width": 48}
-  )
-  tree = param_shapes(make_model(shape_of(planned), V, num_classes=3))
+  shape, targets = _allocate(config, params)
+  assert any(layer.value_dim < layer.head_dim for layer in shape.layers)
+  shape = _without_neurons(shape, targets)
+  tree = param_shapes(make_model(shape, V, num_classes=3))
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
   # Plans do not count biases, and keep neurons in multiples of eight.
@@ -210,15 +214,12 @@ def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(
   params = _trained(config)
   if decided == "errors":
     params["embed"]["embedding"][:, 8:] = 1.0  # of rank 8 around the mean
-  planned = _allocate(config, params)
+  shape, targets = _allocate(config, params)
   # (1 - overall) * 40 * 32 numbers: 72 per rank and a bias of 32.
-  assert planned.fold.embedding_rank == rank
-  assert not planned.fpp.embedding
-  widths = [48 - round(48 * part) for part in planned.fpp.linear_layers]
-  planned = edited(
-    planned, {"model.mlp_width": widths, "model.dense_mlp_width": 48}
-  )
-  tree = param_shapes(make_model(shape_of(planned), V, num_classes=3))
+  assert shape.embedding_rank == rank
+  assert not targets.embedding
+  shape = _without_neurons(shape, targets)
+  tree = param_shapes(make_model(shape, V, num_classes=3))
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
   most = (1 - overall) * dense
@@ -231,10 +232,10 @@ def test_plan_counts_the_trimmed_rows_of_an_embedding_of_low_rank(measured):
   )
   config = edited(config, {"fold.embedding_rank": 24})
   params = _trained(config)
-  planned = _allocate(config, params)
+  shape, targets = _allocate(config, params)
   # What `trim_vocabulary` removes before.
-  assert planned.fpp.embedding == allocate.outer_fractions(config.fpp)[1] > 0
-  stored, _ = _stored(planned, params)
+  assert targets.embedding == allocate.outer_fractions(config.fpp)[1] > 0
+  stored, _ = _stored((shape, targets), config, params)
   assert 0.4 - 0.012 < stored <= 0.4 + 1e-6
 
 
@@ -427,7 +428,7 @@ def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
       f"fold.{asked}": dense[asked],
     },
   )
-  found = _allocate(config, _trained(config)).fold
+  found = fold_of(_allocate(config, _trained(config))[0])
   assert getattr(found, asked) == dense[asked]
   assert getattr(found, other) not in (dense[other], (dense[other],) * N)
 
@@ -435,11 +436,11 @@ def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
 def test_layers_that_matter_least_are_compressed_most():
   config = _config(overall=0.45, linear=None, embedding=None)
   params = _trained(config, flat_layers=[1])
-  planned = _allocate(config, params)
-  pruned = planned.fpp.linear_layers
+  shape, targets = _allocate(config, params)
+  pruned = targets.layers
   assert pruned[1] == max(pruned)
   assert min(pruned[0], pruned[2]) < pruned[1]
-  layer = shape_of(planned).layers[1]
+  layer = shape.layers[1]
   assert (layer.groups, layer.values) == (1, "diagonal")
 
 
@@ -477,16 +478,13 @@ def test_allocation_loses_less_than_equal_layers():
   config = _config()
   params, batches = _trained(config, flat_layers=[0]), _batches()
 
-  def error(folded_config):
+  def error(shape):
     """Returns the error of folding, on other text; nothing is pruned."""
-    folded, _ = fold_pretrained(shape_of(folded_config), params, batches)
+    folded, _ = fold_pretrained(shape, params, batches)
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, V, (32, L)))
     ours, dense = (
-      np.asarray(make_model(shape_of(cfg), V, 3).apply({"params": p}, tokens))
-      for cfg, p in (
-        (folded_config, folded),
-        (c.dense_baseline(config), params),
-      )
+      np.asarray(make_model(each, V, 3).apply({"params": p}, tokens))
+      for each, p in ((shape, folded), (shape.dense(), params))
     )
     return np.square(ours - dense).mean() / dense.var()
 
@@ -495,8 +493,8 @@ def test_allocation_loses_less_than_equal_layers():
     compress=c.CompressConfig(),
     fold=c.FoldConfig(groups=2, values="diagonal"),
   )
-  planned = _allocate(config, params)
-  assert error(c.resolve(planned)) < error(c.resolve(same))
+  shape, _ = _allocate(config, params)
+  assert error(shape) < error(shape_of(same))
 
 
 @pytest.mark.parametrize("granularity", ["weight", "neuron"])
@@ -523,8 +521,7 @@ def test_target_out_of_reach_is_refused_before_measuring():
     _compress(config)
   [most] = re.findall(r"at most (\d+)%", str(caught.value))
   config = edited(config, {"fpp.overall": int(most) / 100})
-  planned = _allocate(config, _trained(config))
-  assert planned.compress.plan == "same"
+  _allocate(config, _trained(config))
   config = edited(config, {"fpp.overall": int(most) / 100 + 0.01})
   with pytest.raises(errors.ConfigError, match=f"at most {most}%"):
     _compress(config)

@@ -579,7 +579,7 @@ def test_run_with_a_link_to_another_place_is_refused(name, copy, tmp_path):
   path, elsewhere = copy / name, tmp_path / "elsewhere"
   path.rename(elsewhere)
   path.symlink_to(elsewhere)
-  for read in (load_run, run_dir.load_config):
+  for read in (load_run, run_dir.load_order):
     with pytest.raises(ConfigError, match=f"{name} is a link"):
       read(str(copy))
   with pytest.raises(ConfigError, match=f"{name} is a link"):

@@ -31,11 +31,11 @@ from tests.serving import models
 from tests.training.conftest import CLASS_WORDS, recovery_config, tiny_config
 
 
-def config_shapes(config):
+def config_shapes(config, shape=None):
   """Returns {path: shape} of the parameters of a run."""
   data = make_data(config)
   model = make_model(
-    shape_of(config), data.tokenizer.vocab_size, data.num_classes
+    shape or shape_of(config), data.tokenizer.vocab_size, data.num_classes
   )
   tokens = jax.ShapeDtypeStruct((1, config.data.length), np.int32)
   tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -196,7 +196,9 @@ def test_run_folds_recovers_and_loads(folded_run):
   found = load_run(str(workdir))
   params, tokenizer = found.params, found.tokenizer
   shapes = {n: w.shape for n, w in paths.flatten(params).items()}
-  expected = config_shapes(run_dir.load_config(str(workdir)))
+  order = run_dir.load_order(str(workdir))
+  began = run_dir.load_model(str(workdir), order)
+  expected = config_shapes(order, began.shape)
   rows, width = expected.pop("embed/embedding")
   assert shapes.pop("embed/embedding") == (tokenizer.vocab_size, width)
   assert shapes == expected

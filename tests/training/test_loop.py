@@ -428,7 +428,7 @@ def test_run_that_is_read_back_prepares_no_data(
   tiny_run, tmp_path, name, capsys, monkeypatch
 ):
   copy = unfinished(tiny_run[1], tmp_path / "copy")
-  config = run_dir.load_config(str(copy))
+  config = run_dir.load_order(str(copy))
   config = edited(
     config,
     {

@@ -289,10 +289,11 @@ def test_neurons_are_removed_before_the_first_step(
   saved = 1 - found["stored"] / found["dense"]
   # A plan keeps multiples of 8 of the 24 neurons.
   assert overall - 0.02 < saved < overall + (0.08 if plan == "auto" else 0.02)
-  small = run_dir.load_config(str(workdir))
-  assert small.model.dense_mlp_width == 24
-  assert (small.model.heads is None) == (plan == "same")
-  layers = shape_of(small).layers
+  began = run_dir.load_model(str(workdir), config)
+  layers = began.shape.layers
+  assert {layer.whole_mlp_width for layer in layers} == {24}
+  has_all_heads = all(len(x.heads) == began.shape.num_heads for x in layers)
+  assert has_all_heads == (plan == "same")
   widths = [layer.mlp_width for layer in layers]
   assert sum(widths) < 2 * 24
   params = load_run(str(workdir)).params
@@ -315,8 +316,7 @@ def test_neurons_are_removed_before_the_first_step(
     return
   # The plan is saved, beside the config that was given.
   assert c.load(str(workdir / "config.json")).compress.plan == "auto"
-  assert small.compress.plan == "same"
-  assert run_dir.load_config(str(workdir)) == small
+  assert began.targets is not None
   before = (workdir / "metrics.jsonl").stat().st_mtime_ns
   loop.run(config, str(workdir))  # the same config is finished
   assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before

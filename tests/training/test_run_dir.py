@@ -16,9 +16,8 @@ from folding import config as c
 from folding.data.tokenizers import train_tokenizer
 from folding.errors import ConfigError
 from folding.model import Targets
-from folding.models.shape import shape_of
+from folding.models.shape import shape_of, with_shape
 from folding.training import run_dir
-from folding.training.run_dir import planned
 from folding.typed import edited
 from folding.version import __version__
 from tests.training import tiny
@@ -41,7 +40,7 @@ def began(workdir, order):
 def test_saved_files_are_read_back(tmp_path):
   config, labels = tiny.config(), ("a\nb", "é", "c d")
   save(tmp_path, config, labels)
-  assert run_dir.load_config(str(tmp_path)) == config
+  assert run_dir.load_order(str(tmp_path)) == config
   tokenizer = run_dir.load_tokenizer(str(tmp_path))
   assert tokenizer.to_json() == TOKENIZER.to_json()
   assert run_dir.load_labels(str(tmp_path)) == labels
@@ -113,8 +112,7 @@ def test_run_is_continued_by_its_order_with_the_model_as_it_became(tmp_path):
   assert run_dir.is_begun(str(tmp_path), order)
   assert run_dir.load_order(str(tmp_path)) == order
   assert began(tmp_path, order) == (shape, targets, pair)
-  config = edited(planned(order, shape, targets), {"data.text_field": pair})
-  assert run_dir.load_config(str(tmp_path)) == config
+  config = with_shape(order, shape)
   with pytest.raises(ConfigError, match="another config"):
     run_dir.is_begun(str(tmp_path), config)
 
@@ -123,7 +121,13 @@ def test_run_of_an_earlier_version_keeps_its_order_beside_its_config(tmp_path):
   asked, other = tiny.config(), tiny.config(seed=1)
   shape, targets = shape_of(asked), Targets((0.5,), 0.25, 0.125)
   shape = dataclasses.replace(shape, segments=2)
-  save(tmp_path, planned(asked, shape, targets))
+  planned = {
+    "fpp.overall": None,
+    "fpp.linear": targets.head,
+    "fpp.embedding": targets.embedding,
+    "fpp.linear_layers": targets.layers,
+  }
+  save(tmp_path, edited(with_shape(asked, shape), planned))
   (tmp_path / "model.json").unlink()
   (tmp_path / "checksums.json").unlink()
   c.save(asked, str(tmp_path / "asked.json"))
@@ -143,11 +147,11 @@ def test_run_of_an_earlier_version_keeps_its_order_beside_its_config(tmp_path):
   ],
   ids=["nothing", "hugging-face", "export", "old"],
 )
-def test_load_config_refuses_other_folders(tmp_path, values, message):
+def test_load_order_refuses_other_folders(tmp_path, values, message):
   if values is not None:
     (tmp_path / "config.json").write_text(json.dumps(values))
   with pytest.raises(ConfigError, match=message):
-    run_dir.load_config(str(tmp_path))
+    run_dir.load_order(str(tmp_path))
 
 
 def change(path, text):
@@ -173,9 +177,9 @@ def change(path, text):
     ("model.json", b"edited"),
   ],
 )
-def test_load_config_refuses_a_changed_file_by_its_name(tmp_path, name, text):
+def test_load_order_refuses_a_changed_file_by_its_name(tmp_path, name, text):
   save(tmp_path, tiny.config(), ("a", "b"))
-  assert run_dir.load_config(str(tmp_path)) == tiny.config()
+  assert run_dir.load_order(str(tmp_path)) == tiny.config()
   if text == b"edited":
     values = json.loads((tmp_path / name).read_text())
     values["seed" if name == "config.json" else "pair"] = 5
@@ -183,13 +187,13 @@ def test_load_config_refuses_a_changed_file_by_its_name(tmp_path, name, text):
   change(tmp_path / name, text)
   state = " is missing" if text is None else ""
   with pytest.raises(ConfigError, match=re.escape(name) + state):
-    run_dir.load_config(str(tmp_path))
+    run_dir.load_order(str(tmp_path))
 
 
-def test_load_config_reads_a_run_of_an_earlier_version(tmp_path):
+def test_load_order_reads_a_run_of_an_earlier_version(tmp_path):
   save(tmp_path, tiny.config())
   (tmp_path / "checksums.json").unlink()
-  assert run_dir.load_config(str(tmp_path)) == tiny.config()
+  assert run_dir.load_order(str(tmp_path)) == tiny.config()
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ def test_scores_of_pairs_are_trained_from_a_checkpoint(scored):
   assert result["test"].keys() == {
     *("loss", "pearson", "spearman", "num_examples", "checkpoint_step")
   }
-  saved = run_dir.load_config(workdir)
-  assert saved.data.text_field == ("sentence1", "sentence2")
-  assert saved.model.segments == 2
+  began = run_dir.load_model(workdir, run_dir.load_order(workdir))
+  assert began.pair == ("sentence1", "sentence2")
+  assert began.shape.segments == 2
   assert run_dir.load_labels(workdir) == ("score",)
   assert loop.run(config, workdir) == result  # the same run, by its config
   assert "A regression model" in report.describe(report.load_run(workdir))
@@ -88,12 +88,12 @@ def test_scores_of_pairs_are_trained_from_a_checkpoint(scored):
 
 def test_segments_reach_every_program(scored, checkpoint, two_segments):
   _, workdir, result = scored
-  saved = run_dir.load_config(workdir)
+  saved = run_dir.load_order(workdir)
   data = make_data(saved, run_dir.load_tokenizer(workdir))
   source = read_source(
     saved.pretrained, data, task_of(saved), segments=data.has_segments
   )
-  shape = shape_of(saved)
+  shape = run_dir.load_model(workdir, saved).shape
   start = compress_trained.compress_trained(source, shape, data, saved)[
     0
   ].params
@@ -103,7 +103,7 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
     start["position_embed"]["embedding"],
     checkpoint[1]["position_embed"]["embedding"],
   )
-  run = loop.Run(shape_of(saved), data, saved)
+  run = loop.Run(shape, data, saved)
   batch = data.train_batch(0)
   assert batch["segments"].sum(axis=1).min() > 0
   apply = jax.jit(run.model.apply, static_argnums=3)
@@ -132,7 +132,7 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
 
   # Calibration and the plan read segments; a teacher that equals the student has no
   # loss.
-  [x] = embed_batches(shape_of(saved), start, [batch] * 2).x[:1]
+  [x] = embed_batches(shape, start, [batch] * 2).x[:1]
   expected = jax.jit(run.model.apply, static_argnames="method")(
     {"params": start},
     batch["tokens"],
@@ -142,7 +142,7 @@ def test_segments_reach_every_program(scored, checkpoint, two_segments):
   np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
   bare = {name: w for name, w in batch.items() if name != "segments"}
   one, other = (
-    sensitivities(shape_of(saved), start, [each])["blocks_0/attn/o"]
+    sensitivities(shape, start, [each])["blocks_0/attn/o"]
     for each in (batch, bare)
   )
   assert np.abs(one / other - 1).max() > 1e-3
