@@ -388,6 +388,11 @@ class CompressConfig:
   calibration: Count = 512  # calibration texts (or windows)
   fit_steps: Natural = 100  # steps per layer to fit folded attention to dense
 
+  @property
+  def prunes(self) -> bool:
+    """Whether training starts from pruned weights."""
+    return self.prune != "none"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DistillConfig:

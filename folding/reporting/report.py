@@ -351,7 +351,7 @@ def _draw(run: Run) -> dict[str, tuple[str, str]]:
   pruning = [record for record in run.train if "sparsity" in record]
   stored = run.parameters["overall"]["stored"]
   marks, found = {}, {}
-  if pruning and run.config.compress.prune == "none":
+  if pruning and not run.config.compress.prunes:
     marks = {"FPP begins": fpp.begin * total, "FPP ends": fpp.end * total}
 
   def path(name: str) -> str:

@@ -27,6 +27,7 @@ from folding.model import Model, Targets
 from folding.models.shape import Shape
 from folding.models.shrink import shrink
 from folding.models.transformer import model_for, param_shapes
+from folding.tasks import task_of
 from folding.training import distributed, sharding
 from folding.training.allocate import (
   Asked,
@@ -68,7 +69,9 @@ def compress_trained(
   Raises:
     ConfigError: see `dense_start`, `allocate` and `fold_pretrained`.
   """
-  dense, is_head_drawn = dense_start(source, shape, data, order)
+  dense, is_head_drawn = dense_start(
+    source, shape, data, task_of(order), order.seed
+  )
   if order.dense:
     return dense, []
   mesh = sharding.make_mesh(order.mesh)

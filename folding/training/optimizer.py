@@ -188,23 +188,18 @@ def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:
 
 
 def mask_updates(order: Order) -> range:
-  """Returns the steps, counted from 0, in which FPP updates its masks."""
-  if is_pruned_before(order):
+  """Returns the steps, counted from 0, in which FPP updates its masks.
+
+  If training starts from pruned weights, that is the first step alone. It holds the
+  zeros that it finds, and if these are fewer than the target (Wanda rounds down per
+  output) the next weights by magnitude.
+  """
+  if order.compress.prunes:
     return range(1)
   f, steps = order.fpp, order.train.steps
   begin = int(f.begin * steps)
   end = max(begin, min(int(f.end * steps), steps - 1))
   return range(begin, end + 1, max(1, math.ceil((end - begin) / f.checks)))
-
-
-def is_pruned_before(order: Order) -> bool:
-  """Returns whether training starts from pruned weights.
-
-  Then FPP has one mask update, in the first step. It holds the zeros that it
-  finds, and if these are fewer than its target (Wanda rounds down per output)
-  the next weights by magnitude.
-  """
-  return order.compress.prune != "none"
 
 
 def make_optimizer(
@@ -244,7 +239,7 @@ def make_optimizer(
     ),
   )
   updates = mask_updates(order)
-  if is_pruned_before(order):
+  if order.compress.prunes:
     f = dataclasses.replace(f, score="magnitude", patience=0, tolerance=None)
     rules = [dataclasses.replace(rule, score=None) for rule in rules]
   return fpp(

@@ -39,7 +39,8 @@ def dense_start(
   source: Model,
   shape: Shape,
   data: Data,
-  order: Order,
+  task: Task,
+  seed: int,
   *,
   needs_head: bool = False,
 ) -> tuple[Model, bool]:
@@ -53,7 +54,8 @@ def dense_start(
     source: From `read_source`.
     shape: Shape of the model.
     data: Has its tokenizer and classes.
-    order: Has its task, and the seed of a classifier.
+    task: The task to train for.
+    seed: Draws a classifier.
     needs_head: Whether a missing classifier is an error.
 
   Returns:
@@ -62,7 +64,7 @@ def dense_start(
   Raises:
     ConfigError: the source has another shape, or an array does not fit.
   """
-  path, task = source.origin.base, task_of(order)
+  path = source.origin.base
   _require_shape(source, shape, data)
   note = ""
   if source.task != task.name and source.labels:
@@ -105,7 +107,7 @@ def dense_start(
       drawn = paths.flatten(model.init(key, tokens)["params"])
       return {name: drawn[name] for name in missing}
 
-    drawn = draw(jax.random.key(order.seed), tokens)
+    drawn = draw(jax.random.key(seed), tokens)
 
   def value(name, like):
     if name in missing:
@@ -130,7 +132,7 @@ def dense_start(
   return dataclasses.replace(
     source,
     shape=shape.dense(),
-    task=order.task,
+    task=task.name,
     params=params,
     tokenizer=data.tokenizer,
     labels=data.label_names,
@@ -319,7 +321,9 @@ def teacher_of(
     return _encoder(d.teacher, shape, order)
   if source is None or source.origin.base != path:
     source = read_source(path, data, task, segments=shape.segments > 0)
-  model, _ = dense_start(source, shape, data, order, needs_head=d.logits > 0)
+  model, _ = dense_start(
+    source, shape, data, task, order.seed, needs_head=d.logits > 0
+  )
   if task.makes_vectors:
     return model
   model = without_trimmed(model)

@@ -49,7 +49,9 @@ def _read(path, data, config):
 def _dense(data, config):
   """Returns the dense model that a run would start from."""
   source = _read(config.pretrained, data, config)
-  return dense_start(source, shape_of(config), data, config)
+  return dense_start(
+    source, shape_of(config), data, task_of(config), config.seed
+  )
 
 
 def _compressed(data, config):

@@ -195,7 +195,7 @@ def test_head_of_another_task_is_named(scored, similar, tmp_path, capsys):
   data = make_data(config)
   source = read_source(scored[1], data, task_of(config), segments=True)
   shape = dataclasses.replace(shape_of(config), segments=2)
-  dense_start(source, shape, data, config)
+  dense_start(source, shape, data, task_of(config), config.seed)
   assert "is for task 'regress': score)" in capsys.readouterr().out
 
 
