@@ -387,8 +387,7 @@ def study(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--format",
-    "compact for folding.load, dense for transformers, a program for "
-    "onnxruntime, a file for llama.cpp, or a program that needs only jax",
+    "; ".join(f"{name}: {row.words}" for name, row in formats.FORMATS.items()),
     choices=tuple(formats.FORMATS),
     default="safetensors",
   ),

@@ -21,6 +21,7 @@ class Format(NamedTuple):
   Attributes:
     dtypes: Types of stored arrays; the first is the default, except that
       "safetensors" and "stablehlo" keep those of the model.
+    words: The format in the help of the command line.
     size: The line about what was written, with the sizes that `write` returns.
     write: (path, model, dtype or None, report) -> sizes in bytes, "parameters"
       of the stored arrays. `report` gets lines about the model while it is
@@ -30,6 +31,7 @@ class Format(NamedTuple):
   """
 
   dtypes: tuple[str, ...]
+  words: str
   size: str
   write: Callable[[str, Any, Any, Report], dict[str, int]]
   ending: str = ""
@@ -88,15 +90,20 @@ def _smaller(model: Any, dtype: Any) -> Any:
 FORMATS = {
   "safetensors": Format(
     ("float32", "bfloat16"),
+    "compact for folding.load",
     "{parameters:,} bytes stored ({values:,} of values, {masks:,} of masks), "
     "{dense:,} in the dense baseline; {files:,} bytes of files",
     _safetensors,
   ),
   "hf": Format(
-    ("float32", "bfloat16"), "{files:,} bytes of files, for transformers", _hf
+    ("float32", "bfloat16"),
+    "dense for transformers",
+    "{files:,} bytes of files, for transformers",
+    _hf,
   ),
   "onnx": Format(
     ("float32", "float16", "int8", "int7"),
+    "a program for onnxruntime",
     "{files:,} bytes of files, for onnxruntime; {parameters:,} of them are "
     "parameters",
     _onnx,
@@ -104,6 +111,7 @@ FORMATS = {
   ),
   "gguf": Format(
     ("float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    "a file for llama.cpp",
     "{file:,} bytes of file, for llama.cpp; {parameters:,} of them are "
     "parameters",
     _gguf,
@@ -112,6 +120,7 @@ FORMATS = {
   ),
   "stablehlo": Format(
     ("float32", "bfloat16"),
+    "a program that needs only jax",
     "{program:,} bytes of program; {parameters:,} of them are parameters, "
     "stored dense",
     _stablehlo,
