@@ -3,7 +3,7 @@
     python -m benchmarks.tpu [--longest=65536] [--cache=DIR] [--save] [--json]
 
 It needs `pip install -e '.[tpu]'`. Nothing runs: memory, cycles and collectives
-are the compiler's, as `folding plan` prints them ("Will it fit?" in
+are the compiler's, as `folding estimate` prints them ("Will it fit?" in
 docs/how-to/devices.md). Each program takes from ten seconds to minutes of one
 CPU core to compile; with --cache a second call compiles only what is missing.
 
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
   @property
   def devices(self) -> str:
-    """Name of the devices, as `folding plan` takes it."""
+    """Name of the devices, as `folding estimate` takes it."""
     return {"quickstart": "v5e:2x2", "8b": "v5p:4x4x2"}[self.model]
 
   @property

@@ -29,16 +29,19 @@ class _Verb(NamedTuple):
   call: Callable[[argparse.Namespace], None]
   help: str
   arguments: Sequence[_Argument]
+  earlier: Sequence[str]  # names, for one release
 
 
 _VERBS: dict[str, _Verb] = {}
 
 
-def _verb(help: str, *arguments: _Argument) -> Callable[..., Any]:
+def _verb(
+  help: str, *arguments: _Argument, earlier: Sequence[str] = ()
+) -> Callable[..., Any]:
   """Registers a function as a verb. It is called with the parsed arguments."""
 
   def add(function):
-    _VERBS[function.__name__] = _Verb(function, help, arguments)
+    _VERBS[function.__name__] = _Verb(function, help, arguments, earlier)
     return function
 
   return add
@@ -120,16 +123,17 @@ def train(args: argparse.Namespace) -> None:
     required=True,
   ),
   _argument("--json", "print JSON", action="store_true"),
+  earlier=["plan"],
 )
-def plan(args: argparse.Namespace) -> None:
+def estimate(args: argparse.Namespace) -> None:
   """Prints the memory and time of a training step, and whether it fits."""
   config = config_lib.resolve(config_lib.read(args.config, args.edits))
   from folding.models.shape import shape_of
-  from folding.training import estimate
+  from folding.training import estimate as estimate_lib
 
-  devices = estimate.find_devices(args.devices)
-  found = estimate.estimate(shape_of(config), config, devices)
-  print(json.dumps(found) if args.json else estimate.table(found))
+  devices = estimate_lib.find_devices(args.devices)
+  found = estimate_lib.estimate(shape_of(config), config, devices)
+  print(json.dumps(found) if args.json else estimate_lib.table(found))
 
 
 def _keep_command(
@@ -739,7 +743,9 @@ def make_parser() -> argparse.ArgumentParser:
   )
   verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
   for name, verb in _VERBS.items():
-    parser_of_verb = verbs.add_parser(name, help=verb.help, allow_abbrev=False)
+    parser_of_verb = verbs.add_parser(
+      name, help=verb.help, aliases=verb.earlier, allow_abbrev=False
+    )
     for flag, options in verb.arguments:
       parser_of_verb.add_argument(flag, **options)
     parser_of_verb.set_defaults(call=verb.call)

@@ -1,8 +1,8 @@
 """Shapes of Llama 3: `--config=configs/shapes/llama3.py:SIZE`, 8b or 70b.
 
-For `folding plan`. To train one, set `--config.data.path` and a tokenizer, too.
+For `folding estimate`. To train one, set `--config.data.path` and a tokenizer, too.
 
-Plan:    folding plan --config=configs/shapes/llama3.py:8b --devices=v5p:4x4x2
+Estimate: folding estimate --config=configs/shapes/llama3.py:8b --devices=v5p:4x4x2
 """
 
 from folding import config as c

@@ -181,7 +181,7 @@ def _gpus(name: str, kind: str, shape: Sequence[int]) -> Devices:
   except (RuntimeError, NotImplementedError, ValueError) as error:
     raise ConfigError(
       "the compiler for GPUs is not installed; pip install "
-      "'folding-jax[gpu-plan]', or use --devices=cpu-N for an estimate "
+      "'folding-jax[gpu-estimate]', or use --devices=cpu-N for an estimate "
       f"({first_line(error)})"
     ) from error
   return Devices(name, found.devices, gpu.memory / GIB)

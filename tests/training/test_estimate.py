@@ -1,4 +1,4 @@
-"""`folding plan`: the compiler's report against real allocations."""
+"""`folding estimate`: the compiler's report against real allocations."""
 
 import dataclasses
 import importlib.util
@@ -43,7 +43,7 @@ HAS_GPU_COMPILER = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-  file = tmp_path_factory.mktemp("plan") / "small.py"
+  file = tmp_path_factory.mktemp("estimate") / "small.py"
   file.write_text(CONFIG_FILE, encoding="utf-8")
   return str(file)
 
@@ -55,7 +55,7 @@ def config(config_file):
 
 @pytest.fixture(scope="module")
 def found(config):
-  """Returns the plan of eight simulated devices."""
+  """Returns the estimate of eight simulated devices."""
   return estimate.estimate(
     shape_of(config), config, estimate.find_devices("cpu-8")
   )
@@ -510,7 +510,9 @@ def test_gpu_compiler_plans_two_hosts(config):
 
 @pytest.mark.skipif(HAS_GPU_COMPILER, reason="jax-cuda12-plugin is installed")
 def test_missing_gpu_compiler_is_one_line():
-  with pytest.raises(errors.ConfigError, match=r"pip install .*\[gpu-plan\]"):
+  with pytest.raises(
+    errors.ConfigError, match=r"pip install .*\[gpu-estimate\]"
+  ):
     estimate.find_devices("h100:8")
 
 
@@ -521,7 +523,7 @@ def test_names_of_gpus_that_are_not_valid_are_refused(name):
 
 
 def test_verb_prints_a_table_or_json(config_file, capsys, compiled):
-  words = ["plan", f"--config={config_file}:64", "--devices=cpu-8"]
+  words = ["estimate", f"--config={config_file}:64", "--devices=cpu-8"]
   words += [
     "--config.dense=True",
     "--config.mesh.data=8",
@@ -550,7 +552,7 @@ def test_verb_prints_a_table_or_json(config_file, capsys, compiled):
 )
 def test_verb_reports_mistakes_in_one_line(flags, message, config_file, capsys):
   flags = [flag.format(file=config_file) for flag in flags]
-  assert cli.main(["plan", *flags]) == 2
+  assert cli.main(["estimate", *flags]) == 2
   error = capsys.readouterr().err
   assert error.count("\n") == 1
   assert message in error
@@ -573,3 +575,9 @@ def test_vocabulary_is_that_of_the_tokenizer(config, tmp_path, compiled):
     if name != "embed/embedding"
   )
   assert found["dense"]["parameters"] == without + 310 * 32
+
+
+def test_verb_has_its_earlier_name(config_file, capsys):
+  flags = [f"--config={config_file}", "--devices=v9:2x2"]
+  assert cli.main(["plan", *flags]) == 2
+  assert "v9:2x2 is not valid" in capsys.readouterr().err
