@@ -13,6 +13,7 @@ from folding import config as c
 from folding import typed
 from folding.errors import ConfigError
 from folding.models.shape import shape_of
+from folding.models.transformer import make_model
 from folding.typed import edited
 from tests.config_cases import make_config
 from tests.models import checkpoints
@@ -48,6 +49,19 @@ def test_build_inverts_json():
   assert built == outer
   assert type(built.inner.rate) is float
   assert typed.build(Outer, {"inner": {"size": 8}}, "c").inner == Inner(8)
+
+
+def test_model_does_not_change_with_the_config_that_made_it():
+  config = c.resolve(c.Config())
+  shape = make_model(shape_of(config), vocab_size=9).shape
+  sections = (getattr(config, x.name) for x in dataclasses.fields(config))
+  for value in (config, *filter(dataclasses.is_dataclass, sections), shape):
+    for field in dataclasses.fields(value):
+      with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, field.name, None)
+      hash(getattr(value, field.name))  # so no list or dict in it changes
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    shape.layers[0].groups = 2
 
 
 @pytest.mark.parametrize(
