@@ -23,7 +23,7 @@ from folding.studies.methods import Method
 def get_study(where: str = "") -> Study:
   """Returns the study; see `from_scratch.datasets` for `where`."""
   return Study(
-    datasets=from_scratch.datasets(where), methods=_methods(), levels=(0.7,)
+    datasets=from_scratch.datasets(where), methods=_methods(), savings=(0.7,)
   )
 
 
@@ -86,15 +86,15 @@ def _methods() -> dict[str, Method]:
 def _ours(about: str, **changed: Any) -> Method:
   return Method(
     f"ours; {about}",
-    lambda base, level: methods.folded(level) | _dotted(changed),
+    lambda base, saving: methods.folded(saving) | _dotted(changed),
   )
 
 
 def _dense(about: str, **changed: Any) -> Method:
   return Method(
     f"dense; {about}",
-    lambda base, level: {"dense": True} | _dotted(changed),
-    has_levels=False,
+    lambda base, saving: {"dense": True} | _dotted(changed),
+    has_savings=False,
   )
 
 

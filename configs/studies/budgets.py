@@ -27,5 +27,7 @@ def get_study(where: str = "") -> Study:
           base, {"train.steps": steps, "train.eval_every": every}
         )
   return Study(
-    datasets=found, methods=methods.pick("dense", "ours", "fold"), levels=(0.7,)
+    datasets=found,
+    methods=methods.pick("dense", "ours", "fold"),
+    savings=(0.7,),
   )

@@ -1,4 +1,4 @@
-r"""Fourteen methods from scratch, at four levels, with three seeds.
+r"""Fourteen methods from scratch, at four savings, with three seeds.
 
 ARGUMENT is FOLDER, whose data sets are the folders in it with train.tsv
 (classification) or train.txt (language modelling), or FOLDER,NAME,... for those

@@ -1,4 +1,4 @@
-r"""Six methods from a trained checkpoint, at four levels, with three seeds.
+r"""Six methods from a trained checkpoint, at four savings, with three seeds.
 
 A dense model is fine-tuned for 60% of the steps. Each method starts from it and
 recovers for the rest, with the fine-tuned model as its teacher. The dense
@@ -39,13 +39,13 @@ _RECOVERY: Edits = {
 _PLANNED = Method(
   "the plan of configs/pretrained.py: heads, groups of W_Q and W_K, rank of W_V "
   "and W_O and neurons of each layer, all removed before recovery",
-  lambda base, level: {
+  lambda base, saving: {
     "compress.plan": "auto",
     "compress.prune": "sparsegpt",
     "fpp.granularity": "neuron",
     "fpp.attention": "none",
     "fpp.embedding_granularity": "weight" if base.task == "lm" else "rank",
-    "fpp.overall": level,
+    "fpp.overall": saving,
   },
 )
 
@@ -102,12 +102,12 @@ def _recovered(name: str, method: Method) -> Method:
   # of both rates in validation on TREC at 70%.
   peak = 5e-4 if name == "sparsegpt" else 2e-4
 
-  def edits(base: Config, level: float) -> Edits:
+  def edits(base: Config, saving: float) -> Edits:
     own = {"train.learning_rate": peak, **_RECOVERY}
-    own |= method.edits(base, level)
+    own |= method.edits(base, saving)
     if name == "fpp":
       own["fpp.attention"] = "all"
-    if level <= 0.5 and base.task == "classify":
+    if saving <= 0.5 and base.task == "classify":
       own["train.learning_rate"] = 1e-4
     return own
 

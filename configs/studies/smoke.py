@@ -30,6 +30,6 @@ def get_study(path: str) -> Study:
   return Study(
     datasets={"text": base},
     methods=methods.pick("dense", "ours"),
-    levels=(0.5,),
+    savings=(0.5,),
     seeds=(0, 1),
   )

@@ -45,13 +45,13 @@ class Study:
     datasets: {name: base config}: task, data, model, steps and all else that
       the methods do not edit.
     methods: {name: method}, "dense" among them; see `methods.pick`.
-    levels: Fractions of the dense baseline's parameters to save.
-    seeds: Seeds; one run each per method, level and data set.
+    savings: Fractions of the dense baseline's parameters to save.
+    seeds: Seeds; one run each per method, saving and data set.
     pretrain: Fraction of the steps that train the dense model from which
       methods with `after` start.
 
   Raises:
-    ConfigError: a name, a type or a fraction is not valid, or a seed or level
+    ConfigError: a name, a type or a fraction is not valid, or a seed or saving
       is given twice.
 
   Example:
@@ -64,7 +64,7 @@ class Study:
 
   datasets: Mapping[str, Config]
   methods: Mapping[str, Method]
-  levels: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8)
+  savings: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8)
   seeds: tuple[int, ...] = (0, 1, 2)
   pretrain: float = 0.6
 
@@ -91,10 +91,10 @@ class Study:
         raise ConfigError(
           f"a seed is a whole number, 0 to 2^32 - 1; not {seed!r}"
         )
-    for values in (self.seeds, self.levels):
+    for values in (self.seeds, self.savings):
       if len(set(values)) < len(values):
-        raise ConfigError(f"a seed or a level is given twice: {values}")
-    for value in (*self.levels, self.pretrain):
+        raise ConfigError(f"a seed or a saving is given twice: {values}")
+    for value in (*self.savings, self.pretrain):
       if not 0 < value < 1:
         raise ConfigError(f"not a fraction between 0 and 1: {value}")
 
@@ -108,10 +108,10 @@ class Study:
         for name, method in self.methods.items():
           if method.after:
             starts[base.name] = base
-          levels = self.levels if method.has_levels else (None,)
+          savings = self.savings if method.has_savings else (None,)
           rest += [
-            dataclasses.replace(base, method=name, level=level)
-            for level in levels
+            dataclasses.replace(base, method=name, saving=saving)
+            for saving in savings
           ]
     return [*starts.values(), *rest]
 
@@ -126,7 +126,7 @@ class Trial:
     dataset: Name of the data set.
     method: Name of the method; None: the dense run that other runs start from.
     seed: Seed of the run.
-    level: Fraction to save; None if the method has one size.
+    saving: Fraction to save; None if the method has one size.
   """
 
   study: Study
@@ -134,14 +134,14 @@ class Trial:
   dataset: str
   method: str | None
   seed: int
-  level: float | None = None
+  saving: float | None = None
 
   @property
   def name(self) -> str:
     """Name of the run and its directory."""
-    level = [] if self.level is None else [f"{100 * self.level:g}"]
+    saving = [] if self.saving is None else [f"{100 * self.saving:g}"]
     method = self.method or DENSE_PART
-    return "--".join([self.dataset, method, *level, f"s{self.seed}"])
+    return "--".join([self.dataset, method, *saving, f"s{self.seed}"])
 
   @property
   def run(self) -> str:
@@ -158,7 +158,7 @@ class Trial:
     """The dense run that this run starts from; None: it starts untrained."""
     if self.method is None or not self.study.methods[self.method].after:
       return None
-    return dataclasses.replace(self, method=None, level=None)
+    return dataclasses.replace(self, method=None, saving=None)
 
   @property
   def result(self) -> dict[str, Any] | None:
@@ -186,7 +186,7 @@ class Trial:
         "data.first_batch": base.data.first_batch + part,
       }
       base = edited(base, edits)
-    edits = self.study.methods[self.method].edits(base, self.level or 0.0)
+    edits = self.study.methods[self.method].edits(base, self.saving or 0.0)
     return edited(base, {**edits, "seed": self.seed})
 
   def check(self) -> None:

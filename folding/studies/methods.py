@@ -1,6 +1,6 @@
 """Ways to make a model smaller, as edits of a run's config.
 
-All methods share steps, data, optimizer and accounting. A level is the fraction
+All methods share steps, data, optimizer and accounting. A saving is the fraction
 of the dense baseline's parameters to save, over the whole model.
 """
 
@@ -28,9 +28,9 @@ class Method:
 
   Attributes:
     about: Description for tables, with its source.
-    edits: Function of the base config and the level that returns edits of the
-      base config. The level is 0.0 if the method has none.
-    has_levels: Whether the size depends on the level; if not, there is one run
+    edits: Function of the base config and the saving that returns edits of the
+      base config. The saving is 0.0 if the method has none.
+    has_savings: Whether the size depends on the saving; if not, there is one run
       per seed.
     after: Whether the method starts from a trained dense model, which takes
       `Study.pretrain` of the steps.
@@ -38,27 +38,27 @@ class Method:
 
   about: str
   edits: Callable[[Config, float], Edits]
-  has_levels: bool = True
+  has_savings: bool = True
   after: bool = False
 
 
-def folded(level: float) -> Edits:
+def folded(saving: float) -> Edits:
   """Returns the edits of `ours`: folded attention, neurons pruned by FPP.
 
-  W_Q and W_K stay dense up to a level of 0.4, as in the presets.
+  W_Q and W_K stay dense up to a saving of 0.4, as in the presets.
   """
   edits: Edits = {
     "preset": "paper",
     "fpp.granularity": "neuron",
     "fpp.score": "saliency",
-    **_overall(level),
+    **_overall(saving),
   }
-  if level <= 0.4:
+  if saving <= 0.4:
     edits["fold.groups"] = 0
   return edits
 
 
-def unfolded(level: float, score: str = "relative") -> Edits:
+def unfolded(saving: float, score: str = "relative") -> Edits:
   """Returns the edits of FPP alone: single weights, dense attention."""
   return {
     "preset": "none",
@@ -67,31 +67,31 @@ def unfolded(level: float, score: str = "relative") -> Edits:
     "fpp.granularity": "weight",
     "fpp.embedding_granularity": "weight",
     "fpp.score": score,
-    **_overall(level),
+    **_overall(saving),
   }
 
 
-def gradual(level: float, score: str) -> Edits:
+def gradual(saving: float, score: str) -> Edits:
   """Returns the edits of gradual pruning: all matrices, nothing is frozen."""
-  return unfolded(level, score) | {"fpp.attention": "all", "fpp.patience": 0}
+  return unfolded(saving, score) | {"fpp.attention": "all", "fpp.patience": 0}
 
 
-def one_shot(level: float, prune: str) -> Edits:
+def one_shot(saving: float, prune: str) -> Edits:
   """Returns the edits of one-shot pruning of a trained model."""
-  return unfolded(level) | {"fpp.attention": "all", "compress.prune": prune}
+  return unfolded(saving) | {"fpp.attention": "all", "compress.prune": prune}
 
 
-def _overall(level: float | None) -> Edits:
+def _overall(saving: float | None) -> Edits:
   """Returns edits that set the sparsity of the whole model; None: unset."""
   return {
-    "fpp.overall": level,
+    "fpp.overall": saving,
     "fpp.linear": None,
     "fpp.embedding": None,
     "fpp.linear_layers": None,
   }
 
 
-def narrower(base: Config, level: float) -> Edits:
+def narrower(base: Config, saving: float) -> Edits:
   """Returns the edits of a narrower dense model with as many parameters.
 
   Heads keep their size, so a narrower model has fewer heads. The width is the
@@ -114,7 +114,7 @@ def narrower(base: Config, level: float) -> Edits:
   count = functools.partial(
     _count, dense.task, vocab_size(dense.data), dense.data.length
   )
-  target = (1 - level) * count(full)
+  target = (1 - saving) * count(full)
 
   def shape(width: int, extra: int = 0) -> ModelConfig:
     heads = math.ceil(width / head_dim)
@@ -129,7 +129,7 @@ def narrower(base: Config, level: float) -> Edits:
     fits = count(shape(middle)) <= target
     low, high = (middle, high) if fits else (low, middle)
   if low == 0:
-    raise ConfigError(f"no dense model is {level:.12g} smaller")
+    raise ConfigError(f"no dense model is {saving:.12g} smaller")
   found = count(shape(low))
   per_neuron = count(shape(low, 1)) - found
   best = shape(low, round((target - found) / per_neuron))
@@ -147,7 +147,9 @@ def _count(task: Any, vocabulary: int, length: int, model: ModelConfig) -> int:
 
 METHODS: dict[str, Method] = {
   "dense": Method(
-    "the dense baseline", lambda base, level: {"dense": True}, has_levels=False
+    "the dense baseline",
+    lambda base, saving: {"dense": True},
+    has_savings=False,
   ),
   "dense-small": Method(
     "a narrower dense model with as many parameters as the others store",
@@ -156,69 +158,69 @@ METHODS: dict[str, Method] = {
   "ours": Method(
     "folding and FPP: W_V diagonal, W_Q and W_K at G = 1 above 40%, the rest by "
     "FPP by saliency, whole neurons of feed-forward layers",
-    lambda base, level: folded(level),
+    lambda base, saving: folded(saving),
   ),
   "ours-weight": Method(
     "ours by the score `relative`, single weights of feed-forward layers",
-    lambda base, level: {
-      **folded(level),
+    lambda base, saving: {
+      **folded(saving),
       "fpp.score": "relative",
       "fpp.granularity": "weight",
     },
   ),
   "fold": Method(
     "folding alone: W_V diagonal, W_Q and W_K at G = 1",
-    lambda base, level: {
+    lambda base, saving: {
       "preset": "paper",
       **_overall(None),
       "fpp.linear": 0.0,
       "fpp.embedding": 0.0,
     },
-    has_levels=False,
+    has_savings=False,
   ),
   "fpp": Method(
     "FPP alone: single weights of embeddings, W_O and feed-forward layers",
-    lambda base, level: unfolded(level),
+    lambda base, saving: unfolded(saving),
   ),
   "random": Method(
     "gradual, weights drawn at random",
-    lambda base, level: gradual(level, "random"),
+    lambda base, saving: gradual(saving, "random"),
   ),
   "magnitude": Method(
     "gradual magnitude pruning (Zhu and Gupta 2017)",
-    lambda base, level: gradual(level, "magnitude"),
+    lambda base, saving: gradual(saving, "magnitude"),
   ),
   "movement": Method(
     "gradual, by -w g summed with a decay of 0.99 (after Sanh et al. 2020)",
-    lambda base, level: {**gradual(level, "movement"), "fpp.decay": 0.99},
+    lambda base, saving: {**gradual(saving, "movement"), "fpp.decay": 0.99},
   ),
   "saliency": Method(
     "gradual, by the averaged |w g| (Lee et al. 2019, Molchanov et al. 2019)",
-    lambda base, level: gradual(level, "saliency"),
+    lambda base, saving: gradual(saving, "saliency"),
   ),
   "neuron": Method(
     "gradual, whole neurons of feed-forward layers, the rest by weight",
-    lambda base, level: {
-      **gradual(level, "activation"),
+    lambda base, saving: {
+      **gradual(saving, "activation"),
       "fpp.granularity": "neuron",
     },
   ),
   "heads": Method(
     "gradual, whole heads and neurons (after Michel et al. 2019)",
-    lambda base, level: {
-      **gradual(level, "activation"),
+    lambda base, saving: {
+      **gradual(saving, "activation"),
       "fpp.granularity": "neuron",
       "fpp.attention": "heads",
     },
   ),
   "wanda": Method(
     "Wanda on a trained model (Sun et al. 2024), then recovery",
-    lambda base, level: one_shot(level, "wanda"),
+    lambda base, saving: one_shot(saving, "wanda"),
     after=True,
   ),
   "sparsegpt": Method(
     "SparseGPT on a trained model (Frantar and Alistarh 2023), then recovery",
-    lambda base, level: one_shot(level, "sparsegpt"),
+    lambda base, saving: one_shot(saving, "sparsegpt"),
     after=True,
   ),
 }

@@ -25,7 +25,7 @@ class Row:
   Attributes:
     dataset: Name of the data set.
     method: Name of the method.
-    level: Fraction to save; None if the method has one size.
+    saving: Fraction to save; None if the method has one size.
     seed: Seed of the run.
     metric: Name of the metric, from `config.quality`: "accuracy", ...
     quality: The metric on the test split.
@@ -43,7 +43,7 @@ class Row:
 
   dataset: str
   method: str
-  level: float | None
+  saving: float | None
   seed: int
   metric: str
   quality: float
@@ -73,7 +73,7 @@ def _row(trial: Trial, results: dict[str, dict[str, Any]]) -> Row:
   parts = [result]
   if trial.start is not None and trial.start.name in results:
     parts.append(results[trial.start.name])
-  baseline = dataclasses.replace(trial, method=DENSE, level=None)
+  baseline = dataclasses.replace(trial, method=DENSE, saving=None)
   dense = results.get(baseline.name)
   metric = config_lib.quality(trial.config())
   quality = result["test"][metric]
@@ -92,7 +92,7 @@ def _row(trial: Trial, results: dict[str, dict[str, Any]]) -> Row:
   return Row(
     dataset=trial.dataset,
     method=trial.method or "",
-    level=trial.level,
+    saving=trial.saving,
     seed=trial.seed,
     metric=metric,
     quality=quality,
@@ -118,19 +118,19 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def dataset_table(rows: Sequence[Row]) -> str:
-  """Returns the Markdown table of one data set, a row per method and level.
+  """Returns the Markdown table of one data set, a row per method and saving.
 
   All values are means over seeds.
   """
   metric = rows[0].metric
   is_accuracy = metric == "accuracy"
   lines = []
-  for (method, level), group in _grouped(rows).items():
+  for (method, saving), group in _grouped(rows).items():
     quality = _mean(group, "quality")
     lines.append(
       [
         method,
-        _level(level),
+        _saving(saving),
         f"{100 * quality:.1f}%" if is_accuracy else f"{quality:.3f}",
         _signed(_change(group)),
         percent(_mean(group, "compression")),
@@ -139,7 +139,7 @@ def dataset_table(rows: Sequence[Row]) -> str:
         str(len(group)),
       ]
     )
-  header = ["", "level", METRICS[metric].words]
+  header = ["", "saving", METRICS[metric].words]
   header += [f"to dense, {_unit(metric)}", "smaller"]
   return table(header + ["bytes", "time", "seeds"], lines)
 
@@ -147,19 +147,19 @@ def dataset_table(rows: Sequence[Row]) -> str:
 def summary_table(rows: Sequence[Row]) -> str:
   """Returns a table of one metric: means over data sets and seeds, with a test.
 
-  Each method is compared with dense, and with `ours` at the same level. The table
+  Each method is compared with dense, and with `ours` at the same saving. The table
   shows the mean difference of changes to dense, and the p value of `paired`,
-  corrected for the number of methods of that level (false discovery rate,
+  corrected for the number of methods of that saving (false discovery rate,
   Benjamini and Hochberg 1995).
   """
   lines = []
   grouped = _grouped(rows)
   dense = grouped.get((DENSE, None), [])
-  for level in sorted({row.level for row in rows}, key=lambda x: x or 0.0):
+  for saving in sorted({row.saving for row in rows}, key=lambda x: x or 0.0):
     groups = {
       method: group
       for (method, at), group in grouped.items()
-      if at == level and method != DENSE
+      if at == saving and method != DENSE
     }
     ours = groups.get(OURS, [])
     to_dense = _corrected({m: paired(g, dense) for m, g in groups.items()})
@@ -171,7 +171,7 @@ def summary_table(rows: Sequence[Row]) -> str:
       lines.append(
         [
           method,
-          _level(level),
+          _saving(saving),
           percent(_mean(group, "compression")),
           _signed(_change(group)),
           _p(to_dense[method].p),
@@ -180,7 +180,7 @@ def summary_table(rows: Sequence[Row]) -> str:
           str(len(group)),
         ]
       )
-  header = ["", "level", "smaller", "to dense", "p", f"to {OURS}", "p", "runs"]
+  header = ["", "saving", "smaller", "to dense", "p", f"to {OURS}", "p", "runs"]
   return table(header, lines)
 
 
@@ -279,7 +279,7 @@ def _unit(metric: str) -> str:
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-  """Returns {method: points} with `ours` first, then the best at its last level.
+  """Returns {method: points} with `ours` first, then the best at its last saving.
 
   A point is (percent saved, change to dense), both means.
   """
@@ -308,15 +308,15 @@ def _draw(rows: Sequence[Row], unit: str, path: str) -> None:
 def _grouped(
   rows: Sequence[Row],
 ) -> dict[tuple[str, float | None], list[Row]]:
-  """Returns {(method, level): rows}, in the order of the rows."""
+  """Returns {(method, saving): rows}, in the order of the rows."""
   groups: dict[tuple[str, float | None], list[Row]] = {}
   for row in rows:
-    groups.setdefault((row.method, row.level), []).append(row)
+    groups.setdefault((row.method, row.saving), []).append(row)
   return groups
 
 
-def _level(level: float | None) -> str:
-  return "" if level is None else f"{100 * level:g}%"
+def _saving(saving: float | None) -> str:
+  return "" if saving is None else f"{100 * saving:g}%"
 
 
 def _p(value: float | None) -> str:

@@ -20,7 +20,7 @@ def make_study(**fields):
   values = {
     "datasets": {"a": c.Config(), "b": c.Config(task="classify")},
     "methods": pick("dense", "ours", "wanda"),
-    "levels": (0.3, 0.375),
+    "savings": (0.3, 0.375),
     "seeds": (0, 7),
   }
   return grid.Study(**(values | fields))
@@ -73,7 +73,9 @@ def test_trials_are_all_combinations_with_shared_starts_first():
     for data in "ab"
     for method in (
       "dense",
-      *(f"{m}--{level}" for m in ("ours", "wanda") for level in ("30", "37.5")),
+      *(
+        f"{m}--{saving}" for m in ("ours", "wanda") for saving in ("30", "37.5")
+      ),
     )
   ]
   assert names == [*starts, *rest]
@@ -103,7 +105,7 @@ def test_start_and_method_share_steps_data_and_seed():
   [
     ({"methods": pick("ours")}, "'dense'"),
     ({"methods": pick("dense") | {"dense-part": pick("fpp")["fpp"]}}, "part"),
-    ({"levels": (70.0,)}, "fraction"),
+    ({"savings": (70.0,)}, "fraction"),
     ({"pretrain": 1.0}, "fraction"),
     ({"seeds": ()}, "a seed"),
     ({"seeds": (1, 1)}, "twice"),
@@ -130,7 +132,7 @@ def test_load_study_refuses_a_file_without_a_study(tmp_path):
 def test_run_study_trains_starts_first_and_skips_what_is_finished(
   tmp_path, capsys
 ):
-  study = make_study(datasets={"a": c.Config()}, levels=(0.3,), seeds=(0,))
+  study = make_study(datasets={"a": c.Config()}, savings=(0.3,), seeds=(0,))
   first = FakeEngine()
   assert grid.run_study(study, str(tmp_path), first) == {}
   names = ["dense-part", "dense", "ours--30", "wanda--30"]
@@ -152,7 +154,7 @@ def test_run_study_trains_starts_first_and_skips_what_is_finished(
 def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
   methods = pick("dense", "ours", "wanda", "random", "movement")
   study = make_study(
-    datasets={"a": c.Config()}, methods=methods, levels=(0.5,), seeds=(0,)
+    datasets={"a": c.Config()}, methods=methods, savings=(0.5,), seeds=(0,)
   )
   engine = FakeEngine(
     limit=100,
@@ -184,8 +186,8 @@ def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("edits", "message"),
   [
-    (lambda base, level: {"x": 1 // 0}, "a--bad--50--s0: ZeroDivisionError"),
-    (lambda base, level: {"x": 1}, "a--bad--50--s0: ConfigError"),
+    (lambda base, saving: {"x": 1 // 0}, "a--bad--50--s0: ZeroDivisionError"),
+    (lambda base, saving: {"x": 1}, "a--bad--50--s0: ConfigError"),
   ],
 )
 @pytest.mark.parametrize("after", [False, True])
@@ -193,7 +195,7 @@ def test_run_study_refuses_edits_before_it_trains(
   tmp_path, edits, message, after
 ):
   methods = pick("dense") | {"bad": Method("fails", edits, after=after)}
-  study = make_study(methods=methods, levels=(0.5,))
+  study = make_study(methods=methods, savings=(0.5,))
   engine = FakeEngine()
   with pytest.raises(ConfigError, match=message):
     grid.run_study(study, str(tmp_path / "w"), engine)
@@ -202,7 +204,7 @@ def test_run_study_refuses_edits_before_it_trains(
 
 
 def test_run_study_refuses_finished_runs_of_another_config(tmp_path):
-  study = make_study(datasets={"a": c.Config()}, levels=(0.3,), seeds=(0,))
+  study = make_study(datasets={"a": c.Config()}, savings=(0.3,), seeds=(0,))
   for trial in study.trials(str(tmp_path)):
     mesh = c.MeshConfig(fsdp=2)  # where it was trained makes no difference
     write_result(trial, mesh=mesh)

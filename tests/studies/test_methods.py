@@ -1,4 +1,4 @@
-"""Each method prunes to its level, by the shapes of its model and its rules."""
+"""Each method prunes to its saving, by the shapes of its model and its rules."""
 
 import math
 
@@ -26,14 +26,14 @@ BASES = {
   )
   for task in ("lm", "classify")
 }
-LEVELED = [name for name, m in methods.METHODS.items() if m.has_levels]
+SIZED = [name for name, m in methods.METHODS.items() if m.has_savings]
 
 
-def make_config(name, task, level):
+def make_config(name, task, saving):
   method = methods.METHODS[name]
   edits = {"pretrained": "RUN"} if method.after else {}
   base = edited(BASES[task], edits)
-  return c.resolve(edited(base, method.edits(base, level)))
+  return c.resolve(edited(base, method.edits(base, saving)))
 
 
 def shapes(config):
@@ -63,14 +63,14 @@ def saved(config, base):
   return 1 - (count(found) - zeros) / count(dense)
 
 
-@pytest.mark.parametrize(("task", "level"), [("lm", 0.3), ("classify", 0.75)])
-@pytest.mark.parametrize("name", LEVELED)
-def test_method_saves_its_level(name, task, level):
+@pytest.mark.parametrize(("task", "saving"), [("lm", 0.3), ("classify", 0.75)])
+@pytest.mark.parametrize("name", SIZED)
+def test_method_saves_its_saving(name, task, saving):
   # Whole neurons and heads are rounded down; a head is 1/8 of an array.
   slack = {"heads": 0.06, "neuron": 0.01, "ours": 0.01}.get(name, 0.002)
-  config = make_config(name, task, level)
+  config = make_config(name, task, saving)
   base = c.resolve(BASES[task])
-  assert saved(config, base) == pytest.approx(level, abs=slack)
+  assert saved(config, base) == pytest.approx(saving, abs=slack)
   assert config.train == base.train
 
 
@@ -86,9 +86,9 @@ def test_methods_of_one_size_fold_alone_or_do_nothing():
   assert folded <= round(found) <= folded + biases + layers * d
 
 
-@pytest.mark.parametrize(("level", "groups"), [(0.4, 0), (0.41, 1)])
-def test_ours_folds_queries_and_keys_above_40_percent(level, groups):
-  assert make_config("ours", "lm", level).fold.groups == groups
+@pytest.mark.parametrize(("saving", "groups"), [(0.4, 0), (0.41, 1)])
+def test_ours_folds_queries_and_keys_above_40_percent(saving, groups):
+  assert make_config("ours", "lm", saving).fold.groups == groups
 
 
 def test_narrower_keeps_head_size_and_proportions():
@@ -99,7 +99,7 @@ def test_narrower_keeps_head_size_and_proportions():
 
 
 @pytest.mark.parametrize(
-  ("edits", "level", "message"),
+  ("edits", "saving", "message"),
   [
     ({}, 0.9999, "no dense model"),
     ({"model.mlp_width": (64, 32)}, 0.5, "one mlp_width"),
@@ -107,9 +107,9 @@ def test_narrower_keeps_head_size_and_proportions():
     ({"pretrained": "RUN"}, 0.5, "checkpoint"),
   ],
 )
-def test_narrower_refuses_models_without_a_narrower_one(edits, level, message):
+def test_narrower_refuses_models_without_a_narrower_one(edits, saving, message):
   with pytest.raises(ConfigError, match=message):
-    methods.narrower(edited(BASES["lm"], edits), level)
+    methods.narrower(edited(BASES["lm"], edits), saving)
 
 
 def test_pick_refuses_an_unknown_method():

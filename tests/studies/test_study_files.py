@@ -40,16 +40,16 @@ def run(tmp_path_factory):
   return str(folder)
 
 
-def resolved(study, level=None):
-  """Returns {method: resolved config} at one level, of the first data set."""
+def resolved(study, saving=None):
+  """Returns {method: resolved config} at one saving, of the first data set."""
   first = next(iter(study.datasets))
-  level = level or study.levels[-1]
+  saving = saving or study.savings[-1]
   return {
     trial.method: c.resolve(trial.config())
     for trial in study.trials("DIR")
     if trial.dataset == first
     and trial.seed == 0
-    and trial.level in (None, level)
+    and trial.saving in (None, saving)
   }
 
 
@@ -73,8 +73,8 @@ def test_every_method_of_a_study_resolves(
   assert len(study.trials("DIR")) == count
   configs = resolved(study)
   assert set(configs) - {None} == set(study.methods)
-  leveled = [configs[n] for n, m in study.methods.items() if m.has_levels]
-  assert all(config.dense or config.fpp.overall for config in leveled)
+  sized = [configs[n] for n, m in study.methods.items() if m.has_savings]
+  assert all(config.dense or config.fpp.overall for config in sized)
 
 
 def test_folders_become_data_sets_in_the_order_of_their_names(data):
@@ -108,7 +108,7 @@ def test_a_study_file_refuses_missing_data(
 
 def test_pretrained_methods_recover_with_the_dense_start_as_teacher(data, run):
   study = pretrained.get_study(f"{run},{data}")
-  found = resolved(study, level=0.8)
+  found = resolved(study, saving=0.8)
   dense, part = found.pop("dense"), found.pop(None)
   assert dense.pretrained == part.pretrained == run
   assert (dense.distill.logits, dense.distill.hidden) == (0, 0)
@@ -121,13 +121,13 @@ def test_pretrained_methods_recover_with_the_dense_start_as_teacher(data, run):
   assert rates == {**dict.fromkeys(found, 2e-4), "sparsegpt": 5e-4}
 
 
-@pytest.mark.parametrize(("level", "rate"), [(0.5, 1e-4), (0.8, 2e-4)])
-def test_pretrained_ours_is_planned_and_others_are_not(level, rate, data, run):
-  found = resolved(pretrained.get_study(f"{run},{data}"), level)
+@pytest.mark.parametrize(("saving", "rate"), [(0.5, 1e-4), (0.8, 2e-4)])
+def test_pretrained_ours_is_planned_and_others_are_not(saving, rate, data, run):
+  found = resolved(pretrained.get_study(f"{run},{data}"), saving)
   plans = {name: config.compress.plan for name, config in found.items()}
   assert {name for name, plan in plans.items() if plan == "auto"} == {"ours"}
   assert found["ours"].train.learning_rate == rate
-  assert found["ours"].fpp.overall == level
+  assert found["ours"].fpp.overall == saving
 
 
 def test_ablations_differ_from_ours_and_have_their_dense_baselines(data):
@@ -139,5 +139,5 @@ def test_ablations_differ_from_ours_and_have_their_dense_baselines(data):
     own = found[name.removeprefix("dense-")]
     assert found[name].dense
     assert found[name].model == own.model != found["ours"].model
-  leveled = [found[n] for n, m in study.methods.items() if m.has_levels]
-  assert all(leveled.count(config) == 1 for config in leveled)
+  sized = [found[n] for n, m in study.methods.items() if m.has_savings]
+  assert all(sized.count(config) == 1 for config in sized)

@@ -17,7 +17,7 @@ from folding.studies import grid, methods, tables
 ROW = tables.Row(
   dataset="a",
   method="ours",
-  level=0.5,
+  saving=0.5,
   seed=0,
   metric="accuracy",
   quality=0.8,
@@ -120,7 +120,7 @@ def test_write_leaves_a_csv_a_page_and_a_plot_per_metric(study, tmp_path):
   records = list(csv.DictReader(io.StringIO(text)))
   rows = tables.collect(study, str(tmp_path))
   assert [r["method"] for r in records] == [r.method for r in rows]
-  assert records[0]["level"] == ""
+  assert records[0]["saving"] == ""
   assert float(records[0]["quality"]) == rows[0].quality
 
 
@@ -190,7 +190,7 @@ def test_summary_table_tests_each_level_against_dense_and_ours():
   worse = {key: value - 2.0 - 0.1 * key[1] for key, value in a.items()}
   other = {key: value - 1.0 - 0.1 * key[1] for key, value in a.items()}
   dense = make_rows({key: 0.0 for key in a}, "dense")
-  dense = [dataclasses.replace(row, level=None) for row in dense]
+  dense = [dataclasses.replace(row, saving=None) for row in dense]
   rows = [*make_rows(a), *make_rows(worse, "random"), *make_rows(other, "fpp")]
   table = cells(tables.summary_table([*rows, *dense]))
   found = {line[0]: line[1:] for line in table[2:]}
@@ -223,7 +223,7 @@ def test_curves_are_means_with_ours_first_then_the_best():
     rows += make_rows({("a", 0): change}, name)
     small = make_rows({("a", 0): -10 * change}, name)
     rows += [
-      dataclasses.replace(row, level=0.3, compression=0.3) for row in small
+      dataclasses.replace(row, saving=0.3, compression=0.3) for row in small
     ]
   rows += make_rows({("a", 0): 0.0}, "dense")
   found = tables.curves(rows)
