@@ -1,8 +1,9 @@
-"""Lists the public names in folding/README.md: `python docs/names.py`.
+"""Lists files and public names in folding/README.md: `python docs/names.py`.
 
 The names are those of docs/api.md, which needs a build of the site to be read.
 """
 
+import ast
 import inspect
 import pathlib
 import pkgutil
@@ -15,10 +16,12 @@ import folding
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "folding" / "README.md"
 _HEAD = """\
-# Public names
+# Files and public names
 
-One line per name of the [reference](../docs/api.md), with a link to its source. The site has signatures and arguments:
-`pip install -e '.[docs]' && mkdocs serve`. Written by `python docs/names.py`.
+[Where things are](../CONTRIBUTING.md#where-things-are) has the questions that readers ask first, each with its file. Below are
+the [files](#files), with the first line of each, and the names of the [reference](../docs/api.md) by section, with links to
+their sources. The site has signatures and arguments: `pip install -e '.[docs]' && mkdocs serve`. Written by
+`python docs/names.py`.
 """
 
 
@@ -36,7 +39,18 @@ def page() -> str:
       ]
       lines += [row for name in names for row in _rows(name)]
       lines.append("")
-  return "\n".join(lines)
+  return "\n".join([*lines, *_files(), ""])
+
+
+def _files() -> Iterator[str]:
+  """Yields the section of files, a line for each."""
+  yield "## Files\n\n| file | |\n| --- | --- |"
+  for path in sorted(PAGE.parent.rglob("*.py")):
+    about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if about and path.name != "__main__.py":
+      link = path.relative_to(PAGE.parent)
+      first = about.splitlines()[0].replace("|", "&#124;")
+      yield f"| [`{link}`]({link}) | {first} |"
 
 
 def _rows(name: str) -> Iterator[str]:
