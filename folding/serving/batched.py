@@ -1,7 +1,7 @@
 """Runs a model over texts, in batches of similar length."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from folding.data.padding import (
 from folding.data.tokenizers import Text, Tokenizer
 from folding.errors import ConfigError
 from folding.models.transformer import Transformer
+
+_LONG = 512  # tokens per text, from which on a batch has fewer rows
 
 
 def require_size(batch_size: int) -> None:
@@ -66,6 +68,21 @@ def forward(params, tokens_BL, mask_BL, segments_BL, *, model, activate):
   )
 
 
+def _rows_of(bucket: int, batch_size: int) -> int:
+  """Returns the rows of a batch: fewer if its texts are longer than most."""
+  return min(batch_size, max(1, batch_size * _LONG // bucket))
+
+
+def _batches(
+  rows: Sequence[np.ndarray], buckets: Sequence[int], batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+  """Yields `by_length`, in batches of at most `_rows_of` their bucket."""
+  for members, bucket in by_length(rows, buckets, batch_size):
+    size = _rows_of(bucket, batch_size)
+    for part, length in by_length([rows[i] for i in members], buckets, size):
+      yield members[part], length
+
+
 def outputs(
   model: Transformer,
   tokenizer: Tokenizer,
@@ -90,11 +107,10 @@ def outputs(
   width = model.num_classes or model.shape.width
   found = np.zeros((len(rows), width), np.float32)
   buckets = fine_bucket_lengths(length)
-  for members, bucket in by_length(rows, buckets, batch_size):
+  for members, bucket in _batches(rows, buckets, batch_size):
     # The full batch size, so that a smaller last batch compiles nothing.
-    tokens, mask = padded(
-      [rows[i] for i in members], (batch_size, bucket), tokenizer.pad_id
-    )
+    shape = _rows_of(bucket, batch_size), bucket
+    tokens, mask = padded([rows[i] for i in members], shape, tokenizer.pad_id)
     segments = None  # a model without a segment embedding ignores them
     if seconds is not None:
       segments = segments_of(seconds[members], mask)

@@ -9,6 +9,7 @@ import pytest
 import folding
 from folding import config as c
 from folding.errors import ConfigError
+from folding.serving import batched
 from folding.serving import predict as predict_lib
 from folding.training import compress_trained as pipeline
 from tests.serving import models
@@ -191,3 +192,14 @@ def test_compress_names_weights_that_are_not_finite():
   damaged.params["blocks_1"]["mlp"]["up"]["kernel"][0, 0] = np.nan
   with pytest.raises(ConfigError, match="blocks_1/mlp/up/kernel is not finite"):
     folding.compress(damaged, ["the cat", "a dog"])
+
+
+def test_long_texts_share_a_batch_with_fewer():
+  sizes = [3, 2000, 700, 5, 500, 9, 4096]
+  rows = [np.zeros(size, np.int32) for size in sizes]
+  buckets = [8, 16, 512, 1024, 2048, 4096]
+  found = list(batched._batches(rows, buckets, 4))
+  assert sorted(np.concatenate([at for at, _ in found])) == [*range(7)]
+  for members, bucket in found:
+    assert max(sizes[i] for i in members) <= bucket
+    assert len(members) * bucket <= max(bucket, 4 * 512)
