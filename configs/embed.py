@@ -51,13 +51,14 @@ def get_config(where: str = "") -> c.Config:
       f"vector of a text; configs/pretrained.py:{path} makes it smaller"
     )
   how = how or sentence.Sentence()
-  model = dataclasses.replace(how.applied(described.config), dropout=0.0)
+  reads = min(described.max_length, how.max_length or described.max_length)
+  model = dataclasses.replace(
+    how.applied(described.config), dropout=0.0, max_length=reads
+  )
   data = c.DataConfig(
     name="",  # the user has to set the data
     tokenizer=str(hf_weights.find_tokenizer(folder)),
-    length=length_of(
-      min(described.max_length, how.max_length or described.max_length), 128
-    ),
+    length=length_of(reads, 128),
     batch_size=32,
     valid_fraction=0.02,
     test_fraction=0.02,

@@ -22,6 +22,7 @@ import os
 from folding import config as c
 from folding.errors import ConfigError
 from folding.models import hf_weights
+from folding.models.shape import shape_of
 from folding.training.recipe import (
   length_of,
   path_and_saving,
@@ -45,6 +46,7 @@ def get_config(where: str = "") -> c.Config:
   if is_run:
     found = c.load(os.path.join(path, "config.json"))
     task, model = found.task, found.model
+    max_length = shape_of(found).max_length
     data = dataclasses.replace(
       found.data,
       tokenizer=os.path.join(path, "tokenizer.json"),
@@ -54,21 +56,21 @@ def get_config(where: str = "") -> c.Config:
   else:
     folder = hf_weights.find_pretrained(path)
     described = hf_weights.describe_pretrained(folder)
-    model = described.config
+    model, max_length = described.config, described.max_length
     is_lm = model.causal and not described.num_classes
     task = "lm" if is_lm else described.task
     data = c.DataConfig(
       name="",  # the user has to set the data
       tokenizer=str(hf_weights.find_tokenizer(folder)),
-      length=min(described.max_length, 128)
-      if is_lm
-      else length_of(described.max_length, 64),
+      length=length_of(max_length, 128 if is_lm else 64),
       batch_size=16,
     )
   # A run knows its task and is its own teacher, without dropout. An encoder
   # learns the task, as its head may be for other classes.
   knows_task = is_run or task == "lm"
-  model = dataclasses.replace(model, dropout=0.0 if knows_task else 0.1)
+  model = dataclasses.replace(
+    model, max_length=max_length, dropout=0.0 if knows_task else 0.1
+  )
   # Up to half of a classifier there is less to recover (docs/experiments.md).
   is_mild = task != "lm" and saving is not None and saving <= 0.5
   config = c.Config(

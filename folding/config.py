@@ -72,7 +72,8 @@ class DataConfig:
   tokenizer: str = "bpe"  # "bytes", "bpe", or the path of a tokenizer.json
   # Tokens of a newly trained BPE tokenizer.
   vocab_size: Annotated[int, Range(1, 2**24)] = 1024
-  length: Count = 128  # L, tokens per example; longer texts are cut or packed
+  # L, tokens per example of training and tests; longer texts are cut or packed.
+  length: Count = 128
   batch_size: Count = 32  # B, examples over all processes
   eval_batch_size: Count = 64
   # Most bytes of training text; valid and test get an eighth each. None: all.
@@ -182,6 +183,9 @@ class ModelConfig(Design):
   # Number of last tokens to attend to; None: all. Per layer, 0 is all.
   window: Count | tuple[Natural, ...] | None = None
   qkv_bias: bool | None = None  # biases of W_Q, W_K, W_V; None: as use_bias
+  # Most tokens that the model reads, and rows of learned positions. At least
+  # data.length, for which 0 stands.
+  max_length: Natural = 0
 
   def check(self) -> None:
     """Raises `ConfigError` if two fields of a resolved config do not fit."""
@@ -283,6 +287,7 @@ _FREE = (
   "remat",
   "scan_layers",
   "dtype",
+  "max_length",
 )
 # The others, which models must share if one takes the arrays of the other.
 SHAPE = tuple(
@@ -837,6 +842,7 @@ def filled(config: Config) -> Config:
     qkv_bias=m.use_bias if m.qkv_bias is None else m.qkv_bias,
     window=joined(m.window) or None,
     rope_base=joined(m.rope_base),
+    max_length=m.max_length if m.max_length > c.data.length else 0,
   )
   fold = filled(c.fold, "groups", "values")
   return dataclasses.replace(c, model=m, fold=fold, fpp=f)

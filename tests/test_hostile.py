@@ -386,7 +386,7 @@ def test_command_imports_nothing_from_the_current_folder(tmp_path, command):
   assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_recipe_says_that_it_reads_fewer_tokens(tmp_path, capsys):
+def test_recipe_says_that_it_trains_on_fewer_tokens(tmp_path, capsys):
   config = {"max_position_embeddings": 300}
   folder = tmp_path / "model"
   checkpoints.write(folder, "bert")

@@ -143,9 +143,12 @@ def shape_of(config: Config) -> Shape:
 
 
 def make_shape(
-  m: ModelConfig, f: FoldConfig, output: Output, max_length: int
+  m: ModelConfig, f: FoldConfig, output: Output, length: int
 ) -> Shape:
-  """Returns the shape that sections of a resolved config describe."""
+  """Returns the shape that sections of a resolved config describe.
+
+  `length` is that of the texts, which the model reads at least.
+  """
   return Shape(
     **{x.name: getattr(m, x.name) for x in dataclasses.fields(Design)},
     layers=tuple(_layer(m, f, n) for n in range(m.num_layers)),
@@ -154,7 +157,7 @@ def make_shape(
     head_dim=m.head_dim,
     embedding_rank=f.embedding_rank,
     embedding_shared=f.embedding_shared,
-    max_length=max_length,
+    max_length=max(m.max_length, length),
     output=output,
   )
 
@@ -205,6 +208,7 @@ def model_of(shape: Shape) -> ModelConfig:
     window=joined(tuple(x.window or 0 for x in layers)) or None,
     rope_base=_each(shape, "rope_base"),
     qkv_bias=layers[0].qkv_bias,
+    max_length=shape.max_length,
   )
 
 

@@ -182,7 +182,8 @@ def _architecture_of(m: ModelConfig, loaded: Model) -> Architecture:
   if m.window is not None:
     raise ConfigError(
       f"llama.cpp's {found.name} has no sliding window, and this model attends to "
-      f"{m.window} of {loaded.shape.max_length} tokens"
+      f"{m.window} of {loaded.shape.max_length} tokens; in Python, "
+      "model.reading(LENGTH) returns it for texts no longer than its window"
     )
   if m.rope_scaling and not found.scales_rotations:
     raise ConfigError(

@@ -34,6 +34,7 @@ from folding.serving import card
 from folding.serving.packed import load_packed
 from folding.tasks import task_of
 from folding.training.checkpoint import load_run
+from folding.training.run_dir import load_order
 from folding.training.trained import read_checkpoint
 from folding.typed import edited
 
@@ -88,6 +89,10 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
         f"{path}/labels.json has {len(labels)} names for {count} classes"
       )
   origin = card.origin_of_run(path, model.origin.base)
+  length = load_order(path).data.length
+  if length < model.shape.max_length:
+    note = f"It was trained on texts of at most {length} tokens."
+    origin = origin._replace(notes=(note, *origin.notes))
   return dataclasses.replace(model, labels=labels, origin=origin, targets=None)
 
 

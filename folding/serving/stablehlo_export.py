@@ -48,7 +48,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
     raise ConfigError(
       f"a program holds less than 2 GiB of parameters; these are {size:,} bytes"
     )
-  # Learned positions are limited; the others continue beyond data.length.
+  # Learned positions are limited; the others continue.
   length = loaded.shape.max_length
   longest = length if loaded.shape.positions == "learned" else None
   bounds = ["b >= 1", "l >= 1"]

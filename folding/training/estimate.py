@@ -154,7 +154,7 @@ def _inputs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the shapes of a batch and of the keyword arguments of a step."""
   shape, mesh = program.model.shape, program.mesh
-  B, L = program.order.data.batch_size, shape.max_length
+  B, L = program.order.data.batch_size, program.order.data.length
   rows, whole = sharding.batch_sharding(mesh, B), sharding.whole(mesh)
 
   def array(shape, dtype, where):

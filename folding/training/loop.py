@@ -366,7 +366,9 @@ def train(
     ConfigError: model, data and order do not fit; or see `run`.
     TrainingError: see `run`.
   """
-  model = model.reading(data.config.length)
+  length = data.config.length
+  if not model.params or length > model.shape.max_length:
+    model = model.reading(length)
   config = _config_of(model, data, order)
   with contextlib.ExitStack() as stack:
     if result := _entered(stack, config, workdir):

@@ -108,16 +108,16 @@ def recovery_rate(width: int) -> float:
 
 
 def length_of(reads: int, most: int) -> int:
-  """Returns the `data.length` of an encoder, and says if it shortens texts.
+  """Returns a `data.length`, and says if it is less than the model reads.
 
   Args:
-    reads: Tokens that the checkpoint reads.
-    most: Tokens that the recipe reads.
+    reads: Tokens that the checkpoint reads, and so the smaller model.
+    most: Tokens of the texts that the recipe trains on.
   """
   if reads > most:
     print(
-      f"data.length is {most} unless you set it; the checkpoint reads {reads} "
-      "tokens",
+      f"data.length is {most} unless you set it; the trained model reads {reads} "
+      "tokens, as its checkpoint does",
       file=sys.stderr,
     )
   return min(reads, most)

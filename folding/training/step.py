@@ -172,7 +172,7 @@ class Program:
     self.whole_size = _size(before)
     self.tx = make_optimizer(order, shape.layers, self.rules, self.removed)
     self.draw = functools.partial(
-      init_state, self.model, self.tx, shape.max_length
+      init_state, self.model, self.tx, order.data.length
     )
     try:
       state = jax.eval_shape(self.draw, jax.ShapeDtypeStruct((), jnp.uint32))

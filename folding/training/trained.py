@@ -47,7 +47,7 @@ def dense_start(
   """Returns the dense baseline of a shape with the parameters of a source.
 
   Rows of the embedding and of the output layer past the tokenizer's ids, and
-  positions past `data.length`, are left out. A classifier for other classes is
+  positions past those of the shape, are left out. A classifier for other classes is
   drawn by the seed.
 
   Args:
@@ -100,7 +100,7 @@ def dense_start(
       )
     if "head/kernel" in missing and jax.process_index() == 0:
       print(f"{reason}; it is learned from scratch", flush=True)
-    tokens = np.zeros((1, shape.max_length), np.int32)
+    tokens = np.zeros((1, order.data.length), np.int32)
 
     @jax.jit  # other parameters are not drawn, as nothing reads them
     def draw(key, tokens):
@@ -342,7 +342,7 @@ def _encoder(path: str, ours: Shape, order: Order) -> Model:
   shape = model.shape
   if shape.output != "vector":
     raise ConfigError(f"{path} makes no vectors; give a sentence encoder")
-  if shape.max_length < ours.max_length:
+  if shape.max_length < order.data.length:
     raise ConfigError(
       f"{path} reads at most {shape.max_length} tokens; lower data.length"
     )
