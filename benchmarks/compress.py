@@ -31,7 +31,7 @@ from folding.training.allocate import Asked
 from folding.training.recipe import recipe
 
 LENGTH, ROWS, SAVING = 128, 16, 0.3
-PARTS = "sensitivities", "measured_options", "fold_pretrained", "prune_trained"
+PARTS = "sensitivities", "measured_options", "fold_pretrained"
 BASE = {"layers": 4, "width": 128, "vocabulary": 8192}
 
 

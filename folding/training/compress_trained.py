@@ -39,7 +39,8 @@ from folding.training.fold_pretrained import fold_pretrained
 from folding.training.optimizer import make_rules
 from folding.training.progress import aligned
 from folding.training.prune_trained import (
-  neuron_pruner,
+  BY_MOMENTS,
+  make_pruner,
   prune_trained,
   zero_neurons,
 )
@@ -187,33 +188,28 @@ def _compress(
   method = asked.compress.prune
   if targets is not None and not targets.prune:
     method = "none"  # folding alone saves as much
-  prune_layer, rules = None, []
+  by_neuron = asked.fpp.granularity == "neuron"
+  is_fitted = targets is not None or not shape.is_dense or by_neuron
+  pruner, rules = None, []
   if method != "none":
     shapes = param_shapes(model_for(shape, dense))
     rules = make_rules(shape, asked.fpp, shapes, dense, targets)
-    if asked.fpp.granularity == "neuron":
-      prune_layer = neuron_pruner(shape, shapes, rules, sensitivity)
-  is_auto = targets is not None
-  if prune_layer or is_auto or not shape.is_dense:
+    if is_fitted and method in BY_MOMENTS:
+      pruner = make_pruner(shapes, rules, method, sensitivity)
+  if pruner or targets is not None or not shape.is_dense:
     params, report = fold_pretrained(
       shape,
       dense,
       batches,
       fit_steps=asked.compress.fit_steps,
-      prune=prune_layer,
+      prune=pruner,
       usage_V=usage_V,
       sensitivity=sensitivity,
     )
-  if method != "none":
-    params = prune_trained(
-      shape,
-      params,
-      batches,
-      rules,
-      method,
-      keeps_blocks=prune_layer is not None,
-    )
-  if prune_layer:  # multiples of 8; FPP holds all other zeros
+  if method != "none" and pruner is None:
+    params = prune_trained(shape, params, batches, rules, method)
+  if by_neuron and pruner:
+    # In multiples of 8; FPP holds all other zeros.
     zeros = zero_neurons(params)
     shape, params, _ = shrink(
       shape, params, multiple=8, absorb=False, is_zero=zeros

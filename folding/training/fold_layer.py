@@ -26,6 +26,7 @@ from folding.training.stream import (
   capture_all,
   flat,
   half_totals,
+  input_moments,
   reading,
   second_moment,
   total,
@@ -50,14 +51,17 @@ class Prune(NamedTuple):
   """How a layer is pruned while it is folded.
 
   Attributes:
-    attention: (parameters, the stream that the layer reads) -> parameters with
-      zeros in attention; None: attention is not pruned.
+    reads: Modules ("q", "o", "up" or "down") whose input is read by kernels that
+      are pruned by weight.
+    weights: (parameters, {module: moments of its input}) -> parameters with zeros
+      in the kernels that read these inputs.
     neurons: (parameters, moments of the input of W_down) -> parameters with
       neurons of zeros.
   """
 
-  attention: Callable[[dict[str, Any], Stream], dict[str, Any]] | None
-  neurons: Callable[[dict[str, Any], Moments], dict[str, Any]]
+  reads: frozenset[str]
+  weights: Callable[[Params, Mapping[str, Moments]], dict[str, Any]]
+  neurons: Callable[[Params, Moments], dict[str, Any]]
 
 
 def fold_layer(
@@ -83,7 +87,8 @@ def fold_layer(
     stream: Input of the folded layer.
     target: `target_of` the dense layer on the dense stream.
     fit_steps: As for `fit_attention`.
-    prune: Pruning before W_down is fitted; None: nothing is pruned.
+    prune: Neurons are pruned before W_down is fitted, and single weights of a
+      matrix after its fit. None: nothing is pruned.
     sensitivity_DD: How errors of the output of W_O count; None: all alike.
   """
   attn, report, outputs = fold_attention(
@@ -93,20 +98,27 @@ def fold_layer(
     stream,
     target=target,
     fit_steps=fit_steps,
+    prune=prune,
     sensitivity_DD=sensitivity_DD,
   )
   new = {**old, "attn": attn}
-  if prune is not None and prune.attention is not None:
-    new = prune.attention(new, stream)
+  if prune is not None and "q" in prune.reads:
+    new = prune.weights(new, input_moments(block, new, stream, ("q",)))
     seen = capture_all(block, new, stream, outputs=("o",))
     outputs = [one["o"] for one in seen]
-  names = ("down", *_MIDDLE[block.shape.norm_position])
-  # The output of attention is given, so layers of any plan run the same program.
-  rest = stream.put({**new, "attn": old["attn"]})
-  seen = [
-    {"o": o} | capture(dense, rest, x, mask, names, given={"attn": o})
-    for x, mask, o in zip(*stream, outputs, strict=True)
-  ]
+
+  def middle(*names):
+    # The output of attention is given, so layers of any plan run one program.
+    rest = stream.put({**new, "attn": old["attn"]})
+    return [
+      {"o": o} | capture(dense, rest, x, mask, names, given={"attn": o})
+      for x, mask, o in zip(*stream, outputs, strict=True)
+    ]
+
+  if prune is not None and "up" in prune.reads:
+    read = reading([one["up"] for one in middle("up")], stream.masks)
+    new = prune.weights(new, {"up": read.moments})
+  seen = middle("down", *_MIDDLE[block.shape.norm_position])
   read = reading([one.pop("down") for one in seen], stream.masks)
   if prune is not None:
     new = prune.neurons(new, read.moments)
@@ -115,9 +127,12 @@ def fold_layer(
   data = _fit_data(block.shape, "down", stream, target, seen)
   down, report["mlp_r2"] = _refit(new["mlp"]["down"], read, data)
   new = {**new, "mlp": {**new["mlp"], "down": down}}
-  on_device = stream.put(down)
+  if prune is not None and "down" in prune.reads:
+    new = prune.weights(new, {"down": read.moments})
+  on_device = stream.put(new["mlp"]["down"])
+  rest = stream.put({**new, "attn": old["attn"]})
   given = (  # of one batch at a time
-    {"attn": o, "mlp": _project(on_device, a)}
+    {"attn": o, "mlp": project(on_device, a)}
     for o, a in zip(outputs, read.a, strict=True)
   )
   x = [
@@ -133,16 +148,27 @@ _STREAMS = {"pre": ("norm_mlp",), "post": ("norm_attn", "norm_mlp"), "both": ()}
 
 
 def target_of(
-  block: Block, params: Params, stream: Stream
+  block: Block, params: Params, stream: Stream, *, only_attention: bool = False
 ) -> list[dict[str, jax.Array]]:
-  """Returns what the fits of a layer need of the dense one, and "out"."""
+  """Returns what the fits of a layer need of the dense one, and "out".
+
+  Args:
+    block: The dense layer.
+    params: Its parameters.
+    stream: Its input.
+    only_attention: Only what the fit of W_O needs, so that the MLP is not run.
+  """
   norms = block.shape.norm_position
-  outputs = ("o", "down") if norms == "both" or block.shape.parallel else ()
-  return capture_all(block, params, stream, _STREAMS[norms], (*outputs, "out"))
+  names, outputs = _STREAMS[norms], ()
+  if norms == "both" or block.shape.parallel:
+    outputs = ("o", "down")
+  if only_attention:
+    return capture_all(block, params, stream, names[:1], outputs[:1])
+  return capture_all(block, params, stream, names, (*outputs, "out"))
 
 
 @jax.jit
-def _project(projection, a_BLx):
+def project(projection, a_BLx):
   """Returns the output of a projection whose input has any shape [B, L, ...]."""
   a_BLF = flat(a_BLx)
   kernel = projection["kernel"]
@@ -158,6 +184,7 @@ def fold_attention(
   *,
   target: Sequence[Mapping[str, jax.Array]] = (),
   fit_steps: int = 0,
+  prune: Prune | None = None,
   sensitivity_DD: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], list[jax.Array]]:
   """Returns the attention of a folded layer.
@@ -169,6 +196,7 @@ def fold_attention(
     stream: Input of the folded layer.
     target: Of the dense layer; not needed if W_V is not dense.
     fit_steps: As for `fit_attention`.
+    prune: How W_O is pruned by weight.
     sensitivity_DD: How errors of the output of W_O count.
 
   Returns:
@@ -180,11 +208,10 @@ def fold_attention(
   if len(mix) > len(layer.heads) * K:  # of the dense heads, which are more
     mix = mix[:, np.repeat(np.isin(dense.layer.heads, layer.heads), K)]
   if layer.value_dim < K:
-    second_II, mean_I = read.moments
     [low] = lowrank.fold_values(
       attn["v"],
       attn["o"],
-      Moments(mix.T @ second_II @ mix, mean_I @ mix),
+      read.moments.mixed(mix),
       [layer.value_dim],
       sensitivity_DD=sensitivity_DD,
     )
@@ -192,15 +219,20 @@ def fold_attention(
   # If W_V is not dense, W_O has no prior and does not correct the layers below: it
   # is fitted to the output of the dense layer on the same input.
   has_prior = layer.values == "dense"
-  wanted = target if has_prior else target_of(dense, old, stream)
+  wanted = target
+  if not has_prior:
+    wanted = target_of(dense, old, stream, only_attention=True)
   data = _fit_data(block.shape, "o", stream, wanted)
   attn["o"], report["attention_r2"] = _refit(
     attn["o"], read, data, mix=mix, has_prior=has_prior
   )
+  if prune is not None and "o" in prune.reads:
+    moments = {"o": read.moments.mixed(mix)}
+    attn = prune.weights({"attn": attn}, moments)["attn"]
   kernel_xD = attn["o"]["kernel"].reshape(mix.shape[1], -1)
   mixed = {**attn["o"], "kernel": (mix @ kernel_xD).astype(np.float32)}
   mixed = stream.put(mixed)
-  return attn, report, [_project(mixed, a) for a in read.a]
+  return attn, report, [project(mixed, a) for a in read.a]
 
 
 def _fold_logits(

@@ -5,7 +5,7 @@ projections are refitted so that the residual stream matches that of the dense
 model. So a layer corrects the errors of the layers below.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ from folding.compression import lowrank
 from folding.errors import ConfigError
 from folding.models.shape import Shape
 from folding.training.fold_layer import (
-  Prune,
   fold_layer,
   initial_report,
   target_of,
 )
 from folding.training.progress import track
+from folding.training.prune_trained import Pruner
 from folding.training.sensitivity import Sensitivities
 from folding.training.stream import (
   Batch,
@@ -38,7 +38,7 @@ def fold_pretrained(
   batches: Iterable[Batch],
   *,
   fit_steps: int = 100,
-  prune: Callable[[int], Prune] | None = None,
+  prune: Pruner | None = None,
   usage_V: np.ndarray | None = None,
   sensitivity: Sensitivities | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -70,8 +70,8 @@ def fold_pretrained(
       tokens, and "segments" of pairs}. Some thousands of tokens, more than twice
       the width.
     fit_steps: Steps per layer to fit folded attention to dense.
-    prune: Returns how a layer of a number is pruned. The second feed-forward
-      matrix is fitted after that, so that it makes up for the pruned weights.
+    prune: How it is pruned, from `make_pruner`; None: it is not. Each layer makes
+      up for the pruned weights of the layers below, and for its own neurons.
     usage_V: Frequency of each token, above 0; None: as in the batches.
     sensitivity: How errors count when ranks are chosen, from
       `sensitivity.sensitivities`; None: all alike.
@@ -99,6 +99,9 @@ def fold_pretrained(
       folded |= lowrank.fold_embeddings(tables, rank, weight)
     else:
       folded |= lowrank.fold_embedding(*tables["embed"], rank, weight)
+  if prune is not None:
+    folded = prune.outer(folded)
+  if rank or prune is not None:
     stream = embed_batches(shape, folded, batches)
   dense = shape.dense()
   dense_stream = embed_batches(dense, params, batches)
@@ -106,8 +109,7 @@ def fold_pretrained(
     name = f"blocks_{n}"
     block, dense_block = make_block(shape, n), make_block(dense, n)
     target = target_of(dense_block, params[name], dense_stream)
-    is_changed = prune is not None or block.layer != dense_block.layer
-    if stream is None and is_changed:
+    if stream is None and block.layer != dense_block.layer:
       stream = dense_stream
     dense_stream = Stream([one["out"] for one in target], dense_stream.masks)
     if stream is None:
@@ -120,7 +122,7 @@ def fold_pretrained(
       stream,
       target=target,
       fit_steps=fit_steps,
-      prune=None if prune is None else prune(n),
+      prune=None if prune is None else prune.layer(n),
       sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
     )
     report.append({"layer": n, **row})

@@ -32,6 +32,7 @@ from folding.training.fold_layer import (
   head_moments,
   keep_heads,
   logit_terms,
+  project,
 )
 from folding.training.progress import track
 from folding.training.sensitivity import MODULES, Sensitivities
@@ -130,11 +131,10 @@ def measure(
   sizes = [np.size(batch["tokens"]) for batch in batches]
   stream = embed_batches(dense, params, spread(batches, sizes, _TOKENS))
   found: dict[Decision, futures.Future[list[Option]]] = {}
-  names = ("o", "down") if tried.by_neuron else ()
   with futures.ThreadPoolExecutor(2) as pool:
     for n in track(range(asked.num_layers), "measuring layers"):
       block, layer = make_block(dense, n), params[f"blocks_{n}"]
-      out, halves = _read_layer(block, layer, stream, names)
+      out, halves = _read_layer(block, layer, stream, tried.by_neuron)
       for future in found.values():  # the sums of one layer wait at a time
         future.result()
       trial = _Trial(
@@ -175,24 +175,33 @@ def of_all_layers(options: Options) -> dict[Decision, list[Option]]:
 
 
 def _read_layer(
-  block: Block, params: Mapping[str, Any], stream: Stream, names: Sequence[str]
-) -> tuple[Stream, dict[str, list[Moments]]]:
-  """Returns the output of a layer and the moments of what modules read.
+  block: Block, params: Mapping[str, Any], stream: Stream, by_neuron: bool
+) -> tuple[Stream, list[dict[str, Any]]]:
+  """Returns the output of a layer, and sums over what its modules read.
 
-  The moments are those of each half of the text. A fit to one half is evaluated
-  on the other, because its error on its own half is too low.
+  The sums are those of each half of the text, {module: its `Gram`}. A fit to one
+  half is evaluated on the other, because its error on its own half is too low. If
+  single weights are pruned, they are {module: sums of squares}.
   """
+  names, function = ("o", "down"), grams
+  if not by_neuron:
+    names, function = ("o", "up", "down"), _squares
   out: list[jax.Array] = []
   sums: list[Any] = [None, None]
   params = stream.put(params)
   for number, (x, mask) in enumerate(zip(*stream, strict=True)):
-    seen = capture(block, params, x, mask, tuple(names), ("out",))
+    seen = capture(block, params, x, mask, names, ("out",))
     out.append(seen.pop("out"))
-    if names:
-      sums = add_halves(sums, grams, None, number, (seen, mask))
-  return Stream(out, stream.masks), {
-    name: [half[name].moments for half in sums] for name in names
-  }
+    sums = add_halves(sums, function, None, number, (seen, mask))
+  return Stream(out, stream.masks), sums
+
+
+def _squares(_: None, tree: Any, mask: jax.Array) -> Any:
+  """Returns the sums over tokens of the squares of each array of a tree."""
+  weight = mask.astype(jnp.float32)
+  return jax.tree.map(
+    lambda a: jnp.einsum("BL...,BL->...", jnp.square(a), weight), tree
+  )
 
 
 def smallest(
@@ -246,7 +255,7 @@ class _Trial(NamedTuple):
     dense: The dense layer.
     old: Its parameters.
     stream: Its input.
-    halves: Moments of the inputs of "o" and "down" on each half of the text.
+    halves: Sums over each half of the text, from `_read_layer`.
     sensitivity: Sensitivities to errors of "o" and "down".
   """
 
@@ -255,26 +264,8 @@ class _Trial(NamedTuple):
   dense: Block
   old: Mapping[str, Any]
   stream: Stream
-  halves: Mapping[str, Sequence[Moments]]
+  halves: Sequence[Mapping[str, Any]]
   sensitivity: Mapping[str, np.ndarray]
-
-  def errors(
-    self, block: Block, params: Sequence[Any], roles: tuple[str, ...]
-  ) -> list[float]:
-    """Returns the errors of other layers on the same input.
-
-    Args:
-      block: The module of all of them.
-      params: The parameters of each.
-      roles: Modules whose output counts, "o" or "down".
-    """
-    stacked = jax.tree.map(lambda *ws: np.stack(ws), *params)
-    layers = self.stream.put((self.old, stacked))  # once, not for each batch
-    part = functools.partial(
-      _errors, (self.dense, block), roles, layers, self.sensitivity
-    )
-    sums, count = total(part, *self.few)
-    return (sums / count).tolist()
 
   @property
   def few(self) -> Stream:
@@ -452,7 +443,10 @@ def _values_options(trial: _Trial) -> list[Option]:
     alone = dataclasses.replace(asked, groups=0, value_dim=asked.head_dim)
     block = trial.dense.clone(layer=alone)
     new, *_ = fold_attention(block, trial.dense, trial.old, trial.stream)
-    [error] = trial.errors(block, [{**trial.old, "attn": new}], ("o",))
+    layers = trial.stream.put((trial.old, {**trial.old, "attn": new}))
+    blocks, weight = (trial.dense, block), trial.sensitivity["o"]
+    part = functools.partial(_attention_error, blocks, layers, weight)
+    error = float(np.divide(*total(part, *trial.few)))
     size = num_weights(new, arrays)
     options.append(Option(Attention(0, asked.values, every), size, error))
   return options
@@ -461,7 +455,7 @@ def _values_options(trial: _Trial) -> list[Option]:
 def _rank_options(trial: _Trial) -> list[Option]:
   """Returns the options of W_V and W_O: some of the heads, each of rank r."""
   attn, m = trial.old["attn"], trial.dense.shape
-  fitted, held_out = trial.halves["o"]
+  fitted, held_out = (half["o"].moments for half in trial.halves)
   options = []
   for heads in _head_choices(attn, fitted, trial.sensitivity["o"]):
     if len(heads) < m.num_heads and not trial.tried.heads:
@@ -525,18 +519,20 @@ def _mlp_options(trial: _Trial) -> list[Option]:
   """Returns the options of the MLP: of neurons, or of weights with those of W_O."""
   if trial.tried.by_neuron:
     return _neuron_options(trial)
-  old = trial.old
-  squares = total(
-    functools.partial(_square_sums, trial.dense, trial.stream.put(old)),
-    *trial.stream,
-  )
+  old, squares = trial.old, jax.tree.map(np.add, *trial.halves)
   size = num_weights(old["attn"], ("o",))
   size += num_weights(old["mlp"], ("up", "gate", "down"))
-  pruned = [_pruned(old, squares, fraction) for fraction in _FRACTIONS]
-  errors = trial.errors(trial.dense, pruned, ("o", "down"))
+  marks = trial.stream.put(_marks(old, squares))
+  layer = trial.stream.put(old)  # once, not for each batch
+  part = functools.partial(
+    _pruned_errors, trial.dense, layer, marks, trial.sensitivity
+  )
+  sums, count = total(part, *trial.few)
   return [
     Option(fraction, (1 - fraction) * size, error)
-    for fraction, error in zip((0.0, *_FRACTIONS), (0.0, *errors), strict=True)
+    for fraction, error in zip(
+      (0.0, *_FRACTIONS), (0.0, *(sums / count).tolist()), strict=True
+    )
   ]
 
 
@@ -544,7 +540,7 @@ def _neuron_options(trial: _Trial) -> list[Option]:
   """Returns the options of an MLP with fewer neurons and W_down refitted."""
   mlp = trial.old["mlp"]
   w_FD = np.asarray(mlp["down"]["kernel"], np.float64)
-  fitted, held_out = trial.halves["down"]
+  fitted, held_out = (half["down"].moments for half in trial.halves)
   c_FF = fitted.around(mlp["down"])
   F = len(w_FD)
   kept = _neurons(F)[1:]
@@ -596,61 +592,81 @@ def _groups(m: Shape, layer: Layer) -> list[int]:
   return [0, *(g for g in range(size - 1, least - 1, -1) if size % g == 0)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _errors(blocks, roles, layers, sensitivity, x, mask):
-  """Returns the sums over tokens of e' F e, and the number of tokens.
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_error(blocks, layers, weight_DD, x, mask):
+  """Returns the sum over tokens of e' F e, and the number of tokens.
 
-  e is the error of an output; those of several outputs are added.
-
-  Args:
-    blocks: The dense layer and the other ones, which are alike.
-    roles: As for `_Trial.errors`.
-    layers: Parameters of the dense layer, and stacked those of the others.
-    sensitivity: As in `_Trial`.
-    x: Input.
-    mask: False at padding.
+  e is the difference between the outputs of attention of two layers.
   """
-  (dense, block), (old, stacked) = blocks, layers
-  aim = capture(dense, old, x, mask, outputs=roles)
-  weight = mask.astype(jnp.float32)[..., None]
+  ours, theirs = (
+    capture(block, params, x, mask, outputs=("o",))["o"]
+    for block, params in zip(blocks, layers, strict=True)
+  )
+  return _weighted(ours - theirs, weight_DD, mask), mask.sum()
 
-  def error(params):
-    seen, found = capture(block, params, x, mask, outputs=roles), 0.0
-    for role in roles:
-      e_BLD = (seen[role] - aim[role]) * weight
-      found += jnp.einsum("BLD,DE,BLE->", e_BLD, sensitivity[role], e_BLD)
-    return found
 
-  return jax.lax.map(error, stacked), weight.sum()
+def _weighted(e_BLD, weight_DD, mask):
+  """Returns the sum over tokens of e' F e."""
+  e_BLD *= mask[..., None]
+  return jnp.einsum("BLD,DE,BLE->", e_BLD, weight_DD, e_BLD)
+
+
+class _Mark(NamedTuple):
+  """Which weights of a kernel are pruned for each fraction.
+
+  Attributes:
+    rms: Root mean squares of its inputs, up to a factor, as it is broadcast.
+    limits_N: Scores |w| rms below this are pruned.
+  """
+
+  rms: Any
+  limits_N: Any
+
+  def prune(self, w: jax.Array, limit: jax.Array) -> jax.Array:
+    """Returns a kernel with zeros."""
+    return jnp.where(jnp.abs(w) * self.rms < limit, 0, w)
+
+
+def _marks(
+  params: Mapping[str, Any], squares: Mapping[str, Any]
+) -> dict[str, _Mark]:
+  """Returns {linear layer: what `_FRACTIONS` prune of it, the lowest |w| rms}."""
+  marks = {}
+  for name, w in paths.flatten(dict(params)).items():
+    role = name.removesuffix("/kernel")
+    if role in _LINEAR:
+      w = np.asarray(w)
+      rms = np.sqrt(squares[READS[role]]).astype(np.float32)
+      rms = rms.reshape(*rms.shape, *(1,) * (w.ndim - rms.ndim))
+      counts = [int(fraction * w.size) for fraction in _FRACTIONS]
+      score = np.partition(np.abs(w) * rms, counts, axis=None)
+      marks[role] = _Mark(rms, score[counts])
+  return marks
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _square_sums(block, params, x, mask):
-  """Returns {linear layer: summed squares of its inputs}."""
-  seen = capture(block, params, x, mask, ("o", "up", "down"))
-  weight = mask.astype(jnp.float32)
-  return {
-    name: jnp.einsum("BL...,BL->...", jnp.square(seen[READS[name]]), weight)
-    for name in _LINEAR
-    if name.split("/")[1] in params[name.split("/")[0]]
-  }
+def _pruned_errors(block, params, marks, sensitivity, x, mask):
+  """Returns the sums of e' F e for each of `_FRACTIONS`, and the number of tokens.
 
+  The errors of the outputs of W_O and W_down are added.
+  """
+  aim = capture(block, params, x, mask, outputs=("o", "down"))
+  a_BLHK = capture(block, params, x, mask, ("o",))["o"]
 
-def _pruned(
-  params: Mapping[str, Any], squares: Mapping[str, Any], fraction: float
-) -> Any:
-  """Returns the layer without the lowest |w| rms(a) of each linear layer."""
+  def error(limits):
+    def prune(name, w):
+      role = name.removesuffix("/kernel")
+      return marks[role].prune(w, limits[role]) if role in marks else w
 
-  def prune(name, w):
-    role = name.rpartition("/")[0]
-    if role not in squares or not name.endswith("kernel"):
-      return w
-    w = np.asarray(w)
-    rms = np.sqrt(squares[role])  # up to a factor
-    rms = rms.reshape(*rms.shape, *(1,) * (w.ndim - rms.ndim))
-    score = np.abs(w) * rms
-    count = int(fraction * w.size)
-    limit = np.partition(score.reshape(-1), count)[count]
-    return np.where(score < limit, 0, w)
+    pruned = paths.map_named(prune, params)
+    o_BLD = project(pruned["attn"]["o"], a_BLHK)
+    seen = capture(
+      block, pruned, x, mask, outputs=("down",), given={"attn": o_BLD}
+    )
+    return sum(
+      _weighted(out - aim[role], sensitivity[role], mask)
+      for role, out in {"o": o_BLD, **seen}.items()
+    )
 
-  return paths.map_named(prune, params)
+  limits = {role: mark.limits_N for role, mark in marks.items()}
+  return jax.lax.map(error, limits), mask.sum()

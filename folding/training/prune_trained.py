@@ -6,7 +6,7 @@ loses; training then continues with the rest, and FPP holds the zeros.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from folding.training.stream import (
   require_text,
 )
 
+BY_MOMENTS = ("wanda", "sparsegpt")  # methods that need calibration text
+
 
 def prune_trained(
   shape: Shape,
@@ -36,10 +38,10 @@ def prune_trained(
   batches: Sequence[Batch],
   rules: Sequence[Rule],
   method: str,
-  *,
-  keeps_blocks: bool = False,
 ) -> dict[str, Any]:
   """Returns trained parameters with as many zeros as the rules ask for.
+
+  Nothing is fitted to the dense model; `fold_pretrained` with a `Pruner` does that.
 
   Embeddings and the output layer, whose inputs are single tokens or whose outputs
   are many, are pruned by magnitude.
@@ -50,25 +52,15 @@ def prune_trained(
     batches: Calibration text, as for `fold_pretrained`.
     rules: From `make_rules`.
     method: As `CompressConfig.prune`, for the kernels of blocks.
-    keeps_blocks: Whether blocks stay as they are, since `neuron_pruner` has removed
-      their neurons.
 
   Raises:
     ConfigError: there is too little text.
     ValueError: the moments of a layer's input cannot be inverted.
   """
   weights, _ = _targets(rules, params)
-  by_moments = method in ("wanda", "sparsegpt")
-
-  def prune(name, w):
-    w = np.asarray(w, np.float32)
-    in_block = name.startswith("blocks_")
-    if name not in weights or (in_block and by_moments):
-      return w
-    return oneshot.magnitude(w, weights[name]).astype(np.float32)
-
-  pruned = paths.map_named(prune, dict(params))
-  if not by_moments or keeps_blocks:
+  by_moments = method in BY_MOMENTS
+  pruned = _prune_outer(weights, params, blocks=not by_moments)
+  if not by_moments:
     return pruned
   require_text(shape, batches)
   solve = getattr(oneshot, method)
@@ -81,35 +73,46 @@ def prune_trained(
   return pruned
 
 
-def neuron_pruner(
-  shape: Shape,
+class Pruner(NamedTuple):
+  """How a model is pruned while it is folded.
+
+  Attributes:
+    outer: Returns the parameters, pruned outside the layers.
+    layer: Returns how a layer of a number is pruned.
+  """
+
+  outer: Callable[[Params], dict[str, Any]]
+  layer: Callable[[int], Prune]
+
+
+def make_pruner(
   params: Params,
   rules: Sequence[Rule],
+  method: str,
   sensitivity: Sensitivities | None = None,
-) -> Callable[[int], Prune]:
-  """Returns a function of the number of a layer: how it is pruned.
+) -> Pruner:
+  """Returns how a model is pruned while it is folded.
 
-  While the model is folded, it removes the neurons whose rows of W_down the others replace best
+  Neurons are removed whose rows of W_down the others replace best
   (`oneshot.remove_inputs`); the bias of W_down takes up their mean output.
-  Attention matrices that are pruned by weight are pruned by SparseGPT.
+  Matrices that are pruned by weight are pruned as by `prune_trained`, after the
+  fit of the folded layer.
 
   Args:
-    shape: Shape of the folded model.
-    params: Shapes of its parameters.
-    rules: From `make_rules`; they prune neurons.
+    params: Shapes of the parameters of the folded model.
+    rules: From `make_rules`.
+    method: "wanda" or "sparsegpt".
     sensitivity: How errors count, from `sensitivity.sensitivities`; None: all
       alike.
   """
   weights, units = _targets(rules, params)
   sensitivity = sensitivity or {}
+  solve = getattr(oneshot, method)
 
-  def prune_attention(n, layer, stream):
-    name, block = f"blocks_{n}", make_block(shape, n)
-    moments = input_moments(block, layer, stream, ("q", "o"))
-    return _weights(name, layer, moments, oneshot.sparsegpt, weights)
+  def prune_weights(name, layer, moments):
+    return _weights(name, layer, moments, solve, weights)
 
-  def prune_neurons(n, layer, moments):
-    name = f"blocks_{n}"
+  def prune_neurons(name, layer, moments):
     if (up := f"{name}/mlp/up/kernel") not in units:
       return layer
     site, fraction = units[up]
@@ -122,13 +125,31 @@ def neuron_pruner(
     )
     return _without_inputs(site, layer, new_FD, moments.mean_I)
 
-  def prune(n):
-    attention = functools.partial(prune_attention, n)
-    if not any(name.startswith(f"blocks_{n}/attn/") for name in weights):
-      attention = None
-    return Prune(attention, functools.partial(prune_neurons, n))
+  def layer(n):
+    name = f"blocks_{n}"
+    reads = {
+      module for at, module in READS.items() if f"{name}/{at}/kernel" in weights
+    }
+    return Prune(
+      frozenset(reads),
+      functools.partial(prune_weights, name),
+      functools.partial(prune_neurons, name),
+    )
 
-  return prune
+  return Pruner(functools.partial(_prune_outer, weights), layer)
+
+
+def _prune_outer(
+  weights: Mapping[str, float], params: Params, *, blocks: bool = False
+) -> dict[str, Any]:
+  """Returns parameters pruned by magnitude; those of blocks if asked for."""
+
+  def prune(name, w):
+    if name not in weights or (name.startswith("blocks_") and not blocks):
+      return w
+    return oneshot.magnitude(np.asarray(w, np.float32), weights[name])
+
+  return paths.map_named(prune, dict(params))
 
 
 def _targets(
@@ -162,9 +183,9 @@ def _weights(
   """Returns the parameters of a block, pruned by the moments of their input."""
 
   def prune(name, w):
-    if name not in fractions:
-      return w
     kernel = name.removeprefix(f"{block}/").removesuffix("/kernel")
+    if name not in fractions or READS[kernel] not in moments:
+      return w
     moment = moments[READS[kernel]].second_II
     w_IO = np.asarray(w, np.float64).reshape(len(moment), -1)
     new = solve(w_IO, moment, fractions[name])

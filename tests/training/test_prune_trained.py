@@ -12,12 +12,16 @@ import pytest
 from folding import config as c
 from folding import errors, paths
 from folding.compression import oneshot
+from folding.data.tokenizers import train_tokenizer
+from folding.model import Model
 from folding.models.shape import shape_of
 from folding.models.shrink import shrink
 from folding.models.transformer import make_model
 from folding.training import loop, prune_trained, run_dir
 from folding.training import stream as stream_lib
+from folding.training.allocate import Asked
 from folding.training.checkpoint import load_run
+from folding.training.compress_trained import compress_sizes
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.optimizer import make_rules
 from folding.typed import edited
@@ -66,7 +70,7 @@ def _pruned(config, params, batches):
 
 def _pruner(config, params):
   rules = make_rules(shape_of(config), config.fpp, params, params)
-  return prune_trained.neuron_pruner(shape_of(config), params, rules)
+  return prune_trained.make_pruner(params, rules, config.compress.prune)
 
 
 def _reads(params, batches):
@@ -110,6 +114,18 @@ def test_kernel_is_pruned_by_the_moment_of_its_input(trained, method, role):
   )
 
 
+def test_dense_layers_are_pruned_without_a_fit(trained):
+  params, batches = trained
+  config = _config("wanda")  # it changes no remaining weight
+  asked = Asked(shape_of(config), config.fpp, config.compress)
+  tokenizer = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])  # not read
+  model = Model.of(config, params, tokenizer)
+  [(small, _)] = compress_sizes([asked], model, batches)
+  for name, w in paths.flatten(small.params).items():
+    old = paths.flatten(params)[name]
+    np.testing.assert_array_equal(w, np.where(w == 0, 0, old), name)
+
+
 def _by_neuron(**model):
   return edited(
     _config("sparsegpt"),
@@ -135,9 +151,11 @@ def _without_biases(params):
 
 
 def _pruned_layer(config, params, n, layer, stream):
-  prune = _pruner(config, params)(n)
-  layer = prune.attention(layer, stream)
+  prune = _pruner(config, params).layer(n)
   block = stream_lib.make_block(shape_of(config), n)
+  layer = prune.weights(
+    layer, stream_lib.input_moments(block, layer, stream, ("o",))
+  )
   [moments] = stream_lib.input_moments(block, layer, stream, ("down",)).values()
   return prune.neurons(layer, moments)
 
@@ -208,6 +226,33 @@ def test_pruned_layers_are_refitted_to_the_dense_stream(trained):
   dense = stream(False, params)
   wrong = np.square(stream(False, fitted) - dense).sum()
   assert wrong < 0.95 * np.square(stream(True, params) - dense).sum()
+
+
+def test_folding_corrects_the_weights_pruned_below(trained):
+  params, _ = trained
+  batches = [{"tokens": tiny.batch(seed)["tokens"]} for seed in range(30)]
+  config = _config("sparsegpt")
+  prune = _pruner(config, params)
+  fitted, _ = fold_pretrained(shape_of(config), params, batches, prune=prune)
+  alone = _pruned(config, params, batches)
+  zeros, expected = (
+    {name: np.sum(w == 0) for name, w in paths.flatten(tree).items()}
+    for tree in (fitted, alone)
+  )
+  assert zeros == expected
+
+  def stream(weights):
+    """Returns the output of the last layer."""
+    stream = stream_lib.embed_batches(shape_of(config), weights, batches)
+    for n in range(2):
+      block = stream_lib.make_block(shape_of(config), n)
+      stream = stream_lib.advance(block, weights[f"blocks_{n}"], stream)
+    pairs = zip(*stream, strict=True)
+    return np.concatenate([np.asarray(w)[keep] for w, keep in pairs])
+
+  dense = stream(params)
+  wrong = np.square(stream(fitted) - dense).sum()
+  assert wrong < 0.95 * np.square(stream(alone) - dense).sum()
 
 
 def test_layer_is_pruned_on_the_stream_of_pruned_layers(trained):
