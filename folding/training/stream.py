@@ -269,10 +269,10 @@ def total(function: Callable[..., Any], *data: Iterable[Any]) -> Any:
 
 
 def _added(sums: Any, more: Any) -> Any:
-  """Returns the sum of two trees in float64; None is 0."""
+  """Adds to a tree in float64, in place, and returns it; None is 0."""
   if sums is None:
-    return jax.tree.map(np.float64, more)
-  return jax.tree.map(lambda a, b: a + np.asarray(b), sums, more)
+    return jax.tree.map(lambda a: np.array(a, np.float64), more)
+  return jax.tree.map(lambda a, b: np.add(a, b, out=a), sums, more)
 
 
 class Gram(NamedTuple):
