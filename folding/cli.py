@@ -206,10 +206,10 @@ def show_report(workdir: str) -> None:
 def compress(args: argparse.Namespace) -> None:
   """Writes smaller models, and prints their size and what was lost."""
   savings = typed.parse(tuple[float, ...], args.saving, "--saving")
+  memory.keep_freed()
   from folding.serving import compress_file
 
   if args.steps:
-    memory.keep_freed()
     if len(savings) > 1:
       raise ConfigError("--steps trains one model; give one --saving")
     compress_file.train_smaller(
