@@ -205,7 +205,13 @@ def show_report(workdir: str) -> None:
 )
 def compress(args: argparse.Namespace) -> None:
   """Writes smaller models, and prints their size and what was lost."""
-  savings = typed.parse(tuple[float, ...], args.saving, "--saving")
+  try:
+    savings = typed.parse(tuple[float, ...], args.saving, "--saving")
+  except ConfigError:
+    raise ConfigError(
+      "--saving is one fraction or several, such as --saving=0.5 or "
+      f"--saving=0.3,0.5; it is {args.saving!r}"
+    ) from None
   memory.keep_freed()
   from folding.serving import compress_file
 

@@ -95,6 +95,7 @@ def test_train_runs_the_config_that_the_flags_ask_for(
     (["compare", "nowhere"], "nowhere"),
     (["resume", "configs"], "has no config.json"),
     (["report", "configs"], "has no config.json"),
+    (["report", ""], "'' is not a run"),
     (["shrink", "configs", "--output=W"], "has no config.json"),
     (["generate", "configs", "--top-k=many"], "many"),
   ],

@@ -20,7 +20,7 @@ from folding.serving import lines as lines_lib
 from folding.serving.compress import WINDOW, compress_sizes, kept_of
 from folding.serving.loaded import load, shrunk
 from folding.tasks import task_of
-from folding.training import loop, sharding
+from folding.training import loop, run_dir, sharding
 from folding.training.evaluate import evaluate, make_eval_step
 from folding.training.recipe import recipe
 
@@ -219,8 +219,10 @@ def train_smaller(
     vocabulary: Number of tokens to keep.
 
   Raises:
-    ConfigError: see `loop.run`.
+    ConfigError: see `loop.run`, or the folder has other files.
   """
+  if run_dir.is_new(output):
+    files.require_empty(output)
   model = load(source)
   name = "embed" if task_of(model).makes_vectors else "pretrained"
   config = config_lib.read(f"configs/{name}.py:{source},{saving}")

@@ -1,6 +1,7 @@
 """Prompts -> new tokens or text, with a KV cache or a constant-size state."""
 
 import functools
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -474,8 +475,10 @@ def _printed(
   parts: Iterator[list[np.ndarray]],
 ) -> Iterator[str]:
   if len(texts) == 1:
+    first = next(parts)  # an error comes before the text
     yield texts[0]
-    yield from decode_parts(tokenizer, prompts[0], (ids for [ids] in parts))
+    rest = itertools.chain([first], parts)
+    yield from decode_parts(tokenizer, prompts[0], (ids for [ids] in rest))
     yield "\n"
     return
   found = _continuations(tokenizer, prompts, parts)

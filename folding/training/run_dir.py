@@ -252,7 +252,7 @@ def load_order(workdir: str) -> Config:
   files.require_inside(workdir)
   path = _path(workdir, "config.json")
   if not os.path.exists(path):
-    raise ConfigError(f"{workdir} is not a run: it has no config.json")
+    raise ConfigError(f"{workdir!r} is not a run: it has no config.json")
   values = files.read_json(path, dict)
   if {"model_type", "format"} & values.keys():
     raise ConfigError(

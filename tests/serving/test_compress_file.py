@@ -170,7 +170,7 @@ def test_windows_are_spread_over_the_stream():
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (("--saving=30%",), "--saving must be"),
+    (("--saving=30%",), "such as --saving=0.5"),
     (("--saving=1.5",), "saving is a fraction"),
     (("--saving=()",), "give one saving"),
     (("--saving=0.3,0.5,0.3",), "or different ones"),
@@ -187,6 +187,12 @@ def test_wrong_flags_are_one_line(tmp_path, flags, message, capsys):
   assert message in err
   assert err.count("\n") == 1
   assert not output.exists()
+
+
+def test_training_in_a_folder_of_other_files_is_refused(tmp_path, capsys):
+  argv = ["compress", "nowhere", f"--texts={_texts(tmp_path)}", "--steps=1"]
+  assert cli.main([*argv, f"--output={tmp_path}"]) == 2
+  assert "is there already and not an empty folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

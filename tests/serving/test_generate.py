@@ -306,6 +306,14 @@ def test_cache_beyond_memory_is_refused(one, generator):
     generator(one.params, PROMPTS, max_new_tokens=10**12)
 
 
+def test_single_text_is_not_printed_before_an_error(one):
+  pieces = generate.continue_texts(
+    one, ["a"], max_new_tokens=10**12, sampling=Sampling()
+  )
+  with pytest.raises(ConfigError, match="GiB of keys"):
+    next(pieces)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_model_with_nan_is_refused(one, generator, temperature):
   params = jax.tree.map(jnp.asarray, one.params)
