@@ -100,7 +100,7 @@ def dense_start(
       )
     if "head/kernel" in missing and jax.process_index() == 0:
       print(f"{reason}; it is learned from scratch", flush=True)
-    tokens = np.zeros((1, order.data.length), np.int32)
+    tokens = np.zeros((1, data.config.length), np.int32)
 
     @jax.jit  # other parameters are not drawn, as nothing reads them
     def draw(key, tokens):
