@@ -47,7 +47,7 @@ def get_config(
     ),
     # From early on, so that most steps are taken on small arrays.
     fpp=config_lib.FPPConfig(
-      overall=0.7,
+      saving=0.7,
       granularity="neuron",
       score="saliency",
       begin=0.05,

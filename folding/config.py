@@ -319,9 +319,9 @@ class FoldConfig:
 class FPPConfig:
   """Forward Propagation Pruning. None: the preset decides.
 
-  `overall` replaces `linear`: linear layers keep a fraction k of their weights and
+  `saving` replaces `linear`: linear layers keep a fraction k of their weights and
   embeddings k**embedding_share, or what `embedding` leaves, with the k that saves
-  `overall` of the whole model.
+  `saving` of the whole model.
   """
 
   # Fraction of W_O, MLP and output head to zero.
@@ -329,7 +329,7 @@ class FPPConfig:
   # Fraction of W_O and MLP to zero, per layer.
   linear_layers: tuple[Fraction, ...] | None = None
   embedding: Fraction | None = None  # fraction of embeddings to zero
-  overall: Fraction | None = None  # fraction of the whole model to save
+  saving: Fraction | None = None  # fraction of the whole model to save
   # If linear layers keep k of their weights, embeddings keep k**embedding_share.
   # None: 0.2 for task "lm", 1 for the others.
   embedding_share: NonNegative | None = None
@@ -354,7 +354,7 @@ class FPPConfig:
   @property
   def prunes(self) -> bool:
     """Whether anything is zeroed."""
-    parts = self.overall, self.linear, self.embedding
+    parts = self.saving, self.linear, self.embedding
     return any(parts) or any(self.linear_layers or ())
 
   def leaves_open(self, embedding_rank: int) -> bool:
@@ -369,9 +369,9 @@ class FPPConfig:
         f"{self.begin} and {self.end}"
       )
     parts = (self.linear, self.linear_layers)
-    if self.overall is not None and any(p is not None for p in parts):
+    if self.saving is not None and any(p is not None for p in parts):
       raise ConfigError(
-        "fpp.overall sets the sparsity of linear layers; set fpp.overall, or "
+        "fpp.saving sets the sparsity of linear layers; set fpp.saving, or "
         "fpp.linear or fpp.linear_layers, not both"
       )
 
@@ -705,9 +705,9 @@ class Config(Order):
         "compress.plan='auto' measures a trained model; set pretrained=PATH"
       )
     by_errors = is_open and compress.embedding == "errors"
-    if by_errors and f.overall is None:
+    if by_errors and f.saving is None:
       raise ConfigError(
-        "compress.embedding='errors' needs fpp.overall; use 'share' beside "
+        "compress.embedding='errors' needs fpp.saving; use 'share' beside "
         "fpp.linear and fpp.embedding"
       )
     attention = "none" if f.granularity == "neuron" else "output"
@@ -738,7 +738,7 @@ class Config(Order):
     if not f.prunes:
       raise ConfigError(
         "compress.prune prunes by fpp, which prunes nothing here; set "
-        "fpp.overall"
+        "fpp.saving"
       )
     if f.tolerance is not None:
       raise ConfigError(
@@ -793,10 +793,10 @@ def llama(**fields: Any) -> ModelConfig:
   return dataclasses.replace(model, **fields)
 
 
-# What a preset decides for fields of `fold` and `fpp` that are None. `overall`
+# What a preset decides for fields of `fold` and `fpp` that are None. `saving`
 # does not apply if `linear`, `linear_layers` or `embedding` is set; `linear` and
 # `embedding` do if it is None.
-_DECIDED = "groups", "values", "overall", "linear", "embedding"
+_DECIDED = "groups", "values", "saving", "linear", "embedding"
 PRESETS: dict[Preset, tuple[Any, ...]] = {
   "none": (0, "dense", None, 0.0, 0.0),
   "moderate": (0, "diagonal", 0.3, 0.0, 0.0),
@@ -828,8 +828,8 @@ def filled(config: Config) -> Config:
     return dataclasses.replace(section, **{n: preset[n] for n in missing})
 
   if f.linear is None and f.linear_layers is None and f.embedding is None:
-    f = filled(f, "overall")
-  if f.overall is None:
+    f = filled(f, "saving")
+  if f.saving is None:
     f = filled(f, "linear", "embedding")
   if f.embedding_share is None:
     share = 0.2 if task_of(c).predicts_tokens else 1.0
@@ -887,9 +887,12 @@ def from_saved(values: dict[str, Any]) -> Config:
   Raises:
     ConfigError: see `from_dict`.
   """
-  compress = dict(values.get("compress", {}))
-  compress.pop("qkv", None)  # a field of earlier versions
-  return from_dict({**values, "compress": compress})
+  compress, fpp = (dict(values.get(name, {})) for name in ("compress", "fpp"))
+  # Fields of earlier versions.
+  compress.pop("qkv", None)
+  if "overall" in fpp:
+    fpp["saving"] = fpp.pop("overall")
+  return from_dict({**values, "compress": compress, "fpp": fpp})
 
 
 def load(path: str) -> Config:

@@ -211,7 +211,7 @@ PRESETS = {
 
 def _decided(config):
   f, p = config.fold, config.fpp
-  return (f.groups, f.values, p.linear, p.embedding, p.overall)
+  return (f.groups, f.values, p.linear, p.embedding, p.saving)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -221,7 +221,7 @@ def test_preset_decides_only_fields_that_are_none(preset):
   changed = typed.differences(c.Config(preset=preset), resolved)
   assert {line.split(":")[0] for line in changed} <= {
     *("fold.groups", "fold.values", "fpp.linear", "fpp.embedding"),
-    *("fpp.overall", "fpp.embedding_share", "model.num_kv_heads"),
+    *("fpp.saving", "fpp.embedding_share", "model.num_kv_heads"),
     *("model.head_dim", "model.mlp_width", "model.qkv_bias"),
   }
 
@@ -233,7 +233,7 @@ def test_preset_decides_only_fields_that_are_none(preset):
       {"fold__groups": 2, "fold__values": "dense"},
       (2, "dense", None, None, 0.7),
     ),
-    ({"fpp__overall": 0.5}, (1, "diagonal", None, None, 0.5)),
+    ({"fpp__saving": 0.5}, (1, "diagonal", None, None, 0.5)),
     ({"fpp__linear": 0.5}, (1, "diagonal", 0.5, 0.7, None)),
     ({"fpp__embedding": 0.0}, (1, "diagonal", 0.7, 0.0, None)),
     ({"fpp__linear_layers": (0.5,) * 4}, (1, "diagonal", 0.7, 0.7, None)),
@@ -509,14 +509,14 @@ REFUSED = {
     {"distributed": "10.0.0.1:1234,1,2"},
   ),
   "overall_and_linear": (
-    {"fpp__overall": 0.5, "fpp__linear": 0.0},
+    {"fpp__saving": 0.5, "fpp__linear": 0.0},
     "not both",
     {"fpp__linear": None},
   ),
   "overall_and_layers": (
-    {"fpp__overall": 0.5, "fpp__linear_layers": (0.5,) * 4},
+    {"fpp__saving": 0.5, "fpp__linear_layers": (0.5,) * 4},
     "not both",
-    {"fpp__overall": None},
+    {"fpp__saving": None},
   ),
   "layers": (
     {"fpp__linear_layers": (0.5,)},
@@ -712,7 +712,7 @@ def test_pretrained_takes_the_level_behind_the_path(tmp_path, level):
   checkpoints.write(tmp_path / "a,b", "llama", "lm")
   config = _recovery(tmp_path / "a,b", f",{level}")
   assert config.pretrained == f"{tmp_path}/a,b"
-  assert config.fpp.overall == float(level)
+  assert config.fpp.saving == float(level)
 
 
 @pytest.mark.parametrize(

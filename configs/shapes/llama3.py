@@ -29,7 +29,7 @@ def get_config(size: str = "8b") -> c.Config:
   )
   return c.Config(
     preset="none",
-    fpp=c.FPPConfig(overall=0.3, attention="all"),
+    fpp=c.FPPConfig(saving=0.3, attention="all"),
     data=c.DataConfig(vocab_size=128256, length=8192, batch_size=64),
     model=model,
     train=c.TrainConfig(steps=100_000),

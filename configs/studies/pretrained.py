@@ -45,7 +45,7 @@ _PLANNED = Method(
     "fpp.granularity": "neuron",
     "fpp.attention": "none",
     "fpp.embedding_granularity": "weight" if base.task == "lm" else "rank",
-    "fpp.overall": saving,
+    "fpp.saving": saving,
   },
 )
 

@@ -51,7 +51,7 @@ def folded(saving: float) -> Edits:
     "preset": "paper",
     "fpp.granularity": "neuron",
     "fpp.score": "saliency",
-    **_overall(saving),
+    **_saving(saving),
   }
   if saving <= 0.4:
     edits["fold.groups"] = 0
@@ -67,7 +67,7 @@ def unfolded(saving: float, score: str = "relative") -> Edits:
     "fpp.granularity": "weight",
     "fpp.embedding_granularity": "weight",
     "fpp.score": score,
-    **_overall(saving),
+    **_saving(saving),
   }
 
 
@@ -81,10 +81,10 @@ def one_shot(saving: float, prune: str) -> Edits:
   return unfolded(saving) | {"fpp.attention": "all", "compress.prune": prune}
 
 
-def _overall(saving: float | None) -> Edits:
+def _saving(saving: float | None) -> Edits:
   """Returns edits that set the sparsity of the whole model; None: unset."""
   return {
-    "fpp.overall": saving,
+    "fpp.saving": saving,
     "fpp.linear": None,
     "fpp.embedding": None,
     "fpp.linear_layers": None,
@@ -172,7 +172,7 @@ METHODS: dict[str, Method] = {
     "folding alone: W_V diagonal, W_Q and W_K at G = 1",
     lambda base, saving: {
       "preset": "paper",
-      **_overall(None),
+      **_saving(None),
       "fpp.linear": 0.0,
       "fpp.embedding": 0.0,
     },

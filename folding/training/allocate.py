@@ -93,10 +93,10 @@ def allocate(
 ) -> tuple[Shape, Targets]:
   """Returns a plan: what each layer becomes, so that the model is as small as asked.
 
-  That is by `fpp.overall`, or as small as the same folding and pruning in all layers
+  That is by `fpp.saving`, or as small as the same folding and pruning in all layers
   would make it. The output layer and the embedding keep their targets; with
-  `fpp.overall` these are `overall` and `fpp.embedding`, or, if that is None,
-  1 - (1 - overall)**embedding_share.
+  `fpp.saving` these are `saving` and `fpp.embedding`, or, if that is None,
+  1 - (1 - saving)**embedding_share.
 
   Args:
     asked: What the model is compressed to.
@@ -145,7 +145,7 @@ def measured_options(
   batches: Sequence[Batch],
   sensitivity: Sensitivities,
 ) -> Options:
-  """Returns the options of a plan; they do not depend on `fpp.overall`.
+  """Returns the options of a plan; they do not depend on `fpp.saving`.
 
   The arguments are those of `allocate`.
   """
@@ -209,18 +209,18 @@ def require_reachable(asked: Asked, params: Mapping[str, Any]) -> None:
   """Checks that the smallest options of a plan save enough, before measuring.
 
   Args:
-    asked: What the model is compressed to; without `fpp.overall` it passes.
+    asked: What the model is compressed to; without `fpp.saving` it passes.
     params: Parameters of its dense baseline, or shapes.
 
   Raises:
     ConfigError: they do not; it has the largest saving in reach.
   """
-  if (saving := asked.fpp.overall) is None:
+  if (saving := asked.fpp.saving) is None:
     return
   least = sum(smallest(asked.shape, params, asked.tried).values())
 
-  def is_reachable(overall: float) -> bool:
-    fpp = dataclasses.replace(asked.fpp, overall=overall)
+  def is_reachable(share: float) -> bool:
+    fpp = dataclasses.replace(asked.fpp, saving=share)
     return _target(asked._replace(fpp=fpp), params).budget >= least
 
   if is_reachable(saving):
@@ -229,7 +229,7 @@ def require_reachable(asked: Asked, params: Mapping[str, Any]) -> None:
   most = f"at most {max(reachable)}%" if reachable else "less than 1%"
   raise ConfigError(
     f"no plan saves {saving:.0%} of this model: its parts can be made smaller by "
-    f"{most}; lower the saving (in a config: fpp.overall)"
+    f"{most}; lower the saving (in a config: fpp.saving)"
   )
 
 
@@ -301,7 +301,7 @@ def cheapest(
           moves.append((price, key, j))
     if not moves:
       raise ConfigError(
-        "no plan reaches the target; lower the saving (in a config: fpp.overall)"
+        "no plan reaches the target; lower the saving (in a config: fpp.saving)"
       )
     _, key, j = min(moves)
     chosen[key] = j
@@ -327,11 +327,11 @@ def _sizes(asked: Asked, params: Mapping[str, Any]) -> dict[str, int]:
 
 def outer_fractions(f: FPPConfig) -> tuple[float, float]:
   """Returns the fractions to prune of the output layer and the embedding."""
-  if f.overall is not None:
+  if f.saving is not None:
     embedding = f.embedding
     if embedding is None:
-      embedding = 1 - (1 - f.overall) ** (f.embedding_share or 0.0)
-    head = f.overall if f.granularity == "weight" else 0.0
+      embedding = 1 - (1 - f.saving) ** (f.embedding_share or 0.0)
+    head = f.saving if f.granularity == "weight" else 0.0
     return head, min(embedding, math.nextafter(1, 0))  # rounding gives 1
   return f.linear or 0.0, f.embedding or 0.0
 
@@ -350,14 +350,14 @@ def _budget(
   asked: Asked, sizes: Mapping[str, int], linear: float, embedding: float
 ) -> float:
   """Returns how many parameters W_Q, W_K, W_V and linear layers may store."""
-  if asked.fpp.overall is not None:
+  if asked.fpp.saving is not None:
     part = 0.0  # the head of a classifier is never pruned
     if asked.shape.output == "tokens":
       is_trimmed = asked.fpp.embedding_granularity == "trim"
       part = embedding if is_trimmed else linear
     head = (1 - part) * sizes["head"]
     outside = (1 - embedding) * sizes["embedding"] + sizes["other"] + head
-    return (1 - asked.fpp.overall) * sizes["all"] - outside
+    return (1 - asked.fpp.saving) * sizes["all"] - outside
   shapes = param_shapes(make_model(asked.shape, 1, num_classes=1))
   qkv = sum(
     num_weights(block["attn"], ("q", "k", "v", "frequency"))

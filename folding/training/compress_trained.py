@@ -119,7 +119,7 @@ def compress_sizes(
   It is measured once; then each size is allocated, folded and pruned.
 
   Args:
-    sizes: What it is compressed to; they differ in `fpp.overall`.
+    sizes: What it is compressed to; they differ in `fpp.saving`.
     model: The dense model.
     batches: Calibration text, as for `fold_pretrained`.
     usage_V: As for `fold_pretrained`.

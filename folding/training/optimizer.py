@@ -40,16 +40,16 @@ def make_rules(
     shape: Shape of the model.
     f: The section of FPP.
     params: Tree of parameters, or of their shapes, before any shrink.
-    dense: The same for the dense baseline, which `overall` refers to.
+    dense: The same for the dense baseline, which `saving` refers to.
     targets: Fractions that a plan chose; None: those of `f`.
 
   Raises:
-    ConfigError: no fraction of the prunable parameters reaches `overall`.
+    ConfigError: no fraction of the prunable parameters reaches `saving`.
   """
   if targets is None:
     linear, embedding = f.linear or 0.0, f.embedding or 0.0
-    if f.overall is not None:
-      linear, embedding = _fractions_for(f.overall, (shape, f), params, dense)
+    if f.saving is not None:
+      linear, embedding = _fractions_for(f.saving, (shape, f), params, dense)
     layers = f.linear_layers or (linear,) * shape.num_layers
     targets = Targets(layers, linear, embedding)
   return _rules(shape, f, params, targets)
@@ -129,13 +129,13 @@ def embedding_fraction(rules: list[Rule]) -> float:
 
 
 def _fractions_for(
-  overall: float, asked: tuple[Shape, FPPConfig], params: Any, dense: Any
+  saving: float, asked: tuple[Shape, FPPConfig], params: Any, dense: Any
 ) -> tuple[float, float]:
-  """Returns the fractions that make the whole model `overall` smaller.
+  """Returns the fractions that make the whole model `saving` smaller.
 
   With P parameters, of which L in linear layers and E in embeddings can be
   pruned, and T in the dense baseline, linear layers keep k and embeddings
-  k**s, s their share: P - (1 - k) L - (1 - k**s) E = (1 - overall) T. Instead of
+  k**s, s their share: P - (1 - k) L - (1 - k**s) E = (1 - saving) T. Instead of
   k**s it is what `fpp.embedding` leaves, if that is given.
   """
   shape, f = asked
@@ -157,11 +157,11 @@ def _fractions_for(
       prunable["embedding" if is_embedding else "linear"] += sizes[name]
   linear, embedding = prunable.values()
   stored = sum(sizes.values())
-  needed = stored - (1 - overall) * total
+  needed = stored - (1 - saving) * total
   most = linear + round((1 - kept_embedding(0.0)) * embedding)
   if needed >= most and needed > 0:
     raise ConfigError(
-      f"fpp.overall {overall} cannot be reached: only {most:,} "
+      f"fpp.saving {saving} cannot be reached: only {most:,} "
       f"of {stored:,} parameters can be pruned; fold more or ask for less"
     )
   low, high = 0.0, 1.0

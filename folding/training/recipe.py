@@ -80,7 +80,7 @@ def recipe(
     # For language models too: with 0.2 stories260K has perplexity 9.8.
     embedding_share=0.0 if keeps_embedding else 1.0,
     embedding=None if kept is None else 1 - kept,
-    overall=saving,
+    saving=saving,
     # Early, so that most of the training is recovery from pruning.
     begin=0.02,
     end=0.3,

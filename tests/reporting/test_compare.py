@@ -22,7 +22,7 @@ def three_kinds(tmp_path) -> list[str]:
     return synthetic_run.write(tmp_path / name, config, test=test)
 
   seeds = [lm(f"paper-seed{i}", 1.90 + 0.05 * i, seed=i) for i in range(3)]
-  cut = synthetic_run.config(fpp=config_lib.FPPConfig(overall=0.5))
+  cut = synthetic_run.config(fpp=config_lib.FPPConfig(saving=0.5))
   return [
     lm("dense", 1.80, dense=True),
     seeds[2],
@@ -130,7 +130,7 @@ def test_compare_shows_the_measured_values(three_kinds, tmp_path, monkeypatch):
       *("300", "0:01:56", "10,234"),
     ],
   }
-  assert "fpp.overall: None -> 0.5" in text
+  assert "fpp.saving: None -> 0.5" in text
 
   curves, sizes = drawings[0].axes
   # Validation of seed s at step t: 0.6 (5.1 - t / 600 + s), a mean over seeds.

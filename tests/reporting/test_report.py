@@ -251,7 +251,7 @@ def test_plan_has_the_heads_rows_ranks_and_nonzero_neurons_of_a_layer(tmp_path):
     fold=config_lib.FoldConfig(
       groups=(8, 0), values=("dense", "diagonal"), value_rank=(6, 0)
     ),
-    fpp=config_lib.FPPConfig(overall=0.5, granularity="neuron"),
+    fpp=config_lib.FPPConfig(saving=0.5, granularity="neuron"),
   )
   arrays = [
     {"path": f"blocks_{n}/mlp/down/kernel", "shape": [80, 64], "stored": stored}

@@ -97,7 +97,7 @@ def test_start_and_method_share_steps_data_and_seed():
   assert rest.pretrained == first.run == os.path.abspath(first.run)
   assert rest.data.tokenizer == f"{first.run}/tokenizer.json"
   assert {x.seed for x in (whole, part, rest)} == {7}
-  assert (whole.fpp.overall, rest.fpp.overall) == (0.3, 0.3)
+  assert (whole.fpp.saving, rest.fpp.saving) == (0.3, 0.3)
 
 
 @pytest.mark.parametrize(

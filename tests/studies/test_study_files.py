@@ -74,7 +74,7 @@ def test_every_method_of_a_study_resolves(
   configs = resolved(study)
   assert set(configs) - {None} == set(study.methods)
   sized = [configs[n] for n, m in study.methods.items() if m.has_savings]
-  assert all(config.dense or config.fpp.overall for config in sized)
+  assert all(config.dense or config.fpp.saving for config in sized)
 
 
 def test_folders_become_data_sets_in_the_order_of_their_names(data):
@@ -127,7 +127,7 @@ def test_pretrained_ours_is_planned_and_others_are_not(saving, rate, data, run):
   plans = {name: config.compress.plan for name, config in found.items()}
   assert {name for name, plan in plans.items() if plan == "auto"} == {"ours"}
   assert found["ours"].train.learning_rate == rate
-  assert found["ours"].fpp.overall == saving
+  assert found["ours"].fpp.saving == saving
 
 
 def test_ablations_differ_from_ours_and_have_their_dense_baselines(data):

@@ -148,7 +148,7 @@ def recovery_config(source, topics, **fields) -> c.Config:
       "fold.values": "diagonal",
       "fpp.embedding_granularity": "trim",
       "fpp.checks": 2,
-      "fpp.overall": 0.5,
+      "fpp.saving": 0.5,
     }
     | {name.replace("__", "."): x for name, x in fields.items()},
   )

@@ -160,22 +160,22 @@ def _stored(plan, config, params):
 @pytest.mark.parametrize(
   ("kind", "fpp"),
   [
-    ("bert", {"overall": 0.6}),
-    ("llama", {"overall": 0.4}),
-    ("bert", {"overall": 0.6, "embedding_granularity": "row"}),
+    ("bert", {"saving": 0.6}),
+    ("llama", {"saving": 0.4}),
+    ("bert", {"saving": 0.6, "embedding_granularity": "row"}),
   ],
 )
 def test_allocation_reaches_the_target_size(kind, fpp, measured):
   config = _config(kind, linear=None, embedding=None, **fpp)
   params = _trained(config)
   stored, _ = _stored(_allocate(config, params), config, params)
-  assert stored <= 1 - fpp["overall"] + 1e-6
+  assert stored <= 1 - fpp["saving"] + 1e-6
   # Biases of folded heads are smaller too, but plans do not count them.
-  assert stored > 1 - fpp["overall"] - 0.012
+  assert stored > 1 - fpp["saving"] - 0.012
 
 
 def _structured(kind, **fpp):
-  fpp = {"granularity": "neuron", "attention": "none", "overall": 0.5} | fpp
+  fpp = {"granularity": "neuron", "attention": "none", "saving": 0.5} | fpp
   config = _config(kind, linear=None, embedding=None, **fpp)
   config = edited(config, {"fold.values": "dense"})
   return config
@@ -196,7 +196,7 @@ def test_structured_plan_makes_the_arrays_as_small_as_asked():
 
 
 @pytest.mark.parametrize(
-  ("given", "decided", "overall", "rank"),
+  ("given", "decided", "saving", "rank"),
   [
     (0, "share", 0.4, 8),
     (0, "share", 0.09, 8),  # without the bias, 16 would do
@@ -205,30 +205,30 @@ def test_structured_plan_makes_the_arrays_as_small_as_asked():
   ],
 )
 def test_plan_with_a_rank_of_the_embedding_is_as_small_as_asked(
-  given, decided, overall, rank
+  given, decided, saving, rank
 ):
   config = edited(
-    _structured("bert", embedding_granularity="rank", overall=overall),
+    _structured("bert", embedding_granularity="rank", saving=saving),
     {"fold.embedding_rank": given, "compress.embedding": decided},
   )
   params = _trained(config)
   if decided == "errors":
     params["embed"]["embedding"][:, 8:] = 1.0  # of rank 8 around the mean
   shape, targets = _allocate(config, params)
-  # (1 - overall) * 40 * 32 numbers: 72 per rank and a bias of 32.
+  # (1 - saving) * 40 * 32 numbers: 72 per rank and a bias of 32.
   assert shape.embedding_rank == rank
   assert not targets.embedding
   shape = _without_neurons(shape, targets)
   tree = param_shapes(make_model(shape, V, num_classes=3))
   kept = sum(w.size for w in jax.tree.leaves(tree))
   dense = sum(w.size for w in jax.tree.leaves(params))
-  most = (1 - overall) * dense
+  most = (1 - saving) * dense
   assert most - 8 * 3 * D * N - 8 * D * N < kept <= most
 
 
 def test_plan_counts_the_trimmed_rows_of_an_embedding_of_low_rank(measured):
   config = _config(
-    overall=0.6, linear=None, embedding=None, embedding_granularity="trim"
+    saving=0.6, linear=None, embedding=None, embedding_granularity="trim"
   )
   config = edited(config, {"fold.embedding_rank": 24})
   params = _trained(config)
@@ -419,7 +419,7 @@ def test_options_do_not_depend_on_fit_steps():
   ],
 )
 def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
-  config = _config(kind, overall=0.5, linear=None, embedding=None)
+  config = _config(kind, saving=0.5, linear=None, embedding=None)
   dense = {"groups": 0, "values": "dense"}
   config = edited(
     config,
@@ -434,7 +434,7 @@ def test_projections_asked_to_be_dense_stay_dense(kind, asked, other):
 
 
 def test_layers_that_matter_least_are_compressed_most():
-  config = _config(overall=0.45, linear=None, embedding=None)
+  config = _config(saving=0.45, linear=None, embedding=None)
   params = _trained(config, flat_layers=[1])
   shape, targets = _allocate(config, params)
   pruned = targets.layers
@@ -516,19 +516,19 @@ def test_smallest_options_are_those_that_are_measured(kind, granularity):
 
 def test_target_out_of_reach_is_refused_before_measuring():
   config = _structured("bert")
-  config = edited(config, {"fpp.overall": 0.97})
+  config = edited(config, {"fpp.saving": 0.97})
   with pytest.raises(errors.ConfigError, match="at most") as caught:
     _compress(config)
   [most] = re.findall(r"at most (\d+)%", str(caught.value))
-  config = edited(config, {"fpp.overall": int(most) / 100})
+  config = edited(config, {"fpp.saving": int(most) / 100})
   _allocate(config, _trained(config))
-  config = edited(config, {"fpp.overall": int(most) / 100 + 0.01})
+  config = edited(config, {"fpp.saving": int(most) / 100 + 0.01})
   with pytest.raises(errors.ConfigError, match=f"at most {most}%"):
     _compress(config)
 
 
 def test_unreachable_target_is_refused(measured):
-  config = _config(overall=0.97, linear=None, embedding=None)
+  config = _config(saving=0.97, linear=None, embedding=None)
   with pytest.raises(errors.ConfigError, match="no plan reaches"):
     _allocate(config, _trained(config))
 

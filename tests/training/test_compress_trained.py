@@ -486,7 +486,7 @@ def test_last_of_the_unused_tokens_ranks_lowest(checkpoint, tmp_path):
 
 
 def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
-  config = recovery_config(checkpoint[0], topics, fpp__overall=None)
+  config = recovery_config(checkpoint[0], topics, fpp__saving=None)
   config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.0})
   data = make_data(config := c.resolve(config))
   assert _trimmed(data, config) is data
@@ -494,7 +494,7 @@ def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
 
 def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, tmp_path):
   folder = shutil.copytree(topics, tmp_path / "topics")
-  config = recovery_config(dense_run, folder, fpp__overall=None)
+  config = recovery_config(dense_run, folder, fpp__saving=None)
   config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.4})
   data = make_data(config := c.resolve(config))
   shutil.rmtree(folder)  # the text is read once
@@ -507,7 +507,7 @@ def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, tmp_path):
 def test_usage_of_a_trimmed_vocabulary_has_the_ids_of_the_source(
   checkpoint, topics, monkeypatch
 ):
-  config = recovery_config(checkpoint[0], topics, fpp__overall=None)
+  config = recovery_config(checkpoint[0], topics, fpp__saving=None)
   config = edited(
     config, {"fpp.linear": 0.5, "fpp.embedding": 0.4, "fold.embedding_rank": 4}
   )
@@ -535,7 +535,7 @@ def _logits(model, params, data, text):
 
 def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   unfolded = {"fold__groups": 0, "fold__values": "dense"}
-  config = recovery_config(dense_run, topics, fpp__overall=None, **unfolded)
+  config = recovery_config(dense_run, topics, fpp__saving=None, **unfolded)
   config = edited(config, {"fpp.linear": 0.5, "fpp.embedding": 0.4})
   config = c.resolve(config)
   plain = make_data(config)

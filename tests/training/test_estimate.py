@@ -246,7 +246,7 @@ def test_compiler_out_of_memory_is_an_answer(config, monkeypatch):
 def alike(config, num_layers, **fields):
   """Returns a config of layers that are alike, none of them large."""
   model = c.llama(num_layers=num_layers, width=32, num_heads=4, mlp_width=64)
-  fpp = c.FPPConfig(overall=0.5, begin=0.0, end=0.75, checks=3)
+  fpp = c.FPPConfig(saving=0.5, begin=0.0, end=0.75, checks=3)
   values = {"model": model, "fpp": fpp, "preset": "none"} | fields
   return c.resolve(dataclasses.replace(config, **values))
 

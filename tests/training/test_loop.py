@@ -454,7 +454,7 @@ def test_resume_refuses_metrics_without_a_speed(tiny_run, tmp_path, capsys):
   assert "metrics.jsonl is damaged" in capsys.readouterr().err
 
 
-_OVERALL = {"overall": 0.99, "linear": None, "embedding": None}
+_SAVING = {"saving": 0.99, "linear": None, "embedding": None}
 
 
 @pytest.mark.parametrize(
@@ -464,10 +464,10 @@ _OVERALL = {"overall": 0.99, "linear": None, "embedding": None}
     ({"data": {"batch_size": 100_000}}, "fewer than one batch"),
     ({"data": {"valid_fraction": 1e-9}}, "valid split; raise .* text$"),
     ({"mesh": {"data": 3}}, "does not multiply"),
-    ({"fpp": _OVERALL}, "cannot be reached"),
+    ({"fpp": _SAVING}, "cannot be reached"),
     ({"pretrained": "nowhere/to/be/found"}, "nowhere/to/be/found"),
   ],
-  ids=["path", "batch", "valid", "mesh", "overall", "pretrained"],
+  ids=["path", "batch", "valid", "mesh", "saving", "pretrained"],
 )
 def test_mistakes_leave_nothing_behind(text_file, tmp_path, change, message):
   values = config_lib.to_dict(tiny_config(text_file))

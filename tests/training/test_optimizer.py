@@ -127,7 +127,7 @@ def test_embedding_of_a_set_rank_keeps_all_tokens(prune):
     "pretrained": "RUN",
     "model": c.bert(num_layers=1, width=32, num_heads=4),
     "fpp": c.FPPConfig(
-      overall=0.5,
+      saving=0.5,
       granularity="neuron",
       attention="none",
       embedding_granularity="rank",
@@ -363,7 +363,7 @@ def test_mask_updates_are_those_of_fpp(steps, begin, end, checks):
 def test_overall_is_the_fraction_saved_at_the_end(model, fpp):
   config = tiny.config(
     model=c.ModelConfig(num_layers=1, width=32, num_heads=4, **model),
-    fpp=c.FPPConfig(overall=0.35, score="magnitude", **fpp),
+    fpp=c.FPPConfig(saving=0.35, score="magnitude", **fpp),
     train=c.TrainConfig(steps=1),  # so that its one mask update is the last
   )
   run = tiny.make(config)
@@ -387,7 +387,7 @@ def test_overall_is_the_fraction_saved_at_the_end(model, fpp):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0, 2.0])
 def test_embeddings_keep_a_power_of_the_share_of_linear_layers(share):
-  fpp = c.FPPConfig(overall=0.6, embedding_share=share)
+  fpp = c.FPPConfig(saving=0.6, embedding_share=share)
   targets = {
     n: found[0] for n, found in tiny.rules_of(tiny.config(fpp=fpp)).items()
   }
@@ -397,16 +397,16 @@ def test_embeddings_keep_a_power_of_the_share_of_linear_layers(share):
 
 
 def test_embedding_given_beside_overall_is_pruned_so_far():
-  config = tiny.config(fpp=c.FPPConfig(overall=0.6, embedding=0.3))
+  config = tiny.config(fpp=c.FPPConfig(saving=0.6, embedding=0.3))
   assert tiny.rules_of(config)["embed/embedding"][0] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
-  ("overall", "share", "emptied"),
+  ("saving", "share", "emptied"),
   [(0.6, 1e9, "embed/embedding"), (0.95, 0.01, "blocks_0/mlp/up/kernel")],
 )
-def test_extreme_share_leaves_a_target_below_1(overall, share, emptied):
-  fpp = c.FPPConfig(overall=overall, embedding_share=share)
+def test_extreme_share_leaves_a_target_below_1(saving, share, emptied):
+  fpp = c.FPPConfig(saving=saving, embedding_share=share)
   found = tiny.rules_of(tiny.config(fpp=fpp))
   assert 0.999999 < found[emptied][0] < 1
 
@@ -418,7 +418,7 @@ def test_share_of_embeddings_depends_on_the_task(task):
 
 
 def test_no_rules_if_folding_saves_enough():
-  assert tiny.rules_of(tiny.config(fpp=c.FPPConfig(overall=0.01))) == {}
+  assert tiny.rules_of(tiny.config(fpp=c.FPPConfig(saving=0.01))) == {}
 
 
 def test_folded_projections_and_slopes_have_their_own_rates():

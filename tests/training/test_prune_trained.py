@@ -289,7 +289,7 @@ def test_run_keeps_its_initial_zeros(text_file, tmp_path):
   config = tiny_config(text_file, steps=6, eval_every=6)
   config = dataclasses.replace(
     config,
-    fpp=c.FPPConfig(overall=0.6, attention="all"),
+    fpp=c.FPPConfig(saving=0.6, attention="all"),
     compress=c.CompressConfig(prune="sparsegpt", calibration=64),
   )
   config = edited(
@@ -323,7 +323,7 @@ def test_neurons_are_removed_before_the_first_step(
     {
       "compress.prune": "sparsegpt",
       "fpp.granularity": "neuron",
-      "fpp.overall": overall,
+      "fpp.saving": overall,
       "compress.fit_steps": 0,
     },
   )

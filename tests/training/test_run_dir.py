@@ -122,7 +122,7 @@ def test_run_of_an_earlier_version_keeps_its_order_beside_its_config(tmp_path):
   shape, targets = shape_of(asked), Targets((0.5,), 0.25, 0.125)
   shape = dataclasses.replace(shape, segments=2)
   planned = {
-    "fpp.overall": None,
+    "fpp.saving": None,
     "fpp.linear": targets.head,
     "fpp.embedding": targets.embedding,
     "fpp.linear_layers": targets.layers,
