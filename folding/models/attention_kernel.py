@@ -48,6 +48,7 @@ def attend(
   k_BLJG: Float[Array, "B L J G"],
   v_BLIr: Float[Array, "B L I r"],
   mask_BL: Bool[Array, "B L"] | None,
+  slopes_H: Float[Array, " H"] | None = None,
   *,
   causal: bool,
   window: int | None = None,
@@ -56,12 +57,13 @@ def attend(
   mesh: Mesh | AbstractMesh,
   interpret: bool = False,
 ) -> Float[Array, "B L H r"]:
-  """Returns `exact_attention.attend_whole` without a position bias.
+  """Returns `exact_attention.attend_whole` with ALiBi or no position bias.
 
   The outputs of pad tokens differ, because these attend to other pad tokens.
 
   The devices of `mesh` share the work. `interpret` runs the kernel on a CPU,
-  slowly. The other arguments are those of `attend_whole`.
+  slowly. ALiBi needs `causal`, and no `cap`. The other arguments are those of
+  `attend_whole`.
   """
   B, L, _, G = q_BLHG.shape
   value_heads = v_BLIr.shape[2]
@@ -71,6 +73,11 @@ def attend(
   if padding and mask_BL is None and not causal:
     mask_BL = jnp.ones((B, L), bool)  # hides the keys that are added below
   q_BLHG *= jnp.asarray(head_dim**0.5 / G, q_BLHG.dtype)  # = (K / G) / sqrt(K)
+  if slopes_H is not None:
+    for_q_LHC, for_k_LC = alibi_channels(slopes_H, L)
+    q_BLHG = _joined(q_BLHG, for_q_LHC)
+    k_BLJG = _joined(k_BLJG, for_k_LC[:, None])
+    G = q_BLHG.shape[-1]
   # The kernel has as many heads of keys as of values.
   k_BLIG = jnp.repeat(k_BLJG, value_heads // k_BLJG.shape[2], axis=2)
   heads = [
@@ -108,6 +115,54 @@ def attend(
     check_vma=False,
   )(mask_BL, *heads)
   return out_BHLr[:, :, :L].swapaxes(1, 2)
+
+
+def alibi_channels(
+  slopes_H: Float[Array, " H"], length: int
+) -> tuple[Float[Array, "L H C"], Float[Array, "L C"]]:
+  """Returns channels of queries and keys whose products are ALiBi's bias.
+
+  A causal bias slope (j - i) is slope j, apart from a constant per query i that the
+  softmax removes. Each number of a product is bfloat16, so slopes and positions
+  are sums of three such numbers.
+
+  The last channel has that constant, rounded. Gradients of slopes need it:
+  the kernel rounds those of logits, so over the keys their sum is not zero, and
+  the sum of products with j has an error that grows with i.
+  """
+  position_L = jnp.arange(length, dtype=jnp.float32)
+  slopes_H3, positions_L3 = _parts(slopes_H), _parts(position_L)
+  H, parts = slopes_H3.shape
+  each_LHC = jnp.broadcast_to(
+    jnp.repeat(slopes_H3, parts, axis=1), (length, H, parts**2)
+  )
+  row_LH1 = -jnp.outer(position_L, slopes_H)[..., None]
+  each_LC = jnp.tile(positions_L3, parts)
+  return (
+    jnp.concatenate([each_LHC, row_LH1], axis=-1),
+    jnp.pad(each_LC, ((0, 0), (0, 1)), constant_values=1),
+  )
+
+
+def _parts(x: Float[Array, " *N"]) -> Float[Array, " *N 3"]:
+  """Returns three numbers of bfloat16's precision whose sum is x.
+
+  The gradient of the first is that of x.
+  """
+  parts, rest = [], jax.lax.stop_gradient(x)
+  for _ in range(3):
+    # Compilers may remove a cast to bfloat16 and back, but not this.
+    parts.append(jax.lax.reduce_precision(rest, 8, 7))
+    rest -= parts[-1]
+  parts[0] += x - jax.lax.stop_gradient(x)
+  return jnp.stack(parts, axis=-1)
+
+
+def _joined(x_BLHG: Array, channels: Array) -> Array:
+  """Returns heads with more channels, which are the same for all rows."""
+  shape = (*x_BLHG.shape[:-1], channels.shape[-1])
+  more = jnp.broadcast_to(channels, shape).astype(x_BLHG.dtype)
+  return jnp.concatenate([x_BLHG, more], axis=-1)
 
 
 def flops_of(instruction: str) -> int:

@@ -88,7 +88,7 @@ def attend_whole(
 ) -> Float[Array, "B L H r"]:
   """Returns `attend` within whole sequences, in blocks if causal or long.
 
-  A kernel for TPUs attends in long sequences without a learned bias, if the mesh
+  A kernel for TPUs attends in long sequences if it has their bias and the mesh
   of the context is known, see `attention_kernel`.
 
   Keys at the distance `window` and beyond are hidden. The other arguments are
@@ -117,13 +117,15 @@ def attend_whole(
 
   mesh = attention_kernel.find_mesh()
   is_long = length > blocks.SIZES["default"]
-  has_bias = any(bias is not None for bias in biases)
-  if mesh is not None and is_long and not has_bias:
+  # The kernel caps logits with ALiBi's bias, and has the bias of earlier keys.
+  fits = biases.slopes_H is None or (causal and cap is None)
+  if mesh is not None and is_long and fits and biases.relative_RH is None:
     return attention_kernel.attend(
       q_BLHG,
       k_BLJG,
       v_BLIr,
       mask_BL,
+      biases.slopes_H,
       causal=causal,
       window=window,
       mesh=mesh,

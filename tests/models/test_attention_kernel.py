@@ -26,24 +26,29 @@ def make_mesh(*sizes):
   return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), kinds)
 
 
-def results(q, k, v, keep, cotangent, **options):
-  """Returns the output, and the gradients of its product with a cotangent."""
+def results(inputs, keep, cotangent, **options):
+  """Returns the output, and the gradients of its product with a cotangent.
+
+  `inputs` are queries, keys, values and, with ALiBi, slopes.
+  """
   options = {"causal": True, "mesh": make_mesh(1, 1, 1)} | options
   attend = functools.partial(
     attention_kernel.attend, head_dim=K, interpret=True, **options
   )
 
   @jax.jit
-  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
-  def run(q, k, v):
-    out = attend(q, k, v, keep)
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def run(inputs):
+    q, k, v, *slopes = inputs
+    out = attend(q, k, v, keep, *slopes)
     return (out * cotangent).sum(), out
 
-  (_, out), gradients = run(q, k, v)
+  (_, out), gradients = run(inputs)
   return out, gradients
 
 
 # Groups, heads of keys and of values, numbers per value, options, padding.
+SLOPES = {"slopes": (0.03, 0.7)}
 WINDOW_TWO_WAYS = {"window": 7, "causal": False}
 CASES = {
   "causal": (K, 2, 2, K, {}, None),
@@ -52,6 +57,8 @@ CASES = {
   "capped_padded": (K, 2, 2, K, {"cap": 0.5}, "right"),
   "folded_left_padded": (1, 2, 2, K, {}, "left"),
   "folded_low_rank_window": (2, 1, 2, 3, WINDOW_TWO_WAYS, "right"),
+  "alibi": (K, 2, 2, K, SLOPES, None),
+  "alibi_folded_shared_keys": (1, 1, 2, 3, SLOPES | {"window": 20}, "left"),
 }
 
 
@@ -68,12 +75,15 @@ def test_kernel_equals_loops_in_float64(
     normal(1, 1, L, key_heads, groups),
     normal(2, 1, L, value_heads, r),
   )
+  options = dict(options)
+  if "slopes" in options:
+    inputs += (jnp.array(options.pop("slopes")),)
   at, keep = np.arange(L), np.ones((1, L), bool)
   if padded:
     keep[0] = at >= 40 if padded == "left" else at < 99
   cotangent = np.asarray(normal(3, 1, L, 2, r)) * keep[..., None, None]
   mask = jnp.asarray(keep) if padded else None
-  out, gradients = results(*inputs, mask, cotangent, **options)
+  out, gradients = results(inputs, mask, cotangent, **options)
 
   distance = at[:, None] - at
   is_seen = np.abs(distance) < options.get("window", L)
@@ -82,9 +92,10 @@ def test_kernel_equals_loops_in_float64(
   bias = np.where(is_seen | ~keep[0, :, None], 0, -np.inf)[None]
   cap = options.get("cap", np.inf)
 
-  def attend(q, k, v):
+  def attend(q, k, v, slopes=np.zeros(1)):
     v = np.pad(v, [(0, 0)] * 3 + [(0, K - r)])
-    return oracle.attend(q, k, v, bias, keep, cap)[..., :r]
+    alibi = bias - slopes[:, None, None] * np.abs(distance)
+    return oracle.attend(q, k, v, alibi, keep, cap)[..., :r]
 
   inputs = oracle.wide(*inputs)
   expected = attend(*inputs)
@@ -106,6 +117,44 @@ def test_kernel_equals_loops_in_float64(
   assert found == pytest.approx(slope, rel=1e-4, abs=1e-4)
 
 
+def test_alibi_of_the_kernel_is_exact_in_bfloat16():
+  slopes, length = jnp.array([0.0123, 3.7]), 20_000
+
+  @jax.jit
+  def make():
+    channels = attention_kernel.alibi_channels(slopes, length)
+    return [x.astype(jnp.bfloat16) for x in channels]
+
+  (slopes, *channels) = oracle.wide(slopes, *make())
+  queries = [0, 9_000, length - 1]
+  logits = channels[0][queries].swapaxes(0, 1) @ channels[1].T
+  for i, at in enumerate(queries):
+    apart = logits[:, i] - logits[:, i, at, None]
+    expected = slopes[:, None] * (np.arange(length) - at)
+    np.testing.assert_allclose(apart, expected, rtol=1e-7)
+
+
+def test_gradients_of_slopes_are_close_in_bfloat16():
+  inputs = [normal(i, 1, 256, 4, K).astype(jnp.bfloat16) for i in range(3)]
+  slopes = jnp.array([0.004, 0.03, 0.3, 1.7])
+  cotangent = normal(3, 1, 256, 4, K)
+  _, gradients = results((*inputs, slopes), None, cotangent)
+
+  @jax.jit
+  @jax.grad
+  def expected(slopes):
+    out = exact_attention.attend_whole(
+      *(x.astype(jnp.float32) for x in inputs),
+      exact_attention.Biases(slopes),
+      None,
+      causal=True,
+      head_dim=K,
+    )
+    return (out * cotangent).sum()
+
+  np.testing.assert_allclose(gradients[3], expected(slopes), atol=0.5)
+
+
 # Three rows and one head do not divide.
 @pytest.mark.parametrize(("rows", "key_heads"), [(4, 2), (3, 1)])
 def test_kernel_on_a_mesh_equals_blocks(rows, key_heads):
@@ -115,7 +164,7 @@ def test_kernel_on_a_mesh_equals_blocks(rows, key_heads):
   keep = jnp.asarray(at < np.array([[L], [50], [60], [L]])[:rows])
   cotangent *= keep[..., None, None]
   mesh = make_mesh(2, 2, 2)
-  out, gradients = results(q, k, v, keep, cotangent, mesh=mesh)
+  out, gradients = results((q, k, v), keep, cotangent, mesh=mesh)
 
   def attend(q, k, v):
     out = exact_attention.attend_whole(
