@@ -246,7 +246,22 @@ class Program:
       ),
       donate_argnums=0 if donates else (),
       out_shardings=(self.state_shardings, sharding.whole(self.mesh)),
+      compiler_options=_compiler_options(self.mesh),
     )
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, Any]:
+  """Returns options of the compiler for a step.
+
+  The compiler for TPUs multiplies by a weight while it gathers it, a few columns
+  at a time, which takes longer than one product. With `tensor` such a product
+  hides the time of gathering activations, which cannot be gathered ahead.
+  """
+  is_tpu = mesh.devices.flat[0].platform == "tpu"
+  if not is_tpu or mesh.shape["tensor"] > 1:
+    return {}
+  # The least size, in MiB, of a weight that is multiplied in this way.
+  return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 
 class Steps:
