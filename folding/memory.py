@@ -11,11 +11,26 @@ def keep_freed() -> None:
   the system to clear and map all its memory again. Other libraries of C have no
   such options. JAX must not have started, because threads keep their heaps.
   """
-  library = ctypes.CDLL(None) if os.name == "posix" else None
-  mallopt = getattr(library, "mallopt", None)
+  mallopt = getattr(_library(), "mallopt", None)
   if mallopt is None:
     return
   # From malloc.h: one heap (M_ARENA_MAX), from which arrays of all sizes come
   # (M_MMAP_MAX), and which never shrinks (M_TRIM_THRESHOLD).
   for option, value in ((-8, 1), (-4, 0), (-1, -1)):
     mallopt(option, value)
+
+
+def return_freed() -> None:
+  """Returns the memory that is free now to the system, if the library is glibc.
+
+  Arrays of other sizes, as of an evaluation or a checkpoint, leave gaps in the
+  heap that those of a step do not fit into, so it grows with each of them.
+  """
+  trim = getattr(_library(), "malloc_trim", None)
+  if trim is not None:
+    trim(0)
+
+
+def _library() -> ctypes.CDLL | None:
+  """Returns the C library of this process, if its options are those of POSIX."""
+  return ctypes.CDLL(None) if os.name == "posix" else None

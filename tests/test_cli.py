@@ -276,3 +276,32 @@ def test_kept_memory_is_not_mapped_again():
   )
   before, after = map(int, found.stdout.split())
   assert after < before / 4
+
+
+GAPS = """
+import numpy as np
+from folding import memory
+
+def resident():
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[1]) * 4096 / 2**20
+
+memory.keep_freed()
+arrays = [np.ones(1 << 20) for _ in range(32)]
+last = arrays.pop()
+del arrays
+before = resident()
+memory.return_freed()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != "glibc" or not os.path.exists("/proc/self/statm"),
+  reason="needs glibc on Linux",
+)
+def test_freed_memory_below_an_array_is_returned():
+  found = subprocess.run(
+    [sys.executable, "-c", GAPS], capture_output=True, text=True, check=True
+  )
+  assert float(found.stdout) > 200  # of 31 arrays of 8 MiB

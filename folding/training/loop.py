@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from folding import config as config_lib
-from folding import files, paths
+from folding import files, memory, paths
 from folding.compression.accounting import account
 from folding.compression.fpp import fpp_counts
 from folding.config import (
@@ -639,6 +639,7 @@ def _take_steps(
             f"folding resume {workdir}"
           )
           return run_dir.read_result(workdir)
+        memory.return_freed()
         log.restart()
       if is_last:
         break
