@@ -657,6 +657,7 @@ def _take_steps(
     checkpoints.wait()
     best = checkpoints.best_step()
     if best is not None and best != t.steps:
+      del state  # two would take twice the memory
       run, best, state = restore(run, checkpoints, best=True)
     test = run.evaluate(state.params, "test", teacher=teacher)
     test["checkpoint_step"] = best
