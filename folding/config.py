@@ -458,7 +458,7 @@ class MeshConfig:
   data: int = -1  # splits batches
   fsdp: int = 1  # splits batches, parameters and optimizer state
   tensor: int = 1  # splits heads, neurons and the vocabulary
-  # Whether TPUs attend in long sequences by a kernel, without a learned bias.
+  # Whether TPUs and GPUs attend in long sequences by a kernel, if one has the bias.
   attention_kernel: bool = True
   # Pairs (pattern of parameter paths, mesh axis or None for each array axis). The
   # first match counts; other parameters are placed by default.

@@ -1,17 +1,17 @@
-"""Exact attention by splash attention, JAX's kernel for TPUs.
+"""Exact attention by kernels: splash attention on TPUs, cuDNN's on NVIDIA's GPUs.
 
 The logits of a block stay in the memory of the chip's cores, where XLA writes
 those of `blocks` to the main memory.
 
-The compiler cannot split a kernel over devices, so `shard_map` does. It splits heads
-over the mesh axis "tensor" and rows over the others. The mesh is that of the context
-(`jax.set_mesh`); outside such a context attention runs in blocks.
+The mesh is that of the context (`jax.set_mesh`); outside such a context attention
+runs in blocks. The compiler for TPUs cannot split a kernel over devices, so
+`shard_map` does. It splits heads over the mesh axis "tensor" and rows over the others.
 """
 
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,12 @@ _BLOCKS = (
   "block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq",
 )  # fmt: skip
 
+# Fewest channels of a head that splash attention is used for. It takes as long for
+# fewer, because TPUs multiply 128 at once, and blocks take less.
+_FEWEST = 64
+_ALIBI = 10  # channels, see `alibi_channels`
+_MOST_CUDNN = 128  # channels, on GPUs before Hopper
+
 # Products with the size of the logits: of queries and keys or their gradients, and
 # of values or their gradients.
 _PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
@@ -33,14 +39,6 @@ _CALL = re.compile(
   r'custom_call_target="tpu_custom_call".*\bop_name="[^"]*\bproducts_(\d+)_(\d+)\b'
   r'[^"]*\bsplash_mha_([a-z]+)_'
 )
-
-
-def find_mesh() -> AbstractMesh | None:
-  """Returns the mesh of the context if its devices are TPUs, otherwise None."""
-  mesh = jax.sharding.get_abstract_mesh()
-  kind = getattr(mesh.abstract_device, "device_kind", "")
-  is_splittable = set(mesh.axis_types) == {AxisType.Auto}
-  return mesh if kind.startswith("TPU") and is_splittable else None
 
 
 def attend(
@@ -54,35 +52,62 @@ def attend(
   window: int | None = None,
   head_dim: int,
   cap: float | None = None,
+) -> Float[Array, "B L H r"] | None:
+  """Returns attention by a kernel for the devices of the mesh.
+
+  None: no kernel can do it. The arguments are those of
+  `exact_attention.attend_whole`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if set(mesh.axis_types) != {AxisType.Auto}:
+    return None
+  # Kernels have ALiBi's bias of earlier keys, and cap logits with their bias.
+  if slopes_H is not None and (cap is not None or not causal):
+    return None
+  heads = (q_BLHG, k_BLJG, v_BLIr)
+  options: dict[str, Any] = {"causal": causal, "head_dim": head_dim}
+  device = getattr(mesh.abstract_device, "device_kind", "")
+  is_wide = max(q_BLHG.shape[3], v_BLIr.shape[3]) >= _FEWEST
+  if device.startswith("TPU") and is_wide:
+    options |= {"window": window, "cap": cap, "mesh": mesh}
+    return by_splash(*heads, mask_BL, slopes_H, **options)
+  is_plain = mask_BL is None and window is None and cap is None
+  if device.startswith("NVIDIA") and is_plain and fits_cudnn(*heads, slopes_H):
+    return by_cudnn(*heads, slopes_H, **options)
+  return None
+
+
+def by_splash(
+  q_BLHG: Float[Array, "B L H G"],
+  k_BLJG: Float[Array, "B L J G"],
+  v_BLIr: Float[Array, "B L I r"],
+  mask_BL: Bool[Array, "B L"] | None,
+  slopes_H: Float[Array, " H"] | None = None,
+  *,
+  causal: bool,
+  window: int | None = None,
+  head_dim: int,
+  cap: float | None = None,
   mesh: Mesh | AbstractMesh,
   interpret: bool = False,
 ) -> Float[Array, "B L H r"]:
-  """Returns `exact_attention.attend_whole` with ALiBi or no position bias.
+  """Returns `attend` on TPUs.
 
   The outputs of pad tokens differ, because these attend to other pad tokens.
 
   The devices of `mesh` share the work. `interpret` runs the kernel on a CPU,
-  slowly. ALiBi needs `causal`, and no `cap`. The other arguments are those of
-  `attend_whole`.
+  slowly.
   """
-  B, L, _, G = q_BLHG.shape
+  B, L, *_ = q_BLHG.shape
   value_heads = v_BLIr.shape[2]
   count = -(-L // SIZE)
   size = -(-L // (count * _LANES)) * _LANES
   padding = count * size - L
   if padding and mask_BL is None and not causal:
     mask_BL = jnp.ones((B, L), bool)  # hides the keys that are added below
-  q_BLHG *= jnp.asarray(head_dim**0.5 / G, q_BLHG.dtype)  # = (K / G) / sqrt(K)
-  if slopes_H is not None:
-    for_q_LHC, for_k_LC = alibi_channels(slopes_H, L)
-    q_BLHG = _joined(q_BLHG, for_q_LHC)
-    k_BLJG = _joined(k_BLJG, for_k_LC[:, None])
-    G = q_BLHG.shape[-1]
-  # The kernel has as many heads of keys as of values.
-  k_BLIG = jnp.repeat(k_BLJG, value_heads // k_BLJG.shape[2], axis=2)
   heads = [
     jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
-    for x in (q_BLHG, k_BLIG, v_BLIr)
+    for x in _inputs(q_BLHG, k_BLJG, v_BLIr, slopes_H, head_dim=head_dim)
   ]
   if mask_BL is not None:
     mask_BL = jnp.pad(mask_BL.astype(jnp.int32), ((0, 0), (0, padding)))
@@ -99,9 +124,7 @@ def attend(
     # `flops_of` reads the scope.
     blocks_LM = _seen_blocks(count, size, causal=causal, window=window)
     logits = 2 * math.prod(q_BHLG.shape[:2]) * size**2 * int(blocks_LM.sum())
-    key, value = (
-      logits * -(-n // _LANES) * _LANES for n in (G, v_BLIr.shape[3])
-    )
+    key, value = (logits * -(-x.shape[3] // _LANES) * _LANES for x in keys)
     with jax.named_scope(f"products_{key}_{value}"):
       return jax.vmap(call)(mask_BL, q_BHLG, *keys)
 
@@ -117,6 +140,62 @@ def attend(
   return out_BHLr[:, :, :L].swapaxes(1, 2)
 
 
+def fits_cudnn(
+  q_BLHG: Float[Array, "B L H G"],
+  k_BLJG: Float[Array, "B L J G"],
+  v_BLIr: Float[Array, "B L I r"],
+  slopes_H: Float[Array, " H"] | None = None,
+) -> bool:
+  """Returns whether `by_cudnn` takes such numbers, in heads of this size."""
+  channels = q_BLHG.shape[3] + (0 if slopes_H is None else _ALIBI)
+  is_small = max(channels, v_BLIr.shape[3]) <= _MOST_CUDNN
+  return is_small and all(
+    x.dtype == jnp.bfloat16 for x in (q_BLHG, k_BLJG, v_BLIr)
+  )
+
+
+def by_cudnn(
+  q_BLHG: Float[Array, "B L H G"],
+  k_BLJG: Float[Array, "B L J G"],
+  v_BLIr: Float[Array, "B L I r"],
+  slopes_H: Float[Array, " H"] | None = None,
+  *,
+  causal: bool,
+  head_dim: int,
+  implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B L H r"]:
+  """Returns `attend` without padding on GPUs; "xla" runs anywhere."""
+  heads = _inputs(q_BLHG, k_BLJG, v_BLIr, slopes_H, head_dim=head_dim)
+  # One size of queries, keys and values, a multiple of 8.
+  size = -(-max(x.shape[3] for x in heads) // 8) * 8
+  same = (
+    jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3]))) for x in heads
+  )
+  out_BLHC = jax.nn.dot_product_attention(
+    *same, scale=1.0, is_causal=causal, implementation=implementation
+  )
+  return out_BLHC[..., : v_BLIr.shape[3]]
+
+
+def _inputs(
+  q_BLHG: Float[Array, "B L H G"],
+  k_BLJG: Float[Array, "B L J G"],
+  v_BLIr: Float[Array, "B L I r"],
+  slopes_H: Float[Array, " H"] | None,
+  *,
+  head_dim: int,
+) -> tuple[Array, Array, Array]:
+  """Returns heads whose products are the logits, with as many keys as values."""
+  G = q_BLHG.shape[3]
+  q_BLHG *= jnp.asarray(head_dim**0.5 / G, q_BLHG.dtype)  # = (K / G) / sqrt(K)
+  if slopes_H is not None:
+    for_q_LHC, for_k_LC = alibi_channels(slopes_H, q_BLHG.shape[1])
+    q_BLHG = _joined(q_BLHG, for_q_LHC)
+    k_BLJG = _joined(k_BLJG, for_k_LC[:, None])
+  repeats = v_BLIr.shape[2] // k_BLJG.shape[2]
+  return q_BLHG, jnp.repeat(k_BLJG, repeats, axis=2), v_BLIr
+
+
 def alibi_channels(
   slopes_H: Float[Array, " H"], length: int
 ) -> tuple[Float[Array, "L H C"], Float[Array, "L C"]]:
@@ -126,9 +205,9 @@ def alibi_channels(
   softmax removes. Each number of a product is bfloat16, so slopes and positions
   are sums of three such numbers.
 
-  The last channel has that constant, rounded. Gradients of slopes need it:
-  the kernel rounds those of logits, so over the keys their sum is not zero, and
-  the sum of products with j has an error that grows with i.
+  The last channel has that constant, rounded, for the gradients of slopes. Kernels
+  round the gradients of logits. So their sum over keys is not zero, and the sum of
+  their products with j has an error that grows with i.
   """
   position_L = jnp.arange(length, dtype=jnp.float32)
   slopes_H3, positions_L3 = _parts(slopes_H), _parts(position_L)

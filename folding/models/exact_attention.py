@@ -88,8 +88,8 @@ def attend_whole(
 ) -> Float[Array, "B L H r"]:
   """Returns `attend` within whole sequences, in blocks if causal or long.
 
-  A kernel for TPUs attends in long sequences if it has their bias and the mesh
-  of the context is known, see `attention_kernel`.
+  On TPUs and GPUs a kernel attends in long sequences if there is one for them and
+  the mesh of the context is known, see `attention_kernel`.
 
   Keys at the distance `window` and beyond are hidden. The other arguments are
   those of `attend` and `position_bias`.
@@ -115,12 +115,9 @@ def attend_whole(
       )
     return jnp.concatenate(outs, axis=1)
 
-  mesh = attention_kernel.find_mesh()
   is_long = length > blocks.SIZES["default"]
-  # The kernel caps logits with ALiBi's bias, and has the bias of earlier keys.
-  fits = biases.slopes_H is None or (causal and cap is None)
-  if mesh is not None and is_long and fits and biases.relative_RH is None:
-    return attention_kernel.attend(
+  if is_long and biases.relative_RH is None:
+    out_BLHr = attention_kernel.attend(
       q_BLHG,
       k_BLJG,
       v_BLIr,
@@ -128,9 +125,10 @@ def attend_whole(
       biases.slopes_H,
       causal=causal,
       window=window,
-      mesh=mesh,
       **options,
     )
+    if out_BLHr is not None:
+      return out_BLHr
   if G == 1:
     # The logits are the same. XLA turns a product with G = 1 into elementwise
     # work, which is slow on TPUs.

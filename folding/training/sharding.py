@@ -298,8 +298,8 @@ def pin_rows(mesh: Mesh | None, x: Any) -> Any:
 
 
 def kernels_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-  """Lets models use kernels, split over a mesh of TPUs; None: they use none."""
-  if mesh is None or mesh.devices.flat[0].platform != "tpu":
+  """Lets models use kernels, split over a mesh; None: they use none."""
+  if mesh is None or mesh.devices.flat[0].platform == "cpu":
     return contextlib.nullcontext()
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 

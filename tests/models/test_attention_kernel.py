@@ -33,7 +33,7 @@ def results(inputs, keep, cotangent, **options):
   """
   options = {"causal": True, "mesh": make_mesh(1, 1, 1)} | options
   attend = functools.partial(
-    attention_kernel.attend, head_dim=K, interpret=True, **options
+    attention_kernel.by_splash, head_dim=K, interpret=True, **options
   )
 
   @jax.jit
@@ -181,8 +181,79 @@ def test_kernel_on_a_mesh_equals_blocks(rows, key_heads):
     np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-def test_kernel_is_for_tpus_in_the_context():
+def test_kernels_are_for_accelerators_in_the_context():
+  heads = [normal(i, 1, L, 2, K) for i in range(3)]
+  attend = functools.partial(
+    attention_kernel.attend, *heads, None, causal=True, head_dim=K
+  )
   mesh = make_mesh(2, 2, 2).abstract_mesh
-  assert attention_kernel.find_mesh() is None
+  assert attend() is None
   with jax.sharding.use_abstract_mesh(mesh):
-    assert attention_kernel.find_mesh() is None
+    assert attend() is None
+
+
+# XLA's attention has the arguments of cuDNN's and runs anywhere.
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+@pytest.mark.parametrize(
+  ("groups", "key_heads", "value_heads", "r", "causal", "slopes"),
+  [
+    (K, 2, 2, K, True, None),
+    (K, 1, 1, K, False, None),
+    (2, 1, 2, 3, True, (0.03, 0.7)),
+  ],
+  ids=["causal", "shared_keys_both_ways", "folded_low_rank_alibi"],
+)
+def test_kernel_of_gpus_equals_blocks(
+  implementation, groups, key_heads, value_heads, r, causal, slopes
+):
+  if implementation == "cudnn" and jax.default_backend() != "gpu":
+    pytest.skip("cuDNN's kernel runs on GPUs only")
+  dtype = jnp.bfloat16 if implementation == "cudnn" else jnp.float32
+  inputs = [
+    normal(0, 2, L, 2, groups).astype(dtype),
+    normal(1, 2, L, key_heads, groups).astype(dtype),
+    normal(2, 2, L, value_heads, r).astype(dtype),
+  ]
+  slopes = None if slopes is None else jnp.array(slopes)
+  cotangent = normal(3, 2, L, 2, r)
+
+  def run(attend, dtype, inputs):
+    def loss(inputs, slopes):
+      out = attend(*(x.astype(dtype) for x in inputs), slopes)
+      return (out * cotangent).sum(), out
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    gradients, out = grad(inputs, slopes)
+    return jax.tree.leaves((out, gradients))
+
+  def kernel(*inputs):
+    return attention_kernel.by_cudnn(
+      *inputs, causal=causal, head_dim=K, implementation=implementation
+    )
+
+  def reference(q, k, v, slopes):
+    biases = exact_attention.Biases(slopes)
+    return exact_attention.attend_whole(
+      q, k, v, biases, None, causal=causal, head_dim=K
+    )
+
+  found = run(kernel, dtype, inputs)
+  expected = run(reference, jnp.float32, inputs)
+  for a, b in zip(found, expected, strict=True):
+    scale = float(np.abs(b).max())
+    tolerance = (1e-5 if dtype == jnp.float32 else 2e-2) * scale
+    np.testing.assert_allclose(
+      np.asarray(a, np.float32), b, rtol=0, atol=tolerance
+    )
+
+
+def test_cudnn_takes_bfloat16_and_128_channels():
+  def fits(size, dtype=jnp.bfloat16, slopes=None):
+    heads = [normal(i, 1, 4, 2, size).astype(dtype) for i in range(3)]
+    return attention_kernel.fits_cudnn(*heads, slopes)
+
+  slopes = jnp.ones(2)
+  assert fits(128) and fits(118, slopes=slopes)
+  assert not fits(136)
+  assert not fits(128, slopes=slopes)
+  assert not fits(8, jnp.float32)

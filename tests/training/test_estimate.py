@@ -20,6 +20,7 @@ from folding.compression.sites import Rule
 from folding.models.shape import shape_of
 from folding.training import devices as devices_lib
 from folding.training import estimate, hlo, sharding
+from folding.training import step as step_lib
 from folding.training.step import Program
 from folding.typed import edited
 from tests.models import checkpoints
@@ -39,6 +40,9 @@ def get_config(width="32"):
 """
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
 HAS_GPU_COMPILER = importlib.util.find_spec("jax_cuda12_plugin") is not None
+HAS_CUDNN = (
+  HAS_GPU_COMPILER and importlib.util.find_spec("nvidia.cudnn") is not None
+)
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +411,15 @@ def test_tpu_compiler_stores_no_logits_of_a_kernel(scans, config):
     data=c.DataConfig(length=length, batch_size=4, vocab_size=128),
     mesh=c.MeshConfig(data=1, fsdp=2, tensor=2),
   )
-  config = edited(config, {"model.scan_layers": scans, "model.remat": scans})
+  config = edited(
+    config,
+    {
+      "model.width": 256,
+      "model.head_dim": 64,
+      "model.scan_layers": scans,
+      "model.remat": scans,
+    },
+  )
   devices = estimate.find_devices("v5e:2x2")
 
   def compiled(config):
@@ -428,6 +440,26 @@ def test_tpu_compiler_stores_no_logits_of_a_kernel(scans, config):
   assert compiled(config) == (4 if scans else 6, False, products * product)
   off = edited(config, {"mesh.attention_kernel": False})
   assert compiled(off) == (0, False, 0)
+
+
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="libtpu is not installed")
+def test_tpu_compiler_gathers_a_weight_once_for_a_product():
+  devices = estimate.find_devices("v5p:4x4x2").devices
+  mesh = sharding.make_mesh(c.MeshConfig(data=1, fsdp=32), devices)
+
+  def array(shape, *spec):
+    where = NamedSharding(mesh, P(*spec))
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+
+  x = array((64, 512, 4096), "fsdp")
+  w = array((4096, 14336), None, "fsdp")
+
+  def moves(options):
+    product = jax.jit(jnp.matmul, compiler_options=options)
+    return set(hlo.read(product.lower(x, w).compile().as_text()).moved)
+
+  assert moves(None) == {"collective-permute"}
+  assert moves(step_lib._compiler_options(mesh)) == {"all-gather"}
 
 
 @pytest.mark.parametrize(
@@ -506,6 +538,33 @@ def test_gpu_compiler_plans_two_hosts(config):
   # Counted before and after the compiler splits the program.
   assert gpu["flops"] == pytest.approx(cpu["flops"], rel=0.3)
   assert gpu["collectives"].keys() & {"all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_CUDNN, reason="cuDNN is not installed")
+def test_gpu_compiler_attends_by_cudnn(config):
+  config = alike(
+    config,
+    2,
+    data=c.DataConfig(length=1024, batch_size=4, vocab_size=128),
+    mesh=c.MeshConfig(data=1, fsdp=2, tensor=2),
+  )
+  config = edited(config, {"model.dtype": "bfloat16"})
+  devices = estimate.find_devices("h100:4")
+
+  def compiled(config):
+    """Returns how many kernels are cuDNN's."""
+    mesh = sharding.make_mesh(config.mesh, devices.devices)
+    program = estimate.make_program(shape_of(config), config, mesh)
+    batch, constants = estimate._inputs(program, None)
+    step = program.step(is_mask_update=False)
+    text = step.lower(program.like, batch, **constants).compile().as_text()
+    return text.count('custom_call_target="__cudnn$fmha')
+
+  # Two layers, forward and backward
+  assert compiled(config) == 4
+  off = edited(config, {"mesh.attention_kernel": False})
+  assert compiled(off) == 0
 
 
 @pytest.mark.skipif(HAS_GPU_COMPILER, reason="jax-cuda12-plugin is installed")
