@@ -170,7 +170,7 @@ def _gpus(name: str, kind: str, shape: Sequence[int]) -> Devices:
   flags = os.environ.get("XLA_FLAGS", "")
   if "xla_gpu_autotune_level" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
-  jax.config.update("jax_platforms", "cpu")  # starts no real device
+  _start_on_cpus(math.prod(shape))
   hosts = (1, *shape)[-2]
   try:
     found = topologies.get_topology_desc(
@@ -209,6 +209,19 @@ device_description_str: "{gpu.name}"
 """
 
 
+def _start_on_cpus(count: int) -> None:
+  """Starts no real device, for programs of several devices or of one.
+
+  FPP looks for thresholds in another way if `jax.device_count()` is 1.
+  """
+  jax.config.update("jax_platforms", "cpu")
+  if count > 1:
+    try:
+      jax.config.update("jax_num_cpu_devices", 8)
+    except RuntimeError:
+      pass  # JAX has started
+
+
 def _cpus(name: str, count: int) -> Devices:
   try:
     jax.config.update("jax_platforms", "cpu")
@@ -238,7 +251,7 @@ def topology_of(generation: str, number: int) -> list[int] | None:
 def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
   for variable, value in _OFFLINE.items():
     os.environ.setdefault(variable, value)
-  jax.config.update("jax_platforms", "cpu")  # starts no real device
+  _start_on_cpus(math.prod(shape))
   topology = f"{generation}:{'x'.join(map(str, shape))}"
   options = {}
   if math.prod(shape) < 4:  # by default a host has 2 x 2 chips

@@ -4,6 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -390,6 +393,20 @@ def test_cpus_share_the_memory_of_the_machine():
 def test_topology_of_a_slice_is_the_most_even_one(slice_name, topology):
   generation, number = slice_name.split("-")
   assert devices_lib.topology_of(generation, int(number)) == topology
+
+
+@pytest.mark.slow
+def test_planned_step_looks_for_thresholds_as_on_several_devices():
+  # Here JAX has started with eight devices.
+  code = (
+    "import jax; from folding.training import devices; "
+    "devices._start_on_cpus(8); print(jax.device_count())"
+  )
+  one = {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=os.environ | one, capture_output=True
+  )
+  assert int(done.stdout) > 1, done.stderr
 
 
 @pytest.mark.skipif(not HAS_TPU_COMPILER, reason="libtpu is not installed")
