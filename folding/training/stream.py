@@ -250,6 +250,8 @@ def halves(*data: Sequence[Any]) -> list[list[tuple[Any, ...]]]:
   for number, batch in enumerate(zip(*data, strict=True)):
     for half in range(2):
       rows = tuple(a[(half + number) % 2 :: 2] for a in batch)
+      # Two processes once stood still with many such small programs in flight.
+      jax.block_until_ready(rows)
       if len(rows[0]):
         found[half].append(rows)
   return found
