@@ -24,7 +24,7 @@ def project(x: Array, kernel: Any, dims: _Dims, **options: Any) -> Array:
     x: Activations.
     kernel: Weights; perhaps of a library that quantises them.
     dims: Contracted axes of both, and none that they share.
-    options: Of `jax.lax.dot_general`.
+    options: Further arguments of `jax.lax.dot_general`.
   """
   product = functools.partial(
     jax.lax.dot_general, dimension_numbers=dims, **options
@@ -43,10 +43,8 @@ def _forward(product, x, kernel):
   """Returns the product, and what `_backward` needs."""
 
   def on_cpu(x, kernel):
-    x_ND, kernel_DF = _matrices(product, x, kernel)
-    out_NF = _multiply(x_ND, kernel_DF)
-    axes = len(product.keywords["dimension_numbers"][0][1])
-    return out_NF.reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
+    out_NF = _multiply(*_matrices(product, x, kernel))
+    return out_NF.reshape(jax.eval_shape(product, x, kernel).shape)
 
   out = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=product)
   return out, (x, kernel)
@@ -83,8 +81,8 @@ _project.defvjp(_forward, _backward)
 
 def _matrices(product, x, kernel) -> tuple[Array, Array]:
   """Returns x and the kernel with the contracted axes as one."""
-  axes = len(product.keywords["dimension_numbers"][0][1])
-  size = math.prod(kernel.shape[:axes])
+  (_, contracted), _ = product.keywords["dimension_numbers"]
+  size = math.prod(kernel.shape[axis] for axis in contracted)
   return x.reshape(-1, size), kernel.reshape(size, -1)
 
 
@@ -97,10 +95,10 @@ def _multiply(
 
 
 def _transposed(x_ND: Float[Array, "N D"]) -> Float[Array, "D N"]:
-  """Returns x.T as an array that is not a view of x to XLA.
+  """Returns x.T as an array in memory of its own.
 
-  A transposed array has an order of axes of its own, until it is reshaped; the
-  barriers keep XLA from simplifying that.
+  To XLA a transposed array has the memory of x, in another order. A reshaped one
+  has its own, and the barriers keep XLA from simplifying the reshapes.
   """
   x_D1N = jax.lax.optimization_barrier(x_ND.T[:, None])
   return jax.lax.optimization_barrier(x_D1N.reshape(x_ND.T.shape))
