@@ -528,11 +528,10 @@ def _mlp_options(trial: _Trial) -> list[Option]:
     _pruned_errors, trial.dense, layer, marks, trial.sensitivity
   )
   sums, count = total(part, *trial.few)
-  return [
+  errors = (sums / count).tolist()
+  return [Option(0.0, size, 0.0)] + [
     Option(fraction, (1 - fraction) * size, error)
-    for fraction, error in zip(
-      (0.0, *_FRACTIONS), (0.0, *(sums / count).tolist()), strict=True
-    )
+    for fraction, error in zip(_FRACTIONS, errors, strict=True)
   ]
 
 
@@ -637,7 +636,7 @@ def _marks(
     if role in _LINEAR:
       w = np.asarray(w)
       rms = np.sqrt(squares[READS[role]]).astype(np.float32)
-      rms = rms.reshape(*rms.shape, *(1,) * (w.ndim - rms.ndim))
+      rms = rms.reshape(rms.shape + (1,) * (w.ndim - rms.ndim))
       counts = [int(fraction * w.size) for fraction in _FRACTIONS]
       score = np.partition(np.abs(w) * rms, counts, axis=None)
       marks[role] = _Mark(rms, score[counts])
