@@ -250,6 +250,15 @@ def test_compiler_out_of_memory_is_an_answer(config, monkeypatch):
   assert "1.2 GiB missing" in estimate.table(found)
 
 
+def compiled_step(config, devices):
+  """Returns the optimised program of a step without a mask update."""
+  mesh = sharding.make_mesh(config.mesh, devices.devices)
+  program = estimate.make_program(shape_of(config), config, mesh)
+  batch, constants = estimate._inputs(program, None)
+  step = program.step(is_mask_update=False)
+  return step.lower(program.like, batch, **constants).compile().as_text()
+
+
 def alike(config, num_layers, **fields):
   """Returns a config of layers that are alike, none of them large."""
   model = c.llama(num_layers=num_layers, width=32, num_heads=4, mlp_width=64)
@@ -441,11 +450,7 @@ def test_tpu_compiler_stores_no_logits_of_a_kernel(scans, config):
 
   def compiled(config):
     """Returns kernels, whether an array has all logits, and the kernels' FLOP."""
-    mesh = sharding.make_mesh(config.mesh, devices.devices)
-    program = estimate.make_program(shape_of(config), config, mesh)
-    batch, constants = estimate._inputs(program, None)
-    step = program.step(is_mask_update=False)
-    text = step.lower(program.like, batch, **constants).compile().as_text()
+    text = compiled_step(config, devices)
     square = f"{length},{length}]"
     count = text.count('custom_call_target="tpu_custom_call"')
     return count, square in text, hlo.read(text).kernel_flops
@@ -571,11 +576,7 @@ def test_gpu_compiler_attends_by_cudnn(config):
 
   def compiled(config):
     """Returns how many kernels are cuDNN's."""
-    mesh = sharding.make_mesh(config.mesh, devices.devices)
-    program = estimate.make_program(shape_of(config), config, mesh)
-    batch, constants = estimate._inputs(program, None)
-    step = program.step(is_mask_update=False)
-    text = step.lower(program.like, batch, **constants).compile().as_text()
+    text = compiled_step(config, devices)
     return text.count('custom_call_target="__cudnn$fmha')
 
   # Two layers, forward and backward
