@@ -63,7 +63,11 @@ from folding.training.progress import (
   stop_signal,
 )
 from folding.training.step import Program, Steps, TrainState
-from folding.training.trained import read_source, teacher_of
+from folding.training.trained import (
+  read_source,
+  teacher_in_memory,
+  teacher_of,
+)
 
 
 class Run(Program):
@@ -379,7 +383,10 @@ def train(
       if given := paths.flatten(model.params):
         shapes = {name: np.shape(w) for name, w in given.items()}
         require_params(run.model, shapes, "the model")
-      teacher = teacher or teacher_of(model.shape, data, config)
+      if teacher is None:
+        teacher = teacher_of(model.shape, data, config)
+      elif not run.task.makes_vectors:
+        teacher = teacher_in_memory(teacher, data)
     start = _first(run, model.params, workdir)
     return _train(start, teacher, config, workdir)
 

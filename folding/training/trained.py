@@ -331,6 +331,33 @@ def teacher_of(
   return dataclasses.replace(model, params=half)
 
 
+def teacher_in_memory(teacher: Model, data: Data) -> Model:
+  """Returns a teacher that reads and predicts the ids of the data.
+
+  Args:
+    teacher: A model with the classes of the data, and with its tokens or those
+      that its tokenizer had before some were removed.
+    data: Has the tokenizer.
+
+  Raises:
+    ConfigError: it has other classes or another number of tokens.
+  """
+  tokenizer = data.tokenizer
+  is_trimmed = isinstance(tokenizer, MappedTokenizer)
+  if is_trimmed and teacher.num_rows == tokenizer.plain_size:
+    teacher = without_trimmed(dataclasses.replace(teacher, tokenizer=tokenizer))
+  for name, theirs, ours in (
+    ("classes", teacher.labels, data.label_names),
+    ("number of tokens", teacher.num_rows, tokenizer.vocab_size),
+  ):
+    if theirs != ours:
+      raise ConfigError(
+        f"the {name} of the teacher and of the data differ: {theirs!r:.80} and "
+        f"{ours!r:.80}; give the dense model of the same task"
+      )
+  return teacher
+
+
 def _encoder(path: str, ours: Shape, order: Order) -> Model:
   """Returns a teacher of vectors, of its own shape and tokenizer.
 

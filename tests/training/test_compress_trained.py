@@ -560,3 +560,34 @@ def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   half = jax.tree.map(lambda w: w.astype(np.float32), taught.params)
   of_teacher = _logits(taught.module, half, data, text)
   np.testing.assert_allclose(of_teacher, before, rtol=0.02, atol=0.02)
+
+
+def test_teacher_in_memory_reads_the_ids_of_a_trimmed_student(
+  dense_run, topics, tmp_path
+):
+  config = recovery_config(dense_run, topics, fpp__saving=None)
+  config = edited(
+    config,
+    {"fpp.linear": 0.5, "fpp.embedding": 0.4, "train.steps": 2}
+    | {"distill.logits": 1.0, "distill.teacher": str(dense_run)},
+  )
+  config = c.resolve(config)
+  data = _trimmed(make_data(config), config)
+  model = dataclasses.replace(
+    _compressed(data, config)[0],
+    tokenizer=data.tokenizer,
+    labels=data.label_names,
+  )
+  teacher = load_run(str(dense_run))
+  half = jax.tree.map(lambda w: w.astype("bfloat16"), teacher.params)
+  losses = []
+  for given in (None, dataclasses.replace(teacher, params=half)):
+    folder = tmp_path / f"{len(losses)}"
+    loop.train(model, data, config, str(folder), teacher=given)
+    losses.append(
+      [x["loss"] for x in read_metrics(str(folder / "metrics.jsonl"))]
+    )
+  assert losses[0] == losses[1]
+  other = dataclasses.replace(teacher, labels=teacher.labels[::-1])
+  with pytest.raises(errors.ConfigError, match="classes of the teacher"):
+    loop.train(model, data, config, str(tmp_path / "new"), teacher=other)
