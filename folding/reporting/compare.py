@@ -170,7 +170,7 @@ def _page(variants: Sequence[Variant]) -> str:
   lines = [
     "# Comparison of runs\n",
     report.table(header, [_row(v, reference) for v in variants], 2),
-    f"Difference: of the test metric, relative to {page.escaped(reference.name)} "
+    f"Difference: of the test metric, from {page.escaped(reference.name)} "
     f"({'less' if metric == 'bits_per_byte' else 'more'} is better), if both had "
     "the same data. Compression: 1 - stored / dense of all parameters. Allocated: "
     "parameters in arrays, zeros included. ±: sample standard deviation over "
@@ -203,13 +203,7 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
   """Returns the cells of a variant in the table of `compare.md`."""
   metric = config_lib.quality(reference.runs[0].config)
   whole = "{:,.0f}".format
-  quality, base = (_quality(v, metric) for v in (variant, reference))
-  change = "–"
-  # The change of a negative correlation would have the wrong sign.
-  is_same_data = variant.runs[0].digest == reference.runs[0].digest
-  old, new = base.mean or 0.0, quality.mean
-  if is_same_data and new is not None and old > 0:
-    change = f"{new / old - 1:+.1%}"
+  quality = _quality(variant, metric)
   steps = sorted({run.result["steps"] for run in variant.runs})
 
   def cell(metric: Callable[[Run], Any], form: Callable[..., str]) -> str:
@@ -219,7 +213,7 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
     page.escaped(variant.name),
     ", ".join(str(run.config.seed) for run in variant.runs),
     _with_interval(variant, metric, quality),
-    change,
+    _change(variant, reference, metric),
     cell(lambda run: run.parameters["overall"]["compression"], report.percent),
     cell(_stored, whole),
     cell(lambda run: run.allocated, whole),
@@ -228,6 +222,21 @@ def _row(variant: Variant, reference: Variant) -> list[str]:
     cell(lambda run: run.result["seconds"], report.duration),
     cell(lambda run: run.result["tokens_per_second"], whole),
   ]
+
+
+def _change(variant: Variant, reference: Variant, metric: str) -> str:
+  """Returns the change of a test metric: points of accuracy, or percent."""
+  old, new = (_quality(v, metric).mean for v in (reference, variant))
+  a, b = reference.runs[0], variant.runs[0]
+  if old is None or new is None or a.digest != b.digest:
+    return "–"
+  if metric == "accuracy":
+    return f"{100 * (new - old):+.1f} points"
+  # The change of a negative correlation would have the wrong sign.
+  change = f"{new / old - 1:+.1%}" if old > 0 else "–"
+  if metric == "bits_per_byte" and _tokenizer(a) == _tokenizer(b):
+    change += f" (perplexity {_change(variant, reference, 'perplexity')})"
+  return change
 
 
 def _quality(variant: Variant, metric: str) -> Spread:

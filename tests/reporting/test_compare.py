@@ -18,6 +18,7 @@ def three_kinds(tmp_path) -> list[str]:
 
   def lm(name, bits, **fields):
     test = {**synthetic_run.LM_TEST, "bits_per_byte": bits}
+    test["perplexity"] = 100 * (bits - 1)
     config = synthetic_run.config(**fields)
     return synthetic_run.write(tmp_path / name, config, test=test)
 
@@ -47,15 +48,26 @@ def test_change_of_a_negative_correlation_is_left_out(
   assert row.split("|")[4].strip() == change
 
 
-@pytest.mark.parametrize(("digest", "change"), [("a", "+25.0%"), ("b", "–")])
-def test_change_between_different_data_is_left_out(tmp_path, digest, change):
+@pytest.mark.parametrize(
+  ("digest", "tokenizer", "change"),
+  [
+    ("a", "a", "+25.0% (perplexity +50.0%)"),
+    ("a", "b", "+25.0%"),
+    ("b", "a", "–"),
+  ],
+)
+def test_change_needs_equal_data_and_that_of_perplexity_equal_tokens(
+  tmp_path, digest, tokenizer, change
+):
   runs = []
-  for name, bits in (("a", 2.0), (digest, 2.5)):
+  for data, tokens, bits in (("a", "a", 2.0), (digest, tokenizer, 2.5)):
     folder = tmp_path / f"{len(runs)}"
     config = synthetic_run.config(dense=not runs)
     test = {**synthetic_run.LM_TEST, "bits_per_byte": bits}
+    test["perplexity"] = 20 * (bits - 1)
     runs.append(synthetic_run.write(folder, config, test=test))
-    (folder / "text.sha256").write_text(name)
+    (folder / "text.sha256").write_text(data)
+    (folder / "tokenizer.json").write_text(tokens)
   text = compare.compare(runs, str(tmp_path / "out"))
   [row] = [line for line in text.splitlines() if line.startswith("| 1 ")]
   assert row.split("|")[4].strip() == change
@@ -78,6 +90,18 @@ def test_accuracy_of_one_run_has_its_interval(tmp_path, monkeypatch):
   _, _, (_, bar) = drawings[0].axes[1].containers[0]
   [[_, bottom], [_, top]] = bar.get_segments()[0]
   assert (bottom, top) == pytest.approx((low, high))
+
+
+def test_change_of_accuracy_is_in_points(tmp_path):
+  runs = []
+  for value in (0.8, 0.784):
+    test = {**synthetic_run.CLASSIFY_TEST, "accuracy": value}
+    config = synthetic_run.config(task="classify", dense=not runs)
+    folder = tmp_path / f"{len(runs)}"
+    runs.append(synthetic_run.write(folder, config, test=test))
+  text = compare.compare(runs, str(tmp_path / "out"))
+  [row] = [line for line in text.splitlines() if line.startswith("| 1 ")]
+  assert row.split("|")[4].strip() == "-1.6 points"
 
 
 def test_compare_shows_the_metric_of_the_reference(tmp_path):
@@ -115,13 +139,19 @@ def test_compare_shows_the_measured_values(three_kinds, tmp_path, monkeypatch):
   found = {row[0]: row[1:] for row in rows[2:]}
   assert found == {
     "dense": [
-      *("0", "1.800", "+0.0%", "0.0%", f"{total:,}", f"{total:,}"),
+      *("0", "1.800", "+0.0% (perplexity +0.0%)", "0.0%"),
+      *(f"{total:,}", f"{total:,}"),
       *(f"{4 * total:,}", "600", "0:03:51", "10,234"),
     ],
     # Bits 2.00, 1.90 and 1.95; the standard deviation of a sample.
     "paper": [
-      *("2, 0, 1", "1.950 ± 0.050", "+8.3%", f"{1 - stored / total:.1%}"),
-      *(f"{stored:,}", f"{allocated:,}", f"{4 * stored + total // 8:,}"),
+      *("2, 0, 1", "1.950 ± 0.050", "+8.3% (perplexity +18.8%)"),
+      *(
+        f"{1 - stored / total:.1%}",
+        f"{stored:,}",
+        f"{allocated:,}",
+        f"{4 * stored + total // 8:,}",
+      ),
       *("600", "0:03:51", "10,234"),
     ],
     "cut": [
