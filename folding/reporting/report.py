@@ -253,16 +253,19 @@ def describe(run: Run) -> str:
   shape, result = run.shape, run.result
   kind, dense = task_of(run.config).words, run.command.get("dense_test")
   steps, overall = f"{result['steps']:,}", run.parameters["overall"]
+  size = (
+    f"It has {overall['dense']:,} parameters."
+    if run.config.dense
+    else f"It stores {overall['stored']:,} parameters; its dense baseline has "
+    f"{overall['dense']:,} (compression {percent(overall['compression'])})."
+  )
   if not result["finished"]:
     steps += f" of {result['total_steps']:,}"
   return (
     f"A {kind} with {_counted(shape.num_layers, 'layer')}, width {shape.width} "
     f"and {_counted(shape.num_heads, 'head')}, trained for {steps} steps in "
     f"{duration(result['seconds'])} on {errors.printable(str(result['device']))}. "
-    "It stores "
-    f"{overall['stored']:,} parameters; its dense baseline has "
-    f"{overall['dense']:,} (compression {percent(overall['compression'])}). "
-    f"Test: {_test_metric(run.test)}."
+    f"{size} Test: {_test_metric(run.test)}."
     + (f" The dense run has {_test_metric(dense)}." if dense else "")
   )
 
