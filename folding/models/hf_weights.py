@@ -540,7 +540,8 @@ def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:
   except Exception as error:
     raise ConfigError(
       f"there is no folder {name}, and the Hugging Face hub did not send it "
-      f"({errors.first_line(error)})"
+      f"({errors.first_line(error)}); a folder with config.json, "
+      f"model.safetensors and {TOKENIZER} needs no download"
     ) from error
   return pathlib.Path(found)
 
