@@ -7,6 +7,7 @@ on the interpreter's version.
 import ast
 import collections
 import hashlib
+import os
 import pathlib
 import sysconfig
 import warnings
@@ -119,11 +120,13 @@ def library_files() -> dict[str, str]:
     ConfigError: the interpreter has no source files to read.
   """
   root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-  files = {}
-  for file in sorted(root.rglob("*.py")):
+  found, files = [], {}
+  for folder, folders, names in os.walk(root):
+    # Packages that are installed may be many times the library.
+    folders[:] = [x for x in folders if x not in _SKIPPED_FOLDERS]
+    found += [pathlib.Path(folder, x) for x in names if x.endswith(".py")]
+  for file in sorted(found):
     path = file.relative_to(root)
-    if _SKIPPED_FOLDERS.intersection(path.parts[:-1]):
-      continue
     if any(path.match(pattern) for pattern in _SKIPPED_FILES):
       continue
     try:
