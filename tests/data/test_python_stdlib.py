@@ -2,10 +2,11 @@ import collections
 import pathlib
 import sysconfig
 
+import numpy as np
 import pytest
 
 from folding.config import DataConfig
-from folding.data import python_stdlib
+from folding.data import corpus, python_stdlib, sources
 from folding.errors import ConfigError
 from folding.tasks import TASKS
 
@@ -14,20 +15,12 @@ STDLIB = pathlib.Path(sysconfig.get_paths()["stdlib"])
 
 @pytest.fixture(scope="module")
 def source():
-  """Returns the files of each split as read for a language model."""
-  splits, names = python_stdlib.read(DataConfig(), TASKS["lm"])
-  assert names is None
-  return splits
-
-
-@pytest.fixture(scope="module")
-def topic():
-  """Returns the docstrings of each split and the names of their packages."""
-  return python_stdlib.read(DataConfig(), TASKS["classify"])
+  """Returns the files of each split, the text of the default config."""
+  return corpus.load_documents(DataConfig())
 
 
 def test_source_has_each_plain_file_once(source):
-  found = collections.Counter(text for x in source.values() for text in x.texts)
+  found = collections.Counter(text for x in source.values() for text in x)
   files = python_stdlib.library_files()
   assert found == collections.Counter(files.values())
   on_disk = {path: (STDLIB / path).read_bytes().decode() for path in files}
@@ -45,7 +38,7 @@ def test_source_has_each_plain_file_once(source):
 
 
 def test_source_splits_are_about_80_10_10(source):
-  sizes = {split: len(rows.texts) for split, rows in source.items()}
+  sizes = {split: len(texts) for split, texts in source.items()}
   total = sum(sizes.values())
   # Binomial: 450 files at 10% have a standard deviation of 1.4 points.
   assert 0.74 < sizes["train"] / total < 0.86
@@ -53,26 +46,31 @@ def test_source_splits_are_about_80_10_10(source):
   assert 0.05 < sizes["test"] / total < 0.15
 
 
-def test_topic_is_balanced_and_shares_no_text(topic):
-  splits, names = topic
-  assert names == sorted(names)
+def test_topic_is_balanced_and_shares_no_text(monkeypatch):
+  read, parse = [], python_stdlib.library_docstrings
+
+  def keep(files):
+    read.append(parse(files))
+    return read[0]
+
+  monkeypatch.setattr(python_stdlib, "library_docstrings", keep)
+  found = sources.load_texts(DataConfig(), "classify")
+  names, labels = found.label_names, found.labels
+  assert labels is not None
+  assert names == tuple(sorted(names)) and len(names) == 8
   packages = collections.defaultdict(set)
-  for package, pairs in python_stdlib.library_docstrings(
-    python_stdlib.library_files()
-  ).items():
+  for package, pairs in read[0].items():
     for text, _ in pairs:
       packages[text].add(package)
   sizes = {}
-  for split, rows in splits.items():
-    count = collections.Counter(rows.labels)
-    assert sorted(count) == names
-    [sizes[split]] = set(count.values())
-    for text, label in zip(rows.texts, rows.labels, strict=True):
-      assert packages[text] == {label}
+  for split, texts in found.texts.items():
+    [sizes[split]] = set(np.bincount(labels[split], minlength=8))
+    for text, label in zip(texts, labels[split], strict=True):
+      assert packages[text] == {names[label]}
   assert sizes["train"] > 50
   assert sizes["valid"] == sizes["test"]
   assert 0.1 < sizes["test"] / sizes["train"] < 0.15  # a tenth of the whole
-  texts = [text for rows in splits.values() for text in rows.texts]
+  texts = [text for part in found.texts.values() for text in part]
   assert len(texts) == len(set(texts))
 
 

@@ -661,15 +661,6 @@ def test_tiny_shakespeare_has_the_documented_sizes(shared_data):
   assert sizes == {"train": 1_003_854, "valid": 55_770, "test": 55_770}
 
 
-def test_python_stdlib_is_source_or_topics():
-  data = DataConfig()
-  documents = corpus.load_documents(data)
-  assert any("def " in text for text in documents["test"])
-  topics = sources.load_texts(data, "classify")
-  assert len(topics.label_names) == 8
-  assert np.ptp(np.bincount(topics.labels["valid"], minlength=8)) == 0
-
-
 # TFDS, by builders that need no download.
 
 FEATURES = {
