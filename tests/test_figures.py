@@ -139,6 +139,43 @@ def _speed():
     yield "docs/measured.md", before, numbers
 
 
+def _quickstart():
+  """Yields figures that follow from the tables of two pages."""
+  measured, embed = (
+    (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for page in ("measured.md", "how-to/embed.md")
+  )
+
+  def row(text, name):
+    cells = text.partition(f"| {name} |")[2].partition("\n")[0].split("|")
+    return [float(x.split()[0].replace(",", "")) for x in cells[:-1]]
+
+  def above(values, index):
+    return 100 * (values[index] / values[0] - 1)
+
+  bits = row(measured, "test bits per byte")
+  name = "test perplexity of tokens, 2.72 bytes each"
+  perplexity = row(measured, name)
+  losses = above(perplexity, 1), above(bits, 1)
+  dense, shrunk, _ = row(
+    measured, "allocated parameters after `folding shrink --multiple=8`"
+  )
+  yield "docs/measured.md", "of four times the tokens) our\n", losses
+  yield "docs/choose.md", "In the longer quickstart 70% costs", losses
+  for label, values in (("test bits per byte", bits), (name, perplexity)):
+    first, ours, small = values
+    numbers = first, ours, above(values, 1), small, above(values, 2)
+    yield "docs/measured.md", f"| {label} |", numbers
+  percents = 100 * (1 - shrunk / dense), losses[0], above(perplexity, 2)
+  numbers = *percents, bits[1], bits[0], bits[2]
+  yield "README.md", "its arrays are only 19% smaller, or", numbers
+  small = row(embed.partition("the default plan, as above")[2], "the same")
+  dense = row(embed, "dense | 22.5 | 89.9")
+  yield "README.md", "Spearman's correlation is then", small[:1]
+  numbers = dense[0], small[1], dense[1]
+  yield "README.md", "on STS 2014 (dense", numbers
+
+
 def _at(found, names):
   for name in names:
     found = found[name]
@@ -147,7 +184,7 @@ def _at(found, names):
 
 @pytest.mark.parametrize(
   ("page", "before", "numbers"),
-  [*_one_model(), *_embeddings(), *_speed()],
+  [*_one_model(), *_embeddings(), *_speed(), *_quickstart()],
   ids=lambda x: str(x)[:40],
 )
 def test_figures_of_page_are_the_saved_ones(page, before, numbers):
