@@ -389,9 +389,11 @@ class _Graph:
     inputs = infos(TensorProto.INT64, integers)
     inputs += infos(TensorProto.FLOAT, self._past)
     outputs = infos(TensorProto.FLOAT, self._outputs | self._present)
+    used = {name for node in self._nodes for name in node.input}
     arrays = [
       numpy_helper.from_array(np.asarray(array, order="C"), name)
       for name, array in self._arrays.items()
+      if name in used  # not the shape of a reshape that was left out
     ]
     graph = helper.make_graph(self._nodes, "folding", inputs, outputs, arrays)
     return helper.make_model(

@@ -353,6 +353,15 @@ def test_max_drop_refuses_what_loses_more(start, task, tmp_path):
   assert (tmp_path / "out" / "model.onnx").is_file()
 
 
+def test_program_has_no_unused_array(tmp_path):
+  """onnxruntime warns of each of them."""
+  onnx = pytest.importorskip("onnx", reason="needs the extra `onnx`")
+  onnx_export.export_onnx(tmp_path / "out", models.make(model=_BERT))
+  graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+  used = {name for node in graph.node for name in node.input}
+  assert {array.name for array in graph.initializer} <= used
+
+
 def test_int7_sums_fit_16_bits(tmp_path):
   onnx = pytest.importorskip("onnx", reason="needs the extra `onnx`")
   onnx_export.export_onnx(tmp_path, models.make("lm", _GPT2), "int7")
