@@ -60,6 +60,8 @@ def test_language_model_reports_its_perplexity(tmp_path, capsys):
     size = sum(w.size for w in jax.tree.leaves(model.params))
     assert 1 - stored / size == pytest.approx(int(percent) / 100, abs=0.02)
     assert f"stores {stored:,} parameters" in out
+    allocated = sum(w.size for w in jax.tree.leaves(small.params))
+    assert f"arrays hold {allocated:,} parameters, zeros included" in out
 
 
 def test_structured_language_model_has_smaller_arrays(tmp_path, capsys):
@@ -67,7 +69,9 @@ def test_structured_language_model_has_smaller_arrays(tmp_path, capsys):
   argv = ["compress", str(tmp_path / "dense"), f"--texts={_texts(tmp_path)}"]
   argv += ["--saving=0.3", "--structured", f"--output={tmp_path / 'small'}"]
   assert cli.main(argv) == 0
-  assert "to prune" in capsys.readouterr().out  # the plan
+  out = capsys.readouterr().out
+  assert "to prune" in out  # the plan
+  assert "zeros included" not in out
   small = folding.load(tmp_path / "small")
   sizes = [
     sum(w.size for w in jax.tree.leaves(x.params)) for x in (small, model)
