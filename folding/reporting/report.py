@@ -253,12 +253,14 @@ def describe(run: Run) -> str:
   shape, result = run.shape, run.result
   kind, dense = task_of(run.config).words, run.command.get("dense_test")
   steps, overall = f"{result['steps']:,}", run.parameters["overall"]
-  size = (
-    f"It has {overall['dense']:,} parameters."
-    if run.config.dense
-    else f"It stores {overall['stored']:,} parameters; its dense baseline has "
-    f"{overall['dense']:,} (compression {percent(overall['compression'])})."
-  )
+  size = f"It has {overall['dense']:,} parameters."
+  if not run.config.dense:
+    zeros = f" that are not zero, in arrays of {run.allocated:,}"
+    size = (
+      f"It stores {overall['stored']:,} parameters"
+      f"{zeros if overall['stored'] < run.allocated else ''}; its dense baseline "
+      f"has {overall['dense']:,} (compression {percent(overall['compression'])})."
+    )
   if not result["finished"]:
     steps += f" of {result['total_steps']:,}"
   return (
@@ -446,7 +448,7 @@ def _page(
     "other: biases, norms and further small parameters. "
     "Dense: the same model, neither folded nor pruned. Stored: nonzero values. "
     "Masks: bytes that locate the stored values. Compression: 1 - stored / "
-    f"dense. The arrays hold {run.allocated:,} parameters, zeros included.",
+    "dense.",
     "## Plots",
     *(_figure(name, *plots[name]) for name in plots if name != "plan.png"),
     "## Next",
