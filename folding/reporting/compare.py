@@ -174,7 +174,8 @@ def _page(variants: Sequence[Variant]) -> str:
     f"({'less' if metric == 'bits_per_byte' else 'more'} is better), if both had "
     "the same data. Compression: 1 - stored / dense of all parameters. Allocated: "
     "parameters in arrays, zeros included. ±: sample standard deviation over "
-    "seeds. Parentheses: 95% interval of one run, from its number of examples.",
+    "seeds. An accuracy of one run has its 95% interval, from its number of "
+    "examples.",
     *(f"\n**Note:** {note}" for note in notes(variants)),
     f"\n![{_about(variants)}]"
     '(compare.png "Validation over steps; test metric against size")',
