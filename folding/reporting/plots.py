@@ -31,6 +31,7 @@ MAX_NAMED = len(CYCLE)  # further lines are grey and share one name
 _STYLE: dict[Any, Any] = {
   "axes.axisbelow": True,
   "axes.edgecolor": GREY,
+  "axes.formatter.useoffset": False,
   "axes.spines.right": False,
   "axes.spines.top": False,
   "figure.facecolor": "white",
