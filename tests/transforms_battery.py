@@ -72,20 +72,44 @@ def make_step(tx: Any, extra: Extra, gradient_dtype: Any = None) -> Callable:
   return step_fn
 
 
+def take_steps(step_fn: Any, params: Any, state: Any, steps: range) -> Any:
+  """Returns (params, state) after some steps."""
+  for step in steps:
+    params, state = step_fn(params, state, jnp.float32(step))
+  return params, state
+
+
 def run(
   tx: Any, extra: Extra, params: Any, steps: int = STEPS, wrap: Any = jit
 ) -> tuple[Any, Any]:
-  """Returns (params, state) after some steps."""
+  """Returns (params, state) after the first steps."""
   step_fn, state = wrap(make_step(tx, extra)), tx.init(params)
-  for step in range(steps):
-    params, state = step_fn(params, state, jnp.float32(step))
-  return params, state
+  return take_steps(step_fn, params, state, range(steps))
+
+
+@functools.cache
+def plain_step(make: Any, extra: Extra) -> tuple[Callable, list[int]]:
+  """Returns the jitted step of the plain run, and a list with a 1 per trace."""
+  step_fn, traces = make_step(make(), extra), []
+
+  def counted(*args):
+    traces.append(1)
+    return step_fn(*args)
+
+  return jit(counted), traces
+
+
+def plain_run(make: Any, extra: Extra, steps: int) -> tuple[Any, Any]:
+  """Returns (params, state) after the first steps of the plain run."""
+  step_fn, _ = plain_step(make, extra)
+  params = make_params()
+  return take_steps(step_fn, params, make().init(params), range(steps))
 
 
 @functools.cache
 def baseline(make: Any, extra: Extra) -> tuple[Any, Any]:
   """Returns (params, state) of the plain run that others are compared with."""
-  return run(make(), extra, make_params())
+  return plain_run(make, extra, STEPS)
 
 
 def assert_equal(tree: Any, expected: Any) -> None:
@@ -100,7 +124,7 @@ def assert_equal(tree: Any, expected: Any) -> None:
 
 def jit_equals_eager(make, extra, folder):
   del folder
-  jitted, _ = run(make(), extra, make_params(), 2)
+  jitted, _ = plain_run(make, extra, 2)
   eager, _ = run(make(), extra, make_params(), 2, wrap=lambda f: f)
   for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(eager), strict=True):
     # A few roundings of float32: jit may fuse a product with a sum.
@@ -110,16 +134,8 @@ def jit_equals_eager(make, extra, folder):
 
 def one_trace(make, extra, folder):
   del folder
-  traces = []
-
-  def counted(f):
-    def wrapped(*args):
-      traces.append(1)
-      return f(*args)
-
-    return jit(wrapped)
-
-  run(make(), extra, make_params(), wrap=counted)
+  baseline(make, extra)
+  _, traces = plain_step(make, extra)
   assert len(traces) == 1
 
 
@@ -186,9 +202,7 @@ def narrow_updates(make, extra, folder):
   del folder
   tx, params = make(), make_params()
   step_fn = jit(make_step(tx, extra, jnp.bfloat16))
-  state = tx.init(params)
-  for step in range(STEPS):
-    params, state = step_fn(params, state, jnp.float32(step))
+  params, _ = take_steps(step_fn, params, tx.init(params), range(STEPS))
   exact, _ = baseline(make, extra)
   for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(exact), strict=True):
     assert np.sum(np.asarray(a) == 0) == np.sum(np.asarray(b) == 0)
@@ -197,7 +211,7 @@ def narrow_updates(make, extra, folder):
 def resumes_from_a_checkpoint(make, extra, folder):
   """Half the steps, saved and restored, then the other half: the same bits."""
   expected = baseline(make, extra)
-  half = run(make(), extra, make_params(), STEPS // 2)
+  half = plain_run(make, extra, STEPS // 2)
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), half
   )
@@ -206,10 +220,9 @@ def resumes_from_a_checkpoint(make, extra, folder):
     manager.wait_until_finished()
     params, state = manager.restore(0, args=ocp.args.StandardRestore(like))
   assert_equal((params, state), half)
-  step_fn = jit(make_step(make(), extra))
-  for step in range(STEPS // 2, STEPS):
-    params, state = step_fn(params, state, jnp.float32(step))
-  assert_equal((params, state), expected)
+  step_fn, _ = plain_step(make, extra)
+  rest = take_steps(step_fn, params, state, range(STEPS // 2, STEPS))
+  assert_equal(rest, expected)
 
 
 def mismatched_trees(make, extra, folder):
