@@ -251,24 +251,22 @@ def test_resumed_fold_equals_an_uninterrupted_one(
 
 
 def test_run_killed_in_its_first_step_is_not_compressed_again(
-  dense_run, topics, tmp_path, monkeypatch
+  folded_run, dense_run, topics, tmp_path, monkeypatch
 ):
-  config = c.resolve(recovery_config(dense_run, topics))
-  data = _trimmed(make_data(config), config)
-  small, _ = _compressed(data, config)
-
   def kill(*_):
     raise KeyboardInterrupt
 
+  config = recovery_config(dense_run, topics)
   monkeypatch.setattr(loop.StepLog, "step", kill)
   for _ in range(2):
     with pytest.raises(KeyboardInterrupt):
       loop.run(config, str(tmp_path))
     monkeypatch.setattr(loop, "compress_trained", None)  # not called
   [found] = read_metrics(str(tmp_path / "metrics.jsonl"))
+  records = read_metrics(str(folded_run[0] / "metrics.jsonl"))
+  [expected] = [x for x in records if x["split"] == "valid" and x["step"] == 0]
   assert (found["split"], found["step"]) == ("valid", 0)
-  alone = Run(small.shape, data, config).evaluate(small.params, "valid")
-  assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+  assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
 @pytest.mark.slow
