@@ -12,9 +12,10 @@ A folder holds config.json, tokenizer.json, and model.safetensors or its shards
 with an index. Pickles are never opened.
 """
 
-import contextlib
 import dataclasses
+import json
 import math
+import mmap
 import os
 import pathlib
 import re
@@ -38,7 +39,7 @@ from folding.tasks import TASKS
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"  # of peft
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 _HINT = (
   "load it with transformers and write it again by save_pretrained(), model and "
   "tokenizer"
@@ -249,8 +250,8 @@ def import_params(
 ) -> dict[str, Any]:
   """Returns our parameters, without tensors that our model does not need.
 
-  Names and shapes are checked before the first tensor is read. Each tensor is
-  read once. Without `config.segments`, BERT's segment 0 is added to every
+  They are views of the tensors wherever that is possible. Names and shapes are
+  checked before the first tensor is read. Each tensor is read once. Without `config.segments`, BERT's segment 0 is added to every
   position. A score layer without a bias gets one of zeros if the model has
   biases.
 
@@ -259,7 +260,7 @@ def import_params(
     head: As for `tensors`.
     shapes: Name and shape of each tensor of the checkpoint, named with or
       without the layout's prefix.
-    read: Returns a tensor by its name, in float32.
+    read: Returns a tensor by its name, of any float type.
 
   Raises:
     ConfigError: a tensor is missing, left over, or of another shape; names it.
@@ -287,13 +288,13 @@ def import_params(
   for tensor in table:
     theirs = read(find(tensor.name))[tensor.skip :]
     if tensor.plus:
-      theirs = theirs + read(find(tensor.plus))[:1]
+      theirs = theirs.astype(np.float32) + read(find(tensor.plus))[:1]
     if tensor.shift:
-      theirs = theirs + np.float32(tensor.shift)
+      theirs = theirs.astype(np.float32) + np.float32(tensor.shift)
     for path, ours in zip(tensor.paths, _split(theirs, tensor), strict=True):
       if channels is not None and _QUERY_OR_KEY.search(path):
         ours = ours[..., channels]
-      flat[path] = np.ascontiguousarray(ours)
+      flat[path] = ours
   is_bare = head == "classify" and "head/bias" not in flat
   if is_bare and described.config.use_bias:
     flat["head/bias"] = np.zeros(described.num_classes, np.float32)
@@ -440,8 +441,8 @@ class Pretrained(Description):
   """A checkpoint with its arrays.
 
   Attributes:
-    params: Our parameters, NumPy float32. A checkpoint without a classifier
-      has no "head" and may have no "pooler".
+    params: Our parameters, NumPy float32 or mapped from the files. A checkpoint
+      without a classifier has no "head" and may have no "pooler".
     tokenizer_path: Its tokenizer.json.
   """
 
@@ -454,6 +455,7 @@ def load_pretrained(
   *,
   task: str | None = None,
   segments: bool = False,
+  mapped: bool = False,
 ) -> Pretrained:
   """Returns a checkpoint as our configuration and parameters.
 
@@ -465,6 +467,9 @@ def load_pretrained(
       task the head of a sequence classifier if there is one for it. None: the
       head that the checkpoint has.
     segments: Whether to keep a segment embedding of two rows apart, for pairs.
+    mapped: Whether parameters stay in the files, as views of mapped memory in the
+      types of the files. Only the queries and keys of heads that rotate in part
+      are copied.
 
   Raises:
     ConfigError: the folder or a file in it is missing, damaged, a pickle, or
@@ -487,18 +492,18 @@ def load_pretrained(
     described = dataclasses.replace(described, config=model)
   head = described.head if task in (None, described.task) else "none"
   tokenizer_path = find_tokenizer(folder)
-  with contextlib.ExitStack() as stack:
-    where = _open_weights(folder, stack)
-    shapes = {
-      name: tuple(file.get_slice(name).get_shape())
-      for name, file in where.items()
-    }
-    try:
-      params = import_params(
-        described, head, shapes, lambda name: _read(where[name], name)
-      )
-    except ConfigError as error:
-      raise ConfigError(f"{folder}: {error}") from None
+  where = _open_weights(folder)
+  shapes = {name: stored.shape for name, stored in where.items()}
+  try:
+    params = import_params(
+      described, head, shapes, lambda name: _read(where[name], name)
+    )
+  except ConfigError as error:
+    raise ConfigError(f"{folder}: {error}") from None
+  if not mapped:
+    params = paths.map_named(
+      lambda _, w: np.array(w, np.float32, order="C"), params
+    )
   return Pretrained(
     **vars(described), params=params, tokenizer_path=tokenizer_path
   )
@@ -591,13 +596,26 @@ def describe_pretrained(folder: pathlib.Path) -> Description:
     ) from error
 
 
-def _open_weights(
-  folder: pathlib.Path, stack: contextlib.ExitStack
-) -> dict[str, Any]:
-  """Returns {name of a tensor: open file that holds it}."""
+class _Stored(NamedTuple):
+  """A tensor in a mapped safetensors file.
+
+  Attributes:
+    kind: Name of its type there.
+    shape: Its shape.
+    begin: Its first byte.
+    data: The file.
+  """
+
+  kind: str
+  shape: tuple[int, ...]
+  begin: int
+  data: mmap.mmap
+
+
+def _open_weights(folder: pathlib.Path) -> dict[str, _Stored]:
+  """Returns the tensors of a folder by their names."""
   if (folder / WEIGHTS).is_file():
-    file = _open_file(folder / WEIGHTS, stack)
-    return dict.fromkeys(file.keys(), file)
+    return _open_file(folder / WEIGHTS)
   index = folder / INDEX
   if not index.is_file():
     raise ConfigError(
@@ -612,28 +630,47 @@ def _open_weights(
     raise ConfigError(
       f"{index} must have a weight_map of tensors to files in its folder"
     )
-  opened = [_open_file(folder / x, stack) for x in sorted({*where.values()})]
-  return {name: file for file in opened for name in file.keys()}
+  found: dict[str, _Stored] = {}
+  for name in sorted({*where.values()}):
+    found |= _open_file(folder / name)
+  return found
 
 
-def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
+def _open_file(path: pathlib.Path) -> dict[str, _Stored]:
   if not path.is_file():
     raise ConfigError(f"there is no {path}, which {INDEX} names")
   try:
-    return stack.enter_context(safetensors.safe_open(path, "numpy"))
+    with safetensors.safe_open(path, "numpy"):
+      pass  # it checks the header
   except safetensors.SafetensorError as error:
     raise ConfigError(
       f"{path} is truncated or not a safetensors file ({error})"
     ) from None
+  with open(path, "rb") as file:
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  begin = 8 + int.from_bytes(data[:8], "little")
+  header = json.loads(data[8:begin])
+  header.pop("__metadata__", None)
+  return {
+    name: _Stored(
+      tensor["dtype"],
+      tuple(tensor["shape"]),
+      begin + tensor["data_offsets"][0],
+      data,
+    )
+    for name, tensor in header.items()
+  }
 
 
-def _read(file: Any, name: str) -> np.ndarray:
-  kind = file.get_slice(name).get_dtype()
+def _read(stored: _Stored, name: str) -> np.ndarray:
+  """Returns a tensor as a view of its file."""
+  kind, shape, begin, data = stored
   if kind not in _FLOATS:
     raise ConfigError(
       f"tensor {name} is stored as {kind}; only {', '.join(_FLOATS)} are read"
     )
-  return file.get_tensor(name).astype(np.float32, copy=False)
+  flat = np.frombuffer(data, _FLOATS[kind], math.prod(shape), begin)
+  return flat.reshape(shape)
 
 
 def save_pretrained(

@@ -283,6 +283,20 @@ def test_load_converts_other_floats(folder):
   assert kernel.dtype == np.float32
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "bert"])
+def test_mapped_parameters_equal_those_that_are_read(name, tmp_path):
+  described, _, params, _ = _case(name)
+  hf_weights.save_pretrained(tmp_path, params, described, dtype="bfloat16")
+  checkpoints.write_tokenizer(tmp_path / "tokenizer.json")
+  mapped, found = (load(tmp_path, mapped=x).params for x in (True, False))
+  kernel = mapped["blocks_0"]["mlp"]["up"]["kernel"]
+  assert kernel.dtype == ml_dtypes.bfloat16
+  assert not kernel.flags.owndata and not kernel.flags.writeable
+  as_read = paths.map_named(lambda _, w: w.astype(np.float32), mapped)
+  assert_same(as_read, found)
+  assert all(w.flags.owndata for w in paths.flatten(found).values())
+
+
 def _configured(**fields):
   def write(folder):
     path = folder / "config.json"
