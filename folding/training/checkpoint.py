@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from folding import files, typed
@@ -34,7 +35,7 @@ from folding.config import ModelConfig
 from folding.errors import ConfigError, TrainingError, first_line
 from folding.model import Model
 from folding.models.shape import Shape, fold_of, make_shape, model_of
-from folding.training import distributed, run_dir
+from folding.training import distributed, run_dir, sharding
 
 # Disk space that a save needs in addition to the arrays: for metrics and reports,
 # and for the index entries of each array.
@@ -297,13 +298,18 @@ class Checkpoints:
     return _first_readable(self._folder, steps, read, TrainingError)
 
 
-def load_run(workdir: str) -> Model:
-  """Returns the model of a run directory, with its best parameters in NumPy.
+def load_run(workdir: str, mesh: Mesh | None = None) -> Model:
+  """Returns the model of a run directory, with its best parameters.
 
   The best checkpoint is that by `train.metric` on the validation split. If none
   has a loss, or the best is damaged, it takes the newest that can be read.
   Warns of a run that has not finished. Neither data nor optimizer state is read,
   and any number of devices will do.
+
+  Args:
+    workdir: The run directory.
+    mesh: Splits the parameters, of which each process reads its own part; None:
+      they are NumPy arrays.
 
   Raises:
     ConfigError: it is not a run, or no checkpoint can be read.
@@ -316,7 +322,7 @@ def load_run(workdir: str) -> Model:
   def read(step):
     _require_intact(folder, step)
     shape = _saved_shape(folder, step, began.shape)
-    params = _read_params(os.path.join(folder, str(step)))
+    params = _read_params(os.path.join(folder, str(step)), mesh)
     return dataclasses.replace(began, shape=shape, params=params)
 
   losses = {step: _saved_loss(folder, step) for step in saved_steps(folder)}
@@ -537,7 +543,7 @@ def _read_older(path: Any, like: Any, averages: Mapping[str, Any]) -> Any:
   return with_averages(state, (state.opt_state.averages or {}) | zeros)
 
 
-def _read_params(checkpoint: str) -> Any:
+def _read_params(checkpoint: str, mesh: Mesh | None) -> Any:
   """Returns the parameters of a checkpoint without reading the rest of it."""
   path: Any = pathlib.Path(checkpoint, "default")
   handler = ocp.PyTreeCheckpointHandler()
@@ -548,12 +554,16 @@ def _read_params(checkpoint: str) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved["params"]
       )
     }
-    # To host memory: the devices that wrote it may not be here.
+    # Not as it was written: those devices may not be here.
     host = ocp.RestoreArgs(restore_type=np.ndarray)
+    restore_args = jax.tree.map(lambda _: host, like)
+    if mesh is not None:
+      restore_args = jax.tree.map(
+        lambda where: ocp.ArrayRestoreArgs(sharding=where),
+        sharding.tree_shardings(mesh, like),
+      )
     args = ocp.args.PyTreeRestore(
-      item=like,
-      restore_args=jax.tree.map(lambda _: host, like),
-      partial_restore=True,
+      item=like, restore_args=restore_args, partial_restore=True
     )
     return handler.restore(path, args=args)["params"]
   finally:

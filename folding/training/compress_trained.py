@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
 
@@ -73,9 +74,11 @@ def compress_trained(
   dense, is_head_drawn = dense_start(
     source, shape, data, task_of(order), order.seed
   )
+  mesh = sharding.make_mesh(order.mesh)
+  params = sharding.put_params(mesh, dense.params)
+  dense = dataclasses.replace(dense, params=params)
   if order.dense:
     return dense, []
-  mesh = sharding.make_mesh(order.mesh)
   # A stopped run that begins again has its plan, with heads.
   shape = shape.whole(keeps_heads=True)
   asked = Asked(shape, order.fpp, order.compress, targets)
@@ -131,7 +134,8 @@ def compress_sizes(
   """
   source, dense = f"{source}: " if source else "", model.params
   for name, w in paths.flatten(dense).items():
-    if not np.isfinite(w).all():
+    is_finite = jnp.isfinite if isinstance(w, jax.Array) else np.isfinite
+    if not is_finite(w).all():
       raise ConfigError(
         f"{source}{name} is not finite; the weights are damaged"
       )
@@ -210,10 +214,14 @@ def _compress(
     params = prune_trained(shape, params, batches, rules, method)
   if by_neuron and pruner:
     # In multiples of 8; FPP holds all other zeros.
-    zeros = zero_neurons(params)
-    shape, params, _ = shrink(
-      shape, params, multiple=8, absorb=False, is_zero=zeros
-    )
+    for name in [name for name in params if name.startswith("blocks_")]:
+      whole = {name: distributed.host_copy(params[name])}
+      zeros = zero_neurons(whole)
+      shape, small, _ = shrink(
+        shape, whole, multiple=8, absorb=False, is_zero=zeros
+      )
+      kernel = params[name]["mlp"]["down"]["kernel"]
+      params[name] = sharding.put_like(small[name], kernel)
   return shape, params, report
 
 

@@ -106,7 +106,29 @@ def any_process(flag: bool) -> bool:
 
 
 def to_host(tree: Any) -> Any:
-  """Returns whole NumPy arrays in each process; all must call it."""
+  """Returns whole NumPy arrays in each process; all must call it.
+
+  NumPy arrays, of which each process has its own, stay as they are.
+  """
   if jax.process_count() == 1:
     return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+
+  def gathered(x):
+    if not isinstance(x, jax.Array):
+      return x
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(gathered, tree)
+
+
+def host_copy(tree: Any) -> Any:
+  """Returns the same as `to_host`, of arrays that live on.
+
+  An array of several devices, or of another device than the CPU, keeps the NumPy
+  array that is made of it. Here a copy does, which is freed.
+  """
+
+  def copied(x):
+    return x.copy() if isinstance(x, jax.Array) else x
+
+  return to_host(jax.tree.map(copied, tree))

@@ -13,6 +13,7 @@ import numpy as np
 from folding.compression import lowrank
 from folding.errors import ConfigError
 from folding.models.shape import Shape
+from folding.training.distributed import host_copy
 from folding.training.fold_layer import (
   fold_layer,
   initial_report,
@@ -21,6 +22,7 @@ from folding.training.fold_layer import (
 from folding.training.progress import track
 from folding.training.prune_trained import Pruner
 from folding.training.sensitivity import Sensitivities
+from folding.training.sharding import put_like
 from folding.training.stream import (
   Batch,
   Params,
@@ -28,6 +30,7 @@ from folding.training.stream import (
   embed_batches,
   embedding_tables,
   make_block,
+  masks_of,
   require_text,
 )
 
@@ -64,8 +67,9 @@ def fold_pretrained(
 
   Args:
     shape: Shape of the folded model.
-    params: Parameters of `shape.dense()`, NumPy or JAX arrays. Entries other than
-      blocks are passed through.
+    params: Parameters of `shape.dense()`, NumPy or JAX arrays, perhaps split over
+      the mesh of the batches. One layer at a time is whole on the host. Entries
+      other than blocks are passed through.
     batches: {"tokens": int[B, L], optionally "mask": bool[B, L], True at
       tokens, and "segments" of pairs}. Some thousands of tokens, more than twice
       the width.
@@ -77,7 +81,7 @@ def fold_pretrained(
       `sensitivity.sensitivities`; None: all alike.
 
   Returns:
-    (params of `shape`, [{"layer", "heads": their number, "groups", "values":
+    (params of `shape`, split over the mesh of the batches, [{"layer", "heads": their number, "groups", "values":
     kind or rank of W_V, "logits_kept": share of the variance of the logits before
     the fit (None on the input axis), "divergence": of the attention weights in
     nats, "attention_r2", "mlp_r2": share of the variance that the two
@@ -90,15 +94,17 @@ def fold_pretrained(
   require_pairs(shape)
   batches, sensitivity = list(batches), sensitivity or {}
   require_text(shape, batches)
+  [like, *_] = masks_of(batches)
   folded, report = dict(params), []
   stream = None  # that of the dense model until something is folded
   if rank := shape.embedding_rank:
     tables = embedding_tables(shape, params, batches, usage_V)
     weight = sensitivity.get("embed")
     if shape.embedding_shared:
-      folded |= lowrank.fold_embeddings(tables, rank, weight)
+      low = lowrank.fold_embeddings(tables, rank, weight)
     else:
-      folded |= lowrank.fold_embedding(*tables["embed"], rank, weight)
+      low = lowrank.fold_embedding(*tables["embed"], rank, weight)
+    folded |= put_like(low, like)
   if prune is not None:
     folded = prune.outer(folded)
   if rank or prune is not None:
@@ -108,23 +114,25 @@ def fold_pretrained(
   for n in track(range(shape.num_layers), "folding layers"):
     name = f"blocks_{n}"
     block, dense_block = make_block(shape, n), make_block(dense, n)
-    target = target_of(dense_block, params[name], dense_stream)
+    old = host_copy(params[name])
+    target = target_of(dense_block, old, dense_stream)
     if stream is None and block.layer != dense_block.layer:
       stream = dense_stream
     dense_stream = Stream([one["out"] for one in target], dense_stream.masks)
     if stream is None:
       report.append({"layer": n, **initial_report(block.layer)})
       continue
-    folded[name], row, stream = fold_layer(
+    new, row, stream = fold_layer(
       block,
       dense_block,
-      params[name],
+      old,
       stream,
       target=target,
       fit_steps=fit_steps,
       prune=None if prune is None else prune.layer(n),
       sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
     )
+    folded[name] = put_like(new, like)
     report.append({"layer": n, **row})
   return folded, report
 

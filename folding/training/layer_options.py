@@ -26,6 +26,7 @@ from folding.compression.lowrank import Moments
 from folding.models import exact_attention
 from folding.models.shape import Layer, Shape
 from folding.models.transformer import Block
+from folding.training.distributed import host_copy
 from folding.training.fold_layer import (
   fold_attention,
   fold_logits,
@@ -133,7 +134,7 @@ def measure(
   found: dict[Decision, futures.Future[list[Option]]] = {}
   with futures.ThreadPoolExecutor(2) as pool:
     for n in track(range(asked.num_layers), "measuring layers"):
-      block, layer = make_block(dense, n), params[f"blocks_{n}"]
+      block, layer = make_block(dense, n), host_copy(params[f"blocks_{n}"])
       out, halves = _read_layer(block, layer, stream, tried.by_neuron)
       for future in found.values():  # the sums of one layer wait at a time
         future.result()

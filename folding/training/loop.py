@@ -525,7 +525,10 @@ def _start(config: Config, workdir: str) -> tuple[Start, Model | None]:
   with distributed.together():
     if path is not None and not has_checkpoint(workdir):
       segments = data.has_segments or shape.segments > 0
-      source = read_source(path, data, task_of(config), segments=segments)
+      mesh = sharding.make_mesh(config.mesh)
+      source = read_source(
+        path, data, task_of(config), segments=segments, mesh=mesh
+      )
     if began is None and data.pair is not None:
       # As the tokenizer and the model to start from distinguish the two texts.
       segments = source.shape.segments if source else 2 * data.has_segments

@@ -15,9 +15,11 @@ from folding.compression import oneshot
 from folding.compression.lowrank import Moments
 from folding.compression.sites import Rule, Site, make_sites
 from folding.models.shape import Shape
+from folding.training.distributed import host_copy
 from folding.training.fold_layer import Prune
 from folding.training.progress import track
 from folding.training.sensitivity import Sensitivities
+from folding.training.sharding import put_like
 from folding.training.stream import (
   READS,
   Batch,
@@ -67,9 +69,11 @@ def prune_trained(
   stream = embed_batches(shape, pruned, batches)
   for n in track(range(shape.num_layers), "pruning layers"):
     name, block = f"blocks_{n}", make_block(shape, n)
-    moments = input_moments(block, pruned[name], stream)
-    pruned[name] = _weights(name, pruned[name], moments, solve, weights)
-    stream = advance(block, pruned[name], stream)
+    layer = host_copy(pruned[name])
+    moments = input_moments(block, layer, stream)
+    layer = _weights(name, layer, moments, solve, weights)
+    stream = advance(block, layer, stream)
+    pruned[name] = put_like(layer, stream.x[0])
   return pruned
 
 
@@ -147,7 +151,8 @@ def _prune_outer(
   def prune(name, w):
     if name not in weights or (name.startswith("blocks_") and not blocks):
       return w
-    return oneshot.magnitude(np.asarray(w, np.float32), weights[name])
+    whole = np.asarray(host_copy(w), np.float32)
+    return put_like(oneshot.magnitude(whole, weights[name]), w)
 
   return paths.map_named(prune, dict(params))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,15 +13,16 @@ from folding.models import blocks
 from folding.models.shape import Shape
 from folding.models.transformer import Transformer, model_for
 from folding.training.progress import track
+from folding.training.sharding import put_whole
 from folding.training.stream import (
   Batch,
+  added,
   capture,
   changed_outputs,
   make_block,
   masks_of,
   second_moment,
   spread,
-  total,
 )
 
 Sensitivities = Mapping[str, np.ndarray]  # see `sensitivities`
@@ -62,9 +63,10 @@ def sensitivities(
   if shape.output == "tokens":
     sizes = [np.size(batch["tokens"]) for batch in batches]
     batches = spread(batches, sizes, _TOKENS)
-  part = functools.partial(_batch_sums, model, params)
-  seeds = range(len(batches))
-  sums = total(part, track(batches, "measuring sensitivities"), seeds)
+  sums: dict[str, Any] = {}
+  for seed, batch in enumerate(track(batches, "measuring sensitivities")):
+    for name, found in _batch_sums(model, params, batch, seed):
+      sums[name] = added(sums.get(name), found)
   masks = masks_of(batches)
   num_tokens = sum(int(mask.sum()) for mask in masks)
 
@@ -93,8 +95,8 @@ def lowered(
   ]
 
 
-def _batch_sums(model, params, batch, seed) -> dict[str, jax.Array]:
-  """Returns sums of J' J over the tokens of a batch.
+def _batch_sums(model, params, batch, seed) -> Iterator[tuple[str, jax.Array]]:
+  """Yields paths, as `sensitivities`, and sums of J' J over the tokens of a batch.
 
   Only the input of each layer is stored. The backward pass computes the values
   inside a layer again.
@@ -104,19 +106,25 @@ def _batch_sums(model, params, batch, seed) -> dict[str, jax.Array]:
   stem = {name: w for name, w in params.items() if "embed" in name}
   x = [_embed(model, stem, tokens, segments)]
   layers = [make_block(model.shape, n) for n in range(model.shape.num_layers)]
+
+  def whole(part):
+    return put_whole(part, mask)
+
   # Waits for each layer: a call that is queued holds a copy of its parameters.
   for n, layer in enumerate(layers):
-    seen = capture(layer, params[f"blocks_{n}"], x[-1], mask, outputs=("out",))
+    own = params[f"blocks_{n}"]
+    seen = capture(layer, whole(own), x[-1], mask, outputs=("out",))
     x.append(jax.block_until_ready(seen["out"]))
   top = model.read_out_params(params)
-  grad, sums = _output_gradient(model, top, x.pop(), mask, seed), {}
+  grad = _output_gradient(model, whole(top), x.pop(), mask, seed)
   for n, layer in reversed(list(enumerate(layers))):
+    own = params[f"blocks_{n}"]
     grad, found = jax.block_until_ready(
-      _layer_sums(layer, params[f"blocks_{n}"], x.pop(), mask, grad)
+      _layer_sums(layer, whole(own), x.pop(), mask, grad)
     )
-    sums |= {f"blocks_{n}/{path}": found[m] for m, path in MODULES.items()}
-  sums["embed"] = _embed_sums(model, stem, tokens, segments, mask, grad)
-  return sums
+    for module, path in MODULES.items():
+      yield f"blocks_{n}/{path}", found[module]
+  yield "embed", _embed_sums(model, stem, tokens, segments, mask, grad)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,6 +8,7 @@ heads, neurons and the vocabulary, and the activations that belong to them.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -361,20 +362,65 @@ def put_whole(tree: Any, like: Any) -> Any:
   """Returns arrays, whole on each device that has part of another array.
 
   Args:
-    tree: Arrays that each process has whole.
+    tree: Arrays that each process has whole, or that are split over the mesh.
     like: An array; unless it is on a mesh, they go to the default device.
   """
-  where = getattr(like, "sharding", None)
-  if not isinstance(where, NamedSharding):
+  mesh = _mesh_of(like)
+  if mesh is None:
     return jax.device_put(tree)
-  everywhere = NamedSharding(where.mesh, PartitionSpec())
+  everywhere = whole(mesh)
+  if any(_mesh_of(x) is not None for x in jax.tree.leaves(tree)):
+    return jax.jit(_same, out_shardings=everywhere)(tree)  # one program
   return jax.tree.map(lambda x: _put(x, everywhere), tree)
 
 
-def _put(array: Any, where: NamedSharding) -> jax.Array:
-  """Places an array that each process has; several do not compare theirs."""
+def _same(tree: Any) -> Any:
+  return tree
+
+
+def put_params(mesh: Mesh | None, params: Any, dtype: Any = np.float32) -> Any:
+  """Returns parameters, split over a mesh as `tree_shardings` says.
+
+  They are placed one array at a time, and each process copies its own part only.
+
+  Args:
+    mesh: None: they become NumPy arrays.
+    params: Arrays of any float type that each process has whole, perhaps mapped
+      from a file, or that are split already.
+    dtype: Type of the placed arrays.
+  """
+  if mesh is None:
+    return jax.tree.map(lambda w: np.array(w, dtype, order="C"), params)
+  shardings = tree_shardings(mesh, params)
+  return jax.tree.map(functools.partial(_put, dtype=dtype), params, shardings)
+
+
+def put_like(params: Any, like: Any) -> Any:
+  """Returns parameters, split over the mesh of an array; without one as they are."""
+  mesh = _mesh_of(like)
+  return params if mesh is None else put_params(mesh, params)
+
+
+def _mesh_of(array: Any) -> Mesh | None:
+  """Returns the mesh that an array lies on."""
+  where = getattr(array, "sharding", None)
+  return where.mesh if isinstance(where, NamedSharding) else None
+
+
+def _put(array: Any, where: NamedSharding, dtype: Any = None) -> jax.Array:
+  """Places an array that each process has; several do not compare theirs.
+
+  One on a mesh moves there.
+  """
+  if _mesh_of(array) is not None:
+    return jax.device_put(array.astype(dtype or array.dtype), where)
   array = np.asarray(array)
-  return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+  def part(index):
+    found = array[index]
+    return found if dtype is None else np.array(found, dtype, order="C")
+
+  return jax.make_array_from_callback(array.shape, where, part, dtype)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:

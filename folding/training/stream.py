@@ -18,7 +18,7 @@ from folding.data.trim import token_usage
 from folding.errors import ConfigError
 from folding.models.shape import Shape
 from folding.models.transformer import Block, Transformer
-from folding.training.distributed import to_host
+from folding.training.distributed import host_copy, to_host
 from folding.training.sharding import put_whole
 
 # "tokens" int[B, L]; perhaps "mask" bool[B, L] and "segments" int[B, L]. NumPy
@@ -55,7 +55,7 @@ class Stream(NamedTuple):
     return sum(int(mask.sum()) for mask in self.masks)
 
   def put(self, tree: Any) -> Any:
-    """Returns arrays of this process, whole on each device of the stream."""
+    """Returns arrays, whole on each device of the stream."""
     return put_whole(tree, self.x[0])
 
 
@@ -138,15 +138,15 @@ def embedding_tables(
     batches: Texts.
     usage_V: Frequency of each token; None: as in the batches.
   """
-  embedding_VD = np.asarray(params["embed"]["embedding"])
+  embedding_VD = host_copy(params["embed"]["embedding"])
   if usage_V is None:
     usage_V = usage_of(batches, len(embedding_VD))
   tables = {"embed": (embedding_VD, usage_V)}
   if asked.embedding_shared:
     if "segment_embed" in params:
-      rows = np.asarray(params["segment_embed"]["embedding"])
+      rows = host_copy(params["segment_embed"]["embedding"])
       tables["segment_embed"] = rows, np.ones(len(rows))
-    rows = np.asarray(params["position_embed"]["embedding"])
+    rows = host_copy(params["position_embed"]["embedding"])
     usage_P = np.zeros(len(rows))
     for mask in map(np.asarray, masks_of(to_host(list(batches)))):
       usage_P[: mask.shape[1]] += mask.sum(axis=0)
@@ -266,11 +266,11 @@ def total(function: Callable[..., Any], *data: Iterable[Any]) -> Any:
   """
   sums = None
   for batch in zip(*data, strict=True):
-    sums = _added(sums, function(*batch))
+    sums = added(sums, function(*batch))
   return sums
 
 
-def _added(sums: Any, more: Any) -> Any:
+def added(sums: Any, more: Any) -> Any:
   """Adds to a tree in float64, in place, and returns it; None is 0."""
   if sums is None:
     return jax.tree.map(lambda a: np.array(a, np.float64), more)
@@ -345,7 +345,7 @@ def add_halves(
 ) -> list[Any]:
   """Returns the sums of `half_totals` after a batch of that number."""
   found = _of_both(function, shared, batch)
-  return [_added(sums[half], found[(half + number) % 2]) for half in range(2)]
+  return [added(sums[half], found[(half + number) % 2]) for half in range(2)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from folding import paths
 from folding.config import (
@@ -32,6 +33,7 @@ from folding.models.hf_weights import (
 from folding.models.shape import Shape, model_of
 from folding.models.transformer import make_model, param_shapes
 from folding.tasks import Task, task_of
+from folding.training import sharding
 from folding.training.checkpoint import load_run
 
 
@@ -59,7 +61,8 @@ def dense_start(
     needs_head: Whether a missing classifier is an error.
 
   Returns:
-    (model with all tokens of the tokenizer, whether its head is drawn).
+    (model with all tokens of the tokenizer and the arrays of the source, which
+    `sharding.put_params` places; whether its head is drawn).
 
   Raises:
     ConfigError: the source has another shape, or an array does not fit.
@@ -123,7 +126,7 @@ def dense_start(
       raise ConfigError(
         f"{path}: {name} is {w.shape}, and this model's is {like.shape}"
       )
-    return np.asarray(w, np.float32)
+    return w
 
   params = paths.map_named(value, shapes)
   for name in given:
@@ -144,16 +147,25 @@ def _is_run(path: str) -> bool:
   return os.path.isdir(os.path.join(path, "checkpoints"))
 
 
-def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Model:
+def read_source(
+  path: str,
+  data: Data,
+  row: Task,
+  *,
+  segments: bool,
+  mesh: Mesh | None = None,
+) -> Model:
   """Reads a trained dense model to start from or to learn from.
 
-  A head for the same classes gets their order in the data.
+  A head for the same classes gets their order in the data. Arrays of a checkpoint
+  stay in its files until they are placed, see `load_pretrained`.
 
   Args:
     path: Checkpoint folder, hub id or run.
     data: Has the tokenizer and classes that the model is for.
     row: The task that it is for.
     segments: Whether a checkpoint keeps its segment embedding.
+    mesh: As for `load_run`.
 
   Raises:
     ConfigError: it cannot be read, is not dense, or has another tokenizer.
@@ -164,7 +176,7 @@ def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Model:
       "teacher if distill is used"
     )
   if _is_run(path):
-    model = load_run(path)
+    model = load_run(path, mesh)
     if not model.shape.is_dense:
       raise ConfigError(f"{path} is folded or shrunk; start from a dense run")
     if isinstance(model.tokenizer, MappedTokenizer):
@@ -172,7 +184,7 @@ def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Model:
         f"the tokenizer of {path} was trimmed; start from an earlier dense run"
       )
   else:
-    model = read_checkpoint(path, row.name, segments=segments)
+    model = read_checkpoint(path, row.name, segments=segments, mapped=True)
     labels = _class_names(model.labels, data.label_names)
     model = dataclasses.replace(model, labels=labels)
   tokenizer, ours = model.tokenizer, data.tokenizer
@@ -195,7 +207,11 @@ def read_source(path: str, data: Data, row: Task, *, segments: bool) -> Model:
 
 
 def read_checkpoint(
-  path: str, task: str | None = None, *, segments: bool = False
+  path: str,
+  task: str | None = None,
+  *,
+  segments: bool = False,
+  mapped: bool = False,
 ) -> Model:
   """Reads a Hugging Face checkpoint.
 
@@ -204,6 +220,7 @@ def read_checkpoint(
     task: As for `load_pretrained`. None: that of its head; without one, or if
       files of sentence-transformers say so, it makes vectors.
     segments: Whether it keeps a segment embedding, for pairs.
+    mapped: As for `load_pretrained`.
 
   Raises:
     ConfigError: see `load_pretrained`, or its tokenizer does not fit it.
@@ -211,7 +228,7 @@ def read_checkpoint(
   folder = find_pretrained(path)
   how = sentence.read(folder) if task is None else None
   found = load_pretrained(
-    folder, task="embed" if how else task, segments=segments
+    folder, task="embed" if how else task, segments=segments, mapped=mapped
   )
   if task is None and found.head == "none":
     how = how or sentence.Sentence()
@@ -286,7 +303,8 @@ def _with_classes(
   order = [index.get(name.casefold()) for name in ours]
   # Each of theirs exactly once, even if names differ by case alone.
   if len(order) == len(theirs) and set(order) == set(range(len(theirs))):
-    params["head"] = {name: w[..., order] for name, w in head.items()}
+    at = np.array(order)
+    params["head"] = {name: w[..., at] for name, w in head.items()}
   return params
 
 
@@ -295,9 +313,10 @@ def teacher_of(
 ) -> Model | None:
   """Returns the dense teacher of a run, None without distillation.
 
-  Its parameters are bfloat16; each layer computes in `model.dtype`. That of task
-  "embed", which metrics too compare with, is exact and keeps all tokens. If
-  `distill.teacher` names it, its shape and tokenizer are its own.
+  Its parameters are bfloat16 and split over the mesh of the order; each layer
+  computes in `model.dtype`. That of task "embed", which metrics too compare with,
+  is exact and keeps all tokens. If `distill.teacher` names it, its shape and
+  tokenizer are its own.
 
   Raises:
     ConfigError: task "embed" has no teacher, or nothing to train; or see
@@ -319,16 +338,19 @@ def teacher_of(
     )
   if task.makes_vectors and d.teacher:
     return _encoder(d.teacher, shape, order)
+  mesh = sharding.make_mesh(order.mesh)
   if source is None or source.origin.base != path:
-    source = read_source(path, data, task, segments=shape.segments > 0)
+    source = read_source(
+      path, data, task, segments=shape.segments > 0, mesh=mesh
+    )
   model, _ = dense_start(
     source, shape, data, task, order.seed, needs_head=d.logits > 0
   )
-  if task.makes_vectors:
-    return model
-  model = without_trimmed(model)
-  half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params)
-  return dataclasses.replace(model, params=half)
+  dtype = np.float32
+  if not task.makes_vectors:
+    model, dtype = without_trimmed(model), jnp.bfloat16
+  params = sharding.put_params(mesh, model.params, dtype)
+  return dataclasses.replace(model, params=params)
 
 
 def teacher_in_memory(teacher: Model, data: Data) -> Model:

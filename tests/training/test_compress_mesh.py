@@ -1,4 +1,7 @@
-"""Compression on a mesh and by two processes equals that on one device."""
+"""Compression on a mesh and by two processes equals that on one device.
+
+There the parameters are split before and after.
+"""
 
 import sys
 
@@ -65,11 +68,12 @@ def compressed(kind, mesh=None):
   """Returns a model compressed on a mesh, or on one device."""
   config = _config(kind)
   asked = Asked(shape_of(config), config.fpp, config.compress)
-  batches = _batches()
+  batches, params = _batches(), _trained(config)
   if mesh is not None:
     batches = [sharding.put_rows(mesh, batch) for batch in batches]
+    params = sharding.put_params(mesh, params)
   tokenizer = train_tokenizer(c.DataConfig(tokenizer="bytes"), [])  # not read
-  model = Model.of(config, _trained(config), tokenizer)
+  model = Model.of(config, params, tokenizer)
   [found] = compress_sizes([asked], model, batches)
   return found
 
@@ -101,12 +105,23 @@ def require_close(found, expected):
   chex.assert_trees_all_close(*trees, rtol=1e-3, atol=1e-4)
 
 
+def whole_arrays(params):
+  """Returns the names of kernels and embeddings that each device has whole."""
+  return [
+    name
+    for name, w in paths.flatten(params).items()
+    if name.endswith(("kernel", "embedding")) and w.sharding.is_fully_replicated
+  ]
+
+
 @pytest.mark.parametrize("kind", MODELS)
-def test_mesh_compresses_as_one_device(kind, one):
+def test_mesh_compresses_as_one_device(kind, one, monkeypatch):
+  monkeypatch.setattr(sharding, "_SMALLEST", 1)  # small arrays are split, too
   mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=4))
   found = compressed(kind, mesh)
   assert described(*found) == described(*one[kind])
   require_close(found[0].params, one[kind][0].params)
+  assert not whole_arrays(found[0].params)
 
 
 # Compresses as one of two processes, and writes what it found.
@@ -118,10 +133,12 @@ from folding.training import distributed, sharding
 from tests.training import test_compress_mesh as t
 address, out = sys.argv[1:]
 distributed.join(address)
+sharding._SMALLEST = 1
 mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=4))
 for kind in t.MODELS:
   found = t.compressed(kind, mesh)
-  arrays = paths.flatten(found[0].params)
+  assert not t.whole_arrays(found[0].params)
+  arrays = paths.flatten(distributed.to_host(found[0].params))
   np.savez(f"{out}-{kind}.npz", described=t.described(*found), **arrays)
 """
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from folding.models.transformer import make_model
 from folding.serving.export import export_hf
 from folding.serving.predict import predict
 from folding.tasks import task_of
-from folding.training import compress_trained, loop, run_dir
+from folding.training import compress_trained, loop, run_dir, sharding
 from folding.training.checkpoint import load_run
 from folding.training.loop import Run
 from folding.training.optimizer import embedding_fraction
@@ -93,6 +94,15 @@ def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
   drawn = c.resolve(recovery_config(folder, topics, dense=True, seed=1))
   other = _compressed(make_data(drawn), drawn)[0].params
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
+
+
+def test_load_run_splits_parameters_over_a_mesh(dense_run, monkeypatch):
+  monkeypatch.setattr(sharding, "_SMALLEST", 1)  # small arrays are split, too
+  mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=4))
+  found = load_run(str(dense_run), mesh).params
+  chex.assert_trees_all_equal(found, load_run(str(dense_run)).params)
+  kernel = found["blocks_0"]["mlp"]["up"]["kernel"]
+  assert kernel.sharding.shard_shape(kernel.shape) != kernel.shape
 
 
 def test_head_follows_the_class_names_of_a_checkpoint(

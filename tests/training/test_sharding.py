@@ -14,7 +14,7 @@ from folding.compression.sites import Rule
 from folding.config import MeshConfig, resolve
 from folding.data.batches import make_data
 from folding.models.shape import shape_of
-from folding.training import sharding
+from folding.training import distributed, sharding
 from folding.training.loop import Run
 from tests.training import tiny
 from tests.training.conftest import tiny_config
@@ -108,6 +108,33 @@ def test_tensor_splits_heads_neurons_and_tokens(name, sizes, spec):
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   placed = sharding.tree_shardings(mesh, {name: shape(*sizes)})[name]
   assert placed.spec == spec
+
+
+def test_put_params_splits_arrays_of_any_type_and_layout():
+  mesh = sharding.make_mesh(MeshConfig(2, 4))
+  w = np.arange(64 * 128, dtype=np.float16).reshape(128, 64).T
+  [placed] = jax.tree.leaves(sharding.put_params(mesh, {"w": w}))
+  np.testing.assert_array_equal(placed, w.astype(np.float32))
+  assert placed.dtype == jnp.float32
+  assert placed.sharding.spec == P(None, "fsdp")
+  # Once split, they get the split of others, or become whole.
+  [half] = jax.tree.leaves(
+    sharding.put_params(mesh, {"w": placed}, jnp.bfloat16)
+  )
+  assert (half.dtype, half.sharding) == (jnp.bfloat16, placed.sharding)
+  whole = sharding.put_whole(placed, half)
+  assert whole.sharding.is_fully_replicated
+  np.testing.assert_array_equal(whole, placed)
+
+
+def test_host_copy_keeps_nothing_in_the_array():
+  mesh = sharding.make_mesh(MeshConfig(2, 4))
+  params = {"w": np.ones((64, 128), np.float32), "n": np.arange(3)}
+  split = params | sharding.put_params(mesh, {"w": params["w"]})
+  found = distributed.host_copy(split)
+  np.testing.assert_array_equal(found["n"], params["n"])
+  np.testing.assert_array_equal(found["w"], params["w"])
+  assert split["w"]._npy_value is None  # where JAX keeps it
 
 
 def test_data_parallel_mesh_splits_no_parameter():
