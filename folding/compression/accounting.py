@@ -6,7 +6,7 @@ from a configuration.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,11 @@ def slices_of(is_kept: Any, axis: int) -> np.ndarray:
 
 
 def account(
-  params: Any, dense: Any, groups: Mapping[str, str] | None = None
+  params: Any,
+  dense: Any,
+  groups: Mapping[str, str] | None = None,
+  *,
+  read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> dict[str, Any]:
   """Compares a model with its dense baseline.
 
@@ -60,6 +64,8 @@ def account(
       same paths.
     groups: {group: pattern of whole parameter paths}; the rest is "other". No
       group may be named "overall". For our models: `folding.models.params.GROUPS`. None: all is "other".
+    read: Returns an array of `params` as a whole NumPy array. They are read one
+      after another.
 
   Returns:
     {"parameters": {group: {"dense", "stored"}}, "bytes": {group: {"dense",
@@ -96,7 +102,7 @@ def account(
       parameters[group]["dense"] += int(leaf.size)
       sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
   for name, leaf in leaves.items():
-    w = np.asarray(leaf)
+    w = read(leaf)
     values = int(np.count_nonzero(w))
     _, value_bytes, mask_bytes = storage(w)
     group = _group_of(name, patterns)

@@ -292,7 +292,10 @@ class Run(Program):
       test: Metrics of the test split; None: the run is not finished.
       is_at_target: Whether a finished run is as sparse as FPP should make it.
     """
-    params = distributed.to_host(state.params)
+    # All processes read the parameters, one array after another.
+    found = account(
+      state.params, self.dense_params, GROUPS, read=distributed.host_copy
+    )
     result = {
       "finished": test is not None,
       "steps": step,
@@ -301,7 +304,7 @@ class Run(Program):
       "tokens_per_second": speed,
       "test": test,
       "is_at_target": is_at_target,
-      **account(params, self.dense_params, GROUPS),
+      **found,
     }
     with distributed.together("another process failed to write"):
       if distributed.is_main():
