@@ -289,9 +289,9 @@ def _calibration(
 ) -> dict[str, Any]:
   """Returns the report on the program of compression that needs most memory.
 
-  A layer of the dense model is whole on each device while it is measured, and the
-  calibration texts are split. Arrays that wait for other programs are counted as
-  arguments.
+  A layer of the dense model is whole on each device while it is measured. The
+  dense model, what is folded of it, the teacher and the calibration texts are split.
+  Arrays that wait for other programs are counted as arguments.
   """
   model = make_model(shape, order.data.vocab_size, _num_outputs(task_of(order)))
   whole = sharding.whole(mesh)
@@ -303,15 +303,30 @@ def _calibration(
   rows = sharding.batch_sharding(mesh, B)
   x = jax.ShapeDtypeStruct((B, L, D), jnp.float32, sharding=rows)
   mask = jax.ShapeDtypeStruct((B, L), jnp.bool_, sharding=rows)
+  dense = sum(
+    math.prod(where.shard_shape(w.shape)) * w.dtype.itemsize
+    for w, where in zip(
+      jax.tree.leaves(params),
+      jax.tree.leaves(sharding.tree_shardings(mesh, params)),
+      strict=True,
+    )
+  )
+  teacher = 0
+  if task_of(order).makes_vectors:
+    teacher = dense
+  elif order.distill.is_used:
+    teacher = dense // 2  # it is bfloat16
   channel = 4 * math.prod(rows.shard_shape((B, L)))  # bytes of a batch
   # Each text has five streams of width D (before, inside and after the dense layer,
   # and before and inside the folded one) and the input of W_down.
   num_batches = -(-order.compress.calibration // B)
   texts = num_batches * (5 * D + shape.layers[0].mlp_width) * channel
   block, layer = stream.make_block(shape, 0), params["blocks_0"]
-  programs = [(stream.lowered_grams(block, layer, x, mask), texts)]
+  grams = stream.lowered_grams(block, layer, x, mask)
+  programs = [(grams, texts + 2 * dense + teacher)]
+  waits = shape.num_layers * D * channel + dense + teacher  # inputs of layers
   for program in sensitivity.lowered(model, params, x, mask):
-    programs.append((program, shape.num_layers * D * channel))
+    programs.append((program, waits))
   found = []
   for program, waits in programs:
     report = _report(program, devices)

@@ -268,7 +268,9 @@ def alike(config, num_layers, **fields):
 
 
 @pytest.mark.slow
-def test_calibration_holds_a_layer_its_moments_and_the_texts(config):
+def test_calibration_holds_a_layer_its_moments_the_texts_and_split_models(
+  config,
+):
   config = alike(config, 2, pretrained="DENSE")
   config = edited(config, {"compress.calibration": 160})
   devices = estimate.find_devices("cpu-8")
@@ -276,6 +278,12 @@ def test_calibration_holds_a_layer_its_moments_and_the_texts(config):
   calibration = found["compressed"]["calibration"]
   size = 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)  # a dense layer
   texts = 160 * 8 // 8 * 4 * (5 * 32 + 64)  # per device
+  mesh = sharding.make_mesh(config.mesh)
+  dense = estimate.make_program(shape_of(config).dense(), config, mesh)
+  size += 2 * sum(  # the dense model, and what is folded of it
+    4 * math.prod(x.sharding.shard_shape(x.shape))
+    for x in jax.tree.leaves(dense.like.params)
+  )
   assert size + texts <= calibration["arguments"] <= 1.2 * (size + texts)
   assert calibration["scratch"] >= 2 * 4 * 64 * 64  # moments of each half
   assert "compressed calibration" in estimate.table(found)
