@@ -1,7 +1,11 @@
-"""How the C library manages the memory of a process that trains."""
+"""Memory of a process: the heap of the C library, and mapped files."""
 
 import ctypes
+import mmap
 import os
+from typing import Any
+
+import numpy as np
 
 
 def keep_freed() -> None:
@@ -29,6 +33,21 @@ def return_freed() -> None:
   trim = getattr(_library(), "malloc_trim", None)
   if trim is not None:
     trim(0)
+
+
+def forget_mapped(array: np.ndarray) -> None:
+  """Unmaps the pages of the file that an array is a view of, if it is of one.
+
+  They count as memory of the process from their first use on. A later use maps
+  them again.
+  """
+  base: Any = array
+  while isinstance(base, np.ndarray):
+    base = base.base
+  if isinstance(base, memoryview):
+    base = base.obj
+  if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    base.madvise(mmap.MADV_DONTNEED)
 
 
 def _library() -> ctypes.CDLL | None:

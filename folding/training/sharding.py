@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from folding import paths
+from folding import memory, paths
 from folding.compression.sites import axes_like
 from folding.config import MeshConfig
 from folding.errors import ConfigError
@@ -420,7 +420,9 @@ def _put(array: Any, where: NamedSharding, dtype: Any = None) -> jax.Array:
     found = array[index]
     return found if dtype is None else np.array(found, dtype, order="C")
 
-  return jax.make_array_from_callback(array.shape, where, part, dtype)
+  placed = jax.make_array_from_callback(array.shape, where, part, dtype)
+  memory.forget_mapped(array)
+  return placed
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
