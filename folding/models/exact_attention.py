@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from folding.models import attention_kernel, blocks
+from folding.models import attention_kernel, block_attention
 
 MASKED = -1e30  # finite, so that a row without any key has no NaN
 QUERIES = 32  # per block of a short causal sequence
@@ -98,7 +98,9 @@ def attend_whole(
   bias = functools.partial(position_bias, causal=causal, window=window)
   options = {"head_dim": head_dim, "cap": cap}
   # Blocks need a known length, which an exported program may leave open.
-  if not isinstance(length, int) or length <= min(blocks.SIZES.values()):
+  if not isinstance(length, int) or length <= min(
+    block_attention.SIZES.values()
+  ):
     k_BJGL, v_BILr = k_BLJG.transpose(0, 2, 3, 1), v_BLIr.swapaxes(1, 2)
     position_L = jnp.arange(length)
     outs = []
@@ -115,7 +117,7 @@ def attend_whole(
       )
     return jnp.concatenate(outs, axis=1)
 
-  is_long = length > blocks.SIZES["default"]
+  is_long = length > block_attention.SIZES["default"]
   if is_long and biases.relative_RH is None:
     out_BLHr = attention_kernel.attend(
       q_BLHG,
@@ -134,7 +136,7 @@ def attend_whole(
     # work, which is slow on TPUs.
     q_BLHG, k_BLJG = (jnp.repeat(x, 2, axis=-1) for x in (q_BLHG, k_BLJG))
 
-  def logits(q_BHLG, query_L, keys: blocks.Keys, key_M, biases):
+  def logits(q_BHLG, query_L, keys: block_attention.Keys, key_M, biases):
     return attention_logits(
       q_BHLG,
       keys.k_BJMG.swapaxes(-1, -2),
@@ -143,12 +145,12 @@ def attend_whole(
       **options,
     )
 
-  keys = blocks.Keys(
+  keys = block_attention.Keys(
     k_BLJG.swapaxes(1, 2),
     v_BLIr.swapaxes(1, 2),
     None if mask_BL is None else mask_BL[:, None],
   )
-  out_BHLr = blocks.attend_by_blocks(
+  out_BHLr = block_attention.attend_by_blocks(
     logits, q_BLHG.swapaxes(1, 2), keys, biases, causal=causal, window=window
   )
   return out_BHLr.swapaxes(1, 2)

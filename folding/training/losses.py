@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from folding.models import blocks
+from folding.models.block_attention import in_blocks
 from folding.models.transformer import unit
 from folding.tasks import Task, squared_error
 from folding.training import sharding
@@ -86,7 +86,7 @@ def sum_over_blocks(
 
   def sum_rows(weights, batch):
     block_sums = jax.checkpoint(functools.partial(summed, weights))
-    found = jax.lax.map(block_sums, blocks.cut(batch, count))
+    found = jax.lax.map(block_sums, in_blocks(batch, count))
     return jax.tree.map(lambda x: x.sum(0), found)
 
   return sharding.sum_over_rows(mesh, sum_rows, weights, batch)

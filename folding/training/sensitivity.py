@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from folding.models import blocks
+from folding.models.block_attention import in_blocks
 from folding.models.shape import Shape
 from folding.models.transformer import Transformer, model_for
 from folding.training.progress import track
@@ -153,7 +153,7 @@ def _output_gradient(model, params, x_BLD, mask_BL, seed):
   # The logits of one block of positions exist at a time.
   B, L, _ = x_BLD.shape
   count = min(L, -(-B * L * model.vocab_size // _LOGITS))
-  parts = (*blocks.cut((x_BLD, mask_BL), count), jax.random.split(key, count))
+  parts = (*in_blocks((x_BLD, mask_BL), count), jax.random.split(key, count))
   grad_NBLD = jax.lax.map(lambda part: jax.grad(output)(*part), parts)
   return jnp.moveaxis(grad_NBLD, 0, 1).reshape(B, -1, x_BLD.shape[2])[:, :L]
 

@@ -14,7 +14,7 @@ from folding import config as c
 from folding import paths
 from folding.compression.fpp import fpp
 from folding.compression.sites import Rule
-from folding.models import blocks, linear_attention
+from folding.models import block_attention, linear_attention
 from folding.training import hlo, losses, sharding
 from tests.training import tiny
 
@@ -151,7 +151,7 @@ def compiled_step(mesh, **fields):
 def test_attention_in_blocks_moves_no_more_than_the_whole(monkeypatch):
   mesh = sharding.make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
   whole = compiled_step(mesh)
-  monkeypatch.setattr(blocks, "SIZES", {"default": tiny.LENGTH // 2})
+  monkeypatch.setattr(block_attention, "SIZES", {"default": tiny.LENGTH // 2})
   cut = compiled_step(mesh)
   assert cut.count(" while(") > whole.count(" while(")
   largest, largest_cut = (dict(sorted(moved(text))) for text in (whole, cut))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from folding import config as config_lib
-from folding.models import blocks, exact_attention
+from folding.models import block_attention, exact_attention
 from tests import jaxprs
 from tests.models import oracle
 from tests.models.layers import D, H, K, make_layer, normal, randomized
@@ -38,7 +38,7 @@ def results(module, params, x, keep, size, queries=L):
 
   function = jax.jit(jax.value_and_grad(output, argnums=(0, 1), has_aux=True))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(blocks, "SIZES", {"default": size})
+    patch.setattr(block_attention, "SIZES", {"default": size})
     patch.setattr(exact_attention, "QUERIES", queries)
     program = function.trace(params, x)
     (_, out), gradients = program.lower().compile()(params, x)
@@ -115,7 +115,7 @@ def attend(q, k, v, keep, config, slopes=None):
 @pytest.fixture(params=["looped", "unrolled"])
 def small(monkeypatch, request):
   if request.param == "looped":
-    monkeypatch.setattr(blocks, "SIZES", {"default": SIZE})
+    monkeypatch.setattr(block_attention, "SIZES", {"default": SIZE})
   monkeypatch.setattr(exact_attention, "QUERIES", SIZE)
   attend.clear_cache()
 
@@ -188,11 +188,11 @@ def test_long_sequences_have_no_array_of_all_logits():
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(shapes, x)
     return max(jaxprs.sizes(program.jaxpr))
 
-  size = max(blocks.SIZES.values())
+  size = max(block_attention.SIZES.values())
   assert largest() <= max(B * length * D, B * H * size**2)
   with pytest.MonkeyPatch.context() as patch:
     # All at once: the test can see it.
-    patch.setattr(blocks, "SIZES", {"default": length})
+    patch.setattr(block_attention, "SIZES", {"default": length})
     patch.setattr(exact_attention, "QUERIES", length)
     assert largest() == B * H * length**2
 
@@ -208,5 +208,5 @@ def test_prefill_of_a_long_prompt_equals_the_whole(monkeypatch):
     return np.asarray(out)[keep]
 
   whole = prefill()
-  monkeypatch.setattr(blocks, "SIZES", {"default": SIZE})
+  monkeypatch.setattr(block_attention, "SIZES", {"default": SIZE})
   np.testing.assert_allclose(prefill(), whole, rtol=0, atol=TOLERANCE)

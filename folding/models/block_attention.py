@@ -115,7 +115,7 @@ def attend_by_blocks(
   return _attend(_Options(logits, causal, window), q_BHLG, keys, biases)
 
 
-def cut(tree: Any, count: int, axis: int = 1) -> Any:
+def in_blocks(tree: Any, count: int, axis: int = 1) -> Any:
   """Returns arrays with an axis of size L as [count, ..., L / count, ...].
 
   A length that `count` does not divide is padded with 0 or False.
@@ -183,7 +183,7 @@ def _by_platform(function, options: _Options, q_BHLG, keys: Keys, *args):
 def _sums(blocks: _Blocks, q_BHLG, keys: Keys, biases) -> _Sums:
   """Returns the sums over all keys."""
   length = q_BHLG.shape[2]
-  q_NBHLG, keys = cut((q_BHLG, keys), blocks.number, axis=2)
+  q_NBHLG, keys = in_blocks((q_BHLG, keys), blocks.number, axis=2)
 
   def attend_block(inputs):
     q_BHLG, i = inputs
@@ -225,7 +225,7 @@ def _gradients(
   # The gradient of the logits is p (dp - mean of dp), p = softmax(logits).
   mean_BHL = (d_out_BHLr * sums.out_BHLr).sum(-1)
   # Padded queries have a share of 0.
-  q_NBHLG, keys, sums, d_out_NBHLr, mean_NBHL = cut(
+  q_NBHLG, keys, sums, d_out_NBHLr, mean_NBHL = in_blocks(
     (q_BHLG, keys, sums, d_out_BHLr, mean_BHL), blocks.number, axis=2
   )
 
