@@ -890,8 +890,7 @@ def from_saved(values: dict[str, Any]) -> Config:
   compress, fpp = (dict(values.get(name, {})) for name in ("compress", "fpp"))
   # Fields of earlier versions.
   compress.pop("qkv", None)
-  if "overall" in fpp:
-    fpp["saving"] = fpp.pop("overall")
+  fpp = {typed.RENAMED.get(name, name): x for name, x in fpp.items()}
   return from_dict({**values, "compress": compress, "fpp": fpp})
 
 

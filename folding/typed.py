@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 
 from folding.errors import ConfigError
 
+RENAMED = {"overall": "saving"}  # earlier names of fields
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -206,10 +208,12 @@ def unknown_field(where: str, name: str, names: Iterable[str]) -> str:
   """
   names = list(names)
   found = f"{where} has no field {name!r}"
-  near = difflib.get_close_matches(name, names, n=1)
+  *section, last = name.split(".")
+  now = ".".join([*section, RENAMED.get(last, last)])
+  near = [now] if now in names else difflib.get_close_matches(name, names, n=1)
   if not near:
     lasts = [n.split(".")[-1] for n in names]
-    likely = difflib.get_close_matches(name.split(".")[-1], lasts)
+    likely = difflib.get_close_matches(last, lasts)
     near = [n for n, last in zip(names, lasts, strict=True) if last in likely]
   if near:
     return f"{found}; did you mean {' or '.join(near)}?"

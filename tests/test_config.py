@@ -155,6 +155,11 @@ def test_edited_and_differences_are_by_dotted_name():
     typed.edited(Outer(), {"rate": 1.0})
 
 
+def test_earlier_name_of_a_field_is_answered_with_its_name():
+  with pytest.raises(ConfigError, match=r"did you mean fpp\.saving\?"):
+    c.edited(c.Config(), {"fpp.overall": 0.5})
+
+
 @pytest.mark.parametrize(
   ("rate", "shares", "expected"),
   [
