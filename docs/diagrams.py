@@ -488,7 +488,7 @@ def ranks() -> str:
 
 
 def shares() -> str:
-  """Returns the shares that groups of parameters lose, beside the claims."""
+  """Returns the shares that kinds of parameters lose, beside the claims."""
   rows = measured("| | dense baseline | quickstart | small dense model")
   found = {row[0]: numbers(row[2])[-1:] for row in rows}
   page = MEASURED.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Accounting: dense and stored parameters and bytes, by group.
+"""Accounting: dense and stored parameters and bytes, by kind.
 
 Stored parameters are the nonzero values. The masks that say where these belong
 are counted separately, in bytes. All numbers are measured on arrays, never taken
@@ -51,7 +51,7 @@ def slices_of(is_kept: Any, axis: int) -> np.ndarray:
 def account(
   params: Any,
   dense: Any,
-  groups: Mapping[str, str] | None = None,
+  kinds: Mapping[str, str] | None = None,
   *,
   read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> dict[str, Any]:
@@ -62,20 +62,21 @@ def account(
     dense: Tree of the dense baseline; shapes and dtypes are enough
       (`jax.eval_shape`). Apart from what folding changes, both trees have the
       same paths.
-    groups: {group: pattern of whole parameter paths}; the rest is "other". No
-      group may be named "overall". For our models: `folding.models.params.GROUPS`. None: all is "other".
+    kinds: {kind of parameters: pattern of whole paths}; the rest is "other", and
+      "overall" is the sum of all. For our models: `folding.models.params.KINDS`.
+      None: all is "other".
     read: Returns an array of `params` as a whole NumPy array. They are read one
       after another.
 
   Returns:
-    {"parameters": {group: {"dense", "stored"}}, "bytes": {group: {"dense",
-    "stored", "masks"}}, "layers": [{"path", "group", "shape", "dense",
-    "stored", "zeros"}]}. The groups include "overall". In "layers", "dense" is
+    {"parameters": {kind: {"dense", "stored"}}, "bytes": {kind: {"dense",
+    "stored", "masks"}}, "layers": [{"path", "group": its kind, "shape", "dense",
+    "stored", "zeros"}]}. The kinds include "overall". In "layers", "dense" is
     the size of the baseline's array of the same role, 0 without one, and
     "zeros" a fraction.
 
   Raises:
-    ValueError: the paths of the trees differ, a leaf is not an array, `groups`
+    ValueError: the paths of the trees differ, a leaf is not an array, `kinds`
       is not as above, or a pattern is not a regular expression.
 
   Example:
@@ -83,38 +84,38 @@ def account(
     >>> account(w, w)["parameters"]["overall"]
     {'dense': 4, 'stored': 2}
   """
-  groups = {} if groups is None else groups
-  is_groups = isinstance(groups, Mapping) and "overall" not in groups
-  what = "a dict of {group: pattern} without 'overall', the sum of all"
-  checks.check("account", [("groups", groups, is_groups, what)])
+  kinds = {} if kinds is None else kinds
+  is_table = isinstance(kinds, Mapping) and "overall" not in kinds
+  what = "a dict of {kind: pattern} without 'overall', the sum of all"
+  checks.check("account", [("kinds", kinds, is_table, what)])
   leaves, dense_leaves = paths.flatten(params), paths.flatten(dense)
   _check_paths(leaves, dense_leaves)
   for side, tree in (("params", leaves), ("dense", dense_leaves)):
     _check_arrays(side, tree)
-  patterns = {g: paths.compiled(x) for g, x in groups.items()}
+  patterns = {kind: paths.compiled(x) for kind, x in kinds.items()}
   names = [*patterns, "other", "overall"]
-  parameters = {g: {"dense": 0, "stored": 0} for g in names}
-  sizes = {g: {"dense": 0, "stored": 0, "masks": 0} for g in names}
+  parameters = {kind: {"dense": 0, "stored": 0} for kind in names}
+  sizes = {kind: {"dense": 0, "stored": 0, "masks": 0} for kind in names}
   layers = []
   roles = {_role(name): leaf for name, leaf in dense_leaves.items()}
   for name, leaf in dense_leaves.items():
-    for group in (_group_of(name, patterns), "overall"):
-      parameters[group]["dense"] += int(leaf.size)
-      sizes[group]["dense"] += int(leaf.size) * leaf.dtype.itemsize
+    for kind in (_kind_of(name, patterns), "overall"):
+      parameters[kind]["dense"] += int(leaf.size)
+      sizes[kind]["dense"] += int(leaf.size) * leaf.dtype.itemsize
   for name, leaf in leaves.items():
     w = read(leaf)
     values = int(np.count_nonzero(w))
     _, value_bytes, mask_bytes = storage(w)
-    group = _group_of(name, patterns)
-    for g in (group, "overall"):
-      parameters[g]["stored"] += values
-      sizes[g]["stored"] += value_bytes
-      sizes[g]["masks"] += mask_bytes
+    own = _kind_of(name, patterns)
+    for kind in (own, "overall"):
+      parameters[kind]["stored"] += values
+      sizes[kind]["stored"] += value_bytes
+      sizes[kind]["masks"] += mask_bytes
     baseline = roles.get(_role(name))
     layers.append(
       {
         "path": name,
-        "group": group,
+        "group": own,
         "shape": list(w.shape),
         "dense": 0 if baseline is None else int(baseline.size),
         "stored": values,
@@ -152,6 +153,8 @@ def _role(name: str) -> str:
   return re.sub(r"/v/diagonal$", "/v/kernel", name)
 
 
-def _group_of(name: str, patterns: Mapping[str, re.Pattern[str]]) -> str:
-  found = (g for g, pattern in patterns.items() if pattern.fullmatch(name))
+def _kind_of(name: str, patterns: Mapping[str, re.Pattern[str]]) -> str:
+  found = (
+    kind for kind, pattern in patterns.items() if pattern.fullmatch(name)
+  )
   return next(found, "other")

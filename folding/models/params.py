@@ -1,4 +1,4 @@
-"""The parameters of our models: one table of paths, groups and axes.
+"""The parameters of our models: one table of paths, kinds and axes.
 
 Letters as in `folding.models`, and: P positions, S segments, R buckets of
 distances, E width again, e width of the embeddings (D unless these are projected),
@@ -11,21 +11,21 @@ Hugging Face checkpoints are in `families.FAMILIES`.
 import re
 from typing import Literal, NamedTuple
 
-Group = Literal["qkv", "linear", "embedding", "other"]
+Kind = Literal["qkv", "linear", "embedding", "other"]
 
 
 class Param(NamedTuple):
-  """One kind of parameter.
+  """A row of the table.
 
   Attributes:
     path: Pattern of the end of its path.
-    group: Group in which `compression.accounting` counts it.
+    kind: As which `compression.accounting` counts it.
     axes: Letters of its dense shape. Folding makes some of them smaller.
     split: Letter of the axis that the mesh axis "tensor" splits; "": none.
   """
 
   path: str
-  group: Group
+  kind: Kind
   axes: str
   split: str = ""
 
@@ -61,10 +61,10 @@ TABLE: tuple[Param, ...] = (
   Param("norm_(attn|mlp)_out/(scale|bias)", "other", "D"),
   Param("norm_(attn|mlp|final|pooler)/(scale|bias)", "other", "D"),
 )
-# {group: pattern of full paths}, for `compression.accounting`.
-GROUPS = {
-  group: "|".join(rf"(?:.*/)?{x.path}" for x in TABLE if x.group == group)
-  for group in ("qkv", "linear", "embedding")
+# {kind: pattern of full paths}, for `compression.accounting`.
+KINDS = {
+  kind: "|".join(rf"(?:.*/)?{x.path}" for x in TABLE if x.kind == kind)
+  for kind in ("qkv", "linear", "embedding")
 }
 
 
@@ -85,10 +85,10 @@ def find(path: str) -> Param | None:
   return None
 
 
-def group_of(path: str) -> Group:
-  """Returns the group of a path; "other" if it is not in the table."""
+def kind_of(path: str) -> Kind:
+  """Returns the kind of a parameter; "other" if it is not in the table."""
   row = find(path)
-  return "other" if row is None else row.group
+  return "other" if row is None else row.kind
 
 
 def axis_of(path: str, letters: str) -> int | None:

@@ -18,7 +18,7 @@ from folding.reporting import page
 from folding.tasks import METRICS, task_of
 from folding.training import energy, run_dir
 
-GROUPS = ("qkv", "linear", "embedding", "other", "overall")
+KINDS = ("qkv", "linear", "embedding", "other", "overall")
 SCHEMA = 1
 
 _RESULT = (
@@ -31,9 +31,9 @@ _RESULT = (
 class Run:
   """A run directory as it was read.
 
-  Sizes are `{group: {"dense", "stored", "compression"}}`: of the dense
+  Sizes are `{kind: {"dense", "stored", "compression"}}`: of the dense
   baseline, of the stored (nonzero) values, and 1 - stored / dense, None for an
-  empty group. Sizes in bytes also have "masks", which locate the stored values,
+  kind without parameters. Sizes in bytes also have "masks", which locate the stored values,
   and "compression_with_masks".
 
   Attributes:
@@ -42,8 +42,8 @@ class Run:
     config: The config as it was given, with its presets resolved.
     shape: Shape of the model that training began with.
     result: Steps, seconds and provenance of `result.json`.
-    parameters: Number of parameters by group of `GROUPS`.
-    bytes: Number of bytes by group of `GROUPS`.
+    parameters: Number of parameters by kind, see `KINDS`.
+    bytes: Number of bytes by kind.
     allocated: Number of parameters in arrays, zeros included.
     layers: "path", "shape" and "stored" of the arrays, see `accounting.account`.
     train: Training records of `metrics.jsonl` by rising step.
@@ -101,8 +101,8 @@ def load_run(workdir: str) -> Run:
       config=config,
       shape=shape,
       result={name: values[name] for name in _RESULT},
-      parameters={g: _size(values["parameters"][g]) for g in GROUPS},
-      bytes={g: _size(values["bytes"][g]) for g in GROUPS},
+      parameters={kind: _size(values["parameters"][kind]) for kind in KINDS},
+      bytes={kind: _size(values["bytes"][kind]) for kind in KINDS},
       allocated=sum(math.prod(layer["shape"]) for layer in values["layers"]),
       layers=[
         {"path": x["path"], "shape": x["shape"], "stored": int(x["stored"])}
@@ -383,16 +383,16 @@ def _draw(run: Run) -> dict[str, tuple[str, str]]:
     plots.draw_bars(
       axes,
       {
-        group: {"dense baseline": size["dense"], "stored": size["stored"]}
-        for group, size in run.parameters.items()
+        kind: {"dense baseline": size["dense"], "stored": size["stored"]}
+        for kind, size in run.parameters.items()
       },
       x_label="number of parameters",
     )
   sizes = [
-    f"{group} {size['stored']:,} of {size['dense']:,}"
-    for group, size in run.parameters.items()
+    f"{kind} {size['stored']:,} of {size['dense']:,}"
+    for kind, size in run.parameters.items()
   ]
-  found["parameters.png"] = "Stored parameters by group", f"{', '.join(sizes)}."
+  found["parameters.png"] = "Stored parameters by kind", f"{', '.join(sizes)}."
   # A model that was made small before its first step has nothing to show here.
   if len({record["sparsity"] for record in pruning}) > 1:
     gone = "zero" if stored < run.allocated else "removed"
@@ -512,17 +512,17 @@ def _settings(run: Run, from_default: Sequence[str]) -> list[str]:
 
 
 def _size_table(run: Run) -> str:
-  """Returns the table of parameters and bytes by group."""
+  """Returns the table of parameters and bytes by kind."""
   header = (
-    "Group", "Parameters, dense", "stored", "compression",
+    "Kind", "Parameters, dense", "stored", "compression",
     "Bytes, dense", "stored", "masks", "compression with masks",
   )  # fmt: skip
   rows = []
-  for group in GROUPS:
-    number, size = run.parameters[group], run.bytes[group]
+  for kind in KINDS:
+    number, size = run.parameters[kind], run.bytes[kind]
     rows.append(
       [
-        group,
+        kind,
         f"{number['dense']:,}",
         f"{number['stored']:,}",
         percent(number["compression"]),

@@ -23,7 +23,7 @@ from folding.config import CompressConfig, FPPConfig
 from folding.errors import ConfigError
 from folding.model import Targets
 from folding.models import hf_config
-from folding.models.params import group_of
+from folding.models.params import kind_of
 from folding.models.shape import Layer, Shape, model_of
 from folding.models.transformer import make_model, param_shapes
 from folding.training.fold_pretrained import require_pairs
@@ -309,7 +309,7 @@ def cheapest(
 
 
 def _sizes(asked: Asked, params: Mapping[str, Any]) -> dict[str, int]:
-  """Returns the number of parameters per group, with the head as a group.
+  """Returns the number of parameters per kind, with the head as a kind.
 
   If embeddings are pruned by rows, that of positions counts as "other", unless it
   has the rank of the tokens.
@@ -317,11 +317,11 @@ def _sizes(asked: Asked, params: Mapping[str, Any]) -> dict[str, int]:
   by_rows = asked.fpp.embedding_granularity != "weight"
   sizes = {"qkv": 0, "linear": 0, "embedding": 0, "other": 0, "head": 0}
   for name, leaf in paths.flatten(params).items():
-    group = "head" if name == "head/kernel" else group_of(name)
+    kind = "head" if name == "head/kernel" else kind_of(name)
     is_apart = by_rows and not asked.shape.embedding_shared
     if is_apart and name == "position_embed/embedding":
-      group = "other"
-    sizes[group] += int(np.prod(leaf.shape))
+      kind = "other"
+    sizes[kind] += int(np.prod(leaf.shape))
   return sizes | {"all": sum(sizes.values())}
 
 

@@ -33,7 +33,7 @@ from folding.data.batches import STS, Data, make_data
 from folding.data.trim import token_usage
 from folding.errors import ConfigError, TrainingError, first_line
 from folding.model import Model, Targets
-from folding.models.params import GROUPS
+from folding.models.params import KINDS
 from folding.models.shape import Shape, shape_of, with_shape
 from folding.models.transformer import (
   Transformer,
@@ -294,7 +294,7 @@ class Run(Program):
     """
     # All processes read the parameters, one array after another.
     found = account(
-      state.params, self.dense_params, GROUPS, read=distributed.host_copy
+      state.params, self.dense_params, KINDS, read=distributed.host_copy
     )
     result = {
       "finished": test is not None,

@@ -17,7 +17,7 @@ from folding.compression.sites import Rule, make_sites
 from folding.config import FPPConfig, Order, TrainConfig
 from folding.errors import ConfigError
 from folding.model import Targets
-from folding.models.params import axis_of, group_of
+from folding.models.params import axis_of, kind_of
 from folding.models.shape import Layer, Shape
 
 _TOKENS, _POSITIONS = "embed/embedding", "position_embed/embedding"
@@ -153,7 +153,7 @@ def _fractions_for(
   prunable = {"linear": 0, "embedding": 0}
   for site in make_sites(rules, params):
     for name in site.members:
-      is_embedding = group_of(name) == "embedding"
+      is_embedding = kind_of(name) == "embedding"
       prunable["embedding" if is_embedding else "linear"] += sizes[name]
   linear, embedding = prunable.values()
   stored = sum(sizes.values())
@@ -212,7 +212,7 @@ def make_optimizer(
 
   The clip is inside FPP, so that frozen parameters do not count in the norm.
   FPP is outside, so that weight decay and momentum do not move them. Weight
-  decay acts on the groups "qkv", "linear" and "embedding" of `models.params`,
+  decay acts on the kinds "qkv", "linear" and "embedding" of `models.params`,
   not on "other": norms, biases, slopes, the projection of an embedding and a
   BERT's pooler.
 
@@ -293,7 +293,7 @@ def _muon(adam: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: Any) -> Any:
-  return paths.map_named(lambda name, _: group_of(name) != "other", params)
+  return paths.map_named(lambda name, _: kind_of(name) != "other", params)
 
 
 def make_schedule(t: TrainConfig) -> optax.Schedule:

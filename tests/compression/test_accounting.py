@@ -13,14 +13,14 @@ def _zeroed(shape, zeros, dtype=np.float32):
   return w
 
 
-GROUPS = {
+KINDS = {
   "qkv": "attn/[qkv]/(kernel|diagonal)",
   "linear": "attn/o/kernel",
   "embedding": "embed/embedding",
 }
 
 
-def test_account_groups_by_pattern():
+def test_account_counts_by_pattern():
   params = {"conv": {"w": np.ones(6)}, "q": {"kernel": np.array([1.0, 0.0])}}
   found = accounting.account(params, params, {"conv": "conv/.*"})
   assert found["parameters"] == {
@@ -110,7 +110,7 @@ def _small():
 
 
 def test_account_counted_by_hand():
-  found = accounting.account(_small(), _dense(), GROUPS)
+  found = accounting.account(_small(), _dense(), KINDS)
   assert found["parameters"] == {
     "qkv": {"dense": 128, "stored": 24},
     "linear": {"dense": 64, "stored": 40},
@@ -128,7 +128,7 @@ def test_account_counted_by_hand():
 
 
 def test_account_compares_layers_with_the_array_of_their_role():
-  found = accounting.account(_small(), _dense(), GROUPS)["layers"]
+  found = accounting.account(_small(), _dense(), KINDS)["layers"]
   layers = {layer["path"]: layer for layer in found}
   assert layers["attn/v/diagonal"] == {
     "path": "attn/v/diagonal",
@@ -145,7 +145,7 @@ def test_account_compares_layers_with_the_array_of_their_role():
 def test_account_of_an_array_without_baseline_has_no_dense_size():
   small = _small()
   small["attn"]["frequency"] = np.ones(3)  # of a folded layer
-  found = accounting.account(small, _dense(), GROUPS)["layers"]
+  found = accounting.account(small, _dense(), KINDS)["layers"]
   assert [x["dense"] for x in found if x["path"] == "attn/frequency"] == [0]
 
 
@@ -173,8 +173,8 @@ def test_account_takes_shapes_of_a_bfloat16_baseline():
   def make():
     return jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), _dense())
 
-  expected = accounting.account(_small(), _dense(), GROUPS)
-  found = accounting.account(_small(), jax.eval_shape(make), GROUPS)
+  expected = accounting.account(_small(), _dense(), KINDS)
+  found = accounting.account(_small(), jax.eval_shape(make), KINDS)
   assert found["parameters"] == expected["parameters"]
   for group, size in found["bytes"].items():
     assert size["dense"] == expected["bytes"][group]["dense"] / 2
@@ -195,9 +195,9 @@ def test_account_refuses_shapes_without_values():
     (({"w": np.ones(3)}, {"w": "x"}), "'w' of `dense` is a str"),
     (
       ({"w": np.ones(3)},) * 2 + ({"overall": ".*"},),
-      "groups .* without 'overall'",
+      "kinds .* without 'overall'",
     ),
-    (({"w": np.ones(3)},) * 2 + (["w"],), r"groups .* it is \['w'\]"),
+    (({"w": np.ones(3)},) * 2 + (["w"],), r"kinds .* it is \['w'\]"),
   ],
   ids=["text", "number", "dense", "overall", "list"],
 )

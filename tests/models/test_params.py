@@ -101,7 +101,7 @@ def test_modules_of_hugging_face_layouts_have_rows(family):
 
 
 @pytest.mark.parametrize(
-  ("path", "group", "split"),
+  ("path", "kind", "split"),
   [
     ("blocks_0/attn/q/kernel", "qkv", 1),
     ("blocks_11/attn/v/diagonal", "qkv", None),
@@ -119,10 +119,10 @@ def test_modules_of_hugging_face_layouts_have_rows(family):
     ("seq/kernel", "other", None),
   ],
 )
-def test_group_and_split_axis(path, group, split):
-  assert params.group_of(path) == group
+def test_kind_and_split_axis(path, kind, split):
+  assert params.kind_of(path) == kind
   assert params.split_axis(path) == split
-  if group != "other":
-    assert re.fullmatch(params.GROUPS[group], path)
+  if kind != "other":
+    assert re.fullmatch(params.KINDS[kind], path)
   else:
-    assert not any(re.fullmatch(x, path) for x in params.GROUPS.values())
+    assert not any(re.fullmatch(x, path) for x in params.KINDS.values())

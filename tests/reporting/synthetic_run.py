@@ -7,7 +7,7 @@ from typing import Any
 
 from folding import config as config_lib
 
-GROUPS = ("qkv", "linear", "embedding", "other")
+KINDS = ("qkv", "linear", "embedding", "other")
 LM_TEST = {
   "loss": 2.9012,
   "bits_per_byte": 1.9034,
@@ -62,20 +62,20 @@ def result(c: config_lib.Config, steps: int | None = None) -> dict[str, Any]:
   """Returns the content of `result.json`."""
   arrays = layers(c)
   counts = {
-    group: {
-      name: sum(a[name] for a in arrays if a["group"] == group)
+    kind: {
+      name: sum(a[name] for a in arrays if a["group"] == kind)
       for name in ("dense", "stored")
     }
-    for group in GROUPS
+    for kind in KINDS
   }
   counts["overall"] = {
     name: sum(count[name] for count in counts.values())
     for name in ("dense", "stored")
   }
   sizes = {
-    group: {name: 4 * n for name, n in count.items()}
+    kind: {name: 4 * n for name, n in count.items()}
     | {"masks": 0 if c.dense else count["dense"] // 8}
-    for group, count in counts.items()
+    for kind, count in counts.items()
   }
   total = c.train.steps
   done = total if steps is None else steps

@@ -16,11 +16,11 @@ from tests.reporting import synthetic_run
 
 
 def test_report_json_holds_the_measured_values(tmp_path):
-  counts = {g: {"dense": 0, "stored": 0} for g in report.GROUPS}
+  counts = {g: {"dense": 0, "stored": 0} for g in report.KINDS}
   counts["qkv"] = {"dense": 1000, "stored": 100}
   counts["linear"] = {"dense": 4000, "stored": 1000}
   counts["overall"] = {"dense": 5000, "stored": 1100}
-  sizes = {g: {"dense": 800, "stored": 200, "masks": 50} for g in report.GROUPS}
+  sizes = {g: {"dense": 800, "stored": 200, "masks": 50} for g in report.KINDS}
   layer = {"path": "x", "group": "linear", "dense": 4000, "stored": 1000}
   workdir = synthetic_run.write(
     tmp_path / "a",
@@ -128,7 +128,7 @@ def test_plots_show_the_records_and_when_fpp_prunes(tmp_path, monkeypatch):
     assert marks == pytest.approx([60, 420])
   counts = synthetic_run.result(synthetic_run.config())["parameters"]
   widths = [bar.get_width() for bar in sizes.containers[1]]
-  assert widths == [counts[group]["stored"] for group in report.GROUPS]
+  assert widths == [counts[kind]["stored"] for kind in report.KINDS]
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_share_is_of_removed_parameters_where_none_is_zero(tmp_path):
     c = synthetic_run.config()
     arrays = synthetic_run.layers(c)
     size = sum(math.prod(array["shape"]) for array in arrays)
-    counts = {g: {"dense": size, "stored": 0} for g in report.GROUPS}
+    counts = {g: {"dense": size, "stored": 0} for g in report.KINDS}
     counts["overall"]["stored"] = size - round(zeros * size)
     workdir = synthetic_run.write(tmp_path / name, c, parameters=counts)
     report.write_report(workdir)
