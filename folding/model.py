@@ -12,6 +12,7 @@ from folding import config as config_lib
 from folding.config import Config
 from folding.data.tokenizers import Text, Tokenizer
 from folding.errors import ConfigError
+from folding.models.dense_form import filled
 from folding.models.shape import Shape, shape_of, with_shape
 from folding.models.transformer import Transformer, make_model
 from folding.tasks import Label, task_of
@@ -217,6 +218,25 @@ class Model:
       params["position_embed"] = {"embedding": w[:length]}
     shape = dataclasses.replace(self.shape, max_length=length)
     return dataclasses.replace(self, shape=shape, params=params)
+
+  def dense(self) -> "Model":
+    """Returns the dense model that computes the same, up to float rounding.
+
+    Removed heads and neurons are zeros in it.
+
+    Raises:
+      ConfigError: it has another number of key heads than the dense baseline,
+        because a diagonal W_V gives each head values of its own.
+    """
+    shape = self.shape.dense()
+    widths = [layer.mlp_width for layer in shape.layers]
+    params = filled(self.shape, self.params, shape.num_heads, widths)
+    if params["blocks_0"]["attn"]["k"]["kernel"].shape[1] != shape.num_kv_heads:
+      raise ConfigError(
+        "a diagonal W_V with heads that share keys has no dense form of this "
+        "shape; use fold.values='dense'"
+      )
+    return dataclasses.replace(self, shape=shape, params=params, targets=None)
 
   @property
   def module(self) -> Transformer:

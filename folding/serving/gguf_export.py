@@ -20,11 +20,11 @@ from folding.errors import ConfigError, require_package
 from folding.model import Model
 from folding.models import hf_config
 from folding.models.attention import rope_frequencies
+from folding.models.dense_form import unfolded
 from folding.models.families import FAMILIES
 from folding.models.hf_family import Architecture
 from folding.models.params import axis_of
 from folding.serving.gguf_tokenizer import add_tokenizer
-from folding.serving.hf_export import unfolded
 from folding.serving.loaded import require_finite_weights
 from folding.tasks import task_of
 
@@ -96,7 +96,7 @@ def export_gguf(
     token_map, np.arange(loaded.num_rows)
   ):
     raise ConfigError("llama.cpp has a row per token; here tokens share rows")
-  params = unfolded(loaded)
+  params = unfolded(loaded.shape, loaded.params)
   count = sum(w.size for w in paths.flatten(params).values())
   if dtype not in _FLOATS:
     params = paths.map_named(_whole_blocks, params)

@@ -1,7 +1,6 @@
 """Hugging Face checkpoints: dense arrays, with zeros as removed weights."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import tokenizers
 
 from folding import files, paths
-from folding.compression.fold import unfold
 from folding.config import ModelConfig
 from folding.data.special_tokens import OPTIONS
 from folding.data.tokenizers import Tokenizer
@@ -19,11 +17,10 @@ from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError
 from folding.model import Model
 from folding.models import hf_config, hf_weights, sentence
-from folding.models.attention import layer_frequencies
+from folding.models.dense_form import filled
 from folding.models.families import FAMILIES
 from folding.models.hf_weights import TOKENIZER
-from folding.models.params import axis_of
-from folding.models.shape import Layer, model_of
+from folding.models.shape import model_of
 from folding.serving.loaded import require_exportable, require_float
 from folding.tasks import task_of
 
@@ -169,63 +166,22 @@ def _uniform(loaded: Model) -> ModelConfig:
   return small if hf_config.is_known(small, len(loaded.labels)) else whole
 
 
-def unfolded(loaded: Model) -> dict[str, Any]:
-  """Returns the unfolded parameters of the heads and neurons that are left.
-
-  Raises:
-    ConfigError: the parameters have no dense form.
-  """
-  shape, frequencies = loaded.shape, None
-  if shape.positions == "rope":
-    frequencies = {
-      f"blocks_{n}/attn": layer_frequencies(shape, layer)
-      for n, layer in enumerate(shape.layers)
-    }
-  try:
-    return unfold(loaded.params, frequencies, shape.head_dim)
-  except ValueError as error:
-    raise ConfigError(f"this model has no dense form: {error}") from None
-
-
 def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
-  """Returns the unfolded parameters, with zeros as removed heads and neurons.
-
-  `m` is from `_uniform`.
+  """Returns the dense form of a model, for the shape `m` from `_uniform`.
 
   Raises:
     ConfigError: the parameters have no dense form.
   """
-  params = unfolded(loaded)
   layers = loaded.shape.layers
+  widths = [int(np.max(m.mlp_width))] * len(layers)
+  params = filled(loaded.shape, loaded.params, m.num_heads, widths)
   table_RH = np.zeros((m.relative_buckets, m.num_heads), np.float32)
-  for n, layer in enumerate(layers):
-    fill = functools.partial(_filled, m, layer)
-    block = params[f"blocks_{n}"] = paths.map_named(fill, params[f"blocks_{n}"])
-    if m.relative_buckets:  # the layers share one table, of all heads
-      bias_RH = block["attn"]["relative_bias"]
-      table_RH[:, layer.heads] = bias_RH[:, layer.heads]
-      block["attn"]["relative_bias"] = table_RH
+  for n, layer in enumerate(layers if m.relative_buckets else ()):
+    attn = params[f"blocks_{n}"]["attn"]
+    # The layers share one table, of all heads.
+    table_RH[:, layer.heads] = attn["relative_bias"][:, layer.heads]
+    attn["relative_bias"] = table_RH
   return params
-
-
-def _filled(m: ModelConfig, layer: Layer, name: str, w: Any) -> np.ndarray:
-  """Returns an array of a dense layer with zeros as removed heads and neurons.
-
-  `m` is from `_uniform`, and `name` is the path in the layer.
-  """
-  w = np.asarray(w)
-  if (axis := axis_of(name, "F")) is not None:
-    size, stay = int(np.max(m.mlp_width)), range(w.shape[axis])
-  elif len(layer.heads) == m.num_heads:
-    return w
-  elif (axis := axis_of(name, "HJ")) is not None:
-    size = w.shape[axis] * m.num_heads // len(layer.heads)
-    stay = sorted({h * size // m.num_heads for h in layer.heads})
-  else:
-    return w
-  full = np.zeros((*w.shape[:axis], size, *w.shape[axis + 1 :]), w.dtype)
-  full[(slice(None),) * axis + (np.array(stay),)] = w
-  return full
 
 
 def _hf_pad_id(tokenizer: Tokenizer, is_causal_classifier: bool) -> int:

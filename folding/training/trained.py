@@ -155,7 +155,7 @@ def read_source(
   segments: bool,
   mesh: Mesh | None = None,
 ) -> Model:
-  """Reads a trained dense model to start from or to learn from.
+  """Reads a trained model to start from or to learn from, in its dense form.
 
   A head for the same classes gets their order in the data. Arrays of a checkpoint
   stay in its files until they are placed, see `load_pretrained`.
@@ -168,7 +168,7 @@ def read_source(
     mesh: As for `load_run`.
 
   Raises:
-    ConfigError: it cannot be read, is not dense, or has another tokenizer.
+    ConfigError: it cannot be read, has no dense form or another tokenizer.
   """
   if path == IN_MEMORY:
     raise ConfigError(
@@ -177,12 +177,12 @@ def read_source(
     )
   if _is_run(path):
     model = load_run(path, mesh)
-    if not model.shape.is_dense:
-      raise ConfigError(f"{path} is folded or shrunk; start from a dense run")
     if isinstance(model.tokenizer, MappedTokenizer):
       raise ConfigError(
         f"the tokenizer of {path} was trimmed; start from an earlier dense run"
       )
+    if not model.shape.is_dense:
+      model = load_run(path).dense()  # on the host
   else:
     model = read_checkpoint(path, row.name, segments=segments, mapped=True)
     labels = _class_names(model.labels, data.label_names)

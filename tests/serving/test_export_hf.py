@@ -11,10 +11,12 @@ import tokenizers
 
 import folding
 from folding import config as c
+from folding import paths
 from folding.data import trim
 from folding.data.tokenizers import load_tokenizer
 from folding.errors import ConfigError
 from folding.models.attention import rope_frequencies
+from folding.models.transformer import require_params
 from folding.serving import export as export_lib
 from folding.serving import predict
 from tests.models import checkpoints
@@ -79,6 +81,23 @@ def _model(name):
     model = export_lib.shrunk(model)
     assert model.config.model.heads == ((0, 1, 2, 3), (2, 3))
   return model
+
+
+@pytest.mark.parametrize("name", ["bert-shrunk", "llama-pairs"])
+def test_dense_model_computes_the_same(make, name):
+  model, text = make(name), "the cats sat on a mat"
+  dense = model.dense()
+  assert dense.shape.is_dense
+  shapes = {n: np.shape(w) for n, w in paths.flatten(dense.params).items()}
+  require_params(dense.module, shapes, "the dense model")
+  np.testing.assert_allclose(
+    models.logits(dense, text), models.logits(model, text), rtol=1e-4, atol=1e-4
+  )
+
+
+def test_dense_model_without_its_shared_keys_is_refused(make):
+  with pytest.raises(ConfigError, match="fold.values='dense'"):
+    make("llama-own-keys").dense()
 
 
 @pytest.mark.filterwarnings("ignore")  # those of torch

@@ -433,11 +433,11 @@ def test_teacher_with_other_pooling_is_refused(dense_run, topics):
     teacher_of(shape_of(config), make_data(config), config)
 
 
-def test_folded_run_is_refused_as_a_start(
+def test_run_without_its_tokens_is_refused_as_a_start(
   folded_run, dense_run, topics, tmp_path
 ):
   config = recovery_config(dense_run, topics, pretrained=str(folded_run[0]))
-  with pytest.raises(errors.ConfigError, match="start from a dense run"):
+  with pytest.raises(errors.ConfigError, match="an earlier dense run"):
     loop.run(config, str(tmp_path / "run"))
 
 
