@@ -193,12 +193,13 @@ def dense_test(workdir: str) -> dict[str, Any] | None:
   the run did not start from a finished dense run on the same data.
   """
   run = load_run(workdir)
-  if not run.config.pretrained:
-    return None
-  with contextlib.suppress(ConfigError, OSError):
-    dense = load_run(run.config.pretrained)
-    if dense.config.dense and run.digest and dense.digest == run.digest:
-      return dense.test
+  # A run that started from a smaller one has the dense run as its teacher.
+  starts = run.config.pretrained, run.config.distill.teacher
+  for path in filter(None, starts):
+    with contextlib.suppress(ConfigError, OSError):
+      dense = load_run(path)
+      if dense.config.dense and run.digest and dense.digest == run.digest:
+        return dense.test
   return None
 
 

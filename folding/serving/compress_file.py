@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,13 @@ from folding.data.padding import padded, windows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.model import Model
+from folding.models.shape import shape_of
 from folding.serving import lines as lines_lib
 from folding.serving.compress import WINDOW, compress_sizes, kept_of
 from folding.serving.loaded import load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, run_dir, sharding
+from folding.training.allocate import Asked, require_reachable
 from folding.training.evaluate import evaluate, make_eval_step
 from folding.training.recipe import recipe
 
@@ -63,11 +65,7 @@ def compress_file(
     ConfigError: see `folding.compress`, or the texts cannot be read.
   """
   files.require_empty(output)
-  folders = [output]
-  if len(savings) != 1:
-    folders = [os.path.join(output, f"{100 * x:g}") for x in savings]
-  if len({*folders}) < max(1, len(savings)):
-    raise ConfigError(f"give one saving, or different ones; they are {savings}")
+  folders = _folders(output, savings)
   model = load(source)
   fit, held = _texts(path, model)
   smaller = compress_sizes(
@@ -198,45 +196,94 @@ def _perplexity(model: Model, rows: Sequence[np.ndarray], count: int) -> float:
   return 2.0 ** found["bits_per_byte"]
 
 
-def train_smaller(
+def train_sizes(
   source: str,
   path: str,
-  saving: float,
+  savings: Sequence[float],
   output: str,
   *,
   steps: int,
   structured: bool | None = None,
   uniform: bool = False,
   vocabulary: int | None = None,
-) -> None:
-  """Trains a run that starts from a smaller model, as the shipped configs do.
+) -> Iterator[str]:
+  """Trains smaller models one after the other, and yields their run directories.
 
-  It is that of configs/embed.py for an encoder without a head, and otherwise that
-  of configs/pretrained.py.
+  A run is that of configs/embed.py for an encoder without a head, and otherwise that
+  of configs/pretrained.py. With several savings the largest model is trained first.
+  Each further one is cut from the trained one before it, with the dense model as
+  teacher of all. The steps are then half as many again in total, in equal parts. A
+  run that is there already is resumed. A signal that stops a run ends the iteration.
 
   Args:
     source: As for `compress_file`, like the options.
     path: Texts; with labels for a classifier.
-    saving: Fraction of the parameters to save.
-    output: The run directory.
-    steps: Steps of training.
+    savings: Fractions of the parameters to save.
+    output: The run directory. With several savings, each gets one in it, named by
+      its percentage.
+    steps: Steps of training of a single model.
     structured: Whether the arrays of a language model get smaller too.
     uniform: Whether all layers get one size.
-    vocabulary: Number of tokens to keep.
+    vocabulary: Number of tokens to keep; for a single model.
 
   Raises:
-    ConfigError: see `loop.run`, or the folder has other files.
+    ConfigError: see `loop.run`, or a folder has other files.
   """
-  if run_dir.is_new(output):
-    files.require_empty(output)
+  savings = sorted(savings)
+  folders = _folders(output, savings)
+  for folder in folders:
+    if run_dir.is_new(folder):
+      files.require_empty(folder)
+  if len(savings) > 1:
+    steps = max(1, round(1.5 * steps / len(savings)))
+    if vocabulary is not None:
+      raise ConfigError(
+        "a model with fewer tokens cannot be made smaller again; give one --saving "
+        "beside --vocabulary and --steps"
+      )
   model = load(source)
   name = "embed" if task_of(model).makes_vectors else "pretrained"
-  config = config_lib.read(f"configs/{name}.py:{source},{saving}")
   kept = kept_of(model, vocabulary)
-  if structured or uniform or kept:
-    config = recipe(
-      config, saving, structured=structured, uniform=uniform, kept=kept
+  configs = []
+  for n, saving in enumerate(savings):
+    config = config_lib.read(f"configs/{name}.py:{source},{saving}")
+    if structured or uniform or kept:
+      config = recipe(
+        config, saving, structured=structured, uniform=uniform, kept=kept
+      )
+    edits = {"data.path": path, "train.steps": steps}
+    edits["train.eval_every"] = max(1, steps // 4)
+    if len(savings) > 1 and model.shape.num_kv_heads < model.shape.num_heads:
+      # A diagonal W_V beside shared keys has no dense form of this shape.
+      edits["fold.values"] = "dense"
+    if n:
+      edits["pretrained"] = folders[n - 1]
+      if config.distill.is_used:
+        edits["distill.teacher"] = source
+      # Reads on where the run before stopped.
+      edits["data.first_batch"] = config.data.first_batch + n * steps
+    configs.append(config_lib.resolve(config_lib.edited(config, edits)))
+  for config in configs:  # before hours of training
+    asked = Asked(shape_of(config), config.fpp, config.compress)
+    require_reachable(asked, model.params)
+  for config, folder in zip(configs, folders, strict=True):
+    result = loop.run(config, folder)
+    yield folder
+    if not result["finished"]:
+      return
+
+
+def _folders(output: str, savings: Sequence[float]) -> list[str]:
+  """Returns the folder of each saving.
+
+  Raises:
+    ConfigError: there is no saving, or one twice.
+  """
+  if len(savings) == 1:
+    return [output]
+  folders = [os.path.join(output, f"{100 * x:g}") for x in savings]
+  if not folders or len({*folders}) < len(folders):
+    raise ConfigError(
+      f"give one saving, or different ones; they are {tuple(savings)}"
     )
-  edits = {"data.path": path, "train.steps": steps}
-  edits["train.eval_every"] = max(1, steps // 4)
-  loop.run(config_lib.edited(config, edits), output)
+  return folders

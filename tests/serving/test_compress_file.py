@@ -1,6 +1,8 @@
 """The verb `folding compress`; tests/training/test_compress_trained has a classifier."""
 
 import dataclasses
+import os
+import pathlib
 
 import jax
 import numpy as np
@@ -10,11 +12,15 @@ import folding
 from folding import cli
 from folding import config as c
 from folding.data import trim
+from folding.data.batches import make_data
 from folding.data.padding import windows
 from folding.serving import compress_file
 from folding.serving.compress import compress_sizes
 from folding.serving.export import export
-from folding.training.trained import without_trimmed
+from folding.tasks import task_of
+from folding.training import run_dir
+from folding.training.trained import read_source, without_trimmed
+from tests.models import checkpoints
 from tests.serving import models
 
 
@@ -177,7 +183,8 @@ def test_windows_are_spread_over_the_stream():
     (("--saving=1.5",), "saving is a fraction"),
     (("--saving=()",), "give one saving"),
     (("--saving=0.3,0.5,0.3",), "or different ones"),
-    (("--saving=0.3,0.5", "--steps=5"), "give one --saving"),
+    (("--saving=0.3,0.5,0.3", "--steps=5"), "or different ones"),
+    (("--saving=0.3,0.5", "--steps=5", "--vocabulary=9"), "one --saving"),
     (("--texts=nowhere.txt",), "nowhere.txt"),
   ],
 )
@@ -192,10 +199,84 @@ def test_wrong_flags_are_one_line(tmp_path, flags, message, capsys):
   assert not output.exists()
 
 
-def test_training_in_a_folder_of_other_files_is_refused(tmp_path, capsys):
-  argv = ["compress", "nowhere", f"--texts={_texts(tmp_path)}", "--steps=1"]
-  assert cli.main([*argv, f"--output={tmp_path}"]) == 2
+@pytest.mark.parametrize(
+  ("saving", "folder"), [("0.5", "."), ("0.3,0.5", "50")]
+)
+def test_training_in_a_folder_of_other_files_is_refused(
+  tmp_path, saving, folder, capsys
+):
+  argv = ["compress", "nowhere", "--texts=nowhere", "--steps=1"]
+  output = tmp_path / "small"
+  (output / folder).mkdir(parents=True)
+  (output / folder / "notes.txt").write_text("notes")
+  assert cli.main([*argv, f"--saving={saving}", f"--output={output}"]) == 2
   assert "is there already and not an empty folder" in capsys.readouterr().err
+
+
+def _training(tmp_path, *flags):
+  """Returns a command that trains smaller encoders in tmp_path / "small"."""
+  checkpoints.write(tmp_path / "bert", "bert")
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(3, 9, size=300)
+  texts = {" ".join(rng.choice([*"abcdef"], size)): None for size in sizes}
+  (tmp_path / "texts.txt").write_text("\n".join(texts))
+  argv = ["compress", str(tmp_path / "bert"), f"--output={tmp_path / 'small'}"]
+  return [*argv, f"--texts={tmp_path / 'texts.txt'}", *flags]
+
+
+def test_size_out_of_reach_is_refused_before_any_training(tmp_path, capsys):
+  argv = _training(tmp_path, "--saving=0.1,0.99", "--steps=2")
+  assert cli.main(argv) == 2
+  assert "no plan saves 99% of this model" in capsys.readouterr().err
+  assert not (tmp_path / "small").exists()
+
+
+def test_smaller_run_is_read_in_its_dense_form(run):
+  order = run_dir.load_order(str(run))
+  data = make_data(order, run_dir.load_tokenizer(str(run)))
+  read = read_source(str(run), data, task_of(order), segments=False)
+  folded, text = folding.load(run), "the saw file dog"
+  assert read.shape.is_dense
+  assert not folded.shape.is_dense
+  np.testing.assert_allclose(
+    models.logits(read, text), models.logits(folded, text), atol=1e-5
+  )
+
+
+@pytest.mark.slow
+def test_sizes_are_cut_from_each_other_and_resumed_after_a_kill(tmp_path):
+  argv = _training(tmp_path, "--saving=0.3,0.1", "--steps=4")
+  source, large, small = (
+    str(tmp_path / name) for name in ("bert", "small/10", "small/30")
+  )
+  sizes = compress_file.train_sizes(
+    source,
+    str(tmp_path / "texts.txt"),
+    [0.3, 0.1],
+    str(tmp_path / "small"),
+    steps=4,
+  )
+  assert next(sizes) == large
+  sizes.close()  # killed before the next size, or while that is measured
+  os.makedirs(small)
+  files = {path: path.stat() for path in pathlib.Path(large).rglob("*")}
+  assert cli.main(argv) == 0
+  for path, before in files.items():
+    assert path.stat().st_mtime_ns == before.st_mtime_ns, path
+
+  order = run_dir.load_order(small)
+  assert (order.pretrained, order.distill.teacher) == (large, source)
+  assert order.data.first_batch == order.train.steps == 3  # 1.5 * 4 / 2
+  dense, *smaller = map(folding.load, (source, large, small))
+  whole, *counts = (
+    sum(w.size for w in jax.tree.leaves(x.params)) for x in (dense, *smaller)
+  )
+  assert 0.8 < counts[0] / whole <= 0.9
+  assert 0.55 < counts[1] / whole <= 0.7
+  for a, b in zip(*(x.shape.layers for x in smaller), strict=True):
+    assert {*b.heads} <= {*a.heads}
+    assert b.value_dim <= a.value_dim
+    assert b.mlp_width <= a.mlp_width
 
 
 @pytest.mark.parametrize(
