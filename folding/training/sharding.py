@@ -403,8 +403,8 @@ def put_like(params: Any, like: Any) -> Any:
 
 def _mesh_of(array: Any) -> Mesh | None:
   """Returns the mesh that an array lies on."""
-  where = getattr(array, "sharding", None)
-  return where.mesh if isinstance(where, NamedSharding) else None
+  mesh = getattr(getattr(array, "sharding", None), "mesh", None)
+  return mesh if isinstance(mesh, Mesh) else None
 
 
 def _put(array: Any, where: NamedSharding, dtype: Any = None) -> jax.Array:
