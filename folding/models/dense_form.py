@@ -40,6 +40,8 @@ def filled(
 ) -> dict[str, Any]:
   """Returns the unfolded parameters, with zeros as removed heads and neurons.
 
+  They are NumPy arrays.
+
   Args:
     shape: Shape of the model.
     params: Its parameters.
@@ -50,7 +52,7 @@ def filled(
   Raises:
     ConfigError: the parameters have no dense form.
   """
-  params = unfolded(shape, params)
+  params = paths.map_named(lambda _, w: np.asarray(w), unfolded(shape, params))
   for n, (layer, width) in enumerate(
     zip(shape.layers, mlp_widths, strict=True)
   ):
@@ -60,10 +62,9 @@ def filled(
 
 
 def _filled(
-  layer: Layer, num_heads: int, mlp_width: int, name: str, w: Any
+  layer: Layer, num_heads: int, mlp_width: int, name: str, w: np.ndarray
 ) -> np.ndarray:
   """Returns an array with zeros as removed heads and neurons of its layer."""
-  w = np.asarray(w)
   if (axis := axis_of(name, "F")) is not None:
     size, stay = mlp_width, range(w.shape[axis])
   elif len(layer.heads) == num_heads:
