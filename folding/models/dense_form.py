@@ -52,13 +52,13 @@ def filled(
   Raises:
     ConfigError: the parameters have no dense form.
   """
-  params = paths.map_named(lambda _, w: np.asarray(w), unfolded(shape, params))
+  dense = paths.map_named(lambda _, w: np.asarray(w), unfolded(shape, params))
   for n, (layer, width) in enumerate(
     zip(shape.layers, mlp_widths, strict=True)
   ):
     fill = functools.partial(_filled, layer, num_heads, width)
-    params[f"blocks_{n}"] = paths.map_named(fill, params[f"blocks_{n}"])
-  return params
+    dense[f"blocks_{n}"] = paths.map_named(fill, dense[f"blocks_{n}"])
+  return dense
 
 
 def _filled(
