@@ -188,7 +188,10 @@ def _layer(m: ModelConfig, f: FoldConfig, n: int) -> Layer:
 
 def with_shape(config: Config, shape: Shape) -> Config:
   """Returns a config whose sections `model` and `fold` describe a shape."""
-  return dataclasses.replace(config, model=model_of(shape), fold=fold_of(shape))
+  model = model_of(shape)
+  if model.max_length <= config.data.length:
+    model = dataclasses.replace(model, max_length=0)  # as in a resolved config
+  return dataclasses.replace(config, model=model, fold=fold_of(shape))
 
 
 def model_of(shape: Shape) -> ModelConfig:
