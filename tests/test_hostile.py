@@ -335,7 +335,7 @@ REFUSED = {
     "no arrays",
   ),
   "overall": (
-    call(folding.account, params={}, dense={}, groups={"overall": ".*"}),
+    call(folding.account, params={}, dense={}, kinds={"overall": ".*"}),
     "without 'overall'",
   ),
 }

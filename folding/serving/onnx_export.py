@@ -202,7 +202,12 @@ class _Graph:
   @property
   def num_bytes(self) -> int:
     """Bytes of the arrays of the program."""
-    return sum(array.nbytes for array in self._arrays.values())
+    return sum(array.nbytes for array in self._used().values())
+
+  def _used(self) -> dict[str, np.ndarray]:
+    """Returns the arrays without, say, the shape of a reshape that was left out."""
+    used = {name for node in self._nodes for name in node.input}
+    return {name: x for name, x in self._arrays.items() if name in used}
 
   def array(self, name: str, array: np.ndarray) -> str:
     """Adds an array (an initializer), and returns its name."""
@@ -389,11 +394,9 @@ class _Graph:
     inputs = infos(TensorProto.INT64, integers)
     inputs += infos(TensorProto.FLOAT, self._past)
     outputs = infos(TensorProto.FLOAT, self._outputs | self._present)
-    used = {name for node in self._nodes for name in node.input}
     arrays = [
       numpy_helper.from_array(np.asarray(array, order="C"), name)
-      for name, array in self._arrays.items()
-      if name in used  # not the shape of a reshape that was left out
+      for name, array in self._used().items()
     ]
     graph = helper.make_graph(self._nodes, "folding", inputs, outputs, arrays)
     return helper.make_model(

@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,8 +257,10 @@ def test_layer_corrects_the_errors_of_the_layer_below():
   config = _config("gpt2", groups=(1, 0))
   params, report = _fold(config, "gpt2")
   dense = _dense("gpt2")
-  v = params["blocks_0"]["attn"]["v"]
-  assert v is dense["blocks_0"]["attn"]["v"]  # only W_Q and W_K are folded
+  # Only W_Q and W_K are folded.
+  chex.assert_trees_all_equal(
+    *(tree["blocks_0"]["attn"]["v"] for tree in (params, dense))
+  )
   left = {**params, "blocks_1": dense["blocks_1"]}
   for role in ("q", "k", "v"):
     for name, w in left["blocks_1"]["attn"][role].items():
