@@ -203,13 +203,14 @@ def run(
     *("program", "tokens per text", "arguments", "scratch", "estimate, ms"),
     *("of peak", "moved", "collectives", "memory", "fits", "commit"),
   )
-  columns = zip(header, *map(_row, rows), strict=True)
-  header, *cells = zip(*(c for c in columns if any(c[1:])), strict=True)
+  cells = list(map(_row, rows))
+  # Without columns that this compiler leaves empty.
+  shown = [n for n in range(len(header)) if any(row[n] for row in cells)]
   table = output.Table(
     f"Per device, by the {kind} compiler; nothing was run. GiB of arguments, "
     "scratch memory, results of collectives, and memory",
-    header,
-    cells,
+    [header[n] for n in shown],
+    [[row[n] for n in shown] for row in cells],
   )
   small = [
     one

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from folding import paths
@@ -52,7 +53,7 @@ def filled(
   Raises:
     ConfigError: the parameters have no dense form.
   """
-  dense = paths.map_named(lambda _, w: np.asarray(w), unfolded(shape, params))
+  dense = jax.tree.map(np.asarray, unfolded(shape, params))
   for n, (layer, width) in enumerate(
     zip(shape.layers, mlp_widths, strict=True)
   ):

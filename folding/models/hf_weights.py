@@ -251,9 +251,9 @@ def import_params(
   """Returns our parameters, without tensors that our model does not need.
 
   They are views of the tensors wherever that is possible. Names and shapes are
-  checked before the first tensor is read. Each tensor is read once. Without `config.segments`, BERT's segment 0 is added to every
-  position. A score layer without a bias gets one of zeros if the model has
-  biases.
+  checked before the first tensor is read. Each tensor is read once. Without
+  `config.segments`, BERT's segment 0 is added to every position. A score layer
+  without a bias gets one of zeros if the model has biases.
 
   Args:
     described: From config.json.

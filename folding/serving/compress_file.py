@@ -277,7 +277,7 @@ def _folders(output: str, savings: Sequence[float]) -> list[str]:
   """Returns the folder of each saving.
 
   Raises:
-    ConfigError: there is no saving, or one twice.
+    ConfigError: no saving is given, or the same one twice.
   """
   if len(savings) == 1:
     return [output]

@@ -214,7 +214,8 @@ def _compress(
     params = prune_trained(shape, params, batches, rules, method)
   if by_neuron and pruner:
     # In multiples of 8; FPP holds all other zeros.
-    for name in [name for name in params if name.startswith("blocks_")]:
+    for n in range(shape.num_layers):
+      name = f"blocks_{n}"
       whole = {name: distributed.host_copy(params[name])}
       zeros = zero_neurons(whole)
       shape, small, _ = shrink(

@@ -290,7 +290,7 @@ def _calibration(
   """Returns the report on the program of compression that needs most memory.
 
   A layer of the dense model is whole on each device while it is measured. The
-  dense model, what is folded of it, the teacher and the calibration texts are split.
+  dense and the folded model, the teacher and the calibration texts are split.
   Arrays that wait for other programs are counted as arguments.
   """
   model = make_model(shape, order.data.vocab_size, _num_outputs(task_of(order)))

@@ -81,11 +81,11 @@ def fold_pretrained(
       `sensitivity.sensitivities`; None: all alike.
 
   Returns:
-    (params of `shape`, split over the mesh of the batches, [{"layer", "heads": their number, "groups", "values":
-    kind or rank of W_V, "logits_kept": share of the variance of the logits before
-    the fit (None on the input axis), "divergence": of the attention weights in
-    nats, "attention_r2", "mlp_r2": share of the variance that the two
-    regressions explain on held-out text}]).
+    (params of `shape`, split over the mesh of the batches, [{"layer", "heads":
+    their number, "groups", "values": kind or rank of W_V, "logits_kept": share of
+    the variance of the logits before the fit (None on the input axis),
+    "divergence": of the attention weights in nats, "attention_r2", "mlp_r2": share
+    of the variance that the two regressions explain on held-out text}]).
 
   Raises:
     ConfigError: there is too little text, or trained weights cannot be folded

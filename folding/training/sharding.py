@@ -378,19 +378,17 @@ def _same(tree: Any) -> Any:
   return tree
 
 
-def put_params(mesh: Mesh | None, params: Any, dtype: Any = np.float32) -> Any:
+def put_params(mesh: Mesh, params: Any, dtype: Any = np.float32) -> Any:
   """Returns parameters, split over a mesh as `tree_shardings` says.
 
   They are placed one array at a time, and each process copies its own part only.
 
   Args:
-    mesh: None: they become NumPy arrays.
+    mesh: Has all devices that get a part.
     params: Arrays of any float type that each process has whole, perhaps mapped
       from a file, or that are split already.
     dtype: Type of the placed arrays.
   """
-  if mesh is None:
-    return jax.tree.map(lambda w: np.array(w, dtype, order="C"), params)
   shardings = tree_shardings(mesh, params)
   return jax.tree.map(functools.partial(_put, dtype=dtype), params, shardings)
 

@@ -33,7 +33,7 @@ from folding.models.hf_weights import (
 from folding.models.shape import Shape, model_of
 from folding.models.transformer import make_model, param_shapes
 from folding.tasks import Task, task_of
-from folding.training import sharding
+from folding.training import distributed, sharding
 from folding.training.checkpoint import load_run
 
 
@@ -182,7 +182,8 @@ def read_source(
         f"the tokenizer of {path} was trimmed; start from an earlier dense run"
       )
     if not model.shape.is_dense:
-      model = load_run(path).dense()  # on the host
+      params = distributed.host_copy(model.params)
+      model = dataclasses.replace(model, params=params).dense()
   else:
     model = read_checkpoint(path, row.name, segments=segments, mapped=True)
     labels = _class_names(model.labels, data.label_names)

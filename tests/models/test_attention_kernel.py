@@ -219,7 +219,8 @@ def test_kernel_of_gpus_equals_blocks(
 
   def run(attend, dtype, inputs):
     def loss(inputs, slopes):
-      out = attend(*(x.astype(dtype) for x in inputs), slopes)
+      q, k, v = (x.astype(dtype) for x in inputs)
+      out = attend(q, k, v, slopes)
       return (out * cotangent).sum(), out
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))

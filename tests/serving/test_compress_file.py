@@ -273,7 +273,8 @@ def test_sizes_are_cut_from_each_other_and_resumed_after_a_kill(tmp_path):
   )
   assert 0.8 < counts[0] / whole <= 0.9
   assert 0.55 < counts[1] / whole <= 0.7
-  for a, b in zip(*(x.shape.layers for x in smaller), strict=True):
+  first, second = (x.shape.layers for x in smaller)
+  for a, b in zip(first, second, strict=True):
     assert {*b.heads} <= {*a.heads}
     assert b.value_dim <= a.value_dim
     assert b.mlp_width <= a.mlp_width

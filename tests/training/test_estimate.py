@@ -280,7 +280,7 @@ def test_calibration_holds_a_layer_its_moments_the_texts_and_split_models(
   texts = 160 * 8 // 8 * 4 * (5 * 32 + 64)  # per device
   mesh = sharding.make_mesh(config.mesh)
   dense = estimate.make_program(shape_of(config).dense(), config, mesh)
-  size += 2 * sum(  # the dense model, and what is folded of it
+  size += 2 * sum(  # the dense and the folded model
     4 * math.prod(x.sharding.shard_shape(x.shape))
     for x in jax.tree.leaves(dense.like.params)
   )
