@@ -66,7 +66,7 @@ def find_files(
     found = _files_in(path)
   else:  # opening a pipe would block
     raise ConfigError(
-      f"data.path {path.absolute()} is neither a file nor a folder"
+      f"{path.absolute()} is neither a file nor a folder of texts"
     )
   endings = {file.suffix for part in found.values() for file in part}
   if endings == {".txt"} and _named_columns(data):
