@@ -248,12 +248,23 @@ def topology_of(generation: str, number: int) -> list[int] | None:
   return [2 ** ((power + axis) // axes) for axis in range(axes)][::-1]
 
 
+def _wraps(generation: str, shape: Sequence[int]) -> list[bool]:
+  """Returns whether the chips along x, y and z form rings.
+
+  They do along all axes of a v5p slice of whole cubes of 4 x 4 x 4 chips, and along
+  an axis of all 16 chips of a v5e or v6e pod.
+  """
+  if _TPUS[generation].axes == 3:
+    return [all(size % 4 == 0 for size in shape)] * 3
+  return [*(size == 16 for size in shape), False]
+
+
 def _tpus(name: str, generation: str, shape: Sequence[int]) -> Devices:
   for variable, value in _OFFLINE.items():
     os.environ.setdefault(variable, value)
   _start_on_cpus(math.prod(shape))
   topology = f"{generation}:{'x'.join(map(str, shape))}"
-  options = {}
+  options: dict[str, Any] = {"wrap": _wraps(generation, shape)}
   if math.prod(shape) < 4:  # by default a host has 2 x 2 chips
     options["chips_per_host_bounds"] = [*shape, *(1,) * (3 - len(shape))]
   try:

@@ -412,6 +412,20 @@ def test_topology_of_a_slice_is_the_most_even_one(slice_name, topology):
   assert devices_lib.topology_of(generation, int(number)) == topology
 
 
+@pytest.mark.parametrize(
+  ("generation", "shape", "wraps"),
+  [
+    ("v5p", [4, 4, 2], [False, False, False]),
+    ("v5p", [4, 4, 8], [True, True, True]),
+    ("v5e", [4, 4], [False, False, False]),
+    ("v5e", [8, 16], [False, True, False]),
+    ("v6e", [16, 16], [True, True, False]),
+  ],
+)
+def test_chips_form_rings_in_cubes_and_along_16(generation, shape, wraps):
+  assert devices_lib._wraps(generation, shape) == wraps
+
+
 @pytest.mark.slow
 def test_planned_step_looks_for_thresholds_as_on_several_devices():
   # Here JAX has started with eight devices.
@@ -490,6 +504,19 @@ def test_tpu_compiler_gathers_a_weight_once_for_a_product():
 
   assert moves(None) == {"collective-permute"}
   assert moves(step_lib._compiler_options(mesh)) == {"all-gather"}
+
+
+@pytest.mark.skipif(not HAS_TPU_COMPILER, reason="libtpu is not installed")
+def test_tpu_compiler_gathers_over_the_rings_of_64_chips():
+  devices = estimate.find_devices("v5p:4x4x4").devices
+  mesh = sharding.make_mesh(c.MeshConfig(data=1, fsdp=64), devices)
+  like = jax.ShapeDtypeStruct(
+    (8192, 8192), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp"))
+  )
+  gather = jax.jit(lambda x: x, out_shardings=sharding.whole(mesh))
+  # Between chips in a line it sums arrays that are zero but for one part.
+  text = gather.lower(like).compile().as_text()
+  assert set(hlo.read(text).moved) == {"all-gather"}
 
 
 @pytest.mark.parametrize(
