@@ -153,6 +153,19 @@ def _look(name: str, index: int) -> tuple[str, str]:
   return METHODS.get(name, (plots.CYCLE[index], MARKS[index]))
 
 
+def _digits(values: Sequence[float]) -> str:
+  """Returns the first digits of the labels between two powers of ten."""
+  return "123456789" if max(values) / min(values) < 4 else "25"
+
+
+def _label_plainly(axis: Any, digits: str) -> None:
+  """Labels a logarithmic axis with 900 instead of 9 x 10^2."""
+  axis.set_major_formatter(lambda x, _: f"{x:g}")
+  axis.set_minor_formatter(
+    lambda x, _: f"{x:g}" if f"{x:e}"[0] in digits else ""
+  )
+
+
 def _draw(plot: Plot) -> Any:
   """Returns a figure: a row per label, a mark per series, bars of quartiles."""
   labels = list(dict.fromkeys(x for s in plot.series.values() for x in s))
@@ -185,18 +198,14 @@ def _draw(plot: Plot) -> Any:
         ends += [low, high]
       color, mark = _look(name, index)
       axes.plot([], [], mark, color=color, label=name)
-    lowest, highest = min([*ends, 1]), max([*ends, 1])
+    ends.append(1)
+    lowest, highest = min(ends), max(ends)
     room = 10 ** (0.12 * max(0.3, math.log10(highest / lowest)))
     axes.set_xlim(lowest / room, highest * room**1.6)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.xaxis.set_minor_formatter(
-      lambda x, _: (
-        f"{x:g}" if highest / lowest < 4 or f"{x:e}"[0] in "25" else ""
-      )
-    )
+    _label_plainly(axes.xaxis, _digits(ends))
     if highest / lowest < 2:
       axes.xaxis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
       axes.xaxis.set_minor_locator(ticker.NullLocator())
@@ -237,11 +246,7 @@ def _draw_points(plot: Scatter) -> Any:
           axes.annotate(name, places[0], (0, 0), textcoords="offset points")
         )
       axes.grid(True, which="both")
-      axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-      labelled = "235" if len(all_axes) == 1 else ""
-      axes.xaxis.set_minor_formatter(
-        lambda x, _, first=labelled: f"{x:g}" if f"{x:e}"[0] in first else ""
-      )
+      _label_plainly(axes.xaxis, "235" if len(all_axes) == 1 else "")
       axes.set_xlabel(plot.x_label)
       axes.set_ylabel(y_label)
       axes.margins(x=0.15, y=0.15)
@@ -274,7 +279,8 @@ def _draw_lines(plot: Lines) -> Any:
       axes.set_yscale("log")
       axes.grid(True)
       axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-      axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+      ys = [y for points in series.values() for y in points.values()]
+      _label_plainly(axes.yaxis, _digits(ys))
       axes.set_xlabel(plot.x_label)
       axes.set_ylabel(y_label)
     drawing.suptitle(plot.title)
