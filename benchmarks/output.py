@@ -153,17 +153,25 @@ def _look(name: str, index: int) -> tuple[str, str]:
   return METHODS.get(name, (plots.CYCLE[index], MARKS[index]))
 
 
-def _digits(values: Sequence[float]) -> str:
-  """Returns the first digits of the labels between two powers of ten."""
-  return "123456789" if max(values) / min(values) < 4 else "25"
-
-
 def _label_plainly(axis: Any, digits: str) -> None:
-  """Labels a logarithmic axis with 900 instead of 9 x 10^2."""
+  """Labels a logarithmic axis with 900 instead of 9 x 10^2.
+
+  Args:
+    axis: Horizontal or vertical.
+    digits: First digits of the labels between two powers of ten.
+  """
   axis.set_major_formatter(lambda x, _: f"{x:g}")
   axis.set_minor_formatter(
     lambda x, _: f"{x:g}" if f"{x:e}"[0] in digits else ""
   )
+
+
+def _label_values(axis: Any, values: Sequence[float]) -> None:
+  """Labels a logarithmic axis at 1, 2 and 5; evenly if values differ little."""
+  _label_plainly(axis, "25")
+  if max(values) / min(values) < 4:
+    axis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def _draw(plot: Plot) -> Any:
@@ -205,10 +213,7 @@ def _draw(plot: Plot) -> Any:
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    _label_plainly(axes.xaxis, _digits(ends))
-    if highest / lowest < 2:
-      axes.xaxis.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
-      axes.xaxis.set_minor_locator(ticker.NullLocator())
+    _label_values(axes.xaxis, ends)
     axes.set_xlabel(plot.x_label)
     axes.set_title(plot.title)
     if len(plot.series) > 1:
@@ -280,7 +285,7 @@ def _draw_lines(plot: Lines) -> Any:
       axes.grid(True)
       axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
       ys = [y for points in series.values() for y in points.values()]
-      _label_plainly(axes.yaxis, _digits(ys))
+      _label_values(axes.yaxis, ys)
       axes.set_xlabel(plot.x_label)
       axes.set_ylabel(y_label)
     drawing.suptitle(plot.title)
