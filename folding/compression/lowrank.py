@@ -529,7 +529,7 @@ class Regression(NamedTuple):
 
 
 def regress(
-  gram_2nn: np.ndarray,
+  gram_2nn: Sequence[np.ndarray],
   cross_2nm: np.ndarray,
   square_2: np.ndarray,
   variance: float,
@@ -542,7 +542,8 @@ def regress(
   stay near it if there is little data.
 
   Args:
-    gram_2nn: Sums of products of the n features, per half.
+    gram_2nn: Sums of products of the n features, per half. Most of the memory; they
+      are not copied, unless features are always 0.
     cross_2nm: Sums of products of features and residuals of the prior, per
       half. Compute residuals per token: a difference of sums would cancel.
     square_2: Sums of squares of the residuals, per half.
@@ -550,10 +551,10 @@ def regress(
     prior_nm: Weights without data; None: zero.
   """
   # Features that are always 0, such as removed neurons, only cost time.
-  is_live_n = np.diagonal(gram_2nn, axis1=1, axis2=2).any(0)
+  is_live_n = np.any([np.diag(gram) for gram in gram_2nn], axis=0)
   if is_live_n.any() and not is_live_n.all():
     live = regress(
-      gram_2nn[:, is_live_n][:, :, is_live_n],
+      [gram[np.ix_(is_live_n, is_live_n)] for gram in gram_2nn],
       cross_2nm[:, is_live_n],
       square_2,
       variance,
@@ -575,7 +576,8 @@ def regress(
       error[i] += square_2[other] - 2 * scale_n @ linear_n
       error[i] += scale_n @ square_nn @ scale_n
   best = int(np.argmin(error))
-  weights = solve_ridge(gram_2nn.sum(0), cross_2nm.sum(0), _RIDGES[best])
+  gram = np.add(*gram_2nn)
+  weights = solve_ridge(gram, cross_2nm.sum(0), _RIDGES[best])
   if prior_nm is not None:
     weights = weights + prior_nm
   return Regression(weights, float(1 - error[best] / max(variance, 1e-300)))

@@ -438,12 +438,10 @@ def _refit(
     prior[:size] = kernel.reshape(-1, width)
     if "bias" in old:
       prior[size] = old["bias"]
-  grams = [_with_ones(gram) for gram in read.halves]
-  if mix is not None:
-    mix = scipy.linalg.block_diag(mix, 1.0)
-  if "bias" not in old:  # without the constant input
-    grams = [gram[:-1, :-1] for gram in grams]
-    mix = None if mix is None else mix[:-1, :-1]
+  grams = [gram.square_FF for gram in read.halves]
+  if "bias" in old:  # with the constant input
+    grams = [_with_ones(gram) for gram in read.halves]
+    mix = None if mix is None else scipy.linalg.block_diag(mix, 1.0)
   expected = (prior if mix is None else mix @ prior).astype(np.float32)
   sums = half_totals(_residual_sums, expected, read.a, read.masks, *data)
   cross, left, square, target, count = (
@@ -456,7 +454,7 @@ def _refit(
   variance = square - np.square(target.sum(0)).sum() / count.sum()
   # The variance of a constant target is only rounding.
   variance = max(variance, 1e-6 * square)
-  fit = lowrank.regress(np.stack(grams), cross, left, variance, prior)
+  fit = lowrank.regress(grams, cross, left, variance, prior)
   weights = fit.weights.astype(np.float32)
   new = {"kernel": weights[:size].reshape(kernel.shape)}
   if "bias" in old:
