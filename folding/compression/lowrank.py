@@ -19,6 +19,7 @@ Projection = Mapping[str, Any]  # "kernel" [D, H, K] and maybe "bias" [H, K]
 # A ridge is a fraction of the mean variance that is added to a moment.
 _RIDGE = 1e-6
 _RIDGES = tuple(10.0**n for n in range(-6, 3))  # `regress` chooses one
+_ROWS = 1024  # of an embedding that are float64 at a time
 
 
 class Moments(NamedTuple):
@@ -54,50 +55,82 @@ class FoldedHeads(NamedTuple):
   frequency: np.ndarray | None = None
 
 
-class Components(NamedTuple):
-  """Components of the rows of an embedding, uncorrelated over uses of tokens.
+Tables = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
-  A row is the mean plus its D coordinates times `decode_DD`. The first r
-  coordinates give the nearest row of rank r.
+
+class Components(NamedTuple):
+  """Components of the rows of embeddings, uncorrelated over uses of tokens.
+
+  A row is the mean of its embedding plus its D coordinates times `decode_DD`. The
+  first r coordinates give the nearest row of rank r.
 
   Attributes:
-    mean_D: Mean row.
+    means: {module: mean row}, float64[D].
     encode_DD: Matrix from a centred row to its coordinates.
     decode_DD: Its inverse.
-    variances_D: Variance of each coordinate.
+    variances_D: Variance of each coordinate, summed over the embeddings.
   """
 
-  mean_D: np.ndarray
+  means: Mapping[str, np.ndarray]
   encode_DD: np.ndarray
   decode_DD: np.ndarray
   variances_D: np.ndarray
 
 
 def components(
-  embedding_VD: np.ndarray,
-  usage_V: np.ndarray,
-  sensitivity_DD: np.ndarray | None = None,
+  tables: Tables, sensitivity_DD: np.ndarray | None = None
 ) -> Components:
-  """Returns the components of an embedding; without F, the principal ones.
+  """Returns the components of embeddings; without F, the principal ones.
 
   Args:
-    embedding_VD: One row per token.
-    usage_V: Frequency of each token, above 0, in any unit. Errors of a row
-      count in proportion.
+    tables: {module: (float[rows, D], frequency of each row, in any unit)}. Errors
+      of a row count in proportion to its frequency, above 0.
     sensitivity_DD: F; an error e of a row counts as e F e'. None: the identity.
   """
-  e_VD = np.asarray(embedding_VD, np.float64)
-  share_V = np.asarray(usage_V, np.float64) / np.sum(usage_V, dtype=np.float64)
-  mean_D = share_V @ e_VD
-  root, unroot = _root(
-    np.eye(len(mean_D)) if sensitivity_DD is None else sensitivity_DD
-  )
-  e_VD = (e_VD - mean_D) @ root
-  variances_D, axes_DD = np.linalg.eigh((e_VD * share_V[:, None]).T @ e_VD)
+  [D] = {rows.shape[1] for rows, _ in tables.values()}
+  means, covariance_DD = {}, np.zeros((D, D))
+  for name, (rows, usage) in tables.items():
+    share = np.asarray(usage, np.float64) / np.sum(usage, dtype=np.float64)
+    mean_D = sum(share[at] @ rows[at] for at in _blocks(rows))
+    for at in _blocks(rows):
+      left = rows[at] - mean_D
+      covariance_DD += (left * share[at, None]).T @ left
+    means[name] = mean_D
+  root, unroot = _root(np.eye(D) if sensitivity_DD is None else sensitivity_DD)
+  variances_D, axes_DD = np.linalg.eigh(root.T @ covariance_DD @ root)
   axes_DD = axes_DD[:, ::-1]
   return Components(
-    mean_D, root @ axes_DD, (unroot @ axes_DD).T, variances_D[::-1]
+    means, root @ axes_DD, (unroot @ axes_DD).T, variances_D[::-1]
   )
+
+
+def _blocks(rows: np.ndarray) -> list[slice]:
+  """Returns slices of rows, of which one at a time is float64."""
+  return [slice(at, at + _ROWS) for at in range(0, len(rows), _ROWS)]
+
+
+def _low_rank(
+  tables: Tables, rank: int, sensitivity_DD: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+  """Returns the nearest embeddings of low rank, in the mean over uses of tokens.
+
+  A row becomes the mean plus r coordinates times a matrix of orthonormal rows,
+  which span the leading components.
+
+  Returns:
+    ({module: coordinates, float32[rows, r]}, the matrix float64[r, D], the sum of
+    the means).
+  """
+  found = components(tables, sensitivity_DD)
+  axes_Dr, mix_rr = np.linalg.qr(found.decode_DD[:rank].T)
+  encode_Dr = found.encode_DD[:, :rank] @ mix_rr.T
+
+  def encode(rows, mean_D):
+    parts = ((rows[at] - mean_D) @ encode_Dr for at in _blocks(rows))
+    return np.concatenate([part.astype(np.float32) for part in parts])
+
+  codes = {name: encode(tables[name][0], m) for name, m in found.means.items()}
+  return codes, axes_Dr.T, np.sum(list(found.means.values()), axis=0)
 
 
 def fold_embedding(
@@ -108,12 +141,9 @@ def fold_embedding(
 ) -> dict[str, Any]:
   """Returns the nearest embedding of low rank, in the mean over uses of tokens.
 
-  A row becomes the mean plus r coordinates times a matrix of orthonormal rows,
-  which span the leading components.
-
   Args:
     embedding_VD: One row per token.
-    usage_V: As for `components`.
+    usage_V: Frequency of each token, as for `components`.
     rank: r, at most D.
     sensitivity_DD: As for `components`.
 
@@ -121,41 +151,16 @@ def fold_embedding(
     {"embed": {"embedding": [V, r]}, "embed_expand": {"kernel": [r, D], "bias":
     [D]}}, float32.
   """
-  mean_D, encode_DD, decode_DD, _ = components(
-    embedding_VD, usage_V, sensitivity_DD
-  )
-  axes_Dr, mix_rr = np.linalg.qr(decode_DD[:rank].T)
-  rows_VD = np.asarray(embedding_VD, np.float64) - mean_D
-  rows_Vr = rows_VD @ (encode_DD[:, :rank] @ mix_rr.T)
-  rows_Vr, kernel_rD, mean_D = (
-    w.astype(np.float32) for w in (rows_Vr, axes_Dr.T, mean_D)
+  codes, kernel_rD, mean_D = _low_rank(
+    {"embed": (embedding_VD, usage_V)}, rank, sensitivity_DD
   )
   return {
-    "embed": {"embedding": rows_Vr},
-    "embed_expand": {"kernel": kernel_rD, "bias": mean_D},
+    "embed": {"embedding": codes["embed"]},
+    "embed_expand": {
+      "kernel": kernel_rD.astype(np.float32),
+      "bias": mean_D.astype(np.float32),
+    },
   }
-
-
-Tables = Mapping[str, tuple[np.ndarray, np.ndarray]]
-
-
-def centred(tables: Tables) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the rows of several embeddings around the mean of each.
-
-  Args:
-    tables: {module: (float[rows, D], frequency of each row)}.
-
-  Returns:
-    (rows of all, frequencies with the sum 1 per embedding, sum of the means).
-  """
-  rows, usage, mean_D = [], [], 0.0
-  for table, used in tables.values():
-    share = np.asarray(used, np.float64) / np.sum(used, dtype=np.float64)
-    mean = share @ np.asarray(table, np.float64)
-    rows.append(table - mean)
-    usage.append(share)
-    mean_D = mean_D + mean
-  return np.concatenate(rows), np.concatenate(usage), np.asarray(mean_D)
 
 
 def fold_embeddings(
@@ -166,26 +171,22 @@ def fold_embeddings(
   The last channel of the last one has the mean of the sum; the matrix needs no bias.
 
   Args:
-    tables: As for `centred`.
+    tables: As for `components`.
     rank: r, above 1.
     sensitivity_DD: As for `components`.
 
   Returns:
     {module: {"embedding": [rows, r]}, "embed_expand": {"kernel": [r, D]}}, float32.
   """
-  rows, usage, mean_D = centred(tables)
-  low = fold_embedding(rows, usage, rank - 1, sensitivity_DD)
+  codes, kernel_rD, mean_D = _low_rank(tables, rank - 1, sensitivity_DD)
   size = np.linalg.norm(mean_D) or 1.0
-  kernel = np.concatenate([low["embed_expand"]["kernel"], mean_D[None] / size])
+  kernel = np.concatenate([kernel_rD, mean_D[None] / size])
   folded: dict[str, Any] = {
-    "embed_expand": {"kernel": kernel.astype(np.float32)}
+    name: {"embedding": np.pad(rows, ((0, 0), (0, 1)))}
+    for name, rows in codes.items()
   }
-  codes = np.pad(low["embed"]["embedding"], ((0, 0), (0, 1)))
-  *ends, count = np.cumsum([len(table) for table, _ in tables.values()])
-  codes[ends[-1] : count, -1] = size
-  for name, part in zip(tables, np.split(codes, ends), strict=True):
-    folded[name] = {"embedding": part}
-  return folded
+  folded[list(tables)[-1]]["embedding"][:, -1] = size
+  return folded | {"embed_expand": {"kernel": kernel.astype(np.float32)}}
 
 
 class LogitTerms(NamedTuple):

@@ -309,17 +309,16 @@ def _embedding_options(
   tables: lowrank.Tables, sensitivity: np.ndarray
 ) -> list[Option]:
   """Returns the options of the rank of embeddings; 0 is all of it."""
-  rows, usage, _ = lowrank.centred(tables)
-  shape = V, D = rows.shape
-  found = lowrank.components(rows, usage, sensitivity)
+  found = lowrank.components(tables, sensitivity)
+  V, D = sum(len(rows) for rows, _ in tables.values()), len(sensitivity)
   # Error that leaving out each component adds.
   weight_D = np.sum(found.decode_DD @ sensitivity * found.decode_DD, axis=1)
-  added_D = len(tables) * found.variances_D * weight_D
+  added_D = found.variances_D * weight_D
   for_mean = int(len(tables) > 1)  # it takes one of the channels
   options = [Option(0, V * D, 0.0)]
   for rank in range(D // 8 * 8, 0, -8):
     error = float(added_D[rank - for_mean :].sum())
-    options.append(Option(rank, embedding_size(shape, rank), error))
+    options.append(Option(rank, embedding_size((V, D), rank), error))
   return options
 
 

@@ -221,7 +221,10 @@ def _fold_values(v, o, mixed, rank, sensitivity=None):
 
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("rank", [1, 4, D])
-def test_fold_embedding_is_the_nearest_in_the_mean_over_uses(rank, is_weighted):
+def test_fold_embedding_is_the_nearest_in_the_mean_over_uses(
+  rank, is_weighted, monkeypatch
+):
+  monkeypatch.setattr(lowrank, "_ROWS", 7)  # several blocks
   rng = np.random.default_rng(6)
   rows = rng.normal(size=(30, D)) * np.geomspace(1, 0.1, D) + 3
   uses = rng.integers(1, 9, 30)
