@@ -290,7 +290,8 @@ def _calibration(
   """Returns the report on the program of compression that needs most memory.
 
   A layer of the dense model is whole on each device while it is measured. The
-  dense and the folded model, the teacher and the calibration texts are split.
+  dense and the folded model, the teacher, the sensitivities and the calibration
+  texts are split.
   Arrays that wait for other programs are counted as arguments.
   """
   model = make_model(shape, order.data.vocab_size, _num_outputs(task_of(order)))
@@ -303,14 +304,7 @@ def _calibration(
   rows = sharding.batch_sharding(mesh, B)
   x = jax.ShapeDtypeStruct((B, L, D), jnp.float32, sharding=rows)
   mask = jax.ShapeDtypeStruct((B, L), jnp.bool_, sharding=rows)
-  dense = sum(
-    math.prod(where.shard_shape(w.shape)) * w.dtype.itemsize
-    for w, where in zip(
-      jax.tree.leaves(params),
-      jax.tree.leaves(sharding.tree_shardings(mesh, params)),
-      strict=True,
-    )
-  )
+  dense = _split_bytes(mesh, params)
   teacher = 0
   if task_of(order).makes_vectors:
     teacher = dense
@@ -323,8 +317,9 @@ def _calibration(
   texts = num_batches * (5 * D + shape.layers[0].mlp_width) * channel
   block, layer = stream.make_block(shape, 0), params["blocks_0"]
   grams = stream.lowered_grams(block, layer, x, mask)
-  programs = [(grams, texts + 2 * dense + teacher)]
-  waits = shape.num_layers * D * channel + dense + teacher  # inputs of layers
+  measured = _split_bytes(mesh, sensitivity.shapes(shape)) + teacher
+  programs = [(grams, texts + 2 * dense + measured)]
+  waits = shape.num_layers * D * channel + dense + measured  # inputs of layers
   for program in sensitivity.lowered(model, params, x, mask):
     programs.append((program, waits))
   found = []
@@ -335,6 +330,17 @@ def _calibration(
     report["arguments"] += waits
     found.append(_fits(report, devices))
   return max(found, key=lambda one: one["arguments"] + one["scratch"])
+
+
+def _split_bytes(mesh: Mesh, params: Any) -> int:
+  """Returns the bytes per device of parameters that are split over a mesh."""
+  placed = sharding.tree_shardings(mesh, params)
+  sizes = jax.tree.map(
+    lambda w, where: math.prod(where.shard_shape(w.shape)) * w.dtype.itemsize,
+    params,
+    placed,
+  )
+  return sum(jax.tree.leaves(sizes))
 
 
 def _global_cost(program: Program, is_mask_update: bool) -> dict[str, float]:

@@ -99,7 +99,7 @@ def fold_pretrained(
   stream = None  # that of the dense model until something is folded
   if rank := shape.embedding_rank:
     tables = embedding_tables(shape, params, batches, usage_V)
-    weight = sensitivity.get("embed")
+    weight = host_copy(sensitivity.get("embed"))
     if shape.embedding_shared:
       low = lowrank.fold_embeddings(tables, rank, weight)
     else:
@@ -130,7 +130,7 @@ def fold_pretrained(
       target=target,
       fit_steps=fit_steps,
       prune=None if prune is None else prune.layer(n),
-      sensitivity_DD=sensitivity.get(f"{name}/attn/o"),
+      sensitivity_DD=host_copy(sensitivity.get(f"{name}/attn/o")),
     )
     folded[name] = put_like(new, like)
     report.append({"layer": n, **row})

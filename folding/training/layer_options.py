@@ -127,7 +127,8 @@ def measure(
   options: dict[Decision, list[Option]] = {}
   if tried.embedding:
     tables = embedding_tables(asked, params, batches)
-    options[EMBEDDING] = _embedding_options(tables, sensitivity["embed"])
+    weight = host_copy(sensitivity["embed"])
+    options[EMBEDDING] = _embedding_options(tables, weight)
   dense = asked.dense()
   sizes = [np.size(batch["tokens"]) for batch in batches]
   stream = embed_batches(dense, params, spread(batches, sizes, _TOKENS))
@@ -146,7 +147,7 @@ def measure(
         stream=stream,
         halves=halves,
         sensitivity={
-          role: sensitivity[f"blocks_{n}/{module}"]
+          role: host_copy(sensitivity[f"blocks_{n}/{module}"])
           for role, module in MODULES.items()
         },
       )

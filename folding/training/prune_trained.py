@@ -125,7 +125,7 @@ def make_pruner(
       w_FD,
       moments.around(layer["mlp"]["down"]),
       fraction,
-      sensitivity_OO=sensitivity.get(f"{name}/mlp/down"),
+      sensitivity_OO=host_copy(sensitivity.get(f"{name}/mlp/down")),
     )
     return _without_inputs(site, layer, new_FD, moments.mean_I)
 

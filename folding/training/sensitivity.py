@@ -13,10 +13,9 @@ from folding.models.block_attention import in_blocks
 from folding.models.shape import Shape
 from folding.models.transformer import Transformer, model_for
 from folding.training.progress import track
-from folding.training.sharding import put_whole
+from folding.training.sharding import put_like, put_whole
 from folding.training.stream import (
   Batch,
-  added,
   capture,
   changed_outputs,
   make_block,
@@ -25,7 +24,7 @@ from folding.training.stream import (
   spread,
 )
 
-Sensitivities = Mapping[str, np.ndarray]  # see `sensitivities`
+Sensitivities = Mapping[str, Any]  # see `sensitivities`
 
 # Fraction of the mean eigenvalue of F that is added in all directions, as the first
 # order misses some. MiniLM at 70% is equally accurate with 0.01, 0.1 and 1.
@@ -38,7 +37,7 @@ MODULES = {"o": "attn/o", "down": "mlp/down"}  # of `stream.OUTPUTS`
 
 def sensitivities(
   shape: Shape, params: Mapping[str, Any], batches: Sequence[Batch]
-) -> dict[str, np.ndarray]:
+) -> dict[str, jax.Array]:
   """Returns the sensitivity of the model to errors of each layer's outputs.
 
   To first order, an error e in a token's output of W_O ("o") or W_down ("down")
@@ -54,7 +53,8 @@ def sensitivities(
     batches: Calibration text.
 
   Returns:
-    {path of W_O, W_down or the embedding of tokens: float64[D, D]}.
+    {path of W_O, W_down or the embedding of tokens: float32[D, D]}, split over
+    the mesh of the batches like the parameters.
   """
   dense = shape.dense()
   if "head" not in params and shape.output != "tokens":
@@ -66,15 +66,38 @@ def sensitivities(
   sums: dict[str, Any] = {}
   for seed, batch in enumerate(track(batches, "measuring sensitivities")):
     for name, found in _batch_sums(model, params, batch, seed):
-      sums[name] = added(sums.get(name), found)
-  masks = masks_of(batches)
-  num_tokens = sum(int(mask.sum()) for mask in masks)
+      # Split like the kernel of this path.
+      [found] = put_like({f"{name}/kernel": found}, batch["tokens"]).values()
+      found = _added(sums[name], found) if name in sums else found
+      sums[name] = jax.block_until_ready(found)  # see `halves`
+  num_tokens = sum(int(mask.sum()) for mask in masks_of(batches))
+  return {name: _mean(sums.pop(name), num_tokens) for name in list(sums)}
 
-  def mean(sum_DD):
-    f_DD, D = sum_DD / num_tokens, len(sum_DD)
-    return f_DD + _REST * np.trace(f_DD) / D * np.eye(D)
 
-  return jax.tree.map(mean, sums)
+@functools.partial(jax.jit, donate_argnums=0)
+def _added(sum_DD, found_DD):
+  return sum_DD + found_DD
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _mean(sum_DD, num_tokens):
+  f_DD, D = sum_DD / num_tokens, len(sum_DD)
+  return f_DD + _REST * jnp.trace(f_DD) / D * jnp.eye(D)
+
+
+def shapes(shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes of `sensitivities`, by the kernel that each is split like."""
+  names = [
+    f"blocks_{n}/{path}/kernel"
+    for n in range(shape.num_layers)
+    for path in MODULES.values()
+  ]
+  sizes = dict.fromkeys(names, shape.width)
+  sizes["embed/kernel"] = shape.embed_width or shape.width
+  return {
+    name: jax.ShapeDtypeStruct((size, size), jnp.float32)
+    for name, size in sizes.items()
+  }
 
 
 def lowered(

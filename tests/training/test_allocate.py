@@ -247,6 +247,7 @@ def test_options_of_the_embedding_predict_the_error_of_a_rank():
   assert [option.value for option in options] == [0, 32, 24, 16, 8]
   usage_V = usage_of(batches, V)
   sensitivity = sensitivities(shape_of(config), params, batches)["embed"]
+  sensitivity = np.asarray(sensitivity)
   whole_VD = params["embed"]["embedding"]
   for rank, stored, error in options[1:]:
     rows = lowrank.fold_embedding(whole_VD, usage_V, rank, sensitivity)
@@ -268,6 +269,7 @@ def test_options_of_shared_embeddings_predict_the_error_of_a_rank():
   tokens_V, positions_P = (usage / usage.sum() for _, usage in tables.values())
   weight_VP = np.outer(tokens_V, positions_P)
   sensitivity = sensitivities(shape_of(config), params, batches)["embed"]
+  sensitivity = np.asarray(sensitivity)
 
   def sums(params):
     tokens, positions = (

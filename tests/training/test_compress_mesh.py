@@ -19,6 +19,7 @@ from folding.training import sharding
 from folding.training.allocate import Asked
 from folding.training.compress_trained import compress_sizes
 from folding.training.recipe import recipe
+from folding.training.sensitivity import sensitivities
 from tests.training.test_distributed import free_address, start
 
 pytestmark = pytest.mark.slow
@@ -122,6 +123,20 @@ def test_mesh_compresses_as_one_device(kind, one, monkeypatch):
   assert described(*found) == described(*one[kind])
   require_close(found[0].params, one[kind][0].params)
   assert not whole_arrays(found[0].params)
+
+
+def test_sensitivities_are_split_over_the_mesh(monkeypatch):
+  monkeypatch.setattr(sharding, "_SMALLEST", 1)
+  config, batches = _config("llama"), _batches()
+  expected = sensitivities(shape_of(config), _trained(config), batches)
+  mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=2, tensor=2))
+  batches = [sharding.put_rows(mesh, batch) for batch in batches]
+  params = sharding.put_params(mesh, _trained(config))
+  found = sensitivities(shape_of(config), params, batches)
+  shapes = {k: w.sharding.shard_shape(w.shape) for k, w in found.items()}
+  assert shapes.pop("embed") == (8, 16)
+  assert set(shapes.values()) == {(8, 8)}
+  chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # Compresses as one of two processes, and writes what it found.

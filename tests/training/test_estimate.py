@@ -277,6 +277,7 @@ def test_calibration_holds_a_layer_its_moments_the_texts_and_split_models(
   found = estimate.estimate(shape_of(config), config, devices)
   calibration = found["compressed"]["calibration"]
   size = 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)  # a dense layer
+  size += 4 * 5 * 32 * 32  # sensitivities, too small to be split
   texts = 160 * 8 // 8 * 4 * (5 * 32 + 64)  # per device
   mesh = sharding.make_mesh(config.mesh)
   dense = estimate.make_program(shape_of(config).dense(), config, mesh)
