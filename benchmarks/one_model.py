@@ -300,7 +300,7 @@ def _plot(rows: Sequence[dict[str, Any]], num_examples: int) -> output.Scatter:
     )
 
   return output.Scatter(
-    "Accuracy against time of exported files; up and to the left is better",
+    "Test accuracy against time of exported files: the upper left is best",
     "ms for {} texts of {} tokens".format(*SHAPES[1]),
     {
       "test accuracy, %, with 95% intervals": {

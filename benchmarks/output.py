@@ -246,7 +246,12 @@ def _draw_points(plot: Scatter) -> Any:
         n for points in series.values() for n in points
       ):
         places = [p[name][:2] for p in series.values() if name in p]
-        axes.plot(*zip(*places, strict=True), color=plots.LIGHT, zorder=0)
+        [shown["one model"]] = axes.plot(
+          [x for x, _ in places],
+          [y for _, y in places],
+          color=plots.LIGHT,
+          zorder=0,
+        )
         texts.append(
           axes.annotate(name, places[0], (0, 0), textcoords="offset points")
         )

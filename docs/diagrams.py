@@ -440,7 +440,7 @@ def lengths() -> str:
     "Training: time against sequence length",
     [
       "CPU time of one layer of causal attention, forward and",
-      "backward, 8 heads of 32 channels. Linear time needs G = 1.",
+      "backward. Grey: exact attention. Linear time needs G = 1.",
     ],
     parts,
   )
@@ -519,9 +519,11 @@ def shares() -> str:
       y += 19
     if claim:
       at = round(x(claim))
-      parts.append(f'<path class="rule dash" d="M{at} {y - 51}V{y - 14}"/>')
-    y += 14
-  parts.append(text(round(x(99)), 54, "claimed", "mid soft"))
+      parts += [
+        f'<path class="rule dash" d="M{at} {y - 54}V{y - 12}"/>',
+        text(at, y - 58, f"claimed: {claim}%", "mid soft"),
+      ]
+    y += 24
   return diagram(
     "Parameters that leave, and what the abstract claims",
     [
@@ -530,7 +532,7 @@ def shares() -> str:
       "fine-tuning, 70% smaller by the plan. The light part is the range over tasks.",
     ],
     parts,
-    (620, y + 34),
+    (620, y + 24),
   )
 
 
@@ -577,7 +579,7 @@ def scratch() -> str:
     parts += [curve([(at, 300)], color, mark), text(at + 10, 304, label)]
     at += 42 + 7 * len(label)
   return diagram(
-    "From scratch, 200 steps: change to dense",
+    "From scratch, 200 steps: change to dense by parameters removed",
     [
       "Means of four classifiers and of two language models, three seeds each. "
       "Up is better in both.",
@@ -669,7 +671,7 @@ def trained() -> str:
       text(452, round(points[-1][1]) + 4, task),
     ]
   return diagram(
-    "Fine-tuned MiniLM: test accuracy",
+    "Fine-tuned MiniLM: test accuracy by parameters removed",
     ["Three seeds. Bars: one standard deviation on either side."],
     parts,
     (520, 340),
