@@ -39,6 +39,7 @@ from folding.compression.sites import (
   unpack,
 )
 
+_lowest = jax.jit(threshold.lowest)  # traced once for sites of the same shape
 _TRIALS = 5  # of verification: all candidates, a half, ... a sixteenth
 _UNDONE = (
   "fpp: pruned units are not zero any more. Nothing may follow fpp in a chain, "
@@ -943,7 +944,7 @@ def _choose(
   """
   was_pruned = old[0] & is_zero
   # Pruned units stay chosen, whatever their score.
-  chosen = threshold.lowest(jnp.where(was_pruned, -jnp.inf, scores), count)
+  chosen = _lowest(jnp.where(was_pruned, -jnp.inf, scores), count)
   has_waited = old[patience - 1] if patience else True
   candidates = chosen & ~was_pruned & (is_last | has_waited)
   planes = jnp.concatenate([chosen[None], old[:-1] & chosen[None]])
@@ -991,7 +992,7 @@ class _Trial(NamedTuple):
       bits = unpack(packed, scores.shape[-1])
       count = jnp.sum(bits, dtype=jnp.int32)
       k = jnp.floor(fraction * count).astype(jnp.int32)
-      return pack(threshold.lowest(jnp.where(bits, scores, jnp.inf), k) & bits)
+      return pack(_lowest(jnp.where(bits, scores, jnp.inf), k) & bits)
 
     return {
       site.name: site.per_layer(
