@@ -311,8 +311,10 @@ class Run(Program):
         run_dir.write_result(workdir, result)
 
 
-# Where training starts: a run, the updates applied so far, and the state.
-Start: TypeAlias = tuple[Run, int, TrainState]
+# A run, the updates applied so far, and the state.
+Saved: TypeAlias = tuple[Run, int, TrainState]
+# Where training starts. None: the seed draws the state.
+Start: TypeAlias = tuple[Run, int, TrainState | None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -554,10 +556,10 @@ def _first(run: Run, params: dict[str, Any], workdir: str) -> Start:
   if has_checkpoint(workdir):
     with Checkpoints(workdir) as checkpoints:
       return restore(run, checkpoints)
-  return run, 0, run.init(params)
+  return run, 0, run.init(params) if params else None
 
 
-def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Start:
+def restore(run: Run, checkpoints: Checkpoints, *, best: bool = False) -> Saved:
   """Returns the newest or the best checkpoint of a run as a start.
 
   Raises:
@@ -595,6 +597,12 @@ def _take_steps(
   usage = run.usage()
   mask_updates = run.mask_updates
   train_step = Steps(run, teacher_model)
+  arrays = {"seed": seed, "usage": usage, "teacher_params": teacher_params}
+  if first_step < t.steps:  # beside the rest of the start
+    batch = sharding.put_batch(run.mesh, run.data.train_batch(first_step))
+    train_step.compile_ahead(first_step, run.like, batch, **arrays)
+  if state is None:
+    state = run.init()
 
   with (
     # First: JAX's callback of the garbage collector swallows a KeyboardInterrupt
@@ -657,14 +665,7 @@ def _take_steps(
       if is_last:
         break
       batch = sharding.put_batch(run.mesh, next(batches))
-      state, step_metrics = train_step(
-        step,
-        state,
-        batch,
-        seed=seed,
-        usage=usage,
-        teacher_params=teacher_params,
-      )
+      state, step_metrics = train_step(step, state, batch, **arrays)
       log.step(step + 1, step_metrics, batch)
 
     checkpoints.wait()

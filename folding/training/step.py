@@ -267,7 +267,8 @@ def _compiler_options(mesh: Mesh) -> dict[str, Any]:
 class Steps:
   """Calls `train_step`, compiled once without and once with a mask update.
 
-  The program with one compiles in a thread, beside the first steps without.
+  The program with one compiles in a thread, beside the first steps without. The
+  other one does so beside the start of a run, see `compile_ahead`.
   """
 
   def __init__(self, program: Program, teacher: Transformer | None):
@@ -278,12 +279,30 @@ class Steps:
       teacher: See `Program.options`.
     """
     self._mask_updates = program.mask_updates
-    self._plain, self._update = (
+    self._jitted = [
       program.step(is_mask_update=is_update, teacher=teacher)
       for is_update in (False, True)
+    ]
+    self._compiled: dict[bool, concurrent.futures.Future] = {}
+
+  def compile_ahead(self, step: int, *args: Any, **options: Any) -> None:
+    """Compiles the program of a step in a thread.
+
+    Calls wait for it, and run it if their arrays have the same shapes.
+
+    Args:
+      step: Updates applied so far.
+      *args: As of a call, or their shapes and shardings.
+      **options: The same.
+    """
+    is_update = step in self._mask_updates
+    args, options = jax.tree.map(_like, (args, options))
+    lower = self._jitted[is_update].lower
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    self._compiled[is_update] = pool.submit(
+      lambda: lower(*args, **options).compile()
     )
-    self._ahead: concurrent.futures.Future | None = None
-    self._shapes: list[tuple[int, ...]] = []  # of the arguments compiled ahead
+    pool.shutdown(wait=False)
 
   def __call__(self, step: int, *args: Any, **options: Any) -> Any:
     """Returns the results of `train_step`.
@@ -293,25 +312,16 @@ class Steps:
       *args: State and batch. Batches of texts may differ in length.
       **options: Other arrays.
     """
-    if step in self._mask_updates:
-      if self._ahead and _shapes(args, options) == self._shapes:
-        return self._ahead.result()(*args, **options)
-      return self._update(*args, **options)
-    if self._ahead or step >= self._mask_updates.stop:
-      return self._plain(*args, **options)
-    self._shapes = _shapes(args, options)
-    args_like, options_like = jax.tree.map(_like, (args, options))
-    results = self._plain(*args, **options)
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    self._ahead = pool.submit(
-      lambda: self._update.lower(*args_like, **options_like).compile()
-    )
-    pool.shutdown(wait=False)
+    updates = self._mask_updates
+    is_update = step in updates
+    if is_update in self._compiled:
+      self._compiled[is_update].result()
+    if is_update or True in self._compiled or step >= updates.stop:
+      return self._jitted[is_update](*args, **options)
+    like = jax.tree.map(_like, (args, options))  # the state is donated
+    results = self._jitted[False](*args, **options)
+    self.compile_ahead(updates[0], *like[0], **like[1])
     return results
-
-
-def _shapes(args: Any, options: Any) -> list[tuple[int, ...]]:
-  return [x.shape for x in jax.tree.leaves((args, options))]
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

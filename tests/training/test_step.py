@@ -387,7 +387,7 @@ def test_step_on_eight_devices_prunes_as_on_one(
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)
 
 
-def test_steps_compile_a_mask_update_ahead_and_equal_train_step():
+def test_steps_run_programs_compiled_ahead_and_equal_train_step(caplog):
   config = tiny.config()
   mesh = sharding.make_mesh(MeshConfig(2), jax.devices()[:2])
   program = step_lib.Program(
@@ -395,18 +395,23 @@ def test_steps_compile_a_mask_update_ahead_and_equal_train_step():
   )
   init = jax.jit(program.draw, out_shardings=program.state_shardings)
   program.mask_updates = range(1, 4, 2)
-  steps = step_lib.Steps(program, None)
+  batches = [sharding.put_batch(mesh, tiny.batch(step)) for step in range(4)]
   plain, update = (
     program.step(is_mask_update=is_update) for is_update in (False, True)
   )
-  state, expected = init(0), init(0)
-  for step in range(4):
-    batch = sharding.put_batch(mesh, tiny.batch(step))
-    single = update if step in (1, 3) else plain
-    state, found = steps(step, state, batch)
-    expected, metrics = single(expected, batch)  # compiled already
-    chex.assert_trees_all_equal((state, found), (expected, metrics))
-  assert steps._ahead.result().input_shardings  # it was compiled, and fits
+  state, expected = init(0), []
+  for single, batch in zip((plain, update) * 2, batches, strict=True):
+    state, metrics = single(state, batch)
+    expected.append(jax.device_get((state, metrics)))
+
+  steps = step_lib.Steps(program, None)
+  steps.compile_ahead(0, program.like, batches[0])
+  state = init(0)
+  with jax.log_compiles():  # of this thread
+    for step, batch in enumerate(batches):
+      state, metrics = steps(step, state, batch)
+      chex.assert_trees_all_equal((state, metrics), expected[step])
+  assert "compilation of jit(train_step)" not in caplog.text
 
 
 def test_steps_take_batches_of_other_lengths_than_compiled_ahead():
