@@ -4,7 +4,13 @@ import dataclasses
 import re
 import sys
 
-from folding.config import CompressConfig, Config, FoldConfig, FPPConfig
+from folding.config import (
+  CompressConfig,
+  Config,
+  FoldConfig,
+  FPPConfig,
+  ModelConfig,
+)
 from folding.errors import ConfigError
 from folding.models import hf_config
 from folding.tasks import task_of
@@ -54,22 +60,14 @@ def recipe(
         "(in Python structured=True)"
       )
     granularity = "trim"
-  is_rotary = m.positions == "rope"
-  # A quarter of a head, for plans that fold all layers alike.
-  K = m.head_dim or max(1, m.width // m.num_heads)
-  groups = max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
-  if is_rotary:  # by whole pairs, which need not divide it
-    groups = max(2, K // 8 * 2)
-  if m.qk_norm or uniform:  # cannot be folded
-    groups = 0
   # A plan that prunes single weights may choose a diagonal W_V, if heads share out
   # the width and a bias of W_O can replace that of W_V.
-  shares_width = m.num_heads * K == m.width
+  shares_width = m.num_heads * _head_dim(m) == m.width
   has_place = bool(m.use_bias) or not m.qkv_bias
   is_free = by_weight and shares_width and has_place
   fold = FoldConfig(
-    groups=groups,
-    rope="pairs" if is_rotary else "copy",
+    groups=0 if m.qk_norm or uniform else _groups(m),  # 0: cannot be folded
+    rope="pairs" if m.positions == "rope" else "copy",
     values="diagonal" if is_free else "dense",
     embedding_shared=is_shared,
   )
@@ -96,6 +94,18 @@ def recipe(
   return dataclasses.replace(
     config, preset="paper", fold=fold, fpp=fpp, compress=compress
   )
+
+
+def _head_dim(m: ModelConfig) -> int:
+  return m.head_dim or max(1, m.width // m.num_heads)
+
+
+def _groups(m: ModelConfig) -> int:
+  """Returns about a quarter of a head, for plans that fold all layers alike."""
+  K = _head_dim(m)
+  if m.positions == "rope":  # by whole pairs, which need not divide it
+    return max(2, K // 8 * 2)
+  return max(G for G in range(1, max(2, K // 4 + 1)) if K % G == 0)
 
 
 def recovery_rate(width: int) -> float:
