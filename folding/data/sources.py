@@ -173,11 +173,12 @@ def load_scored_pairs(path: str) -> ScoredPairs:
     text_field=("sentence1", "sentence2"), label_field="score"
   )
   rows = local_files.read_file([pathlib.Path(path)], columns, TASKS["regress"])
-  firsts, seconds = zip(*rows.texts, strict=True)
+  firsts = [first for first, _ in rows.texts]
+  seconds = [second for _, second in rows.texts]
   scores = np.array(rows.labels, np.float32)
   if np.ptp(scores) == 0:
     raise ConfigError(f"{path}: the scores are all {scores[0]}")
-  return ScoredPairs([*firsts], [*seconds], scores)
+  return ScoredPairs(firsts, seconds, scores)
 
 
 # Splits. The public functions here are for `corpus` too.

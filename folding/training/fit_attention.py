@@ -64,8 +64,10 @@ def fit_attention(
   held_out = spread(held_out, sizes, _FIT_HELD_OUT)
 
   def measured(fitted):
-    part = functools.partial(_divergence, blocks, fitted, layers)
-    return float(np.divide(*total(part, *zip(*held_out, strict=True))))
+    divergence, count = total(
+      lambda batch: _divergence(blocks, fitted, layers, *batch), held_out
+    )
+    return float(divergence / count)
 
   best = Fit(fitted, measured(fitted))
   state = _fit_optimizer(max(steps, 1)).init(fitted)
