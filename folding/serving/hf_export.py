@@ -56,14 +56,62 @@ def export_hf(
     {"parameters": bytes of the arrays, "files": bytes of the folder}.
 
   Raises:
-    ConfigError: the folder is not empty, a parameter is NaN, no family computes this model, its
-      classifier would ignore the end of a text, or the dtype is not a
-      floating-point one.
+    ConfigError: the folder is not empty, a parameter is NaN, no family computes
+      this model, its classifier would ignore the end of a text, or the dtype is
+      not a floating-point one.
     OSError: it cannot be written.
   """
   path = require_exportable(path, loaded.params)
   require_float(dtype)
   loaded = _projected(loaded)
+  params, described, tokenizer = _dense(loaded)
+  count, before = (
+    sum(w.size for w in paths.flatten(tree).values())
+    for tree in (params, loaded.params)
+  )
+  grown = (
+    f"; {count - before:,} of {count:,} parameters undo folding, or are zeros in "
+    "place of removed heads and neurons, so that all layers have one shape; a "
+    "plan of folding compress --uniform needs none"
+  )
+  pooler = hf_weights.idle_pooler(described)
+  size = count + sum(w.size for w in pooler.values())
+  size *= jnp.dtype(dtype).itemsize
+  report(
+    f"About {size:,} bytes of arrays will be "
+    f"written{grown if count > before else ''}"
+  )
+  begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
+  if (
+    described.config.causal and not begins
+  ):  # a decoder generates from the end of a text
+    begins = ends
+  hf_weights.save_pretrained(
+    path,
+    params,
+    described,
+    dtype=dtype,
+    more=pooler,
+    eos_token_id=ends[0] if len(ends) == 1 else ends,
+    bos_token_id=begins[0] if begins else None,
+  )
+  options = tokenizer_options(tokenizer, described)
+  files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
+  files.write_json(os.path.join(path, OPTIONS), options)
+  if task_of(loaded).makes_vectors:
+    sentence.write(path, loaded.shape, loaded.shape.max_length)
+  files.write_checksums(path, files.all_files(path))
+  return {"parameters": size, "files": files.folder_bytes(path)}
+
+
+def _dense(
+  loaded: Model,
+) -> tuple[dict[str, Any], hf_config.Description, Tokenizer]:
+  """Returns the dense parameters of a model, their description and tokenizer.
+
+  Raises:
+    ConfigError: no family computes it, or see `_dense_params` and `_hf_pad_id`.
+  """
   m = _uniform(loaded)
   family = hf_config.family_of(m, len(loaded.labels))
   params = _dense_params(loaded, m)
@@ -90,41 +138,7 @@ def export_hf(
     problem=loaded.task,
     label_names=loaded.labels,
   )
-  count, before = (
-    sum(w.size for w in paths.flatten(tree).values())
-    for tree in (params, loaded.params)
-  )
-  grown = (
-    f"; {count - before:,} of {count:,} parameters undo folding, or are zeros in "
-    "place of removed heads and neurons, so that all layers have one shape; a "
-    "plan of folding compress --uniform needs none"
-  )
-  pooler = hf_weights.idle_pooler(described)
-  size = count + sum(w.size for w in pooler.values())
-  size *= jnp.dtype(dtype).itemsize
-  report(
-    f"About {size:,} bytes of arrays will be "
-    f"written{grown if count > before else ''}"
-  )
-  begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
-  if m.causal and not begins:  # a decoder generates from the end of a text
-    begins = ends
-  hf_weights.save_pretrained(
-    path,
-    params,
-    described,
-    dtype=dtype,
-    more=pooler,
-    eos_token_id=ends[0] if len(ends) == 1 else ends,
-    bos_token_id=begins[0] if begins else None,
-  )
-  options = tokenizer_options(tokenizer, described)
-  files.write_file(os.path.join(path, TOKENIZER), tokenizer.to_json())
-  files.write_json(os.path.join(path, OPTIONS), options)
-  if task_of(loaded).makes_vectors:
-    sentence.write(path, loaded.shape, loaded.shape.max_length)
-  files.write_checksums(path, files.all_files(path))
-  return {"parameters": size, "files": files.folder_bytes(path)}
+  return params, described, tokenizer
 
 
 def _projected(loaded: Model) -> Model:
