@@ -408,16 +408,10 @@ def input_moments(
 ) -> dict[str, Moments]:
   """Returns {module of a block: moments of its input}."""
   part = functools.partial(_input_sums, block, names, stream.put(params))
-  sums = total(part, *stream)
-  return jax.tree.map(lambda a: a / stream.num_tokens, sums)
+  return {name: gram.moments for name, gram in total(part, *stream).items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _input_sums(block, names, params, x, mask) -> dict[str, Moments]:
+def _input_sums(block, names, params, x, mask) -> dict[str, Gram]:
   seen = capture(block, params, x, mask, names)
-
-  def moments(a):
-    a = a.astype(jnp.float32).reshape(*mask.shape, -1) * mask[..., None]
-    return Moments(second_moment(a, a), a.sum((0, 1)))
-
-  return {name: moments(seen[name]) for name in names}
+  return {name: _gram(seen[name], mask) for name in names}
