@@ -16,7 +16,7 @@ from folding.data.padding import (
   segments_of,
   windows,
 )
-from folding.data.tokenizers import Encoded, MappedTokenizer, Text
+from folding.data.tokenizers import Encoded, MappedTokenizer, Text, Tokenizer
 from folding.data.trim import most_used, token_usage
 from folding.errors import ConfigError
 from folding.model import Model
@@ -147,20 +147,7 @@ def compress_sizes(
     config = edited(config, {"compress.prune": "sparsegpt"})
     config = config_lib.resolve(dataclasses.replace(config, pretrained=source))
     sizes.append(Asked(shape_of(config), config.fpp, config.compress))
-  if task_of(loaded).predicts_tokens:
-    length = min(loaded.shape.max_length, WINDOW)
-    ids_WL = windows(tokenizer, cast(list[str], texts), length, max_texts)
-    if isinstance(tokenizer, MappedTokenizer):  # it is fitted as it was trained
-      ids_WL = tokenizer.plain_ids[ids_WL]
-    batches = _windows(ids_WL)
-    usage_V = None
-  else:
-    encoded = encode_rows(loaded.tokenizer, texts, loaded.shape.max_length)
-    counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *encoded.ids]))
-    batches = _batches(
-      encoded, max_texts, loaded.shape.max_length, loaded.tokenizer.pad_id
-    )
-    usage_V = token_usage(counts, loaded.num_rows)
+  batches, usage_V = _calibration(loaded, tokenizer, texts, max_texts)
   for small, rows in pipeline.compress_sizes(
     sizes, loaded, batches, usage_V, source=source
   ):
@@ -169,6 +156,27 @@ def compress_sizes(
       report(pipeline.fold_table(rows, layers))
     small = dataclasses.replace(small, tokenizer=tokenizer, targets=None)
     yield small if vocabulary is None else without_trimmed(small)
+
+
+def _calibration(
+  loaded: Model, tokenizer: Tokenizer, texts: Sequence[Text], max_texts: int
+) -> tuple[list[dict[str, np.ndarray]], np.ndarray | None]:
+  """Returns the batches to fit a model to, and `token_usage` of all texts.
+
+  Those of a language model are windows of the stream of texts, read by
+  `tokenizer`, and their usage is None.
+  """
+  length = loaded.shape.max_length
+  if task_of(loaded).predicts_tokens:
+    stream = cast(list[str], texts)
+    ids_WL = windows(tokenizer, stream, min(length, WINDOW), max_texts)
+    if isinstance(tokenizer, MappedTokenizer):  # it is fitted as it was trained
+      ids_WL = tokenizer.plain_ids[ids_WL]
+    return _windows(ids_WL), None
+  encoded = encode_rows(loaded.tokenizer, texts, length)
+  counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *encoded.ids]))
+  batches = _batches(encoded, max_texts, length, loaded.tokenizer.pad_id)
+  return batches, token_usage(counts, loaded.num_rows)
 
 
 def kept_of(model: Model, vocabulary: int | None) -> float | None:
@@ -213,13 +221,12 @@ def _batches(
     # One even size, because each shape is compiled, and each half of it.
     size = len(rows) // count // 2 * 2
     rows = rows[: size * count]
-  members, lengths = map(
-    list, zip(*by_length(rows, bucket_lengths(length), size), strict=True)
-  )
+  groups = list(by_length(rows, bucket_lengths(length), size))
+  lengths = [bucket for _, bucket in groups]
   for n, bucket in enumerate(lengths[:-1]):  # a single batch joins the next
     if lengths.count(bucket) == 1 and lengths[n + 1] <= 2 * bucket:
       lengths[n] = lengths[n + 1]
-  for at, bucket in zip(members, lengths, strict=True):
+  for (at, _), bucket in zip(groups, lengths, strict=True):
     chosen = [rows[i] for i in at]
     tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)
     batch = {"tokens": tokens, "mask": mask}
