@@ -846,10 +846,8 @@ def _placed_like(
     sharding = sharding_of(w)
     if not isinstance(sharding, NamedSharding):
       return None
-    spec, mesh = sharding.spec, sharding.mesh
-    axes = (*spec, *(None,) * (w.ndim - len(spec)))
-    axes = axes_like(x.shape, w.shape, axes, mesh.shape)
-    axes = (*axes, *(None,) * (x.ndim - len(axes)))
+    spec, mesh = tuple(sharding.spec), sharding.mesh
+    axes = axes_like(x.shape, w.shape, spec, mesh.shape)
     return NamedSharding(mesh, PartitionSpec(*axes))
 
   like = jax.eval_shape(make, leaves)

@@ -358,9 +358,14 @@ def axes_like(
     shape: Shape of the array: a moment, moving average or mask bits.
     owner: Shape of the parameter.
     axes: For each axis of the parameter the mesh axis that splits it, several,
-      or None.
+      or None. Missing ones at the end are None.
     sizes: {mesh axis: its size}.
+
+  Returns:
+    The same for each axis of the array. All axes are named, because otherwise
+    equal shardings would not compare as equal.
   """
+  axes = (*axes, *(None,) * (len(owner) - len(axes)))
   if len(shape) == len(owner):  # averages, one per unit, have axes of size 1
     both = zip(shape, owner, axes, strict=True)
     return tuple(axis if size == whole else None for size, whole, axis in both)
@@ -373,7 +378,7 @@ def axes_like(
     if size % (8 * math.prod(sizes[name] for name in names)):
       last = None
     return (None, *first, last)
-  return ()  # small, such as the bits of rows and neurons
+  return (None,) * len(shape)  # small, such as the bits of rows and neurons
 
 
 def _layer_shape(

@@ -143,9 +143,7 @@ def shardings_like(tree: Any, params: Any) -> Any:
   leaves = paths.flatten(params)
   mesh = next(iter(leaves.values())).sharding.mesh
   placed = {
-    name: _Placement(
-      x.shape, (*x.sharding.spec, *(None,) * (x.ndim - len(x.sharding.spec)))
-    )
+    name: _Placement(x.shape, tuple(x.sharding.spec))
     for name, x in leaves.items()
   }
   return _place(mesh, tree, placed)
@@ -158,11 +156,9 @@ def _place(mesh: Mesh, tree: Any, placed: Mapping[str, _Placement]) -> Any:
     parts = name.split("/")
     owners = ("/".join(parts[start:]) for start in range(len(parts)))
     owner = next((placed[name] for name in owners if name in placed), None)
-    axes = ()
+    axes = (None,) * len(leaf.shape)
     if owner:
       axes = axes_like(leaf.shape, owner.shape, owner.axes, mesh.shape)
-    # Name all axes: otherwise equal shardings would not compare as equal.
-    axes = (*axes, *(None,) * (len(leaf.shape) - len(axes)))
     return NamedSharding(mesh, PartitionSpec(*axes))
 
   return paths.map_named(place, tree)
