@@ -206,7 +206,7 @@ class Generator:
       sampling=sampling,
       end_id=end_id,
     )
-    return [np.concatenate(ids) for ids in zip(*parts, strict=True)]
+    return _joined(parts)
 
   def stream(
     self,
@@ -461,11 +461,15 @@ def _continuations(
   prompts: Sequence[np.ndarray],
   parts: Iterator[list[np.ndarray]],
 ) -> list[str]:
-  rows = (np.concatenate(ids) for ids in zip(*parts, strict=True))
   return [
     "".join(decode_parts(tokenizer, prompt, [ids]))
-    for prompt, ids in zip(prompts, rows, strict=True)
+    for prompt, ids in zip(prompts, _joined(parts), strict=True)
   ]
+
+
+def _joined(parts: Iterator[list[np.ndarray]]) -> list[np.ndarray]:
+  """Returns all new ids of each prompt, of what `Generator.stream` yields."""
+  return [np.concatenate(ids) for ids in zip(*parts, strict=True)]
 
 
 def _printed(
