@@ -180,9 +180,8 @@ def _subtract(c_IJ: np.ndarray, a_KI: np.ndarray, b_KJ: np.ndarray) -> None:
   In half of NumPy's time: it makes a temporary array, and its product of a' and a
   is slow for few rows. All are C-contiguous float64; c would be copied otherwise.
   """
-  scipy.linalg.blas.dgemm(
-    -1.0, b_KJ.T, a_KI.T, beta=1.0, c=c_IJ.T, trans_b=1, overwrite_c=1
-  )
+  [gemm] = scipy.linalg.get_blas_funcs(["gemm"], [c_IJ])
+  gemm(-1.0, b_KJ.T, a_KI.T, beta=1.0, c=c_IJ.T, trans_b=1, overwrite_c=1)
 
 
 def wanda(w_IO: Matrix, moment_II: Moment, fraction: float) -> Matrix:
