@@ -82,9 +82,8 @@ def export_hf(
     f"written{grown if count > before else ''}"
   )
   begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
-  if (
-    described.config.causal and not begins
-  ):  # a decoder generates from the end of a text
+  # A decoder generates from the end of a text.
+  if described.config.causal and not begins:
     begins = ends
   hf_weights.save_pretrained(
     path,
