@@ -324,7 +324,7 @@ class Steps:
     return results
 
 
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+def _like(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
