@@ -313,7 +313,7 @@ def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
   config, _, _ = tiny_run
   init = loop.Run.init
 
-  def nan_init(self, params):
+  def nan_init(self, params=None):
     state = init(self, params)
     params = jax.tree.map(
       lambda w: jax.device_put(np.full_like(w, np.nan), w.sharding),
