@@ -365,7 +365,7 @@ def axes_like(
     The same for each axis of the array. All axes are named, because otherwise
     equal shardings would not compare as equal.
   """
-  axes = (*axes, *(None,) * (len(owner) - len(axes)))
+  axes = tuple(axes) + (None,) * (len(owner) - len(axes))
   if len(shape) == len(owner):  # averages, one per unit, have axes of size 1
     both = zip(shape, owner, axes, strict=True)
     return tuple(axis if size == whole else None for size, whole, axis in both)
