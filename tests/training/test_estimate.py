@@ -515,7 +515,7 @@ def test_tpu_compiler_gathers_over_the_rings_of_64_chips():
     (8192, 8192), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp"))
   )
   gather = jax.jit(lambda x: x, out_shardings=sharding.whole(mesh))
-  # Between chips in a line it sums arrays that are zero but for one part.
+  # Between chips in a line it sums arrays of zeros, each with one part filled.
   text = gather.lower(like).compile().as_text()
   assert set(hlo.read(text).moved) == {"all-gather"}
 
