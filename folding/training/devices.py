@@ -238,14 +238,18 @@ def _cpus(name: str, count: int) -> Devices:
 
 
 def topology_of(generation: str, number: int) -> list[int] | None:
-  """Returns the topology of a slice such as v5p-64; None: there is none."""
+  """Returns the topology of a slice such as v5p-64; None: there is none.
+
+  It is the most even one, in Google's order: 2 x 4 x 4, but 2 x 2 x 1.
+  """
   if generation not in _TPUS:
     return None
   _, axes, cores, *_ = _TPUS[generation]
   power = (number // cores).bit_length() - 1
   if power < 0 or number != 2**power * cores:
     return None
-  return [2 ** ((power + axis) // axes) for axis in range(axes)][::-1]
+  sizes = [2 ** ((power + axis) // axes) for axis in range(axes)]
+  return sorted(sizes, key=lambda size: (size == 1, size))
 
 
 def _wraps(generation: str, shape: Sequence[int]) -> list[bool]:

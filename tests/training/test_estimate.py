@@ -399,16 +399,17 @@ def test_cpus_share_the_memory_of_the_machine():
   ("slice_name", "topology"),
   [
     ("v5p-8", [2, 2, 1]),
-    ("v5p-64", [4, 4, 2]),
+    ("v5p-64", [2, 4, 4]),
+    ("v5p-256", [4, 4, 8]),
     ("v5e-1", [1, 1]),
-    ("v5e-8", [4, 2]),
+    ("v5e-8", [2, 4]),
     ("v6e-256", [16, 16]),
     ("v5p-1", None),  # a chip has two cores
     ("v5p-3", None),
     ("v5e-12", None),
   ],
 )
-def test_topology_of_a_slice_is_the_most_even_one(slice_name, topology):
+def test_topology_of_a_slice_is_the_one_that_google_names(slice_name, topology):
   generation, number = slice_name.split("-")
   assert devices_lib.topology_of(generation, int(number)) == topology
 
