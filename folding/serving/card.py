@@ -19,6 +19,7 @@ README, LICENSE = "README.md", "LICENSE"
 _TAG = "folding"
 _HUB_FOLDER = re.compile(r"models--([\w.-]+)--([\w.-]+)")  # in its cache
 _HUB_ID = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@.+)?")  # and a revision
+_TITLE = re.compile(r"(?:---\n.*?\n---\n)?\s*# *(\S+) *(?:\n|$)", re.DOTALL)
 _PAPER = "https://doi.org/10.1038/s41598-025-92586-5"
 # {verb of a task: name of a pipeline of transformers}
 _PIPELINES = {
@@ -42,7 +43,8 @@ _ARGUMENTS = {
 def origin_of_folder(path: str) -> Origin:
   """Returns the origin of a model that is read from a folder of arrays.
 
-  It is the folder, or what the card says if this library has written it.
+  Its name is that on the hub, the title of its card if that is one word, or the name
+  of the folder. What the card says counts if this library has written it.
   """
   metadata = _metadata(path)
 
@@ -53,7 +55,8 @@ def origin_of_folder(path: str) -> Origin:
 
   base, notes = "".join(lines("made_from")[:1]), lines("notes")
   if _TAG not in lines("tags"):
-    notes, base = (), _hub_id(path) or os.path.basename(os.path.abspath(path))
+    folder = os.path.basename(os.path.abspath(path))
+    notes, base = (), _hub_id(path) or _title(path) or folder
   found = sorted(pathlib.Path(path).glob(f"{LICENSE}*"))
   texts = [file for file in found if _is_own(file)]
   return Origin(
@@ -104,6 +107,14 @@ def _metadata(path: str) -> dict[str, Any]:
     return huggingface_hub.metadata_load(file) or {}
   except Exception:  # YAML errors of several kinds: only information is lost
     return {}
+
+
+def _title(path: str) -> str:
+  """Returns the title of a README.md if it is a name; "": it is none."""
+  file = pathlib.Path(path, README)
+  text = file.read_text("utf-8", "replace") if _is_own(file) else ""
+  found = _TITLE.match(text)
+  return found[1] if found and _HUB_ID.fullmatch(found[1]) else ""
 
 
 def _is_own(file: pathlib.Path) -> bool:

@@ -157,6 +157,27 @@ def test_card_ignores_metadata_that_is_no_text(tmp_path, field, value):
 
 
 @pytest.mark.parametrize(
+  ("text", "base"),
+  [
+    (
+      "---\nlicense: mit\n---\n\n# all-MiniLM-L6-v2\nA text\n",
+      "all-MiniLM-L6-v2",
+    ),
+    ("# lab/net", "lab/net"),
+    ("# Model card of a net\n", "model"),
+    ("# [net](x)\n", "model"),
+    ("Some words\n# net\n", "model"),
+    ("---\nlicense: mit\n# net\n", "model"),
+  ],
+)
+def test_card_names_a_checkpoint_as_its_own_title(tmp_path, text, base):
+  folder = tmp_path / "model"
+  folder.mkdir()
+  (folder / "README.md").write_text(text)
+  assert card.origin_of_folder(str(folder)).base == base
+
+
+@pytest.mark.parametrize(
   ("start", "base"),
   [
     ("lab/net", "lab/net"),
