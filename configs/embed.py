@@ -21,12 +21,7 @@ import os
 from folding import config as c
 from folding.errors import ConfigError
 from folding.models import hf_weights, sentence
-from folding.training.recipe import (
-  length_of,
-  path_and_saving,
-  recipe,
-  recovery_rate,
-)
+from folding.training.recipe import path_and_saving, recipe, recovery_rate
 
 
 def get_config(where: str = "") -> c.Config:
@@ -58,7 +53,7 @@ def get_config(where: str = "") -> c.Config:
   data = c.DataConfig(
     name="",  # the user has to set the data
     tokenizer=str(hf_weights.find_tokenizer(folder)),
-    length=length_of(reads, 128),
+    length=min(reads, 128),
     batch_size=32,
     valid_fraction=0.02,
     test_fraction=0.02,

@@ -23,12 +23,7 @@ from folding import config as c
 from folding.errors import ConfigError
 from folding.models import hf_weights
 from folding.models.shape import shape_of
-from folding.training.recipe import (
-  length_of,
-  path_and_saving,
-  recipe,
-  recovery_rate,
-)
+from folding.training.recipe import path_and_saving, recipe, recovery_rate
 
 
 def get_config(where: str = "") -> c.Config:
@@ -62,7 +57,7 @@ def get_config(where: str = "") -> c.Config:
     data = c.DataConfig(
       name="",  # the user has to set the data
       tokenizer=str(hf_weights.find_tokenizer(folder)),
-      length=length_of(max_length, 128 if is_lm else 64),
+      length=min(max_length, 128 if is_lm else 64),
       batch_size=16,
     )
   # A run knows its task and is its own teacher, without dropout. An encoder

@@ -696,10 +696,13 @@ def _notes(run: Run, step: int) -> list[str]:
   notes = [f"mesh: {line}" for line in run.unsplit]
   if not run.task.predicts_tokens:
     share = run.data.full_share(order.data.length)
+    reads = run.model.shape.max_length
     if share >= 0.01:
       notes.append(
         f"text: {share:.0%} of the training texts fill data.length="
         f"{order.data.length} tokens; longer ones are cut"
+        + f", though the model reads {reads}"
+        * (reads > order.data.length)
       )
   granularities = {
     rule.granularity for rule in run.rules if rule.pattern.startswith("blocks_")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import sys
 
 from folding.config import (
   CompressConfig,
@@ -115,22 +114,6 @@ def recovery_rate(width: int) -> float:
   5e-4 for MiniLM, 3e-3 for stories260K (docs/experiments.md).
   """
   return min(3e-3, 0.192 / width)
-
-
-def length_of(reads: int, most: int) -> int:
-  """Returns a `data.length`, and says if it is less than the model reads.
-
-  Args:
-    reads: Tokens that the checkpoint reads, and so the smaller model.
-    most: Tokens of the texts that the recipe trains on.
-  """
-  if reads > most:
-    print(
-      f"data.length is {most} unless you set it; the trained model reads {reads} "
-      "tokens, as its checkpoint does",
-      file=sys.stderr,
-    )
-  return min(reads, most)
 
 
 def path_and_saving(where: str) -> tuple[str, float | None]:
