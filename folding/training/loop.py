@@ -587,20 +587,20 @@ def _take_steps(
   """Trains to the last step, tests the best checkpoint, returns the result."""
   run, first_step, state = start
   order, t = run.order, run.order.train
-  metric = t.metric or run.task.metrics[0]
   teacher = run.placed(teacher)
   teacher_model = teacher_params = None
   if teacher is not None:
     teacher_params = teacher.params
     teacher_model = model_for(teacher.shape, teacher_params)
-  seed = jax.device_put(run.seed, sharding.whole(run.mesh))
-  usage = run.usage()
-  mask_updates = run.mask_updates
-  train_step = Steps(run, teacher_model)
-  arrays = {"seed": seed, "usage": usage, "teacher_params": teacher_params}
+  arrays = {
+    "seed": jax.device_put(run.seed, sharding.whole(run.mesh)),
+    "usage": run.usage(),
+    "teacher_params": teacher_params,
+  }
+  train_step = Steps(run, teacher_model, arrays)
   if first_step < t.steps:  # beside the rest of the start
     batch = sharding.put_batch(run.mesh, run.data.train_batch(first_step))
-    train_step.compile_ahead(first_step, run.like, batch, **arrays)
+    train_step.compile_ahead(first_step, run.like, batch)
   if state is None:
     state = run.init()
 
@@ -622,11 +622,11 @@ def _take_steps(
     )
     batches = run.data.train_batches(first_step)
     for step in range(first_step, t.steps + 1):
-      is_updated = step > first_step and step - 1 in mask_updates
+      is_updated = step > first_step and step - 1 in run.mask_updates
       if t.compact and is_updated and (found := run.compacted(state, step)):
         log.flush()
         run, state = found
-        train_step = Steps(run, teacher_model)
+        train_step = Steps(run, teacher_model, arrays)
         writer.say(
           f"step {step:>6,}  compact  {run.num_parameters:,} of "
           f"{run.whole_size:,} parameters stay"
@@ -640,11 +640,7 @@ def _take_steps(
         log.flush()
         loss = None
         if is_due:
-          metrics = run.evaluate(state.params, "valid", t.eval_batches, teacher)
-          writer.write({"split": "valid", "step": step, **metrics})
-          writer.say(_line(step, "valid", metrics))
-          # Only a fully pruned model can be the best.
-          loss = _rank(metrics, metric) if step >= mask_updates.stop else None
+          loss = _validate(run, step, state, teacher, writer)
         checkpoints.save(step, state, loss, run.model.shape)
         run.write_result(
           workdir,
@@ -665,7 +661,7 @@ def _take_steps(
       if is_last:
         break
       batch = sharding.put_batch(run.mesh, next(batches))
-      state, step_metrics = train_step(step, state, batch, **arrays)
+      state, step_metrics = train_step(step, state, batch)
       log.step(step + 1, step_metrics, batch)
 
     checkpoints.wait()
@@ -674,20 +670,40 @@ def _take_steps(
       del state  # two would take twice the memory
       run, best, state = restore(run, checkpoints, best=True)
     test = run.evaluate(state.params, "test", teacher=teacher)
-    test["checkpoint_step"] = best
     run.write_result(
       workdir,
       state,
       step=t.steps,
       seconds=clock.seconds(),
       speed=log.speed(),
-      test=test,
+      test={**test, "checkpoint_step": best},
       is_at_target=not run.rules or bool(log.counts["done"]),
     )
     if run.rules and not log.counts["done"]:
       writer.say(_missed(log.counts, order.fpp))
     writer.say(_line(t.steps, "test ", test))
   return run_dir.read_result(workdir)
+
+
+def _validate(
+  run: Run,
+  step: int,
+  state: TrainState,
+  teacher: Model | None,
+  writer: MetricsWriter,
+) -> float | None:
+  """Evaluates on the validation split, and records the metrics.
+
+  Returns the rank of the state, see `_rank`. None: it cannot be the best, because
+  FPP has masks to update.
+  """
+  t = run.order.train
+  metrics = run.evaluate(state.params, "valid", t.eval_batches, teacher)
+  writer.write({"split": "valid", "step": step, **metrics})
+  writer.say(_line(step, "valid", metrics))
+  if step < run.mask_updates.stop:
+    return None
+  return _rank(metrics, t.metric or run.task.metrics[0])
 
 
 def _notes(run: Run, step: int) -> list[str]:

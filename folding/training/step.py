@@ -271,56 +271,66 @@ class Steps:
   other one does so beside the start of a run, see `compile_ahead`.
   """
 
-  def __init__(self, program: Program, teacher: Transformer | None):
+  def __init__(
+    self,
+    program: Program,
+    teacher: Transformer | None = None,
+    arrays: Mapping[str, Any] | None = None,
+  ):
     """Initializes the steps.
 
     Args:
       program: Model, optimizer and state.
       teacher: See `Program.options`.
+      arrays: Arguments of `train_step` that are the same at each step, such as
+        "seed"; None: the defaults.
     """
     self._mask_updates = program.mask_updates
+    self._arrays = dict(arrays or {})
     self._jitted = [
       program.step(is_mask_update=is_update, teacher=teacher)
       for is_update in (False, True)
     ]
     self._compiled: dict[bool, concurrent.futures.Future] = {}
 
-  def compile_ahead(self, step: int, *args: Any, **options: Any) -> None:
+  def compile_ahead(self, step: int, state: Any, batch: losses.Batch) -> None:
     """Compiles the program of a step in a thread.
 
     Calls wait for it, and run it if their arrays have the same shapes.
 
     Args:
       step: Updates applied so far.
-      *args: As of a call, or their shapes and shardings.
-      **options: The same.
+      state: The training state, or its shapes and shardings.
+      batch: The same.
     """
     is_update = step in self._mask_updates
-    args, options = jax.tree.map(_like, (args, options))
+    arguments, arrays = jax.tree.map(_like, ((state, batch), self._arrays))
     lower = self._jitted[is_update].lower
     pool = concurrent.futures.ThreadPoolExecutor(1)
     self._compiled[is_update] = pool.submit(
-      lambda: lower(*args, **options).compile()
+      lambda: lower(*arguments, **arrays).compile()
     )
     pool.shutdown(wait=False)
 
-  def __call__(self, step: int, *args: Any, **options: Any) -> Any:
+  def __call__(
+    self, step: int, state: TrainState, batch: losses.Batch
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the results of `train_step`.
 
     Args:
       step: Updates applied so far.
-      *args: State and batch. Batches of texts may differ in length.
-      **options: Other arrays.
+      state: The training state; its memory is given to the new one.
+      batch: Batches of texts may differ in length.
     """
     updates = self._mask_updates
     is_update = step in updates
     if is_update in self._compiled:
       self._compiled[is_update].result()
     if is_update or True in self._compiled or step >= updates.stop:
-      return self._jitted[is_update](*args, **options)
-    like = jax.tree.map(_like, (args, options))  # the state is donated
-    results = self._jitted[False](*args, **options)
-    self.compile_ahead(updates[0], *like[0], **like[1])
+      return self._jitted[is_update](state, batch, **self._arrays)
+    like = jax.tree.map(_like, (state, batch))  # the state is donated
+    results = self._jitted[False](state, batch, **self._arrays)
+    self.compile_ahead(updates[0], *like)
     return results
 
 

@@ -404,7 +404,7 @@ def test_steps_run_programs_compiled_ahead_and_equal_train_step(caplog):
     state, metrics = single(state, batch)
     expected.append(jax.device_get((state, metrics)))
 
-  steps = step_lib.Steps(program, None)
+  steps = step_lib.Steps(program)
   steps.compile_ahead(0, program.like, batches[0])
   state = init(0)
   with jax.log_compiles():  # of this thread
@@ -422,7 +422,7 @@ def test_steps_take_batches_of_other_lengths_than_compiled_ahead():
   )
   program.mask_updates = range(1, 2)
   state = jax.jit(program.draw, out_shardings=program.state_shardings)(0)
-  steps = step_lib.Steps(program, None)
+  steps = step_lib.Steps(program)
   long = sharding.put_batch(mesh, tiny.batch(0))
   state, _ = steps(0, state, long)
   short = {name: x[:, :4] for name, x in long.items()}
