@@ -198,17 +198,6 @@ class ModelConfig(Design):
       raise ConfigError(
         f"model.num_heads {H} is not divisible by model.num_kv_heads {J}"
       )
-    scaling = self.rope_scaling
-    if scaling is not None and len(scaling) != 1:
-      if len(scaling) != 4 or scaling[1] >= scaling[2]:
-        raise ConfigError(
-          "model.rope_scaling is (factor,) or (factor, low, high, length) with "
-          f"low < high; it is {scaling}"
-        )
-    if self.positions == "rope" and self.head_dim % 2:
-      raise ConfigError(
-        f"rotary positions need an even head size; it is {self.head_dim}"
-      )
     for name in ("embed_norm", "parallel"):
       if getattr(self, name) and self.norm_position != "pre":
         raise ConfigError(f"model.{name} needs model.norm_position='pre'")
@@ -217,15 +206,7 @@ class ModelConfig(Design):
         "model.relative_buckets does not go with model.positions='alibi'; use "
         "another one"
       )
-    for name, value in (("rope_scaling", None), ("rope_share", 1.0)):
-      if self.positions != "rope" and getattr(self, name) != value:
-        raise ConfigError(f"model.{name} needs model.positions='rope'")
-    turning = int(self.head_dim * self.rope_share)
-    if self.positions == "rope" and (turning < 2 or turning % 2):
-      raise ConfigError(
-        f"model.rope_share={self.rope_share} rotates {turning} of "
-        f"{self.head_dim} channels, which come in pairs"
-      )
+    self._check_rotations()
     self.by_layer(self.window, "model.window")
     self.by_layer(self.rope_base, "model.rope_base")
     self._check_heads()
@@ -253,6 +234,30 @@ class ModelConfig(Design):
         "one, or one per layer"
       )
     return values
+
+  def _check_rotations(self) -> None:
+    if self.positions != "rope":
+      for name, value in (("rope_scaling", None), ("rope_share", 1.0)):
+        if getattr(self, name) != value:
+          raise ConfigError(f"model.{name} needs model.positions='rope'")
+      return
+    scaling = self.rope_scaling
+    if scaling is not None and len(scaling) != 1:
+      if len(scaling) != 4 or scaling[1] >= scaling[2]:
+        raise ConfigError(
+          "model.rope_scaling is (factor,) or (factor, low, high, length) with "
+          f"low < high; it is {scaling}"
+        )
+    if self.head_dim % 2:
+      raise ConfigError(
+        f"rotary positions need an even head size; it is {self.head_dim}"
+      )
+    turning = int(self.head_dim * self.rope_share)
+    if turning < 2 or turning % 2:
+      raise ConfigError(
+        f"model.rope_share={self.rope_share} rotates {turning} of "
+        f"{self.head_dim} channels, which come in pairs"
+      )
 
   def _check_heads(self) -> None:
     if self.heads is None:
@@ -613,6 +618,11 @@ class Config(Order):
         "axis, and no rotary positions, model.window, model.relative_buckets or "
         "model.attention_cap; use 'dense'"
       )
+    self._check_embedding()
+    self._check_values()
+
+  def _check_embedding(self) -> None:
+    m, f = self.model, self.fold
     size = m.embed_width or m.width
     if f.embedding_rank > size:
       raise ConfigError(
@@ -624,6 +634,9 @@ class Config(Order):
         "fold.embedding_shared needs model.positions='learned' and "
         "model.embed_width=0"
       )
+
+  def _check_values(self) -> None:
+    m, f = self.model, self.fold
     values = m.by_layer(f.values, "fold.values")
     if set(values) != {"dense"} and m.num_heads * m.head_dim != m.width:
       raise ConfigError(
