@@ -420,40 +420,13 @@ class _FPP:
     leaves = paths.flatten(params)
     index = (state.step - self.begin) // self.every
     planes, zero, pruned, is_ranked = {}, {}, jnp.int32(0), {}
-
-    def evidence(n):
-      """Returns the arguments of the scores of site n, for `per_layer`."""
-      site, key = sites[n], jax.random.fold_in(jax.random.key(self.seed), n)
-      if site.layers is not None:
-        key = jax.random.split(key, leaves[site.name].shape[site.layers])
-      return site.pick(leaves), site.pick(state.averages), key
-
     for n, site in enumerate(sites):
-      score = self.scores[site.rule]
-
-      def choose(old, own, own_averages, key, site=site, score=score):
-        is_ranked = _has_ranking(site, score, own, own_averages)
-        # This `cond`, whose condition XLA does not know, frees the temporaries of
-        # a site before the next one: four matrices of 16 MiB take 51 MiB of
-        # scratch memory on XLA:CPU, and 113 MiB without it.
-        new = jax.lax.cond(
-          is_ranked & (index >= 0),
-          lambda: _choose(
-            score.score_site(site, own, own_averages, key),
-            unpack(jnp.stack(old), site.shape[-1]),
-            site.is_zero(own),
-            self.count(site, index),
-            is_last=index == self.last,
-            patience=self.patience,
-          ),
-          lambda: (old, jnp.zeros_like(old[0]), _pruned(site, old[0], own)),
-        )
-        return *new, is_ranked
-
-      old = list(jnp.unstack(state.suspected[site.name]))
       # Computing all layers at once would take five times the scratch memory.
       new, zero[site.name], count, each = site.per_layer(
-        choose, old, *evidence(n), in_turn=True
+        functools.partial(self._choose_layer, site, index),
+        list(jnp.unstack(state.suspected[site.name])),
+        *self._evidence(n, site, state, leaves),
+        in_turn=True,
       )
       is_ranked[site.name] = each.all()
       if self.debug:
@@ -480,7 +453,7 @@ class _FPP:
       scores = {
         site.name: site.per_layer(
           functools.partial(self.scores[site.rule].score_site, site),
-          *evidence(n),
+          *self._evidence(n, site, state, leaves),
         )
         for n, site in enumerate(sites)
       }
@@ -491,6 +464,44 @@ class _FPP:
         planes[name] &= (kept[name] | ~zero[name])[None]
       zero = kept
     return planes, zero, pruned + _count_bits(zero)
+
+  def _evidence(self, n, site, state, leaves):
+    """Returns the arguments of the scores of site n, for `per_layer`."""
+    key = jax.random.fold_in(jax.random.key(self.seed), n)
+    if site.layers is not None:
+      key = jax.random.split(key, leaves[site.name].shape[site.layers])
+    return site.pick(leaves), site.pick(state.averages), key
+
+  def _choose_layer(self, site, index, old, *evidence):
+    """Returns `_choose` of one layer of a site, and whether it has a ranking.
+
+    Without a ranking its masks stay as they are.
+
+    Args:
+      site: The site.
+      index: int32[], index of the mask update.
+      old: Packed planes, see `FPPState.suspected`.
+      *evidence: From `_evidence`.
+    """
+    own, averages, _ = evidence
+    score = self.scores[site.rule]
+    is_ranked = _has_ranking(site, score, own, averages)
+    # This `cond`, whose condition XLA does not know, frees the temporaries of a
+    # site before the next one: four matrices of 16 MiB take 51 MiB of scratch
+    # memory on XLA:CPU, and 113 MiB without it.
+    new = jax.lax.cond(
+      is_ranked & (index >= 0),
+      lambda: _choose(
+        score.score_site(site, *evidence),
+        unpack(jnp.stack(old), site.shape[-1]),
+        site.is_zero(own),
+        self.count(site, index),
+        is_last=index == self.last,
+        patience=self.patience,
+      ),
+      lambda: (old, jnp.zeros_like(old[0]), _pruned(site, old[0], own)),
+    )
+    return *new, is_ranked
 
   def tell(
     self, is_undone: jax.Array, missing: Mapping[str, jax.Array] | None = None
