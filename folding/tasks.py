@@ -51,7 +51,7 @@ class Task:
   """A row of `TASKS`.
 
   Attributes:
-    name: As in `Config.task`.
+    name: Value of `Config.task`.
     words: The model, in reports.
     verb: The verb of the command line that uses the model.
     output: Type of the model's output, in the description of an export.

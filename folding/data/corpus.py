@@ -72,7 +72,7 @@ class Tokens(NamedTuple):
   Attributes:
     streams: Ids of each split, from `Tokenizer.stream`.
     num_bytes: UTF-8 bytes of text of each split.
-    digest: As in `batches.Data`.
+    digest: SHA-256 of all text, in hexadecimal.
   """
 
   streams: dict[str, np.ndarray]

@@ -48,7 +48,7 @@ def rope_frequencies(
   Args:
     size: Number of channels of a head.
     base: The slowest pair turns by about 1 / base per token.
-    scaling: As in `folding.config.Design.rope_scaling`.
+    scaling: How rotations are slowed, see `folding.config.Design.rope_scaling`.
     share: Fraction of the channels that turn; the last pairs have angle 0.
   """
   half, turning = size // 2, int(size * share) // 2

@@ -19,7 +19,7 @@ class Param(NamedTuple):
 
   Attributes:
     path: Pattern of the end of its path.
-    kind: As which `compression.accounting` counts it.
+    kind: Kind under which `compression.accounting` counts it.
     axes: Letters of its dense shape. Folding makes some of them smaller.
     split: Letter of the axis that the mesh axis "tensor" splits; "": none.
   """

@@ -43,8 +43,8 @@ class Sentence(NamedTuple):
   """How a checkpoint makes vectors of texts.
 
   Attributes:
-    pooling: As `ModelConfig.pooling`.
-    normalize: As `ModelConfig.normalize`.
+    pooling: How tokens become a vector, see `Design.pooling`.
+    normalize: Whether vectors have length 1.
     max_length: Most tokens of a text; None: as many as the model has positions.
   """
 

@@ -32,11 +32,11 @@ class Layer:
     whole_mlp_width: F before any shrink.
     qkv_bias: Whether W_Q, W_K and W_V have a bias.
     groups: G, row groups of W_Q and W_K; 0: dense.
-    axis: As `FoldConfig.axis`.
-    rope: As `FoldConfig.rope`.
+    axis: Axis that the groups run over, see `FoldConfig.axis`.
+    rope: How the G numbers are rotated, see `FoldConfig.rope`.
     values: Kind of W_V, see `FoldConfig.values`.
     window: Number of last tokens that a token attends to; None: all.
-    rope_base: As `ModelConfig.rope_base`.
+    rope_base: Base of the rotations.
     has_norm_attn: False if `Design.embed_norm` replaces the norm of attention.
   """
 

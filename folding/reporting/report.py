@@ -32,9 +32,9 @@ class Run:
   """A run directory as it was read.
 
   Sizes are `{kind: {"dense", "stored", "compression"}}`: of the dense
-  baseline, of the stored (nonzero) values, and 1 - stored / dense, None for an
-  kind without parameters. Sizes in bytes also have "masks", which locate the stored values,
-  and "compression_with_masks".
+  baseline, of the stored (nonzero) values, and 1 - stored / dense, which is None
+  for a kind without parameters. Sizes in bytes also have "masks", which locate the
+  stored values, and "compression_with_masks".
 
   Attributes:
     name: Name of the directory.

@@ -133,7 +133,7 @@ class Checkpoints:
       step: Updates applied so far.
       state: The training state.
       loss: Ranks checkpoints, lower is better; None: no candidate for the best.
-      shape: Shape of the model; None: that which its run began with.
+      shape: Shape of the model; None: the shape that its run began with.
 
     Raises:
       OSError: the disk is full, or this save or the one before failed. Earlier

@@ -81,7 +81,7 @@ def require_same(text: str, what: str) -> None:
   """Checks that a text is the same in all processes; all must call it.
 
   Args:
-    text: Of this process.
+    text: Text of this process.
     what: Its name in the message.
 
   Raises:

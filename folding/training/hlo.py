@@ -29,7 +29,7 @@ class Moved(NamedTuple):
 
   Attributes:
     times: How often they run.
-    bytes: Of their results.
+    bytes: Size of their results.
   """
 
   times: float

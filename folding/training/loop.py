@@ -326,7 +326,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
   """Trains a run, or continues it, in a run directory.
 
   Args:
-    config: As a config file returns it; it is resolved here.
+    config: What a config file returns; it is resolved here.
     workdir: New, empty, or with a run of the same config.
 
   Returns:

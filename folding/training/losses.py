@@ -170,7 +170,7 @@ def hidden_loss(
 
   Args:
     hidden: Tree of float[B, L, D], one leaf per layer.
-    taught: The same of the teacher.
+    taught: Those of the teacher, of the same shapes.
     mask: True at tokens that count; None: all do.
 
   Raises:

@@ -40,7 +40,7 @@ def make_rules(
     shape: Shape of the model.
     f: The section of FPP.
     params: Tree of parameters, or of their shapes, before any shrink.
-    dense: The same for the dense baseline, which `saving` refers to.
+    dense: Parameters of the dense baseline, which `saving` refers to.
     targets: Fractions that a plan chose; None: those of `f`.
 
   Raises:
@@ -178,7 +178,7 @@ def removed_units(rules: list[Rule], before: Any, after: Any) -> dict[str, int]:
   Args:
     rules: The rules of the parameters before the shrink.
     before: Tree of parameters, or of their shapes.
-    after: The same after the shrink.
+    after: Tree of the parameters after the shrink.
   """
   sizes = {s.name: math.prod(s.shape) for s in make_sites(rules, after)}
   return {

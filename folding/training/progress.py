@@ -198,7 +198,7 @@ class StepLog:
       train: Its section of the config.
       whole_size: Parameters of the model before any shrink, zeros included.
       writer: Takes the records.
-      clock: Of the run.
+      clock: Training time of the run.
       counts: `fpp_counts` of the first state; {} if nothing is pruned.
     """
     self._train, self._writer, self._clock = train, writer, clock

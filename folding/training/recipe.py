@@ -35,7 +35,8 @@ def recipe(
     saving: Fraction of the parameters to save; None: that of the preset.
     structured: Whether neurons, heads and ranks leave the arrays, not single
       weights; None: unless it is a language model.
-    uniform: As `CompressConfig.uniform`; implies `structured`.
+    uniform: Whether all layers get one size, see `CompressConfig.uniform`;
+      implies `structured`.
     kept: Fraction of the tokens to keep, those that the text uses most; None: all.
 
   Raises:

@@ -115,8 +115,8 @@ def save(workdir: str, config: Config, model: Model, digest: str) -> None:
 
   Args:
     workdir: The run directory.
-    config: As it was given, resolved.
-    model: As training begins with it.
+    config: The config as it was given, resolved.
+    model: The model that training begins with.
     digest: `Data.digest`.
   """
   model.tokenizer.save(_path(workdir, "tokenizer.json"))

@@ -113,7 +113,7 @@ def tree_shardings(
     tree: Arrays, or their shapes.
     params: The parameters; None: `tree.params` if there is one, otherwise the
       tree itself.
-    rules: As in `MeshConfig`.
+    rules: Where parameters are placed, see `MeshConfig.rules`.
 
   Raises:
     ConfigError: a rule is not valid or matches no parameter, or the mesh lacks
@@ -170,7 +170,7 @@ def unsplit(mesh: Mesh, params: Any, rules: Rules = ()) -> list[str]:
   Args:
     mesh: The mesh.
     params: Arrays, or their shapes.
-    rules: As in `MeshConfig`.
+    rules: Where parameters are placed, see `MeshConfig.rules`.
   """
   return [
     f"{name} {p.shape} is not split over {' and '.join(map(str, p.missed))}, "

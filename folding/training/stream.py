@@ -300,7 +300,7 @@ class Reading(NamedTuple):
 
   Attributes:
     a: float[B, L, ...] of each batch.
-    masks: As in `Stream`.
+    masks: Masks of the batches, see `Stream`.
     halves: The `Gram` of each half of the texts, see `halves`.
   """
 
@@ -373,7 +373,7 @@ def lowered_grams(
     block: The layer.
     params: Shapes and shardings of its parameters.
     x: Shape and sharding of a batch of its input.
-    mask: The same of its mask.
+    mask: Shape and sharding of its mask.
   """
 
   def run(params, x, mask):
