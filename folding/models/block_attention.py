@@ -216,51 +216,42 @@ def _sums(blocks: _Blocks, q_BHLG, keys: Keys, biases) -> _Sums:
   return _whole(sums, length)
 
 
+class _Queries(NamedTuple):
+  """Queries, all or of a block, and what their gradients need.
+
+  Attributes:
+    q_BHLG: Queries.
+    sums: Results of their softmax.
+    d_out_BHLr: Gradient of the output.
+    mean_BHL: Mean of the gradient of the weights, weighted by attention.
+  """
+
+  q_BHLG: Float[Array, "*N B H L G"]
+  sums: _Sums
+  d_out_BHLr: Float[Array, "*N B H L r"]
+  mean_BHL: Float[Array, "*N B H L"]
+
+
 def _gradients(
   blocks: _Blocks, q_BHLG, keys: Keys, biases, sums: _Sums, d_out_BHLr
 ):
   """Returns the gradients of queries, keys, values and biases."""
   length = q_BHLG.shape[2]
   d_out_BHLr = d_out_BHLr.astype(jnp.float32)
-  # The gradient of the logits is p (dp - mean of dp), p = softmax(logits).
   mean_BHL = (d_out_BHLr * sums.out_BHLr).sum(-1)
   # Padded queries have a share of 0.
-  q_NBHLG, keys, sums, d_out_NBHLr, mean_NBHL = in_blocks(
-    (q_BHLG, keys, sums, d_out_BHLr, mean_BHL), blocks.number, axis=2
+  queries_N, keys = in_blocks(
+    (_Queries(q_BHLG, sums, d_out_BHLr, mean_BHL), keys), blocks.number, axis=2
   )
 
   def add_block(total, inputs):
-    q_BHLG, i, sums, d_out_BHLr, mean_BHL = inputs
-    top_BHL1, share_BHL1, mean_BHL1 = (
-      x[..., None] for x in (sums.top_BHL, sums.share_BHL, mean_BHL)
-    )
+    queries, i = inputs
 
     def add(j, total):
       d_q, d_k, d_v, d_biases = total
-      keys_j = _block(keys, j)
-      logits_BHLM, pull_logits = jax.vjp(
-        lambda q, k: _logits(
-          blocks, q, keys_j._replace(k_BJMG=k), biases, (i, j)
-        ),
-        q_BHLG,
-        keys_j.k_BJMG,
+      d_q_j, d_k_j, d_v_j, d_biases_j = _pair_gradients(
+        blocks, queries, _block(keys, j), biases, (i, j)
       )
-      att_BHLM = share_BHL1 * jnp.exp(logits_BHLM - top_BHL1)
-      _, pull_out = jax.vjp(_weigh, att_BHLM, keys_j.v_BIMr)
-      d_att_BHLM, d_v_j = pull_out(d_out_BHLr)
-      d_logits_BHLM = att_BHLM * (d_att_BHLM - mean_BHL1)
-      d_q_j, d_k_j = pull_logits(d_logits_BHLM)
-
-      def pull_biases(d_logits_HLM):
-        """Returns the gradient of the biases for one row of the batch."""
-        row = keys_j._replace(k_BJMG=keys_j.k_BJMG[:1], mask_B1M=None)
-        _, pull = jax.vjp(
-          lambda biases: _logits(blocks, q_BHLG[:1], row, biases, (i, j)),
-          biases,
-        )
-        return pull(d_logits_HLM[None])[0]
-
-      d_biases_j = jax.vmap(pull_biases)(d_logits_BHLM)
       return (
         d_q + d_q_j,
         d_k.at[j].add(d_k_j),
@@ -269,19 +260,19 @@ def _gradients(
       )
 
     d_q, *total = jax.lax.fori_loop(
-      *blocks.range(i), add, (_zeros(q_BHLG), *total)
+      *blocks.range(i), add, (_zeros(queries.q_BHLG), *total)
     )
     return tuple(total), d_q
 
   # The sum over rows is left to the end. If rows are on several devices, a sum in
   # the loop would move [H, L, M] numbers between them for each pair of blocks.
   rows = jax.tree.map(
-    lambda x: jnp.broadcast_to(x, (q_NBHLG.shape[1], *x.shape)), biases
+    lambda x: jnp.broadcast_to(x, (q_BHLG.shape[0], *x.shape)), biases
   )
   zeros = _zeros((keys.k_BJMG, keys.v_BIMr, rows))
   indices_N = jnp.arange(blocks.number)
   (d_k, d_v, d_biases), d_q = jax.lax.scan(
-    add_block, zeros, (q_NBHLG, indices_N, sums, d_out_NBHLr, mean_NBHL)
+    add_block, zeros, (queries_N, indices_N)
   )
   d_q, d_k, d_v = _whole((d_q, d_k, d_v), length)
   d_keys = Keys(
@@ -289,6 +280,39 @@ def _gradients(
   )
   d_biases = jax.tree.map(lambda x: x.sum(0), d_biases)
   return d_q.astype(q_BHLG.dtype), d_keys, d_biases
+
+
+def _pair_gradients(
+  blocks: _Blocks, queries: _Queries, keys: Keys, biases, pair
+):
+  """Returns what block j of the keys adds to the gradients of block i.
+
+  The gradient of the logits is p (dp - mean of dp), p = softmax(logits). Gradients
+  of the biases are those of each row of the batch.
+  """
+  q_BHLG, sums, d_out_BHLr, mean_BHL = queries
+  logits_BHLM, pull_logits = jax.vjp(
+    lambda q, k: _logits(blocks, q, keys._replace(k_BJMG=k), biases, pair),
+    q_BHLG,
+    keys.k_BJMG,
+  )
+  att_BHLM = sums.share_BHL[..., None] * jnp.exp(
+    logits_BHLM - sums.top_BHL[..., None]
+  )
+  _, pull_out = jax.vjp(_weigh, att_BHLM, keys.v_BIMr)
+  d_att_BHLM, d_v = pull_out(d_out_BHLr)
+  d_logits_BHLM = att_BHLM * (d_att_BHLM - mean_BHL[..., None])
+  d_q, d_k = pull_logits(d_logits_BHLM)
+
+  def pull_biases(d_logits_HLM):
+    """Returns the gradient of the biases for one row of the batch."""
+    row = keys._replace(k_BJMG=keys.k_BJMG[:1], mask_B1M=None)
+    _, pull = jax.vjp(
+      lambda biases: _logits(blocks, q_BHLG[:1], row, biases, pair), biases
+    )
+    return pull(d_logits_HLM[None])[0]
+
+  return d_q, d_k, d_v, jax.vmap(pull_biases)(d_logits_BHLM)
 
 
 _attend.defvjp(_forward, _backward)
