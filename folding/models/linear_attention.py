@@ -16,6 +16,7 @@ chunks of L = M positions, in float32; P panels of X nodes, N = P X.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -575,18 +576,19 @@ def _scan_chunks(
   num_blocks = -(-num_chunks // max(1, layout.block // (B * H * chunk)))
   C = -(-num_chunks // num_blocks)
   v_axis = 2 + layout.is_turned  # of positions
+  sizes = num_blocks, C, chunk
   steps = (
     # Padded queries repeat the last one: 0 may be outside the nodes' range,
     # where gradients overflow.
-    _cut(x.s_BHL, 2, num_blocks, C, chunk, mode="edge"),
-    _cut(x.t_BHL, 2, num_blocks, C, chunk),
-    _cut(layout.store(x.v_BHLK), v_axis, num_blocks, C, chunk),
-    _cut(x.mask_BL, 1, num_blocks, C, chunk),
+    _cut(x.s_BHL, 2, sizes, mode="edge"),
+    _cut(x.t_BHL, 2, sizes),
+    _cut(layout.store(x.v_BHLK), v_axis, sizes),
+    _cut(x.mask_BL, 1, sizes),
   )
   step = functools.partial(_block, x.slopes_BH, grid, layout, is_strict)
   past, sums = jax.lax.scan(step, past, steps)
   # The padding has decayed the past too far.
-  added = num_blocks * C * chunk - length
+  added = math.prod(sizes) - length
   past = past._replace(top=past.top + (added * x.slopes_BH)[..., None])
   values = layout.load(_whole(sums.values, v_axis, length))
   norm, top = (_whole(a, 2, length) for a in (sums.norm, sums.top))
@@ -630,20 +632,16 @@ def _block(
 
 
 def _cut(
-  x: Array,
-  axis: int,
-  num_blocks: int,
-  num_chunks: int,
-  chunk: int,
-  mode: str = "constant",
+  x: Array, axis: int, sizes: tuple[int, int, int], mode: str = "constant"
 ) -> Array:
   """Returns [..., length, ...], padded at its end, as [blocks, ..., C, L, ...].
 
-  `mode` is that of `jnp.pad`: "constant" (0) or "edge".
+  `sizes` are those of the three axes, and `mode` is that of `jnp.pad`: "constant"
+  (0) or "edge".
   """
   width = [(0, 0)] * x.ndim
-  width[axis] = (0, num_blocks * num_chunks * chunk - x.shape[axis])
-  shape = (*x.shape[:axis], num_blocks, num_chunks, chunk, *x.shape[axis + 1 :])
+  width[axis] = (0, math.prod(sizes) - x.shape[axis])
+  shape = (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
   return jnp.moveaxis(jnp.pad(x, width, mode=mode).reshape(shape), axis, 0)
 
 
