@@ -24,6 +24,7 @@ from folding.models.dense_form import unfolded
 from folding.models.families import FAMILIES
 from folding.models.hf_family import Architecture
 from folding.models.params import axis_of
+from folding.models.shape import model_of
 from folding.serving.gguf_tokenizer import add_tokenizer
 from folding.serving.loaded import require_finite_weights
 from folding.tasks import task_of
@@ -146,7 +147,7 @@ def _whole(loaded: Model) -> ModelConfig:
 
   A window that no text reaches is left out.
   """
-  m = loaded.config.model
+  m = model_of(loaded.shape)
   windows = m.by_layer(m.window or 0, "model.window")
   is_full = all(not w or w >= loaded.shape.max_length for w in windows)
   return dataclasses.replace(

@@ -168,7 +168,7 @@ def _uniform(loaded: Model) -> ModelConfig:
   If as many heads are left in every layer, and a family has heads of their size, the
   others are left out.
   """
-  m = loaded.config.model
+  m = model_of(loaded.shape)
   whole = dataclasses.replace(m, mlp_width=int(np.max(m.mlp_width)), heads=None)
   counts = {len(heads) for heads in m.heads or ()}
   if len(counts) != 1:
