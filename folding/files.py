@@ -377,10 +377,9 @@ def read_json(path: str, kind: type[Any]) -> Any:
   return found
 
 
-def write_json(path: str, content: Any, *, ensure_ascii: bool = True) -> None:
+def write_json(path: str, content: Any) -> None:
   """Writes indented JSON and a line end, as `write_file` does."""
-  text = json.dumps(content, indent=2, ensure_ascii=ensure_ascii)
-  write_file(path, text + "\n")
+  write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def _find(path: str) -> tuple[str, str]:

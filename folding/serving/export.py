@@ -77,6 +77,6 @@ def export(path: str | os.PathLike, model: Model) -> dict[str, int]:
     "config": config_lib.to_dict(model.config),
   }
   # The last file of the model: it marks the folder as complete.
-  files.write_json(os.path.join(path, CONFIG), values, ensure_ascii=False)
+  files.write_json(os.path.join(path, CONFIG), values)
   files.write_checksums(path, files.all_files(path))
   return sizes(model) | {"files": files.folder_bytes(path)}

@@ -123,7 +123,7 @@ def export_onnx(
     }
   }
   for name, content in ((OPTIONS, options), (CONFIG, values)):
-    files.write_json(os.path.join(path, name), content, ensure_ascii=False)
+    files.write_json(os.path.join(path, name), content)
   if task_of(loaded).makes_vectors:
     sentence.write(path, loaded.shape, loaded.shape.max_length)
   files.write_checksums(path, files.all_files(path))

@@ -39,7 +39,8 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
     {"parameters": bytes of the arrays, "program": bytes of the file}.
 
   Raises:
-    ConfigError: the folder is not empty, a parameter is NaN, or the program is too large.
+    ConfigError: the folder is not empty, a parameter is NaN, or the program is
+      too large.
     OSError: it cannot be written.
   """
   path = require_exportable(path, loaded.params)
@@ -82,7 +83,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
   os.makedirs(path, exist_ok=True)
   files.write_file(os.path.join(path, STABLEHLO), program)
   files.write_file(os.path.join(path, TOKENIZER), loaded.tokenizer.to_json())
-  files.write_json(os.path.join(path, META), meta, ensure_ascii=False)
+  files.write_json(os.path.join(path, META), meta)
   files.write_checksums(path, files.all_files(path))
   return {"parameters": size, "program": len(program)}
 
