@@ -72,7 +72,7 @@ class Tensor(NamedTuple):
 
 
 def tensors(
-  described: Description, head: str, has_pooler: bool = False
+  described: Description, head: str, has_pooler: bool
 ) -> list[Tensor]:
   """Returns the tensors of a checkpoint; each of our paths occurs once.
 
