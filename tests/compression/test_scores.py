@@ -115,6 +115,11 @@ def test_activation_starts_with_the_first_statistic():
   np.testing.assert_array_equal(average, [4.0, 2.0])
 
 
+def test_activation_of_an_input_that_was_0_is_a_mean():
+  average = _update("activation", [0.0, 4.0], [2.0, 0.0], 0.5)
+  np.testing.assert_array_equal(average, [1.0, 2.0])
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (4, 4), (4, 3, 1)])
 def test_activation_refuses_a_statistic_of_another_shape(shape):
   with pytest.raises(ValueError, match=r"does not fit the inputs .*\(4, 3\)"):
@@ -271,3 +276,17 @@ def test_fpp_takes_a_custom_score():
   pruned = optax.apply_updates(params, updates)
   assert pruned["a"].tolist() == [1.0, 0.0, 2.0, 0.0]
   assert pruned["b"].tolist() == [0.0, -4.0, 0.0, -3.0]
+
+
+def test_saliency_that_overflows_keeps_its_average():
+  params = {"w": jnp.array([[1e30, 1.0], [2.0, 3.0]])}
+  tx = fpp(
+    optax.sgd(0.0), [Rule("w", 0.5)], begin=0, end=9, every=9, score="saliency"
+  )
+  update = jax.jit(tx.update)
+  _, state = update({"w": jnp.ones((2, 2))}, tx.init(params), params)
+  before = state.averages["w"]
+  _, state = update({"w": jnp.full((2, 2), 1e30)}, state, params)
+  after = state.averages["w"]
+  assert after[0, 0] == before[0, 0]  # 1e30 * 1e30 is infinite in float32
+  assert (after > before).sum() == 3

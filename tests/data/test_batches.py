@@ -364,3 +364,22 @@ def test_digest_is_of_text_splits_and_labels(tmp_path):
   ]
   assert len(set(digests)) == 7
   assert _digest(tmp_path / "elsewhere") == digests[-1]
+
+
+def test_batches_have_room_for_a_teacher_that_needs_more_tokens(tmp_path):
+  # A tokenizer of bytes makes more tokens than words do.
+  theirs = tokenizers.train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
+  (tmp_path / "teacher").mkdir()
+  theirs.save(str(tmp_path / "teacher" / "tokenizer.json"))
+  lines = [f"the cat sat on mat {i % 10}" for i in range(40)]
+  text = tmp_path / "texts.txt"
+  text.write_text("\n".join(lines), encoding="utf-8")
+  data = c.DataConfig(path=str(text), vocab_size=300, length=64, batch_size=B)
+  distill = c.DistillConfig(teacher=str(tmp_path / "teacher"))
+  order = c.Order(task="embed", data=data, distill=distill)
+  batch = batches.make_data(order).train_batch(0)
+  assert batch["mask"].sum(1).max() < 16 < batch["teacher_mask"].sum(1).min()
+  for ids, mask in zip(
+    batch["teacher_tokens"], batch["teacher_mask"], strict=True
+  ):
+    assert theirs.decode(ids[mask]) in lines

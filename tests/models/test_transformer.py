@@ -365,3 +365,10 @@ def test_relative_positions_accept_longer_sequences():
   expected = oracle.Model(config, params)(tokens, np.ones((B, 2 * L), bool))
   logits = jax.jit(model.apply)({"params": params}, tokens)
   np.testing.assert_allclose(logits, expected, rtol=2e-5, atol=5e-5)
+
+
+def test_unit_of_a_zero_vector_is_zero_with_a_finite_gradient():
+  x_BD = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+  np.testing.assert_allclose(transformer.unit(x_BD), [[0, 0], [0.6, 0.8]])
+  gradient = jax.grad(lambda x: transformer.unit(x).sum())(x_BD)
+  assert jnp.isfinite(gradient).all()

@@ -301,6 +301,21 @@ def test_invalid_prompt_is_refused(one, generator, prompts, count, message):
     generator.stream(one.params, prompts, max_new_tokens=count)
 
 
+def test_cache_of_a_layer_with_a_window_has_its_slots_alone():
+  model = _make("rope_window")
+  state = generate.prefill(
+    model.module,
+    model.params,
+    jnp.ones((1, 8), jnp.int32),
+    jnp.zeros(1, jnp.int32),
+    states=None,
+    draw=sampling_lib.make_draw(Sampling(), model.num_rows),
+    num_new=jnp.int32(0),
+    num_slots=32,
+  )
+  assert state.caches[0].k.shape[2] == 5
+
+
 def test_cache_beyond_memory_is_refused(one, generator):
   with pytest.raises(ConfigError, match=r"tokens would need .* GiB of keys"):
     generator(one.params, PROMPTS, max_new_tokens=10**12)
