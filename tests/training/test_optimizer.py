@@ -333,6 +333,7 @@ def test_mask_updates_are_those_of_fpp(steps, begin, end, checks):
   due = optimizer.mask_updates(config)
   first, last = due[0], due[-1]
   assert due.stop <= steps
+  assert len(due) - 1 <= checks
   tx = optimizer.make_optimizer(config, [], [Rule("w", 0.5)])
   update = jax.jit(tx.update)
   state = tx.init({"w": jnp.zeros((8, 8))})
