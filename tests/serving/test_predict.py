@@ -121,7 +121,10 @@ def test_predict_compiles_few_shapes(model, caplog):
   assert 1 <= len(compiled) <= 3  # buckets of 16, 32 and 40 tokens
 
 
-def test_at_once_answers_before_the_input_ends(model):
+@pytest.mark.parametrize(("at_once", "read"), [(True, 3), (False, 9)])
+def test_predict_sorts_texts_of_several_batches_unless_at_once(
+  model, at_once, read
+):
   taken = []
 
   def texts():
@@ -129,9 +132,9 @@ def test_at_once_answers_before_the_input_ends(model):
       taken.append(i)
       yield "the cat"
 
-  answers = predict_lib.predict(model, texts(), batch_size=3, at_once=True)
+  answers = predict_lib.predict(model, texts(), batch_size=3, at_once=at_once)
   next(answers)
-  assert len(taken) == 3
+  assert len(taken) == read
 
 
 def test_damaged_weights_are_refused():
@@ -157,6 +160,12 @@ def test_predict_of_lines_with_labels_warns_once(model, caplog, mark):
   texts = [f"{label}{mark}the cat" for label in model.labels] * 2
   list(predict_lib.predict(model, texts, batch_size=2, at_once=True))
   assert len(caplog.messages) == (mark == "\t")
+
+
+def test_predict_of_some_lines_with_labels_does_not_warn(model, caplog):
+  texts = ["the cat", *(f"{label}\tthe cat" for label in model.labels)]
+  list(predict_lib.predict(model, texts))
+  assert not caplog.messages
 
 
 def test_compress_fits_pairs_with_their_segments(monkeypatch):
