@@ -415,8 +415,8 @@ def study(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--data",
-    "a held-out file with labels, or with the columns score, sentence1 and "
-    "sentence2 for an encoder",
+    "a held-out file with labels; for an encoder a .txt with one text per line, or "
+    "a table with the columns score, sentence1 and sentence2",
     metavar="FILE",
   ),
 )

@@ -23,7 +23,11 @@ from folding.serving.loaded import load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, run_dir, sharding
 from folding.training.allocate import Asked, require_reachable
-from folding.training.evaluate import evaluate, make_eval_step
+from folding.training.evaluate import (
+  cosines_of_rows,
+  evaluate,
+  make_eval_step,
+)
 from folding.training.recipe import recipe
 
 _HELD = 256  # held-out texts, or windows, that a smaller model is compared on
@@ -139,9 +143,7 @@ def _lost(model: Model, small: Model, texts: Sequence[Any]) -> str:
     before, after = _perplexities(model, small, texts)
     return f"perplexity {before:.2f} is now {after:.2f}"
   if task.makes_vectors:
-    a, b = (np.asarray(one.encode(texts), np.float64) for one in (model, small))
-    size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine = float(np.mean((a * b).sum(axis=1) / np.maximum(size, 1e-24)))
+    cosine = cosines_of_rows(model.encode(texts), small.encode(texts)).mean()
     return f"the mean cosine with the dense vectors is {cosine:.3f}"
   a, b = ([x.label for x in one.predict(texts)] for one in (model, small))
   if task.labels and task.labels.kind == "score":

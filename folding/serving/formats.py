@@ -173,7 +173,7 @@ def save(
     dtype: Type of the stored arrays; None: the default of the format.
     max_drop: Points that an ONNX program may lose on `data`, otherwise nothing is
       written; see `held_out.require_drop`.
-    data: A held-out file with labels, or with scores of pairs.
+    data: A held-out file with labels, with scores of pairs, or of texts alone.
     push_to_hub: Name of a repository, "user/name", that the folder is uploaded to.
       It is created if it does not exist.
     report: Called with lines about the model while it is written.
@@ -188,7 +188,7 @@ def save(
   """
   require_writable(path, format, dtype)
   if (max_drop is None) != (data is None):
-    raise ConfigError("--max-drop needs --data, a held-out file, and --data it")
+    raise ConfigError("--max-drop and --data, a held-out file, need each other")
   if data is not None and format != "onnx":
     raise ConfigError("--max-drop and --data are for --format=onnx")
   row, path = FORMATS[format], os.fspath(path)

@@ -22,6 +22,7 @@ from folding.data.tokenizers import Text, load_tokenizer
 from folding.errors import ConfigError
 from folding.model import Model
 from folding.models.hf_weights import TOKENIZER
+from folding.serving import lines as lines_lib
 from folding.serving.loaded import shrunk
 from folding.serving.onnx_export import (
   MASK,
@@ -31,7 +32,7 @@ from folding.serving.onnx_export import (
   export_onnx,
 )
 from folding.tasks import METRICS, task_of
-from folding.training.evaluate import spearman_of_pairs
+from folding.training.evaluate import cosines_of_rows, spearman_of_pairs
 
 _BATCH = 32  # texts
 
@@ -40,14 +41,15 @@ def require_drop(folder: str, model: Model, path: str, max_drop: float) -> str:
   """Returns what an ONNX program loses of a metric, in words.
 
   The metric is the first one of the task: the accuracy of classes, the rank
-  correlation of scores, or that of the cosines of sentence vectors. onnxruntime
-  computes it here, of the program and of one in float32.
+  correlation of scores, or that of the cosines of sentence vectors; on texts alone it
+  is the mean cosine with the vectors in float32. onnxruntime computes it here, of the
+  program and of one in float32.
 
   Args:
     folder: The program.
     model: What it was written from.
-    path: A held-out file with labels. For an encoder it has the columns "score",
-      "sentence1" and "sentence2".
+    path: A held-out file with labels. For an encoder it is a `.txt` with one text
+      per line, or a table with the columns "score", "sentence1" and "sentence2".
     max_drop: Points that the program may lose, each a hundredth of the metric.
 
   Raises:
@@ -64,8 +66,11 @@ def require_drop(folder: str, model: Model, path: str, max_drop: float) -> str:
     export_onnx(whole, shrunk(model))
     name, before, after = _measured(model, path, [whole, folder])
   drop = 100 * (before - after)
+  words = METRICS[name].words
+  if name == "cosine":
+    words = "mean cosine with the vectors in float32"
   line = (
-    f"{METRICS[name].words} on {path}: {before:.4f} in float32, {after:.4f} as "
+    f"{words} on {path}: {before:.4f} in float32, {after:.4f} as "
     f"written, {drop:.2f} points less"
   )
   if not drop <= max_drop:  # NaN is refused, too
@@ -78,6 +83,11 @@ def _measured(
 ) -> tuple[str, float, float]:
   """Returns the name of a metric, and its values for two programs."""
   form = task_of(model).labels
+  if form is None and path.endswith(".txt"):
+    with lines_lib.open_lines(path) as lines:
+      texts = [line for line in lines if line.strip()]
+    whole, made = (_outputs(folder, model, texts) for folder in folders)
+    return "cosine", 1.0, float(cosines_of_rows(whole, made).mean())
   if form is None:
     pairs = sources.load_scored_pairs(path)
     texts = pairs.firsts + pairs.seconds

@@ -164,7 +164,13 @@ def spearman_of_pairs(vectors: np.ndarray, scores: np.ndarray) -> float:
   """
   from scipy import stats  # slow to import
 
-  first, second = np.split(vectors.astype(np.float64), 2)
+  return correlation(
+    stats.spearmanr, cosines_of_rows(*np.split(vectors, 2)), scores
+  )
+
+
+def cosines_of_rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+  """Returns float64[N], the cosine of each row of [N, D] with that of another."""
+  first, second = first.astype(np.float64), second.astype(np.float64)
   sizes = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-  cosines = (first * second).sum(axis=1) / np.maximum(sizes, 1e-24)
-  return correlation(stats.spearmanr, cosines, scores)
+  return (first * second).sum(axis=1) / np.maximum(sizes, 1e-24)

@@ -353,6 +353,29 @@ def test_max_drop_refuses_what_loses_more(start, task, tmp_path):
   assert (tmp_path / "out" / "model.onnx").is_file()
 
 
+def test_max_drop_of_an_encoder_on_texts_counts_cosines(start, tmp_path):
+  model = export_lib.shrunk(models.make("embed", _BERT))
+  rng = np.random.default_rng(0)
+  texts = [" ".join(rng.choice(models.WORDS, 6)) for _ in range(8)]
+  (tmp_path / "held.txt").write_text("\n\n".join(texts))
+  tokens = np.array(model.tokenizer.encode_batch(texts, 40))
+  found = []
+  for dtype in ("float32", "int7"):
+    onnx_export.export_onnx(tmp_path / dtype, model, dtype)
+    vectors = start(tmp_path / dtype)(tokens, np.ones_like(tokens))[-1]
+    vectors = vectors.astype(np.float64)
+    found.append(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+  drop = 100 * (1 - np.mean(np.sum(found[0] * found[1], axis=1)))
+
+  def save(max_drop):
+    data = str(tmp_path / "held.txt")
+    model.save(tmp_path / "out", "onnx", "int7", max_drop=max_drop, data=data)
+
+  with pytest.raises(ConfigError, match=f" {drop:.2f} points less"):
+    save(0.9 * drop)
+  save(1.1 * drop)
+
+
 def test_program_has_no_unused_array(tmp_path):
   """onnxruntime warns of each of them."""
   onnx = pytest.importorskip("onnx", reason="needs the extra `onnx`")
