@@ -46,10 +46,7 @@ _UNDONE = (
   "or change the parameters after it: write fpp(optax.chain(...)), not "
   "optax.chain(fpp(...), ...)"
 )
-_NO_STATE = (
-  "fpp: the state must be an FPPState; it is a {}. That of a chain has one as an "
-  "entry"
-)
+_NO_STATE = "fpp: the state must be an FPPState; it is a {}"
 _UNRANKED = (
   "fpp: nothing is pruned in {}, where no score could be computed so far: "
   "statistics were negative or not finite, or gradients were 0 or not finite"
@@ -400,7 +397,7 @@ class _FPP:
       pinned = jnp.where(is_cleared[name], -p, jnp.zeros_like(p))
       return jnp.where(is_held[name], pinned, u)
 
-    if _has_fpp(state.inner):  # line searches refuse unknown arguments
+    if _states(state.inner):  # line searches refuse unknown arguments
       kw["stats"] = stats
     inner = optax.with_extra_args_support(self.inner)
     updates, inner_state = inner.update(
@@ -533,7 +530,7 @@ class _FPP:
 
 def fpp_counts(
   rules: Rule | Sequence[Rule],
-  state: FPPState,
+  state: optax.OptState,
   params: Any,
   removed: Mapping[str, int] | None = None,
 ) -> dict[str, jax.Array]:
@@ -541,7 +538,7 @@ def fpp_counts(
 
   Args:
     rules: The rules that `fpp` was given.
-    state: Its state.
+    state: Its state, or that of transforms around one `fpp`, such as a chain.
     params: The parameters.
     removed: As given to `fpp`. Removed units count as selected and zero.
 
@@ -559,10 +556,15 @@ def fpp_counts(
       a tolerance.
 
   Raises:
-    ValueError: the state is not that of `fpp`, or of other rules or parameters.
+    ValueError: the state has no `fpp` or several, or is of other rules or parameters.
   """
-  if not isinstance(state, FPPState):
-    raise ValueError(_NO_STATE.format(type(state).__name__))
+  found = _states(state)
+  if len(found) != 1:
+    raise ValueError(
+      f"fpp_counts: the state must have one FPPState; {type(state).__name__} has "
+      f"{len(found)}"
+    )
+  [state] = found
   rules, removed = as_rules(rules), {} if removed is None else removed
   is_dict, what = isinstance(removed, Mapping), "a dict of {parameter: units}"
   checks.check("fpp_counts", [("removed", removed, is_dict, what)])
@@ -689,13 +691,13 @@ def _needs_evidence(score: Score, name: str, ndim: int) -> bool:
   return ndim > 1 and name.rpartition("/")[2] != "bias"
 
 
-def _has_fpp(state: Any) -> bool:
-  """Returns whether a state of optimizers contains one of `fpp`."""
+def _states(state: Any) -> list[FPPState]:
+  """Returns the outermost states of `fpp` in a state of optimizers."""
 
   def is_state(x):
     return isinstance(x, FPPState)
 
-  return any(map(is_state, jax.tree.leaves(state, is_leaf=is_state)))
+  return list(filter(is_state, jax.tree.leaves(state, is_leaf=is_state)))
 
 
 def _has_ranking(

@@ -338,7 +338,7 @@ def test_fpp_counts_of_micro_batches_that_end_early_are_not_done():
   for _ in range(40):
     updates, state = update(params, state, params)
     params = optax.apply_updates(params, updates)
-  counts = fpp_counts(rules, state.inner_opt_state, params)
+  counts = fpp_counts(rules, state, params)
   assert (counts["target"], counts["done"]) == (70, 0)
   assert counts["zero"] < 70
 

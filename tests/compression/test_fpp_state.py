@@ -213,7 +213,7 @@ def test_fpp_refuses_an_option_out_of_range(options, message):
 @pytest.mark.parametrize(
   ("pattern", "wrong", "message"),
   [
-    ("w", optax.adam(0.1), "the state must be an FPPState; it is a tuple"),
+    ("w", optax.adam(0.1), "must have one FPPState; tuple has 0"),
     ("v", None, r"mask of 'v' has the shape None instead of \(4, 1\)"),
     ("w", jnp.ones((4, 40)), r"shape \(4, 1\) instead of \(4, 5\)"),
   ],

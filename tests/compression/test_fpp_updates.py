@@ -438,7 +438,7 @@ def test_zeros_that_a_later_transform_undoes_are_counted(
       error, _ = checked(params, state)
       messages.append(error.get())
       params, state = update(params, state)
-  counts = fpp_counts(rules, state[0], params)
+  counts = fpp_counts(rules, state, params)  # of a chain
   assert counts["undone"] == undone
   assert counts["zero"] == (0 if undone else 10)
   found = ["not zero any more" in (message or "") for message in messages]
