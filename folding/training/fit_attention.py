@@ -62,6 +62,11 @@ def fit_attention(
   seen = [part for batch in seen for part in _parts(*batch)]
   sizes = [mask.size for _, mask in held_out]
   held_out = spread(held_out, sizes, _FIT_HELD_OUT)
+  # Of the dense layer once, not at each step, which would be half of the work.
+  seen, held_out = (
+    [(x, mask, _heads(dense_block, layers[1], x)) for x, mask in part]
+    for part in (seen, held_out)
+  )
 
   def measured(fitted):
     divergence, count = total(
@@ -112,25 +117,38 @@ def _descend(fitted, state, layers, batch, *, blocks, steps):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _divergence(blocks, fitted, layers, x, mask):
+def _divergence(blocks, fitted, layers, x, mask, dense_heads):
   """Returns the summed divergence of the weights, and the number of rows."""
   (block, dense_block), (params, dense) = blocks, layers
   # Computed at each step, as those of all texts would take much memory.
-  aim = jax.lax.stop_gradient(_logits(dense_block, dense, x, mask))
-  attn = {**params["attn"], **fitted}
-  ours = _logits(block, {**params, "attn": attn}, x, mask)
+  aim = jax.lax.stop_gradient(_logits(dense_block, dense, dense_heads, mask))
+  params = {**params, "attn": {**params["attn"], **fitted}}
+  ours = _logits(block, params, _heads(block, params, x), mask)
   log_aim = jax.nn.log_softmax(aim)
   far = jnp.exp(log_aim) * (log_aim - jax.nn.log_softmax(ours))
   rows = jnp.broadcast_to(mask[:, None], far.shape[:-1]).astype(jnp.float32)
   return jnp.sum(far.sum(-1) * rows), jnp.sum(rows)
 
 
-def _logits(block, params, x, mask):
+@functools.partial(jax.jit, static_argnums=0)
+def _heads(block, params, x):
+  """Returns the queries and the keys of a layer."""
+
+  def project(block: Block) -> tuple[jax.Array, jax.Array]:
+    q, k, _ = block.attn.project(
+      block.attention_input(x), jnp.arange(x.shape[1])
+    )
+    return q, k
+
+  return block.apply({"params": params}, method=project)
+
+
+def _logits(block, params, heads, mask):
   """Returns the attention logits of a layer, [B, H, L, L]."""
+  q, k = heads
 
   def logits(block: Block) -> jax.Array:
-    position_L = jnp.arange(x.shape[1])
-    q, k, _ = block.attn.project(block.attention_input(x), position_L)
+    position_L = jnp.arange(q.shape[1])
     return attention_logits(
       q.swapaxes(1, 2),
       k.transpose(0, 2, 3, 1),
