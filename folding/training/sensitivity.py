@@ -18,6 +18,7 @@ from folding.training.stream import (
   Batch,
   capture,
   changed_outputs,
+  embed_batches,
   make_block,
   masks_of,
   second_moment,
@@ -125,9 +126,7 @@ def _batch_sums(model, params, batch, seed) -> Iterator[tuple[str, jax.Array]]:
   inside a layer again.
   """
   tokens, segments = batch["tokens"], batch.get("segments")
-  [mask] = masks_of([batch])
-  stem = {name: w for name, w in params.items() if "embed" in name}
-  x = [_embed(model, stem, tokens, segments)]
+  x, [mask] = embed_batches(model.shape, params, [batch])
   layers = [make_block(model.shape, n) for n in range(model.shape.num_layers)]
 
   def whole(part):
@@ -147,14 +146,8 @@ def _batch_sums(model, params, batch, seed) -> Iterator[tuple[str, jax.Array]]:
     )
     for module, path in MODULES.items():
       yield f"blocks_{n}/{path}", found[module]
+  stem = {name: w for name, w in params.items() if "embed" in name}
   yield "embed", _embed_sums(model, stem, tokens, segments, mask, grad)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(model, params, tokens, segments):
-  return model.apply(
-    {"params": params}, tokens, segments_BL=segments, method="embed_tokens"
-  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

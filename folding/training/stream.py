@@ -72,10 +72,16 @@ def embed_batches(
     dataclasses.replace(shape, max_length=positions), vocabulary
   )
   masks = masks_of(batches)
-  stem = put_whole({"params": stem}, masks[0])
-  embed = jax.jit(functools.partial(model.apply, method="embed_tokens"))
-  x = [embed(stem, b["tokens"], segments_BL=b.get("segments")) for b in batches]
+  stem = put_whole(stem, masks[0])
+  x = [_embed(model, stem, b["tokens"], b.get("segments")) for b in batches]
   return Stream(x, masks)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model, params, tokens, segments):
+  return model.apply(
+    {"params": params}, tokens, segments_BL=segments, method="embed_tokens"
+  )
 
 
 def require_text(shape: Shape, batches: Sequence[Batch]) -> None:
