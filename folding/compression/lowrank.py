@@ -341,8 +341,9 @@ def rotary_terms(
 
   def energies(w_EHK, moment):
     """Returns [J, K], the energy of each pair, at both of its channels."""
-    projected = np.tensordot(_root(moment)[0].T, w_EHK, axes=1)
-    each_JK = np.square(projected).sum(0).reshape(J, -1, K).sum(1)
+    w_EN = w_EHK.reshape(len(w_EHK), -1)
+    energy_N = np.sum(w_EN * (moment @ w_EN), axis=0)
+    each_JK = energy_N.reshape(J, -1, K).sum(1)
     return each_JK + np.roll(each_JK, K // 2, axis=1)
 
   variance_JK = energies(a_EHK, query_moment) * energies(b_EJK, key_moment) / 4
@@ -400,16 +401,16 @@ def fold_values(
   J, (H, K, D) = a_EJK.shape[1], o_HKD.shape
   R = H // J
   of_head = moments.around(o).reshape(H, K, H, K)
-  sensitivity_root = _root(
-    np.eye(D) if sensitivity_DD is None else sensitivity_DD
-  )[0]
+  f_DD = np.eye(D) if sensitivity_DD is None else sensitivity_DD
+  f_DD = f_DD + _RIDGE * np.trace(f_DD) / D * np.eye(D)
   t_JKK = np.zeros((J, K, K))  # T; there may be fewer outputs than ranks
   for j in range(J):
     heads = range(j * R, (j + 1) * R)
     root, unroot = _root(np.mean([of_head[h, :, h] for h in heads], axis=0))
     outputs_RKD = root.T @ o_HKD[heads]
-    counted = np.concatenate(outputs_RKD @ sensitivity_root, axis=1)
-    u, _, _ = np.linalg.svd(counted, full_matrices=False)
+    # From products of K by K, for which F needs no root.
+    square_KK = np.tensordot(outputs_RKD @ f_DD, outputs_RKD, ((0, 2), (0, 2)))
+    u = np.linalg.eigh(square_KK)[1][:, ::-1][:, : R * D]
     size = np.linalg.norm(u.T @ outputs_RKD, axis=(0, 2))
     t_JKK[j, :, : len(size)] = unroot @ (u * np.sqrt(size))
   # A lower rank keeps the first channels of a head.
