@@ -546,11 +546,17 @@ def _neuron_options(trial: _Trial) -> list[Option]:
   kept = _neurons(F)[1:]
   size = num_weights(mlp, ("up", "gate", "down"))
   options = [Option(0.0, size, 0.0)]
-  steps = oneshot.removals(
-    w_FD, c_FF, kept, sensitivity_OO=trial.sensitivity["down"]
-  )
+  f_DD = trial.sensitivity["down"]
+  steps = oneshot.removals(w_FD, c_FF, kept, sensitivity_OO=f_DD)
+  # The square of W - new, multiplied out, so that removed neurons cost nothing.
+  c_FF = held_out.around(mlp["down"])
+  cross_FD = c_FF @ w_FD
+  whole = np.sum(cross_FD * (w_FD @ f_DD))
   for count, new_FD in zip(kept, steps, strict=True):
-    error = trial.square(w_FD - new_FD, held_out, "down")
+    stays = np.flatnonzero(new_FD.any(axis=1))
+    new = new_FD[stays]
+    own = 2 * cross_FD[stays] - c_FF[np.ix_(stays, stays)] @ new
+    error = float(whole - np.sum(own * (new @ f_DD)))
     options.append(Option(1 - count / F, count / F * size, error))
   return options
 
