@@ -310,6 +310,7 @@ def test_quantised_rows_have_whole_blocks(gguf, llama_cpp, tmp_path):
   tensors = {x.name: x.tensor_type.name for x in gguf.GGUFReader(path).tensors}
   assert tensors["blk.0.attn_q.weight"] == "Q4_0"
   assert tensors["token_embd.weight"] == "Q8_0"
+  assert tensors["output.weight"] == "Q8_0"
 
 
 def test_trimmed_tokens_are_left_out(llama_cpp, tmp_path):

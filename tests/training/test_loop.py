@@ -28,7 +28,13 @@ from folding.models.transformer import make_model
 from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
 from folding.typed import edited
-from tests.training.conftest import save_run, set_loss, tiny_config, warnings_of
+from tests.training.conftest import (
+  save_run,
+  set_loss,
+  tiny_config,
+  warnings_of,
+  write_text,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -93,6 +99,17 @@ def test_result_counts_stored_parameters(tiny_run, tiny_state):
   assert result["parameters"]["overall"]["stored"] == nonzero
   # D=16, H=4: two kernels [16, 4, 1] and a diagonal [16].
   assert result["parameters"]["qkv"] == {"dense": 3 * 256, "stored": 144}
+
+
+def test_checkpoint_after_the_last_mask_update_may_be_the_best(tmp_path):
+  path = write_text(tmp_path / "text.txt")
+  config = edited(tiny_config(path), {"fpp.end": 0.4})
+  workdir = str(tmp_path / "run")
+  loop.run(config, workdir)
+  this, checkpoints = loop.open_run(workdir)
+  assert this.mask_updates.stop == 5
+  with checkpoints:
+    assert checkpoints.loss(5) is not None
 
 
 def test_energy_is_not_estimated_unless_asked_for(tiny_run):
