@@ -126,7 +126,8 @@ def _batch_sums(model, params, batch, seed) -> Iterator[tuple[str, jax.Array]]:
   inside a layer again.
   """
   tokens, segments = batch["tokens"], batch.get("segments")
-  x, [mask] = embed_batches(model.shape, params, [batch])
+  [first], [mask] = embed_batches(model.shape, params, [batch])
+  x = [first]
   layers = [make_block(model.shape, n) for n in range(model.shape.num_layers)]
 
   def whole(part):
