@@ -386,7 +386,7 @@ def test_command_imports_nothing_from_the_current_folder(tmp_path, command):
   assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_recipe_says_that_it_trains_on_fewer_tokens(tmp_path, capsys):
+def test_recipe_trains_on_fewer_tokens_than_a_checkpoint_reads(tmp_path):
   config = {"max_position_embeddings": 300}
   folder = tmp_path / "model"
   checkpoints.write(folder, "bert")
@@ -401,11 +401,8 @@ def test_recipe_says_that_it_trains_on_fewer_tokens(tmp_path, capsys):
     sentence_bert_config__json={"max_seq_length": 256},
   )
   write(folder / "1_Pooling", config__json={"pooling_mode_mean_tokens": True})
-  for module, reads, length in ((embed, 256, 128), (pretrained, 300, 64)):
+  for module, length in ((embed, 128), (pretrained, 64)):
     assert module.get_config(str(folder)).data.length == length
-    line = capsys.readouterr().err
-    assert f"data.length is {length}" in line
-    assert f"reads {reads} tokens" in line
 
 
 SECRET = "precious ssh keys"

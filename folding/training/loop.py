@@ -713,12 +713,12 @@ def _notes(run: Run, step: int) -> list[str]:
   if not run.task.predicts_tokens:
     share = run.data.full_share(order.data.length)
     reads = run.model.shape.max_length
+    more = f", though the model reads {reads}"
     if share >= 0.01:
       notes.append(
         f"text: {share:.0%} of the training texts fill data.length="
         f"{order.data.length} tokens; longer ones are cut"
-        + f", though the model reads {reads}"
-        * (reads > order.data.length)
+        f"{more if reads > order.data.length else ''}"
       )
   granularities = {
     rule.granularity for rule in run.rules if rule.pattern.startswith("blocks_")
