@@ -86,6 +86,8 @@ def _measured(
   if form is None and path.endswith(".txt"):
     with lines_lib.open_lines(path) as lines:
       texts = [line for line in lines if line.strip()]
+    if not texts:
+      raise ConfigError(f"{path} has only blank lines; give a text per line")
     whole, made = (_outputs(folder, model, texts) for folder in folders)
     return "cosine", 1.0, float(cosines_of_rows(whole, made).mean())
   if form is None:

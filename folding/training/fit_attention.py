@@ -62,7 +62,7 @@ def fit_attention(
   seen = [part for batch in seen for part in _parts(*batch)]
   sizes = [mask.size for _, mask in held_out]
   held_out = spread(held_out, sizes, _FIT_HELD_OUT)
-  # Of the dense layer once, not at each step, which would be half of the work.
+  # Computed once: at each step the dense layer would be half of the work.
   seen, held_out = (
     [(x, mask, _heads(dense_block, layers[1], x)) for x, mask in part]
     for part in (seen, held_out)

@@ -376,6 +376,15 @@ def test_max_drop_of_an_encoder_on_texts_counts_cosines(start, tmp_path):
   save(1.1 * drop)
 
 
+def test_max_drop_on_blank_lines_is_refused(tmp_path):
+  model = export_lib.shrunk(models.make("embed", _BERT))
+  data = tmp_path / "held.txt"
+  data.write_text("\n \n")
+  with pytest.raises(ConfigError, match="only blank lines"):
+    model.save(tmp_path / "out", "onnx", "int7", max_drop=1.0, data=str(data))
+  assert not (tmp_path / "out").exists()
+
+
 def test_program_has_no_unused_array(tmp_path):
   """onnxruntime warns of each of them."""
   onnx = pytest.importorskip("onnx", reason="needs the extra `onnx`")
