@@ -293,7 +293,7 @@ class Steps:
     ]
     self._compiled: dict[bool, concurrent.futures.Future] = {}
 
-  def compile_ahead(self, step: int, state: Any, batch: losses.Batch) -> None:
+  def compile_ahead(self, step: int, state: Any, batch: Any) -> None:
     """Compiles the program of a step in a thread.
 
     Calls wait for it, and run it if their arrays have the same shapes.
