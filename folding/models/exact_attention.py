@@ -1,5 +1,6 @@
 """Exact attention of dense or folded heads, in one step or in blocks."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -93,71 +94,44 @@ def attend_whole(
   Keys at the distance `window` and beyond are hidden. The other arguments are
   those of `attend` and `position_bias`.
   """
-  length = q_BLHG.shape[1]
-  heads = q_BLHG, k_BLJG, v_BLIr
-  seen: dict[str, Any] = {"causal": causal, "window": window}
-  scale: dict[str, Any] = {"head_dim": head_dim, "cap": cap}
+  length, G = q_BLHG.shape[1], q_BLHG.shape[-1]
+  bias = functools.partial(position_bias, causal=causal, window=window)
+  options = {"head_dim": head_dim, "cap": cap}
   # Blocks need a known length, which an exported program may leave open.
   if not isinstance(length, int) or length <= min(
     block_attention.SIZES.values()
   ):
-    return _attend_short(heads, biases, mask_BL, seen, scale)
+    k_BJGL, v_BILr = k_BLJG.transpose(0, 2, 3, 1), v_BLIr.swapaxes(1, 2)
+    position_L = jnp.arange(length)
+    outs = []
+    for queries, keys in _seen(length, causal=causal, window=window):
+      outs.append(
+        attend(
+          q_BLHG[:, queries],
+          k_BJGL[..., keys],
+          v_BILr[:, :, keys],
+          bias(position_L[queries], position_L[keys], biases),
+          None if mask_BL is None else mask_BL[:, keys],
+          **options,
+        )
+      )
+    return jnp.concatenate(outs, axis=1)
+
   is_long = length > block_attention.SIZES["default"]
   if is_long and biases.relative_RH is None:
     out_BLHr = attention_kernel.attend(
-      *heads, mask_BL, biases.slopes_H, **seen, **scale
+      q_BLHG,
+      k_BLJG,
+      v_BLIr,
+      mask_BL,
+      biases.slopes_H,
+      causal=causal,
+      window=window,
+      **options,
     )
     if out_BLHr is not None:
       return out_BLHr
-  return _attend_by_blocks(heads, biases, mask_BL, seen, scale)
-
-
-def _attend_short(
-  heads: tuple[Array, Array, Array],
-  biases: Biases,
-  mask_BL: Bool[Array, "B L"] | None,
-  seen: dict[str, Any],
-  scale: dict[str, Any],
-) -> Float[Array, "B L H r"]:
-  """Returns `attend_whole`, with all keys that a block of queries sees at once.
-
-  Args:
-    heads: q_BLHG, k_BLJG and v_BLIr.
-    biases: As for `attend_whole`.
-    mask_BL: As for `attend_whole`.
-    seen: Options of `position_bias`.
-    scale: Options of `attention_logits`.
-  """
-  q_BLHG, k_BLJG, v_BLIr = heads
-  k_BJGL, v_BILr = k_BLJG.transpose(0, 2, 3, 1), v_BLIr.swapaxes(1, 2)
-  length = q_BLHG.shape[1]
-  position_L = jnp.arange(length)
-  outs = []
-  for queries, keys in _seen(length, **seen):
-    query_L, key_M = position_L[queries], position_L[keys]
-    outs.append(
-      attend(
-        q_BLHG[:, queries],
-        k_BJGL[..., keys],
-        v_BILr[:, :, keys],
-        position_bias(query_L, key_M, biases, **seen),
-        None if mask_BL is None else mask_BL[:, keys],
-        **scale,
-      )
-    )
-  return jnp.concatenate(outs, axis=1)
-
-
-def _attend_by_blocks(
-  heads: tuple[Array, Array, Array],
-  biases: Biases,
-  mask_BL: Bool[Array, "B L"] | None,
-  seen: dict[str, Any],
-  scale: dict[str, Any],
-) -> Float[Array, "B L H r"]:
-  """Returns `attend_whole` in linear memory; arguments as for `_attend_short`."""
-  q_BLHG, k_BLJG, v_BLIr = heads
-  if q_BLHG.shape[-1] == 1:
+  if G == 1:
     # The logits are the same. XLA turns a product with G = 1 into elementwise
     # work, which is slow on TPUs.
     q_BLHG, k_BLJG = (jnp.repeat(x, 2, axis=-1) for x in (q_BLHG, k_BLJG))
@@ -166,9 +140,9 @@ def _attend_by_blocks(
     return attention_logits(
       q_BHLG,
       keys.k_BJMG.swapaxes(-1, -2),
-      position_bias(query_L, key_M, biases, **seen),
+      bias(query_L, key_M, biases),
       None if keys.mask_B1M is None else keys.mask_B1M[:, 0],
-      **scale,
+      **options,
     )
 
   keys = block_attention.Keys(
@@ -177,7 +151,7 @@ def _attend_by_blocks(
     None if mask_BL is None else mask_BL[:, None],
   )
   out_BHLr = block_attention.attend_by_blocks(
-    logits, q_BLHG.swapaxes(1, 2), keys, biases, **seen
+    logits, q_BLHG.swapaxes(1, 2), keys, biases, causal=causal, window=window
   )
   return out_BHLr.swapaxes(1, 2)
 
