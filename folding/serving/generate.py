@@ -424,7 +424,7 @@ def continue_texts(
     texts: Prompts; an empty one begins a new document.
     max_new_tokens: Per text, at most.
     sampling: How tokens are chosen.
-    cache: What is kept of earlier tokens, see `Generator`.
+    cache: Kind of cache, see `Generator`.
 
   Raises:
     ConfigError: see `Generator` and `Generator.stream`, or one text is given in
