@@ -178,13 +178,14 @@ def choose_texts(
     return chosen
   if not texts:
     raise ConfigError(
-      f"{place} has no text column; set data.text_field to one of "
+      f"{place} has no text column; in a config set data.text_field to one of "
       f"{', '.join(map(repr, columns)) or 'its columns'}"
     )
   if len(texts) > 1:
     raise ConfigError(
       f"{place} has several columns of text ({', '.join(texts)}); keep one, or "
-      f"choose one{'' if is_single else ' or two of pairs'} with data.text_field"
+      f"in a config choose one{'' if is_single else ' or two of pairs'} with "
+      "data.text_field"
     )
   return (texts[0],)
 

@@ -433,7 +433,7 @@ def _entered(
       return run_dir.finished_result(workdir)
     if has_checkpoint(workdir):
       raise ConfigError(
-        f"{workdir} has checkpoints of another config; choose another --workdir"
+        f"{workdir} has checkpoints of another config; choose another folder"
       )
 
 

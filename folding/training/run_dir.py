@@ -163,7 +163,7 @@ def is_begun(workdir: str, config: Config) -> bool:
   if changed := differences(_computed_as(order, config), config):
     raise ConfigError(
       f"{workdir} holds a run of another config ({'; '.join(changed)}); "
-      f"choose another --workdir, or continue it with: folding resume {workdir}"
+      f"choose another folder, or continue it with: folding resume {workdir}"
     )
   return True
 
