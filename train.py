@@ -9,4 +9,4 @@ from folding import cli
 
 if __name__ == "__main__":
   cli.leave_first_folder()
-  sys.exit(cli.main(["train", *sys.argv[1:]]))
+  cli.run(["train", *sys.argv[1:]])

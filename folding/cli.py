@@ -5,6 +5,7 @@ modules when they are called, so that `folding --help` is quick.
 """
 
 import argparse
+import contextlib
 import functools
 import inspect
 import json
@@ -23,6 +24,8 @@ from folding.serving import formats
 from folding.version import __version__
 
 _Argument = tuple[str, dict[str, Any]]
+
+_INTERRUPTED = 130  # exit status: 128 + SIGINT, as in a shell
 
 
 class _Verb(NamedTuple):
@@ -683,6 +686,24 @@ def split_edits(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
   return rest, edits
 
 
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+  """Runs a verb as `main` does, and ends the process with its exit status."""
+  leave(main(argv))
+
+
+def leave(status: int) -> NoReturn:
+  """Ends the process with an exit status, after Ctrl-C at once.
+
+  JAX compiles in a thread of its own. Python's orderly end would wait for it, for
+  minutes, and take away the devices that it still needs: a segmentation fault.
+  """
+  if status == _INTERRUPTED:
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
 def exit_status(call: Callable[[], Any]) -> int:
   """Makes a call and returns the exit status; prints an error in one line.
 
@@ -706,7 +727,7 @@ def exit_status(call: Callable[[], Any]) -> int:
     _print_error(str(error))
     return 1
   except KeyboardInterrupt:
-    return 130  # 128 + SIGINT, as in a shell
+    return _INTERRUPTED
   except Exception:  # JAX raises many types if it has no backend
     reason = _no_backend()
     if reason is None:

@@ -205,6 +205,36 @@ def test_other_errors_are_not_hidden():
     cli.exit_status(lambda: 1 / 0)
 
 
+def test_interrupt_while_a_program_compiles_ends_the_process(tmp_path):
+  script = tmp_path / "script.py"
+  script.write_text("""\
+import os, signal, threading
+import jax, jax.numpy as jnp
+from folding import cli
+
+def long(x):
+  for n in range(600):
+    x = jnp.sin(x * n) @ x
+  return x
+
+lowered = jax.jit(long).lower(jnp.ones((4, 4)))
+
+def call():
+  threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+  lowered.compile()
+
+# A shell's background job ignores it, and so do the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.leave(cli.exit_status(call))
+""")
+  found = subprocess.run(
+    [sys.executable, script],
+    env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+    capture_output=True,
+  )
+  assert found.returncode == 130, found.stderr
+
+
 def test_character_that_cannot_be_printed_is_one_line():
   program = "import sys; from folding import cli; sys.exit("
   program += "cli.exit_status(lambda: print('na\\xefve')))"
