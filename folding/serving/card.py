@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from folding import files
@@ -136,7 +136,14 @@ def _hub_id(path: str) -> str:
 
 
 def write(
-  path: str, model: Any, format: str, name: str, sizes: Mapping[str, int]
+  path: str,
+  model: Any,
+  format: str,
+  name: str,
+  sizes: Mapping[str, int],
+  *,
+  dtype: str | None = None,
+  notes: Sequence[str] = (),
 ) -> None:
   """Writes README.md, and LICENSE if the origin has one.
 
@@ -147,6 +154,8 @@ def write(
     name: Title: name of the folder, or on the hub.
     sizes: Bytes of the "parameters" in the folder, and of the "dense" baseline
       in float32.
+    dtype: Type of the stored arrays; None: the default of the format.
+    notes: More lines about the quality, of this folder alone.
   """
   from huggingface_hub import ModelCardData  # slow to import
 
@@ -168,10 +177,13 @@ def write(
   )
   source = f", made from {escaped(origin.base)}" if origin.base else ""
   stored, dense = sizes["parameters"], sizes["dense"]
+  is_rounded = dtype not in (None, "float32")
+  when = f" (before the weights became {dtype})" if is_rounded else ""
   facts = [
     f"The files have {files.folder_bytes(path):,} bytes.",
     f"It reads at most {model.shape.max_length} tokens of a text.",
-    *map(escaped, origin.notes),
+    *(f"{escaped(note.removesuffix('.'))}{when}." for note in origin.notes),
+    *(f"{escaped(note)}." for note in notes),
   ]
   if format == "hf" and hf_weights.idle_pooler(
     hf_weights.describe_pretrained(pathlib.Path(path))

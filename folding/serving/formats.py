@@ -202,13 +202,16 @@ def save(
   with files.becoming(path) as part:
     size = row.write(part, model, dtype, report)
     name = push_to_hub or os.path.basename(os.path.abspath(path))
-    card.write(part, model, format, name, size | {"dense": dense_bytes(model)})
-    if "files" in size:
-      size["files"] = files.folder_bytes(part)
+    notes = []
     if max_drop is not None and data is not None:
       from folding.serving import held_out
 
-      report(held_out.require_drop(part, model, data, max_drop))
+      notes.append(held_out.require_drop(part, model, data, max_drop))
+      report(notes[-1])
+    sizes = size | {"dense": dense_bytes(model)}
+    card.write(part, model, format, name, sizes, dtype=dtype, notes=notes)
+    if "files" in size:
+      size["files"] = files.folder_bytes(part)
   if push_to_hub is not None:
     hub.push(path, push_to_hub)
   return size

@@ -70,7 +70,7 @@ def require_drop(folder: str, model: Model, path: str, max_drop: float) -> str:
   if name == "cosine":
     words = "mean cosine with the vectors in float32"
   line = (
-    f"{words} on {path}: {before:.4f} in float32, {after:.4f} as "
+    f"{words} on {os.path.basename(path)}: {before:.4f} in float32, {after:.4f} as "
     f"written, {drop:.2f} points less"
   )
   if not drop <= max_drop:  # NaN is refused, too

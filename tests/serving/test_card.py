@@ -100,6 +100,19 @@ def test_export_of_an_export_keeps_origin_and_notes(source, tmp_path):
   assert folding.load(tmp_path / "one").origin == origin
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_card_says_which_weights_its_figures_are_of(dtype, source, tmp_path):
+  model = folding.load(source)
+  origin = model.origin._replace(notes=("Accuracy 90%.",))
+  model = dataclasses.replace(model, origin=origin)
+  model.save(tmp_path / "out", dtype=dtype)
+  text = (
+    (tmp_path / "out" / "README.md").read_text("utf-8").rpartition("---")[2]
+  )
+  [line] = (x for x in text.splitlines() if "Accuracy" in x)
+  assert ("bfloat16" in line) == (dtype == "bfloat16")
+
+
 def test_card_of_a_run_has_its_test_metrics(run, tmp_path):
   folding.load(run).save(tmp_path / "out")
   _, _, text = (

@@ -351,6 +351,7 @@ def test_max_drop_refuses_what_loses_more(start, task, tmp_path):
   assert not list(tmp_path.glob("out*"))
   save(drop + 0.01)
   assert (tmp_path / "out" / "model.onnx").is_file()
+  assert f" {drop:.2f} points less" in (tmp_path / "out/README.md").read_text()
 
 
 def test_max_drop_of_an_encoder_on_texts_counts_cosines(start, tmp_path):
