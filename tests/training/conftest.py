@@ -123,9 +123,9 @@ def topics(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, dict]:
-  """Returns the folder of a tiny BERT without a head, and its parameters."""
+  """Returns the folder of a BERT of one layer, no head, and its parameters."""
   folder = tmp_path_factory.mktemp("hf") / "bert"
-  return folder, checkpoints.write(folder, "bert")
+  return folder, checkpoints.write(folder, "bert", num_hidden_layers=1)
 
 
 def recovery_config(source, topics, **fields) -> c.Config:
