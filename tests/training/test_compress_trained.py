@@ -570,6 +570,7 @@ def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   np.testing.assert_allclose(of_teacher, before, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_teacher_in_memory_reads_the_ids_of_a_trimmed_student(
   dense_run, topics, tmp_path
 ):

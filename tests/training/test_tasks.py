@@ -263,6 +263,7 @@ COUNT = tasks.Task(
 )
 
 
+@pytest.mark.slow
 def test_row_of_a_new_task_is_trained_and_predicts(
   text_file, tmp_path, monkeypatch, capsys
 ):
