@@ -61,7 +61,7 @@ def decoder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("decoder")
   dense = models.make(
     "lm",
-    c.llama(**models.SHAPE, num_kv_heads=2),
+    c.llama(**models.SHAPE | {"num_layers": 1}, num_kv_heads=2),
     c.FoldConfig(groups=0, values="dense"),
     length=_READS,
     tokenizer_json=_bytes(),
@@ -78,7 +78,8 @@ def decoder(tmp_path_factory):
 def encoder(tmp_path_factory):
   """Returns a folder with a BERT, texts, and a run from both."""
   folder = tmp_path_factory.mktemp("encoder")
-  checkpoints.write(folder / "bert", "bert", max_position_embeddings=50)
+  sizes = {"max_position_embeddings": 50, "num_hidden_layers": 1}
+  checkpoints.write(folder / "bert", "bert", **sizes)
   sentence.write(folder / "bert", c.ModelConfig(pooling="mean"), _READS)
   rng = np.random.default_rng(0)
   lines = [" ".join(rng.choice([*"abcdef"], 9)) for _ in range(200)]

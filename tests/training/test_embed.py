@@ -73,7 +73,7 @@ def test_spearman_of_pairs_is_that_of_their_cosines():
 def source(tmp_path_factory):
   """Returns a folder with a tiny BERT, text, and scored pairs."""
   folder = tmp_path_factory.mktemp("embed")
-  checkpoints.write(folder / "bert", "bert")
+  checkpoints.write(folder / "bert", "bert", num_hidden_layers=1)
   rng = np.random.default_rng(0)
 
   def text():
@@ -91,7 +91,7 @@ def source(tmp_path_factory):
 def teacher(source):
   """Returns the folder of an encoder of another width, depth and tokenizer."""
   folder = source / "teacher"
-  checkpoints.write(folder, "mpnet", hidden_size=24, num_hidden_layers=1)
+  checkpoints.write(folder, "mpnet", hidden_size=24)
   path = folder / "tokenizer.json"
   # Other ids, "f" is unknown, and a text has no <s> and </s>.
   checkpoints.write_tokenizer(path, [*checkpoints.WORDS[:4], *"edcba"])
