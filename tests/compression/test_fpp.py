@@ -379,9 +379,14 @@ def test_fpp_counts_removed_units_towards_the_target():
       score="magnitude",
       removed=removed,
     )
-    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
-    new = optax.apply_updates(params, updates)
-    counts = fpp_counts(rules, state, new, removed)
+
+    @jax.jit
+    def run(params):
+      updates, state = tx.update(params, tx.init(params), params)
+      new = optax.apply_updates(params, updates)
+      return new, fpp_counts(rules, state, new, removed)
+
+    new, counts = run(params)
     expected = {"selected": 29, "zero": 17, "target": 17, "done": 1}
     assert {name: counts[name] for name in expected} == expected
     return new
