@@ -57,9 +57,8 @@ def test_report_json_holds_the_measured_values(tmp_path):
 
 def test_report_of_a_classifier_has_the_interval_of_its_accuracy(tmp_path):
   config = synthetic_run.config(task="classify")
-  test = report.write_report(synthetic_run.write(tmp_path / "a", config))[
-    "test"
-  ]
+  run = report.load_run(synthetic_run.write(tmp_path / "a", config))
+  test = report.summarize(run)["test"]
   # Wilson solves |p - accuracy| = z sqrt(p (1 - p) / n) for both ends.
   for name in ("accuracy_low", "accuracy_high"):
     p = test[name]
@@ -154,7 +153,7 @@ def test_settings_are_the_fields_that_differ_from_the_default_run(tmp_path):
     model=config_lib.ModelConfig(width=256), seed=3, preset="moderate"
   )
   workdir = synthetic_run.write(tmp_path / "a", config)
-  settings = report.write_report(workdir)["settings"]
+  settings = report.summarize(report.load_run(workdir))["settings"]
   assert {"model.width: 128 -> 256", "seed: 0 -> 3"} < set(settings)
   assert not any("rope_base" in line for line in settings)
 
