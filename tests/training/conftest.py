@@ -154,14 +154,19 @@ def recovery_config(source, topics, **fields) -> c.Config:
   )
 
 
-@pytest.fixture(scope="session")
-def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
-  """Returns the directory of a dense run that fine-tuned the checkpoint."""
-  workdir = tmp_path_factory.mktemp("runs") / "dense"
+def fine_tune(folder, topics, workdir: pathlib.Path) -> pathlib.Path:
+  """Trains a dense run from a checkpoint, and returns its directory."""
   config = recovery_config(
-    checkpoint[0], topics, dense=True, train__steps=120, train__eval_every=60
+    folder, topics, dense=True, train__steps=120, train__eval_every=60
   )
   config = edited(config, {"train.learning_rate": 3e-3})
   result = loop.run(config, str(workdir))
   assert result["test"]["accuracy"] > 0.6  # it has something to teach
   return workdir
+
+
+@pytest.fixture(scope="session")
+def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
+  """Returns the directory of a dense run that fine-tuned the checkpoint."""
+  workdir = tmp_path_factory.mktemp("runs") / "dense"
+  return fine_tune(checkpoint[0], topics, workdir)
