@@ -177,14 +177,16 @@ def write(
   )
   source = f", made from {escaped(origin.base)}" if origin.base else ""
   stored, dense = sizes["parameters"], sizes["dense"]
-  is_rounded = dtype not in (None, "float32")
-  when = f" (before the weights became {dtype})" if is_rounded else ""
   facts = [
     f"The files have {files.folder_bytes(path):,} bytes.",
     f"It reads at most {model.shape.max_length} tokens of a text.",
-    *(f"{escaped(note.removesuffix('.'))}{when}." for note in origin.notes),
-    *(f"{escaped(note)}." for note in notes),
+    *map(escaped, origin.notes),
   ]
+  if origin.notes and dtype not in (None, "float32"):
+    facts.append(
+      f"The figures above were measured before its weights became {dtype}."
+    )
+  facts += (f"{escaped(note[:1].upper() + note[1:])}." for note in notes)
   if format == "hf" and hf_weights.idle_pooler(
     hf_weights.describe_pretrained(pathlib.Path(path))
   ):
