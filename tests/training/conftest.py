@@ -170,3 +170,11 @@ def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
   """Returns the directory of a dense run that fine-tuned the checkpoint."""
   workdir = tmp_path_factory.mktemp("runs") / "dense"
   return fine_tune(checkpoint[0], topics, workdir)
+
+
+@pytest.fixture(scope="session")
+def two_layers(topics, tmp_path_factory) -> pathlib.Path:
+  """Returns the directory of a dense run of two layers."""
+  folder = tmp_path_factory.mktemp("two_layers")
+  checkpoints.write(folder / "bert", "bert")
+  return fine_tune(folder / "bert", topics, folder / "dense")

@@ -25,9 +25,8 @@ from folding.training.compress_trained import compress_sizes
 from folding.training.fold_pretrained import fold_pretrained
 from folding.training.optimizer import make_rules
 from folding.typed import edited
-from tests.models import checkpoints
 from tests.training import tiny
-from tests.training.conftest import fine_tune, recovery_config, tiny_config
+from tests.training.conftest import recovery_config, tiny_config
 
 
 def _config(method, **fields):
@@ -310,14 +309,6 @@ def test_run_keeps_its_initial_zeros(text_file, tmp_path):
   # From the first step on, and constant.
   assert len({r["sparsity"] for r in records}) == 1
   assert {r["frozen"] for r in records} == {0.0}
-
-
-@pytest.fixture(scope="module")
-def two_layers(topics, tmp_path_factory):
-  """Returns the directory of a dense run of two layers."""
-  folder = tmp_path_factory.mktemp("two_layers")
-  checkpoints.write(folder / "bert", "bert")
-  return fine_tune(folder / "bert", topics, folder / "dense")
 
 
 @pytest.mark.slow
