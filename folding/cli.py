@@ -698,7 +698,7 @@ def leave(status: int) -> NoReturn:
   minutes, and take away the devices that it still needs: a segmentation fault.
   """
   if status == _INTERRUPTED:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # it may be closed
       sys.stdout.flush()
     os._exit(status)
   sys.exit(status)
