@@ -123,9 +123,9 @@ def topics(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, dict]:
-  """Returns the folder of a BERT of one layer, no head, and its parameters."""
+  """Returns the folder of a tiny BERT without a head, and its parameters."""
   folder = tmp_path_factory.mktemp("hf") / "bert"
-  return folder, checkpoints.write(folder, "bert", num_hidden_layers=1)
+  return folder, checkpoints.write(folder, "bert")
 
 
 def recovery_config(source, topics, **fields) -> c.Config:
@@ -154,27 +154,14 @@ def recovery_config(source, topics, **fields) -> c.Config:
   )
 
 
-def fine_tune(folder, topics, workdir: pathlib.Path) -> pathlib.Path:
-  """Trains a dense run from a checkpoint, and returns its directory."""
+@pytest.fixture(scope="session")
+def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
+  """Returns the directory of a dense run that fine-tuned the checkpoint."""
+  workdir = tmp_path_factory.mktemp("runs") / "dense"
   config = recovery_config(
-    folder, topics, dense=True, train__steps=120, train__eval_every=60
+    checkpoint[0], topics, dense=True, train__steps=120, train__eval_every=60
   )
   config = edited(config, {"train.learning_rate": 3e-3})
   result = loop.run(config, str(workdir))
   assert result["test"]["accuracy"] > 0.6  # it has something to teach
   return workdir
-
-
-@pytest.fixture(scope="session")
-def dense_run(checkpoint, topics, tmp_path_factory) -> pathlib.Path:
-  """Returns the directory of a dense run that fine-tuned the checkpoint."""
-  workdir = tmp_path_factory.mktemp("runs") / "dense"
-  return fine_tune(checkpoint[0], topics, workdir)
-
-
-@pytest.fixture(scope="session")
-def two_layers(topics, tmp_path_factory) -> pathlib.Path:
-  """Returns the directory of a dense run of two layers."""
-  folder = tmp_path_factory.mktemp("two_layers")
-  checkpoints.write(folder / "bert", "bert")
-  return fine_tune(folder / "bert", topics, folder / "dense")

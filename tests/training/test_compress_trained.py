@@ -203,7 +203,7 @@ def test_run_folds_recovers_and_loads(folded_run):
   linear = _saved(result, "linear")
   assert 0.4 < linear < 0.8
   layers = json.loads((workdir / "fold.json").read_text())
-  assert [row["layer"] for row in layers] == [0]
+  assert [row["layer"] for row in layers] == [0, 1]
   assert all(0 < row["logits_kept"] <= 1 for row in layers)
   found = load_run(str(workdir))
   params, tokenizer = found.params, found.tokenizer
@@ -402,7 +402,7 @@ def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"model__num_layers": 3}, "has num_layers 1, and model.num_layers is 3"),
+    ({"model__num_layers": 3}, "has num_layers 2, and model.num_layers is 3"),
     ({"data__tokenizer": "bytes"}, "has another tokenizer"),
     ({"distill__logits": 0.5}, "cannot teach these classes"),
     ({"model__norm_epsilon": 0.5}, "has norm_epsilon 1e-12, and model"),

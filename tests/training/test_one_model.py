@@ -9,22 +9,22 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def rows(two_layers, topics, tmp_path_factory):
+def rows(dense_run, topics, tmp_path_factory):
   """Returns {name: row} of a folded run and of its peers."""
   pytest.importorskip("torch_pruning", reason="it is in the extra parity")
   from benchmarks import one_model
 
   workdir = tmp_path_factory.mktemp("runs") / "folded"
-  config = recovery_config(two_layers, topics, train__steps=20)
+  config = recovery_config(dense_run, topics, train__steps=20)
   loop.run(config, str(workdir))
   measured = one_model.measure([str(workdir)], rounds=1, rates=[5e-4])
   return {row["name"]: row for row in measured["rows"]}
 
 
 def test_dense_row_has_the_accuracy_of_the_run_in_every_runtime(
-  rows, two_layers
+  rows, dense_run
 ):
-  expected = loop.evaluate_run(str(two_layers), "test")["accuracy"]
+  expected = loop.evaluate_run(str(dense_run), "test")["accuracy"]
   found = dict(rows["dense"]["accuracy"])
   assert found.pop("ONNX int8") == pytest.approx(expected, abs=0.1)
   assert found == pytest.approx(

@@ -314,9 +314,9 @@ def test_run_keeps_its_initial_zeros(text_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("plan", "overall"), [("same", 0.7), ("auto", 0.4)])
 def test_neurons_are_removed_before_the_first_step(
-  two_layers, topics, tmp_path, plan, overall
+  dense_run, topics, tmp_path, plan, overall
 ):
-  config = recovery_config(two_layers, topics, compress__plan=plan)
+  config = recovery_config(dense_run, topics, compress__plan=plan)
   workdir = tmp_path / "run"
   config = edited(
     config,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -50,17 +51,16 @@ def similar(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_segments(tmp_path_factory):
-  """Returns a BERT with segments, its parameters, and that embedding."""
-  folder = tmp_path_factory.mktemp("hf") / "two"
-  params = checkpoints.write(folder, "bert")
+def two_segments(checkpoint, tmp_path_factory):
+  """Returns the tiny BERT with a segment embedding, and that embedding."""
+  folder = shutil.copytree(checkpoint[0], tmp_path_factory.mktemp("hf") / "two")
   tensors = safetensors.numpy.load_file(folder / "model.safetensors")
   [name] = (name for name in tensors if "token_type" in name)
   shape = tensors[name].shape
   segments = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   tensors[name] = segments
   safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-  return folder, params, segments
+  return folder, segments
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_scores_of_pairs_are_trained_from_a_checkpoint(scored):
   assert "A regression model" in report.describe(report.load_run(workdir))
 
 
-def test_segments_reach_every_program(scored, two_segments):
+def test_segments_reach_every_program(scored, checkpoint, two_segments):
   _, workdir, result = scored
   saved = run_dir.load_order(workdir)
   data = make_data(saved, run_dir.load_tokenizer(workdir))
@@ -98,10 +98,10 @@ def test_segments_reach_every_program(scored, two_segments):
     0
   ].params
   segments = start["segment_embed"]["embedding"]
-  np.testing.assert_array_equal(segments, two_segments[2])
+  np.testing.assert_array_equal(segments, two_segments[1])
   np.testing.assert_array_equal(
     start["position_embed"]["embedding"],
-    two_segments[1]["position_embed"]["embedding"],
+    checkpoint[1]["position_embed"]["embedding"],
   )
   run = loop.Run(shape, data, saved)
   batch = data.train_batch(0)
