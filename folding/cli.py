@@ -692,10 +692,11 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-  """Ends the process with an exit status, after Ctrl-C at once.
+  """Ends the process with an exit status.
 
-  JAX compiles in a thread of its own. Python's orderly end would wait for it, for
-  minutes, and take away the devices that it still needs: a segmentation fault.
+  After Ctrl-C it skips Python's clean-up. JAX may still compile in a thread of its
+  own. Clean-up waits for that, up to minutes, but frees the devices that the thread
+  uses, so the process would end in a segmentation fault.
   """
   if status == _INTERRUPTED:
     with contextlib.suppress(OSError, ValueError):  # it may be closed
