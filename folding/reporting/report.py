@@ -350,12 +350,8 @@ def accuracy_interval(
 
 def _draw(run: Run) -> dict[str, tuple[str, str]]:
   """Writes the plots; returns their titles and descriptions by file name."""
-  # Importing matplotlib is slow, and reading a run does not need it.
-  from folding.reporting import plots
-
   fpp, total = run.config.fpp, run.result["total_steps"]
   pruning = [record for record in run.train if "sparsity" in record]
-  stored = run.parameters["overall"]["stored"]
   marks, found = {}, {}
   if pruning and not run.config.compress.prunes:
     marks = {"FPP begins": fpp.begin * total, "FPP ends": fpp.end * total}
@@ -366,55 +362,19 @@ def _draw(run: Run) -> dict[str, tuple[str, str]]:
   if layers := plan(run):
     title = "What each layer keeps; rows and ranks are per head"
     found["plan.png"] = title, _draw_plan(layers, path("plan.png"))
-  with plots.saved(path("curves.png")) as axes:
-    curves = {
-      "training": [(r["step"], r["loss"]) for r in run.train],
-      "validation": [(r["step"], r["loss"]) for r in run.valid],
-    }
-    plots.draw_lines(
-      axes,
-      curves,
-      x_label="step",
-      y_label=f"loss ({run.loss_unit})",
-      marks=marks,
-    )
-  ends = [f"{n} loss ends at {x[-1][1]:.3f}" for n, x in curves.items() if x]
-  found["curves.png"] = "Loss", f"{'; '.join(ends) or 'no values yet'}."
-  with plots.saved(path("parameters.png")) as axes:
-    plots.draw_bars(
-      axes,
-      {
-        kind: {"dense baseline": size["dense"], "stored": size["stored"]}
-        for kind, size in run.parameters.items()
-      },
-      x_label="number of parameters",
-    )
-  sizes = [
-    f"{kind} {size['stored']:,} of {size['dense']:,}"
-    for kind, size in run.parameters.items()
-  ]
-  found["parameters.png"] = "Stored parameters by kind", f"{', '.join(sizes)}."
+  found["curves.png"] = "Loss", _draw_curves(run, marks, path("curves.png"))
+  title = "Stored parameters by kind"
+  found["parameters.png"] = title, _draw_sizes(run, path("parameters.png"))
   # A model that was made small before its first step has nothing to show here.
   if len({record["sparsity"] for record in pruning}) > 1:
-    gone = "zero" if stored < run.allocated else "removed"
-    with plots.saved(path("sparsity.png")) as axes:
-      plots.draw_lines(
-        axes,
-        {
-          gone: [(r["step"], 100 * r["sparsity"]) for r in pruning],
-          "frozen": [(r["step"], 100 * r.get("frozen", 0)) for r in pruning],
-        },
-        x_label="step",
-        y_label="share of the prunable parameters (%)",
-        marks=marks,
-      )
-    last = percent(pruning[-1]["sparsity"])
-    found["sparsity.png"] = "Sparsity", f"In the end {last} are {gone}."
+    about = _draw_sparsity(run, pruning, marks, path("sparsity.png"))
+    found["sparsity.png"] = "Sparsity", about
   return found
 
 
 def _draw_plan(layers: Mapping[str, Sequence[Kept]], path: str) -> str:
   """Writes the picture of a plan, and returns its description."""
+  # Importing matplotlib is slow, and reading a run does not need it.
   from folding.reporting import plots
 
   height = 1.6 + 0.3 * len(next(iter(layers.values())))
@@ -433,6 +393,70 @@ def _draw_plan(layers: Mapping[str, Sequence[Kept]], path: str) -> str:
     f"dense {rows[0].dense:,}."
     for name, rows in layers.items()
   )
+
+
+def _draw_curves(run: Run, marks: Mapping[str, float], path: str) -> str:
+  """Writes the picture of the losses, and returns its description."""
+  from folding.reporting import plots
+
+  curves = {
+    "training": [(r["step"], r["loss"]) for r in run.train],
+    "validation": [(r["step"], r["loss"]) for r in run.valid],
+  }
+  with plots.saved(path) as axes:
+    plots.draw_lines(
+      axes,
+      curves,
+      x_label="step",
+      y_label=f"loss ({run.loss_unit})",
+      marks=marks,
+    )
+  ends = [f"{n} loss ends at {x[-1][1]:.3f}" for n, x in curves.items() if x]
+  return f"{'; '.join(ends) or 'no values yet'}."
+
+
+def _draw_sizes(run: Run, path: str) -> str:
+  """Writes the picture of the parameters, and returns its description."""
+  from folding.reporting import plots
+
+  bars = {
+    kind: {"dense baseline": size["dense"], "stored": size["stored"]}
+    for kind, size in run.parameters.items()
+  }
+  with plots.saved(path) as axes:
+    plots.draw_bars(axes, bars, x_label="number of parameters")
+  sizes = [
+    f"{kind} {size['stored']:,} of {size['dense']:,}"
+    for kind, size in run.parameters.items()
+  ]
+  return f"{', '.join(sizes)}."
+
+
+def _draw_sparsity(
+  run: Run,
+  pruning: Sequence[Mapping[str, Any]],
+  marks: Mapping[str, float],
+  path: str,
+) -> str:
+  """Writes the picture of the sparsity, and returns its description."""
+  from folding.reporting import plots
+
+  has_zeros = run.parameters["overall"]["stored"] < run.allocated
+  gone = "zero" if has_zeros else "removed"
+  lines = {
+    gone: [(r["step"], 100 * r["sparsity"]) for r in pruning],
+    "frozen": [(r["step"], 100 * r.get("frozen", 0)) for r in pruning],
+  }
+  with plots.saved(path) as axes:
+    plots.draw_lines(
+      axes,
+      lines,
+      x_label="step",
+      y_label="share of the prunable parameters (%)",
+      marks=marks,
+    )
+  last = percent(pruning[-1]["sparsity"])
+  return f"In the end {last} are {gone}."
 
 
 def _page(
