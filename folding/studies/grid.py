@@ -15,7 +15,7 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, runtime_checkable
@@ -391,54 +391,12 @@ def run_study(study: Study, workdir: str, engine: Engine) -> dict[str, str]:
   for trial in trials:
     if trial.seed == study.seeds[0]:  # the others differ in that alone
       trial.check()
-  failed: dict[str, str] = {}
   todo = [trial for trial in trials if not _is_finished(trial)]
-  total, over = len(trials), len(trials) - len(todo)
   for folder in ("runs", "logs"):
     os.makedirs(os.path.join(workdir, folder), exist_ok=True)
-
-  def close(trial: Trial, error: str = "") -> None:
-    nonlocal over
-    over += 1
-    if not error and trial.result is None:
-      error = "stopped before its end"
-    if error:
-      failed[trial.name] = error
-    text = f"failed: {error}" if error else _outcome(trial)
-    print(f"[{over}/{total}] {trial.name}: {text}", flush=True)
-
-  running: dict[futures.Future, Trial] = {}
-
-  def submit(trial: Trial) -> None:
-    try:
-      running[engine.submit(trial.config(), trial)] = trial
-    except Exception as error:  # an engine may fail in any way
-      close(trial, reason(error))
-
   with stop_signal() as stopped:
     try:
-      while (todo or running) and not stopped(0):
-        for trial in list(todo):
-          start = trial.start
-          if len(running) >= engine.limit:
-            break
-          if start and start.name in failed:
-            todo.remove(trial)
-            close(trial, f"{start.name}, which it starts from, failed")
-          elif start is None or start.result is not None:
-            todo.remove(trial)
-            submit(trial)
-        done, _ = futures.wait(
-          running, timeout=_POLL_SECONDS, return_when=futures.FIRST_COMPLETED
-        )
-        if stopped(0):  # the runs may have had the signal too
-          break
-        for future in done:
-          trial = running.pop(future)
-          try:
-            close(trial, future.result())
-          except Exception as error:  # its process was killed
-            close(trial, reason(error))
+      failed = _train_all(todo, len(trials), engine, stopped)
     finally:
       engine.stop()
     if stopped(0):
@@ -456,6 +414,65 @@ def _is_finished(trial: Trial) -> bool:
     return False
   run_dir.is_begun(trial.run, config_lib.resolve(trial.config()))
   return True
+
+
+def _train_all(
+  todo: list[Trial],
+  total: int,
+  engine: Engine,
+  stopped: Callable[[int], bool],
+) -> dict[str, str]:
+  """Trains runs until all are over or a signal arrives; returns the failed ones.
+
+  Args:
+    todo: Runs in order; those that are submitted leave the list.
+    total: Number of runs of the study, finished ones included.
+    engine: Where runs are trained.
+    stopped: From `stop_signal`.
+  """
+  over = total - len(todo)
+  running: dict[futures.Future, Trial] = {}
+  failed: dict[str, str] = {}
+
+  def close(trial: Trial, error: str = "") -> None:
+    nonlocal over
+    over += 1
+    if not error and trial.result is None:
+      error = "stopped before its end"
+    if error:
+      failed[trial.name] = error
+    text = f"failed: {error}" if error else _outcome(trial)
+    print(f"[{over}/{total}] {trial.name}: {text}", flush=True)
+
+  def submit(trial: Trial) -> None:
+    try:
+      running[engine.submit(trial.config(), trial)] = trial
+    except Exception as error:  # an engine may fail in any way
+      close(trial, reason(error))
+
+  while (todo or running) and not stopped(0):
+    for trial in list(todo):
+      start = trial.start
+      if len(running) >= engine.limit:
+        break
+      if start and start.name in failed:
+        todo.remove(trial)
+        close(trial, f"{start.name}, which it starts from, failed")
+      elif start is None or start.result is not None:
+        todo.remove(trial)
+        submit(trial)
+    done, _ = futures.wait(
+      running, timeout=_POLL_SECONDS, return_when=futures.FIRST_COMPLETED
+    )
+    if stopped(0):  # the runs may have had the signal too
+      break
+    for future in done:
+      trial = running.pop(future)
+      try:
+        close(trial, future.result())
+      except Exception as error:  # its process was killed
+        close(trial, reason(error))
+  return failed
 
 
 def _outcome(trial: Trial) -> str:
