@@ -15,6 +15,7 @@ import numpy as np
 
 from folding import files, paths
 from folding.config import ModelConfig
+from folding.data.tokenizers import Tokenizer
 from folding.data.trim import plain_tokenizer
 from folding.errors import ConfigError, require_package
 from folding.model import Model
@@ -92,41 +93,19 @@ def export_gguf(
     )
   m = _whole(loaded)
   architecture = _architecture_of(m, loaded)
-  tokenizer, token_map = plain_tokenizer(loaded.tokenizer)
-  if token_map is not None and not np.array_equal(
-    token_map, np.arange(loaded.num_rows)
-  ):
-    raise ConfigError("llama.cpp has a row per token; here tokens share rows")
+  tokenizer = _tokenizer_of(loaded)
   params = unfolded(loaded.shape, loaded.params)
-  count = sum(w.size for w in paths.flatten(params).values())
+  count = _num_parameters(params)
   if dtype not in _FLOATS:
     params = paths.map_named(_whole_blocks, params)
   shape = _shape(m, params)
-  name = architecture.name
-  if any(isinstance(count, list) for count in shape.values()):
-    name = architecture.per_layer
-  if not name:
-    raise ConfigError(
-      f"llama.cpp's {architecture.name} has one number of heads and neurons for "
-      "all layers, and this model has several"
-    )
+  name = _name_for(shape, architecture)
   arrays = _arrays(m, architecture, params)
   writer = gguf.GGUFWriter(None, name)
   _add_fields(writer, m, shape, loaded.shape.max_length)
   add_tokenizer(writer, tokenizer, len(params["embed"]["embedding"]))
-  kind = gguf.GGMLQuantizationType[_FLOATS.get(dtype, dtype.upper())]
-  writer.add_file_type(
-    gguf.LlamaFileType[
-      "ALL_F32" if dtype == "float32" else f"MOSTLY_{kind.name}"
-    ]
-  )
-  writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-  size = 0
-  for tensor, w in arrays.items():
-    stored, stored_kind = _stored(tensor, w, kind)
-    writer.add_tensor(tensor, stored, raw_dtype=stored_kind)
-    size += stored.nbytes
-  folded = sum(w.size for w in paths.flatten(loaded.params).values())
+  size = _add_arrays(writer, arrays, dtype)
+  folded = _num_parameters(loaded.params)
   undone = (
     f"; folding is undone, which makes {count:,} parameters of {folded:,}"
   )
@@ -193,6 +172,24 @@ def _architecture_of(m: ModelConfig, loaded: Model) -> Architecture:
   return found
 
 
+def _tokenizer_of(loaded: Model) -> Tokenizer:
+  """Returns the tokenizer of the tokens that the model has.
+
+  Raises:
+    ConfigError: tokens share rows of the embedding.
+  """
+  tokenizer, token_map = plain_tokenizer(loaded.tokenizer)
+  if token_map is not None and not np.array_equal(
+    token_map, np.arange(loaded.num_rows)
+  ):
+    raise ConfigError("llama.cpp has a row per token; here tokens share rows")
+  return tokenizer
+
+
+def _num_parameters(params: dict[str, Any]) -> int:
+  return sum(w.size for w in paths.flatten(params).values())
+
+
 def _whole_blocks(path: str, w: Any) -> np.ndarray:
   """Returns an array with neurons of zeros up to a whole number of blocks."""
   w = np.asarray(w)
@@ -215,6 +212,22 @@ def _shape(m: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
     name: sizes if len(set(sizes)) > 1 else sizes[0]
     for name, sizes in counts.items()
   }
+
+
+def _name_for(shape: dict[str, Any], architecture: Architecture) -> str:
+  """Returns the name in llama.cpp of an architecture with layers of these sizes.
+
+  Raises:
+    ConfigError: the layers differ, and the architecture has one size for all.
+  """
+  if not any(isinstance(sizes, list) for sizes in shape.values()):
+    return architecture.name
+  if not architecture.per_layer:
+    raise ConfigError(
+      f"llama.cpp's {architecture.name} has one number of heads and neurons for "
+      "all layers, and this model has several"
+    )
+  return architecture.per_layer
 
 
 def _add_fields(
@@ -267,6 +280,27 @@ def _arrays(
     )
     arrays["rope_freqs.weight"] = plain / scaled
   return arrays
+
+
+def _add_arrays(
+  writer: Any, arrays: dict[str, np.ndarray], dtype: Dtype
+) -> int:
+  """Adds the arrays and their type, and returns the bytes of the arrays."""
+  import gguf
+
+  kind = gguf.GGMLQuantizationType[_FLOATS.get(dtype, dtype.upper())]
+  writer.add_file_type(
+    gguf.LlamaFileType[
+      "ALL_F32" if dtype == "float32" else f"MOSTLY_{kind.name}"
+    ]
+  )
+  writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+  size = 0
+  for name, w in arrays.items():
+    stored, stored_kind = _stored(name, w, kind)
+    writer.add_tensor(name, stored, raw_dtype=stored_kind)
+    size += stored.nbytes
+  return size
 
 
 def _stored(name: str, w: np.ndarray, kind: Any) -> tuple[np.ndarray, Any]:
