@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from folding.models.hf_weights import (
   load_pretrained,
 )
 from folding.models.shape import Shape, model_of
-from folding.models.transformer import make_model, param_shapes
+from folding.models.transformer import Transformer, make_model, param_shapes
 from folding.tasks import Task, task_of
 from folding.training import distributed, sharding
 from folding.training.checkpoint import load_run
@@ -69,10 +70,6 @@ def dense_start(
   """
   path = source.origin.base
   _require_shape(source, shape, data)
-  note = ""
-  if source.task != task.name and source.labels:
-    names = ", ".join(source.labels[:8])
-    note = f" (its head is for task {source.task!r}: {names})"
   model = make_model(
     shape.dense(),
     data.tokenizer.plain_size,
@@ -92,10 +89,8 @@ def dense_start(
     for name, w in known.items()
     if is_head(name) and (name not in given or given[name].shape != w.shape)
   ]
-  drawn = {}
   if missing:
-    names = ", ".join(data.label_names[:8])
-    reason = f"{path} has no {missing[0].split('/')[0]} for {names}{note}"
+    reason = _no_head(missing[0], source, data, task)
     if needs_head:
       raise ConfigError(
         f"{reason}, so it cannot teach these classes; train it with "
@@ -103,18 +98,9 @@ def dense_start(
       )
     if "head/kernel" in missing and jax.process_index() == 0:
       print(f"{reason}; it is learned from scratch", flush=True)
-    tokens = np.zeros((1, data.config.length), np.int32)
-
-    @jax.jit  # other parameters are not drawn, as nothing reads them
-    def draw(key, tokens):
-      drawn = paths.flatten(model.init(key, tokens)["params"])
-      return {name: drawn[name] for name in missing}
-
-    drawn = draw(jax.random.key(seed), tokens)
+    given |= _drawn(missing, model, data.config.length, seed)
 
   def value(name, like):
-    if name in missing:
-      return np.asarray(drawn[name])
     if name not in given:
       raise ConfigError(f"{path} has no {name}, which this model needs")
     w = given[name]
@@ -141,6 +127,31 @@ def dense_start(
     labels=data.label_names,
     pair=data.pair,
   ), bool(missing)
+
+
+def _no_head(name: str, source: Model, data: Data, task: Task) -> str:
+  """Returns a message about an array of the head that a source does not have."""
+  names = ", ".join(data.label_names[:8])
+  message = f"{source.origin.base} has no {name.split('/')[0]} for {names}"
+  if source.task != task.name and source.labels:
+    names = ", ".join(source.labels[:8])
+    message += f" (its head is for task {source.task!r}: {names})"
+  return message
+
+
+def _drawn(
+  names: Sequence[str], model: Transformer, length: int, seed: int
+) -> dict[str, np.ndarray]:
+  """Returns arrays of a model, by name, as the seed draws them."""
+
+  @jax.jit  # other parameters are not drawn, as nothing reads them
+  def draw(key, tokens):
+    drawn = paths.flatten(model.init(key, tokens)["params"])
+    return {name: drawn[name] for name in names}
+
+  tokens = np.zeros((1, length), np.int32)
+  found = draw(jax.random.key(seed), tokens)
+  return {name: np.asarray(w) for name, w in found.items()}
 
 
 def _is_run(path: str) -> bool:
