@@ -676,7 +676,7 @@ CONFIG_FILES = [
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.stem)
 def test_config_file_resolves_and_survives_its_json(path):
   config = c.resolve(c.read(str(path)))
-  assert config.fpp.prunes
+  assert config.fpp.prunes or not shape_of(config).is_dense
   assert c.from_dict(json.loads(json.dumps(c.to_dict(config)))) == config
 
 

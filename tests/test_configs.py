@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -9,10 +10,11 @@ import tensorflow_datasets as tfds
 # Registers the text builders.
 import tensorflow_datasets.text
 
-from configs import classify, lm, long_lm
+from configs import classify, lm, long_lm, small_lm
 from folding import config as config_lib
 from folding.data import sources
 from folding.models.shape import shape_of
+from folding.models.transformer import make_model, param_shapes
 from folding.training import loop
 from folding.typed import edited
 
@@ -133,3 +135,15 @@ def test_long_config_is_valid_with_and_without_compression():
     config = config_lib.resolve(config)
     layers = shape_of(config).layers
     assert {layer.groups for layer in layers} == {groups}
+
+
+def test_small_config_has_the_size_that_pruning_leaves():
+  def size(config):
+    shape = shape_of(config_lib.resolve(config))
+    model = make_model(shape, config.data.vocab_size, num_classes=0)
+    return sum(x.size for x in jax.tree.leaves(param_shapes(model)))
+
+  pruned = lm.get_config()
+  dense = config_lib.dense_baseline(config_lib.resolve(pruned))
+  left = (1 - config_lib.resolve(pruned).fpp.saving) * size(dense)
+  assert size(small_lm.get_config()) == pytest.approx(left, rel=1e-3)
