@@ -430,18 +430,16 @@ def _train_all(
     engine: Where runs are trained.
     stopped: From `stop_signal`.
   """
-  over = total - len(todo)
   running: dict[futures.Future, Trial] = {}
   failed: dict[str, str] = {}
 
   def close(trial: Trial, error: str = "") -> None:
-    nonlocal over
-    over += 1
     if not error and trial.result is None:
       error = "stopped before its end"
     if error:
       failed[trial.name] = error
     text = f"failed: {error}" if error else _outcome(trial)
+    over = total - len(todo) - len(running)
     print(f"[{over}/{total}] {trial.name}: {text}", flush=True)
 
   def submit(trial: Trial) -> None:

@@ -26,7 +26,7 @@ def make_study(**fields):
   return grid.Study(**(values | fields))
 
 
-def write_result(trial, **changes):
+def write_result(trial, *, test=None, **changes):
   """Leaves what a finished run leaves."""
   config = dataclasses.replace(c.resolve(trial.config()), **changes)
   os.makedirs(trial.run, exist_ok=True)
@@ -34,7 +34,7 @@ def write_result(trial, **changes):
   result = {
     "finished": True,
     "seconds": 1.0,
-    "test": {c.quality(config): 0.5},
+    "test": {c.quality(config): 0.5} if test is None else test,
     "parameters": {"overall": {"stored": 10}},
   }
   path = pathlib.Path(trial.run, "result.json")
@@ -55,7 +55,10 @@ class FakeEngine:
     if isinstance(error, Exception):
       future.set_exception(error)
     else:
-      if not error:
+      if error == "damaged":
+        write_result(trial, test={})
+        error = ""
+      elif not error:
         write_result(trial)
       future.set_result(error if error != "unfinished" else "")
     return future
@@ -152,7 +155,7 @@ def test_run_study_trains_starts_first_and_skips_what_is_finished(
 
 
 def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
-  methods = pick("dense", "ours", "wanda", "random", "movement")
+  methods = pick("dense", "ours", "wanda", "random", "movement", "magnitude")
   study = make_study(
     datasets={"a": c.Config()}, methods=methods, savings=(0.5,), seeds=(0,)
   )
@@ -162,6 +165,7 @@ def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
       "a--dense-part--s0": "the loss is nan",
       "a--random--50--s0": concurrent.futures.BrokenExecutor("killed"),
       "a--movement--50--s0": "unfinished",
+      "a--magnitude--50--s0": "damaged",
     },
   )
   failed = grid.run_study(study, str(tmp_path), engine)
@@ -172,6 +176,7 @@ def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
       "wanda--50",
       "random--50",
       "movement--50",
+      "magnitude--50",
     )
   }
   assert "dense-part" in failed["a--wanda--50--s0"]
@@ -179,8 +184,12 @@ def test_run_study_reports_failures_and_trains_the_others(tmp_path, capsys):
   assert "stopped" in failed["a--movement--50--s0"]
   assert "a--wanda--50--s0" not in engine.names
   lines = capsys.readouterr().out.splitlines()
-  assert sum("failed: " in line for line in lines) == 4
-  assert sum("bits_per_byte" in line for line in lines) == 2  # dense, ours
+  total = len(lines)
+  assert [line.split()[0] for line in lines] == [
+    f"[{i}/{total}]" for i in range(1, total + 1)
+  ]
+  assert sum("failed: " in line for line in lines) == 5
+  assert sum("parameters" in line for line in lines) == 2  # dense, ours
 
 
 @pytest.mark.parametrize(
