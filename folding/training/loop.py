@@ -588,19 +588,7 @@ def _take_steps(
   run, first_step, state = start
   order, t = run.order, run.order.train
   teacher = run.placed(teacher)
-  teacher_model = teacher_params = None
-  if teacher is not None:
-    teacher_params = teacher.params
-    teacher_model = model_for(teacher.shape, teacher_params)
-  arrays = {
-    "seed": jax.device_put(run.seed, sharding.whole(run.mesh)),
-    "usage": run.usage(),
-    "teacher_params": teacher_params,
-  }
-  train_step = Steps(run, teacher_model, arrays)
-  if first_step < t.steps:  # beside the rest of the start
-    batch = sharding.put_batch(run.mesh, run.data.train_batch(first_step))
-    train_step.compile_ahead(first_step, run.like, batch)
+  train_step = _steps(run, teacher, first_step)
   if state is None:
     state = run.init()
 
@@ -611,8 +599,7 @@ def _take_steps(
     MetricsWriter(workdir, t, first_step, distributed.is_main()) as writer,
   ):
     clock = Clock(workdir, first_step)
-    counts = run.counts(state)
-    log = StepLog(t, run.whole_size, writer, clock, counts)
+    log = StepLog(t, run.whole_size, writer, clock, run.counts(state))
     for line in _notes(run, first_step):
       writer.say(line)
     # Before its first step it is evaluated, which shows what compression lost, and
@@ -626,7 +613,7 @@ def _take_steps(
       if t.compact and is_updated and (found := run.compacted(state, step)):
         log.flush()
         run, state = found
-        train_step = Steps(run, teacher_model, arrays)
+        train_step = train_step.reshaped(run)
         writer.say(
           f"step {step:>6,}  compact  {run.num_parameters:,} of "
           f"{run.whole_size:,} parameters stay"
@@ -683,6 +670,23 @@ def _take_steps(
       writer.say(_missed(log.counts, order.fpp))
     writer.say(_line(t.steps, "test ", test))
   return run_dir.read_result(workdir)
+
+
+def _steps(run: Run, teacher: Model | None, first_step: int) -> Steps:
+  """Returns the training step, which compiles beside the rest of the start."""
+  model = params = None
+  if teacher is not None:
+    model, params = model_for(teacher.shape, teacher.params), teacher.params
+  arrays = {
+    "seed": jax.device_put(run.seed, sharding.whole(run.mesh)),
+    "usage": run.usage(),
+    "teacher_params": params,
+  }
+  steps = Steps(run, model, arrays)
+  if first_step < run.order.train.steps:
+    batch = sharding.put_batch(run.mesh, run.data.train_batch(first_step))
+    steps.compile_ahead(first_step, run.like, batch)
+  return steps
 
 
 def _validate(

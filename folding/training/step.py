@@ -286,12 +286,16 @@ class Steps:
         "seed"; None: the defaults.
     """
     self._mask_updates = program.mask_updates
-    self._arrays = dict(arrays or {})
+    self._teacher, self._arrays = teacher, dict(arrays or {})
     self._jitted = [
       program.step(is_mask_update=is_update, teacher=teacher)
       for is_update in (False, True)
     ]
     self._compiled: dict[bool, concurrent.futures.Future] = {}
+
+  def reshaped(self, program: Program) -> "Steps":
+    """Returns the steps of a smaller program, with the same teacher and arrays."""
+    return Steps(program, self._teacher, self._arrays)
 
   def compile_ahead(self, step: int, state: Any, batch: Any) -> None:
     """Compiles the program of a step in a thread.
