@@ -404,7 +404,7 @@ def study(args: argparse.Namespace) -> None:
   ),
   _argument(
     "--dtype",
-    "dtype of the stored arrays (default: as they are; hf, onnx, gguf: float32); "
+    "dtype of the stored arrays (default: as they are; onnx, gguf: float32); "
     "float16 is for onnx and gguf, int8 for onnx, int7 for onnx on x86 processors "
     "without VNNI, other quantised types for gguf",
     choices=_DTYPES,

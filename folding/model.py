@@ -42,12 +42,14 @@ class Origin(NamedTuple):
     license: Name of its licence, as on the hub.
     license_text: Its LICENSE.
     notes: Lines about the quality of the model.
+    dtype: Type of the weights in the files of the checkpoint.
   """
 
   base: str = ""
   license: str = ""
   license_text: str = ""
   notes: tuple[str, ...] = ()
+  dtype: str = "float32"
 
 
 class Targets(NamedTuple):

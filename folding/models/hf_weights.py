@@ -12,6 +12,7 @@ A folder holds config.json, tokenizer.json, and model.safetensors or its shards
 with an index. Pickles are never opened.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -507,6 +508,15 @@ def load_pretrained(
   return Pretrained(
     **vars(described), params=params, tokenizer_path=tokenizer_path
   )
+
+
+def stored_dtype(path: str | pathlib.Path) -> str:
+  """Returns the type of most weights in the files of a checkpoint."""
+  sizes = collections.Counter()
+  for stored in _open_weights(pathlib.Path(path)).values():
+    sizes[stored.kind] += math.prod(stored.shape)
+  [(kind, _)] = sizes.most_common(1)
+  return np.dtype(_FLOATS.get(kind, "float32")).name
 
 
 def find_pretrained(path_or_hub_id: str | pathlib.Path) -> pathlib.Path:

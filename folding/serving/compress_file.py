@@ -19,7 +19,7 @@ from folding.model import Model
 from folding.models.shape import shape_of
 from folding.serving import lines as lines_lib
 from folding.serving.compress import WINDOW, compress_sizes, kept_of
-from folding.serving.loaded import load, shrunk
+from folding.serving.loaded import cast, load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, run_dir, sharding
 from folding.training.allocate import Asked, require_reachable
@@ -82,6 +82,8 @@ def compress_file(
     report=print,
   )
   for folder, small in zip(folders, map(shrunk, smaller), strict=True):
+    if model.origin.dtype == "bfloat16":
+      small = cast(small, "bfloat16")
     lost = f"On held-out text {_lost(model, small, held)}"
     small = dataclasses.replace(
       small, origin=small.origin._replace(notes=(f"{lost}.",))

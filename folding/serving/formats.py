@@ -20,7 +20,7 @@ class Format(NamedTuple):
 
   Attributes:
     dtypes: Types of stored arrays; the first is the default, except that
-      "safetensors" and "stablehlo" keep those of the model.
+      "safetensors", "hf" and "stablehlo" keep that of the model.
     words: The format in the help of the command line.
     size: The line about what was written, with the sizes that `write` returns.
     write: (path, model, dtype or None, report) -> sizes in bytes, "parameters"
@@ -52,7 +52,8 @@ def _safetensors(
 def _hf(path: str, model: Any, dtype: Any, report: Report) -> dict[str, int]:
   from folding.serving.export import export_hf
 
-  return export_hf(path, model, dtype or "float32", report=report)
+  dtype = dtype or model.params["embed"]["embedding"].dtype.name
+  return export_hf(path, model, dtype, report=report)
 
 
 def _onnx(path: str, model: Any, dtype: Any, report: Report) -> dict[str, int]:

@@ -78,8 +78,8 @@ def export_hf(
   size = count + sum(w.size for w in pooler.values())
   size *= jnp.dtype(dtype).itemsize
   report(
-    f"About {size:,} bytes of arrays will be "
-    f"written{grown if count > before else ''}"
+    f"About {size:,} bytes of arrays will be written in {dtype}"
+    f"{grown if count > before else ''}"
   )
   begins, ends = tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()
   # A decoder generates from the end of a text.

@@ -78,7 +78,9 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
       name: np.shape(w) for name, w in paths.flatten(model.params).items()
     }
     require_shapes(path, model.shape, len(model.labels), given)
-    return dataclasses.replace(model, origin=card.origin_of_folder(path))
+    origin = card.origin_of_folder(path)
+    origin = origin._replace(dtype=hf_weights.stored_dtype(path))
+    return dataclasses.replace(model, origin=origin)
   model = load_run(path)
   labels = model.labels
   if task_of(model).labels:

@@ -1,5 +1,6 @@
 """Uniform plans: plain folders for transformers, as small as their arrays."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,8 +9,9 @@ import pytest
 import safetensors.numpy
 
 import folding
+from folding import cli, paths
 from folding import config as c
-from folding import paths
+from folding.serving import compress_file
 from folding.serving.export import export_hf
 from tests.serving import models
 
@@ -74,6 +76,32 @@ def test_transformers_computes_the_same_decoder(
   with torch.no_grad():
     logits = theirs(torch.tensor(ids[None], dtype=torch.long)).logits[0]
   np.testing.assert_allclose(logits, models.logits(small, _TEXT), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_files_have_the_type_of_the_checkpoint(
+  decoder, dtype, tmp_path, capsys
+):
+  export_hf(tmp_path / "dense", decoder[0], dtype)
+  texts = tmp_path / "texts.txt"
+  texts.write_text("\n".join(models.random_texts(300)))
+  argv = ["compress", str(tmp_path / "dense"), f"--texts={texts}", "--uniform"]
+  small, out = tmp_path / "small", tmp_path / "out"
+  assert cli.main([*argv, "--saving=0.3", f"--output={small}"]) == 0
+  told = capsys.readouterr().out
+  argv = ["export", str(small), "--format=hf", f"--output={out}"]
+  assert cli.main(argv) == 0
+  for folder in small, out:
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert {w.dtype.name for w in stored.values()} == {dtype}
+    nbytes = sum(w.nbytes for w in stored.values())
+    assert nbytes == _size(decoder[1].params) * np.dtype(dtype).itemsize
+  # The perplexity is that of the files.
+  dense = folding.load(tmp_path / "dense")
+  found = dataclasses.replace(folding.load(small), tokenizer=dense.tokenizer)
+  _, held = compress_file._texts(str(texts), dense)
+  before, after = compress_file._perplexities(dense, found, [*map(str, held)])
+  assert f"perplexity {before:.2f} is now {after:.2f}" in told
 
 
 def _bert(**fields):
