@@ -250,6 +250,11 @@ class Model:
   model = module  # its earlier name, for one release
 
   @property
+  def dtype(self) -> str:
+    """Name of the type of its weights, such as "float32"."""
+    return self.params["embed"]["embedding"].dtype.name
+
+  @property
   def num_rows(self) -> int:
     """V, the rows of the embedding."""
     return self.params["embed"]["embedding"].shape[0]

@@ -153,7 +153,7 @@ def write(
     format: Name of the format.
     name: Title: name of the folder, or on the hub.
     sizes: Bytes of the "parameters" in the folder, and of the "dense" baseline
-      in float32.
+      in the type of the model.
     dtype: Type of the stored arrays; None: the default of the format.
     notes: More lines about the quality, of this folder alone.
   """
@@ -182,7 +182,7 @@ def write(
     f"It reads at most {model.shape.max_length} tokens of a text.",
     *map(escaped, origin.notes),
   ]
-  if origin.notes and dtype not in (None, "float32"):
+  if origin.notes and dtype not in (None, "float32", model.dtype):
     facts.append(
       f"The figures above were measured before its weights became {dtype}."
     )
@@ -197,7 +197,7 @@ def write(
   if stored < dense:
     facts.append(
       f"Its parameters take {stored:,} bytes, and those of the dense model in "
-      f"float32 {dense:,} ({1 - stored / dense:.1%} less)."
+      f"{model.dtype} {dense:,} ({1 - stored / dense:.1%} less)."
     )
   lines = [
     f"# {escaped(name)}",

@@ -52,8 +52,7 @@ def _safetensors(
 def _hf(path: str, model: Any, dtype: Any, report: Report) -> dict[str, int]:
   from folding.serving.export import export_hf
 
-  dtype = dtype or model.params["embed"]["embedding"].dtype.name
-  return export_hf(path, model, dtype, report=report)
+  return export_hf(path, model, dtype or model.dtype, report=report)
 
 
 def _onnx(path: str, model: Any, dtype: Any, report: Report) -> dict[str, int]:

@@ -255,9 +255,9 @@ def _dense_shapes(loaded: Model) -> Any:
 
 
 def dense_bytes(loaded: Model) -> int:
-  """Returns the bytes of the parameters of the dense baseline, in float32."""
+  """Returns the bytes of the dense baseline, in the type of the model."""
   leaves = jax.tree.leaves(_dense_shapes(loaded))
-  return sum(x.size * x.dtype.itemsize for x in leaves)
+  return sum(x.size for x in leaves) * jnp.dtype(loaded.dtype).itemsize
 
 
 def sizes(loaded: Model) -> dict[str, int]:

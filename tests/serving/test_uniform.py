@@ -91,11 +91,16 @@ def test_files_have_the_type_of_the_checkpoint(
   told = capsys.readouterr().out
   argv = ["export", str(small), "--format=hf", f"--output={out}"]
   assert cli.main(argv) == 0
+  before, after = (
+    _size(one.params) * np.dtype(dtype).itemsize for one in decoder
+  )
   for folder in small, out:
     stored = safetensors.numpy.load_file(folder / "model.safetensors")
     assert {w.dtype.name for w in stored.values()} == {dtype}
-    nbytes = sum(w.nbytes for w in stored.values())
-    assert nbytes == _size(decoder[1].params) * np.dtype(dtype).itemsize
+    assert sum(w.nbytes for w in stored.values()) == after
+    card = (folder / "README.md").read_text()
+    assert f"take {after:,} bytes" in card
+    assert f"dense model in {dtype} {before:,} (" in card
   # The perplexity is that of the files.
   dense = folding.load(tmp_path / "dense")
   found = dataclasses.replace(folding.load(small), tokenizer=dense.tokenizer)
