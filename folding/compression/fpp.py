@@ -360,28 +360,9 @@ class _FPP:
       _check_statistics(scored, leaves, stats or {})
     evidence = {"gradients": grads, "statistics": stats or {}}
     state = _observe(scored, state, leaves, evidence, decay=self.decay)
-
-    def update_masks():
-      return self._update_masks(sites, state, params, value, value_fn)
-
-    def keep_masks():
-      zero = jax.tree.map(jnp.zeros_like, state.mask_bits)
-      return state.suspected, zero, state.zeroed
-
-    if is_due is None:
-      suspected, zero, zeroed = jax.lax.cond(
-        self.is_due(state.step), update_masks, keep_masks
-      )
-      if self.warn:  # no later mask update would find these zeros
-        after_last = self.begin + self.last * self.every + 1
-        pruned = functools.partial(_num_pruned, sites, state.mask_bits, leaves)
-        jax.lax.cond(
-          state.step == after_last,
-          lambda: self.tell(pruned() < state.zeroed),
-          lambda: None,
-        )
-    else:
-      suspected, zero, zeroed = update_masks() if is_due else keep_masks()
+    suspected, zero, zeroed = self._next_masks(
+      sites, state, params, value, value_fn, is_due
+    )
     state = state._replace(suspected=suspected, zeroed=zeroed)
     is_held = member_masks(sites, state.mask_bits, leaves)
     is_cleared = member_masks(sites, zero, leaves)
@@ -411,6 +392,30 @@ class _FPP:
     updates = paths.map_named(hold, updates, params)
     step = jnp.asarray(optax.safe_increment(state.step))
     return updates, state._replace(step=step, inner=inner_state)
+
+  def _next_masks(self, sites, state, params, value, value_fn, is_due):
+    """Returns `_update_masks` if an update is due, otherwise the present masks."""
+
+    def update_masks():
+      return self._update_masks(sites, state, params, value, value_fn)
+
+    def keep_masks():
+      zero = jax.tree.map(jnp.zeros_like, state.mask_bits)
+      return state.suspected, zero, state.zeroed
+
+    if is_due is not None:
+      return update_masks() if is_due else keep_masks()
+    masks = jax.lax.cond(self.is_due(state.step), update_masks, keep_masks)
+    if self.warn:  # no later mask update would find these zeros
+      after_last = self.begin + self.last * self.every + 1
+      leaves = paths.flatten(params)
+      pruned = functools.partial(_num_pruned, sites, state.mask_bits, leaves)
+      jax.lax.cond(
+        state.step == after_last,
+        lambda: self.tell(pruned() < state.zeroed),
+        lambda: None,
+      )
+    return masks
 
   def _update_masks(self, sites, state, params, value, value_fn):
     """Returns new masks, units to zero, and how many units are zero then."""
