@@ -4,6 +4,7 @@
 trains. Losses and updates stay equal up to rounding.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -84,8 +85,9 @@ def shrink_state(
   small = shrink(
     shape, state.params, multiple=multiple, absorb=absorb, is_zero=is_zero
   )
-  new = cut_state(small.cut, rules, state, small.params)
-  return small.shape, new, small.cut
+  # One program, instead of one for each operation and shape.
+  take = jax.jit(functools.partial(cut_state, small.cut, rules))
+  return small.shape, take(state, small.params), small.cut
 
 
 def cut_state(
