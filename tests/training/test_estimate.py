@@ -11,6 +11,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -75,7 +76,9 @@ def _on_device(tree):
 
 def test_arguments_are_state_and_batch_of_one_device(config, found):
   run = tiny.make(config)
-  state = run.init()
+  state = jax.tree.map(
+    lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(run.init)
+  )
   mesh = sharding.make_mesh(config.mesh)
   held = _on_device(jax.device_put(state, sharding.tree_shardings(mesh, state)))
   batch = 3 * 4 * 16 * 8 // 8  # three arrays of 16 texts of 8 tokens

@@ -4,7 +4,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from folding import config as c
@@ -37,6 +36,10 @@ def config(**fields: Any) -> c.Config:
   return c.resolve(c.Config(**(values | fields)))
 
 
+# All seeds share the program.
+_init_state = jax.jit(init_state, static_argnums=(0, 1, 2))
+
+
 class Tiny(NamedTuple):
   """The parts of a run, without its data."""
 
@@ -46,8 +49,7 @@ class Tiny(NamedTuple):
   tx: Any
 
   def init(self, seed: int = 0) -> TrainState:
-    init = functools.partial(init_state, self.model, self.tx, LENGTH)
-    return jax.jit(init)(seed)  # all seeds share the program
+    return _init_state(self.model, self.tx, LENGTH, seed)
 
   def step(self, is_mask_update: bool, **options: Any):
     """Returns the jitted training step."""
@@ -91,7 +93,7 @@ def noise(tree: Any, seed: int = 0) -> Any:
   """Returns an array of nonzero numbers for each shape of a tree."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda x: jnp.asarray(rng.uniform(0.1, 1, x.shape), jnp.float32), tree
+    lambda x: rng.uniform(0.1, 1, x.shape).astype(np.float32), tree
   )
 
 
