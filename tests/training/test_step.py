@@ -18,8 +18,23 @@ from tests import jaxprs
 from tests.training import tiny
 
 TEMPERATURE = 3.0
-# One step subtracts the gradient from the parameters.
-SGD = optax.with_extra_args_support(optax.sgd(1.0))
+
+
+def told_statistics():
+  """Returns gradient descent that keeps the arguments of its update."""
+
+  def init(params):
+    del params
+    return {}
+
+  def update(
+    updates, state, params=None, *, stats, value, value_fn, **extra_args
+  ):
+    del state
+    told = {"stats": stats, "value": value, "again": value_fn(params)}
+    return jax.tree.map(jnp.negative, updates), told
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +55,34 @@ def teacher(run):
 
 
 @pytest.fixture(scope="module")
-def gradient(run):
-  """Returns a function that returns the gradient and metrics of a step."""
-  steps = {
-    is_mask_update: run.step(is_mask_update, tx=SGD, rules=[])
+def descent(start):
+  """Returns the state before the first step of `told_statistics`."""
+  return start._replace(opt_state={})
+
+
+@pytest.fixture(scope="module")
+def steps(run):
+  """Returns {is it a mask update: step of `told_statistics`}."""
+  return {
+    is_mask_update: run.step(is_mask_update, tx=told_statistics(), rules=[])
     for is_mask_update in (False, True)
   }
 
-  def gradient(state, batch, is_mask_update=False):
-    start = state._replace(opt_state=SGD.init(state.params))
-    new, metrics = steps[is_mask_update](start, batch)
-    return jax.tree.map(np.subtract, state.params, new.params), metrics
+
+@pytest.fixture(scope="module")
+def taught_step(run):
+  """Returns a step of `told_statistics` with 0.7 of the loss from a teacher."""
+  options = {"tx": told_statistics(), "rules": [], **distilled(run, 0.7)}
+  return run.step(False, **options)
+
+
+@pytest.fixture(scope="module")
+def gradient(descent, steps):
+  """Returns a function that returns the gradient and metrics of a step."""
+
+  def gradient(batch, is_mask_update=False):
+    new, metrics = steps[is_mask_update](descent, batch)
+    return jax.tree.map(np.subtract, descent.params, new.params), metrics
 
   return gradient
 
@@ -65,7 +97,7 @@ def test_init_state_is_a_function_of_the_seed(run, start, teacher):
 
 def test_step_gradient_equals_finite_differences(run, start, gradient):
   state, batch = start, tiny.batch(0)
-  grads, metrics = gradient(state, batch)
+  grads, metrics = gradient(batch)
   batch = jax.tree.map(jnp.asarray, batch)
 
   @jax.jit
@@ -96,25 +128,24 @@ def test_step_gradient_equals_finite_differences(run, start, gradient):
     np.testing.assert_allclose(slope, size, rtol=0.02, atol=5e-5, err_msg=name)
 
 
-def test_step_statistics_leave_the_gradient_alone(start, gradient):
-  state, batch = start, tiny.batch(0)
-  plain, plain_metrics = gradient(state, batch, is_mask_update=False)
-  checked, checked_metrics = gradient(state, batch, is_mask_update=True)
+def test_step_statistics_leave_the_gradient_alone(gradient):
+  batch = tiny.batch(0)
+  plain, plain_metrics = gradient(batch, is_mask_update=False)
+  checked, checked_metrics = gradient(batch, is_mask_update=True)
   # Two programs: XLA may order their sums differently.
   chex.assert_trees_all_close(checked, plain, rtol=1e-5, atol=1e-7)
   chex.assert_trees_all_close(checked_metrics, plain_metrics, rtol=1e-6)
 
 
-def test_step_ignores_targets_of_weight_0(start, gradient):
-  state, batch = start, tiny.batch(0)
-  junk = tiny.batch(1)
+def test_step_ignores_targets_of_weight_0(gradient):
+  batch, junk = tiny.batch(0), tiny.batch(1)
   rows = np.arange(16) < 8
   batch["weights"] = batch["weights"] * rows[:, None]
   other = {
     name: np.where(rows[:, None], x, junk[name]) for name, x in batch.items()
   }
   other["weights"] = batch["weights"]
-  chex.assert_trees_all_equal(gradient(state, other), gradient(state, batch))
+  chex.assert_trees_all_equal(gradient(other), gradient(batch))
 
 
 def told_value():
@@ -163,27 +194,25 @@ def distilled(run, logits, hidden=0.0):
   return {"teacher": run.model, "distill": distill}
 
 
-def test_step_with_itself_as_teacher_does_not_move(run, start, teacher):
-  step = run.step(False, tx=SGD, rules=[], **distilled(run, 1.0, hidden=1.0))
-  state = start._replace(opt_state=SGD.init(start.params))
-  new, _ = step(state, tiny.batch(0), teacher_params=start.params)
-  chex.assert_trees_all_close(new.params, start.params, atol=1e-6)
-  new, _ = step(state, tiny.batch(0), teacher_params=teacher)
+def test_step_with_itself_as_teacher_does_not_move(run, descent, teacher):
+  options = {"tx": told_statistics(), "rules": []}
+  step = run.step(False, **options, **distilled(run, 1.0, hidden=1.0))
+  batch, params = tiny.batch(0), jax.device_get(descent.params)
+  new, _ = step(descent, batch, teacher_params=params)
+  chex.assert_trees_all_close(new.params, params, atol=1e-6)
+  new, _ = step(descent, batch, teacher_params=teacher)
   moved = jax.tree.map(
-    lambda a, b: np.abs(np.asarray(a) - b).max(), new.params, start.params
+    lambda a, b: np.abs(np.asarray(a) - b).max(), new.params, params
   )
   assert max(jax.tree.leaves(moved)) > 1e-3
 
 
 def test_step_with_teacher_tells_optimizer_the_loss_on_labels(
-  run, start, teacher
+  descent, steps, taught_step, teacher
 ):
-  tx = told_statistics()
-  state = start._replace(opt_state={})
-  plain, _ = run.step(False, tx=tx, rules=[])(state, tiny.batch(0))
-  taught, metrics = run.step(False, tx=tx, rules=[], **distilled(run, 0.9))(
-    state, tiny.batch(0), teacher_params=teacher
-  )
+  batch = tiny.batch(0)
+  plain, _ = steps[False](descent, batch)
+  taught, metrics = taught_step(descent, batch, teacher_params=teacher)
   loss = plain.opt_state["value"]
   np.testing.assert_allclose(taught.opt_state["value"], loss, rtol=1e-6)
   np.testing.assert_allclose(taught.opt_state["again"], loss, rtol=1e-6)
@@ -205,21 +234,23 @@ def test_step_of_vectors_tells_optimizer_the_loss_of_hidden_states():
   np.testing.assert_allclose(told["value"], told["again"], rtol=1e-6)
 
 
-def test_step_without_weight_of_logits_does_not_read_them(run, start, teacher):
-  step = run.step(False, tx=SGD, rules=[], **distilled(run, 0.0, hidden=1.0))
-  state = start._replace(opt_state=SGD.init(start.params))
-  new, _ = step(state, tiny.batch(0), teacher_params=teacher)
+def test_step_without_weight_of_logits_does_not_read_them(
+  run, descent, teacher
+):
+  options = {"tx": told_statistics(), "rules": []}
+  step = run.step(False, **options, **distilled(run, 0.0, hidden=1.0))
+  new, _ = step(descent, tiny.batch(0), teacher_params=teacher)
   # Logits that are not finite would make the loss NaN even with a weight of 0.
   teacher = {**teacher, "norm_final": {"scale": np.full(32, np.nan)}}
   teacher["norm_final"]["bias"] = np.zeros(32)
-  other, _ = step(state, tiny.batch(0), teacher_params=teacher)
+  other, _ = step(descent, tiny.batch(0), teacher_params=teacher)
   chex.assert_trees_all_equal(new.params, other.params)
 
 
-def test_step_weighs_labels_and_teacher(run, start, teacher):
-  step = run.step(False, tx=SGD, rules=[], **distilled(run, 0.7))
-  state = start._replace(opt_state=SGD.init(start.params))
-  new, _ = step(state, tiny.batch(0), teacher_params=teacher)
+def test_step_weighs_labels_and_teacher(
+  run, start, descent, taught_step, teacher
+):
+  new, _ = taught_step(descent, tiny.batch(0), teacher_params=teacher)
   batch = jax.tree.map(jnp.asarray, tiny.batch(0))
 
   @jax.jit
@@ -265,12 +296,9 @@ def test_step_over_blocks_of_tokens_equals_the_whole(
     constants["teacher_params"] = run.init(1).params
 
   def stepped():
-    plain, update = (
-      run.step(is_mask_update, tx=tx, rules=[], **options)
-      for is_mask_update in (False, True)
-    )
-    program = plain.trace(state, batch, **constants).jaxpr.jaxpr
-    return program, update(state, batch, **constants)
+    step = run.step(False, tx=tx, rules=[], **options)
+    program = step.trace(state, batch, **constants).jaxpr.jaxpr
+    return program, step(state, batch, **constants)
 
   program, whole = stepped()
   per_device = 16 * tiny.LENGTH * tiny.VOCAB // jax.device_count()
@@ -285,11 +313,9 @@ def test_step_over_blocks_of_tokens_equals_the_whole(
     assert max(jaxprs.sizes(smaller)) < logits
 
 
-def test_step_prefers_usage_of_the_training_set(run, start):
-  tx = told_statistics()
+def test_step_prefers_usage_of_the_training_set(descent, steps):
   usage = np.linspace(0, 1, tiny.VOCAB, dtype=np.float32)
-  state = start._replace(opt_state={})
-  new, _ = run.step(True, tx=tx, rules=[])(state, tiny.batch(0), usage=usage)
+  new, _ = steps[True](descent, tiny.batch(0), usage=usage)
   stats = new.opt_state["stats"]
   np.testing.assert_array_equal(stats["embed/embedding"], usage)
 
@@ -338,11 +364,16 @@ def test_program_takes_the_options_of_a_step_from_its_config(run):
   assert program.options().accumulate == 4
 
 
-def train(run, state, devices, mesh_config, seeds):
+@pytest.fixture(scope="module")
+def mask_update(run):
+  """Returns the step with a mask update, traced once for all meshes."""
+  return run.step(is_mask_update=True)
+
+
+def train(step, state, devices, mesh_config, seeds):
   """Yields the state after each step, trained on a mesh of the devices."""
   mesh = sharding.make_mesh(mesh_config, devices)
   shardings = sharding.tree_shardings(mesh, state)
-  step = run.step(is_mask_update=True)
   for seed in seeds:
     state = jax.device_put(state, shardings)  # one program for all steps
     batch = sharding.put_batch(mesh, tiny.batch(seed))
@@ -351,9 +382,11 @@ def train(run, state, devices, mesh_config, seeds):
 
 
 @pytest.fixture(scope="module")
-def one_device(run, start):
+def one_device(mask_update, start):
   """Returns the states after eight steps, with mask updates at 0, 2, 4 and 6."""
-  return list(train(run, start, jax.devices()[:1], MeshConfig(), range(8)))
+  return list(
+    train(mask_update, start, jax.devices()[:1], MeshConfig(), range(8))
+  )
 
 
 @pytest.mark.parametrize(
@@ -364,9 +397,9 @@ def one_device(run, start):
   ],
 )
 def test_step_on_eight_devices_prunes_as_on_one(
-  run, start, one_device, mesh_config
+  mask_update, start, one_device, mesh_config
 ):
-  eight = train(run, start, jax.devices(), mesh_config, range(8))
+  eight = train(mask_update, start, jax.devices(), mesh_config, range(8))
   for (state, metrics), (expected, expected_metrics) in zip(
     eight, one_device, strict=True
   ):
@@ -387,26 +420,37 @@ def test_step_on_eight_devices_prunes_as_on_one(
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)
 
 
-def test_steps_run_programs_compiled_ahead_and_equal_train_step(caplog):
+@pytest.fixture(scope="module")
+def ahead():
+  """Returns the program of a run on two devices, and its `Steps`."""
   config = tiny.config()
   mesh = sharding.make_mesh(MeshConfig(2), jax.devices()[:2])
   program = step_lib.Program(
     shape_of(config), config, mesh, vocab_size=tiny.VOCAB, num_classes=0
   )
-  init = jax.jit(program.draw, out_shardings=program.state_shardings)
   program.mask_updates = range(1, 4, 2)
-  batches = [sharding.put_batch(mesh, tiny.batch(step)) for step in range(4)]
+  return program, step_lib.Steps(program)
+
+
+def first_state(program):
+  return jax.jit(program.draw, out_shardings=program.state_shardings)(0)
+
+
+def test_steps_run_programs_compiled_ahead_and_equal_train_step(ahead, caplog):
+  program, steps = ahead
+  batches = [
+    sharding.put_batch(program.mesh, tiny.batch(step)) for step in range(4)
+  ]
   plain, update = (
     program.step(is_mask_update=is_update) for is_update in (False, True)
   )
-  state, expected = init(0), []
+  state, expected = first_state(program), []
   for single, batch in zip((plain, update) * 2, batches, strict=True):
     state, metrics = single(state, batch)
     expected.append(jax.device_get((state, metrics)))
 
-  steps = step_lib.Steps(program)
   steps.compile_ahead(0, program.like, batches[0])
-  state = init(0)
+  state = first_state(program)
   with jax.log_compiles():  # of this thread
     for step, batch in enumerate(batches):
       state, metrics = steps(step, state, batch)
@@ -414,19 +458,12 @@ def test_steps_run_programs_compiled_ahead_and_equal_train_step(caplog):
   assert "compilation of jit(train_step)" not in caplog.text
 
 
-def test_steps_take_batches_of_other_lengths_than_compiled_ahead():
-  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  config = tiny.config()
-  program = step_lib.Program(
-    shape_of(config), config, mesh, vocab_size=tiny.VOCAB, num_classes=0
-  )
-  program.mask_updates = range(1, 2)
-  state = jax.jit(program.draw, out_shardings=program.state_shardings)(0)
-  steps = step_lib.Steps(program)
-  long = sharding.put_batch(mesh, tiny.batch(0))
-  state, _ = steps(0, state, long)
+def test_steps_take_batches_of_other_lengths_than_compiled_ahead(ahead):
+  program, steps = ahead
+  long = sharding.put_batch(program.mesh, tiny.batch(0))
+  state, _ = steps(0, first_state(program), long)
   short = {name: x[:, :4] for name, x in long.items()}
-  state, metrics = steps(1, state, short)
+  _, metrics = steps(1, state, short)
   assert metrics["selected"] > 0
 
 
@@ -480,23 +517,6 @@ def test_micro_batches_add_up_to_the_whole_batch():
     state.opt_state["stats"].pop("head/kernel", None)
   chex.assert_trees_all_close(parts, whole, rtol=5e-5, atol=1e-6)
   assert "blocks_0/mlp/up/kernel" in whole[0].opt_state["stats"]
-
-
-def told_statistics():
-  """Returns gradient descent that keeps the arguments of its update."""
-
-  def init(params):
-    del params
-    return {}
-
-  def update(
-    updates, state, params=None, *, stats, value, value_fn, **extra_args
-  ):
-    del state
-    told = {"stats": stats, "value": value, "again": value_fn(params)}
-    return jax.tree.map(jnp.negative, updates), told
-
-  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def test_scanned_layers_are_pruned_as_the_others():
