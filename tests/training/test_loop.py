@@ -1,6 +1,8 @@
 """Whole runs: train, stop, kill, damage, resume."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -24,7 +26,6 @@ from folding.data.batches import make_data
 from folding.errors import ConfigError, TrainingError
 from folding.model import Model
 from folding.models.shape import shape_of
-from folding.models.transformer import make_model
 from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
 from folding.typed import edited
@@ -33,7 +34,6 @@ from tests.training.conftest import (
   set_loss,
   tiny_config,
   warnings_of,
-  write_text,
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -101,12 +101,37 @@ def test_result_counts_stored_parameters(tiny_run, tiny_state):
   assert result["parameters"]["qkv"] == {"dense": 3 * 256, "stored": 144}
 
 
-def test_checkpoint_after_the_last_mask_update_may_be_the_best(tmp_path):
-  path = write_text(tmp_path / "text.txt")
-  config = edited(tiny_config(path), {"fpp.end": 0.4})
-  workdir = str(tmp_path / "run")
-  loop.run(config, workdir)
-  this, checkpoints = loop.open_run(workdir)
+@pytest.fixture(scope="module")
+def missed_run(text_file, tmp_path_factory):
+  """Returns (run directory, result, output) of a run that prunes too little.
+
+  Its mask updates are before the checkpoint at step 5.
+  """
+  config = edited(
+    tiny_config(text_file),
+    {
+      "fpp.embedding": 0.0,
+      "fpp.begin": 0.3,
+      "fpp.end": 0.4,
+      "fpp.checks": 1,
+      "fpp.score": "random",
+      "fpp.tolerance": 0.0,
+    },
+  )
+  workdir = tmp_path_factory.mktemp("runs") / "missed"
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    result = loop.run(config, str(workdir))
+  return workdir, result, out.getvalue()
+
+
+def test_run_that_misses_its_target_says_so(missed_run):
+  _, result, out = missed_run
+  assert result["is_at_target"] is False
+  assert "zero and not 69.92%: fpp.tolerance" in out
+
+
+def test_checkpoint_after_the_last_mask_update_may_be_the_best(missed_run):
+  this, checkpoints = loop.open_run(str(missed_run[0]))
   assert this.mask_updates.stop == 5
   with checkpoints:
     assert checkpoints.loss(5) is not None
@@ -133,10 +158,8 @@ def drawn(tiny_run):
   """Returns a model with the parameters that `tiny_run` drew, and its data."""
   config = config_lib.resolve(tiny_run[0])
   shape, data = shape_of(config), make_data(config)
-  module = make_model(shape, data.tokenizer.vocab_size)
-  tokens = np.zeros((1, config.data.length), np.int32)
-  drawn = jax.jit(module.init)(jax.random.key(config.seed), tokens)
-  return Model(shape, "lm", drawn["params"], data.tokenizer), data
+  params = loop.Run(shape, data, config).init().params
+  return Model(shape, "lm", params, data.tokenizer), data
 
 
 def test_model_in_memory_trains_as_the_run_of_its_config(
@@ -278,22 +301,6 @@ def test_run_tests_the_best_checkpoint_not_the_last(tiny_run, tmp_path):
   assert test["loss"] == this.evaluate(state.params, "test")["loss"]
 
 
-def test_run_that_misses_its_target_says_so(text_file, tmp_path, capsys):
-  config = edited(
-    tiny_config(text_file, eval_every=10),
-    {
-      "fpp.begin": 0.7,
-      "fpp.end": 0.8,
-      "fpp.checks": 1,
-      "fpp.score": "random",
-      "fpp.tolerance": 0.0,
-    },
-  )
-  result = loop.run(config, str(tmp_path / "run"))
-  assert result["is_at_target"] is False
-  assert "zero and not 69.97%: fpp.tolerance" in capsys.readouterr().out
-
-
 def test_compacted_keeps_the_arrays_of_single_weights(tiny_run):
   _, workdir, _ = tiny_run
   this, checkpoints = loop.open_run(str(workdir))
@@ -303,8 +310,14 @@ def test_compacted_keeps_the_arrays_of_single_weights(tiny_run):
   assert this.compacted(state, step) is None
 
 
+@pytest.fixture(scope="module")
+def dense(tiny_run):
+  """Returns the config of a run without mask updates."""
+  return dataclasses.replace(tiny_run[0], dense=True)
+
+
 def test_ctrl_c_while_the_log_opens_stops_at_the_first_step(
-  tiny_run, tmp_path, monkeypatch
+  dense, tmp_path, monkeypatch
 ):
   class Interrupted(loop.MetricsWriter):
     def __init__(self, *args):
@@ -312,22 +325,21 @@ def test_ctrl_c_while_the_log_opens_stops_at_the_first_step(
       super().__init__(*args)
 
   monkeypatch.setattr(loop, "MetricsWriter", Interrupted)
-  stopped = loop.run(tiny_run[0], str(tmp_path / "run"))
+  stopped = loop.run(dense, str(tmp_path / "run"))
   assert (stopped["finished"], stopped["steps"]) == (False, 0)
 
 
-def test_error_without_a_message_is_named(tiny_run, tmp_path, monkeypatch):
+def test_error_without_a_message_is_named(dense, tmp_path, monkeypatch):
   class Late(loop.MetricsWriter):
     def write(self, record):
       raise TimeoutError
 
   monkeypatch.setattr(loop, "MetricsWriter", Late)
   with pytest.raises(TrainingError, match="TimeoutError; intact"):
-    loop.run(tiny_run[0], str(tmp_path / "run"))
+    loop.run(dense, str(tmp_path / "run"))
 
 
-def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
-  config, _, _ = tiny_run
+def test_non_finite_loss_stops_with_its_step(dense, tmp_path, monkeypatch):
   init = loop.Run.init
 
   def nan_init(self, params=None):
@@ -342,12 +354,11 @@ def test_non_finite_loss_stops_with_its_step(tiny_run, tmp_path, monkeypatch):
   with pytest.raises(
     TrainingError, match=r"loss is \w+ at step \d+; intact checkpoints: none"
   ):
-    loop.run(config, str(tmp_path / "run"))
+    loop.run(dense, str(tmp_path / "run"))
   assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_failed_save_stops_with_its_cause(tiny_run, tmp_path, monkeypatch):
-  config, _, _ = tiny_run
+def test_failed_save_stops_with_its_cause(dense, tmp_path, monkeypatch):
   path = "/quota/" + "long/" * 60
 
   def save(*args):
@@ -359,7 +370,7 @@ def test_failed_save_stops_with_its_cause(tiny_run, tmp_path, monkeypatch):
   with pytest.raises(
     TrainingError, match=r"cannot write to \S+: Disk quota exceeded \[122\]; "
   ):
-    loop.run(config, str(tmp_path / "run"))
+    loop.run(dense, str(tmp_path / "run"))
 
 
 def test_other_config_is_refused_with_its_field(tiny_run):
