@@ -420,49 +420,33 @@ def test_step_on_eight_devices_prunes_as_on_one(
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def ahead():
-  """Returns the program of a run on two devices, and its `Steps`."""
+def test_steps_run_programs_compiled_ahead_and_equal_train_step(caplog):
   config = tiny.config()
   mesh = sharding.make_mesh(MeshConfig(2), jax.devices()[:2])
   program = step_lib.Program(
     shape_of(config), config, mesh, vocab_size=tiny.VOCAB, num_classes=0
   )
+  init = jax.jit(program.draw, out_shardings=program.state_shardings)
   program.mask_updates = range(1, 4, 2)
-  return program, step_lib.Steps(program)
-
-
-def first_state(program):
-  return jax.jit(program.draw, out_shardings=program.state_shardings)(0)
-
-
-def test_steps_run_programs_compiled_ahead_and_equal_train_step(ahead, caplog):
-  program, steps = ahead
-  batches = [
-    sharding.put_batch(program.mesh, tiny.batch(step)) for step in range(4)
-  ]
+  batches = [sharding.put_batch(mesh, tiny.batch(step)) for step in range(4)]
   plain, update = (
     program.step(is_mask_update=is_update) for is_update in (False, True)
   )
-  state, expected = first_state(program), []
+  state, expected = init(0), []
   for single, batch in zip((plain, update) * 2, batches, strict=True):
     state, metrics = single(state, batch)
     expected.append(jax.device_get((state, metrics)))
 
+  steps = step_lib.Steps(program)
   steps.compile_ahead(0, program.like, batches[0])
-  state = first_state(program)
+  state = init(0)
   with jax.log_compiles():  # of this thread
     for step, batch in enumerate(batches):
       state, metrics = steps(step, state, batch)
       chex.assert_trees_all_equal((state, metrics), expected[step])
   assert "compilation of jit(train_step)" not in caplog.text
-
-
-def test_steps_take_batches_of_other_lengths_than_compiled_ahead(ahead):
-  program, steps = ahead
-  long = sharding.put_batch(program.mesh, tiny.batch(0))
-  state, _ = steps(0, first_state(program), long)
-  short = {name: x[:, :4] for name, x in long.items()}
+  # A batch of another length compiles a program of its own.
+  short = {name: x[:, :4] for name, x in batches[1].items()}
   _, metrics = steps(1, state, short)
   assert metrics["selected"] > 0
 
