@@ -296,9 +296,12 @@ def test_step_over_blocks_of_tokens_equals_the_whole(
     constants["teacher_params"] = run.init(1).params
 
   def stepped():
-    step = run.step(False, tx=tx, rules=[], **options)
-    program = step.trace(state, batch, **constants).jaxpr.jaxpr
-    return program, step(state, batch, **constants)
+    plain, update = (
+      run.step(is_mask_update, tx=tx, rules=[], **options)
+      for is_mask_update in (False, True)
+    )
+    program = plain.trace(state, batch, **constants).jaxpr.jaxpr
+    return program, update(state, batch, **constants)
 
   program, whole = stepped()
   per_device = 16 * tiny.LENGTH * tiny.VOCAB // jax.device_count()
