@@ -15,7 +15,6 @@ from folding.config import gpt2 as gpt2_config
 from folding.models.attention import rope_frequencies
 from folding.models.shape import shape_of
 from folding.models.transformer import make_model
-from tests import transforms_battery as battery
 
 _TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, size=(2, 6)))
 # N 1, D 16, H 4, K 4.
@@ -26,7 +25,8 @@ def _random_like(shapes, seed=0):
   """Returns random values everywhere, so that no bias or scale is trivial."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.4), s.dtype), shapes
+    lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.4).astype(s.dtype)),
+    shapes,
   )
 
 
@@ -45,7 +45,7 @@ _JITTED = {}  # the dense baseline of many cases is the same model
 
 
 def _logits(model, params):
-  apply = _JITTED.setdefault(repr(model), battery.jit(model.apply))
+  apply = _JITTED.setdefault(repr(model), jax.jit(model.apply))
   return np.asarray(apply({"params": params}, _TOKENS))
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from folding.compression.fpp import fpp, fpp_counts
 from folding.compression.sites import Rule
-from tests import transforms_battery as battery
 from tests.compression.fpp_cases import (
   NEURONS,
   WEIGHTS,
@@ -207,27 +206,27 @@ def test_fpp_equals_a_loop_over_units(name):
   params = random_params()
   loop = Loop(params, rules, options)
   tx = fpp(_sgd(), rules, **options)
-  update, state = battery.jit(tx.update), tx.init(params)
+
+  @jax.jit
+  def step_fn(params, state, grads, stats):
+    updates, state = tx.update(grads, state, params, stats=stats)
+    params = optax.apply_updates(params, updates)
+    return params, state, fpp_counts(rules, state, params)
+
+  state = tx.init(params)
   num_thawed, previous = 0, {}
   for step in range(15):
     grads = {n: gradient(step, n, w.shape) for n, w in params.items()}
     stats = statistics(step)
-    updates, state = update(
-      {n: jnp.asarray(g) for n, g in grads.items()},
-      state,
-      params,
-      stats={n: jnp.asarray(s) for n, s in stats.items()},
-    )
-    params = optax.apply_updates(params, updates)
+    params, state, counts = step_fn(params, state, grads, stats)
     loop.step(step, grads, stats)
-    for n, w in params.items():
+    for n, w in jax.device_get(params).items():
       np.testing.assert_array_equal(w == 0, loop.p[n] == 0, f"{n} at {step}")
       np.testing.assert_allclose(w, loop.p[n], rtol=1e-4, atol=1e-5)
     for n in state.suspected:
       frozen = loop.frozen(n)
       num_thawed += np.sum(previous.get(n, frozen) & ~frozen)
       previous[n] = frozen
-    counts = fpp_counts(rules, state, params)
     selected = {n for _, _, units in loop.sites for u in units for n, _ in u}
     num_frozen = sum(loop.frozen(n).sum() for n in selected)
     num_zero = sum(np.sum(loop.p[n] == 0) for n in selected)
@@ -296,18 +295,20 @@ def test_fpp_sparsity_follows_the_ramp_and_never_exceeds_it(target, patience):
     patience=patience,
     score="magnitude",
   )
-  update, state = battery.jit(tx.update), tx.init(params)
-  exact = fractions.Fraction(str(target))
+
+  @jax.jit
+  def step_fn(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state, exact = tx.init(params), fractions.Fraction(str(target))
   for step in range(27):
-    grads = {
-      n: jnp.asarray(gradient(step, n, w.shape)) for n, w in params.items()
-    }
-    updates, state = update(grads, state, params)
-    params = optax.apply_updates(params, updates)
+    grads = {n: gradient(step, n, w.shape) for n, w in params.items()}
+    params, state = step_fn(params, state, grads)
     t = fractions.Fraction(max(0, min(5, (step - begin) // every)), 5)
     q = exact * (1 - (1 - t) ** 3)
     for n, size in sizes.items():
-      num_zero = int(np.sum(params[n] == 0))
+      num_zero = np.sum(np.asarray(params[n]) == 0)
       assert num_zero <= math.floor(q * size)
       if patience == 0 or step >= end:
         assert num_zero == math.floor(q * size)
@@ -334,7 +335,7 @@ def test_fpp_counts_of_micro_batches_that_end_early_are_not_done():
   tx = optax.MultiSteps(
     fpp(optax.sgd(0.0), rules, begin=0, end=20, every=5, score="magnitude"), 4
   )
-  update, state = battery.jit(tx.update), tx.init(params)
+  update, state = jax.jit(tx.update), tx.init(params)
   for _ in range(40):
     updates, state = update(params, state, params)
     params = optax.apply_updates(params, updates)
@@ -350,7 +351,7 @@ def test_fpp_does_not_prefer_trainable_zeros(score):
   tx = fpp(
     optax.sgd(0.0), [Rule("w", 0.5)], begin=1, end=1, every=1, score=score
   )
-  state, update = tx.init(params), battery.jit(tx.update)
+  state, update = tx.init(params), jax.jit(tx.update)
   # With these gradients, movement prefers the second half.
   grads = {"w": jnp.ones(100)}
   for _ in range(2):

@@ -10,7 +10,6 @@ from jax.experimental import checkify
 
 from folding.compression.fpp import fpp, fpp_counts
 from folding.compression.sites import Rule
-from tests import transforms_battery as battery
 from tests.compression.fpp_cases import WEIGHTS, random_params, separable
 
 # ---------------------------------------------------------------------------
@@ -20,7 +19,7 @@ from tests.compression.fpp_cases import WEIGHTS, random_params, separable
 def _history(tx, params, steps=14, outside=None):
   """Returns params before the first and after every step, and the states."""
 
-  @battery.jit
+  @jax.jit
   def step_fn(params, state, step):
     updates, state = tx.update(separable(params, step), state, params)
     if outside is not None:
@@ -88,7 +87,7 @@ def test_masks_come_from_float32_parameters_of_a_bfloat16_model():
   )
   x = jnp.ones((2, 8), jnp.bfloat16)
 
-  @battery.jit
+  @jax.jit
   def step(params, state):
     grads = jax.grad(lambda p: jnp.sum(x @ p["w"].astype(x.dtype)))(params)
     updates, _ = tx.update(grads, state, params)
@@ -137,7 +136,7 @@ def _clipped_update(clip_inside):
   grads = {"w": jnp.where(params["w"] < 3, 1e3, 1.0), "b": jnp.ones(3)}
   inner = optax.chain(clip, optax.sgd(1.0)) if clip_inside else optax.sgd(1.0)
   tx = fpp(inner, [Rule("w", 0.5)], **options)
-  update, state = battery.jit(tx.update), tx.init(params)
+  update, state = jax.jit(tx.update), tx.init(params)
   # Two steps without a gradient. The second mask update freezes
   # floor(0.29 * 4) = 1 unit, the third 2, which have the large gradients.
   for _ in range(2):
@@ -177,7 +176,7 @@ def _zeroed(value_fn, *, tolerance, value=None, size=20):
     score="magnitude",
     tolerance=tolerance,
   )
-  update = battery.jit(tx.update, static_argnames="value_fn")
+  update = jax.jit(tx.update, static_argnames="value_fn")
   updates, state = update(
     params, tx.init(params), params, value=value, value_fn=value_fn
   )
@@ -239,7 +238,7 @@ def test_verification_halves_only_the_candidates():
     # The first zeros do no harm; of the later ones only one half do not.
     return jnp.sum(params["w"][11:] == 0).astype(jnp.float32)
 
-  update = battery.jit(tx.update, static_argnames="value_fn")
+  update = jax.jit(tx.update, static_argnames="value_fn")
   state, zeros = tx.init(params), []
   for _ in range(3):
     updates, state = update(params, state, params, value_fn=value_fn)
@@ -262,7 +261,7 @@ def test_fpp_inside_fpp_gets_the_statistics():
   outer = fpp(
     inner, [Rule("embed", 0.5)], begin=1, end=1, every=1, score="magnitude"
   )
-  state, update = outer.init(params), battery.jit(outer.update)
+  state, update = outer.init(params), jax.jit(outer.update)
   size = jnp.array([9.0, 9, 9, 9, 1e-4, 1e-4, 1e-4, 1e-4])
   for step in range(2):
     updates, state = update(
@@ -293,7 +292,7 @@ def test_gradients_of_a_skipped_step_change_no_average(where):
   bad = {"w": jnp.asarray(_HUGE), "b": jnp.full(1, jnp.nan)}
   if where == "own":
     bad = {"w": bad["w"].at[3].set(jnp.inf), "b": jnp.ones(1)}
-  state, update = tx.init(params), battery.jit(tx.update)
+  state, update = tx.init(params), jax.jit(tx.update)
   for step in range(14):
     updates, state = update(bad if step == 3 else grads, state, params)
     params = optax.apply_updates(params, updates)
@@ -350,7 +349,7 @@ def test_a_site_without_evidence_is_not_pruned(score, evidence):
   def check(params, state):
     debug.update(grads, state, params, stats=stats)
 
-  update, checked = battery.jit(step), battery.jit(checkify.checkify(check))
+  update, checked = jax.jit(step), jax.jit(checkify.checkify(check))
   state = tx.init(params)
   with _warned("nothing is pruned in w,"):
     for _ in range(4):
@@ -375,7 +374,7 @@ def test_a_site_whose_gradients_end_keeps_its_masks():
     decay=0.0,  # the average is the last product
     warn=False,
   )
-  state, update, masks = tx.init(params), battery.jit(tx.update), []
+  state, update, masks = tx.init(params), jax.jit(tx.update), []
   for scale in (1.0, 1.0, 1.0, 0.0, 0.0):
     grads = {"w": jnp.full(8, scale)}
     updates, state = update(grads, state, params)
@@ -431,7 +430,7 @@ def test_zeros_that_a_later_transform_undoes_are_counted(
   def check(params, state):
     debug.update(params, state, params)
 
-  update, checked = battery.jit(step), battery.jit(checkify.checkify(check))
+  update, checked = jax.jit(step), jax.jit(checkify.checkify(check))
   state, messages = tx.init(params), []
   with _warned("fpp: pruned units are not zero any more" if undone else None):
     for _ in range(5):
@@ -453,7 +452,7 @@ def test_zeros_of_the_last_mask_update_that_are_undone_give_a_warning():
     optax.scale_by_learning_rate(0.1),
   )
   params = {"w": jnp.arange(1.0, 9.0)}
-  update, state = battery.jit(tx.update), tx.init(params)
+  update, state = jax.jit(tx.update), tx.init(params)
 
   def step(params, state):
     updates, state = update(params, state, params)
@@ -480,7 +479,7 @@ def test_warnings_under_vmap_are_those_of_the_single_runs():
     return params
 
   params = {"w": jnp.arange(1.0, 17.0).reshape(2, 8)}
-  runs = battery.jit(jax.vmap(run))
+  runs = jax.jit(jax.vmap(run))
   with _warned(None):
     pruned = runs(params, jnp.ones(2))
   np.testing.assert_array_equal(np.sum(pruned["w"] == 0, axis=1), [4, 4])
@@ -508,7 +507,7 @@ def test_statistics_of_a_skipped_step_change_no_average(bad):
     "statistic": (ones, jnp.asarray(_HUGE).at[3].set(jnp.inf)),
     "negative": (ones, jnp.asarray(_HUGE).at[3].set(-1.0)),
   }[bad]
-  state, update = tx.init(params), battery.jit(tx.update)
+  state, update = tx.init(params), jax.jit(tx.update)
   for step in range(14):
     g, s = (bad_grads, bad_stats) if step in (0, 3) else (ones, stats)
     updates, state = update(g, state, params, stats={"w": s})

@@ -153,7 +153,7 @@ def test_a_rule_that_ranks_stacked_layers_together_gives_a_warning(layers):
   message = pytest.warns(UserWarning, match=r"stack 2 layers.*layers=0\)")
   with contextlib.nullcontext() if layers == 0 else message:
     state = tx.init(params)
-  updates, _ = battery.jit(tx.update)(params, state, params)
+  updates, _ = jax.jit(tx.update)(params, state, params)
   zeros = np.sum(updates["kernel"] == -params["kernel"], axis=(1, 2))
   assert zeros.tolist() == ([8, 8] if layers == 0 else [16, 0])
 
