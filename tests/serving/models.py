@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from folding.models.transformer import make_model
 WORDS = "the cat sat on a mat and dog ran to old red barn".split()
 LABELS = ("bad", "so so", "gut äh")
 OUTPUTS = {"classify": LABELS, "multilabel": LABELS, "regress": ("score",)}
-_JITTED: dict[str, Any] = {}
+_JITTED: dict[str, Callable[..., Any]] = {}
 SHAPE = {"num_layers": 2, "width": 16, "num_heads": 4, "mlp_width": 24}
 
 
@@ -96,9 +98,13 @@ def logits(loaded: Model, text: str) -> np.ndarray:
   [ids] = loaded.tokenizer.encode_batch([text], loaded.config.data.length)
   if not ids.size:
     ids = np.array([loaded.tokenizer.end_id])
-  model = loaded.module
-  apply = _JITTED.setdefault(repr(model), jax.jit(model.apply))
-  return np.asarray(apply({"params": loaded.params}, jnp.asarray(ids[None])))[0]
+  variables, tokens = {"params": loaded.params}, jnp.asarray(ids[None])
+  return np.asarray(jitted(loaded.module)(variables, tokens))[0]
+
+
+def jitted(module: nn.Module) -> Callable[..., Any]:
+  """Returns `module.apply` as one jitted function for all equal modules."""
+  return _JITTED.setdefault(repr(module), jax.jit(module.apply))
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:

@@ -303,15 +303,16 @@ def test_invalid_prompt_is_refused(one, generator, prompts, count, message):
 
 def test_cache_of_a_layer_with_a_window_has_its_slots_alone():
   model = _make("rope_window")
-  state = generate.prefill(
-    model.module,
+  prefill = functools.partial(
+    generate.prefill, model.module, states=None, num_slots=32
+  )
+  state = jax.eval_shape(
+    prefill,
     model.params,
     jnp.ones((1, 8), jnp.int32),
     jnp.zeros(1, jnp.int32),
-    states=None,
     draw=sampling_lib.make_draw(Sampling(), model.num_rows),
     num_new=jnp.int32(0),
-    num_slots=32,
   )
   assert state.caches[0].k.shape[2] == 5
 

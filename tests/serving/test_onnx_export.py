@@ -139,6 +139,24 @@ def start():
 
 
 @pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """Returns a function that makes a case once: its model and exported folder."""
+
+  @functools.cache
+  def export(name):
+    model, folder = _CASES[name](), tmp_path_factory.mktemp(name) / "out"
+    onnx_export.export_onnx(folder, model)
+    return model, folder
+
+  return export
+
+
+@functools.cache
+def _generator(module):
+  return generate.Generator(module)
+
+
+@pytest.fixture(scope="module")
 def openvino():
   return pytest.importorskip("openvino", reason="needs the extra `parity`")
 
@@ -152,15 +170,14 @@ def _batch(num_tokens, length=17):
 
 def _logits(model, tokens, mask):
   tokens = getattr(model.tokenizer, "token_map", np.arange(21))[tokens]
-  apply = jax.jit(model.module.apply)
+  apply = models.jitted(model.module)
   return np.asarray(apply({"params": model.params}, tokens, mask))
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_program_computes_the_model_in_any_shape(start, name, tmp_path):
-  model = _CASES[name]()
-  onnx_export.export_onnx(tmp_path / "out", model)
-  run = start(tmp_path / "out")
+def test_program_computes_the_model_in_any_shape(start, exported, name):
+  model, folder = exported(name)
+  run = start(folder)
   tokens, mask = _batch(model.tokenizer.plain_size)
   expected = _logits(model, tokens, mask)
   found, *_ = run(tokens, mask)
@@ -179,13 +196,10 @@ def test_program_computes_the_model_in_any_shape(start, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_openvino_computes_the_program(openvino, name, tmp_path):
-  model = _CASES[name]()
-  onnx_export.export_onnx(tmp_path / "out", model)
+def test_openvino_computes_the_program(openvino, exported, name):
+  model, folder = exported(name)
   read = openvino.Core().compile_model(
-    tmp_path / "out" / "model.onnx",
-    "CPU",
-    {"INFERENCE_PRECISION_HINT": "f32"},
+    folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
   )
   tokens, mask = _batch(model.tokenizer.plain_size)
   inputs = {"input_ids": tokens, "attention_mask": mask.astype(np.int64)}
@@ -201,10 +215,9 @@ def test_openvino_computes_the_program(openvino, name, tmp_path):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", _DECODERS)
-def test_cache_continues_padded_prompts(start, name, side, tmp_path):
-  model = _CASES[name]()
-  onnx_export.export_onnx(tmp_path / "out", model)
-  run = start(tmp_path / "out")
+def test_cache_continues_padded_prompts(start, exported, name, side):
+  model, folder = exported(name)
+  run = start(folder)
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, model.num_rows, size) for size in (9, 1, 6)]
   tokens, start_B = generate.pad_left(prompts, 9)
@@ -224,11 +237,11 @@ def test_cache_continues_padded_prompts(start, name, side, tmp_path):
     step, *past = run(logits_BV.argmax(-1)[:, None], mask, past=past)
     logits_BV = step[:, 0]
   found = np.stack(found, axis=1)
-  decode = generate.Generator(model.module)
+  decode = _generator(model.module)
   new = decode(model.params, prompts, max_new_tokens=7)
   assert found.argmax(-1).tolist() == [ids.tolist() for ids in new]
   rows = list(map(np.concatenate, zip(prompts, new, strict=True)))
-  whole = np.stack([np.pad(ids, (0, 16 - len(ids))) for ids in rows])
+  whole = np.stack([np.pad(ids, (0, 17 - len(ids))) for ids in rows])
   expected = _logits(model, whole, np.ones_like(whole, bool))
   after = size - 1 + np.arange(7)
   np.testing.assert_allclose(
@@ -237,10 +250,9 @@ def test_cache_continues_padded_prompts(start, name, side, tmp_path):
 
 
 @pytest.mark.parametrize("name", _DECODERS)
-def test_cache_is_as_large_as_here(start, name, tmp_path):
-  model = _CASES[name]()
-  onnx_export.export_onnx(tmp_path / "out", model)
-  _, *past = start(tmp_path / "out")(*_batch(model.num_rows))
+def test_cache_is_as_large_as_here(start, exported, name):
+  model, folder = exported(name)
+  _, *past = start(folder)(*_batch(model.num_rows))
   prefill = functools.partial(model.module.apply, method="prefill")
   inputs = jnp.zeros((3, 17), jnp.int32), jnp.zeros(3, jnp.int32)
   _, caches = jax.eval_shape(prefill, {"params": model.params}, *inputs)
