@@ -33,8 +33,9 @@ _EDITS = {
   "fpp.granularity": "weight",
   "fpp.embedding_granularity": "weight",
   "fpp.checks": 1,
-  "train.steps": 2,
-  "train.eval_every": 2,
+  "distill.hidden": 0.0,
+  "train.steps": 1,
+  "train.eval_every": 1,
   "train.tensorboard": False,
 }
 
