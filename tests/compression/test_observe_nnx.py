@@ -16,6 +16,10 @@ _HEADS = "...d,hde->...he"  # a kernel per head: [heads, in, out]
 _MERGE = "bthe,hef->btf"
 
 
+def _normal(shape):
+  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
 class LinenNet(nn.Module):
   """One of each layer; a dense layer is called twice."""
 
@@ -53,7 +57,7 @@ class NNXNet(nnx.Module):
 
 def _twins():
   """Returns a Linen apply, its parameters, and the NNX module with these."""
-  model, linen = NNXNet(nnx.Rngs(0)), LinenNet()
+  model, linen = nnx.jit(lambda: NNXNet(nnx.Rngs(0)))(), LinenNet()
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   return linen.apply, params, model
 
@@ -126,7 +130,7 @@ def test_observe_sees_the_base_of_lora_and_a_tied_layer_once():
     def __call__(self, x):
       return self.tied(self.b(self.a(x)))
 
-  model, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (6, 4))
+  model, x = Net(nnx.Rngs(0)), _normal((6, 4))
   _, stats = observe(model)(x)
   inside = model.b(model.a(x))
   both = (np.mean(x**2, 0) + np.mean(inside**2, 0)) / 2
@@ -146,7 +150,7 @@ def test_observe_applies_keep_to_layers_with_its_tokens():
         self.up(x).reshape(2, 3, 2, 6).mean(2)
       )  # half the tokens
 
-  model, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 6, 4))
+  model, x = Net(nnx.Rngs(0)), _normal((2, 6, 4))
   keep = np.array([[True] * 6, [True] * 2 + [False] * 4])
   _, stats = observe(model)(x, keep=keep)
   pooled = np.float64(model.up(x)).reshape(2, 3, 2, 6).mean(2)
@@ -170,7 +174,7 @@ class Scaled(nnx.Module):
 
 
 def test_observe_of_nnx_takes_further_classes():
-  layer, x = Scaled(nnx.Rngs(0)), jnp.arange(24.0).reshape(4, 3, 2)
+  layer, x = Scaled(nnx.Rngs(0)), _normal((4, 3, 2))
   assert observe(layer)(x)[1] == {}
   _, stats = observe(layer, dense=[Scaled])(x)
   np.testing.assert_allclose(stats["kernel"], np.mean(x**2, (0, 2)), rtol=1e-6)
@@ -181,7 +185,7 @@ class Inheriting(Scaled):
 
 
 def test_observe_of_nnx_takes_a_class_that_inherits_its_call():
-  layer, x = Inheriting(nnx.Rngs(0)), jnp.arange(24.0).reshape(4, 3, 2)
+  layer, x = Inheriting(nnx.Rngs(0)), _normal((4, 3, 2))
   _, stats = observe(layer, dense=[Inheriting])(x)
   np.testing.assert_allclose(stats["kernel"], np.mean(x**2, (0, 2)), rtol=1e-6)
 
@@ -195,7 +199,7 @@ def test_observe_takes_a_method_of_an_nnx_module():
     def encode(self, x):
       return self.up(x)
 
-  model, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (5, 4))
+  model, x = Net(nnx.Rngs(0)), _normal((5, 4))
   out, stats = observe(model.encode)(x)
   np.testing.assert_array_equal(out, model.up(x))
   assert set(stats) == {"up/kernel"}  # `down` was not called
@@ -210,7 +214,7 @@ def test_observe_of_nnx_skips_layers_with_batch_axes():
 
 @pytest.mark.parametrize("how", ["position", "keyword"])
 def test_observe_prefers_the_equation_of_a_call(how):
-  x = jax.random.normal(jax.random.key(0), (4, 4))
+  x = _normal((4, 4))
   turned = "db,df->bf"
   layer = nnx.Einsum("bd,df->bf", (4, 3), rngs=nnx.Rngs(0))
   if how == "position":
@@ -229,7 +233,7 @@ def test_observe_reads_the_equation_of_a_linen_call():
 
 
 def test_observe_takes_a_linen_convolution_with_an_int_as_size():
-  layer, x = nn.Conv(4, 3), jax.random.normal(jax.random.key(0), (2, 5, 6))
+  layer, x = nn.Conv(4, 3), _normal((2, 5, 6))
   _, stats = observe(layer.apply)(layer.init(jax.random.key(1), x), x)
   assert stats["kernel"].shape == (3, 6)
 
@@ -280,10 +284,8 @@ class Stack(nnx.Module):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_observe_of_nnx_scan_equals_separate_layers(axis):
-  model, x = (
-    Stack(axis, nnx.Rngs(0)),
-    jax.random.normal(jax.random.key(0), (5, 4)),
-  )
+  model = nnx.jit(lambda: Stack(axis, nnx.Rngs(0)))()
+  x = _normal((5, 4))
 
   @nnx.jit
   def step(model, x):
@@ -294,7 +296,7 @@ def test_observe_of_nnx_scan_equals_separate_layers(axis):
     return nnx.grad(loss, has_aux=True)(model)
 
   grads, stats = step(model, x)
-  leaves = paths.flatten(nnx.state(model, nnx.Param))
+  leaves = jax.device_get(paths.flatten(nnx.state(model, nnx.Param)))
   assert paths.flatten(grads).keys() == leaves.keys()
   assert set(stats) == {"layers/up/kernel", "layers/down/kernel"}
   graphdef, state = nnx.split(Block(nnx.Rngs(0)))
@@ -314,14 +316,14 @@ def test_observe_returns_statistics_of_linen_vmap():
     variable_axes={"params": 0, "observed": 0},
     split_rngs={"params": True},
   )(5)
-  x = jax.random.normal(jax.random.key(0), (3, 6, 4))
+  x = _normal((3, 6, 4))
   variables = jax.jit(heads.init)(jax.random.key(1), x)
   _, stats = observe(heads.apply)(variables, x)
   np.testing.assert_allclose(stats["kernel"], np.mean(x**2, 1), rtol=1e-6)
 
 
 def test_statistics_of_named_inputs_equal_those_of_observe():
-  x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+  x = _normal((2, 5, 4))
   layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
   _, expected = observe(layer)(x, keep=_KEEP)
   found = statistics({"kernel": x}, keep=jnp.asarray(_KEEP))

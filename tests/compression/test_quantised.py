@@ -32,7 +32,7 @@ def model():
     )
   )
   module = folding.make_model(folding.shape_of(config), vocab_size=50)
-  tokens = jax.random.randint(jax.random.key(0), (4, 16), 0, 50)
+  tokens = np.random.default_rng(0).integers(0, 50, (4, 16))
   params = jax.jit(module.init)(jax.random.key(1), tokens)["params"]
   rng = np.random.default_rng(2)
 

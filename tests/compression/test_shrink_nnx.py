@@ -188,7 +188,9 @@ def test_set_sizes_makes_the_attributes_of_a_smaller_layer(name):
       if isinstance(value, int | tuple)
     }
 
-  whole, small = (_LAYERS[name](n, nnx.Rngs(0)) for n in (8, 4))
+  whole, small = (
+    nnx.eval_shape(lambda n=n: _LAYERS[name](n, nnx.Rngs(0))) for n in (8, 4)
+  )
   assert sizes(whole) != sizes(small)
   params = nnx.to_flat_state(nnx.state(small, nnx.Param))
   set_sizes(whole, {"/".join(path): w.shape for path, w in params})

@@ -15,8 +15,11 @@ D = H * K
 
 def normal(seed, *shape):
   """Returns float32 normal numbers."""
-  x = np.random.default_rng(seed).normal(size=shape)
-  return jnp.asarray(x, jnp.float32)
+  return jnp.asarray(_normal(seed, *shape))
+
+
+def _normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def make_layer(fold=None, **fields):
@@ -40,5 +43,5 @@ def randomized(module, scale=1.0):
   x = jnp.zeros((1, 6, D))
   shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
   leaves, tree = jax.tree.flatten(shapes)
-  values = [scale * normal(n, *leaf.shape) for n, leaf in enumerate(leaves)]
-  return jax.tree.unflatten(tree, values)
+  values = [scale * _normal(n, *leaf.shape) for n, leaf in enumerate(leaves)]
+  return jax.tree.unflatten(tree, list(map(jnp.asarray, values)))

@@ -28,9 +28,9 @@ def results(module, params, x, keep, size, queries=L):
     size: Most positions of a block of the loops; with L there are none.
     queries: Most queries of an unrolled block.
   """
-  cotangent = normal(8, B, L, D)
+  cotangent = np.asarray(normal(8, B, L, D))
   if keep is not None:  # no other row has an effect on a model's loss
-    cotangent = jnp.where(keep[..., None], cotangent, 0)
+    cotangent = np.where(keep[..., None], cotangent, 0)
 
   def output(params, x):
     out = module.apply({"params": params}, x, keep)
@@ -44,7 +44,7 @@ def results(module, params, x, keep, size, queries=L):
     (_, out), gradients = program.lower().compile()(params, x)
   loops = str(program.jaxpr).count("scan[")
   assert bool(loops) == (size < L)
-  return {"out": out * (cotangent != 0), "gradients": gradients}
+  return {"out": np.asarray(out) * (cotangent != 0), "gradients": gradients}
 
 
 ONE = {"groups": 1, "values": "diagonal"}

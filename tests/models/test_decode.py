@@ -88,8 +88,8 @@ def _make(build, fold, fields):
   rng = np.random.default_rng(0)
   leaves, tree = jax.tree.flatten(shapes)
   # With RoPE by pairs the frequencies are parameters; any values will do.
-  values = [jnp.asarray(0.5 * rng.normal(size=x.shape), "f4") for x in leaves]
-  return model, jax.tree.unflatten(tree, values)
+  values = [np.float32(0.5 * rng.normal(size=x.shape)) for x in leaves]
+  return model, jax.tree.unflatten(tree, list(map(jnp.asarray, values)))
 
 
 def _texts():

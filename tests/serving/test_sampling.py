@@ -10,6 +10,8 @@ from folding.serving import sampling as sampling_lib
 from folding.serving.sampling import Sampling
 
 V = 12
+_kept, _choose = jax.jit(sampling_lib.kept), jax.jit(sampling_lib.choose)
+_noise = jax.jit(sampling_lib.noise, static_argnums=(2, 3))
 
 
 def _logits(batch, seed=0):
@@ -36,7 +38,7 @@ def kept_by_oracle(logits, top_k, top_p):
 def test_top_k_and_top_p_keep_what_the_oracle_keeps(top_k, top_p):
   logits_BV = _logits(20)
   draw = sampling_lib.make_draw(Sampling(1.0, top_k, top_p), V)
-  found = sampling_lib.kept(jnp.asarray(logits_BV), draw.top_k, draw.top_p)
+  found = _kept(jnp.asarray(logits_BV), draw.top_k, draw.top_p)
   assert [set(np.flatnonzero(row)) for row in np.asarray(found)] == [
     kept_by_oracle(row, top_k, top_p) for row in logits_BV
   ]
@@ -45,7 +47,7 @@ def test_top_k_and_top_p_keep_what_the_oracle_keeps(top_k, top_p):
 def test_likeliest_token_stays_if_top_p_rounds_to_zero():
   draw = sampling_lib.make_draw(Sampling(1.0, top_p=1e-50), V)
   logits_BV = _logits(20)
-  found = sampling_lib.kept(jnp.asarray(logits_BV), draw.top_k, draw.top_p)
+  found = _kept(jnp.asarray(logits_BV), draw.top_k, draw.top_p)
   best_BV = np.arange(V) == logits_BV.argmax(axis=-1)[:, None]
   np.testing.assert_array_equal(found, best_BV)
 
@@ -53,17 +55,17 @@ def test_likeliest_token_stays_if_top_p_rounds_to_zero():
 def test_top_p_that_is_reached_exactly_needs_no_more():
   halves = jnp.log(jnp.asarray([[2.0, 1.0, 1.0]]))
   assert jax.nn.softmax(halves)[0, 0] == 0.5
-  found = sampling_lib.kept(halves, jnp.int32(3), jnp.float32(0.5))
+  found = _kept(halves, jnp.int32(3), jnp.float32(0.5))
   np.testing.assert_array_equal(found, [[True, False, False]])
 
 
 def test_ties_stay_and_top_p_of_1_keeps_all():
   tied = jnp.asarray([[1.0, 3.0, 1.0, 0.0]])
-  found = sampling_lib.kept(tied, jnp.int32(2), jnp.float32(1))
+  found = _kept(tied, jnp.int32(2), jnp.float32(1))
   np.testing.assert_array_equal(found, [[True, True, True, False]])
   # In float32 the first one's probability is 1 already.
   steep = jnp.asarray([[30.0, 0.0, 0.0]])
-  assert sampling_lib.kept(steep, jnp.int32(3), jnp.float32(1)).all()
+  assert _kept(steep, jnp.int32(3), jnp.float32(1)).all()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_ties_stay_and_top_p_of_1_keeps_all():
 def test_row_with_nan_has_no_token(sampling):
   logits_BV = _logits(3)
   draw = sampling_lib.make_draw(sampling, V)
-  choose = functools.partial(sampling_lib.choose, draw)
+  choose = functools.partial(_choose, draw)
   expected = np.array(choose(jnp.asarray(logits_BV), jnp.int32(0)))
   logits_BV[1, 4], expected[1] = np.nan, -1
   found = choose(jnp.asarray(logits_BV), jnp.int32(0))
@@ -89,7 +91,7 @@ def test_draws_follow_the_softmax(temperature, top_k, top_p):
   sampling = Sampling(temperature, top_k, top_p, seed=3)
   draw = sampling_lib.make_draw(sampling, V)
   rows_BV = jnp.tile(jnp.asarray(logits), (count, 1))
-  drawn = sampling_lib.choose(draw, rows_BV, jnp.int32(0))
+  drawn = _choose(draw, rows_BV, jnp.int32(0))
   scaled = logits / np.float64(temperature)
   weights = np.exp(scaled)
   kept = kept_by_oracle(scaled, top_k, top_p)
@@ -102,11 +104,11 @@ def test_draws_follow_the_softmax(temperature, top_k, top_p):
 
 def test_noise_depends_on_seed_row_and_step():
   key = jax.random.key(0)
-  noise = np.asarray(sampling_lib.noise(key, jnp.int32(4), 3, V))
-  more = np.asarray(sampling_lib.noise(key, jnp.int32(4), 5, V))
+  noise = np.asarray(_noise(key, jnp.int32(4), 3, V))
+  more = np.asarray(_noise(key, jnp.int32(4), 5, V))
   np.testing.assert_array_equal(more[:3], noise)
-  later = np.asarray(sampling_lib.noise(key, jnp.int32(5), 3, V))
-  other = np.asarray(sampling_lib.noise(jax.random.key(1), jnp.int32(4), 3, V))
+  later = np.asarray(_noise(key, jnp.int32(5), 3, V))
+  other = np.asarray(_noise(jax.random.key(1), jnp.int32(4), 3, V))
   values = [*noise.ravel(), *later.ravel(), *other.ravel()]
   assert len(set(values)) == len(values)
 
