@@ -267,7 +267,7 @@ def test_run_killed_in_its_first_step_is_not_compressed_again(
     raise KeyboardInterrupt
 
   config = recovery_config(dense_run, topics)
-  monkeypatch.setattr(loop.Steps, "__call__", kill)
+  monkeypatch.setattr(loop.StepLog, "step", kill)
   for _ in range(2):
     with pytest.raises(KeyboardInterrupt):
       loop.run(config, str(tmp_path))

@@ -26,6 +26,7 @@ from folding.data.batches import make_data
 from folding.errors import ConfigError, TrainingError
 from folding.model import Model
 from folding.models.shape import shape_of
+from folding.models.transformer import make_model
 from folding.training import energy, evaluate, loop, run_dir
 from folding.training.checkpoint import Checkpoints
 from folding.typed import edited
@@ -158,8 +159,10 @@ def drawn(tiny_run):
   """Returns a model with the parameters that `tiny_run` drew, and its data."""
   config = config_lib.resolve(tiny_run[0])
   shape, data = shape_of(config), make_data(config)
-  params = loop.Run(shape, data, config).init().params
-  return Model(shape, "lm", params, data.tokenizer), data
+  module = make_model(shape, data.tokenizer.vocab_size)
+  tokens = np.zeros((1, config.data.length), np.int32)
+  drawn = jax.jit(module.init)(jax.random.key(config.seed), tokens)
+  return Model(shape, "lm", drawn["params"], data.tokenizer), data
 
 
 def test_model_in_memory_trains_as_the_run_of_its_config(

@@ -226,10 +226,8 @@ def test_without_rules_it_is_adamw_after_a_clip():
     optax.scale_by_learning_rate(optimizer.make_schedule(config.train)),
   )
   params = expected = tiny.noise(tiny.shapes(config))
-  state, hand_state = (
-    jax.jit(run.tx.init)(params),
-    jax.jit(by_hand.init)(params),
-  )
+  state = jax.jit(run.tx.init)(params)
+  hand_state = jax.jit(by_hand.init)(params)
   update, hand_update = jax.jit(run.tx.update), jax.jit(by_hand.update)
   for seed in range(3):
     grads = tiny.noise(params, seed)
