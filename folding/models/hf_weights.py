@@ -445,10 +445,12 @@ class Pretrained(Description):
     params: Our parameters, NumPy float32 or mapped from the files. A checkpoint
       without a classifier has no "head" and may have no "pooler".
     tokenizer_path: Its tokenizer.json.
+    dtype: Type of most of the numbers in its files.
   """
 
   params: dict[str, Any]
   tokenizer_path: pathlib.Path
+  dtype: str = "float32"
 
 
 def load_pretrained(
@@ -506,14 +508,17 @@ def load_pretrained(
       lambda _, w: np.array(w, np.float32, order="C"), params
     )
   return Pretrained(
-    **vars(described), params=params, tokenizer_path=tokenizer_path
+    **vars(described),
+    params=params,
+    tokenizer_path=tokenizer_path,
+    dtype=_dtype_of(where),
   )
 
 
-def stored_dtype(path: str | pathlib.Path) -> str:
-  """Returns the type of most weights in the files of a checkpoint."""
+def _dtype_of(where: Mapping[str, "_Stored"]) -> str:
+  """Returns the type of most of the stored numbers."""
   sizes = collections.Counter()
-  for stored in _open_weights(pathlib.Path(path)).values():
+  for stored in where.values():
     sizes[stored.kind] += math.prod(stored.shape)
   [(kind, _)] = sizes.most_common(1)
   return np.dtype(_FLOATS.get(kind, "float32")).name

@@ -78,8 +78,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
       name: np.shape(w) for name, w in paths.flatten(model.params).items()
     }
     require_shapes(path, model.shape, len(model.labels), given)
-    origin = card.origin_of_folder(path)
-    origin = origin._replace(dtype=hf_weights.stored_dtype(path))
+    origin = card.origin_of_folder(path)._replace(dtype=model.origin.dtype)
     return dataclasses.replace(model, origin=origin)
   model = load_run(path)
   labels = model.labels

@@ -265,13 +265,16 @@ def read_checkpoint(
     data=DataConfig(length=length),
     model=found.config,
   )
+  origin = Origin(dtype=found.dtype)
   if how is None:
-    return Model.of(resolve(config), params, tokenizer, found.label_names)
+    return Model.of(
+      resolve(config), params, tokenizer, found.label_names, origin
+    )
   params.pop("pooler", None)
   config = dataclasses.replace(
     config, task="embed", model=how.applied(found.config)
   )
-  encoder = Model.of(resolve(config), params, tokenizer)
+  encoder = Model.of(resolve(config), params, tokenizer, origin=origin)
   return encoder.reading(min(length, how.max_length or length))
 
 
