@@ -28,8 +28,8 @@ _LOG_SECONDS = 10  # between lines of `track` in a log
 def track(items: Sequence[_Item], doing: str) -> Iterator[_Item]:
   """Yields items, and shows on stderr how many are done and the time left.
 
-  A terminal shows a bar, and a log a line every ten seconds. Of several processes
-  the main one shows them.
+  A terminal shows a bar, and a log a line at the start and then every ten seconds.
+  Of several processes the main one shows them.
 
   Args:
     items: Units of about equal work.
@@ -47,12 +47,12 @@ def track(items: Sequence[_Item], doing: str) -> Iterator[_Item]:
   start = last = time.monotonic()
   for count, item in enumerate(items):
     now = time.monotonic()
-    if count and now - last > _LOG_SECONDS:
-      left = (now - start) / count * (len(items) - count)
-      console.print(
-        f"{doing}: {count} of {len(items)}, about {left:.0f} s left",
-        soft_wrap=True,
-      )
+    if not count or now - last > _LOG_SECONDS:
+      line = f"{doing}: {count} of {len(items)}"
+      if count:  # more work may follow
+        left = (now - start) / count * (len(items) - count)
+        line += f", about {left:.0f} s left for this"
+      console.print(line, soft_wrap=True)
       last = now
     yield item
 

@@ -250,6 +250,7 @@ def test_track_counts_the_items_in_a_log(monkeypatch, capsys):
   assert list(progress.track("abc", "reading")) == ["a", "b", "c"]
   lines = capsys.readouterr().err.splitlines()
   assert [re.findall(r"\d+ of 3", line) for line in lines] == [
+    ["0 of 3"],
     ["1 of 3"],
     ["2 of 3"],
   ]
