@@ -181,6 +181,7 @@ def test_windows_are_spread_over_the_stream():
   [
     (("--saving=30%",), "such as --saving=0.5"),
     (("--saving=1.5",), "saving is a fraction"),
+    (("--saving=0.5,1", "--steps=5"), "saving is a fraction"),
     (("--saving=()",), "give one saving"),
     (("--saving=0.3,0.5,0.3",), "or different ones"),
     (("--saving=0.3,0.5,0.3", "--steps=5"), "or different ones"),
@@ -245,7 +246,7 @@ def test_smaller_run_is_read_in_its_dense_form(run):
 
 @pytest.mark.slow
 def test_sizes_are_cut_from_each_other_and_resumed_after_a_kill(tmp_path):
-  argv = _training(tmp_path, "--saving=0.3,0.1", "--steps=4")
+  argv = _training(tmp_path, "--saving=0.3,0.1", "--steps=10")
   source, large, small = (
     str(tmp_path / name) for name in ("bert", "small/10", "small/30")
   )
@@ -254,7 +255,7 @@ def test_sizes_are_cut_from_each_other_and_resumed_after_a_kill(tmp_path):
     str(tmp_path / "texts.txt"),
     [0.3, 0.1],
     str(tmp_path / "small"),
-    steps=4,
+    steps=10,
   )
   assert next(sizes) == large
   sizes.close()  # killed before the next size, or while that is measured
@@ -266,7 +267,8 @@ def test_sizes_are_cut_from_each_other_and_resumed_after_a_kill(tmp_path):
 
   order = run_dir.load_order(small)
   assert (order.pretrained, order.distill.teacher) == (large, source)
-  assert order.data.first_batch == order.train.steps == 3  # 1.5 * 4 / 2
+  # 1.5 * 10 steps, as 1 / 0.9 to 1 / 0.7; the second reads on after the first.
+  assert (order.data.first_batch, order.train.steps) == (7, 8)
   dense, *smaller = map(folding.load, (source, large, small))
   whole, *counts = (
     sum(w.size for w in jax.tree.leaves(x.params)) for x in (dense, *smaller)
