@@ -216,9 +216,8 @@ def train_sizes(
   A run is that of configs/embed.py for an encoder without a head, and otherwise that
   of configs/pretrained.py. With several savings the largest model is trained first.
   Each further one is cut from the trained one before it, with the dense model as
-  teacher of all. The steps are then half as many again in total, in inverse
-  proportion to the parameters of the models. A run that is there already is resumed.
-  A signal that stops a run ends the iteration.
+  teacher of all. The steps are then half as many again in total, in equal parts. A
+  run that is there already is resumed. A signal that stops a run ends the iteration.
 
   Args:
     source: As for `compress_file`, like the options.
@@ -239,24 +238,25 @@ def train_sizes(
   for folder in folders:
     if run_dir.is_new(folder):
       files.require_empty(folder)
-  if len(savings) > 1 and vocabulary is not None:
-    raise ConfigError(
-      "a model with fewer tokens cannot be made smaller again; give one --saving "
-      "beside --vocabulary and --steps"
-    )
+  if len(savings) > 1:
+    steps = max(1, round(1.5 * steps / len(savings)))
+    if vocabulary is not None:
+      raise ConfigError(
+        "a model with fewer tokens cannot be made smaller again; give one --saving "
+        "beside --vocabulary and --steps"
+      )
   model = load(source)
   name = "embed" if task_of(model).makes_vectors else "pretrained"
   kept = kept_of(model, vocabulary)
-  configs, done = [], 0
-  parts = _steps_of(savings, steps)
-  for n, (saving, part) in enumerate(zip(savings, parts, strict=True)):
+  configs = []
+  for n, saving in enumerate(savings):
     config = config_lib.read(f"configs/{name}.py:{source},{saving}")
     if structured or uniform or kept:
       config = recipe(
         config, saving, structured=structured, uniform=uniform, kept=kept
       )
-    edits = {"data.path": path, "train.steps": part}
-    edits["train.eval_every"] = max(1, part // 4)
+    edits = {"data.path": path, "train.steps": steps}
+    edits["train.eval_every"] = max(1, steps // 4)
     if len(savings) > 1 and model.shape.num_kv_heads < model.shape.num_heads:
       # A diagonal W_V beside shared keys has no dense form of this shape.
       edits["fold.values"] = "dense"
@@ -265,8 +265,7 @@ def train_sizes(
       if config.distill.is_used:
         edits["distill.teacher"] = source
       # Reads on where the run before stopped.
-      edits["data.first_batch"] = config.data.first_batch + done
-    done += part
+      edits["data.first_batch"] = config.data.first_batch + n * steps
     configs.append(config_lib.resolve(config_lib.edited(config, edits)))
   for config in configs:  # before hours of training
     asked = Asked(shape_of(config), config.fpp, config.compress)
@@ -276,18 +275,6 @@ def train_sizes(
     yield folder
     if not result["finished"]:
       return
-
-
-def _steps_of(savings: Sequence[float], steps: int) -> list[int]:
-  """Returns the steps of training of each size.
-
-  A single one gets all. Several share half as many again in inverse proportion to
-  their parameters, as a smaller model has more to recover in steps that take less time.
-  """
-  if len(savings) == 1:
-    return [steps]
-  shares = [1 / (1 - saving) for saving in savings]
-  return [max(1, round(1.5 * steps * x / sum(shares))) for x in shares]
 
 
 def _folders(output: str, savings: Sequence[float]) -> list[str]:
