@@ -110,11 +110,7 @@ def compress_sizes(
   The other arguments and the errors are those of `compress`.
   """
   require_several(texts)
-  for saving in savings:
-    if not (isinstance(saving, float | np.floating) and 0 < saving < 1):
-      raise ConfigError(
-        f"saving is a fraction between 0 and 1; it is {saving!r}"
-      )
+  require_fractions(savings)
   if not (isinstance(max_texts, int | np.integer) and max_texts >= 1):
     raise ConfigError(
       f"max_texts is a whole number, at least 1; it is {max_texts!r}"
@@ -156,6 +152,15 @@ def compress_sizes(
       report(pipeline.fold_table(rows, layers))
     small = dataclasses.replace(small, tokenizer=tokenizer, targets=None)
     yield small if vocabulary is None else without_trimmed(small)
+
+
+def require_fractions(savings: Sequence[float]) -> None:
+  """Raises `ConfigError` unless each saving is between 0 and 1."""
+  for saving in savings:
+    if not (isinstance(saving, float | np.floating) and 0 < saving < 1):
+      raise ConfigError(
+        f"saving is a fraction between 0 and 1; it is {saving!r}"
+      )
 
 
 def _calibration(

@@ -18,7 +18,12 @@ from folding.errors import ConfigError
 from folding.model import Model
 from folding.models.shape import shape_of
 from folding.serving import lines as lines_lib
-from folding.serving.compress import WINDOW, compress_sizes, kept_of
+from folding.serving.compress import (
+  WINDOW,
+  compress_sizes,
+  kept_of,
+  require_fractions,
+)
 from folding.serving.loaded import cast, load, shrunk
 from folding.tasks import task_of
 from folding.training import loop, run_dir, sharding
@@ -233,6 +238,7 @@ def train_sizes(
   Raises:
     ConfigError: see `loop.run`, or a folder has other files.
   """
+  require_fractions(savings)
   savings = sorted(savings)
   folders = _folders(output, savings)
   for folder in folders:
@@ -281,13 +287,8 @@ def _folders(output: str, savings: Sequence[float]) -> list[str]:
   """Returns the folder of each saving.
 
   Raises:
-    ConfigError: no saving is given, the same one twice, or one out of range.
+    ConfigError: no saving is given, or the same one twice.
   """
-  for saving in savings:
-    if not 0 < saving < 1:
-      raise ConfigError(
-        f"saving is a fraction between 0 and 1; it is {saving!r}"
-      )
   if len(savings) == 1:
     return [output]
   folders = [os.path.join(output, f"{100 * x:g}") for x in savings]
