@@ -6,6 +6,7 @@ C = E[x x'] [I, I]. Everything is computed in float64 on the host.
 Axes: I inputs, O outputs.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -115,10 +116,11 @@ def remove_inputs(
     round(inputs * (wanted / inputs) ** (n / rounds))
     for n in range(1, rounds + 1)
   ]
-  *_, last = removals(
+  rounds_IO = removals(
     w_IO, moment_II, goals, damping=damping, sensitivity_OO=sensitivity_OO
   )
-  return last
+  [last_IO] = collections.deque(rounds_IO, maxlen=1)
+  return last_IO
 
 
 def removals(
@@ -156,8 +158,9 @@ def removals(
   left = np.arange(count)
   for goal in goals:
     inverse_NUU = np.linalg.inv(blocks[left, :, left])
-    w_NUO, f_NUO = np.split(both.reshape(count, unit, -1)[left], 2, axis=2)
-    cost_N = np.sum(inverse_NUU @ w_NUO * f_NUO, axis=(1, 2))
+    w_NUO, f_NUO = np.split(both.reshape(count, unit, -1), 2, axis=2)
+    square_NUU = (w_NUO @ f_NUO.swapaxes(1, 2))[left]
+    cost_N = np.sum(inverse_NUU * square_NUU, axis=(1, 2))
     is_gone = _lowest(cost_N, len(left) - goal)
     drop = (left[is_gone, None] * unit + np.arange(unit)).reshape(-1)
     left = left[~is_gone]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from folding import memory
 from folding.compression import lowrank
 from folding.errors import ConfigError
 from folding.models.shape import Shape
@@ -134,6 +135,7 @@ def fold_pretrained(
     )
     folded[name] = put_like(new, like)
     report.append({"layer": n, **row})
+    memory.return_freed()  # layers of other sizes do not fit into the gaps
   return folded, report
 
 
