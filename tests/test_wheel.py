@@ -79,7 +79,8 @@ def test_wheel_trains_and_studies_in_an_empty_folder(wheel, tmp_path):
     ["train", "--config=configs/lm.py:data/train.txt", "--workdir=run"]
     + ["--config.data.tokenizer=bytes", "--config.data.length=16"]
     + ["--config.train.steps=2", "--config.train.eval_every=2"]
-    + ["--config.model.width=16", "--config.model.num_heads=2"],
+    + ["--config.model.width=16", "--config.model.num_heads=2"]
+    + ["--config.model.num_layers=1"],
     ["study", "configs/studies/smoke.py:data/train.txt", "--workdir=smoke"],
     # It imports another file of configs/.
     ["study", "configs/studies/short.py:no_such_folder", "--workdir=short"],

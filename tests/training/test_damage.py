@@ -31,7 +31,7 @@ from tests.serving import models
 from tests.training import tiny
 from tests.training.conftest import save_run, warnings_of, write_text
 
-FLIPS, CUTS, FLIPS_OF_LARGEST = 6, 3, 60
+FLIPS, CUTS, FLIPS_OF_LARGEST = 3, 2, 30
 
 
 class Place(NamedTuple):
