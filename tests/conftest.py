@@ -43,6 +43,20 @@ gc.set_threshold(20_000, 20, 20)
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    "--first-cases",
+    action="store_true",
+    help="of a test with parameters, only the first case",
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  if config.getoption("first_cases"):
+    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+    items[:] = reversed(first.values())
+
+
 @pytest.fixture
 def shared_data() -> pathlib.Path:
   """Returns the folder of real data, or skips where it is not laid out."""
