@@ -1,6 +1,5 @@
 """Exact attention of dense or folded heads, in one step or in blocks."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -94,44 +93,62 @@ def attend_whole(
   Keys at the distance `window` and beyond are hidden. The other arguments are
   those of `attend` and `position_bias`.
   """
-  length, G = q_BLHG.shape[1], q_BLHG.shape[-1]
-  bias = functools.partial(position_bias, causal=causal, window=window)
-  options = {"head_dim": head_dim, "cap": cap}
+  length = q_BLHG.shape[1]
+  options = {
+    "causal": causal,
+    "window": window,
+    "head_dim": head_dim,
+    "cap": cap,
+  }
   # Blocks need a known length, which an exported program may leave open.
   if not isinstance(length, int) or length <= min(
     block_attention.SIZES.values()
   ):
-    k_BJGL, v_BILr = k_BLJG.transpose(0, 2, 3, 1), v_BLIr.swapaxes(1, 2)
-    position_L = jnp.arange(length)
-    outs = []
-    for queries, keys in _seen(length, causal=causal, window=window):
-      outs.append(
-        attend(
-          q_BLHG[:, queries],
-          k_BJGL[..., keys],
-          v_BILr[:, :, keys],
-          bias(position_L[queries], position_L[keys], biases),
-          None if mask_BL is None else mask_BL[:, keys],
-          **options,
-        )
-      )
-    return jnp.concatenate(outs, axis=1)
-
+    return _attend_short(q_BLHG, k_BLJG, v_BLIr, biases, mask_BL, **options)
   is_long = length > block_attention.SIZES["default"]
   if is_long and biases.relative_RH is None:
     out_BLHr = attention_kernel.attend(
-      q_BLHG,
-      k_BLJG,
-      v_BLIr,
-      mask_BL,
-      biases.slopes_H,
-      causal=causal,
-      window=window,
-      **options,
+      q_BLHG, k_BLJG, v_BLIr, mask_BL, biases.slopes_H, **options
     )
     if out_BLHr is not None:
       return out_BLHr
-  if G == 1:
+  return _attend_by_blocks(q_BLHG, k_BLJG, v_BLIr, biases, mask_BL, **options)
+
+
+def _attend_short(
+  q_BLHG, k_BLJG, v_BLIr, biases, mask_BL, *, causal, window, **options
+) -> Float[Array, "B L H r"]:
+  """Returns `attend_whole` of a short sequence, by `_seen` if it is causal."""
+  length = q_BLHG.shape[1]
+  k_BJGL, v_BILr = k_BLJG.transpose(0, 2, 3, 1), v_BLIr.swapaxes(1, 2)
+  position_L = jnp.arange(length)
+  outs = []
+  for queries, keys in _seen(length, causal=causal, window=window):
+    bias_HLM = position_bias(
+      position_L[queries],
+      position_L[keys],
+      biases,
+      causal=causal,
+      window=window,
+    )
+    outs.append(
+      attend(
+        q_BLHG[:, queries],
+        k_BJGL[..., keys],
+        v_BILr[:, :, keys],
+        bias_HLM,
+        None if mask_BL is None else mask_BL[:, keys],
+        **options,
+      )
+    )
+  return jnp.concatenate(outs, axis=1)
+
+
+def _attend_by_blocks(
+  q_BLHG, k_BLJG, v_BLIr, biases, mask_BL, *, causal, window, **options
+) -> Float[Array, "B L H r"]:
+  """Returns `attend_whole` by `block_attention`."""
+  if q_BLHG.shape[-1] == 1:
     # The logits are the same. XLA turns a product with G = 1 into elementwise
     # work, which is slow on TPUs.
     q_BLHG, k_BLJG = (jnp.repeat(x, 2, axis=-1) for x in (q_BLHG, k_BLJG))
@@ -140,7 +157,7 @@ def attend_whole(
     return attention_logits(
       q_BHLG,
       keys.k_BJMG.swapaxes(-1, -2),
-      bias(query_L, key_M, biases),
+      position_bias(query_L, key_M, biases, causal=causal, window=window),
       None if keys.mask_B1M is None else keys.mask_B1M[:, 0],
       **options,
     )

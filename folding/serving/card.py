@@ -175,8 +175,23 @@ def write(
     notes=[*origin.notes] or None,
     ignore_metadata_errors=True,
   )
+  facts = _facts(path, model, format, sizes, dtype, notes)
   source = f", made from {escaped(origin.base)}" if origin.base else ""
-  stored, dense = sizes["parameters"], sizes["dense"]
+  lines = [
+    f"# {escaped(name)}",
+    f"A {task.words}{source} with [folding]({_PAPER}).",
+    "\n".join(f"- {fact}" for fact in facts),
+    f"```python\n{_usage(task, format, library, name)}\n```",
+  ]
+  content = f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
+  files.write_file(os.path.join(path, README), content)
+  if origin.license_text:
+    files.write_file(os.path.join(path, LICENSE), origin.license_text)
+
+
+def _facts(path, model, format, sizes, dtype, notes) -> list[str]:
+  """Returns what the card of `write` tells of a folder, in sentences."""
+  origin = model.origin
   facts = [
     f"The files have {files.folder_bytes(path):,} bytes.",
     f"It reads at most {model.shape.max_length} tokens of a text.",
@@ -194,21 +209,13 @@ def write(
       "It has no trained pooler: `pooler_output` of transformers is tanh of the "
       "first hidden state, and the program below does not read it."
     )
+  stored, dense = sizes["parameters"], sizes["dense"]
   if stored < dense:
     facts.append(
       f"Its parameters take {stored:,} bytes, and those of the dense model in "
       f"{model.dtype} {dense:,} ({1 - stored / dense:.1%} less)."
     )
-  lines = [
-    f"# {escaped(name)}",
-    f"A {task.words}{source} with [folding]({_PAPER}).",
-    "\n".join(f"- {fact}" for fact in facts),
-    f"```python\n{_usage(task, format, library, name)}\n```",
-  ]
-  content = f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
-  files.write_file(os.path.join(path, README), content)
-  if origin.license_text:
-    files.write_file(os.path.join(path, LICENSE), origin.license_text)
+  return facts
 
 
 def _usage(task: Task, format: str, library: str, name: str) -> str:
