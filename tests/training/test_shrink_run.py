@@ -256,8 +256,32 @@ def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
     for run, each in ((this, state), (small, compacted))
   )
   assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
-  this.order = edited(this.order, {"train.compact": 0.9})
-  assert this.compacted(state, step) is not None  # the last removal
+
+
+def test_arrays_leave_once_the_cut_removes_the_share_asked_for(whole):
+  this, checkpoints = loop.open_run(whole)
+  with checkpoints:
+    step, state = checkpoints.restore_latest(this.like)
+  layers = {
+    name: w
+    for name, w in paths.flatten(state.params).items()
+    if name.startswith("blocks_")
+  }
+  # Half of the neurons leave; their arrays have an axis of 32.
+  gone = sum(
+    w.size // 2 for name, w in layers.items() if "mlp" in name and 32 in w.shape
+  )
+  share = gone / sum(w.size for w in layers.values())
+  assert 0.2 < share < 0.8
+
+  def leaves(least, step):
+    this.order = edited(this.order, {"train.compact": least})
+    return this.compacted(state, step) is not None
+
+  earlier = max(this.mask_updates)  # masks are not final before this update
+  assert leaves(share - 1e-6, earlier)
+  assert not leaves(share + 1e-6, earlier)
+  assert leaves(0.9, step)  # nothing is removed later
 
 
 def test_run_that_compacts_trains_as_one_whose_arrays_stay(
