@@ -1,6 +1,7 @@
 """Decoding: tokens per second and bytes of the cache, folded against dense.
 
-    python -m benchmarks.decode [--rounds=20] [--batch-size=8] [--save] [--json]
+    python -m benchmarks.decode [--rounds=20] [--batch-size=8] [--longest=16384]
+                                [--save] [--json]
 
 Four models of one shape, timed in turn:
 
@@ -41,10 +42,12 @@ GROUPS = {
 }
 
 
-def measure(rounds: int, batch_size: int) -> dict:
+def measure(rounds: int, batch_size: int, longest: int) -> dict:
   """Returns tokens per second, bytes and ratios, by length and kind."""
   return {
-    "lengths": {n: _measure_at(n, rounds, batch_size) for n in LENGTHS},
+    "lengths": {
+      n: _measure_at(n, rounds, batch_size) for n in LENGTHS if n <= longest
+    },
     "batch_size": batch_size,
     "rounds": rounds,
   }
@@ -114,8 +117,9 @@ def main() -> None:
   """Measures, and shows the results."""
   parser = output.make_parser(__doc__, rounds=20)
   parser.add_argument("--batch-size", type=int, default=8)
+  parser.add_argument("--longest", type=int, default=max(LENGTHS))
   args = parser.parse_args()
-  result = measure(args.rounds, args.batch_size)
+  result = measure(args.rounds, args.batch_size, args.longest)
   table = output.Table(
     f"Decoding {args.batch_size} rows",
     ["length", "kind", "tokens/s", "speed", "quartiles", "cache", "ratio"],
