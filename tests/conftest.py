@@ -47,14 +47,17 @@ def pytest_addoption(parser):
   parser.addoption(
     "--first-cases",
     action="store_true",
-    help="of a test with parameters, only the first case",
+    help="run only the first case of each parametrized test",
   )
 
 
+@pytest.hookimpl(trylast=True)  # `-m` may have left out some cases before
 def pytest_collection_modifyitems(config, items):
   if config.getoption("first_cases"):
-    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
-    items[:] = reversed(first.values())
+    first = {}
+    for item in items:
+      first.setdefault(item.nodeid.partition("[")[0], item)
+    items[:] = first.values()
 
 
 @pytest.fixture
