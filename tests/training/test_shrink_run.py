@@ -242,11 +242,17 @@ def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
     shrink_run.shrink_run(output, str(tmp_path / "smaller"), multiple=4)
 
 
-def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
-  this, checkpoints = loop.open_run(whole)
-  this.order = edited(this.order, {"train.compact": 0.1})
+def _latest(workdir):
+  """Returns a run, the step of its latest checkpoint and the state there."""
+  this, checkpoints = loop.open_run(workdir)
   with checkpoints:
     step, state = checkpoints.restore_latest(this.like)
+  return this, step, state
+
+
+def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
+  this, step, state = _latest(whole)
+  this.order = edited(this.order, {"train.compact": 0.1})
   small, compacted = this.compacted(state, step)
   # Of 32 neurons 10 are not zero, rounded up to a multiple of 8.
   assert small.model.shape.layers[0].mlp_width == 16
@@ -259,15 +265,13 @@ def test_compacted_state_has_smaller_arrays_and_the_same_loss(whole):
 
 
 def test_arrays_leave_once_the_cut_removes_the_share_asked_for(whole):
-  this, checkpoints = loop.open_run(whole)
-  with checkpoints:
-    step, state = checkpoints.restore_latest(this.like)
+  this, step, state = _latest(whole)
   layers = {
     name: w
     for name, w in paths.flatten(state.params).items()
     if name.startswith("blocks_")
   }
-  # Half of the neurons leave; their arrays have an axis of 32.
+  # 16 of the 32 neurons leave.
   gone = sum(
     w.size // 2 for name, w in layers.items() if "mlp" in name and 32 in w.shape
   )
@@ -278,7 +282,7 @@ def test_arrays_leave_once_the_cut_removes_the_share_asked_for(whole):
     this.order = edited(this.order, {"train.compact": least})
     return this.compacted(state, step) is not None
 
-  earlier = max(this.mask_updates)  # masks are not final before this update
+  earlier = max(this.mask_updates)  # a mask update is still to come
   assert leaves(share - 1e-6, earlier)
   assert not leaves(share + 1e-6, earlier)
   assert leaves(0.9, step)  # nothing is removed later
@@ -355,12 +359,7 @@ def test_removed_tokens_share_one_row(whole, shrunk):
   assert (mapped.plain_size, mapped.vocab_size) == (258, 79)
   text = "the cat Zq%"
   [old], [new] = plain.encode_batch([text]), mapped.encode_batch([text])
-  this, checkpoints = loop.open_run(whole)
-  with checkpoints:
-    before = checkpoints.restore_latest(this.like)[1].params["embed"]
-  that, checkpoints = loop.open_run(output)
-  with checkpoints:
-    after = checkpoints.restore_latest(that.like)[1].params["embed"]
+  before, after = (_latest(w)[2].params["embed"] for w in (whole, output))
   np.testing.assert_array_equal(
     np.asarray(after["embedding"])[new], np.asarray(before["embedding"])[old]
   )
