@@ -1,5 +1,6 @@
 """Exact attention of dense or folded heads, in one step or in blocks."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -118,25 +119,19 @@ def attend_whole(
 def _attend_short(
   q_BLHG, k_BLJG, v_BLIr, biases, mask_BL, *, causal, window, **options
 ) -> Float[Array, "B L H r"]:
-  """Returns `attend_whole` of a short sequence, by `_seen` if it is causal."""
+  """Returns `attend_whole` of a short sequence, in the blocks of `_seen`."""
   length = q_BLHG.shape[1]
+  bias = functools.partial(position_bias, causal=causal, window=window)
   k_BJGL, v_BILr = k_BLJG.transpose(0, 2, 3, 1), v_BLIr.swapaxes(1, 2)
   position_L = jnp.arange(length)
   outs = []
   for queries, keys in _seen(length, causal=causal, window=window):
-    bias_HLM = position_bias(
-      position_L[queries],
-      position_L[keys],
-      biases,
-      causal=causal,
-      window=window,
-    )
     outs.append(
       attend(
         q_BLHG[:, queries],
         k_BJGL[..., keys],
         v_BILr[:, :, keys],
-        bias_HLM,
+        bias(position_L[queries], position_L[keys], biases),
         None if mask_BL is None else mask_BL[:, keys],
         **options,
       )

@@ -175,7 +175,7 @@ def write(
     notes=[*origin.notes] or None,
     ignore_metadata_errors=True,
   )
-  facts = _facts(path, model, format, sizes, dtype, notes)
+  facts = _facts(path, model, format, sizes, dtype=dtype, notes=notes)
   source = f", made from {escaped(origin.base)}" if origin.base else ""
   lines = [
     f"# {escaped(name)}",
@@ -189,8 +189,8 @@ def write(
     files.write_file(os.path.join(path, LICENSE), origin.license_text)
 
 
-def _facts(path, model, format, sizes, dtype, notes) -> list[str]:
-  """Returns what the card of `write` tells of a folder, in sentences."""
+def _facts(path, model, format, sizes, *, dtype, notes) -> list[str]:
+  """Returns the sentences of a card about its folder, see `write`."""
   origin = model.origin
   facts = [
     f"The files have {files.folder_bytes(path):,} bytes.",
