@@ -165,13 +165,14 @@ def hidden_loss(
 ) -> Float[Array, ""]:
   """Returns the distance between the hidden states of student and teacher.
 
-  Per layer it is sum((student - teacher)^2) / sum(teacher^2); the result is the
-  mean over layers.
+  Per token and layer it is |student - teacher|^2 / |teacher|^2; the result is the
+  mean over tokens and layers. A token counts as much as any other: the vector of
+  the first one is often so long that a share of the whole sum would be its own.
 
   Args:
-    hidden: Tree of float[B, L, D], one leaf per layer.
+    hidden: Tree of float[..., D], one leaf per layer.
     taught: Those of the teacher, of the same shapes.
-    mask: True at tokens that count; None: all do.
+    mask: bool[...], True at tokens that count; None: all do.
 
   Raises:
     AssertionError: the two trees differ in structure or shapes.
@@ -179,11 +180,11 @@ def hidden_loss(
   chex.assert_trees_all_equal_shapes(hidden, taught)
 
   def distance(ours, theirs):
-    weight = 1.0 if mask is None else mask[..., None].astype(jnp.float32)
-    theirs = theirs.astype(jnp.float32)
-    squares = jnp.square(ours.astype(jnp.float32) - theirs)
-    size = jnp.sum(jnp.square(theirs) * weight)
-    return jnp.sum(squares * weight) / jnp.maximum(size, 1e-6)
+    ours, theirs = (x.astype(jnp.float32) for x in (ours, theirs))
+    off, size = (jnp.sum(jnp.square(x), -1) for x in (ours - theirs, theirs))
+    shares = off / jnp.maximum(size, 1e-6)
+    weights = jnp.ones_like(size) if mask is None else mask
+    return jnp.sum(shares * weights) / jnp.maximum(jnp.sum(weights), 1)
 
   distances = jax.tree.leaves(jax.tree.map(distance, hidden, taught))
   return jnp.mean(jnp.stack(distances))
