@@ -262,7 +262,10 @@ def _teacher_tokenizer(order: Order, tokenizer: Tokenizer) -> Tokenizer | None:
   else:
     return None
   theirs = tokenizers.load_tokenizer(path)
-  return None if theirs.to_json() == tokenizer.to_json() else theirs
+  # Tokens that share a row have the JSON of the whole tokenizer, and other ids.
+  is_mapped = isinstance(tokenizer, MappedTokenizer)
+  is_same = not is_mapped and theirs.to_json() == tokenizer.to_json()
+  return None if is_same else theirs
 
 
 def _digest(texts: sources.Texts, scores: np.ndarray | None) -> str:

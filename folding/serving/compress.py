@@ -125,7 +125,7 @@ def compress_sizes(
   source = config_lib.IN_MEMORY if isinstance(model, Model) else str(model)
   tokenizer, kept = loaded.tokenizer, kept_of(loaded, vocabulary)
   if vocabulary is not None:
-    counts = np.zeros(loaded.num_rows, np.int64)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
     for ids in tokenizer.stream(cast(list[str], texts)):
       counts += np.bincount(ids, minlength=len(counts))
     tokenizer = most_used(tokenizer, counts, vocabulary)
@@ -197,12 +197,13 @@ def kept_of(model: Model, vocabulary: int | None) -> float | None:
       "vocabulary is for language models; the embedding of an encoder gets a low "
       "rank"
     )
-  if not 1 <= vocabulary < model.num_rows:
+  count = model.tokenizer.vocab_size  # the embedding may have rows past these
+  if not 1 <= vocabulary < count:
     raise ConfigError(
-      f"vocabulary is the number of tokens to keep, fewer than {model.num_rows}; "
+      f"vocabulary is the number of tokens to keep, fewer than {count}; "
       f"it is {vocabulary}"
     )
-  return vocabulary / model.num_rows
+  return vocabulary / count
 
 
 def _windows(ids_WL: np.ndarray) -> list[dict[str, np.ndarray]]:

@@ -84,6 +84,7 @@ def shrink_run(workdir: str, output: str, multiple: int = 1) -> dict[str, int]:
       seconds=before.get("seconds", 0.0),
       speed=before.get("tokens_per_second"),
       test=test,
+      is_at_target=before.get("is_at_target"),
     )
   return {
     "step": step,

@@ -377,15 +377,18 @@ def teacher_in_memory(teacher: Model, data: Data) -> Model:
     data: Has the tokenizer.
 
   Raises:
-    ConfigError: it has other classes or another number of tokens.
+    ConfigError: it has other classes or tokens.
   """
-  tokenizer = data.tokenizer
+  tokenizer, read = data.tokenizer, teacher.tokenizer
   is_trimmed = isinstance(tokenizer, MappedTokenizer)
   if is_trimmed and teacher.num_rows == tokenizer.plain_size:
+    if (tokenizer.token_map < 0).any():
+      read = trimmed(read, tokenizer.token_map >= 0)
     teacher = without_trimmed(dataclasses.replace(teacher, tokenizer=tokenizer))
   for name, theirs, ours in (
     ("classes", teacher.labels, data.label_names),
     ("number of tokens", teacher.num_rows, tokenizer.vocab_size),
+    ("tokenizer", read.to_json(), tokenizer.to_json()),
   ):
     if theirs != ours:
       raise ConfigError(

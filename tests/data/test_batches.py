@@ -383,3 +383,28 @@ def test_batches_have_room_for_a_teacher_that_needs_more_tokens(tmp_path):
     batch["teacher_tokens"], batch["teacher_mask"], strict=True
   ):
     assert theirs.decode(ids[mask]) in lines
+
+
+def test_teacher_reads_tokens_that_share_a_row_apart(tmp_path):
+  plain = tokenizers.train_tokenizer(c.DataConfig(tokenizer="bytes"), [])
+  plain.save(str(tmp_path / "tokenizer.json"))
+  token_map = np.arange(plain.vocab_size)
+  [[a, b]] = plain.encode_batch(["ab"])
+  token_map[b] = a
+  token_map[token_map > b] -= 1
+  lines = [f"ab{i}" for i in range(40)]
+  text = tmp_path / "texts.txt"
+  text.write_text("\n".join(lines), encoding="utf-8")
+  data = c.DataConfig(
+    path=str(text),
+    tokenizer=str(tmp_path / "tokenizer.json"),
+    length=8,
+    batch_size=B,
+  )
+  order = c.Order(task="embed", data=data)
+  tokenizer = tokenizers.MappedTokenizer(plain, token_map)
+  batch = batches.make_data(order, tokenizer).train_batch(0)
+  for ids, mask in zip(
+    batch["teacher_tokens"], batch["teacher_mask"], strict=True
+  ):
+    assert plain.decode(ids[mask]) in lines

@@ -153,6 +153,24 @@ def test_uniform_flag_gives_all_layers_one_size(tmp_path):
   assert config.fold.groups == 0
 
 
+def test_rows_past_the_vocabulary_are_left_out():
+  shape = c.ModelConfig(**models.SHAPE)
+  dense = c.FoldConfig(groups=0, values="dense")
+  model = models.make("lm", shape, dense, length=8)
+  before = np.asarray(model.params["embed"]["embedding"])
+  padded = np.concatenate([before, before[:4]])  # as in checkpoints of Qwen
+  params = {**model.params, "embed": {"embedding": padded}}
+  small = folding.compress(
+    dataclasses.replace(model, params=params),
+    models.random_texts(400),
+    saving=0.2,
+    structured=True,
+    vocabulary=18,
+  )
+  found = small.params["embed"]["embedding"]
+  np.testing.assert_array_equal(found, before[small.tokenizer.plain_ids])
+
+
 def test_size_that_is_not_measured_again_equals_a_single_call():
   shape = c.ModelConfig(**models.SHAPE, causal=False)
   dense = c.FoldConfig(groups=0, values="dense")

@@ -18,11 +18,13 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tokenizers
 
 from folding import cli, paths
 from folding import config as config_lib
 from folding.data import corpus
 from folding.data.batches import make_data
+from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError, TrainingError
 from folding.model import Model
 from folding.models.shape import shape_of
@@ -197,6 +199,27 @@ def test_model_in_memory_that_does_not_fit_is_refused(
   with pytest.raises(ConfigError, match=message):
     loop.train(model, data, tiny_run[0], str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("difference", ["tokenizer", "layers"])
+def test_teacher_in_memory_that_does_not_fit_is_refused(
+  tiny_run, drawn, tmp_path, difference
+):
+  model, data = drawn
+  config = edited(
+    tiny_run[0], {"distill.hidden": 1.0, "distill.teacher": "in memory"}
+  )
+  if difference == "tokenizer":
+    inner = tokenizers.Tokenizer.from_str(model.tokenizer.to_json())
+    inner.normalizer = tokenizers.normalizers.Lowercase()
+    teacher = dataclasses.replace(model, tokenizer=Tokenizer(inner))
+  else:
+    deeper = edited(tiny_run[0], {"model.num_layers": 7})
+    teacher = dataclasses.replace(
+      model, shape=shape_of(config_lib.resolve(deeper))
+    )
+  with pytest.raises(ConfigError, match=f"the {difference}|has 7 {difference}"):
+    loop.train(model, data, config, str(tmp_path / "run"), teacher)
 
 
 def test_evaluate_verb_prints_what_training_wrote(tiny_run, capsys):

@@ -214,6 +214,7 @@ def _losses(workdir):
 def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
   done, output = shrunk
   before, after = run_dir.read_result(whole), run_dir.read_result(output)
+  assert after["is_at_target"] is before["is_at_target"] is not None
   assert done["step"] == done["steps"] == 10
   this, _ = loop.open_run(whole)
   that, _ = loop.open_run(output)
