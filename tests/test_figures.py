@@ -501,7 +501,7 @@ def _language_models():
   twenty, best = more(first["20% smaller"]), more(longest[name])
   thirty = more(first["30% smaller"], mix[name], longest[name])
   dropped = more(mix["the same, trained"])
-  yield "README.md", "has [", best
+  yield "README.md", "30% smaller in its arrays, has [", best
   yield (
     "docs/measured.md",
     "SmolLM2-135M with smaller arrays: perplexity [",

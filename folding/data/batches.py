@@ -262,9 +262,7 @@ def _teacher_tokenizer(order: Order, tokenizer: Tokenizer) -> Tokenizer | None:
   else:
     return None
   theirs = tokenizers.load_tokenizer(path)
-  # Tokens that share a row have the JSON of the whole tokenizer, and other ids.
-  is_mapped = isinstance(tokenizer, MappedTokenizer)
-  is_same = not is_mapped and theirs.to_json() == tokenizer.to_json()
+  is_same = corpus.identity(theirs) == corpus.identity(tokenizer)
   return None if is_same else theirs
 
 

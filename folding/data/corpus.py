@@ -129,7 +129,7 @@ def tokenised(
   if tokenizer is None:
     tokenizer = _tokenizer(data, folder, splits, keep)
   target = _made(
-    folder / _hash(_identity(tokenizer)),
+    folder / _hash(identity(tokenizer)),
     lambda part: _write(part, splits(), tokenizer),
     keep,
   )
@@ -191,7 +191,11 @@ def _hash(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _identity(tokenizer: Tokenizer) -> str:
+def identity(tokenizer: Tokenizer) -> str:
+  """Returns a text that tells tokenizers with other ids apart.
+
+  Tokens that share a row leave the JSON of a tokenizer as it was.
+  """
   ids = [tokenizer.begin_ids.tolist(), tokenizer.end_ids.tolist()]
   token_map = getattr(tokenizer, "token_map", np.zeros(0, int)).tolist()
   return tokenizer.to_json() + json.dumps([ids, token_map])

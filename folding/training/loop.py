@@ -391,21 +391,9 @@ def train(
       if teacher is None:
         teacher = teacher_of(model.shape, data, config)
       else:
-        _require_layers(teacher.shape, model.shape, config)
-        if not run.task.makes_vectors:
-          teacher = teacher_in_memory(teacher, data)
+        teacher = teacher_in_memory(teacher, model.shape, data, config)
     start = _first(run, model.params, workdir)
     return _train(start, teacher, config, workdir)
-
-
-def _require_layers(teacher: Shape, ours: Shape, order: Order) -> None:
-  """Raises `ConfigError` if hidden states are compared that have no pairs."""
-  sizes = [(x.num_layers, x.width) for x in (teacher, ours)]
-  if order.distill.hidden and sizes[0] != sizes[1]:
-    raise ConfigError(
-      f"the teacher has {sizes[0][0]} layers of width {sizes[0][1]}, and the model "
-      f"{sizes[1][0]} of {sizes[1][1]}; set distill.hidden=0"
-    )
 
 
 def _config_of(model: Model, data: Data, order: Order) -> Config:

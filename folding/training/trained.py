@@ -21,7 +21,11 @@ from folding.config import (
   resolve,
 )
 from folding.data.batches import Data
-from folding.data.tokenizers import MappedTokenizer, load_tokenizer
+from folding.data.tokenizers import (
+  MappedTokenizer,
+  Tokenizer,
+  load_tokenizer,
+)
 from folding.data.trim import trimmed
 from folding.errors import ConfigError
 from folding.model import Model, Origin
@@ -199,10 +203,8 @@ def read_source(
     model = read_checkpoint(path, row.name, segments=segments, mapped=True)
     labels = _class_names(model.labels, data.label_names)
     model = dataclasses.replace(model, labels=labels)
-  tokenizer, ours = model.tokenizer, data.tokenizer
-  if isinstance(ours, MappedTokenizer) and (ours.token_map < 0).any():
-    tokenizer = trimmed(tokenizer, ours.token_map >= 0)
-  if tokenizer.to_json() != ours.to_json():
+  ours = data.tokenizer
+  if _trimmed_as(ours, model.tokenizer).to_json() != ours.to_json():
     file = os.path.join(find_pretrained(path), TOKENIZER)
     raise ConfigError(
       f"{path} has another tokenizer than data.tokenizer="
@@ -368,22 +370,35 @@ def teacher_of(
   return dataclasses.replace(model, params=params)
 
 
-def teacher_in_memory(teacher: Model, data: Data) -> Model:
-  """Returns a teacher that reads and predicts the ids of the data.
+def _trimmed_as(ours: Tokenizer, theirs: Tokenizer) -> Tokenizer:
+  """Returns a whole tokenizer without the tokens that ours has lost."""
+  if isinstance(ours, MappedTokenizer) and (ours.token_map < 0).any():
+    return trimmed(theirs, ours.token_map >= 0)
+  return theirs
+
+
+def teacher_in_memory(
+  teacher: Model, shape: Shape, data: Data, order: Order
+) -> Model:
+  """Returns a teacher of a run; that of tokens or classes reads the run's ids.
 
   Args:
     teacher: A model with the classes of the data, and with its tokens or those
       that its tokenizer had before some were removed.
+    shape: Shape of the model that learns.
     data: Has the tokenizer.
+    order: Has the losses.
 
   Raises:
-    ConfigError: it has other classes or tokens.
+    ConfigError: it has other classes or tokens, or a loss needs another shape.
   """
+  _require_comparable("the teacher", teacher.shape, shape, order)
+  if task_of(order).makes_vectors:
+    return teacher
   tokenizer, read = data.tokenizer, teacher.tokenizer
   is_trimmed = isinstance(tokenizer, MappedTokenizer)
   if is_trimmed and teacher.num_rows == tokenizer.plain_size:
-    if (tokenizer.token_map < 0).any():
-      read = trimmed(read, tokenizer.token_map >= 0)
+    read = _trimmed_as(tokenizer, read)
     teacher = without_trimmed(dataclasses.replace(teacher, tokenizer=tokenizer))
   for name, theirs, ours in (
     ("classes", teacher.labels, data.label_names),
@@ -413,20 +428,28 @@ def _encoder(path: str, ours: Shape, order: Order) -> Model:
     raise ConfigError(
       f"{path} reads at most {shape.max_length} tokens; lower data.length"
     )
+  _require_comparable(path, shape, ours, order)
+  return model
+
+
+def _require_comparable(
+  name: str, theirs: Shape, ours: Shape, order: Order
+) -> None:
+  """Raises `ConfigError` if a loss or metric needs a teacher of another shape."""
   edits = []
-  is_wide = shape.width != ours.width
-  if order.distill.hidden and (is_wide or shape.num_layers != ours.num_layers):
+  is_wide = theirs.width != ours.width
+  if order.distill.hidden and (is_wide or theirs.num_layers != ours.num_layers):
     edits.append("distill.hidden=0")
-  if is_wide and not order.distill.pairs:
-    edits.append("distill.pairs=1")
-  if is_wide and order.train.metric in (None, "cosine"):
-    edits.append("train.metric=similarity")
+  if is_wide and task_of(order).makes_vectors:
+    if not order.distill.pairs:
+      edits.append("distill.pairs=1")
+    if order.train.metric in (None, "cosine"):
+      edits.append("train.metric=similarity")
   if edits:
     raise ConfigError(
-      f"{path} has {shape.num_layers} layers of width {shape.width}, and the model "
-      f"{ours.num_layers} of {ours.width}; set {', '.join(edits)}"
+      f"{name} has {theirs.num_layers} layers of width {theirs.width}, and the "
+      f"model {ours.num_layers} of {ours.width}; set {', '.join(edits)}"
     )
-  return model
 
 
 def without_trimmed(model: Model) -> Model:

@@ -126,7 +126,6 @@ def test_hidden_loss_is_the_mean_share_of_tokens_that_count():
   hidden = {"a": jnp.asarray(ours), "b": jnp.asarray(theirs)}
   taught = {"a": jnp.asarray(theirs), "b": jnp.asarray(theirs)}
   found = losses.hidden_loss(hidden, taught, jnp.asarray(mask))
-  # b is right
-  np.testing.assert_allclose(found, share[mask].mean() / 2, rtol=1e-5)
+  np.testing.assert_allclose(found, share[mask].mean() / 2, 1e-5)  # b is right
   everything = losses.hidden_loss({"a": hidden["a"]}, {"a": taught["a"]}, None)
   np.testing.assert_allclose(everything, share.mean(), rtol=1e-5)
