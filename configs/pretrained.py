@@ -23,7 +23,7 @@ from folding import config as c
 from folding.errors import ConfigError
 from folding.models import hf_weights
 from folding.models.shape import shape_of
-from folding.training.recipe import path_and_saving, recipe, recovery_rate
+from folding.training.recipe import path_and_saving, recipe, taught
 
 
 def get_config(where: str = "") -> c.Config:
@@ -60,30 +60,20 @@ def get_config(where: str = "") -> c.Config:
       length=min(max_length, 128 if is_lm else 64),
       batch_size=16,
     )
-  # A run knows its task and is its own teacher, without dropout. An encoder
-  # learns the task, as its head may be for other classes.
-  knows_task = is_run or task == "lm"
-  model = dataclasses.replace(
-    model, max_length=max_length, dropout=0.0 if knows_task else 0.1
-  )
-  # Up to half of a classifier there is less to recover (docs/experiments.md).
-  is_mild = task != "lm" and saving is not None and saving <= 0.5
   config = c.Config(
     task=task,
     preset="paper",
     pretrained=path,
     data=data,
-    model=model,
-    distill=c.DistillConfig(logits=0.7, hidden=10.0)
-    if knows_task
-    else c.DistillConfig(),
+    model=dataclasses.replace(model, max_length=max_length, dropout=0.1),
     train=c.TrainConfig(
       steps=500,
-      learning_rate=recovery_rate(model.width)
-      if knows_task and not is_mild
-      else 1e-4,
+      learning_rate=1e-4,
       weight_decay=0.01,
       eval_every=250,
     ),
   )
+  # An encoder learns the task, as its head may be for other classes.
+  if is_run or task == "lm":
+    config = taught(config, saving)
   return recipe(config, saving)

@@ -198,9 +198,8 @@ def show_report(workdir: str) -> None:
   ),
   _argument(
     "--steps",
-    "steps of training that recover quality; the dense model is the teacher, unless "
-    "it is a checkpoint of a classifier; several savings share 1.5 N, each cut from "
-    "the one before; the same command resumes",
+    "steps of training that recover quality, with the dense model as teacher; several "
+    "savings share 1.5 N, each cut from the one before; the same command resumes",
     metavar="N",
     type=int,
     default=0,

@@ -33,7 +33,7 @@ from folding.training.evaluate import (
   evaluate,
   make_eval_step,
 )
-from folding.training.recipe import recipe
+from folding.training.recipe import recipe, taught
 
 _HELD = 256  # held-out texts, or windows, that a smaller model is compared on
 _ROWS = 8  # windows per batch
@@ -226,7 +226,7 @@ def train_sizes(
 
   Args:
     source: As for `compress_file`, like the options.
-    path: Texts; with labels for a classifier.
+    path: Texts; with labels for a classifier, those of its head.
     savings: Fractions of the parameters to save.
     output: The run directory. With several savings, each gets one in it, named by
       its percentage.
@@ -257,6 +257,8 @@ def train_sizes(
   configs = []
   for n, saving in enumerate(savings):
     config = config_lib.read(f"configs/{name}.py:{source},{saving}")
+    if model.labels:  # else the config file leaves a checkpoint's head alone
+      config = taught(config, saving)
     if structured or uniform or kept:
       config = recipe(
         config, saving, structured=structured, uniform=uniform, kept=kept
@@ -268,8 +270,7 @@ def train_sizes(
       edits["fold.values"] = "dense"
     if n:
       edits["pretrained"] = folders[n - 1]
-      if config.distill.is_used:
-        edits["distill.teacher"] = source
+      edits["distill.teacher"] = source
       # Reads on where the run before stopped.
       edits["data.first_batch"] = config.data.first_batch + n * steps
     configs.append(config_lib.resolve(config_lib.edited(config, edits)))

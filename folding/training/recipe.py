@@ -6,6 +6,7 @@ import re
 from folding.config import (
   CompressConfig,
   Config,
+  DistillConfig,
   FoldConfig,
   FPPConfig,
   ModelConfig,
@@ -93,6 +94,25 @@ def recipe(
   )
   return dataclasses.replace(
     config, preset="paper", fold=fold, fpp=fpp, compress=compress
+  )
+
+
+def taught(config: Config, saving: float | None = None) -> Config:
+  """Returns the config of a model that knows its task, and teaches the smaller one.
+
+  Args:
+    config: Of a dense classifier or language model.
+    saving: As for `recipe`.
+  """
+  # Up to half of a classifier there is less to recover (docs/experiments.md).
+  is_mild = config.task != "lm" and saving is not None and saving <= 0.5
+  m = config.model
+  rate = 1e-4 if is_mild else recovery_rate(m.width)
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(m, dropout=0.0),
+    distill=DistillConfig(logits=0.7, hidden=10.0),
+    train=dataclasses.replace(config.train, learning_rate=rate),
   )
 
 

@@ -250,6 +250,18 @@ def test_size_out_of_reach_is_refused_before_any_training(tmp_path, capsys):
   assert not (tmp_path / "small").exists()
 
 
+def test_classifier_of_other_classes_cannot_teach(tmp_path, capsys):
+  checkpoints.write(tmp_path / "bert", "bert", "classify")
+  texts = [text for text in models.random_texts(300) if text]
+  rows = [f"{text}\tkind {n % 3}" for n, text in enumerate(texts)]
+  (tmp_path / "texts.tsv").write_text("\n".join(["text\tlabel", *rows]))
+  argv = ["compress", str(tmp_path / "bert"), "--saving=0.3", "--steps=2"]
+  argv += [f"--texts={tmp_path / 'texts.tsv'}"]
+  assert cli.main([*argv, f"--output={tmp_path / 'small'}"]) == 2
+  assert "cannot teach these classes" in capsys.readouterr().err
+  assert not (tmp_path / "small").exists()
+
+
 def test_smaller_run_is_read_in_its_dense_form(run):
   order = run_dir.load_order(str(run))
   data = make_data(order, run_dir.load_tokenizer(str(run)))
