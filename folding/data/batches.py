@@ -78,6 +78,7 @@ class Data:
     scores: float32[pairs] of `data.sts`, whose texts are the split "sts": all
       the first ones, then all the second ones. None without.
     texts: The text itself, if tokens are to leave the tokenizer; otherwise None.
+    teacher_tokenizer: That of `teacher_tokens`; None: batches have none.
   """
 
   tokenizer: Tokenizer
@@ -89,6 +90,7 @@ class Data:
   pair: tuple[str, str] | None = None
   scores: np.ndarray | None = None
   texts: sources.Texts | None = None
+  teacher_tokenizer: Tokenizer | None = None
 
   @property
   def num_classes(self) -> int:
@@ -231,13 +233,9 @@ def _data_of_rows(
   if tokenizer is None:
     tokenizer = tokenizers.train_tokenizer(data, texts.texts["train"])
     kept = texts if order.fpp.embedding_granularity == "trim" else None
+  teacher = _teacher_tokenizer(order, tokenizer)
   examples = _Rows(
-    texts,
-    tokenizer,
-    data,
-    seed=seed,
-    share=share,
-    teacher=_teacher_tokenizer(order, tokenizer),
+    texts, tokenizer, data, seed=seed, share=share, teacher=teacher
   )
   return Data(
     tokenizer=tokenizer,
@@ -248,6 +246,7 @@ def _data_of_rows(
     pair=texts.pair,
     scores=scores,
     texts=kept,
+    teacher_tokenizer=teacher,
   )
 
 

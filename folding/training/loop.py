@@ -67,6 +67,7 @@ from folding.training.trained import (
   read_source,
   teacher_in_memory,
   teacher_of,
+  without_padding,
 )
 
 
@@ -375,7 +376,7 @@ def train(
     ConfigError: model, data and order do not fit; or see `run`.
     TrainingError: see `run`.
   """
-  length = data.config.length
+  model, length = without_padding(model), data.config.length
   if not model.params or length > model.shape.max_length:
     model = model.reading(length)
   config = _config_of(model, data, order)
@@ -392,8 +393,23 @@ def train(
         teacher = teacher_of(model.shape, data, config)
       else:
         teacher = teacher_in_memory(teacher, model.shape, data, config)
+    if not run.rules and distributed.is_main():
+      _warn_of_zeros(model.params)
     start = _first(run, model.params, workdir)
     return _train(start, teacher, config, workdir)
+
+
+def _warn_of_zeros(params: Any) -> None:
+  """Prints a line if single weights are zero, as training would fill them."""
+  weights = jax.tree.leaves(params)
+  size = sum(w.size for w in weights)
+  zeros = size - sum(int(jnp.count_nonzero(w)) for w in weights)
+  if zeros > 0.01 * size:  # more than biases that are zero
+    print(
+      f"{zeros / size:.1%} of the weights are zero, and training without fpp fills "
+      "them; folding.compress(..., structured=True) makes the arrays smaller instead",
+      flush=True,
+    )
 
 
 def _config_of(model: Model, data: Data, order: Order) -> Config:

@@ -20,6 +20,7 @@ from folding.config import (
   Order,
   resolve,
 )
+from folding.data import corpus
 from folding.data.batches import Data
 from folding.data.tokenizers import (
   MappedTokenizer,
@@ -384,7 +385,8 @@ def teacher_in_memory(
 
   Args:
     teacher: A model with the classes of the data, and with its tokens or those
-      that its tokenizer had before some were removed.
+      that its tokenizer had before some were removed. One of vectors reads
+      `teacher_tokens` if batches have them.
     shape: Shape of the model that learns.
     data: Has the tokenizer.
     order: Has the losses.
@@ -393,18 +395,24 @@ def teacher_in_memory(
     ConfigError: it has other classes or tokens, or a loss needs another shape.
   """
   _require_comparable("the teacher", teacher.shape, shape, order)
-  if task_of(order).makes_vectors:
-    return teacher
+  teacher = without_padding(teacher)
   tokenizer, read = data.tokenizer, teacher.tokenizer
-  is_trimmed = isinstance(tokenizer, MappedTokenizer)
-  if is_trimmed and teacher.num_rows == tokenizer.plain_size:
-    read = _trimmed_as(tokenizer, read)
-    teacher = without_trimmed(dataclasses.replace(teacher, tokenizer=tokenizer))
-  for name, theirs, ours in (
-    ("classes", teacher.labels, data.label_names),
-    ("number of tokens", teacher.num_rows, tokenizer.vocab_size),
-    ("tokenizer", read.to_json(), tokenizer.to_json()),
-  ):
+  if task_of(order).makes_vectors:
+    ours = data.teacher_tokenizer or tokenizer
+    pairs = [("tokenizer", corpus.identity(read), corpus.identity(ours))]
+  else:
+    is_trimmed = isinstance(tokenizer, MappedTokenizer)
+    if is_trimmed and teacher.num_rows == tokenizer.plain_size:
+      read = _trimmed_as(tokenizer, read)
+      teacher = without_trimmed(
+        dataclasses.replace(teacher, tokenizer=tokenizer)
+      )
+    pairs = [
+      ("classes", teacher.labels, data.label_names),
+      ("number of tokens", teacher.num_rows, tokenizer.vocab_size),
+      ("tokenizer", read.to_json(), tokenizer.to_json()),
+    ]
+  for name, theirs, ours in pairs:
     if theirs != ours:
       raise ConfigError(
         f"the {name} of the teacher and of the data differ: {theirs!r:.80} and "
@@ -460,9 +468,25 @@ def without_trimmed(model: Model) -> Model:
   """
   if not isinstance(model.tokenizer, MappedTokenizer):
     return model
-  ids, params = model.tokenizer.plain_ids, dict(model.params)
-  params["embed"] = {"embedding": params["embed"]["embedding"][ids]}
+  return _with_rows(model, model.tokenizer.plain_ids)
+
+
+def without_padding(model: Model) -> Model:
+  """Returns a model without the rows past the ids of its tokenizer.
+
+  Checkpoints have them so that the number of rows is round.
+  """
+  size = model.tokenizer.vocab_size
+  if "embed" not in model.params or model.num_rows <= size:
+    return model
+  return _with_rows(model, slice(size))
+
+
+def _with_rows(model: Model, at: slice | np.ndarray) -> Model:
+  """Returns a model with some rows of its embedding and its output layer."""
+  params = dict(model.params)
+  params["embed"] = {"embedding": params["embed"]["embedding"][at]}
   if model.shape.output == "tokens" and "head" in params:
-    head = {name: w[..., ids] for name, w in params["head"].items()}
+    head = {name: w[..., at] for name, w in params["head"].items()}
     params["head"] = head
   return dataclasses.replace(model, params=params)

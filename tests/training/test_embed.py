@@ -29,7 +29,7 @@ from folding.tasks import TASKS
 from folding.training import evaluate, loop, losses, run_dir, shrink_run
 from folding.training.recipe import recipe
 from folding.training.step import train_step
-from folding.training.trained import teacher_of
+from folding.training.trained import teacher_in_memory, teacher_of
 from folding.typed import edited
 from tests.models import checkpoints
 from tests.training.test_distributed import free_address, start
@@ -276,6 +276,17 @@ def test_comparison_that_needs_equal_widths_is_refused(
     loop.run(config, str(tmp_path / "run"))
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run").exists()
+
+
+def test_teacher_in_memory_with_a_tokenizer_of_its_own_needs_its_tokens(
+  source, teacher
+):
+  config = c.resolve(taught(source, teacher))
+  shape, model = shape_of(config), folding.load(teacher)
+  assert teacher_in_memory(model, shape, make_data(config), config) is model
+  data = make_data(edited(config, {"distill.teacher": None}))
+  with pytest.raises(ConfigError, match="the tokenizer of the teacher"):
+    teacher_in_memory(model, shape, data, config)
 
 
 def test_report_and_export_of_a_run(source, run, tmp_path):

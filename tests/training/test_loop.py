@@ -164,7 +164,11 @@ def drawn(tiny_run):
   module = make_model(shape, data.tokenizer.vocab_size)
   tokens = np.zeros((1, config.data.length), np.int32)
   drawn = jax.jit(module.init)(jax.random.key(config.seed), tokens)
-  return Model(shape, "lm", drawn["params"], data.tokenizer), data
+  params = {**drawn["params"]}
+  # Checkpoints have more rows than tokens.
+  rows = np.pad(params["embed"]["embedding"], [(0, 3), (0, 0)])
+  params["embed"] = {"embedding": rows}
+  return Model(shape, "lm", params, data.tokenizer), data
 
 
 def test_model_in_memory_trains_as_the_run_of_its_config(
@@ -199,6 +203,20 @@ def test_model_in_memory_that_does_not_fit_is_refused(
   with pytest.raises(ConfigError, match=message):
     loop.train(model, data, tiny_run[0], str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+def test_training_that_fills_zeros_is_told(drawn, tiny_run, tmp_path, capsys):
+  model, data = drawn
+  empty = jax.tree.map(np.zeros_like, model.params["blocks_0"])
+  params = {**model.params, "blocks_0": empty}
+  model = dataclasses.replace(model, params=params)
+  loop.train(model, data, tiny_run[0], str(tmp_path / "held"))
+  assert "are zero" not in capsys.readouterr().out
+  fills = dataclasses.replace(
+    tiny_run[0], preset="none", fpp=config_lib.FPPConfig()
+  )
+  loop.train(model, data, fills, str(tmp_path / "filled"))
+  assert "training without fpp fills" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("difference", ["tokenizer", "layers"])
