@@ -283,7 +283,8 @@ def test_teacher_in_memory_with_a_tokenizer_of_its_own_needs_its_tokens(
 ):
   config = c.resolve(taught(source, teacher))
   shape, model = shape_of(config), folding.load(teacher)
-  assert teacher_in_memory(model, shape, make_data(config), config) is model
+  found = teacher_in_memory(model, shape, make_data(config), config)
+  assert found.tokenizer is model.tokenizer
   data = make_data(edited(config, {"distill.teacher": None}))
   with pytest.raises(ConfigError, match="the tokenizer of the teacher"):
     teacher_in_memory(model, shape, data, config)
