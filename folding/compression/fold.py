@@ -78,7 +78,7 @@ def unfold(
     return dense
 
   dense = _map_layers(unfold_layer, params)
-  if expand := dense.pop("embed_expand", None):
+  if isinstance(dense, dict) and (expand := dense.pop("embed_expand", None)):
     names = {"embed"}
     if "bias" not in expand:  # all share it
       names |= dense.keys() & {"position_embed", "segment_embed"}

@@ -27,10 +27,36 @@ def unfolded(shape: Shape, params: Mapping[str, Any]) -> dict[str, Any]:
       f"blocks_{n}/attn": layer_frequencies(shape, layer)
       for n, layer in enumerate(shape.layers)
     }
+  params = dict(params)
+  for n, layer in enumerate(shape.layers):
+    block = params[f"blocks_{n}"]
+    attn = _with_values(shape, layer, block["attn"])
+    params[f"blocks_{n}"] = {**block, "attn": attn}
   try:
     return unfold(params, frequencies, shape.head_dim)
   except ValueError as error:
     raise ConfigError(f"this model has no dense form: {error}") from None
+
+
+def _with_values(
+  shape: Shape, layer: Layer, attn: Mapping[str, Any]
+) -> Mapping[str, Any]:
+  """Returns attention with a matrix W_V, if it was diagonal and heads left.
+
+  A head reads its own channels, which only the shape knows.
+  """
+  v, o_HKD = attn.get("v", {}), attn["o"]["kernel"]
+  H, K = len(layer.heads), shape.head_dim
+  if H == shape.num_heads or "kernel" in v:
+    return attn
+  scale = np.asarray(v.get("diagonal", np.ones(H * K))).ravel()
+  own = (K * np.array(layer.heads)[:, None] + np.arange(K)).ravel()
+  kernel = np.zeros((shape.width, H * K), o_HKD.dtype)
+  kernel[own, np.arange(H * K)] = scale
+  values: dict[str, np.ndarray] = {"kernel": kernel.reshape(-1, H, K)}
+  if "bias" in attn["q"]:
+    values["bias"] = np.zeros((H, K), o_HKD.dtype)
+  return {**attn, "v": values}
 
 
 def filled(
@@ -59,6 +85,12 @@ def filled(
   ):
     fill = functools.partial(_filled, layer, num_heads, width)
     dense[f"blocks_{n}"] = paths.map_named(fill, dense[f"blocks_{n}"])
+  if shape.relative_buckets:  # the layers share one table, of all heads
+    table_RH = np.zeros((shape.relative_buckets, num_heads), np.float32)
+    for n, layer in enumerate(shape.layers):
+      attn = dense[f"blocks_{n}"]["attn"]
+      table_RH[:, layer.heads] = attn["relative_bias"][:, layer.heads]
+      attn["relative_bias"] = table_RH
   return dense
 
 

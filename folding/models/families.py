@@ -46,6 +46,7 @@ _BERT = Family(
   defaults=_BERT_DEFAULTS | {"type_vocab_size": 2},
   computes=_ENCODER,
   classifier=_FIRST,
+  only={"position_embedding_type": "absolute"},
   writes={"attention_probs_dropout_prob": 0.0},
   layout=Layout(
     prefix="bert.",
@@ -85,7 +86,7 @@ _MPNET = dataclasses.replace(
   defaults=_BERT_DEFAULTS | {"pad_token_id": 1},
   computes=_ENCODER | {"relative_buckets": 32},
   # Its positions count the tokens that are not 1, whatever the pad token is.
-  only={"relative_attention_num_buckets": 32, "pad_token_id": 1},
+  only=_BERT.only | {"relative_attention_num_buckets": 32, "pad_token_id": 1},
   writes=_BERT.writes | {"relative_attention_num_buckets": 32},
   layout=dataclasses.replace(
     _ROBERTA.layout,
@@ -136,7 +137,8 @@ _DEBERTA = dataclasses.replace(
     "type_vocab_size": 0,
   },
   computes=_ENCODER | {"project_first": True},
-  only={"relative_attention": False, "position_biased_input": True},
+  only=_BERT.only
+  | {"relative_attention": False, "position_biased_input": True},
   rules=(_EMBEDDING_SIZE,),
   writes=_BERT.writes
   | {"relative_attention": False, "position_biased_input": True}

@@ -33,7 +33,6 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 
 # Options that change the computation: the one value that is supported.
 SUPPORTED: dict[str, Any] = {
-  "position_embedding_type": "absolute",
   "is_decoder": False,
   "is_encoder_decoder": False,
   "add_cross_attention": False,

@@ -468,7 +468,7 @@ class Transformer(nn.Module):
 
   def read_out_params(self, params: Any) -> Any:
     """Returns the part of the parameters that `read_out` reads."""
-    is_tied = self.shape.tie_embeddings and not self.num_classes
+    is_tied = self.shape.tie_embeddings and self.shape.output == "tokens"
     output = {"embed", "embed_project"} if is_tied else {"head"}
     names = {"norm_final", "pooler", "norm_pooler"} | output
     return {name: w for name, w in params.items() if name in names}

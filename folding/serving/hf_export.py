@@ -109,11 +109,12 @@ def _dense(
   """Returns the dense parameters of a model, their description and tokenizer.
 
   Raises:
-    ConfigError: no family computes it, or see `_dense_params` and `_hf_pad_id`.
+    ConfigError: no family computes it, or see `filled` and `_hf_pad_id`.
   """
   m = _uniform(loaded)
   family = hf_config.family_of(m, len(loaded.labels))
-  params = _dense_params(loaded, m)
+  widths = [int(np.max(m.mlp_width))] * len(loaded.shape.layers)
+  params = filled(loaded.shape, loaded.params, m.num_heads, widths)
   # Heads that share keys have values of their own beside a diagonal W_V; the
   # dense form then repeats the keys.
   m = dataclasses.replace(
@@ -177,24 +178,6 @@ def _uniform(loaded: Model) -> ModelConfig:
   J = H * m.num_kv_heads // m.num_heads
   small = dataclasses.replace(whole, num_heads=H, num_kv_heads=J)
   return small if hf_config.is_known(small, len(loaded.labels)) else whole
-
-
-def _dense_params(loaded: Model, m: ModelConfig) -> dict[str, Any]:
-  """Returns the dense form of a model, for the shape `m` from `_uniform`.
-
-  Raises:
-    ConfigError: the parameters have no dense form.
-  """
-  layers = loaded.shape.layers
-  widths = [int(np.max(m.mlp_width))] * len(layers)
-  params = filled(loaded.shape, loaded.params, m.num_heads, widths)
-  table_RH = np.zeros((m.relative_buckets, m.num_heads), np.float32)
-  for n, layer in enumerate(layers if m.relative_buckets else ()):
-    attn = params[f"blocks_{n}"]["attn"]
-    # The layers share one table, of all heads.
-    table_RH[:, layer.heads] = attn["relative_bias"][:, layer.heads]
-    attn["relative_bias"] = table_RH
-  return params
 
 
 def _hf_pad_id(tokenizer: Tokenizer, is_causal_classifier: bool) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -317,6 +318,12 @@ def test_conversion_refuses_a_layer_of_another_form(
 ):
   with pytest.raises(ValueError, match=message):
     convert({"a": _layer()["enc"]["attn"] | {role: held}})
+
+
+def test_unfold_takes_a_list_of_layers():
+  layer = _layer()["enc"]["attn"]
+  [found], expected = unfold([{"a": layer}]), unfold({"a": layer})
+  chex.assert_trees_all_equal(found, expected)
 
 
 @pytest.mark.parametrize(

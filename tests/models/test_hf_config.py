@@ -122,6 +122,8 @@ READ = [
   ("modernbert", {"classifier_pooling": "cls"}, "pooling", "first"),
   # In transformers 4; transformers 5 fails.
   ("modernbert", {"local_rope_theta": None}, "rope_base", 100.0),
+  # It has no such option, and some of its files have BERT's with any value.
+  ("modernbert", {"position_embedding_type": "sans_pos"}, "causal", False),
   ("gpt_neox", PARTIAL, "rope_share", 0.25),
   ("gemma2", {"attn_logit_softcapping": None}, "attention_cap", None),
   # The first 28 layers have none.

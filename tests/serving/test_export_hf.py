@@ -40,6 +40,13 @@ _CASES = {
     c.llama(**models.SHAPE | {"width": 32}, num_kv_heads=2),
     {"groups": 4, "rope": "pairs", "values": "dense"},
   ),
+  # The layers share one table, and the last has fewer heads.
+  "mpnet-heads": (c.bert(**models.SHAPE, pooler=True, relative_buckets=32), {}),
+  # Heads of a diagonal W_V read channels that the others do not name.
+  "alibi-heads": (
+    c.ModelConfig(**models.SHAPE),
+    {"groups": 2, "values": "diagonal"},
+  ),
   # A diagonal W_V beside shared keys: the dense form repeats the keys.
   "llama-own-keys": (
     c.llama(**models.SHAPE, num_kv_heads=2),
@@ -69,6 +76,13 @@ def _model(name):
     # 2 of the 4 pairs of K = 8 channels, others in each key head.
     own = rope_frequencies(8, 10000.0)[np.array([[0, 2], [3, 1]])]
     model.params[f"blocks_{n}"]["attn"]["frequency"] = own
+  for n in range(2) if "mpnet" in name else ():
+    table = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
+    model.params[f"blocks_{n}"]["attn"]["relative_bias"] = table
+  if "heads" in name:
+    model.params["blocks_1"]["attn"]["o"]["kernel"][1:3] = 0
+    model = export_lib.shrunk(model)
+    assert model.config.model.heads == ((0, 1, 2, 3), (0, 3))
   if "shrunk" in name:
     model = models.with_zeros(model, [])
     model.params["blocks_1"]["attn"]["o"]["kernel"][1] = 0
@@ -83,7 +97,9 @@ def _model(name):
   return model
 
 
-@pytest.mark.parametrize("name", ["bert-shrunk", "llama-pairs"])
+@pytest.mark.parametrize(
+  "name", ["bert-shrunk", "llama-pairs", "mpnet-heads", "alibi-heads"]
+)
 def test_dense_model_computes_the_same(make, name):
   model, text = make(name), "the cats sat on a mat"
   dense = model.dense()
@@ -93,6 +109,16 @@ def test_dense_model_computes_the_same(make, name):
   np.testing.assert_allclose(
     models.logits(dense, text), models.logits(model, text), rtol=1e-4, atol=1e-4
   )
+
+
+def test_heads_of_a_shared_table_stay_in_a_dense_model(make):
+  model = make("mpnet-heads")
+  tables = [
+    model.dense().params[f"blocks_{n}"]["attn"]["relative_bias"]
+    for n in range(2)
+  ]
+  whole = model.params["blocks_0"]["attn"]["relative_bias"]
+  np.testing.assert_array_equal(tables, [whole, whole])
 
 
 def test_dense_model_without_its_shared_keys_is_refused(make):
@@ -186,7 +212,7 @@ def test_heads_that_all_layers_lost_are_left_out(transformers, tmp_path):
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("name", [x for x in _CASES if "heads" not in x])
 def test_load_reads_it_back_and_predicts_the_same(make, name, tmp_path):
   model = make(name)
   size = export_lib.export_hf(tmp_path / "out", model)
