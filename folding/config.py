@@ -629,6 +629,11 @@ class Config(Order):
         f"fold.embedding_rank {f.embedding_rank} exceeds the width {size} of the "
         "embedding; use 0 for all of it"
       )
+    if f.embedding_shared and f.embedding_rank == 1:
+      raise ConfigError(
+        "fold.embedding_shared needs fold.embedding_rank of at least 2, as one "
+        "channel has the mean"
+      )
     if f.embedding_shared and (m.positions != "learned" or m.embed_width):
       raise ConfigError(
         "fold.embedding_shared needs model.positions='learned' and "

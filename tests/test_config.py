@@ -595,6 +595,16 @@ REFUSED = {
     "fold.embedding_shared needs model.positions='learned'",
     {"model__positions": "learned"},
   ),
+  "one_rank_for_all": (
+    {
+      "model__positions": "learned",
+      "fold__embedding_shared": True,
+      "fold__embedding_rank": 1,
+      "model__tie_embeddings": False,
+    },
+    "embedding_rank of at least 2",
+    {"fold__embedding_rank": 2},
+  ),
   "uniform_without_plan": (
     TRAINED | {"compress__uniform": True},
     "compress.plan='auto'",

@@ -259,6 +259,16 @@ def mask_of_no_layer(tmp_path):
   )
 
 
+def mask_of_more_tokens(tmp_path):
+  model = models.make()
+  tokens = jnp.zeros((2, 4), jnp.int32)
+  apply = folding.observe(model.module.apply)
+  jax.eval_shape(
+    lambda p: apply({"params": p}, tokens, keep=np.ones((2, 5), bool)),
+    model.params,
+  )
+
+
 # {name: (call, a part of its only line)}
 REFUSED = {
   "tfds_of_a_run": (tfds_set_of_a_run, "TFDS_DATA_DIR"),
@@ -319,6 +329,7 @@ REFUSED = {
   "edits_raise": (edits(lambda: 1 // 0), "a--bad--s0: ZeroDivisionError"),
   "edits_no_field": (edits(lambda: {"x": 1}), "a--bad--s0: ConfigError"),
   "mask": (mask_of_no_layer, "keep has the shape (7,)"),
+  "mask_beside_pooled": (mask_of_more_tokens, "keep has the shape (2, 5)"),
   "empty_batch": (empty_batch, "tokens have the shape (0, 4)"),
   "chunk_0": (generator(0), "chunk"),
   "chunk_below_0": (generator(-8), "chunk"),

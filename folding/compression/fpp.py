@@ -188,7 +188,9 @@ def fpp(
   try:
     rules = as_rules(rules)
     score = get_score(score)
-    scores = [get_score(rule.score or score) for rule in rules]
+    scores = [
+      get_score(score if rule.score is None else rule.score) for rule in rules
+    ]
   except ValueError as error:
     raise ValueError(f"fpp: {error}") from None
   made = _FPP(
@@ -236,9 +238,6 @@ class _FPP:
     is_optimizer = all(
       callable(getattr(self.inner, name, None)) for name in ("init", "update")
     )
-    are_removed = isinstance(self.removed, Mapping) and all(
-      is_whole(count, 0) for count in self.removed.values()
-    )
     is_range = is_whole(self.begin, 0) and is_whole(self.end, self.begin)
     is_every = is_whole(self.every, 1)
     # fmt: off
@@ -260,8 +259,7 @@ class _FPP:
        "None or at least 0"),
       ("seed", self.seed, is_whole(self.seed, 0, 2**32),
        "a whole number in [0, 2^32)"),
-      ("removed", self.removed, are_removed,
-       "a dict of {parameter: units, at least 0}"),
+      ("removed", self.removed, _are_counts(self.removed), _COUNTS),
     ))
     # fmt: on
 
@@ -571,12 +569,14 @@ def fpp_counts(
     )
   [state] = found
   rules, removed = as_rules(rules), {} if removed is None else removed
-  is_dict, what = isinstance(removed, Mapping), "a dict of {parameter: units}"
-  checks.check("fpp_counts", [("removed", removed, is_dict, what)])
+  checks.check(
+    "fpp_counts", [("removed", removed, _are_counts(removed), _COUNTS)]
+  )
 
   def count(state, params):
     leaves = paths.flatten(params)
     sites = make_sites(rules, params)
+    _check_sites(sites, removed)
     _check_masks(state, sites, leaves)
     is_held = member_masks(sites, state.mask_bits, leaves)
     zero = held = jnp.float32(0)
@@ -747,6 +747,16 @@ def _check_statistics(
           "folding.statistics; or choose score='magnitude' for its rule. A step "
           "without statistics has is_due=False"
         )
+
+
+_COUNTS = "a dict of {parameter: units, at least 0}"
+
+
+def _are_counts(removed: Any) -> bool:
+  """Returns whether an argument is `_COUNTS`."""
+  return isinstance(removed, Mapping) and all(
+    checks.is_whole(count, 0) for count in removed.values()
+  )
 
 
 def _check_sites(sites: Sequence[Site], removed: Mapping[str, int]) -> None:

@@ -22,6 +22,17 @@ def _conv(layer: nnx.Conv, shape: Shape) -> dict[str, Any]:
   }
 
 
+def _conv_transpose(layer: nnx.ConvTranspose, shape: Shape) -> dict[str, Any]:
+  inputs, outputs = shape[-2:]
+  if layer.transpose_kernel:
+    inputs, outputs = outputs, inputs
+  return {
+    "kernel_shape": shape,
+    "in_features": inputs,
+    "out_features": outputs,
+  }
+
+
 # (class, its parameter, function from (layer, shape) to {attribute: value})
 _SIZES: tuple[tuple[type, str, Callable[[Any, Shape], dict[str, Any]]], ...] = (
   (
@@ -31,6 +42,7 @@ _SIZES: tuple[tuple[type, str, Callable[[Any, Shape], dict[str, Any]]], ...] = (
   ),
   (nnx.LinearGeneral, "kernel", _general),
   (nnx.Conv, "kernel", _conv),
+  (nnx.ConvTranspose, "kernel", _conv_transpose),
   (nnx.Einsum, "kernel", lambda _, s: {"kernel_shape": s}),
   (nnx.Einsum, "bias", lambda _, s: {"bias_shape": s}),
   (
@@ -38,9 +50,10 @@ _SIZES: tuple[tuple[type, str, Callable[[Any, Shape], dict[str, Any]]], ...] = (
     "embedding",
     lambda _, s: dict(num_embeddings=s[0], features=s[1]),
   ),
-  (nnx.BatchNorm, "scale", lambda _, s: {"num_features": s[0]}),
-  (nnx.LayerNorm, "scale", lambda _, s: {"num_features": s[0]}),
-  (nnx.RMSNorm, "scale", lambda _, s: {"num_features": s[0]}),
+) + tuple(
+  (kind, parameter, lambda _, s: {"num_features": s[0]})
+  for kind in (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm)
+  for parameter in ("scale", "bias")
 )
 
 

@@ -101,12 +101,12 @@ def observe(
 def _require_fit(keep: Any, shapes: Sequence[tuple[int, ...]]) -> None:
   """Raises `ValueError` if a mask has other sizes than the tokens of all layers.
 
-  A layer after pooling has the first sizes only.
+  A layer after pooling has the first sizes only. It fits if all layers are such.
   """
-  for shape in shapes:
-    if all(a == b for a, b in zip(keep.shape, shape, strict=False)):
-      return
-  if shapes:
+  whole = [shape for shape in shapes if len(shape) >= keep.ndim]
+  sizes = keep.shape
+  fits = (x[: len(sizes)] == sizes[: len(x)] for x in whole or shapes)
+  if shapes and not any(fits):
     raise ValueError(
       f"observe: keep has the shape {keep.shape}, and no layer has such tokens; "
       f"the first has {shapes[0]}"

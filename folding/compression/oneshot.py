@@ -238,6 +238,10 @@ def _damped(
     )
   moment_II = np.array(moment_II, np.float64)
   energy_I = np.diag(moment_II)
+  if not np.isfinite(moment_II).all() or (energy_I < 0).any():
+    raise ValueError(
+      "the moment of a layer's input is not finite or has a negative mean square"
+    )
   # If all inputs are always 0, any ridge will do.
   ridge = damping * (average(energy_I) or energy_I.mean() or 1.0)
   moment_II[np.diag_indices(len(w_IO))] += ridge

@@ -61,6 +61,10 @@ class Score:
   is_signed: bool = False
   for_units: "Score | None" = None
 
+  def __post_init__(self):
+    if self.score is None and self.term is None:
+      raise ValueError("a Score needs `score` or `term`; both are None")
+
   @property
   def evidence(self) -> Literal["statistics", "gradients"] | None:
     """What the moving averages get at each step; None: there are none."""

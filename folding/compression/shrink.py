@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 from folding import paths
+from folding.compression import checks
 from folding.compression.fpp import FPPState
 from folding.compression.nnx_sizes import set_sizes
 from folding.compression.sites import (
@@ -217,8 +218,9 @@ def shrink_layers(
     >>> small["mlp"]["down"]["kernel"].tolist(), cut.kept["mlp/up/kernel"][1]
     ([[1.0], [2.0]], array([0, 2]))
   """
-  if multiple < 1:
-    raise ValueError(f"multiple must be at least 1; it is {multiple}")
+  is_count = checks.is_whole(multiple, 1)
+  what = "a whole number of at least 1"
+  checks.check("shrink_layers", [("multiple", multiple, is_count, what)])
   leaves = paths.flatten(params)
   if not leaves:
     raise ValueError("shrink: params has no arrays")
@@ -304,7 +306,7 @@ def _remove_neurons(
     rules: See `remove_neurons`.
     params: The tree that the rules select from.
     others: {path: array}. The mean and the variance of a batch norm follow its
-      scale.
+      scale and its bias.
   """
   leaves = paths.flatten(params)
   small, kept, shapes = {**leaves, **others}, {}, {}
@@ -330,7 +332,9 @@ def _remove_neurons(
     stays = kept[site.name] = np.sort(order[..., :count], axis=-1)
     members = dict(site.members)
     for name in site.members:
-      beside = (re.sub("/scale$", f"/{x}", name) for x in ("mean", "var"))
+      beside = (
+        re.sub("/(scale|bias)$", f"/{x}", name) for x in ("mean", "var")
+      )
       members |= dict.fromkeys(others.keys() & set(beside), 0)
     for name, axis in members.items():
       small[name] = site.per_layer(
@@ -347,10 +351,12 @@ def _reads(site: Site, name: str, ndim: int) -> bool:
   """Returns whether a tied array reads the neurons, as its inputs.
 
   A gate writes them, as its last axis. A vector reads them unless it is a bias or
-  a scale.
+  a scale, by its name or beside the kernel that writes them.
   """
   if ndim == 1:
-    return not name.endswith(("bias", "scale"))
+    module = name.rpartition("/")[0]
+    is_own = bool(module) and module == site.name.rpartition("/")[0]
+    return not is_own and not name.endswith(("bias", "scale"))
   axis = site.members[name] or 0
   if site.inputs is None:
     return axis != ndim - 1

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from folding import paths
 from folding.compression import checks
-from folding.compression.scores import Score
+from folding.compression.scores import Score, get_score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,11 @@ class Rule:
       ("inputs", self.inputs, is_axis(self.inputs), "a whole number"),
     ))
     # fmt: on
+    if self.score is not None:
+      try:
+        get_score(self.score)
+      except ValueError as error:
+        raise ValueError(f"rule {self.pattern!r}: {error}") from None
 
 
 def as_rules(rules: Any) -> tuple[Rule, ...]:

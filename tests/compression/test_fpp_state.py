@@ -424,11 +424,12 @@ def test_state_has_the_shardings_of_its_parameters(kind, is_traced):
     assert part.averages["v"].is_equivalent_to(NamedSharding(mesh, spec), 2)
 
 
-def test_fpp_counts_takes_removed_units_by_parameter():
+@pytest.mark.parametrize("removed", [3, {"w": -2.5}, {"w": -1}, {"typo": 3}])
+def test_fpp_counts_takes_removed_units_by_parameter(removed):
   params, rule = {"w": jnp.ones((4, 4))}, Rule("w", 0.5)
   state = fpp(optax.sgd(0.1), rule, begin=0, end=4, every=1).init(params)
-  with pytest.raises(ValueError, match="fpp_counts: removed .* it is 3"):
-    fpp_counts(rule, state, params, removed=3)  # type: ignore
+  with pytest.raises(ValueError, match="removed (must be a|has 'typo')"):
+    fpp_counts(rule, state, params, removed=removed)
 
 
 # ---------------------------------------------------------------------------

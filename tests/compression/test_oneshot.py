@@ -216,6 +216,16 @@ def test_wanda_refuses_a_moment_of_other_inputs(layer):
     oneshot.wanda(w, _moment(x)[1:, 1:], 0.5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("prune", [oneshot.sparsegpt, oneshot.remove_inputs])
+def test_moment_that_is_none_is_refused(layer, prune, value):
+  x, w = layer
+  moment = _moment(x)
+  moment[0, 0] = value
+  with pytest.raises(ValueError, match="not finite or has a negative"):
+    prune(w, moment, 0.5)
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
 @pytest.mark.parametrize("prune", [oneshot.sparsegpt, oneshot.remove_inputs])
 def test_fraction_out_of_range_is_refused(layer, prune, fraction):

@@ -521,6 +521,9 @@ def test_remove_neurons_refuses_rules_without_the_reading_rows():
     "down": np.zeros((3, 2)),
     "norm/scale": np.zeros(3),
   }
+  haiku = {"up/w": params["up"], "up/b": params["bias"]}
+  with pytest.raises(ValueError, match="ties no array that reads its neurons"):
+    remove_neurons(folding.Rule("up/w", 0.5, "neuron", {"up/b": 0}), haiku)
   tied_to = ({}, {"bias": 0}, {"bias": 0, "gate": 1}, {"gate": -1})
   for tied in (*tied_to, {"norm/scale": 0}):
     rule = folding.Rule("up", 0.5, "neuron", tied)

@@ -260,6 +260,11 @@ def test_kernels_out_in_have_the_masks_of_their_transpose(
     np.testing.assert_array_equal(found[n], np.swapaxes(w, -1, -2))
 
 
+def test_score_without_a_rule_is_refused():
+  with pytest.raises(ValueError, match="needs `score` or `term`"):
+    Score()
+
+
 def test_get_score_refuses_an_unknown_name():
   with pytest.raises(ValueError, match="'size'"):
     get_score("size")

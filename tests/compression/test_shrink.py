@@ -301,7 +301,7 @@ def _clipped(params):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"multiple": 0}, "multiple must be at least 1; it is 0"),
+    ({"multiple": 0}, "multiple must be a whole number of at least 1"),
     ({"is_zero": {"embed": np.zeros(3, bool)}}, "one shape"),
   ],
   ids=["multiple", "is_zero"],

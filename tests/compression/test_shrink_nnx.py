@@ -25,6 +25,14 @@ class Dense(nnx.Module):
     return self.down(nnx.relu(self.norm(self.up(x))))
 
 
+class Unscaled(Dense):
+  def __init__(self, rngs):
+    super().__init__(rngs)
+    self.norm = nnx.BatchNorm(
+      6, use_scale=False, use_running_average=True, rngs=rngs
+    )
+
+
 class Convolution(nnx.Module):
   def __init__(self, rngs):
     self.up = nnx.Conv(8, 6, (3,), rngs=rngs)
@@ -61,6 +69,15 @@ _CASES = {
   Dense: (
     Rule("up/kernel", 0.3, "neuron", {"up/bias": 0, "down/kernel": 0, **_NORM}),
     {"up.out_features": 4, "norm.num_features": 4, "down.in_features": 4},
+  ),
+  Unscaled: (
+    Rule(
+      "up/kernel",
+      0.3,
+      "neuron",
+      {"up/bias": 0, "norm/bias": 0, "down/kernel": 0},
+    ),
+    {"norm.num_features": 4},
   ),
   Convolution: (
     Rule("up/kernel", 0.3, "neuron", {"up/bias": 0, "down/kernel": 1}, axis=2),
@@ -166,9 +183,13 @@ _LAYERS = {
   "conv": lambda n, rngs: nnx.Conv(
     2 * n, 2 * n, (3,), feature_group_count=2, rngs=rngs
   ),
+  "transposed": lambda n, rngs: nnx.ConvTranspose(n, 3, (2,), rngs=rngs),
   "einsum": lambda n, rngs: nnx.Einsum(_EQUATION, (n, 3), (3,), rngs=rngs),
   "embed": lambda n, rngs: nnx.Embed(n, 2 * n, rngs=rngs),
   "batch_norm": lambda n, rngs: nnx.BatchNorm(n, rngs=rngs),
+  "norm_without_scale": lambda n, rngs: nnx.BatchNorm(
+    n, use_scale=False, rngs=rngs
+  ),
   "layer_norm": lambda n, rngs: nnx.LayerNorm(n, rngs=rngs),
   "rms_norm": lambda n, rngs: nnx.RMSNorm(n, rngs=rngs),
   "attention": lambda n, rngs: nnx.MultiHeadAttention(

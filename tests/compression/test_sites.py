@@ -42,6 +42,8 @@ def _params():
     ({"granularity": "row", "axis": 1.0}, "axis .* it is 1.0"),
     ({"layers": -1}, "layers .* it is -1"),
     ({"inputs": "1"}, "inputs .* it is '1'"),
+    ({"score": "size"}, "score must be one of .* it is 'size'"),
+    ({"score": ""}, "score must be one of .* it is ''"),
   ],
 )
 def test_rule_refuses_impossible_values(options, message):
