@@ -82,6 +82,11 @@ _CONFIG = _argument(
   required=True,
   action=_Config,
 )
+_PAIRS = _argument(
+  "--pairs",
+  "the Hugging Face checkpoint reads pairs (runs and exports know)",
+  action="store_true",
+)
 _NEW_FOLDER = _argument(
   "--output", "a new folder", metavar="DIR", required=True
 )
@@ -422,6 +427,7 @@ def study(args: argparse.Namespace) -> None:
     "a table with the columns score, sentence1 and sentence2",
     metavar="FILE",
   ),
+  _PAIRS,
 )
 def export(args: argparse.Namespace) -> None:
   """Writes a model in a form that others load, and prints its size."""
@@ -429,7 +435,7 @@ def export(args: argparse.Namespace) -> None:
   from folding.serving.loaded import load
 
   size = formats.save(
-    load(args.path),
+    load(args.path, pairs=args.pairs),
     args.output,
     args.format,
     args.dtype,
@@ -459,11 +465,7 @@ def export(args: argparse.Namespace) -> None:
     type=int,
     default=64,
   ),
-  _argument(
-    "--pairs",
-    "the Hugging Face checkpoint reads pairs (runs and exports know)",
-    action="store_true",
-  ),
+  _PAIRS,
 )
 def predict(args: argparse.Namespace) -> None:
   """Prints the class or score of each line of a file or of standard input."""

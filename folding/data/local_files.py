@@ -1,5 +1,6 @@
 """Text in local files: .txt, .tsv, .csv, .jsonl, .parquet and .arrow."""
 
+import collections
 import contextlib
 import csv
 import itertools
@@ -252,10 +253,17 @@ def _tsv_rows(file: pathlib.Path, data: DataConfig, task: Task) -> Table:
     label, tab, rest = line.partition("\t")
     if not tab:
       raise ConfigError(f"{file}:{number}: no tab; expected label<TAB>text")
+    if "\t" in rest:
+      raise ConfigError(
+        f"{file}:{number}: several tabs, and no header says what the columns are; "
+        "name them in the first line, text and label among them"
+      )
     table.append((f"{file}:{number}", {"label": label, "text": rest}))
   label, text = (table[0][1][name].strip() for name in ("label", "text"))
-  labels = {row["label"].strip() for _, row in table[1:]}
-  is_header = label.lower() == "label" and label not in labels
+  counts = collections.Counter(row["label"].strip() for _, row in table[1:])
+  is_header = label not in counts and (
+    label.lower() == "label" or min(counts.values(), default=1) > 1
+  )
   if task.labels and (is_header or text.lower() == "label"):
     raise ConfigError(
       f"{table[0][0]}: {first!r:.60} looks like a header without a column of text; "

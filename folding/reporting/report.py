@@ -222,12 +222,15 @@ def plan(run: Run) -> dict[str, list[Kept]]:
   shape, fpp = run.shape, run.config.fpp
   arrays = {array["path"]: array for array in run.layers}
 
-  def nonzero(layer: int, path: str, is_pruned: bool) -> float:
+  def nonzero(layer: int, path: str, size: int, is_pruned: bool) -> int:
     array = arrays.get(f"blocks_{layer}/{path}/kernel")
     if array is None or not is_pruned:
-      return 1.0
-    return array["stored"] / max(1, math.prod(array["shape"]))
+      return size
+    # Its first axis may be shorter than at the start (`train.compact`).
+    return round(array["stored"] / max(1, math.prod(array["shape"][1:])))
 
+  by_input = run.config.fold.axis == "input"
+  rows = "inputs of W_Q, W_K" if by_input else "rows of W_Q, W_K"
   has_heads = fpp.attention == "heads"
   has_neurons = fpp.granularity == "neuron"
   found: dict[str, list[Kept]] = {}
@@ -235,17 +238,18 @@ def plan(run: Run) -> dict[str, list[Kept]]:
     zip(shape.dense().layers, shape.layers, strict=True)
   ):
     is_dense = b.values == "dense"
-    heads = round(len(b.heads) * nonzero(n, "attn/o", has_heads))
-    neurons = round(b.mlp_width * nonzero(n, "mlp/down", has_neurons))
-    groups, rank = b.groups or b.head_dim, b.value_dim if is_dense else 0
+    heads = nonzero(n, "attn/o", len(b.heads), has_heads)
+    neurons = nonzero(n, "mlp/down", b.mlp_width, has_neurons)
+    reads = shape.width if by_input else a.head_dim
+    groups, rank = b.groups or reads, b.value_dim if is_dense else 0
     for name, was, now, text in (
       ("heads", len(a.heads), heads, f"{heads}"),
-      ("rows of W_Q, W_K", a.head_dim, groups, f"{groups}"),
+      (rows, reads, groups, f"{groups}"),
       ("rank of W_V", a.value_dim, rank, f"{rank}" if is_dense else "diagonal"),
       ("neurons", a.mlp_width, neurons, f"{neurons:,}"),
     ):
       found.setdefault(name, []).append(Kept(was, now, text))
-  is_smaller = any(x.size < x.dense for rows in found.values() for x in rows)
+  is_smaller = any(x.size < x.dense for kept in found.values() for x in kept)
   return found if is_smaller else {}
 
 

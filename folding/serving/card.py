@@ -10,9 +10,9 @@ from typing import Any
 
 from folding import files
 from folding.errors import ConfigError, escaped, printable
-from folding.model import Origin
+from folding.model import Model, Origin
 from folding.models import hf_weights
-from folding.tasks import METRICS, Task, task_of
+from folding.tasks import METRICS, task_of
 from folding.training import run_dir
 
 README, LICENSE = "README.md", "LICENSE"
@@ -69,11 +69,11 @@ def origin_of_folder(path: str) -> Origin:
 
 def origin_of_run(path: str, start: str) -> Origin:
   """Returns the origin of a run: the checkpoint that it started from."""
-  origin, start = Origin(), _first_start(start)
+  origin, (run, start) = Origin(), _first_start(path, start)
   if start and os.path.isdir(start):
     origin = origin_of_folder(start)
   elif start:
-    hub_id = _HUB_ID.fullmatch(start)
+    hub_id = None if _was_folder(run, start) else _HUB_ID.fullmatch(start)
     origin = Origin(hub_id[1] if hub_id else os.path.basename(start))
   test = {}
   if os.path.isfile(os.path.join(path, "result.json")):
@@ -85,15 +85,24 @@ def origin_of_run(path: str, start: str) -> Origin:
   return origin._replace(notes=notes)
 
 
-def _first_start(start: str) -> str:
-  """Returns what a run started from, or the first of the runs in between."""
+def _first_start(run: str, start: str) -> tuple[str, str]:
+  """Returns the first run of those in between, and what it started from."""
   seen = set()
   while start and start not in seen:
     seen.add(start)
     if os.path.isdir(os.path.join(start, "checkpoints")):
       with contextlib.suppress(ConfigError, OSError):
-        start = run_dir.load_order(start).pretrained or start
-  return start
+        first = run_dir.load_order(start).pretrained
+        run, start = (start, first) if first else (run, start)
+  return run, start
+
+
+def _was_folder(run: str, start: str) -> bool:
+  """Returns whether a run read a folder that is gone, or that is not from here."""
+  with contextlib.suppress(ConfigError, OSError):
+    tokenizer = run_dir.load_order(run).data.tokenizer
+    return pathlib.Path(start) in pathlib.Path(tokenizer).parents
+  return False
 
 
 def _metadata(path: str) -> dict[str, Any]:
@@ -181,7 +190,7 @@ def write(
     f"# {escaped(name)}",
     f"A {task.words}{source} with [folding]({_PAPER}).",
     "\n".join(f"- {fact}" for fact in facts),
-    f"```python\n{_usage(task, format, library, name)}\n```",
+    f"```python\n{_usage(model, format, library, name)}\n```",
   ]
   content = f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
   files.write_file(os.path.join(path, README), content)
@@ -218,8 +227,14 @@ def _facts(path, model, format, sizes, *, dtype, notes) -> list[str]:
   return facts
 
 
-def _usage(task: Task, format: str, library: str, name: str) -> str:
+def _usage(model: Model, format: str, library: str, name: str) -> str:
   """Returns a program that loads the folder in its runtime."""
+  task = task_of(model)
+  texts = _ARGUMENTS[task.verb]
+  if model.pair is not None:
+    texts = '[("a text", "another")]'
+    if format == "hf":
+      texts = '{"text": "a text", "text_pair": "another"}'
 
   def quoted(path: str) -> str:
     return printable(json.dumps(path, ensure_ascii=False))
@@ -227,20 +242,20 @@ def _usage(task: Task, format: str, library: str, name: str) -> str:
   if format == "safetensors":
     return (
       f"import folding\n\nmodel = folding.load({quoted(name)})\n"
-      f"model.{task.verb}({_ARGUMENTS[task.verb]})"
+      f"model.{task.verb}({texts})"
     )
   if library == "sentence-transformers":
     backend = ', backend="onnx"' if format == "onnx" else ""
     return (
       "from sentence_transformers import SentenceTransformer\n\n"
       f"model = SentenceTransformer({quoted(name)}{backend})\n"
-      f"model.encode({_ARGUMENTS[task.verb]})"
+      f"model.encode({texts})"
     )
   if format == "hf":
     return (
       "from transformers import pipeline\n\n"
       f'model = pipeline("{_PIPELINES[task.verb]}", model={quoted(name)})\n'
-      f"model({_ARGUMENTS[task.verb]})"
+      f"model({texts})"
     )
   if format == "onnx":
     return (

@@ -306,7 +306,7 @@ def _add_arrays(
 def _stored(name: str, w: np.ndarray, kind: Any) -> tuple[np.ndarray, Any]:
   """Returns an array as it is stored, and its type.
 
-  Vectors are float32. Embedding and output layer have 8 bits or more. A matrix whose
+  Raises `ConfigError` if numbers are too large for its type. Vectors are float32. Embedding and output layer have 8 bits or more. A matrix whose
   rows have no whole number of blocks is float16.
   """
   import gguf
@@ -319,4 +319,12 @@ def _stored(name: str, w: np.ndarray, kind: Any) -> tuple[np.ndarray, Any]:
     kind = kinds.F16
   elif is_quantised and name in ("token_embd.weight", "output.weight"):
     kind = kinds.Q8_0
-  return gguf.quantize(w, kind), kind
+  with np.errstate(over="ignore", invalid="ignore"):
+    stored = gguf.quantize(w, kind)
+    is_whole = np.isfinite(gguf.dequantize(stored, kind)).all()
+  if not is_whole:
+    raise ConfigError(
+      f"{name} has numbers up to {np.abs(w).max():.3g}, too large for "
+      f"{kind.name}; write float32"
+    )
+  return stored, kind

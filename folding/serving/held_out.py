@@ -97,7 +97,18 @@ def _measured(
     before, after = (spearman_of_pairs(x, pairs.scores) for x in vectors)
     return "spearman", before, after
   task, columns = task_of(model), DataConfig(text_field=model.pair)
-  rows = local_files.read_file([pathlib.Path(path)], columns, task)
+  try:
+    rows = local_files.read_file([pathlib.Path(path)], columns, task)
+  except ConfigError as error:
+    names = " and ".join(model.pair or ("text",))
+    raise ConfigError(
+      f"{error} (--data expects the columns label and {names})"
+    ) from None
+  if model.pair is None and len(rows.columns) > 1:
+    raise ConfigError(
+      f"{path} has pairs of texts ({', '.join(rows.columns)}), and the model reads "
+      "single ones; name one column text, or give --pairs if it was trained on pairs"
+    )
   labels = labels_lib.to_array(
     rows.labels or (),
     form,

@@ -74,7 +74,7 @@ def export_stablehlo(path: str | os.PathLike, loaded: Model) -> dict[str, int]:
     "inputs": inputs,
     "output": task_of(loaded).output,
     "labels": list(loaded.labels),
-    "trained_length": length,
+    "max_length": length,
     "longest": longest,
     "platforms": list(PLATFORMS),
     "jax": jax.__version__,

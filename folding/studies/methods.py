@@ -152,7 +152,8 @@ METHODS: dict[str, Method] = {
     has_savings=False,
   ),
   "dense-small": Method(
-    "a narrower dense model with as many parameters as the others store",
+    "a narrower dense model with as many parameters as the others store, but for "
+    "its head",
     narrower,
   ),
   "ours": Method(

@@ -459,6 +459,10 @@ def _loss(
   weight = jnp.maximum(sums["weight"], 1)
   loss = label_loss = sums["loss"] / weight
   if teacher is not None:
+    if "pairs" in sums:
+      # With a teacher of another width, pairs are all that `summed_loss` compares.
+      is_alike = x.shape[-1] == encodings["taught"].shape[-1]
+      loss = is_alike * loss + distill.pairs * sums["pairs"] / weight
     if "soft" in sums:
       soft = sums["soft"] / weight
       loss = (1 - distill.logits) * loss + distill.logits * soft
@@ -549,7 +553,7 @@ def _read_out(options: StepOptions, weights, block) -> tuple[Any, Any]:
 
 
 def _summed(options: StepOptions, weights, block) -> dict[str, Any]:
-  """Returns `losses.summed_loss` of a block; with a teacher perhaps "soft"."""
+  """Returns `losses.summed_loss` of a block; perhaps with "soft" and "pairs"."""
   out, taught = _read_out(options, weights, block)
   task, distill = options.task, options.distill
   sums = losses.summed_loss(task, out, {**block, "taught": taught})
@@ -560,9 +564,7 @@ def _summed(options: StepOptions, weights, block) -> dict[str, Any]:
     )
   if taught is not None and distill.pairs:
     pairs = losses.pairs_loss(out, taught, block["weights"])
-    # With a teacher of another width, pairs are all that `summed_loss` compares.
-    own = sums["loss"] if out.shape == taught.shape else 0.0
-    sums["loss"] = own + sums["weight"] * (distill.pairs * pairs)
+    sums["pairs"] = sums["weight"] * pairs
   return sums
 
 

@@ -319,6 +319,11 @@ GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
     ),
     ({"train__tsv": "body\tlabel\nso good\t1\n"}, "tsv:1: .*header"),
     ({"train__tsv": "label\ttext\n0\ta\tb\n"}, "tsv:2: .* 2 columns"),
+    ({"train__tsv": "0\ta\n1\t\t\tb\n"}, "tsv:2: several tabs"),
+    (
+      {"train__tsv": "kind\tmessage\nx\ta\ny\tb\ny\tc\nx\td\n"},
+      "tsv:1: .*header",
+    ),
     ({"train__tsv": "x\ta\nx\tb\n"}, "one class"),
     ({"train__tsv": "0.5\ta\n1\tb\n"}, "tsv:1: .*whole number"),
     ({"train__tsv": "nan\ta\n1\tb\n"}, "tsv:1: .*whole number"),

@@ -256,6 +256,7 @@ def test_plan_has_the_heads_rows_ranks_and_nonzero_neurons_of_a_layer(tmp_path):
     {"path": f"blocks_{n}/mlp/down/kernel", "shape": [80, 64], "stored": stored}
     for n, stored in enumerate((64 * 20, 64 * 80))
   ]
+  arrays[0]["shape"] = [24, 64]  # with `train.compact` four are zero, 56 left
   run = report.load_run(
     synthetic_run.write(tmp_path / "a", config, layers=arrays)
   )
@@ -269,6 +270,16 @@ def test_plan_has_the_heads_rows_ranks_and_nonzero_neurons_of_a_layer(tmp_path):
     "rank of W_V": [(16, 6), (16, 0)],
     "neurons": [(80, 20), (80, 80)],
   }
+
+
+def test_plan_of_inputs_that_share_rows_counts_inputs(tmp_path):
+  config = synthetic_run.config(
+    model=config_lib.ModelConfig(num_layers=2, width=64, num_heads=4),
+    fold=config_lib.FoldConfig(groups=(32, 0), axis="input"),
+  )
+  run = report.load_run(synthetic_run.write(tmp_path / "a", config))
+  [first, second] = report.plan(run)["inputs of W_Q, W_K"]
+  assert [first[:2], second[:2]] == [(64, 32), (64, 64)]
 
 
 def test_plan_of_a_dense_run_is_empty(tmp_path):

@@ -91,6 +91,14 @@ def test_program_of_a_card_runs(exported, monkeypatch):
   exec(program, {})
 
 
+def test_program_of_a_pair_model_runs(source, tmp_path, monkeypatch):
+  folding.load(source, pairs=True).save(tmp_path / "pairs")
+  text = (tmp_path / "pairs" / "README.md").read_text("utf-8")
+  [program] = re.findall(r"```python\n(.*?)```", text, re.S)
+  monkeypatch.chdir(tmp_path)
+  exec(program, {})
+
+
 def test_export_of_an_export_keeps_origin_and_notes(source, tmp_path):
   model = folding.load(source)
   notes = ("Accuracy 90%: of 'a' and 'b'.",)
@@ -200,6 +208,15 @@ def test_card_names_a_checkpoint_as_its_own_title(tmp_path, text, base):
 )
 def test_card_names_the_start_of_a_run_without_its_place(tmp_path, start, base):
   assert card.origin_of_run(str(tmp_path), start).base == base
+
+
+def test_card_does_not_name_a_folder_that_is_gone_as_on_the_hub(tmp_path):
+  config = c.Config(
+    pretrained="runs/tuned",
+    data=c.DataConfig(tokenizer="runs/tuned/tokenizer.json"),
+  )
+  c.save(config, str(tmp_path / "config.json"))
+  assert card.origin_of_run(str(tmp_path), "runs/tuned").base == "tuned"
 
 
 def test_card_names_the_checkpoint_behind_a_dense_run(tmp_path):

@@ -445,6 +445,17 @@ def test_export_gguf_refuses_its_arguments(tmp_path, monkeypatch):
     _export(tmp_path, model)
 
 
+@pytest.mark.parametrize(
+  ("dtype", "value"), [("float16", 1e5), ("q8_0", 1e8)]
+)
+def test_numbers_too_large_for_a_type_are_refused(gguf, tmp_path, dtype, value):
+  model = _model()
+  model.params["blocks_0"]["mlp"]["down"]["kernel"][0, 0] = value
+  with pytest.raises(ConfigError, match="too large for .*; write float32"):
+    _export(tmp_path, model, dtype)
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_export_gguf_tells_the_size_before_it_writes(gguf, tmp_path):
   path, told = tmp_path / "model.gguf", []
 

@@ -392,6 +392,22 @@ def test_max_drop_of_an_encoder_on_texts_counts_cosines(start, tmp_path):
   save(1.1 * drop)
 
 
+@pytest.mark.parametrize(
+  ("header", "message"),
+  [
+    ("label\tsentence1\tsentence2", "pairs of texts .* reads single ones"),
+    ("queue\tbody\tnote", "expects the columns label and text"),
+  ],
+)
+def test_max_drop_on_other_columns_is_refused(header, message, tmp_path):
+  model = export_lib.shrunk(models.make("classify", _BERT))
+  data = tmp_path / "held.tsv"
+  data.write_text(f"{header}\n{model.labels[0]}\tthe cat\ta dog\n")
+  with pytest.raises(ConfigError, match=message):
+    model.save(tmp_path / "out", "onnx", "int7", max_drop=9.0, data=str(data))
+  assert not (tmp_path / "out").exists()
+
+
 def test_max_drop_on_blank_lines_is_refused(tmp_path):
   model = export_lib.shrunk(models.make("embed", _BERT))
   data = tmp_path / "held.txt"

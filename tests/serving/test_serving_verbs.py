@@ -1,5 +1,6 @@
 """`folding export` and `folding predict`, on a run that was trained."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,8 @@ import pytest
 
 import folding
 from folding import cli
+from folding import config as c
+from tests.serving import models
 
 
 def _call(capsys, *argv):
@@ -89,6 +92,21 @@ def test_export_of_onnx_prints_its_size(run, tmp_path, capsys):
   assert status == 0
   size = sum(f.stat().st_size for f in output.iterdir())
   assert out.startswith(f"{size:,} bytes of files, for onnxruntime")
+
+
+def test_export_of_a_checkpoint_of_pairs_keeps_its_segments(tmp_path, capsys):
+  shape = c.bert(**models.SHAPE, pooler=True, segments=2)
+  model = dataclasses.replace(models.make("classify", shape), pair=("a", "b"))
+  model.save(tmp_path / "hf", "hf")
+  argv = ("export", tmp_path / "hf", "--pairs", "--output", tmp_path / "out")
+  assert _call(capsys, *argv)[0] == 0
+  pairs = [("the cats sat", "a dog"), ("ran", "the old red barn")]
+  expected, found = (
+    [one.probabilities for one in each.predict(pairs)]
+    for each in (model, folding.load(tmp_path / "out"))
+  )
+  for one, other in zip(found, expected, strict=True):
+    assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_export_that_fails_leaves_nothing(run, tmp_path, capsys, monkeypatch):
