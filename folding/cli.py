@@ -209,6 +209,7 @@ def show_report(workdir: str) -> None:
     type=int,
     default=0,
   ),
+  _PAIRS,
   _NEW_FOLDER,
 )
 def compress(args: argparse.Namespace) -> None:
@@ -246,6 +247,7 @@ def compress(args: argparse.Namespace) -> None:
       structured=args.structured,
       uniform=args.uniform,
       vocabulary=args.vocabulary,
+      pairs=args.pairs,
     )
   kind = "hf" if args.uniform else "onnx"
   print(f"Next: folding export {folder} --output=NEW --format={kind}")

@@ -48,6 +48,7 @@ def compress_file(
   structured: bool | None = None,
   uniform: bool = False,
   vocabulary: int | None = None,
+  pairs: bool = False,
 ) -> list[str]:
   """Writes a compact export per saving, and prints the loss of quality.
 
@@ -66,6 +67,7 @@ def compress_file(
     structured: As for `folding.compress`, like the next two.
     uniform: Whether all layers get one size.
     vocabulary: Number of tokens to keep.
+    pairs: As for `folding.load`.
 
   Returns:
     The folders.
@@ -75,7 +77,7 @@ def compress_file(
   """
   files.require_empty(output)
   folders = _folders(output, savings)
-  model = load(source)
+  model = load(source, pairs=pairs)
   fit, held = _texts(path, model)
   smaller = compress_sizes(
     model,

@@ -250,6 +250,29 @@ def test_size_out_of_reach_is_refused_before_any_training(tmp_path, capsys):
   assert not (tmp_path / "small").exists()
 
 
+def test_checkpoint_of_pairs_is_fitted_to_pairs(tmp_path, capsys):
+  shape = c.bert(**models.SHAPE, pooler=True, segments=2)
+  model = dataclasses.replace(models.make("classify", shape), pair=("a", "b"))
+  model.save(tmp_path / "dense", "hf")
+  texts = list(filter(None, models.random_texts(300)))
+  pairs = zip(texts[::2], texts[1::2], strict=False)
+  lines = ["\t".join(pair) for pair in pairs]
+  (tmp_path / "texts.txt").write_text("\n".join(lines))
+  argv = ["compress", str(tmp_path / "dense"), "--pairs", "--saving=0.2"]
+  argv += [f"--texts={tmp_path / 'texts.txt'}"]
+  assert cli.main([*argv, f"--output={tmp_path / 'small'}"]) == 0
+  small = folding.load(tmp_path / "small")
+  assert small.shape.segments == 2
+  held = [tuple(line.split("\t")) for line in lines[: len(lines) // 10]]
+  same = np.mean(
+    [
+      a.label == b.label
+      for a, b in zip(model.predict(held), small.predict(held), strict=True)
+    ]
+  )
+  assert f"{same:.1%} of the predictions" in capsys.readouterr().out
+
+
 def test_classifier_of_other_classes_cannot_teach(tmp_path, capsys):
   checkpoints.write(tmp_path / "bert", "bert", "classify")
   texts = [text for text in models.random_texts(300) if text]
