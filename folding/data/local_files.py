@@ -261,9 +261,9 @@ def _tsv_rows(file: pathlib.Path, data: DataConfig, task: Task) -> Table:
     table.append((f"{file}:{number}", {"label": label, "text": rest}))
   label, text = (table[0][1][name].strip() for name in ("label", "text"))
   counts = collections.Counter(row["label"].strip() for _, row in table[1:])
-  is_header = label not in counts and (
-    label.lower() == "label" or min(counts.values(), default=1) > 1
-  )
+  are_names = label.isidentifier() and text.isidentifier()
+  are_names &= min(counts.values(), default=1) > 1  # the others are classes
+  is_header = label not in counts and (label.lower() == "label" or are_names)
   if task.labels and (is_header or text.lower() == "label"):
     raise ConfigError(
       f"{table[0][0]}: {first!r:.60} looks like a header without a column of text; "

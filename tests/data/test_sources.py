@@ -298,6 +298,11 @@ def test_lines_may_end_as_on_old_macs(tmp_path):
   assert pairs(texts) == [("0", "a"), ("1", "b")]
 
 
+def test_first_row_of_a_rare_class_is_no_header(tmp_path):
+  table = "x\tso good\ny\ta\ny\tb\n"
+  assert pairs(load(tmp_path, train__tsv=table))[0][1] == "so good"
+
+
 GOOD = {"train__tsv": "0\ta\n1\tb\n", "valid__tsv": "0\tc\n"}
 
 
