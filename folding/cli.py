@@ -226,6 +226,11 @@ def compress(args: argparse.Namespace) -> None:
 
   folder = args.output
   if args.steps:
+    if args.pairs:
+      raise ConfigError(
+        "leave --pairs out beside --steps: training finds them by the columns of "
+        "--texts"
+      )
     for folder in compress_file.train_sizes(
       args.path,
       args.texts,
@@ -476,10 +481,6 @@ def predict(args: argparse.Namespace) -> None:
   from folding.serving.loaded import load
 
   model = load(args.path, pairs=args.pairs)
-  if args.pairs and model.pair is None:
-    raise ConfigError(
-      "--pairs is for Hugging Face checkpoints; this model reads single texts"
-    )
   with lines_lib.open_lines(args.file) as lines:
     texts = lines_lib.pairs(lines, model.pair) if model.pair else lines
     found = predict_lib.predict(

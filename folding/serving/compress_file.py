@@ -240,6 +240,8 @@ def train_sizes(
   Raises:
     ConfigError: see `loop.run`, or a folder has other files.
   """
+  if steps < 1:
+    raise ConfigError(f"steps must be positive; it is {steps}")
   require_fractions(savings)
   savings = sorted(savings)
   folders = _folders(output, savings)

@@ -55,8 +55,18 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
 
   Raises:
     ConfigError: it is none of them, has another schema, is truncated, or
-      differs from its checksums.
+      differs from its checksums; or `pairs` is given for a model of single texts.
   """
+  model = _load(path, pairs)
+  if pairs and model.pair is None:
+    raise ConfigError(
+      f"{path} reads single texts; pairs are for a Hugging Face checkpoint with a "
+      "head for them"
+    )
+  return model
+
+
+def _load(path: str | os.PathLike, pairs: bool) -> Model:
   path = str(hf_weights.find_pretrained(os.fspath(path)))
   config_path = os.path.join(path, CONFIG)
   if not os.path.isfile(config_path):
@@ -72,7 +82,7 @@ def load(path: str | os.PathLike, *, pairs: bool = False) -> Model:
     )
   if "model_type" in values:
     model = read_checkpoint(path, segments=pairs)
-    if pairs:
+    if pairs and task_of(model).labels:
       model = dataclasses.replace(model, pair=("sentence1", "sentence2"))
     given = {
       name: np.shape(w) for name, w in paths.flatten(model.params).items()

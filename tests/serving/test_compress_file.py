@@ -204,6 +204,7 @@ def test_windows_are_spread_over_the_stream():
     (("--saving=0.3,0.5,0.3",), "or different ones"),
     (("--saving=0.3,0.5,0.3", "--steps=5"), "or different ones"),
     (("--saving=0.3,0.5", "--steps=5", "--vocabulary=9"), "one --saving"),
+    (("--saving=0.3,0.5", "--steps=-5"), "steps must be positive"),
     (("--texts=nowhere.txt",), "nowhere.txt"),
   ],
 )

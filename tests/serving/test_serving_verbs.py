@@ -151,6 +151,9 @@ def test_predict_answers_standard_input_line_by_line(run, capsys, monkeypatch):
   ("predict RUN TMP/none.txt", "No such file"),
   ("predict RUN /dev/null", "no text in /dev/null"),
   ("predict RUN TMP/a.txt --pairs", "single texts"),
+  ("export RUN --output TMP/o --pairs", "single texts"),
+  ("compress RUN --texts=F --saving=0.2 --output=TMP/o --pairs --steps=2",
+   "leave --pairs out"),
 ])
 # fmt: on
 def test_mistake_is_one_line(run, tmp_path, capsys, argv, message):
