@@ -678,7 +678,9 @@ def split_edits(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
   for argument in arguments:
     if not argument.startswith("--config."):
       name = argument.removeprefix("--").partition("=")[0]
-      if "." in name and name in typed.fields(config_lib.Config):
+      # A word alone is perhaps the value of a flag.
+      is_set = argument.startswith("--") or "=" in argument
+      if is_set and "." in name and name in typed.fields(config_lib.Config):
         raise ConfigError(f"write --config.{name}=VALUE to set this field")
       rest.append(argument)
       continue

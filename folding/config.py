@@ -905,8 +905,11 @@ def from_saved(values: dict[str, Any]) -> Config:
   Raises:
     ConfigError: see `from_dict`.
   """
-  compress, fpp = (dict(values.get(name, {})) for name in ("compress", "fpp"))
+  compress, fpp = (values.get(name, {}) for name in ("compress", "fpp"))
+  if not (isinstance(compress, dict) and isinstance(fpp, dict)):
+    return from_dict(values)  # refuses them
   # Fields of earlier versions.
+  compress = dict(compress)
   compress.pop("qkv", None)
   fpp = {typed.RENAMED.get(name, name): x for name, x in fpp.items()}
   return from_dict({**values, "compress": compress, "fpp": fpp})

@@ -35,6 +35,11 @@ def test_split_edits_takes_both_forms_and_the_last_value():
   assert edits == {"a": "None", "b.c": "-2", "d": "x=y"}
 
 
+def test_name_of_a_field_may_be_the_value_of_a_flag():
+  argv = ["generate", "RUN", "--prompt", "data.path"]
+  assert cli.split_edits(argv) == (argv, {})
+
+
 def test_train_runs_the_config_that_the_flags_ask_for(
   monkeypatch, capsys, tmp_path
 ):

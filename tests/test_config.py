@@ -94,6 +94,12 @@ def test_build_refuses_in_one_line(values, message):
   assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("values", [{"compress": "none"}, {"fpp": 3}])
+def test_saved_config_refuses_a_section_without_fields(values):
+  with pytest.raises(ConfigError, match="must have fields"):
+    c.from_saved(values)
+
+
 def test_range_holds_its_closed_ends():
   for ends, inside in (("[)", [0, 1]), ("[]", [0, 1, 2]), ("()", [1])):
     found = typed.Range(0, 2, ends)

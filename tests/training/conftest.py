@@ -116,7 +116,7 @@ def topics(tmp_path_factory) -> pathlib.Path:
       label = int(rng.integers(3))
       words = [CLASS_WORDS[label]] * 4 + list(rng.choice(CLASS_WORDS[3:], 3))
       lines.append(f"topic {label}\t{' '.join(rng.permutation(words))}")
-    text = "\n".join(["other\ttext", *lines]) + "\n"  # a rare class
+    text = "\n".join(["other\ta text", *lines]) + "\n"  # a rare class
     (folder / f"{split}.tsv").write_text(text, encoding="utf-8")
   return folder
 
