@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import http.client
+import importlib.util
 import json
+import subprocess
 import sys
 import urllib.parse
 
@@ -39,28 +41,49 @@ _TEXTS = [
 _SHAPE = models.SHAPE | {"width": 32}
 
 
+# Serves the model whose path is its argument, and prints the address.
+_SERVER = """
+import sys
+import xllamacpp
+
+options = xllamacpp.CommonParams()
+options.model.path = sys.argv[1]
+options.n_ctx, options.n_parallel, options.warmup = 512, 1, False
+options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+options.verbosity = 0
+# By default, keys and values are float16, and so are parts of attention.
+flash = xllamacpp.llama_flash_attn_type
+options.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+options.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(options)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
 class _LlamaCpp:
   """A model in llama.cpp, behind its own HTTP server."""
 
   def __init__(self, path):
-    import xllamacpp
+    # In a process that is killed: the destructor of a server can wait for ever.
+    self._process = subprocess.Popen(
+      [sys.executable, "-c", _SERVER, str(path)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    address = self._process.stdout.readline().strip()
+    self._address = urllib.parse.urlsplit(address).netloc
 
-    options = xllamacpp.CommonParams()
-    options.model.path = str(path)
-    options.n_ctx, options.n_parallel, options.warmup = 512, 1, False
-    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
-    options.verbosity = 0
-    # By default, keys and values are float16, and so are parts of attention.
-    flash = xllamacpp.llama_flash_attn_type
-    options.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    options.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-    options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    self._server = xllamacpp.Server(options)
+  def close(self):
+    self._process.kill()
+    self._process.communicate()
 
   def post(self, where, **values):
-    address = urllib.parse.urlsplit(self._server.listening_address).netloc
     headers = {"Content-Type": "application/json"}
-    with contextlib.closing(http.client.HTTPConnection(address)) as connection:
+    connection = http.client.HTTPConnection(self._address, timeout=60)
+    with contextlib.closing(connection):
       connection.request("POST", where, json.dumps(values), headers)
       return json.loads(connection.getresponse().read())
 
@@ -90,11 +113,15 @@ class _LlamaCpp:
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def llama_cpp():
-  reason = "needs llama.cpp (pip install xllamacpp)"
-  pytest.importorskip("xllamacpp", reason=reason)
-  return _LlamaCpp
+  """Returns a function from a path to a server of that model."""
+  if importlib.util.find_spec("xllamacpp") is None:
+    pytest.skip("needs llama.cpp (pip install xllamacpp)")
+  with contextlib.ExitStack() as servers:
+    yield lambda path: servers.enter_context(
+      contextlib.closing(_LlamaCpp(path))
+    )
 
 
 @pytest.fixture(autouse=True)
