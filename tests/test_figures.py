@@ -473,8 +473,7 @@ def _trained():
 
 def _language_models():
   """Yields summaries of trained language models, in percent of perplexity."""
-  [dense] = _told_numbers("llama", "has perplexity")
-  small = dict(_rows("llama"))["the same, 500 steps at 3e-3[^llama]"]
+  dense, *small = (mean for mean, _ in dict(_rows("llama"))["500 steps"])
   percents = [100 * abs(x / dense - 1) for x in small]
   yield (
     "README.md",
