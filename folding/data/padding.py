@@ -30,9 +30,18 @@ def windows(
   """
   ids = np.concatenate([np.zeros(0, np.int32), *tokenizer.stream(texts)])
   whole = ids.size // length
-  count = min(count, whole)
-  chosen = np.arange(count) * whole // max(count, 1)
-  return ids[: whole * length].reshape(whole, length)[chosen]
+  return ids[: whole * length].reshape(whole, length)[spaced(whole, count)]
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+  """Returns at most `most` of `count` indices, evenly spaced.
+
+  Example:
+    >>> spaced(6, 3).tolist(), spaced(2, 3).tolist()
+    ([0, 2, 4], [0, 1])
+  """
+  most = min(count, most)
+  return np.arange(most) * count // max(most, 1)
 
 
 def padded(

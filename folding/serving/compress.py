@@ -14,6 +14,7 @@ from folding.data.padding import (
   encode_rows,
   padded,
   segments_of,
+  spaced,
   windows,
 )
 from folding.data.tokenizers import Encoded, MappedTokenizer, Text, Tokenizer
@@ -57,9 +58,9 @@ def compress(
     model: A dense model, or a path or hub id that `folding.load` reads.
     texts: Texts, or pairs of texts, like those that the model will read.
     saving: Fraction of the parameters to save.
-    max_texts: Number of texts to fit to; of a language model, whose texts are read
-      as one stream, the number of windows of 128 tokens. A low-rank embedding is
-      fitted to all texts.
+    max_texts: Number of texts to fit to, evenly spaced; of a language model, whose
+      texts are read as one stream, the number of windows of 128 tokens. A low-rank
+      embedding is fitted to all texts.
     structured: Whether the arrays of a language model get smaller too: neurons,
       heads and ranks leave its layers. A tied embedding stays. None: no.
     uniform: Whether all layers get one number of neurons and of heads, and nothing
@@ -218,7 +219,9 @@ def _batches(
   encoded: Encoded, max_texts: int, length: int, pad_id: int
 ) -> list[dict[str, np.ndarray]]:
   """Returns texts of similar length in batches, padded to few lengths."""
-  rows, batches = encoded.ids[:max_texts], []
+  # Not the first ones, as a file may be sorted by class.
+  chosen = spaced(len(encoded.ids), max_texts)
+  rows, batches = [encoded.ids[i] for i in chosen], []
   size, longest = _ROWS, max(row.size for row in rows)
   while size > 1 and size * longest > _TOKENS:
     size //= 2
@@ -233,10 +236,9 @@ def _batches(
     if lengths.count(bucket) == 1 and lengths[n + 1] <= 2 * bucket:
       lengths[n] = lengths[n + 1]
   for (at, _), bucket in zip(groups, lengths, strict=True):
-    chosen = [rows[i] for i in at]
-    tokens, mask = padded(chosen, (len(chosen), bucket), pad_id)
+    tokens, mask = padded([rows[i] for i in at], (len(at), bucket), pad_id)
     batch = {"tokens": tokens, "mask": mask}
     if encoded.seconds is not None:
-      batch["segments"] = segments_of(encoded.seconds[at], mask)
+      batch["segments"] = segments_of(encoded.seconds[chosen[at]], mask)
     batches.append(batch)
   return batches

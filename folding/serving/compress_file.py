@@ -12,7 +12,7 @@ from folding import config as config_lib
 from folding import files
 from folding.config import DataConfig, MeshConfig
 from folding.data import corpus, sources
-from folding.data.padding import padded, windows
+from folding.data.padding import padded, spaced, windows
 from folding.data.tokenizers import Text
 from folding.errors import ConfigError
 from folding.model import Model
@@ -118,9 +118,10 @@ def _texts(path: str, model: Model) -> tuple[list[Text], list[Text]]:
   is_stream = task_of(model).predicts_tokens
   if model.pair is not None:
     with lines_lib.open_lines(path) as lines:
-      fit = list(lines_lib.pairs(lines, model.pair))
-    count = len(fit) // 10
-    fit, held = fit[count:], fit[:count]
+      rows = list(lines_lib.pairs(lines, model.pair))
+    tenth = {*spaced(len(rows), len(rows) // 10)}
+    held = [rows[i] for i in sorted(tenth)]
+    fit = [row for i, row in enumerate(rows) if i not in tenth]
   else:
     found = (
       corpus.load_documents(data)
@@ -129,7 +130,7 @@ def _texts(path: str, model: Model) -> tuple[list[Text], list[Text]]:
     )
     fit, held = list(found["train"]), list(found["valid"])
   if not is_stream:
-    held = held[:_HELD]
+    held = [held[i] for i in spaced(len(held), _HELD)]
   if not held:
     raise ConfigError(
       f"{path} has too few different texts to hold a tenth of them out; give ten "

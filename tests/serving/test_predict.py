@@ -168,12 +168,13 @@ def test_predict_of_some_lines_with_labels_does_not_warn(model, caplog):
   assert not caplog.messages
 
 
-def test_compress_fits_pairs_with_their_segments(monkeypatch):
+def test_compress_fits_evenly_spaced_pairs_with_their_segments(monkeypatch):
   shape = c.bert(**models.SHAPE, segments=2)
   dense = c.FoldConfig(groups=0, values="dense")
   model = models.make(model=shape, fold=dense)
   model = dataclasses.replace(model, pair=("a", "b"))
   pairs = [("the cat", "a dog ran to the barn"), ("a", "a"), ("cat", "old")]
+  pairs += pairs[1:2]
   seen = []
 
   def compress_sizes(sizes, model, batches, usage_V, **_):
@@ -182,7 +183,7 @@ def test_compress_fits_pairs_with_their_segments(monkeypatch):
 
   monkeypatch.setattr(pipeline, "compress_sizes", compress_sizes)
   folding.compress(model, pairs, max_texts=2)
-  rows = model.tokenizer.encode_rows(pairs[:2], 40)
+  rows = model.tokenizer.encode_rows(pairs[::2], 40)
   [batch] = seen
   sizes = [row.size for row in rows.ids]
   # The shorter pair comes first.
