@@ -251,6 +251,7 @@ def test_size_out_of_reach_is_refused_before_any_training(tmp_path, capsys):
   assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.slow
 def test_checkpoint_of_pairs_is_fitted_to_pairs(tmp_path, capsys):
   shape = c.bert(**models.SHAPE, pooler=True, segments=2)
   model = dataclasses.replace(models.make("classify", shape), pair=("a", "b"))

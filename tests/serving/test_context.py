@@ -20,6 +20,8 @@ from folding.typed import edited
 from tests.models import checkpoints
 from tests.serving import models
 
+pytestmark = pytest.mark.slow  # they train whole runs
+
 _READS, _TRAINED = 40, 8  # tokens
 _EDITS = {
   "data.length": _TRAINED,

@@ -162,7 +162,11 @@ def _stored(plan, config, params):
   [
     ("bert", {"saving": 0.6}),
     ("llama", {"saving": 0.4}),
-    ("bert", {"saving": 0.6, "embedding_granularity": "row"}),
+    pytest.param(
+      "bert",
+      {"saving": 0.6, "embedding_granularity": "row"},
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_allocation_reaches_the_target_size(kind, fpp, measured):

@@ -194,6 +194,7 @@ def _saved(result, group):
   return 1 - counts["stored"] / counts["dense"]
 
 
+@pytest.mark.slow
 def test_run_folds_recovers_and_loads(folded_run):
   workdir, result = folded_run
   assert result["finished"]
@@ -260,6 +261,7 @@ def test_resumed_fold_equals_an_uninterrupted_one(
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_run_killed_in_its_first_step_is_not_compressed_again(
   folded_run, dense_run, topics, tmp_path, monkeypatch
 ):

@@ -175,6 +175,7 @@ def _similarity(one, other, texts):
   return np.corrcoef(*pairs)[0, 1]
 
 
+@pytest.mark.slow
 def test_metrics_of_a_run_are_those_of_its_encoder(source, run):
   workdir, result = run
   overall = result["parameters"]["overall"]

@@ -131,7 +131,13 @@ def _assert_fits(config, params):
   }
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "alibi"])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "llama",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("bert", "alibi")),
+  ],
+)
 def test_all_channels_of_a_head_lose_nothing(kind):
   config = _config(kind, groups=K)
   params, report = _fold(config, kind)

@@ -107,7 +107,11 @@ def _assert_same(run, cut, before, after):
 
 
 @pytest.mark.parametrize(
-  ("at", "multiple"), [(7, 1), (10, 16)], ids=["between_checks", "healing"]
+  ("at", "multiple"),
+  [
+    pytest.param(7, 1, id="between_checks", marks=pytest.mark.slow),
+    pytest.param(10, 16, id="healing"),
+  ],
 )
 def test_training_continues_as_without_a_shrink(run, trained, at, multiple):
   states, losses = trained
@@ -211,6 +215,7 @@ def _losses(workdir):
   }
 
 
+@pytest.mark.slow
 def test_finished_run_is_smaller_with_equal_test(whole, shrunk, tmp_path):
   done, output = shrunk
   before, after = run_dir.read_result(whole), run_dir.read_result(output)

@@ -275,7 +275,7 @@ UNTIED = dataclasses.replace(TIED, tie_embeddings=False)
 @pytest.mark.parametrize(
   ("model", "mesh_config", "options"),
   [
-    (TIED, None, {}),
+    pytest.param(TIED, None, {}, marks=pytest.mark.slow),
     (UNTIED, MeshConfig(2, 2, 2), {"accumulate": 2, "logits": 0.7}),
   ],
   ids=["tied", "head_mesh_micro_batches_taught"],
