@@ -120,6 +120,7 @@ def test_card_says_that_its_figures_are_of_other_weights(
   assert ("before its weights became bfloat16" in text) == (dtype == "bfloat16")
 
 
+@pytest.mark.slow
 def test_card_of_a_run_has_its_test_metrics(run, tmp_path):
   folding.load(run).save(tmp_path / "out")
   _, _, text = (
@@ -228,6 +229,7 @@ def test_card_names_the_checkpoint_behind_a_dense_run(tmp_path):
     assert card.origin_of_run(str(tmp_path), str(folder)).base == base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accuracy", ["0.9", None, [1]])
 def test_load_refuses_a_run_of_damaged_metrics(run, tmp_path, accuracy):
   folder = shutil.copytree(run, tmp_path / "run")

@@ -39,6 +39,7 @@ def _texts(tmp_path, count=400):
   return path
 
 
+@pytest.mark.slow
 def test_language_model_reports_its_perplexity(tmp_path, capsys):
   model = _written(tmp_path / "dense", "lm")
   argv = ["compress", str(tmp_path / "dense"), f"--texts={_texts(tmp_path)}"]
@@ -87,6 +88,7 @@ def test_structured_language_model_has_smaller_arrays(tmp_path, capsys):
   assert small.params["embed"]["embedding"].shape == embedding.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_smaller_vocabulary_leaves_arrays_and_tokenizer(
   tmp_path, is_tied, capsys
@@ -171,6 +173,7 @@ def test_rows_past_the_vocabulary_are_left_out():
   np.testing.assert_array_equal(found, before[small.tokenizer.plain_ids])
 
 
+@pytest.mark.slow
 def test_size_that_is_not_measured_again_equals_a_single_call():
   shape = c.ModelConfig(**models.SHAPE, causal=False)
   dense = c.FoldConfig(groups=0, values="dense")

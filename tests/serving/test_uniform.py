@@ -15,6 +15,8 @@ from folding.serving import compress_file
 from folding.serving.export import export_hf
 from tests.serving import models
 
+pytestmark = pytest.mark.slow  # they plan and refit whole models
+
 _TEXT = "the cats sat on a mat"
 
 
@@ -126,7 +128,6 @@ def test_embeddings_of_an_encoder_share_one_matrix():
   assert _size(small.params) <= 0.95 * _size(model.params)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of torch
 @pytest.mark.parametrize("task", ["embed", "classify", "regress"])
 def test_transformers_computes_the_same_encoder(transformers, task, tmp_path):

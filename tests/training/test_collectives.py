@@ -148,6 +148,7 @@ def compiled_step(mesh, **fields):
   return run.step(False, mesh=mesh).lower(state, batch).compile().as_text()
 
 
+@pytest.mark.slow
 def test_attention_in_blocks_moves_no_more_than_the_whole(monkeypatch):
   mesh = sharding.make_mesh(MESHES["data=2,fsdp=2,tensor=2"])
   whole = compiled_step(mesh)
@@ -194,6 +195,7 @@ def test_loss_in_blocks_moves_the_output_layer_and_its_gradient_once():
   assert sums == [size], moves
 
 
+@pytest.mark.slow
 def test_scanned_layers_move_what_others_do():
   mesh = sharding.make_mesh(MESHES["fsdp=8"])
   shape = {"num_layers": 2, "width": 32, "num_heads": 4, "mlp_width": 256}

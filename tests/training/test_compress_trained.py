@@ -96,6 +96,7 @@ def test_checkpoint_replaces_drawn_parameters(checkpoint, topics):
   assert (other["head"]["kernel"] != params["head"]["kernel"]).any()
 
 
+@pytest.mark.slow
 def test_load_run_splits_parameters_over_a_mesh(dense_run, monkeypatch):
   monkeypatch.setattr(sharding, "_SMALLEST", 1)  # small arrays are split, too
   mesh = sharding.make_mesh(c.MeshConfig(data=2, fsdp=4))
@@ -220,6 +221,7 @@ def test_run_folds_recovers_and_loads(folded_run):
   assert 1 - alive / rows == pytest.approx(linear, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_batch", [0, 5])
 def test_calibration_has_no_text_twice(dense_run, topics, first_batch):
   config = recovery_config(dense_run, topics)
@@ -309,6 +311,7 @@ def test_default_recipe_makes_arrays_small(dense_run, topics, capsys):
   assert theirs["accuracy"] > 0.5  # as the dense run has it
 
 
+@pytest.mark.slow
 def test_verb_writes_a_smaller_model_and_says_what_was_lost(
   dense_run, topics, tmp_path, capsys
 ):
@@ -346,6 +349,7 @@ def test_verb_writes_a_smaller_model_and_says_what_was_lost(
   assert "folded or shrunk" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_call_counts_each_token_once(dense_run, monkeypatch):
   def compress_sizes(sizes, model, batches, usage_V, **_):
     del batches
@@ -386,6 +390,7 @@ def test_one_call_without_texts_is_refused():
     folding.compress(dense, [])
 
 
+@pytest.mark.slow
 def test_teacher_is_the_dense_run_in_bfloat16(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
   found = teacher_of(shape_of(config), make_data(config), config)
@@ -426,6 +431,7 @@ def test_source_that_does_not_fit_is_refused(
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_teacher_with_other_pooling_is_refused(dense_run, topics):
   config = c.resolve(recovery_config(dense_run, topics))
   config = edited(config, {"model.pooling": "mean"})
@@ -435,6 +441,7 @@ def test_teacher_with_other_pooling_is_refused(dense_run, topics):
     teacher_of(shape_of(config), make_data(config), config)
 
 
+@pytest.mark.slow
 def test_run_without_its_tokens_is_refused_as_a_start(
   folded_run, dense_run, topics, tmp_path
 ):
@@ -443,6 +450,7 @@ def test_run_without_its_tokens_is_refused_as_a_start(
     loop.run(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_finished_run_needs_no_source_or_teacher(folded_run, tmp_path):
   workdir, result = folded_run
   copy = shutil.copytree(workdir, tmp_path / "copy")
@@ -502,6 +510,7 @@ def test_vocabulary_that_need_not_be_trimmed_stays(checkpoint, topics):
   assert _trimmed(data, config) is data
 
 
+@pytest.mark.slow
 def test_trim_removes_the_asked_number_of_tokens(dense_run, topics, tmp_path):
   folder = shutil.copytree(topics, tmp_path / "topics")
   config = recovery_config(dense_run, folder, fpp__saving=None)
@@ -543,6 +552,7 @@ def _logits(model, params, data, text):
   return np.asarray(jax.jit(model.apply)({"params": params}, tokens[None]))
 
 
+@pytest.mark.slow
 def test_trimmed_model_reads_kept_tokens_as_before(dense_run, topics):
   unfolded = {"fold__groups": 0, "fold__values": "dense"}
   config = recovery_config(dense_run, topics, fpp__saving=None, **unfolded)

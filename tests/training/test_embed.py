@@ -291,6 +291,7 @@ def test_teacher_in_memory_with_a_tokenizer_of_its_own_needs_its_tokens(
     teacher_in_memory(model, shape, data, config)
 
 
+@pytest.mark.slow
 def test_report_and_export_of_a_run(source, run, tmp_path):
   report.write_report(str(run[0]))
   text = (run[0] / "report.md").read_text("utf-8")
@@ -340,6 +341,7 @@ def test_uniform_run_trains_and_is_written_as_a_small_deberta(source, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_shrunk_run_has_the_cosine_of_the_run(run, tmp_path):
   done = shrink_run.shrink_run(str(run[0]), str(tmp_path / "small"))
   assert done["after"] < done["before"]

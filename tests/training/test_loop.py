@@ -127,12 +127,14 @@ def missed_run(text_file, tmp_path_factory):
   return workdir, result, out.getvalue()
 
 
+@pytest.mark.slow
 def test_run_that_misses_its_target_says_so(missed_run):
   _, result, out = missed_run
   assert result["is_at_target"] is False
   assert "zero and not 69.92%: fpp.tolerance" in out
 
 
+@pytest.mark.slow
 def test_checkpoint_after_the_last_mask_update_may_be_the_best(missed_run):
   this, checkpoints = loop.open_run(str(missed_run[0]))
   assert this.mask_updates.stop == 5
@@ -171,6 +173,7 @@ def drawn(tiny_run):
   return Model(shape, "lm", params, data.tokenizer), data
 
 
+@pytest.mark.slow
 def test_model_in_memory_trains_as_the_run_of_its_config(
   tiny_run, drawn, tmp_path
 ):
@@ -205,6 +208,7 @@ def test_model_in_memory_that_does_not_fit_is_refused(
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_that_fills_zeros_is_told(drawn, tiny_run, tmp_path, capsys):
   model, data = drawn
   empty = jax.tree.map(np.zeros_like, model.params["blocks_0"])

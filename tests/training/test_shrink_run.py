@@ -294,6 +294,7 @@ def test_arrays_leave_once_the_cut_removes_the_share_asked_for(whole):
   assert leaves(0.9, step)  # nothing is removed later
 
 
+@pytest.mark.slow
 def test_run_that_compacts_trains_as_one_whose_arrays_stay(
   whole, labelled, tmp_path
 ):

@@ -423,6 +423,7 @@ def test_step_on_eight_devices_prunes_as_on_one(
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_run_programs_compiled_ahead_and_equal_train_step(caplog):
   config = tiny.config()
   mesh = sharding.make_mesh(MeshConfig(2), jax.devices()[:2])
@@ -506,6 +507,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
   assert "blocks_0/mlp/up/kernel" in whole[0].opt_state["stats"]
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_pruned_as_the_others():
   fpp = c.FPPConfig(
     linear=0.7, embedding=0.7, score="activation", begin=0.0, end=0.75, checks=3

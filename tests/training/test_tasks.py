@@ -73,6 +73,7 @@ def scored(two_segments, similar, tmp_path_factory):
   return config, workdir, loop.run(config, workdir)
 
 
+@pytest.mark.slow
 def test_scores_of_pairs_are_trained_from_a_checkpoint(scored):
   config, workdir, result = scored
   assert result["test"].keys() == {
@@ -86,6 +87,7 @@ def test_scores_of_pairs_are_trained_from_a_checkpoint(scored):
   assert "A regression model" in report.describe(report.load_run(workdir))
 
 
+@pytest.mark.slow
 def test_segments_reach_every_program(scored, checkpoint, two_segments):
   _, workdir, result = scored
   saved = run_dir.load_order(workdir)
