@@ -204,7 +204,9 @@ def _perplexity(model: Model, rows: Sequence[np.ndarray], count: int) -> float:
   params = jax.device_put(model.params)
   task = task_of(model)
   step = make_eval_step(model.module, task, mesh)
-  found = evaluate(step, params, batches, mesh, task=task, num_bytes=count)
+  found = evaluate(
+    step, params, batches, mesh, task=task, num_bytes=float(count)
+  )
   return 2.0 ** found["bits_per_byte"]
 
 
