@@ -409,17 +409,54 @@ def _scratch():
   (_, saved, _) = dict(_rows("quickstart"))["W_Q, W_K, W_V"]
   attention = [-saved, *_told_numbers("trained", "At 70%, the model loses ")]
   yield "README.md", "*Claims*: W_Q, W_K and W_V shrink by ", attention
-  yield "README.md", "perplexity ends ", [*ends, *_with_teacher()]
+  early = _taught_over("teachers", "dense")[0]
+  yield "README.md", "perplexity ends ", [*ends, *early[:2]]
   folded = [_told_numbers("longer", x)[0] for x in ("its", "(tiny", "(Wiki")]
   yield page, "from scratch: 91%, with [", [min(folded), max(folded)]
 
 
-def _with_teacher():
-  """Returns the percent of perplexity over dense after earlier pruning."""
-  rows = dict(_rows("teachers", 1))
-  dense = rows["dense"]
-  ours = rows["the same, pruned from 25 to 75% of the steps"]
-  return [100 * (ours[i][0] / dense[i][0] - 1) for i in (1, 3)]
+def _taught_over(name, label):
+  """Returns percents of perplexity of taught models over that of a row.
+
+  Neurons pruned early, neurons, and single weights each have those in test, one
+  per text, and then those in validation.
+  """
+  dense = dict(_rows(name, 1))[label]
+  ours = dict(_rows("teachers", 1))
+  return [
+    [100 * (ours[kind][i][0] / dense[i][0] - 1) for i in (1, 3, 2, 4)]
+    for kind in (
+      "the same, pruned from 25 to 75% of the steps",
+      "neurons, 70% smaller, with a teacher",
+      "single weights, 70% smaller, with a teacher",
+    )
+  ]
+
+
+def _taught():
+  """Yields figures of long runs with a teacher at temperature 1."""
+  early, neurons, weights = _taught_over("teachers", "dense")
+  page = "docs/measured.md"
+  yield page, "(three texts, one seed), or [", early[:2]
+  yield page, "as teacher at temperature 1, ours is ", neurons[:2]
+  yield page, "from 25 to 75% of the steps, it is ", early[:2]
+  yield page, "single weights instead of neurons end at ", weights[:2]
+  page = "docs/experiments.md"
+  yield page, "level with dense after as many steps*: ", weights
+  yield page, "which make the arrays smaller, end ", neurons[:2]
+  yield page, "they end at ", early[:2]
+  one_seed = dict(_rows("teachers", 2))
+  pairs = zip(one_seed["neurons, no teacher"], one_seed["dense"], strict=True)
+  alone = sorted(100 * (ours[0] / dense[0] - 1) for ours, dense in pairs)
+  page = "docs/choose.md"
+  yield page, "and `fpp.end=0.75` perplexity ends [", early[:2]
+  yield page, "dense](experiments.md#at-temperature-1) instead of ", alone
+  early, _, weights = _taught_over("equal_cost", "dense, 3,200 steps")
+  page = "docs/experiments.md"
+  yield page, "neurons that are pruned early end ", early[:2]
+  yield page, "above it, single weights ", weights[:2]
+  yield page, "[at 1](#at-temperature-1) and pruned early ", early[:2]
+  yield "README.md", "a baseline trained for as long as both, it is ", early[:2]
 
 
 def _trained():
@@ -522,6 +559,7 @@ def _language_models():
     *_methods(),
     *_told(),
     *_scratch(),
+    *_taught(),
     *_trained(),
     *_language_models(),
   ],
