@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from folding.compression import checks
 from folding.data.padding import (
   by_length,
   encode_rows,
@@ -23,8 +24,7 @@ _LONG = 512  # tokens per text, from which on a batch has fewer rows
 
 def require_size(batch_size: int) -> None:
   """Raises `ConfigError` if a batch size is out of range."""
-  is_whole = isinstance(batch_size, int | np.integer)
-  if not (is_whole and 1 <= batch_size <= 65_536):
+  if not checks.is_whole(batch_size, 1, 65_537):
     raise ConfigError(
       f"the batch size must be a whole number, 1 to 65,536; it is {batch_size!r}"
     )

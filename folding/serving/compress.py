@@ -1,6 +1,7 @@
 """One call that makes a trained model smaller, without training."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -8,6 +9,7 @@ from typing import cast
 import numpy as np
 
 from folding import config as config_lib
+from folding.compression.checks import is_whole
 from folding.data.padding import (
   bucket_lengths,
   by_length,
@@ -112,7 +114,7 @@ def compress_sizes(
   """
   require_several(texts)
   require_fractions(savings)
-  if not (isinstance(max_texts, int | np.integer) and max_texts >= 1):
+  if not is_whole(max_texts, 1, math.inf):
     raise ConfigError(
       f"max_texts is a whole number, at least 1; it is {max_texts!r}"
     )

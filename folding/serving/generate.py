@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from folding.compression.checks import is_whole
 from folding.data.tokenizers import Tokenizer
 from folding.errors import ConfigError
 from folding.model import Model
@@ -247,9 +249,10 @@ class Generator:
     V = self.model.vocab_size
     if not len(prompts):
       raise ConfigError("there is no prompt")
-    if max_new_tokens < 1:
+    if not is_whole(max_new_tokens, 1, math.inf):
       raise ConfigError(
-        f"the number of new tokens must be at least 1; it is {max_new_tokens}"
+        "the number of new tokens must be a whole number, at least 1; it is "
+        f"{max_new_tokens!r}"
       )
     for number, ids in enumerate(prompts, 1):
       if not len(ids):

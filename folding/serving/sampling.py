@@ -1,13 +1,14 @@
 """Logits -> next token: greedy, or drawn with temperature, top-k and top-p."""
 
 import dataclasses
+import math
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from folding.compression.checks import is_between, is_whole
 from folding.errors import ConfigError
 
 # Selects the compiled program; it takes the arrays of a `Draw`.
@@ -19,7 +20,8 @@ class Sampling:
   """How the next token is chosen.
 
   Attributes:
-    temperature: Divides the logits, from 1e-6 to 1e6; 0: greedy.
+    temperature: Divides the logits, from 1e-6 to below 1e6; 0:
+      greedy.
     top_k: Draw among the k most likely tokens; None: among all.
     top_p: Then draw among the fewest most likely tokens whose probabilities sum
       to at least this, in (0, 1]; None: among all.
@@ -37,20 +39,22 @@ class Sampling:
 
   def __post_init__(self):
     # Logits divided by less would exceed float32, by more become equal.
-    if self.temperature and not 1e-6 <= self.temperature <= 1e6:
+    if self.temperature != 0 and not is_between(self.temperature, 1e-6, 1e6):
       raise ConfigError(
         "the temperature must be 0 (always the likeliest token), or from 1e-6 to "
-        f"1e6; it is {self.temperature}"
+        f"below 1e6; it is {self.temperature!r}"
       )
-    is_whole = isinstance(self.top_k, int | np.integer)
-    if self.top_k is not None and not (is_whole and self.top_k >= 1):
+    if self.top_k is not None and not is_whole(self.top_k, 1, math.inf):
       raise ConfigError(
         f"top-k must be a whole number, at least 1; it is {self.top_k!r}"
       )
-    if self.top_p is not None and not 0 < self.top_p <= 1:
-      raise ConfigError(f"top-p must be in (0, 1]; it is {self.top_p}")
-    if not 0 <= self.seed < 2**32:  # JAX would truncate it
-      raise ConfigError(f"the seed must be in [0, 2^32); it is {self.seed}")
+    is_number = is_between(self.top_p, 0, math.inf)
+    if self.top_p is not None and not (is_number and 0 < self.top_p <= 1):
+      raise ConfigError(f"top-p must be in (0, 1]; it is {self.top_p!r}")
+    if not is_whole(self.seed, 0, 2**32):  # JAX would truncate it
+      raise ConfigError(
+        f"the seed must be a whole number in [0, 2^32); it is {self.seed!r}"
+      )
 
 
 @jax.tree_util.register_dataclass

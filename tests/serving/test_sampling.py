@@ -123,6 +123,7 @@ def test_noise_depends_on_seed_row_and_step():
     ({"seed": 2**32}, "seed"),
     ({"seed": -1}, "seed"),
     ({"top_k": 0}, "top-k"),
+    ({"top_k": True}, "top-k"),
     ({"top_p": 0.0}, "top-p"),
     ({"top_p": 1.5}, "top-p"),
   ],
