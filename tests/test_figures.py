@@ -206,7 +206,7 @@ def _quickstart():
   yield "README.md", "its arrays are only 19% smaller, or", numbers
   small = row(embed.partition("the default plan, as above")[2], "the same")
   dense = row(embed, "dense | 22.5 | 89.9")
-  yield "README.md", "Spearman's correlation is then", small[:1]
+  yield "README.md", "has a Spearman correlation of", small[:1]
   numbers = dense[0], small[1], dense[1]
   yield "README.md", "on STS 2014 (dense", numbers
 

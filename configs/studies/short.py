@@ -5,7 +5,7 @@ ARGUMENT is as in from_scratch.py.
 Command: folding study configs/studies/short.py:FOLDER,trec,tiny_shakespeare \
            --workdir=DIR
 Time:    78 runs per data set, half a minute each on two cores
-Expect:  the first tables of docs/measured.md
+Expect:  the main rows of the first tables of docs/measured.md
 """
 
 from configs.studies import from_scratch
