@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 
-def is_whole(value: Any, least: int = -(2**31), below: float = 2**31) -> bool:
+def is_whole(
+  value: Any, least: int = -(2**31), below: int | float = 2**31
+) -> bool:
   """Returns whether a value is a whole number in [least, below), and no bool."""
   is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
   return is_int and bool(least <= value < below)
